@@ -1,0 +1,112 @@
+"""Tokens per second and peak memory of one training step, against the plain law on the same trunk and optimizer.
+
+The plain law projects every position, takes a log-softmax over (B, L, V), gathers and weights: what the reference
+implementations do. Each side runs in a process of its own, so that peak memory is its own; the two alternate, and
+ratios are taken pair by pair.
+
+    python benchmarks/train_step.py                    # hidden 256, 6 blocks, 4 heads, L 256, V 50258, batch 8, fp32
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+
+from models.dit import DiT  # noqa: E402
+from noise_schedule import LogLinear  # noqa: E402
+from objectives.base import TokenLoss  # noqa: E402
+from objectives.subs import Subs  # noqa: E402
+from randomness import training_noise  # noqa: E402
+
+SIZE = {"hidden_size": 256, "cond_dim": 128, "n_blocks": 6, "n_heads": 4, "dropout": 0.1}
+LENGTH, VOCAB, BATCH = 256, 50_258, 8
+
+
+class PlainSubs(Subs):
+    """The same law as the references compute it."""
+
+    def loss_at(self, backbone: nn.Module, batch: dict, xt_BL: torch.Tensor, t_B: torch.Tensor) -> TokenLoss:
+        level = self.schedule(t_B)
+        logits_BLV = backbone(xt_BL, level.sigma.float())
+        logits_BLV[..., self.mask_id] += -1e6
+        log_p_BLV = logits_BLV - logits_BLV.logsumexp(-1, keepdim=True)
+        visible_BL = xt_BL != self.mask_id
+        log_p_BLV[visible_BL] = -1e6
+        log_p_BLV[visible_BL, xt_BL[visible_BL]] = 0.0
+        nll_BL = -log_p_BLV.gather(-1, batch["input_ids"][..., None]).squeeze(-1) * level.elbo_weight.float()[:, None]
+        return TokenLoss(nll_BL, torch.ones_like(xt_BL, dtype=torch.bool))
+
+
+class NoVocabulary(Subs):
+    """The trunk and nothing else: the floor under both."""
+
+    def loss_at(self, backbone: nn.Module, batch: dict, xt_BL: torch.Tensor, t_B: torch.Tensor) -> TokenLoss:
+        hidden_BLD = backbone.encode(xt_BL, self.schedule(t_B).sigma.float())
+        return TokenLoss(hidden_BLD.sum(-1), torch.ones_like(xt_BL, dtype=torch.bool))
+
+
+LAWS = {"ours": Subs, "plain": PlainSubs, "trunk": NoVocabulary}
+
+
+def measure(law: str, steps: int) -> dict[str, float]:
+    torch.manual_seed(0)
+    net = DiT(VOCAB, **SIZE)
+    objective = LAWS[law](LogLinear(), mask_id=VOCAB - 1)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-4, fused=True)
+    batch = {"input_ids": torch.randint(VOCAB - 1, (BATCH, LENGTH))}
+    seconds = []
+    for step in range(steps + 1):
+        start = time.perf_counter()
+        noise = training_noise(0, torch.arange(BATCH) + step * BATCH, BATCH)
+        objective.loss(net, batch, noise).mean().backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(time.perf_counter() - start)
+    peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"tokens_per_s": BATCH * LENGTH / statistics.median(seconds[1:]), "peak_mib": peak_mib}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--law", choices=LAWS)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--pairs", type=int, default=5)
+    args = parser.parse_args()
+    if args.law:
+        print(json.dumps(measure(args.law, args.steps)))
+        return
+    runs: dict[str, list[dict]] = {law: [] for law in LAWS}
+    for _ in range(args.pairs):
+        for law in LAWS:
+            command = [sys.executable, __file__, "--law", law, "--steps", str(args.steps)]
+            runs[law].append(json.loads(subprocess.run(command, check=True, capture_output=True).stdout))
+    for law, results in runs.items():
+        speed = [r["tokens_per_s"] for r in results]
+        memory = statistics.median(r["peak_mib"] for r in results)
+        print(f"{law:6} {statistics.median(speed):8.0f} tokens/s (from {min(speed):.0f} to {max(speed):.0f}), peak {memory:.0f} MiB")
+    pairs = list(zip(runs["ours"], runs["plain"], runs["trunk"], strict=True))
+    speedup = [a["tokens_per_s"] / b["tokens_per_s"] for a, b, _ in pairs]
+    memory = [a["peak_mib"] / b["peak_mib"] for a, b, _ in pairs]
+    # Trunk and optimizer measured, plus half of what the vocabulary costs the plain law's matrix products at best.
+    share = [a["tokens_per_s"] / c["tokens_per_s"] for a, _, c in pairs]
+    print(json.dumps({
+        "benchmark": "train_step", "device": "cpu", "threads": torch.get_num_threads(), "pairs": args.pairs,
+        "speedup": [min(speedup), statistics.median(speedup), max(speedup)],
+        "memory_ratio": statistics.median(memory), "speed_over_trunk_alone": statistics.median(share),
+    }))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

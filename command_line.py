@@ -1,0 +1,77 @@
+"""The command line: the references' spellings translated, mistakes explained in one message."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException, InstantiationException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+CONFIGS = Path(__file__).parent / "configs"
+
+# Keys of the references whose value names a choice here; a choice is a file in configs/, so it is typed as a group.
+GROUPS = {"sampling.predictor": "sampler"}
+
+
+def translate(arguments: list[str]) -> list[str]:
+    """Command-line arguments with the references' spellings replaced by ours."""
+    out = []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        out.append(f"{GROUPS.get(key, key)}{equals}{value}")
+    return out
+
+
+def compose_config(overrides: list[str]) -> DictConfig:
+    """The configuration that these arguments make, without running anything."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return compose("config", overrides=translate(overrides))
+
+
+@contextmanager
+def clear_errors() -> Iterator[None]:
+    """Turn a user's mistakes into one message and exit status 2; HYDRA_FULL_ERROR=1 shows tracebacks instead."""
+    if os.environ.get("HYDRA_FULL_ERROR") == "1":
+        yield
+        return
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints its own version of the story and exits
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
+        print(f"\nerror: {explain(error)}\n(HYDRA_FULL_ERROR=1 shows where it was raised)", file=sys.stderr)
+        sys.exit(2)
+
+
+def explain(error: BaseException) -> str:
+    """One message that names the key, the value and the remedy."""
+    if isinstance(error, InstantiationException) and error.__cause__ is not None:
+        return explain(error.__cause__)
+    chain: BaseException | None = error
+    while chain is not None:
+        unknown = getattr(chain, "full_key", None)
+        if unknown and "not in struct" in str(chain):
+            return _unknown_key(unknown)
+        chain = chain.__cause__
+    return str(error)
+
+
+def _unknown_key(key: str) -> str:
+    cfg = compose_config([])
+    parent, _, name = key.rpartition(".")
+    while parent and not OmegaConf.is_dict(OmegaConf.select(cfg, parent)):
+        parent, _, name = parent.rpartition(".")
+    node = OmegaConf.select(cfg, parent) if parent else cfg
+    existing = sorted(str(k) for k in node if not str(k).startswith("_"))
+    close = difflib.get_close_matches(name, existing, n=1)
+    prefix = f"{parent}." if parent else ""
+    guess = f" Did you mean {prefix}{close[0]}?" if close else ""
+    return f"there is no key {key}.{guess}\n  what {parent or 'the configuration'} has: {', '.join(existing)}"

@@ -1,0 +1,397 @@
+"""Text -> batches.
+
+The batch contract. Every batch is a dict of CPU tensors (B rows, L tokens):
+  input_ids       int64 (B, L)
+  attention_mask  bool  (B, L)  False on padding; absent when nothing is padded (wrapped data)
+  sample_id       int64 (B,)    lasting name of the row: evaluation noise is keyed by it
+  position        int64 (B,)    place in the run's stream of training samples; training batches only
+  label           int64 (B,)    where the texts have labels
+  text_id         int64 (B,)    source text of the row, where a row is (part of) one text
+L is `model.length` for wrapped data; padded batches are as long as their longest row, rounded up to
+PAD_MULTIPLE.
+
+Training data is ONE stream. Position p of the run is row order(seed, p // n)[p % n] of the n rows; optimizer
+step s takes the positions [s * G, (s + 1) * G), G = loader.global_batch_size, for any number of devices and
+any size of the micro-batches. The place in the stream is a function of the step alone: a checkpoint holds
+one number, workers none.
+"""
+
+import logging
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import PreTrainedTokenizerBase
+
+from text.order import evaluation_batches, rows_at
+from text.packing import Packing, pack
+from text.sources import Source, at_most, keep_label
+from text.tokenizers import Vocabulary, load_tokenizer, vocabulary
+
+log = logging.getLogger(__name__)
+
+PAD_MULTIPLE = 8
+SPLITS = ("train", "validation", "test")
+
+
+def batch_arithmetic(
+    global_batch_size: int,
+    batch_size: int | None,
+    devices: int,
+    num_nodes: int = 1,
+    max_batch_size: int | None = None,
+) -> tuple[int, int]:
+    """(rows per device and micro-batch, micro-batches per optimizer step); their product over all devices is
+    global.
+
+    batch_size None: the largest that divides a device's share, at most `max_batch_size` where that is given.
+    Raises ValueError naming the settings that do not divide.
+    """
+    world = devices * num_nodes
+    names = f"trainer.devices={devices} x trainer.num_nodes={num_nodes}"
+    given = {"loader.global_batch_size": global_batch_size, "loader.batch_size": batch_size,
+             "trainer.devices": devices, "trainer.num_nodes": num_nodes}  # fmt: skip
+    for key, value in given.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{key}={value} must be at least 1")
+    if global_batch_size % world:
+        raise ValueError(
+            f"loader.global_batch_size={global_batch_size} is not a multiple of the {world} devices "
+            f"({names}); "
+            f"give {world * max(1, global_batch_size // world)} or {world * (global_batch_size // world + 1)}"
+        )
+    share = global_batch_size // world
+    if batch_size is None:
+        largest = min(share, max_batch_size or share)
+        batch_size = next(size for size in range(largest, 0, -1) if share % size == 0)
+    if share % batch_size:
+        choices = ", ".join(str(size) for size in range(1, share + 1) if share % size == 0)
+        raise ValueError(
+            f"loader.batch_size={batch_size} does not divide the {share} rows of each device and step "
+            f"(loader.global_batch_size={global_batch_size} over {names}); give one of {choices}"
+        )
+    return batch_size, share // batch_size
+
+
+# -------------------------------------------------------------------------------- the training stream
+
+
+class PositionBatchSampler(Sampler[list[int]]):
+    """This rank's micro-batches of stream positions, for the whole run.
+
+    Micro-batch m of step s on rank r holds b positions from s * G + (m * world + r) * b on.
+    Iteration begins with the step that follows `consumed` samples, but `len` counts from position 0:
+    Lightning compares it with the number of batches since the start of the run.
+    """
+
+    def __init__(
+        self,
+        global_batch_size: int,
+        batch_size: int,
+        max_steps: int,
+        rank: int = 0,
+        world: int = 1,
+        consumed: int = 0,
+    ) -> None:
+        self.batch_size, self.accumulate = batch_arithmetic(global_batch_size, batch_size, world)
+        self.global_batch_size, self.max_steps = global_batch_size, max_steps
+        self.rank, self.world = rank, world
+        if consumed % global_batch_size or consumed < 0:
+            raise ValueError(
+                f"the checkpoint was written after {consumed} samples, which is no whole number of steps of "
+                f"loader.global_batch_size={global_batch_size}; resume with the size the run began with"
+            )
+        self.first_step = consumed // global_batch_size
+
+    def __len__(self) -> int:
+        return self.max_steps * self.accumulate
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.first_step, self.max_steps):
+            for micro_batch in range(self.accumulate):
+                place = (micro_batch * self.world + self.rank) * self.batch_size
+                start = step * self.global_batch_size + place
+                yield list(range(start, start + self.batch_size))
+
+
+class _TrainingStream(Dataset):
+    """The endless stream: positions -> columns of the rows there."""
+
+    def __init__(self, rows: datasets.Dataset, seed: int) -> None:
+        self.rows, self.seed = rows, seed
+
+    def __getitems__(self, positions: list[int]) -> dict[str, Any]:
+        columns = self.rows[rows_at(positions, len(self.rows), self.seed)]
+        return {**columns, "position": np.asarray(positions)}
+
+
+# -------------------------------------------------------------------------------- evaluation
+
+
+class _Rows(Dataset):
+    """Row numbers -> columns of these rows."""
+
+    def __init__(self, rows: datasets.Dataset) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitems__(self, indices: list[int]) -> dict[str, Any]:
+        return self.rows[indices]
+
+
+class Collate:
+    """Columns of some rows -> a batch (the contract above). pad_id None: the rows are of equal length."""
+
+    def __init__(self, length: int, pad_id: int | None) -> None:
+        self.length, self.pad_id = length, pad_id
+
+    def __call__(self, columns: dict[str, Any]) -> dict[str, torch.Tensor]:
+        columns = dict(columns)
+        rows, lengths = columns.pop("input_ids"), np.asarray(columns.pop("length"))
+        batch = {name: torch.from_numpy(np.array(values, dtype=np.int64)) for name, values in columns.items()}
+        if self.pad_id is None:
+            return {"input_ids": torch.from_numpy(np.stack(rows).astype(np.int64)), **batch}
+        width = min(-(-int(lengths.max()) // PAD_MULTIPLE) * PAD_MULTIPLE, self.length)
+        mask = np.arange(width) < lengths[:, None]
+        ids = np.full(mask.shape, self.pad_id, dtype=np.int64)
+        ids[mask] = np.concatenate(list(rows))
+        return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask), **batch}
+
+
+# -------------------------------------------------------------------------------- the data module
+
+
+class TextData(LightningDataModule):
+    """A source, a tokenizer and a way of packing, as splits and loaders. Nothing is read before it is asked
+    for.
+
+    Settings are named as on the command line. data: `insert_train_*` holds for the train split,
+    `insert_valid_*` for the others; `insert_*_special` puts BOS and EOS around the chunks of wrapped data
+    and BOS before padded texts; `insert_*_eos` ends each text with EOS; `label` keeps one class;
+    `max_*_texts` limits a split for quick runs (a fixed random choice where there are labels, else the first
+    ones). Tokenizers are trained on the whole train split, whatever `label` and the limits are, so that the
+    models of all classes share one vocabulary. loader: `batch_size` and `eval_batch_size` are rows per
+    device; `batch_size` None divides `global_batch_size`. `length` is model.length, `seed` orders the
+    training stream, `max_steps` are optimizer steps of the whole run.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        length: int,
+        tokenizer_name_or_path: str,
+        tokenizer_folder: str | None = None,
+        vocab_size: int | None = None,
+        name: str | None = None,
+        train: str | None = None,
+        valid: str | None = None,
+        streaming: bool = False,
+        wrap: bool = True,
+        insert_train_special: bool = True,
+        insert_valid_special: bool = True,
+        insert_train_eos: bool = True,
+        insert_valid_eos: bool = True,
+        long_texts: str = "error",
+        drop_empty: bool = False,
+        label: int | None = None,
+        max_train_texts: int | None = None,
+        max_valid_texts: int | None = None,
+        max_test_texts: int | None = None,
+        cache_dir: str | Path = ".cache",
+        batch_size: int | None = None,
+        eval_batch_size: int = 32,
+        global_batch_size: int = 32,
+        max_steps: int = 1,
+        seed: int = 0,
+        num_workers: int = 0,
+        pin_memory: bool = True,
+    ) -> None:
+        super().__init__()
+        self.name = name or "text"
+        self.source, self.length, self.label, self.wrap = source, length, label, wrap
+        self.tokenizer_settings = {"name_or_path": tokenizer_name_or_path, "folder": tokenizer_folder,
+                                   "vocab_size": vocab_size, "cache_dir": cache_dir}  # fmt: skip
+        self.packings = {
+            split: Packing(length, wrap, eos=eos, bos=special and not wrap, chunk_special=special and wrap,
+                           long_texts=long_texts, drop_empty=drop_empty)
+            for split, special, eos in (("train", insert_train_special, insert_train_eos),
+                                        ("validation", insert_valid_special, insert_valid_eos),
+                                        ("test", insert_valid_special, insert_valid_eos))
+        }  # fmt: skip
+        self.limits = {"train": max_train_texts, "validation": max_valid_texts, "test": max_test_texts}
+        self.cache_dir, self.seed, self.num_workers = cache_dir, seed, num_workers
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self.global_batch_size, self.max_steps = global_batch_size, max_steps
+        self.pin_memory = pin_memory and torch.cuda.is_available()
+        self.figures: dict[str, dict[str, int]] = {}
+        self._texts: dict[str, datasets.Dataset] = {}
+        self._splits: dict[str, datasets.Dataset] = {}
+        self._resumed: dict[str, int] = {}
+        _check_names(name, train, valid, streaming)
+        self._check()
+
+    def _check(self) -> None:
+        least = {
+            "loader.eval_batch_size": (self.eval_batch_size, 1),
+            "loader.num_workers": (self.num_workers, 0),
+            "trainer.max_steps": (self.max_steps, 1),
+        }
+        limits = {
+            f"data.max_{'valid' if s == 'validation' else s}_texts": (n, 1) for s, n in self.limits.items()
+        }
+        for key, (value, lowest) in {**least, **limits}.items():
+            if value is not None and value < lowest:
+                raise ValueError(f"{key}={value} must be at least {lowest}")
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        settings = {key: value for key, value in self.tokenizer_settings.items() if key != "name_or_path"}
+        name = self.tokenizer_settings["name_or_path"]
+        return load_tokenizer(name, texts=lambda: self.source.load("train")["text"][:], **settings)
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        return vocabulary(self.tokenizer)
+
+    @property
+    def label_names(self) -> tuple[str, ...] | None:
+        return self.source.label_names
+
+    def texts(self, split: str) -> datasets.Dataset:
+        """The split's texts as they are: columns text, text_id (number in the whole split), label where
+        there is one.
+
+        Raises ValueError for an unknown split, an unknown label, an empty split.
+        """
+        if split not in self._texts:
+            rows = self.source.load(split)
+            rows = rows.add_column("text_id", np.arange(len(rows)))
+            if self.label is not None:
+                rows = keep_label(rows, self.label, self.label_names)
+            rows = at_most(rows, self.limits.get(split))
+            if not len(rows):
+                raise ValueError(f"the {split} split of the data is empty")
+            self._texts[split] = rows
+        return self._texts[split]
+
+    def split(self, name: str) -> datasets.Dataset:
+        """The split's packed rows (columns: text/packing.py). `figures[name]` says what packing did.
+
+        Raises ValueError for texts, lengths and tokenizers that do not go together.
+        """
+        if name not in self._splits:
+            texts = self.texts(name)
+            if self.wrap and self.label is None and "label" in texts.column_names:
+                texts = texts.remove_columns("label")  # a chunk of several texts has no label
+            packing = self.packings.get(name, self.packings["test"])
+            title = f"{name} split"
+            rows, figures = pack(texts, self.tokenizer, self.vocabulary, packing, self.cache_dir, title)
+            self._report(name, figures)
+            self._splits[name], self.figures[name] = rows, figures
+        return self._splits[name]
+
+    def _report(self, name: str, figures: dict[str, int]) -> None:
+        log.info(
+            "%s: %d texts -> %d rows, %d tokens", name, figures["texts"], figures["rows"], figures["tokens"]
+        )
+        if figures["long"] and not self.wrap:
+            log.warning("%s: %d of %d texts are longer than model.length=%d; tokens left out: %d", name,
+                        figures["long"], figures["texts"], self.length, figures["cut"])  # fmt: skip
+        if figures["unknown"]:
+            log.warning(
+                "%s: %d of %d tokens are unknown to the tokenizer",
+                name,
+                figures["unknown"],
+                figures["tokens"],
+            )
+
+    def train_dataloader(self) -> DataLoader:
+        """This rank's micro-batches of the whole run, from the place that a loaded checkpoint has reached.
+
+        Raises ValueError where the batch sizes do not divide or the trainer would run on past the stream.
+        """
+        rank, world = self._rank()
+        limit = None if self.trainer is None else self.trainer.max_steps
+        if limit is not None and not 0 < limit <= self.max_steps:
+            raise ValueError(f"trainer.max_steps={limit}, but the data were set up for {self.max_steps} "
+                             f"steps; "
+                             f"give both one positive number")  # fmt: skip
+        size, _ = batch_arithmetic(self.global_batch_size, self.batch_size, world)
+        sampler = PositionBatchSampler(
+            self.global_batch_size, size, self.max_steps, rank, world, self._consumed()
+        )
+        return self._loader(_TrainingStream(self.split("train"), self.seed), sampler)
+
+    def val_dataloader(self) -> DataLoader:
+        return self.eval_dataloader("validation")
+
+    def test_dataloader(self) -> DataLoader:
+        return self.eval_dataloader("test")
+
+    def eval_dataloader(self, split: str) -> DataLoader:
+        """Every row of the split once over all ranks; padded rows longest first, as equal lengths waste
+        least."""
+        rows = self.split(split)
+        order = (
+            np.arange(len(rows)) if self.wrap else np.argsort(-np.asarray(rows["length"][:]), kind="stable")
+        )
+        return self._loader(_Rows(rows), evaluation_batches(order, self.eval_batch_size, *self._rank()))
+
+    def _loader(self, rows: Dataset, batches: Sampler | list[list[int]]) -> DataLoader:
+        pad_id = None if self.wrap else self.vocabulary.pad_id
+        return DataLoader(
+            rows,
+            batch_sampler=batches,
+            collate_fn=Collate(self.length, pad_id),
+            num_workers=self.num_workers,
+            pin_memory=self.pin_memory,
+            persistent_workers=self.num_workers > 0,
+        )
+
+    def _rank(self) -> tuple[int, int]:
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+
+    def state_dict(self) -> dict[str, int]:
+        """Samples that finished steps have taken from the stream, and what else the order hangs on."""
+        steps = None if self.trainer is None else self.trainer.global_step
+        consumed = (
+            self._resumed.get("consumed_samples", 0) if steps is None else steps * self.global_batch_size
+        )
+        return {"consumed_samples": consumed, "global_batch_size": self.global_batch_size, "seed": self.seed}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self._resumed = dict(state_dict)
+
+    def _consumed(self) -> int:
+        """Where training goes on. Raises ValueError for a checkpoint of a run with another stream."""
+        for key, value in (("global_batch_size", self.global_batch_size), ("seed", self.seed)):
+            before = self._resumed.get(key, value)
+            if before != value:
+                setting = f"loader.{key}" if key == "global_batch_size" else key
+                raise ValueError(f"{setting}={value}, but the run to be resumed was begun with "
+                                 f"{setting}={before}; "
+                                 f"resume it with that, or start a new run")  # fmt: skip
+        return int(self._resumed.get("consumed_samples", 0))
+
+
+def _check_names(name: str | None, train: str | None, valid: str | None, streaming: bool) -> None:
+    """data.train and data.valid (keys of the reference projects) name the data set; other values would do
+    nothing."""
+    for key, value in (("data.train", train), ("data.valid", valid)):
+        if value is not None and name is not None and value != name:
+            raise ValueError(f"{key}={value}: a data set is trained and measured on its own splits; "
+                             f"choose it with "
+                             f"data={value}, or leave {key}={name}")  # fmt: skip
+    if streaming:
+        raise ValueError(
+            "data.streaming=true: texts are tokenised once and read from disk as needed; set it to false"
+        )

@@ -1,0 +1,115 @@
+"""The Lightning module: wiring only. The objective owns the mathematics, the task owns the report.
+
+Shape suffixes: B batch, L length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import partial
+
+import lightning
+import torch
+from torch import Tensor, nn
+
+from metrics import NLLMeter
+from models.ema import EMA
+from objectives.base import Batch, Objective, TokenLoss
+from randomness import evaluation_noise, hash_seed, training_noise
+
+
+class Diffusion(lightning.LightningModule):
+    """A backbone trained by an objective.
+
+    Args:
+        backbone: tokens in, hidden states out, with a `head`.
+        objective: the training law.
+        optimizer: parameters -> optimizer.
+        lr_scheduler: optimizer -> learning-rate scheduler, stepped once per optimizer step.
+        ema: decay of the parameter average that evaluation uses; 0 for none.
+        seed: of the training and validation noise.
+        global_batch_size: samples per optimizer step, over all devices and micro-batches.
+        identity: what the weights belong to (configuration, tokenizer), saved beside them in every checkpoint.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        objective: Objective,
+        optimizer: Callable | None = None,
+        lr_scheduler: Callable | None = None,
+        ema: float = 0.0,
+        seed: int = 1,
+        global_batch_size: int = 1,
+        identity: Mapping[str, object] | None = None,
+    ) -> None:
+        super().__init__()
+        self.backbone, self.objective = backbone, objective
+        self.build_optimizer, self.build_lr_scheduler = optimizer, lr_scheduler
+        self.ema = EMA(self.backbone.parameters(), ema) if ema else None
+        self.seed, self.global_batch_size = seed, global_batch_size
+        self.identity = dict(identity or {})
+        self.valid_nll = NLLMeter()
+
+    @property
+    def denoise(self) -> Callable[..., Tensor]:
+        """The objective's prediction with this backbone: what samplers call."""
+        return partial(self.objective.denoise, self.backbone)
+
+    def loss(self, batch: Batch, draw: int = 0, num_draws: int = 1, seed: int | None = None) -> TokenLoss:
+        """The loss under evaluation noise: keyed by (seed, sample id, draw), whatever batch the samples come in."""
+        noise = evaluation_noise(self.seed if seed is None else seed, batch["sample_id"], draw, num_draws)
+        return self.objective.loss(self.backbone, batch, noise)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        # Dropout is the one random thing that no generator reaches: seed it by place, so that a resumed run repeats it.
+        torch.manual_seed(hash_seed(self.seed, self.global_step, batch_idx, self.global_rank))
+        noise = training_noise(self.seed, batch["position"], self.global_batch_size)
+        loss = self.objective.loss(self.backbone, batch, noise).mean()
+        self.log("train/nll", loss.detach(), prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        loss = self.loss(batch)
+        self.valid_nll.update(loss.nll_BL.sum(-1), loss.mask_BL.sum(-1))
+
+    def on_validation_epoch_start(self) -> None:
+        self.valid_nll.reset()
+        self._ema_context = self.averaged()
+        self._ema_context.__enter__()
+
+    def on_validation_epoch_end(self) -> None:
+        self._ema_context.__exit__(None, None, None)
+        nll = self.valid_nll.estimate()
+        values = {"val/nll": nll.value, "val/nll_se": nll.se, "val/ppl": nll.exp().value}
+        self.log_dict({name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()})
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within the context the backbone has its averaged weights, if it keeps an average."""
+        with self.ema.swapped(self.backbone.parameters()) if self.ema else nullcontext():
+            yield
+
+    def optimizer_step(self, *args: object, **kwargs: object) -> None:
+        super().optimizer_step(*args, **kwargs)
+        if self.ema:
+            self.ema.update(self.backbone.parameters())
+
+    def configure_optimizers(self) -> dict[str, object]:
+        optimizer = self.build_optimizer(self.backbone.parameters())
+        scheduler = self.build_lr_scheduler(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_fit_start(self) -> None:
+        if self.ema:
+            self.ema.to(self.device)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, object]) -> None:
+        checkpoint["identity"] = self.identity
+        if self.ema:
+            checkpoint["ema"] = self.ema.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: Mapping[str, object]) -> None:
+        if self.ema and "ema" in checkpoint:
+            self.ema.load_state_dict(checkpoint["ema"])

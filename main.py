@@ -1,0 +1,242 @@
+"""python main.py [mode=train|ppl_eval|sample_eval|classify] [data=...] [key=value ...]
+
+The Hydra entry: composes the configuration, builds what it names and hands it to the task that `mode` names. The only
+reader of the configuration; everything below receives built objects and values.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+
+import hydra
+import lightning
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+import command_line
+from callbacks.progress import TextProgressBar
+from dataloader import TextData, batch_arithmetic
+from diffusion import Diffusion
+from models.checkpoints import AtomicCheckpointIO, Checkpoint, read_checkpoint
+
+# What makes two trainings the same one. Budgets, devices and bookkeeping are left out: they may change at a resume.
+IDENTITY = ("data", "model", "backbone", "parameterization", "noise", "time_conditioning", "optim", "lr_scheduler",
+            "training", "seed", "loader.global_batch_size", "trainer.gradient_clip_val")  # fmt: skip
+NOT_IDENTITY = ("data.label", "data.cache_dir", "model.attn_backend", "backbone.attn_backend",
+                "lr_scheduler.num_training_steps", "data.max_valid_texts", "data.max_test_texts")  # fmt: skip
+
+_TEXT_DATA = inspect.signature(TextData).parameters
+
+
+def identity(cfg: DictConfig) -> dict[str, object]:
+    """The part of the configuration that determines the weights, flat: key as typed -> value."""
+    flat: dict[str, object] = {}
+
+    def visit(prefix: str, node: object) -> None:
+        if isinstance(node, dict):
+            for name, child in node.items():
+                visit(f"{prefix}.{name}", child)
+        elif prefix not in NOT_IDENTITY:
+            flat[prefix] = node
+
+    for key in IDENTITY:
+        node = OmegaConf.select(cfg, key)
+        visit(key, OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node)
+    return flat
+
+
+class Experiment:
+    """Builds what the configuration names, when a task asks for it (see tasks/base.py)."""
+
+    def __init__(self, cfg: DictConfig, command: str) -> None:
+        self.cfg, self.command, self.seed = cfg, command, cfg.seed
+        self._save_dir = Path(cfg.checkpointing.save_dir) if cfg.checkpointing.save_dir else self._own_folder()
+        self._data: dict[int | None, TextData] = {}
+
+    def _own_folder(self) -> Path:
+        digest = hashlib.sha256(json.dumps(identity(self.cfg), sort_keys=True).encode()).hexdigest()
+        return Path(self.cfg.output_dir) / self.cfg.data.name / f"{self.cfg.model.name}-{digest[:8]}"
+
+    def folder(self, label: int | None = None) -> Path:
+        """Where a run and its results live: the experiment's folder, or that of one class's model below it."""
+        label = self.cfg.data.label if label is None else label
+        return self._save_dir if label is None else self._save_dir / f"label={label}"
+
+    @property
+    def settings(self) -> str:
+        return OmegaConf.to_yaml(self.cfg, resolve=True)
+
+    @property
+    def facts(self) -> dict[str, object]:
+        data = self.data()
+        parameters = sum(p.numel() for p in self._backbone(data).parameters())
+        return {"data": self.cfg.data.name, "tokenizer": f"{self.cfg.data.tokenizer_name_or_path}, "
+                f"{data.vocabulary.size} types", "network": f"{self.cfg.model.name}, {parameters:,} parameters",
+                "length": self.cfg.model.length, "seed": self.seed, "device": _device_name()}  # fmt: skip
+
+    @property
+    def sampler(self) -> Callable:
+        return instantiate(self.cfg.sampler)
+
+    @cached_property
+    def truth(self) -> object | None:
+        return instantiate(self.cfg.data.get("truth"))
+
+    def data(self, label: int | None = None) -> TextData:
+        label = self.cfg.data.label if label is None else label
+        if label not in self._data:
+            settings = {k: v for k, v in self.cfg.data.items() if k in _TEXT_DATA and k not in ("label", "source")}
+            loader = self.cfg.loader
+            micro_batch, _ = self._batches
+            self._data[label] = TextData(
+                instantiate(self.cfg.data.source), label=label, length=self.cfg.model.length, **settings,
+                batch_size=micro_batch, eval_batch_size=self._eval_batch_size, max_steps=self.cfg.trainer.max_steps,
+                global_batch_size=loader.global_batch_size, num_workers=loader.num_workers,
+                pin_memory=loader.pin_memory, seed=self.seed,
+            )  # fmt: skip
+        return self._data[label]
+
+    def diffusion(self, data: TextData) -> Diffusion:
+        lightning.seed_everything(self.seed, verbose=False)
+        vocabulary = data.vocabulary
+        objective = instantiate(
+            self.cfg.parameterization, schedule=instantiate(self.cfg.noise), mask_id=vocabulary.mask_id
+        )
+        known = {"configuration": identity(self.cfg), "tokenizer": vocabulary.fingerprint, "label": data.label}
+        return Diffusion(
+            self._backbone(data), objective, instantiate(self.cfg.optim), instantiate(self.cfg.lr_scheduler),
+            self.cfg.training.ema, self.seed, self.cfg.loader.global_batch_size, known,
+        )  # fmt: skip
+
+    def _backbone(self, data: TextData) -> torch.nn.Module:
+        return instantiate(self.cfg.backbone, vocab_size=data.vocabulary.size)
+
+    def trained(self, data: TextData, checkpoint_path: str, disable_ema: bool) -> Diffusion:
+        """The model with the weights of `checkpoint_path`, or of this configuration's own last checkpoint if that is
+        empty; on the device it will run on. Refuses weights that belong to something else."""
+        path = Path(checkpoint_path) if checkpoint_path else self._last()
+        if not checkpoint_path and not path.exists():
+            raise FileNotFoundError(
+                f"this configuration has no trained model at {path}: train it (the same command with mode=train), "
+                "or name one with eval.checkpoint_path="
+            )
+        checkpoint = read_checkpoint(path)
+        self._check_belongs(checkpoint, data)
+        diffusion = self.diffusion(data)
+        checkpoint.load_into(diffusion.backbone, use_ema=not disable_ema)
+        diffusion.ema = None
+        return diffusion.eval().to(_device(self.cfg.trainer.accelerator))
+
+    def _check_belongs(self, checkpoint: Checkpoint, data: TextData) -> None:
+        theirs, ours = checkpoint.identity.get("configuration", {}), identity(self.cfg)
+        shapes = [key for key in ours if key.split(".")[0] in ("model", "backbone", "time_conditioning")]
+        differing = [f"{key}={theirs[key]}" for key in shapes if key in theirs and theirs[key] != ours[key]
+                     and not key.startswith("backbone.")]  # fmt: skip
+        if differing:
+            raise ValueError(f"{checkpoint.path} was trained with other settings; add: {' '.join(differing)}")
+        tokenizer = checkpoint.identity.get("tokenizer")
+        if tokenizer not in (None, data.vocabulary.fingerprint):
+            raise ValueError(
+                f"{checkpoint.path} was trained with another tokenizer than "
+                f"data.tokenizer_name_or_path={self.cfg.data.tokenizer_name_or_path} gives here: "
+                f"{theirs.get('data.tokenizer_name_or_path')} of data={theirs.get('data.name')}; "
+                "its token ids would mean other words"
+            )
+
+    def _last(self, label: int | None = None) -> Path:
+        return self.folder(label) / "checkpoints" / "last.ckpt"
+
+    def resume_path(self, label: int | None = None) -> Path | None:
+        """The checkpoint to go on from, if there is one and checkpointing.resume_from_ckpt allows it."""
+        typed = OmegaConf.to_container(self.cfg.checkpointing, resolve=False)["resume_ckpt_path"]
+        path = self._last(label) if typed is None else Path(typed)
+        return path if self.cfg.checkpointing.resume_from_ckpt and path.exists() else None
+
+    def trainer(self, title: str, label: int | None = None) -> lightning.Trainer:
+        """A Trainer that logs and saves below `folder(label)`."""
+        cfg = self.cfg.copy()
+        cfg.checkpointing.save_dir = str(self.folder(label))
+        fitting = title.startswith("train")
+        callbacks = [TextProgressBar(title)]
+        callbacks += [instantiate(c) for c in cfg.callbacks.values()] if fitting and cfg.callbacks else []
+        loggers = [instantiate(node) for node in cfg.logger.values()] if fitting and cfg.logger else False
+        accelerator = cfg.trainer.accelerator
+        precision = cfg.trainer.precision or ("bf16-mixed" if _device(accelerator).type == "cuda" else "32-true")
+        return instantiate(
+            cfg.trainer, devices=self._devices, accumulate_grad_batches=self._batches[1], precision=precision,
+            callbacks=callbacks, logger=loggers, strategy=instantiate(cfg.strategy), plugins=[AtomicCheckpointIO()],
+            use_distributed_sampler=False, check_val_every_n_epoch=None, max_epochs=-1, enable_model_summary=False,
+            enable_checkpointing=fitting, inference_mode=True, _convert_="all",
+        )  # fmt: skip
+
+    @property
+    def _devices(self) -> int:
+        devices = self.cfg.trainer.devices
+        if devices != "auto":
+            return devices
+        return torch.cuda.device_count() if _device(self.cfg.trainer.accelerator).type == "cuda" else 1
+
+    @property
+    def _batches(self) -> tuple[int, int]:
+        """(samples per device and micro-batch, micro-batches per optimizer step)."""
+        loader = self.cfg.loader
+        size, accumulate = batch_arithmetic(
+            loader.global_batch_size, loader.batch_size, self._devices, self.cfg.trainer.num_nodes
+        )
+        typed = self.cfg.trainer.accumulate_grad_batches
+        if typed not in (None, accumulate):
+            raise ValueError(
+                f"trainer.accumulate_grad_batches={typed} contradicts loader.global_batch_size="
+                f"{loader.global_batch_size}, which makes it {accumulate}; leave it out"
+            )
+        return size, accumulate
+
+    @property
+    def _eval_batch_size(self) -> int:
+        devices = self._devices * self.cfg.trainer.num_nodes
+        return self.cfg.loader.eval_batch_size or -(-self.cfg.loader.eval_global_batch_size // devices)
+
+
+def _device(accelerator: str) -> torch.device:
+    gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    return torch.device("cuda" if gpu else "cpu")
+
+
+def _device_name() -> str:
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def run(cfg: DictConfig, command: str) -> dict[str, object]:
+    """Build the experiment and run the task that `mode` names; returns its results."""
+    torch.set_float32_matmul_precision("high")
+    return instantiate(cfg.mode)(Experiment(cfg, command))
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="config")
+def _hydra_main(cfg: DictConfig) -> None:
+    command = " ".join(["python main.py", *HydraConfig.get().overrides.task])
+    run(cfg, command)
+
+
+def main() -> None:
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="lightning")
+    sys.argv[1:] = command_line.translate(sys.argv[1:])
+    with command_line.clear_errors():
+        _hydra_main()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""The diffusion transformer of MDLM: a bidirectional transformer with rotary attention and adaLN conditioning.
+
+Parameter names and shapes are those of the reference checkpoints (kuleshov-group/mdlm, bd3lms, s-sahoo/duo).
+Shape suffixes: B batch, L length, N selected positions, V vocabulary, D width, C conditioning width, H heads.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.attention import apply_rotary, attend, resolve_backend, rotary_angles
+from models.layers import (
+    LayerNorm,
+    RotaryFrequencies,
+    SigmaEmbedding,
+    TokenEmbedding,
+    feed_forward,
+    modulate,
+    zero_linear,
+)
+
+
+class DiTBlock(nn.Module):
+    """Attention and MLP, each normalised, modulated by the conditioning and gated into the residual stream."""
+
+    def __init__(self, dim: int, cond_dim: int, n_heads: int, dropout: float, attn_backend: str) -> None:
+        super().__init__()
+        self.n_heads, self.dropout, self.attn_backend = n_heads, dropout, attn_backend
+        self.norm1 = LayerNorm(dim)
+        self.attn_qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.attn_out = nn.Linear(dim, dim, bias=False)
+        self.norm2 = LayerNorm(dim)
+        self.mlp = feed_forward(dim)
+        self.adaLN_modulation = zero_linear(cond_dim, 6 * dim)
+
+    def forward(self, x_BLD: Tensor, c_BC: Tensor, rotary: tuple[Tensor, Tensor], key_mask_BL: Tensor | None) -> Tensor:
+        shift_att, scale_att, gate_att, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c_BC).chunk(6, dim=-1)
+        qkv = self.attn_qkv(modulate(self.norm1(x_BLD), shift_att, scale_att))
+        q, k, v = qkv.unflatten(-1, (3, self.n_heads, -1)).unbind(dim=2)
+        attended = attend(apply_rotary(q, *rotary), apply_rotary(k, *rotary), v, key_mask_BL, self.attn_backend)
+        x_BLD = x_BLD + gate_att[:, None] * self._drop(self.attn_out(attended.flatten(2)))
+        hidden = self.mlp(modulate(self.norm2(x_BLD), shift_mlp, scale_mlp))
+        return x_BLD + gate_mlp[:, None] * self._drop(hidden)
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training)
+
+
+class OutputLayer(nn.Module):
+    """Norm, modulation and the vocabulary projection; the two halves are called apart (`normed`, then `linear`)."""
+
+    def __init__(self, dim: int, vocab_size: int, cond_dim: int) -> None:
+        super().__init__()
+        self.norm_final = LayerNorm(dim)
+        self.linear = zero_linear(dim, vocab_size)
+        self.adaLN_modulation = zero_linear(cond_dim, 2 * dim)
+
+    def normed(self, x_BLD: Tensor, c_BC: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c_BC).chunk(2, dim=-1)
+        return modulate(self.norm_final(x_BLD), shift, scale)
+
+
+class DiT(nn.Module):
+    """tokens, sigma -> logits, in two steps so that callers pay for the vocabulary only where they need it.
+
+    `encode(tokens_BL, sigma_B)` gives the normed hidden states (B, L, D); `head(hidden)` projects any selection of
+    them, (..., D) -> (..., V). `forward` is their composition.
+
+    Without `time_conditioning` sigma is replaced by zero, not skipped: adaLN then acts with a learned constant, as in
+    the reference. `mask_padding` hides padding from attention, so that an output does not depend on how far its batch
+    was padded; the reference attends to padding, and `mask_padding=False` reproduces that.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        cond_dim: int,
+        n_blocks: int,
+        n_heads: int,
+        dropout: float = 0.1,
+        time_conditioning: bool = False,
+        mask_padding: bool = True,
+        attn_backend: str = "sdpa",
+    ) -> None:
+        super().__init__()
+        if hidden_size % (2 * n_heads):
+            raise ValueError(
+                f"model.hidden_size={hidden_size} must be a multiple of 2 * model.n_heads={2 * n_heads}: "
+                "rotary attention pairs the dimensions of each head"
+            )
+        self.time_conditioning, self.mask_padding = time_conditioning, mask_padding
+        backend = resolve_backend(attn_backend)
+        self.vocab_embed = TokenEmbedding(vocab_size, hidden_size)
+        self.sigma_map = SigmaEmbedding(cond_dim)
+        self.rotary_emb = RotaryFrequencies(hidden_size // n_heads)
+        self.blocks = nn.ModuleList(
+            DiTBlock(hidden_size, cond_dim, n_heads, dropout, backend) for _ in range(n_blocks)
+        )
+        self.output_layer = OutputLayer(hidden_size, vocab_size, cond_dim)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.output_layer.linear.out_features
+
+    @property
+    def head(self) -> nn.Linear:
+        """The vocabulary projection: hidden (..., D) -> logits (..., V)."""
+        return self.output_layer.linear
+
+    def encode(self, tokens_BL: Tensor, sigma_B: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Hidden states (B, L, D), ready for `head`. `attention_mask` (B, L) is False on padding."""
+        c_BC = self.conditioning(sigma_B)
+        rotary = rotary_angles(self.rotary_emb.inv_freq, tokens_BL.shape[1])
+        key_mask_BL = attention_mask if self.mask_padding else None
+        x_BLD = self.vocab_embed(tokens_BL)
+        for block in self.blocks:
+            x_BLD = block(x_BLD, c_BC, rotary, key_mask_BL)
+        return self.output_layer.normed(x_BLD, c_BC)
+
+    def conditioning(self, sigma_B: Tensor) -> Tensor:
+        """What adaLN sees: silu of the embedded sigma, (B, C)."""
+        return F.silu(self.sigma_map(sigma_B if self.time_conditioning else torch.zeros_like(sigma_B)))
+
+    def forward(self, tokens_BL: Tensor, sigma_B: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Logits (B, L, V)."""
+        return self.head(self.encode(tokens_BL, sigma_B, attention_mask))

@@ -1,0 +1,70 @@
+"""Exponential moving average of parameters, in the layout of the reference checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class EMA:
+    """Shadow copies s of parameters p: after the n-th update s -= (1 - d)(s - p), d = min(decay, (1 + n) / (10 + n)).
+
+    The ramp on d lets short runs forget their initialisation.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], decay: float) -> None:
+        if not 0.0 <= decay < 1.0:
+            raise ValueError(f"training.ema={decay} must lie in [0, 1); 0 switches the average off")
+        self.decay, self.num_updates = decay, 0
+        self.shadow_params = [p.detach().clone() for p in parameters if p.requires_grad]
+
+    @torch.no_grad()
+    def update(self, parameters: Iterable[nn.Parameter]) -> None:
+        self.num_updates += 1
+        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+        torch._foreach_lerp_(self.shadow_params, self._matched(parameters), 1 - decay)
+
+    @contextmanager
+    def swapped(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+        """Within the context the parameters hold their averages; afterwards, whatever happens, their own values."""
+        current = self._matched(parameters)
+        saved = [p.detach().clone() for p in current]
+        self.copy_to(current)
+        try:
+            yield
+        finally:
+            _copy(saved, current)
+
+    def copy_to(self, parameters: Iterable[nn.Parameter]) -> None:
+        _copy(self.shadow_params, self._matched(parameters))
+
+    def to(self, device: torch.device) -> None:
+        self.shadow_params = [s.to(device) for s in self.shadow_params]
+
+    def state_dict(self) -> dict[str, object]:
+        return {"decay": self.decay, "num_updates": self.num_updates, "shadow_params": self.shadow_params}
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        """Take over a saved average, its decay and count included; refuses one of other shapes before changing any."""
+        loaded: list[Tensor] = state["shadow_params"]
+        ours, theirs = [tuple(s.shape) for s in self.shadow_params], [tuple(s.shape) for s in loaded]
+        if ours != theirs:
+            raise ValueError(
+                f"the checkpoint's EMA holds {len(theirs)} tensors that do not fit the model's {len(ours)} parameters"
+            )
+        self.decay, self.num_updates = float(state["decay"]), int(state["num_updates"])
+        _copy(loaded, self.shadow_params)
+
+    def _matched(self, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+        trainable = [p for p in parameters if p.requires_grad]
+        assert len(trainable) == len(self.shadow_params), "EMA was built for other parameters"
+        return trainable
+
+
+@torch.no_grad()
+def _copy(source: list[Tensor], target: list[Tensor]) -> None:
+    for s, t in zip(source, target, strict=True):
+        t.copy_(s)

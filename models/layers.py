@@ -1,0 +1,79 @@
+"""Building blocks of the transformers: norm, rotary frequencies, time embedding, adaLN modulation, heads.
+
+Shape suffixes: B batch, L length, D width, C conditioning width, V vocabulary. Attribute names are the parameter
+names of the reference checkpoints and must not change.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class LayerNorm(nn.Module):
+    """Layer norm with a scale and no bias, computed in float32 under any autocast."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return F.layer_norm(x.float(), x.shape[-1:]) * self.weight
+
+
+class TokenEmbedding(nn.Module):
+    """A table of token vectors (V, D), a bare parameter as in the reference checkpoints."""
+
+    def __init__(self, vocab_size: int, dim: int) -> None:
+        super().__init__()
+        self.embedding = nn.Parameter(torch.empty(vocab_size, dim))
+        nn.init.kaiming_uniform_(self.embedding, a=math.sqrt(5))
+
+    def forward(self, tokens_BL: Tensor) -> Tensor:
+        return F.embedding(tokens_BL, self.embedding)
+
+
+class RotaryFrequencies(nn.Module):
+    """Inverse frequencies 10000^(-2i/D) of the rotary embedding: a buffer that reference checkpoints carry."""
+
+    def __init__(self, head_dim: int, base: float = 10_000.0) -> None:
+        super().__init__()
+        self.register_buffer("inv_freq", 1.0 / base ** (torch.arange(0, head_dim, 2).float() / head_dim))
+
+
+class SigmaEmbedding(nn.Module):
+    """Sinusoidal features of the total noise sigma, then an MLP: (B,) -> (B, C)."""
+
+    def __init__(self, dim: int, num_features: int = 256, max_period: float = 10_000.0) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(num_features, dim), nn.SiLU(), nn.Linear(dim, dim))
+        half = num_features // 2
+        self.register_buffer(
+            "frequencies", torch.exp(-math.log(max_period) * torch.arange(half).float() / half), persistent=False
+        )
+
+    def forward(self, sigma_B: Tensor) -> Tensor:
+        angle = sigma_B.float()[:, None] * self.frequencies
+        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1))
+
+
+def modulate(x_BLD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
+    """adaLN: x (1 + scale) + shift (DiT, arXiv 2212.09748, section 3.2)."""
+    return x_BLD * (1 + scale_BD[:, None]) + shift_BD[:, None]
+
+
+def zero_linear(in_features: int, out_features: int) -> nn.Linear:
+    """A linear layer that starts at zero, so that a fresh residual branch is the identity."""
+    layer = nn.Linear(in_features, out_features)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def feed_forward(dim: int, ratio: int = 4) -> nn.Sequential:
+    """Linear, GELU (tanh form), Linear."""
+    return nn.Sequential(nn.Linear(dim, ratio * dim), nn.GELU(approximate="tanh"), nn.Linear(ratio * dim, dim))

@@ -1,0 +1,138 @@
+"""Noise schedules: t -> NoiseLevel. t = 0 is clean, t = 1 is all masked, alpha(t) = P(token kept).
+
+One class per schedule, each with alpha, its derivative and its inverse; what the references call sigma, dsigma and
+move chance follow from these. Values agree with kuleshov-group/mdlm `noise_schedule.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class NoiseLevel:
+    """alpha = P(token kept) and dalpha = d alpha / dt at the times asked for, of their shape."""
+
+    alpha: Tensor
+    dalpha: Tensor
+
+    @property
+    def sigma(self) -> Tensor:
+        """Total noise, -log alpha: what a time-conditioned network sees."""
+        return -torch.log(self.alpha)
+
+    @property
+    def move_chance(self) -> Tensor:
+        """P(token masked) = 1 - alpha."""
+        return 1 - self.alpha
+
+    @property
+    def elbo_weight(self) -> Tensor:
+        """-alpha' / (1 - alpha): the weight of a masked token's cross-entropy in the continuous-time NELBO
+        (MDLM, arXiv 2406.07524, eq. 11); positive."""
+        return -self.dalpha / (1 - self.alpha)
+
+
+class NoiseSchedule(ABC):
+    """A decreasing alpha(t) on [0, 1]."""
+
+    @abstractmethod
+    def __call__(self, t: Tensor) -> NoiseLevel:
+        """alpha and its derivative at t."""
+
+    @abstractmethod
+    def t_from_alpha(self, alpha: Tensor) -> Tensor:
+        """The inverse of alpha."""
+
+
+def _unit_interval(name: str, value: float) -> float:
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"{name}={value} must lie in [0, 1)")
+    return value
+
+
+class LogLinear(NoiseSchedule):
+    """alpha = 1 - (1 - eps) t, the schedule of MDLM; sigma is its log, hence the name."""
+
+    def __init__(self, eps: float = 1e-3) -> None:
+        self.eps = _unit_interval("noise.eps", eps)
+
+    def __call__(self, t: Tensor) -> NoiseLevel:
+        return NoiseLevel(1 - (1 - self.eps) * t, torch.full_like(t, -(1 - self.eps)))
+
+    def t_from_alpha(self, alpha: Tensor) -> Tensor:
+        return (1 - alpha) / (1 - self.eps)
+
+
+class Cosine(NoiseSchedule):
+    """alpha = eps + (1 - eps) cos(pi t / 2)."""
+
+    def __init__(self, eps: float = 1e-3) -> None:
+        self.eps = _unit_interval("noise.eps", eps)
+
+    def __call__(self, t: Tensor) -> NoiseLevel:
+        angle = math.pi / 2 * t
+        return NoiseLevel(
+            self.eps + (1 - self.eps) * angle.cos(), -(1 - self.eps) * (math.pi / 2) * angle.sin()
+        )
+
+    def t_from_alpha(self, alpha: Tensor) -> Tensor:
+        return torch.acos((alpha - self.eps) / (1 - self.eps)) / (math.pi / 2)
+
+
+class CosineSquared(NoiseSchedule):
+    """alpha = eps + (1 - eps) cos^2(pi t / 2)."""
+
+    def __init__(self, eps: float = 1e-3) -> None:
+        self.eps = _unit_interval("noise.eps", eps)
+
+    def __call__(self, t: Tensor) -> NoiseLevel:
+        angle = math.pi / 2 * t
+        return NoiseLevel(
+            self.eps + (1 - self.eps) * angle.cos() ** 2, -(1 - self.eps) * (math.pi / 2) * (2 * angle).sin()
+        )
+
+    def t_from_alpha(self, alpha: Tensor) -> Tensor:
+        return torch.acos(((alpha - self.eps) / (1 - self.eps)).sqrt()) / (math.pi / 2)
+
+
+def _sigma_range(sigma_min: float, sigma_max: float) -> tuple[float, float]:
+    if not 0.0 < sigma_min < sigma_max:
+        raise ValueError(f"noise.sigma_min={sigma_min} and noise.sigma_max={sigma_max} must satisfy 0 < min < max")
+    return sigma_min, sigma_max
+
+
+class Linear(NoiseSchedule):
+    """sigma = sigma_min + t (sigma_max - sigma_min): linear in the total noise."""
+
+    def __init__(self, sigma_min: float, sigma_max: float) -> None:
+        self.sigma_min, self.sigma_max = _sigma_range(sigma_min, sigma_max)
+
+    def __call__(self, t: Tensor) -> NoiseLevel:
+        rate = self.sigma_max - self.sigma_min
+        alpha = torch.exp(-(self.sigma_min + t * rate))
+        return NoiseLevel(alpha, -rate * alpha)
+
+    def t_from_alpha(self, alpha: Tensor) -> Tensor:
+        return (-torch.log(alpha) - self.sigma_min) / (self.sigma_max - self.sigma_min)
+
+
+class Geometric(NoiseSchedule):
+    """sigma = sigma_min^(1 - t) sigma_max^t (SEDD, arXiv 2310.16834, section 5.1)."""
+
+    def __init__(self, sigma_min: float, sigma_max: float) -> None:
+        self.sigma_min, self.sigma_max = _sigma_range(sigma_min, sigma_max)
+
+    def __call__(self, t: Tensor) -> NoiseLevel:
+        sigma = self.sigma_min ** (1 - t) * self.sigma_max**t
+        alpha = torch.exp(-sigma)
+        return NoiseLevel(alpha, -alpha * sigma * math.log(self.sigma_max / self.sigma_min))
+
+    def t_from_alpha(self, alpha: Tensor) -> Tensor:
+        ratio = math.log(self.sigma_max / self.sigma_min)
+        return torch.log(-torch.log(alpha) / self.sigma_min) / ratio

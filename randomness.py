@@ -1,0 +1,105 @@
+"""Random numbers addressed by name: each depends on (seed, key of its row, draw, call, place) and on nothing else.
+
+A torch.Generator hands out numbers in order, so what a sample receives depends on its batch, its rank and every
+draw before it. Here the numbers are hashes of their address (SplitMix64; Steele, Lea & Flood, OOPSLA 2014), the same
+integers on every device. Hence masks do not depend on batch size, number of devices, workers or a resume, and
+two models can be given exactly the same masks.
+
+Shape suffixes: B batch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+_GOLDEN_RATIO_CONJUGATE = 0.6180339887498949
+
+
+def _signed(value: int) -> int:
+    """The int64 with the same 64 bits; torch has no unsigned 64-bit arithmetic, but its int64 wraps around."""
+    value &= (1 << 64) - 1
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Logical (not sign-extending) right shift."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """The finaliser of SplitMix64, a bijection of the 64-bit integers."""
+    x = x + _signed(_GOLDEN)
+    x = (x ^ _shift(x, 30)) * _signed(_MULTIPLIERS[0])
+    x = (x ^ _shift(x, 27)) * _signed(_MULTIPLIERS[1])
+    return x ^ _shift(x, 31)
+
+
+def hash_seed(*keys: int) -> int:
+    """A 63-bit seed from integers, for generators that take one number."""
+    state = torch.zeros((), dtype=torch.int64)
+    for key in keys:
+        state = _mix(state ^ _signed(key))
+    return int(_shift(state, 1))
+
+
+class KeyedNoise:
+    """Uniform numbers for a batch of rows, each row addressed by (seed, key, draw).
+
+    Args:
+        seed: of the run.
+        key_B: int64 (B,), what a row is: its sample id, or its position in the training stream.
+        draw: which of several independent draws for the same rows.
+        time_B: float64 (B,) in [0, 1), the numbers that `time` returns: a low-discrepancy set, where one is wanted.
+    """
+
+    def __init__(self, seed: int, key_B: Tensor, draw: int = 0, time_B: Tensor | None = None) -> None:
+        self._state_B = _mix(_mix(key_B ^ hash_seed(seed)) ^ hash_seed(draw))
+        self._calls = 0
+        self._time_B = time_B
+
+    def uniform(self, *shape: int) -> Tensor:
+        """float64 (B, *shape) in [0, 1); a later call gives new numbers.
+
+        The number at a place does not depend on `shape`, so padding a row further changes nothing before it.
+        """
+        self._calls += 1
+        stream_B = _mix(self._state_B ^ hash_seed(self._calls))
+        size = torch.Size(shape)
+        place = torch.arange(size.numel(), device=stream_B.device)
+        bits = _mix(stream_B[:, None] + place * _signed(_GOLDEN))
+        return (_shift(bits, 11).double() * 2.0**-53).reshape(len(stream_B), *size)
+
+    def time(self) -> Tensor:
+        """float64 (B,) in [0, 1): `time_B` if it was given, else plain uniform numbers."""
+        return self.uniform() if self._time_B is None else self._time_B
+
+    def select(self, rows_B: Tensor) -> KeyedNoise:
+        """The same noise for a subset of the rows (a mask or indices)."""
+        chosen = object.__new__(KeyedNoise)
+        chosen._state_B, chosen._calls = self._state_B[rows_B], self._calls
+        chosen._time_B = None if self._time_B is None else self._time_B[rows_B]
+        return chosen
+
+
+def training_noise(seed: int, position_B: Tensor, global_batch_size: int) -> KeyedNoise:
+    """Noise keyed by the place of a sample in the training stream.
+
+    Times are antithetic over the *global* batch: each of its samples gets a stratum of its own
+    (Kingma et al., arXiv 2107.00630, appendix I.1), whichever device and micro-batch it falls into.
+    """
+    jitter_B = KeyedNoise(seed, position_B, draw=-1).uniform()
+    return KeyedNoise(seed, position_B, time_B=(position_B % global_batch_size + jitter_B) / global_batch_size)
+
+
+def evaluation_noise(seed: int, sample_id_B: Tensor, draw: int = 0, num_draws: int = 1) -> KeyedNoise:
+    """Noise of one of `num_draws` draws for each sample, keyed by (seed, sample id, draw).
+
+    Draw k takes its time from the k-th of num_draws strata. Within the stratum the samples follow a Kronecker
+    sequence with a random start: uniform for every single sample, evenly spread over the data set.
+    """
+    start = KeyedNoise(seed, torch.tensor([draw], device=sample_id_B.device), draw=-2).uniform()
+    within_B = (start + sample_id_B.double() * _GOLDEN_RATIO_CONJUGATE) % 1.0
+    return KeyedNoise(seed, sample_id_B, draw=draw, time_B=(draw + within_B) / num_draws)

@@ -1,0 +1,9 @@
+"""Self-contained HTML reports of runs: numbers with their errors, figures, and samples as they were written.
+
+Imports nothing else of the project. `reporting.plots` draws the figures, `Report` sets the page.
+"""
+
+from reporting.formatting import Metric, format_measurement, format_number
+from reporting.report import Report, Sample
+
+__all__ = ["Metric", "Report", "Sample", "format_measurement", "format_number"]

@@ -1,0 +1,205 @@
+"""The report of a run: one HTML file that opens from disk and needs no network."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import numbers
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup, escape
+from matplotlib.figure import Figure
+
+from reporting.formatting import Metric, format_number
+from reporting.style import THEME
+from reporting.svg import inline_figure
+
+_TEMPLATE = "report.html.j2"
+_NUMERIC = re.compile(r"^(NaN|[−-]?∞|[(<>≤≥~≈+−-]*\d[\d.,:/ ()±×?%⁻⁰¹²³⁴⁵⁶⁷⁸⁹−-]*)( ?[A-Za-zµ/%]{1,12})?$")
+_BLANK = {"", "–", "—", "-"}
+# HTML has no place for these; a replacement sign keeps them visible.
+_CONTROL = {code: "\ufffd" for code in [*range(9), 11, 12, *range(14, 32), 127]}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A generated text of L tokens and the sampler step at which each appeared.
+
+    `reveal_step[i]` is in 1..`num_steps`, or 0 for a token that was given (prefix, context). Tokens carry
+    their own spacing: concatenated they are the text. Raises ValueError where the two lists disagree.
+    """
+
+    tokens: list[str]
+    reveal_step: list[int]
+    num_steps: int
+    title: str = ""
+
+    def __post_init__(self) -> None:
+        if len(self.tokens) != len(self.reveal_step):
+            raise ValueError(f"sample has {len(self.tokens)} tokens but {len(self.reveal_step)} reveal steps")
+        outside = [step for step in self.reveal_step if not 0 <= step <= self.num_steps]
+        if outside:
+            raise ValueError(f"reveal step {outside[0]} is not in 0..num_steps = {self.num_steps}")
+
+    @property
+    def text(self) -> str:
+        """The final text."""
+        return "".join(self.tokens)
+
+
+class Report:
+    """Collects sections of numbers, tables, figures and samples, and writes them as one HTML page.
+
+    `facts` is a small table of what was run (data, tokenizer, model size, seed, device, wall time, ...).
+    Texts are plain: they are escaped, blank lines separate paragraphs, and `backticks` set code.
+    Figures are rendered when added, so the caller may let go of them. `write` may be called repeatedly.
+    """
+
+    def __init__(
+        self, title: str, subtitle: str = "", command: str = "", facts: Mapping[str, object] | None = None
+    ) -> None:
+        self.title, self.subtitle, self.command = title, subtitle, command
+        self.facts = {str(key): _cell(value) for key, value in (facts or {}).items()}
+        self._sections: list[dict[str, Any]] = []
+        self._counts = {"figure": 0, "table": 0}
+
+    def section(self, heading: str, text: str = "") -> None:
+        """Opens a section; everything added after belongs to it."""
+        self._sections.append({"heading": heading, "paragraphs": _paragraphs(text), "blocks": []})
+
+    def metrics(self, metrics: Sequence[Metric]) -> None:
+        """A row of measured numbers, each with its standard error, unit and note."""
+        self._add("metrics", metrics=[_metric(metric) for metric in metrics])
+
+    def table(self, header: Sequence[str], rows: Sequence[Sequence[object]], caption: str = "") -> None:
+        """A table; cells may be text, numbers, None (a dash) or `Metric`. Columns of numbers align right.
+
+        Raises ValueError if a row is not as long as the header.
+        """
+        for row in rows:
+            if len(row) != len(header):
+                raise ValueError(f"table row {list(row)} has {len(row)} cells; the header has {len(header)}")
+        cells = [[_cell(value, strip=False) for value in row] for row in rows]
+        numeric = [_is_numeric([row[i] for row in cells]) for i in range(len(header))]
+        content = {"header": list(header), "rows": cells, "numeric": numeric, "caption": _inline(caption)}
+        self._add("table", number=self._number("table") if caption else 0, **content)
+
+    def figure(self, figure: Figure, caption: str, alt: str) -> None:
+        """A figure; `alt` says in words what it shows to those who cannot see it."""
+        number = self._number("figure")
+        markup, card = inline_figure(figure, alt, f"f{number}", THEME)
+        self._add("figure", markup=markup, card=card, caption=_inline(caption), number=number)
+
+    def samples(self, samples: Sequence[Sample]) -> None:
+        """Texts with the course of their denoising; without JavaScript the final text is readable."""
+        self._add("samples", samples=[_sample(sample) for sample in samples])
+
+    def code(self, text: str, caption: str = "") -> None:
+        """Literal text behind a fold, e.g. the resolved configuration."""
+        self._add("code", text=text.translate(_CONTROL), caption=caption or "Listing")
+
+    def render(self) -> str:
+        """The page as HTML."""
+        environment = jinja2.Environment(
+            loader=jinja2.FileSystemLoader(Path(__file__).parent),
+            autoescape=True,
+            undefined=jinja2.StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        environment.filters["sha256"] = _content_hash
+        return environment.get_template(_TEMPLATE).render(
+            title=self.title,
+            subtitle=_inline(self.subtitle),
+            command=self.command,
+            facts=self.facts,
+            sections=self._sections,
+            written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        )
+
+    def write(self, path: Path) -> None:
+        """Writes the page to `path` atomically: readers see the old file or the new one, never a part."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Lone surrogates (torn bytes of a byte-level tokenizer) must not cost a finished run its report.
+        data = self.render().encode("utf-8", errors="replace")
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _add(self, kind: str, **content: Any) -> None:
+        if not self._sections:
+            self.section("")
+        self._sections[-1]["blocks"].append({"kind": kind, **content})
+
+    def _number(self, kind: str) -> int:
+        self._counts[kind] += 1
+        return self._counts[kind]
+
+
+def _metric(metric: Metric) -> dict[str, str]:
+    value, _, error = metric.measurement.partition(" ± ")
+    return {"name": metric.name, "value": value, "error": error, "unit": metric.unit, "note": metric.note}
+
+
+def _sample(sample: Sample) -> dict[str, Any]:
+    """What the template and the player need; `window` is how many steps count as just written."""
+    pieces = []
+    for token in sample.tokens:
+        token = token.translate(_CONTROL)
+        # Leading space stays outside the block that stands for a masked token, or blocks would merge.
+        body = token.lstrip()
+        lead = token[: len(token) - len(body)] if body else ""
+        pieces.append((lead, body or token))
+    given = [step == 0 for step in sample.reveal_step]
+    return {
+        "title": sample.title,
+        "pieces": [(*piece, is_given) for piece, is_given in zip(pieces, given, strict=True)],
+        "steps": " ".join(map(str, sample.reveal_step)),
+        "num_steps": sample.num_steps,
+        "window": max(1, -(-sample.num_steps // 64)),
+        "num_tokens": len(sample.tokens),
+        "given": sum(given),
+    }
+
+
+def _cell(value: object, strip: bool = True) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, numbers.Real):
+        return format_number(value, strip=strip)
+    return str(value).translate(_CONTROL)
+
+
+def _is_numeric(column: Sequence[str]) -> bool:
+    filled = [cell for cell in column if cell.strip() not in _BLANK]
+    return bool(filled) and all(_NUMERIC.match(cell) for cell in filled)
+
+
+def _paragraphs(text: str) -> list[Markup]:
+    return [_inline(part.strip()) for part in re.split(r"\n\s*\n", text) if part.strip()]
+
+
+def _inline(text: str) -> Markup:
+    """Escaped text in which `backticks` set code."""
+    return Markup(re.sub(r"`([^`\n]+)`", r"<code>\1</code>", str(escape(text.translate(_CONTROL)))))
+
+
+def _content_hash(text: str) -> str:
+    """Source expression of the content security policy that admits exactly this inline script."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(str(text).encode()).digest()).decode('ascii')}"

@@ -1,0 +1,59 @@
+"""Ancestral sampling of masked diffusion (MDLM, arXiv 2406.07524, section 3.2 and algorithm 1).
+
+Positions first, tokens second: which positions a step unmasks does not depend on their tokens, so it is drawn before
+the network runs. The network then projects those positions only, and rows with none need no evaluation at all.
+
+Shape suffixes: B batch, L length, R rows evaluated, N positions drawn, S times of a grid.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from forward_process import draw_categorical, unmask_step
+from noise_schedule import NoiseSchedule
+from randomness import KeyedNoise
+from samplers.base import Denoise, Generation, time_grid
+
+
+@torch.no_grad()
+def sample(
+    denoise: Denoise,
+    schedule: NoiseSchedule,
+    x_BL: Tensor,
+    mask_id: int,
+    generator: KeyedNoise,
+    *,
+    steps: int,
+    skip_idle: bool,
+    noise_removal: bool = True,
+    eps: float = 1e-5,
+    **cond: Tensor,
+) -> Generation:
+    """Fill the masked positions of `x_BL`; its other tokens are given and never change.
+
+    Args:
+        skip_idle: evaluate only the rows that have a position to draw. Exact, also with time conditioning, since the
+            network's answer for the other rows would not be used; False keeps every step's shapes alike.
+        cond: passed on to `denoise`, row by row (B, ...).
+        noise_removal: after the last step write the most likely token wherever a mask is left. Otherwise masks stay.
+    """
+    grid_S = time_grid(steps, eps, x_BL.device)
+    masked_BL = x_BL == mask_id
+    write_at_BL = unmask_step(generator.uniform(x_BL.shape[1]), schedule(grid_S).alpha).masked_fill(~masked_BL, -1)
+    u_BL = generator.uniform(x_BL.shape[1])
+    x_BL, evaluations_B = x_BL.clone(), torch.zeros(len(x_BL), dtype=torch.long, device=x_BL.device)
+    busy = set(write_at_BL.unique().tolist())
+    for step in range(steps + 1 if noise_removal else steps):
+        if skip_idle and step not in busy:
+            continue
+        now_BL = write_at_BL == step
+        rows_R = now_BL.any(-1).nonzero().squeeze(-1) if skip_idle else torch.arange(len(x_BL), device=x_BL.device)
+        given = {name: value[rows_R] for name, value in cond.items()}
+        log_p_NV = denoise(x_BL[rows_R], grid_S[step].expand(len(rows_R)), now_BL[rows_R], **given)
+        last = step == steps
+        x_BL[now_BL] = log_p_NV.argmax(-1) if last else draw_categorical(log_p_NV, u_BL[now_BL])
+        evaluations_B[rows_R] += 1
+    step_BL = torch.where(masked_BL, write_at_BL + 1, 0)
+    return Generation(x_BL, step_BL, steps + noise_removal, evaluations_B)

@@ -1,0 +1,156 @@
+"""What a task is handed, and what every task does with it: measure on a split, compare, write down.
+
+Shape suffixes: M texts of a split.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import lightning
+import numpy as np
+import torch
+
+from diffusion import Diffusion
+from metrics import Estimate, NLLMeter
+from reporting.report import Metric
+from tasks.scoring import Scores
+
+
+class GroundTruth(Protocol):
+    """A corpus that knows its own probabilities; natural logarithms."""
+
+    def log_prob(self, texts: Sequence[str], label: int) -> np.ndarray: ...
+
+    def log_prob_length(self, num_tokens: Sequence[int], label: int) -> np.ndarray: ...
+
+    def posterior(self, texts: Sequence[str]) -> np.ndarray: ...
+
+
+class Experiment(Protocol):
+    """Builds what the configuration names, when it is asked for. `label` None means the configuration's own choice."""
+
+    seed: int
+    command: str
+    settings: str  # the resolved configuration as YAML
+    facts: Mapping[str, object]
+    sampler: Callable
+    truth: GroundTruth | None
+
+    def folder(self, label: int | None = None) -> Path: ...
+    def data(self, label: int | None = None) -> object: ...
+    def diffusion(self, data: object) -> Diffusion: ...
+    def trained(self, data: object, checkpoint_path: str, disable_ema: bool) -> Diffusion: ...
+    def trainer(self, title: str, label: int | None = None) -> lightning.Trainer: ...
+    def resume_path(self, label: int | None = None) -> Path | None: ...
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """The likelihood of a split, with what to hold it against, all in nats per scored token.
+
+    truth: the corpus's own entropy on the same texts, where it is known. gap: model minus truth, text by text, so its
+    error is far smaller than that of either. unigram: the same texts under training-set token frequencies.
+    """
+
+    scores: Scores
+    model: Estimate
+    unigram: Estimate
+    truth: Estimate | None = None
+    gap: Estimate | None = None
+
+    def metrics(self) -> list[Metric]:
+        bits = self.model.scaled(1 / np.log(2))
+        perplexity = self.model.exp()
+        rows = [
+            Metric("NLL", self.model.value, self.model.se, "nats/token", "an upper bound (NELBO)"),
+            Metric("bits", bits.value, bits.se, "bits/token"),
+            Metric("perplexity", perplexity.value, perplexity.se),
+            Metric("unigram model", self.unigram.value, self.unigram.se, "nats/token"),
+        ]
+        if self.truth and self.gap:
+            excess = self.gap.scaled(100 / self.truth.value)
+            rows += [
+                Metric("true entropy", self.truth.value, self.truth.se, "nats/token", "exact, same texts"),
+                Metric("above the truth", excess.value, excess.se, "%", "paired over texts"),
+            ]
+        return rows
+
+    def ladder(self) -> list[tuple[str, float, float | None]]:
+        """Rows of the figure that holds model against unigram."""
+        return [("unigram", self.unigram.value, self.unigram.se), ("this model", self.model.value, self.model.se)]
+
+
+def likelihood(data: object, split: str, scores: Scores, truth: GroundTruth | None) -> Likelihood:
+    """Hold measured scores of `split` against a unigram model and, where the corpus knows it, the true entropy."""
+    rows_M = row_numbers(data.split(split), scores.sample_id_M)
+    unigram = _per_token(unigram_nll(data, split)[rows_M], scores.tokens_M)
+    if truth is None:
+        return Likelihood(scores, scores.per_token(), unigram)
+    true_nll_M = true_nll(data, split, truth)[rows_M]
+    return Likelihood(
+        scores,
+        scores.per_token(),
+        unigram,
+        _per_token(true_nll_M, scores.tokens_M),
+        _per_token(scores.nll_M - true_nll_M, scores.tokens_M),
+    )
+
+
+def row_numbers(rows: Mapping[str, Sequence[int]], sample_id_M: np.ndarray) -> np.ndarray:
+    """Where in a packed split the samples stand, (M,)."""
+    ids = np.asarray(rows["sample_id"])
+    order = ids.argsort()
+    return order[np.searchsorted(ids, sample_id_M, sorter=order)]
+
+
+def _per_token(nll_M: np.ndarray, tokens_M: np.ndarray) -> Estimate:
+    meter = NLLMeter()
+    meter.update(torch.as_tensor(nll_M), torch.as_tensor(tokens_M))
+    return meter.estimate()
+
+
+def unigram_nll(data: object, split: str) -> np.ndarray:
+    """Nats per row under the training split's token frequencies (add-one smoothed), (M,)."""
+    counts_V = np.ones(data.vocabulary.size)
+    for ids in data.split("train")["input_ids"]:
+        np.add.at(counts_V, np.asarray(ids), 1)
+    nats_V = -np.log(counts_V / counts_V.sum())
+    return np.array([nats_V[np.asarray(ids)].sum() for ids in data.split(split)["input_ids"]])
+
+
+def true_nll(data: object, split: str, truth: GroundTruth) -> np.ndarray:
+    """-log p(text | its length) of every text in the split under the corpus's own law, in nats (M,).
+
+    Given the length, because a padded row shows a model how long its text is. With all classes in the data the law is
+    their mixture.
+    """
+    texts = data.texts(split)["text"]
+    labels = range(len(data.label_names)) if data.label is None else [data.label]
+    num_tokens = [len(ids) - 1 for ids in data.split(split)["input_ids"]]  # the grammar does not count [EOS]
+    joint = np.stack([truth.log_prob(texts, k) for k in labels])
+    length = np.stack([truth.log_prob_length(num_tokens, k) for k in labels])
+    return np.logaddexp.reduce(length) - np.logaddexp.reduce(joint)
+
+
+def write_results(folder: Path, results: Mapping[str, object]) -> None:
+    """`results.json`: what was measured and under which protocol, for programs to read; written atomically."""
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / "results.json.partial"
+    partial.write_text(json.dumps(results, indent=2, default=_plain) + "\n")
+    os.replace(partial, folder / "results.json")
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Estimate):
+        return {"value": value.value, "se": value.se}
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} has no place in results.json")

@@ -1,0 +1,70 @@
+"""mode=ppl_eval: the likelihood of a split, with its error and its protocol."""
+
+from __future__ import annotations
+
+import math
+
+from reporting import plots
+from reporting.report import Report
+from tasks.base import Experiment, Likelihood, likelihood, write_results
+from tasks.scoring import score
+
+
+def protocol(data: object, split: str, num_draws: int) -> dict[str, object]:
+    """What must be equal for two perplexities to be comparable."""
+    return {
+        "data": data.name, "split": split, "label": data.label, "tokenizer": data.vocabulary.fingerprint,
+        "length": data.length, "wrap": data.wrap, "estimator": "NELBO, stratified t", "draws": num_draws,
+    }  # fmt: skip
+
+
+def report_likelihood(report: Report, measured: Likelihood, split: str) -> None:
+    """The section that every report with a likelihood has."""
+    report.section(f"Likelihood on the {split} split", _PREAMBLE + (_TRUTH if measured.truth else ""))
+    report.metrics(measured.metrics())
+    truth = measured.truth.value if measured.truth else None
+    report.figure(
+        plots.likelihood_against_truth(measured.ladder(), truth, "nats/token"),
+        "Nats per token with 95% intervals over texts; lower is better.", "Likelihood of the models",
+    )  # fmt: skip
+    report.figure(
+        plots.nll_by_mask_rate(*measured.scores.by_mask_rate()),
+        "How hard a masked token is to guess against how many of its neighbours are masked too.",
+        "Cross-entropy against mask rate",
+    )
+
+
+_PREAMBLE = (
+    "The NELBO bounds the true negative log-likelihood from above. Errors are standard errors over texts and contain "
+    "the noise of the masks."
+)
+_TRUTH = " The corpus knows its own probabilities, so its entropy on these very texts is exact."
+
+
+def ppl_eval(
+    experiment: Experiment, *, checkpoint_path: str, disable_ema: bool, split: str, num_draws: int
+) -> dict[str, object]:
+    """Score every text of `split`; write results.json and report.html."""
+    data = experiment.data()
+    diffusion = experiment.trained(data, checkpoint_path, disable_ema)
+    trainer = experiment.trainer("ppl_eval")
+    scores = score(trainer, diffusion, data.eval_dataloader(split), num_draws, experiment.seed)
+    measured = likelihood(data, split, scores, experiment.truth)
+    folder = experiment.folder() / "ppl_eval"
+    results = {
+        "nll_nats_per_token": measured.model, "bits_per_token": measured.model.scaled(1 / math.log(2)),
+        "perplexity": measured.model.exp(), "unigram_nats_per_token": measured.unigram,
+        "true_nats_per_token": measured.truth, "gap_nats_per_token": measured.gap, "texts": len(scores.tokens_M),
+        "tokens": int(scores.tokens_M.sum()), "network_evaluations_per_text": num_draws,
+    }  # fmt: skip
+    write_results(folder, {**results, "protocol": protocol(data, split, num_draws), "command": experiment.command})
+    report = Report("Perplexity", f"{data.name}, {split} split", experiment.command, experiment.facts)
+    report_likelihood(report, measured, split)
+    report.code(experiment.settings, "configuration")
+    report.write(folder / "report.html")
+    print(f"\n{data.name} {split}: {len(scores.tokens_M)} texts, {int(scores.tokens_M.sum())} tokens, {num_draws} draws a text")
+    print(f"NLL {measured.model} nats/token | {results['bits_per_token']} bits/token | perplexity {results['perplexity']}")
+    if measured.truth:
+        print(f"true entropy {measured.truth} nats/token | above it by {measured.gap} (paired)")
+    print(f"{folder / 'report.html'}")
+    return results

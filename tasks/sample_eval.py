@@ -1,0 +1,141 @@
+"""mode=sample_eval: text out of masks, with the steps that wrote it.
+
+Shape suffixes: B batch, L length.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from callbacks.progress import Meter
+from diffusion import Diffusion
+from metrics import Estimate
+from randomness import KeyedNoise
+from reporting.report import Metric, Report, Sample
+from tasks.base import Experiment, write_results
+from text.tokenizers import decode, token_strings
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One sampled text: its ids without padding, the step that wrote each (0: given), and what it cost."""
+
+    ids: list[int]
+    steps: list[int]
+    num_steps: int
+    evaluations: int
+
+
+def draw(
+    diffusion: Diffusion, data: object, sampler: Callable, num_samples: int, batch_size: int, seed: int
+) -> list[Drawn]:
+    """`num_samples` texts. The i-th depends on (seed, i) and on the weights, not on the batch it is drawn in.
+
+    Padded data: a text's length is that of a training text picked at random, since a model of padded texts is a model
+    of p(text | length). Wrapped data: the model's length.
+    """
+    lengths = _lengths(data, num_samples, seed)
+    drawn: list[Drawn] = []
+    meter = Meter("sample", num_samples)
+    with torch.inference_mode():
+        for start in range(0, num_samples, batch_size):
+            batch = lengths[start : start + batch_size]
+            drawn += _draw_batch(diffusion, data, sampler, batch, start, seed)
+            meter.update(len(drawn))
+    meter.close()
+    return drawn
+
+
+def _lengths(data: object, num_samples: int, seed: int) -> list[int]:
+    if data.wrap:
+        return [data.length] * num_samples
+    observed = [len(ids) for ids in data.split("train")["input_ids"]]
+    u = KeyedNoise(seed, torch.arange(num_samples), draw=-3).uniform()
+    return [observed[int(i)] for i in u * len(observed)]
+
+
+def _draw_batch(
+    diffusion: Diffusion, data: object, sampler: Callable, lengths: list[int], first: int, seed: int
+) -> list[Drawn]:
+    device, mask_id = diffusion.device, diffusion.objective.mask_id
+    length_B = torch.tensor(lengths, device=device)
+    text_BL = torch.arange(max(lengths), device=device) < length_B[:, None]
+    x_BL = torch.where(text_BL, mask_id, data.vocabulary.pad_id)
+    cond = {} if bool(text_BL.all()) else {"attention_mask": text_BL}
+    noise = KeyedNoise(seed, torch.arange(first, first + len(lengths), device=device))
+    out = sampler(diffusion.denoise, diffusion.objective.schedule, x_BL, mask_id, noise, **cond)
+    return [
+        Drawn(out.ids_BL[i, :n].tolist(), out.step_BL[i, :n].tolist(), out.num_steps, int(out.evaluations_B[i]))
+        for i, n in enumerate(lengths)
+    ]
+
+
+def shown(drawn: list[Drawn], tokenizer: object) -> list[Sample]:
+    """Samples as the report shows them, end-of-text marks left out."""
+    samples = []
+    for index, text in enumerate(drawn):
+        kept = [i for i, token in enumerate(text.ids) if token != tokenizer.eos_token_id]
+        strings = token_strings(tokenizer, [text.ids[i] for i in kept])
+        title = f"sample {index} · {text.evaluations} network evaluations"
+        samples.append(Sample(strings, [text.steps[i] for i in kept], text.num_steps, title))
+    return samples
+
+
+def unigram_entropy(drawn: list[Drawn]) -> Estimate:
+    """Entropy of the token frequencies within one text, in nats, averaged over the texts: low where texts repeat."""
+    values = []
+    for text in drawn:
+        p = np.array(list(Counter(text.ids).values())) / len(text.ids)
+        values.append(-(p * np.log(p)).sum())
+    se = np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
+    return Estimate(float(np.mean(values)), float(se))
+
+
+def write_samples(path: Path, drawn: list[Drawn], tokenizer: object) -> None:
+    """`samples.jsonl`: one JSON object a line with text, ids, the step that wrote each token, network evaluations."""
+    with path.open("w") as file:
+        for index, text in enumerate(drawn):
+            row = {"sample": index, "text": decode(tokenizer, text.ids), "ids": text.ids, "steps": text.steps,
+                   "evaluations": text.evaluations}  # fmt: skip
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def sample_eval(
+    experiment: Experiment, *, checkpoint_path: str, disable_ema: bool, num_batches: int, num_shown: int
+) -> dict[str, object]:
+    """Draw `num_batches` batches of `loader.eval_batch_size` texts; write samples.jsonl, results.json, report.html."""
+    if num_batches < 1:
+        raise ValueError(f"sampling.num_sample_batches={num_batches} must be at least 1")
+    data = experiment.data()
+    diffusion = experiment.trained(data, checkpoint_path, disable_ema).eval()
+    drawn = draw(
+        diffusion, data, experiment.sampler, num_batches * data.eval_batch_size, data.eval_batch_size, experiment.seed
+    )
+    folder = experiment.folder() / "sample_eval"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_samples(folder / "samples.jsonl", drawn, data.tokenizer)
+    entropy = unigram_entropy(drawn)
+    evaluations = float(np.mean([text.evaluations for text in drawn]))
+    results = {"unigram_entropy_nats": entropy, "network_evaluations_per_sample": evaluations, "samples": len(drawn)}
+    write_results(folder, {**results, "command": experiment.command})
+    report = Report("Samples", f"{len(drawn)} texts out of masks", experiment.command, experiment.facts)
+    report.section("What was measured", "Unigram entropy falls when texts repeat themselves; compare it with real text.")
+    report.metrics([
+        Metric("unigram entropy", entropy.value, entropy.se, "nats"),
+        Metric("network evaluations", evaluations, None, "per sample"),
+    ])
+    report.section("Texts")
+    report.samples(shown(drawn[: max(num_shown, 1)], data.tokenizer))
+    report.code(experiment.settings, "configuration")
+    report.write(folder / "report.html")
+    for text in drawn[:num_shown]:
+        print(f"\n{decode(data.tokenizer, text.ids)}")
+    print(f"\nunigram entropy {entropy} nats, {evaluations:.1f} network evaluations per sample\n{folder / 'report.html'}")
+    return results

@@ -1,0 +1,94 @@
+"""mode=train: fit one model, resuming where an earlier start left off, then measure it and show what it writes."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+
+from reporting import plots
+from reporting.report import Report
+from tasks.base import Experiment, likelihood, write_results
+from tasks.ppl_eval import protocol, report_likelihood
+from tasks.sample_eval import draw, shown
+from tasks.scoring import score
+
+
+def fit(experiment: Experiment, label: int | None = None) -> Path:
+    """Train on one class (or, with None, on what the configuration says) up to trainer.max_steps.
+
+    A run that is already complete is left as it is. Returns the path of its last checkpoint.
+    """
+    last = experiment.folder(label) / "checkpoints" / "last.ckpt"
+    data = experiment.data(label)
+    trainer = experiment.trainer("train" if data.label is None else f"train label={data.label}", label)
+    resume = experiment.resume_path(label)
+    if resume:
+        print(f"resuming from {resume}")
+    trainer.fit(experiment.diffusion(data), datamodule=data, ckpt_path=resume)
+    if not trainer.interrupted:
+        trainer.save_checkpoint(last)
+    return last
+
+
+def history(folder: Path) -> dict[str, np.ndarray]:
+    """What was logged under `folder`, by name: (N, 2) of optimizer step and value. Where starts of a run overlap, the
+    later one counts."""
+    series: dict[str, dict[int, float]] = {}
+    files = sorted(folder.glob("csv/version_*/metrics.csv"), key=lambda path: int(path.parent.name.split("_")[1]))
+    for file in files:
+        for row in csv.DictReader(file.open()):
+            for name, value in row.items():
+                if value and name not in ("step", "epoch"):
+                    series.setdefault(name, {})[int(row["step"]) + 1] = float(value)
+    return {name: np.array(sorted(points.items())) for name, points in series.items()}
+
+
+def report_training(report: Report, folder: Path, truth: float | None) -> None:
+    """The section that shows how the loss came down."""
+    logged = history(folder)
+    if "train/nll" not in logged:
+        return
+    validation = None
+    if "val/nll" in logged:
+        validation = (*logged["val/nll"].T, logged["val/nll_se"][:, 1])
+    report.section("Training")
+    report.figure(
+        plots.loss_curve(tuple(logged["train/nll"].T), validation, truth),
+        "Nats per token; the training curve is one noisy draw per batch, with dropout and without weight averaging.",
+        "Loss against optimizer step",
+    )
+
+
+def train(experiment: Experiment, *, num_draws: int, num_samples: int) -> dict[str, object]:
+    """Fit, then write results.json and report.html on the validation split."""
+    last = fit(experiment)
+    data = experiment.data()
+    diffusion = experiment.trained(data, str(last), disable_ema=False)
+    scores = score(
+        experiment.trainer("validate"), diffusion, data.eval_dataloader("validation"), num_draws, experiment.seed
+    )
+    measured = likelihood(data, "validation", scores, experiment.truth)
+    folder = experiment.folder()
+    results = {
+        "nll_nats_per_token": measured.model, "perplexity": measured.model.exp(),
+        "unigram_nats_per_token": measured.unigram, "true_nats_per_token": measured.truth,
+        "gap_nats_per_token": measured.gap, "checkpoint": last,
+    }  # fmt: skip
+    write_results(folder, {**results, "protocol": protocol(data, "validation", num_draws), "command": experiment.command})
+    report = Report("Training run", data.name, experiment.command, experiment.facts)
+    report_likelihood(report, measured, "validation")
+    report_training(report, folder, measured.truth.value if measured.truth else None)
+    if num_samples:
+        report.section("What it writes")
+        report.samples(shown(
+            draw(diffusion, data, experiment.sampler, num_samples, num_samples, experiment.seed), data.tokenizer
+        ))
+    report.code(experiment.settings, "configuration")
+    report.write(folder / "report.html")
+    print(f"\nvalidation NLL {measured.model} nats/token, perplexity {measured.model.exp()}, unigram {measured.unigram}")
+    if measured.truth:
+        print(f"true entropy {measured.truth} nats/token | above it by {measured.gap} (paired)")
+    print(f"{last}\n{folder / 'report.html'}")
+    return results

@@ -1,0 +1,55 @@
+"""Addressed noise: uniform, independent of batch, padding and order."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from scipy import stats
+
+from randomness import KeyedNoise, evaluation_noise, hash_seed, training_noise
+
+# False-alarm rate of each statistical test here (seeds are fixed, so a failure repeats).
+ALPHA = 1e-4
+
+
+def test_numbers_are_uniform_and_uncorrelated():
+    u = KeyedNoise(3, torch.arange(400)).uniform(250)
+    assert stats.kstest(u.flatten().numpy(), "uniform").pvalue > ALPHA
+    for a, b in [(u[:, :-1], u[:, 1:]), (u[:-1], u[1:])]:
+        r = np.corrcoef(a.flatten().numpy(), b.flatten().numpy())[0, 1]
+        assert abs(r) * np.sqrt(a.numel()) < stats.norm.isf(ALPHA / 2)
+
+
+def test_every_part_of_the_address_matters():
+    base = KeyedNoise(3, torch.tensor([7])).uniform(8)
+    again = KeyedNoise(3, torch.tensor([7]))
+    assert torch.equal(base, again.uniform(8))
+    assert not torch.equal(base, again.uniform(8)), "a second call must give new numbers"
+    for other in [KeyedNoise(4, torch.tensor([7])), KeyedNoise(3, torch.tensor([8])), KeyedNoise(3, torch.tensor([7]), draw=1)]:
+        assert not torch.equal(base, other.uniform(8))
+
+
+def test_rows_do_not_know_their_batch_nor_their_padding():
+    whole = KeyedNoise(1, torch.arange(10)).uniform(16)
+    part = KeyedNoise(1, torch.arange(4, 10)).uniform(24)
+    assert torch.equal(whole[4:], part[:, :16])
+    assert torch.equal(whole[[2, 5]], KeyedNoise(1, torch.arange(10)).select(torch.tensor([2, 5])).uniform(16))
+
+
+def test_training_times_are_antithetic_over_the_global_batch():
+    times = training_noise(0, torch.arange(64, 128), 64).time()
+    assert torch.equal((times * 64).long(), torch.arange(64))
+    halves = [training_noise(0, torch.arange(start, start + 32), 64).time() for start in (64, 96)]
+    assert torch.equal(times, torch.cat(halves)), "two devices must draw what one would"
+
+
+def test_evaluation_times_are_stratified_over_draws_and_uniform_for_each_sample():
+    draws = torch.stack([evaluation_noise(0, torch.arange(100), k, 8).time() for k in range(8)])
+    assert torch.equal((draws * 8).long(), torch.arange(8)[:, None].expand(8, 100))
+    one_sample = [float(evaluation_noise(seed, torch.tensor([5])).time()) for seed in range(500)]
+    assert stats.kstest(one_sample, "uniform").pvalue > ALPHA
+
+
+def test_hash_seed_is_a_63_bit_number_that_depends_on_order():
+    assert 0 <= hash_seed(1, 2) < 2**63
+    assert hash_seed(1, 2) != hash_seed(2, 1) != hash_seed(2, 1, 0)

@@ -1,0 +1,132 @@
+"""On-disk cache folders keyed by content: written whole or not at all, one writer at a time, rebuilt when
+damaged.
+
+Layout: `<cache_dir>/<kind>-<key>/` with the files of the entry and `entry.json`, which repeats the settings
+that made the key and holds the size and checksum of every file. The folder appears by one rename, so a killed
+process leaves nothing that a later one could mistake for an entry.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+log = logging.getLogger(__name__)
+
+_ENTRY = "entry.json"
+_CHECKSUM_LIMIT = (
+    256 * 2**20
+)  # bytes; larger files are checked by their size, as reading them would cost minutes
+
+
+def fingerprint(settings: dict[str, Any]) -> str:
+    """Hex digest of plain settings (JSON values); the same in every process and on every machine."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def texts_fingerprint(texts: Iterable[str]) -> str:
+    """Hex digest of the texts in their order. Lengths are hashed too, so moving a boundary changes it."""
+    digest = hashlib.sha256()
+    for text in texts:
+        raw = text.encode("utf-8", errors="surrogatepass")
+        digest.update(len(raw).to_bytes(8, "little"))
+        digest.update(raw)
+    return digest.hexdigest()
+
+
+def cached_folder(
+    cache_dir: str | Path, kind: str, settings: dict[str, Any], build: Callable[[Path], dict[str, Any] | None]
+) -> tuple[Path, dict[str, Any]]:
+    """The folder of the entry with these settings, built by `build(folder)` unless a sound one is there.
+
+    `build` may return JSON-able figures about the entry; they come back as the second value, now and later.
+    What `build` raises passes through and leaves no entry. Raises ValueError where `cache_dir` cannot be
+    written.
+    """
+    cache_dir = Path(cache_dir).expanduser().absolute()
+    folder = cache_dir / f"{kind}-{fingerprint(settings)[:32]}"
+    figures = _read_entry(folder, settings)
+    if figures is not None:
+        return folder, figures
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        probe = Path(tempfile.mkdtemp(prefix=f".{kind}-", dir=cache_dir))
+    except OSError as error:
+        raise ValueError(
+            f"data.cache_dir={cache_dir} cannot be written ({error}); give another folder"
+        ) from error
+    try:
+        with _lock(folder):
+            figures = _read_entry(folder, settings)  # another process may have built it while this one waited
+            if figures is None:
+                figures = _build(probe, folder, settings, build)
+    finally:
+        shutil.rmtree(probe, ignore_errors=True)
+    return folder, figures
+
+
+def _build(
+    temporary: Path, folder: Path, settings: dict[str, Any], build: Callable[[Path], dict[str, Any] | None]
+) -> dict[str, Any]:
+    figures = build(temporary) or {}
+    files = {p.name: _file_record(p) for p in sorted(temporary.iterdir())}
+    entry = {"settings": settings, "figures": figures, "files": files}
+    (temporary / _ENTRY).write_text(json.dumps(entry, indent=1, sort_keys=True))
+    temporary.chmod(0o755)
+    if folder.exists():  # unsound, else it would have been used
+        log.warning("the cache entry %s is damaged and was built again", folder)
+        with tempfile.TemporaryDirectory(
+            prefix=".damaged-", dir=folder.parent, ignore_cleanup_errors=True
+        ) as aside:
+            os.replace(folder, Path(aside) / "entry")
+    try:
+        os.replace(temporary, folder)
+    except OSError:
+        if _read_entry(folder, settings) is None:  # not the work of a second writer
+            raise
+    return figures
+
+
+def _file_record(path: Path) -> dict[str, Any]:
+    size = path.stat().st_size
+    if size > _CHECKSUM_LIMIT:
+        return {"bytes": size}
+    with path.open("rb") as file:
+        return {"bytes": size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _read_entry(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The figures of a sound entry, None for an absent or damaged one."""
+    try:
+        entry = json.loads((folder / _ENTRY).read_text())
+        plain = json.loads(json.dumps(settings))
+        sound = entry["settings"] == plain and all(
+            _file_record(folder / name) == record for name, record in entry["files"].items()
+        )
+        return entry["figures"] if sound else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Hold the entry's lock; on a file system without locks go on without, as the rename alone is safe."""
+    lock = FileLock(folder.parent / f".{folder.name}.lock")
+    try:
+        lock.acquire()
+    except (OSError, NotImplementedError) as error:
+        log.debug("no lock for %s: %s", folder, error)
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()

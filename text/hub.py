@@ -1,0 +1,58 @@
+"""Where named data lies: `$DATA_DIR/<folder>`, or the Hugging Face Hub."""
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+from urllib.parse import urlsplit
+
+
+def local_folder(folder: str | None) -> Path | None:
+    """`$DATA_DIR/<folder>` where DATA_DIR is set and has it, else None.
+
+    Raises FileNotFoundError where DATA_DIR itself is set to something that is no directory.
+    """
+    root = os.environ.get("DATA_DIR")
+    if not root or not folder:
+        return None
+    if not Path(root).is_dir():
+        raise FileNotFoundError(f"DATA_DIR={root} is not a directory; correct it, or unset it to use the Hub")
+    path = Path(root) / folder
+    return path if path.is_dir() else None
+
+
+def both_ways(key: str, hub_name: str, folder: str | None) -> str:
+    """The sentence that tells a user how to get `hub_name` with and without a network."""
+    root = os.environ.get("DATA_DIR")
+    state = f"DATA_DIR={root} has no {folder!r}" if root else "DATA_DIR is not set"
+    local = f"put it into $DATA_DIR/{folder} ({state}), or " if folder else ""
+    return f"{key}={hub_name} was not found: {local}make {hub_name!r} reachable on the Hugging Face Hub"
+
+
+@contextlib.contextmanager
+def quick_when_offline() -> Iterator[None]:
+    """Inside, the Hub libraries use their own caches at once where the Hub has no address.
+
+    Without it they try for most of a minute before they say that there is no network.
+    """
+    if _hub_has_address():
+        yield
+        return
+    with (
+        mock.patch("huggingface_hub.constants.HF_HUB_OFFLINE", True),
+        mock.patch("datasets.config.HF_HUB_OFFLINE", True),
+    ):
+        yield
+
+
+def _hub_has_address() -> bool:
+    if any(name.lower() in ("https_proxy", "all_proxy") for name in os.environ):
+        return True
+    host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname or ""
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,47 @@
+"""Which rows come when: the order of an epoch in training, the shares of the ranks in evaluation. Pure
+functions."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+
+
+@lru_cache(maxsize=2)
+def epoch_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
+    """(n,) int64: the permutation of the rows in an epoch. Rows sorted by a hash (splitmix64) of (seed,
+    epoch, row), so that the order does not hang on the version of a library."""
+    key = _mix(np.array([seed % 2**64, epoch], dtype=np.uint64))
+    salt = _mix(key[0] ^ _mix(key[1:] + np.uint64(0x9E3779B97F4A7C15)))
+    order = np.argsort(
+        _mix(np.arange(num_rows, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + salt), kind="stable"
+    )
+    order.setflags(write=False)
+    return order
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """The output function of splitmix64 (Steele, Lea & Flood 2014), elementwise, modulo 2**64."""
+    with np.errstate(over="ignore"):
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+
+def rows_at(positions: Sequence[int], num_rows: int, seed: int) -> np.ndarray:
+    """(P,) int64: the row at each position of the stream."""
+    epochs, places = np.divmod(np.asarray(positions, dtype=np.int64), num_rows)
+    rows = np.empty_like(places)
+    for epoch in np.unique(epochs):
+        rows[epochs == epoch] = epoch_order(num_rows, seed, int(epoch))[places[epochs == epoch]]
+    return rows
+
+
+def evaluation_batches(order: np.ndarray, batch_size: int, rank: int = 0, world: int = 1) -> list[list[int]]:
+    """Rank r's batches of `order[r::world]`; over all ranks every row once. Ranks get equally many batches
+    wherever each has rows enough, as sharded models (FSDP) need."""
+    mine = order[rank::world]
+    count = -(-len(order[::world]) // batch_size)
+    if -(-len(mine) // batch_size) < count <= len(mine):
+        return [part.tolist() for part in np.array_split(mine, count)]
+    return [mine[start : start + batch_size].tolist() for start in range(0, len(mine), batch_size)]

@@ -1,0 +1,259 @@
+"""Texts -> rows of token ids, kept on disk: `wrap` concatenates and cuts, `pad` gives each text its own
+row(s).
+
+A packed split is a `datasets.Dataset` (numpy format) with the columns
+  input_ids  list of int32, unpadded        length     int32, number of ids
+  sample_id  int64, the row's lasting name  text_id    int64, the source text it is from (`pad` only)
+  label      int64, where the texts have one
+`sample_id` of a padded row is window * 2**32 + text_id: it stays the same when other texts or classes are
+left out.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+from transformers import PreTrainedTokenizerBase
+
+from text.cache import cached_folder, texts_fingerprint
+from text.tokenizers import Vocabulary, encode
+
+_CODE_VERSION = 1  # raise it whenever a change below gives other rows for the same texts and settings
+_TEXTS_AT_ONCE = 1000  # bounds memory; the rows do not depend on it
+_LONG_TEXTS = ("truncate", "windows", "error")
+_WINDOW = 2**32
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How texts become rows. Every field is part of the cache key.
+
+    length: most tokens of a row. wrap: concatenate all texts and cut, else one text per row.
+    bos, eos: for padded rows, put the begin token in front and the end token behind each text; for wrapped
+    ones `eos` ends each text, and `chunk_special` cuts `length - 2` tokens and puts both around each chunk.
+    long_texts: what a padded text beyond `length` becomes: its beginning, several rows, or an error.
+    drop_empty: leave out texts without tokens instead of refusing them (padded rows; wrapped ones always do).
+    """
+
+    length: int
+    wrap: bool
+    eos: bool = True
+    bos: bool = False
+    chunk_special: bool = False
+    long_texts: str = "error"
+    drop_empty: bool = False
+
+    def __post_init__(self) -> None:
+        shortest = 3 if self.wrap and self.chunk_special else 1
+        if self.length < shortest:
+            raise ValueError(f"model.length={self.length} is too short; give at least {shortest}")
+        if self.long_texts not in _LONG_TEXTS:
+            raise ValueError(f"data.long_texts={self.long_texts} is none of {', '.join(_LONG_TEXTS)}")
+
+
+def pack(
+    rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary, packing: Packing,
+    cache_dir: str | Path, name: str = "these texts",
+) -> tuple[datasets.Dataset, dict[str, int]]:  # fmt: skip
+    """The packed split of `rows` (columns text, text_id, label?), read from the cache or built into it, and
+    figures: texts, rows, tokens, empty, long (texts cut or windowed), cut (tokens left out), unknown
+    (unknown tokens).
+
+    `name` says in messages which split it is. Raises ValueError for empty or over-long texts (as `packing`
+    says), for a tokenizer without the begin or end token that is needed, and for too little text to fill one
+    chunk.
+    """
+    _check_tokens(vocabulary, packing, name)
+    has_label = "label" in rows.column_names
+    settings = {
+        "code": _CODE_VERSION, "texts": texts_fingerprint(rows["text"][:]),
+        "tokenizer": vocabulary.fingerprint,
+        "text_id": _digest(rows["text_id"][:]), "label": _digest(rows["label"][:]) if has_label else None,
+        "packing": asdict(packing), "eos_id": vocabulary.eos_id, "bos_id": vocabulary.bos_id,
+    }  # fmt: skip
+    folder, figures = cached_folder(
+        cache_dir, "wrapped" if packing.wrap else "rows", settings,
+        lambda folder: _write(folder / "rows.arrow", rows, tokenizer, vocabulary, packing, name),
+    )  # fmt: skip
+    return datasets.Dataset.from_file(str(folder / "rows.arrow")).with_format("numpy"), figures
+
+
+def _check_tokens(vocabulary: Vocabulary, packing: Packing, name: str) -> None:
+    needs_eos = packing.eos or (packing.wrap and packing.chunk_special)
+    needs_bos = packing.chunk_special if packing.wrap else packing.bos
+    for needed, token_id, token, key in (
+        (
+            needs_eos,
+            vocabulary.eos_id,
+            "end (EOS or SEP)",
+            "insert_*_eos=false and data.insert_*_special=false",
+        ),
+        (needs_bos, vocabulary.bos_id, "begin (BOS or CLS)", "insert_*_special=false"),
+    ):
+        if needed and token_id is None:
+            raise ValueError(f"{name}: the tokenizer has no {token} token, which these rows need; choose "
+                             f"another "
+                             f"data.tokenizer_name_or_path, or set data.{key}")  # fmt: skip
+
+
+def _digest(values: list[int]) -> str:
+    return texts_fingerprint([np.asarray(values, dtype=np.int64).tobytes().hex()])
+
+
+@dataclass
+class _Figures:
+    texts: int = 0
+    rows: int = 0
+    tokens: int = 0
+    empty: int = 0
+    long: int = 0
+    longest: int = 0
+    cut: int = 0
+    unknown: int = 0
+
+
+@dataclass
+class _Rows:
+    """Rows on their way to the file: one flat array of ids and the length of each row."""
+
+    ids: np.ndarray
+    lengths: np.ndarray
+    sample_id: np.ndarray
+    text_id: np.ndarray | None
+    label: np.ndarray | None
+
+
+def _write(
+    path: Path, rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary,
+    packing: Packing, name: str,
+) -> dict[str, int]:  # fmt: skip
+    """Pack everything into an Arrow stream at `path` and return the figures."""
+    figures = _Figures(texts=len(rows))
+    unk_id = tokenizer.unk_token_id if tokenizer.unk_token_id != vocabulary.eos_id else None
+
+    def tokens() -> Iterator[tuple[dict[str, Any], list[list[int]]]]:
+        for start in range(0, len(rows), _TEXTS_AT_ONCE):
+            batch = rows[start : start + _TEXTS_AT_ONCE]
+            ids = encode(tokenizer, batch["text"])
+            figures.unknown += sum(row.count(unk_id) for row in ids) if unk_id is not None else 0
+            yield batch, ids
+
+    packer: Callable[..., Iterator[_Rows]] = _wrap if packing.wrap else _pad
+    writer = None
+    with path.open("wb") as file:
+        for part in packer(tokens(), vocabulary, packing, figures, name):
+            table = _arrow_batch(part)
+            writer = writer or pa.ipc.new_stream(file, table.schema)
+            writer.write_batch(table)
+            figures.rows += len(part.lengths)
+            figures.tokens += int(part.lengths.sum())
+        if writer is not None:
+            writer.close()
+    _check_figures(figures, packing, name)
+    return asdict(figures)
+
+
+def _check_figures(figures: _Figures, packing: Packing, name: str) -> None:
+    if figures.long and not packing.wrap and packing.long_texts == "error":
+        raise ValueError(
+            f"{name}: {figures.long} of {figures.texts} texts are longer than "
+            f"model.length={packing.length} tokens (the "
+            f"longest has {figures.longest}); raise model.length, or set data.long_texts=truncate or windows"
+        )
+    if figures.rows:
+        return
+    if packing.wrap and figures.empty < figures.texts:
+        raise ValueError(
+            f"{name}: {figures.cut} tokens do not fill one chunk of model.length={packing.length}; "
+            f"lower model.length, give more text, or set data.wrap=false"
+        )
+    raise ValueError(f"{name}: there is no text with any token in it; give other texts")
+
+
+def _arrow_batch(rows: _Rows) -> pa.RecordBatch:
+    offsets = np.concatenate([[0], np.cumsum(rows.lengths)]).astype(np.int32)
+    columns = {
+        "input_ids": pa.ListArray.from_arrays(pa.array(offsets), pa.array(rows.ids.astype(np.int32))),
+        "length": pa.array(rows.lengths.astype(np.int32)),
+        "sample_id": pa.array(rows.sample_id.astype(np.int64)),
+    }
+    for column, values in (("text_id", rows.text_id), ("label", rows.label)):
+        if values is not None:
+            columns[column] = pa.array(np.asarray(values, dtype=np.int64))
+    return pa.RecordBatch.from_pydict(columns)
+
+
+def _wrap(
+    batches: Iterator[tuple[dict[str, Any], list[list[int]]]], vocabulary: Vocabulary, packing: Packing,
+    figures: _Figures, name: str,
+) -> Iterator[_Rows]:  # fmt: skip
+    """Chunks of one stream over the whole split; only the last, unfilled chunk of the split is left out."""
+    inner = packing.length - 2 if packing.chunk_special else packing.length
+    end = [vocabulary.eos_id] if packing.eos else []
+    rest = np.zeros(0, dtype=np.int32)
+    done = 0
+    label = None
+    for batch, ids in batches:
+        figures.empty += sum(not row for row in ids)
+        if "label" in batch:
+            label = _one_label(batch["label"], label, name)
+        stream = np.concatenate([rest, *(np.asarray(row + end, dtype=np.int32) for row in ids if row)])
+        count = len(stream) // inner
+        chunks, rest = stream[: count * inner].reshape(count, inner), stream[count * inner :]
+        if not count:
+            continue
+        if packing.chunk_special:
+            chunks = np.pad(chunks, ((0, 0), (1, 1)))
+            chunks[:, 0], chunks[:, -1] = vocabulary.bos_id, vocabulary.eos_id
+        labels = None if label is None else np.full(count, label)
+        yield _Rows(
+            chunks.reshape(-1), np.full(count, packing.length), np.arange(done, done + count), None, labels
+        )
+        done += count
+    figures.cut = len(rest)
+
+
+def _one_label(labels: list[int], label: int | None, name: str) -> int:
+    found = {*labels, *([] if label is None else [label])}
+    if len(found) != 1:
+        raise ValueError(f"{name}: data.wrap=true joins texts, so rows cannot have labels of their own; "
+                         f"choose one "
+                         f"class with data.label, or set data.wrap=false")  # fmt: skip
+    return found.pop()
+
+
+def _pad(
+    batches: Iterator[tuple[dict[str, Any], list[list[int]]]], vocabulary: Vocabulary, packing: Packing,
+    figures: _Figures, name: str,
+) -> Iterator[_Rows]:  # fmt: skip
+    """Each text's row, or its windows; a text that is cut ends without the end token, as it has not ended."""
+    head = [vocabulary.bos_id] if packing.bos else []
+    tail = [vocabulary.eos_id] if packing.eos else []
+    for batch, ids in batches:
+        windows: list[tuple[list[int], int, int]] = []  # ids, place in the batch, window
+        for place, row in enumerate(ids):
+            if not row:
+                figures.empty += 1
+                if not packing.drop_empty:
+                    raise ValueError(f"{name}: text {batch['text_id'][place]} "
+                                     f"({batch['text'][place]!r:.40}) has no tokens; "
+                                     f"correct it, or set data.drop_empty=true")  # fmt: skip
+                continue
+            whole = head + row + tail
+            figures.longest = max(figures.longest, len(whole))
+            figures.long += len(whole) > packing.length
+            starts = range(0, len(whole), packing.length) if packing.long_texts == "windows" else [0]
+            windows += [(whole[s : s + packing.length], place, w) for w, s in enumerate(starts)]
+            figures.cut += max(len(whole) - packing.length, 0) if packing.long_texts != "windows" else 0
+        if not windows:
+            continue
+        place = np.array([p for _, p, _ in windows])
+        text_id = np.asarray(batch["text_id"])[place]
+        sample_id = np.array([w for _, _, w in windows]) * _WINDOW + text_id
+        label = np.asarray(batch["label"])[place] if "label" in batch else None
+        flat = np.concatenate([np.asarray(w, dtype=np.int32) for w, _, _ in windows])
+        yield _Rows(flat, np.array([len(w) for w, _, _ in windows]), sample_id, text_id, label)

@@ -1,0 +1,240 @@
+"""The embedded corpus (`data=reviews`): short film reviews in two classes from a grammar of our own.
+
+A review names a film (its genre noun comes back in the verdict), says what it is about, judges one to three
+groups of aspects, and closes with a verdict. Each judgement has a latent sentiment that agrees with the
+class most of the time; it is told plainly ("feels truly dull") or by negating its opposite ("never feels
+clever"), and contrasts ("..., but ...") hold one judgement of each kind. So single words say little about
+the class, clauses nearly all.
+
+Swapping the two polarities maps one class onto the other word for word; hence lengths say nothing about the
+class. Every text is [MIN_TOKENS, MAX_TOKENS] tokens long by construction (words and punctuation, end-of-
+text not counted).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from text.grammar import Expression, FiniteStateGrammar, chain, weighted, words
+
+MIN_TOKENS, MAX_TOKENS = 16, 64
+SPLITS = ("train", "validation", "test")
+TOKEN = re.compile(r"[A-Za-z]+|[.,!?;:]")
+
+P_ASPECT_AGREES = 0.88
+P_VERDICT_AGREES = 0.92
+P_NEGATED = 0.30
+
+# Index 0 is the negative list, 1 the positive one; words of equal rank are each other's opposites.
+ADJECTIVES = (
+    ("dull boring tedious clumsy predictable lifeless awful dreadful "
+     "tiresome bland shallow messy hollow stale dreary forgettable"),
+    ("brilliant superb gripping charming clever moving wonderful splendid "
+     "delightful fresh subtle elegant vivid inspired engaging memorable"))
+VERDICTS = ("disaster failure bore mess chore letdown disappointment",
+            "triumph success joy marvel delight treat masterpiece")
+FEELINGS = ("hated disliked loathed resented dreaded regretted",
+            "loved enjoyed admired liked adored treasured")
+ADVICE = ("avoid skip miss shun ignore", "see watch rent catch try")
+WORTH = ("avoiding skipping missing ignoring forgetting", "seeing watching sharing owning remembering")
+OPPOSITES = (ADJECTIVES, VERDICTS, FEELINGS, ADVICE, WORTH)
+
+FILMS = words("film movie thriller comedy drama")
+KINDS = words("new old recent foreign famous strange quiet ambitious little modern short popular")
+COMPANY = words("friends parents sister brother family cousins neighbours children")
+SEASONS = words("week month weekend summer winter year")
+PEOPLE = words("detective soldier teacher singer painter widow thief lawyer doctor farmer stranger poet")
+TRAITS = words("lonely young ruthless shy proud restless weary stubborn gentle reckless nervous brave")
+DEEDS = words("meets hunts betrays rescues deceives protects loves hires trusts chases")
+SCENERY = words("small remote crowded distant gloomy busy frozen dusty")
+PLACES = words("town village city desert castle school hotel prison")
+
+# (singular, plural) subjects. A sentence is about one pair of groups, so that no aspect is judged twice.
+STORY = ("plot story script premise ending", "twists jokes surprises")
+ACTING = ("acting cast chemistry", "actors performances characters")
+CRAFT = ("pacing direction editing rhythm", "cuts transitions")
+SPEECH = ("dialogue narration humour", "lines speeches conversations")
+MUSIC = ("music score soundtrack", "songs melodies")
+LOOK = ("photography lighting scenery", "costumes images effects")
+GROUPS = ((STORY, ACTING), (CRAFT, SPEECH), (MUSIC, LOOK))
+
+ADVERBS = words("truly really quite simply rather genuinely thoroughly remarkably")
+NEVER = words("never hardly rarely scarcely seldom")
+NOT = words("not never hardly scarcely")
+LINKING = (words("feels seems proves remains becomes"), words("feel seem prove remain become"))
+BE = ("is", "are")
+
+
+def _told(polarity: int, plain: Expression, negation: Expression, opposites: tuple[str, str]) -> Expression:
+    """`plain` and a word of the polarity meant, or `negation` and a word of the other one."""
+    return weighted((1 - P_NEGATED, chain(plain, words(opposites[polarity]))),
+                    (P_NEGATED, chain(negation, words(opposites[1 - polarity]))))
+
+
+def _predicate(polarity: int, plural: int) -> Expression:
+    """Three tokens: "feels truly dull", "is never clever", "hardly seems clever"."""
+    plain = chain(weighted((0.4, BE[plural]), (0.6, LINKING[plural])), ADVERBS)
+    negation = weighted((0.5, chain(BE[plural], NOT)), (0.5, chain(NEVER, LINKING[plural])))
+    return _told(polarity, plain, negation, ADJECTIVES)
+
+
+def _clause(article: Expression, groups: tuple[tuple[str, str], ...], polarity: int,
+            place: Expression = "") -> Expression:
+    """A judgement of one of `groups`. Its verb agrees with the subject, not with the nouns of `place`."""
+    return weighted(*((weight, chain(article, words(group[plural]), place, _predicate(polarity, plural)))
+                      for group in groups for plural, weight in enumerate((0.6, 0.4))))
+
+
+def _judgement(groups: tuple[tuple[str, str], ...], polarity: int) -> Expression:
+    """A sentence on one or both of two groups of aspects; `polarity` is the sentiment of its main clause."""
+    place = chain(words("in during throughout"), "the", words("opening final first last closing"),
+                  words("scenes act half minutes part"))
+    said = _told(polarity, words("really truly genuinely simply thoroughly secretly"), NEVER, FEELINGS)
+    nouns = weighted(*((1.0, words(listing)) for group in groups for listing in group))
+    title, article = words("The Its"), words("the its")
+
+    def pair(first: int, joint: Expression) -> Expression:
+        return chain(_clause(title, groups[:1], first), ",", joint,
+                     _clause(article, groups[1:], polarity), ".")
+
+    return weighted(
+        (0.32, chain(_clause(title, groups, polarity), ".")),
+        (0.22, chain(_clause(title, groups, polarity, place), ".")),
+        (0.16, chain("I", said, article, nouns, ".")),
+        (0.14, pair(polarity, "and")),
+        (0.16, pair(1 - polarity, words("but yet"))))
+
+
+def _opening(film: str) -> Expression:
+    watched = chain(words("watched saw rented caught"), "this", KINDS, film)
+    when = chain(words("last this"), SEASONS, ".")
+    tells = words("follows portrays features introduces")
+    person = chain(words("a the", flatness=1), TRAITS, PEOPLE)
+    return weighted(
+        (0.30, chain(words("I We"), watched, when)),
+        (0.15, chain("I", watched, "with my", COMPANY, when)),
+        (0.10, chain("We", watched, "with our", COMPANY, when)),
+        (0.25, chain("This", KINDS, film, tells, person, "who", DEEDS, person, ".")),
+        (0.20, chain("Set in a", SCENERY, PLACES, ", this", film, tells, person, ".")))
+
+
+def _verdict(film: str, polarity: int) -> Expression:
+    sure = words("truly really simply clearly certainly")
+    this = words("this the")
+    return weighted(
+        (0.4, chain(words("Overall Ultimately Altogether Frankly"), ",", this, film, "is",
+                    _told(polarity, chain(sure, "a"), chain(NOT, "a"), VERDICTS), ".")),
+        (0.3, chain(words("You We"), "should",
+                    _told(polarity, words("certainly really definitely simply"), words("not never"), ADVICE),
+                    this, film, words("this next"), SEASONS, ".")),
+        (0.3, chain(words("So And"), words("it this"), "is",
+                    _told(polarity, chain(sure, "a", film, "worth"), chain(NOT, "a", film, "worth"), WORTH),
+                    ".")))
+
+
+def _review(label: int) -> Expression:
+    """Opening, one to three judgements in the order of GROUPS, verdict on the film of the opening."""
+    def agreeing(p_agrees: float, expressions: list[Expression]) -> Expression:
+        return weighted((p_agrees, expressions[label]), (1 - p_agrees, expressions[1 - label]))
+
+    first, second, third = (agreeing(P_ASPECT_AGREES, [_judgement(groups, polarity) for polarity in (0, 1)])
+                            for groups in GROUPS)
+    after_second = weighted((0.6, third), (0.4, ""))
+    after_first = weighted((0.7, chain(second, after_second)), (0.2, third), (0.1, ""))
+    middle = weighted((0.9, chain(first, after_first)), (0.1, chain(second, after_second)))
+    return weighted(*((p, chain(_opening(film), middle, agreeing(
+        P_VERDICT_AGREES, [_verdict(film, polarity) for polarity in (0, 1)]))) for p, film in FILMS.options))
+
+
+def tokens(text: str) -> list[str]:
+    """The words and punctuation marks of a text, in order."""
+    return TOKEN.findall(text)
+
+
+def detokenize(tokens: Sequence[str]) -> str:
+    """Tokens as prose, with no space before punctuation. The inverse of `tokens` on the corpus."""
+    return re.sub(r" (?=[.,!?;:])", "", " ".join(tokens))
+
+
+def _generator(seed: int, *stream: int) -> np.random.Generator:
+    # As a spawn key, because a seed's trailing zeros are dropped: [seed, 1] and [seed, 1, 0] are one stream.
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=stream)))
+
+
+class ReviewGrammar:
+    """The two laws p(text | class), sampled and computed exactly. Probabilities in nats.
+
+    vocabulary: the distinct tokens of both classes, sorted.
+    """
+
+    label_names: tuple[str, ...] = ("negative", "positive")
+
+    def __init__(self) -> None:
+        self.grammars = tuple(FiniteStateGrammar(_review(label)) for label in range(len(self.label_names)))
+        self.vocabulary = tuple(sorted({token for grammar in self.grammars for token in grammar.vocabulary}))
+
+    def sample(self, num_texts: int, label: int, seed: int) -> list[str]:
+        """`num_texts` independent reviews of a class; those of a smaller draw come first in a larger one."""
+        return self._sample(num_texts, label, seed, stream=0)
+
+    def _sample(self, num_texts: int, label: int, seed: int, stream: int) -> list[str]:
+        rng = _generator(seed, stream, label)
+        return [detokenize(text) for text in self._grammar(label).sample(num_texts, rng)]
+
+    def _grammar(self, label: int) -> FiniteStateGrammar:
+        if label not in range(len(self.label_names)):
+            raise ValueError(f"label={label!r} is not a class of the reviews: 0 is negative, 1 is positive")
+        return self.grammars[label]
+
+    def log_prob(self, texts: Sequence[str], label: int) -> np.ndarray:
+        """(N,) log p(text | class), nats; -inf for a text the grammar cannot write. Spacing is free."""
+        # Characters that are neither words nor punctuation would vanish from the tokens: not a text of ours.
+        split = [tokens(text) if not TOKEN.sub("", text).strip() else [text] for text in texts]
+        return self._grammar(label).log_prob(split)
+
+    def log_prob_length(self, num_tokens: Sequence[int], label: int) -> np.ndarray:
+        """(N,) log p(number of tokens | class), nats; the same for both classes."""
+        return self._grammar(label).log_prob_length(num_tokens)
+
+    def mean_tokens(self, label: int) -> float:
+        """Expected length of a review, in tokens."""
+        lengths = np.arange(MAX_TOKENS + 1)
+        return float(lengths @ np.exp(self.log_prob_length(lengths, label)))
+
+    def entropy(self, label: int, given_length: bool = True) -> float:
+        """Exact entropy of a review of the class, nats per text; without the length's share unless asked for.
+
+        The derivation of a review can be read off its text, so that this is the entropy of the derivations.
+        """
+        log_p = self._grammar(label).log_prob_length(np.arange(MAX_TOKENS + 1))
+        of_length = -float(sum(np.exp(x) * x for x in log_p[np.isfinite(log_p)]))
+        return self._grammar(label).derivation_entropy() - given_length * of_length
+
+    def entropy_per_token(self, label: int) -> float:
+        """Exact entropy given the length, in nats per token: the least loss a model can reach."""
+        return self.entropy(label) / self.mean_tokens(label)
+
+    def posterior(self, texts: Sequence[str], prior: Sequence[float] = (0.5, 0.5)) -> np.ndarray:
+        """(N, 2) p(class | text) by Bayes' rule; nan for a text that neither class can write."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            joint = np.stack([self.log_prob(texts, label) for label in (0, 1)], axis=1) + np.log(prior)
+            p = np.exp(joint - joint.max(axis=1, keepdims=True))
+            return p / p.sum(axis=1, keepdims=True)
+
+
+def generate_split(split: str, num_texts_per_class: int, seed: int) -> dict[str, list]:
+    """{"text": N strings, "label": N ints} with N = 2 * num_texts_per_class, the classes shuffled together.
+
+    Every split draws from its own random stream, as does every seed. ValueError for a split not in SPLITS.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split={split!r} is not a split of the reviews: choose one of {', '.join(SPLITS)}")
+    grammar, stream = ReviewGrammar(), 1 + SPLITS.index(split)
+    classes = range(len(grammar.label_names))
+    rows = [(text, label) for label in classes
+            for text in grammar._sample(num_texts_per_class, label, seed, stream)]
+    order = _generator(seed, stream, len(classes)).permutation(len(rows))
+    return {"text": [rows[i][0] for i in order], "label": [rows[i][1] for i in order]}

@@ -1,0 +1,377 @@
+"""Tokenizers: loaded from a folder or the Hub, or built from the train split; what a model must know of one;
+ids back to text.
+
+`Vocabulary` is all that networks, objectives and samplers see. Texts are encoded with `encode`, which reads
+special tokens that a text happens to contain ("[MASK]", "<|endoftext|>") as ordinary characters: a mask in
+clean text would be a lie to every loss.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from weakref import WeakKeyDictionary
+
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from text.cache import cached_folder, texts_fingerprint
+from text.hub import both_ways, local_folder, quick_when_offline
+
+MASK_SYMBOL = "▢"
+ILLEGAL_SYMBOL = "\N{REPLACEMENT CHARACTER}"
+
+_KEY = "data.tokenizer_name_or_path"
+_CODE_VERSION = 1  # raise it whenever a build below gives another tokenizer for the same texts
+_SPECIALS = {
+    "pad_token": "[PAD]",
+    "unk_token": "[UNK]",
+    "bos_token": "[BOS]",
+    "eos_token": "[EOS]",
+    "mask_token": "[MASK]",
+}
+_FOLDERS = {
+    "gpt2": "gpt2_tokenizer",
+    "bert-base-uncased": "bert_tokenizer",
+    "roberta-base": "roberta_tokenizer",
+}
+# A word or sign takes the one space before it along, so that spacing survives; other white space is alone.
+_WORDS = r" ?[\p{L}\p{M}]+(?:['\x{2019}][\p{L}\p{M}]+)*| ?\p{N}+| ?[^\s\p{L}\p{M}\p{N}]|\s"
+_ALL = 2**31
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What a model must know of a tokenizer.
+
+    size: number of ids a network must score, the mask included; every id of the data is below it.
+    mask_id, pad_id: always there, never equal. bos_id, eos_id: None where the tokenizer has no such token.
+    fingerprint: hex SHA-256 of the whole serialised tokenizer; equal fingerprints give equal ids for every
+    text.
+    """
+
+    size: int
+    mask_id: int
+    pad_id: int
+    bos_id: int | None
+    eos_id: int | None
+    fingerprint: str
+
+
+def vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
+    """The vocabulary under the rule of the reference projects: a tokenizer without a mask gets one id more.
+
+    Ids above `tokenizer.vocab_size` (tokens added later) enlarge the vocabulary, so the extra mask never
+    lands on one of them. The pad is never the mask: without a pad of its own (gpt2) rows are padded with the
+    end token. Raises ValueError where no token can serve as the pad.
+    """
+    top = max([tokenizer.vocab_size - 1, *tokenizer.get_vocab().values()])
+    mask_id = tokenizer.mask_token_id
+    size = top + 1
+    if mask_id is None:
+        mask_id, size = size, size + 1
+    bos_id = _first_id(tokenizer.bos_token_id, tokenizer.cls_token_id, unlike=mask_id)
+    eos_id = _first_id(tokenizer.eos_token_id, tokenizer.sep_token_id, unlike=mask_id)
+    pad_id = _first_id(tokenizer.pad_token_id, eos_id, bos_id, unlike=mask_id)
+    if pad_id is None:
+        raise ValueError(
+            f"{_KEY}={tokenizer.name_or_path or type(tokenizer).__name__} has no padding token and no "
+            f"end, separator "
+            f"or begin token to pad with; set pad_token in its tokenizer_config.json, or choose another "
+            f"tokenizer"
+        )
+    return Vocabulary(size, mask_id, pad_id, bos_id, eos_id, _fingerprint(tokenizer))
+
+
+def _first_id(*ids: int | None, unlike: int) -> int | None:
+    return next((i for i in ids if i is not None and i != unlike), None)
+
+
+def _fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Truncation and padding are left out: they are settings of the last call, not of the tokenizer."""
+    specials = [
+        tokenizer.bos_token_id,
+        tokenizer.eos_token_id,
+        tokenizer.cls_token_id,
+        tokenizer.sep_token_id,
+        tokenizer.pad_token_id,
+        tokenizer.mask_token_id,
+        tokenizer.unk_token_id,
+    ]
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if isinstance(backend, Tokenizer):
+        content = json.loads(backend.to_str())
+        content.pop("truncation", None)
+        content.pop("padding", None)
+    else:
+        content = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab()}
+    serialised = json.dumps([content, specials], sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(serialised.encode()).hexdigest()
+
+
+# -------------------------------------------------------------------------------- loading
+
+
+def load_tokenizer(
+    name_or_path: str,
+    *,
+    folder: str | None = None,
+    texts: Callable[[], Iterable[str]] | None = None,
+    vocab_size: int | None = None,
+    cache_dir: str | Path = ".cache",
+) -> PreTrainedTokenizerBase:
+    """The tokenizer named on the command line.
+
+    `char`, `word`, `bpe` are built from `texts()` (the train split), `byte` from nothing; kept under
+    `cache_dir`. Any other name is looked for as `$DATA_DIR/<folder>`, as a path, then on the Hub.
+    `vocab_size` counts all ids, special ones included: needed for `bpe`, optional for `word` (None = every
+    word). Raises ValueError for a setting that does not apply, FileNotFoundError where nothing is found.
+    """
+    if not name_or_path or not isinstance(name_or_path, str):
+        raise ValueError(
+            f"{_KEY}={name_or_path!r}: give {', '.join(BUILDERS)}, a folder, or a name on the Hub"
+        )
+    if name_or_path in BUILDERS:
+        tokenizer = _load_built(name_or_path, texts, vocab_size, cache_dir)
+    elif vocab_size is not None:
+        raise ValueError(
+            f"data.vocab_size={vocab_size} applies to {_KEY}=word and bpe; with {name_or_path} leave it null"
+        )
+    else:
+        tokenizer = _load_pretrained(name_or_path, folder or _FOLDERS.get(name_or_path))
+    tokenizer.model_max_length = _ALL  # the limit is model.length; the tokenizer's own only causes warnings
+    return tokenizer
+
+
+def _load_pretrained(name: str, folder: str | None) -> PreTrainedTokenizerBase:
+    path = local_folder(folder)
+    if path is None and Path(name).expanduser().exists():
+        path = Path(name).expanduser()
+        path = path.parent if path.name == "tokenizer.json" else path
+    if path is None and (name.startswith((".", "~", os.sep)) or name.count("/") > 1):
+        raise FileNotFoundError(f"{_KEY}={name}: there is no such folder; correct the path")
+    try:
+        if path is not None:
+            return AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+        with quick_when_offline():
+            return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # transformers raises many types, none of them for users
+        if path is not None:
+            raise ValueError(
+                f"{_KEY}={name}: the folder {path} holds no tokenizer that can be read "
+                f"({_first_line(error)}); "
+                f"it needs tokenizer.json and tokenizer_config.json"
+            ) from error
+        raise FileNotFoundError(f"{both_ways(_KEY, name, folder)} ({_first_line(error)})") from error
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:200]
+
+
+def _load_built(
+    kind: str, texts: Callable[[], Iterable[str]] | None, vocab_size: int | None, cache_dir: str | Path
+) -> PreTrainedTokenizerBase:
+    if kind in ("char", "byte") and vocab_size is not None:
+        raise ValueError(
+            f"data.vocab_size={vocab_size} applies to {_KEY}=word and bpe; with {kind} leave it null"
+        )
+    smallest = {"bpe": 256, "word": 1}.get(kind, 0) + len(_SPECIALS)
+    if kind == "bpe" and vocab_size is None:
+        raise ValueError(f"data.vocab_size=null: {_KEY}=bpe needs a size, such as data.vocab_size=8192")
+    if vocab_size is not None and vocab_size < smallest:
+        raise ValueError(
+            f"data.vocab_size={vocab_size} is too small for {_KEY}={kind}; give {smallest} or more"
+        )
+    if texts is None and kind != "byte":
+        raise ValueError(f"{_KEY}={kind} is built from the train split, and there is none here")
+    content = None if kind == "byte" else texts_fingerprint(texts())
+
+    def build(folder: Path) -> None:
+        tokenizer = BUILDERS[kind]([] if kind == "byte" else texts(), vocab_size or _ALL)
+        PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **_SPECIALS
+        ).save_pretrained(folder)
+
+    settings = {"kind": kind, "vocab_size": vocab_size, "texts": content, "code": _CODE_VERSION}
+    folder, _ = cached_folder(cache_dir, f"tokenizer-{kind}", settings, build)
+    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+
+
+# -------------------------------------------------------------------------------- building
+
+
+def _word_level(texts: Iterable[str], vocab_size: int, pattern: str) -> Tokenizer:
+    tokenizer = Tokenizer(models.WordLevel(unk_token=_SPECIALS["unk_token"]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    trainer = trainers.WordLevelTrainer(
+        vocab_size=vocab_size, min_frequency=0, special_tokens=list(_SPECIALS.values()), show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def _build_char(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    return _word_level(texts, vocab_size, r"[\s\S]")
+
+
+def _build_word(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """The first word gets a space too, lest every word have a second id for the start of a text."""
+    tokenizer = _word_level((f" {text}" for text in texts if text), vocab_size, _WORDS)
+    tokenizer.normalizer = normalizers.Prepend(" ")
+    tokenizer.decoder = decoders.Sequence([decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    return tokenizer
+
+
+def _build_byte(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    alphabet = [*_SPECIALS.values(), *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _build_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=list(_SPECIALS.values()), show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )  # fmt: skip
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+BUILDERS: dict[str, Callable[[Iterable[str], int], Tokenizer]] = {
+    "char": _build_char, "byte": _build_byte, "word": _build_word, "bpe": _build_bpe,
+}  # fmt: skip
+
+
+# -------------------------------------------------------------------------------- text <-> ids
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text: no begin or end token is added, and none is read out of the text."""
+    if not texts:
+        return []
+    return tokenizer(
+        list(texts),
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+    )["input_ids"]
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int], *, skip_special: bool = False) -> str:
+    """Text of the ids; a mask shows as MASK_SYMBOL, an id outside the vocabulary as the replacement
+    character.
+
+    Other special tokens (begin, end, padding) show by name, or are left out with `skip_special`.
+    """
+    return "".join(whole for _, whole in _runs(tokenizer, ids, skip_special))
+
+
+def token_strings(
+    tokenizer: PreTrainedTokenizerBase, ids: Iterable[int], *, skip_special: bool = False
+) -> list[str]:
+    """One string per id; joined they give `decode` of the ids (but for what a tokenizer's clean-up joins,
+    bert's "' s").
+
+    A character of several tokens stands at its last one, the others get "".
+    """
+    return [piece for pieces, _ in _runs(tokenizer, ids, skip_special) for piece in pieces]
+
+
+@dataclass(frozen=True)
+class _Display:
+    """What showing ids needs. known, special: ids; special includes the mask. anchor: an ordinary token to
+    decode a run after, as decoders treat the start of a text differently. gap: what stands between words, a
+    space or nothing."""
+
+    known: frozenset[int]
+    special: frozenset[int]
+    mask_id: int
+    anchor: list[int]
+    gap: str
+
+
+_DISPLAYS: WeakKeyDictionary[PreTrainedTokenizerBase, _Display] = WeakKeyDictionary()
+
+
+def _display(tokenizer: PreTrainedTokenizerBase) -> _Display:
+    if tokenizer not in _DISPLAYS:
+        known = frozenset(tokenizer.get_vocab().values())
+        mask_id = max(known) + 1 if tokenizer.mask_token_id is None else tokenizer.mask_token_id
+        special = frozenset(tokenizer.all_special_ids) | {mask_id}
+        common = [ids[-1] for ids in encode(tokenizer, [" a", " the", " e"]) if ids]
+        words = (
+            i
+            for i in (*common, *sorted(known))
+            if i not in special and tokenizer.decode([i]).strip().isalpha()
+        )
+        anchor = list(itertools.islice(words, 1))
+        once, twice = tokenizer.decode(anchor).strip(), tokenizer.decode(anchor * 2).strip()
+        _DISPLAYS[tokenizer] = _Display(
+            known, special, mask_id, anchor, " " if twice == f"{once} {once}" else ""
+        )
+    return _DISPLAYS[tokenizer]
+
+
+def _runs(
+    tokenizer: PreTrainedTokenizerBase, ids: Iterable[int], skip_special: bool
+) -> Iterable[tuple[list[str], str]]:
+    """Maximal runs of ordinary ids, and single special ids between them: (strings of the ids, whole text)."""
+    display = _display(tokenizer)
+    run: list[int] = []
+    before: list[int] = []  # empty at the start of the text
+    for i in [*map(int, ids), None]:
+        if i is not None and i in display.known and i not in display.special:
+            run.append(i)
+            continue
+        if run:
+            yield _pieces(tokenizer, run, before), _continued(tokenizer, before, run)
+            run, before = [], display.anchor
+        if i is None:
+            return
+        text, is_content = _symbol(tokenizer, display, i)
+        text = (display.gap if before else "") + text if is_content else "" if skip_special else text
+        yield [text], text
+        before = display.anchor if is_content else before
+
+
+def _symbol(tokenizer: PreTrainedTokenizerBase, display: _Display, i: int) -> tuple[str, bool]:
+    """How an id outside the ordinary ones shows, and whether it stands for a piece of text."""
+    if i == display.mask_id:
+        return MASK_SYMBOL, True
+    if i not in display.known:
+        return ILLEGAL_SYMBOL, True
+    is_unknown = i == tokenizer.unk_token_id and i not in (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    return tokenizer.convert_ids_to_tokens(i), is_unknown
+
+
+def _continued(tokenizer: PreTrainedTokenizerBase, before: list[int], ids: list[int]) -> str:
+    """Text that `ids` add after `before`."""
+    return tokenizer.decode(before + ids).removeprefix(tokenizer.decode(before) if before else "")
+
+
+def _pieces(tokenizer: PreTrainedTokenizerBase, run: list[int], anchor: list[int]) -> list[str]:
+    """Text of each id of the run in its place. A few ids before each one suffice as its context."""
+    pieces: list[str] = []
+    context, waiting = anchor, []
+    for i in run:
+        text = _continued(tokenizer, context, [*waiting, i])
+        if text.endswith(ILLEGAL_SYMBOL) and len(waiting) < 8:  # the first bytes of a character
+            waiting.append(i)
+            pieces.append("")
+            continue
+        pieces.append(text)
+        context, waiting = [*waiting, i], []
+    if waiting:
+        pieces[-1] = _continued(tokenizer, context, waiting)
+    return pieces
