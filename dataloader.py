@@ -245,9 +245,7 @@ class TextData(LightningDataModule):
             "loader.num_workers": (self.num_workers, 0),
             "trainer.max_steps": (self.max_steps, 1),
         }
-        limits = {
-            f"data.max_{'valid' if s == 'validation' else s}_texts": (n, 1) for s, n in self.limits.items()
-        }
+        limits = {f"data.max_{'valid' if s == 'validation' else s}_texts": (n, 1) for s, n in self.limits.items()}
         for key, (value, lowest) in {**least, **limits}.items():
             if value is not None and value < lowest:
                 raise ValueError(f"{key}={value} must be at least {lowest}")
@@ -300,9 +298,7 @@ class TextData(LightningDataModule):
         return self._splits[name]
 
     def _report(self, name: str, figures: dict[str, int]) -> None:
-        log.info(
-            "%s: %d texts -> %d rows, %d tokens", name, figures["texts"], figures["rows"], figures["tokens"]
-        )
+        log.info("%s: %d texts -> %d rows, %d tokens", name, figures["texts"], figures["rows"], figures["tokens"])
         if figures["long"] and not self.wrap:
             log.warning("%s: %d of %d texts are longer than model.length=%d; tokens left out: %d", name,
                         figures["long"], figures["texts"], self.length, figures["cut"])  # fmt: skip
@@ -326,9 +322,7 @@ class TextData(LightningDataModule):
                              f"steps; "
                              f"give both one positive number")  # fmt: skip
         size, _ = batch_arithmetic(self.global_batch_size, self.batch_size, world)
-        sampler = PositionBatchSampler(
-            self.global_batch_size, size, self.max_steps, rank, world, self._consumed()
-        )
+        sampler = PositionBatchSampler(self.global_batch_size, size, self.max_steps, rank, world, self._consumed())
         return self._loader(_TrainingStream(self.split("train"), self.seed), sampler)
 
     def val_dataloader(self) -> DataLoader:
@@ -341,9 +335,7 @@ class TextData(LightningDataModule):
         """Every row of the split once over all ranks; padded rows longest first, as equal lengths waste
         least."""
         rows = self.split(split)
-        order = (
-            np.arange(len(rows)) if self.wrap else np.argsort(-np.asarray(rows["length"][:]), kind="stable")
-        )
+        order = np.arange(len(rows)) if self.wrap else np.argsort(-np.asarray(rows["length"][:]), kind="stable")
         return self._loader(_Rows(rows), evaluation_batches(order, self.eval_batch_size, *self._rank()))
 
     def _loader(self, rows: Dataset, batches: Sampler | list[list[int]]) -> DataLoader:
@@ -363,9 +355,7 @@ class TextData(LightningDataModule):
     def state_dict(self) -> dict[str, int]:
         """Samples that finished steps have taken from the stream, and what else the order hangs on."""
         steps = None if self.trainer is None else self.trainer.global_step
-        consumed = (
-            self._resumed.get("consumed_samples", 0) if steps is None else steps * self.global_batch_size
-        )
+        consumed = self._resumed.get("consumed_samples", 0) if steps is None else steps * self.global_batch_size
         return {"consumed_samples": consumed, "global_batch_size": self.global_batch_size, "seed": self.seed}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
@@ -392,6 +382,4 @@ def _check_names(name: str | None, train: str | None, valid: str | None, streami
                              f"choose it with "
                              f"data={value}, or leave {key}={name}")  # fmt: skip
     if streaming:
-        raise ValueError(
-            "data.streaming=true: texts are tokenised once and read from disk as needed; set it to false"
-        )
+        raise ValueError("data.streaming=true: texts are tokenised once and read from disk as needed; set it to false")

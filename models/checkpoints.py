@@ -157,7 +157,7 @@ def load_inert(path: Path) -> object:
     try:
         return torch.load(path, map_location="cpu", weights_only=False, pickle_module=_INERT_PICKLE)
     except (pickle.UnpicklingError, EOFError, RuntimeError, zipfile.BadZipFile, KeyError, ValueError,
-            AttributeError, TypeError, IndexError, UnicodeDecodeError) as error:
+            AttributeError, TypeError, IndexError, UnicodeDecodeError, OSError) as error:
         raise _unreadable(path, error) from error
 
 

@@ -38,7 +38,7 @@ def random_dit():
         torch.manual_seed(seed)
         net = DiT(vocab_size, hidden_size=16, cond_dim=8, n_blocks=2, n_heads=2, dropout=0.0, **kwargs).double()
         for parameter in net.parameters():
-            torch.nn.init.normal_(parameter, std=0.4)
+            torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
         return net.eval()
 
     return build

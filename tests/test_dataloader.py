@@ -106,9 +106,7 @@ def test_every_epoch_is_a_permutation_of_its_own():
 def test_the_order_is_uniform():
     """Place of row 0 over 4000 epochs, 8 places: chi-square with 7 degrees; false alarm 1e-6 (seeds are
     fixed)."""
-    counts = np.bincount(
-        [epoch_order.__wrapped__(8, 3, e).tolist().index(0) for e in range(4000)], minlength=8
-    )
+    counts = np.bincount([epoch_order.__wrapped__(8, 3, e).tolist().index(0) for e in range(4000)], minlength=8)
     assert ((counts - 500) ** 2 / 500).sum() < 40.5
 
 
@@ -254,8 +252,7 @@ def test_padded_batches_follow_the_contract(tmp_path):
         ids, mask = batch["input_ids"], batch["attention_mask"]
         assert ids.dtype == torch.int64 and mask.dtype == torch.bool and ids.shape == mask.shape
         assert all(
-            batch[key].dtype == torch.int64 and len(batch[key]) == len(ids)
-            for key in ("sample_id", "text_id", "label")
+            batch[key].dtype == torch.int64 and len(batch[key]) == len(ids) for key in ("sample_id", "text_id", "label")
         )
         assert "position" not in batch
         longest = int(mask.sum(dim=1).max())
@@ -295,8 +292,7 @@ def test_one_class_shares_the_tokenizer_and_the_names_of_rows(tmp_path):
     assert set(odd.texts("train")["label"]) == {1}
     assert len(few.split("train")) == 6 and len(few.split("test")) == 2 and len(few.split("validation")) == 11
     all_rows, some = (
-        {int(row["sample_id"]): row["input_ids"].tolist() for row in module.split("test")}
-        for module in (both, few)
+        {int(row["sample_id"]): row["input_ids"].tolist() for row in module.split("test")} for module in (both, few)
     )
     assert some.items() <= all_rows.items()
     assert both.label_names == ("even", "odd")
@@ -346,9 +342,7 @@ OF_SOURCES = {"path", "text_column", "label_column", "label_names", "validation_
 
 
 def configured(path, tmp_path, changes=(), **settings):
-    cfg = OmegaConf.create(
-        {"data": OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(changes)))}
-    )
+    cfg = OmegaConf.create({"data": OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(changes)))})
     values = {k: v for k, v in cfg.data.items() if k not in OF_SOURCES | {"source", "cache_dir"}}
     return TextData(instantiate(cfg.data.source), cache_dir=tmp_path, **(values | settings))
 
@@ -388,13 +382,8 @@ def test_user_file_configs(kind, tmp_path):
 @pytest.mark.skipif("DATA_DIR" not in os.environ, reason="needs DATA_DIR with the public data sets")
 @pytest.mark.parametrize("name", ["imdb", "ag_news", "wikitext2", "gsm8k_baseline"])
 def test_public_configs(name, tmp_path):
-    module = configured(
-        CONFIGS[0].with_stem(name), tmp_path, length=128, global_batch_size=4, max_valid_texts=200
-    )
+    module = configured(CONFIGS[0].with_stem(name), tmp_path, length=128, global_batch_size=4, max_valid_texts=200)
     batch = next(iter(module.val_dataloader()))
-    assert (
-        batch["input_ids"].max() < module.vocabulary.size
-        and (batch["input_ids"] != module.vocabulary.mask_id).all()
-    )
+    assert batch["input_ids"].max() < module.vocabulary.size and (batch["input_ids"] != module.vocabulary.mask_id).all()
     assert ("label" in batch) == (name in ("imdb", "ag_news"))
     assert module.vocabulary.mask_id == 50257 != module.vocabulary.pad_id

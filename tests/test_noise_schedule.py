@@ -44,4 +44,13 @@ def test_impossible_parameters_are_refused(make):
 
 def test_reference_values(fixtures_dir):
     golden = json.loads((fixtures_dir / "schedules_mdlm.json").read_text())
-    print(list(golden))
+    ours = {
+        "loglinear": LogLinear(), "cosine": Cosine(), "cosinesqr": CosineSquared(),
+        "linear(sigma_min=1e-3,sigma_max=7.0)": Linear(1e-3, 7.0), "geometric(1e-3,1)": Geometric(1e-3, 1.0),
+    }  # fmt: skip
+    t = torch.tensor(golden["t"], dtype=torch.float64)
+    for name, schedule in ours.items():
+        level, reference = schedule(t), golden["mdlm"][name]
+        torch.testing.assert_close(level.sigma, torch.tensor(reference["sigma"]).double(), rtol=1e-4, atol=1e-4)
+        dsigma = -level.dalpha / level.alpha
+        torch.testing.assert_close(dsigma, torch.tensor(reference["dsigma"]).double(), rtol=1e-3, atol=2e-4)

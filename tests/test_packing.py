@@ -90,9 +90,7 @@ def test_wrapped_labels(tokenizer, vocab, tmp_path):
 @pytest.mark.parametrize("eos", [True, False])
 def test_padded_rows_hold_their_text(bos, eos, tokenizer, vocab, tmp_path):
     labels = [i % 3 for i in range(len(TEXTS))]
-    rows, figures = pack(
-        rows_of(TEXTS, labels), tokenizer, vocab, Packing(64, False, bos=bos, eos=eos), tmp_path
-    )
+    rows, figures = pack(rows_of(TEXTS, labels), tokenizer, vocab, Packing(64, False, bos=bos, eos=eos), tmp_path)
     for text, ids in zip(TEXTS, ids_of(rows), strict=True):
         assert decode(tokenizer, ids) == "[BOS]" * bos + text + "[EOS]" * eos
     assert rows["label"][:].tolist() == labels
@@ -132,17 +130,13 @@ def test_long_texts_in_windows(tokenizer, vocab, tmp_path):
     names = rows["sample_id"][:].tolist()
     assert len(set(names)) == 6
     some = rows_of(LONG).select([2])
-    assert pack(some, tokenizer, vocab, packing, tmp_path)[0]["sample_id"][:].tolist() == names[4:], (
-        "names last"
-    )
+    assert pack(some, tokenizer, vocab, packing, tmp_path)[0]["sample_id"][:].tolist() == names[4:], "names last"
 
 
 def test_empty_texts(tokenizer, vocab, tmp_path):
     with pytest.raises(ValueError, match=r"text 1 \(''\) has no tokens.*data\.drop_empty"):
         pack(rows_of(["a", "", "b"]), tokenizer, vocab, Packing(4, False), tmp_path)
-    rows, figures = pack(
-        rows_of(["a", "", "b"]), tokenizer, vocab, Packing(4, False, drop_empty=True), tmp_path
-    )
+    rows, figures = pack(rows_of(["a", "", "b"]), tokenizer, vocab, Packing(4, False, drop_empty=True), tmp_path)
     assert rows["text_id"][:].tolist() == [0, 2] and figures["empty"] == 1
     with pytest.raises(ValueError, match="no text with any token"):
         pack(rows_of([""]), tokenizer, vocab, Packing(4, False, drop_empty=True), tmp_path)
@@ -165,9 +159,7 @@ def test_settings_and_tokens_that_do_not_go_together(tokenizer, tmp_path):
     with pytest.raises(ValueError, match=r"no end \(EOS or SEP\) token.*insert_\*_eos=false"):
         pack(rows_of(["a"]), tokenizer, poor, Packing(4, True), tmp_path)
     with pytest.raises(ValueError, match=r"no begin \(BOS or CLS\) token"):
-        pack(
-            rows_of(["a"]), tokenizer, replace(poor, eos_id=3), Packing(4, True, chunk_special=True), tmp_path
-        )
+        pack(rows_of(["a"]), tokenizer, replace(poor, eos_id=3), Packing(4, True, chunk_special=True), tmp_path)
     with pytest.raises(ValueError, match=r"no begin \(BOS or CLS\) token"):
         pack(rows_of(["a"]), tokenizer, poor, Packing(4, False, eos=False, bos=True), tmp_path)
 

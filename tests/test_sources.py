@@ -80,9 +80,7 @@ def test_values_are_read_as_they_are(tmp_path):
 
 
 def test_carved_splits_share_no_text():
-    rows = datasets.Dataset.from_dict(
-        {"text": [f"t{i % 30}" for i in range(60)], "label": [i % 2 for i in range(60)]}
-    )
+    rows = datasets.Dataset.from_dict({"text": [f"t{i % 30}" for i in range(60)], "label": [i % 2 for i in range(60)]})
     parts = carve(rows, {"validation": 0.2, "test": 0.1}, seed=0)
     assert len(parts["validation"]) == 12 and len(parts["test"]) == 6
     assert not set(parts["train"]["text"]) & (set(parts["validation"]["text"]) | set(parts["test"]["text"]))
@@ -174,9 +172,7 @@ def test_absent_files(tmp_path):
 
 def named(**kwargs):
     files = {"train": "train.jsonl", "test": "test.jsonl"}
-    return HubOrFolder(
-        "someone/some-set", "some_set", files, {"train": "train", "test": "test[:50%]"}, **kwargs
-    )
+    return HubOrFolder("someone/some-set", "some_set", files, {"train": "train", "test": "test[:50%]"}, **kwargs)
 
 
 @pytest.fixture
@@ -218,9 +214,7 @@ def test_the_hub_comes_second_and_gives_the_same(data_dir, tmp_path, monkeypatch
 
     def load_dataset(hub_id, config, split):
         asked.append((hub_id, config, split))
-        return datasets.Dataset.from_dict(
-            {"text": TEXTS, "label": [i % 2 for i in range(40)], "other": TEXTS}
-        )
+        return datasets.Dataset.from_dict({"text": TEXTS, "label": [i % 2 for i in range(40)], "other": TEXTS})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.delenv("DATA_DIR")
@@ -270,9 +264,7 @@ def configured(name):
     return HubOrFolder(**settings)
 
 
-needs_data = pytest.mark.skipif(
-    "DATA_DIR" not in os.environ, reason="needs DATA_DIR with the public data sets"
-)
+needs_data = pytest.mark.skipif("DATA_DIR" not in os.environ, reason="needs DATA_DIR with the public data sets")
 
 
 @needs_data

@@ -83,11 +83,7 @@ def test_masks_show_and_no_id_crashes(tmp_path):
     ids = [v.mask_id, *encode(tokenizer, ["plot, but"])[0], v.mask_id, 10**6, -1, v.eos_id, v.pad_id]
     shown = token_strings(tokenizer, ids)
     assert len(shown) == len(ids)
-    assert (
-        "".join(shown)
-        == decode(tokenizer, ids)
-        == f"{MASK_SYMBOL} plot, but {MASK_SYMBOL} \ufffd \ufffd[EOS][PAD]"
-    )
+    assert "".join(shown) == decode(tokenizer, ids) == f"{MASK_SYMBOL} plot, but {MASK_SYMBOL} \ufffd \ufffd[EOS][PAD]"
     assert decode(tokenizer, [*ids[1:4], v.eos_id, v.pad_id], skip_special=True) == "plot, but"
     assert decode(tokenizer, []) == ""
 
@@ -108,9 +104,7 @@ def test_a_mask_outside_the_tokenizer_shows(tmp_path):
 
 
 def bare(vocab, **specials):
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(vocab, unk_token="a")), **specials
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocab, unk_token="a")), **specials)
 
 
 def test_tokens_added_later_never_collide_with_the_mask():
@@ -134,9 +128,7 @@ def test_no_usable_pad_is_an_error():
 def test_fingerprint_is_that_of_the_content(tmp_path):
     tokenizer = build("word", tmp_path)
     first = vocabulary(tokenizer).fingerprint
-    tokenizer(
-        ["a b", "c"], padding=True, truncation=True, max_length=2
-    )  # leaves its settings in the tokenizer
+    tokenizer(["a b", "c"], padding=True, truncation=True, max_length=2)  # leaves its settings in the tokenizer
     assert vocabulary(tokenizer).fingerprint == first
     assert vocabulary(build("word", tmp_path, [*ENGLISH, "other"])).fingerprint != first
     code = (
@@ -229,9 +221,7 @@ def test_a_folder_cannot_run_code(tmp_path):
         assert "data.tokenizer_name_or_path" in str(error)
 
 
-needs_data = pytest.mark.skipif(
-    "DATA_DIR" not in os.environ, reason="needs DATA_DIR with the public tokenizers"
-)
+needs_data = pytest.mark.skipif("DATA_DIR" not in os.environ, reason="needs DATA_DIR with the public tokenizers")
 
 
 @needs_data

@@ -22,9 +22,7 @@ from filelock import FileLock
 log = logging.getLogger(__name__)
 
 _ENTRY = "entry.json"
-_CHECKSUM_LIMIT = (
-    256 * 2**20
-)  # bytes; larger files are checked by their size, as reading them would cost minutes
+_CHECKSUM_LIMIT = 256 * 2**20  # bytes; larger files are checked by their size, as reading them would cost minutes
 
 
 def fingerprint(settings: dict[str, Any]) -> str:
@@ -60,9 +58,7 @@ def cached_folder(
         cache_dir.mkdir(parents=True, exist_ok=True)
         probe = Path(tempfile.mkdtemp(prefix=f".{kind}-", dir=cache_dir))
     except OSError as error:
-        raise ValueError(
-            f"data.cache_dir={cache_dir} cannot be written ({error}); give another folder"
-        ) from error
+        raise ValueError(f"data.cache_dir={cache_dir} cannot be written ({error}); give another folder") from error
     try:
         with _lock(folder):
             figures = _read_entry(folder, settings)  # another process may have built it while this one waited
@@ -83,9 +79,7 @@ def _build(
     temporary.chmod(0o755)
     if folder.exists():  # unsound, else it would have been used
         log.warning("the cache entry %s is damaged and was built again", folder)
-        with tempfile.TemporaryDirectory(
-            prefix=".damaged-", dir=folder.parent, ignore_cleanup_errors=True
-        ) as aside:
+        with tempfile.TemporaryDirectory(prefix=".damaged-", dir=folder.parent, ignore_cleanup_errors=True) as aside:
             os.replace(folder, Path(aside) / "entry")
     try:
         os.replace(temporary, folder)

@@ -40,9 +40,7 @@ def _files(path: str, key: str) -> list[Path]:
     found = [place] if place.is_file() else [Path(p) for p in sorted(glob.glob(str(place), recursive=True))]
     found = [p for p in found if p.is_file()]
     if not found:
-        raise FileNotFoundError(
-            f"{key}={path}: there is no such file; correct the path (relative to {Path.cwd()})"
-        )
+        raise FileNotFoundError(f"{key}={path}: there is no such file; correct the path (relative to {Path.cwd()})")
     return found
 
 
@@ -54,9 +52,7 @@ def _read(path: Path, key: str, text_column: str) -> pa.Table:
     reader = _reader(path)
     if reader is None:
         kind = path.suffix or "(none)"
-        raise ValueError(
-            f"{key}={path}: files of type {kind} cannot be read; give one of {', '.join(_READERS)}"
-        )
+        raise ValueError(f"{key}={path}: files of type {kind} cannot be read; give one of {', '.join(_READERS)}")
     try:
         return reader(path, text_column)
     except (ValueError, OSError, pa.ArrowException, pd.errors.ParserError) as error:
@@ -96,9 +92,7 @@ def _column(values: list[object]) -> pa.Array:
 def _read_separated(separator: str) -> Callable[[Path, str], pa.Table]:
     def read(path: Path, _: str) -> pa.Table:
         frame = pd.read_csv(path, sep=separator, dtype=str, na_filter=False, encoding="utf-8-sig")
-        return pa.table(
-            {str(name): pa.array(frame[name].tolist(), pa.large_string()) for name in frame.columns}
-        )
+        return pa.table({str(name): pa.array(frame[name].tolist(), pa.large_string()) for name in frame.columns})
 
     return read
 

@@ -13,9 +13,7 @@ def epoch_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
     epoch, row), so that the order does not hang on the version of a library."""
     key = _mix(np.array([seed % 2**64, epoch], dtype=np.uint64))
     salt = _mix(key[0] ^ _mix(key[1:] + np.uint64(0x9E3779B97F4A7C15)))
-    order = np.argsort(
-        _mix(np.arange(num_rows, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + salt), kind="stable"
-    )
+    order = np.argsort(_mix(np.arange(num_rows, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + salt), kind="stable")
     order.setflags(write=False)
     return order
 

@@ -210,9 +210,7 @@ def _wrap(
             chunks = np.pad(chunks, ((0, 0), (1, 1)))
             chunks[:, 0], chunks[:, -1] = vocabulary.bos_id, vocabulary.eos_id
         labels = None if label is None else np.full(count, label)
-        yield _Rows(
-            chunks.reshape(-1), np.full(count, packing.length), np.arange(done, done + count), None, labels
-        )
+        yield _Rows(chunks.reshape(-1), np.full(count, packing.length), np.arange(done, done + count), None, labels)
         done += count
     figures.cut = len(rest)
 

@@ -95,18 +95,12 @@ class HubOrFolder:
 
     def _rows(self, split: str) -> datasets.Dataset:
         table, origin = self._table(split)
-        table = _need_columns(
-            table, [*self.text_columns, *([self.label_column] if self.label_column else [])], origin
-        )
+        table = _need_columns(table, [*self.text_columns, *([self.label_column] if self.label_column else [])], origin)
         texts = [_as_text_column(table, column, origin) for column in self.text_columns]
-        joined = (
-            texts[0] if len(texts) == 1 else [self.separator.join(row) for row in zip(*texts, strict=True)]
-        )
+        joined = texts[0] if len(texts) == 1 else [self.separator.join(row) for row in zip(*texts, strict=True)]
         columns: dict[str, Sequence] = {"text": joined}
         if self.label_column is not None:
-            columns["label"] = _as_labels(
-                table.column(self.label_column).to_pylist(), self.label_names, origin
-            )
+            columns["label"] = _as_labels(table.column(self.label_column).to_pylist(), self.label_names, origin)
         if self.drop_blank:
             keep = [i for i, text in enumerate(joined) if text.strip()]
             columns = {name: [column[i] for i in keep] for name, column in columns.items()}
@@ -168,8 +162,7 @@ class UserFiles:
             _check_share(f"data.{split}_share", share)
         if sum(self.shares.values()) >= 1:
             raise ValueError(
-                f"data.validation_share + data.test_share = {sum(self.shares.values())}: no train split "
-                f"is left"
+                f"data.validation_share + data.test_share = {sum(self.shares.values())}: no train split is left"
             )
 
     @property
@@ -198,9 +191,7 @@ class UserFiles:
         wanted = {"data.text_column": self.text_column, "data.label_column": self.label_column}
         for key, column in wanted.items():
             if column is not None and column not in table.column_names:
-                raise ValueError(
-                    f"{key}={column}: {path} has no such column; it has {', '.join(table.column_names)}"
-                )
+                raise ValueError(f"{key}={column}: {path} has no such column; it has {', '.join(table.column_names)}")
         return table
 
     def _names(self, tables: Mapping[str, pa.Table]) -> tuple[str, ...]:
@@ -213,9 +204,7 @@ class UserFiles:
                              f"or give "
                              f"data.label_names, or use words")  # fmt: skip
         if len(names) < 2:
-            raise ValueError(
-                f"{key}: there is one label only ({names[0]}); for texts without labels use data=text"
-            )
+            raise ValueError(f"{key}: there is one label only ({names[0]}); for texts without labels use data=text")
         return names
 
     def _rows(self, table: pa.Table, origin: str, names: tuple[str, ...] | None) -> datasets.Dataset:
@@ -271,11 +260,7 @@ def at_most(rows: datasets.Dataset, limit: int | None) -> datasets.Dataset:
     may be sorted by them), else the first rows (which may belong together)."""
     if limit is None or limit >= len(rows):
         return rows
-    some = (
-        np.random.default_rng(0).permutation(len(rows))[:limit]
-        if "label" in rows.column_names
-        else range(limit)
-    )
+    some = np.random.default_rng(0).permutation(len(rows))[:limit] if "label" in rows.column_names else range(limit)
     return _select(rows, np.sort(some))
 
 
@@ -303,13 +288,9 @@ def carve(rows: datasets.Dataset, shares: Mapping[str, float], seed: int) -> dic
     texts = rows["text"][:]
     keep = [i for i in left if texts[i] not in held_out]
     if not keep:
-        raise ValueError(
-            "every text of the train split also stands in a held-out split; the texts are too much alike"
-        )
+        raise ValueError("every text of the train split also stands in a held-out split; the texts are too much alike")
     if len(keep) < len(left):
-        log.info(
-            "%d texts that also stand in %s were dropped from train", len(left) - len(keep), ", ".join(sizes)
-        )
+        log.info("%d texts that also stand in %s were dropped from train", len(left) - len(keep), ", ".join(sizes))
     return {**parts, "train": _select(rows, keep)}
 
 
@@ -331,9 +312,7 @@ def _features(has_labels: bool) -> datasets.Features:
 def _need_columns(table: pa.Table, columns: Sequence[str], origin: str) -> pa.Table:
     absent = [column for column in columns if column not in table.column_names]
     if absent:
-        raise ValueError(
-            f"{origin} has no column {', '.join(absent)}; it has {', '.join(table.column_names)}"
-        )
+        raise ValueError(f"{origin} has no column {', '.join(absent)}; it has {', '.join(table.column_names)}")
     return table
 
 

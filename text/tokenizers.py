@@ -131,9 +131,7 @@ def load_tokenizer(
     word). Raises ValueError for a setting that does not apply, FileNotFoundError where nothing is found.
     """
     if not name_or_path or not isinstance(name_or_path, str):
-        raise ValueError(
-            f"{_KEY}={name_or_path!r}: give {', '.join(BUILDERS)}, a folder, or a name on the Hub"
-        )
+        raise ValueError(f"{_KEY}={name_or_path!r}: give {', '.join(BUILDERS)}, a folder, or a name on the Hub")
     if name_or_path in BUILDERS:
         tokenizer = _load_built(name_or_path, texts, vocab_size, cache_dir)
     elif vocab_size is not None:
@@ -176,16 +174,12 @@ def _load_built(
     kind: str, texts: Callable[[], Iterable[str]] | None, vocab_size: int | None, cache_dir: str | Path
 ) -> PreTrainedTokenizerBase:
     if kind in ("char", "byte") and vocab_size is not None:
-        raise ValueError(
-            f"data.vocab_size={vocab_size} applies to {_KEY}=word and bpe; with {kind} leave it null"
-        )
+        raise ValueError(f"data.vocab_size={vocab_size} applies to {_KEY}=word and bpe; with {kind} leave it null")
     smallest = {"bpe": 256, "word": 1}.get(kind, 0) + len(_SPECIALS)
     if kind == "bpe" and vocab_size is None:
         raise ValueError(f"data.vocab_size=null: {_KEY}=bpe needs a size, such as data.vocab_size=8192")
     if vocab_size is not None and vocab_size < smallest:
-        raise ValueError(
-            f"data.vocab_size={vocab_size} is too small for {_KEY}={kind}; give {smallest} or more"
-        )
+        raise ValueError(f"data.vocab_size={vocab_size} is too small for {_KEY}={kind}; give {smallest} or more")
     if texts is None and kind != "byte":
         raise ValueError(f"{_KEY}={kind} is built from the train split, and there is none here")
     content = None if kind == "byte" else texts_fingerprint(texts())
@@ -277,9 +271,7 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int], *, skip_speci
     return "".join(whole for _, whole in _runs(tokenizer, ids, skip_special))
 
 
-def token_strings(
-    tokenizer: PreTrainedTokenizerBase, ids: Iterable[int], *, skip_special: bool = False
-) -> list[str]:
+def token_strings(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int], *, skip_special: bool = False) -> list[str]:
     """One string per id; joined they give `decode` of the ids (but for what a tokenizer's clean-up joins,
     bert's "' s").
 
@@ -310,16 +302,10 @@ def _display(tokenizer: PreTrainedTokenizerBase) -> _Display:
         mask_id = max(known) + 1 if tokenizer.mask_token_id is None else tokenizer.mask_token_id
         special = frozenset(tokenizer.all_special_ids) | {mask_id}
         common = [ids[-1] for ids in encode(tokenizer, [" a", " the", " e"]) if ids]
-        words = (
-            i
-            for i in (*common, *sorted(known))
-            if i not in special and tokenizer.decode([i]).strip().isalpha()
-        )
+        words = (i for i in (*common, *sorted(known)) if i not in special and tokenizer.decode([i]).strip().isalpha())
         anchor = list(itertools.islice(words, 1))
         once, twice = tokenizer.decode(anchor).strip(), tokenizer.decode(anchor * 2).strip()
-        _DISPLAYS[tokenizer] = _Display(
-            known, special, mask_id, anchor, " " if twice == f"{once} {once}" else ""
-        )
+        _DISPLAYS[tokenizer] = _Display(known, special, mask_id, anchor, " " if twice == f"{once} {once}" else "")
     return _DISPLAYS[tokenizer]
 
 
