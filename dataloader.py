@@ -3,6 +3,7 @@
 The batch contract. Every batch is a dict of CPU tensors (B rows, L tokens):
   input_ids       int64 (B, L)
   attention_mask  bool  (B, L)  False on padding; absent when nothing is padded (wrapped data)
+  given           bool  (B, L)  True on tokens that are context: seen, never masked, not scored; absent when there are none
   sample_id       int64 (B,)    lasting name of the row: evaluation noise is keyed by it
   position        int64 (B,)    place in the run's stream of training samples; training batches only
   label           int64 (B,)    where the texts have labels
@@ -17,7 +18,7 @@ one number, workers none.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -148,10 +149,11 @@ class _Rows(Dataset):
 
 
 class Collate:
-    """Columns of some rows -> a batch (the contract above). pad_id None: the rows are of equal length."""
+    """Columns of some rows -> a batch (the contract above). pad_id None: the rows are of equal length. `frame_ids`:
+    tokens that are given where they begin or end a padded row."""
 
-    def __init__(self, length: int, pad_id: int | None) -> None:
-        self.length, self.pad_id = length, pad_id
+    def __init__(self, length: int, pad_id: int | None, frame_ids: Collection[int] = ()) -> None:
+        self.length, self.pad_id, self.frame_ids = length, pad_id, np.array(sorted(frame_ids), dtype=np.int64)
 
     def __call__(self, columns: dict[str, Any]) -> dict[str, torch.Tensor]:
         columns = dict(columns)
@@ -163,7 +165,11 @@ class Collate:
         mask = np.arange(width) < lengths[:, None]
         ids = np.full(mask.shape, self.pad_id, dtype=np.int64)
         ids[mask] = np.concatenate(list(rows))
-        return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask), **batch}
+        batch |= {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
+        if len(self.frame_ids):
+            ends = (np.arange(width) == 0) | (np.arange(width) == lengths[:, None] - 1)
+            batch["given"] = torch.from_numpy(ends & np.isin(ids, self.frame_ids))
+        return batch
 
 
 # -------------------------------------------------------------------------------- the data module
@@ -178,7 +184,8 @@ class TextData(LightningDataModule):
     and BOS before padded texts; `insert_*_eos` ends each text with EOS; `label` keeps one class;
     `max_*_texts` limits a split for quick runs (a fixed random choice where there are labels, else the first
     ones). Tokenizers are trained on the whole train split, whatever `label` and the limits are, so that the
-    models of all classes share one vocabulary. loader: `batch_size` and `eval_batch_size` are rows per
+    models of all classes share one vocabulary; `score_special` false makes BOS and EOS of padded rows given.
+    loader: `batch_size` and `eval_batch_size` are rows per
     device; `batch_size` None divides `global_batch_size`. `length` is model.length, `seed` orders the
     training stream, `max_steps` are optimizer steps of the whole run.
     """
@@ -200,6 +207,7 @@ class TextData(LightningDataModule):
         insert_valid_special: bool = True,
         insert_train_eos: bool = True,
         insert_valid_eos: bool = True,
+        score_special: bool = False,
         long_texts: str = "error",
         drop_empty: bool = False,
         label: int | None = None,
@@ -216,7 +224,7 @@ class TextData(LightningDataModule):
         pin_memory: bool = True,
     ) -> None:
         super().__init__()
-        self.name = name or "text"
+        self.name, self.score_special = name or "text", score_special
         self.source, self.length, self.label, self.wrap = source, length, label, wrap
         self.tokenizer_settings = {"name_or_path": tokenizer_name_or_path, "folder": tokenizer_folder,
                                    "vocab_size": vocab_size, "cache_dir": cache_dir}  # fmt: skip
@@ -338,12 +346,19 @@ class TextData(LightningDataModule):
         order = np.arange(len(rows)) if self.wrap else np.argsort(-np.asarray(rows["length"][:]), kind="stable")
         return self._loader(_Rows(rows), evaluation_batches(order, self.eval_batch_size, *self._rank()))
 
+    @property
+    def collate(self) -> Collate:
+        """Columns of rows of a split -> a batch."""
+        if self.wrap:
+            return Collate(self.length, None)
+        frame = () if self.score_special else {self.vocabulary.bos_id, self.vocabulary.eos_id} - {None}
+        return Collate(self.length, self.vocabulary.pad_id, frame)
+
     def _loader(self, rows: Dataset, batches: Sampler | list[list[int]]) -> DataLoader:
-        pad_id = None if self.wrap else self.vocabulary.pad_id
         return DataLoader(
             rows,
             batch_sampler=batches,
-            collate_fn=Collate(self.length, pad_id),
+            collate_fn=self.collate,
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
             persistent_workers=self.num_workers > 0,

@@ -22,7 +22,7 @@ class TokenLoss:
     """An unreduced loss.
 
     nll_BL: estimate, in nats, of each token's part of -log p(x); its sum over L estimates (bounds) -log p(row).
-    mask_BL: True where a position is a token of the text, False on padding: the denominator.
+    mask_BL: True where a token is scored, False on padding and given tokens: the denominator.
     logs: further tensors worth recording, detached, (B,) each.
     """
 
@@ -55,10 +55,11 @@ class Objective(Protocol):
     ) -> Tensor: ...
 
 
-def text_mask(batch: Batch) -> Tensor:
-    """True where a position is a token of the text (B, L); wrapped batches have no padding and carry no mask."""
+def scored_mask(batch: Batch) -> Tensor:
+    """True where a token is to be masked and scored (B, L): everywhere but on padding and on given tokens."""
     mask_BL = batch.get("attention_mask")
-    return torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask_BL is None else mask_BL.bool()
+    scored_BL = torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask_BL is None else mask_BL.bool()
+    return scored_BL & ~batch["given"] if "given" in batch else scored_BL
 
 
 def fresh_noise(x_BL: Tensor) -> KeyedNoise:

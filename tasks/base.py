@@ -92,7 +92,7 @@ def likelihood(data: object, split: str, scores: Scores, truth: GroundTruth | No
     unigram = _per_token(unigram_nll(data, split)[rows_M], scores.tokens_M)
     if truth is None:
         return Likelihood(scores, scores.per_token(), unigram)
-    true_nll_M = true_nll(data, split, truth)[rows_M]
+    true_nll_M = true_nll(data, split, rows_M, scores.tokens_M, truth)
     return Likelihood(
         scores,
         scores.per_token(),
@@ -124,17 +124,19 @@ def unigram_nll(data: object, split: str) -> np.ndarray:
     return np.array([nats_V[np.asarray(ids)].sum() for ids in data.split(split)["input_ids"]])
 
 
-def true_nll(data: object, split: str, truth: GroundTruth) -> np.ndarray:
-    """-log p(text | its length) of every text in the split under the corpus's own law, in nats (M,).
+def true_nll(
+    data: object, split: str, rows_M: np.ndarray, tokens_M: np.ndarray, truth: GroundTruth
+) -> np.ndarray:
+    """-log p(text | its length) of rows of a split under the corpus's own law, in nats (M,).
 
     Given the length, because a padded row shows a model how long its text is. With all classes in the data the law is
     their mixture.
     """
-    texts = data.texts(split)["text"]
+    every = data.texts(split)["text"]
+    texts = [every[int(i)] for i in rows_M]
     labels = range(len(data.label_names)) if data.label is None else [data.label]
-    num_tokens = [len(ids) - 1 for ids in data.split(split)["input_ids"]]  # the grammar does not count [EOS]
     joint = np.stack([truth.log_prob(texts, k) for k in labels])
-    length = np.stack([truth.log_prob_length(num_tokens, k) for k in labels])
+    length = np.stack([truth.log_prob_length(tokens_M, k) for k in labels])
     return np.logaddexp.reduce(length) - np.logaddexp.reduce(joint)
 
 

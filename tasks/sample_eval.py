@@ -17,6 +17,7 @@ import torch
 from callbacks.progress import Meter
 from diffusion import Diffusion
 from metrics import Estimate
+from objectives.base import scored_mask
 from randomness import KeyedNoise
 from reporting.report import Metric, Report, Sample
 from tasks.base import Experiment, write_results
@@ -38,50 +39,47 @@ def draw(
 ) -> list[Drawn]:
     """`num_samples` texts. The i-th depends on (seed, i) and on the weights, not on the batch it is drawn in.
 
-    Padded data: a text's length is that of a training text picked at random, since a model of padded texts is a model
-    of p(text | length). Wrapped data: the model's length.
+    A text gets the length of a training row picked at random, since a model of padded rows is a model of
+    p(text | length); wrapped rows all have the model's length.
     """
-    lengths = _lengths(data, num_samples, seed)
+    rows = _template_rows(data, num_samples, seed)
     drawn: list[Drawn] = []
     meter = Meter("sample", num_samples)
     with torch.inference_mode():
         for start in range(0, num_samples, batch_size):
-            batch = lengths[start : start + batch_size]
-            drawn += _draw_batch(diffusion, data, sampler, batch, start, seed)
+            drawn += _draw_batch(diffusion, data, sampler, rows[start : start + batch_size], start, seed)
             meter.update(len(drawn))
     meter.close()
     return drawn
 
 
-def _lengths(data: object, num_samples: int, seed: int) -> list[int]:
-    if data.wrap:
-        return [data.length] * num_samples
-    observed = [len(ids) for ids in data.split("train")["input_ids"]]
+def _template_rows(data: object, num_samples: int, seed: int) -> list[int]:
+    """Training rows that lend their length and given tokens to the samples."""
     u = KeyedNoise(seed, torch.arange(num_samples), draw=-3).uniform()
-    return [observed[int(i)] for i in u * len(observed)]
+    return (u * len(data.split("train"))).long().tolist()
 
 
 def _draw_batch(
-    diffusion: Diffusion, data: object, sampler: Callable, lengths: list[int], first: int, seed: int
+    diffusion: Diffusion, data: object, sampler: Callable, rows: list[int], first: int, seed: int
 ) -> list[Drawn]:
-    device, mask_id = diffusion.device, diffusion.objective.mask_id
-    length_B = torch.tensor(lengths, device=device)
-    text_BL = torch.arange(max(lengths), device=device) < length_B[:, None]
-    x_BL = torch.where(text_BL, mask_id, data.vocabulary.pad_id)
-    cond = {} if bool(text_BL.all()) else {"attention_mask": text_BL}
-    noise = KeyedNoise(seed, torch.arange(first, first + len(lengths), device=device))
+    batch = {k: v.to(diffusion.device) for k, v in data.collate(data.split("train")[rows]).items()}
+    mask_id = diffusion.objective.mask_id
+    x_BL = torch.where(scored_mask(batch), mask_id, batch["input_ids"])
+    cond = {k: batch[k] for k in ("attention_mask",) if k in batch}
+    noise = KeyedNoise(seed, torch.arange(first, first + len(rows), device=diffusion.device))
     out = sampler(diffusion.denoise, diffusion.objective.schedule, x_BL, mask_id, noise, **cond)
+    length_B = cond["attention_mask"].sum(-1).tolist() if cond else [x_BL.shape[1]] * len(rows)
     return [
         Drawn(out.ids_BL[i, :n].tolist(), out.step_BL[i, :n].tolist(), out.num_steps, int(out.evaluations_B[i]))
-        for i, n in enumerate(lengths)
+        for i, n in enumerate(length_B)
     ]
 
 
 def shown(drawn: list[Drawn], tokenizer: object) -> list[Sample]:
-    """Samples as the report shows them, end-of-text marks left out."""
+    """Samples as the report shows them, special tokens left out."""
     samples = []
     for index, text in enumerate(drawn):
-        kept = [i for i, token in enumerate(text.ids) if token != tokenizer.eos_token_id]
+        kept = [i for i, token in enumerate(text.ids) if token not in tokenizer.all_special_ids]
         strings = token_strings(tokenizer, [text.ids[i] for i in kept])
         title = f"sample {index} · {text.evaluations} network evaluations"
         samples.append(Sample(strings, [text.steps[i] for i in kept], text.num_steps, title))
@@ -102,7 +100,7 @@ def write_samples(path: Path, drawn: list[Drawn], tokenizer: object) -> None:
     """`samples.jsonl`: one JSON object a line with text, ids, the step that wrote each token, network evaluations."""
     with path.open("w") as file:
         for index, text in enumerate(drawn):
-            row = {"sample": index, "text": decode(tokenizer, text.ids), "ids": text.ids, "steps": text.steps,
+            row = {"sample": index, "text": decode(tokenizer, text.ids, skip_special=True), "ids": text.ids, "steps": text.steps,
                    "evaluations": text.evaluations}  # fmt: skip
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
@@ -136,6 +134,6 @@ def sample_eval(
     report.code(experiment.settings, "configuration")
     report.write(folder / "report.html")
     for text in drawn[:num_shown]:
-        print(f"\n{decode(data.tokenizer, text.ids)}")
+        print(f"\n{decode(data.tokenizer, text.ids, skip_special=True)}")
     print(f"\nunigram entropy {entropy} nats, {evaluations:.1f} network evaluations per sample\n{folder / 'report.html'}")
     return results

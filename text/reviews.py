@@ -1,32 +1,33 @@
 """The embedded corpus (`data=reviews`): short film reviews in two classes from a grammar of our own.
 
-A review names a film (its genre noun comes back in the verdict), says what it is about, judges one to three
-groups of aspects, and closes with a verdict. Each judgement has a latent sentiment that agrees with the
-class most of the time; it is told plainly ("feels truly dull") or by negating its opposite ("never feels
-clever"), and contrasts ("..., but ...") hold one judgement of each kind. So single words say little about
-the class, clauses nearly all.
+A review names a film (its genre noun comes back in the verdict), judges one to three groups of aspects, and closes
+with a verdict. Each judgement has a latent sentiment that agrees with the class most of the time; it is told plainly
+("feels truly dull") or by negating its opposite ("never feels clever"), and contrasts ("..., but ...") hold one
+judgement of each kind. So single words say little about the class, clauses nearly all.
 
-Swapping the two polarities maps one class onto the other word for word; hence lengths say nothing about the
-class. Every text is [MIN_TOKENS, MAX_TOKENS] tokens long by construction (words and punctuation, end-of-
-text not counted).
+Every clause is CLAUSE_TOKENS long (words and punctuation), a review three to eight of them. So a text's length tells
+where its clauses begin, and what is left to learn is their words.
+
+Swapping the two polarities maps one class onto the other word for word; hence lengths say nothing about the class.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from text.grammar import Expression, FiniteStateGrammar, chain, weighted, words
 
+CLAUSE_TOKENS = 8
 MIN_TOKENS, MAX_TOKENS = 16, 64
 SPLITS = ("train", "validation", "test")
 TOKEN = re.compile(r"[A-Za-z]+|[.,!?;:]")
 
 P_ASPECT_AGREES = 0.88
 P_VERDICT_AGREES = 0.92
-P_NEGATED = 0.30
+P_NEGATED = 0.32
 
 # Index 0 is the negative list, 1 the positive one; words of equal rank are each other's opposites.
 ADJECTIVES = (
@@ -46,11 +47,10 @@ FILMS = words("film movie thriller comedy drama")
 KINDS = words("new old recent foreign famous strange quiet ambitious little modern short popular")
 COMPANY = words("friends parents sister brother family cousins neighbours children")
 SEASONS = words("week month weekend summer winter year")
+WHEN = words("yesterday recently together again")
 PEOPLE = words("detective soldier teacher singer painter widow thief lawyer doctor farmer stranger poet")
 TRAITS = words("lonely young ruthless shy proud restless weary stubborn gentle reckless nervous brave")
-DEEDS = words("meets hunts betrays rescues deceives protects loves hires trusts chases")
-SCENERY = words("small remote crowded distant gloomy busy frozen dusty")
-PLACES = words("town village city desert castle school hotel prison")
+FATES = words("vanishes returns escapes dreams struggles wanders remembers wakes")
 
 # (singular, plural) subjects. A sentence is about one pair of groups, so that no aspect is judged twice.
 STORY = ("plot story script premise ending", "twists jokes surprises")
@@ -66,6 +66,7 @@ NEVER = words("never hardly rarely scarcely seldom")
 NOT = words("not never hardly scarcely")
 LINKING = (words("feels seems proves remains becomes"), words("feel seem prove remain become"))
 BE = ("is", "are")
+TAILS = words("overall throughout though instead")
 
 
 def _told(polarity: int, plain: Expression, negation: Expression, opposites: tuple[str, str]) -> Expression:
@@ -81,57 +82,58 @@ def _predicate(polarity: int, plural: int) -> Expression:
     return _told(polarity, plain, negation, ADJECTIVES)
 
 
-def _clause(article: Expression, groups: tuple[tuple[str, str], ...], polarity: int,
-            place: Expression = "") -> Expression:
-    """A judgement of one of `groups`. Its verb agrees with the subject, not with the nouns of `place`."""
-    return weighted(*((weight, chain(article, words(group[plural]), place, _predicate(polarity, plural)))
-                      for group in groups for plural, weight in enumerate((0.6, 0.4))))
+def _nouns(groups: tuple[tuple[str, str], ...], form: Callable[[str, int], Expression]) -> Expression:
+    """`form` of the subjects of some groups, singular (0) or plural (1)."""
+    return weighted(*((weight, form(group[plural], plural)) for group in groups
+                      for plural, weight in enumerate((0.6, 0.4))))
+
+
+def _pair(polarity: int, plural: int) -> Expression:
+    """Five tokens, two words of one polarity: "is truly dull and shallow", "is never dull or shallow"."""
+    halves = [" ".join(listing.split()[:8]) for listing in ADJECTIVES]
+    others = [" ".join(listing.split()[8:]) for listing in ADJECTIVES]
+    told = chain(BE[plural], ADVERBS, words(halves[polarity]), "and", words(others[polarity]))
+    negated = chain(BE[plural], NOT, words(halves[1 - polarity]), "or", words(others[1 - polarity]))
+    return weighted((1 - P_NEGATED, told), (P_NEGATED, negated))
+
+
+def _clause(groups: tuple[tuple[str, str], ...], polarity: int, end: str) -> Expression:
+    """A judgement whose verb agrees with the subject, not with the nouns of the place between them."""
+    place = weighted((1.0, "in places"), (1.0, "at times"), (1.0, "in parts"), (1.0, "on screen"))
+    return _nouns(groups, lambda noun, plural: chain(
+        "The", words(noun), place, _predicate(polarity, plural), end))
 
 
 def _judgement(groups: tuple[tuple[str, str], ...], polarity: int) -> Expression:
-    """A sentence on one or both of two groups of aspects; `polarity` is the sentiment of its main clause."""
-    place = chain(words("in during throughout"), "the", words("opening final first last closing"),
-                  words("scenes act half minutes part"))
-    said = _told(polarity, words("really truly genuinely simply thoroughly secretly"), NEVER, FEELINGS)
-    nouns = weighted(*((1.0, words(listing)) for group in groups for listing in group))
-    title, article = words("The Its"), words("the its")
-
-    def pair(first: int, joint: Expression) -> Expression:
-        return chain(_clause(title, groups[:1], first), ",", joint,
-                     _clause(article, groups[1:], polarity), ".")
-
-    return weighted(
-        (0.32, chain(_clause(title, groups, polarity), ".")),
-        (0.22, chain(_clause(title, groups, polarity, place), ".")),
-        (0.16, chain("I", said, article, nouns, ".")),
-        (0.14, pair(polarity, "and")),
-        (0.16, pair(1 - polarity, words("but yet"))))
+    """One clause on one of two groups of aspects, or two of opposite polarity on both; `polarity` is the main one's."""
+    listed = _nouns(groups, lambda noun, plural: chain("The", words(noun), _pair(polarity, plural), "."))
+    firsts, seconds = (weighted(*((1.0, words(listing)) for listing in group)) for group in groups)
+    felt = weighted(
+        (1 - P_NEGATED, chain(ADVERBS, words(FEELINGS[polarity]), "its", firsts, "and", seconds)),
+        (P_NEGATED, chain(NEVER, words(FEELINGS[1 - polarity]), "its", firsts, "or", seconds)))
+    contrast = chain(_clause(groups[:1], 1 - polarity, ","), words("but yet"), _nouns(
+        groups[1:], lambda noun, plural: chain("the", words(noun), _predicate(polarity, plural), TAILS, ".")))
+    return weighted((0.30, listed), (0.30, _clause(groups, polarity, ".")), (0.20, chain("I", felt, ".")),
+                    (0.20, contrast))
 
 
 def _opening(film: str) -> Expression:
-    watched = chain(words("watched saw rented caught"), "this", KINDS, film)
-    when = chain(words("last this"), SEASONS, ".")
     tells = words("follows portrays features introduces")
-    person = chain(words("a the", flatness=1), TRAITS, PEOPLE)
     return weighted(
-        (0.30, chain(words("I We"), watched, when)),
-        (0.15, chain("I", watched, "with my", COMPANY, when)),
-        (0.10, chain("We", watched, "with our", COMPANY, when)),
-        (0.25, chain("This", KINDS, film, tells, person, "who", DEEDS, person, ".")),
-        (0.20, chain("Set in a", SCENERY, PLACES, ", this", film, tells, person, ".")))
+        (0.35, chain(words("I We"), words("watched saw rented caught"), "this", KINDS, film, "last", SEASONS, ".")),
+        (0.25, chain("This", KINDS, film, tells, "a", TRAITS, PEOPLE, ".")),
+        (0.20, chain("My", COMPANY, words("chose picked rented found"), "this", KINDS, film, WHEN, ".")),
+        (0.20, chain("In this", film, "a", TRAITS, PEOPLE, FATES, ".")))
 
 
 def _verdict(film: str, polarity: int) -> Expression:
     sure = words("truly really simply clearly certainly")
-    this = words("this the")
     return weighted(
-        (0.4, chain(words("Overall Ultimately Altogether Frankly"), ",", this, film, "is",
+        (0.4, chain(words("Overall Ultimately Altogether Frankly"), "this", film, "is",
                     _told(polarity, chain(sure, "a"), chain(NOT, "a"), VERDICTS), ".")),
-        (0.3, chain(words("You We"), "should",
-                    _told(polarity, words("certainly really definitely simply"), words("not never"), ADVICE),
-                    this, film, words("this next"), SEASONS, ".")),
-        (0.3, chain(words("So And"), words("it this"), "is",
-                    _told(polarity, chain(sure, "a", film, "worth"), chain(NOT, "a", film, "worth"), WORTH),
+        (0.3, chain(words("You We"), "should", _told(polarity, sure, words("not never"), ADVICE), "this", film,
+                    words("soon tonight today tomorrow"), ".")),
+        (0.3, chain("It is", _told(polarity, chain(sure, "a", film, "worth"), chain(NOT, "a", film, "worth"), WORTH),
                     ".")))
 
 
