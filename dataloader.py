@@ -3,7 +3,7 @@
 The batch contract. Every batch is a dict of CPU tensors (B rows, L tokens):
   input_ids       int64 (B, L)
   attention_mask  bool  (B, L)  False on padding; absent when nothing is padded (wrapped data)
-  given           bool  (B, L)  True on tokens that are context: seen, never masked, not scored; absent when there are none
+  given           bool  (B, L)  True on context: seen, never masked, not scored; absent when there is none
   sample_id       int64 (B,)    lasting name of the row: evaluation noise is keyed by it
   position        int64 (B,)    place in the run's stream of training samples; training batches only
   label           int64 (B,)    where the texts have labels

@@ -38,8 +38,8 @@ def truth(texts_by_class: list[list[str]]) -> np.ndarray:
     return np.repeat([0, 1], [len(texts) for texts in texts_by_class])
 
 
-MEAN_TOKENS, ENTROPY_PER_TOKEN = 40.187, 1.3322     # tokens; nats, given the length
-NAIVE_BAYES, BAYES_OPTIMUM = 0.705, 0.962           # accuracies
+MEAN_TOKENS, ENTROPY_PER_TOKEN = 35.2, 1.2332     # tokens; nats, given the length
+NAIVE_BAYES, BAYES_OPTIMUM = 0.682, 0.979           # accuracies
 
 # A latent word (x or y) that must come back at the end.
 LATENT = weighted(*((1.0, chain(latent, weighted((0.3, "z z"), (0.7, "z")), latent)) for latent in "xy"))
@@ -136,12 +136,13 @@ def test_agreement_at_a_distance(grammar, test_texts):
         assert len(set(named)) == 1 and len(named) == 2
         other = films[(films.index(named[0]) + 1) % len(films)]
         assert np.isneginf(grammar.log_prob([text.replace(named[0], other, 1)], 0))[0]
-    opening, verdict = "I saw this old film this year. ", " So this is clearly a film worth seeing."
-    for sentence, possible in (("The jokes in the final act are truly vivid.", True),
-                               ("The jokes in the final act is truly vivid.", False),
-                               ("The plot in the final scenes is truly vivid.", True),
-                               ("The plot in the final scenes are truly vivid.", False)):
-        assert np.isfinite(grammar.log_prob([opening + sentence + verdict], 1))[0] == possible
+    opening = "I saw this old film last year. "
+    closing = "The songs are truly clever and fresh. It is clearly a film worth seeing."
+    for sentence, possible in (("The jokes on screen are truly vivid. ", True),
+                               ("The jokes on screen is truly vivid. ", False),
+                               ("The plot at times is truly vivid. ", True),
+                               ("The plot at times are truly vivid. ", False)):
+        assert np.isfinite(grammar.log_prob([opening + sentence + closing], 1))[0] == possible, sentence
 
 
 def test_classes_are_mirror_images(grammar, test_texts):
@@ -186,8 +187,8 @@ def test_class_is_hidden_from_words_but_not_from_the_grammar(grammar, test_texts
     bayes = MultinomialNB().fit(counts, truth(train))
     naive = bayes.score(counter.transform(test_texts[0] + test_texts[1]), truth(test_texts))
     optimal = (grammar.posterior(test_texts[0] + test_texts[1]).argmax(1) == truth(test_texts)).mean()
-    assert naive == pytest.approx(NAIVE_BAYES, abs=0.025)
-    assert optimal == pytest.approx(BAYES_OPTIMUM, abs=0.012)
+    assert naive == pytest.approx(NAIVE_BAYES, abs=0.025) and naive <= 0.80
+    assert optimal == pytest.approx(BAYES_OPTIMUM, abs=0.012) and optimal >= 0.93
 
 
 def test_posterior_is_calibrated(grammar, test_texts):

@@ -1,11 +1,11 @@
 """The embedded corpus (`data=reviews`): short film reviews in two classes from a grammar of our own.
 
-A review names a film (its genre noun comes back in the verdict), judges one to three groups of aspects, and closes
+A review names a film (its genre noun comes back in the verdict), judges two groups of aspects, and closes
 with a verdict. Each judgement has a latent sentiment that agrees with the class most of the time; it is told plainly
 ("feels truly dull") or by negating its opposite ("never feels clever"), and contrasts ("..., but ...") hold one
 judgement of each kind. So single words say little about the class, clauses nearly all.
 
-Every clause is CLAUSE_TOKENS long (words and punctuation), a review three to eight of them. So a text's length tells
+Every clause is CLAUSE_TOKENS long (words and punctuation), a review four to six of them. So a text's length tells
 where its clauses begin, and what is left to learn is their words.
 
 Swapping the two polarities maps one class onto the other word for word; hence lengths say nothing about the class.
@@ -25,8 +25,8 @@ MIN_TOKENS, MAX_TOKENS = 16, 64
 SPLITS = ("train", "validation", "test")
 TOKEN = re.compile(r"[A-Za-z]+|[.,!?;:]")
 
-P_ASPECT_AGREES = 0.88
-P_VERDICT_AGREES = 0.92
+P_ASPECT_AGREES = 0.9
+P_VERDICT_AGREES = 0.94
 P_NEGATED = 0.32
 
 # Index 0 is the negative list, 1 the positive one; words of equal rank are each other's opposites.
@@ -138,15 +138,13 @@ def _verdict(film: str, polarity: int) -> Expression:
 
 
 def _review(label: int) -> Expression:
-    """Opening, one to three judgements in the order of GROUPS, verdict on the film of the opening."""
+    """Opening, judgements on two of the GROUPS, verdict on the film of the opening."""
     def agreeing(p_agrees: float, expressions: list[Expression]) -> Expression:
         return weighted((p_agrees, expressions[label]), (1 - p_agrees, expressions[1 - label]))
 
     first, second, third = (agreeing(P_ASPECT_AGREES, [_judgement(groups, polarity) for polarity in (0, 1)])
                             for groups in GROUPS)
-    after_second = weighted((0.6, third), (0.4, ""))
-    after_first = weighted((0.7, chain(second, after_second)), (0.2, third), (0.1, ""))
-    middle = weighted((0.9, chain(first, after_first)), (0.1, chain(second, after_second)))
+    middle = weighted((0.4, chain(first, second)), (0.3, chain(first, third)), (0.3, chain(second, third)))
     return weighted(*((p, chain(_opening(film), middle, agreeing(
         P_VERDICT_AGREES, [_verdict(film, polarity) for polarity in (0, 1)]))) for p, film in FILMS.options))
 

@@ -1,0 +1,75 @@
+"""The plan of the house, held: which way the doors open, how large a room may be, who reads the configuration."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ROOMS = ("objectives", "samplers", "tasks", "models", "text", "callbacks", "reporting")
+SHARED = {"randomness", "metrics"}  # numbers and their errors: they import nothing of ours
+MAY_IMPORT = {
+    "randomness": set(),
+    "metrics": set(),
+    "noise_schedule": set(),
+    "forward_process": {"noise_schedule"},
+    "optimizers": set(),
+    "command_line": set(),
+    "text": {"text"},
+    "models": {"models"},
+    "reporting": {"reporting"},
+    "callbacks": {"callbacks"},
+    "dataloader": {"text"},
+    "objectives": {"objectives", "forward_process", "noise_schedule"} | SHARED,
+    "samplers": {"samplers", "forward_process", "noise_schedule"} | SHARED,
+    "diffusion": {"objectives", "models"} | SHARED,
+    "tasks": {"tasks", "callbacks", "diffusion", "objectives", "samplers", "reporting", "text"} | SHARED,
+    "main": {"callbacks", "command_line", "dataloader", "diffusion", "models"},
+}
+FILES = sorted([*ROOT.glob("*.py"), *(path for room in ROOMS for path in (ROOT / room).glob("*.py"))])
+
+
+def room_of(path: Path) -> str:
+    return path.stem if path.parent == ROOT else path.parent.name
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_doors_open_one_way(path):
+    tree = ast.parse(path.read_text())
+    imported = {alias.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
+    ours = imported & set(MAY_IMPORT)
+    assert ours <= MAY_IMPORT[room_of(path)], f"{path.name} may not import {ours - MAY_IMPORT[room_of(path)]}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_sizes(path):
+    source = path.read_text()
+    assert source.count("\n") <= 400
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            limit = 250 if isinstance(node, ast.ClassDef) else 60
+            assert node.end_lineno - node.lineno + 1 <= limit, f"{node.name} is too long"
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.stem not in ("main", "command_line")], ids=lambda p: p.stem)
+def test_only_main_reads_the_configuration(path):
+    names = {node.id for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Name)}
+    names |= {node.arg for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.arg)}
+    assert not names & {"cfg", "DictConfig", "OmegaConf"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_public_thing_says_what_it_is(path):
+    tree = ast.parse(path.read_text())
+    assert ast.get_docstring(tree) or path.name == "__init__.py", "the module has no docstring"
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_") and node.name != "main":
+            assert ast.get_docstring(node), f"{node.name} has no docstring"
+
+
+def test_no_yaml_holds_a_program():
+    for path in (ROOT / "configs").rglob("*.yaml"):
+        assert "${eval" not in path.read_text() and "__import__" not in path.read_text()

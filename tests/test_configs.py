@@ -1,0 +1,145 @@
+"""Every configuration composes, builds and takes a training step; every mistake gets one clear answer."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import main
+from command_line import compose_config, explain, translate
+
+ROOT = Path(__file__).parents[1]
+GROUPS = sorted(path.parent.name for path in (ROOT / "configs").glob("*/*.yaml"))
+CHOICES = sorted({(path.parent.name, path.stem) for path in (ROOT / "configs").glob("*/*.yaml")})
+TINY = ["model.hidden_size=16", "model.cond_dim=8", "model.n_blocks=1", "model.n_heads=2", "trainer.max_steps=2",
+        "loader.global_batch_size=4", "lr_scheduler.num_warmup_steps=1", "trainer.accelerator=cpu",
+        "data.max_train_texts=32", "data.max_valid_texts=8", "data.max_test_texts=8", "eval.num_draws=1",
+        "sampling.steps=4", "sampling.num_sample_log=1", "sampling.num_sample_batches=1", "classify.num_draws=2"]  # fmt: skip
+BUILDS = {"data": ["reviews"], "mode": [], "optim": ["adamw"]}
+
+
+def run_main(*arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProcess:
+    """main.py as a user starts it."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / "main.py"), *arguments], cwd=cwd, capture_output=True, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES, ids=lambda v: v)
+def test_every_choice_composes(group, choice):
+    value = f"[{choice}]" if group == "callbacks" else choice
+    cfg = compose_config([f"{group}={value}"])
+    assert cfg.seed == 1
+    if group == "model":
+        assert cfg.model.name == choice
+    if group == "data":
+        assert cfg.data.name == choice
+
+
+@pytest.mark.parametrize("overrides", [
+    ["noise=cosine"], ["noise=linear"], ["noise=geometric"], ["noise=cosinesqr"], ["time_conditioning=true"],
+    ["training.ema=0"], ["training.antithetic_sampling=false"], ["lr_scheduler=constant_warmup"], ["logger=null"],
+    ["callbacks=[]"], ["loader.batch_size=2"], ["sampling.predictor=ddpm"], ["data.label=1"], ["strategy=ddp"],
+    ["trainer.precision=bf16-mixed"], ["data.tokenizer_name_or_path=byte", "model.length=512"],
+    ["data.tokenizer_name_or_path=char", "model.length=512"], ["model.mask_padding=false"],
+    ["data.tokenizer_name_or_path=bpe", "data.vocab_size=300", "model.length=256"], ["data.wrap=true"],
+    ["data.score_special=true"],
+], ids=" ".join)  # fmt: skip
+def test_every_setting_trains_measures_and_samples(tmp_path, monkeypatch, overrides):
+    monkeypatch.chdir(tmp_path)
+    results = main.run(compose_config([*TINY, *overrides, "data.cache_dir=cache"]), "a test")
+    assert 0 < results["nll_nats_per_token"].value < 20
+    assert list(tmp_path.rglob("report.html")) and list(tmp_path.rglob("last.ckpt"))
+
+
+def test_modes_on_one_configuration(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for mode, wanted in [("train", "perplexity"), ("ppl_eval", "bits_per_token"), ("sample_eval", "unigram_entropy_nats"),
+                         ("classify", "accuracy")]:  # fmt: skip
+        results = main.run(compose_config([*TINY, f"mode={mode}", "loader.eval_batch_size=4"]), "a test")
+        assert wanted in results
+    lines = next(tmp_path.rglob("samples.jsonl")).read_text().splitlines()
+    assert len(lines) == 4
+    assert {p.name for p in (next(tmp_path.glob("outputs/reviews/*"))).glob("label=*")} == {"label=0", "label=1"}
+
+
+def test_command_lines_of_the_references_compose():
+    for line in [
+        "mode=sample_eval eval.checkpoint_path=kuleshov-group/mdlm-owt model.length=1024 sampling.predictor=ddpm_cache "
+        "sampling.steps=1000 loader.eval_batch_size=1 sampling.num_sample_batches=10",
+        "mode=ppl_eval model=small data=gsm8k_baseline model.length=512 eval.checkpoint_path=/path/x.ckpt loader.batch_size=16",
+        "model=small data=wikitext2 parameterization=subs wandb.name=mdlm trainer.devices=8 loader.global_batch_size=256 "
+        "loader.batch_size=32 model.attn_backend=flash_attn time_conditioning=False +wandb.notes2=x",
+        "mode=classify data=imdb", "mode=train data=imdb data.label=0", "logger=wandb wandb.offline=true",
+        "optim.lr=1e-3 optim.weight_decay=0.01 optim.beta1=0.9 optim.beta2=0.99 optim.eps=1e-8 training.ema=0.999",
+        "checkpointing.save_dir=/x checkpointing.resume_from_ckpt=False callbacks.checkpoint_every_n_steps.every_n_train_steps=5",
+    ]:  # fmt: skip
+        compose_config(line.split())
+
+
+def test_the_references_spelling_of_a_sampler_is_a_choice():
+    assert translate(["sampling.predictor=ddpm", "seed=2"]) == ["sampler=ddpm", "seed=2"]
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    (["model.hiden_size=3"], "model.hiden_size. Did you mean model.hidden_size"),
+    (["mood=train"], "mode"),
+    (["data=imbd"], "imdb"),
+    (["sampling.predictor=magic"], "ddpm_cache"),
+    (["trainer.max_stps=3"], "Did you mean trainer.max_steps"),
+])  # fmt: skip
+def test_unknown_keys_and_choices_list_what_exists(arguments, said):
+    with pytest.raises(Exception) as caught:  # noqa: B017, PT011 - Hydra raises several kinds
+        compose_config(arguments)
+    assert said in explain(caught.value)
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    (["data.label=7"], "data.label=7"),
+    (["model.length=20"], "model.length=20"),
+    (["mode=ppl_eval"], "mode=train"),
+    (["mode=ppl_eval", "eval.checkpoint_path=nowhere.ckpt"], "eval.checkpoint_path=nowhere.ckpt"),
+    (["loader.global_batch_size=5", "loader.batch_size=2"], "loader.batch_size=2"),
+    (["trainer.accumulate_grad_batches=7"], "trainer.accumulate_grad_batches=7"),
+    (["model.n_heads=3"], "model.n_heads"),
+    (["training.ema=1.5"], "training.ema=1.5"),
+    (["eval.num_draws=0"], "eval.num_draws=0"),
+    (["noise.eps=2"], "noise.eps=2"),
+    (["sampling.steps=0"], "sampling.steps=0"),
+    (["data=text"], "data.path"),
+    (["data=labelled", "data.path=missing.csv"], "missing.csv"),
+    (["mode=classify", "data.label=0"], "data.label=0"),
+    (["model.attn_backend=flash"], "model.attn_backend=flash"),
+])  # fmt: skip
+def test_mistakes_name_the_key_and_the_value(tmp_path, monkeypatch, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Exception) as caught:  # noqa: B017, PT011 - explain() is what is tested
+        main.run(compose_config([*TINY, *arguments]), "a test")
+    assert said in explain(caught.value)
+
+
+def test_a_checkpoint_of_another_network_or_tokenizer_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    main.run(compose_config([*TINY]), "a test")
+    path = next(tmp_path.rglob("last.ckpt"))
+    ask = ["mode=ppl_eval", f"eval.checkpoint_path='{path}'", *TINY]
+    with pytest.raises(ValueError, match="add: .*model.n_blocks=1"):
+        main.run(compose_config([*ask, "model.n_blocks=2"]), "a test")
+    with pytest.raises(ValueError, match="another tokenizer"):
+        main.run(compose_config([*ask, "data.tokenizer_name_or_path=byte"]), "a test")
+
+
+def test_a_mistake_on_the_command_line_is_one_message(tmp_path):
+    done = run_main("model.hiden_size=3", cwd=tmp_path)
+    assert done.returncode == 2 and "Did you mean model.hidden_size" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_help_teaches(tmp_path):
+    text = run_main("--help", cwd=tmp_path).stdout
+    for word in ("mode=classify", "sampling.predictor", "train", "ppl_eval", "sample_eval", "DATA_DIR"):
+        assert word in text

@@ -1,0 +1,34 @@
+"""The worked example of CONTRIBUTING.md does what it says."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.test_configs import TINY
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_worked_example_runs(tmp_path):
+    copy = tmp_path / "palimpsest"
+    skipped = shutil.ignore_patterns(".git", ".venv", "outputs", ".cache", "__pycache__", ".pytest_cache", ".ruff_cache")
+    shutil.copytree(ROOT, copy, ignore=skipped)
+    blocks = re.findall(r"```(?:python|yaml)\n# (\S+)\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S)
+    assert [name for name, _ in blocks] == [
+        "samplers/left_to_right.py", "configs/sampler/left_to_right.yaml", "tests/test_left_to_right.py"
+    ]  # fmt: skip
+    for name, text in blocks:
+        (copy / name).write_text(text)
+    tests = ["tests/test_left_to_right.py", "tests/test_architecture.py"]
+    for command in (
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
+        [sys.executable, "main.py", *TINY],
+        [sys.executable, "main.py", "mode=sample_eval", "sampling.predictor=left_to_right", "loader.eval_batch_size=2", *TINY],
+    ):
+        done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert "samples" in (next(copy.rglob("sample_eval/results.json"))).read_text()
