@@ -25,7 +25,7 @@ class Diffusion(lightning.LightningModule):
     Args:
         backbone: tokens in, hidden states out, with a `head`.
         objective: the training law.
-        optimizer: parameters -> optimizer.
+        optimizer: backbone -> optimizer.
         lr_scheduler: optimizer -> learning-rate scheduler, stepped once per optimizer step.
         ema: decay of the parameter average that evaluation uses; 0 for none.
         seed: of the training and validation noise.
@@ -97,7 +97,7 @@ class Diffusion(lightning.LightningModule):
             self.ema.update(self.backbone.parameters())
 
     def configure_optimizers(self) -> dict[str, object]:
-        optimizer = self.build_optimizer(self.backbone.parameters())
+        optimizer = self.build_optimizer(self.backbone)
         scheduler = self.build_lr_scheduler(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

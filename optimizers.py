@@ -1,15 +1,59 @@
-"""Optimizers as configuration names them."""
+"""Optimizers as configuration names them: each builder takes the backbone and gives one torch optimizer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
 
 def adamw(
-    parameters: Iterable[nn.Parameter], lr: float, beta1: float, beta2: float, eps: float, weight_decay: float
+    backbone: nn.Module, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float
 ) -> torch.optim.AdamW:
     """AdamW (arXiv 1711.05101) over all parameters, in torch's fused kernel."""
+    parameters = [p for p in backbone.parameters() if p.requires_grad]
     return torch.optim.AdamW(parameters, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay, fused=True)
+
+
+class _Together(torch.optim.Optimizer):
+    """Several optimizers, each over its own parameters, that step as one."""
+
+    def __init__(self, *parts: torch.optim.Optimizer) -> None:
+        self.parts = parts
+        # The groups stay the parts' own dicts, so that a learning-rate scheduler reaches them.
+        super().__init__([group for part in parts for group in part.param_groups], {})
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self.parts:
+            part.step()
+        return loss
+
+    def state_dict(self) -> dict[str, object]:
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state_dict: dict[str, object]) -> None:
+        for part, state in zip(self.parts, state_dict["parts"], strict=True):
+            part.load_state_dict(state)
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+
+def muon(
+    backbone: nn.Module, lr: float, matrix_lr: float, beta1: float, beta2: float, eps: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) with `matrix_lr` on the blocks' weight matrices,
+    AdamW with `lr` on everything else: embedding, head, norms, biases and the modulation of adaLN."""
+    named = [(name, p) for name, p in backbone.named_parameters() if p.requires_grad]
+    matrices = [p for name, p in named if p.ndim == 2 and name.startswith("blocks.") and "adaLN" not in name]
+    chosen = {id(p) for p in matrices}
+    rest = [p for _, p in named if id(p) not in chosen]
+    if not matrices:
+        raise ValueError("optim=muon found no weight matrix in the backbone's blocks; use optim=adamw")
+    return _Together(
+        torch.optim.Muon(matrices, lr=matrix_lr, weight_decay=weight_decay),
+        torch.optim.AdamW(rest, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay, fused=True),
+    )

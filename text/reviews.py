@@ -43,25 +43,22 @@ ADVICE = ("avoid skip miss shun ignore", "see watch rent catch try")
 WORTH = ("avoiding skipping missing ignoring forgetting", "seeing watching sharing owning remembering")
 OPPOSITES = (ADJECTIVES, VERDICTS, FEELINGS, ADVICE, WORTH)
 
-FILMS = words("film movie thriller comedy drama")
-KINDS = words("new old recent foreign famous strange quiet ambitious little modern short popular")
-COMPANY = words("friends parents sister brother family cousins neighbours children")
+FILMS = words("film movie")
+KINDS = words("new classic recent foreign famous strange quiet bold little modern short popular lengthy costly "
+              "celebrated peculiar silent gloomy cheerful")
+COMPANY = words("friends parents sister brother family cousins neighbours children uncle aunt husband wife roommates")
 SEASONS = words("week month weekend summer winter year")
-WHEN = words("yesterday recently together again")
-PEOPLE = words("detective soldier teacher singer painter widow thief lawyer doctor farmer stranger poet")
-TRAITS = words("lonely young ruthless shy proud restless weary stubborn gentle reckless nervous brave")
-FATES = words("vanishes returns escapes dreams struggles wanders remembers wakes")
+PEOPLE = words("detectives soldiers teachers singers painters widows thieves lawyers doctors farmers strangers poets "
+               "pilots nurses sailors miners dancers lovers")
 
 # (singular, plural) subjects. A sentence is about one pair of groups, so that no aspect is judged twice.
-STORY = ("plot story script premise ending", "twists jokes surprises")
-ACTING = ("acting cast chemistry", "actors performances characters")
-CRAFT = ("pacing direction editing rhythm", "cuts transitions")
-SPEECH = ("dialogue narration humour", "lines speeches conversations")
-MUSIC = ("music score soundtrack", "songs melodies")
-LOOK = ("photography lighting scenery", "costumes images effects")
-GROUPS = ((STORY, ACTING), (CRAFT, SPEECH), (MUSIC, LOOK))
+STORY = ("plot story script premise ending pacing direction editing", "twists jokes surprises cuts scenes")
+ACTING = ("acting cast chemistry dialogue narration humour", "actors performances characters lines speeches")
+MUSIC = ("music score soundtrack rhythm singing", "songs melodies tunes")
+LOOK = ("photography lighting scenery design", "costumes images effects colours")
+GROUPS = ((STORY, ACTING), (MUSIC, LOOK))
 
-ADVERBS = words("truly really quite simply rather genuinely thoroughly remarkably")
+ADVERBS = words("truly really quite simply rather genuinely thoroughly remarkably deeply strangely oddly surprisingly")
 NEVER = words("never hardly rarely scarcely seldom")
 NOT = words("not never hardly scarcely")
 LINKING = (words("feels seems proves remains becomes"), words("feel seem prove remain become"))
@@ -118,33 +115,30 @@ def _judgement(groups: tuple[tuple[str, str], ...], polarity: int) -> Expression
 
 
 def _opening(film: str) -> Expression:
-    tells = words("follows portrays features introduces")
     return weighted(
-        (0.35, chain(words("I We"), words("watched saw rented caught"), "this", KINDS, film, "last", SEASONS, ".")),
-        (0.25, chain("This", KINDS, film, tells, "a", TRAITS, PEOPLE, ".")),
-        (0.20, chain("My", COMPANY, words("chose picked rented found"), "this", KINDS, film, WHEN, ".")),
-        (0.20, chain("In this", film, "a", TRAITS, PEOPLE, FATES, ".")))
+        (0.45, chain(words("I We"), words("watched saw rented caught"), "this", KINDS, film, "last", SEASONS, ".")),
+        (0.30, chain("My", COMPANY, words("chose picked rented found"), "this", film, "last", SEASONS, ".")),
+        (0.25, chain("Here is a", KINDS, film, "about", PEOPLE, ".")))
 
 
 def _verdict(film: str, polarity: int) -> Expression:
     sure = words("truly really simply clearly certainly")
     return weighted(
-        (0.4, chain(words("Overall Ultimately Altogether Frankly"), "this", film, "is",
-                    _told(polarity, chain(sure, "a"), chain(NOT, "a"), VERDICTS), ".")),
-        (0.3, chain(words("You We"), "should", _told(polarity, sure, words("not never"), ADVICE), "this", film,
-                    words("soon tonight today tomorrow"), ".")),
-        (0.3, chain("It is", _told(polarity, chain(sure, "a", film, "worth"), chain(NOT, "a", film, "worth"), WORTH),
-                    ".")))
+        (0.35, chain("I", _told(polarity, chain(sure, "found the", film, "a"), chain(NEVER, "found the", film, "a"),
+                                VERDICTS), ".")),
+        (0.35, chain("So", _told(polarity, sure, words("never"), ADVICE), "this", film, words("this next"), SEASONS,
+                     ".")),
+        (0.30, chain("It is", _told(polarity, chain(sure, "a", film, "worth"), chain(NOT, "a", film, "worth"), WORTH),
+                     ".")))
 
 
 def _review(label: int) -> Expression:
-    """Opening, judgements on two of the GROUPS, verdict on the film of the opening."""
+    """Opening, a judgement on each of the GROUPS, verdict on the film of the opening."""
     def agreeing(p_agrees: float, expressions: list[Expression]) -> Expression:
         return weighted((p_agrees, expressions[label]), (1 - p_agrees, expressions[1 - label]))
 
-    first, second, third = (agreeing(P_ASPECT_AGREES, [_judgement(groups, polarity) for polarity in (0, 1)])
-                            for groups in GROUPS)
-    middle = weighted((0.4, chain(first, second)), (0.3, chain(first, third)), (0.3, chain(second, third)))
+    middle = chain(*(agreeing(P_ASPECT_AGREES, [_judgement(groups, polarity) for polarity in (0, 1)])
+                     for groups in GROUPS))
     return weighted(*((p, chain(_opening(film), middle, agreeing(
         P_VERDICT_AGREES, [_verdict(film, polarity) for polarity in (0, 1)]))) for p, film in FILMS.options))
 

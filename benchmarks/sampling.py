@@ -1,0 +1,102 @@
+"""Seconds per batch of samples, choosing positions first against projecting every position at every step.
+
+The plain loop is what the reference implementations run: network and vocabulary projection over (B, L, V) at every
+step, the posterior of every position, Gumbel noise over all of it. The two alternate in one process on the same
+weights; ratios are taken pair by pair. The trunk alone, once per step, is the floor under any sampler that evaluates
+the network at every step.
+
+    python benchmarks/sampling.py                      # hidden 256, 6 blocks, 4 heads, L 256, V 50258, batch 4
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch  # noqa: E402
+
+from models.dit import DiT  # noqa: E402
+from noise_schedule import LogLinear  # noqa: E402
+from objectives.subs import Subs  # noqa: E402
+from randomness import KeyedNoise  # noqa: E402
+from samplers.ancestral import sample  # noqa: E402
+from samplers.base import time_grid  # noqa: E402
+
+SIZE = {"hidden_size": 256, "cond_dim": 128, "n_blocks": 6, "n_heads": 4, "dropout": 0.0}
+LENGTH, VOCAB, BATCH, MASK = 256, 50_258, 4, 50_257
+
+
+@torch.no_grad()
+def plain(net: DiT, steps: int) -> int:
+    """Project everything at every step; the posterior's categorical by float32 Gumbel noise."""
+    x = torch.full((BATCH, LENGTH), MASK)
+    for t, s in zip(time_grid(steps, 1e-5)[:-1], time_grid(steps, 1e-5)[1:], strict=True):
+        logits = net(x, torch.zeros(BATCH))
+        logits[..., MASK] += -1e6
+        q = (logits - logits.logsumexp(-1, keepdim=True)).exp() * float(t - s)
+        q[..., MASK] = float(s)
+        drawn = (q / (1e-10 - (torch.rand_like(q) + 1e-10).log())).argmax(-1)
+        x = torch.where(x == MASK, drawn, x)
+    return steps
+
+
+@torch.no_grad()
+def trunk(net: DiT, steps: int) -> int:
+    x = torch.full((BATCH, LENGTH), MASK)
+    for _ in range(steps):
+        net.encode(x, torch.zeros(BATCH))
+    return steps
+
+
+def ours(net: DiT, steps: int, skip_idle: bool) -> float:
+    subs = Subs(LogLinear(), MASK)
+    out = sample(
+        lambda *args, **cond: subs.denoise(net, *args, **cond), LogLinear(), torch.full((BATCH, LENGTH), MASK), MASK,
+        KeyedNoise(0, torch.arange(BATCH)), steps=steps, skip_idle=skip_idle,
+    )  # fmt: skip
+    return float(out.evaluations_B.float().mean())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=128)
+    parser.add_argument("--pairs", type=int, default=3)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    net = DiT(VOCAB, **SIZE).eval()
+    torch.nn.init.normal_(net.head.weight, std=0.02)
+    runs = {
+        "ddpm": lambda: ours(net, args.steps, skip_idle=False),
+        "ddpm_cache": lambda: ours(net, args.steps, skip_idle=True),
+        "plain": lambda: plain(net, args.steps),
+        "trunk": lambda: trunk(net, args.steps),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    evaluations = {}
+    for _ in range(args.pairs):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            evaluations[name] = run()
+            seconds[name].append(time.perf_counter() - start)
+    for name, values in seconds.items():
+        print(f"{name:10} {statistics.median(values):7.2f} s (from {min(values):.2f} to {max(values):.2f}), "
+              f"{evaluations[name]:.0f} network evaluations per sample")  # fmt: skip
+    speedup = [p / o for p, o in zip(seconds["plain"], seconds["ddpm"], strict=True)]
+    cached = [p / o for p, o in zip(seconds["plain"], seconds["ddpm_cache"], strict=True)]
+    floor = [o / t for o, t in zip(seconds["ddpm"], seconds["trunk"], strict=True)]
+    print(json.dumps({
+        "benchmark": "sampling", "device": "cpu", "threads": torch.get_num_threads(), "steps": args.steps,
+        "pairs": args.pairs, "ddpm_speedup": [min(speedup), statistics.median(speedup), max(speedup)],
+        "ddpm_cache_speedup": [min(cached), statistics.median(cached), max(cached)],
+        "ddpm_seconds_over_trunk_alone": statistics.median(floor),
+    }))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
