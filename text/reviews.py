@@ -1,7 +1,7 @@
 """The embedded corpus (`data=reviews`): short film reviews in two classes from a grammar of our own.
 
-A review names a film (its genre noun comes back in the verdict), judges two groups of aspects, and closes
-with a verdict. Each judgement has a latent sentiment that agrees with the class most of the time; it is told plainly
+A review introduces a film, judges two groups of aspects, and closes with a verdict. Verbs agree with their subject
+across whatever stands between ("the songs in places feel"). Each judgement has a latent sentiment that agrees with the class most of the time; it is told plainly
 ("feels truly dull") or by negating its opposite ("never feels clever"), and contrasts ("..., but ...") hold one
 judgement of each kind. So single words say little about the class, clauses nearly all.
 
@@ -43,7 +43,7 @@ ADVICE = ("avoid skip miss shun ignore", "see watch rent catch try")
 WORTH = ("avoiding skipping missing ignoring forgetting", "seeing watching sharing owning remembering")
 OPPOSITES = (ADJECTIVES, VERDICTS, FEELINGS, ADVICE, WORTH)
 
-FILMS = words("film movie")
+FILM = words("film movie")
 KINDS = words("new classic recent foreign famous strange quiet bold little modern short popular lengthy costly "
               "celebrated peculiar silent gloomy cheerful")
 COMPANY = words("friends parents sister brother family cousins neighbours children uncle aunt husband wife roommates")
@@ -114,33 +114,33 @@ def _judgement(groups: tuple[tuple[str, str], ...], polarity: int) -> Expression
                     (0.20, contrast))
 
 
-def _opening(film: str) -> Expression:
+def _opening() -> Expression:
     return weighted(
-        (0.45, chain(words("I We"), words("watched saw rented caught"), "this", KINDS, film, "last", SEASONS, ".")),
-        (0.30, chain("My", COMPANY, words("chose picked rented found"), "this", film, "last", SEASONS, ".")),
-        (0.25, chain("Here is a", KINDS, film, "about", PEOPLE, ".")))
+        (0.45, chain(words("I We"), words("watched saw rented caught"), "this", KINDS, FILM, "last", SEASONS, ".")),
+        (0.30, chain("My", COMPANY, words("chose picked rented found"), "this", FILM, "last", SEASONS, ".")),
+        (0.25, chain("Here is a", KINDS, FILM, "about", PEOPLE, ".")))
 
 
-def _verdict(film: str, polarity: int) -> Expression:
+def _verdict(polarity: int) -> Expression:
     sure = words("truly really simply clearly certainly")
     return weighted(
-        (0.35, chain("I", _told(polarity, chain(sure, "found the", film, "a"), chain(NEVER, "found the", film, "a"),
+        (0.35, chain("I", _told(polarity, chain(sure, "found the", FILM, "a"), chain(NEVER, "found the", FILM, "a"),
                                 VERDICTS), ".")),
-        (0.35, chain("So", _told(polarity, sure, words("never"), ADVICE), "this", film, words("this next"), SEASONS,
+        (0.35, chain("So", _told(polarity, sure, words("never"), ADVICE), "this", FILM, words("this next"), SEASONS,
                      ".")),
-        (0.30, chain("It is", _told(polarity, chain(sure, "a", film, "worth"), chain(NOT, "a", film, "worth"), WORTH),
+        (0.30, chain("It is", _told(polarity, chain(sure, "a", FILM, "worth"), chain(NOT, "a", FILM, "worth"), WORTH),
                      ".")))
 
 
 def _review(label: int) -> Expression:
-    """Opening, a judgement on each of the GROUPS, verdict on the film of the opening."""
+    """Opening, a judgement on each of the GROUPS, verdict."""
     def agreeing(p_agrees: float, expressions: list[Expression]) -> Expression:
         return weighted((p_agrees, expressions[label]), (1 - p_agrees, expressions[1 - label]))
 
     middle = chain(*(agreeing(P_ASPECT_AGREES, [_judgement(groups, polarity) for polarity in (0, 1)])
                      for groups in GROUPS))
-    return weighted(*((p, chain(_opening(film), middle, agreeing(
-        P_VERDICT_AGREES, [_verdict(film, polarity) for polarity in (0, 1)]))) for p, film in FILMS.options))
+    return chain(_opening(), middle,
+                 agreeing(P_VERDICT_AGREES, [_verdict(polarity) for polarity in (0, 1)]))
 
 
 def tokens(text: str) -> list[str]:
