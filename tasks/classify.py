@@ -88,7 +88,8 @@ def _counts(rows: list, vocab_size: int) -> csr_matrix:
 
 
 def classify(
-    experiment: Experiment, *, split: str, num_draws: int, num_samples: int, disable_ema: bool
+    experiment: Experiment, *, split: str, num_draws: int, validation_draws: int, num_samples: int,
+    disable_ema: bool
 ) -> dict[str, object]:
     """Train the class models that are missing, score `split` under each with the same masks, apply Bayes' rule.
 
@@ -109,7 +110,7 @@ def classify(
         trainer = experiment.trainer(f"score as {both.label_names[label]}", label)
         scores.append(score(trainer, diffusion, both.eval_dataloader(split), num_draws, experiment.seed))
         trainer = experiment.trainer(f"validate {both.label_names[label]}", label)
-        measured = score(trainer, diffusion, data.eval_dataloader("validation"), num_draws, experiment.seed)
+        measured = score(trainer, diffusion, data.eval_dataloader("validation"), validation_draws, experiment.seed)
         own.append(likelihood(data, "validation", measured, experiment.truth))
         drawn = draw(diffusion, data, experiment.sampler, num_samples, num_samples, experiment.seed) if num_samples else []
         samples.append(shown(drawn, data.tokenizer))
