@@ -21,7 +21,8 @@ def unmask_chance(alpha_t: Tensor, alpha_s: Tensor) -> Tensor:
 
 
 def posterior(p_x0_NV: Tensor, alpha_t: Tensor, alpha_s: Tensor, mask_id: int) -> Tensor:
-    """p(x_s | x_t = mask) as (N, V): the prediction with the chance of unmasking, `mask_id` with the rest (MDLM, eq. 7)."""
+    """p(x_s | x_t = mask) as (N, V): the prediction times the chance of unmasking, the rest on `mask_id`
+    (MDLM, eq. 7)."""
     chance = unmask_chance(alpha_t, alpha_s)
     out_NV = p_x0_NV * chance
     out_NV[:, mask_id] = 1 - chance

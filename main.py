@@ -168,8 +168,8 @@ class Experiment:
         cfg.checkpointing.save_dir = str(self.folder(label))
         fitting = title.startswith("train")
         callbacks = [TextProgressBar(title)]
-        callbacks += [instantiate(c) for c in cfg.callbacks.values()] if fitting and cfg.callbacks else []
-        loggers = [instantiate(node) for node in cfg.logger.values()] if fitting and cfg.logger else False
+        callbacks += [instantiate(c) for c in (cfg.get("callbacks") or {}).values()] if fitting else []
+        loggers = [instantiate(node) for node in (cfg.get("logger") or {}).values()] if fitting else False
         accelerator = cfg.trainer.accelerator
         precision = cfg.trainer.precision or ("bf16-mixed" if _device(accelerator).type == "cuda" else "32-true")
         return instantiate(

@@ -77,9 +77,7 @@ class Cosine(NoiseSchedule):
 
     def __call__(self, t: Tensor) -> NoiseLevel:
         angle = math.pi / 2 * t
-        return NoiseLevel(
-            self.eps + (1 - self.eps) * angle.cos(), -(1 - self.eps) * (math.pi / 2) * angle.sin()
-        )
+        return NoiseLevel(self.eps + (1 - self.eps) * angle.cos(), -(1 - self.eps) * (math.pi / 2) * angle.sin())
 
     def t_from_alpha(self, alpha: Tensor) -> Tensor:
         return torch.acos((alpha - self.eps) / (1 - self.eps)) / (math.pi / 2)

@@ -95,7 +95,10 @@ def main() -> None:
     for law, results in runs.items():
         speed = [r["tokens_per_s"] for r in results]
         memory = statistics.median(r["peak_mib"] for r in results)
-        print(f"{law:6} {statistics.median(speed):8.0f} tokens/s (from {min(speed):.0f} to {max(speed):.0f}), peak {memory:.0f} MiB")
+        print(
+            f"{law:6} {statistics.median(speed):8.0f} tokens/s "
+            f"(from {min(speed):.0f} to {max(speed):.0f}), peak {memory:.0f} MiB"
+        )
     pairs = list(zip(runs["ours"], runs["plain"], runs["trunk"], strict=True))
     speedup = [a["tokens_per_s"] / b["tokens_per_s"] for a, b, _ in pairs]
     memory = [a["peak_mib"] / b["peak_mib"] for a, b, _ in pairs]

@@ -24,8 +24,15 @@ class Meter:
         console = Console(file=sys.stderr)
         self._live = None
         if enabled and console.is_terminal:
-            columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(),
-                       TextColumn("{task.fields[facts]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+            columns = (
+                TextColumn("[bold]{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[facts]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+            )
             self._live = Progress(*columns, console=console, transient=False)
             self._task = self._live.add_task(title, total=total, completed=start, facts="")
             self._live.start()
@@ -50,7 +57,7 @@ class Meter:
 
 
 class TextProgressBar(ProgressBar):
-    """Lightning's progress hooks on a `Meter`. Tokens per second count every position fed to the network, over all devices."""
+    """Lightning's progress hooks on a `Meter`. Tokens per second count every position, over all devices."""
 
     def __init__(self, title: str = "train", log_seconds: float = 15.0) -> None:
         super().__init__()

@@ -31,7 +31,7 @@ BACKBONE_PREFIX = "backbone."
 class Checkpoint:
     """Weights with what is known about them.
 
-    state: backbone parameter name -> tensor, without prefix. ema: the average as `EMA.state_dict` lays it out, if saved.
+    state: backbone parameter name -> tensor, without prefix. ema: the average, as `EMA.state_dict` gives it.
     identity: what Palimpsest saved beside the weights (empty for foreign files). config: a Hub `config.json`.
     """
 
@@ -49,8 +49,11 @@ class Checkpoint:
         """
         ours = {name: tuple(tensor.shape) for name, tensor in backbone.state_dict().items()}
         theirs = {name: tuple(tensor.shape) for name, tensor in self.state.items()}
-        problems = [f"{name}: checkpoint {theirs[name]}, model {ours[name]}"
-                    for name in ours.keys() & theirs.keys() if ours[name] != theirs[name]]
+        problems = [
+            f"{name}: checkpoint {theirs[name]}, model {ours[name]}"
+            for name in ours.keys() & theirs.keys()
+            if ours[name] != theirs[name]
+        ]
         problems += [f"{name}: not in the checkpoint" for name in ours.keys() - theirs.keys()]
         problems += [f"{name}: not in the model" for name in theirs.keys() - ours.keys()]
         if problems:
@@ -137,7 +140,9 @@ def _strip(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
         if clean.startswith(BACKBONE_PREFIX)
     }
     if not kept:
-        raise ValueError(f"{path} holds no parameter named {BACKBONE_PREFIX}*: it is not one of our or the references' models")
+        raise ValueError(
+            f"{path} holds no parameter named {BACKBONE_PREFIX}*: it is not one of our or the references' models"
+        )
     return kept
 
 
@@ -156,8 +161,19 @@ def load_inert(path: Path) -> object:
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=False, pickle_module=_INERT_PICKLE)
-    except (pickle.UnpicklingError, EOFError, RuntimeError, zipfile.BadZipFile, KeyError, ValueError,
-            AttributeError, TypeError, IndexError, UnicodeDecodeError, OSError) as error:
+    except (
+        pickle.UnpicklingError,
+        EOFError,
+        RuntimeError,
+        zipfile.BadZipFile,
+        KeyError,
+        ValueError,
+        AttributeError,
+        TypeError,
+        IndexError,
+        UnicodeDecodeError,
+        OSError,
+    ) as error:
         raise _unreadable(path, error) from error
 
 
@@ -190,11 +206,37 @@ _SAFE: dict[str, set[str]] = {
     "collections": {"OrderedDict", "defaultdict", "Counter"},
     "_codecs": {"encode"},
 }
-_SAFE_BUILTINS = {"dict", "list", "set", "tuple", "int", "float", "str", "bytes", "bool", "complex", "slice", "range",
-                  "frozenset", "bytearray"}
+_SAFE_BUILTINS = {
+    "dict",
+    "list",
+    "set",
+    "tuple",
+    "int",
+    "float",
+    "str",
+    "bytes",
+    "bool",
+    "complex",
+    "slice",
+    "range",
+    "frozenset",
+    "bytearray",
+}
 # Modules of which a checkpoint may hold instances; they are replaced by shells, never imported.
-_FOREIGN = ("omegaconf", "tokenizers", "transformers", "typing", "lightning", "pytorch_lightning", "torchmetrics",
-            "functools", "pathlib", "enum", "torch.optim", "transformers_modules")
+_FOREIGN = (
+    "omegaconf",
+    "tokenizers",
+    "transformers",
+    "typing",
+    "lightning",
+    "pytorch_lightning",
+    "torchmetrics",
+    "functools",
+    "pathlib",
+    "enum",
+    "torch.optim",
+    "transformers_modules",
+)
 
 
 class _InertUnpickler(pickle.Unpickler):

@@ -96,9 +96,7 @@ class DiT(nn.Module):
         self.vocab_embed = TokenEmbedding(vocab_size, hidden_size)
         self.sigma_map = SigmaEmbedding(cond_dim)
         self.rotary_emb = RotaryFrequencies(hidden_size // n_heads)
-        self.blocks = nn.ModuleList(
-            DiTBlock(hidden_size, cond_dim, n_heads, dropout, backend) for _ in range(n_blocks)
-        )
+        self.blocks = nn.ModuleList(DiTBlock(hidden_size, cond_dim, n_heads, dropout, backend) for _ in range(n_blocks))
         self.output_layer = OutputLayer(hidden_size, vocab_size, cond_dim)
 
     @property

@@ -95,9 +95,7 @@ def _draw_losses(
     steps, nll, se = (column[validation[0] >= start] for column in validation)
     if steps.size:
         bars = Z95 * np.nan_to_num(se, nan=0.0, posinf=0.0)
-        axes.errorbar(
-            steps, nll, bars, color=ORANGE, linewidth=1.3, marker="o", markersize=3.5, elinewidth=1.1
-        )
+        axes.errorbar(steps, nll, bars, color=ORANGE, linewidth=1.3, marker="o", markersize=3.5, elinewidth=1.1)
         labels.append((float(nll[-1]), "validation\n± 95%", ORANGE))
     if truth is not None:
         axes.axhline(truth, color=INK, linewidth=1, linestyle=(0, (4, 3)))
@@ -207,9 +205,7 @@ def confusion_matrix(counts_KK: ArrayLike, label_names: Sequence[str]) -> Figure
     for row, column in np.ndindex(counts.shape):
         share = float(shares[row, column])
         # Opacity instead of a colour map: the cells fade into the page in both colour schemes.
-        axes.add_patch(
-            Rectangle((column, row), 1, 1, facecolor=(BLUE, 0.04 + 0.86 * share), edgecolor="none")
-        )
+        axes.add_patch(Rectangle((column, row), 1, 1, facecolor=(BLUE, 0.04 + 0.86 * share), edgecolor="none"))
         if size <= _MOST_LABELLED_CLASSES:
             colour = PAPER if share > 0.55 else INK
             percent = f"\n{share:.0%}" if size > 6 else f"\n{share:.1%}"

@@ -66,9 +66,7 @@ def _png(figure: Figure, alt: str) -> Markup:
     figure.savefig(buffer, format="png", dpi=200, facecolor="white", bbox_inches="tight")
     data = base64.b64encode(buffer.getvalue()).decode("ascii")
     width = figure.get_figwidth() * 72 * _PIXELS_PER_POINT
-    return Markup('<img alt="{}" style="width:{}px" src="data:image/png;base64,{}">').format(
-        alt, round(width), data
-    )
+    return Markup('<img alt="{}" style="width:{}px" src="data:image/png;base64,{}">').format(alt, round(width), data)
 
 
 def _rewrite(root: ElementTree.Element, prefix: str, theme: Mapping[str, str]) -> None:

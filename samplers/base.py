@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Denoise(Protocol):
-    """`Objective.denoise` with its backbone bound: log p(x_0 | x_t) at the N positions where `at_BL` is True, (N, V)."""
+    """`Objective.denoise` with its backbone bound: log p(x_0 | x_t) at the N positions of `at_BL`, (N, V)."""
 
     def __call__(self, x_BL: Tensor, t_B: Tensor, at_BL: Tensor, **cond: Tensor) -> Tensor: ...
 

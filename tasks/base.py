@@ -124,9 +124,7 @@ def unigram_nll(data: object, split: str) -> np.ndarray:
     return np.array([nats_V[np.asarray(ids)].sum() for ids in data.split(split)["input_ids"]])
 
 
-def true_nll(
-    data: object, split: str, rows_M: np.ndarray, tokens_M: np.ndarray, truth: GroundTruth
-) -> np.ndarray:
+def true_nll(data: object, split: str, rows_M: np.ndarray, tokens_M: np.ndarray, truth: GroundTruth) -> np.ndarray:
     """-log p(text | its length) of rows of a split under the corpus's own law, in nats (M,).
 
     Given the length, because a padded row shows a model how long its text is. With all classes in the data the law is

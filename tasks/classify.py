@@ -8,10 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.sparse import csr_matrix
 from scipy.special import log_softmax, softmax
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 from sklearn.naive_bayes import MultinomialNB
-from scipy.sparse import csr_matrix
 
 from metrics import Estimate
 from reporting import plots
@@ -19,7 +19,7 @@ from reporting.report import Metric, Report
 from tasks.base import Experiment, GroundTruth, Likelihood, likelihood, row_numbers, write_results
 from tasks.sample_eval import draw, shown
 from tasks.scoring import Scores, score
-from tasks.train import fit
+from tasks.train import add_loss_curve, fit
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,7 @@ def _counts(rows: list, vocab_size: int) -> csr_matrix:
 
 
 def classify(
-    experiment: Experiment, *, split: str, num_draws: int, validation_draws: int, num_samples: int,
-    disable_ema: bool
+    experiment: Experiment, *, split: str, num_draws: int, validation_draws: int, num_samples: int, disable_ema: bool
 ) -> dict[str, object]:
     """Train the class models that are missing, score `split` under each with the same masks, apply Bayes' rule.
 
@@ -112,7 +111,9 @@ def classify(
         trainer = experiment.trainer(f"validate {both.label_names[label]}", label)
         measured = score(trainer, diffusion, data.eval_dataloader("validation"), validation_draws, experiment.seed)
         own.append(likelihood(data, "validation", measured, experiment.truth))
-        drawn = draw(diffusion, data, experiment.sampler, num_samples, num_samples, experiment.seed) if num_samples else []
+        drawn = (
+            draw(diffusion, data, experiment.sampler, num_samples, num_samples, experiment.seed) if num_samples else []
+        )
         samples.append(shown(drawn, data.tokenizer))
     rows_M = row_numbers(rows, scores[0].sample_id_M)
     label_M = np.asarray(rows["label"])[rows_M]
@@ -177,12 +178,14 @@ def _report(
     names = data.label_names
     report = Report("Generative classification", f"{data.name}, {split} split", experiment.command, experiment.facts)
     report.section("Accuracy", _METHOD)
-    report.metrics([
-        Metric("accuracy", verdict.accuracy.value, verdict.accuracy.se),
-        Metric("log loss", verdict.log_loss.value, verdict.log_loss.se, "nats"),
-        Metric("texts", float(len(verdict.label_M))),
-        Metric("Monte Carlo error", float(np.mean(verdict.se_MC)), None, "nats/text", "of log p(text | class)"),
-    ])
+    report.metrics(
+        [
+            Metric("accuracy", verdict.accuracy.value, verdict.accuracy.se),
+            Metric("log loss", verdict.log_loss.value, verdict.log_loss.se, "nats"),
+            Metric("texts", float(len(verdict.label_M))),
+            Metric("Monte Carlo error", float(np.mean(verdict.se_MC)), None, "nats/text", "of log p(text | class)"),
+        ]
+    )
     report.figure(plots.accuracy_ladder(ladder), "Accuracy with 95% intervals, on the same texts.", "Accuracies")
     table = zip(names, *_per_class(verdict), strict=True)
     report.table(["class", "precision", "recall", "F1", "texts"],
@@ -196,26 +199,32 @@ def _report(
         margin = verdict.log_p_MC[:, 1] - verdict.log_p_MC[:, 0]
         report.figure(plots.llr_histogram({name: margin[verdict.label_M == k] for k, name in enumerate(names)}),
                       "Evidence in nats, by true class.", "Log-likelihood ratios")  # fmt: skip
-    for name, measured, texts in zip(names, own, samples, strict=True):
+    for label, (name, measured, texts) in enumerate(zip(names, own, samples, strict=True)):
         report.section(f"The model of “{name}”", "Likelihood of held-out texts of its own class.")
         report.metrics(measured.metrics())
         truth = measured.truth.value if measured.truth else None
         report.figure(plots.likelihood_against_truth(measured.ladder(), truth, "nats/token"),
                       "Nats per token with 95% intervals over texts.", f"Likelihood of {name} texts")  # fmt: skip
+        add_loss_curve(report, experiment.folder(label), truth)
         report.figure(plots.nll_by_mask_rate(*measured.scores.by_mask_rate()),
-                      "Cross-entropy of a masked token against the share masked.", "Cross-entropy against mask rate")  # fmt: skip
-        report.samples(texts)
+                      "Cross-entropy of a masked token against the share masked.",
+                      "Cross-entropy against mask rate")  # fmt: skip
+        if texts:
+            report.samples(texts)
     report.code(experiment.settings, "configuration")
     return report
 
 
 _METHOD = (
-    "One masked diffusion model per class gives log p(text | class); Bayes' rule with equal priors gives p(class | text). "
+    "One masked diffusion model per class gives log p(text | class); Bayes' rule with equal priors gives "
+    "p(class | text). "
     "Every text is scored with the same masks under every class, so that mask noise cancels in the comparison."
 )
 
 
-def _print(data: object, split: str, verdict: Bayes, own: list[Likelihood], ladder: list[tuple[str, float, float]]) -> None:
+def _print(
+    data: object, split: str, verdict: Bayes, own: list[Likelihood], ladder: list[tuple[str, float, float]]
+) -> None:
     print(f"\n{data.name} {split}: {len(verdict.label_M)} texts, {verdict.log_p_MC.shape[1]} classes")
     for name, measured in zip(data.label_names, own, strict=True):
         truth = f", true entropy {measured.truth}, above it by {measured.gap}" if measured.truth else ""

@@ -62,8 +62,13 @@ def ppl_eval(
     report_likelihood(report, measured, split)
     report.code(experiment.settings, "configuration")
     report.write(folder / "report.html")
-    print(f"\n{data.name} {split}: {len(scores.tokens_M)} texts, {int(scores.tokens_M.sum())} tokens, {num_draws} draws a text")
-    print(f"NLL {measured.model} nats/token | {results['bits_per_token']} bits/token | perplexity {results['perplexity']}")
+    print(
+        f"\n{data.name} {split}: {len(scores.tokens_M)} texts, {int(scores.tokens_M.sum())} tokens, "
+        f"{num_draws} draws a text"
+    )
+    print(
+        f"NLL {measured.model} nats/token | {results['bits_per_token']} bits/token | perplexity {results['perplexity']}"
+    )
     if measured.truth:
         print(f"true entropy {measured.truth} nats/token | above it by {measured.gap} (paired)")
     print(f"{folder / 'report.html'}")

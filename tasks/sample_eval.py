@@ -100,7 +100,8 @@ def write_samples(path: Path, drawn: list[Drawn], tokenizer: object) -> None:
     """`samples.jsonl`: one JSON object a line with text, ids, the step that wrote each token, network evaluations."""
     with path.open("w") as file:
         for index, text in enumerate(drawn):
-            row = {"sample": index, "text": decode(tokenizer, text.ids, skip_special=True), "ids": text.ids, "steps": text.steps,
+            row = {"sample": index, "text": decode(tokenizer, text.ids, skip_special=True), "ids": text.ids,
+                   "steps": text.steps,
                    "evaluations": text.evaluations}  # fmt: skip
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
@@ -124,16 +125,22 @@ def sample_eval(
     results = {"unigram_entropy_nats": entropy, "network_evaluations_per_sample": evaluations, "samples": len(drawn)}
     write_results(folder, {**results, "command": experiment.command})
     report = Report("Samples", f"{len(drawn)} texts out of masks", experiment.command, experiment.facts)
-    report.section("What was measured", "Unigram entropy falls when texts repeat themselves; compare it with real text.")
-    report.metrics([
-        Metric("unigram entropy", entropy.value, entropy.se, "nats"),
-        Metric("network evaluations", evaluations, None, "per sample"),
-    ])
+    report.section(
+        "What was measured", "Unigram entropy falls when texts repeat themselves; compare it with real text."
+    )
+    report.metrics(
+        [
+            Metric("unigram entropy", entropy.value, entropy.se, "nats"),
+            Metric("network evaluations", evaluations, None, "per sample"),
+        ]
+    )
     report.section("Texts")
     report.samples(shown(drawn[: max(num_shown, 1)], data.tokenizer))
     report.code(experiment.settings, "configuration")
     report.write(folder / "report.html")
     for text in drawn[:num_shown]:
         print(f"\n{decode(data.tokenizer, text.ids, skip_special=True)}")
-    print(f"\nunigram entropy {entropy} nats, {evaluations:.1f} network evaluations per sample\n{folder / 'report.html'}")
+    print(
+        f"\nunigram entropy {entropy} nats, {evaluations:.1f} network evaluations per sample\n{folder / 'report.html'}"
+    )
     return results

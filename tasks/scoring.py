@@ -90,9 +90,7 @@ class Scorer(lightning.LightningModule):
         })  # fmt: skip
 
 
-def score(
-    trainer: lightning.Trainer, diffusion: Diffusion, loader: object, num_draws: int, seed: int
-) -> Scores:
+def score(trainer: lightning.Trainer, diffusion: Diffusion, loader: object, num_draws: int, seed: int) -> Scores:
     """Score every text that `loader` yields, on all of the trainer's devices."""
     scorer = Scorer(diffusion, num_draws, seed)
     trainer.test(scorer, loader, verbose=False)

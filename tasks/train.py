@@ -45,15 +45,12 @@ def history(folder: Path) -> dict[str, np.ndarray]:
     return {name: np.array(sorted(points.items())) for name, points in series.items()}
 
 
-def report_training(report: Report, folder: Path, truth: float | None) -> None:
-    """The section that shows how the loss came down."""
+def add_loss_curve(report: Report, folder: Path, truth: float | None) -> None:
+    """The figure that shows how the loss came down, from what was logged under `folder`."""
     logged = history(folder)
     if "train/nll" not in logged:
         return
-    validation = None
-    if "val/nll" in logged:
-        validation = (*logged["val/nll"].T, logged["val/nll_se"][:, 1])
-    report.section("Training")
+    validation = (*logged["val/nll"].T, logged["val/nll_se"][:, 1]) if "val/nll" in logged else None
     report.figure(
         plots.loss_curve(tuple(logged["train/nll"].T), validation, truth),
         "Nats per token; the training curve is one noisy draw per batch, with dropout and without weight averaging.",
@@ -76,18 +73,23 @@ def train(experiment: Experiment, *, num_draws: int, num_samples: int) -> dict[s
         "unigram_nats_per_token": measured.unigram, "true_nats_per_token": measured.truth,
         "gap_nats_per_token": measured.gap, "checkpoint": last,
     }  # fmt: skip
-    write_results(folder, {**results, "protocol": protocol(data, "validation", num_draws), "command": experiment.command})
+    write_results(
+        folder, {**results, "protocol": protocol(data, "validation", num_draws), "command": experiment.command}
+    )
     report = Report("Training run", data.name, experiment.command, experiment.facts)
     report_likelihood(report, measured, "validation")
-    report_training(report, folder, measured.truth.value if measured.truth else None)
+    report.section("Training")
+    add_loss_curve(report, folder, measured.truth.value if measured.truth else None)
     if num_samples:
         report.section("What it writes")
-        report.samples(shown(
-            draw(diffusion, data, experiment.sampler, num_samples, num_samples, experiment.seed), data.tokenizer
-        ))
+        report.samples(
+            shown(draw(diffusion, data, experiment.sampler, num_samples, num_samples, experiment.seed), data.tokenizer)
+        )
     report.code(experiment.settings, "configuration")
     report.write(folder / "report.html")
-    print(f"\nvalidation NLL {measured.model} nats/token, perplexity {measured.model.exp()}, unigram {measured.unigram}")
+    print(
+        f"\nvalidation NLL {measured.model} nats/token, perplexity {measured.model.exp()}, unigram {measured.unigram}"
+    )
     if measured.truth:
         print(f"true entropy {measured.truth} nats/token | above it by {measured.gap} (paired)")
     print(f"{last}\n{folder / 'report.html'}")

@@ -15,7 +15,9 @@ ROOT = Path(__file__).parents[1]
 
 def test_the_worked_example_runs(tmp_path):
     copy = tmp_path / "palimpsest"
-    skipped = shutil.ignore_patterns(".git", ".venv", "outputs", ".cache", "__pycache__", ".pytest_cache", ".ruff_cache")
+    skipped = shutil.ignore_patterns(
+        ".git", ".venv", "outputs", ".cache", "__pycache__", ".pytest_cache", ".ruff_cache"
+    )
     shutil.copytree(ROOT, copy, ignore=skipped)
     blocks = re.findall(r"```(?:python|yaml)\n# (\S+)\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S)
     assert [name for name, _ in blocks] == [
@@ -27,7 +29,14 @@ def test_the_worked_example_runs(tmp_path):
     for command in (
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
         [sys.executable, "main.py", *TINY],
-        [sys.executable, "main.py", "mode=sample_eval", "sampling.predictor=left_to_right", "loader.eval_batch_size=2", *TINY],
+        [
+            sys.executable,
+            "main.py",
+            "mode=sample_eval",
+            "sampling.predictor=left_to_right",
+            "loader.eval_batch_size=2",
+            *TINY,
+        ],
     ):
         done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr

@@ -25,7 +25,11 @@ def test_every_part_of_the_address_matters():
     again = KeyedNoise(3, torch.tensor([7]))
     assert torch.equal(base, again.uniform(8))
     assert not torch.equal(base, again.uniform(8)), "a second call must give new numbers"
-    for other in [KeyedNoise(4, torch.tensor([7])), KeyedNoise(3, torch.tensor([8])), KeyedNoise(3, torch.tensor([7]), draw=1)]:
+    for other in [
+        KeyedNoise(4, torch.tensor([7])),
+        KeyedNoise(3, torch.tensor([8])),
+        KeyedNoise(3, torch.tensor([7]), draw=1),
+    ]:
         assert not torch.equal(base, other.uniform(8))
 
 

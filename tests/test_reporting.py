@@ -226,9 +226,7 @@ def test_a_thousand_steps_stay_small(tmp_path: Path) -> None:
     assert len(_page(report, tmp_path)) < 60_000
 
 
-@pytest.mark.parametrize(
-    ("steps", "message"), [([1], "2 tokens"), ([1, 5], "reveal step 5"), ([1, -1], "-1")]
-)
+@pytest.mark.parametrize(("steps", "message"), [([1], "2 tokens"), ([1, 5], "reveal step 5"), ([1, -1], "-1")])
 def test_samples_that_contradict_themselves_are_refused(steps: list[int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Sample(["a", "b"], steps, 4)

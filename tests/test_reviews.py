@@ -16,8 +16,12 @@ from text import reviews
 from text.grammar import FiniteStateGrammar, chain, weighted, words
 from text.reviews import ReviewGrammar, detokenize, generate_split, tokens
 
-OPPOSITE = {one: other for pair in reviews.OPPOSITES for these, those in (pair, pair[::-1])
-            for one, other in zip(these.split(), those.split(), strict=True)}
+OPPOSITE = {
+    one: other
+    for pair in reviews.OPPOSITES
+    for these, those in (pair, pair[::-1])
+    for one, other in zip(these.split(), those.split(), strict=True)
+}
 
 
 def polarity_free(text: str) -> list[str]:
@@ -38,15 +42,15 @@ def truth(texts_by_class: list[list[str]]) -> np.ndarray:
     return np.repeat([0, 1], [len(texts) for texts in texts_by_class])
 
 
-MEAN_TOKENS, ENTROPY_PER_TOKEN = 35.2, 1.2332     # tokens; nats, given the length
-NAIVE_BAYES, BAYES_OPTIMUM = 0.682, 0.979           # accuracies
+MEAN_TOKENS, ENTROPY_PER_TOKEN = 35.2, 1.2015  # tokens; nats, given the length
+NAIVE_BAYES, BAYES_OPTIMUM = 0.689, 0.979  # accuracies
 
 # A latent word (x or y) that must come back at the end.
 LATENT = weighted(*((1.0, chain(latent, weighted((0.3, "z z"), (0.7, "z")), latent)) for latent in "xy"))
 # With an optional word and two derivations of "a b".
-TINY = weighted((2.0, chain("a b", weighted((1.0, ""), (1.0, "c")))),
-                (1.0, chain("a", words("b c d b", flatness=0))),
-                (3.0, LATENT))
+TINY = weighted(
+    (2.0, chain("a b", weighted((1.0, ""), (1.0, "c")))), (1.0, chain("a", words("b c d b", flatness=0))), (3.0, LATENT)
+)
 
 
 def enumerate_derivations(expression) -> dict[tuple[str, ...], float]:
@@ -54,12 +58,12 @@ def enumerate_derivations(expression) -> dict[tuple[str, ...], float]:
     if isinstance(expression, str):
         return {tuple(expression.split()): 1.0}
     if hasattr(expression, "options"):
-        drawn = [(p * q, text) for p, option in expression.options
-                 for text, q in enumerate_derivations(option).items()]
+        drawn = [(p * q, text) for p, option in expression.options for text, q in enumerate_derivations(option).items()]
     else:
         laws = [enumerate_derivations(part).items() for part in expression.parts]
-        drawn = [(math.prod(q for _, q in parts), sum((text for text, _ in parts), ()))
-                 for parts in itertools.product(*laws)]
+        drawn = [
+            (math.prod(q for _, q in parts), sum((text for text, _ in parts), ())) for parts in itertools.product(*laws)
+        ]
     law: dict[tuple[str, ...], float] = {}
     for p, text in drawn:
         law[text] = law.get(text, 0.0) + p
@@ -113,8 +117,17 @@ def test_every_review_has_a_probability(grammar, test_texts):
 
 def test_what_the_grammar_cannot_write_has_none(grammar):
     text = grammar.sample(1, 1, seed=0)[0]
-    broken = ["", ".", text + " " + text, text[:-1], text.replace(" ", " 7 ", 1), text + " \u2713",
-              "Zebra" + text, text.lower(), " ".join([text] * 40)]
+    broken = [
+        "",
+        ".",
+        text + " " + text,
+        text[:-1],
+        text.replace(" ", " 7 ", 1),
+        text + " \u2713",
+        "Zebra" + text,
+        text.lower(),
+        " ".join([text] * 40),
+    ]
     assert np.isneginf(grammar.log_prob(broken, 1)).all()
     assert np.isnan(grammar.posterior([""])).all()
     assert grammar.log_prob([], 1).shape == (0,) and grammar.posterior([]).shape == (0, 2)
@@ -132,23 +145,28 @@ def test_agreement_at_a_distance(grammar):
     """Verbs agree with their subject, not with the nouns between them."""
     opening = "I saw this quiet film last year. "
     closing = "The songs are truly clever and fresh. It is clearly a film worth seeing."
-    for sentence, possible in (("The jokes on screen are truly vivid. ", True),
-                               ("The jokes on screen is truly vivid. ", False),
-                               ("The plot at times is truly vivid. ", True),
-                               ("The plot at times are truly vivid. ", False)):
+    for sentence, possible in (
+        ("The jokes on screen are truly vivid. ", True),
+        ("The jokes on screen is truly vivid. ", False),
+        ("The plot at times is truly vivid. ", True),
+        ("The plot at times are truly vivid. ", False),
+    ):
         assert np.isfinite(grammar.log_prob([opening + sentence + closing], 1))[0] == possible, sentence
 
 
 def test_classes_are_mirror_images(grammar, test_texts):
     """Opposites map one class onto the other, so lengths carry no evidence."""
     for label in (0, 1):
-        swapped = [detokenize([OPPOSITE.get(token, token) for token in tokens(text)])
-                   for text in test_texts[label][:500]]
-        np.testing.assert_allclose(grammar.log_prob(swapped, 1 - label),
-                                   grammar.log_prob(test_texts[label][:500], label), atol=1e-9)
+        swapped = [
+            detokenize([OPPOSITE.get(token, token) for token in tokens(text)]) for text in test_texts[label][:500]
+        ]
+        np.testing.assert_allclose(
+            grammar.log_prob(swapped, 1 - label), grammar.log_prob(test_texts[label][:500], label), atol=1e-9
+        )
     lengths = np.arange(0, 80)
-    np.testing.assert_allclose(np.exp(grammar.log_prob_length(lengths, 0)),
-                               np.exp(grammar.log_prob_length(lengths, 1)), atol=1e-14)
+    np.testing.assert_allclose(
+        np.exp(grammar.log_prob_length(lengths, 0)), np.exp(grammar.log_prob_length(lengths, 1)), atol=1e-14
+    )
 
 
 def test_lengths(grammar, test_texts):
@@ -190,7 +208,7 @@ def test_posterior_is_calibrated(grammar, test_texts):
     posterior, label = grammar.posterior(test_texts[0] + test_texts[1]), truth(test_texts)
     assert posterior.sum(1) == pytest.approx(1.0)
     of_truth = posterior[np.arange(len(label)), label]
-    assert of_truth.mean() == pytest.approx((posterior ** 2).sum(1).mean(), abs=0.012)
+    assert of_truth.mean() == pytest.approx((posterior**2).sum(1).mean(), abs=0.012)
     assert posterior.max(1).mean() == pytest.approx((posterior.argmax(1) == label).mean(), abs=0.01)
     # The prior enters as Bayes' rule says.
     shifted = grammar.posterior(test_texts[0][:50], prior=(0.2, 0.8))

@@ -56,8 +56,10 @@ def test_samples_follow_the_exact_law(random_dit, steps, schedule, time_conditio
     observed = [int((ids == torch.tensor(state)).all(-1).sum()) for state in states]
     expected = [law[state] * num for state in states]
     rest_observed, rest_expected = num - sum(observed), num - sum(expected)
-    pvalue = stats.chisquare(observed + [rest_observed], expected + [rest_expected]).pvalue if rest_expected > 1 else (
-        stats.chisquare(observed, [e * sum(observed) / sum(expected) for e in expected]).pvalue
+    pvalue = (
+        stats.chisquare(observed + [rest_observed], expected + [rest_expected]).pvalue
+        if rest_expected > 1
+        else (stats.chisquare(observed, [e * sum(observed) / sum(expected) for e in expected]).pvalue)
     )
     assert pvalue > ALPHA
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-END = 0                 # the id of the silent token that ends every text
+END = 0  # the id of the silent token that ends every text
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,8 +139,9 @@ class FiniteStateGrammar:
 
     @staticmethod
     def _sorted_arcs(rows: list[dict[tuple[int, int], float]]) -> Arcs:
-        flat = sorted((source, token, target, p) for source, row in enumerate(rows)
-                      for (token, target), p in row.items())
+        flat = sorted(
+            (source, token, target, p) for source, row in enumerate(rows) for (token, target), p in row.items()
+        )
         source, token, target = (np.array([arc[i] for arc in flat], dtype=np.int64) for i in range(3))
         first = np.searchsorted(source, np.arange(len(rows) + 1))
         return Arcs(source, token, target, np.log([arc[3] for arc in flat]), first)
@@ -183,8 +184,11 @@ class FiniteStateGrammar:
         seen, waiting = {(self._start, self._start)}, [(self._start, self._start)]
         while waiting:
             one, two = waiting.pop()
-            pairs = {(min(pair), max(pair)) for token in steps[one].keys() & steps[two].keys()
-                     for pair in itertools.product(steps[one][token], steps[two][token])}
+            pairs = {
+                (min(pair), max(pair))
+                for token in steps[one].keys() & steps[two].keys()
+                for pair in itertools.product(steps[one][token], steps[two][token])
+            }
             # From one state both readers may take one path; from two they cannot, so meeting again makes two.
             if one != two and any(a == b for a, b in pairs):
                 return True
@@ -211,8 +215,9 @@ class FiniteStateGrammar:
             tokens_NT[alive, t], state_N[alive] = arcs.token[arc], arcs.target[arc]
         lengths = (tokens_NT != END).sum(1)
         names = self._token_of_id
-        return [[names[i] for i in row[:length]]
-                for row, length in zip(tokens_NT.tolist(), lengths.tolist(), strict=True)]
+        return [
+            [names[i] for i in row[:length]] for row, length in zip(tokens_NT.tolist(), lengths.tolist(), strict=True)
+        ]
 
     def log_prob(self, texts: Sequence[Sequence[str]]) -> np.ndarray:
         """(N,) log p(text) in nats, summed over every derivation; -inf for a text the grammar cannot write.
@@ -227,7 +232,7 @@ class FiniteStateGrammar:
         log_p_N = np.where(lengths > self.max_tokens, -np.inf, 0.0)
         for row, text in zip(tokens_NT, texts, strict=True):
             if len(text) < len(row):
-                row[:len(text)] = [self._token_ids.get(token or " ", num_types) for token in text]
+                row[: len(text)] = [self._token_ids.get(token or " ", num_types) for token in text]
         text = np.flatnonzero(np.isfinite(log_p_N))
         state, p = np.full(len(text), self._start), np.ones(len(text))
         for t in range(tokens_NT.shape[1]):

@@ -1,9 +1,10 @@
 """The embedded corpus (`data=reviews`): short film reviews in two classes from a grammar of our own.
 
 A review introduces a film, judges two groups of aspects, and closes with a verdict. Verbs agree with their subject
-across whatever stands between ("the songs in places feel"). Each judgement has a latent sentiment that agrees with the class most of the time; it is told plainly
-("feels truly dull") or by negating its opposite ("never feels clever"), and contrasts ("..., but ...") hold one
-judgement of each kind. So single words say little about the class, clauses nearly all.
+across whatever stands between ("the songs in places feel"). Each judgement has a latent sentiment that agrees with
+the class most of the time; it is told plainly ("feels truly dull") or by negating its opposite ("never feels
+clever"), and contrasts ("..., but ...") hold one judgement of each kind. So single words say little about the class,
+clauses nearly all.
 
 Every clause is CLAUSE_TOKENS long (words and punctuation), a review four to six of them. So a text's length tells
 where its clauses begin, and what is left to learn is their words.
@@ -31,25 +32,35 @@ P_NEGATED = 0.32
 
 # Index 0 is the negative list, 1 the positive one; words of equal rank are each other's opposites.
 ADJECTIVES = (
-    ("dull boring tedious clumsy predictable lifeless awful dreadful "
-     "tiresome bland shallow messy hollow stale dreary forgettable"),
-    ("brilliant superb gripping charming clever moving wonderful splendid "
-     "delightful fresh subtle elegant vivid inspired engaging memorable"))
-VERDICTS = ("disaster failure bore mess chore letdown disappointment",
-            "triumph success joy marvel delight treat masterpiece")
-FEELINGS = ("hated disliked loathed resented dreaded regretted",
-            "loved enjoyed admired liked adored treasured")
+    (
+        "dull boring tedious clumsy predictable lifeless awful dreadful "
+        "tiresome bland shallow messy hollow stale dreary forgettable"
+    ),
+    (
+        "brilliant superb gripping charming clever moving wonderful splendid "
+        "delightful fresh subtle elegant vivid inspired engaging memorable"
+    ),
+)
+VERDICTS = (
+    "disaster failure bore mess chore letdown disappointment",
+    "triumph success joy marvel delight treat masterpiece",
+)
+FEELINGS = ("hated disliked loathed resented dreaded regretted", "loved enjoyed admired liked adored treasured")
 ADVICE = ("avoid skip miss shun ignore", "see watch rent catch try")
 WORTH = ("avoiding skipping missing ignoring forgetting", "seeing watching sharing owning remembering")
 OPPOSITES = (ADJECTIVES, VERDICTS, FEELINGS, ADVICE, WORTH)
 
 FILM = words("film movie")
-KINDS = words("new classic recent foreign famous strange quiet bold little modern short popular lengthy costly "
-              "celebrated peculiar silent gloomy cheerful")
+KINDS = words(
+    "new classic recent foreign famous strange quiet bold little modern short popular lengthy costly "
+    "celebrated peculiar silent gloomy cheerful"
+)
 COMPANY = words("friends parents sister brother family cousins neighbours children uncle aunt husband wife roommates")
 SEASONS = words("week month weekend summer winter year")
-PEOPLE = words("detectives soldiers teachers singers painters widows thieves lawyers doctors farmers strangers poets "
-               "pilots nurses sailors miners dancers lovers")
+PEOPLE = words(
+    "detectives soldiers teachers singers painters widows thieves lawyers doctors farmers strangers poets "
+    "pilots nurses sailors miners dancers lovers"
+)
 
 # (singular, plural) subjects. A sentence is about one pair of groups, so that no aspect is judged twice.
 STORY = ("plot story script premise ending pacing direction editing", "twists jokes surprises cuts scenes")
@@ -68,8 +79,10 @@ TAILS = words("overall throughout though instead")
 
 def _told(polarity: int, plain: Expression, negation: Expression, opposites: tuple[str, str]) -> Expression:
     """`plain` and a word of the polarity meant, or `negation` and a word of the other one."""
-    return weighted((1 - P_NEGATED, chain(plain, words(opposites[polarity]))),
-                    (P_NEGATED, chain(negation, words(opposites[1 - polarity]))))
+    return weighted(
+        (1 - P_NEGATED, chain(plain, words(opposites[polarity]))),
+        (P_NEGATED, chain(negation, words(opposites[1 - polarity]))),
+    )
 
 
 def _predicate(polarity: int, plural: int) -> Expression:
@@ -81,8 +94,9 @@ def _predicate(polarity: int, plural: int) -> Expression:
 
 def _nouns(groups: tuple[tuple[str, str], ...], form: Callable[[str, int], Expression]) -> Expression:
     """`form` of the subjects of some groups, singular (0) or plural (1)."""
-    return weighted(*((weight, form(group[plural], plural)) for group in groups
-                      for plural, weight in enumerate((0.6, 0.4))))
+    return weighted(
+        *((weight, form(group[plural], plural)) for group in groups for plural, weight in enumerate((0.6, 0.4)))
+    )
 
 
 def _pair(polarity: int, plural: int) -> Expression:
@@ -97,8 +111,7 @@ def _pair(polarity: int, plural: int) -> Expression:
 def _clause(groups: tuple[tuple[str, str], ...], polarity: int, end: str) -> Expression:
     """A judgement whose verb agrees with the subject, not with the nouns of the place between them."""
     place = weighted((1.0, "in places"), (1.0, "at times"), (1.0, "in parts"), (1.0, "on screen"))
-    return _nouns(groups, lambda noun, plural: chain(
-        "The", words(noun), place, _predicate(polarity, plural), end))
+    return _nouns(groups, lambda noun, plural: chain("The", words(noun), place, _predicate(polarity, plural), end))
 
 
 def _judgement(groups: tuple[tuple[str, str], ...], polarity: int) -> Expression:
@@ -107,40 +120,60 @@ def _judgement(groups: tuple[tuple[str, str], ...], polarity: int) -> Expression
     firsts, seconds = (weighted(*((1.0, words(listing)) for listing in group)) for group in groups)
     felt = weighted(
         (1 - P_NEGATED, chain(ADVERBS, words(FEELINGS[polarity]), "its", firsts, "and", seconds)),
-        (P_NEGATED, chain(NEVER, words(FEELINGS[1 - polarity]), "its", firsts, "or", seconds)))
-    contrast = chain(_clause(groups[:1], 1 - polarity, ","), words("but yet"), _nouns(
-        groups[1:], lambda noun, plural: chain("the", words(noun), _predicate(polarity, plural), TAILS, ".")))
-    return weighted((0.30, listed), (0.30, _clause(groups, polarity, ".")), (0.20, chain("I", felt, ".")),
-                    (0.20, contrast))
+        (P_NEGATED, chain(NEVER, words(FEELINGS[1 - polarity]), "its", firsts, "or", seconds)),
+    )
+    contrast = chain(
+        _clause(groups[:1], 1 - polarity, ","),
+        words("but yet"),
+        _nouns(groups[1:], lambda noun, plural: chain("the", words(noun), _predicate(polarity, plural), TAILS, ".")),
+    )
+    return weighted(
+        (0.30, listed), (0.30, _clause(groups, polarity, ".")), (0.20, chain("I", felt, ".")), (0.20, contrast)
+    )
 
 
 def _opening() -> Expression:
     return weighted(
         (0.45, chain(words("I We"), words("watched saw rented caught"), "this", KINDS, FILM, "last", SEASONS, ".")),
         (0.30, chain("My", COMPANY, words("chose picked rented found"), "this", FILM, "last", SEASONS, ".")),
-        (0.25, chain("Here is a", KINDS, FILM, "about", PEOPLE, ".")))
+        (0.25, chain("Here is a", KINDS, FILM, "about", PEOPLE, ".")),
+    )
 
 
 def _verdict(polarity: int) -> Expression:
     sure = words("truly really simply clearly certainly")
     return weighted(
-        (0.35, chain("I", _told(polarity, chain(sure, "found the", FILM, "a"), chain(NEVER, "found the", FILM, "a"),
-                                VERDICTS), ".")),
-        (0.35, chain("So", _told(polarity, sure, words("never"), ADVICE), "this", FILM, words("this next"), SEASONS,
-                     ".")),
-        (0.30, chain("It is", _told(polarity, chain(sure, "a", FILM, "worth"), chain(NOT, "a", FILM, "worth"), WORTH),
-                     ".")))
+        (
+            0.35,
+            chain(
+                "I",
+                _told(polarity, chain(sure, "found the", FILM, "a"), chain(NEVER, "found the", FILM, "a"), VERDICTS),
+                ".",
+            ),
+        ),
+        (
+            0.35,
+            chain("So", _told(polarity, sure, words("never"), ADVICE), "this", FILM, words("this next"), SEASONS, "."),
+        ),
+        (
+            0.30,
+            chain(
+                "It is", _told(polarity, chain(sure, "a", FILM, "worth"), chain(NOT, "a", FILM, "worth"), WORTH), "."
+            ),
+        ),
+    )
 
 
 def _review(label: int) -> Expression:
     """Opening, a judgement on each of the GROUPS, verdict."""
+
     def agreeing(p_agrees: float, expressions: list[Expression]) -> Expression:
         return weighted((p_agrees, expressions[label]), (1 - p_agrees, expressions[1 - label]))
 
-    middle = chain(*(agreeing(P_ASPECT_AGREES, [_judgement(groups, polarity) for polarity in (0, 1)])
-                     for groups in GROUPS))
-    return chain(_opening(), middle,
-                 agreeing(P_VERDICT_AGREES, [_verdict(polarity) for polarity in (0, 1)]))
+    middle = chain(
+        *(agreeing(P_ASPECT_AGREES, [_judgement(groups, polarity) for polarity in (0, 1)]) for groups in GROUPS)
+    )
+    return chain(_opening(), middle, agreeing(P_VERDICT_AGREES, [_verdict(polarity) for polarity in (0, 1)]))
 
 
 def tokens(text: str) -> list[str]:
@@ -228,7 +261,6 @@ def generate_split(split: str, num_texts_per_class: int, seed: int) -> dict[str,
         raise ValueError(f"split={split!r} is not a split of the reviews: choose one of {', '.join(SPLITS)}")
     grammar, stream = ReviewGrammar(), 1 + SPLITS.index(split)
     classes = range(len(grammar.label_names))
-    rows = [(text, label) for label in classes
-            for text in grammar._sample(num_texts_per_class, label, seed, stream)]
+    rows = [(text, label) for label in classes for text in grammar._sample(num_texts_per_class, label, seed, stream)]
     order = _generator(seed, stream, len(classes)).permutation(len(rows))
     return {"text": [rows[i][0] for i in order], "label": [rows[i][1] for i in order]}

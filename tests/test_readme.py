@@ -1,0 +1,41 @@
+"""Every command of the README composes and does its job (with a network and a budget small enough for a test)."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import main
+from command_line import compose_config
+from tests.test_configs import TINY
+
+ROOT = Path(__file__).parents[1]
+LINES = re.findall(r"^(?:DATA_DIR=\S+ )?python main\.py.*$", (ROOT / "README.md").read_text(), re.M)
+COMMANDS = [shlex.split(line.split("#")[0]) for line in LINES]
+COMMANDS = [words[words.index("main.py") + 1 :] for words in COMMANDS if "--help" not in words]
+# Small enough for a test; the README's own settings come after and win, but for sizes and budgets.
+SMALL = [setting for setting in TINY if not setting.startswith("sampling.steps")]
+
+
+def test_the_readme_has_commands():
+    assert len(COMMANDS) >= 8
+
+
+@pytest.mark.parametrize("arguments", COMMANDS, ids=" ".join)
+def test_command(tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    if "data=imdb" in arguments and "DATA_DIR" not in os.environ:
+        pytest.skip("needs IMDB: set DATA_DIR to a folder with imdb/ and gpt2_tokenizer/")
+    reviews = ["the plot is dull but the acting is brilliant and nobody cares about the music at all"] * 60
+    (tmp_path / "notes.txt").write_text("\n".join(f"{text} {i}" for i, text in enumerate(reviews)))
+    rows = "\n".join(f'"{text} {i}",{"bug" if i % 2 else "wish"}' for i, text in enumerate(reviews))
+    (tmp_path / "tickets.csv").write_text(f"text,label\n{rows}\n")
+    typed = [word for word in arguments if word != "model=small"]
+    if "mode=ppl_eval" in arguments or "mode=sample_eval" in arguments:
+        main.run(compose_config(SMALL), "what these measure")
+    results = main.run(compose_config([*typed, *SMALL]), "a test")
+    assert results and list(tmp_path.rglob("report.html"))
