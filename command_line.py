@@ -17,8 +17,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 CONFIGS = Path(__file__).parent / "configs"
 
-# Keys of the references whose value names a choice here; a choice is a file in configs/, so it is typed as a group.
-GROUPS = {"sampling.predictor": "sampler"}
+# Keys of the references under their names here. What names a choice is a group: its members are files in configs/.
+ALIASES = {"sampling.predictor": "sampler", "hydra.run.dir": "checkpointing.save_dir"}
 
 
 def translate(arguments: list[str]) -> list[str]:
@@ -26,7 +26,7 @@ def translate(arguments: list[str]) -> list[str]:
     out = []
     for argument in arguments:
         key, equals, value = argument.partition("=")
-        out.append(f"{GROUPS.get(key, key)}{equals}{value}")
+        out.append(f"{ALIASES.get(key, key)}{equals}{value}")
     return out
 
 

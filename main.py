@@ -79,7 +79,8 @@ class Experiment:
     @property
     def facts(self) -> dict[str, object]:
         data = self.data()
-        parameters = sum(p.numel() for p in self._backbone(data).parameters())
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in self._backbone(data).parameters())
         return {"data": self.cfg.data.name, "tokenizer": f"{self.cfg.data.tokenizer_name_or_path}, "
                 f"{data.vocabulary.size} types", "network": f"{self.cfg.model.name}, {parameters:,} parameters",
                 "length": self.cfg.model.length, "seed": self.seed, "device": _device_name()}  # fmt: skip

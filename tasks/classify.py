@@ -123,7 +123,7 @@ def classify(
     folder = experiment.folder() / "classify"
     write_results(folder, {**results, "command": experiment.command})
     _report(experiment, both, split, verdict, own, ladder, samples).write(folder / "report.html")
-    _print(both, split, verdict, own, ladder)
+    _print(both, split, verdict, own, ladder, samples)
     print(f"{folder / 'report.html'}")
     return results
 
@@ -223,7 +223,12 @@ _METHOD = (
 
 
 def _print(
-    data: object, split: str, verdict: Bayes, own: list[Likelihood], ladder: list[tuple[str, float, float]]
+    data: object,
+    split: str,
+    verdict: Bayes,
+    own: list[Likelihood],
+    ladder: list[tuple[str, float, float]],
+    samples: list[list],
 ) -> None:
     print(f"\n{data.name} {split}: {len(verdict.label_M)} texts, {verdict.log_p_MC.shape[1]} classes")
     for name, measured in zip(data.label_names, own, strict=True):
@@ -231,3 +236,5 @@ def _print(
         print(f"  {name:>10}: validation NLL {measured.model} nats/token{truth}")
     for name, value, se in ladder:
         print(f"  {name:>22}: {100 * value:5.1f} % ± {100 * se:.1f}")
+    for name, texts in zip(data.label_names, samples, strict=True):
+        print("".join(f"\n{name}, out of masks: {text.text}" for text in texts))

@@ -144,3 +144,15 @@ def test_help_teaches(tmp_path):
     text = run_main("--help", cwd=tmp_path).stdout
     for word in ("mode=classify", "sampling.predictor", "train", "ppl_eval", "sample_eval", "DATA_DIR"):
         assert word in text
+
+
+def test_the_references_run_directory_is_ours():
+    assert compose_config(["hydra.run.dir=somewhere"]).checkpointing.save_dir == "somewhere"
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "scripts").iterdir()), ids=lambda path: path.name)
+def test_scripts_are_sound(script):
+    text = script.read_text()
+    assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
+    settings = text.split("settings=(")[1].split(")")[0].split()
+    compose_config(settings)
