@@ -21,6 +21,7 @@ import lightning
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
+from lightning.pytorch.callbacks import LearningRateMonitor
 from omegaconf import DictConfig, OmegaConf
 
 import command_line
@@ -91,7 +92,10 @@ class Experiment:
 
     @cached_property
     def truth(self) -> object | None:
-        return instantiate(self.cfg.data.get("truth"))
+        """The corpus's own law, if it has one and rows are its texts token by token, so that the two compare."""
+        data = self.cfg.data
+        comparable = not data.wrap and not data.get("score_special") and data.tokenizer_name_or_path == "word"
+        return instantiate(data.get("truth")) if comparable else None
 
     def data(self, label: int | None = None) -> TextData:
         label = self.cfg.data.label if label is None else label
@@ -159,8 +163,10 @@ class Experiment:
 
     def resume_path(self, label: int | None = None) -> Path | None:
         """The checkpoint to go on from, if there is one and checkpointing.resume_from_ckpt allows it."""
-        typed = OmegaConf.to_container(self.cfg.checkpointing, resolve=False)["resume_ckpt_path"]
-        path = self._last(label) if typed is None else Path(typed)
+        typed = self.cfg.checkpointing.resume_ckpt_path
+        if typed and not Path(typed).exists():
+            raise FileNotFoundError(f"checkpointing.resume_ckpt_path={typed}: there is no such file")
+        path = Path(typed) if typed else self._last(label)
         return path if self.cfg.checkpointing.resume_from_ckpt and path.exists() else None
 
     def trainer(self, title: str, label: int | None = None) -> lightning.Trainer:
@@ -168,15 +174,16 @@ class Experiment:
         cfg = self.cfg.copy()
         cfg.checkpointing.save_dir = str(self.folder(label))
         fitting = title.startswith("train")
-        callbacks = [TextProgressBar(title)]
-        callbacks += [instantiate(c) for c in (cfg.get("callbacks") or {}).values()] if fitting else []
-        loggers = [instantiate(node) for node in (cfg.get("logger") or {}).values()] if fitting else False
+        loggers = [instantiate(node) for node in (cfg.get("logger") or {}).values()] if fitting else []
+        callbacks = [instantiate(node) for node in (cfg.get("callbacks") or {}).values()] if fitting else []
+        if not loggers:
+            callbacks = [c for c in callbacks if not isinstance(c, LearningRateMonitor)]
         accelerator = cfg.trainer.accelerator
         precision = cfg.trainer.precision or ("bf16-mixed" if _device(accelerator).type == "cuda" else "32-true")
         return instantiate(
             cfg.trainer, devices=self._devices, accumulate_grad_batches=self._batches[1], precision=precision,
-            callbacks=callbacks, logger=loggers, strategy=instantiate(cfg.strategy), plugins=[AtomicCheckpointIO()],
-            use_distributed_sampler=False, check_val_every_n_epoch=None, max_epochs=-1, enable_model_summary=False,
+            callbacks=[TextProgressBar(title), *callbacks], logger=loggers or False,
+            strategy=instantiate(cfg.strategy), plugins=[AtomicCheckpointIO()], use_distributed_sampler=False, check_val_every_n_epoch=None, max_epochs=-1, enable_model_summary=False,
             enable_checkpointing=fitting, inference_mode=True, _convert_="all",
         )  # fmt: skip
 

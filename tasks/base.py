@@ -116,11 +116,14 @@ def _per_token(nll_M: np.ndarray, tokens_M: np.ndarray) -> Estimate:
 
 
 def unigram_nll(data: object, split: str) -> np.ndarray:
-    """Nats per row under the training split's token frequencies (add-one smoothed), (M,)."""
+    """Nats per row under the training split's token frequencies (add-one smoothed), given tokens left out; (M,)."""
+    given = data.collate.frame_ids
     counts_V = np.ones(data.vocabulary.size)
     for ids in data.split("train")["input_ids"]:
         np.add.at(counts_V, np.asarray(ids), 1)
-    nats_V = -np.log(counts_V / counts_V.sum())
+    counts_V[given] = 0
+    nats_V = np.log(counts_V.sum()) - np.log(counts_V, where=counts_V > 0, out=np.zeros_like(counts_V))
+    nats_V[given] = 0.0
     return np.array([nats_V[np.asarray(ids)].sum() for ids in data.split(split)["input_ids"]])
 
 

@@ -55,6 +55,10 @@ def test_every_setting_trains_measures_and_samples(tmp_path, monkeypatch, overri
     monkeypatch.chdir(tmp_path)
     results = main.run(compose_config([*TINY, *overrides, "data.cache_dir=cache"]), "a test")
     assert 0 < results["nll_nats_per_token"].value < 20
+    gap = results["gap_nats_per_token"]
+    comparable = not any(word in " ".join(overrides) for word in ("tokenizer", "wrap", "score_special"))
+    assert (gap is not None) == comparable
+    assert gap is None or gap.value > -4 * gap.se, "a bound below the true entropy is a bug"
     assert list(tmp_path.rglob("report.html")) and list(tmp_path.rglob("last.ckpt"))
 
 
@@ -113,7 +117,7 @@ def test_unknown_keys_and_choices_list_what_exists(arguments, said):
     (["noise.eps=2"], "noise.eps=2"),
     (["sampling.steps=0"], "sampling.steps=0"),
     (["data=text"], "data.path"),
-    (["data=labelled", "data.path=missing.csv"], "missing.csv"),
+    (["data=labelled", "data.path=missing.csv", "data.tokenizer_name_or_path=byte"], "missing.csv"),
     (["mode=classify", "data.label=0"], "data.label=0"),
     (["model.attn_backend=flash"], "model.attn_backend=flash"),
 ])  # fmt: skip

@@ -39,14 +39,15 @@ def moments(checkpoint: dict) -> list[torch.Tensor]:
 
 def start(folder: Path, *more: str) -> subprocess.Popen:
     command = [sys.executable, str(ROOT / "main.py"), *RUN, f"checkpointing.save_dir={folder}", *more]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=folder.parent,
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=folder.parent,
                             env={**os.environ, "OMP_NUM_THREADS": "1", "DATA_DIR": ""})  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "run"
-    assert start(folder).wait() == 0
+    process = start(folder)
+    assert "resuming" not in process.communicate()[0].decode() and process.returncode == 0
     return folder / "checkpoints" / "last.ckpt"
 
 
@@ -66,8 +67,22 @@ def test_kill_9_and_start_again_gives_the_weights_of_an_uninterrupted_run(tmp_pa
         process.wait()
         killed_at.append(load_inert(last)["global_step"])
     assert killed_at[0] < 24, "it was killed too late to test anything"
-    assert start(folder).wait() == 0
+    process = start(folder)
+    said = process.communicate()[0].decode()
+    assert process.returncode == 0 and "resuming from" in said
     assert same_weights(last, uninterrupted)
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    few = [*RUN, "checkpointing.save_dir=run", "trainer.max_steps=4"]
+    main.run(compose_config(few), "a test")
+    before = load_inert(tmp_path / "run/checkpoints/last.ckpt")["state_dict"]
+    monkeypatch.setattr("diffusion.Diffusion.training_step", lambda *_: pytest.fail("it trained again"))
+    main.run(compose_config(few), "a test")
+    after = load_inert(tmp_path / "run/checkpoints/last.ckpt")["state_dict"]
+    assert "resuming from" in capsys.readouterr().out
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_the_same_seed_gives_the_same_losses_and_another_seed_others(tmp_path, monkeypatch, uninterrupted):

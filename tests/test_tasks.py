@@ -1,0 +1,84 @@
+"""What tasks make of measurements: baselines, errors, Bayes' rule, the batch-independence of a likelihood."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import main
+from command_line import compose_config
+from metrics import NLLMeter
+from tasks.base import row_numbers, unigram_nll
+from tasks.classify import bayes, proportion
+from tasks.scoring import Scores, score
+from tests.test_configs import TINY
+
+
+def scores(nll_MK) -> Scores:
+    nll_MK = np.asarray(nll_MK, dtype=float)
+    ones = np.ones_like(nll_MK)
+    return Scores(np.arange(len(nll_MK)), nll_MK, np.full(len(nll_MK), 4), ones, ones)
+
+
+def test_bayes_rule_is_a_softmax_of_likelihoods():
+    verdict = bayes([scores([[1.0, 3.0], [5.0, 5.0]]), scores([[4.0, 4.0], [3.0, 3.0]])], np.array([0, 0]))
+    assert verdict.prediction_M.tolist() == [0, 1]
+    assert verdict.posterior_MC[0, 0] == pytest.approx(1 / (1 + math.exp(-2)))
+    assert verdict.se_MC[0].tolist() == pytest.approx([1.0, 0.0])
+    assert verdict.accuracy == proportion(np.array([True, False]))
+    wanted = (math.log1p(math.exp(-2)) + math.log1p(math.exp(2))) / 2
+    assert verdict.log_loss.value == pytest.approx(wanted)
+
+
+def test_the_ratio_estimate_and_its_error():
+    """Against the delta method written out, and the same however the texts are batched."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(5, 50, 400)
+    nll = tokens * rng.normal(2.0, 0.3, 400)
+    whole, parts = NLLMeter(), NLLMeter()
+    whole.update(torch.from_numpy(nll), torch.from_numpy(tokens))
+    for i in range(0, 400, 7):
+        parts.update(torch.from_numpy(nll[i : i + 7]), torch.from_numpy(tokens[i : i + 7]))
+    ratio = nll.sum() / tokens.sum()
+    residual = nll - ratio * tokens
+    se = residual.std(ddof=1) / math.sqrt(400) / tokens.mean()
+    assert whole.estimate().value == pytest.approx(ratio) == pytest.approx(parts.estimate().value)
+    assert whole.estimate().se == pytest.approx(se, rel=1e-6) == pytest.approx(parts.estimate().se, rel=1e-6)
+    assert whole.estimate().exp().se == pytest.approx(math.exp(ratio) * se, rel=1e-6)
+
+
+def test_nothing_measured_is_an_error():
+    with pytest.raises(ValueError, match="empty"):
+        NLLMeter().estimate()
+
+
+def test_unigram_baseline_leaves_given_tokens_out():
+    """Ids 0 and 1 are BOS and EOS; of the other two, one is three times as frequent (plus one each)."""
+    rows = {"train": {"input_ids": [[0, 2, 2, 2, 1], [0, 3, 1]]}, "test": {"input_ids": [[0, 2, 3, 1]]}}
+    data = SimpleNamespace(
+        collate=SimpleNamespace(frame_ids=np.array([0, 1])), vocabulary=SimpleNamespace(size=4), split=rows.__getitem__
+    )
+    assert unigram_nll(data, "test") == pytest.approx([-math.log(4 / 6) - math.log(2 / 6)])
+
+
+def test_row_numbers_follow_sample_ids_in_any_order():
+    assert row_numbers({"sample_id": [30, 10, 20]}, np.array([10, 20, 30])).tolist() == [1, 2, 0]
+
+
+def test_a_likelihood_does_not_depend_on_the_batch_and_mask_rates_add_up(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    measured = []
+    for size in (3, 8):
+        experiment = main.Experiment(compose_config([*TINY, f"loader.eval_batch_size={size}"]), "a test")
+        data = experiment.data()
+        diffusion = experiment.diffusion(data).eval()
+        torch.nn.init.normal_(diffusion.backbone.head.weight, generator=torch.Generator().manual_seed(0))
+        measured.append(score(experiment.trainer("test"), diffusion, data.eval_dataloader("validation"), 4, seed=0))
+    np.testing.assert_allclose(measured[0].nll_MK, measured[1].nll_MK, rtol=1e-4)
+    np.testing.assert_array_equal(measured[0].num_masked_MK, measured[1].num_masked_MK)
+    rate, nats, _ = measured[0].by_mask_rate()
+    assert ((rate >= 0) & (rate <= 1)).all() and (nats > 0).all() and (np.diff(rate) > 0).all()
