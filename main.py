@@ -183,8 +183,9 @@ class Experiment:
         return instantiate(
             cfg.trainer, devices=self._devices, accumulate_grad_batches=self._batches[1], precision=precision,
             callbacks=[TextProgressBar(title), *callbacks], logger=loggers or False,
-            strategy=instantiate(cfg.strategy), plugins=[AtomicCheckpointIO()], use_distributed_sampler=False, check_val_every_n_epoch=None, max_epochs=-1, enable_model_summary=False,
-            enable_checkpointing=fitting, inference_mode=True, _convert_="all",
+            strategy=instantiate(cfg.strategy), plugins=[AtomicCheckpointIO()], use_distributed_sampler=False,
+            check_val_every_n_epoch=None, max_epochs=-1, enable_model_summary=False, enable_checkpointing=fitting,
+            inference_mode=True, _convert_="all",
         )  # fmt: skip
 
     @property

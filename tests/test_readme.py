@@ -18,7 +18,7 @@ LINES = re.findall(r"^(?:DATA_DIR=\S+ )?python main\.py.*$", (ROOT / "README.md"
 COMMANDS = [shlex.split(line.split("#")[0]) for line in LINES]
 COMMANDS = [words[words.index("main.py") + 1 :] for words in COMMANDS if "--help" not in words]
 # Small enough for a test; the README's own settings come after and win, but for sizes and budgets.
-SMALL = [setting for setting in TINY if not setting.startswith("sampling.steps")]
+SMALL = [setting for setting in TINY if not setting.startswith(("sampling.steps", "data.max_"))]
 
 
 def test_the_readme_has_commands():
@@ -30,12 +30,19 @@ def test_command(tmp_path, monkeypatch, arguments):
     monkeypatch.chdir(tmp_path)
     if "data=imdb" in arguments and "DATA_DIR" not in os.environ:
         pytest.skip("needs IMDB: set DATA_DIR to a folder with imdb/ and gpt2_tokenizer/")
-    reviews = ["the plot is dull but the acting is brilliant and nobody cares about the music at all"] * 60
-    (tmp_path / "notes.txt").write_text("\n".join(f"{text} {i}" for i, text in enumerate(reviews)))
-    rows = "\n".join(f'"{text} {i}",{"bug" if i % 2 else "wish"}' for i, text in enumerate(reviews))
+    reviews = [
+        f"the plot of part {i} is dull but actor {i * i % 97} is brilliant in scene {i * 7 % 31}" for i in range(600)
+    ]
+    (tmp_path / "notes.txt").write_text("\n".join(reviews))
+    rows = "\n".join(f'"{text}",{"bug" if i % 2 else "wish"}' for i, text in enumerate(reviews))
     (tmp_path / "tickets.csv").write_text(f"text,label\n{rows}\n")
+    limits = (
+        ["data.max_train_texts=64", "data.max_valid_texts=8", "data.max_test_texts=8"]
+        if "data=imdb" in arguments
+        else []
+    )
     typed = [word for word in arguments if word != "model=small"]
     if "mode=ppl_eval" in arguments or "mode=sample_eval" in arguments:
         main.run(compose_config(SMALL), "what these measure")
-    results = main.run(compose_config([*typed, *SMALL]), "a test")
+    results = main.run(compose_config([*typed, *SMALL, *limits]), "a test")
     assert results and list(tmp_path.rglob("report.html"))
