@@ -18,7 +18,8 @@ from omegaconf.errors import OmegaConfBaseException
 CONFIGS = Path(__file__).parent / "configs"
 
 # Keys of the references under their names here. What names a choice is a group: its members are files in configs/.
-ALIASES = {"sampling.predictor": "sampler", "hydra.run.dir": "checkpointing.save_dir"}
+ALIASES = {"sampling.predictor": "sampler", "hydra.run.dir": "checkpointing.save_dir",
+           "+wandb.offline": "wandb.offline"}  # fmt: skip
 
 
 def translate(arguments: list[str]) -> list[str]:

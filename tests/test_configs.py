@@ -79,7 +79,7 @@ def test_command_lines_of_the_references_compose():
         "sampling.steps=1000 loader.eval_batch_size=1 sampling.num_sample_batches=10",
         "mode=ppl_eval model=small data=gsm8k_baseline model.length=512 eval.checkpoint_path=/path/x.ckpt loader.batch_size=16",
         "model=small data=wikitext2 parameterization=subs wandb.name=mdlm trainer.devices=8 loader.global_batch_size=256 "
-        "loader.batch_size=32 model.attn_backend=flash_attn time_conditioning=False +wandb.notes2=x",
+        "loader.batch_size=32 model.attn_backend=flash_attn time_conditioning=False +wandb.offline=true",
         "mode=classify data=imdb", "mode=train data=imdb data.label=0", "logger=wandb wandb.offline=true",
         "optim.lr=1e-3 optim.weight_decay=0.01 optim.beta1=0.9 optim.beta2=0.99 optim.eps=1e-8 training.ema=0.999",
         "checkpointing.save_dir=/x checkpointing.resume_from_ckpt=False callbacks.checkpoint_every_n_steps.every_n_train_steps=5",
