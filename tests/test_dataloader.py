@@ -1,6 +1,7 @@
 """The stream of training samples is exact, evaluation sees every row once, padding is neither token nor
 mask."""
 
+import inspect
 import logging
 import os
 from pathlib import Path
@@ -13,8 +14,8 @@ import torch
 from hydra.utils import instantiate
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from omegaconf import OmegaConf
 
+from command_line import compose_config
 from dataloader import PositionBatchSampler, TextData, batch_arithmetic
 from text.order import epoch_order, evaluation_batches, rows_at
 
@@ -337,14 +338,13 @@ def test_bad_settings(settings, message, tmp_path):
 # -------------------------------------------------------------------------------- configs/data
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs" / "data").glob("*.yaml"))
-OF_SOURCES = {"path", "text_column", "label_column", "label_names", "validation_path", "test_path",
-              "validation_share", "test_share"}  # fmt: skip
 
 
 def configured(path, tmp_path, changes=(), **settings):
-    cfg = OmegaConf.create({"data": OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(changes)))})
-    values = {k: v for k, v in cfg.data.items() if k not in OF_SOURCES | {"source", "cache_dir"}}
-    return TextData(instantiate(cfg.data.source), cache_dir=tmp_path, **(values | settings))
+    data = compose_config([f"data={path.stem}", *(f"data.{change}" for change in changes)]).data
+    known = set(inspect.signature(TextData).parameters) - {"source", "cache_dir"}
+    values = {key: value for key, value in data.items() if key in known}
+    return TextData(instantiate(data.source), cache_dir=tmp_path, **(values | settings))
 
 
 def test_every_config_is_there():
@@ -358,7 +358,7 @@ def test_the_default_config(tmp_path):
     batch = next(iter(module.train_dataloader()))
     assert batch["input_ids"].shape[0] == 4 and batch["attention_mask"].any(dim=1).all()
     for text, ids in zip(module.texts("test")["text"], module.split("test")["input_ids"], strict=True):
-        known = module.tokenizer.decode(ids[:-1].tolist())
+        known = module.tokenizer.decode(ids[1:-1].tolist())
         assert known == text or module.figures["test"]["unknown"]
 
 
