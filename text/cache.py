@@ -116,7 +116,7 @@ def _lock(folder: Path) -> Iterator[None]:
     lock = FileLock(folder.parent / f".{folder.name}.lock")
     try:
         lock.acquire()
-    except (OSError, NotImplementedError) as error:
+    except (OSError, NotImplementedError) as error:  # the latter is what filelock raises where locks do not exist
         log.debug("no lock for %s: %s", folder, error)
         yield
         return
