@@ -73,6 +73,8 @@ class DiT(nn.Module):
     was padded; the reference attends to padding, and `mask_padding=False` reproduces that.
     """
 
+    causal = False
+
     def __init__(
         self,
         vocab_size: int,

@@ -1,78 +1,18 @@
-"""mode=sample_eval: text out of masks, with the steps that wrote it.
-
-Shape suffixes: B batch, L length.
-"""
+"""mode=sample_eval: text out of masks, with the steps that wrote it."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from callbacks.progress import Meter
-from diffusion import Diffusion
 from metrics import Estimate
-from objectives.base import scored_mask
-from randomness import KeyedNoise
 from reporting.report import Metric, Report, Sample
 from tasks.base import Experiment, write_results
+from tasks.drawing import Drawn, draw
 from text.tokenizers import decode, token_strings
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """One sampled text: its ids without padding, the step that wrote each (0: given), and what it cost."""
-
-    ids: list[int]
-    steps: list[int]
-    num_steps: int
-    evaluations: int
-
-
-def draw(
-    diffusion: Diffusion, data: object, sampler: Callable, num_samples: int, batch_size: int, seed: int
-) -> list[Drawn]:
-    """`num_samples` texts. The i-th depends on (seed, i) and on the weights, not on the batch it is drawn in.
-
-    A text gets the length of a training row picked at random, since a model of padded rows is a model of
-    p(text | length); wrapped rows all have the model's length.
-    """
-    rows = _template_rows(data, num_samples, seed)
-    drawn: list[Drawn] = []
-    meter = Meter("sample", num_samples)
-    with torch.inference_mode():
-        for start in range(0, num_samples, batch_size):
-            drawn += _draw_batch(diffusion, data, sampler, rows[start : start + batch_size], start, seed)
-            meter.update(len(drawn))
-    meter.close()
-    return drawn
-
-
-def _template_rows(data: object, num_samples: int, seed: int) -> list[int]:
-    """Training rows that lend their length and given tokens to the samples."""
-    u = KeyedNoise(seed, torch.arange(num_samples), draw=-3).uniform()
-    return (u * len(data.split("train"))).long().tolist()
-
-
-def _draw_batch(
-    diffusion: Diffusion, data: object, sampler: Callable, rows: list[int], first: int, seed: int
-) -> list[Drawn]:
-    batch = {k: v.to(diffusion.device) for k, v in data.collate(data.split("train")[rows]).items()}
-    mask_id = diffusion.objective.mask_id
-    x_BL = torch.where(scored_mask(batch), mask_id, batch["input_ids"])
-    cond = {k: batch[k] for k in ("attention_mask",) if k in batch}
-    noise = KeyedNoise(seed, torch.arange(first, first + len(rows), device=diffusion.device))
-    out = sampler(diffusion.denoise, diffusion.objective.schedule, x_BL, mask_id, noise, **cond)
-    length_B = cond["attention_mask"].sum(-1).tolist() if cond else [x_BL.shape[1]] * len(rows)
-    return [
-        Drawn(out.ids_BL[i, :n].tolist(), out.step_BL[i, :n].tolist(), out.num_steps, int(out.evaluations_B[i]))
-        for i, n in enumerate(length_B)
-    ]
 
 
 def shown(drawn: list[Drawn], tokenizer: object) -> list[Sample]:
@@ -115,7 +55,7 @@ def sample_eval(
     data = experiment.data()
     diffusion = experiment.trained(data, checkpoint_path, disable_ema).eval()
     drawn = draw(
-        diffusion, data, experiment.sampler, num_batches * data.eval_batch_size, data.eval_batch_size, experiment.seed
+        diffusion, data, experiment.drawing, num_batches * data.eval_batch_size, data.eval_batch_size, experiment.seed
     )
     folder = experiment.folder() / "sample_eval"
     folder.mkdir(parents=True, exist_ok=True)
