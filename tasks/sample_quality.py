@@ -78,8 +78,11 @@ class RealTexts:
 def real_texts(data: object, split: str | None, num_texts: int, seed: int) -> RealTexts:
     """`num_texts` rows of a split (all, if it has fewer), a random choice that depends on the seed alone.
 
-    Rows and not whole documents, since diversity depends on the length. They are only a reference: where they can not
-    be had, or not cheaply, the samples are measured without them.
+    Rows and not whole documents, since diversity depends on the length. They are only a reference: where the data are
+    absent or large, the samples are measured without them.
+
+    Raises:
+        ValueError: the data are there, but not such a split or not as rows of the model's length.
     """
     if split is None:
         return RealTexts([], split, "eval.split=null")
@@ -89,8 +92,10 @@ def real_texts(data: object, split: str | None, num_texts: int, seed: int) -> Re
             key = "valid" if split == "validation" else split
             return RealTexts([], split, f"{split} has {texts:,} texts; data.max_{key}_texts= chooses some")
         rows = data.split(split)
-    except (OSError, ValueError) as error:
+    except OSError as error:
         return RealTexts([], split, str(error))
+    except ValueError as error:
+        raise ValueError(f"{error} (eval.split={split}; null samples without reading real texts)") from error
     order = KeyedNoise(seed, torch.arange(len(rows)), draw=-7).uniform().argsort()[:num_texts]
     return RealTexts([list(map(int, rows[i]["input_ids"])) for i in order.tolist()], split)
 

@@ -289,6 +289,8 @@ def test_real_texts_are_a_random_choice_or_a_reason(letters, monkeypatch):
     assert len(real_texts(data, "validation", 100, seed=1).rows) == 8
     assert real_texts(data, None, 5, seed=1).missing == "eval.split=null"
     assert real_texts(fake_data(letters, [], OSError("gone")), "validation", 5, seed=1).missing == "gone"
+    with pytest.raises(ValueError, match="there is no split 'vaild' .eval.split=vaild; null"):
+        real_texts(fake_data(letters, [], ValueError("there is no split 'vaild'")), "vaild", 5, seed=1)
     monkeypatch.setattr("tasks.sample_quality._MOST_TEXTS", 7)
     assert "data.max_valid_texts=" in real_texts(data, "validation", 5, seed=1).missing
 
