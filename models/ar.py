@@ -96,8 +96,6 @@ class AR(nn.Module):
             cache.advance(tokens_BL.shape[1])
         return self.output_layer.normed(x_BLD)
 
-    def forward(
-        self, tokens_BL: Tensor, sigma_B: Tensor | None = None, attention_mask: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, tokens_BL: Tensor, sigma_B: Tensor | None = None, attention_mask: Tensor | None = None) -> Tensor:
         """Logits (B, L, V)."""
         return self.head(self.encode(tokens_BL, sigma_B, attention_mask))

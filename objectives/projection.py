@@ -20,7 +20,7 @@ def _chunks(num_rows: int, vocab_size: int) -> Iterator[slice]:
     return (slice(start, min(start + rows, num_rows)) for start in range(0, num_rows, rows))
 
 
-def _logits(hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor, banned_id: int) -> Tensor:
+def _logits(hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, banned_id: int) -> Tensor:
     logits_CV = F.linear(hidden_CD, weight_VD, bias_V).float()
     logits_CV[:, banned_id] = -torch.inf
     return logits_CV
@@ -46,35 +46,38 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_N):  # noqa: ANN001, ANN205
         hidden_ND, weight_VD, bias_V, target_N, log_z_N = ctx.saved_tensors
         grad_hidden, grad_weight = torch.empty_like(hidden_ND), torch.zeros_like(weight_VD, dtype=torch.float32)
-        grad_bias = torch.zeros_like(bias_V, dtype=torch.float32)
+        grad_bias = None if bias_V is None else torch.zeros_like(bias_V, dtype=torch.float32)
         for rows in _chunks(len(hidden_ND), len(weight_VD)):
             # d nll / d logits = softmax - onehot(target)
             p_CV = _logits(hidden_ND[rows], weight_VD, bias_V, ctx.banned_id)
             p_CV.sub_(log_z_N[rows, None]).exp_()
             p_CV.scatter_add_(1, target_N[rows, None], p_CV.new_full((len(p_CV), 1), -1.0))
             p_CV.mul_(grad_N[rows, None])
-            grad_bias += p_CV.sum(0)
+            if grad_bias is not None:
+                grad_bias += p_CV.sum(0)
             p_CV = p_CV.to(hidden_ND.dtype)
             grad_hidden[rows] = p_CV @ weight_VD
             grad_weight.addmm_(p_CV.T, hidden_ND[rows]) if p_CV.dtype == torch.float32 else grad_weight.add_(
                 p_CV.T @ hidden_ND[rows]
             )
-        return grad_hidden, grad_weight.to(weight_VD.dtype), grad_bias.to(bias_V.dtype), None, None
+        grad_bias = None if grad_bias is None else grad_bias.to(bias_V.dtype)
+        return grad_hidden, grad_weight.to(weight_VD.dtype), grad_bias, None, None
 
 
-def _autocast(*tensors: Tensor) -> list[Tensor]:
-    """What autocast would do to the operands of a linear layer; custom functions are left alone by it."""
-    device = tensors[0].device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensors[1].dtype
-    return [tensor.to(dtype) for tensor in tensors]
+def _operands(hidden_ND: Tensor, head: nn.Linear) -> list[Tensor | None]:
+    """Hidden states, weight and bias (if any) as autocast would hand them to the head; custom functions are left alone
+    by it."""
+    device = hidden_ND.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
+    return [None if tensor is None else tensor.to(dtype) for tensor in (hidden_ND, head.weight, head.bias)]
 
 
 def cross_entropy(hidden_ND: Tensor, head: nn.Linear, target_N: Tensor, banned_id: int) -> Tensor:
     """-log p(target) under softmax(head(hidden)) with `banned_id` excluded, float32 (N,), differentiable."""
-    return _LinearCrossEntropy.apply(*_autocast(hidden_ND, head.weight, head.bias), target_N, banned_id)
+    return _LinearCrossEntropy.apply(*_operands(hidden_ND, head), target_N, banned_id)
 
 
 def log_probs(hidden_ND: Tensor, head: nn.Linear, banned_id: int) -> Tensor:
     """log softmax(head(hidden)) with `banned_id` excluded, float32 (N, V)."""
-    hidden_ND, weight, bias = _autocast(hidden_ND, head.weight, head.bias)
+    hidden_ND, weight, bias = _operands(hidden_ND, head)
     return _logits(hidden_ND, weight, bias, banned_id).log_softmax(-1)
