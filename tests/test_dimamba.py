@@ -14,7 +14,7 @@ from transformers.models.mamba.modeling_mamba import MambaMixer
 from models.dimamba import DiMamba
 from models.dit import DiT
 from models.mamba import BiMamba, Mamba
-from models.selective_scan import kernel_scan, selective_scan, torch_scan
+from models.selective_scan import kernel_available, kernel_scan, selective_scan, torch_scan
 from optimizers import muon
 
 VOCAB = 7
@@ -75,6 +75,15 @@ def test_half_precision_comes_back_as_it_went_in_and_is_summed_in_float32():
     wide = [x.float() for x in half]
     wanted = torch_scan(wide[0], wide[1], A, wide[2], wide[3], D, z, bias)
     assert ours.dtype == torch.bfloat16 and torch.equal(ours, wanted.bfloat16())
+
+
+def test_a_missing_kernel_is_said_once(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    kernel_available.cache_clear()
+    with pytest.warns(UserWarning, match="pip install mamba-ssm"):
+        assert not kernel_available()
+    assert not kernel_available()
+    kernel_available.cache_clear()
 
 
 @pytest.mark.skipif(

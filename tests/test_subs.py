@@ -47,9 +47,10 @@ def test_projecting_some_positions_equals_projecting_all(random_dit):
     torch.testing.assert_close(subs.denoise(net, x, t, at), subs.denoise(net, x, t)[at])
 
 
+@pytest.mark.parametrize("rows", [3, 9])
 @pytest.mark.parametrize("bias", [True, False])
-def test_chunked_cross_entropy_is_cross_entropy_with_its_gradients(monkeypatch, bias):
-    monkeypatch.setattr("objectives.projection._CHUNK_BYTES", 4 * 11 * 3)
+def test_chunked_cross_entropy_is_cross_entropy_with_its_gradients(monkeypatch, bias, rows):
+    monkeypatch.setattr("objectives.projection._CHUNK_BYTES", 4 * 11 * rows)
     torch.manual_seed(0)
     head = torch.nn.Linear(6, 11, bias=bias)
     hidden = torch.randn(10, 6, requires_grad=True)
