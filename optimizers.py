@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import torch
 from torch import nn
+
+# A weight matrix of one of a backbone's repeated blocks.
+_BLOCK_MATRIX = re.compile(r"(^|\.)(blocks|layers)\.\d+\..*\.weight$")
 
 
 def adamw(
@@ -48,7 +52,7 @@ def muon(
     """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) with `matrix_lr` on the blocks' weight matrices,
     AdamW with `lr` on everything else: embedding, head, norms, biases and the modulation of adaLN."""
     named = [(name, p) for name, p in backbone.named_parameters() if p.requires_grad]
-    matrices = [p for name, p in named if p.ndim == 2 and name.startswith("blocks.") and "adaLN" not in name]
+    matrices = [p for name, p in named if p.ndim == 2 and _BLOCK_MATRIX.search(name) and "adaLN" not in name]
     chosen = {id(p) for p in matrices}
     rest = [p for _, p in named if id(p) not in chosen]
     if not matrices:

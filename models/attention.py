@@ -1,6 +1,6 @@
 """Attention behind one call: `attend(q, k, v, ...)`, whichever kernel runs it.
 
-Shape suffixes: B batch, L length, H heads, D head width.
+Shape suffixes: B batch, L length, Q queries, K keys, H heads, D head width.
 """
 
 from __future__ import annotations
@@ -30,28 +30,51 @@ def resolve_backend(name: str) -> str:
     return name
 
 
-def attend(
-    q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, key_mask_BL: Tensor | None, backend: str, causal: bool = False
-) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v, of shape (B, L, H, D).
+def head_width(hidden_size: int, n_heads: int) -> int:
+    """Dimensions of one attention head.
 
-    `key_mask_BL` is True where a position may be attended to; None means everywhere. A key mask always runs
-    on SDPA: the padded flash-attn kernels take none.
+    Raises:
+        ValueError: the heads do not share `hidden_size` evenly, or their dimensions do not pair up.
     """
-    if backend == "flash_attn" and key_mask_BL is None:
+    if hidden_size % (2 * n_heads):
+        raise ValueError(
+            f"model.hidden_size={hidden_size} must be a multiple of 2 * model.n_heads={2 * n_heads}: "
+            "rotary attention pairs the dimensions of each head"
+        )
+    return hidden_size // n_heads
+
+
+def attend(
+    q_BQHD: Tensor, k_BKHD: Tensor, v_BKHD: Tensor, key_mask_BK: Tensor | None, backend: str, causal: bool = False
+) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v, of shape (B, Q, H, D).
+
+    `key_mask_BK` is True where a position may be attended to; None means everywhere. A key mask always runs
+    on SDPA: the padded flash-attn kernels take none. `causal`: the queries are the last Q of the K positions, and
+    each sees the keys up to its own.
+    """
+    if backend == "flash_attn" and key_mask_BK is None:
         from flash_attn import flash_attn_func
 
-        return flash_attn_func(q_BLHD, k_BLHD, v_BLHD, causal=causal)
-    mask = None if key_mask_BL is None else key_mask_BL[:, None, None, :]
-    out_BHLD = F.scaled_dot_product_attention(
-        q_BLHD.transpose(1, 2), k_BLHD.transpose(1, 2), v_BLHD.transpose(1, 2), attn_mask=mask, is_causal=causal
+        return flash_attn_func(q_BQHD, k_BKHD, v_BKHD, causal=causal)
+    queries, keys = q_BQHD.shape[1], k_BKHD.shape[1]
+    mask = None if key_mask_BK is None else key_mask_BK[:, None, None, :]
+    # SDPA's own causal flag counts the queries from the first key and goes with no mask; a single query sees all keys.
+    plain_causal = causal and queries == keys and mask is None
+    if causal and not plain_causal and queries > 1:
+        earlier_QK = torch.ones(queries, keys, dtype=torch.bool, device=q_BQHD.device).tril(keys - queries)
+        mask = earlier_QK if mask is None else mask & earlier_QK
+    out_BHQD = F.scaled_dot_product_attention(
+        q_BQHD.transpose(1, 2), k_BKHD.transpose(1, 2), v_BKHD.transpose(1, 2), attn_mask=mask, is_causal=plain_causal
     )
-    return out_BHLD.transpose(1, 2)
+    return out_BHQD.transpose(1, 2)
 
 
-def rotary_angles(inv_freq: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """cos and sin of position * frequency, each (L, D/2), for positions 0..L-1 (RoFormer, arXiv 2104.09864, eq. 34)."""
-    angle_LD = torch.outer(torch.arange(length, device=inv_freq.device, dtype=inv_freq.dtype), inv_freq)
+def rotary_angles(inv_freq: Tensor, length: int, start: int = 0) -> tuple[Tensor, Tensor]:
+    """cos and sin of position * frequency, each (L, D/2), for the `length` positions from `start` on
+    (RoFormer, arXiv 2104.09864, eq. 34)."""
+    position_L = torch.arange(start, start + length, device=inv_freq.device, dtype=inv_freq.dtype)
+    angle_LD = torch.outer(position_L, inv_freq)
     return angle_LD.cos(), angle_LD.sin()
 
 

@@ -10,51 +10,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import apply_rotary, attend, resolve_backend, rotary_angles
-from models.layers import (
-    LayerNorm,
-    RotaryFrequencies,
-    SigmaEmbedding,
-    TokenEmbedding,
-    feed_forward,
-    modulate,
-    zero_linear,
-)
+from models.attention import head_width, resolve_backend, rotary_angles
+from models.layers import RotaryFrequencies, SigmaEmbedding, TokenEmbedding, modulate, zero_linear
+from models.transformer import Head, Rotary, TransformerBlock
 
 
-class DiTBlock(nn.Module):
+class DiTBlock(TransformerBlock):
     """Attention and MLP, each normalised, modulated by the conditioning and gated into the residual stream."""
 
     def __init__(self, dim: int, cond_dim: int, n_heads: int, dropout: float, attn_backend: str) -> None:
-        super().__init__()
-        self.n_heads, self.dropout, self.attn_backend = n_heads, dropout, attn_backend
-        self.norm1 = LayerNorm(dim)
-        self.attn_qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.attn_out = nn.Linear(dim, dim, bias=False)
-        self.norm2 = LayerNorm(dim)
-        self.mlp = feed_forward(dim)
+        super().__init__(dim, n_heads, dropout, attn_backend)
         self.adaLN_modulation = zero_linear(cond_dim, 6 * dim)
 
-    def forward(self, x_BLD: Tensor, c_BC: Tensor, rotary: tuple[Tensor, Tensor], key_mask_BL: Tensor | None) -> Tensor:
+    def forward(self, x_BLD: Tensor, c_BC: Tensor, rotary: Rotary, key_mask_BL: Tensor | None) -> Tensor:
         shift_att, scale_att, gate_att, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c_BC).chunk(6, dim=-1)
-        qkv = self.attn_qkv(modulate(self.norm1(x_BLD), shift_att, scale_att))
-        q, k, v = qkv.unflatten(-1, (3, self.n_heads, -1)).unbind(dim=2)
-        attended = attend(apply_rotary(q, *rotary), apply_rotary(k, *rotary), v, key_mask_BL, self.attn_backend)
-        x_BLD = x_BLD + gate_att[:, None] * self._drop(self.attn_out(attended.flatten(2)))
-        hidden = self.mlp(modulate(self.norm2(x_BLD), shift_mlp, scale_mlp))
-        return x_BLD + gate_mlp[:, None] * self._drop(hidden)
-
-    def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout, self.training)
+        attended = self.attention(modulate(self.norm1(x_BLD), shift_att, scale_att), rotary, key_mask_BL)
+        x_BLD = x_BLD + gate_att[:, None] * attended
+        return x_BLD + gate_mlp[:, None] * self.transform(modulate(self.norm2(x_BLD), shift_mlp, scale_mlp))
 
 
-class OutputLayer(nn.Module):
-    """Norm, modulation and the vocabulary projection; the two halves are called apart (`normed`, then `linear`)."""
+class OutputLayer(Head):
+    """The head, with the normed hidden states modulated by the conditioning."""
 
     def __init__(self, dim: int, vocab_size: int, cond_dim: int) -> None:
-        super().__init__()
-        self.norm_final = LayerNorm(dim)
-        self.linear = zero_linear(dim, vocab_size)
+        super().__init__(dim, vocab_size)
         self.adaLN_modulation = zero_linear(cond_dim, 2 * dim)
 
     def normed(self, x_BLD: Tensor, c_BC: Tensor) -> Tensor:
@@ -88,16 +67,11 @@ class DiT(nn.Module):
         attn_backend: str = "sdpa",
     ) -> None:
         super().__init__()
-        if hidden_size % (2 * n_heads):
-            raise ValueError(
-                f"model.hidden_size={hidden_size} must be a multiple of 2 * model.n_heads={2 * n_heads}: "
-                "rotary attention pairs the dimensions of each head"
-            )
+        head_dim, backend = head_width(hidden_size, n_heads), resolve_backend(attn_backend)
         self.time_conditioning, self.mask_padding = time_conditioning, mask_padding
-        backend = resolve_backend(attn_backend)
         self.vocab_embed = TokenEmbedding(vocab_size, hidden_size)
         self.sigma_map = SigmaEmbedding(cond_dim)
-        self.rotary_emb = RotaryFrequencies(hidden_size // n_heads)
+        self.rotary_emb = RotaryFrequencies(head_dim)
         self.blocks = nn.ModuleList(DiTBlock(hidden_size, cond_dim, n_heads, dropout, backend) for _ in range(n_blocks))
         self.output_layer = OutputLayer(hidden_size, vocab_size, cond_dim)
 

@@ -13,8 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """`x` with half precision widened and float64 kept."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class LayerNorm(nn.Module):
-    """Layer norm with a scale and no bias, computed in float32 under any autocast."""
+    """Layer norm with a scale and no bias, computed in float32 (at least) under any autocast."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -22,7 +27,20 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            return F.layer_norm(x.float(), x.shape[-1:]) * self.weight
+            return F.layer_norm(at_least_float32(x), x.shape[-1:]) * self.weight
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean x^2 + eps) with a scale (arXiv 1910.07467), computed in float32 (at least) under any autocast."""
+
+    def __init__(self, dim: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return F.rms_norm(at_least_float32(x), x.shape[-1:], eps=self.eps) * self.weight
 
 
 class TokenEmbedding(nn.Module):

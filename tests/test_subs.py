@@ -48,19 +48,23 @@ def test_projecting_some_positions_equals_projecting_all(random_dit):
     torch.testing.assert_close(subs.denoise(net, x, t, at), subs.denoise(net, x, t)[at])
 
 
-def test_chunked_cross_entropy_is_cross_entropy_with_its_gradients(monkeypatch):
-    monkeypatch.setattr("objectives.projection._CHUNK_BYTES", 4 * 11 * 3)
+@pytest.mark.parametrize("rows", [3, 9])
+@pytest.mark.parametrize("bias", [True, False])
+def test_chunked_cross_entropy_is_cross_entropy_with_its_gradients(monkeypatch, bias, rows):
+    monkeypatch.setattr("objectives.projection._CHUNK_BYTES", 4 * 11 * rows)
     torch.manual_seed(0)
-    head = torch.nn.Linear(6, 11)
+    head = torch.nn.Linear(6, 11, bias=bias)
     hidden = torch.randn(10, 6, requires_grad=True)
     target, weight = torch.randint(10, (10,)), torch.rand(10)
     (cross_entropy(hidden, head, target, banned_id=10) * weight).sum().backward()
-    ours = [hidden.grad.clone(), head.weight.grad.clone(), head.bias.grad.clone()]
-    hidden.grad, head.weight.grad, head.bias.grad = None, None, None
+    learned = [hidden, *head.parameters()]
+    ours = [x.grad.clone() for x in learned]
+    for x in learned:
+        x.grad = None
     logits = head(hidden).index_fill(1, torch.tensor([10]), -torch.inf)
     (torch.nn.functional.cross_entropy(logits, target, reduction="none") * weight).sum().backward()
-    for got, wanted in zip(ours, [hidden.grad, head.weight.grad, head.bias.grad], strict=True):
-        torch.testing.assert_close(got, wanted)
+    for got, x in zip(ours, learned, strict=True):
+        torch.testing.assert_close(got, x.grad)
 
 
 def test_the_loss_projects_only_masked_positions_and_never_all_logits(random_dit, monkeypatch):

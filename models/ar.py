@@ -1,0 +1,101 @@
+"""The autoregressive transformer of the references: the DiT's block without conditioning, causal.
+
+Parameter names and shapes are those of the reference checkpoints (kuleshov-group/mdlm, bd3lms).
+Shape suffixes: B batch, L length, V vocabulary, D width, H heads.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from models.attention import head_width, resolve_backend, rotary_angles
+from models.kv_cache import KVCache
+from models.layers import RotaryFrequencies, TokenEmbedding
+from models.transformer import Head, Remember, Rotary, TransformerBlock
+
+
+class ARBlock(TransformerBlock):
+    """Causal attention and MLP, each normalised and added to the residual stream."""
+
+    def forward(self, x_BLD: Tensor, rotary: Rotary, remember: Remember | None) -> Tensor:
+        x_BLD = x_BLD + self.attention(self.norm1(x_BLD), rotary, remember=remember)
+        return x_BLD + self.transform(self.norm2(x_BLD))
+
+
+class AR(nn.Module):
+    """tokens -> logits of the token after each, in two steps: `encode(tokens_BL)`, then `head(hidden)` where needed.
+
+    The noise level and the padding mask are taken because every backbone is called with them, and change nothing:
+    there is no noise, and causal attention never looks at padding, which stands on the right.
+    """
+
+    causal = True
+
+    def __init__(
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        n_blocks: int,
+        n_heads: int,
+        dropout: float = 0.1,
+        attn_backend: str = "sdpa",
+    ) -> None:
+        super().__init__()
+        self.n_heads, head_dim, backend = n_heads, head_width(hidden_size, n_heads), resolve_backend(attn_backend)
+        self.vocab_embed = TokenEmbedding(vocab_size, hidden_size)
+        self.rotary_emb = RotaryFrequencies(head_dim)
+        self.blocks = nn.ModuleList(
+            ARBlock(hidden_size, n_heads, dropout, backend, causal=True) for _ in range(n_blocks)
+        )
+        self.output_layer = Head(hidden_size, vocab_size)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.output_layer.linear.out_features
+
+    @property
+    def head(self) -> nn.Linear:
+        """The vocabulary projection: hidden (..., D) -> logits (..., V)."""
+        return self.output_layer.linear
+
+    def new_cache(self, batch_size: int, length: int) -> KVCache:
+        """An empty cache for `length` positions, in the precision in which attention will run."""
+        embedding = self.vocab_embed.embedding
+        device = embedding.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else embedding.dtype
+        head_dim = embedding.shape[1] // self.n_heads
+        return KVCache(len(self.blocks), batch_size, length, self.n_heads, head_dim, embedding.device, dtype)
+
+    def encode(
+        self,
+        tokens_BL: Tensor,
+        sigma_B: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Hidden states (B, L, D), ready for `head`: position i has seen the tokens up to i.
+
+        With `cache`, `tokens_BL` follow the `cache.length` tokens that went before; they are added to it. The result
+        is that of one pass over all tokens, at the new ones.
+
+        Raises:
+            ValueError: the cache has no room for the tokens, or was made for another batch size.
+        """
+        start = 0
+        if cache is not None:
+            cache.check_room(tokens_BL)
+            start = cache.length
+        rotary = rotary_angles(self.rotary_emb.inv_freq, tokens_BL.shape[1], start)
+        x_BLD = self.vocab_embed(tokens_BL)
+        for number, block in enumerate(self.blocks):
+            x_BLD = block(x_BLD, rotary, None if cache is None else partial(cache.append, number))
+        if cache is not None:
+            cache.advance(tokens_BL.shape[1])
+        return self.output_layer.normed(x_BLD)
+
+    def forward(self, tokens_BL: Tensor, sigma_B: Tensor | None = None, attention_mask: Tensor | None = None) -> Tensor:
+        """Logits (B, L, V)."""
+        return self.head(self.encode(tokens_BL, sigma_B, attention_mask))

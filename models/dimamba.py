@@ -1,0 +1,112 @@
+"""The Mamba backbone of MDLM: bidirectional state-space mixers with adaLN conditioning, no attention.
+
+Parameter names and shapes were read from the source of kuleshov-group/mdlm (models/dimamba.py with
+`temb_strategy: adaln`); no checkpoint of this backbone was at hand to load.
+Shape suffixes: B batch, L length, V vocabulary, D width, C conditioning width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.layers import RMSNorm, SigmaEmbedding, modulate, zero_linear
+from models.mamba import BiMamba
+
+
+class DiMambaBlock(nn.Module):
+    """A bidirectional mixer, normalised, modulated by the conditioning and gated into the residual stream."""
+
+    def __init__(self, dim: int, cond_dim: int, dropout: float) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.mixer = BiMamba(dim)
+        self.norm = RMSNorm(dim)
+        self.adaLN_modulation = zero_linear(cond_dim, 3 * dim)
+
+    def forward(self, x_BLD: Tensor, c_BC: Tensor, padding_BL: Tensor | None) -> Tensor:
+        shift, scale, gate = self.adaLN_modulation(c_BC).chunk(3, dim=-1)
+        mixed_BLD = self.mixer(modulate(self.norm(x_BLD), shift, scale), padding_BL)
+        return x_BLD + gate[:, None] * F.dropout(mixed_BLD, self.dropout, self.training)
+
+
+class Trunk(nn.Module):
+    """Embedding, blocks and final norm: tokens and conditioning -> hidden states (B, L, D)."""
+
+    def __init__(self, vocab_size: int, dim: int, cond_dim: int, n_blocks: int, dropout: float) -> None:
+        super().__init__()
+        self.embeddings = nn.ModuleDict({"word_embeddings": nn.Embedding(vocab_size, dim)})
+        self.layers = nn.ModuleList(DiMambaBlock(dim, cond_dim, dropout) for _ in range(n_blocks))
+        self.adaLN_modulation_final = zero_linear(cond_dim, 2 * dim)
+        self.norm_f = RMSNorm(dim)
+        nn.init.normal_(self.embeddings["word_embeddings"].weight, std=0.02)
+        with torch.no_grad():
+            for layer in self.layers:
+                layer.mixer.mamba_fwd.out_proj.weight /= math.sqrt(n_blocks)
+
+    def forward(self, tokens_BL: Tensor, c_BC: Tensor, padding_BL: Tensor | None) -> Tensor:
+        x_BLD = self.embeddings["word_embeddings"](tokens_BL)
+        for layer in self.layers:
+            x_BLD = layer(x_BLD, c_BC, padding_BL)
+        shift, scale = self.adaLN_modulation_final(c_BC).chunk(2, dim=-1)
+        return modulate(self.norm_f(x_BLD), shift, scale)
+
+
+class DiMamba(nn.Module):
+    """tokens, sigma -> logits, in two steps like the DiT: `encode(tokens_BL, sigma_B)`, then `head(hidden)`.
+
+    Without `time_conditioning` sigma is replaced by zero, not skipped. `mask_padding` keeps padding out of both
+    directions of the scan, so that an output does not depend on how far its batch was padded; in the reference the
+    scan from the right reads the padding first, and `mask_padding=False` reproduces that.
+
+    On a GPU the scan runs on mamba_ssm's kernel where that is installed.
+    """
+
+    causal = False
+
+    def __init__(
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        cond_dim: int,
+        n_blocks: int,
+        dropout: float = 0.1,
+        time_conditioning: bool = False,
+        mask_padding: bool = True,
+    ) -> None:
+        super().__init__()
+        self.time_conditioning, self.mask_padding = time_conditioning, mask_padding
+        self.sigma_map = SigmaEmbedding(cond_dim)
+        trunk = Trunk(vocab_size, hidden_size, cond_dim, n_blocks, dropout)
+        # The nesting is the references' (a Hub model within a Hub model): it is in the parameters' names.
+        self.model = nn.ModuleDict(
+            {
+                "bimamba": nn.ModuleDict({"backbone": trunk}),
+                "lm_head": nn.Linear(hidden_size, vocab_size, bias=False),
+            }
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        return self.head.out_features
+
+    @property
+    def head(self) -> nn.Linear:
+        """The vocabulary projection, without bias: hidden (..., D) -> logits (..., V)."""
+        return self.model["lm_head"]
+
+    def encode(self, tokens_BL: Tensor, sigma_B: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Hidden states (B, L, D), ready for `head`. `attention_mask` (B, L) is False on padding."""
+        padding_BL = ~attention_mask.bool() if attention_mask is not None and self.mask_padding else None
+        return self.model["bimamba"]["backbone"](tokens_BL, self.conditioning(sigma_B), padding_BL)
+
+    def conditioning(self, sigma_B: Tensor) -> Tensor:
+        """What adaLN sees: silu of the embedded sigma, (B, C)."""
+        return F.silu(self.sigma_map(sigma_B if self.time_conditioning else torch.zeros_like(sigma_B)))
+
+    def forward(self, tokens_BL: Tensor, sigma_B: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Logits (B, L, V)."""
+        return self.head(self.encode(tokens_BL, sigma_B, attention_mask))

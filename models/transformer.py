@@ -1,0 +1,63 @@
+"""What the transformers share: a block's two halves, the vocabulary head. How a half enters the residual stream, and
+what it is modulated by, is each network's own law.
+
+Shape suffixes: B batch, L length, D width, H heads. Attribute names are the parameter names of the reference
+checkpoints and must not change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.attention import apply_rotary, attend
+from models.layers import LayerNorm, feed_forward, zero_linear
+
+Rotary = tuple[Tensor, Tensor]
+# Stores new keys and values, gives back all that may be attended to.
+Remember = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class TransformerBlock(nn.Module):
+    """The layers of a block and its two halves, `attention` and `transform`, each dropped out and without residual."""
+
+    def __init__(self, dim: int, n_heads: int, dropout: float, attn_backend: str, causal: bool = False) -> None:
+        super().__init__()
+        self.n_heads, self.dropout, self.attn_backend, self.causal = n_heads, dropout, attn_backend, causal
+        self.norm1 = LayerNorm(dim)
+        self.attn_qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.attn_out = nn.Linear(dim, dim, bias=False)
+        self.norm2 = LayerNorm(dim)
+        self.mlp = feed_forward(dim)
+
+    def attention(
+        self, x_BLD: Tensor, rotary: Rotary, key_mask_BL: Tensor | None = None, remember: Remember | None = None
+    ) -> Tensor:
+        """Self-attention of normed `x_BLD`, over what `remember` adds to it as well."""
+        q, k, v = self.attn_qkv(x_BLD).unflatten(-1, (3, self.n_heads, -1)).unbind(dim=2)
+        q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
+        if remember is not None:
+            k, v = remember(k, v)
+        attended_BLHD = attend(q, k, v, key_mask_BL, self.attn_backend, self.causal)
+        return self._drop(self.attn_out(attended_BLHD.flatten(2)))
+
+    def transform(self, x_BLD: Tensor) -> Tensor:
+        """The MLP of normed `x_BLD`."""
+        return self._drop(self.mlp(x_BLD))
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training)
+
+
+class Head(nn.Module):
+    """Norm and vocabulary projection; the two halves are called apart (`normed`, then `linear`)."""
+
+    def __init__(self, dim: int, vocab_size: int) -> None:
+        super().__init__()
+        self.norm_final = LayerNorm(dim)
+        self.linear = zero_linear(dim, vocab_size)
+
+    def normed(self, x_BLD: Tensor) -> Tensor:
+        return self.norm_final(x_BLD)
