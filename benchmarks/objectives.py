@@ -1,0 +1,59 @@
+"""Validation likelihood of every objective and backbone at one budget: WikiText-2, the same tokens, nearly the same size.
+
+Each row is a training run of main.py (an interrupted one resumes), measured with its own objective's sharpest estimator.
+
+    DATA_DIR=/path/to/data python benchmarks/objectives.py --output outputs/objectives     # hours on one CPU core
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+COMMON = [
+    "mode=train", "data=wikitext2", "data.tokenizer_name_or_path=bpe", "data.vocab_size=4096", "model=tiny",
+    "model.hidden_size=128", "model.n_blocks=3", "model.n_heads=4", "model.length=128", "model.cond_dim=8",
+    "model.dropout=0", "loader.global_batch_size=32", "optim=muon", "lr_scheduler=cosine_decay_warmup",
+    "lr_scheduler.num_warmup_steps=100", "trainer.val_check_interval=400", "training.ema=0.99", "eval.num_draws=8",
+    "sampling.num_sample_log=2",
+]  # fmt: skip
+RUNS = {
+    "AR": ["parameterization=ar"],
+    "MDLM": [],
+    "MDLM, time conditioning": ["time_conditioning=true"],
+    "MDLM, plain cross-entropy": ["training.loss_weight=uniform"],
+    "D3PM": ["parameterization=d3pm", "time_conditioning=true"],
+    "SEDD": ["parameterization=sedd"],
+    "DiMamba": ["backbone=dimamba"],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("outputs/objectives"))
+    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--only", nargs="*", default=list(RUNS), choices=list(RUNS))
+    parser.add_argument("--more", nargs="*", default=[], help="further overrides for every run")
+    args = parser.parse_args()
+    table = {}
+    for name in args.only:
+        folder = args.output / name.lower().replace(", ", "_").replace(" ", "_")
+        command = [sys.executable, str(ROOT / "main.py"), *COMMON, *RUNS[name], f"trainer.max_steps={args.steps}",
+                   f"checkpointing.save_dir={folder}", *args.more]  # fmt: skip
+        start = time.perf_counter()
+        subprocess.run(command, check=True)
+        results = json.loads((folder / "results.json").read_text())
+        nll = results["nll_nats_per_token"]
+        table[name] = {"nll": nll["value"], "se": nll["se"], "seconds": time.perf_counter() - start,
+                       "estimator": results["protocol"]["estimator"]}  # fmt: skip
+        print(f"{name:28} {nll['value']:.4f} ± {nll['se']:.4f} nats/token  {table[name]['estimator']}", flush=True)
+    print(json.dumps({"benchmark": "objectives", "steps": args.steps, "tokens": args.steps * 32 * 128, "table": table}))
+
+
+if __name__ == "__main__":
+    main()
