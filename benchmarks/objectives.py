@@ -1,6 +1,6 @@
-"""Validation likelihood of every objective and backbone at one budget: WikiText-2, the same tokens, nearly the same size.
+"""Validation likelihood of every objective and backbone at one budget: WikiText-2, the same tokens, about one size.
 
-Each row is a training run of main.py (an interrupted one resumes), measured with its own objective's sharpest estimator.
+Each row is a training run of main.py (an interrupted one resumes), measured by the sharpest estimator of its objective.
 
     DATA_DIR=/path/to/data python benchmarks/objectives.py --output outputs/objectives     # hours on one CPU core
 """
@@ -19,7 +19,7 @@ COMMON = [
     "mode=train", "data=wikitext2", "data.tokenizer_name_or_path=bpe", "data.vocab_size=4096", "model=tiny",
     "model.hidden_size=128", "model.n_blocks=3", "model.n_heads=4", "model.length=128", "model.cond_dim=8",
     "model.dropout=0", "loader.global_batch_size=32", "optim=muon", "lr_scheduler=cosine_decay_warmup",
-    "lr_scheduler.num_warmup_steps=100", "trainer.val_check_interval=400", "training.ema=0.99", "eval.num_draws=8",
+    "lr_scheduler.num_warmup_steps=100", "trainer.val_check_interval=250", "training.ema=0.99", "eval.num_draws=8",
     "sampling.num_sample_log=2",
 ]  # fmt: skip
 RUNS = {
@@ -36,7 +36,7 @@ RUNS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("outputs/objectives"))
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--only", nargs="*", default=list(RUNS), choices=list(RUNS))
     parser.add_argument("--more", nargs="*", default=[], help="further overrides for every run")
     args = parser.parse_args()
