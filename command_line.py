@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ ALIASES = {"sampling.predictor": "sampler", "training.masking": "masking", "eval
            "hydra.run.dir": "checkpointing.save_dir", "+wandb.offline": "wandb.offline"}  # fmt: skip
 # Switches that are choices here: switched on they name a group member, switched off they say nothing.
 SWITCHES = {"sampling.semi_ar": "sampler=semi_ar"}
+# Texts: their brackets, commas and braces are not Hydra's.
+TEXTS = ("sampling.prefix", "sampling.template")
 
 
 def translate(arguments: list[str]) -> list[str]:
@@ -32,6 +35,8 @@ def translate(arguments: list[str]) -> list[str]:
         if key in SWITCHES:
             out += [SWITCHES[key]] if value.lower() == "true" else []
             continue
+        if key in TEXTS and value not in ("", "null") and value[0] not in "'\"":
+            value = json.dumps(value, ensure_ascii=False)
         out.append(f"{ALIASES.get(key, key)}{equals}{value}")
     return out
 

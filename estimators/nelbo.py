@@ -50,8 +50,8 @@ class Nelbo:
         draws = 1 if objective.exact else num_draws // passes
         if num_draws < 1 or num_draws % passes:
             raise ValueError(
-                f"num_draws={num_draws} must be a positive multiple of {passes}: a draw of the estimator "
-                f"({objective.noising.label}) takes {passes} network evaluations"
+                f"eval.num_draws={num_draws} (in mode=classify, classify.num_draws) must be a positive multiple of "
+                f"{passes}: a draw of the estimator ({objective.noising.label}) takes so many network evaluations"
             )
         ids_B = batch["sample_id"]
         losses = [objective.loss(model.backbone, batch, evaluation_noise(seed, ids_B, k, draws)) for k in range(draws)]

@@ -35,7 +35,7 @@ def sample(
     x_BL, step_BL = x_BL.clone(), torch.zeros_like(x_BL)
     evaluations_B = torch.zeros(len(x_BL), dtype=torch.long, device=x_BL.device)
     for step in range(steps + 1 if noise_removal else steps):
-        goes_2BL = generator.uniform(2, x_BL.shape[1])
+        goes_BL, u_BL = generator.uniform(x_BL.shape[1]), generator.uniform(x_BL.shape[1])
         masked_BL = x_BL == model.mask_id
         rows_R = masked_BL.any(-1).nonzero().squeeze(-1)
         if not len(rows_R):
@@ -46,11 +46,9 @@ def sample(
         log_q_NV = model.reverse(x_BL[rows_R], t_R, s_R, at_RL, **rows_of(cond, rows_R))
         leaves_N = torch.ones_like(log_q_NV[:, 0], dtype=torch.bool)
         if not last:
-            leaves_N = goes_2BL[masked_BL.nonzero()[:, 0], 0, masked_BL.nonzero()[:, 1]] < -torch.expm1(
-                log_q_NV[:, model.mask_id]
-            )
+            leaves_N = goes_BL[masked_BL] < -torch.expm1(log_q_NV[:, model.mask_id])
         log_q_NV[:, model.mask_id] = -torch.inf
-        drawn_N = choice.draw(log_q_NV.log_softmax(-1), goes_2BL[:, 1][masked_BL])
+        drawn_N = choice.draw(log_q_NV.log_softmax(-1), u_BL[masked_BL])
         x_BL[masked_BL] = torch.where(leaves_N, drawn_N, model.mask_id)
         step_BL[masked_BL & (x_BL != model.mask_id)] = step + 1
         evaluations_B[rows_R] += 1

@@ -65,6 +65,8 @@ class Template:
 
 
 def _pieces(tokenizer: object, text: str) -> list[int]:
+    if tokenizer.unk_token_id in encode(tokenizer, [" "])[0]:  # a tokenizer of words has no token for a space
+        text = text.strip()
     return encode(tokenizer, [text])[0] if text else []
 
 

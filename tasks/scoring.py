@@ -95,7 +95,7 @@ class Scorer(lightning.LightningModule):
     def __init__(self, diffusion: Diffusion, estimator: Estimator, num_draws: int, seed: int) -> None:
         super().__init__()
         if num_draws < 1:
-            raise ValueError(f"num_draws={num_draws} must be at least 1")
+            raise ValueError(f"eval.num_draws={num_draws} must be at least 1")
         self.diffusion, self.estimator, self.num_draws, self.seed = diffusion, estimator, num_draws, seed
         self.measured: list[dict[str, Tensor]] = []
 
@@ -122,6 +122,8 @@ class Precision:
     max_draws: int = 1024
 
     def __post_init__(self) -> None:
+        if self.num_draws < 1:
+            raise ValueError(f"eval.num_draws={self.num_draws} must be at least 1")
         if self.target_se is not None and self.target_se <= 0:
             raise ValueError(f"eval.target_se={self.target_se} must be positive, or null for one round of draws")
 

@@ -49,7 +49,14 @@ def test_every_choice_composes(group, choice):
     ["trainer.precision=bf16-mixed"], ["data.tokenizer_name_or_path=byte", "model.length=512"],
     ["data.tokenizer_name_or_path=char", "model.length=512"], ["model.mask_padding=false"],
     ["data.tokenizer_name_or_path=bpe", "data.vocab_size=300", "model.length=256"], ["data.wrap=true"],
-    ["data.score_special=true"], ["backbone=dimamba"],
+    ["data.score_special=true"], ["backbone=dimamba"], ["parameterization=ar"], ["parameterization=sedd"],
+    ["parameterization=d3pm", "T=20"], ["parameterization=d3pm", "subs_masking=true", "time_conditioning=true"],
+    ["T=50"], ["training.masking=exact_count"], ["training.masking=complementary"], ["training.loss_weight=uniform"],
+    ["training.importance_sampling=true"], ["training.change_of_variables=true", "time_conditioning=true"],
+    ["noise=clipped"], ["eval.estimator=uniform"], ["eval.estimator=stratified"], ["eval.estimator=exact_count"],
+    ["eval.estimator=complementary"], ["eval.target_se=0.05", "eval.max_draws=8"], ["sampling.predictor=analytic"],
+    ["sampling.predictor=first_hitting"], ["sampling.predictor=ordered", "sampling.order=entropy"],
+    ["sampling.temperature=0.5", "sampling.top_k=5", "sampling.nucleus_p=0.9"], ["parameterization=ar", "optim=adamw"],
 ], ids=" ".join)  # fmt: skip
 def test_every_setting_trains_measures_and_samples(tmp_path, monkeypatch, overrides):
     monkeypatch.chdir(tmp_path)
@@ -81,14 +88,39 @@ def test_command_lines_of_the_references_compose():
         "model=small data=wikitext2 parameterization=subs wandb.name=mdlm trainer.devices=8 loader.global_batch_size=256 "
         "loader.batch_size=32 model.attn_backend=flash_attn time_conditioning=False +wandb.offline=true",
         "mode=classify data=imdb", "mode=train data=imdb data.label=0", "logger=wandb wandb.offline=true",
+        "model=small parameterization=d3pm T=1000", "model=small-ar backbone=ar parameterization=ar",
+        "parameterization=sedd time_conditioning=True sampling.predictor=analytic eval.compute_generative_perplexity=True",
+        "backbone=dimamba model=tiny-dimamba", "training.importance_sampling=True training.antithetic_sampling=False",
+        "sampling.semi_ar=True sampling.stride_length=512 sampling.num_strides=2 sampling.steps=1000 model.length=1024",
+        "sampling.semi_ar=False sampling.predictor=first_hitting", "noise=geometric training.change_of_variables=True",
+        "eval.estimator=duel sampling.order=confidence", "eval.estimator=importance_weighted eval.num_draws=16",
         "optim.lr=1e-3 optim.weight_decay=0.01 optim.beta1=0.9 optim.beta2=0.99 optim.eps=1e-8 training.ema=0.999",
         "checkpointing.save_dir=/x checkpointing.resume_from_ckpt=False callbacks.checkpoint_every_n_steps.every_n_train_steps=5",
     ]:  # fmt: skip
         compose_config(line.split())
 
 
-def test_the_references_spelling_of_a_sampler_is_a_choice():
+def test_the_references_spellings_are_choices():
     assert translate(["sampling.predictor=ddpm", "seed=2"]) == ["sampler=ddpm", "seed=2"]
+    assert translate(["sampling.semi_ar=True", "eval.estimator=duel"]) == ["sampler=semi_ar", "estimator=duel"]
+    assert translate(["sampling.semi_ar=False", "training.masking=exact_count"]) == ["masking=exact_count"]
+
+
+def test_texts_on_the_command_line_are_taken_as_they_are():
+    for text in ('It was {{5}} and [MASK], "really".', "plain words", "a: b = c, d"):
+        assert compose_config([f"sampling.template={text}"]).sampling.template == text
+    assert compose_config(["sampling.prefix=null"]).sampling.prefix is None
+
+
+def test_an_objective_brings_what_it_needs_and_what_is_typed_wins():
+    assert compose_config(["parameterization=ar"]).backbone._target_ == "models.ar.AR"
+    assert compose_config(["parameterization=ar"]).sampler._target_ == "samplers.autoregressive.sample"
+    sedd = compose_config(["parameterization=sedd"])
+    assert sedd.time_conditioning and sedd.sampler._target_ == "samplers.analytic.sample"
+    assert compose_config(["parameterization=sedd", "sampler=ddpm"]).sampler._target_ == "samplers.ancestral.sample"
+    assert (
+        compose_config(["parameterization=d3pm"]).T == 1000 and compose_config(["parameterization=d3pm", "T=5"]).T == 5
+    )
 
 
 @pytest.mark.parametrize(("arguments", "said"), [
@@ -120,6 +152,34 @@ def test_unknown_keys_and_choices_list_what_exists(arguments, said):
     (["data=labelled", "data.path=missing.csv", "data.tokenizer_name_or_path=byte"], "missing.csv"),
     (["mode=classify", "data.label=0"], "data.label=0"),
     (["model.attn_backend=flash"], "model.attn_backend=flash"),
+    (["parameterization=ar", "backbone=dit"], "parameterization=ar backbone=ar"),
+    (["backbone=ar"], "parameterization=ar backbone=ar"),
+    (["parameterization=ar", "T=10"], "T=10"),
+    (["parameterization=ar", "training.masking=exact_count"], "training.masking=objectives.noising.ExactCount"),
+    (["parameterization=ar", "eval.estimator=complementary"], "eval.estimator=auto"),
+    (["parameterization=ar", "sampling.predictor=ddpm"], "sampling.predictor=ar"),
+    (["parameterization=ar", "time_conditioning=true"], "time_conditioning=True"),
+    (["parameterization=sedd", "time_conditioning=false"], "time_conditioning=true"),
+    (["parameterization=sedd", "T=10"], "T=10"),
+    (["parameterization=sedd", "training.loss_weight=uniform"], "training.loss_weight=uniform"),
+    (["parameterization=sedd", "sampling.predictor=first_hitting"], "sampling.predictor=analytic"),
+    (["parameterization=d3pm", "T=0"], "parameterization=d3pm with T=0"),
+    (["parameterization=d3pm", "training.importance_sampling=true"], "training.importance_sampling=True"),
+    (["parameterization=d3pm", "training.masking=complementary"], "training.masking"),
+    (["training.importance_sampling=true", "training.change_of_variables=true"], "keep one"),
+    (["training.change_of_variables=true"], "time_conditioning=false"),
+    (["training.masking=exact_count", "training.importance_sampling=true"], "integrates t out"),
+    (["training.importance_sampling=true", "T=10"], "T=10"),
+    (["T=10", "eval.estimator=complementary"], "T=10"),
+    (["subs_masking=true", "parameterization=sedd"], "subs_masking=True"),
+    (["training.loss_weight=heavy"], "training.loss_weight=heavy"),
+    (["noise=clipped", "noise.sampling_eps_min=0.9"], "noise.sampling_eps_min=0.9"),
+    (["eval.estimator=complementary", "eval.num_draws=3"], "num_draws=3"),
+    (["eval.target_se=-1"], "eval.target_se=-1"),
+    (["sampling.temperature=-1"], "sampling.temperature=-1"),
+    (["sampling.prefix=a", "sampling.template=b"], "sampling.prefix=a"),
+    (["sampling.template=nothing"], "sampling.template=nothing"),
+    (["sampling.predictor=ordered", "sampling.order=up"], "up"),
 ])  # fmt: skip
 def test_mistakes_name_the_key_and_the_value(tmp_path, monkeypatch, arguments, said):
     monkeypatch.chdir(tmp_path)

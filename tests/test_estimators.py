@@ -173,7 +173,7 @@ def test_padding_does_not_change_a_likelihood(random_dit):
 def test_draws_must_fit_the_estimator(random_dit):
     model = Model(Subs(LogLinear(), MASK).bound(None), random_dit(VOCAB))
     batch = batch_of(X0)
-    with pytest.raises(ValueError, match="num_draws=3.*multiple of 2"):
+    with pytest.raises(ValueError, match="eval.num_draws=3.*multiple of 2"):
         Nelbo(Complementary())(model, batch, 0, 3)
     assert Nelbo()(model, batch, 0, 3).nll_BK.shape == (1, 3), "auto takes single masks for an odd number"
     assert Nelbo()(model, batch, 0, 4).nll_BK.shape == (1, 2)

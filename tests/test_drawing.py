@@ -1,0 +1,123 @@
+"""Texts out of masks through the whole program: prefixes, templates, seeds, strides, and what every row was given."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import main
+from command_line import compose_config, explain
+from tasks.drawing import Drawing, Template, draw
+from tests.test_configs import TINY
+
+
+@pytest.fixture
+def experiment(tmp_path, monkeypatch):
+    """An untrained model on a few reviews, built from overrides."""
+    monkeypatch.chdir(tmp_path)
+
+    def build(*overrides: str):
+        experiment = main.Experiment(compose_config([*TINY, "data.cache_dir=cache", *overrides]), "a test")
+        data = experiment.data()
+        diffusion = experiment.diffusion(data).eval()
+        torch.nn.init.normal_(diffusion.backbone.head.weight, generator=torch.Generator().manual_seed(0))
+        return experiment, data, diffusion
+
+    return build
+
+
+def drawn(experiment, data, diffusion, number=5, size=5):
+    return draw(diffusion, data, experiment.drawing, number, size, seed=1)
+
+
+WRAPPED = ["data.wrap=true", "model.length=32"]
+
+
+@pytest.mark.parametrize("overrides", [[], WRAPPED, ["parameterization=ar"], [*WRAPPED, "parameterization=ar"],
+                                       ["data.score_special=true"]], ids=" ".join)  # fmt: skip
+def test_a_prefix_is_kept_verbatim(experiment, overrides):
+    built = experiment("sampling.prefix=the plot is dull", *overrides)
+    data = built[1]
+    wanted = data.tokenizer("the plot is dull", add_special_tokens=False)["input_ids"]
+    for text in drawn(*built):
+        start = int(text.ids[0] == data.vocabulary.bos_id)
+        assert text.ids[start : start + len(wanted)] == wanted
+        assert text.steps[: start + len(wanted)] == [0] * (start + len(wanted))
+        assert len(text.ids) > start + len(wanted) and data.vocabulary.mask_id not in text.ids
+
+
+@pytest.mark.parametrize("overrides", [[], WRAPPED], ids=["padded", "wrapped"])
+def test_a_template_is_filled_and_nothing_else_changes(experiment, overrides):
+    built = experiment("sampling.template=the [MASK] is {{3}} and dull", *overrides)
+    data = built[1]
+    encode = lambda text: data.tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+    for text in drawn(*built):
+        start = int(text.ids[0] == data.vocabulary.bos_id)
+        body = text.ids[start:]
+        assert body[0] == encode("the")[0] and body[2] == encode("is")[0] and body[6:8] == encode("and dull")
+        filled = [i for i, step in enumerate(text.steps[start:]) if step]
+        assert filled[:4] == [1, 3, 4, 5]
+        if overrides:
+            assert len(text.ids) == data.length
+        else:
+            assert filled == [1, 3, 4, 5] and len(body) == 8 + (body[-1] == data.vocabulary.eos_id)
+
+
+@pytest.mark.parametrize("overrides", [
+    [], ["parameterization=ar"], ["sampling.predictor=analytic"], ["sampling.predictor=first_hitting"],
+    [*WRAPPED, "sampling.semi_ar=true", "sampling.stride_length=8", "sampling.num_strides=2"],
+], ids=["ddpm_cache", "ar", "analytic", "first_hitting", "semi_ar"])  # fmt: skip
+def test_a_text_does_not_depend_on_its_batch(experiment, overrides):
+    built = experiment(*overrides)
+    together, alone = drawn(*built), drawn(*built, size=1)
+    assert [text.ids for text in together] == [text.ids for text in alone]
+    assert [text.evaluations for text in together] == [text.evaluations for text in alone] or "ar" in overrides[-1:]
+    if "sampling.semi_ar=true" in overrides:
+        assert all(len(text.ids) == 32 + 2 * 8 for text in together)
+
+
+def test_causal_texts_end_where_the_model_ends_them(experiment):
+    _, data, diffusion = built = experiment("parameterization=ar")
+    for text in drawn(*built, number=20, size=20):
+        assert text.ids[0] == data.vocabulary.bos_id and data.vocabulary.eos_id not in text.ids[1:-1]
+
+
+@pytest.mark.parametrize(("overrides", "said"), [
+    (["sampling.prefix='" + "the " * 79 + "the'"], "sampling.prefix has 80 tokens"),
+    (["parameterization=ar", "sampling.template=the {{2}} is dull"], "sampling.prefix, not sampling.template"),
+    (["sampling.semi_ar=true"], "data.wrap=true"),
+])  # fmt: skip
+def test_what_can_not_be_drawn_is_refused(experiment, overrides, said):
+    built = experiment(*overrides)
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - explain() is what is tested
+        drawn(*built, number=16, size=16)
+    assert said in explain(caught.value)
+
+
+def test_templates_are_read_as_they_are_written():
+    class Words:
+        unk_token_id = -1
+
+        def __call__(self, texts, **kwargs):
+            return {"input_ids": [[len(word) for word in text.split()] for text in texts]}
+
+    assert Template(template="a bb [MASK] ccc {{2}}").ids(Words(), 9) == [1, 2, 9, 3, 9, 9]
+    assert Template(template="[MASK]").ids(Words(), 9) == [9]
+    assert Template(prefix="a bb").ids(Words(), 9) == [1, 2]
+    assert Template().ids(Words(), 9) == []
+
+
+def test_semi_autoregressive_samples_are_written_whole(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ask = [*TINY, *WRAPPED, "sampling.semi_ar=true", "sampling.stride_length=8", "sampling.num_strides=3",
+           "loader.eval_batch_size=2"]  # fmt: skip
+    main.run(compose_config([*ask, "mode=train"]), "a test")
+    main.run(compose_config([*ask, "mode=sample_eval"]), "a test")
+    rows = [json.loads(line) for line in next(tmp_path.rglob("samples.jsonl")).read_text().splitlines()]
+    assert [len(row["ids"]) for row in rows] == [32 + 24] * 2 and all(len(row["steps"]) == 56 for row in rows)
+
+
+def test_drawing_without_anything_given_is_the_default():
+    assert Drawing(sampler=None).given == Template()
