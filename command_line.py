@@ -18,8 +18,10 @@ from omegaconf.errors import OmegaConfBaseException
 CONFIGS = Path(__file__).parent / "configs"
 
 # Keys of the references under their names here. What names a choice is a group: its members are files in configs/.
-ALIASES = {"sampling.predictor": "sampler", "hydra.run.dir": "checkpointing.save_dir",
-           "+wandb.offline": "wandb.offline"}  # fmt: skip
+ALIASES = {"sampling.predictor": "sampler", "training.masking": "masking", "eval.estimator": "estimator",
+           "hydra.run.dir": "checkpointing.save_dir", "+wandb.offline": "wandb.offline"}  # fmt: skip
+# Switches that are choices here: switched on they name a group member, switched off they say nothing.
+SWITCHES = {"sampling.semi_ar": "sampler=semi_ar"}
 
 
 def translate(arguments: list[str]) -> list[str]:
@@ -27,6 +29,9 @@ def translate(arguments: list[str]) -> list[str]:
     out = []
     for argument in arguments:
         key, equals, value = argument.partition("=")
+        if key in SWITCHES:
+            out += [SWITCHES[key]] if value.lower() == "true" else []
+            continue
         out.append(f"{ALIASES.get(key, key)}{equals}{value}")
     return out
 
@@ -36,6 +41,44 @@ def compose_config(overrides: list[str]) -> DictConfig:
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         return compose("config", overrides=translate(overrides))
+
+
+def refuse_contradictions(cfg: DictConfig) -> None:
+    """Raises ValueError for settings that can not all be meant, with the reason."""
+    training, law = cfg.training, cfg.parameterization._target_.rpartition(".")[2].lower()
+    unread = {
+        "time_conditioning": cfg.time_conditioning and law == "ar",
+        "T": cfg.T and law in ("ar", "sedd"),
+        "subs_masking": cfg.subs_masking and law in ("ar", "sedd"),
+        "training.importance_sampling": training.importance_sampling and law in ("ar", "d3pm"),
+        "training.change_of_variables": training.change_of_variables and law != "subs",
+        "training.loss_weight": training.loss_weight != "elbo" and law != "subs",
+        "training.masking": law == "ar" and not cfg.masking._target_.endswith("Bernoulli"),
+    }
+    for key, contradicts in unread.items():
+        if contradicts:
+            value = cfg.masking._target_ if key == "training.masking" else OmegaConf.select(cfg, key)
+            raise ValueError(f"{key}={value} means nothing to parameterization={law}; leave it out")
+    if law == "sedd" and not cfg.time_conditioning:
+        raise ValueError(
+            "parameterization=sedd with time_conditioning=false: the scale of its scores is a function of t, which the "
+            "network then can not see; set time_conditioning=true"
+        )
+    if training.importance_sampling and training.change_of_variables:
+        raise ValueError(
+            "training.importance_sampling=true and training.change_of_variables=true are two forms of the same change; "
+            "keep one"
+        )
+    if training.change_of_variables and not cfg.time_conditioning:
+        raise ValueError(
+            "training.change_of_variables=true changes what a time-conditioned network is shown, and "
+            "time_conditioning=false shows it nothing; use training.importance_sampling=true"
+        )
+    if not cfg.masking._target_.endswith("Bernoulli") and (training.importance_sampling or cfg.T):
+        raise ValueError(
+            f"training.masking={cfg.masking._target_} integrates t out, so that T={cfg.T} and "
+            f"training.importance_sampling={training.importance_sampling} have nothing to act on; leave them out"
+        )
 
 
 @contextmanager

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from functools import partial
 
 import lightning
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from metrics import NLLMeter
 from models.ema import EMA
-from objectives.base import Batch, Objective, TokenLoss
+from objectives.base import Batch, Model, Objective
 from randomness import evaluation_noise, hash_seed, training_noise
 
 
@@ -45,6 +44,12 @@ class Diffusion(lightning.LightningModule):
         identity: Mapping[str, object] | None = None,
     ) -> None:
         super().__init__()
+        if objective.exact != backbone.causal:
+            raise ValueError(
+                f"the objective {type(objective).__name__} and the backbone {type(backbone).__name__} do not fit: "
+                "left-to-right likelihoods need a causal backbone and masked diffusion one that sees both sides; use "
+                "parameterization=ar backbone=ar, or neither"
+            )
         self.backbone, self.objective = backbone, objective
         self.build_optimizer, self.build_lr_scheduler = optimizer, lr_scheduler
         self.ema = EMA(self.backbone.parameters(), ema) if ema else None
@@ -53,25 +58,20 @@ class Diffusion(lightning.LightningModule):
         self.valid_nll = NLLMeter()
 
     @property
-    def denoise(self) -> Callable[..., Tensor]:
-        """The objective's prediction with this backbone: what samplers call."""
-        return partial(self.objective.denoise, self.backbone)
-
-    def loss(self, batch: Batch, draw: int = 0, num_draws: int = 1, seed: int | None = None) -> TokenLoss:
-        """The loss under evaluation noise: keyed by (seed, sample id, draw), whatever batch the samples come in."""
-        noise = evaluation_noise(self.seed if seed is None else seed, batch["sample_id"], draw, num_draws)
-        return self.objective.loss(self.backbone, batch, noise)
+    def model(self) -> Model:
+        """What samplers and estimators are given: the law to measure, whatever training weighs, with this backbone."""
+        return Model(self.objective.bound(None), self.backbone)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         # Dropout is the one random thing that no generator reaches: seed it by place, so that a resumed run repeats it.
         torch.manual_seed(hash_seed(self.seed, self.global_step, batch_idx, self.global_rank))
         noise = training_noise(self.seed, batch["position"], self.global_batch_size)
         loss = self.objective.loss(self.backbone, batch, noise).mean()
-        self.log("train/nll", loss.detach(), prog_bar=True)
+        self.log(f"train/{self.objective.loss_name}", loss.detach(), prog_bar=True)
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        loss = self.loss(batch)
+        loss = self.model.loss(batch, evaluation_noise(self.seed, batch["sample_id"]))
         self.valid_nll.update(loss.nll_BL.sum(-1), loss.mask_BL.sum(-1))
 
     def on_validation_epoch_start(self) -> None:

@@ -12,7 +12,6 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
@@ -28,11 +27,15 @@ import command_line
 from callbacks.progress import TextProgressBar
 from dataloader import TextData, batch_arithmetic
 from diffusion import Diffusion
+from estimators.base import Estimator
 from models.checkpoints import AtomicCheckpointIO, Checkpoint, read_checkpoint
+from tasks.drawing import Drawing, Template
+from tasks.scoring import Precision
 
 # What makes two trainings the same one. Budgets, devices and bookkeeping are left out: they may change at a resume.
-IDENTITY = ("data", "model", "backbone", "parameterization", "noise", "time_conditioning", "optim", "lr_scheduler",
-            "training", "seed", "loader.global_batch_size", "trainer.gradient_clip_val")  # fmt: skip
+IDENTITY = ("data", "model", "backbone", "parameterization", "noise", "masking", "T", "subs_masking",
+            "time_conditioning", "optim", "lr_scheduler", "training", "seed", "loader.global_batch_size",
+            "trainer.gradient_clip_val")  # fmt: skip
 NOT_IDENTITY = ("data.label", "data.cache_dir", "model.attn_backend", "backbone.attn_backend",
                 "lr_scheduler.num_training_steps", "data.max_valid_texts", "data.max_test_texts")  # fmt: skip
 
@@ -87,8 +90,17 @@ class Experiment:
                 "length": self.cfg.model.length, "seed": self.seed, "device": _device_name()}  # fmt: skip
 
     @property
-    def sampler(self) -> Callable:
-        return instantiate(self.cfg.sampler)
+    def drawing(self) -> Drawing:
+        return Drawing(instantiate(self.cfg.sampler), Template(self.cfg.sampling.prefix, self.cfg.sampling.template))
+
+    @property
+    def estimator(self) -> Estimator:
+        return instantiate(self.cfg.estimator)
+
+    @property
+    def precision(self) -> Precision:
+        ev = self.cfg.eval
+        return Precision(ev.num_draws, ev.target_se, ev.max_draws)
 
     @cached_property
     def truth(self) -> object | None:
@@ -114,9 +126,7 @@ class Experiment:
     def diffusion(self, data: TextData) -> Diffusion:
         lightning.seed_everything(self.seed, verbose=False)
         vocabulary = data.vocabulary
-        objective = instantiate(
-            self.cfg.parameterization, schedule=instantiate(self.cfg.noise), mask_id=vocabulary.mask_id
-        )
+        objective = instantiate(self.cfg.parameterization, mask_id=vocabulary.mask_id)
         known = {"configuration": identity(self.cfg), "tokenizer": vocabulary.fingerprint, "label": data.label}
         return Diffusion(
             self._backbone(data), objective, instantiate(self.cfg.optim), instantiate(self.cfg.lr_scheduler),
@@ -229,6 +239,7 @@ def _device_name() -> str:
 
 def run(cfg: DictConfig, command: str) -> dict[str, object]:
     """Build the experiment and run the task that `mode` names; returns its results."""
+    command_line.refuse_contradictions(cfg)
     torch.set_float32_matmul_precision("high")
     return instantiate(cfg.mode)(Experiment(cfg, command))
 

@@ -49,6 +49,11 @@ class NoiseSchedule(ABC):
     def t_from_alpha(self, alpha: Tensor) -> Tensor:
         """The inverse of alpha."""
 
+    @property
+    def whole(self) -> NoiseSchedule:
+        """The schedule that goes from clean to masked: the one to measure and sample with."""
+        return self
+
 
 def _unit_interval(name: str, value: float) -> float:
     if not 0.0 <= value < 1.0:
@@ -134,3 +139,46 @@ class Geometric(NoiseSchedule):
     def t_from_alpha(self, alpha: Tensor) -> Tensor:
         ratio = math.log(self.sigma_max / self.sigma_min)
         return torch.log(-torch.log(alpha) / self.sigma_min) / ratio
+
+
+class Clipped(NoiseSchedule):
+    """The part of `base` whose mask rates lie in [sampling_eps_min, sampling_eps_max]: noise levels worth training on
+    (BD3-LM, arXiv 2503.09573, section 5.3). It covers a part of the bound only, so measuring uses `base`."""
+
+    def __init__(self, base: NoiseSchedule, sampling_eps_min: float, sampling_eps_max: float) -> None:
+        if not 0.0 <= sampling_eps_min < sampling_eps_max <= 1.0:
+            raise ValueError(
+                f"noise.sampling_eps_min={sampling_eps_min} and noise.sampling_eps_max={sampling_eps_max} must satisfy "
+                "0 <= min < max <= 1"
+            )
+        self.base = base
+        ends = 1 - torch.tensor([sampling_eps_min, sampling_eps_max], dtype=torch.float64)
+        first, last = base.t_from_alpha(ends).clamp(0.0, 1.0).tolist()
+        self._first, self._span = first, last - first
+
+    def __call__(self, t: Tensor) -> NoiseLevel:
+        level = self.base(self._first + self._span * t)
+        return NoiseLevel(level.alpha, self._span * level.dalpha)
+
+    def t_from_alpha(self, alpha: Tensor) -> Tensor:
+        return (self.base.t_from_alpha(alpha) - self._first) / self._span
+
+    @property
+    def whole(self) -> NoiseSchedule:
+        return self.base.whole
+
+
+class EndsMasked(NoiseSchedule):
+    """`base` with alpha rescaled to 1 at t = 0 and 0 at t = 1, for chains that must start clean and end in masks."""
+
+    def __init__(self, base: NoiseSchedule) -> None:
+        self.base = base
+        first, last = base(torch.tensor([0.0, 1.0], dtype=torch.float64)).alpha.tolist()
+        self._last, self._range = last, first - last
+
+    def __call__(self, t: Tensor) -> NoiseLevel:
+        level = self.base(t)
+        return NoiseLevel((level.alpha - self._last) / self._range, level.dalpha / self._range)
+
+    def t_from_alpha(self, alpha: Tensor) -> Tensor:
+        return self.base.t_from_alpha(self._last + self._range * alpha)

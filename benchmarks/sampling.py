@@ -16,6 +16,8 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -24,9 +26,10 @@ import torch  # noqa: E402
 
 from models.dit import DiT  # noqa: E402
 from noise_schedule import LogLinear  # noqa: E402
+from objectives.base import Model  # noqa: E402
 from objectives.subs import Subs  # noqa: E402
 from randomness import KeyedNoise  # noqa: E402
-from samplers.ancestral import sample  # noqa: E402
+from samplers import ancestral, first_hitting  # noqa: E402
 from samplers.base import time_grid  # noqa: E402
 
 SIZE = {"hidden_size": 256, "cond_dim": 128, "n_blocks": 6, "n_heads": 4, "dropout": 0.0}
@@ -56,12 +59,9 @@ def trunk(net: DiT, steps: int) -> int:
     return steps
 
 
-def ours(net: DiT, steps: int, skip_idle: bool) -> float:
-    subs = Subs(LogLinear(), MASK)
-    out = sample(
-        lambda *args, **cond: subs.denoise(net, *args, **cond), LogLinear(), torch.full((BATCH, LENGTH), MASK), MASK,
-        KeyedNoise(0, torch.arange(BATCH)), steps=steps, skip_idle=skip_idle,
-    )  # fmt: skip
+def ours(net: DiT, sampler: Callable) -> float:
+    model, x = Model(Subs(LogLinear(), MASK), net), torch.full((BATCH, LENGTH), MASK)
+    out = sampler(model, x, KeyedNoise(0, torch.arange(BATCH)))
     return float(out.evaluations_B.float().mean())
 
 
@@ -75,8 +75,9 @@ def main() -> None:
     net = DiT(VOCAB, **SIZE).eval()
     torch.nn.init.normal_(net.head.weight, std=0.02)
     runs = {
-        "ddpm": lambda: ours(net, args.steps, skip_idle=False),
-        "ddpm_cache": lambda: ours(net, args.steps, skip_idle=True),
+        "ddpm": lambda: ours(net, partial(ancestral.sample, steps=args.steps, skip_idle=False)),
+        "ddpm_cache": lambda: ours(net, partial(ancestral.sample, steps=args.steps, skip_idle=True)),
+        "first_hitting": lambda: ours(net, first_hitting.sample),
         "plain": lambda: plain(net, args.steps, args.timed_plain_steps),
         "trunk": lambda: trunk(net, args.steps),
     }
@@ -91,13 +92,14 @@ def main() -> None:
     for name, values in seconds.items():
         print(f"{name:10} {statistics.median(values):7.2f} s (from {min(values):.2f} to {max(values):.2f}), "
               f"{evaluations[name]:.0f} network evaluations per sample")  # fmt: skip
-    speedup = [p / o for p, o in zip(seconds["plain"], seconds["ddpm"], strict=True)]
-    cached = [p / o for p, o in zip(seconds["plain"], seconds["ddpm_cache"], strict=True)]
+    speedup = {}
+    for name in ("ddpm", "ddpm_cache", "first_hitting"):
+        pairs = [p / o for p, o in zip(seconds["plain"], seconds[name], strict=True)]
+        speedup[f"{name}_speedup"] = [min(pairs), statistics.median(pairs), max(pairs)]
     floor = [o / t for o, t in zip(seconds["ddpm"], seconds["trunk"], strict=True)]
     print(json.dumps({
         "benchmark": "sampling", "device": "cpu", "threads": torch.get_num_threads(), "steps": args.steps,
-        "pairs": args.pairs, "ddpm_speedup": [min(speedup), statistics.median(speedup), max(speedup)],
-        "ddpm_cache_speedup": [min(cached), statistics.median(cached), max(cached)],
+        "pairs": args.pairs, **speedup,
         "ddpm_seconds_over_trunk_alone": statistics.median(floor),
     }))  # fmt: skip
 

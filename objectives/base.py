@@ -1,17 +1,21 @@
 """The narrow waist: what every training law offers, and what it may ask of a backbone.
 
-Shape suffixes: B batch, L length, N selected positions, V vocabulary, D width.
+Shape suffixes: B batch, L length, N selected positions, V vocabulary, D width, P network passes.
 """
 
 from __future__ import annotations
 
+import copy
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 
+from noise_schedule import NoiseSchedule
+from objectives.noising import Bernoulli, Complementary, Noising
 from randomness import KeyedNoise
 
 Batch = Mapping[str, Tensor]
@@ -23,7 +27,7 @@ class TokenLoss:
 
     nll_BL: estimate, in nats, of each token's part of -log p(x); its sum over L estimates (bounds) -log p(row).
     mask_BL: True where a token is scored, False on padding and given tokens: the denominator.
-    logs: further tensors worth recording, detached, (B,) each.
+    logs: further tensors worth recording, detached, (B, P) each.
     """
 
     nll_BL: Tensor
@@ -32,13 +36,14 @@ class TokenLoss:
 
     def mean(self) -> Tensor:
         """Nats per token over the batch: the one place where a loss is reduced."""
-        return self.nll_BL.sum() / self.mask_BL.sum()
+        return self.nll_BL.sum() / self.mask_BL.sum().clamp(min=1)
 
 
 class Backbone(Protocol):
     """A network in two parts, so that the vocabulary is paid for only where it is needed."""
 
     head: torch.nn.Linear
+    causal: bool
 
     def encode(self, tokens_BL: Tensor, sigma_B: Tensor, attention_mask: Tensor | None = None) -> Tensor: ...
 
@@ -47,12 +52,111 @@ class Objective(Protocol):
     """A training law: it owns what the network's output means."""
 
     mask_id: int
+    exact: bool  # the loss is -log p itself, not a bound drawn at random
+    loss_name: str
 
     def loss(self, backbone: Backbone, batch: Batch, generator: KeyedNoise | None = None) -> TokenLoss: ...
 
     def denoise(
         self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, at_BL: Tensor | None = None, **cond: Tensor
     ) -> Tensor: ...
+
+    def bound(self, noising: Noising | None) -> Objective: ...
+
+
+class MaskedDiffusion(ABC):
+    """What objectives of the masking process share: where they look, and how the looks are averaged.
+
+    Args:
+        schedule: of the masking process.
+        mask_id: the mask token.
+        noising: how t and masks are drawn in training.
+        T: 0 for continuous time, else the number of steps of the discrete-time loss.
+    """
+
+    exact = False
+    loss_weight = "elbo"
+    independent_unmasking = False  # the chance of being unmasked is the schedule's alone, not the network's
+
+    def __init__(self, schedule: NoiseSchedule, mask_id: int, noising: Noising | None = None, T: int = 0) -> None:  # noqa: N803
+        if T < 0:
+            raise ValueError(f"T={T} must be 0 (continuous time) or a number of steps")
+        self.schedule, self.mask_id, self.T = schedule, mask_id, T
+        self.noising = Bernoulli(T=T) if noising is None else noising
+        self._check_noising()
+
+    @property
+    def loss_name(self) -> str:
+        """What the mean of the loss is: nats per token of the bound, or per masked token."""
+        return "nll" if self.loss_weight == "elbo" else "cross_entropy"
+
+    @property
+    def sharpest(self) -> Noising:
+        """The noising with the least variance at equal cost that this objective allows."""
+        return Bernoulli(T=self.T) if self.T else Complementary()
+
+    def bound(self, noising: Noising | None) -> Self:
+        """The same law measured: the bound itself, whatever training weighs, under `noising` (None: the sharpest)."""
+        other = copy.copy(self)
+        other.noising, other.loss_weight = noising or self.sharpest, "elbo"
+        other.schedule = self.schedule.whole
+        other._check_noising()
+        return other
+
+    def _check_noising(self) -> None:
+        if self.noising.discrete != (self.T > 0):
+            raise ValueError(
+                f"T={self.T} and masks by {self.noising.label} contradict each other: T > 0 needs times of its grid "
+                "(training.masking=bernoulli, eval.estimator=stratified or auto), T = 0 has none"
+            )
+
+    def loss(self, backbone: Backbone, batch: Batch, generator: KeyedNoise | None = None) -> TokenLoss:
+        """One Monte Carlo draw of the bound: the mean over the passes of its noising."""
+        x0_BL, scored_BL = batch["input_ids"], scored_mask(batch)
+        noise = generator or fresh_noise(x0_BL)
+        looks = self.noising(self.schedule, x0_BL, scored_BL, self.mask_id, noise)
+        parts = [self.loss_at(backbone, batch, look.xt_BL, look.t_B) for look in looks]
+        logs = {name: torch.stack([part.logs[name] for part in parts], dim=1) for name in parts[0].logs}
+        if self.loss_weight == "uniform":  # every masked token counts once, whatever its t
+            seen_BL = torch.stack([part.mask_BL for part in parts]).any(0)
+            return TokenLoss(sum(part.nll_BL for part in parts), seen_BL, logs)
+        weighed = [part.nll_BL * look.scale_B.float()[:, None] for part, look in zip(parts, looks, strict=True)]
+        return TokenLoss(sum(weighed) / len(weighed), parts[0].mask_BL, logs)
+
+    @abstractmethod
+    def loss_at(self, backbone: Backbone, batch: Batch, xt_BL: Tensor, t_B: Tensor) -> TokenLoss:
+        """The bound's integrand for a given x_t and t; logs are (B,)."""
+
+    @abstractmethod
+    def denoise(
+        self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, at_BL: Tensor | None = None, **cond: Tensor
+    ) -> Tensor:
+        """log p(x_0 | x_t): (B, L, V), or (N, V) for the N positions where `at_BL` is True, in row-major order."""
+
+    @abstractmethod
+    def reverse(
+        self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, s_B: Tensor, at_BL: Tensor, **cond: Tensor
+    ) -> Tensor:
+        """log p(x_s | x_t) at the N masked positions of `at_BL`, (N, V); the entry of the mask is that of staying."""
+
+    def conditioning(self, t_B: Tensor) -> Tensor:
+        """What a time-conditioned network is shown: the total noise, float32 (B,)."""
+        return self.schedule(t_B).sigma.float()
+
+
+def masked_positions(batch: Batch, xt_BL: Tensor, mask_id: int) -> Tensor:
+    """True where a scored token is masked in x_t, (B, L)."""
+    return (xt_BL == mask_id) & scored_mask(batch)
+
+
+def spread(values_N: Tensor, at_BL: Tensor) -> Tensor:
+    """(B, L) with `values_N` at the positions of `at_BL` and 0 elsewhere; differentiable."""
+    return torch.zeros(at_BL.shape, dtype=values_N.dtype, device=at_BL.device).masked_scatter(at_BL, values_N)
+
+
+def per_position(value_B: Tensor, at_BL: Tensor) -> Tensor:
+    """The row's value at each of the N positions of `at_BL`, (N,)."""
+    return value_B[:, None].expand(at_BL.shape)[at_BL]
 
 
 def scored_mask(batch: Batch) -> Tensor:
@@ -70,7 +174,36 @@ def fresh_noise(x_BL: Tensor) -> KeyedNoise:
     return KeyedNoise(seed, rows_B, time_B=(rows_B + jitter_B) / len(x_BL))
 
 
-def sample_times(noise: KeyedNoise, antithetic: bool, sampling_eps: float) -> Tensor:
-    """t ~ U[sampling_eps, 1), float64 (B,). Times near 0 mask next to nothing and only add variance."""
-    u_B = noise.time() if antithetic else noise.uniform()
-    return (1 - sampling_eps) * u_B + sampling_eps
+@dataclass(frozen=True)
+class Model:
+    """An objective with its backbone bound: all that samplers and estimators may ask."""
+
+    objective: Objective
+    backbone: Backbone
+
+    @property
+    def mask_id(self) -> int:
+        return self.objective.mask_id
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        return self.objective.schedule
+
+    @property
+    def independent_unmasking(self) -> bool:
+        return self.objective.independent_unmasking
+
+    def loss(self, batch: Batch, generator: KeyedNoise) -> TokenLoss:
+        return self.objective.loss(self.backbone, batch, generator)
+
+    def denoise(self, x_BL: Tensor, t_B: Tensor | None, at_BL: Tensor | None = None, **cond: Tensor) -> Tensor:
+        return self.objective.denoise(self.backbone, x_BL, t_B, at_BL, **cond)
+
+    def reverse(self, x_BL: Tensor, t_B: Tensor, s_B: Tensor, at_BL: Tensor, **cond: Tensor) -> Tensor:
+        return self.objective.reverse(self.backbone, x_BL, t_B, s_B, at_BL, **cond)
+
+    def next_token(self, new_Bn: Tensor, cache: object) -> Tensor:
+        return self.objective.next_token(self.backbone, new_Bn, cache)
+
+    def new_cache(self, batch_size: int, length: int) -> object:
+        return self.backbone.new_cache(batch_size, length)

@@ -1,4 +1,4 @@
-"""Ancestral sampling of masked diffusion (MDLM, arXiv 2406.07524, section 3.2 and algorithm 1).
+"""Ancestral sampling of masked diffusion (MDLM, arXiv 2406.07524, section 3.2 and algorithm 1): draws the model's law.
 
 Positions first, tokens second: which positions a step unmasks does not depend on their tokens, so it is drawn before
 the network runs. The network then projects those positions only, and rows with none need no evaluation at all.
@@ -11,37 +11,43 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from forward_process import draw_categorical, unmask_step
-from noise_schedule import NoiseSchedule
+from forward_process import unmask_step
 from randomness import KeyedNoise
-from samplers.base import Denoise, Generation, time_grid
+from samplers import analytic
+from samplers.base import Generation, Model, TokenChoice, rows_of, time_grid
 
 
 @torch.no_grad()
 def sample(
-    denoise: Denoise,
-    schedule: NoiseSchedule,
+    model: Model,
     x_BL: Tensor,
-    mask_id: int,
     generator: KeyedNoise,
     *,
     steps: int,
     skip_idle: bool,
+    choice: TokenChoice = TokenChoice(),  # noqa: B008 - frozen
     noise_removal: bool = True,
     eps: float = 1e-5,
     **cond: Tensor,
 ) -> Generation:
     """Fill the masked positions of `x_BL`; its other tokens are given and never change.
 
+    Where the network itself decides when a mask goes (D3PM, SEDD) the steps are those of samplers/analytic.py.
+
     Args:
         skip_idle: evaluate only the rows that have a position to draw. Exact, also with time conditioning, since the
             network's answer for the other rows would not be used; False keeps every step's shapes alike.
-        cond: passed on to `denoise`, row by row (B, ...).
+        cond: passed on to the model, row by row (B, ...).
         noise_removal: after the last step write the most likely token wherever a mask is left. Otherwise masks stay.
     """
+    if not model.independent_unmasking:
+        return analytic.sample(
+            model, x_BL, generator, steps=steps, choice=choice, noise_removal=noise_removal, eps=eps, **cond
+        )
     grid_S = time_grid(steps, eps, x_BL.device)
-    masked_BL = x_BL == mask_id
-    write_at_BL = unmask_step(generator.uniform(x_BL.shape[1]), schedule(grid_S).alpha).masked_fill(~masked_BL, -1)
+    masked_BL = x_BL == model.mask_id
+    write_at_BL = unmask_step(generator.uniform(x_BL.shape[1]), model.schedule(grid_S).alpha)
+    write_at_BL = write_at_BL.masked_fill(~masked_BL, -1)
     u_BL = generator.uniform(x_BL.shape[1])
     x_BL, evaluations_B = x_BL.clone(), torch.zeros(len(x_BL), dtype=torch.long, device=x_BL.device)
     busy = set(write_at_BL.unique().tolist())
@@ -50,10 +56,10 @@ def sample(
             continue
         now_BL = write_at_BL == step
         rows_R = now_BL.any(-1).nonzero().squeeze(-1) if skip_idle else torch.arange(len(x_BL), device=x_BL.device)
-        given = {name: value[rows_R] for name, value in cond.items()}
-        log_p_NV = denoise(x_BL[rows_R], grid_S[step].expand(len(rows_R)), now_BL[rows_R], **given)
+        t_R = grid_S[step].expand(len(rows_R))
+        log_p_NV = model.denoise(x_BL[rows_R], t_R, now_BL[rows_R], **rows_of(cond, rows_R))
         last = step == steps
-        x_BL[now_BL] = log_p_NV.argmax(-1) if last else draw_categorical(log_p_NV, u_BL[now_BL])
+        x_BL[now_BL] = log_p_NV.argmax(-1) if last else choice.draw(log_p_NV, u_BL[now_BL])
         evaluations_B[rows_R] += 1
     step_BL = torch.where(masked_BL, write_at_BL + 1, 0)
     return Generation(x_BL, step_BL, steps + noise_removal, evaluations_B)

@@ -1,4 +1,4 @@
-"""What samplers share: the prediction they are given, the time grid, what they return.
+"""What samplers share: the model they are given, how a token is chosen, the time grid, what they return.
 
 Shape suffixes: B batch, L length, N selected positions, V vocabulary, S times of a grid.
 """
@@ -11,11 +11,22 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from forward_process import draw_categorical
+from noise_schedule import NoiseSchedule
 
-class Denoise(Protocol):
-    """`Objective.denoise` with its backbone bound: log p(x_0 | x_t) at the N positions of `at_BL`, (N, V)."""
 
-    def __call__(self, x_BL: Tensor, t_B: Tensor, at_BL: Tensor, **cond: Tensor) -> Tensor: ...
+class Model(Protocol):
+    """An objective with its backbone bound (diffusion.Model): all that a sampler may ask."""
+
+    mask_id: int
+    schedule: NoiseSchedule
+    independent_unmasking: bool  # when a mask goes is the schedule's choice, not the network's
+
+    def denoise(self, x_BL: Tensor, t_B: Tensor, at_BL: Tensor, **cond: Tensor) -> Tensor:
+        """log p(x_0 | x_t) at the N positions of `at_BL`, (N, V)."""
+
+    def reverse(self, x_BL: Tensor, t_B: Tensor, s_B: Tensor, at_BL: Tensor, **cond: Tensor) -> Tensor:
+        """log p(x_s | x_t) at the N masked positions of `at_BL`, (N, V)."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +40,54 @@ class Generation:
     evaluations_B: Tensor
 
 
+@dataclass(frozen=True)
+class TokenChoice:
+    """How a token is drawn from the model's distribution. The defaults draw from it as it is; all else is a heuristic
+    that samples a sharper law.
+
+    temperature: of the softmax, 0 for the most likely token. top_k: keep the k most likely tokens. nucleus_p: keep the
+    fewest tokens whose probabilities sum to p or more (Holtzman et al., arXiv 1904.09751, eq. 2).
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    nucleus_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ValueError(f"sampling.temperature={self.temperature} must be 0 or more")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"sampling.top_k={self.top_k} must be at least 1, or null for no limit")
+        if not 0 < self.nucleus_p <= 1:
+            raise ValueError(f"sampling.nucleus_p={self.nucleus_p} must lie in (0, 1]")
+
+    def draw(self, log_p_NV: Tensor, u_N: Tensor) -> Tensor:
+        """One token id per row, (N,), from uniform numbers `u_N`."""
+        if self.temperature == 0:
+            return log_p_NV.argmax(-1)
+        return draw_categorical(self.adjusted(log_p_NV), u_N)
+
+    def adjusted(self, log_p_NV: Tensor) -> Tensor:
+        """Logarithms, up to a constant per row, of the distribution that `draw` draws from."""
+        log_p_NV = log_p_NV if self.temperature == 1 else (log_p_NV.double() / self.temperature).log_softmax(-1)
+        if self.top_k is not None and self.top_k < log_p_NV.shape[-1]:
+            weakest_N1 = log_p_NV.topk(self.top_k, dim=-1).values[:, -1:]
+            log_p_NV = log_p_NV.masked_fill(log_p_NV < weakest_N1, -torch.inf)
+        if self.nucleus_p < 1:
+            ranked_NV, order_NV = log_p_NV.double().softmax(-1).sort(-1, descending=True)
+            before_NV = ranked_NV.cumsum(-1) - ranked_NV
+            outside_NV = torch.zeros_like(before_NV, dtype=torch.bool).scatter(1, order_NV, before_NV >= self.nucleus_p)
+            log_p_NV = log_p_NV.masked_fill(outside_NV, -torch.inf)
+        return log_p_NV
+
+
 def time_grid(num_steps: int, eps: float, device: torch.device | None = None) -> Tensor:
     """num_steps + 1 times, evenly spaced from 1 down to eps, float64."""
     if num_steps < 1:
         raise ValueError(f"sampling.steps={num_steps} must be at least 1")
     return torch.linspace(1.0, eps, num_steps + 1, dtype=torch.float64, device=device)
+
+
+def rows_of(cond: dict[str, Tensor], rows_R: Tensor) -> dict[str, Tensor]:
+    """The conditions of some rows."""
+    return {name: value[rows_R] for name, value in cond.items()}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -17,9 +17,11 @@ import numpy as np
 import torch
 
 from diffusion import Diffusion
+from estimators.base import Estimator
 from metrics import Estimate, NLLMeter
 from reporting.report import Metric
-from tasks.scoring import Scores
+from tasks.drawing import Drawing
+from tasks.scoring import Precision, Scores
 
 
 class GroundTruth(Protocol):
@@ -39,7 +41,9 @@ class Experiment(Protocol):
     command: str
     settings: str  # the resolved configuration as YAML
     facts: Mapping[str, object]
-    sampler: Callable
+    drawing: Drawing
+    estimator: Estimator
+    precision: Precision
     truth: GroundTruth | None
 
     def folder(self, label: int | None = None) -> Path: ...
@@ -68,11 +72,14 @@ class Likelihood:
         bits = self.model.scaled(1 / np.log(2))
         perplexity = self.model.exp()
         rows = [
-            Metric("NLL", self.model.value, self.model.se, "nats/token", "an upper bound (NELBO)"),
+            Metric("NLL", self.model.value, self.model.se, "nats/token", self.scores.label),
             Metric("bits", bits.value, bits.se, "bits/token"),
             Metric("perplexity", perplexity.value, perplexity.se),
             Metric("unigram model", self.unigram.value, self.unigram.se, "nats/token"),
         ]
+        if not self.scores.exact:
+            rows.append(Metric("Monte Carlo error", self.scores.monte_carlo_se, None, "nats/token", "of the NLL, from "
+                               "the draws alone"))  # fmt: skip
         if self.truth and self.gap:
             excess = self.gap.scaled(100 / self.truth.value)
             rows += [
@@ -89,10 +96,10 @@ class Likelihood:
 def likelihood(data: object, split: str, scores: Scores, truth: GroundTruth | None) -> Likelihood:
     """Hold measured scores of `split` against a unigram model and, where the corpus knows it, the true entropy."""
     rows_M = row_numbers(data.split(split), scores.sample_id_M)
-    unigram = _per_token(unigram_nll(data, split)[rows_M], scores.tokens_M)
+    unigram = _per_token(unigram_nll(data, split, scores.given_length)[rows_M], scores.tokens_M)
     if truth is None:
         return Likelihood(scores, scores.per_token(), unigram)
-    true_nll_M = true_nll(data, split, rows_M, scores.tokens_M, truth)
+    true_nll_M = true_nll(data, split, rows_M, scores.tokens_M if scores.given_length else None, truth)
     return Likelihood(
         scores,
         scores.per_token(),
@@ -115,30 +122,34 @@ def _per_token(nll_M: np.ndarray, tokens_M: np.ndarray) -> Estimate:
     return meter.estimate()
 
 
-def unigram_nll(data: object, split: str) -> np.ndarray:
-    """Nats per row under the training split's token frequencies (add-one smoothed), given tokens left out; (M,)."""
-    given = data.collate.frame_ids
+def unigram_nll(data: object, split: str, given_length: bool = True) -> np.ndarray:
+    """Nats per row under the training split's token frequencies (add-one smoothed), (M,). Left out are the given
+    tokens, or, without `given_length`, the first token of each row: what a causal model has as context."""
+    given = data.collate.frame_ids if given_length else []
     counts_V = np.ones(data.vocabulary.size)
     for ids in data.split("train")["input_ids"]:
         np.add.at(counts_V, np.asarray(ids), 1)
     counts_V[given] = 0
     nats_V = np.log(counts_V.sum()) - np.log(counts_V, where=counts_V > 0, out=np.zeros_like(counts_V))
     nats_V[given] = 0.0
-    return np.array([nats_V[np.asarray(ids)].sum() for ids in data.split(split)["input_ids"]])
+    first = 0 if given_length else 1
+    return np.array([nats_V[np.asarray(ids)[first:]].sum() for ids in data.split(split)["input_ids"]])
 
 
-def true_nll(data: object, split: str, rows_M: np.ndarray, tokens_M: np.ndarray, truth: GroundTruth) -> np.ndarray:
-    """-log p(text | its length) of rows of a split under the corpus's own law, in nats (M,).
-
-    Given the length, because a padded row shows a model how long its text is. With all classes in the data the law is
-    their mixture.
+def true_nll(
+    data: object, split: str, rows_M: np.ndarray, tokens_M: np.ndarray | None, truth: GroundTruth
+) -> np.ndarray:
+    """-log p(text) of rows of a split under the corpus's own law, in nats (M,); given its length if `tokens_M` are
+    said, because a padded row shows a model how long its text is. With all classes in the data the law is their
+    mixture.
     """
     every = data.texts(split)["text"]
     texts = [every[int(i)] for i in rows_M]
     labels = range(len(data.label_names)) if data.label is None else [data.label]
-    joint = np.stack([truth.log_prob(texts, k) for k in labels])
-    length = np.stack([truth.log_prob_length(tokens_M, k) for k in labels])
-    return np.logaddexp.reduce(length) - np.logaddexp.reduce(joint)
+    joint = np.logaddexp.reduce([truth.log_prob(texts, k) for k in labels])
+    if tokens_M is None:
+        return np.log(len(labels)) - joint
+    return np.logaddexp.reduce([truth.log_prob_length(tokens_M, k) for k in labels]) - joint
 
 
 def write_results(folder: Path, results: Mapping[str, object]) -> None:

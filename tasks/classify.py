@@ -17,8 +17,9 @@ from metrics import Estimate
 from reporting import plots
 from reporting.report import Metric, Report
 from tasks.base import Experiment, GroundTruth, Likelihood, likelihood, row_numbers, write_results
-from tasks.sample_eval import draw, shown
-from tasks.scoring import Scores, score
+from tasks.drawing import draw
+from tasks.sample_eval import shown
+from tasks.scoring import Precision, Scores, score
 from tasks.train import add_loss_curve, fit
 
 
@@ -88,7 +89,7 @@ def _counts(rows: list, vocab_size: int) -> csr_matrix:
 
 
 def classify(
-    experiment: Experiment, *, split: str, num_draws: int, validation_draws: int, num_samples: int, disable_ema: bool
+    experiment: Experiment, *, split: str, num_draws: int, num_samples: int, disable_ema: bool
 ) -> dict[str, object]:
     """Train the class models that are missing, score `split` under each with the same masks, apply Bayes' rule.
 
@@ -107,19 +108,21 @@ def classify(
         data = experiment.data(label)
         diffusion = experiment.trained(data, str(last), disable_ema)
         trainer = experiment.trainer(f"score as {both.label_names[label]}", label)
-        scores.append(score(trainer, diffusion, both.eval_dataloader(split), num_draws, experiment.seed))
+        loader, drawing = both.eval_dataloader(split), Precision(num_draws)
+        scores.append(score(trainer, diffusion, loader, experiment.estimator, drawing, experiment.seed))
         trainer = experiment.trainer(f"validate {both.label_names[label]}", label)
-        measured = score(trainer, diffusion, data.eval_dataloader("validation"), validation_draws, experiment.seed)
+        loader = data.eval_dataloader("validation")
+        measured = score(trainer, diffusion, loader, experiment.estimator, experiment.precision, experiment.seed)
         own.append(likelihood(data, "validation", measured, experiment.truth))
         drawn = (
-            draw(diffusion, data, experiment.sampler, num_samples, num_samples, experiment.seed) if num_samples else []
+            draw(diffusion, data, experiment.drawing, num_samples, num_samples, experiment.seed) if num_samples else []
         )
         samples.append(shown(drawn, data.tokenizer))
     rows_M = row_numbers(rows, scores[0].sample_id_M)
     label_M = np.asarray(rows["label"])[rows_M]
     verdict = bayes(scores, label_M)
     ladder = _ladder(both, split, verdict, rows_M, experiment.truth)
-    results = _results(verdict, own, ladder, both.label_names, num_draws)
+    results = _results(verdict, own, ladder, both.label_names, scores)
     folder = experiment.folder() / "classify"
     write_results(folder, {**results, "command": experiment.command})
     _report(experiment, both, split, verdict, own, ladder, samples).write(folder / "report.html")
@@ -147,7 +150,11 @@ def _ladder(
 
 
 def _results(
-    verdict: Bayes, own: list[Likelihood], ladder: list[tuple[str, float, float]], names: list[str], num_draws: int
+    verdict: Bayes,
+    own: list[Likelihood],
+    ladder: list[tuple[str, float, float]],
+    names: list[str],
+    scores: list[Scores],
 ) -> dict[str, object]:
     precision, recall, f1, support = _per_class(verdict)
     return {
@@ -162,7 +169,8 @@ def _results(
         },
         "confusion": confusion_matrix(verdict.label_M, verdict.prediction_M, labels=range(len(names))),
         "monte_carlo_se_nats_per_text": float(np.mean(verdict.se_MC)),
-        "network_evaluations_per_text": num_draws * len(names),
+        "estimator": scores[0].label,
+        "network_evaluations_per_text": float(sum(s.evaluations_M.mean() for s in scores)),
     }  # fmt: skip
 
 
@@ -206,9 +214,10 @@ def _report(
         report.figure(plots.likelihood_against_truth(measured.ladder(), truth, "nats/token"),
                       "Nats per token with 95% intervals over texts.", f"Likelihood of {name} texts")  # fmt: skip
         add_loss_curve(report, experiment.folder(label), truth)
-        report.figure(plots.nll_by_mask_rate(*measured.scores.by_mask_rate()),
-                      "Cross-entropy of a masked token against the share masked.",
-                      "Cross-entropy against mask rate")  # fmt: skip
+        if measured.scores.num_masked_MP.size:
+            report.figure(plots.nll_by_mask_rate(*measured.scores.by_mask_rate()),
+                          "Cross-entropy of a masked token against the share masked.",
+                          "Cross-entropy against mask rate")  # fmt: skip
         if texts:
             report.samples(texts)
     report.code(experiment.settings, "configuration")

@@ -7,64 +7,76 @@ import math
 from reporting import plots
 from reporting.report import Report
 from tasks.base import Experiment, Likelihood, likelihood, write_results
-from tasks.scoring import score
+from tasks.scoring import Scores, score
 
 
-def protocol(data: object, split: str, num_draws: int) -> dict[str, object]:
+def protocol(data: object, split: str, scores: Scores) -> dict[str, object]:
     """What must be equal for two perplexities to be comparable."""
     return {
         "data": data.name, "split": split, "label": data.label, "tokenizer": data.vocabulary.fingerprint,
-        "length": data.length, "wrap": data.wrap, "estimator": "NELBO, stratified t", "draws": num_draws,
+        "length": data.length, "wrap": data.wrap, "estimator": scores.label,
+        "network_evaluations_per_text": float(scores.evaluations_M.mean()),
     }  # fmt: skip
 
 
 def report_likelihood(report: Report, measured: Likelihood, split: str) -> None:
     """The section that every report with a likelihood has."""
-    report.section(f"Likelihood on the {split} split", _PREAMBLE + (_TRUTH if measured.truth else ""))
+    report.section(f"Likelihood on the {split} split", _method(measured))
     report.metrics(measured.metrics())
     truth = measured.truth.value if measured.truth else None
     report.figure(
         plots.likelihood_against_truth(measured.ladder(), truth, "nats/token"),
         "Nats per token with 95% intervals over texts; lower is better.", "Likelihood of the models",
     )  # fmt: skip
-    report.figure(
-        plots.nll_by_mask_rate(*measured.scores.by_mask_rate()),
-        "How hard a masked token is to guess against how many of its neighbours are masked too.",
-        "Cross-entropy against mask rate",
-    )
+    if measured.scores.num_masked_MP.size:
+        report.figure(
+            plots.nll_by_mask_rate(*measured.scores.by_mask_rate()),
+            "How hard a masked token is to guess against how many of its neighbours are masked too.",
+            "Cross-entropy against mask rate",
+        )
 
 
-_PREAMBLE = (
-    "The NELBO bounds the true negative log-likelihood from above. Errors are standard errors over texts and contain "
-    "the noise of the masks."
-)
+_PREAMBLE = {
+    "NELBO": "The NELBO bounds the true negative log-likelihood from above. ",
+    "importance-weighted any-order bound": "Another bound on the negative log-likelihood of the same weights, tighter "
+    "than the NELBO and never to be compared with one. ",
+    "exact likelihood of the ordered sampler (DUEL)": "The exact likelihood of the sampler that fills masks in this "
+    "order, which is another model than the diffusion: never to be compared with a NELBO. ",
+}
+_ERRORS = "Errors are standard errors over texts and contain the noise of the masks."
 _TRUTH = " The corpus knows its own probabilities, so its entropy on these very texts is exact."
 
 
-def ppl_eval(
-    experiment: Experiment, *, checkpoint_path: str, disable_ema: bool, split: str, num_draws: int
-) -> dict[str, object]:
+def _method(measured: Likelihood) -> str:
+    kind = "The likelihood is exact. " if measured.scores.label == "exact" else _PREAMBLE[measured.scores.kind]
+    return kind + _ERRORS + (_TRUTH if measured.truth else "")
+
+
+def ppl_eval(experiment: Experiment, *, checkpoint_path: str, disable_ema: bool, split: str) -> dict[str, object]:
     """Score every text of `split`; write results.json and report.html."""
     data = experiment.data()
     diffusion = experiment.trained(data, checkpoint_path, disable_ema)
     trainer = experiment.trainer("ppl_eval")
-    scores = score(trainer, diffusion, data.eval_dataloader(split), num_draws, experiment.seed)
+    scores = score(
+        trainer, diffusion, data.eval_dataloader(split), experiment.estimator, experiment.precision, experiment.seed
+    )
     measured = likelihood(data, split, scores, experiment.truth)
     folder = experiment.folder() / "ppl_eval"
     results = {
-        "nll_nats_per_token": measured.model, "bits_per_token": measured.model.scaled(1 / math.log(2)),
+        "nll_nats_per_token": measured.model, "monte_carlo_se": scores.monte_carlo_se,
+        "bits_per_token": measured.model.scaled(1 / math.log(2)),
         "perplexity": measured.model.exp(), "unigram_nats_per_token": measured.unigram,
         "true_nats_per_token": measured.truth, "gap_nats_per_token": measured.gap, "texts": len(scores.tokens_M),
-        "tokens": int(scores.tokens_M.sum()), "network_evaluations_per_text": num_draws,
+        "tokens": int(scores.tokens_M.sum()), "network_evaluations_per_text": float(scores.evaluations_M.mean()),
     }  # fmt: skip
-    write_results(folder, {**results, "protocol": protocol(data, split, num_draws), "command": experiment.command})
+    write_results(folder, {**results, "protocol": protocol(data, split, scores), "command": experiment.command})
     report = Report("Perplexity", f"{data.name}, {split} split", experiment.command, experiment.facts)
     report_likelihood(report, measured, split)
     report.code(experiment.settings, "configuration")
     report.write(folder / "report.html")
     print(
-        f"\n{data.name} {split}: {len(scores.tokens_M)} texts, {int(scores.tokens_M.sum())} tokens, "
-        f"{num_draws} draws a text"
+        f"\n{data.name} {split}: {len(scores.tokens_M)} texts, {int(scores.tokens_M.sum())} tokens, {scores.label}, "
+        f"{scores.evaluations_M.mean():.1f} network evaluations a text"
     )
     print(
         f"NLL {measured.model} nats/token | {results['bits_per_token']} bits/token | perplexity {results['perplexity']}"

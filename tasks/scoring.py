@@ -1,11 +1,12 @@
-"""Likelihood of every text of a split, by the objective's own loss under evaluation noise.
+"""Likelihood of every text of a split, by an estimator, on all devices, to a wanted precision.
 
-Shape suffixes: B batch, M texts of the split, K draws, L length.
+Shape suffixes: B batch, M texts of the split, K draws, P network passes, R rounds.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import lightning
 import numpy as np
@@ -14,23 +15,33 @@ import torch.distributed
 from torch import Tensor
 
 from diffusion import Diffusion
+from estimators.base import Estimator
 from metrics import Estimate, NLLMeter
 from objectives.base import Batch
+from randomness import hash_seed
 
 
 @dataclass(frozen=True)
 class Scores:
     """What was measured, one row per text, sorted by sample id.
 
-    nll_MK: nats, an unbiased draw each of the bound on -log p(text). tokens_M: scored tokens.
-    cross_entropy_MK, num_masked_MK: summed cross-entropy (nats) of the masked tokens of a draw, and their number.
+    kind: what the numbers estimate. label: how. exact: without Monte Carlo error. given_length: the likelihood is that
+    of a text of known length (padding is seen), not of its ending. nll_MK: nats, an unbiased draw each. round_K: which
+    round of draws each column belongs to. tokens_M: scored tokens. evaluations_M: network evaluations spent.
+    cross_entropy_MP, num_masked_MP: summed cross-entropy (nats) of the masked tokens of a pass, and their number.
     """
 
+    kind: str
+    label: str
+    exact: bool
+    given_length: bool
     sample_id_M: np.ndarray
     nll_MK: np.ndarray
+    round_K: np.ndarray
     tokens_M: np.ndarray
-    cross_entropy_MK: np.ndarray
-    num_masked_MK: np.ndarray
+    evaluations_M: np.ndarray
+    cross_entropy_MP: np.ndarray
+    num_masked_MP: np.ndarray
 
     @property
     def nll_M(self) -> np.ndarray:
@@ -39,12 +50,20 @@ class Scores:
 
     @property
     def monte_carlo_se_M(self) -> np.ndarray:
-        """Standard error of `nll_M` from the draws alone; nan from a single draw. Conservative: the draws are
-        stratified, which this ignores."""
-        draws = self.nll_MK.shape[1]
-        if draws < 2:
-            return np.full(len(self.nll_MK), np.nan)
-        return self.nll_MK.std(axis=1, ddof=1) / np.sqrt(draws)
+        """Standard error of `nll_M` from the draws alone; 0 for exact likelihoods, nan from a single draw. From the
+        rounds where there are several, else from the draws of the one round, which is conservative: they are
+        stratified, and this ignores it."""
+        means_MK = self.nll_MK
+        if self.round_K[-1] > 0:
+            means_MK = np.stack([self.nll_MK[:, self.round_K == r].mean(1) for r in range(self.round_K[-1] + 1)], 1)
+        if means_MK.shape[1] < 2:
+            return np.full(len(means_MK), 0.0 if self.exact else np.nan)
+        return means_MK.std(axis=1, ddof=1) / np.sqrt(means_MK.shape[1])
+
+    @property
+    def monte_carlo_se(self) -> float:
+        """Standard error of the nats per token of the split that comes from the draws alone, the texts being given."""
+        return float(np.sqrt((self.monte_carlo_se_M**2).sum()) / self.tokens_M.sum())
 
     def per_token(self) -> Estimate:
         """Nats per token of the split, with its standard error over texts."""
@@ -53,9 +72,10 @@ class Scores:
         return meter.estimate()
 
     def by_mask_rate(self, num_bins: int = 10) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Cross-entropy in nats per masked token against the share of masked tokens: (rate, nats, standard error)."""
-        rate = (self.num_masked_MK / self.tokens_M[:, None]).ravel()
-        ce, masked = self.cross_entropy_MK.ravel(), self.num_masked_MK.ravel()
+        """Cross-entropy in nats per masked token against the share of masked tokens: (rate, nats, standard error);
+        empty where nothing was masked."""
+        rate = (self.num_masked_MP / np.maximum(self.tokens_M[:, None], 1)).ravel()
+        ce, masked = self.cross_entropy_MP.ravel(), self.num_masked_MP.ravel()
         bins = np.clip((rate * num_bins).astype(int), 0, num_bins - 1)
         rows = []
         for index in range(num_bins):
@@ -70,29 +90,69 @@ class Scores:
 
 
 class Scorer(lightning.LightningModule):
-    """Lets a Lightning Trainer (devices, precision, progress) score a split with `num_draws` draws a text."""
+    """Lets a Lightning Trainer (devices, precision, progress) measure a split with an estimator."""
 
-    def __init__(self, diffusion: Diffusion, num_draws: int, seed: int) -> None:
+    def __init__(self, diffusion: Diffusion, estimator: Estimator, num_draws: int, seed: int) -> None:
         super().__init__()
         if num_draws < 1:
-            raise ValueError(f"eval.num_draws={num_draws} must be at least 1")
-        self.diffusion, self.num_draws, self.seed = diffusion, num_draws, seed
+            raise ValueError(f"num_draws={num_draws} must be at least 1")
+        self.diffusion, self.estimator, self.num_draws, self.seed = diffusion, estimator, num_draws, seed
         self.measured: list[dict[str, Tensor]] = []
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        losses = [self.diffusion.loss(batch, k, self.num_draws, self.seed) for k in range(self.num_draws)]
+        found = self.estimator(self.diffusion.model, batch, self.seed, self.num_draws)
+        none = found.nll_BK.new_zeros((len(found.nll_BK), 0))
         self.measured.append({
             "sample_id": batch["sample_id"].cpu(),
-            "tokens": losses[0].mask_BL.sum(-1).cpu(),
-            "nll": torch.stack([loss.nll_BL.double().sum(-1) for loss in losses], dim=1).cpu(),
-            "cross_entropy": torch.stack([loss.logs["cross_entropy"].double() for loss in losses], dim=1).cpu(),
-            "num_masked": torch.stack([loss.logs["num_masked"] for loss in losses], dim=1).cpu(),
+            "nll": found.nll_BK.double().cpu(),
+            "tokens": found.tokens_B.cpu(),
+            "evaluations": found.evaluations_B.cpu(),
+            "cross_entropy": found.logs.get("cross_entropy", none).double().cpu(),
+            "num_masked": found.logs.get("num_masked", none).cpu(),
         })  # fmt: skip
 
 
-def score(trainer: lightning.Trainer, diffusion: Diffusion, loader: object, num_draws: int, seed: int) -> Scores:
-    """Score every text that `loader` yields, on all of the trainer's devices."""
-    scorer = Scorer(diffusion, num_draws, seed)
+@dataclass(frozen=True)
+class Precision:
+    """When to stop drawing. A round takes `num_draws` network evaluations per text; with a `target_se` (nats per token
+    of the split, from the draws alone) rounds go on until it is reached, or `max_draws` are spent."""
+
+    num_draws: int
+    target_se: float | None = None
+    max_draws: int = 1024
+
+    def __post_init__(self) -> None:
+        if self.target_se is not None and self.target_se <= 0:
+            raise ValueError(f"eval.target_se={self.target_se} must be positive, or null for one round of draws")
+
+
+def score(
+    trainer: lightning.Trainer, diffusion: Diffusion, loader: object, estimator: Estimator, precision: Precision,
+    seed: int,
+) -> Scores:  # fmt: skip
+    """Measure every text that `loader` yields, on all of the trainer's devices."""
+    scores: Scores | None = None
+    for number in range(math.ceil(precision.max_draws / precision.num_draws)):
+        found = _round(trainer, diffusion, loader, estimator, precision.num_draws, hash_seed(seed, number))
+        scores = found if scores is None else _joined(scores, found, number)
+        if precision.target_se is None or scores.monte_carlo_se <= precision.target_se:
+            break
+    return scores
+
+
+def _joined(before: Scores, new: Scores, number: int) -> Scores:
+    assert (before.sample_id_M == new.sample_id_M).all()
+    columns = {name: np.concatenate([getattr(before, name), getattr(new, name)], axis=1)
+               for name in ("nll_MK", "cross_entropy_MP", "num_masked_MP")}  # fmt: skip
+    round_K = np.concatenate([before.round_K, np.full(new.nll_MK.shape[1], number)])
+    evaluations_M = before.evaluations_M + new.evaluations_M
+    return replace(before, round_K=round_K, evaluations_M=evaluations_M, **columns)
+
+
+def _round(
+    trainer: lightning.Trainer, diffusion: Diffusion, loader: object, estimator: Estimator, num_draws: int, seed: int
+) -> Scores:
+    scorer = Scorer(diffusion, estimator, num_draws, seed)
     trainer.test(scorer, loader, verbose=False)
     batches = scorer.measured
     if trainer.world_size > 1:
@@ -104,4 +164,9 @@ def score(trainer: lightning.Trainer, diffusion: Diffusion, loader: object, num_
     columns = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
     order = columns["sample_id"].argsort()
     rows = {name: column[order].numpy() for name, column in columns.items()}
-    return Scores(rows["sample_id"], rows["nll"], rows["tokens"], rows["cross_entropy"], rows["num_masked"])
+    model = diffusion.model
+    return Scores(
+        estimator.kind, estimator.label(model, num_draws), estimator.exact(model), not model.objective.exact,
+        rows["sample_id"], rows["nll"], np.zeros(rows["nll"].shape[1], dtype=int), rows["tokens"],
+        rows["evaluations"], rows["cross_entropy"], rows["num_masked"],
+    )  # fmt: skip

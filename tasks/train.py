@@ -10,8 +10,9 @@ import numpy as np
 from reporting import plots
 from reporting.report import Report
 from tasks.base import Experiment, likelihood, write_results
+from tasks.drawing import draw
 from tasks.ppl_eval import protocol, report_likelihood
-from tasks.sample_eval import draw, shown
+from tasks.sample_eval import shown
 from tasks.scoring import score
 
 
@@ -48,24 +49,26 @@ def history(folder: Path) -> dict[str, np.ndarray]:
 def add_loss_curve(report: Report, folder: Path, truth: float | None) -> None:
     """The figure that shows how the loss came down, from what was logged under `folder`."""
     logged = history(folder)
-    if "train/nll" not in logged:
+    name = next((name for name in ("train/nll", "train/cross_entropy") if name in logged), None)
+    if name is None:
         return
     validation = (*logged["val/nll"].T, logged["val/nll_se"][:, 1]) if "val/nll" in logged else None
     report.figure(
-        plots.loss_curve(tuple(logged["train/nll"].T), validation, truth),
+        plots.loss_curve(tuple(logged[name].T), validation, truth),
         "Nats per token; the training curve is one noisy draw per batch, with dropout and without weight averaging.",
         "Loss against optimizer step",
     )
 
 
-def train(experiment: Experiment, *, num_draws: int, num_samples: int) -> dict[str, object]:
+def train(experiment: Experiment, *, num_samples: int) -> dict[str, object]:
     """Fit, then write results.json and report.html on the validation split."""
     last = fit(experiment)
     data = experiment.data()
     diffusion = experiment.trained(data, str(last), disable_ema=False)
     scores = score(
-        experiment.trainer("validate"), diffusion, data.eval_dataloader("validation"), num_draws, experiment.seed
-    )
+        experiment.trainer("validate"), diffusion, data.eval_dataloader("validation"), experiment.estimator,
+        experiment.precision, experiment.seed,
+    )  # fmt: skip
     measured = likelihood(data, "validation", scores, experiment.truth)
     folder = experiment.folder()
     results = {
@@ -73,9 +76,7 @@ def train(experiment: Experiment, *, num_draws: int, num_samples: int) -> dict[s
         "unigram_nats_per_token": measured.unigram, "true_nats_per_token": measured.truth,
         "gap_nats_per_token": measured.gap, "checkpoint": last,
     }  # fmt: skip
-    write_results(
-        folder, {**results, "protocol": protocol(data, "validation", num_draws), "command": experiment.command}
-    )
+    write_results(folder, {**results, "protocol": protocol(data, "validation", scores), "command": experiment.command})
     report = Report("Training run", data.name, experiment.command, experiment.facts)
     report_likelihood(report, measured, "validation")
     report.section("Training")
@@ -83,7 +84,7 @@ def train(experiment: Experiment, *, num_draws: int, num_samples: int) -> dict[s
     if num_samples:
         report.section("What it writes")
         report.samples(
-            shown(draw(diffusion, data, experiment.sampler, num_samples, num_samples, experiment.seed), data.tokenizer)
+            shown(draw(diffusion, data, experiment.drawing, num_samples, num_samples, experiment.seed), data.tokenizer)
         )
     report.code(experiment.settings, "configuration")
     report.write(folder / "report.html")

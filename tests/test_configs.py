@@ -18,7 +18,7 @@ GROUPS = sorted(path.parent.name for path in (ROOT / "configs").glob("*/*.yaml")
 CHOICES = sorted({(path.parent.name, path.stem) for path in (ROOT / "configs").glob("*/*.yaml")})
 TINY = ["model.hidden_size=16", "model.cond_dim=8", "model.n_blocks=1", "model.n_heads=2", "trainer.max_steps=2",
         "loader.global_batch_size=4", "lr_scheduler.num_warmup_steps=1", "trainer.accelerator=cpu",
-        "data.max_train_texts=32", "data.max_valid_texts=8", "data.max_test_texts=8", "eval.num_draws=1",
+        "data.max_train_texts=32", "data.max_valid_texts=8", "data.max_test_texts=8", "eval.num_draws=2",
         "sampling.steps=4", "sampling.num_sample_log=1", "sampling.num_sample_batches=1", "classify.num_draws=2"]  # fmt: skip
 BUILDS = {"data": ["reviews"], "mode": [], "optim": ["adamw"]}
 

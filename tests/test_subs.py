@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from models.checkpoints import read_checkpoint
 from models.dit import DiT
 from noise_schedule import Cosine, Linear, LogLinear
+from objectives.noising import Bernoulli
 from objectives.projection import cross_entropy
 from objectives.subs import Subs
 from randomness import KeyedNoise, evaluation_noise
@@ -103,10 +104,9 @@ def test_the_bound_is_the_same_under_every_schedule_with_the_same_end_points(ran
 def test_the_monte_carlo_loss_is_unbiased_against_enumeration(random_dit):
     """5 standard errors: a false alarm once in 1.7 million seeds."""
     net, x0 = random_dit(VOCAB), torch.tensor([[0, 3, 1, 2, 2, 0]])
-    subs = Subs(LogLinear(), MASK, sampling_eps=1e-3)
     rows = x0.expand(4000, -1)
     for antithetic in (True, False):
-        subs.antithetic_sampling = antithetic
+        subs = Subs(LogLinear(), MASK, Bernoulli(antithetic, sampling_eps=1e-3))
         with torch.no_grad():
             nll = subs.loss(net, batch_of(rows), evaluation_noise(1, torch.arange(4000))).nll_BL.sum(-1)
         wanted = exact_nelbo(net, x0, LogLinear(), low=1e-3)

@@ -11,17 +11,20 @@ import torch
 
 import main
 from command_line import compose_config
+from estimators.nelbo import Nelbo
 from metrics import NLLMeter
+from objectives.noising import Bernoulli
 from tasks.base import row_numbers, unigram_nll
 from tasks.classify import bayes, proportion
-from tasks.scoring import Scores, score
+from tasks.scoring import Precision, Scores, score
 from tests.test_configs import TINY
 
 
 def scores(nll_MK) -> Scores:
     nll_MK = np.asarray(nll_MK, dtype=float)
     ones = np.ones_like(nll_MK)
-    return Scores(np.arange(len(nll_MK)), nll_MK, np.full(len(nll_MK), 4), ones, ones)
+    draws, tokens = np.zeros(nll_MK.shape[1], dtype=int), np.full(len(nll_MK), 4)
+    return Scores("NELBO", "a test", False, True, np.arange(len(nll_MK)), nll_MK, draws, tokens, tokens, ones, ones)
 
 
 def test_bayes_rule_is_a_softmax_of_likelihoods():
@@ -77,8 +80,30 @@ def test_a_likelihood_does_not_depend_on_the_batch_and_mask_rates_add_up(tmp_pat
         data = experiment.data()
         diffusion = experiment.diffusion(data).eval()
         torch.nn.init.normal_(diffusion.backbone.head.weight, generator=torch.Generator().manual_seed(0))
-        measured.append(score(experiment.trainer("test"), diffusion, data.eval_dataloader("validation"), 4, seed=0))
+        loader = data.eval_dataloader("validation")
+        measured.append(score(experiment.trainer("test"), diffusion, loader, Nelbo(Bernoulli()), Precision(4), seed=0))
     np.testing.assert_allclose(measured[0].nll_MK, measured[1].nll_MK, rtol=1e-4)
-    np.testing.assert_array_equal(measured[0].num_masked_MK, measured[1].num_masked_MK)
+    np.testing.assert_array_equal(measured[0].num_masked_MP, measured[1].num_masked_MP)
     rate, nats, _ = measured[0].by_mask_rate()
     assert ((rate >= 0) & (rate <= 1)).all() and (nats > 0).all() and (np.diff(rate) > 0).all()
+
+
+def test_rounds_go_on_until_the_monte_carlo_error_is_small_enough(tmp_path, monkeypatch):
+    """Four times the draws halve the error: the stopping rule must use about as many as that says."""
+    monkeypatch.chdir(tmp_path)
+    experiment = main.Experiment(compose_config(TINY), "a test")
+    data = experiment.data()
+    diffusion = experiment.diffusion(data).eval()
+    torch.nn.init.normal_(diffusion.backbone.head.weight, generator=torch.Generator().manual_seed(0))
+    ask = lambda *limits: score(  # noqa: E731
+        experiment.trainer("test"), diffusion, data.eval_dataloader("validation"), Nelbo(Bernoulli()),
+        Precision(4, *limits), seed=0,
+    )  # fmt: skip
+    eight = ask(1e-9, 32)
+    assert eight.evaluations_M.tolist() == [32] * 8 and eight.round_K.max() == 7
+    wanted = eight.monte_carlo_se * 1.3
+    enough = ask(wanted, 1024)
+    assert enough.monte_carlo_se <= wanted and enough.round_K.max() < 7
+    assert len(np.unique(enough.nll_MK)) == enough.nll_MK.size, "every round draws anew"
+    with pytest.raises(ValueError, match="eval.target_se=0"):
+        Precision(4, 0.0)

@@ -1,0 +1,63 @@
+"""The negative evidence lower bound, by the objective's own loss under evaluation noise; exact for causal models.
+
+Shape suffixes: B batch, K independent draws, P network passes.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from estimators.base import Measured
+from objectives.base import Batch, Model, Objective
+from objectives.noising import ExactCount, Noising
+from randomness import evaluation_noise
+
+
+class Nelbo:
+    """E over t and masks of the loss.
+
+    noising: how t and masks are drawn; None is the sharpest that the objective allows.
+    """
+
+    kind = "NELBO"
+
+    def __init__(self, noising: Noising | None = None) -> None:
+        self.noising = noising
+
+    def label(self, model: Model, num_draws: int) -> str:
+        objective = self._bound(model, num_draws)
+        return "exact" if objective.exact else f"NELBO, {objective.noising.label}"
+
+    def exact(self, model: Model) -> bool:
+        return model.objective.exact
+
+    def _bound(self, model: Model, num_draws: int) -> Objective:
+        """The objective that is measured; single masks where pairs are not asked for and do not fit."""
+        objective = model.objective.bound(self.noising)
+        if self.noising is None and not objective.exact and num_draws % objective.noising.passes:
+            return model.objective.bound(ExactCount())
+        return objective
+
+    def __call__(self, model: Model, batch: Batch, seed: int, num_draws: int) -> Measured:
+        """`num_draws` network evaluations per row, its draws spread over strata of t or of the mask count; one if the
+        likelihood is exact.
+
+        Raises:
+            ValueError: num_draws is no multiple of the passes a draw takes.
+        """
+        objective = self._bound(model, num_draws)
+        passes = 1 if objective.exact else objective.noising.passes
+        draws = 1 if objective.exact else num_draws // passes
+        if num_draws < 1 or num_draws % passes:
+            raise ValueError(
+                f"num_draws={num_draws} must be a positive multiple of {passes}: a draw of the estimator "
+                f"({objective.noising.label}) takes {passes} network evaluations"
+            )
+        ids_B = batch["sample_id"]
+        losses = [objective.loss(model.backbone, batch, evaluation_noise(seed, ids_B, k, draws)) for k in range(draws)]
+        return Measured(
+            torch.stack([loss.nll_BL.double().sum(-1) for loss in losses], dim=1),
+            losses[0].mask_BL.sum(-1),
+            torch.full_like(ids_B, draws * passes),
+            {name: torch.cat([loss.logs[name] for loss in losses], dim=1) for name in losses[0].logs},
+        )

@@ -1,0 +1,168 @@
+"""Where a Monte Carlo draw of the bound looks: how t and the masked positions are chosen, and what each choice weighs.
+
+The bound is an integral over t of an expectation over masks. Every class here gives (x_t, t, scale) such that the
+expectation of scale * integrand(x_t, t) is that integral; they differ in variance and in cost.
+Shape suffixes: B batch, L length.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from forward_process import mask_tokens
+from noise_schedule import NoiseSchedule
+from randomness import KeyedNoise
+
+
+@dataclass(frozen=True)
+class Noised:
+    """xt_BL: tokens of which some are masked. t_B: their time, float64. scale_B: factor of the integrand, float64."""
+
+    xt_BL: Tensor
+    t_B: Tensor
+    scale_B: Tensor
+
+
+class Noising(Protocol):
+    """Draws what one evaluation of the loss looks at: `passes` network passes, whose mean is the estimate."""
+
+    label: str
+    passes: int
+    discrete: bool  # gives times of the grid 1/T, ..., 1
+
+    def __call__(
+        self, schedule: NoiseSchedule, x0_BL: Tensor, scored_BL: Tensor, mask_id: int, noise: KeyedNoise
+    ) -> list[Noised]: ...
+
+
+class Bernoulli:
+    """t first, then each token masked with probability 1 - alpha(t): the reference's way.
+
+    Args:
+        antithetic_sampling: take the evenly spread times that the noise brings, else independent ones.
+        sampling_eps: smallest t; smaller ones mask next to nothing and only add variance.
+        importance_sampling: draw log(1 - alpha) evenly instead of t, so that every masked token weighs the same
+            (MDLM, arXiv 2406.07524, section 3.5; VDM, arXiv 2107.00630, appendix I.2).
+        change_of_variables: the same choice, made because the network is shown log(1 - alpha) (objectives/subs.py).
+        T: > 0 for times of the grid 1/T, 2/T, ..., 1.
+    """
+
+    passes = 1
+
+    def __init__(
+        self,
+        antithetic_sampling: bool = True,
+        sampling_eps: float = 1e-3,
+        importance_sampling: bool = False,
+        change_of_variables: bool = False,
+        T: int = 0,  # noqa: N803 - the key as users type it
+    ) -> None:
+        if not 0.0 <= sampling_eps < 1.0:
+            raise ValueError(f"training.sampling_eps={sampling_eps} must lie in [0, 1)")
+        importance_sampling = importance_sampling or change_of_variables
+        if importance_sampling and T:
+            raise ValueError(
+                f"training.importance_sampling or training.change_of_variables with T={T}: they choose t from a "
+                "continuum, and T > 0 has a grid; set T=0 or switch them off"
+            )
+        self.antithetic_sampling, self.sampling_eps = antithetic_sampling, sampling_eps
+        self.importance_sampling, self.T = importance_sampling, T
+        spread = "stratified t" if antithetic_sampling else "independent t"
+        self.label = f"{spread}, importance-sampled" if importance_sampling else spread
+
+    @property
+    def discrete(self) -> bool:
+        return self.T > 0
+
+    def __call__(
+        self, schedule: NoiseSchedule, x0_BL: Tensor, scored_BL: Tensor, mask_id: int, noise: KeyedNoise
+    ) -> list[Noised]:
+        u_B = noise.time() if self.antithetic_sampling else noise.uniform()
+        t_B, scale_B = self._log_uniform(schedule, u_B) if self.importance_sampling else self._uniform(u_B)
+        move_chance = schedule(t_B).move_chance
+        u_BL = noise.uniform(x0_BL.shape[1])
+        return [Noised(mask_tokens(x0_BL, move_chance, mask_id, scored_BL, u_BL), t_B, scale_B)]
+
+    def _uniform(self, u_B: Tensor) -> tuple[Tensor, Tensor]:
+        if self.T:
+            return (torch.floor(u_B * self.T) + 1) / self.T, torch.ones_like(u_B)
+        return (1 - self.sampling_eps) * u_B + self.sampling_eps, torch.ones_like(u_B)
+
+    def _log_uniform(self, schedule: NoiseSchedule, u_B: Tensor) -> tuple[Tensor, Tensor]:
+        low, high = log_move_range(schedule, u_B, self.sampling_eps)
+        t_B = schedule.t_from_alpha(-torch.expm1(low + u_B * (high - low)))
+        # density of t is elbo_weight / (high - low); that of `_uniform` is 1 / (1 - sampling_eps)
+        return t_B, (high - low) / ((1 - self.sampling_eps) * schedule(t_B).elbo_weight)
+
+
+def log_move_range(schedule: NoiseSchedule, like: Tensor, sampling_eps: float = 1e-3) -> tuple[Tensor, Tensor]:
+    """log(1 - alpha) at t = sampling_eps and at t = 1, float64 scalars on the device of `like`."""
+    ends = schedule(torch.tensor([max(sampling_eps, 1e-12), 1.0], dtype=torch.float64, device=like.device))
+    return ends.move_chance.log().unbind()
+
+
+class ExactCount:
+    """Exactly k of n tokens masked, k uniform in 1..n: the integral over t done by hand.
+
+    Under any schedule from alpha = 1 to alpha = 0 a mask of k given positions carries the weight
+    int elbo_weight (1 - alpha)^k alpha^(n - k) dt = 1 / (k C(n, k)), so uniform k with factor n / k is unbiased and
+    free of the noise of t (RADD, arXiv 2406.03736, appendix; LLaDA, arXiv 2502.09992, eq. 6). Networks that see t get
+    it from its law given k: 1 - alpha is Beta(k, n - k + 1), which is that of the k-th of n sorted uniforms.
+    """
+
+    passes, discrete, label = 1, False, "exact mask counts"
+
+    def __call__(
+        self, schedule: NoiseSchedule, x0_BL: Tensor, scored_BL: Tensor, mask_id: int, noise: KeyedNoise
+    ) -> list[Noised]:
+        u_BL, n_B = _shuffled(noise, scored_BL), scored_BL.sum(-1)
+        k_B = 1 + torch.floor(noise.time() * n_B).long()
+        level_B = _order_statistic(u_BL, k_B)
+        xt_BL = torch.where((u_BL <= level_B[:, None]) & scored_BL, mask_id, x0_BL)
+        return [_weighted(schedule, xt_BL, level_B, n_B / k_B)]
+
+
+class Complementary:
+    """A mask of k tokens and its complement of n - k, k uniform in 0..n: two passes in which every token is masked
+    exactly once, so that what one mask overstates the other understates.
+
+    Each member of the pair has a uniform count in 0..n, of which 0 contributes nothing; hence the factor (n + 1) / k.
+    """
+
+    passes, discrete, label = 2, False, "exact mask counts in complementary pairs"
+
+    def __call__(
+        self, schedule: NoiseSchedule, x0_BL: Tensor, scored_BL: Tensor, mask_id: int, noise: KeyedNoise
+    ) -> list[Noised]:
+        u_BL, n_B = _shuffled(noise, scored_BL), scored_BL.sum(-1)
+        few_B = torch.floor(noise.time() * 0.5 * (n_B + 1)).long()  # the smaller half of the pair covers the larger
+        first_BL = (u_BL <= _order_statistic(u_BL, few_B)[:, None]) & scored_BL & (few_B > 0)[:, None]
+        pair = []
+        for masked_BL, k_B in ((first_BL, few_B), (scored_BL & ~first_BL, n_B - few_B)):
+            factor_B = torch.where(k_B > 0, (n_B + 1) / k_B.clamp(min=1), 0.0)
+            xt_BL = torch.where(masked_BL, mask_id, x0_BL)
+            pair.append(_weighted(schedule, xt_BL, _order_statistic(u_BL, k_B), factor_B))
+        return pair
+
+
+def _shuffled(noise: KeyedNoise, scored_BL: Tensor) -> Tensor:
+    """Uniform numbers whose order shuffles the scored positions; +inf elsewhere."""
+    return noise.uniform(scored_BL.shape[1]).masked_fill(~scored_BL, torch.inf)
+
+
+def _order_statistic(u_BL: Tensor, k_B: Tensor) -> Tensor:
+    """The k-th smallest of each row, (B,); 1/2, a harmless level, where there is none."""
+    chosen_B = u_BL.sort(-1).values.gather(1, (k_B - 1).clamp(0, u_BL.shape[1] - 1)[:, None]).squeeze(1)
+    return torch.where((k_B > 0) & chosen_B.isfinite(), chosen_B, 0.5)
+
+
+def _weighted(schedule: NoiseSchedule, xt_BL: Tensor, move_chance_B: Tensor, factor_B: Tensor) -> Noised:
+    """A draw whose masked tokens weigh `factor_B`, whatever weight the integrand gives them at its t."""
+    t_B = schedule.t_from_alpha(1 - move_chance_B).clamp(0.0, 1.0)
+    # An integrand without a weight of its own (at t = 0 alpha' may be 0) can not be rescaled: stay off the end.
+    t_B = t_B.clamp(min=1e-9)
+    return Noised(xt_BL, t_B, factor_B / schedule(t_B).elbo_weight)

@@ -1,0 +1,88 @@
+"""SEDD with an absorbing state (Lou et al., arXiv 2310.16834): the network gives the log of the concrete score.
+
+Shape suffixes: B batch, L length, N masked positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from noise_schedule import NoiseSchedule
+from objectives.base import (
+    Backbone,
+    Batch,
+    MaskedDiffusion,
+    TokenLoss,
+    masked_positions,
+    per_position,
+    scored_mask,
+    spread,
+)
+from objectives.noising import Noising
+from objectives.projection import logits, picked_logits
+
+
+class SEDD(MaskedDiffusion):
+    """At a masked position the score of token y is p_t(x with y) / p_t(x), parameterised as
+    exp(logit_y) / ((e^sigma - 1) (V - 1)) (appendix C.2)."""
+
+    def __init__(self, schedule: NoiseSchedule, mask_id: int, noising: Noising | None = None) -> None:
+        super().__init__(schedule, mask_id, noising)
+
+    def loss_at(self, backbone: Backbone, batch: Batch, xt_BL: Tensor, t_B: Tensor) -> TokenLoss:
+        """The denoising score entropy (eq. 5 weighed as in theorem 3.6), with q = p_t(x_0) / p_t(mask) its target:
+        sigma' (sum_y s_y - q log s_x0 + q (log q - 1))."""
+        x0_BL, masked_BL = batch["input_ids"], masked_positions(batch, xt_BL, self.mask_id)
+        hidden_BLD = backbone.encode(xt_BL, self.conditioning(t_B), batch.get("attention_mask"))
+        log_z_N, logit_N1 = picked_logits(hidden_BLD[masked_BL], backbone.head, x0_BL[masked_BL][:, None], self.mask_id)
+        level = self.schedule(t_B)
+        shift_N = per_position(self._log_shift(t_B, backbone.head.out_features), masked_BL)
+        log_q_N = per_position(_log_ratio(level.alpha), masked_BL)
+        q_N, log_total_N, log_s_N = log_q_N.exp(), log_z_N - shift_N, logit_N1.squeeze(1) - shift_N
+        entropy_N = log_total_N.exp() - q_N * log_s_N + q_N * (log_q_N - 1)
+        rate_B = -level.dalpha / level.alpha
+        cross_entropy_N = (log_z_N - logit_N1.squeeze(1)).detach()
+        logs = {"cross_entropy": spread(cross_entropy_N, masked_BL).sum(-1), "num_masked": masked_BL.sum(-1)}
+        return TokenLoss(rate_B.float()[:, None] * spread(entropy_N.float(), masked_BL), scored_mask(batch), logs)
+
+    def _log_shift(self, t_B: Tensor, vocab_size: int) -> Tensor:
+        return -_log_ratio(self.schedule(t_B).alpha) + math.log(vocab_size - 1)
+
+    def log_score(self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, at_BL: Tensor, **cond: Tensor) -> Tensor:
+        """log s(x_t) at the N masked positions of `at_BL`, float64 (N, V); -inf at the mask."""
+        hidden_BLD = backbone.encode(x_BL, self.conditioning(t_B), **cond)
+        logits_NV = logits(hidden_BLD[at_BL], backbone.head, self.mask_id).double()
+        return logits_NV - per_position(self._log_shift(t_B, backbone.head.out_features), at_BL)[:, None]
+
+    def denoise(
+        self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, at_BL: Tensor | None = None, **cond: Tensor
+    ) -> Tensor:
+        """The scores as probabilities: s_y is proportional to p(x_0 = y | x_t). Visible tokens are copied."""
+        chosen_BL = torch.ones_like(x_BL, dtype=torch.bool) if at_BL is None else at_BL
+        log_p_NV = self.log_score(backbone, x_BL, t_B, chosen_BL, **cond).log_softmax(-1)
+        x_N = x_BL[chosen_BL]
+        visible_N = x_N != self.mask_id
+        log_p_NV[visible_N] = -torch.inf
+        log_p_NV[visible_N, x_N[visible_N]] = 0.0
+        return log_p_NV.unflatten(0, x_BL.shape) if at_BL is None else log_p_NV
+
+    def reverse(
+        self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, s_B: Tensor, at_BL: Tensor, **cond: Tensor
+    ) -> Tensor:
+        """The analytic (Tweedie) step of theorem 4.1: P(y) = (e^(sigma_t - sigma_s) - 1) s_y, the rest stays masked."""
+        log_s_NV = self.log_score(backbone, x_BL, t_B, at_BL, **cond)
+        growth_B = self.schedule(s_B).alpha / self.schedule(t_B).alpha - 1
+        log_q_NV = log_s_NV + per_position(growth_B.log(), at_BL)[:, None]
+        leaving_N = log_q_NV.exp().sum(-1)
+        # A network's scores need not fit the step: where they sum to more than everything, nothing stays masked.
+        log_q_NV = log_q_NV - leaving_N.clamp(min=1).log()[:, None]
+        log_q_NV[:, self.mask_id] = torch.log1p(-leaving_N.clamp(max=1))
+        return log_q_NV
+
+
+def _log_ratio(alpha: Tensor) -> Tensor:
+    """log of alpha / (1 - alpha), which is log 1 / (e^sigma - 1)."""
+    return torch.log(alpha) - torch.log1p(-alpha)

@@ -1,0 +1,59 @@
+"""Left to right, one token at a time, with a KV cache: draws the law of a causal model.
+
+Shape suffixes: B batch, L length.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from randomness import KeyedNoise
+from samplers.base import Generation, Model, TokenChoice
+
+
+@torch.no_grad()
+def sample(
+    model: Model,
+    x_BL: Tensor,
+    generator: KeyedNoise,
+    *,
+    choice: TokenChoice = TokenChoice(),  # noqa: B008 - frozen
+    kv_cache: bool = True,
+    **cond: Tensor,
+) -> Generation:
+    """Fill the masked positions of `x_BL` from the left; its other tokens are given and never change.
+
+    kv_cache: keep keys and values of the prefix; False runs the whole prefix again for every token, to the same result.
+
+    Raises:
+        ValueError: the model is not causal, a row begins with a mask, or has given tokens behind one.
+    """
+    if not hasattr(model.objective, "next_token"):
+        raise ValueError("sampling.predictor=ar needs parameterization=ar; use ddpm_cache, analytic or first_hitting")
+    masked_BL = x_BL == model.mask_id
+    if bool(masked_BL[:, 0].any()):
+        raise ValueError(
+            "a causal model needs a first token to start from: give one, or data.insert_train_special=true"
+        )
+    if bool(((masked_BL.cumsum(-1) > 0) & ~masked_BL).any()):
+        raise ValueError("a causal model can not fill in before given text: use sampling.prefix, not sampling.template")
+    u_BL, x_BL = generator.uniform(x_BL.shape[1]), x_BL.clone()
+    length = x_BL.shape[1]
+    first = int(masked_BL.any(0).nonzero()[0]) if bool(masked_BL.any()) else length
+    cache = model.new_cache(len(x_BL), length) if kv_cache else None
+    for place in range(first, length):
+        if cache is None:
+            log_p_BV = model.denoise(x_BL[:, : place + 1], None, _only(place, x_BL))
+        else:
+            log_p_BV = model.next_token(x_BL[:, :first] if place == first else x_BL[:, place - 1 : place], cache)
+        drawn_B = choice.draw(log_p_BV, u_BL[:, place])
+        x_BL[:, place] = torch.where(masked_BL[:, place], drawn_B, x_BL[:, place])
+    step_BL = torch.where(masked_BL, torch.arange(length, device=x_BL.device) - first + 1, 0)
+    return Generation(x_BL, step_BL, length - first, torch.full((len(x_BL),), length - first, device=x_BL.device))
+
+
+def _only(place: int, x_BL: Tensor) -> Tensor:
+    at_BL = torch.zeros(len(x_BL), place + 1, dtype=torch.bool, device=x_BL.device)
+    at_BL[:, place] = True
+    return at_BL

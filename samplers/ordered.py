@@ -1,0 +1,85 @@
+"""One position after another in an order that the network's own prediction decides: left to right, or first where it is
+surest. Not the law of the diffusion model but one of its own, which estimators/ordered.py computes exactly
+(DUEL, Turok et al., arXiv 2603.01367).
+
+Shape suffixes: B batch, L length, N masked positions, V vocabulary, R rows evaluated.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from randomness import KeyedNoise
+from samplers.base import Generation, Model, TokenChoice, rows_of
+
+ORDERS = ("left_to_right", "confidence", "margin", "entropy")
+
+
+def preference(log_p_NV: Tensor, at_BL: Tensor, order: str) -> Tensor:
+    """How much each position of `at_BL` should be filled next, float64 (B, L), -inf elsewhere. A function of the
+    prediction alone, never of the token that will stand there.
+
+    confidence: the largest probability; margin: its distance to the second (Kim et al., arXiv 2502.06768, section 4);
+    entropy: the least entropy.
+
+    Raises:
+        ValueError: an unknown order.
+    """
+    if order == "left_to_right":
+        return torch.where(at_BL, -torch.arange(at_BL.shape[1], device=at_BL.device).double(), -torch.inf)
+    p_NV = log_p_NV.double().exp()
+    if order == "confidence":
+        value_N = p_NV.max(-1).values
+    elif order == "margin":
+        first_N, second_N = p_NV.topk(2, dim=-1).values.unbind(-1)
+        value_N = first_N - second_N
+    elif order == "entropy":
+        value_N = (p_NV * log_p_NV.double().masked_fill(p_NV == 0, 0.0)).sum(-1)
+    else:
+        raise ValueError(f"the order {order} is unknown; choose one of: {', '.join(ORDERS)}")
+    return torch.full(at_BL.shape, -torch.inf, dtype=torch.float64, device=at_BL.device).masked_scatter(at_BL, value_N)
+
+
+def next_positions(preference_BL: Tensor, left_B: Tensor, tokens_per_step: int) -> Tensor:
+    """True at the `tokens_per_step` preferred positions of each row that still has so many, (B, L). Ties go left."""
+    ranks_BL = preference_BL.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    return ranks_BL < left_B.clamp(max=tokens_per_step)[:, None]
+
+
+@torch.no_grad()
+def sample(
+    model: Model,
+    x_BL: Tensor,
+    generator: KeyedNoise,
+    *,
+    order: str,
+    tokens_per_step: int = 1,
+    choice: TokenChoice = TokenChoice(),  # noqa: B008 - frozen
+    **cond: Tensor,
+) -> Generation:
+    """Fill the masked positions of `x_BL`; its other tokens are given and never change."""
+    masked_BL = x_BL == model.mask_id
+    maskable_B = masked_BL.sum(-1)
+    u_BL, x_BL, step_BL = generator.uniform(x_BL.shape[1]), x_BL.clone(), torch.zeros_like(x_BL)
+    evaluations_B = torch.zeros_like(maskable_B)
+    num_steps = -(-int(maskable_B.max()) // tokens_per_step)
+    for step in range(1, num_steps + 1):
+        rows_R = (x_BL == model.mask_id).any(-1).nonzero().squeeze(-1)
+        at_RL = x_BL[rows_R] == model.mask_id
+        left_R = at_RL.sum(-1)
+        t_R = time_of(model, left_R, maskable_B[rows_R])
+        log_p_NV = model.denoise(x_BL[rows_R], t_R, at_RL, **rows_of(cond, rows_R))
+        now_RL = next_positions(preference(log_p_NV, at_RL, order), left_R, tokens_per_step)
+        chosen_N = now_RL[at_RL]
+        rows = x_BL[rows_R]
+        rows[now_RL] = choice.draw(log_p_NV[chosen_N], u_BL[rows_R][now_RL])
+        x_BL[rows_R], step_BL[rows_R] = rows, torch.where(now_RL, step, step_BL[rows_R])
+        evaluations_B[rows_R] += 1
+    return Generation(x_BL, step_BL, num_steps, evaluations_B)
+
+
+def time_of(model: Model, masked_B: Tensor, maskable_B: Tensor) -> Tensor:
+    """The time at which this share of masks is expected, for networks that are shown one, float64 (B,)."""
+    share_B = masked_B.double() / maskable_B.clamp(min=1)
+    return model.schedule.t_from_alpha(1 - share_B).clamp(0.0, 1.0)

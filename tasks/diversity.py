@@ -1,0 +1,63 @@
+"""Diversity of a set of texts: what a low generative perplexity may have been bought with.
+
+Shape suffixes: M texts.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from metrics import Estimate
+
+ORDERS = (1, 2, 3)
+
+
+@dataclass(frozen=True)
+class Diversity:
+    """unigram_entropy: nats per text. distinct: n -> distinct-n of the texts together, for n in ORDERS."""
+
+    unigram_entropy: Estimate
+    distinct: dict[int, Estimate]
+
+
+def diversity(rows: Sequence[Sequence[int]]) -> Diversity:
+    """All measures of M texts given as token ids. They depend on the lengths, distinct-n also on M: compare sets of as
+    many texts of like length."""
+    return Diversity(unigram_entropy(rows), {n: distinct(rows, n) for n in ORDERS})
+
+
+def unigram_entropy(rows: Sequence[Sequence[int]]) -> Estimate:
+    """Entropy of the token frequencies within one text, in nats, averaged over the texts: low where texts repeat."""
+    values = []
+    for ids in rows:
+        p = np.array(list(Counter(ids).values())) / len(ids)
+        values.append(-(p * np.log(p)).sum())
+    se = np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
+    return Estimate(float(np.mean(values)), float(se))
+
+
+def distinct(rows: Sequence[Sequence[int]], n: int) -> Estimate:
+    """Distinct-n: different n-grams / all n-grams, over all texts together (Li et al., arXiv 1510.03055, section 5);
+    low where texts repeat themselves or each other.
+
+    The standard error is the jackknife over texts (Efron & Stein, Ann. Statist. 9, 1981): exact counts with each text
+    left out in turn. A bootstrap would count the n-grams of a text drawn twice as repeated. nan where no text, or a
+    single one, has an n-gram.
+    """
+    grams_M = [set(zip(*(ids[k:] for k in range(n)), strict=False)) for ids in rows]
+    total_M = np.array([max(len(ids) - n + 1, 0) for ids in rows])
+    texts_with = Counter(gram for grams in grams_M for gram in grams)
+    only_here_M = np.array([sum(texts_with[gram] == 1 for gram in grams) for grams in grams_M])
+    unique, total = len(texts_with), int(total_M.sum())
+    if total == 0:
+        return Estimate(float("nan"), float("nan"))
+    if (total_M == total).any():
+        return Estimate(unique / total, float("nan"))
+    without_M = (unique - only_here_M) / (total - total_M)
+    num_texts = len(rows)
+    se = np.sqrt((num_texts - 1) / num_texts * ((without_M - without_M.mean()) ** 2).sum())
+    return Estimate(unique / total, float(se))

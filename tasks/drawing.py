@@ -1,0 +1,173 @@
+"""Texts out of masks: the rows a sampler is given to fill, and the drawing of any number of them in batches.
+
+Shape suffixes: B batch, L length.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from callbacks.progress import Meter
+from diffusion import Diffusion
+from objectives.base import scored_mask
+from randomness import KeyedNoise
+from text.tokenizers import encode
+
+# What stands for masks in a template: [MASK] for one, {{12}} for twelve.
+_GAP = re.compile(r" ?(?:\[MASK\]|\{\{(\d+)\}\})")
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One sampled text: its ids without padding, the step that wrote each (0: given), and what it cost."""
+
+    ids: list[int]
+    steps: list[int]
+    num_steps: int
+    evaluations: int
+
+
+@dataclass(frozen=True)
+class Template:
+    """What is given of every text. prefix: its beginning. template: all of it, with [MASK] for a token and {{n}} for n
+    tokens to be filled in. Given tokens never change.
+
+    Raises:
+        ValueError: both are set, or a template without a gap.
+    """
+
+    prefix: str | None = None
+    template: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.prefix and self.template:
+            raise ValueError(f"sampling.prefix={self.prefix} and sampling.template={self.template}: give one of them")
+        if self.template and not _GAP.search(self.template):
+            raise ValueError(
+                f"sampling.template={self.template} has no gap: write [MASK] or {{{{12}}}} where text is wanted"
+            )
+
+    def ids(self, tokenizer: object, mask_id: int) -> list[int]:
+        """Token ids of what is given, `mask_id` in the gaps; empty if nothing is."""
+        if self.prefix:
+            return encode(tokenizer, [self.prefix])[0]
+        ids, end, text = [], 0, self.template or ""
+        for gap in _GAP.finditer(text):
+            ids += _pieces(tokenizer, text[end : gap.start()]) + [mask_id] * int(gap[1] or 1)
+            end = gap.end()
+        return ids + _pieces(tokenizer, text[end:])
+
+
+def _pieces(tokenizer: object, text: str) -> list[int]:
+    return encode(tokenizer, [text])[0] if text else []
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How texts are drawn: the sampler, with what is given of each text."""
+
+    sampler: Callable
+    given: Template = Template()
+
+
+def draw(
+    diffusion: Diffusion, data: object, drawing: Drawing, num_samples: int, batch_size: int, seed: int
+) -> list[Drawn]:
+    """`num_samples` texts. The i-th depends on (seed, i) and on the weights, not on the batch it is drawn in.
+
+    A text gets the length of a training row picked at random, since a model of padded rows is a model of
+    p(text | length); wrapped rows all have the model's length, and causal models decide themselves where to end.
+    """
+    rows = _rows(diffusion, data, drawing.given, num_samples, seed)
+    drawn: list[Drawn] = []
+    meter = Meter("sample", num_samples)
+    with torch.inference_mode():
+        for start in range(0, num_samples, batch_size):
+            drawn += _draw_batch(diffusion, data, drawing.sampler, rows[start : start + batch_size], start, seed)
+            meter.update(len(drawn))
+    meter.close()
+    return drawn
+
+
+def _rows(diffusion: Diffusion, data: object, given: Template, num_samples: int, seed: int) -> list[np.ndarray]:
+    """One row of ids per sample, the mask where a token is wanted."""
+    mask_id, causal = diffusion.objective.mask_id, diffusion.objective.exact
+    fixed = given.ids(data.tokenizer, mask_id)
+    train = data.split("train")
+    u = KeyedNoise(seed, torch.arange(num_samples), draw=-3).uniform()
+    rows = []
+    for lender in (u * len(train)).long().tolist():
+        blank = _blank(data, train[[lender]], mask_id, causal)
+        start = int(blank[0] != mask_id or (bool(fixed) and _begins_with_bos(data, train[lender])))
+        blank[:start] = train[lender]["input_ids"][:start]
+        rows.append(_filled(blank, fixed, start, mask_id, data, whole=bool(given.template)))
+    return rows
+
+
+def _blank(data: object, columns: Mapping[str, list], mask_id: int, causal: bool) -> np.ndarray:
+    """A training row with every token masked that a model would have to write."""
+    if causal:
+        ids = np.full(data.length, mask_id)
+        ids[0] = columns["input_ids"][0][0]
+        return ids
+    batch = data.collate(columns)
+    row = torch.where(scored_mask(batch), mask_id, batch["input_ids"])[0]
+    return row[: int(columns["length"][0])].numpy()
+
+
+def _begins_with_bos(data: object, row: Mapping[str, list]) -> bool:
+    return data.vocabulary.bos_id is not None and int(row["input_ids"][0]) == data.vocabulary.bos_id
+
+
+def _filled(blank: np.ndarray, fixed: list[int], start: int, mask_id: int, data: object, whole: bool) -> np.ndarray:
+    """`blank` with `fixed` from `start` on; a padded row becomes exactly as long as a `whole` template."""
+    if not fixed:
+        return blank
+    head = np.concatenate([blank[:start], np.asarray(fixed, dtype=blank.dtype)])
+    ending = blank[-1:] if blank[-1] != mask_id else blank[:0]
+    tail = blank[len(head) :]
+    if whole and not data.wrap:
+        tail = ending
+    elif mask_id not in tail:  # the lender is too short for this prefix
+        tail = np.concatenate([np.full(1, mask_id, dtype=blank.dtype), ending])
+    if len(head) + len(tail) > data.length:
+        key = "template" if whole else "prefix"
+        raise ValueError(f"sampling.{key} has {len(fixed)} tokens, too many for model.length={data.length}")
+    return np.concatenate([head, tail])
+
+
+def _draw_batch(
+    diffusion: Diffusion, data: object, sampler: Callable, rows: list[np.ndarray], first: int, seed: int
+) -> list[Drawn]:
+    lengths = [len(row) for row in rows]
+    x_BL = torch.full((len(rows), max(lengths)), data.vocabulary.pad_id)
+    for i, row in enumerate(rows):
+        x_BL[i, : len(row)] = torch.from_numpy(row)
+    padded = min(lengths) < max(lengths)
+    cond = {"attention_mask": torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]} if padded else {}
+    noise = KeyedNoise(seed, torch.arange(first, first + len(rows), device=diffusion.device))
+    out = sampler(diffusion.model, x_BL.to(diffusion.device), noise, **_moved(cond, diffusion.device))
+    extra = out.ids_BL.shape[1] - x_BL.shape[1]  # semi-autoregressive samplers go on behind the window
+    ends_early = diffusion.objective.exact and not data.wrap
+    drawn = []
+    for i, length in enumerate(lengths):
+        ids = out.ids_BL[i, : length + extra].tolist()
+        ids = ids[: _end(ids, data.vocabulary.eos_id)] if ends_early else ids
+        steps = out.step_BL[i, : len(ids)].tolist()
+        drawn.append(Drawn(ids, steps, out.num_steps, int(out.evaluations_B[i])))
+    return drawn
+
+
+def _moved(cond: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: value.to(device) for name, value in cond.items()}
+
+
+def _end(ids: list[int], eos_id: int | None) -> int:
+    """Where a text ends: behind its first EOS that is not its first token."""
+    return ids.index(eos_id, 1) + 1 if eos_id in ids[1:] else len(ids)

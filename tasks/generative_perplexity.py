@@ -1,0 +1,276 @@
+"""Generative perplexity: what another, causal language model thinks of texts.
+
+The texts are re-tokenised with that model's own tokenizer, so a token here is one of its tokens. The number falls when
+texts repeat themselves; tasks/sample_quality.py never reports it alone.
+
+Shape suffixes: B batch of windows, L length, V the scorer's vocabulary, M texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from callbacks.progress import Meter
+from metrics import Estimate, NLLMeter
+from text.hub import both_ways, local_folder, quick_when_offline
+from text.tokenizers import encode
+
+KEY = "eval.gen_ppl_eval_model_name_or_path"
+_ALL = 2**31
+_MOST_UNUSED = 1024  # rows of an embedding beyond the tokenizer's ids: padding to a round number stays far below
+
+
+@dataclass(frozen=True)
+class Window:
+    """Tokens [start, stop) of a text are shown to the network together; those from `first` on are scored."""
+
+    start: int
+    stop: int
+    first: int
+
+
+def windows(num_tokens: int, context: int | None) -> list[Window]:
+    """Windows of at most `context` tokens (None: no limit), each half a context on from the last.
+
+    Every token but the very first is scored once, in the first window that holds it; in a later window at least half a
+    context stands before it.
+
+    Raises:
+        ValueError: a context of fewer than two tokens.
+    """
+    if context is not None and context < 2:
+        raise ValueError(f"a context of {context} tokens leaves nothing to predict from")
+    if context is None or num_tokens <= context:
+        return [Window(0, num_tokens, 1)]
+    cut = [Window(0, context, 1)]
+    while cut[-1].stop < num_tokens:
+        start = cut[-1].start + context // 2
+        cut.append(Window(start, min(start + context, num_tokens), cut[-1].stop))
+    return cut
+
+
+@dataclass(frozen=True)
+class GenerativePerplexity:
+    """nats_per_token: over all scored tokens, with its standard error over texts; nan where there was no token.
+
+    texts, tokens: how many were scored. left_out: texts without a token to score, such as empty ones. protocol: what
+    must be equal for two such numbers to be comparable.
+    """
+
+    nats_per_token: Estimate
+    texts: int
+    tokens: int
+    left_out: int
+    protocol: dict[str, object]
+
+    @property
+    def perplexity(self) -> Estimate:
+        """exp of the nats per token."""
+        return self.nats_per_token.exp()
+
+
+@dataclass(frozen=True)
+class TextScores:
+    """nats_M: -log p(text), float64. tokens_M: how many of the scorer's tokens that covers; 0 for an empty text."""
+
+    nats_M: np.ndarray
+    tokens_M: np.ndarray
+
+    def summary(self, protocol: dict[str, object]) -> GenerativePerplexity:
+        """Nats per token over the texts that have a scored token."""
+        scored_M = self.tokens_M > 0
+        meter = NLLMeter()
+        meter.update(torch.from_numpy(self.nats_M[scored_M]), torch.from_numpy(self.tokens_M[scored_M]))
+        nats = meter.estimate() if scored_M.any() else Estimate(float("nan"), float("nan"))
+        texts = int(scored_M.sum())
+        return GenerativePerplexity(nats, texts, int(self.tokens_M.sum()), len(scored_M) - texts, protocol)
+
+
+class CausalScorer:
+    """A causal language model with its tokenizer, loaded once, that scores texts.
+
+    Args:
+        model: predicts token i + 1 from the tokens up to i.
+        tokenizer: the one the model was trained with.
+        name: as the user typed it, for messages and results.
+        batch_size: windows scored at once; it changes speed and memory, not the scores.
+
+    Raises:
+        ValueError: a batch size below one; a tokenizer that is not the model's; a model that sees what it predicts.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, batch_size: int = 8
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"eval.perplexity_batch_size={batch_size} must be at least 1")
+        self.model, self.tokenizer, self.name, self.batch_size = model.eval(), tokenizer, name, batch_size
+        self.context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self._vocab_size = model.get_input_embeddings().weight.shape[0]
+        tokenizer.model_max_length = _ALL  # long texts are windowed here; the tokenizer's own limit only warns
+        self._check_tokenizer()
+        self._check_causal()
+
+    @classmethod
+    def load(
+        cls, name_or_path: str, batch_size: int = 8, device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> CausalScorer:  # fmt: skip
+        """The scorer named on the command line: `$DATA_DIR/<name>` where that exists, else a folder, else the Hub.
+
+        Weights come from safetensors alone and no code comes with them.
+
+        Raises:
+            FileNotFoundError: it is nowhere. ValueError: what is there can not be used, or the class's own checks fail.
+        """
+        if not name_or_path or not isinstance(name_or_path, str):
+            raise ValueError(f"{KEY}={name_or_path!r}: give a folder or a name on the Hub, such as gpt2-large")
+        model, tokenizer = _load(name_or_path, _folder(name_or_path), dtype)
+        return cls(model.to(device), tokenizer, name_or_path, batch_size)
+
+    def to(self, device: torch.device) -> CausalScorer:
+        """Move the network; returns itself."""
+        self.model.to(device)
+        return self
+
+    @property
+    def protocol(self) -> dict[str, object]:
+        """What must be equal for two generative perplexities to be comparable."""
+        first = "not scored: the scorer has no begin token" if self._bos is None else "scored after the begin token"
+        return {
+            "scorer": self.name, "revision": getattr(self.model.config, "_commit_hash", None),
+            "dtype": str(self.model.dtype).removeprefix("torch."), "first_token": first, "context": self.context,
+            "stride": None if self.context is None else self.context // 2,
+        }  # fmt: skip
+
+    @torch.inference_mode()
+    def score(self, texts: Sequence[str]) -> TextScores:
+        """-log p of each text in nats. The first token is predicted from the scorer's begin token (BOS); where it has
+        none, the first token is given. No end token is added, and special tokens spelled out in a text are read as
+        characters.
+
+        Raises:
+            ValueError: a text has token ids that the network does not know.
+        """
+        prefix = [] if self._bos is None else [self._bos]
+        rows = [prefix + ids for ids in encode(self.tokenizer, texts)]
+        self._check_ids(rows)
+        todo = [(m, window) for m, ids in enumerate(rows) for window in windows(len(ids), self.context)]
+        todo = [(m, window) for m, window in todo if window.stop > window.first]
+        todo.sort(key=lambda item: item[1].start - item[1].stop)  # equal lengths together, the largest batch first
+        nats_M = np.zeros(len(rows))
+        meter = Meter("generative perplexity", len(todo))
+        for at in range(0, len(todo), self.batch_size):
+            batch = todo[at : at + self.batch_size]
+            nats = self._nats([(rows[m][w.start : w.stop], w.first - w.start) for m, w in batch])
+            np.add.at(nats_M, [m for m, _ in batch], nats)
+            meter.update(min(at + self.batch_size, len(todo)))
+        meter.close()
+        return TextScores(nats_M, np.array([max(len(ids) - 1, 0) for ids in rows], dtype=np.int64))
+
+    def perplexity(self, texts: Sequence[str]) -> GenerativePerplexity:
+        """The generative perplexity of `texts`."""
+        return self.score(texts).summary(self.protocol)
+
+    def _nats(self, batch: Sequence[tuple[list[int], int]]) -> list[float]:
+        """Nats of each row's tokens from its second entry on, given those before; rows are padded on the right,
+        where a causal network can not see."""
+        width = max(len(ids) for ids, _ in batch)
+        ids_BL = torch.zeros(len(batch), width, dtype=torch.int64)
+        mask_BL = torch.zeros_like(ids_BL)
+        for b, (ids, _) in enumerate(batch):
+            ids_BL[b, : len(ids)] = torch.tensor(ids)
+            mask_BL[b, : len(ids)] = 1
+        ids_BL = ids_BL.to(self.model.device)
+        logits_BLV = self._logits(ids_BL, mask_BL.to(self.model.device))
+        wide = torch.promote_types(logits_BLV.dtype, torch.float32)
+        sums = []
+        for b, (ids, first) in enumerate(batch):  # row by row: a batch of log-softmaxes would double the peak memory
+            logits_LV = logits_BLV[b, first - 1 : len(ids) - 1].to(wide)
+            nats_L = F.cross_entropy(logits_LV, ids_BL[b, first : len(ids)], reduction="none")
+            sums.append(nats_L.double().sum())
+        return torch.stack(sums).tolist()
+
+    def _logits(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
+        return self.model(input_ids=ids_BL, attention_mask=mask_BL, use_cache=False).logits
+
+    @property
+    def _bos(self) -> int | None:
+        return self.tokenizer.bos_token_id
+
+    def _check_tokenizer(self) -> None:
+        """Its regular ids must exist in the network, and the network's in it, but for rows that round a size up."""
+        known = max(self.tokenizer.get_vocab().values()) + 1
+        missing = [i for i in (self.tokenizer.vocab_size - 1, self._bos) if i is not None and i >= self._vocab_size]
+        unused = self._vocab_size - known
+        if missing or unused > max(_MOST_UNUSED, self._vocab_size // 20):
+            raise ValueError(
+                f"{KEY}={self.name}: its tokenizer has {known} ids and its network {self._vocab_size}, so they do not "
+                "belong together; put the tokenizer files of this very model beside its weights"
+            )
+
+    def _check_ids(self, rows: Sequence[Sequence[int]]) -> None:
+        top = max((i for ids in rows for i in ids), default=0)
+        if top >= self._vocab_size:
+            raise ValueError(
+                f"{KEY}={self.name}: its tokenizer gives the id {top} "
+                f"({self.tokenizer.convert_ids_to_tokens(top)!r}), its network has {self._vocab_size} ids; "
+                "put the tokenizer files of this very model beside its weights"
+            )
+
+    @torch.inference_mode()
+    def _check_causal(self) -> None:
+        """Change the last token and see whether predictions before it change: an encoder (bert) loads without a
+        complaint and would be given the answers."""
+        ids_BL = torch.zeros(2, 4, dtype=torch.int64, device=self.model.device)
+        ids_BL[1, -1] = 1
+        logits_BLV = self._logits(ids_BL, torch.ones_like(ids_BL))[:, :-1].double()
+        if not torch.allclose(logits_BLV[0], logits_BLV[1], rtol=1e-3, atol=1e-3):
+            raise ValueError(
+                f"{KEY}={self.name} is no causal language model: what it predicts for a token depends on that token; "
+                "choose one that reads from left to right, such as gpt2-large"
+            )
+
+
+def _folder(name: str) -> Path | None:
+    """The local folder of that name; None where it must be the Hub's."""
+    path = local_folder(name)
+    if path is None and Path(name).expanduser().is_dir():
+        path = Path(name).expanduser()
+    if path is None and (name.startswith((".", "~", "/")) or name.count("/") > 1):
+        raise FileNotFoundError(f"{KEY}={name}: there is no such folder; correct the path")
+    return path
+
+
+def _load(name: str, path: Path | None, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    source, local = (name, False) if path is None else (str(path), True)
+    safe = {"trust_remote_code": False, "local_files_only": local}
+    try:
+        with quick_when_offline():
+            tokenizer = AutoTokenizer.from_pretrained(source, **safe)
+            model, info = AutoModelForCausalLM.from_pretrained(
+                source, **safe, use_safetensors=True, dtype=dtype, output_loading_info=True
+            )
+    except Exception as error:  # transformers raises many types, none of them for users
+        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:200]
+        if path is None:
+            raise FileNotFoundError(f"{both_ways(KEY, name, name)} ({reason})") from error
+        raise ValueError(
+            f"{KEY}={name}: the folder {path} holds no causal language model that can be read ({reason}); "
+            "it needs config.json, model.safetensors, tokenizer.json and tokenizer_config.json"
+        ) from error
+    if info["missing_keys"]:
+        some = ", ".join(sorted(info["missing_keys"])[:3])
+        raise ValueError(
+            f"{KEY}={name}: its file of weights lacks {some} ({len(info['missing_keys'])} in all), which would be "
+            "random; give a complete causal language model"
+        )
+    return model, tokenizer
