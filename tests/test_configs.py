@@ -49,7 +49,7 @@ def test_every_choice_composes(group, choice):
     ["trainer.precision=bf16-mixed"], ["data.tokenizer_name_or_path=byte", "model.length=512"],
     ["data.tokenizer_name_or_path=char", "model.length=512"], ["model.mask_padding=false"],
     ["data.tokenizer_name_or_path=bpe", "data.vocab_size=300", "model.length=256"], ["data.wrap=true"],
-    ["data.score_special=true"], ["backbone=dimamba"],
+    ["data.score_special=true"], ["backbone=dimamba"], ["parameterization=ar"],
 ], ids=" ".join)  # fmt: skip
 def test_every_setting_trains_measures_and_samples(tmp_path, monkeypatch, overrides):
     monkeypatch.chdir(tmp_path)
