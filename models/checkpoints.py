@@ -241,8 +241,6 @@ _FOREIGN = (
 
 class _InertUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Callable | type:
-        if (module, name) == ("__builtin__", "long"):  # what old pickle protocols call int
-            return int
         if name in _SAFE.get(module, ()) or (module in ("builtins", "__builtin__") and name in _SAFE_BUILTINS):
             return super().find_class("builtins" if module == "__builtin__" else module, name)
         if (module, name) == ("__builtin__", "long"):  # what old pickle protocols call an int

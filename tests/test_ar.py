@@ -9,10 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import objectives.ar
 from models.ar import AR
 from models.attention import attend
 from models.checkpoints import read_checkpoint
 from models.dit import DiT
+from objectives.base import Model
+from randomness import KeyedNoise
+from samplers.autoregressive import sample
 
 
 def random_ar(vocab_size: int = 7, **kwargs) -> AR:
@@ -90,6 +94,14 @@ def test_what_does_not_fit_the_cache_is_refused_and_changes_nothing():
         net.encode(x[:1, 4:5], cache=cache)
     assert cache.length == 4
     torch.testing.assert_close(net.encode(x[:, 4:5], cache=cache), net.encode(x[:, :5])[:, 4:], rtol=0, atol=1e-10)
+
+
+def test_the_sampler_writes_the_same_text_with_and_without_the_cache():
+    model = Model(objectives.ar.AR(mask_id=6), random_ar())
+    x = torch.full((5, 20), 6)
+    x[:, :2] = torch.tensor([0, 3])
+    texts = [sample(model, x, KeyedNoise(0, torch.arange(5)), kv_cache=cached).ids_BL for cached in (True, False)]
+    assert torch.equal(*texts) and (texts[0] < 6).all() and torch.equal(texts[0][:, :2], x[:, :2])
 
 
 @torch.no_grad()
