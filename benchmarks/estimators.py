@@ -1,0 +1,89 @@
+"""Standard error of one text's -log p against network evaluations, for every estimator of the NELBO on one model.
+
+The error is measured, not modelled: the standard deviation over independent repetitions, pooled over texts. The model
+is the MDLM of benchmarks/objectives.py. The two sharper likelihoods of the same weights are measured beside it.
+
+    DATA_DIR=/path/to/data python benchmarks/estimators.py --checkpoint outputs/objectives/mdlm/checkpoints/last.ckpt
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch  # noqa: E402
+
+import main as palimpsest  # noqa: E402
+from benchmarks.objectives import COMMON  # noqa: E402
+from command_line import compose_config  # noqa: E402
+from estimators.any_order import AnyOrder  # noqa: E402
+from estimators.nelbo import Nelbo  # noqa: E402
+from estimators.ordered import ORDERS, Ordered  # noqa: E402
+from objectives.base import Batch, Model  # noqa: E402
+from objectives.noising import Bernoulli, Complementary, ExactCount  # noqa: E402
+
+ESTIMATORS = {
+    "uniform": Nelbo(Bernoulli(antithetic_sampling=False)),
+    "uniform, importance-sampled": Nelbo(Bernoulli(antithetic_sampling=False, importance_sampling=True)),
+    "stratified": Nelbo(Bernoulli()),
+    "exact_count": Nelbo(ExactCount()),
+    "complementary": Nelbo(Complementary()),
+}
+
+
+@torch.inference_mode()
+def errors(model: Model, batch: Batch, evaluations: int, repetitions: int) -> dict[str, tuple[float, float]]:
+    """Mean (nats per token) and pooled standard error (nats per text) of every estimator at a number of evaluations."""
+    found = {}
+    for name, estimator in ESTIMATORS.items():
+        nll_RB = torch.stack([estimator(model, batch, seed, evaluations).nll_BK.mean(1) for seed in range(repetitions)])
+        tokens = batch["input_ids"].shape[1]
+        found[name] = float(nll_RB.mean() / tokens), float(nll_RB.var(0).mean().sqrt())
+    return found
+
+
+@torch.inference_mode()
+def sharper(model: Model, batch: Batch, orders: int) -> dict[str, float]:
+    """Nats per token under the likelihoods that are no NELBO."""
+    tokens = batch["input_ids"].numel()
+    out = {f"any order, {k} orders": AnyOrder()(model, batch, 0, k).nll_BK.sum() / tokens for k in (1, orders)}
+    out |= {f"duel, {order}": Ordered(order)(model, batch, 0, 1).nll_BK.sum() / tokens for order in ORDERS}
+    return {name: float(value) for name, value in out.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True)
+    parser.add_argument("--texts", type=int, default=32)
+    parser.add_argument("--repetitions", type=int, default=12)
+    parser.add_argument("--evaluations", type=int, nargs="*", default=[2, 8, 32])
+    parser.add_argument("--orders", type=int, default=4)
+    args = parser.parse_args()
+    experiment = palimpsest.Experiment(compose_config(COMMON), "benchmarks/estimators.py")
+    data = experiment.data()
+    model = experiment.trained(data, args.checkpoint, disable_ema=False).model
+    rows = torch.linspace(0, len(data.split("validation")) - 1, args.texts).long().tolist()
+    batch = data.collate(data.split("validation")[rows])
+    table, start = {}, time.perf_counter()
+    for evaluations in args.evaluations:
+        table[evaluations] = errors(model, batch, evaluations, args.repetitions)
+        plain = table[evaluations]["uniform"][1]
+        for name, (mean, se) in table[evaluations].items():
+            print(f"{evaluations:4} evaluations  {name:28} mean {mean:.4f} nats/token, error {se:8.3f} nats/text, "
+                  f"uniform t needs {(plain / se) ** 2:6.1f} x the evaluations", flush=True)  # fmt: skip
+    others = sharper(model, batch, args.orders)
+    for name, value in others.items():
+        print(f"{name:28} {value:.4f} nats/token", flush=True)
+    print(json.dumps({
+        "benchmark": "estimators", "texts": args.texts, "length": data.length, "repetitions": args.repetitions,
+        "errors": table, "other_likelihoods": others, "seconds": round(time.perf_counter() - start),
+    }))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
