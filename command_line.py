@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,14 +21,20 @@ CONFIGS = Path(__file__).parent / "configs"
 # Keys of the references under their names here. What names a choice is a group: its members are files in configs/.
 ALIASES = {"sampling.predictor": "sampler", "hydra.run.dir": "checkpointing.save_dir",
            "+wandb.offline": "wandb.offline"}  # fmt: skip
+# Keys whose values are paths: runs/label=0/last.ckpt and {label}.ckpt mean something else to Hydra unless quoted.
+PATHS = ("eval.checkpoint_path", "training.from_pretrained", "checkpointing.save_dir", "checkpointing.resume_ckpt_path",
+         "data.path")  # fmt: skip
 
 
 def translate(arguments: list[str]) -> list[str]:
-    """Command-line arguments with the references' spellings replaced by ours."""
+    """Command-line arguments with the references' spellings replaced by ours, and paths quoted where Hydra needs it."""
     out = []
     for argument in arguments:
         key, equals, value = argument.partition("=")
-        out.append(f"{ALIASES.get(key, key)}{equals}{value}")
+        key = ALIASES.get(key, key)
+        if key in PATHS and re.search("[={}]", value) and not re.search(r"""["'\\,]""", value):
+            value = f"'{value}'"
+        out.append(f"{key}{equals}{value}")
     return out
 
 

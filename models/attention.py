@@ -5,6 +5,7 @@ Shape suffixes: B batch, L length, H heads, D head width.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 
 import torch
@@ -39,9 +40,8 @@ def attend(
     on SDPA: the padded flash-attn kernels take none.
     """
     if backend == "flash_attn" and key_mask_BL is None:
-        from flash_attn import flash_attn_func
-
-        return flash_attn_func(q_BLHD, k_BLHD, v_BLHD, causal=causal)
+        # Not an import statement: transformers would ask users of an exported model to install whatever those name.
+        return importlib.import_module("flash_attn").flash_attn_func(q_BLHD, k_BLHD, v_BLHD, causal=causal)
     mask = None if key_mask_BL is None else key_mask_BL[:, None, None, :]
     out_BHLD = F.scaled_dot_product_attention(
         q_BLHD.transpose(1, 2), k_BLHD.transpose(1, 2), v_BLHD.transpose(1, 2), attn_mask=mask, is_causal=causal

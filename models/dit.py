@@ -92,6 +92,7 @@ class DiT(nn.Module):
                 "rotary attention pairs the dimensions of each head"
             )
         self.time_conditioning, self.mask_padding = time_conditioning, mask_padding
+        self.cond_dim, self.n_heads, self.dropout = cond_dim, n_heads, dropout
         backend = resolve_backend(attn_backend)
         self.vocab_embed = TokenEmbedding(vocab_size, hidden_size)
         self.sigma_map = SigmaEmbedding(cond_dim)
@@ -102,6 +103,15 @@ class DiT(nn.Module):
     @property
     def vocab_size(self) -> int:
         return self.output_layer.linear.out_features
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """What the network was built with, keys as on the command line."""
+        return {
+            "model.hidden_size": self.head.in_features, "model.cond_dim": self.cond_dim,
+            "model.n_blocks": len(self.blocks), "model.n_heads": self.n_heads, "model.dropout": self.dropout,
+            "model.mask_padding": self.mask_padding, "time_conditioning": self.time_conditioning,
+        }  # fmt: skip
 
     @property
     def head(self) -> nn.Linear:
