@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from models.checkpoints import Checkpoint, read_settings
 from models.dit import DiT
 from models.hub import MODEL_TYPE
@@ -47,11 +49,15 @@ def hf_dit(
              "model.n_heads": n_heads, "time_conditioning": time_conditioning, "model.dropout": dropout,
              "model.mask_padding": mask_padding}  # fmt: skip
     _refuse_contradictions(known, typed, vocab_size, length, f"{key}={files[key]}")
-    chosen = {**known, **{name: value for name, value in typed.items() if value is not None}}
+    return build({**known, **{name: value for name, value in typed.items() if value is not None}}, attn_backend)
+
+
+def build(settings: Mapping[str, object], attn_backend: str = "sdpa") -> DiT:
+    """The network that `Checkpoint.settings` describes, with random weights."""
     return DiT(
-        vocab_size, chosen["model.hidden_size"], chosen["model.cond_dim"], chosen["model.n_blocks"],
-        chosen["model.n_heads"], chosen["model.dropout"], chosen["time_conditioning"],
-        chosen.get("model.mask_padding", True), attn_backend,
+        settings["vocab_size"], settings["model.hidden_size"], settings["model.cond_dim"], settings["model.n_blocks"],
+        settings["model.n_heads"], settings["model.dropout"], settings["time_conditioning"],
+        settings.get("model.mask_padding", True), attn_backend,
     )  # fmt: skip
 
 
@@ -69,7 +75,7 @@ def _described(checkpoint: Checkpoint, key: str) -> dict[str, object]:
             f"{key}={path} is a model of type {checkpoint.config['model_type']}; backbone=hf_dit builds the network of "
             f"type {MODEL_TYPE}, so choose a model of that type"
         )
-    missing = [name for name in ("vocab_size", *_SIZES) if name not in known]
+    missing = [name for name in ("vocab_size", *_SIZES, "model.dropout") if name not in known]
     if missing:
         raise ValueError(f"{key}={path} does not say {', '.join(missing)}; use backbone=dit and type them")
     return known
