@@ -65,10 +65,11 @@ class Checkpoint:
                 f"{self.path} does not fit the model ({len(problems)} differences):\n  {shown}\n"
                 "Set model=, model.* and backbone= as they were in training"
             )
-        backbone.load_state_dict(self.state)
-        if use_ema and self.ema:
-            average = EMA(backbone.parameters(), decay=0.0)
+        average = EMA(backbone.parameters(), decay=0.0) if use_ema and self.ema else None
+        if average:
             average.load_state_dict(self.ema)
+        backbone.load_state_dict(self.state)
+        if average:
             average.copy_to(backbone.parameters())
 
 

@@ -75,9 +75,11 @@ def _described(checkpoint: Checkpoint, key: str) -> dict[str, object]:
             f"{key}={path} is a model of type {checkpoint.config['model_type']}; backbone=hf_dit builds the network of "
             f"type {MODEL_TYPE}, so choose a model of that type"
         )
-    missing = [name for name in ("vocab_size", *_SIZES, "model.dropout") if name not in known]
+    missing = [
+        name for name in ("vocab_size", *_SIZES, "model.dropout") if not isinstance(known.get(name), int | float)
+    ]
     if missing:
-        raise ValueError(f"{key}={path} does not say {', '.join(missing)}; use backbone=dit and type them")
+        raise ValueError(f"{key}={path} gives no number for {', '.join(missing)}; use backbone=dit and type it")
     return known
 
 
@@ -93,8 +95,8 @@ def _refuse_contradictions(
             f"the data have vocab_size={vocab_size}, but {name} has vocab_size={known['vocab_size']}: set "
             "data.tokenizer_name_or_path to the tokenizer that it was trained with"
         )
-    longest = known.get("model.length", length)
-    if length > longest:
+    longest = known.get("model.length")
+    if longest and length > longest:
         raise ValueError(
             f"model.length={length} is longer than the {longest} tokens that {name} was trained on; set "
             f"model.length={longest} or less"

@@ -105,7 +105,8 @@ def classify(
         raise ValueError(
             f"eval.checkpoint_path={checkpoint_path} is one model, but mode=classify needs one for each of the "
             f"{len(both.label_names)} classes: write {{label}} where the number of the class stands, as in "
-            "runs/label={label}/checkpoints/last.ckpt, or leave it empty to train them"
+            "runs/label={label}/checkpoints/last.ckpt, or leave it empty to train them (from the weights of "
+            "training.from_pretrained, if it is set)"
         )
     rows = both.split(split)
     scores, own, samples = [], [], []

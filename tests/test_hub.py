@@ -178,7 +178,8 @@ def test_typed_settings_of_hf_dit(tmp_path):
     ({"vocab_size": 6}, {}, "vocab_size=6, but eval.checkpoint_path=.* vocab_size=5: set data.tokenizer_name_"),
     ({"length": 73}, {}, "model.length=73 is longer than the 72 .*set model.length=72 or less"),
     ({}, {"model_type": "bd3lm"}, "type bd3lm"),
-    ({}, {"n_heads": None}, "n_heads"),
+    ({}, {"n_heads": None}, "no number for model.n_heads"),
+    ({}, {"n_blocks": "two"}, "no number for model.n_blocks"),
     ({"checkpoint_path": ""}, {}, "eval.checkpoint_path= or training.from_pretrained="),
     ({"checkpoint_path": "nowhere.ckpt"}, {}, "eval.checkpoint_path=nowhere.ckpt"),
 ])  # fmt: skip
@@ -265,6 +266,12 @@ def test_the_weights_that_are_measured_are_the_references(toy, fixtures_dir):
             logits = net(golden["xt"], golden[f"{name}.sigma"])
         wanted = golden[f"{name}.logits"]
         assert ((logits - wanted).abs() <= 1e-4 * (1 + wanted.abs())).all()
+
+
+def test_published_class_models_classify(tmp_path, vocab_size):
+    for label in (0, 1):
+        hub_directory(tmp_path / f"class={label}", random_net(vocab_size, label))
+    assert run(*CHAR, "mode=classify", "backbone=hf_dit", "eval.checkpoint_path=class={label}")["accuracy"]
 
 
 @pytest.mark.parametrize("raw", ["true", "false"])
