@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,19 +26,25 @@ ALIASES = {"sampling.predictor": "sampler", "training.masking": "masking", "eval
 SWITCHES = {"sampling.semi_ar": "sampler=semi_ar"}
 # Texts: their brackets, commas and braces are not Hydra's.
 TEXTS = ("sampling.prefix", "sampling.template")
+# Keys whose values are paths: runs/label=0/last.ckpt and {label}.ckpt mean something else to Hydra unless quoted.
+PATHS = ("eval.checkpoint_path", "training.from_pretrained", "checkpointing.save_dir", "checkpointing.resume_ckpt_path",
+         "data.path")  # fmt: skip
 
 
 def translate(arguments: list[str]) -> list[str]:
-    """Command-line arguments with the references' spellings replaced by ours."""
+    """Command-line arguments with the references' spellings replaced by ours, and paths quoted where Hydra needs it."""
     out = []
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if key in SWITCHES:
             out += [SWITCHES[key]] if value.lower() == "true" else []
             continue
+        key = ALIASES.get(key, key)
         if key in TEXTS and value not in ("", "null") and value[0] not in "'\"":
             value = json.dumps(value, ensure_ascii=False)
-        out.append(f"{ALIASES.get(key, key)}{equals}{value}")
+        if key in PATHS and re.search("[={}]", value) and not re.search(r"""["'\\,]""", value):
+            value = f"'{value}'"
+        out.append(f"{key}{equals}{value}")
     return out
 
 

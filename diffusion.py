@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from metrics import NLLMeter
+from models.checkpoints import Checkpoint
 from models.ema import EMA
 from objectives.base import Batch, Model, Objective
 from randomness import evaluation_noise, hash_seed, training_noise
@@ -84,6 +85,17 @@ class Diffusion(lightning.LightningModule):
         nll = self.valid_nll.estimate()
         values = {"val/nll": nll.value, "val/nll_se": nll.se, "val/ppl": nll.exp().value}
         self.log_dict({name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()})
+
+    def start_from(self, checkpoint: Checkpoint, use_ema: bool = True) -> None:
+        """Take over the weights of `checkpoint` (the averaged ones where there are any and `use_ema`) as those a new
+        training begins with; its own average begins with them too.
+
+        Raises:
+            ValueError: they do not fit the backbone; nothing has been changed then.
+        """
+        checkpoint.load_into(self.backbone, use_ema)
+        if self.ema:
+            self.ema.restart(self.backbone.parameters())
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

@@ -37,7 +37,11 @@ IDENTITY = ("data", "model", "backbone", "parameterization", "noise", "masking",
             "time_conditioning", "optim", "lr_scheduler", "training", "seed", "loader.global_batch_size",
             "trainer.gradient_clip_val")  # fmt: skip
 NOT_IDENTITY = ("data.label", "data.cache_dir", "model.attn_backend", "backbone.attn_backend",
-                "lr_scheduler.num_training_steps", "data.max_valid_texts", "data.max_test_texts")  # fmt: skip
+                "lr_scheduler.num_training_steps", "data.max_valid_texts", "data.max_test_texts",
+                "backbone.resumed")  # fmt: skip
+IDENTITY_IF_SET = ("training.from_pretrained",)
+# What a network computes hangs on these; other files may lack some of them, and may have been trained at other lengths.
+FUNCTION = ("model.hidden_size", "model.cond_dim", "model.n_blocks", "model.n_heads", "time_conditioning")
 
 _TEXT_DATA = inspect.signature(TextData).parameters
 
@@ -50,7 +54,7 @@ def identity(cfg: DictConfig) -> dict[str, object]:
         if isinstance(node, dict):
             for name, child in node.items():
                 visit(f"{prefix}.{name}", child)
-        elif prefix not in NOT_IDENTITY:
+        elif prefix not in NOT_IDENTITY and (node is not None or prefix not in IDENTITY_IF_SET):
             flat[prefix] = node
 
     for key in IDENTITY:
@@ -127,36 +131,61 @@ class Experiment:
         lightning.seed_everything(self.seed, verbose=False)
         vocabulary = data.vocabulary
         objective = instantiate(self.cfg.parameterization, mask_id=vocabulary.mask_id)
-        known = {"configuration": identity(self.cfg), "tokenizer": vocabulary.fingerprint, "label": data.label}
+        backbone = self._backbone(data)
+        # backbone=hf_dit leaves sizes open in the configuration; what is saved says those it found.
+        built = getattr(backbone, "settings", {})
+        settings = {k: built.get(k) if v is None else v for k, v in identity(self.cfg).items()}
+        known = {"configuration": settings, "tokenizer": vocabulary.fingerprint, "label": data.label}
         return Diffusion(
-            self._backbone(data), objective, instantiate(self.cfg.optim), instantiate(self.cfg.lr_scheduler),
+            backbone, objective, instantiate(self.cfg.optim), instantiate(self.cfg.lr_scheduler),
             self.cfg.training.ema, self.seed, self.cfg.loader.global_batch_size, known,
         )  # fmt: skip
 
     def _backbone(self, data: TextData) -> torch.nn.Module:
-        return instantiate(self.cfg.backbone, vocab_size=data.vocabulary.size)
+        cfg = self.cfg.copy()  # with the files of this class's model, from which backbone=hf_dit reads its sizes
+        resumed = self.resume_path(data.label) or (self.resume_path(0) if data.label is None else None)
+        cfg.checkpointing.resume_ckpt_path = str(resumed) if resumed else None
+        cfg.eval.checkpoint_path = _of_class(cfg.eval.checkpoint_path, data.label or 0)
+        return instantiate(cfg.backbone, vocab_size=data.vocabulary.size)
 
     def trained(self, data: TextData, checkpoint_path: str, disable_ema: bool) -> Diffusion:
         """The model with the weights of `checkpoint_path`, or of this configuration's own last checkpoint if that is
         empty; on the device it will run on. Refuses weights that belong to something else."""
-        path = Path(checkpoint_path) if checkpoint_path else self._last()
+        path = _of_class(checkpoint_path, data.label) or self._last()
         if not checkpoint_path and not path.exists():
             raise FileNotFoundError(
                 f"this configuration has no trained model at {path}: train it (the same command with mode=train), "
                 "or name one with eval.checkpoint_path="
             )
         checkpoint = read_checkpoint(path)
-        self._check_belongs(checkpoint, data)
+        shape = (*FUNCTION, "model.mask_padding")
+        shape += ("model.length",) if "configuration" in checkpoint.identity else ()
+        self._check_belongs(checkpoint, identity(self.cfg), shape, data)
         diffusion = self.diffusion(data)
         checkpoint.load_into(diffusion.backbone, use_ema=not disable_ema)
         diffusion.ema = None
         return diffusion.eval().to(_device(self.cfg.trainer.accelerator))
 
-    def _check_belongs(self, checkpoint: Checkpoint, data: TextData) -> None:
-        theirs, ours = checkpoint.identity.get("configuration", {}), identity(self.cfg)
-        shapes = [key for key in ours if key.split(".")[0] in ("model", "backbone", "time_conditioning")]
-        differing = [f"{key}={theirs[key]}" for key in shapes if key in theirs and theirs[key] != ours[key]
-                     and not key.startswith("backbone.")]  # fmt: skip
+    def start_from_pretrained(self, diffusion: Diffusion, data: TextData) -> Path | None:
+        """Give a new training the weights of training.from_pretrained, or of the file that backbone=hf_dit was built
+        from; returns that file. Refuses weights that belong to something else, before anything changes."""
+        named = {"training.from_pretrained": self.cfg.training.from_pretrained,
+                 "eval.checkpoint_path": _of_class(self.cfg.backbone.get("checkpoint_path"), data.label)}  # fmt: skip
+        key = next((key for key, path in named.items() if path), None)
+        if key is None:
+            return None
+        checkpoint = read_checkpoint(named[key], key)
+        self._check_belongs(checkpoint, diffusion.identity["configuration"], FUNCTION, data)
+        diffusion.start_from(checkpoint, use_ema=not self.cfg.eval.disable_ema)
+        return checkpoint.path
+
+    def _check_belongs(
+        self, checkpoint: Checkpoint, ours: dict[str, object], shape: tuple[str, ...], data: TextData
+    ) -> None:
+        """That what the file knows of its network (the keys `shape`) and of its tokenizer is so here."""
+        theirs = checkpoint.settings
+        differing = [f"{key}={theirs[key]}" for key in shape
+                     if key in theirs and ours.get(key) not in (None, theirs[key])]  # fmt: skip
         if differing:
             raise ValueError(f"{checkpoint.path} was trained with other settings; add: {' '.join(differing)}")
         tokenizer = checkpoint.identity.get("tokenizer")
@@ -164,7 +193,7 @@ class Experiment:
             raise ValueError(
                 f"{checkpoint.path} was trained with another tokenizer than "
                 f"data.tokenizer_name_or_path={self.cfg.data.tokenizer_name_or_path} gives here: "
-                f"{theirs.get('data.tokenizer_name_or_path')} of data={theirs.get('data.name')}; "
+                f"{theirs.get('data.tokenizer_name_or_path', 'one')} of data={theirs.get('data.name', 'its own')}; "
                 "its token ids would mean other words"
             )
 
@@ -224,6 +253,11 @@ class Experiment:
     def _eval_batch_size(self) -> int:
         devices = self._devices * self.cfg.trainer.num_nodes
         return self.cfg.loader.eval_batch_size or -(-self.cfg.loader.eval_global_batch_size // devices)
+
+
+def _of_class(path: str | None, label: int | None) -> str:
+    """`path` with the number of the class in place of {label}."""
+    return (path or "").replace("{label}", "{label}" if label is None else str(label))
 
 
 def _device(accelerator: str) -> torch.device:

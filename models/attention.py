@@ -5,6 +5,7 @@ Shape suffixes: B batch, L length, Q queries, K keys, H heads, D head width.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 
 import torch
@@ -54,9 +55,8 @@ def attend(
     each sees the keys up to its own.
     """
     if backend == "flash_attn" and key_mask_BK is None:
-        from flash_attn import flash_attn_func
-
-        return flash_attn_func(q_BQHD, k_BKHD, v_BKHD, causal=causal)
+        # Not an import statement: transformers would ask users of an exported model to install whatever those name.
+        return importlib.import_module("flash_attn").flash_attn_func(q_BQHD, k_BKHD, v_BKHD, causal=causal)
     queries, keys = q_BQHD.shape[1], k_BKHD.shape[1]
     mask = None if key_mask_BK is None else key_mask_BK[:, None, None, :]
     # SDPA's own causal flag counts the queries from the first key and goes with no mask; a single query sees all keys.

@@ -7,7 +7,6 @@ pickled inside), and the Hub's `config.json` + `model.safetensors` or `pytorch_m
 from __future__ import annotations
 
 import io
-import json
 import os
 import pickle
 import zipfile
@@ -23,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from models.ema import EMA
+from models.hub import CONFIG_FILE, WEIGHT_FILES, locate, read_config, settings_of_config, settings_of_tensors
 
 BACKBONE_PREFIX = "backbone."
 
@@ -33,6 +33,8 @@ class Checkpoint:
 
     state: backbone parameter name -> tensor, without prefix. ema: the average, as `EMA.state_dict` gives it.
     identity: what Palimpsest saved beside the weights (empty for foreign files). config: a Hub `config.json`.
+    settings: what the file says of its network, whatever its layout: keys as typed (`model.hidden_size`,
+    `time_conditioning`, and `vocab_size`) -> values; what it does not say is left out.
     """
 
     path: Path
@@ -40,6 +42,7 @@ class Checkpoint:
     ema: dict[str, object] | None = None
     identity: dict[str, object] = field(default_factory=dict)
     config: dict[str, object] = field(default_factory=dict)
+    settings: dict[str, object] = field(default_factory=dict)
 
     def load_into(self, backbone: nn.Module, use_ema: bool = True) -> None:
         """Copy the weights, the averaged ones where there are any and `use_ema`, into `backbone`.
@@ -62,10 +65,11 @@ class Checkpoint:
                 f"{self.path} does not fit the model ({len(problems)} differences):\n  {shown}\n"
                 "Set model=, model.* and backbone= as they were in training"
             )
-        backbone.load_state_dict(self.state)
-        if use_ema and self.ema:
-            average = EMA(backbone.parameters(), decay=0.0)
+        average = EMA(backbone.parameters(), decay=0.0) if use_ema and self.ema else None
+        if average:
             average.load_state_dict(self.ema)
+        backbone.load_state_dict(self.state)
+        if average:
             average.copy_to(backbone.parameters())
 
 
@@ -95,40 +99,84 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return load_inert(Path(path))
 
 
-def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Read a `.ckpt` file or a Hub-layout directory.
+def read_checkpoint(path: str | Path, key: str = "eval.checkpoint_path") -> Checkpoint:
+    """Read a `.ckpt` file, a Hub-layout directory, or the model of that name on the Hub.
+
+    `key` is the setting that named it, for messages.
 
     Raises:
-        FileNotFoundError: nothing at `path`.
+        FileNotFoundError: nothing at `path`, here or on the Hub.
         ValueError: it is truncated, corrupt, or not a checkpoint of a known layout.
     """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"eval.checkpoint_path={path}: there is no such file or directory")
+    path = locate(path, key)
     return _read_hub_directory(path) if path.is_dir() else _read_lightning_file(path)
 
 
-def _read_lightning_file(path: Path) -> Checkpoint:
-    content = load_inert(path)
+def read_settings(path: str | Path, key: str = "eval.checkpoint_path") -> Checkpoint:
+    """The checkpoint without its weights: `state` and `ema` are empty. Quick, whatever the size of the file.
+
+    Raises: as `read_checkpoint`.
+    """
+    path = locate(path, key)
+    if path.is_dir():
+        return _hub_checkpoint(path, {})
+    checkpoint = _read_lightning_file(path, weights=False)
+    checkpoint.state, checkpoint.ema = {}, None
+    return checkpoint
+
+
+def _read_lightning_file(path: Path, weights: bool = True) -> Checkpoint:
+    content = load_inert(path, mmap=not weights)
     if not isinstance(content, dict) or "state_dict" not in content:
         raise ValueError(f"{path} is not a Lightning checkpoint: it has no state_dict")
-    return Checkpoint(path, _strip(content["state_dict"], path), content.get("ema"), content.get("identity", {}))
+    state, identity = _strip(content["state_dict"], path), content.get("identity", {})
+    known = identity["configuration"] if "configuration" in identity else _reference_settings(content)
+    return Checkpoint(path, state, content.get("ema"), identity, settings={**known, **settings_of_tensors(state)})
 
 
 def _read_hub_directory(path: Path) -> Checkpoint:
-    config_file = path / "config.json"
-    if not config_file.exists():
-        raise FileNotFoundError(f"{path} holds no config.json: it is not a model in the Hub's layout")
-    if (weights := path / "model.safetensors").exists():
-        try:
-            state = load_file(weights)
-        except SafetensorError as error:
-            raise _unreadable(weights, error) from error
-    elif (weights := path / "pytorch_model.bin").exists():
-        state = load_inert(weights)
-    else:
-        raise FileNotFoundError(f"{path} holds neither model.safetensors nor pytorch_model.bin")
-    return Checkpoint(path, _strip(state, weights), config=json.loads(config_file.read_text()))
+    if not (path / CONFIG_FILE).exists():
+        raise FileNotFoundError(f"{path} holds no {CONFIG_FILE}: it is not a model in the Hub's layout")
+    weights = next((path / name for name in WEIGHT_FILES if (path / name).exists()), None)
+    if weights is None:
+        raise FileNotFoundError(f"{path} holds neither {' nor '.join(WEIGHT_FILES)}")
+    try:
+        state = load_file(weights) if weights.suffix == ".safetensors" else load_inert(weights)
+    except SafetensorError as error:
+        raise _unreadable(weights, error) from error
+    return _hub_checkpoint(path, _strip(state, weights))
+
+
+def _hub_checkpoint(path: Path, state: dict[str, Tensor]) -> Checkpoint:
+    config = read_config(path)
+    identity = {"tokenizer": config["tokenizer_fingerprint"]} if "tokenizer_fingerprint" in config else {}
+    settings = {**settings_of_config(config), **settings_of_tensors(state)}
+    return Checkpoint(path, state, identity=identity, config=config, settings=settings)
+
+
+_REFERENCE_KEYS = ("model.hidden_size", "model.cond_dim", "model.n_blocks", "model.n_heads", "model.dropout",
+                   "model.length", "time_conditioning")  # fmt: skip
+
+
+def _reference_settings(content: Mapping[str, object]) -> dict[str, object]:
+    """What the configuration pickled in a reference checkpoint says under keys that mean here what they mean there."""
+    hyper_parameters = content.get("hyper_parameters")
+    config = hyper_parameters.get("config") if isinstance(hyper_parameters, dict) else None
+    found = {key: _omegaconf_value(config, key.split(".")) for key in _REFERENCE_KEYS}
+    return {key: value for key, value in found.items() if isinstance(value, bool | int | float)}
+
+
+def _omegaconf_value(node: object, names: list[str]) -> object:
+    """The value at names[0].names[1]... of a pickled omegaconf tree, or of plain dicts; None where there is none."""
+    for name in names:
+        children = _state(node).get("_content") if isinstance(node, Inert) else node
+        node = children.get(name) if isinstance(children, dict) else None
+    return _state(node).get("_val") if isinstance(node, Inert) else node
+
+
+def _state(shell: Inert) -> dict[str, object]:
+    state = getattr(shell, "state", None)
+    return state if isinstance(state, dict) else {}
 
 
 def _strip(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
@@ -153,14 +201,16 @@ def _unreadable(path: Path, error: Exception) -> ValueError:
     )
 
 
-def load_inert(path: Path) -> object:
+def load_inert(path: Path, mmap: bool = False) -> object:
     """torch.load that never runs code of the file: foreign classes become empty shells that only hold their state.
+    With `mmap` tensors stay on disk until they are looked at, where the file's format allows it.
 
     Raises:
         ValueError: the file is truncated or corrupt, or asks for a function beyond tensors and plain containers.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=False, pickle_module=_INERT_PICKLE)
+        mmap = mmap and zipfile.is_zipfile(path)
+        return torch.load(path, map_location="cpu", weights_only=False, pickle_module=_INERT_PICKLE, mmap=mmap)
     except (
         pickle.UnpicklingError,
         EOFError,
@@ -206,6 +256,7 @@ _SAFE: dict[str, set[str]] = {
     "collections": {"OrderedDict", "defaultdict", "Counter"},
     "_codecs": {"encode"},
 }
+_PYTHON_2 = {"long": "int", "unicode": "str", "xrange": "range"}  # names in pickles of protocol 2
 _SAFE_BUILTINS = {
     "dict",
     "list",
@@ -241,10 +292,10 @@ _FOREIGN = (
 
 class _InertUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Callable | type:
-        if name in _SAFE.get(module, ()) or (module in ("builtins", "__builtin__") and name in _SAFE_BUILTINS):
-            return super().find_class("builtins" if module == "__builtin__" else module, name)
-        if (module, name) == ("__builtin__", "long"):  # what old pickle protocols call an int
-            return int
+        if module == "__builtin__":
+            module, name = "builtins", _PYTHON_2.get(name, name)
+        if name in _SAFE.get(module, ()) or (module == "builtins" and name in _SAFE_BUILTINS):
+            return super().find_class(module, name)
         if module.split(".")[0] in _FOREIGN or module in _FOREIGN:
             return type(name, (Inert,), {"__module__": module})
         raise pickle.UnpicklingError(f"the file asks to run {module}.{name}, which no checkpoint needs: refused")

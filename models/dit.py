@@ -69,6 +69,7 @@ class DiT(nn.Module):
         super().__init__()
         head_dim, backend = head_width(hidden_size, n_heads), resolve_backend(attn_backend)
         self.time_conditioning, self.mask_padding = time_conditioning, mask_padding
+        self.cond_dim, self.n_heads, self.dropout = cond_dim, n_heads, dropout
         self.vocab_embed = TokenEmbedding(vocab_size, hidden_size)
         self.sigma_map = SigmaEmbedding(cond_dim)
         self.rotary_emb = RotaryFrequencies(head_dim)
@@ -78,6 +79,15 @@ class DiT(nn.Module):
     @property
     def vocab_size(self) -> int:
         return self.output_layer.linear.out_features
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """What the network was built with, keys as on the command line."""
+        return {
+            "model.hidden_size": self.head.in_features, "model.cond_dim": self.cond_dim,
+            "model.n_blocks": len(self.blocks), "model.n_heads": self.n_heads, "model.dropout": self.dropout,
+            "model.mask_padding": self.mask_padding, "time_conditioning": self.time_conditioning,
+        }  # fmt: skip
 
     @property
     def head(self) -> nn.Linear:

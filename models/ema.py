@@ -41,6 +41,11 @@ class EMA:
     def copy_to(self, parameters: Iterable[nn.Parameter]) -> None:
         _copy(self.shadow_params, self._matched(parameters))
 
+    def restart(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Average from here on: the shadows become the parameters, the count zero."""
+        self.num_updates = 0
+        _copy(self._matched(parameters), self.shadow_params)
+
     def to(self, device: torch.device) -> None:
         self.shadow_params = [s.to(device) for s in self.shadow_params]
 

@@ -63,16 +63,18 @@ class RotaryFrequencies(nn.Module):
         self.register_buffer("inv_freq", 1.0 / base ** (torch.arange(0, head_dim, 2).float() / head_dim))
 
 
+def sinusoid_frequencies(number: int, max_period: float = 10_000.0) -> Tensor:
+    """`number` frequencies from 1 down to almost 1 / max_period, evenly spaced in their logarithm."""
+    return torch.exp(-math.log(max_period) * torch.arange(number).float() / number)
+
+
 class SigmaEmbedding(nn.Module):
     """Sinusoidal features of the total noise sigma, then an MLP: (B,) -> (B, C)."""
 
     def __init__(self, dim: int, num_features: int = 256, max_period: float = 10_000.0) -> None:
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(num_features, dim), nn.SiLU(), nn.Linear(dim, dim))
-        half = num_features // 2
-        self.register_buffer(
-            "frequencies", torch.exp(-math.log(max_period) * torch.arange(half).float() / half), persistent=False
-        )
+        self.register_buffer("frequencies", sinusoid_frequencies(num_features // 2, max_period), persistent=False)
 
     def forward(self, sigma_B: Tensor) -> Tensor:
         angle = sigma_B.float()[:, None] * self.frequencies

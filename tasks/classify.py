@@ -89,24 +89,31 @@ def _counts(rows: list, vocab_size: int) -> csr_matrix:
 
 
 def classify(
-    experiment: Experiment, *, split: str, num_draws: int, num_samples: int, disable_ema: bool
+    experiment: Experiment, *, checkpoint_path: str, split: str, num_draws: int, num_samples: int, disable_ema: bool
 ) -> dict[str, object]:
-    """Train the class models that are missing, score `split` under each with the same masks, apply Bayes' rule.
+    """Score `split` under one model per class with the same masks, apply Bayes' rule.
 
-    Writes results.json and report.html into the folder `classify`.
+    The models are those of `checkpoint_path`, with {label} for the number of the class; where it is empty, those of
+    this configuration, and the missing ones are trained. Writes results.json and report.html into `classify`.
     """
     both = experiment.data()
     if both.label_names is None or len(both.label_names) < 2:
         raise ValueError(f"mode=classify needs labelled data with two classes or more; data={both.name} has none")
     if both.label is not None:
         raise ValueError(f"mode=classify scores every class: leave out data.label={both.label}")
-    classes = range(len(both.label_names))
+    if checkpoint_path and "{label}" not in checkpoint_path:
+        raise ValueError(
+            f"eval.checkpoint_path={checkpoint_path} is one model, but mode=classify needs one for each of the "
+            f"{len(both.label_names)} classes: write {{label}} where the number of the class stands, as in "
+            "runs/label={label}/checkpoints/last.ckpt, or leave it empty to train them (from the weights of "
+            "training.from_pretrained, if it is set)"
+        )
     rows = both.split(split)
     scores, own, samples = [], [], []
-    for label in classes:
-        last = fit(experiment, label)
+    for label in range(len(both.label_names)):
+        path = checkpoint_path or str(fit(experiment, label))
         data = experiment.data(label)
-        diffusion = experiment.trained(data, str(last), disable_ema)
+        diffusion = experiment.trained(data, path, disable_ema)
         trainer = experiment.trainer(f"score as {both.label_names[label]}", label)
         loader, drawing = both.eval_dataloader(split), Precision(num_draws)
         scores.append(score(trainer, diffusion, loader, experiment.estimator, drawing, experiment.seed))

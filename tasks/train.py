@@ -24,10 +24,12 @@ def fit(experiment: Experiment, label: int | None = None) -> Path:
     last = experiment.folder(label) / "checkpoints" / "last.ckpt"
     data = experiment.data(label)
     trainer = experiment.trainer("train" if data.label is None else f"train label={data.label}", label)
-    resume = experiment.resume_path(label)
+    diffusion, resume = experiment.diffusion(data), experiment.resume_path(label)
     if resume:
         print(f"resuming from {resume}")
-    trainer.fit(experiment.diffusion(data), datamodule=data, ckpt_path=resume)
+    elif start := experiment.start_from_pretrained(diffusion, data):
+        print(f"starting from the weights of {start}")
+    trainer.fit(diffusion, datamodule=data, ckpt_path=resume)
     if not trainer.interrupted:
         trainer.save_checkpoint(last)
     return last

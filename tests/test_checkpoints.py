@@ -102,6 +102,18 @@ def test_weights_of_another_model_are_refused_before_anything_changes(tmp_path, 
     assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
 
 
+def test_an_average_of_another_model_is_refused_before_anything_changes(tmp_path):
+    net = small()
+    ema = {"decay": 0.9, "num_updates": 1, "shadow_params": [torch.ones(3)]}
+    path = saved(tmp_path / "x.ckpt", net, ema=ema)
+    torch.nn.init.constant_(net.head.weight, 7.0)
+    with pytest.raises(ValueError, match="EMA holds 1 tensors that do not fit"):
+        read_checkpoint(path).load_into(net)
+    assert (net.head.weight == 7.0).all()
+    read_checkpoint(path).load_into(net, use_ema=False)
+    assert (net.head.weight == 0.0).all()
+
+
 def test_round_trip_of_every_layout(tmp_path):
     net, restored = small(), small()
     torch.nn.init.normal_(net.head.weight)

@@ -214,7 +214,7 @@ def test_the_references_run_directory_is_ours():
     assert compose_config(["hydra.run.dir=somewhere"]).checkpointing.save_dir == "somewhere"
 
 
-@pytest.mark.parametrize("script", sorted((ROOT / "scripts").iterdir()), ids=lambda path: path.name)
+@pytest.mark.parametrize("script", sorted((ROOT / "scripts").glob("*.s[hb]*")), ids=lambda path: path.name)
 def test_scripts_are_sound(script):
     text = script.read_text()
     assert subprocess.run(["bash", "-n", str(script)]).returncode == 0

@@ -1,0 +1,103 @@
+"""backbone=hf_dit: the DiT that a file describes, so that nobody types the sizes of a published model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from models.checkpoints import Checkpoint, read_settings
+from models.dit import DiT
+from models.hub import MODEL_TYPE
+
+_SIZES = ("model.hidden_size", "model.cond_dim", "model.n_blocks", "model.n_heads", "time_conditioning")
+
+
+def hf_dit(
+    vocab_size: int,
+    length: int,
+    checkpoint_path: str | None = None,
+    resumed: str | None = None,
+    from_pretrained: str | None = None,
+    hidden_size: int | None = None,
+    cond_dim: int | None = None,
+    n_blocks: int | None = None,
+    n_heads: int | None = None,
+    time_conditioning: bool | None = None,
+    dropout: float | None = None,
+    mask_padding: bool | None = None,
+    attn_backend: str = "sdpa",
+) -> DiT:
+    """A DiT with random weights and the sizes of a Hub-layout directory, a model on the Hub or a `.ckpt` of our own.
+
+    The file is the first that is given of `checkpoint_path`, `resumed` (the run's own checkpoint, which outlives the
+    file it was started from) and `from_pretrained`. Sizes are None unless typed; typed ones must be the file's.
+    `dropout` and `mask_padding` may differ from it. `vocab_size` and `length` are those of the data.
+
+    Raises:
+        FileNotFoundError: the file is not there.
+        ValueError: no file is named, it does not say the sizes, or they contradict the data or what was typed.
+    """
+    files = {"eval.checkpoint_path": checkpoint_path, "checkpointing.resume_ckpt_path": resumed,
+             "training.from_pretrained": from_pretrained}  # fmt: skip
+    key = next((key for key, path in files.items() if path), None)
+    if key is None:
+        raise ValueError(
+            "backbone=hf_dit is the network that a file describes: name a Hub-layout directory, a Hub id or a .ckpt of "
+            "your own with eval.checkpoint_path= or training.from_pretrained=, or use backbone=dit with model.* sizes"
+        )
+    known = _described(read_settings(files[key], key), key)
+    typed = {"model.hidden_size": hidden_size, "model.cond_dim": cond_dim, "model.n_blocks": n_blocks,
+             "model.n_heads": n_heads, "time_conditioning": time_conditioning, "model.dropout": dropout,
+             "model.mask_padding": mask_padding}  # fmt: skip
+    _refuse_contradictions(known, typed, vocab_size, length, f"{key}={files[key]}")
+    return build({**known, **{name: value for name, value in typed.items() if value is not None}}, attn_backend)
+
+
+def build(settings: Mapping[str, object], attn_backend: str = "sdpa") -> DiT:
+    """The network that `Checkpoint.settings` describes, with random weights."""
+    return DiT(
+        settings["vocab_size"], settings["model.hidden_size"], settings["model.cond_dim"], settings["model.n_blocks"],
+        settings["model.n_heads"], settings["model.dropout"], settings["time_conditioning"],
+        settings.get("model.mask_padding", True), attn_backend,
+    )  # fmt: skip
+
+
+def _described(checkpoint: Checkpoint, key: str) -> dict[str, object]:
+    """The settings a file gives, all sizes among them."""
+    path, known = checkpoint.path, checkpoint.settings
+    if path.is_file() and "configuration" not in checkpoint.identity:
+        sizes = " ".join(f"{name}={known[name]}" for name in _SIZES if name in known)
+        raise ValueError(
+            f"{key}={path} is a Lightning file of another program, and backbone=hf_dit reads the Hub's layout; "
+            f"use backbone=dit {sizes}".rstrip()
+        )
+    if checkpoint.config.get("model_type", MODEL_TYPE) != MODEL_TYPE:
+        raise ValueError(
+            f"{key}={path} is a model of type {checkpoint.config['model_type']}; backbone=hf_dit builds the network of "
+            f"type {MODEL_TYPE}, so choose a model of that type"
+        )
+    missing = [
+        name for name in ("vocab_size", *_SIZES, "model.dropout") if not isinstance(known.get(name), int | float)
+    ]
+    if missing:
+        raise ValueError(f"{key}={path} gives no number for {', '.join(missing)}; use backbone=dit and type it")
+    return known
+
+
+def _refuse_contradictions(
+    known: dict[str, object], typed: dict[str, object], vocab_size: int, length: int, name: str
+) -> None:
+    differing = [f"{key}={typed[key]}" for key in _SIZES if typed[key] is not None and typed[key] != known[key]]
+    if differing:
+        says = " ".join(f"{key}={known[key]}" for key in _SIZES)
+        raise ValueError(f"{' '.join(differing)} contradicts {name}, which has {says}; leave it out")
+    if known["vocab_size"] != vocab_size:
+        raise ValueError(
+            f"the data have vocab_size={vocab_size}, but {name} has vocab_size={known['vocab_size']}: set "
+            "data.tokenizer_name_or_path to the tokenizer that it was trained with"
+        )
+    longest = known.get("model.length")
+    if longest and length > longest:
+        raise ValueError(
+            f"model.length={length} is longer than the {longest} tokens that {name} was trained on; set "
+            f"model.length={longest} or less"
+        )

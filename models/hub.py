@@ -1,0 +1,100 @@
+"""The Hub's layout of a model: where a named one lies, and its config.json in the words of our command line.
+
+A directory holds `config.json` and `model.safetensors` or `pytorch_model.bin`. Code that lies beside them is never run.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+CONFIG_FILE = "config.json"
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+MODEL_TYPE = "mdlm"
+
+# config.json's names -> ours. What kuleshov-group/mdlm-owt has; mask_padding is added by our own exports.
+CONFIG_KEYS = {"vocab_size": "vocab_size", "model_length": "model.length", "hidden_dim": "model.hidden_size",
+               "cond_dim": "model.cond_dim", "n_blocks": "model.n_blocks", "n_heads": "model.n_heads",
+               "dropout": "model.dropout", "time_conditioning": "time_conditioning",
+               "mask_padding": "model.mask_padding"}  # fmt: skip
+# Of the reference's configuration class: a file may leave out what has its default there.
+_DEFAULTS = {"model.cond_dim": 129, "model.dropout": 0.1, "time_conditioning": False}
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*")
+_FILES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
+
+
+def locate(path: str | Path, key: str) -> Path:
+    """Where `path` lies on this machine: itself, or, if it is only a name such as `org/name`, a copy from the Hub.
+
+    Raises:
+        FileNotFoundError: it is neither here nor to be had; `key` is the setting that named it.
+    """
+    if Path(path).exists():
+        return Path(path)
+    name = str(path)
+    if not _HUB_ID.fullmatch(name) or name.endswith(_FILES):
+        raise FileNotFoundError(f"{key}={name}: there is no such file or directory")
+    try:
+        return _snapshot(name)
+    except Exception as error:  # the Hub's client raises many types, none of them for users
+        reason = next(iter(str(error).strip().splitlines()), "")
+        raise FileNotFoundError(
+            f"{key}={name}: there is no such directory here, and the Hugging Face Hub did not give a model of that "
+            f"name ({type(error).__name__}: {reason}). Download it where there is a network "
+            f"(hf download {name} --local-dir DIR) and set {key}=DIR, or run this with access to the Hub"
+        ) from error
+
+
+def _snapshot(name: str) -> Path:
+    """Configuration and weights of a model on the Hub, the safe format first; its code is left there."""
+    from huggingface_hub import snapshot_download
+
+    folder = Path(snapshot_download(name, allow_patterns=[CONFIG_FILE, "*.safetensors"]))
+    if not (folder / WEIGHT_FILES[0]).exists():
+        folder = Path(snapshot_download(name, allow_patterns=[CONFIG_FILE, WEIGHT_FILES[1]]))
+    return folder
+
+
+def read_config(folder: Path) -> dict[str, object]:
+    """The `config.json` of a Hub-layout directory.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is no JSON object.
+    """
+    path = folder / CONFIG_FILE
+    if not path.exists():
+        raise FileNotFoundError(f"{folder} holds no {CONFIG_FILE}: it is not a model in the Hub's layout")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}); download or export the model again") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is no JSON object; download or export the model again")
+    return config
+
+
+def settings_of_config(config: Mapping[str, object]) -> dict[str, object]:
+    """What a `config.json` says of the network, by silence too, under our keys."""
+    return {**_DEFAULTS, **{ours: config[theirs] for theirs, ours in CONFIG_KEYS.items() if theirs in config}}
+
+
+def settings_of_tensors(state: Mapping[str, Tensor]) -> dict[str, object]:
+    """What the names and shapes of a DiT's tensors give away of its settings, under our keys."""
+    shape = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    found: dict[str, object] = {}
+    if "vocab_embed.embedding" in shape:
+        found["vocab_size"], found["model.hidden_size"] = shape["vocab_embed.embedding"]
+    if "sigma_map.mlp.0.bias" in shape:
+        (found["model.cond_dim"],) = shape["sigma_map.mlp.0.bias"]
+    if "rotary_emb.inv_freq" in shape and "model.hidden_size" in found:
+        found["model.n_heads"] = found["model.hidden_size"] // (2 * shape["rotary_emb.inv_freq"][0])
+    blocks = {name.split(".")[1] for name in shape if name.startswith("blocks.")}
+    if blocks:
+        found["model.n_blocks"] = len(blocks)
+    return found

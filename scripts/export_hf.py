@@ -1,0 +1,128 @@
+"""Write a checkpoint as a directory in the Hub's layout, with code that makes it a transformers model.
+
+    python scripts/export_hf.py --checkpoint outputs/.../last.ckpt --output my-model --tokenizer gpt2
+
+    AutoModelForMaskedLM.from_pretrained("my-model", trust_remote_code=True)      # there
+    python main.py mode=ppl_eval backbone=hf_dit eval.checkpoint_path=my-model    # here, without running its code
+
+The code beside the weights is ours: models/modeling_mdlm.py and what it imports, with relative imports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from safetensors.torch import save_file  # noqa: E402
+from transformers import PreTrainedTokenizerBase  # noqa: E402
+
+from command_line import clear_errors  # noqa: E402
+from models.checkpoints import Checkpoint, read_checkpoint  # noqa: E402
+from models.dit import DiT  # noqa: E402
+from models.hf_dit import build  # noqa: E402
+from models.hub import CONFIG_FILE, CONFIG_KEYS, MODEL_TYPE, WEIGHT_FILES, settings_of_tensors  # noqa: E402
+from text.tokenizers import load_tokenizer, vocabulary  # noqa: E402
+
+CODE = ("modeling_mdlm.py", "dit.py", "transformer.py", "layers.py", "attention.py")
+# What files of other programs may keep to themselves, as the reference has it.
+ASSUMED = {"model.length": 1024, "model.dropout": 0.1, "time_conditioning": False}
+
+
+def export(checkpoint_path: str, output: Path, tokenizer_name: str | None = None, raw: bool = False) -> list[str]:
+    """Write the model of `checkpoint_path` (whatever layout) into the new directory `output`.
+
+    The weights are the averaged ones where there are any and not `raw`. Returns what had to be assumed, `key=value`.
+
+    Raises:
+        FileNotFoundError: no checkpoint or tokenizer of that name.
+        ValueError: `output` holds something, the file is no DiT, or the tokenizer is another than the model's.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"--output={output} exists and is not an empty directory; choose a new one")
+    checkpoint = read_checkpoint(checkpoint_path, "--checkpoint")
+    settings = {**ASSUMED, **checkpoint.settings}
+    net = _network(checkpoint, settings, raw)
+    tokenizer = _tokenizer(tokenizer_name, checkpoint, settings) if tokenizer_name else None
+    partial = output.with_name(output.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(partial)
+    state = {f"backbone.{name}": tensor.contiguous() for name, tensor in net.state_dict().items()}
+    save_file(state, partial / WEIGHT_FILES[0], metadata={"format": "pt"})
+    for name in CODE:
+        source = (ROOT / "models" / name).read_text()
+        (partial / name).write_text(re.sub(r"^from models\.", "from .", source, flags=re.M))
+    fingerprint = vocabulary(tokenizer).fingerprint if tokenizer else checkpoint.identity.get("tokenizer")
+    config = _config({**settings, **net.settings}, fingerprint)
+    (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+    partial.replace(output)
+    return [f"{key}={value}" for key, value in ASSUMED.items() if key not in checkpoint.settings]
+
+
+def _network(checkpoint: Checkpoint, settings: dict[str, object], raw: bool) -> DiT:
+    sizes = ("vocab_size", "model.hidden_size", "model.cond_dim", "model.n_blocks", "model.n_heads")
+    missing = [key for key in sizes if key not in settings_of_tensors(checkpoint.state)]
+    if missing:
+        raise ValueError(f"--checkpoint={checkpoint.path} is no DiT: its tensors do not tell {', '.join(missing)}")
+    net = build(settings)
+    checkpoint.load_into(net, use_ema=not raw)
+    return net
+
+
+def _tokenizer(name: str, checkpoint: Checkpoint, settings: dict[str, object]) -> PreTrainedTokenizerBase:
+    tokenizer = load_tokenizer(name)
+    known = vocabulary(tokenizer)
+    if known.size != settings["vocab_size"]:
+        raise ValueError(
+            f"--tokenizer={name} has {known.size} ids (the mask included), the model {settings['vocab_size']}; give "
+            "the tokenizer that it was trained with"
+        )
+    if checkpoint.identity.get("tokenizer") not in (None, known.fingerprint):
+        raise ValueError(
+            f"--tokenizer={name} is not the one that the model was trained with; its ids would mean other words"
+        )
+    tokenizer.model_max_length = settings["model.length"]
+    for key in ("is_local", "local_files_only"):  # how it was loaded here, which transformers would save
+        tokenizer.init_kwargs.pop(key, None)
+    return tokenizer
+
+
+def _config(settings: dict[str, object], fingerprint: str | None) -> dict[str, object]:
+    module, classes = Path(CODE[0]).stem, {"AutoConfig": "MDLMConfig", "AutoModelForMaskedLM": "MDLM"}
+    return {
+        "model_type": MODEL_TYPE,
+        "architectures": ["MDLM"],
+        "auto_map": {auto: f"{module}.{name}" for auto, name in classes.items()},
+        "torch_dtype": "float32",
+        **{theirs: settings[ours] for theirs, ours in CONFIG_KEYS.items()},
+        **({"tokenizer_fingerprint": fingerprint} if fingerprint else {}),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True, help=".ckpt file, Hub-layout directory or Hub id")
+    parser.add_argument("--output", required=True, type=Path, help="the directory to write; must not exist or be empty")
+    parser.add_argument("--tokenizer", help="what data.tokenizer_name_or_path was: a folder or a Hub name")
+    parser.add_argument("--raw", action="store_true", help="the weights as trained instead of their average")
+    typed = parser.parse_args()
+    with clear_errors():
+        assumed = export(typed.checkpoint, typed.output, typed.tokenizer, typed.raw)
+    print(f"{typed.output}: load it with AutoModelForMaskedLM.from_pretrained({str(typed.output)!r}, ", end="")
+    print("trust_remote_code=True), or here with backbone=hf_dit")
+    if assumed:
+        print(f"assumed, as the checkpoint does not say: {', '.join(assumed)}; correct config.json if it is not so")
+    if not typed.tokenizer:
+        print("no tokenizer was written; --tokenizer names one")
+
+
+if __name__ == "__main__":
+    main()
