@@ -1,6 +1,6 @@
 """Detokenisers: text that a data set keeps cut into tokens -> text as people write it. Pure functions str -> str.
 
-They follow the conventions of the published zero-shot perplexities (those of kuleshov-group/mdlm, which go back to GPT-2's),
+They follow the conventions of the published zero-shot perplexities (kuleshov-group/mdlm; they go back to GPT-2),
 oddities included: a perplexity is comparable only on the same characters. Where ours differ, the function says so.
 """
 
