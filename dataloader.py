@@ -201,6 +201,10 @@ class TextData(LightningDataModule):
         """What undid a tokenisation of the split's texts (a name in text/detokenizers.py), None: nothing."""
         return self.source.detokenizer_of(split) if hasattr(self.source, "detokenizer_of") else None
 
+    def packing(self, split: str) -> Packing:
+        """How the texts of a split become rows."""
+        return self.packings.get(split, self.packings["test"])
+
     def _read(self, split: str) -> datasets.Dataset:
         """The split's rows from the source, when streaming no more of them than the limit."""
         if not self.streaming:
@@ -236,7 +240,7 @@ class TextData(LightningDataModule):
         Raises ValueError for texts, lengths and tokenizers that do not go together.
         """
         if name not in self._splits:
-            self._splits[name] = self._pack(name, self.packings.get(name, self.packings["test"]))
+            self._splits[name] = self._pack(name, self.packing(name))
         return self._splits[name]
 
     def _pack(self, name: str, packing: Packing) -> datasets.Dataset:
