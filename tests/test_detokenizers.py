@@ -84,10 +84,9 @@ def test_real_wikitext(data_dir):
     found = [detokenizer("wikitext")(line) for line in lines(data_dir)]
     for before, after in zip(lines(data_dir), found, strict=True):
         assert re.findall(r"\w", after.replace("N", "1")) == re.findall(r"\w", before.replace("N", "1"))
-    text = "\n".join(found)
-    assert len(text) < 0.97 * len("\n".join(lines(data_dir)))
+    raw, text = "\n".join(lines(data_dir)), "\n".join(found)
     for mark in ("@-@", "@,@", "@.@", " , ", " ; ", "= =", "( "):
-        assert text.count(mark) <= 3, f"{mark!r} is left"
+        assert text.count(mark) <= 0.02 * raw.count(mark), f"{mark!r} is left"
     assert found[0] == " = Homarus gammarus ="
     assert found[1].startswith(
         " Homarus gammarus, known as the European lobster or common lobster, is a species of <unk>"
