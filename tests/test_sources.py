@@ -293,4 +293,4 @@ def test_public_data_sets(name, sizes):
     if name == "gsm8k_baseline":
         assert all("\n#### " in text for text in rows["test"]["text"])
     if name == "wikitext2":
-        assert rows["test"]["text"][0] == " = Robert <unk> = "
+        assert rows["test"]["text"][0] == " = Robert <unk> ="

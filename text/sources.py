@@ -108,6 +108,7 @@ class HubOrFolder:
         return _ordered({*self.files, *carved})
 
     def detokenizer_of(self, split: str) -> str | None:
+        """Its name, None where the texts are as people write them."""
         return self.detokenizer
 
     def load(self, split: str) -> datasets.Dataset:
@@ -147,8 +148,7 @@ class HubOrFolder:
         table = to_table(rows)
         texts = [text_column(table, column, origin) for column in self.text_columns]
         if self.detokenizer is not None:  # kept on disk by `datasets` where the rows lie on disk
-            settings = {"name": self.detokenizer, "version": VERSION, "column": self.text_columns[0],
-                        "are_lines": self.drop_blank}  # fmt: skip
+            settings = {"name": self.detokenizer, "version": VERSION, "column": self.text_columns[0]}
             rows = rows.map(_detokenized, batched=True, features=rows.features, fn_kwargs=settings, desc="detokenising")
             texts = [text_column(to_table(rows), self.text_columns[0], origin)]
         if len(texts) > 1:
@@ -238,6 +238,7 @@ class Combined:
         return tuple(split for split, name in self.choice.items() if split in self.sources[name].splits)
 
     def detokenizer_of(self, split: str) -> str | None:
+        """That of the data set which gives the split."""
         return self.sources[self.choice[split]].detokenizer_of(split)
 
     def load(self, split: str) -> datasets.Dataset:
@@ -276,10 +277,9 @@ class GeneratedReviews:
         return text_rows(rows["text"], rows["label"])
 
 
-def _detokenized(batch: dict[str, list], *, name: str, version: int, column: str, are_lines: bool) -> dict[str, list]:
+def _detokenized(batch: dict[str, list], *, name: str, version: int, column: str) -> dict[str, list]:
     """A batch of `datasets` with its column detokenised. `version` only makes what is kept on disk change with it."""
-    function = detokenizer(name)
-    return {column: [function(text.rstrip("\r\n") if are_lines else text) for text in batch[column]]}
+    return {column: [detokenizer(name)(text) for text in batch[column]]}
 
 
 def _check_detokenizer(name: str, text_columns: Sequence[str]) -> None:
