@@ -14,11 +14,13 @@ PAD_MULTIPLE.
 Training data is ONE stream. Position p of the run is row order(seed, p // n)[p % n] of the n rows; optimizer
 step s takes the positions [s * G, (s + 1) * G), G = loader.global_batch_size, for any number of devices and
 any size of the micro-batches. The place in the stream is a function of the step alone: a checkpoint holds
-one number, workers none.
+one number, workers none. With data.random_crop a row is twice as long, and what is seen of it at position p is
+a function of (seed, p).
 """
 
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,106 +32,17 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
-from text.order import evaluation_batches, rows_at
+from text.order import evaluation_batches
 from text.packing import Packing, pack
-from text.sources import Source, at_most, keep_label
+from text.rows import at_most, keep_label
+from text.sources import Source
+from text.stream import PositionBatchSampler, TrainingStream, batch_arithmetic
 from text.tokenizers import Vocabulary, load_tokenizer, vocabulary
 
 log = logging.getLogger(__name__)
 
 PAD_MULTIPLE = 8
 SPLITS = ("train", "validation", "test")
-
-
-def batch_arithmetic(
-    global_batch_size: int,
-    batch_size: int | None,
-    devices: int,
-    num_nodes: int = 1,
-    max_batch_size: int | None = None,
-) -> tuple[int, int]:
-    """(rows per device and micro-batch, micro-batches per optimizer step); their product over all devices is
-    global.
-
-    batch_size None: the largest that divides a device's share, at most `max_batch_size` where that is given.
-    Raises ValueError naming the settings that do not divide.
-    """
-    world = devices * num_nodes
-    names = f"trainer.devices={devices} x trainer.num_nodes={num_nodes}"
-    given = {"loader.global_batch_size": global_batch_size, "loader.batch_size": batch_size,
-             "trainer.devices": devices, "trainer.num_nodes": num_nodes}  # fmt: skip
-    for key, value in given.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{key}={value} must be at least 1")
-    if global_batch_size % world:
-        raise ValueError(
-            f"loader.global_batch_size={global_batch_size} is not a multiple of the {world} devices "
-            f"({names}); "
-            f"give {world * max(1, global_batch_size // world)} or {world * (global_batch_size // world + 1)}"
-        )
-    share = global_batch_size // world
-    if batch_size is None:
-        largest = min(share, max_batch_size or share)
-        batch_size = next(size for size in range(largest, 0, -1) if share % size == 0)
-    if share % batch_size:
-        choices = ", ".join(str(size) for size in range(1, share + 1) if share % size == 0)
-        raise ValueError(
-            f"loader.batch_size={batch_size} does not divide the {share} rows of each device and step "
-            f"(loader.global_batch_size={global_batch_size} over {names}); give one of {choices}"
-        )
-    return batch_size, share // batch_size
-
-
-# -------------------------------------------------------------------------------- the training stream
-
-
-class PositionBatchSampler(Sampler[list[int]]):
-    """This rank's micro-batches of stream positions, for the whole run.
-
-    Micro-batch m of step s on rank r holds b positions from s * G + (m * world + r) * b on.
-    Iteration begins with the step that follows `consumed` samples, but `len` counts from position 0:
-    Lightning compares it with the number of batches since the start of the run.
-    """
-
-    def __init__(
-        self,
-        global_batch_size: int,
-        batch_size: int,
-        max_steps: int,
-        rank: int = 0,
-        world: int = 1,
-        consumed: int = 0,
-    ) -> None:
-        self.batch_size, self.accumulate = batch_arithmetic(global_batch_size, batch_size, world)
-        self.global_batch_size, self.max_steps = global_batch_size, max_steps
-        self.rank, self.world = rank, world
-        if consumed % global_batch_size or consumed < 0:
-            raise ValueError(
-                f"the checkpoint was written after {consumed} samples, which is no whole number of steps of "
-                f"loader.global_batch_size={global_batch_size}; resume with the size the run began with"
-            )
-        self.first_step = consumed // global_batch_size
-
-    def __len__(self) -> int:
-        return self.max_steps * self.accumulate
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for step in range(self.first_step, self.max_steps):
-            for micro_batch in range(self.accumulate):
-                place = (micro_batch * self.world + self.rank) * self.batch_size
-                start = step * self.global_batch_size + place
-                yield list(range(start, start + self.batch_size))
-
-
-class _TrainingStream(Dataset):
-    """The endless stream: positions -> columns of the rows there."""
-
-    def __init__(self, rows: datasets.Dataset, seed: int) -> None:
-        self.rows, self.seed = rows, seed
-
-    def __getitems__(self, positions: list[int]) -> dict[str, Any]:
-        columns = self.rows[rows_at(positions, len(self.rows), self.seed)]
-        return {**columns, "position": np.asarray(positions)}
 
 
 # -------------------------------------------------------------------------------- evaluation
@@ -185,6 +98,8 @@ class TextData(LightningDataModule):
     `max_*_texts` limits a split for quick runs (a fixed random choice where there are labels, else the first
     ones). Tokenizers are trained on the whole train split, whatever `label` and the limits are, so that the
     models of all classes share one vocabulary; `score_special` false makes BOS and EOS of padded rows given.
+    `streaming` reads no more of a split than its `max_*_texts` (tokenizers too); `random_crop` trains on random
+    stretches of wrapped rows twice as long, evaluation has fixed rows.
     loader: `batch_size` and `eval_batch_size` are rows per
     device; `batch_size` None divides `global_batch_size`. `length` is model.length, `seed` orders the
     training stream, `max_steps` are optimizer steps of the whole run.
@@ -202,6 +117,7 @@ class TextData(LightningDataModule):
         train: str | None = None,
         valid: str | None = None,
         streaming: bool = False,
+        random_crop: bool = False,
         wrap: bool = True,
         insert_train_special: bool = True,
         insert_valid_special: bool = True,
@@ -226,6 +142,7 @@ class TextData(LightningDataModule):
         super().__init__()
         self.name, self.score_special = name or "text", score_special
         self.source, self.length, self.label, self.wrap = source, length, label, wrap
+        self.streaming, self.random_crop = streaming, random_crop
         self.tokenizer_settings = {"name_or_path": tokenizer_name_or_path, "folder": tokenizer_folder,
                                    "vocab_size": vocab_size, "cache_dir": cache_dir}  # fmt: skip
         self.packings = {
@@ -244,16 +161,20 @@ class TextData(LightningDataModule):
         self._texts: dict[str, datasets.Dataset] = {}
         self._splits: dict[str, datasets.Dataset] = {}
         self._resumed: dict[str, int] = {}
-        _check_names(name, train, valid, streaming)
+        _check_names({name, *getattr(source, "sources", ())}, train, valid)
         self._check()
 
     def _check(self) -> None:
+        packing = self.packings["train"]
+        if self.random_crop and (not self.wrap or packing.chunk_special):
+            raise ValueError("data.random_crop=true cuts stretches out of wrapped text, without a begin or an end; "
+                             "set data.wrap=true and data.insert_train_special=false")  # fmt: skip
         least = {
             "loader.eval_batch_size": (self.eval_batch_size, 1),
             "loader.num_workers": (self.num_workers, 0),
             "trainer.max_steps": (self.max_steps, 1),
         }
-        limits = {f"data.max_{'valid' if s == 'validation' else s}_texts": (n, 1) for s, n in self.limits.items()}
+        limits = {_limit_key(split): (n, 1) for split, n in self.limits.items()}
         for key, (value, lowest) in {**least, **limits}.items():
             if value is not None and value < lowest:
                 raise ValueError(f"{key}={value} must be at least {lowest}")
@@ -262,7 +183,7 @@ class TextData(LightningDataModule):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         settings = {key: value for key, value in self.tokenizer_settings.items() if key != "name_or_path"}
         name = self.tokenizer_settings["name_or_path"]
-        return load_tokenizer(name, texts=lambda: self.source.load("train")["text"][:], **settings)
+        return load_tokenizer(name, texts=lambda: self._read("train")["text"][:], **settings)
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
@@ -272,6 +193,30 @@ class TextData(LightningDataModule):
     def label_names(self) -> tuple[str, ...] | None:
         return self.source.label_names
 
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return self.source.splits
+
+    def detokenizer(self, split: str) -> str | None:
+        """What undid a tokenisation of the split's texts (a name in text/detokenizers.py), None: nothing."""
+        return self.source.detokenizer_of(split) if hasattr(self.source, "detokenizer_of") else None
+
+    def packing(self, split: str) -> Packing:
+        """How the texts of a split become rows."""
+        return self.packings.get(split, self.packings["test"])
+
+    def _read(self, split: str) -> datasets.Dataset:
+        """The split's rows from the source, when streaming no more of them than the limit."""
+        if not self.streaming:
+            return self.source.load(split)
+        limit = self.limits.get(split)
+        if limit is None:
+            raise ValueError(f"data.streaming=true reads a split up to its limit, and {split} has none: "
+                             f"set {_limit_key(split)}, or data.streaming=false")  # fmt: skip
+        if not hasattr(self.source, "stream"):
+            raise ValueError("data.streaming=true: these texts are not on the Hub; set it to false")
+        return self.source.stream(split, limit)
+
     def texts(self, split: str) -> datasets.Dataset:
         """The split's texts as they are: columns text, text_id (number in the whole split), label where
         there is one.
@@ -279,7 +224,7 @@ class TextData(LightningDataModule):
         Raises ValueError for an unknown split, an unknown label, an empty split.
         """
         if split not in self._texts:
-            rows = self.source.load(split)
+            rows = self._read(split)
             rows = rows.add_column("text_id", np.arange(len(rows)))
             if self.label is not None:
                 rows = keep_label(rows, self.label, self.label_names)
@@ -295,15 +240,17 @@ class TextData(LightningDataModule):
         Raises ValueError for texts, lengths and tokenizers that do not go together.
         """
         if name not in self._splits:
-            texts = self.texts(name)
-            if self.wrap and self.label is None and "label" in texts.column_names:
-                texts = texts.remove_columns("label")  # a chunk of several texts has no label
-            packing = self.packings.get(name, self.packings["test"])
-            title = f"{name} split"
-            rows, figures = pack(texts, self.tokenizer, self.vocabulary, packing, self.cache_dir, title)
-            self._report(name, figures)
-            self._splits[name], self.figures[name] = rows, figures
+            self._splits[name] = self._pack(name, self.packing(name))
         return self._splits[name]
+
+    def _pack(self, name: str, packing: Packing) -> datasets.Dataset:
+        texts = self.texts(name)
+        if self.wrap and self.label is None and "label" in texts.column_names:
+            texts = texts.remove_columns("label")  # a chunk of several texts has no label
+        rows, figures = pack(texts, self.tokenizer, self.vocabulary, packing, self.cache_dir, f"{name} split")
+        self._report(name, figures)
+        self.figures[name] = figures
+        return rows
 
     def _report(self, name: str, figures: dict[str, int]) -> None:
         log.info("%s: %d texts -> %d rows, %d tokens", name, figures["texts"], figures["rows"], figures["tokens"])
@@ -331,7 +278,10 @@ class TextData(LightningDataModule):
                              f"give both one positive number")  # fmt: skip
         size, _ = batch_arithmetic(self.global_batch_size, self.batch_size, world)
         sampler = PositionBatchSampler(self.global_batch_size, size, self.max_steps, rank, world, self._consumed())
-        return self._loader(_TrainingStream(self.split("train"), self.seed), sampler)
+        if not self.random_crop:
+            return self._loader(TrainingStream(self.split("train"), self.seed), sampler)
+        double = self._pack("train", replace(self.packings["train"], length=2 * self.length))
+        return self._loader(TrainingStream(double, self.seed, crop=self.length), sampler)
 
     def val_dataloader(self) -> DataLoader:
         return self.eval_dataloader("validation")
@@ -388,13 +338,16 @@ class TextData(LightningDataModule):
         return int(self._resumed.get("consumed_samples", 0))
 
 
-def _check_names(name: str | None, train: str | None, valid: str | None, streaming: bool) -> None:
-    """data.train and data.valid (keys of the reference projects) name the data set; other values would do
-    nothing."""
+def _limit_key(split: str) -> str:
+    return f"data.max_{'valid' if split == 'validation' else split}_texts"
+
+
+def _check_names(known: Iterable[str | None], train: str | None, valid: str | None) -> None:
+    """data.train and data.valid (keys of the reference projects) name the data set, or one of those that it joins;
+    other values would do nothing."""
+    names = [name for name in known if name is not None]
     for key, value in (("data.train", train), ("data.valid", valid)):
-        if value is not None and name is not None and value != name:
+        if value is not None and names and value not in names:
             raise ValueError(f"{key}={value}: a data set is trained and measured on its own splits; "
                              f"choose it with "
-                             f"data={value}, or leave {key}={name}")  # fmt: skip
-    if streaming:
-        raise ValueError("data.streaming=true: texts are tokenised once and read from disk as needed; set it to false")
+                             f"data={value}, or leave {key} as it is ({', '.join(sorted(names))})")  # fmt: skip

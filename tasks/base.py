@@ -60,12 +60,13 @@ class Likelihood:
     """The likelihood of a split, with what to hold it against, all in nats per scored token.
 
     truth: the corpus's own entropy on the same texts, where it is known. gap: model minus truth, text by text, so its
-    error is far smaller than that of either. unigram: the same texts under training-set token frequencies.
+    error is far smaller than that of either. unigram: the same texts under training-set token frequencies, None for
+    data without a train split.
     """
 
     scores: Scores
     model: Estimate
-    unigram: Estimate
+    unigram: Estimate | None
     truth: Estimate | None = None
     gap: Estimate | None = None
 
@@ -76,11 +77,12 @@ class Likelihood:
             Metric("NLL", self.model.value, self.model.se, "nats/token", self.scores.label),
             Metric("bits", bits.value, bits.se, "bits/token"),
             Metric("perplexity", perplexity.value, perplexity.se),
-            Metric("unigram model", self.unigram.value, self.unigram.se, "nats/token"),
         ]
         if not self.scores.exact:
             rows.append(Metric("Monte Carlo error", self.scores.monte_carlo_se, None, "nats/token", "of the NLL, from "
                                "the draws alone"))  # fmt: skip
+        if self.unigram:
+            rows.append(Metric("unigram model", self.unigram.value, self.unigram.se, "nats/token"))
         if self.truth and self.gap:
             excess = self.gap.scaled(100 / self.truth.value)
             rows += [
@@ -91,13 +93,16 @@ class Likelihood:
 
     def ladder(self) -> list[tuple[str, float, float | None]]:
         """Rows of the figure that holds model against unigram."""
-        return [("unigram", self.unigram.value, self.unigram.se), ("this model", self.model.value, self.model.se)]
+        baseline = [("unigram", self.unigram.value, self.unigram.se)] if self.unigram else []
+        return [*baseline, ("this model", self.model.value, self.model.se)]
 
 
 def likelihood(data: object, split: str, scores: Scores, truth: GroundTruth | None) -> Likelihood:
     """Hold measured scores of `split` against a unigram model and, where the corpus knows it, the true entropy."""
     rows_M = row_numbers(data.split(split), scores.sample_id_M)
-    unigram = _per_token(unigram_nll(data, split, scores.given_length)[rows_M], scores.tokens_M)
+    unigram = None
+    if "train" in data.splits:
+        unigram = _per_token(unigram_nll(data, split, scores.given_length)[rows_M], scores.tokens_M)
     if truth is None:
         return Likelihood(scores, scores.per_token(), unigram)
     true_nll_M = true_nll(data, split, rows_M, scores.tokens_M if scores.given_length else None, truth)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 
 from reporting import plots
 from reporting.report import Report
@@ -14,7 +15,8 @@ def protocol(data: object, split: str, scores: Scores) -> dict[str, object]:
     """What must be equal for two perplexities to be comparable."""
     return {
         "data": data.name, "split": split, "label": data.label, "tokenizer": data.vocabulary.fingerprint,
-        "length": data.length, "wrap": data.wrap, "estimator": scores.label,
+        "detokenizer": data.detokenizer(split), "length": data.length, "wrap": data.wrap,
+        "packing": asdict(data.packing(split)), "estimator": scores.label,
         "network_evaluations_per_text": float(scores.evaluations_M.mean()),
     }  # fmt: skip
 

@@ -9,7 +9,9 @@ import pytest
 import yaml
 
 from text import reviews
-from text.sources import GeneratedReviews, HubOrFolder, UserFiles, at_most, carve, keep_label
+from text.rows import at_most, carve, keep_label
+from text.sources import GeneratedReviews, HubOrFolder
+from text.user_files import UserFiles
 
 TEXTS = [f'Text {i}, with "quotes"\tand a tab' for i in range(40)]
 
@@ -212,8 +214,8 @@ def test_the_hub_comes_second_and_gives_the_same(data_dir, tmp_path, monkeypatch
     local = named(label_column="label", label_names=["n", "p"]).load("train")
     asked = []
 
-    def load_dataset(hub_id, config, split):
-        asked.append((hub_id, config, split))
+    def load_dataset(hub_id, config, split, revision):
+        asked.append((hub_id, config, split, revision))
         return datasets.Dataset.from_dict({"text": TEXTS, "label": [i % 2 for i in range(40)], "other": TEXTS})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
@@ -221,7 +223,7 @@ def test_the_hub_comes_second_and_gives_the_same(data_dir, tmp_path, monkeypatch
     assert named(label_column="label", label_names=["n", "p"]).load("train").to_dict() == local.to_dict()
     monkeypatch.setenv("DATA_DIR", str(tmp_path / "some_set"))  # exists, but has no such folder
     named().load("test")
-    assert asked == [("someone/some-set", None, "train"), ("someone/some-set", None, "test[:50%]")]
+    assert asked == [("someone/some-set", None, "train", None), ("someone/some-set", None, "test[:50%]", None)]
 
 
 def test_neither_way_is_one_clear_error(data_dir, monkeypatch):
@@ -291,4 +293,4 @@ def test_public_data_sets(name, sizes):
     if name == "gsm8k_baseline":
         assert all("\n#### " in text for text in rows["test"]["text"])
     if name == "wikitext2":
-        assert rows["test"]["text"][0] == " = Robert <unk> = "
+        assert rows["test"]["text"][0] == " = Robert <unk> ="

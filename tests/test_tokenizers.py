@@ -221,6 +221,23 @@ def test_a_folder_cannot_run_code(tmp_path):
         assert "data.tokenizer_name_or_path" in str(error)
 
 
+def test_text8_has_the_entries_of_the_reference(tmp_path):
+    tokenizer = load_tokenizer("text8", cache_dir=tmp_path)
+    v = vocabulary(tokenizer)
+    assert (v.size, v.mask_id, v.pad_id, v.bos_id, v.eos_id) == (35, 4, 5, 2, 3)
+    assert tokenizer.convert_ids_to_tokens([0, 1, 6, 7, 8]) == ["[CLS]", "[SEP]", "[RESERVED]", "[UNK]", "a"]
+    assert tokenizer.convert_ids_to_tokens([33, 34]) == ["z", " "]
+    text = " the quick brown fox jumps over the lazy dog "
+    (ids,) = encode(tokenizer, [text])
+    assert len(ids) == len(text) and ids[:4] == [34, 27, 15, 12]
+    assert decode(tokenizer, ids) == "".join(token_strings(tokenizer, ids)) == text
+    assert encode(tokenizer, ["Az9[MASK]"])[0] == [8, 33, 7, 7, 20, 8, 26, 18, 7]
+    assert decode(tokenizer, [8, 4, 34]) == f"a{MASK_SYMBOL} "
+    assert vocabulary(load_tokenizer("text8", cache_dir=tmp_path)) == v and not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=r"data\.vocab_size=35 applies to"):
+        load_tokenizer("text8", vocab_size=35)
+
+
 needs_data = pytest.mark.skipif("DATA_DIR" not in os.environ, reason="needs DATA_DIR with the public tokenizers")
 
 

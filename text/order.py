@@ -35,6 +35,14 @@ def rows_at(positions: Sequence[int], num_rows: int, seed: int) -> np.ndarray:
     return rows
 
 
+def draws_at(positions: Sequence[int], counts: Sequence[int] | np.ndarray, seed: int) -> np.ndarray:
+    """(P,) int64: for each position of the stream a number in [0, counts[p]), by a hash of (seed, position), so
+    that it does not hang on batches, devices or a resume."""
+    key = _mix(_mix(np.array([seed % 2**64], dtype=np.uint64)) ^ np.uint64(0xD1B54A32D192ED03))
+    drawn = _mix(key ^ _mix(np.asarray(positions, dtype=np.uint64)))
+    return (drawn % np.asarray(counts).astype(np.uint64)).astype(np.int64)
+
+
 def evaluation_batches(order: np.ndarray, batch_size: int, rank: int = 0, world: int = 1) -> list[list[int]]:
     """Rank r's batches of `order[r::world]`; over all ranks every row once. Ranks get equally many batches
     wherever each has rows enough, as sharded models (FSDP) need."""

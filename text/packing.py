@@ -70,9 +70,8 @@ def pack(
     _check_tokens(vocabulary, packing, name)
     has_label = "label" in rows.column_names
     settings = {
-        "code": _CODE_VERSION, "texts": texts_fingerprint(rows["text"][:]),
-        "tokenizer": vocabulary.fingerprint,
-        "text_id": _digest(rows["text_id"][:]), "label": _digest(rows["label"][:]) if has_label else None,
+        "code": _CODE_VERSION, "texts": texts_fingerprint(_each_text(rows)), "tokenizer": vocabulary.fingerprint,
+        "text_id": _digest(rows, "text_id"), "label": _digest(rows, "label") if has_label else None,
         "packing": asdict(packing), "eos_id": vocabulary.eos_id, "bos_id": vocabulary.bos_id,
     }  # fmt: skip
     folder, figures = cached_folder(
@@ -100,7 +99,13 @@ def _check_tokens(vocabulary: Vocabulary, packing: Packing, name: str) -> None:
                              f"data.tokenizer_name_or_path, or set data.{key}")  # fmt: skip
 
 
-def _digest(values: list[int]) -> str:
+def _each_text(rows: datasets.Dataset) -> Iterator[str]:
+    for start in range(0, len(rows), _TEXTS_AT_ONCE):
+        yield from rows[start : start + _TEXTS_AT_ONCE]["text"]
+
+
+def _digest(rows: datasets.Dataset, column: str) -> str:
+    values = rows.select_columns(column).with_format("numpy")[:][column]
     return texts_fingerprint([np.asarray(values, dtype=np.int64).tobytes().hex()])
 
 

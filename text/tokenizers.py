@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from text.built_tokenizers import BUILDERS, SPECIALS, text8
 from text.cache import cached_folder, texts_fingerprint
 from text.hub import both_ways, local_folder, quick_when_offline
 
@@ -26,20 +27,11 @@ ILLEGAL_SYMBOL = "\N{REPLACEMENT CHARACTER}"
 
 _KEY = "data.tokenizer_name_or_path"
 _CODE_VERSION = 1  # raise it whenever a build below gives another tokenizer for the same texts
-_SPECIALS = {
-    "pad_token": "[PAD]",
-    "unk_token": "[UNK]",
-    "bos_token": "[BOS]",
-    "eos_token": "[EOS]",
-    "mask_token": "[MASK]",
-}
 _FOLDERS = {
     "gpt2": "gpt2_tokenizer",
     "bert-base-uncased": "bert_tokenizer",
     "roberta-base": "roberta_tokenizer",
 }
-# A word or sign takes the one space before it along, so that spacing survives; other white space is alone.
-_WORDS = r" ?[\p{L}\p{M}]+(?:['\x{2019}][\p{L}\p{M}]+)*| ?\p{N}+| ?[^\s\p{L}\p{M}\p{N}]|\s"
 _ALL = 2**31
 
 
@@ -126,18 +118,21 @@ def load_tokenizer(
     """The tokenizer named on the command line.
 
     `char`, `word`, `bpe` are built from `texts()` (the train split), `byte` from nothing; kept under
-    `cache_dir`. Any other name is looked for as `$DATA_DIR/<folder>`, as a path, then on the Hub.
+    `cache_dir`. `text8` is that data set's alphabet. Any other name is looked for as `$DATA_DIR/<folder>`, as a
+    path, then on the Hub.
     `vocab_size` counts all ids, special ones included: needed for `bpe`, optional for `word` (None = every
     word). Raises ValueError for a setting that does not apply, FileNotFoundError where nothing is found.
     """
     if not name_or_path or not isinstance(name_or_path, str):
-        raise ValueError(f"{_KEY}={name_or_path!r}: give {', '.join(BUILDERS)}, a folder, or a name on the Hub")
+        raise ValueError(f"{_KEY}={name_or_path!r}: give {', '.join(BUILDERS)}, text8, a folder, or a name on the Hub")
     if name_or_path in BUILDERS:
         tokenizer = _load_built(name_or_path, texts, vocab_size, cache_dir)
     elif vocab_size is not None:
         raise ValueError(
             f"data.vocab_size={vocab_size} applies to {_KEY}=word and bpe; with {name_or_path} leave it null"
         )
+    elif name_or_path == "text8":
+        tokenizer = text8()
     else:
         tokenizer = _load_pretrained(name_or_path, folder or _FOLDERS.get(name_or_path))
     tokenizer.model_max_length = _ALL  # the limit is model.length; the tokenizer's own only causes warnings
@@ -175,7 +170,7 @@ def _load_built(
 ) -> PreTrainedTokenizerBase:
     if kind in ("char", "byte") and vocab_size is not None:
         raise ValueError(f"data.vocab_size={vocab_size} applies to {_KEY}=word and bpe; with {kind} leave it null")
-    smallest = {"bpe": 256, "word": 1}.get(kind, 0) + len(_SPECIALS)
+    smallest = {"bpe": 256, "word": 1}.get(kind, 0) + len(SPECIALS)
     if kind == "bpe" and vocab_size is None:
         raise ValueError(f"data.vocab_size=null: {_KEY}=bpe needs a size, such as data.vocab_size=8192")
     if vocab_size is not None and vocab_size < smallest:
@@ -187,63 +182,12 @@ def _load_built(
     def build(folder: Path) -> None:
         tokenizer = BUILDERS[kind]([] if kind == "byte" else texts(), vocab_size or _ALL)
         PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **_SPECIALS
+            tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **SPECIALS
         ).save_pretrained(folder)
 
     settings = {"kind": kind, "vocab_size": vocab_size, "texts": content, "code": _CODE_VERSION}
     folder, _ = cached_folder(cache_dir, f"tokenizer-{kind}", settings, build)
     return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-
-
-# -------------------------------------------------------------------------------- building
-
-
-def _word_level(texts: Iterable[str], vocab_size: int, pattern: str) -> Tokenizer:
-    tokenizer = Tokenizer(models.WordLevel(unk_token=_SPECIALS["unk_token"]))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    trainer = trainers.WordLevelTrainer(
-        vocab_size=vocab_size, min_frequency=0, special_tokens=list(_SPECIALS.values()), show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
-
-
-def _build_char(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    return _word_level(texts, vocab_size, r"[\s\S]")
-
-
-def _build_word(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """The first word gets a space too, lest every word have a second id for the start of a text."""
-    tokenizer = _word_level((f" {text}" for text in texts if text), vocab_size, _WORDS)
-    tokenizer.normalizer = normalizers.Prepend(" ")
-    tokenizer.decoder = decoders.Sequence([decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    return tokenizer
-
-
-def _build_byte(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    alphabet = [*_SPECIALS.values(), *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
-
-
-def _build_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=list(_SPECIALS.values()), show_progress=False,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-    )  # fmt: skip
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
-
-
-BUILDERS: dict[str, Callable[[Iterable[str], int], Tokenizer]] = {
-    "char": _build_char, "byte": _build_byte, "word": _build_word, "bpe": _build_bpe,
-}  # fmt: skip
 
 
 # -------------------------------------------------------------------------------- text <-> ids

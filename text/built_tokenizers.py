@@ -1,0 +1,80 @@
+"""Tokenizers made here: from texts (char, word, bpe), from the bytes (byte), from an alphabet (text8)."""
+
+import string
+from collections.abc import Callable, Iterable
+
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+SPECIALS = {
+    "pad_token": "[PAD]",
+    "unk_token": "[UNK]",
+    "bos_token": "[BOS]",
+    "eos_token": "[EOS]",
+    "mask_token": "[MASK]",
+}
+# A word or sign takes the one space before it along, so that spacing survives; other white space is alone.
+_WORDS = r" ?[\p{L}\p{M}]+(?:['\x{2019}][\p{L}\p{M}]+)*| ?\p{N}+| ?[^\s\p{L}\p{M}\p{N}]|\s"
+_ANY_CHARACTER = r"[\s\S]"
+
+
+def _word_level(texts: Iterable[str], vocab_size: int, pattern: str) -> Tokenizer:
+    tokenizer = Tokenizer(models.WordLevel(unk_token=SPECIALS["unk_token"]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    trainer = trainers.WordLevelTrainer(
+        vocab_size=vocab_size, min_frequency=0, special_tokens=list(SPECIALS.values()), show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def _build_char(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    return _word_level(texts, vocab_size, _ANY_CHARACTER)
+
+
+def _build_word(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """The first word gets a space too, lest every word have a second id for the start of a text."""
+    tokenizer = _word_level((f" {text}" for text in texts if text), vocab_size, _WORDS)
+    tokenizer.normalizer = normalizers.Prepend(" ")
+    tokenizer.decoder = decoders.Sequence([decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    return tokenizer
+
+
+def _build_byte(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    alphabet = [*SPECIALS.values(), *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _build_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=list(SPECIALS.values()), show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )  # fmt: skip
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+BUILDERS: dict[str, Callable[[Iterable[str], int], Tokenizer]] = {
+    "char": _build_char, "byte": _build_byte, "word": _build_word, "bpe": _build_bpe,
+}  # fmt: skip
+
+
+def text8() -> PreTrainedTokenizerFast:
+    """The 35 entries of the reference project's text8 tokenizer, in its order: 8 special ones, the mask among them
+    (id 4), a to z, the space. Capitals become small; any other character is unknown."""
+    special = ("[CLS]", "[SEP]", "[BOS]", "[EOS]", "[MASK]", "[PAD]", "[RESERVED]", "[UNK]")
+    alphabet = {token: i for i, token in enumerate([*special, *string.ascii_lowercase, " "])}
+    tokenizer = Tokenizer(models.WordLevel(alphabet, unk_token=SPECIALS["unk_token"]))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_ANY_CHARACTER), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, cls_token="[CLS]", sep_token="[SEP]", **SPECIALS
+    )

@@ -1,0 +1,180 @@
+"""Rows of texts: columns of any table -> a Dataset with `text` and, where there are labels, `label`; choosing rows,
+holding some out. Everything stays in Arrow, so that tens of millions of texts need no Python objects."""
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+log = logging.getLogger(__name__)
+
+
+def text_rows(texts: pa.ChunkedArray | Sequence[str], labels: Sequence[int] | None = None) -> datasets.Dataset:
+    """The columns `text` (large_string) and, with `labels`, `label` (int64), in memory."""
+    if not isinstance(texts, pa.ChunkedArray):
+        texts = pa.chunked_array([pa.array(texts, pa.large_string())])
+    columns = {"text": texts} | ({} if labels is None else {"label": pa.array(labels, pa.int64())})
+    return from_table(pa.table(columns))
+
+
+def from_table(table: pa.Table) -> datasets.Dataset:
+    """A Dataset that shares the memory of `table`."""
+    return datasets.Dataset(datasets.table.InMemoryTable(table))
+
+
+def to_table(rows: datasets.Dataset) -> pa.Table:
+    """All rows as an Arrow table, memory-mapped where they lie on disk."""
+    return rows.with_format("arrow")[:]
+
+
+def take_rows(rows: datasets.Dataset, indices: Sequence[int] | np.ndarray) -> datasets.Dataset:
+    """Rows at `indices`, in memory without an index table: later reads are plain slices."""
+    return from_table(to_table(rows).take(pa.array(np.asarray(indices, dtype=np.int64))))
+
+
+def permutation(n: int, seed: int) -> np.ndarray:
+    """(n,) an order fixed by the seed and the number of rows."""
+    return np.random.default_rng([seed, n]).permutation(n)
+
+
+# -------------------------------------------------------------------------------- choosing
+
+
+def keep_label(rows: datasets.Dataset, label: int, label_names: Sequence[str] | None) -> datasets.Dataset:
+    """The rows of one class. Raises ValueError where there are no labels, no such label, or no row of it."""
+    if label_names is None or "label" not in rows.column_names:
+        raise ValueError(f"data.label={label}: these texts have no labels; leave data.label=null")
+    listing = ", ".join(f"{i} ({name})" for i, name in enumerate(label_names))
+    if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(label_names):
+        raise ValueError(f"data.label={label} is not one of the labels: {listing}")
+    keep = np.flatnonzero(np.asarray(rows["label"][:]) == label)
+    if not len(keep):
+        raise ValueError(f"data.label={label} ({label_names[label]}): this split has no text with that label")
+    return take_rows(rows, keep)
+
+
+def at_most(rows: datasets.Dataset, limit: int | None) -> datasets.Dataset:
+    """`limit` rows in their order, None: all. Where there are labels a choice that is always the same (files
+    may be sorted by them), else the first rows (which may belong together)."""
+    if limit is None or limit >= len(rows):
+        return rows
+    some = np.random.default_rng(0).permutation(len(rows))[:limit] if "label" in rows.column_names else range(limit)
+    return take_rows(rows, np.sort(some))
+
+
+def without_blanks(rows: datasets.Dataset) -> datasets.Dataset:
+    """Rows whose text is more than white space, without the line end that some data sets keep."""
+    table = to_table(rows)
+    table = table.filter(pc.not_equal(pc.utf8_trim_whitespace(table["text"]), ""))
+    stripped = pc.utf8_rtrim(table["text"], characters="\r\n")
+    return from_table(table.set_column(table.column_names.index("text"), "text", stripped))
+
+
+def carve(rows: datasets.Dataset, shares: Mapping[str, float], seed: int) -> dict[str, datasets.Dataset]:
+    """Split `rows` into the named shares and `train`, disjoint, each at least one row and in the order of
+    `rows`.
+
+    Rows are chosen by `seed` and the number of rows alone. Rows of `train` whose text also stands in a
+    held-out part are dropped, as they would make it too easy.
+    """
+    if not shares:
+        return {"train": rows}
+    order = permutation(len(rows), seed)
+    sizes = {split: max(1, round(share * len(rows))) for split, share in shares.items()}
+    if sum(sizes.values()) >= len(rows):
+        raise ValueError(f"{len(rows)} texts are too few to hold out {', '.join(sizes)} and keep a train "
+                         f"split; "
+                         f"give data.validation_path and data.test_path, or more texts")  # fmt: skip
+    parts, start = {}, 0
+    for split, size in sizes.items():
+        parts[split] = take_rows(rows, np.sort(order[start : start + size]))
+        start += size
+    left = to_table(take_rows(rows, np.sort(order[start:])))
+    held_out = pa.concat_tables([to_table(part) for part in parts.values()])["text"].combine_chunks()
+    kept = left.filter(pc.invert(pc.is_in(left["text"], value_set=held_out)))
+    if not kept.num_rows:
+        raise ValueError("every text of the train split also stands in a held-out split; the texts are too much alike")
+    if kept.num_rows < left.num_rows:
+        dropped = left.num_rows - kept.num_rows
+        log.info("%d texts that also stand in %s were dropped from train", dropped, ", ".join(sizes))
+    return {**parts, "train": from_table(kept)}
+
+
+# -------------------------------------------------------------------------------- checks
+
+
+def need_columns(present: Sequence[str], wanted: Sequence[str], origin: str) -> None:
+    """Raises ValueError naming the columns that `origin` lacks and those it has."""
+    absent = [column for column in wanted if column not in present]
+    if absent:
+        raise ValueError(f"{origin} has no column {', '.join(absent)}; it has {', '.join(present)}")
+
+
+def text_column(table: pa.Table, column: str, origin: str) -> pa.ChunkedArray:
+    """A column as large_string. Raises ValueError naming the first row that holds no text."""
+    texts = table.column(column)
+    if pa.types.is_dictionary(texts.type):
+        texts = texts.cast(texts.type.value_type)
+    is_text = (
+        pa.types.is_string(texts.type) or pa.types.is_large_string(texts.type) or pa.types.is_string_view(texts.type)
+    )
+    if not is_text or texts.null_count:
+        for row, text in enumerate(texts.to_pylist()):
+            if not isinstance(text, str):
+                raise ValueError(f"{origin}: row {row} of column {column!r} is {text!r}, not a text")
+    return texts.cast(pa.large_string())
+
+
+def label_values(table: pa.Table, column: str, origin: str) -> list[int] | list[str]:
+    """Labels as the file has them, numbers in quotes or csv as numbers. Raises ValueError naming the bad
+    row."""
+    values = table.column(column).to_pylist()
+    if not values:
+        raise ValueError(f"{origin} holds no text; give another file")
+    if all(isinstance(v, str) and re.fullmatch(r"-?[0-9]{1,9}", v) for v in values):
+        return [int(v) for v in values]
+    kind = str if isinstance(values[0], str) else int
+    for row, value in enumerate(values):
+        if not isinstance(value, kind) or isinstance(value, bool) or value == "":
+            raise ValueError(f"{origin}: row {row} of column {column!r} is {value!r}; labels must be "
+                             f"whole numbers from "
+                             f"0 on, or words, throughout")  # fmt: skip
+    return values
+
+
+def as_labels(values: Sequence[object], names: Sequence[str], origin: str) -> list[int]:
+    """Label ids; strings are looked up in `names`. Raises ValueError with the row of a value out of range."""
+    numbers = {name: i for i, name in enumerate(names)}
+    labels = []
+    for row, value in enumerate(values):
+        number = numbers.get(value) if isinstance(value, str) else value
+        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < len(names):
+            listing = ", ".join(f"{i} ({name})" for i, name in enumerate(names))
+            raise ValueError(f"{origin}: row {row} has the label {value!r}, which is none of {listing}; "
+                             f"correct the "
+                             f"file, or give data.label_names")  # fmt: skip
+        labels.append(number)
+    return labels
+
+
+def not_empty(rows: datasets.Dataset, origin: str) -> datasets.Dataset:
+    """The rows. Raises ValueError where there are none."""
+    if not len(rows):
+        raise ValueError(f"{origin} holds no text; give another file")
+    return rows
+
+
+def check_split(split: str, splits: Sequence[str]) -> None:
+    """Raises ValueError listing the splits there are."""
+    if split not in splits:
+        raise ValueError(f"there is no split {split!r}; there are {', '.join(splits)}")
+
+
+def check_share(key: str, share: float) -> None:
+    """Raises ValueError for a share of the rows that leaves none on one side."""
+    if not 0 < share < 1:
+        raise ValueError(f"{key}={share} must lie between 0 and 1")

@@ -1,0 +1,99 @@
+"""The user's own files as a source (text/sources.py says what a source is)."""
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+
+import datasets
+import pyarrow as pa
+
+from text.files import read_files
+from text.rows import as_labels, carve, check_share, check_split, label_values, not_empty, text_column, text_rows
+
+
+class UserFiles:
+    """The user's own files: txt (one text per non-empty line), csv, tsv, json, jsonl, parquet; a file, a
+    folder or a glob.
+
+    label_column: None = texts without labels. Labels are ints from 0 on, or strings (numbered in sorted
+    order over all splits); `label_names` names ints, or fixes which strings there are and their order.
+    validation_path, test_path: files of their own; without them shares of `path` are held out, chosen by
+    `seed`. Raises FileNotFoundError for absent files, ValueError for absent columns, bad rows, empty splits.
+    """
+
+    def __init__(
+        self,
+        path: str | None,
+        text_column: str = "text",
+        label_column: str | None = None,
+        label_names: Sequence[str] | None = None,
+        validation_path: str | None = None,
+        test_path: str | None = None,
+        validation_share: float = 0.05,
+        test_share: float = 0.05,
+        seed: int = 0,
+    ) -> None:
+        if not path:
+            raise ValueError(
+                "data.path is not set: give a file, a folder or a glob (txt, csv, tsv, json, jsonl, parquet)"
+            )
+        self.paths = {"train": path, "validation": validation_path, "test": test_path}
+        self.keys = {"train": "data.path", "validation": "data.validation_path", "test": "data.test_path"}
+        self.text_column, self.label_column = text_column, label_column
+        self.given_names = tuple(map(str, label_names)) if label_names else None
+        self.seed = seed
+        shares = {"validation": validation_share, "test": test_share}
+        self.shares = {split: share for split, share in shares.items() if not self.paths[split]}
+        for split, share in self.shares.items():
+            check_share(f"data.{split}_share", share)
+        if sum(self.shares.values()) >= 1:
+            raise ValueError(
+                f"data.validation_share + data.test_share = {sum(self.shares.values())}: no train split is left"
+            )
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return ("train", "validation", "test")
+
+    @property
+    def label_names(self) -> tuple[str, ...] | None:
+        return self._loaded[1]
+
+    def load(self, split: str) -> datasets.Dataset:
+        """The split's rows. Raises ValueError for a split that does not exist."""
+        check_split(split, self.splits)
+        return self._loaded[0][split]
+
+    @cached_property
+    def _loaded(self) -> tuple[dict[str, datasets.Dataset], tuple[str, ...] | None]:
+        """All splits at once, as label names are common to them."""
+        tables = {split: self._read(split, path) for split, path in self.paths.items() if path}
+        names = self._names(tables) if self.label_column else None
+        rows = {split: self._rows(table, self.paths[split], names) for split, table in tables.items()}
+        return {**rows, **carve(rows["train"], self.shares, self.seed)}, names
+
+    def _read(self, split: str, path: str) -> pa.Table:
+        table = read_files(path, self.keys[split], self.text_column)
+        wanted = {"data.text_column": self.text_column, "data.label_column": self.label_column}
+        for key, column in wanted.items():
+            if column is not None and column not in table.column_names:
+                raise ValueError(f"{key}={column}: {path} has no such column; it has {', '.join(table.column_names)}")
+        return table
+
+    def _names(self, tables: Mapping[str, pa.Table]) -> tuple[str, ...]:
+        key = f"data.label_column={self.label_column}"
+        values = label_values(tables["train"], self.label_column, self.paths["train"])
+        found = sorted(set(values))
+        names = self.given_names or tuple(map(str, found))
+        if self.given_names is None and isinstance(found[0], int) and found != list(range(len(found))):
+            raise ValueError(f"{key}: the labels are {', '.join(names)}; number them from 0 without gaps, "
+                             f"or give "
+                             f"data.label_names, or use words")  # fmt: skip
+        if len(names) < 2:
+            raise ValueError(f"{key}: there is one label only ({names[0]}); for texts without labels use data=text")
+        return names
+
+    def _rows(self, table: pa.Table, origin: str, names: tuple[str, ...] | None) -> datasets.Dataset:
+        texts, labels = text_column(table, self.text_column, origin), None
+        if names is not None:
+            labels = as_labels(label_values(table, self.label_column, origin), names, origin)
+        return not_empty(text_rows(texts, labels), origin)
