@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 
 from estimators.base import Measured
-from objectives.base import Batch, Model, Objective
-from objectives.noising import ExactCount, Noising
+from objectives.base import Batch, Model
+from objectives.noising import Noising
 from randomness import evaluation_noise
 
 
@@ -25,18 +25,11 @@ class Nelbo:
         self.noising = noising
 
     def label(self, model: Model, num_draws: int) -> str:
-        objective = self._bound(model, num_draws)
+        objective = model.objective.bound(self.noising)
         return "exact" if objective.exact else f"NELBO, {objective.noising.label}"
 
     def exact(self, model: Model) -> bool:
         return model.objective.exact
-
-    def _bound(self, model: Model, num_draws: int) -> Objective:
-        """The objective that is measured; single masks where pairs are not asked for and do not fit."""
-        objective = model.objective.bound(self.noising)
-        if self.noising is None and not objective.exact and num_draws % objective.noising.passes:
-            return model.objective.bound(ExactCount())
-        return objective
 
     def __call__(self, model: Model, batch: Batch, seed: int, num_draws: int) -> Measured:
         """`num_draws` network evaluations per row, its draws spread over strata of t or of the mask count; one if the
@@ -45,7 +38,7 @@ class Nelbo:
         Raises:
             ValueError: num_draws is no multiple of the passes a draw takes.
         """
-        objective = self._bound(model, num_draws)
+        objective = model.objective.bound(self.noising)
         passes = 1 if objective.exact else objective.noising.passes
         draws = 1 if objective.exact else num_draws // passes
         if num_draws < 1 or num_draws % passes:

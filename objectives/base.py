@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from noise_schedule import NoiseSchedule
-from objectives.noising import Bernoulli, Complementary, Noising
+from objectives.noising import Bernoulli, ExactCount, Noising
 from randomness import KeyedNoise
 
 Batch = Mapping[str, Tensor]
@@ -92,8 +92,8 @@ class MaskedDiffusion(ABC):
 
     @property
     def sharpest(self) -> Noising:
-        """The noising with the least variance at equal cost that this objective allows."""
-        return Bernoulli(T=self.T) if self.T else Complementary()
+        """The noising with the least variance at equal cost that this objective allows (benchmarks/estimators.py)."""
+        return Bernoulli(T=self.T) if self.T else ExactCount()
 
     def bound(self, noising: Noising | None) -> Self:
         """The same law measured: the bound itself, whatever training weighs, under `noising` (None: the sharpest)."""

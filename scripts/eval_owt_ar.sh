@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Perplexity of a trained AR baseline on OpenWebText. Published: 17.54 (arXiv 2406.07524, table 2). Arguments are
+# passed on, e.g. eval.checkpoint_path=/path/to/last.ckpt.
+#SBATCH --job-name=eval-ar
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --gres=gpu:1
+#SBATCH --cpus-per-task=4
+#SBATCH --time=0-04:00:00
+#SBATCH --output=%x-%j.log
+set -euo pipefail
+cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
+settings=(mode=ppl_eval model=small-ar backbone=ar parameterization=ar data=openwebtext-split model.length=1024
+  data.max_train_texts=20000 loader.eval_batch_size=16)
+exec python main.py "${settings[@]}" "$@"

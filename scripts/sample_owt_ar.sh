@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Samples of a trained AR baseline with their generative perplexity under GPT-2 large. Published: 14.1 at length 1024
+# (BD3-LM, arXiv 2503.09573, table 7). Arguments are passed on, e.g. eval.checkpoint_path=/path/to/last.ckpt.
+#SBATCH --job-name=sample-ar
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --gres=gpu:1
+#SBATCH --cpus-per-task=4
+#SBATCH --time=0-04:00:00
+#SBATCH --output=%x-%j.log
+set -euo pipefail
+cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
+settings=(mode=sample_eval model=small-ar backbone=ar parameterization=ar data=openwebtext-split model.length=1024
+  loader.eval_batch_size=8 sampling.num_sample_batches=2 eval.compute_generative_perplexity=true
+  data.max_train_texts=20000)
+exec python main.py "${settings[@]}" "$@"

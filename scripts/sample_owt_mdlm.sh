@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Samples of the published MDLM with their generative perplexity under GPT-2 large; it is reported with their entropy.
+# Published: 46.8 at length 1024 (BD3-LM, arXiv 2503.09573, table 7). Arguments are passed on, e.g.
+# eval.checkpoint_path=/path/to/last.ckpt.
+#SBATCH --job-name=sample-mdlm
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --gres=gpu:1
+#SBATCH --cpus-per-task=4
+#SBATCH --time=0-04:00:00
+#SBATCH --output=%x-%j.log
+set -euo pipefail
+cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
+settings=(mode=sample_eval data=openwebtext-split model.length=1024 eval.checkpoint_path=kuleshov-group/mdlm-owt
+  backbone=hf_dit
+  sampling.predictor=ddpm_cache sampling.steps=1000 loader.eval_batch_size=8 sampling.num_sample_batches=2
+  eval.compute_generative_perplexity=true data.max_train_texts=20000)
+exec python main.py "${settings[@]}" "$@"

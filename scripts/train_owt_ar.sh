@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# The autoregressive baseline on OpenWebText. Published: perplexity 17.54 (arXiv 2406.07524, table 2); not reproduced
+# here.
+# Submit again after a time limit: it resumes. Arguments after the script's name are passed on.
+#SBATCH --job-name=ar-owt
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=8
+#SBATCH --gres=gpu:8
+#SBATCH --cpus-per-task=4
+#SBATCH --time=7-00:00:00
+#SBATCH --output=%x-%j.log
+set -euo pipefail
+cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
+settings=(mode=train model=small-ar backbone=ar parameterization=ar data=openwebtext-split model.length=1024
+  loader.global_batch_size=512 loader.batch_size=16 loader.eval_batch_size=16 trainer.devices=8 strategy=ddp)
+exec srun python main.py "${settings[@]}" "$@"

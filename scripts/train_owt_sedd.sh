@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# SEDD on OpenWebText. Published: perplexity 24.10 after 262B tokens (arXiv 2406.07524, table 2); not reproduced here.
+# Submit again after a time limit: it resumes. Arguments after the script's name are passed on.
+#SBATCH --job-name=sedd-owt
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=8
+#SBATCH --gres=gpu:8
+#SBATCH --cpus-per-task=4
+#SBATCH --time=7-00:00:00
+#SBATCH --output=%x-%j.log
+set -euo pipefail
+cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
+settings=(mode=train model=small data=openwebtext-split parameterization=sedd time_conditioning=true model.length=1024
+  sampling.predictor=analytic loader.global_batch_size=512 loader.batch_size=16 loader.eval_batch_size=16
+  trainer.devices=8 strategy=ddp)
+exec srun python main.py "${settings[@]}" "$@"
