@@ -20,12 +20,12 @@ def unmask_chance(alpha_t: Tensor, alpha_s: Tensor) -> Tensor:
     return (alpha_s - alpha_t) / (1 - alpha_t)
 
 
-def posterior(p_x0_NV: Tensor, alpha_t: Tensor, alpha_s: Tensor, mask_id: int) -> Tensor:
-    """p(x_s | x_t = mask) as (N, V): the prediction times the chance of unmasking, the rest on `mask_id`
-    (MDLM, eq. 7)."""
-    chance = unmask_chance(alpha_t, alpha_s)
-    out_NV = p_x0_NV * chance
-    out_NV[:, mask_id] = 1 - chance
+def log_posterior(log_p_x0_NV: Tensor, alpha_t_N: Tensor, alpha_s_N: Tensor, mask_id: int) -> Tensor:
+    """log p(x_s | x_t = mask), (N, V) in the precision of alpha: the prediction times the chance of unmasking, the rest
+    on `mask_id` (MDLM, eq. 7)."""
+    chance_N = unmask_chance(alpha_t_N, alpha_s_N)
+    out_NV = log_p_x0_NV + chance_N.log()[:, None]
+    out_NV[:, mask_id] = torch.log1p(-chance_N)
     return out_NV
 
 

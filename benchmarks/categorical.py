@@ -1,10 +1,10 @@
 """What float32 Gumbel noise does to samples, against the float64 inversion used here.
 
-One step of a sampler at t = 1 with S steps unmasks a position with probability 1/S and then draws a token. The references
-draw both at once, as the argmax over tokens and mask of p / -log u with u in float32: there tokens of probability below
-2^-24 S are hardly ever reached, so fewer positions go than should, and those get the frequent tokens. Measured on a Zipf
-law over 50,257 tokens: how many positions go, the mean surprise of the drawn tokens (the entropy of the law, if all is
-right), and the temperature at which the law would explain them best.
+One step of a sampler at t = 1 with S steps unmasks a position with probability 1/S and then draws a token. The
+references draw both at once, as the argmax over tokens and mask of p / -log u with u in float32: there tokens of
+probability below 2^-24 S are hardly ever reached, so fewer positions go than should, and those get the frequent tokens.
+Measured on a Zipf law over 50,257 tokens: how many positions go, the mean surprise of the drawn tokens (the entropy of
+the law, if all is right), and the temperature at which the law would explain them best.
 
     python benchmarks/categorical.py                   # until 150 positions should have gone, at 128 and 1000 steps
 """

@@ -159,6 +159,14 @@ def per_position(value_B: Tensor, at_BL: Tensor) -> Tensor:
     return value_B[:, None].expand(at_BL.shape)[at_BL]
 
 
+def carry_over(log_p_NV: Tensor, x_N: Tensor, mask_id: int) -> Tensor:
+    """`log_p_NV`, written over where x_t is visible: all probability on the token that is there."""
+    visible_N = x_N != mask_id
+    log_p_NV[visible_N] = -torch.inf
+    log_p_NV[visible_N, x_N[visible_N]] = 0.0
+    return log_p_NV
+
+
 def scored_mask(batch: Batch) -> Tensor:
     """True where a token is to be masked and scored (B, L): everywhere but on padding and on given tokens."""
     mask_BL = batch.get("attention_mask")

@@ -16,6 +16,7 @@ from objectives.base import (
     Batch,
     MaskedDiffusion,
     TokenLoss,
+    carry_over,
     masked_positions,
     per_position,
     scored_mask,
@@ -63,10 +64,7 @@ class SEDD(MaskedDiffusion):
         """The scores as probabilities: s_y is proportional to p(x_0 = y | x_t). Visible tokens are copied."""
         chosen_BL = torch.ones_like(x_BL, dtype=torch.bool) if at_BL is None else at_BL
         log_p_NV = self.log_score(backbone, x_BL, t_B, chosen_BL, **cond).log_softmax(-1)
-        x_N = x_BL[chosen_BL]
-        visible_N = x_N != self.mask_id
-        log_p_NV[visible_N] = -torch.inf
-        log_p_NV[visible_N, x_N[visible_N]] = 0.0
+        log_p_NV = carry_over(log_p_NV, x_BL[chosen_BL], self.mask_id)
         return log_p_NV.unflatten(0, x_BL.shape) if at_BL is None else log_p_NV
 
     def reverse(

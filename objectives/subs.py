@@ -8,13 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from forward_process import unmask_chance
+from forward_process import log_posterior, unmask_chance
 from noise_schedule import NoiseSchedule
 from objectives.base import (
     Backbone,
     Batch,
     MaskedDiffusion,
     TokenLoss,
+    carry_over,
     masked_positions,
     per_position,
     scored_mask,
@@ -75,22 +76,13 @@ class Subs(MaskedDiffusion):
     ) -> Tensor:
         hidden_BLD = backbone.encode(x_BL, self.conditioning(t_B), **cond)
         if at_BL is not None:
-            return self._carry_over(log_probs(hidden_BLD[at_BL], backbone.head, self.mask_id), x_BL[at_BL])
+            return carry_over(log_probs(hidden_BLD[at_BL], backbone.head, self.mask_id), x_BL[at_BL], self.mask_id)
         flat_NV = log_probs(hidden_BLD.flatten(0, 1), backbone.head, self.mask_id)
-        return self._carry_over(flat_NV, x_BL.flatten()).unflatten(0, x_BL.shape)
+        return carry_over(flat_NV, x_BL.flatten(), self.mask_id).unflatten(0, x_BL.shape)
 
     def reverse(
         self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, s_B: Tensor, at_BL: Tensor, **cond: Tensor
     ) -> Tensor:
         """Eq. 7."""
-        alpha_t, alpha_s = self.schedule(t_B).alpha, self.schedule(s_B).alpha
-        chance_N = per_position(unmask_chance(alpha_t, alpha_s), at_BL)
-        log_p_NV = self.denoise(backbone, x_BL, t_B, at_BL, **cond).double() + chance_N.log()[:, None]
-        log_p_NV[:, self.mask_id] = torch.log1p(-chance_N)
-        return log_p_NV
-
-    def _carry_over(self, log_p_NV: Tensor, x_N: Tensor) -> Tensor:
-        visible_N = x_N != self.mask_id
-        log_p_NV[visible_N] = -torch.inf
-        log_p_NV[visible_N, x_N[visible_N]] = 0.0
-        return log_p_NV
+        alpha_t, alpha_s = (per_position(self.schedule(t).alpha, at_BL) for t in (t_B, s_B))
+        return log_posterior(self.denoise(backbone, x_BL, t_B, at_BL, **cond), alpha_t, alpha_s, self.mask_id)
