@@ -5,7 +5,6 @@ Shape suffixes: B batch, L length, N masked positions, V vocabulary.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from forward_process import log_posterior, unmask_chance
