@@ -55,23 +55,28 @@ def compose_config(overrides: list[str]) -> DictConfig:
         return compose("config", overrides=translate(overrides))
 
 
+def law(cfg: DictConfig) -> str:
+    """The objective's name as typed: subs, d3pm, sedd, ar."""
+    return cfg.parameterization._target_.rpartition(".")[2].lower()
+
+
 def refuse_contradictions(cfg: DictConfig) -> None:
     """Raises ValueError for settings that can not all be meant, with the reason."""
-    training, law = cfg.training, cfg.parameterization._target_.rpartition(".")[2].lower()
+    training, name = cfg.training, law(cfg)
     unread = {
-        "time_conditioning": cfg.time_conditioning and law == "ar",
-        "T": cfg.T and law in ("ar", "sedd"),
-        "subs_masking": cfg.subs_masking and law in ("ar", "sedd"),
-        "training.importance_sampling": training.importance_sampling and law in ("ar", "d3pm"),
-        "training.change_of_variables": training.change_of_variables and law != "subs",
-        "training.loss_weight": training.loss_weight != "elbo" and law != "subs",
-        "training.masking": law == "ar" and not cfg.masking._target_.endswith("Bernoulli"),
+        "time_conditioning": cfg.time_conditioning and name == "ar",
+        "T": cfg.T and name in ("ar", "sedd"),
+        "subs_masking": cfg.subs_masking and name in ("ar", "sedd"),
+        "training.importance_sampling": training.importance_sampling and name in ("ar", "d3pm"),
+        "training.change_of_variables": training.change_of_variables and name != "subs",
+        "training.loss_weight": training.loss_weight != "elbo" and name != "subs",
+        "training.masking": name == "ar" and not cfg.masking._target_.endswith("Bernoulli"),
     }
     for key, contradicts in unread.items():
         if contradicts:
             value = cfg.masking._target_ if key == "training.masking" else OmegaConf.select(cfg, key)
-            raise ValueError(f"{key}={value} means nothing to parameterization={law}; leave it out")
-    if law == "sedd" and not cfg.time_conditioning:
+            raise ValueError(f"{key}={value} means nothing to parameterization={name}; leave it out")
+    if name == "sedd" and not cfg.time_conditioning:
         raise ValueError(
             "parameterization=sedd with time_conditioning=false: the scale of its scores is a function of t, which the "
             "network then can not see; set time_conditioning=true"

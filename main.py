@@ -60,7 +60,7 @@ def identity(cfg: DictConfig) -> dict[str, object]:
     for key in IDENTITY:
         node = OmegaConf.select(cfg, key)
         visit(key, OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node)
-    return flat
+    return {**flat, "parameterization": command_line.law(cfg)}
 
 
 class Experiment:
@@ -160,7 +160,7 @@ class Experiment:
         checkpoint = read_checkpoint(path)
         shape = (*FUNCTION, "model.mask_padding")
         shape += ("model.length",) if "configuration" in checkpoint.identity else ()
-        self._check_belongs(checkpoint, identity(self.cfg), shape, data)
+        self._check_belongs(checkpoint, identity(self.cfg), (*shape, "parameterization"), data)
         diffusion = self.diffusion(data)
         checkpoint.load_into(diffusion.backbone, use_ema=not disable_ema)
         diffusion.ema = None

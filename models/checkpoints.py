@@ -163,7 +163,9 @@ def _reference_settings(content: Mapping[str, object]) -> dict[str, object]:
     hyper_parameters = content.get("hyper_parameters")
     config = hyper_parameters.get("config") if isinstance(hyper_parameters, dict) else None
     found = {key: _omegaconf_value(config, key.split(".")) for key in _REFERENCE_KEYS}
-    return {key: value for key, value in found.items() if isinstance(value, bool | int | float)}
+    law = _omegaconf_value(config, ["parameterization"]) or _omegaconf_value(config, ["algo", "parameterization"])
+    found["parameterization"] = law if isinstance(law, str) else None
+    return {key: value for key, value in found.items() if isinstance(value, bool | int | float | str)}
 
 
 def _omegaconf_value(node: object, names: list[str]) -> object:

@@ -195,6 +195,8 @@ def test_a_checkpoint_of_another_network_or_tokenizer_is_refused(tmp_path, monke
     ask = ["mode=ppl_eval", f"eval.checkpoint_path='{path}'", *TINY]
     with pytest.raises(ValueError, match="add: .*model.n_blocks=1"):
         main.run(compose_config([*ask, "model.n_blocks=2"]), "a test")
+    with pytest.raises(ValueError, match="add: parameterization=subs"):
+        main.run(compose_config([*ask, "parameterization=d3pm"]), "a test")
     with pytest.raises(ValueError, match="another tokenizer"):
         main.run(compose_config([*ask, "data.tokenizer_name_or_path=byte"]), "a test")
 
