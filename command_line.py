@@ -22,8 +22,6 @@ CONFIGS = Path(__file__).parent / "configs"
 # Keys of the references under their names here. What names a choice is a group: its members are files in configs/.
 ALIASES = {"sampling.predictor": "sampler", "training.masking": "masking", "eval.estimator": "estimator",
            "hydra.run.dir": "checkpointing.save_dir", "+wandb.offline": "wandb.offline"}  # fmt: skip
-# Switches that are choices here: switched on they name a group member, switched off they say nothing.
-SWITCHES = {"sampling.semi_ar": "sampler=semi_ar"}
 # Texts: their brackets, commas and braces are not Hydra's.
 TEXTS = ("sampling.prefix", "sampling.template")
 # Keys whose values are paths: runs/label=0/last.ckpt and {label}.ckpt mean something else to Hydra unless quoted.
@@ -36,16 +34,34 @@ def translate(arguments: list[str]) -> list[str]:
     out = []
     for argument in arguments:
         key, equals, value = argument.partition("=")
-        if key in SWITCHES:
-            out += [SWITCHES[key]] if value.lower() == "true" else []
-            continue
         key = ALIASES.get(key, key)
         if key in TEXTS and value not in ("", "null") and value[0] not in "'\"":
             value = json.dumps(value, ensure_ascii=False)
         if key in PATHS and re.search("[={}]", value) and not re.search(r"""["'\\,]""", value):
             value = f"'{value}'"
         out.append(f"{key}{equals}{value}")
-    return out
+    return _semi_ar(out)
+
+
+def _semi_ar(arguments: list[str]) -> list[str]:
+    """The references' flag sampling.semi_ar is a sampler here; its windows are filled by ancestral sampling.
+
+    Raises:
+        ValueError: it is neither true nor false, or another sampler is chosen beside it.
+    """
+    flags = [a.partition("=")[2].lower() for a in arguments if a.startswith("sampling.semi_ar=")]
+    rest = [a for a in arguments if not a.startswith("sampling.semi_ar=")]
+    if not set(flags) <= {"true", "false"}:
+        raise ValueError(f"sampling.semi_ar={flags[-1]} must be true or false")
+    if flags[-1:] != ["true"]:
+        return rest
+    others = [a for a in rest if a.startswith("sampler=") and a not in ("sampler=ddpm", "sampler=ddpm_cache")]
+    if others and others != ["sampler=semi_ar"]:
+        raise ValueError(
+            f"sampling.semi_ar=true fills its windows by ddpm_cache, which contradicts {others[-1]} (the same as "
+            "sampling.predictor=); leave one of them out"
+        )
+    return [*(a for a in rest if not a.startswith("sampler=")), "sampler=semi_ar"]
 
 
 def compose_config(overrides: list[str]) -> DictConfig:
@@ -58,6 +74,24 @@ def compose_config(overrides: list[str]) -> DictConfig:
 def law(cfg: DictConfig) -> str:
     """The objective's name as typed: subs, d3pm, sedd, ar."""
     return cfg.parameterization._target_.rpartition(".")[2].lower()
+
+
+# Numbers that are handed on far before they are used: a word in their place is a mistake to name here.
+WHOLE = ("seed", "T", "sampling.steps", "sampling.stride_length", "sampling.num_strides", "sampling.tokens_per_step",
+         "sampling.num_sample_batches", "sampling.num_sample_log", "sampling.top_k", "eval.num_draws", "eval.max_draws",
+         "eval.perplexity_batch_size", "classify.num_draws", "trainer.max_steps", "model.length")  # fmt: skip
+REAL = ("sampling.temperature", "sampling.nucleus_p", "eval.target_se", "training.ema", "training.sampling_eps")
+
+
+def check_numbers(cfg: DictConfig) -> None:
+    """Raises ValueError for a word, or a broken number, where a (whole) number belongs."""
+    for key in (*WHOLE, *REAL):
+        value = OmegaConf.select(cfg, key)
+        kinds = int if key in WHOLE else (int, float)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, kinds)):
+            raise ValueError(f"{key}={value} must be a {'whole ' if key in WHOLE else ''}number")
+    if cfg.seed < 0:
+        raise ValueError(f"seed={cfg.seed} must be 0 or more")
 
 
 def refuse_contradictions(cfg: DictConfig) -> None:
@@ -76,6 +110,12 @@ def refuse_contradictions(cfg: DictConfig) -> None:
         if contradicts:
             value = cfg.masking._target_ if key == "training.masking" else OmegaConf.select(cfg, key)
             raise ValueError(f"{key}={value} means nothing to parameterization={name}; leave it out")
+    clipped = cfg.noise._target_.endswith(".Clipped")
+    if clipped and (name != "subs" or not cfg.masking._target_.endswith("Bernoulli") or cfg.T):
+        raise ValueError(
+            "noise=clipped limits the mask rates of parameterization=subs training.masking=bernoulli T=0; "
+            f"with parameterization={name}, {cfg.masking._target_}, T={cfg.T} it would do nothing"
+        )
     if name == "sedd" and not cfg.time_conditioning:
         raise ValueError(
             "parameterization=sedd with time_conditioning=false: the scale of its scores is a function of t, which the "

@@ -95,7 +95,17 @@ class Experiment:
 
     @property
     def drawing(self) -> Drawing:
-        return Drawing(instantiate(self.cfg.sampler), Template(self.cfg.sampling.prefix, self.cfg.sampling.template))
+        given = Template(self.cfg.sampling.prefix, self.cfg.sampling.template)
+        settings = OmegaConf.to_container(self.cfg.sampler, resolve=True)
+        protocol = {"sampler": settings.pop("_target_"), **settings, "prefix": given.prefix, "template": given.template}
+        return Drawing(instantiate(self.cfg.sampler), given, protocol)
+
+    @property
+    def protocol(self) -> dict[str, object]:
+        """What is measured: which law, which weights, which random numbers."""
+        keys = ("T", "time_conditioning", "trainer.precision", "seed", "eval.checkpoint_path", "eval.disable_ema")
+        settings = {key: OmegaConf.select(self.cfg, key) for key in keys}
+        return {"parameterization": command_line.law(self.cfg), "noise": self.cfg.noise._target_, **settings}
 
     @property
     def estimator(self) -> Estimator:
@@ -273,6 +283,7 @@ def _device_name() -> str:
 
 def run(cfg: DictConfig, command: str) -> dict[str, object]:
     """Build the experiment and run the task that `mode` names; returns its results."""
+    command_line.check_numbers(cfg)
     command_line.refuse_contradictions(cfg)
     torch.set_float32_matmul_precision("high")
     return instantiate(cfg.mode)(Experiment(cfg, command))
@@ -287,8 +298,8 @@ def _hydra_main(cfg: DictConfig) -> None:
 def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
-    sys.argv[1:] = command_line.translate(sys.argv[1:])
     with command_line.clear_errors():
+        sys.argv[1:] = command_line.translate(sys.argv[1:])
         _hydra_main()
 
 

@@ -47,7 +47,7 @@ class NoiseSchedule(ABC):
 
     @abstractmethod
     def t_from_alpha(self, alpha: Tensor) -> Tensor:
-        """The inverse of alpha."""
+        """The inverse of alpha. An alpha that the schedule does not reach gives a t outside [0, 1], or its end."""
 
     @property
     def whole(self) -> NoiseSchedule:
@@ -85,7 +85,7 @@ class Cosine(NoiseSchedule):
         return NoiseLevel(self.eps + (1 - self.eps) * angle.cos(), -(1 - self.eps) * (math.pi / 2) * angle.sin())
 
     def t_from_alpha(self, alpha: Tensor) -> Tensor:
-        return torch.acos((alpha - self.eps) / (1 - self.eps)) / (math.pi / 2)
+        return torch.acos(((alpha - self.eps) / (1 - self.eps)).clamp(0.0, 1.0)) / (math.pi / 2)
 
 
 class CosineSquared(NoiseSchedule):
@@ -101,7 +101,7 @@ class CosineSquared(NoiseSchedule):
         )
 
     def t_from_alpha(self, alpha: Tensor) -> Tensor:
-        return torch.acos(((alpha - self.eps) / (1 - self.eps)).sqrt()) / (math.pi / 2)
+        return torch.acos(((alpha - self.eps) / (1 - self.eps)).clamp(0.0, 1.0).sqrt()) / (math.pi / 2)
 
 
 def _sigma_range(sigma_min: float, sigma_max: float) -> tuple[float, float]:

@@ -76,13 +76,6 @@ class KeyedNoise:
         """float64 (B,) in [0, 1): `time_B` if it was given, else plain uniform numbers."""
         return self.uniform() if self._time_B is None else self._time_B
 
-    def select(self, rows_B: Tensor) -> KeyedNoise:
-        """The same noise for a subset of the rows (a mask or indices)."""
-        chosen = object.__new__(KeyedNoise)
-        chosen._state_B, chosen._calls = self._state_B[rows_B], self._calls
-        chosen._time_B = None if self._time_B is None else self._time_B[rows_B]
-        return chosen
-
 
 def training_noise(seed: int, position_B: Tensor, global_batch_size: int) -> KeyedNoise:
     """Noise keyed by the place of a sample in the training stream.

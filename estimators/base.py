@@ -17,7 +17,8 @@ from objectives.base import Batch, Model
 class Measured:
     """-log p of a batch of rows, in nats.
 
-    nll_BK: float64; each column is an unbiased draw of what the estimator estimates. tokens_B: scored tokens.
+    nll_BK: float64, one column per draw; their mean is the estimate (the draws are strata of one another).
+    tokens_B: scored tokens.
     evaluations_B: network evaluations spent on each row. cross_entropy_BP, num_masked_BP: summed cross-entropy (nats)
     and number of the masked tokens of every pass, where there were masks.
     """

@@ -32,8 +32,7 @@ class Nelbo:
         return model.objective.exact
 
     def __call__(self, model: Model, batch: Batch, seed: int, num_draws: int) -> Measured:
-        """`num_draws` network evaluations per row, its draws spread over strata of t or of the mask count; one if the
-        likelihood is exact.
+        """`num_draws` masks per row, spread over strata of t or of the mask count; one pass if the likelihood is exact.
 
         Raises:
             ValueError: num_draws is no multiple of the passes a draw takes.
@@ -51,6 +50,6 @@ class Nelbo:
         return Measured(
             torch.stack([loss.nll_BL.double().sum(-1) for loss in losses], dim=1),
             losses[0].mask_BL.sum(-1),
-            torch.full_like(ids_B, draws * passes),
+            torch.full_like(ids_B, draws * passes * objective.encodes),
             {name: torch.cat([loss.logs[name] for loss in losses], dim=1) for name in losses[0].logs},
         )

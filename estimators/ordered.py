@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from estimators.base import Measured, refuse_causal
-from objectives.base import Batch, Model, scored_mask
-from samplers.ordered import ORDERS, next_positions, preference, time_of
+from objectives.base import Batch, Model, scored_mask, spread
+from samplers.base import row_chunks
+from samplers.ordered import check, next_positions, preference, time_of
 
 
 class Ordered:
@@ -24,10 +25,7 @@ class Ordered:
     kind = "exact likelihood of the ordered sampler (DUEL)"
 
     def __init__(self, order: str = "margin", tokens_per_step: int = 1) -> None:
-        if order not in ORDERS:
-            raise ValueError(f"estimator.order={order} is unknown; choose one of: {', '.join(ORDERS)}")
-        if tokens_per_step < 1:
-            raise ValueError(f"estimator.tokens_per_step={tokens_per_step} must be at least 1")
+        check(order, tokens_per_step)
         self.order, self.tokens_per_step = order, tokens_per_step
 
     def label(self, model: Model, num_draws: int) -> str:
@@ -40,26 +38,26 @@ class Ordered:
         """Exact: neither noise nor the number of draws plays a part."""
         refuse_causal(model, "duel")
         x0_BL, scored_BL = batch["input_ids"], scored_mask(batch)
-        mask_BL = batch.get("attention_mask")
         x_BL = torch.where(scored_BL, model.mask_id, x0_BL)
         tokens_B, nll_BL = scored_BL.sum(-1), torch.zeros(x0_BL.shape, dtype=torch.float64, device=x0_BL.device)
         evaluations_B = torch.zeros_like(tokens_B)
-        while True:
-            hidden_BL = (x_BL == model.mask_id) & scored_BL
-            rows_R = hidden_BL.any(-1).nonzero().squeeze(-1)
-            if not len(rows_R):
-                break
-            at_RL, left_R = hidden_BL[rows_R], hidden_BL[rows_R].sum(-1)
-            cond = {} if mask_BL is None else {"attention_mask": mask_BL[rows_R]}
-            log_p_NV = model.denoise(x_BL[rows_R], time_of(model, left_R, tokens_B[rows_R]), at_RL, **cond)
-            now_RL = next_positions(preference(log_p_NV, at_RL, self.order), left_R, self.tokens_per_step)
-            nll_BL[rows_R] += _of_true_tokens(log_p_NV, x0_BL[rows_R], at_RL, now_RL)
-            x_BL[rows_R] = torch.where(now_RL, x0_BL[rows_R], x_BL[rows_R])
-            evaluations_B[rows_R] += 1
+        while len(busy_R := ((x_BL == model.mask_id) & scored_BL).any(-1).nonzero().squeeze(-1)):
+            left_R = ((x_BL[busy_R] == model.mask_id) & scored_BL[busy_R]).sum(-1)
+            for rows_R in row_chunks(busy_R, left_R, model.vocab_size):
+                self._step(model, batch, x_BL, nll_BL, scored_BL, rows_R)
+            evaluations_B[busy_R] += 1
         return Measured(nll_BL.sum(-1, keepdim=True), tokens_B, evaluations_B)
 
-
-def _of_true_tokens(log_p_NV: Tensor, x0_RL: Tensor, at_RL: Tensor, now_RL: Tensor) -> Tensor:
-    """-log p of the true tokens at the positions of `now_RL`, 0 elsewhere, float64 (R, L)."""
-    nats_N = -log_p_NV.gather(1, x0_RL[at_RL][:, None]).squeeze(1).double()
-    return torch.zeros(at_RL.shape, dtype=torch.float64, device=at_RL.device).masked_scatter(at_RL, nats_N) * now_RL
+    def _step(
+        self, model: Model, batch: Batch, x_BL: Tensor, nll_BL: Tensor, scored_BL: Tensor, rows_R: Tensor
+    ) -> None:
+        """Fill the next positions of some rows with their true tokens, adding what these cost to `nll_BL`."""
+        x_RL, x0_RL = x_BL[rows_R], batch["input_ids"][rows_R]
+        at_RL = (x_RL == model.mask_id) & scored_BL[rows_R]
+        left_R, tokens_R = at_RL.sum(-1), scored_BL[rows_R].sum(-1)
+        cond = {"attention_mask": batch["attention_mask"][rows_R]} if "attention_mask" in batch else {}
+        log_p_NV = model.denoise(x_RL, time_of(model, left_R, tokens_R), at_RL, **cond)
+        now_RL = next_positions(preference(log_p_NV, at_RL, self.order), left_R, self.tokens_per_step)
+        nats_N = -log_p_NV.gather(1, x0_RL[at_RL][:, None]).squeeze(1).double()
+        nll_BL[rows_R] += spread(nats_N, at_RL) * now_RL
+        x_BL[rows_R] = torch.where(now_RL, x0_RL, x_RL)

@@ -13,7 +13,7 @@ import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
@@ -129,7 +129,12 @@ def _read_lightning_file(path: Path, weights: bool = True) -> Checkpoint:
     content = load_inert(path, mmap=not weights)
     if not isinstance(content, dict) or "state_dict" not in content:
         raise ValueError(f"{path} is not a Lightning checkpoint: it has no state_dict")
-    state, identity = _strip(content["state_dict"], path), content.get("identity", {})
+    weights_of, identity = content["state_dict"], content.get("identity", {})
+    if not isinstance(weights_of, dict) or not all(isinstance(v, Tensor) for v in weights_of.values()):
+        raise ValueError(f"{path} is not a Lightning checkpoint: its state_dict does not map names to tensors")
+    if not isinstance(identity, dict) or not isinstance(identity.get("configuration", {}), dict):
+        raise ValueError(f"{path} is not one of our checkpoints: its identity is of the wrong kind")
+    state = _strip(weights_of, path)
     known = identity["configuration"] if "configuration" in identity else _reference_settings(content)
     return Checkpoint(path, state, content.get("ema"), identity, settings={**known, **settings_of_tensors(state)})
 
@@ -164,6 +169,8 @@ def _reference_settings(content: Mapping[str, object]) -> dict[str, object]:
     config = hyper_parameters.get("config") if isinstance(hyper_parameters, dict) else None
     found = {key: _omegaconf_value(config, key.split(".")) for key in _REFERENCE_KEYS}
     law = _omegaconf_value(config, ["parameterization"]) or _omegaconf_value(config, ["algo", "parameterization"])
+    if _omegaconf_value(config, ["algo", "name"]) == "bd3lm":
+        law = "bd3lm"
     found["parameterization"] = law if isinstance(law, str) else None
     return {key: value for key, value in found.items() if isinstance(value, bool | int | float | str)}
 
@@ -275,6 +282,7 @@ _SAFE_BUILTINS = {
     "frozenset",
     "bytearray",
 }
+_IMMUTABLE = 1 << 8  # Py_TPFLAGS_IMMUTABLETYPE: classes of C, on which nothing can be set
 # Modules of which a checkpoint may hold instances; they are replaced by shells, never imported.
 _FOREIGN = (
     "omegaconf",
@@ -292,12 +300,21 @@ _FOREIGN = (
 )
 
 
+def _throw_away(thing: Callable | type) -> Callable | type:
+    """What does the same as `thing` but is not it: a pickle may set attributes on what it is handed."""
+    if isinstance(thing, FunctionType):
+        return lambda *args, **kwargs: thing(*args, **kwargs)
+    if isinstance(thing, type) and not thing.__flags__ & _IMMUTABLE:
+        return type(thing.__name__, (thing,), {"__module__": thing.__module__})
+    return thing
+
+
 class _InertUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Callable | type:
         if module == "__builtin__":
             module, name = "builtins", _PYTHON_2.get(name, name)
         if name in _SAFE.get(module, ()) or (module == "builtins" and name in _SAFE_BUILTINS):
-            return super().find_class(module, name)
+            return _throw_away(super().find_class(module, name))
         if module.split(".")[0] in _FOREIGN or module in _FOREIGN:
             return type(name, (Inert,), {"__module__": module})
         raise pickle.UnpicklingError(f"the file asks to run {module}.{name}, which no checkpoint needs: refused")

@@ -81,7 +81,9 @@ def read_config(folder: Path) -> dict[str, object]:
 
 def settings_of_config(config: Mapping[str, object]) -> dict[str, object]:
     """What a `config.json` says of the network, by silence too, under our keys."""
-    return {**_DEFAULTS, **{ours: config[theirs] for theirs, ours in CONFIG_KEYS.items() if theirs in config}}
+    found = {**_DEFAULTS, **{ours: config[theirs] for theirs, ours in CONFIG_KEYS.items() if theirs in config}}
+    kind = config.get("model_type", MODEL_TYPE)
+    return {**found, "parameterization": "subs" if kind == MODEL_TYPE else kind}
 
 
 def settings_of_tensors(state: Mapping[str, Tensor]) -> dict[str, object]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from noise_schedule import NoiseSchedule
 from objectives.base import Backbone, Batch, TokenLoss, spread
 from objectives.noising import Noising
 from objectives.projection import cross_entropy, log_probs
@@ -19,6 +20,7 @@ class AR:
     EOS is scored, since a causal network can not have seen it. The mask token has no mass."""
 
     exact, loss_name, independent_unmasking = True, "nll", False
+    encodes = 1
 
     def __init__(self, mask_id: int) -> None:
         self.mask_id = mask_id
@@ -35,6 +37,15 @@ class AR:
                 "likelihood is exact; use eval.estimator=auto"
             )
         return self
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """Raises ValueError: nothing is masked here."""
+        raise ValueError("parameterization=ar writes from left to right only: use sampling.predictor=ar")
+
+    def reverse(self, *args: object, **cond: object) -> Tensor:
+        """Raises ValueError: nothing is masked here."""
+        raise ValueError("parameterization=ar writes from left to right only: use sampling.predictor=ar")
 
     def loss(self, backbone: Backbone, batch: Batch, generator: KeyedNoise | None = None) -> TokenLoss:
         x_BL, mask_BL = batch["input_ids"], batch.get("attention_mask")

@@ -19,6 +19,7 @@ from objectives.noising import Bernoulli, ExactCount, Noising
 from randomness import KeyedNoise
 
 Batch = Mapping[str, Tensor]
+MAX_SIGMA = 50.0
 
 
 @dataclass(frozen=True)
@@ -75,12 +76,13 @@ class MaskedDiffusion(ABC):
     """
 
     exact = False
+    encodes = 1  # network evaluations of one look
     loss_weight = "elbo"
     independent_unmasking = False  # the chance of being unmasked is the schedule's alone, not the network's
 
     def __init__(self, schedule: NoiseSchedule, mask_id: int, noising: Noising | None = None, T: int = 0) -> None:  # noqa: N803
-        if T < 0:
-            raise ValueError(f"T={T} must be 0 (continuous time) or a number of steps")
+        if T < 0 or not float(T).is_integer():
+            raise ValueError(f"T={T} must be 0 (continuous time) or a whole number of steps")
         self.schedule, self.mask_id, self.T = schedule, mask_id, T
         self.noising = Bernoulli(T=T) if noising is None else noising
         self._check_noising()
@@ -101,6 +103,7 @@ class MaskedDiffusion(ABC):
         other.noising, other.loss_weight = noising or self.sharpest, "elbo"
         other.schedule = self.schedule.whole
         other._check_noising()
+        other._check_span()
         return other
 
     def _check_noising(self) -> None:
@@ -108,6 +111,16 @@ class MaskedDiffusion(ABC):
             raise ValueError(
                 f"T={self.T} and masks by {self.noising.label} contradict each other: T > 0 needs times of its grid "
                 "(training.masking=bernoulli, eval.estimator=stratified or auto), T = 0 has none"
+            )
+
+    def _check_span(self) -> None:
+        """A draw over t of a schedule measures the mask rates that it runs through, which must be all."""
+        first, last = self.schedule(torch.tensor([0.0, 1.0], dtype=torch.float64)).alpha.tolist()
+        if not self.noising.all_rates and (first < 0.99 or last > 0.01):
+            raise ValueError(
+                f"this noise schedule masks from {1 - first:.0%} to {1 - last:.0%} of the tokens, and "
+                f"{self.noising.label} would measure that part of the bound only; use eval.estimator=auto with T=0, or "
+                "a noise= that runs from nothing to everything"
             )
 
     def loss(self, backbone: Backbone, batch: Batch, generator: KeyedNoise | None = None) -> TokenLoss:
@@ -140,8 +153,8 @@ class MaskedDiffusion(ABC):
         """log p(x_s | x_t) at the N masked positions of `at_BL`, (N, V); the entry of the mask is that of staying."""
 
     def conditioning(self, t_B: Tensor) -> Tensor:
-        """What a time-conditioned network is shown: the total noise, float32 (B,)."""
-        return self.schedule(t_B).sigma.float()
+        """What a time-conditioned network is shown: the total noise, float32 (B,), finite where no token is kept."""
+        return self.schedule(t_B).sigma.clamp(max=MAX_SIGMA).float()
 
 
 def masked_positions(batch: Batch, xt_BL: Tensor, mask_id: int) -> Tensor:
@@ -192,6 +205,10 @@ class Model:
     @property
     def mask_id(self) -> int:
         return self.objective.mask_id
+
+    @property
+    def vocab_size(self) -> int:
+        return self.backbone.head.out_features
 
     @property
     def schedule(self) -> NoiseSchedule:

@@ -32,6 +32,8 @@ class D3PM(MaskedDiffusion):
     1 - t, the paper's own choice (section 3.1). subs_masking: no mass on [MASK].
     """
 
+    encodes = 2
+
     def __init__(
         self,
         schedule: NoiseSchedule,

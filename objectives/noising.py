@@ -33,6 +33,7 @@ class Noising(Protocol):
     label: str
     passes: int
     discrete: bool  # gives times of the grid 1/T, ..., 1
+    all_rates: bool  # covers every share of masks, whatever part of them the schedule runs through
 
     def __call__(
         self, schedule: NoiseSchedule, x0_BL: Tensor, scored_BL: Tensor, mask_id: int, noise: KeyedNoise
@@ -51,7 +52,7 @@ class Bernoulli:
         T: > 0 for times of the grid 1/T, 2/T, ..., 1.
     """
 
-    passes = 1
+    passes, all_rates = 1, False
 
     def __init__(
         self,
@@ -114,7 +115,7 @@ class ExactCount:
     it from its law given k: 1 - alpha is Beta(k, n - k + 1), which is that of the k-th of n sorted uniforms.
     """
 
-    passes, discrete, label = 1, False, "exact mask counts"
+    passes, discrete, all_rates, label = 1, False, True, "exact mask counts"
 
     def __call__(
         self, schedule: NoiseSchedule, x0_BL: Tensor, scored_BL: Tensor, mask_id: int, noise: KeyedNoise
@@ -127,23 +128,25 @@ class ExactCount:
 
 
 class Complementary:
-    """A mask of k tokens and its complement of n - k, k uniform in 0..n: two passes in which every token is masked
-    exactly once, so that what one mask overstates the other understates.
+    """A mask of k tokens and its complement of n - k: two passes in which every token is masked exactly once, so that
+    what one mask overstates the other understates.
 
-    Each member of the pair has a uniform count in 0..n, of which 0 contributes nothing; hence the factor (n + 1) / k.
+    k is uniform in 1..n as in `ExactCount`, and so is n - k if k = n is set apart: then the complement is empty and the
+    full mask counts for both.
     """
 
-    passes, discrete, label = 2, False, "exact mask counts in complementary pairs"
+    passes, discrete, all_rates, label = 2, False, True, "exact mask counts in complementary pairs"
 
     def __call__(
         self, schedule: NoiseSchedule, x0_BL: Tensor, scored_BL: Tensor, mask_id: int, noise: KeyedNoise
     ) -> list[Noised]:
         u_BL, n_B = _shuffled(noise, scored_BL), scored_BL.sum(-1)
-        few_B = torch.floor(noise.time() * 0.5 * (n_B + 1)).long()  # the smaller half of the pair covers the larger
+        # The pair {k, n - k} by its smaller member, 0 standing for k = n: uniform k on a circle of n, folded.
+        few_B = torch.floor(noise.time() * 0.5 * n_B + 0.5).long()
         first_BL = (u_BL <= _order_statistic(u_BL, few_B)[:, None]) & scored_BL & (few_B > 0)[:, None]
         pair = []
         for masked_BL, k_B in ((first_BL, few_B), (scored_BL & ~first_BL, n_B - few_B)):
-            factor_B = torch.where(k_B > 0, (n_B + 1) / k_B.clamp(min=1), 0.0)
+            factor_B = torch.where(k_B > 0, n_B / k_B.clamp(min=1), 0.0) * torch.where(few_B > 0, 1.0, 2.0)
             xt_BL = torch.where(masked_BL, mask_id, x0_BL)
             pair.append(_weighted(schedule, xt_BL, _order_statistic(u_BL, k_B), factor_B))
         return pair

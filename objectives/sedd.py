@@ -12,6 +12,7 @@ from torch import Tensor
 
 from noise_schedule import NoiseSchedule
 from objectives.base import (
+    MAX_SIGMA,
     Backbone,
     Batch,
     MaskedDiffusion,
@@ -72,7 +73,7 @@ class SEDD(MaskedDiffusion):
     ) -> Tensor:
         """The analytic (Tweedie) step of theorem 4.1: P(y) = (e^(sigma_t - sigma_s) - 1) s_y, the rest stays masked."""
         log_s_NV = self.log_score(backbone, x_BL, t_B, at_BL, **cond)
-        growth_B = self.schedule(s_B).alpha / self.schedule(t_B).alpha - 1
+        growth_B = self.schedule(s_B).alpha / self.schedule(t_B).alpha.clamp(min=math.exp(-MAX_SIGMA)) - 1
         log_q_NV = log_s_NV + per_position(growth_B.log(), at_BL)[:, None]
         leaving_N = log_q_NV.exp().sum(-1)
         # A network's scores need not fit the step: where they sum to more than everything, nothing stays masked.
@@ -83,4 +84,5 @@ class SEDD(MaskedDiffusion):
 
 def _log_ratio(alpha: Tensor) -> Tensor:
     """log of alpha / (1 - alpha), which is log 1 / (e^sigma - 1)."""
+    alpha = alpha.clamp(min=math.exp(-MAX_SIGMA))
     return torch.log(alpha) - torch.log1p(-alpha)

@@ -67,7 +67,7 @@ class Subs(MaskedDiffusion):
     def conditioning(self, t_B: Tensor) -> Tensor:
         if not self.change_of_variables:
             return super().conditioning(t_B)
-        low, high = log_move_range(self.schedule, t_B)
+        low, high = log_move_range(self.schedule.whole, t_B)
         return ((self.schedule(t_B).move_chance.log() - low) / (high - low)).float()
 
     def denoise(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from randomness import KeyedNoise
-from samplers.base import Generation, Model, TokenChoice, rows_of, time_grid
+from samplers.base import Generation, Model, TokenChoice, row_chunks, rows_of, time_grid
 
 
 @torch.no_grad()
@@ -37,19 +37,17 @@ def sample(
     for step in range(steps + 1 if noise_removal else steps):
         goes_BL, u_BL = generator.uniform(x_BL.shape[1]), generator.uniform(x_BL.shape[1])
         masked_BL = x_BL == model.mask_id
-        rows_R = masked_BL.any(-1).nonzero().squeeze(-1)
-        if not len(rows_R):
-            break
-        at_RL, t_R = masked_BL[rows_R], grid[step].expand(len(rows_R))
+        busy_R = masked_BL.any(-1).nonzero().squeeze(-1)
         last = step == steps
-        s_R = t_R / 2 if last else grid[step + 1].expand(len(rows_R))  # the last draw ignores who would have stayed
-        log_q_NV = model.reverse(x_BL[rows_R], t_R, s_R, at_RL, **rows_of(cond, rows_R))
-        leaves_N = torch.ones_like(log_q_NV[:, 0], dtype=torch.bool)
-        if not last:
-            leaves_N = goes_BL[masked_BL] < -torch.expm1(log_q_NV[:, model.mask_id])
-        log_q_NV[:, model.mask_id] = -torch.inf
-        drawn_N = choice.draw(log_q_NV.log_softmax(-1), u_BL[masked_BL])
-        x_BL[masked_BL] = torch.where(leaves_N, drawn_N, model.mask_id)
+        t, s = grid[step], grid[step] / 2 if last else grid[step + 1]  # the last draw ignores who would have stayed
+        for rows_R in row_chunks(busy_R, masked_BL[busy_R].sum(-1), model.vocab_size):
+            at_RL, given = masked_BL[rows_R], rows_of(cond, rows_R)
+            log_q_NV = model.reverse(x_BL[rows_R], t.expand(len(rows_R)), s.expand(len(rows_R)), at_RL, **given)
+            leaves_N = torch.full_like(log_q_NV[:, 0], last, dtype=torch.bool)
+            leaves_N |= goes_BL[rows_R][at_RL] < -torch.expm1(log_q_NV[:, model.mask_id])
+            log_q_NV[:, model.mask_id] = -torch.inf
+            drawn_N = choice.draw(log_q_NV.log_softmax(-1), u_BL[rows_R][at_RL])
+            x_BL[rows_R] = x_BL[rows_R].masked_scatter(at_RL, torch.where(leaves_N, drawn_N, model.mask_id))
         step_BL[masked_BL & (x_BL != model.mask_id)] = step + 1
-        evaluations_B[rows_R] += 1
+        evaluations_B[busy_R] += 1
     return Generation(x_BL, step_BL, steps + noise_removal, evaluations_B)

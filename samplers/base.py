@@ -5,6 +5,7 @@ Shape suffixes: B batch, L length, N selected positions, V vocabulary, S times o
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,9 +17,10 @@ from noise_schedule import NoiseSchedule
 
 
 class Model(Protocol):
-    """An objective with its backbone bound (diffusion.Model): all that a sampler may ask."""
+    """An objective with its backbone bound (objectives.base.Model): all that a sampler may ask."""
 
     mask_id: int
+    vocab_size: int
     schedule: NoiseSchedule
     independent_unmasking: bool  # when a mask goes is the schedule's choice, not the network's
 
@@ -86,6 +88,23 @@ def time_grid(num_steps: int, eps: float, device: torch.device | None = None) ->
     if num_steps < 1:
         raise ValueError(f"sampling.steps={num_steps} must be at least 1")
     return torch.linspace(1.0, eps, num_steps + 1, dtype=torch.float64, device=device)
+
+
+# Positions whose whole vocabulary is looked at together hold at most this many float64 numbers.
+_CHUNK_NUMBERS = 2**25
+
+
+def row_chunks(rows_R: Tensor, positions_R: Tensor, vocab_size: int) -> Iterator[Tensor]:
+    """`rows_R` in runs that have few enough positions to project at once, one row at least."""
+    together, numbers = [], 0
+    for row, count in zip(rows_R, (positions_R * vocab_size).tolist(), strict=True):
+        if together and numbers + count > _CHUNK_NUMBERS:
+            yield torch.stack(together)
+            together, numbers = [], 0
+        together.append(row)
+        numbers += count
+    if together:
+        yield torch.stack(together)
 
 
 def rows_of(cond: dict[str, Tensor], rows_R: Tensor) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from randomness import KeyedNoise
-from samplers.base import Generation, Model, TokenChoice, rows_of
+from samplers.base import Generation, Model, TokenChoice, row_chunks, rows_of
 
 ORDERS = ("left_to_right", "confidence", "margin", "entropy")
 
@@ -22,9 +22,6 @@ def preference(log_p_NV: Tensor, at_BL: Tensor, order: str) -> Tensor:
 
     confidence: the largest probability; margin: its distance to the second (Kim et al., arXiv 2502.06768, section 4);
     entropy: the least entropy.
-
-    Raises:
-        ValueError: an unknown order.
     """
     if order == "left_to_right":
         return torch.where(at_BL, -torch.arange(at_BL.shape[1], device=at_BL.device).double(), -torch.inf)
@@ -59,24 +56,31 @@ def sample(
     **cond: Tensor,
 ) -> Generation:
     """Fill the masked positions of `x_BL`; its other tokens are given and never change."""
-    masked_BL = x_BL == model.mask_id
-    maskable_B = masked_BL.sum(-1)
+    check(order, tokens_per_step)
+    maskable_B = (x_BL == model.mask_id).sum(-1)
     u_BL, x_BL, step_BL = generator.uniform(x_BL.shape[1]), x_BL.clone(), torch.zeros_like(x_BL)
     evaluations_B = torch.zeros_like(maskable_B)
     num_steps = -(-int(maskable_B.max()) // tokens_per_step)
     for step in range(1, num_steps + 1):
-        rows_R = (x_BL == model.mask_id).any(-1).nonzero().squeeze(-1)
-        at_RL = x_BL[rows_R] == model.mask_id
-        left_R = at_RL.sum(-1)
-        t_R = time_of(model, left_R, maskable_B[rows_R])
-        log_p_NV = model.denoise(x_BL[rows_R], t_R, at_RL, **rows_of(cond, rows_R))
-        now_RL = next_positions(preference(log_p_NV, at_RL, order), left_R, tokens_per_step)
-        chosen_N = now_RL[at_RL]
-        rows = x_BL[rows_R]
-        rows[now_RL] = choice.draw(log_p_NV[chosen_N], u_BL[rows_R][now_RL])
-        x_BL[rows_R], step_BL[rows_R] = rows, torch.where(now_RL, step, step_BL[rows_R])
-        evaluations_B[rows_R] += 1
+        busy_R = (x_BL == model.mask_id).any(-1).nonzero().squeeze(-1)
+        for rows_R in row_chunks(busy_R, (x_BL[busy_R] == model.mask_id).sum(-1), model.vocab_size):
+            rows, given = x_BL[rows_R], rows_of(cond, rows_R)
+            at_RL = rows == model.mask_id
+            left_R = at_RL.sum(-1)
+            log_p_NV = model.denoise(rows, time_of(model, left_R, maskable_B[rows_R]), at_RL, **given)
+            now_RL = next_positions(preference(log_p_NV, at_RL, order), left_R, tokens_per_step)
+            rows[now_RL] = choice.draw(log_p_NV[now_RL[at_RL]], u_BL[rows_R][now_RL])
+            x_BL[rows_R], step_BL[rows_R] = rows, torch.where(now_RL, step, step_BL[rows_R])
+        evaluations_B[busy_R] += 1
     return Generation(x_BL, step_BL, num_steps, evaluations_B)
+
+
+def check(order: str, tokens_per_step: int) -> None:
+    """Raises ValueError for an unknown order or too few tokens."""
+    if order not in ORDERS:
+        raise ValueError(f"sampling.order={order} is unknown; choose one of: {', '.join(ORDERS)}")
+    if tokens_per_step < 1:
+        raise ValueError(f"sampling.tokens_per_step={tokens_per_step} must be at least 1")
 
 
 def time_of(model: Model, masked_B: Tensor, maskable_B: Tensor) -> Tensor:

@@ -48,6 +48,12 @@ def export(checkpoint_path: str, output: Path, tokenizer_name: str | None = None
         raise ValueError(f"--output={output} exists and is not an empty directory; choose a new one")
     checkpoint = read_checkpoint(checkpoint_path, "--checkpoint")
     settings = {**ASSUMED, **checkpoint.settings}
+    law = settings.get("parameterization", "subs")
+    if law != "subs":
+        raise ValueError(
+            f"--checkpoint={checkpoint_path} was trained with parameterization={law}; the layout is that of MDLM "
+            "(subs), whose users would read its logits as something else"
+        )
     net = _network(checkpoint, settings, raw)
     tokenizer = _tokenizer(tokenizer_name, checkpoint, settings) if tokenizer_name else None
     partial = output.with_name(output.name + ".partial")

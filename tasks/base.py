@@ -41,6 +41,7 @@ class Experiment(Protocol):
     command: str
     settings: str  # the resolved configuration as YAML
     facts: Mapping[str, object]
+    protocol: Mapping[str, object]  # which law, weights and random numbers a result belongs to
     drawing: Drawing
     estimator: Estimator
     precision: Precision
@@ -162,7 +163,8 @@ def write_results(folder: Path, results: Mapping[str, object]) -> None:
     """`results.json`: what was measured and under which protocol, for programs to read; written atomically."""
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / "results.json.partial"
-    partial.write_text(json.dumps(results, indent=2, default=_plain) + "\n")
+    plain = json.loads(json.dumps(results, default=_plain), parse_constant=lambda name: None)  # JSON has no NaN
+    partial.write_text(json.dumps(plain, indent=2) + "\n")
     os.replace(partial, folder / "results.json")
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -72,10 +72,11 @@ def _pieces(tokenizer: object, text: str) -> list[int]:
 
 @dataclass(frozen=True)
 class Drawing:
-    """How texts are drawn: the sampler, with what is given of each text."""
+    """How texts are drawn: the sampler, with what is given of each text. protocol: the same, for a result to carry."""
 
     sampler: Callable
     given: Template = Template()
+    protocol: Mapping[str, object] = field(default_factory=dict)
 
 
 def draw(
@@ -154,9 +155,10 @@ def _draw_batch(
     padded = min(lengths) < max(lengths)
     cond = {"attention_mask": torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]} if padded else {}
     noise = KeyedNoise(seed, torch.arange(first, first + len(rows), device=diffusion.device))
-    out = sampler(diffusion.model, x_BL.to(diffusion.device), noise, **_moved(cond, diffusion.device))
-    extra = out.ids_BL.shape[1] - x_BL.shape[1]  # semi-autoregressive samplers go on behind the window
     ends_early = diffusion.objective.exact and not data.wrap
+    stop = {"stop_id": data.vocabulary.eos_id} if ends_early else {}
+    out = sampler(diffusion.model, x_BL.to(diffusion.device), noise, **_moved(cond, diffusion.device), **stop)
+    extra = out.ids_BL.shape[1] - x_BL.shape[1]  # semi-autoregressive samplers go on behind the window
     drawn = []
     for i, length in enumerate(lengths):
         ids = out.ids_BL[i, : length + extra].tolist()

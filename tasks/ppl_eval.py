@@ -11,9 +11,10 @@ from tasks.base import Experiment, Likelihood, likelihood, write_results
 from tasks.scoring import Scores, score
 
 
-def protocol(data: object, split: str, scores: Scores) -> dict[str, object]:
-    """What must be equal for two perplexities to be comparable."""
+def protocol(experiment: Experiment, data: object, split: str, scores: Scores) -> dict[str, object]:
+    """What must be equal for two perplexities to be comparable, and what they are of."""
     return {
+        **experiment.protocol, "kind": "exact likelihood" if scores.label == "exact" else scores.kind,
         "data": data.name, "split": split, "label": data.label, "tokenizer": data.vocabulary.fingerprint,
         "detokenizer": data.detokenizer(split), "length": data.length, "wrap": data.wrap,
         "packing": asdict(data.packing(split)), "estimator": scores.label,
@@ -45,13 +46,14 @@ _PREAMBLE = {
     "exact likelihood of the ordered sampler (DUEL)": "The exact likelihood of the sampler that fills masks in this "
     "order, which is another model than the diffusion: never to be compared with a NELBO. ",
 }
+_EXACT_ERRORS = "Errors are standard errors over texts."
 _ERRORS = "Errors are standard errors over texts and contain the noise of the masks."
 _TRUTH = " The corpus knows its own probabilities, so its entropy on these very texts is exact."
 
 
 def _method(measured: Likelihood) -> str:
     kind = "The likelihood is exact. " if measured.scores.label == "exact" else _PREAMBLE[measured.scores.kind]
-    return kind + _ERRORS + (_TRUTH if measured.truth else "")
+    return kind + (_EXACT_ERRORS if measured.scores.exact else _ERRORS) + (_TRUTH if measured.truth else "")
 
 
 def ppl_eval(experiment: Experiment, *, checkpoint_path: str, disable_ema: bool, split: str) -> dict[str, object]:
@@ -63,7 +65,9 @@ def ppl_eval(experiment: Experiment, *, checkpoint_path: str, disable_ema: bool,
         trainer, diffusion, data.eval_dataloader(split), experiment.estimator, experiment.precision, experiment.seed
     )
     measured = likelihood(data, split, scores, experiment.truth)
-    folder = experiment.folder() / "ppl_eval"
+    # Numbers of different kinds and splits never overwrite one another.
+    kind = "" if scores.kind == "NELBO" else f"-{scores.label.split(',')[0].replace(' ', '_').lower()}"
+    folder = experiment.folder() / "ppl_eval" / f"{split}{kind}"
     results = {
         "nll_nats_per_token": measured.model, "monte_carlo_se": scores.monte_carlo_se,
         "bits_per_token": measured.model.scaled(1 / math.log(2)),
@@ -71,7 +75,9 @@ def ppl_eval(experiment: Experiment, *, checkpoint_path: str, disable_ema: bool,
         "true_nats_per_token": measured.truth, "gap_nats_per_token": measured.gap, "texts": len(scores.tokens_M),
         "tokens": int(scores.tokens_M.sum()), "network_evaluations_per_text": float(scores.evaluations_M.mean()),
     }  # fmt: skip
-    write_results(folder, {**results, "protocol": protocol(data, split, scores), "command": experiment.command})
+    write_results(
+        folder, {**results, "protocol": protocol(experiment, data, split, scores), "command": experiment.command}
+    )
     report = Report("Perplexity", f"{data.name}, {split} split", experiment.command, experiment.facts)
     report_likelihood(report, measured, split)
     report.code(experiment.settings, "configuration")
@@ -79,6 +85,7 @@ def ppl_eval(experiment: Experiment, *, checkpoint_path: str, disable_ema: bool,
     print(
         f"\n{data.name} {split}: {len(scores.tokens_M)} texts, {int(scores.tokens_M.sum())} tokens, {scores.label}, "
         f"{scores.evaluations_M.mean():.1f} network evaluations a text"
+        + ("" if scores.exact else f", Monte Carlo error {scores.monte_carlo_se:.2g} nats/token")
     )
     print(
         f"NLL {measured.model} nats/token | {results['bits_per_token']} bits/token | perplexity {results['perplexity']}"

@@ -59,7 +59,8 @@ def sample_eval(
     comparison = compare([text.ids for text in drawn], real, data, scorer)
     evaluations = float(np.mean([text.evaluations for text in drawn]))
     results = {**comparison.results(), "network_evaluations_per_sample": evaluations}
-    write_results(folder, {**results, "command": experiment.command})
+    known = {**experiment.protocol, **experiment.drawing.protocol}
+    write_results(folder, {**results, "protocol": known, "command": experiment.command})
     report = Report("Samples", f"{len(drawn)} texts out of masks", experiment.command, experiment.facts)
     comparison.report(report, [Metric("network evaluations", evaluations, None, "per sample")])
     report.section("Texts")

@@ -5,7 +5,6 @@ Shape suffixes: B batch, M texts of the split, K draws, P network passes, R roun
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 import lightning
@@ -26,8 +25,9 @@ class Scores:
     """What was measured, one row per text, sorted by sample id.
 
     kind: what the numbers estimate. label: how. exact: without Monte Carlo error. given_length: the likelihood is that
-    of a text of known length (padding is seen), not of its ending. nll_MK: nats, an unbiased draw each. round_K: which
-    round of draws each column belongs to. tokens_M: scored tokens. evaluations_M: network evaluations spent.
+    of a text of known length (padding is seen), not of its ending. nll_MK: nats, one column per draw, of which the mean
+    is the estimate. round_K: the round of draws each column belongs to. tokens_M: scored tokens. evaluations_M: network
+    evaluations spent.
     cross_entropy_MP, num_masked_MP: summed cross-entropy (nats) of the masked tokens of a pass, and their number.
     """
 
@@ -126,6 +126,13 @@ class Precision:
             raise ValueError(f"eval.num_draws={self.num_draws} must be at least 1")
         if self.target_se is not None and self.target_se <= 0:
             raise ValueError(f"eval.target_se={self.target_se} must be positive, or null for one round of draws")
+        if self.target_se is not None and self.max_draws < self.num_draws:
+            raise ValueError(f"eval.max_draws={self.max_draws} must be at least eval.num_draws={self.num_draws}")
+
+    @property
+    def rounds(self) -> int:
+        """At most so many."""
+        return 1 if self.target_se is None else self.max_draws // self.num_draws
 
 
 def score(
@@ -134,11 +141,15 @@ def score(
 ) -> Scores:  # fmt: skip
     """Measure every text that `loader` yields, on all of the trainer's devices."""
     scores: Scores | None = None
-    for number in range(math.ceil(precision.max_draws / precision.num_draws)):
+    for number in range(precision.rounds):
         found = _round(trainer, diffusion, loader, estimator, precision.num_draws, hash_seed(seed, number))
         scores = found if scores is None else _joined(scores, found, number)
         if precision.target_se is None or scores.monte_carlo_se <= precision.target_se:
-            break
+            return scores
+    print(
+        f"eval.target_se={precision.target_se} was not reached with eval.max_draws={precision.max_draws}: "
+        f"the Monte Carlo error is {scores.monte_carlo_se:.2g} nats/token"
+    )
     return scores
 
 
@@ -163,6 +174,8 @@ def _round(
         batches = [batch for rank in gathered for batch in rank]
     if not batches:
         raise ValueError("there is nothing to score: the split is empty")
+    if not all(bool(batch["nll"].isfinite().all()) for batch in batches):
+        raise ValueError("a likelihood is not finite: the weights or the noise schedule gave NaN or infinity")
     columns = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
     order = columns["sample_id"].argsort()
     rows = {name: column[order].numpy() for name, column in columns.items()}

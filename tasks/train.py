@@ -78,7 +78,9 @@ def train(experiment: Experiment, *, num_samples: int) -> dict[str, object]:
         "unigram_nats_per_token": measured.unigram, "true_nats_per_token": measured.truth,
         "gap_nats_per_token": measured.gap, "checkpoint": last,
     }  # fmt: skip
-    write_results(folder, {**results, "protocol": protocol(data, "validation", scores), "command": experiment.command})
+    write_results(
+        folder, {**results, "protocol": protocol(experiment, data, "validation", scores), "command": experiment.command}
+    )
     report = Report("Training run", data.name, experiment.command, experiment.facts)
     report_likelihood(report, measured, "validation")
     report.section("Training")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import pickle
+import zipfile
 
 import pytest
 import torch
@@ -53,6 +55,32 @@ def test_dangerous_builtins_are_refused(tmp_path, name):
     torch.save({"state_dict": {}, "x": Call()}, tmp_path / "evil.ckpt")
     with pytest.raises(ValueError, match="refused"):
         read_checkpoint(tmp_path / "evil.ckpt")
+
+
+@pytest.mark.parametrize("thing", ["ccollections\nCounter\n", "ctorch._utils\n_rebuild_tensor_v2\n"])
+def test_a_pickle_can_not_change_what_it_names(tmp_path, thing):
+    """BUILD sets attributes on whatever stands before it, also on a class."""
+    module, name = thing[1:].split()[:2]
+    real = getattr(__import__(module, fromlist=["x"]), name)
+    patch = f"{thing}(N(Vchanged\nI01\ndtb.".encode()
+    content = b"\x80\x02" + patch
+    with zipfile.ZipFile(tmp_path / "x.ckpt", "w") as file:
+        file.writestr("archive/data.pkl", content)
+        file.writestr("archive/version", "3")
+        file.writestr("archive/byteorder", "little")
+    with contextlib.suppress(ValueError):
+        load_inert(tmp_path / "x.ckpt")
+    assert not hasattr(real, "changed")
+
+
+@pytest.mark.parametrize(("content", "said"), [
+    ({"state_dict": [1]}, "state_dict"), ({"state_dict": {"backbone.x": "text"}}, "state_dict"),
+    ({"state_dict": {"backbone.x": torch.zeros(1)}, "identity": 3}, "identity"),
+])  # fmt: skip
+def test_files_of_other_kinds_are_refused(tmp_path, content, said):
+    torch.save(content, tmp_path / "x.ckpt")
+    with pytest.raises(ValueError, match=said):
+        read_checkpoint(tmp_path / "x.ckpt")
 
 
 def test_a_raw_pickle_is_refused(tmp_path):

@@ -104,6 +104,15 @@ def test_the_references_spellings_are_choices():
     assert translate(["sampling.predictor=ddpm", "seed=2"]) == ["sampler=ddpm", "seed=2"]
     assert translate(["sampling.semi_ar=True", "eval.estimator=duel"]) == ["sampler=semi_ar", "estimator=duel"]
     assert translate(["sampling.semi_ar=False", "training.masking=exact_count"]) == ["masking=exact_count"]
+    for order in (
+        ["sampling.semi_ar=true", "sampling.predictor=ddpm_cache"],
+        ["sampler=ddpm", "sampling.semi_ar=True"],
+    ):
+        assert translate(order) == ["sampler=semi_ar"]
+    with pytest.raises(ValueError, match="sampling.semi_ar=true.*sampler=first_hitting"):
+        translate(["sampling.semi_ar=true", "sampling.predictor=first_hitting"])
+    with pytest.raises(ValueError, match="sampling.semi_ar=foo"):
+        translate(["sampling.semi_ar=foo"])
 
 
 def test_texts_on_the_command_line_are_taken_as_they_are():
@@ -176,6 +185,15 @@ def test_unknown_keys_and_choices_list_what_exists(arguments, said):
     (["noise=clipped", "noise.sampling_eps_min=0.9"], "noise.sampling_eps_min=0.9"),
     (["eval.estimator=complementary", "eval.num_draws=3"], "num_draws=3"),
     (["eval.target_se=-1"], "eval.target_se=-1"),
+    (["eval.target_se=0.1", "eval.max_draws=1"], "eval.max_draws=1"),
+    (["T=1.5"], "T=1.5"), (["sampling.steps=abc"], "sampling.steps=abc"), (["seed=-1"], "seed=-1"),
+    (["sampling.temperature=hot"], "sampling.temperature=hot"), (["eval.num_draws=abc"], "eval.num_draws=abc"),
+    (["noise=clipped", "parameterization=d3pm"], "noise=clipped"),
+    (["noise=clipped", "training.masking=exact_count"], "noise=clipped"),
+    (["noise=linear", "noise.sigma_min=1", "eval.estimator=stratified"], "part of the bound only"),
+    (["parameterization=ar", "sampling.predictor=ordered"], "sampling.predictor=ar"),
+    (["parameterization=ar", "sampling.predictor=first_hitting"], "sampling.predictor=ar"),
+    (["sampling.predictor=ordered", "sampling.tokens_per_step=0"], "sampling.tokens_per_step=0"),
     (["sampling.temperature=-1"], "sampling.temperature=-1"),
     (["sampling.prefix=a", "sampling.template=b"], "sampling.prefix=a"),
     (["sampling.template=nothing"], "sampling.template=nothing"),

@@ -10,7 +10,7 @@ import torch
 from estimators.any_order import AnyOrder
 from estimators.nelbo import Nelbo
 from estimators.ordered import Ordered
-from noise_schedule import Clipped, Cosine, Linear, LogLinear
+from noise_schedule import Clipped, Cosine, CosineSquared, Linear, LogLinear
 from objectives.base import Model
 from objectives.d3pm import D3PM
 from objectives.noising import Bernoulli, Complementary, ExactCount
@@ -97,6 +97,35 @@ def test_every_token_is_masked_once_in_a_complementary_pair(random_dit):
     assert len(set(masked[0].sum(-1).tolist())) == 3, "the smaller half has 0, 1 or 2 of 5"
 
 
+@pytest.mark.parametrize("noising", [ExactCount(), Complementary()])
+@pytest.mark.parametrize("length", [1, 2, 7, 8])
+def test_counts_have_no_noise_of_their_own(noising, length):
+    """Where every masked token costs one nat, every single draw is exactly the length."""
+    x0 = torch.zeros(500, length, dtype=torch.long)
+    schedule, scored = LogLinear(), torch.ones_like(x0, dtype=torch.bool)
+    looks = noising(schedule, x0, scored, MASK, evaluation_noise(0, torch.arange(500)))
+    nats = sum(look.scale_B * schedule(look.t_B).elbo_weight * (look.xt_BL == MASK).sum(-1) for look in looks)
+    torch.testing.assert_close(nats / len(looks), torch.full((500,), float(length), dtype=torch.float64))
+
+
+@pytest.mark.parametrize("schedule", [Cosine(), CosineSquared(), LogLinear(eps=0.0), Linear(1e-4, 20.0)])
+def test_every_estimator_is_finite_under_every_schedule(random_dit, schedule):
+    """Counts ask for mask rates that a schedule may not reach."""
+    net, batch = random_dit(VOCAB, time_conditioning=True), batch_of(torch.randint(MASK, (200, 3)))
+    model = Model(Subs(schedule, MASK).bound(None), net)
+    for estimator in (Nelbo(ExactCount()), Nelbo(Complementary()), Ordered(), AnyOrder()):
+        with torch.no_grad():
+            assert estimator(model, batch, 0, 4).nll_BK.isfinite().all()
+
+
+@pytest.mark.parametrize("schedule", [Linear(1.0, 20.0), Linear(1e-4, 1.0), LogLinear(eps=0.5)])
+def test_a_part_of_the_bound_is_not_measured_as_the_bound(random_dit, schedule):
+    with pytest.raises(ValueError, match="part of the bound only.*eval.estimator=auto"):
+        Subs(schedule, MASK).bound(Bernoulli())
+    values = [mean_loss(Subs(s, MASK).bound(None), random_dit(VOCAB))[0] for s in (schedule, LogLinear(eps=0.0))]
+    assert values[0] == pytest.approx(values[1], rel=1e-6), "counts cover every mask rate"
+
+
 @pytest.mark.parametrize("noising", [ExactCount(), Complementary(), Bernoulli()])
 def test_rows_without_a_scored_token_cost_nothing_and_break_nothing(random_dit, noising):
     batch = batch_of(torch.randint(MASK, (3, 4)))
@@ -124,13 +153,20 @@ def test_clipped_schedules_train_on_their_range_and_measure_the_whole(random_dit
     t = torch.tensor([0.0, 1.0], dtype=torch.float64)
     torch.testing.assert_close(schedule(t).move_chance, torch.tensor([0.3, 0.8], dtype=torch.float64))
     assert Subs(schedule, MASK).bound(None).schedule is schedule.base
+    for t, rate in ((0.0, 0.3), (1.0, 0.8)):
+        shown = [
+            Subs(s, MASK, change_of_variables=True).conditioning(s.t_from_alpha(torch.tensor([1 - rate]).double()))
+            for s in (schedule, schedule.base)
+        ]
+        torch.testing.assert_close(*shown)
+        torch.testing.assert_close(schedule.t_from_alpha(torch.tensor([1 - rate]).double()), torch.tensor([t]).double())
 
 
 def test_the_importance_weighted_bound_lies_between_the_likelihood_and_the_nelbo(random_dit):
     net = random_dit(VOCAB)
     with torch.no_grad():
         for parameter in net.parameters():
-            parameter.mul_(1.6)  # so that the order matters
+            parameter.mul_(2.2)  # so that the order matters
     model = Model(Subs(LogLinear(eps=0.0), MASK).bound(None), net)
     true = -math.log(any_order_law(model, 4, VOCAB)[tuple(X0[0].tolist())])
     nelbo = exact_bound(model.objective, net, X0)

@@ -37,7 +37,6 @@ def test_rows_do_not_know_their_batch_nor_their_padding():
     whole = KeyedNoise(1, torch.arange(10)).uniform(16)
     part = KeyedNoise(1, torch.arange(4, 10)).uniform(24)
     assert torch.equal(whole[4:], part[:, :16])
-    assert torch.equal(whole[[2, 5]], KeyedNoise(1, torch.arange(10)).select(torch.tensor([2, 5])).uniform(16))
 
 
 def test_training_times_are_antithetic_over_the_global_batch():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from types import SimpleNamespace
 
@@ -12,9 +13,9 @@ import torch
 import main
 from command_line import compose_config
 from estimators.nelbo import Nelbo
-from metrics import NLLMeter
+from metrics import Estimate, NLLMeter
 from objectives.noising import Bernoulli
-from tasks.base import row_numbers, unigram_nll
+from tasks.base import row_numbers, unigram_nll, write_results
 from tasks.classify import bayes, proportion
 from tasks.scoring import Precision, Scores, score
 from tests.test_configs import TINY
@@ -107,3 +108,25 @@ def test_rounds_go_on_until_the_monte_carlo_error_is_small_enough(tmp_path, monk
     assert len(np.unique(enough.nll_MK)) == enough.nll_MK.size, "every round draws anew"
     with pytest.raises(ValueError, match="eval.target_se=0"):
         Precision(4, 0.0)
+
+
+def test_results_are_json_without_nan(tmp_path):
+    write_results(tmp_path, {"x": Estimate(1.0, math.nan), "y": [math.inf, 2.0]})
+    text = (tmp_path / "results.json").read_text()
+    assert json.loads(text) == {"x": {"value": 1.0, "se": None}, "y": [None, 2.0]} and "NaN" not in text
+
+
+def test_kinds_of_likelihood_do_not_overwrite_one_another_and_say_what_they_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ask = [*TINY, "data.max_valid_texts=3", "eval.num_draws=1"]
+    main.run(compose_config(ask), "a test")
+    for more in ([], ["eval.estimator=duel"], ["eval.estimator=importance_weighted"], ["eval.split=test"]):
+        main.run(compose_config([*ask, "mode=ppl_eval", *more]), "a test")
+    found = {
+        path.parent.name: json.loads(path.read_text())["protocol"] for path in tmp_path.rglob("ppl_eval/*/results.json")
+    }
+    assert {name: known["kind"] for name, known in found.items()} == {
+        "validation": "NELBO", "test": "NELBO", "validation-duel": "exact likelihood of the ordered sampler (DUEL)",
+        "validation-importance-weighted_any-order_bound": "importance-weighted any-order bound",
+    }  # fmt: skip
+    assert found["validation"]["parameterization"] == "subs" and found["validation"]["seed"] == 1
