@@ -5,6 +5,8 @@ Shape suffixes: B batch, L length, N selected positions, V vocabulary, n new tok
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 from torch import Tensor
 
@@ -15,12 +17,15 @@ from objectives.projection import cross_entropy, log_probs
 from randomness import KeyedNoise
 
 
+def _refuse() -> NoReturn:
+    raise ValueError("parameterization=ar writes from left to right only: use sampling.predictor=ar")
+
+
 class AR:
     """-log p(x) = -sum over i of log p(x_i | x_<i), exact. The first token of a row (BOS) is context, not scored; an
     EOS is scored, since a causal network can not have seen it. The mask token has no mass."""
 
-    exact, loss_name, independent_unmasking = True, "nll", False
-    encodes = 1
+    exact, loss_name, encodes = True, "nll", 1
 
     def __init__(self, mask_id: int) -> None:
         self.mask_id = mask_id
@@ -40,12 +45,15 @@ class AR:
 
     @property
     def schedule(self) -> NoiseSchedule:
-        """Raises ValueError: nothing is masked here."""
-        raise ValueError("parameterization=ar writes from left to right only: use sampling.predictor=ar")
+        """Raises ValueError, as `independent_unmasking` and `reverse` do: nothing is masked here."""
+        _refuse()
+
+    @property
+    def independent_unmasking(self) -> bool:
+        _refuse()
 
     def reverse(self, *args: object, **cond: object) -> Tensor:
-        """Raises ValueError: nothing is masked here."""
-        raise ValueError("parameterization=ar writes from left to right only: use sampling.predictor=ar")
+        _refuse()
 
     def loss(self, backbone: Backbone, batch: Batch, generator: KeyedNoise | None = None) -> TokenLoss:
         x_BL, mask_BL = batch["input_ids"], batch.get("attention_mask")

@@ -44,7 +44,7 @@ def sample(
     length = x_BL.shape[1]
     first = int(masked_BL.any(0).nonzero()[0]) if bool(masked_BL.any()) else length
     cache = model.new_cache(len(x_BL), length) if kv_cache else None
-    ended_B, steps = torch.zeros_like(masked_BL[:, 0]), 0
+    ended_B, evaluations_B = torch.zeros_like(masked_BL[:, 0]), torch.zeros_like(x_BL[:, 0])
     for place in range(first, length):
         if cache is None:
             log_p_BV = model.denoise(x_BL[:, : place + 1], None, _only(place, x_BL))
@@ -52,12 +52,12 @@ def sample(
             log_p_BV = model.next_token(x_BL[:, :first] if place == first else x_BL[:, place - 1 : place], cache)
         drawn_B = choice.draw(log_p_BV, u_BL[:, place])
         x_BL[:, place] = torch.where(masked_BL[:, place], drawn_B, x_BL[:, place])
-        steps += 1
+        evaluations_B += ~ended_B
         ended_B |= x_BL[:, place] == (-1 if stop_id is None else stop_id)
         if bool(ended_B.all()):
             break
     step_BL = torch.where(masked_BL, torch.arange(length, device=x_BL.device) - first + 1, 0)
-    return Generation(x_BL, step_BL, steps, torch.full((len(x_BL),), steps, device=x_BL.device))
+    return Generation(x_BL, step_BL, length - first, evaluations_B)
 
 
 def _only(place: int, x_BL: Tensor) -> Tensor:

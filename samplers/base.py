@@ -108,5 +108,5 @@ def row_chunks(rows_R: Tensor, positions_R: Tensor, vocab_size: int) -> Iterator
 
 
 def rows_of(cond: dict[str, Tensor], rows_R: Tensor) -> dict[str, Tensor]:
-    """The conditions of some rows."""
-    return {name: value[rows_R] for name, value in cond.items()}
+    """The conditions of some rows; what is no tensor holds for all."""
+    return {name: value[rows_R] if isinstance(value, Tensor) else value for name, value in cond.items()}

@@ -30,7 +30,7 @@ def sample(
     Raises:
         ValueError: the network decides when a mask goes, so that its times can not be drawn first.
     """
-    if not model.independent_unmasking and model.schedule is not None:  # a causal model has none, and says so
+    if not model.independent_unmasking:
         raise ValueError(
             "sampling.predictor=first_hitting draws all unmasking times before the network runs, which is right for "
             "parameterization=subs only; use sampling.predictor=analytic"

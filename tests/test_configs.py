@@ -102,7 +102,7 @@ def test_command_lines_of_the_references_compose():
 
 def test_the_references_spellings_are_choices():
     assert translate(["sampling.predictor=ddpm", "seed=2"]) == ["sampler=ddpm", "seed=2"]
-    assert translate(["sampling.semi_ar=True", "eval.estimator=duel"]) == ["sampler=semi_ar", "estimator=duel"]
+    assert translate(["sampling.semi_ar=True", "eval.estimator=duel"]) == ["estimator=duel", "sampler=semi_ar"]
     assert translate(["sampling.semi_ar=False", "training.masking=exact_count"]) == ["masking=exact_count"]
     for order in (
         ["sampling.semi_ar=true", "sampling.predictor=ddpm_cache"],

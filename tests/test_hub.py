@@ -222,9 +222,20 @@ def test_what_a_foreign_file_knows_of_its_network_is_held_against_the_configurat
     assert known == {
         "vocab_size": 40, "model.hidden_size": 64, "model.cond_dim": 32, "model.n_blocks": 2, "model.n_heads": 2,
         "model.dropout": 0.1, "model.length": 32, "time_conditioning": True,
+        "parameterization": "subs",
     }  # fmt: skip
     assert read_settings(fixtures_dir / "mdlm_subs_tc" / "mdlm.ckpt").settings == known
     assert read_checkpoint(fixtures_dir / "hf_mdlm").settings == {**known, "time_conditioning": False}
+    laws = {
+        "mdlm_sedd": "sedd",
+        "mdlm_d3pm": "d3pm",
+        "mdlm_ar": "ar",
+        "bd3lms_mdlm": "subs",
+        "bd3lms_bd3lm_bs4": "bd3lm",
+    }
+    for folder, law in laws.items():
+        assert read_settings(next((fixtures_dir / folder).glob("*.ckpt"))).settings["parameterization"] == law
+    assert read_checkpoint(fixtures_dir / "hf_bd3lm_bs4").settings["parameterization"] == "bd3lm"
 
 
 # -------------------------------------------------------------------------------- reference checkpoints in every mode
