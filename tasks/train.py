@@ -62,7 +62,7 @@ def add_loss_curve(report: Report, folder: Path, truth: float | None) -> None:
     )
 
 
-def train(experiment: Experiment, *, num_samples: int) -> dict[str, object]:
+def train(experiment: Experiment, *, num_samples: int, generate_samples: bool) -> dict[str, object]:
     """Fit, then write results.json and report.html on the validation split."""
     last = fit(experiment)
     data = experiment.data()
@@ -85,7 +85,7 @@ def train(experiment: Experiment, *, num_samples: int) -> dict[str, object]:
     report_likelihood(report, measured, "validation")
     report.section("Training")
     add_loss_curve(report, folder, measured.truth.value if measured.truth else None)
-    if num_samples:
+    if num_samples and generate_samples:
         report.section("What it writes")
         report.samples(
             shown(draw(diffusion, data, experiment.drawing, num_samples, num_samples, experiment.seed), data.tokenizer)

@@ -93,6 +93,7 @@ def test_command_lines_of_the_references_compose():
         "backbone=dimamba model=tiny-dimamba", "training.importance_sampling=True training.antithetic_sampling=False",
         "sampling.semi_ar=True sampling.stride_length=512 sampling.num_strides=2 sampling.steps=1000 model.length=1024",
         "sampling.semi_ar=False sampling.predictor=first_hitting", "noise=geometric training.change_of_variables=True",
+        "wandb=null data.cache_dir=/x eval.generate_samples=False eval.perplexity_batch_size=4 seed=7",
         "eval.estimator=duel sampling.order=confidence", "eval.estimator=importance_weighted eval.num_draws=16",
         "optim.lr=1e-3 optim.weight_decay=0.01 optim.beta1=0.9 optim.beta2=0.99 optim.eps=1e-8 training.ema=0.999",
         "checkpointing.save_dir=/x checkpointing.resume_from_ckpt=False callbacks.checkpoint_every_n_steps.every_n_train_steps=5",
