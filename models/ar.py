@@ -32,7 +32,7 @@ class AR(nn.Module):
     there is no noise, and causal attention never looks at padding, which stands on the right.
     """
 
-    causal = True
+    causal, encodes_positions = True, False
 
     def __init__(
         self,

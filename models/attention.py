@@ -78,8 +78,9 @@ def rotary_angles(inv_freq: Tensor, length: int, start: int = 0) -> tuple[Tensor
     return angle_LD.cos(), angle_LD.sin()
 
 
-def apply_rotary(x_BLHD: Tensor, cos_LD: Tensor, sin_LD: Tensor) -> Tensor:
-    """Rotate the two halves of each head (GPT-NeoX layout, not interleaved)."""
-    cos, sin = (table[None, :, None, :].to(x_BLHD.dtype) for table in (cos_LD, sin_LD))
+def apply_rotary(x_BLHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the two halves of each head (GPT-NeoX layout, not interleaved). The tables are (L, D/2), or (B, L, D/2)
+    where every row has positions of its own."""
+    cos, sin = (table.unsqueeze(-2).to(x_BLHD.dtype) for table in (cos, sin))
     first, second = x_BLHD.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

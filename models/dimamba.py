@@ -65,7 +65,7 @@ class DiMamba(nn.Module):
     On a GPU the scan runs on mamba_ssm's kernel where that is installed.
     """
 
-    causal = False
+    causal, encodes_positions = False, False
 
     def __init__(
         self,

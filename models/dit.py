@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from models.attention import head_width, resolve_backend, rotary_angles
 from models.layers import RotaryFrequencies, SigmaEmbedding, TokenEmbedding, modulate, zero_linear
-from models.transformer import Head, Rotary, TransformerBlock
+from models.transformer import Head, Rotary, TransformerBlock, rows_at
 
 
 class DiTBlock(TransformerBlock):
@@ -22,9 +22,16 @@ class DiTBlock(TransformerBlock):
         super().__init__(dim, n_heads, dropout, attn_backend)
         self.adaLN_modulation = zero_linear(cond_dim, 6 * dim)
 
-    def forward(self, x_BLD: Tensor, c_BC: Tensor, rotary: Rotary, key_mask_BL: Tensor | None) -> Tensor:
+    def forward(
+        self, x_BLD: Tensor, c_BC: Tensor, rotary: Rotary, key_mask_BL: Tensor | None, at_BQ: Tensor | None = None
+    ) -> Tensor:
+        """The whole row (B, L, D), or only its positions `at_BQ`, (B, Q, D)."""
         shift_att, scale_att, gate_att, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c_BC).chunk(6, dim=-1)
-        attended = self.attention(modulate(self.norm1(x_BLD), shift_att, scale_att), rotary, key_mask_BL)
+        normed_BLD = modulate(self.norm1(x_BLD), shift_att, scale_att)
+        if at_BQ is None:
+            attended = self.attention(normed_BLD, rotary, key_mask_BL)
+        else:
+            attended, x_BLD = self.attention_at(normed_BLD, rotary, key_mask_BL, at_BQ), rows_at(x_BLD, at_BQ)
         x_BLD = x_BLD + gate_att[:, None] * attended
         return x_BLD + gate_mlp[:, None] * self.transform(modulate(self.norm2(x_BLD), shift_mlp, scale_mlp))
 
@@ -52,7 +59,7 @@ class DiT(nn.Module):
     was padded; the reference attends to padding, and `mask_padding=False` reproduces that.
     """
 
-    causal = False
+    causal, encodes_positions = False, True
 
     def __init__(
         self,
@@ -94,15 +101,27 @@ class DiT(nn.Module):
         """The vocabulary projection: hidden (..., D) -> logits (..., V)."""
         return self.output_layer.linear
 
-    def encode(self, tokens_BL: Tensor, sigma_B: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Hidden states (B, L, D), ready for `head`. `attention_mask` (B, L) is False on padding."""
+    def encode(
+        self,
+        tokens_BL: Tensor,
+        sigma_B: Tensor,
+        attention_mask: Tensor | None = None,
+        at_BL: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states (B, L, D), ready for `head`; only those of the N positions where `at_BL` is True, (N, D), if it
+        is given: the last block then works for these alone. `attention_mask` (B, L) is False on padding."""
         c_BC = self.conditioning(sigma_B)
         rotary = rotary_angles(self.rotary_emb.inv_freq, tokens_BL.shape[1])
         key_mask_BL = attention_mask if self.mask_padding else None
         x_BLD = self.vocab_embed(tokens_BL)
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x_BLD = block(x_BLD, c_BC, rotary, key_mask_BL)
-        return self.output_layer.normed(x_BLD, c_BC)
+        if at_BL is None:
+            return self.output_layer.normed(self.blocks[-1](x_BLD, c_BC, rotary, key_mask_BL), c_BC)
+        count_B = at_BL.sum(-1)
+        at_BQ = at_BL.long().argsort(dim=-1, descending=True, stable=True)[:, : max(1, int(count_B.max()))]
+        hidden_BQD = self.output_layer.normed(self.blocks[-1](x_BLD, c_BC, rotary, key_mask_BL, at_BQ), c_BC)
+        return hidden_BQD[torch.arange(at_BQ.shape[1], device=at_BQ.device) < count_B[:, None]]
 
     def conditioning(self, sigma_B: Tensor) -> Tensor:
         """What adaLN sees: silu of the embedded sigma, (B, C)."""

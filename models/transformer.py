@@ -20,6 +20,11 @@ Rotary = tuple[Tensor, Tensor]
 Remember = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
+def rows_at(x_BLD: Tensor, at_BQ: Tensor) -> Tensor:
+    """x at some positions of each row, (B, Q, D)."""
+    return x_BLD.gather(1, at_BQ[..., None].expand(-1, -1, x_BLD.shape[-1]))
+
+
 class TransformerBlock(nn.Module):
     """The layers of a block and its two halves, `attention` and `transform`, each dropped out and without residual."""
 
@@ -31,6 +36,14 @@ class TransformerBlock(nn.Module):
         self.attn_out = nn.Linear(dim, dim, bias=False)
         self.norm2 = LayerNorm(dim)
         self.mlp = feed_forward(dim)
+
+    def attention_at(self, x_BLD: Tensor, rotary: Rotary, key_mask_BL: Tensor | None, at_BQ: Tensor) -> Tensor:
+        """What `attention` gives at the positions `at_BQ` of each row, (B, Q, D), at the cost of their queries only."""
+        dim = x_BLD.shape[-1]
+        q = F.linear(rows_at(x_BLD, at_BQ), self.attn_qkv.weight[:dim]).unflatten(-1, (self.n_heads, -1))
+        k, v = F.linear(x_BLD, self.attn_qkv.weight[dim:]).unflatten(-1, (2, self.n_heads, -1)).unbind(dim=2)
+        q, k = apply_rotary(q, *(table[at_BQ] for table in rotary)), apply_rotary(k, *rotary)
+        return self._drop(self.attn_out(attend(q, k, v, key_mask_BL, self.attn_backend).flatten(2)))
 
     def attention(
         self, x_BLD: Tensor, rotary: Rotary, key_mask_BL: Tensor | None = None, remember: Remember | None = None

@@ -45,6 +45,7 @@ class Backbone(Protocol):
 
     head: torch.nn.Linear
     causal: bool
+    encodes_positions: bool  # `encode` takes `at_BL` and gives the hidden states of those positions alone, for less
 
     def encode(self, tokens_BL: Tensor, sigma_B: Tensor, attention_mask: Tensor | None = None) -> Tensor: ...
 
@@ -155,6 +156,15 @@ class MaskedDiffusion(ABC):
     def conditioning(self, t_B: Tensor) -> Tensor:
         """What a time-conditioned network is shown: the total noise, float32 (B,), finite where no token is kept."""
         return self.schedule(t_B).sigma.clamp(max=MAX_SIGMA).float()
+
+
+def encode_at(backbone: Backbone, x_BL: Tensor, sigma_B: Tensor, at_BL: Tensor | None, **cond: Tensor) -> Tensor:
+    """Hidden states of the N positions of `at_BL` in row-major order, of all B * L without it; (N, D)."""
+    if at_BL is None:
+        return backbone.encode(x_BL, sigma_B, **cond).flatten(0, 1)
+    if backbone.encodes_positions:
+        return backbone.encode(x_BL, sigma_B, at_BL=at_BL, **cond)
+    return backbone.encode(x_BL, sigma_B, **cond)[at_BL]
 
 
 def masked_positions(batch: Batch, xt_BL: Tensor, mask_id: int) -> Tensor:

@@ -16,6 +16,7 @@ from objectives.base import (
     Batch,
     MaskedDiffusion,
     TokenLoss,
+    encode_at,
     masked_positions,
     per_position,
     scored_mask,
@@ -84,8 +85,7 @@ class D3PM(MaskedDiffusion):
         self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, at_BL: Tensor | None = None, **cond: Tensor
     ) -> Tensor:
         """The network's own distribution as log-probabilities, with its mass on [MASK]; (B, L, V) or (N, V)."""
-        hidden_BLD = backbone.encode(x_BL, self.conditioning(t_B), **cond)
-        hidden_ND = hidden_BLD.flatten(0, 1) if at_BL is None else hidden_BLD[at_BL]
+        hidden_ND = encode_at(backbone, x_BL, self.conditioning(t_B), at_BL, **cond)
         log_p_NV = log_probs(hidden_ND, backbone.head, self.banned_id)
         return log_p_NV.unflatten(0, x_BL.shape) if at_BL is None else log_p_NV
 

@@ -18,6 +18,7 @@ from objectives.base import (
     MaskedDiffusion,
     TokenLoss,
     carry_over,
+    encode_at,
     masked_positions,
     per_position,
     scored_mask,
@@ -55,8 +56,8 @@ class SEDD(MaskedDiffusion):
 
     def log_score(self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, at_BL: Tensor, **cond: Tensor) -> Tensor:
         """log s(x_t) at the N masked positions of `at_BL`, float64 (N, V); -inf at the mask."""
-        hidden_BLD = backbone.encode(x_BL, self.conditioning(t_B), **cond)
-        logits_NV = logits(hidden_BLD[at_BL], backbone.head, self.mask_id).double()
+        hidden_ND = encode_at(backbone, x_BL, self.conditioning(t_B), at_BL, **cond)
+        logits_NV = logits(hidden_ND, backbone.head, self.mask_id).double()
         return logits_NV - per_position(self._log_shift(t_B, backbone.head.out_features), at_BL)[:, None]
 
     def denoise(

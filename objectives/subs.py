@@ -15,6 +15,7 @@ from objectives.base import (
     MaskedDiffusion,
     TokenLoss,
     carry_over,
+    encode_at,
     masked_positions,
     per_position,
     scored_mask,
@@ -73,11 +74,10 @@ class Subs(MaskedDiffusion):
     def denoise(
         self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, at_BL: Tensor | None = None, **cond: Tensor
     ) -> Tensor:
-        hidden_BLD = backbone.encode(x_BL, self.conditioning(t_B), **cond)
-        if at_BL is not None:
-            return carry_over(log_probs(hidden_BLD[at_BL], backbone.head, self.mask_id), x_BL[at_BL], self.mask_id)
-        flat_NV = log_probs(hidden_BLD.flatten(0, 1), backbone.head, self.mask_id)
-        return carry_over(flat_NV, x_BL.flatten(), self.mask_id).unflatten(0, x_BL.shape)
+        hidden_ND = encode_at(backbone, x_BL, self.conditioning(t_B), at_BL, **cond)
+        x_N = x_BL.flatten() if at_BL is None else x_BL[at_BL]
+        log_p_NV = carry_over(log_probs(hidden_ND, backbone.head, self.mask_id), x_N, self.mask_id)
+        return log_p_NV.unflatten(0, x_BL.shape) if at_BL is None else log_p_NV
 
     def reverse(
         self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, s_B: Tensor, at_BL: Tensor, **cond: Tensor

@@ -98,3 +98,16 @@ def test_ema_of_another_model_is_refused_whole():
     with pytest.raises(ValueError, match="do not fit"):
         ema.load_state_dict(other.state_dict())
     assert (ema.shadow_params[0] == 0).all()
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_encoding_some_positions_is_encoding_all_and_choosing(random_dit, padded):
+    net = random_dit(7, time_conditioning=True)
+    x, sigma = torch.randint(7, (5, 9)), torch.rand(5).double()
+    at = torch.rand(5, 9) < 0.4
+    at[0], at[1] = False, True
+    mask = torch.arange(9) < torch.tensor([9, 9, 7, 6, 8])[:, None] if padded else None
+    chosen = net.encode(x, sigma, mask, at_BL=at)
+    torch.testing.assert_close(chosen, net.encode(x, sigma, mask)[at], rtol=1e-9, atol=1e-9)
+    none = net.encode(x, sigma, mask, at_BL=torch.zeros_like(at))
+    assert none.shape == (0, 16)

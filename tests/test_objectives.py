@@ -26,7 +26,7 @@ VOCAB, MASK = 5, 4
 class Scripted(torch.nn.Module):
     """A backbone that answers the logits it was given, whatever it sees; the vocabulary is its hidden width."""
 
-    causal = False
+    causal, encodes_positions = False, False
 
     def __init__(self, logits_BLV: torch.Tensor) -> None:
         super().__init__()
