@@ -23,9 +23,10 @@ from benchmarks.objectives import COMMON  # noqa: E402
 from command_line import compose_config  # noqa: E402
 from estimators.any_order import AnyOrder  # noqa: E402
 from estimators.nelbo import Nelbo  # noqa: E402
-from estimators.ordered import ORDERS, Ordered  # noqa: E402
+from estimators.ordered import Ordered  # noqa: E402
 from objectives.base import Batch, Model  # noqa: E402
 from objectives.noising import Bernoulli, Complementary, ExactCount  # noqa: E402
+from samplers.ordered import ORDERS  # noqa: E402
 
 ESTIMATORS = {
     "uniform": Nelbo(Bernoulli(antithetic_sampling=False)),
