@@ -143,7 +143,7 @@ class Geometric(NoiseSchedule):
 
 class Clipped(NoiseSchedule):
     """The part of `base` whose mask rates lie in [sampling_eps_min, sampling_eps_max]: noise levels worth training on
-    (BD3-LM, arXiv 2503.09573, section 5.3). It covers a part of the bound only, so measuring uses `base`."""
+    (BD3-LM, arXiv 2503.09573, section 5). It covers a part of the bound only, so measuring uses `base`."""
 
     def __init__(self, base: NoiseSchedule, sampling_eps_min: float, sampling_eps_max: float) -> None:
         if not 0.0 <= sampling_eps_min < sampling_eps_max <= 1.0:

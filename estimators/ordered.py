@@ -1,5 +1,5 @@
 """The exact likelihood of the sampler that fills positions in an order decided by its own prediction
-(samplers/ordered.py): DUEL, Turok et al., arXiv 2603.01367, algorithm 1. Not the likelihood of the diffusion model.
+(samplers/ordered.py): DUEL, Turok et al., arXiv 2603.01367. Not the likelihood of the diffusion model.
 
 Shape suffixes: B batch, L length, N masked positions, V vocabulary, R rows evaluated.
 """

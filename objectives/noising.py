@@ -47,7 +47,7 @@ class Bernoulli:
         antithetic_sampling: take the evenly spread times that the noise brings, else independent ones.
         sampling_eps: smallest t; smaller ones mask next to nothing and only add variance.
         importance_sampling: draw log(1 - alpha) evenly instead of t, so that every masked token weighs the same
-            (MDLM, arXiv 2406.07524, section 3.5; VDM, arXiv 2107.00630, appendix I.2).
+            (VDM, arXiv 2107.00630, appendix I).
         change_of_variables: the same choice, made because the network is shown log(1 - alpha) (objectives/subs.py).
         T: > 0 for times of the grid 1/T, 2/T, ..., 1.
     """
@@ -111,7 +111,7 @@ class ExactCount:
 
     Under any schedule from alpha = 1 to alpha = 0 a mask of k given positions carries the weight
     int elbo_weight (1 - alpha)^k alpha^(n - k) dt = 1 / (k C(n, k)), so uniform k with factor n / k is unbiased and
-    free of the noise of t (RADD, arXiv 2406.03736, appendix; LLaDA, arXiv 2502.09992, eq. 6). Networks that see t get
+    free of the noise of t (RADD, arXiv 2406.03736; LLaDA, arXiv 2502.09992). Networks that see t get
     it from its law given k: 1 - alpha is Beta(k, n - k + 1), which is that of the k-th of n sorted uniforms.
     """
 

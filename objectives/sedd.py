@@ -30,14 +30,14 @@ from objectives.projection import logits, picked_logits
 
 class SEDD(MaskedDiffusion):
     """At a masked position the score of token y is p_t(x with y) / p_t(x), parameterised as
-    exp(logit_y) / ((e^sigma - 1) (V - 1)) (appendix C.2)."""
+    exp(logit_y) / ((e^sigma - 1) (V - 1)) (appendix C)."""
 
     def __init__(self, schedule: NoiseSchedule, mask_id: int, noising: Noising | None = None) -> None:
         super().__init__(schedule, mask_id, noising)
 
     def loss_at(self, backbone: Backbone, batch: Batch, xt_BL: Tensor, t_B: Tensor) -> TokenLoss:
-        """The denoising score entropy (eq. 5 weighed as in theorem 3.6), with q = p_t(x_0) / p_t(mask) its target:
-        sigma' (sum_y s_y - q log s_x0 + q (log q - 1))."""
+        """The denoising score entropy (theorem 3.4, weighed as in theorem 3.6), sigma' (sum_y s_y - q log s_x0 +
+        q (log q - 1)), with the target q = p_t(x_0) / p_t(mask)."""
         x0_BL, masked_BL = batch["input_ids"], masked_positions(batch, xt_BL, self.mask_id)
         hidden_BLD = backbone.encode(xt_BL, self.conditioning(t_B), batch.get("attention_mask"))
         log_z_N, logit_N1 = picked_logits(hidden_BLD[masked_BL], backbone.head, x0_BL[masked_BL][:, None], self.mask_id)

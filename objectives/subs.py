@@ -30,7 +30,7 @@ class Subs(MaskedDiffusion):
     probabilities") and visible tokens are copied ("carry-over unmasking").
 
     loss_weight: "elbo", or "uniform" for the plain cross-entropy of the masked tokens. change_of_variables: show the
-    network log(1 - alpha), rescaled to [0, 1], in place of sigma (VDM, arXiv 2107.00630, appendix I.2).
+    network log(1 - alpha), rescaled to [0, 1], in place of sigma (VDM, arXiv 2107.00630, appendix I).
     """
 
     independent_unmasking = True
@@ -60,7 +60,7 @@ class Subs(MaskedDiffusion):
         return TokenLoss(self.weight(t_B).float()[:, None] * ce_BL, scored_mask(batch), logs)
 
     def weight(self, t_B: Tensor) -> Tensor:
-        """Of a masked token's cross-entropy: in continuous time (eq. 11), or with T steps (eq. 9), float64 (B,)."""
+        """Of a masked token's cross-entropy: in continuous time (eq. 11), or with T steps, float64 (B,)."""
         if self.T:
             return self.T * unmask_chance(self.schedule(t_B).alpha, self.schedule(t_B - 1 / self.T).alpha)
         return self.schedule(t_B).elbo_weight

@@ -48,7 +48,7 @@ class TokenChoice:
     that samples a sharper law.
 
     temperature: of the softmax, 0 for the most likely token. top_k: keep the k most likely tokens. nucleus_p: keep the
-    fewest tokens whose probabilities sum to p or more (Holtzman et al., arXiv 1904.09751, eq. 2).
+    fewest tokens whose probabilities sum to p or more (Holtzman et al., arXiv 1904.09751).
     """
 
     temperature: float = 1.0

@@ -1,4 +1,4 @@
-"""The first-hitting sampler (Zheng et al., arXiv 2409.02908, algorithm 2): the continuous-time limit of ancestral
+"""The first-hitting sampler (Zheng et al., arXiv 2409.02908): the continuous-time limit of ancestral
 sampling, simulated event by event. Draws the model's law without any time grid.
 
 Each mask goes at a time of its own, at which 1 - alpha is uniform; almost surely no two go together. So the masks of a

@@ -20,7 +20,7 @@ def preference(log_p_NV: Tensor, at_BL: Tensor, order: str) -> Tensor:
     """How much each position of `at_BL` should be filled next, float64 (B, L), -inf elsewhere. A function of the
     prediction alone, never of the token that will stand there.
 
-    confidence: the largest probability; margin: its distance to the second (Kim et al., arXiv 2502.06768, section 4);
+    confidence: the largest probability; margin: its distance to the second (Kim et al., arXiv 2502.06768);
     entropy: the least entropy.
     """
     if order == "left_to_right":

@@ -1,4 +1,4 @@
-"""Semi-autoregressive generation (MDLM, arXiv 2406.07524, section 5.3 and appendix): texts longer than the network's
+"""Semi-autoregressive generation (MDLM, arXiv 2406.07524): texts longer than the network's
 window, a stride at a time.
 
 Shape suffixes: B batch, L length of the window, W length of everything.

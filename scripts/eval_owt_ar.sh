@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Perplexity of a trained AR baseline on OpenWebText. Published: 17.54 (arXiv 2406.07524, table 2). Arguments are
+# Perplexity of a trained AR baseline on OpenWebText. Published: 17.54 (arXiv 2406.07524). Arguments are
 # passed on, e.g. eval.checkpoint_path=/path/to/last.ckpt.
 #SBATCH --job-name=eval-ar
 #SBATCH --nodes=1

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Perplexity of a trained SEDD on OpenWebText. Published: 24.10 (arXiv 2406.07524, table 2). Arguments are passed on,
+# Perplexity of a trained SEDD on OpenWebText. Published: 24.10 (arXiv 2406.07524). Arguments are passed on,
 # e.g. eval.checkpoint_path=/path/to/last.ckpt.
 #SBATCH --job-name=eval-sedd
 #SBATCH --nodes=1

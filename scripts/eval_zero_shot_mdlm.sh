@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Zero-shot perplexities of an MDLM trained on OpenWebText, one array task per data set. Published (arXiv 2406.07524,
-# table 3): ptb 95.26, wikitext103 32.83, lm1b-gpt2 67.01, lambada 47.52, ag_news 61.15, pubmed 41.89, arxiv 37.37.
-# Arguments are passed on, e.g. eval.checkpoint_path=/path/to/last.ckpt.
+# Zero-shot perplexities of an MDLM trained on OpenWebText, one array task per data set. Published (arXiv
+# 2406.07524): ptb 95.26, wikitext103 32.83, lm1b-gpt2 67.01, lambada 47.52, ag_news 61.15, pubmed 41.89, arxiv
+# 37.37. Arguments are passed on, e.g. eval.checkpoint_path=/path/to/last.ckpt.
 #SBATCH --job-name=eval-zero-shot
 #SBATCH --array=0-6
 #SBATCH --nodes=1

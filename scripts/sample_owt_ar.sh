@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Samples of a trained AR baseline with their generative perplexity under GPT-2 large. Published: 14.1 at length 1024
-# (BD3-LM, arXiv 2503.09573, table 7). Arguments are passed on, e.g. eval.checkpoint_path=/path/to/last.ckpt.
+# (BD3-LM, arXiv 2503.09573). Arguments are passed on, e.g. eval.checkpoint_path=/path/to/last.ckpt.
 #SBATCH --job-name=sample-ar
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1

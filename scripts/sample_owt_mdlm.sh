@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Samples of the published MDLM with their generative perplexity under GPT-2 large; it is reported with their entropy.
-# Published: 46.8 at length 1024 (BD3-LM, arXiv 2503.09573, table 7). Arguments are passed on, e.g.
+# Published: 46.8 at length 1024 (BD3-LM, arXiv 2503.09573). Arguments are passed on, e.g.
 # eval.checkpoint_path=/path/to/last.ckpt.
 #SBATCH --job-name=sample-mdlm
 #SBATCH --nodes=1

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Texts of 2048 tokens from the published MDLM, window by window. Published: 89.3 s a text on a 3090, generative
-# perplexity 27.18 (arXiv 2406.07524, table 5). Arguments are passed on, e.g. eval.checkpoint_path=/path/to/last.ckpt.
+# perplexity 27.18 (arXiv 2406.07524). Arguments are passed on, e.g. eval.checkpoint_path=/path/to/last.ckpt.
 #SBATCH --job-name=sample-semi-ar
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The autoregressive baseline on OpenWebText. Published: perplexity 17.54 (arXiv 2406.07524, table 2); not reproduced
+# The autoregressive baseline on OpenWebText. Published: perplexity 17.54 (arXiv 2406.07524); not reproduced
 # here.
 # Submit again after a time limit: it resumes. Arguments after the script's name are passed on.
 #SBATCH --job-name=ar-owt

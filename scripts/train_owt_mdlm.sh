@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# MDLM on OpenWebText. Published: perplexity 23.21 after 262B tokens (arXiv 2406.07524, table 2); not reproduced here.
+# MDLM on OpenWebText. Published: perplexity 23.21 after 262B tokens (arXiv 2406.07524); not reproduced here.
 # Submit again after a time limit: it resumes. Arguments after the script's name are passed on.
 #SBATCH --job-name=mdlm-owt
 #SBATCH --nodes=1

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# SEDD on OpenWebText. Published: perplexity 24.10 after 262B tokens (arXiv 2406.07524, table 2); not reproduced here.
+# SEDD on OpenWebText. Published: perplexity 24.10 after 262B tokens (arXiv 2406.07524); not reproduced here.
 # Submit again after a time limit: it resumes. Arguments after the script's name are passed on.
 #SBATCH --job-name=sedd-owt
 #SBATCH --nodes=1
