@@ -55,6 +55,7 @@ class Objective(Protocol):
 
     mask_id: int
     exact: bool  # the loss is -log p itself, not a bound drawn at random
+    encodes: int  # network evaluations of one pass
     loss_name: str
 
     def loss(self, backbone: Backbone, batch: Batch, generator: KeyedNoise | None = None) -> TokenLoss: ...
@@ -77,7 +78,7 @@ class MaskedDiffusion(ABC):
     """
 
     exact = False
-    encodes = 1  # network evaluations of one look
+    encodes = 1
     loss_weight = "elbo"
     independent_unmasking = False  # the chance of being unmasked is the schedule's alone, not the network's
 
