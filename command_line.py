@@ -110,6 +110,10 @@ def refuse_contradictions(cfg: DictConfig) -> None:
         if contradicts:
             value = cfg.masking._target_ if key == "training.masking" else OmegaConf.select(cfg, key)
             raise ValueError(f"{key}={value} means nothing to parameterization={name}; leave it out")
+    if cfg.classify.sharing not in ("per_class", "conditional"):
+        raise ValueError(f"classify.sharing={cfg.classify.sharing} is unknown; choose per_class or conditional")
+    if cfg.classify.sharing == "conditional":
+        _check_conditional(cfg)
     clipped = cfg.noise._target_.endswith(".Clipped")
     if clipped and (name != "subs" or not cfg.masking._target_.endswith("Bernoulli") or cfg.T):
         raise ValueError(
@@ -136,6 +140,22 @@ def refuse_contradictions(cfg: DictConfig) -> None:
             f"training.masking={cfg.masking._target_} integrates t out, so that T={cfg.T} and "
             f"training.importance_sampling={training.importance_sampling} have nothing to act on; leave them out"
         )
+
+
+def _check_conditional(cfg: DictConfig) -> None:
+    network = cfg.backbone._target_
+    if network not in ("models.dit.DiT", "models.ar.AR"):
+        raise ValueError(
+            f"classify.sharing=conditional needs a network that can be told a class, backbone=dit or ar; {network} can "
+            "not, so use classify.sharing=per_class"
+        )
+    if cfg.data.label is not None:
+        raise ValueError(
+            f"classify.sharing=conditional is one network for all classes, and data.label={cfg.data.label} is one "
+            "class; leave one of them out"
+        )
+    if not 0 <= cfg.classify.label_dropout <= 1:
+        raise ValueError(f"classify.label_dropout={cfg.classify.label_dropout} must lie in [0, 1]")
 
 
 @contextmanager

@@ -7,6 +7,7 @@ The batch contract. Every batch is a dict of CPU tensors (B rows, L tokens):
   sample_id       int64 (B,)    lasting name of the row: evaluation noise is keyed by it
   position        int64 (B,)    place in the run's stream of training samples; training batches only
   label           int64 (B,)    where the texts have labels
+  class_id        int64 (B,)    class that a conditional network is told, -1 for none; set where it is known, not here
   text_id         int64 (B,)    source text of the row, where a row is (part of) one text
 L is `model.length` for wrapped data; padded batches are as long as their longest row, rounded up to
 PAD_MULTIPLE.

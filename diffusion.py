@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from metrics import NLLMeter
 from models.checkpoints import Checkpoint
+from models.class_conditioning import UNTOLD
 from models.ema import EMA
 from objectives.base import Batch, Model, Objective
-from randomness import evaluation_noise, hash_seed, training_noise
+from randomness import KeyedNoise, evaluation_noise, hash_seed, training_noise
 
 
 class Diffusion(lightning.LightningModule):
@@ -31,6 +32,7 @@ class Diffusion(lightning.LightningModule):
         seed: of the training and validation noise.
         global_batch_size: samples per optimizer step, over all devices and micro-batches.
         identity: what the weights belong to (configuration, tokenizer), saved beside them in every checkpoint.
+        label_dropout: share of the training texts whose class a conditional backbone is not told.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class Diffusion(lightning.LightningModule):
         seed: int = 1,
         global_batch_size: int = 1,
         identity: Mapping[str, object] | None = None,
+        label_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         if objective.exact != backbone.causal:
@@ -56,6 +59,7 @@ class Diffusion(lightning.LightningModule):
         self.ema = EMA(self.backbone.parameters(), ema) if ema else None
         self.seed, self.global_batch_size = seed, global_batch_size
         self.identity = dict(identity or {})
+        self.label_dropout = label_dropout
         self.valid_nll = NLLMeter()
 
     @property
@@ -67,13 +71,21 @@ class Diffusion(lightning.LightningModule):
         # Dropout is the one random thing that no generator reaches: seed it by place, so that a resumed run repeats it.
         torch.manual_seed(hash_seed(self.seed, self.global_step, batch_idx, self.global_rank))
         noise = training_noise(self.seed, batch["position"], self.global_batch_size)
-        loss = self.objective.loss(self.backbone, batch, noise).mean()
+        dropped_B = KeyedNoise(self.seed, batch["position"], draw=-4).uniform() < self.label_dropout
+        loss = self.objective.loss(self.backbone, self.told(batch, dropped_B), noise).mean()
         self.log(f"train/{self.objective.loss_name}", loss.detach(), prog_bar=True)
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        loss = self.model.loss(batch, evaluation_noise(self.seed, batch["sample_id"]))
+        loss = self.model.loss(self.told(batch), evaluation_noise(self.seed, batch["sample_id"]))
         self.valid_nll.update(loss.nll_BL.sum(-1), loss.mask_BL.sum(-1))
+
+    def told(self, batch: Batch, dropped_B: Tensor | None = None) -> Batch:
+        """`batch` with the class of each text, where the backbone takes it and the texts have one."""
+        if not self.backbone.num_classes or "label" not in batch:
+            return batch
+        class_id = batch["label"] if dropped_B is None else batch["label"].masked_fill(dropped_B, UNTOLD)
+        return {**batch, "class_id": class_id}
 
     def on_validation_epoch_start(self) -> None:
         self.valid_nll.reset()

@@ -60,6 +60,8 @@ def identity(cfg: DictConfig) -> dict[str, object]:
     for key in IDENTITY:
         node = OmegaConf.select(cfg, key)
         visit(key, OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node)
+    if cfg.classify.sharing == "conditional":
+        flat |= {f"classify.{key}": cfg.classify[key] for key in ("sharing", "label_dropout")}
     return {**flat, "parameterization": command_line.law(cfg)}
 
 
@@ -148,7 +150,7 @@ class Experiment:
         known = {"configuration": settings, "tokenizer": vocabulary.fingerprint, "label": data.label}
         return Diffusion(
             backbone, objective, instantiate(self.cfg.optim), instantiate(self.cfg.lr_scheduler),
-            self.cfg.training.ema, self.seed, self.cfg.loader.global_batch_size, known,
+            self.cfg.training.ema, self.seed, self.cfg.loader.global_batch_size, known, self.cfg.classify.label_dropout,
         )  # fmt: skip
 
     def _backbone(self, data: TextData) -> torch.nn.Module:
@@ -156,7 +158,9 @@ class Experiment:
         resumed = self.resume_path(data.label) or (self.resume_path(0) if data.label is None else None)
         cfg.checkpointing.resume_ckpt_path = str(resumed) if resumed else None
         cfg.eval.checkpoint_path = _of_class(cfg.eval.checkpoint_path, data.label or 0)
-        return instantiate(cfg.backbone, vocab_size=data.vocabulary.size)
+        conditional = cfg.classify.sharing == "conditional"
+        classes = {"num_classes": len(data.label_names or ())} if conditional else {}
+        return instantiate(cfg.backbone, vocab_size=data.vocabulary.size, **classes)
 
     def trained(self, data: TextData, checkpoint_path: str, disable_ema: bool) -> Diffusion:
         """The model with the weights of `checkpoint_path`, or of this configuration's own last checkpoint if that is

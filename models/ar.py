@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from models.attention import head_width, resolve_backend, rotary_angles
+from models.class_conditioning import ClassEmbedding, untold, with_class
 from models.kv_cache import KVCache
 from models.layers import RotaryFrequencies, TokenEmbedding
 from models.transformer import Head, Remember, Rotary, TransformerBlock
@@ -29,7 +30,9 @@ class AR(nn.Module):
     """tokens -> logits of the token after each, in two steps: `encode(tokens_BL)`, then `head(hidden)` where needed.
 
     The noise level and the padding mask are taken because every backbone is called with them, and change nothing:
-    there is no noise, and causal attention never looks at padding, which stands on the right.
+    there is no noise, and causal attention never looks at padding, which stands on the right. With `num_classes` the
+    network can be told the class of each text (`class_id`, -1 for none): it is added to every token's embedding, and
+    has an output bias.
     """
 
     causal, encodes_positions = True, False
@@ -42,15 +45,19 @@ class AR(nn.Module):
         n_heads: int,
         dropout: float = 0.1,
         attn_backend: str = "sdpa",
+        num_classes: int = 0,
     ) -> None:
         super().__init__()
         self.n_heads, head_dim, backend = n_heads, head_width(hidden_size, n_heads), resolve_backend(attn_backend)
+        self.num_classes = num_classes
         self.vocab_embed = TokenEmbedding(vocab_size, hidden_size)
         self.rotary_emb = RotaryFrequencies(head_dim)
         self.blocks = nn.ModuleList(
             ARBlock(hidden_size, n_heads, dropout, backend, causal=True) for _ in range(n_blocks)
         )
-        self.output_layer = Head(hidden_size, vocab_size)
+        self.output_layer = Head(hidden_size, vocab_size, num_classes)
+        if num_classes:
+            self.class_embed = ClassEmbedding(num_classes, hidden_size)
 
     @property
     def vocab_size(self) -> int:
@@ -75,6 +82,7 @@ class AR(nn.Module):
         sigma_B: Tensor | None = None,
         attention_mask: Tensor | None = None,
         cache: KVCache | None = None,
+        class_id: Tensor | None = None,
     ) -> Tensor:
         """Hidden states (B, L, D), ready for `head`: position i has seen the tokens up to i.
 
@@ -90,11 +98,15 @@ class AR(nn.Module):
             start = cache.length
         rotary = rotary_angles(self.rotary_emb.inv_freq, tokens_BL.shape[1], start)
         x_BLD = self.vocab_embed(tokens_BL)
+        if self.num_classes:
+            class_id = untold(tokens_BL) if class_id is None else class_id
+            x_BLD = x_BLD + self.class_embed(class_id)[:, None]
         for number, block in enumerate(self.blocks):
             x_BLD = block(x_BLD, rotary, None if cache is None else partial(cache.append, number))
         if cache is not None:
             cache.advance(tokens_BL.shape[1])
-        return self.output_layer.normed(x_BLD)
+        hidden_BLD = self.output_layer.normed(x_BLD)
+        return with_class(hidden_BLD, class_id, self.num_classes) if self.num_classes else hidden_BLD
 
     def forward(self, tokens_BL: Tensor, sigma_B: Tensor | None = None, attention_mask: Tensor | None = None) -> Tensor:
         """Logits (B, L, V)."""

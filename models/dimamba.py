@@ -65,7 +65,7 @@ class DiMamba(nn.Module):
     On a GPU the scan runs on mamba_ssm's kernel where that is installed.
     """
 
-    causal, encodes_positions = False, False
+    causal, encodes_positions, num_classes = False, False, 0
 
     def __init__(
         self,

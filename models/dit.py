@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention import head_width, resolve_backend, rotary_angles
+from models.class_conditioning import ClassEmbedding, untold, with_class
 from models.layers import RotaryFrequencies, SigmaEmbedding, TokenEmbedding, modulate, zero_linear
 from models.transformer import Head, Rotary, TransformerBlock, rows_at
 
@@ -39,8 +40,8 @@ class DiTBlock(TransformerBlock):
 class OutputLayer(Head):
     """The head, with the normed hidden states modulated by the conditioning."""
 
-    def __init__(self, dim: int, vocab_size: int, cond_dim: int) -> None:
-        super().__init__(dim, vocab_size)
+    def __init__(self, dim: int, vocab_size: int, cond_dim: int, num_classes: int = 0) -> None:
+        super().__init__(dim, vocab_size, num_classes)
         self.adaLN_modulation = zero_linear(cond_dim, 2 * dim)
 
     def normed(self, x_BLD: Tensor, c_BC: Tensor) -> Tensor:
@@ -56,7 +57,8 @@ class DiT(nn.Module):
 
     Without `time_conditioning` sigma is replaced by zero, not skipped: adaLN then acts with a learned constant, as in
     the reference. `mask_padding` hides padding from attention, so that an output does not depend on how far its batch
-    was padded; the reference attends to padding, and `mask_padding=False` reproduces that.
+    was padded; the reference attends to padding, and `mask_padding=False` reproduces that. With `num_classes` the
+    network can be told the class of each text (`class_id`, -1 for none) through adaLN and an output bias.
     """
 
     causal, encodes_positions = False, True
@@ -72,16 +74,19 @@ class DiT(nn.Module):
         time_conditioning: bool = False,
         mask_padding: bool = True,
         attn_backend: str = "sdpa",
+        num_classes: int = 0,
     ) -> None:
         super().__init__()
         head_dim, backend = head_width(hidden_size, n_heads), resolve_backend(attn_backend)
         self.time_conditioning, self.mask_padding = time_conditioning, mask_padding
-        self.cond_dim, self.n_heads, self.dropout = cond_dim, n_heads, dropout
+        self.cond_dim, self.n_heads, self.dropout, self.num_classes = cond_dim, n_heads, dropout, num_classes
         self.vocab_embed = TokenEmbedding(vocab_size, hidden_size)
         self.sigma_map = SigmaEmbedding(cond_dim)
         self.rotary_emb = RotaryFrequencies(head_dim)
         self.blocks = nn.ModuleList(DiTBlock(hidden_size, cond_dim, n_heads, dropout, backend) for _ in range(n_blocks))
-        self.output_layer = OutputLayer(hidden_size, vocab_size, cond_dim)
+        self.output_layer = OutputLayer(hidden_size, vocab_size, cond_dim, num_classes)
+        if num_classes:
+            self.class_embed = ClassEmbedding(num_classes, cond_dim)
 
     @property
     def vocab_size(self) -> int:
@@ -91,7 +96,7 @@ class DiT(nn.Module):
     def settings(self) -> dict[str, object]:
         """What the network was built with, keys as on the command line."""
         return {
-            "model.hidden_size": self.head.in_features, "model.cond_dim": self.cond_dim,
+            "model.hidden_size": self.vocab_embed.embedding.shape[1], "model.cond_dim": self.cond_dim,
             "model.n_blocks": len(self.blocks), "model.n_heads": self.n_heads, "model.dropout": self.dropout,
             "model.mask_padding": self.mask_padding, "time_conditioning": self.time_conditioning,
         }  # fmt: skip
@@ -107,25 +112,30 @@ class DiT(nn.Module):
         sigma_B: Tensor,
         attention_mask: Tensor | None = None,
         at_BL: Tensor | None = None,
+        class_id: Tensor | None = None,
     ) -> Tensor:
         """Hidden states (B, L, D), ready for `head`; only those of the N positions where `at_BL` is True, (N, D), if it
         is given: the last block then works for these alone. `attention_mask` (B, L) is False on padding."""
-        c_BC = self.conditioning(sigma_B)
+        class_id = untold(tokens_BL) if class_id is None and self.num_classes else class_id
+        c_BC = self.conditioning(sigma_B, class_id)
         rotary = rotary_angles(self.rotary_emb.inv_freq, tokens_BL.shape[1])
         key_mask_BL = attention_mask if self.mask_padding else None
         x_BLD = self.vocab_embed(tokens_BL)
         for block in self.blocks[:-1]:
             x_BLD = block(x_BLD, c_BC, rotary, key_mask_BL)
         if at_BL is None:
-            return self.output_layer.normed(self.blocks[-1](x_BLD, c_BC, rotary, key_mask_BL), c_BC)
+            last_BLD = self.output_layer.normed(self.blocks[-1](x_BLD, c_BC, rotary, key_mask_BL), c_BC)
+            return with_class(last_BLD, class_id, self.num_classes) if self.num_classes else last_BLD
         count_B = at_BL.sum(-1)
         at_BQ = at_BL.long().argsort(dim=-1, descending=True, stable=True)[:, : max(1, int(count_B.max()))]
         hidden_BQD = self.output_layer.normed(self.blocks[-1](x_BLD, c_BC, rotary, key_mask_BL, at_BQ), c_BC)
+        hidden_BQD = with_class(hidden_BQD, class_id, self.num_classes) if self.num_classes else hidden_BQD
         return hidden_BQD[torch.arange(at_BQ.shape[1], device=at_BQ.device) < count_B[:, None]]
 
-    def conditioning(self, sigma_B: Tensor) -> Tensor:
-        """What adaLN sees: silu of the embedded sigma, (B, C)."""
-        return F.silu(self.sigma_map(sigma_B if self.time_conditioning else torch.zeros_like(sigma_B)))
+    def conditioning(self, sigma_B: Tensor, class_id: Tensor | None = None) -> Tensor:
+        """What adaLN sees: silu of the embedded sigma, to which the class is added, (B, C)."""
+        embedded_BC = self.sigma_map(sigma_B if self.time_conditioning else torch.zeros_like(sigma_B))
+        return F.silu(embedded_BC if class_id is None else embedded_BC + self.class_embed(class_id))
 
     def forward(self, tokens_BL: Tensor, sigma_B: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Logits (B, L, V)."""

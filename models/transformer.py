@@ -65,12 +65,13 @@ class TransformerBlock(nn.Module):
 
 
 class Head(nn.Module):
-    """Norm and vocabulary projection; the two halves are called apart (`normed`, then `linear`)."""
+    """Norm and vocabulary projection; the two halves are called apart (`normed`, then `linear`). With classes the
+    projection has one more column for each (models/class_conditioning.py)."""
 
-    def __init__(self, dim: int, vocab_size: int) -> None:
+    def __init__(self, dim: int, vocab_size: int, num_classes: int = 0) -> None:
         super().__init__()
         self.norm_final = LayerNorm(dim)
-        self.linear = zero_linear(dim, vocab_size)
+        self.linear = zero_linear(dim + num_classes, vocab_size)
 
     def normed(self, x_BLD: Tensor) -> Tensor:
         return self.norm_final(x_BLD)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from noise_schedule import NoiseSchedule
-from objectives.base import Backbone, Batch, TokenLoss, spread
+from objectives.base import Backbone, Batch, TokenLoss, context, spread
 from objectives.noising import Noising
 from objectives.projection import cross_entropy, log_probs
 from randomness import KeyedNoise
@@ -60,7 +60,7 @@ class AR:
         scored_BL = torch.ones_like(x_BL, dtype=torch.bool) if mask_BL is None else mask_BL.bool().clone()
         scored_BL[:, 0] = False
         before_BL = scored_BL.roll(-1, dims=1)  # True where the next token is scored
-        hidden_BLD = backbone.encode(x_BL, torch.zeros(len(x_BL), device=x_BL.device), mask_BL)
+        hidden_BLD = backbone.encode(x_BL, torch.zeros(len(x_BL), device=x_BL.device), **context(batch))
         nll_N = cross_entropy(hidden_BLD[before_BL], backbone.head, x_BL[scored_BL], self.mask_id)
         return TokenLoss(spread(nll_N, scored_BL), scored_BL)
 

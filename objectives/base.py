@@ -47,6 +47,8 @@ class Backbone(Protocol):
     causal: bool
     encodes_positions: bool  # `encode` takes `at_BL` and gives the hidden states of those positions alone, for less
 
+    num_classes: int  # that it can be told, as `class_id`; 0: it knows of none
+
     def encode(self, tokens_BL: Tensor, sigma_B: Tensor, attention_mask: Tensor | None = None) -> Tensor: ...
 
 
@@ -166,6 +168,11 @@ def encode_at(backbone: Backbone, x_BL: Tensor, sigma_B: Tensor, at_BL: Tensor |
     if backbone.encodes_positions:
         return backbone.encode(x_BL, sigma_B, at_BL=at_BL, **cond)
     return backbone.encode(x_BL, sigma_B, **cond)[at_BL]
+
+
+def context(batch: Batch) -> dict[str, Tensor]:
+    """What of a batch a backbone is told beside tokens and noise level."""
+    return {name: batch[name] for name in ("attention_mask", "class_id") if name in batch}
 
 
 def masked_positions(batch: Batch, xt_BL: Tensor, mask_id: int) -> Tensor:

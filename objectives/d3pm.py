@@ -16,6 +16,7 @@ from objectives.base import (
     Batch,
     MaskedDiffusion,
     TokenLoss,
+    context,
     encode_at,
     masked_positions,
     per_position,
@@ -53,11 +54,11 @@ class D3PM(MaskedDiffusion):
         """T times the KL term of a step (eq. 1, L_t-1), plus the reconstruction term L_0 of the clean text."""
         x0_BL, scored_BL = batch["input_ids"], scored_mask(batch)
         masked_BL = masked_positions(batch, xt_BL, self.mask_id)
-        hidden_BLD = backbone.encode(xt_BL, self.conditioning(t_B), batch.get("attention_mask"))
+        hidden_BLD = backbone.encode(xt_BL, self.conditioning(t_B), **context(batch))
         log_p_N, log_m_N = self._log_p_and_m(hidden_BLD[masked_BL], backbone, x0_BL[masked_BL])
         at, alpha_t, alpha_s = masked_BL, self.schedule(t_B).alpha, self.schedule((t_B - 1 / self.T).clamp(min=0)).alpha
         kl_N = self._step_kl(log_p_N, log_m_N, per_position(alpha_t, at), per_position(alpha_s, at))
-        clean_BLD = backbone.encode(x0_BL, self.conditioning(torch.zeros_like(t_B)), batch.get("attention_mask"))
+        clean_BLD = backbone.encode(x0_BL, self.conditioning(torch.zeros_like(t_B)), **context(batch))
         log_p0_N, _ = self._log_p_and_m(clean_BLD[scored_BL], backbone, x0_BL[scored_BL])
         logs = {"cross_entropy": -spread(log_p_N.detach(), at).sum(-1), "num_masked": masked_BL.sum(-1)}
         return TokenLoss(self.T * spread(kl_N, at) - spread(log_p0_N, scored_BL), scored_BL, logs)

@@ -18,6 +18,7 @@ from objectives.base import (
     MaskedDiffusion,
     TokenLoss,
     carry_over,
+    context,
     encode_at,
     masked_positions,
     per_position,
@@ -39,7 +40,7 @@ class SEDD(MaskedDiffusion):
         """The denoising score entropy (theorem 3.4, weighed as in theorem 3.6), sigma' (sum_y s_y - q log s_x0 +
         q (log q - 1)), with the target q = p_t(x_0) / p_t(mask)."""
         x0_BL, masked_BL = batch["input_ids"], masked_positions(batch, xt_BL, self.mask_id)
-        hidden_BLD = backbone.encode(xt_BL, self.conditioning(t_B), batch.get("attention_mask"))
+        hidden_BLD = backbone.encode(xt_BL, self.conditioning(t_B), **context(batch))
         log_z_N, logit_N1 = picked_logits(hidden_BLD[masked_BL], backbone.head, x0_BL[masked_BL][:, None], self.mask_id)
         level = self.schedule(t_B)
         shift_N = per_position(self._log_shift(t_B, backbone.head.out_features), masked_BL)

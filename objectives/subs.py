@@ -15,6 +15,7 @@ from objectives.base import (
     MaskedDiffusion,
     TokenLoss,
     carry_over,
+    context,
     encode_at,
     masked_positions,
     per_position,
@@ -51,7 +52,7 @@ class Subs(MaskedDiffusion):
 
     def loss_at(self, backbone: Backbone, batch: Batch, xt_BL: Tensor, t_B: Tensor) -> TokenLoss:
         x0_BL, masked_BL = batch["input_ids"], masked_positions(batch, xt_BL, self.mask_id)
-        hidden_BLD = backbone.encode(xt_BL, self.conditioning(t_B), batch.get("attention_mask"))
+        hidden_BLD = backbone.encode(xt_BL, self.conditioning(t_B), **context(batch))
         ce_N = cross_entropy(hidden_BLD[masked_BL], backbone.head, x0_BL[masked_BL], self.mask_id)
         ce_BL = spread(ce_N, masked_BL)
         logs = {"cross_entropy": ce_BL.detach().sum(-1), "num_masked": masked_BL.sum(-1)}
