@@ -4,7 +4,8 @@ Imports nothing else of the project. `reporting.plots` and `reporting.classifica
 sets the page.
 """
 
-from reporting.formatting import Metric, format_measurement, format_number
+from reporting.evidence import Evidence
+from reporting.formatting import Interval, Metric, format_measurement, format_number
 from reporting.report import Report, Sample
 
-__all__ = ["Metric", "Report", "Sample", "format_measurement", "format_number"]
+__all__ = ["Evidence", "Interval", "Metric", "Report", "Sample", "format_measurement", "format_number"]

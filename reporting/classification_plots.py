@@ -24,6 +24,7 @@ from reporting.style import (
     MUTED,
     PAPER,
     SERIES,
+    TEXT,
     Z95,
     Floats,
     empty_figure,
@@ -198,8 +199,9 @@ def accuracy_against_draws(
     sequential test at its mean number of draws.
     """
     figure = new_figure(3.4)
-    axes = style_axes(figure.add_subplot(), "network evaluations per text and class", "accuracy (% of texts)")
-    labels, dropped, drawn = [], 0, []
+    bands = "; bands: 95%" if curves else ""
+    axes = style_axes(figure.add_subplot(), f"network evaluations per text and class{bands}", "accuracy (% of texts)")
+    labels, notes, dropped, drawn = [], [], 0, []
     for i, (name, curve) in enumerate(curves.items()):
         (x, y, se), bad = _cleaned(curve.evaluations, curve.accuracy, curve.se)
         dropped += bad
@@ -217,21 +219,24 @@ def accuracy_against_draws(
             drawn.append(x)
             colour = SERIES[i % len(SERIES)]
             axes.errorbar(x, y, half_width(point.se), fmt="D", color=colour, markersize=6, elinewidth=1.4, zorder=5)
-            labels.append((float(y[0]), f"{name}\nat {format_number(float(x[0]), 3)}", colour))
+            notes.append((float(x[0]), float(y[0]), f"{name}, {format_number(float(x[0]), 3)}", colour))
     for name, accuracy in (references or {}).items():
         if np.isfinite(accuracy):
             axes.axhline(accuracy, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
             labels.append((accuracy, name, MUTED))
         else:
             dropped += 1
-    if not labels:
+    if not labels and not notes:
         return empty_figure(new_figure(3.4), f"no finite value among {dropped:,}" if dropped else "nothing to draw")
     axes.yaxis.set_major_formatter(PERCENT)
-    axes.margins(x=0.04, y=0.08)
+    axes.margins(x=0.04, y=0.12)
     _log2_axis(axes, np.concatenate(drawn) if drawn else np.ones(1))
     end_labels(axes, labels)
-    if curves:
-        write(axes, 0.99, 0.03, "bands: 95%", MUTED, transform=axes.transAxes, ha="right", va="bottom")
+    for x, y, text, colour in notes:
+        # Curves rise, so there is room above a mark, and to its left unless it is among the cheapest.
+        left = axes.transAxes.inverted().transform(axes.transData.transform((x, y)))[0] > 0.4
+        axes.annotate(text, (x, y), (0, 9), textcoords="offset points", ha="right" if left else "left", va="bottom",
+                      color=colour, fontsize=TEXT, parse_math=False)  # fmt: skip
     note_dropped(axes, dropped)
     return figure
 

@@ -62,7 +62,7 @@ def dot_rows(
 def by_mask_rate(rate: ArrayLike, value: ArrayLike, se: ArrayLike | None, ylabel: str) -> tuple[Figure, Axes]:
     """`value` with its 95% interval against the share of masked tokens in [0, 1]; all N."""
     figure = new_figure(3.0)
-    axes = style_axes(figure.add_subplot(), "share of tokens masked", ylabel)
+    axes = style_axes(figure.add_subplot(), f"share of tokens masked{'' if se is None else '; bars: 95%'}", ylabel)
     errors = np.zeros(np.size(rate)) if se is None else se
     (rate, value, errors), dropped = finite(rate, value, errors)
     order = np.argsort(rate, kind="stable")
@@ -73,7 +73,5 @@ def by_mask_rate(rate: ArrayLike, value: ArrayLike, se: ArrayLike | None, ylabel
     )  # fmt: skip
     axes.set_xlim(-0.02, 1.02)
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    if se is not None:
-        write(axes, 0.99, 0.03, "bars: 95%", MUTED, transform=axes.transAxes, ha="right", va="bottom")
     note_dropped(axes, dropped)
     return figure, axes
