@@ -234,7 +234,7 @@ def accuracy_against_draws(
     end_labels(axes, labels)
     for x, y, text, colour in notes:
         # Curves rise, so there is room above a mark, and to its left unless it is among the cheapest.
-        left = axes.transAxes.inverted().transform(axes.transData.transform((x, y)))[0] > 0.4
+        left = axes.transAxes.inverted().transform(axes.transData.transform((x, y)))[0] > 1 / 3
         axes.annotate(text, (x, y), (0, 9), textcoords="offset points", ha="right" if left else "left", va="bottom",
                       color=colour, fontsize=TEXT, parse_math=False)  # fmt: skip
     note_dropped(axes, dropped)

@@ -18,7 +18,7 @@ import pytest
 from matplotlib._pylab_helpers import Gcf
 from matplotlib.figure import Figure
 
-from reporting import Metric, Report, Sample, classification_plots, format_measurement, format_number, plots
+from reporting import Evidence, Metric, Report, Sample, classification_plots, format_measurement, format_number, plots
 from reporting.style import BLUE, THEME
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)> & \"quoted\" 'text'"
@@ -123,6 +123,7 @@ def _full_report() -> Report:
     axes.text(1, 3, "a link", url="https://example.org/")
     report.figure(foreign, HOSTILE, HOSTILE)
     report.samples([Sample([HOSTILE, " b\x00\ud800", "\n"], [0, 1, 2], 2, HOSTILE)])
+    report.evidence([Evidence(HOSTILE, (HOSTILE, " b\x00\ud800"), (1.0, -2.0), (HOSTILE, "other"), HOSTILE)])
     report.code(HOSTILE, HOSTILE)
     return report
 
