@@ -1,9 +1,11 @@
 """Self-contained HTML reports of runs: numbers with their errors, figures, and samples as they were written.
 
-Imports nothing else of the project. `reporting.plots` draws the figures, `Report` sets the page.
+Imports nothing else of the project. `reporting.plots` and `reporting.classification_plots` draw the figures, `Report`
+sets the page.
 """
 
-from reporting.formatting import Metric, format_measurement, format_number
+from reporting.evidence import Evidence
+from reporting.formatting import Interval, Metric, format_measurement, format_number
 from reporting.report import Report, Sample
 
-__all__ = ["Metric", "Report", "Sample", "format_measurement", "format_number"]
+__all__ = ["Evidence", "Interval", "Metric", "Report", "Sample", "format_measurement", "format_number"]

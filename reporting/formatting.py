@@ -31,6 +31,31 @@ class Metric:
         return f"{self.measurement} {self.unit}".rstrip()
 
 
+@dataclass(frozen=True)
+class Interval:
+    """A measured number and its 95% interval, which need not be symmetric: `95.8 [94.5, 96.8]`.
+
+    Raises ValueError if the interval ends before it begins.
+    """
+
+    value: float
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        if self.low > self.high:
+            raise ValueError(f"interval [{self.low}, {self.high}] ends before it begins: swap low and high")
+
+    def __str__(self) -> str:
+        triple = (self.value, self.low, self.high)
+        half = (self.high - self.low) / 2
+        if half > 0 and all(value == 0 or _SMALLEST_PLAIN <= abs(value) < _LARGEST_PLAIN for value in triple):
+            value, low, high = (_fixed(float(number), _decimals(half)) for number in triple)
+        else:
+            value, low, high = map(format_number, triple)
+        return f"{value} [{low}, {high}]"
+
+
 def format_number(value: float, digits: int = 4, strip: bool = True) -> str:
     """`value` with `digits` significant digits (integers in full); `strip` drops trailing zeros."""
     if isinstance(value, numbers.Integral) and abs(int(value)) < _LARGEST_PLAIN_INTEGER:

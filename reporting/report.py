@@ -14,18 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
+from reporting.evidence import Evidence, evidence_block
 from reporting.formatting import Metric, format_number
+from reporting.plain_text import inline, paragraphs, split_lead, visible
 from reporting.style import THEME
 from reporting.svg import inline_figure
 
 _TEMPLATE = "report.html.j2"
-_NUMERIC = re.compile(r"^(NaN|[−-]?∞|[(<>≤≥~≈+−-]*\d[\d.,:/ ()±×?%⁻⁰¹²³⁴⁵⁶⁷⁸⁹−-]*)( ?[A-Za-zµ/%]{1,12})?$")
+_NUMERIC = re.compile(r"^(NaN|[−-]?∞|[(<>≤≥~≈+−-]*\d[\d.,:/ ()\[\]±×?%⁻⁰¹²³⁴⁵⁶⁷⁸⁹−-]*)( ?[A-Za-zµ/%]{1,12})?$")
 _BLANK = {"", "–", "—", "-"}
-# HTML has no place for these; a replacement sign keeps them visible.
-_CONTROL = {code: "\ufffd" for code in [*range(9), 11, 12, *range(14, 32), 127]}
 
 
 @dataclass(frozen=True)
@@ -72,14 +71,14 @@ class Report:
 
     def section(self, heading: str, text: str = "") -> None:
         """Opens a section; everything added after belongs to it."""
-        self._sections.append({"heading": heading, "paragraphs": _paragraphs(text), "blocks": []})
+        self._sections.append({"heading": heading, "paragraphs": paragraphs(text), "blocks": []})
 
     def metrics(self, metrics: Sequence[Metric]) -> None:
         """A row of measured numbers, each with its standard error, unit and note."""
         self._add("metrics", metrics=[_metric(metric) for metric in metrics])
 
     def table(self, header: Sequence[str], rows: Sequence[Sequence[object]], caption: str = "") -> None:
-        """A table; cells may be text, numbers, None (a dash) or `Metric`. Columns of numbers align right.
+        """A table; cells may be text, numbers, None (a dash), `Metric` or `Interval`. Columns of numbers align right.
 
         Raises ValueError if a row is not as long as the header.
         """
@@ -88,22 +87,26 @@ class Report:
                 raise ValueError(f"table row {list(row)} has {len(row)} cells; the header has {len(header)}")
         cells = [[_cell(value, strip=False) for value in row] for row in rows]
         numeric = [_is_numeric([row[i] for row in cells]) for i in range(len(header))]
-        content = {"header": list(header), "rows": cells, "numeric": numeric, "caption": _inline(caption)}
+        content = {"header": list(header), "rows": cells, "numeric": numeric, "caption": inline(caption)}
         self._add("table", number=self._number("table") if caption else 0, **content)
 
     def figure(self, figure: Figure, caption: str, alt: str) -> None:
         """A figure; `alt` says in words what it shows to those who cannot see it."""
         number = self._number("figure")
         markup, card = inline_figure(figure, alt, f"f{number}", THEME)
-        self._add("figure", markup=markup, card=card, caption=_inline(caption), number=number)
+        self._add("figure", markup=markup, card=card, caption=inline(caption), number=number)
 
     def samples(self, samples: Sequence[Sample]) -> None:
         """Texts with the course of their denoising; without JavaScript the final text is readable."""
         self._add("samples", samples=[_sample(sample) for sample in samples])
 
+    def evidence(self, evidence: Sequence[Evidence]) -> None:
+        """Texts whose tokens are coloured by what they say for one class against another; one scale for all of them."""
+        self._add("evidence", **evidence_block(evidence))
+
     def code(self, text: str, caption: str = "") -> None:
         """Literal text behind a fold, e.g. the resolved configuration."""
-        self._add("code", text=text.translate(_CONTROL), caption=caption or "Listing")
+        self._add("code", text=visible(text), caption=caption or "Listing")
 
     def render(self) -> str:
         """The page as HTML."""
@@ -117,7 +120,7 @@ class Report:
         environment.filters["sha256"] = _content_hash
         return environment.get_template(_TEMPLATE).render(
             title=self.title,
-            subtitle=_inline(self.subtitle),
+            subtitle=inline(self.subtitle),
             command=self.command,
             facts=self.facts,
             sections=self._sections,
@@ -157,13 +160,7 @@ def _metric(metric: Metric) -> dict[str, str]:
 
 def _sample(sample: Sample) -> dict[str, Any]:
     """What the template and the player need; `window` is how many steps count as just written."""
-    pieces = []
-    for token in sample.tokens:
-        token = token.translate(_CONTROL)
-        # Leading space stays outside the block that stands for a masked token, or blocks would merge.
-        body = token.lstrip()
-        lead = token[: len(token) - len(body)] if body else ""
-        pieces.append((lead, body or token))
+    pieces = [split_lead(token) for token in sample.tokens]
     given = [step == 0 for step in sample.reveal_step]
     return {
         "title": sample.title,
@@ -183,21 +180,12 @@ def _cell(value: object, strip: bool = True) -> str:
         return "yes" if value else "no"
     if isinstance(value, numbers.Real):
         return format_number(value, strip=strip)
-    return str(value).translate(_CONTROL)
+    return visible(str(value))
 
 
 def _is_numeric(column: Sequence[str]) -> bool:
     filled = [cell for cell in column if cell.strip() not in _BLANK]
     return bool(filled) and all(_NUMERIC.match(cell) for cell in filled)
-
-
-def _paragraphs(text: str) -> list[Markup]:
-    return [_inline(part.strip()) for part in re.split(r"\n\s*\n", text) if part.strip()]
-
-
-def _inline(text: str) -> Markup:
-    """Escaped text in which `backticks` set code."""
-    return Markup(re.sub(r"`([^`\n]+)`", r"<code>\1</code>", str(escape(text.translate(_CONTROL)))))
 
 
 def _content_hash(text: str) -> str:

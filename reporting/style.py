@@ -64,15 +64,19 @@ def note_dropped(axes: Axes, count: int) -> None:
 
 
 def spread(positions: Sequence[float], gap: float) -> list[float]:
-    """`positions` moved as little as a forward and a backward pass can so that neighbours keep `gap`."""
+    """`positions` moved as little as possible, in squares, so that neighbours keep `gap`; those with room stay.
+
+    Pool adjacent violators (Ayer et al. 1955) on the positions less the room that those below them need.
+    """
     order = np.argsort(positions, kind="stable")
-    placed = np.asarray(positions, dtype=float)[order]
-    for i in range(1, len(placed)):
-        placed[i] = max(placed[i], placed[i - 1] + gap)
-    # The passes push upwards; half of the push is given back to keep the group centred.
-    placed -= np.clip((placed - np.asarray(positions, dtype=float)[order]).max(initial=0.0), 0, gap) / 2
-    result = np.empty_like(placed)
-    result[order] = placed
+    groups: list[list[float]] = []
+    for rank, i in enumerate(order):
+        groups.append([positions[i] - rank * gap])
+        while len(groups) > 1 and np.mean(groups[-2]) > np.mean(groups[-1]):
+            groups[-2:] = [groups[-2] + groups[-1]]
+    result = np.empty(len(order))
+    result[order] = [float(np.mean(group)) for group in groups for _ in group]
+    result[order] += gap * np.arange(len(order))
     return result.tolist()
 
 

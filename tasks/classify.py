@@ -8,12 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from matplotlib.figure import Figure
 from scipy.sparse import csr_matrix
 from scipy.special import log_softmax, softmax
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 from sklearn.naive_bayes import MultinomialNB
 
 from metrics import Estimate
+from reporting import classification_plots as figures
 from reporting import plots
 from reporting.report import Metric, Report
 from tasks.base import Experiment, GroundTruth, Likelihood, likelihood, row_numbers, write_results
@@ -201,18 +203,18 @@ def _report(
             Metric("Monte Carlo error", float(np.mean(verdict.se_MC)), None, "nats/text", "of log p(text | class)"),
         ]
     )
-    report.figure(plots.accuracy_ladder(ladder), "Accuracy with 95% intervals, on the same texts.", "Accuracies")
+    report.figure(figures.accuracy_ladder(ladder), "Accuracy with 95% intervals, on the same texts.", "Accuracies")
     table = zip(names, *_per_class(verdict), strict=True)
     report.table(["class", "precision", "recall", "F1", "texts"],
                  [[n, f"{p:.3f}", f"{r:.3f}", f"{f:.3f}", int(s)] for n, p, r, f, s in table])  # fmt: skip
     counts = confusion_matrix(verdict.label_M, verdict.prediction_M, labels=range(len(names)))
-    report.figure(plots.confusion_matrix(counts, names), "Rows are the true classes.", "Confusion matrix")
+    report.figure(figures.confusion_matrix(counts, names), "Rows are the true classes.", "Confusion matrix")
     correct = verdict.prediction_M == verdict.label_M
-    report.figure(plots.calibration(verdict.posterior_MC.max(axis=1), correct),
+    report.figure(_calibration(verdict.posterior_MC.max(axis=1), correct),
                   "How often a verdict of a given confidence is right.", "Calibration curve")  # fmt: skip
     if len(names) == 2:
         margin = verdict.log_p_MC[:, 1] - verdict.log_p_MC[:, 0]
-        report.figure(plots.llr_histogram({name: margin[verdict.label_M == k] for k, name in enumerate(names)}),
+        report.figure(figures.llr_histogram({name: margin[verdict.label_M == k] for k, name in enumerate(names)}),
                       "Evidence in nats, by true class.", "Log-likelihood ratios")  # fmt: skip
     for label, (name, measured, texts) in enumerate(zip(names, own, samples, strict=True)):
         report.section(f"The model of “{name}”", "Likelihood of held-out texts of its own class.")
@@ -229,6 +231,15 @@ def _report(
             report.samples(texts)
     report.code(experiment.settings, "configuration")
     return report
+
+
+def _calibration(confidence_M: np.ndarray, correct_M: np.ndarray, num_bins: int = 10) -> Figure:
+    """Reliability in equal-width bins; ECE is the mean |share right - confidence| by count (Guo et al. 2017, eq. 3)."""
+    bin_M = np.digitize(confidence_M, np.linspace(0, 1, num_bins + 1)[1:-1], right=True)
+    count, surely, right = (np.bincount(bin_M, w, num_bins) for w in (None, confidence_M, correct_M))
+    ece = float(np.abs(right - surely).sum() / count.sum())
+    with np.errstate(invalid="ignore"):
+        return figures.calibration(surely / count, right / count, count, ece)
 
 
 _METHOD = (

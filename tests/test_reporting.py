@@ -18,7 +18,7 @@ import pytest
 from matplotlib._pylab_helpers import Gcf
 from matplotlib.figure import Figure
 
-from reporting import Metric, Report, Sample, format_measurement, format_number, plots
+from reporting import Evidence, Metric, Report, Sample, classification_plots, format_measurement, format_number, plots
 from reporting.style import BLUE, THEME
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)> & \"quoted\" 'text'"
@@ -114,7 +114,7 @@ def _full_report() -> Report:
     report.section(HOSTILE, f"{HOSTILE}\n\nand `{HOSTILE}`")
     report.metrics([Metric(HOSTILE, 1.0, 0.1, HOSTILE, HOSTILE)])
     report.table([HOSTILE, "n"], [[HOSTILE, 3], [None, Metric("", 2.0, 0.1)]], HOSTILE)
-    report.figure(plots.accuracy_ladder([(HOSTILE, 0.5, None), ("$a", 0.7, 0.1)]), HOSTILE, HOSTILE)
+    report.figure(classification_plots.accuracy_ladder([(HOSTILE, 0.5, None), ("$a", 0.7, 0.1)]), HOSTILE, HOSTILE)
     report.figure(plots.likelihood_against_truth([("ours", 2.0, 0.1)], 1.5), "again", "again")
     foreign = Figure()
     axes = foreign.add_subplot()
@@ -123,6 +123,7 @@ def _full_report() -> Report:
     axes.text(1, 3, "a link", url="https://example.org/")
     report.figure(foreign, HOSTILE, HOSTILE)
     report.samples([Sample([HOSTILE, " b\x00\ud800", "\n"], [0, 1, 2], 2, HOSTILE)])
+    report.evidence([Evidence(HOSTILE, (HOSTILE, " b\x00\ud800"), (1.0, -2.0), (HOSTILE, "other"), HOSTILE)])
     report.code(HOSTILE, HOSTILE)
     return report
 
@@ -247,20 +248,6 @@ FIGURES = {
     "rate": lambda: plots.nll_by_mask_rate([0.9, 0.1], [2, 1], [0.1, NAN]),
     "rate, one point": lambda: plots.nll_by_mask_rate([0.5], [1.0], [0.0]),
     "rate, nothing": lambda: plots.nll_by_mask_rate([], [], []),
-    "confusion": lambda: plots.confusion_matrix([[3, 1], [0, 0]], ["neg", "pos"]),
-    "confusion, one class": lambda: plots.confusion_matrix([[3]], ["only"]),
-    "confusion, no class": lambda: plots.confusion_matrix(np.zeros((0, 0)), []),
-    "confusion, many": lambda: plots.confusion_matrix(np.eye(20), [f"class {i}" for i in range(20)]),
-    "calibration": lambda: plots.calibration([0.0, 0.5, 0.99, 1.0], [0, 1, 1, 1]),
-    "calibration, one": lambda: plots.calibration([1.0], [True]),
-    "calibration, nothing": lambda: plots.calibration([], []),
-    "ladder": lambda: plots.accuracy_ladder([("chance", 0.5, None), ("ours", 0.9, 0.0)], highlight="ours"),
-    "ladder, one": lambda: plots.accuracy_ladder([("ours", 1.0, 0.0)]),
-    "llr": lambda: plots.llr_histogram({"neg": [-3.0, -1, math.inf], "pos": [2.0, 4, 5]}),
-    "llr, single class": lambda: plots.llr_histogram({"pos": [1.0]}),
-    "llr, one empty": lambda: plots.llr_histogram({"neg": [], "pos": [1.0, 1.0]}),
-    "llr, nothing": lambda: plots.llr_histogram({}),
-    "llr, all infinite": lambda: plots.llr_histogram({"neg": [-math.inf]}),
 }
 
 
@@ -317,23 +304,3 @@ def test_heavy_figures_become_png(tmp_path: Path) -> None:
     report.figure(figure, "c", "many points")
     page = _page(report, tmp_path)
     assert '<img alt="many points"' in page and "data:image/png;base64," in page and len(page) < 500_000
-
-
-def test_calibration_error_of_a_case_computed_by_hand() -> None:
-    # bin (0.6, 0.7]: mean confidence 0.65, accuracy 1/2; bin (0.8, 0.9]: 0.9, 1; bin (0.9, 1]: 1.0, 1/2
-    confidence = [0.6 + 1e-9, 0.7 - 1e-9, 0.9, 0.9, 0.9, 1.0, 1.0, 1.0, 1.0]
-    bins = plots.calibration_bins(confidence, [1, 0, 1, 1, 1, 1, 0, 0, 1])
-    assert bins.counts.tolist() == [0, 0, 0, 0, 0, 0, 2, 0, 3, 4]
-    assert bins.ece == pytest.approx((2 * 0.15 + 3 * 0.1 + 4 * 0.5) / 9)
-    assert math.isnan(plots.calibration_bins([], []).ece)
-    with pytest.raises(ValueError, match="probabilities"):
-        plots.calibration_bins([1.5], [1])
-    with pytest.raises(ValueError, match="2 confidences"):
-        plots.calibration_bins([0.5, 0.6], [1])
-
-
-def test_wilson_interval_against_published_values() -> None:
-    # Newcombe (1998), table I, method 3
-    low, high = plots.wilson_interval([81, 15, 0], [263, 148, 20])
-    assert low == pytest.approx([0.2553, 0.0624, 0.0], abs=5e-5)
-    assert high == pytest.approx([0.3662, 0.1605, 0.1611], abs=5e-5)

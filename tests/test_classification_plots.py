@@ -1,0 +1,145 @@
+"""Figures of a classification: every one draws, follows the page's colours and says what it could not draw."""
+
+from __future__ import annotations
+
+import math
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib._pylab_helpers import Gcf
+from matplotlib.figure import Figure
+
+from reporting import Report
+from reporting import classification_plots as figures
+from reporting.classification_plots import Curve, Point
+from reporting.style import THEME
+
+NAN = float("nan")
+FIGURES = {
+    "confusion": lambda: figures.confusion_matrix([[3, 1], [0, 0]], ["neg", "pos"]),
+    "confusion, one class": lambda: figures.confusion_matrix([[3]], ["only"]),
+    "confusion, no class": lambda: figures.confusion_matrix(np.zeros((0, 0)), []),
+    "confusion, many": lambda: figures.confusion_matrix(np.eye(20), [f"class {i}" for i in range(20)]),
+    "calibration": lambda: figures.calibration([NAN, 0.3, 0.9, 1.0], [NAN, 0.0, 0.8, 1.0], [0, 1, 50, 9], 0.1),
+    "calibration, one bin": lambda: figures.calibration([1.0], [1.0], [3], 0.0),
+    "calibration, no text": lambda: figures.calibration([NAN, NAN], [NAN, NAN], [0, 0], NAN),
+    "calibration, nothing": lambda: figures.calibration([], [], [], NAN),
+    "ladder": lambda: figures.accuracy_ladder([("chance", 0.5, None), ("ours", 0.9, 0.0)], highlight="ours"),
+    "ladder, one": lambda: figures.accuracy_ladder([("ours", 1.0, 0.0)]),
+    "llr": lambda: figures.llr_histogram({"neg": [-3.0, -1, math.inf], "pos": [2.0, 4, 5]}),
+    "llr, single class": lambda: figures.llr_histogram({"pos": [1.0]}),
+    "llr, one empty": lambda: figures.llr_histogram({"neg": [], "pos": [1.0, 1.0]}),
+    "llr, nothing": lambda: figures.llr_histogram({}),
+    "llr, all infinite": lambda: figures.llr_histogram({"neg": [-math.inf]}),
+    "draws": lambda: figures.accuracy_against_draws(
+        {
+            "common masks": Curve([1, 2, 4, 8], [0.6, 0.7, 0.8, 0.82], [0.02] * 4),
+            "$a_ b": Curve([4, 1], [0.5, 0.4], [NAN, 0]),
+        },
+        {"naive Bayes": 0.7},
+        {"sequential": Point(3.7, 0.81, 0.01)},
+    ),
+    "draws, one point": lambda: figures.accuracy_against_draws({"a": Curve([8], [1.0], [0.0])}),
+    "draws, far": lambda: figures.accuracy_against_draws({"a": Curve([1, 1e6], [0.5, 1.0], [0.0, 0.0])}),
+    "draws, only a line": lambda: figures.accuracy_against_draws({}, {"naive Bayes": 0.7}),
+    "draws, only a point": lambda: figures.accuracy_against_draws({}, points={"ours": Point(5, 0.7)}),
+    "draws, nothing": lambda: figures.accuracy_against_draws({}),
+    "draws, all NaN": lambda: figures.accuracy_against_draws({"a": Curve([1], [NAN], [NAN])}, {"b": NAN}),
+    "rate": lambda: figures.accuracy_against_mask_rate([0.9, 0.1], [0.7, 0.5], [0.1, NAN]),
+    "rate, no error": lambda: figures.accuracy_against_mask_rate([0.5], [1.0]),
+    "rate, nothing": lambda: figures.accuracy_against_mask_rate([], []),
+    "spent": lambda: figures.draws_histogram([2, 2, 4, 32, NAN], 32),
+    "spent, nothing": lambda: figures.draws_histogram([], 8),
+    "spent, all at the end": lambda: figures.draws_histogram([8, 8], 8),
+    "spent, of very many": lambda: figures.draws_histogram([1, 1000], 1000),
+}
+
+
+def texts(figure: Figure) -> list[str]:
+    return [text.get_text() for axes in figure.axes for text in axes.texts]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", FIGURES)
+def test_every_figure_draws_and_touches_nothing_global(name: str) -> None:
+    before = dict(matplotlib.rcParams)
+    report = Report("t")
+    report.figure(FIGURES[name](), "caption", "alternative text")
+    page = report.render()
+    assert page.count("<svg") == 1 and 'aria-label="alternative text"' in page
+    drawing = page[page.index("<svg") : page.index("</svg>")]
+    assert not any(colour in drawing for colour in THEME), "colours follow the scheme"
+    assert dict(matplotlib.rcParams) == before
+    assert not Gcf.figs, "pyplot manages no figure"
+
+
+@pytest.mark.parametrize(
+    ("figure", "count"),
+    [
+        (lambda: figures.accuracy_against_draws({"a": Curve([1, 2, 0], [0.5, NAN, 0.5], [0.1] * 3)}, {"b": NAN}), 3),
+        (lambda: figures.accuracy_against_draws({"a": Curve([1], [0.5], [0.1])}, points={"p": Point(NAN, 1.0)}), 1),
+        (lambda: figures.accuracy_against_mask_rate([0.1, 0.2, 0.3], [0.5, NAN, math.inf], [0.1] * 3), 2),
+        (lambda: figures.draws_histogram([1, NAN], 2), 1),
+        (lambda: figures.calibration([NAN, 0.5], [1.0, 0.5], [3, 4], 0.0), 1),
+    ],
+)
+def test_values_that_cannot_be_drawn_are_counted_aloud(figure: object, count: int) -> None:
+    noun = "value is" if count == 1 else "values are"
+    assert f"{count} {noun} not finite and not drawn" in texts(figure())
+
+
+def test_curves_are_drawn_where_their_numbers_are() -> None:
+    curve = Curve([4, 1, 2], [0.8, 0.5, 0.7], [0.02, 0.01, NAN])
+    figure = figures.accuracy_against_draws(
+        {"ours": curve}, {"naive Bayes": 0.6}, {"sequential": Point(2.5, 0.79, 0.03)}
+    )
+    (axes,) = figure.axes
+    assert axes.get_xscale() == "log" and [t.get_text() for t in axes.get_xticklabels()] == ["1", "2", "4"]
+    assert axes.lines[0].get_xydata().tolist() == [[1, 0.5], [2, 0.7], [4, 0.8]]
+    band = axes.collections[0].get_paths()[0].vertices
+    assert band[band[:, 0] == 4][:, 1].max() == pytest.approx(0.8 + 1.959964 * 0.02)
+    assert np.ptp(band[band[:, 0] == 2][:, 1]) == 0, "an unknown error draws no band"
+    assert {"ours", "naive Bayes", "sequential, 2.5"} == set(texts(figure))
+    assert "bands: 95%" in axes.get_xlabel()
+
+
+def test_histogram_of_draws_counts_every_text_once() -> None:
+    for total in (8, 64, 1000):
+        draws = np.random.default_rng(total).integers(1, total + 1, 500)
+        figure = figures.draws_histogram([*draws, total, 1], total)
+        counts, edges, _ = figure.axes[0].patches[0].get_data()
+        assert counts.sum() == 502 and counts.size <= 65 and edges[-1] >= total
+        assert f"of at most {total:,}" in figure.axes[0].get_xlabel()
+    counts, edges, _ = figures.draws_histogram([2, 2, 3], 4).axes[0].patches[0].get_data()
+    assert dict(zip(edges[:-1] + 0.5, counts, strict=True)) == {0: 0, 1: 0, 2: 2, 3: 1, 4: 0}
+    assert "mean 2.33: 58% of the draws" in texts(figures.draws_histogram([2, 2, 3], 4))
+    for draws, total in (([5], 4), ([-1], 4), ([], 0)):
+        with pytest.raises(ValueError, match="largest number of draws"):
+            figures.draws_histogram(draws, total)
+
+
+def test_calibration_draws_the_bins_it_is_given() -> None:
+    figure = figures.calibration([NAN, 0.2, 0.9], [NAN, 0.0, 0.75], [0, 10, 20], 0.123)
+    top, bottom = figure.axes
+    assert top.containers[0].lines[0].get_xydata().tolist() == [[0.2, 0.0], [0.9, 0.75]]
+    (low, high), _ = (segment[:, 1] for segment in top.containers[0].lines[2][0].get_segments())
+    assert low == 0.0 and high == pytest.approx(figures._wilson_interval([0], [10])[1][0])
+    assert bottom.patches[0].get_data().values.tolist() == [0, 10, 20]
+    assert "ECE 0.123\n30 texts\nbars: 95% (Wilson)" in texts(figure)
+    with pytest.raises(ValueError, match="2 confidences"):
+        figures.calibration([0.5, 0.6], [1], [1], 0.0)
+
+
+def test_wilson_interval_against_published_values() -> None:
+    # Newcombe (1998), table I, method 3
+    low, high = figures._wilson_interval([81, 15, 0], [263, 148, 20])
+    assert low == pytest.approx([0.2553, 0.0624, 0.0], abs=5e-5)
+    assert high == pytest.approx([0.3662, 0.1605, 0.1611], abs=5e-5)
+
+
+def test_accuracies_are_in_percent() -> None:
+    figure = figures.accuracy_against_mask_rate([0.1, 0.9], [0.5, 0.75])
+    figure.draw_without_rendering()
+    labels = {label.get_text() for label in figure.axes[0].get_yticklabels()}
+    assert {"50", "75"} <= labels
