@@ -290,11 +290,13 @@ class TextData(LightningDataModule):
     def test_dataloader(self) -> DataLoader:
         return self.eval_dataloader("test")
 
-    def eval_dataloader(self, split: str) -> DataLoader:
-        """Every row of the split once over all ranks; padded rows longest first, as equal lengths waste
-        least."""
+    def eval_dataloader(self, split: str, only: np.ndarray | None = None) -> DataLoader:
+        """Every row of the split (or those with the numbers `only`) once over all ranks; padded rows longest
+        first, as equal lengths waste least."""
         rows = self.split(split)
-        order = np.arange(len(rows)) if self.wrap else np.argsort(-np.asarray(rows["length"][:]), kind="stable")
+        order = np.arange(len(rows)) if only is None else only
+        if not self.wrap:
+            order = order[np.argsort(-np.asarray(rows["length"][:])[order], kind="stable")]
         return self._loader(_Rows(rows), evaluation_batches(order, self.eval_batch_size, *self._rank()))
 
     @property

@@ -10,6 +10,8 @@ Shape suffixes: B batch.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -87,12 +89,31 @@ def training_noise(seed: int, position_B: Tensor, global_batch_size: int) -> Key
     return KeyedNoise(seed, position_B, time_B=(position_B % global_batch_size + jitter_B) / global_batch_size)
 
 
-def evaluation_noise(seed: int, sample_id_B: Tensor, draw: int = 0, num_draws: int = 1) -> KeyedNoise:
+def evaluation_noise(
+    seed: int, sample_id_B: Tensor, draw: int = 0, num_draws: int = 1, group_B: Tensor | None = None
+) -> KeyedNoise:
     """Noise of one of `num_draws` draws for each sample, keyed by (seed, sample id, draw).
 
-    Draw k takes its time from the k-th of num_draws strata. Within the stratum the samples follow a Kronecker
-    sequence with a random start: uniform for every single sample, evenly spread over the data set.
+    Each draw takes its time from a stratum of its own of num_draws. They are visited in an order that spreads the first
+    few draws out, from a random place for each sample, so that any number of first draws is a fair sample by itself.
+    Within the stratum the samples follow a Kronecker sequence with a random start: uniform for every single sample,
+    evenly spread over the data set. Samples of one group (the windows of a text) share their times.
     """
-    start = KeyedNoise(seed, torch.tensor([draw], device=sample_id_B.device), draw=-2).uniform()
-    within_B = (start + sample_id_B.double() * _GOLDEN_RATIO_CONJUGATE) % 1.0
-    return KeyedNoise(seed, sample_id_B, draw=draw, time_B=(draw + within_B) / num_draws)
+    group_B = sample_id_B if group_B is None else group_B
+    start = KeyedNoise(seed, torch.tensor([draw], device=group_B.device), draw=-2).uniform()
+    within_B = (start + group_B.double() * _GOLDEN_RATIO_CONJUGATE) % 1.0
+    rotation_B = torch.floor(KeyedNoise(seed, group_B, draw=-5).uniform() * num_draws)
+    stratum_B = (_spread_order(num_draws)[draw] + rotation_B) % num_draws
+    return KeyedNoise(seed, sample_id_B, draw=draw, time_B=(stratum_B + within_B) / num_draws)
+
+
+@lru_cache
+def _spread_order(num: int) -> list[int]:
+    """0, ..., num - 1 in the order of van der Corput's sequence: the first few lie far apart."""
+    digits = max(1, (num - 1).bit_length())
+    reversed_bits = [int(f"{k:0{digits}b}"[::-1], 2) for k in range(num)]
+    by_value = sorted(range(num), key=reversed_bits.__getitem__)
+    rank = [0] * num
+    for place, k in enumerate(by_value):
+        rank[k] = place
+    return rank

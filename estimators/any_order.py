@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from estimators.base import Measured, refuse_causal
-from objectives.base import Batch, Model, scored_mask
+from objectives.base import Batch, Model, context, scored_mask
 from randomness import KeyedNoise
 from samplers.ordered import time_of
 
@@ -23,6 +23,7 @@ class AnyOrder:
 
     """
 
+    in_parts = False
     kind = "importance-weighted any-order bound"
 
     def label(self, model: Model, num_draws: int) -> str:
@@ -31,7 +32,12 @@ class AnyOrder:
     def exact(self, model: Model) -> bool:
         return False
 
-    def __call__(self, model: Model, batch: Batch, seed: int, num_draws: int) -> Measured:
+    def passes(self, model: Model) -> int:
+        return 1
+
+    def __call__(
+        self, model: Model, batch: Batch, seed: int, num_draws: int, start: int = 0, of: int | None = None
+    ) -> Measured:
         """One value per row from `num_draws` orders, each of which takes a network evaluation per scored token."""
         refuse_causal(model, "importance_weighted")
         orders = [self._one_order(model, batch, KeyedNoise(seed, batch["sample_id"], draw=k)) for k in range(num_draws)]
@@ -41,7 +47,7 @@ class AnyOrder:
 
     def _one_order(self, model: Model, batch: Batch, noise: KeyedNoise) -> Tensor:
         """log of the product of the conditional probabilities along one random order, float64 (B,)."""
-        x0_BL, scored_BL, mask_BL = batch["input_ids"], scored_mask(batch), batch.get("attention_mask")
+        x0_BL, scored_BL = batch["input_ids"], scored_mask(batch)
         tokens_B = scored_BL.sum(-1)
         rank_BL = noise.uniform(x0_BL.shape[1]).masked_fill(~scored_BL, torch.inf).argsort(-1).argsort(-1)
         log_p_B = torch.zeros(len(x0_BL), dtype=torch.float64, device=x0_BL.device)
@@ -50,7 +56,7 @@ class AnyOrder:
             rank_RL, x0_RL = rank_BL[rows_R], x0_BL[rows_R]
             x_RL = torch.where((rank_RL >= step) & scored_BL[rows_R], model.mask_id, x0_RL)
             now_RL = rank_RL == step
-            cond = {} if mask_BL is None else {"attention_mask": mask_BL[rows_R]}
+            cond = {name: told[rows_R] for name, told in context(batch).items()}
             t_R = time_of(model, tokens_B[rows_R] - step, tokens_B[rows_R])
             log_p_RV = model.denoise(x_RL, t_R, now_RL, **cond)
             log_p_B[rows_R] += log_p_RV.gather(1, x0_RL[now_RL][:, None]).squeeze(1).double()

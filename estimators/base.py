@@ -19,8 +19,9 @@ class Measured:
 
     nll_BK: float64, one column per draw; their mean is the estimate (the draws are strata of one another).
     tokens_B: scored tokens.
-    evaluations_B: network evaluations spent on each row. cross_entropy_BP, num_masked_BP: summed cross-entropy (nats)
-    and number of the masked tokens of every pass, where there were masks.
+    evaluations_B: network evaluations spent on each row. logs: for every pass, where there were masks, cross_entropy
+    and num_masked (B, P), summed over the masked tokens (nats) and their number, and nats (B, P), what the pass alone
+    says of -log p: their mean is the estimate.
     """
 
     nll_BK: Tensor
@@ -30,9 +31,11 @@ class Measured:
 
 
 class Estimator(Protocol):
-    """Measures rows. `kind` says what is estimated: numbers of different kinds are never compared."""
+    """Measures rows. `kind` says what is estimated: numbers of different kinds are never compared. `in_parts`: the
+    draws may be taken a few at a time; the estimate is the mean of what the parts give."""
 
     kind: str
+    in_parts: bool
 
     def label(self, model: Model, num_draws: int) -> str:
         """For the protocol of a result."""
@@ -40,7 +43,13 @@ class Estimator(Protocol):
     def exact(self, model: Model) -> bool:
         """Whether a measurement has no Monte Carlo error."""
 
-    def __call__(self, model: Model, batch: Batch, seed: int, num_draws: int) -> Measured: ...
+    def passes(self, model: Model) -> int:
+        """Network evaluations of a single draw."""
+
+    def __call__(
+        self, model: Model, batch: Batch, seed: int, num_draws: int, start: int = 0, of: int | None = None
+    ) -> Measured:
+        """`num_draws` network evaluations of each row, from number `start` of the `of` (None: just these) on."""
 
 
 def refuse_causal(model: Model, name: str) -> None:

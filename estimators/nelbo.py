@@ -19,7 +19,7 @@ class Nelbo:
     noising: how t and masks are drawn; None is the sharpest that the objective allows.
     """
 
-    kind = "NELBO"
+    kind, in_parts = "NELBO", True
 
     def __init__(self, noising: Noising | None = None) -> None:
         self.noising = noising
@@ -31,25 +31,32 @@ class Nelbo:
     def exact(self, model: Model) -> bool:
         return model.objective.exact
 
-    def __call__(self, model: Model, batch: Batch, seed: int, num_draws: int) -> Measured:
+    def passes(self, model: Model) -> int:
+        objective = model.objective.bound(self.noising)
+        return 1 if objective.exact else objective.noising.passes
+
+    def __call__(
+        self, model: Model, batch: Batch, seed: int, num_draws: int, start: int = 0, of: int | None = None
+    ) -> Measured:
         """`num_draws` masks per row, spread over strata of t or of the mask count; one pass if the likelihood is exact.
 
         Raises:
             ValueError: num_draws is no multiple of the passes a draw takes.
         """
         objective = model.objective.bound(self.noising)
-        passes = 1 if objective.exact else objective.noising.passes
-        draws = 1 if objective.exact else num_draws // passes
-        if num_draws < 1 or num_draws % passes:
+        passes, of = self.passes(model), of or num_draws
+        if min(num_draws, of) < 1 or any(number % passes for number in (num_draws, start, of)):
             raise ValueError(
                 f"eval.num_draws={num_draws} (in mode=classify, classify.num_draws) must be a positive multiple of "
                 f"{passes}: a draw of the estimator ({objective.noising.label}) takes so many network evaluations"
             )
-        ids_B = batch["sample_id"]
-        losses = [objective.loss(model.backbone, batch, evaluation_noise(seed, ids_B, k, draws)) for k in range(draws)]
+        draws = range(1) if objective.exact else range(start // passes, (start + num_draws) // passes)
+        ids_B, group_B = batch["sample_id"], batch.get("text_id")
+        noises = [evaluation_noise(seed, ids_B, k, of // passes, group_B) for k in draws]
+        losses = [objective.loss(model.backbone, batch, noise) for noise in noises]
         return Measured(
             torch.stack([loss.nll_BL.double().sum(-1) for loss in losses], dim=1),
             losses[0].mask_BL.sum(-1),
-            torch.full_like(ids_B, draws * passes * objective.encodes),
+            torch.full_like(ids_B, len(draws) * passes * objective.encodes),
             {name: torch.cat([loss.logs[name] for loss in losses], dim=1) for name in losses[0].logs},
         )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from estimators.base import Measured, refuse_causal
-from objectives.base import Batch, Model, scored_mask, spread
+from objectives.base import Batch, Model, context, scored_mask, spread
 from samplers.base import row_chunks
 from samplers.ordered import check, next_positions, preference, time_of
 
@@ -22,6 +22,7 @@ class Ordered:
     order: left_to_right, confidence, margin or entropy. tokens_per_step: how many are filled from one prediction.
     """
 
+    in_parts = False
     kind = "exact likelihood of the ordered sampler (DUEL)"
 
     def __init__(self, order: str = "margin", tokens_per_step: int = 1) -> None:
@@ -34,7 +35,12 @@ class Ordered:
     def exact(self, model: Model) -> bool:
         return True
 
-    def __call__(self, model: Model, batch: Batch, seed: int, num_draws: int) -> Measured:
+    def passes(self, model: Model) -> int:
+        return 1
+
+    def __call__(
+        self, model: Model, batch: Batch, seed: int, num_draws: int, start: int = 0, of: int | None = None
+    ) -> Measured:
         """Exact: neither noise nor the number of draws plays a part."""
         refuse_causal(model, "duel")
         x0_BL, scored_BL = batch["input_ids"], scored_mask(batch)
@@ -55,7 +61,7 @@ class Ordered:
         x_RL, x0_RL = x_BL[rows_R], batch["input_ids"][rows_R]
         at_RL = (x_RL == model.mask_id) & scored_BL[rows_R]
         left_R, tokens_R = at_RL.sum(-1), scored_BL[rows_R].sum(-1)
-        cond = {"attention_mask": batch["attention_mask"][rows_R]} if "attention_mask" in batch else {}
+        cond = {name: told[rows_R] for name, told in context(batch).items()}
         log_p_NV = model.denoise(x_RL, time_of(model, left_R, tokens_R), at_RL, **cond)
         now_RL = next_positions(preference(log_p_NV, at_RL, self.order), left_R, self.tokens_per_step)
         nats_N = -log_p_NV.gather(1, x0_RL[at_RL][:, None]).squeeze(1).double()

@@ -138,6 +138,7 @@ class MaskedDiffusion(ABC):
             seen_BL = torch.stack([part.mask_BL for part in parts]).any(0)
             return TokenLoss(sum(part.nll_BL for part in parts), seen_BL, logs)
         weighed = [part.nll_BL * look.scale_B.float()[:, None] for part, look in zip(parts, looks, strict=True)]
+        logs["nats"] = torch.stack([nll_BL.detach().double().sum(-1) for nll_BL in weighed], dim=1)
         return TokenLoss(sum(weighed) / len(weighed), parts[0].mask_BL, logs)
 
     @abstractmethod

@@ -165,7 +165,21 @@ def _joined(before: Scores, new: Scores, number: int) -> Scores:
 def _round(
     trainer: lightning.Trainer, diffusion: Diffusion, loader: object, estimator: Estimator, num_draws: int, seed: int
 ) -> Scores:
-    scorer = Scorer(diffusion, estimator, num_draws, seed)
+    rows = measure(trainer, Scorer(diffusion, estimator, num_draws, seed), loader)
+    model = diffusion.model
+    return Scores(
+        estimator.kind, estimator.label(model, num_draws), estimator.exact(model), not model.objective.exact,
+        rows["sample_id"], rows["nll"], np.zeros(rows["nll"].shape[1], dtype=int), rows["tokens"],
+        rows["evaluations"], rows["cross_entropy"], rows["num_masked"],
+    )  # fmt: skip
+
+
+def measure(trainer: lightning.Trainer, scorer: lightning.LightningModule, loader: object) -> dict[str, np.ndarray]:
+    """What `scorer` leaves in `measured` for every row of `loader`, by name, from all devices, sorted by sample id.
+
+    Raises:
+        ValueError: there are no rows, or a likelihood is not finite.
+    """
     trainer.test(scorer, loader, verbose=False)
     batches = scorer.measured
     if trainer.world_size > 1:
@@ -178,10 +192,4 @@ def _round(
         raise ValueError("a likelihood is not finite: the weights or the noise schedule gave NaN or infinity")
     columns = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
     order = columns["sample_id"].argsort()
-    rows = {name: column[order].numpy() for name, column in columns.items()}
-    model = diffusion.model
-    return Scores(
-        estimator.kind, estimator.label(model, num_draws), estimator.exact(model), not model.objective.exact,
-        rows["sample_id"], rows["nll"], np.zeros(rows["nll"].shape[1], dtype=int), rows["tokens"],
-        rows["evaluations"], rows["cross_entropy"], rows["num_masked"],
-    )  # fmt: skip
+    return {name: column[order].numpy() for name, column in columns.items()}

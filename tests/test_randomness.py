@@ -48,9 +48,20 @@ def test_training_times_are_antithetic_over_the_global_batch():
 
 def test_evaluation_times_are_stratified_over_draws_and_uniform_for_each_sample():
     draws = torch.stack([evaluation_noise(0, torch.arange(100), k, 8).time() for k in range(8)])
-    assert torch.equal((draws * 8).long(), torch.arange(8)[:, None].expand(8, 100))
+    assert torch.equal((draws * 8).long().sort(0).values, torch.arange(8)[:, None].expand(8, 100)), "one in each stratum"
     one_sample = [float(evaluation_noise(seed, torch.tensor([5])).time()) for seed in range(500)]
     assert stats.kstest(one_sample, "uniform").pvalue > ALPHA
+
+
+def test_the_first_draws_of_a_design_are_a_fair_and_spread_out_sample():
+    times = torch.stack([evaluation_noise(0, torch.arange(4000), k, 64).time() for k in range(8)])
+    for first in times[:2]:
+        assert stats.kstest(first, "uniform").pvalue > ALPHA
+    around = torch.cat([times, times.min(0, keepdim=True).values + 1]).sort(0).values.diff(dim=0)
+    assert around.max() < 2 / 8 + 1 / 64, "no gap on the circle is wider than two strata of eight"
+    ids, text = torch.arange(6), torch.tensor([0, 0, 0, 1, 1, 1])
+    shared = evaluation_noise(0, ids, 3, 8, group_B=text)
+    assert len(shared.time().unique()) == 2 and len(shared.uniform(5).unique()) == 30
 
 
 def test_hash_seed_is_a_63_bit_number_that_depends_on_order():
