@@ -1,0 +1,194 @@
+"""Likelihood of every text of a split under every class, with the same masks for all of them, until the winner of each
+text is certain.
+
+Shape suffixes: B rows of a batch, M texts, C classes, K draws, P network passes, R rows.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import lightning
+import numpy as np
+import torch
+from torch import Tensor
+
+from classification.racing import still_racing
+from estimators.base import Estimator
+from objectives.base import Batch
+from randomness import hash_seed
+from tasks.base import row_numbers
+from tasks.class_models import Hypothesis
+from tasks.scoring import measure
+
+# Network evaluations per text and class after which the sequential test looks.
+_LOOKS = (4, 6, 8, 12, 16, 24, 32, 48)
+
+
+@dataclass(frozen=True)
+class Race:
+    """How much is drawn: at most `num_draws` network evaluations per text and class, fewer for a text whose winner is
+    certain at `confidence` (1: never). masks: "common" to the classes, or "independent" ones for each, which is worse
+    and there to be compared."""
+
+    num_draws: int
+    confidence: float = 1.0
+    masks: str = "common"
+
+    def __post_init__(self) -> None:
+        if self.num_draws < 1:
+            raise ValueError(f"classify.num_draws={self.num_draws} must be at least 1")
+        if not 0.5 < self.confidence <= 1:
+            raise ValueError(
+                f"classify.confidence={self.confidence} must lie above 0.5 and at most at 1, which draws "
+                "classify.num_draws for every text"
+            )
+        if self.masks not in ("common", "independent"):
+            raise ValueError(f"classify.masks={self.masks} is unknown; choose common or independent")
+
+    def looks(self, passes: int) -> list[int]:
+        """After how many evaluations it is decided who goes on; whole draws of `passes` evaluations, the last is
+        `num_draws`."""
+        if self.confidence == 1:
+            return [self.num_draws]
+        whole = {look * passes // 2 if passes > 2 else look for look in _LOOKS if look % min(passes, 2) == 0}
+        return [*sorted(look for look in whole if look < self.num_draws), self.num_draws]
+
+
+@dataclass(frozen=True)
+class ClassScores:
+    """What was measured, one row per text.
+
+    text_id_M, label_M: which text, its true class. nats_MCP: what each network pass alone says of -log p(text | class),
+    in nats; their mean is the estimate. rate_MP: share of the text's tokens that were masked in it; both are nan where
+    a text had been decided before. passes: of a draw. tokens_M: scored tokens. evaluations_M: network evaluations spent
+    on a text, over all classes. seconds: of the whole measurement. kind, label, exact: as in tasks/scoring.py.
+    """
+
+    text_id_M: np.ndarray
+    label_M: np.ndarray
+    nats_MCP: np.ndarray
+    rate_MP: np.ndarray
+    passes: int
+    tokens_M: np.ndarray
+    evaluations_M: np.ndarray
+    seconds: float
+    kind: str
+    label: str
+    exact: bool
+
+    @property
+    def nats_MCK(self) -> np.ndarray:
+        """By draw."""
+        return self.nats_MCP.reshape(*self.nats_MCP.shape[:2], -1, self.passes).mean(-1)
+
+    @property
+    def log_p_MC(self) -> np.ndarray:
+        """Estimates of log p(text | class), nats."""
+        return -np.nanmean(self.nats_MCP, axis=2)
+
+    @property
+    def se_MC(self) -> np.ndarray:
+        """Monte Carlo error of `log_p_MC`; 0 where the likelihood is exact, nan from a single draw."""
+        nats_MCK, count_M1 = self.nats_MCK, np.isfinite(self.nats_MCK[:, 0]).sum(-1)[:, None]
+        if self.exact:
+            return np.zeros(nats_MCK.shape[:2])
+        several = np.broadcast_to(count_M1 > 1, nats_MCK.shape[:2])
+        se_MC = np.full(nats_MCK.shape[:2], np.nan)
+        rows = several[:, 0]
+        se_MC[rows] = np.nanstd(nats_MCK[rows], axis=2, ddof=1) / np.sqrt(count_M1[rows])
+        return se_MC
+
+    @property
+    def draws_M(self) -> np.ndarray:
+        """Network evaluations per class that each text took."""
+        return np.isfinite(self.nats_MCP[:, 0]).sum(-1)
+
+
+class ClassScorer(lightning.LightningModule):
+    """Lets a Lightning Trainer measure rows under every class, some evaluations of a design of `race.num_draws`."""
+
+    def __init__(
+        self, hypotheses: Sequence[Hypothesis], estimator: Estimator, seed: int, race: Race, part: range
+    ) -> None:
+        super().__init__()
+        self.networks = torch.nn.ModuleList(dict.fromkeys(h.diffusion for h in hypotheses))
+        self.hypotheses, self.estimator, self.race, self.part = hypotheses, estimator, race, part
+        common = race.masks == "common"
+        self.seeds = [seed if common else hash_seed(seed, number) for number in range(len(hypotheses))]
+        self.measured: list[dict[str, Tensor]] = []
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        found = [
+            self.estimator(h.diffusion.model, h.told(batch), seed, len(self.part), self.part.start, self.race.num_draws)
+            for h, seed in zip(self.hypotheses, self.seeds, strict=True)
+        ]
+        nats_BCP = torch.stack([f.logs.get("nats", f.nll_BK).double() for f in found], dim=1)
+        masked_BP = found[0].logs.get("num_masked", torch.zeros_like(nats_BCP[:, 0]))
+        self.measured.append({
+            "sample_id": batch["sample_id"].cpu(),
+            "nats": nats_BCP.cpu(),
+            "num_masked": masked_BP.double().cpu(),
+            "tokens": found[0].tokens_B.cpu(),
+            "evaluations": sum(f.evaluations_B for f in found).cpu(),
+        })  # fmt: skip
+
+
+def score_classes(
+    trainer: Callable[[str], lightning.Trainer], hypotheses: Sequence[Hypothesis], data: object, split: str,
+    estimator: Estimator, race: Race, seed: int, log_prior_C: np.ndarray,
+) -> ClassScores:  # fmt: skip
+    """Measure every text of `split` (a text's windows together) under every class.
+
+    trainer: title -> Trainer, for a round of draws. Raises ValueError where the draws do not fit the estimator.
+    """
+    model = hypotheses[0].diffusion.model
+    exact, passes = estimator.exact(model), estimator.passes(model)
+    if race.confidence < 1 and not (exact or estimator.in_parts):
+        raise ValueError(
+            f"classify.confidence={race.confidence} stops drawing early, but the value of {estimator.kind} hangs on "
+            "the number of draws; set classify.confidence=1 or another eval.estimator"
+        )
+    rows = data.split(split)
+    row_text_R = np.asarray(rows["text_id"])
+    text_id_M, first_M, text_R = np.unique(row_text_R, return_index=True, return_inverse=True)
+    racing_M = np.ones(len(text_id_M), dtype=bool)
+    nats, rates, tokens_M, evaluations_M = [], [], None, np.zeros(len(text_id_M), dtype=int)
+    start, done = time.perf_counter(), 0
+    for look in [race.num_draws] if exact else race.looks(passes):
+        title = f"score {racing_M.sum():,} of {len(racing_M):,} texts, evaluations {done + 1}–{look}"
+        scorer = ClassScorer(hypotheses, estimator, seed, race, range(done, look))
+        found = measure(trainer(title), scorer, data.eval_dataloader(split, np.flatnonzero(racing_M[text_R])))
+        text_of = text_R[row_numbers(rows, found["sample_id"])]
+        nats_MCP, rate_MP, tokens = _by_text(found, text_of, len(text_id_M))
+        tokens_M = tokens if tokens_M is None else tokens_M
+        np.add.at(evaluations_M, text_of, found["evaluations"])
+        for gathered, new in ((nats, nats_MCP), (rates, rate_MP)):
+            new[~racing_M] = np.nan
+            gathered.append(new)
+        done = look
+        if look < race.num_draws and not exact:
+            so_far = np.concatenate(nats, axis=2)
+            so_far = so_far.reshape(*so_far.shape[:2], -1, passes).mean(-1)
+            racing_M = still_racing(so_far, log_prior_C, race.confidence)
+        if not racing_M.any():
+            break
+    return ClassScores(
+        text_id_M, np.asarray(rows["label"])[first_M], np.concatenate(nats, axis=2), np.concatenate(rates, axis=1),
+        passes if not exact else 1, tokens_M, evaluations_M, time.perf_counter() - start, estimator.kind,
+        estimator.label(model, race.num_draws), exact,
+    )  # fmt: skip
+
+
+def _by_text(
+    found: dict[str, np.ndarray], text_of: np.ndarray, num_texts: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Sums over the rows of each text: nats (M, C, P), share of masked tokens (M, P), tokens (M,)."""
+    nats = np.zeros((num_texts, *found["nats"].shape[1:]))
+    masked = np.zeros((num_texts, found["num_masked"].shape[1]))
+    tokens_M = np.zeros(num_texts)
+    for total, part in ((nats, found["nats"]), (masked, found["num_masked"]), (tokens_M, found["tokens"])):
+        np.add.at(total, text_of, part)
+    return nats, masked / np.maximum(tokens_M, 1)[:, None], tokens_M
