@@ -26,7 +26,7 @@ ALIASES = {"sampling.predictor": "sampler", "training.masking": "masking", "eval
 TEXTS = ("sampling.prefix", "sampling.template")
 # Keys whose values are paths: runs/label=0/last.ckpt and {label}.ckpt mean something else to Hydra unless quoted.
 PATHS = ("eval.checkpoint_path", "training.from_pretrained", "checkpointing.save_dir", "checkpointing.resume_ckpt_path",
-         "data.path")  # fmt: skip
+         "data.path", "backbone.name_or_path")  # fmt: skip
 
 
 def translate(arguments: list[str]) -> list[str]:
