@@ -27,6 +27,7 @@ import main
 import objectives.ar
 import optimizers
 from command_line import compose_config, explain, translate
+from models.checkpoints import read_checkpoint
 from models.ema import EMA
 from models.hf_causal import HFCausal, hf_causal
 from objectives.base import Model
@@ -382,3 +383,17 @@ def test_what_does_not_go_together_from_the_command_line(toy):
     refused("model.length=40 is longer than the 32 positions", *toy, "model.length=40")
     refused("parameterization=ar backbone=ar", *toy, "parameterization=subs", "sampling.predictor=ddpm")
     refused("belong together: set data.tokenizer_name_or_path", toy[0], "data.tokenizer_name_or_path=byte")
+
+
+def test_the_baseline_of_the_readme_on_real_reviews(tmp_path, monkeypatch, data_dir):
+    """The command as it is typed, with a small network under the name: gpt2's own ids and the mask."""
+    monkeypatch.chdir(tmp_path)
+    save_model(tmp_path / "gpt2", GPT2Config(n_layer=1, n_embd=8, n_head=1, n_positions=512))
+    ask = ["mode=classify", "data=imdb", "parameterization=ar", "backbone=hf_causal", "backbone.name_or_path=gpt2",
+           "model.length=512", "optim.lr=5e-5", "trainer.max_steps=1", "loader.global_batch_size=2",
+           "trainer.accelerator=cpu", "data.max_train_texts=8", "data.max_valid_texts=4", "data.max_test_texts=4",
+           "sampling.num_sample_log=0"]  # fmt: skip
+    results = main.run(compose_config(ask), "a test")
+    assert 0 <= results["accuracy"].value <= 1
+    weights = [read_checkpoint(path).state["model.lm_head.weight"] for path in tmp_path.rglob("last.ckpt")]
+    assert [tuple(weight.shape) for weight in weights] == [(50258, 8)] * 2
