@@ -22,17 +22,25 @@ CONFIGS = Path(__file__).parent / "configs"
 # Keys of the references under their names here. What names a choice is a group: its members are files in configs/.
 ALIASES = {"sampling.predictor": "sampler", "training.masking": "masking", "eval.estimator": "estimator",
            "hydra.run.dir": "checkpointing.save_dir", "+wandb.offline": "wandb.offline"}  # fmt: skip
+# Groups that kuleshov-group/bd3lms spells otherwise: its key -> (our group, its choices in our words).
+_BACKBONES = tuple(path.stem for path in sorted((CONFIGS / "backbone").glob("*.yaml")))
+SPELLINGS = {"algo": ("parameterization", {"mdlm": "subs", "sedd": "sedd", "d3pm": "d3pm", "ar": "ar"}),
+             "algo.backbone": ("backbone", {name: name for name in _BACKBONES})}  # fmt: skip
 # Texts: their brackets, commas and braces are not Hydra's.
 TEXTS = ("sampling.prefix", "sampling.template")
 # Keys whose values are paths: runs/label=0/last.ckpt and {label}.ckpt mean something else to Hydra unless quoted.
 PATHS = ("eval.checkpoint_path", "training.from_pretrained", "checkpointing.save_dir", "checkpointing.resume_ckpt_path",
-         "data.path")  # fmt: skip
+         "data.path", "backbone.name_or_path")  # fmt: skip
 
 
 def translate(arguments: list[str]) -> list[str]:
-    """Command-line arguments with the references' spellings replaced by ours, and paths quoted where Hydra needs it."""
+    """Command-line arguments with the references' spellings replaced by ours, and paths quoted where Hydra needs it.
+
+    Raises:
+        ValueError: a spelling that has no meaning here, or two that contradict each other.
+    """
     out = []
-    for argument in arguments:
+    for argument in _algo(arguments):
         key, equals, value = argument.partition("=")
         key = ALIASES.get(key, key)
         if key in TEXTS and value not in ("", "null") and value[0] not in "'\"":
@@ -41,6 +49,31 @@ def translate(arguments: list[str]) -> list[str]:
             value = f"'{value}'"
         out.append(f"{key}{equals}{value}")
     return _semi_ar(out)
+
+
+def _algo(arguments: list[str]) -> list[str]:
+    """`algo=mdlm` and `algo.backbone=dit` as `parameterization=subs` and `backbone=dit`.
+
+    Raises:
+        ValueError: a choice that does not exist, or another one under our own key.
+    """
+    for theirs, (ours, choices) in SPELLINGS.items():
+        typed = [argument for argument in arguments if argument.startswith(f"{theirs}=")]
+        if not typed:
+            continue
+        for argument in typed:
+            if argument.partition("=")[2] not in choices:
+                known = ", ".join(f"{theirs}={name}" for name in choices)
+                raise ValueError(f"{argument} is unknown; what exists: {known} (the same as {ours}=)")
+        own = [argument for argument in arguments if argument.startswith(f"{ours}=")]
+        meant = {f"{ours}={choices[argument.partition('=')[2]]}" for argument in typed}
+        if len(meant | set(own)) > 1:
+            raise ValueError(
+                f"{' '.join([*typed, *own])} contradict each other: {theirs}= is another spelling of {ours}= "
+                f"({typed[0]} means {ours}={choices[typed[0].partition('=')[2]]}); keep one of them"
+            )
+        arguments = [*(argument for argument in arguments if argument not in (*typed, *own)), *meant]
+    return arguments
 
 
 def _semi_ar(arguments: list[str]) -> list[str]:

@@ -52,7 +52,7 @@ class Diffusion(lightning.LightningModule):
             raise ValueError(
                 f"the objective {type(objective).__name__} and the backbone {type(backbone).__name__} do not fit: "
                 "left-to-right likelihoods need a causal backbone and masked diffusion one that sees both sides; use "
-                "parameterization=ar backbone=ar, or neither"
+                "parameterization=ar backbone=ar (or hf_causal), or neither"
             )
         self.backbone, self.objective = backbone, objective
         self.build_optimizer, self.build_lr_scheduler = optimizer, lr_scheduler

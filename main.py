@@ -144,9 +144,9 @@ class Experiment:
         vocabulary = data.vocabulary
         objective = instantiate(self.cfg.parameterization, mask_id=vocabulary.mask_id)
         backbone = self._backbone(data)
-        # backbone=hf_dit leaves sizes open in the configuration; what is saved says those it found.
-        built = getattr(backbone, "settings", {})
-        settings = {k: built.get(k) if v is None else v for k, v in identity(self.cfg).items()}
+        # backbone=hf_dit and hf_causal leave sizes open in the configuration; what is saved says those they found.
+        settings = identity(self.cfg)
+        settings |= {k: v for k, v in getattr(backbone, "settings", {}).items() if settings.get(k) is None}
         known = {"configuration": settings, "tokenizer": vocabulary.fingerprint, "label": data.label}
         return Diffusion(
             backbone, objective, instantiate(self.cfg.optim), instantiate(self.cfg.lr_scheduler),
@@ -154,7 +154,7 @@ class Experiment:
         )  # fmt: skip
 
     def _backbone(self, data: TextData) -> torch.nn.Module:
-        cfg = self.cfg.copy()  # with the files of this class's model, from which backbone=hf_dit reads its sizes
+        cfg = self.cfg.copy()  # with the files of this class's model, in which backbone=hf_* find their sizes
         resumed = self.resume_path(data.label) or (self.resume_path(0) if data.label is None else None)
         cfg.checkpointing.resume_ckpt_path = str(resumed) if resumed else None
         cfg.eval.checkpoint_path = _of_class(cfg.eval.checkpoint_path, data.label or 0)
@@ -182,14 +182,18 @@ class Experiment:
 
     def start_from_pretrained(self, diffusion: Diffusion, data: TextData) -> Path | None:
         """Give a new training the weights of training.from_pretrained, or of the file that backbone=hf_dit was built
-        from; returns that file. Refuses weights that belong to something else, before anything changes."""
+        from, or those that the backbone itself names (hf_causal); returns where they lie. Refuses weights that belong
+        to something else, before anything changes."""
         named = {"training.from_pretrained": self.cfg.training.from_pretrained,
                  "eval.checkpoint_path": _of_class(self.cfg.backbone.get("checkpoint_path"), data.label)}  # fmt: skip
         key = next((key for key, path in named.items() if path), None)
-        if key is None:
+        if key is not None:
+            checkpoint = read_checkpoint(named[key], key)
+            self._check_belongs(checkpoint, diffusion.identity["configuration"], FUNCTION, data)
+        else:
+            checkpoint = getattr(diffusion.backbone, "pretrained", lambda: None)()
+        if checkpoint is None:
             return None
-        checkpoint = read_checkpoint(named[key], key)
-        self._check_belongs(checkpoint, diffusion.identity["configuration"], FUNCTION, data)
         diffusion.start_from(checkpoint, use_ema=not self.cfg.eval.disable_ema)
         return checkpoint.path
 

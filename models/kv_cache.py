@@ -9,29 +9,12 @@ import torch
 from torch import Tensor
 
 
-class KVCache:
-    """Keys (rotated, at their positions) and values of all blocks, preallocated for `capacity` positions.
+class Room:
+    """What every cache counts: `length` of `capacity` positions are filled, in batches of `batch_size` rows."""
 
-    `length` positions are filled. A forward pass calls `append` once per block and then `advance`; appending without
-    advancing is a look ahead, which the next pass overwrites. For sampling, under `torch.no_grad()`.
-    """
-
-    def __init__(
-        self, n_blocks: int, batch_size: int, capacity: int, n_heads: int, head_dim: int,
-        device: torch.device, dtype: torch.dtype,
-    ) -> None:  # fmt: skip
-        shape = (n_blocks, batch_size, capacity, n_heads, head_dim)
-        self.keys_NBLHD = torch.zeros(shape, device=device, dtype=dtype)
-        self.values_NBLHD = torch.zeros(shape, device=device, dtype=dtype)
-        self.length = 0
-
-    @property
-    def batch_size(self) -> int:
-        return self.keys_NBLHD.shape[1]
-
-    @property
-    def capacity(self) -> int:
-        return self.keys_NBLHD.shape[2]
+    batch_size: int
+    capacity: int
+    length: int
 
     def check_room(self, tokens_BL: Tensor) -> None:
         """Refuse tokens that do not fit.
@@ -51,6 +34,23 @@ class KVCache:
                 f"the KV cache was made for batches of {self.batch_size} rows, this one has {batch_size}; "
                 "make another with new_cache(batch_size, length)"
             )
+
+
+class KVCache(Room):
+    """Keys (rotated, at their positions) and values of all blocks, preallocated for `capacity` positions.
+
+    `length` positions are filled. A forward pass calls `append` once per block and then `advance`; appending without
+    advancing is a look ahead, which the next pass overwrites. For sampling, under `torch.no_grad()`.
+    """
+
+    def __init__(
+        self, n_blocks: int, batch_size: int, capacity: int, n_heads: int, head_dim: int,
+        device: torch.device, dtype: torch.dtype,
+    ) -> None:  # fmt: skip
+        shape = (n_blocks, batch_size, capacity, n_heads, head_dim)
+        self.keys_NBLHD = torch.zeros(shape, device=device, dtype=dtype)
+        self.values_NBLHD = torch.zeros(shape, device=device, dtype=dtype)
+        self.batch_size, self.capacity, self.length = batch_size, capacity, 0
 
     def append(self, block: int, k_BLHD: Tensor, v_BLHD: Tensor) -> tuple[Tensor, Tensor]:
         """Store a block's new keys and values behind the filled positions; all of them, the new ones included."""

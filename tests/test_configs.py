@@ -94,6 +94,8 @@ def test_command_lines_of_the_references_compose():
         "sampling.semi_ar=True sampling.stride_length=512 sampling.num_strides=2 sampling.steps=1000 model.length=1024",
         "sampling.semi_ar=False sampling.predictor=first_hitting", "noise=geometric training.change_of_variables=True",
         "wandb=null data.cache_dir=/x eval.generate_samples=False eval.perplexity_batch_size=4 seed=7",
+        "mode=sample_eval algo=mdlm algo.backbone=hf_dit eval.checkpoint_path=kuleshov-group/mdlm-owt model.length=1024",
+        "mode=classify data=imdb algo=ar algo.backbone=hf_causal backbone.name_or_path=gpt2 model.length=512 optim.lr=5e-5",
         "eval.estimator=duel sampling.order=confidence", "eval.estimator=importance_weighted eval.num_draws=16",
         "optim.lr=1e-3 optim.weight_decay=0.01 optim.beta1=0.9 optim.beta2=0.99 optim.eps=1e-8 training.ema=0.999",
         "checkpointing.save_dir=/x checkpointing.resume_from_ckpt=False callbacks.checkpoint_every_n_steps.every_n_train_steps=5",
@@ -114,6 +116,32 @@ def test_the_references_spellings_are_choices():
         translate(["sampling.semi_ar=true", "sampling.predictor=first_hitting"])
     with pytest.raises(ValueError, match="sampling.semi_ar=foo"):
         translate(["sampling.semi_ar=foo"])
+
+
+def test_algo_is_another_spelling_of_parameterization_and_backbone():
+    for algo, law in {"mdlm": "subs", "sedd": "sedd", "d3pm": "d3pm", "ar": "ar"}.items():
+        assert translate([f"algo={algo}", "seed=2"]) == ["seed=2", f"parameterization={law}"]
+        assert compose_config([f"algo={algo}"]) == compose_config([f"parameterization={law}"])
+    for backbone in ("dit", "ar", "dimamba", "hf_dit", "hf_causal"):
+        assert translate([f"algo.backbone={backbone}"]) == [f"backbone={backbone}"]
+    assert compose_config(["algo=ar", "algo.backbone=hf_causal"]).backbone._target_ == "models.hf_causal.hf_causal"
+    assert translate(["parameterization=subs", "algo=mdlm", "backbone=dit", "algo.backbone=dit"]) == [
+        "parameterization=subs", "backbone=dit",
+    ]  # fmt: skip
+    assert compose_config(["algo=mdlm", "parameterization=subs", "algo=mdlm"]).T == 0
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    (["algo=bd4lm"], "algo=bd4lm is unknown; what exists: algo=mdlm, algo=sedd, algo=d3pm, algo=ar"),
+    (["algo="], "algo= is unknown"),
+    (["algo.backbone=gpt"], "algo.backbone=gpt is unknown; what exists: .*algo.backbone=dit, .*algo.backbone=hf_dit"),
+    (["algo=mdlm", "parameterization=sedd"], "algo=mdlm parameterization=sedd contradict .*means parameterization=subs"),
+    (["algo=mdlm", "algo=ar"], "algo=mdlm algo=ar contradict each other"),
+    (["backbone=ar", "algo.backbone=dit"], "algo.backbone=dit backbone=ar contradict each other"),
+])  # fmt: skip
+def test_algos_that_mean_nothing_or_two_things_are_refused(arguments, said):
+    with pytest.raises(ValueError, match=said):
+        translate(arguments)
 
 
 def test_texts_on_the_command_line_are_taken_as_they_are():
@@ -163,7 +191,8 @@ def test_unknown_keys_and_choices_list_what_exists(arguments, said):
     (["mode=classify", "data.label=0"], "data.label=0"),
     (["model.attn_backend=flash"], "model.attn_backend=flash"),
     (["parameterization=ar", "backbone=dit"], "parameterization=ar backbone=ar"),
-    (["backbone=ar"], "parameterization=ar backbone=ar"),
+    (["backbone=ar"], "parameterization=ar backbone=ar"), (["algo=ar", "algo.backbone=dit"], "parameterization=ar"),
+    (["parameterization=ar", "backbone=hf_causal"], "backbone.name_or_path="),
     (["parameterization=ar", "T=10"], "T=10"),
     (["parameterization=ar", "training.masking=exact_count"], "training.masking=objectives.noising.ExactCount"),
     (["parameterization=ar", "eval.estimator=complementary"], "eval.estimator=auto"),
