@@ -1,0 +1,189 @@
+"""What a classifier must beat: four bag-of-words baselines, trained in minutes on the same split.
+
+Shape suffixes: M texts, C classes, N tokens of all texts in one row, V vocabulary, F features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.sparse import csr_matrix, diags_array, hstack
+from scipy.special import expit
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.naive_bayes import MultinomialNB
+
+_TFIDF_STRENGTHS = (1.0, 10.0, 100.0)
+_NB_STRENGTHS = (0.1, 1.0, 10.0)
+_TOLERANCE, _MAX_ITERATIONS = 1e-5, 500
+_SMALLEST = np.nextafter(0.0, 1.0)
+
+Predict = Callable[[csr_matrix], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Texts with their classes. ids: the token ids of each text, without padding. label_M: classes 0 .. C-1."""
+
+    texts: Sequence[str]
+    ids: Sequence[np.ndarray]
+    label_M: np.ndarray
+
+    def __post_init__(self) -> None:
+        if not len(self.texts) == len(self.ids) == len(self.label_M):
+            raise ValueError(f"{len(self.texts)} texts, {len(self.ids)} rows of ids, {len(self.label_M)} labels")
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A baseline's p(class | text) for every test text."""
+
+    name: str
+    posterior_MC: np.ndarray
+
+
+def baselines(train: Labelled, validation: Labelled, test: Labelled, vocab_size: int) -> list[Baseline]:
+    """Train every baseline on `train`, choose the strength of the regularisation on `validation`, classify `test`.
+
+    Naive Bayes (add-one smoothing, the training shares as prior) sees the model's own tokens; so does the NB-scaled
+    regression; TF-IDF sees the words of the raw text.
+
+    Raises:
+        ValueError: a split has no text; a class has no training text; there is one class only; an id lies outside the
+            vocabulary.
+    """
+    num_classes = _num_classes(train, validation, test)
+    grams = _NGrams.seen_in(train.ids, vocab_size)
+    unigrams = MultinomialNB().fit(_unigrams(train.ids, vocab_size), train.label_M)
+    found = [Baseline("naive Bayes, unigrams", unigrams.predict_proba(_unigrams(test.ids, vocab_size)))]
+    train_MF, validation_MF, test_MF = (grams.counts(part.ids) for part in (train, validation, test))
+    bigrams = MultinomialNB().fit(train_MF, train.label_M)
+    found.append(Baseline("naive Bayes, uni- and bigrams", bigrams.predict_proba(test_MF)))
+    found.append(Baseline("TF-IDF logistic regression", _tfidf(train, validation, test)))
+    for counts_MF in (train_MF, validation_MF, test_MF):
+        counts_MF.data[:] = 1  # from here on only whether a text has the gram
+    fits = (_nb_logistic(train_MF, train.label_M, num_classes, strength) for strength in _NB_STRENGTHS)
+    chosen = _best(fits, validation_MF, validation.label_M)
+    found.append(Baseline("NB-weighted logistic regression", chosen(test_MF)))
+    return found
+
+
+def _num_classes(train: Labelled, validation: Labelled, test: Labelled) -> int:
+    for name, part in (("training", train), ("validation", validation), ("test", test)):
+        if not len(part.label_M):
+            raise ValueError(f"the {name} split has no text: the baselines need all three splits")
+    num_classes = 1 + max(int(part.label_M.max()) for part in (train, validation, test))
+    absent = np.flatnonzero(np.bincount(train.label_M, minlength=num_classes) == 0).tolist()
+    if absent:
+        raise ValueError(
+            f"no training text of class {absent}: the baselines need some of each of {num_classes} classes"
+        )
+    if num_classes < 2:
+        raise ValueError("all texts are of one class: there is nothing to tell apart")
+    return num_classes
+
+
+# ---------------------------------------------------------------------------------------------- features
+@dataclass(frozen=True)
+class _NGrams:
+    """Columns 0 .. V-1 are the tokens, the rest the bigrams of the training texts; others are not counted.
+
+    bigrams: a * V + b for tokens a, b that stand side by side in a training text, sorted.
+    """
+
+    vocab_size: int
+    bigrams: np.ndarray
+
+    @classmethod
+    def seen_in(cls, ids: Sequence[np.ndarray], vocab_size: int) -> _NGrams:
+        return cls(vocab_size, np.unique(_bigrams(ids, vocab_size)[1]))
+
+    def counts(self, ids: Sequence[np.ndarray]) -> csr_matrix:
+        """(M, F) uni- and bigram counts."""
+        text_N, bigram_N = _bigrams(ids, self.vocab_size)
+        column_N = np.searchsorted(self.bigrams, bigram_N)
+        column_N[column_N == len(self.bigrams)] = 0
+        seen_N = self.bigrams[column_N] == bigram_N if len(self.bigrams) else np.zeros(len(bigram_N), dtype=bool)
+        bigrams_MF = _counted(text_N[seen_N], column_N[seen_N], len(ids), len(self.bigrams))
+        return hstack([_unigrams(ids, self.vocab_size), bigrams_MF], format="csr")
+
+
+def _in_one_row(ids: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    text_N = np.repeat(np.arange(len(ids)), [len(row) for row in ids])
+    return text_N, np.concatenate([np.asarray(row, dtype=np.int64) for row in ids])
+
+
+def _bigrams(ids: Sequence[np.ndarray], vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The text and the number a * V + b of every pair of adjacent tokens; none reaches into the next text."""
+    text_N, token_N = _in_one_row(ids)
+    inside_N = text_N[:-1] == text_N[1:]
+    return text_N[:-1][inside_N], (token_N[:-1] * vocab_size + token_N[1:])[inside_N]
+
+
+def _unigrams(ids: Sequence[np.ndarray], vocab_size: int) -> csr_matrix:
+    text_N, token_N = _in_one_row(ids)
+    if token_N.size and not 0 <= token_N.min() <= token_N.max() < vocab_size:
+        raise ValueError(f"a token id lies outside 0..{vocab_size - 1}, the vocabulary")
+    return _counted(text_N, token_N, len(ids), vocab_size)
+
+
+def _counted(text_N: np.ndarray, column_N: np.ndarray, num_texts: int, num_columns: int) -> csr_matrix:
+    return csr_matrix((np.ones(len(text_N)), (text_N, column_N)), shape=(num_texts, num_columns))  # sums duplicates
+
+
+# ------------------------------------------------------------------------------------------- regressions
+def _best(fits: Iterable[Predict], validation_MF: csr_matrix, label_M: np.ndarray) -> Predict:
+    """The fit with the lowest log loss on the validation texts, which few texts tell better than the accuracy."""
+
+    def merit(predict: Predict) -> float:
+        p_true_M = predict(validation_MF)[np.arange(len(label_M)), label_M]
+        return float(np.log(np.maximum(p_true_M, _SMALLEST)).mean())
+
+    return max(fits, key=merit)
+
+
+def _tfidf(train: Labelled, validation: Labelled, test: Labelled) -> np.ndarray:
+    """p(class | text) (M, C) by multinomial logistic regression on sublinear TF-IDF of word uni- and bigrams."""
+    vectorizer = _vectorizer(2)
+    try:
+        train_MF = vectorizer.fit_transform(train.texts)
+    except ValueError:  # no word stands in two texts of a tiny training set
+        vectorizer = _vectorizer(1)
+        train_MF = vectorizer.fit_transform(train.texts)
+    fits = (_logistic(strength).fit(train_MF, train.label_M).predict_proba for strength in _TFIDF_STRENGTHS)
+    chosen = _best(fits, vectorizer.transform(validation.texts), validation.label_M)
+    return chosen(vectorizer.transform(test.texts))
+
+
+def _vectorizer(min_df: int) -> TfidfVectorizer:
+    # Punctuation marks are words too: "!" and ":)" tell opinions apart, and no text is left without any.
+    return TfidfVectorizer(
+        ngram_range=(1, 2), sublinear_tf=True, min_df=min_df, token_pattern=r"\w+|[^\w\s]", dtype=np.float32
+    )
+
+
+def _logistic(strength: float) -> LogisticRegression:
+    return LogisticRegression(C=strength, tol=_TOLERANCE, max_iter=_MAX_ITERATIONS)
+
+
+def _nb_logistic(binary_MF: csr_matrix, label_M: np.ndarray, num_classes: int, strength: float) -> Predict:
+    """Logistic regression on grams scaled by the naive Bayes log-count ratio (Wang & Manning 2012, eq. 2, whose SVM it
+    replaces; strength does what their interpolation did): each class against the rest, probabilities normalised."""
+    weights, biases = [], []
+    for k in [1] if num_classes == 2 else range(num_classes):
+        inside_M = label_M == k
+        p_F, q_F = (1 + np.asarray(binary_MF[part].sum(axis=0)).ravel() for part in (inside_M, ~inside_M))
+        ratio_F = np.log(p_F / p_F.sum()) - np.log(q_F / q_F.sum())
+        model = _logistic(strength).fit(binary_MF @ diags_array(ratio_F), inside_M)
+        weights.append(ratio_F * model.coef_[0])
+        biases.append(model.intercept_[0])
+    weight_FC = np.stack(weights, axis=1)
+
+    def predict(binary_MF: csr_matrix) -> np.ndarray:
+        p_MC = expit(binary_MF @ weight_FC + np.array(biases))
+        p_MC = np.concatenate([1 - p_MC, p_MC], axis=1) if num_classes == 2 else np.maximum(p_MC, _SMALLEST)
+        return p_MC / p_MC.sum(axis=1, keepdims=True)
+
+    return predict

@@ -1,0 +1,160 @@
+"""Corrections of Bayes' rule that are fitted on validation texts: a temperature, and weights by the share of masks.
+
+An estimated likelihood is a bound with noise, so differences between classes come out too large or too small, and
+draws at some mask shares say more about the class than others. Neither correction is Bayes' rule any more: what they
+give is reported apart from it, and nothing is ever fitted on the texts that are reported.
+
+Shape suffixes: M texts, C classes, P network passes, B bins of the masked share.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import minimize, minimize_scalar
+from scipy.special import logsumexp, softmax
+
+# Validation texts without a single error would ask for temperature 0; noise only ever asks for more than 1.
+_TEMPERATURES = (0.1, 1e4)
+_FOLDS = 5
+# Per text, for weights in units of the common value. infinity: the common value alone, that is a temperature.
+_RIDGES = (np.inf, 10.0, 1.0, 0.1, 0.01, 0.001, 0.0001)
+
+
+def fit_temperature(log_p_MC: np.ndarray, label_M: np.ndarray, log_prior_C: np.ndarray) -> float:
+    """The T > 0 for which softmax(log prior + log p / T) gives the labels the highest likelihood (Guo et al. 2017,
+    sect. 4.2, with the prior left as it is). The log loss is convex in 1 / T, so there is one optimum; T stays within
+    [0.1, 10000], whose ends stand for validation texts without an error, and for evidence without any worth.
+
+    Raises:
+        ValueError: there is no text, a number is not finite, or a label is no class.
+    """
+    log_p_MC = np.asarray(log_p_MC, dtype=np.float64)
+    _check(log_p_MC, label_M)
+    bounds = tuple(np.log(_TEMPERATURES))
+    found = minimize_scalar(
+        lambda log_t: _log_loss(log_p_MC * np.exp(-log_t), label_M, log_prior_C),
+        bounds=bounds, method="bounded", options={"xatol": 1e-6},
+    )  # fmt: skip
+    return float(np.exp(found.x))
+
+
+@dataclass(frozen=True)
+class RateWeights:
+    """Weights of the passes by the share of tokens that they masked.
+
+    weight_B: of equal-width bins [low, high) of the share in [0, 1], the last one with 1. ridge: what cross-validation
+    chose (inf: one weight for all bins).
+    """
+
+    weight_B: np.ndarray
+    ridge: float
+
+    def log_p(self, nats_MCP: np.ndarray, rate_MP: np.ndarray) -> np.ndarray:
+        """- mean over a text's passes of weight · nats, (M, C); weights 1 are the plain estimate of log p(x | c).
+
+        nats_MCP: each pass's estimate of -log p(x | c); nan, for all classes, where a pass was not taken.
+        rate_MP: its share of masked tokens.
+
+        Raises:
+            ValueError: shapes do not agree; a text has no pass, or passes for some classes only; a share of masks lies
+                outside [0, 1].
+        """
+        nats_MCP, taken_MP = _passes(nats_MCP, rate_MP)
+        weight_MP = self.weight_B[_bins(rate_MP, taken_MP, len(self.weight_B))]
+        return -(weight_MP[:, None] * nats_MCP).sum(axis=2) / taken_MP.sum(axis=1)[:, None]
+
+
+def fit_rate_weights(
+    nats_MCP: np.ndarray, rate_MP: np.ndarray, label_M: np.ndarray, log_prior_C: np.ndarray, num_bins: int = 5
+) -> RateWeights:
+    """Non-negative weights of the labels' highest likelihood, drawn to their common value by a ridge.
+
+    The common value is 1 / T of `fit_temperature`; the penalty is ridge / 2 · Σ_b (w_b T - 1)² per text, and 5-fold
+    cross-validation of the log loss within these texts chooses the ridge, of equals the strongest. A bin without
+    passes keeps the common value. Arguments as for `RateWeights.log_p`.
+
+    Raises:
+        ValueError: as `RateWeights.log_p` and `fit_temperature`; num_bins is not positive.
+    """
+    if num_bins < 1:
+        raise ValueError(f"num_bins={num_bins} must be at least 1")
+    nats_MCP, taken_MP = _passes(nats_MCP, rate_MP)
+    bin_MP = _bins(rate_MP, taken_MP, num_bins)
+    here_MPB = (bin_MP[:, :, None] == np.arange(num_bins)) / taken_MP.sum(axis=1)[:, None, None]
+    evidence_MCB = -(nats_MCP @ here_MPB)
+    # What all classes share cancels in the posterior; without it the numbers are small.
+    evidence_MCB -= evidence_MCB.mean(axis=1, keepdims=True)
+    label_M = np.asarray(label_M)
+    fold_M = np.empty(len(label_M), dtype=int)
+    fold_M[np.argsort(label_M, kind="stable")] = np.arange(len(label_M)) % _FOLDS  # every class in every fold
+    _check(evidence_MCB.sum(axis=2), label_M)
+    ridge = _RIDGES[0]
+    if len(label_M) >= _FOLDS:
+        losses = np.zeros(len(_RIDGES))
+        for fold in range(_FOLDS):
+            rest_M, held_M = fold_M != fold, fold_M == fold
+            for i, candidate in enumerate(_RIDGES):
+                weight_B = _fit(evidence_MCB[rest_M], label_M[rest_M], log_prior_C, candidate)
+                loss = _log_loss(evidence_MCB[held_M] @ weight_B, label_M[held_M], log_prior_C)
+                losses[i] += loss * held_M.sum()
+        ridge = _RIDGES[int(losses.argmin())]
+    return RateWeights(_fit(evidence_MCB, label_M, log_prior_C, ridge), ridge)
+
+
+def _fit(evidence_MCB: np.ndarray, label_M: np.ndarray, log_prior_C: np.ndarray, ridge: float) -> np.ndarray:
+    common = 1 / fit_temperature(evidence_MCB.sum(axis=2), label_M, log_prior_C)
+    num_bins = evidence_MCB.shape[2]
+    if np.isinf(ridge):
+        return np.full(num_bins, common)
+    scaled_MCB = evidence_MCB * common
+    truth_MC = np.eye(len(log_prior_C))[label_M]
+
+    def objective(unit_B: np.ndarray) -> tuple[float, np.ndarray]:
+        """In units of the common value, with its gradient."""
+        log_odds_MC = scaled_MCB @ unit_B
+        error_MC = softmax(log_odds_MC + log_prior_C, axis=1) - truth_MC
+        slope_B = np.einsum("mc,mcb->b", error_MC, scaled_MCB) / len(label_M)
+        loss = _log_loss(log_odds_MC, label_M, log_prior_C) + ridge / 2 * ((unit_B - 1) ** 2).sum()
+        return loss, slope_B + ridge * (unit_B - 1)
+
+    found = minimize(objective, np.ones(num_bins), jac=True, method="L-BFGS-B", bounds=[(0, None)] * num_bins,
+                     options={"ftol": 1e-12, "gtol": 1e-8})  # fmt: skip
+    return common * found.x
+
+
+def _log_loss(log_p_MC: np.ndarray, label_M: np.ndarray, log_prior_C: np.ndarray) -> float:
+    """Mean of -log p(true class | text), nats."""
+    joint_MC = log_p_MC + log_prior_C
+    return float((logsumexp(joint_MC, axis=1) - joint_MC[np.arange(len(label_M)), label_M]).mean())
+
+
+def _check(log_p_MC: np.ndarray, label_M: np.ndarray) -> None:
+    if not len(log_p_MC):
+        raise ValueError("there is nothing to fit: calibration needs validation texts")
+    if len(label_M) != len(log_p_MC) or not np.isin(label_M, np.arange(log_p_MC.shape[1])).all():
+        raise ValueError(f"calibration needs a label in 0..{log_p_MC.shape[1] - 1} for each of {len(log_p_MC)} texts")
+    if not np.isfinite(log_p_MC).all():
+        raise ValueError("a likelihood is not finite: calibration has nothing to go by")
+
+
+def _passes(nats_MCP: np.ndarray, rate_MP: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The nats with 0 for the passes that were not taken, and which were (M, P)."""
+    nats_MCP = np.asarray(nats_MCP, dtype=np.float64)
+    if nats_MCP.ndim != 3 or np.shape(rate_MP) != nats_MCP[:, 0].shape:
+        raise ValueError(f"passes {nats_MCP.shape} and masked shares {np.shape(rate_MP)} do not belong together")
+    absent_MCP = np.isnan(nats_MCP)
+    absent_MP = absent_MCP.all(axis=1)
+    if (absent_MCP != absent_MP[:, None]).any():
+        raise ValueError("classes are compared over the same passes: a pass has a number for some classes only")
+    if absent_MP.all(axis=1).any():
+        raise ValueError("a text has no pass at all")
+    return np.where(absent_MCP, 0.0, nats_MCP), ~absent_MP
+
+
+def _bins(rate_MP: np.ndarray, taken_MP: np.ndarray, num_bins: int) -> np.ndarray:
+    rate_MP = np.where(taken_MP, rate_MP, 0.0)
+    if not ((rate_MP >= 0) & (rate_MP <= 1)).all():
+        raise ValueError("the share of masked tokens of a pass must lie in [0, 1]")
+    return np.digitize(rate_MP, np.linspace(0, 1, num_bins + 1)[1:-1])

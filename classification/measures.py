@@ -1,0 +1,198 @@
+"""How good verdicts are, and how honest their probabilities: every number with its error.
+
+Shape suffixes: M texts, C classes, B bins of the confidence, R resamples, N cells of the confusion matrix with a text.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import binomtest
+from sklearn.metrics import confusion_matrix, precision_recall_fscore_support, roc_auc_score
+
+from metrics import Estimate
+
+_NUM_BINS = 10
+_RESAMPLES = 1000
+_BOOTSTRAP_SEED = 0  # fixed, so that the same verdicts always have the same error
+_SMALLEST = np.nextafter(0.0, 1.0)  # 4.9e-324, whose log is -744.4
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Both ends of a 95 % interval."""
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """How often verdicts of a given confidence are right, in equal-width bins (low, high] of the confidence in [0, 1].
+
+    edges (B + 1,). counts_B: texts. confidence_B: their mean confidence. accuracy_B: the share that is right, with its
+    95 % Wilson interval low_B, high_B. All but the counts are nan in an empty bin.
+    """
+
+    edges: np.ndarray
+    counts_B: np.ndarray
+    confidence_B: np.ndarray
+    accuracy_B: np.ndarray
+    low_B: np.ndarray
+    high_B: np.ndarray
+
+    @property
+    def ece(self) -> float:
+        """Expected calibration error: mean over texts of |accuracy - confidence| of their bin (Guo et al. 2017, eq. 3);
+        nan without texts."""
+        gaps_B = np.nan_to_num(np.abs(self.accuracy_B - self.confidence_B))
+        total = self.counts_B.sum()
+        return float(self.counts_B @ gaps_B / total) if total else math.nan
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What M verdicts are worth.
+
+    accuracy: with its binomial standard error; accuracy_interval: Wilson's, 95 %. macro_f1: mean of the classes' F1 (of
+    those with a text or a verdict), its error by the bootstrap over texts. precision_C, recall_C, f1_C: 0 where the
+    denominator is 0. support_C: texts of each class. confusion_CC: texts, true class in rows, verdict in columns.
+    roc_auc: of class 1 where there are two classes, else the mean over classes of each against the rest; None where a
+    class has no text. log_loss: mean of -log p(true class | text), nats; a probability that underflowed to 0 counts
+    as 744 nats. brier: mean over texts of the squared error of the probabilities summed over ALL classes, in [0, 2]
+    (Brier 1950; twice the one-sided score of two classes). reliability: of the top class's probability.
+    """
+
+    accuracy: Estimate
+    accuracy_interval: Interval
+    macro_f1: Estimate
+    precision_C: np.ndarray
+    recall_C: np.ndarray
+    f1_C: np.ndarray
+    support_C: np.ndarray
+    confusion_CC: np.ndarray
+    roc_auc: float | None
+    log_loss: Estimate
+    brier: Estimate
+    reliability: Reliability
+
+    @property
+    def ece(self) -> float:
+        """Expected calibration error of the top class's probability, in 10 bins."""
+        return self.reliability.ece
+
+
+def measure(posterior_MC: np.ndarray, label_M: np.ndarray) -> Measures:
+    """Measure verdicts (the most probable class; the first of equals) and probabilities against the true classes.
+
+    Raises:
+        ValueError: there is no text; shapes do not agree; a label is no class; rows are no probabilities.
+    """
+    posterior_MC, label_M = _checked(posterior_MC, label_M)
+    num_texts, num_classes = posterior_MC.shape
+    verdict_M = posterior_MC.argmax(axis=1)
+    right_M = verdict_M == label_M
+    confusion_CC = confusion_matrix(label_M, verdict_M, labels=range(num_classes))
+    precision_C, recall_C, f1_C, support_C = precision_recall_fscore_support(
+        label_M, verdict_M, labels=range(num_classes), zero_division=0
+    )
+    share = float(right_M.mean())
+    p_true_M = posterior_MC[np.arange(num_texts), label_M]
+    squares_M = ((posterior_MC - np.eye(num_classes)[label_M]) ** 2).sum(axis=1)
+    return Measures(
+        accuracy=Estimate(share, math.sqrt(share * (1 - share) / num_texts)),
+        accuracy_interval=wilson_interval(int(right_M.sum()), num_texts),
+        macro_f1=macro_f1(confusion_CC),
+        precision_C=precision_C,
+        recall_C=recall_C,
+        f1_C=f1_C,
+        support_C=support_C,
+        confusion_CC=confusion_CC,
+        roc_auc=_roc_auc(posterior_MC, label_M) if support_C.all() else None,
+        # scikit-learn's log_loss clips at 2e-16: a confident error would cost 36 nats at most.
+        log_loss=_mean(-np.log(np.maximum(p_true_M, _SMALLEST))),
+        brier=_mean(squares_M),
+        reliability=reliability(posterior_MC.max(axis=1), right_M),
+    )
+
+
+def _checked(posterior_MC: np.ndarray, label_M: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    posterior_MC, label_M = np.asarray(posterior_MC, dtype=np.float64), np.asarray(label_M)
+    if posterior_MC.ndim != 2 or label_M.shape != posterior_MC.shape[:1]:
+        raise ValueError(f"posterior {posterior_MC.shape} and labels {label_M.shape} do not belong together")
+    if not posterior_MC.size:
+        raise ValueError("there is nothing to measure: no text was classified")
+    if not (np.isin(label_M, np.arange(posterior_MC.shape[1]))).all():
+        raise ValueError(f"a label lies outside 0..{posterior_MC.shape[1] - 1}")
+    if not (posterior_MC >= 0).all() or not np.allclose(posterior_MC.sum(axis=1), 1, atol=1e-6):
+        raise ValueError("the rows of the posterior must be probabilities: no nan, none negative, sum 1")
+    return posterior_MC, label_M.astype(np.int64)
+
+
+def _mean(value_M: np.ndarray) -> Estimate:
+    se = value_M.std(ddof=1) / math.sqrt(len(value_M)) if len(value_M) > 1 else math.nan
+    return Estimate(float(value_M.mean()), float(se))
+
+
+def _roc_auc(posterior_MC: np.ndarray, label_M: np.ndarray) -> float:
+    """Texts are ranked by the log odds: the probability itself rounds to 1 from 37 nats on, and would tie."""
+    num_classes = posterior_MC.shape[1]
+    areas = []
+    for k in [1] if num_classes == 2 else range(num_classes):
+        others_M = np.delete(posterior_MC, k, axis=1).sum(axis=1)
+        odds_M = np.log(np.maximum(posterior_MC[:, k], _SMALLEST)) - np.log(np.maximum(others_M, _SMALLEST))
+        areas.append(roc_auc_score(label_M == k, odds_M))
+    return float(np.mean(areas))
+
+
+def macro_f1(confusion_CC: np.ndarray) -> Estimate:
+    """Mean F1 of the classes that have a text or a verdict; its error by 1,000 bootstrap resamples of the texts (nan
+    from one text). To resample texts is to draw the cells of the confusion matrix from a multinomial."""
+    row_N, column_N = np.nonzero(confusion_CC)
+    count_N = confusion_CC[row_N, column_N]
+    total = int(count_N.sum())
+    eye_CC = np.eye(len(confusion_CC))
+    true_NC, verdict_NC = eye_CC[row_N], eye_CC[column_N]
+
+    def score_R(count_RN: np.ndarray) -> np.ndarray:
+        hits_RC = count_RN @ (true_NC * verdict_NC)
+        either_RC = count_RN @ (true_NC + verdict_NC)
+        f1_RC = 2 * hits_RC / np.maximum(either_RC, 1)
+        return f1_RC.sum(axis=1) / (either_RC > 0).sum(axis=1)
+
+    resampled_RN = np.random.default_rng(_BOOTSTRAP_SEED).multinomial(total, count_N / total, size=_RESAMPLES)
+    se = float(score_R(resampled_RN).std(ddof=1)) if total > 1 else math.nan
+    return Estimate(float(score_R(count_N[None])[0]), se)
+
+
+def wilson_interval(successes: int, trials: int) -> Interval:
+    """95 % score interval of a proportion (Wilson 1927); nan without trials."""
+    if trials == 0:
+        return Interval(math.nan, math.nan)
+    found = binomtest(successes, trials).proportion_ci(method="wilson")
+    return Interval(float(found.low), float(found.high))
+
+
+def reliability(confidence_M: np.ndarray, right_M: np.ndarray, num_bins: int = _NUM_BINS) -> Reliability:
+    """Reliability of M answers given with `confidence_M`, of which `right_M` are right (bool or 0 and 1).
+
+    Raises:
+        ValueError: the lengths differ, or a confidence lies outside [0, 1].
+    """
+    confidence_M = np.asarray(confidence_M, dtype=np.float64)
+    right_M = np.asarray(right_M, dtype=np.float64)
+    if confidence_M.shape != right_M.shape:
+        raise ValueError(f"{confidence_M.size} confidences but {right_M.size} answers")
+    if not ((confidence_M >= 0) & (confidence_M <= 1 + 1e-6)).all():
+        raise ValueError("confidences must lie in [0, 1]: pass probabilities, not logits")
+    edges = np.linspace(0, 1, num_bins + 1)
+    bin_M = np.digitize(confidence_M, edges[1:-1], right=True)
+    counts_B, right_B = (np.bincount(bin_M, weight, num_bins).astype(np.int64) for weight in (None, right_M))
+    with np.errstate(invalid="ignore"):
+        mean_B = np.bincount(bin_M, confidence_M, num_bins) / counts_B
+        accuracy_B = right_B / counts_B
+    intervals = [wilson_interval(int(k), int(n)) for k, n in zip(right_B, counts_B, strict=True)]
+    low_B, high_B = np.array([i.low for i in intervals]), np.array([i.high for i in intervals])
+    return Reliability(edges, counts_B, mean_B, accuracy_B, low_B, high_B)

@@ -1,0 +1,288 @@
+"""Classification in numbers: Bayes' rule, measures against scikit-learn and by hand, calibration that finds what was
+planted, the race that stops in error no more often than it may."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy.special import log_softmax, softmax
+from scipy.stats import t as student_t
+from sklearn import metrics as sk
+
+from classification.bayes import log_prior, posterior
+from classification.calibration import RateWeights, fit_rate_weights, fit_temperature
+from classification.measures import macro_f1, measure, reliability, wilson_interval
+from classification.racing import certainty, still_racing
+
+LOOKS = (4, 6, 8, 12, 16, 24, 32, 48, 64)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+# ------------------------------------------------------------------------------------------------ Bayes
+def test_priors_by_hand():
+    assert np.exp(log_prior("uniform", np.array([1, 3]))) == pytest.approx([0.5, 0.5])
+    assert np.exp(log_prior("empirical", np.array([1, 3]))) == pytest.approx([0.25, 0.75])
+    assert np.exp(log_prior((0.1, 0.9), np.array([0, 0]))) == pytest.approx([0.1, 0.9])
+    log_p_MC = np.log([[0.2, 0.1], [0.5, 0.5]])
+    assert posterior(log_p_MC, np.log([0.25, 0.75])) == pytest.approx(np.array([[0.4, 0.6], [0.25, 0.75]]))
+
+
+@pytest.mark.parametrize("prior", ["flat", "empirical", (0.5, 0.6), (1.0, 0.0), (0.2, 0.3, 0.5), None, ("a", "b"),
+                                   (math.nan, 1.0)])  # fmt: skip
+def test_a_prior_that_is_none_is_refused(prior):
+    with pytest.raises(ValueError, match="classify.prior"):
+        log_prior(prior, np.array([0, 4]))
+
+
+# --------------------------------------------------------------------------------------------- measures
+@pytest.mark.parametrize("num_classes", [2, 4])
+def test_measures_are_those_of_scikit_learn(num_classes, rng):
+    label_M = rng.integers(num_classes, size=400)
+    posterior_MC = softmax(rng.normal(size=(400, num_classes)) + np.eye(num_classes)[label_M], axis=1)
+    verdict_M, found = posterior_MC.argmax(1), measure(posterior_MC, label_M)
+    assert found.accuracy.value == sk.accuracy_score(label_M, verdict_M)
+    assert found.macro_f1.value == pytest.approx(sk.f1_score(label_M, verdict_M, average="macro"))
+    assert found.precision_C == pytest.approx(sk.precision_score(label_M, verdict_M, average=None))
+    assert found.recall_C == pytest.approx(sk.recall_score(label_M, verdict_M, average=None))
+    assert found.f1_C == pytest.approx(sk.f1_score(label_M, verdict_M, average=None))
+    assert (found.confusion_CC == sk.confusion_matrix(label_M, verdict_M)).all()
+    assert (found.support_C == np.bincount(label_M)).all()
+    auc = sk.roc_auc_score(label_M, posterior_MC[:, 1] if num_classes == 2 else posterior_MC, multi_class="ovr")
+    assert found.roc_auc == pytest.approx(auc)
+    assert found.log_loss.value == pytest.approx(sk.log_loss(label_M, posterior_MC))
+    assert found.brier.value == pytest.approx(sk.brier_score_loss(label_M, posterior_MC, scale_by_half=False))
+
+
+def test_errors_are_the_spread_over_data_sets(rng):
+    """The standard errors of one data set against the spread of the values over 150."""
+    found = []
+    for _ in range(150):
+        label_M = rng.integers(3, size=150)
+        found.append((softmax(rng.normal(size=(150, 3)) + np.eye(3)[label_M], axis=1), label_M))
+    found = [measure(*one) for one in found]
+    for name in ("accuracy", "macro_f1", "log_loss", "brier"):
+        values = [getattr(one, name).value for one in found]
+        assert np.mean([getattr(one, name).se for one in found]) == pytest.approx(np.std(values), rel=0.15), name
+
+
+def test_the_perfect_and_the_clueless():
+    label_M = np.repeat([0, 1], 50)
+    perfect = measure(np.eye(2)[label_M], label_M)
+    assert perfect.accuracy.value == perfect.macro_f1.value == perfect.roc_auc == 1
+    assert perfect.log_loss.value == perfect.brier.value == perfect.ece == perfect.accuracy.se == 0
+    assert perfect.accuracy_interval.low == pytest.approx(1 / (1 + 1.959964**2 / 100))
+    chance = measure(np.full((100, 2), 0.5), label_M)
+    assert chance.accuracy.value == chance.roc_auc == chance.brier.value == 0.5
+    assert chance.accuracy.se == pytest.approx(0.05)
+    assert chance.log_loss.value == pytest.approx(math.log(2)) and chance.ece == 0
+    wrong = measure(np.eye(2)[1 - label_M], label_M)
+    assert wrong.brier.value == 2 and wrong.ece == 1 and wrong.log_loss.value == pytest.approx(744.44, abs=0.01)
+
+
+def test_probabilities_that_round_to_one_are_still_ranked():
+    log_odds_M = np.array([50.0, 60.0, 70.0, 80.0])
+    posterior_MC = softmax(np.stack([np.zeros(4), log_odds_M], 1), axis=1)
+    assert (posterior_MC[:, 1] == 1).all() and measure(posterior_MC, np.array([0, 0, 1, 1])).roc_auc == 1
+
+
+def test_absent_classes_and_single_texts():
+    found = measure(np.full((1, 3), 1 / 3), np.array([0]))
+    assert found.roc_auc is None and math.isnan(found.log_loss.se) and math.isnan(found.macro_f1.se)
+    assert found.macro_f1.value == 1 and found.support_C.tolist() == [1, 0, 0]
+    # class 2 has neither text nor verdict: the mean is over the other two, 2/3 and 1/2 of whose F1 are hits
+    assert macro_f1(np.array([[1, 1, 0], [0, 2, 0], [0, 0, 0]])).value == pytest.approx((2 / 3 + 4 / 5) / 2)
+
+
+@pytest.mark.parametrize(
+    ("posterior_MC", "label_M", "message"),
+    [([[0.5, 0.6]], [0], "sum 1"), ([[math.nan, 1.0]], [0], "sum 1"), ([[0.5, 0.5]], [2], "label"),
+     ([[0.5, 0.5]], [0, 1], "belong"), (np.zeros((0, 2)), [], "nothing")],
+)  # fmt: skip
+def test_what_can_not_be_measured(posterior_MC, label_M, message):
+    with pytest.raises(ValueError, match=message):
+        measure(np.array(posterior_MC), np.array(label_M))
+
+
+def test_reliability_of_a_case_computed_by_hand():
+    # bin (0.6, 0.7]: mean confidence 0.65, share right 1/2; bin (0.8, 0.9]: 0.9, 1; bin (0.9, 1]: 1.0, 1/2
+    confidence = [0.6 + 1e-9, 0.7 - 1e-9, 0.9, 0.9, 0.9, 1.0, 1.0, 1.0, 1.0]
+    bins = reliability(confidence, [1, 0, 1, 1, 1, 1, 0, 0, 1])
+    assert bins.counts_B.tolist() == [0, 0, 0, 0, 0, 0, 2, 0, 3, 4]
+    assert bins.ece == pytest.approx((2 * 0.15 + 3 * 0.1 + 4 * 0.5) / 9)
+    assert bins.low_B[9] == wilson_interval(2, 4).low and np.isnan(bins.high_B[0])
+    assert math.isnan(reliability([], []).ece)
+    with pytest.raises(ValueError, match="probabilities"):
+        reliability([1.5], [1])
+    with pytest.raises(ValueError, match="2 confidences"):
+        reliability([0.5, 0.6], [1])
+
+
+def test_wilson_interval_against_published_values():
+    # Newcombe (1998), table I, method 3
+    found = [wilson_interval(k, n) for k, n in ((81, 263), (15, 148), (0, 20))]
+    assert [i.low for i in found] == pytest.approx([0.2553, 0.0624, 0.0], abs=5e-5)
+    assert [i.high for i in found] == pytest.approx([0.3662, 0.1605, 0.1611], abs=5e-5)
+
+
+# ------------------------------------------------------------------------------------------ calibration
+def planted_labels(log_p_MC, log_prior_C, rng):
+    return (log_softmax(log_p_MC + log_prior_C, axis=1) + rng.gumbel(size=log_p_MC.shape)).argmax(1)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 12.0])
+def test_a_planted_temperature_is_found(temperature, rng):
+    log_prior_C = np.log([0.2, 0.3, 0.5])
+    log_p_MC = -1000 + temperature * rng.normal(size=(20_000, 3))
+    label_M = planted_labels(log_p_MC / temperature, log_prior_C, rng)
+    assert fit_temperature(log_p_MC, label_M, log_prior_C) == pytest.approx(temperature, rel=0.04)
+
+
+def test_the_ends_of_the_temperature():
+    log_p_MC, label_M = np.array([[0.0, -1.0], [-1.0, 0.0]]), np.array([0, 1])
+    assert fit_temperature(log_p_MC, label_M, np.log([0.5, 0.5])) == pytest.approx(0.1, rel=1e-3)
+    assert fit_temperature(log_p_MC, 1 - label_M, np.log([0.5, 0.5])) == pytest.approx(1e4, rel=1e-3)
+    with pytest.raises(ValueError, match="validation texts"):
+        fit_temperature(log_p_MC[:0], label_M[:0], np.log([0.5, 0.5]))
+
+
+def passes(num_texts, weight_B, rng, num_passes=10, scale=8.0):
+    """Evidence whose worth is known: labels drawn from the posterior under the planted weights."""
+    rate_MP = rng.random((num_texts, num_passes))
+    nats_MCP = 300 + scale * rng.normal(size=(num_texts, 2, num_passes))
+    log_prior_C = np.log([0.4, 0.6])
+    log_p_MC = RateWeights(np.array(weight_B), 0.0).log_p(nats_MCP, rate_MP)
+    return nats_MCP, rate_MP, planted_labels(log_p_MC, log_prior_C, rng), log_prior_C
+
+
+def test_weights_of_one_are_plain_bayes_also_where_passes_are_missing(rng):
+    nats_MCP, rate_MP, _, _ = passes(50, [1.0] * 5, rng)
+    plain = RateWeights(np.ones(5), 0.0)
+    assert (plain.log_p(nats_MCP, rate_MP) == -nats_MCP.mean(2)).all()
+    nats_MCP[::2, :, 6:], rate_MP[::2, 6:] = np.nan, np.nan
+    assert (plain.log_p(nats_MCP, rate_MP) == -np.nanmean(nats_MCP, axis=2)).all()
+
+
+def test_weights_by_hand():
+    nats_MCP = np.array([[[1.0, 10.0, 100.0, np.nan]], [[1.0, 10.0, 100.0, 1000.0]]])
+    rate_MP = np.array([[0.1, 0.5, 0.9, np.nan], [0.0, 0.49, 0.5, 1.0]])
+    found = RateWeights(np.array([2.0, 3.0]), 0.0).log_p(nats_MCP, rate_MP)
+    assert found.ravel() == pytest.approx([-(2 * 1 + 3 * 110) / 3, -(2 * 11 + 3 * 1100) / 4])
+
+
+def test_planted_weights_are_found(rng):
+    weight_B = [0.0, 0.2, 0.5, 1.0, 1.5]
+    found = fit_rate_weights(*passes(6_000, weight_B, rng))
+    assert found.weight_B == pytest.approx(weight_B, abs=0.12) and (found.weight_B >= 0).all()
+
+
+def test_few_texts_give_one_weight_and_empty_bins_the_common_one(rng):
+    found = [fit_rate_weights(*passes(60, [0.7] * 5, rng)) for _ in range(8)]
+    assert np.median([one.ridge for one in found]) >= 0.1
+    nats_MCP, rate_MP, label_M, log_prior_C = passes(500, [1.0, 1.0, 0.2, 0.2, 0.2], rng)
+    found = fit_rate_weights(nats_MCP, rate_MP * 0.79, label_M, log_prior_C)
+    temperature = fit_temperature(-nats_MCP.mean(2), label_M, log_prior_C)
+    assert found.weight_B[4] == pytest.approx(1 / temperature, rel=1e-3)
+
+
+def test_what_can_not_be_weighted(rng):
+    nats_MCP, rate_MP, label_M, log_prior_C = passes(10, [1.0] * 5, rng)
+    nats_MCP[0, 1, 3] = np.nan
+    with pytest.raises(ValueError, match="same passes"):
+        fit_rate_weights(nats_MCP, rate_MP, label_M, log_prior_C)
+    nats_MCP[0] = np.nan
+    with pytest.raises(ValueError, match="no pass"):
+        fit_rate_weights(nats_MCP, rate_MP, label_M, log_prior_C)
+    with pytest.raises(ValueError, match="share"):
+        fit_rate_weights(nats_MCP[1:], 2 + rate_MP[1:], label_M[1:], log_prior_C)
+
+
+# ----------------------------------------------------------------------------------------------- racing
+def race(true_MC, noise_MCK, confidence):
+    """Draw in rounds as the looks say. (errors of the stopped, number of stopped, mean draws)."""
+    nats_MCK, log_prior_C = true_MC[:, :, None] + noise_MCK, np.zeros(true_MC.shape[1])
+    for here, there in zip(LOOKS, LOOKS[1:], strict=False):
+        stopped_M = ~still_racing(nats_MCK[:, :, :here], log_prior_C, confidence)
+        nats_MCK[stopped_M, :, here:there] = np.nan
+    stopped_M = ~still_racing(nats_MCK, log_prior_C, confidence)
+    wrong_M = np.nanmean(nats_MCK, axis=2).argmin(1) != true_MC.argmin(1)
+    return int(wrong_M[stopped_M].sum()), int(stopped_M.sum()), float((~np.isnan(nats_MCK[:, 0])).sum(1).mean())
+
+
+@pytest.mark.parametrize("draws", ["gauss", "t3", "lognormal"])
+@pytest.mark.parametrize(("spread", "num_classes", "confidence"),
+                         [(20, 2, 0.8), (20, 2, 0.95), (20, 2, 0.99), (10, 2, 0.95), (20, 4, 0.9)])  # fmt: skip
+def test_the_race_stops_in_error_no_more_often_than_it_may(draws, spread, num_classes, confidence, rng):
+    num_texts = 1500
+    true_MC = np.concatenate([np.zeros((num_texts, 1)), rng.normal(size=(num_texts, num_classes - 1)) * spread], axis=1)
+    shape = (num_texts, num_classes, LOOKS[-1])
+    noise_MCK = {
+        "gauss": lambda: rng.normal(size=shape),
+        "t3": lambda: rng.standard_t(3, size=shape) / math.sqrt(3),
+        "lognormal": lambda: (np.exp(rng.normal(size=shape)) - math.exp(0.5)) / math.sqrt(math.e * (math.e - 1)),
+    }[draws]()
+    noise_MCK[:, 0] = 0  # what is left of the noise once the common part is gone
+    noise_MCK *= rng.uniform(15, 60, num_texts)[:, None, None]
+    wrong, stopped, mean_draws = race(true_MC, noise_MCK, confidence)
+    allowed = 1 - confidence
+    assert wrong <= allowed * stopped + 3 * math.sqrt(allowed * confidence * stopped)
+    assert stopped > 0.3 * num_texts and mean_draws < 0.92 * LOOKS[-1]
+
+
+def test_certainty_is_a_probability_that_keeps_its_word(rng):
+    """Of the leaders that are certain to c, a share of c or more leads in truth."""
+    true_M = 20 * rng.normal(size=20_000)
+    noise_MK = rng.normal(size=(20_000, 8)) * rng.uniform(15, 60, 20_000)[:, None]
+    nats_MCK = np.stack([np.zeros_like(noise_MK), true_M[:, None] + noise_MK], axis=1)
+    certainty_M = certainty(nats_MCK, np.zeros(2))
+    right_M = nats_MCK.mean(2).argmin(1) == (true_M < 0)
+    for low in np.arange(0.5, 1, 0.1):
+        here = (certainty_M >= low) & (certainty_M < low + 0.1)
+        assert low - 0.03 < certainty_M[here].mean() - 0.03 < right_M[here].mean()
+    easy = student_t.cdf(np.abs(nats_MCK[:, 1].mean(1) / (nats_MCK[:, 1].std(1, ddof=1) / math.sqrt(8))), 7)
+    assert certainty_M.mean() < easy.mean()
+
+
+def test_only_differences_between_classes_matter(rng):
+    nats_MCK = 20 * rng.normal(size=(40, 3, 6))
+    common_MK = 1000 * rng.normal(size=(40, 1, 6))
+    assert certainty(nats_MCK + common_MK, np.zeros(3)) == pytest.approx(certainty(nats_MCK, np.zeros(3)))
+
+
+def test_the_prior_can_change_the_leader():
+    nats_MCK = np.array([[[9.0, 11.0, 10.0, 10.0], [12.0, 10.0, 12.0, 10.0]]]).repeat(50, axis=0)
+    even, against = certainty(nats_MCK, np.log([0.5, 0.5])), certainty(nats_MCK, np.log([1e-9, 1 - 1e-9]))
+    assert (against > even).all()
+
+
+def test_nothing_is_certain_after_one_draw_and_everything_when_exact(rng):
+    nats_MCK = rng.normal(size=(5, 2, 3))
+    assert (certainty(nats_MCK[:, :, :1], np.zeros(2)) == 0).all()
+    assert (certainty(nats_MCK[:, :, :1], np.zeros(2), exact=True) == 1).all()
+    nats_MCK[0, :, 1:] = np.nan
+    found = certainty(nats_MCK, np.zeros(2))
+    assert found[0] == 0 and (found[1:] > 0).all()
+    still = np.zeros((20, 2, 3))
+    still[10:, 1] = 5.0  # draws without noise: a difference is certain, none is a coin
+    assert certainty(still, np.zeros(2)) == pytest.approx([0.5] * 10 + [1.0] * 10)
+
+
+def test_confidence_one_never_stops_and_stopped_texts_stay_stopped(rng):
+    nats_MCK = np.stack([np.zeros((30, 8)), 1e6 + rng.normal(size=(30, 8))], axis=1)
+    assert still_racing(nats_MCK, np.zeros(2), 1.0).all()
+    assert not still_racing(nats_MCK, np.zeros(2), 0.99).any()
+    nats_MCK[:, 1] = rng.normal(size=(30, 8))
+    nats_MCK[3, :, 6:] = np.nan
+    racing_M = still_racing(nats_MCK, np.zeros(2), 0.999)
+    assert not racing_M[3] and racing_M.sum() > 20
+    for confidence in (0.5, 0.0, 1.01, math.nan):
+        with pytest.raises(ValueError, match="classify.confidence"):
+            still_racing(nats_MCK, np.zeros(2), confidence)
+    nats_MCK[4, 1, 2] = np.nan
+    with pytest.raises(ValueError, match="each class"):
+        still_racing(nats_MCK, np.zeros(2), 0.9)
