@@ -17,7 +17,12 @@ def adamw(
 ) -> torch.optim.AdamW:
     """AdamW (arXiv 1711.05101) over all parameters, in torch's fused kernel."""
     parameters = [p for p in backbone.parameters() if p.requires_grad]
-    return torch.optim.AdamW(parameters, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay, fused=True
+    )
+    # Else Lightning refuses to clip gradients under mixed precision: the fused kernel offers to unscale them itself.
+    optimizer._step_supports_amp_scaling = False
+    return optimizer
 
 
 class _Together(torch.optim.Optimizer):

@@ -1,0 +1,60 @@
+"""predictions.parquet: what was said of every text, for other programs and for later reports on the same split.
+
+Columns: text_id, label, prediction, draws (network evaluations per class), and for every class k: posterior_k,
+log_p_k (nats), se_k (its Monte Carlo error). Shape suffixes: M texts, C classes.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tasks.class_scoring import ClassScores
+
+FILE = "predictions.parquet"
+
+
+def write_predictions(folder: Path, scores: ClassScores, posterior_MC: np.ndarray) -> Path:
+    """Write the file into `folder`, atomically; returns its path."""
+    columns = {
+        "text_id": scores.text_id_M,
+        "label": scores.label_M,
+        "prediction": posterior_MC.argmax(axis=1),
+        "draws": scores.draws_M,
+    }
+    for name, values_MC in (("posterior", posterior_MC), ("log_p", scores.log_p_MC), ("se", scores.se_MC)):
+        columns |= {f"{name}_{k}": values_MC[:, k] for k in range(values_MC.shape[1])}
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / FILE
+    pq.write_table(pa.table(columns), f"{path}.partial")
+    os.replace(f"{path}.partial", path)
+    return path
+
+
+def read_posterior(path: Path, text_id_M: np.ndarray, label_M: np.ndarray) -> np.ndarray:
+    """p(class | text) (M, C) that another run gave to the same texts; `path` is its file or its folder.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is about other texts.
+    """
+    path = path / FILE if path.is_dir() else path
+    if not path.exists():
+        raise FileNotFoundError(f"classify.compare: {path} does not exist; mode=classify writes it")
+    table = pq.read_table(path).to_pydict()
+    place = {text: row for row, text in enumerate(table["text_id"])}
+    missing = [text for text in text_id_M.tolist() if text not in place]
+    if missing:
+        raise ValueError(
+            f"classify.compare: {path} lacks {len(missing)} of the {len(text_id_M)} texts classified here (such as "
+            f"number {missing[0]}); classify the same split there, with no smaller data.max_test_texts"
+        )
+    rows_M = np.array([place[text] for text in text_id_M.tolist()])
+    names = sorted((n for n in table if n.startswith("posterior_")), key=lambda n: int(n.rpartition("_")[2]))
+    if (np.asarray(table["label"])[rows_M] != label_M).any():
+        raise ValueError(f"classify.compare: {path} has other labels for these texts; it is about another data set")
+    return np.stack([np.asarray(table[name])[rows_M] for name in names], axis=1)
