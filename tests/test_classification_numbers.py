@@ -181,6 +181,11 @@ def test_planted_weights_are_found(rng):
     assert found.weight_B == pytest.approx(weight_B, abs=0.12) and (found.weight_B >= 0).all()
 
 
+def test_no_weight_is_negative(rng):
+    found = fit_rate_weights(*passes(2_000, [-1.0, 1.0, 1.0, 1.0, 1.0], rng))
+    assert found.weight_B[0] == 0 and (found.weight_B[1:] > 0.5).all()
+
+
 def test_few_texts_give_one_weight_and_empty_bins_the_common_one(rng):
     found = [fit_rate_weights(*passes(60, [0.7] * 5, rng)) for _ in range(8)]
     assert np.median([one.ridge for one in found]) >= 0.1
