@@ -75,7 +75,7 @@ class AR:
         flat_NV = log_probs(hidden_BLD[:, :-1].flatten(0, 1), backbone.head, self.mask_id)
         return flat_NV.unflatten(0, (len(x_BL), x_BL.shape[1] - 1))
 
-    def next_token(self, backbone: Backbone, new_Bn: Tensor, cache: object) -> Tensor:
+    def next_token(self, backbone: Backbone, new_Bn: Tensor, cache: object, **cond: Tensor) -> Tensor:
         """log p of the token after `new_Bn`, which continue what `cache` holds, (B, V)."""
-        hidden_BnD = backbone.encode(new_Bn, None, cache=cache)
+        hidden_BnD = backbone.encode(new_Bn, None, cache=cache, **cond)
         return log_probs(hidden_BnD[:, -1], backbone.head, self.mask_id)

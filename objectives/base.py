@@ -246,8 +246,8 @@ class Model:
     def reverse(self, x_BL: Tensor, t_B: Tensor, s_B: Tensor, at_BL: Tensor, **cond: Tensor) -> Tensor:
         return self.objective.reverse(self.backbone, x_BL, t_B, s_B, at_BL, **cond)
 
-    def next_token(self, new_Bn: Tensor, cache: object) -> Tensor:
-        return self.objective.next_token(self.backbone, new_Bn, cache)
+    def next_token(self, new_Bn: Tensor, cache: object, **cond: Tensor) -> Tensor:
+        return self.objective.next_token(self.backbone, new_Bn, cache, **cond)
 
     def new_cache(self, batch_size: int, length: int) -> object:
         return self.backbone.new_cache(batch_size, length)

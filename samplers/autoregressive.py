@@ -44,12 +44,14 @@ def sample(
     length = x_BL.shape[1]
     first = int(masked_BL.any(0).nonzero()[0]) if bool(masked_BL.any()) else length
     cache = model.new_cache(len(x_BL), length) if kv_cache else None
+    told = {name: value for name, value in cond.items() if name != "attention_mask"}  # padding stands on the right
     ended_B, evaluations_B = torch.zeros_like(masked_BL[:, 0]), torch.zeros_like(x_BL[:, 0])
     for place in range(first, length):
         if cache is None:
-            log_p_BV = model.denoise(x_BL[:, : place + 1], None, _only(place, x_BL))
+            log_p_BV = model.denoise(x_BL[:, : place + 1], None, _only(place, x_BL), **told)
         else:
-            log_p_BV = model.next_token(x_BL[:, :first] if place == first else x_BL[:, place - 1 : place], cache)
+            new_Bn = x_BL[:, :first] if place == first else x_BL[:, place - 1 : place]
+            log_p_BV = model.next_token(new_Bn, cache, **told)
         drawn_B = choice.draw(log_p_BV, u_BL[:, place])
         x_BL[:, place] = torch.where(masked_BL[:, place], drawn_B, x_BL[:, place])
         evaluations_B += ~ended_B

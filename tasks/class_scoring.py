@@ -102,6 +102,11 @@ class ClassScores:
         return se_MC
 
     @property
+    def has_masks(self) -> bool:
+        """Whether the passes looked at different shares of masked tokens."""
+        return bool(np.nanmax(self.rate_MP, initial=0.0) > 0)
+
+    @property
     def draws_M(self) -> np.ndarray:
         """Network evaluations per class that each text took."""
         return np.isfinite(self.nats_MCP[:, 0]).sum(-1)

@@ -1,267 +1,189 @@
-"""mode=classify: p(class | text) by Bayes' rule from one diffusion model per class.
+"""mode=classify: p(class | text) by Bayes' rule from diffusion models that know the classes.
 
-Shape suffixes: M texts, C classes, K draws, V vocabulary.
+Shape suffixes: M texts, C classes, K draws, P network passes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
-from scipy.sparse import csr_matrix
-from scipy.special import log_softmax, softmax
-from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
-from sklearn.naive_bayes import MultinomialNB
 
-from metrics import Estimate
-from reporting import classification_plots as figures
-from reporting import plots
-from reporting.report import Metric, Report
-from tasks.base import Experiment, GroundTruth, Likelihood, likelihood, row_numbers, write_results
+from classification.baselines import Baseline, Labelled, baselines
+from classification.bayes import log_prior, posterior
+from classification.calibration import RateWeights, fit_rate_weights, fit_temperature
+from classification.measures import measure
+from tasks.base import Experiment, Likelihood, likelihood, write_results
+from tasks.class_models import Hypothesis, class_models
+from tasks.class_report import class_report, printed
+from tasks.class_scoring import ClassScores, Race, score_classes
 from tasks.drawing import draw
+from tasks.ppl_eval import protocol
+from tasks.predictions import read_posterior, write_predictions
 from tasks.sample_eval import shown
-from tasks.scoring import Precision, Scores, score
-from tasks.train import add_loss_curve, fit
+from tasks.scoring import score
+from tasks.verdicts import Method, Verdicts
 
 
 @dataclass(frozen=True)
-class Bayes:
-    """What Bayes' rule says of M texts.
+class Beside:
+    """What is reported beside the plain rule. calibrate: also with a temperature and weights per mask rate, fitted on
+    the validation split. baselines: naive Bayes and logistic regressions on the same texts. compare: folders of other
+    classifications of the same split."""
 
-    log_p_MC: estimated log p(text | class), nats. se_MC: its Monte Carlo error. label_M: the true classes.
-    """
-
-    log_p_MC: np.ndarray
-    se_MC: np.ndarray
-    label_M: np.ndarray
-    log_prior_C: np.ndarray
-
-    @property
-    def posterior_MC(self) -> np.ndarray:
-        return softmax(self.log_p_MC + self.log_prior_C, axis=1)
-
-    @property
-    def prediction_M(self) -> np.ndarray:
-        return (self.log_p_MC + self.log_prior_C).argmax(axis=1)
-
-    @property
-    def accuracy(self) -> Estimate:
-        return proportion(self.prediction_M == self.label_M)
-
-    @property
-    def log_loss(self) -> Estimate:
-        """Mean of -log p(true class | text), nats."""
-        log_posterior_MC = log_softmax(self.log_p_MC + self.log_prior_C, axis=1)
-        nats_M = -log_posterior_MC[np.arange(len(self.label_M)), self.label_M]
-        return Estimate(float(nats_M.mean()), float(nats_M.std(ddof=1) / np.sqrt(len(nats_M))))
-
-
-def proportion(correct_M: np.ndarray) -> Estimate:
-    """A share with its binomial standard error."""
-    p = float(np.mean(correct_M))
-    return Estimate(p, float(np.sqrt(p * (1 - p) / len(correct_M))))
-
-
-def bayes(scores: list[Scores], label_M: np.ndarray) -> Bayes:
-    """Bayes' rule under a uniform prior. Every class was scored with the same masks, so most of the Monte Carlo noise
-    is common to the classes and cancels in the comparison."""
-    num_classes = len(scores)
-    return Bayes(
-        -np.stack([s.nll_M for s in scores], axis=1),
-        np.stack([s.monte_carlo_se_M for s in scores], axis=1),
-        label_M,
-        np.full(num_classes, -np.log(num_classes)),
-    )
-
-
-def naive_bayes(data: object, split: str, rows_M: np.ndarray) -> np.ndarray:
-    """Predictions (M,) of multinomial naive Bayes on token counts, trained on the whole training split."""
-    train, rows = data.split("train"), data.split(split)
-    model = MultinomialNB().fit(_counts(train["input_ids"], data.vocabulary.size), np.asarray(train["label"]))
-    chosen = [rows["input_ids"][int(i)] for i in rows_M]
-    return model.predict(_counts(chosen, data.vocabulary.size))
-
-
-def _counts(rows: list, vocab_size: int) -> csr_matrix:
-    ids = [np.asarray(row) for row in rows]
-    start_M = np.cumsum([0] + [len(row) for row in ids])
-    columns = np.concatenate(ids)
-    return csr_matrix((np.ones(len(columns)), columns, start_M), shape=(len(ids), vocab_size))
+    calibrate: bool = False
+    baselines: bool = True
+    compare: tuple[str, ...] = ()
 
 
 def classify(
-    experiment: Experiment, *, checkpoint_path: str, split: str, num_draws: int, num_samples: int, disable_ema: bool
-) -> dict[str, object]:
-    """Score `split` under one model per class with the same masks, apply Bayes' rule.
+    experiment: Experiment, *, checkpoint_path: str, split: str, race: Race, prior: str | Sequence[float],
+    beside: Beside, num_samples: int, num_examples: int, disable_ema: bool,
+) -> dict[str, object]:  # fmt: skip
+    """Score `split` under every class with the same masks, apply Bayes' rule, hold it against other methods.
 
-    The models are those of `checkpoint_path`, with {label} for the number of the class; where it is empty, those of
-    this configuration, and the missing ones are trained. Writes results.json and report.html into `classify`.
+    The models are those of `checkpoint_path`, with {label} for the number of the class where there is one per class;
+    where it is empty, those of this configuration, and the missing ones are trained. Writes results.json,
+    predictions.parquet and report.html into `classify`.
     """
-    both = experiment.data()
-    if both.label_names is None or len(both.label_names) < 2:
-        raise ValueError(f"mode=classify needs labelled data with two classes or more; data={both.name} has none")
-    if both.label is not None:
-        raise ValueError(f"mode=classify scores every class: leave out data.label={both.label}")
-    if checkpoint_path and "{label}" not in checkpoint_path:
-        raise ValueError(
-            f"eval.checkpoint_path={checkpoint_path} is one model, but mode=classify needs one for each of the "
-            f"{len(both.label_names)} classes: write {{label}} where the number of the class stands, as in "
-            "runs/label={label}/checkpoints/last.ckpt, or leave it empty to train them (from the weights of "
-            "training.from_pretrained, if it is set)"
-        )
-    rows = both.split(split)
-    scores, own, samples = [], [], []
-    for label in range(len(both.label_names)):
-        path = checkpoint_path or str(fit(experiment, label))
-        data = experiment.data(label)
-        diffusion = experiment.trained(data, path, disable_ema)
-        trainer = experiment.trainer(f"score as {both.label_names[label]}", label)
-        loader, drawing = both.eval_dataloader(split), Precision(num_draws)
-        scores.append(score(trainer, diffusion, loader, experiment.estimator, drawing, experiment.seed))
-        trainer = experiment.trainer(f"validate {both.label_names[label]}", label)
-        loader = data.eval_dataloader("validation")
-        measured = score(trainer, diffusion, loader, experiment.estimator, experiment.precision, experiment.seed)
-        own.append(likelihood(data, "validation", measured, experiment.truth))
-        drawn = (
-            draw(diffusion, data, experiment.drawing, num_samples, num_samples, experiment.seed) if num_samples else []
-        )
-        samples.append(shown(drawn, data.tokenizer))
-    rows_M = row_numbers(rows, scores[0].sample_id_M)
-    label_M = np.asarray(rows["label"])[rows_M]
-    verdict = bayes(scores, label_M)
-    ladder = _ladder(both, split, verdict, rows_M, experiment.truth)
-    results = _results(verdict, own, ladder, both.label_names, scores)
+    data = _labelled(experiment)
     folder = experiment.folder() / "classify"
-    write_results(folder, {**results, "command": experiment.command})
-    _report(experiment, both, split, verdict, own, ladder, samples).write(folder / "report.html")
-    _print(both, split, verdict, own, ladder, samples)
+    others = {path: Path(path) for path in beside.compare}
+    hypotheses = class_models(experiment, data, checkpoint_path, disable_ema)
+    counts_C = np.bincount(np.asarray(data.texts("train")["label"]), minlength=len(data.label_names))
+    log_prior_C = log_prior(prior, counts_C)
+    ask = (hypotheses, data, split, experiment.estimator, race, experiment.seed, log_prior_C)
+    scores = score_classes(experiment.trainer, *ask)
+    plain = _method("this model", posterior(scores.log_p_MC, log_prior_C), scores)
+    write_predictions(folder, scores, plain.posterior_MC)
+    fitted, held = {}, []
+    if beside.calibrate:
+        ask = (hypotheses, data, "validation", experiment.estimator, race, experiment.seed, log_prior_C)
+        fitted = _fit(score_classes(experiment.trainer, *ask), log_prior_C)
+        held += _calibrated(fitted, scores, log_prior_C)
+    held += [_method(f"{name}", read_posterior(path, scores.text_id_M, scores.label_M), scores, network=False)
+             for name, path in others.items()]  # fmt: skip
+    if beside.baselines:
+        held += [_method(b.name, b.posterior_MC, scores, network=False) for b in _baselines(data, split, scores)]
+    if experiment.truth is not None:
+        texts = data.texts(split)["text"]
+        place = {text: row for row, text in enumerate(data.texts(split)["text_id"])}
+        optimal_MC = experiment.truth.posterior([texts[place[i]] for i in scores.text_id_M.tolist()])
+        held.append(_method("Bayes-optimal", optimal_MC, scores, network=False))
+    own = [_own(experiment, hypothesis, label) for label, hypothesis in enumerate(hypotheses)]
+    untold = _own(experiment, Hypothesis(hypotheses[0].diffusion, None), None) if hypotheses[0].class_id == 0 else None
+    verdicts = Verdicts(data, split, scores, log_prior_C, plain, held, own, untold, fitted)
+    samples = [_samples(experiment, hypothesis, label, num_samples) for label, hypothesis in enumerate(hypotheses)]
+    results = _results(verdicts, race)
+    known = protocol(experiment, data, split, own[0].scores)
+    write_results(folder, {**results, "protocol": known, "command": experiment.command})
+    report = class_report(experiment, verdicts, race, hypotheses, samples, num_examples)
+    report.write(folder / "report.html")
+    print(printed(verdicts, samples))
     print(f"{folder / 'report.html'}")
     return results
 
 
-def _ladder(
-    data: object, split: str, verdict: Bayes, rows_M: np.ndarray, truth: GroundTruth | None
-) -> list[tuple[str, float, float]]:
-    chance = np.bincount(verdict.label_M).max() / len(verdict.label_M)
-    naive = proportion(naive_bayes(data, split, rows_M) == verdict.label_M)
-    rows = [
-        ("chance", float(chance), 0.0),
-        ("naive Bayes, unigrams", naive.value, naive.se),
-        ("this model", verdict.accuracy.value, verdict.accuracy.se),
-    ]
-    if truth is not None:
-        texts = data.texts(split)["text"]
-        optimal_M = truth.posterior([texts[int(i)] for i in rows_M]).argmax(axis=1)
-        optimum = proportion(optimal_M == verdict.label_M)
-        rows.append(("Bayes-optimal", optimum.value, optimum.se))
-    return rows
+def _labelled(experiment: Experiment) -> object:
+    data = experiment.data()
+    if data.label_names is None or len(data.label_names) < 2:
+        raise ValueError(f"mode=classify needs labelled data with two classes or more; data={data.name} has none")
+    if data.label is not None:
+        raise ValueError(f"mode=classify scores every class: leave out data.label={data.label}")
+    if data.wrap:
+        raise ValueError("mode=classify needs one text per row (or window): set data.wrap=false")
+    return data
 
 
-def _results(
-    verdict: Bayes,
-    own: list[Likelihood],
-    ladder: list[tuple[str, float, float]],
-    names: list[str],
-    scores: list[Scores],
-) -> dict[str, object]:
-    precision, recall, f1, support = _per_class(verdict)
+def _method(name: str, posterior_MC: np.ndarray, scores: ClassScores, network: bool = True) -> Method:
+    evaluations = float(scores.evaluations_M.mean()) if network else None
+    return Method(name, posterior_MC, measure(posterior_MC, scores.label_M), evaluations)
+
+
+def _fit(scores: ClassScores, log_prior_C: np.ndarray) -> dict[str, object]:
+    """Temperature and, where masks were drawn, weights per mask rate, of the scores of the validation split."""
+    fitted: dict[str, object] = {"temperature": fit_temperature(scores.log_p_MC, scores.label_M, log_prior_C)}
+    if scores.has_masks:
+        fitted["rate_weights"] = fit_rate_weights(scores.nats_MCP, scores.rate_MP, scores.label_M, log_prior_C)
+    return fitted
+
+
+def _calibrated(fitted: dict[str, object], scores: ClassScores, log_prior_C: np.ndarray) -> list[Method]:
+    log_p_MC = scores.log_p_MC / fitted["temperature"]
+    found = [_method("this model, temperature fitted", posterior(log_p_MC, log_prior_C), scores)]
+    weights = fitted.get("rate_weights")
+    if isinstance(weights, RateWeights):
+        log_p_MC = weights.log_p(scores.nats_MCP, scores.rate_MP)
+        found.append(_method("this model, mask rates weighted", posterior(log_p_MC, log_prior_C), scores))
+    return found
+
+
+def _baselines(data: object, split: str, scores: ClassScores) -> list[Baseline]:
+    return baselines(_texts(data, "train"), _texts(data, "validation"), _texts(data, split), data.vocabulary.size)
+
+
+def _texts(data: object, split: str) -> Labelled:
+    """A split's texts in order of their ids, each with the tokens of all its windows."""
+    rows, texts = data.split(split), data.texts(split)
+    place = {text: row for row, text in enumerate(texts["text_id"])}
+    row_text_R, window_R = np.asarray(rows["text_id"]), np.asarray(rows["sample_id"])
+    order_R = np.lexsort((window_R, row_text_R))
+    text_id_M, first_M = np.unique(row_text_R[order_R], return_index=True)
+    ids = rows["input_ids"]
+    parts = [np.asarray(ids[int(r)]) for r in order_R]
+    joined = [np.concatenate(parts[a:b]) for a, b in zip(first_M, [*first_M[1:], len(parts)], strict=True)]
+    labels_R = np.asarray(rows["label"])[order_R]
+    raw = texts["text"]
+    return Labelled([raw[place[i]] for i in text_id_M.tolist()], joined, labels_R[first_M])
+
+
+def _own(experiment: Experiment, hypothesis: Hypothesis, label: int | None) -> Likelihood:
+    """Likelihood of the validation texts of a class under its own model (None: of all texts, no class being told)."""
+    data = experiment.data(label)
+    name = "all texts" if label is None else data.label_names[label]
+    measured = score(
+        experiment.trainer(f"validate {name}", label), hypothesis.diffusion, data.eval_dataloader("validation"),
+        experiment.estimator, experiment.precision, experiment.seed, hypothesis.told,
+    )  # fmt: skip
+    return likelihood(data, "validation", measured, experiment.truth)
+
+
+def _samples(experiment: Experiment, hypothesis: Hypothesis, label: int, number: int) -> list:
+    if not number:
+        return []
+    data = experiment.data(label)
+    drawn = draw(hypothesis.diffusion, data, experiment.drawing, number, number, experiment.seed, hypothesis.class_id)
+    return shown(drawn, data.tokenizer)
+
+
+def _results(verdicts: Verdicts, race: Race) -> dict[str, object]:
+    scores, names, m = verdicts.scores, verdicts.data.label_names, verdicts.plain.measures
     return {
-        "accuracy": verdict.accuracy,
-        "log_loss_nats": verdict.log_loss,
-        "ladder": {name: Estimate(value, se) for name, value, se in ladder},
+        "accuracy": m.accuracy, "accuracy_wilson_95": [m.accuracy_interval.low, m.accuracy_interval.high],
+        "macro_f1": m.macro_f1, "roc_auc": m.roc_auc, "log_loss_nats": m.log_loss, "brier": m.brier, "ece": m.ece,
+        "texts": len(scores.label_M),
+        "methods": {
+            method.name: {"accuracy": method.measures.accuracy, "macro_f1": method.measures.macro_f1,
+                          "log_loss_nats": method.measures.log_loss, "ece": method.measures.ece,
+                          "network_evaluations_per_text": method.evaluations}
+            for method in verdicts.methods
+        },
         "classes": {
-            name: {"precision": precision[k], "recall": recall[k], "f1": f1[k], "texts": int(support[k]),
-                   "validation_nll_nats_per_token": own[k].model, "true_nats_per_token": own[k].truth,
-                   "gap_nats_per_token": own[k].gap}
+            name: {"precision": m.precision_C[k], "recall": m.recall_C[k], "f1": m.f1_C[k],
+                   "texts": int(m.support_C[k]), "validation_nll_nats_per_token": verdicts.own[k].model,
+                   "true_nats_per_token": verdicts.own[k].truth, "gap_nats_per_token": verdicts.own[k].gap}
             for k, name in enumerate(names)
         },
-        "confusion": confusion_matrix(verdict.label_M, verdict.prediction_M, labels=range(len(names))),
-        "monte_carlo_se_nats_per_text": float(np.mean(verdict.se_MC)),
-        "estimator": scores[0].label,
-        "network_evaluations_per_text": float(sum(s.evaluations_M.mean() for s in scores)),
+        "confusion": m.confusion_CC,
+        "prior": dict(zip(names, np.exp(verdicts.log_prior_C), strict=True)),
+        "nll_without_class_nats_per_token": verdicts.untold.model if verdicts.untold else None,
+        "monte_carlo_se_nats_per_text": float(np.nanmean(scores.se_MC)) if np.isfinite(scores.se_MC).any() else None,
+        "estimator": scores.label, "masks": race.masks, "confidence": race.confidence,
+        "draws_per_text_and_class": float(scores.draws_M.mean()),
+        "network_evaluations_per_text": float(scores.evaluations_M.mean()),
+        "seconds_per_text": scores.seconds / len(scores.label_M),
+        "temperature": verdicts.fitted.get("temperature"),
+        "rate_weights": getattr(verdicts.fitted.get("rate_weights"), "weight_B", None),
     }  # fmt: skip
-
-
-def _per_class(verdict: Bayes) -> tuple[np.ndarray, ...]:
-    classes = range(verdict.log_p_MC.shape[1])
-    return precision_recall_fscore_support(verdict.label_M, verdict.prediction_M, labels=classes, zero_division=0)
-
-
-def _report(
-    experiment: Experiment, data: object, split: str, verdict: Bayes, own: list[Likelihood],
-    ladder: list[tuple[str, float, float]], samples: list[list],
-) -> Report:  # fmt: skip
-    names = data.label_names
-    report = Report("Generative classification", f"{data.name}, {split} split", experiment.command, experiment.facts)
-    report.section("Accuracy", _METHOD)
-    report.metrics(
-        [
-            Metric("accuracy", verdict.accuracy.value, verdict.accuracy.se),
-            Metric("log loss", verdict.log_loss.value, verdict.log_loss.se, "nats"),
-            Metric("texts", float(len(verdict.label_M))),
-            Metric("Monte Carlo error", float(np.mean(verdict.se_MC)), None, "nats/text", "of log p(text | class)"),
-        ]
-    )
-    report.figure(figures.accuracy_ladder(ladder), "Accuracy with 95% intervals, on the same texts.", "Accuracies")
-    table = zip(names, *_per_class(verdict), strict=True)
-    report.table(["class", "precision", "recall", "F1", "texts"],
-                 [[n, f"{p:.3f}", f"{r:.3f}", f"{f:.3f}", int(s)] for n, p, r, f, s in table])  # fmt: skip
-    counts = confusion_matrix(verdict.label_M, verdict.prediction_M, labels=range(len(names)))
-    report.figure(figures.confusion_matrix(counts, names), "Rows are the true classes.", "Confusion matrix")
-    correct = verdict.prediction_M == verdict.label_M
-    report.figure(_calibration(verdict.posterior_MC.max(axis=1), correct),
-                  "How often a verdict of a given confidence is right.", "Calibration curve")  # fmt: skip
-    if len(names) == 2:
-        margin = verdict.log_p_MC[:, 1] - verdict.log_p_MC[:, 0]
-        report.figure(figures.llr_histogram({name: margin[verdict.label_M == k] for k, name in enumerate(names)}),
-                      "Evidence in nats, by true class.", "Log-likelihood ratios")  # fmt: skip
-    for label, (name, measured, texts) in enumerate(zip(names, own, samples, strict=True)):
-        report.section(f"The model of “{name}”", "Likelihood of held-out texts of its own class.")
-        report.metrics(measured.metrics())
-        truth = measured.truth.value if measured.truth else None
-        report.figure(plots.likelihood_against_truth(measured.ladder(), truth, "nats/token"),
-                      "Nats per token with 95% intervals over texts.", f"Likelihood of {name} texts")  # fmt: skip
-        add_loss_curve(report, experiment.folder(label), truth)
-        if measured.scores.num_masked_MP.size:
-            report.figure(plots.nll_by_mask_rate(*measured.scores.by_mask_rate()),
-                          "Cross-entropy of a masked token against the share masked.",
-                          "Cross-entropy against mask rate")  # fmt: skip
-        if texts:
-            report.samples(texts)
-    report.code(experiment.settings, "configuration")
-    return report
-
-
-def _calibration(confidence_M: np.ndarray, correct_M: np.ndarray, num_bins: int = 10) -> Figure:
-    """Reliability in equal-width bins; ECE is the mean |share right - confidence| by count (Guo et al. 2017, eq. 3)."""
-    bin_M = np.digitize(confidence_M, np.linspace(0, 1, num_bins + 1)[1:-1], right=True)
-    count, surely, right = (np.bincount(bin_M, w, num_bins) for w in (None, confidence_M, correct_M))
-    ece = float(np.abs(right - surely).sum() / count.sum())
-    with np.errstate(invalid="ignore"):
-        return figures.calibration(surely / count, right / count, count, ece)
-
-
-_METHOD = (
-    "One masked diffusion model per class gives log p(text | class); Bayes' rule with equal priors gives "
-    "p(class | text). "
-    "Every text is scored with the same masks under every class, so that mask noise cancels in the comparison."
-)
-
-
-def _print(
-    data: object,
-    split: str,
-    verdict: Bayes,
-    own: list[Likelihood],
-    ladder: list[tuple[str, float, float]],
-    samples: list[list],
-) -> None:
-    print(f"\n{data.name} {split}: {len(verdict.label_M)} texts, {verdict.log_p_MC.shape[1]} classes")
-    for name, measured in zip(data.label_names, own, strict=True):
-        truth = f", true entropy {measured.truth}, above it by {measured.gap}" if measured.truth else ""
-        print(f"  {name:>10}: validation NLL {measured.model} nats/token{truth}")
-    for name, value, se in ladder:
-        print(f"  {name:>22}: {100 * value:5.1f} % ± {100 * se:.1f}")
-    for name, texts in zip(data.label_names, samples, strict=True):
-        print("".join(f"\n{name}, out of masks: {text.text}" for text in texts))

@@ -80,19 +80,23 @@ class Drawing:
 
 
 def draw(
-    diffusion: Diffusion, data: object, drawing: Drawing, num_samples: int, batch_size: int, seed: int
-) -> list[Drawn]:
+    diffusion: Diffusion, data: object, drawing: Drawing, num_samples: int, batch_size: int, seed: int,
+    class_id: int | None = None,
+) -> list[Drawn]:  # fmt: skip
     """`num_samples` texts. The i-th depends on (seed, i) and on the weights, not on the batch it is drawn in.
 
     A text gets the length of a training row picked at random, since a model of padded rows is a model of
     p(text | length); wrapped rows all have the model's length, and causal models decide themselves where to end.
+    `class_id` is the class that a conditional network is told.
     """
     rows = _rows(diffusion, data, drawing.given, num_samples, seed)
     drawn: list[Drawn] = []
     meter = Meter("sample", num_samples)
     with torch.inference_mode():
         for start in range(0, num_samples, batch_size):
-            drawn += _draw_batch(diffusion, data, drawing.sampler, rows[start : start + batch_size], start, seed)
+            drawn += _draw_batch(
+                diffusion, data, drawing.sampler, rows[start : start + batch_size], start, seed, class_id
+            )
             meter.update(len(drawn))
     meter.close()
     return drawn
@@ -146,14 +150,17 @@ def _filled(blank: np.ndarray, fixed: list[int], start: int, mask_id: int, data:
 
 
 def _draw_batch(
-    diffusion: Diffusion, data: object, sampler: Callable, rows: list[np.ndarray], first: int, seed: int
-) -> list[Drawn]:
+    diffusion: Diffusion, data: object, sampler: Callable, rows: list[np.ndarray], first: int, seed: int,
+    class_id: int | None,
+) -> list[Drawn]:  # fmt: skip
     lengths = [len(row) for row in rows]
     x_BL = torch.full((len(rows), max(lengths)), data.vocabulary.pad_id)
     for i, row in enumerate(rows):
         x_BL[i, : len(row)] = torch.from_numpy(row)
     padded = min(lengths) < max(lengths)
     cond = {"attention_mask": torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]} if padded else {}
+    if class_id is not None:
+        cond["class_id"] = torch.full((len(rows),), class_id)
     noise = KeyedNoise(seed, torch.arange(first, first + len(rows), device=diffusion.device))
     ends_early = diffusion.objective.exact and not data.wrap
     stop = {"stop_id": data.vocabulary.eos_id} if ends_early else {}

@@ -5,6 +5,7 @@ Shape suffixes: B batch, M texts of the split, K draws, P network passes, R roun
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import lightning
@@ -92,15 +93,18 @@ class Scores:
 class Scorer(lightning.LightningModule):
     """Lets a Lightning Trainer (devices, precision, progress) measure a split with an estimator."""
 
-    def __init__(self, diffusion: Diffusion, estimator: Estimator, num_draws: int, seed: int) -> None:
+    def __init__(
+        self, diffusion: Diffusion, estimator: Estimator, num_draws: int, seed: int, told: Callable[[Batch], Batch]
+    ) -> None:
         super().__init__()
         if num_draws < 1:
             raise ValueError(f"eval.num_draws={num_draws} must be at least 1")
         self.diffusion, self.estimator, self.num_draws, self.seed = diffusion, estimator, num_draws, seed
+        self.told = told
         self.measured: list[dict[str, Tensor]] = []
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        found = self.estimator(self.diffusion.model, batch, self.seed, self.num_draws)
+        found = self.estimator(self.diffusion.model, self.told(batch), self.seed, self.num_draws)
         none = found.nll_BK.new_zeros((len(found.nll_BK), 0))
         self.measured.append({
             "sample_id": batch["sample_id"].cpu(),
@@ -137,12 +141,14 @@ class Precision:
 
 def score(
     trainer: lightning.Trainer, diffusion: Diffusion, loader: object, estimator: Estimator, precision: Precision,
-    seed: int,
+    seed: int, told: Callable[[Batch], Batch] = lambda batch: batch,
 ) -> Scores:  # fmt: skip
-    """Measure every text that `loader` yields, on all of the trainer's devices."""
+    """Measure every text that `loader` yields, on all of the trainer's devices. told: batch -> batch, with what the
+    network is to be told beside the tokens."""
     scores: Scores | None = None
     for number in range(precision.rounds):
-        found = _round(trainer, diffusion, loader, estimator, precision.num_draws, hash_seed(seed, number))
+        scorer = Scorer(diffusion, estimator, precision.num_draws, hash_seed(seed, number), told)
+        found = _round(trainer, scorer, loader)
         scores = found if scores is None else _joined(scores, found, number)
         if precision.target_se is None or scores.monte_carlo_se <= precision.target_se:
             return scores
@@ -162,13 +168,10 @@ def _joined(before: Scores, new: Scores, number: int) -> Scores:
     return replace(before, round_K=round_K, evaluations_M=evaluations_M, **columns)
 
 
-def _round(
-    trainer: lightning.Trainer, diffusion: Diffusion, loader: object, estimator: Estimator, num_draws: int, seed: int
-) -> Scores:
-    rows = measure(trainer, Scorer(diffusion, estimator, num_draws, seed), loader)
-    model = diffusion.model
+def _round(trainer: lightning.Trainer, scorer: Scorer, loader: object) -> Scores:
+    rows, model, estimator = measure(trainer, scorer, loader), scorer.diffusion.model, scorer.estimator
     return Scores(
-        estimator.kind, estimator.label(model, num_draws), estimator.exact(model), not model.objective.exact,
+        estimator.kind, estimator.label(model, scorer.num_draws), estimator.exact(model), not model.objective.exact,
         rows["sample_id"], rows["nll"], np.zeros(rows["nll"].shape[1], dtype=int), rows["tokens"],
         rows["evaluations"], rows["cross_entropy"], rows["num_masked"],
     )  # fmt: skip

@@ -48,7 +48,9 @@ def test_training_times_are_antithetic_over_the_global_batch():
 
 def test_evaluation_times_are_stratified_over_draws_and_uniform_for_each_sample():
     draws = torch.stack([evaluation_noise(0, torch.arange(100), k, 8).time() for k in range(8)])
-    assert torch.equal((draws * 8).long().sort(0).values, torch.arange(8)[:, None].expand(8, 100)), "one in each stratum"
+    assert torch.equal((draws * 8).long().sort(0).values, torch.arange(8)[:, None].expand(8, 100)), (
+        "one in each stratum"
+    )
     one_sample = [float(evaluation_noise(seed, torch.tensor([5])).time()) for seed in range(500)]
     assert stats.kstest(one_sample, "uniform").pvalue > ALPHA
 
