@@ -17,10 +17,11 @@ from metrics import Estimate
 from reporting import plots
 from reporting.report import Metric, Report
 from tasks.base import Experiment, GroundTruth, Likelihood, likelihood, row_numbers, write_results
+from tasks.class_models import class_models
 from tasks.drawing import draw
 from tasks.sample_eval import shown
 from tasks.scoring import Precision, Scores, score
-from tasks.train import add_loss_curve, fit
+from tasks.train import add_loss_curve
 
 
 @dataclass(frozen=True)
@@ -101,19 +102,10 @@ def classify(
         raise ValueError(f"mode=classify needs labelled data with two classes or more; data={both.name} has none")
     if both.label is not None:
         raise ValueError(f"mode=classify scores every class: leave out data.label={both.label}")
-    if checkpoint_path and "{label}" not in checkpoint_path:
-        raise ValueError(
-            f"eval.checkpoint_path={checkpoint_path} is one model, but mode=classify needs one for each of the "
-            f"{len(both.label_names)} classes: write {{label}} where the number of the class stands, as in "
-            "runs/label={label}/checkpoints/last.ckpt, or leave it empty to train them (from the weights of "
-            "training.from_pretrained, if it is set)"
-        )
     rows = both.split(split)
     scores, own, samples = [], [], []
-    for label in range(len(both.label_names)):
-        path = checkpoint_path or str(fit(experiment, label))
-        data = experiment.data(label)
-        diffusion = experiment.trained(data, path, disable_ema)
+    for label, hypothesis in enumerate(class_models(experiment, both, checkpoint_path, disable_ema)):
+        data, diffusion = experiment.data(label), hypothesis.diffusion
         trainer = experiment.trainer(f"score as {both.label_names[label]}", label)
         loader, drawing = both.eval_dataloader(split), Precision(num_draws)
         scores.append(score(trainer, diffusion, loader, experiment.estimator, drawing, experiment.seed))
