@@ -112,7 +112,8 @@ def law(cfg: DictConfig) -> str:
 # Numbers that are handed on far before they are used: a word in their place is a mistake to name here.
 WHOLE = ("seed", "T", "sampling.steps", "sampling.stride_length", "sampling.num_strides", "sampling.tokens_per_step",
          "sampling.num_sample_batches", "sampling.num_sample_log", "sampling.top_k", "eval.num_draws", "eval.max_draws",
-         "eval.perplexity_batch_size", "classify.num_draws", "trainer.max_steps", "model.length")  # fmt: skip
+         "eval.perplexity_batch_size", "classify.num_draws", "classify.patience", "classify.pretrain_steps",
+         "trainer.max_steps", "model.length")  # fmt: skip
 REAL = ("sampling.temperature", "sampling.nucleus_p", "eval.target_se", "training.ema", "training.sampling_eps")
 
 
@@ -125,6 +126,9 @@ def check_numbers(cfg: DictConfig) -> None:
             raise ValueError(f"{key}={value} must be a {'whole ' if key in WHOLE else ''}number")
     if cfg.seed < 0:
         raise ValueError(f"seed={cfg.seed} must be 0 or more")
+    for key in ("patience", "pretrain_steps"):
+        if cfg.classify[key] is not None and cfg.classify[key] < 1:
+            raise ValueError(f"classify.{key}={cfg.classify[key]} must be at least 1")
 
 
 def refuse_contradictions(cfg: DictConfig) -> None:
@@ -147,6 +151,7 @@ def refuse_contradictions(cfg: DictConfig) -> None:
         raise ValueError(f"classify.sharing={cfg.classify.sharing} is unknown; choose per_class or conditional")
     if cfg.classify.sharing == "conditional":
         _check_conditional(cfg)
+    _check_start(cfg)
     clipped = cfg.noise._target_.endswith(".Clipped")
     if clipped and (name != "subs" or not cfg.masking._target_.endswith("Bernoulli") or cfg.T):
         raise ValueError(
@@ -189,6 +194,32 @@ def _check_conditional(cfg: DictConfig) -> None:
         )
     if not 0 <= cfg.classify.label_dropout <= 1:
         raise ValueError(f"classify.label_dropout={cfg.classify.label_dropout} must lie in [0, 1]")
+    if cfg.data.wrap:
+        raise ValueError(
+            "classify.sharing=conditional with data.wrap=true: a chunk of several texts has no class to be told; set "
+            "data.wrap=false"
+        )
+
+
+def _check_start(cfg: DictConfig) -> None:
+    """Weights have one beginning."""
+    pretrain, sharing = cfg.classify.pretrain, cfg.classify.sharing
+    for key in ("training.from_pretrained", "eval.checkpoint_path"):
+        if pretrain and OmegaConf.select(cfg, key):
+            raise ValueError(
+                f"classify.pretrain={pretrain} trains what the models start from, and {key}="
+                f"{OmegaConf.select(cfg, key)} names it; leave one of them out"
+            )
+    if pretrain and cfg.mode._target_ == "tasks.train.train" and sharing == "per_class" and cfg.data.label is None:
+        raise ValueError(
+            f"classify.pretrain={pretrain} starts the models of classes, and mode=train without data.label trains one "
+            "model of all texts; set data.label, mode=classify or classify.sharing=conditional"
+        )
+    if cfg.training.start_from_counts and cfg.training.from_pretrained:
+        raise ValueError(
+            "training.start_from_counts=true is where new weights begin, and training.from_pretrained="
+            f"{cfg.training.from_pretrained} brings others; leave one of them out"
+        )
 
 
 @contextmanager

@@ -20,7 +20,7 @@ a function of (seed, p).
 """
 
 import logging
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -35,7 +35,7 @@ from transformers import PreTrainedTokenizerBase
 
 from text.order import evaluation_batches
 from text.packing import Packing, pack
-from text.rows import at_most, keep_label
+from text.rows import at_most, joined, keep_label, without_texts_of
 from text.sources import Source
 from text.stream import PositionBatchSampler, TrainingStream, batch_arithmetic
 from text.tokenizers import Vocabulary, load_tokenizer, vocabulary
@@ -100,7 +100,8 @@ class TextData(LightningDataModule):
     ones). Tokenizers are trained on the whole train split, whatever `label` and the limits are, so that the
     models of all classes share one vocabulary; `score_special` false makes BOS and EOS of padded rows given.
     `streaming` reads no more of a split than its `max_*_texts` (tokenizers too); `random_crop` trains on random
-    stretches of wrapped rows twice as long, evaluation has fixed rows.
+    stretches of wrapped rows twice as long, evaluation has fixed rows. `train_splits`: train on these splits of the
+    source together, without labels (validation has none then either) and without texts of the held-out splits.
     loader: `batch_size` and `eval_batch_size` are rows per
     device; `batch_size` None divides `global_batch_size`. `length` is model.length, `seed` orders the
     training stream, `max_steps` are optimizer steps of the whole run.
@@ -131,6 +132,7 @@ class TextData(LightningDataModule):
         max_train_texts: int | None = None,
         max_valid_texts: int | None = None,
         max_test_texts: int | None = None,
+        train_splits: Sequence[str] | None = None,
         cache_dir: str | Path = ".cache",
         batch_size: int | None = None,
         eval_batch_size: int = 32,
@@ -143,7 +145,7 @@ class TextData(LightningDataModule):
         super().__init__()
         self.name, self.score_special = name or "text", score_special
         self.source, self.length, self.label, self.wrap = source, length, label, wrap
-        self.streaming, self.random_crop = streaming, random_crop
+        self.streaming, self.random_crop, self.train_splits = streaming, random_crop, train_splits
         self.tokenizer_settings = {"name_or_path": tokenizer_name_or_path, "folder": tokenizer_folder,
                                    "vocab_size": vocab_size, "cache_dir": cache_dir}  # fmt: skip
         self.packings = {
@@ -210,7 +212,7 @@ class TextData(LightningDataModule):
         """The split's rows from the source, when streaming no more of them than the limit."""
         if not self.streaming:
             return self.source.load(split)
-        limit = self.limits.get(split)
+        limit = self.limits.get(split, self.limits["train"])
         if limit is None:
             raise ValueError(f"data.streaming=true reads a split up to its limit, and {split} has none: "
                              f"set {_limit_key(split)}, or data.streaming=false")  # fmt: skip
@@ -225,15 +227,23 @@ class TextData(LightningDataModule):
         Raises ValueError for an unknown split, an unknown label, an empty split.
         """
         if split not in self._texts:
-            rows = self._read(split)
-            rows = rows.add_column("text_id", np.arange(len(rows)))
-            if self.label is not None:
-                rows = keep_label(rows, self.label, self.label_names)
-            rows = at_most(rows, self.limits.get(split))
+            parts = self.train_splits if split == "train" and self.train_splits else (split,)
+            rows = [self._part(part) for part in parts]
+            rows = rows[0] if self.train_splits is None else joined(rows)
             if not len(rows):
                 raise ValueError(f"the {split} split of the data is empty")
             self._texts[split] = rows
         return self._texts[split]
+
+    def _part(self, split: str) -> datasets.Dataset:
+        rows = self._read(split)
+        rows = rows.add_column("text_id", np.arange(len(rows)))
+        if self.label is not None:
+            rows = keep_label(rows, self.label, self.label_names)
+        if split not in SPLITS:
+            measured = {held_out: self._read(held_out) for held_out in SPLITS[1:] if held_out in self.splits}
+            rows = without_texts_of(rows, split, measured)
+        return at_most(rows, self.limits.get(split, self.limits["train"]))
 
     def split(self, name: str) -> datasets.Dataset:
         """The split's packed rows (columns: text/packing.py). `figures[name]` says what packing did.
@@ -259,12 +269,8 @@ class TextData(LightningDataModule):
             log.warning("%s: %d of %d texts are longer than model.length=%d; tokens left out: %d", name,
                         figures["long"], figures["texts"], self.length, figures["cut"])  # fmt: skip
         if figures["unknown"]:
-            log.warning(
-                "%s: %d of %d tokens are unknown to the tokenizer",
-                name,
-                figures["unknown"],
-                figures["tokens"],
-            )
+            unknown, tokens = figures["unknown"], figures["tokens"]
+            log.warning("%s: %d of %d tokens are unknown to the tokenizer", name, unknown, tokens)
 
     def train_dataloader(self) -> DataLoader:
         """This rank's micro-batches of the whole run, from the place that a loaded checkpoint has reached.
@@ -309,13 +315,9 @@ class TextData(LightningDataModule):
 
     def _loader(self, rows: Dataset, batches: Sampler | list[list[int]]) -> DataLoader:
         return DataLoader(
-            rows,
-            batch_sampler=batches,
-            collate_fn=self.collate,
-            num_workers=self.num_workers,
-            pin_memory=self.pin_memory,
-            persistent_workers=self.num_workers > 0,
-        )
+            rows, batch_sampler=batches, collate_fn=self.collate, num_workers=self.num_workers,
+            pin_memory=self.pin_memory, persistent_workers=self.num_workers > 0,
+        )  # fmt: skip
 
     def _rank(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
@@ -342,7 +344,7 @@ class TextData(LightningDataModule):
 
 
 def _limit_key(split: str) -> str:
-    return f"data.max_{'valid' if split == 'validation' else split}_texts"
+    return f"data.max_{ {'validation': 'valid', 'test': 'test'}.get(split, 'train') }_texts"
 
 
 def _check_names(known: Iterable[str | None], train: str | None, valid: str | None) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from metrics import NLLMeter
 from models.checkpoints import Checkpoint
-from models.class_conditioning import UNTOLD
+from models.class_conditioning import UNTOLD, start_from_counts
 from models.ema import EMA
 from objectives.base import Batch, Model, Objective
 from randomness import KeyedNoise, evaluation_noise, hash_seed, training_noise
@@ -106,6 +106,24 @@ class Diffusion(lightning.LightningModule):
             ValueError: they do not fit the backbone; nothing has been changed then.
         """
         checkpoint.load_into(self.backbone, use_ema)
+        if self.ema:
+            self.ema.restart(self.backbone.parameters())
+
+    def start_from_counts(self, counts_CV: Tensor, before_V: Tensor | None = None) -> None:
+        """Begin a new training at token frequencies (models/class_conditioning.py), and its average too.
+
+        Raises:
+            ValueError: the network's output layer has no bias or, for new weights (without `before_V`), does not start
+                at zero, so that its outputs would not be those frequencies.
+        """
+        head = self.backbone.head
+        if head.bias is None or (before_V is None and (head.weight.any() or head.bias.any())):
+            why = "has no bias" if head.bias is None else "does not start at zero"
+            raise ValueError(
+                f"training.start_from_counts=true: the output layer of {type(self.backbone).__name__} {why}, so it can "
+                "not begin at token frequencies; leave it out, or use new weights of backbone=dit or ar"
+            )
+        start_from_counts(head, counts_CV, before_V)
         if self.ema:
             self.ema.restart(self.backbone.parameters())
 

@@ -24,11 +24,13 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from omegaconf import DictConfig, OmegaConf
 
 import command_line
+from callbacks.best import Patience
 from callbacks.progress import TextProgressBar
 from dataloader import TextData, batch_arithmetic
 from diffusion import Diffusion
 from estimators.base import Estimator
-from models.checkpoints import AtomicCheckpointIO, Checkpoint, read_checkpoint
+from models.checkpoints import AtomicCheckpointIO, Checkpoint, Progress, read_checkpoint, read_progress
+from tasks.class_models import pretraining_splits
 from tasks.drawing import Drawing, Template
 from tasks.scoring import Precision
 
@@ -39,7 +41,10 @@ IDENTITY = ("data", "model", "backbone", "parameterization", "noise", "masking",
 NOT_IDENTITY = ("data.label", "data.cache_dir", "model.attn_backend", "backbone.attn_backend",
                 "lr_scheduler.num_training_steps", "data.max_valid_texts", "data.max_test_texts",
                 "backbone.resumed")  # fmt: skip
-IDENTITY_IF_SET = ("training.from_pretrained",)
+IDENTITY_IF_SET = ("training.from_pretrained", "training.start_from_counts")
+# Of texts that only classify.pretrain reads.
+IDENTITY_IF_PRETRAINED = ("data.source.files.unsupervised", "data.source.hub_splits.unsupervised",
+                          "data.source.unlabelled")  # fmt: skip
 # What a network computes hangs on these; other files may lack some of them, and may have been trained at other lengths.
 FUNCTION = ("model.hidden_size", "model.cond_dim", "model.n_blocks", "model.n_heads", "time_conditioning")
 
@@ -49,12 +54,14 @@ _TEXT_DATA = inspect.signature(TextData).parameters
 def identity(cfg: DictConfig) -> dict[str, object]:
     """The part of the configuration that determines the weights, flat: key as typed -> value."""
     flat: dict[str, object] = {}
+    pretrained = cfg.classify.pretrain or cfg.data.get("train_splits")
+    left_out = NOT_IDENTITY if pretrained else (*NOT_IDENTITY, *IDENTITY_IF_PRETRAINED)
 
     def visit(prefix: str, node: object) -> None:
         if isinstance(node, dict):
             for name, child in node.items():
                 visit(f"{prefix}.{name}", child)
-        elif prefix not in NOT_IDENTITY and (node is not None or prefix not in IDENTITY_IF_SET):
+        elif prefix not in left_out and (node or prefix not in IDENTITY_IF_SET):
             flat[prefix] = node
 
     for key in IDENTITY:
@@ -62,16 +69,57 @@ def identity(cfg: DictConfig) -> dict[str, object]:
         visit(key, OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node)
     if cfg.classify.sharing == "conditional":
         flat |= {f"classify.{key}": cfg.classify[key] for key in ("sharing", "label_dropout")}
+    if cfg.classify.pretrain:
+        flat |= {f"classify.{key}": cfg.classify[key] for key in ("pretrain", "pretrain_steps")}
     return {**flat, "parameterization": command_line.law(cfg)}
 
 
 class Experiment:
     """Builds what the configuration names, when a task asks for it (see tasks/base.py)."""
 
-    def __init__(self, cfg: DictConfig, command: str) -> None:
+    def __init__(self, cfg: DictConfig, command: str, shared: bool = False) -> None:
         self.cfg, self.command, self.seed = cfg, command, cfg.seed
         self._save_dir = Path(cfg.checkpointing.save_dir) if cfg.checkpointing.save_dir else self._own_folder()
-        self._data: dict[int | None, TextData] = {}
+        self.conditional, self.start_from_counts = cfg.classify.sharing == "conditional", cfg.training.start_from_counts
+        self._shared, self._data = shared, dict[int | None, TextData]()
+
+    @cached_property
+    def pretraining(self) -> Experiment | None:
+        """The training of the weights that the models of all classes start from; None without classify.pretrain."""
+        classify = self.cfg.classify
+        if not classify.pretrain:
+            return None
+        splits = pretraining_splits(classify.pretrain, self.data().splits)
+        cfg = _shared_start(self.cfg, splits, self._save_dir / "pretrained")
+        return Experiment(cfg, self.command, shared=True)
+
+    def patience(self, label: int | None = None) -> int | None:
+        """How many validations without a better one end a training, whose best weights then are the model; None for
+        one that runs up to trainer.max_steps and ends with its last weights."""
+        ordinary = self.folder(label) == self._save_dir and not self.conditional and not self._shared
+        return None if ordinary else self.cfg.classify.patience
+
+    def finished(self, label: int | None = None) -> Path | None:
+        """The weights of a training that is complete; None where there is something left to do.
+
+        Raises:
+            ValueError: the training in the folder has other settings or another tokenizer.
+        """
+        last, checkpointing = self._last(label), self.cfg.checkpointing
+        if not last.exists() or checkpointing.resume_ckpt_path or not checkpointing.resume_from_ckpt:
+            return None
+        progress, data = read_progress(last), self.data(label)
+        ours = {**identity(self.cfg), "data.label": data.label, "tokenizer": data.vocabulary.fingerprint}
+        _check_same(last, progress, ours)
+        patience = self.patience(label)
+        stopped = patience is not None and progress.fruitless >= patience
+        return self.model_path(label) if stopped or progress.step >= self.cfg.trainer.max_steps else None
+
+    def model_path(self, label: int | None = None) -> Path:
+        """The checkpoint of the trained model: with a patience the best by validation, if one ran, else the last."""
+        last = self._last(label)
+        best = read_progress(last).best if self.patience(label) is not None and last.exists() else None
+        return best or last
 
     def _own_folder(self) -> Path:
         digest = hashlib.sha256(json.dumps(identity(self.cfg), sort_keys=True).encode()).hexdigest()
@@ -165,7 +213,7 @@ class Experiment:
     def trained(self, data: TextData, checkpoint_path: str, disable_ema: bool) -> Diffusion:
         """The model with the weights of `checkpoint_path`, or of this configuration's own last checkpoint if that is
         empty; on the device it will run on. Refuses weights that belong to something else."""
-        path = _of_class(checkpoint_path, data.label) or self._last()
+        path = _of_class(checkpoint_path, data.label) or self.model_path()
         if not checkpoint_path and not path.exists():
             raise FileNotFoundError(
                 f"this configuration has no trained model at {path}: train it (the same command with mode=train), "
@@ -180,11 +228,11 @@ class Experiment:
         diffusion.ema = None
         return diffusion.eval().to(_device(self.cfg.trainer.accelerator))
 
-    def start_from_pretrained(self, diffusion: Diffusion, data: TextData) -> Path | None:
-        """Give a new training the weights of training.from_pretrained, or of the file that backbone=hf_dit was built
-        from, or those that the backbone itself names (hf_causal); returns where they lie. Refuses weights that belong
-        to something else, before anything changes."""
-        named = {"training.from_pretrained": self.cfg.training.from_pretrained,
+    def start_from_pretrained(self, diffusion: Diffusion, data: TextData, shared: Path | None) -> Path | None:
+        """Give a new training the averaged weights of `shared`, the weights of training.from_pretrained, or of the file
+        that backbone=hf_dit was built from, or those that the backbone itself names (hf_causal); returns where they lie.
+        Refuses weights that belong to something else, before anything changes."""
+        named = {"classify.pretrain": shared, "training.from_pretrained": self.cfg.training.from_pretrained,
                  "eval.checkpoint_path": _of_class(self.cfg.backbone.get("checkpoint_path"), data.label)}  # fmt: skip
         key = next((key for key, path in named.items() if path), None)
         if key is not None:
@@ -194,7 +242,7 @@ class Experiment:
             checkpoint = getattr(diffusion.backbone, "pretrained", lambda: None)()
         if checkpoint is None:
             return None
-        diffusion.start_from(checkpoint, use_ema=not self.cfg.eval.disable_ema)
+        diffusion.start_from(checkpoint, use_ema=shared is not None or not self.cfg.eval.disable_ema)
         return checkpoint.path
 
     def _check_belongs(
@@ -233,6 +281,13 @@ class Experiment:
         fitting = title.startswith("train")
         loggers = [instantiate(node) for node in (cfg.get("logger") or {}).values()] if fitting else []
         callbacks = [instantiate(node) for node in (cfg.get("callbacks") or {}).values()] if fitting else []
+        if fitting and (patience := self.patience(label)) is not None:
+            if not any(getattr(callback, "monitor", None) == "val/nll" for callback in callbacks):
+                raise ValueError(
+                    f"classify.patience={patience} needs the best weights, which callbacks=checkpoint_monitor keeps; "
+                    "add it, or set classify.patience=null"
+                )
+            callbacks.append(Patience(patience))
         if not loggers:
             callbacks = [c for c in callbacks if not isinstance(c, LearningRateMonitor)]
         accelerator = cfg.trainer.accelerator
@@ -271,6 +326,31 @@ class Experiment:
     def _eval_batch_size(self) -> int:
         devices = self._devices * self.cfg.trainer.num_nodes
         return self.cfg.loader.eval_batch_size or -(-self.cfg.loader.eval_global_batch_size // devices)
+
+
+def _shared_start(cfg: DictConfig, splits: list[str], folder: Path) -> DictConfig:
+    """The configuration of the training on `splits` from whose weights the models of all classes start."""
+    cfg = cfg.copy()
+    changes = {"data.train_splits": splits, "data.label": None, "trainer.max_steps": int(cfg.classify.pretrain_steps),
+               "classify.pretrain": None, "checkpointing.save_dir": str(folder),
+               "checkpointing.resume_ckpt_path": None}  # fmt: skip
+    for key, value in changes.items():
+        OmegaConf.update(cfg, key, value, force_add=True)
+    return cfg
+
+
+def _check_same(path: Path, progress: Progress, ours: dict[str, object]) -> None:
+    """That the training at `path` has our settings. Sizes left open here were found in a file: no difference."""
+    known = {"data.label": progress.identity.get("label"), "tokenizer": progress.identity.get("tokenizer")}
+    theirs = {**progress.identity.get("configuration", {}), **known}
+    sizes = [key for key in ours if ours[key] is None and (key.startswith("model.") or key == "time_conditioning")]
+    keys = [key for key in sorted({*theirs, *ours}) if key not in sizes and theirs.get(key) != ours.get(key)]
+    if keys:
+        listing = "".join(f"\n  {key}: there {theirs.get(key)}, here {ours.get(key)}" for key in keys)
+        raise ValueError(
+            f"{path} was trained with other settings:{listing}\nUse another checkpointing.save_dir for these settings, "
+            "or the old settings to go on there"
+        )
 
 
 def _of_class(path: str | None, label: int | None) -> str:

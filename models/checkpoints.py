@@ -125,6 +125,33 @@ def read_settings(path: str | Path, key: str = "eval.checkpoint_path") -> Checkp
     return checkpoint
 
 
+@dataclass(frozen=True)
+class Progress:
+    """How far the training behind a checkpoint of ours has come.
+
+    step: optimizer steps done. fruitless: validations since the best one, 0 where that is not counted. best: the
+    checkpoint of the best validation, beside this one; None where there was none. identity: as in `Checkpoint`.
+    """
+
+    step: int
+    fruitless: int
+    best: Path | None
+    identity: dict[str, object]
+
+
+def read_progress(path: Path) -> Progress:
+    """Read it without the weights. Raises ValueError for a file that is corrupt or no checkpoint of ours."""
+    content = load_inert(path, mmap=True)
+    callbacks = content.get("callbacks") if isinstance(content, dict) else None
+    if not isinstance(callbacks, dict) or "global_step" not in content:
+        raise ValueError(f"{path} is not a checkpoint of a training; delete it, or use another checkpointing.save_dir")
+    states = [state for state in callbacks.values() if isinstance(state, dict)]
+    fruitless = next((int(state["wait_count"]) for state in states if "wait_count" in state), 0)
+    best = next((state["best_model_path"] for state in states if state.get("monitor") == "val/nll"), None)
+    best_path = path.with_name(Path(best).name) if best else None
+    return Progress(int(content["global_step"]), fruitless, best_path, content.get("identity") or {})
+
+
 def _read_lightning_file(path: Path, weights: bool = True) -> Checkpoint:
     content = load_inert(path, mmap=not weights)
     if not isinstance(content, dict) or "state_dict" not in content:

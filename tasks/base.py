@@ -46,11 +46,17 @@ class Experiment(Protocol):
     estimator: Estimator
     precision: Precision
     truth: GroundTruth | None
+    conditional: bool  # one network is told the class, else one model per class
+    start_from_counts: bool  # new weights begin at token frequencies
+    pretraining: Experiment | None  # the training of the weights that the models of all classes start from
 
     def folder(self, label: int | None = None) -> Path: ...
     def data(self, label: int | None = None) -> object: ...
     def diffusion(self, data: object) -> Diffusion: ...
-    def start_from_pretrained(self, diffusion: Diffusion, data: object) -> Path | None: ...
+    def start_from_pretrained(self, diffusion: Diffusion, data: object, shared: Path | None) -> Path | None: ...
+    def patience(self, label: int | None = None) -> int | None: ...
+    def finished(self, label: int | None = None) -> Path | None: ...
+    def model_path(self, label: int | None = None) -> Path: ...
     def trained(self, data: object, checkpoint_path: str, disable_ema: bool) -> Diffusion: ...
     def trainer(self, title: str, label: int | None = None) -> lightning.Trainer: ...
     def resume_path(self, label: int | None = None) -> Path | None: ...
@@ -133,14 +139,26 @@ def unigram_nll(data: object, split: str, given_length: bool = True) -> np.ndarr
     """Nats per row under the training split's token frequencies (add-one smoothed), (M,). Left out are the given
     tokens, or, without `given_length`, the first token of each row: what a causal model has as context."""
     given = data.collate.frame_ids if given_length else []
-    counts_V = np.ones(data.vocabulary.size)
-    for ids in data.split("train")["input_ids"]:
-        np.add.at(counts_V, np.asarray(ids), 1)
+    counts_V = 1.0 + token_counts(data, given_length)[0]
     counts_V[given] = 0
     nats_V = np.log(counts_V.sum()) - np.log(counts_V, where=counts_V > 0, out=np.zeros_like(counts_V))
     nats_V[given] = 0.0
     first = 0 if given_length else 1
     return np.array([nats_V[np.asarray(ids)[first:]].sum() for ids in data.split(split)["input_ids"]])
+
+
+def token_counts(data: object, given_length: bool = True, by_class: bool = False) -> np.ndarray:
+    """How often each token stands in the training rows, (1, V), or `by_class` in those of each class, (C, V). Given
+    tokens are left out (see `unigram_nll`)."""
+    rows, size = data.split("train"), data.vocabulary.size
+    column = rows.select_columns("input_ids").with_format("arrow")[:]["input_ids"]
+    ids = np.concatenate([chunk.flatten().to_numpy() for chunk in column.chunks]).astype(np.int64)
+    num_classes = len(data.label_names) if by_class else 1
+    if by_class:
+        ids += size * np.repeat(np.asarray(rows["label"][:]), np.asarray(rows["length"][:]))
+    counts_CV = np.bincount(ids, minlength=num_classes * size).reshape(num_classes, size)
+    counts_CV[:, data.collate.frame_ids if given_length else []] = 0
+    return counts_CV
 
 
 def true_nll(

@@ -11,28 +11,10 @@ from reporting import plots
 from reporting.report import Report
 from tasks.base import Experiment, likelihood, write_results
 from tasks.drawing import draw
+from tasks.fitting import fit
 from tasks.ppl_eval import protocol, report_likelihood
 from tasks.sample_eval import shown
 from tasks.scoring import score
-
-
-def fit(experiment: Experiment, label: int | None = None) -> Path:
-    """Train on one class (or, with None, on what the configuration says) up to trainer.max_steps.
-
-    A run that is already complete is left as it is. Returns the path of its last checkpoint.
-    """
-    last = experiment.folder(label) / "checkpoints" / "last.ckpt"
-    data = experiment.data(label)
-    trainer = experiment.trainer("train" if data.label is None else f"train label={data.label}", label)
-    diffusion, resume = experiment.diffusion(data), experiment.resume_path(label)
-    if resume:
-        print(f"resuming from {resume}")
-    elif start := experiment.start_from_pretrained(diffusion, data):
-        print(f"starting from the weights of {start}")
-    trainer.fit(diffusion, datamodule=data, ckpt_path=resume)
-    if not trainer.interrupted:
-        trainer.save_checkpoint(last)
-    return last
 
 
 def history(folder: Path) -> dict[str, np.ndarray]:
@@ -64,9 +46,9 @@ def add_loss_curve(report: Report, folder: Path, truth: float | None) -> None:
 
 def train(experiment: Experiment, *, num_samples: int, generate_samples: bool) -> dict[str, object]:
     """Fit, then write results.json and report.html on the validation split."""
-    last = fit(experiment)
+    checkpoint = fit(experiment)
     data = experiment.data()
-    diffusion = experiment.trained(data, str(last), disable_ema=False)
+    diffusion = experiment.trained(data, str(checkpoint), disable_ema=False)
     scores = score(
         experiment.trainer("validate"), diffusion, data.eval_dataloader("validation"), experiment.estimator,
         experiment.precision, experiment.seed,
@@ -76,7 +58,7 @@ def train(experiment: Experiment, *, num_samples: int, generate_samples: bool) -
     results = {
         "nll_nats_per_token": measured.model, "perplexity": measured.model.exp(),
         "unigram_nats_per_token": measured.unigram, "true_nats_per_token": measured.truth,
-        "gap_nats_per_token": measured.gap, "checkpoint": last,
+        "gap_nats_per_token": measured.gap, "checkpoint": checkpoint,
     }  # fmt: skip
     write_results(
         folder, {**results, "protocol": protocol(experiment, data, "validation", scores), "command": experiment.command}
@@ -97,5 +79,5 @@ def train(experiment: Experiment, *, num_samples: int, generate_samples: bool) -
     )
     if measured.truth:
         print(f"true entropy {measured.truth} nats/token | above it by {measured.gap} (paired)")
-    print(f"{last}\n{folder / 'report.html'}")
+    print(f"{checkpoint}\n{folder / 'report.html'}")
     return results

@@ -81,7 +81,7 @@ def test_a_finished_run_is_left_as_it_is(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("diffusion.Diffusion.training_step", lambda *_: pytest.fail("it trained again"))
     main.run(compose_config(few), "a test")
     after = load_inert(tmp_path / "run/checkpoints/last.ckpt")["state_dict"]
-    assert "resuming from" in capsys.readouterr().out
+    assert "complete: " in capsys.readouterr().out
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 

@@ -6,6 +6,7 @@ import json
 import math
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -62,7 +63,8 @@ def test_nothing_measured_is_an_error():
 
 def test_unigram_baseline_leaves_given_tokens_out():
     """Ids 0 and 1 are BOS and EOS; of the other two, one is three times as frequent (plus one each)."""
-    rows = {"train": {"input_ids": [[0, 2, 2, 2, 1], [0, 3, 1]]}, "test": {"input_ids": [[0, 2, 3, 1]]}}
+    texts = {"train": [[0, 2, 2, 2, 1], [0, 3, 1]], "test": [[0, 2, 3, 1]]}
+    rows = {split: datasets.Dataset.from_dict({"input_ids": ids}) for split, ids in texts.items()}
     data = SimpleNamespace(
         collate=SimpleNamespace(frame_ids=np.array([0, 1])), vocabulary=SimpleNamespace(size=4), split=rows.__getitem__
     )

@@ -93,15 +93,31 @@ def carve(rows: datasets.Dataset, shares: Mapping[str, float], seed: int) -> dic
     for split, size in sizes.items():
         parts[split] = take_rows(rows, np.sort(order[start : start + size]))
         start += size
-    left = to_table(take_rows(rows, np.sort(order[start:])))
-    held_out = pa.concat_tables([to_table(part) for part in parts.values()])["text"].combine_chunks()
-    kept = left.filter(pc.invert(pc.is_in(left["text"], value_set=held_out)))
-    if not kept.num_rows:
-        raise ValueError("every text of the train split also stands in a held-out split; the texts are too much alike")
-    if kept.num_rows < left.num_rows:
-        dropped = left.num_rows - kept.num_rows
-        log.info("%d texts that also stand in %s were dropped from train", dropped, ", ".join(sizes))
-    return {**parts, "train": from_table(kept)}
+    return {**parts, "train": without_texts_of(take_rows(rows, np.sort(order[start:])), "train", parts)}
+
+
+def without_texts_of(rows: datasets.Dataset, name: str, held_out: Mapping[str, datasets.Dataset]) -> datasets.Dataset:
+    """The rows of the split `name` whose text stands in none of the held-out splits. Raises ValueError where none is
+    left."""
+    table = to_table(rows)
+    for part in held_out.values():
+        table = table.filter(pc.invert(pc.is_in(table["text"], value_set=to_table(part)["text"].combine_chunks())))
+    if not table.num_rows:
+        raise ValueError(f"every text of the {name} split also stands in a held-out split; they are too much alike")
+    if table.num_rows < len(rows):
+        dropped = len(rows) - table.num_rows
+        log.info("%d texts that also stand in %s were dropped from %s", dropped, ", ".join(held_out), name)
+    return from_table(table)
+
+
+def joined(parts: Sequence[datasets.Dataset]) -> datasets.Dataset:
+    """Several splits' texts one after the other, numbered on (text_id), without labels."""
+    tables, start = [], 0
+    for part in parts:
+        numbers = np.asarray(part["text_id"][:])
+        tables.append(pa.table({"text": to_table(part)["text"], "text_id": numbers + start}))
+        start += int(numbers.max(initial=-1)) + 1
+    return from_table(pa.concat_tables(tables))
 
 
 # -------------------------------------------------------------------------------- checks

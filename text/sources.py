@@ -61,7 +61,7 @@ class HubOrFolder:
     (None: the current one). Either may end in a slice, `train[:-1000]`.
     text_columns: columns joined by `separator` into one text. drop_blank: leave out texts of white space and
     strip the line end that the Hub keeps (data sets of one text per line). detokenizer: a name in
-    text/detokenizers.py.
+    text/detokenizers.py. unlabelled: splits whose texts have no labels, whatever the files say.
     A data set without a validation split has `validation_share` of its train split held out, chosen by
     `seed`; texts that also occur in the held-out part are dropped from the train part. shuffle: put rows
     into an order fixed by `seed` (for files sorted by label).
@@ -85,12 +85,13 @@ class HubOrFolder:
         validation_share: float | None = None,
         shuffle: bool = False,
         seed: int = 0,
+        unlabelled: Sequence[str] = (),
     ) -> None:
         self.hub_id, self.hub_config, self.hub_revision, self.folder = hub_id, hub_config, hub_revision, folder
         self.files, self.hub_splits = dict(files), dict(hub_splits)
         self.text_columns = [text_columns] if isinstance(text_columns, str) else list(text_columns)
         self.separator, self.drop_blank = separator, drop_blank
-        self.label_column = label_column
+        self.label_column, self.unlabelled = label_column, tuple(unlabelled)
         self.label_names = tuple(label_names) if label_names else None
         self.shuffle, self.seed = shuffle, seed
         self.validation_share = validation_share
@@ -135,9 +136,9 @@ class HubOrFolder:
     def _carved(self) -> dict[str, datasets.Dataset]:
         return carve(self._rows("train"), {"validation": self.validation_share}, self.seed)
 
-    @property
-    def _columns(self) -> list[str]:
-        return [*self.text_columns, *([self.label_column] if self.label_column else [])]
+    def _columns(self, split: str) -> list[str]:
+        labelled = self.label_column and split not in self.unlabelled
+        return [*self.text_columns, *([self.label_column] if labelled else [])]
 
     def _rows(self, split: str) -> datasets.Dataset:
         rows = self._prepared(*(self._local(split) or self._hub(split)))
@@ -155,7 +156,7 @@ class HubOrFolder:
             joined = [self.separator.join(row) for row in zip(*(t.to_pylist() for t in texts), strict=True)]
             texts = [pa.chunked_array([pa.array(joined, pa.large_string())])]
         labels = None
-        if self.label_column is not None:
+        if self.label_column in table.column_names:
             labels = as_labels(table.column(self.label_column).to_pylist(), self.label_names, origin)
         made = text_rows(texts[0], labels)
         return not_empty(without_blanks(made) if self.drop_blank else made, origin)
@@ -168,10 +169,9 @@ class HubOrFolder:
             return None
         table = read_files(f"{glob.escape(str(folder))}/{name}", "DATA_DIR", self.text_columns[0])
         origin = str(folder / self.files[split])
-        need_columns(table.column_names, self._columns, origin)
-        columns = {column: text_column(table, column, origin) for column in self.text_columns}
-        if self.label_column:
-            columns[self.label_column] = table.column(self.label_column)
+        need_columns(table.column_names, self._columns(split), origin)
+        columns = {column: table.column(column) for column in self._columns(split)}
+        columns |= {column: text_column(table, column, origin) for column in self.text_columns}
         first, last, _ = slice(start, stop).indices(table.num_rows)
         return from_table(pa.table(columns).slice(first, max(last - first, 0))), origin
 
@@ -181,8 +181,8 @@ class HubOrFolder:
         with self._hub_errors(split):
             rows = datasets.load_dataset(self.hub_id, self.hub_config, split=expression, revision=self.hub_revision)
         origin = f"{self.hub_id} ({expression})"
-        need_columns(rows.column_names, self._columns, origin)
-        return rows.select_columns(self._columns), origin
+        need_columns(rows.column_names, self._columns(split), origin)
+        return rows.select_columns(self._columns(split)), origin
 
     def _beginning(self, split: str, limit: int) -> tuple[datasets.Dataset, str]:
         """The raw columns of the first `limit` texts on the Hub."""
@@ -198,8 +198,9 @@ class HubOrFolder:
             part = itertools.islice(stream.skip(start or 0), None if stop is None else stop - (start or 0))
             found = list(itertools.islice((row for row in part if not self._is_blank(row)), limit))
         origin = f"{self.hub_id} ({expression})"
-        need_columns(list(found[0]) if found else self._columns, self._columns, origin)
-        return from_table(pa.table({name: [row[name] for row in found] for name in self._columns})), origin
+        columns = self._columns(split)
+        need_columns(list(found[0]) if found else columns, columns, origin)
+        return from_table(pa.table({name: [row[name] for row in found] for name in columns})), origin
 
     def _is_blank(self, row: Mapping[str, object]) -> bool:
         texts = (row.get(column) for column in self.text_columns)

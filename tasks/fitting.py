@@ -1,0 +1,56 @@
+"""Training one model to its end: reuse what is complete, go on with what is not, else begin.
+
+Shape suffixes: C classes, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from diffusion import Diffusion
+from tasks.base import Experiment, token_counts
+
+
+def fit(experiment: Experiment, label: int | None = None) -> Path:
+    """Train on one class (or, with None, on what the configuration says), up to trainer.max_steps or until the
+    experiment's patience ends. What is complete already is left as it is; where the model starts from shared weights
+    (classify.pretrain) that do not exist yet, they are trained first.
+
+    Returns the path of the weights to use: with a patience the best ones by validation, else the last.
+
+    Raises:
+        ValueError: the folder holds a training with other settings.
+    """
+    if path := experiment.finished(label):
+        print(f"complete: {path}")
+        return path
+    resume = experiment.resume_path(label)
+    shared = fit(experiment.pretraining) if experiment.pretraining and not resume else None
+    data = experiment.data(label)
+    title = "train" if data.label is None else f"train label={data.label}"
+    trainer = experiment.trainer(title if data.train_splits is None else "train the shared start", label)
+    diffusion = experiment.diffusion(data)
+    if resume:
+        print(f"resuming from {resume}")
+    else:
+        begin(experiment, diffusion, data, shared)
+    trainer.fit(diffusion, datamodule=data, ckpt_path=resume)
+    if not trainer.interrupted:
+        trainer.save_checkpoint(experiment.folder(label) / "checkpoints" / "last.ckpt")
+    return experiment.model_path(label)
+
+
+def begin(experiment: Experiment, diffusion: Diffusion, data: object, shared: Path | None) -> None:
+    """Give a new training the weights that it starts from: those of `shared` or of the file that the configuration
+    names, if any, and the token frequencies of its texts, if the configuration says so."""
+    if start := experiment.start_from_pretrained(diffusion, data, shared):
+        print(f"starting from the weights of {start}")
+    if experiment.start_from_counts:
+        given_length = not diffusion.objective.exact
+        by_class = bool(diffusion.backbone.num_classes) and data.train_splits is None
+        counts_CV = torch.from_numpy(token_counts(data, given_length, by_class))
+        before = experiment.pretraining.data() if shared else None
+        before_V = None if before is None else torch.from_numpy(token_counts(before, given_length)[0])
+        diffusion.start_from_counts(counts_CV, before_V)
