@@ -191,7 +191,7 @@ def measure(trainer: lightning.Trainer, scorer: lightning.LightningModule, loade
         batches = [batch for rank in gathered for batch in rank]
     if not batches:
         raise ValueError("there is nothing to score: the split is empty")
-    if not all(bool(batch["nll"].isfinite().all()) for batch in batches):
+    if not all(bool(column.isfinite().all()) for batch in batches for column in batch.values()):
         raise ValueError("a likelihood is not finite: the weights or the noise schedule gave NaN or infinity")
     columns = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
     order = columns["sample_id"].argsort()
