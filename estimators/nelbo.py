@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import torch
 
-from estimators.base import Measured
+from estimators.base import Estimator, Measured
 from objectives.base import Batch, Model
-from objectives.noising import Noising
+from objectives.noising import Complementary, Noising
 from randomness import evaluation_noise
 
 
@@ -60,3 +60,14 @@ class Nelbo:
             torch.full_like(ids_B, len(draws) * passes * objective.encodes),
             {name: torch.cat([loss.logs[name] for loss in losses], dim=1) for name in losses[0].logs},
         )
+
+
+def for_comparison(estimator: Estimator, model: Model, num_draws: int) -> Estimator:
+    """The estimator to compare a text's likelihood under several models with: where no noising was chosen, masks come
+    in complementary pairs, so that every token has its say equally often. For a single likelihood that buys nothing, for
+    a difference it does (docs/log.md)."""
+    objective = model.objective
+    left_open = isinstance(estimator, Nelbo) and estimator.noising is None and not objective.exact
+    if left_open and not objective.T and num_draws % Complementary.passes == 0:
+        return Nelbo(Complementary())
+    return estimator

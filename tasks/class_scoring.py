@@ -17,6 +17,7 @@ from torch import Tensor
 
 from classification.racing import still_racing
 from estimators.base import Estimator
+from estimators.nelbo import for_comparison
 from objectives.base import Batch
 from randomness import hash_seed
 from tasks.base import row_numbers
@@ -150,6 +151,7 @@ def score_classes(
     trainer: title -> Trainer, for a round of draws. Raises ValueError where the draws do not fit the estimator.
     """
     model = hypotheses[0].diffusion.model
+    estimator = for_comparison(estimator, model, race.num_draws)
     exact, passes = estimator.exact(model), estimator.passes(model)
     if race.confidence < 1 and not (exact or estimator.in_parts):
         raise ValueError(

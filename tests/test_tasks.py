@@ -17,26 +17,8 @@ from estimators.nelbo import Nelbo
 from metrics import Estimate, NLLMeter
 from objectives.noising import Bernoulli
 from tasks.base import row_numbers, unigram_nll, write_results
-from tasks.classify import bayes, proportion
-from tasks.scoring import Precision, Scores, score
+from tasks.scoring import Precision, score
 from tests.test_configs import TINY
-
-
-def scores(nll_MK) -> Scores:
-    nll_MK = np.asarray(nll_MK, dtype=float)
-    ones = np.ones_like(nll_MK)
-    draws, tokens = np.zeros(nll_MK.shape[1], dtype=int), np.full(len(nll_MK), 4)
-    return Scores("NELBO", "a test", False, True, np.arange(len(nll_MK)), nll_MK, draws, tokens, tokens, ones, ones)
-
-
-def test_bayes_rule_is_a_softmax_of_likelihoods():
-    verdict = bayes([scores([[1.0, 3.0], [5.0, 5.0]]), scores([[4.0, 4.0], [3.0, 3.0]])], np.array([0, 0]))
-    assert verdict.prediction_M.tolist() == [0, 1]
-    assert verdict.posterior_MC[0, 0] == pytest.approx(1 / (1 + math.exp(-2)))
-    assert verdict.se_MC[0].tolist() == pytest.approx([1.0, 0.0])
-    assert verdict.accuracy == proportion(np.array([True, False]))
-    wanted = (math.log1p(math.exp(-2)) + math.log1p(math.exp(2))) / 2
-    assert verdict.log_loss.value == pytest.approx(wanted)
 
 
 def test_the_ratio_estimate_and_its_error():
