@@ -24,7 +24,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from omegaconf import DictConfig, OmegaConf
 
 import command_line
-from callbacks.best import Patience
+from callbacks.best import LastCheckpoint, Patience
 from callbacks.progress import TextProgressBar
 from dataloader import TextData, batch_arithmetic
 from diffusion import Diffusion
@@ -285,6 +285,7 @@ class Experiment:
                     "add it, or set classify.patience=null"
                 )
             callbacks.append(Patience(patience))
+        callbacks.sort(key=lambda callback: isinstance(callback, LastCheckpoint))
         if not loggers:
             callbacks = [c for c in callbacks if not isinstance(c, LearningRateMonitor)]
         accelerator = cfg.trainer.accelerator
