@@ -24,7 +24,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from omegaconf import DictConfig, OmegaConf
 
 import command_line
-from callbacks.best import Patience
+from callbacks.best import LastCheckpoint, Patience
 from callbacks.progress import TextProgressBar
 from dataloader import TextData, batch_arithmetic
 from diffusion import Diffusion
@@ -229,8 +229,8 @@ class Experiment:
         return diffusion.eval().to(_device(self.cfg.trainer.accelerator))
 
     def start_from_pretrained(self, diffusion: Diffusion, data: TextData, shared: Path | None) -> Path | None:
-        """Give a new training the averaged weights of `shared`, the weights of training.from_pretrained, or of the file
-        that backbone=hf_dit was built from, or those that the backbone itself names (hf_causal); returns where they lie.
+        """Give a new training the averaged weights of `shared`, those of training.from_pretrained, of the file that
+        backbone=hf_dit was built from, or those that the backbone itself names (hf_causal); returns where they lie.
         Refuses weights that belong to something else, before anything changes."""
         named = {"classify.pretrain": shared, "training.from_pretrained": self.cfg.training.from_pretrained,
                  "eval.checkpoint_path": _of_class(self.cfg.backbone.get("checkpoint_path"), data.label)}  # fmt: skip
@@ -288,6 +288,7 @@ class Experiment:
                     "add it, or set classify.patience=null"
                 )
             callbacks.append(Patience(patience))
+        callbacks.sort(key=lambda callback: isinstance(callback, LastCheckpoint))
         if not loggers:
             callbacks = [c for c in callbacks if not isinstance(c, LearningRateMonitor)]
         accelerator = cfg.trainer.accelerator

@@ -1,11 +1,29 @@
-"""The best weights by validation: where they are kept, and when to stop waiting for better ones."""
+"""Which weights are kept: the last ones, the best by validation, and when to stop waiting for better ones."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
 
+import lightning
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """A ModelCheckpoint every some steps that waits for a validation due at the same step. Saved before it, the file
+    would know nothing of its result, and a training resumed from there does not repeat it: the best value and the
+    count of patience would be lost. It has to stand behind the callbacks whose state it saves."""
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: object, batch: object,
+        batch_idx: int,
+    ) -> None:  # fmt: skip
+        interval = trainer.val_check_batch if sum(trainer.num_val_batches) else None
+        if not interval or (batch_idx + 1) % interval:
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        super().on_train_batch_end(trainer, pl_module, None, None, 0)
 
 
 class BestCheckpoint(ModelCheckpoint):

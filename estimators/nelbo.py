@@ -64,8 +64,8 @@ class Nelbo:
 
 def for_comparison(estimator: Estimator, model: Model, num_draws: int) -> Estimator:
     """The estimator to compare a text's likelihood under several models with: where no noising was chosen, masks come
-    in complementary pairs, so that every token has its say equally often. For a single likelihood that buys nothing, for
-    a difference it does (docs/log.md)."""
+    in complementary pairs, so that every token has its say equally often. For a single likelihood that buys nothing,
+    for a difference it does (docs/log.md)."""
     objective = model.objective
     left_open = isinstance(estimator, Nelbo) and estimator.noising is None and not objective.exact
     if left_open and not objective.T and num_draws % Complementary.passes == 0:

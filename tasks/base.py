@@ -152,11 +152,13 @@ def token_counts(data: object, given_length: bool = True, by_class: bool = False
     tokens are left out (see `unigram_nll`)."""
     rows, size = data.split("train"), data.vocabulary.size
     column = rows.select_columns("input_ids").with_format("arrow")[:]["input_ids"]
-    ids = np.concatenate([chunk.flatten().to_numpy() for chunk in column.chunks]).astype(np.int64)
-    num_classes = len(data.label_names) if by_class else 1
-    if by_class:
-        ids += size * np.repeat(np.asarray(rows["label"][:]), np.asarray(rows["length"][:]))
-    counts_CV = np.bincount(ids, minlength=num_classes * size).reshape(num_classes, size)
+    counts_CV = np.zeros((len(data.label_names) if by_class else 1, size), dtype=np.int64)
+    labels = np.asarray(rows["label"][:]) if by_class else np.zeros(len(rows), dtype=np.int64)
+    start = 0
+    for chunk in column.chunks:  # of the file: the ids of a large split are never in memory at once
+        label = np.repeat(labels[start : start + len(chunk)], chunk.value_lengths().to_numpy())
+        flat = np.bincount(chunk.flatten().to_numpy() + size * label, minlength=counts_CV.size)
+        counts_CV, start = counts_CV + flat.reshape(counts_CV.shape), start + len(chunk)
     counts_CV[:, data.collate.frame_ids if given_length else []] = 0
     return counts_CV
 

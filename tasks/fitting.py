@@ -39,6 +39,8 @@ def fit(experiment: Experiment, label: int | None = None) -> Path:
     trainer.fit(diffusion, datamodule=data, ckpt_path=resume)
     if not trainer.interrupted:
         trainer.save_checkpoint(experiment.folder(label) / "checkpoints" / "last.ckpt")
+    if trainer.should_stop:
+        print(f"stopped at step {trainer.global_step}: {experiment.patience(label)} validations were not better")
     return experiment.model_path(label)
 
 
