@@ -269,8 +269,7 @@ class TextData(LightningDataModule):
             log.warning("%s: %d of %d texts are longer than model.length=%d; tokens left out: %d", name,
                         figures["long"], figures["texts"], self.length, figures["cut"])  # fmt: skip
         if figures["unknown"]:
-            unknown, tokens = figures["unknown"], figures["tokens"]
-            log.warning("%s: %d of %d tokens are unknown to the tokenizer", name, unknown, tokens)
+            log.warning("%s: %d of %d tokens are unknown to the tokenizer", name, figures["unknown"], figures["tokens"])
 
     def train_dataloader(self) -> DataLoader:
         """This rank's micro-batches of the whole run, from the place that a loaded checkpoint has reached.
@@ -297,8 +296,7 @@ class TextData(LightningDataModule):
         return self.eval_dataloader("test")
 
     def eval_dataloader(self, split: str, only: np.ndarray | None = None) -> DataLoader:
-        """Every row of the split (or those with the numbers `only`) once over all ranks; padded rows longest
-        first, as equal lengths waste least."""
+        """Every row of the split (or of `only`) once over all ranks; padded rows longest first, to waste least."""
         rows = self.split(split)
         order = np.arange(len(rows)) if only is None else only
         if not self.wrap:

@@ -29,7 +29,8 @@ from callbacks.progress import TextProgressBar
 from dataloader import TextData, batch_arithmetic
 from diffusion import Diffusion
 from estimators.base import Estimator
-from models.checkpoints import AtomicCheckpointIO, Checkpoint, Progress, read_checkpoint, read_progress
+from models.belonging import FUNCTION, check_belongs, check_same
+from models.checkpoints import AtomicCheckpointIO, read_checkpoint, read_progress
 from tasks.class_models import pretraining_splits
 from tasks.drawing import Drawing, Template
 from tasks.scoring import Precision
@@ -45,9 +46,6 @@ IDENTITY_IF_SET = ("training.from_pretrained", "training.start_from_counts")
 # Of texts that only classify.pretrain reads.
 IDENTITY_IF_PRETRAINED = ("data.source.files.unsupervised", "data.source.hub_splits.unsupervised",
                           "data.source.unlabelled")  # fmt: skip
-# What a network computes hangs on these; other files may lack some of them, and may have been trained at other lengths.
-FUNCTION = ("model.hidden_size", "model.cond_dim", "model.n_blocks", "model.n_heads", "time_conditioning")
-
 _TEXT_DATA = inspect.signature(TextData).parameters
 
 
@@ -110,7 +108,7 @@ class Experiment:
             return None
         progress, data = read_progress(last), self.data(label)
         ours = {**identity(self.cfg), "data.label": data.label, "tokenizer": data.vocabulary.fingerprint}
-        _check_same(last, progress, ours)
+        check_same(last, progress, ours)
         patience = self.patience(label)
         stopped = patience is not None and progress.fruitless >= patience
         return self.model_path(label) if stopped or progress.step >= self.cfg.trainer.max_steps else None
@@ -222,7 +220,7 @@ class Experiment:
         checkpoint = read_checkpoint(path)
         shape = (*FUNCTION, "model.mask_padding")
         shape += ("model.length",) if "configuration" in checkpoint.identity else ()
-        self._check_belongs(checkpoint, identity(self.cfg), (*shape, "parameterization"), data)
+        check_belongs(checkpoint, identity(self.cfg), (*shape, "parameterization"), data)
         diffusion = self.diffusion(data)
         checkpoint.load_into(diffusion.backbone, use_ema=not disable_ema)
         diffusion.ema = None
@@ -237,31 +235,13 @@ class Experiment:
         key = next((key for key, path in named.items() if path), None)
         if key is not None:
             checkpoint = read_checkpoint(named[key], key)
-            self._check_belongs(checkpoint, diffusion.identity["configuration"], FUNCTION, data)
+            check_belongs(checkpoint, diffusion.identity["configuration"], FUNCTION, data)
         else:
             checkpoint = getattr(diffusion.backbone, "pretrained", lambda: None)()
         if checkpoint is None:
             return None
         diffusion.start_from(checkpoint, use_ema=shared is not None or not self.cfg.eval.disable_ema)
         return checkpoint.path
-
-    def _check_belongs(
-        self, checkpoint: Checkpoint, ours: dict[str, object], shape: tuple[str, ...], data: TextData
-    ) -> None:
-        """That what the file knows of its network (the keys `shape`) and of its tokenizer is so here."""
-        theirs = checkpoint.settings
-        differing = [f"{key}={theirs[key]}" for key in shape
-                     if key in theirs and ours.get(key) not in (None, theirs[key])]  # fmt: skip
-        if differing:
-            raise ValueError(f"{checkpoint.path} was trained with other settings; add: {' '.join(differing)}")
-        tokenizer = checkpoint.identity.get("tokenizer")
-        if tokenizer not in (None, data.vocabulary.fingerprint):
-            raise ValueError(
-                f"{checkpoint.path} was trained with another tokenizer than "
-                f"data.tokenizer_name_or_path={self.cfg.data.tokenizer_name_or_path} gives here: "
-                f"{theirs.get('data.tokenizer_name_or_path', 'one')} of data={theirs.get('data.name', 'its own')}; "
-                "its token ids would mean other words"
-            )
 
     def _last(self, label: int | None = None) -> Path:
         return self.folder(label) / "checkpoints" / "last.ckpt"
@@ -338,20 +318,6 @@ def _shared_start(cfg: DictConfig, splits: list[str], folder: Path) -> DictConfi
     for key, value in changes.items():
         OmegaConf.update(cfg, key, value, force_add=True)
     return cfg
-
-
-def _check_same(path: Path, progress: Progress, ours: dict[str, object]) -> None:
-    """That the training at `path` has our settings. Sizes left open here were found in a file: no difference."""
-    known = {"data.label": progress.identity.get("label"), "tokenizer": progress.identity.get("tokenizer")}
-    theirs = {**progress.identity.get("configuration", {}), **known}
-    sizes = [key for key in ours if ours[key] is None and (key.startswith("model.") or key == "time_conditioning")]
-    keys = [key for key in sorted({*theirs, *ours}) if key not in sizes and theirs.get(key) != ours.get(key)]
-    if keys:
-        listing = "".join(f"\n  {key}: there {theirs.get(key)}, here {ours.get(key)}" for key in keys)
-        raise ValueError(
-            f"{path} was trained with other settings:{listing}\nUse another checkpointing.save_dir for these settings, "
-            "or the old settings to go on there"
-        )
 
 
 def _of_class(path: str | None, label: int | None) -> str:

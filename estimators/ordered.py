@@ -22,7 +22,7 @@ class Ordered:
     order: left_to_right, confidence, margin or entropy. tokens_per_step: how many are filled from one prediction.
     """
 
-    in_parts = False
+    in_parts = True
     kind = "exact likelihood of the ordered sampler (DUEL)"
 
     def __init__(self, order: str = "margin", tokens_per_step: int = 1) -> None:

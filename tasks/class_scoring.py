@@ -49,6 +49,14 @@ class Race:
         if self.masks not in ("common", "independent"):
             raise ValueError(f"classify.masks={self.masks} is unknown; choose common or independent")
 
+    def check(self, estimator: Estimator) -> None:
+        """Raises ValueError for an estimator whose draws can not be taken a few at a time."""
+        if self.confidence < 1 and not estimator.in_parts:
+            raise ValueError(
+                f"classify.confidence={self.confidence} stops drawing early, but the value of the {estimator.kind} "
+                "hangs on the number of draws; set classify.confidence=1 or another eval.estimator"
+            )
+
     def looks(self, passes: int) -> list[int]:
         """After how many evaluations it is decided who goes on; whole draws of `passes` evaluations, the last is
         `num_draws`."""
@@ -153,11 +161,6 @@ def score_classes(
     model = hypotheses[0].diffusion.model
     estimator = for_comparison(estimator, model, race.num_draws)
     exact, passes = estimator.exact(model), estimator.passes(model)
-    if race.confidence < 1 and not (exact or estimator.in_parts):
-        raise ValueError(
-            f"classify.confidence={race.confidence} stops drawing early, but the value of {estimator.kind} hangs on "
-            "the number of draws; set classify.confidence=1 or another eval.estimator"
-        )
     rows = data.split(split)
     row_text_R = np.asarray(rows["text_id"])
     text_id_M, first_M, text_R = np.unique(row_text_R, return_index=True, return_inverse=True)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -21,7 +20,7 @@ from tasks.class_report import class_report, printed
 from tasks.class_scoring import ClassScores, Race, score_classes
 from tasks.drawing import draw
 from tasks.ppl_eval import protocol
-from tasks.predictions import read_posterior, write_predictions
+from tasks.predictions import predictions_file, read_posterior, write_predictions
 from tasks.sample_eval import shown
 from tasks.scoring import score
 from tasks.verdicts import Method, Verdicts
@@ -49,11 +48,13 @@ def classify(
     predictions.parquet and report.html into `classify`.
     """
     data = _labelled(experiment)
-    folder = experiment.folder() / "classify"
-    others = {path: Path(path) for path in beside.compare}
-    hypotheses = class_models(experiment, data, checkpoint_path, disable_ema)
+    # What can be wrong is looked for before the training, which may take days.
+    race.check(experiment.estimator)
+    others = {path: predictions_file(path) for path in beside.compare}
     counts_C = np.bincount(np.asarray(data.texts("train")["label"]), minlength=len(data.label_names))
     log_prior_C = log_prior(prior, counts_C)
+    folder = experiment.folder() / "classify"
+    hypotheses = class_models(experiment, data, checkpoint_path, disable_ema)
     ask = (hypotheses, data, split, experiment.estimator, race, experiment.seed, log_prior_C)
     scores = score_classes(experiment.trainer, *ask)
     plain = _method("this model", posterior(scores.log_p_MC, log_prior_C), scores)

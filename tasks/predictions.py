@@ -35,16 +35,26 @@ def write_predictions(folder: Path, scores: ClassScores, posterior_MC: np.ndarra
     return path
 
 
-def read_posterior(path: Path, text_id_M: np.ndarray, label_M: np.ndarray) -> np.ndarray:
-    """p(class | text) (M, C) that another run gave to the same texts; `path` is its file or its folder.
+def predictions_file(path: str | Path) -> Path:
+    """The file that `path` names, itself or by its folder.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is about other texts.
     """
-    path = path / FILE if path.is_dir() else path
-    if not path.exists():
-        raise FileNotFoundError(f"classify.compare: {path} does not exist; mode=classify writes it")
+    file = Path(path) / FILE if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"classify.compare: {path} holds no {FILE}; name the folder `classify` of a finished mode=classify run"
+        )
+    return file
+
+
+def read_posterior(path: Path, text_id_M: np.ndarray, label_M: np.ndarray) -> np.ndarray:
+    """p(class | text) (M, C) that another run gave to the same texts.
+
+    Raises:
+        ValueError: the file is about other texts.
+    """
     table = pq.read_table(path).to_pydict()
     place = {text: row for row, text in enumerate(table["text_id"])}
     missing = [text for text in text_id_M.tolist() if text not in place]

@@ -18,7 +18,7 @@ from objectives.noising import Bernoulli, Complementary, ExactCount
 from tasks.class_models import Hypothesis
 from tasks.class_scoring import ClassScores, Race, score_classes
 from tasks.evidence import token_evidence
-from tasks.predictions import read_posterior, write_predictions
+from tasks.predictions import predictions_file, read_posterior, write_predictions
 from tests.test_configs import TINY
 
 EVEN = np.log([0.5, 0.5])
@@ -144,18 +144,21 @@ def test_predictions_come_back_for_the_same_texts_only(tmp_path):
     table = pq.read_table(path).to_pydict()
     assert table["text_id"] == [7, 9] and table["prediction"] == [0, 1] and table["draws"] == [2, 1]
     assert table["log_p_0"] == [-2.0, -5.0] and table["se_0"][0] == pytest.approx(1.0) and np.isnan(table["se_0"][1])
-    np.testing.assert_array_equal(read_posterior(tmp_path, np.array([9]), np.array([0])), posterior[1:])
+    assert predictions_file(tmp_path) == path
+    np.testing.assert_array_equal(read_posterior(path, np.array([9]), np.array([0])), posterior[1:])
     for ids, labels in (([9, 8], [0, 0]), ([9], [1])):
         with pytest.raises(ValueError, match="classify.compare"):
             read_posterior(path, np.array(ids), np.array(labels))
     with pytest.raises(FileNotFoundError, match="classify.compare"):
-        read_posterior(tmp_path / "nowhere", np.array([9]), np.array([0]))
+        predictions_file(tmp_path / "nowhere")
 
 
 def test_everything_is_reported_and_the_models_are_used_again(capsys):
     ask = [*TINY, "mode=classify", "classify.num_draws=8", "classify.confidence=0.8", "classify.calibrate=true"]
     results = main.run(compose_config(ask), "a test")
-    again = main.run(compose_config([*ask, "classify.prior=[0.9,0.1]"]), "a test")
+    light = [*ask, "classify.baselines=false", "sampling.num_sample_log=0", "classify.num_examples=0",
+             "classify.calibrate=false"]  # fmt: skip
+    again = main.run(compose_config([*light, "classify.prior=[0.9,0.1]"]), "a test")
     assert "complete:" in capsys.readouterr().out and again["prior"]["negative"] == pytest.approx(0.9)
     names = set(results["methods"])
     assert {"this model", "this model, temperature fitted", "naive Bayes, unigrams", "Bayes-optimal"} <= names
@@ -166,7 +169,7 @@ def test_everything_is_reported_and_the_models_are_used_again(capsys):
     html = (folder / "report.html").read_text()
     for heading in ("Accuracy", "How honest the probabilities are", "What the draws bought", "Which tokens spoke"):
         assert heading in html
-    compared = main.run(compose_config([*ask, f"classify.compare=[{folder}]"]), "a test")
+    compared = main.run(compose_config([*light, f"classify.compare=[{folder}]"]), "a test")
     assert str(folder) in compared["methods"]
 
 

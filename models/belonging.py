@@ -1,0 +1,50 @@
+"""Whether weights in a file belong to what is asked of them: the same settings, the same network, the same tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from models.checkpoints import Checkpoint, Progress
+
+# What a network computes hangs on these; other files may lack some of them, and may have been trained at other lengths.
+FUNCTION = ("model.hidden_size", "model.cond_dim", "model.n_blocks", "model.n_heads", "time_conditioning")
+
+
+def check_same(path: Path, progress: Progress, ours: dict[str, object]) -> None:
+    """That the training at `path` has our settings, key as typed -> value. Sizes left open here were found in a file: no
+    difference.
+
+    Raises:
+        ValueError: with every difference.
+    """
+    known = {"data.label": progress.identity.get("label"), "tokenizer": progress.identity.get("tokenizer")}
+    theirs = {**progress.identity.get("configuration", {}), **known}
+    sizes = [key for key in ours if ours[key] is None and (key.startswith("model.") or key == "time_conditioning")]
+    keys = [key for key in sorted({*theirs, *ours}) if key not in sizes and theirs.get(key) != ours.get(key)]
+    if keys:
+        listing = "".join(f"\n  {key}: there {theirs.get(key)}, here {ours.get(key)}" for key in keys)
+        raise ValueError(
+            f"{path} was trained with other settings:{listing}\nUse another checkpointing.save_dir for these settings, "
+            "or the old settings to go on there"
+        )
+
+
+def check_belongs(checkpoint: Checkpoint, ours: Mapping[str, object], shape: Sequence[str], data: object) -> None:
+    """That what the file knows of its network (the keys `shape`) and of its tokenizer is so here.
+
+    Raises:
+        ValueError: it is not; with what to type.
+    """
+    theirs = checkpoint.settings
+    differing = [f"{key}={theirs[key]}" for key in shape if key in theirs and ours.get(key) not in (None, theirs[key])]
+    if differing:
+        raise ValueError(f"{checkpoint.path} was trained with other settings; add: {' '.join(differing)}")
+    tokenizer = checkpoint.identity.get("tokenizer")
+    if tokenizer not in (None, data.vocabulary.fingerprint):
+        raise ValueError(
+            f"{checkpoint.path} was trained with another tokenizer than "
+            f"data.tokenizer_name_or_path={ours.get('data.tokenizer_name_or_path')} gives here: "
+            f"{theirs.get('data.tokenizer_name_or_path', 'one')} of data={theirs.get('data.name', 'its own')}; "
+            "its token ids would mean other words"
+        )
