@@ -1,4 +1,4 @@
-"""Whether weights in a file belong to what is asked of them: the same settings, the same network, the same tokenizer."""
+"""Whether weights in a file belong to what is asked of them: same settings, same network, same tokenizer."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ FUNCTION = ("model.hidden_size", "model.cond_dim", "model.n_blocks", "model.n_he
 
 
 def check_same(path: Path, progress: Progress, ours: dict[str, object]) -> None:
-    """That the training at `path` has our settings, key as typed -> value. Sizes left open here were found in a file: no
-    difference.
+    """That the training at `path` has our settings, key as typed -> value. Sizes left open here were found in a file:
+    no difference.
 
     Raises:
         ValueError: with every difference.
