@@ -1,6 +1,6 @@
-"""Why the method decides: accuracy by {common, independent} masks x {1, 4, 16, 64} draws x {sum, per-token mean} of
-log p, for trained class models; and the recipe of a known earlier attempt (own masks for every class, one independent t,
-mean over tokens).
+"""Why the method decides: accuracy by {common, independent} masks x {1, 4, 16, 64} draws x {sum, per-token mean} of log
+p(text | class), for trained class models; and the recipe of a known earlier attempt (own masks for every class, one
+independent t, mean over tokens).
 
 One JSON per line, key `accuracy`: the mean over all disjoint groups of so many draws, its error over texts.
 
