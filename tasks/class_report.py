@@ -64,14 +64,15 @@ def _accuracy(report: Report, verdicts: Verdicts) -> None:
     report.figure(figures.accuracy_ladder(rows, "this model"), "Accuracy with 95% intervals, on the same texts.",
                   "Accuracies")  # fmt: skip
     report.table(
-        ["method", "accuracy, %, with 95% interval", "macro F1", "ROC-AUC", "log loss", "Brier", "ECE", "evaluations"],
+        ["method", "accuracy, %, and 95%", "F1", "AUC", "log loss", "Brier", "ECE", "passes"],
         [[o.name, Interval(100 * o.measures.accuracy.value, 100 * o.measures.accuracy_interval.low,
                            100 * o.measures.accuracy_interval.high), f"{o.measures.macro_f1.value:.3f}",
           "–" if o.measures.roc_auc is None else f"{o.measures.roc_auc:.3f}", f"{o.measures.log_loss.value:.3f}",
           f"{o.measures.brier.value:.3f}", f"{o.measures.ece:.3f}",
           "–" if o.evaluations is None else f"{o.evaluations:.1f}"]
          for o in verdicts.methods],
-        "All on the same texts. What is fitted is fitted on the validation split.",
+        "All on the same texts. What is fitted is fitted on the validation split. F1: mean over the classes. AUC: area "
+        "under the ROC curve. Passes: network evaluations per text, over all classes.",
     )  # fmt: skip
     report.table(
         ["class", "precision", "recall", "F1", "texts"],
@@ -88,9 +89,8 @@ def _percent(interval: object) -> str:
 def _calibration(report: Report, verdicts: Verdicts) -> None:
     scores, names = verdicts.scores, verdicts.data.label_names
     report.section("How honest the probabilities are")
-    for method in verdicts.methods:
-        if method.evaluations is None:
-            continue
+    of_networks = [method for method in verdicts.methods if method.evaluations is not None]
+    for method in [of_networks[0], *of_networks[1:][-1:]]:
         r = method.measures.reliability
         report.figure(figures.calibration(r.confidence_B, r.accuracy_B, r.counts_B, r.ece),
                       f"{method.name}: how often a verdict of a given confidence is right.",

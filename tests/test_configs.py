@@ -46,7 +46,7 @@ def test_every_choice_composes(group, choice):
     ["noise=cosine"], ["noise=linear"], ["noise=geometric"], ["noise=cosinesqr"], ["time_conditioning=true"],
     ["training.ema=0"], ["training.antithetic_sampling=false"], ["lr_scheduler=constant_warmup"], ["~logger"],
     ["callbacks=[]"], ["loader.batch_size=2"], ["sampling.predictor=ddpm"], ["data.label=1"], ["strategy=ddp"],
-    ["trainer.precision=bf16-mixed"], ["data.tokenizer_name_or_path=byte", "model.length=512"],
+    ["trainer.precision=bf16-mixed", "optim=adamw"], ["data.tokenizer_name_or_path=byte", "model.length=512"],
     ["data.tokenizer_name_or_path=char", "model.length=512"], ["model.mask_padding=false"],
     ["data.tokenizer_name_or_path=bpe", "data.vocab_size=300", "model.length=256"], ["data.wrap=true"],
     ["data.score_special=true"], ["backbone=dimamba"], ["parameterization=ar"], ["parameterization=sedd"],
