@@ -62,8 +62,8 @@ class Race:
         `num_draws`."""
         if self.confidence == 1:
             return [self.num_draws]
-        whole = {look * passes // 2 if passes > 2 else look for look in _LOOKS if look % min(passes, 2) == 0}
-        return [*sorted(look for look in whole if look < self.num_draws), self.num_draws]
+        whole = [look for look in _LOOKS if look % passes == 0 and look < self.num_draws]
+        return [*whole, self.num_draws]
 
 
 @dataclass(frozen=True)

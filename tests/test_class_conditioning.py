@@ -1,0 +1,100 @@
+"""Networks that are told a class: what they are told arrives, what they are not told leaves no trace."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from models.ar import AR
+from models.class_conditioning import UNTOLD, start_from_counts, with_class
+from models.dit import DiT
+from noise_schedule import LogLinear
+from objectives.ar import AR as ARLaw  # noqa: N811
+from objectives.base import Model
+from objectives.subs import Subs
+from randomness import KeyedNoise, evaluation_noise
+from samplers.autoregressive import sample
+
+VOCAB, MASK, CLASSES = 7, 6, 3
+
+
+def dit(num_classes: int = CLASSES) -> DiT:
+    torch.manual_seed(0)
+    net = DiT(VOCAB, 16, 8, 2, 2, dropout=0.0, num_classes=num_classes)
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return net.eval()
+
+
+def ar() -> AR:
+    torch.manual_seed(0)
+    net = AR(VOCAB, 16, 2, 2, dropout=0.0, num_classes=CLASSES)
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return net.eval()
+
+
+TOKENS = torch.tensor([[0, 6, 2, 6, 1], [3, 6, 6, 4, 5]])
+ZERO = torch.zeros(2)
+
+
+@pytest.mark.parametrize("net", [dit(), ar()], ids=["dit", "ar"])
+def test_each_class_gives_another_law_and_silence_is_no_class(net):
+    logits = [net.head(net.encode(TOKENS, ZERO, class_id=torch.full((2,), k))) for k in (UNTOLD, 0, 1, 2)]
+    assert torch.equal(logits[0], net(TOKENS, ZERO)), "not told is the class that label dropout leaves"
+    for a in range(4):
+        for b in range(a):
+            assert not torch.allclose(logits[a], logits[b], atol=1e-3)
+    mixed = net.head(net.encode(TOKENS, ZERO, class_id=torch.tensor([2, UNTOLD])))
+    torch.testing.assert_close(mixed, torch.stack([logits[3][0], logits[0][1]]))
+
+
+def test_without_a_class_embedding_only_the_bias_of_the_class_is_left():
+    net = dit()
+    torch.nn.init.zeros_(net.class_embed.embedding)
+    told, untold = (net.head(net.encode(TOKENS, ZERO, class_id=torch.full((2,), k))) for k in (1, UNTOLD))
+    torch.testing.assert_close(told - untold, net.head.weight[:, 16 + 1].expand_as(told))
+
+
+def test_chosen_positions_are_those_of_the_whole_row():
+    net, at = dit(), TOKENS == MASK
+    class_id = torch.tensor([2, 0])
+    torch.testing.assert_close(
+        net.encode(TOKENS, ZERO, at_BL=at, class_id=class_id), net.encode(TOKENS, ZERO, class_id=class_id)[at]
+    )
+
+
+def test_a_network_that_knows_no_classes_has_the_shapes_of_one_that_never_will():
+    assert "class_embed.embedding" not in dit(0).state_dict() and dit(0).head.in_features == 16
+    assert with_class(torch.zeros(2, 5, 4), torch.tensor([1, UNTOLD]), 3)[..., 4:].sum((1, 2)).tolist() == [5, 0]
+
+
+def test_the_loss_and_the_sampler_hand_the_class_on():
+    law, net = Subs(LogLinear(), MASK), dit()
+    clean = TOKENS.clamp(max=5)
+    noise = lambda: evaluation_noise(0, torch.arange(2))  # noqa: E731
+    nll = [law.loss(net, {"input_ids": clean, "class_id": torch.full((2,), k)}, noise()).nll_BL for k in (0, 1)]
+    assert not torch.allclose(*nll)
+    model, start = Model(ARLaw(MASK), ar()), torch.tensor([[0, MASK, MASK, MASK, MASK, MASK]]).expand(8, -1)
+    draws = {
+        (k, cache): sample(
+            model, start, KeyedNoise(1, torch.arange(8)), kv_cache=cache, class_id=torch.full((8,), k)
+        ).ids_BL
+        for k in (0, 1) for cache in (True, False)
+    }  # fmt: skip
+    assert torch.equal(draws[0, True], draws[0, False]) and torch.equal(draws[1, True], draws[1, False])
+    assert not torch.equal(draws[0, True], draws[1, True])
+
+
+def test_training_begins_at_the_counts_of_each_class():
+    counts_CV = torch.tensor([[5.0, 0, 3, 1, 0, 2, 0], [0, 4, 1, 1, 9, 0, 0], [1, 1, 1, 1, 1, 1, 0]])
+    torch.manual_seed(0)
+    net = DiT(VOCAB, 16, 8, 1, 2, num_classes=CLASSES)
+    start_from_counts(net.head, counts_CV)
+    law_CV = ((counts_CV + 1) / (counts_CV + 1).sum(-1, keepdim=True)).log()
+    for k in range(CLASSES):
+        logits = net.head(net.encode(TOKENS, ZERO, class_id=torch.full((2,), k)))
+        torch.testing.assert_close(logits.log_softmax(-1), law_CV[k].expand_as(logits), atol=1e-5, rtol=0)
+    before, after = counts_CV.sum(0), counts_CV[1:2]
+    start_from_counts(net.head, after, before)
+    torch.testing.assert_close(net(TOKENS, ZERO).log_softmax(-1), law_CV[1].expand(2, 5, -1), atol=1e-5, rtol=0)
