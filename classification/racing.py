@@ -34,13 +34,16 @@ _EM_STEPS = 100
 _NULL_TEXTS = 10.0
 
 
-def certainty(nats_MCK: np.ndarray, log_prior_C: np.ndarray, exact: bool = False) -> np.ndarray:
+def certainty(
+    nats_MCK: np.ndarray, log_prior_C: np.ndarray, exact: bool = False, tokens_M: np.ndarray | None = None
+) -> np.ndarray:
     """Probability (M,) that the class that leads now would lead after infinitely many draws.
 
     nats_MCK: estimates of -log p(x | c), draw k of every class with the same masks; the estimate is their mean. Draws
     must be independent: where those of a round are stratified, the mean of each round is one draw. nan, for all
     classes, where a text was no longer drawn; hand those texts over too, for all texts are what a text is compared
-    with. exact: the nats are no estimates, so the leader is certain. A text with a single draw has certainty 0.
+    with. exact: the nats are no estimates, so the leader is certain. tokens_M: how long the texts are; the noise of a
+    draw grows with the root of it, and texts are compared in these units. A text with a single draw has certainty 0.
 
     Raises:
         ValueError: nan for some classes of a draw only, or a text without a draw.
@@ -55,8 +58,9 @@ def certainty(nats_MCK: np.ndarray, log_prior_C: np.ndarray, exact: bool = False
     draws_M = (~absent_MK).sum(axis=1)
     log_p_MC = -np.nanmean(nats_MCK, axis=2) + log_prior_C
     leader_M = log_p_MC.argmax(axis=1)
-    margin_MC = np.take_along_axis(log_p_MC, leader_M[:, None], axis=1) - log_p_MC
-    difference_MCK = nats_MCK - np.take_along_axis(nats_MCK, leader_M[:, None, None], axis=1)
+    unit_M1 = np.sqrt(np.ones(num_texts) if tokens_M is None else np.maximum(tokens_M, 1))[:, None]
+    margin_MC = (np.take_along_axis(log_p_MC, leader_M[:, None], axis=1) - log_p_MC) / unit_M1
+    difference_MCK = (nats_MCK - np.take_along_axis(nats_MCK, leader_M[:, None, None], axis=1)) / unit_M1[:, None]
     rival_MC = np.arange(num_classes) != leader_M[:, None]
     several_M = draws_M > 1
     found_M = np.zeros(num_texts)
@@ -69,7 +73,9 @@ def certainty(nats_MCK: np.ndarray, log_prior_C: np.ndarray, exact: bool = False
     return found_M
 
 
-def still_racing(nats_MCK: np.ndarray, log_prior_C: np.ndarray, confidence: float) -> np.ndarray:
+def still_racing(
+    nats_MCK: np.ndarray, log_prior_C: np.ndarray, confidence: float, tokens_M: np.ndarray | None = None
+) -> np.ndarray:
     """Which texts (M,) need further draws: those whose certainty is below `confidence`; all of them where it is 1. A
     text that was stopped (its last draw is nan) stays so.
 
@@ -84,7 +90,7 @@ def still_racing(nats_MCK: np.ndarray, log_prior_C: np.ndarray, confidence: floa
     racing_M = ~np.isnan(nats_MCK[:, 0, -1])
     if confidence == 1:
         return racing_M
-    return racing_M & (certainty(nats_MCK, log_prior_C) < confidence)
+    return racing_M & (certainty(nats_MCK, log_prior_C, tokens_M=tokens_M) < confidence)
 
 
 def _standard_errors(

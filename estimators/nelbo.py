@@ -9,7 +9,7 @@ import torch
 
 from estimators.base import Estimator, Measured
 from objectives.base import Batch, Model
-from objectives.noising import Complementary, Noising
+from objectives.noising import Noising, TiltedCount
 from randomness import evaluation_noise
 
 
@@ -62,12 +62,10 @@ class Nelbo:
         )
 
 
-def for_comparison(estimator: Estimator, model: Model, num_draws: int) -> Estimator:
-    """The estimator to compare a text's likelihood under several models with: where no noising was chosen, masks come
-    in complementary pairs, so that every token has its say equally often. For a single likelihood that buys nothing,
-    for a difference it does (docs/log.md)."""
+def for_comparison(estimator: Estimator, model: Model) -> Estimator:
+    """The estimator to compare a text's likelihood under several models with: where no noising was chosen, small mask
+    counts are drawn more often. For a single likelihood that buys little, for a difference much (docs/log.md)."""
     objective = model.objective
-    left_open = isinstance(estimator, Nelbo) and estimator.noising is None and not objective.exact
-    if left_open and not objective.T and num_draws % Complementary.passes == 0:
-        return Nelbo(Complementary())
+    if isinstance(estimator, Nelbo) and estimator.noising is None and not objective.exact and not objective.T:
+        return Nelbo(TiltedCount())
     return estimator

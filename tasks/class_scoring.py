@@ -159,7 +159,7 @@ def score_classes(
     trainer: title -> Trainer, for a round of draws. Raises ValueError where the draws do not fit the estimator.
     """
     model = hypotheses[0].diffusion.model
-    estimator = for_comparison(estimator, model, race.num_draws)
+    estimator = for_comparison(estimator, model)
     exact, passes = estimator.exact(model), estimator.passes(model)
     rows = data.split(split)
     row_text_R = np.asarray(rows["text_id"])
@@ -182,7 +182,7 @@ def score_classes(
         if look < race.num_draws and not exact:
             so_far = np.concatenate(nats, axis=2)
             so_far = so_far.reshape(*so_far.shape[:2], -1, passes).mean(-1)
-            racing_M = still_racing(so_far, log_prior_C, race.confidence)
+            racing_M = still_racing(so_far, log_prior_C, race.confidence, tokens_M)
         if not racing_M.any():
             break
     return ClassScores(

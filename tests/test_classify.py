@@ -14,7 +14,7 @@ from hydra.errors import InstantiationException
 import main
 from command_line import compose_config
 from estimators.nelbo import Nelbo, for_comparison
-from objectives.noising import Bernoulli, Complementary, ExactCount
+from objectives.noising import Bernoulli, ExactCount, TiltedCount
 from tasks.class_models import Hypothesis
 from tasks.class_scoring import ClassScores, Race, score_classes
 from tasks.evidence import token_evidence
@@ -102,12 +102,11 @@ def test_looks_take_whole_pairs_and_end_with_the_budget():
             Race(**wrong)
 
 
-def test_comparison_uses_pairs_unless_something_else_was_chosen():
+def test_comparison_draws_small_counts_more_often_unless_something_else_was_chosen():
     e = experiment()
     model = random_network(e, 0).model
-    assert isinstance(for_comparison(Nelbo(), model, 8).noising, Complementary)
-    assert for_comparison(Nelbo(), model, 7).noising is None
-    assert isinstance(for_comparison(Nelbo(Bernoulli()), model, 8).noising, Bernoulli)
+    assert isinstance(for_comparison(Nelbo(), model).noising, TiltedCount)
+    assert isinstance(for_comparison(Nelbo(Bernoulli()), model).noising, Bernoulli)
 
 
 def test_evidence_of_the_tokens_adds_up_to_the_ratio():

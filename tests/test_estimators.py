@@ -13,7 +13,7 @@ from estimators.ordered import Ordered
 from noise_schedule import Clipped, Cosine, CosineSquared, Linear, LogLinear
 from objectives.base import Model
 from objectives.d3pm import D3PM
-from objectives.noising import Bernoulli, Complementary, ExactCount
+from objectives.noising import Bernoulli, Complementary, ExactCount, TiltedCount
 from objectives.sedd import SEDD
 from objectives.subs import Subs
 from randomness import evaluation_noise
@@ -45,6 +45,7 @@ NOISINGS = {
     "stratified": Bernoulli(),
     "importance": Bernoulli(importance_sampling=True),
     "exact_count": ExactCount(),
+    "tilted_count": TiltedCount(),
     "complementary": Complementary(),
 }
 LAWS = {
@@ -71,7 +72,7 @@ def test_every_noising_is_unbiased(random_dit, law, noising):
 @pytest.mark.parametrize("length", [1, 2, 3])
 def test_counts_are_unbiased_for_every_length_and_number_of_draws(random_dit, length, draws):
     net, x0 = random_dit(VOCAB), X0[:, :length]
-    for noising in (ExactCount(), Complementary()):
+    for noising in (ExactCount(), TiltedCount(), Complementary()):
         objective = Subs(LogLinear(eps=0.0), MASK, noising)
         value, se = mean_loss(objective, net, x0, draws=draws)
         assert abs(value - exact_bound(objective, net, x0)) < 5 * se + 1e-6
@@ -126,7 +127,7 @@ def test_a_part_of_the_bound_is_not_measured_as_the_bound(random_dit, schedule):
     assert values[0] == pytest.approx(values[1], rel=1e-6), "counts cover every mask rate"
 
 
-@pytest.mark.parametrize("noising", [ExactCount(), Complementary(), Bernoulli()])
+@pytest.mark.parametrize("noising", [ExactCount(), TiltedCount(), Complementary(), Bernoulli()])
 def test_rows_without_a_scored_token_cost_nothing_and_break_nothing(random_dit, noising):
     batch = batch_of(torch.randint(MASK, (3, 4)))
     batch["given"] = torch.zeros(3, 4, dtype=torch.bool)
