@@ -119,7 +119,8 @@ def _draws(report: Report, verdicts: Verdicts, race: Race) -> None:
         report.figure(figures.draws_histogram(scores.draws_M, race.num_draws),
                       f"Evaluations per class until the winner was certain at {race.confidence}.",
                       "Draws per text")  # fmt: skip
-    report.figure(figures.accuracy_against_mask_rate(*verdicts.at_mask_rates()),
+    rate, found = verdicts.at_mask_rates()
+    report.figure(figures.accuracy_against_mask_rate(rate, [a.value for a in found], [a.se for a in found]),
                   "Verdicts from a single draw.", "Accuracy against mask rate")  # fmt: skip
 
 

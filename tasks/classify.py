@@ -14,6 +14,7 @@ from classification.baselines import Baseline, Labelled, baselines
 from classification.bayes import log_prior, posterior
 from classification.calibration import RateWeights, fit_rate_weights, fit_temperature
 from classification.measures import measure
+from metrics import Estimate
 from tasks.base import Experiment, Likelihood, likelihood, write_results
 from tasks.class_models import Hypothesis, class_models
 from tasks.class_report import class_report, printed
@@ -185,6 +186,13 @@ def _results(verdicts: Verdicts, race: Race) -> dict[str, object]:
         "draws_per_text_and_class": float(scores.draws_M.mean()),
         "network_evaluations_per_text": float(scores.evaluations_M.mean()),
         "seconds_per_text": scores.seconds / len(scores.label_M),
+        "accuracy_after_evaluations": _curve(*verdicts.after_draws()) if scores.has_masks else None,
+        "accuracy_at_mask_rate": _curve(*verdicts.at_mask_rates()) if scores.has_masks else None,
         "temperature": verdicts.fitted.get("temperature"),
         "rate_weights": getattr(verdicts.fitted.get("rate_weights"), "weight_B", None),
     }  # fmt: skip
+
+
+def _curve(x: Sequence[float], y: Sequence[Estimate]) -> list[list[float]]:
+    """Rows of x, value, standard error."""
+    return [[float(a), b.value, b.se] for a, b in zip(x, y, strict=True)]

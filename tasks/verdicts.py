@@ -59,18 +59,19 @@ class Verdicts:
         found = [posterior(-np.nanmean(nats_MCK[:, :, :k], axis=2), self.log_prior_C) for k in counts]
         return counts * passes, [measure(p, self.scores.label_M).accuracy for p in found]
 
-    def at_mask_rates(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(share of masked tokens, accuracy of a single pass there, its standard error)."""
+    def at_mask_rates(self) -> tuple[np.ndarray, list[Estimate]]:
+        """(share of masked tokens, accuracy of a single pass there)."""
         nats_MCP, rate_MP = self.scores.nats_MCP, self.scores.rate_MP
         winner_MP = (-nats_MCP + self.log_prior_C[:, None]).argmax(axis=1)
         right_MP = winner_MP == self.scores.label_M[:, None]
         taken_MP = np.isfinite(rate_MP) & (rate_MP > 0)
         bin_MP = np.minimum(np.nan_to_num(rate_MP) * _RATE_BINS, _RATE_BINS - 1).astype(int)
-        rows = []
+        rates, found = [], []
         for index in range(_RATE_BINS):
             here_MP = taken_MP & (bin_MP == index)
             if here_MP.any():
-                share = right_MP[here_MP].mean()
+                share = float(right_MP[here_MP].mean())
                 texts = here_MP.any(axis=1).sum()  # passes of one text are not independent
-                rows.append((rate_MP[here_MP].mean(), share, np.sqrt(share * (1 - share) / texts)))
-        return tuple(np.array(rows).reshape(-1, 3).T)
+                rates.append(float(rate_MP[here_MP].mean()))
+                found.append(Estimate(share, float(np.sqrt(share * (1 - share) / texts))))
+        return np.array(rates), found
