@@ -112,9 +112,11 @@ def law(cfg: DictConfig) -> str:
 # Numbers that are handed on far before they are used: a word in their place is a mistake to name here.
 WHOLE = ("seed", "T", "sampling.steps", "sampling.stride_length", "sampling.num_strides", "sampling.tokens_per_step",
          "sampling.num_sample_batches", "sampling.num_sample_log", "sampling.top_k", "eval.num_draws", "eval.max_draws",
-         "eval.perplexity_batch_size", "classify.num_draws", "classify.patience", "classify.pretrain_steps",
-         "trainer.max_steps", "model.length")  # fmt: skip
-REAL = ("sampling.temperature", "sampling.nucleus_p", "eval.target_se", "training.ema", "training.sampling_eps")
+         "eval.perplexity_batch_size", "classify.num_draws", "classify.num_examples", "classify.patience",
+         "classify.pretrain_steps", "trainer.max_steps", "model.length")  # fmt: skip
+REAL = ("sampling.temperature", "sampling.nucleus_p", "eval.target_se", "training.ema", "training.sampling_eps",
+        "classify.confidence", "classify.label_dropout")  # fmt: skip
+FLAGS = ("classify.calibrate", "classify.baselines", "training.start_from_counts")
 
 
 def check_numbers(cfg: DictConfig) -> None:
@@ -124,6 +126,13 @@ def check_numbers(cfg: DictConfig) -> None:
         kinds = int if key in WHOLE else (int, float)
         if value is not None and (isinstance(value, bool) or not isinstance(value, kinds)):
             raise ValueError(f"{key}={value} must be a {'whole ' if key in WHOLE else ''}number")
+    for key in FLAGS:
+        if not isinstance(OmegaConf.select(cfg, key), bool):
+            raise ValueError(f"{key}={OmegaConf.select(cfg, key)} must be true or false")
+    if isinstance(cfg.classify.compare, str):
+        raise ValueError(
+            f"classify.compare={cfg.classify.compare} must be a list: classify.compare='[{cfg.classify.compare}]'"
+        )
     if cfg.seed < 0:
         raise ValueError(f"seed={cfg.seed} must be 0 or more")
     for key in ("patience", "pretrain_steps"):

@@ -65,7 +65,11 @@ class Nelbo:
 def for_comparison(estimator: Estimator, model: Model) -> Estimator:
     """The estimator to compare a text's likelihood under several models with: where no noising was chosen, small mask
     counts are drawn more often. For a single likelihood that buys little, for a difference much (docs/log.md)."""
-    objective = model.objective
-    if isinstance(estimator, Nelbo) and estimator.noising is None and not objective.exact and not objective.T:
-        return Nelbo(TiltedCount())
-    return estimator
+    return Nelbo(comparison_noising(estimator, model)) if isinstance(estimator, Nelbo) else estimator
+
+
+def comparison_noising(estimator: Estimator, model: Model) -> Noising | None:
+    """The noising of `for_comparison`; None where there is nothing to choose."""
+    chosen = estimator.noising if isinstance(estimator, Nelbo) else None
+    fixed = chosen is not None or model.objective.exact or model.objective.T
+    return chosen if fixed else TiltedCount()

@@ -60,7 +60,7 @@ class HFCausal(nn.Module):
             head.
     """
 
-    causal, encodes_positions = True, False
+    causal, encodes_positions, num_classes = True, False, 0
 
     def __init__(
         self,

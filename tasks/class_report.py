@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from estimators.nelbo import comparison_noising
 from reporting import classification_plots as figures
 from reporting import plots
 from reporting.formatting import Interval
@@ -16,11 +17,9 @@ from reporting.report import Metric, Report
 from tasks.base import Experiment
 from tasks.class_models import Hypothesis
 from tasks.class_scoring import Race
-from tasks.evidence import shown_evidence
+from tasks.evidence import shown_evidence, token_evidence
 from tasks.train import add_loss_curve
 from tasks.verdicts import Verdicts
-
-_EVIDENCE_DRAWS = 16
 
 
 def class_report(
@@ -32,22 +31,25 @@ def class_report(
     report = Report(
         "Generative classification", f"{data.name}, {verdicts.split} split", experiment.command, experiment.facts
     )
-    _accuracy(report, verdicts)
+    _accuracy(report, verdicts, race)
     _calibration(report, verdicts)
     _draws(report, verdicts, race)
     chosen = _examples(verdicts, num_examples)
     if chosen:
-        report.section("Which tokens spoke", _EVIDENCE.format(draws=_EVIDENCE_DRAWS))
-        report.evidence(shown_evidence(hypotheses, data, verdicts.split, chosen, _EVIDENCE_DRAWS, experiment.seed))
+        report.section("Which tokens spoke", _EVIDENCE)
+        noising = comparison_noising(experiment.estimator, hypotheses[0].diffusion.model)
+        draws = {row: int(verdicts.scores.draws_M[m]) for row, (m, *_) in chosen.items()}
+        nats = token_evidence(hypotheses, data, verdicts.split, draws, race.num_draws, noising, experiment.seed)
+        report.evidence(shown_evidence(data, verdicts.split, {row: rest for row, (_, *rest) in chosen.items()}, nats))
     for label, name in enumerate(data.label_names):
         _class_model(report, experiment, verdicts, label, name, samples[label])
     report.code(experiment.settings, "configuration")
     return report
 
 
-def _accuracy(report: Report, verdicts: Verdicts) -> None:
+def _accuracy(report: Report, verdicts: Verdicts, race: Race) -> None:
     m, names, scores = verdicts.plain.measures, verdicts.data.label_names, verdicts.scores
-    report.section("Accuracy", _METHOD)
+    report.section("Accuracy", _METHOD + (_COMMON if race.masks == "common" and scores.has_masks else ""))
     report.metrics(
         [
             Metric("accuracy", m.accuracy.value, m.accuracy.se, "", f"95%: {_percent(m.accuracy_interval)}"),
@@ -105,7 +107,7 @@ def _draws(report: Report, verdicts: Verdicts, race: Race) -> None:
     scores = verdicts.scores
     if scores.exact or not scores.has_masks:
         return
-    report.section("What the draws bought", _DRAWS)
+    report.section("What the draws bought", _DRAWS + (_SEQUENTIAL if race.confidence < 1 else ""))
     evaluations, accuracy = verdicts.after_draws()
     curve = figures.Curve(evaluations, [a.value for a in accuracy], [a.se for a in accuracy])
     others = {o.name: o.measures.accuracy.value for o in verdicts.others if o.evaluations is None}
@@ -124,8 +126,8 @@ def _draws(report: Report, verdicts: Verdicts, race: Race) -> None:
                   "Verdicts from a single draw.", "Accuracy against mask rate")  # fmt: skip
 
 
-def _examples(verdicts: Verdicts, number: int) -> dict[int, tuple[str, int, int]]:
-    """Rows of the surest texts, right and wrong: row -> (title, class spoken for, class against)."""
+def _examples(verdicts: Verdicts, number: int) -> dict[int, tuple[int, str, int, int]]:
+    """Rows of the surest texts, right and wrong: row -> (place among the scores, title, class for, class against)."""
     scores, names = verdicts.scores, verdicts.data.label_names
     posterior_MC = verdicts.plain.posterior_MC
     log_odds_MC = scores.log_p_MC + verdicts.log_prior_C
@@ -147,7 +149,7 @@ def _examples(verdicts: Verdicts, number: int) -> dict[int, tuple[str, int, int]
         verdict = int(ranked_MC[m, 0])
         outcome = "right" if right_M[m] else f"wrong, it is {names[scores.label_M[m]]}"
         title = f"text {scores.text_id_M[m]}: {names[verdict]} at {posterior_MC[m, verdict]:.4f} ({outcome})"
-        chosen[row] = (title + (f", first of {len(mine)} windows" if len(mine) > 1 else ""), winner, rival)
+        chosen[row] = (int(m), title + (f", first of {len(mine)} windows" if len(mine) > 1 else ""), winner, rival)
     return chosen
 
 
@@ -170,17 +172,13 @@ def _class_model(
         report.samples(texts)
 
 
-_METHOD = (
-    "log p(text | class) from diffusion models that know the classes; Bayes' rule gives p(class | text). "
-    "Every text is scored with the same masks under every class, so that mask noise cancels in the comparison."
-)
-_DRAWS = (
-    "The likelihood is an average over random masks. A text is drawn until its winner is certain, and what a single "
-    "draw is worth depends on how much it masks."
-)
+_METHOD = "log p(text | class) from models that know the classes; Bayes' rule gives p(class | text)."
+_COMMON = " Every text is scored with the same masks under every class, so that mask noise cancels in the comparison."
+_DRAWS = "The likelihood is an average over random masks, and what a single one is worth depends on how much it masks."
+_SEQUENTIAL = " A text is drawn until its winner is certain."
 _EVIDENCE = (
-    "Each token's part of the log-likelihood ratio of two classes, mean over {draws} draws with common masks. Shown "
-    "are the surest of the right verdicts and the surest of the wrong ones."
+    "Each token's part of the log-likelihood ratio of two classes, from the very masks that the verdict comes from. "
+    "Shown are the surest of the right verdicts and the surest of the wrong ones; of a text in windows, the first."
 )
 
 

@@ -117,7 +117,7 @@ class ClassScores:
 
     @property
     def draws_M(self) -> np.ndarray:
-        """Network evaluations per class that each text took."""
+        """Masks per class that each text took; network evaluations but for objectives that need several a mask."""
         return np.isfinite(self.nats_MCP[:, 0]).sum(-1)
 
 
@@ -171,6 +171,11 @@ def score_classes(
         title = f"score {racing_M.sum():,} of {len(racing_M):,} texts, evaluations {done + 1}–{look}"
         scorer = ClassScorer(hypotheses, estimator, seed, race, range(done, look))
         found = measure(trainer(title), scorer, data.eval_dataloader(split, np.flatnonzero(racing_M[text_R])))
+        if len(found["sample_id"]) != racing_M[text_R].sum():
+            raise ValueError(
+                f"of {racing_M[text_R].sum()} rows only {len(found['sample_id'])} were scored, and mode=classify "
+                "scores every text: set trainer.limit_test_batches=1.0, and limit the texts with data.max_test_texts"
+            )
         text_of = text_R[row_numbers(rows, found["sample_id"])]
         nats_MCP, rate_MP, tokens = _by_text(found, text_of, len(text_id_M))
         tokens_M = tokens if tokens_M is None else tokens_M

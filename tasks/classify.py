@@ -48,9 +48,14 @@ def classify(
     where it is empty, those of this configuration, and the missing ones are trained. Writes results.json,
     predictions.parquet and report.html into `classify`.
     """
-    data = _labelled(experiment)
+    data = _labelled(experiment, split)
     # What can be wrong is looked for before the training, which may take days.
     race.check(experiment.estimator)
+    if beside.calibrate and split == "validation":
+        raise ValueError(
+            "classify.calibrate=true fits on the validation split, which classify.split=validation would report; leave "
+            "one of them out"
+        )
     others = {path: predictions_file(path) for path in beside.compare}
     counts_C = np.bincount(np.asarray(data.texts("train")["label"]), minlength=len(data.label_names))
     log_prior_C = log_prior(prior, counts_C)
@@ -59,14 +64,14 @@ def classify(
     ask = (hypotheses, data, split, experiment.estimator, race, experiment.seed, log_prior_C)
     scores = score_classes(experiment.trainer, *ask)
     plain = _method("this model", posterior(scores.log_p_MC, log_prior_C), scores)
+    compared = {path: read_posterior(file, scores.text_id_M, scores.label_M) for path, file in others.items()}
     write_predictions(folder, scores, plain.posterior_MC)
     fitted, held = {}, []
     if beside.calibrate:
         ask = (hypotheses, data, "validation", experiment.estimator, race, experiment.seed, log_prior_C)
         fitted = _fit(score_classes(experiment.trainer, *ask), log_prior_C)
         held += _calibrated(fitted, scores, log_prior_C)
-    held += [_method(f"{name}", read_posterior(path, scores.text_id_M, scores.label_M), scores, network=False)
-             for name, path in others.items()]  # fmt: skip
+    held += [_method(path, posterior_MC, scores, network=False) for path, posterior_MC in compared.items()]
     if beside.baselines:
         held += [_method(b.name, b.posterior_MC, scores, network=False) for b in _baselines(data, split, scores)]
     if experiment.truth is not None:
@@ -79,7 +84,7 @@ def classify(
     verdicts = Verdicts(data, split, scores, log_prior_C, plain, held, own, untold, fitted)
     samples = [_samples(experiment, hypothesis, label, num_samples) for label, hypothesis in enumerate(hypotheses)]
     results = _results(verdicts, race)
-    known = protocol(experiment, data, split, own[0].scores)
+    known = protocol(experiment, data, split, scores)
     write_results(folder, {**results, "protocol": known, "command": experiment.command})
     report = class_report(experiment, verdicts, race, hypotheses, samples, num_examples)
     report.write(folder / "report.html")
@@ -88,7 +93,8 @@ def classify(
     return results
 
 
-def _labelled(experiment: Experiment) -> object:
+def _labelled(experiment: Experiment, split: str) -> object:
+    """The data, with every split that will be read already read."""
     data = experiment.data()
     if data.label_names is None or len(data.label_names) < 2:
         raise ValueError(f"mode=classify needs labelled data with two classes or more; data={data.name} has none")
@@ -96,6 +102,15 @@ def _labelled(experiment: Experiment) -> object:
         raise ValueError(f"mode=classify scores every class: leave out data.label={data.label}")
     if data.wrap:
         raise ValueError("mode=classify needs one text per row (or window): set data.wrap=false")
+    if split not in data.splits:
+        raise ValueError(f"classify.split={split} is none of the splits of data={data.name}: {', '.join(data.splits)}")
+    for name in ("train", "validation", split):
+        missing = set(range(len(data.label_names))) - set(data.split(name)["label"])
+        if missing and name != split:
+            raise ValueError(
+                f"the {name} split has no text of {', '.join(data.label_names[k] for k in sorted(missing))}; every "
+                "class needs texts to train and to validate on"
+            )
     return data
 
 

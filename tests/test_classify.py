@@ -113,11 +113,14 @@ def test_evidence_of_the_tokens_adds_up_to_the_ratio():
     e = experiment()
     hypotheses = two_models(e)
     rows = [5, 0, 3]
-    nats = token_evidence(hypotheses, e.data(), "test", rows, 4, 3)
-    found = scores_of(e, hypotheses, Race(4), Nelbo(ExactCount()))
-    wanted = [found.log_p_MC[found.text_id_M.tolist().index(e.data().split("test")[r]["text_id"])] for r in rows]
-    np.testing.assert_allclose(-np.nansum(nats, axis=2), np.array(wanted), rtol=1e-4)
-    assert np.isnan(nats[:, :, 0]).all(), "a given BOS is not weighed"
+    race = Race(8, confidence=0.9)
+    found = scores_of(e, hypotheses, race)
+    place = [found.text_id_M.tolist().index(e.data().split("test")[r]["text_id"]) for r in rows]
+    draws = {row: int(found.draws_M[m]) for row, m in zip(rows, place, strict=True)}
+    nats = token_evidence(hypotheses, e.data(), "test", draws, 8, TiltedCount(), 3)
+    for m, nats_CL in zip(place, nats, strict=True):
+        np.testing.assert_allclose(-np.nansum(nats_CL, axis=1), found.log_p_MC[m], rtol=1e-4)
+        assert np.isnan(nats_CL[:, 0]).all(), "a given BOS is not weighed"
 
 
 def test_a_network_that_is_told_the_class_serves_all_of_them():
