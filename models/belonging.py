@@ -9,6 +9,8 @@ from models.checkpoints import Checkpoint, Progress
 
 # What a network computes hangs on these; other files may lack some of them, and may have been trained at other lengths.
 FUNCTION = ("model.hidden_size", "model.cond_dim", "model.n_blocks", "model.n_heads", "time_conditioning")
+# What a configuration may leave to the file that a network comes from.
+FOUND_IN_FILES = ("model.", "time_conditioning", "backbone.config")
 
 
 def check_same(path: Path, progress: Progress, ours: dict[str, object]) -> None:
@@ -20,8 +22,8 @@ def check_same(path: Path, progress: Progress, ours: dict[str, object]) -> None:
     """
     known = {"data.label": progress.identity.get("label"), "tokenizer": progress.identity.get("tokenizer")}
     theirs = {**progress.identity.get("configuration", {}), **known}
-    sizes = [key for key in ours if ours[key] is None and (key.startswith("model.") or key == "time_conditioning")]
-    keys = [key for key in sorted({*theirs, *ours}) if key not in sizes and theirs.get(key) != ours.get(key)]
+    left_open = [key for key in {*theirs, *ours} if ours.get(key) is None and key.startswith(FOUND_IN_FILES)]
+    keys = [key for key in sorted({*theirs, *ours}) if key not in left_open and theirs.get(key) != ours.get(key)]
     if keys:
         listing = "".join(f"\n  {key}: there {theirs.get(key)}, here {ours.get(key)}" for key in keys)
         raise ValueError(
