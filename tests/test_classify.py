@@ -189,7 +189,7 @@ def test_everything_is_reported_and_the_models_are_used_again(capsys):
         (["classify.sharing=some"], "classify.sharing=some"),
         (["classify.sharing=conditional", "backbone=dimamba"], "dimamba"),
         (["classify.compare=[nowhere]", "eval.estimator=auto"], "classify.compare"),
-        (["eval.estimator=importance_weighted", "classify.num_draws=2"], "classify.confidence=0.95"),
+        (["eval.estimator=importance_weighted", "classify.num_draws=2"], "classify.confidence=0.9"),
     ],
 )
 def test_mistakes_are_named(overrides, message):
