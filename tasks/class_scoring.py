@@ -100,14 +100,31 @@ class ClassScores:
 
     @property
     def se_MC(self) -> np.ndarray:
-        """Monte Carlo error of `log_p_MC`; 0 where the likelihood is exact, nan from a single draw."""
-        nats_MCK, count_M1 = self.nats_MCK, np.isfinite(self.nats_MCK[:, 0]).sum(-1)[:, None]
+        """Monte Carlo error of `log_p_MC`; 0 where the likelihood is exact, nan from a single draw. Most of it is
+        common to the classes: what a verdict hangs on is `margin_se_M`."""
+        return self._error(self.nats_MCK)
+
+    @property
+    def margin_M(self) -> np.ndarray:
+        """log p(text | winner) - log p(text | runner-up), nats; priors are left out."""
+        ranked_MC = np.sort(self.log_p_MC, axis=1)
+        return ranked_MC[:, -1] - ranked_MC[:, -2]
+
+    @property
+    def margin_se_M(self) -> np.ndarray:
+        """Monte Carlo error of `margin_M`."""
+        first_M, second_M = np.argsort(-self.log_p_MC, axis=1)[:, :2].T
+        rows_M = np.arange(len(first_M))
+        return self._error((self.nats_MCK[rows_M, second_M] - self.nats_MCK[rows_M, first_M])[:, None])[:, 0]
+
+    def _error(self, draws_MCK: np.ndarray) -> np.ndarray:
+        """Standard error of the mean over draws, (M, C)."""
         if self.exact:
-            return np.zeros(nats_MCK.shape[:2])
-        several = np.broadcast_to(count_M1 > 1, nats_MCK.shape[:2])
-        se_MC = np.full(nats_MCK.shape[:2], np.nan)
-        rows = several[:, 0]
-        se_MC[rows] = np.nanstd(nats_MCK[rows], axis=2, ddof=1) / np.sqrt(count_M1[rows])
+            return np.zeros(draws_MCK.shape[:2])
+        count_M1 = np.isfinite(draws_MCK[:, 0]).sum(-1)[:, None]
+        several_M = count_M1[:, 0] > 1
+        se_MC = np.full(draws_MCK.shape[:2], np.nan)
+        se_MC[several_M] = np.nanstd(draws_MCK[several_M], axis=2, ddof=1) / np.sqrt(count_M1[several_M])
         return se_MC
 
     @property

@@ -46,7 +46,7 @@ def classify(
 
     The models are those of `checkpoint_path`, with {label} for the number of the class where there is one per class;
     where it is empty, those of this configuration, and the missing ones are trained. Writes results.json,
-    predictions.parquet and report.html into `classify`.
+    predictions.parquet and report.html into `classify/<split>`.
     """
     data = _labelled(experiment, split)
     # What can be wrong is looked for before the training, which may take days.
@@ -59,7 +59,7 @@ def classify(
     others = {path: predictions_file(path) for path in beside.compare}
     counts_C = np.bincount(np.asarray(data.texts("train")["label"]), minlength=len(data.label_names))
     log_prior_C = log_prior(prior, counts_C)
-    folder = experiment.folder() / "classify"
+    folder = experiment.folder() / "classify" / split
     hypotheses = class_models(experiment, data, checkpoint_path, disable_ema)
     ask = (hypotheses, data, split, experiment.estimator, race, experiment.seed, log_prior_C)
     scores = score_classes(experiment.trainer, *ask)
@@ -196,7 +196,7 @@ def _results(verdicts: Verdicts, race: Race) -> dict[str, object]:
         "confusion": m.confusion_CC,
         "prior": dict(zip(names, np.exp(verdicts.log_prior_C), strict=True)),
         "nll_without_class_nats_per_token": verdicts.untold.model if verdicts.untold else None,
-        "monte_carlo_se_nats_per_text": float(np.nanmean(scores.se_MC)) if np.isfinite(scores.se_MC).any() else None,
+        "margin_monte_carlo_se_nats": _finite_mean(scores.margin_se_M),
         "estimator": scores.label, "masks": race.masks, "confidence": race.confidence,
         "draws_per_text_and_class": float(scores.draws_M.mean()),
         "network_evaluations_per_text": float(scores.evaluations_M.mean()),
@@ -211,3 +211,9 @@ def _results(verdicts: Verdicts, race: Race) -> dict[str, object]:
 def _curve(x: Sequence[float], y: Sequence[Estimate]) -> list[list[float]]:
     """Rows of x, value, standard error."""
     return [[float(a), b.value, b.se] for a, b in zip(x, y, strict=True)]
+
+
+def _finite_mean(values_M: np.ndarray) -> float | None:
+    """None where there is no finite value."""
+    kept = values_M[np.isfinite(values_M)]
+    return float(kept.mean()) if len(kept) else None

@@ -1,7 +1,8 @@
 """predictions.parquet: what was said of every text, for other programs and for later reports on the same split.
 
-Columns: text_id, label, prediction, draws (network evaluations per class), and for every class k: posterior_k,
-log_p_k (nats), se_k (its Monte Carlo error). Shape suffixes: M texts, C classes.
+Columns: text_id, label, prediction, draws (masks per class), margin (log p of the winner over the runner-up, nats) and
+margin_se (its Monte Carlo error), and for every class k: posterior_k, log_p_k (nats), se_k (its Monte Carlo error, most
+of which is common to the classes). Shape suffixes: M texts, C classes.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ def write_predictions(folder: Path, scores: ClassScores, posterior_MC: np.ndarra
         "label": scores.label_M,
         "prediction": posterior_MC.argmax(axis=1),
         "draws": scores.draws_M,
+        "margin": scores.margin_M,
+        "margin_se": scores.margin_se_M,
     }
     for name, values_MC in (("posterior", posterior_MC), ("log_p", scores.log_p_MC), ("se", scores.se_MC)):
         columns |= {f"{name}_{k}": values_MC[:, k] for k in range(values_MC.shape[1])}
@@ -44,7 +47,7 @@ def predictions_file(path: str | Path) -> Path:
     file = Path(path) / FILE if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise FileNotFoundError(
-            f"classify.compare: {path} holds no {FILE}; name the folder `classify` of a finished mode=classify run"
+            f"classify.compare: {path} holds no {FILE}; name the folder classify/test of a finished mode=classify run"
         )
     return file
 

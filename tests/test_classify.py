@@ -152,6 +152,7 @@ def test_predictions_come_back_for_the_same_texts_only(tmp_path):
     assert table["text_id"] == [7, 9] and table["prediction"] == [0, 1] and table["draws"] == [2, 1]
     assert table["log_p_0"] == [-2.0, -5.0] and table["se_0"][0] == pytest.approx(1.0) and np.isnan(table["se_0"][1])
     assert predictions_file(tmp_path) == path
+    assert table["margin"] == [2.0, 3.0] and table["margin_se"][0] == pytest.approx(1.0)
     np.testing.assert_array_equal(read_posterior(path, np.array([9]), np.array([0])), posterior[1:])
     for ids, labels in (([9, 8], [0, 0]), ([9], [1])):
         with pytest.raises(ValueError, match="classify.compare"):
@@ -170,7 +171,7 @@ def test_everything_is_reported_and_the_models_are_used_again(capsys):
     names = set(results["methods"])
     assert {"this model", "this model, temperature fitted", "naive Bayes, unigrams", "Bayes-optimal"} <= names
     assert results["texts"] == 8 and results["accuracy_wilson_95"][0] <= results["accuracy"].value
-    folder = next(Path().rglob("classify"))
+    folder = next(Path().rglob("classify/test"))
     saved = json.loads((folder / "results.json").read_text())
     assert saved["protocol"]["data"] == "reviews" and saved["network_evaluations_per_text"] <= 16
     html = (folder / "report.html").read_text()
