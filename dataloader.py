@@ -239,7 +239,7 @@ class TextData(LightningDataModule):
         rows = self._read(split)
         rows = rows.add_column("text_id", np.arange(len(rows)))
         if self.label is not None:
-            rows = keep_label(rows, self.label, self.label_names)
+            rows = keep_label(rows, self.label, self.label_names, split)
         if split not in SPLITS:
             measured = {held_out: self._read(held_out) for held_out in SPLITS[1:] if held_out in self.splits}
             rows = without_texts_of(rows, split, measured)

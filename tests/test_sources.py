@@ -91,16 +91,16 @@ def test_carved_splits_share_no_text():
 
 def test_keep_label_and_limits():
     rows = datasets.Dataset.from_dict({"text": list("abcdef"), "label": [0, 0, 0, 1, 1, 1]})
-    assert keep_label(rows, 1, ("no", "yes"))["text"][:] == ["d", "e", "f"]
+    assert keep_label(rows, 1, ("no", "yes"), "test")["text"][:] == ["d", "e", "f"]
     assert len(at_most(rows, 4)) == 4 and at_most(rows, 4)["text"][:] == at_most(rows, 4)["text"][:]
     assert at_most(rows.remove_columns("label"), 2)["text"][:] == ["a", "b"]
     for label in (2, -1, True, "yes", 1.0):
         with pytest.raises(ValueError, match=r"data\.label=.*0 \(no\), 1 \(yes\)"):
-            keep_label(rows, label, ("no", "yes"))
+            keep_label(rows, label, ("no", "yes"), "test")
     with pytest.raises(ValueError, match=r"data\.label=2 \(maybe\).*no text"):
-        keep_label(rows, 2, ("no", "yes", "maybe"))
+        keep_label(rows, 2, ("no", "yes", "maybe"), "test")
     with pytest.raises(ValueError, match="have no labels"):
-        keep_label(rows.remove_columns("label"), 0, None)
+        keep_label(rows.remove_columns("label"), 0, None, "test")
 
 
 def user(tmp_path, content, name="a.jsonl", **kwargs):

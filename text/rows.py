@@ -44,7 +44,7 @@ def permutation(n: int, seed: int) -> np.ndarray:
 # -------------------------------------------------------------------------------- choosing
 
 
-def keep_label(rows: datasets.Dataset, label: int, label_names: Sequence[str] | None) -> datasets.Dataset:
+def keep_label(rows: datasets.Dataset, label: int, label_names: Sequence[str] | None, split: str) -> datasets.Dataset:
     """The rows of one class. Raises ValueError where there are no labels, no such label, or no row of it."""
     if label_names is None or "label" not in rows.column_names:
         raise ValueError(f"data.label={label}: these texts have no labels; leave data.label=null")
@@ -53,7 +53,7 @@ def keep_label(rows: datasets.Dataset, label: int, label_names: Sequence[str] | 
         raise ValueError(f"data.label={label} is not one of the labels: {listing}")
     keep = np.flatnonzero(np.asarray(rows["label"][:]) == label)
     if not len(keep):
-        raise ValueError(f"data.label={label} ({label_names[label]}): this split has no text with that label")
+        raise ValueError(f"data.label={label} ({label_names[label]}): the {split} split has no text with that label")
     return take_rows(rows, keep)
 
 
