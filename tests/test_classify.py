@@ -164,6 +164,7 @@ def test_predictions_come_back_for_the_same_texts_only(tmp_path):
 def test_everything_is_reported_and_the_models_are_used_again(capsys):
     ask = [*TINY, "mode=classify", "classify.num_draws=8", "classify.confidence=0.8", "classify.calibrate=true"]
     results = main.run(compose_config(ask), "a test")
+    html = next(Path().rglob("classify/test/report.html")).read_text()
     light = [*ask, "classify.baselines=false", "sampling.num_sample_log=0", "classify.num_examples=0",
              "classify.calibrate=false"]  # fmt: skip
     again = main.run(compose_config([*light, "classify.prior=[0.9,0.1]"]), "a test")
@@ -174,7 +175,6 @@ def test_everything_is_reported_and_the_models_are_used_again(capsys):
     folder = next(Path().rglob("classify/test"))
     saved = json.loads((folder / "results.json").read_text())
     assert saved["protocol"]["data"] == "reviews" and saved["network_evaluations_per_text"] <= 16
-    html = (folder / "report.html").read_text()
     for heading in ("Accuracy", "How honest the probabilities are", "What the draws bought", "Which tokens spoke"):
         assert heading in html
     compared = main.run(compose_config([*light, f"classify.compare=[{folder}]"]), "a test")
