@@ -20,56 +20,23 @@ import lightning
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from lightning.pytorch.callbacks import LearningRateMonitor
 from omegaconf import DictConfig, OmegaConf
 
 import command_line
-from callbacks.best import LastCheckpoint, Patience
-from callbacks.progress import TextProgressBar
 from dataloader import TextData, batch_arithmetic
 from diffusion import Diffusion
+from engine.trainer import Run, build_trainer
 from estimators.base import Estimator
+from identity import identity
 from models.belonging import FUNCTION, check_belongs, check_same
-from models.checkpoints import AtomicCheckpointIO, read_checkpoint, read_progress
+from models.checkpoints import read_checkpoint, read_progress
 from tasks.class_models import pretraining_splits
 from tasks.drawing import Drawing, Template
 from tasks.scoring import Precision
 
-# What makes two trainings the same one. Budgets, devices and bookkeeping are left out: they may change at a resume.
-IDENTITY = ("data", "model", "backbone", "parameterization", "noise", "masking", "T", "subs_masking",
-            "time_conditioning", "optim", "lr_scheduler", "training", "seed", "loader.global_batch_size",
-            "trainer.gradient_clip_val")  # fmt: skip
-NOT_IDENTITY = ("data.label", "data.cache_dir", "model.attn_backend", "backbone.attn_backend",
-                "lr_scheduler.num_training_steps", "data.max_valid_texts", "data.max_test_texts",
-                "backbone.resumed")  # fmt: skip
-IDENTITY_IF_SET = ("training.from_pretrained", "training.start_from_counts")
-# Of texts that only classify.pretrain reads.
-IDENTITY_IF_PRETRAINED = ("data.source.files.unsupervised", "data.source.hub_splits.unsupervised",
-                          "data.source.unlabelled")  # fmt: skip
 _TEXT_DATA = inspect.signature(TextData).parameters
-
-
-def identity(cfg: DictConfig) -> dict[str, object]:
-    """The part of the configuration that determines the weights, flat: key as typed -> value."""
-    flat: dict[str, object] = {}
-    pretrained = cfg.classify.pretrain or cfg.data.get("train_splits")
-    left_out = NOT_IDENTITY if pretrained else (*NOT_IDENTITY, *IDENTITY_IF_PRETRAINED)
-
-    def visit(prefix: str, node: object) -> None:
-        if isinstance(node, dict):
-            for name, child in node.items():
-                visit(f"{prefix}.{name}", child)
-        elif prefix not in left_out and (node or prefix not in IDENTITY_IF_SET):
-            flat[prefix] = node
-
-    for key in IDENTITY:
-        node = OmegaConf.select(cfg, key)
-        visit(key, OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node)
-    if cfg.classify.sharing == "conditional":
-        flat |= {f"classify.{key}": cfg.classify[key] for key in ("sharing", "label_dropout")}
-    if cfg.classify.pretrain:
-        flat |= {f"classify.{key}": cfg.classify[key] for key in ("pretrain", "pretrain_steps")}
-    return {**flat, "parameterization": command_line.law(cfg)}
+# What `trainer` says of a run in words of its own, beside the arguments of lightning.Trainer.
+_OF_THE_RUN = ("devices", "precision", "accumulate_grad_batches")
 
 
 class Experiment:
@@ -259,27 +226,20 @@ class Experiment:
         cfg = self.cfg.copy()
         cfg.checkpointing.save_dir = str(self.folder(label))
         fitting = title.startswith("train")
-        loggers = [instantiate(node) for node in (cfg.get("logger") or {}).values()] if fitting else []
-        callbacks = [instantiate(node) for node in (cfg.get("callbacks") or {}).values()] if fitting else []
-        if fitting and (patience := self.patience(label)) is not None:
-            if not any(getattr(callback, "monitor", None) == "val/nll" for callback in callbacks):
-                raise ValueError(
-                    f"classify.patience={patience} needs the best weights, which callbacks=checkpoint_monitor keeps; "
-                    "add it, or set classify.patience=null"
-                )
-            callbacks.append(Patience(patience))
-        callbacks.sort(key=lambda callback: isinstance(callback, LastCheckpoint))
-        if not loggers:
-            callbacks = [c for c in callbacks if not isinstance(c, LearningRateMonitor)]
-        accelerator = cfg.trainer.accelerator
-        precision = cfg.trainer.precision or ("bf16-mixed" if _device(accelerator).type == "cuda" else "32-true")
-        return instantiate(
-            cfg.trainer, devices=self._devices, accumulate_grad_batches=self._batches[1], precision=precision,
-            callbacks=[TextProgressBar(title), *callbacks], logger=loggers or False,
-            strategy=instantiate(cfg.strategy), plugins=[AtomicCheckpointIO()], use_distributed_sampler=False,
-            check_val_every_n_epoch=None, max_epochs=-1, enable_model_summary=False, enable_checkpointing=fitting,
-            inference_mode=True, _convert_="all",
+        run = Run(
+            title, fitting, devices=self._devices, accumulate=self._batches[1], precision=self._precision,
+            patience=self.patience(label) if fitting else None,
+            callbacks=[instantiate(node) for node in (cfg.get("callbacks") or {}).values()] if fitting else [],
+            loggers=[instantiate(node) for node in (cfg.get("logger") or {}).values()] if fitting else [],
+            strategy=instantiate(cfg.strategy),
         )  # fmt: skip
+        settings = {k: v for k, v in OmegaConf.to_container(cfg.trainer, resolve=True).items() if k not in _OF_THE_RUN}
+        return build_trainer(run, settings)
+
+    @property
+    def _precision(self) -> str:
+        on_gpu = _device(self.cfg.trainer.accelerator).type == "cuda"
+        return self.cfg.trainer.precision or ("bf16-mixed" if on_gpu else "32-true")
 
     @property
     def _devices(self) -> int:

@@ -1,4 +1,4 @@
-"""Checkpoint files: written atomically, read without executing anything, checked before a single weight is changed.
+"""Checkpoint files: read without executing anything, checked before a single weight is changed.
 
 Three layouts are read: ours, the Lightning `.ckpt` of the reference projects (with configuration and tokenizer objects
 pickled inside), and the Hub's `config.json` + `model.safetensors` or `pytorch_model.bin`.
@@ -7,7 +7,6 @@ pickled inside), and the Hub's `config.json` + `model.safetensors` or `pytorch_m
 from __future__ import annotations
 
 import io
-import os
 import pickle
 import zipfile
 from collections.abc import Callable, Mapping
@@ -16,7 +15,6 @@ from pathlib import Path
 from types import FunctionType, SimpleNamespace
 
 import torch
-from lightning.fabric.plugins import TorchCheckpointIO
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -71,32 +69,6 @@ class Checkpoint:
         backbone.load_state_dict(self.state)
         if average:
             average.copy_to(backbone.parameters())
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the target and renames, so that a kill or a full disk leaves the previous file whole."""
-
-    def save_checkpoint(self, checkpoint: dict, path: str | os.PathLike, storage_options: object = None) -> None:
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        try:
-            with partial.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        except (OSError, RuntimeError) as error:
-            partial.unlink(missing_ok=True)
-            raise OSError(
-                f"the checkpoint {path} could not be written ({error}); the previous one, if any, is intact. "
-                "Free some space or set checkpointing.save_dir, then run the same command again: it resumes"
-            ) from error
-
-    def load_checkpoint(
-        self, path: str | os.PathLike, map_location: object = None, weights_only: bool | None = None
-    ) -> dict:
-        return load_inert(Path(path))
 
 
 def read_checkpoint(path: str | Path, key: str = "eval.checkpoint_path") -> Checkpoint:

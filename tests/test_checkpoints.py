@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from models.checkpoints import AtomicCheckpointIO, load_inert, read_checkpoint
+from engine.storage import AtomicCheckpointIO
+from models.checkpoints import load_inert, read_checkpoint
 from models.dit import DiT
 
 

@@ -1,0 +1,45 @@
+"""What makes two trainings the same one: the part of the configuration that determines the weights.
+
+Beside main.py and command_line.py the only reader of the configuration.
+"""
+
+from __future__ import annotations
+
+from omegaconf import DictConfig, OmegaConf
+
+import command_line
+
+# Budgets, devices and bookkeeping are left out: they may change at a resume.
+IDENTITY = ("data", "model", "backbone", "parameterization", "noise", "masking", "T", "subs_masking",
+            "time_conditioning", "optim", "lr_scheduler", "training", "seed", "loader.global_batch_size",
+            "trainer.gradient_clip_val")  # fmt: skip
+NOT_IDENTITY = ("data.label", "data.cache_dir", "model.attn_backend", "backbone.attn_backend",
+                "lr_scheduler.num_training_steps", "data.max_valid_texts", "data.max_test_texts",
+                "backbone.resumed")  # fmt: skip
+IDENTITY_IF_SET = ("training.from_pretrained", "training.start_from_counts")
+# Of texts that only classify.pretrain reads.
+IDENTITY_IF_PRETRAINED = ("data.source.files.unsupervised", "data.source.hub_splits.unsupervised",
+                          "data.source.unlabelled")  # fmt: skip
+
+
+def identity(cfg: DictConfig) -> dict[str, object]:
+    """The part of the configuration that determines the weights, flat: key as typed -> value."""
+    flat: dict[str, object] = {}
+    pretrained = cfg.classify.pretrain or cfg.data.get("train_splits")
+    left_out = NOT_IDENTITY if pretrained else (*NOT_IDENTITY, *IDENTITY_IF_PRETRAINED)
+
+    def visit(prefix: str, node: object) -> None:
+        if isinstance(node, dict):
+            for name, child in node.items():
+                visit(f"{prefix}.{name}", child)
+        elif prefix not in left_out and (node or prefix not in IDENTITY_IF_SET):
+            flat[prefix] = node
+
+    for key in IDENTITY:
+        node = OmegaConf.select(cfg, key)
+        visit(key, OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node)
+    if cfg.classify.sharing == "conditional":
+        flat |= {f"classify.{key}": cfg.classify[key] for key in ("sharing", "label_dropout")}
+    if cfg.classify.pretrain:
+        flat |= {f"classify.{key}": cfg.classify[key] for key in ("pretrain", "pretrain_steps")}
+    return {**flat, "parameterization": command_line.law(cfg)}
