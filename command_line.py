@@ -150,6 +150,7 @@ def refuse_contradictions(cfg: DictConfig) -> None:
         "training.importance_sampling": training.importance_sampling and name in ("ar", "d3pm"),
         "training.change_of_variables": training.change_of_variables and name != "subs",
         "training.loss_weight": training.loss_weight != "elbo" and name != "subs",
+        "classify.masks": cfg.classify.masks == "independent" and name == "ar",
         "training.masking": name == "ar" and not cfg.masking._target_.endswith("Bernoulli"),
     }
     for key, contradicts in unread.items():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 
 import lightning
 import torch
@@ -18,6 +19,15 @@ from models.class_conditioning import UNTOLD, start_from_counts
 from models.ema import EMA
 from objectives.base import Batch, Model, Objective
 from randomness import KeyedNoise, evaluation_noise, hash_seed, training_noise
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where weights come from. steps: optimizer steps of their training, None where the file does not say."""
+
+    checkpoint: str
+    steps: int | None
+    averaged: bool
 
 
 class Diffusion(lightning.LightningModule):
@@ -61,6 +71,7 @@ class Diffusion(lightning.LightningModule):
         self.identity = dict(identity or {})
         self.label_dropout = label_dropout
         self.valid_nll = NLLMeter()
+        self.provenance: Provenance | None = None
 
     @property
     def model(self) -> Model:

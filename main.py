@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import command_line
 from dataloader import TextData, batch_arithmetic
-from diffusion import Diffusion
+from diffusion import Diffusion, Provenance
 from engine.trainer import Run, build_trainer
 from estimators.base import Estimator
 from identity import identity
@@ -191,6 +191,8 @@ class Experiment:
         diffusion = self.diffusion(data)
         checkpoint.load_into(diffusion.backbone, use_ema=not disable_ema)
         diffusion.ema = None
+        averaged = checkpoint.ema is not None and not disable_ema
+        diffusion.provenance = Provenance(str(path), checkpoint.step, averaged)
         return diffusion.eval().to(_device(self.cfg.trainer.accelerator))
 
     def start_from_pretrained(self, diffusion: Diffusion, data: TextData, shared: Path | None) -> Path | None:

@@ -59,10 +59,11 @@ class Measures:
     accuracy: with its binomial standard error; accuracy_interval: Wilson's, 95 %. macro_f1: mean of the classes' F1 (of
     those with a text or a verdict), its error by the bootstrap over texts. precision_C, recall_C, f1_C: 0 where the
     denominator is 0. support_C: texts of each class. confusion_CC: texts, true class in rows, verdict in columns.
-    roc_auc: of class 1 where there are two classes, else the mean over classes of each against the rest; None where a
-    class has no text. log_loss: mean of -log p(true class | text), nats; a probability that underflowed to 0 counts
-    as 744 nats. brier: mean over texts of the squared error of the probabilities summed over ALL classes, in [0, 2]
-    (Brier 1950; twice the one-sided score of two classes). reliability: of the top class's probability.
+    roc_auc: of class 1 where there are two classes, else the mean, over the classes that have a text, of each against
+    the rest; None where only one class has texts. log_loss: mean of -log p(true class | text), nats; a probability
+    that underflowed to 0 counts as 744 nats. brier: mean over texts of the squared error of the probabilities summed
+    over ALL classes, in [0, 2] (Brier 1950; twice the one-sided score of two classes). reliability: of the top class's
+    probability.
     """
 
     accuracy: Estimate
@@ -110,7 +111,7 @@ def measure(posterior_MC: np.ndarray, label_M: np.ndarray) -> Measures:
         f1_C=f1_C,
         support_C=support_C,
         confusion_CC=confusion_CC,
-        roc_auc=_roc_auc(posterior_MC, label_M) if support_C.all() else None,
+        roc_auc=_roc_auc(posterior_MC, label_M) if (support_C > 0).sum() > 1 else None,
         # scikit-learn's log_loss clips at 2e-16: a confident error would cost 36 nats at most.
         log_loss=_mean(-np.log(np.maximum(p_true_M, _SMALLEST))),
         brier=_mean(squares_M),
@@ -140,7 +141,7 @@ def _roc_auc(posterior_MC: np.ndarray, label_M: np.ndarray) -> float:
     """Texts are ranked by the log odds: the probability itself rounds to 1 from 37 nats on, and would tie."""
     num_classes = posterior_MC.shape[1]
     areas = []
-    for k in [1] if num_classes == 2 else range(num_classes):
+    for k in [1] if num_classes == 2 else np.unique(label_M):
         others_M = np.delete(posterior_MC, k, axis=1).sum(axis=1)
         odds_M = np.log(np.maximum(posterior_MC[:, k], _SMALLEST)) - np.log(np.maximum(others_M, _SMALLEST))
         areas.append(roc_auc_score(label_M == k, odds_M))

@@ -32,7 +32,8 @@ class Checkpoint:
     state: backbone parameter name -> tensor, without prefix. ema: the average, as `EMA.state_dict` gives it.
     identity: what Palimpsest saved beside the weights (empty for foreign files). config: a Hub `config.json`.
     settings: what the file says of its network, whatever its layout: keys as typed (`model.hidden_size`,
-    `time_conditioning`, and `vocab_size`) -> values; what it does not say is left out.
+    `time_conditioning`, and `vocab_size`) -> values; what it does not say is left out. step: optimizer steps of its
+    training, None where it does not say.
     """
 
     path: Path
@@ -41,6 +42,7 @@ class Checkpoint:
     identity: dict[str, object] = field(default_factory=dict)
     config: dict[str, object] = field(default_factory=dict)
     settings: dict[str, object] = field(default_factory=dict)
+    step: int | None = None
 
     def load_into(self, backbone: nn.Module, use_ema: bool = True) -> None:
         """Copy the weights, the averaged ones where there are any and `use_ema`, into `backbone`.
@@ -135,7 +137,8 @@ def _read_lightning_file(path: Path, weights: bool = True) -> Checkpoint:
         raise ValueError(f"{path} is not one of our checkpoints: its identity is of the wrong kind")
     state = _strip(weights_of, path)
     known = identity["configuration"] if "configuration" in identity else _reference_settings(content)
-    return Checkpoint(path, state, content.get("ema"), identity, settings={**known, **settings_of_tensors(state)})
+    settings = {**known, **settings_of_tensors(state)}
+    return Checkpoint(path, state, content.get("ema"), identity, settings=settings, step=content.get("global_step"))
 
 
 def _read_hub_directory(path: Path) -> Checkpoint:

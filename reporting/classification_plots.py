@@ -149,14 +149,16 @@ def _wilson_interval(successes: ArrayLike, counts: ArrayLike) -> tuple[Floats, F
 
 
 def llr_histogram(margin_by_label: Mapping[str, ArrayLike], num_bins: int = 40) -> Figure:
-    """How the margin log p(x|1) − log p(x|0) [nats] is spread over the texts [N] of each true class."""
+    """How the margin log p(x | second class) − log p(x | first) [nats] is spread over the texts [N] of each true class,
+    the two in this order."""
     figure = new_figure(3.0)
     kept = {str(name): finite(values, values) for name, values in margin_by_label.items()}
     dropped = sum(count for _, count in kept.values())
     margins = {name: columns[0] for name, (columns, _) in kept.items()}
     if not sum(values.size for values in margins.values()):
         return empty_figure(figure, f"no finite margin among {dropped:,}" if dropped else "nothing to draw")
-    axes = style_axes(figure.add_subplot(), "log p(x | 1) − log p(x | 0)  (nats)", "texts per bin")
+    first, second = (*margins, "", "")[:2]
+    axes = style_axes(figure.add_subplot(), f"log p(x | {second}) − log p(x | {first})  (nats)", "texts per bin")
     pooled = np.concatenate(list(margins.values()))
     edges = np.histogram_bin_edges(pooled, bins=min(num_bins, max(5, 2 * round(pooled.size**0.5))))
     for i, values in enumerate(margins.values()):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -16,7 +16,7 @@ import lightning
 import numpy as np
 import torch
 
-from diffusion import Diffusion
+from diffusion import Diffusion, Provenance
 from estimators.base import Estimator
 from metrics import Estimate, NLLMeter
 from reporting.report import Metric
@@ -195,4 +195,6 @@ def _plain(value: object) -> object:
         return value.tolist()
     if isinstance(value, Path):
         return str(value)
+    if isinstance(value, Provenance):
+        return asdict(value)
     raise TypeError(f"{type(value).__name__} has no place in results.json")

@@ -36,7 +36,8 @@ def class_report(
     _draws(report, verdicts, race)
     chosen = _examples(verdicts, num_examples)
     if chosen:
-        report.section("Which tokens spoke", _EVIDENCE)
+        how = "" if verdicts.scores.exact else _FROM_MASKS
+        report.section("Which tokens spoke", _EVIDENCE.format(how))
         noising = comparison_noising(experiment.estimator, hypotheses[0].diffusion.model)
         draws = {row: int(verdicts.scores.draws_M[m]) for row, (m, *_) in chosen.items()}
         nats = token_evidence(hypotheses, data, verdicts.split, draws, race.num_draws, noising, experiment.seed)
@@ -176,8 +177,9 @@ _METHOD = "log p(text | class) from models that know the classes; Bayes' rule gi
 _COMMON = " Every text is scored with the same masks under every class, so that mask noise cancels in the comparison."
 _DRAWS = "The likelihood is an average over random masks, and what a single one is worth depends on how much it masks."
 _SEQUENTIAL = " A text is drawn until its winner is certain."
+_FROM_MASKS = ", from the very masks that the verdict comes from"
 _EVIDENCE = (
-    "Each token's part of the log-likelihood ratio of two classes, from the very masks that the verdict comes from. "
+    "Each token's part of the log-likelihood ratio of two classes{}. "
     "Shown are the surest of the right verdicts and the surest of the wrong ones; of a text in windows, the first."
 )
 

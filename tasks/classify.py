@@ -13,7 +13,7 @@ import numpy as np
 from classification.baselines import Baseline, Labelled, baselines
 from classification.bayes import log_prior, posterior
 from classification.calibration import RateWeights, fit_rate_weights, fit_temperature
-from classification.measures import measure
+from classification.measures import Measures, measure
 from metrics import Estimate
 from tasks.base import Experiment, Likelihood, likelihood, write_results
 from tasks.class_models import Hypothesis, class_models
@@ -65,12 +65,13 @@ def classify(
     scores = score_classes(experiment.trainer, *ask)
     plain = _method("this model", posterior(scores.log_p_MC, log_prior_C), scores)
     compared = {path: read_posterior(file, scores.text_id_M, scores.label_M) for path, file in others.items()}
-    write_predictions(folder, scores, plain.posterior_MC)
-    fitted, held = {}, []
+    fitted, held, calibrated = {}, [], {}
     if beside.calibrate:
         ask = (hypotheses, data, "validation", experiment.estimator, race, experiment.seed, log_prior_C)
         fitted = _fit(score_classes(experiment.trainer, *ask), log_prior_C)
-        held += _calibrated(fitted, scores, log_prior_C)
+        calibrated = _calibrated(fitted, scores, log_prior_C)
+        held += [_method(_NAMES[name], p_MC, scores) for name, p_MC in calibrated.items()]
+    write_predictions(folder, scores, plain.posterior_MC, calibrated)
     held += [_method(path, posterior_MC, scores, network=False) for path, posterior_MC in compared.items()]
     if beside.baselines:
         held += [_method(b.name, b.posterior_MC, scores, network=False) for b in _baselines(data, split, scores)]
@@ -83,7 +84,7 @@ def classify(
     untold = _own(experiment, Hypothesis(hypotheses[0].diffusion, None), None) if hypotheses[0].class_id == 0 else None
     verdicts = Verdicts(data, split, scores, log_prior_C, plain, held, own, untold, fitted)
     samples = [_samples(experiment, hypothesis, label, num_samples) for label, hypothesis in enumerate(hypotheses)]
-    results = _results(verdicts, race)
+    results = _results(verdicts, race, list(dict.fromkeys(h.diffusion.provenance for h in hypotheses)))
     known = protocol(experiment, data, split, scores)
     write_results(folder, {**results, "protocol": known, "command": experiment.command})
     report = class_report(experiment, verdicts, race, hypotheses, samples, num_examples)
@@ -125,13 +126,15 @@ def _fit(scores: ClassScores, log_prior_C: np.ndarray) -> dict[str, object]:
     return fitted
 
 
-def _calibrated(fitted: dict[str, object], scores: ClassScores, log_prior_C: np.ndarray) -> list[Method]:
-    log_p_MC = scores.log_p_MC / fitted["temperature"]
-    found = [_method("this model, temperature fitted", posterior(log_p_MC, log_prior_C), scores)]
+_NAMES = {"temperature": "this model, temperature fitted", "rates": "this model, mask rates weighted"}
+
+
+def _calibrated(fitted: dict[str, object], scores: ClassScores, log_prior_C: np.ndarray) -> dict[str, np.ndarray]:
+    """p(class | text) (M, C) with what was fitted, by name."""
+    found = {"temperature": posterior(scores.log_p_MC / fitted["temperature"], log_prior_C)}
     weights = fitted.get("rate_weights")
     if isinstance(weights, RateWeights):
-        log_p_MC = weights.log_p(scores.nats_MCP, scores.rate_MP)
-        found.append(_method("this model, mask rates weighted", posterior(log_p_MC, log_prior_C), scores))
+        found["rates"] = posterior(weights.log_p(scores.nats_MCP, scores.rate_MP), log_prior_C)
     return found
 
 
@@ -173,16 +176,18 @@ def _samples(experiment: Experiment, hypothesis: Hypothesis, label: int, number:
     return shown(drawn, data.tokenizer)
 
 
-def _results(verdicts: Verdicts, race: Race) -> dict[str, object]:
+def _measured(m: Measures) -> dict[str, object]:
+    interval = [m.accuracy_interval.low, m.accuracy_interval.high]
+    return {"accuracy": m.accuracy, "accuracy_wilson_95": interval, "macro_f1": m.macro_f1, "roc_auc": m.roc_auc,
+            "log_loss_nats": m.log_loss, "brier": m.brier, "ece": m.ece}  # fmt: skip
+
+
+def _results(verdicts: Verdicts, race: Race, models: list[object]) -> dict[str, object]:
     scores, names, m = verdicts.scores, verdicts.data.label_names, verdicts.plain.measures
     return {
-        "accuracy": m.accuracy, "accuracy_wilson_95": [m.accuracy_interval.low, m.accuracy_interval.high],
-        "macro_f1": m.macro_f1, "roc_auc": m.roc_auc, "log_loss_nats": m.log_loss, "brier": m.brier, "ece": m.ece,
-        "texts": len(scores.label_M),
+        **_measured(m), "texts": len(scores.label_M), "models": models,
         "methods": {
-            method.name: {"accuracy": method.measures.accuracy, "macro_f1": method.measures.macro_f1,
-                          "log_loss_nats": method.measures.log_loss, "ece": method.measures.ece,
-                          "network_evaluations_per_text": method.evaluations}
+            method.name: {**_measured(method.measures), "network_evaluations_per_text": method.evaluations}
             for method in verdicts.methods
         },
         "classes": {

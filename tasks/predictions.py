@@ -2,12 +2,14 @@
 
 Columns: text_id, label, prediction, draws (masks per class), margin (log p of the winner over the runner-up, nats) and
 margin_se (its Monte Carlo error), and for every class k: posterior_k, log_p_k (nats), se_k (its Monte Carlo error, most
-of which is common to the classes). Shape suffixes: M texts, C classes.
+of which is common to the classes). Where verdicts were calibrated, calibrated_<method>_k beside posterior_k.
+Shape suffixes: M texts, C classes.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +21,10 @@ from tasks.class_scoring import ClassScores
 FILE = "predictions.parquet"
 
 
-def write_predictions(folder: Path, scores: ClassScores, posterior_MC: np.ndarray) -> Path:
-    """Write the file into `folder`, atomically; returns its path."""
+def write_predictions(
+    folder: Path, scores: ClassScores, posterior_MC: np.ndarray, calibrated: Mapping[str, np.ndarray]
+) -> Path:
+    """Write the file into `folder`, atomically; returns its path. calibrated: name -> posterior (M, C)."""
     columns = {
         "text_id": scores.text_id_M,
         "label": scores.label_M,
@@ -29,7 +33,9 @@ def write_predictions(folder: Path, scores: ClassScores, posterior_MC: np.ndarra
         "margin": scores.margin_M,
         "margin_se": scores.margin_se_M,
     }
-    for name, values_MC in (("posterior", posterior_MC), ("log_p", scores.log_p_MC), ("se", scores.se_MC)):
+    by_class = {"posterior": posterior_MC, "log_p": scores.log_p_MC, "se": scores.se_MC}
+    by_class |= {f"calibrated_{name}": values_MC for name, values_MC in calibrated.items()}
+    for name, values_MC in by_class.items():
         columns |= {f"{name}_{k}": values_MC[:, k] for k in range(values_MC.shape[1])}
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / FILE

@@ -147,8 +147,9 @@ def fake_scores() -> ClassScores:
 
 def test_predictions_come_back_for_the_same_texts_only(tmp_path):
     scores, posterior = fake_scores(), np.array([[0.9, 0.1], [0.2, 0.8]])
-    path = write_predictions(tmp_path, scores, posterior)
+    path = write_predictions(tmp_path, scores, posterior, {"rates": posterior[:, ::-1]})
     table = pq.read_table(path).to_pydict()
+    assert table["posterior_0"] == table["calibrated_rates_1"] == [0.9, 0.2]
     assert table["text_id"] == [7, 9] and table["prediction"] == [0, 1] and table["draws"] == [2, 1]
     assert table["log_p_0"] == [-2.0, -5.0] and table["se_0"][0] == pytest.approx(1.0) and np.isnan(table["se_0"][1])
     assert predictions_file(tmp_path) == path
@@ -167,18 +168,19 @@ def test_everything_is_reported_and_the_models_are_used_again(capsys):
     html = next(Path().rglob("classify/test/report.html")).read_text()
     light = [*ask, "classify.baselines=false", "sampling.num_sample_log=0", "classify.num_examples=0",
              "classify.calibrate=false"]  # fmt: skip
-    again = main.run(compose_config([*light, "classify.prior=[0.9,0.1]"]), "a test")
-    assert "complete:" in capsys.readouterr().out and again["prior"]["negative"] == pytest.approx(0.9)
     names = set(results["methods"])
     assert {"this model", "this model, temperature fitted", "naive Bayes, unigrams", "Bayes-optimal"} <= names
     assert results["texts"] == 8 and results["accuracy_wilson_95"][0] <= results["accuracy"].value
     folder = next(Path().rglob("classify/test"))
     saved = json.loads((folder / "results.json").read_text())
     assert saved["protocol"]["data"] == "reviews" and saved["network_evaluations_per_text"] <= 16
+    assert [Path(model["checkpoint"]).is_file() and model["steps"] > 0 for model in saved["models"]] == [True, True]
+    assert "calibrated_temperature_1" in pq.read_table(folder / "predictions.parquet").column_names
     for heading in ("Accuracy", "How honest the probabilities are", "What the draws bought", "Which tokens spoke"):
         assert heading in html
-    compared = main.run(compose_config([*light, f"classify.compare=[{folder}]"]), "a test")
-    assert str(folder) in compared["methods"]
+    again = main.run(compose_config([*light, f"classify.compare=[{folder}]", "classify.prior=[0.9,0.1]"]), "a test")
+    assert "complete:" in capsys.readouterr().out and again["prior"]["negative"] == pytest.approx(0.9)
+    assert again["methods"][str(folder)]["accuracy"] == results["accuracy"]
 
 
 @pytest.mark.parametrize(
@@ -187,6 +189,7 @@ def test_everything_is_reported_and_the_models_are_used_again(capsys):
         (["classify.confidence=0.3"], "classify.confidence=0.3"),
         (["classify.prior=even"], "classify.prior=even"),
         (["classify.masks=both"], "classify.masks=both"),
+        (["classify.masks=independent", "algo=ar"], "classify.masks=independent"),
         (["classify.sharing=some"], "classify.sharing=some"),
         (["classify.sharing=conditional", "backbone=dimamba"], "dimamba"),
         (["classify.compare=[nowhere]", "eval.estimator=auto"], "classify.compare"),
