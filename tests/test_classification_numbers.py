@@ -92,7 +92,7 @@ def test_absent_classes_and_single_texts():
     assert found.roc_auc is None and math.isnan(found.log_loss.se) and math.isnan(found.macro_f1.se)
     assert found.macro_f1.value == 1 and found.support_C.tolist() == [1, 0, 0]
     posterior_MC = np.array([[0.5, 0.3, 0.2], [0.3, 0.6, 0.1], [0.6, 0.3, 0.1]])
-    assert measure(posterior_MC, np.array([0, 1, 1])).roc_auc == pytest.approx((1 / 2 + 1 / 2) / 2)
+    assert measure(posterior_MC, np.array([0, 1, 1])).roc_auc == pytest.approx((1 / 2 + 3 / 4) / 2)
     # class 2 has neither text nor verdict: the mean is over the other two, 2/3 and 1/2 of whose F1 are hits
     assert macro_f1(np.array([[1, 1, 0], [0, 2, 0], [0, 0, 0]])).value == pytest.approx((2 / 3 + 4 / 5) / 2)
 
