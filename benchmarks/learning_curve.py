@@ -1,0 +1,52 @@
+"""What training is worth: accuracy of a classification by its budget, each budget a training of its own from step 0, with
+its own learning-rate schedule.
+
+One JSON per line, key `accuracy`.
+
+    DATA_DIR=/path/to/data python benchmarks/learning_curve.py --steps 150 300 600 --output benchmarks/results/x.jsonl \\
+        experiment=imdb_classifier_cpu data.max_test_texts=1000     # any configuration of mode=classify
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import main as palimpsest
+from command_line import compose_config
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, nargs="+", required=True)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("overrides", nargs="*")
+    given = parser.parse_args()
+    save_dir = next((o.partition("=")[2] for o in given.overrides if o.startswith("checkpointing.save_dir=")), None)
+    for steps in given.steps:
+        # A budget is no part of a run's identity, so each needs a folder of its own.
+        folder = Path(save_dir or "outputs/learning_curve") / f"steps={steps}"
+        overrides = [o for o in given.overrides if not o.startswith("checkpointing.save_dir=")]
+        budget = [f"trainer.max_steps={steps}", f"checkpointing.save_dir={folder}", "mode=classify"]
+        began = time.monotonic()
+        results = palimpsest.run(compose_config([*overrides, *budget]), "benchmarks/learning_curve.py")
+        line = json.dumps(
+            {"benchmark": "learning_curve", "overrides": overrides, "steps": steps, "texts": results["texts"],
+             "accuracy": results["accuracy"].value, "se": results["accuracy"].se, "ece": results["ece"],
+             "log_loss_nats": results["log_loss_nats"].value,
+             "network_evaluations_per_text": results["network_evaluations_per_text"],
+             "seconds": round(time.monotonic() - began, 1)}
+        )  # fmt: skip
+        print(line)
+        if given.output:
+            with given.output.open("a") as file:
+                file.write(line + "\n")
+
+
+if __name__ == "__main__":
+    main()
