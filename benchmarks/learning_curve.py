@@ -1,9 +1,9 @@
-"""What training is worth: accuracy of a classification by its budget, each budget a training of its own from step 0, with
-its own learning-rate schedule.
+"""What training is worth: accuracy of a classification by its budget, each budget a training of its own from step 0,
+with its own learning-rate schedule.
 
 One JSON per line, key `accuracy`.
 
-    DATA_DIR=/path/to/data python benchmarks/learning_curve.py --steps 150 300 600 --output benchmarks/results/x.jsonl \\
+    DATA_DIR=/path/to/data python benchmarks/learning_curve.py --steps 150 600 --output benchmarks/results/x.jsonl \\
         experiment=imdb_classifier_cpu data.max_test_texts=1000     # any configuration of mode=classify
 """
 
