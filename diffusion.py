@@ -13,12 +13,13 @@ import lightning
 import torch
 from torch import Tensor, nn
 
+from engine.updates import Updates
 from metrics import NLLMeter
 from models.checkpoints import Checkpoint
 from models.class_conditioning import UNTOLD, start_from_counts
 from models.ema import EMA
-from objectives.base import Batch, Model, Objective
-from randomness import KeyedNoise, evaluation_noise, hash_seed, training_noise
+from objectives.base import Batch, Model, Objective, TokenLoss, scored_mask
+from randomness import KeyedNoise, evaluation_noise, hash_seed, seed_generator_of, training_noise
 
 
 @dataclass(frozen=True)
@@ -72,20 +73,21 @@ class Diffusion(lightning.LightningModule):
         self.label_dropout = label_dropout
         self.valid_nll = NLLMeter()
         self.provenance: Provenance | None = None
+        self.updates, self._average_due = Updates(), False
 
     @property
     def model(self) -> Model:
         """What samplers and estimators are given: the law to measure, whatever training weighs, with this backbone."""
         return Model(self.objective.bound(None), self.backbone)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """The loss, and beside it what callbacks/metrics.py keeps account of."""
         # Dropout is the one random thing that no generator reaches: seed it by place, so that a resumed run repeats it.
-        torch.manual_seed(hash_seed(self.seed, self.global_step, batch_idx, self.global_rank))
+        seed_generator_of(self.device, hash_seed(self.seed, self.global_step, batch_idx, self.global_rank))
         noise = training_noise(self.seed, batch["position"], self.global_batch_size)
         dropped_B = KeyedNoise(self.seed, batch["position"], draw=-4).uniform() < self.label_dropout
-        loss = self.objective.loss(self.backbone, self.told(batch, dropped_B), noise).mean()
-        self.log(f"train/{self.objective.loss_name}", loss.detach(), prog_bar=True)
-        return loss
+        loss = self.objective.loss(self.backbone, self.told(batch, dropped_B), noise)
+        return {"loss": loss.mean(), **_account(loss, batch, self.objective.encodes)}
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         loss = self.model.loss(self.told(batch), evaluation_noise(self.seed, batch["sample_id"]))
@@ -141,13 +143,30 @@ class Diffusion(lightning.LightningModule):
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Within the context the backbone has its averaged weights, if it keeps an average."""
+        self.settle_average()
         with self.ema.swapped(self.backbone.parameters()) if self.ema else nullcontext():
             yield
 
+    def configure_gradient_clipping(
+        self, optimizer: torch.optim.Optimizer, gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:  # fmt: skip
+        self.settle_average()
+        by_value = gradient_clip_algorithm == "value"
+        self.updates.prepare(optimizer, None if by_value else gradient_clip_val)
+        if by_value:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
     def optimizer_step(self, *args: object, **kwargs: object) -> None:
         super().optimizer_step(*args, **kwargs)
-        if self.ema:
+        self._average_due = self.ema is not None
+
+    def settle_average(self) -> None:
+        """Take the newest weights into the average, if their update was made. That is asked just before the next
+        update, when the device has long answered, or where the average is wanted."""
+        if self._average_due and self.updates.made():
             self.ema.update(self.backbone.parameters())
+        self._average_due = False
 
     def configure_optimizers(self) -> dict[str, object]:
         optimizer = self.build_optimizer(self.backbone)
@@ -158,7 +177,11 @@ class Diffusion(lightning.LightningModule):
         if self.ema:
             self.ema.to(self.device)
 
+    def on_train_end(self) -> None:
+        self.settle_average()
+
     def on_save_checkpoint(self, checkpoint: dict[str, object]) -> None:
+        self.settle_average()
         checkpoint["identity"] = self.identity
         if self.ema:
             checkpoint["ema"] = self.ema.state_dict()
@@ -166,3 +189,16 @@ class Diffusion(lightning.LightningModule):
     def on_load_checkpoint(self, checkpoint: Mapping[str, object]) -> None:
         if self.ema and "ema" in checkpoint:
             self.ema.load_state_dict(checkpoint["ema"])
+
+
+@torch.no_grad()
+def _account(loss: TokenLoss, batch: Batch, encodes: int) -> dict[str, Tensor]:
+    """What a micro-batch leaves to add up, on its device: `nll` in nats and the `tokens` it is the sum over, how many
+    positions were `projected` onto the vocabulary, and per row the `scored_B` tokens. Of objectives that mask also, per
+    row and network pass, `num_masked` and `cross_entropy`, (B, P)."""
+    logs = {name: loss.logs[name] for name in ("num_masked", "cross_entropy") if name in loss.logs}
+    scored_B, tokens = scored_mask(batch).sum(-1), loss.mask_BL.sum()
+    # A second encoding of a pass is that of the clean text, projected everywhere (objectives/d3pm.py).
+    projected = logs["num_masked"].sum() + (encodes - 1) * scored_B.sum() if logs else tokens
+    return {"nll": loss.nll_BL.detach().sum(), "tokens": tokens, "projected": projected,
+            "scored_B": scored_B, **logs}  # fmt: skip

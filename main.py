@@ -230,7 +230,8 @@ class Experiment:
         fitting = title.startswith("train")
         run = Run(
             title, fitting, devices=self._devices, accumulate=self._batches[1], precision=self._precision,
-            patience=self.patience(label) if fitting else None,
+            patience=self.patience(label) if fitting else None, max_skipped_steps=cfg.training.max_skipped_steps,
+            folder=self.folder(label), settings=self.settings,
             callbacks=[instantiate(node) for node in (cfg.get("callbacks") or {}).values()] if fitting else [],
             loggers=[instantiate(node) for node in (cfg.get("logger") or {}).values()] if fitting else [],
             strategy=instantiate(cfg.strategy),

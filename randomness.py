@@ -47,6 +47,14 @@ def hash_seed(*keys: int) -> int:
     return int(_shift(state, 1))
 
 
+def seed_generator_of(device: torch.device, seed: int) -> None:
+    """Seed torch's own generators of the CPU and of `device`, with the numbers that torch.manual_seed gives. That one
+    also asks every kind of accelerator, and where none is in use keeps a stack trace for each: milliseconds a call."""
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        getattr(torch, device.type).manual_seed(seed)
+
+
 class KeyedNoise:
     """Uniform numbers for a batch of rows, each row addressed by (seed, key, draw).
 

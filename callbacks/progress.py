@@ -13,6 +13,8 @@ from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from callbacks.metrics import TrainingMetrics
+
 
 class Meter:
     """One line of progress: a live bar on a terminal, timed lines elsewhere."""
@@ -57,11 +59,12 @@ class Meter:
 
 
 class TextProgressBar(ProgressBar):
-    """Lightning's progress hooks on a `Meter`. Tokens per second count every position, over all devices."""
+    """Lightning's progress hooks on a `Meter`; what it says of a training is what `metrics` measured last."""
 
-    def __init__(self, title: str = "train", log_seconds: float = 15.0) -> None:
+    def __init__(self, title: str = "train", log_seconds: float = 15.0, metrics: TrainingMetrics | None = None) -> None:
         super().__init__()
-        self.title, self.log_seconds, self._enabled, self._meter = title, log_seconds, True, None
+        self.title, self.log_seconds, self.metrics = title, log_seconds, metrics
+        self._enabled, self._meter = True, None
 
     def disable(self) -> None:
         self._enabled = False
@@ -74,16 +77,13 @@ class TextProgressBar(ProgressBar):
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._open(self.title, trainer.max_steps, trainer.global_step)
-        self._tokens, self._clock, self._speed = 0, time.monotonic(), 0.0
+        self._shown = time.monotonic()
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:  # noqa: ANN001
-        self._tokens += batch["input_ids"].numel() * trainer.world_size
-        passed = time.monotonic() - self._clock
-        if passed >= 1.0:
-            self._speed, self._tokens, self._clock = self._tokens / passed, 0, time.monotonic()
-            # Reading the loss waits for the device: once a second, not every step.
-            loss = float(outputs["loss"]) * trainer.accumulate_grad_batches
-            self._meter.update(trainer.global_step, f"nll {loss:.3f}  {self._speed:,.0f} tokens/s")
+        if time.monotonic() - self._shown >= 1.0:
+            self._shown, latest = time.monotonic(), self.metrics.latest if self.metrics else {}
+            facts = f"nll {latest['loss']:.3f}  {latest['train/tokens_per_s']:,.0f} tokens/s" if latest else ""
+            self._meter.update(trainer.global_step, facts)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._meter.update(trainer.global_step)

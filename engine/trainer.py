@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import lightning
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor
@@ -11,7 +12,10 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy
 
 from callbacks.best import LastCheckpoint, Patience
+from callbacks.guard import Guard
+from callbacks.metrics import TrainingMetrics
 from callbacks.progress import TextProgressBar
+from callbacks.run_state import RunState
 from engine.storage import AtomicCheckpointIO
 
 
@@ -21,7 +25,8 @@ class Run:
 
     title: what its progress bar says. fitting: it trains. devices: processes per node. accumulate: micro-batches per
     optimizer step. precision: as Lightning names it. patience: validations without a better one that end it; None:
-    none does. callbacks, loggers, strategy: as configured.
+    none does. max_skipped_steps: updates in a row left out for what is not finite that end it. folder: where it lives.
+    settings: its configuration. callbacks, loggers, strategy: as configured.
     """
 
     title: str
@@ -30,6 +35,9 @@ class Run:
     accumulate: int
     precision: str
     patience: int | None
+    max_skipped_steps: int
+    folder: Path
+    settings: str
     callbacks: Sequence[Callback]
     loggers: Sequence[Logger]
     strategy: Strategy | str
@@ -52,9 +60,13 @@ def build_trainer(run: Run, settings: Mapping[str, object]) -> lightning.Trainer
     callbacks.sort(key=lambda callback: isinstance(callback, LastCheckpoint))
     if not run.loggers:
         callbacks = [c for c in callbacks if not isinstance(c, LearningRateMonitor)]
+    metrics = TrainingMetrics() if run.fitting else None
+    if run.fitting:
+        guard = Guard(run.max_skipped_steps, run.folder, run.settings)
+        callbacks = [guard, metrics, RunState(run.folder, run.title, metrics), *callbacks]
     return lightning.Trainer(
         **settings, devices=run.devices, accumulate_grad_batches=run.accumulate, precision=run.precision,
-        callbacks=[TextProgressBar(run.title), *callbacks], logger=list(run.loggers) or False,
+        callbacks=[TextProgressBar(run.title, metrics=metrics), *callbacks], logger=list(run.loggers) or False,
         strategy=run.strategy, plugins=[AtomicCheckpointIO()], use_distributed_sampler=False,
         check_val_every_n_epoch=None, max_epochs=-1, enable_model_summary=False, enable_checkpointing=run.fitting,
         inference_mode=True,

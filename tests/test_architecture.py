@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "objectives": {"objectives", "forward_process", "noise_schedule"} | SHARED,
     "samplers": {"samplers", "forward_process", "noise_schedule"} | SHARED,
     "estimators": {"estimators", "objectives", "samplers"} | SHARED,
-    "diffusion": {"objectives", "models"} | SHARED,
+    "diffusion": {"engine", "objectives", "models"} | SHARED,
     "tasks": {
         "tasks",
         "callbacks",
