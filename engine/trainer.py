@@ -12,6 +12,7 @@ from lightning.pytorch.strategies import Strategy
 
 from callbacks.best import LastCheckpoint, Patience
 from callbacks.progress import TextProgressBar
+from engine.record import RunRecord
 from engine.storage import AtomicCheckpointIO
 
 
@@ -21,7 +22,8 @@ class Run:
 
     title: what its progress bar says. fitting: it trains. devices: processes per node. accumulate: micro-batches per
     optimizer step. precision: as Lightning names it. patience: validations without a better one that end it; None:
-    none does. callbacks, loggers, strategy: as configured.
+    none does. callbacks, loggers, strategy: as configured. record: what every checkpoint says of its run.
+    max_failed_saves: checkpoints in a row that could not be written and end it; None: no number does.
     """
 
     title: str
@@ -33,6 +35,8 @@ class Run:
     callbacks: Sequence[Callback]
     loggers: Sequence[Logger]
     strategy: Strategy | str
+    record: Mapping[str, object]
+    max_failed_saves: int | None
 
 
 def build_trainer(run: Run, settings: Mapping[str, object]) -> lightning.Trainer:
@@ -54,8 +58,8 @@ def build_trainer(run: Run, settings: Mapping[str, object]) -> lightning.Trainer
         callbacks = [c for c in callbacks if not isinstance(c, LearningRateMonitor)]
     return lightning.Trainer(
         **settings, devices=run.devices, accumulate_grad_batches=run.accumulate, precision=run.precision,
-        callbacks=[TextProgressBar(run.title), *callbacks], logger=list(run.loggers) or False,
-        strategy=run.strategy, plugins=[AtomicCheckpointIO()], use_distributed_sampler=False,
+        callbacks=[TextProgressBar(run.title), RunRecord(run.record), *callbacks], logger=list(run.loggers) or False,
+        strategy=run.strategy, plugins=[AtomicCheckpointIO(run.max_failed_saves)], use_distributed_sampler=False,
         check_val_every_n_epoch=None, max_epochs=-1, enable_model_summary=False, enable_checkpointing=run.fitting,
         inference_mode=True,
     )  # fmt: skip
