@@ -25,8 +25,10 @@ from omegaconf import DictConfig, OmegaConf
 import command_line
 from dataloader import TextData, batch_arithmetic
 from diffusion import Diffusion, Provenance
+from engine.recovery import newest_good
 from engine.trainer import Run, build_trainer
 from estimators.base import Estimator
+from files import Place, below, exists, folder_of, is_remote, place
 from identity import identity
 from models.belonging import FUNCTION, check_belongs, check_same
 from models.checkpoints import read_checkpoint, read_progress
@@ -44,7 +46,9 @@ class Experiment:
 
     def __init__(self, cfg: DictConfig, command: str, shared: bool = False) -> None:
         self.cfg, self.command, self.seed = cfg, command, cfg.seed
-        self._save_dir = Path(cfg.checkpointing.save_dir) if cfg.checkpointing.save_dir else self._own_folder()
+        own = self._own_folder()
+        self._kept_in = place(cfg.checkpointing.save_dir or own)  # checkpoints; all else is written on this machine
+        self._save_dir = own if is_remote(self._kept_in) else self._kept_in
         self.conditional, self.start_from_counts = cfg.classify.sharing == "conditional", cfg.training.start_from_counts
         self._shared, self._data = shared, dict[int | None, TextData]()
 
@@ -55,7 +59,7 @@ class Experiment:
         if not classify.pretrain:
             return None
         splits = pretraining_splits(classify.pretrain, self.data().splits)
-        cfg = _shared_start(self.cfg, splits, self._save_dir / "pretrained")
+        cfg = _shared_start(self.cfg, splits, below(self._kept_in, "pretrained"))
         return Experiment(cfg, self.command, shared=True)
 
     def patience(self, label: int | None = None) -> int | None:
@@ -64,14 +68,17 @@ class Experiment:
         ordinary = self.folder(label) == self._save_dir and not self.conditional and not self._shared
         return None if ordinary else self.cfg.classify.patience
 
-    def finished(self, label: int | None = None) -> Path | None:
+    def finished(self, label: int | None = None) -> Place | None:
         """The weights of a training that is complete; None where there is something left to do.
 
         Raises:
             ValueError: the training in the folder has other settings or another tokenizer.
         """
-        last, checkpointing = self._last(label), self.cfg.checkpointing
-        if not last.exists() or checkpointing.resume_ckpt_path or not checkpointing.resume_from_ckpt:
+        checkpointing = self.cfg.checkpointing
+        if checkpointing.resume_ckpt_path or not checkpointing.resume_from_ckpt:
+            return None
+        last = newest_good(self.checkpoints(label))
+        if last is None:
             return None
         progress, data = read_progress(last), self.data(label)
         ours = {**identity(self.cfg), "data.label": data.label, "tokenizer": data.vocabulary.fingerprint}
@@ -80,11 +87,11 @@ class Experiment:
         stopped = patience is not None and progress.fruitless >= patience
         return self.model_path(label) if stopped or progress.step >= self.cfg.trainer.max_steps else None
 
-    def model_path(self, label: int | None = None) -> Path:
+    def model_path(self, label: int | None = None) -> Place:
         """The checkpoint of the trained model: with a patience the best by validation, if one ran, else the last."""
-        last = self._last(label)
-        best = read_progress(last).best if self.patience(label) is not None and last.exists() else None
-        return best or last
+        last = newest_good(self.checkpoints(label))
+        best = read_progress(last).best if self.patience(label) is not None and last else None
+        return best if best and exists(best) else last or below(self.checkpoints(label), "last.ckpt")
 
     def _own_folder(self) -> Path:
         digest = hashlib.sha256(json.dumps(identity(self.cfg), sort_keys=True).encode()).hexdigest()
@@ -94,6 +101,11 @@ class Experiment:
         """Where a run and its results live: the experiment's folder, or that of one class's model below it."""
         label = self.cfg.data.label if label is None else label
         return self._save_dir if label is None else self._save_dir / f"label={label}"
+
+    def checkpoints(self, label: int | None = None) -> Place:
+        """Where the checkpoints of a run are: in its folder, or below the address checkpointing.save_dir."""
+        below_it = self.folder(label).relative_to(self._save_dir).parts
+        return below(self._kept_in, *below_it, "checkpoints")
 
     @property
     def settings(self) -> str:
@@ -179,7 +191,7 @@ class Experiment:
         """The model with the weights of `checkpoint_path`, or of this configuration's own last checkpoint if that is
         empty; on the device it will run on. Refuses weights that belong to something else."""
         path = _of_class(checkpoint_path, data.label) or self.model_path()
-        if not checkpoint_path and not path.exists():
+        if not checkpoint_path and not exists(path):
             raise FileNotFoundError(
                 f"this configuration has no trained model at {path}: train it (the same command with mode=train), "
                 "or name one with eval.checkpoint_path="
@@ -195,7 +207,7 @@ class Experiment:
         diffusion.provenance = Provenance(str(path), checkpoint.step, averaged)
         return diffusion.eval().to(_device(self.cfg.trainer.accelerator))
 
-    def start_from_pretrained(self, diffusion: Diffusion, data: TextData, shared: Path | None) -> Path | None:
+    def start_from_pretrained(self, diffusion: Diffusion, data: TextData, shared: Place | None) -> Place | None:
         """Give a new training the averaged weights of `shared`, those of training.from_pretrained, of the file that
         backbone=hf_dit was built from, or those that the backbone itself names (hf_causal); returns where they lie.
         Refuses weights that belong to something else, before anything changes."""
@@ -212,27 +224,26 @@ class Experiment:
         diffusion.start_from(checkpoint, use_ema=shared is not None or not self.cfg.eval.disable_ema)
         return checkpoint.path
 
-    def _last(self, label: int | None = None) -> Path:
-        return self.folder(label) / "checkpoints" / "last.ckpt"
-
-    def resume_path(self, label: int | None = None) -> Path | None:
+    def resume_path(self, label: int | None = None) -> Place | None:
         """The checkpoint to go on from, if there is one and checkpointing.resume_from_ckpt allows it."""
         typed = self.cfg.checkpointing.resume_ckpt_path
-        if typed and not Path(typed).exists():
+        path = place(typed, "checkpointing.resume_ckpt_path") if typed else None
+        if path and not exists(path):
             raise FileNotFoundError(f"checkpointing.resume_ckpt_path={typed}: there is no such file")
-        path = Path(typed) if typed else self._last(label)
-        return path if self.cfg.checkpointing.resume_from_ckpt and path.exists() else None
+        return (path or newest_good(self.checkpoints(label))) if self.cfg.checkpointing.resume_from_ckpt else None
 
     def trainer(self, title: str, label: int | None = None) -> lightning.Trainer:
         """A Trainer that logs and saves below `folder(label)`."""
         cfg = self.cfg.copy()
-        cfg.checkpointing.save_dir = str(self.folder(label))
         fitting = title.startswith("train")
+        cfg.checkpointing.save_dir = str(folder_of(self.checkpoints(label)))
+        callbacks = [instantiate(node) for node in (cfg.get("callbacks") or {}).values()] if fitting else []
+        cfg.checkpointing.save_dir = str(self.folder(label))
         run = Run(
             title, fitting, devices=self._devices, accumulate=self._batches[1], precision=self._precision,
             patience=self.patience(label) if fitting else None, max_skipped_steps=cfg.training.max_skipped_steps,
-            folder=self.folder(label), settings=self.settings,
-            callbacks=[instantiate(node) for node in (cfg.get("callbacks") or {}).values()] if fitting else [],
+            max_failed_saves=cfg.checkpointing.max_failed_saves, folder=self.folder(label), command=self.command,
+            settings=self.settings, callbacks=callbacks,
             loggers=[instantiate(node) for node in (cfg.get("logger") or {}).values()] if fitting else [],
             strategy=instantiate(cfg.strategy),
         )  # fmt: skip
@@ -272,7 +283,7 @@ class Experiment:
         return self.cfg.loader.eval_batch_size or -(-self.cfg.loader.eval_global_batch_size // devices)
 
 
-def _shared_start(cfg: DictConfig, splits: list[str], folder: Path) -> DictConfig:
+def _shared_start(cfg: DictConfig, splits: list[str], folder: Place) -> DictConfig:
     """The configuration of the training on `splits` from whose weights the models of all classes start."""
     cfg = cfg.copy()
     changes = {"data.train_splits": splits, "data.label": None, "trainer.max_steps": int(cfg.classify.pretrain_steps),
@@ -304,7 +315,10 @@ def run(cfg: DictConfig, command: str) -> dict[str, object]:
     command_line.check_numbers(cfg)
     command_line.refuse_contradictions(cfg)
     torch.set_float32_matmul_precision("high")
-    return instantiate(cfg.mode)(Experiment(cfg, command))
+    experiment = Experiment(cfg, command)
+    if is_remote(experiment.checkpoints()):
+        print(f"checkpoints: {experiment.checkpoints()}; logs, reports and results, here: {experiment.folder()}")
+    return instantiate(cfg.mode)(experiment)
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="config")

@@ -16,6 +16,7 @@ from callbacks.guard import Guard
 from callbacks.metrics import TrainingMetrics
 from callbacks.progress import TextProgressBar
 from callbacks.run_state import RunState
+from engine.record import RunRecord
 from engine.storage import AtomicCheckpointIO
 
 
@@ -25,8 +26,9 @@ class Run:
 
     title: what its progress bar says. fitting: it trains. devices: processes per node. accumulate: micro-batches per
     optimizer step. precision: as Lightning names it. patience: validations without a better one that end it; None:
-    none does. max_skipped_steps: updates in a row left out for what is not finite that end it. folder: where it lives.
-    settings: its configuration. callbacks, loggers, strategy: as configured.
+    none does. max_skipped_steps: updates in a row left out for what is not finite that end it. max_failed_saves:
+    checkpoints in a row that could not be written and end it; None: no number does. folder: where it lives. command,
+    settings: what was typed and the configuration that it makes. callbacks, loggers, strategy: as configured.
     """
 
     title: str
@@ -36,7 +38,9 @@ class Run:
     precision: str
     patience: int | None
     max_skipped_steps: int
+    max_failed_saves: int | None
     folder: Path
+    command: str
     settings: str
     callbacks: Sequence[Callback]
     loggers: Sequence[Logger]
@@ -63,11 +67,12 @@ def build_trainer(run: Run, settings: Mapping[str, object]) -> lightning.Trainer
     metrics = TrainingMetrics() if run.fitting else None
     if run.fitting:
         guard = Guard(run.max_skipped_steps, run.folder, run.settings)
-        callbacks = [guard, metrics, RunState(run.folder, run.title, metrics), *callbacks]
+        record = RunRecord({"command": run.command, "configuration": run.settings})
+        callbacks = [guard, metrics, RunState(run.folder, run.title, metrics), record, *callbacks]
     return lightning.Trainer(
         **settings, devices=run.devices, accumulate_grad_batches=run.accumulate, precision=run.precision,
         callbacks=[TextProgressBar(run.title, metrics=metrics), *callbacks], logger=list(run.loggers) or False,
-        strategy=run.strategy, plugins=[AtomicCheckpointIO()], use_distributed_sampler=False,
+        strategy=run.strategy, plugins=[AtomicCheckpointIO(run.max_failed_saves)], use_distributed_sampler=False,
         check_val_every_n_epoch=None, max_epochs=-1, enable_model_summary=False, enable_checkpointing=run.fitting,
         inference_mode=True,
     )  # fmt: skip

@@ -11,6 +11,7 @@ import pickle
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from types import FunctionType, SimpleNamespace
 
@@ -19,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from files import Place, below, check_content, check_seal, folder_of, is_remote, name_of, open_to_read, place, version
 from models.ema import EMA
 from models.hub import CONFIG_FILE, WEIGHT_FILES, locate, read_config, settings_of_config, settings_of_tensors
 
@@ -36,7 +38,7 @@ class Checkpoint:
     training, None where it does not say.
     """
 
-    path: Path
+    path: Place
     state: dict[str, Tensor]
     ema: dict[str, object] | None = None
     identity: dict[str, object] = field(default_factory=dict)
@@ -74,7 +76,8 @@ class Checkpoint:
 
 
 def read_checkpoint(path: str | Path, key: str = "eval.checkpoint_path") -> Checkpoint:
-    """Read a `.ckpt` file, a Hub-layout directory, or the model of that name on the Hub.
+    """Read a `.ckpt` file, here or at an address (files.py), a Hub-layout directory, or the model of that name on the
+    Hub.
 
     `key` is the setting that named it, for messages.
 
@@ -83,7 +86,7 @@ def read_checkpoint(path: str | Path, key: str = "eval.checkpoint_path") -> Chec
         ValueError: it is truncated, corrupt, or not a checkpoint of a known layout.
     """
     path = locate(path, key)
-    return _read_hub_directory(path) if path.is_dir() else _read_lightning_file(path)
+    return _read_lightning_file(path) if is_remote(path) or path.is_file() else _read_hub_directory(path)
 
 
 def read_settings(path: str | Path, key: str = "eval.checkpoint_path") -> Checkpoint:
@@ -92,7 +95,7 @@ def read_settings(path: str | Path, key: str = "eval.checkpoint_path") -> Checkp
     Raises: as `read_checkpoint`.
     """
     path = locate(path, key)
-    if path.is_dir():
+    if not is_remote(path) and path.is_dir():
         return _hub_checkpoint(path, {})
     checkpoint = _read_lightning_file(path, weights=False)
     checkpoint.state, checkpoint.ema = {}, None
@@ -109,12 +112,18 @@ class Progress:
 
     step: int
     fruitless: int
-    best: Path | None
+    best: Place | None
     identity: dict[str, object]
 
 
-def read_progress(path: Path) -> Progress:
+def read_progress(path: Place) -> Progress:
     """Read it without the weights. Raises ValueError for a file that is corrupt or no checkpoint of ours."""
+    return _read_progress(str(path), version(path))
+
+
+@lru_cache(maxsize=64)
+def _read_progress(path: str, version: str) -> Progress:
+    path = place(path)
     content = load_inert(path, mmap=True)
     callbacks = content.get("callbacks") if isinstance(content, dict) else None
     if not isinstance(callbacks, dict) or "global_step" not in content:
@@ -122,11 +131,11 @@ def read_progress(path: Path) -> Progress:
     states = [state for state in callbacks.values() if isinstance(state, dict)]
     fruitless = next((int(state["wait_count"]) for state in states if "wait_count" in state), 0)
     best = next((state["best_model_path"] for state in states if state.get("monitor") == "val/nll"), None)
-    best_path = path.with_name(Path(best).name) if best else None
+    best_path = below(folder_of(path), name_of(place(best))) if best else None
     return Progress(int(content["global_step"]), fruitless, best_path, content.get("identity") or {})
 
 
-def _read_lightning_file(path: Path, weights: bool = True) -> Checkpoint:
+def _read_lightning_file(path: Place, weights: bool = True) -> Checkpoint:
     content = load_inert(path, mmap=not weights)
     if not isinstance(content, dict) or "state_dict" not in content:
         raise ValueError(f"{path} is not a Lightning checkpoint: it has no state_dict")
@@ -190,7 +199,7 @@ def _state(shell: Inert) -> dict[str, object]:
     return state if isinstance(state, dict) else {}
 
 
-def _strip(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+def _strip(state: Mapping[str, Tensor], path: Place) -> dict[str, Tensor]:
     """Backbone entries without `backbone.` and without the `_orig_mod.` that torch.compile leaves in names."""
     names = {name: name.replace("_orig_mod.", "") for name in state}
     kept = {
@@ -205,23 +214,31 @@ def _strip(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     return kept
 
 
-def _unreadable(path: Path, error: Exception) -> ValueError:
+def _unreadable(path: Place, error: Exception) -> ValueError:
     return ValueError(
         f"{path} cannot be read ({type(error).__name__}: {error}); it is truncated, corrupt or unsafe. "
         "Use an earlier checkpoint, or delete it to start afresh"
     )
 
 
-def load_inert(path: Path, mmap: bool = False) -> object:
+def load_inert(path: str | Path, mmap: bool = False) -> object:
     """torch.load that never runs code of the file: foreign classes become empty shells that only hold their state.
-    With `mmap` tensors stay on disk until they are looked at, where the file's format allows it.
+    Sealed content (files.py) is checked first. With `mmap` it is not, and tensors stay on disk until they are looked
+    at, where the file's format allows it.
 
     Raises:
         ValueError: the file is truncated or corrupt, or asks for a function beyond tensors and plain containers.
     """
+    path = place(path)
     try:
-        mmap = mmap and zipfile.is_zipfile(path)
-        return torch.load(path, map_location="cpu", weights_only=False, pickle_module=_INERT_PICKLE, mmap=mmap)
+        mmap = mmap and not is_remote(path) and zipfile.is_zipfile(path)
+        source = path
+        if is_remote(path):
+            source = open_to_read(path)
+            check_content(source, path)
+        elif not mmap:
+            check_seal(path)
+        return torch.load(source, map_location="cpu", weights_only=False, pickle_module=_INERT_PICKLE, mmap=mmap)
     except (
         pickle.UnpicklingError,
         EOFError,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from files import is_remote
 from models.checkpoints import Checkpoint, read_settings
 from models.dit import DiT
 from models.hub import MODEL_TYPE
@@ -64,7 +65,7 @@ def build(settings: Mapping[str, object], attn_backend: str = "sdpa") -> DiT:
 def _described(checkpoint: Checkpoint, key: str) -> dict[str, object]:
     """The settings a file gives, all sizes among them."""
     path, known = checkpoint.path, checkpoint.settings
-    if path.is_file() and "configuration" not in checkpoint.identity:
+    if (is_remote(path) or path.is_file()) and "configuration" not in checkpoint.identity:
         sizes = " ".join(f"{name}={known[name]}" for name in _SIZES if name in known)
         raise ValueError(
             f"{key}={path} is a Lightning file of another program, and backbone=hf_dit reads the Hub's layout; "

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from files import Place, exists, place
+
 CONFIG_FILE = "config.json"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 MODEL_TYPE = "mdlm"
@@ -28,14 +30,16 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*")
 _FILES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
 
 
-def locate(path: str | Path, key: str) -> Path:
-    """Where `path` lies on this machine: itself, or, if it is only a name such as `org/name`, a copy from the Hub.
+def locate(path: str | Path, key: str) -> Place:
+    """Where `path` lies: itself, here or at an address, or, if it is only a name such as `org/name`, a copy from the
+    Hub.
 
     Raises:
         FileNotFoundError: it is neither here nor to be had; `key` is the setting that named it.
     """
-    if Path(path).exists():
-        return Path(path)
+    where = place(path, key)
+    if exists(where):
+        return where
     name = str(path)
     if not _HUB_ID.fullmatch(name) or name.endswith(_FILES):
         raise FileNotFoundError(f"{key}={name}: there is no such file or directory")

@@ -5,15 +5,15 @@ Shape suffixes: C classes, V vocabulary.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
+from callbacks.best import save_last
 from diffusion import Diffusion
+from files import Place
 from tasks.base import Experiment, token_counts
 
 
-def fit(experiment: Experiment, label: int | None = None) -> Path:
+def fit(experiment: Experiment, label: int | None = None) -> Place:
     """Train on one class (or, with None, on what the configuration says), up to trainer.max_steps or until the
     experiment's patience ends. What is complete already is left as it is; where the model starts from shared weights
     (classify.pretrain) that do not exist yet, they are trained first.
@@ -38,13 +38,13 @@ def fit(experiment: Experiment, label: int | None = None) -> Path:
         begin(experiment, diffusion, data, shared)
     trainer.fit(diffusion, datamodule=data, ckpt_path=resume)
     if not trainer.interrupted:
-        trainer.save_checkpoint(experiment.folder(label) / "checkpoints" / "last.ckpt")
+        save_last(trainer, experiment.checkpoints(label))
     if trainer.should_stop:
         print(f"stopped at step {trainer.global_step}: {experiment.patience(label)} validations were not better")
     return experiment.model_path(label)
 
 
-def begin(experiment: Experiment, diffusion: Diffusion, data: object, shared: Path | None) -> None:
+def begin(experiment: Experiment, diffusion: Diffusion, data: object, shared: Place | None) -> None:
     """Give a new training the weights that it starts from: those of `shared` or of the file that the configuration
     names, if any, and the token frequencies of its texts, if the configuration says so."""
     if start := experiment.start_from_pretrained(diffusion, data, shared):
