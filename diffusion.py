@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Protocol
 
 import lightning
 import torch
@@ -17,7 +19,14 @@ from models.checkpoints import Checkpoint
 from models.class_conditioning import UNTOLD, start_from_counts
 from models.ema import EMA
 from objectives.base import Batch, Model, Objective
+from objectives.reduction import StepLoss, scale_gradients
 from randomness import KeyedNoise, evaluation_noise, hash_seed, training_noise
+
+
+class BatchPlan(Protocol):
+    """Where the optimizer steps lie in the training stream (text/stream.py)."""
+
+    def place(self, position_B: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
 class Diffusion(lightning.LightningModule):
@@ -30,7 +39,7 @@ class Diffusion(lightning.LightningModule):
         lr_scheduler: optimizer -> learning-rate scheduler, stepped once per optimizer step.
         ema: decay of the parameter average that evaluation uses; 0 for none.
         seed: of the training and validation noise.
-        global_batch_size: samples per optimizer step, over all devices and micro-batches.
+        plan: which positions of the stream each optimizer step takes; None only where nothing is trained.
         identity: what the weights belong to (configuration, tokenizer), saved beside them in every checkpoint.
         label_dropout: share of the training texts whose class a conditional backbone is not told.
     """
@@ -43,7 +52,7 @@ class Diffusion(lightning.LightningModule):
         lr_scheduler: Callable | None = None,
         ema: float = 0.0,
         seed: int = 1,
-        global_batch_size: int = 1,
+        plan: BatchPlan | None = None,
         identity: Mapping[str, object] | None = None,
         label_dropout: float = 0.0,
     ) -> None:
@@ -57,7 +66,7 @@ class Diffusion(lightning.LightningModule):
         self.backbone, self.objective = backbone, objective
         self.build_optimizer, self.build_lr_scheduler = optimizer, lr_scheduler
         self.ema = EMA(self.backbone.parameters(), ema) if ema else None
-        self.seed, self.global_batch_size = seed, global_batch_size
+        self.seed, self.plan, self.step_loss = seed, plan, StepLoss()
         self.identity = dict(identity or {})
         self.label_dropout = label_dropout
         self.valid_nll = NLLMeter()
@@ -70,11 +79,22 @@ class Diffusion(lightning.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         # Dropout is the one random thing that no generator reaches: seed it by place, so that a resumed run repeats it.
         torch.manual_seed(hash_seed(self.seed, self.global_step, batch_idx, self.global_rank))
-        noise = training_noise(self.seed, batch["position"], self.global_batch_size)
+        place_B, size_B = self.plan.place(batch["position"])
+        noise = training_noise(self.seed, batch["position"], size_B, place_B)
         dropped_B = KeyedNoise(self.seed, batch["position"], draw=-4).uniform() < self.label_dropout
-        loss = self.objective.loss(self.backbone, self.told(batch, dropped_B), noise).mean()
-        self.log(f"train/{self.objective.loss_name}", loss.detach(), prog_bar=True)
-        return loss
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self.step_loss = StepLoss()
+        return self.step_loss.add(self.objective.loss(self.backbone, self.told(batch, dropped_B), noise))
+
+    def on_after_backward(self) -> None:
+        """With the last micro-batch of a step: its gradient and its loss become the mean over all scored tokens of the
+        global batch, on all devices."""
+        if self.step_loss.micro_batches < self.trainer.accumulate_grad_batches:
+            return
+        nats, rows_per_token, rows = self.step_loss.over(partial(self.trainer.strategy.reduce, reduce_op="sum"))
+        scale_gradients(self.backbone.parameters(), rows_per_token)
+        self.log(f"train/{self.objective.loss_name}", nats, prog_bar=True)
+        self.log("train/global_batch_size", rows)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         loss = self.model.loss(self.told(batch), evaluation_noise(self.seed, batch["sample_id"]))

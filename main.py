@@ -147,7 +147,7 @@ class Experiment:
             self._data[label] = TextData(
                 instantiate(self.cfg.data.source), label=label, length=self.cfg.model.length, **settings,
                 batch_size=micro_batch, eval_batch_size=self._eval_batch_size, max_steps=self.cfg.trainer.max_steps,
-                global_batch_size=loader.global_batch_size, num_workers=loader.num_workers,
+                global_batch_size=loader.global_batch_size, batch_ramp=self._ramp, num_workers=loader.num_workers,
                 pin_memory=loader.pin_memory, seed=self.seed,
             )  # fmt: skip
         return self._data[label]
@@ -163,7 +163,7 @@ class Experiment:
         known = {"configuration": settings, "tokenizer": vocabulary.fingerprint, "label": data.label}
         return Diffusion(
             backbone, objective, instantiate(self.cfg.optim), instantiate(self.cfg.lr_scheduler),
-            self.cfg.training.ema, self.seed, self.cfg.loader.global_batch_size, known, self.cfg.classify.label_dropout,
+            self.cfg.training.ema, self.seed, data.plan, known, self.cfg.classify.label_dropout,
         )  # fmt: skip
 
     def _backbone(self, data: TextData) -> torch.nn.Module:
@@ -252,16 +252,16 @@ class Experiment:
     def _batches(self) -> tuple[int, int]:
         """(samples per device and micro-batch, micro-batches per optimizer step)."""
         loader = self.cfg.loader
-        size, accumulate = batch_arithmetic(
-            loader.global_batch_size, loader.batch_size, self._devices, self.cfg.trainer.num_nodes
-        )
-        typed = self.cfg.trainer.accumulate_grad_batches
-        if typed not in (None, accumulate):
-            raise ValueError(
-                f"trainer.accumulate_grad_batches={typed} contradicts loader.global_batch_size="
-                f"{loader.global_batch_size}, which makes it {accumulate}; leave it out"
-            )
-        return size, accumulate
+        trainer = self.cfg.trainer
+        return batch_arithmetic(
+            loader.global_batch_size, loader.batch_size, self._devices, trainer.num_nodes,
+            accumulate=trainer.accumulate_grad_batches, ramp=self._ramp,
+        )  # fmt: skip
+
+    @property
+    def _ramp(self) -> list[list[int]] | None:
+        ramp = self.cfg.loader.batch_ramp
+        return OmegaConf.to_container(ramp) if OmegaConf.is_config(ramp) else ramp
 
     @property
     def _eval_batch_size(self) -> int:

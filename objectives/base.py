@@ -36,7 +36,8 @@ class TokenLoss:
     logs: dict[str, Tensor] = field(default_factory=dict)
 
     def mean(self) -> Tensor:
-        """Nats per token over the batch: the one place where a loss is reduced."""
+        """Nats per token over the batch; that of an optimizer step, over all its batches, is in
+        objectives/reduction.py."""
         return self.nll_BL.sum() / self.mask_BL.sum().clamp(min=1)
 
 
