@@ -18,6 +18,7 @@ from metrics import NLLMeter
 from models.checkpoints import Checkpoint
 from models.class_conditioning import UNTOLD, start_from_counts
 from models.ema import EMA
+from models.sharding import share_out
 from objectives.base import Batch, Model, Objective
 from objectives.reduction import StepLoss, scale_gradients
 from randomness import KeyedNoise, evaluation_noise, hash_seed, training_noise
@@ -69,7 +70,7 @@ class Diffusion(lightning.LightningModule):
         self.seed, self.plan, self.step_loss = seed, plan, StepLoss()
         self.identity = dict(identity or {})
         self.label_dropout = label_dropout
-        self.valid_nll = NLLMeter()
+        self.valid_nll = NLLMeter(over_devices=True)
 
     @property
     def model(self) -> Model:
@@ -157,6 +158,14 @@ class Diffusion(lightning.LightningModule):
         super().optimizer_step(*args, **kwargs)
         if self.ema:
             self.ema.update(self.backbone.parameters())
+
+    def configure_model(self) -> None:
+        """Share the weights and their average out over devices, where the strategy says so (strategy=fsdp)."""
+        if self.device_mesh is None:
+            return
+        share_out(self, self.backbone.blocks, self.device_mesh["data_parallel"], ("training_step", "validation_step"))
+        if self.ema:
+            self.ema.share_out(self.backbone.parameters())
 
     def configure_optimizers(self) -> dict[str, object]:
         optimizer = self.build_optimizer(self.backbone)

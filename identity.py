@@ -15,7 +15,7 @@ IDENTITY = ("data", "model", "backbone", "parameterization", "noise", "masking",
             "loader.batch_ramp", "trainer.gradient_clip_val")  # fmt: skip
 NOT_IDENTITY = ("data.label", "data.cache_dir", "model.attn_backend", "backbone.attn_backend",
                 "lr_scheduler.num_training_steps", "data.max_valid_texts", "data.max_test_texts",
-                "backbone.resumed")  # fmt: skip
+                "backbone.resumed", "training.gradient_checkpointing")  # fmt: skip
 IDENTITY_IF_SET = ("training.from_pretrained", "training.start_from_counts", "loader.batch_ramp")
 # Of texts that only classify.pretrain reads.
 IDENTITY_IF_PRETRAINED = ("data.source.files.unsupervised", "data.source.hub_splits.unsupervised",

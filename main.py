@@ -10,6 +10,7 @@ import hashlib
 import inspect
 import json
 import logging
+import os
 import sys
 import warnings
 from functools import cached_property
@@ -25,11 +26,13 @@ from omegaconf import DictConfig, OmegaConf
 import command_line
 from dataloader import TextData, batch_arithmetic
 from diffusion import Diffusion
+from engine.processes import first_process, local_device, processes_per_node
 from engine.trainer import Run, build_trainer
 from estimators.base import Estimator
 from identity import identity
 from models.belonging import FUNCTION, check_belongs, check_same
 from models.checkpoints import read_checkpoint, read_progress
+from models.recompute import recompute_blocks
 from tasks.class_models import pretraining_splits
 from tasks.drawing import Drawing, Template
 from tasks.scoring import Precision
@@ -157,6 +160,8 @@ class Experiment:
         vocabulary = data.vocabulary
         objective = instantiate(self.cfg.parameterization, mask_id=vocabulary.mask_id)
         backbone = self._backbone(data)
+        if self.cfg.training.gradient_checkpointing:
+            recompute_blocks(backbone)
         # backbone=hf_dit and hf_causal leave sizes open in the configuration; what is saved says those they found.
         settings = identity(self.cfg)
         settings |= {k: v for k, v in getattr(backbone, "settings", {}).items() if settings.get(k) is None}
@@ -243,10 +248,9 @@ class Experiment:
 
     @property
     def _devices(self) -> int:
-        devices = self.cfg.trainer.devices
-        if devices != "auto":
-            return devices
-        return torch.cuda.device_count() if _device(self.cfg.trainer.accelerator).type == "cuda" else 1
+        on_gpu = _device(self.cfg.trainer.accelerator).type == "cuda"
+        available = torch.cuda.device_count() if on_gpu else 1
+        return processes_per_node(self.cfg.trainer.devices, self.cfg.trainer.num_nodes, available)
 
     @property
     def _batches(self) -> tuple[int, int]:
@@ -287,7 +291,7 @@ def _of_class(path: str | None, label: int | None) -> str:
 
 def _device(accelerator: str) -> torch.device:
     gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-    return torch.device("cuda" if gpu else "cpu")
+    return torch.device("cuda", local_device()) if gpu else torch.device("cpu")
 
 
 def _device_name() -> str:
@@ -313,6 +317,8 @@ def _hydra_main(cfg: DictConfig) -> None:
 def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
+    if not first_process():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the end: what is said is said once
     with command_line.clear_errors():
         sys.argv[1:] = command_line.translate(sys.argv[1:])
         _hydra_main()

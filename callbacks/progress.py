@@ -10,6 +10,7 @@ import time
 
 import lightning
 from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -19,11 +20,11 @@ class Meter:
 
     def __init__(self, title: str, total: int, start: int = 0, log_seconds: float = 15.0, enabled: bool = True) -> None:
         self.title, self.total, self.start, self.done = title, total, start, start
-        self.log_seconds, self.enabled = log_seconds, enabled
+        self.log_seconds, self.enabled = log_seconds, enabled and rank_zero_only.rank == 0
         self.began = self.last_line = time.monotonic()
         console = Console(file=sys.stderr)
         self._live = None
-        if enabled and console.is_terminal:
+        if self.enabled and console.is_terminal:
             columns = (
                 TextColumn("[bold]{task.description}"),
                 BarColumn(),
@@ -82,8 +83,8 @@ class TextProgressBar(ProgressBar):
         if passed >= 1.0:
             self._speed, self._tokens, self._clock = self._tokens / passed, 0, time.monotonic()
             # Reading the loss waits for the device: once a second, not every step.
-            loss = float(outputs["loss"]) * trainer.accumulate_grad_batches
-            self._meter.update(trainer.global_step, f"nll {loss:.3f}  {self._speed:,.0f} tokens/s")
+            told = [f"{name.rpartition('/')[2]} {value:.3f}  " for name, value in trainer.progress_bar_metrics.items()]
+            self._meter.update(trainer.global_step, f"{''.join(told)}{self._speed:,.0f} tokens/s")
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._meter.update(trainer.global_step)

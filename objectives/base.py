@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, Self
 
@@ -48,6 +48,7 @@ class Backbone(Protocol):
     causal: bool
     encodes_positions: bool  # `encode` takes `at_BL` and gives the hidden states of those positions alone, for less
 
+    blocks: Iterable[torch.nn.Module]  # the repeated part: what strategy=fsdp shares out piece by piece
     num_classes: int  # that it can be told, as `class_id`; 0: it knows of none
 
     def encode(self, tokens_BL: Tensor, sigma_B: Tensor, attention_mask: Tensor | None = None) -> Tensor: ...
