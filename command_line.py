@@ -40,9 +40,11 @@ def translate(arguments: list[str]) -> list[str]:
         ValueError: a spelling that has no meaning here, or two that contradict each other.
     """
     out = []
+    # Lightning starts its other processes with the first one's hydra.run.dir, which is not the user's.
+    started = any(argument.startswith("hydra.job.name=train_ddp_process_") for argument in arguments)
     for argument in _algo(arguments):
         key, equals, value = argument.partition("=")
-        key = ALIASES.get(key, key)
+        key = key if started and key == "hydra.run.dir" else ALIASES.get(key, key)
         if key in TEXTS and value not in ("", "null") and value[0] not in "'\"":
             value = json.dumps(value, ensure_ascii=False)
         if key in PATHS and re.search("[={}]", value) and not re.search(r"""["'\\,]""", value):
@@ -113,10 +115,11 @@ def law(cfg: DictConfig) -> str:
 WHOLE = ("seed", "T", "sampling.steps", "sampling.stride_length", "sampling.num_strides", "sampling.tokens_per_step",
          "sampling.num_sample_batches", "sampling.num_sample_log", "sampling.top_k", "eval.num_draws", "eval.max_draws",
          "eval.perplexity_batch_size", "classify.num_draws", "classify.num_examples", "classify.patience",
-         "classify.pretrain_steps", "trainer.max_steps", "model.length")  # fmt: skip
+         "classify.pretrain_steps", "trainer.max_steps", "model.length", "loader.batch_size",
+         "loader.global_batch_size", "trainer.num_nodes", "trainer.accumulate_grad_batches")  # fmt: skip
 REAL = ("sampling.temperature", "sampling.nucleus_p", "eval.target_se", "training.ema", "training.sampling_eps",
         "classify.confidence", "classify.label_dropout")  # fmt: skip
-FLAGS = ("classify.calibrate", "classify.baselines", "training.start_from_counts")
+FLAGS = ("classify.calibrate", "classify.baselines", "training.start_from_counts", "training.gradient_checkpointing")
 
 
 def check_numbers(cfg: DictConfig) -> None:

@@ -14,8 +14,9 @@ PAD_MULTIPLE.
 
 Training data is ONE stream. Position p of the run is row order(seed, p // n)[p % n] of the n rows; optimizer
 step s takes the positions [s * G, (s + 1) * G), G = loader.global_batch_size, for any number of devices and
-any size of the micro-batches. The place in the stream is a function of the step alone: a checkpoint holds
-one number, workers none. With data.random_crop a row is twice as long, and what is seen of it at position p is
+any size of the micro-batches (with loader.batch_ramp G depends on s, and a step begins where that before it
+ends). The place in the stream is a function of the step alone: a checkpoint holds one number, workers none. With
+data.random_crop a row is twice as long, and what is seen of it at position p is
 a function of (seed, p).
 """
 
@@ -37,7 +38,7 @@ from text.order import evaluation_batches
 from text.packing import Packing, pack
 from text.rows import at_most, joined, keep_label, without_texts_of
 from text.sources import Source
-from text.stream import PositionBatchSampler, TrainingStream, batch_arithmetic
+from text.stream import BatchPlan, PositionBatchSampler, TrainingStream, batch_arithmetic, consumed_before
 from text.tokenizers import Vocabulary, load_tokenizer, vocabulary
 
 log = logging.getLogger(__name__)
@@ -103,8 +104,8 @@ class TextData(LightningDataModule):
     stretches of wrapped rows twice as long, evaluation has fixed rows. `train_splits`: train on these splits of the
     source together, without labels (validation has none then either) and without texts of the held-out splits.
     loader: `batch_size` and `eval_batch_size` are rows per
-    device; `batch_size` None divides `global_batch_size`. `length` is model.length, `seed` orders the
-    training stream, `max_steps` are optimizer steps of the whole run.
+    device; `batch_size` None divides `global_batch_size`; `batch_ramp` as in text/stream.py.
+    `length` is model.length, `seed` orders the training stream, `max_steps` are optimizer steps of the whole run.
     """
 
     def __init__(
@@ -137,6 +138,7 @@ class TextData(LightningDataModule):
         batch_size: int | None = None,
         eval_batch_size: int = 32,
         global_batch_size: int = 32,
+        batch_ramp: Sequence[Sequence[int]] | None = None,
         max_steps: int = 1,
         seed: int = 0,
         num_workers: int = 0,
@@ -157,13 +159,13 @@ class TextData(LightningDataModule):
         }  # fmt: skip
         self.limits = {"train": max_train_texts, "validation": max_valid_texts, "test": max_test_texts}
         self.cache_dir, self.seed, self.num_workers = cache_dir, seed, num_workers
-        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
-        self.global_batch_size, self.max_steps = global_batch_size, max_steps
+        self.batch_size, self.eval_batch_size, self.max_steps = batch_size, eval_batch_size, max_steps
+        self.global_batch_size, self.plan = global_batch_size, BatchPlan.of(global_batch_size, batch_ramp)
         self.pin_memory = pin_memory and torch.cuda.is_available()
         self.figures: dict[str, dict[str, int]] = {}
         self._texts: dict[str, datasets.Dataset] = {}
         self._splits: dict[str, datasets.Dataset] = {}
-        self._resumed: dict[str, int] = {}
+        self._resumed: dict[str, Any] = {}
         _check_names({name, *getattr(source, "sources", ())}, train, valid)
         self._check()
 
@@ -282,8 +284,11 @@ class TextData(LightningDataModule):
             raise ValueError(f"trainer.max_steps={limit}, but the data were set up for {self.max_steps} "
                              f"steps; "
                              f"give both one positive number")  # fmt: skip
-        size, _ = batch_arithmetic(self.global_batch_size, self.batch_size, world)
-        sampler = PositionBatchSampler(self.global_batch_size, size, self.max_steps, rank, world, self._consumed())
+        size, _ = batch_arithmetic(self.global_batch_size, self.batch_size, world, ramp=self.plan.ramp)
+        consumed = consumed_before(self._resumed, self._stream)
+        sampler = PositionBatchSampler(
+            self.global_batch_size, size, self.max_steps, rank, world, consumed, self.plan.ramp
+        )
         if not self.random_crop:
             return self._loader(TrainingStream(self.split("train"), self.seed), sampler)
         double = self._pack("train", replace(self.packings["train"], length=2 * self.length))
@@ -320,25 +325,19 @@ class TextData(LightningDataModule):
     def _rank(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """Samples that finished steps have taken from the stream, and what else the order hangs on."""
         steps = None if self.trainer is None else self.trainer.global_step
-        consumed = self._resumed.get("consumed_samples", 0) if steps is None else steps * self.global_batch_size
-        return {"consumed_samples": consumed, "global_batch_size": self.global_batch_size, "seed": self.seed}
+        consumed = self._resumed.get("consumed_samples", 0) if steps is None else self.plan.start(steps)
+        return {"consumed_samples": consumed, **self._stream}
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+    @property
+    def _stream(self) -> dict[str, Any]:
+        """What the order of the training samples hangs on, beside the data."""
+        return {"global_batch_size": self.global_batch_size, "batch_ramp": self.plan.ramp, "seed": self.seed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._resumed = dict(state_dict)
-
-    def _consumed(self) -> int:
-        """Where training goes on. Raises ValueError for a checkpoint of a run with another stream."""
-        for key, value in (("global_batch_size", self.global_batch_size), ("seed", self.seed)):
-            before = self._resumed.get(key, value)
-            if before != value:
-                setting = f"loader.{key}" if key == "global_batch_size" else key
-                raise ValueError(f"{setting}={value}, but the run to be resumed was begun with "
-                                 f"{setting}={before}; "
-                                 f"resume it with that, or start a new run")  # fmt: skip
-        return int(self._resumed.get("consumed_samples", 0))
 
 
 def _limit_key(split: str) -> str:

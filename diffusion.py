@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
 
 import lightning
 import torch
@@ -18,7 +20,9 @@ from metrics import NLLMeter
 from models.checkpoints import Checkpoint
 from models.class_conditioning import UNTOLD, start_from_counts
 from models.ema import EMA
+from models.sharding import share_out
 from objectives.base import Batch, Model, Objective, TokenLoss, scored_mask
+from objectives.reduction import StepLoss, scale_gradients
 from randomness import KeyedNoise, evaluation_noise, hash_seed, seed_generator_of, training_noise
 
 
@@ -31,6 +35,12 @@ class Provenance:
     averaged: bool
 
 
+class BatchPlan(Protocol):
+    """Where the optimizer steps lie in the training stream (text/stream.py)."""
+
+    def place(self, position_B: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
 class Diffusion(lightning.LightningModule):
     """A backbone trained by an objective.
 
@@ -41,7 +51,7 @@ class Diffusion(lightning.LightningModule):
         lr_scheduler: optimizer -> learning-rate scheduler, stepped once per optimizer step.
         ema: decay of the parameter average that evaluation uses; 0 for none.
         seed: of the training and validation noise.
-        global_batch_size: samples per optimizer step, over all devices and micro-batches.
+        plan: which positions of the stream each optimizer step takes; None only where nothing is trained.
         identity: what the weights belong to (configuration, tokenizer), saved beside them in every checkpoint.
         label_dropout: share of the training texts whose class a conditional backbone is not told.
     """
@@ -54,7 +64,7 @@ class Diffusion(lightning.LightningModule):
         lr_scheduler: Callable | None = None,
         ema: float = 0.0,
         seed: int = 1,
-        global_batch_size: int = 1,
+        plan: BatchPlan | None = None,
         identity: Mapping[str, object] | None = None,
         label_dropout: float = 0.0,
     ) -> None:
@@ -68,10 +78,10 @@ class Diffusion(lightning.LightningModule):
         self.backbone, self.objective = backbone, objective
         self.build_optimizer, self.build_lr_scheduler = optimizer, lr_scheduler
         self.ema = EMA(self.backbone.parameters(), ema) if ema else None
-        self.seed, self.global_batch_size = seed, global_batch_size
+        self.seed, self.plan, self.step_loss = seed, plan, StepLoss()
         self.identity = dict(identity or {})
         self.label_dropout = label_dropout
-        self.valid_nll = NLLMeter()
+        self.valid_nll = NLLMeter(over_devices=True)
         self.provenance: Provenance | None = None
         self.updates, self._average_due = Updates(), False
 
@@ -84,10 +94,21 @@ class Diffusion(lightning.LightningModule):
         """The loss, and beside it what callbacks/metrics.py keeps account of."""
         # Dropout is the one random thing that no generator reaches: seed it by place, so that a resumed run repeats it.
         seed_generator_of(self.device, hash_seed(self.seed, self.global_step, batch_idx, self.global_rank))
-        noise = training_noise(self.seed, batch["position"], self.global_batch_size)
+        place_B, size_B = self.plan.place(batch["position"])
+        noise = training_noise(self.seed, batch["position"], size_B, place_B)
         dropped_B = KeyedNoise(self.seed, batch["position"], draw=-4).uniform() < self.label_dropout
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self.step_loss = StepLoss()
         loss = self.objective.loss(self.backbone, self.told(batch, dropped_B), noise)
-        return {"loss": loss.mean(), **_account(loss, batch, self.objective.encodes)}
+        return {"loss": self.step_loss.add(loss), **_account(loss, batch, self.objective.encodes)}
+
+    def on_after_backward(self) -> None:
+        """With the last micro-batch of a step its gradient becomes that of the mean over all scored tokens of the
+        global batch, on all devices."""
+        if self.step_loss.micro_batches < self.trainer.accumulate_grad_batches:
+            return
+        rows_per_token = self.step_loss.rows_per_token(partial(self.trainer.strategy.reduce, reduce_op="sum"))
+        scale_gradients(self.backbone.parameters(), rows_per_token)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         loss = self.model.loss(self.told(batch), evaluation_noise(self.seed, batch["sample_id"]))
@@ -167,6 +188,14 @@ class Diffusion(lightning.LightningModule):
         if self._average_due and self.updates.made():
             self.ema.update(self.backbone.parameters())
         self._average_due = False
+
+    def configure_model(self) -> None:
+        """Share the weights and their average out over devices, where the strategy says so (strategy=fsdp)."""
+        if self.device_mesh is None:
+            return
+        share_out(self, self.backbone.blocks, self.device_mesh["data_parallel"], ("training_step", "validation_step"))
+        if self.ema:
+            self.ema.share_out(self.backbone.parameters())
 
     def configure_optimizers(self) -> dict[str, object]:
         optimizer = self.build_optimizer(self.backbone)

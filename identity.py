@@ -12,11 +12,11 @@ import command_line
 # Budgets, devices and bookkeeping are left out: they may change at a resume.
 IDENTITY = ("data", "model", "backbone", "parameterization", "noise", "masking", "T", "subs_masking",
             "time_conditioning", "optim", "lr_scheduler", "training", "seed", "loader.global_batch_size",
-            "trainer.gradient_clip_val")  # fmt: skip
+            "loader.batch_ramp", "trainer.gradient_clip_val")  # fmt: skip
 NOT_IDENTITY = ("data.label", "data.cache_dir", "model.attn_backend", "backbone.attn_backend",
                 "lr_scheduler.num_training_steps", "data.max_valid_texts", "data.max_test_texts",
-                "backbone.resumed", "training.max_skipped_steps")  # fmt: skip
-IDENTITY_IF_SET = ("training.from_pretrained", "training.start_from_counts")
+                "backbone.resumed", "training.max_skipped_steps", "training.gradient_checkpointing")  # fmt: skip
+IDENTITY_IF_SET = ("training.from_pretrained", "training.start_from_counts", "loader.batch_ramp")
 # Of texts that only classify.pretrain reads.
 IDENTITY_IF_PRETRAINED = ("data.source.files.unsupervised", "data.source.hub_splits.unsupervised",
                           "data.source.unlabelled")  # fmt: skip

@@ -10,6 +10,7 @@ import hashlib
 import inspect
 import json
 import logging
+import os
 import sys
 import warnings
 from functools import cached_property
@@ -25,6 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 import command_line
 from dataloader import TextData, batch_arithmetic
 from diffusion import Diffusion, Provenance
+from engine.processes import first_process, local_device, processes_per_node
 from engine.recovery import newest_good
 from engine.trainer import Run, build_trainer
 from estimators.base import Estimator
@@ -32,6 +34,7 @@ from files import Place, below, exists, folder_of, is_remote, place
 from identity import identity
 from models.belonging import FUNCTION, check_belongs, check_same
 from models.checkpoints import read_checkpoint, read_progress
+from models.recompute import recompute_blocks
 from tasks.class_models import pretraining_splits
 from tasks.drawing import Drawing, Template
 from tasks.scoring import Precision
@@ -159,7 +162,7 @@ class Experiment:
             self._data[label] = TextData(
                 instantiate(self.cfg.data.source), label=label, length=self.cfg.model.length, **settings,
                 batch_size=micro_batch, eval_batch_size=self._eval_batch_size, max_steps=self.cfg.trainer.max_steps,
-                global_batch_size=loader.global_batch_size, num_workers=loader.num_workers,
+                global_batch_size=loader.global_batch_size, batch_ramp=self._ramp, num_workers=loader.num_workers,
                 pin_memory=loader.pin_memory, seed=self.seed,
             )  # fmt: skip
         return self._data[label]
@@ -169,13 +172,15 @@ class Experiment:
         vocabulary = data.vocabulary
         objective = instantiate(self.cfg.parameterization, mask_id=vocabulary.mask_id)
         backbone = self._backbone(data)
+        if self.cfg.training.gradient_checkpointing:
+            recompute_blocks(backbone)
         # backbone=hf_dit and hf_causal leave sizes open in the configuration; what is saved says those they found.
         settings = identity(self.cfg)
         settings |= {k: v for k, v in getattr(backbone, "settings", {}).items() if settings.get(k) is None}
         known = {"configuration": settings, "tokenizer": vocabulary.fingerprint, "label": data.label}
         return Diffusion(
             backbone, objective, instantiate(self.cfg.optim), instantiate(self.cfg.lr_scheduler),
-            self.cfg.training.ema, self.seed, self.cfg.loader.global_batch_size, known, self.cfg.classify.label_dropout,
+            self.cfg.training.ema, self.seed, data.plan, known, self.cfg.classify.label_dropout,
         )  # fmt: skip
 
     def _backbone(self, data: TextData) -> torch.nn.Module:
@@ -257,25 +262,24 @@ class Experiment:
 
     @property
     def _devices(self) -> int:
-        devices = self.cfg.trainer.devices
-        if devices != "auto":
-            return devices
-        return torch.cuda.device_count() if _device(self.cfg.trainer.accelerator).type == "cuda" else 1
+        on_gpu = _device(self.cfg.trainer.accelerator).type == "cuda"
+        available = torch.cuda.device_count() if on_gpu else 1
+        return processes_per_node(self.cfg.trainer.devices, self.cfg.trainer.num_nodes, available)
 
     @property
     def _batches(self) -> tuple[int, int]:
         """(samples per device and micro-batch, micro-batches per optimizer step)."""
         loader = self.cfg.loader
-        size, accumulate = batch_arithmetic(
-            loader.global_batch_size, loader.batch_size, self._devices, self.cfg.trainer.num_nodes
-        )
-        typed = self.cfg.trainer.accumulate_grad_batches
-        if typed not in (None, accumulate):
-            raise ValueError(
-                f"trainer.accumulate_grad_batches={typed} contradicts loader.global_batch_size="
-                f"{loader.global_batch_size}, which makes it {accumulate}; leave it out"
-            )
-        return size, accumulate
+        trainer = self.cfg.trainer
+        return batch_arithmetic(
+            loader.global_batch_size, loader.batch_size, self._devices, trainer.num_nodes,
+            accumulate=trainer.accumulate_grad_batches, ramp=self._ramp,
+        )  # fmt: skip
+
+    @property
+    def _ramp(self) -> list[list[int]] | None:
+        ramp = self.cfg.loader.batch_ramp
+        return OmegaConf.to_container(ramp) if OmegaConf.is_config(ramp) else ramp
 
     @property
     def _eval_batch_size(self) -> int:
@@ -301,7 +305,7 @@ def _of_class(path: str | None, label: int | None) -> str:
 
 def _device(accelerator: str) -> torch.device:
     gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-    return torch.device("cuda" if gpu else "cpu")
+    return torch.device("cuda", local_device()) if gpu else torch.device("cpu")
 
 
 def _device_name() -> str:
@@ -330,6 +334,8 @@ def _hydra_main(cfg: DictConfig) -> None:
 def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
+    if not first_process():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the end: what is said is said once
     with command_line.clear_errors():
         sys.argv[1:] = command_line.translate(sys.argv[1:])
         _hydra_main()

@@ -36,12 +36,14 @@ class NLLMeter(Metric):
 
     The error (Cochran, Sampling Techniques, eq. 6.12) covers both the choice of texts and the Monte Carlo draws. All
     sums are float64 and add up over devices, so batch size and number of devices do not matter.
+
+    over_devices: every process meters texts of its own, and all together ask for the estimate; else each has the whole.
     """
 
     full_state_update = False
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, over_devices: bool = False) -> None:
+        super().__init__(sync_on_compute=over_devices)
         for name in ("texts", "nll", "tokens", "nll_sq", "tokens_sq", "cross"):
             self.add_state(name, default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
@@ -55,7 +57,7 @@ class NLLMeter(Metric):
         self.cross += (nll_B * tokens_B).sum()
 
     def estimate(self) -> Estimate:
-        """Nats per token, over all devices."""
+        """Nats per token."""
         return Estimate(*self.compute().tolist())
 
     def compute(self) -> Tensor:

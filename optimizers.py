@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, Replicate
 
 # A weight matrix of one of a backbone's repeated blocks.
 _BLOCK_MATRIX = re.compile(r"(^|\.)(blocks|layers)\.\d+\..*\.weight$")
@@ -51,6 +52,27 @@ class _Together(torch.optim.Optimizer):
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
 
+class _Muon(torch.optim.Muon):
+    """Muon also for matrices that are shared out over devices: its step needs them whole, so gradients and momenta are
+    put together for it on every device, and the momenta shared out again."""
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        shared = [p for group in self.param_groups for p in group["params"] if isinstance(p, DTensor)]
+        for p in shared:
+            if p.grad is not None:
+                p.grad = _together(p.grad)
+                self.state[p].update({name: _together(value) for name, value in self.state[p].items()})
+        loss = super().step(closure)
+        for p in shared:
+            state = self.state[p]
+            state.update({name: value.redistribute(placements=p.placements) for name, value in state.items()})
+        return loss
+
+
+def _together(tensor: DTensor) -> DTensor:
+    return tensor.redistribute(placements=[Replicate()] * tensor.device_mesh.ndim)
+
+
 def muon(
     backbone: nn.Module, lr: float, matrix_lr: float, beta1: float, beta2: float, eps: float, weight_decay: float
 ) -> torch.optim.Optimizer:
@@ -63,6 +85,6 @@ def muon(
     if not matrices:
         raise ValueError("optim=muon found no weight matrix in the backbone's blocks; use optim=adamw")
     return _Together(
-        torch.optim.Muon(matrices, lr=matrix_lr, weight_decay=weight_decay),
+        _Muon(matrices, lr=matrix_lr, weight_decay=weight_decay),
         torch.optim.AdamW(rest, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay, fused=True),
     )

@@ -87,14 +87,18 @@ class KeyedNoise:
         return self.uniform() if self._time_B is None else self._time_B
 
 
-def training_noise(seed: int, position_B: Tensor, global_batch_size: int) -> KeyedNoise:
+def training_noise(
+    seed: int, position_B: Tensor, global_batch_size: int | Tensor, place_B: Tensor | None = None
+) -> KeyedNoise:
     """Noise keyed by the place of a sample in the training stream.
 
     Times are antithetic over the *global* batch: each of its samples gets a stratum of its own
-    (Kingma et al., arXiv 2107.00630, appendix I.1), whichever device and micro-batch it falls into.
+    (Kingma et al., arXiv 2107.00630, appendix I.1), whichever device and micro-batch it falls into. `place_B`: which
+    sample of its global batch each is, where these are not all of one size from the start of the stream on.
     """
+    place_B = position_B % global_batch_size if place_B is None else place_B
     jitter_B = KeyedNoise(seed, position_B, draw=-1).uniform()
-    return KeyedNoise(seed, position_B, time_B=(position_B % global_batch_size + jitter_B) / global_batch_size)
+    return KeyedNoise(seed, position_B, time_B=(place_B + jitter_B) / global_batch_size)
 
 
 def evaluation_noise(

@@ -10,6 +10,7 @@ import time
 
 import lightning
 from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -21,11 +22,11 @@ class Meter:
 
     def __init__(self, title: str, total: int, start: int = 0, log_seconds: float = 15.0, enabled: bool = True) -> None:
         self.title, self.total, self.start, self.done = title, total, start, start
-        self.log_seconds, self.enabled = log_seconds, enabled
+        self.log_seconds, self.enabled = log_seconds, enabled and rank_zero_only.rank == 0
         self.began = self.last_line = time.monotonic()
         console = Console(file=sys.stderr)
         self._live = None
-        if enabled and console.is_terminal:
+        if self.enabled and console.is_terminal:
             columns = (
                 TextColumn("[bold]{task.description}"),
                 BarColumn(),

@@ -11,11 +11,13 @@ from lightning.pytorch.callbacks import Callback, LearningRateMonitor
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy
 
+from callbacks.batches import BatchArithmetic
 from callbacks.best import LastCheckpoint, Patience
 from callbacks.guard import Guard
 from callbacks.metrics import TrainingMetrics
 from callbacks.progress import TextProgressBar
 from callbacks.run_state import RunState
+from engine.processes import strategy_for
 from engine.record import RunRecord
 from engine.storage import AtomicCheckpointIO
 
@@ -61,6 +63,8 @@ def build_trainer(run: Run, settings: Mapping[str, object]) -> lightning.Trainer
                 "add it, or set classify.patience=null"
             )
         callbacks.append(Patience(run.patience))
+    if run.fitting:
+        callbacks.append(BatchArithmetic())
     callbacks.sort(key=lambda callback: isinstance(callback, LastCheckpoint))
     if not run.loggers:
         callbacks = [c for c in callbacks if not isinstance(c, LearningRateMonitor)]
@@ -69,10 +73,14 @@ def build_trainer(run: Run, settings: Mapping[str, object]) -> lightning.Trainer
         guard = Guard(run.max_skipped_steps, run.folder, run.settings)
         record = RunRecord({"command": run.command, "configuration": run.settings})
         callbacks = [guard, metrics, RunState(run.folder, run.title, metrics), record, *callbacks]
+    settings = dict(settings)
+    if isinstance(settings.get("val_check_interval"), int):  # of optimizer steps; Lightning counts micro-batches
+        settings["val_check_interval"] *= run.accumulate
+    strategy = strategy_for(run.strategy, run.devices * settings.get("num_nodes", 1), run.fitting)
     return lightning.Trainer(
         **settings, devices=run.devices, accumulate_grad_batches=run.accumulate, precision=run.precision,
         callbacks=[TextProgressBar(run.title, metrics=metrics), *callbacks], logger=list(run.loggers) or False,
-        strategy=run.strategy, plugins=[AtomicCheckpointIO(run.max_failed_saves)], use_distributed_sampler=False,
+        strategy=strategy, plugins=[AtomicCheckpointIO(run.max_failed_saves)], use_distributed_sampler=False,
         check_val_every_n_epoch=None, max_epochs=-1, enable_model_summary=False, enable_checkpointing=run.fitting,
         inference_mode=True,
     )  # fmt: skip

@@ -15,6 +15,7 @@ from models.attention import head_width, resolve_backend, rotary_angles
 from models.class_conditioning import ClassEmbedding, untold, with_class
 from models.kv_cache import KVCache
 from models.layers import RotaryFrequencies, TokenEmbedding
+from models.recompute import Recomputing
 from models.transformer import Head, Remember, Rotary, TransformerBlock
 
 
@@ -26,7 +27,7 @@ class ARBlock(TransformerBlock):
         return x_BLD + self.transform(self.norm2(x_BLD))
 
 
-class AR(nn.Module):
+class AR(Recomputing):
     """tokens -> logits of the token after each, in two steps: `encode(tokens_BL)`, then `head(hidden)` where needed.
 
     The noise level and the padding mask are taken because every backbone is called with them, and change nothing:
@@ -102,7 +103,8 @@ class AR(nn.Module):
             class_id = untold(tokens_BL) if class_id is None else class_id
             x_BLD = x_BLD + self.class_embed(class_id)[:, None]
         for number, block in enumerate(self.blocks):
-            x_BLD = block(x_BLD, rotary, None if cache is None else partial(cache.append, number))
+            remember = None if cache is None else partial(cache.append, number)
+            x_BLD = self.through(block, x_BLD, rotary, remember)
         if cache is not None:
             cache.advance(tokens_BL.shape[1])
         hidden_BLD = self.output_layer.normed(x_BLD)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from models.layers import RMSNorm, SigmaEmbedding, modulate, zero_linear
 from models.mamba import BiMamba
+from models.recompute import Recomputing
 
 
 class DiMambaBlock(nn.Module):
@@ -33,7 +34,7 @@ class DiMambaBlock(nn.Module):
         return x_BLD + gate[:, None] * F.dropout(mixed_BLD, self.dropout, self.training)
 
 
-class Trunk(nn.Module):
+class Trunk(Recomputing):
     """Embedding, blocks and final norm: tokens and conditioning -> hidden states (B, L, D)."""
 
     def __init__(self, vocab_size: int, dim: int, cond_dim: int, n_blocks: int, dropout: float) -> None:
@@ -50,7 +51,7 @@ class Trunk(nn.Module):
     def forward(self, tokens_BL: Tensor, c_BC: Tensor, padding_BL: Tensor | None) -> Tensor:
         x_BLD = self.embeddings["word_embeddings"](tokens_BL)
         for layer in self.layers:
-            x_BLD = layer(x_BLD, c_BC, padding_BL)
+            x_BLD = self.through(layer, x_BLD, c_BC, padding_BL)
         shift, scale = self.adaLN_modulation_final(c_BC).chunk(2, dim=-1)
         return modulate(self.norm_f(x_BLD), shift, scale)
 
@@ -97,6 +98,15 @@ class DiMamba(nn.Module):
     def head(self) -> nn.Linear:
         """The vocabulary projection, without bias: hidden (..., D) -> logits (..., V)."""
         return self.model["lm_head"]
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The repeated part of the network."""
+        return self.model["bimamba"]["backbone"].layers
+
+    def recompute_blocks(self) -> None:
+        """Gradient checkpointing (models/recompute.py)."""
+        self.model["bimamba"]["backbone"].recompute_blocks()
 
     def encode(self, tokens_BL: Tensor, sigma_B: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Hidden states (B, L, D), ready for `head`. `attention_mask` (B, L) is False on padding."""

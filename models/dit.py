@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from models.attention import head_width, resolve_backend, rotary_angles
 from models.class_conditioning import ClassEmbedding, untold, with_class
 from models.layers import RotaryFrequencies, SigmaEmbedding, TokenEmbedding, modulate, zero_linear
+from models.recompute import Recomputing
 from models.transformer import Head, Rotary, TransformerBlock, rows_at
 
 
@@ -49,7 +50,7 @@ class OutputLayer(Head):
         return modulate(self.norm_final(x_BLD), shift, scale)
 
 
-class DiT(nn.Module):
+class DiT(Recomputing):
     """tokens, sigma -> logits, in two steps so that callers pay for the vocabulary only where they need it.
 
     `encode(tokens_BL, sigma_B)` gives the normed hidden states (B, L, D); `head(hidden)` projects any selection of
@@ -122,13 +123,15 @@ class DiT(nn.Module):
         key_mask_BL = attention_mask if self.mask_padding else None
         x_BLD = self.vocab_embed(tokens_BL)
         for block in self.blocks[:-1]:
-            x_BLD = block(x_BLD, c_BC, rotary, key_mask_BL)
+            x_BLD = self.through(block, x_BLD, c_BC, rotary, key_mask_BL)
         if at_BL is None:
-            last_BLD = self.output_layer.normed(self.blocks[-1](x_BLD, c_BC, rotary, key_mask_BL), c_BC)
+            last_BLD = self.through(self.blocks[-1], x_BLD, c_BC, rotary, key_mask_BL)
+            last_BLD = self.output_layer.normed(last_BLD, c_BC)
             return with_class(last_BLD, class_id, self.num_classes) if self.num_classes else last_BLD
         count_B = at_BL.sum(-1)
         at_BQ = at_BL.long().argsort(dim=-1, descending=True, stable=True)[:, : max(1, int(count_B.max()))]
-        hidden_BQD = self.output_layer.normed(self.blocks[-1](x_BLD, c_BC, rotary, key_mask_BL, at_BQ), c_BC)
+        hidden_BQD = self.through(self.blocks[-1], x_BLD, c_BC, rotary, key_mask_BL, at_BQ)
+        hidden_BQD = self.output_layer.normed(hidden_BQD, c_BC)
         hidden_BQD = with_class(hidden_BQD, class_id, self.num_classes) if self.num_classes else hidden_BQD
         return hidden_BQD[torch.arange(at_BQ.shape[1], device=at_BQ.device) < count_B[:, None]]
 

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from models.sharding import shared_like, whole
+
 
 class EMA:
     """Shadow copies s of parameters p: after the n-th update s -= (1 - d)(s - p), d = min(decay, (1 + n) / (10 + n)).
@@ -49,8 +51,13 @@ class EMA:
     def to(self, device: torch.device) -> None:
         self.shadow_params = [s.to(device) for s in self.shadow_params]
 
+    def share_out(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Share the averages out over devices as the parameters are (models/sharding.py)."""
+        self.shadow_params = [shared_like(s, p) for s, p in zip(self.shadow_params, self._matched(parameters))]
+
     def state_dict(self) -> dict[str, object]:
-        return {"decay": self.decay, "num_updates": self.num_updates, "shadow_params": self.shadow_params}
+        """Where the averages are shared out, all devices must call it together: it holds them whole."""
+        return {"decay": self.decay, "num_updates": self.num_updates, "shadow_params": whole(self.shadow_params)}
 
     def load_state_dict(self, state: dict[str, object]) -> None:
         """Take over a saved average, its decay and count included; refuses one of other shapes before changing any."""
@@ -61,7 +68,7 @@ class EMA:
                 f"the checkpoint's EMA holds {len(theirs)} tensors that do not fit the model's {len(ours)} parameters"
             )
         self.decay, self.num_updates = float(state["decay"]), int(state["num_updates"])
-        _copy(loaded, self.shadow_params)
+        _copy([shared_like(t, s) for t, s in zip(loaded, self.shadow_params)], self.shadow_params)
 
     def _matched(self, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
         trainable = [p for p in parameters if p.requires_grad]

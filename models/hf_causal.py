@@ -105,6 +105,25 @@ class HFCausal(nn.Module):
         return self.model.get_output_embeddings()
 
     @property
+    def blocks(self) -> list[nn.Module]:
+        """The repeated part of the network, as the library names it; empty where it does not say."""
+        names = set(self.model._no_split_modules or ())
+        return [module for module in self.model.modules() if type(module).__name__ in names]
+
+    def recompute_blocks(self) -> None:
+        """Gradient checkpointing (models/recompute.py), by the library's own switch.
+
+        Raises:
+            ValueError: the architecture has none.
+        """
+        if not self.model.supports_gradient_checkpointing:
+            raise ValueError(
+                f"training.gradient_checkpointing=true: a {self.model.config.model_type} model of transformers can not "
+                "compute its blocks again; leave it out"
+            )
+        self.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+
+    @property
     def settings(self) -> dict[str, object]:
         """What the network was built with, keys as on the command line."""
         return {**_sizes(self.model.config.get_text_config()), CONFIG: self._described}

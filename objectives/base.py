@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, Self
 
@@ -36,7 +36,8 @@ class TokenLoss:
     logs: dict[str, Tensor] = field(default_factory=dict)
 
     def mean(self) -> Tensor:
-        """Nats per token over the batch: the one place where a loss is reduced."""
+        """Nats per token over the batch; that of an optimizer step, over all its batches, is in
+        objectives/reduction.py."""
         return self.nll_BL.sum() / self.mask_BL.sum().clamp(min=1)
 
 
@@ -47,6 +48,7 @@ class Backbone(Protocol):
     causal: bool
     encodes_positions: bool  # `encode` takes `at_BL` and gives the hidden states of those positions alone, for less
 
+    blocks: Iterable[torch.nn.Module]  # the repeated part: what strategy=fsdp shares out piece by piece
     num_classes: int  # that it can be told, as `class_id`; 0: it knows of none
 
     def encode(self, tokens_BL: Tensor, sigma_B: Tensor, attention_mask: Tensor | None = None) -> Tensor: ...

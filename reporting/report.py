@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from matplotlib.figure import Figure
 
 from reporting.evidence import Evidence, evidence_block
@@ -127,8 +128,10 @@ class Report:
             written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         )
 
+    @rank_zero_only
     def write(self, path: Path) -> None:
-        """Writes the page to `path` atomically: readers see the old file or the new one, never a part."""
+        """Writes the page to `path` atomically: readers see the old file or the new one, never a part. Of several
+        processes the first does it."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         # Lone surrogates (torn bytes of a byte-level tokenizer) must not cost a finished run its report.

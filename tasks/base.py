@@ -15,6 +15,7 @@ from typing import Protocol
 import lightning
 import numpy as np
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from diffusion import Diffusion, Provenance
 from estimators.base import Estimator
@@ -181,8 +182,10 @@ def true_nll(
     return np.logaddexp.reduce([truth.log_prob_length(tokens_M, k) for k in labels]) - joint
 
 
+@rank_zero_only
 def write_results(folder: Path, results: Mapping[str, object]) -> None:
-    """`results.json`: what was measured and under which protocol, for programs to read; written atomically."""
+    """`results.json`: what was measured and under which protocol, for programs to read; written atomically, by the
+    first process."""
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / "results.json.partial"
     plain = json.loads(json.dumps(results, default=_plain), parse_constant=lambda name: None)  # JSON has no NaN

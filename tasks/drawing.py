@@ -8,10 +8,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 
+import lightning
 import numpy as np
 import torch
+import torch.distributed
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from callbacks.progress import Meter
 from diffusion import Diffusion
@@ -100,6 +104,47 @@ def draw(
             meter.update(len(drawn))
     meter.close()
     return drawn
+
+
+class _Drawer(lightning.LightningModule):
+    """Lets a Lightning Trainer draw, on each of its devices the batches that it is given the first samples of."""
+
+    def __init__(self, diffusion: Diffusion, draw_from: Callable[[int], list[Drawn]], meter: Meter) -> None:
+        super().__init__()
+        self.diffusion, self.draw_from, self.meter = diffusion, draw_from, meter
+        self.drawn: list[Drawn] = []
+
+    def predict_step(self, start: int, batch_idx: int) -> None:
+        with torch.autocast(self.device.type, enabled=False):  # as without a trainer
+            self.drawn += self.draw_from(int(start))
+        self.meter.update(len(self.drawn))
+
+
+def draw_on_all(
+    trainer: lightning.Trainer, diffusion: Diffusion, data: object, drawing: Drawing, num_samples: int, batch_size: int,
+    seed: int,
+) -> list[Drawn]:  # fmt: skip
+    """As `draw`, shared out over all of the trainer's devices; every process gets all of the texts, the same as one
+    process alone would have drawn."""
+    if trainer.world_size == 1:
+        return draw(diffusion, data, drawing, num_samples, batch_size, seed)
+    rows, device = _rows(diffusion, data, drawing.given, num_samples, seed), diffusion.device
+
+    def draw_from(start: int) -> list[Drawn]:
+        return _draw_batch(diffusion, data, drawing.sampler, rows[start : start + batch_size], start, seed, None)
+
+    starts = list(range(0, num_samples, batch_size))
+    mine = starts[trainer.global_rank :: trainer.world_size]
+    meter = Meter("sample (first process)", sum(min(batch_size, num_samples - start) for start in mine))
+    drawer = _Drawer(diffusion, draw_from, meter)
+    trainer.predict(drawer, DataLoader(mine, batch_size=None), return_predictions=False)
+    meter.close()
+    diffusion.to(device)  # a trainer leaves a model on the CPU
+    gathered: list = [None] * trainer.world_size
+    torch.distributed.all_gather_object(gathered, drawer.drawn)
+    shares = [iter(share) for share in gathered]
+    return [text for number, start in enumerate(starts)
+            for text in islice(shares[number % len(shares)], min(batch_size, num_samples - start))]  # fmt: skip
 
 
 def _rows(diffusion: Diffusion, data: object, given: Template, num_samples: int, seed: int) -> list[np.ndarray]:

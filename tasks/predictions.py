@@ -15,16 +15,19 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from tasks.class_scoring import ClassScores
 
 FILE = "predictions.parquet"
 
 
+@rank_zero_only
 def write_predictions(
     folder: Path, scores: ClassScores, posterior_MC: np.ndarray, calibrated: Mapping[str, np.ndarray]
-) -> Path:
-    """Write the file into `folder`, atomically; returns its path. calibrated: name -> posterior (M, C)."""
+) -> Path | None:
+    """Write the file into `folder`, atomically; returns its path, None on all processes but the first. calibrated:
+    name -> posterior (M, C)."""
     columns = {
         "text_id": scores.text_id_M,
         "label": scores.label_M,

@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 
 import numpy as np
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from reporting.report import Metric, Report, Sample
 from tasks.base import Experiment, write_results
-from tasks.drawing import Drawn, draw
+from tasks.drawing import Drawn, draw_on_all
 from tasks.generative_perplexity import CausalScorer
 from tasks.sample_quality import compare, real_texts
 from text.tokenizers import decode, token_strings
@@ -26,6 +27,7 @@ def shown(drawn: list[Drawn], tokenizer: object) -> list[Sample]:
     return samples
 
 
+@rank_zero_only
 def write_samples(path: Path, drawn: list[Drawn], tokenizer: object) -> None:
     """`samples.jsonl`: one JSON object a line with text, ids, the step that wrote each token, network evaluations."""
     with path.open("w") as file:
@@ -40,7 +42,7 @@ def sample_eval(
     experiment: Experiment, *, checkpoint_path: str, disable_ema: bool, num_batches: int, num_shown: int,
     split: str | None, compute_generative_perplexity: bool, scorer_name: str, perplexity_batch_size: int,
 ) -> dict[str, object]:  # fmt: skip
-    """Draw `num_batches` batches of `loader.eval_batch_size` texts; hold them against as many real ones of `split`
+    """Draw `num_batches` batches of `loader.eval_batch_size` texts, on all devices; hold them against as many real ones of `split`
     (None: against nothing); write samples.jsonl, results.json, report.html."""
     if num_batches < 1:
         raise ValueError(f"sampling.num_sample_batches={num_batches} must be at least 1")
@@ -50,7 +52,10 @@ def sample_eval(
     diffusion = experiment.trained(data, checkpoint_path, disable_ema).eval()
     num_samples = num_batches * data.eval_batch_size
     real = real_texts(data, split, num_samples, experiment.seed)
-    drawn = draw(diffusion, data, experiment.drawing, num_samples, data.eval_batch_size, experiment.seed)
+    drawn = draw_on_all(
+        experiment.trainer("sample_eval"), diffusion, data, experiment.drawing, num_samples, data.eval_batch_size,
+        experiment.seed,
+    )  # fmt: skip
     folder = experiment.folder() / "sample_eval"
     folder.mkdir(parents=True, exist_ok=True)
     write_samples(folder / "samples.jsonl", drawn, data.tokenizer)

@@ -183,7 +183,9 @@ def measure(trainer: lightning.Trainer, scorer: lightning.LightningModule, loade
     Raises:
         ValueError: there are no rows, or a likelihood is not finite.
     """
+    device = scorer.device
     trainer.test(scorer, loader, verbose=False)
+    scorer.to(device)  # a trainer leaves a model on the CPU
     batches = scorer.measured
     if trainer.world_size > 1:
         gathered: list = [None] * trainer.world_size

@@ -1,0 +1,37 @@
+"""Gradient checkpointing: memory for time. Of each of a network's repeated blocks only the input is kept, and the block
+is computed again in the backward pass (Chen et al., arXiv 1604.06174), with the same dropout."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+def recompute_blocks(backbone: nn.Module) -> None:
+    """Let `backbone` do so from now on, in training only.
+
+    Raises:
+        ValueError: it can not.
+    """
+    switch = getattr(backbone, "recompute_blocks", None)
+    if switch is None:
+        raise ValueError(
+            f"training.gradient_checkpointing=true: {type(backbone).__name__} can not compute its blocks again; leave "
+            "it out"
+        )
+    switch()
+
+
+class Recomputing(nn.Module):
+    """What networks with repeated blocks inherit: the switch, and `through`, which runs a block under it."""
+
+    recomputing = False
+
+    def recompute_blocks(self) -> None:
+        self.recomputing = True
+
+    def through(self, block: nn.Module, *args: object) -> Tensor:
+        """block(*args), whose inner activations are not kept where the switch is on and gradients are wanted."""
+        if self.recomputing and self.training:
+            return checkpoint(block, *args, use_reentrant=False)
+        return block(*args)
