@@ -229,7 +229,7 @@ class Experiment:
         run = Run(
             title, fitting, devices=self._devices, accumulate=self._batches[1], precision=self._precision,
             patience=self.patience(label) if fitting else None,
-            callbacks=[instantiate(node) for node in (cfg.get("callbacks") or {}).values()] if fitting else [],
+            callbacks=[instantiate(node) for node in _callbacks(cfg)] if fitting else [],
             loggers=[instantiate(node) for node in (cfg.get("logger") or {}).values()] if fitting else [],
             strategy=instantiate(cfg.strategy),
         )  # fmt: skip
@@ -280,6 +280,11 @@ def _shared_start(cfg: DictConfig, splits: list[str], folder: Path) -> DictConfi
     return cfg
 
 
+def _callbacks(cfg: DictConfig) -> list[DictConfig]:
+    """What is called back during a fit: the group `callbacks`, and `plateau` where it is chosen."""
+    return [*(cfg.get("callbacks") or {}).values(), *([cfg.plateau] if cfg.plateau else [])]
+
+
 def _of_class(path: str | None, label: int | None) -> str:
     """`path` with the number of the class in place of {label}."""
     return (path or "").replace("{label}", "{label}" if label is None else str(label))
@@ -300,6 +305,8 @@ def run(cfg: DictConfig, command: str) -> dict[str, object]:
     """Build the experiment and run the task that `mode` names; returns its results."""
     command_line.check_numbers(cfg)
     command_line.refuse_contradictions(cfg)
+    command_line.check_schedule(cfg)
+    instantiate(cfg.lr_scheduler)(torch.optim.SGD([torch.zeros(1)]))  # what it refuses, before any data are read
     torch.set_float32_matmul_precision("high")
     return instantiate(cfg.mode)(Experiment(cfg, command))
 
