@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 import os
 import re
 import sys
@@ -16,6 +17,8 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+log = logging.getLogger(__name__)
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -116,9 +119,12 @@ WHOLE = ("seed", "T", "sampling.steps", "sampling.stride_length", "sampling.num_
          "sampling.num_sample_batches", "sampling.num_sample_log", "sampling.top_k", "eval.num_draws", "eval.max_draws",
          "eval.perplexity_batch_size", "classify.num_draws", "classify.num_examples", "classify.patience",
          "classify.pretrain_steps", "trainer.max_steps", "model.length", "loader.batch_size",
-         "loader.global_batch_size", "trainer.num_nodes", "trainer.accumulate_grad_batches")  # fmt: skip
+         "loader.global_batch_size", "trainer.num_nodes", "trainer.accumulate_grad_batches",
+         "lr_scheduler.num_warmup_steps", "lr_scheduler.num_rewarmup_steps", "plateau.patience", "plateau.cooldown",
+         "training.max_skipped_steps")  # fmt: skip
 REAL = ("sampling.temperature", "sampling.nucleus_p", "eval.target_se", "training.ema", "training.sampling_eps",
-        "classify.confidence", "classify.label_dropout")  # fmt: skip
+        "classify.confidence", "classify.label_dropout", "lr_scheduler.min_ratio", "lr_scheduler.peak_decay",
+        "lr_scheduler.decay_share", "plateau.factor", "plateau.floor", "plateau.min_delta")  # fmt: skip
 FLAGS = ("classify.calibrate", "classify.baselines", "training.start_from_counts", "training.gradient_checkpointing")
 
 
@@ -191,6 +197,30 @@ def refuse_contradictions(cfg: DictConfig) -> None:
             f"training.masking={cfg.masking._target_} integrates t out, so that T={cfg.T} and "
             f"training.importance_sampling={training.importance_sampling} have nothing to act on; leave them out"
         )
+
+
+def check_schedule(cfg: DictConfig) -> None:
+    """The learning-rate schedule and the length of the training must belong together.
+
+    Raises ValueError where the schedule counts to another end, or warms up from a negative step. Warns of a warm-up
+    that the training never leaves: it may be a trial.
+    """
+    steps, schedule = cfg.trainer.max_steps, cfg.lr_scheduler
+    total, warmup = schedule.get("num_training_steps", steps), schedule.get("num_warmup_steps", 0)
+    if total != steps:
+        raise ValueError(
+            f"lr_scheduler.num_training_steps={total} contradicts trainer.max_steps={steps}, where the training ends; "
+            "leave the first out, it follows the second"
+        )
+    if warmup < 0:
+        raise ValueError(f"lr_scheduler.num_warmup_steps={warmup} must be 0 or more")
+    trains = cfg.mode._target_ in ("tasks.train.train", "tasks.classify.classify")
+    if trains and warmup >= steps > 0:
+        log.warning(
+            "lr_scheduler.num_warmup_steps=%d is not below trainer.max_steps=%d: the whole training is warm-up, and "
+            "the learning rate never reaches optim.lr; set lr_scheduler.num_warmup_steps=%d or so",
+            warmup, steps, steps // 20,
+        )  # fmt: skip
 
 
 def _check_conditional(cfg: DictConfig) -> None:

@@ -11,7 +11,7 @@ import command_line
 
 # Budgets, devices and bookkeeping are left out: they may change at a resume.
 IDENTITY = ("data", "model", "backbone", "parameterization", "noise", "masking", "T", "subs_masking",
-            "time_conditioning", "optim", "lr_scheduler", "training", "seed", "loader.global_batch_size",
+            "time_conditioning", "optim", "lr_scheduler", "plateau", "training", "seed", "loader.global_batch_size",
             "loader.batch_ramp", "trainer.gradient_clip_val")  # fmt: skip
 NOT_IDENTITY = ("data.label", "data.cache_dir", "model.attn_backend", "backbone.attn_backend",
                 "lr_scheduler.num_training_steps", "data.max_valid_texts", "data.max_test_texts",

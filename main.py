@@ -242,7 +242,7 @@ class Experiment:
         cfg = self.cfg.copy()
         fitting = title.startswith("train")
         cfg.checkpointing.save_dir = str(folder_of(self.checkpoints(label)))
-        callbacks = [instantiate(node) for node in (cfg.get("callbacks") or {}).values()] if fitting else []
+        callbacks = [instantiate(node) for node in _callbacks(cfg)] if fitting else []
         cfg.checkpointing.save_dir = str(self.folder(label))
         run = Run(
             title, fitting, devices=self._devices, accumulate=self._batches[1], precision=self._precision,
@@ -298,6 +298,11 @@ def _shared_start(cfg: DictConfig, splits: list[str], folder: Place) -> DictConf
     return cfg
 
 
+def _callbacks(cfg: DictConfig) -> list[DictConfig]:
+    """What is called back during a fit: the group `callbacks`, and `plateau` where it is chosen."""
+    return [*(cfg.get("callbacks") or {}).values(), *([cfg.plateau] if cfg.plateau else [])]
+
+
 def _of_class(path: str | None, label: int | None) -> str:
     """`path` with the number of the class in place of {label}."""
     return (path or "").replace("{label}", "{label}" if label is None else str(label))
@@ -318,6 +323,8 @@ def run(cfg: DictConfig, command: str) -> dict[str, object]:
     """Build the experiment and run the task that `mode` names; returns its results."""
     command_line.check_numbers(cfg)
     command_line.refuse_contradictions(cfg)
+    command_line.check_schedule(cfg)
+    instantiate(cfg.lr_scheduler)(torch.optim.SGD([torch.zeros(1)]))  # what it refuses, before any data are read
     torch.set_float32_matmul_precision("high")
     experiment = Experiment(cfg, command)
     if is_remote(experiment.checkpoints()):

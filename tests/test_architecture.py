@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "noise_schedule": set(),
     "forward_process": {"noise_schedule"},
     "optimizers": set(),
+    "lr_schedules": set(),
     "command_line": set(),
     "text": {"text"},
     "models": {"models", "files"},
