@@ -150,6 +150,20 @@ def test_clipping_is_that_of_torch():
         assert all(torch.equal(a.grad, b.grad) for a, b in zip(*(net.parameters() for net in nets), strict=True))
 
 
+@pytest.mark.parametrize("build", [
+    lambda p: torch.optim.AdamW(p, weight_decay=0.5, fused=True), lambda p: torch.optim.SGD(p, weight_decay=0.5),
+], ids=["fused", "any other"])  # fmt: skip
+def test_of_a_gradient_that_is_not_finite_the_culprits_are_named(build):
+    net = torch.nn.Linear(4, 4)
+    optimizer, updates, before = build(net.parameters()), Updates(), net.weight.detach().clone()
+    net(torch.ones(1, 4)).sum().backward()
+    net.weight.grad[1, 2] = -math.inf
+    updates.prepare(optimizer, 1.0)
+    optimizer.step()
+    assert not updates.made() and torch.equal(net.weight, before)
+    assert updates.culprits(net.named_parameters()) == ["weight"]
+
+
 def test_poison_changes_no_finite_gradient():
     x = torch.linspace(-1, 1, 5, requires_grad=True)
     gradients = []
