@@ -30,7 +30,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from lightning import LightningDataModule
+from lightning import LightningDataModule, Trainer
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
@@ -300,13 +300,14 @@ class TextData(LightningDataModule):
     def test_dataloader(self) -> DataLoader:
         return self.eval_dataloader("test")
 
-    def eval_dataloader(self, split: str, only: np.ndarray | None = None) -> DataLoader:
-        """Every row of the split (or of `only`) once over all ranks; padded rows longest first, to waste least."""
+    def eval_dataloader(self, split: str, only: np.ndarray | None = None, trainer: Trainer | None = None) -> DataLoader:
+        """Every row of the split (or of `only`) once over all ranks of the trainer that reads it (None: of the fit);
+        padded rows longest first, to waste least."""
         rows = self.split(split)
         order = np.arange(len(rows)) if only is None else only
         if not self.wrap:
             order = order[np.argsort(-np.asarray(rows["length"][:])[order], kind="stable")]
-        return self._loader(_Rows(rows), evaluation_batches(order, self.eval_batch_size, *self._rank()))
+        return self._loader(_Rows(rows), evaluation_batches(order, self.eval_batch_size, *self._rank(trainer)))
 
     @property
     def collate(self) -> Collate:
@@ -322,8 +323,9 @@ class TextData(LightningDataModule):
             pin_memory=self.pin_memory, persistent_workers=self.num_workers > 0,
         )  # fmt: skip
 
-    def _rank(self) -> tuple[int, int]:
-        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+    def _rank(self, trainer: Trainer | None = None) -> tuple[int, int]:
+        trainer = trainer or self.trainer
+        return (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
 
     def state_dict(self) -> dict[str, Any]:
         """Samples that finished steps have taken from the stream, and what else the order hangs on."""

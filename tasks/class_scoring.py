@@ -186,8 +186,9 @@ def score_classes(
     start, done = time.perf_counter(), 0
     for look in [race.num_draws] if exact else race.looks(passes):
         title = f"score {racing_M.sum():,} of {len(racing_M):,} texts, evaluations {done + 1}–{look}"
-        scorer = ClassScorer(hypotheses, estimator, seed, race, range(done, look))
-        found = measure(trainer(title), scorer, data.eval_dataloader(split, np.flatnonzero(racing_M[text_R])))
+        scorer, round_trainer = ClassScorer(hypotheses, estimator, seed, race, range(done, look)), trainer(title)
+        loader = data.eval_dataloader(split, np.flatnonzero(racing_M[text_R]), round_trainer)
+        found = measure(round_trainer, scorer, loader)
         if len(found["sample_id"]) != racing_M[text_R].sum():
             raise ValueError(
                 f"of {racing_M[text_R].sum()} rows only {len(found['sample_id'])} were scored, and mode=classify "

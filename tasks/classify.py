@@ -161,9 +161,10 @@ def _own(experiment: Experiment, hypothesis: Hypothesis, label: int | None) -> L
     """Likelihood of the validation texts of a class under its own model (None: of all texts, no class being told)."""
     data = experiment.data(label)
     name = "all texts" if label is None else data.label_names[label]
+    trainer = experiment.trainer(f"validate {name}", label)
     measured = score(
-        experiment.trainer(f"validate {name}", label), hypothesis.diffusion, data.eval_dataloader("validation"),
-        experiment.estimator, experiment.precision, experiment.seed, hypothesis.told,
+        trainer, hypothesis.diffusion, data.eval_dataloader("validation", trainer=trainer), experiment.estimator,
+        experiment.precision, experiment.seed, hypothesis.told,
     )  # fmt: skip
     return likelihood(data, "validation", measured, experiment.truth)
 

@@ -62,8 +62,9 @@ def ppl_eval(experiment: Experiment, *, checkpoint_path: str, disable_ema: bool,
     diffusion = experiment.trained(data, checkpoint_path, disable_ema)
     trainer = experiment.trainer("ppl_eval")
     scores = score(
-        trainer, diffusion, data.eval_dataloader(split), experiment.estimator, experiment.precision, experiment.seed
-    )
+        trainer, diffusion, data.eval_dataloader(split, trainer=trainer), experiment.estimator, experiment.precision,
+        experiment.seed,
+    )  # fmt: skip
     measured = likelihood(data, split, scores, experiment.truth)
     # Numbers of different kinds and splits never overwrite one another.
     kind = "" if scores.kind == "NELBO" else f"-{scores.label.split(',')[0].replace(' ', '_').lower()}"

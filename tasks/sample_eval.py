@@ -42,8 +42,8 @@ def sample_eval(
     experiment: Experiment, *, checkpoint_path: str, disable_ema: bool, num_batches: int, num_shown: int,
     split: str | None, compute_generative_perplexity: bool, scorer_name: str, perplexity_batch_size: int,
 ) -> dict[str, object]:  # fmt: skip
-    """Draw `num_batches` batches of `loader.eval_batch_size` texts, on all devices; hold them against as many real ones of `split`
-    (None: against nothing); write samples.jsonl, results.json, report.html."""
+    """Draw `num_batches` batches of `loader.eval_batch_size` texts, shared out over all devices; hold them against as
+    many real ones of `split` (None: against nothing); write samples.jsonl, results.json, report.html."""
     if num_batches < 1:
         raise ValueError(f"sampling.num_sample_batches={num_batches} must be at least 1")
     # What can be missing is looked for before the sampling, which may take hours.

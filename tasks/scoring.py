@@ -197,4 +197,5 @@ def measure(trainer: lightning.Trainer, scorer: lightning.LightningModule, loade
         raise ValueError("a likelihood is not finite: the weights or the noise schedule gave NaN or infinity")
     columns = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
     order = columns["sample_id"].argsort()
+    assert (columns["sample_id"][order].diff() > 0).all(), "a row was scored by two devices"
     return {name: column[order].numpy() for name, column in columns.items()}

@@ -49,8 +49,9 @@ def train(experiment: Experiment, *, num_samples: int, generate_samples: bool) -
     checkpoint = fit(experiment)
     data = experiment.data()
     diffusion = experiment.trained(data, str(checkpoint), disable_ema=False)
+    trainer = experiment.trainer("validate")
     scores = score(
-        experiment.trainer("validate"), diffusion, data.eval_dataloader("validation"), experiment.estimator,
+        trainer, diffusion, data.eval_dataloader("validation", trainer=trainer), experiment.estimator,
         experiment.precision, experiment.seed,
     )  # fmt: skip
     measured = likelihood(data, "validation", scores, experiment.truth)

@@ -123,8 +123,9 @@ class BatchPlan:
             raise ValueError(f"loader.global_batch_size={global_batch_size} must be at least 1")
         if ramp is None:
             return cls((Stage(0, global_batch_size, 0),))
-        pairs = [tuple(pair) if isinstance(pair, Sequence) and not isinstance(pair, str) else () for pair in ramp]
-        if not pairs or not all(len(p) == 2 and all(type(n) is int for n in p) for p in pairs):
+        lists = [ramp, *ramp] if isinstance(ramp, list | tuple) else [ramp]
+        pairs = ramp if all(isinstance(part, list | tuple) for part in lists) else []
+        if not pairs or not all(len(pair) == 2 and all(type(n) is int for n in pair) for pair in pairs):
             raise ValueError(
                 f"loader.batch_ramp={ramp} must be pairs of an optimizer step and the samples per step from there on, "
                 f"such as [[0,{max(1, global_batch_size // 4)}],[1000,{global_batch_size}]]"
