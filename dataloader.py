@@ -4,11 +4,11 @@ The batch contract. Every batch is a dict of CPU tensors (B rows, L tokens):
   input_ids       int64 (B, L)
   attention_mask  bool  (B, L)  False on padding; absent when nothing is padded (wrapped data)
   given           bool  (B, L)  True on context: seen, never masked, not scored; absent when there is none
-  sample_id       int64 (B,)    lasting name of the row: evaluation noise is keyed by it
+  sample_id       int64 (B,)    lasting name of the row: evaluation noise is keyed by it; of a stream the position
   position        int64 (B,)    place in the run's stream of training samples; training batches only
   label           int64 (B,)    where the texts have labels
   class_id        int64 (B,)    class that a conditional network is told, -1 for none; set where it is known, not here
-  text_id         int64 (B,)    source text of the row, where a row is (part of) one text
+  text_id         int64 (B,)    source text of the row, where a row is (part of) one text; not of a stream
 L is `model.length` for wrapped data; padded batches are as long as their longest row, rounded up to
 PAD_MULTIPLE.
 
@@ -16,12 +16,13 @@ Training data is ONE stream. Position p of the run is row order(seed, p // n)[p 
 step s takes the positions [s * G, (s + 1) * G), G = loader.global_batch_size, for any number of devices and
 any size of the micro-batches (with loader.batch_ramp G depends on s, and a step begins where that before it
 ends). The place in the stream is a function of the step alone: a checkpoint holds one number, workers none. With
-data.random_crop a row is twice as long, and what is seen of it at position p is
-a function of (seed, p).
+data.random_crop a row is twice as long, and what is seen of it at position p is a function of (seed, p). With
+data.streaming and no limit on the training texts the rows are those of text/streaming.py, which says in what order they
+come; there a checkpoint also holds where the corpus is being read.
 """
 
 import logging
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -34,60 +35,18 @@ from lightning import LightningDataModule, Trainer
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
+from text.collate import Collate, Rows
+from text.loading import Loading, TimedLoader
 from text.order import evaluation_batches
 from text.packing import Packing, pack
-from text.rows import at_most, joined, keep_label, without_texts_of
 from text.sources import Source
+from text.splits import SplitTexts, limit_key
 from text.stream import BatchPlan, PositionBatchSampler, TrainingStream, batch_arithmetic, consumed_before
+from text.stream_loader import StreamLoader
+from text.streaming import Corpus, Order
 from text.tokenizers import Vocabulary, load_tokenizer, vocabulary
 
 log = logging.getLogger(__name__)
-
-PAD_MULTIPLE = 8
-SPLITS = ("train", "validation", "test")
-
-
-# -------------------------------------------------------------------------------- evaluation
-
-
-class _Rows(Dataset):
-    """Row numbers -> columns of these rows."""
-
-    def __init__(self, rows: datasets.Dataset) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitems__(self, indices: list[int]) -> dict[str, Any]:
-        return self.rows[indices]
-
-
-class Collate:
-    """Columns of some rows -> a batch (the contract above). pad_id None: the rows are of equal length. `frame_ids`:
-    tokens that are given where they begin or end a padded row."""
-
-    def __init__(self, length: int, pad_id: int | None, frame_ids: Collection[int] = ()) -> None:
-        self.length, self.pad_id, self.frame_ids = length, pad_id, np.array(sorted(frame_ids), dtype=np.int64)
-
-    def __call__(self, columns: dict[str, Any]) -> dict[str, torch.Tensor]:
-        columns = dict(columns)
-        rows, lengths = columns.pop("input_ids"), np.asarray(columns.pop("length"))
-        batch = {name: torch.from_numpy(np.array(values, dtype=np.int64)) for name, values in columns.items()}
-        if self.pad_id is None:
-            return {"input_ids": torch.from_numpy(np.stack(rows).astype(np.int64)), **batch}
-        width = min(-(-int(lengths.max()) // PAD_MULTIPLE) * PAD_MULTIPLE, self.length)
-        mask = np.arange(width) < lengths[:, None]
-        ids = np.full(mask.shape, self.pad_id, dtype=np.int64)
-        ids[mask] = np.concatenate(list(rows))
-        batch |= {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
-        if len(self.frame_ids):
-            ends = (np.arange(width) == 0) | (np.arange(width) == lengths[:, None] - 1)
-            batch["given"] = torch.from_numpy(ends & np.isin(ids, self.frame_ids))
-        return batch
-
-
-# -------------------------------------------------------------------------------- the data module
 
 
 class TextData(LightningDataModule):
@@ -100,11 +59,13 @@ class TextData(LightningDataModule):
     `max_*_texts` limits a split for quick runs (a fixed random choice where there are labels, else the first
     ones). Tokenizers are trained on the whole train split, whatever `label` and the limits are, so that the
     models of all classes share one vocabulary; `score_special` false makes BOS and EOS of padded rows given.
-    `streaming` reads no more of a split than its `max_*_texts` (tokenizers too); `random_crop` trains on random
+    `streaming` reads no more of a split than its `max_*_texts` (tokenizers too); without `max_train_texts` training
+    reads on and on, in the order that `stream` says, and keeps only its `sample_texts`. `random_crop` trains on random
     stretches of wrapped rows twice as long, evaluation has fixed rows. `train_splits`: train on these splits of the
     source together, without labels (validation has none then either) and without texts of the held-out splits.
     loader: `batch_size` and `eval_batch_size` are rows per
-    device; `batch_size` None divides `global_batch_size`; `batch_ramp` as in text/stream.py.
+    device; `batch_size` None divides `global_batch_size`; `batch_ramp` as in text/stream.py; the others are those of
+    text/loading.py.
     `length` is model.length, `seed` orders the training stream, `max_steps` are optimizer steps of the whole run.
     """
 
@@ -141,8 +102,11 @@ class TextData(LightningDataModule):
         batch_ramp: Sequence[Sequence[int]] | None = None,
         max_steps: int = 1,
         seed: int = 0,
-        num_workers: int = 0,
+        num_workers: int | None = None,
+        prefetch_factor: int = 4,
         pin_memory: bool = True,
+        persistent_workers: bool = True,
+        stream: Order | None = None,
     ) -> None:
         super().__init__()
         self.name, self.score_special = name or "text", score_special
@@ -158,14 +122,17 @@ class TextData(LightningDataModule):
                                         ("test", insert_valid_special, insert_valid_eos))
         }  # fmt: skip
         self.limits = {"train": max_train_texts, "validation": max_valid_texts, "test": max_test_texts}
-        self.cache_dir, self.seed, self.num_workers = cache_dir, seed, num_workers
+        self.cache_dir, self.seed, self.stream = cache_dir, seed, stream or Order()
+        pin = pin_memory and torch.cuda.is_available()
+        self.loading = Loading(num_workers, prefetch_factor, pin, persistent_workers)
         self.batch_size, self.eval_batch_size, self.max_steps = batch_size, eval_batch_size, max_steps
         self.global_batch_size, self.plan = global_batch_size, BatchPlan.of(global_batch_size, batch_ramp)
-        self.pin_memory = pin_memory and torch.cuda.is_available()
         self.figures: dict[str, dict[str, int]] = {}
-        self._texts: dict[str, datasets.Dataset] = {}
+        self._texts = SplitTexts(source, self.limits, streaming=streaming, sample_texts=self.stream.sample_texts,
+                                 label=label, train_splits=train_splits)  # fmt: skip
         self._splits: dict[str, datasets.Dataset] = {}
         self._resumed: dict[str, Any] = {}
+        self._streamed: StreamLoader | None = None
         _check_names({name, *getattr(source, "sources", ())}, train, valid)
         self._check()
 
@@ -176,10 +143,9 @@ class TextData(LightningDataModule):
                              "set data.wrap=true and data.insert_train_special=false")  # fmt: skip
         least = {
             "loader.eval_batch_size": (self.eval_batch_size, 1),
-            "loader.num_workers": (self.num_workers, 0),
             "trainer.max_steps": (self.max_steps, 1),
         }
-        limits = {_limit_key(split): (n, 1) for split, n in self.limits.items()}
+        limits = {limit_key(split): (n, 1) for split, n in self.limits.items()}
         for key, (value, lowest) in {**least, **limits}.items():
             if value is not None and value < lowest:
                 raise ValueError(f"{key}={value} must be at least {lowest}")
@@ -188,7 +154,7 @@ class TextData(LightningDataModule):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         settings = {key: value for key, value in self.tokenizer_settings.items() if key != "name_or_path"}
         name = self.tokenizer_settings["name_or_path"]
-        return load_tokenizer(name, texts=lambda: self._read("train")["text"][:], **settings)
+        return load_tokenizer(name, texts=lambda: self._texts.read("train")["text"][:], **settings)
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
@@ -210,42 +176,13 @@ class TextData(LightningDataModule):
         """How the texts of a split become rows."""
         return self.packings.get(split, self.packings["test"])
 
-    def _read(self, split: str) -> datasets.Dataset:
-        """The split's rows from the source, when streaming no more of them than the limit."""
-        if not self.streaming:
-            return self.source.load(split)
-        limit = self.limits.get(split, self.limits["train"])
-        if limit is None:
-            raise ValueError(f"data.streaming=true reads a split up to its limit, and {split} has none: "
-                             f"set {_limit_key(split)}, or data.streaming=false")  # fmt: skip
-        if not hasattr(self.source, "stream"):
-            raise ValueError("data.streaming=true: these texts are not on the Hub; set it to false")
-        return self.source.stream(split, limit)
-
     def texts(self, split: str) -> datasets.Dataset:
         """The split's texts as they are: columns text, text_id (number in the whole split), label where
         there is one.
 
         Raises ValueError for an unknown split, an unknown label, an empty split.
         """
-        if split not in self._texts:
-            parts = self.train_splits if split == "train" and self.train_splits else (split,)
-            rows = [self._part(part) for part in parts]
-            rows = rows[0] if self.train_splits is None else joined(rows)
-            if not len(rows):
-                raise ValueError(f"the {split} split of the data is empty")
-            self._texts[split] = rows
-        return self._texts[split]
-
-    def _part(self, split: str) -> datasets.Dataset:
-        rows = self._read(split)
-        rows = rows.add_column("text_id", np.arange(len(rows)))
-        if self.label is not None:
-            rows = keep_label(rows, self.label, self.label_names, split)
-        if split not in SPLITS:
-            measured = {held_out: self._read(held_out) for held_out in SPLITS[1:] if held_out in self.splits}
-            rows = without_texts_of(rows, split, measured)
-        return at_most(rows, self.limits.get(split, self.limits["train"]))
+        return self._texts.of(split)
 
     def split(self, name: str) -> datasets.Dataset:
         """The split's packed rows (columns: text/packing.py). `figures[name]` says what packing did.
@@ -261,17 +198,9 @@ class TextData(LightningDataModule):
         if self.wrap and self.label is None and "label" in texts.column_names:
             texts = texts.remove_columns("label")  # a chunk of several texts has no label
         rows, figures = pack(texts, self.tokenizer, self.vocabulary, packing, self.cache_dir, f"{name} split")
-        self._report(name, figures)
+        _report(name, figures, None if self.wrap else self.length)
         self.figures[name] = figures
         return rows
-
-    def _report(self, name: str, figures: dict[str, int]) -> None:
-        log.info("%s: %d texts -> %d rows, %d tokens", name, figures["texts"], figures["rows"], figures["tokens"])
-        if figures["long"] and not self.wrap:
-            log.warning("%s: %d of %d texts are longer than model.length=%d; tokens left out: %d", name,
-                        figures["long"], figures["texts"], self.length, figures["cut"])  # fmt: skip
-        if figures["unknown"]:
-            log.warning("%s: %d of %d tokens are unknown to the tokenizer", name, figures["unknown"], figures["tokens"])
 
     def train_dataloader(self) -> DataLoader:
         """This rank's micro-batches of the whole run, from the place that a loaded checkpoint has reached.
@@ -285,14 +214,24 @@ class TextData(LightningDataModule):
                              f"steps; "
                              f"give both one positive number")  # fmt: skip
         size, _ = batch_arithmetic(self.global_batch_size, self.batch_size, world, ramp=self.plan.ramp)
-        consumed = consumed_before(self._resumed, self._stream)
         sampler = PositionBatchSampler(
-            self.global_batch_size, size, self.max_steps, rank, world, consumed, self.plan.ramp
+            self.global_batch_size, size, self.max_steps, rank, world, self._consumed(), self.plan.ramp
         )
+        if self.endless:
+            workers = self.loading.workers(streamed=True, devices=getattr(self.trainer, "num_devices", 1))
+            arguments = self.loading.arguments(workers, again=False)
+            self._streamed = StreamLoader(_corpus(self), sampler, self.collate, arguments, self._resumed.get("stream"),
+                                          self._taken)  # fmt: skip
+            return self._streamed
         if not self.random_crop:
-            return self._loader(TrainingStream(self.split("train"), self.seed), sampler)
+            return self._loader(TrainingStream(self.split("train"), self.seed), sampler, again=False)
         double = self._pack("train", replace(self.packings["train"], length=2 * self.length))
-        return self._loader(TrainingStream(double, self.seed, crop=self.length), sampler)
+        return self._loader(TrainingStream(double, self.seed, crop=self.length), sampler, again=False)
+
+    @property
+    def endless(self) -> bool:
+        """Whether training reads a corpus that is kept nowhere (text/streaming.py)."""
+        return self.streaming and self.limits["train"] is None
 
     def val_dataloader(self) -> DataLoader:
         return self.eval_dataloader("validation")
@@ -307,7 +246,7 @@ class TextData(LightningDataModule):
         order = np.arange(len(rows)) if only is None else only
         if not self.wrap:
             order = order[np.argsort(-np.asarray(rows["length"][:])[order], kind="stable")]
-        return self._loader(_Rows(rows), evaluation_batches(order, self.eval_batch_size, *self._rank(trainer)))
+        return self._loader(Rows(rows), evaluation_batches(order, self.eval_batch_size, *self._rank(trainer)))
 
     @property
     def collate(self) -> Collate:
@@ -317,33 +256,64 @@ class TextData(LightningDataModule):
         frame = () if self.score_special else {self.vocabulary.bos_id, self.vocabulary.eos_id} - {None}
         return Collate(self.length, self.vocabulary.pad_id, frame)
 
-    def _loader(self, rows: Dataset, batches: Sampler | list[list[int]]) -> DataLoader:
-        return DataLoader(
-            rows, batch_sampler=batches, collate_fn=self.collate, num_workers=self.num_workers,
-            pin_memory=self.pin_memory, persistent_workers=self.num_workers > 0,
-        )  # fmt: skip
+    def _loader(self, rows: Dataset, batches: Sampler | list[list[int]], again: bool = True) -> DataLoader:
+        arguments = self.loading.arguments(self.loading.workers(streamed=False, devices=1), again)
+        return TimedLoader(rows, batch_sampler=batches, collate_fn=self.collate, **arguments)
 
     def _rank(self, trainer: Trainer | None = None) -> tuple[int, int]:
         trainer = trainer or self.trainer
         return (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
 
     def state_dict(self) -> dict[str, Any]:
-        """Samples that finished steps have taken from the stream, and what else the order hangs on."""
-        steps = None if self.trainer is None else self.trainer.global_step
-        consumed = self._resumed.get("consumed_samples", 0) if steps is None else self.plan.start(steps)
-        return {"consumed_samples": consumed, **self._stream}
+        """Samples that finished steps have taken from the stream, and what else the order hangs on; of a corpus that is
+        read as it goes, how far that has come."""
+        state = {"consumed_samples": self._taken(), **self._order}
+        reading = self._resumed.get("stream") if self._streamed is None else self._streamed.state()
+        return state if reading is None else {**state, "stream": reading}
 
     @property
-    def _stream(self) -> dict[str, Any]:
+    def _order(self) -> dict[str, Any]:
         """What the order of the training samples hangs on, beside the data."""
         return {"global_batch_size": self.global_batch_size, "batch_ramp": self.plan.ramp, "seed": self.seed}
+
+    def _taken(self) -> int:
+        """Samples that finished steps have taken from the stream."""
+        steps = None if self.trainer is None else self.trainer.global_step
+        return self._resumed.get("consumed_samples", 0) if steps is None else self.plan.start(steps)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._resumed = dict(state_dict)
 
+    def _consumed(self) -> int:
+        """Where training goes on. Raises ValueError for a checkpoint of a run with another stream."""
+        if self._resumed and self.endless != ("stream" in self._resumed):
+            was, now = ("false", "true") if self.endless else ("true", "false")
+            raise ValueError(f"data.streaming={now} (of all texts), but the run to be resumed was begun with {was}; "
+                             f"resume it with that, or start a new run")  # fmt: skip
+        return consumed_before(self._resumed, self._order)
 
-def _limit_key(split: str) -> str:
-    return f"data.max_{ {'validation': 'valid', 'test': 'test'}.get(split, 'train') }_texts"
+
+def _report(name: str, figures: dict[str, int], longest: int | None) -> None:
+    log.info("%s: %d texts -> %d rows, %d tokens", name, figures["texts"], figures["rows"], figures["tokens"])
+    if figures["long"] and longest is not None:
+        log.warning("%s: %d of %d texts are longer than model.length=%d; tokens left out: %d", name,
+                    figures["long"], figures["texts"], longest, figures["cut"])  # fmt: skip
+    if figures["unknown"]:
+        log.warning("%s: %d of %d tokens are unknown to the tokenizer", name, figures["unknown"], figures["tokens"])
+
+
+def _corpus(data: TextData) -> Corpus:
+    """The train split as a stream. Raises ValueError for settings that need texts that lie still."""
+    for key, value in (("data.random_crop", data.random_crop), ("classify.pretrain", data.train_splits)):
+        if value:
+            raise ValueError(f"{key}={value} needs texts that lie still, and data.streaming=true without a limit keeps "
+                             f"none; set data.max_train_texts, or data.streaming=false")  # fmt: skip
+    if data.label is not None:
+        data.texts("train")  # refuses a class that does not exist
+    if not hasattr(data.source, "open"):
+        raise ValueError("data.streaming=true: these texts are made or cut as a whole; set it to false")
+    return Corpus(data.source.open("train"), data.tokenizer, data.vocabulary, data.packings["train"], data.stream,
+                  data.global_batch_size, data.seed, data.label)  # fmt: skip
 
 
 def _check_names(known: Iterable[str | None], train: str | None, valid: str | None) -> None:

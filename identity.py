@@ -38,6 +38,8 @@ def identity(cfg: DictConfig) -> dict[str, object]:
     for key in IDENTITY:
         node = OmegaConf.select(cfg, key)
         visit(key, OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node)
+    if cfg.data.streaming and cfg.data.get("max_train_texts") is None:
+        flat |= {f"streaming.{key}": value for key, value in cfg.streaming.items() if key != "_target_"}
     if cfg.classify.sharing == "conditional":
         flat |= {f"classify.{key}": cfg.classify[key] for key in ("sharing", "label_dropout")}
     if cfg.classify.pretrain:

@@ -40,6 +40,7 @@ from tasks.drawing import Drawing, Template
 from tasks.scoring import Precision
 
 _TEXT_DATA = inspect.signature(TextData).parameters
+_FETCHING = ("num_workers", "prefetch_factor", "pin_memory", "persistent_workers")
 # What `trainer` says of a run in words of its own, beside the arguments of lightning.Trainer.
 _OF_THE_RUN = ("devices", "precision", "accumulate_grad_batches")
 
@@ -162,8 +163,8 @@ class Experiment:
             self._data[label] = TextData(
                 instantiate(self.cfg.data.source), label=label, length=self.cfg.model.length, **settings,
                 batch_size=micro_batch, eval_batch_size=self._eval_batch_size, max_steps=self.cfg.trainer.max_steps,
-                global_batch_size=loader.global_batch_size, batch_ramp=self._ramp, num_workers=loader.num_workers,
-                pin_memory=loader.pin_memory, seed=self.seed,
+                global_batch_size=loader.global_batch_size, batch_ramp=self._ramp, seed=self.seed,
+                stream=instantiate(self.cfg.streaming), **{key: loader[key] for key in _FETCHING},
             )  # fmt: skip
         return self._data[label]
 

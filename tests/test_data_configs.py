@@ -19,6 +19,7 @@ import main
 from command_line import compose_config, explain
 from dataloader import TextData
 from tests.test_configs import TINY
+from text.streaming import Order
 from text.tokenizers import decode
 
 ROOT = Path(__file__).parents[1]
@@ -356,22 +357,53 @@ def test_streaming_counts_texts_not_blank_lines(tmp_path, monkeypatch):
     assert data.texts("validation")["text"][:] == [" = A =", " b"]
 
 
-def test_the_streaming_configs_have_limits_for_every_split():
+def test_the_streaming_configs_train_on_everything_and_measure_on_a_part():
     for name in ("openwebtext-streaming", "lm1b-streaming"):
         data = compose_config([f"data={name}"]).data
-        assert data.streaming and None not in (data.max_train_texts, data.max_valid_texts, data.max_test_texts)
+        assert (
+            data.streaming and data.max_train_texts is None and None not in (data.max_valid_texts, data.max_test_texts)
+        )
+
+
+@pytest.mark.parametrize("name", ["openwebtext-streaming", "lm1b-streaming"])
+def test_a_stream_of_the_hub_is_that_of_the_folder(name, tmp_path, monkeypatch):
+    """Two epochs, in which every text that is not held out comes twice; nothing is downloaded but by and by."""
+    monkeypatch.setattr(datasets, "load_dataset", Tap(ASKED[name], sent=40))
+    limits = {"global_batch_size": 4, "max_steps": 15 if name == "lm1b-streaming" else 20, "num_workers": 0,
+              "wrap": False, "long_texts": "truncate", "insert_train_special": False, "insert_train_eos": False,
+              "tokenizer_name_or_path": "byte", "stream": Order(lanes=1)}  # fmt: skip
+    cut = [f"data.source.{key}.train='{value}'" for key, value in
+           (("hub_splits", "train[10:]"), ("files", "train*.*[10:]"))] if name == "lm1b-streaming" else []  # fmt: skip
+    found = []
+    for place in ("hub", "folder"):
+        if place == "folder":
+            write_folder(tmp_path, name, "jsonl")
+            monkeypatch.setenv("DATA_DIR", str(tmp_path))
+        data = module(name, tmp_path / "cache", "model.length=64", *cut, **limits)
+        ids = [row[mask] for batch in data.train_dataloader() for row, mask in
+               zip(batch["input_ids"], batch["attention_mask"], strict=True)]  # fmt: skip
+        found.append([data.tokenizer.decode(row) for row in ids])
+    every = [ASKED[name].cooked.format(i) for i in range(10 if cut else 0, 40)]
+    assert found[0] == found[1] and sorted(found[0]) == sorted(every * 2)
 
 
 @pytest.mark.parametrize(("name", "settings", "message"), [
-    ("wikitext2", {}, r"train has none: set data\.max_train_texts"),
     ("openwebtext-split", {"max_train_texts": 5}, r"train\[:-100000\], which counts from the end"),
     ("imdb", {"max_train_texts": 5}, r"train split of stanfordnlp/imdb is held out"),
-    ("reviews", {"max_train_texts": 5}, r"not on the Hub"),
-    ("text8", {"max_train_texts": 5}, r"not on the Hub"),
+    ("reviews", {"max_train_texts": 5}, r"made or cut as a whole"),
+    ("text8", {"max_train_texts": 5}, r"made or cut as a whole"),
 ])  # fmt: skip
 def test_what_cannot_be_streamed(name, settings, message, tmp_path):
     with pytest.raises(ValueError, match=r"data\.streaming=true.*" + message):
         module(name, tmp_path, streaming=True, **settings).texts("train")
+    if name in ("imdb", "reviews"):
+        with pytest.raises(ValueError, match=r"data\.streaming=true.* set it to false"):
+            module(name, tmp_path, streaming=True, long_texts="truncate").train_dataloader()
+
+
+def test_measured_splits_need_a_limit(tmp_path):
+    with pytest.raises(ValueError, match=r"validation has none: set data\.max_valid_texts"):
+        module("wikitext2", tmp_path, streaming=True).texts("validation")
 
 
 # -------------------------------------------------------------------------------- text8

@@ -17,7 +17,7 @@ def read_files(path: str, key: str, text_column: str = "text") -> pa.Table:
     `key` is the setting that gave `path`. A txt file gives the column `text_column`: one text per non-empty
     line. Raises FileNotFoundError where nothing matches, ValueError naming the file that cannot be read.
     """
-    files = _files(path, key)
+    files = readable_files(path, key)
     tables = [_read(file, key, text_column) for file in files]
     columns = tables[0].column_names
     for file, table in zip(files, tables, strict=True):
@@ -30,7 +30,9 @@ def read_files(path: str, key: str, text_column: str = "text") -> pa.Table:
         raise ValueError(f"{key}={path}: the files hold columns of different types ({error})") from error
 
 
-def _files(path: str, key: str) -> list[Path]:
+def readable_files(path: str, key: str) -> list[Path]:
+    """A file, every readable file in a folder, or those of a glob, in sorted order. Raises FileNotFoundError where
+    there are none."""
     place = Path(path).expanduser()
     if place.is_dir():
         found = [p for p in sorted(place.iterdir()) if _reader(p) and not p.name.startswith(".")]

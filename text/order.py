@@ -18,6 +18,15 @@ def epoch_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
     return order
 
 
+def shuffled(num: int, *keys: int) -> np.ndarray:
+    """(n,) int64: a permutation of 0, ..., num - 1 named by the keys, by the same hash."""
+    salt = np.zeros(1, dtype=np.uint64)
+    for key in keys:
+        salt = _mix(salt * np.uint64(0x9E3779B97F4A7C15) + np.array([key % 2**64], dtype=np.uint64))
+        salt = salt + np.uint64(1)
+    return np.argsort(_mix(np.arange(num, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + salt), kind="stable")
+
+
 def _mix(x: np.ndarray) -> np.ndarray:
     """The output function of splitmix64 (Steele, Lea & Flood 2014), elementwise, modulo 2**64."""
     with np.errstate(over="ignore"):

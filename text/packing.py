@@ -67,7 +67,7 @@ def pack(
     says), for a tokenizer without the begin or end token that is needed, and for too little text to fill one
     chunk.
     """
-    _check_tokens(vocabulary, packing, name)
+    check_tokens(vocabulary, packing, name)
     has_label = "label" in rows.column_names
     settings = {
         "code": _CODE_VERSION, "texts": texts_fingerprint(_each_text(rows)), "tokenizer": vocabulary.fingerprint,
@@ -81,7 +81,8 @@ def pack(
     return datasets.Dataset.from_file(str(folder / "rows.arrow")).with_format("numpy"), figures
 
 
-def _check_tokens(vocabulary: Vocabulary, packing: Packing, name: str) -> None:
+def check_tokens(vocabulary: Vocabulary, packing: Packing, name: str) -> None:
+    """Raises ValueError for a tokenizer without the begin or end token that the rows need."""
     needs_eos = packing.eos or (packing.wrap and packing.chunk_special)
     needs_bos = packing.chunk_special if packing.wrap else packing.bos
     for needed, token_id, token, key in (
@@ -110,7 +111,9 @@ def _digest(rows: datasets.Dataset, column: str) -> str:
 
 
 @dataclass
-class _Figures:
+class Figures:
+    """What packing did: counts of texts, rows and tokens; `pack` says which."""
+
     texts: int = 0
     rows: int = 0
     tokens: int = 0
@@ -122,8 +125,8 @@ class _Figures:
 
 
 @dataclass
-class _Rows:
-    """Rows on their way to the file: one flat array of ids and the length of each row."""
+class PackedRows:
+    """Rows on their way to a file or a batch: one flat array of ids and the length of each row."""
 
     ids: np.ndarray
     lengths: np.ndarray
@@ -137,7 +140,7 @@ def _write(
     packing: Packing, name: str,
 ) -> dict[str, int]:  # fmt: skip
     """Pack everything into an Arrow stream at `path` and return the figures."""
-    figures = _Figures(texts=len(rows))
+    figures = Figures(texts=len(rows))
     unk_id = tokenizer.unk_token_id if tokenizer.unk_token_id != vocabulary.eos_id else None
 
     def tokens() -> Iterator[tuple[dict[str, Any], list[list[int]]]]:
@@ -147,7 +150,7 @@ def _write(
             figures.unknown += sum(row.count(unk_id) for row in ids) if unk_id is not None else 0
             yield batch, ids
 
-    packer: Callable[..., Iterator[_Rows]] = _wrap if packing.wrap else _pad
+    packer: Callable[..., Iterator[PackedRows]] = _wrap if packing.wrap else _pad
     writer = None
     with path.open("wb") as file:
         for part in packer(tokens(), vocabulary, packing, figures, name):
@@ -162,7 +165,7 @@ def _write(
     return asdict(figures)
 
 
-def _check_figures(figures: _Figures, packing: Packing, name: str) -> None:
+def _check_figures(figures: Figures, packing: Packing, name: str) -> None:
     if figures.long and not packing.wrap and packing.long_texts == "error":
         raise ValueError(
             f"{name}: {figures.long} of {figures.texts} texts are longer than "
@@ -179,7 +182,7 @@ def _check_figures(figures: _Figures, packing: Packing, name: str) -> None:
     raise ValueError(f"{name}: there is no text with any token in it; give other texts")
 
 
-def _arrow_batch(rows: _Rows) -> pa.RecordBatch:
+def _arrow_batch(rows: PackedRows) -> pa.RecordBatch:
     offsets = np.concatenate([[0], np.cumsum(rows.lengths)]).astype(np.int32)
     columns = {
         "input_ids": pa.ListArray.from_arrays(pa.array(offsets), pa.array(rows.ids.astype(np.int32))),
@@ -194,11 +197,9 @@ def _arrow_batch(rows: _Rows) -> pa.RecordBatch:
 
 def _wrap(
     batches: Iterator[tuple[dict[str, Any], list[list[int]]]], vocabulary: Vocabulary, packing: Packing,
-    figures: _Figures, name: str,
-) -> Iterator[_Rows]:  # fmt: skip
+    figures: Figures, name: str,
+) -> Iterator[PackedRows]:  # fmt: skip
     """Chunks of one stream over the whole split; only the last, unfilled chunk of the split is left out."""
-    inner = packing.length - 2 if packing.chunk_special else packing.length
-    end = [vocabulary.eos_id] if packing.eos else []
     rest = np.zeros(0, dtype=np.int32)
     done = 0
     label = None
@@ -206,18 +207,32 @@ def _wrap(
         figures.empty += sum(not row for row in ids)
         if "label" in batch:
             label = _one_label(batch["label"], label, name)
-        stream = np.concatenate([rest, *(np.asarray(row + end, dtype=np.int32) for row in ids if row)])
-        count = len(stream) // inner
-        chunks, rest = stream[: count * inner].reshape(count, inner), stream[count * inner :]
+        chunks, rest = cut_chunks(rest, ids, vocabulary, packing)
+        count = len(chunks)
         if not count:
             continue
-        if packing.chunk_special:
-            chunks = np.pad(chunks, ((0, 0), (1, 1)))
-            chunks[:, 0], chunks[:, -1] = vocabulary.bos_id, vocabulary.eos_id
         labels = None if label is None else np.full(count, label)
-        yield _Rows(chunks.reshape(-1), np.full(count, packing.length), np.arange(done, done + count), None, labels)
+        yield PackedRows(
+            chunks.reshape(-1), np.full(count, packing.length), np.arange(done, done + count), None, labels
+        )
         done += count
     figures.cut = len(rest)
+
+
+def cut_chunks(
+    rest: np.ndarray, ids: list[list[int]], vocabulary: Vocabulary, packing: Packing
+) -> tuple[np.ndarray, np.ndarray]:
+    """Wrapped rows of `rest` (what the texts before have left) and further texts: chunks (C, length), and what is left
+    now. Texts without tokens leave no end token either."""
+    inner = packing.length - 2 if packing.chunk_special else packing.length
+    end = [vocabulary.eos_id] if packing.eos else []
+    stream = np.concatenate([rest, *(np.asarray(row + end, dtype=np.int32) for row in ids if row)])
+    count = len(stream) // inner
+    chunks, rest = stream[: count * inner].reshape(count, inner), stream[count * inner :]
+    if packing.chunk_special:
+        chunks = np.pad(chunks, ((0, 0), (1, 1)))
+        chunks[:, 0], chunks[:, -1] = vocabulary.bos_id, vocabulary.eos_id
+    return chunks, rest
 
 
 def _one_label(labels: list[int], label: int | None, name: str) -> int:
@@ -231,32 +246,43 @@ def _one_label(labels: list[int], label: int | None, name: str) -> int:
 
 def _pad(
     batches: Iterator[tuple[dict[str, Any], list[list[int]]]], vocabulary: Vocabulary, packing: Packing,
-    figures: _Figures, name: str,
-) -> Iterator[_Rows]:  # fmt: skip
-    """Each text's row, or its windows; a text that is cut ends without the end token, as it has not ended."""
+    figures: Figures, name: str,
+) -> Iterator[PackedRows]:  # fmt: skip
+    for batch, ids in batches:
+        rows = pad_rows(batch, ids, vocabulary, packing, figures, name)
+        if rows is not None:
+            yield rows
+
+
+def pad_rows(
+    batch: dict[str, Any], ids: list[list[int]], vocabulary: Vocabulary, packing: Packing, figures: Figures, name: str
+) -> PackedRows | None:
+    """Each text's row, or its windows; a text that is cut ends without the end token, as it has not ended. None where
+    no text has any token. `figures` are added to.
+
+    Raises ValueError for a text without tokens, unless packing.drop_empty.
+    """
     head = [vocabulary.bos_id] if packing.bos else []
     tail = [vocabulary.eos_id] if packing.eos else []
-    for batch, ids in batches:
-        windows: list[tuple[list[int], int, int]] = []  # ids, place in the batch, window
-        for place, row in enumerate(ids):
-            if not row:
-                figures.empty += 1
-                if not packing.drop_empty:
-                    raise ValueError(f"{name}: text {batch['text_id'][place]} "
-                                     f"({batch['text'][place]!r:.40}) has no tokens; "
-                                     f"correct it, or set data.drop_empty=true")  # fmt: skip
-                continue
-            whole = head + row + tail
-            figures.longest = max(figures.longest, len(whole))
-            figures.long += len(whole) > packing.length
-            starts = range(0, len(whole), packing.length) if packing.long_texts == "windows" else [0]
-            windows += [(whole[s : s + packing.length], place, w) for w, s in enumerate(starts)]
-            figures.cut += max(len(whole) - packing.length, 0) if packing.long_texts != "windows" else 0
-        if not windows:
+    windows: list[tuple[list[int], int, int]] = []  # ids, place in the batch, window
+    for place, row in enumerate(ids):
+        if not row:
+            figures.empty += 1
+            if not packing.drop_empty:
+                raise ValueError(f"{name}: text {batch['text_id'][place]} ({batch['text'][place]!r:.40}) has no "
+                                 f"tokens; correct it, or set data.drop_empty=true")  # fmt: skip
             continue
-        place = np.array([p for _, p, _ in windows])
-        text_id = np.asarray(batch["text_id"])[place]
-        sample_id = np.array([w for _, _, w in windows]) * _WINDOW + text_id
-        label = np.asarray(batch["label"])[place] if "label" in batch else None
-        flat = np.concatenate([np.asarray(w, dtype=np.int32) for w, _, _ in windows])
-        yield _Rows(flat, np.array([len(w) for w, _, _ in windows]), sample_id, text_id, label)
+        whole = head + row + tail
+        figures.longest = max(figures.longest, len(whole))
+        figures.long += len(whole) > packing.length
+        starts = range(0, len(whole), packing.length) if packing.long_texts == "windows" else [0]
+        windows += [(whole[s : s + packing.length], place, w) for w, s in enumerate(starts)]
+        figures.cut += max(len(whole) - packing.length, 0) if packing.long_texts != "windows" else 0
+    if not windows:
+        return None
+    place = np.array([p for _, p, _ in windows])
+    text_id = np.asarray(batch["text_id"])[place]
+    sample_id = np.array([w for _, _, w in windows]) * _WINDOW + text_id
+    label = np.asarray(batch["label"])[place] if "label" in batch else None
+    flat = np.concatenate([np.asarray(w, dtype=np.int32) for w, _, _ in windows])
+    return PackedRows(flat, np.array([len(w) for w, _, _ in windows]), sample_id, text_id, label)

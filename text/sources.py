@@ -6,6 +6,7 @@ Every source has `splits` (names it can load), `label_names` (None where texts h
 `load` gives the same rows in the same order every time, in every process. Split names are `train`,
 `validation`, `test`. A source may also have
   stream(split, limit)    the first rows of a split without reading the rest (data.streaming=true)
+  open(split)             the split as pieces to be read one after the other (text/shards.py), for training on a stream
   detokenizer_of(split)   the name of what undid a tokenisation of its texts (text/detokenizers.py), or None
   sources                 names of the data sets that it joins: what data.train and data.valid may be
 """
@@ -15,7 +16,8 @@ import glob
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Protocol
 
 import datasets
@@ -40,6 +42,7 @@ from text.rows import (
     to_table,
     without_blanks,
 )
+from text.shards import Shards, kind_of, listing, num_rows, open_files
 
 
 class Source(Protocol):
@@ -124,13 +127,59 @@ class HubOrFolder:
 
         Raises ValueError where the rows of the split are known only when all of it has been read.
         """
+        self._check_streaming(split)
+        if self._files(split):
+            return self.open(split).first(limit)
+        rows = self._prepared(*self._beginning(split, limit))
+        return rows if len(rows) <= limit else take_rows(rows, range(limit))
+
+    def open(self, split: str) -> Shards:
+        """The split, to be read piece by piece. Raises ValueError where its rows are known only when all of it, or
+        its end, has been read; FileNotFoundError where it lies neither in the folder nor on the Hub."""
+        self._check_streaming(split)
+        files, expression = self._files(split), self.files.get(split, "")
+        if files:
+            origin, rows = (
+                f"{local_folder(self.folder)}/{expression}",
+                open_files(files, "DATA_DIR", self.text_columns[0]),
+            )
+        else:
+            expression = self.hub_splits[split]
+            origin, rows = f"{self.hub_id} ({expression})", self._hub_stream(split)
+        lines = bool(files) and kind_of(files[0]) == "txt"
+        prepare = partial(self._cooked, origin=origin, drop_blank=self.drop_blank or lines)
+        start, stop = self._bounds(expression, num_rows(files) if files else None)
+        return Shards(rows, tuple(self._columns(split)), prepare, origin, start, stop, listing(files))
+
+    def _bounds(self, expression: str, total: int | None) -> tuple[int, int | None]:
+        """The rows that an expression names, of `total` ones (None: not known)."""
+        _, start, stop = _sliced(expression)
+        if total is not None:
+            first, last, _ = slice(start, stop).indices(total)
+            return first, last if stop is not None else None
+        if min(start or 0, stop or 0) < 0:
+            raise ValueError(f"data.streaming=true: {self.hub_id} is read from its beginning, so {expression}, which "
+                             f"counts from the end, cannot be cut off it; set it to false")  # fmt: skip
+        return start or 0, stop
+
+    def _check_streaming(self, split: str) -> None:
         check_split(split, self.splits)
         carved = self.validation_share is not None and split in ("train", "validation")
         if carved or self.shuffle:
             why = "is held out of the whole train split" if carved else "has to be shuffled as a whole"
             raise ValueError(f"data.streaming=true: the {split} split of {self.hub_id} {why}; set it to false")
-        rows = self._prepared(*(self._local(split) or self._beginning(split, limit)))
-        return rows if len(rows) <= limit else take_rows(rows, range(limit))
+
+    def _files(self, split: str) -> list[Path]:
+        """The split's files in the folder, if it has any."""
+        name, folder = _sliced(self.files.get(split, ""))[0], local_folder(self.folder)
+        return sorted(path for path in folder.glob(name) if path.is_file()) if folder and name else []
+
+    def _hub_stream(self, split: str) -> datasets.IterableDataset:
+        with self._hub_errors(split):
+            name = _sliced(self.hub_splits[split])[0]
+            return datasets.load_dataset(
+                self.hub_id, self.hub_config, split=name, revision=self.hub_revision, streaming=True
+            )
 
     @cached_property
     def _carved(self) -> dict[str, datasets.Dataset]:
@@ -152,6 +201,17 @@ class HubOrFolder:
             settings = {"name": self.detokenizer, "version": VERSION, "column": self.text_columns[0]}
             rows = rows.map(_detokenized, batched=True, features=rows.features, fn_kwargs=settings, desc="detokenising")
             texts = [text_column(to_table(rows), self.text_columns[0], origin)]
+        return not_empty(self._made(table, texts, origin, self.drop_blank), origin)
+
+    def _cooked(self, table: pa.Table, origin: str, drop_blank: bool) -> datasets.Dataset:
+        """The same for some rows of a stream, of which nothing is kept."""
+        texts = [text_column(table, column, origin) for column in self.text_columns]
+        if self.detokenizer is not None:
+            cooked = [detokenizer(self.detokenizer)(text) for text in texts[0].to_pylist()]
+            texts = [pa.chunked_array([pa.array(cooked, pa.large_string())])]
+        return self._made(table, texts, origin, drop_blank)
+
+    def _made(self, table: pa.Table, texts: list[pa.ChunkedArray], origin: str, drop_blank: bool) -> datasets.Dataset:
         if len(texts) > 1:
             joined = [self.separator.join(row) for row in zip(*(t.to_pylist() for t in texts), strict=True)]
             texts = [pa.chunked_array([pa.array(joined, pa.large_string())])]
@@ -159,7 +219,7 @@ class HubOrFolder:
         if self.label_column in table.column_names:
             labels = as_labels(table.column(self.label_column).to_pylist(), self.label_names, origin)
         made = text_rows(texts[0], labels)
-        return not_empty(without_blanks(made) if self.drop_blank else made, origin)
+        return without_blanks(made) if drop_blank else made
 
     def _local(self, split: str) -> tuple[datasets.Dataset, str] | None:
         """The raw columns in the folder, if it has them, and where they are from (for messages)."""
@@ -187,15 +247,10 @@ class HubOrFolder:
     def _beginning(self, split: str, limit: int) -> tuple[datasets.Dataset, str]:
         """The raw columns of the first `limit` texts on the Hub."""
         expression = self.hub_splits[split]
-        name, start, stop = _sliced(expression)
-        if min(start or 0, stop or 0) < 0:
-            raise ValueError(f"data.streaming=true: {self.hub_id} is read from its beginning, so {expression}, which "
-                             f"counts from the end, cannot be cut off it; set it to false")  # fmt: skip
+        start, stop = self._bounds(expression, None)
+        stream = self._hub_stream(split)
         with self._hub_errors(split):
-            stream = datasets.load_dataset(
-                self.hub_id, self.hub_config, split=name, revision=self.hub_revision, streaming=True
-            )
-            part = itertools.islice(stream.skip(start or 0), None if stop is None else stop - (start or 0))
+            part = itertools.islice(stream.skip(start), None if stop is None else stop - start)
             found = list(itertools.islice((row for row in part if not self._is_blank(row)), limit))
         origin = f"{self.hub_id} ({expression})"
         columns = self._columns(split)
@@ -251,6 +306,11 @@ class Combined:
         """The first `limit` rows of the split (HubOrFolder.stream)."""
         check_split(split, self.splits)
         return self.sources[self.choice[split]].stream(split, limit)
+
+    def open(self, split: str) -> Shards:
+        """The split, to be read piece by piece (HubOrFolder.open)."""
+        check_split(split, self.splits)
+        return self.sources[self.choice[split]].open(split)
 
 
 class GeneratedReviews:

@@ -1,13 +1,26 @@
 """The user's own files as a source (text/sources.py says what a source is)."""
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 
 import datasets
+import numpy as np
 import pyarrow as pa
 
-from text.files import read_files
-from text.rows import as_labels, carve, check_share, check_split, label_values, not_empty, text_column, text_rows
+from text.files import read_files, readable_files
+from text.rows import (
+    as_labels,
+    carve,
+    check_share,
+    check_split,
+    label_values,
+    not_empty,
+    take_rows,
+    text_column,
+    text_rows,
+    without_blanks,
+)
+from text.shards import Shards, kind_of, listing, open_files, share_of
 
 
 class UserFiles:
@@ -17,7 +30,8 @@ class UserFiles:
     label_column: None = texts without labels. Labels are ints from 0 on, or strings (numbered in sorted
     order over all splits); `label_names` names ints, or fixes which strings there are and their order.
     validation_path, test_path: files of their own; without them shares of `path` are held out, chosen by
-    `seed`. Raises FileNotFoundError for absent files, ValueError for absent columns, bad rows, empty splits.
+    `seed` (of a stream by a hash of each text, since their number is not known).
+    Raises FileNotFoundError for absent files, ValueError for absent columns, bad rows, empty splits.
     """
 
     def __init__(
@@ -56,12 +70,37 @@ class UserFiles:
 
     @property
     def label_names(self) -> tuple[str, ...] | None:
-        return self._loaded[1]
+        return self._loaded[1] if self.label_column else None
 
     def load(self, split: str) -> datasets.Dataset:
         """The split's rows. Raises ValueError for a split that does not exist."""
         check_split(split, self.splits)
         return self._loaded[0][split]
+
+    def stream(self, split: str, limit: int) -> datasets.Dataset:
+        """The first `limit` rows of the split, without reading on."""
+        return self.open(split).first(limit)
+
+    def open(self, split: str) -> Shards:
+        """The split, to be read piece by piece. Raises ValueError for labelled texts, whose names all files together
+        give."""
+        check_split(split, self.splits)
+        if self.label_column:
+            raise ValueError(f"data.streaming=true reads texts without labels, and data.label_column="
+                             f"{self.label_column} names some; use data=text, or set data.streaming=false")  # fmt: skip
+        own = split if self.paths[split] else "train"
+        files = readable_files(self.paths[own], self.keys[own])
+        rows = open_files(files, f"{self.keys[own]}={self.paths[own]}", self.text_column)
+        held_out = self.shares if own == "train" else {}
+        prepare = partial(self._streamed, split=split, held_out=held_out, lines=kind_of(files[0]) == "txt")
+        return Shards(rows, (self.text_column,), prepare, str(self.paths[own]), files=listing(files))
+
+    def _streamed(self, table: pa.Table, split: str, held_out: Mapping[str, float], lines: bool) -> datasets.Dataset:
+        rows = text_rows(text_column(table, self.text_column, str(self.paths["train"])))
+        rows = without_blanks(rows) if lines else rows
+        if not held_out:
+            return rows
+        return take_rows(rows, np.flatnonzero(share_of(rows["text"][:], self.seed, held_out) == split))
 
     @cached_property
     def _loaded(self) -> tuple[dict[str, datasets.Dataset], tuple[str, ...] | None]:

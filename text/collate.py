@@ -1,0 +1,48 @@
+"""Rows -> batches (the batch contract is the header of dataloader.py)."""
+
+from collections.abc import Collection
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+PAD_MULTIPLE = 8
+
+
+class Rows(Dataset):
+    """Row numbers -> columns of these rows."""
+
+    def __init__(self, rows: datasets.Dataset) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitems__(self, indices: list[int]) -> dict[str, Any]:
+        return self.rows[indices]
+
+
+class Collate:
+    """Columns of some rows -> a batch (the contract above). pad_id None: the rows are of equal length. `frame_ids`:
+    tokens that are given where they begin or end a padded row."""
+
+    def __init__(self, length: int, pad_id: int | None, frame_ids: Collection[int] = ()) -> None:
+        self.length, self.pad_id, self.frame_ids = length, pad_id, np.array(sorted(frame_ids), dtype=np.int64)
+
+    def __call__(self, columns: dict[str, Any]) -> dict[str, torch.Tensor]:
+        columns = dict(columns)
+        rows, lengths = columns.pop("input_ids"), np.asarray(columns.pop("length"))
+        batch = {name: torch.from_numpy(np.array(values, dtype=np.int64)) for name, values in columns.items()}
+        if self.pad_id is None:
+            return {"input_ids": torch.from_numpy(np.stack(rows).astype(np.int64)), **batch}
+        width = min(-(-int(lengths.max()) // PAD_MULTIPLE) * PAD_MULTIPLE, self.length)
+        mask = np.arange(width) < lengths[:, None]
+        ids = np.full(mask.shape, self.pad_id, dtype=np.int64)
+        ids[mask] = np.concatenate(list(rows))
+        batch |= {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
+        if len(self.frame_ids):
+            ends = (np.arange(width) == 0) | (np.arange(width) == lengths[:, None] - 1)
+            batch["given"] = torch.from_numpy(ends & np.isin(ids, self.frame_ids))
+        return batch

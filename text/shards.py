@@ -1,0 +1,186 @@
+"""Corpora read from their beginning, piece by piece, and kept nowhere: files, or a data set of the Hub, by the
+streaming of `datasets`."""
+
+import glob
+import hashlib
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import load_dataset
+
+from text.rows import from_table, need_columns, to_table
+
+_AT_ONCE = 1000  # rows
+_PACKED = (".gz", ".zst", ".bz2", ".xz")
+_SEPARATORS = {"csv": ",", "tsv": "\t"}
+_BUILDERS = {"txt": "text", "csv": "csv", "tsv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}
+
+
+@dataclass(frozen=True)
+class Shards:
+    """A split of a corpus as the pieces that its files make.
+
+    rows: raw rows, streamed. columns: those that are needed. prepare: a table of raw rows -> texts (column text, and
+    label where there is one), perhaps fewer. start, stop: the raw rows that belong to the split. origin: where from,
+    for messages. files: name and size of each, where they lie in a folder: what tells that a corpus has changed.
+    """
+
+    rows: datasets.IterableDataset
+    columns: tuple[str, ...]
+    prepare: Callable[[pa.Table], datasets.Dataset]
+    origin: str
+    start: int = 0
+    stop: int | None = None
+    files: tuple[tuple[str, int], ...] = ()
+
+    @cached_property
+    def ranges(self) -> list[tuple[int, int, int | None]]:
+        """(shard, first row, row to stop before) of each shard that has a part in the split. Rows are counted only as
+        far as `start` and `stop` reach."""
+        found, begin = [], 0
+        for shard in range(self.rows.num_shards):
+            if self.stop is not None and begin >= self.stop:
+                break
+            first = max(0, self.start - begin)
+            if first == 0 and self.stop is None:
+                found.append((shard, 0, None))
+                continue
+            reach = (self.start if self.stop is None else self.stop) - begin
+            seen = self._count(shard, reach)
+            if seen > first or (self.stop is None and seen == reach):
+                found.append((shard, first, None if self.stop is None else seen))
+            begin += seen
+        return found
+
+    def _count(self, shard: int, reach: int) -> int:
+        """Rows of a shard, at most `reach`."""
+        seen = 0
+        for table in self._tables(shard):
+            seen += table.num_rows
+            if seen >= reach:
+                return reach
+        return seen
+
+    def _tables(self, shard: int) -> Iterator[pa.Table]:
+        piece = self.rows.shard(num_shards=self.rows.num_shards, index=shard).with_format("arrow")
+        for table in piece.iter(batch_size=_AT_ONCE):
+            need_columns(table.column_names, self.columns, self.origin)
+            yield table.select(self.columns)
+
+    def blocks(self, number: int, size: int, skip: int = 0) -> Iterator[pa.Table]:
+        """The raw rows of a piece in tables of `size` (the last one may be smaller), without the first `skip` tables.
+        These are read, as few formats can be entered in the middle, but nothing is done with them."""
+        shard, first, end = self.ranges[number]
+        first += skip * size
+        held: list[pa.Table] = []
+        place, count = 0, 0
+        for table in self._tables(shard):
+            begin, place = place, place + table.num_rows
+            stop = table.num_rows if end is None else min(table.num_rows, end - begin)
+            table = table.slice(max(0, first - begin), max(0, stop - max(0, first - begin)))
+            while table.num_rows:
+                part = table.slice(0, size - count)
+                held.append(part)
+                count += part.num_rows
+                table = table.slice(part.num_rows)
+                if count == size:
+                    yield pa.concat_tables(held, promote_options="permissive")
+                    held, count = [], 0
+            if end is not None and place >= end:
+                break
+        if held:
+            yield pa.concat_tables(held, promote_options="permissive")
+
+    def texts(self) -> Iterator[datasets.Dataset]:
+        """All texts in the order of the files, a few at a time."""
+        for number in range(len(self.ranges)):
+            for table in self.blocks(number, _AT_ONCE):
+                yield self.prepare(table)
+
+    def first(self, limit: int) -> datasets.Dataset:
+        """The first `limit` texts (all there are, if they are fewer), in memory.
+
+        Raises ValueError where there is none.
+        """
+        found, count = [], 0
+        for rows in self.texts():
+            found.append(to_table(rows))
+            count += len(rows)
+            if count >= limit:
+                break
+        if not count:
+            raise ValueError(f"{self.origin} holds no text; give another file")
+        return from_table(pa.concat_tables(found).slice(0, limit))
+
+    @property
+    def fingerprint(self) -> dict[str, object]:
+        """What a resumed run compares: plain values."""
+        listing = hashlib.sha256(repr(self.files).encode()).hexdigest()[:16]
+        return {"pieces": len(self.ranges), "files": listing if self.files else None}
+
+
+def open_files(files: Sequence[Path], key: str, text_column: str = "text") -> datasets.IterableDataset:
+    """The rows of files of one kind (text/files.py; also packed by gzip, zstd, bzip2, xz), streamed, one shard per
+    file, or per row group of a Parquet file. A txt file has the column `text_column`.
+
+    Raises ValueError for files that cannot be streamed, or of several kinds.
+    """
+    kinds = {kind_of(path) for path in files}
+    if len(kinds) != 1 or not kinds <= set(_BUILDERS):
+        listing = ", ".join(sorted(kind or "(none)" for kind in kinds))
+        raise ValueError(f"{key}: data.streaming=true reads files of one kind, one of {', '.join(_BUILDERS)}; these "
+                         f"are of {listing}")  # fmt: skip
+    kind = kinds.pop()
+    settings: dict[str, object] = {}
+    if kind == "txt":
+        features = datasets.Features({text_column: datasets.Value("large_string")})
+        settings = {"encoding": "utf-8-sig", "features": features}
+    elif kind in _SEPARATORS:  # as text/files.py reads them: everything is text, nothing is missing
+        shape = {"sep": _SEPARATORS[kind], "encoding": "utf-8-sig", "keep_default_na": False, "na_filter": False}
+        names = pd.read_csv(files[0], nrows=0, sep=shape["sep"], encoding=shape["encoding"]).columns
+        features = datasets.Features({str(name): datasets.Value("large_string") for name in names})
+        settings = {**shape, "features": features}
+    elif kind == "parquet":
+        settings = {"batch_size": _AT_ONCE}
+    paths = [glob.escape(str(path.absolute())) for path in files]
+    rows = load_dataset(_BUILDERS[kind], data_files=paths, split="train", streaming=True, **settings)
+    return rows.reshard() if kind == "parquet" else rows
+
+
+def kind_of(path: Path) -> str:
+    """The ending that says what a file is, without that of its packing: jsonl for part.jsonl.gz."""
+    name = path.name.lower()
+    for ending in _PACKED:
+        name = name.removesuffix(ending)
+    return Path(name).suffix.lstrip(".")
+
+
+def num_rows(files: Sequence[Path]) -> int | None:
+    """Rows in Parquet files, by their footers; None for other kinds, which would have to be read."""
+    if any(kind_of(path) != "parquet" for path in files):
+        return None
+    return sum(pq.read_metadata(path).num_rows for path in files)
+
+
+def listing(files: Sequence[Path]) -> tuple[tuple[str, int], ...]:
+    """Name and size of each file."""
+    return tuple((path.name, path.stat().st_size) for path in files)
+
+
+def share_of(texts: Sequence[str], seed: int, shares: Mapping[str, float]) -> np.ndarray:
+    """(n,) the split of each text, `train` or a name in `shares`, by a hash of the text and the seed: it can be told
+    from a text alone, and equal texts are always in the same one."""
+    bounds = list(itertools.accumulate(shares.values()))
+    names = np.array([*shares, "train"])
+    key = seed.to_bytes(8, "little", signed=True)
+    digests = [hashlib.blake2b(t.encode("utf-8", "surrogatepass"), digest_size=8, key=key).digest() for t in texts]
+    places = np.array([int.from_bytes(digest, "little") for digest in digests], dtype=np.float64) / 2.0**64
+    return names[np.searchsorted(bounds, places, side="right")] if len(digests) else np.array([], dtype=str)
