@@ -25,6 +25,8 @@ from omegaconf import DictConfig, OmegaConf
 import command_line
 from dataloader import TextData, batch_arithmetic
 from diffusion import Diffusion
+from engine.signals import SIGNALS
+from engine.slurm import check_processes
 from engine.trainer import Run, build_trainer
 from estimators.base import Estimator
 from identity import identity
@@ -227,8 +229,8 @@ class Experiment:
         cfg.checkpointing.save_dir = str(self.folder(label))
         fitting = title.startswith("train")
         run = Run(
-            title, fitting, devices=self._devices, accumulate=self._batches[1], precision=self._precision,
-            patience=self.patience(label) if fitting else None,
+            title, fitting, devices=self.devices, accumulate=self._batches[1], precision=self._precision,
+            patience=self.patience(label) if fitting else None, last=self._last(label),
             callbacks=[instantiate(node) for node in (cfg.get("callbacks") or {}).values()] if fitting else [],
             loggers=[instantiate(node) for node in (cfg.get("logger") or {}).values()] if fitting else [],
             strategy=instantiate(cfg.strategy),
@@ -242,7 +244,8 @@ class Experiment:
         return self.cfg.trainer.precision or ("bf16-mixed" if on_gpu else "32-true")
 
     @property
-    def _devices(self) -> int:
+    def devices(self) -> int:
+        """Processes per node."""
         devices = self.cfg.trainer.devices
         if devices != "auto":
             return devices
@@ -253,7 +256,7 @@ class Experiment:
         """(samples per device and micro-batch, micro-batches per optimizer step)."""
         loader = self.cfg.loader
         size, accumulate = batch_arithmetic(
-            loader.global_batch_size, loader.batch_size, self._devices, self.cfg.trainer.num_nodes
+            loader.global_batch_size, loader.batch_size, self.devices, self.cfg.trainer.num_nodes
         )
         typed = self.cfg.trainer.accumulate_grad_batches
         if typed not in (None, accumulate):
@@ -265,7 +268,7 @@ class Experiment:
 
     @property
     def _eval_batch_size(self) -> int:
-        devices = self._devices * self.cfg.trainer.num_nodes
+        devices = self.devices * self.cfg.trainer.num_nodes
         return self.cfg.loader.eval_batch_size or -(-self.cfg.loader.eval_global_batch_size // devices)
 
 
@@ -301,13 +304,16 @@ def run(cfg: DictConfig, command: str) -> dict[str, object]:
     command_line.check_numbers(cfg)
     command_line.refuse_contradictions(cfg)
     torch.set_float32_matmul_precision("high")
-    return instantiate(cfg.mode)(Experiment(cfg, command))
+    experiment = Experiment(cfg, command)
+    check_processes(experiment.devices, cfg.trainer.num_nodes)
+    return instantiate(cfg.mode)(experiment)
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="config")
 def _hydra_main(cfg: DictConfig) -> None:
     command = " ".join(["python main.py", *HydraConfig.get().overrides.task])
-    run(cfg, command)
+    with SIGNALS.listening():
+        run(cfg, command)
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import lightning
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor
@@ -12,6 +13,7 @@ from lightning.pytorch.strategies import Strategy
 
 from callbacks.best import LastCheckpoint, Patience
 from callbacks.progress import TextProgressBar
+from engine.signals import StopAtSignal, take_over
 from engine.storage import AtomicCheckpointIO
 
 
@@ -21,7 +23,7 @@ class Run:
 
     title: what its progress bar says. fitting: it trains. devices: processes per node. accumulate: micro-batches per
     optimizer step. precision: as Lightning names it. patience: validations without a better one that end it; None:
-    none does. callbacks, loggers, strategy: as configured.
+    none does. last: the checkpoint from which the run goes on. callbacks, loggers, strategy: as configured.
     """
 
     title: str
@@ -30,6 +32,7 @@ class Run:
     accumulate: int
     precision: str
     patience: int | None
+    last: Path
     callbacks: Sequence[Callback]
     loggers: Sequence[Logger]
     strategy: Strategy | str
@@ -52,10 +55,14 @@ def build_trainer(run: Run, settings: Mapping[str, object]) -> lightning.Trainer
     callbacks.sort(key=lambda callback: isinstance(callback, LastCheckpoint))
     if not run.loggers:
         callbacks = [c for c in callbacks if not isinstance(c, LearningRateMonitor)]
-    return lightning.Trainer(
+    if run.fitting:
+        callbacks.append(StopAtSignal(run.last))
+    trainer = lightning.Trainer(
         **settings, devices=run.devices, accumulate_grad_batches=run.accumulate, precision=run.precision,
         callbacks=[TextProgressBar(run.title), *callbacks], logger=list(run.loggers) or False,
         strategy=run.strategy, plugins=[AtomicCheckpointIO()], use_distributed_sampler=False,
         check_val_every_n_epoch=None, max_epochs=-1, enable_model_summary=False, enable_checkpointing=run.fitting,
         inference_mode=True,
     )  # fmt: skip
+    take_over(trainer)
+    return trainer
