@@ -7,6 +7,7 @@ reader of the configuration; everything below receives built objects and values.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import inspect
 import json
 import logging
@@ -229,7 +230,7 @@ class Experiment:
         cfg.checkpointing.save_dir = str(self.folder(label))
         fitting = title.startswith("train")
         run = Run(
-            title, fitting, devices=self.devices, accumulate=self._batches[1], precision=self._precision,
+            title, fitting, devices=self._devices, accumulate=self._batches[1], precision=self._precision,
             patience=self.patience(label) if fitting else None, last=self._last(label),
             callbacks=[instantiate(node) for node in (cfg.get("callbacks") or {}).values()] if fitting else [],
             loggers=[instantiate(node) for node in (cfg.get("logger") or {}).values()] if fitting else [],
@@ -244,8 +245,7 @@ class Experiment:
         return self.cfg.trainer.precision or ("bf16-mixed" if on_gpu else "32-true")
 
     @property
-    def devices(self) -> int:
-        """Processes per node."""
+    def _devices(self) -> int:
         devices = self.cfg.trainer.devices
         if devices != "auto":
             return devices
@@ -256,7 +256,7 @@ class Experiment:
         """(samples per device and micro-batch, micro-batches per optimizer step)."""
         loader = self.cfg.loader
         size, accumulate = batch_arithmetic(
-            loader.global_batch_size, loader.batch_size, self.devices, self.cfg.trainer.num_nodes
+            loader.global_batch_size, loader.batch_size, self._devices, self.cfg.trainer.num_nodes
         )
         typed = self.cfg.trainer.accumulate_grad_batches
         if typed not in (None, accumulate):
@@ -268,7 +268,7 @@ class Experiment:
 
     @property
     def _eval_batch_size(self) -> int:
-        devices = self.devices * self.cfg.trainer.num_nodes
+        devices = self._devices * self.cfg.trainer.num_nodes
         return self.cfg.loader.eval_batch_size or -(-self.cfg.loader.eval_global_batch_size // devices)
 
 
@@ -305,20 +305,26 @@ def run(cfg: DictConfig, command: str) -> dict[str, object]:
     command_line.refuse_contradictions(cfg)
     torch.set_float32_matmul_precision("high")
     experiment = Experiment(cfg, command)
-    check_processes(experiment.devices, cfg.trainer.num_nodes)
+    check_processes(experiment._devices, cfg.trainer.num_nodes)
     return instantiate(cfg.mode)(experiment)
 
 
-@hydra.main(version_base="1.3", config_path="configs", config_name="config")
-def _hydra_main(cfg: DictConfig) -> None:
+def job(cfg: DictConfig) -> None:
+    """What a process started by hand, by SLURM or by a launcher of Hydra does: one command, ended by signals."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="lightning")
     command = " ".join(["python main.py", *HydraConfig.get().overrides.task])
     with SIGNALS.listening():
         run(cfg, command)
 
 
+@hydra.main(version_base="1.3", config_path="configs", config_name="config")
+def _hydra_main(cfg: DictConfig) -> None:
+    # By its name: a launcher that sends this function to another process (submitit) would send all that it mentions.
+    importlib.import_module("main").job(cfg)
+
+
 def main() -> None:
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module="lightning")
     with command_line.clear_errors():
         sys.argv[1:] = command_line.translate(sys.argv[1:])
         _hydra_main()

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import FunctionType
 
 import pytest
 
@@ -102,6 +103,18 @@ def test_what_srun_started_is_compared_with_what_the_training_is_to_have(cluster
     refused = two_tasks(1)
     assert refused.returncode != 0 and "SLURM has 2 tasks on 1 nodes" in refused.stderr
     assert "set trainer.devices=2 trainer.num_nodes=1, or ask SLURM for --nodes=1 --ntasks-per-node=1" in refused.stderr
+
+
+def test_a_launcher_can_send_the_command_to_another_process(monkeypatch):
+    """submitit pickles the function that Hydra calls: where main.py is the program, with all that it mentions."""
+    cloudpickle = pytest.importorskip("cloudpickle")
+    function = main._hydra_main.__wrapped__
+    program = FunctionType(function.__code__, {**vars(main), "__name__": "__main__"}, function.__name__)
+    program.__module__ = "__main__"
+    done = []
+    monkeypatch.setattr(main, "job", done.append)
+    cloudpickle.loads(cloudpickle.dumps(program))("the configuration")
+    assert done == ["the configuration"]
 
 
 @pytest.mark.parametrize("path", JOBS, ids=lambda path: path.name)
