@@ -7,6 +7,7 @@ reader of the configuration; everything below receives built objects and values.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import inspect
 import json
 import logging
@@ -28,6 +29,8 @@ from dataloader import TextData, batch_arithmetic
 from diffusion import Diffusion, Provenance
 from engine.processes import first_process, local_device, processes_per_node
 from engine.recovery import newest_good
+from engine.signals import SIGNALS
+from engine.slurm import check_processes
 from engine.trainer import Run, build_trainer
 from estimators.base import Estimator
 from files import Place, below, exists, folder_of, is_remote, place
@@ -248,8 +251,8 @@ class Experiment:
         run = Run(
             title, fitting, devices=self._devices, accumulate=self._batches[1], precision=self._precision,
             patience=self.patience(label) if fitting else None, max_skipped_steps=cfg.training.max_skipped_steps,
-            max_failed_saves=cfg.checkpointing.max_failed_saves, folder=self.folder(label), command=self.command,
-            settings=self.settings, callbacks=callbacks,
+            max_failed_saves=cfg.checkpointing.max_failed_saves, folder=self.folder(label),
+            checkpoints=self.checkpoints(label), command=self.command, settings=self.settings, callbacks=callbacks,
             loggers=[instantiate(node) for node in (cfg.get("logger") or {}).values()] if fitting else [],
             strategy=instantiate(cfg.strategy),
         )  # fmt: skip
@@ -265,7 +268,7 @@ class Experiment:
     def _devices(self) -> int:
         on_gpu = _device(self.cfg.trainer.accelerator).type == "cuda"
         available = torch.cuda.device_count() if on_gpu else 1
-        return processes_per_node(self.cfg.trainer.devices, self.cfg.trainer.num_nodes, available)
+        return processes_per_node(self.cfg.trainer.devices, available)
 
     @property
     def _batches(self) -> tuple[int, int]:
@@ -328,22 +331,30 @@ def run(cfg: DictConfig, command: str) -> dict[str, object]:
     instantiate(cfg.lr_scheduler)(torch.optim.SGD([torch.zeros(1)]))  # what it refuses, before any data are read
     torch.set_float32_matmul_precision("high")
     experiment = Experiment(cfg, command)
+    check_processes(experiment._devices, cfg.trainer.num_nodes)
     if is_remote(experiment.checkpoints()):
         print(f"checkpoints: {experiment.checkpoints()}; logs, reports and results, here: {experiment.folder()}")
     return instantiate(cfg.mode)(experiment)
 
 
-@hydra.main(version_base="1.3", config_path="configs", config_name="config")
-def _hydra_main(cfg: DictConfig) -> None:
-    command = " ".join(["python main.py", *HydraConfig.get().overrides.task])
-    run(cfg, command)
-
-
-def main() -> None:
+def job(cfg: DictConfig) -> None:
+    """What a process started by hand, by SLURM or by a launcher of Hydra does: one command, ended by signals."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
     if not first_process():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the end: what is said is said once
+    command = " ".join(["python main.py", *HydraConfig.get().overrides.task])
+    with SIGNALS.listening():
+        run(cfg, command)
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="config")
+def _hydra_main(cfg: DictConfig) -> None:
+    # By its name: a launcher that sends this function to another process (submitit) would send all that it mentions.
+    importlib.import_module("main").job(cfg)
+
+
+def main() -> None:
     with command_line.clear_errors():
         sys.argv[1:] = command_line.translate(sys.argv[1:])
         _hydra_main()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import timedelta
 
 import lightning
@@ -102,46 +101,27 @@ def strategy_for(chosen: Strategy | str, processes: int, fitting: bool) -> Strat
     return ddp() if chosen == "auto" and processes > 1 else chosen
 
 
-@dataclass(frozen=True)
-class Launched:
-    """Who started the processes of this run, and how many: so many on each of so many nodes."""
-
-    by: str
-    per_node: int
-    nodes: int
-
-
-def launched() -> Launched | None:
-    """None where Lightning starts them, or where there is one process."""
+def launched_per_node() -> int | None:
+    """How many processes torchrun or srun started on each node; None where Lightning starts them, or there is one."""
     if TorchElasticEnvironment.detect():
-        per_node = int(os.environ["LOCAL_WORLD_SIZE"])
-        return Launched("torchrun", per_node, int(os.environ["WORLD_SIZE"]) // per_node)
+        return int(os.environ["LOCAL_WORLD_SIZE"])
     if SLURMEnvironment.detect():
-        nodes = int(os.environ.get("SLURM_NNODES", "1"))
-        return Launched("srun", int(os.environ["SLURM_NTASKS"]) // nodes, nodes)
+        return int(os.environ["SLURM_NTASKS"]) // int(os.environ.get("SLURM_NNODES", "1"))
     return None
 
 
-def processes_per_node(devices: int | str, num_nodes: int, available: int) -> int:
+def processes_per_node(devices: int | str, available: int) -> int:
     """How many processes run on each node: `devices`, or for "auto" those that torchrun or srun started, else one for
     each of the `available` devices.
 
     Raises:
-        ValueError: the configuration contradicts what was started; each would wait for the others for ever, or believe
-            to be alone.
+        ValueError: `devices` is no number. Whether it is the one that was started is for engine/slurm.py to check.
     """
     if devices != "auto" and (isinstance(devices, bool) or not isinstance(devices, int) or devices < 1):
         raise ValueError(f"trainer.devices={devices} must be auto or a whole number of at least 1")
-    found = launched()
-    if found is None:
-        return available if devices == "auto" else devices
-    if devices not in ("auto", found.per_node) or num_nodes != found.nodes:
-        raise ValueError(
-            f"trainer.devices={devices} trainer.num_nodes={num_nodes}, but {found.by} started {found.per_node} "
-            f"process(es) on each of {found.nodes} node(s): set trainer.devices={found.per_node} trainer.num_nodes="
-            f"{found.nodes}, or start others"
-        )
-    return found.per_node
+    if devices != "auto":
+        return devices
+    return launched_per_node() or available
 
 
 def first_process() -> bool:

@@ -34,9 +34,9 @@ def versions() -> dict[str, str]:
     """What runs here, by name."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     project = tomllib.loads(_PROJECT.read_text())["project"]["version"]
-    return {"palimpsest": project, "python": platform.python_version(), "torch": str(torch.__version__), "device": device,
-            "lightning": lightning.__version__, "transformers": transformers.__version__,
-            "tokenizers": tokenizers.__version__}  # fmt: skip
+    return {"palimpsest": project, "python": platform.python_version(), "device": device,
+            "torch": str(torch.__version__), "lightning": lightning.__version__,
+            "transformers": transformers.__version__, "tokenizers": tokenizers.__version__}  # fmt: skip
 
 
 def tokenizer_record(tokenizer: transformers.PreTrainedTokenizerBase) -> dict[str, object]:

@@ -19,7 +19,9 @@ from callbacks.progress import TextProgressBar
 from callbacks.run_state import RunState
 from engine.processes import strategy_for
 from engine.record import RunRecord
+from engine.signals import StopAtSignal, take_over
 from engine.storage import AtomicCheckpointIO
+from files import Place
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,9 @@ class Run:
     title: what its progress bar says. fitting: it trains. devices: processes per node. accumulate: micro-batches per
     optimizer step. precision: as Lightning names it. patience: validations without a better one that end it; None:
     none does. max_skipped_steps: updates in a row left out for what is not finite that end it. max_failed_saves:
-    checkpoints in a row that could not be written and end it; None: no number does. folder: where it lives. command,
-    settings: what was typed and the configuration that it makes. callbacks, loggers, strategy: as configured.
+    checkpoints in a row that could not be written and end it; None: no number does. folder: where it lives.
+    checkpoints: where its checkpoints are. command, settings: what was typed and the configuration that it makes.
+    callbacks, loggers, strategy: as configured.
     """
 
     title: str
@@ -42,6 +45,7 @@ class Run:
     max_skipped_steps: int
     max_failed_saves: int | None
     folder: Path
+    checkpoints: Place
     command: str
     settings: str
     callbacks: Sequence[Callback]
@@ -72,15 +76,18 @@ def build_trainer(run: Run, settings: Mapping[str, object]) -> lightning.Trainer
     if run.fitting:
         guard = Guard(run.max_skipped_steps, run.folder, run.settings)
         record = RunRecord({"command": run.command, "configuration": run.settings})
-        callbacks = [guard, metrics, RunState(run.folder, run.title, metrics), record, *callbacks]
+        state = RunState(run.folder, run.title, metrics)
+        callbacks = [guard, metrics, state, record, *callbacks, StopAtSignal(run.checkpoints)]
     settings = dict(settings)
     if isinstance(settings.get("val_check_interval"), int):  # of optimizer steps; Lightning counts micro-batches
         settings["val_check_interval"] *= run.accumulate
     strategy = strategy_for(run.strategy, run.devices * settings.get("num_nodes", 1), run.fitting)
-    return lightning.Trainer(
+    trainer = lightning.Trainer(
         **settings, devices=run.devices, accumulate_grad_batches=run.accumulate, precision=run.precision,
         callbacks=[TextProgressBar(run.title, metrics=metrics), *callbacks], logger=list(run.loggers) or False,
         strategy=strategy, plugins=[AtomicCheckpointIO(run.max_failed_saves)], use_distributed_sampler=False,
         check_val_every_n_epoch=None, max_epochs=-1, enable_model_summary=False, enable_checkpointing=run.fitting,
         inference_mode=True,
     )  # fmt: skip
+    take_over(trainer)
+    return trainer

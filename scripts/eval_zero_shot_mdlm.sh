@@ -9,10 +9,13 @@
 #SBATCH --gres=gpu:1
 #SBATCH --cpus-per-task=4
 #SBATCH --time=0-04:00:00
-#SBATCH --output=%x-%A_%a.log
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=watch_folder/%x_%A_%a.out
+#SBATCH --error=watch_folder/%x_%A_%a.err
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
 settings=(mode=ppl_eval model=small parameterization=subs model.length=1024 data.max_train_texts=20000
   loader.eval_batch_size=16 eval.num_draws=8 eval.checkpoint_path=kuleshov-group/mdlm-owt backbone=hf_dit)
 data=(ptb wikitext103 lm1b-gpt2 lambada ag_news scientific_papers_pubmed scientific_papers_arxiv)
-exec python main.py data="${data[${SLURM_ARRAY_TASK_ID:-0}]}" "${settings[@]}" "$@"
+exec ${SLURM_JOB_ID:+srun --cpus-per-task=${SLURM_CPUS_PER_TASK:-1}} python -u main.py data="${data[${SLURM_ARRAY_TASK_ID:-0}]}" "${settings[@]}" "$@"

@@ -1,16 +1,20 @@
 #!/usr/bin/env bash
-# The autoregressive baseline on OpenWebText. Published: perplexity 17.54 (arXiv 2406.07524); not reproduced
-# here.
-# Submit again after a time limit: it resumes. Arguments after the script's name are passed on.
+# The autoregressive baseline on OpenWebText. Published: perplexity 17.54 (arXiv 2406.07524); not reproduced here.
+# Before its time limit it saves and goes back into the queue; the same command resumes it after anything else.
+# Arguments after the script's name are passed on.
 #SBATCH --job-name=ar-owt
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8
 #SBATCH --gres=gpu:8
 #SBATCH --cpus-per-task=4
 #SBATCH --time=7-00:00:00
-#SBATCH --output=%x-%j.log
+#SBATCH --signal=USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=watch_folder/%x_%j.out
+#SBATCH --error=watch_folder/%x_%j.err
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
 settings=(mode=train model=small-ar backbone=ar parameterization=ar data=openwebtext-split model.length=1024
   loader.global_batch_size=512 loader.batch_size=16 loader.eval_batch_size=16 trainer.devices=8 strategy=ddp)
-exec srun python main.py "${settings[@]}" "$@"
+exec ${SLURM_JOB_ID:+srun --cpus-per-task=${SLURM_CPUS_PER_TASK:-1}} python -u main.py "${settings[@]}" "$@"

@@ -1,0 +1,60 @@
+"""scripts/run_in_screen.sh: a run that lives on in GNU screen, is found again, and saves when it is stopped."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from models.checkpoints import read_progress
+from tests.test_configs import TINY
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_a_run_is_started_refused_twice_listed_stopped_with_a_checkpoint_and_gone(tmp_path):
+    if not shutil.which("screen"):
+        pytest.skip("needs GNU screen: apt-get install screen")
+    name = f"test-{os.getpid()}"
+    log, last = ROOT / f"outputs/screen/{name}.log", tmp_path / "run/checkpoints/last.ckpt"
+    settings = [*TINY, "trainer.max_steps=1000000", f"checkpointing.save_dir={tmp_path / 'run'}",
+                "callbacks.checkpoint_every_n_steps.every_n_train_steps=2"]  # fmt: skip
+
+    def script(*arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [ROOT / "scripts/run_in_screen.sh", *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=120,
+            env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "DATA_DIR": "",
+                 "SCREENDIR": str(tmp_path / "screens")},
+        )  # fmt: skip
+
+    (tmp_path / "screens").mkdir(mode=0o700)
+    try:
+        started = script("--name", name, *settings)
+        assert started.returncode == 0, started.stderr
+        assert f"--stop {name}" in started.stdout and f"screen -r palimpsest-{name}" in started.stdout
+        again = script("--name", name, *settings)
+        assert again.returncode == 2 and f"{name} is there already" in again.stderr
+        end = time.monotonic() + 120
+        while not last.exists():
+            assert time.monotonic() < end and name in script("--list").stdout, log.read_text()
+            time.sleep(0.2)
+        stopped = script("--stop", name)
+        assert stopped.returncode == 0 and "ended with status 143" in stopped.stdout, stopped.stdout
+        assert f"SIGTERM: step {read_progress(last).step} is saved in {last}" in log.read_text()
+        assert name not in script("--list").stdout
+        assert f"no run named {name}" in script("--stop", name).stderr
+    finally:
+        subprocess.run(["screen", "-S", f"palimpsest-{name}", "-X", "quit"], capture_output=True,
+                       env={**os.environ, "SCREENDIR": str(tmp_path / "screens")})  # fmt: skip
+        log.unlink(missing_ok=True)
+
+
+def test_names_that_are_no_file_names_and_words_that_mean_nothing_are_refused():
+    for arguments in (["--name", "a/b"], ["--name"], ["--stop"], ["--help"]):
+        done = subprocess.run([ROOT / "scripts/run_in_screen.sh", *arguments], capture_output=True, text=True)
+        assert done.returncode == 2
