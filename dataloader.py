@@ -38,7 +38,7 @@ from transformers import PreTrainedTokenizerBase
 from text.collate import Collate, Rows
 from text.loading import Loading, TimedLoader
 from text.order import evaluation_batches
-from text.packing import Packing, pack
+from text.packing import Packing, framed, pack
 from text.sources import Source
 from text.splits import SplitTexts, limit_key
 from text.stream import BatchPlan, PositionBatchSampler, TrainingStream, batch_arithmetic, consumed_before
@@ -102,11 +102,8 @@ class TextData(LightningDataModule):
         batch_ramp: Sequence[Sequence[int]] | None = None,
         max_steps: int = 1,
         seed: int = 0,
-        num_workers: int | None = None,
-        prefetch_factor: int = 4,
-        pin_memory: bool = True,
-        persistent_workers: bool = True,
         stream: Order | None = None,
+        **loading: int | bool | None,
     ) -> None:
         super().__init__()
         self.name, self.score_special = name or "text", score_special
@@ -114,17 +111,14 @@ class TextData(LightningDataModule):
         self.streaming, self.random_crop, self.train_splits = streaming, random_crop, train_splits
         self.tokenizer_settings = {"name_or_path": tokenizer_name_or_path, "folder": tokenizer_folder,
                                    "vocab_size": vocab_size, "cache_dir": cache_dir}  # fmt: skip
-        self.packings = {
-            split: Packing(length, wrap, eos=eos, bos=special and not wrap, chunk_special=special and wrap,
-                           long_texts=long_texts, drop_empty=drop_empty)
-            for split, special, eos in (("train", insert_train_special, insert_train_eos),
-                                        ("validation", insert_valid_special, insert_valid_eos),
-                                        ("test", insert_valid_special, insert_valid_eos))
-        }  # fmt: skip
+        plain = Packing(length, wrap, long_texts=long_texts, drop_empty=drop_empty)
+        held_out = framed(plain, insert_valid_special, insert_valid_eos)
+        self.packings = {"train": framed(plain, insert_train_special, insert_train_eos),
+                         "validation": held_out, "test": held_out}  # fmt: skip
         self.limits = {"train": max_train_texts, "validation": max_valid_texts, "test": max_test_texts}
         self.cache_dir, self.seed, self.stream = cache_dir, seed, stream or Order()
-        pin = pin_memory and torch.cuda.is_available()
-        self.loading = Loading(num_workers, prefetch_factor, pin, persistent_workers)
+        pin = loading.pop("pin_memory", True) and torch.cuda.is_available()
+        self.loading = Loading(pin_memory=pin, **loading)
         self.batch_size, self.eval_batch_size, self.max_steps = batch_size, eval_batch_size, max_steps
         self.global_batch_size, self.plan = global_batch_size, BatchPlan.of(global_batch_size, batch_ramp)
         self.figures: dict[str, dict[str, int]] = {}

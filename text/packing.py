@@ -10,7 +10,7 @@ left out.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,11 @@ class Packing:
             raise ValueError(f"model.length={self.length} is too short; give at least {shortest}")
         if self.long_texts not in _LONG_TEXTS:
             raise ValueError(f"data.long_texts={self.long_texts} is none of {', '.join(_LONG_TEXTS)}")
+
+
+def framed(packing: Packing, special: bool, eos: bool) -> Packing:
+    """With the tokens that data.insert_*_special and insert_*_eos put around the texts, or the chunks, of a split."""
+    return replace(packing, eos=eos, bos=special and not packing.wrap, chunk_special=special and packing.wrap)
 
 
 def pack(
