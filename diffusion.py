@@ -74,7 +74,9 @@ class Diffusion(lightning.LightningModule):
         # Dropout is the one random thing that no generator reaches: seed it by place, so that a resumed run repeats it.
         seed_generator_of(self.device, hash_seed(self.seed, self.global_step, batch_idx, self.global_rank))
         noise = training_noise(self.seed, batch["position"], self.global_batch_size)
-        dropped_B = KeyedNoise(self.seed, batch["position"], draw=-4).uniform() < self.label_dropout
+        dropped_B = None
+        if self.backbone.num_classes:
+            dropped_B = KeyedNoise(self.seed, batch["position"], draw=-4).uniform() < self.label_dropout
         loss = self.objective.loss(self.backbone, self.told(batch, dropped_B), noise)
         return {"loss": loss.mean(), **_account(loss, batch, self.objective.encodes)}
 
