@@ -96,7 +96,9 @@ class Diffusion(lightning.LightningModule):
         seed_generator_of(self.device, hash_seed(self.seed, self.global_step, batch_idx, self.global_rank))
         place_B, size_B = self.plan.place(batch["position"])
         noise = training_noise(self.seed, batch["position"], size_B, place_B)
-        dropped_B = KeyedNoise(self.seed, batch["position"], draw=-4).uniform() < self.label_dropout
+        dropped_B = None
+        if self.backbone.num_classes:
+            dropped_B = KeyedNoise(self.seed, batch["position"], draw=-4).uniform() < self.label_dropout
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             self.step_loss = StepLoss()
         loss = self.objective.loss(self.backbone, self.told(batch, dropped_B), noise)

@@ -17,12 +17,13 @@ from torch import Tensor
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+_BITS = (1 << 64) - 1
 _GOLDEN_RATIO_CONJUGATE = 0.6180339887498949
 
 
 def _signed(value: int) -> int:
     """The int64 with the same 64 bits; torch has no unsigned 64-bit arithmetic, but its int64 wraps around."""
-    value &= (1 << 64) - 1
+    value &= _BITS
     return value - (1 << 64) if value >> 63 else value
 
 
@@ -41,10 +42,13 @@ def _mix(x: Tensor) -> Tensor:
 
 def hash_seed(*keys: int) -> int:
     """A 63-bit seed from integers, for generators that take one number."""
-    state = torch.zeros((), dtype=torch.int64)
-    for key in keys:
-        state = _mix(state ^ _signed(key))
-    return int(_shift(state, 1))
+    state = 0
+    for key in keys:  # `_mix` in Python's integers: a tensor of one number costs a hundred times as much
+        state = ((state ^ key) + _GOLDEN) & _BITS
+        state = (state ^ state >> 30) * _MULTIPLIERS[0] & _BITS
+        state = (state ^ state >> 27) * _MULTIPLIERS[1] & _BITS
+        state ^= state >> 31
+    return state >> 1
 
 
 def seed_generator_of(device: torch.device, seed: int) -> None:

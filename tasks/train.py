@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from reporting import plots
+from reporting import plots, training_plots
 from reporting.report import Report
 from tasks.base import Experiment, likelihood, write_results
 from tasks.drawing import draw
@@ -24,6 +24,8 @@ def history(folder: Path) -> dict[str, np.ndarray]:
     files = sorted(folder.glob("csv/version_*/metrics.csv"), key=lambda path: int(path.parent.name.split("_")[1]))
     for file in files:
         for row in csv.DictReader(file.open()):
+            if None in row.values():  # the last line of a start that was killed while it wrote
+                continue
             for name, value in row.items():
                 if value and name not in ("step", "epoch"):
                     series.setdefault(name, {})[int(row["step"]) + 1] = float(value)
@@ -39,9 +41,34 @@ def add_loss_curve(report: Report, folder: Path, truth: float | None) -> None:
     validation = (*logged["val/nll"].T, logged["val/nll_se"][:, 1]) if "val/nll" in logged else None
     report.figure(
         plots.loss_curve(tuple(logged[name].T), validation, truth),
-        "Nats per token; the training curve is one noisy draw per batch, with dropout and without weight averaging.",
+        "Nats per token; a point of the training curve is the mean since the one before, of one noisy draw per text, "
+        "with dropout and without weight averaging.",
         "Loss against optimizer step",
     )
+
+
+def add_course(report: Report, folder: Path) -> None:
+    """How the training under `folder` went beside its loss: the loss by mask rate, and its vital signs."""
+    logged = history(folder)
+    by_rate = {name.rpartition("_")[2]: points for name, points in logged.items() if "_masked_" in name}
+    percent = lambda edge: f"{100 * float(edge):.0f}"  # noqa: E731
+    shares = {rate: "–".join(map(percent, rate.split("-"))) + " %" for rate in sorted(by_rate)}
+    if by_rate:
+        report.figure(
+            training_plots.nll_by_mask_rate_over_time([(label, by_rate[rate]) for rate, label in shares.items()]),
+            "What the network makes of texts with few and with many masks; running means.",
+            "Loss per masked token against optimizer step, for five ranges of the share of masked tokens",
+        )
+    if (figure := training_plots.signs_of(logged)) is not None:
+        left_out = int(logged["train/skipped_steps"][-1, 1]) if "train/skipped_steps" in logged else 0
+        report.figure(
+            figure,
+            "The pale band reaches up to the largest gradient norm of each interval. Tokens per second are counted "
+            "without padding, and the clock stands still during validation; MFU: share of the arithmetic that the "
+            "device was measured to do in a plain matrix product. Updates left out, because a loss or gradient was not "
+            f"finite: {left_out or 'none'}.",
+            "Learning rate, gradient norm, tokens per second and peak memory against optimizer step",
+        )
 
 
 def train(experiment: Experiment, *, num_samples: int, generate_samples: bool) -> dict[str, object]:
@@ -68,6 +95,7 @@ def train(experiment: Experiment, *, num_samples: int, generate_samples: bool) -
     report_likelihood(report, measured, "validation")
     report.section("Training")
     add_loss_curve(report, folder, measured.truth.value if measured.truth else None)
+    add_course(report, folder)
     if num_samples and generate_samples:
         report.section("What it writes")
         report.samples(

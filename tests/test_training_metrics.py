@@ -202,6 +202,13 @@ def test_a_metric_of_another_callback_is_logged_with_the_rest(tmp_path, monkeypa
     state.on_exception(trainer, None, RuntimeError("again"))
 
 
+def test_the_history_of_a_killed_run_leaves_out_the_line_that_was_cut_off(tmp_path):
+    for version, text in enumerate(("step,train/nll,val/nll\n0,5.0,\n1,4.75,\n2,4.", "step,train/nll\n1,4.5\n")):
+        (tmp_path / f"csv/version_{version}").mkdir(parents=True)
+        (tmp_path / f"csv/version_{version}/metrics.csv").write_text(text)
+    assert history(tmp_path)["train/nll"].tolist() == [[1, 5.0], [2, 4.5]]
+
+
 def test_a_curve_keeps_its_ends_and_its_mean():
     curve = []
     for step in range(1, 1000):
