@@ -20,7 +20,7 @@ from models.checkpoints import load_inert
 log = logging.getLogger(__name__)
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_SPARE = 1 << 20  # bytes of a file beside its tensors, and of a folder beside its files
+_SPARE = 1 << 16  # bytes of a file beside its tensors and texts
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -128,7 +128,7 @@ def _seal(checkpoint: Mapping[str, object], file: io.IOBase) -> None:
 def _check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise OSError(errno.ENOSPC, f"{free / 1e6:,.1f} MB are free, and it needs about {needed / 1e6:,.1f} MB")
+        raise OSError(errno.ENOSPC, f"{free / 1e6:,.1f} MB are free, and the file needs about {needed / 1e6:,.1f} MB")
 
 
 def _size(content: object, counted: set[int]) -> int:
