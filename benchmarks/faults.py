@@ -46,7 +46,7 @@ from tasks.fitting import fit
 
 STEPS, KEEP, MILESTONE = 24, 2, 7
 OVERRIDES = ["model.hidden_size=16", "model.cond_dim=8", "model.n_blocks=1", "model.n_heads=2", "model.dropout=0.2",
-             "loader.global_batch_size=4", "loader.batch_size=2", "lr_scheduler.num_warmup_steps=3", "~logger",
+             "loader.global_batch_size=4", "loader.batch_size=2", "lr_scheduler.num_warmup_steps=3",
              "trainer.accelerator=cpu", "data.max_train_texts=32", "data.max_valid_texts=8", "data.label=0",
              "data.source.num_train_per_class=64", "data.source.num_validation_per_class=16",
              "classify.patience=50", f"trainer.max_steps={STEPS}", "trainer.val_check_interval=10",
@@ -313,28 +313,29 @@ def all_damaged(campaign: Campaign) -> None:
 
 
 def disks(campaign: Campaign, whole: Path, number: int, size: int) -> str | None:
-    """Trainings whose checkpoints lie on a disk that is too small. Why they were left out, or None."""
+    """Trainings whose checkpoints and logs lie on a disk that is too small. Why they were left out, or None."""
     for trial in range(number):
         folder = campaign.folder / f"disk-{trial}"
         kept = folder / "label=0/checkpoints"
-        kept.mkdir(parents=True)
+        kept.parent.mkdir(parents=True)
         kind = ("full for a while", "full for good", "room for few")[trial % 3]
         # Milestones are kept whatever happens: 3 of them, last, best, and a new one take 6 files; 2 more are the last.
         room = {"room for few": 6.7}.get(kind, 12)
-        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={int(room * size)}", "tmpfs", str(kept)],
+        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={int(room * size)}", "tmpfs", str(kept.parent)],
                                  capture_output=True, text=True)  # fmt: skip
         if mounted.returncode:
             return f"mounting a tmpfs is not allowed here: {mounted.stderr.strip()}"
         try:
             _fill(campaign, folder, kept, whole, kind)
         finally:
-            subprocess.run(["umount", "-l", str(kept)], check=True)
+            subprocess.run(["umount", "-l", str(kept.parent)], check=True)
         campaign.counts[kind] += 1
     return None
 
 
 def _fill(campaign: Campaign, folder: Path, kept: Path, whole: Path, kind: str) -> None:
     ballast = kept / "ballast"
+    often = ["+logger.csv.flush_logs_every_n_steps=1", "trainer.log_every_n_steps=1"]
     limit = ["checkpointing.max_failed_saves=4"] if kind == "full for good" else ["checkpointing.max_failed_saves=null"]
 
     def at_steps() -> None:
@@ -351,7 +352,7 @@ def _fill(campaign: Campaign, folder: Path, kept: Path, whole: Path, kind: str) 
 
         LastCheckpoint.on_train_batch_end = step_by_step
 
-    training = start(folder, 1, *limit, prepare=at_steps if kind != "room for few" else lambda: None)
+    training = start(folder, 1, *limit, *often, prepare=at_steps if kind != "room for few" else lambda: None)
     status = training.wait()
     log = training.log.read_text()
     campaign.counts["saves that failed"] += log.count("COULD NOT BE WRITTEN")

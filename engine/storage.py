@@ -14,12 +14,12 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
 from callbacks.retention import make_room
+from engine.logs import FULL
 from files import PARTIAL, Place, Seal, filesystem, folder_of, is_remote, place, sync_folder
 from models.checkpoints import load_inert
 
 log = logging.getLogger(__name__)
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 _SPARE = 1 << 16  # bytes of a file beside its tensors and texts
 
 
@@ -62,7 +62,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             try:
                 return write_checkpoint(checkpoint, where)
             except OSError as error:
-                if is_remote(where) or error.errno not in _FULL or not make_room(folder_of(where)):
+                if is_remote(where) or error.errno not in FULL or not make_room(folder_of(where)):
                     raise
 
     def failed(self, where: Place, error: OSError) -> None:

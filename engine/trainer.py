@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import lightning
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor
@@ -12,6 +12,7 @@ from lightning.pytorch.strategies import Strategy
 
 from callbacks.best import LastCheckpoint, Patience
 from callbacks.progress import TextProgressBar
+from engine.logs import outlives_full_disks
 from engine.record import RunRecord
 from engine.storage import AtomicCheckpointIO
 
@@ -35,8 +36,8 @@ class Run:
     callbacks: Sequence[Callback]
     loggers: Sequence[Logger]
     strategy: Strategy | str
-    record: Mapping[str, object]
-    max_failed_saves: int | None
+    record: Mapping[str, object] = field(default_factory=dict)
+    max_failed_saves: int | None = None
 
 
 def build_trainer(run: Run, settings: Mapping[str, object]) -> lightning.Trainer:
@@ -56,9 +57,10 @@ def build_trainer(run: Run, settings: Mapping[str, object]) -> lightning.Trainer
     callbacks.sort(key=lambda callback: isinstance(callback, LastCheckpoint))
     if not run.loggers:
         callbacks = [c for c in callbacks if not isinstance(c, LearningRateMonitor)]
+    loggers = [outlives_full_disks(logger) for logger in run.loggers]
     return lightning.Trainer(
         **settings, devices=run.devices, accumulate_grad_batches=run.accumulate, precision=run.precision,
-        callbacks=[TextProgressBar(run.title), RunRecord(run.record), *callbacks], logger=list(run.loggers) or False,
+        callbacks=[TextProgressBar(run.title), RunRecord(run.record), *callbacks], logger=loggers or False,
         strategy=run.strategy, plugins=[AtomicCheckpointIO(run.max_failed_saves)], use_distributed_sampler=False,
         check_val_every_n_epoch=None, max_epochs=-1, enable_model_summary=False, enable_checkpointing=run.fitting,
         inference_mode=True,
