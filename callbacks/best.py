@@ -91,7 +91,7 @@ class LastCheckpoint(Checkpoint):
         if trainer.global_step == self.saved:
             return True
         step = trainer.global_step
-        trainer.save_checkpoint(step_file(self.dirpath, step))
+        trainer.save_checkpoint(step_file(self.dirpath, step), weights_only=False)
         self._clock = time.monotonic()
         storage = trainer.strategy.checkpoint_io
         if trainer.is_global_zero and storage.error is None:
@@ -119,7 +119,7 @@ def save_last(trainer: lightning.Trainer, folder: Place) -> None:
     if callback:
         callback.save(trainer)
     else:
-        trainer.save_checkpoint(below(folder, LAST))
+        trainer.save_checkpoint(below(folder, LAST), weights_only=False)
     if trainer.strategy.checkpoint_io.error is not None:
         raise trainer.strategy.checkpoint_io.error
 

@@ -35,11 +35,11 @@ def _steps(folder: Place) -> dict[int, Place]:
 
 
 def keep(folder: Place, step: int, keep_last: int, milestone: bool) -> None:
-    """Make the checkpoint of `step` the last one (and a milestone), then let go of the oldest beyond `keep_last`.
-    Those of later steps stay: a training that was taken back to `step` has not written them."""
-    alias(step_file(folder, step), below(folder, LAST))
-    if milestone:
+    """Make the checkpoint of `step` a milestone, if it is one, and the last one, then let go of the oldest beyond
+    `keep_last`. Those of later steps stay: a training that was taken back to `step` has not written them."""
+    if milestone:  # first, because a training that is killed here goes on from the last one
         alias(step_file(folder, step), milestone_file(folder, step))
+    alias(step_file(folder, step), below(folder, LAST))
     earlier = [path for number, path in _steps(folder).items() if number <= step]
     for path in earlier[:-keep_last]:
         remove(path)

@@ -77,15 +77,17 @@ class RunRecord(Callback):
 
 
 def to_step_boundary(checkpoint: Mapping[str, object], accumulate: int) -> None:
-    """Let Lightning count the micro-batches from the end of the step that the checkpoint has reached, `accumulate` to a
-    step. The data go on from there in any case; its own count is another where the checkpoint was written by a
-    validation amid a step, or where a step had another number of micro-batches, and it would cut a step short."""
+    """Let Lightning go on within its one epoch, the run, with the micro-batch that follows the step which the
+    checkpoint has reached, `accumulate` to a step. The data go on from there in any case. Its own count is another
+    where the file was written by a validation amid a step, or by a run whose steps had other micro-batches (it would
+    cut a step short), and starts anew after a run that was to end there (dropout would repeat itself)."""
     loop, step = checkpoint["loops"]["fit_loop"], int(checkpoint["global_step"])
-    progress, done = loop["epoch_loop.batch_progress"], step * accumulate
-    if progress["current"]["processed"] == done:
-        return
-    for count in (progress["total"], progress["current"]):
-        # As in a file that was saved at the end of a training batch.
-        count.update(ready=done, started=done, processed=done, completed=max(0, done - 1))
-    progress["is_last_batch"] = False
-    loop["epoch_loop.state_dict"]["_batches_that_stepped"] = max(0, step - 1)
+    batches, done = loop["epoch_loop.batch_progress"], step * accumulate
+    batches["is_last_batch"] = False
+    if step:
+        for count in loop["epoch_progress"].values():
+            count.update(ready=1, started=1, processed=0, completed=0)
+    if batches["current"]["processed"] != done:
+        for count in (batches["total"], batches["current"]):  # as it is when a training batch ends
+            count.update(ready=done, started=done, processed=done, completed=max(0, done - 1))
+        loop["epoch_loop.state_dict"]["_batches_that_stepped"] = max(0, step - 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+from functools import lru_cache
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
@@ -41,6 +42,7 @@ def newest_good(folder: Place) -> Place | None:
     )
 
 
+@lru_cache  # it is said once
 def _instead(path: Place) -> Place:
     if rank_zero_only.rank == 0:
         log.error("%s WAS DAMAGED: %s is used in its place", LAST, path)

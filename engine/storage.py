@@ -14,13 +14,13 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
 from callbacks.retention import make_room
+from engine.logs import FULL
 from files import PARTIAL, Place, Seal, filesystem, folder_of, is_remote, place, sync_folder
 from models.checkpoints import load_inert
 
 log = logging.getLogger(__name__)
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-_SPARE = 1 << 20  # bytes of a file beside its tensors, and of a folder beside its files
+_SPARE = 1 << 16  # bytes of a file beside its tensors and texts
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -62,7 +62,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             try:
                 return write_checkpoint(checkpoint, where)
             except OSError as error:
-                if is_remote(where) or error.errno not in _FULL or not make_room(folder_of(where)):
+                if is_remote(where) or error.errno not in FULL or not make_room(folder_of(where)):
                     raise
 
     def failed(self, where: Place, error: OSError) -> None:
@@ -128,7 +128,7 @@ def _seal(checkpoint: Mapping[str, object], file: io.IOBase) -> None:
 def _check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise OSError(errno.ENOSPC, f"{free / 1e6:,.1f} MB are free, and it needs about {needed / 1e6:,.1f} MB")
+        raise OSError(errno.ENOSPC, f"{free / 1e6:,.1f} MB are free, and the file needs about {needed / 1e6:,.1f} MB")
 
 
 def _size(content: object, counted: set[int]) -> int:

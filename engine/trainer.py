@@ -17,6 +17,7 @@ from callbacks.guard import Guard
 from callbacks.metrics import TrainingMetrics
 from callbacks.progress import TextProgressBar
 from callbacks.run_state import RunState
+from engine.logs import outlives_full_disks
 from engine.processes import strategy_for
 from engine.record import RunRecord
 from engine.signals import StopAtSignal, take_over
@@ -82,9 +83,10 @@ def build_trainer(run: Run, settings: Mapping[str, object]) -> lightning.Trainer
     if isinstance(settings.get("val_check_interval"), int):  # of optimizer steps; Lightning counts micro-batches
         settings["val_check_interval"] *= run.accumulate
     strategy = strategy_for(run.strategy, run.devices * settings.get("num_nodes", 1), run.fitting)
+    loggers = [outlives_full_disks(logger) for logger in run.loggers]
     trainer = lightning.Trainer(
         **settings, devices=run.devices, accumulate_grad_batches=run.accumulate, precision=run.precision,
-        callbacks=[TextProgressBar(run.title, metrics=metrics), *callbacks], logger=list(run.loggers) or False,
+        callbacks=[TextProgressBar(run.title, metrics=metrics), *callbacks], logger=loggers or False,
         strategy=strategy, plugins=[AtomicCheckpointIO(run.max_failed_saves)], use_distributed_sampler=False,
         check_val_every_n_epoch=None, max_epochs=-1, enable_model_summary=False, enable_checkpointing=run.fitting,
         inference_mode=True,
