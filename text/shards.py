@@ -4,6 +4,7 @@ streaming of `datasets`."""
 import glob
 import hashlib
 import itertools
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -125,6 +126,33 @@ class Shards:
         """What a resumed run compares: plain values."""
         listing = hashlib.sha256(repr(self.files).encode()).hexdigest()[:16]
         return {"pieces": len(self.ranges), "files": listing if self.files else None}
+
+
+class SharedReading:
+    """Blocks of pieces by number, for readers that follow one another closely: what one has decoded the others get.
+
+    size: rows of a block. keep: blocks held for the others. readers: at most so many go through the pieces at a time.
+    """
+
+    def __init__(self, shards: Shards, size: int, keep: int, readers: int) -> None:
+        self.shards, self.size, self.keep, self.readers = shards, size, keep, readers
+        self._held = OrderedDict[tuple[int, int], pa.Table | None]()
+        self._ahead = OrderedDict[tuple[int, int], Iterator[pa.Table]]()  # by the block that comes next
+
+    def block(self, piece: int, number: int) -> pa.Table | None:
+        """None: the piece ends before it."""
+        key = (piece, number)
+        if key in self._held:
+            return self._held[key]
+        blocks = self._ahead.pop(key, None) or self.shards.blocks(piece, self.size, number)
+        table = next(blocks, None)
+        if table is not None:
+            self._ahead[piece, number + 1] = blocks
+        self._held[key] = table
+        for some, most in ((self._held, self.keep), (self._ahead, self.readers)):
+            while len(some) > most:
+                some.popitem(last=False)
+        return table
 
 
 def open_files(files: Sequence[Path], key: str, text_column: str = "text") -> datasets.IterableDataset:

@@ -21,6 +21,7 @@ Processes whose positions share a lane both read it; they share none where their
 """
 
 import hashlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 
@@ -31,7 +32,7 @@ from transformers import PreTrainedTokenizerBase
 
 from text.order import shuffled
 from text.packing import Figures, Packing, check_tokens, cut_chunks, pad_rows
-from text.shards import Shards
+from text.shards import Shards, SharedReading
 from text.tokenizers import Vocabulary, encode
 
 HELPING = 2**16  # characters; another number is another order for every stream
@@ -137,6 +138,9 @@ class Corpus:
             raise ValueError(f"{shards.origin} holds no text; give another file")
         self.parts = -(-self.lanes // len(shards.ranges))
         self.pieces = len(shards.ranges) * self.parts
+        # Lanes that share a file are seldom more than a block apart.
+        keep = 2 * len(shards.ranges) if self.parts > 1 else 0
+        self.reading = SharedReading(shards, self.buffer * self.parts, keep, readers=2 * self.lanes)
 
     @property
     def settings(self) -> dict[str, object]:
@@ -198,7 +202,10 @@ class Corpus:
     def _blocks(self, epoch: int, piece: int, skip: int) -> Iterator[_Block]:
         """The texts of a piece, without the first `skip` blocks."""
         number, part = divmod(piece, self.parts)
-        for block, table in enumerate(self.shards.blocks(number, self.buffer * self.parts, skip), start=skip):
+        for block in itertools.count(skip):
+            table = self.reading.block(number, block)
+            if table is None:
+                return
             if self.parts > 1:
                 table = table.take(pa.array(np.arange(part, table.num_rows, self.parts)))
             rows = self.shards.prepare(table)
