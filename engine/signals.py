@@ -25,7 +25,7 @@ from types import FrameType
 import lightning
 import torch
 from lightning.fabric.plugins.environments import LightningEnvironment
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from engine.slurm import requeue
@@ -155,9 +155,10 @@ def take_over(trainer: lightning.Trainer) -> None:
         SIGNALS.launched = own and trainer.local_rank > 0
 
 
-class StopAtSignal(Callback):
+class StopAtSignal(Checkpoint):
     """Saves `last` and ends the command after the optimizer step in which a signal came, on all processes after the
-    same step. It has to stand behind the callbacks whose state it saves.
+    same step. It has to stand behind the callbacks whose state it saves, and is a `Checkpoint` because Lightning calls
+    those last.
 
     With several processes they ask each other about once a second, and not every step: asking waits for the device.
     A step with a validation is over when that is (callbacks/best.py says why).
