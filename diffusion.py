@@ -79,11 +79,12 @@ class Diffusion(lightning.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         # Dropout is the one random thing that no generator reaches: seed it by place, so that a resumed run repeats it.
-        torch.manual_seed(hash_seed(self.seed, self.global_step, batch_idx, self.global_rank))
+        micro_batch = batch_idx % self.trainer.accumulate_grad_batches
+        torch.manual_seed(hash_seed(self.seed, self.global_step, micro_batch, self.global_rank))
         place_B, size_B = self.plan.place(batch["position"])
         noise = training_noise(self.seed, batch["position"], size_B, place_B)
         dropped_B = KeyedNoise(self.seed, batch["position"], draw=-4).uniform() < self.label_dropout
-        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+        if micro_batch == 0:
             self.step_loss = StepLoss()
         return self.step_loss.add(self.objective.loss(self.backbone, self.told(batch, dropped_B), noise))
 
