@@ -93,13 +93,14 @@ class Diffusion(lightning.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """The loss, and beside it what callbacks/metrics.py keeps account of."""
         # Dropout is the one random thing that no generator reaches: seed it by place, so that a resumed run repeats it.
-        seed_generator_of(self.device, hash_seed(self.seed, self.global_step, batch_idx, self.global_rank))
+        micro_batch = batch_idx % self.trainer.accumulate_grad_batches
+        seed_generator_of(self.device, hash_seed(self.seed, self.global_step, micro_batch, self.global_rank))
         place_B, size_B = self.plan.place(batch["position"])
         noise = training_noise(self.seed, batch["position"], size_B, place_B)
         dropped_B = None
         if self.backbone.num_classes:
             dropped_B = KeyedNoise(self.seed, batch["position"], draw=-4).uniform() < self.label_dropout
-        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+        if micro_batch == 0:
             self.step_loss = StepLoss()
         loss = self.objective.loss(self.backbone, self.told(batch, dropped_B), noise)
         return {"loss": self.step_loss.add(loss), **_account(loss, batch, self.objective.encodes)}

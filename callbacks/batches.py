@@ -10,11 +10,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 
 class BatchArithmetic(Callback):
-    """Says how a global batch is made up, and lets a run go on with another number of devices or micro-batches.
+    """Says how a global batch is made up, and lets a run go on with another number of devices or micro-batches, and
+    after its end.
 
     Lightning counts micro-batches and accumulates until their number divides; a checkpoint of a run that made more or
-    fewer of them per step would put its steps out of place. Hence the counts of a checkpoint are made those that this
-    run would have reached after the same optimizer steps.
+    fewer of them per step would put its steps out of place. And a run that ended has finished an epoch for it: it would
+    begin another, and count its steps for the log one too high. Training is one endless epoch here, so the counts of a
+    checkpoint are made those that this run would have had after the same optimizer steps.
     """
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -38,13 +40,20 @@ class BatchArithmetic(Callback):
     def on_load_checkpoint(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: Mapping[str, object]
     ) -> None:
-        loop = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress")
-        if loop is None or trainer.state.fn != "fit":
+        loops = checkpoint.get("loops", {}).get("fit_loop")
+        if loops is None:
             return
-        wanted = int(checkpoint["global_step"]) * trainer.accumulate_grad_batches
-        for counts in (loop["total"], loop["current"]):
+        step, batches = int(checkpoint["global_step"]), loops["epoch_loop.batch_progress"]
+        wanted = step * trainer.accumulate_grad_batches
+        for counts in (batches["total"], batches["current"]):
             missing = wanted - counts["ready"]
             counts.update({name: count + missing for name, count in counts.items()})
+        epoch = loops["epoch_progress"]
+        if epoch["total"]["processed"]:  # it ended; as if it had been saved by the validation of its last step
+            for counts in (epoch["total"], epoch["current"]):
+                counts.update(ready=1, started=1, processed=0, completed=0)
+            due = trainer.limit_val_batches and wanted % trainer.val_check_interval == 0
+            loops["epoch_loop.state_dict"]["_batches_that_stepped"] = step - bool(due)
 
     @staticmethod
     @rank_zero_only

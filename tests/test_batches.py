@@ -129,6 +129,22 @@ def test_no_size_of_micro_batches_changes_the_weights_on_padded_data(tmp_path, m
             assert name not in logged[0] or curve[name] == pytest.approx(logged[0][name], rel=1e-6)
 
 
+def test_the_optimizer_is_given_the_gradient_of_the_mean_over_the_tokens(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found, same = [], ["trainer.max_steps=1", "trainer.gradient_clip_val=0"]
+
+    def spy(self, optimizer):
+        found.extend(p.grad.clone() for p in self.backbone.parameters())
+
+    monkeypatch.setattr(main.Diffusion, "on_before_optimizer_step", spy)
+    trained("run", *same, "loader.batch_size=1")
+    experiment = main.Experiment(compose_config([*FIT, *same]), "a test")
+    diffusion, batch = experiment.diffusion(experiment.data()), next(iter(experiment.data().train_dataloader()))
+    diffusion.objective.loss(diffusion.backbone, batch, training_noise(1, batch["position"], 4)).mean().backward()
+    for ours, expected in zip(found, diffusion.backbone.parameters(), strict=True):
+        torch.testing.assert_close(ours, expected.grad, rtol=1e-4, atol=1e-7)
+
+
 def test_a_ramp_goes_on_in_its_stage_after_a_resume(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     ramp = ["loader.batch_ramp=[[0,2],[2,4]]", "loader.batch_size=2", "trainer.val_check_interval=100",
