@@ -117,11 +117,13 @@ WHOLE = ("seed", "T", "sampling.steps", "sampling.stride_length", "sampling.num_
          "sampling.num_sample_batches", "sampling.num_sample_log", "sampling.top_k", "eval.num_draws", "eval.max_draws",
          "eval.perplexity_batch_size", "classify.num_draws", "classify.num_examples", "classify.patience",
          "classify.pretrain_steps", "trainer.max_steps", "model.length", "lr_scheduler.num_warmup_steps",
-         "lr_scheduler.num_rewarmup_steps", "plateau.patience", "plateau.cooldown")  # fmt: skip
+         "lr_scheduler.num_rewarmup_steps", "plateau.patience", "plateau.cooldown", "loader.num_workers",
+         "loader.prefetch_factor")  # fmt: skip
 REAL = ("sampling.temperature", "sampling.nucleus_p", "eval.target_se", "training.ema", "training.sampling_eps",
         "classify.confidence", "classify.label_dropout", "lr_scheduler.min_ratio", "lr_scheduler.peak_decay",
         "lr_scheduler.decay_share", "plateau.factor", "plateau.floor", "plateau.min_delta")  # fmt: skip
-FLAGS = ("classify.calibrate", "classify.baselines", "training.start_from_counts")
+FLAGS = ("classify.calibrate", "classify.baselines", "training.start_from_counts", "loader.pin_memory",
+         "loader.persistent_workers")  # fmt: skip
 
 
 def check_numbers(cfg: DictConfig) -> None:
