@@ -121,11 +121,12 @@ WHOLE = ("seed", "T", "sampling.steps", "sampling.stride_length", "sampling.num_
          "classify.pretrain_steps", "trainer.max_steps", "model.length", "loader.batch_size",
          "loader.global_batch_size", "trainer.num_nodes", "trainer.accumulate_grad_batches",
          "lr_scheduler.num_warmup_steps", "lr_scheduler.num_rewarmup_steps", "plateau.patience", "plateau.cooldown",
-         "training.max_skipped_steps")  # fmt: skip
+         "training.max_skipped_steps", "loader.num_workers", "loader.prefetch_factor")  # fmt: skip
 REAL = ("sampling.temperature", "sampling.nucleus_p", "eval.target_se", "training.ema", "training.sampling_eps",
         "classify.confidence", "classify.label_dropout", "lr_scheduler.min_ratio", "lr_scheduler.peak_decay",
         "lr_scheduler.decay_share", "plateau.factor", "plateau.floor", "plateau.min_delta")  # fmt: skip
-FLAGS = ("classify.calibrate", "classify.baselines", "training.start_from_counts", "training.gradient_checkpointing")
+FLAGS = ("classify.calibrate", "classify.baselines", "training.start_from_counts", "training.gradient_checkpointing",
+         "loader.pin_memory", "loader.persistent_workers")  # fmt: skip
 
 
 def check_numbers(cfg: DictConfig) -> None:

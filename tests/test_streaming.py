@@ -23,6 +23,7 @@ from models.checkpoints import load_inert
 from tasks.fitting import fit
 from tests.test_configs import TINY
 from text.shards import share_of
+from text.sources import HubOrFolder
 from text.streaming import Order, Place
 from text.user_files import UserFiles
 
@@ -324,6 +325,33 @@ def test_shares_are_what_they_say():
     found = Counter(share_of([str(i) for i in range(20000)], 0, {"validation": 0.05, "test": 0.1}).tolist())
     for split, share in (("validation", 0.05), ("test", 0.1), ("train", 0.85)):
         assert abs(found[split] / 20000 - share) < 5 * (share * (1 - share) / 20000) ** 0.5
+
+
+def test_labels_come_along_and_choose(tmp_path, monkeypatch):
+    monkeypatch.setenv("DATA_DIR", str(tmp_path))
+    rows_of = [{"text": f"{i} {'ab'[i % 2]}", "label": i % 2} for i in range(60)]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of))
+    source = HubOrFolder("nowhere/mine", "mine", {"train": "train.jsonl"}, {}, label_column="label",
+                         label_names=["a", "b"])  # fmt: skip
+
+    def batches(**settings):
+        module = TextData(source, streaming=True, tokenizer_name_or_path="byte", cache_dir=tmp_path, max_steps=10,
+                          length=24, long_texts="truncate", global_batch_size=6, num_workers=0,
+                          insert_train_special=False, **settings)  # fmt: skip
+        return module, list(module.train_dataloader())
+
+    module, every = batches(wrap=False)
+    for batch in every:
+        for ids, label in zip(batch["input_ids"], batch["label"].tolist(), strict=True):
+            assert module.tokenizer.decode(ids).split("[EOS]")[0].endswith("ab"[label])
+    for wrap in (True, False):
+        module, one = batches(wrap=wrap, label=1)
+        said = "".join(module.tokenizer.decode(ids) for batch in one for ids in batch["input_ids"])
+        assert all((batch["label"] == 1).all() for batch in one) and "b[EOS]" in said and "a[EOS]" not in said
+    assert "label" not in batches(wrap=True)[1][0]
+    with pytest.raises(ValueError, match=r"data\.label=2 is not one of the labels: 0 \(a\), 1 \(b\)"):
+        batches(wrap=False, label=2)
 
 
 def test_what_lies_still_is_the_beginning(tmp_path):

@@ -17,7 +17,8 @@ tokenises one helping of each lane, and goes on with the very next row. A lane w
 beginning: that is slow, and gives the same rows.
 
 What it costs: the rows of a batch come from K places of the corpus, each shuffled over a buffer, not from all of it.
-Processes whose positions share a lane both read it; they share none where their micro-batches are multiples of u.
+Lanes that share a file make every process decode all of it (once), and tokenise its own part. Processes whose
+positions share a lane both read it; they share none where their micro-batches are multiples of u.
 """
 
 import hashlib
