@@ -358,6 +358,7 @@ def main() -> None:
     with command_line.clear_errors():
         sys.argv[1:] = command_line.translate(sys.argv[1:])
         _hydra_main()
+    SIGNALS.finished()
 
 
 if __name__ == "__main__":

@@ -91,6 +91,12 @@ class Signals:
             raise
         _restore(before)
 
+    def finished(self) -> None:
+        """All that was asked for is done: a warning that time is nearly over is none any more. Without this it would end
+        the process amid its last second, with a status that says that something is left to do."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
             self._in_a_worker(number)

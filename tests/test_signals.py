@@ -171,6 +171,16 @@ def test_a_second_interrupt_leaves_at_once():
     assert in_a_fork(twice) == -signal.SIGINT
 
 
+def test_a_warning_after_all_is_done_does_not_change_the_status():
+    def done() -> None:
+        with SIGNALS.listening():
+            pass
+        SIGNALS.finished()
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    assert in_a_fork(done) == 0
+
+
 def test_data_loading_processes_outlive_what_the_training_survives_and_end_when_it_ends_them():
     def worker() -> None:
         for number in (signal.SIGUSR1, signal.SIGINT, signal.SIGINT):
