@@ -11,6 +11,8 @@ ranks exchange their sums (one gather). Every number is of the whole run, over a
   train/batch_samples    rows per optimizer step;  train/batch_tokens: their tokens, padding not counted
   train/samples_per_s    rows per second, and train/tokens_per_s tokens per second, padding not counted; the clock
                          stands still during validation
+  train/data_wait_share  share of the interval's seconds in which the first rank stood still for its next batch; on a
+                         GPU the host runs ahead of the device, so that a small share need not cost anything
   train/mfu              FLOP/s of training (callbacks/hardware.py: Arithmetic) as a share of what the devices were
                          measured to do in a plain matrix product of the same type
   train/skipped_steps    updates left out so far (callbacks/guard.py)
@@ -132,7 +134,7 @@ class TrainingMetrics(Callback):
         self._ema, self._ema_weight = 0.0, 0.0
         self._arithmetic: Arithmetic | None = None
         self._interval: _Interval | None = None
-        self._step, self._lr, self._paused_at = 0, 0.0, 0.0
+        self._step, self._lr, self._paused_at, self._waited = 0, 0.0, 0.0, 0.0
 
     def state_dict(self) -> dict[str, float]:
         return {"ema": self._ema, "ema_weight": self._ema_weight}
@@ -148,6 +150,7 @@ class TrainingMetrics(Callback):
         if trainer.log_every_n_steps and trainer.is_global_zero:
             matmul_rate(pl_module.device, compute_dtype(trainer.precision))  # before the training takes its memory
         memory(pl_module.device)
+        self._waited = _waited(trainer)
         self._step, self._interval = trainer.global_step, _Interval(pl_module.device)
 
     def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -188,6 +191,9 @@ class TrainingMetrics(Callback):
             rate = total.ranks * matmul_rate(pl_module.device, compute_dtype(trainer.precision))
             flops = total.sums["block_flops"] + self._arithmetic.of_projection(total.sums["projected"])
             values["train/mfu"] = flops / total.seconds / rate
+            waited = _waited(trainer)
+            values["train/data_wait_share"] = min(1.0, (waited - self._waited) / total.seconds)
+            self._waited = waited
             if self.spikes.is_new(total.loss):
                 log.warning("step %d: the loss leapt to %.4f nats per token", self._step, total.loss)
             for logger in trainer.loggers:
@@ -201,3 +207,8 @@ class TrainingMetrics(Callback):
             self._ema += share * (value - self._ema)
             self._ema_weight += share * (1 - self._ema_weight)
         return self._ema / self._ema_weight if self._ema_weight else math.nan
+
+
+def _waited(trainer: lightning.Trainer) -> float:
+    """Seconds for which training has stood still for batches; 0 with a loader that does not know."""
+    return getattr(trainer.train_dataloader, "waited", 0.0)

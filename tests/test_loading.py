@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from torch.utils.data import TensorDataset
 
 import main
 import text.loading
-from callbacks.data_wait import DataWait
 from command_line import compose_config
 from tasks.fitting import fit
 from tests.test_configs import TINY
@@ -109,28 +107,7 @@ def test_waiting_is_counted_and_working_is_not():
     assert 0.1 <= loader.waited < 0.25
 
 
-def test_the_share_is_of_the_time_without_validations(monkeypatch):
-    clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr("callbacks.data_wait.time.perf_counter", lambda: clock.now)
-    logged = []
-    loader = SimpleNamespace(waited=0.0)
-    trainer = SimpleNamespace(global_step=0, log_every_n_steps=2, train_dataloader=loader)
-    module = SimpleNamespace(log=lambda name, value: logged.append((trainer.global_step, name, value)))
-    callback = DataWait()
-    callback.on_train_start(trainer, module)
-    for step in range(1, 5):
-        for _ in range(2):  # micro-batches
-            clock.now += 1.0
-            loader.waited += 0.25 if step <= 2 else 0.5
-            trainer.global_step = step if _ else step - 1
-            callback.on_train_batch_end(trainer, module, None, None, 0)
-        callback.on_validation_start(trainer, module)
-        clock.now += 10.0
-        callback.on_validation_end(trainer, module)
-    assert logged == [(2, "train/data_wait_share", 0.25), (4, "train/data_wait_share", 0.5)]
-
-
-def test_a_run_logs_it(tmp_path, monkeypatch):
+def test_a_run_logs_how_long_it_waited(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     few = [f"data.source.num_{split}_per_class=10" for split in ("train", "validation", "test")]
     settings = [*TINY, *few, "trainer.max_steps=4", "trainer.log_every_n_steps=2", "checkpointing.save_dir=run"]
