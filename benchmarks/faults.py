@@ -335,7 +335,7 @@ def disks(campaign: Campaign, whole: Path, number: int, size: int) -> str | None
 
 def _fill(campaign: Campaign, folder: Path, kept: Path, whole: Path, kind: str) -> None:
     ballast = kept / "ballast"
-    often = ["+logger.csv.flush_logs_every_n_steps=1", "trainer.log_every_n_steps=1"]
+    often = ["trainer.log_every_n_steps=1"]
     limit = ["checkpointing.max_failed_saves=4"] if kind == "full for good" else ["checkpointing.max_failed_saves=null"]
 
     def at_steps() -> None:

@@ -209,7 +209,10 @@ class TwoProcesses:
 
     def __init__(self) -> None:
         self.other, self.rate, self.asked_at, self.saved_at = 0, 100, [], []
-        self.strategy = SimpleNamespace(root_device="cpu", reduce=self.reduce)
+        self.callbacks = []
+        self.strategy = SimpleNamespace(
+            root_device="cpu", reduce=self.reduce, checkpoint_io=SimpleNamespace(error=None)
+        )
 
     def reduce(self, mine: torch.Tensor, reduce_op: str) -> torch.Tensor:
         assert reduce_op == "max"
@@ -222,7 +225,7 @@ class TwoProcesses:
 
 def test_all_processes_stop_after_the_same_step_and_ask_each_other_once_a_second(monkeypatch):
     monkeypatch.setattr(signals.time, "monotonic", iter(range(10**6)).__next__)  # one step a second here
-    trainer, callback = TwoProcesses(), StopAtSignal(Path("last.ckpt"))
+    trainer, callback = TwoProcesses(), StopAtSignal(Path("checkpoints"))
     callback.on_train_start(trainer, None)
     for batch in range(1000):
         callback.on_train_batch_start(trainer, None, None, batch)
