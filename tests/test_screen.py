@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -29,10 +30,10 @@ def test_a_run_is_started_refused_twice_listed_stopped_with_a_checkpoint_and_gon
         return subprocess.run(
             [ROOT / "scripts/run_in_screen.sh", *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=120,
             env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "DATA_DIR": "",
-                 "SCREENDIR": str(tmp_path / "screens")},
+                 "SCREENDIR": screens},
         )  # fmt: skip
 
-    (tmp_path / "screens").mkdir(mode=0o700)
+    screens = tempfile.mkdtemp()  # a socket's path has at most 107 letters
     try:
         started = script("--name", name, *settings)
         assert started.returncode == 0, started.stderr

@@ -219,7 +219,7 @@ class TwoProcesses:
         self.asked_at.append(self.global_step)
         return torch.maximum(mine, torch.tensor([self.other, self.rate]))
 
-    def save_checkpoint(self, path: Path) -> None:
+    def save_checkpoint(self, path: Path, weights_only: bool | None = None) -> None:
         self.saved_at.append(self.global_step)
 
 
