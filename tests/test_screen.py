@@ -51,7 +51,7 @@ def test_a_run_is_started_refused_twice_listed_stopped_with_a_checkpoint_and_gon
         assert f"no run named {name}" in script("--stop", name).stderr
     finally:
         subprocess.run(["screen", "-S", f"palimpsest-{name}", "-X", "quit"], capture_output=True,
-                       env={**os.environ, "SCREENDIR": str(tmp_path / "screens")})  # fmt: skip
+                       env={**os.environ, "SCREENDIR": screens})  # fmt: skip
         log.unlink(missing_ok=True)
 
 
