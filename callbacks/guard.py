@@ -35,7 +35,8 @@ class Guard(Callback):
 
     A step counts as a step whether its update was made or not: the learning rate and the data go on. Nobody waits for
     the device: whether step s was skipped is asked just before the update of s + 1, when the answer has long arrived
-    (on a CPU, and within a row of skipped steps, at once). All ranks come to the same verdict at the same step.
+    (on a CPU, and within a row of skipped steps, at once). All ranks come to the same verdict at the same step. With
+    trainer.precision=16-mixed the updates that the loss scaler leaves out are counted too; it begins with a few.
 
     Args:
         max_skipped_steps: updates left out in a row that end the training.
@@ -55,7 +56,7 @@ class Guard(Callback):
             )
         self.max_skipped_steps, self.folder, self.settings = max_skipped_steps, Path(folder), settings
         self.skipped, self.in_a_row = 0, 0
-        self._running, self._unjudged, self._updates = _Step(0), None, None
+        self._running, self._unjudged, self._updates, self._at_once = _Step(0), None, None, False
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         self._updates = pl_module.updates
@@ -90,11 +91,12 @@ class Guard(Callback):
         if trainer.global_step == self._running.step:
             return  # an accumulated micro-batch: no update yet
         self._unjudged, self._running = self._running, _Step(trainer.global_step)
-        if self.in_a_row or pl_module.device.type == "cpu":
+        if self.in_a_row or self._at_once:
             self._judge(trainer, pl_module, at_once=True)
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._running, self._unjudged = _Step(trainer.global_step), None
+        self._at_once = pl_module.device.type == "cpu"
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._judge(trainer, pl_module)
@@ -118,17 +120,22 @@ class Guard(Callback):
         names = self._updates.culprits(pl_module.named_parameters()) if gradients_stand else []
         losses = [loss.item() for loss in seen.losses]
         path = self.folder / "nonfinite" / f"step={seen.step}-rank={trainer.global_rank}.pt"
+        where = f"in {path}"
         if trainer.is_global_zero or not all(map(math.isfinite, losses)):
-            path.parent.mkdir(parents=True, exist_ok=True)
             batches = [{name: value.cpu() for name, value in batch.items()} for batch in seen.batches]
-            torch.save({"step": seen.step, "losses": losses, "gradient_norm": self._updates.norm.item(),
-                        "gradients": names, "batches": batches, "configuration": self.settings}, path)  # fmt: skip
+            found = {"step": seen.step, "losses": losses, "gradient_norm": self._updates.norm.item(),
+                     "gradients": names, "batches": batches, "configuration": self.settings}  # fmt: skip
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                torch.save(found, path)
+            except (OSError, RuntimeError) as error:
+                where = f"nowhere, because they could not be written ({error})"
         raise FloatingPointError(
             f"training ended at step {seen.step}: {self.in_a_row} updates in a row were left out, because "
-            f"{_what(seen, names)}. The weights are those from before; the step's micro-batches are in {path}. A lower "
-            "optim.lr, a longer lr_scheduler.num_warmup_steps or a lower trainer.gradient_clip_val from an earlier "
-            "checkpoint usually helps; if the losses of these micro-batches are not finite with new weights either, it "
-            f"is the data. training.max_skipped_steps={self.max_skipped_steps} sets how many to wait"
+            f"{_what(seen, names)}.\nThe weights are those from before; the step's micro-batches are {where}. Going on "
+            "from an earlier checkpoint with a lower optim.lr, a longer lr_scheduler.num_warmup_steps or a lower "
+            "trainer.gradient_clip_val usually helps; if the loss of these micro-batches is not finite with new "
+            f"weights either, it is the data. training.max_skipped_steps={self.max_skipped_steps} sets how many to wait"
         )
 
 
@@ -140,7 +147,7 @@ def _what(seen: _Step, names: list[str]) -> str:
         return f"the loss is {losses[bad[0]]} in micro-batch {bad[0] + 1} of {len(losses)}"
     more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
     where = f" of {', '.join(names[:_MOST_NAMES])}{more}" if names else ""
-    return f"the gradient{where} is not finite, though the loss is"
+    return f"the gradient{where or ' or its norm'} is not finite, though the loss is"
 
 
 class SpikeWatch:

@@ -85,7 +85,7 @@ def test_an_update_left_out_leaves_everything_bit_for_bit_and_training_goes_on(
     assert [taken["schedule"] for taken in snapshots.taken] == [1, 2, 3, 4, 5, 6], "the learning rate goes on"
     guard = next(c for c in trainer.callbacks if isinstance(c, Guard))
     assert (guard.skipped, guard.in_a_row) == (2, 0) == tuple(guard.state_dict().values())
-    assert f"step 3: the {how} is " in caplog.text and ("micro-batch 2 of 2" in caplog.text) == (how == "loss")
+    assert f"step 3: the {how} " in caplog.text and ("micro-batch 2 of 2" in caplog.text) == (how == "loss")
 
 
 @pytest.mark.parametrize(("optimizer", "how"), [("adamw", "gradient"), ("muon", "loss")])
@@ -97,7 +97,7 @@ def test_too_many_in_a_row_end_the_training_and_leave_the_batch(tmp_path, monkey
     before = [p.detach().clone() for p in diffusion.backbone.parameters()]
     snapshots, trainer = Snapshots(), experiment.trainer("train")
     trainer.callbacks.append(snapshots)
-    with pytest.raises(FloatingPointError, match="step 4: 3 updates in a row .*training.max_skipped_steps=3"):
+    with pytest.raises(FloatingPointError, match=r"step 4: 3 updates in a row .*\n.*max_skipped_steps=3"):
         trainer.fit(diffusion, datamodule=data)
     assert all(map(torch.equal, (p.detach() for p in diffusion.backbone.parameters()), snapshots.taken[1]["weights"]))
     assert not all(map(torch.equal, before, snapshots.taken[1]["weights"]))
@@ -107,6 +107,26 @@ def test_too_many_in_a_row_end_the_training_and_leave_the_batch(tmp_path, monkey
     assert [batch["position"].tolist() for batch in saved["batches"]] == [[16, 17], [18, 19]]
     assert any("vocab_embed" in name for name in saved["gradients"])
     assert '"state": "failed"' in (tmp_path / "run/run.json").read_text()
+
+
+def test_judged_a_step_late_as_on_a_gpu_the_verdict_and_the_batch_are_those_of_the_step(tmp_path, monkeypatch):
+    class Late(lightning.Callback):
+        def on_train_start(self, trainer, pl_module):
+            next(c for c in trainer.callbacks if isinstance(c, Guard))._at_once = False
+
+    monkeypatch.chdir(tmp_path)
+    for limit, last in ((1, 2), (3, 4)):
+        overrides = [*RUN, "optim=adamw", f"training.max_skipped_steps={limit}", f"checkpointing.save_dir=run{limit}"]
+        experiment = main.Experiment(compose_config(overrides), "a test")
+        diffusion, data = spoilt(monkeypatch, experiment, "loss", {2, 3, 4})
+        trainer = experiment.trainer("train")
+        trainer.callbacks.append(Late())
+        with pytest.raises(FloatingPointError, match=f"step {last}: {limit} updates in a row"):
+            trainer.fit(diffusion, datamodule=data)
+        saved = torch.load(tmp_path / f"run{limit}/nonfinite/step={last}-rank=0.pt", weights_only=True)
+        first = 4 * last
+        assert [b["position"].tolist() for b in saved["batches"]] == [[first, first + 1], [first + 2, first + 3]]
+        assert [math.isfinite(loss) for loss in saved["losses"]] == [True, False]
 
 
 def _rank(rank: int, folder: str) -> None:
