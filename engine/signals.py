@@ -92,8 +92,8 @@ class Signals:
         _restore(before)
 
     def finished(self) -> None:
-        """All that was asked for is done: a warning that time is nearly over is none any more. Without this it would
-        end the process amid its last second, with a status that says that something is left to do."""
+        """All that was asked for is done: a warning that time is nearly over must not end the process in its last
+        second, with a status that says that something was left to do."""
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
