@@ -92,7 +92,7 @@ def test_two_processes_learn_what_one_does(runs, one, two, atol):
     a, b = load_inert(last(runs / one)), load_inert(last(runs / two))
     assert shapes(a["optimizer_states"]) == shapes(b["optimizer_states"]) and a["lr_schedulers"] == b["lr_schedulers"]
     ours, theirs = history(runs / one), history(runs / two)
-    for name in ("train/nll", "val/nll", "val/nll_se", "train/global_batch_size"):
+    for name in ("train/nll", "val/nll", "val/nll_se", "train/batch_samples"):
         assert theirs[name] == pytest.approx(ours[name], rel=100 * atol), name
 
 
