@@ -112,7 +112,7 @@ def shapes(state: object) -> object:
 def test_two_processes_measure_every_text_once(runs, one, two):
     ours, theirs = (flat(json.loads((runs / folder / "results.json").read_text())) for folder in (one, two))
     assert ours.keys() == theirs.keys() and any(key.endswith("/texts") or key == "/samples" for key in ours)
-    for key in ours.keys() - {"/seconds_per_text"}:
+    for key in (key for key in ours if key != "/seconds_per_text" and not key.startswith("/models/")):
         assert theirs[key] == (pytest.approx(ours[key], rel=1e-5) if isinstance(ours[key], float) else ours[key]), key
 
 
