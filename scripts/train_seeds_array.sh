@@ -17,5 +17,5 @@
 #SBATCH --error=watch_folder/%x_%A_%a.err
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
-settings=(mode=train seed="${SLURM_ARRAY_TASK_ID:-1}")
-exec ${SLURM_JOB_ID:+srun --cpus-per-task=${SLURM_CPUS_PER_TASK:-1}} python -u main.py "${settings[@]}" "$@"
+settings=(mode=train)
+exec ${SLURM_JOB_ID:+srun --cpus-per-task=${SLURM_CPUS_PER_TASK:-1}} python -u main.py seed="${SLURM_ARRAY_TASK_ID:-1}" "${settings[@]}" "$@"
