@@ -53,9 +53,9 @@ class Experiment:
 
     def __init__(self, cfg: DictConfig, command: str, shared: bool = False) -> None:
         self.cfg, self.command, self.seed = cfg, command, cfg.seed
-        own = self._own_folder()
-        self._kept_in = place(cfg.checkpointing.save_dir or own)  # checkpoints; all else is written on this machine
-        self._save_dir = own if is_remote(self._kept_in) else self._kept_in
+        # Checkpoints; all else is written on this machine.
+        self._kept_in = place(cfg.checkpointing.save_dir or self._own_folder())
+        self._save_dir = self._own_folder() if is_remote(self._kept_in) else self._kept_in
         self.conditional, self.start_from_counts = cfg.classify.sharing == "conditional", cfg.training.start_from_counts
         self._shared, self._data = shared, dict[int | None, TextData]()
 
