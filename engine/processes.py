@@ -60,9 +60,8 @@ class FullySharded(ModelParallelStrategy):
         super().setup_environment()
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, object]:
-        """The optimizer's own state with whole tensors; empty but on the first process."""
-        state = whole(getattr(optimizer, "_optimizer", optimizer).state_dict())
-        return state if self.is_global_zero else {}
+        """The optimizer's own state with whole tensors (models/sharding.py)."""
+        return whole(getattr(optimizer, "_optimizer", optimizer).state_dict())
 
     def load_checkpoint(self, checkpoint_path: str | os.PathLike, weights_only: bool | None = None) -> dict:
         return Strategy.load_checkpoint(self, checkpoint_path, weights_only)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+import torch.distributed
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
@@ -38,10 +39,11 @@ def shared_like(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def whole(state: object) -> object:
-    """`state` (tensors in dicts, lists and tuples) with every shared tensor put together, on the CPU. All devices must
-    call it, in the same order."""
+    """`state` (tensors in dicts, lists and tuples) with every shared tensor put together, on the CPU of the first
+    process; None in its place on the others, which must call it all the same, in the same order."""
     if isinstance(state, DTensor):
-        return state.full_tensor().cpu()
+        together = state.full_tensor()
+        return together.cpu() if torch.distributed.get_rank() == 0 else None
     if isinstance(state, dict):
         return {key: whole(value) for key, value in state.items()}
     if isinstance(state, list | tuple):

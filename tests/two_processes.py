@@ -35,6 +35,7 @@ if __name__ == "__main__":
         print(f"{kind} {settings[0]}", flush=True)
         cfg = compose_config([*settings, "trainer.devices=2"])
         if kind == "hang":
+            torch.distributed.barrier()
             torch.distributed.destroy_process_group()
             # Else they would find in torchrun's own store where they stood the first time.
             os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
