@@ -45,6 +45,7 @@ class BatchArithmetic(Callback):
             return
         step, batches = int(checkpoint["global_step"]), loops["epoch_loop.batch_progress"]
         wanted = step * trainer.accumulate_grad_batches
+        batches["is_last_batch"] = False
         for counts in (batches["total"], batches["current"]):
             missing = wanted - counts["ready"]
             counts.update({name: count + missing for name, count in counts.items()})

@@ -67,27 +67,9 @@ class RunRecord(Callback):
     def on_load_checkpoint(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, object]
     ) -> None:
-        to_step_boundary(checkpoint, trainer.accumulate_grad_batches)
         theirs, ours = checkpoint.get("run", {}).get("versions", {}), versions()
         differing = [f"{name} {theirs[name]}, now {ours[name]}" for name in _ARITHMETIC if name in theirs
                      and theirs[name] != ours[name]]  # fmt: skip
         if differing and trainer.is_global_zero:
             log.warning("the run was begun with %s: what follows is the same training up to rounding, not to the bit",
                         ", ".join(differing))  # fmt: skip
-
-
-def to_step_boundary(checkpoint: Mapping[str, object], accumulate: int) -> None:
-    """Let Lightning go on within its one epoch, the run, with the micro-batch that follows the step which the
-    checkpoint has reached, `accumulate` to a step. The data go on from there in any case. Its own count is another
-    where the file was written by a validation amid a step, or by a run whose steps had other micro-batches (it would
-    cut a step short), and starts anew after a run that was to end there (dropout would repeat itself)."""
-    loop, step = checkpoint["loops"]["fit_loop"], int(checkpoint["global_step"])
-    batches, done = loop["epoch_loop.batch_progress"], step * accumulate
-    batches["is_last_batch"] = False
-    if step:
-        for count in loop["epoch_progress"].values():
-            count.update(ready=1, started=1, processed=0, completed=0)
-    if batches["current"]["processed"] != done:
-        for count in (batches["total"], batches["current"]):  # as it is when a training batch ends
-            count.update(ready=done, started=done, processed=done, completed=max(0, done - 1))
-        loop["epoch_loop.state_dict"]["_batches_that_stepped"] = max(0, step - 1)
