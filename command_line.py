@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import logging
+import math
 import os
 import re
 import sys
@@ -129,13 +130,19 @@ FLAGS = ("classify.calibrate", "classify.baselines", "training.start_from_counts
          "loader.pin_memory", "loader.persistent_workers")  # fmt: skip
 
 
+NEVER_NULL = ("lr_scheduler.", "plateau.", "loader.global_batch_size", "trainer.max_steps")
+
+
 def check_numbers(cfg: DictConfig) -> None:
     """Raises ValueError for a word, or a broken number, where a (whole) number belongs."""
     for key in (*WHOLE, *REAL):
-        value = OmegaConf.select(cfg, key)
+        value = OmegaConf.select(cfg, key, default="absent")  # a key of a choice that is not made
         kinds = int if key in WHOLE else (int, float)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, kinds)):
-            raise ValueError(f"{key}={value} must be a {'whole ' if key in WHOLE else ''}number")
+        if value == "absent" or (value is None and not key.startswith(NEVER_NULL)):
+            continue
+        if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value):
+            raise ValueError(f"{key}={'null' if value is None else value} must be a "
+                             f"{'whole ' if key in WHOLE else ''}number")  # fmt: skip
     for key in FLAGS:
         if not isinstance(OmegaConf.select(cfg, key), bool):
             raise ValueError(f"{key}={OmegaConf.select(cfg, key)} must be true or false")

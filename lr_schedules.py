@@ -86,11 +86,12 @@ def restarts(
         raise ValueError(
             f"lr_scheduler.num_rewarmup_steps={num_rewarmup_steps} must be at least 1: without it the rate jumps"
         )
-    if not periods:
-        raise ValueError("lr_scheduler.periods=[] must hold at least one number of steps, such as [10000,20000]")
-    if peak_decay < min_ratio:
+    counts = list(periods) if isinstance(periods, Sequence) and not isinstance(periods, str) else []
+    if not counts or any(isinstance(n, bool) or not isinstance(n, int) for n in counts):
+        raise ValueError(f"lr_scheduler.periods={periods} must be a list of whole numbers of steps: [10000,20000]")
+    if peak_decay <= min_ratio:
         raise ValueError(
-            f"lr_scheduler.peak_decay={peak_decay} is below lr_scheduler.min_ratio={min_ratio}, so that the second "
+            f"lr_scheduler.peak_decay={peak_decay} is not above lr_scheduler.min_ratio={min_ratio}, so that the second "
             "peak would be a low; raise it"
         )
     repeats = max(0, -(-(num_training_steps - sum(periods)) // max(1, periods[-1])))

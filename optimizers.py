@@ -26,7 +26,7 @@ def adamw(
     return optimizer
 
 
-class _Together(torch.optim.Optimizer):
+class MuonWithAdamW(torch.optim.Optimizer):
     """Several optimizers, each over its own parameters, that step as one."""
 
     def __init__(self, *parts: torch.optim.Optimizer) -> None:
@@ -84,7 +84,7 @@ def muon(
     rest = [p for _, p in named if id(p) not in chosen]
     if not matrices:
         raise ValueError("optim=muon found no weight matrix in the backbone's blocks; use optim=adamw")
-    return _Together(
+    return MuonWithAdamW(
         _Muon(matrices, lr=matrix_lr, weight_decay=weight_decay),
         torch.optim.AdamW(rest, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay, fused=True),
     )

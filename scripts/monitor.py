@@ -134,18 +134,24 @@ def _left(known: dict, now: float) -> str:
     return duration(max(0.0, pace * (known["max_steps"] - known["step"]) - (now - known["updated"])))
 
 
+def _whole(name: str) -> bool:
+    """Neither half-written nor set aside as damaged."""
+    return not name.startswith(".") and not any(part in name for part in (".partial", ".corrupt"))
+
+
 def _checkpoint(folder: Path, known: dict, now: float) -> str:
     """Step and age of the newest file (or folder) of checkpoints/."""
     newest, when = None, 0.0
     try:
         for entry in os.scandir(folder / CHECKPOINTS):
             changed = entry.stat().st_mtime
-            if changed > when and not entry.name.startswith(".") and "partial" not in entry.name:
+            if changed > when and _whole(entry.name):
                 newest, when = entry.name, changed
     except OSError:  # none yet, or one that has just been replaced
         pass
-    if newest is None:
-        return ""
+    if newest is None:  # there is none, or it is kept elsewhere (checkpointing.save_dir=s3://...)
+        saved = known["checkpoint"]
+        return f"{duration(now - saved['time'])} ago, step {saved['step']:,}" if saved else ""
     found = _STEP_IN_NAME.search(newest)
     noted = known["checkpoint"] and known["checkpoint"]["step"]
     step = int(found[1]) if found else noted

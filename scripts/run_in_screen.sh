@@ -27,6 +27,7 @@ start() {
   [[ -z "$(session_of "$name")" ]] ||
     die "a run named $name is there already; watch it with: tail -f $log, or choose another with --name"
   mkdir -p "$folder"
+  command -v "${PYTHON:-python}" >/dev/null || die "there is no ${PYTHON:-python}; activate its environment, or set PYTHON="
   screen -dmS "palimpsest-$name" bash "$PWD/scripts/run_in_screen.sh" --inside "$name" "$@"
   cat <<TEXT
 started $name
