@@ -24,6 +24,8 @@ from tasks.train import history
 from tests.test_batches import FIT, assert_close_weights
 
 ROOT = Path(__file__).parents[1]
+# As it was before any test: a strategy=ddp in this very process leaves its port there, and still listens on it.
+ENVIRON = dict(os.environ)
 # Of weights; Muon orthogonalises in bfloat16, where the rounding of another order of sums can grow.
 ATOL, ATOL_MUON = 1e-6, 5e-4
 SAME = [*FIT, "loader.global_batch_size=8", "data.max_test_texts=9", "data.max_valid_texts=9",
@@ -148,13 +150,11 @@ def test_a_process_that_hangs_ends_the_job_within_the_timeout(runs):
 
 def test_a_process_that_dies_ends_the_job(tmp_path):
     """Started by Lightning, as `python main.py trainer.devices=2` is."""
-    # A strategy=ddp in this very process has left its port in the environment, and still listens there.
-    alone = {name: value for name, value in os.environ.items() if name not in ("MASTER_ADDR", "MASTER_PORT")}
     command = [sys.executable, str(ROOT / "main.py"), *SAME, save_dir("run"), "trainer.max_steps=100000",
                "trainer.devices=2", "trainer.val_check_interval=100000"]  # fmt: skip
     with open(tmp_path / "said", "w") as said:
         job = subprocess.Popen(command, cwd=tmp_path, stdout=said, stderr=said, start_new_session=True,
-                               env={**alone, "OMP_NUM_THREADS": "1"})  # fmt: skip
+                               env={**ENVIRON, "OMP_NUM_THREADS": "1"})  # fmt: skip
     try:
         wait_for(lambda: "each optimizer step" in (tmp_path / "said").read_text() or job.poll() is not None)
         (other,) = children(job.pid)
