@@ -28,7 +28,7 @@ def test_a_run_is_started_refused_twice_listed_stopped_with_a_checkpoint_and_gon
 
     def script(*arguments: str) -> subprocess.CompletedProcess:
         return subprocess.run(
-            [ROOT / "scripts/run_in_screen.sh", *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=120,
+            [ROOT / "scripts/run_in_screen.sh", *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=600,
             env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "DATA_DIR": "",
                  "SCREENDIR": screens},
         )  # fmt: skip
@@ -40,7 +40,7 @@ def test_a_run_is_started_refused_twice_listed_stopped_with_a_checkpoint_and_gon
         assert f"--stop {name}" in started.stdout and f"screen -r palimpsest-{name}" in started.stdout
         again = script("--name", name, *settings)
         assert again.returncode == 2 and f"{name} is there already" in again.stderr
-        end = time.monotonic() + 120
+        end = time.monotonic() + 600
         while not last.exists():
             assert time.monotonic() < end and name in script("--list").stdout, log.read_text()
             time.sleep(0.2)

@@ -23,7 +23,7 @@ from tests.test_resume import same_weights
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted([*(ROOT / "scripts").glob("*.sh"), *(ROOT / "scripts").glob("*.sbatch")])
 JOBS = [path for path in SCRIPTS if "#SBATCH" in path.read_text()]
-PATIENCE = 240  # seconds for any one thing
+PATIENCE = 600  # seconds for any one thing, on a machine that has other work
 
 
 def slurm(*command: object, check: bool = True, cwd: Path = ROOT) -> str:
@@ -31,7 +31,7 @@ def slurm(*command: object, check: bool = True, cwd: Path = ROOT) -> str:
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1",
            "DATA_DIR": "", "HF_HUB_OFFLINE": "1"}  # fmt: skip
     return subprocess.run(
-        [str(word) for word in command], cwd=cwd, env=env, check=check, capture_output=True, text=True, timeout=60
+        [str(word) for word in command], cwd=cwd, env=env, check=check, capture_output=True, text=True, timeout=PATIENCE
     ).stdout
 
 
