@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 import tempfile
 import time
@@ -99,7 +100,8 @@ def run() -> None:
     quartiles = lambda values: np.quantile(values, [0.25, 0.5, 0.75]).round(4).tolist()  # noqa: E731
     ratio = lambda of, a, b: round(float(of(a) / of(b)), 4)  # noqa: E731
     found = {"benchmark": "engine_overhead", "device": device.type, "threads": torch.get_num_threads(),
-             "torch": torch.__version__, "settings": [*SIZE, *overrides], "steps": args.steps}  # fmt: skip
+             "torch": torch.__version__, "settings": [*SIZE, *overrides], "steps": args.steps,
+             "load_average": os.getloadavg()[0], "cpus": os.cpu_count()}  # fmt: skip
     for column, kind in enumerate(("wall", "processor")[: 1 if device.type == "cuda" else 2]):
         engine, bare = engine_ms[WARM_UP - 1 :, column], bare_ms[WARM_UP - 1 :, column]
         found[f"{kind}_ms"] = {"bare": quartiles(bare), "engine": quartiles(engine)}
