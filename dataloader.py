@@ -30,7 +30,6 @@ from typing import Any
 
 import datasets
 import numpy as np
-import torch
 from lightning import LightningDataModule, Trainer
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
@@ -64,8 +63,7 @@ class TextData(LightningDataModule):
     stretches of wrapped rows twice as long, evaluation has fixed rows. `train_splits`: train on these splits of the
     source together, without labels (validation has none then either) and without texts of the held-out splits.
     loader: `batch_size` and `eval_batch_size` are rows per
-    device; `batch_size` None divides `global_batch_size`; `batch_ramp` as in text/stream.py; the others are those of
-    text/loading.py.
+    device; `batch_size` None divides `global_batch_size`; `batch_ramp` as in text/stream.py; `loading` has the others.
     `length` is model.length, `seed` orders the training stream, `max_steps` are optimizer steps of the whole run.
     """
 
@@ -102,8 +100,8 @@ class TextData(LightningDataModule):
         batch_ramp: Sequence[Sequence[int]] | None = None,
         max_steps: int = 1,
         seed: int = 0,
+        loading: Loading | None = None,
         stream: Order | None = None,
-        **loading: int | bool | None,
     ) -> None:
         super().__init__()
         self.name, self.score_special = name or "text", score_special
@@ -116,14 +114,12 @@ class TextData(LightningDataModule):
         self.packings = {"train": framed(plain, insert_train_special, insert_train_eos),
                          "validation": held_out, "test": held_out}  # fmt: skip
         self.limits = {"train": max_train_texts, "validation": max_valid_texts, "test": max_test_texts}
-        self.cache_dir, self.seed, self.stream = cache_dir, seed, stream or Order()
-        pin = loading.pop("pin_memory", True) and torch.cuda.is_available()
-        self.loading = Loading(pin_memory=pin, **loading)
+        self.cache_dir, self.seed = cache_dir, seed
+        self.stream, self.loading = stream or Order(), loading or Loading()
         self.batch_size, self.eval_batch_size, self.max_steps = batch_size, eval_batch_size, max_steps
         self.global_batch_size, self.plan = global_batch_size, BatchPlan.of(global_batch_size, batch_ramp)
         self.figures: dict[str, dict[str, int]] = {}
-        self._texts = SplitTexts(source, self.limits, streaming=streaming, sample_texts=self.stream.sample_texts,
-                                 label=label, train_splits=train_splits)  # fmt: skip
+        self._texts = SplitTexts(source, self.limits, streaming, self.stream.sample_texts, label, train_splits)
         self._splits: dict[str, datasets.Dataset] = {}
         self._resumed: dict[str, Any] = {}
         self._streamed: StreamLoader | None = None

@@ -25,7 +25,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 import command_line
-from dataloader import TextData, batch_arithmetic
+from dataloader import Loading, TextData, batch_arithmetic
 from diffusion import Diffusion, Provenance
 from engine.processes import first_process, local_device, processes_per_node
 from engine.recovery import newest_good
@@ -167,7 +167,7 @@ class Experiment:
                 instantiate(self.cfg.data.source), label=label, length=self.cfg.model.length, **settings,
                 batch_size=micro_batch, eval_batch_size=self._eval_batch_size, max_steps=self.cfg.trainer.max_steps,
                 global_batch_size=loader.global_batch_size, batch_ramp=self._ramp, seed=self.seed,
-                stream=instantiate(self.cfg.streaming), **{key: loader[key] for key in _FETCHING},
+                stream=instantiate(self.cfg.streaming), loading=Loading(**{key: loader[key] for key in _FETCHING}),
             )  # fmt: skip
         return self._data[label]
 

@@ -22,14 +22,15 @@ from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from dataloader import TextData  # noqa: E402
+from dataloader import Loading, TextData  # noqa: E402
 from text.user_files import UserFiles  # noqa: E402
 
 
 def build(args: argparse.Namespace, workers: int, streaming: bool, step: int = 0) -> TextData:
     source = UserFiles(args.path, validation_path=args.path, test_path=args.path)
     data = TextData(
-        source, length=args.length, tokenizer_name_or_path=args.tokenizer, streaming=streaming, num_workers=workers,
+        source, length=args.length, tokenizer_name_or_path=args.tokenizer, streaming=streaming,
+        loading=Loading(workers),
         max_train_texts=None if streaming else args.texts, global_batch_size=args.batch, max_steps=10**6,
         cache_dir=args.cache, seed=1,
     )  # fmt: skip

@@ -17,7 +17,7 @@ from hydra.utils import instantiate
 
 import main
 from command_line import compose_config, explain
-from dataloader import TextData
+from dataloader import Loading, TextData
 from tests.test_configs import TINY
 from text.streaming import Order
 from text.tokenizers import decode
@@ -369,7 +369,7 @@ def test_the_streaming_configs_train_on_everything_and_measure_on_a_part():
 def test_a_stream_of_the_hub_is_that_of_the_folder(name, tmp_path, monkeypatch):
     """Two epochs, in which every text that is not held out comes twice; nothing is downloaded but by and by."""
     monkeypatch.setattr(datasets, "load_dataset", Tap(ASKED[name], sent=40))
-    limits = {"global_batch_size": 4, "max_steps": 15 if name == "lm1b-streaming" else 20, "num_workers": 0,
+    limits = {"global_batch_size": 4, "max_steps": 15 if name == "lm1b-streaming" else 20, "loading": Loading(0),
               "wrap": False, "long_texts": "truncate", "insert_train_special": False, "insert_train_eos": False,
               "tokenizer_name_or_path": "byte", "stream": Order(lanes=1)}  # fmt: skip
     cut = [f"data.source.{key}.train='{value}'" for key, value in

@@ -16,7 +16,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from command_line import compose_config
-from dataloader import PositionBatchSampler, TextData, batch_arithmetic
+from dataloader import Loading, PositionBatchSampler, TextData, batch_arithmetic
 from text.order import draws_at, epoch_order, evaluation_batches, rows_at
 
 N = 37
@@ -42,7 +42,8 @@ def data(tmp_path, source=None, *, rank=0, world=1, **settings):
         "insert_valid_special": False, "global_batch_size": 8, "max_steps": 10, "cache_dir": tmp_path,
         "seed": 5, "eval_batch_size": 4,
     }  # fmt: skip
-    module = TextData(source or Listed(), **(defaults | settings))
+    loading = Loading(num_workers=settings.pop("num_workers", 0))
+    module = TextData(source or Listed(), loading=loading, **(defaults | settings))
     if world > 1:
         module.trainer = SimpleNamespace(global_rank=rank, world_size=world, max_steps=10, global_step=0)
     return module

@@ -79,11 +79,14 @@ def test_what_null_means(monkeypatch, caplog):
     assert Loading(num_workers=5).workers(streamed=True, devices=6) == 5
 
 
-def test_workers_settings_are_given_only_to_workers():
+def test_workers_settings_are_given_only_to_workers(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     assert Loading(pin_memory=False).arguments(0, again=True) == {"num_workers": 0, "pin_memory": False}
     with_workers = Loading(prefetch_factor=3).arguments(2, again=True)
     assert with_workers == {"num_workers": 2, "pin_memory": True, "prefetch_factor": 3, "persistent_workers": True}
     assert not Loading().arguments(2, again=False)["persistent_workers"]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert not Loading().arguments(0, again=True)["pin_memory"]
     for workers in (0, 1):
         list(TimedLoader(TensorDataset(torch.arange(3)), **Loading(pin_memory=False).arguments(workers, again=False)))
     for settings, said in (

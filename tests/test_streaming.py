@@ -17,7 +17,7 @@ import torch
 import main
 import text.streaming
 from command_line import compose_config
-from dataloader import TextData
+from dataloader import Loading, TextData
 from identity import identity
 from models.checkpoints import load_inert
 from tasks.fitting import fit
@@ -57,14 +57,14 @@ def write(folder, kind="jsonl", files=3, number=N):
     return str(folder / f"*.{kind}")
 
 
-def data(tmp_path, path=None, *, rank=0, world=1, step=0, order=None, **settings):
+def data(tmp_path, path=None, *, rank=0, world=1, step=0, order=None, num_workers=0, **settings):
     """TextData on all texts of `path`, whose held-out splits are files of their own."""
     path = path or (write(tmp_path / "corpus") if not (tmp_path / "corpus").exists() else str(tmp_path / "corpus/*"))
     held_out = write(tmp_path / "held_out", "txt", files=1, number=5)
     source = UserFiles(path, validation_path=held_out, test_path=held_out)
     given = {"length": 24, "tokenizer_name_or_path": "byte", "streaming": True, "global_batch_size": G, "seed": 3,
-             "insert_train_special": False, "max_steps": STEPS, "cache_dir": tmp_path / "cache", "num_workers": 0,
-             "max_valid_texts": 5, "max_test_texts": 5}  # fmt: skip
+             "insert_train_special": False, "max_steps": STEPS, "cache_dir": tmp_path / "cache",
+             "max_valid_texts": 5, "max_test_texts": 5, "loading": Loading(num_workers)}  # fmt: skip
     module = TextData(source, stream=Order(**{"lanes": 4, "shuffle_buffer": 8, **(order or {})}), **(given | settings))
     module.trainer = SimpleNamespace(global_rank=rank, world_size=world, max_steps=module.max_steps, global_step=step)
     return module
@@ -337,7 +337,7 @@ def test_labels_come_along_and_choose(tmp_path, monkeypatch):
 
     def batches(**settings):
         module = TextData(source, streaming=True, tokenizer_name_or_path="byte", cache_dir=tmp_path, max_steps=10,
-                          length=24, long_texts="truncate", global_batch_size=6, num_workers=0,
+                          length=24, long_texts="truncate", global_batch_size=6, loading=Loading(0),
                           insert_train_special=False, **settings)  # fmt: skip
         return module, list(module.train_dataloader())
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader
 
 log = logging.getLogger(__name__)
@@ -55,7 +56,8 @@ class Loading:
     def arguments(self, workers: int, again: bool) -> dict[str, Any]:
         """Arguments of a DataLoader with so many workers. again: it will be gone through more than once."""
         of_workers = {"prefetch_factor": self.prefetch_factor, "persistent_workers": again and self.persistent_workers}
-        return {"num_workers": workers, "pin_memory": self.pin_memory, **(of_workers if workers else {})}
+        pin = self.pin_memory and torch.cuda.is_available()
+        return {"num_workers": workers, "pin_memory": pin, **(of_workers if workers else {})}
 
 
 def workers_for(cpus: int, ranks: int, environ: Mapping[str, str]) -> int:

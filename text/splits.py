@@ -19,8 +19,8 @@ class SplitTexts:
     """
 
     def __init__(
-        self, source: Source, limits: Mapping[str, int | None], *, streaming: bool, sample_texts: int,
-        label: int | None, train_splits: Sequence[str] | None,
+        self, source: Source, limits: Mapping[str, int | None], streaming: bool, sample_texts: int, label: int | None,
+        train_splits: Sequence[str] | None,
     ) -> None:  # fmt: skip
         self.source, self.limits, self.label, self.train_splits = source, dict(limits), label, train_splits
         self.streaming, self.sample_texts = streaming, sample_texts
