@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention import head_width, resolve_backend, rotary_angles
+from models.blocks import BlockStreams
 from models.class_conditioning import ClassEmbedding, untold, with_class
 from models.layers import RotaryFrequencies, SigmaEmbedding, TokenEmbedding, modulate, zero_linear
 from models.transformer import Head, Rotary, TransformerBlock, rows_at
@@ -49,7 +50,7 @@ class OutputLayer(Head):
         return modulate(self.norm_final(x_BLD), shift, scale)
 
 
-class DiT(nn.Module):
+class DiT(BlockStreams, nn.Module):
     """tokens, sigma -> logits, in two steps so that callers pay for the vocabulary only where they need it.
 
     `encode(tokens_BL, sigma_B)` gives the normed hidden states (B, L, D); `head(hidden)` projects any selection of
