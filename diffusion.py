@@ -58,7 +58,7 @@ class Diffusion(lightning.LightningModule):
         label_dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        if objective.exact != backbone.causal:
+        if objective.causal != backbone.causal:
             raise ValueError(
                 f"the objective {type(objective).__name__} and the backbone {type(backbone).__name__} do not fit: "
                 "left-to-right likelihoods need a causal backbone and masked diffusion one that sees both sides; use "

@@ -88,6 +88,7 @@ class BlockStreams:
 
     def _remember(self, clean_BL: Tensor, block_size: int, cache: BlockCache, class_id: Tensor | None) -> None:
         new = clean_BL.shape[1]
+        class_id = untold(clean_BL) if class_id is None and self.num_classes else class_id
         cache.make_room(new)
         angles = rotary_angles(self.rotary_emb.inv_freq, new, cache.position)
         window = None if cache.window is None else cache.window // block_size + 1

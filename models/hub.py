@@ -17,7 +17,7 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 MODEL_TYPE = "mdlm"
 
 # config.json's names -> ours. What kuleshov-group/mdlm-owt has; mask_padding is added by our own exports.
-CONFIG_KEYS = {"vocab_size": "vocab_size", "model_length": "model.length", "hidden_dim": "model.hidden_size",
+CONFIG_KEYS = {"block_size": "block_size", "vocab_size": "vocab_size", "model_length": "model.length", "hidden_dim": "model.hidden_size",
                "cond_dim": "model.cond_dim", "n_blocks": "model.n_blocks", "n_heads": "model.n_heads",
                "dropout": "model.dropout", "time_conditioning": "time_conditioning",
                "mask_padding": "model.mask_padding"}  # fmt: skip

@@ -104,7 +104,7 @@ def draw(
 
 def _rows(diffusion: Diffusion, data: object, given: Template, num_samples: int, seed: int) -> list[np.ndarray]:
     """One row of ids per sample, the mask where a token is wanted."""
-    mask_id, causal = diffusion.objective.mask_id, diffusion.objective.exact
+    mask_id, causal = diffusion.objective.mask_id, diffusion.objective.causal
     fixed = given.ids(data.tokenizer, mask_id)
     train = data.split("train")
     u = KeyedNoise(seed, torch.arange(num_samples), draw=-3).uniform()
@@ -162,7 +162,7 @@ def _draw_batch(
     if class_id is not None:
         cond["class_id"] = torch.full((len(rows),), class_id)
     noise = KeyedNoise(seed, torch.arange(first, first + len(rows), device=diffusion.device))
-    ends_early = diffusion.objective.exact and not data.wrap
+    ends_early = diffusion.objective.causal and not data.wrap
     stop = {"stop_id": data.vocabulary.eos_id} if ends_early else {}
     out = sampler(diffusion.model, x_BL.to(diffusion.device), noise, **_moved(cond, diffusion.device), **stop)
     extra = out.ids_BL.shape[1] - x_BL.shape[1]  # semi-autoregressive samplers go on behind the window
