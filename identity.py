@@ -15,8 +15,11 @@ IDENTITY = ("data", "model", "backbone", "parameterization", "noise", "masking",
             "trainer.gradient_clip_val")  # fmt: skip
 NOT_IDENTITY = ("data.label", "data.cache_dir", "model.attn_backend", "backbone.attn_backend",
                 "lr_scheduler.num_training_steps", "data.max_valid_texts", "data.max_test_texts",
-                "backbone.resumed")  # fmt: skip
-IDENTITY_IF_SET = ("training.from_pretrained", "training.start_from_counts")
+                "backbone.resumed", "training.sampling_eps_min", "training.sampling_eps_max",
+                "training.clip_search_widths", "training.clip_search_delta", "training.fix_clipping",
+                "parameterization.block_size")  # fmt: skip
+# Of the keys of training that NOT_IDENTITY has, parameterization=bd3lm has its own copy.
+IDENTITY_IF_SET = ("training.from_pretrained", "training.start_from_counts", "training.resample", "masking.resample")
 # Of texts that only classify.pretrain reads.
 IDENTITY_IF_PRETRAINED = ("data.source.files.unsupervised", "data.source.hub_splits.unsupervised",
                           "data.source.unlabelled")  # fmt: skip
@@ -42,4 +45,6 @@ def identity(cfg: DictConfig) -> dict[str, object]:
         flat |= {f"classify.{key}": cfg.classify[key] for key in ("sharing", "label_dropout")}
     if cfg.classify.pretrain:
         flat |= {f"classify.{key}": cfg.classify[key] for key in ("pretrain", "pretrain_steps")}
-    return {**flat, "parameterization": command_line.law(cfg)}
+    law = command_line.law(cfg)
+    flat |= {"block_size": cfg.block_size} if law == "bd3lm" else {}
+    return {**flat, "parameterization": law}

@@ -92,6 +92,12 @@ class KeyedNoise:
         time = None if self._time_B is None else (self._time_B[:, None] + shift_b) % 1.0
         return self._with((self._state_B[:, None] ^ address_b).flatten(), None if time is None else time.flatten())
 
+    def part(self, number: int) -> KeyedNoise:
+        """Noise for one part of every row, as in `parts`."""
+        address = _mix(torch.tensor(number, device=self._state_B.device)) if number else 0
+        time_B = None if self._time_B is None else (self._time_B + number * _GOLDEN_RATIO_CONJUGATE) % 1.0
+        return self._with(self._state_B ^ address, time_B)
+
     def rows(self, index_R: Tensor) -> KeyedNoise:
         """The noise of some rows."""
         return self._with(self._state_B[index_R], None if self._time_B is None else self._time_B[index_R])

@@ -120,13 +120,12 @@ class BlockStreams:
         class_id = untold(noised_Rk) if class_id is None and self.num_classes else class_id
         c = self._conditioned(sigma_R[:, None], length, length, class_id)
         angles = rotary_angles(self.rotary_emb.inv_freq, length, cache.position)
+        padded = attention_mask is not None and self.mask_padding and not bool(attention_mask.all())
         x_RkD = self.vocab_embed(noised_Rk)
         for number, layer in enumerate(self.blocks):
             by = _modulation(layer, c)
             own, (k, v) = _qkv(layer, x_RkD, by, angles), cache.seen(number, rows)
-            key_mask = None
-            if attention_mask is not None and self.mask_padding and not bool(attention_mask.all()):
-                key_mask = torch.cat([attention_mask.new_ones(k.shape[:2]), attention_mask], dim=1).bool()
+            key_mask = torch.cat([attention_mask.new_ones(k.shape[:2]), attention_mask], dim=1) if padded else None
             k, v = torch.cat([k.to(own.k.dtype), own.k], dim=1), torch.cat([v.to(own.v.dtype), own.v], dim=1)
             attended = attend(own.q, k, v, key_mask, layer.attn_backend)
             if at_BL is not None and layer is self.blocks[-1]:

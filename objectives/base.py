@@ -260,10 +260,10 @@ class Model:
         """Tokens of a block where texts are written block by block; None where they are not."""
         return getattr(self.objective, "block_size", None)
 
-    def after(self, earlier: object, **told: Tensor) -> Model:
-        """The law of a block behind `earlier`: clean tokens (B, S), or a cache that has read them (`new_block_cache`,
-        `remember`)."""
-        return self.objective.after(self.backbone, earlier, **told)
+    def after(self, earlier: object, window: int | None = None, **told: Tensor) -> Model:
+        """The law of a block behind `earlier`: clean tokens (B, S) of which the last `window` are seen, or a cache that
+        has read them (`new_block_cache`, `remember`)."""
+        return self.objective.after(self.backbone, earlier, window, **told)
 
     def new_block_cache(self, batch_size: int, length: int, window: int | None = None) -> object:
         return self.backbone.new_block_cache(batch_size, length, window)

@@ -26,10 +26,9 @@ from objectives.base import (
     fresh_noise,
     scored_mask,
 )
-from objectives.noising import ExactCount, Noising
+from objectives.clipping import WHOLE, ClipSearch
+from objectives.noising import Bernoulli, ExactCount, Noising
 from randomness import KeyedNoise
-
-WHOLE = (1e-3, 1.0)  # mask rates of training that leave the schedule as it is
 
 
 class BlockDiffusion:
@@ -42,6 +41,7 @@ class BlockDiffusion:
         block_size: tokens of a block; the last one of a text may be shorter.
         ignore_bos: the first token of a text is given, as context.
         sampling_eps_min, sampling_eps_max: mask rates that training draws from (section 5). See `clip`.
+        search: how these are chosen again at every validation; None: they are not.
     """
 
     causal, any_order = False, False
@@ -54,6 +54,7 @@ class BlockDiffusion:
         ignore_bos: bool = True,
         sampling_eps_min: float = WHOLE[0],
         sampling_eps_max: float = WHOLE[1],
+        search: ClipSearch | None = None,
     ) -> None:
         if block_size < 1:
             raise ValueError(f"block_size={block_size} must be at least 1")
@@ -64,6 +65,7 @@ class BlockDiffusion:
         if self.exact:
             self.within.noising = ExactCount()  # one token of one
         self.clip(sampling_eps_min, sampling_eps_max)
+        self.search = search
 
     @property
     def exact(self) -> bool:
@@ -124,16 +126,31 @@ class BlockDiffusion:
 
     def loss(self, backbone: Backbone, batch: Batch, generator: KeyedNoise | None = None) -> TokenLoss:
         """The sum over blocks: every block is a row of its own, with noise of its own, behind its clean past."""
+        cut, blocks = self._blocks(batch)
+        noise = (generator or fresh_noise(batch["input_ids"])).parts(cut.number)
+        loss = self.within.loss(_BehindClean(backbone, batch["input_ids"], cut, context(batch)), blocks, noise)
+        logs = {name: value.unflatten(0, (-1, cut.number)).sum(1) for name, value in loss.logs.items()}
+        return TokenLoss(cut.together(loss.nll_BL), cut.together(loss.mask_BL), logs)
+
+    def _blocks(self, batch: Batch) -> tuple[_Cut, Batch]:
+        """The blocks of a batch of texts as a batch of their own."""
         x0_BL, scored_BL = batch["input_ids"], scored_mask(batch)
         if self.first_given:
             scored_BL = scored_BL & (torch.arange(x0_BL.shape[1], device=x0_BL.device) > 0)
         cut = _Cut(*x0_BL.shape, self.block_size)
-        blocks = {"input_ids": cut.apart(x0_BL), "given": ~cut.apart(scored_BL)}
-        behind = _BehindClean(backbone, x0_BL, cut, context(batch))
-        noise = (generator or fresh_noise(x0_BL)).parts(cut.number)
-        loss = self.within.loss(behind, blocks, noise)
-        logs = {name: value.unflatten(0, (-1, cut.number)).sum(1) for name, value in loss.logs.items()}
-        return TokenLoss(cut.together(loss.nll_BL), cut.together(loss.mask_BL), logs)
+        return cut, {"input_ids": cut.apart(x0_BL), "given": ~cut.apart(scored_BL)}
+
+    def block_losses(self, backbone: Backbone, batch: Batch, generator: KeyedNoise) -> tuple[Tensor, Tensor]:
+        """One draw of t in (0, 1) for every block that has scored tokens: (mask rate, nats per scored token), (R,)."""
+        cut, blocks = self._blocks(batch)
+        plain, scored_Rk = self.bound(Bernoulli()).within, ~blocks["given"]
+        behind = _BehindClean(backbone, batch["input_ids"], cut, context(batch))
+        loss = plain.loss(behind, blocks, generator.parts(cut.number))
+        (look,) = plain.noising(plain.schedule, blocks["input_ids"], scored_Rk, self.mask_id, generator.parts(cut.number))
+        count_R = scored_Rk.sum(-1)
+        real_R = count_R > 0
+        rate_R = plain.schedule(look.t_B).move_chance
+        return rate_R[real_R], (loss.nll_BL.double().sum(-1) / count_R.clamp(min=1))[real_R]
 
     def denoise(
         self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, at_BL: Tensor | None = None, **cond: Tensor
@@ -158,9 +175,10 @@ class BlockDiffusion:
         t_R, s_R = cut.of_blocks(t_B), cut.of_blocks(s_B)
         return self.within.reverse(behind, cut.apart(x_BL), t_R, s_R, cut.apart(at_BL))
 
-    def after(self, backbone: Backbone, earlier: object, **told: Tensor) -> Model:
-        """The law of one block behind `earlier`: clean tokens (B, S), read anew for every answer, or a cache of them."""
-        return Model(self.within, _BehindEarlier(backbone, earlier, self.block_size, told))
+    def after(self, backbone: Backbone, earlier: object, window: int | None = None, **told: Tensor) -> Model:
+        """The law of one block behind `earlier`: clean tokens (B, S), read anew for every answer, or a cache of them.
+        Its answers are asked with `row` (R,), the rows behind which they stand."""
+        return Model(self.within, _BehindEarlier(backbone, earlier, self.block_size, window, told))
 
     def _behind_itself(self, backbone: Backbone, x_BL: Tensor, at_BL: Tensor | None, cond: dict) -> _BehindClean:
         cut, masked_BL = _Cut(*x_BL.shape, self.block_size), x_BL == self.mask_id
@@ -233,6 +251,7 @@ class _BehindEarlier:
     backbone: Backbone
     earlier: object
     block_size: int
+    window: int | None
     told: dict[str, Tensor]
     encodes_positions: bool = field(default=True, init=False)
 
@@ -247,7 +266,7 @@ class _BehindEarlier:
         cache, rows = self.earlier, row
         told = {name: value[row] for name, value in self.told.items()}
         if isinstance(self.earlier, Tensor):
-            cache = self.backbone.new_block_cache(len(row), self.earlier.shape[1])
+            cache = self.backbone.new_block_cache(len(row), self.earlier.shape[1], self.window)
             self.backbone.remember(self.earlier[row], self.block_size, cache, **told)
             rows = None
         return self.backbone.encode_after(tokens_Rk, sigma_R, cache, rows, at_BL, **told, **cond)

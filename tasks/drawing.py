@@ -72,11 +72,13 @@ def _pieces(tokenizer: object, text: str) -> list[int]:
 
 @dataclass(frozen=True)
 class Drawing:
-    """How texts are drawn: the sampler, with what is given of each text. protocol: the same, for a result to carry."""
+    """How texts are drawn: the sampler, with what is given of each text. protocol: the same, for a result to carry.
+    var_length: the sampler decides where a text ends."""
 
     sampler: Callable
     given: Template = Template()
     protocol: Mapping[str, object] = field(default_factory=dict)
+    var_length: bool = False
 
 
 def draw(
@@ -95,7 +97,7 @@ def draw(
     with torch.inference_mode():
         for start in range(0, num_samples, batch_size):
             drawn += _draw_batch(
-                diffusion, data, drawing.sampler, rows[start : start + batch_size], start, seed, class_id
+                diffusion, data, drawing, rows[start : start + batch_size], start, seed, class_id
             )
             meter.update(len(drawn))
     meter.close()
@@ -111,6 +113,8 @@ def _rows(diffusion: Diffusion, data: object, given: Template, num_samples: int,
     rows = []
     for lender in (u * len(train)).long().tolist():
         blank = _blank(data, train[[lender]], mask_id, causal)
+        if diffusion.objective.first_given:
+            blank[0] = train[lender]["input_ids"][0]
         start = int(blank[0] != mask_id or (bool(fixed) and _begins_with_bos(data, train[lender])))
         blank[:start] = train[lender]["input_ids"][:start]
         rows.append(_filled(blank, fixed, start, mask_id, data, whole=bool(given.template)))
@@ -150,7 +154,7 @@ def _filled(blank: np.ndarray, fixed: list[int], start: int, mask_id: int, data:
 
 
 def _draw_batch(
-    diffusion: Diffusion, data: object, sampler: Callable, rows: list[np.ndarray], first: int, seed: int,
+    diffusion: Diffusion, data: object, drawing: Drawing, rows: list[np.ndarray], first: int, seed: int,
     class_id: int | None,
 ) -> list[Drawn]:  # fmt: skip
     lengths = [len(row) for row in rows]
@@ -163,13 +167,14 @@ def _draw_batch(
         cond["class_id"] = torch.full((len(rows),), class_id)
     noise = KeyedNoise(seed, torch.arange(first, first + len(rows), device=diffusion.device))
     ends_early = diffusion.objective.causal and not data.wrap
-    stop = {"stop_id": data.vocabulary.eos_id} if ends_early else {}
-    out = sampler(diffusion.model, x_BL.to(diffusion.device), noise, **_moved(cond, diffusion.device), **stop)
+    stop = {"stop_id": data.vocabulary.eos_id} if ends_early or drawing.var_length else {}
+    out = drawing.sampler(diffusion.model, x_BL.to(diffusion.device), noise, **_moved(cond, diffusion.device), **stop)
     extra = out.ids_BL.shape[1] - x_BL.shape[1]  # semi-autoregressive samplers go on behind the window
     drawn = []
     for i, length in enumerate(lengths):
         ids = out.ids_BL[i, : length + extra].tolist()
         ids = ids[: _end(ids, data.vocabulary.eos_id)] if ends_early else ids
+        ids = ids if out.length_B is None else ids[: int(out.length_B[i])]
         steps = out.step_BL[i, : len(ids)].tolist()
         drawn.append(Drawn(ids, steps, out.num_steps, int(out.evaluations_B[i])))
     return drawn
