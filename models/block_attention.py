@@ -81,9 +81,7 @@ def attend_up_to(
     return torch.cat(parts, dim=1)
 
 
-def _noised_chunk(
-    noised: QKV, clean: QKV, size: int, key_mask_BL: Tensor | None, backend: str, rows: slice
-) -> Tensor:
+def _noised_chunk(noised: QKV, clean: QKV, size: int, key_mask_BL: Tensor | None, backend: str, rows: slice) -> Tensor:
     """Some blocks of noised queries: their own noised keys, and the clean ones before the last of them."""
     earlier = (rows.stop - 1) // size * size
     k, v = noised.k[:, rows], noised.v[:, rows]
@@ -131,20 +129,19 @@ def _noised_mask(start: int, stop: int, earlier: int, size: int, device: torch.d
 
 
 @lru_cache(maxsize=512)
-def _clean_mask(
-    start: int, stop: int, low: int, size: int, window: int | None, device: torch.device
-) -> Tensor | None:
+def _clean_mask(start: int, stop: int, low: int, size: int, window: int | None, device: torch.device) -> Tensor | None:
     """`visible` for the clean queries start..stop over the clean keys low..stop; None where all is seen."""
-    query, key = torch.arange(start, stop, device=device)[:, None] // size, torch.arange(low, stop, device=device) // size
+    query, key = (
+        torch.arange(start, stop, device=device)[:, None] // size,
+        torch.arange(low, stop, device=device) // size,
+    )
     no = torch.zeros((), dtype=torch.bool, device=device)
     mask_QK = visible(query, key, no, no)
     mask_QK = mask_QK if window is None else mask_QK & (key > query - window)
     return None if (stop - 1) // size == start // size else mask_QK
 
 
-def _flash(
-    q_BQHD: Tensor, k_BKHD: Tensor, v_BKHD: Tensor, mask_QK: Tensor, key_mask_BK: Tensor | None
-) -> Tensor:
+def _flash(q_BQHD: Tensor, k_BKHD: Tensor, v_BKHD: Tensor, mask_QK: Tensor, key_mask_BK: Tensor | None) -> Tensor:
     """The mask as dimensions of the heads, since flash-attn takes none: keys that no query differs on need nothing;
     every other kind of key (a column of the mask) gets a dimension, 1 in its keys and `_FORBIDDEN` in the queries that
     may not see it. Their inner product adds exactly 0 or what no probability survives."""
@@ -175,9 +172,7 @@ def _flash_kernel(q_BQHD: Tensor, k_BKHD: Tensor, v_BKHD: Tensor, scale: float) 
     return importlib.import_module("flash_attn").flash_attn_func(q_BQHD, k_BKHD, v_BKHD, softmax_scale=scale)
 
 
-def _flex(
-    noised: QKV, clean: QKV, size: int, key_mask_BL: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
+def _flex(noised: QKV, clean: QKV, size: int, key_mask_BL: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Both streams in one call of a kernel compiled for the predicate; tiles in which nothing is seen are skipped."""
     length, earlier = noised.k.shape[1], clean.k.shape[1]
     queries = noised.q if clean.q is None else torch.cat([noised.q, clean.q], dim=1)

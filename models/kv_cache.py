@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
 MOST_AT_ONCE = 512  # clean tokens that one pass reads into a `BlockCache`
 
 

@@ -32,9 +32,9 @@ from randomness import KeyedNoise
 
 
 class BlockDiffusion:
-    """-log p(x) = sum over blocks b of -log p(x^b | x^<b), each bounded by the loss of masked diffusion within the block
-    (eq. 3 and 7). With one block that is masked diffusion; with blocks of one token there is nothing left to draw: the
-    block is masked, and the loss is -log p(x_i | x_<i) itself.
+    """-log p(x) = sum over blocks b of -log p(x^b | x^<b), each bounded by the loss of masked diffusion within the
+    block (eq. 3 and 7). With one block that is masked diffusion; with blocks of one token there is nothing left to
+    draw: the block is masked, and the loss is -log p(x_i | x_<i) itself.
 
     Args:
         within: mask_id -> the objective of a block, which is one row to it.
@@ -144,13 +144,13 @@ class BlockDiffusion:
         """One draw of t in (0, 1) for every block that has scored tokens: (mask rate, nats per scored token), (R,)."""
         cut, blocks = self._blocks(batch)
         plain, scored_Rk = self.bound(Bernoulli()).within, ~blocks["given"]
+        noise = generator.parts(cut.number)
+        (look,) = plain.noising(plain.schedule, blocks["input_ids"], scored_Rk, self.mask_id, noise)
         behind = _BehindClean(backbone, batch["input_ids"], cut, context(batch))
-        loss = plain.loss(behind, blocks, generator.parts(cut.number))
-        (look,) = plain.noising(plain.schedule, blocks["input_ids"], scored_Rk, self.mask_id, generator.parts(cut.number))
-        count_R = scored_Rk.sum(-1)
+        nats_R = plain.loss_at(behind, blocks, look.xt_BL, look.t_B).nll_BL.double().sum(-1)
+        rate_R, count_R = plain.schedule(look.t_B).move_chance, scored_Rk.sum(-1)
         real_R = count_R > 0
-        rate_R = plain.schedule(look.t_B).move_chance
-        return rate_R[real_R], (loss.nll_BL.double().sum(-1) / count_R.clamp(min=1))[real_R]
+        return rate_R[real_R], nats_R[real_R] / count_R[real_R]
 
     def denoise(
         self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, at_BL: Tensor | None = None, **cond: Tensor

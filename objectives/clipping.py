@@ -1,5 +1,5 @@
-"""Which mask rates to train on: those at which the loss of a block varies least (BD3-LM, Arriola et al., arXiv 2503.09573,
-section 5.3 and algorithm 3).
+"""Which mask rates to train on: those at which the loss of a block varies least (BD3-LM, Arriola et al.,
+arXiv 2503.09573, section 5).
 
 Shape suffixes: R blocks, C candidates.
 """

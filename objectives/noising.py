@@ -115,9 +115,9 @@ def _limited_count(u_B: Tensor, rate_B: Tensor, scored_BL: Tensor, limits_2: Ten
     within the limits, or, where no number does, as near to the rate as can be; by inversion of `u_B`."""
     n_B, most = scored_BL.sum(-1), scored_BL.shape[1]
     k_M = torch.arange(most + 1, dtype=torch.float64, device=u_B.device)
-    choose_BM = torch.lgamma(n_B[:, None] + 1.0) - torch.lgamma(k_M + 1) - torch.lgamma((n_B[:, None] - k_M).clamp(0) + 1)
-    rate_B1 = rate_B.clamp(1e-12, 1 - 1e-12)[:, None]
-    log_p_BM = choose_BM + k_M * rate_B1.log() + (n_B[:, None] - k_M) * torch.log1p(-rate_B1)
+    rest_BM, rate_B1 = (n_B[:, None] - k_M).clamp(min=0), rate_B.clamp(1e-12, 1 - 1e-12)[:, None]
+    choose_BM = torch.lgamma(n_B[:, None] + 1.0) - torch.lgamma(k_M + 1) - torch.lgamma(rest_BM + 1)
+    log_p_BM = choose_BM + k_M * rate_B1.log() + rest_BM * torch.log1p(-rate_B1)
     # A limit at (almost) nothing or everything is none: a block of few tokens may have no mask, or nothing else.
     low, high = torch.where(limits_2[0] > 2e-3, limits_2[0], 0.0), torch.where(limits_2[1] < 1 - 2e-3, limits_2[1], 1.0)
     inside_BM = (k_M >= low * n_B[:, None] - 1e-9) & (k_M <= high * n_B[:, None] + 1e-9)

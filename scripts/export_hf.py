@@ -30,8 +30,8 @@ from models.hf_dit import build  # noqa: E402
 from models.hub import CONFIG_FILE, CONFIG_KEYS, MODEL_TYPE, WEIGHT_FILES, settings_of_tensors  # noqa: E402
 from text.tokenizers import load_tokenizer, vocabulary  # noqa: E402
 
-CODE = ("modeling_mdlm.py", "dit.py", "class_conditioning.py", "transformer.py", "layers.py", "attention.py", "blocks.py",
-        "block_attention.py", "kv_cache.py")  # fmt: skip
+CODE = ("modeling_mdlm.py", "dit.py", "class_conditioning.py", "transformer.py", "layers.py", "attention.py",
+        "blocks.py", "block_attention.py", "kv_cache.py")  # fmt: skip
 # What files of other programs may keep to themselves, as the reference has it.
 ASSUMED = {"model.length": 1024, "model.dropout": 0.1, "time_conditioning": False}
 

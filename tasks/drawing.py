@@ -96,9 +96,7 @@ def draw(
     meter = Meter("sample", num_samples)
     with torch.inference_mode():
         for start in range(0, num_samples, batch_size):
-            drawn += _draw_batch(
-                diffusion, data, drawing, rows[start : start + batch_size], start, seed, class_id
-            )
+            drawn += _draw_batch(diffusion, data, drawing, rows[start : start + batch_size], start, seed, class_id)
             meter.update(len(drawn))
     meter.close()
     return drawn

@@ -175,7 +175,11 @@ def test_a_window_is_the_same_read_at_once_and_block_by_block(random_dit, monkey
     monkeypatch.setattr("models.blocks.MOST_AT_ONCE", 6)
     net, x0 = random_dit(VOCAB), torch.randint(VOCAB - 1, (2, 42))
     with torch.no_grad():
-        slow, fast, whole = net.new_block_cache(2, 42, window=6), net.new_block_cache(2, 42, 6), net.new_block_cache(2, 42)
+        slow, fast, whole = (
+            net.new_block_cache(2, 42, window=6),
+            net.new_block_cache(2, 42, 6),
+            net.new_block_cache(2, 42),
+        )
         for start in range(0, 40, 2):
             net.remember(x0[:, start : start + 2], 2, slow)
         net.remember(x0[:, :40], 2, fast)

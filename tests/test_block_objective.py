@@ -128,7 +128,9 @@ def test_blocks_of_one_token_are_the_exact_left_to_right_likelihood(random_dit):
     objective = block(1)
     loss = objective.loss(net, batch_of(x), evaluation_noise(0, torch.arange(len(x))))
     torch.testing.assert_close(loss.nll_BL, -causal_law(net, 1, x))
-    assert objective.exact and abs(float((-loss.nll_BL.detach().sum(-1)).exp().sum()) - 1) < 1e-6, "it is a law over texts"
+    assert objective.exact and abs(float((-loss.nll_BL.detach().sum(-1)).exp().sum()) - 1) < 1e-6, (
+        "it is a law over texts"
+    )
     again = objective.loss(net, batch_of(x), evaluation_noise(7, torch.arange(len(x)), 3, 5))
     torch.testing.assert_close(again.nll_BL, loss.nll_BL, msg="nothing is drawn")
     measured = Nelbo()(Model(objective, net), batch_of(x), seed=0, num_draws=8)
@@ -240,19 +242,19 @@ def test_resampled_shares_lie_within_the_limits_and_follow_their_law(limits):
         if k in inside and near.sum() > 200:
             law = {n: math.comb(8, n) * t**n * (1 - t) ** (8 - n) for n in inside}
             p = law[k] / sum(law.values())
-            assert abs(float((share[near] * 8 == k).double().mean()) - p) < 5 * math.sqrt(p * (1 - p) / int(near.sum())) + 0.02
+            assert (
+                abs(float((share[near] * 8 == k).double().mean()) - p)
+                < 5 * math.sqrt(p * (1 - p) / int(near.sum())) + 0.02
+            )
     assert ((look.xt_BL == 1).double().mean(0) - share.mean()).abs().max() < 0.02, "every place alike"
 
 
 def test_limits_that_no_number_of_masks_meets_take_the_nearest():
-    x0 = torch.zeros(500, 4, dtype=torch.long)
-    (look,) = Bernoulli(resample=True)(
-        Clipped(LogLinear(0.0), 0.3, 0.4), x0, torch.ones_like(x0, dtype=torch.bool), 1, KeyedNoise(0, torch.arange(500))
-    )  # fmt: skip
+    x0, noise = torch.zeros(500, 4, dtype=torch.long), KeyedNoise(0, torch.arange(500))
+    draw, scored = Bernoulli(resample=True), torch.ones_like(x0, dtype=torch.bool)
+    (look,) = draw(Clipped(LogLinear(0.0), 0.3, 0.4), x0, scored, 1, noise)
     assert ((look.xt_BL == 1).sum(-1) <= 2).all(), "no share of four lies between 0.3 and 0.4"
-    (look,) = Bernoulli(resample=True)(
-        LogLinear(), x0, torch.ones_like(x0, dtype=torch.bool), 1, KeyedNoise(0, torch.arange(500))
-    )
+    (look,) = draw(LogLinear(), x0, scored, 1, noise)
     assert set((look.xt_BL == 1).sum(-1).tolist()) == {0, 1, 2, 3, 4}, "nothing is enforced at the ends"
 
 
