@@ -247,6 +247,11 @@ def _check_blocks(cfg: DictConfig, name: str) -> None:
     if name != "bd3lm":
         if size != length:
             raise ValueError(f"block_size={size} means nothing to parameterization={name}; add algo=bd3lm")
+        if cfg.sampler._target_.startswith("samplers.block."):
+            raise ValueError(
+                f"sampling.predictor=block writes texts of algo=bd3lm, and parameterization={name} fills in anywhere or "
+                "from left to right; use ddpm_cache, analytic or ar"
+            )
         if cfg.sampling.var_length:
             raise ValueError(f"sampling.var_length=true means nothing to parameterization={name}; leave it out")
         if limits != (0.001, 1.0) or training.clip_search_widths:

@@ -119,9 +119,7 @@ def sample(
         evaluations_B[rows_R] += out.evaluations_B
         steps += out.num_steps
         if ending is not None:
-            for row in rows_R.tolist():
-                ended = ending.length(x_BL[row, : block.stop], masked_BL[row, : block.stop], stop_id)
-                end_B[row] = end_B[row] if ended is None else min(ended, int(end_B[row]))
+            end_B[rows_R] = _ends(ending, x_BL[rows_R, : block.stop], masked_BL[rows_R], stop_id, end_B[rows_R])
         going_R = end_B[rows_R] > block.stop
         if not bool(going_R.any()):
             break
@@ -132,6 +130,14 @@ def sample(
                 cache.keep(going_R)
         rows_R = rows_R[going_R]
     return Generation(x_BL, step_BL, steps, evaluations_B, None if ending is None else end_B)
+
+
+def _ends(ending: Ending, x_RS: Tensor, masked_RL: Tensor, stop_id: int | None, end_R: Tensor) -> Tensor:
+    """Where the rows end, by what is there of them; `end_R` where that says nothing."""
+    found = [
+        ending.length(ids_S, masked_L[: len(ids_S)], stop_id) for ids_S, masked_L in zip(x_RS, masked_RL, strict=True)
+    ]
+    return torch.stack([end if here is None else end.clamp(max=here) for here, end in zip(found, end_R, strict=True)])
 
 
 def _block_size(model: Model, context: int | None) -> int:

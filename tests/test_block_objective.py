@@ -11,7 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from estimators.any_order import AnyOrder
 from estimators.nelbo import Nelbo
+from estimators.ordered import Ordered
 from models.checkpoints import read_checkpoint
 from models.dit import DiT
 from noise_schedule import Clipped, Cosine, LogLinear
@@ -95,8 +97,9 @@ def test_antithetic_times_of_blocks_are_spread_as_the_references(fixtures_dir):
 # -------------------------------------------------------------------------------- identities
 
 
-@pytest.mark.parametrize("noising", [Bernoulli(), ExactCount(), Complementary(), TiltedCount()], ids=lambda n: n.label)
-@pytest.mark.parametrize("told", [{}, {"time_conditioning": True}, {"num_classes": 2}])
+@pytest.mark.parametrize(("noising", "told"), [
+    (Bernoulli(), {"time_conditioning": True}), (ExactCount(), {}), (TiltedCount(), {"num_classes": 2}), (Complementary(), {}),
+], ids=lambda value: getattr(value, "label", ""))  # fmt: skip
 def test_one_block_is_masked_diffusion_number_for_number(random_dit, noising, told):
     net, x0 = random_dit(VOCAB, **told), torch.randint(MASK, (5, 6))
     batch = batch_of(x0, padding=2)
@@ -282,6 +285,12 @@ def test_whoever_asks_behind_masks_is_told(random_dit):
     at = torch.tensor([[False, False, True, False]])
     with pytest.raises(ValueError, match="block_size=2 answers block after block.*sampling.predictor=block"):
         block(2).denoise(random_dit(VOCAB), x, torch.ones(1), at)
+
+
+@pytest.mark.parametrize("estimator", [Ordered("margin"), AnyOrder()], ids=["duel", "importance_weighted"])
+def test_estimators_that_fill_in_anywhere_are_refused(random_dit, estimator):
+    with pytest.raises(ValueError, match="fills masks anywhere in a text.*block after block.*eval.estimator=auto"):
+        estimator(Model(block(2), random_dit(VOCAB)), batch_of(torch.zeros(1, 4, dtype=torch.long)), 0, 4)
 
 
 def test_nothing_given_is_written_into(random_dit):

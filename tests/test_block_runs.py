@@ -18,8 +18,16 @@ from models.checkpoints import load_inert, read_checkpoint
 from models.dit import DiT
 from tests.test_configs import TINY
 
-BLOCK = [*TINY, "algo=bd3lm", "block_size=4", "loader.eval_batch_size=4", "optim=adamw", "~logger", "lr_scheduler=constant_warmup",
-         "eval.generate_samples=false"]
+BLOCK = [
+    *TINY,
+    "algo=bd3lm",
+    "block_size=4",
+    "loader.eval_batch_size=4",
+    "optim=adamw",
+    "~logger",
+    "lr_scheduler=constant_warmup",
+    "eval.generate_samples=false",
+]
 
 
 def run(*arguments: str) -> dict[str, object]:
@@ -44,7 +52,7 @@ def here(tmp_path, monkeypatch, cache):
     return tmp_path
 
 
-@pytest.mark.parametrize("size", [1, 4, 72])
+@pytest.mark.parametrize("size", [1, 4])
 def test_every_mode_works_with_blocks_of_any_size(here, size):
     settings = [*BLOCK, f"block_size={size}"]
     trained = run(*settings)
@@ -62,17 +70,15 @@ def test_every_mode_works_with_blocks_of_any_size(here, size):
 
 
 def test_classes_are_told_apart_by_blocks(here):
-    assert 0 <= run(*BLOCK, "mode=classify")["accuracy"].value <= 1
     conditional = [*BLOCK, "mode=classify", "classify.sharing=conditional", "classify.baselines=false"]
     assert 0 <= run(*conditional)["accuracy"].value <= 1
 
 
 @pytest.mark.parametrize("overrides", [
-    ["training.masking=exact_count"], ["training.masking=complementary", "eval.estimator=complementary"],
-    ["training.resample=true", "training.sampling_eps_min=0.3", "training.sampling_eps_max=0.8"], ["T=20"],
-    ["noise=cosine", "time_conditioning=true", "training.change_of_variables=true"],
-    ["sampling.first_hitting=false", "sampling.top_k=5", "sampling.nucleus_p=0.9"], ["model.mask_padding=false"],
-    ["eval.estimator=stratified", "training.loss_weight=uniform", "model.dropout=0.1"], ["backbone.time_conditioning=true"],
+    ["training.resample=true", "training.sampling_eps_min=0.3", "training.sampling_eps_max=0.8", "model.dropout=0.1"],
+    ["noise=cosine", "time_conditioning=true", "training.change_of_variables=true", "model.mask_padding=false"],
+    ["training.masking=complementary", "eval.estimator=complementary", "training.loss_weight=uniform", "block_size=72"],
+    ["T=20", "eval.generate_samples=true", "sampling.first_hitting=false", "sampling.top_k=5"],
 ], ids=" ".join)  # fmt: skip
 def test_settings_of_training_and_sampling_hold_in_blocks(here, overrides):
     assert run(*BLOCK, *overrides)["gap_nats_per_token"].value > 0
@@ -208,16 +214,9 @@ def test_the_references_command_lines_compose():
     (["algo=bd3lm", "block_size=4", "training.clip_search_widths=[2]"], r"clip_search_widths=\[2\] must lie in"),
     (["algo=bd3lm", "block_size=4", "training.clip_search_widths=[0.5]", "training.clip_search_delta=0"], "delta=0"),
     (["training.masking=exact_count", "training.resample=true"], "training.resample=true limits"),
-    (["algo=bd3lm", "block_size=4", "mode=ppl_eval", "eval.estimator=duel"], "duel fills masks anywhere.*block after"),
-    (["algo=bd3lm", "block_size=4", "eval.estimator=importance_weighted"], "importance_weighted fills masks anywhere"),
     (["algo=bd3lm", "block_size=4", "callbacks=[gradient_variance]", "callbacks.gradient_variance.every_n_steps=0"],
      "every_n_steps=0 must be at least 1"),
-    (["sampling.predictor=block"], "writes texts of parameterization=bd3lm"),
+    (["sampling.predictor=block"], "writes texts of algo=bd3lm"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")  # fmt: skip
 def test_what_can_not_be_meant_is_refused_with_the_reason(here, arguments, said):
-    if "mode=ppl_eval" in arguments:
-        run(*BLOCK, "eval.generate_samples=false")
-    sampling = ["mode=sample_eval"] if arguments == ["sampling.predictor=block"] else []
-    if sampling:
-        run(*TINY, "eval.generate_samples=false")
-    refused(said, *(BLOCK if "algo=bd3lm" in arguments else TINY), *arguments, *sampling)
+    refused(said, *(BLOCK if "algo=bd3lm" in arguments else TINY), *arguments)
