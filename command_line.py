@@ -249,8 +249,8 @@ def _check_blocks(cfg: DictConfig, name: str) -> None:
             raise ValueError(f"block_size={size} means nothing to parameterization={name}; add algo=bd3lm")
         if cfg.sampler._target_.startswith("samplers.block."):
             raise ValueError(
-                f"sampling.predictor=block writes texts of algo=bd3lm, and parameterization={name} fills in anywhere or "
-                "from left to right; use ddpm_cache, analytic or ar"
+                f"sampling.predictor=block writes texts of algo=bd3lm, and parameterization={name} is sampled "
+                "otherwise; use ddpm_cache, analytic or ar"
             )
         if cfg.sampling.var_length:
             raise ValueError(f"sampling.var_length=true means nothing to parameterization={name}; leave it out")

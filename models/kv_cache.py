@@ -118,5 +118,7 @@ class BlockCache:
         self._filled, self.position = self._filled + new, self.position + new
 
     def keep(self, rows_R: Tensor) -> None:
-        """Go on with these rows only."""
+        """Go on with these rows only, (R,) indices or (B,) flags."""
+        if rows_R.dtype == torch.bool and bool(rows_R.all()):
+            return
         self.keys_NBLHD, self.values_NBLHD = self.keys_NBLHD[:, rows_R], self.values_NBLHD[:, rows_R]

@@ -80,40 +80,34 @@ def sample(
 
     Args:
         inner: fills the masks of one block, in rows that are still being written.
-        kv_cache: keep keys and values of the clean blocks; False reads the whole text again for every evaluation, to
-            the same result.
-        context: tokens that a token sees, its block and those before; None for all. Whatever is longer than what the
-            network was trained on is written behind a moving window: rotary attention knows distances only, so no
-            distance is ever new to it. Up to `context` tokens the law is the model's own, behind them that of the same
-            network with attention limited to the window in every layer.
-        ending: of texts of variable length, which cost nothing any more once they have ended. None: all are full.
+        kv_cache: keep keys and values of the clean blocks; else the text is read for every evaluation, to equal result.
+        context: tokens that a token sees, its block and those before; None for all. Up to so many the law is the
+            model's own, then that of the same network with attention limited to this window in every layer. Rotary
+            attention knows distances only, so none is new to a network that was trained at `context` tokens.
+        ending: of texts of variable length, which cost nothing once they have ended. None: all are full.
         stop_id: the end token, where there is one.
 
     Raises:
         ValueError: the model does not write in blocks, the window is no number of whole blocks, or tokens are given
             behind a block with masks.
     """
-    size = _block_size(model, context)
-    masked_BL, length = x_BL == model.mask_id, x_BL.shape[1]
-    mask_BL = cond.pop("attention_mask", None)
-    here_BL = torch.ones_like(masked_BL) if mask_BL is None else mask_BL.bool()
+    size, length, masked_BL = _block_size(model, context), x_BL.shape[1], x_BL == model.mask_id
+    here_BL = cond.pop("attention_mask", torch.ones_like(masked_BL)).bool()
     _refuse_gaps(masked_BL, here_BL, size)
     x_BL, step_BL, end_B = x_BL.clone(), torch.zeros_like(x_BL), here_BL.sum(-1)
     evaluations_B, rows_R, steps = torch.zeros_like(end_B), torch.arange(len(x_BL), device=x_BL.device), 0
     window = None if context is None else context - size  # of clean tokens
     cache = model.new_block_cache(len(x_BL), length, window) if kv_cache else None
-    first = int(masked_BL.any(0).nonzero()[0]) // size * size if bool(masked_BL.any()) else length
+    first = int((~masked_BL.any(0)).long().cumprod(0).sum()) // size * size  # before it everything is given
     if cache is not None and first:
         model.remember(x_BL[:, :first], cache, **cond)
         evaluations_B += 1
     for start in range(first, length, size):
         block = slice(start, min(start + size, length))
-        earlier = cache if cache is not None else x_BL[rows_R, :start]
-        told = {name: value[rows_R] for name, value in cond.items()}
-        out = inner(
-            model.after(earlier, window, **told), x_BL[rows_R, block], generator.part(start // size).rows(rows_R),
-            row=torch.arange(len(rows_R), device=x_BL.device), attention_mask=here_BL[rows_R, block],
-        )  # fmt: skip
+        earlier = x_BL[rows_R, :start] if cache is None else cache
+        law = model.after(earlier, window, **{name: value[rows_R] for name, value in cond.items()})
+        noise, row = generator.part(start // size).rows(rows_R), torch.arange(len(rows_R), device=x_BL.device)
+        out = inner(law, x_BL[rows_R, block], noise, row=row, attention_mask=here_BL[rows_R, block])
         x_BL[rows_R, block] = out.ids_BL
         step_BL[rows_R, block] = torch.where(out.step_BL > 0, out.step_BL + steps, 0)
         evaluations_B[rows_R] += out.evaluations_B
@@ -123,12 +117,11 @@ def sample(
         going_R = end_B[rows_R] > block.stop
         if not bool(going_R.any()):
             break
-        if cache is not None:
-            model.remember(x_BL[rows_R, block], cache, **told)
-            evaluations_B[rows_R] += going_R
-            if not bool(going_R.all()):
-                cache.keep(going_R)
         rows_R = rows_R[going_R]
+        if cache is not None:
+            cache.keep(going_R)
+            model.remember(x_BL[rows_R, block], cache, **{name: value[rows_R] for name, value in cond.items()})
+            evaluations_B[rows_R] += 1
     return Generation(x_BL, step_BL, steps, evaluations_B, None if ending is None else end_B)
 
 

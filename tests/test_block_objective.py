@@ -98,7 +98,8 @@ def test_antithetic_times_of_blocks_are_spread_as_the_references(fixtures_dir):
 
 
 @pytest.mark.parametrize(("noising", "told"), [
-    (Bernoulli(), {"time_conditioning": True}), (ExactCount(), {}), (TiltedCount(), {"num_classes": 2}), (Complementary(), {}),
+    (Bernoulli(), {"time_conditioning": True}), (ExactCount(), {}), (TiltedCount(), {"num_classes": 2}),
+    (Complementary(), {}),
 ], ids=lambda value: getattr(value, "label", ""))  # fmt: skip
 def test_one_block_is_masked_diffusion_number_for_number(random_dit, noising, told):
     net, x0 = random_dit(VOCAB, **told), torch.randint(MASK, (5, 6))

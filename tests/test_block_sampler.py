@@ -51,8 +51,8 @@ def test_a_fine_grid_of_times_samples_the_same_law(random_dit):
     with torch.no_grad():
         log_p = likelihood_of_blocks(net, 2, every)
     law = dict(zip(map(tuple, every.tolist()), log_p.double().exp().tolist(), strict=True))
-    inner = partial(ancestral.sample, steps=400, skip_idle=True)
-    assert_follows(run(model_of(net, 2), blank(4000, 3), inner=inner).ids_BL, law)
+    inner = partial(ancestral.sample, steps=200, skip_idle=True)
+    assert_follows(run(model_of(net, 2), blank(3000, 3), inner=inner).ids_BL, law)
     few = run(model_of(net, 2), blank(64, 4), inner=partial(ancestral.sample, steps=1, skip_idle=True))
     assert (few.evaluations_B <= 2 * 2 + 1).all(), "one step per block, one look at what is left, one block remembered"
 
