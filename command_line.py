@@ -25,10 +25,20 @@ CONFIGS = Path(__file__).parent / "configs"
 
 # Keys of the references under their names here. What names a choice is a group: its members are files in configs/.
 ALIASES = {"sampling.predictor": "sampler", "training.masking": "masking", "eval.estimator": "estimator",
-           "hydra.run.dir": "checkpointing.save_dir", "+wandb.offline": "wandb.offline"}  # fmt: skip
+           "hydra.run.dir": "checkpointing.save_dir", "+wandb.offline": "wandb.offline",
+           "sampling.logdir": "checkpointing.save_dir", "algo.T": "sampling.steps",
+           "algo.time_conditioning": "time_conditioning", "algo.ignore_bos": "parameterization.ignore_bos",
+           "algo.clip_search_widths": "training.clip_search_widths",
+           "algo.clip_search_delta": "training.clip_search_delta", "algo.fix_clipping": "training.fix_clipping",
+           **{f"+data.insert_{split}_{what}": f"data.insert_{split}_{what}"
+              for split in ("train", "valid") for what in ("special", "eos")}}  # fmt: skip
+# Settings of kuleshov-group/bd3lms that have one value here, under which they say nothing.
+SETTLED = {"algo.sampler": "semi_ar", "algo.cross_attn": "true", "algo.var_min": "true", "training.eval_nll": "true",
+           "algo.T": "0"}  # fmt: skip
 # Groups that kuleshov-group/bd3lms spells otherwise: its key -> (our group, its choices in our words).
 _BACKBONES = tuple(path.stem for path in sorted((CONFIGS / "backbone").glob("*.yaml")))
-SPELLINGS = {"algo": ("parameterization", {"mdlm": "subs", "sedd": "sedd", "d3pm": "d3pm", "ar": "ar"}),
+SPELLINGS = {"algo": ("parameterization", {"mdlm": "subs", "sedd": "sedd", "d3pm": "d3pm", "ar": "ar",
+                                           "bd3lm": "bd3lm"}),
              "algo.backbone": ("backbone", {name: name for name in _BACKBONES})}  # fmt: skip
 # Texts: their brackets, commas and braces are not Hydra's.
 TEXTS = ("sampling.prefix", "sampling.template")
@@ -48,6 +58,10 @@ def translate(arguments: list[str]) -> list[str]:
     started = any(argument.startswith("hydra.job.name=train_ddp_process_") for argument in arguments)
     for argument in _algo(arguments):
         key, equals, value = argument.partition("=")
+        if SETTLED.get(key) == value.lower():
+            continue
+        if key == "algo.mdlm_loss_scale":  # the log-linear schedule of mdlm, or exactly alpha = 1 - t
+            key, value = "noise.eps", "0.001" if value.lower() == "true" else "0"
         key = key if started and key == "hydra.run.dir" else ALIASES.get(key, key)
         if key in TEXTS and value not in ("", "null") and value[0] not in "'\"":
             value = json.dumps(value, ensure_ascii=False)
@@ -111,23 +125,26 @@ def compose_config(overrides: list[str]) -> DictConfig:
 
 
 def law(cfg: DictConfig) -> str:
-    """The objective's name as typed: subs, d3pm, sedd, ar."""
-    return cfg.parameterization._target_.rpartition(".")[2].lower()
+    """The objective's name as typed: subs, d3pm, sedd, ar, bd3lm."""
+    name = cfg.parameterization._target_.rpartition(".")[2].lower()
+    return "bd3lm" if name == "blockdiffusion" else name
 
 
 # Numbers that are handed on far before they are used: a word in their place is a mistake to name here.
 WHOLE = ("seed", "T", "sampling.steps", "sampling.stride_length", "sampling.num_strides", "sampling.tokens_per_step",
          "sampling.num_sample_batches", "sampling.num_sample_log", "sampling.top_k", "eval.num_draws", "eval.max_draws",
          "eval.perplexity_batch_size", "classify.num_draws", "classify.num_examples", "classify.patience",
-         "classify.pretrain_steps", "trainer.max_steps", "model.length", "loader.batch_size",
-         "loader.global_batch_size", "trainer.num_nodes", "trainer.accumulate_grad_batches",
+         "classify.pretrain_steps", "trainer.max_steps", "model.length", "block_size", "sampling.context",
+         "loader.batch_size", "loader.global_batch_size", "trainer.num_nodes", "trainer.accumulate_grad_batches",
          "lr_scheduler.num_warmup_steps", "lr_scheduler.num_rewarmup_steps", "plateau.patience", "plateau.cooldown",
          "training.max_skipped_steps", "loader.num_workers", "loader.prefetch_factor")  # fmt: skip
-REAL = ("sampling.temperature", "sampling.nucleus_p", "eval.target_se", "training.ema", "training.sampling_eps",
+REAL = ("sampling.temperature", "sampling.nucleus_p", "sampling.min_entropy", "eval.target_se", "training.ema",
+        "training.sampling_eps", "training.sampling_eps_min", "training.sampling_eps_max", "training.clip_search_delta",
         "classify.confidence", "classify.label_dropout", "lr_scheduler.min_ratio", "lr_scheduler.peak_decay",
         "lr_scheduler.decay_share", "plateau.factor", "plateau.floor", "plateau.min_delta")  # fmt: skip
 FLAGS = ("classify.calibrate", "classify.baselines", "training.start_from_counts", "training.gradient_checkpointing",
-         "loader.pin_memory", "loader.persistent_workers")  # fmt: skip
+         "training.resample", "training.fix_clipping", "sampling.first_hitting", "sampling.kv_cache",
+         "sampling.var_length", "loader.pin_memory", "loader.persistent_workers")  # fmt: skip
 
 
 NEVER_NULL = ("lr_scheduler.", "plateau.", "loader.global_batch_size", "trainer.max_steps")
@@ -165,8 +182,9 @@ def refuse_contradictions(cfg: DictConfig) -> None:
         "T": cfg.T and name in ("ar", "sedd"),
         "subs_masking": cfg.subs_masking and name in ("ar", "sedd"),
         "training.importance_sampling": training.importance_sampling and name in ("ar", "d3pm"),
-        "training.change_of_variables": training.change_of_variables and name != "subs",
-        "training.loss_weight": training.loss_weight != "elbo" and name != "subs",
+        "training.change_of_variables": training.change_of_variables and name not in ("subs", "bd3lm"),
+        "training.loss_weight": training.loss_weight != "elbo" and name not in ("subs", "bd3lm"),
+        "training.resample": training.resample and name == "ar",
         "classify.masks": cfg.classify.masks == "independent" and name == "ar",
         "training.masking": name == "ar" and not cfg.masking._target_.endswith("Bernoulli"),
     }
@@ -179,8 +197,9 @@ def refuse_contradictions(cfg: DictConfig) -> None:
     if cfg.classify.sharing == "conditional":
         _check_conditional(cfg)
     _check_start(cfg)
+    _check_blocks(cfg, name)
     clipped = cfg.noise._target_.endswith(".Clipped")
-    if clipped and (name != "subs" or not cfg.masking._target_.endswith("Bernoulli") or cfg.T):
+    if clipped and (name not in ("subs", "bd3lm") or not cfg.masking._target_.endswith("Bernoulli") or cfg.T):
         raise ValueError(
             "noise=clipped limits the mask rates of parameterization=subs training.masking=bernoulli T=0; "
             f"with parameterization={name}, {cfg.masking._target_}, T={cfg.T} it would do nothing"
@@ -250,6 +269,71 @@ def _check_conditional(cfg: DictConfig) -> None:
             "classify.sharing=conditional with data.wrap=true: a chunk of several texts has no class to be told; set "
             "data.wrap=false"
         )
+
+
+# What draws noise in a block, and means nothing where blocks have one token, which is always masked.
+_NOISE = {"training.importance_sampling": False, "training.change_of_variables": False, "training.resample": False,
+          "time_conditioning": False, "T": 0, "training.clip_search_widths": []}  # fmt: skip
+
+
+def _check_blocks(cfg: DictConfig, name: str) -> None:
+    size, length, training = cfg.block_size, cfg.model.length, cfg.training
+    limits = (training.sampling_eps_min, training.sampling_eps_max)
+    bernoulli = cfg.masking._target_.endswith("Bernoulli") and not cfg.T
+    if training.resample and not cfg.masking._target_.endswith("Bernoulli"):
+        raise ValueError(
+            f"training.resample=true limits the masks that training.masking=bernoulli draws; {cfg.masking._target_} "
+            "has no such; leave it out"
+        )
+    if name != "bd3lm":
+        if size != length:
+            raise ValueError(f"block_size={size} means nothing to parameterization={name}; add algo=bd3lm")
+        if cfg.sampler._target_.startswith("samplers.block."):
+            raise ValueError(
+                f"sampling.predictor=block writes texts of algo=bd3lm, and parameterization={name} is sampled "
+                "otherwise; use ddpm_cache, analytic or ar"
+            )
+        if cfg.sampling.var_length:
+            raise ValueError(f"sampling.var_length=true means nothing to parameterization={name}; leave it out")
+        if limits != (0.001, 1.0) or training.clip_search_widths:
+            raise ValueError(
+                f"training.sampling_eps_min={limits[0]} training.sampling_eps_max={limits[1]} "
+                f"training.clip_search_widths={training.clip_search_widths} are for algo=bd3lm; with parameterization="
+                f"{name} use noise=clipped noise.sampling_eps_min= noise.sampling_eps_max="
+            )
+        return
+    if size < 1 or length % size:
+        nearest = _nearest_divisors(size, length)
+        raise ValueError(
+            f"block_size={size} must divide model.length={length} into whole blocks; the nearest that do: {nearest}"
+        )
+    if (limits != (0.001, 1.0) or training.clip_search_widths) and not bernoulli:
+        raise ValueError(
+            f"training.sampling_eps_min, sampling_eps_max and clip_search_widths limit the mask rates of "
+            f"training.masking=bernoulli T=0; with {cfg.masking._target_} T={cfg.T} they would do nothing"
+        )
+    typed = [f"{key}={OmegaConf.select(cfg, key)}" for key, off in _NOISE.items() if OmegaConf.select(cfg, key) != off]
+    if size == 1 and (typed or not bernoulli):
+        raise ValueError(
+            f"block_size=1 leaves nothing to draw (the only token of a block is masked), so {' '.join(typed)} "
+            f"{cfg.masking._target_} would do nothing; leave it out"
+        )
+    if not cfg.sampler._target_.startswith("samplers.block.") and size != length:
+        raise ValueError(
+            f"algo=bd3lm with block_size={size} writes block after block, and {cfg.sampler._target_} anywhere in a "
+            "text; use sampling.predictor=block"
+        )
+    if cfg.sampling.var_length and not cfg.data.wrap:
+        raise ValueError(
+            "sampling.var_length=true with data.wrap=false: a model of single texts is told their lengths, and has not "
+            "learned to end them; use data.wrap=true"
+        )
+
+
+def _nearest_divisors(size: int, length: int) -> str:
+    divisors = [k for k in range(1, length + 1) if length % k == 0]
+    below, above = [k for k in divisors if k < size], [k for k in divisors if k > size]
+    return " and ".join(str(k) for k in (*below[-1:], *above[:1]))
 
 
 def _check_start(cfg: DictConfig) -> None:

@@ -5,6 +5,7 @@ Shape suffixes: B batch, L length.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ from models.sharding import share_out
 from objectives.base import Batch, Model, Objective, TokenLoss, scored_mask
 from objectives.reduction import StepLoss, scale_gradients
 from randomness import KeyedNoise, evaluation_noise, hash_seed, seed_generator_of, training_noise
+
+log = logging.getLogger(__name__)
+MASK_RATES = ("sampling_eps_min", "sampling_eps_max")
 
 
 @dataclass(frozen=True)
@@ -69,11 +73,16 @@ class Diffusion(lightning.LightningModule):
         label_dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        if objective.exact != backbone.causal:
+        if objective.causal != backbone.causal:
             raise ValueError(
                 f"the objective {type(objective).__name__} and the backbone {type(backbone).__name__} do not fit: "
                 "left-to-right likelihoods need a causal backbone and masked diffusion one that sees both sides; use "
                 "parameterization=ar backbone=ar (or hf_causal), or neither"
+            )
+        if getattr(objective, "block_size", None) and not hasattr(backbone, "encode_blocks"):
+            raise ValueError(
+                f"parameterization=bd3lm needs a network that reads texts in blocks, and {type(backbone).__name__} "
+                "does not; use backbone=dit or hf_dit"
             )
         self.backbone, self.objective = backbone, objective
         self.build_optimizer, self.build_lr_scheduler = optimizer, lr_scheduler
@@ -95,14 +104,9 @@ class Diffusion(lightning.LightningModule):
         # Dropout is the one random thing that no generator reaches: seed it by place, so that a resumed run repeats it.
         micro_batch = batch_idx % self.trainer.accumulate_grad_batches
         seed_generator_of(self.device, hash_seed(self.seed, self.global_step, micro_batch, self.global_rank))
-        place_B, size_B = self.plan.place(batch["position"])
-        noise = training_noise(self.seed, batch["position"], size_B, place_B)
-        dropped_B = None
-        if self.backbone.num_classes:
-            dropped_B = KeyedNoise(self.seed, batch["position"], draw=-4).uniform() < self.label_dropout
         if micro_batch == 0:
             self.step_loss = StepLoss()
-        loss = self.objective.loss(self.backbone, self.told(batch, dropped_B), noise)
+        loss = self.training_loss(batch)
         return {"loss": self.step_loss.add(loss), **_account(loss, batch, self.objective.encodes)}
 
     def on_after_backward(self) -> None:
@@ -113,9 +117,24 @@ class Diffusion(lightning.LightningModule):
         rows_per_token = self.step_loss.rows_per_token(partial(self.trainer.strategy.reduce, reduce_op="sum"))
         scale_gradients(self.backbone.parameters(), rows_per_token)
 
+    def training_loss(self, batch: Batch, draw: int = 0) -> TokenLoss:
+        """The loss of a training batch, under the noise of this training (draw 0) or under other noise."""
+        place_B, size_B = self.plan.place(batch["position"])
+        seed = hash_seed(self.seed, draw) if draw else self.seed
+        noise = training_noise(seed, batch["position"], size_B, place_B)
+        dropped_B = None
+        if self.backbone.num_classes:
+            dropped_B = KeyedNoise(self.seed, batch["position"], draw=-4).uniform() < self.label_dropout
+        return self.objective.loss(self.backbone, self.told(batch, dropped_B), noise)
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         loss = self.model.loss(self.told(batch), evaluation_noise(self.seed, batch["sample_id"]))
         self.valid_nll.update(loss.nll_BL.sum(-1), loss.mask_BL.sum(-1))
+        if self._search and batch_idx < self._search.num_batches:
+            noise = evaluation_noise(hash_seed(self.seed, self.global_step), batch["sample_id"])
+            self._clip_sums = self._clip_sums + self._search.sums(
+                *self.objective.block_losses(self.backbone, self.told(batch), noise)
+            )
 
     def told(self, batch: Batch, dropped_B: Tensor | None = None) -> Batch:
         """`batch` with the class of each text, where the backbone takes it and the texts have one."""
@@ -126,6 +145,7 @@ class Diffusion(lightning.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         self.valid_nll.reset()
+        self._clip_sums = 0.0
         self._ema_context = self.averaged()
         self._ema_context.__enter__()
 
@@ -134,6 +154,26 @@ class Diffusion(lightning.LightningModule):
         nll = self.valid_nll.estimate()
         values = {"val/nll": nll.value, "val/nll_se": nll.se, "val/ppl": nll.exp().value}
         self.log_dict({name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()})
+        if self._search:
+            self._choose_mask_rates(self.trainer.strategy.reduce(self._clip_sums, reduce_op="sum"))
+
+    @property
+    def _search(self) -> object | None:
+        """How the objective's mask rates are chosen, where there is something to choose from."""
+        search = getattr(self.objective, "search", None)
+        return search if search and search.candidates else None
+
+    def _choose_mask_rates(self, sums_C3: Tensor) -> None:
+        """Train on from here with the mask rates at which the loss of a block varies least."""
+        now, variances_C = self.objective.sampling_eps, self._search.variances(sums_C3)
+        if not self._search.fixed:
+            self.objective.clip(*self._search.best(sums_C3))
+        low, high = self.objective.sampling_eps
+        values = {"val/sampling_eps_min": low, "val/sampling_eps_max": high, "val/block_loss_variance": variances_C[0],
+                  "val/block_loss_variance_best": variances_C.min()}  # fmt: skip
+        self.log_dict({name: torch.as_tensor(value, dtype=torch.float64) for name, value in values.items()})
+        if self.objective.sampling_eps != now:
+            log.info("mask rates from here on: %.3g to %.3g", low, high)
 
     def start_from(self, checkpoint: Checkpoint, use_ema: bool = True) -> None:
         """Take over the weights of `checkpoint` (the averaged ones where there are any and `use_ema`) as those a new
@@ -215,10 +255,16 @@ class Diffusion(lightning.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, object]) -> None:
         self.settle_average()
         checkpoint["identity"] = self.identity
+        if hasattr(self.objective, "sampling_eps"):  # by the names of the reference's buffers
+            for name, value in zip(MASK_RATES, self.objective.sampling_eps, strict=True):
+                checkpoint["state_dict"][name] = torch.tensor(value, dtype=torch.float64)
         if self.ema:
             checkpoint["ema"] = self.ema.state_dict()
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, object]) -> None:
+        found = [checkpoint["state_dict"].pop(name, None) for name in MASK_RATES]
+        if hasattr(self.objective, "sampling_eps") and None not in found:
+            self.objective.clip(*(float(value) for value in found))
         if self.ema and "ema" in checkpoint:
             self.ema.load_state_dict(checkpoint["ema"])
 

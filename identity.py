@@ -15,8 +15,12 @@ IDENTITY = ("data", "model", "backbone", "parameterization", "noise", "masking",
             "loader.batch_ramp", "trainer.gradient_clip_val")  # fmt: skip
 NOT_IDENTITY = ("data.label", "data.cache_dir", "model.attn_backend", "backbone.attn_backend",
                 "lr_scheduler.num_training_steps", "data.max_valid_texts", "data.max_test_texts",
-                "backbone.resumed", "training.max_skipped_steps", "training.gradient_checkpointing")  # fmt: skip
-IDENTITY_IF_SET = ("training.from_pretrained", "training.start_from_counts", "loader.batch_ramp")
+                "backbone.resumed", "training.max_skipped_steps", "training.gradient_checkpointing",
+                "training.sampling_eps_min", "training.sampling_eps_max", "training.clip_search_widths",
+                "training.clip_search_delta", "training.fix_clipping", "parameterization.block_size")  # fmt: skip
+# Of the keys of training that NOT_IDENTITY has, parameterization=bd3lm has its own copy.
+IDENTITY_IF_SET = ("training.from_pretrained", "training.start_from_counts", "loader.batch_ramp", "training.resample",
+                   "masking.resample", "parameterization.noising.resample")  # fmt: skip
 # Of texts that only classify.pretrain reads.
 IDENTITY_IF_PRETRAINED = ("data.source.files.unsupervised", "data.source.hub_splits.unsupervised",
                           "data.source.unlabelled")  # fmt: skip
@@ -44,4 +48,6 @@ def identity(cfg: DictConfig) -> dict[str, object]:
         flat |= {f"classify.{key}": cfg.classify[key] for key in ("sharing", "label_dropout")}
     if cfg.classify.pretrain:
         flat |= {f"classify.{key}": cfg.classify[key] for key in ("pretrain", "pretrain_steps")}
-    return {**flat, "parameterization": command_line.law(cfg)}
+    law = command_line.law(cfg)
+    flat |= {"block_size": cfg.block_size} if law == "bd3lm" else {}
+    return {**flat, "parameterization": law}

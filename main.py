@@ -36,7 +36,7 @@ from estimators.base import Estimator
 from files import Place, below, exists, folder_of, is_remote, place
 from identity import identity
 from models.belonging import FUNCTION, check_belongs, check_same
-from models.checkpoints import read_checkpoint, read_progress
+from models.checkpoints import Checkpoint, read_checkpoint, read_progress
 from models.recompute import recompute_blocks
 from tasks.class_models import pretraining_splits
 from tasks.drawing import Drawing, Template
@@ -132,7 +132,7 @@ class Experiment:
         given = Template(self.cfg.sampling.prefix, self.cfg.sampling.template)
         settings = OmegaConf.to_container(self.cfg.sampler, resolve=True)
         protocol = {"sampler": settings.pop("_target_"), **settings, "prefix": given.prefix, "template": given.template}
-        return Drawing(instantiate(self.cfg.sampler), given, protocol)
+        return Drawing(instantiate(self.cfg.sampler), given, protocol, self.cfg.sampling.var_length)
 
     @property
     def protocol(self) -> dict[str, object]:
@@ -206,8 +206,9 @@ class Experiment:
                 "or name one with eval.checkpoint_path="
             )
         checkpoint = read_checkpoint(path)
-        shape = (*FUNCTION, "model.mask_padding")
-        shape += ("model.length",) if "configuration" in checkpoint.identity else ()
+        shape = (*FUNCTION, "model.mask_padding", "block_size")
+        self._write_behind_a_window(checkpoint)
+        shape += ("model.length",) if "configuration" in checkpoint.identity and not self._any_length else ()
         check_belongs(checkpoint, identity(self.cfg), (*shape, "parameterization"), data)
         diffusion = self.diffusion(data)
         checkpoint.load_into(diffusion.backbone, use_ema=not disable_ema)
@@ -215,6 +216,24 @@ class Experiment:
         averaged = checkpoint.ema is not None and not disable_ema
         diffusion.provenance = Provenance(str(path), checkpoint.step, averaged)
         return diffusion.eval().to(_device(self.cfg.trainer.accelerator))
+
+    @property
+    def _any_length(self) -> bool:
+        """Whether texts may be longer than those of the training: block diffusion writes on behind a window."""
+        return command_line.law(self.cfg) == "bd3lm" and self.cfg.mode._target_ == "tasks.sample_eval.sample_eval"
+
+    def _write_behind_a_window(self, checkpoint: Checkpoint) -> None:
+        """Limit what a token sees to the lengths of the training, unless sampling.context says otherwise."""
+        longest, length = checkpoint.settings.get("model.length"), self.cfg.model.length
+        if command_line.law(self.cfg) != "bd3lm" or not longest or length <= longest:
+            return
+        if not self._any_length:
+            raise ValueError(
+                f"model.length={length} is longer than the {longest} tokens that {checkpoint.path} was trained on; "
+                "texts can be written on behind a window (mode=sample_eval), but not measured"
+            )
+        if self.cfg.sampling.context is None:
+            self.cfg.sampling.context = longest // self.cfg.block_size * self.cfg.block_size
 
     def start_from_pretrained(self, diffusion: Diffusion, data: TextData, shared: Place | None) -> Place | None:
         """Give a new training the averaged weights of `shared`, those of training.from_pretrained, of the file that

@@ -10,6 +10,7 @@ Shape suffixes: B batch.
 
 from __future__ import annotations
 
+import copy
 from functools import lru_cache
 
 import torch
@@ -89,6 +90,34 @@ class KeyedNoise:
     def time(self) -> Tensor:
         """float64 (B,) in [0, 1): `time_B` if it was given, else plain uniform numbers."""
         return self.uniform() if self._time_B is None else self._time_B
+
+    def parts(self, number: int) -> KeyedNoise:
+        """Noise for rows that fall into `number` parts, each part (in row-major order) a row of its own.
+
+        The first part has the row's own numbers, and no part's depend on how many there are. The times of a row's parts
+        are its own time shifted along a Kronecker sequence: spread evenly over the row, and those of each part over
+        the rows (or draws) as the rows' own are.
+        """
+        part_b = torch.arange(number, device=self._state_B.device)
+        address_b = torch.where(part_b > 0, _mix(part_b), 0)
+        shift_b = part_b.double() * _GOLDEN_RATIO_CONJUGATE
+        time = None if self._time_B is None else (self._time_B[:, None] + shift_b) % 1.0
+        return self._with((self._state_B[:, None] ^ address_b).flatten(), None if time is None else time.flatten())
+
+    def part(self, number: int) -> KeyedNoise:
+        """Noise for one part of every row, as in `parts`."""
+        address = _mix(torch.tensor(number, device=self._state_B.device)) if number else 0
+        time_B = None if self._time_B is None else (self._time_B + number * _GOLDEN_RATIO_CONJUGATE) % 1.0
+        return self._with(self._state_B ^ address, time_B)
+
+    def rows(self, index_R: Tensor) -> KeyedNoise:
+        """The noise of some rows."""
+        return self._with(self._state_B[index_R], None if self._time_B is None else self._time_B[index_R])
+
+    def _with(self, state_B: Tensor, time_B: Tensor | None) -> KeyedNoise:
+        other = copy.copy(self)
+        other._state_B, other._time_B = state_B, time_B
+        return other
 
 
 def training_noise(

@@ -53,9 +53,14 @@ class Estimator(Protocol):
 
 
 def refuse_causal(model: Model, name: str) -> None:
-    """Raises ValueError for models that know one order only."""
-    if model.objective.exact:
+    """Raises ValueError for models that can not fill in anywhere."""
+    if model.objective.causal:
         raise ValueError(
             f"eval.estimator={name} fills masks in many orders, and parameterization=ar knows one, with an exact "
             "likelihood; use eval.estimator=auto"
+        )
+    if not model.objective.any_order:
+        raise ValueError(
+            f"eval.estimator={name} fills masks anywhere in a text, and parameterization=bd3lm block after block; use "
+            "eval.estimator=auto"
         )

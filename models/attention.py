@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BACKENDS = ("sdpa", "flash_attn")
+BACKENDS = ("sdpa", "flash_attn", "flex")
 
 
 def resolve_backend(name: str) -> str:
@@ -51,7 +51,8 @@ def attend(
     """softmax(q k^T / sqrt(D)) v, of shape (B, Q, H, D).
 
     `key_mask_BK` is True where a position may be attended to; None means everywhere. A key mask always runs
-    on SDPA: the padded flash-attn kernels take none. `causal`: the queries are the last Q of the K positions, and
+    on SDPA: the padded flash-attn kernels take none. So does flex, which earns its keep where a mask has empty tiles
+    (models/block_attention.py). `causal`: the queries are the last Q of the K positions, and
     each sees the keys up to its own.
     """
     if backend == "flash_attn" and key_mask_BK is None:

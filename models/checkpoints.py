@@ -182,6 +182,8 @@ def _reference_settings(content: Mapping[str, object]) -> dict[str, object]:
     law = _omegaconf_value(config, ["parameterization"]) or _omegaconf_value(config, ["algo", "parameterization"])
     if _omegaconf_value(config, ["algo", "name"]) == "bd3lm":
         law = "bd3lm"
+        found["block_size"] = _omegaconf_value(config, ["block_size"])
+        found["time_conditioning"] = _omegaconf_value(config, ["algo", "time_conditioning"])
     found["parameterization"] = law if isinstance(law, str) else None
     return {key: value for key, value in found.items() if isinstance(value, bool | int | float | str)}
 

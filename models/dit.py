@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention import head_width, resolve_backend, rotary_angles
+from models.blocks import BlockStreams, TwoStreams
 from models.class_conditioning import ClassEmbedding, untold, with_class
 from models.layers import RotaryFrequencies, SigmaEmbedding, TokenEmbedding, modulate, zero_linear
 from models.recompute import Recomputing
 from models.transformer import Head, Rotary, TransformerBlock, rows_at
 
 
-class DiTBlock(TransformerBlock):
+class DiTBlock(TwoStreams, TransformerBlock):
     """Attention and MLP, each normalised, modulated by the conditioning and gated into the residual stream."""
 
     def __init__(self, dim: int, cond_dim: int, n_heads: int, dropout: float, attn_backend: str) -> None:
@@ -50,7 +51,7 @@ class OutputLayer(Head):
         return modulate(self.norm_final(x_BLD), shift, scale)
 
 
-class DiT(Recomputing):
+class DiT(BlockStreams, Recomputing):
     """tokens, sigma -> logits, in two steps so that callers pay for the vocabulary only where they need it.
 
     `encode(tokens_BL, sigma_B)` gives the normed hidden states (B, L, D); `head(hidden)` projects any selection of

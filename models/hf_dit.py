@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from files import is_remote
 from models.checkpoints import Checkpoint, read_settings
 from models.dit import DiT
-from models.hub import MODEL_TYPE
+from models.hub import BLOCK_MODEL_TYPE, MODEL_TYPE
 
 _SIZES = ("model.hidden_size", "model.cond_dim", "model.n_blocks", "model.n_heads", "time_conditioning")
 
@@ -71,17 +71,32 @@ def _described(checkpoint: Checkpoint, key: str) -> dict[str, object]:
             f"{key}={path} is a Lightning file of another program, and backbone=hf_dit reads the Hub's layout; "
             f"use backbone=dit {sizes}".rstrip()
         )
-    if checkpoint.config.get("model_type", MODEL_TYPE) != MODEL_TYPE:
-        raise ValueError(
-            f"{key}={path} is a model of type {checkpoint.config['model_type']}; backbone=hf_dit builds the network of "
-            f"type {MODEL_TYPE}, so choose a model of that type"
-        )
+    _refuse_other_networks(checkpoint.config, f"{key}={path}")
     missing = [
         name for name in ("vocab_size", *_SIZES, "model.dropout") if not isinstance(known.get(name), int | float)
     ]
     if missing:
         raise ValueError(f"{key}={path} gives no number for {', '.join(missing)}; use backbone=dit and type it")
     return known
+
+
+# What config.json of a block model may say of its network, and what a DiT is.
+_AS_A_DIT = {"causal": False, "adaln": True, "cross_attn": True}
+
+
+def _refuse_other_networks(config: Mapping[str, object], name: str) -> None:
+    kind = config.get("model_type", MODEL_TYPE)
+    if kind not in (MODEL_TYPE, BLOCK_MODEL_TYPE):
+        raise ValueError(
+            f"{name} is a model of type {kind}; backbone=hf_dit builds the network of the types {MODEL_TYPE} and "
+            f"{BLOCK_MODEL_TYPE}, so choose a model of these"
+        )
+    differing = [f"{key}={config[key]}" for key, ours in _AS_A_DIT.items() if config.get(key, ours) != ours]
+    if kind == BLOCK_MODEL_TYPE and differing:
+        raise ValueError(
+            f"{name} has {', '.join(differing)} in its config.json, which is another network than a diffusion "
+            "transformer read in blocks; choose another model"
+        )
 
 
 def _refuse_contradictions(
@@ -96,8 +111,8 @@ def _refuse_contradictions(
             f"the data have vocab_size={vocab_size}, but {name} has vocab_size={known['vocab_size']}: set "
             "data.tokenizer_name_or_path to the tokenizer that it was trained with"
         )
-    longest = known.get("model.length")
-    if longest and length > longest:
+    longest = known.get("model.length")  # block models go on behind a window, or main.py objects
+    if longest and length > longest and known.get("parameterization") != BLOCK_MODEL_TYPE:
         raise ValueError(
             f"model.length={length} is longer than the {longest} tokens that {name} was trained on; set "
             f"model.length={longest} or less"

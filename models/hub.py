@@ -17,6 +17,7 @@ from files import Place, exists, place
 CONFIG_FILE = "config.json"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 MODEL_TYPE = "mdlm"
+BLOCK_MODEL_TYPE = "bd3lm"  # the same network, read in blocks
 
 # config.json's names -> ours. What kuleshov-group/mdlm-owt has; mask_padding is added by our own exports.
 CONFIG_KEYS = {"vocab_size": "vocab_size", "model_length": "model.length", "hidden_dim": "model.hidden_size",
@@ -87,6 +88,8 @@ def settings_of_config(config: Mapping[str, object]) -> dict[str, object]:
     """What a `config.json` says of the network, by silence too, under our keys."""
     found = {**_DEFAULTS, **{ours: config[theirs] for theirs, ours in CONFIG_KEYS.items() if theirs in config}}
     kind = config.get("model_type", MODEL_TYPE)
+    if kind == BLOCK_MODEL_TYPE and "block_size" in config:
+        found["block_size"] = config["block_size"]
     return {**found, "parameterization": "subs" if kind == MODEL_TYPE else kind}
 
 

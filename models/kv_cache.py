@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+MOST_AT_ONCE = 512  # clean tokens that one pass reads into a `BlockCache`
+
 
 class Room:
     """What every cache counts: `length` of `capacity` positions are filled, in batches of `batch_size` rows."""
@@ -62,3 +64,61 @@ class KVCache(Room):
     def advance(self, new: int) -> None:
         """Count `new` appended positions as filled."""
         self.length += new
+
+
+class BlockCache:
+    """Keys (rotated, at their positions) and values of the clean blocks of a text that is written block by block.
+
+    `position` tokens went before; the keys and values of the last `window` of them are there (None: of all). Rotary
+    attention sees distances only, so what is kept needs no rotating again when the oldest blocks are dropped, and a
+    window is exactly attention to the last `window` tokens, in every block of the network. Rows whose text has ended
+    are dropped with `keep`. For sampling, under `torch.no_grad()`.
+    """
+
+    def __init__(
+        self, n_blocks: int, batch_size: int, length: int, window: int | None, n_heads: int, head_dim: int,
+        device: torch.device, dtype: torch.dtype,
+    ) -> None:  # fmt: skip
+        self.window, self.position, self._filled = window, 0, 0
+        # Room for as much again, so that dropping what is too old is rare.
+        self.capacity = length if window is None else min(length, 2 * window + MOST_AT_ONCE)
+        shape = (n_blocks, batch_size, self.capacity, n_heads, head_dim)
+        self.keys_NBLHD = torch.zeros(shape, device=device, dtype=dtype)
+        self.values_NBLHD = torch.zeros(shape, device=device, dtype=dtype)
+
+    def seen(self, block: int, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Keys and values of a block of the network that the next tokens see, of some rows."""
+        start = 0 if self.window is None else max(0, self._filled - self.window)
+        k, v = (kept[block, :, start : self._filled] for kept in (self.keys_NBLHD, self.values_NBLHD))
+        return (k, v) if rows is None or len(rows) == k.shape[0] else (k[rows], v[rows])
+
+    def store(self, block: int, k_BLHD: Tensor, v_BLHD: Tensor) -> None:
+        """Keys and values of new clean tokens, block by block of the network; then `advance`."""
+        stop = self._filled + k_BLHD.shape[1]
+        self.keys_NBLHD[block, :, self._filled : stop] = k_BLHD
+        self.values_NBLHD[block, :, self._filled : stop] = v_BLHD
+
+    def make_room(self, new: int) -> None:
+        """Drop what no later token sees, if `new` tokens do not fit.
+
+        Raises:
+            ValueError: they do not fit even so.
+        """
+        if self._filled + new <= self.capacity:
+            return
+        kept = self._filled if self.window is None else min(self._filled, self.window)
+        if kept + new > self.capacity:
+            raise ValueError(f"the KV cache is full: {self.position} of {self.capacity} positions, {new} more came")
+        for store in (self.keys_NBLHD, self.values_NBLHD):
+            store[:, :, :kept] = store[:, :, self._filled - kept : self._filled].clone()
+        self._filled = kept
+
+    def advance(self, new: int) -> None:
+        """Count `new` stored positions as filled."""
+        self._filled, self.position = self._filled + new, self.position + new
+
+    def keep(self, rows_R: Tensor) -> None:
+        """Go on with these rows only, (R,) indices or (B,) flags."""
+        if rows_R.dtype == torch.bool and bool(rows_R.all()):
+            return
+        self.keys_NBLHD, self.values_NBLHD = self.keys_NBLHD[:, rows_R], self.values_NBLHD[:, rows_R]

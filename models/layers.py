@@ -82,8 +82,14 @@ class SigmaEmbedding(nn.Module):
 
 
 def modulate(x_BLD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
-    """adaLN: x (1 + scale) + shift (DiT, arXiv 2212.09748, section 3.2)."""
-    return x_BLD * (1 + scale_BD[:, None]) + shift_BD[:, None]
+    """adaLN: x (1 + scale) + shift (DiT, arXiv 2212.09748, section 3.2); shift and scale may also be given for every
+    position, with as many dimensions as x."""
+    return x_BLD * (1 + over_positions(scale_BD, x_BLD)) + over_positions(shift_BD, x_BLD)
+
+
+def over_positions(value_BD: Tensor, x_BLD: Tensor) -> Tensor:
+    """(B, 1, D), one value for all positions of a row, unless every position of x has its own already."""
+    return value_BD if value_BD.ndim == x_BLD.ndim else value_BD[:, None]
 
 
 def zero_linear(in_features: int, out_features: int) -> nn.Linear:

@@ -3,7 +3,9 @@ is computed again in the backward pass (Chen et al., arXiv 1604.06174), with the
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from collections.abc import Callable
+
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 
@@ -30,7 +32,7 @@ class Recomputing(nn.Module):
     def recompute_blocks(self) -> None:
         self.recomputing = True
 
-    def through(self, block: nn.Module, *args: object) -> Tensor:
+    def through(self, block: Callable, *args: object) -> object:
         """block(*args), whose inner activations are not kept where the switch is on and gradients are wanted."""
         if self.recomputing and self.training:
             return checkpoint(block, *args, use_reentrant=False)

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 def share_out(module: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh, entrances: Iterable[str]) -> None:
     """Share out the parameters of `module`: those of each of its `blocks` together, the others together. They are whole
-    within the methods named `entrances`, and within the blocks' forward pass.
+    within the methods named `entrances`, and within the blocks' forward pass and their own `entrances`.
 
     What stands outside of the blocks is put away after the forward pass too (it is brought back for the backward pass),
     so that between two calls every parameter is a shared one, whatever was called last.
@@ -24,6 +24,8 @@ def share_out(module: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh, 
         return
     for block in blocks:
         fully_shard(block, mesh=mesh)
+        for name in getattr(block, "entrances", ()):
+            register_fsdp_forward_method(block, name)
     fully_shard(module, mesh=mesh, reshard_after_forward=True)
     for name in entrances:
         register_fsdp_forward_method(module, name)

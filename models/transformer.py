@@ -41,9 +41,18 @@ class TransformerBlock(nn.Module):
         """What `attention` gives at the positions `at_BQ` of each row, (B, Q, D), at the cost of their queries only."""
         dim = x_BLD.shape[-1]
         q = F.linear(rows_at(x_BLD, at_BQ), self.attn_qkv.weight[:dim]).unflatten(-1, (self.n_heads, -1))
-        k, v = F.linear(x_BLD, self.attn_qkv.weight[dim:]).unflatten(-1, (2, self.n_heads, -1)).unbind(dim=2)
+        k, v = self.keys_and_values(x_BLD)
         q, k = apply_rotary(q, *(table[at_BQ] for table in rotary)), apply_rotary(k, *rotary)
-        return self._drop(self.attn_out(attend(q, k, v, key_mask_BL, self.attn_backend).flatten(2)))
+        return self.project(attend(q, k, v, key_mask_BL, self.attn_backend))
+
+    def keys_and_values(self, x_BLD: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys (not rotated) and values of normed `x_BLD`, (B, L, H, D / H) each, without its queries."""
+        kv = F.linear(x_BLD, self.attn_qkv.weight[x_BLD.shape[-1] :])
+        return kv.unflatten(-1, (2, self.n_heads, -1)).unbind(dim=2)
+
+    def project(self, attended: Tensor) -> Tensor:
+        """What the heads (..., H, D / H) attended to, projected into the residual stream's width."""
+        return self._drop(self.attn_out(attended.flatten(-2)))
 
     def attention(
         self, x_BLD: Tensor, rotary: Rotary, key_mask_BL: Tensor | None = None, remember: Remember | None = None
@@ -53,8 +62,7 @@ class TransformerBlock(nn.Module):
         q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
         if remember is not None:
             k, v = remember(k, v)
-        attended_BLHD = attend(q, k, v, key_mask_BL, self.attn_backend, self.causal)
-        return self._drop(self.attn_out(attended_BLHD.flatten(2)))
+        return self.project(attend(q, k, v, key_mask_BL, self.attn_backend, self.causal))
 
     def transform(self, x_BLD: Tensor) -> Tensor:
         """The MLP of normed `x_BLD`."""

@@ -25,7 +25,8 @@ class AR:
     """-log p(x) = -sum over i of log p(x_i | x_<i), exact. The first token of a row (BOS) is context, not scored; an
     EOS is scored, since a causal network can not have seen it. The mask token has no mass."""
 
-    exact, loss_name, encodes = True, "nll", 1
+    exact, causal, any_order, first_given = True, True, False, True
+    loss_name, encodes = "nll", 1
 
     def __init__(self, mask_id: int) -> None:
         self.mask_id = mask_id

@@ -59,6 +59,9 @@ class Objective(Protocol):
 
     mask_id: int
     exact: bool  # the loss is -log p itself, not a bound drawn at random
+    causal: bool  # it needs a backbone that sees the left side only, and decides itself where a text ends
+    any_order: bool  # it predicts whatever is masked from whatever is not
+    first_given: bool  # the first token of a row is context: neither masked nor scored
     encodes: int  # network evaluations of one pass
     loss_name: str
 
@@ -81,7 +84,7 @@ class MaskedDiffusion(ABC):
         T: 0 for continuous time, else the number of steps of the discrete-time loss.
     """
 
-    exact = False
+    exact, causal, any_order, first_given = False, False, True, False
     encodes = 1
     loss_weight = "elbo"
     independent_unmasking = False  # the chance of being unmasked is the schedule's alone, not the network's
@@ -253,3 +256,19 @@ class Model:
 
     def new_cache(self, batch_size: int, length: int) -> object:
         return self.backbone.new_cache(batch_size, length)
+
+    @property
+    def block_size(self) -> int | None:
+        """Tokens of a block where texts are written block by block; None where they are not."""
+        return getattr(self.objective, "block_size", None)
+
+    def after(self, earlier: object, window: int | None = None, **told: Tensor) -> Model:
+        """The law of a block behind `earlier`: clean tokens (B, S) of which the last `window` are seen, or a cache that
+        has read them (`new_block_cache`, `remember`)."""
+        return self.objective.after(self.backbone, earlier, window, **told)
+
+    def new_block_cache(self, batch_size: int, length: int, window: int | None = None) -> object:
+        return self.backbone.new_block_cache(batch_size, length, window)
+
+    def remember(self, clean_BL: Tensor, cache: object, **told: Tensor) -> None:
+        self.backbone.remember(clean_BL, self.block_size, cache, **told)

@@ -50,6 +50,9 @@ class Bernoulli:
             (VDM, arXiv 2107.00630, appendix I).
         change_of_variables: the same choice, made because the network is shown log(1 - alpha) (objectives/subs.py).
         T: > 0 for times of the grid 1/T, 2/T, ..., 1.
+        resample: give every row (block) a share of masks within the rates that the schedule runs through (BD3-LM,
+            arXiv 2503.09573, section 5.2): their number follows its law given that. A heuristic of training: what it
+            draws from is not quite the process that the bound is of.
     """
 
     passes, all_rates = 1, False
@@ -61,6 +64,7 @@ class Bernoulli:
         importance_sampling: bool = False,
         change_of_variables: bool = False,
         T: int = 0,  # noqa: N803 - the key as users type it
+        resample: bool = False,
     ) -> None:
         if not 0.0 <= sampling_eps < 1.0:
             raise ValueError(f"training.sampling_eps={sampling_eps} must lie in [0, 1)")
@@ -71,7 +75,7 @@ class Bernoulli:
                 "continuum, and T > 0 has a grid; set T=0 or switch them off"
             )
         self.antithetic_sampling, self.sampling_eps = antithetic_sampling, sampling_eps
-        self.importance_sampling, self.T = importance_sampling, T
+        self.importance_sampling, self.T, self.resample = importance_sampling, T, resample
         spread = "stratified t" if antithetic_sampling else "independent t"
         self.label = f"{spread}, importance-sampled" if importance_sampling else spread
 
@@ -86,6 +90,12 @@ class Bernoulli:
         t_B, scale_B = self._log_uniform(schedule, u_B) if self.importance_sampling else self._uniform(u_B)
         move_chance = schedule(t_B).move_chance
         u_BL = noise.uniform(x0_BL.shape[1])
+        if self.resample:
+            limits = schedule(torch.tensor([0.0, 1.0], dtype=torch.float64, device=t_B.device)).move_chance
+            count_B = _limited_count(noise.uniform(), move_chance, scored_BL, limits)
+            level_B = _order_statistic(u_BL.masked_fill(~scored_BL, torch.inf), count_B)
+            masked_BL = (u_BL <= level_B[:, None]) & scored_BL & (count_B > 0)[:, None]
+            return [Noised(torch.where(masked_BL, mask_id, x0_BL), t_B, scale_B)]
         return [Noised(mask_tokens(x0_BL, move_chance, mask_id, scored_BL, u_BL), t_B, scale_B)]
 
     def _uniform(self, u_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,6 +108,23 @@ class Bernoulli:
         t_B = schedule.t_from_alpha(-torch.expm1(low + u_B * (high - low)))
         # density of t is elbo_weight / (high - low); that of `_uniform` is 1 / (1 - sampling_eps)
         return t_B, (high - low) / ((1 - self.sampling_eps) * schedule(t_B).elbo_weight)
+
+
+def _limited_count(u_B: Tensor, rate_B: Tensor, scored_BL: Tensor, limits_2: Tensor) -> Tensor:
+    """How many of the n scored positions of each row are masked: binomial with `rate_B`, given that their share lies
+    within the limits, or, where no number does, as near to the rate as can be; by inversion of `u_B`."""
+    n_B, most = scored_BL.sum(-1), scored_BL.shape[1]
+    k_M = torch.arange(most + 1, dtype=torch.float64, device=u_B.device)
+    rest_BM, rate_B1 = (n_B[:, None] - k_M).clamp(min=0), rate_B.clamp(1e-12, 1 - 1e-12)[:, None]
+    choose_BM = torch.lgamma(n_B[:, None] + 1.0) - torch.lgamma(k_M + 1) - torch.lgamma(rest_BM + 1)
+    log_p_BM = choose_BM + k_M * rate_B1.log() + rest_BM * torch.log1p(-rate_B1)
+    # A limit at (almost) nothing or everything is none: a block of few tokens may have no mask, or nothing else.
+    low, high = torch.where(limits_2[0] > 2e-3, limits_2[0], 0.0), torch.where(limits_2[1] < 1 - 2e-3, limits_2[1], 1.0)
+    inside_BM = (k_M >= low * n_B[:, None] - 1e-9) & (k_M <= high * n_B[:, None] + 1e-9)
+    nearest_B = torch.round(rate_B * n_B)
+    inside_BM = torch.where(inside_BM.any(-1, keepdim=True), inside_BM, k_M == nearest_B[:, None])
+    p_BM = log_p_BM.masked_fill(~inside_BM | (k_M > n_B[:, None]), -torch.inf).softmax(-1)
+    return (p_BM.cumsum(-1) <= u_B[:, None]).sum(-1).clamp(max=most).minimum(n_B)
 
 
 def log_move_range(schedule: NoiseSchedule, like: Tensor, sampling_eps: float = 1e-3) -> tuple[Tensor, Tensor]:

@@ -52,8 +52,8 @@ class Subs(MaskedDiffusion):
 
     def loss_at(self, backbone: Backbone, batch: Batch, xt_BL: Tensor, t_B: Tensor) -> TokenLoss:
         x0_BL, masked_BL = batch["input_ids"], masked_positions(batch, xt_BL, self.mask_id)
-        hidden_BLD = backbone.encode(xt_BL, self.conditioning(t_B), **context(batch))
-        ce_N = cross_entropy(hidden_BLD[masked_BL], backbone.head, x0_BL[masked_BL], self.mask_id)
+        hidden_ND = encode_at(backbone, xt_BL, self.conditioning(t_B), masked_BL, **context(batch))
+        ce_N = cross_entropy(hidden_ND, backbone.head, x0_BL[masked_BL], self.mask_id)
         ce_BL = spread(ce_N, masked_BL)
         logs = {"cross_entropy": ce_BL.detach().sum(-1), "num_masked": masked_BL.sum(-1)}
         if self.loss_weight == "uniform":

@@ -34,12 +34,14 @@ class Model(Protocol):
 @dataclass(frozen=True)
 class Generation:
     """ids_BL: the sampled tokens. step_BL: the sampler's step, from 1, that wrote each token; 0 where it was given.
-    num_steps: how many steps there were. evaluations_B: network evaluations spent on each row."""
+    num_steps: how many steps there were. evaluations_B: network evaluations spent on each row. length_B: where each
+    row's text ends, if the sampler decides that; behind it there may be masks."""
 
     ids_BL: Tensor
     step_BL: Tensor
     num_steps: int
     evaluations_B: Tensor
+    length_B: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -76,11 +76,13 @@ def _pieces(tokenizer: object, text: str) -> list[int]:
 
 @dataclass(frozen=True)
 class Drawing:
-    """How texts are drawn: the sampler, with what is given of each text. protocol: the same, for a result to carry."""
+    """How texts are drawn: the sampler, with what is given of each text. protocol: the same, for a result to carry.
+    var_length: the sampler decides where a text ends."""
 
     sampler: Callable
     given: Template = Template()
     protocol: Mapping[str, object] = field(default_factory=dict)
+    var_length: bool = False
 
 
 def draw(
@@ -98,9 +100,7 @@ def draw(
     meter = Meter("sample", num_samples)
     with torch.inference_mode():
         for start in range(0, num_samples, batch_size):
-            drawn += _draw_batch(
-                diffusion, data, drawing.sampler, rows[start : start + batch_size], start, seed, class_id
-            )
+            drawn += _draw_batch(diffusion, data, drawing, rows[start : start + batch_size], start, seed, class_id)
             meter.update(len(drawn))
     meter.close()
     return drawn
@@ -149,13 +149,15 @@ def draw_on_all(
 
 def _rows(diffusion: Diffusion, data: object, given: Template, num_samples: int, seed: int) -> list[np.ndarray]:
     """One row of ids per sample, the mask where a token is wanted."""
-    mask_id, causal = diffusion.objective.mask_id, diffusion.objective.exact
+    mask_id, causal = diffusion.objective.mask_id, diffusion.objective.causal
     fixed = given.ids(data.tokenizer, mask_id)
     train = data.split("train")
     u = KeyedNoise(seed, torch.arange(num_samples), draw=-3).uniform()
     rows = []
     for lender in (u * len(train)).long().tolist():
         blank = _blank(data, train[[lender]], mask_id, causal)
+        if diffusion.objective.first_given:
+            blank[0] = train[lender]["input_ids"][0]
         start = int(blank[0] != mask_id or (bool(fixed) and _begins_with_bos(data, train[lender])))
         blank[:start] = train[lender]["input_ids"][:start]
         rows.append(_filled(blank, fixed, start, mask_id, data, whole=bool(given.template)))
@@ -195,7 +197,7 @@ def _filled(blank: np.ndarray, fixed: list[int], start: int, mask_id: int, data:
 
 
 def _draw_batch(
-    diffusion: Diffusion, data: object, sampler: Callable, rows: list[np.ndarray], first: int, seed: int,
+    diffusion: Diffusion, data: object, drawing: Drawing, rows: list[np.ndarray], first: int, seed: int,
     class_id: int | None,
 ) -> list[Drawn]:  # fmt: skip
     lengths = [len(row) for row in rows]
@@ -207,14 +209,15 @@ def _draw_batch(
     if class_id is not None:
         cond["class_id"] = torch.full((len(rows),), class_id)
     noise = KeyedNoise(seed, torch.arange(first, first + len(rows), device=diffusion.device))
-    ends_early = diffusion.objective.exact and not data.wrap
-    stop = {"stop_id": data.vocabulary.eos_id} if ends_early else {}
-    out = sampler(diffusion.model, x_BL.to(diffusion.device), noise, **_moved(cond, diffusion.device), **stop)
+    ends_early = diffusion.objective.causal and not data.wrap
+    stop = {"stop_id": data.vocabulary.eos_id} if ends_early or drawing.var_length else {}
+    out = drawing.sampler(diffusion.model, x_BL.to(diffusion.device), noise, **_moved(cond, diffusion.device), **stop)
     extra = out.ids_BL.shape[1] - x_BL.shape[1]  # semi-autoregressive samplers go on behind the window
     drawn = []
     for i, length in enumerate(lengths):
         ids = out.ids_BL[i, : length + extra].tolist()
         ids = ids[: _end(ids, data.vocabulary.eos_id)] if ends_early else ids
+        ids = ids if out.length_B is None else ids[: int(out.length_B[i])]
         steps = out.step_BL[i, : len(ids)].tolist()
         drawn.append(Drawn(ids, steps, out.num_steps, int(out.evaluations_B[i])))
     return drawn

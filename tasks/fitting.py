@@ -50,7 +50,7 @@ def begin(experiment: Experiment, diffusion: Diffusion, data: object, shared: Pl
     if start := experiment.start_from_pretrained(diffusion, data, shared):
         print(f"starting from the weights of {start}")
     if experiment.start_from_counts:
-        given_length = not diffusion.objective.exact
+        given_length = not diffusion.objective.causal
         by_class = bool(diffusion.backbone.num_classes) and data.train_splits is None
         counts_CV = torch.from_numpy(token_counts(data, given_length, by_class))
         before = experiment.pretraining.data() if shared else None

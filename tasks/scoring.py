@@ -171,7 +171,7 @@ def _joined(before: Scores, new: Scores, number: int) -> Scores:
 def _round(trainer: lightning.Trainer, scorer: Scorer, loader: object) -> Scores:
     rows, model, estimator = measure(trainer, scorer, loader), scorer.diffusion.model, scorer.estimator
     return Scores(
-        estimator.kind, estimator.label(model, scorer.num_draws), estimator.exact(model), not model.objective.exact,
+        estimator.kind, estimator.label(model, scorer.num_draws), estimator.exact(model), not model.objective.causal,
         rows["sample_id"], rows["nll"], np.zeros(rows["nll"].shape[1], dtype=int), rows["tokens"],
         rows["evaluations"], rows["cross_entropy"], rows["num_masked"],
     )  # fmt: skip

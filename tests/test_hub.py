@@ -177,7 +177,7 @@ def test_typed_settings_of_hf_dit(tmp_path):
 @pytest.mark.parametrize(("arguments", "config", "said"), [
     ({"vocab_size": 6}, {}, "vocab_size=6, but eval.checkpoint_path=.* vocab_size=5: set data.tokenizer_name_"),
     ({"length": 73}, {}, "model.length=73 is longer than the 72 .*set model.length=72 or less"),
-    ({}, {"model_type": "bd3lm"}, "type bd3lm"),
+    ({}, {"model_type": "bert"}, "type bert"),
     ({}, {"n_heads": None}, "no number for model.n_heads"),
     ({}, {"n_blocks": "two"}, "no number for model.n_blocks"),
     ({"checkpoint_path": ""}, {}, "eval.checkpoint_path= or training.from_pretrained="),

@@ -1,0 +1,183 @@
+"""A training step of block diffusion against its plain form, and sampling with against without the KV cache.
+
+The plain form is that of the reference: [x_t ; x_0] in one pass of 2 L tokens under one dense mask (SDPA), the
+vocabulary projected at all 2 L positions, log-softmax over (B, L, V). Each side runs in a process of its own; the two
+alternate, and ratios are taken pair by pair. With --vocab 1000 the vocabulary costs next to nothing: what the layout of
+the trunk alone is worth. Sampling is timed for blocks at five places of the text and summed up between them.
+
+    python benchmarks/block_attention.py train         # hidden 256, 6 blocks, 4 heads, L 256, V 50258, batch 8, fp32
+    python benchmarks/block_attention.py sample        # the same network, L 1024, batch 4, first hitting
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+from models.attention import apply_rotary, rotary_angles  # noqa: E402
+from models.block_attention import visible  # noqa: E402
+from models.dit import DiT  # noqa: E402
+from models.layers import modulate, over_positions  # noqa: E402
+from noise_schedule import LogLinear  # noqa: E402
+from objectives.base import Model  # noqa: E402
+from objectives.block import BlockDiffusion  # noqa: E402
+from objectives.noising import Bernoulli  # noqa: E402
+from objectives.subs import Subs  # noqa: E402
+from randomness import KeyedNoise, training_noise  # noqa: E402
+from samplers import first_hitting  # noqa: E402
+
+SIZE = {"hidden_size": 256, "cond_dim": 128, "n_blocks": 6, "n_heads": 4}
+LENGTH, VOCAB, BATCH = 256, 50_258, 8
+LAWS = ("ours", "plain")
+
+
+def plain_hidden(net: DiT, xt_BL: Tensor, x0_BL: Tensor, seen: Tensor) -> Tensor:
+    """The network on [x_t ; x_0] under a dense mask, (B, 2 L, D)."""
+    length = xt_BL.shape[1]
+    angles = tuple(torch.cat([table, table]) for table in rotary_angles(net.rotary_emb.inv_freq, length))
+    c_BC, x = net.conditioning(torch.zeros(len(xt_BL))), net.vocab_embed(torch.cat([xt_BL, x0_BL], dim=1))
+    for layer in net.blocks:
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = layer.adaLN_modulation(c_BC).chunk(6, dim=-1)
+        qkv = layer.attn_qkv(modulate(layer.norm1(x), shift_a, scale_a)).unflatten(-1, (3, layer.n_heads, -1))
+        q, k, v = qkv.unbind(dim=2)
+        q, k, v = (y.transpose(1, 2) for y in (apply_rotary(q, *angles), apply_rotary(k, *angles), v))
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2)
+        x = x + over_positions(gate_a, x) * layer.project(attended)
+        x = x + over_positions(gate_m, x) * layer.transform(modulate(layer.norm2(x), shift_m, scale_m))
+    return net.output_layer.normed(x, c_BC)
+
+
+def dense_mask(size: int) -> Tensor:
+    place = torch.arange(2 * LENGTH)
+    block, noised = place % LENGTH // size, place < LENGTH
+    return visible(block[:, None], block, noised[:, None], noised)
+
+
+def plain_loss(net: DiT, x0_BL: Tensor, noise: KeyedNoise, size: int, seen: Tensor) -> Tensor:
+    blocks, mask_id = x0_BL.reshape(-1, size), net.vocab_size - 1
+    every = torch.ones_like(blocks, dtype=torch.bool)
+    (look,) = Bernoulli()(LogLinear(), blocks, every, mask_id, noise.parts(LENGTH // size))
+    xt_BL, t_BL = look.xt_BL.reshape(x0_BL.shape), look.t_B.reshape(len(x0_BL), -1).repeat_interleave(size, dim=1)
+    logits_BLV = net.head(plain_hidden(net, xt_BL, x0_BL, seen))[:, :LENGTH]
+    logits_BLV[..., mask_id] += -1e6
+    log_p_BLV = logits_BLV - logits_BLV.logsumexp(-1, keepdim=True)
+    visible_BL = xt_BL != mask_id
+    log_p_BLV[visible_BL] = -1e6
+    log_p_BLV[visible_BL, xt_BL[visible_BL]] = 0.0
+    nll_BL = -log_p_BLV.gather(-1, x0_BL[..., None]).squeeze(-1) / t_BL.float()
+    return nll_BL.mean()
+
+
+def measure(law: str, size: int, vocab: int, steps: int) -> dict[str, float]:
+    torch.manual_seed(0)
+    net = DiT(vocab, **SIZE, dropout=0.1)
+    objective = BlockDiffusion(vocab - 1, partial(Subs, LogLinear()), size, ignore_bos=False)
+    optimizer, seen = torch.optim.AdamW(net.parameters(), lr=3e-4, fused=True), dense_mask(size)
+    x0_BL = torch.randint(vocab - 1, (BATCH, LENGTH))
+    seconds, first = [], 0.0
+    for step in range(steps + 1):
+        start = time.perf_counter()
+        noise = training_noise(0, torch.arange(BATCH) + step * BATCH, BATCH)
+        if law == "plain":
+            loss = plain_loss(net, x0_BL, noise, size, seen)
+        else:
+            loss = objective.loss(net, {"input_ids": x0_BL}, noise).mean()
+        loss.backward()
+        first = first or float(loss.detach())
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(time.perf_counter() - start)
+    peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    rate = BATCH * LENGTH / statistics.median(seconds[1:])
+    return {"tokens_per_s": rate, "peak_mib": peak_mib, "loss": first}
+
+
+def train(sizes: list[int], vocab: int, steps: int, pairs: int) -> None:
+    for size in sizes:
+        runs: dict[str, list[dict]] = {law: [] for law in LAWS}
+        for _ in range(pairs):
+            for law in LAWS:
+                command = [sys.executable, __file__, "train", "--law", law, "--sizes", str(size), "--steps", str(steps),
+                           "--vocab", str(vocab)]  # fmt: skip
+                runs[law].append(json.loads(subprocess.run(command, check=True, capture_output=True).stdout))
+        ratio = [a["tokens_per_s"] / b["tokens_per_s"] for a, b in zip(*runs.values(), strict=True)]
+        speed = {f"tokens_per_s_{law}": round(statistics.median(run["tokens_per_s"] for run in found))
+                 for law, found in runs.items()}  # fmt: skip
+        print(json.dumps({
+            "benchmark": "block_train_step", "device": "cpu", "threads": torch.get_num_threads(), "pairs": pairs,
+            "block_size": size, "length": LENGTH, "vocab": vocab, **speed,
+            "speedup": [min(ratio), statistics.median(ratio), max(ratio)],
+            "memory_ratio": runs["ours"][0]["peak_mib"] / runs["plain"][0]["peak_mib"],
+            "first_loss": [runs[law][0]["loss"] for law in LAWS],
+        }))  # fmt: skip
+
+
+@torch.no_grad()
+def sample(sizes: list[int], length: int, batch: int) -> None:
+    torch.manual_seed(0)
+    net = DiT(VOCAB, **SIZE, dropout=0.0).eval()
+    nn.init.normal_(net.head.weight, std=0.02)
+    for size in sizes:
+        model = Model(BlockDiffusion(VOCAB - 1, partial(Subs, LogLinear()), size, False), net)
+        x_BL, seconds, equal = torch.randint(VOCAB - 1, (batch, length)), {True: [], False: []}, True
+        places = [round(i * (length - size) / 4) // size * size for i in range(5)]
+        for start in places:
+            drawn = {}
+            for cached in (True, False):
+                earlier = x_BL[:, :start]
+                if cached:
+                    earlier = model.new_block_cache(batch, length)
+                    model.remember(x_BL[:, :start], earlier)  # done bit by bit while the text grew: not timed
+                begin = time.perf_counter()
+                blank = torch.full((batch, size), VOCAB - 1)
+                noise = KeyedNoise(0, torch.arange(batch))
+                out = first_hitting.sample(model.after(earlier), blank, noise, row=torch.arange(batch))
+                if cached and start + size < length:
+                    model.remember(out.ids_BL, earlier)
+                seconds[cached].append(time.perf_counter() - begin)
+                drawn[cached] = out.ids_BL
+            equal &= torch.equal(drawn[True], drawn[False])
+        whole = {cached: sum((a + b) / 2 for a, b in zip(found, found[1:], strict=False)) / 4 * length / size
+                 for cached, found in seconds.items()}  # fmt: skip
+        print(json.dumps({
+            "benchmark": "block_sampling", "device": "cpu", "threads": torch.get_num_threads(), "block_size": size,
+            "length": length, "batch": batch, "seconds_cached": whole[True], "seconds_uncached": whole[False],
+            "speedup": whole[False] / whole[True], "equal_tokens": equal, "extrapolated_from_blocks": len(places),
+        }))  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("train", "sample"))
+    parser.add_argument("--sizes", type=int, nargs="+", default=[4, 16])
+    parser.add_argument("--law", choices=LAWS)
+    parser.add_argument("--vocab", type=int, default=VOCAB)
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--pairs", type=int, default=2)
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--batch", type=int, default=4)
+    args = parser.parse_args()
+    if args.what == "sample":
+        sample(args.sizes, args.length, args.batch)
+    elif args.law:
+        print(json.dumps(measure(args.law, args.sizes[0], args.vocab, args.steps)))
+    else:
+        train(args.sizes, args.vocab, args.steps, args.pairs)
+
+
+if __name__ == "__main__":
+    main()

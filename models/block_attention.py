@@ -1,0 +1,215 @@
+"""Attention of block diffusion (BD3-LM, Arriola et al., arXiv 2503.09573, section 3.3), without the work that its mask
+throws away.
+
+Two streams of one text: noised queries see their own noised block and the clean blocks before it; clean queries see the
+clean blocks up to their own. As one matrix over both streams three quarters of that are never seen.
+Shape suffixes: B batch, L length, Q queries, K keys, H heads, D head width.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.attention import attend
+
+# Queries that share one call of a kernel: few enough that little of their diagonal is wasted, enough to fill it.
+_CHUNK = 128
+_FLASH_BLOCKS = 32
+_FORBIDDEN = -(2.0**14)  # added to a score by flash-attn's extra dimensions; finite in every precision
+
+
+@dataclass(frozen=True)
+class QKV:
+    """Queries, keys (both rotated) and values of one stream, (B, L, H, D); q None where nobody asks."""
+
+    q: Tensor | None
+    k: Tensor
+    v: Tensor
+
+
+def visible(query_block: Tensor, key_block: Tensor, query_noised: Tensor, key_noised: Tensor) -> Tensor:
+    """The mask, as a predicate on block numbers and streams: may the query see the key?"""
+    own = query_noised & key_noised & (query_block == key_block)
+    before = query_noised & ~key_noised & (key_block < query_block)
+    clean = ~query_noised & ~key_noised & (key_block <= query_block)
+    return own | before | clean
+
+
+def attend_blocks(
+    noised: QKV, clean: QKV, size: int, key_mask_BL: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor | None]:
+    """What the noised queries and, if they are asked, the clean ones attend to: each (B, its length, H, D).
+
+    The clean stream need not have the last block, which nobody looks at. `key_mask_BL` is False on padding.
+    """
+    if backend == "flex" and clean.k.shape[1]:
+        return _flex(noised, clean, size, key_mask_BL)
+    attended = torch.cat([_noised_chunk(noised, clean, size, key_mask_BL, backend, rows)
+                          for rows in _chunks(noised.q.shape[1], size, backend)], dim=1)  # fmt: skip
+    if clean.q is None or not clean.k.shape[1]:
+        return attended, clean.q
+    return attended, attend_up_to(clean.q, clean.k, clean.v, size, _cut(key_mask_BL, 0, clean.k.shape[1]), backend)
+
+
+def attend_up_to(
+    q_BQHD: Tensor, k_BKHD: Tensor, v_BKHD: Tensor, size: int, key_mask_BK: Tensor | None, backend: str,
+    window: int | None = None,
+) -> Tensor:  # fmt: skip
+    """Clean attention: each query sees the keys of all blocks up to its own, (B, Q, H, D). The queries are the last of
+    the positions of the keys. With `window` it sees only its own and the `window` - 1 blocks before."""
+    start = k_BKHD.shape[1] - q_BQHD.shape[1]
+    if size == 1 and start == 0 and window is None and key_mask_BK is None:
+        return attend(q_BQHD, k_BKHD, v_BKHD, None, backend, causal=True)
+    parts = []
+    for rows in _chunks(q_BQHD.shape[1], size, backend):
+        low = 0 if window is None else max(0, (start + rows.start) // size - window + 1) * size
+        high = min(start + rows.stop, k_BKHD.shape[1])
+        mask_QK = _clean_mask(start + rows.start, high, low, size, window, q_BQHD.device)
+        parts.append(
+            _one(
+                q_BQHD[:, rows], k_BKHD[:, low:high], v_BKHD[:, low:high], mask_QK,
+                _cut(key_mask_BK, low, high), backend,
+            )
+        )  # fmt: skip
+    return torch.cat(parts, dim=1)
+
+
+def _noised_chunk(noised: QKV, clean: QKV, size: int, key_mask_BL: Tensor | None, backend: str, rows: slice) -> Tensor:
+    """Some blocks of noised queries: their own noised keys, and the clean ones before the last of them."""
+    earlier = (rows.stop - 1) // size * size
+    k, v = noised.k[:, rows], noised.v[:, rows]
+    if earlier:
+        k, v = torch.cat([clean.k[:, :earlier], k], dim=1), torch.cat([clean.v[:, :earlier], v], dim=1)
+    mask_QK = _noised_mask(rows.start, rows.stop, earlier, size, k.device)
+    key_mask = _cut(key_mask_BL, rows.start, rows.stop)
+    if key_mask is not None and earlier:
+        key_mask = torch.cat([key_mask_BL[:, :earlier], key_mask], dim=1)
+    return _one(noised.q[:, rows], k, v, mask_QK, key_mask, backend)
+
+
+def _one(
+    q_BQHD: Tensor, k_BKHD: Tensor, v_BKHD: Tensor, mask_QK: Tensor | None, key_mask_BK: Tensor | None, backend: str
+) -> Tensor:
+    if mask_QK is None:
+        return attend(q_BQHD, k_BKHD, v_BKHD, key_mask_BK, backend)
+    if backend == "flash_attn":
+        return _flash(q_BQHD, k_BKHD, v_BKHD, mask_QK, key_mask_BK)
+    mask = mask_QK if key_mask_BK is None else mask_QK & key_mask_BK[:, None, None]
+    out_BHQD = F.scaled_dot_product_attention(
+        q_BQHD.transpose(1, 2), k_BKHD.transpose(1, 2), v_BKHD.transpose(1, 2), attn_mask=mask
+    )
+    return out_BHQD.transpose(1, 2)
+
+
+def _chunks(length: int, size: int, backend: str) -> Iterator[slice]:
+    """Runs of whole blocks."""
+    blocks = max(1, min(_CHUNK // size, _FLASH_BLOCKS if backend == "flash_attn" else _CHUNK))
+    return (slice(start, min(start + blocks * size, length)) for start in range(0, length, blocks * size))
+
+
+def _cut(mask_BL: Tensor | None, start: int, stop: int) -> Tensor | None:
+    return None if mask_BL is None else mask_BL[:, start:stop].bool()
+
+
+@lru_cache(maxsize=512)
+def _noised_mask(start: int, stop: int, earlier: int, size: int, device: torch.device) -> Tensor | None:
+    """`visible` for the noised queries start..stop, over the clean keys ..earlier and the noised keys start..stop;
+    None where all is seen."""
+    query, key = torch.arange(start, stop, device=device), torch.arange(earlier, device=device)
+    key_block, noised = torch.cat([key, query]) // size, torch.arange(earlier + len(query), device=device) >= earlier
+    mask_QK = visible(query[:, None] // size, key_block, torch.ones_like(query, dtype=torch.bool)[:, None], noised)
+    return None if (stop - 1) // size == start // size else mask_QK
+
+
+@lru_cache(maxsize=512)
+def _clean_mask(start: int, stop: int, low: int, size: int, window: int | None, device: torch.device) -> Tensor | None:
+    """`visible` for the clean queries start..stop over the clean keys low..stop; None where all is seen."""
+    query, key = (
+        torch.arange(start, stop, device=device)[:, None] // size,
+        torch.arange(low, stop, device=device) // size,
+    )
+    no = torch.zeros((), dtype=torch.bool, device=device)
+    mask_QK = visible(query, key, no, no)
+    mask_QK = mask_QK if window is None else mask_QK & (key > query - window)
+    return None if (stop - 1) // size == start // size else mask_QK
+
+
+def _flash(q_BQHD: Tensor, k_BKHD: Tensor, v_BKHD: Tensor, mask_QK: Tensor, key_mask_BK: Tensor | None) -> Tensor:
+    """The mask as dimensions of the heads, since flash-attn takes none: keys that no query differs on need nothing;
+    every other kind of key (a column of the mask) gets a dimension, 1 in its keys and `_FORBIDDEN` in the queries that
+    may not see it. Their inner product adds exactly 0 or what no probability survives."""
+    kinds_NQ, kind_K = _kinds(mask_QK)
+    if key_mask_BK is not None:
+        kinds_NQ = torch.cat([kinds_NQ, torch.zeros_like(kinds_NQ[:1])])  # hidden from all
+    extra = -(-len(kinds_NQ) // 8) * 8
+    ban_QN = F.pad((~kinds_NQ.T).to(q_BQHD.dtype) * _FORBIDDEN, (0, extra - len(kinds_NQ)))
+    is_KN = F.one_hot(kind_K, extra).to(k_BKHD.dtype)
+    is_BKN = is_KN.expand(len(k_BKHD), -1, -1)
+    if key_mask_BK is not None:
+        hidden_N = F.one_hot(torch.tensor(len(kinds_NQ) - 1, device=k_BKHD.device), extra).to(k_BKHD.dtype)
+        is_BKN = torch.where(key_mask_BK[..., None], is_BKN, hidden_N)
+    heads, width = q_BQHD.shape[2:]
+    q = torch.cat([q_BQHD, ban_QN[None, :, None].expand(len(q_BQHD), -1, heads, -1)], dim=-1)
+    k = torch.cat([k_BKHD, is_BKN[:, :, None].expand(-1, -1, heads, -1)], dim=-1)
+    # The inner product of the new dimensions is scaled with the rest; 2^14 is far more than needed.
+    return _flash_kernel(q, k, F.pad(v_BKHD, (0, extra)), width**-0.5)[..., :width]
+
+
+@lru_cache(maxsize=512)
+def _kinds(mask_QK: Tensor) -> tuple[Tensor, Tensor]:
+    """The different columns of a (cached) mask, and which each key has."""
+    return mask_QK.T.unique(dim=0, return_inverse=True)
+
+
+def _flash_kernel(q_BQHD: Tensor, k_BKHD: Tensor, v_BKHD: Tensor, scale: float) -> Tensor:
+    return importlib.import_module("flash_attn").flash_attn_func(q_BQHD, k_BKHD, v_BKHD, softmax_scale=scale)
+
+
+def _flex(noised: QKV, clean: QKV, size: int, key_mask_BL: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Both streams in one call of a kernel compiled for the predicate; tiles in which nothing is seen are skipped."""
+    length, earlier = noised.k.shape[1], clean.k.shape[1]
+    queries = noised.q if clean.q is None else torch.cat([noised.q, clean.q], dim=1)
+    if queries.requires_grad and queries.device.type == "cpu":
+        raise ValueError(
+            "model.attn_backend=flex can measure and sample on a CPU but not train there (torch has no backward pass "
+            "of it for CPUs); use model.attn_backend=sdpa"
+        )
+    q, k, v = (
+        x.transpose(1, 2)
+        for x in (queries, torch.cat([noised.k, clean.k], dim=1), torch.cat([noised.v, clean.v], dim=1))
+    )
+    score_mod = None
+    if key_mask_BL is not None:
+        seen_BK = torch.cat([key_mask_BL, key_mask_BL[:, :earlier]], dim=1).bool()
+
+        def score_mod(score: Tensor, b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return torch.where(seen_BK[b, key], score, -torch.inf)
+
+    mask = _flex_mask(queries.shape[1], length, earlier, size, queries.device)
+    out_BQHD = _flex_kernel()(q, k, v, score_mod=score_mod, block_mask=mask).transpose(1, 2)
+    return out_BQHD[:, :length], None if clean.q is None else out_BQHD[:, length:]
+
+
+@lru_cache(maxsize=32)
+def _flex_mask(queries: int, length: int, earlier: int, size: int, device: torch.device) -> object:
+    """The predicate on indices into [noised ; clean], built once."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def predicate(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return visible(query % length // size, key % length // size, query < length, key < length)
+
+    return create_block_mask(predicate, None, None, queries, length + earlier, device=device)
+
+
+@lru_cache(maxsize=1)
+def _flex_kernel() -> object:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)

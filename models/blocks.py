@@ -1,0 +1,205 @@
+"""The DiT on texts in blocks (BD3-LM, Arriola et al., arXiv 2503.09573): noised blocks that see the clean ones before.
+
+The parameters are those of the DiT: any of its checkpoints is one of a block diffusion model, of whatever block size.
+Shape suffixes: B batch, L length, R rows, N selected positions, D width, C conditioning width, H heads, b blocks of a
+text, k tokens of such a block. A block of the network is called a layer here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from models.attention import apply_rotary, attend, rotary_angles
+from models.block_attention import QKV, attend_blocks, attend_up_to
+from models.class_conditioning import untold, with_class
+from models.kv_cache import MOST_AT_ONCE, BlockCache
+from models.layers import modulate, over_positions
+
+
+@dataclass(frozen=True)
+class _Modulation:
+    """What adaLN does in a layer; each (1, D) for all positions, (B, D) by row, (B, L, D) or (N, D) by position."""
+
+    shift_att: Tensor
+    scale_att: Tensor
+    gate_att: Tensor
+    shift_mlp: Tensor
+    scale_mlp: Tensor
+    gate_mlp: Tensor
+
+
+class TwoStreams:
+    """What a layer of the DiT does to texts in blocks; it has the layer's own weights."""
+
+    entrances = ("two_streams",)  # beside `forward`: see models/sharding.py
+
+    def two_streams(
+        self,
+        x_BLD: Tensor,
+        z_BLD: Tensor,
+        c_noised: Tensor,
+        c_clean: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        block_size: int,
+        key_mask_BL: Tensor | None,
+        last: bool = False,
+        at_BL: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The noised stream `x_BLD` and the clean one `z_BLD`, which may lack the last block, one layer on. The last
+        layer has nobody who asks for the clean stream, None, and gives the noised one at `at_BL` only, (N, D)."""
+        rotary_clean = tuple(table[: z_BLD.shape[1]] for table in rotary)
+        by, by_clean = _modulation(self, c_noised), _modulation(self, c_clean)
+        noised, clean = _qkv(self, x_BLD, by, rotary), _qkv(self, z_BLD, by_clean, rotary_clean, asks=not last)
+        attended, attended_clean = attend_blocks(noised, clean, block_size, key_mask_BL, self.attn_backend)
+        if at_BL is not None:
+            attended, x_BLD, by = attended[at_BL], x_BLD[at_BL], _modulation(self, _at(c_noised, at_BL))
+        x = _after_attention(self, x_BLD, attended, by)
+        return x, None if last else _after_attention(self, z_BLD, attended_clean, by_clean)
+
+
+class BlockStreams:
+    """What a DiT offers to block diffusion. Of the conditioning the clean stream sees noise level 0 and the noised one
+    that of each block, so that clean tokens are read the same whatever is being written behind them."""
+
+    def encode_blocks(
+        self,
+        noised_BL: Tensor,
+        clean_BL: Tensor,
+        block_size: int,
+        sigma_Bb: Tensor,
+        at_BL: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        class_id: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states of the noised tokens, each block given the clean tokens before it, in one pass: (B, L, D), or
+        only those of the N positions of `at_BL`, (N, D), ready for `head`.
+
+        Work that nobody looks at is left out: the clean stream's last block, its last layer but keys and values, and
+        what the last layer does to noised positions that are not asked for.
+        """
+        length = noised_BL.shape[1]
+        class_id = untold(noised_BL) if class_id is None and self.num_classes else class_id
+        earlier = (length - 1) // block_size * block_size
+        c_noised, c_clean = self._conditioned(sigma_Bb, block_size, length, class_id), self._clean(noised_BL, class_id)
+        rotary = rotary_angles(self.rotary_emb.inv_freq, length)
+        key_mask_BL = attention_mask if self.mask_padding else None
+        streams = self.vocab_embed(noised_BL), self.vocab_embed(clean_BL[:, :earlier])
+        for layer in self.blocks[:-1]:
+            streams = self.through(layer.two_streams, *streams, c_noised, c_clean, rotary, block_size, key_mask_BL)
+        x, _ = self.through(
+            self.blocks[-1].two_streams, *streams, c_noised, c_clean, rotary, block_size, key_mask_BL, True, at_BL
+        )
+        return self._last_hidden(x, c_noised, class_id, at_BL)
+
+    def new_block_cache(self, batch_size: int, length: int, window: int | None = None) -> BlockCache:
+        """An empty cache for texts of `length` tokens, in the precision in which attention will run; `window`: how many
+        clean tokens are seen at most."""
+        embedding, device = self.vocab_embed.embedding, self.vocab_embed.embedding.device
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else embedding.dtype
+        head_dim = embedding.shape[1] // self.n_heads
+        return BlockCache(len(self.blocks), batch_size, length, window, self.n_heads, head_dim, device, dtype)
+
+    def remember(self, clean_BL: Tensor, block_size: int, cache: BlockCache, class_id: Tensor | None = None) -> None:
+        """Read whole clean blocks that follow what `cache` holds, into it."""
+        most = max(1, MOST_AT_ONCE // block_size) * block_size
+        for start in range(0, clean_BL.shape[1], most):
+            self._remember(clean_BL[:, start : start + most], block_size, cache, class_id)
+
+    def _remember(self, clean_BL: Tensor, block_size: int, cache: BlockCache, class_id: Tensor | None) -> None:
+        new = clean_BL.shape[1]
+        class_id = untold(clean_BL) if class_id is None and self.num_classes else class_id
+        cache.make_room(new)
+        angles = rotary_angles(self.rotary_emb.inv_freq, new, cache.position)
+        window = None if cache.window is None else cache.window // block_size + 1
+        c, z_BLD = self._clean(clean_BL, class_id), self.vocab_embed(clean_BL)
+        for number, layer in enumerate(self.blocks):
+            last, by = layer is self.blocks[-1], _modulation(layer, c)
+            own = _qkv(layer, z_BLD, by, angles, asks=not last)
+            k, v = cache.seen(number)
+            cache.store(number, own.k, own.v)
+            if not last:
+                k, v = torch.cat([k.to(own.k.dtype), own.k], dim=1), torch.cat([v.to(own.v.dtype), own.v], dim=1)
+                attended = attend_up_to(own.q, k, v, block_size, None, layer.attn_backend, window)
+                z_BLD = _after_attention(layer, z_BLD, attended, by)
+        cache.advance(new)
+
+    def encode_after(
+        self,
+        noised_Rk: Tensor,
+        sigma_R: Tensor,
+        cache: BlockCache,
+        rows: Tensor | None = None,
+        at_BL: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        class_id: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states of one noised block behind the clean ones of `cache`, of which `rows` (None: all) are meant:
+        what `encode_blocks` gives there, (R, k, D) or (N, D)."""
+        length = noised_Rk.shape[1]
+        class_id = untold(noised_Rk) if class_id is None and self.num_classes else class_id
+        c = self._conditioned(sigma_R[:, None], length, length, class_id)
+        angles = rotary_angles(self.rotary_emb.inv_freq, length, cache.position)
+        padded = attention_mask is not None and self.mask_padding and not bool(attention_mask.all())
+        x_RkD = self.vocab_embed(noised_Rk)
+        for number, layer in enumerate(self.blocks):
+            by = _modulation(layer, c)
+            own, (k, v) = _qkv(layer, x_RkD, by, angles), cache.seen(number, rows)
+            key_mask = torch.cat([attention_mask.new_ones(k.shape[:2]), attention_mask], dim=1) if padded else None
+            k, v = torch.cat([k.to(own.k.dtype), own.k], dim=1), torch.cat([v.to(own.v.dtype), own.v], dim=1)
+            attended = attend(own.q, k, v, key_mask, layer.attn_backend)
+            if at_BL is not None and layer is self.blocks[-1]:
+                attended, x_RkD, by = attended[at_BL], x_RkD[at_BL], _modulation(layer, _at(c, at_BL))
+            x_RkD = _after_attention(layer, x_RkD, attended, by)
+        return self._last_hidden(x_RkD, c, class_id, at_BL)
+
+    def _clean(self, tokens_BL: Tensor, class_id: Tensor | None) -> Tensor:
+        """The conditioning of clean tokens, (1, C), or (B, C) with classes."""
+        rows = 1 if class_id is None else len(tokens_BL)
+        return self.conditioning(torch.zeros(rows, device=tokens_BL.device), class_id)
+
+    def _conditioned(self, sigma_Bb: Tensor, block_size: int, length: int, class_id: Tensor | None) -> Tensor:
+        """The conditioning of noised tokens: (B, L, C), or as `_clean` if the network sees no noise level."""
+        if not self.time_conditioning:
+            return self._clean(sigma_Bb, class_id)
+        blocks = sigma_Bb.shape[1]
+        of_block = None if class_id is None else class_id.repeat_interleave(blocks)
+        c_BbC = self.conditioning(sigma_Bb.flatten(), of_block).unflatten(0, sigma_Bb.shape)
+        return c_BbC.repeat_interleave(block_size, dim=1)[:, :length]
+
+    def _last_hidden(self, x: Tensor, c: Tensor, class_id: Tensor | None, at_BL: Tensor | None) -> Tensor:
+        hidden = self.output_layer.normed(x, c if at_BL is None else _at(c, at_BL))
+        if not self.num_classes:
+            return hidden
+        if at_BL is None:
+            return with_class(hidden, class_id, self.num_classes)
+        return with_class(hidden[:, None], class_id[at_BL.nonzero()[:, 0]], self.num_classes)[:, 0]
+
+
+def _modulation(layer: nn.Module, c: Tensor) -> _Modulation:
+    return _Modulation(*layer.adaLN_modulation(c).chunk(6, dim=-1))
+
+
+def _at(c: Tensor, at_BL: Tensor) -> Tensor:
+    """The conditioning of the N positions of `at_BL`, (N, C); (1, C) if it is the same everywhere."""
+    if c.ndim == 3:
+        return c[at_BL]
+    return c if len(c) == 1 else c[at_BL.nonzero()[:, 0]]
+
+
+def _qkv(layer: nn.Module, x_BLD: Tensor, by: _Modulation, angles: tuple[Tensor, Tensor], asks: bool = True) -> QKV:
+    normed_BLD = modulate(layer.norm1(x_BLD), by.shift_att, by.scale_att)
+    if not asks:
+        k, v = layer.keys_and_values(normed_BLD)
+        return QKV(None, apply_rotary(k, *angles), v)
+    q, k, v = layer.attn_qkv(normed_BLD).unflatten(-1, (3, layer.n_heads, -1)).unbind(dim=2)
+    return QKV(apply_rotary(q, *angles), apply_rotary(k, *angles), v)
+
+
+def _after_attention(layer: nn.Module, x: Tensor, attended: Tensor, by: _Modulation) -> Tensor:
+    """The layer's two residual steps, for whole rows (B, L, D) or selected positions (N, D)."""
+    x = x + over_positions(by.gate_att, x) * layer.project(attended)
+    return x + over_positions(by.gate_mlp, x) * layer.transform(modulate(layer.norm2(x), by.shift_mlp, by.scale_mlp))

@@ -1,0 +1,272 @@
+"""Block diffusion: BD3-LM (Arriola et al., arXiv 2503.09573).
+
+Shape suffixes: B batch, L length, R rows, N selected positions, b blocks of a text, k tokens of a block, V vocabulary,
+D width.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from noise_schedule import Clipped, NoiseSchedule
+from objectives.base import (
+    Backbone,
+    Batch,
+    MaskedDiffusion,
+    Model,
+    TokenLoss,
+    context,
+    fresh_noise,
+    scored_mask,
+)
+from objectives.clipping import WHOLE, ClipSearch
+from objectives.noising import Bernoulli, ExactCount, Noising
+from randomness import KeyedNoise
+
+
+class BlockDiffusion:
+    """-log p(x) = sum over blocks b of -log p(x^b | x^<b), each bounded by the loss of masked diffusion within the
+    block (eq. 3 and 7). With one block that is masked diffusion; with blocks of one token there is nothing left to
+    draw: the block is masked, and the loss is -log p(x_i | x_<i) itself.
+
+    Args:
+        within: mask_id -> the objective of a block, which is one row to it.
+        block_size: tokens of a block; the last one of a text may be shorter.
+        ignore_bos: the first token of a text is given, as context.
+        sampling_eps_min, sampling_eps_max: mask rates that training draws from (section 5). See `clip`.
+        search: how these are chosen again at every validation; None: they are not.
+    """
+
+    causal, any_order = False, False
+
+    def __init__(
+        self,
+        mask_id: int,
+        within: Callable[..., MaskedDiffusion],
+        block_size: int,
+        ignore_bos: bool = True,
+        sampling_eps_min: float = WHOLE[0],
+        sampling_eps_max: float = WHOLE[1],
+        search: ClipSearch | None = None,
+    ) -> None:
+        if block_size < 1:
+            raise ValueError(f"block_size={block_size} must be at least 1")
+        self.mask_id, self.block_size, self.first_given = mask_id, block_size, ignore_bos
+        self.within = within(mask_id=mask_id)
+        self._schedule = self.within.schedule
+        self.sampling_eps = WHOLE
+        if self.exact:
+            self.within.noising = ExactCount()  # one token of one
+        self.clip(sampling_eps_min, sampling_eps_max)
+        self.search = search
+
+    @property
+    def exact(self) -> bool:
+        return self.block_size == 1
+
+    @property
+    def encodes(self) -> int:
+        return self.within.encodes
+
+    @property
+    def loss_name(self) -> str:
+        return self.within.loss_name
+
+    @property
+    def T(self) -> int:  # noqa: N802
+        return self.within.T
+
+    @property
+    def noising(self) -> Noising:
+        return self.within.noising
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        return self.within.schedule
+
+    @property
+    def independent_unmasking(self) -> bool:
+        return self.within.independent_unmasking
+
+    def clip(self, low: float, high: float) -> None:
+        """Train on mask rates from `low` to `high` only, from now on; measuring always uses all of them.
+
+        Raises:
+            ValueError: they do not satisfy 0 <= low < high <= 1, or blocks have one token, which has one mask rate.
+        """
+        if (low, high) != WHOLE and self.exact:
+            raise ValueError(
+                f"training.sampling_eps_min={low} training.sampling_eps_max={high} with block_size=1: the only token "
+                "of a block is always masked; leave them out"
+            )
+        self.sampling_eps = (low, high)
+        self.within.schedule = self._schedule if (low, high) == WHOLE else Clipped(self._schedule.whole, low, high)
+
+    def bound(self, noising: Noising | None) -> BlockDiffusion:
+        """As of `MaskedDiffusion`; blocks of one token are exact, so nothing may be chosen.
+
+        Raises:
+            ValueError: a noising is asked for all the same.
+        """
+        if self.exact and noising is not None:
+            raise ValueError(
+                f"eval.estimator with masks by {noising.label} and block_size=1 contradict each other: its likelihood "
+                "is exact; use eval.estimator=auto"
+            )
+        other = copy.copy(self)
+        other.within = self.within.bound(noising)
+        return other
+
+    def loss(self, backbone: Backbone, batch: Batch, generator: KeyedNoise | None = None) -> TokenLoss:
+        """The sum over blocks: every block is a row of its own, with noise of its own, behind its clean past."""
+        cut, blocks = self._blocks(batch)
+        noise = (generator or fresh_noise(batch["input_ids"])).parts(cut.number)
+        loss = self.within.loss(_BehindClean(backbone, batch["input_ids"], cut, context(batch)), blocks, noise)
+        logs = {name: value.unflatten(0, (-1, cut.number)).sum(1) for name, value in loss.logs.items()}
+        return TokenLoss(cut.together(loss.nll_BL), cut.together(loss.mask_BL), logs)
+
+    def _blocks(self, batch: Batch) -> tuple[_Cut, Batch]:
+        """The blocks of a batch of texts as a batch of their own."""
+        x0_BL, scored_BL = batch["input_ids"], scored_mask(batch)
+        if self.first_given:
+            scored_BL = scored_BL & (torch.arange(x0_BL.shape[1], device=x0_BL.device) > 0)
+        cut = _Cut(*x0_BL.shape, self.block_size)
+        return cut, {"input_ids": cut.apart(x0_BL), "given": ~cut.apart(scored_BL)}
+
+    def block_losses(self, backbone: Backbone, batch: Batch, generator: KeyedNoise) -> tuple[Tensor, Tensor]:
+        """One draw of t in (0, 1) for every block that has scored tokens: (mask rate, nats per scored token), (R,)."""
+        cut, blocks = self._blocks(batch)
+        plain, scored_Rk = self.bound(Bernoulli()).within, ~blocks["given"]
+        noise = generator.parts(cut.number)
+        (look,) = plain.noising(plain.schedule, blocks["input_ids"], scored_Rk, self.mask_id, noise)
+        behind = _BehindClean(backbone, batch["input_ids"], cut, context(batch))
+        nats_R = plain.loss_at(behind, blocks, look.xt_BL, look.t_B).nll_BL.double().sum(-1)
+        rate_R, count_R = plain.schedule(look.t_B).move_chance, scored_Rk.sum(-1)
+        real_R = count_R > 0
+        return rate_R[real_R], nats_R[real_R] / count_R[real_R]
+
+    def denoise(
+        self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, at_BL: Tensor | None = None, **cond: Tensor
+    ) -> Tensor:
+        """log p(x_0^b | x_t^b, x^<b): (B, L, V), or (N, V) at the positions of `at_BL`. Each text is clean up to some
+        block, of which the answers are; behind it there are none.
+
+        Raises:
+            ValueError: an answer is asked for behind a block with masks.
+        """
+        ask = partial(self.within.denoise, self._behind_itself(backbone, x_BL, at_BL, cond))
+        cut = _Cut(*x_BL.shape, self.block_size)
+        if at_BL is not None:
+            return ask(cut.apart(x_BL), cut.of_blocks(t_B), cut.apart(at_BL))
+        return ask(cut.apart(x_BL), cut.of_blocks(t_B)).unflatten(0, (len(x_BL), -1)).flatten(1, 2)[:, : cut.length]
+
+    def reverse(
+        self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, s_B: Tensor, at_BL: Tensor, **cond: Tensor
+    ) -> Tensor:
+        """log p(x_s^b | x_t^b, x^<b), (N, V); as `denoise`."""
+        cut, behind = _Cut(*x_BL.shape, self.block_size), self._behind_itself(backbone, x_BL, at_BL, cond)
+        t_R, s_R = cut.of_blocks(t_B), cut.of_blocks(s_B)
+        return self.within.reverse(behind, cut.apart(x_BL), t_R, s_R, cut.apart(at_BL))
+
+    def after(self, backbone: Backbone, earlier: object, window: int | None = None, **told: Tensor) -> Model:
+        """The law of one block behind `earlier`: clean tokens (B, S), read anew for every answer, or a cache of them.
+        Its answers are asked with `row` (R,), the rows behind which they stand."""
+        return Model(self.within, _BehindEarlier(backbone, earlier, self.block_size, window, told))
+
+    def _behind_itself(self, backbone: Backbone, x_BL: Tensor, at_BL: Tensor | None, cond: dict) -> _BehindClean:
+        cut, masked_BL = _Cut(*x_BL.shape, self.block_size), x_BL == self.mask_id
+        if at_BL is not None:
+            before_Bb = cut.apart(masked_BL).any(-1).unflatten(0, (-1, cut.number)).cumsum(-1).roll(1, dims=1)
+            before_Bb[:, 0] = 0
+            if bool((cut.apart(at_BL).any(-1).unflatten(0, (-1, cut.number)) & (before_Bb > 0)).any()):
+                raise ValueError(
+                    f"parameterization=bd3lm with block_size={self.block_size} answers block after block, and was "
+                    "asked behind a block with masks; use sampling.predictor=block, or block_size=model.length"
+                )
+        return _BehindClean(backbone, x_BL, cut, cond)
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """(B, L) <-> (B * b, k): texts, and their blocks as rows of their own, the last one filled up with zeros."""
+
+    batch: int
+    length: int
+    size: int
+
+    @property
+    def number(self) -> int:
+        """Blocks of a text."""
+        return -(-self.length // self.size)
+
+    def apart(self, x_BL: Tensor) -> Tensor:
+        size = min(self.size, self.length)
+        return F.pad(x_BL, (0, self.number * size - self.length)).reshape(-1, size)
+
+    def together(self, x_Rk: Tensor) -> Tensor:
+        return x_Rk.reshape(self.batch, -1)[:, : self.length]
+
+    def of_blocks(self, t_B: Tensor) -> Tensor:
+        return t_B.repeat_interleave(self.number)
+
+
+@dataclass(frozen=True)
+class _BehindClean:
+    """A backbone of blocks, each behind the clean blocks before it: all in one pass over their texts."""
+
+    backbone: Backbone
+    clean_BL: Tensor
+    cut: _Cut
+    told: dict[str, Tensor]
+    encodes_positions: bool = field(default=True, init=False)
+
+    @property
+    def head(self) -> torch.nn.Linear:
+        return self.backbone.head
+
+    def encode(self, tokens_Rk: Tensor, sigma_R: Tensor, at_BL: Tensor | None = None) -> Tensor:
+        """(R, k, D), or (N, D) at the positions of `at_BL` (R, k)."""
+        sigma_Bb = sigma_R.unflatten(0, (-1, self.cut.number))
+        at_BL = None if at_BL is None else self.cut.together(at_BL)
+        hidden = self.backbone.encode_blocks(
+            self.cut.together(tokens_Rk), self.clean_BL, self.cut.size, sigma_Bb, at_BL, **self.told
+        )
+        if at_BL is not None:
+            return hidden
+        missing = self.cut.number * tokens_Rk.shape[1] - self.cut.length
+        return F.pad(hidden, (0, 0, 0, missing)).reshape(*tokens_Rk.shape, -1)
+
+
+@dataclass(frozen=True)
+class _BehindEarlier:
+    """A backbone of one block behind clean tokens: those a cache has read, or those given, (B, S), read every time."""
+
+    backbone: Backbone
+    earlier: object
+    block_size: int
+    window: int | None
+    told: dict[str, Tensor]
+    encodes_positions: bool = field(default=True, init=False)
+
+    @property
+    def head(self) -> torch.nn.Linear:
+        return self.backbone.head
+
+    def encode(
+        self, tokens_Rk: Tensor, sigma_R: Tensor, row: Tensor, at_BL: Tensor | None = None, **cond: Tensor
+    ) -> Tensor:
+        """`row`: which of the rows behind `earlier` these are."""
+        cache, rows = self.earlier, row
+        told = {name: value[row] for name, value in self.told.items()}
+        if isinstance(self.earlier, Tensor):
+            cache = self.backbone.new_block_cache(len(row), self.earlier.shape[1], self.window)
+            self.backbone.remember(self.earlier[row], self.block_size, cache, **told)
+            rows = None
+        return self.backbone.encode_after(tokens_Rk, sigma_R, cache, rows, at_BL, **told, **cond)

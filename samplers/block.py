@@ -1,0 +1,158 @@
+"""Block after block (BD3-LM, Arriola et al., arXiv 2503.09573, algorithm 2): each is sampled by masked diffusion behind
+the clean blocks before it, whose keys and values are computed once. Draws the model's law, with or without the cache.
+
+Shape suffixes: B batch, L length, R rows still being written, k tokens of a block, S tokens so far.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from randomness import KeyedNoise
+from samplers import ancestral
+from samplers.base import Generation, Model, TokenChoice
+from samplers.first_hitting import sample as first_hitting_sample
+
+
+@dataclass(frozen=True)
+class Ending:
+    """Where a text of variable length ends: behind its first end token that was written, or, as soon as it is longer
+    than `last` tokens, where the entropy of its last `last` tokens falls below `min_entropy` nats (None: never); those
+    are cut off then, since a text that repeats itself has ended before.
+
+    The rules of the reference, row by row.
+    """
+
+    min_entropy: float | None = 4.0
+    last: int = 256
+
+    def __post_init__(self) -> None:
+        if self.min_entropy is not None and self.min_entropy < 0:
+            raise ValueError(f"sampling.min_entropy={self.min_entropy} must be 0 or more, or null for no limit")
+
+    def length(self, ids_S: Tensor, written_S: Tensor, stop_id: int | None) -> int | None:
+        """Tokens of a text that ends with what is there, None for one that goes on. `written_S`: not given."""
+        ended = ((ids_S == stop_id) & written_S).nonzero() if stop_id is not None else ids_S[:0]
+        if len(ended):
+            return int(ended[0]) + 1
+        if self.min_entropy is None or len(ids_S) <= self.last:
+            return None
+        return len(ids_S) - self.last if unigram_entropy(ids_S[-self.last :]) < self.min_entropy else None
+
+
+def ending(var_length: bool, min_entropy: float | None) -> Ending | None:
+    """The configuration's way to say it: None unless texts are of variable length."""
+    return Ending(min_entropy) if var_length else None
+
+
+def within(first_hitting: bool, steps: int, choice: TokenChoice) -> Callable[..., Generation]:
+    """How a block is filled: mask by mask without a grid of times, or on one of `steps` times in each block."""
+    if first_hitting:
+        return partial(first_hitting_sample, choice=choice)
+    return partial(ancestral.sample, steps=steps, skip_idle=True, choice=choice)
+
+
+def unigram_entropy(ids_S: Tensor) -> float:
+    """Entropy of the tokens' frequencies, in nats."""
+    p = ids_S.unique(return_counts=True)[1].double() / len(ids_S)
+    return float(-(p * p.log()).sum())
+
+
+@torch.no_grad()
+def sample(
+    model: Model,
+    x_BL: Tensor,
+    generator: KeyedNoise,
+    *,
+    inner: Callable[..., Generation],
+    kv_cache: bool = True,
+    context: int | None = None,
+    ending: Ending | None = None,
+    stop_id: int | None = None,
+    **cond: Tensor,
+) -> Generation:
+    """Fill the masked positions of `x_BL`; its other tokens are given and never change.
+
+    Args:
+        inner: fills the masks of one block, in rows that are still being written.
+        kv_cache: keep keys and values of the clean blocks; else the text is read for every evaluation, to equal result.
+        context: tokens that a token sees, its block and those before; None for all. Up to so many the law is the
+            model's own, then that of the same network with attention limited to this window in every layer. Rotary
+            attention knows distances only, so none is new to a network that was trained at `context` tokens.
+        ending: of texts of variable length, which cost nothing once they have ended. None: all are full.
+        stop_id: the end token, where there is one.
+
+    Raises:
+        ValueError: the model does not write in blocks, the window is no number of whole blocks, or tokens are given
+            behind a block with masks.
+    """
+    size, length, masked_BL = _block_size(model, context), x_BL.shape[1], x_BL == model.mask_id
+    here_BL = cond.pop("attention_mask", torch.ones_like(masked_BL)).bool()
+    _refuse_gaps(masked_BL, here_BL, size)
+    x_BL, step_BL, end_B = x_BL.clone(), torch.zeros_like(x_BL), here_BL.sum(-1)
+    evaluations_B, rows_R, steps = torch.zeros_like(end_B), torch.arange(len(x_BL), device=x_BL.device), 0
+    window = None if context is None else context - size  # of clean tokens
+    cache = model.new_block_cache(len(x_BL), length, window) if kv_cache else None
+    first = int((~masked_BL.any(0)).long().cumprod(0).sum()) // size * size  # before it everything is given
+    if cache is not None and first:
+        model.remember(x_BL[:, :first], cache, **cond)
+        evaluations_B += 1
+    for start in range(first, length, size):
+        block = slice(start, min(start + size, length))
+        earlier = x_BL[rows_R, :start] if cache is None else cache
+        law = model.after(earlier, window, **{name: value[rows_R] for name, value in cond.items()})
+        noise, row = generator.part(start // size).rows(rows_R), torch.arange(len(rows_R), device=x_BL.device)
+        out = inner(law, x_BL[rows_R, block], noise, row=row, attention_mask=here_BL[rows_R, block])
+        x_BL[rows_R, block] = out.ids_BL
+        step_BL[rows_R, block] = torch.where(out.step_BL > 0, out.step_BL + steps, 0)
+        evaluations_B[rows_R] += out.evaluations_B
+        steps += out.num_steps
+        if ending is not None:
+            end_B[rows_R] = _ends(ending, x_BL[rows_R, : block.stop], masked_BL[rows_R], stop_id, end_B[rows_R])
+        going_R = end_B[rows_R] > block.stop
+        if not bool(going_R.any()):
+            break
+        rows_R = rows_R[going_R]
+        if cache is not None:
+            cache.keep(going_R)
+            model.remember(x_BL[rows_R, block], cache, **{name: value[rows_R] for name, value in cond.items()})
+            evaluations_B[rows_R] += 1
+    return Generation(x_BL, step_BL, steps, evaluations_B, None if ending is None else end_B)
+
+
+def _ends(ending: Ending, x_RS: Tensor, masked_RL: Tensor, stop_id: int | None, end_R: Tensor) -> Tensor:
+    """Where the rows end, by what is there of them; `end_R` where that says nothing."""
+    found = [
+        ending.length(ids_S, masked_L[: len(ids_S)], stop_id) for ids_S, masked_L in zip(x_RS, masked_RL, strict=True)
+    ]
+    return torch.stack([end if here is None else end.clamp(max=here) for here, end in zip(found, end_R, strict=True)])
+
+
+def _block_size(model: Model, context: int | None) -> int:
+    size = getattr(model, "block_size", None)
+    if size is None:
+        raise ValueError("sampling.predictor=block writes texts of parameterization=bd3lm; use ddpm_cache or analytic")
+    if context is not None and (context < size or context % size):
+        raise ValueError(
+            f"sampling.context={context} must be a multiple of block_size={size}: the window moves by whole blocks"
+        )
+    return size
+
+
+def _refuse_gaps(masked_BL: Tensor, here_BL: Tensor, size: int) -> None:
+    """Given tokens behind a gap are seen by their own block only. The last of a text may be given: it tells where the
+    text ends, and training gives it too."""
+    length = masked_BL.shape[1]
+    block_L = torch.arange(length, device=masked_BL.device) // size
+    first_gap_B1 = torch.where(masked_BL, block_L, length).min(-1, keepdim=True).values
+    last_BL = torch.arange(length, device=masked_BL.device) == here_BL.sum(-1, keepdim=True) - 1
+    if bool((here_BL & ~masked_BL & ~last_BL & (block_L > first_gap_B1)).any()):
+        raise ValueError(
+            f"blocks of {size} tokens are written from left to right, not knowing what is given behind them: use "
+            "sampling.prefix in place of sampling.template, or a model with block_size=model.length"
+        )
