@@ -1,13 +1,10 @@
-"""What makes two trainings the same one: the part of the configuration that determines the weights.
-
-Beside main.py and command_line.py the only reader of the configuration.
-"""
+"""What makes two trainings the same one: the part of the configuration that determines the weights."""
 
 from __future__ import annotations
 
 from omegaconf import DictConfig, OmegaConf
 
-import command_line
+from contradictions import law
 
 # Budgets, devices and bookkeeping are left out: they may change at a resume.
 IDENTITY = ("data", "model", "backbone", "parameterization", "noise", "masking", "T", "subs_masking",
@@ -48,6 +45,6 @@ def identity(cfg: DictConfig) -> dict[str, object]:
         flat |= {f"classify.{key}": cfg.classify[key] for key in ("sharing", "label_dropout")}
     if cfg.classify.pretrain:
         flat |= {f"classify.{key}": cfg.classify[key] for key in ("pretrain", "pretrain_steps")}
-    law = command_line.law(cfg)
-    flat |= {"block_size": cfg.block_size} if law == "bd3lm" else {}
-    return {**flat, "parameterization": law}
+    objective = law(cfg)
+    flat |= {"block_size": cfg.block_size} if objective == "bd3lm" else {}
+    return {**flat, "parameterization": objective}

@@ -1,7 +1,7 @@
 """python main.py [mode=train|ppl_eval|sample_eval|classify] [data=...] [key=value ...]
 
-The Hydra entry: composes the configuration, builds what it names and hands it to the task that `mode` names. The only
-reader of the configuration; everything below receives built objects and values.
+The Hydra entry: composes the configuration, builds what it names and hands it to the task that `mode` names. What the
+folders beside it hold receives built objects and values, never the configuration.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 import command_line
-from dataloader import Loading, TextData, batch_arithmetic
+from contradictions import check_numbers, check_schedule, law, refuse_contradictions
+from dataloader import Loading, TextData
 from diffusion import Diffusion, Provenance
-from engine.processes import first_process, local_device, processes_per_node
+from engine.processes import first_process
 from engine.recovery import newest_good
 from engine.signals import SIGNALS
 from engine.slurm import check_processes
@@ -35,6 +36,7 @@ from engine.trainer import Run, build_trainer
 from estimators.base import Estimator
 from files import Place, below, exists, folder_of, is_remote, place
 from identity import identity
+from machine import Machine
 from models.belonging import FUNCTION, check_belongs, check_same
 from models.checkpoints import Checkpoint, read_checkpoint, read_progress
 from models.recompute import recompute_blocks
@@ -52,7 +54,7 @@ class Experiment:
     """Builds what the configuration names, when a task asks for it (see tasks/base.py)."""
 
     def __init__(self, cfg: DictConfig, command: str, shared: bool = False) -> None:
-        self.cfg, self.command, self.seed = cfg, command, cfg.seed
+        self.cfg, self.command, self.seed, self.machine = cfg, command, cfg.seed, Machine(cfg)
         # Checkpoints; all else is written on this machine.
         self._kept_in = place(cfg.checkpointing.save_dir or self._own_folder())
         self._save_dir = self._own_folder() if is_remote(self._kept_in) else self._kept_in
@@ -125,7 +127,7 @@ class Experiment:
             parameters = sum(p.numel() for p in self._backbone(data).parameters())
         return {"data": self.cfg.data.name, "tokenizer": f"{self.cfg.data.tokenizer_name_or_path}, "
                 f"{data.vocabulary.size} types", "network": f"{self.cfg.model.name}, {parameters:,} parameters",
-                "length": self.cfg.model.length, "seed": self.seed, "device": _device_name()}  # fmt: skip
+                "length": self.cfg.model.length, "seed": self.seed, "device": self.machine.name}  # fmt: skip
 
     @property
     def drawing(self) -> Drawing:
@@ -139,7 +141,7 @@ class Experiment:
         """What is measured: which law, which weights, which random numbers."""
         keys = ("T", "time_conditioning", "trainer.precision", "seed", "eval.checkpoint_path", "eval.disable_ema")
         settings = {key: OmegaConf.select(self.cfg, key) for key in keys}
-        return {"parameterization": command_line.law(self.cfg), "noise": self.cfg.noise._target_, **settings}
+        return {"parameterization": law(self.cfg), "noise": self.cfg.noise._target_, **settings}
 
     @property
     def estimator(self) -> Estimator:
@@ -161,12 +163,11 @@ class Experiment:
         label = self.cfg.data.label if label is None else label
         if label not in self._data:
             settings = {k: v for k, v in self.cfg.data.items() if k in _TEXT_DATA and k not in ("label", "source")}
-            loader = self.cfg.loader
-            micro_batch, _ = self._batches
+            loader, machine = self.cfg.loader, self.machine
             self._data[label] = TextData(
                 instantiate(self.cfg.data.source), label=label, length=self.cfg.model.length, **settings,
-                batch_size=micro_batch, eval_batch_size=self._eval_batch_size, max_steps=self.cfg.trainer.max_steps,
-                global_batch_size=loader.global_batch_size, batch_ramp=self._ramp, seed=self.seed,
+                batch_size=machine.micro_batch, eval_batch_size=machine.eval_batch, batch_ramp=machine.ramp,
+                global_batch_size=loader.global_batch_size, max_steps=self.cfg.trainer.max_steps, seed=self.seed,
                 stream=instantiate(self.cfg.streaming), loading=Loading(**{key: loader[key] for key in _FETCHING}),
             )  # fmt: skip
         return self._data[label]
@@ -215,17 +216,17 @@ class Experiment:
         diffusion.ema = None
         averaged = checkpoint.ema is not None and not disable_ema
         diffusion.provenance = Provenance(str(path), checkpoint.step, averaged)
-        return diffusion.eval().to(_device(self.cfg.trainer.accelerator))
+        return diffusion.eval().to(self.machine.device)
 
     @property
     def _any_length(self) -> bool:
         """Whether texts may be longer than those of the training: block diffusion writes on behind a window."""
-        return command_line.law(self.cfg) == "bd3lm" and self.cfg.mode._target_ == "tasks.sample_eval.sample_eval"
+        return law(self.cfg) == "bd3lm" and self.cfg.mode._target_ == "tasks.sample_eval.sample_eval"
 
     def _write_behind_a_window(self, checkpoint: Checkpoint) -> None:
         """Limit what a token sees to the lengths of the training, unless sampling.context says otherwise."""
         longest, length = checkpoint.settings.get("model.length"), self.cfg.model.length
-        if command_line.law(self.cfg) != "bd3lm" or not longest or length <= longest:
+        if law(self.cfg) != "bd3lm" or not longest or length <= longest:
             return
         if not self._any_length:
             raise ValueError(
@@ -262,13 +263,13 @@ class Experiment:
 
     def trainer(self, title: str, label: int | None = None) -> lightning.Trainer:
         """A Trainer that logs and saves below `folder(label)`."""
-        cfg = self.cfg.copy()
+        cfg, machine = self.cfg.copy(), self.machine
         fitting = title.startswith("train")
         cfg.checkpointing.save_dir = str(folder_of(self.checkpoints(label)))
         callbacks = [instantiate(node) for node in _callbacks(cfg)] if fitting else []
         cfg.checkpointing.save_dir = str(self.folder(label))
         run = Run(
-            title, fitting, devices=self._devices, accumulate=self._batches[1], precision=self._precision,
+            title, fitting, devices=machine.devices, accumulate=machine.accumulate, precision=machine.precision,
             patience=self.patience(label) if fitting else None, max_skipped_steps=cfg.training.max_skipped_steps,
             max_failed_saves=cfg.checkpointing.max_failed_saves, folder=self.folder(label),
             checkpoints=self.checkpoints(label), command=self.command, settings=self.settings, callbacks=callbacks,
@@ -277,37 +278,6 @@ class Experiment:
         )  # fmt: skip
         settings = {k: v for k, v in OmegaConf.to_container(cfg.trainer, resolve=True).items() if k not in _OF_THE_RUN}
         return build_trainer(run, settings)
-
-    @property
-    def _precision(self) -> str:
-        on_gpu = _device(self.cfg.trainer.accelerator).type == "cuda"
-        return self.cfg.trainer.precision or ("bf16-mixed" if on_gpu else "32-true")
-
-    @property
-    def _devices(self) -> int:
-        on_gpu = _device(self.cfg.trainer.accelerator).type == "cuda"
-        available = torch.cuda.device_count() if on_gpu else 1
-        return processes_per_node(self.cfg.trainer.devices, available)
-
-    @property
-    def _batches(self) -> tuple[int, int]:
-        """(samples per device and micro-batch, micro-batches per optimizer step)."""
-        loader = self.cfg.loader
-        trainer = self.cfg.trainer
-        return batch_arithmetic(
-            loader.global_batch_size, loader.batch_size, self._devices, trainer.num_nodes,
-            accumulate=trainer.accumulate_grad_batches, ramp=self._ramp,
-        )  # fmt: skip
-
-    @property
-    def _ramp(self) -> list[list[int]] | None:
-        ramp = self.cfg.loader.batch_ramp
-        return OmegaConf.to_container(ramp) if OmegaConf.is_config(ramp) else ramp
-
-    @property
-    def _eval_batch_size(self) -> int:
-        devices = self._devices * self.cfg.trainer.num_nodes
-        return self.cfg.loader.eval_batch_size or -(-self.cfg.loader.eval_global_batch_size // devices)
 
 
 def _shared_start(cfg: DictConfig, splits: list[str], folder: Place) -> DictConfig:
@@ -331,26 +301,15 @@ def _of_class(path: str | None, label: int | None) -> str:
     return (path or "").replace("{label}", "{label}" if label is None else str(label))
 
 
-def _device(accelerator: str) -> torch.device:
-    gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-    return torch.device("cuda", local_device()) if gpu else torch.device("cpu")
-
-
-def _device_name() -> str:
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
-    return f"CPU, {torch.get_num_threads()} threads"
-
-
 def run(cfg: DictConfig, command: str) -> dict[str, object]:
     """Build the experiment and run the task that `mode` names; returns its results."""
-    command_line.check_numbers(cfg)
-    command_line.refuse_contradictions(cfg)
-    command_line.check_schedule(cfg)
+    check_numbers(cfg)
+    refuse_contradictions(cfg)
+    check_schedule(cfg)
     instantiate(cfg.lr_scheduler)(torch.optim.SGD([torch.zeros(1)]))  # what it refuses, before any data are read
     torch.set_float32_matmul_precision("high")
     experiment = Experiment(cfg, command)
-    check_processes(experiment._devices, cfg.trainer.num_nodes)
+    check_processes(experiment.machine.devices, cfg.trainer.num_nodes)
     if is_remote(experiment.checkpoints()):
         print(f"checkpoints: {experiment.checkpoints()}; logs, reports and results, here: {experiment.folder()}")
     return instantiate(cfg.mode)(experiment)

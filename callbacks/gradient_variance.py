@@ -6,8 +6,6 @@ import lightning
 import torch
 from torch import Tensor
 
-from randomness import seed_generator_of
-
 
 class GradientVariance(lightning.Callback):
     """Every `every_n_steps` optimizer steps, the gradients g1, g2 of one micro-batch of the first device under two
@@ -53,7 +51,7 @@ class GradientVariance(lightning.Callback):
     def _gradient(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: dict, draw: int
     ) -> list[Tensor]:
-        seed_generator_of(pl_module.device, trainer.global_step)  # of dropout; each training step sets its own
+        torch.manual_seed(trainer.global_step)  # of dropout; each training step sets its own
         learned = [p for p in pl_module.backbone.parameters() if p.requires_grad]
         with trainer.precision_plugin.train_step_context():
             loss = pl_module.training_loss(batch, draw).mean()

@@ -11,7 +11,8 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 import main
-from command_line import CONFIGS, check_schedule, compose_config, explain
+from command_line import CONFIGS, compose_config, explain
+from contradictions import check_schedule
 from tests.test_configs import TINY
 
 STEPS = 100
