@@ -3,13 +3,17 @@
 The batch contract. Every batch is a dict of CPU tensors (B rows, L tokens):
   input_ids       int64 (B, L)
   attention_mask  bool  (B, L)  False on padding; absent when nothing is padded (wrapped data)
-  given           bool  (B, L)  True on context: seen, never masked, not scored; absent when there is none
+  given           bool  (B, L)  True on context (prompts, BOS, EOS): seen, never masked, not scored; absent when there
+                                is none
+  fill            bool  (B, L)  True behind a text's own EOS where EOS fills its row (data.fill=eos): masked and scored
+                                where a model finds the length by it, never counted as tokens
+  segment         int64 (B, L)  part of its text that a token belongs to, from 0; with data.segments=true only
   sample_id       int64 (B,)    lasting name of the row: evaluation noise is keyed by it
   position        int64 (B,)    place in the run's stream of training samples; training batches only
   label           int64 (B,)    where the texts have labels
   class_id        int64 (B,)    class that a conditional network is told, -1 for none; set where it is known, not here
   text_id         int64 (B,)    source text of the row, where a row is (part of) one text
-L is `model.length` for wrapped data; padded batches are as long as their longest row, rounded up to
+L is `model.length` for wrapped and filled data; padded batches are as long as their longest row, rounded up to
 PAD_MULTIPLE.
 
 Training data is ONE stream. Position p of the run is row order(seed, p // n)[p % n] of the n rows; optimizer
@@ -64,25 +68,39 @@ class _Rows(Dataset):
 
 class Collate:
     """Columns of some rows -> a batch (the contract above). pad_id None: the rows are of equal length. `frame_ids`:
-    tokens that are given where they begin or end a padded row."""
+    tokens that are given where they begin or end a padded row. `fill`: rows are filled up to `length` with the pad,
+    which is EOS then, and only their beginning is given. `segments`: batches say which part a token belongs to."""
 
-    def __init__(self, length: int, pad_id: int | None, frame_ids: Collection[int] = ()) -> None:
+    def __init__(
+        self, length: int, pad_id: int | None, frame_ids: Collection[int] = (), fill: bool = False,
+        segments: bool = False,
+    ) -> None:  # fmt: skip
         self.length, self.pad_id, self.frame_ids = length, pad_id, np.array(sorted(frame_ids), dtype=np.int64)
+        self.fill, self.segments = fill, segments
 
     def __call__(self, columns: dict[str, Any]) -> dict[str, torch.Tensor]:
         columns = dict(columns)
         rows, lengths = columns.pop("input_ids"), np.asarray(columns.pop("length"))
+        part_ends = columns.pop("part_ends", None)
         batch = {name: torch.from_numpy(np.array(values, dtype=np.int64)) for name, values in columns.items()}
         if self.pad_id is None:
             return {"input_ids": torch.from_numpy(np.stack(rows).astype(np.int64)), **batch}
         width = min(-(-int(lengths.max()) // PAD_MULTIPLE) * PAD_MULTIPLE, self.length)
-        mask = np.arange(width) < lengths[:, None]
+        place = np.arange(self.length if self.fill else width)
+        mask = place < lengths[:, None]
         ids = np.full(mask.shape, self.pad_id, dtype=np.int64)
         ids[mask] = np.concatenate(list(rows))
-        batch |= {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
-        if len(self.frame_ids):
-            ends = (np.arange(width) == 0) | (np.arange(width) == lengths[:, None] - 1)
-            batch["given"] = torch.from_numpy(ends & np.isin(ids, self.frame_ids))
+        batch["input_ids"] = torch.from_numpy(ids)
+        batch |= {"fill": torch.from_numpy(~mask)} if self.fill else {"attention_mask": torch.from_numpy(mask)}
+        ends = (place == 0) | ((place == lengths[:, None] - 1) & (not self.fill))
+        given = ends & np.isin(ids, self.frame_ids)
+        if part_ends is not None:
+            part_ends = np.stack([np.asarray(cuts, dtype=np.int64) for cuts in part_ends])
+            given |= place < part_ends[:, :1]
+        if len(self.frame_ids) or part_ends is not None:
+            batch["given"] = torch.from_numpy(given)
+        if self.segments:
+            batch["segment"] = torch.from_numpy((place[None, :, None] >= part_ends[:, None]).sum(-1))
         return batch
 
 
@@ -98,7 +116,10 @@ class TextData(LightningDataModule):
     and BOS before padded texts; `insert_*_eos` ends each text with EOS; `label` keeps one class;
     `max_*_texts` limits a split for quick runs (a fixed random choice where there are labels, else the first
     ones). Tokenizers are trained on the whole train split, whatever `label` and the limits are, so that the
-    models of all classes share one vocabulary; `score_special` false makes BOS and EOS of padded rows given.
+    models of all classes share one vocabulary; `score_special` false makes BOS and EOS of padded rows given. `fill`
+    "eos" fills padded rows up to `length` with EOS, so that their length is not shown: the law of a row then is
+    p(text, EOS, the fill | prompt), and a model decides where a text ends. `segments`: batches say which part of its
+    text each token belongs to.
     `streaming` reads no more of a split than its `max_*_texts` (tokenizers too); `random_crop` trains on random
     stretches of wrapped rows twice as long, evaluation has fixed rows. `train_splits`: train on these splits of the
     source together, without labels (validation has none then either) and without texts of the held-out splits.
@@ -126,6 +147,8 @@ class TextData(LightningDataModule):
         insert_train_eos: bool = True,
         insert_valid_eos: bool = True,
         score_special: bool = False,
+        fill: str | None = None,
+        segments: bool = False,
         long_texts: str = "error",
         drop_empty: bool = False,
         label: int | None = None,
@@ -143,7 +166,7 @@ class TextData(LightningDataModule):
         pin_memory: bool = True,
     ) -> None:
         super().__init__()
-        self.name, self.score_special = name or "text", score_special
+        self.name, self.score_special, self.fill, self.segments = name or "text", score_special, fill, segments
         self.source, self.length, self.label, self.wrap = source, length, label, wrap
         self.streaming, self.random_crop, self.train_splits = streaming, random_crop, train_splits
         self.tokenizer_settings = {"name_or_path": tokenizer_name_or_path, "folder": tokenizer_folder,
@@ -172,6 +195,7 @@ class TextData(LightningDataModule):
         if self.random_crop and (not self.wrap or packing.chunk_special):
             raise ValueError("data.random_crop=true cuts stretches out of wrapped text, without a begin or an end; "
                              "set data.wrap=true and data.insert_train_special=false")  # fmt: skip
+        self._check_parts()
         least = {
             "loader.eval_batch_size": (self.eval_batch_size, 1),
             "loader.num_workers": (self.num_workers, 0),
@@ -181,6 +205,20 @@ class TextData(LightningDataModule):
         for key, (value, lowest) in {**least, **limits}.items():
             if value is not None and value < lowest:
                 raise ValueError(f"{key}={value} must be at least {lowest}")
+
+    def _check_parts(self) -> None:
+        if self.fill not in (None, "eos"):
+            raise ValueError(f"data.fill={self.fill} is unknown; choose eos, or null")
+        if self.fill and (self.wrap or not all(packing.eos for packing in self.packings.values())):
+            raise ValueError("data.fill=eos fills the row of each text behind its EOS; set data.wrap=false and "
+                             "data.insert_train_eos=data.insert_valid_eos=true, or data.fill=null")  # fmt: skip
+        if self.segments and not self.prompted:
+            raise ValueError(f"data.segments=true: the texts of data={self.name} have no parts; set it to false")
+
+    @property
+    def prompted(self) -> bool:
+        """Whether texts begin with a prompt, which is given."""
+        return getattr(self.source, "prompted", False)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -221,8 +259,8 @@ class TextData(LightningDataModule):
         return self.source.stream(split, limit)
 
     def texts(self, split: str) -> datasets.Dataset:
-        """The split's texts as they are: columns text, text_id (number in the whole split), label where
-        there is one.
+        """The split's texts as they are: columns text, text_id (number in the whole split), label and ends
+        (text/sources.py) where there are such.
 
         Raises ValueError for an unknown split, an unknown label, an empty split.
         """
@@ -308,8 +346,11 @@ class TextData(LightningDataModule):
         """Columns of rows of a split -> a batch."""
         if self.wrap:
             return Collate(self.length, None)
-        frame = () if self.score_special else {self.vocabulary.bos_id, self.vocabulary.eos_id} - {None}
-        return Collate(self.length, self.vocabulary.pad_id, frame)
+        vocabulary = self.vocabulary
+        frame = {vocabulary.bos_id} if self.fill else {vocabulary.bos_id, vocabulary.eos_id}
+        frame = () if self.score_special else frame - {None}
+        pad_id = vocabulary.eos_id if self.fill else vocabulary.pad_id
+        return Collate(self.length, pad_id, frame, bool(self.fill), self.segments)
 
     def _loader(self, rows: Dataset, batches: Sampler | list[list[int]]) -> DataLoader:
         return DataLoader(

@@ -33,6 +33,7 @@ from models.checkpoints import read_checkpoint, read_progress
 from tasks.class_models import pretraining_splits
 from tasks.drawing import Drawing, Template
 from tasks.scoring import Precision
+from text.judging import Judge, same_text
 
 _TEXT_DATA = inspect.signature(TextData).parameters
 # What `trainer` says of a run in words of its own, beside the arguments of lightning.Trainer.
@@ -138,6 +139,11 @@ class Experiment:
         comparable = not data.wrap and not data.get("score_special") and data.tokenizer_name_or_path == "word"
         return instantiate(data.get("truth")) if comparable else None
 
+    @property
+    def judge(self) -> Judge:
+        """Of completed prompts: the data set's own, else whether they are the reference's text."""
+        return instantiate(self.cfg.data.get("judge")) or same_text
+
     def data(self, label: int | None = None) -> TextData:
         label = self.cfg.data.label if label is None else label
         if label not in self._data:
@@ -156,6 +162,11 @@ class Experiment:
         lightning.seed_everything(self.seed, verbose=False)
         vocabulary = data.vocabulary
         objective = instantiate(self.cfg.parameterization, mask_id=vocabulary.mask_id)
+        if data.segments and not getattr(objective, "reads_segments", False):
+            raise ValueError(
+                "data.segments=true hands on which part of its text a token belongs to, and "
+                f"{type(objective).__name__} makes no use of it; set it to false"
+            )
         backbone = self._backbone(data)
         # backbone=hf_dit and hf_causal leave sizes open in the configuration; what is saved says those they found.
         settings = identity(self.cfg)

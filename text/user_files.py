@@ -7,7 +7,17 @@ import datasets
 import pyarrow as pa
 
 from text.files import read_files
-from text.rows import as_labels, carve, check_share, check_split, label_values, not_empty, text_column, text_rows
+from text.rows import (
+    as_labels,
+    carve,
+    check_share,
+    check_split,
+    in_parts,
+    label_values,
+    not_empty,
+    text_column,
+    text_rows,
+)
 
 
 class UserFiles:
@@ -16,6 +26,7 @@ class UserFiles:
 
     label_column: None = texts without labels. Labels are ints from 0 on, or strings (numbered in sorted
     order over all splits); `label_names` names ints, or fixes which strings there are and their order.
+    prompt_column: what each text is given as its beginning, followed by a line feed.
     validation_path, test_path: files of their own; without them shares of `path` are held out, chosen by
     `seed`. Raises FileNotFoundError for absent files, ValueError for absent columns, bad rows, empty splits.
     """
@@ -26,6 +37,7 @@ class UserFiles:
         text_column: str = "text",
         label_column: str | None = None,
         label_names: Sequence[str] | None = None,
+        prompt_column: str | None = None,
         validation_path: str | None = None,
         test_path: str | None = None,
         validation_share: float = 0.05,
@@ -38,7 +50,7 @@ class UserFiles:
             )
         self.paths = {"train": path, "validation": validation_path, "test": test_path}
         self.keys = {"train": "data.path", "validation": "data.validation_path", "test": "data.test_path"}
-        self.text_column, self.label_column = text_column, label_column
+        self.text_column, self.label_column, self.prompt_column = text_column, label_column, prompt_column
         self.given_names = tuple(map(str, label_names)) if label_names else None
         self.seed = seed
         shares = {"validation": validation_share, "test": test_share}
@@ -53,6 +65,11 @@ class UserFiles:
     @property
     def splits(self) -> tuple[str, ...]:
         return ("train", "validation", "test")
+
+    @property
+    def prompted(self) -> bool:
+        """Whether texts begin with a prompt."""
+        return self.prompt_column is not None
 
     @property
     def label_names(self) -> tuple[str, ...] | None:
@@ -73,7 +90,8 @@ class UserFiles:
 
     def _read(self, split: str, path: str) -> pa.Table:
         table = read_files(path, self.keys[split], self.text_column)
-        wanted = {"data.text_column": self.text_column, "data.label_column": self.label_column}
+        wanted = {"data.text_column": self.text_column, "data.label_column": self.label_column,
+                  "data.prompt_column": self.prompt_column}  # fmt: skip
         for key, column in wanted.items():
             if column is not None and column not in table.column_names:
                 raise ValueError(f"{key}={column}: {path} has no such column; it has {', '.join(table.column_names)}")
@@ -93,7 +111,11 @@ class UserFiles:
         return names
 
     def _rows(self, table: pa.Table, origin: str, names: tuple[str, ...] | None) -> datasets.Dataset:
-        texts, labels = text_column(table, self.text_column, origin), None
+        texts, labels, ends = text_column(table, self.text_column, origin), None, None
         if names is not None:
             labels = as_labels(label_values(table, self.label_column, origin), names, origin)
-        return not_empty(text_rows(texts, labels), origin)
+        if self.prompt_column is not None:
+            prompts = text_column(table, self.prompt_column, origin)
+            pairs = zip(prompts.to_pylist(), texts.to_pylist(), strict=True)
+            texts, ends = in_parts([[f"{prompt}\n", text] for prompt, text in pairs])
+        return not_empty(text_rows(texts, labels, ends), origin)
