@@ -103,7 +103,7 @@ def measure(verdicts: Sequence[Sequence[Verdict]], ended_MK: np.ndarray, prompt_
     silent_MK = np.array([[verdict.answer is None for verdict in row] for row in verdicts])
     several = right_MK.shape[1] > 1
     voted_M = np.array([majority_is_right(row) for row in verdicts])
-    counts, found = check_shares([sum((Counter(verdict.checks) for verdict in row), Counter()) for row in verdicts])
+    counts, found = check_shares([_added([verdict.checks for verdict in row]) for row in verdicts])
     return Answers(
         share(right_MK), share(silent_MK), share(~ended_MK), share(voted_M) if several else None,
         share(right_MK.any(1)) if several else None, found, counts, _by_steps(verdicts, right_MK),
@@ -111,9 +111,13 @@ def measure(verdicts: Sequence[Sequence[Verdict]], ended_MK: np.ndarray, prompt_
     )  # fmt: skip
 
 
+def _added(checks: Sequence[Mapping[str, int]]) -> dict[str, int]:
+    return {name: sum(found.get(name, 0) for found in checks) for found in checks for name in found}
+
+
 def check_shares(checks: Sequence[Mapping[str, int]]) -> tuple[int, dict[str, Estimate]]:
     """How many checks there were in all texts, and each outcome's share of them."""
-    names = sorted({name for found in checks for name in found})
+    names = list(dict.fromkeys(name for found in checks for name in found))
     counts_M = {name: np.array([float(found.get(name, 0)) for found in checks]) for name in names}
     total_M = sum(counts_M.values(), np.zeros(len(checks)))
     shares = {name: ratio(count_M, total_M) for name, count_M in counts_M.items()}

@@ -269,7 +269,7 @@ def _summary(answers: Answers, beside: Beside, asked: Asked) -> str:
     """Lines for a terminal."""
 
     def line(name: str, found: Share) -> str:
-        return f"{name} {_interval(found)} % (± {100 * found.se:.2g})"
+        return f"{name} {_interval(found)} %"
 
     lines = [f"{answers.exact_match.prompts} prompts of {asked.split}, {asked.samples_per_prompt} completions each",
              line("exact match", answers.exact_match), line("no answer", answers.no_answer),
