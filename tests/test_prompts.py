@@ -271,8 +271,11 @@ def test_a_sampler_that_knows_the_answers_is_right_and_one_does_not_depend_on_th
     test = data.texts("test")
     known = {tuple(encode(data.tokenizer, [text])[0]) for text in test["text"]}
 
+    noises = []
+
     def oracle(model, x_BL, noise, **cond):
         out = x_BL.clone()
+        noises.extend(noise.uniform().tolist())
         for row in out:
             given = row[1 : int((row == MASK_ID).nonzero()[0])].tolist()
             (ids,) = [ids for ids in known if list(ids[: len(given)]) == given]
@@ -283,6 +286,7 @@ def test_a_sampler_that_knows_the_answers_is_right_and_one_does_not_depend_on_th
     done = _complete(diffusion, data, judge, oracle, Asked("test", None, 1, 1), seed=1)
     assert len(done) == 12 and all(c.verdicts[0].right and c.ended[0] for c in done)
     assert [c.completions[0].strip() for c in done] == [c.reference.strip() for c in done]
+    assert len(set(noises)) == 12
     sampler = experiment.drawing.sampler
     every = _complete(diffusion, data, judge, sampler, Asked("test", None, 2, 1), seed=1)
     some = _complete(diffusion, data, judge, sampler, Asked("test", 3, 1, 1), seed=1)
