@@ -145,6 +145,7 @@ def unigram_nll(data: object, split: str, causal: bool = False) -> np.ndarray:
     counts_V = 1.0 + token_counts(data, causal)[0]
     counts_V[context.ids] = 0
     nats_V = np.log(counts_V.sum()) - np.log(counts_V, where=counts_V > 0, out=np.zeros_like(counts_V))
+    nats_V[context.ids] = 0.0
     rows = data.split(split)
     leading_M = context.leading(rows)
     return np.array([nats_V[np.asarray(ids)[n:]].sum() for ids, n in zip(rows["input_ids"], leading_M, strict=True)])
