@@ -195,7 +195,7 @@ class TextData(LightningDataModule):
         if self.random_crop and (not self.wrap or packing.chunk_special):
             raise ValueError("data.random_crop=true cuts stretches out of wrapped text, without a begin or an end; "
                              "set data.wrap=true and data.insert_train_special=false")  # fmt: skip
-        self._check_parts()
+        _check_parts(self)
         least = {
             "loader.eval_batch_size": (self.eval_batch_size, 1),
             "loader.num_workers": (self.num_workers, 0),
@@ -205,15 +205,6 @@ class TextData(LightningDataModule):
         for key, (value, lowest) in {**least, **limits}.items():
             if value is not None and value < lowest:
                 raise ValueError(f"{key}={value} must be at least {lowest}")
-
-    def _check_parts(self) -> None:
-        if self.fill not in (None, "eos"):
-            raise ValueError(f"data.fill={self.fill} is unknown; choose eos, or null")
-        if self.fill and (self.wrap or not all(packing.eos for packing in self.packings.values())):
-            raise ValueError("data.fill=eos fills the row of each text behind its EOS; set data.wrap=false and "
-                             "data.insert_train_eos=data.insert_valid_eos=true, or data.fill=null")  # fmt: skip
-        if self.segments and not self.prompted:
-            raise ValueError(f"data.segments=true: the texts of data={self.name} have no parts; set it to false")
 
     @property
     def prompted(self) -> bool:
@@ -395,3 +386,13 @@ def _check_names(known: Iterable[str | None], train: str | None, valid: str | No
             raise ValueError(f"{key}={value}: a data set is trained and measured on its own splits; "
                              f"choose it with "
                              f"data={value}, or leave {key} as it is ({', '.join(sorted(names))})")  # fmt: skip
+
+
+def _check_parts(data: TextData) -> None:
+    if data.fill not in (None, "eos"):
+        raise ValueError(f"data.fill={data.fill} is unknown; choose eos, or null")
+    if data.fill and (data.wrap or not all(packing.eos for packing in data.packings.values())):
+        raise ValueError("data.fill=eos fills the row of each text behind its EOS; set data.wrap=false and "
+                         "data.insert_train_eos=data.insert_valid_eos=true, or data.fill=null")  # fmt: skip
+    if data.segments and not data.prompted:
+        raise ValueError(f"data.segments=true: the texts of data={data.name} have no parts; set it to false")
