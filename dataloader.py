@@ -14,7 +14,7 @@ The batch contract. Every batch is a dict of CPU tensors (B rows, L tokens):
   class_id        int64 (B,)    class that a conditional network is told, -1 for none; set where it is known, not here
   text_id         int64 (B,)    source text of the row, where a row is (part of) one text
 L is `model.length` for wrapped and filled data; padded batches are as long as their longest row, rounded up to
-PAD_MULTIPLE.
+a multiple of 8.
 
 Training data is ONE stream. Position p of the run is row order(seed, p // n)[p % n] of the n rows; optimizer
 step s takes the positions [s * G, (s + 1) * G), G = loader.global_batch_size, for any number of devices and
@@ -24,7 +24,7 @@ a function of (seed, p).
 """
 
 import logging
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -37,6 +37,7 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
+from text.collate import Collate
 from text.order import evaluation_batches
 from text.packing import Packing, pack
 from text.rows import at_most, joined, keep_label, without_texts_of
@@ -46,7 +47,6 @@ from text.tokenizers import Vocabulary, load_tokenizer, vocabulary
 
 log = logging.getLogger(__name__)
 
-PAD_MULTIPLE = 8
 SPLITS = ("train", "validation", "test")
 
 
@@ -64,44 +64,6 @@ class _Rows(Dataset):
 
     def __getitems__(self, indices: list[int]) -> dict[str, Any]:
         return self.rows[indices]
-
-
-class Collate:
-    """Columns of some rows -> a batch (the contract above). pad_id None: the rows are of equal length. `frame_ids`:
-    tokens that are given where they begin or end a padded row. `fill`: rows are filled up to `length` with the pad,
-    which is EOS then, and only their beginning is given. `segments`: batches say which part a token belongs to."""
-
-    def __init__(
-        self, length: int, pad_id: int | None, frame_ids: Collection[int] = (), fill: bool = False,
-        segments: bool = False,
-    ) -> None:  # fmt: skip
-        self.length, self.pad_id, self.frame_ids = length, pad_id, np.array(sorted(frame_ids), dtype=np.int64)
-        self.fill, self.segments = fill, segments
-
-    def __call__(self, columns: dict[str, Any]) -> dict[str, torch.Tensor]:
-        columns = dict(columns)
-        rows, lengths = columns.pop("input_ids"), np.asarray(columns.pop("length"))
-        part_ends = columns.pop("part_ends", None)
-        batch = {name: torch.from_numpy(np.array(values, dtype=np.int64)) for name, values in columns.items()}
-        if self.pad_id is None:
-            return {"input_ids": torch.from_numpy(np.stack(rows).astype(np.int64)), **batch}
-        width = min(-(-int(lengths.max()) // PAD_MULTIPLE) * PAD_MULTIPLE, self.length)
-        place = np.arange(self.length if self.fill else width)
-        mask = place < lengths[:, None]
-        ids = np.full(mask.shape, self.pad_id, dtype=np.int64)
-        ids[mask] = np.concatenate(list(rows))
-        batch["input_ids"] = torch.from_numpy(ids)
-        batch |= {"fill": torch.from_numpy(~mask)} if self.fill else {"attention_mask": torch.from_numpy(mask)}
-        ends = (place == 0) | ((place == lengths[:, None] - 1) & (not self.fill))
-        given = ends & np.isin(ids, self.frame_ids)
-        if part_ends is not None:
-            part_ends = np.stack([np.asarray(cuts, dtype=np.int64) for cuts in part_ends])
-            given |= place < part_ends[:, :1]
-        if len(self.frame_ids) or part_ends is not None:
-            batch["given"] = torch.from_numpy(given)
-        if self.segments:
-            batch["segment"] = torch.from_numpy((place[None, :, None] >= part_ends[:, None]).sum(-1))
-        return batch
 
 
 # -------------------------------------------------------------------------------- the data module
@@ -188,23 +150,7 @@ class TextData(LightningDataModule):
         self._splits: dict[str, datasets.Dataset] = {}
         self._resumed: dict[str, int] = {}
         _check_names({name, *getattr(source, "sources", ())}, train, valid)
-        self._check()
-
-    def _check(self) -> None:
-        packing = self.packings["train"]
-        if self.random_crop and (not self.wrap or packing.chunk_special):
-            raise ValueError("data.random_crop=true cuts stretches out of wrapped text, without a begin or an end; "
-                             "set data.wrap=true and data.insert_train_special=false")  # fmt: skip
-        _check_parts(self)
-        least = {
-            "loader.eval_batch_size": (self.eval_batch_size, 1),
-            "loader.num_workers": (self.num_workers, 0),
-            "trainer.max_steps": (self.max_steps, 1),
-        }
-        limits = {_limit_key(split): (n, 1) for split, n in self.limits.items()}
-        for key, (value, lowest) in {**least, **limits}.items():
-            if value is not None and value < lowest:
-                raise ValueError(f"{key}={value} must be at least {lowest}")
+        _check(self)
 
     @property
     def prompted(self) -> bool:
@@ -386,6 +332,23 @@ def _check_names(known: Iterable[str | None], train: str | None, valid: str | No
             raise ValueError(f"{key}={value}: a data set is trained and measured on its own splits; "
                              f"choose it with "
                              f"data={value}, or leave {key} as it is ({', '.join(sorted(names))})")  # fmt: skip
+
+
+def _check(data: TextData) -> None:
+    packing = data.packings["train"]
+    if data.random_crop and (not data.wrap or packing.chunk_special):
+        raise ValueError("data.random_crop=true cuts stretches out of wrapped text, without a begin or an end; "
+                         "set data.wrap=true and data.insert_train_special=false")  # fmt: skip
+    _check_parts(data)
+    least = {
+        "loader.eval_batch_size": (data.eval_batch_size, 1),
+        "loader.num_workers": (data.num_workers, 0),
+        "trainer.max_steps": (data.max_steps, 1),
+    }
+    limits = {_limit_key(split): (n, 1) for split, n in data.limits.items()}
+    for key, (value, lowest) in {**least, **limits}.items():
+        if value is not None and value < lowest:
+            raise ValueError(f"{key}={value} must be at least {lowest}")
 
 
 def _check_parts(data: TextData) -> None:
