@@ -141,9 +141,8 @@ class TextData(LightningDataModule):
                                         ("test", insert_valid_special, insert_valid_eos))
         }  # fmt: skip
         self.limits = {"train": max_train_texts, "validation": max_valid_texts, "test": max_test_texts}
-        self.cache_dir, self.seed, self.num_workers = cache_dir, seed, num_workers
-        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
-        self.global_batch_size, self.max_steps = global_batch_size, max_steps
+        self.cache_dir, self.seed, self.num_workers, self.max_steps = cache_dir, seed, num_workers, max_steps
+        self.batch_size, self.eval_batch_size, self.global_batch_size = batch_size, eval_batch_size, global_batch_size
         self.pin_memory = pin_memory and torch.cuda.is_available()
         self.figures: dict[str, dict[str, int]] = {}
         self._texts: dict[str, datasets.Dataset] = {}
