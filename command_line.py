@@ -117,10 +117,10 @@ def law(cfg: DictConfig) -> str:
 
 # Numbers that are handed on far before they are used: a word in their place is a mistake to name here.
 WHOLE = ("seed", "T", "sampling.steps", "sampling.stride_length", "sampling.num_strides", "sampling.tokens_per_step",
-         "sampling.num_sample_batches", "sampling.num_sample_log", "sampling.top_k", "eval.num_draws", "eval.max_draws",
-         "eval.perplexity_batch_size", "classify.num_draws", "classify.num_examples", "classify.patience",
-         "classify.pretrain_steps", "trainer.max_steps", "model.length", "loader.batch_size",
-         "loader.global_batch_size", "trainer.num_nodes", "trainer.accumulate_grad_batches",
+         "sampling.num_sample_batches", "sampling.num_sample_log", "sampling.samples_per_prompt", "sampling.top_k",
+         "eval.num_draws", "eval.max_draws", "eval.perplexity_batch_size", "classify.num_draws",
+         "classify.num_examples", "classify.patience", "classify.pretrain_steps", "trainer.max_steps", "model.length",
+         "loader.batch_size", "loader.global_batch_size", "trainer.num_nodes", "trainer.accumulate_grad_batches",
          "lr_scheduler.num_warmup_steps", "lr_scheduler.num_rewarmup_steps", "plateau.patience", "plateau.cooldown",
          "training.max_skipped_steps", "loader.num_workers", "loader.prefetch_factor")  # fmt: skip
 REAL = ("sampling.temperature", "sampling.nucleus_p", "eval.target_se", "training.ema", "training.sampling_eps",
@@ -179,6 +179,10 @@ def refuse_contradictions(cfg: DictConfig) -> None:
     if cfg.classify.sharing == "conditional":
         _check_conditional(cfg)
     _check_start(cfg)
+    if cfg.data.get("fill") and cfg.mode._target_ == "tasks.classify.classify":
+        raise ValueError(
+            f"data.fill={cfg.data.fill}: mode=classify compares texts whose length is shown; leave it null"
+        )
     clipped = cfg.noise._target_.endswith(".Clipped")
     if clipped and (name != "subs" or not cfg.masking._target_.endswith("Bernoulli") or cfg.T):
         raise ValueError(

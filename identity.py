@@ -15,8 +15,10 @@ IDENTITY = ("data", "model", "backbone", "parameterization", "noise", "masking",
             "loader.batch_ramp", "trainer.gradient_clip_val")  # fmt: skip
 NOT_IDENTITY = ("data.label", "data.cache_dir", "model.attn_backend", "backbone.attn_backend",
                 "lr_scheduler.num_training_steps", "data.max_valid_texts", "data.max_test_texts",
-                "backbone.resumed", "training.max_skipped_steps", "training.gradient_checkpointing")  # fmt: skip
-IDENTITY_IF_SET = ("training.from_pretrained", "training.start_from_counts", "loader.batch_ramp")
+                "backbone.resumed", "training.max_skipped_steps", "training.gradient_checkpointing",
+                "data.judge._target_", "data.judge._partial_")  # fmt: skip
+IDENTITY_IF_SET = ("training.from_pretrained", "training.start_from_counts", "loader.batch_ramp", "data.fill",
+                   "data.segments", "data.prompt_column", "data.source.prompt_column")  # fmt: skip
 # Of texts that only classify.pretrain reads.
 IDENTITY_IF_PRETRAINED = ("data.source.files.unsupervised", "data.source.hub_splits.unsupervised",
                           "data.source.unlabelled")  # fmt: skip

@@ -55,6 +55,7 @@ MAY_IMPORT = {
         "identity",
         "models",
         "tasks",
+        "text",
     },  # fmt: skip
 }
 FILES = sorted([*ROOT.glob("*.py"), *(path for room in ROOMS for path in (ROOT / room).glob("*.py"))])
