@@ -21,12 +21,13 @@ def law(cfg: DictConfig) -> str:
 
 # Numbers that are handed on far before they are used: a word in their place is a mistake to name here.
 WHOLE = ("seed", "T", "sampling.steps", "sampling.stride_length", "sampling.num_strides", "sampling.tokens_per_step",
-         "sampling.num_sample_batches", "sampling.num_sample_log", "sampling.top_k", "eval.num_draws", "eval.max_draws",
-         "eval.perplexity_batch_size", "classify.num_draws", "classify.num_examples", "classify.patience",
-         "classify.pretrain_steps", "trainer.max_steps", "model.length", "block_size", "sampling.context",
-         "loader.batch_size", "loader.global_batch_size", "trainer.num_nodes", "trainer.accumulate_grad_batches",
-         "lr_scheduler.num_warmup_steps", "lr_scheduler.num_rewarmup_steps", "plateau.patience", "plateau.cooldown",
-         "training.max_skipped_steps", "loader.num_workers", "loader.prefetch_factor")  # fmt: skip
+         "sampling.num_sample_batches", "sampling.num_sample_log", "sampling.samples_per_prompt", "sampling.top_k",
+         "sampling.context", "eval.num_draws", "eval.max_draws", "eval.perplexity_batch_size", "classify.num_draws",
+         "classify.num_examples", "classify.patience", "classify.pretrain_steps", "trainer.max_steps", "model.length",
+         "block_size", "loader.batch_size", "loader.global_batch_size", "trainer.num_nodes",
+         "trainer.accumulate_grad_batches", "lr_scheduler.num_warmup_steps", "lr_scheduler.num_rewarmup_steps",
+         "plateau.patience", "plateau.cooldown", "training.max_skipped_steps", "loader.num_workers",
+         "loader.prefetch_factor")  # fmt: skip
 REAL = ("sampling.temperature", "sampling.nucleus_p", "sampling.min_entropy", "eval.target_se", "training.ema",
         "training.sampling_eps", "training.sampling_eps_min", "training.sampling_eps_max", "training.clip_search_delta",
         "classify.confidence", "classify.label_dropout", "lr_scheduler.min_ratio", "lr_scheduler.peak_decay",
@@ -87,6 +88,10 @@ def refuse_contradictions(cfg: DictConfig) -> None:
         _check_conditional(cfg)
     _check_start(cfg)
     _check_blocks(cfg, name)
+    if cfg.data.get("fill") and cfg.mode._target_ == "tasks.classify.classify":
+        raise ValueError(
+            f"data.fill={cfg.data.fill}: mode=classify compares texts whose length is shown; leave it null"
+        )
     clipped = cfg.noise._target_.endswith(".Clipped")
     if clipped and (name not in ("subs", "bd3lm") or not cfg.masking._target_.endswith("Bernoulli") or cfg.T):
         raise ValueError(
@@ -212,10 +217,10 @@ def _check_blocks(cfg: DictConfig, name: str) -> None:
             f"algo=bd3lm with block_size={size} writes block after block, and {cfg.sampler._target_} anywhere in a "
             "text; use sampling.predictor=block"
         )
-    if cfg.sampling.var_length and not cfg.data.wrap:
+    if cfg.sampling.var_length and not cfg.data.wrap and not cfg.data.get("fill"):
         raise ValueError(
             "sampling.var_length=true with data.wrap=false: a model of single texts is told their lengths, and has not "
-            "learned to end them; use data.wrap=true"
+            "learned to end them; use data.wrap=true or data.fill=eos"
         )
 
 

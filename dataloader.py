@@ -3,13 +3,17 @@
 The batch contract. Every batch is a dict of CPU tensors (B rows, L tokens):
   input_ids       int64 (B, L)
   attention_mask  bool  (B, L)  False on padding; absent when nothing is padded (wrapped data)
-  given           bool  (B, L)  True on context: seen, never masked, not scored; absent when there is none
+  given           bool  (B, L)  True on context (prompts, BOS, EOS): seen, never masked, not scored; absent when there
+                                is none
+  fill            bool  (B, L)  True behind a text's own EOS where EOS fills its row (data.fill=eos): masked and scored
+                                where a model finds the length by it, never counted as tokens
+  segment         int64 (B, L)  part of its text that a token belongs to, from 0; with data.segments=true only
   sample_id       int64 (B,)    lasting name of the row: evaluation noise is keyed by it; of a stream the position
   position        int64 (B,)    place in the run's stream of training samples; training batches only
   label           int64 (B,)    where the texts have labels
   class_id        int64 (B,)    class that a conditional network is told, -1 for none; set where it is known, not here
   text_id         int64 (B,)    source text of the row, where a row is (part of) one text; not of a stream
-L is `model.length` for wrapped data; padded batches are as long as their longest row, rounded up to
+L is `model.length` for wrapped and filled data; padded batches are as long as their longest row, rounded up to
 PAD_MULTIPLE.
 
 Training data is ONE stream. Position p of the run is row order(seed, p // n)[p % n] of the n rows; optimizer
@@ -37,7 +41,7 @@ from transformers import PreTrainedTokenizerBase
 from text.collate import Collate, Rows
 from text.loading import Loading, TimedLoader
 from text.order import evaluation_batches
-from text.packing import Packing, framed, pack
+from text.packing import Packing, check_prompts, framed, pack
 from text.sources import Source
 from text.splits import SplitTexts, limit_key
 from text.stream import BatchPlan, PositionBatchSampler, TrainingStream, batch_arithmetic, consumed_before
@@ -57,7 +61,10 @@ class TextData(LightningDataModule):
     and BOS before padded texts; `insert_*_eos` ends each text with EOS; `label` keeps one class;
     `max_*_texts` limits a split for quick runs (a fixed random choice where there are labels, else the first
     ones). Tokenizers are trained on the whole train split, whatever `label` and the limits are, so that the
-    models of all classes share one vocabulary; `score_special` false makes BOS and EOS of padded rows given.
+    models of all classes share one vocabulary; `score_special` false makes BOS and EOS of padded rows given. `fill`
+    "eos" fills padded rows up to `length` with EOS, so that their length is not shown: the law of a row then is
+    p(text, EOS, the fill | prompt), and a model decides where a text ends. `segments`: batches say which part of its
+    text each token belongs to.
     `streaming` reads no more of a split than its `max_*_texts` (tokenizers too); without `max_train_texts` training
     reads on and on, in the order that `stream` says, and keeps only its `sample_texts`. `random_crop` trains on random
     stretches of wrapped rows twice as long, evaluation has fixed rows. `train_splits`: train on these splits of the
@@ -86,6 +93,8 @@ class TextData(LightningDataModule):
         insert_train_eos: bool = True,
         insert_valid_eos: bool = True,
         score_special: bool = False,
+        fill: str | None = None,
+        segments: bool = False,
         long_texts: str = "error",
         drop_empty: bool = False,
         label: int | None = None,
@@ -104,7 +113,7 @@ class TextData(LightningDataModule):
         stream: Order | None = None,
     ) -> None:
         super().__init__()
-        self.name, self.score_special = name or "text", score_special
+        self.name, self.score_special, self.fill, self.segments = name or "text", score_special, fill, segments
         self.source, self.length, self.label, self.wrap = source, length, label, wrap
         self.streaming, self.random_crop, self.train_splits = streaming, random_crop, train_splits
         self.tokenizer_settings = {"name_or_path": tokenizer_name_or_path, "folder": tokenizer_folder,
@@ -124,21 +133,12 @@ class TextData(LightningDataModule):
         self._resumed: dict[str, Any] = {}
         self._streamed: StreamLoader | None = None
         _check_names({name, *getattr(source, "sources", ())}, train, valid)
-        self._check()
+        _check(self)
 
-    def _check(self) -> None:
-        packing = self.packings["train"]
-        if self.random_crop and (not self.wrap or packing.chunk_special):
-            raise ValueError("data.random_crop=true cuts stretches out of wrapped text, without a begin or an end; "
-                             "set data.wrap=true and data.insert_train_special=false")  # fmt: skip
-        least = {
-            "loader.eval_batch_size": (self.eval_batch_size, 1),
-            "trainer.max_steps": (self.max_steps, 1),
-        }
-        limits = {limit_key(split): (n, 1) for split, n in self.limits.items()}
-        for key, (value, lowest) in {**least, **limits}.items():
-            if value is not None and value < lowest:
-                raise ValueError(f"{key}={value} must be at least {lowest}")
+    @property
+    def prompted(self) -> bool:
+        """Whether texts begin with a prompt, which is given."""
+        return getattr(self.source, "prompted", False)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -167,8 +167,8 @@ class TextData(LightningDataModule):
         return self.packings.get(split, self.packings["test"])
 
     def texts(self, split: str) -> datasets.Dataset:
-        """The split's texts as they are: columns text, text_id (number in the whole split), label where
-        there is one.
+        """The split's texts as they are: columns text, text_id (number in the whole split), label and ends
+        (text/sources.py) where there are such.
 
         Raises ValueError for an unknown split, an unknown label, an empty split.
         """
@@ -243,8 +243,11 @@ class TextData(LightningDataModule):
         """Columns of rows of a split -> a batch."""
         if self.wrap:
             return Collate(self.length, None)
-        frame = () if self.score_special else {self.vocabulary.bos_id, self.vocabulary.eos_id} - {None}
-        return Collate(self.length, self.vocabulary.pad_id, frame)
+        vocabulary = self.vocabulary
+        frame = {vocabulary.bos_id} if self.fill else {vocabulary.bos_id, vocabulary.eos_id}
+        frame = () if self.score_special else frame - {None}
+        pad_id = vocabulary.eos_id if self.fill else vocabulary.pad_id
+        return Collate(self.length, pad_id, frame, bool(self.fill), self.segments)
 
     def _loader(self, rows: Dataset, batches: Sampler | list[list[int]], again: bool = True) -> DataLoader:
         arguments = self.loading.arguments(self.loading.workers(streamed=False, devices=1), again)
@@ -302,6 +305,8 @@ def _corpus(data: TextData) -> Corpus:
         data.texts("train")  # refuses a class that does not exist
     if not hasattr(data.source, "open"):
         raise ValueError("data.streaming=true: these texts are made or cut as a whole; set it to false")
+    if data.prompted:
+        check_prompts(data.packings["train"], "train stream")
     return Corpus(data.source.open("train"), data.tokenizer, data.vocabulary, data.packings["train"], data.stream,
                   data.global_batch_size, data.seed, data.label)  # fmt: skip
 
@@ -315,3 +320,29 @@ def _check_names(known: Iterable[str | None], train: str | None, valid: str | No
             raise ValueError(f"{key}={value}: a data set is trained and measured on its own splits; "
                              f"choose it with "
                              f"data={value}, or leave {key} as it is ({', '.join(sorted(names))})")  # fmt: skip
+
+
+def _check(data: TextData) -> None:
+    packing = data.packings["train"]
+    if data.random_crop and (not data.wrap or packing.chunk_special):
+        raise ValueError("data.random_crop=true cuts stretches out of wrapped text, without a begin or an end; "
+                         "set data.wrap=true and data.insert_train_special=false")  # fmt: skip
+    _check_parts(data)
+    least = {
+        "loader.eval_batch_size": (data.eval_batch_size, 1),
+        "trainer.max_steps": (data.max_steps, 1),
+    }
+    limits = {limit_key(split): (n, 1) for split, n in data.limits.items()}
+    for key, (value, lowest) in {**least, **limits}.items():
+        if value is not None and value < lowest:
+            raise ValueError(f"{key}={value} must be at least {lowest}")
+
+
+def _check_parts(data: TextData) -> None:
+    if data.fill not in (None, "eos"):
+        raise ValueError(f"data.fill={data.fill} is unknown; choose eos, or null")
+    if data.fill and (data.wrap or not all(packing.eos for packing in data.packings.values())):
+        raise ValueError("data.fill=eos fills the row of each text behind its EOS; set data.wrap=false and "
+                         "data.insert_train_eos=data.insert_valid_eos=true, or data.fill=null")  # fmt: skip
+    if data.segments and not data.prompted:
+        raise ValueError(f"data.segments=true: the texts of data={data.name} have no parts; set it to false")

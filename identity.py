@@ -14,10 +14,12 @@ NOT_IDENTITY = ("data.label", "data.cache_dir", "model.attn_backend", "backbone.
                 "lr_scheduler.num_training_steps", "data.max_valid_texts", "data.max_test_texts",
                 "backbone.resumed", "training.max_skipped_steps", "training.gradient_checkpointing",
                 "training.sampling_eps_min", "training.sampling_eps_max", "training.clip_search_widths",
-                "training.clip_search_delta", "training.fix_clipping", "parameterization.block_size")  # fmt: skip
+                "training.clip_search_delta", "training.fix_clipping", "parameterization.block_size",
+                "data.judge._target_", "data.judge._partial_")  # fmt: skip
 # Of the keys of training that NOT_IDENTITY has, parameterization=bd3lm has its own copy.
 IDENTITY_IF_SET = ("training.from_pretrained", "training.start_from_counts", "loader.batch_ramp", "training.resample",
-                   "masking.resample", "parameterization.noising.resample")  # fmt: skip
+                   "masking.resample", "parameterization.noising.resample", "data.fill", "data.segments",
+                   "data.prompt_column", "data.source.prompt_column")  # fmt: skip
 # Of texts that only classify.pretrain reads.
 IDENTITY_IF_PRETRAINED = ("data.source.files.unsupervised", "data.source.hub_splits.unsupervised",
                           "data.source.unlabelled")  # fmt: skip

@@ -43,6 +43,7 @@ from models.recompute import recompute_blocks
 from tasks.class_models import pretraining_splits
 from tasks.drawing import Drawing, Template
 from tasks.scoring import Precision
+from text.judging import Judge, same_text
 
 _TEXT_DATA = inspect.signature(TextData).parameters
 _FETCHING = ("num_workers", "prefetch_factor", "pin_memory", "persistent_workers")
@@ -159,6 +160,11 @@ class Experiment:
         comparable = not data.wrap and not data.get("score_special") and data.tokenizer_name_or_path == "word"
         return instantiate(data.get("truth")) if comparable else None
 
+    @property
+    def judge(self) -> Judge:
+        """Of completed prompts: the data set's own, else whether they are the reference's text."""
+        return instantiate(self.cfg.data.get("judge")) or same_text
+
     def data(self, label: int | None = None) -> TextData:
         label = self.cfg.data.label if label is None else label
         if label not in self._data:
@@ -176,6 +182,7 @@ class Experiment:
         lightning.seed_everything(self.seed, verbose=False)
         vocabulary = data.vocabulary
         objective = instantiate(self.cfg.parameterization, mask_id=vocabulary.mask_id)
+        _check_segments(data, objective)
         backbone = self._backbone(data)
         if self.cfg.training.gradient_checkpointing:
             recompute_blocks(backbone)
@@ -278,6 +285,14 @@ class Experiment:
         )  # fmt: skip
         settings = {k: v for k, v in OmegaConf.to_container(cfg.trainer, resolve=True).items() if k not in _OF_THE_RUN}
         return build_trainer(run, settings)
+
+
+def _check_segments(data: TextData, objective: object) -> None:
+    if data.segments and not getattr(objective, "reads_segments", False):
+        raise ValueError(
+            "data.segments=true hands on which part of its text a token belongs to, and "
+            f"{type(objective).__name__} makes no use of it; set it to false"
+        )
 
 
 def _shared_start(cfg: DictConfig, splits: list[str], folder: Place) -> DictConfig:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from estimators.base import Measured, refuse_causal
-from objectives.base import Batch, Model, context, scored_mask
+from objectives.base import Batch, Model, context, counted_mask, scored_mask
 from randomness import KeyedNoise
 from samplers.ordered import time_of
 
@@ -41,9 +41,9 @@ class AnyOrder:
         """One value per row from `num_draws` orders, each of which takes a network evaluation per scored token."""
         refuse_causal(model, "importance_weighted")
         orders = [self._one_order(model, batch, KeyedNoise(seed, batch["sample_id"], draw=k)) for k in range(num_draws)]
-        tokens_B = scored_mask(batch).sum(-1)
+        tokens_B, scored_B = counted_mask(batch).sum(-1), scored_mask(batch).sum(-1)
         nll_B1 = math.log(num_draws) - torch.stack(orders, dim=1).logsumexp(1, keepdim=True)
-        return Measured(nll_B1, tokens_B, tokens_B * num_draws)
+        return Measured(nll_B1, tokens_B, scored_B * num_draws)
 
     def _one_order(self, model: Model, batch: Batch, noise: KeyedNoise) -> Tensor:
         """log of the product of the conditional probabilities along one random order, float64 (B,)."""

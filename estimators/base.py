@@ -18,7 +18,7 @@ class Measured:
     """-log p of a batch of rows, in nats.
 
     nll_BK: float64, one column per draw; their mean is the estimate (the draws are strata of one another).
-    tokens_B: scored tokens.
+    tokens_B: scored tokens, fill left out.
     evaluations_B: network evaluations spent on each row. logs: for every pass, where there were masks, cross_entropy
     and num_masked (B, P), summed over the masked tokens (nats) and their number, and nats (B, P), what the pass alone
     says of -log p: their mean is the estimate.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from estimators.base import Measured, refuse_causal
-from objectives.base import Batch, Model, context, scored_mask, spread
+from objectives.base import Batch, Model, context, counted_mask, scored_mask, spread
 from samplers.base import row_chunks
 from samplers.ordered import check, next_positions, preference, time_of
 
@@ -45,7 +45,10 @@ class Ordered:
         refuse_causal(model, "duel")
         x0_BL, scored_BL = batch["input_ids"], scored_mask(batch)
         x_BL = torch.where(scored_BL, model.mask_id, x0_BL)
-        tokens_B, nll_BL = scored_BL.sum(-1), torch.zeros(x0_BL.shape, dtype=torch.float64, device=x0_BL.device)
+        tokens_B, nll_BL = (
+            counted_mask(batch).sum(-1),
+            torch.zeros(x0_BL.shape, dtype=torch.float64, device=x0_BL.device),
+        )
         evaluations_B = torch.zeros_like(tokens_B)
         while len(busy_R := ((x_BL == model.mask_id) & scored_BL).any(-1).nonzero().squeeze(-1)):
             left_R = ((x_BL[busy_R] == model.mask_id) & scored_BL[busy_R]).sum(-1)

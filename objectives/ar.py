@@ -22,8 +22,9 @@ def _refuse() -> NoReturn:
 
 
 class AR:
-    """-log p(x) = -sum over i of log p(x_i | x_<i), exact. The first token of a row (BOS) is context, not scored; an
-    EOS is scored, since a causal network can not have seen it. The mask token has no mass."""
+    """-log p(x) = -sum over i of log p(x_i | x_<i), exact. The first token of a row (BOS) and a given beginning (a
+    prompt) are context, not scored; an EOS is scored, since a causal network can not have seen it, and the fill behind
+    it is not, since the text has ended there. The mask token has no mass."""
 
     exact, causal, any_order, first_given = True, True, False, True
     loss_name, encodes = "nll", 1
@@ -60,6 +61,10 @@ class AR:
         x_BL, mask_BL = batch["input_ids"], batch.get("attention_mask")
         scored_BL = torch.ones_like(x_BL, dtype=torch.bool) if mask_BL is None else mask_BL.bool().clone()
         scored_BL[:, 0] = False
+        if "given" in batch:
+            scored_BL &= ~batch["given"].cumprod(dim=1).bool()
+        if "fill" in batch:
+            scored_BL &= ~batch["fill"]
         before_BL = scored_BL.roll(-1, dims=1)  # True where the next token is scored
         hidden_BLD = backbone.encode(x_BL, torch.zeros(len(x_BL), device=x_BL.device), **context(batch))
         nll_N = cross_entropy(hidden_BLD[before_BL], backbone.head, x_BL[scored_BL], self.mask_id)

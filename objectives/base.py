@@ -27,7 +27,7 @@ class TokenLoss:
     """An unreduced loss.
 
     nll_BL: estimate, in nats, of each token's part of -log p(x); its sum over L estimates (bounds) -log p(row).
-    mask_BL: True where a token is scored, False on padding and given tokens: the denominator.
+    mask_BL: True where a token is scored and counted, False on padding, given tokens and fill: the denominator.
     logs: further tensors worth recording, detached, (B, P) each.
     """
 
@@ -205,10 +205,17 @@ def carry_over(log_p_NV: Tensor, x_N: Tensor, mask_id: int) -> Tensor:
 
 
 def scored_mask(batch: Batch) -> Tensor:
-    """True where a token is to be masked and scored (B, L): everywhere but on padding and on given tokens."""
+    """True where a token is to be masked and scored (B, L): everywhere but on padding and on given tokens; also on
+    fill, by which a model of masks finds where a text ends."""
     mask_BL = batch.get("attention_mask")
     scored_BL = torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask_BL is None else mask_BL.bool()
     return scored_BL & ~batch["given"] if "given" in batch else scored_BL
+
+
+def counted_mask(batch: Batch) -> Tensor:
+    """True where a scored token counts as a token of its text (B, L): not on the fill behind the text, whose nats
+    belong to the row's likelihood but would make a likelihood per token look as good as the row is long."""
+    return scored_mask(batch) & ~batch["fill"] if "fill" in batch else scored_mask(batch)
 
 
 def fresh_noise(x_BL: Tensor) -> KeyedNoise:

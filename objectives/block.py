@@ -138,7 +138,8 @@ class BlockDiffusion:
         if self.first_given:
             scored_BL = scored_BL & (torch.arange(x0_BL.shape[1], device=x0_BL.device) > 0)
         cut = _Cut(*x0_BL.shape, self.block_size)
-        return cut, {"input_ids": cut.apart(x0_BL), "given": ~cut.apart(scored_BL)}
+        blocks = {"input_ids": cut.apart(x0_BL), "given": ~cut.apart(scored_BL)}
+        return cut, blocks | ({"fill": cut.apart(batch["fill"])} if "fill" in batch else {})
 
     def block_losses(self, backbone: Backbone, batch: Batch, generator: KeyedNoise) -> tuple[Tensor, Tensor]:
         """One draw of t in (0, 1) for every block that has scored tokens: (mask rate, nats per scored token), (R,)."""

@@ -17,6 +17,7 @@ from objectives.base import (
     MaskedDiffusion,
     TokenLoss,
     context,
+    counted_mask,
     encode_at,
     masked_positions,
     per_position,
@@ -61,7 +62,7 @@ class D3PM(MaskedDiffusion):
         clean_BLD = backbone.encode(x0_BL, self.conditioning(torch.zeros_like(t_B)), **context(batch))
         log_p0_N, _ = self._log_p_and_m(clean_BLD[scored_BL], backbone, x0_BL[scored_BL])
         logs = {"cross_entropy": -spread(log_p_N.detach(), at).sum(-1), "num_masked": masked_BL.sum(-1)}
-        return TokenLoss(self.T * spread(kl_N, at) - spread(log_p0_N, scored_BL), scored_BL, logs)
+        return TokenLoss(self.T * spread(kl_N, at) - spread(log_p0_N, scored_BL), counted_mask(batch), logs)
 
     def conditioning(self, t_B: Tensor) -> Tensor:
         return self.noise_shown(t_B).sigma.float()

@@ -19,10 +19,10 @@ from objectives.base import (
     TokenLoss,
     carry_over,
     context,
+    counted_mask,
     encode_at,
     masked_positions,
     per_position,
-    scored_mask,
     spread,
 )
 from objectives.noising import Noising
@@ -50,7 +50,7 @@ class SEDD(MaskedDiffusion):
         rate_B = -level.dalpha / level.alpha
         cross_entropy_N = (log_z_N - logit_N1.squeeze(1)).detach()
         logs = {"cross_entropy": spread(cross_entropy_N, masked_BL).sum(-1), "num_masked": masked_BL.sum(-1)}
-        return TokenLoss(rate_B.float()[:, None] * spread(entropy_N.float(), masked_BL), scored_mask(batch), logs)
+        return TokenLoss(rate_B.float()[:, None] * spread(entropy_N.float(), masked_BL), counted_mask(batch), logs)
 
     def _log_shift(self, t_B: Tensor, vocab_size: int) -> Tensor:
         return -_log_ratio(self.schedule(t_B).alpha) + math.log(vocab_size - 1)

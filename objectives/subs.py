@@ -16,10 +16,10 @@ from objectives.base import (
     TokenLoss,
     carry_over,
     context,
+    counted_mask,
     encode_at,
     masked_positions,
     per_position,
-    scored_mask,
     spread,
 )
 from objectives.noising import Noising, log_move_range
@@ -58,7 +58,7 @@ class Subs(MaskedDiffusion):
         logs = {"cross_entropy": ce_BL.detach().sum(-1), "num_masked": masked_BL.sum(-1)}
         if self.loss_weight == "uniform":
             return TokenLoss(ce_BL, masked_BL, logs)
-        return TokenLoss(self.weight(t_B).float()[:, None] * ce_BL, scored_mask(batch), logs)
+        return TokenLoss(self.weight(t_B).float()[:, None] * ce_BL, counted_mask(batch), logs)
 
     def weight(self, t_B: Tensor) -> Tensor:
         """Of a masked token's cross-entropy: in continuous time (eq. 11), or with T steps, float64 (B,)."""

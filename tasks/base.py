@@ -24,6 +24,7 @@ from metrics import Estimate, NLLMeter
 from reporting.report import Metric
 from tasks.drawing import Drawing
 from tasks.scoring import Precision, Scores
+from text.judging import Judge
 
 
 class GroundTruth(Protocol):
@@ -48,6 +49,7 @@ class Experiment(Protocol):
     estimator: Estimator
     precision: Precision
     truth: GroundTruth | None
+    judge: Judge  # of completed prompts
     conditional: bool  # one network is told the class, else one model per class
     start_from_counts: bool  # new weights begin at token frequencies
     pretraining: Experiment | None  # the training of the weights that the models of all classes start from
@@ -112,10 +114,11 @@ def likelihood(data: object, split: str, scores: Scores, truth: GroundTruth | No
     rows_M = row_numbers(data.split(split), scores.sample_id_M)
     unigram = None
     if "train" in data.splits:
-        unigram = _per_token(unigram_nll(data, split, scores.given_length)[rows_M], scores.tokens_M)
+        unigram = _per_token(unigram_nll(data, split, scores.causal)[rows_M], scores.tokens_M)
     if truth is None:
         return Likelihood(scores, scores.per_token(), unigram)
-    true_nll_M = true_nll(data, split, rows_M, scores.tokens_M if scores.given_length else None, truth)
+    given_length = not scores.causal and data.fill is None
+    true_nll_M = true_nll(data, split, rows_M, scores.tokens_M if given_length else None, truth)
     return Likelihood(
         scores,
         scores.per_token(),
@@ -138,31 +141,61 @@ def _per_token(nll_M: np.ndarray, tokens_M: np.ndarray) -> Estimate:
     return meter.estimate()
 
 
-def unigram_nll(data: object, split: str, given_length: bool = True) -> np.ndarray:
-    """Nats per row under the training split's token frequencies (add-one smoothed), (M,). Left out are the given
-    tokens, or, without `given_length`, the first token of each row: what a causal model has as context."""
-    given = data.collate.frame_ids if given_length else []
-    counts_V = 1.0 + token_counts(data, given_length)[0]
-    counts_V[given] = 0
+def unigram_nll(data: object, split: str, causal: bool = False) -> np.ndarray:
+    """Nats per row under the training split's token frequencies (add-one smoothed), (M,). Left out is what is given:
+    for a `causal` model the beginning, else BOS and EOS too where they are; fill is no part of it."""
+    context = _Context.of(data, causal)
+    counts_V = 1.0 + token_counts(data, causal)[0]
+    counts_V[context.ids] = 0
     nats_V = np.log(counts_V.sum()) - np.log(counts_V, where=counts_V > 0, out=np.zeros_like(counts_V))
-    nats_V[given] = 0.0
-    first = 0 if given_length else 1
-    return np.array([nats_V[np.asarray(ids)[first:]].sum() for ids in data.split(split)["input_ids"]])
+    nats_V[context.ids] = 0.0
+    rows = data.split(split)
+    leading_M = context.leading(rows)
+    return np.array([nats_V[np.asarray(ids)[n:]].sum() for ids, n in zip(rows["input_ids"], leading_M, strict=True)])
 
 
-def token_counts(data: object, given_length: bool = True, by_class: bool = False) -> np.ndarray:
+@dataclass(frozen=True)
+class _Context:
+    """What of a row a model is given. ids: tokens that are given wherever they stand, BOS and EOS of padded rows.
+    first: whether the first token is; prompts are in any case."""
+
+    ids: np.ndarray
+    first: bool
+
+    @classmethod
+    def of(cls, data: object, causal: bool) -> _Context:
+        """Of a causal model, which has the first token, or of one that is shown what the batches say."""
+        ids = data.collate.frame_ids
+        if causal or data.fill:  # an ending is scored; BOS may have the id of EOS, so that its place decides
+            return cls(np.zeros(0, dtype=np.int64), causal or len(ids) > 0)
+        return cls(ids, False)
+
+    def leading(self, rows: object) -> np.ndarray:
+        """Given tokens at the beginning of each row, (M,)."""
+        if "part_ends" in rows.column_names:
+            return np.maximum(np.array([ends[0] for ends in rows["part_ends"][:]]), self.first)
+        return np.full(len(rows), int(self.first))
+
+
+def token_counts(data: object, causal: bool = False, by_class: bool = False) -> np.ndarray:
     """How often each token stands in the training rows, (1, V), or `by_class` in those of each class, (C, V). Given
-    tokens are left out (see `unigram_nll`)."""
+    tokens are left out (see `unigram_nll`), but for the first one of a causal model's rows without prompts."""
     rows, size = data.split("train"), data.vocabulary.size
     column = rows.select_columns("input_ids").with_format("arrow")[:]["input_ids"]
     counts_CV = np.zeros((len(data.label_names) if by_class else 1, size), dtype=np.int64)
     labels = np.asarray(rows["label"][:]) if by_class else np.zeros(len(rows), dtype=np.int64)
+    context = _Context.of(data, causal)
+    everything = causal and "part_ends" not in rows.column_names
+    leading_M = np.zeros(len(rows), dtype=np.int64) if everything else context.leading(rows)
     start = 0
     for chunk in column.chunks:  # of the file: the ids of a large split are never in memory at once
-        label = np.repeat(labels[start : start + len(chunk)], chunk.value_lengths().to_numpy())
-        flat = np.bincount(chunk.flatten().to_numpy() + size * label, minlength=counts_CV.size)
+        here, lengths = slice(start, start + len(chunk)), chunk.value_lengths().to_numpy()
+        place = np.arange(lengths.sum()) - np.repeat(lengths.cumsum() - lengths, lengths)
+        counted = place >= np.repeat(leading_M[here], lengths)
+        flat = chunk.flatten().to_numpy() + size * np.repeat(labels[here], lengths)
+        flat = np.bincount(flat[counted], minlength=counts_CV.size)
         counts_CV, start = counts_CV + flat.reshape(counts_CV.shape), start + len(chunk)
-    counts_CV[:, data.collate.frame_ids if given_length else []] = 0
+    counts_CV[:, context.ids] = 0
     return counts_CV
 
 

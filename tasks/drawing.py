@@ -6,7 +6,7 @@ Shape suffixes: B batch, L length.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -92,15 +92,25 @@ def draw(
     """`num_samples` texts. The i-th depends on (seed, i) and on the weights, not on the batch it is drawn in.
 
     A text gets the length of a training row picked at random, since a model of padded rows is a model of
-    p(text | length); wrapped rows all have the model's length, and causal models decide themselves where to end.
+    p(text | length); wrapped and filled rows all have the model's length, and causal models and models of filled rows
+    decide themselves where to end. Where texts have prompts, they are those of validation texts.
     `class_id` is the class that a conditional network is told.
     """
     rows = _rows(diffusion, data, drawing.given, num_samples, seed)
+    return fill(diffusion, data, drawing, rows, np.arange(num_samples), batch_size, seed, class_id)
+
+
+def fill(
+    diffusion: Diffusion, data: object, drawing: Drawing, rows: Sequence[np.ndarray], names_M: np.ndarray,
+    batch_size: int, seed: int, class_id: int | None = None,
+) -> list[Drawn]:  # fmt: skip
+    """`rows` of ids with the masks filled in. A row's tokens depend on (seed, its name), whatever else is drawn."""
     drawn: list[Drawn] = []
-    meter = Meter("sample", num_samples)
+    meter = Meter("sample", len(rows))
     with torch.inference_mode():
-        for start in range(0, num_samples, batch_size):
-            drawn += _draw_batch(diffusion, data, drawing, rows[start : start + batch_size], start, seed, class_id)
+        for start in range(0, len(rows), batch_size):
+            here = slice(start, start + batch_size)
+            drawn += _draw_batch(diffusion, data, drawing, rows[here], names_M[here], seed, class_id)
             meter.update(len(drawn))
     meter.close()
     return drawn
@@ -124,18 +134,28 @@ def draw_on_all(
     trainer: lightning.Trainer, diffusion: Diffusion, data: object, drawing: Drawing, num_samples: int, batch_size: int,
     seed: int,
 ) -> list[Drawn]:  # fmt: skip
-    """As `draw`, shared out over all of the trainer's devices; every process gets all of the texts, the same as one
+    """As `draw`, shared out over all of the trainer's devices (`fill_on_all`)."""
+    rows = _rows(diffusion, data, drawing.given, num_samples, seed)
+    return fill_on_all(trainer, diffusion, data, drawing, rows, np.arange(num_samples), batch_size, seed)
+
+
+def fill_on_all(
+    trainer: lightning.Trainer, diffusion: Diffusion, data: object, drawing: Drawing, rows: Sequence[np.ndarray],
+    names_M: np.ndarray, batch_size: int, seed: int,
+) -> list[Drawn]:  # fmt: skip
+    """As `fill`, shared out over all of the trainer's devices; every process gets all of the texts, the same as one
     process alone would have drawn."""
     if trainer.world_size == 1:
-        return draw(diffusion, data, drawing, num_samples, batch_size, seed)
-    rows, device = _rows(diffusion, data, drawing.given, num_samples, seed), diffusion.device
+        return fill(diffusion, data, drawing, rows, names_M, batch_size, seed)
+    device = diffusion.device
 
     def draw_from(start: int) -> list[Drawn]:
-        return _draw_batch(diffusion, data, drawing.sampler, rows[start : start + batch_size], start, seed, None)
+        here = slice(start, start + batch_size)
+        return _draw_batch(diffusion, data, drawing, rows[here], names_M[here], seed, None)
 
-    starts = list(range(0, num_samples, batch_size))
+    starts = list(range(0, len(rows), batch_size))
     mine = starts[trainer.global_rank :: trainer.world_size]
-    meter = Meter("sample (first process)", sum(min(batch_size, num_samples - start) for start in mine))
+    meter = Meter("sample (first process)", sum(min(batch_size, len(rows) - start) for start in mine))
     drawer = _Drawer(diffusion, draw_from, meter)
     trainer.predict(drawer, DataLoader(mine, batch_size=None), return_predictions=False)
     meter.close()
@@ -144,14 +164,17 @@ def draw_on_all(
     torch.distributed.all_gather_object(gathered, drawer.drawn)
     shares = [iter(share) for share in gathered]
     return [text for number, start in enumerate(starts)
-            for text in islice(shares[number % len(shares)], min(batch_size, num_samples - start))]  # fmt: skip
+            for text in islice(shares[number % len(shares)], min(batch_size, len(rows) - start))]  # fmt: skip
 
 
 def _rows(diffusion: Diffusion, data: object, given: Template, num_samples: int, seed: int) -> list[np.ndarray]:
     """One row of ids per sample, the mask where a token is wanted."""
     mask_id, causal = diffusion.objective.mask_id, diffusion.objective.causal
     fixed = given.ids(data.tokenizer, mask_id)
-    train = data.split("train")
+    if fixed and data.prompted:
+        key = "template" if given.template else "prefix"
+        raise ValueError(f"data={data.name} gives each text a beginning of its own; leave sampling.{key} out")
+    train = data.split("validation" if data.prompted else "train")
     u = KeyedNoise(seed, torch.arange(num_samples), draw=-3).uniform()
     rows = []
     for lender in (u * len(train)).long().tolist():
@@ -167,12 +190,12 @@ def _rows(diffusion: Diffusion, data: object, given: Template, num_samples: int,
 def _blank(data: object, columns: Mapping[str, list], mask_id: int, causal: bool) -> np.ndarray:
     """A training row with every token masked that a model would have to write."""
     if causal:
-        ids = np.full(data.length, mask_id)
-        ids[0] = columns["input_ids"][0][0]
+        ids, given = np.full(data.length, mask_id), columns["part_ends"][0][0] if "part_ends" in columns else 1
+        ids[:given] = columns["input_ids"][0][:given]
         return ids
     batch = data.collate(columns)
     row = torch.where(scored_mask(batch), mask_id, batch["input_ids"])[0]
-    return row[: int(columns["length"][0])].numpy()
+    return row.numpy() if data.fill else row[: int(columns["length"][0])].numpy()
 
 
 def _begins_with_bos(data: object, row: Mapping[str, list]) -> bool:
@@ -186,7 +209,9 @@ def _filled(blank: np.ndarray, fixed: list[int], start: int, mask_id: int, data:
     head = np.concatenate([blank[:start], np.asarray(fixed, dtype=blank.dtype)])
     ending = blank[-1:] if blank[-1] != mask_id else blank[:0]
     tail = blank[len(head) :]
-    if whole and not data.wrap:
+    if whole and data.fill:
+        tail = np.full_like(tail, data.vocabulary.eos_id)
+    elif whole and not data.wrap:
         tail = ending
     elif mask_id not in tail:  # the lender is too short for this prefix
         tail = np.concatenate([np.full(1, mask_id, dtype=blank.dtype), ending])
@@ -197,7 +222,7 @@ def _filled(blank: np.ndarray, fixed: list[int], start: int, mask_id: int, data:
 
 
 def _draw_batch(
-    diffusion: Diffusion, data: object, drawing: Drawing, rows: list[np.ndarray], first: int, seed: int,
+    diffusion: Diffusion, data: object, drawing: Drawing, rows: Sequence[np.ndarray], names_B: np.ndarray, seed: int,
     class_id: int | None,
 ) -> list[Drawn]:  # fmt: skip
     lengths = [len(row) for row in rows]
@@ -208,7 +233,7 @@ def _draw_batch(
     cond = {"attention_mask": torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]} if padded else {}
     if class_id is not None:
         cond["class_id"] = torch.full((len(rows),), class_id)
-    noise = KeyedNoise(seed, torch.arange(first, first + len(rows), device=diffusion.device))
+    noise = KeyedNoise(seed, torch.from_numpy(names_B).to(diffusion.device))
     ends_early = diffusion.objective.causal and not data.wrap
     stop = {"stop_id": data.vocabulary.eos_id} if ends_early or drawing.var_length else {}
     out = drawing.sampler(diffusion.model, x_BL.to(diffusion.device), noise, **_moved(cond, diffusion.device), **stop)
@@ -216,7 +241,7 @@ def _draw_batch(
     drawn = []
     for i, length in enumerate(lengths):
         ids = out.ids_BL[i, : length + extra].tolist()
-        ids = ids[: _end(ids, data.vocabulary.eos_id)] if ends_early else ids
+        ids = ids[: _end(ids, data.vocabulary.eos_id)] if ends_early or data.fill else ids
         ids = ids if out.length_B is None else ids[: int(out.length_B[i])]
         steps = out.step_BL[i, : len(ids)].tolist()
         drawn.append(Drawn(ids, steps, out.num_steps, int(out.evaluations_B[i])))

@@ -50,9 +50,9 @@ def begin(experiment: Experiment, diffusion: Diffusion, data: object, shared: Pl
     if start := experiment.start_from_pretrained(diffusion, data, shared):
         print(f"starting from the weights of {start}")
     if experiment.start_from_counts:
-        given_length = not diffusion.objective.causal
+        causal = diffusion.objective.causal
         by_class = bool(diffusion.backbone.num_classes) and data.train_splits is None
-        counts_CV = torch.from_numpy(token_counts(data, given_length, by_class))
+        counts_CV = torch.from_numpy(token_counts(data, causal, by_class))
         before = experiment.pretraining.data() if shared else None
-        before_V = None if before is None else torch.from_numpy(token_counts(before, given_length)[0])
+        before_V = None if before is None else torch.from_numpy(token_counts(before, causal)[0])
         diffusion.start_from_counts(counts_CV, before_V)

@@ -17,7 +17,7 @@ def protocol(experiment: Experiment, data: object, split: str, scores: Scores) -
         **experiment.protocol, "kind": "exact likelihood" if scores.label == "exact" else scores.kind,
         "data": data.name, "split": split, "label": data.label, "tokenizer": data.vocabulary.fingerprint,
         "detokenizer": data.detokenizer(split), "length": data.length, "wrap": data.wrap,
-        "packing": asdict(data.packing(split)), "estimator": scores.label,
+        "packing": asdict(data.packing(split)), "prompted": data.prompted, "fill": data.fill, "estimator": scores.label,
         "network_evaluations_per_text": float(scores.evaluations_M.mean()),
     }  # fmt: skip
 
@@ -48,12 +48,18 @@ _PREAMBLE = {
 }
 _EXACT_ERRORS = "Errors are standard errors over texts."
 _ERRORS = "Errors are standard errors over texts and contain the noise of the masks."
+_FILLED = (
+    " Rows are filled behind their texts with EOS, which the model has to write too, since it is not shown where a "
+    "text ends: the nats are those of text, EOS and fill, the tokens those of the text and its EOS."
+)
 _TRUTH = " The corpus knows its own probabilities, so its entropy on these very texts is exact."
 
 
 def _method(measured: Likelihood) -> str:
     kind = "The likelihood is exact. " if measured.scores.label == "exact" else _PREAMBLE[measured.scores.kind]
-    return kind + (_EXACT_ERRORS if measured.scores.exact else _ERRORS) + (_TRUTH if measured.truth else "")
+    scores = measured.scores
+    filled = _FILLED if not scores.causal and (scores.maskable_M > scores.tokens_M).any() else ""
+    return kind + (_EXACT_ERRORS if scores.exact else _ERRORS) + filled + (_TRUTH if measured.truth else "")
 
 
 def ppl_eval(experiment: Experiment, *, checkpoint_path: str, disable_ema: bool, split: str) -> dict[str, object]:

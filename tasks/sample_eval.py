@@ -12,6 +12,7 @@ from reporting.report import Metric, Report, Sample
 from tasks.base import Experiment, write_results
 from tasks.drawing import Drawn, draw_on_all
 from tasks.generative_perplexity import CausalScorer
+from tasks.prompted import Asked, complete_prompts
 from tasks.sample_quality import compare, real_texts
 from text.tokenizers import decode, token_strings
 
@@ -39,16 +40,25 @@ def write_samples(path: Path, drawn: list[Drawn], tokenizer: object) -> None:
 
 
 def sample_eval(
-    experiment: Experiment, *, checkpoint_path: str, disable_ema: bool, num_batches: int, num_shown: int,
-    split: str | None, compute_generative_perplexity: bool, scorer_name: str, perplexity_batch_size: int,
+    experiment: Experiment, *, checkpoint_path: str, disable_ema: bool, num_batches: int | None, num_shown: int,
+    split: str | None, samples_per_prompt: int, compute_generative_perplexity: bool, scorer_name: str,
+    perplexity_batch_size: int,
 ) -> dict[str, object]:  # fmt: skip
     """Draw `num_batches` batches of `loader.eval_batch_size` texts, shared out over all devices; hold them against as
-    many real ones of `split` (None: against nothing); write samples.jsonl, results.json, report.html."""
-    if num_batches < 1:
+    many real ones of `split` (None: against nothing); write samples.jsonl, results.json, report.html. Where texts have
+    prompts, so many of those of `split` (None: all) are completed instead and the completions judged
+    (tasks/prompted.py)."""
+    if num_batches is not None and num_batches < 1:
         raise ValueError(f"sampling.num_sample_batches={num_batches} must be at least 1")
+    data = experiment.data()
+    if data.prompted:
+        asked = Asked(split, num_batches and num_batches * data.eval_batch_size, samples_per_prompt, num_shown)
+        return complete_prompts(experiment, asked, checkpoint_path, disable_ema, compute_generative_perplexity)
+    if num_batches is None or samples_per_prompt != 1:
+        key = f"samples_per_prompt={samples_per_prompt}" if num_batches else "num_sample_batches=null"
+        raise ValueError(f"sampling.{key} is for texts with prompts, and those of data={data.name} have none")
     # What can be missing is looked for before the sampling, which may take hours.
     scorer = CausalScorer.load(scorer_name, perplexity_batch_size) if compute_generative_perplexity else None
-    data = experiment.data()
     diffusion = experiment.trained(data, checkpoint_path, disable_ema).eval()
     num_samples = num_batches * data.eval_batch_size
     real = real_texts(data, split, num_samples, experiment.seed)

@@ -17,7 +17,7 @@ from torch import Tensor
 from diffusion import Diffusion
 from estimators.base import Estimator
 from metrics import Estimate, NLLMeter
-from objectives.base import Batch
+from objectives.base import Batch, scored_mask
 from randomness import hash_seed
 
 
@@ -25,21 +25,22 @@ from randomness import hash_seed
 class Scores:
     """What was measured, one row per text, sorted by sample id.
 
-    kind: what the numbers estimate. label: how. exact: without Monte Carlo error. given_length: the likelihood is that
-    of a text of known length (padding is seen), not of its ending. nll_MK: nats, one column per draw, of which the mean
-    is the estimate. round_K: the round of draws each column belongs to. tokens_M: scored tokens. evaluations_M: network
-    evaluations spent.
+    kind: what the numbers estimate. label: how. exact: without Monte Carlo error. causal: the first token of a row is
+    context, and its ending is scored. nll_MK: nats, one column per draw, of which the mean is the estimate. round_K:
+    the round of draws each column belongs to. tokens_M: tokens that count. maskable_M: those that can be masked, the
+    fill behind a text among them. evaluations_M: network evaluations spent.
     cross_entropy_MP, num_masked_MP: summed cross-entropy (nats) of the masked tokens of a pass, and their number.
     """
 
     kind: str
     label: str
     exact: bool
-    given_length: bool
+    causal: bool
     sample_id_M: np.ndarray
     nll_MK: np.ndarray
     round_K: np.ndarray
     tokens_M: np.ndarray
+    maskable_M: np.ndarray
     evaluations_M: np.ndarray
     cross_entropy_MP: np.ndarray
     num_masked_MP: np.ndarray
@@ -75,7 +76,7 @@ class Scores:
     def by_mask_rate(self, num_bins: int = 10) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Cross-entropy in nats per masked token against the share of masked tokens: (rate, nats, standard error);
         empty where nothing was masked."""
-        rate = (self.num_masked_MP / np.maximum(self.tokens_M[:, None], 1)).ravel()
+        rate = (self.num_masked_MP / np.maximum(self.maskable_M[:, None], 1)).ravel()
         ce, masked = self.cross_entropy_MP.ravel(), self.num_masked_MP.ravel()
         bins = np.clip((rate * num_bins).astype(int), 0, num_bins - 1)
         rows = []
@@ -110,6 +111,7 @@ class Scorer(lightning.LightningModule):
             "sample_id": batch["sample_id"].cpu(),
             "nll": found.nll_BK.double().cpu(),
             "tokens": found.tokens_B.cpu(),
+            "maskable": scored_mask(batch).sum(-1).cpu(),
             "evaluations": found.evaluations_B.cpu(),
             "cross_entropy": found.logs.get("cross_entropy", none).double().cpu(),
             "num_masked": found.logs.get("num_masked", none).cpu(),
@@ -171,8 +173,8 @@ def _joined(before: Scores, new: Scores, number: int) -> Scores:
 def _round(trainer: lightning.Trainer, scorer: Scorer, loader: object) -> Scores:
     rows, model, estimator = measure(trainer, scorer, loader), scorer.diffusion.model, scorer.estimator
     return Scores(
-        estimator.kind, estimator.label(model, scorer.num_draws), estimator.exact(model), not model.objective.causal,
-        rows["sample_id"], rows["nll"], np.zeros(rows["nll"].shape[1], dtype=int), rows["tokens"],
+        estimator.kind, estimator.label(model, scorer.num_draws), estimator.exact(model), model.objective.causal,
+        rows["sample_id"], rows["nll"], np.zeros(rows["nll"].shape[1], dtype=int), rows["tokens"], rows["maskable"],
         rows["evaluations"], rows["cross_entropy"], rows["num_masked"],
     )  # fmt: skip
 

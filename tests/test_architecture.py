@@ -59,6 +59,7 @@ MAY_IMPORT = {
         "machine",
         "models",
         "tasks",
+        "text",
     },  # fmt: skip
 }
 CONFIGURED = {"main", "command_line", "contradictions", "identity", "machine"}  # may read the configuration

@@ -202,12 +202,12 @@ def test_the_folder_comes_first(data_dir):
 def test_columns_are_joined_and_blank_texts_dropped(data_dir):
     rows = [{"q": "a", "r": "b\n"}, {"q": " ", "r": "\n"}, {"q": "c", "r": "d"}]
     (data_dir / "some_set" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    source = named(text_columns=["q", "r"], separator=" | ", drop_blank=False)
+    source = named(text_columns=["q", "r"], parts=["{q} | {r}"], drop_blank=False)
     assert source.load("train")["text"][:] == ["a | b\n", "  | \n", "c | d"]
-    source = named(text_columns=["q", "r"], separator="", drop_blank=True)
+    source = named(text_columns=["q", "r"], parts=["{q}{r}"], drop_blank=True)
     assert source.load("train")["text"][:] == ["ab", "cd"]
     with pytest.raises(ValueError, match=r"has no column question; it has q, r"):
-        named(text_columns=["question", "r"]).load("train")
+        named(text_columns=["question", "r"], parts=["{question}{r}"]).load("train")
 
 
 def test_the_hub_comes_second_and_gives_the_same(data_dir, tmp_path, monkeypatch):

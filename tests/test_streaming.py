@@ -236,8 +236,10 @@ def test_a_resume_tokenises_a_helping_for_each_lane_and_no_more(tmp_path, monkey
     after = data(tmp_path, step=STEPS - 1)
     after.load_state_dict(state)
     asked = []
-    encode = text.streaming.encode
-    monkeypatch.setattr(text.streaming, "encode", lambda tokenizer, some: asked.append(some) or encode(tokenizer, some))
+    real = text.streaming.tokenised
+    monkeypatch.setattr(
+        text.streaming, "tokenised", lambda tokenizer, some: asked.append(some) or real(tokenizer, some)
+    )
     next(iter(after.train_dataloader()))
     assert len(asked) <= 2 * 4 and len(before.train_dataloader().places) == 0
     # Without its places it is the same stream, read from the beginning.
@@ -352,6 +354,50 @@ def test_labels_come_along_and_choose(tmp_path, monkeypatch):
     assert "label" not in batches(wrap=True)[1][0]
     with pytest.raises(ValueError, match=r"data\.label=2 is not one of the labels: 0 \(a\), 1 \(b\)"):
         batches(wrap=False, label=2)
+
+
+@pytest.mark.parametrize("kind", ["own files", "a named set"])
+def test_prompts_stay_given_also_after_a_resume(kind, tmp_path, monkeypatch):
+    monkeypatch.setenv("DATA_DIR", str(tmp_path))
+    path = tmp_path / "mine" / "train.jsonl"
+    path.parent.mkdir()
+    path.write_text(
+        "\n".join(json.dumps({"ask": "say" + "!" * (i % 4) + f" {i}", "text": f"it is {i}"}) for i in range(60))
+    )
+    source = UserFiles(str(path), prompt_column="ask", validation_path=str(path), test_path=str(path))
+    if kind == "a named set":
+        source = HubOrFolder("nowhere/mine", "mine", {"train": "train.jsonl"}, {}, text_columns=["ask", "text"],
+                             parts=["{ask}\n", "{text}"])  # fmt: skip
+
+    def batches(step=0, num_workers=0, state=None, **settings):
+        given = {"wrap": False, "fill": "eos", "segments": True, "long_texts": "drop", "length": 24}
+        module = TextData(source, streaming=True, tokenizer_name_or_path="byte", cache_dir=tmp_path, max_steps=STEPS,
+                          global_batch_size=G, stream=Order(lanes=4, shuffle_buffer=8), loading=Loading(num_workers),
+                          **(given | settings))  # fmt: skip
+        module.trainer = SimpleNamespace(global_rank=0, world_size=1, max_steps=STEPS, global_step=step)
+        module.load_state_dict(state or {})
+        return module, list(module.train_dataloader())
+
+    module, whole = batches()
+    seen = set()
+    for batch in whole:
+        assert torch.equal(batch["segment"] == 0, batch["given"]) and batch["fill"].any(-1).all()
+        for ids, given, fill in zip(batch["input_ids"], batch["given"], batch["fill"], strict=True):
+            prompt, text = module.tokenizer.decode(ids[given]), module.tokenizer.decode(ids[~given & ~fill])
+            number = prompt.split()[-1]
+            assert prompt.startswith("[BOS]say") and prompt.endswith("\n") and text == f"it is {number}[EOS]"
+            seen.add(int(number))
+    assert seen == set(range(60))
+    _, rest = batches(step=3, num_workers=2, state=saved([module], 3))
+    assert len(rest) == STEPS - 3
+    for ours, theirs in zip(whole[3:], rest, strict=True):
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    for settings, said in (
+        ({"wrap": True, "fill": None}, "wrap=true joins"),
+        ({"long_texts": "windows"}, "would part"),
+    ):
+        with pytest.raises(ValueError, match=f"train stream: data.*{said}"):
+            batches(**settings)
 
 
 def test_what_lies_still_is_the_beginning(tmp_path):

@@ -48,7 +48,10 @@ def test_unigram_baseline_leaves_given_tokens_out():
     texts = {"train": [[0, 2, 2, 2, 1], [0, 3, 1]], "test": [[0, 2, 3, 1]]}
     rows = {split: datasets.Dataset.from_dict({"input_ids": ids}) for split, ids in texts.items()}
     data = SimpleNamespace(
-        collate=SimpleNamespace(frame_ids=np.array([0, 1])), vocabulary=SimpleNamespace(size=4), split=rows.__getitem__
+        collate=SimpleNamespace(frame_ids=np.array([0, 1])),
+        fill=None,
+        vocabulary=SimpleNamespace(size=4),
+        split=rows.__getitem__,
     )
     assert unigram_nll(data, "test") == pytest.approx([-math.log(4 / 6) - math.log(2 / 6)])
 

@@ -5,10 +5,13 @@ A packed split is a `datasets.Dataset` (numpy format) with the columns
   input_ids  list of int32, unpadded        length     int32, number of ids
   sample_id  int64, the row's lasting name  text_id    int64, the source text it is from (`pad` only)
   label      int64, where the texts have one
+  part_ends  list of int32, where the texts have parts: the tokens before which each part but the last ends; BOS
+             belongs to the first part, EOS to the last
 `sample_id` of a padded row is window * 2**32 + text_id: it stays the same when other texts or classes are
 left out.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,11 +23,12 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from text.cache import cached_folder, texts_fingerprint
-from text.tokenizers import Vocabulary, encode
+from text.rows import parts_of
+from text.tokenizers import Vocabulary, encode, encode_after
 
 _CODE_VERSION = 1  # raise it whenever a change below gives other rows for the same texts and settings
 _TEXTS_AT_ONCE = 1000  # bounds memory; the rows do not depend on it
-_LONG_TEXTS = ("truncate", "windows", "error")
+_LONG_TEXTS = ("truncate", "windows", "drop", "error")
 _WINDOW = 2**32
 
 
@@ -35,8 +39,9 @@ class Packing:
     length: most tokens of a row. wrap: concatenate all texts and cut, else one text per row.
     bos, eos: for padded rows, put the begin token in front and the end token behind each text; for wrapped
     ones `eos` ends each text, and `chunk_special` cuts `length - 2` tokens and puts both around each chunk.
-    long_texts: what a padded text beyond `length` becomes: its beginning, several rows, or an error.
-    drop_empty: leave out texts without tokens instead of refusing them (padded rows; wrapped ones always do).
+    long_texts: what a padded text beyond `length` becomes: its beginning, several rows, nothing, or an error.
+    drop_empty: leave out texts without tokens (behind their prompt) instead of refusing them (padded rows; wrapped ones
+    always do).
     """
 
     length: int
@@ -64,20 +69,23 @@ def pack(
     rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary, packing: Packing,
     cache_dir: str | Path, name: str = "these texts",
 ) -> tuple[datasets.Dataset, dict[str, int]]:  # fmt: skip
-    """The packed split of `rows` (columns text, text_id, label?), read from the cache or built into it, and
-    figures: texts, rows, tokens, empty, long (texts cut or windowed), cut (tokens left out), unknown
+    """The packed split of `rows` (columns text, text_id, label?, ends?), read from the cache or built into it, and
+    figures: texts, rows, tokens, empty, long (texts cut, windowed or dropped), cut (tokens left out), unknown
     (unknown tokens).
 
     `name` says in messages which split it is. Raises ValueError for empty or over-long texts (as `packing`
-    says), for a tokenizer without the begin or end token that is needed, and for too little text to fill one
-    chunk.
+    says), for a tokenizer without the begin or end token that is needed, for too little text to fill one
+    chunk, and for prompts that leave no room or can not be kept.
     """
     check_tokens(vocabulary, packing, name)
-    has_label = "label" in rows.column_names
+    has_label, has_parts = "label" in rows.column_names, "ends" in rows.column_names
+    if has_parts:
+        check_prompts(packing, name)
     settings = {
         "code": _CODE_VERSION, "texts": texts_fingerprint(_each_text(rows)), "tokenizer": vocabulary.fingerprint,
         "text_id": _digest(rows, "text_id"), "label": _digest(rows, "label") if has_label else None,
         "packing": asdict(packing), "eos_id": vocabulary.eos_id, "bos_id": vocabulary.bos_id,
+        **({"ends": _digest(rows, "ends")} if has_parts else {}),
     }  # fmt: skip
     folder, figures = cached_folder(
         cache_dir, "wrapped" if packing.wrap else "rows", settings,
@@ -103,6 +111,16 @@ def check_tokens(vocabulary: Vocabulary, packing: Packing, name: str) -> None:
             raise ValueError(f"{name}: the tokenizer has no {token} token, which these rows need; choose "
                              f"another "
                              f"data.tokenizer_name_or_path, or set data.{key}")  # fmt: skip
+
+
+def check_prompts(packing: Packing, name: str) -> None:
+    """Raises ValueError for ways of packing that would part texts from their prompts."""
+    if packing.wrap:
+        raise ValueError(f"{name}: data.wrap=true joins texts and cuts them anywhere, so that their prompts could not "
+                         f"be given; set data.wrap=false, or choose data without prompts")  # fmt: skip
+    if packing.long_texts == "windows":
+        raise ValueError(f"{name}: data.long_texts=windows would part texts from their prompts; choose truncate, drop "
+                         f"or error")  # fmt: skip
 
 
 def _each_text(rows: datasets.Dataset) -> Iterator[str]:
@@ -138,6 +156,7 @@ class PackedRows:
     sample_id: np.ndarray
     text_id: np.ndarray | None
     label: np.ndarray | None
+    part_ends: list[list[int]] | None = None
 
 
 def _write(
@@ -150,8 +169,7 @@ def _write(
 
     def tokens() -> Iterator[tuple[dict[str, Any], list[list[int]]]]:
         for start in range(0, len(rows), _TEXTS_AT_ONCE):
-            batch = rows[start : start + _TEXTS_AT_ONCE]
-            ids = encode(tokenizer, batch["text"])
+            batch, ids = tokenised(tokenizer, rows[start : start + _TEXTS_AT_ONCE])
             figures.unknown += sum(row.count(unk_id) for row in ids) if unk_id is not None else 0
             yield batch, ids
 
@@ -170,12 +188,26 @@ def _write(
     return asdict(figures)
 
 
+def tokenised(tokenizer: PreTrainedTokenizerBase, batch: dict[str, Any]) -> tuple[dict[str, Any], list[list[int]]]:
+    """Texts (columns text, ends?) and their token ids, as `pad_rows` takes them. Each part of a text is encoded by
+    itself, as a prompt must have the same tokens when there is nothing behind it yet; `part_ends` then are the tokens
+    before which each part but the last ends."""
+    if "ends" not in batch:
+        return batch, encode(tokenizer, batch["text"])
+    texts = [parts_of(text, ends) for text, ends in zip(batch["text"], batch["ends"], strict=True)]
+    pieces = [(encode if place == 0 else encode_after)(tokenizer, column)
+              for place, column in enumerate(zip(*texts, strict=True))]  # fmt: skip
+    encoded = list(zip(*pieces, strict=True))
+    part_ends = [list(itertools.accumulate(map(len, row[:-1]))) for row in encoded]
+    return {**batch, "part_ends": part_ends}, [[i for piece in row for i in piece] for row in encoded]
+
+
 def _check_figures(figures: Figures, packing: Packing, name: str) -> None:
     if figures.long and not packing.wrap and packing.long_texts == "error":
         raise ValueError(
             f"{name}: {figures.long} of {figures.texts} texts are longer than "
             f"model.length={packing.length} tokens (the "
-            f"longest has {figures.longest}); raise model.length, or set data.long_texts=truncate or windows"
+            f"longest has {figures.longest}); raise model.length, or set data.long_texts=truncate, windows or drop"
         )
     if figures.rows:
         return
@@ -184,6 +216,9 @@ def _check_figures(figures: Figures, packing: Packing, name: str) -> None:
             f"{name}: {figures.cut} tokens do not fill one chunk of model.length={packing.length}; "
             f"lower model.length, give more text, or set data.wrap=false"
         )
+    if figures.long:
+        raise ValueError(f"{name}: data.long_texts=drop leaves no text, as all are longer than model.length="
+                         f"{packing.length} tokens; raise model.length")  # fmt: skip
     raise ValueError(f"{name}: there is no text with any token in it; give other texts")
 
 
@@ -197,6 +232,8 @@ def _arrow_batch(rows: PackedRows) -> pa.RecordBatch:
     for column, values in (("text_id", rows.text_id), ("label", rows.label)):
         if values is not None:
             columns[column] = pa.array(np.asarray(values, dtype=np.int64))
+    if rows.part_ends is not None:
+        columns["part_ends"] = pa.array(rows.part_ends, pa.list_(pa.int32()))
     return pa.RecordBatch.from_pydict(columns)
 
 
@@ -263,23 +300,33 @@ def pad_rows(
     batch: dict[str, Any], ids: list[list[int]], vocabulary: Vocabulary, packing: Packing, figures: Figures, name: str
 ) -> PackedRows | None:
     """Each text's row, or its windows; a text that is cut ends without the end token, as it has not ended. None where
-    no text has any token. `figures` are added to.
+    no text has any token, or all are dropped. `figures` are added to.
 
-    Raises ValueError for a text without tokens, unless packing.drop_empty.
+    Raises ValueError for a text without tokens (behind its prompt), unless packing.drop_empty, and for a prompt that
+    would fill its row.
     """
     head = [vocabulary.bos_id] if packing.bos else []
     tail = [vocabulary.eos_id] if packing.eos else []
     windows: list[tuple[list[int], int, int]] = []  # ids, place in the batch, window
+    parts = batch.get("part_ends")
     for place, row in enumerate(ids):
-        if not row:
+        prompt, text_id = parts[place][0] if parts else 0, batch["text_id"][place]
+        if len(row) == prompt:
             figures.empty += 1
             if not packing.drop_empty:
-                raise ValueError(f"{name}: text {batch['text_id'][place]} ({batch['text'][place]!r:.40}) has no "
-                                 f"tokens; correct it, or set data.drop_empty=true")  # fmt: skip
+                where = " behind its prompt" if parts else ""
+                raise ValueError(f"{name}: text {text_id} ({batch['text'][place]!r:.40}) has no tokens{where}; correct "
+                                 f"it, or set data.drop_empty=true")  # fmt: skip
             continue
         whole = head + row + tail
         figures.longest = max(figures.longest, len(whole))
         figures.long += len(whole) > packing.length
+        if len(whole) > packing.length and packing.long_texts == "drop":
+            figures.cut += len(whole)
+            continue
+        if parts and packing.long_texts == "truncate" and len(head) + prompt >= packing.length:
+            raise ValueError(f"{name}: the prompt of text {text_id} has {prompt} tokens and leaves no room in "
+                             f"model.length={packing.length}; raise it, or set data.long_texts=drop")  # fmt: skip
         starts = range(0, len(whole), packing.length) if packing.long_texts == "windows" else [0]
         windows += [(whole[s : s + packing.length], place, w) for w, s in enumerate(starts)]
         figures.cut += max(len(whole) - packing.length, 0) if packing.long_texts != "windows" else 0
@@ -290,4 +337,5 @@ def pad_rows(
     sample_id = np.array([w for _, _, w in windows]) * _WINDOW + text_id
     label = np.asarray(batch["label"])[place] if "label" in batch else None
     flat = np.concatenate([np.asarray(w, dtype=np.int32) for w, _, _ in windows])
-    return PackedRows(flat, np.array([len(w) for w, _, _ in windows]), sample_id, text_id, label)
+    part_ends = [[len(head) + end for end in parts[p]] for p in place] if parts else None
+    return PackedRows(flat, np.array([len(w) for w, _, _ in windows]), sample_id, text_id, label, part_ends)

@@ -1,8 +1,10 @@
 """Rows of texts: columns of any table -> a Dataset with `text` and, where there are labels, `label`; choosing rows,
 holding some out. Everything stays in Arrow, so that tens of millions of texts need no Python objects."""
 
+import itertools
 import logging
 import re
+import string
 from collections.abc import Mapping, Sequence
 
 import datasets
@@ -13,12 +15,29 @@ import pyarrow.compute as pc
 log = logging.getLogger(__name__)
 
 
-def text_rows(texts: pa.ChunkedArray | Sequence[str], labels: Sequence[int] | None = None) -> datasets.Dataset:
-    """The columns `text` (large_string) and, with `labels`, `label` (int64), in memory."""
+def text_rows(
+    texts: pa.ChunkedArray | Sequence[str], labels: Sequence[int] | None = None,
+    ends: Sequence[Sequence[int]] | None = None,
+) -> datasets.Dataset:  # fmt: skip
+    """The columns `text` (large_string) and, where they are given, `label` (int64) and `ends` (list of int64), in
+    memory."""
     if not isinstance(texts, pa.ChunkedArray):
         texts = pa.chunked_array([pa.array(texts, pa.large_string())])
     columns = {"text": texts} | ({} if labels is None else {"label": pa.array(labels, pa.int64())})
+    columns |= {} if ends is None else {"ends": pa.array(ends, pa.list_(pa.int64()))}
     return from_table(pa.table(columns))
+
+
+def in_parts(parts: Sequence[Sequence[str]]) -> tuple[list[str], list[list[int]]]:
+    """Parts of texts -> the texts, and the characters before which each part but the last ends."""
+    ends = [list(itertools.accumulate(map(len, pieces[:-1]))) for pieces in parts]
+    return ["".join(pieces) for pieces in parts], ends
+
+
+def parts_of(text: str, ends: Sequence[int]) -> list[str]:
+    """A text cut into the parts that `in_parts` joined."""
+    cuts = [0, *map(int, ends), len(text)]
+    return [text[start:end] for start, end in itertools.pairwise(cuts)]
 
 
 def from_table(table: pa.Table) -> datasets.Dataset:
@@ -115,7 +134,8 @@ def joined(parts: Sequence[datasets.Dataset]) -> datasets.Dataset:
     tables, start = [], 0
     for part in parts:
         numbers = np.asarray(part["text_id"][:])
-        tables.append(pa.table({"text": to_table(part)["text"], "text_id": numbers + start}))
+        table, kept = to_table(part), [name for name in ("text", "ends") if name in part.column_names]
+        tables.append(pa.table({**{name: table[name] for name in kept}, "text_id": numbers + start}))
         start += int(numbers.max(initial=-1)) + 1
     return from_table(pa.concat_tables(tables))
 
@@ -194,3 +214,20 @@ def check_share(key: str, share: float) -> None:
     """Raises ValueError for a share of the rows that leaves none on one side."""
     if not 0 < share < 1:
         raise ValueError(f"{key}={share} must lie between 0 and 1")
+
+
+def check_parts(parts: Sequence[str] | None, text_columns: Sequence[str]) -> None:
+    """Raises ValueError for templates that are missing, or ask for other columns than those of the text."""
+    columns = ", ".join(text_columns)
+    if parts is None:
+        if len(text_columns) > 1:
+            raise ValueError(f"data.source.text_columns=[{columns}]: say in data.source.parts how they make a text")
+        return
+    if not parts:
+        raise ValueError(f"data.source.parts=[] makes no text out of the columns {columns}; give at least one part")
+    for part in parts:
+        names = [name for _, name, _, _ in string.Formatter().parse(part) if name is not None]
+        unknown = [name for name in names if name not in text_columns]
+        if unknown:
+            raise ValueError(f"data.source.parts: {part!r} asks for {', '.join(unknown)}, and the columns of the text "
+                             f"(data.source.text_columns) are {columns}")  # fmt: skip

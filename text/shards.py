@@ -29,8 +29,8 @@ _BUILDERS = {"txt": "text", "csv": "csv", "tsv": "csv", "json": "json", "jsonl":
 class Shards:
     """A split of a corpus as the pieces that its files make.
 
-    rows: raw rows, streamed. columns: those that are needed. prepare: a table of raw rows -> texts (column text, and
-    label where there is one), perhaps fewer. start, stop: the raw rows that belong to the split. origin: where from,
+    rows: raw rows, streamed. columns: those that are needed. prepare: a table of raw rows -> texts (columns as in
+    text/sources.py), perhaps fewer. start, stop: the raw rows that belong to the split. origin: where from,
     for messages. files: name and size of each, where they lie in a folder: what tells that a corpus has changed.
     """
 

@@ -2,13 +2,15 @@
 text/user_files.py has the user's own files.
 
 Every source has `splits` (names it can load), `label_names` (None where texts have no labels) and
-`load(split) -> datasets.Dataset` with the columns `text` (str) and, where there are labels, `label` (int64).
+`load(split) -> datasets.Dataset` with the columns `text` (str), where there are labels `label` (int64), and where texts
+have parts `ends` (list of int64, as many for every text): the characters before which each part but the last ends.
 `load` gives the same rows in the same order every time, in every process. Split names are `train`,
 `validation`, `test`. A source may also have
   stream(split, limit)    the first rows of a split without reading the rest (data.streaming=true)
   open(split)             the split as pieces to be read one after the other (text/shards.py), for training on a stream
   detokenizer_of(split)   the name of what undid a tokenisation of its texts (text/detokenizers.py), or None
   sources                 names of the data sets that it joins: what data.train and data.valid may be
+  prompted                texts have parts, of which the first is a prompt: seen, never masked nor scored
 """
 
 import contextlib
@@ -30,9 +32,11 @@ from text.hub import both_ways, local_folder, quick_when_offline
 from text.rows import (
     as_labels,
     carve,
+    check_parts,
     check_share,
     check_split,
     from_table,
+    in_parts,
     need_columns,
     not_empty,
     permutation,
@@ -62,8 +66,9 @@ class HubOrFolder:
 
     files: split -> file name or pattern. hub_splits: split -> split expression of the Hub, at `hub_revision`
     (None: the current one). Either may end in a slice, `train[:-1000]`.
-    text_columns: columns joined by `separator` into one text. drop_blank: leave out texts of white space and
-    strip the line end that the Hub keeps (data sets of one text per line). detokenizer: a name in
+    text_columns: the column of the texts, or several from which `parts` makes them, "Question: {question}\nAnswer:" and
+    " {answer}"; the first of several parts is a prompt, which a model is given. drop_blank: leave out texts of white
+    space and strip the line end that the Hub keeps (data sets of one text per line). detokenizer: a name in
     text/detokenizers.py. unlabelled: splits whose texts have no labels, whatever the files say.
     A data set without a validation split has `validation_share` of its train split held out, chosen by
     `seed`; texts that also occur in the held-out part are dropped from the train part. shuffle: put rows
@@ -80,7 +85,7 @@ class HubOrFolder:
         hub_config: str | None = None,
         hub_revision: str | None = None,
         text_columns: str | Sequence[str] = "text",
-        separator: str = "\n",
+        parts: Sequence[str] | None = None,
         label_column: str | None = None,
         label_names: Sequence[str] | None = None,
         drop_blank: bool = False,
@@ -93,7 +98,7 @@ class HubOrFolder:
         self.hub_id, self.hub_config, self.hub_revision, self.folder = hub_id, hub_config, hub_revision, folder
         self.files, self.hub_splits = dict(files), dict(hub_splits)
         self.text_columns = [text_columns] if isinstance(text_columns, str) else list(text_columns)
-        self.separator, self.drop_blank = separator, drop_blank
+        self.parts, self.drop_blank = None if parts is None else tuple(parts), drop_blank
         self.label_column, self.unlabelled = label_column, tuple(unlabelled)
         self.label_names = tuple(label_names) if label_names else None
         self.shuffle, self.seed = shuffle, seed
@@ -101,8 +106,9 @@ class HubOrFolder:
         self.detokenizer = detokenizer
         if label_column and not label_names:
             raise ValueError(f"data.source.label_column={label_column} needs data.source.label_names")
+        check_parts(self.parts, self.text_columns)
         if detokenizer is not None:
-            _check_detokenizer(detokenizer, self.text_columns)
+            _check_detokenizer(detokenizer, self.text_columns, self.parts)
         if validation_share is not None:
             check_share("data.source.validation_share", validation_share)
 
@@ -110,6 +116,11 @@ class HubOrFolder:
     def splits(self) -> tuple[str, ...]:
         carved = ("validation",) if self.validation_share is not None else ()
         return _ordered({*self.files, *carved})
+
+    @property
+    def prompted(self) -> bool:
+        """Whether texts begin with a prompt."""
+        return self.parts is not None and len(self.parts) > 1
 
     def detokenizer_of(self, split: str) -> str | None:
         """Its name, None where the texts are as people write them."""
@@ -194,7 +205,7 @@ class HubOrFolder:
         return take_rows(rows, permutation(len(rows), self.seed)) if self.shuffle else rows
 
     def _prepared(self, rows: datasets.Dataset, origin: str) -> datasets.Dataset:
-        """Raw columns -> text and label."""
+        """Raw columns -> text, label, ends."""
         table = to_table(rows)
         texts = [text_column(table, column, origin) for column in self.text_columns]
         if self.detokenizer is not None:  # kept on disk by `datasets` where the rows lie on disk
@@ -212,13 +223,16 @@ class HubOrFolder:
         return self._made(table, texts, origin, drop_blank)
 
     def _made(self, table: pa.Table, texts: list[pa.ChunkedArray], origin: str, drop_blank: bool) -> datasets.Dataset:
-        if len(texts) > 1:
-            joined = [self.separator.join(row) for row in zip(*(t.to_pylist() for t in texts), strict=True)]
-            texts = [pa.chunked_array([pa.array(joined, pa.large_string())])]
+        ends = None
+        if self.parts is not None:
+            columns = [dict(zip(self.text_columns, row, strict=True)) for row in
+                       zip(*(t.to_pylist() for t in texts), strict=True)]  # fmt: skip
+            made, ends = in_parts([[part.format(**row) for part in self.parts] for row in columns])
+            texts = [pa.chunked_array([pa.array(made, pa.large_string())])]
         labels = None
         if self.label_column in table.column_names:
             labels = as_labels(table.column(self.label_column).to_pylist(), self.label_names, origin)
-        made = text_rows(texts[0], labels)
+        made = text_rows(texts[0], labels, ends if self.prompted else None)
         return without_blanks(made) if drop_blank else made
 
     def _local(self, split: str) -> tuple[datasets.Dataset, str] | None:
@@ -297,6 +311,20 @@ class Combined:
         """That of the data set which gives the split."""
         return self.sources[self.choice[split]].detokenizer_of(split)
 
+    @property
+    def prompted(self) -> bool:
+        """Whether texts begin with a prompt.
+
+        Raises:
+            ValueError: those of some data sets do and of others do not.
+        """
+        kinds = {name: getattr(self.sources[name], "prompted", False) for name in self.choice.values()}
+        if len(set(kinds.values())) > 1:
+            raise ValueError(
+                f"{', '.join(kinds)}: some of these data sets have prompts, others have not; join one kind"
+            )
+        return next(iter(kinds.values()))
+
     def load(self, split: str) -> datasets.Dataset:
         """The split's rows. Raises ValueError for a split that does not exist."""
         check_split(split, self.splits)
@@ -343,12 +371,13 @@ def _detokenized(batch: dict[str, list], *, name: str, version: int, column: str
     return {column: [detokenizer(name)(text) for text in batch[column]]}
 
 
-def _check_detokenizer(name: str, text_columns: Sequence[str]) -> None:
+def _check_detokenizer(name: str, text_columns: Sequence[str], parts: Sequence[str] | None) -> None:
     detokenizer(name)
-    if len(text_columns) > 1:
+    if parts is not None:
         columns = ", ".join(text_columns)
         raise ValueError(
-            f"data.source.detokenizer={name} applies to one column, and there are {columns}; set it to null"
+            f"data.source.detokenizer={name} applies to whole texts, and data.source.parts makes them out of "
+            f"{columns}; set one of them to null"
         )
 
 

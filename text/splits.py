@@ -40,7 +40,7 @@ class SplitTexts:
         return self.source.stream(split, limit)
 
     def of(self, split: str) -> datasets.Dataset:
-        """Columns text, text_id (number in the whole split), label where there is one.
+        """Columns text, text_id (number in the whole split), label and ends (text/sources.py) where there are such.
 
         Raises ValueError for an unknown split, an unknown label, an empty split.
         """

@@ -24,12 +24,20 @@ _OFTEN = 64  # batches between two looks at what can be forgotten
 
 
 @dataclass(frozen=True)
+class _Row:
+    """label, part_ends (text/packing.py): None where the texts have none."""
+
+    ids: np.ndarray
+    label: int | None
+    part_ends: list[int] | None
+
+
+@dataclass(frozen=True)
 class _Part:
     """What one worker has of a batch: rows and their places in it, and the helpings it has begun for them."""
 
     places: list[int]
-    ids: list[np.ndarray]
-    label: list[int | None]
+    rows: list[_Row]
     begun: list[tuple[int, Place]]
     figures: list[Figures]
 
@@ -41,13 +49,15 @@ class _Lane:
         self.helpings, self.now = helpings, next(helpings)
         self.news = [self.now]
 
-    def row(self, number: int) -> tuple[np.ndarray, int | None]:
+    def row(self, number: int) -> _Row:
         while number >= self.now.after.rows:
             self.now = next(self.helpings)
             self.news.append(self.now)
-        row = number - self.now.place.rows
+        row, now = number - self.now.place.rows, self.now
         assert row >= 0, "rows of a lane are asked for in their order"
-        return self.now.ids[row], None if self.now.label is None else int(self.now.label[row])
+        return _Row(
+            now.ids[row], None if now.label is None else int(now.label[row]), now.part_ends and now.part_ends[row]
+        )
 
 
 class _Parts(IterableDataset):
@@ -62,7 +72,7 @@ class _Parts(IterableDataset):
         info = get_worker_info()
         own, lanes, owners = info.id if info else 0, dict[int, _Lane](), dict[int, int]()
         for positions in self.batches:
-            part = _Part([], [], [], [], [])
+            part = _Part([], [], [], [])
             for place, position in enumerate(positions):
                 lane, row = self.corpus.locate(position)
                 # Lanes are dealt out as they come up, the same in every worker, so that each has as many.
@@ -70,10 +80,8 @@ class _Parts(IterableDataset):
                     continue
                 if lane not in lanes:
                     lanes[lane] = _Lane(self.corpus.helpings(lane, self.places.get(lane, Place())))
-                ids, label = lanes[lane].row(row)
                 part.places.append(place)
-                part.ids.append(ids)
-                part.label.append(label)
+                part.rows.append(lanes[lane].row(row))
             for number, lane in lanes.items():
                 part.begun.extend((number, helping.place) for helping in lane.news)
                 part.figures.extend(helping.figures for helping in lane.news)
@@ -167,14 +175,15 @@ class StreamLoader(TimedLoader):
 
 def _columns(positions: Sequence[int], parts: Sequence[_Part]) -> dict[str, Any]:
     """The rows of a batch in their order, as columns."""
-    ids: list[Any] = [None] * len(positions)
-    label: list[Any] = [None] * len(positions)
-    for part in parts:
-        for place, row, number in zip(part.places, part.ids, part.label, strict=True):
-            ids[place], label[place] = row, number
-    columns = {"input_ids": ids, "length": np.array([len(row) for row in ids])}
+    at = {place: row for part in parts for place, row in zip(part.places, part.rows, strict=True)}
+    rows = [at[place] for place in range(len(positions))]
+    columns = {"input_ids": [row.ids for row in rows], "length": np.array([len(row.ids) for row in rows])}
     columns |= {"sample_id": np.asarray(positions), "position": np.asarray(positions)}
-    return columns if label[0] is None else {**columns, "label": np.array(label)}
+    if rows[0].label is not None:
+        columns["label"] = np.array([row.label for row in rows])
+    if rows[0].part_ends is not None:
+        columns["part_ends"] = [row.part_ends for row in rows]
+    return columns
 
 
 def _as_it_is(part: _Part) -> _Part:

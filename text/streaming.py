@@ -32,9 +32,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from text.order import shuffled
-from text.packing import Figures, Packing, check_tokens, cut_chunks, pad_rows
+from text.packing import Figures, Packing, check_tokens, cut_chunks, pad_rows, tokenised
 from text.shards import Shards, SharedReading
-from text.tokenizers import Vocabulary, encode
+from text.tokenizers import Vocabulary
 
 HELPING = 2**16  # characters; another number is another order for every stream
 _PIECES, _TEXTS, _ROWS = range(3)  # what an order is of, so that no two orders share their numbers
@@ -95,22 +95,24 @@ class Place:
 
 @dataclass(frozen=True)
 class Helping:
-    """Some rows of a lane in their order, with the places before and behind them. label: one for each row, None where
-    there is none. figures: what packing did."""
+    """Some rows of a lane in their order, with the places before and behind them. label, part_ends (text/packing.py):
+    one for each row, None where there is none. figures: what packing did."""
 
     place: Place
     after: Place
     ids: list[np.ndarray]
     label: np.ndarray | None
+    part_ends: list[list[int]] | None
     figures: Figures
 
 
 @dataclass(frozen=True)
 class _Block:
-    """Texts in the order in which they are taken."""
+    """Texts in the order in which they are taken. ends: of their parts, where they have such (text/sources.py)."""
 
     texts: list[str]
     label: np.ndarray | None
+    ends: list[list[int]] | None
     mark: str
 
 
@@ -128,7 +130,7 @@ class Corpus:
         check_tokens(vocabulary, packing, "train stream")
         if not packing.wrap and packing.long_texts == "error":
             raise ValueError("data.long_texts=error can not hold for data.streaming=true, as a text that is too long "
-                             "may come at any time; set data.long_texts=truncate or windows")  # fmt: skip
+                             "may come at any time; set data.long_texts=truncate, windows or drop")  # fmt: skip
         self.lanes = order.lanes_of(global_batch_size)
         self.unit = global_batch_size // self.lanes
         if shards.rows.num_shards < self.lanes:
@@ -212,6 +214,7 @@ class Corpus:
             rows = self.shards.prepare(table)
             texts = rows["text"][:]
             label = np.asarray(rows["label"][:]) if "label" in rows.column_names else None
+            ends = rows["ends"][:] if "ends" in rows.column_names else None
             chosen = shuffled(len(texts), self.seed, _TEXTS, epoch, piece, block)
             if self.buffer == 1:
                 chosen.sort()
@@ -219,29 +222,35 @@ class Corpus:
                 chosen = chosen[label[chosen] == self.label]
             keep_label = label is not None and (self.label is not None or not self.packing.wrap)
             mark = hashlib.blake2b("\0".join(texts).encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
-            yield _Block([texts[i] for i in chosen], label[chosen] if keep_label else None, mark)
+            yield _Block(
+                [texts[i] for i in chosen], label[chosen] if keep_label else None,
+                None if ends is None else [ends[i] for i in chosen], mark,
+            )  # fmt: skip
 
     def _helping(self, lane: int, place: Place, block: _Block) -> Helping:
         stop, characters = place.used, 0
         while stop < len(block.texts) and characters < HELPING:
             characters += len(block.texts[stop])
             stop += 1
-        texts = block.texts[place.used : stop]
-        label = None if block.label is None else block.label[place.used : stop]
-        ids, figures = encode(self.tokenizer, texts), Figures(texts=len(texts))
+        columns = {"text": block.texts, "label": block.label, "ends": block.ends}
+        batch = {name: values[place.used : stop] for name, values in columns.items() if values is not None}
+        batch, ids = tokenised(self.tokenizer, {**batch, "text_id": range(place.used, stop)})
+        figures = Figures(texts=len(ids))
         unk_id = self.tokenizer.unk_token_id
         if unk_id is not None and unk_id != self.vocabulary.eos_id:
             figures.unknown = sum(row.count(unk_id) for row in ids)
         if self.packing.wrap:
             chunks, rest = cut_chunks(place.rest, ids, self.vocabulary, self.packing)
-            rows, label = list(chunks), None if label is None else np.full(len(chunks), self.label)
+            rows, label, part_ends = list(chunks), None, None
+            if "label" in batch:
+                label = np.full(len(chunks), self.label)
         else:
-            batch = {"text": texts, "text_id": range(place.used, stop)} | ({} if label is None else {"label": label})
             packed = pad_rows(batch, ids, self.vocabulary, self.packing, figures, self.shards.origin)
             rows = [] if packed is None else np.split(packed.ids, np.cumsum(packed.lengths)[:-1])
-            rest, label = place.rest, None if packed is None else packed.label
+            rest, label, part_ends = place.rest, packed and packed.label, packed and packed.part_ends
         order = shuffled(len(rows), self.seed, _ROWS, lane, place.rows) if self.buffer > 1 else np.arange(len(rows))
         rows = [rows[i] for i in order]
         figures.rows, figures.tokens = len(rows), sum(len(row) for row in rows)
         after = replace(place, used=stop, rows=place.rows + len(rows), rest=rest)
-        return Helping(place, after, rows, None if label is None else label[order], figures)
+        label = None if label is None else label[order]
+        return Helping(place, after, rows, label, part_ends and [part_ends[i] for i in order], figures)

@@ -33,6 +33,7 @@ _FOLDERS = {
     "roberta-base": "roberta_tokenizer",
 }
 _ALL = 2**31
+_BEFORE = ":"  # a sign that tokenizers keep apart from the words behind it
 
 
 @dataclass(frozen=True)
@@ -204,6 +205,18 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[lis
         return_attention_mask=False,
         return_token_type_ids=False,
     )["input_ids"]
+
+
+def encode_after(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of texts that go on behind another one: without the space that some tokenizers (word, sentencepiece)
+    put in front of a text's first word. No token reaches across the seam, so what stands before has the ids that it
+    has alone."""
+    before = encode(tokenizer, [_BEFORE])[0]
+    alone, continued = encode(tokenizer, texts), encode(tokenizer, [_BEFORE + text for text in texts])
+    return [
+        whole[len(before) :] if whole[: len(before)] == before else ids
+        for ids, whole in zip(alone, continued, strict=True)
+    ]
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int], *, skip_special: bool = False) -> str:

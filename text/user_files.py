@@ -13,6 +13,7 @@ from text.rows import (
     carve,
     check_share,
     check_split,
+    in_parts,
     label_values,
     not_empty,
     take_rows,
@@ -29,6 +30,7 @@ class UserFiles:
 
     label_column: None = texts without labels. Labels are ints from 0 on, or strings (numbered in sorted
     order over all splits); `label_names` names ints, or fixes which strings there are and their order.
+    prompt_column: what each text is given as its beginning, followed by a line feed.
     validation_path, test_path: files of their own; without them shares of `path` are held out, chosen by
     `seed` (of a stream by a hash of each text, since their number is not known).
     Raises FileNotFoundError for absent files, ValueError for absent columns, bad rows, empty splits.
@@ -40,6 +42,7 @@ class UserFiles:
         text_column: str = "text",
         label_column: str | None = None,
         label_names: Sequence[str] | None = None,
+        prompt_column: str | None = None,
         validation_path: str | None = None,
         test_path: str | None = None,
         validation_share: float = 0.05,
@@ -52,7 +55,7 @@ class UserFiles:
             )
         self.paths = {"train": path, "validation": validation_path, "test": test_path}
         self.keys = {"train": "data.path", "validation": "data.validation_path", "test": "data.test_path"}
-        self.text_column, self.label_column = text_column, label_column
+        self.text_column, self.label_column, self.prompt_column = text_column, label_column, prompt_column
         self.given_names = tuple(map(str, label_names)) if label_names else None
         self.seed = seed
         shares = {"validation": validation_share, "test": test_share}
@@ -67,6 +70,11 @@ class UserFiles:
     @property
     def splits(self) -> tuple[str, ...]:
         return ("train", "validation", "test")
+
+    @property
+    def prompted(self) -> bool:
+        """Whether texts begin with a prompt."""
+        return self.prompt_column is not None
 
     @property
     def label_names(self) -> tuple[str, ...] | None:
@@ -93,10 +101,11 @@ class UserFiles:
         rows = open_files(files, f"{self.keys[own]}={self.paths[own]}", self.text_column)
         held_out = self.shares if own == "train" else {}
         prepare = partial(self._streamed, split=split, held_out=held_out, lines=kind_of(files[0]) == "txt")
-        return Shards(rows, (self.text_column,), prepare, str(self.paths[own]), files=listing(files))
+        columns = (self.text_column, *([self.prompt_column] if self.prompted else []))
+        return Shards(rows, columns, prepare, str(self.paths[own]), files=listing(files))
 
     def _streamed(self, table: pa.Table, split: str, held_out: Mapping[str, float], lines: bool) -> datasets.Dataset:
-        rows = text_rows(text_column(table, self.text_column, str(self.paths["train"])))
+        rows = self._made(table, str(self.paths["train"]))
         rows = without_blanks(rows) if lines else rows
         if not held_out:
             return rows
@@ -107,12 +116,14 @@ class UserFiles:
         """All splits at once, as label names are common to them."""
         tables = {split: self._read(split, path) for split, path in self.paths.items() if path}
         names = self._names(tables) if self.label_column else None
-        rows = {split: self._rows(table, self.paths[split], names) for split, table in tables.items()}
+        rows = {split: not_empty(self._made(table, self.paths[split], names), self.paths[split])
+                for split, table in tables.items()}  # fmt: skip
         return {**rows, **carve(rows["train"], self.shares, self.seed)}, names
 
     def _read(self, split: str, path: str) -> pa.Table:
         table = read_files(path, self.keys[split], self.text_column)
-        wanted = {"data.text_column": self.text_column, "data.label_column": self.label_column}
+        wanted = {"data.text_column": self.text_column, "data.label_column": self.label_column,
+                  "data.prompt_column": self.prompt_column}  # fmt: skip
         for key, column in wanted.items():
             if column is not None and column not in table.column_names:
                 raise ValueError(f"{key}={column}: {path} has no such column; it has {', '.join(table.column_names)}")
@@ -131,8 +142,12 @@ class UserFiles:
             raise ValueError(f"{key}: there is one label only ({names[0]}); for texts without labels use data=text")
         return names
 
-    def _rows(self, table: pa.Table, origin: str, names: tuple[str, ...] | None) -> datasets.Dataset:
-        texts, labels = text_column(table, self.text_column, origin), None
+    def _made(self, table: pa.Table, origin: str, names: tuple[str, ...] | None = None) -> datasets.Dataset:
+        texts, labels, ends = text_column(table, self.text_column, origin), None, None
         if names is not None:
             labels = as_labels(label_values(table, self.label_column, origin), names, origin)
-        return not_empty(text_rows(texts, labels), origin)
+        if self.prompted:
+            prompts = text_column(table, self.prompt_column, origin)
+            pairs = zip(prompts.to_pylist(), texts.to_pylist(), strict=True)
+            texts, ends = in_parts([[f"{prompt}\n", text] for prompt, text in pairs])
+        return text_rows(texts, labels, ends)
