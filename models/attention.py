@@ -71,12 +71,13 @@ def attend(
     return out_BHQD.transpose(1, 2)
 
 
-def rotary_angles(inv_freq: Tensor, length: int, start: int = 0) -> tuple[Tensor, Tensor]:
+def rotary_angles(inv_freq: Tensor, length: int, start: int | Tensor = 0) -> tuple[Tensor, Tensor]:
     """cos and sin of position * frequency, each (L, D/2), for the `length` positions from `start` on
-    (RoFormer, arXiv 2104.09864, eq. 34)."""
-    position_L = torch.arange(start, start + length, device=inv_freq.device, dtype=inv_freq.dtype)
-    angle_LD = torch.outer(position_L, inv_freq)
-    return angle_LD.cos(), angle_LD.sin()
+    (RoFormer, arXiv 2104.09864, eq. 34); (B, L, D/2) where each row starts at a place of its own, (B,)."""
+    position_L = torch.arange(length, device=inv_freq.device)
+    position = position_L + (start[:, None] if isinstance(start, Tensor) else start)
+    angle = position.to(inv_freq.dtype)[..., None] * inv_freq
+    return angle.cos(), angle.sin()
 
 
 def apply_rotary(x_BLHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

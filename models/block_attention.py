@@ -9,7 +9,7 @@ Shape suffixes: B batch, L length, Q queries, K keys, H heads, D head width.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -176,15 +176,7 @@ def _flex(noised: QKV, clean: QKV, size: int, key_mask_BL: Tensor | None) -> tup
     """Both streams in one call of a kernel compiled for the predicate; tiles in which nothing is seen are skipped."""
     length, earlier = noised.k.shape[1], clean.k.shape[1]
     queries = noised.q if clean.q is None else torch.cat([noised.q, clean.q], dim=1)
-    if queries.requires_grad and queries.device.type == "cpu":
-        raise ValueError(
-            "model.attn_backend=flex can measure and sample on a CPU but not train there (torch has no backward pass "
-            "of it for CPUs); use model.attn_backend=sdpa"
-        )
-    q, k, v = (
-        x.transpose(1, 2)
-        for x in (queries, torch.cat([noised.k, clean.k], dim=1), torch.cat([noised.v, clean.v], dim=1))
-    )
+    k, v = torch.cat([noised.k, clean.k], dim=1), torch.cat([noised.v, clean.v], dim=1)
     score_mod = None
     if key_mask_BL is not None:
         seen_BK = torch.cat([key_mask_BL, key_mask_BL[:, :earlier]], dim=1).bool()
@@ -193,8 +185,25 @@ def _flex(noised: QKV, clean: QKV, size: int, key_mask_BL: Tensor | None) -> tup
             return torch.where(seen_BK[b, key], score, -torch.inf)
 
     mask = _flex_mask(queries.shape[1], length, earlier, size, queries.device)
-    out_BQHD = _flex_kernel()(q, k, v, score_mod=score_mod, block_mask=mask).transpose(1, 2)
+    out_BQHD = flex_attend(queries, k, v, mask, score_mod)
     return out_BQHD[:, :length], None if clean.q is None else out_BQHD[:, length:]
+
+
+def flex_attend(
+    q_BQHD: Tensor, k_BKHD: Tensor, v_BKHD: Tensor, block_mask: object, score_mod: Callable | None = None
+) -> Tensor:
+    """Attention by flex's kernel under a mask that `create_block_mask` made, (B, Q, H, D).
+
+    Raises:
+        ValueError: gradients are wanted on a CPU.
+    """
+    if q_BQHD.requires_grad and q_BQHD.device.type == "cpu":
+        raise ValueError(
+            "model.attn_backend=flex can measure and sample on a CPU but not train there (torch has no backward pass "
+            "of it for CPUs); use model.attn_backend=sdpa"
+        )
+    q, k, v = (x.transpose(1, 2) for x in (q_BQHD, k_BKHD, v_BKHD))
+    return _flex_kernel()(q, k, v, score_mod=score_mod, block_mask=block_mask).transpose(1, 2)
 
 
 @lru_cache(maxsize=32)

@@ -1,6 +1,6 @@
 """Keys and values of the positions a causal network has seen, so that each token is computed once.
 
-Shape suffixes: B batch, L length, H heads, D head width, N blocks.
+Shape suffixes: B batch, R rows, L length, W tokens of the longest segment, K keys, H heads, D head width, N blocks.
 """
 
 from __future__ import annotations
@@ -86,6 +86,13 @@ class BlockCache:
         self.keys_NBLHD = torch.zeros(shape, device=device, dtype=dtype)
         self.values_NBLHD = torch.zeros(shape, device=device, dtype=dtype)
 
+    def next_position(self, rows: Tensor | None = None) -> int:
+        """Where the next token stands, the same in all rows."""
+        return self.position
+
+    def key_mask(self, rows: Tensor | None = None) -> None:
+        """Of what is kept every row sees everything."""
+
     def seen(self, block: int, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Keys and values of a block of the network that the next tokens see, of some rows."""
         start = 0 if self.window is None else max(0, self._filled - self.window)
@@ -122,3 +129,43 @@ class BlockCache:
         if rows_R.dtype == torch.bool and bool(rows_R.all()):
             return
         self.keys_NBLHD, self.values_NBLHD = self.keys_NBLHD[:, rows_R], self.values_NBLHD[:, rows_R]
+
+
+class SegmentCache:
+    """Keys (rotated, at their positions) and values of the clean segments of texts that are written segment by segment.
+
+    A segment is as long in one row as it likes: each takes the room of the longest, and where a row has no token its
+    keys are hidden. For sampling, under `torch.no_grad()`.
+    """
+
+    def __init__(
+        self, n_blocks: int, batch_size: int, n_heads: int, head_dim: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.keys_NBKHD = torch.zeros(n_blocks, batch_size, 0, n_heads, head_dim, device=device, dtype=dtype)
+        self.values_NBKHD = torch.zeros_like(self.keys_NBKHD)
+        self.here_BK = torch.zeros(batch_size, 0, device=device, dtype=torch.bool)
+        self._new: list[tuple[Tensor, Tensor]] = []
+
+    def next_position(self, rows: Tensor | None = None) -> Tensor:
+        """Where the next token of each row stands, (R,): behind all that it has."""
+        return self.key_mask(rows).sum(-1)
+
+    def key_mask(self, rows: Tensor | None = None) -> Tensor:
+        """True where a row has a token, (R, K)."""
+        return self.here_BK if rows is None else self.here_BK[rows]
+
+    def seen(self, block: int, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Keys and values of a block of the network, of some rows; `key_mask` says which are theirs."""
+        k, v = self.keys_NBKHD[block], self.values_NBKHD[block]
+        return (k, v) if rows is None else (k[rows], v[rows])
+
+    def store(self, block: int, k_BWHD: Tensor, v_BWHD: Tensor) -> None:
+        """Keys and values of a new segment, block by block of the network in their order; then `advance`."""
+        self._new.append((k_BWHD.to(self.keys_NBKHD.dtype), v_BWHD.to(self.values_NBKHD.dtype)))
+
+    def advance(self, here_BW: Tensor) -> None:
+        """Count what was stored as read: the tokens where `here_BW` is True."""
+        k, v = (torch.stack(new) for new in zip(*self._new, strict=True))
+        self.keys_NBKHD = torch.cat([self.keys_NBKHD, k], dim=2)
+        self.values_NBKHD = torch.cat([self.values_NBKHD, v], dim=2)
+        self.here_BK, self._new = torch.cat([self.here_BK, here_BW], dim=1), []
