@@ -271,7 +271,7 @@ class Model:
 
     def after(self, earlier: object, window: int | None = None, **told: Tensor) -> Model:
         """The law of a block behind `earlier`: clean tokens (B, S) of which the last `window` are seen, or a cache that
-        has read them (`new_block_cache`, `remember`)."""
+        has read them (`new_block_cache`, `remember`); of segments a list of them (`remember_segment`), or a cache."""
         return self.objective.after(self.backbone, earlier, window, **told)
 
     def new_block_cache(self, batch_size: int, length: int, window: int | None = None) -> object:
@@ -279,3 +279,10 @@ class Model:
 
     def remember(self, clean_BL: Tensor, cache: object, **told: Tensor) -> None:
         self.backbone.remember(clean_BL, self.block_size, cache, **told)
+
+    def new_segment_cache(self, batch_size: int) -> object:
+        return self.backbone.new_segment_cache(batch_size)
+
+    def remember_segment(self, clean_BW: Tensor, here_BW: Tensor, cache: object, **told: Tensor) -> None:
+        """As `remember`, the next segment; `here_BW` is True on its tokens, the first ones of each row."""
+        self.backbone.remember_segment(clean_BW, here_BW, cache, **told)

@@ -9,10 +9,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from noise_schedule import Clipped, NoiseSchedule
@@ -27,6 +25,7 @@ from objectives.base import (
     scored_mask,
 )
 from objectives.clipping import WHOLE, ClipSearch
+from objectives.cuts import Cut, Segments, Stretches
 from objectives.noising import Bernoulli, ExactCount, Noising
 from randomness import KeyedNoise
 
@@ -36,15 +35,19 @@ class BlockDiffusion:
     block (eq. 3 and 7). With one block that is masked diffusion; with blocks of one token there is nothing left to
     draw: the block is masked, and the loss is -log p(x_i | x_<i) itself.
 
+    Where a batch says where the segments of its texts end (`segment_ends`), these are the blocks, whatever their
+    lengths: a noised token sees its own noised segment and the clean ones before, a clean token the clean ones up to
+    its own.
+
     Args:
         within: mask_id -> the objective of a block, which is one row to it.
-        block_size: tokens of a block; the last one of a text may be shorter.
+        block_size: tokens of a block; the last one of a text may be shorter. Of segments it says nothing.
         ignore_bos: the first token of a text is given, as context.
         sampling_eps_min, sampling_eps_max: mask rates that training draws from (section 5). See `clip`.
         search: how these are chosen again at every validation; None: they are not.
     """
 
-    causal, any_order = False, False
+    causal, any_order, reads_segments = False, False, True
 
     def __init__(
         self,
@@ -132,12 +135,17 @@ class BlockDiffusion:
         logs = {name: value.unflatten(0, (-1, cut.number)).sum(1) for name, value in loss.logs.items()}
         return TokenLoss(cut.together(loss.nll_BL), cut.together(loss.mask_BL), logs)
 
-    def _blocks(self, batch: Batch) -> tuple[_Cut, Batch]:
+    def _cut(self, x_BL: Tensor, segment_ends: Tensor | None) -> Cut:
+        if segment_ends is None:
+            return Stretches(*x_BL.shape, self.block_size)
+        return Segments(segment_ends, x_BL.shape[1])
+
+    def _blocks(self, batch: Batch) -> tuple[Cut, Batch]:
         """The blocks of a batch of texts as a batch of their own."""
         x0_BL, scored_BL = batch["input_ids"], scored_mask(batch)
         if self.first_given:
             scored_BL = scored_BL & (torch.arange(x0_BL.shape[1], device=x0_BL.device) > 0)
-        cut = _Cut(*x0_BL.shape, self.block_size)
+        cut = self._cut(x0_BL, batch.get("segment_ends"))
         blocks = {"input_ids": cut.apart(x0_BL), "given": ~cut.apart(scored_BL)}
         return cut, blocks | ({"fill": cut.apart(batch["fill"])} if "fill" in batch else {})
 
@@ -154,68 +162,62 @@ class BlockDiffusion:
         return rate_R[real_R], nats_R[real_R] / count_R[real_R]
 
     def denoise(
-        self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, at_BL: Tensor | None = None, **cond: Tensor
+        self,
+        backbone: Backbone,
+        x_BL: Tensor,
+        t_B: Tensor,
+        at_BL: Tensor | None = None,
+        segment_ends: Tensor | None = None,
+        **cond: Tensor,
     ) -> Tensor:
         """log p(x_0^b | x_t^b, x^<b): (B, L, V), or (N, V) at the positions of `at_BL`. Each text is clean up to some
-        block, of which the answers are; behind it there are none.
+        block, of which the answers are; behind it there are none. `segment_ends`: as in a batch.
 
         Raises:
             ValueError: an answer is asked for behind a block with masks.
         """
-        ask = partial(self.within.denoise, self._behind_itself(backbone, x_BL, at_BL, cond))
-        cut = _Cut(*x_BL.shape, self.block_size)
-        if at_BL is not None:
-            return ask(cut.apart(x_BL), cut.of_blocks(t_B), cut.apart(at_BL))
-        return ask(cut.apart(x_BL), cut.of_blocks(t_B)).unflatten(0, (len(x_BL), -1)).flatten(1, 2)[:, : cut.length]
+        cut = self._cut(x_BL, segment_ends)
+        behind = self._behind_itself(backbone, x_BL, at_BL, cut, cond)
+        everywhere_BL = torch.ones_like(x_BL, dtype=torch.bool) if at_BL is None else at_BL
+        answer_NV = self.within.denoise(behind, cut.apart(x_BL), cut.of_blocks(t_B), cut.apart(everywhere_BL))
+        return answer_NV.unflatten(0, x_BL.shape) if at_BL is None else answer_NV
 
     def reverse(
-        self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, s_B: Tensor, at_BL: Tensor, **cond: Tensor
+        self,
+        backbone: Backbone,
+        x_BL: Tensor,
+        t_B: Tensor,
+        s_B: Tensor,
+        at_BL: Tensor,
+        segment_ends: Tensor | None = None,
+        **cond: Tensor,
     ) -> Tensor:
         """log p(x_s^b | x_t^b, x^<b), (N, V); as `denoise`."""
-        cut, behind = _Cut(*x_BL.shape, self.block_size), self._behind_itself(backbone, x_BL, at_BL, cond)
+        cut = self._cut(x_BL, segment_ends)
+        behind = self._behind_itself(backbone, x_BL, at_BL, cut, cond)
         t_R, s_R = cut.of_blocks(t_B), cut.of_blocks(s_B)
         return self.within.reverse(behind, cut.apart(x_BL), t_R, s_R, cut.apart(at_BL))
 
     def after(self, backbone: Backbone, earlier: object, window: int | None = None, **told: Tensor) -> Model:
         """The law of one block behind `earlier`: clean tokens (B, S), read anew for every answer, or a cache of them.
-        Its answers are asked with `row` (R,), the rows behind which they stand."""
+        Of segments the tokens are a list: of each its tokens, and where a row has any, (B, W). Answers are asked with
+        `row` (R,), the rows behind which they stand."""
         return Model(self.within, _BehindEarlier(backbone, earlier, self.block_size, window, told))
 
-    def _behind_itself(self, backbone: Backbone, x_BL: Tensor, at_BL: Tensor | None, cond: dict) -> _BehindClean:
-        cut, masked_BL = _Cut(*x_BL.shape, self.block_size), x_BL == self.mask_id
+    def _behind_itself(
+        self, backbone: Backbone, x_BL: Tensor, at_BL: Tensor | None, cut: Cut, cond: dict
+    ) -> _BehindClean:
+        masked_BL = x_BL == self.mask_id
         if at_BL is not None:
             before_Bb = cut.apart(masked_BL).any(-1).unflatten(0, (-1, cut.number)).cumsum(-1).roll(1, dims=1)
             before_Bb[:, 0] = 0
             if bool((cut.apart(at_BL).any(-1).unflatten(0, (-1, cut.number)) & (before_Bb > 0)).any()):
+                key = f"block_size={self.block_size}" if isinstance(cut.blocks, int) else "data.segments=true"
                 raise ValueError(
-                    f"parameterization=bd3lm with block_size={self.block_size} answers block after block, and was "
-                    "asked behind a block with masks; use sampling.predictor=block, or block_size=model.length"
+                    f"parameterization=bd3lm with {key} answers block after block, and was asked behind a block with "
+                    "masks; use sampling.predictor=block, or block_size=model.length and no segments"
                 )
         return _BehindClean(backbone, x_BL, cut, cond)
-
-
-@dataclass(frozen=True)
-class _Cut:
-    """(B, L) <-> (B * b, k): texts, and their blocks as rows of their own, the last one filled up with zeros."""
-
-    batch: int
-    length: int
-    size: int
-
-    @property
-    def number(self) -> int:
-        """Blocks of a text."""
-        return -(-self.length // self.size)
-
-    def apart(self, x_BL: Tensor) -> Tensor:
-        size = min(self.size, self.length)
-        return F.pad(x_BL, (0, self.number * size - self.length)).reshape(-1, size)
-
-    def together(self, x_Rk: Tensor) -> Tensor:
-        return x_Rk.reshape(self.batch, -1)[:, : self.length]
-
-    def of_blocks(self, t_B: Tensor) -> Tensor:
-        return t_B.repeat_interleave(self.number)
 
 
 @dataclass(frozen=True)
@@ -224,7 +226,7 @@ class _BehindClean:
 
     backbone: Backbone
     clean_BL: Tensor
-    cut: _Cut
+    cut: Cut
     told: dict[str, Tensor]
     encodes_positions: bool = field(default=True, init=False)
 
@@ -232,22 +234,17 @@ class _BehindClean:
     def head(self) -> torch.nn.Linear:
         return self.backbone.head
 
-    def encode(self, tokens_Rk: Tensor, sigma_R: Tensor, at_BL: Tensor | None = None) -> Tensor:
-        """(R, k, D), or (N, D) at the positions of `at_BL` (R, k)."""
-        sigma_Bb = sigma_R.unflatten(0, (-1, self.cut.number))
-        at_BL = None if at_BL is None else self.cut.together(at_BL)
-        hidden = self.backbone.encode_blocks(
-            self.cut.together(tokens_Rk), self.clean_BL, self.cut.size, sigma_Bb, at_BL, **self.told
-        )
-        if at_BL is not None:
-            return hidden
-        missing = self.cut.number * tokens_Rk.shape[1] - self.cut.length
-        return F.pad(hidden, (0, 0, 0, missing)).reshape(*tokens_Rk.shape, -1)
+    def encode(self, tokens_Rk: Tensor, sigma_R: Tensor, at_BL: Tensor) -> Tensor:
+        """(N, D), at the positions of `at_BL` (R, k)."""
+        sigma_Bb, at_BL = sigma_R.unflatten(0, (-1, self.cut.number)), self.cut.together(at_BL)
+        noised_BL = self.cut.together(tokens_Rk)
+        return self.backbone.encode_blocks(noised_BL, self.clean_BL, self.cut.blocks, sigma_Bb, at_BL, **self.told)
 
 
 @dataclass(frozen=True)
 class _BehindEarlier:
-    """A backbone of one block behind clean tokens: those a cache has read, or those given, (B, S), read every time."""
+    """A backbone of one block behind clean tokens: those a cache has read, or those given, (B, S), read every time; of
+    segments those given are a list of what `remember_segment` reads."""
 
     backbone: Backbone
     earlier: object
@@ -264,10 +261,18 @@ class _BehindEarlier:
         self, tokens_Rk: Tensor, sigma_R: Tensor, row: Tensor, at_BL: Tensor | None = None, **cond: Tensor
     ) -> Tensor:
         """`row`: which of the rows behind `earlier` these are."""
-        cache, rows = self.earlier, row
         told = {name: value[row] for name, value in self.told.items()}
+        read = isinstance(self.earlier, Tensor | list)
+        cache, rows = (self._read(row, told), None) if read else (self.earlier, row)
+        return self.backbone.encode_after(tokens_Rk, sigma_R, cache, rows, at_BL, **told, **cond)
+
+    def _read(self, row: Tensor, told: dict[str, Tensor]) -> object:
+        """A cache of what is there before the block, of some rows."""
         if isinstance(self.earlier, Tensor):
             cache = self.backbone.new_block_cache(len(row), self.earlier.shape[1], self.window)
             self.backbone.remember(self.earlier[row], self.block_size, cache, **told)
-            rows = None
-        return self.backbone.encode_after(tokens_Rk, sigma_R, cache, rows, at_BL, **told, **cond)
+            return cache
+        cache = self.backbone.new_segment_cache(len(row))
+        for tokens_BW, here_BW in self.earlier:
+            self.backbone.remember_segment(tokens_BW[row], here_BW[row], cache, **told)
+        return cache

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from randomness import KeyedNoise
-from samplers import ancestral
+from samplers import ancestral, segments
 from samplers.base import Generation, Model, TokenChoice
 from samplers.first_hitting import sample as first_hitting_sample
 
@@ -74,6 +74,7 @@ def sample(
     context: int | None = None,
     ending: Ending | None = None,
     stop_id: int | None = None,
+    segment_ends: Tensor | None = None,
     **cond: Tensor,
 ) -> Generation:
     """Fill the masked positions of `x_BL`; its other tokens are given and never change.
@@ -86,11 +87,14 @@ def sample(
             attention knows distances only, so none is new to a network that was trained at `context` tokens.
         ending: of texts of variable length, which cost nothing once they have ended. None: all are full.
         stop_id: the end token, where there is one.
+        segment_ends: of texts in segments (samplers/segments.py), which know no window and no ending.
 
     Raises:
         ValueError: the model does not write in blocks, the window is no number of whole blocks, or tokens are given
             behind a block with masks.
     """
+    if segment_ends is not None:
+        return segments.sample(model, x_BL, generator, segment_ends, inner=inner, kv_cache=kv_cache, **cond)
     size, length, masked_BL = _block_size(model, context), x_BL.shape[1], x_BL == model.mask_id
     here_BL = cond.pop("attention_mask", torch.ones_like(masked_BL)).bool()
     _refuse_gaps(masked_BL, here_BL, size)

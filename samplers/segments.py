@@ -1,0 +1,83 @@
+"""Segment after segment: as samplers/block.py block after block, where blocks are segments of any lengths, which differ
+from row to row. Each is sampled by masked diffusion behind the clean segments before it, whose keys and values are
+computed once. Draws the model's law, with or without the cache.
+
+Shape suffixes: B batch, L length, S segments, W tokens of the longest row of a segment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from randomness import KeyedNoise
+from samplers.base import Generation, Model
+
+
+@torch.no_grad()
+def sample(
+    model: Model,
+    x_BL: Tensor,
+    generator: KeyedNoise,
+    segment_ends: Tensor,
+    *,
+    inner: Callable[..., Generation],
+    kv_cache: bool = True,
+    **cond: Tensor,
+) -> Generation:
+    """Fill the masked positions of `x_BL`; its other tokens are given and never change.
+
+    Args:
+        segment_ends: the tokens before which each segment but the last ends, (B, S - 1).
+        inner: fills the masks of one segment.
+        kv_cache: keep keys and values of the clean segments; else they are read for every evaluation, to equal result.
+
+    Raises:
+        ValueError: tokens are given behind a segment with masks.
+    """
+    place_L = torch.arange(x_BL.shape[1], device=x_BL.device)
+    segment_BL = (place_L >= segment_ends[..., None]).sum(1)
+    _refuse_gaps(x_BL == model.mask_id, segment_BL)
+    x_BL, step_BL, rows_B = x_BL.clone(), torch.zeros_like(x_BL), torch.arange(len(x_BL), device=x_BL.device)
+    evaluations_B, steps = torch.zeros_like(rows_B), 0
+    earlier: object = model.new_segment_cache(len(x_BL)) if kv_cache else []
+    number = segment_ends.shape[1] + 1
+    for segment in range(number):
+        at_BL = segment_BL == segment
+        tokens_BW, here_BW = _to_the_front(x_BL, at_BL, filler=int(model.mask_id == 0))
+        if bool((tokens_BW == model.mask_id).any()):
+            law, noise = model.after(earlier, **cond), generator.part(segment)
+            out = inner(law, tokens_BW, noise, row=rows_B, attention_mask=here_BW)
+            tokens_BW = out.ids_BL
+            x_BL[at_BL] = tokens_BW[here_BW]
+            step_BL[at_BL] = torch.where(out.step_BL > 0, out.step_BL + steps, 0)[here_BW]
+            evaluations_B, steps = evaluations_B + out.evaluations_B, steps + out.num_steps
+        if segment == number - 1:
+            break
+        if kv_cache:
+            model.remember_segment(tokens_BW, here_BW, earlier, **cond)
+            evaluations_B += 1
+        else:
+            earlier = [*earlier, (tokens_BW, here_BW)]
+    return Generation(x_BL, step_BL, steps, evaluations_B)
+
+
+def _to_the_front(x_BL: Tensor, at_BL: Tensor, filler: int) -> tuple[Tensor, Tensor]:
+    """The tokens of one segment at the front of rows of their own, and where these rows have any, (B, W) each."""
+    count_B = at_BL.sum(-1)
+    here_BW = torch.arange(int(count_B.max()), device=x_BL.device) < count_B[:, None]
+    tokens_BW = torch.full(here_BW.shape, filler, dtype=x_BL.dtype, device=x_BL.device)
+    tokens_BW[here_BW] = x_BL[at_BL]
+    return tokens_BW, here_BW
+
+
+def _refuse_gaps(masked_BL: Tensor, segment_BL: Tensor) -> None:
+    """Given tokens behind a gap are seen by their own segment only."""
+    first_gap_B1 = torch.where(masked_BL, segment_BL, masked_BL.shape[1]).min(-1, keepdim=True).values
+    if bool((~masked_BL & (segment_BL > first_gap_B1)).any()):
+        raise ValueError(
+            "data.segments=true: segments are written from the first to the last, not knowing what is given behind "
+            "them; give the beginning of a text only"
+        )
