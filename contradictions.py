@@ -24,7 +24,7 @@ WHOLE = ("seed", "T", "sampling.steps", "sampling.stride_length", "sampling.num_
          "sampling.num_sample_batches", "sampling.num_sample_log", "sampling.samples_per_prompt", "sampling.top_k",
          "sampling.context", "eval.num_draws", "eval.max_draws", "eval.perplexity_batch_size", "classify.num_draws",
          "classify.num_examples", "classify.patience", "classify.pretrain_steps", "trainer.max_steps", "model.length",
-         "block_size", "loader.batch_size", "loader.global_batch_size", "trainer.num_nodes",
+         "block_size", "data.segment_room", "loader.batch_size", "loader.global_batch_size", "trainer.num_nodes",
          "trainer.accumulate_grad_batches", "lr_scheduler.num_warmup_steps", "lr_scheduler.num_rewarmup_steps",
          "plateau.patience", "plateau.cooldown", "training.max_skipped_steps", "loader.num_workers",
          "loader.prefetch_factor")  # fmt: skip
@@ -196,6 +196,8 @@ def _check_blocks(cfg: DictConfig, name: str) -> None:
                 f"{name} use noise=clipped noise.sampling_eps_min= noise.sampling_eps_max="
             )
         return
+    if cfg.data.get("segments"):
+        _check_segments(cfg)
     if size < 1 or length % size:
         nearest = _nearest_divisors(size, length)
         raise ValueError(
@@ -222,6 +224,21 @@ def _check_blocks(cfg: DictConfig, name: str) -> None:
             "sampling.var_length=true with data.wrap=false: a model of single texts is told their lengths, and has not "
             "learned to end them; use data.wrap=true or data.fill=eos"
         )
+
+
+def _check_segments(cfg: DictConfig) -> None:
+    """What means nothing where the blocks are the segments of a text."""
+    reasons = {
+        "block_size": (cfg.block_size != cfg.model.length, "blocks are the parts of a text, whatever their lengths"),
+        "sampling.predictor": (not cfg.sampler._target_.startswith("samplers.block."),
+                               "texts are written part after part, which only sampling.predictor=block does"),
+        "sampling.var_length": (cfg.sampling.var_length, "the rooms of a text's parts are fixed"),
+        "sampling.context": (cfg.sampling.context is not None, "every part sees all before it"),
+    }  # fmt: skip
+    for key, (contradicts, reason) in reasons.items():
+        if contradicts:
+            value = cfg.sampler._target_ if key == "sampling.predictor" else OmegaConf.select(cfg, key)
+            raise ValueError(f"{key}={value} contradicts data.segments=true: {reason}; leave it out")
 
 
 def _nearest_divisors(size: int, length: int) -> str:

@@ -7,7 +7,8 @@ The batch contract. Every batch is a dict of CPU tensors (B rows, L tokens):
                                 is none
   fill            bool  (B, L)  True behind a text's own EOS where EOS fills its row (data.fill=eos): masked and scored
                                 where a model finds the length by it, never counted as tokens
-  segment         int64 (B, L)  part of its text that a token belongs to, from 0; with data.segments=true only
+  segment_ends    int64 (B, S - 1)  with data.segments=true only, where texts have S segments: the tokens before which
+                                each but the last ends
   sample_id       int64 (B,)    lasting name of the row: evaluation noise is keyed by it; of a stream the position
   position        int64 (B,)    place in the run's stream of training samples; training batches only
   label           int64 (B,)    where the texts have labels
@@ -38,7 +39,7 @@ from lightning import LightningDataModule, Trainer
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
-from text.collate import Collate, Rows
+from text.collate import Collate, Rows, segment_ends
 from text.loading import Loading, TimedLoader
 from text.order import evaluation_batches
 from text.packing import Packing, check_prompts, framed, pack
@@ -63,8 +64,8 @@ class TextData(LightningDataModule):
     ones). Tokenizers are trained on the whole train split, whatever `label` and the limits are, so that the
     models of all classes share one vocabulary; `score_special` false makes BOS and EOS of padded rows given. `fill`
     "eos" fills padded rows up to `length` with EOS, so that their length is not shown: the law of a row then is
-    p(text, EOS, the fill | prompt), and a model decides where a text ends. `segments`: batches say which part of its
-    text each token belongs to.
+    p(text, EOS, the fill | prompt), and a model decides where a text ends. `segments`: batches say where the parts of
+    each text end; those between the first and the last end with EOS and are filled up to `segment_room` tokens.
     `streaming` reads no more of a split than its `max_*_texts` (tokenizers too); without `max_train_texts` training
     reads on and on, in the order that `stream` says, and keeps only its `sample_texts`. `random_crop` trains on random
     stretches of wrapped rows twice as long, evaluation has fixed rows. `train_splits`: train on these splits of the
@@ -95,6 +96,7 @@ class TextData(LightningDataModule):
         score_special: bool = False,
         fill: str | None = None,
         segments: bool = False,
+        segment_room: int | None = None,
         long_texts: str = "error",
         drop_empty: bool = False,
         label: int | None = None,
@@ -118,7 +120,8 @@ class TextData(LightningDataModule):
         self.streaming, self.random_crop, self.train_splits = streaming, random_crop, train_splits
         self.tokenizer_settings = {"name_or_path": tokenizer_name_or_path, "folder": tokenizer_folder,
                                    "vocab_size": vocab_size, "cache_dir": cache_dir}  # fmt: skip
-        plain = Packing(length, wrap, long_texts=long_texts, drop_empty=drop_empty)
+        room = segment_room if segments else None
+        plain = Packing(length, wrap, long_texts=long_texts, drop_empty=drop_empty, room=room)
         held_out = framed(plain, insert_valid_special, insert_valid_eos)
         self.packings = {"train": framed(plain, insert_train_special, insert_train_eos),
                          "validation": held_out, "test": held_out}  # fmt: skip
@@ -247,7 +250,14 @@ class TextData(LightningDataModule):
         frame = {vocabulary.bos_id} if self.fill else {vocabulary.bos_id, vocabulary.eos_id}
         frame = () if self.score_special else frame - {None}
         pad_id = vocabulary.eos_id if self.fill else vocabulary.pad_id
-        return Collate(self.length, pad_id, frame, bool(self.fill), self.segments)
+        return Collate(self.length, pad_id, frame, bool(self.fill), self.segments, self.packings["train"].room)
+
+    def segment_ends(self, prompt_tokens_B: np.ndarray) -> np.ndarray | None:
+        """`segment_ends` of rows with prompts of so many tokens, as batches say them; None without segments."""
+        if not self.segments:
+            return None
+        number = len(self.texts(self.splits[0])["ends"][0])
+        return segment_ends(prompt_tokens_B, number, self.packings["train"].room)
 
     def _loader(self, rows: Dataset, batches: Sampler | list[list[int]], again: bool = True) -> DataLoader:
         arguments = self.loading.arguments(self.loading.workers(streamed=False, devices=1), again)
@@ -344,5 +354,13 @@ def _check_parts(data: TextData) -> None:
     if data.fill and (data.wrap or not all(packing.eos for packing in data.packings.values())):
         raise ValueError("data.fill=eos fills the row of each text behind its EOS; set data.wrap=false and "
                          "data.insert_train_eos=data.insert_valid_eos=true, or data.fill=null")  # fmt: skip
+    if not isinstance(data.segments, bool):
+        raise ValueError(f"data.segments={data.segments} must be true or false")
     if data.segments and not data.prompted:
         raise ValueError(f"data.segments=true: the texts of data={data.name} have no parts; set it to false")
+    if data.segments and not data.fill:
+        raise ValueError("data.segments=true with data.fill=null would show how long each part is, which a prompt does "
+                         "not tell; set data.fill=eos")  # fmt: skip
+    if data.segments and data.packings["train"].long_texts == "truncate":
+        raise ValueError("data.long_texts=truncate might cut a part that others rest on, with data.segments=true; set "
+                         "drop or error")  # fmt: skip

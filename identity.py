@@ -15,7 +15,7 @@ NOT_IDENTITY = ("data.label", "data.cache_dir", "model.attn_backend", "backbone.
                 "backbone.resumed", "training.max_skipped_steps", "training.gradient_checkpointing",
                 "training.sampling_eps_min", "training.sampling_eps_max", "training.clip_search_widths",
                 "training.clip_search_delta", "training.fix_clipping", "parameterization.block_size",
-                "data.judge._target_", "data.judge._partial_")  # fmt: skip
+                "data.judge._target_", "data.judge._partial_", "data.judge.kind")  # fmt: skip
 # Of the keys of training that NOT_IDENTITY has, parameterization=bd3lm has its own copy.
 IDENTITY_IF_SET = ("training.from_pretrained", "training.start_from_counts", "loader.batch_ramp", "training.resample",
                    "masking.resample", "parameterization.noising.resample", "data.fill", "data.segments",
@@ -30,6 +30,7 @@ def identity(cfg: DictConfig) -> dict[str, object]:
     flat: dict[str, object] = {}
     pretrained = cfg.classify.pretrain or cfg.data.get("train_splits")
     left_out = NOT_IDENTITY if pretrained else (*NOT_IDENTITY, *IDENTITY_IF_PRETRAINED)
+    left_out = left_out if cfg.data.get("segments") else (*left_out, "data.segment_room")
 
     def visit(prefix: str, node: object) -> None:
         if isinstance(node, dict):

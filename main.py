@@ -214,10 +214,11 @@ class Experiment:
                 "or name one with eval.checkpoint_path="
             )
         checkpoint = read_checkpoint(path)
-        shape = (*FUNCTION, "model.mask_padding", "block_size")
+        shape = (*FUNCTION, "model.mask_padding", "block_size", "data.segments", "data.segment_room")
         self._write_behind_a_window(checkpoint)
         shape += ("model.length",) if "configuration" in checkpoint.identity and not self._any_length else ()
-        check_belongs(checkpoint, identity(self.cfg), (*shape, "parameterization"), data)
+        ours = {"data.segments": False, **identity(self.cfg)}
+        check_belongs(checkpoint, ours, (*shape, "parameterization"), data)
         diffusion = self.diffusion(data)
         checkpoint.load_into(diffusion.backbone, use_ema=not disable_ema)
         diffusion.ema = None
@@ -228,7 +229,8 @@ class Experiment:
     @property
     def _any_length(self) -> bool:
         """Whether texts may be longer than those of the training: block diffusion writes on behind a window."""
-        return law(self.cfg) == "bd3lm" and self.cfg.mode._target_ == "tasks.sample_eval.sample_eval"
+        sampled = self.cfg.mode._target_ == "tasks.sample_eval.sample_eval"
+        return law(self.cfg) == "bd3lm" and sampled and not self.cfg.data.get("segments")
 
     def _write_behind_a_window(self, checkpoint: Checkpoint) -> None:
         """Limit what a token sees to the lengths of the training, unless sampling.context says otherwise."""
@@ -238,7 +240,7 @@ class Experiment:
         if not self._any_length:
             raise ValueError(
                 f"model.length={length} is longer than the {longest} tokens that {checkpoint.path} was trained on; "
-                "texts can be written on behind a window (mode=sample_eval), but not measured"
+                "texts can be written on behind a window (mode=sample_eval), but not measured, nor can segments"
             )
         if self.cfg.sampling.context is None:
             self.cfg.sampling.context = longest // self.cfg.block_size * self.cfg.block_size
@@ -290,8 +292,8 @@ class Experiment:
 def _check_segments(data: TextData, objective: object) -> None:
     if data.segments and not getattr(objective, "reads_segments", False):
         raise ValueError(
-            "data.segments=true hands on which part of its text a token belongs to, and "
-            f"{type(objective).__name__} makes no use of it; set it to false"
+            "data.segments=true hands on where the parts of a text end, and "
+            f"{type(objective).__name__} makes no use of it; set it to false, or add algo=bd3lm"
         )
 
 

@@ -83,7 +83,8 @@ class Answers:
 
     exact_match, no_answer, unfinished: shares of all completions, the last of those that filled their room without an
     end. majority, any_right (pass@K): of prompts, with K > 1. checks: what could be checked in the completions, each as
-    a share of all of them. by_steps, by_length: exact match by steps of the reference and by tokens of the prompt.
+    a share of all of them. findings: what else was found, each as a share of the completions of which it can be said.
+    by_steps, by_length: exact match by steps of the reference and by tokens of the prompt.
     """
 
     exact_match: Share
@@ -93,6 +94,7 @@ class Answers:
     any_right: Share | None
     checks: dict[str, Estimate]
     num_checks: int
+    findings: dict[str, Share]
     by_steps: list[Group]
     by_length: list[Group]
 
@@ -106,7 +108,7 @@ def measure(verdicts: Sequence[Sequence[Verdict]], ended_MK: np.ndarray, prompt_
     counts, found = check_shares([_added([verdict.checks for verdict in row]) for row in verdicts])
     return Answers(
         share(right_MK), share(silent_MK), share(~ended_MK), share(voted_M) if several else None,
-        share(right_MK.any(1)) if several else None, found, counts, _by_steps(verdicts, right_MK),
+        share(right_MK.any(1)) if several else None, found, counts, _findings(verdicts), _by_steps(verdicts, right_MK),
         _by_length(prompt_tokens_M, right_MK),
     )  # fmt: skip
 
@@ -122,6 +124,13 @@ def check_shares(checks: Sequence[Mapping[str, int]]) -> tuple[int, dict[str, Es
     total_M = sum(counts_M.values(), np.zeros(len(checks)))
     shares = {name: ratio(count_M, total_M) for name, count_M in counts_M.items()}
     return int(total_M.sum()), {name: estimate for name, estimate in shares.items() if estimate is not None}
+
+
+def _findings(verdicts: Sequence[Sequence[Verdict]]) -> dict[str, Share]:
+    names = dict.fromkeys(name for row in verdicts for verdict in row for name in verdict.findings)
+    told = {name: [row for row in verdicts if all(name in verdict.findings for verdict in row)] for name in names}
+    return {name: share(np.array([[verdict.findings[name] for verdict in row] for row in rows]))
+            for name, rows in told.items() if rows}  # fmt: skip
 
 
 def _by_steps(verdicts: Sequence[Sequence[Verdict]], right_MK: np.ndarray) -> list[Group]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, pairwise
 
 import lightning
 import numpy as np
@@ -233,6 +233,10 @@ def _draw_batch(
     cond = {"attention_mask": torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]} if padded else {}
     if class_id is not None:
         cond["class_id"] = torch.full((len(rows),), class_id)
+    prompts_B = np.array([int((row == diffusion.objective.mask_id).argmax()) for row in rows])
+    segment_ends = data.segment_ends(prompts_B) if data.segments else None
+    if segment_ends is not None:
+        cond["segment_ends"] = torch.from_numpy(segment_ends)
     noise = KeyedNoise(seed, torch.from_numpy(names_B).to(diffusion.device))
     ends_early = diffusion.objective.causal and not data.wrap
     stop = {"stop_id": data.vocabulary.eos_id} if ends_early or drawing.var_length else {}
@@ -240,10 +244,12 @@ def _draw_batch(
     extra = out.ids_BL.shape[1] - x_BL.shape[1]  # semi-autoregressive samplers go on behind the window
     drawn = []
     for i, length in enumerate(lengths):
-        ids = out.ids_BL[i, : length + extra].tolist()
-        ids = ids[: _end(ids, data.vocabulary.eos_id)] if ends_early or data.fill else ids
-        ids = ids if out.length_B is None else ids[: int(out.length_B[i])]
-        steps = out.step_BL[i, : len(ids)].tolist()
+        length = length + extra if out.length_B is None else min(length + extra, int(out.length_B[i]))
+        ids, steps = out.ids_BL[i, :length].tolist(), out.step_BL[i, :length].tolist()
+        if ends_early or data.fill:
+            starts = [1] if segment_ends is None else segment_ends[i].tolist()
+            kept = _own(ids, data.vocabulary.eos_id, starts)
+            ids, steps = [ids[place] for place in kept], [steps[place] for place in kept]
         drawn.append(Drawn(ids, steps, out.num_steps, int(out.evaluations_B[i])))
     return drawn
 
@@ -252,6 +258,10 @@ def _moved(cond: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor
     return {name: value.to(device) for name, value in cond.items()}
 
 
-def _end(ids: list[int], eos_id: int | None) -> int:
-    """Where a text ends: behind its first EOS that is not its first token."""
-    return ids.index(eos_id, 1) + 1 if eos_id in ids[1:] else len(ids)
+def _own(ids: list[int], eos_id: int | None, starts: Sequence[int]) -> list[int]:
+    """The places of a text without its fill: of each part that begins at one of `starts` those up to its first EOS.
+    What stands before the first of them is given, BOS among it, which may have the id of EOS."""
+    own = list(range(min(starts[0], len(ids))))
+    for start, stop in pairwise([*starts, len(ids)]):
+        own += range(start, ids.index(eos_id, start, stop) + 1 if eos_id in ids[start:stop] else stop)
+    return own

@@ -129,7 +129,9 @@ def _complete(
     heads = [bos + ids for ids in encode(data.tokenizer, [prompt for prompt, _ in pairs])]
     ids_M, times = np.asarray(texts["text_id"][:], dtype=np.int64), range(asked.samples_per_prompt)
     blank = [np.array(head + [diffusion.objective.mask_id] * (data.length - len(head))) for head in heads]
-    fits = [m for m, head in enumerate(heads) if len(head) < data.length]
+    taken = np.array([len(head) for head in heads])  # by the prompt, and by what has a room of its own behind it
+    taken = data.segment_ends(taken)[:, -1] if data.segments else taken
+    fits = [m for m in range(len(heads)) if taken[m] < data.length]
     names = np.array([ids_M[m] + k * _COMPLETIONS for m in fits for k in times], dtype=np.int64)
     rows = [blank[m] for m in fits for _ in times]
     drawn = iter(fill_on_all(trainer, diffusion, data, drawing, rows, names, data.eval_batch_size, seed))
@@ -139,7 +141,7 @@ def _complete(
         made = of_prompt.get(m, [])
         tails = [text.ids[len(head) :] for text in made] or [[] for _ in times]
         completions = [decode(data.tokenizer, ids, skip_special=True) for ids in tails]
-        ended = [data.vocabulary.eos_id in ids for ids in tails]
+        ended = [ids[-1:] == [data.vocabulary.eos_id] for ids in tails]
         verdicts = [judge(completion, reference) for completion in completions]
         done.append(Completed(int(ids_M[m]), prompt, reference, len(head), made, completions, ended, verdicts))
     return done
@@ -185,6 +187,7 @@ def _write_samples(path: Path, done: Sequence[Completed]) -> None:
                 row = {"text_id": c.text_id, "completion": number, "prompt": c.prompt, "reference": c.reference,
                        "text": text, "right": verdict.right, "answer": verdict.answer, "wanted": verdict.wanted,
                        "ended": ended, "steps_of_reference": verdict.steps, "checks": dict(verdict.checks),
+                       "findings": dict(verdict.findings),
                        "prompt_tokens": c.prompt_tokens, "ids": drawn.ids, "steps": drawn.steps,
                        "evaluations": drawn.evaluations}  # fmt: skip
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -202,6 +205,7 @@ def _results(answers: Answers, beside: Beside, done: Sequence[Completed], asked:
         "exact_match": _plain(answers.exact_match), "no_answer": _plain(answers.no_answer),
         "unfinished": _plain(answers.unfinished), "majority_vote": _plain(answers.majority),
         f"pass_at_{asked.samples_per_prompt}": _plain(answers.any_right),
+        "findings": {name: _plain(found) for name, found in answers.findings.items()},
         "checks": answers.checks, "num_checks": answers.num_checks, "checks_of_references": beside.checks,
         "most_frequent_answer": _plain(beside.constant),
         "by_steps_of_reference": {group.name: _plain(group.right) for group in answers.by_steps},
@@ -229,6 +233,7 @@ def _report(report: Report, answers: Answers, beside: Beside, evaluations: float
     if beside.constant:
         note = f"; always {beside.constant_answer[:20]}, the most frequent of the training texts"
         metrics.append(_metric("one answer for all", beside.constant, note))
+    metrics += [_metric(name, found) for name, found in answers.findings.items()]
     report.metrics([*metrics, Metric("network evaluations", evaluations, None, "per completion")])
     if answers.checks:
         rows = [(name, Metric("", 100 * found.value, 100 * found.se), _reference(beside, name))
@@ -284,6 +289,7 @@ def _summary(answers: Answers, beside: Beside, asked: Asked) -> str:
         lines += [line("majority vote", answers.majority), line(f"pass@{asked.samples_per_prompt}", answers.any_right)]
     if beside.constant:
         lines.append(line(f"always {beside.constant_answer[:20]}", beside.constant))
+    lines += [line(name, found) for name, found in answers.findings.items()]
     lines += [f"{name} {100 * found.value:.1f} ± {100 * found.se:.1f} % of {answers.num_checks}"
               for name, found in answers.checks.items()]  # fmt: skip
     lines += [f"{line(f'  steps {group.name}:', group.right)} of {group.right.prompts}" for group in answers.by_steps]

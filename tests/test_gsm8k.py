@@ -16,6 +16,7 @@ from text.gsm8k import (
     check_annotations,
     final_answer,
     judge,
+    judge_planned,
     plan,
     planned,
 )
@@ -81,6 +82,26 @@ def test_planned_problems_have_three_parts():
     ]  # fmt: skip
     with pytest.raises(ValueError, match=r"data\.source\.plan=wild is unknown; choose one of: operations, operators"):
         Planned(Problems(), "wild")
+
+
+def test_plans_that_were_written_are_compared_checked_and_followed():
+    reference = "".join(planned("Why?", SOLUTION)[1:])
+    same = judge_planned(reference, reference)
+    assert same.right and set(same.findings.values()) == {True} and len(same.findings) == 3
+    spaced = judge_planned(reference.replace("48/2", " 48 / 2 "), reference)
+    assert spaced.findings == same.findings, "white space is the tokenizer's"
+    other = judge_planned(reference.replace("48/2=24 ; 48+24=72", "50-2=48"), reference).findings
+    assert other == {"plan as the reference's": False, "plan carried out": False, "plan's calculations right": True}
+    wrong = judge_planned(reference.replace("48+24=72", "48+24=73"), reference).findings
+    assert wrong == {"plan as the reference's": False, "plan carried out": True, "plan's calculations right": False}
+    silent = judge_planned("", reference)
+    assert silent.answer is None and set(silent.findings.values()) == {False} and len(silent.findings) == 3
+    reference = "".join(planned("Why?", SOLUTION, "operators")[1:])
+    assert judge_planned(reference, reference, "operators").findings == {
+        "plan as the reference's": True, "plan carried out": True,
+    }  # fmt: skip
+    reference = "".join(planned("Why?", "So it is.\n#### 1")[1:])
+    assert judge_planned(reference, reference).findings == {"plan as the reference's": True, "plan carried out": True}
 
 
 def test_verdicts_compare_numbers():

@@ -106,13 +106,13 @@ COLUMNS = {"input_ids": [np.array([BOS, 5, 6, 7, EOS]), np.array([BOS, 5, 6, 4, 
 def test_batches_say_what_is_given_and_what_is_fill():
     padded = Collate(12, PAD, (BOS, EOS))(COLUMNS)
     assert padded["given"].int().tolist() == [[1, 1, 1, 0, 1, 0, 0, 0], [1, 1, 0, 0, 0, 0, 1, 0]]
-    assert padded["attention_mask"].sum(-1).tolist() == [5, 7] and "fill" not in padded and "segment" not in padded
-    filled = Collate(12, EOS, (BOS,), fill=True, segments=True)(COLUMNS)
+    assert padded["attention_mask"].sum(-1).tolist() == [5, 7] and "fill" not in padded
+    assert "segment_ends" not in padded
+    filled = Collate(12, EOS, (BOS,), fill=True)(COLUMNS)
     assert filled["input_ids"].shape == (2, 12) and "attention_mask" not in filled
     assert (filled["input_ids"][0, 4:] == EOS).all() and filled["fill"].sum(-1).tolist() == [7, 5]
     assert filled["given"].sum(-1).tolist() == [3, 2] and counted_mask(filled).sum(-1).tolist() == [2, 5]
     assert scored_mask(filled).sum(-1).tolist() == [9, 10]
-    assert filled["segment"].tolist() == [[0] * 3 + [1] + [2] * 8, [0] * 2 + [1] * 3 + [2] * 7]
     same_id = Collate(12, BOS, (BOS,), fill=True)({**COLUMNS, "input_ids": [np.where(r == EOS, BOS, r) for r in COLUMNS["input_ids"]]})  # fmt: skip # noqa: E501
     assert (same_id["given"] == filled["given"]).all(), "gpt2: BOS and EOS have one id"
 

@@ -27,15 +27,15 @@ class Rows(Dataset):
 class Collate:
     """Columns of some rows -> a batch (the contract of dataloader.py). pad_id None: the rows are of equal length.
     `frame_ids`: tokens that are given where they begin or end a padded row. `fill`: rows are filled up to `length` with
-    the pad, which is EOS then, and only their beginning is given. `segments`: batches say which part of its text each
-    token belongs to."""
+    the pad, which is EOS then, and only their beginning is given. `segments`: batches say where the parts of each text
+    end; those between the first and the last are filled up to `room` tokens."""
 
     def __init__(
         self, length: int, pad_id: int | None, frame_ids: Collection[int] = (), fill: bool = False,
-        segments: bool = False,
+        segments: bool = False, room: int | None = None,
     ) -> None:  # fmt: skip
         self.length, self.pad_id, self.frame_ids = length, pad_id, np.array(sorted(frame_ids), dtype=np.int64)
-        self.fill, self.segments = fill, segments
+        self.fill, self.segments, self.room = fill, segments, room
 
     def __call__(self, columns: dict[str, Any]) -> dict[str, torch.Tensor]:
         columns = dict(columns)
@@ -46,7 +46,13 @@ class Collate:
             return {"input_ids": torch.from_numpy(np.stack(rows).astype(np.int64)), **batch}
         width = min(-(-int(lengths.max()) // PAD_MULTIPLE) * PAD_MULTIPLE, self.length)
         place = np.arange(self.length if self.fill else width)
+        if part_ends is not None:
+            part_ends = np.stack([np.asarray(cuts, dtype=np.int64) for cuts in part_ends])
         mask = place < lengths[:, None]
+        if self.segments:
+            segments = segment_ends(part_ends[:, 0], part_ends.shape[1], self.room)
+            mask = _in_rooms(place, lengths, part_ends, segments)
+            batch["segment_ends"] = torch.from_numpy(segments)
         ids = np.full(mask.shape, self.pad_id, dtype=np.int64)
         ids[mask] = np.concatenate(list(rows))
         batch["input_ids"] = torch.from_numpy(ids)
@@ -54,10 +60,31 @@ class Collate:
         ends = (place == 0) | ((place == lengths[:, None] - 1) & (not self.fill))
         given = ends & np.isin(ids, self.frame_ids)
         if part_ends is not None:
-            part_ends = np.stack([np.asarray(cuts, dtype=np.int64) for cuts in part_ends])
             given |= place < part_ends[:, :1]
         if len(self.frame_ids) or part_ends is not None:
             batch["given"] = torch.from_numpy(given)
-        if self.segments:
-            batch["segment"] = torch.from_numpy((place[None, :, None] >= part_ends[:, None]).sum(-1))
         return batch
+
+
+def segment_ends(prompt_tokens_B: np.ndarray, number: int, room: int | None) -> np.ndarray:
+    """The tokens before which each of a text's segments but the last ends, (B, number): the prompt's, and behind it
+    `room` for each.
+
+    Raises:
+        ValueError: there are several, and no room is said.
+    """
+    if number > 1 and room is None:
+        raise ValueError(
+            f"data.segments=true: these texts have {number + 1} parts, and where one ends that is yet to be written is "
+            "not known; give data.segment_room, the tokens that each between the first and the last may take up"
+        )
+    return prompt_tokens_B[:, None].astype(np.int64) + (room or 0) * np.arange(number)
+
+
+def _in_rooms(
+    place_L: np.ndarray, lengths_B: np.ndarray, part_ends: np.ndarray, segment_ends: np.ndarray
+) -> np.ndarray:
+    """Where a row has a token of its own, (B, L), if each part stands at the beginning of its segment."""
+    edges = np.concatenate([np.zeros_like(part_ends[:, :1]), part_ends, lengths_B[:, None]], axis=1)
+    starts = np.concatenate([np.zeros_like(segment_ends[:, :1]), segment_ends], axis=1)[..., None]
+    return ((place_L >= starts) & (place_L < starts + np.diff(edges)[..., None])).any(1)

@@ -8,7 +8,7 @@ numbers; the operations of a solution are its plan.
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 
 import datasets
@@ -175,6 +175,30 @@ def plan(solution: str, kind: str = "operations") -> str:
     if kind == "operators":
         found = [" ".join(re.findall(r"//|[-+*/]", annotation.partition("=")[0])) for annotation in found]
     return " ; ".join(found) or "none"
+
+
+def judge_planned(completion: str, reference: str, kind: str = "operations") -> Verdict:
+    """As `judge`, for problems with plans (see `Planned`), with findings: whether the plan is the reference's, whether
+    its calculations are right (of plans of operations), and whether the execution carries them out, in their order."""
+    found, wanted = written_plan(completion), written_plan(reference)
+    done = plan(completion.partition(EXECUTION)[2], kind)
+    findings = {
+        "plan as the reference's": found == wanted, "plan carried out": found is not None and found == _tight(done),
+    }  # fmt: skip
+    if kind == "operations" and wanted not in (None, "none"):
+        right = [annotation_is_right(operation) for operation in (found or "").split(";")]
+        findings["plan's calculations right"] = all(right)
+    return replace(judge(completion, reference), findings=findings)
+
+
+def written_plan(text: str) -> str | None:
+    """The plan that a text has between its markers, without white space; None where it has none."""
+    marked = text.partition(PLAN)[2]
+    return _tight(marked.partition(EXECUTION)[0]) or None
+
+
+def _tight(text: str) -> str:
+    return "".join(text.split())
 
 
 def planned(question: str, solution: str, kind: str = "operations") -> list[str]:

@@ -14,12 +14,14 @@ class Verdict:
     answer: what the completion answers, in the form in which answers are compared; None where it gives none.
     wanted: the reference's answer. right: whether they agree. steps: of the reference, a measure of how hard the
     problem is; None where it has none. checks: counts of things that could be checked in the completion, by name.
+    findings: what else is true of the completion, or is not, by name.
     """
 
     answer: str | None
     wanted: str | None
     steps: int | None = None
     checks: Mapping[str, int] = field(default_factory=dict)
+    findings: Mapping[str, bool] = field(default_factory=dict)
 
     @property
     def right(self) -> bool:

@@ -6,13 +6,13 @@ A packed split is a `datasets.Dataset` (numpy format) with the columns
   sample_id  int64, the row's lasting name  text_id    int64, the source text it is from (`pad` only)
   label      int64, where the texts have one
   part_ends  list of int32, where the texts have parts: the tokens before which each part but the last ends; BOS
-             belongs to the first part, EOS to the last
+             belongs to the first part, EOS to the last; with a `room` the parts between have an EOS too
 `sample_id` of a padded row is window * 2**32 + text_id: it stays the same when other texts or classes are
 left out.
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,8 @@ class Packing:
     long_texts: what a padded text beyond `length` becomes: its beginning, several rows, nothing, or an error.
     drop_empty: leave out texts without tokens (behind their prompt) instead of refusing them (padded rows; wrapped ones
     always do).
+    room: tokens that each part between a text's first and last will take up, whatever it has: where a part ends that is
+    yet to be written is not known before. None: parts follow one another.
     """
 
     length: int
@@ -51,6 +53,7 @@ class Packing:
     chunk_special: bool = False
     long_texts: str = "error"
     drop_empty: bool = False
+    room: int | None = None
 
     def __post_init__(self) -> None:
         shortest = 3 if self.wrap and self.chunk_special else 1
@@ -58,6 +61,13 @@ class Packing:
             raise ValueError(f"model.length={self.length} is too short; give at least {shortest}")
         if self.long_texts not in _LONG_TEXTS:
             raise ValueError(f"data.long_texts={self.long_texts} is none of {', '.join(_LONG_TEXTS)}")
+        if self.room is not None and self.room < 2:
+            raise ValueError(f"data.segment_room={self.room} must be at least 2: a token and an EOS")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What rows hang on: all fields, a room where there is one."""
+        return {key: value for key, value in asdict(self).items() if key != "room" or value}
 
 
 def framed(packing: Packing, special: bool, eos: bool) -> Packing:
@@ -84,7 +94,7 @@ def pack(
     settings = {
         "code": _CODE_VERSION, "texts": texts_fingerprint(_each_text(rows)), "tokenizer": vocabulary.fingerprint,
         "text_id": _digest(rows, "text_id"), "label": _digest(rows, "label") if has_label else None,
-        "packing": asdict(packing), "eos_id": vocabulary.eos_id, "bos_id": vocabulary.bos_id,
+        "packing": packing.settings, "eos_id": vocabulary.eos_id, "bos_id": vocabulary.bos_id,
         **({"ends": _digest(rows, "ends")} if has_parts else {}),
     }  # fmt: skip
     folder, figures = cached_folder(
@@ -217,8 +227,9 @@ def _check_figures(figures: Figures, packing: Packing, name: str) -> None:
             f"lower model.length, give more text, or set data.wrap=false"
         )
     if figures.long:
+        room = f" or have parts longer than data.segment_room={packing.room}" if packing.room else ""
         raise ValueError(f"{name}: data.long_texts=drop leaves no text, as all are longer than model.length="
-                         f"{packing.length} tokens; raise model.length")  # fmt: skip
+                         f"{packing.length} tokens{room}; raise {'either' if room else 'model.length'}")  # fmt: skip
     raise ValueError(f"{name}: there is no text with any token in it; give other texts")
 
 
@@ -308,10 +319,12 @@ def pad_rows(
     head = [vocabulary.bos_id] if packing.bos else []
     tail = [vocabulary.eos_id] if packing.eos else []
     windows: list[tuple[list[int], int, int]] = []  # ids, place in the batch, window
-    parts = batch.get("part_ends")
+    parts, unfilled = batch.get("part_ends"), [0] * len(ids)
+    if parts and packing.room:
+        ids, parts, unfilled = _with_rooms(ids, parts, vocabulary.eos_id, packing, batch["text_id"], name)
     for place, row in enumerate(ids):
         prompt, text_id = parts[place][0] if parts else 0, batch["text_id"][place]
-        if len(row) == prompt:
+        if len(row) == prompt + (len(parts[place]) - 1 if parts and packing.room else 0):
             figures.empty += 1
             if not packing.drop_empty:
                 where = " behind its prompt" if parts else ""
@@ -319,9 +332,10 @@ def pad_rows(
                                  f"it, or set data.drop_empty=true")  # fmt: skip
             continue
         whole = head + row + tail
-        figures.longest = max(figures.longest, len(whole))
-        figures.long += len(whole) > packing.length
-        if len(whole) > packing.length and packing.long_texts == "drop":
+        needed = len(whole) + unfilled[place]
+        figures.longest = max(figures.longest, needed)
+        figures.long += needed > packing.length
+        if needed > packing.length and packing.long_texts == "drop":
             figures.cut += len(whole)
             continue
         if parts and packing.long_texts == "truncate" and len(head) + prompt >= packing.length:
@@ -329,7 +343,7 @@ def pad_rows(
                              f"model.length={packing.length}; raise it, or set data.long_texts=drop")  # fmt: skip
         starts = range(0, len(whole), packing.length) if packing.long_texts == "windows" else [0]
         windows += [(whole[s : s + packing.length], place, w) for w, s in enumerate(starts)]
-        figures.cut += max(len(whole) - packing.length, 0) if packing.long_texts != "windows" else 0
+        figures.cut += max(needed - packing.length, 0) if packing.long_texts != "windows" else 0
     if not windows:
         return None
     place = np.array([p for _, p, _ in windows])
@@ -339,3 +353,25 @@ def pad_rows(
     flat = np.concatenate([np.asarray(w, dtype=np.int32) for w, _, _ in windows])
     part_ends = [[len(head) + end for end in parts[p]] for p in place] if parts else None
     return PackedRows(flat, np.array([len(w) for w, _, _ in windows]), sample_id, text_id, label, part_ends)
+
+
+def _with_rooms(
+    ids: list[list[int]], part_ends: list[list[int]], eos_id: int, packing: Packing, text_ids: Sequence[int], name: str
+) -> tuple[list[list[int]], list[list[int]], list[int]]:
+    """Each text's tokens with EOS behind every part between the first and the last, the new ends, and how many tokens
+    of the rooms are left; more than a row has where a part does not fit, so that its text is dropped.
+
+    Raises ValueError for a part that does not fit, unless such texts are dropped.
+    """
+    rows, ends, unfilled = [], [], []
+    for row, cuts, text_id in zip(ids, part_ends, text_ids, strict=True):
+        middle = [[*row[start:end], eos_id] for start, end in itertools.pairwise(cuts)]
+        longest = max(map(len, middle), default=0)
+        if longest > packing.room and packing.long_texts != "drop":
+            raise ValueError(f"{name}: a part of text {text_id} has {longest} tokens with its EOS, more than "
+                             f"data.segment_room={packing.room}; raise it, or set data.long_texts=drop")  # fmt: skip
+        rows.append([*row[: cuts[0]], *itertools.chain(*middle), *row[cuts[-1] :]])
+        ends.append(list(itertools.accumulate(map(len, middle), initial=cuts[0])))
+        left = sum(packing.room - len(part) for part in middle)
+        unfilled.append(left if longest <= packing.room else packing.length + 1)
+    return rows, ends, unfilled
