@@ -25,7 +25,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 import command_line
-from dataloader import Loading, TextData, batch_arithmetic
+from dataloader import BatchPlan, Loading, TextData, batch_arithmetic
 from diffusion import Diffusion, Provenance
 from engine.processes import first_process, local_device, processes_per_node
 from engine.recovery import newest_good
@@ -302,6 +302,16 @@ def _shared_start(cfg: DictConfig, splits: list[str], folder: Place) -> DictConf
     return cfg
 
 
+def _check_ramp(experiment: Experiment) -> None:
+    """Raises ValueError where a training that the command asks for would end before its batch ramp does."""
+    cfg = experiment.cfg
+    plan = BatchPlan.of(cfg.loader.global_batch_size, experiment._ramp)
+    if command_line.trains(cfg):
+        plan.check_reached(cfg.trainer.max_steps)
+        if cfg.classify.pretrain:
+            plan.check_reached(cfg.classify.pretrain_steps, "classify.pretrain_steps")
+
+
 def _callbacks(cfg: DictConfig) -> list[DictConfig]:
     """What is called back during a fit: the group `callbacks`, and `plateau` where it is chosen."""
     return [*(cfg.get("callbacks") or {}).values(), *([cfg.plateau] if cfg.plateau else [])]
@@ -332,6 +342,7 @@ def run(cfg: DictConfig, command: str) -> dict[str, object]:
     torch.set_float32_matmul_precision("high")
     experiment = Experiment(cfg, command)
     check_processes(experiment._devices, cfg.trainer.num_nodes)
+    _check_ramp(experiment)
     if is_remote(experiment.checkpoints()):
         print(f"checkpoints: {experiment.checkpoints()}; logs, reports and results, here: {experiment.folder()}")
     return instantiate(cfg.mode)(experiment)
