@@ -59,3 +59,15 @@ def test_names_that_are_no_file_names_and_words_that_mean_nothing_are_refused():
     for arguments in (["--name", "a/b"], ["--name"], ["--stop"], ["--help"]):
         done = subprocess.run([ROOT / "scripts/run_in_screen.sh", *arguments], capture_output=True, text=True)
         assert done.returncode == 2
+
+
+@pytest.mark.parametrize("arguments", [[], ["--name", "a-run"]], ids=["nothing", "a name only"])
+def test_nothing_to_run_starts_nothing_and_says_how_it_is_used(tmp_path, arguments):
+    """Not the default training: whoever types the name of a script wants to know what it does."""
+    screen = tmp_path / "screen"
+    screen.write_text(f"#!/bin/sh\ntouch {tmp_path}/asked\n")
+    screen.chmod(0o755)
+    done = subprocess.run([ROOT / "scripts/run_in_screen.sh", *arguments], capture_output=True, text=True,
+                          env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"})  # fmt: skip
+    assert done.returncode == 2 and not (tmp_path / "asked").exists()
+    assert "run_in_screen.sh [--name NAME] data=imdb" in done.stderr and "say what to run" in done.stderr
