@@ -10,7 +10,7 @@ One JSON object, replaced as a whole: a reader sees the last one or the one befo
   began, updated              of this start, of this file
   first_step, step, max_steps optimizer steps: at this start, now, at the end
   metrics     what callbacks/metrics.py logged last;  curve: [[step, loss], ...], the whole run in at most 64 points
-  validation  {step, val/nll};  checkpoint: {step, time} of the newest
+  validation  {step, val/nll};  checkpoint: {step, time} of the newest that was written
 """
 
 from __future__ import annotations
@@ -81,10 +81,12 @@ class RunState(Callback):
         self.known |= {"state": "training", "validation": seen}
         self._write(trainer)
 
-    def on_save_checkpoint(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule,
-                           checkpoint: Mapping) -> None:  # fmt: skip
-        self.known["checkpoint"] = {"step": trainer.global_step, "time": time.time()}
-        self._write(trainer)
+    def saved(self, checkpoint: Mapping[str, object]) -> None:
+        """Take note of a checkpoint that has been written (engine/storage.py calls this, on rank 0): before that it may
+        still fail, and run.json would promise a file that is not there."""
+        step = checkpoint["global_step"]
+        self.known |= {"step": step, "checkpoint": {"step": step, "time": time.time()}}
+        self._put()
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         # Of Lightning's ways to end early, patience is the one that leaves nothing to do.
@@ -106,10 +108,12 @@ class RunState(Callback):
             self._write(trainer)
 
     def _write(self, trainer: lightning.Trainer) -> None:
-        if not trainer.is_global_zero:
-            return
-        self._written = time.monotonic()
-        self.known |= {"step": trainer.global_step, "updated": time.time()}
+        if trainer.is_global_zero:
+            self.known["step"] = trainer.global_step
+            self._put()
+
+    def _put(self) -> None:
+        self._written, self.known["updated"] = time.monotonic(), time.time()
         partial = self.path.with_name(f".{FILE}.{os.getpid()}")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
