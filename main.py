@@ -27,6 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 import command_line
 from dataloader import BatchPlan, Loading, TextData, batch_arithmetic
 from diffusion import Diffusion, Provenance
+from engine.logs import Heard
 from engine.processes import first_process, local_device, processes_per_node
 from engine.recovery import newest_good
 from engine.signals import SIGNALS
@@ -354,6 +355,7 @@ def job(cfg: DictConfig) -> None:
     warnings.filterwarnings("ignore", module="lightning")
     if not first_process():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the end: what is said is said once
+    sys.stdout, sys.stderr = Heard(sys.stdout), Heard(sys.stderr)
     command = " ".join(["python main.py", *HydraConfig.get().overrides.task])
     with SIGNALS.listening():
         run(cfg, command)

@@ -27,7 +27,7 @@ process_of() {
 start() {
   local name="$1" log="$folder/$1.log"
   shift
-  [[ -z "$(session_of "$name")" ]] ||
+  [[ -z "$(session_of "$name")" ]] && ! process_of "$name" >/dev/null || # after `screen -X quit` it still saves
     die "a run named $name is there already; watch it with: tail -f $log, or choose another with --name"
   mkdir -p "$folder"
   command -v "${PYTHON:-python}" >/dev/null || die "there is no ${PYTHON:-python}; activate its environment, or set PYTHON="
@@ -44,12 +44,12 @@ inside() { # what runs in the session
   local name="$1" log="$folder/$1.log" status
   shift
   {
-    trap : INT # Ctrl-C is for the training, which saves first
+    trap : INT HUP # Ctrl-C and the end of the session are for the training, which saves first
     echo "[$(date '+%F %T')] ${PYTHON:-python} main.py $*"
     (echo "$BASHPID" >"$folder/$name.pid" && exec "${PYTHON:-python}" -u main.py "$@") && status=0 || status=$?
     echo "[$(date '+%F %T')] ended with status $status"
     rm -f "$folder/$name.pid"
-  } 2>&1 | tee -ia "$log"
+  } 2>&1 | (trap '' INT HUP && exec tee -a "$log")
 }
 
 list() {
