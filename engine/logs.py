@@ -1,17 +1,49 @@
-"""Logs of a run that a full disk does not end."""
+"""Logs of a run that neither a full disk nor a closed terminal ends."""
 
 from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
+from typing import TextIO
 
 from lightning.pytorch.loggers import Logger
 
 log = logging.getLogger(__name__)
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+_NOBODY_READS = (errno.EIO, errno.EPIPE)  # a terminal that was closed; `| tee log` that went with it
+
+
+class Heard:
+    """A stream to whoever watches a run. What is written when nobody does any more is left out, and ends nothing: a
+    run whose terminal was closed has a checkpoint to write."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with _unless_nobody_reads():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with _unless_nobody_reads():
+            self._stream.flush()
+
+
+@contextmanager
+def _unless_nobody_reads() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NOBODY_READS:
+            raise
 
 
 def outlives_full_disks(logger: Logger) -> Logger:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import math
@@ -21,6 +22,7 @@ from callbacks.metrics import BUCKETS, TrainingMetrics, _Interval
 from callbacks.progress import TextProgressBar
 from callbacks.run_state import RunState, thinned
 from command_line import compose_config, explain
+from engine import storage
 from engine.updates import Updates
 from models.ar import AR
 from models.dit import DiT
@@ -200,6 +202,22 @@ def test_a_metric_of_another_callback_is_logged_with_the_rest(tmp_path, monkeypa
     assert json.loads(state.path.read_text())["error"] == "RuntimeError: out of memory"
     state.path = Path("/proc/nowhere/run.json")  # no place to write ends no training
     state.on_exception(trainer, None, RuntimeError("again"))
+
+
+def test_run_json_names_a_checkpoint_once_it_is_written_and_never_one_that_was_not(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write, named = storage.write_checkpoint, []
+    known = lambda: json.loads((tmp_path / "run/run.json").read_text())["checkpoint"]  # noqa: E731
+
+    def second_fails(checkpoint, where):
+        named.append(known() and known()["step"])
+        if len(named) == 2:
+            raise OSError(errno.EIO, "the disk is broken")
+        write(checkpoint, where)
+
+    monkeypatch.setattr(storage, "write_checkpoint", second_fails)
+    trained("trainer.max_steps=3", "callbacks.checkpoint_every_n_steps.every_n_train_steps=1")
+    assert named == [None, 1, 1] and known()["step"] == 3
 
 
 def test_the_history_of_a_killed_run_leaves_out_the_line_that_was_cut_off(tmp_path):
