@@ -21,7 +21,7 @@ from tests.test_configs import TINY
 from tests.test_resume import same_weights
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = sorted([*(ROOT / "scripts").glob("*.sh"), *(ROOT / "scripts").glob("*.sbatch")])
+SCRIPTS = sorted([*(ROOT / "scripts").rglob("*.sh"), *(ROOT / "scripts").rglob("*.sbatch")])
 JOBS = [path for path in SCRIPTS if "#SBATCH" in path.read_text()]
 PATIENCE = 600  # seconds for any one thing, on a machine that has other work
 
