@@ -94,12 +94,24 @@ def test_logged_numbers_are_those_by_hand(tmp_path, monkeypatch):
             assert (last in found) == bool(masked[k])
             assert not masked[k] or found[last] == pytest.approx(nats[k] / masked[k], rel=1e-5)
     assert 0 < logged["train/mfu"][0, 1] < 1.5
-    rates = dict(logged["train/lr"])
-    monitor = {int(step): rate for step, rate in logged["lr-AdamW"]}
-    assert all(rates[step] == pytest.approx(monitor[step]) for step in (3, 6)), "the rate that the step was made with"
+    assert logged["train/lr"][:, 0].tolist() == [3, 6, 7] and not any(name.startswith("lr-") for name in logged)
     metrics = next(c for c in trainer.callbacks if isinstance(c, TrainingMetrics))
     assert metrics.latest["loss"] == pytest.approx(logged["train/nll"][-1, 1])
     assert next(c for c in trainer.callbacks if isinstance(c, TextProgressBar)).metrics is metrics
+
+
+@pytest.mark.parametrize(("settings", "columns"), [
+    (["optim=muon"], {"lr-MuonWithAdamW/pg1", "lr-MuonWithAdamW/pg2"}),
+    (["optim=adamw", "+callbacks.learning_rate_monitor.log_weight_decay=true"],
+     {"lr-AdamW", "lr-AdamW-weight_decay"}),
+], ids=["rates that differ", "weight decay asked for"])  # fmt: skip
+def test_lightnings_rates_are_logged_where_they_say_more_and_equal_ours(tmp_path, monkeypatch, settings, columns):
+    monkeypatch.chdir(tmp_path)
+    trained(*settings)
+    logged = history(tmp_path / "run")
+    assert {name for name in logged if name.startswith("lr-")} == columns
+    ours, first = dict(logged["train/lr"]), dict(logged[min(columns)])
+    assert all(ours[step] == pytest.approx(first[step]) for step in (3, 6)), "the rate that the step was made with"
 
 
 def test_a_causal_model_has_no_mask_rates_and_tensorboard_the_same_numbers(tmp_path, monkeypatch):
