@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
+import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from pathlib import Path
 from typing import TextIO
 
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +71,41 @@ def outlives_full_disks(logger: Logger) -> Logger:
     for name in ("log_metrics", "log_hyperparams", "save", "finalize"):
         setattr(logger, name, forgiving(getattr(logger, name)))
     return logger
+
+
+def wandb_logger(
+    save_dir: str | os.PathLike, id: str | None = None, goes_on: bool = True, **settings: object
+) -> WandbLogger:
+    """Weights & Biases; `settings` are WandbLogger's. All starts of a training are one run there, and every training of
+    a process has its own.
+
+    id: of that run; None: what the environment says (WANDB_RUN_ID), else one that is drawn at the first start and kept
+    in `save_dir`. goes_on: whether the training may go on with what lies there; if not, another id is drawn.
+    Raises:
+        ModuleNotFoundError: wandb is not installed.
+    """
+    first = rank_zero_only.rank == 0  # the only process that logs
+    id = id or os.environ.get("WANDB_RUN_ID") or (_run_id(Path(save_dir), goes_on) if first else None)
+    logger = WandbLogger(save_dir=save_dir, id=id, **settings)
+    import wandb
+
+    if wandb.run is not None:  # of the training before; Lightning would take it for this one
+        wandb.finish()
+    return logger
+
+
+def _run_id(folder: Path, goes_on: bool) -> str:
+    """The id that is kept in `folder`. A name alone would not do: two people who give the same command would log into
+    the same run."""
+    kept = folder / "wandb" / "run-id"
+    known = kept.read_text().strip() if goes_on and kept.exists() else ""
+    if not known:
+        known = secrets.token_hex(4)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        partial = kept.with_name(f".{kept.name}")
+        partial.write_text(known)
+        os.replace(partial, kept)
+    return known
 
 
 def _is_full(error: BaseException | None) -> bool:
