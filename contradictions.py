@@ -99,7 +99,7 @@ def refuse_contradictions(cfg: DictConfig) -> None:
         )
     if cfg.data.long_texts == "drop" and cfg.mode._target_ == "tasks.classify.classify":
         raise ValueError(
-            "data.long_texts=drop: mode=classify would be right or wrong on the short texts alone; use windows or truncate"
+            "data.long_texts=drop: mode=classify would be judged by the short texts alone; use windows or truncate"
         )
     clipped = cfg.noise._target_.endswith(".Clipped")
     if clipped and (name not in ("subs", "bd3lm") or not cfg.masking._target_.endswith("Bernoulli") or cfg.T):
