@@ -284,7 +284,7 @@ def test_a_sampler_that_knows_the_answers_is_right_and_one_does_not_depend_on_th
 
     MASK_ID = diffusion.objective.mask_id  # noqa: N806
     trainer = experiment.trainer("sample_eval")
-    done = _complete(trainer, diffusion, data, judge, oracle, Asked("test", None, 1, 1), seed=1)
+    done = _complete(trainer, diffusion, data, judge, Drawing(oracle), Asked("test", None, 1, 1), seed=1)
     assert len(done) == 12 and all(c.verdicts[0].right and c.ended[0] for c in done)
     assert [c.completions[0].strip() for c in done] == [c.reference.strip() for c in done]
     assert len(set(noises)) == 12
