@@ -19,6 +19,11 @@ def law(cfg: DictConfig) -> str:
     return "bd3lm" if name == "blockdiffusion" else name
 
 
+def trains(cfg: DictConfig) -> bool:
+    """Whether the command trains, or may."""
+    return cfg.mode._target_ in ("tasks.train.train", "tasks.classify.classify")
+
+
 # Numbers that are handed on far before they are used: a word in their place is a mistake to name here.
 WHOLE = ("seed", "T", "sampling.steps", "sampling.stride_length", "sampling.num_strides", "sampling.tokens_per_step",
          "sampling.num_sample_batches", "sampling.num_sample_log", "sampling.samples_per_prompt", "sampling.top_k",
@@ -92,6 +97,10 @@ def refuse_contradictions(cfg: DictConfig) -> None:
         raise ValueError(
             f"data.fill={cfg.data.fill}: mode=classify compares texts whose length is shown; leave it null"
         )
+    if cfg.data.long_texts == "drop" and cfg.mode._target_ == "tasks.classify.classify":
+        raise ValueError(
+            "data.long_texts=drop: mode=classify would be judged by the short texts alone; use windows or truncate"
+        )
     clipped = cfg.noise._target_.endswith(".Clipped")
     if clipped and (name not in ("subs", "bd3lm") or not cfg.masking._target_.endswith("Bernoulli") or cfg.T):
         raise ValueError(
@@ -135,8 +144,7 @@ def check_schedule(cfg: DictConfig) -> None:
         )
     if warmup < 0:
         raise ValueError(f"lr_scheduler.num_warmup_steps={warmup} must be 0 or more")
-    trains = cfg.mode._target_ in ("tasks.train.train", "tasks.classify.classify")
-    if trains and warmup >= steps > 0:
+    if trains(cfg) and warmup >= steps > 0:
         log.warning(
             "lr_scheduler.num_warmup_steps=%d is not below trainer.max_steps=%d: the whole training is warm-up, and "
             "the learning rate never reaches optim.lr; set lr_scheduler.num_warmup_steps=%d or so",

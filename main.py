@@ -25,9 +25,10 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 import command_line
-from contradictions import check_numbers, check_schedule, law, refuse_contradictions
-from dataloader import Loading, TextData
+from contradictions import check_numbers, check_schedule, law, refuse_contradictions, trains
+from dataloader import BatchPlan, Loading, TextData
 from diffusion import Diffusion, Provenance
+from engine.logs import Heard
 from engine.processes import first_process
 from engine.recovery import newest_good
 from engine.signals import SIGNALS
@@ -308,6 +309,16 @@ def _shared_start(cfg: DictConfig, splits: list[str], folder: Place) -> DictConf
     return cfg
 
 
+def _check_ramp(experiment: Experiment) -> None:
+    """Raises ValueError where a training that the command asks for would end before its batch ramp does."""
+    cfg = experiment.cfg
+    plan = BatchPlan.of(cfg.loader.global_batch_size, experiment.machine.ramp)
+    if trains(cfg):
+        plan.check_reached(cfg.trainer.max_steps)
+        if cfg.classify.pretrain:
+            plan.check_reached(cfg.classify.pretrain_steps, "classify.pretrain_steps")
+
+
 def _callbacks(cfg: DictConfig) -> list[DictConfig]:
     """What is called back during a fit: the group `callbacks`, and `plateau` where it is chosen."""
     return [*(cfg.get("callbacks") or {}).values(), *([cfg.plateau] if cfg.plateau else [])]
@@ -327,6 +338,7 @@ def run(cfg: DictConfig, command: str) -> dict[str, object]:
     torch.set_float32_matmul_precision("high")
     experiment = Experiment(cfg, command)
     check_processes(experiment.machine.devices, cfg.trainer.num_nodes)
+    _check_ramp(experiment)
     if is_remote(experiment.checkpoints()):
         print(f"checkpoints: {experiment.checkpoints()}; logs, reports and results, here: {experiment.folder()}")
     return instantiate(cfg.mode)(experiment)
@@ -338,6 +350,7 @@ def job(cfg: DictConfig) -> None:
     warnings.filterwarnings("ignore", module="lightning")
     if not first_process():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the end: what is said is said once
+    sys.stdout, sys.stderr = Heard(sys.stdout), Heard(sys.stderr)
     command = " ".join(["python main.py", *HydraConfig.get().overrides.task])
     with SIGNALS.listening():
         run(cfg, command)

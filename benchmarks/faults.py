@@ -283,8 +283,9 @@ def damages(campaign: Campaign, whole: Path, number: int) -> None:
         step = campaign.chance.randint(4, STEPS - 1)
         start(folder, 1, prepare=lambda step=step: killed_in_a_save(OPERATIONS * step, True)).wait()
         reached = inspect(campaign, folder / "label=0", 0)
-        there = sorted(path for path in kept.glob("*.ckpt") if path.stat().st_nlink == 1 or path.name == "last.ckpt")
-        chosen = {kept / "last.ckpt", campaign.chance.choice(there)} if there else set()
+        # last.ckpt, and one of the others where there is a third to go on from.
+        others = sorted(path for path in kept.glob("*.ckpt") if path.stat().st_nlink == 1)
+        chosen = {kept / "last.ckpt", *([campaign.chance.choice(others)] if len(others) > 1 else [])}
         told = [(path, damage(campaign, path)) for path in chosen if path.exists()]
         training = start(folder, 1)
         complete(campaign, folder, whole, training.wait())

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import lightning
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
 
-from callbacks.retention import LAST, clear_partial, keep, step_file
+from callbacks.retention import LAST, clear, keep, step_file
 from files import Place, alias, below, exists, folder_of, name_of, place
 
 
@@ -53,7 +53,7 @@ class LastCheckpoint(Checkpoint):
         self._seen, self._clock = trainer.global_step, time.monotonic()
         if not trainer.is_global_zero:
             return
-        clear_partial(self.dirpath)
+        clear(self.dirpath, trainer.global_step, self.keep_last)
         resumed, last = trainer.ckpt_path and place(trainer.ckpt_path), below(self.dirpath, LAST)
         if resumed and folder_of(resumed) == self.dirpath and not exists(last):  # the last one was corrupt
             alias(resumed, last)

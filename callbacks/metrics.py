@@ -6,7 +6,8 @@ ranks exchange their sums (one gather). Every number is of the whole run, over a
   train/nll              nats per token, sum over sum of the interval (train/cross_entropy where that is trained)
   train/nll_ema          its running mean over about `EMA_STEPS` steps
   train/nll_masked_A-B   nats per masked token in texts of which a share from A to B is masked
-  train/lr               learning rate of the newest step (of the first parameter group, where there are several)
+  train/lr               learning rate of the newest step, of the first parameter group; where groups have different
+                         ones, lr-<optimizer>/pg1, pg2, ... are those of all (GroupRates)
   train/grad_norm        norm of the gradient before clipping, mean of the interval; train/grad_norm_max: its largest
   train/batch_samples    rows per optimizer step;  train/batch_tokens: their tokens, padding not counted
   train/samples_per_s    rows per second, and train/tokens_per_s tokens per second, padding not counted; the clock
@@ -32,7 +33,7 @@ from dataclasses import dataclass
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor
 from torch import Tensor
 
 from callbacks.guard import SpikeWatch
@@ -207,6 +208,25 @@ class TrainingMetrics(Callback):
             self._ema += share * (value - self._ema)
             self._ema_weight += share * (1 - self._ema_weight)
         return self._ema / self._ema_weight if self._ema_weight else math.nan
+
+
+class GroupRates(LearningRateMonitor):
+    """Lightning's monitor where it says more than `train/lr`: parameter groups have different learning rates, or their
+    momenta or weight decays were asked for."""
+
+    def on_train_batch_start(self, trainer: lightning.Trainer, *args: object, **kwargs: object) -> None:
+        if self._says_more(trainer):
+            super().on_train_batch_start(trainer, *args, **kwargs)
+
+    def on_train_epoch_start(self, trainer: lightning.Trainer, *args: object, **kwargs: object) -> None:
+        if self._says_more(trainer):
+            super().on_train_epoch_start(trainer, *args, **kwargs)
+
+    def _says_more(self, trainer: lightning.Trainer) -> bool:
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        # Before the schedule, whose factor may be 0 for all of them.
+        rates = {group.get("initial_lr", group["lr"]) for group in groups}
+        return len(rates) > 1 or self.log_momentum or self.log_weight_decay
 
 
 def _waited(trainer: lightning.Trainer) -> float:

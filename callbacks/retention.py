@@ -40,6 +40,10 @@ def keep(folder: Place, step: int, keep_last: int, milestone: bool) -> None:
     if milestone:  # first, because a training that is killed here goes on from the last one
         alias(step_file(folder, step), milestone_file(folder, step))
     alias(step_file(folder, step), below(folder, LAST))
+    _let_go(folder, step, keep_last)
+
+
+def _let_go(folder: Place, step: int, keep_last: int) -> None:
     earlier = [path for number, path in _steps(folder).items() if number <= step]
     for path in earlier[:-keep_last]:
         remove(path)
@@ -55,7 +59,8 @@ def make_room(folder: Place) -> bool:
     return True
 
 
-def clear_partial(folder: Place) -> None:
-    """Remove what a kill has left half-written."""
+def clear(folder: Place, step: int, keep_last: int) -> None:
+    """Remove what a kill in the save of `step` or before it has left: a file half-written, an old one not removed."""
     for path in newest_first(folder, f".ckpt{PARTIAL}"):
         remove(path)
+    _let_go(folder, step, keep_last)

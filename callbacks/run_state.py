@@ -5,12 +5,13 @@ One JSON object, replaced as a whole: a reader sees the last one or the one befo
   state       starting | training | validating | finished | stopped | failed
               stopped: ended in order before trainer.max_steps (a signal, Ctrl-C); the same command goes on from there
   error       first line of what ended a failed run
-  pid, host, process_began    of the process of rank 0; the last as the kernel tells it, so that a pid that was given
-              to another process is not taken for this one
+  pid, host   of the process of rank 0
+  process_table, process_began    where that pid counts (hosts and containers may share a name), and when its process
+              began as the kernel tells it, so that a pid that was given to another one is not taken for this one
   began, updated              of this start, of this file
   first_step, step, max_steps optimizer steps: at this start, now, at the end
   metrics     what callbacks/metrics.py logged last;  curve: [[step, loss], ...], the whole run in at most 64 points
-  validation  {step, val/nll};  checkpoint: {step, time} of the newest
+  validation  {step, val/nll};  checkpoint: {step, time} of the newest that was written
 """
 
 from __future__ import annotations
@@ -41,9 +42,9 @@ class RunState(Callback):
     def __init__(self, folder: Path, title: str, metrics: TrainingMetrics, seconds: float = 5.0) -> None:
         self.path, self.metrics, self.seconds = Path(folder) / FILE, metrics, seconds
         self.known = {"title": title, "state": "starting", "error": None, "pid": os.getpid(),
-                      "host": socket.gethostname(), "process_began": process_began(os.getpid()), "began": time.time(),
-                      "first_step": 0, "step": 0, "max_steps": 0, "metrics": {}, "curve": [], "validation": None,
-                      "checkpoint": None}  # fmt: skip
+                      "host": socket.gethostname(), "process_table": process_table(),
+                      "process_began": process_began(os.getpid()), "began": time.time(), "first_step": 0, "step": 0,
+                      "max_steps": 0, "metrics": {}, "curve": [], "validation": None, "checkpoint": None}  # fmt: skip
         self._written, self._told = -math.inf, None
 
     def state_dict(self) -> dict[str, object]:
@@ -81,10 +82,12 @@ class RunState(Callback):
         self.known |= {"state": "training", "validation": seen}
         self._write(trainer)
 
-    def on_save_checkpoint(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule,
-                           checkpoint: Mapping) -> None:  # fmt: skip
-        self.known["checkpoint"] = {"step": trainer.global_step, "time": time.time()}
-        self._write(trainer)
+    def saved(self, checkpoint: Mapping[str, object]) -> None:
+        """Take note of a checkpoint that has been written (engine/storage.py calls this, on rank 0): before that it may
+        still fail, and run.json would promise a file that is not there."""
+        step = checkpoint["global_step"]
+        self.known |= {"step": step, "checkpoint": {"step": step, "time": time.time()}}
+        self._put()
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         # Of Lightning's ways to end early, patience is the one that leaves nothing to do.
@@ -106,10 +109,12 @@ class RunState(Callback):
             self._write(trainer)
 
     def _write(self, trainer: lightning.Trainer) -> None:
-        if not trainer.is_global_zero:
-            return
-        self._written = time.monotonic()
-        self.known |= {"step": trainer.global_step, "updated": time.time()}
+        if trainer.is_global_zero:
+            self.known["step"] = trainer.global_step
+            self._put()
+
+    def _put(self) -> None:
+        self._written, self.known["updated"] = time.monotonic(), time.time()
         partial = self.path.with_name(f".{FILE}.{os.getpid()}")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -117,6 +122,16 @@ class RunState(Callback):
             os.replace(partial, self.path)
         except OSError:  # told by what it does to checkpoints, which matter more
             partial.unlink(missing_ok=True)
+
+
+def process_table() -> str | None:
+    """What tells the processes among which this one has its number from all others: this start of the machine, and
+    the container. None where there is no /proc."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return None
 
 
 def process_began(pid: int) -> int | None:

@@ -1,17 +1,53 @@
-"""Logs of a run that a full disk does not end."""
+"""Logs of a run that neither a full disk nor a closed terminal ends."""
 
 from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Callable
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
+from pathlib import Path
+from typing import TextIO
 
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 log = logging.getLogger(__name__)
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+_NOBODY_READS = (errno.EIO, errno.EPIPE)  # a terminal that was closed; `| tee log` that went with it
+
+
+class Heard:
+    """A stream to whoever watches a run. What is written when nobody does any more is left out, and ends nothing: a
+    run whose terminal was closed has a checkpoint to write."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with _unless_nobody_reads():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with _unless_nobody_reads():
+            self._stream.flush()
+
+
+@contextmanager
+def _unless_nobody_reads() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NOBODY_READS:
+            raise
 
 
 def outlives_full_disks(logger: Logger) -> Logger:
@@ -35,6 +71,41 @@ def outlives_full_disks(logger: Logger) -> Logger:
     for name in ("log_metrics", "log_hyperparams", "save", "finalize"):
         setattr(logger, name, forgiving(getattr(logger, name)))
     return logger
+
+
+def wandb_logger(
+    save_dir: str | os.PathLike, id: str | None = None, goes_on: bool = True, **settings: object
+) -> WandbLogger:
+    """Weights & Biases; `settings` are WandbLogger's. All starts of a training are one run there, and every training of
+    a process has its own.
+
+    id: of that run; None: what the environment says (WANDB_RUN_ID), else one that is drawn at the first start and kept
+    in `save_dir`. goes_on: whether the training may go on with what lies there; if not, another id is drawn.
+    Raises:
+        ModuleNotFoundError: wandb is not installed.
+    """
+    first = rank_zero_only.rank == 0  # the only process that logs
+    id = id or os.environ.get("WANDB_RUN_ID") or (_run_id(Path(save_dir), goes_on) if first else None)
+    logger = WandbLogger(save_dir=save_dir, id=id, **settings)
+    import wandb
+
+    if wandb.run is not None:  # of the training before; Lightning would take it for this one
+        wandb.finish()
+    return logger
+
+
+def _run_id(folder: Path, goes_on: bool) -> str:
+    """The id that is kept in `folder`. A name alone would not do: two people who give the same command would log into
+    the same run."""
+    kept = folder / "wandb" / "run-id"
+    known = kept.read_text().strip() if goes_on and kept.exists() else ""
+    if not known:
+        known = secrets.token_hex(4)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        partial = kept.with_name(f".{kept.name}")
+        partial.write_text(known)
+        os.replace(partial, kept)
+    return known
 
 
 def _is_full(error: BaseException | None) -> bool:

@@ -18,16 +18,22 @@ from torch.optim import Optimizer
 from models.sharding import load_shared, shared_like, whole
 
 MINUTES = 30.0
+# Below the first there is no time to meet, and some of what torch waits with counts milliseconds in 32 bits.
+LEAST_MINUTES, MOST_MINUTES = 0.01, 7 * 24 * 60
 
 
 def timeout(minutes: float) -> timedelta:
     """How long a process waits for the others in a collective operation before it gives up and ends with an error.
 
     Raises:
-        ValueError: no positive number.
+        ValueError: no number between half a second and a week.
     """
-    if isinstance(minutes, bool) or not isinstance(minutes, int | float) or not minutes > 0:
-        raise ValueError(f"strategy.timeout_minutes={minutes} must be a positive number")
+    number = isinstance(minutes, int | float) and not isinstance(minutes, bool)
+    if not number or not LEAST_MINUTES <= minutes <= MOST_MINUTES:
+        raise ValueError(
+            f"strategy.timeout_minutes={minutes} must be a number of minutes, at least {LEAST_MINUTES} and at most "
+            f"{MOST_MINUTES} (a week); leave it out for {MINUTES:g}"
+        )
     return timedelta(minutes=minutes)
 
 

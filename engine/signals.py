@@ -3,6 +3,7 @@
 | signal | status | while training | otherwise |
 |---|---|---|---|
 | SIGTERM, SIGINT | 143, 130 | finish the optimizer step, write last.ckpt, leave | leave at once |
+| SIGHUP | 129 | the same: the terminal was closed. Under nohup it stays ignored | leave at once |
 | SIGUSR1 | 138 | the same; under SLURM, back into the queue | the same, into the queue if this start has trained |
 | SIGINT again | 130 | leave at once | leave at once |
 
@@ -17,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import Enum
 from types import FrameType
 
@@ -73,6 +74,10 @@ class Signals:
             return
         self.__init__()
         numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+        if (
+            signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+        ):  # nohup ignores it, so that the command outlives its shell
+            numbers.append(signal.SIGHUP)
         if callable(signal.getsignal(signal.SIGUSR2)):
             numbers.append(signal.SIGUSR2)
         before = {number: signal.signal(number, self._handle) for number in numbers}
@@ -143,9 +148,11 @@ def _restore(before: Mapping[int, object]) -> None:
 
 
 def say(text: str) -> None:
-    """A line on stderr from the first process; written directly, as print may be what a signal interrupted."""
+    """A line on stderr from the first process; written directly, as print may be what a signal interrupted. Where it
+    can not be written (SIGHUP: the terminal is gone) it is left out: saving matters more."""
     if rank_zero_only.rank == 0:
-        os.write(sys.__stderr__.fileno(), f"\n{text}\n".encode())
+        with suppress(OSError):
+            os.write(sys.__stderr__.fileno(), f"\n{text}\n".encode())
 
 
 def take_over(trainer: lightning.Trainer) -> None:

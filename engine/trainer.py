@@ -73,11 +73,13 @@ def build_trainer(run: Run, settings: Mapping[str, object]) -> lightning.Trainer
     callbacks.sort(key=lambda callback: isinstance(callback, LastCheckpoint))
     if not run.loggers:
         callbacks = [c for c in callbacks if not isinstance(c, LearningRateMonitor)]
-    metrics = TrainingMetrics() if run.fitting else None
+    metrics, storage = None, AtomicCheckpointIO(run.max_failed_saves)
     if run.fitting:
+        metrics = TrainingMetrics()
         guard = Guard(run.max_skipped_steps, run.folder, run.settings)
         record = RunRecord({"command": run.command, "configuration": run.settings})
         state = RunState(run.folder, run.title, metrics)
+        storage = AtomicCheckpointIO(run.max_failed_saves, written=state.saved)
         callbacks = [guard, metrics, state, record, *callbacks, StopAtSignal(run.checkpoints)]
     settings = dict(settings)
     if isinstance(settings.get("val_check_interval"), int):  # of optimizer steps; Lightning counts micro-batches
@@ -87,9 +89,8 @@ def build_trainer(run: Run, settings: Mapping[str, object]) -> lightning.Trainer
     trainer = lightning.Trainer(
         **settings, devices=run.devices, accumulate_grad_batches=run.accumulate, precision=run.precision,
         callbacks=[TextProgressBar(run.title, metrics=metrics), *callbacks], logger=loggers or False,
-        strategy=strategy, plugins=[AtomicCheckpointIO(run.max_failed_saves)], use_distributed_sampler=False,
-        check_val_every_n_epoch=None, max_epochs=-1, enable_model_summary=False, enable_checkpointing=run.fitting,
-        inference_mode=True,
+        strategy=strategy, plugins=[storage], use_distributed_sampler=False, check_val_every_n_epoch=None,
+        max_epochs=-1, enable_model_summary=False, enable_checkpointing=run.fitting, inference_mode=True,
     )  # fmt: skip
     take_over(trainer)
     return trainer

@@ -7,8 +7,9 @@ Reads the run.json that every training keeps in its folder (callbacks/run_state.
 its checkpoint files, and writes nothing. Piped, it prints plain lines, once, or every `--interval` seconds if that is
 given.
 
-A training is dead if its run.json says that it runs and its process does not: on this host when there is no such
-process (any more), on another when run.json is older than both `--silent` seconds and 20 steps.
+A training is dead if its run.json says that it runs and its process does not: on this machine at once when there is no
+such process (any more), on another, or in another container, when run.json is older than both `--silent` seconds and
+20 steps.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ RUNNING = ("starting", "training", "validating")
 COLOURS = {"dead": "bold red", "failed": "bold red", "silent": "yellow", "stopped": "yellow", "finished": "green"}
 _BARS = "▁▂▃▄▅▆▇█"
 _NOT_RUNS = {"csv", "tensorboard", "wandb", CHECKPOINTS, "nonfinite"}
-_FRESH = 20.0  # seconds after which a process that can not be seen is missed
 _STEP_IN_NAME = re.compile(r"step[=_-]?(\d+)")
 
 
@@ -73,7 +73,10 @@ def runs_below(folder: Path) -> Iterator[Path]:
 def row(folder: Path, name: str, now: float, silent: float) -> Row:
     """The training in `folder` at the time `now`."""
     try:
-        return _shown(json.loads((folder / FILE).read_text()), folder, name, now, silent)
+        known = json.loads((folder / FILE).read_text())
+        if known["state"] in RUNNING and _here(known) and not _lives(known):
+            known = json.loads((folder / FILE).read_text())  # it may have ended in order since, and said so
+        return _shown(known, folder, name, now, silent)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:  # half a copy, or gone meanwhile
         return Row(name, "unreadable", *[""] * 8, note=f"{FILE}: {type(error).__name__}: {error}")
 
@@ -100,8 +103,8 @@ def _state(known: dict, now: float, silent: float) -> tuple[str, str]:
         return known["state"], known["error"] or ""
     age = now - known["updated"]
     patience = max(silent, 20 * (known["metrics"].get("seconds_per_step") or 0.0))
-    here = known["host"] == socket.gethostname()
-    if here and age > _FRESH and not _lives(known):
+    here = _here(known)
+    if here and not _lives(known):
         return "dead", f"process {known['pid']} is gone, last seen {duration(age)} ago while {known['state']}"
     if age <= patience:
         return known["state"], ""
@@ -110,8 +113,24 @@ def _state(known: dict, now: float, silent: float) -> tuple[str, str]:
     return "dead", f"no word from {known['host']} for {duration(age)}"
 
 
+def _here(known: dict) -> bool:
+    """Whether the process, if it is there, can be seen from here. Containers may have the name of their machine, and
+    each counts its own processes (callbacks/run_state.py); where that was not noted the name decides."""
+    ours = _process_table()
+    return known["host"] == socket.gethostname() and known.get("process_table", ours) == ours
+
+
+def _process_table() -> str | None:
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return None
+
+
 def _lives(known: dict) -> bool:
-    """Whether the process is there, and is the one that wrote: a later one may have been given its number."""
+    """Whether the process is there, still runs (one that has ended stays as a zombie until its parent looks), and is
+    the one that wrote: a later one may have been given its number."""
     try:
         os.kill(known["pid"], 0)
     except ProcessLookupError:
@@ -119,10 +138,10 @@ def _lives(known: dict) -> bool:
     except PermissionError:  # somebody else's, and there
         pass
     try:
-        began = int(Path(f"/proc/{known['pid']}/stat").read_text().rpartition(")")[2].split()[19])
+        fields = Path(f"/proc/{known['pid']}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return not Path("/proc/self/stat").exists()
-    return known["process_began"] in (None, began)
+    return fields[0] not in "ZX" and known.get("process_began") in (None, int(fields[19]))
 
 
 def _left(known: dict, now: float) -> str:

@@ -4,12 +4,15 @@
 #   scripts/run_in_screen.sh --list                                     what is running
 #   scripts/run_in_screen.sh --stop NAME                                save a checkpoint, end it, wait until it is gone
 # Its output is appended to outputs/screen/NAME.log. Start it again with the same words and it goes on.
-# PYTHON=... names another interpreter than the `python` of your shell.
+# `mode=train` alone starts the default training. PYTHON=... names another interpreter than the `python` of your shell.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=outputs/screen
 
+usage() { sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0"; }
 die() { echo "error: $*" >&2; exit 2; }
+
+need_screen() { command -v screen >/dev/null || die "GNU screen is not installed (Debian and Ubuntu: apt-get install screen)"; }
 
 # The session's screen name, as in `screen -r`; nothing if there is none.
 session_of() { screen -ls | awk -v name="palimpsest-$1" '!/Dead/ { id = $1; if (sub(/^[0-9]+\./, "", $1) && $1 == name) print id }'; }
@@ -24,7 +27,7 @@ process_of() {
 start() {
   local name="$1" log="$folder/$1.log"
   shift
-  [[ -z "$(session_of "$name")" ]] ||
+  [[ -z "$(session_of "$name")" ]] && ! process_of "$name" >/dev/null || # after `screen -X quit` it still saves
     die "a run named $name is there already; watch it with: tail -f $log, or choose another with --name"
   mkdir -p "$folder"
   command -v "${PYTHON:-python}" >/dev/null || die "there is no ${PYTHON:-python}; activate its environment, or set PYTHON="
@@ -41,12 +44,12 @@ inside() { # what runs in the session
   local name="$1" log="$folder/$1.log" status
   shift
   {
-    trap : INT # Ctrl-C is for the training, which saves first
+    trap : INT HUP # Ctrl-C and the end of the session are for the training, which saves first
     echo "[$(date '+%F %T')] ${PYTHON:-python} main.py $*"
     (echo "$BASHPID" >"$folder/$name.pid" && exec "${PYTHON:-python}" -u main.py "$@") && status=0 || status=$?
     echo "[$(date '+%F %T')] ended with status $status"
     rm -f "$folder/$name.pid"
-  } 2>&1 | tee -ia "$log"
+  } 2>&1 | (trap '' INT HUP && exec tee -a "$log")
 }
 
 list() {
@@ -70,13 +73,14 @@ stop() {
   tail -n 4 "$folder/$name.log"
 }
 
-command -v screen >/dev/null || die "GNU screen is not installed (Debian and Ubuntu: apt-get install screen)"
 name=run
 case "${1:-}" in
   --inside) shift; inside "$@"; exit ;;
-  --list) list; exit ;;
-  --stop) [[ -n "${2:-}" ]] || die "--stop needs the name of a run; --list shows them"; stop "$2"; exit ;;
+  --list) need_screen; list; exit ;;
+  --stop) [[ -n "${2:-}" ]] || die "--stop needs the name of a run; --list shows them"; need_screen; stop "$2"; exit ;;
   --name) [[ "${2:-}" =~ ^[A-Za-z0-9._-]+$ ]] || die "--name=${2:-} must be letters, digits, . _ -"; name="$2"; shift 2 ;;
-  -*) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0"; exit 2 ;;
+  -*) usage; exit 2 ;;
 esac
+[[ $# -gt 0 ]] || { usage >&2; die "say what to run"; }
+need_screen
 start "$name" "$@"

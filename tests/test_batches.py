@@ -59,6 +59,9 @@ def assert_close_weights(a: Path, b: Path, atol: float) -> None:
         ((64, None, 1), {"ramp": [[1, 8], [9, 64]]}, r"the first step must be 0"),
         ((64, None, 1), {"ramp": [[0, 8], [9, 16], [9, 64]]}, r"each later one larger"),
         ((64, None, 1), {"ramp": [[0, 0], [9, 64]]}, r"at least 1 sample"),
+        ((64, None, 1), {"ramp": [[0, 8], [9, 32], [12, 16], [20, 64]]}, r"shrinks.* up to .*=64; .*such as "
+         r"\[\[0,8\],\[9,32\],\[12,32\],\[20,64\]\]"),
+        ((64, None, 1), {"ramp": [[0, 128], [9, 64]]}, r"shrinks.*such as \[\[0,64\],\[9,64\]\]"),
         ((64, None, 1), {"ramp": 8}, r"batch_ramp=8 must be pairs"),
         ((64, None, 1), {"ramp": [8, 64]}, r"such as \[\[0,16\],\[1000,64\]\]"),
         ((64, None, 1), {"ramp": [[0, 1.5], [9, 64]]}, r"must be pairs"),
@@ -147,19 +150,39 @@ def test_the_optimizer_is_given_the_gradient_of_the_mean_over_the_tokens(tmp_pat
 def test_a_ramp_goes_on_in_its_stage_after_a_resume(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     ramp = ["loader.batch_ramp=[[0,2],[2,4]]", "loader.batch_size=2", "trainer.val_check_interval=100",
-            "lr_scheduler=constant_warmup", "lr_scheduler.num_warmup_steps=1"]  # fmt: skip
+            "lr_scheduler=constant_warmup", "lr_scheduler.num_warmup_steps=1", "checkpointing.keep_last=9",
+            "callbacks.checkpoint_every_n_steps.every_n_train_steps=1"]  # fmt: skip
     whole = trained("whole", *ramp, "trainer.max_steps=5")
     said = capsys.readouterr().out
     assert "each optimizer step: 2 samples = 1 process(es) x 2 micro-batch(es) x 1 (ramp: 2 from step 0, 4 from" in said
     assert "from step 2 on each optimizer step: 4 samples" in said
     assert history(Path("whole"))["train/batch_samples"][:, 1].tolist() == [2, 2, 4, 4, 4]
     assert load_inert(whole)["TextData"]["consumed_samples"] == 2 * 2 + 3 * 4
-    trained("parts", *ramp, "trainer.max_steps=1")
-    trained("parts", *ramp, "trainer.max_steps=3")
+    after_one_step = f"checkpointing.resume_ckpt_path={whole.with_name('step-00000001.ckpt')}"
+    trained("parts", *ramp, "trainer.max_steps=3", after_one_step)
     assert same_weights(trained("parts", *ramp, "trainer.max_steps=5"), whole)
     other = [*ramp, "loader.batch_ramp=[[0,2],[3,4]]", "trainer.max_steps=6"]
     with pytest.raises(ValueError, match="batch_ramp"):
         trained("parts", *other)
+
+
+@pytest.mark.parametrize(("more", "said"), [
+    (["trainer.max_steps=2"], r"batch_ramp=\[\[0, 2\], \[2, 4\]\] reaches .*=4 at step 2, and trainer.max_steps=2 "
+                              r"ends.* set trainer.max_steps to more than 2, .*batch_ramp=null"),
+    (["mode=classify", "classify.pretrain=all", "classify.pretrain_steps=1"], "set classify.pretrain_steps to more"),
+])  # fmt: skip
+def test_a_ramp_that_the_training_does_not_reach_the_end_of_is_refused_before_any_data_are_read(
+    tmp_path, monkeypatch, more, said
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(main.TextData, "split", lambda *_: pytest.fail("it read data"))
+    ramp = [*FIT, "loader.batch_ramp=[[0,2],[2,4]]", "checkpointing.save_dir=run"]
+    with pytest.raises(ValueError, match=said):
+        main.run(compose_config([*ramp, *more]), "a test")
+    with pytest.raises(ValueError, match="trainer.max_steps=2 ends"):
+        PositionBatchSampler(4, 4, 2, ramp=[[0, 2], [2, 4]])
+    with pytest.raises(FileNotFoundError, match="no trained model"):  # a measurement trains nothing
+        main.run(compose_config([*ramp, "mode=ppl_eval", "trainer.max_steps=2"]), "a test")
 
 
 def test_a_run_goes_on_with_other_micro_batches(tmp_path, monkeypatch):

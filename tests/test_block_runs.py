@@ -4,18 +4,17 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 
 import pytest
 import torch
-from hydra.errors import InstantiationException
 from safetensors.torch import save_file
 
 import main
-from command_line import compose_config, explain, translate
+from command_line import compose_config, translate
 from models.checkpoints import load_inert, read_checkpoint
 from models.dit import DiT
+from tests.commands import refused, run
 from tests.test_configs import TINY
 
 BLOCK = [
@@ -28,16 +27,6 @@ BLOCK = [
     "lr_scheduler=constant_warmup",
     "eval.generate_samples=false",
 ]
-
-
-def run(*arguments: str) -> dict[str, object]:
-    return main.run(compose_config(list(arguments)), "a test")
-
-
-def refused(said: str, *arguments: str) -> None:
-    with pytest.raises((ValueError, OSError, InstantiationException)) as caught:
-        run(*arguments)
-    assert re.search(said, explain(caught.value)), explain(caught.value)
 
 
 @pytest.fixture(scope="module")

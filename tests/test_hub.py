@@ -5,22 +5,21 @@ from __future__ import annotations
 import itertools
 import json
 import random
-import re
 import shutil
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
-from hydra.errors import InstantiationException
 from safetensors.torch import load_file, save_file
 
 import main
-from command_line import compose_config, explain, translate
+from command_line import compose_config, translate
 from models.checkpoints import load_inert, read_checkpoint, read_settings
 from models.dit import DiT
 from models.hf_dit import hf_dit
 from models.hub import locate
+from tests.commands import refused, run
 
 SIZES = {"hidden_dim": 16, "cond_dim": 8, "n_blocks": 1, "n_heads": 2}
 FEW = ["trainer.accelerator=cpu", "loader.global_batch_size=4", "eval.num_draws=1", "sampling.steps=4",
@@ -28,17 +27,6 @@ FEW = ["trainer.accelerator=cpu", "loader.global_batch_size=4", "eval.num_draws=
        "loader.eval_batch_size=4", "classify.num_draws=2", "optim=adamw", "lr_scheduler=constant_warmup",
        "trainer.max_steps=1"]  # fmt: skip
 CHAR = [*FEW, "data.max_train_texts=16", "data.max_valid_texts=4", "data.max_test_texts=4"]
-
-
-def run(*arguments: str) -> dict[str, object]:
-    return main.run(compose_config(list(arguments)), "a test")
-
-
-def refused(said: str, *arguments: str) -> None:
-    """That this command ends with an error message that matches `said`."""
-    with pytest.raises((ValueError, OSError, InstantiationException)) as caught:
-        run(*arguments)
-    assert re.search(said, explain(caught.value)), explain(caught.value)
 
 
 def random_net(vocab_size: int, seed: int = 0, **kwargs) -> DiT:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from callbacks.run_state import process_began
+from callbacks.run_state import process_began, process_table
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "monitor.py"
 _SPEC = importlib.util.spec_from_file_location("monitor", SCRIPT)
@@ -71,8 +71,12 @@ def test_a_living_training_with_all_its_numbers(tmp_path):
     ({}, 400, "silent", "has said nothing for 6m"),
     ({"metrics": {"seconds_per_step": 60.0}}, 400, "training", ""),
     ({"pid": None}, 30, "dead", "is gone, last seen 30s ago while training"),
-    ({"pid": None}, 3, "training", ""),
-    ({"process_began": 1}, 30, "dead", "is gone"),
+    ({"pid": None}, 0, "dead", "is gone, last seen 0s ago while training"),
+    ({"process_began": 1}, 0, "dead", "is gone"),
+    ({"process_began": None}, 0, "training", ""),
+    ({"pid": None, "process_table": "another container"}, 30, "training", ""),
+    ({"pid": None, "process_table": "another container"}, 400, "dead", "no word from"),
+    ({"process_table": process_table(), "pid": None}, 0, "dead", "is gone"),
     ({"host": "elsewhere"}, 30, "training", ""),
     ({"host": "elsewhere"}, 400, "dead", "no word from elsewhere for 6m"),
     ({"state": "finished", "pid": None}, 9999, "finished", ""),
@@ -87,6 +91,33 @@ def test_states(tmp_path, known, age, state, note):
     (row,) = monitor.rows(run_in(tmp_path, age, **known), 300.0)
     assert row.state == state and note in row.note and bool(note) == bool(row.note)
     assert row.line() and "None" not in row.line()
+
+
+def test_a_killed_training_is_dead_at_once_though_nobody_has_looked_after_it(tmp_path):
+    """Killed, it stays a zombie until its parent asks for its status; the monitor is asked before that."""
+    process = subprocess.Popen([sys.executable, "-c", "print(flush=True); input()"], stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE)  # fmt: skip
+    process.stdout.readline()
+    run_in(tmp_path, 0, pid=process.pid, process_began=process_began(process.pid), process_table=process_table())
+    assert monitor._process_table() == process_table() is not None
+    assert monitor.rows(tmp_path, 300.0)[0].state == "training"
+    process.kill()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    try:
+        assert monitor.rows(tmp_path, 300.0)[0].state == "dead"
+    finally:
+        process.communicate()
+
+
+def test_one_that_ended_in_order_between_two_looks_is_not_called_dead(tmp_path, monkeypatch):
+    folder, lives = run_in(tmp_path, 0, pid=gone()), monitor._lives
+
+    def ends_now(known):
+        run_in(folder, 0, pid=known["pid"], state="finished")
+        return lives(known)
+
+    monkeypatch.setattr(monitor, "_lives", ends_now)
+    assert monitor.rows(tmp_path, 300.0)[0].state == "finished"
 
 
 def test_a_curve_of_few_many_and_broken_values():

@@ -284,18 +284,18 @@ def test_a_sampler_that_knows_the_answers_is_right_and_one_does_not_depend_on_th
 
     MASK_ID = diffusion.objective.mask_id  # noqa: N806
     trainer = experiment.trainer("sample_eval")
-    done = _complete(trainer, diffusion, data, judge, oracle, Asked("test", None, 1, 1), seed=1)
+    done = _complete(trainer, diffusion, data, judge, Drawing(oracle), Asked("test", None, 1, 1), seed=1)
     assert len(done) == 12 and all(c.verdicts[0].right and c.ended[0] for c in done)
     assert [c.completions[0].strip() for c in done] == [c.reference.strip() for c in done]
     assert len(set(noises)) == 12
-    sampler = experiment.drawing.sampler
-    every = _complete(trainer, diffusion, data, judge, sampler, Asked("test", None, 2, 1), seed=1)
-    some = _complete(trainer, diffusion, data, judge, sampler, Asked("test", 3, 1, 1), seed=1)
+    drawing = experiment.drawing
+    every = _complete(trainer, diffusion, data, judge, drawing, Asked("test", None, 2, 1), seed=1)
+    some = _complete(trainer, diffusion, data, judge, drawing, Asked("test", 3, 1, 1), seed=1)
     texts = {c.text_id: c.completions for c in every}
     assert len(some) == 3 and all(texts[c.text_id][0] == c.completions[0] for c in some)
     assert any(first != second for first, second in texts.values())
     short = main.Experiment(compose_config([*SMALL, "model.length=22", "data.long_texts=drop"]), "a test")
-    none = _complete(trainer, diffusion, short.data(), judge, sampler, Asked("test", None, 1, 1), seed=1)
+    none = _complete(trainer, diffusion, short.data(), judge, drawing, Asked("test", None, 1, 1), seed=1)
     unfit = [c for c in none if not c.drawn]
     assert 0 < len(unfit) < len(none) and not any(c.verdicts[0].right or c.ended[0] for c in unfit)
 
@@ -310,6 +310,7 @@ def test_a_sampler_that_knows_the_answers_is_right_and_one_does_not_depend_on_th
     (["data=reviews", "mode=sample_eval", "sampling.samples_per_prompt=2"], "data=reviews have none"),
     (["data=reviews", "mode=sample_eval", "sampling.num_sample_batches=null"], "data=reviews have none"),
     (["data=reviews", "mode=classify", "data.fill=eos"], "data.fill=eos: mode=classify"),
+    (["data=reviews", "mode=classify", "data.long_texts=drop"], "data.long_texts=drop: mode=classify"),
     (["data.segments=true"], "data.segments=true hands on .* Subs makes no use of it"),
     (["data.fill=pad"], "data.fill=pad is unknown"),
     (["data.insert_train_eos=false"], "data.fill=eos fills the row of each text behind its EOS"),

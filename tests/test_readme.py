@@ -28,12 +28,19 @@ def test_the_readme_has_commands():
 @pytest.mark.parametrize("arguments", COMMANDS, ids=" ".join)
 def test_command(tmp_path, monkeypatch, arguments):
     monkeypatch.chdir(tmp_path)
-    if any(word.startswith(("backbone.name_or_path=", "classify.compare=")) for word in arguments):
+    if any(
+        word.startswith(("backbone.name_or_path=", "classify.compare=", "eval.checkpoint_path=")) for word in arguments
+    ):
         assert compose_config(arguments).mode, "it needs published weights, or another run"
         return
-    real = any(word.startswith(("data=imdb", "data=ag_news", "experiment=")) for word in arguments)
+    real = any(
+        word.startswith(("data=imdb", "data=ag_news", "data=wikitext2", "data=gsm8k", "experiment="))
+        for word in arguments
+    )
     if real and "DATA_DIR" not in os.environ:
-        pytest.skip("needs real texts: set DATA_DIR to a folder with imdb/, ag_news/ and gpt2_tokenizer/")
+        pytest.skip(
+            "needs real texts: set DATA_DIR to a folder with imdb/, ag_news/, wikitext2/, gsm8k/ and gpt2_tokenizer/"
+        )
     reviews = [
         f"the plot of part {i} is dull but actor {i * i % 97} is brilliant in scene {i * 7 % 31}" for i in range(600)
     ]
@@ -43,8 +50,11 @@ def test_command(tmp_path, monkeypatch, arguments):
     limits = ["data.max_train_texts=64", "data.max_valid_texts=16", "data.max_test_texts=16"] if real else []
     if any(word.startswith("experiment=") for word in arguments):  # its own tokenizer would take a minute to build
         limits += ["data.tokenizer_name_or_path=char", "data.vocab_size=null", "data.long_texts=truncate"]
+    if any(word.startswith("block_size=") for word in arguments):
+        limits += ["sampling.first_hitting=false", "sampling.steps=2", "loader.eval_batch_size=2"]
     typed = [word for word in arguments if word != "model=small"]
     if "mode=ppl_eval" in arguments or "mode=sample_eval" in arguments:
-        main.run(compose_config(SMALL), "what these measure")
+        trained = [word for word in typed if not word.startswith(("mode=", "eval.", "sampling.", "loader.eval_"))]
+        main.run(compose_config([*trained, *SMALL, *limits]), "what these measure")
     results = main.run(compose_config([*typed, *SMALL, *limits]), "a test")
     assert results and list(tmp_path.rglob("report.html"))

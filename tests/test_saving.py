@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 import main
 from callbacks.best import BestCheckpoint, LastCheckpoint
-from callbacks.retention import keep, make_room, step_file
+from callbacks.retention import clear, keep, make_room, step_file
 from command_line import compose_config
 from engine.recovery import newest_good
 from engine.storage import AtomicCheckpointIO, _seal, write_checkpoint
@@ -174,6 +174,17 @@ def test_the_last_few_and_the_milestones_are_kept(tmp_path):
         "step-00000006.ckpt", "step-00000009.ckpt",
     ]  # fmt: skip
     assert (tmp_path / "last.ckpt").samefile(step_file(tmp_path, 6)), "a second name, not a second file"
+
+
+def test_what_a_kill_in_a_save_has_left_goes_before_the_next(tmp_path):
+    """Killed between writing step 4 and letting go of step 1; and 9 is of a training that was taken back."""
+    for step in (1, 2, 3, 4, 9):
+        write_checkpoint({**CONTENT, "global_step": step}, step_file(tmp_path, step))
+    (tmp_path / "step-00000005.ckpt.partial").touch()
+    clear(tmp_path, 4, keep_last=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "step-00000003.ckpt", "step-00000004.ckpt", "step-00000009.ckpt",
+    ]  # fmt: skip
 
 
 def test_where_files_have_one_name_only_a_copy_is_made(tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from tests.test_configs import TINY
 ROOT = Path(__file__).parents[1]
 
 
-def test_a_run_is_started_refused_twice_listed_stopped_with_a_checkpoint_and_gone(tmp_path):
+def test_a_run_is_started_refused_twice_listed_quit_resumed_stopped_with_a_checkpoint_and_gone(tmp_path):
     if not shutil.which("screen"):
         pytest.skip("needs GNU screen: apt-get install screen")
     name = f"test-{os.getpid()}"
@@ -40,10 +40,17 @@ def test_a_run_is_started_refused_twice_listed_stopped_with_a_checkpoint_and_gon
         assert f"--stop {name}" in started.stdout and f"screen -r palimpsest-{name}" in started.stdout
         again = script("--name", name, *settings)
         assert again.returncode == 2 and f"{name} is there already" in again.stderr
-        end = time.monotonic() + 600
-        while not last.exists():
-            assert time.monotonic() < end and name in script("--list").stdout, log.read_text()
-            time.sleep(0.2)
+        until(lambda: last.exists() or name not in script("--list").stdout)
+        assert last.exists(), log.read_text()
+        subprocess.run(["screen", "-S", f"palimpsest-{name}", "-X", "quit"], check=True,
+                       env={**os.environ, "SCREENDIR": screens})  # fmt: skip
+        until(lambda: "ended with status 129" in log.read_text())
+        saved = read_progress(last).step
+        assert f"SIGHUP: step {saved} is saved in {last}" in log.read_text()
+        assert not (ROOT / f"outputs/screen/{name}.pid").exists() and name not in script("--list").stdout
+        assert script("--name", name, *settings).returncode == 0
+        until(lambda: read_progress(last).step > saved)
+        assert f"resuming from {last}" in log.read_text()
         stopped = script("--stop", name)
         assert stopped.returncode == 0 and "ended with status 143" in stopped.stdout, stopped.stdout
         assert f"SIGTERM: step {read_progress(last).step} is saved in {last}" in log.read_text()
@@ -55,7 +62,26 @@ def test_a_run_is_started_refused_twice_listed_stopped_with_a_checkpoint_and_gon
         log.unlink(missing_ok=True)
 
 
+def until(happened: object) -> None:
+    end = time.monotonic() + 600
+    while not happened():
+        assert time.monotonic() < end
+        time.sleep(0.2)
+
+
 def test_names_that_are_no_file_names_and_words_that_mean_nothing_are_refused():
     for arguments in (["--name", "a/b"], ["--name"], ["--stop"], ["--help"]):
         done = subprocess.run([ROOT / "scripts/run_in_screen.sh", *arguments], capture_output=True, text=True)
         assert done.returncode == 2
+
+
+@pytest.mark.parametrize("arguments", [[], ["--name", "a-run"]], ids=["nothing", "a name only"])
+def test_nothing_to_run_starts_nothing_and_says_how_it_is_used(tmp_path, arguments):
+    """Not the default training: whoever types the name of a script wants to know what it does."""
+    screen = tmp_path / "screen"
+    screen.write_text(f"#!/bin/sh\ntouch {tmp_path}/asked\n")
+    screen.chmod(0o755)
+    done = subprocess.run([ROOT / "scripts/run_in_screen.sh", *arguments], capture_output=True, text=True,
+                          env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"})  # fmt: skip
+    assert done.returncode == 2 and not (tmp_path / "asked").exists()
+    assert "run_in_screen.sh [--name NAME] data=imdb" in done.stderr and "say what to run" in done.stderr

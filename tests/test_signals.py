@@ -3,12 +3,18 @@ the next start goes on as if nothing had happened."""
 
 from __future__ import annotations
 
+import fcntl
 import functools
+import json
 import multiprocessing
 import os
+import pty
+import select
 import signal
 import subprocess
 import sys
+import termios
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +26,7 @@ import main
 from command_line import compose_config
 from diffusion import Diffusion
 from engine import signals
+from engine.logs import Heard
 from engine.signals import SIGNALS, Interrupted, Phase, StopAtSignal
 from engine.slurm import check_processes, requeue
 from models.checkpoints import load_inert, read_progress
@@ -259,6 +266,63 @@ def test_two_processes_of_torchrun_stop_together_though_one_got_the_signal(tmp_p
     said = (tmp_path / "log").read_text()
     saved = load_inert(last)["global_step"]
     assert f"SIGUSR1: step {saved} is saved" in said and "not a SLURM job" in said
+
+
+LONG = [*TINY, "trainer.max_steps=1000000", "callbacks.checkpoint_every_n_steps.every_n_train_steps=2",
+        "checkpointing.save_dir=run"]  # fmt: skip
+
+
+def start(folder: Path, *before: str, **how: object) -> subprocess.Popen:
+    """A long training as a user starts it, in `folder`."""
+    command = [*before, sys.executable, str(ROOT / "main.py"), *LONG]
+    return subprocess.Popen(command, cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1", "DATA_DIR": ""}, **how)
+
+
+def test_a_terminal_that_is_closed_ends_a_training_with_all_saved_and_nohup_keeps_it_going(tmp_path):
+    last = tmp_path / "run/checkpoints/last.ckpt"
+    step = lambda: last.exists() and load_inert(last)["global_step"]  # noqa: E731
+    ours, theirs = pty.openpty()
+    on_it = {"stdin": theirs, "stdout": theirs, "stderr": theirs, "start_new_session": True}
+    process = start(tmp_path, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0), **on_it)
+    os.close(theirs)
+    said = threading.Thread(target=read_to_the_end, args=(ours, closed := threading.Event()))
+    said.start()
+    until(step, process)
+    closed.set()
+    said.join()
+    os.close(ours)  # the kernel sends SIGHUP, and whatever is written from now on is an error
+    assert process.wait(600) == 128 + signal.SIGHUP
+    saved, state = step(), json.loads((tmp_path / "run/run.json").read_text())
+    assert state["state"] == "stopped" and state["step"] == saved == state["checkpoint"]["step"]
+    with (tmp_path / "log").open("w") as log:
+        process = start(tmp_path, "nohup", stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+    until(lambda: step() > saved, process)
+    process.send_signal(signal.SIGHUP)
+    hung_up = step()
+    until(lambda: step() > hung_up + 4, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(600) == 128 + signal.SIGTERM
+    said = (tmp_path / "log").read_text()
+    assert "resuming from run/checkpoints/last.ckpt" in said and "SIGHUP" not in said
+
+
+def test_what_nobody_reads_is_left_out_and_other_errors_are_not():
+    read, write = os.pipe()
+    os.close(read)
+    with pytest.raises(BrokenPipeError), open(write, "w", closefd=False) as plain:
+        print("lost", file=plain, flush=True)
+    heard = Heard(open(write, "w"))  # noqa: SIM115
+    print("lost", file=heard, flush=True)
+    assert heard.writable() and heard.fileno() == write
+    with pytest.raises(OSError, match="No space left"), open("/dev/full", "w") as full:
+        print("lost", file=Heard(full), flush=True)
+
+
+def read_to_the_end(terminal: int, end: threading.Event) -> None:
+    """What a terminal does with what is written to it, until it is closed."""
+    while not end.is_set():
+        if select.select([terminal], [], [], 0.1)[0]:
+            os.read(terminal, 1 << 16)
 
 
 def until(happened: object, process: subprocess.Popen, seconds: float = 600) -> None:

@@ -12,8 +12,10 @@ from pathlib import Path
 from types import FunctionType
 
 import pytest
+import torch
 
 import main
+from benchmarks.slurm_requeue import compared
 from command_line import compose_config
 from models.checkpoints import read_progress
 from tasks.fitting import fit
@@ -21,7 +23,7 @@ from tests.test_configs import TINY
 from tests.test_resume import same_weights
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = sorted([*(ROOT / "scripts").glob("*.sh"), *(ROOT / "scripts").glob("*.sbatch")])
+SCRIPTS = sorted([*(ROOT / "scripts").rglob("*.sh"), *(ROOT / "scripts").rglob("*.sbatch")])
 JOBS = [path for path in SCRIPTS if "#SBATCH" in path.read_text()]
 PATIENCE = 600  # seconds for any one thing, on a machine that has other work
 
@@ -91,6 +93,19 @@ def test_a_job_that_is_signalled_saves_goes_back_into_the_queue_resumes_and_ends
         slurm("scancel", array, check=False)
         for path in (ROOT / "watch_folder").glob(f"*_{array}_*"):
             path.unlink()
+
+
+def test_the_benchmark_of_requeueing_says_whether_two_trainings_are_the_same(tmp_path, capsys):
+    content = {"state_dict": {"w": torch.arange(6.0).reshape(2, 3)}, "ema": {"num_updates": 3}, "callbacks": {},
+               "optimizer_states": [{"state": {0: {"step": torch.tensor(3.0)}}}], "lr_schedulers": [],
+               "global_step": 3, "TextData": {"consumed_samples": 12}}  # fmt: skip
+    changed = {"state_dict": {"w": torch.arange(6.0).reshape(2, 3).nextafter(torch.tensor(9.0))}, "global_step": 4}
+    torch.save(content, tmp_path / "job.ckpt")
+    for key, verdict in (("", "EQUAL, bit for bit"), ("state_dict", "NOT EQUAL"), ("global_step", "NOT EQUAL")):
+        torch.save({**content, **({key: changed[key]} if key else {})}, tmp_path / "undisturbed.ckpt")
+        facts = compared(tmp_path / "job.ckpt", tmp_path / "undisturbed.ckpt")
+        assert facts["equal"] == (not key) and facts["tensors"] == 2 and facts["numbers"] == 7
+        assert f"are {verdict}" in capsys.readouterr().out
 
 
 def test_what_srun_started_is_compared_with_what_the_training_is_to_have(cluster):

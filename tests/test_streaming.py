@@ -419,6 +419,7 @@ def test_what_lies_still_is_the_beginning(tmp_path):
     ({"label": 0}, r"data\.label=0: these texts have no labels"),
     ({"max_valid_texts": None, "max_test_texts": None}, r"validation has none: set data\.max_valid_texts"),
     ({"length": 100000}, r"lane 0 of the stream found no row in 15 pieces"),
+    ({"wrap": False, "long_texts": "drop", "length": 2}, r"none that is short enough.* raise model\.length"),
 ])  # fmt: skip
 def test_what_a_stream_can_not_do(settings, said, tmp_path):
     with pytest.raises(ValueError, match=said):

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import math
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import lightning
@@ -21,11 +26,14 @@ from callbacks.metrics import BUCKETS, TrainingMetrics, _Interval
 from callbacks.progress import TextProgressBar
 from callbacks.run_state import RunState, thinned
 from command_line import compose_config, explain
+from engine import storage
+from engine.logs import _run_id
 from engine.updates import Updates
 from models.ar import AR
+from models.checkpoints import load_inert
 from models.dit import DiT
 from tasks.train import history
-from tests.test_configs import TINY, run_main
+from tests.test_configs import ROOT, TINY, run_main
 
 RUN = [*TINY, "trainer.max_steps=7", "loader.batch_size=2", "trainer.log_every_n_steps=3", "sampling.num_sample_log=0",
        "trainer.val_check_interval=4", "checkpointing.save_dir=run"]  # fmt: skip
@@ -92,12 +100,24 @@ def test_logged_numbers_are_those_by_hand(tmp_path, monkeypatch):
             assert (last in found) == bool(masked[k])
             assert not masked[k] or found[last] == pytest.approx(nats[k] / masked[k], rel=1e-5)
     assert 0 < logged["train/mfu"][0, 1] < 1.5
-    rates = dict(logged["train/lr"])
-    monitor = {int(step): rate for step, rate in logged["lr-AdamW"]}
-    assert all(rates[step] == pytest.approx(monitor[step]) for step in (3, 6)), "the rate that the step was made with"
+    assert logged["train/lr"][:, 0].tolist() == [3, 6, 7] and not any(name.startswith("lr-") for name in logged)
     metrics = next(c for c in trainer.callbacks if isinstance(c, TrainingMetrics))
     assert metrics.latest["loss"] == pytest.approx(logged["train/nll"][-1, 1])
     assert next(c for c in trainer.callbacks if isinstance(c, TextProgressBar)).metrics is metrics
+
+
+@pytest.mark.parametrize(("settings", "columns"), [
+    (["optim=muon"], {"lr-MuonWithAdamW/pg1", "lr-MuonWithAdamW/pg2"}),
+    (["optim=adamw", "+callbacks.learning_rate_monitor.log_weight_decay=true"],
+     {"lr-AdamW", "lr-AdamW-weight_decay"}),
+], ids=["rates that differ", "weight decay asked for"])  # fmt: skip
+def test_lightnings_rates_are_logged_where_they_say_more_and_equal_ours(tmp_path, monkeypatch, settings, columns):
+    monkeypatch.chdir(tmp_path)
+    trained(*settings)
+    logged = history(tmp_path / "run")
+    assert {name for name in logged if name.startswith("lr-")} == columns
+    ours, first = dict(logged["train/lr"]), dict(logged[min(columns)])
+    assert all(ours[step] == pytest.approx(first[step]) for step in (3, 6)), "the rate that the step was made with"
 
 
 def test_a_causal_model_has_no_mask_rates_and_tensorboard_the_same_numbers(tmp_path, monkeypatch):
@@ -202,6 +222,22 @@ def test_a_metric_of_another_callback_is_logged_with_the_rest(tmp_path, monkeypa
     state.on_exception(trainer, None, RuntimeError("again"))
 
 
+def test_run_json_names_a_checkpoint_once_it_is_written_and_never_one_that_was_not(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write, named = storage.write_checkpoint, []
+    known = lambda: json.loads((tmp_path / "run/run.json").read_text())["checkpoint"]  # noqa: E731
+
+    def second_fails(checkpoint, where):
+        named.append(known() and known()["step"])
+        if len(named) == 2:
+            raise OSError(errno.EIO, "the disk is broken")
+        write(checkpoint, where)
+
+    monkeypatch.setattr(storage, "write_checkpoint", second_fails)
+    trained("trainer.max_steps=3", "callbacks.checkpoint_every_n_steps.every_n_train_steps=1")
+    assert named == [None, 1, 1] and known()["step"] == 3
+
+
 def test_the_history_of_a_killed_run_leaves_out_the_line_that_was_cut_off(tmp_path):
     for version, text in enumerate(("step,train/nll,val/nll\n0,5.0,\n1,4.75,\n2,4.", "step,train/nll\n1,4.5\n")):
         (tmp_path / f"csv/version_{version}").mkdir(parents=True)
@@ -217,13 +253,51 @@ def test_a_curve_keeps_its_ends_and_its_mean():
     assert all(value <= step for step, value in curve)
 
 
-def test_wandb_offline_or_what_to_install(tmp_path, monkeypatch):
-    """With the package an offline run is written; without it the message says what to install."""
-    wanted = [*RUN, "logger=wandb", "wandb.offline=true", "trainer.max_steps=3"]
+WANDB = [*RUN, "logger=wandb", "wandb.offline=true", "trainer.log_every_n_steps=1", "trainer.limit_val_batches=0",
+         "callbacks.checkpoint_every_n_steps.every_n_train_steps=1"]  # fmt: skip
+
+
+def test_without_wandb_the_message_says_what_to_install(tmp_path, monkeypatch):
     if importlib.util.find_spec("wandb"):
-        assert run_main(*wanted, cwd=tmp_path).returncode == 0 and list((tmp_path / "run").rglob("*.wandb"))
-        return
+        pytest.skip("wandb is installed")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InstantiationException) as error:
-        main.run(compose_config(wanted), "a test")
+        main.run(compose_config(WANDB), "a test")
     assert "pip install -U 'wandb" in explain(error.value)
+
+
+def test_a_run_that_is_killed_and_started_again_is_one_run_of_wandb(tmp_path):
+    pytest.importorskip("wandb", reason="needs Weights & Biases: pip install wandb")
+    last = tmp_path / "run/checkpoints/last.ckpt"
+    ids = lambda: [path.name.split("-")[-1] for path in sorted(tmp_path.glob("run/wandb/offline-run-*"))]  # noqa: E731
+    process = subprocess.Popen([sys.executable, ROOT / "main.py", *WANDB, "trainer.max_steps=1000000"], cwd=tmp_path,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    while not last.exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    step = load_inert(last)["global_step"]
+    done = run_main(*WANDB, f"trainer.max_steps={step + 3}", cwd=tmp_path)
+    assert done.returncode == 0 and "resuming from run/checkpoints/last.ckpt" in done.stdout, done.stderr
+    first, second = ids()
+    assert first == second == (tmp_path / "run/wandb/run-id").read_text()
+    assert run_main(*WANDB, "checkpointing.resume_from_ckpt=false", cwd=tmp_path).returncode == 0
+    assert ids()[:2] == [first, first] and ids()[2] != first, "begun anew, it is another run"
+
+
+def test_the_trainings_of_one_command_are_runs_of_their_own_in_wandb(tmp_path):
+    pytest.importorskip("wandb", reason="needs Weights & Biases: pip install wandb")
+    done = run_main(*WANDB, "mode=classify", "trainer.max_steps=2", "classify.baselines=false", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    kept = [(tmp_path / f"run/label={label}/wandb/run-id").read_text() for label in (0, 1)]
+    found = [path.name.split("-")[-1] for path in sorted(tmp_path.glob("run/label=*/wandb/offline-run-*"))]
+    assert found == kept and kept[0] != kept[1]
+
+
+def test_the_id_of_a_run_is_drawn_once_unless_it_begins_anew(tmp_path):
+    first = _run_id(tmp_path / "a", goes_on=True)
+    assert _run_id(tmp_path / "a", goes_on=True) == first != _run_id(tmp_path / "b", goes_on=True)
+    (tmp_path / "a/wandb/run-id").write_text("")  # nobody's: an id has letters
+    second = _run_id(tmp_path / "a", goes_on=False)
+    assert second and second != first and _run_id(tmp_path / "a", goes_on=True) == second

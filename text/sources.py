@@ -227,8 +227,8 @@ class HubOrFolder:
         if self.parts is not None:
             columns = [dict(zip(self.text_columns, row, strict=True)) for row in
                        zip(*(t.to_pylist() for t in texts), strict=True)]  # fmt: skip
-            made, ends = in_parts([[part.format(**row) for part in self.parts] for row in columns])
-            texts = [pa.chunked_array([pa.array(made, pa.large_string())])]
+            whole, ends = in_parts([[part.format(**row) for part in self.parts] for row in columns])
+            texts = [pa.chunked_array([pa.array(whole, pa.large_string())])]
         labels = None
         if self.label_column in table.column_names:
             labels = as_labels(table.column(self.label_column).to_pylist(), self.label_names, origin)

@@ -117,7 +117,7 @@ class BatchPlan:
         """From loader.global_batch_size and loader.batch_ramp, [[step, samples], ...], the last of which is global.
 
         Raises:
-            ValueError: a size below 1, or stages that are no ramp from step 0 to the global batch.
+            ValueError: a size below 1, or stages that are no ramp from step 0 up to the global batch.
         """
         if global_batch_size < 1:
             raise ValueError(f"loader.global_batch_size={global_batch_size} must be at least 1")
@@ -136,6 +136,13 @@ class BatchPlan:
                 f"loader.batch_ramp={ramp}: the first step must be 0, each later one larger than that before it, and a "
                 "step takes at least 1 sample"
             )
+        if list(sizes) != sorted(sizes):
+            grown = [[step, min(max(sizes[: i + 1]), global_batch_size)] for i, step in enumerate(steps)]
+            grown[-1][1] = global_batch_size
+            raise ValueError(
+                f"loader.batch_ramp={ramp} shrinks, and a ramp only grows, up to loader.global_batch_size="
+                f"{global_batch_size}; put its sizes in order, such as {str(grown).replace(' ', '')}"
+            )
         if sizes[-1] != global_batch_size:
             raise ValueError(
                 f"loader.batch_ramp={ramp} ends with {sizes[-1]} samples per step, but loader.global_batch_size="
@@ -146,6 +153,17 @@ class BatchPlan:
             before = stages[-1]
             stages.append(Stage(step, size, before.position + (step - before.step) * before.size))
         return cls(tuple(stages))
+
+    def check_reached(self, steps: int, key: str = "trainer.max_steps") -> None:
+        """Raises ValueError where a training of so many steps, which `key` says, ends before the last stage begins: the
+        global batch that was asked for would never be taken."""
+        begins, size = self.stages[-1].step, self.stages[-1].size
+        if begins and begins >= steps:
+            raise ValueError(
+                f"loader.batch_ramp={self.ramp} reaches loader.global_batch_size={size} at step {begins}, "
+                f"and {key}={steps} ends the training before; set {key} to more than {begins}, or let the ramp end "
+                "earlier, or leave it out (loader.batch_ramp=null)"
+            )
 
     @property
     def ramp(self) -> list[list[int]] | None:
@@ -222,6 +240,7 @@ class PositionBatchSampler(Sampler[list[int]]):
     ) -> None:
         _, self.accumulate = batch_arithmetic(global_batch_size, batch_size, world, ramp=ramp)
         self.plan, self.max_steps, self.rank, self.world = BatchPlan.of(global_batch_size, ramp), max_steps, rank, world
+        self.plan.check_reached(max_steps)
         self.first_step = self.plan.step_after(consumed)
 
     def __len__(self) -> int:

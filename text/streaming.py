@@ -177,9 +177,13 @@ class Corpus:
                     barren = 0
             place = replace(place, piece=place.piece + 1, block=0, used=0, mark="")
             if barren > 2 * self.pieces + 2:
+                dropping = not self.packing.wrap and self.packing.long_texts == "drop"
+                why = ("it has no text, or none that is short enough: lower streaming.lanes, raise model.length"
+                       if dropping else
+                       "there are too few texts for so many lanes: lower streaming.lanes or model.length")  # fmt: skip
                 raise ValueError(
-                    f"{self.shards.origin}: lane {lane} of the stream found no row in {barren} pieces; there are too "
-                    "few texts for so many lanes: lower streaming.lanes or model.length, or set data.streaming=false"
+                    f"{self.shards.origin}: lane {lane} of the stream found no row in {barren} pieces; {why}, or set "
+                    "data.streaming=false"
                 )
 
     def _piece(self, lane: int, place: Place) -> Iterator[Helping]:
