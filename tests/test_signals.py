@@ -16,6 +16,8 @@ import sys
 import termios
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -43,7 +45,8 @@ CORPUS = functools.cache(reviews.generate_split)
 
 @pytest.fixture(autouse=True)
 def handlers_as_they_were():
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    before = {number: signal.getsignal(number) for number in numbers}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -272,10 +275,22 @@ LONG = [*TINY, "trainer.max_steps=1000000", "callbacks.checkpoint_every_n_steps.
         "checkpointing.save_dir=run"]  # fmt: skip
 
 
-def start(folder: Path, *before: str, **how: object) -> subprocess.Popen:
+@contextmanager
+def started(folder: Path, *before: str, **how: object) -> Iterator[subprocess.Popen]:
     """A long training as a user starts it, in `folder`."""
     command = [*before, sys.executable, str(ROOT / "main.py"), *LONG]
-    return subprocess.Popen(command, cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1", "DATA_DIR": ""}, **how)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "DATA_DIR": ""}
+    with subprocess.Popen(command, cwd=folder, env=env, **how) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def on_its_terminal() -> None:
+    """What a login does in its process: its standard input is the terminal that it is told of, and a hangup ends it."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def test_a_terminal_that_is_closed_ends_a_training_with_all_saved_and_nohup_keeps_it_going(tmp_path):
@@ -283,25 +298,28 @@ def test_a_terminal_that_is_closed_ends_a_training_with_all_saved_and_nohup_keep
     step = lambda: last.exists() and load_inert(last)["global_step"]  # noqa: E731
     ours, theirs = pty.openpty()
     on_it = {"stdin": theirs, "stdout": theirs, "stderr": theirs, "start_new_session": True}
-    process = start(tmp_path, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0), **on_it)
-    os.close(theirs)
-    said = threading.Thread(target=read_to_the_end, args=(ours, closed := threading.Event()))
-    said.start()
-    until(step, process)
-    closed.set()
-    said.join()
-    os.close(ours)  # the kernel sends SIGHUP, and whatever is written from now on is an error
-    assert process.wait(600) == 128 + signal.SIGHUP
+    with started(tmp_path, preexec_fn=on_its_terminal, **on_it) as process:
+        os.close(theirs)
+        reader = threading.Thread(target=read_to_the_end, args=(ours, closed := threading.Event()))
+        reader.start()
+        try:
+            until(step, process)
+        finally:
+            closed.set()
+            reader.join()
+            os.close(ours)  # the kernel sends SIGHUP, and whatever is written from now on is an error
+        assert process.wait(600) == 128 + signal.SIGHUP
     saved, state = step(), json.loads((tmp_path / "run/run.json").read_text())
     assert state["state"] == "stopped" and state["step"] == saved == state["checkpoint"]["step"]
     with (tmp_path / "log").open("w") as log:
-        process = start(tmp_path, "nohup", stdout=log, stderr=log, stdin=subprocess.DEVNULL)
-    until(lambda: step() > saved, process)
-    process.send_signal(signal.SIGHUP)
-    hung_up = step()
-    until(lambda: step() > hung_up + 4, process)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(600) == 128 + signal.SIGTERM
+        resumed = started(tmp_path, "nohup", stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+        with resumed as process:
+            until(lambda: step() > saved, process)
+            process.send_signal(signal.SIGHUP)
+            hung_up = step()
+            until(lambda: step() > hung_up + 4, process)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(600) == 128 + signal.SIGTERM
     said = (tmp_path / "log").read_text()
     assert "resuming from run/checkpoints/last.ckpt" in said and "SIGHUP" not in said
 
