@@ -126,16 +126,12 @@ class TextData(LightningDataModule):
         self.packings = {"train": framed(plain, insert_train_special, insert_train_eos),
                          "validation": held_out, "test": held_out}  # fmt: skip
         self.limits = {"train": max_train_texts, "validation": max_valid_texts, "test": max_test_texts}
-        self.cache_dir, self.seed = cache_dir, seed
-        self.stream, self.loading = stream or Order(), loading or Loading()
+        self.cache_dir, self.seed, self.stream, self.loading = cache_dir, seed, stream or Order(), loading or Loading()
         self.batch_size, self.eval_batch_size, self.max_steps = batch_size, eval_batch_size, max_steps
         self.global_batch_size, self.plan = global_batch_size, BatchPlan.of(global_batch_size, batch_ramp)
         self._texts = SplitTexts(source, self.limits, streaming, self.stream.sample_texts, label, train_splits)
-        self.figures, self._splits, self._resumed = (
-            dict[str, dict[str, int]](),
-            dict[str, datasets.Dataset](),
-            dict[str, Any](),
-        )
+        self.figures, self._splits = dict[str, dict[str, int]](), dict[str, datasets.Dataset]()
+        self._resumed: dict[str, Any] = {}
         self._streamed: StreamLoader | None = None
         _check_names({name, *getattr(source, "sources", ())}, train, valid)
         _check(self)

@@ -1,5 +1,6 @@
 """Block after block (BD3-LM, Arriola et al., arXiv 2503.09573, algorithm 2): each is sampled by masked diffusion behind
 the clean blocks before it, whose keys and values are computed once. Draws the model's law, with or without the cache.
+Texts that come with `segment_ends` are those of samplers/segments.py, which know no window and no ending.
 
 Shape suffixes: B batch, L length, R rows still being written, k tokens of a block, S tokens so far.
 """
@@ -74,7 +75,6 @@ def sample(
     context: int | None = None,
     ending: Ending | None = None,
     stop_id: int | None = None,
-    segment_ends: Tensor | None = None,
     **cond: Tensor,
 ) -> Generation:
     """Fill the masked positions of `x_BL`; its other tokens are given and never change.
@@ -87,14 +87,12 @@ def sample(
             attention knows distances only, so none is new to a network that was trained at `context` tokens.
         ending: of texts of variable length, which cost nothing once they have ended. None: all are full.
         stop_id: the end token, where there is one.
-        segment_ends: of texts in segments (samplers/segments.py), which know no window and no ending.
 
     Raises:
-        ValueError: the model does not write in blocks, the window is no number of whole blocks, or tokens are given
-            behind a block with masks.
+        ValueError: the model does not write in blocks, the window is no multiple of them, or a gap is before given text.
     """
-    if segment_ends is not None:
-        return segments.sample(model, x_BL, generator, segment_ends, inner=inner, kv_cache=kv_cache, **cond)
+    if "segment_ends" in cond:
+        return segments.sample(model, x_BL, generator, inner=inner, kv_cache=kv_cache, **cond)
     size, length, masked_BL = _block_size(model, context), x_BL.shape[1], x_BL == model.mask_id
     here_BL = cond.pop("attention_mask", torch.ones_like(masked_BL)).bool()
     _refuse_gaps(masked_BL, here_BL, size)
