@@ -89,7 +89,7 @@ def sample(
         stop_id: the end token, where there is one.
 
     Raises:
-        ValueError: the model does not write in blocks, the window is no multiple of them, or a gap is before given text.
+        ValueError: the model does not write in blocks, the window is no multiple of them, or text stands behind a gap.
     """
     if "segment_ends" in cond:
         return segments.sample(model, x_BL, generator, inner=inner, kv_cache=kv_cache, **cond)
