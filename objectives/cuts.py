@@ -45,7 +45,7 @@ class Stretches:
 
     def apart(self, x_BL: Tensor) -> Tensor:
         width = min(self.blocks, self.length)
-        return F.pad(x_BL, (0, self.number * self.blocks - self.length)).reshape(-1, width)
+        return F.pad(x_BL, (0, self.number * width - self.length)).reshape(-1, width)
 
     def together(self, x_Rk: Tensor) -> Tensor:
         return x_Rk.reshape(self.batch, -1)[:, : self.length]

@@ -352,7 +352,8 @@ def test_sample_eval_scores_its_samples(folder, tmp_path, monkeypatch, capsys):
 ])  # fmt: skip
 def test_a_scorer_that_can_not_be_used_stops_the_run_before_anything_else(folder, tmp_path, monkeypatch, setting, said):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(main.Experiment, "data", lambda *a: pytest.fail("the data were read first"))
+    monkeypatch.setattr(main.TextData, "texts", lambda *a: pytest.fail("the data were read first"))
+    monkeypatch.setattr(main.Experiment, "diffusion", lambda *a: pytest.fail("the model was built first"))
     ask = ["mode=sample_eval", "eval.compute_generative_perplexity=true",
            f"eval.gen_ppl_eval_model_name_or_path='{folder}'", setting]  # fmt: skip
     with pytest.raises((ValueError, OSError)) as caught:

@@ -393,7 +393,7 @@ def test_prompts_stay_given_also_after_a_resume(kind, tmp_path, monkeypatch):
     for ours, theirs in zip(whole[3:], rest, strict=True):
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     for settings, said in (
-        ({"wrap": True, "fill": None}, "wrap=true joins"),
+        ({"wrap": True, "fill": None, "segments": False}, "wrap=true joins"),
         ({"long_texts": "windows"}, "would part"),
     ):
         with pytest.raises(ValueError, match=f"train stream: data.*{said}"):
