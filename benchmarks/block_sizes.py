@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = {
-    "reviews": ["data=reviews", "model.length=80"],
+    "reviews": ["data=reviews", "model.length=80", "data.fill=eos"],  # a given EOS would tell large blocks the length
     "wikitext2": [
         "data=wikitext2", "data.source.detokenizer=null", "data.tokenizer_name_or_path=bpe", "data.vocab_size=4096",
         "model=tiny", "model.hidden_size=128", "model.n_blocks=3", "model.n_heads=4", "model.length=128",
