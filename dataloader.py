@@ -362,3 +362,6 @@ def _check_parts(data: TextData) -> None:
     if data.segments and data.packings["train"].long_texts == "truncate":
         raise ValueError("data.long_texts=truncate might cut a part that others rest on, with data.segments=true; set "
                          "drop or error")  # fmt: skip
+    if data.streaming and data.prompted and data.packings["train"].long_texts == "truncate":
+        raise ValueError("data.long_texts=truncate with data.streaming=true: a prompt that fills its row may come "
+                         "at any time and would end the run; set drop")  # fmt: skip

@@ -218,8 +218,7 @@ class Experiment:
         shape = (*FUNCTION, "model.mask_padding", "block_size", "data.segments", "data.segment_room")
         self._write_behind_a_window(checkpoint)
         shape += ("model.length",) if "configuration" in checkpoint.identity and not self._any_length else ()
-        ours = {"data.segments": False, **identity(self.cfg)}
-        check_belongs(checkpoint, ours, (*shape, "parameterization"), data)
+        check_belongs(checkpoint, identity(self.cfg), (*shape, "parameterization"), data)
         diffusion = self.diffusion(data)
         checkpoint.load_into(diffusion.backbone, use_ema=not disable_ema)
         diffusion.ema = None

@@ -167,7 +167,8 @@ class TrainingMetrics(Callback):
     @torch.no_grad()
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:  # noqa: ANN001
         passes = outputs["num_masked"].shape[1] if "num_masked" in outputs else 1
-        flops = passes * pl_module.objective.encodes * self._arithmetic.of_blocks(*batch["input_ids"].shape)
+        objective = pl_module.objective
+        flops = passes * objective.encodes * objective.streams * self._arithmetic.of_blocks(*batch["input_ids"].shape)
         self._interval.add(outputs, batch, flops)
         if trainer.global_step == self._step:
             return

@@ -10,6 +10,8 @@ from models.checkpoints import Checkpoint, Progress
 # What a network computes hangs on these; other files may lack some of them, and may have been trained at other lengths.
 FUNCTION = ("model.hidden_size", "model.cond_dim", "model.n_blocks", "model.n_heads", "time_conditioning")
 # What a configuration may leave to the file that a network comes from.
+# What our own files leave unsaid, being so.
+UNSAID = {"data.segments": False}
 FOUND_IN_FILES = ("model.", "time_conditioning", "backbone.config")
 
 
@@ -38,7 +40,8 @@ def check_belongs(checkpoint: Checkpoint, ours: Mapping[str, object], shape: Seq
     Raises:
         ValueError: it is not; with what to type.
     """
-    theirs = checkpoint.settings
+    theirs = {**(UNSAID if "configuration" in checkpoint.identity else {}), **checkpoint.settings}
+    ours = {**UNSAID, **ours}
     differing = [f"{key}={theirs[key]}" for key in shape if key in theirs and ours.get(key) not in (None, theirs[key])]
     if differing:
         raise ValueError(f"{checkpoint.path} was trained with other settings; add: {' '.join(differing)}")

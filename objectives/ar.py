@@ -27,7 +27,7 @@ class AR:
     it is not, since the text has ended there. The mask token has no mass."""
 
     exact, causal, any_order, first_given = True, True, False, True
-    loss_name, encodes = "nll", 1
+    loss_name, encodes, streams = "nll", 1, 1
 
     def __init__(self, mask_id: int) -> None:
         self.mask_id = mask_id

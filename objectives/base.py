@@ -63,6 +63,7 @@ class Objective(Protocol):
     any_order: bool  # it predicts whatever is masked from whatever is not
     first_given: bool  # the first token of a row is context: neither masked nor scored
     encodes: int  # network evaluations of one pass
+    streams: int  # times that an evaluation reads the text
     loss_name: str
 
     def loss(self, backbone: Backbone, batch: Batch, generator: KeyedNoise | None = None) -> TokenLoss: ...
@@ -85,7 +86,7 @@ class MaskedDiffusion(ABC):
     """
 
     exact, causal, any_order, first_given = False, False, True, False
-    encodes = 1
+    encodes, streams = 1, 1
     loss_weight = "elbo"
     independent_unmasking = False  # the chance of being unmasked is the schedule's alone, not the network's
 

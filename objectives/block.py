@@ -48,6 +48,7 @@ class BlockDiffusion:
     """
 
     causal, any_order, reads_segments = False, False, True
+    streams = 2  # noised and clean
 
     def __init__(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 import main
 from command_line import compose_config, explain
 from identity import identity
+from models.belonging import check_belongs
 from models.checkpoints import read_checkpoint
 from objectives.base import counted_mask, scored_mask
 from samplers.base import Generation
@@ -213,3 +215,14 @@ def test_mistakes_are_explained(gsm8k, arguments, said):  # noqa: F811
     with pytest.raises(Exception) as caught:  # noqa: B017, PT011 - explain() is what is tested
         main.run(compose_config([*law, *arguments]), "a test")
     assert re.search(said, explain(caught.value)), explain(caught.value)
+
+
+def test_a_model_of_plain_blocks_is_no_model_of_segments():
+    plain = SimpleNamespace(settings={"block_size": 80}, identity={"configuration": {"block_size": 80}}, path="x.ckpt")
+    data = SimpleNamespace(vocabulary=SimpleNamespace(fingerprint=None))
+    shape = ("block_size", "data.segments")
+    check_belongs(plain, {"block_size": 80}, shape, data)
+    with pytest.raises(ValueError, match="add: data.segments=False"):
+        check_belongs(plain, {"block_size": 80, "data.segments": True}, shape, data)
+    foreign = SimpleNamespace(settings={}, identity={}, path="x.ckpt")
+    check_belongs(foreign, {"data.segments": True}, shape, data)  # a file that says nothing contradicts nothing
