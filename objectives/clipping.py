@@ -32,8 +32,8 @@ class ClipSearch:
     ) -> None:
         if not all(0 < width <= 1 for width in widths):
             raise ValueError(f"training.clip_search_widths={list(widths)} must lie in (0, 1], e.g. [0.5,0.6,0.7]")
-        if not 0 < delta <= 1:
-            raise ValueError(f"training.clip_search_delta={delta} must lie in (0, 1]")
+        if not 1e-3 <= delta <= 1:  # finer ones hold next to no blocks each
+            raise ValueError(f"training.clip_search_delta={delta} must lie in [0.001, 1]")
         self.fixed, self.num_batches = fixed, num_batches
         starts = [index * delta for index in range(int(1 / delta + 1e-9) + 1)]
         found = [(a, min(a + w, 1.0)) for w in widths for a in starts if a + w <= 1 + 1e-9]

@@ -201,7 +201,7 @@ def test_the_references_command_lines_compose():
     (["algo=bd3lm", "block_size=4", "training.sampling_eps_min=0.9", "training.sampling_eps_max=0.3"], "0 <= min < max"),
     (["algo=bd3lm", "block_size=4", "training.sampling_eps_min=0.3", "masking=exact_count"], "would do nothing"),
     (["algo=bd3lm", "block_size=4", "training.clip_search_widths=[2]"], r"clip_search_widths=\[2\] must lie in"),
-    (["algo=bd3lm", "block_size=4", "training.clip_search_widths=[0.5]", "training.clip_search_delta=0"], "delta=0"),
+    (["algo=bd3lm", "block_size=4", "training.clip_search_widths=[0.5]", "training.clip_search_delta=1e-9"], "delta=1e-09 must lie"),
     (["training.masking=exact_count", "training.resample=true"], "training.resample=true limits"),
     (["algo=bd3lm", "block_size=4", "callbacks=[gradient_variance]", "callbacks.gradient_variance.every_n_steps=0"],
      "every_n_steps=0 must be at least 1"),
