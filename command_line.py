@@ -56,6 +56,8 @@ def translate(arguments: list[str]) -> list[str]:
         key, equals, value = argument.partition("=")
         if SETTLED.get(key) == value.lower():
             continue
+        if key in SETTLED and key not in ALIASES:
+            raise ValueError(f"{argument}: here it is always {SETTLED[key]}; leave it out")
         if key == "algo.mdlm_loss_scale":  # the log-linear schedule of mdlm, or exactly alpha = 1 - t
             key, value = "noise.eps", "0.001" if value.lower() == "true" else "0"
         key = key if started and key == "hydra.run.dir" else ALIASES.get(key, key)
@@ -147,6 +149,12 @@ def explain(error: BaseException) -> str:
     return str(error)
 
 
+def _part(path: Path, group: str) -> DictConfig:
+    """What a choice's file says of its own group."""
+    loaded = OmegaConf.load(path)
+    return loaded.get(group, loaded)
+
+
 def _unknown_key(key: str) -> str:
     cfg = compose_config([])
     parent, _, name = key.rpartition(".")
@@ -157,4 +165,7 @@ def _unknown_key(key: str) -> str:
     close = difflib.get_close_matches(name, existing, n=1)
     prefix = f"{parent}." if parent else ""
     guess = f" Did you mean {prefix}{close[0]}?" if close else ""
+    others = [path.stem for path in sorted((CONFIGS / prefix.rstrip(".")).glob("*.yaml"))
+              if parent and OmegaConf.select(_part(path, parent), name) is not None]  # fmt: skip
+    guess += f" It is a key of {parent}={', '.join(others)}." if others else ""
     return f"there is no key {key}.{guess}\n  what {parent or 'the configuration'} has: {', '.join(existing)}"

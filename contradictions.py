@@ -42,7 +42,7 @@ FLAGS = ("classify.calibrate", "classify.baselines", "training.start_from_counts
          "sampling.var_length", "loader.pin_memory", "loader.persistent_workers")  # fmt: skip
 
 
-NEVER_NULL = ("lr_scheduler.", "plateau.", "loader.global_batch_size", "trainer.max_steps")
+NEVER_NULL = ("block_size", "lr_scheduler.", "plateau.", "loader.global_batch_size", "trainer.max_steps")
 
 
 def check_numbers(cfg: DictConfig) -> None:
@@ -58,6 +58,9 @@ def check_numbers(cfg: DictConfig) -> None:
     for key in FLAGS:
         if not isinstance(OmegaConf.select(cfg, key), bool):
             raise ValueError(f"{key}={OmegaConf.select(cfg, key)} must be true or false")
+    widths = cfg.training.clip_search_widths
+    if not OmegaConf.is_list(widths) or not all(type(width) in (int, float) for width in widths):
+        raise ValueError(f"training.clip_search_widths={widths} must be a list of numbers, e.g. [0.5,0.6,0.7]")
     if isinstance(cfg.classify.compare, str):
         raise ValueError(
             f"classify.compare={cfg.classify.compare} must be a list: classify.compare='[{cfg.classify.compare}]'"
@@ -195,8 +198,10 @@ def _check_blocks(cfg: DictConfig, name: str) -> None:
                 f"sampling.predictor=block writes texts of algo=bd3lm, and parameterization={name} is sampled "
                 "otherwise; use ddpm_cache, analytic or ar"
             )
-        if cfg.sampling.var_length:
-            raise ValueError(f"sampling.var_length=true means nothing to parameterization={name}; leave it out")
+        for key in ("var_length", "context"):
+            if cfg.sampling[key]:
+                raise ValueError(f"sampling.{key}={cfg.sampling[key]} means nothing to parameterization={name}; leave "
+                                 "it out")  # fmt: skip
         if limits != (0.001, 1.0) or training.clip_search_widths:
             raise ValueError(
                 f"training.sampling_eps_min={limits[0]} training.sampling_eps_max={limits[1]} "
@@ -211,6 +216,9 @@ def _check_blocks(cfg: DictConfig, name: str) -> None:
         raise ValueError(
             f"block_size={size} must divide model.length={length} into whole blocks; the nearest that do: {nearest}"
         )
+    if training.fix_clipping and not training.clip_search_widths:
+        raise ValueError("training.fix_clipping=true measures the intervals of training.clip_search_widths=[], which "
+                         "are none; name some, e.g. [0.5,0.6,0.7]")  # fmt: skip
     if (limits != (0.001, 1.0) or training.clip_search_widths) and not bernoulli:
         raise ValueError(
             f"training.sampling_eps_min, sampling_eps_max and clip_search_widths limit the mask rates of "

@@ -356,6 +356,10 @@ def _check_parts(data: TextData) -> None:
         raise ValueError(f"data.segments={data.segments} must be true or false")
     if data.segments and not data.prompted:
         raise ValueError(f"data.segments=true: the texts of data={data.name} have no parts; set it to false")
+    room = data.packings["train"].room
+    if room is not None and room >= data.length:
+        raise ValueError(f"data.segment_room={room} leaves a row of model.length={data.length} nothing for its other "
+                         "parts; lower it")  # fmt: skip
     if data.segments and not data.fill:
         raise ValueError("data.segments=true with data.fill=null would show how long each part is, which a prompt does "
                          "not tell; set data.fill=eos")  # fmt: skip

@@ -273,8 +273,9 @@ class Diffusion(lightning.LightningModule):
 def _account(loss: TokenLoss, batch: Batch, encodes: int) -> dict[str, Tensor]:
     """What a micro-batch leaves to add up, on its device: `nll` in nats and the `tokens` it is the sum over, how many
     positions were `projected` onto the vocabulary, and per row the `scored_B` tokens. Of objectives that mask also, per
-    row and network pass, `num_masked` and `cross_entropy`, (B, P)."""
-    logs = {name: loss.logs[name] for name in ("num_masked", "cross_entropy") if name in loss.logs}
+    row and network pass, `num_masked` and `cross_entropy`, (B, P); where rows have parts with mask rates of their own,
+    the same by part, with `num_scored` of each."""
+    logs = {name: value for name, value in loss.logs.items() if name.startswith(("num_", "cross_entropy"))}
     scored_B, tokens = scored_mask(batch).sum(-1), loss.mask_BL.sum()
     # A second encoding of a pass is that of the clean text, projected everywhere (objectives/d3pm.py).
     projected = logs["num_masked"].sum() + (encodes - 1) * scored_B.sum() if logs else tokens

@@ -143,6 +143,9 @@ class Experiment:
         """What is measured: which law, which weights, which random numbers."""
         keys = ("T", "time_conditioning", "trainer.precision", "seed", "eval.checkpoint_path", "eval.disable_ema")
         settings = {key: OmegaConf.select(self.cfg, key) for key in keys}
+        if law(self.cfg) == "bd3lm":
+            keys = ("block_size", "parameterization.ignore_bos", "data.segments")
+            settings |= {key: OmegaConf.select(self.cfg, key) for key in keys}
         return {"parameterization": law(self.cfg), "noise": self.cfg.noise._target_, **settings}
 
     @property

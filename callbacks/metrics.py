@@ -63,12 +63,16 @@ class _Interval:
         tokens = torch.full_like(nll, ids_BL.numel(), dtype=torch.float64) if mask_BL is None else mask_BL.sum()
         values = (nll.where(finite, 0.0), outputs["tokens"].where(finite, 0), tokens, outputs["projected"])
         self.sums_S[: len(values)] += torch.stack([value.double() for value in values])
-        if "cross_entropy" in outputs:
-            self._add_by_rate(outputs["num_masked"].double(), outputs["cross_entropy"].double(), outputs["scored_B"])
+        if "num_scored_by_part" in outputs:
+            parts = ("num_masked", "cross_entropy", "num_scored")
+            self._add_by_rate(*(outputs[f"{name}_by_part"].double() for name in parts))
+        elif "cross_entropy" in outputs:
+            self._add_by_rate(outputs["num_masked"].double(), outputs["cross_entropy"].double(),
+                              outputs["scored_B"][:, None])  # fmt: skip
         self.rows, self.block_flops = self.rows + len(ids_BL), self.block_flops + flops
 
-    def _add_by_rate(self, masked_BP: Tensor, nats_BP: Tensor, scored_B: Tensor) -> None:
-        rate_BP = masked_BP / scored_B.clamp(min=1)[:, None]
+    def _add_by_rate(self, masked_BP: Tensor, nats_BP: Tensor, scored_BP: Tensor) -> None:
+        rate_BP = masked_BP / scored_BP.clamp(min=1)
         bucket_BP = len(_SUMS) + (rate_BP * BUCKETS).long().clamp(max=BUCKETS - 1)
         finite_BP = nats_BP.isfinite()
         where = torch.cat([bucket_BP, bucket_BP + BUCKETS]).flatten()

@@ -9,10 +9,11 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import binomtest
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support, roc_auc_score
 
 from metrics import Estimate
+
+_Z95 = 1.959964
 
 _NUM_BINS = 10
 _RESAMPLES = 1000
@@ -168,12 +169,14 @@ def macro_f1(confusion_CC: np.ndarray) -> Estimate:
     return Estimate(float(score_R(count_N[None])[0]), se)
 
 
-def wilson_interval(successes: int, trials: int) -> Interval:
-    """95 % score interval of a proportion (Wilson 1927); nan without trials."""
+def wilson_interval(successes: float, trials: float) -> Interval:
+    """95 % score interval of a proportion (Wilson 1927); nan without trials. Of trials that depend on one another, the
+    number of independent ones that are worth as much, which need not be whole."""
     if trials == 0:
         return Interval(math.nan, math.nan)
-    found = binomtest(successes, trials).proportion_ci(method="wilson")
-    return Interval(float(found.low), float(found.high))
+    share, unit = successes / trials, _Z95**2 / trials
+    middle, half = share + unit / 2, math.sqrt(unit * (share * (1 - share) + unit / 4))
+    return Interval(max(0.0, (middle - half) / (1 + unit)), min(1.0, (middle + half) / (1 + unit)))
 
 
 def reliability(confidence_M: np.ndarray, right_M: np.ndarray, num_bins: int = _NUM_BINS) -> Reliability:

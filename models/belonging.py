@@ -43,6 +43,8 @@ def check_belongs(checkpoint: Checkpoint, ours: Mapping[str, object], shape: Seq
     theirs = {**(UNSAID if "configuration" in checkpoint.identity else {}), **checkpoint.settings}
     ours = {**UNSAID, **ours}
     differing = [f"{key}={theirs[key]}" for key in shape if key in theirs and ours.get(key) not in (None, theirs[key])]
+    if theirs.get("data.segments") and not ours["data.segments"]:  # which say what the blocks are
+        differing = [setting for setting in differing if not setting.startswith("block_size=")]
     if differing:
         raise ValueError(f"{checkpoint.path} was trained with other settings; add: {' '.join(differing)}")
     tokenizer = checkpoint.identity.get("tokenizer")

@@ -1,4 +1,4 @@
-"""Attention of block diffusion (BD3-LM, Arriola et al., arXiv 2503.09573, section 3.3), without the work that its mask
+"""Attention of block diffusion (BD3-LM, Arriola et al., arXiv 2503.09573), without the work that its mask
 throws away.
 
 Two streams of one text: noised queries see their own noised block and the clean blocks before it; clean queries see the

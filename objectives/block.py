@@ -29,6 +29,8 @@ from objectives.cuts import Cut, Segments, Stretches
 from objectives.noising import Bernoulli, ExactCount, Noising
 from randomness import KeyedNoise
 
+MASK_RATES = ("num_masked", "cross_entropy", "num_scored")  # what the losses by mask rate are made of
+
 
 class BlockDiffusion:
     """-log p(x) = sum over blocks b of -log p(x^b | x^<b), each bounded by the loss of masked diffusion within the
@@ -62,6 +64,8 @@ class BlockDiffusion:
     ) -> None:
         if block_size < 1:
             raise ValueError(f"block_size={block_size} must be at least 1")
+        if not isinstance(ignore_bos, bool):
+            raise ValueError(f"algo.ignore_bos={ignore_bos} must be true or false")
         self.mask_id, self.block_size, self.first_given = mask_id, block_size, ignore_bos
         self.within = within(mask_id=mask_id)
         self._schedule = self.within.schedule
@@ -105,6 +109,10 @@ class BlockDiffusion:
         Raises:
             ValueError: they do not satisfy 0 <= low < high <= 1, or blocks have one token, which has one mask rate.
         """
+        if not 0 <= low < high <= 1:
+            raise ValueError(
+                f"training.sampling_eps_min={low} and training.sampling_eps_max={high} must satisfy 0 <= min < max <= 1"
+            )
         if (low, high) != WHOLE and self.exact:
             raise ValueError(
                 f"training.sampling_eps_min={low} training.sampling_eps_max={high} with block_size=1: the only token "
@@ -133,7 +141,12 @@ class BlockDiffusion:
         cut, blocks = self._blocks(batch)
         noise = (generator or fresh_noise(batch["input_ids"])).parts(cut.number)
         loss = self.within.loss(_BehindClean(backbone, batch["input_ids"], cut, context(batch)), blocks, noise)
-        logs = {name: value.unflatten(0, (-1, cut.number)).sum(1) for name, value in loss.logs.items()}
+        by_block = {name: value.unflatten(0, (-1, cut.number)) for name, value in loss.logs.items()}
+        logs = {name: value.sum(1) for name, value in by_block.items()}
+        if "num_masked" in logs:  # mask rates are those of blocks
+            shape = by_block["num_masked"].shape
+            by_block["num_scored"] = (~blocks["given"]).sum(-1).view(*shape[:2], 1).expand(shape)
+            logs |= {f"{name}_by_part": by_block[name].flatten(1) for name in MASK_RATES}
         return TokenLoss(cut.together(loss.nll_BL), cut.together(loss.mask_BL), logs)
 
     def _cut(self, x_BL: Tensor, segment_ends: Tensor | None) -> Cut:

@@ -23,10 +23,11 @@ from samplers.first_hitting import sample as first_hitting_sample
 @dataclass(frozen=True)
 class Ending:
     """Where a text of variable length ends: behind its first end token that was written, or, as soon as it is longer
-    than `last` tokens, where the entropy of its last `last` tokens falls below `min_entropy` nats (None: never); those
-    are cut off then, since a text that repeats itself has ended before.
+    than `last` tokens that were written, where the entropy of the last `last` falls below `min_entropy` nats (None:
+    never); those are cut off then, since a text that repeats itself has ended before.
 
-    The rules of the reference, row by row.
+    The rules of the reference, row by row, and of what was written alone: a given beginning neither ends a text nor is
+    cut off.
     """
 
     min_entropy: float | None = 4.0
@@ -41,7 +42,7 @@ class Ending:
         ended = ((ids_S == stop_id) & written_S).nonzero() if stop_id is not None else ids_S[:0]
         if len(ended):
             return int(ended[0]) + 1
-        if self.min_entropy is None or len(ids_S) <= self.last:
+        if self.min_entropy is None or len(ids_S) <= self.last or int(written_S.sum()) < self.last:
             return None
         return len(ids_S) - self.last if unigram_entropy(ids_S[-self.last :]) < self.min_entropy else None
 

@@ -23,8 +23,8 @@ _NUM_GROUPS = 4
 
 @dataclass(frozen=True)
 class Share:
-    """A share of prompts, with its standard error and 95 % interval: Wilson's for one verdict a prompt, else from the
-    spread of the prompts' own shares. prompts: how many it rests on."""
+    """A share of prompts, with its standard error and Wilson's 95 % interval, for as many verdicts as there would be
+    if they were independent: completions of one prompt are not. prompts: how many it rests on."""
 
     value: float
     se: float
@@ -46,12 +46,13 @@ def share(hit_MK: np.ndarray) -> Share:
     if not hit_MK.size:
         raise ValueError("there is no verdict to count")
     prompts, value = len(hit_MK), float(hit_MK.mean())
-    if hit_MK.ndim == 1 or hit_MK.shape[1] == 1:
-        interval = wilson_interval(int(hit_MK.sum()), prompts)
-        return Share(value, math.sqrt(value * (1 - value) / prompts), interval.low, interval.high, prompts)
-    se = float(hit_MK.mean(1).std(ddof=1) / math.sqrt(prompts)) if prompts > 1 else math.nan
-    low, high = np.clip([value - 1.96 * se, value + 1.96 * se], 0, 1) if prompts > 1 else (0.0, 1.0)
-    return Share(value, se, float(low), float(high), prompts)
+    hit_MK = hit_MK.reshape(prompts, -1)
+    se = math.sqrt(value * (1 - value) / prompts)  # as if the completions of a prompt were all alike
+    if prompts > 1 and hit_MK.shape[1] > 1:
+        se = min(se, float(hit_MK.mean(1).std(ddof=1) / math.sqrt(prompts)))
+    independent = min(value * (1 - value) / se**2, hit_MK.size) if se else prompts
+    interval = wilson_interval(value * independent, independent)
+    return Share(value, se, interval.low, interval.high, prompts)
 
 
 def majority_is_right(verdicts: Sequence[Verdict]) -> bool:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from callbacks.metrics import BUCKETS, _Interval
 from estimators.any_order import AnyOrder
 from estimators.nelbo import Nelbo
 from estimators.ordered import Ordered
@@ -300,3 +301,18 @@ def test_nothing_given_is_written_into(random_dit):
     before = {name: tensor.clone() for name, tensor in batch.items()}
     block(4, ignore_bos=True).loss(net, batch, training_noise(0, torch.arange(2), 2)).mean().backward()
     assert all(torch.equal(batch[name], before[name]) for name in batch)
+
+
+def test_mask_rates_are_those_of_blocks():
+    """Every block draws a rate of its own; a text's share of masks would always be about a half."""
+    torch.manual_seed(0)
+    net, x0 = DiT(VOCAB, 16, 8, 1, 2).eval(), torch.randint(3, (3, 8))
+    logs = block(2).loss(net, batch_of(x0), KeyedNoise(0, torch.arange(3))).logs
+    parts = {name: logs[f"{name}_by_part"] for name in ("num_masked", "cross_entropy", "num_scored")}
+    assert all(value.shape == (3, 4) for value in parts.values()) and (parts["num_scored"] == 2).all()
+    for name in ("num_masked", "cross_entropy"):
+        torch.testing.assert_close(parts[name].sum(1, keepdim=True), logs[name])
+    interval = _Interval(torch.device("cpu"))
+    interval._add_by_rate(*(value.double() for value in parts.values()))
+    masked = [float(parts["num_masked"][parts["num_masked"] == k].sum()) for k in (1, 2)]
+    assert interval.sums_S[-BUCKETS:].tolist() == [0, 0, masked[0], 0, masked[1]]

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import main
+from classification.measures import wilson_interval
 from command_line import SPELLINGS, compose_config, explain
 from dataloader import Collate
 from estimators.any_order import AnyOrder
@@ -200,7 +201,12 @@ def test_shares_votes_and_groups():
         one.value == 0.5 and one.low == pytest.approx(0.1500, abs=1e-3) and one.high == pytest.approx(0.8500, abs=1e-3)
     )
     several = share(np.array([[True, True], [True, False], [False, False]]))
-    assert several.value == 0.5 and several.se == pytest.approx(0.5 / math.sqrt(3)) and several.low == 0
+    assert several.value == 0.5 and several.se == pytest.approx(0.5 / math.sqrt(3))
+    never = share(np.zeros((2, 2), dtype=bool))
+    assert never.se == 0 and never.low == 0 and never.high == pytest.approx(0.6576, abs=1e-3), "none of two prompts"
+    assert several.low == pytest.approx(wilson_interval(1.5, 3).low), "two completions are not two prompts"
+    alike = np.repeat(np.arange(100) < 30, 4).reshape(100, 4)
+    assert share(alike).low == pytest.approx(wilson_interval(30, 100).low, abs=2e-3)
     verdicts = [Verdict(answer, "5") for answer in (None, None, None, "5", "4", "5")]
     assert majority_is_right(verdicts) and not majority_is_right(verdicts[:3])
     assert not majority_is_right([Verdict("4", "5"), Verdict("5", "5")]), "the first of equals"
