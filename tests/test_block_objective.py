@@ -111,7 +111,7 @@ def test_one_block_is_masked_diffusion_number_for_number(random_dit, noising, to
         noise = partial(training_noise, 0, torch.arange(5), 5)
         ours, plain = one.loss(net, batch, noise()), other.loss(net, batch, noise())
         torch.testing.assert_close(ours.nll_BL, plain.nll_BL)
-        assert torch.equal(ours.mask_BL, plain.mask_BL) and ours.logs.keys() == plain.logs.keys()
+        assert torch.equal(ours.mask_BL, plain.mask_BL) and ours.logs.keys() >= plain.logs.keys()
         for name in plain.logs:
             torch.testing.assert_close(ours.logs[name], plain.logs[name])
 
