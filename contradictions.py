@@ -200,8 +200,8 @@ def _check_blocks(cfg: DictConfig, name: str) -> None:
             )
         for key in ("var_length", "context"):
             if cfg.sampling[key]:
-                raise ValueError(f"sampling.{key}={cfg.sampling[key]} means nothing to parameterization={name}; leave "
-                                 "it out")  # fmt: skip
+                value = str(cfg.sampling[key]).lower()
+                raise ValueError(f"sampling.{key}={value} means nothing to parameterization={name}; leave it out")
         if limits != (0.001, 1.0) or training.clip_search_widths:
             raise ValueError(
                 f"training.sampling_eps_min={limits[0]} training.sampling_eps_max={limits[1]} "

@@ -210,7 +210,6 @@ def test_the_references_command_lines_compose():
     (["algo=bd3lm", "block_size=4", "algo.ignore_bos=3"], "algo.ignore_bos=3 must be true or false"),
     (["algo=bd3lm", "block_size=4", "algo.var_min=false"], "algo.var_min=false: here it is always true"),
     (["sampling.context=16"], "sampling.context=16 means nothing to parameterization=subs"),
-    (["data.segments=true"], "It is a key of data=gsm8k, gsm8k_plan"),
     (["training.masking=exact_count", "training.resample=true"], "training.resample=true limits"),
     (["algo=bd3lm", "block_size=4", "callbacks=[gradient_variance]", "callbacks.gradient_variance.every_n_steps=0"],
      "every_n_steps=0 must be at least 1"),

@@ -167,6 +167,7 @@ def test_an_objective_brings_what_it_needs_and_what_is_typed_wins():
     (["data=imbd"], "imdb"),
     (["sampling.predictor=magic"], "ddpm_cache"),
     (["trainer.max_stps=3"], "Did you mean trainer.max_steps"),
+    (["data.segments=true"], "It is a key of data=gsm8k, gsm8k_plan."),
 ])  # fmt: skip
 def test_unknown_keys_and_choices_list_what_exists(arguments, said):
     with pytest.raises(Exception) as caught:  # noqa: B017, PT011 - Hydra raises several kinds
