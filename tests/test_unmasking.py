@@ -7,8 +7,11 @@ from functools import partial
 
 import pytest
 import torch
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from benchmarks.decoders import decoders
+from benchmarks.kneser_ney import KneserNey
 from command_line import compose_config
 from contradictions import check_numbers, refuse_contradictions
 from noise_schedule import LogLinear
@@ -277,3 +280,26 @@ def test_configurations_that_contradict_themselves_are_refused():
     ]:
         with pytest.raises(ValueError, match=said):
             refuse_contradictions(compose_config(arguments))
+
+
+def test_the_table_of_decoders_has_one_that_every_model_can_run():
+    """Every decoder of benchmarks/decoders.py is a configuration that is accepted."""
+    for overrides in (["sampling.predictor=unmask"], ["sampling.predictor=block_unmask", "algo=bd3lm", "block_size=8"]):
+        chosen = compose_config(overrides)
+        for how in decoders(len(overrides) > 1, [4]).values():
+            cfg = chosen.copy()
+            for key, value in (setting.split("=") for setting in how if "predictor" not in setting):
+                OmegaConf.update(cfg, key, OmegaConf.create(f"value: {value}").value, force_add=False)
+            check_numbers(cfg), refuse_contradictions(cfg), instantiate(cfg.sampler)
+
+
+def test_the_scorer_of_the_table_is_a_distribution():
+    class Letters:
+        def __call__(self, texts, **kwargs):
+            return {"input_ids": [[ord(letter) - 97 for letter in text] for text in texts]}
+
+    scorer = KneserNey(Letters(), ["abcab", "abd", "aab"], vocab_size=6)
+    for before in itertools.product(range(-1, 6), repeat=2):
+        assert sum(scorer.probability(token, before) for token in range(6)) == pytest.approx(1)
+    assert scorer.probability(2, (0, 1)) > scorer.probability(4, (0, 1)) > 0
+    assert scorer.perplexity(["abc"]).nats_per_token.value < scorer.perplexity(["fed"]).nats_per_token.value
