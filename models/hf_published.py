@@ -59,7 +59,7 @@ def build(kind: Kind, config: PretrainedConfig, attn_backend: str) -> PreTrained
         return kind.model_class.from_config(
             config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
         )
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, AssertionError, TypeError, RuntimeError) as error:
         raise ValueError(
             f"backbone={kind.backbone} can not build a {config.model_type} ({first_line(error)})"
         ) from error
