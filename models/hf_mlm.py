@@ -93,6 +93,11 @@ class HFMaskedLM(nn.Module):
         return self.head.out_features
 
     @property
+    def knows_its_mask(self) -> bool:
+        """Whether its weights have seen a mask already, so that the data's must be that one."""
+        return self.name is not None
+
+    @property
     def longest(self) -> int | None:
         """Tokens of a row, at most; None where the architecture sets no limit."""
         table = getattr(self.model.config, "max_position_embeddings", None)
