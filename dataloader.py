@@ -119,23 +119,21 @@ class TextData(LightningDataModule):
         super().__init__()
         self.name, self.fill, self.segments, self.prefix_length = name or "text", fill, segments, prefix_length
         self.score_special = wrap if score_special is None else score_special
-        self.source, self.length, self.label, self.wrap = source, length, label, wrap
-        self.streaming, self.random_crop, self.train_splits = streaming, random_crop, train_splits
+        self.source, self.length, self.label, self.wrap, self.streaming = source, length, label, wrap, streaming
+        self.random_crop, self.train_splits = random_crop, train_splits
         self.tokenizer_settings = {"name_or_path": tokenizer_name_or_path, "folder": tokenizer_folder,
                                    "vocab_size": vocab_size, "cache_dir": cache_dir}  # fmt: skip
         room = segment_room if segments else None
         plain = Packing(length, wrap, long_texts=long_texts, drop_empty=drop_empty, room=room)
-        held_out = framed(plain, insert_valid_special, insert_valid_eos)
-        self.packings = {"train": framed(plain, insert_train_special, insert_train_eos),
-                         "validation": held_out, "test": held_out}  # fmt: skip
+        self.packings = dict.fromkeys(("validation", "test"), framed(plain, insert_valid_special, insert_valid_eos))
+        self.packings["train"] = framed(plain, insert_train_special, insert_train_eos)
         self.limits = {"train": max_train_texts, "validation": max_valid_texts, "test": max_test_texts}
         self.cache_dir, self.seed, self.stream, self.loading = cache_dir, seed, stream or Order(), loading or Loading()
         self.batch_size, self.eval_batch_size, self.max_steps = batch_size, eval_batch_size, max_steps
-        self.global_batch_size, self.plan = global_batch_size, BatchPlan.of(global_batch_size, batch_ramp)
+        self.plan, self.global_batch_size = BatchPlan.of(global_batch_size, batch_ramp), global_batch_size
         self._texts = SplitTexts(source, self.limits, streaming, self.stream.sample_texts, label, train_splits)
         self.figures, self._splits = dict[str, dict[str, int]](), dict[str, datasets.Dataset]()
-        self._resumed: dict[str, Any] = {}
-        self._streamed: StreamLoader | None = None
+        self._resumed, self._streamed = dict[str, Any](), None
         _check_names({name, *getattr(source, "sources", ())}, train, valid)
         _check(self)
 
