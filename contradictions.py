@@ -14,9 +14,14 @@ log = logging.getLogger(__name__)
 
 
 def law(cfg: DictConfig) -> str:
-    """The objective's name as typed: subs, d3pm, sedd, ar, bd3lm."""
+    """The objective's name as typed: subs, d3pm, sedd, ar, bd3lm; algo=mlm trains that of subs."""
     name = cfg.parameterization._target_.rpartition(".")[2].lower()
-    return "bd3lm" if name == "blockdiffusion" else name
+    return {"blockdiffusion": "bd3lm", "masked_lm": "subs"}.get(name, name)
+
+
+def is_mlm(cfg: DictConfig) -> bool:
+    """Whether it is algo=mlm."""
+    return cfg.parameterization._target_.endswith(".masked_lm")
 
 
 def trains(cfg: DictConfig) -> bool:
@@ -33,7 +38,7 @@ WHOLE = ("seed", "T", "sampling.steps", "sampling.stride_length", "sampling.num_
          "block_size", "data.segment_room", "loader.batch_size", "loader.global_batch_size", "trainer.num_nodes",
          "trainer.accumulate_grad_batches", "lr_scheduler.num_warmup_steps", "lr_scheduler.num_rewarmup_steps",
          "plateau.patience", "plateau.cooldown", "training.max_skipped_steps", "loader.num_workers",
-         "loader.prefetch_factor")  # fmt: skip
+         "loader.prefetch_factor", "training.prefix_length")  # fmt: skip
 REAL = ("sampling.temperature", "sampling.nucleus_p", "sampling.threshold", "sampling.remask_eta",
         "sampling.min_entropy", "eval.target_se", "training.ema",
         "training.sampling_eps", "training.sampling_eps_min", "training.sampling_eps_max", "training.clip_search_delta",
@@ -45,7 +50,10 @@ FLAGS = ("classify.calibrate", "classify.baselines", "training.start_from_counts
 
 
 NEVER_NULL = ("block_size", "lr_scheduler.", "plateau.", "loader.global_batch_size", "trainer.max_steps",
-              "sampling.steps", "sampling.remask_eta")  # fmt: skip
+              "sampling.steps", "sampling.remask_eta", "training.prefix_length")  # fmt: skip
+# Of masking=rates, with the values under which they say nothing.
+_RATES = {"masking_rates": [round(1 - k / 10, 1) for k in range(10)], "masking_rate_min": 0.1, "masking_rate_max": 1.0,
+          "masking_rate_per": "sample"}  # fmt: skip
 
 
 def check_numbers(cfg: DictConfig) -> None:
@@ -100,6 +108,8 @@ def refuse_contradictions(cfg: DictConfig) -> None:
     _check_start(cfg)
     _check_sampling(cfg, name)
     _check_blocks(cfg, name)
+    _check_rates(cfg)
+    _check_masked_lm(cfg)
     if cfg.data.get("fill") and cfg.mode._target_ == "tasks.classify.classify":
         raise ValueError(
             f"data.fill={cfg.data.fill}: mode=classify compares texts whose length is shown; leave it null"
@@ -211,6 +221,50 @@ def _check_conditional(cfg: DictConfig) -> None:
             "classify.sharing=conditional with data.wrap=true: a chunk of several texts has no class to be told; set "
             "data.wrap=false"
         )
+
+
+def _check_rates(cfg: DictConfig) -> None:
+    """Keys of masking=rates that nobody would read."""
+    rates = cfg.masking._target_.endswith(".Rates")
+    continuous = cfg.training.masking_rates == "continuous"
+    typed = {f"training.{key}": cfg.training[key] for key, unset in _RATES.items() if cfg.training[key] != unset}
+    if typed and not rates:
+        listing = " ".join(f"{key}={value}" for key, value in typed.items())
+        raise ValueError(f"{listing}: training.masking=rates draws from them, and {cfg.masking._target_} does not; "
+                         "add training.masking=rates (algo=mlm brings it), or leave them out")  # fmt: skip
+    limits = [key for key in typed if key.endswith(("_min", "_max"))]
+    if limits and not continuous:
+        raise ValueError(
+            f"{limits[0]}={typed[limits[0]]} limits training.masking_rates=continuous, and they are a list; leave one "
+            "of them out"
+        )
+
+
+def _check_masked_lm(cfg: DictConfig) -> None:
+    """What algo=mlm, backbone=hf_mlm and a given prefix can not go with."""
+    published, prefix = cfg.backbone._target_.endswith(".hf_mlm"), cfg.training.prefix_length
+    if is_mlm(cfg) and cfg.data.get("score_special"):
+        raise ValueError(
+            "data.score_special=true contradicts algo=mlm, which never masks special tokens; leave it out, or use "
+            f"algo=mdlm training.masking=rates training.loss_weight=uniform training.prefix_length={prefix}"
+        )
+    if is_mlm(cfg) and cfg.data.get("fill"):
+        raise ValueError(
+            f"data.fill={cfg.data.fill} lets a model write where a text ends, and algo=mlm never masks special tokens; "
+            "set data.fill=null, or use algo=mdlm"
+        )
+    if published and cfg.time_conditioning:
+        raise ValueError(
+            f"time_conditioning=true means nothing to backbone=hf_mlm, which has no place for it (parameterization="
+            f"{law(cfg)}); leave it out, or use backbone=dit"
+        )
+    if published and cfg.model.get("mask_padding") is False:
+        raise ValueError("model.mask_padding=false: backbone=hf_mlm always hides padding; leave it out")
+    if prefix and cfg.mode._target_ == "tasks.classify.classify":
+        log.warning(
+            "training.prefix_length=%d: classes are compared by what follows the first %d tokens of each row, and what "
+            "these say of the class is left out; training.prefix_length=0 reads whole texts", prefix, prefix,
+        )  # fmt: skip
 
 
 # What draws noise in a block, and means nothing where blocks have one token, which is always masked.

@@ -3,8 +3,8 @@
 The batch contract. Every batch is a dict of CPU tensors (B rows, L tokens):
   input_ids       int64 (B, L)
   attention_mask  bool  (B, L)  False on padding; absent when nothing is padded (wrapped data)
-  given           bool  (B, L)  True on context (prompts, BOS, EOS): seen, never masked, not scored; absent when there
-                                is none
+  given           bool  (B, L)  True on context (prompts, prefixes, BOS, EOS): seen, never masked, not scored; absent
+                                when there is none
   fill            bool  (B, L)  True behind a text's own EOS where EOS fills its row (data.fill=eos): masked and scored
                                 where a model finds the length by it, never counted as tokens
   segment_ends    int64 (B, S - 1)  with data.segments=true only, where texts have S segments: the tokens before which
@@ -62,7 +62,8 @@ class TextData(LightningDataModule):
     and BOS before padded texts; `insert_*_eos` ends each text with EOS; `label` keeps one class;
     `max_*_texts` limits a split for quick runs (a fixed random choice where there are labels, else the first
     ones). Tokenizers are trained on the whole train split, whatever `label` and the limits are, so that the
-    models of all classes share one vocabulary; `score_special` false makes BOS and EOS of padded rows given. `fill`
+    models of all classes share one vocabulary; `score_special` false makes special tokens given (None: BOS and EOS of
+    padded rows, nothing of wrapped ones); `prefix_length` (key of `training`) tokens of each row are given too. `fill`
     "eos" fills padded rows up to `length` with EOS, so that their length is not shown: the law of a row then is
     p(text, EOS, the fill | prompt), and a model decides where a text ends. `segments`: batches say where the parts of
     each text end; those between the first and the last end with EOS and are filled up to `segment_room` tokens.
@@ -93,7 +94,8 @@ class TextData(LightningDataModule):
         insert_valid_special: bool = True,
         insert_train_eos: bool = True,
         insert_valid_eos: bool = True,
-        score_special: bool = False,
+        score_special: bool | None = None,
+        prefix_length: int = 0,
         fill: str | None = None,
         segments: bool = False,
         segment_room: int | None = None,
@@ -115,24 +117,23 @@ class TextData(LightningDataModule):
         stream: Order | None = None,
     ) -> None:
         super().__init__()
-        self.name, self.score_special, self.fill, self.segments = name or "text", score_special, fill, segments
-        self.source, self.length, self.label, self.wrap = source, length, label, wrap
-        self.streaming, self.random_crop, self.train_splits = streaming, random_crop, train_splits
+        self.name, self.fill, self.segments, self.prefix_length = name or "text", fill, segments, prefix_length
+        self.score_special = wrap if score_special is None else score_special
+        self.source, self.length, self.label, self.wrap, self.streaming = source, length, label, wrap, streaming
+        self.random_crop, self.train_splits = random_crop, train_splits
         self.tokenizer_settings = {"name_or_path": tokenizer_name_or_path, "folder": tokenizer_folder,
                                    "vocab_size": vocab_size, "cache_dir": cache_dir}  # fmt: skip
         room = segment_room if segments else None
         plain = Packing(length, wrap, long_texts=long_texts, drop_empty=drop_empty, room=room)
-        held_out = framed(plain, insert_valid_special, insert_valid_eos)
-        self.packings = {"train": framed(plain, insert_train_special, insert_train_eos),
-                         "validation": held_out, "test": held_out}  # fmt: skip
+        self.packings = dict.fromkeys(("validation", "test"), framed(plain, insert_valid_special, insert_valid_eos))
+        self.packings["train"] = framed(plain, insert_train_special, insert_train_eos)
         self.limits = {"train": max_train_texts, "validation": max_valid_texts, "test": max_test_texts}
         self.cache_dir, self.seed, self.stream, self.loading = cache_dir, seed, stream or Order(), loading or Loading()
         self.batch_size, self.eval_batch_size, self.max_steps = batch_size, eval_batch_size, max_steps
-        self.global_batch_size, self.plan = global_batch_size, BatchPlan.of(global_batch_size, batch_ramp)
+        self.plan, self.global_batch_size = BatchPlan.of(global_batch_size, batch_ramp), global_batch_size
         self._texts = SplitTexts(source, self.limits, streaming, self.stream.sample_texts, label, train_splits)
         self.figures, self._splits = dict[str, dict[str, int]](), dict[str, datasets.Dataset]()
-        self._resumed: dict[str, Any] = {}
-        self._streamed: StreamLoader | None = None
+        self._resumed, self._streamed = dict[str, Any](), None
         _check_names({name, *getattr(source, "sources", ())}, train, valid)
         _check(self)
 
@@ -242,13 +243,15 @@ class TextData(LightningDataModule):
     @property
     def collate(self) -> Collate:
         """Columns of rows of a split -> a batch."""
+        vocabulary, prefix = self.vocabulary, self.prefix_length
         if self.wrap:
-            return Collate(self.length, None)
-        vocabulary = self.vocabulary
+            special = () if self.score_special else vocabulary.special_ids
+            return Collate(self.length, None, special, prefix=prefix, bos_id=vocabulary.bos_id)
         frame = {vocabulary.bos_id} if self.fill else {vocabulary.bos_id, vocabulary.eos_id}
         frame = () if self.score_special else frame - {None}
         pad_id = vocabulary.eos_id if self.fill else vocabulary.pad_id
-        return Collate(self.length, pad_id, frame, bool(self.fill), self.segments, self.packings["train"].room)
+        room = self.packings["train"].room
+        return Collate(self.length, pad_id, frame, bool(self.fill), self.segments, room, prefix, vocabulary.bos_id)
 
     def segment_ends(self, prompt_tokens_B: np.ndarray) -> np.ndarray | None:
         """`segment_ends` of rows with prompts of so many tokens, as batches say them; None without segments."""
@@ -336,6 +339,11 @@ def _check(data: TextData) -> None:
         raise ValueError("data.random_crop=true cuts stretches out of wrapped text, without a begin or an end; "
                          "set data.wrap=true and data.insert_train_special=false")  # fmt: skip
     _check_parts(data)
+    if data.score_special not in (True, False):
+        raise ValueError(f"data.score_special={data.score_special} must be true, false or null")
+    if not 0 <= data.prefix_length < data.length:
+        raise ValueError(f"training.prefix_length={data.prefix_length} must be 0 or more, and leave something of "
+                         f"model.length={data.length} to learn")  # fmt: skip
     least = {
         "loader.eval_batch_size": (data.eval_batch_size, 1),
         "trainer.max_steps": (data.max_steps, 1),

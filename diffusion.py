@@ -23,11 +23,13 @@ from models.class_conditioning import UNTOLD, start_from_counts
 from models.ema import EMA
 from models.sharding import share_out
 from objectives.base import Batch, Model, Objective, TokenLoss, scored_mask
+from objectives.mlm import cross_entropy_at
 from objectives.reduction import StepLoss, scale_gradients
 from randomness import KeyedNoise, evaluation_noise, hash_seed, seed_generator_of, training_noise
 
 log = logging.getLogger(__name__)
 MASK_RATES = ("sampling_eps_min", "sampling_eps_max")
+ENTRANCES = ("training_step", "validation_step", "cross_entropy_at")  # methods that need whole weights
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,12 @@ class Diffusion(lightning.LightningModule):
                 *self.objective.block_losses(self.backbone, self.told(batch), noise)
             )
 
+    def cross_entropy_at(self, batch: Batch, rate: float) -> tuple[Tensor, Tensor]:
+        """Of an evaluation batch with each token masked with chance `rate`, always the same ones: the summed
+        cross-entropy of the masked tokens [nats], and their number (callbacks/masking_rates.py)."""
+        noise = KeyedNoise(self.seed, batch["sample_id"], draw=-8)
+        return cross_entropy_at(self.model.objective, self.backbone, self.told(batch), rate, noise)
+
     def told(self, batch: Batch, dropped_B: Tensor | None = None) -> Batch:
         """`batch` with the class of each text, where the backbone takes it and the texts have one."""
         if not self.backbone.num_classes or "label" not in batch:
@@ -236,7 +244,7 @@ class Diffusion(lightning.LightningModule):
         """Share the weights and their average out over devices, where the strategy says so (strategy=fsdp)."""
         if self.device_mesh is None:
             return
-        share_out(self, self.backbone.blocks, self.device_mesh["data_parallel"], ("training_step", "validation_step"))
+        share_out(self, self.backbone.blocks, self.device_mesh["data_parallel"], ENTRANCES)
         if self.ema:
             self.ema.share_out(self.backbone.parameters())
 

@@ -14,12 +14,14 @@ NOT_IDENTITY = ("data.label", "data.cache_dir", "model.attn_backend", "backbone.
                 "lr_scheduler.num_training_steps", "data.max_valid_texts", "data.max_test_texts",
                 "backbone.resumed", "training.max_skipped_steps", "training.gradient_checkpointing",
                 "training.sampling_eps_min", "training.sampling_eps_max", "training.clip_search_widths",
-                "training.clip_search_delta", "training.fix_clipping", "parameterization.block_size",
+                "training.clip_search_delta", "training.fix_clipping", "training.masking_rates",
+                "training.masking_rate_min", "training.masking_rate_max", "training.masking_rate_per",
+                "parameterization.block_size",
                 "data.judge._target_", "data.judge._partial_", "data.judge.kind")  # fmt: skip
-# Of the keys of training that NOT_IDENTITY has, parameterization=bd3lm has its own copy.
-IDENTITY_IF_SET = ("training.from_pretrained", "training.start_from_counts", "loader.batch_ramp", "training.resample",
-                   "masking.resample", "parameterization.noising.resample", "data.fill", "data.segments",
-                   "data.prompt_column", "data.source.prompt_column")  # fmt: skip
+# Of the keys of training that NOT_IDENTITY has, parameterization=bd3lm and masking=rates have their own copies.
+IDENTITY_IF_SET = ("training.from_pretrained", "training.prefix_length", "training.start_from_counts",
+                   "loader.batch_ramp", "training.resample", "masking.resample", "parameterization.noising.resample",
+                   "data.fill", "data.segments", "data.prompt_column", "data.source.prompt_column")  # fmt: skip
 # Of texts that only classify.pretrain reads.
 IDENTITY_IF_PRETRAINED = ("data.source.files.unsupervised", "data.source.hub_splits.unsupervised",
                           "data.source.unlabelled")  # fmt: skip
@@ -50,4 +52,7 @@ def identity(cfg: DictConfig) -> dict[str, object]:
         flat |= {f"classify.{key}": cfg.classify[key] for key in ("pretrain", "pretrain_steps")}
     objective = law(cfg)
     flat |= {"block_size": cfg.block_size} if objective == "bd3lm" else {}
+    if flat.get("data.score_special", ...) is None:  # what null means hangs on data.wrap
+        flat |= {} if cfg.data.wrap else {"data.score_special": False}
+        flat = {key: value for key, value in flat.items() if key != "data.score_special" or value is not None}
     return {**flat, "parameterization": objective}

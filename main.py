@@ -26,7 +26,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 import command_line
-from contradictions import check_numbers, check_schedule, law, refuse_contradictions, trains
+from contradictions import check_numbers, check_schedule, is_mlm, law, refuse_contradictions, trains
 from dataloader import BatchPlan, Loading, TextData
 from diffusion import Diffusion, Provenance
 from engine.logs import Heard
@@ -125,12 +125,13 @@ class Experiment:
 
     @property
     def facts(self) -> dict[str, object]:
-        data = self.data()
+        data, prefix = self.data(), self.cfg.training.prefix_length
         with torch.device("meta"):
             parameters = sum(p.numel() for p in self._backbone(data).parameters())
         return {"data": self.cfg.data.name, "tokenizer": f"{self.cfg.data.tokenizer_name_or_path}, "
                 f"{data.vocabulary.size} types", "network": f"{self.cfg.model.name}, {parameters:,} parameters",
-                "length": self.cfg.model.length, "seed": self.seed, "device": self.machine.name}  # fmt: skip
+                "length": self.cfg.model.length, "seed": self.seed, "device": self.machine.name,
+                **({"given": f"the first {prefix} tokens of each text"} if prefix else {})}  # fmt: skip
 
     @property
     def drawing(self) -> Drawing:
@@ -162,7 +163,8 @@ class Experiment:
     def truth(self) -> object | None:
         """The corpus's own law, if it has one and rows are its texts token by token, so that the two compare."""
         data = self.cfg.data
-        comparable = not data.wrap and not data.get("score_special") and data.tokenizer_name_or_path == "word"
+        whole = not data.wrap and not self.cfg.training.prefix_length
+        comparable = whole and not data.get("score_special") and data.tokenizer_name_or_path == "word"
         return instantiate(data.get("truth")) if comparable else None
 
     @property
@@ -174,11 +176,14 @@ class Experiment:
         label = self.cfg.data.label if label is None else label
         if label not in self._data:
             settings = {k: v for k, v in self.cfg.data.items() if k in _TEXT_DATA and k not in ("label", "source")}
+            if is_mlm(self.cfg) and settings.get("score_special") is None:
+                settings["score_special"] = False
             loader, machine = self.cfg.loader, self.machine
             self._data[label] = TextData(
                 instantiate(self.cfg.data.source), label=label, length=self.cfg.model.length, **settings,
                 batch_size=machine.micro_batch, eval_batch_size=machine.eval_batch, batch_ramp=machine.ramp,
                 global_batch_size=loader.global_batch_size, max_steps=self.cfg.trainer.max_steps, seed=self.seed,
+                prefix_length=self.cfg.training.prefix_length,
                 stream=instantiate(self.cfg.streaming), loading=Loading(**{key: loader[key] for key in _FETCHING}),
             )  # fmt: skip
         return self._data[label]
@@ -189,9 +194,10 @@ class Experiment:
         objective = instantiate(self.cfg.parameterization, mask_id=vocabulary.mask_id)
         _check_segments(data, objective)
         backbone = self._backbone(data)
+        _check_mask(data, backbone)
         if self.cfg.training.gradient_checkpointing:
             recompute_blocks(backbone)
-        # backbone=hf_dit and hf_causal leave sizes open in the configuration; what is saved says those they found.
+        # backbone=hf_* leaves sizes open in the configuration; what is saved says those that were found.
         settings = identity(self.cfg)
         settings |= {k: v for k, v in getattr(backbone, "settings", {}).items() if settings.get(k) is None}
         known = {"configuration": settings, "tokenizer": vocabulary.fingerprint, "label": data.label}
@@ -251,8 +257,8 @@ class Experiment:
 
     def start_from_pretrained(self, diffusion: Diffusion, data: TextData, shared: Place | None) -> Place | None:
         """Give a new training the averaged weights of `shared`, those of training.from_pretrained, of the file that
-        backbone=hf_dit was built from, or those that the backbone itself names (hf_causal); returns where they lie.
-        Refuses weights that belong to something else, before anything changes."""
+        backbone=hf_dit was built from, or those that the backbone itself names (hf_causal, hf_mlm); returns where
+        they lie. Refuses weights that belong to something else, before anything changes."""
         named = {"classify.pretrain": shared, "training.from_pretrained": self.cfg.training.from_pretrained,
                  "eval.checkpoint_path": _of_class(self.cfg.backbone.get("checkpoint_path"), data.label)}  # fmt: skip
         key = next((key for key, path in named.items() if path), None)
@@ -298,6 +304,15 @@ def _check_segments(data: TextData, objective: object) -> None:
         raise ValueError(
             "data.segments=true hands on where the parts of a text end, and "
             f"{type(objective).__name__} makes no use of it; set it to false, or add algo=bd3lm"
+        )
+
+
+def _check_mask(data: TextData, backbone: torch.nn.Module) -> None:
+    """A published masked language model knows one mask, that of its own tokenizer."""
+    if getattr(backbone, "knows_its_mask", False) and data.tokenizer.mask_token_id is None:
+        raise ValueError(
+            f"data.tokenizer_name_or_path={data.tokenizer_settings['name_or_path']} has no mask token, and "
+            f"{backbone.name} was trained with that of its own: name its tokenizer, or set backbone.from_scratch=true"
         )
 
 

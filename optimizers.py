@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Replicate
 
 # A weight matrix of one of a backbone's repeated blocks.
-_BLOCK_MATRIX = re.compile(r"(^|\.)(blocks|layers)\.\d+\..*\.weight$")
+_BLOCK_MATRIX = re.compile(r"(^|\.)(blocks|layers?)\.\d+\..*\.weight$")
 
 
 def adamw(

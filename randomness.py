@@ -68,12 +68,15 @@ class KeyedNoise:
         key_B: int64 (B,), what a row is: its sample id, or its position in the training stream.
         draw: which of several independent draws for the same rows.
         time_B: float64 (B,) in [0, 1), the numbers that `time` returns: a low-discrepancy set, where one is wanted.
+        shared_B: float64 (B,) in [0, 1), what `shared` returns: equal for rows that are drawn together.
     """
 
-    def __init__(self, seed: int, key_B: Tensor, draw: int = 0, time_B: Tensor | None = None) -> None:
+    def __init__(
+        self, seed: int, key_B: Tensor, draw: int = 0, time_B: Tensor | None = None, shared_B: Tensor | None = None
+    ) -> None:
         self._state_B = _mix(_mix(key_B ^ hash_seed(seed)) ^ hash_seed(draw))
         self._calls = 0
-        self._time_B = time_B
+        self._time_B, self._shared_B = time_B, shared_B
 
     def uniform(self, *shape: int) -> Tensor:
         """float64 (B, *shape) in [0, 1); a later call gives new numbers.
@@ -91,6 +94,11 @@ class KeyedNoise:
         """float64 (B,) in [0, 1): `time_B` if it was given, else plain uniform numbers."""
         return self.uniform() if self._time_B is None else self._time_B
 
+    def shared(self) -> Tensor:
+        """float64 (B,) in [0, 1): one number for all rows of an optimizer step, whichever device and micro-batch they
+        fall into; of a draw, where rows are measured. A row of which nothing is known has a number of its own."""
+        return self.uniform() if self._shared_B is None else self._shared_B
+
     def parts(self, number: int) -> KeyedNoise:
         """Noise for rows that fall into `number` parts, each part (in row-major order) a row of its own.
 
@@ -102,21 +110,24 @@ class KeyedNoise:
         address_b = torch.where(part_b > 0, _mix(part_b), 0)
         shift_b = part_b.double() * _GOLDEN_RATIO_CONJUGATE
         time = None if self._time_B is None else (self._time_B[:, None] + shift_b) % 1.0
-        return self._with((self._state_B[:, None] ^ address_b).flatten(), None if time is None else time.flatten())
+        shared_B = None if self._shared_B is None else self._shared_B.repeat_interleave(number)
+        state_b = (self._state_B[:, None] ^ address_b).flatten()
+        return self._with(state_b, None if time is None else time.flatten(), shared_B)
 
     def part(self, number: int) -> KeyedNoise:
         """Noise for one part of every row, as in `parts`."""
         address = _mix(torch.tensor(number, device=self._state_B.device)) if number else 0
         time_B = None if self._time_B is None else (self._time_B + number * _GOLDEN_RATIO_CONJUGATE) % 1.0
-        return self._with(self._state_B ^ address, time_B)
+        return self._with(self._state_B ^ address, time_B, self._shared_B)
 
     def rows(self, index_R: Tensor) -> KeyedNoise:
         """The noise of some rows."""
-        return self._with(self._state_B[index_R], None if self._time_B is None else self._time_B[index_R])
+        of_rows = (None if known_B is None else known_B[index_R] for known_B in (self._time_B, self._shared_B))
+        return self._with(self._state_B[index_R], *of_rows)
 
-    def _with(self, state_B: Tensor, time_B: Tensor | None) -> KeyedNoise:
+    def _with(self, state_B: Tensor, time_B: Tensor | None, shared_B: Tensor | None) -> KeyedNoise:
         other = copy.copy(self)
-        other._state_B, other._time_B = state_B, time_B
+        other._state_B, other._time_B, other._shared_B = state_B, time_B, shared_B
         return other
 
 
@@ -131,7 +142,8 @@ def training_noise(
     """
     place_B = position_B % global_batch_size if place_B is None else place_B
     jitter_B = KeyedNoise(seed, position_B, draw=-1).uniform()
-    return KeyedNoise(seed, position_B, time_B=(place_B + jitter_B) / global_batch_size)
+    shared_B = KeyedNoise(seed, position_B - place_B, draw=-6).uniform()  # a step is named by its first sample
+    return KeyedNoise(seed, position_B, time_B=(place_B + jitter_B) / global_batch_size, shared_B=shared_B)
 
 
 def evaluation_noise(

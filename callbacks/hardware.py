@@ -15,7 +15,7 @@ from torch import nn
 
 _GIB = 2**30
 # A weight of one of a backbone's repeated blocks (ours, and transformers' names).
-_OF_A_BLOCK = re.compile(r"(^|\.)(blocks|layers|h)\.(?P<block>\d+)\..*\.?weight$")
+_OF_A_BLOCK = re.compile(r"(^|\.)(blocks|layers?|h)\.(?P<block>\d+)\..*\.?weight$")
 _ATTENTION = re.compile(r"attn|attention")
 
 

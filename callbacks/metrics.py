@@ -5,7 +5,8 @@ ranks exchange their sums (one gather). Every number is of the whole run, over a
 
   train/nll              nats per token, sum over sum of the interval (train/cross_entropy where that is trained)
   train/nll_ema          its running mean over about `EMA_STEPS` steps
-  train/nll_masked_A-B   nats per masked token in texts of which a share from A to B is masked
+  train/nll_masked_A-B   nats per masked token in texts of which a share from A to B is masked (train/cross_entropy_...
+                         where that is trained)
   train/lr               learning rate of the newest step, of the first parameter group; where groups have different
                          ones, lr-<optimizer>/pg1, pg2, ... are those of all (GroupRates)
   train/grad_norm        norm of the gradient before clipping, mean of the interval; train/grad_norm_max: its largest
@@ -116,10 +117,10 @@ class _Totals:
     def loss(self) -> float:
         return self.sums["nll"] / self.sums["scored"] if self.sums["scored"] else math.nan
 
-    def values(self) -> dict[str, float]:
-        """By the name under which they are logged, where the sums say it all."""
+    def values(self, loss: str) -> dict[str, float]:
+        """By the name under which they are logged, where the sums say it all. `loss` is that of the loss."""
         sums, seen = self.sums, [k for k in range(BUCKETS) if self.sums[BUCKETS + k]]
-        by_rate = {f"train/nll_masked_{k / BUCKETS}-{(k + 1) / BUCKETS}": sums[k] / sums[BUCKETS + k] for k in seen}
+        by_rate = {f"{loss}_masked_{k / BUCKETS}-{(k + 1) / BUCKETS}": sums[k] / sums[BUCKETS + k] for k in seen}
         return {
             **by_rate,
             "train/grad_norm": sums["grad_norm"] / sums["updates"] if sums["updates"] else math.nan,
@@ -189,7 +190,7 @@ class TrainingMetrics(Callback):
         """Read the interval, log it, begin the next."""
         total = self._interval.over_ranks(pl_module.all_gather, memory(pl_module.device))
         name = f"train/{pl_module.objective.loss_name}"
-        values = {name: total.loss, f"{name}_ema": self._running_mean(total.loss, total.steps), **total.values(),
+        values = {name: total.loss, f"{name}_ema": self._running_mean(total.loss, total.steps), **total.values(name),
                   "train/lr": self._lr}  # fmt: skip
         for callback in trainer.callbacks:
             values |= callback.interval_metrics() if hasattr(callback, "interval_metrics") else {}

@@ -10,28 +10,18 @@ from __future__ import annotations
 
 import copy
 import inspect
-import json
-import os
-import re
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
 
-from models.attention import resolve_backend
-from models.checkpoints import Checkpoint, read_settings
+import models.hf_published as published
+from models.checkpoints import Checkpoint
+from models.hf_published import KEY
 from models.kv_cache import Room
 
-KEY = "backbone.name_or_path"
-CONFIG = "backbone.config"  # in what a checkpoint knows: the config.json it was built from, which outlives the folder
-_FILES = "config.json and model.safetensors"
-_MOST_ADDED = 64  # ids of the data beyond the network's: the mask and a few special tokens
-_MOST_UNUSED = 1024  # rows of the network beyond the data's ids: rounding up to a multiple stays far below
-_DROPOUT = re.compile(r"(dropout|pdrop)(_prob)?$")
-_NOT_OURS = re.compile(r"classifier|summary")  # rates of other heads
-# attn_backend -> the library's name; None: its own choice, sdpa where the model has it.
-_ATTENTION = {"sdpa": None, "flash_attn": "flash_attention_2"}
+_KIND = published.Kind("hf_causal", AutoModelForCausalLM, "causal language model", "backbone.config", added=64)
 
 
 class TrunkCache(Room):
@@ -75,16 +65,8 @@ class HFCausal(nn.Module):
         config = copy.deepcopy(config)
         config.get_text_config().vocab_size = vocab_size
         if dropout is not None:
-            _set_dropout(config, dropout)
-        attention = _ATTENTION[resolve_backend(attn_backend)]
-        try:
-            self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
-            )
-        except (ValueError, ImportError) as error:
-            raise ValueError(
-                f"backbone=hf_causal can not build a {config.model_type} ({_first_line(error)})"
-            ) from error
+            published.set_dropout(config, dropout)
+        self.model: PreTrainedModel = published.build(_KIND, config, attn_backend)
         self._forget_padding()
         self._check_waist()
 
@@ -111,22 +93,13 @@ class HFCausal(nn.Module):
         return [module for module in self.model.modules() if type(module).__name__ in names]
 
     def recompute_blocks(self) -> None:
-        """Gradient checkpointing (models/recompute.py), by the library's own switch.
-
-        Raises:
-            ValueError: the architecture has none.
-        """
-        if not self.model.supports_gradient_checkpointing:
-            raise ValueError(
-                f"training.gradient_checkpointing=true: a {self.model.config.model_type} model of transformers can not "
-                "compute its blocks again; leave it out"
-            )
-        self.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        """Gradient checkpointing. Raises ValueError where the architecture has none."""
+        published.recompute_blocks(self.model)
 
     @property
     def settings(self) -> dict[str, object]:
         """What the network was built with, keys as on the command line."""
-        return {**_sizes(self.model.config.get_text_config()), CONFIG: self._described}
+        return {**published.sizes(self.model.config.get_text_config()), _KIND.config_key: self._described}
 
     def pretrained(self) -> Checkpoint | None:
         """The weights that a new training starts from; None where it starts from random ones. Rows that the published
@@ -138,14 +111,15 @@ class HFCausal(nn.Module):
         """
         if self.name is None:
             return None
-        loaded = _load_weights(self.name)
-        rows = loaded.config.get_text_config().vocab_size
+        loaded = published.load_weights(_KIND, self.name)
+        published.refuse_missing(_KIND, self.name, loaded.missing)
+        rows = loaded.model.config.get_text_config().vocab_size
         ours = self.model.state_dict()
         state = {
-            f"model.{name}": _with_rows(tensor, self.vocab_size)
+            f"model.{name}": published.with_rows(tensor, self.vocab_size)
             if name in ours and tensor.shape != ours[name].shape and tensor.shape[:1] == (rows,)
             else tensor
-            for name, tensor in loaded.state_dict().items()
+            for name, tensor in loaded.model.state_dict().items()
         }
         return Checkpoint(Path(self.name), state)
 
@@ -208,12 +182,12 @@ class HFCausal(nn.Module):
         logits_BLV = self.model(input_ids=ids_BL, use_cache=False).logits
         hook.remove()
         self.train()
-        if not _close(hidden_BLD[0, 0], hidden_BLD[1, 0]):
+        if not published.close(hidden_BLD[0, 0], hidden_BLD[1, 0]):
             raise ValueError(
                 f"backbone=hf_causal: a {kind} model is no causal language model, what it computes for a token depends "
                 "on the tokens after it; choose one that reads from left to right, such as gpt2"
             )
-        if not (given and _close(given[0], hidden_BLD) and torch.equal(logits_BLV, answer_BLV)):
+        if not (given and published.close(given[0], hidden_BLD) and torch.equal(logits_BLV, answer_BLV)):
             raise ValueError(
                 f"backbone=hf_causal: the logits of a {kind} model are not its linear head's (they are scaled, capped "
                 "or transformed), which the losses here rely on; choose another, such as gpt2 or a llama"
@@ -245,143 +219,19 @@ def hf_causal(
         FileNotFoundError: a file or the model is not there.
         ValueError: no model is named, or it contradicts the data or what was typed.
     """
-    if name_or_path is not None and not (isinstance(name_or_path, str) and name_or_path):
-        raise ValueError(f"{KEY}={name_or_path!r}: give a folder or a name on the Hub, such as gpt2")
+    published.check_name(name_or_path, "gpt2")
     files = {"eval.checkpoint_path": checkpoint_path, "checkpointing.resume_ckpt_path": resumed,
              "training.from_pretrained": from_pretrained}  # fmt: skip
-    config, said_by = _kept_config(files, name_or_path) or (None, f"{KEY}={name_or_path}")
+    named = f"{KEY}={name_or_path}"
+    config, said_by = published.kept_config(_KIND, files, {KEY: name_or_path}) or (None, named)
     if config is None and name_or_path is None:
         raise ValueError(
             f"backbone=hf_causal is the network of a published model: name it with {KEY}= (a Hub id, a folder, or a "
-            f"folder below $DATA_DIR that holds {_FILES}), or name a checkpoint that was trained with it"
+            f"folder below $DATA_DIR that holds {published.FILES}), or name a checkpoint that was trained with it"
         )
-    config = config or _load_config(name_or_path)
+    config = config or published.load_config(_KIND, name_or_path)
     typed = {"model.hidden_size": hidden_size, "model.n_blocks": n_blocks, "model.n_heads": n_heads}
-    _refuse_contradictions(config.get_text_config(), typed, vocab_size, length, said_by)
-    return HFCausal(config, vocab_size, None if from_scratch else name_or_path, dropout, attn_backend)
-
-
-def _kept_config(files: dict[str, str | None], name: str | None) -> tuple[PretrainedConfig, str] | None:
-    """The config that the first of `files` with one was saved with, and what says so."""
-    for key, path in files.items():
-        known = read_settings(path, key).settings if path else {}
-        if CONFIG not in known:
-            continue
-        theirs = known.get(KEY)
-        if name not in (None, theirs):
-            raise ValueError(f"{KEY}={name} contradicts {key}={path}, which was trained from {theirs}; leave it out")
-        settings = json.loads(known[CONFIG])
-        return type(AutoConfig.for_model(settings["model_type"])).from_dict(settings), f"{key}={path}"
-    return None
-
-
-def _refuse_contradictions(
-    config: PretrainedConfig, typed: dict[str, int | None], vocab_size: int, length: int, said_by: str
-) -> None:
-    known = _sizes(config)
-    differing = [f"{key}={value}" for key, value in typed.items() if value not in (None, known[key])]
-    if differing:
-        says = " ".join(f"{key}={value}" for key, value in known.items())
-        raise ValueError(f"{' '.join(differing)} contradicts {said_by}, which has {says}; leave it out")
-    rows = config.vocab_size
-    if vocab_size > rows + _MOST_ADDED or vocab_size < rows - max(_MOST_UNUSED, rows // 20):
-        raise ValueError(
-            f"the data have {vocab_size} token ids (the mask included), but {said_by} has {rows}, so they do not "
-            "belong together: set data.tokenizer_name_or_path to the tokenizer of that model"
-        )
-    longest = getattr(config, "max_position_embeddings", None)
-    if longest and length > longest:
-        raise ValueError(
-            f"model.length={length} is longer than the {longest} positions of {said_by}; set model.length={longest} "
-            "or less"
-        )
-
-
-def _sizes(config: PretrainedConfig) -> dict[str, int | None]:
-    names = {"model.hidden_size": "hidden_size", "model.n_blocks": "num_hidden_layers",
-             "model.n_heads": "num_attention_heads"}  # fmt: skip
-    return {ours: getattr(config, theirs, None) for ours, theirs in names.items()}
-
-
-def _set_dropout(config: PretrainedConfig, rate: float) -> None:
-    """Put `rate` in place of every dropout rate of the config.
-
-    Raises:
-        ValueError: it is no rate, or the model has no dropout to set.
-    """
-    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < 1:
-        raise ValueError(f"model.dropout={rate} must lie in [0, 1)")
     inner = config.get_text_config()
-    names = [
-        name
-        for name, value in inner.to_dict().items()
-        if _DROPOUT.search(name) and not _NOT_OURS.search(name) and isinstance(value, int | float)
-    ]
-    if rate and not names:
-        raise ValueError(f"model.dropout={rate}: a {config.model_type} model has no dropout; leave it out")
-    for name in names:
-        setattr(inner, name, rate)
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-4)
-
-
-def _with_rows(tensor: Tensor, rows: int) -> Tensor:
-    """The first `rows` rows, with the mean of all of them where there are fewer."""
-    if rows <= len(tensor):
-        return tensor[:rows]
-    mean = tensor.mean(0, keepdim=True)
-    return torch.cat([tensor, mean.expand(rows - len(tensor), *mean.shape[1:])])
-
-
-def _load_config(name: str) -> PretrainedConfig:
-    source, local = _source(name)
-    try:
-        return AutoConfig.from_pretrained(source, local_files_only=local, trust_remote_code=False)
-    except Exception as error:  # transformers raises many types, none of them for users
-        raise _unusable(name, source, local, error) from error
-
-
-def _load_weights(name: str) -> PreTrainedModel:
-    source, local = _source(name)
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            source, local_files_only=local, trust_remote_code=False, use_safetensors=True, dtype=torch.float32,
-            output_loading_info=True,
-        )  # fmt: skip
-    except Exception as error:  # transformers raises many types, none of them for users
-        raise _unusable(name, source, local, error) from error
-    if info["missing_keys"]:
-        some = ", ".join(sorted(info["missing_keys"])[:3])
-        raise ValueError(
-            f"{KEY}={name}: its file of weights lacks {some} ({len(info['missing_keys'])} in all), which would be "
-            "random; give a complete causal language model, or set backbone.from_scratch=true"
-        )
-    return model
-
-
-def _source(name: str) -> tuple[str, bool]:
-    """What the library is to open, and whether that is a folder here."""
-    root = os.environ.get("DATA_DIR")
-    folders = ([Path(root) / name] if root else []) + [Path(name).expanduser()]
-    found = next((folder for folder in folders if folder.is_dir()), None)
-    if found is None and (name.startswith((".", "~", os.sep)) or name.count("/") > 1):
-        raise FileNotFoundError(f"{KEY}={name}: there is no such folder; correct the path")
-    return (name, False) if found is None else (str(found), True)
-
-
-def _unusable(name: str, source: str, local: bool, error: Exception) -> ValueError | FileNotFoundError:
-    if local:
-        return ValueError(
-            f"{KEY}={name}: the folder {source} holds no causal language model that can be read "
-            f"({_first_line(error)}); it needs {_FILES}"
-        )
-    return FileNotFoundError(
-        f"{KEY}={name} was not found: put {_FILES} into $DATA_DIR/{name} or another folder and name that, or make "
-        f"{name!r} reachable on the Hugging Face Hub ({_first_line(error)})"
-    )
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:200]
+    published.refuse_contradictions(_KIND, inner, typed, vocab_size, said_by)
+    published.refuse_length(length, getattr(inner, "max_position_embeddings", None), said_by)
+    return HFCausal(config, vocab_size, None if from_scratch else name_or_path, dropout, attn_backend)

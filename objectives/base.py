@@ -123,6 +123,14 @@ class MaskedDiffusion(ABC):
                 "(training.masking=bernoulli, eval.estimator=stratified or auto), T = 0 has none"
             )
 
+        if self.loss_weight == "elbo" and not self.noising.of_the_bound:
+            raise ValueError(
+                f"training.loss_weight=elbo with training.masking=rates ({self.noising.label}): the bound is an "
+                "integral over all mask rates, which these draws do not cover; set training.masking_rates=continuous "
+                "training.masking_rate_min=0 training.masking_rate_max=1, another training.masking, or "
+                "training.loss_weight=uniform"
+            )
+
     def _check_span(self) -> None:
         """A draw over t of a schedule measures the mask rates that it runs through, which must be all."""
         first, last = self.schedule(torch.tensor([0.0, 1.0], dtype=torch.float64)).alpha.tolist()
@@ -224,7 +232,8 @@ def fresh_noise(x_BL: Tensor) -> KeyedNoise:
     rows_B = torch.arange(len(x_BL), device=x_BL.device)
     seed = int(torch.randint(2**62, ()))
     jitter_B = KeyedNoise(seed, rows_B, draw=-1).uniform()
-    return KeyedNoise(seed, rows_B, time_B=(rows_B + jitter_B) / len(x_BL))
+    shared_B = KeyedNoise(seed, torch.zeros_like(rows_B), draw=-6).uniform()
+    return KeyedNoise(seed, rows_B, time_B=(rows_B + jitter_B) / len(x_BL), shared_B=shared_B)
 
 
 @dataclass(frozen=True)

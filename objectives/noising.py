@@ -34,6 +34,7 @@ class Noising(Protocol):
     passes: int
     discrete: bool  # gives times of the grid 1/T, ..., 1
     all_rates: bool  # covers every share of masks, whatever part of them the schedule runs through
+    of_the_bound: bool  # the mean of its draws is the bound; else it is for training by another weight only
 
     def __call__(
         self, schedule: NoiseSchedule, x0_BL: Tensor, scored_BL: Tensor, mask_id: int, noise: KeyedNoise
@@ -55,7 +56,7 @@ class Bernoulli:
             draws from is not quite the process that the bound is of.
     """
 
-    passes, all_rates = 1, False
+    passes, all_rates, of_the_bound = 1, False, True
 
     def __init__(
         self,
@@ -142,7 +143,8 @@ class ExactCount:
     it from its law given k: 1 - alpha is Beta(k, n - k + 1), which is that of the k-th of n sorted uniforms.
     """
 
-    passes, discrete, all_rates, label = 1, False, True, "exact mask counts"
+    passes, discrete, all_rates, of_the_bound = 1, False, True, True
+    label = "exact mask counts"
 
     def __call__(
         self, schedule: NoiseSchedule, x0_BL: Tensor, scored_BL: Tensor, mask_id: int, noise: KeyedNoise
@@ -160,7 +162,8 @@ class TiltedCount:
     keep uniform k, so that no draw weighs more than twice what it does there.
     """
 
-    passes, discrete, all_rates, label = 1, False, True, "exact mask counts, small ones more often"
+    passes, discrete, all_rates, of_the_bound = 1, False, True, True
+    label = "exact mask counts, small ones more often"
 
     def __call__(
         self, schedule: NoiseSchedule, x0_BL: Tensor, scored_BL: Tensor, mask_id: int, noise: KeyedNoise
@@ -187,7 +190,8 @@ class Complementary:
     full mask counts for both.
     """
 
-    passes, discrete, all_rates, label = 2, False, True, "exact mask counts in complementary pairs"
+    passes, discrete, all_rates, of_the_bound = 2, False, True, True
+    label = "exact mask counts in complementary pairs"
 
     def __call__(
         self, schedule: NoiseSchedule, x0_BL: Tensor, scored_BL: Tensor, mask_id: int, noise: KeyedNoise
@@ -200,7 +204,7 @@ class Complementary:
         for masked_BL, k_B in ((first_BL, few_B), (scored_BL & ~first_BL, n_B - few_B)):
             factor_B = torch.where(k_B > 0, n_B / k_B.clamp(min=1), 0.0) * torch.where(few_B > 0, 1.0, 2.0)
             xt_BL = torch.where(masked_BL, mask_id, x0_BL)
-            pair.append(_weighted(schedule, xt_BL, _order_statistic(u_BL, k_B), factor_B))
+            pair.append(weighted(schedule, xt_BL, _order_statistic(u_BL, k_B), factor_B))
         return pair
 
 
@@ -221,10 +225,10 @@ def _with_masks(
     """The k scored positions with the smallest numbers masked, each to weigh `factor_B`."""
     level_B = _order_statistic(u_BL, k_B)
     xt_BL = torch.where((u_BL <= level_B[:, None]) & scored_BL, mask_id, x0_BL)
-    return _weighted(schedule, xt_BL, level_B, factor_B)
+    return weighted(schedule, xt_BL, level_B, factor_B)
 
 
-def _weighted(schedule: NoiseSchedule, xt_BL: Tensor, move_chance_B: Tensor, factor_B: Tensor) -> Noised:
+def weighted(schedule: NoiseSchedule, xt_BL: Tensor, move_chance_B: Tensor, factor_B: Tensor) -> Noised:
     """A draw whose masked tokens weigh `factor_B`, whatever weight the integrand gives them at its t."""
     t_B = schedule.t_from_alpha(1 - move_chance_B).clamp(0.0, 1.0)
     # An integrand without a weight of its own (at t = 0 alpha' may be 0) can not be rescaled: stay off the end.

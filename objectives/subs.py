@@ -45,10 +45,10 @@ class Subs(MaskedDiffusion):
         loss_weight: str = "elbo",
         change_of_variables: bool = False,
     ) -> None:
-        super().__init__(schedule, mask_id, noising, T)
         if loss_weight not in ("elbo", "uniform"):
             raise ValueError(f"training.loss_weight={loss_weight} is unknown; choose elbo or uniform")
         self.loss_weight, self.change_of_variables = loss_weight, change_of_variables
+        super().__init__(schedule, mask_id, noising, T)
 
     def loss_at(self, backbone: Backbone, batch: Batch, xt_BL: Tensor, t_B: Tensor) -> TokenLoss:
         x0_BL, masked_BL = batch["input_ids"], masked_positions(batch, xt_BL, self.mask_id)

@@ -58,6 +58,28 @@ def nll_by_mask_rate_over_time(series: Sequence[tuple[str, ArrayLike]]) -> Figur
     return figure
 
 
+def cross_entropy_at_rates(series: Sequence[tuple[float, ArrayLike]]) -> Figure:
+    """Validation cross-entropy [nats per masked token] against the optimiser step, a line for each share of masks.
+
+    `series` are (share in per cent, points (N, 2)), the fewest masks first.
+    """
+    figure = new_figure(3.1)
+    axes = style_axes(figure.add_subplot(), "optimiser step", "cross-entropy (nats per masked token)")
+    labels, dropped = [], 0
+    for rank, (percent, points) in enumerate(series):
+        (steps, nats), lost = finite(*np.asarray(points, dtype=np.float64).reshape(-1, 2).T)
+        dropped += lost
+        if steps.size:
+            shade = 0.3 + 0.7 * (rank + 1) / len(series)
+            axes.plot(steps, nats, color=BLUE, alpha=shade, linewidth=1.4, marker="o", markersize=3.5)
+            labels.append((float(nats[-1]), f"{percent:g} % masked", BLUE))
+    _step_axis(axes, 6)
+    axes.margins(x=0.03, y=0.07)
+    end_labels(axes, labels)
+    note_dropped(axes, dropped)
+    return figure
+
+
 def vital_signs(
     rate: ArrayLike, norm: ArrayLike, largest_norm: ArrayLike, speed: ArrayLike, memory: ArrayLike, mfu: float | None
 ) -> Figure:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
 import lightning
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
@@ -157,24 +158,27 @@ def unigram_nll(data: object, split: str, causal: bool = False) -> np.ndarray:
 @dataclass(frozen=True)
 class _Context:
     """What of a row a model is given. ids: tokens that are given wherever they stand, BOS and EOS of padded rows.
-    first: whether the first token is; prompts are in any case."""
+    first: whether the first token is; prompts are in any case, and the prefix (its length by the first tokens)."""
 
     ids: np.ndarray
     first: bool
+    prefix: Callable[[np.ndarray], np.ndarray]
 
     @classmethod
     def of(cls, data: object, causal: bool) -> _Context:
         """Of a causal model, which has the first token, or of one that is shown what the batches say."""
-        ids = data.collate.frame_ids
+        collate = data.collate
         if causal or data.fill:  # an ending is scored; BOS may have the id of EOS, so that its place decides
-            return cls(np.zeros(0, dtype=np.int64), causal or len(ids) > 0)
-        return cls(ids, False)
+            return cls(np.zeros(0, dtype=np.int64), causal or len(collate.frame_ids) > 0, collate.leading)
+        return cls(collate.frame_ids, False, collate.leading)
 
     def leading(self, rows: object) -> np.ndarray:
         """Given tokens at the beginning of each row, (M,)."""
+        ids = rows.select_columns("input_ids").with_format("arrow")[:]["input_ids"]
+        prefix_M = np.maximum(self.prefix(pc.list_element(ids, 0).to_numpy()), self.first)
         if "part_ends" in rows.column_names:
-            return np.maximum(np.array([ends[0] for ends in rows["part_ends"][:]]), self.first)
-        return np.full(len(rows), int(self.first))
+            return np.maximum(np.array([ends[0] for ends in rows["part_ends"][:]]), prefix_M)
+        return prefix_M
 
 
 def token_counts(data: object, causal: bool = False, by_class: bool = False) -> np.ndarray:

@@ -124,7 +124,7 @@ def draw(
 
     A text gets the length of a training row picked at random, since a model of padded rows is a model of
     p(text | length); wrapped and filled rows all have the model's length, and causal models and models of filled rows
-    decide themselves where to end. Where texts have prompts, they are those of validation texts.
+    decide themselves where to end. Where texts have prompts, or a prefix of them is given, these are validation texts'.
     `class_id` is the class that a conditional network is told. `watch` sees the first batch being written.
     """
     rows = _rows(diffusion, data, drawing.given, num_samples, seed)
@@ -210,11 +210,11 @@ def _rows(diffusion: Diffusion, data: object, given: Template, num_samples: int,
         raise ValueError(f"data={data.name} gives each text a beginning of its own; leave sampling.{key} out")
     _warn_of_unknown(fixed, given, data.tokenizer)
     room = _Room(given.max_length or data.length, data, mask_id, given)
-    train = data.split("validation" if data.prompted else "train")
+    train = data.split("validation" if data.prompted or data.prefix_length else "train")
     u = KeyedNoise(seed, torch.arange(num_samples), draw=-3).uniform()
     rows = []
     for lender in (u * len(train)).long().tolist():
-        blank = room.cut(_blank(data, train[[lender]], mask_id, causal))
+        blank = room.cut(_blank(data, train[[lender]], mask_id, causal, lends=not fixed))
         if diffusion.objective.first_given:
             blank[0] = train[lender]["input_ids"][0]
         start = int(blank[0] != mask_id or (bool(fixed) and _begins_with_bos(data, train[lender])))
@@ -223,15 +223,23 @@ def _rows(diffusion: Diffusion, data: object, given: Template, num_samples: int,
     return rows
 
 
-def _blank(data: object, columns: Mapping[str, list], mask_id: int, causal: bool) -> np.ndarray:
-    """A training row with every token masked that a model would have to write."""
+def _blank(data: object, columns: Mapping[str, list], mask_id: int, causal: bool, lends: bool) -> np.ndarray:
+    """A training row with every token masked that a model would have to write; one that `lends` nothing but its length
+    keeps only the tokens that frame it."""
+    lent = columns["input_ids"][0]
     if causal:
         ids, given = np.full(data.length, mask_id), columns["part_ends"][0][0] if "part_ends" in columns else 1
-        ids[:given] = columns["input_ids"][0][:given]
+        given = max(given, int(data.collate.leading(lent[:1])[0])) if lends else given
+        ids[: min(given, len(lent))] = lent[:given]
         return ids
     batch = data.collate(columns)
     row = torch.where(scored_mask(batch), mask_id, batch["input_ids"])[0]
-    return row.numpy() if data.fill else row[: int(columns["length"][0])].numpy()
+    row = row.numpy() if data.fill else row[: int(columns["length"][0])].numpy()
+    if not lends:
+        place = np.arange(len(row))
+        ends = (place == 0) | (place == len(row) - 1)
+        row[~(ends & np.isin(row, data.collate.frame_ids))] = mask_id
+    return row
 
 
 def _begins_with_bos(data: object, row: Mapping[str, list]) -> bool:

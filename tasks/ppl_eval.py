@@ -18,8 +18,18 @@ def protocol(experiment: Experiment, data: object, split: str, scores: Scores) -
         "data": data.name, "split": split, "label": data.label, "tokenizer": data.vocabulary.fingerprint,
         "detokenizer": data.detokenizer(split), "length": data.length, "wrap": data.wrap,
         "packing": asdict(data.packing(split)), "prompted": data.prompted, "fill": data.fill, "estimator": scores.label,
+        "prefix_length": data.prefix_length, "score_special": data.score_special, "law": _law(data, scores.causal),
         "network_evaluations_per_text": float(scores.evaluations_M.mean()),
     }  # fmt: skip
+
+
+def _law(data: object, causal: bool) -> str:
+    """What a likelihood of these rows is of: what is scored, and what is given beside the beginning of a row."""
+    endings = not causal and not data.fill and not data.score_special
+    given = {"prompt": data.prompted, f"first {data.prefix_length} tokens": data.prefix_length,
+             "where its special tokens stand": endings}  # fmt: skip
+    said = ", ".join(name for name, is_so in given.items() if is_so)
+    return f"p({'rest' if data.prompted or data.prefix_length else 'text'}{' | ' if said else ''}{said})"
 
 
 def report_likelihood(report: Report, measured: Likelihood, split: str) -> None:

@@ -59,6 +59,16 @@ def add_course(report: Report, folder: Path) -> None:
             "What the network makes of texts with few and with many masks; running means.",
             "Loss per masked token against optimizer step, for five ranges of the share of masked tokens",
         )
+    at_rates = {
+        float(name.rpartition("_")[2]): points for name, points in logged.items() if "cross_entropy_at_" in name
+    }
+    if at_rates:
+        report.figure(
+            training_plots.cross_entropy_at_rates(sorted(at_rates.items())),
+            "Validation texts with the same masks every time, and the weights that validation uses. With everything "
+            "masked there is nothing to go by but what is given.",
+            "Cross-entropy of the masked tokens of the validation texts against optimizer step, by share of masks",
+        )
     if (figure := training_plots.signs_of(logged)) is not None:
         left_out = int(logged["train/skipped_steps"][-1, 1]) if "train/skipped_steps" in logged else 0
         report.figure(

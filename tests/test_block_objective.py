@@ -36,7 +36,7 @@ def block(size: int, schedule=None, noising=None, mask_id: int = MASK, ignore_bo
 class Fixed:
     """A noising whose draws are given."""
 
-    label, passes, discrete, all_rates = "fixed", 1, False, False
+    label, passes, discrete, all_rates, of_the_bound = "fixed", 1, False, False, True
 
     def __init__(self, xt_Rk, t_R):
         self.looks = [Noised(xt_Rk, t_R, torch.ones_like(t_R))]

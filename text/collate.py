@@ -26,16 +26,20 @@ class Rows(Dataset):
 
 class Collate:
     """Columns of some rows -> a batch (the contract of dataloader.py). pad_id None: the rows are of equal length.
-    `frame_ids`: tokens that are given where they begin or end a padded row. `fill`: rows are filled up to `length` with
-    the pad, which is EOS then, and only their beginning is given. `segments`: batches say where the parts of each text
-    end; those between the first and the last are filled up to `room` tokens."""
+    `frame_ids`: tokens that are given where they begin or end a padded row, and anywhere in a row of equal length.
+    `prefix`: so many tokens at the beginning of each row are given, behind a `bos_id` if it begins with that. `fill`:
+    rows are filled up to `length` with the pad, which is EOS then, and only their beginning is given. `segments`:
+    batches say where the parts of each text end; those between the first and the last are filled up to `room` tokens.
+    """
 
     def __init__(
         self, length: int, pad_id: int | None, frame_ids: Collection[int] = (), fill: bool = False,
-        segments: bool = False, room: int | None = None,
+        segments: bool = False, room: int | None = None, prefix: int = 0,
+        bos_id: int | None = None,
     ) -> None:  # fmt: skip
         self.length, self.pad_id, self.frame_ids = length, pad_id, np.array(sorted(frame_ids), dtype=np.int64)
         self.fill, self.segments, self.room = fill, segments, room
+        self.prefix, self.bos_id = prefix, bos_id
 
     def __call__(self, columns: dict[str, Any]) -> dict[str, torch.Tensor]:
         columns = dict(columns)
@@ -43,7 +47,7 @@ class Collate:
         part_ends = columns.pop("part_ends", None)
         batch = {name: torch.from_numpy(np.array(values, dtype=np.int64)) for name, values in columns.items()}
         if self.pad_id is None:
-            return {"input_ids": torch.from_numpy(np.stack(rows).astype(np.int64)), **batch}
+            return {**self._wrapped(np.stack(rows).astype(np.int64)), **batch}
         width = min(-(-int(lengths.max()) // PAD_MULTIPLE) * PAD_MULTIPLE, self.length)
         place = np.arange(self.length if self.fill else width)
         if part_ends is not None:
@@ -61,9 +65,24 @@ class Collate:
         given = ends & np.isin(ids, self.frame_ids)
         if part_ends is not None:
             given |= place < part_ends[:, :1]
-        if len(self.frame_ids) or part_ends is not None:
+        given |= self._in_prefix(ids) & mask
+        if len(self.frame_ids) or part_ends is not None or self.prefix:
             batch["given"] = torch.from_numpy(given)
         return batch
+
+    def _wrapped(self, ids: np.ndarray) -> dict[str, torch.Tensor]:
+        """Rows of equal length, each from somewhere in a text to somewhere in another."""
+        if not len(self.frame_ids) and not self.prefix:
+            return {"input_ids": torch.from_numpy(ids)}
+        given = np.isin(ids, self.frame_ids) | self._in_prefix(ids)
+        return {"input_ids": torch.from_numpy(ids), "given": torch.from_numpy(given)}
+
+    def _in_prefix(self, ids: np.ndarray) -> np.ndarray:
+        return np.arange(ids.shape[1]) < self.leading(ids[:, 0])[:, None]
+
+    def leading(self, first_ids: np.ndarray) -> np.ndarray:
+        """How many tokens the prefix gives of rows with these first tokens, BOS among them, (B,)."""
+        return (self.prefix + (first_ids == self.bos_id)) * (self.prefix > 0)
 
 
 def segment_ends(prompt_tokens_B: np.ndarray, number: int, room: int | None) -> np.ndarray:

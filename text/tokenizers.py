@@ -42,6 +42,7 @@ class Vocabulary:
 
     size: number of ids a network must score, the mask included; every id of the data is below it.
     mask_id, pad_id: always there, never equal. bos_id, eos_id: None where the tokenizer has no such token.
+    special_ids: what frames or fills texts (begin, end, classifier, separator, padding); an unknown token is text.
     fingerprint: hex SHA-256 of the whole serialised tokenizer; equal fingerprints give equal ids for every
     text.
     """
@@ -52,6 +53,7 @@ class Vocabulary:
     bos_id: int | None
     eos_id: int | None
     fingerprint: str
+    special_ids: frozenset[int] = frozenset()
 
 
 def vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
@@ -76,7 +78,9 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
             f"or begin token to pad with; set pad_token in its tokenizer_config.json, or choose another "
             f"tokenizer"
         )
-    return Vocabulary(size, mask_id, pad_id, bos_id, eos_id, _fingerprint(tokenizer))
+    framing = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id, pad_id)
+    special_ids = frozenset(framing) - {None, mask_id}
+    return Vocabulary(size, mask_id, pad_id, bos_id, eos_id, _fingerprint(tokenizer), special_ids)
 
 
 def _first_id(*ids: int | None, unlike: int) -> int | None:

@@ -1,0 +1,53 @@
+"""What the network makes of texts at fixed shares of masks, at every validation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import lightning
+import torch
+
+
+class MaskingRates(lightning.Callback):
+    """At every validation the mean cross-entropy [nats] of the masked tokens of the validation batches, each scored
+    token being masked with chance `rate`, for each of `rates`: logged as val/cross_entropy_at_100 for rate 1,
+    val/cross_entropy_at_50 for 0.5. Every text has the same masks at every validation, and the weights are those that
+    validation uses. A network pass per rate and batch.
+
+    Raises:
+        ValueError: something is no rate, or the objective does not fill masks anywhere in a text.
+    """
+
+    def __init__(self, rates: Sequence[float] = (1.0, 0.5, 0.1)) -> None:
+        wrong = [r for r in rates if isinstance(r, bool) or not isinstance(r, int | float) or not 0 < r <= 1]
+        if wrong or not rates or len(set(rates)) < len(rates):
+            raise ValueError(
+                f"callbacks.masking_rates.rates={list(rates)} must be shares of the tokens, above 0 and at most 1, "
+                "each once, such as [1.0,0.5,0.1]"
+            )
+        self.rates = tuple(rates)
+        self._sums_R2 = torch.zeros(0)
+
+    def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if not pl_module.objective.any_order or pl_module.objective.T:
+            raise ValueError(
+                "callbacks=masking_rates masks any tokens of a text in continuous time, and algo=ar, algo=bd3lm and T "
+                "above 0 do not; leave it out of callbacks="
+            )
+
+    def on_validation_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self._sums_R2 = torch.zeros(len(self.rates), 2, dtype=torch.float64, device=pl_module.device)
+
+    def on_validation_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: object, batch: dict,
+        batch_idx: int, dataloader_idx: int = 0,
+    ) -> None:  # fmt: skip
+        with trainer.precision_plugin.val_step_context():
+            found = [pl_module.cross_entropy_at(batch, rate) for rate in self.rates]
+        self._sums_R2 += torch.stack([torch.stack([nats, tokens.double()]) for nats, tokens in found])
+
+    def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        nats_R, tokens_R = trainer.strategy.reduce(self._sums_R2, reduce_op="sum").unbind(1)
+        values_R = nats_R / tokens_R
+        names = (f"val/cross_entropy_at_{100 * rate:g}" for rate in self.rates)
+        pl_module.log_dict(dict(zip(names, values_R, strict=True)))

@@ -1,0 +1,142 @@
+"""algo=mlm: a masked language model trained over all mask rates, which makes it one that writes text.
+
+BERT is trained with one rate. With rates up to 1 the same cross-entropy is the objective of masked diffusion but for
+its weights (Mask-Predict, Ghazvininejad et al., arXiv 1904.09324; MDLM, Sahoo et al., arXiv 2406.07524,
+eq. 11). So the law is SUBS, and what is measured is always its bound.
+
+Shape suffixes: B batch, L length.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from noise_schedule import NoiseSchedule
+from objectives.base import Backbone, Batch, MaskedDiffusion, scored_mask
+from objectives.noising import Noised, Noising, weighted
+from objectives.subs import Subs
+from randomness import KeyedNoise
+
+CONTINUOUS = "continuous"
+
+
+def masked_lm(
+    schedule: NoiseSchedule,
+    mask_id: int,
+    noising: Noising | None = None,
+    T: int = 0,  # noqa: N803 - the key as users type it
+    loss_weight: str = "uniform",
+    change_of_variables: bool = False,
+) -> Subs:
+    """SUBS as algo=mlm trains it: the plain cross-entropy of the masked tokens, under rates of one's choice. These
+    weights are measured and sampled as any of parameterization=subs, and those as these."""
+    return Subs(schedule, mask_id, noising, T, loss_weight, change_of_variables)
+
+
+class Rates:
+    """A mask rate first, then each scored token masked with that chance; at least one, where a row has any.
+
+    Args:
+        rates: to choose from, each as likely as the others; or "continuous" for all between `rate_min` and `rate_max`.
+        rate_min, rate_max: limits of the continuous rates; of a list they say nothing.
+        per: "sample", a rate of its own for each row; "batch", one for all rows of an optimizer step.
+        antithetic_sampling: the rows of an optimizer step take rates spread evenly, else independent ones.
+
+    Only continuous rates from 0 to 1 draw from the whole integral of the bound, so only they can train by its weights.
+
+    Raises:
+        ValueError: what is no rate, or no such choice.
+    """
+
+    passes, discrete, all_rates = 1, False, True
+
+    def __init__(
+        self,
+        rates: Sequence[float] | str = CONTINUOUS,
+        rate_min: float = 0.1,
+        rate_max: float = 1.0,
+        per: str = "sample",
+        antithetic_sampling: bool = True,
+    ) -> None:
+        if per not in ("sample", "batch"):
+            raise ValueError(f"training.masking_rate_per={per} is unknown; choose sample or batch")
+        self.per, self.antithetic_sampling, self.rates = per, antithetic_sampling, None
+        self.low, self.high = rate_min, rate_max
+        if isinstance(rates, str):
+            self._check_limits(rates)
+        else:
+            self.rates = torch.tensor(_checked(rates), dtype=torch.float64)
+
+    def _check_limits(self, rates: str) -> None:
+        if rates != CONTINUOUS:
+            raise ValueError(f"training.masking_rates={rates} must be a list such as [1.0,0.5,0.1], or {CONTINUOUS}")
+        if not (_is_number(self.low) and _is_number(self.high) and 0 <= self.low < self.high <= 1):
+            raise ValueError(
+                f"training.masking_rate_min={self.low} training.masking_rate_max={self.high} must satisfy "
+                "0 <= min < max <= 1"
+            )
+
+    @property
+    def label(self) -> str:
+        """For messages."""
+        if self.rates is None:
+            return f"mask rates from {self.low:g} to {self.high:g}"
+        return f"{len(self.rates)} mask rates"
+
+    @property
+    def of_the_bound(self) -> bool:
+        """Whether the mean of the draws is the bound."""
+        return self.rates is None and (self.low, self.high) == (0, 1)
+
+    def __call__(
+        self, schedule: NoiseSchedule, x0_BL: Tensor, scored_BL: Tensor, mask_id: int, noise: KeyedNoise
+    ) -> list[Noised]:
+        spread = noise.time if self.antithetic_sampling else noise.uniform
+        u_B = noise.shared() if self.per == "batch" else spread()
+        rate_B, u_BL = self._rate(u_B), noise.uniform(x0_BL.shape[1]).masked_fill(~scored_BL, torch.inf)
+        least_B1 = u_BL.min(-1, keepdim=True).values
+        masked_BL = ((u_BL < rate_B[:, None]) | (u_BL == least_B1)) & scored_BL
+        xt_BL = torch.where(masked_BL, mask_id, x0_BL)
+        if not self.of_the_bound:
+            return [weighted(schedule, xt_BL, rate_B, 1 / rate_B)]
+        # 1 / rate has no finite variance: in its place the mean over the rates that give this mask, k of n tokens, and
+        # as the time their law given k (as in ExactCount). A token masked only lest there be none has no part in it.
+        n_B, k_B = scored_BL.sum(-1), masked_BL.sum(-1).clamp(min=1)
+        highest_B = u_BL.masked_fill(~masked_BL, -torch.inf).max(-1).values
+        factor_B = torch.where(least_B1.squeeze(1) < rate_B, (n_B + 1) / k_B, 0.0)
+        return [weighted(schedule, xt_BL, torch.where(highest_B.isfinite(), highest_B, 0.5), factor_B)]
+
+    def _rate(self, u_B: Tensor) -> Tensor:
+        """Rates from uniform numbers: above `low`, up to `high`, float64 (B,)."""
+        if self.rates is None:
+            return self.high - u_B * (self.high - self.low)
+        rates_R = self.rates.to(u_B.device)
+        return rates_R[(u_B * len(rates_R)).long().clamp(max=len(rates_R) - 1)]
+
+
+def cross_entropy_at(
+    objective: MaskedDiffusion, backbone: Backbone, batch: Batch, rate: float, noise: KeyedNoise
+) -> tuple[Tensor, Tensor]:
+    """Of a batch with each scored token masked with chance `rate`: the summed cross-entropy of the masked ones [nats],
+    float64, and their number."""
+    (look,) = Rates([rate])(objective.schedule, batch["input_ids"], scored_mask(batch), objective.mask_id, noise)
+    logs = objective.loss_at(backbone, batch, look.xt_BL, look.t_B).logs
+    return logs["cross_entropy"].double().sum(), logs["num_masked"].sum()
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _checked(rates: Sequence[float]) -> list[float]:
+    rates = list(rates)
+    wrong = [rate for rate in rates if not _is_number(rate) or not 0 < rate <= 1]
+    if wrong or not rates:
+        raise ValueError(
+            f"training.masking_rates={rates} must be shares of the tokens, above 0 and at most 1, such as [1.0,0.5,0.1]"
+        )
+    return [float(rate) for rate in rates]
