@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from randomness import KeyedNoise
-from samplers.base import Generation, Model, TokenChoice, row_chunks, rows_of, time_grid
+from samplers.base import Generation, Model, TokenChoice, Watcher, row_chunks, rows_of, time_grid
+from samplers.page import Page
 
 
 @torch.no_grad()
@@ -24,6 +25,7 @@ def sample(
     choice: TokenChoice = TokenChoice(),  # noqa: B008 - frozen
     noise_removal: bool = True,
     eps: float = 1e-5,
+    watch: Watcher | None = None,
     **cond: Tensor,
 ) -> Generation:
     """Fill the masked positions of `x_BL`; its other tokens are given and never change.
@@ -31,23 +33,23 @@ def sample(
     Every masked position is projected at every step, since the network decides whether it goes; rows without masks
     rest. noise_removal: after the last step draw a token wherever a mask is left, as SEDD's denoiser does.
     """
-    grid = time_grid(steps, eps, x_BL.device)
-    x_BL, step_BL = x_BL.clone(), torch.zeros_like(x_BL)
-    evaluations_B = torch.zeros(len(x_BL), dtype=torch.long, device=x_BL.device)
+    grid, page = time_grid(steps, eps, x_BL.device), Page(x_BL, model.mask_id, watch)
     for step in range(steps + 1 if noise_removal else steps):
         goes_BL, u_BL = generator.uniform(x_BL.shape[1]), generator.uniform(x_BL.shape[1])
-        masked_BL = x_BL == model.mask_id
+        masked_BL = page.masked_BL
         busy_R = masked_BL.any(-1).nonzero().squeeze(-1)
         last = step == steps
         t, s = grid[step], grid[step] / 2 if last else grid[step + 1]  # the last draw ignores who would have stayed
         for rows_R in row_chunks(busy_R, masked_BL[busy_R].sum(-1), model.vocab_size):
             at_RL, given = masked_BL[rows_R], rows_of(cond, rows_R)
-            log_q_NV = model.reverse(x_BL[rows_R], t.expand(len(rows_R)), s.expand(len(rows_R)), at_RL, **given)
+            log_q_NV = model.reverse(page.ids_BL[rows_R], t.expand(len(rows_R)), s.expand(len(rows_R)), at_RL, **given)
             leaves_N = torch.full_like(log_q_NV[:, 0], last, dtype=torch.bool)
             leaves_N |= goes_BL[rows_R][at_RL] < -torch.expm1(log_q_NV[:, model.mask_id])
             log_q_NV[:, model.mask_id] = -torch.inf
-            drawn_N = choice.draw(log_q_NV.log_softmax(-1), u_BL[rows_R][at_RL])
-            x_BL[rows_R] = x_BL[rows_R].masked_scatter(at_RL, torch.where(leaves_N, drawn_N, model.mask_id))
-        step_BL[masked_BL & (x_BL != model.mask_id)] = step + 1
-        evaluations_B[busy_R] += 1
-    return Generation(x_BL, step_BL, steps + noise_removal, evaluations_B)
+            log_p_NV = log_q_NV.log_softmax(-1)
+            drawn_N = choice.draw(log_p_NV, u_BL[rows_R][at_RL])
+            leaves_RL = torch.zeros_like(at_RL).masked_scatter(at_RL, leaves_N)
+            page.write(step + 1, leaves_RL, drawn_N[leaves_N], log_p_NV[leaves_N], rows_R)
+        page.evaluations_B[busy_R] += 1
+        page.end_step(step + 1)
+    return page.finished(steps + noise_removal)

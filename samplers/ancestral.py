@@ -14,7 +14,8 @@ from torch import Tensor
 from forward_process import unmask_step
 from randomness import KeyedNoise
 from samplers import analytic
-from samplers.base import Generation, Model, TokenChoice, rows_of, time_grid
+from samplers.base import Generation, Model, TokenChoice, Watcher, rows_of, time_grid
+from samplers.page import Page
 
 
 @torch.no_grad()
@@ -28,6 +29,7 @@ def sample(
     choice: TokenChoice = TokenChoice(),  # noqa: B008 - frozen
     noise_removal: bool = True,
     eps: float = 1e-5,
+    watch: Watcher | None = None,
     **cond: Tensor,
 ) -> Generation:
     """Fill the masked positions of `x_BL`; its other tokens are given and never change.
@@ -41,15 +43,13 @@ def sample(
         noise_removal: after the last step write the most likely token wherever a mask is left. Otherwise masks stay.
     """
     if not model.independent_unmasking:
-        return analytic.sample(
-            model, x_BL, generator, steps=steps, choice=choice, noise_removal=noise_removal, eps=eps, **cond
-        )
+        settings = {"steps": steps, "choice": choice, "noise_removal": noise_removal, "eps": eps}
+        return analytic.sample(model, x_BL, generator, **settings, watch=watch, **cond)
     grid_S = time_grid(steps, eps, x_BL.device)
-    masked_BL = x_BL == model.mask_id
+    page = Page(x_BL, model.mask_id, watch)
     write_at_BL = unmask_step(generator.uniform(x_BL.shape[1]), model.schedule(grid_S).alpha)
-    write_at_BL = write_at_BL.masked_fill(~masked_BL, -1)
+    write_at_BL = write_at_BL.masked_fill(~page.masked_BL, -1)
     u_BL = generator.uniform(x_BL.shape[1])
-    x_BL, evaluations_B = x_BL.clone(), torch.zeros(len(x_BL), dtype=torch.long, device=x_BL.device)
     busy = set(write_at_BL.unique().tolist())
     for step in range(steps + 1 if noise_removal else steps):
         if skip_idle and step not in busy:
@@ -57,9 +57,10 @@ def sample(
         now_BL = write_at_BL == step
         rows_R = now_BL.any(-1).nonzero().squeeze(-1) if skip_idle else torch.arange(len(x_BL), device=x_BL.device)
         t_R = grid_S[step].expand(len(rows_R))
-        log_p_NV = model.denoise(x_BL[rows_R], t_R, now_BL[rows_R], **rows_of(cond, rows_R))
+        log_p_NV = model.denoise(page.ids_BL[rows_R], t_R, now_BL[rows_R], **rows_of(cond, rows_R))
         last = step == steps
-        x_BL[now_BL] = log_p_NV.argmax(-1) if last else choice.draw(log_p_NV, u_BL[now_BL])
-        evaluations_B[rows_R] += 1
-    step_BL = torch.where(masked_BL, write_at_BL + 1, 0)
-    return Generation(x_BL, step_BL, steps + noise_removal, evaluations_B)
+        drawn_N = log_p_NV.argmax(-1) if last else choice.draw(log_p_NV, u_BL[now_BL])
+        page.write(step + 1, now_BL, drawn_N, log_p_NV)
+        page.evaluations_B[rows_R] += 1
+        page.end_step(step + 1)
+    return page.finished(steps + noise_removal)

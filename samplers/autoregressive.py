@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from randomness import KeyedNoise
-from samplers.base import Generation, Model, TokenChoice
+from samplers.base import Generation, Model, TokenChoice, Watcher
+from samplers.page import Page
 
 
 @torch.no_grad()
@@ -21,6 +22,7 @@ def sample(
     choice: TokenChoice = TokenChoice(),  # noqa: B008 - frozen
     kv_cache: bool = True,
     stop_id: int | None = None,
+    watch: Watcher | None = None,
     **cond: Tensor,
 ) -> Generation:
     """Fill the masked positions of `x_BL` from the left; its other tokens are given and never change.
@@ -40,29 +42,29 @@ def sample(
         )
     if bool(((masked_BL.cumsum(-1) > 0) & ~masked_BL).any()):
         raise ValueError("a causal model can not fill in before given text: use sampling.prefix, not sampling.template")
-    u_BL, x_BL = generator.uniform(x_BL.shape[1]), x_BL.clone()
     length = x_BL.shape[1]
+    u_BL, page = generator.uniform(length), Page(x_BL, model.mask_id, watch)
     first = int(masked_BL.any(0).nonzero()[0]) if bool(masked_BL.any()) else length
     cache = model.new_cache(len(x_BL), length) if kv_cache else None
     told = {name: value for name, value in cond.items() if name != "attention_mask"}  # padding stands on the right
-    ended_B, evaluations_B = torch.zeros_like(masked_BL[:, 0]), torch.zeros_like(x_BL[:, 0])
+    x_BL, ended_B = page.ids_BL, torch.zeros_like(masked_BL[:, 0])
     for place in range(first, length):
         if cache is None:
-            log_p_BV = model.denoise(x_BL[:, : place + 1], None, _only(place, x_BL), **told)
+            log_p_BV = model.denoise(x_BL[:, : place + 1], None, _only(place, x_BL[:, : place + 1]), **told)
         else:
             new_Bn = x_BL[:, :first] if place == first else x_BL[:, place - 1 : place]
             log_p_BV = model.next_token(new_Bn, cache, **told)
-        drawn_B = choice.draw(log_p_BV, u_BL[:, place])
-        x_BL[:, place] = torch.where(masked_BL[:, place], drawn_B, x_BL[:, place])
-        evaluations_B += ~ended_B
+        drawn_B, here_B = choice.draw(log_p_BV, u_BL[:, place]), masked_BL[:, place]
+        page.write(place - first + 1, _only(place, x_BL) & masked_BL, drawn_B[here_B], log_p_BV[here_B])
+        page.evaluations_B += ~ended_B
+        page.end_step(place - first + 1)
         ended_B |= x_BL[:, place] == (-1 if stop_id is None else stop_id)
         if bool(ended_B.all()):
             break
-    step_BL = torch.where(masked_BL, torch.arange(length, device=x_BL.device) - first + 1, 0)
-    return Generation(x_BL, step_BL, length - first, evaluations_B)
+    return page.finished(length - first)
 
 
 def _only(place: int, x_BL: Tensor) -> Tensor:
-    at_BL = torch.zeros(len(x_BL), place + 1, dtype=torch.bool, device=x_BL.device)
+    at_BL = torch.zeros_like(x_BL, dtype=torch.bool)
     at_BL[:, place] = True
     return at_BL

@@ -5,7 +5,7 @@ Shape suffixes: B batch, L length, N selected positions, V vocabulary, S times o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -33,15 +33,32 @@ class Model(Protocol):
 
 @dataclass(frozen=True)
 class Generation:
-    """ids_BL: the sampled tokens. step_BL: the sampler's step, from 1, that wrote each token; 0 where it was given.
-    num_steps: how many steps there were. evaluations_B: network evaluations spent on each row. length_B: where each
-    row's text ends, if the sampler decides that; behind it there may be masks."""
+    """ids_BL: the sampled tokens. step_BL: the sampler's step, from 1, that wrote each token; 0 where it was given, and
+    where a mask is left. confidence_BL: the model's probability of each token at the moment it was written, before
+    temperature and cuts, float32; 1 where it was given, 0 where a mask is left. num_steps: how many steps there were.
+    evaluations_B: network evaluations spent on each row. length_B: where each row's text ends, if the sampler decides
+    that; behind it there may be masks."""
 
     ids_BL: Tensor
     step_BL: Tensor
+    confidence_BL: Tensor
     num_steps: int
     evaluations_B: Tensor
     length_B: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What is there after a step: the tokens, [MASK] among them, and their confidence, as in `Generation`. These are
+    the sampler's own tensors: to be looked at while the watcher is called, and not to be changed."""
+
+    step: int
+    ids_BL: Tensor
+    confidence_BL: Tensor
+
+
+# Called by a sampler after each step of its that may have written something. Every sampler takes one as `watch`.
+Watcher = Callable[[Frame], None]
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from randomness import KeyedNoise
 from samplers import ancestral, segments
-from samplers.base import Generation, Model, TokenChoice
+from samplers.base import Generation, Model, TokenChoice, Watcher
 from samplers.first_hitting import sample as first_hitting_sample
+from samplers.page import Page
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ def sample(
     context: int | None = None,
     ending: Ending | None = None,
     stop_id: int | None = None,
+    watch: Watcher | None = None,
     **cond: Tensor,
 ) -> Generation:
     """Fill the masked positions of `x_BL`; its other tokens are given and never change.
@@ -92,28 +94,29 @@ def sample(
         ValueError: the model does not write in blocks, the window is no multiple of them, or text stands behind a gap.
     """
     if "segment_ends" in cond:
-        return segments.sample(model, x_BL, generator, inner=inner, kv_cache=kv_cache, **cond)
+        return segments.sample(model, x_BL, generator, inner=inner, kv_cache=kv_cache, watch=watch, **cond)
     size, length, masked_BL = _block_size(model, context), x_BL.shape[1], x_BL == model.mask_id
     here_BL = cond.pop("attention_mask", torch.ones_like(masked_BL)).bool()
     _refuse_gaps(masked_BL, here_BL, size)
-    x_BL, step_BL, end_B = x_BL.clone(), torch.zeros_like(x_BL), here_BL.sum(-1)
-    evaluations_B, rows_R, steps = torch.zeros_like(end_B), torch.arange(len(x_BL), device=x_BL.device), 0
+    page, end_B = Page(x_BL, model.mask_id, watch), here_BL.sum(-1)
+    x_BL, rows_R = page.ids_BL, torch.arange(len(x_BL), device=x_BL.device)
     window = None if context is None else context - size  # of clean tokens
     cache = model.new_block_cache(len(x_BL), length, window) if kv_cache else None
     first = int((~masked_BL.any(0)).long().cumprod(0).sum()) // size * size  # before it everything is given
     if cache is not None and first:
         model.remember(x_BL[:, :first], cache, **cond)
-        evaluations_B += 1
+        page.evaluations_B += 1
     for start in range(first, length, size):
         block = slice(start, min(start + size, length))
         earlier = x_BL[rows_R, :start] if cache is None else cache
         law = model.after(earlier, window, **{name: value[rows_R] for name, value in cond.items()})
         noise, row = generator.part(start // size).rows(rows_R), torch.arange(len(rows_R), device=x_BL.device)
-        out = inner(law, x_BL[rows_R, block], noise, row=row, attention_mask=here_BL[rows_R, block])
-        x_BL[rows_R, block] = out.ids_BL
-        step_BL[rows_R, block] = torch.where(out.step_BL > 0, out.step_BL + steps, 0)
-        evaluations_B[rows_R] += out.evaluations_B
-        steps += out.num_steps
+        at_BL = torch.zeros_like(masked_BL).index_fill(0, rows_R, True)
+        at_BL[:, : block.start], at_BL[:, block.stop :] = False, False
+        whole_Rk, here_Rk = torch.ones_like(x_BL[rows_R, block], dtype=torch.bool), here_BL[rows_R, block]
+        watched = page.inset(at_BL, whole_Rk)
+        out = inner(law, x_BL[rows_R, block], noise, watch=watched, row=row, attention_mask=here_Rk)
+        page.paste(out, at_BL, whole_Rk, rows_R)
         if ending is not None:
             end_B[rows_R] = _ends(ending, x_BL[rows_R, : block.stop], masked_BL[rows_R], stop_id, end_B[rows_R])
         going_R = end_B[rows_R] > block.stop
@@ -123,8 +126,8 @@ def sample(
         if cache is not None:
             cache.keep(going_R)
             model.remember(x_BL[rows_R, block], cache, **{name: value[rows_R] for name, value in cond.items()})
-            evaluations_B[rows_R] += 1
-    return Generation(x_BL, step_BL, steps, evaluations_B, None if ending is None else end_B)
+            page.evaluations_B[rows_R] += 1
+    return page.finished(length_B=None if ending is None else end_B)
 
 
 def _ends(ending: Ending, x_RS: Tensor, masked_RL: Tensor, stop_id: int | None, end_R: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from randomness import KeyedNoise
-from samplers.base import Generation, Model, TokenChoice, rows_of
+from samplers.base import Generation, Model, TokenChoice, Watcher, rows_of
+from samplers.page import Page
 
 
 @torch.no_grad()
@@ -23,6 +24,7 @@ def sample(
     generator: KeyedNoise,
     *,
     choice: TokenChoice = TokenChoice(),  # noqa: B008 - frozen
+    watch: Watcher | None = None,
     **cond: Tensor,
 ) -> Generation:
     """Fill the masked positions of `x_BL`; its other tokens are given and never change.
@@ -35,20 +37,21 @@ def sample(
             "sampling.predictor=first_hitting draws all unmasking times before the network runs, which is right for "
             "parameterization=subs only; use sampling.predictor=analytic"
         )
-    masked_BL = x_BL == model.mask_id
+    page = Page(x_BL, model.mask_id, watch)
+    masked_BL = page.masked_BL
     start = model.schedule(torch.ones((), dtype=torch.float64, device=x_BL.device)).move_chance
     level_BL = (generator.uniform(x_BL.shape[1]) * start).masked_fill(~masked_BL, -1.0)
     u_BL = generator.uniform(x_BL.shape[1])
     order_BL = level_BL.argsort(dim=-1, descending=True)
     count_B = masked_BL.sum(-1)
-    x_BL, step_BL = x_BL.clone(), torch.zeros_like(x_BL)
     num_steps = int(count_B.max())
     for step in range(num_steps):
         rows_R = (count_B > step).nonzero().squeeze(-1)
         place_R = order_BL[rows_R, step]
         at_RL = torch.zeros_like(masked_BL[rows_R]).scatter(1, place_R[:, None], True)
         t_R = model.schedule.t_from_alpha(1 - level_BL[rows_R, place_R]).clamp(0.0, 1.0)
-        log_p_RV = model.denoise(x_BL[rows_R], t_R, at_RL, **rows_of(cond, rows_R))
-        x_BL[rows_R, place_R] = choice.draw(log_p_RV, u_BL[rows_R, place_R])
-        step_BL[rows_R, place_R] = step + 1
-    return Generation(x_BL, step_BL, num_steps, count_B)
+        log_p_RV = model.denoise(page.ids_BL[rows_R], t_R, at_RL, **rows_of(cond, rows_R))
+        page.write(step + 1, at_RL, choice.draw(log_p_RV, u_BL[rows_R, place_R]), log_p_RV, rows_R)
+        page.evaluations_B[rows_R] += 1
+        page.end_step(step + 1)
+    return page.finished(num_steps)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from randomness import KeyedNoise
-from samplers.base import Generation, Model, TokenChoice, row_chunks, rows_of
+from samplers.base import Generation, Model, TokenChoice, Watcher, row_chunks, rows_of
+from samplers.page import Page
 
 ORDERS = ("left_to_right", "confidence", "margin", "entropy")
 
@@ -53,26 +54,27 @@ def sample(
     order: str,
     tokens_per_step: int = 1,
     choice: TokenChoice = TokenChoice(),  # noqa: B008 - frozen
+    watch: Watcher | None = None,
     **cond: Tensor,
 ) -> Generation:
     """Fill the masked positions of `x_BL`; its other tokens are given and never change."""
     check(order, tokens_per_step)
-    maskable_B = (x_BL == model.mask_id).sum(-1)
-    u_BL, x_BL, step_BL = generator.uniform(x_BL.shape[1]), x_BL.clone(), torch.zeros_like(x_BL)
-    evaluations_B = torch.zeros_like(maskable_B)
+    u_BL, page = generator.uniform(x_BL.shape[1]), Page(x_BL, model.mask_id, watch)
+    maskable_B = page.masked_BL.sum(-1)
     num_steps = -(-int(maskable_B.max()) // tokens_per_step)
     for step in range(1, num_steps + 1):
-        busy_R = (x_BL == model.mask_id).any(-1).nonzero().squeeze(-1)
-        for rows_R in row_chunks(busy_R, (x_BL[busy_R] == model.mask_id).sum(-1), model.vocab_size):
-            rows, given = x_BL[rows_R], rows_of(cond, rows_R)
-            at_RL = rows == model.mask_id
+        masked_BL = page.masked_BL
+        busy_R = masked_BL.any(-1).nonzero().squeeze(-1)
+        for rows_R in row_chunks(busy_R, masked_BL[busy_R].sum(-1), model.vocab_size):
+            at_RL, given = masked_BL[rows_R], rows_of(cond, rows_R)
             left_R = at_RL.sum(-1)
-            log_p_NV = model.denoise(rows, time_of(model, left_R, maskable_B[rows_R]), at_RL, **given)
+            log_p_NV = model.denoise(page.ids_BL[rows_R], time_of(model, left_R, maskable_B[rows_R]), at_RL, **given)
             now_RL = next_positions(preference(log_p_NV, at_RL, order), left_R, tokens_per_step)
-            rows[now_RL] = choice.draw(log_p_NV[now_RL[at_RL]], u_BL[rows_R][now_RL])
-            x_BL[rows_R], step_BL[rows_R] = rows, torch.where(now_RL, step, step_BL[rows_R])
-        evaluations_B[busy_R] += 1
-    return Generation(x_BL, step_BL, num_steps, evaluations_B)
+            log_p_NV = log_p_NV[now_RL[at_RL]]
+            page.write(step, now_RL, choice.draw(log_p_NV, u_BL[rows_R][now_RL]), log_p_NV, rows_R)
+        page.evaluations_B[busy_R] += 1
+        page.end_step(step)
+    return page.finished(num_steps)
 
 
 def check(order: str, tokens_per_step: int) -> None:

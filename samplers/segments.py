@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from randomness import KeyedNoise
-from samplers.base import Generation, Model
+from samplers.base import Generation, Model, Watcher
+from samplers.page import Page
 
 
 @torch.no_grad()
@@ -25,6 +26,7 @@ def sample(
     *,
     inner: Callable[..., Generation],
     kv_cache: bool = True,
+    watch: Watcher | None = None,
     **cond: Tensor,
 ) -> Generation:
     """Fill the masked positions of `x_BL`; its other tokens are given and never change.
@@ -40,28 +42,26 @@ def sample(
     place_L = torch.arange(x_BL.shape[1], device=x_BL.device)
     segment_BL = (place_L >= segment_ends[..., None]).sum(1)
     _refuse_gaps(x_BL == model.mask_id, segment_BL)
-    x_BL, step_BL, rows_B = x_BL.clone(), torch.zeros_like(x_BL), torch.arange(len(x_BL), device=x_BL.device)
-    evaluations_B, steps = torch.zeros_like(rows_B), 0
+    page, rows_B = Page(x_BL, model.mask_id, watch), torch.arange(len(x_BL), device=x_BL.device)
     earlier: object = model.new_segment_cache(len(x_BL)) if kv_cache else []
     number = segment_ends.shape[1] + 1
     for segment in range(number):
         at_BL = segment_BL == segment
-        tokens_BW, here_BW = _to_the_front(x_BL, at_BL, filler=int(model.mask_id == 0))
+        tokens_BW, here_BW = _to_the_front(page.ids_BL, at_BL, filler=int(model.mask_id == 0))
         if bool((tokens_BW == model.mask_id).any()):
             law, noise = model.after(earlier, **cond), generator.part(segment)
-            out = inner(law, tokens_BW, noise, row=rows_B, attention_mask=here_BW)
+            watched = page.inset(at_BL, here_BW)
+            out = inner(law, tokens_BW, noise, watch=watched, row=rows_B, attention_mask=here_BW)
+            page.paste(out, at_BL, here_BW)
             tokens_BW = out.ids_BL
-            x_BL[at_BL] = tokens_BW[here_BW]
-            step_BL[at_BL] = torch.where(out.step_BL > 0, out.step_BL + steps, 0)[here_BW]
-            evaluations_B, steps = evaluations_B + out.evaluations_B, steps + out.num_steps
         if segment == number - 1:
             break
         if kv_cache:
             model.remember_segment(tokens_BW, here_BW, earlier, **cond)
-            evaluations_B += 1
+            page.evaluations_B += 1
         else:
             earlier = [*earlier, (tokens_BW, here_BW)]
-    return Generation(x_BL, step_BL, steps, evaluations_B)
+    return page.finished()
 
 
 def _to_the_front(x_BL: Tensor, at_BL: Tensor, filler: int) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from randomness import KeyedNoise
-from samplers.base import Generation, Model
+from samplers.base import Generation, Model, Watcher
+from samplers.page import Page
 
 
 @torch.no_grad()
@@ -24,6 +25,7 @@ def sample(
     inner: Callable[..., Generation],
     stride_length: int,
     num_strides: int,
+    watch: Watcher | None = None,
     **cond: Tensor,
 ) -> Generation:
     """The window `x_BL` filled by `inner`, then `num_strides` times `stride_length` tokens more, each time behind the
@@ -40,13 +42,13 @@ def sample(
         )
     if "attention_mask" in cond and not bool(cond["attention_mask"].all()):
         raise ValueError("sampling.semi_ar=true goes on behind full rows; use wrapped data (data.wrap=true)")
-    out = inner(model, x_BL, generator, **cond)
-    ids, steps, total, evaluations_B = [out.ids_BL], [out.step_BL], out.num_steps, out.evaluations_B
-    for _ in range(num_strides):
-        blank = torch.full_like(x_BL[:, :stride_length], model.mask_id)
-        window_BL = torch.cat([ids[-1][:, stride_length - length :], blank] if length > stride_length else [blank], 1)
-        out = inner(model, window_BL, generator, **cond)
-        ids.append(torch.cat([ids[-1], out.ids_BL[:, -stride_length:]], dim=1))
-        steps.append(out.step_BL[:, -stride_length:] + total)
-        total, evaluations_B = total + out.num_steps, evaluations_B + out.evaluations_B
-    return Generation(ids[-1], torch.cat(steps, dim=1), total, evaluations_B)
+    blank_BW = torch.full((len(x_BL), stride_length * num_strides), model.mask_id, device=x_BL.device)
+    page = Page(torch.cat([x_BL, blank_BW], dim=1), model.mask_id, watch)
+    for start in range(0, stride_length * num_strides + 1, stride_length):
+        window_BL = page.ids_BL[:, start : start + length].clone()  # the page changes while it is watched
+        new = length if start == 0 else stride_length  # of the window's tokens, the last ones
+        at_BW, here_BL = torch.zeros_like(page.masked_BL), torch.zeros_like(x_BL, dtype=torch.bool)
+        at_BW[:, start + length - new : start + length], here_BL[:, length - new :] = True, True
+        out = inner(model, window_BL, generator, watch=page.inset(at_BW, here_BL), **cond)
+        page.paste(out, at_BW, here_BL)
+    return page.finished()

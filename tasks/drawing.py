@@ -21,6 +21,7 @@ from callbacks.progress import Meter
 from diffusion import Diffusion
 from objectives.base import scored_mask
 from randomness import KeyedNoise
+from samplers.base import Watcher
 from text.tokenizers import encode
 
 # What stands for masks in a template: [MASK] for one, {{12}} for twelve.
@@ -29,10 +30,12 @@ _GAP = re.compile(r" ?(?:\[MASK\]|\{\{(\d+)\}\})")
 
 @dataclass(frozen=True)
 class Drawn:
-    """One sampled text: its ids without padding, the step that wrote each (0: given), and what it cost."""
+    """One sampled text: its ids without padding, the step that wrote each (0: given), the model's probability of each
+    when it was written (1: given), and what it cost."""
 
     ids: list[int]
     steps: list[int]
+    confidence: list[float]
     num_steps: int
     evaluations: int
 
@@ -87,30 +90,32 @@ class Drawing:
 
 def draw(
     diffusion: Diffusion, data: object, drawing: Drawing, num_samples: int, batch_size: int, seed: int,
-    class_id: int | None = None,
+    class_id: int | None = None, watch: Watcher | None = None,
 ) -> list[Drawn]:  # fmt: skip
     """`num_samples` texts. The i-th depends on (seed, i) and on the weights, not on the batch it is drawn in.
 
     A text gets the length of a training row picked at random, since a model of padded rows is a model of
     p(text | length); wrapped and filled rows all have the model's length, and causal models and models of filled rows
     decide themselves where to end. Where texts have prompts, they are those of validation texts.
-    `class_id` is the class that a conditional network is told.
+    `class_id` is the class that a conditional network is told. `watch` sees the first batch being written.
     """
     rows = _rows(diffusion, data, drawing.given, num_samples, seed)
-    return fill(diffusion, data, drawing, rows, np.arange(num_samples), batch_size, seed, class_id)
+    return fill(diffusion, data, drawing, rows, np.arange(num_samples), batch_size, seed, class_id, watch)
 
 
 def fill(
     diffusion: Diffusion, data: object, drawing: Drawing, rows: Sequence[np.ndarray], names_M: np.ndarray,
-    batch_size: int, seed: int, class_id: int | None = None,
+    batch_size: int, seed: int, class_id: int | None = None, watch: Watcher | None = None,
 ) -> list[Drawn]:  # fmt: skip
-    """`rows` of ids with the masks filled in. A row's tokens depend on (seed, its name), whatever else is drawn."""
+    """`rows` of ids with the masks filled in. A row's tokens depend on (seed, its name), whatever else is drawn.
+    `watch` sees the first batch being written."""
     drawn: list[Drawn] = []
     meter = Meter("sample", len(rows))
     with torch.inference_mode():
         for start in range(0, len(rows), batch_size):
             here = slice(start, start + batch_size)
-            drawn += _draw_batch(diffusion, data, drawing, rows[here], names_M[here], seed, class_id)
+            seen_by = watch if start == 0 else None
+            drawn += _draw_batch(diffusion, data, drawing, rows[here], names_M[here], seed, class_id, seen_by)
             meter.update(len(drawn))
     meter.close()
     return drawn
@@ -132,26 +137,27 @@ class _Drawer(lightning.LightningModule):
 
 def draw_on_all(
     trainer: lightning.Trainer, diffusion: Diffusion, data: object, drawing: Drawing, num_samples: int, batch_size: int,
-    seed: int,
+    seed: int, watch: Watcher | None = None,
 ) -> list[Drawn]:  # fmt: skip
     """As `draw`, shared out over all of the trainer's devices (`fill_on_all`)."""
     rows = _rows(diffusion, data, drawing.given, num_samples, seed)
-    return fill_on_all(trainer, diffusion, data, drawing, rows, np.arange(num_samples), batch_size, seed)
+    return fill_on_all(trainer, diffusion, data, drawing, rows, np.arange(num_samples), batch_size, seed, watch)
 
 
 def fill_on_all(
     trainer: lightning.Trainer, diffusion: Diffusion, data: object, drawing: Drawing, rows: Sequence[np.ndarray],
-    names_M: np.ndarray, batch_size: int, seed: int,
+    names_M: np.ndarray, batch_size: int, seed: int, watch: Watcher | None = None,
 ) -> list[Drawn]:  # fmt: skip
     """As `fill`, shared out over all of the trainer's devices; every process gets all of the texts, the same as one
-    process alone would have drawn."""
+    process alone would have drawn. `watch` is called in the first process, which draws the first batch."""
     if trainer.world_size == 1:
-        return fill(diffusion, data, drawing, rows, names_M, batch_size, seed)
+        return fill(diffusion, data, drawing, rows, names_M, batch_size, seed, None, watch)
     device = diffusion.device
 
     def draw_from(start: int) -> list[Drawn]:
         here = slice(start, start + batch_size)
-        return _draw_batch(diffusion, data, drawing, rows[here], names_M[here], seed, None)
+        seen_by = watch if start == 0 else None
+        return _draw_batch(diffusion, data, drawing, rows[here], names_M[here], seed, None, seen_by)
 
     starts = list(range(0, len(rows), batch_size))
     mine = starts[trainer.global_rank :: trainer.world_size]
@@ -223,7 +229,7 @@ def _filled(blank: np.ndarray, fixed: list[int], start: int, mask_id: int, data:
 
 def _draw_batch(
     diffusion: Diffusion, data: object, drawing: Drawing, rows: Sequence[np.ndarray], names_B: np.ndarray, seed: int,
-    class_id: int | None,
+    class_id: int | None, watch: Watcher | None,
 ) -> list[Drawn]:  # fmt: skip
     lengths = [len(row) for row in rows]
     x_BL = torch.full((len(rows), max(lengths)), data.vocabulary.pad_id)
@@ -240,17 +246,19 @@ def _draw_batch(
     noise = KeyedNoise(seed, torch.from_numpy(names_B).to(diffusion.device))
     ends_early = diffusion.objective.causal and not data.wrap
     stop = {"stop_id": data.vocabulary.eos_id} if ends_early or drawing.var_length else {}
-    out = drawing.sampler(diffusion.model, x_BL.to(diffusion.device), noise, **_moved(cond, diffusion.device), **stop)
+    out = drawing.sampler(
+        diffusion.model, x_BL.to(diffusion.device), noise, watch=watch, **_moved(cond, diffusion.device), **stop
+    )
     extra = out.ids_BL.shape[1] - x_BL.shape[1]  # semi-autoregressive samplers go on behind the window
     drawn = []
     for i, length in enumerate(lengths):
         length = length + extra if out.length_B is None else min(length + extra, int(out.length_B[i]))
-        ids, steps = out.ids_BL[i, :length].tolist(), out.step_BL[i, :length].tolist()
+        columns = [part_BL[i, :length].tolist() for part_BL in (out.ids_BL, out.step_BL, out.confidence_BL)]
         if ends_early or data.fill:
             starts = [1] if segment_ends is None else segment_ends[i].tolist()
-            kept = _own(ids, data.vocabulary.eos_id, starts)
-            ids, steps = [ids[place] for place in kept], [steps[place] for place in kept]
-        drawn.append(Drawn(ids, steps, out.num_steps, int(out.evaluations_B[i])))
+            kept = _own(columns[0], data.vocabulary.eos_id, starts)
+            columns = [[column[place] for place in kept] for column in columns]
+        drawn.append(Drawn(*columns, out.num_steps, int(out.evaluations_B[i])))
     return drawn
 
 

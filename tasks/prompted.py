@@ -183,12 +183,13 @@ def _write_samples(path: Path, done: Sequence[Completed]) -> None:
     with path.open("w") as file:
         for c in done:
             for number, (text, ended, verdict) in enumerate(zip(c.completions, c.ended, c.verdicts, strict=True)):
-                drawn = c.drawn[number] if c.drawn else Drawn([], [], 0, 0)
+                drawn = c.drawn[number] if c.drawn else Drawn([], [], [], 0, 0)
                 row = {"text_id": c.text_id, "completion": number, "prompt": c.prompt, "reference": c.reference,
                        "text": text, "right": verdict.right, "answer": verdict.answer, "wanted": verdict.wanted,
                        "ended": ended, "steps_of_reference": verdict.steps, "checks": dict(verdict.checks),
                        "findings": dict(verdict.findings),
                        "prompt_tokens": c.prompt_tokens, "ids": drawn.ids, "steps": drawn.steps,
+                       "confidence": [round(p, 4) for p in drawn.confidence],
                        "evaluations": drawn.evaluations}  # fmt: skip
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
 

@@ -30,11 +30,12 @@ def shown(drawn: list[Drawn], tokenizer: object) -> list[Sample]:
 
 @rank_zero_only
 def write_samples(path: Path, drawn: list[Drawn], tokenizer: object) -> None:
-    """`samples.jsonl`: one JSON object a line with text, ids, the step that wrote each token, network evaluations."""
+    """`samples.jsonl`: one JSON object a line with text, ids, the step that wrote each token, its confidence, network
+    evaluations."""
     with path.open("w") as file:
         for index, text in enumerate(drawn):
             row = {"sample": index, "text": decode(tokenizer, text.ids, skip_special=True), "ids": text.ids,
-                   "steps": text.steps,
+                   "steps": text.steps, "confidence": [round(p, 4) for p in text.confidence],
                    "evaluations": text.evaluations}  # fmt: skip
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 

@@ -280,7 +280,7 @@ def test_a_sampler_that_knows_the_answers_is_right_and_one_does_not_depend_on_th
             given = row[1 : int((row == MASK_ID).nonzero()[0])].tolist()
             (ids,) = [ids for ids in known if list(ids[: len(given)]) == given]
             row[1 : 1 + len(ids)], row[1 + len(ids) :] = torch.tensor(ids), data.vocabulary.eos_id
-        return Generation(out, (x_BL == MASK_ID).long(), 1, torch.ones(len(out)))
+        return Generation(out, (x_BL == MASK_ID).long(), torch.ones(out.shape), 1, torch.ones(len(out)))
 
     MASK_ID = diffusion.objective.mask_id  # noqa: N806
     trainer = experiment.trainer("sample_eval")

@@ -153,7 +153,7 @@ def test_completions_are_judged_part_by_part(gsm8k):  # noqa: F811
             row[:] = batch["input_ids"][same]
             if same == 0:  # ends neither its plan nor its execution
                 row[ends[0] :] = torch.where(row[ends[0] :] == eos_id, row[ends[0] + 1], row[ends[0] :])
-        return Generation(out, (x_BL == mask_id).long(), 1, torch.ones(len(out)))
+        return Generation(out, (x_BL == mask_id).long(), torch.ones(out.shape), 1, torch.ones(len(out)))
 
     trainer, asked = experiment.trainer("sample_eval"), Asked("test", None, 1, 1)
     done = _complete(trainer, diffusion, data, experiment.judge, oracle_drawing(oracle), asked, seed=1)
