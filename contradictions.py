@@ -36,13 +36,15 @@ WHOLE = ("seed", "T", "sampling.steps", "sampling.stride_length", "sampling.num_
 REAL = ("sampling.temperature", "sampling.nucleus_p", "sampling.min_entropy", "eval.target_se", "training.ema",
         "training.sampling_eps", "training.sampling_eps_min", "training.sampling_eps_max", "training.clip_search_delta",
         "classify.confidence", "classify.label_dropout", "lr_scheduler.min_ratio", "lr_scheduler.peak_decay",
-        "lr_scheduler.decay_share", "plateau.factor", "plateau.floor", "plateau.min_delta")  # fmt: skip
+        "lr_scheduler.decay_share", "plateau.factor", "plateau.floor", "plateau.min_delta",
+        "sampling.show_delay")  # fmt: skip
 FLAGS = ("classify.calibrate", "classify.baselines", "training.start_from_counts", "training.gradient_checkpointing",
          "training.resample", "training.fix_clipping", "sampling.first_hitting", "sampling.kv_cache",
-         "sampling.var_length", "loader.pin_memory", "loader.persistent_workers")  # fmt: skip
+         "sampling.var_length", "loader.pin_memory", "loader.persistent_workers", "sampling.show", "sampling.html",
+         "sampling.gif")  # fmt: skip
 
 
-NEVER_NULL = ("lr_scheduler.", "plateau.", "loader.global_batch_size", "trainer.max_steps")
+NEVER_NULL = ("lr_scheduler.", "plateau.", "sampling.show_delay", "loader.global_batch_size", "trainer.max_steps")
 
 
 def check_numbers(cfg: DictConfig) -> None:
