@@ -27,13 +27,15 @@ def trains(cfg: DictConfig) -> bool:
 # Numbers that are handed on far before they are used: a word in their place is a mistake to name here.
 WHOLE = ("seed", "T", "sampling.steps", "sampling.stride_length", "sampling.num_strides", "sampling.tokens_per_step",
          "sampling.num_sample_batches", "sampling.num_sample_log", "sampling.samples_per_prompt", "sampling.top_k",
-         "sampling.context", "eval.num_draws", "eval.max_draws", "eval.perplexity_batch_size", "classify.num_draws",
+         "sampling.context", "sampling.num_samples", "sampling.max_length", "eval.num_draws", "eval.max_draws",
+         "eval.perplexity_batch_size", "classify.num_draws",
          "classify.num_examples", "classify.patience", "classify.pretrain_steps", "trainer.max_steps", "model.length",
          "block_size", "data.segment_room", "loader.batch_size", "loader.global_batch_size", "trainer.num_nodes",
          "trainer.accumulate_grad_batches", "lr_scheduler.num_warmup_steps", "lr_scheduler.num_rewarmup_steps",
          "plateau.patience", "plateau.cooldown", "training.max_skipped_steps", "loader.num_workers",
          "loader.prefetch_factor")  # fmt: skip
-REAL = ("sampling.temperature", "sampling.nucleus_p", "sampling.min_entropy", "eval.target_se", "training.ema",
+REAL = ("sampling.temperature", "sampling.nucleus_p", "sampling.threshold", "sampling.remask_eta",
+        "sampling.min_entropy", "eval.target_se", "training.ema",
         "training.sampling_eps", "training.sampling_eps_min", "training.sampling_eps_max", "training.clip_search_delta",
         "classify.confidence", "classify.label_dropout", "lr_scheduler.min_ratio", "lr_scheduler.peak_decay",
         "lr_scheduler.decay_share", "plateau.factor", "plateau.floor", "plateau.min_delta",
@@ -94,6 +96,7 @@ def refuse_contradictions(cfg: DictConfig) -> None:
     if cfg.classify.sharing == "conditional":
         _check_conditional(cfg)
     _check_start(cfg)
+    _check_sampling(cfg, name)
     _check_blocks(cfg, name)
     if cfg.data.get("fill") and cfg.mode._target_ == "tasks.classify.classify":
         raise ValueError(
@@ -152,6 +155,39 @@ def check_schedule(cfg: DictConfig) -> None:
             "the learning rate never reaches optim.lr; set lr_scheduler.num_warmup_steps=%d or so",
             warmup, steps, steps // 20,
         )  # fmt: skip
+
+
+def _check_sampling(cfg: DictConfig, name: str) -> None:
+    sampling, sampler = cfg.sampling, cfg.sampler._target_
+    length, number = sampling.max_length, sampling.num_samples
+    if number is not None and number < 1:
+        raise ValueError(f"sampling.num_samples={number} must be at least 1, or null for sampling.num_sample_batches")
+    if length is not None and not 1 <= length <= cfg.model.length:
+        raise ValueError(f"sampling.max_length={length} must lie in 1..{cfg.model.length} (model.length)")
+    if length is not None and sampler.startswith("samplers.semi_autoregressive."):
+        raise ValueError(
+            f"sampling.max_length={length} contradicts sampling.predictor=semi_ar, whose texts have model.length + "
+            "sampling.stride_length x sampling.num_strides tokens; leave it out"
+        )
+    if (cfg.sampler.get("how") or cfg.sampler.get("inner", {}).get("how")) is None:
+        return
+    if name == "ar":
+        raise ValueError(
+            "sampling.predictor=unmask fills masks wherever they are, and parameterization=ar only ever predicts the "
+            "next token; use sampling.predictor=ar"
+        )
+    by_confidence = {"threshold": sampling.threshold is not None, "remask": sampling.remask == "low_confidence"}
+    for key, chosen in by_confidence.items():
+        if chosen and sampling.order in ("random", "left_to_right", "entropy"):
+            raise ValueError(
+                f"sampling.{key}={sampling[key]} goes by confidence, and sampling.order={sampling.order} does not; leave "
+                "one of them out"
+            )
+    if sampling.threshold is not None and sampling.schedule != "linear":
+        raise ValueError(
+            f"sampling.threshold={sampling.threshold} says how many tokens a step writes, and so does "
+            f"sampling.schedule={sampling.schedule}; leave one of them out"
+        )
 
 
 def _check_conditional(cfg: DictConfig) -> None:

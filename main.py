@@ -14,6 +14,7 @@ import logging
 import os
 import sys
 import warnings
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 
@@ -133,9 +134,9 @@ class Experiment:
 
     @property
     def drawing(self) -> Drawing:
-        given = Template(self.cfg.sampling.prefix, self.cfg.sampling.template)
+        given = Template(self.cfg.sampling.prefix, self.cfg.sampling.template, self.cfg.sampling.max_length)
         settings = OmegaConf.to_container(self.cfg.sampler, resolve=True)
-        protocol = {"sampler": settings.pop("_target_"), **settings, "prefix": given.prefix, "template": given.template}
+        protocol = {"sampler": settings.pop("_target_"), **settings, **asdict(given)}
         return Drawing(instantiate(self.cfg.sampler), given, protocol, self.cfg.sampling.var_length)
 
     @property
@@ -337,6 +338,7 @@ def run(cfg: DictConfig, command: str) -> dict[str, object]:
     instantiate(cfg.lr_scheduler)(torch.optim.SGD([torch.zeros(1)]))  # what it refuses, before any data are read
     torch.set_float32_matmul_precision("high")
     experiment = Experiment(cfg, command)
+    experiment.drawing  # noqa: B018 - what it refuses, likewise
     check_processes(experiment.machine.devices, cfg.trainer.num_nodes)
     _check_ramp(experiment)
     if is_remote(experiment.checkpoints()):

@@ -39,10 +39,15 @@ def preference(log_p_NV: Tensor, at_BL: Tensor, order: str) -> Tensor:
     return torch.full(at_BL.shape, -torch.inf, dtype=torch.float64, device=at_BL.device).masked_scatter(at_BL, value_N)
 
 
+def first_positions(preference_BL: Tensor, count_B: Tensor) -> Tensor:
+    """True at the `count_B` preferred positions of each row, (B, L). Ties go left."""
+    ranks_BL = preference_BL.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    return ranks_BL < count_B[:, None]
+
+
 def next_positions(preference_BL: Tensor, left_B: Tensor, tokens_per_step: int) -> Tensor:
     """True at the `tokens_per_step` preferred positions of each row that still has so many, (B, L). Ties go left."""
-    ranks_BL = preference_BL.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-    return ranks_BL < left_B.clamp(max=tokens_per_step)[:, None]
+    return first_positions(preference_BL, left_B.clamp(max=tokens_per_step))
 
 
 @torch.no_grad()

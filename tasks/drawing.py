@@ -5,6 +5,7 @@ Shape suffixes: B batch, L length.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,10 +23,13 @@ from diffusion import Diffusion
 from objectives.base import scored_mask
 from randomness import KeyedNoise
 from samplers.base import Frame, Watcher
-from text.tokenizers import encode
+from text.tokenizers import decode, encode
 
-# What stands for masks in a template: [MASK] for one, {{12}} for twelve.
-_GAP = re.compile(r" ?(?:\[MASK\]|\{\{(\d+)\}\})")
+# What stands for masks in a template: [MASK] for one, {{12}} for twelve, {{...}} for as many as there is room for.
+_GAP = re.compile(r" ?(?:\[MASK\]|\{\{(\d+|…|\.\.\.)\}\})")
+ROOM = -1  # among the ids of a template: masks that take what room there is
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -43,31 +47,41 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Template:
-    """What is given of every text. prefix: its beginning. template: all of it, with [MASK] for a token and {{n}} for n
-    tokens to be filled in. Given tokens never change.
+    """What is given of every text. prefix: its beginning. template: all of it, with [MASK] for a token, {{n}} for n
+    tokens and once {{...}} or {{…}} for as many as there is room for, to be filled in. max_length: tokens of a text at
+    most, given ones included; None for as many as the model's. Given tokens never change.
 
     Raises:
-        ValueError: both are set, or a template without a gap.
+        ValueError: prefix and template are set, or a template without a gap, with an empty one or two that stretch.
     """
 
     prefix: str | None = None
     template: str | None = None
+    max_length: int | None = None
 
     def __post_init__(self) -> None:
         if self.prefix and self.template:
             raise ValueError(f"sampling.prefix={self.prefix} and sampling.template={self.template}: give one of them")
-        if self.template and not _GAP.search(self.template):
+        gaps = [gap[1] for gap in _GAP.finditer(self.template or "")]
+        if self.template and (not gaps or any(gap and gap.isdigit() and int(gap) == 0 for gap in gaps)):
             raise ValueError(
-                f"sampling.template={self.template} has no gap: write [MASK] or {{{{12}}}} where text is wanted"
+                f"sampling.template={self.template} has no gap, or one of no tokens: write [MASK], {{{{12}}}} or "
+                "{{...}} where text is wanted"
+            )
+        if sum(gap in ("…", "...") for gap in gaps) > 1:
+            raise ValueError(
+                f"sampling.template={self.template} has several gaps that take what room there is; give all but one of "
+                "them a number of tokens, such as {{12}}"
             )
 
     def ids(self, tokenizer: object, mask_id: int) -> list[int]:
-        """Token ids of what is given, `mask_id` in the gaps; empty if nothing is."""
+        """Token ids of what is given, `mask_id` in the gaps, ROOM once for one that stretches; empty if nothing is."""
         if self.prefix:
             return encode(tokenizer, [self.prefix])[0]
         ids, end, text = [], 0, self.template or ""
         for gap in _GAP.finditer(text):
-            ids += _pieces(tokenizer, text[end : gap.start()]) + [mask_id] * int(gap[1] or 1)
+            masks = [ROOM] if gap[1] in ("…", "...") else [mask_id] * int(gap[1] or 1)
+            ids += _pieces(tokenizer, text[end : gap.start()]) + masks
             end = gap.end()
         return ids + _pieces(tokenizer, text[end:])
 
@@ -76,6 +90,20 @@ def _pieces(tokenizer: object, text: str) -> list[int]:
     if tokenizer.unk_token_id in encode(tokenizer, [" "])[0]:  # a tokenizer of words has no token for a space
         text = text.strip()
     return encode(tokenizer, [text])[0] if text else []
+
+
+def decoded(drawn: Drawn, given: Template, tokenizer: object) -> str:
+    """The text of `drawn`, special tokens left out, where a given prefix stands letter by letter as it was typed, also
+    if the tokenizer does not keep it so (capitals, spaces, words that it does not know)."""
+    text, prefix = decode(tokenizer, drawn.ids, skip_special=True), given.prefix or ""
+    if text.startswith(prefix):
+        return text
+    ids = encode(tokenizer, [prefix])[0]
+    own = decode(tokenizer, ids, skip_special=True)
+    if text.startswith(own):
+        return prefix + text[len(own) :]
+    start = next(k for k in range(len(drawn.ids)) if drawn.ids[k : k + len(ids)] == ids)
+    return f"{prefix} {decode(tokenizer, drawn.ids[start + len(ids) :], skip_special=True)}"
 
 
 @dataclass(frozen=True)
@@ -178,19 +206,21 @@ def _rows(diffusion: Diffusion, data: object, given: Template, num_samples: int,
     """One row of ids per sample, the mask where a token is wanted."""
     mask_id, causal = diffusion.objective.mask_id, diffusion.objective.causal
     fixed = given.ids(data.tokenizer, mask_id)
-    if fixed and data.prompted:
-        key = "template" if given.template else "prefix"
+    if data.prompted and (fixed or given.max_length):
+        key = "template" if given.template else "prefix" if given.prefix else "max_length"
         raise ValueError(f"data={data.name} gives each text a beginning of its own; leave sampling.{key} out")
+    _warn_of_unknown(fixed, given, data.tokenizer)
+    room = _Room(given.max_length or data.length, data, mask_id, given)
     train = data.split("validation" if data.prompted else "train")
     u = KeyedNoise(seed, torch.arange(num_samples), draw=-3).uniform()
     rows = []
     for lender in (u * len(train)).long().tolist():
-        blank = _blank(data, train[[lender]], mask_id, causal)
+        blank = room.cut(_blank(data, train[[lender]], mask_id, causal))
         if diffusion.objective.first_given:
             blank[0] = train[lender]["input_ids"][0]
         start = int(blank[0] != mask_id or (bool(fixed) and _begins_with_bos(data, train[lender])))
         blank[:start] = train[lender]["input_ids"][:start]
-        rows.append(_filled(blank, fixed, start, mask_id, data, whole=bool(given.template)))
+        rows.append(room.filled(blank, fixed, start))
     return rows
 
 
@@ -209,23 +239,61 @@ def _begins_with_bos(data: object, row: Mapping[str, list]) -> bool:
     return data.vocabulary.bos_id is not None and int(row["input_ids"][0]) == data.vocabulary.bos_id
 
 
-def _filled(blank: np.ndarray, fixed: list[int], start: int, mask_id: int, data: object, whole: bool) -> np.ndarray:
-    """`blank` with `fixed` from `start` on; a padded row becomes exactly as long as a `whole` template."""
-    if not fixed:
-        return blank
-    head = np.concatenate([blank[:start], np.asarray(fixed, dtype=blank.dtype)])
-    ending = blank[-1:] if blank[-1] != mask_id else blank[:0]
-    tail = blank[len(head) :]
-    if whole and data.fill:
-        tail = np.full_like(tail, data.vocabulary.eos_id)
-    elif whole and not data.wrap:
-        tail = ending
-    elif mask_id not in tail:  # the lender is too short for this prefix
-        tail = np.concatenate([np.full(1, mask_id, dtype=blank.dtype), ending])
-    if len(head) + len(tail) > data.length:
-        key = "template" if whole else "prefix"
-        raise ValueError(f"sampling.{key} has {len(fixed)} tokens, too many for model.length={data.length}")
-    return np.concatenate([head, tail])
+def _warn_of_unknown(fixed: Sequence[int], given: Template, tokenizer: object) -> None:
+    if fixed and tokenizer.unk_token_id in fixed and tokenizer.unk_token_id != tokenizer.eos_token_id:
+        key = "template" if given.template else "prefix"
+        log.warning("sampling.%s has words that the tokenizer does not know; the network reads %s in their place",
+                    key, tokenizer.unk_token)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Room:
+    """limit: tokens of a row at most."""
+
+    limit: int
+    data: object
+    mask_id: int
+    given: Template
+
+    def cut(self, blank: np.ndarray) -> np.ndarray:
+        """`blank` of at most `limit` tokens: masks are left out, a given end stays."""
+        if len(blank) <= self.limit:
+            return blank
+        ending = self._ending(blank)
+        short = np.concatenate([blank[: max(self.limit - len(ending), 0)], ending])
+        if self.mask_id not in short:
+            raise ValueError(f"{self._key}={self.limit} leaves no token to write; allow more")
+        return short
+
+    def filled(self, blank: np.ndarray, fixed: list[int], start: int) -> np.ndarray:
+        """`blank` with `fixed` from `start` on; a padded row becomes exactly as long as a whole template without a gap
+        that stretches."""
+        if not fixed:
+            return blank
+        ending, whole = self._ending(blank), bool(self.given.template)
+        if ROOM in fixed:
+            at, masks = fixed.index(ROOM), len(blank) - start - len(ending) - len(fixed) + 1
+            fixed = [*fixed[:at], *[self.mask_id] * max(masks, 1), *fixed[at + 1 :]]
+        row = np.concatenate([blank[:start], np.asarray(fixed, dtype=blank.dtype)])
+        tail = blank[len(row) :]
+        if whole and self.data.fill:
+            tail = np.full_like(tail, self.data.vocabulary.eos_id)
+        elif whole and not self.data.wrap:
+            tail = ending
+        elif self.mask_id not in tail:  # the lender is too short for this prefix
+            tail = np.concatenate([np.full(1, self.mask_id, dtype=blank.dtype), ending])
+        row = np.concatenate([row, tail])
+        if len(row) > self.limit:
+            key = "template" if whole else "prefix"
+            raise ValueError(f"sampling.{key} has {len(fixed)} tokens, too many for {self._key}={self.limit}")
+        return row
+
+    def _ending(self, blank: np.ndarray) -> np.ndarray:
+        return blank[-1:] if blank[-1] != self.mask_id else blank[:0]
+
+    @property
+    def _key(self) -> str:
+        return "sampling.max_length" if self.given.max_length else "model.length"
 
 
 def _draw_batch(

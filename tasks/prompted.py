@@ -81,8 +81,9 @@ def complete_prompts(
         raise ValueError("eval.compute_generative_perplexity=true measures free texts, and these answer prompts; leave "
                          "it out")  # fmt: skip
     data, drawing = experiment.data(), experiment.drawing
-    if drawing.given.prefix or drawing.given.template:
-        raise ValueError(f"data={data.name} gives each text a prompt; leave sampling.prefix and sampling.template out")
+    if any(asdict(drawing.given).values()):
+        raise ValueError(f"data={data.name} gives each text a prompt and its room; leave sampling.prefix, "
+                         "sampling.template and sampling.max_length out")  # fmt: skip
     diffusion = experiment.trained(data, checkpoint_path, disable_ema).eval()
     check_ends(diffusion, data)
     trainer = experiment.trainer("sample_eval")

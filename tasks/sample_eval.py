@@ -10,57 +10,56 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from reporting.report import Metric, Report
 from tasks.base import Experiment, write_results
-from tasks.drawing import Drawn, draw_on_all
+from tasks.drawing import Drawn, Template, decoded, draw_on_all
 from tasks.generative_perplexity import CausalScorer
 from tasks.prompted import Asked, complete_prompts
 from tasks.sample_quality import compare, real_texts
 from tasks.watching import Views, described
-from text.tokenizers import decode
 
 
 @rank_zero_only
-def write_samples(path: Path, drawn: list[Drawn], tokenizer: object) -> None:
+def write_samples(path: Path, drawn: list[Drawn], given: Template, tokenizer: object) -> None:
     """`samples.jsonl`: one JSON object a line with text, ids, the step that wrote each token, its confidence, network
     evaluations."""
     with path.open("w") as file:
         for index, text in enumerate(drawn):
-            row = {"sample": index, "text": decode(tokenizer, text.ids, skip_special=True), "ids": text.ids,
+            row = {"sample": index, "text": decoded(text, given, tokenizer), "ids": text.ids,
                    "steps": text.steps, "confidence": [round(p, 4) for p in text.confidence],
                    "evaluations": text.evaluations}  # fmt: skip
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def sample_eval(
-    experiment: Experiment, *, checkpoint_path: str, disable_ema: bool, num_batches: int | None, num_shown: int,
-    split: str | None, samples_per_prompt: int, compute_generative_perplexity: bool, scorer_name: str,
-    perplexity_batch_size: int, views: Views,
+    experiment: Experiment, *, checkpoint_path: str, disable_ema: bool, num_batches: int | None,
+    num_samples: int | None, num_shown: int, split: str | None, samples_per_prompt: int,
+    compute_generative_perplexity: bool, scorer_name: str, perplexity_batch_size: int, views: Views,
 ) -> dict[str, object]:  # fmt: skip
-    """Draw `num_batches` batches of `loader.eval_batch_size` texts, shared out over all devices; hold them against as
-    many real ones of `split` (None: against nothing); write samples.jsonl, results.json, report.html and what `views`
-    asks for of the first `num_shown`. Where texts have prompts, so many of those of `split` (None: all) are completed
-    instead and the completions judged (tasks/prompted.py)."""
+    """Draw `num_samples` texts (None: `num_batches` batches of `loader.eval_batch_size`), shared out over all devices;
+    hold them against as many real ones of `split` (None: against nothing); write samples.jsonl, results.json,
+    report.html and what `views` asks for of the first `num_shown`. Where texts have prompts, so many of those of
+    `split` (both None: all) are completed instead and the completions judged (tasks/prompted.py)."""
     if num_batches is not None and num_batches < 1:
         raise ValueError(f"sampling.num_sample_batches={num_batches} must be at least 1")
     data = experiment.data()
+    number = num_samples or (num_batches and num_batches * data.eval_batch_size)
     if data.prompted:
-        asked = Asked(split, num_batches and num_batches * data.eval_batch_size, samples_per_prompt, num_shown)
+        asked = Asked(split, number, samples_per_prompt, num_shown)
         return complete_prompts(experiment, asked, checkpoint_path, disable_ema, compute_generative_perplexity, views)
-    if num_batches is None or samples_per_prompt != 1:
-        key = f"samples_per_prompt={samples_per_prompt}" if num_batches else "num_sample_batches=null"
+    if number is None or samples_per_prompt != 1:
+        key = f"samples_per_prompt={samples_per_prompt}" if number else "num_sample_batches=null"
         raise ValueError(f"sampling.{key} is for texts with prompts, and those of data={data.name} have none")
     # What can be missing is looked for before the sampling, which may take hours.
     scorer = CausalScorer.load(scorer_name, perplexity_batch_size) if compute_generative_perplexity else None
     diffusion = experiment.trained(data, checkpoint_path, disable_ema).eval()
-    num_samples = num_batches * data.eval_batch_size
-    real = real_texts(data, split, num_samples, experiment.seed)
+    real = real_texts(data, split, number, experiment.seed)
     with views.watcher(max(num_shown, 1), diffusion, data, experiment.drawing) as watching:
         drawn = draw_on_all(
-            experiment.trainer("sample_eval"), diffusion, data, experiment.drawing, num_samples, data.eval_batch_size,
+            experiment.trainer("sample_eval"), diffusion, data, experiment.drawing, number, data.eval_batch_size,
             experiment.seed, watching,
         )  # fmt: skip
     folder = experiment.folder() / "sample_eval"
     folder.mkdir(parents=True, exist_ok=True)
-    write_samples(folder / "samples.jsonl", drawn, data.tokenizer)
+    write_samples(folder / "samples.jsonl", drawn, experiment.drawing.given, data.tokenizer)
     if scorer:
         scorer.to(diffusion.device)
     comparison = compare([text.ids for text in drawn], real, data, scorer)
@@ -77,7 +76,7 @@ def sample_eval(
     report.write(folder / "report.html")
     seen = views.write(folder, samples, described(experiment.drawing.protocol), experiment.command)
     for text in drawn[watching.read : num_shown]:
-        print(f"\n{decode(data.tokenizer, text.ids, skip_special=True)}")
+        print(f"\n{decoded(text, experiment.drawing.given, data.tokenizer)}")
     print(f"\n{comparison}\n{evaluations:.1f} network evaluations per sample")
     print(*[folder / "report.html", *seen], sep="\n")
     return results
