@@ -19,9 +19,11 @@ def age(step: int, num_steps: int) -> float:
     return min(1.0, max(0.0, (step - 1) / max(1, num_steps - 1)))
 
 
-def ink(at: float) -> str:
-    """Colour of letters written at age `at` in [0, 1], #rrggbb: its contrast is 3.6 or more on white and on black."""
-    return _hex(_rgb(*_INK, _hue(at)))
+def ink(at: float, confidence: float = 1.0) -> str:
+    """Colour of letters written at age `at` in [0, 1], #rrggbb, greyer where the `confidence` was lower: its contrast
+    is 3.6 or more on white and on black."""
+    lightness, chroma = _INK
+    return _hex(_rgb(lightness, (0.25 + 0.75 * strength(confidence)) * chroma, _hue(at)))
 
 
 def wash(at: float, confidence: float, paper: tuple[int, int, int]) -> tuple[int, int, int]:

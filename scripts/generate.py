@@ -12,6 +12,7 @@ printed first. What it has no option for is typed as there: key=value.
 from __future__ import annotations
 
 import argparse
+import runpy
 import shlex
 import sys
 from collections.abc import Sequence
@@ -22,7 +23,6 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 import command_line  # noqa: E402 - the path comes first
-import main  # noqa: E402
 from files import is_remote, place  # noqa: E402
 from identity import overrides, word  # noqa: E402
 from models.checkpoints import read_settings  # noqa: E402
@@ -150,7 +150,7 @@ def generate(typed: Sequence[str]) -> None:
         told = arguments(args)
     print(f"python main.py {shlex.join(told)}\n", file=sys.stderr)
     sys.argv = [str(ROOT / "main.py"), *told]
-    main.main()
+    runpy.run_path(sys.argv[0], run_name="__main__")  # as Hydra wants its program to be called
 
 
 if __name__ == "__main__":

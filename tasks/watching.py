@@ -34,8 +34,8 @@ from tasks.history import Recorder, piece, samples_of
 from text.tokenizers import token_strings
 
 _FRAME_SECONDS = 0.05  # at most twenty pictures a second
-_SURE, _UNSURE = 0.9, 0.5  # confidence from which a token is bold, below which it is dim
-_SHADES = 32  # colours that can be told apart
+_BOLD = 0.9  # confidence from which a token is bold
+_AGES, _SURES = 31, 7  # colours that can be told apart: by age, by confidence
 
 
 @dataclass(frozen=True)
@@ -116,9 +116,13 @@ def described(protocol: Mapping[str, object]) -> str:
                 settings[key] = value
 
     visit(protocol)
-    said = [f"{key.replace('_', ' ')} {value}" for key, value in settings.items()
-            if value is not None and not isinstance(value, bool)]  # fmt: skip
-    return " · ".join([str(protocol["sampler"]).split(".")[-2].replace("_", " "), *said])
+    as_it_is = {"temperature": 1, "nucleus_p": 1, "remask": "none"}
+    said = {key: value for key, value in settings.items()
+            if value is not None and not isinstance(value, bool) and value != as_it_is.get(key)}  # fmt: skip
+    unread = {"remask_eta"} if said.get("remask") != "remdm" else set()
+    unread |= {"order"} if "threshold" in said or said.get("remask") == "low_confidence" else set()
+    facts = [f"{key.replace('_', ' ')} {value}" for key, value in said.items() if key not in unread]
+    return " · ".join([str(protocol["sampler"]).split(".")[-2].replace("_", " "), *facts])
 
 
 def blank_of(data: object) -> str:
@@ -133,8 +137,8 @@ def blank_of(data: object) -> str:
 
 class Show:
     """The first `num_texts` rows of a batch in the terminal, as they are written: the colour of a token says how much
-    was there already when it appeared, so that it follows the steps whatever the sampler; bold and dim say how sure the
-    model was of it; dots are masks.
+    was there already when it appeared, so that it follows the steps whatever the sampler; the greyer, the less likely
+    the model thought it, and bold where it was sure; dots are masks.
 
     Live where `console` is a terminal, else a few lines of plain text.
     """
@@ -287,9 +291,9 @@ class _Row:
         return True
 
 
-@lru_cache(maxsize=4 * _SHADES)
-def _shade(age: int, bold: bool, dim: bool) -> Style:
-    return Style(color=ink(age / (_SHADES - 1)), bold=bold, dim=dim)
+@lru_cache(maxsize=1024)
+def _shade(age: int, confidence: int, bold: bool) -> Style:
+    return Style(color=ink(age / _AGES, confidence / _SURES), bold=bold)
 
 
 def _style(age: float, confidence: float, masked: bool) -> Style:
@@ -297,4 +301,4 @@ def _style(age: float, confidence: float, masked: bool) -> Style:
         return Style(dim=True)
     if math.isnan(age):
         return Style()
-    return _shade(round(age * (_SHADES - 1)), bool(confidence >= _SURE), bool(confidence < _UNSURE))
+    return _shade(round(_AGES * age), round(_SURES * confidence), bool(confidence >= _BOLD))
