@@ -43,14 +43,16 @@ REAL = ("sampling.temperature", "sampling.nucleus_p", "sampling.threshold", "sam
         "sampling.min_entropy", "eval.target_se", "training.ema",
         "training.sampling_eps", "training.sampling_eps_min", "training.sampling_eps_max", "training.clip_search_delta",
         "classify.confidence", "classify.label_dropout", "lr_scheduler.min_ratio", "lr_scheduler.peak_decay",
-        "lr_scheduler.decay_share", "plateau.factor", "plateau.floor", "plateau.min_delta")  # fmt: skip
+        "lr_scheduler.decay_share", "plateau.factor", "plateau.floor", "plateau.min_delta",
+        "sampling.show_delay")  # fmt: skip
 FLAGS = ("classify.calibrate", "classify.baselines", "training.start_from_counts", "training.gradient_checkpointing",
          "training.resample", "training.fix_clipping", "sampling.first_hitting", "sampling.kv_cache",
-         "sampling.var_length", "loader.pin_memory", "loader.persistent_workers")  # fmt: skip
+         "sampling.var_length", "loader.pin_memory", "loader.persistent_workers", "sampling.show", "sampling.html",
+         "sampling.gif")  # fmt: skip
 
 
 NEVER_NULL = ("block_size", "lr_scheduler.", "plateau.", "loader.global_batch_size", "trainer.max_steps",
-              "sampling.steps", "sampling.remask_eta", "training.prefix_length")  # fmt: skip
+              "sampling.steps", "sampling.remask_eta", "sampling.show_delay", "training.prefix_length")  # fmt: skip
 # Of masking=rates, with the values under which they say nothing.
 _RATES = {"masking_rates": [round(1 - k / 10, 1) for k in range(10)], "masking_rate_min": 0.1, "masking_rate_max": 1.0,
           "masking_rate_per": "sample"}  # fmt: skip

@@ -1,9 +1,15 @@
-"""What makes two trainings the same one: the part of the configuration that determines the weights."""
+"""What makes two trainings the same one: the part of the configuration that determines the weights; and the command
+line that a checkpoint's own part asks for."""
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Mapping
+
 from omegaconf import DictConfig, OmegaConf
 
+from command_line import CONFIGS, compose_config
 from contradictions import law
 
 # Budgets, devices and bookkeeping are left out: they may change at a resume.
@@ -56,3 +62,71 @@ def identity(cfg: DictConfig) -> dict[str, object]:
         flat |= {} if cfg.data.wrap else {"data.score_special": False}
         flat = {key: value for key, value in flat.items() if key != "data.score_special" or value is not None}
     return {**flat, "parameterization": objective}
+
+
+# What of it says how a model was trained, and nothing of what it is.
+_OF_TRAINING = ("optim.", "lr_scheduler.", "plateau.", "loader.", "trainer.", "streaming.", "seed", "classify.pretrain",
+                "training.from_pretrained", "training.start_from_counts")  # fmt: skip
+_GROUPS = ("data", "model", "backbone", "parameterization", "noise", "masking")
+_ABSENT = object()
+_FIRST = ("data.", "model.", "training.", "classify.", "T", "block_size", "subs_masking", "time_conditioning")
+
+
+def overrides(known: Mapping[str, object]) -> list[str]:
+    """The words of a command line that make the configuration whose `identity` a checkpoint carries as `known`, as far
+    as a model can be used with them: those of its training are left out.
+
+    What is instantiated is only ever named by a file in configs/, never by the checkpoint, which may be anybody's.
+
+    Raises:
+        ValueError: it names something that no file in configs/ does.
+    """
+    known = {key: value for key, value in known.items() if not key.startswith(_OF_TRAINING)}
+    words: list[str] = []
+    for group in _GROUPS:
+        words += _choice(group, known, words)
+    for first in (_FIRST, ("",)):  # what others follow, then what is left
+        cfg = compose_config(words)
+        ours = identity(cfg)
+        new = {key: known[key] for key in _different(known, ours) if key.startswith(first)}
+        for key, value in new.items():
+            _check(key, value)
+        there = {key for key in new if OmegaConf.select(cfg, key, default=_ABSENT) is not _ABSENT}
+        words += [f"{'' if key in there else '++'}{key}={word(value)}" for key, value in new.items()]
+    return words
+
+
+def _different(known: Mapping[str, object], ours: Mapping[str, object]) -> list[str]:
+    return [key for key, value in known.items() if value != ours.get(key, _ABSENT)]
+
+
+def _choice(group: str, known: Mapping[str, object], words: list[str]) -> list[str]:
+    """`group=choice` for the file of that name or target that agrees best with what is known; nothing without one."""
+    fitting = []
+    for path in sorted((CONFIGS / group).glob("*.yaml")):
+        content = OmegaConf.load(path)
+        target = OmegaConf.select(content, "_target_") or OmegaConf.select(content, f"{group}._target_")
+        if path.stem == known.get(f"{group}.name") or (target and target == known.get(f"{group}._target_")):
+            fitting.append([f"{group}={path.stem}"])
+    if len(fitting) < 2:
+        return fitting[0] if fitting else []
+    return min(fitting, key=lambda choice: len(_different(known, identity(compose_config([*words, *choice])))))
+
+
+def _check(key: str, value: object) -> None:
+    if key.rpartition(".")[2].startswith("_") or (isinstance(value, str) and "${" in value):
+        raise ValueError(
+            f"the checkpoint was trained with {key}={value}, which no file in configs/ names: it is of another "
+            "version, or of a configuration that is not here; add its yaml"
+        )
+
+
+def word(value: object) -> str:
+    """A value as Hydra reads it on a command line."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(map(word, value)) + "]"
+    if isinstance(value, str) and not re.fullmatch(r"[A-Za-z_/][\w/.-]*", value):
+        return json.dumps(value, ensure_ascii=False)
+    return str(value)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import sys
 import time
+from functools import lru_cache
+from typing import TextIO
 
 import lightning
 from lightning.pytorch.callbacks import ProgressBar
@@ -17,6 +19,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from callbacks.metrics import TrainingMetrics
 
 
+def terminal() -> Console:
+    """Where progress is shown, on standard error: one console for all that is live, so that it stands one below the
+    other."""
+    return _console_on(getattr(sys.stderr, "rich_proxied_file", sys.stderr))  # a live display replaces sys.stderr
+
+
+@lru_cache(maxsize=1)
+def _console_on(stream: TextIO) -> Console:
+    return Console(file=stream)
+
+
 class Meter:
     """One line of progress: a live bar on a terminal, timed lines elsewhere."""
 
@@ -24,7 +37,7 @@ class Meter:
         self.title, self.total, self.start, self.done = title, total, start, start
         self.log_seconds, self.enabled = log_seconds, enabled and rank_zero_only.rank == 0
         self.began = self.last_line = time.monotonic()
-        console = Console(file=sys.stderr)
+        console = terminal()
         self._live = None
         if self.enabled and console.is_terminal:
             columns = (

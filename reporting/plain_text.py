@@ -6,12 +6,12 @@ import re
 
 from markupsafe import Markup, escape
 
-# HTML has no place for these; a replacement sign keeps them visible.
-_CONTROL = {code: "\ufffd" for code in [*range(9), 11, 12, *range(14, 32), 127]}
+# HTML has no place for these, and a terminal would obey them; a replacement sign keeps them visible.
+_CONTROL = {code: "\ufffd" for code in [*range(9), 11, 12, *range(14, 32), *range(127, 160)]}
 
 
 def visible(text: str) -> str:
-    """`text` with a replacement sign for each control character that HTML cannot hold."""
+    """`text` with a replacement sign for each control character, but for tabs and the ends of lines."""
     return text.translate(_CONTROL)
 
 

@@ -2,56 +2,25 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import numbers
-import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from matplotlib.figure import Figure
 
+from reporting.denoising import Sample, samples_block
 from reporting.evidence import Evidence, evidence_block
 from reporting.formatting import Metric, format_number
-from reporting.plain_text import inline, paragraphs, split_lead, visible
+from reporting.page import encoded, render, write_whole
+from reporting.plain_text import inline, paragraphs, visible
 from reporting.style import THEME
 from reporting.svg import inline_figure
 
 _TEMPLATE = "report.html.j2"
 _NUMERIC = re.compile(r"^(NaN|[−-]?∞|[(<>≤≥~≈+−-]*\d[\d.,:/ ()\[\]±×?%⁻⁰¹²³⁴⁵⁶⁷⁸⁹−-]*)( ?[A-Za-zµ/%]{1,12})?$")
 _BLANK = {"", "–", "—", "-"}
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A generated text of L tokens and the sampler step at which each appeared.
-
-    `reveal_step[i]` is in 1..`num_steps`, or 0 for a token that was given (prefix, context). Tokens carry
-    their own spacing: concatenated they are the text. Raises ValueError where the two lists disagree.
-    """
-
-    tokens: list[str]
-    reveal_step: list[int]
-    num_steps: int
-    title: str = ""
-
-    def __post_init__(self) -> None:
-        if len(self.tokens) != len(self.reveal_step):
-            raise ValueError(f"sample has {len(self.tokens)} tokens but {len(self.reveal_step)} reveal steps")
-        outside = [step for step in self.reveal_step if not 0 <= step <= self.num_steps]
-        if outside:
-            raise ValueError(f"reveal step {outside[0]} is not in 0..num_steps = {self.num_steps}")
-
-    @property
-    def text(self) -> str:
-        """The final text."""
-        return "".join(self.tokens)
 
 
 class Report:
@@ -99,7 +68,7 @@ class Report:
 
     def samples(self, samples: Sequence[Sample]) -> None:
         """Texts with the course of their denoising; without JavaScript the final text is readable."""
-        self._add("samples", samples=[_sample(sample) for sample in samples])
+        self._add("samples", **samples_block(samples))
 
     def evidence(self, evidence: Sequence[Evidence]) -> None:
         """Texts whose tokens are coloured by what they say for one class against another; one scale for all of them."""
@@ -111,40 +80,19 @@ class Report:
 
     def render(self) -> str:
         """The page as HTML."""
-        environment = jinja2.Environment(
-            loader=jinja2.FileSystemLoader(Path(__file__).parent),
-            autoescape=True,
-            undefined=jinja2.StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-        )
-        environment.filters["sha256"] = _content_hash
-        return environment.get_template(_TEMPLATE).render(
+        return render(
+            _TEMPLATE,
             title=self.title,
             subtitle=inline(self.subtitle),
             command=self.command,
             facts=self.facts,
             sections=self._sections,
-            written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         )
 
-    @rank_zero_only
     def write(self, path: Path) -> None:
         """Writes the page to `path` atomically: readers see the old file or the new one, never a part. Of several
         processes the first does it."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Lone surrogates (torn bytes of a byte-level tokenizer) must not cost a finished run its report.
-        data = self.render().encode("utf-8", errors="replace")
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_whole(path, encoded(self.render()))
 
     def _add(self, kind: str, **content: Any) -> None:
         if not self._sections:
@@ -161,21 +109,6 @@ def _metric(metric: Metric) -> dict[str, str]:
     return {"name": metric.name, "value": value, "error": error, "unit": metric.unit, "note": metric.note}
 
 
-def _sample(sample: Sample) -> dict[str, Any]:
-    """What the template and the player need; `window` is how many steps count as just written."""
-    pieces = [split_lead(token) for token in sample.tokens]
-    given = [step == 0 for step in sample.reveal_step]
-    return {
-        "title": sample.title,
-        "pieces": [(*piece, is_given) for piece, is_given in zip(pieces, given, strict=True)],
-        "steps": " ".join(map(str, sample.reveal_step)),
-        "num_steps": sample.num_steps,
-        "window": max(1, -(-sample.num_steps // 64)),
-        "num_tokens": len(sample.tokens),
-        "given": sum(given),
-    }
-
-
 def _cell(value: object, strip: bool = True) -> str:
     if value is None:
         return "–"
@@ -189,8 +122,3 @@ def _cell(value: object, strip: bool = True) -> str:
 def _is_numeric(column: Sequence[str]) -> bool:
     filled = [cell for cell in column if cell.strip() not in _BLANK]
     return bool(filled) and all(_NUMERIC.match(cell) for cell in filled)
-
-
-def _content_hash(text: str) -> str:
-    """Source expression of the content security policy that admits exactly this inline script."""
-    return f"sha256-{base64.b64encode(hashlib.sha256(str(text).encode()).digest()).decode('ascii')}"

@@ -49,12 +49,14 @@ class Generation:
 
 @dataclass(frozen=True)
 class Frame:
-    """What is there after a step: the tokens, [MASK] among them, and their confidence, as in `Generation`. These are
-    the sampler's own tensors: to be looked at while the watcher is called, and not to be changed."""
+    """What is there after a step (0: before the first): the tokens, [MASK] among them, their confidence, and the
+    network evaluations spent so far, as in `Generation`. These are the sampler's own tensors: to be looked at while the
+    watcher is called, and not to be changed."""
 
     step: int
     ids_BL: Tensor
     confidence_BL: Tensor
+    evaluations_B: Tensor
 
 
 # Called by a sampler after each step of its that may have written something. Every sampler takes one as `watch`.

@@ -115,7 +115,7 @@ def sample(
         at_BL = torch.zeros_like(masked_BL).index_fill(0, rows_R, True)
         at_BL[:, : block.start], at_BL[:, block.stop :] = False, False
         whole_Rk, here_Rk = torch.ones_like(x_BL[rows_R, block], dtype=torch.bool), here_BL[rows_R, block]
-        watched = page.inset(at_BL, whole_Rk)
+        watched = page.inset(at_BL, whole_Rk, rows_R)
         out = inner(law, x_BL[rows_R, block], noise, watch=watched, row=row, attention_mask=here_Rk)
         page.paste(out, at_BL, whole_Rk, rows_R)
         if ending is not None:

@@ -43,18 +43,20 @@ class Page:
     def end_step(self, step: int) -> None:
         """Show what is there after `step`."""
         if self._watch is not None:
-            self._watch(Frame(step, self.ids_BL, self.confidence_BL))
+            self._watch(Frame(step, self.ids_BL, self.confidence_BL, self.evaluations_B))
 
-    def inset(self, at_BL: Tensor, here_RW: Tensor) -> Watcher | None:
+    def inset(self, at_BL: Tensor, here_RW: Tensor, rows_R: Tensor | None = None) -> Watcher | None:
         """Who watches another sampler that writes a part of this page: the True positions of `at_BL` here are, one
-        after the other, those of `here_RW` there. Its steps follow on those of this page."""
+        after the other, those of `here_RW` there. Its steps follow on those of this page. rows_R: its rows here."""
         if self._watch is None:
             return None
 
         def show(frame: Frame) -> None:
             self.ids_BL[at_BL] = frame.ids_BL[here_RW]
             self.confidence_BL[at_BL] = frame.confidence_BL[here_RW]
-            self.end_step(self.num_steps + frame.step)
+            evaluations_B = self.evaluations_B.clone()
+            evaluations_B[slice(None) if rows_R is None else rows_R] += frame.evaluations_B
+            self._watch(Frame(self.num_steps + frame.step, self.ids_BL, self.confidence_BL, evaluations_B))
 
         return show
 

@@ -20,9 +20,9 @@ from tasks.class_models import Hypothesis, class_models
 from tasks.class_report import class_report, printed
 from tasks.class_scoring import ClassScores, Race, score_classes
 from tasks.drawing import draw
+from tasks.history import samples_of
 from tasks.ppl_eval import protocol
 from tasks.predictions import predictions_file, read_posterior, write_predictions
-from tasks.sample_eval import shown
 from tasks.scoring import score
 from tasks.verdicts import Method, Verdicts
 
@@ -174,7 +174,7 @@ def _samples(experiment: Experiment, hypothesis: Hypothesis, label: int, number:
         return []
     data = experiment.data(label)
     drawn = draw(hypothesis.diffusion, data, experiment.drawing, number, number, experiment.seed, hypothesis.class_id)
-    return shown(drawn, data.tokenizer)
+    return samples_of(drawn, data.tokenizer)
 
 
 def _measured(m: Measures) -> dict[str, object]:

@@ -22,7 +22,7 @@ from callbacks.progress import Meter
 from diffusion import Diffusion
 from objectives.base import scored_mask
 from randomness import KeyedNoise
-from samplers.base import Watcher
+from samplers.base import Frame, Watcher
 from text.tokenizers import decode, encode
 
 # What stands for masks in a template: [MASK] for one, {{12}} for twelve, {{...}} for as many as there is room for.
@@ -35,11 +35,12 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Drawn:
     """One sampled text: its ids without padding, the step that wrote each (0: given), the model's probability of each
-    when it was written (1: given), and what it cost."""
+    when it was written (1: given), where each stands in the row that the sampler was given, and what it cost."""
 
     ids: list[int]
     steps: list[int]
     confidence: list[float]
+    places: list[int]
     num_steps: int
     evaluations: int
 
@@ -322,14 +323,17 @@ def _draw_batch(
     noise = KeyedNoise(seed, torch.from_numpy(names_B).to(diffusion.device))
     ends_early = diffusion.objective.causal and not data.wrap
     stop = {"stop_id": data.vocabulary.eos_id} if ends_early or drawing.var_length else {}
-    out = drawing.sampler(
-        diffusion.model, x_BL.to(diffusion.device), noise, watch=watch, **_moved(cond, diffusion.device), **stop
-    )
+    x_BL = x_BL.to(diffusion.device)
+    if watch is not None:
+        given_BL = (x_BL != diffusion.objective.mask_id).float()
+        watch(Frame(0, x_BL, given_BL, torch.zeros(len(rows), dtype=torch.long, device=x_BL.device)))
+    out = drawing.sampler(diffusion.model, x_BL, noise, watch=watch, **_moved(cond, diffusion.device), **stop)
     extra = out.ids_BL.shape[1] - x_BL.shape[1]  # semi-autoregressive samplers go on behind the window
     drawn = []
     for i, length in enumerate(lengths):
         length = length + extra if out.length_B is None else min(length + extra, int(out.length_B[i]))
         columns = [part_BL[i, :length].tolist() for part_BL in (out.ids_BL, out.step_BL, out.confidence_BL)]
+        columns.append(list(range(len(columns[0]))))
         if ends_early or data.fill:
             starts = [1] if segment_ends is None else segment_ends[i].tolist()
             kept = _own(columns[0], data.vocabulary.eos_id, starts)

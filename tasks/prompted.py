@@ -20,12 +20,15 @@ from metrics import Estimate
 from randomness import KeyedNoise
 from reporting.formatting import Interval
 from reporting.report import Metric, Report, Sample
+from samplers.base import Watcher
 from tasks.answers import Answers, Share, check_shares, measure, share
 from tasks.base import Experiment, write_results
 from tasks.drawing import Drawing, Drawn, fill_on_all
+from tasks.history import sample_of
+from tasks.watching import Views, described
 from text.judging import Judge, Verdict
 from text.rows import parts_of
-from text.tokenizers import decode, encode, token_strings
+from text.tokenizers import decode, encode
 
 _COMPLETIONS = 2**32  # names of a prompt's completions are so far apart
 
@@ -66,10 +69,10 @@ class Completed:
 
 
 def complete_prompts(
-    experiment: Experiment, asked: Asked, checkpoint_path: str, disable_ema: bool, perplexity: bool
+    experiment: Experiment, asked: Asked, checkpoint_path: str, disable_ema: bool, perplexity: bool, views: Views
 ) -> dict[str, object]:
-    """Complete the prompts, shared out over all devices; write samples.jsonl, results.json and report.html below the
-    name of the split.
+    """Complete the prompts, shared out over all devices; write samples.jsonl, results.json, report.html and what
+    `views` asks for of the first completions below the name of the split.
 
     Raises:
         ValueError: something is asked for that means nothing here, or the model can not choose where a text ends.
@@ -84,7 +87,8 @@ def complete_prompts(
     diffusion = experiment.trained(data, checkpoint_path, disable_ema).eval()
     check_ends(diffusion, data)
     trainer = experiment.trainer("sample_eval")
-    done = _complete(trainer, diffusion, data, experiment.judge, drawing, asked, experiment.seed)
+    with views.watcher(max(asked.num_shown, 1), diffusion, data, drawing) as watching:
+        done = _complete(trainer, diffusion, data, experiment.judge, drawing, asked, experiment.seed, watching)
     answers = measure([c.verdicts for c in done], np.array([c.ended for c in done]),
                       np.array([c.prompt_tokens for c in done]))  # fmt: skip
     beside = _beside(data, experiment.judge, done)
@@ -104,7 +108,11 @@ def complete_prompts(
     _report_examples(report, data, done, max(asked.num_shown, 1))
     report.code(experiment.settings, "configuration")
     report.write(folder / "report.html")
-    print(f"\n{_summary(answers, beside, asked)}\n{folder / 'report.html'}")
+    first = [drawn for c in done for drawn in c.drawn][: max(asked.num_shown, 1)]
+    samples = watching.samples(first, data.tokenizer)
+    seen = views.write(folder, samples, described(drawing.protocol), experiment.command)
+    print(f"\n{_summary(answers, beside, asked)}")
+    print(*[folder / "report.html", *seen], sep="\n")
     return results
 
 
@@ -119,7 +127,7 @@ def check_ends(diffusion: Diffusion, data: object) -> None:
 
 def _complete(
     trainer: lightning.Trainer, diffusion: Diffusion, data: object, judge: Judge, drawing: Drawing, asked: Asked,
-    seed: int,
+    seed: int, watch: Watcher,
 ) -> list[Completed]:  # fmt: skip
     """The chosen prompts, in the order of the split; those that leave no room are kept, without an answer."""
     texts = data.texts(asked.split)
@@ -135,7 +143,7 @@ def _complete(
     fits = [m for m in range(len(heads)) if taken[m] < data.length]
     names = np.array([ids_M[m] + k * _COMPLETIONS for m in fits for k in times], dtype=np.int64)
     rows = [blank[m] for m in fits for _ in times]
-    drawn = iter(fill_on_all(trainer, diffusion, data, drawing, rows, names, data.eval_batch_size, seed))
+    drawn = iter(fill_on_all(trainer, diffusion, data, drawing, rows, names, data.eval_batch_size, seed, watch))
     of_prompt = {m: [next(drawn) for _ in times] for m in fits}
     done = []
     for m, ((prompt, reference), head) in enumerate(zip(pairs, heads, strict=True)):
@@ -184,7 +192,7 @@ def _write_samples(path: Path, done: Sequence[Completed]) -> None:
     with path.open("w") as file:
         for c in done:
             for number, (text, ended, verdict) in enumerate(zip(c.completions, c.ended, c.verdicts, strict=True)):
-                drawn = c.drawn[number] if c.drawn else Drawn([], [], [], 0, 0)
+                drawn = c.drawn[number] if c.drawn else Drawn([], [], [], [], 0, 0)
                 row = {"text_id": c.text_id, "completion": number, "prompt": c.prompt, "reference": c.reference,
                        "text": text, "right": verdict.right, "answer": verdict.answer, "wanted": verdict.wanted,
                        "ended": ended, "steps_of_reference": verdict.steps, "checks": dict(verdict.checks),
@@ -271,11 +279,9 @@ def _report_examples(report: Report, data: object, done: Sequence[Completed], nu
 
 def _sample(completed: Completed, tokenizer: object) -> Sample:
     text, verdict = completed.drawn[0], completed.verdicts[0]
-    kept = [i for i, token in enumerate(text.ids) if token not in tokenizer.all_special_ids]
     said = "no answer" if verdict.answer is None else f"answer {verdict.answer[:40]}"
     title = f"problem {completed.text_id} · {said}, wanted {(verdict.wanted or '–')[:40]}"
-    strings = token_strings(tokenizer, [text.ids[i] for i in kept])
-    return Sample(strings, [text.steps[i] for i in kept], text.num_steps, title)
+    return sample_of(text, tokenizer, title)
 
 
 def _summary(answers: Answers, beside: Beside, asked: Asked) -> str:

@@ -8,24 +8,13 @@ from pathlib import Path
 import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from reporting.report import Metric, Report, Sample
+from reporting.report import Metric, Report
 from tasks.base import Experiment, write_results
 from tasks.drawing import Drawn, Template, decoded, draw_on_all
 from tasks.generative_perplexity import CausalScorer
 from tasks.prompted import Asked, complete_prompts
 from tasks.sample_quality import compare, real_texts
-from text.tokenizers import token_strings
-
-
-def shown(drawn: list[Drawn], tokenizer: object) -> list[Sample]:
-    """Samples as the report shows them, special tokens left out."""
-    samples = []
-    for index, text in enumerate(drawn):
-        kept = [i for i, token in enumerate(text.ids) if token not in tokenizer.all_special_ids]
-        strings = token_strings(tokenizer, [text.ids[i] for i in kept])
-        title = f"sample {index} · {text.evaluations} network evaluations"
-        samples.append(Sample(strings, [text.steps[i] for i in kept], text.num_steps, title))
-    return samples
+from tasks.watching import Views, described
 
 
 @rank_zero_only
@@ -43,19 +32,19 @@ def write_samples(path: Path, drawn: list[Drawn], given: Template, tokenizer: ob
 def sample_eval(
     experiment: Experiment, *, checkpoint_path: str, disable_ema: bool, num_batches: int | None,
     num_samples: int | None, num_shown: int, split: str | None, samples_per_prompt: int,
-    compute_generative_perplexity: bool, scorer_name: str, perplexity_batch_size: int,
+    compute_generative_perplexity: bool, scorer_name: str, perplexity_batch_size: int, views: Views,
 ) -> dict[str, object]:  # fmt: skip
     """Draw `num_samples` texts (None: `num_batches` batches of `loader.eval_batch_size`), shared out over all devices;
     hold them against as many real ones of `split` (None: against nothing); write samples.jsonl, results.json,
-    report.html. Where texts have prompts, so many of those of `split` (both None: all) are completed instead and the
-    completions judged (tasks/prompted.py)."""
+    report.html and what `views` asks for of the first `num_shown`. Where texts have prompts, so many of those of
+    `split` (both None: all) are completed instead and the completions judged (tasks/prompted.py)."""
     if num_batches is not None and num_batches < 1:
         raise ValueError(f"sampling.num_sample_batches={num_batches} must be at least 1")
     data = experiment.data()
     number = num_samples or (num_batches and num_batches * data.eval_batch_size)
     if data.prompted:
         asked = Asked(split, number, samples_per_prompt, num_shown)
-        return complete_prompts(experiment, asked, checkpoint_path, disable_ema, compute_generative_perplexity)
+        return complete_prompts(experiment, asked, checkpoint_path, disable_ema, compute_generative_perplexity, views)
     if number is None or samples_per_prompt != 1:
         key = f"samples_per_prompt={samples_per_prompt}" if number else "num_sample_batches=null"
         raise ValueError(f"sampling.{key} is for texts with prompts, and those of data={data.name} have none")
@@ -63,10 +52,11 @@ def sample_eval(
     scorer = CausalScorer.load(scorer_name, perplexity_batch_size) if compute_generative_perplexity else None
     diffusion = experiment.trained(data, checkpoint_path, disable_ema).eval()
     real = real_texts(data, split, number, experiment.seed)
-    drawn = draw_on_all(
-        experiment.trainer("sample_eval"), diffusion, data, experiment.drawing, number, data.eval_batch_size,
-        experiment.seed,
-    )  # fmt: skip
+    with views.watcher(max(num_shown, 1), diffusion, data, experiment.drawing) as watching:
+        drawn = draw_on_all(
+            experiment.trainer("sample_eval"), diffusion, data, experiment.drawing, number, data.eval_batch_size,
+            experiment.seed, watching,
+        )  # fmt: skip
     folder = experiment.folder() / "sample_eval"
     folder.mkdir(parents=True, exist_ok=True)
     write_samples(folder / "samples.jsonl", drawn, experiment.drawing.given, data.tokenizer)
@@ -80,10 +70,13 @@ def sample_eval(
     report = Report("Samples", f"{len(drawn)} texts out of masks", experiment.command, experiment.facts)
     comparison.report(report, [Metric("network evaluations", evaluations, None, "per sample")])
     report.section("Texts")
-    report.samples(shown(drawn[: max(num_shown, 1)], data.tokenizer))
+    samples = watching.samples(drawn[: max(num_shown, 1)], data.tokenizer)
+    report.samples(samples)
     report.code(experiment.settings, "configuration")
     report.write(folder / "report.html")
-    for text in drawn[:num_shown]:
+    seen = views.write(folder, samples, described(experiment.drawing.protocol), experiment.command)
+    for text in drawn[watching.read : num_shown]:
         print(f"\n{decoded(text, experiment.drawing.given, data.tokenizer)}")
-    print(f"\n{comparison}\n{evaluations:.1f} network evaluations per sample\n{folder / 'report.html'}")
+    print(f"\n{comparison}\n{evaluations:.1f} network evaluations per sample")
+    print(*[folder / "report.html", *seen], sep="\n")
     return results

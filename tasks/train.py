@@ -12,8 +12,8 @@ from reporting.report import Report
 from tasks.base import Experiment, likelihood, write_results
 from tasks.drawing import draw
 from tasks.fitting import fit
+from tasks.history import samples_of
 from tasks.ppl_eval import protocol, report_likelihood
-from tasks.sample_eval import shown
 from tasks.scoring import score
 
 
@@ -109,7 +109,9 @@ def train(experiment: Experiment, *, num_samples: int, generate_samples: bool) -
     if num_samples and generate_samples:
         report.section("What it writes")
         report.samples(
-            shown(draw(diffusion, data, experiment.drawing, num_samples, num_samples, experiment.seed), data.tokenizer)
+            samples_of(
+                draw(diffusion, data, experiment.drawing, num_samples, num_samples, experiment.seed), data.tokenizer
+            )
         )
     report.code(experiment.settings, "configuration")
     report.write(folder / "report.html")

@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "reporting": {"reporting"},
     "callbacks": {"callbacks", "files"},
     "engine": {"engine", "callbacks", "models", "files"},
-    "identity": {"contradictions"},
+    "identity": {"contradictions", "command_line"},
     "machine": {"dataloader", "engine"},
     "classification": {"classification", "metrics"},
     "dataloader": {"text"},

@@ -1,0 +1,157 @@
+"""Texts from a checkpoint, in the words one types: data, tokenizer, network and objective are those that it carries.
+
+python scripts/generate.py --checkpoint outputs/reviews/micro-0123abcd --prefix "the plot is" --num-samples 3 --show
+python scripts/generate.py --checkpoint last.ckpt --template "The [MASK] was {{5}} ." --sampling greedy --steps 16
+python scripts/generate.py --checkpoint last.ckpt --sampling topk --top-k 50 --temperature 0.7 --schedule cosine \\
+    --order confidence --remask low_confidence --steps 64 --max-length 64 --gif seed=2
+
+The same as `python main.py mode=sample_eval eval.checkpoint_path=...` with all that has to be said beside it, which is
+printed first. What it has no option for is typed as there: key=value.
+"""
+
+from __future__ import annotations
+
+import argparse
+import runpy
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+import command_line  # noqa: E402 - the path comes first
+from files import is_remote, place  # noqa: E402
+from identity import overrides, word  # noqa: E402
+from models.checkpoints import read_settings  # noqa: E402
+
+# Options of predictor=unmask and block_unmask, and the keys that they set.
+UNMASKING = {"schedule": "sampling.schedule", "order": "sampling.order", "threshold": "sampling.threshold",
+             "remask": "sampling.remask", "steps": "sampling.steps"}  # fmt: skip
+TEXTS = {"prefix": "sampling.prefix", "template": "sampling.template", "max_length": "sampling.max_length"}
+SAMPLING = ("law", "greedy", "topk", "nucleus")
+MOST_PRINTED = 20
+
+
+def parser() -> argparse.ArgumentParser:
+    """What can be typed."""
+    out = argparse.ArgumentParser(
+        prog="generate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    out.add_argument("--checkpoint", required=True, help="a .ckpt file of a training here, or the folder of its run")
+    given = out.add_argument_group("what is given")
+    given.add_argument("--prefix", help="how every text begins")
+    given.add_argument("--template", help="a text with gaps: [MASK] for one token, {{5}} for five")
+    tokens = out.add_argument_group("which token")
+    tokens.add_argument("--sampling", choices=SAMPLING, help="law: the model's own distribution (the default)")
+    tokens.add_argument("--top-k", type=int, help="of --sampling topk (50)")
+    tokens.add_argument("--top-p", type=float, help="of --sampling nucleus (0.9)")
+    tokens.add_argument("--temperature", type=float)
+    order = out.add_argument_group("in which order")
+    order.add_argument("--steps", type=int, help="network evaluations, at most")
+    order.add_argument("--schedule", help="how many masks each step leaves: linear, cosine, exponential")
+    order.add_argument("--order", help="which go first: random, left_to_right, confidence, margin, entropy")
+    order.add_argument("--threshold", type=float, help="all that the model is so sure of, as many as these are")
+    order.add_argument("--remask", help="none, low_confidence, remdm")
+    out.add_argument("--num-samples", type=int, default=1)
+    out.add_argument("--max-length", type=int, help="tokens of a text, at most")
+    out.add_argument("--seed", type=int)
+    out.add_argument("--show", action="store_true", help="watch it in the terminal")
+    out.add_argument("--gif", action="store_true", help="denoising.gif beside denoising.html")
+    out.add_argument("--out", default="outputs/generated", help="folder of what is written (outputs/generated)")
+    out.add_argument("overrides", nargs="*", metavar="key=value", help="anything else that main.py takes")
+    return out
+
+
+def arguments(args: argparse.Namespace) -> list[str]:
+    """What `main.py` is to be told.
+
+    Raises:
+        ValueError: options that contradict each other or the model; a checkpoint that does not say what it is of.
+        FileNotFoundError: there is no checkpoint.
+    """
+    path = checkpoint_path(args.checkpoint)
+    known = read_settings(path, "--checkpoint").identity
+    if "configuration" not in known:
+        raise ValueError(
+            f"--checkpoint {path} does not carry the configuration of its training, as ours do; say it: python main.py "
+            f"mode=sample_eval eval.checkpoint_path={path} data=... model=... parameterization=... backbone=..."
+        )
+    configuration = known["configuration"]
+    asked = {
+        "mode": "sample_eval", "eval.checkpoint_path": str(path), "checkpointing.save_dir": args.out,
+        "eval.split": "null", "sampling.num_samples": args.num_samples,
+        "sampling.num_sample_log": min(args.num_samples, MOST_PRINTED),
+        "sampler": predictor(configuration), **token_choice(args),
+    }  # fmt: skip
+    typed = {name: getattr(args, name) for name in (*UNMASKING, *TEXTS) if getattr(args, name) is not None}
+    if asked["sampler"] == "ar" and (useless := [name for name in typed if name in UNMASKING]):
+        raise ValueError(
+            f"--{useless[0]} {typed[useless[0]]}: this model writes from left to right, a token at a time; leave it out"
+        )
+    asked |= {{**UNMASKING, **TEXTS}[name]: value for name, value in typed.items()}
+    asked |= {key: "true" for key in ("sampling.show", "sampling.gif") if getattr(args, key.partition(".")[2])}
+    asked |= {key: value for key, value in (("seed", args.seed), ("data.label", known.get("label")))
+              if value is not None}  # fmt: skip
+    own = {said.partition("=")[0].lstrip("+") for said in args.overrides}
+    own = {command_line.ALIASES.get(key, key) for key in own}
+    texts = ("sampling.prefix", "sampling.template")  # main.py quotes them
+    ours = [*overrides(configuration),
+            *(f"{key}={value if key in texts else quoted(value)}" for key, value in asked.items())]  # fmt: skip
+    return [*(said for said in ours if said.partition("=")[0].lstrip("+") not in own), *args.overrides]
+
+
+def quoted(value: object) -> str:
+    """As Hydra reads it; "null" and "true" stay words."""
+    return value if value in ("null", "true") else word(value)
+
+
+def checkpoint_path(typed: str) -> object:
+    """The file that is meant, where the folder of a run is named."""
+    path = place(typed, "--checkpoint")
+    last = None if is_remote(path) else path / "checkpoints" / "last.ckpt"
+    return last if last is not None and last.exists() else path
+
+
+def predictor(configuration: dict[str, object]) -> str:
+    """The sampler for a model: iterative unmasking, within blocks where it has them, from the left where it must."""
+    law = configuration.get("parameterization")
+    if law == "ar":
+        return "ar"
+    blocks = configuration.get("block_size") != configuration.get("model.length") or configuration.get("data.segments")
+    return "block_unmask" if law == "bd3lm" and blocks else "unmask"
+
+
+def token_choice(args: argparse.Namespace) -> dict[str, object]:
+    """--sampling, --top-k, --top-p and --temperature as keys."""
+    implied = "topk" if args.top_k is not None else "nucleus" if args.top_p is not None else "law"
+    kind = args.sampling or implied
+    for name, value, wanted in (("--top-k", args.top_k, "topk"), ("--top-p", args.top_p, "nucleus")):
+        if value is not None and kind != wanted:
+            raise ValueError(f"{name} {value} belongs to --sampling {wanted}, and --sampling {kind} is asked for")
+    if kind == "greedy" and args.temperature not in (None, 0):
+        raise ValueError(f"--temperature {args.temperature} means nothing to --sampling greedy; leave one of them out")
+    keys: dict[str, object] = {}
+    if kind == "greedy" or args.temperature is not None:
+        keys["sampling.temperature"] = 0.0 if kind == "greedy" else args.temperature
+    if kind == "topk":
+        keys["sampling.top_k"] = 50 if args.top_k is None else args.top_k
+    if kind == "nucleus":
+        keys["sampling.nucleus_p"] = 0.9 if args.top_p is None else args.top_p
+    return keys
+
+
+def generate(typed: Sequence[str]) -> None:
+    """Read the options, say what they come to, and do it."""
+    args = parser().parse_intermixed_args(typed)
+    with command_line.clear_errors():
+        told = arguments(args)
+    print(f"python main.py {shlex.join(told)}\n", file=sys.stderr)
+    sys.argv = [str(ROOT / "main.py"), *told]
+    runpy.run_path(sys.argv[0], run_name="__main__")  # as Hydra wants its program to be called
+
+
+if __name__ == "__main__":
+    generate(sys.argv[1:])
