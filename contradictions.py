@@ -120,6 +120,11 @@ def refuse_contradictions(cfg: DictConfig) -> None:
         raise ValueError(
             "data.long_texts=drop: mode=classify would be judged by the short texts alone; use windows or truncate"
         )
+    _check_noise(cfg, name)
+
+
+def _check_noise(cfg: DictConfig, name: str) -> None:
+    training = cfg.training
     clipped = cfg.noise._target_.endswith(".Clipped")
     if clipped and (name not in ("subs", "bd3lm") or not cfg.masking._target_.endswith("Bernoulli") or cfg.T):
         raise ValueError(
