@@ -34,6 +34,7 @@ from tests.test_configs import TINY
 from tests.test_drawing import experiment  # noqa: F401 - a fixture
 from text.collate import Collate
 
+FEW = [f"data.source.num_{split}_per_class=20" for split in ("train", "validation", "test")]
 VOCAB, MASK = 5, 4
 SCHEDULE = LogLinear(eps=0.0)
 
@@ -198,7 +199,7 @@ def test_prefix_and_special_tokens_are_given_in_wrapped_and_in_padded_rows():
                                        ["sampling.prefix=dull", "data.wrap=true", "model.length=32"],
                                        ["parameterization=ar", "training.prefix_length=5"]], ids=" ".join)  # fmt: skip
 def test_a_batch_masks_nothing_that_is_given_and_a_sample_keeps_it(experiment, overrides):  # noqa: F811
-    built = experiment("algo=mlm", *overrides) if "parameterization=ar" not in overrides else experiment(*overrides)
+    built = experiment(*FEW, *(["algo=mlm"] if "parameterization=ar" not in overrides else []), *overrides)
     _, data, diffusion = built
     batch = next(iter(data.train_dataloader()))
     special = torch.isin(batch["input_ids"], torch.tensor(sorted(data.vocabulary.special_ids)))
@@ -219,7 +220,7 @@ def test_a_batch_masks_nothing_that_is_given_and_a_sample_keeps_it(experiment, o
 
 
 def test_the_unigram_baseline_is_of_the_same_tokens(experiment):  # noqa: F811
-    data = experiment("algo=mlm", "training.prefix_length=3")[1]
+    data = experiment(*FEW, "algo=mlm", "training.prefix_length=3")[1]
     rows, nats = data.split("validation"), unigram_nll(data, "validation")
     counts = np.ones(data.vocabulary.size)
     for ids in data.split("train")["input_ids"]:
@@ -235,7 +236,7 @@ def test_the_unigram_baseline_is_of_the_same_tokens(experiment):  # noqa: F811
 def test_trains_measures_and_classifies_and_says_what_it_is(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monitored = "callbacks=[checkpoint_every_n_steps,checkpoint_monitor,masking_rates]"
-    ask = [*TINY, "algo=mlm", monitored, "trainer.val_check_interval=1", "trainer.log_every_n_steps=1"]
+    ask = [*TINY, *FEW, "algo=mlm", monitored, "trainer.val_check_interval=1", "trainer.log_every_n_steps=1"]
     commands.run(*ask)
     logged = [row for row in csv.DictReader(next(tmp_path.rglob("metrics.csv")).open())]
     names = {name for row in logged for name, value in row.items() if value}
@@ -248,7 +249,7 @@ def test_trains_measures_and_classifies_and_says_what_it_is(tmp_path, monkeypatc
     assert protocol["kind"] == "NELBO" and protocol["prefix_length"] == 5 and protocol["parameterization"] == "subs"
     assert protocol["law"] == "p(rest | first 5 tokens, where its special tokens stand)"
     checkpoint = next(tmp_path.rglob("last.ckpt"))
-    other = [*TINY, f"eval.checkpoint_path={checkpoint}", "mode=ppl_eval", "algo=mdlm"]
+    other = [*TINY, *FEW, f"eval.checkpoint_path={checkpoint}", "mode=ppl_eval", "algo=mdlm"]
     same = commands.run(*other, "training.prefix_length=5")
     assert same["nll_nats_per_token"] == measured["nll_nats_per_token"]
     assert commands.run(*other)["tokens"] > same["tokens"]
@@ -256,7 +257,7 @@ def test_trains_measures_and_classifies_and_says_what_it_is(tmp_path, monkeypatc
 
 
 def test_validation_by_rate_sees_the_same_masks_every_time(experiment):  # noqa: F811
-    _, data, diffusion = experiment("algo=mlm")
+    _, data, diffusion = experiment(*FEW, "algo=mlm")
     batch = next(iter(data.val_dataloader()))
     once, again = (diffusion.cross_entropy_at(batch, 0.5) for _ in range(2))
     assert torch.equal(once[0], again[0]) and 0.3 < once[1] / scored_mask(batch).sum() < 0.7
@@ -269,7 +270,7 @@ def test_validation_by_rate_is_refused_where_it_means_nothing(experiment):  # no
             MaskingRates(rates)
     for law in ("parameterization=ar", "T=4"):
         with pytest.raises(ValueError, match="callbacks=masking_rates masks any tokens of a text"):
-            MaskingRates().on_fit_start(lightning.Trainer(accelerator="cpu", logger=False), experiment(law)[2])
+            MaskingRates().on_fit_start(lightning.Trainer(accelerator="cpu", logger=False), experiment(*FEW, law)[2])
 
 
 def test_the_figure_labels_its_lines():
@@ -294,7 +295,7 @@ def test_the_figure_labels_its_lines():
 ])  # fmt: skip
 def test_what_can_not_be_meant_is_refused(tmp_path, monkeypatch, said, arguments):
     monkeypatch.chdir(tmp_path)
-    commands.refused(said, *TINY, *arguments)
+    commands.refused(said, *TINY, *FEW, *arguments)
 
 
 def test_fingerprints_know_what_determines_the_weights_and_nothing_else():
