@@ -61,6 +61,8 @@ class HFMaskedLM(nn.Module):
         super().__init__()
         self.name, self.new_head, self._described = name, new_head, config.to_json_string(use_diff=False)
         config = copy.deepcopy(config)
+        if config.is_encoder_decoder:
+            _refuse(config, "it reads with one part and writes with another")
         _set_vocabulary(config, vocab_size)
         if dropout is not None:
             published.set_dropout(config, dropout)
@@ -69,8 +71,8 @@ class HFMaskedLM(nn.Module):
         self._first_position = first_position(self.model)
         head = self.model.get_output_embeddings()
         taken = set(inspect.signature(self.model.forward).parameters)
-        if not isinstance(head, nn.Linear) or "attention_mask" not in taken or config.is_encoder_decoder:
-            self._refuse("it has no linear head on an encoder that can hide padding")
+        if not isinstance(head, nn.Linear) or "attention_mask" not in taken:
+            _refuse(self.model.config, "it has no linear head on an encoder that can hide padding")
         self._gives_positions = self._first_position is not None and "position_ids" in taken
         given_BLD = self._given(head)
         self._head_path = next(path for path, module in self.model.named_modules() if module is head)
@@ -190,10 +192,10 @@ class HFMaskedLM(nn.Module):
         try:
             logits_BLV = self.model(input_ids=ids_BL, attention_mask=torch.ones_like(ids_BL)).logits
         except (RuntimeError, IndexError, TypeError, AttributeError) as error:
-            self._refuse(f"with these settings it does not run ({published.first_line(error)})")
+            _refuse(self.model.config, f"with these settings it does not run ({published.first_line(error)})")
         hook.remove()
         if len(given) != 1 or not torch.equal(logits_BLV, answer_BLV):
-            self._refuse("its logits are not its linear head's (they are scaled, capped or transformed)")
+            _refuse(self.model.config, "its logits are not its linear head's (they are scaled, capped or transformed)")
         return given[0]
 
     @torch.no_grad()
@@ -203,18 +205,18 @@ class HFMaskedLM(nn.Module):
         ids_BL = self._probe()
         hidden_BLD = self.encode(ids_BL)
         if not published.close(hidden_BLD, given_BLD):
-            self._refuse("without its last linear layer it computes something else")
+            _refuse(self.model.config, "without its last linear layer it computes something else")
         if torch.equal(hidden_BLD[0, 0], hidden_BLD[1, 0]):
-            self._refuse("it does not see what stands on the right (is_decoder)")
+            _refuse(self.model.config, "it does not see what stands on the right (is_decoder)")
         beside_BLD = self.encode(ids_BL, attention_mask=torch.tensor([[True, True, False]]).expand(2, 3))
         if not published.close(beside_BLD[0, :2], beside_BLD[1, :2]):
-            self._refuse("it does not hide padding")
+            _refuse(self.model.config, "it does not hide padding")
 
-    def _refuse(self, reason: str) -> NoReturn:
-        raise ValueError(
-            f"backbone=hf_mlm can not use a {self.model.config.model_type} model: {reason}; choose another, such as "
-            "roberta-base"
-        )
+
+def _refuse(config: PretrainedConfig, reason: str) -> NoReturn:
+    raise ValueError(
+        f"backbone=hf_mlm can not use a {config.model_type} model: {reason}; choose another, such as roberta-base"
+    )
 
 
 def first_position(model: PreTrainedModel) -> int | None:
@@ -306,6 +308,8 @@ def _architecture(name: str) -> PretrainedConfig:
 def _sized(config: PretrainedConfig, typed: dict[str, int | None], vocab_size: int, length: int) -> PretrainedConfig:
     """`config` with the sizes that were typed (a block's inner layer keeps its ratio to the width), positions for
     `length` tokens and as many rows as the data have ids."""
+    if not hasattr(config, "num_attention_heads"):
+        _refuse(config, "it has no attention")
     width, heads = typed["model.hidden_size"] or config.hidden_size, typed["model.n_heads"]
     heads = heads or config.num_attention_heads
     if width % heads:

@@ -18,7 +18,8 @@ def protocol(experiment: Experiment, data: object, split: str, scores: Scores) -
         "data": data.name, "split": split, "label": data.label, "tokenizer": data.vocabulary.fingerprint,
         "detokenizer": data.detokenizer(split), "length": data.length, "wrap": data.wrap,
         "packing": asdict(data.packing(split)), "prompted": data.prompted, "fill": data.fill, "estimator": scores.label,
-        "prefix_length": data.prefix_length, "score_special": data.score_special, "law": _law(data, scores.causal),
+        "prefix_length": data.prefix_length, "score_special": data.score_special,
+        "law": _law(data, causal=experiment.protocol["parameterization"] == "ar"),
         "network_evaluations_per_text": float(scores.evaluations_M.mean()),
     }  # fmt: skip
 
