@@ -91,8 +91,8 @@ class Table:
     def drawn(self, name: str, how: list[str]) -> dict[str, object]:
         """ids, evaluations and seconds per text of a decoder, from the last time if it was drawn before."""
         drawing, source = self._experiment(how).drawing, self.network.provenance
-        key = json.loads(json.dumps([dict(drawing.protocol), self.texts, self.experiment.seed, self.data.length,
-                                     str(Path(source.path).resolve()), source.step, self.data.name]))  # fmt: skip
+        weights = [str(Path(source.checkpoint).resolve()), source.steps]
+        key = [dict(drawing.protocol), self.texts, self.experiment.seed, self.data.name, self.data.length, *weights]
         file = self.folder / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]}.json"
         if file.exists():
             return json.loads(file.read_text())
@@ -129,16 +129,16 @@ def main() -> None:
     scorer.add_argument("--scorer", help="a causal model: $DATA_DIR/<name>, a folder, or a name on the Hub")
     scorer.add_argument("--ngram", action="store_true", help="score by a 3-gram model of the training texts (default)")
     parser.add_argument("--texts", type=int, default=64)
-    parser.add_argument("--steps", type=int, nargs="+", default=[16, 64])
-    parser.add_argument("--only", nargs="*", default=[], help="decoders whose name has one of these in it")
+    parser.add_argument("--steps", default="16,64", help="budgets")
+    parser.add_argument("--only", default="", help="decoders whose name has this in it")
     parser.add_argument("--output", type=Path, default=Path("outputs/decoders"))
     parser.add_argument("overrides", nargs="*", help="the configuration that the checkpoint belongs to")
     args = parser.parse_intermixed_args()
     table, rows = Table(args), []
     cfg = table.experiment.cfg
     blocks = law(cfg) == "bd3lm" and cfg.block_size != cfg.model.length
-    wanted = {name: how for name, how in decoders(blocks, args.steps).items()
-              if not args.only or any(part in name for part in args.only)}  # fmt: skip
+    wanted = {name: how for name, how in decoders(blocks, [int(n) for n in args.steps.split(",")]).items()
+              if args.only in name}  # fmt: skip
     print(f"{'':46} {'perplexity':19} {'entropy, nats':19} {'distinct-1':19} {'distinct-2':19} {'distinct-3':19}")
     for name, how in wanted.items():
         kept = table.drawn(name, how)
