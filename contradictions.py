@@ -46,7 +46,8 @@ FLAGS = ("classify.calibrate", "classify.baselines", "training.start_from_counts
          "sampling.gif")  # fmt: skip
 
 
-NEVER_NULL = ("lr_scheduler.", "plateau.", "sampling.show_delay", "loader.global_batch_size", "trainer.max_steps")
+NEVER_NULL = ("lr_scheduler.", "plateau.", "loader.global_batch_size", "trainer.max_steps", "sampling.steps",
+              "sampling.remask_eta", "sampling.show_delay")  # fmt: skip
 
 
 def check_numbers(cfg: DictConfig) -> None:
@@ -180,8 +181,8 @@ def _check_sampling(cfg: DictConfig, name: str) -> None:
     for key, chosen in by_confidence.items():
         if chosen and sampling.order in ("random", "left_to_right", "entropy"):
             raise ValueError(
-                f"sampling.{key}={sampling[key]} goes by confidence, and sampling.order={sampling.order} does not; leave "
-                "one of them out"
+                f"sampling.{key}={sampling[key]} goes by confidence, and sampling.order={sampling.order} does not; "
+                "leave one of them out"
             )
     if sampling.threshold is not None and sampling.schedule != "linear":
         raise ValueError(

@@ -280,7 +280,7 @@ class _Room:
             tail = np.full_like(tail, self.data.vocabulary.eos_id)
         elif whole and not self.data.wrap:
             tail = ending
-        elif self.mask_id not in tail:  # the lender is too short for this prefix
+        elif not whole and self.mask_id not in tail:  # the lender is too short for this prefix
             tail = np.concatenate([np.full(1, self.mask_id, dtype=blank.dtype), ending])
         row = np.concatenate([row, tail])
         if len(row) > self.limit:

@@ -9,17 +9,23 @@ import torch
 
 import main
 from command_line import compose_config, explain
-from tasks.drawing import Drawing, Template, draw
+from tasks.drawing import ROOM, Drawing, Drawn, Template, decoded, draw
 from tests.test_configs import TINY
+from text.tokenizers import encode, load_tokenizer, vocabulary
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture
-def experiment(tmp_path, monkeypatch):
+def experiment(tmp_path, monkeypatch, cache):
     """An untrained model on a few reviews, built from overrides."""
     monkeypatch.chdir(tmp_path)
 
     def build(*overrides: str):
-        experiment = main.Experiment(compose_config([*TINY, "data.cache_dir=cache", *overrides]), "a test")
+        experiment = main.Experiment(compose_config([*TINY, f"data.cache_dir={cache}", *overrides]), "a test")
         data = experiment.data()
         diffusion = experiment.diffusion(data).eval()
         torch.nn.init.normal_(diffusion.backbone.head.weight, generator=torch.Generator().manual_seed(0))
@@ -88,6 +94,8 @@ def test_causal_texts_end_where_the_model_ends_them(experiment):
     (["sampling.prefix='" + "the " * 79 + "the'"], "sampling.prefix has 80 tokens"),
     (["parameterization=ar", "sampling.template=the {{2}} is dull"], "sampling.prefix, not sampling.template"),
     (["sampling.semi_ar=true"], "data.wrap=true"),
+    (["sampling.max_length=2"], "sampling.max_length=2 leaves no token to write"),
+    (["sampling.max_length=4", "sampling.prefix=the plot is"], "too many for sampling.max_length=4"),
 ])  # fmt: skip
 def test_what_can_not_be_drawn_is_refused(experiment, overrides, said):
     built = experiment(*overrides)
@@ -107,6 +115,91 @@ def test_templates_are_read_as_they_are_written():
     assert Template(template="[MASK]").ids(Words(), 9) == [9]
     assert Template(prefix="a bb").ids(Words(), 9) == [1, 2]
     assert Template().ids(Words(), 9) == []
+    assert Template(template="a {{...}} bb").ids(Words(), 9) == Template(template="a {{…}} bb").ids(Words(), 9)
+    assert Template(template="a [MASK] {{...}} bb").ids(Words(), 9) == [1, 9, ROOM, 2]
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ("no gap", "has no gap"), ("an empty {{0}} one", "of no tokens"), ("two {{...}} and {{…}}", "several gaps"),
+])  # fmt: skip
+def test_templates_that_leave_nothing_or_not_enough_to_go_by_are_refused(text, said):
+    with pytest.raises(ValueError, match=said):
+        Template(template=text)
+
+
+UNMASK = ["sampling.predictor=unmask", "sampling.steps=3"]
+
+
+@pytest.mark.parametrize("overrides", [[], WRAPPED], ids=["padded", "wrapped"])
+def test_a_gap_that_stretches_takes_what_room_there_is(experiment, overrides):
+    _, data, _ = built = experiment("sampling.template=the plot {{...}} and dull", *UNMASK, *overrides)
+    before, after = (encode(data.tokenizer, [text])[0] for text in ("the plot", "and dull"))
+    lengths = [len(text.ids) for text in drawn(*built)]
+    plain = [len(text.ids) for text in drawn(*experiment(*UNMASK, *overrides))]
+    assert lengths == plain, "as long as a text without a template"
+    for text in drawn(*built):
+        start = int(text.ids[0] == data.vocabulary.bos_id)
+        end = len(text.ids) - int(text.ids[-1] == data.vocabulary.eos_id)
+        assert text.ids[start : start + 2] == before and text.ids[end - len(after) : end] == after
+        assert data.vocabulary.mask_id not in text.ids and text.steps[start + 2 : end - len(after)].count(0) == 0
+
+
+@pytest.mark.parametrize("overrides", [
+    [], WRAPPED, ["parameterization=ar", "sampling.predictor=ar"], ["data.fill=eos", "model.length=80"],
+    ["sampling.template=the plot is {{…}} dull"],
+    ["algo=bd3lm", "block_size=4", "model.length=80", "sampling.predictor=block_unmask"],
+], ids=" ".join)  # fmt: skip
+def test_max_length_limits_every_text(experiment, overrides):
+    prefix = [] if "template" in " ".join(overrides) else ["sampling.prefix=the plot is"]
+    _, data, _ = built = experiment(*UNMASK, *prefix, "sampling.max_length=9", *overrides)
+    texts = drawn(*built)
+    assert all(len(text.ids) <= 9 and data.vocabulary.mask_id not in text.ids for text in texts)
+    assert any(len(text.ids) == 9 for text in texts)
+    for text in texts:
+        assert decoded(text, built[0].drawing.given, data.tokenizer).startswith("the plot is")
+        assert len(text.ids) == len(text.steps) == len(text.confidence)
+        assert all((step == 0) == (p == 1.0) for step, p in zip(text.steps, text.confidence, strict=True))
+
+
+def test_the_first_batch_is_watched(experiment):
+    settings, data, diffusion = experiment(*UNMASK)
+    frames = []
+    texts = draw(diffusion, data, settings.drawing, 3, 2, seed=1, watch=frames.append)
+    assert [frame.step for frame in frames] == [1, 2, 3] and len(frames[-1].ids_BL) == 2
+    assert frames[-1].ids_BL[0, : len(texts[0].ids)].tolist() == texts[0].ids
+
+
+TYPED = ["The film wasn't bad; it's naïve , and 'odd' \N{EM DASH} really?", " the plot  is\ndull .", "It was "]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "roberta-base", "bert-base-uncased", "word", "bpe"])
+def test_a_prefix_stands_in_the_text_letter_by_letter(request, tmp_path, monkeypatch, name):
+    """Also where the tokenizer lowers capitals, drops spaces or does not know a word."""
+    if name in ("word", "bpe"):
+        size = {"vocab_size": 300} if name == "bpe" else {}
+        tokenizer = load_tokenizer(name, texts=lambda: ["the film was odd", *TYPED[:1]], cache_dir=tmp_path, **size)
+    else:
+        monkeypatch.setenv("DATA_DIR", str(request.getfixturevalue("data_dir")))
+        tokenizer = load_tokenizer(name)
+    known = vocabulary(tokenizer)
+    for typed in TYPED:
+        given = Template(prefix=typed)
+        fixed = given.ids(tokenizer, known.mask_id)
+        for more in ("film", "'s", " , odd"):
+            ids = [known.bos_id, *fixed, *encode(tokenizer, [more])[0]]
+            text = decoded(Drawn(ids, [0] * len(ids), [1.0] * len(ids), 1, 1), given, tokenizer)
+            assert text.startswith(typed) and (name == "word" or text.endswith(more.strip(" ,"))), text
+            assert len(text) <= len(typed) + len(more) + 8, text
+
+
+def test_so_many_samples_as_were_asked_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ask = [*TINY, *UNMASK, "sampling.prefix=The plot", "sampling.num_samples=3", "loader.eval_batch_size=2"]
+    main.run(compose_config([*ask, "mode=train"]), "a test")
+    main.run(compose_config([*ask, "mode=sample_eval"]), "a test")
+    rows = [json.loads(line) for line in next(tmp_path.rglob("samples.jsonl")).read_text().splitlines()]
+    assert len(rows) == 3 and all(row["text"].startswith("The plot") for row in rows)
+    assert all(len(row["confidence"]) == len(row["ids"]) and min(row["confidence"]) > 0 for row in rows)
 
 
 def test_semi_autoregressive_samples_are_written_whole(tmp_path, monkeypatch):

@@ -1,0 +1,156 @@
+"""One network, many decoders: what each one's texts are worth under a scorer, how diverse they are, what they cost.
+
+Generative perplexity alone says nothing, since repetition lowers it: read it beside the entropy, distinct-n and the
+last line, which is of as many real texts. Drawn texts are kept below --output, so that another scorer, or an
+interrupted table, draws nothing again.
+
+    python benchmarks/decoders.py --checkpoint outputs/reviews/micro-0123abcd/checkpoints/last.ckpt
+    DATA_DIR=/path/to/data python benchmarks/decoders.py --checkpoint last.ckpt --scorer gpt2 data=wikitext2 model=tiny
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import main as palimpsest  # noqa: E402
+from benchmarks.kneser_ney import KneserNey  # noqa: E402
+from command_line import compose_config  # noqa: E402
+from contradictions import check_numbers, law, refuse_contradictions  # noqa: E402
+from metrics import Estimate  # noqa: E402
+from tasks.drawing import draw  # noqa: E402
+from tasks.generative_perplexity import CausalScorer  # noqa: E402
+from tasks.sample_quality import Quality, measure, real_texts  # noqa: E402
+
+UNMASK = {
+    "random": "sampling.order=random",
+    "random, top-k 50, temperature 0.7": "sampling.order=random sampling.top_k=50 sampling.temperature=0.7",
+    "left to right": "sampling.order=left_to_right",
+    "confidence": "sampling.order=confidence",
+    "margin": "sampling.order=margin",
+    "margin, cosine": "sampling.order=margin sampling.schedule=cosine",
+    "margin, exponential": "sampling.order=margin sampling.schedule=exponential",
+    "margin, nucleus 0.9": "sampling.order=margin sampling.nucleus_p=0.9",
+    "entropy": "sampling.order=entropy",
+    "confidence, greedy": "sampling.order=confidence sampling.temperature=0",
+    "threshold 0.9": "sampling.threshold=0.9",
+    "low-confidence remasking": "sampling.order=confidence sampling.remask=low_confidence",
+    "low-confidence remasking, cosine":
+        "sampling.order=confidence sampling.remask=low_confidence sampling.schedule=cosine",
+    "ReMDM": "sampling.order=random sampling.remask=remdm",
+    "ReMDM, nucleus 0.9": "sampling.order=random sampling.remask=remdm sampling.nucleus_p=0.9",
+}  # fmt: skip
+PLAIN = {
+    "ddpm_cache": "sampling.predictor=ddpm_cache",
+    "first-hitting": "sampling.predictor=first_hitting",
+}
+BLOCK = {"blocks, first-hitting": "sampling.predictor=block"}
+NO_BUDGET = ("first-hitting", "blocks, first-hitting")  # as many steps as masks, whatever sampling.steps
+
+
+def decoders(blocks: bool, steps: list[int]) -> dict[str, list[str]]:
+    """Name -> overrides, for each budget where there is one."""
+    predictor = "block_unmask" if blocks else "unmask"
+    every = {**(BLOCK if blocks else PLAIN),
+             **{name: f"sampling.predictor={predictor} {how}" for name, how in UNMASK.items()}}  # fmt: skip
+    table = {}
+    for name, how in every.items():
+        for budget in steps[:1] if name in NO_BUDGET else steps:
+            shown = name if name in NO_BUDGET else f"{name}, {budget} steps"
+            table[shown] = [*how.split(), f"sampling.steps={budget}"]
+    return table
+
+
+class Table:
+    """Draws with one network and keeps what it drew. texts: how many of each decoder."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.overrides, self.folder, self.texts = args.overrides, args.output, args.texts
+        self.experiment = self._experiment([])
+        self.data = self.experiment.data()
+        self.network = self.experiment.trained(self.data, args.checkpoint, disable_ema=False)
+        self.scorer = self._scorer(args.scorer)
+
+    def _experiment(self, how: list[str]) -> palimpsest.Experiment:
+        cfg = compose_config([*self.overrides, *how])
+        check_numbers(cfg)
+        refuse_contradictions(cfg)
+        return palimpsest.Experiment(cfg, "benchmarks/decoders.py")
+
+    def _scorer(self, name: str | None) -> CausalScorer | KneserNey:
+        if name:
+            return CausalScorer.load(name, device=self.network.device)
+        return KneserNey(self.data.tokenizer, self.data.texts("train")["text"][:], self.data.vocabulary.size)
+
+    def drawn(self, name: str, how: list[str]) -> dict[str, object]:
+        """ids, evaluations and seconds per text of a decoder, from the last time if it was drawn before."""
+        drawing, source = self._experiment(how).drawing, self.network.provenance
+        weights = [str(Path(source.checkpoint).resolve()), source.steps]
+        key = [dict(drawing.protocol), self.texts, self.experiment.seed, self.data.name, self.data.length, *weights]
+        file = self.folder / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]}.json"
+        if file.exists():
+            return json.loads(file.read_text())
+        size = min(self.texts, self.data.eval_batch_size)
+        draw(self.network, self.data, drawing, 1, 1, self.experiment.seed)  # what the first call alone pays for
+        start = time.perf_counter()
+        texts = draw(self.network, self.data, drawing, self.texts, size, self.experiment.seed)
+        kept = {"name": name, "key": key, "batch": size, "ids": [text.ids for text in texts],
+                "evaluations": sum(text.evaluations for text in texts) / len(texts),
+                "seconds": (time.perf_counter() - start) / len(texts)}  # fmt: skip
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(kept))
+        return kept
+
+    def row(self, name: str, quality: Quality, evaluations: float | None, seconds: float | None) -> dict[str, object]:
+        """Prints a line; returns it for the JSON."""
+        columns = {"generative_perplexity": quality.likelihood.perplexity,
+                   "unigram_entropy_nats": quality.diversity.unigram_entropy,
+                   **{f"distinct_{n}": share for n, share in quality.diversity.distinct.items()}}  # fmt: skip
+        cost = "" if evaluations is None else f"{evaluations:8.1f} evaluations {seconds:8.3f} s a text"
+        print(f"{name:46} " + " ".join(_shown(value) for value in columns.values()) + f" {cost}", flush=True)
+        known = {key: {"value": value.value, "se": value.se} for key, value in columns.items()}
+        return {"decoder": name, **known, "network_evaluations": evaluations, "seconds_per_text": seconds}
+
+
+def _shown(value: Estimate) -> str:
+    return f"{value.value:9.3f} ± {value.se:7.3f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True)
+    scorer = parser.add_mutually_exclusive_group()
+    scorer.add_argument("--scorer", help="a causal model: $DATA_DIR/<name>, a folder, or a name on the Hub")
+    scorer.add_argument("--ngram", action="store_true", help="score by a 3-gram model of the training texts (default)")
+    parser.add_argument("--texts", type=int, default=64)
+    parser.add_argument("--steps", default="16,64", help="budgets")
+    parser.add_argument("--only", default="", help="decoders whose name has this in it")
+    parser.add_argument("--output", type=Path, default=Path("outputs/decoders"))
+    parser.add_argument("overrides", nargs="*", help="the configuration that the checkpoint belongs to")
+    args = parser.parse_intermixed_args()
+    table, rows = Table(args), []
+    cfg = table.experiment.cfg
+    blocks = law(cfg) == "bd3lm" and cfg.block_size != cfg.model.length
+    wanted = {name: how for name, how in decoders(blocks, [int(n) for n in args.steps.split(",")]).items()
+              if args.only in name}  # fmt: skip
+    print(f"{'':46} {'perplexity':19} {'entropy, nats':19} {'distinct-1':19} {'distinct-2':19} {'distinct-3':19}")
+    for name, how in wanted.items():
+        kept = table.drawn(name, how)
+        quality = measure(kept["ids"], table.data, table.scorer)
+        rows.append({**table.row(name, quality, kept["evaluations"], kept["seconds"]), "overrides": how})
+    real = real_texts(table.data, "validation", args.texts, table.experiment.seed)
+    if real.rows:
+        rows.append(table.row("real texts", measure(real.rows, table.data, table.scorer), None, None))
+    print(json.dumps({"benchmark": "decoders", "checkpoint": args.checkpoint, "texts": args.texts,
+                      "overrides": args.overrides, "scorer": table.scorer.protocol, "real_missing": real.missing,
+                      "device": str(table.network.device), "table": rows}))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

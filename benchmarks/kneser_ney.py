@@ -1,0 +1,69 @@
+"""An n-gram model with interpolated Kneser-Ney smoothing: a scorer of texts where no causal network is at hand."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from tasks.generative_perplexity import GenerativePerplexity, TextScores
+from text.tokenizers import encode
+
+_BEGIN = -1  # stands before a text
+
+
+class KneserNey:
+    """p(w | h) = max(c(hw) - d, 0) / c(h) + d N(h) / c(h) p(w | h without its first token), where N(h) is the number of
+    different tokens seen behind h; below the highest order c(hw) counts the different tokens seen before hw; below
+    order 1 all `vocab_size` tokens are equal (Kneser & Ney 1995; Chen & Goodman 1998, section 2.7, one discount d for
+    all orders).
+    """
+
+    def __init__(
+        self, tokenizer: object, texts: Iterable[str], vocab_size: int, order: int = 3, discount: float = 0.75
+    ) -> None:
+        self.tokenizer, self.vocab_size, self.order, self.discount = tokenizer, vocab_size, order, discount
+        grams: list[Counter[tuple[int, ...]]] = [Counter() for _ in range(order)]
+        rows = encode(tokenizer, list(texts))
+        self.trained_on = sum(map(len, rows))
+        for ids in rows:
+            padded = [_BEGIN] * (order - 1) + list(ids)
+            grams[-1].update(tuple(padded[i : i + order]) for i in range(len(ids)))
+        for n in range(order - 1, 0, -1):
+            grams[n - 1].update(gram[1:] for gram in grams[n])
+        self._grams = grams
+        self._total: list[dict[tuple[int, ...], int]] = []
+        self._kinds: list[dict[tuple[int, ...], int]] = []
+        for counts in grams:
+            total, kinds = defaultdict(int), defaultdict(int)
+            for gram, count in counts.items():
+                total[gram[:-1]] += count
+                kinds[gram[:-1]] += 1
+            self._total.append(dict(total))
+            self._kinds.append(dict(kinds))
+
+    @property
+    def protocol(self) -> dict[str, object]:
+        """What must be equal for two numbers to be comparable."""
+        return {"scorer": f"{self.order}-gram, Kneser-Ney", "discount": self.discount, "trained_on": self.trained_on}
+
+    def probability(self, token: int, before: Sequence[int]) -> float:
+        """p(token | the tokens before it)."""
+        p = 1 / self.vocab_size
+        for n in range(self.order):
+            context = tuple(before[len(before) - n :])
+            total = self._total[n].get(context)
+            if total:
+                seen = max(self._grams[n].get((*context, token), 0) - self.discount, 0)
+                p = (seen + self.discount * self._kinds[n][context] * p) / total
+        return p
+
+    def perplexity(self, texts: Sequence[str]) -> GenerativePerplexity:
+        """As of a `CausalScorer`: the tokens of each text, an end not among them."""
+        rows = encode(self.tokenizer, list(texts))
+        nats = [
+            -sum(np.log(self.probability(token, ([_BEGIN] * (self.order - 1) + ids)[i : i + self.order - 1]))
+                 for i, token in enumerate(ids)) for ids in rows
+        ]  # fmt: skip
+        return TextScores(np.array(nats, dtype=np.float64), np.array([len(ids) for ids in rows])).summary(self.protocol)
