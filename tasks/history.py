@@ -14,7 +14,7 @@ from torch import Tensor
 from reporting.denoising import Sample, Visit
 from samplers.base import Frame
 from tasks.drawing import Drawn
-from text.tokenizers import token_strings
+from text.tokenizers import token_strings, unshown
 
 _TOGETHER = 128  # steps that are kept where the sampler runs before they are fetched and compared
 
@@ -111,7 +111,8 @@ def piece(tokenizer: object, token: int, mask_id: int) -> str:
 
 def sample_of(text: Drawn, tokenizer: object, title: str, history: History | None = None, facts: str = "") -> Sample:
     """A text as pages show it, special tokens left out; with the course of its row, if there is one."""
-    kept = [i for i, token in enumerate(text.ids) if token not in tokenizer.all_special_ids]
+    hidden = unshown(tokenizer)
+    kept = [i for i, token in enumerate(text.ids) if token not in hidden]
     strings = token_strings(tokenizer, [text.ids[i] for i in kept])
     past = {} if history is None else history.past(tokenizer)
     before = [Visit(new, visit.token, visit.written, visit.erased, visit.confidence)

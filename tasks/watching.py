@@ -31,11 +31,12 @@ from reporting.plain_text import split_lead, visible
 from samplers.base import Frame
 from tasks.drawing import Drawing, Drawn
 from tasks.history import Recorder, piece, samples_of
-from text.tokenizers import token_strings
+from text.tokenizers import token_strings, unshown
 
 _FRAME_SECONDS = 0.05  # at most twenty pictures a second
 _BOLD = 0.9  # confidence from which a token is bold
 _AGES, _SURES = 31, 7  # colours that can be told apart: by age, by confidence
+_FEW = ("blue", "cyan", "green", "yellow")  # where a terminal has no more
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,8 @@ def described(protocol: Mapping[str, object]) -> str:
 def blank_of(data: object) -> str:
     """What stands for a mask in a terminal: dots, as many as a typical token of the data has letters."""
     rows = data.split("validation" if data.prompted else "train")
-    ids = [token for token in rows[0]["input_ids"] if token not in data.tokenizer.all_special_ids][:200]
+    hidden = unshown(data.tokenizer)
+    ids = [token for token in rows[0]["input_ids"] if token not in hidden][:200]
     pieces = [split_lead(string) for string in token_strings(data.tokenizer, ids)]
     leads = sorted(lead for lead, _ in pieces[1:])
     lead = leads[len(leads) // 2] if leads else ""
@@ -149,7 +151,7 @@ class Show:
     ) -> None:  # fmt: skip
         self._tokenizer, self._mask_id, self._num_texts, self._delay = tokenizer, mask_id, num_texts, delay
         self._blank, self._end_id, self._console = blank, end_id, console or terminal()
-        self._hidden = set(tokenizer.all_special_ids) - {mask_id}
+        self._hidden = unshown(tokenizer) - {mask_id}
         self._pieces = lru_cache(maxsize=None)(lambda token: visible(piece(tokenizer, token, mask_id)))
         self._live: Live | None = None
         self._rows: list[_Row] = []
@@ -165,7 +167,7 @@ class Show:
 
     def __exit__(self, *exception: object) -> None:
         if self._live is not None:
-            self._live.update(self.picture(whole=True), refresh=True)
+            self._live.update(self.picture(whole=True) if self._rows else Text(), refresh=True)
             self._live.stop()
             self._live, self.on_screen = None, len(self._rows)
 
@@ -203,7 +205,7 @@ class Show:
     def picture(self, whole: bool = False) -> Group:
         """The texts as they are, and a line on how far they are. As many as fit; a `whole` picture may be taller than
         the terminal."""
-        room, blocks = self._console.height - 3, []
+        room, blocks = max(6, self._console.height - 4), []
         for number, row in enumerate(self._rows, 1):
             lines = self._text(row).wrap(self._console, self._console.width)
             if not whole and len(lines) > room - 2:
@@ -227,11 +229,18 @@ class Show:
                 break
             if token in self._hidden:
                 continue
-            masked = token == self._mask_id
-            string = self._blank if masked else whole[place] if whole else self._pieces(token)
-            text.append(string if text.plain else string.lstrip(),
-                        _style(row.age_L[place], row.confidence_L[place], masked))  # fmt: skip
+            string = self._blank if token == self._mask_id else whole[place] if whole else self._pieces(token)
+            text.append(string if text.plain else string.lstrip(), self._style(row, place))
         return text
+
+    def _style(self, row: _Row, place: int) -> Style:
+        age, confidence = float(row.age_L[place]), float(row.confidence_L[place])
+        if row.ids_L[place] == self._mask_id:
+            return Style(dim=True)
+        if math.isnan(age):
+            return Style()
+        few = self._console.color_system == "standard"
+        return _shade(round(_AGES * age), round(_SURES * confidence), confidence >= _BOLD, few)
 
     def _status(self) -> Text:
         done = 1 - self._left / max(1, self._total)
@@ -292,13 +301,6 @@ class _Row:
 
 
 @lru_cache(maxsize=1024)
-def _shade(age: int, confidence: int, bold: bool) -> Style:
-    return Style(color=ink(age / _AGES, confidence / _SURES), bold=bold)
-
-
-def _style(age: float, confidence: float, masked: bool) -> Style:
-    if masked:
-        return Style(dim=True)
-    if math.isnan(age):
-        return Style()
-    return _shade(round(_AGES * age), round(_SURES * confidence), bool(confidence >= _BOLD))
+def _shade(age: int, confidence: int, bold: bool, few: bool) -> Style:
+    colour = _FEW[age * len(_FEW) // (_AGES + 1)] if few else ink(age / _AGES, confidence / _SURES)
+    return Style(color=colour, bold=bold or None)

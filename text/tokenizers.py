@@ -241,6 +241,12 @@ def token_strings(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int], *, ski
     return [piece for pieces, _ in _runs(tokenizer, ids, skip_special) for piece in pieces]
 
 
+def unshown(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Ids of the special tokens that stand for no piece of text: all but the unknown word."""
+    ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    return frozenset(tokenizer.all_special_ids) - ({tokenizer.unk_token_id} - set(ends))
+
+
 @dataclass(frozen=True)
 class _Display:
     """What showing ids needs. known, special: ids; special includes the mask. anchor: an ordinary token to
