@@ -112,10 +112,8 @@ def sample(
         earlier = x_BL[rows_R, :start] if cache is None else cache
         law = model.after(earlier, window, **{name: value[rows_R] for name, value in cond.items()})
         noise, row = generator.part(start // size).rows(rows_R), torch.arange(len(rows_R), device=x_BL.device)
-        at_BL = torch.zeros_like(masked_BL).index_fill(0, rows_R, True)
-        at_BL[:, : block.start], at_BL[:, block.stop :] = False, False
-        whole_Rk, here_Rk = torch.ones_like(x_BL[rows_R, block], dtype=torch.bool), here_BL[rows_R, block]
-        watched = page.inset(at_BL, whole_Rk, rows_R)
+        at_BL, whole_Rk = _block_of(masked_BL, rows_R, block)
+        watched, here_Rk = page.inset(at_BL, whole_Rk, rows_R), here_BL[rows_R, block]
         out = inner(law, x_BL[rows_R, block], noise, watch=watched, row=row, attention_mask=here_Rk)
         page.paste(out, at_BL, whole_Rk, rows_R)
         if ending is not None:
@@ -129,6 +127,13 @@ def sample(
             model.remember(x_BL[rows_R, block], cache, **{name: value[rows_R] for name, value in cond.items()})
             page.evaluations_B[rows_R] += 1
     return page.finished(length_B=None if ending is None else end_B)
+
+
+def _block_of(like_BL: Tensor, rows_R: Tensor, block: slice) -> tuple[Tensor, Tensor]:
+    """Where some rows have a block, (B, L), and all of what they have there, (R, k)."""
+    at_BL = torch.zeros_like(like_BL).index_fill(0, rows_R, True)
+    at_BL[:, : block.start], at_BL[:, block.stop :] = False, False
+    return at_BL, at_BL[rows_R, block]
 
 
 def _ends(ending: Ending, x_RS: Tensor, masked_RL: Tensor, stop_id: int | None, end_R: Tensor) -> Tensor:
