@@ -127,7 +127,7 @@ def check_ends(diffusion: Diffusion, data: object) -> None:
 
 def _complete(
     trainer: lightning.Trainer, diffusion: Diffusion, data: object, judge: Judge, drawing: Drawing, asked: Asked,
-    seed: int, watch: Watcher,
+    seed: int, watch: Watcher | None = None,
 ) -> list[Completed]:  # fmt: skip
     """The chosen prompts, in the order of the split; those that leave no room are kept, without an answer."""
     texts = data.texts(asked.split)

@@ -168,7 +168,7 @@ def test_the_unigram_baseline_leaves_prompts_and_fill_out():
     columns = {"input_ids": [ids.tolist() for ids in COLUMNS["input_ids"]],
                "part_ends": [ends.tolist() for ends in COLUMNS["part_ends"]]}  # fmt: skip
     rows = datasets.Dataset.from_dict(columns).with_format("numpy")
-    data = SimpleNamespace(collate=SimpleNamespace(frame_ids=np.array([BOS])), vocabulary=SimpleNamespace(size=8),
+    data = SimpleNamespace(collate=Collate(8, PAD, (BOS,)), vocabulary=SimpleNamespace(size=8),
                            split=lambda name: rows, fill="eos")  # fmt: skip
     counts_V = np.array([0, 2, 0, 0, 1, 1, 1, 2])  # answers 7 EOS | 6 4 7 5 EOS
     for causal in (False, True):
@@ -176,7 +176,7 @@ def test_the_unigram_baseline_leaves_prompts_and_fill_out():
         nats_V = -np.log((counts_V + 1) / (counts_V + 1).sum())
         expected = [nats_V[[7, 1]].sum(), nats_V[[6, 4, 7, 5, 1]].sum()]
         np.testing.assert_allclose(unigram_nll(data, "train", causal), expected)
-    shown = SimpleNamespace(**{**vars(data), "fill": None, "collate": SimpleNamespace(frame_ids=np.array([BOS, EOS]))})
+    shown = SimpleNamespace(**{**vars(data), "fill": None, "collate": Collate(8, PAD, (BOS, EOS))})
     assert token_counts(shown)[0, EOS] == 0
 
 
