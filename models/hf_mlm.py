@@ -323,6 +323,9 @@ def _sized(config: PretrainedConfig, typed: dict[str, int | None], vocab_size: i
     if typed["model.n_blocks"]:
         try:
             config.num_hidden_layers = typed["model.n_blocks"]
+            kinds = getattr(config, "layer_types", None)  # of each block, in a pattern that repeats (ModernBERT)
+            if kinds:
+                config.layer_types = [kinds[block % len(kinds)] for block in range(typed["model.n_blocks"])]
         except NotImplementedError as error:
             raise ValueError(f"model.n_blocks={typed['model.n_blocks']}: {published.first_line(error)}") from error
     _set_vocabulary(config, vocab_size)

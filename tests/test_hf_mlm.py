@@ -118,6 +118,9 @@ def test_sizes_of_ones_own_and_the_usual_switches():
     assert len(matrices) == 3 * 6, "query, key, value, output, and two of the inner layer in each block"
     with torch.device("meta"):
         assert hf_mlm(33, 20, config="bert", from_scratch=True).head.weight.is_meta
+        modern = hf_mlm(33, 20, config="modernbert", from_scratch=True, hidden_size=32, n_blocks=2, n_heads=2)
+    again = type(modern.model.config).from_dict(modern.model.config.to_dict())
+    assert again.num_hidden_layers == len(again.layer_types) == 2, "a checkpoint's configuration can be read again"
 
 
 def test_a_body_gets_a_new_head_only_where_that_is_said(tmp_path):
