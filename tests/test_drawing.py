@@ -165,7 +165,7 @@ def test_the_first_batch_is_watched(experiment):
     settings, data, diffusion = experiment(*UNMASK)
     frames = []
     texts = draw(diffusion, data, settings.drawing, 3, 2, seed=1, watch=frames.append)
-    assert [frame.step for frame in frames] == [1, 2, 3] and len(frames[-1].ids_BL) == 2
+    assert [frame.step for frame in frames] == [0, 1, 2, 3] and len(frames[-1].ids_BL) == 2
     assert frames[-1].ids_BL[0, : len(texts[0].ids)].tolist() == texts[0].ids
 
 
@@ -187,7 +187,7 @@ def test_a_prefix_stands_in_the_text_letter_by_letter(request, tmp_path, monkeyp
         fixed = given.ids(tokenizer, known.mask_id)
         for more in ("film", "'s", " , odd"):
             ids = [known.bos_id, *fixed, *encode(tokenizer, [more])[0]]
-            text = decoded(Drawn(ids, [0] * len(ids), [1.0] * len(ids), 1, 1), given, tokenizer)
+            text = decoded(Drawn(ids, [0] * len(ids), [1.0] * len(ids), list(range(len(ids))), 1, 1), given, tokenizer)
             assert text.startswith(typed) and (name == "word" or text.endswith(more.strip(" ,"))), text
             assert len(text) <= len(typed) + len(more) + 8, text
 
