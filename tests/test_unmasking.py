@@ -166,7 +166,8 @@ class Watched(list):
     """What a watcher was shown, copied."""
 
     def __call__(self, frame: Frame) -> None:
-        self.append(Frame(frame.step, frame.ids_BL.clone(), frame.confidence_BL.clone()))
+        live = (frame.ids_BL, frame.confidence_BL, frame.evaluations_B)
+        self.append(Frame(frame.step, *(part.clone() for part in live)))
 
 
 def assert_sound(toy: Toy, x: torch.Tensor, out: Generation, frames: Watched, steps: int) -> None:
