@@ -29,6 +29,7 @@ from randomness import KeyedNoise, evaluation_noise, hash_seed, seed_generator_o
 
 log = logging.getLogger(__name__)
 MASK_RATES = ("sampling_eps_min", "sampling_eps_max")
+_NEAR_ZERO = 0.03  # spread of the matrices that networks of the transformers library begin with: 0.02
 ENTRANCES = ("training_step", "validation_step", "cross_entropy_at")  # methods that need whole weights
 
 
@@ -199,14 +200,15 @@ class Diffusion(lightning.LightningModule):
 
         Raises:
             ValueError: the network's output layer has no bias or, for new weights (without `before_V`), does not start
-                at zero, so that its outputs would not be those frequencies.
+                at zero, or as near to it as one that shares its matrix with the embedding, so that its outputs would
+                not be those frequencies.
         """
         head = self.backbone.head
-        if head.bias is None or (before_V is None and (head.weight.any() or head.bias.any())):
-            why = "has no bias" if head.bias is None else "does not start at zero"
+        if head.bias is None or (before_V is None and (head.weight.std() > _NEAR_ZERO or head.bias.any())):
+            why = "has no bias" if head.bias is None else "has learned something else"
             raise ValueError(
                 f"training.start_from_counts=true: the output layer of {type(self.backbone).__name__} {why}, so it can "
-                "not begin at token frequencies; leave it out, or use new weights of backbone=dit or ar"
+                "not begin at token frequencies; leave it out, or use new weights"
             )
         start_from_counts(head, counts_CV, before_V)
         if self.ema:
