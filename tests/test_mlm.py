@@ -31,7 +31,7 @@ from tasks.drawing import draw
 from tests import commands
 from tests.laws import any_order_law, batch_of, exact_bound
 from tests.test_configs import TINY
-from tests.test_drawing import experiment  # noqa: F401 - a fixture
+from tests.test_drawing import cache, experiment  # noqa: F401 - fixtures
 from text.collate import Collate
 
 FEW = [f"data.source.num_{split}_per_class=20" for split in ("train", "validation", "test")]

@@ -71,7 +71,7 @@ def test_first_hitting_samples_follow_the_continuous_time_law(random_dit):
 
 def test_first_hitting_agrees_with_many_ancestral_steps_under_time_conditioning(random_dit):
     model = subs(random_dit(VOCAB, time_conditioning=True), Cosine())
-    assert_follows(run(first_hitting.sample, model, blank(length=2)).ids_BL, chain_law(model, 2, VOCAB, 3000))
+    assert_follows(run(first_hitting.sample, model, blank(length=2)).ids_BL, chain_law(model, 2, VOCAB, 1000))
 
 
 @pytest.mark.parametrize("tokens_per_step", [1, 2])

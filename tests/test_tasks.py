@@ -19,6 +19,7 @@ from objectives.noising import Bernoulli
 from tasks.base import row_numbers, unigram_nll, write_results
 from tasks.scoring import Precision, score
 from tests.test_configs import TINY
+from text.collate import Collate
 
 
 def test_the_ratio_estimate_and_its_error():
@@ -48,7 +49,7 @@ def test_unigram_baseline_leaves_given_tokens_out():
     texts = {"train": [[0, 2, 2, 2, 1], [0, 3, 1]], "test": [[0, 2, 3, 1]]}
     rows = {split: datasets.Dataset.from_dict({"input_ids": ids}) for split, ids in texts.items()}
     data = SimpleNamespace(
-        collate=SimpleNamespace(frame_ids=np.array([0, 1])),
+        collate=Collate(5, 1, (0, 1)),
         fill=None,
         vocabulary=SimpleNamespace(size=4),
         split=rows.__getitem__,
