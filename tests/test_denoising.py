@@ -233,6 +233,7 @@ needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs a browser: ch
 
 # What somebody does with the page, and what it then shows. Runs after the page's own script.
 SOMEBODY = """
+window.requestAnimationFrame = draw => setTimeout(() => draw(performance.now()), 16);  // without a screen, few frames
 const seen = [], output = document.querySelector('output'), page = document.querySelector('.page');
 const said = what => seen.push([what, output.firstChild.textContent, page.querySelectorAll('.m').length]);
 const press = key => { document.dispatchEvent(new KeyboardEvent('keydown', {key, bubbles: true})); said(key); };
