@@ -67,15 +67,8 @@ class HFCausal(nn.Module):
         if dropout is not None:
             published.set_dropout(config, dropout)
         self.model: PreTrainedModel = published.build(_KIND, config, attn_backend)
-        self._forget_padding()
+        published.forget_padding(self.model)
         self._check_waist()
-
-    def _forget_padding(self) -> None:
-        """Which id pads rows is the data's affair: here it may be that of the end token, which is learned."""
-        self.model.config.pad_token_id = None
-        embedding = self.model.get_input_embeddings()
-        if isinstance(embedding, nn.Embedding):
-            embedding.padding_idx = None
 
     @property
     def vocab_size(self) -> int:

@@ -67,7 +67,7 @@ class HFMaskedLM(nn.Module):
         if dropout is not None:
             published.set_dropout(config, dropout)
         self.model: PreTrainedModel = published.build(_KIND, config, attn_backend)
-        self._forget_padding()
+        published.forget_padding(self.model)
         self._first_position = first_position(self.model)
         head = self.model.get_output_embeddings()
         taken = set(inspect.signature(self.model.forward).parameters)
@@ -82,13 +82,6 @@ class HFMaskedLM(nn.Module):
         if given_BLD is not None:
             self._check_encode(given_BLD)
         self.train()
-
-    def _forget_padding(self) -> None:
-        """Which id pads rows is the data's affair: here it may be that of a token which is learned."""
-        self.model.config.pad_token_id = None
-        embedding = self.model.get_input_embeddings()
-        if isinstance(embedding, nn.Embedding):
-            embedding.padding_idx = None
 
     @property
     def vocab_size(self) -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from models.attention import resolve_backend
@@ -133,6 +133,14 @@ def sizes(config: PretrainedConfig) -> dict[str, int | None]:
     names = {"model.hidden_size": "hidden_size", "model.n_blocks": "num_hidden_layers",
              "model.n_heads": "num_attention_heads"}  # fmt: skip
     return {ours: getattr(config, theirs, None) for ours, theirs in names.items()}
+
+
+def forget_padding(model: PreTrainedModel) -> None:
+    """Which id pads rows is the data's affair: here it may be that of a token which is learned, such as the end."""
+    model.config.pad_token_id = None
+    embedding = model.get_input_embeddings()
+    if isinstance(embedding, nn.Embedding):
+        embedding.padding_idx = None
 
 
 def set_dropout(config: PretrainedConfig, rate: float) -> None:
