@@ -375,8 +375,13 @@ def _check_start(cfg: DictConfig) -> None:
             f"classify.pretrain={pretrain} starts the models of classes, and mode=train without data.label trains one "
             "model of all texts; set data.label, mode=classify or classify.sharing=conditional"
         )
-    if cfg.training.start_from_counts and cfg.training.from_pretrained:
-        raise ValueError(
-            "training.start_from_counts=true is where new weights begin, and training.from_pretrained="
-            f"{cfg.training.from_pretrained} brings others; leave one of them out"
-        )
+    published = None if cfg.backbone.get("from_scratch") else cfg.backbone.get("name_or_path")
+    for key, brings in (
+        ("training.from_pretrained", cfg.training.from_pretrained),
+        ("backbone.name_or_path", published),
+    ):
+        if cfg.training.start_from_counts and brings:
+            raise ValueError(
+                f"training.start_from_counts=true is where new weights begin, and {key}={brings} brings others; leave "
+                "one of them out"
+            )

@@ -216,7 +216,7 @@ def test_what_does_not_go_together(toy):
     refused("time_conditioning=true means nothing to backbone=hf_mlm", *toy, "time_conditioning=true")
     refused("model.mask_padding=false: backbone=hf_mlm always hides", *toy, "model.mask_padding=false")
     refused("classify.sharing=conditional needs a network", *toy, "classify.sharing=conditional")
-    refused("starts? at zero", *toy, "training.start_from_counts=true")
+    refused("is where new weights begin, and backbone.name_or_path=", *toy, "training.start_from_counts=true")
     save_tokenizer(Path("unmasked"), **{name: token for name, token in SPECIALS.items() if name != "mask_token"})
     refused("unmasked has no mask token, and tiny was trained", toy[0], "data.tokenizer_name_or_path=./unmasked")
 
