@@ -81,7 +81,7 @@ def overrides(known: Mapping[str, object]) -> list[str]:
     Raises:
         ValueError: it names something that no file in configs/ does.
     """
-    known = {key: value for key, value in known.items() if not key.startswith(_OF_TRAINING)}
+    known = {key: value for key, value in known.items() if not (key.startswith(_OF_TRAINING) or _is_found(key, value))}
     words: list[str] = []
     for group in _GROUPS:
         words += _choice(group, known, words)
@@ -94,6 +94,11 @@ def overrides(known: Mapping[str, object]) -> list[str]:
         there = {key for key in new if OmegaConf.select(cfg, key, default=_ABSENT) is not _ABSENT}
         words += [f"{'' if key in there else '++'}{key}={word(value)}" for key, value in new.items()]
     return words
+
+
+def _is_found(key: str, value: object) -> bool:
+    """Whether it is the config.json of a published network, which the network finds in the checkpoint itself."""
+    return key.startswith("backbone.config") and str(value).startswith("{")
 
 
 def _different(known: Mapping[str, object], ours: Mapping[str, object]) -> list[str]:

@@ -46,6 +46,13 @@ def test_a_configuration_is_found_again_from_its_identity(typed):
     }
 
 
+def test_what_a_published_network_finds_in_the_checkpoint_is_not_typed():
+    known = identity(compose_config(["algo=mlm", "backbone=hf_mlm", "backbone.name_or_path=tiny", "data=reviews"]))
+    words = overrides({**known, "backbone.config_json": '{"model_type": "bert"}'})
+    assert "backbone=hf_mlm" in words and not any("config_json" in word for word in words)
+    assert compose_config(words).backbone.name_or_path == "tiny"
+
+
 def test_a_checkpoint_names_nothing_that_is_run():
     known = identity(compose_config([]))
     for key, value in (("backbone._target_", "os.system"), ("data.source._target_", "subprocess.run"),
