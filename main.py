@@ -207,7 +207,7 @@ class Experiment:
         conditional = cfg.classify.sharing == "conditional"
         classes = {"num_classes": len(data.label_names or ())} if conditional else {}
         latents = getattr(data, "latents", None)
-        shown = {} if latents is None else {"latent_shape": latents.shape}
+        shown = {} if latents is None or "latent_size" not in cfg.backbone else {"latent_shape": latents.shape}
         return instantiate(cfg.backbone, vocab_size=data.vocabulary.size, **classes, **shown)
 
     def trained(self, data: TextData, checkpoint_path: str, disable_ema: bool) -> Diffusion:

@@ -89,7 +89,7 @@ class KeyedNoise:
 
     def normal(self, *shape: int) -> Tensor:
         """Standard normal float64 (B, *shape), by inversion; a later call gives new numbers."""
-        return torch.special.ndtri(self.uniform(*shape) + 2.0**-54)  # which keeps 0 off the infinite end
+        return torch.special.ndtri(self.uniform(*shape) * (1 - 2.0**-53) + 2.0**-54)  # off the infinite ends
 
     def time(self) -> Tensor:
         """float64 (B,) in [0, 1): `time_B` if it was given, else plain uniform numbers."""

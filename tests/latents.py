@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from types import SimpleNamespace
 
@@ -14,6 +14,7 @@ from noise_schedule import LogLinear
 from objectives.gaussian import GaussianDiffusion
 from objectives.joint import JointDiffusion
 from objectives.subs import Subs
+from text.collate import Collate
 
 VOCAB, MASK, LENGTH = 7, 6, 9
 SHAPE = (2, 5)
@@ -50,9 +51,19 @@ class LatentText(TextData):
     latents = SimpleNamespace(shape=SHAPE)
 
     @property
-    def collate(self) -> Callable:
-        plain = super().collate
-        return lambda columns: with_latents(plain(columns))
+    def collate(self) -> _WithLatents:
+        return _WithLatents(super().collate)
+
+
+LatentText.__qualname__ = "TextData"  # by which checkpoints name it
+
+
+class _WithLatents:
+    def __init__(self, plain: Collate) -> None:
+        self.plain, self.frame_ids = plain, plain.frame_ids
+
+    def __call__(self, columns: dict) -> dict[str, torch.Tensor]:
+        return with_latents(self.plain(columns))
 
 
 def with_latents(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
