@@ -34,7 +34,7 @@ SETTLED = {"algo.sampler": "semi_ar", "algo.cross_attn": "true", "algo.var_min":
 # Groups that kuleshov-group/bd3lms spells otherwise: its key -> (our group, its choices in our words).
 _BACKBONES = tuple(path.stem for path in sorted((CONFIGS / "backbone").glob("*.yaml")))
 SPELLINGS = {"algo": ("parameterization", {"mdlm": "subs", "sedd": "sedd", "d3pm": "d3pm", "ar": "ar",
-                                           "bd3lm": "bd3lm"}),
+                                           "bd3lm": "bd3lm", "mmldlm": "mmldlm"}),
              "algo.backbone": ("backbone", {name: name for name in _BACKBONES})}  # fmt: skip
 # Texts: their brackets, commas and braces are not Hydra's.
 TEXTS = ("sampling.prefix", "sampling.template")

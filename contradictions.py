@@ -14,9 +14,9 @@ log = logging.getLogger(__name__)
 
 
 def law(cfg: DictConfig) -> str:
-    """The objective's name as typed: subs, d3pm, sedd, ar, bd3lm."""
+    """The objective's name as typed: subs, d3pm, sedd, ar, bd3lm, mmldlm."""
     name = cfg.parameterization._target_.rpartition(".")[2].lower()
-    return "bd3lm" if name == "blockdiffusion" else name
+    return {"blockdiffusion": "bd3lm", "jointdiffusion": "mmldlm"}.get(name, name)
 
 
 def trains(cfg: DictConfig) -> bool:
@@ -34,6 +34,7 @@ WHOLE = ("seed", "T", "sampling.steps", "sampling.stride_length", "sampling.num_
          "plateau.patience", "plateau.cooldown", "training.max_skipped_steps", "loader.num_workers",
          "loader.prefetch_factor")  # fmt: skip
 REAL = ("sampling.temperature", "sampling.nucleus_p", "sampling.min_entropy", "eval.target_se", "training.ema",
+        "training.text_weight", "training.latent_weight", "training.latent_cosine_weight",
         "training.sampling_eps", "training.sampling_eps_min", "training.sampling_eps_max", "training.clip_search_delta",
         "classify.confidence", "classify.label_dropout", "lr_scheduler.min_ratio", "lr_scheduler.peak_decay",
         "lr_scheduler.decay_share", "plateau.factor", "plateau.floor", "plateau.min_delta")  # fmt: skip
@@ -115,6 +116,11 @@ def refuse_contradictions(cfg: DictConfig) -> None:
             "parameterization=sedd with time_conditioning=false: the scale of its scores is a function of t, which the "
             "network then can not see; set time_conditioning=true"
         )
+    if trains(cfg) and cfg.trainer.precision in ("bf16-true", "16-true"):
+        raise ValueError(
+            f"trainer.precision={cfg.trainer.precision} keeps weights in 16 bits, where most updates of a training are "
+            f"rounded away; use trainer.precision={cfg.trainer.precision.replace('true', 'mixed')}"
+        )
     if training.importance_sampling and training.change_of_variables:
         raise ValueError(
             "training.importance_sampling=true and training.change_of_variables=true are two forms of the same change; "
@@ -129,6 +135,18 @@ def refuse_contradictions(cfg: DictConfig) -> None:
         raise ValueError(
             f"training.masking={cfg.masking._target_} integrates t out, so that T={cfg.T} and "
             f"training.importance_sampling={training.importance_sampling} have nothing to act on; leave them out"
+        )
+
+
+def check_latents(latents: object | None, objective: object) -> None:
+    """Raises ValueError for latents of texts that nobody learns, and for an objective that has none to learn."""
+    reads = getattr(objective, "reads_latents", False)
+    if reads and latents is None:
+        raise ValueError("algo=mmldlm learns texts with their latents, and latents=none; choose latents=")
+    if latents is not None and not reads:
+        raise ValueError(
+            f"latents of texts are for algo=mmldlm, and {type(objective).__name__} makes no use of them; add "
+            "algo=mmldlm, or set latents=none"
         )
 
 
@@ -157,10 +175,10 @@ def check_schedule(cfg: DictConfig) -> None:
 
 def _check_conditional(cfg: DictConfig) -> None:
     network = cfg.backbone._target_
-    if network not in ("models.dit.DiT", "models.ar.AR"):
+    if network not in ("models.dit.DiT", "models.ar.AR", "models.mmdit.MMDiT"):
         raise ValueError(
-            f"classify.sharing=conditional needs a network that can be told a class, backbone=dit or ar; {network} can "
-            "not, so use classify.sharing=per_class"
+            f"classify.sharing=conditional needs a network that can be told a class, backbone=dit, ar or mmdit; "
+            f"{network} can not, so use classify.sharing=per_class"
         )
     if cfg.data.label is not None:
         raise ValueError(

@@ -17,9 +17,9 @@ NOT_IDENTITY = ("data.label", "data.cache_dir", "model.attn_backend", "backbone.
                 "training.clip_search_delta", "training.fix_clipping", "parameterization.block_size",
                 "data.judge._target_", "data.judge._partial_", "data.judge.kind")  # fmt: skip
 # Of the keys of training that NOT_IDENTITY has, parameterization=bd3lm has its own copy.
-IDENTITY_IF_SET = ("training.from_pretrained", "training.start_from_counts", "loader.batch_ramp", "training.resample",
-                   "masking.resample", "parameterization.noising.resample", "data.fill", "data.segments",
-                   "data.prompt_column", "data.source.prompt_column")  # fmt: skip
+IDENTITY_IF_SET = ("training.from_pretrained", "training.freeze", "training.start_from_counts", "loader.batch_ramp",
+                   "training.resample", "masking.resample", "parameterization.noising.resample", "data.fill",
+                   "data.segments", "data.prompt_column", "data.source.prompt_column")  # fmt: skip
 # Of texts that only classify.pretrain reads.
 IDENTITY_IF_PRETRAINED = ("data.source.files.unsupervised", "data.source.hub_splits.unsupervised",
                           "data.source.unlabelled")  # fmt: skip

@@ -25,7 +25,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 import command_line
-from contradictions import check_numbers, check_schedule, law, refuse_contradictions, trains
+from contradictions import check_latents, check_numbers, check_schedule, law, refuse_contradictions, trains
 from dataloader import BatchPlan, Loading, TextData
 from diffusion import Diffusion, Provenance
 from engine.logs import Heard
@@ -40,6 +40,7 @@ from identity import identity
 from machine import Machine
 from models.belonging import FUNCTION, check_belongs, check_same
 from models.checkpoints import Checkpoint, read_checkpoint, read_progress
+from models.freezing import freeze, refuse_frozen, summary
 from models.recompute import recompute_blocks
 from tasks.class_models import pretraining_splits
 from tasks.drawing import Drawing, Template
@@ -187,7 +188,9 @@ class Experiment:
         vocabulary = data.vocabulary
         objective = instantiate(self.cfg.parameterization, mask_id=vocabulary.mask_id)
         _check_segments(data, objective)
+        check_latents(getattr(data, "latents", None), objective)
         backbone = self._backbone(data)
+        freeze(backbone, self.cfg.training.freeze)
         if self.cfg.training.gradient_checkpointing:
             recompute_blocks(backbone)
         # backbone=hf_dit and hf_causal leave sizes open in the configuration; what is saved says those they found.
@@ -206,7 +209,9 @@ class Experiment:
         cfg.eval.checkpoint_path = _of_class(cfg.eval.checkpoint_path, data.label or 0)
         conditional = cfg.classify.sharing == "conditional"
         classes = {"num_classes": len(data.label_names or ())} if conditional else {}
-        return instantiate(cfg.backbone, vocab_size=data.vocabulary.size, **classes)
+        latents = getattr(data, "latents", None)
+        shown = {} if latents is None or "latent_size" not in cfg.backbone else {"latent_shape": latents.shape}
+        return instantiate(cfg.backbone, vocab_size=data.vocabulary.size, **classes, **shown)
 
     def trained(self, data: TextData, checkpoint_path: str, disable_ema: bool) -> Diffusion:
         """The model with the weights of `checkpoint_path`, or of this configuration's own last checkpoint if that is
@@ -261,8 +266,11 @@ class Experiment:
         else:
             checkpoint = getattr(diffusion.backbone, "pretrained", lambda: None)()
         if checkpoint is None:
+            refuse_frozen(diffusion.backbone, dict(diffusion.backbone.named_parameters()))
             return None
-        diffusion.start_from(checkpoint, use_ema=shared is not None or not self.cfg.eval.disable_ema)
+        new = diffusion.start_from(checkpoint, use_ema=shared is not None or not self.cfg.eval.disable_ema)
+        if new:
+            print(f"not in {checkpoint.path}, so begun anew: {summary(new)}")
         return checkpoint.path
 
     def resume_path(self, label: int | None = None) -> Place | None:
@@ -304,7 +312,7 @@ def _shared_start(cfg: DictConfig, splits: list[str], folder: Place) -> DictConf
     """The configuration of the training on `splits` from whose weights the models of all classes start."""
     cfg = cfg.copy()
     changes = {"data.train_splits": splits, "data.label": None, "trainer.max_steps": int(cfg.classify.pretrain_steps),
-               "classify.pretrain": None, "checkpointing.save_dir": str(folder),
+               "classify.pretrain": None, "training.freeze": None, "checkpointing.save_dir": str(folder),
                "checkpointing.resume_ckpt_path": None}  # fmt: skip
     for key, value in changes.items():
         OmegaConf.update(cfg, key, value, force_add=True)

@@ -29,16 +29,23 @@ class TokenLoss:
     nll_BL: estimate, in nats, of each token's part of -log p(x); its sum over L estimates (bounds) -log p(row).
     mask_BL: True where a token is scored and counted, False on padding, given tokens and fill: the denominator.
     logs: further tensors worth recording, detached, (B, P) each.
+    row_B: a further term of each row, which adds to the nats of its tokens (objectives/joint.py); None for none.
+    means: what a training logs as train/<name>, detached: a sum and what it is to be divided by, float64 (2,) each.
     """
 
     nll_BL: Tensor
     mask_BL: Tensor
     logs: dict[str, Tensor] = field(default_factory=dict)
+    row_B: Tensor | None = None
+    means: dict[str, Tensor] = field(default_factory=dict)
+
+    def total(self) -> Tensor:
+        """Everything there is, over all rows. It has one denominator, so that it adds up over the batches of a step."""
+        return self.nll_BL.sum() if self.row_B is None else self.nll_BL.sum() + self.row_B.sum()
 
     def mean(self) -> Tensor:
-        """Nats per token over the batch; that of an optimizer step, over all its batches, is in
-        objectives/reduction.py."""
-        return self.nll_BL.sum() / self.mask_BL.sum().clamp(min=1)
+        """Per token over the batch; that of an optimizer step, over all its batches, is in objectives/reduction.py."""
+        return self.total() / self.mask_BL.sum().clamp(min=1)
 
 
 class Backbone(Protocol):
@@ -50,6 +57,7 @@ class Backbone(Protocol):
 
     blocks: Iterable[torch.nn.Module]  # the repeated part: what strategy=fsdp shares out piece by piece
     num_classes: int  # that it can be told, as `class_id`; 0: it knows of none
+    parts: Mapping[str, Iterable[torch.nn.Module]]  # what training.freeze can name
 
     def encode(self, tokens_BL: Tensor, sigma_B: Tensor, attention_mask: Tensor | None = None) -> Tensor: ...
 
@@ -179,7 +187,7 @@ def encode_at(backbone: Backbone, x_BL: Tensor, sigma_B: Tensor, at_BL: Tensor |
 
 def context(batch: Batch) -> dict[str, Tensor]:
     """What of a batch a backbone is told beside tokens and noise level."""
-    return {name: batch[name] for name in ("attention_mask", "class_id") if name in batch}
+    return {name: batch[name] for name in ("attention_mask", "class_id", "latent", "latent_t") if name in batch}
 
 
 def masked_positions(batch: Batch, xt_BL: Tensor, mask_id: int) -> Tensor:

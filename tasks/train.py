@@ -35,7 +35,7 @@ def history(folder: Path) -> dict[str, np.ndarray]:
 def add_loss_curve(report: Report, folder: Path, truth: float | None) -> None:
     """The figure that shows how the loss came down, from what was logged under `folder`."""
     logged = history(folder)
-    name = next((name for name in ("train/nll", "train/cross_entropy") if name in logged), None)
+    name = next((name for name in ("train/nll", "train/cross_entropy", "train/text_loss") if name in logged), None)
     if name is None:
         return
     validation = (*logged["val/nll"].T, logged["val/nll_se"][:, 1]) if "val/nll" in logged else None
