@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 def law(cfg: DictConfig) -> str:
     """The objective's name as typed: subs, d3pm, sedd, ar, bd3lm."""
     name = cfg.parameterization._target_.rpartition(".")[2].lower()
-    return "bd3lm" if name == "blockdiffusion" else name
+    return {"blockdiffusion": "bd3lm", "jointdiffusion": "mmldlm"}.get(name, name)
 
 
 def trains(cfg: DictConfig) -> bool:
@@ -32,11 +32,13 @@ WHOLE = ("seed", "T", "sampling.steps", "sampling.stride_length", "sampling.num_
          "block_size", "data.segment_room", "loader.batch_size", "loader.global_batch_size", "trainer.num_nodes",
          "trainer.accumulate_grad_batches", "lr_scheduler.num_warmup_steps", "lr_scheduler.num_rewarmup_steps",
          "plateau.patience", "plateau.cooldown", "training.max_skipped_steps", "loader.num_workers",
-         "loader.prefetch_factor")  # fmt: skip
+         "loader.prefetch_factor", "latents.dim", "latents.tokens", "latents.fit_rows", "latents.window",
+         "latents.batch_size", "latents.seed")  # fmt: skip
 REAL = ("sampling.temperature", "sampling.nucleus_p", "sampling.min_entropy", "eval.target_se", "training.ema",
         "training.sampling_eps", "training.sampling_eps_min", "training.sampling_eps_max", "training.clip_search_delta",
         "classify.confidence", "classify.label_dropout", "lr_scheduler.min_ratio", "lr_scheduler.peak_decay",
-        "lr_scheduler.decay_share", "plateau.factor", "plateau.floor", "plateau.min_delta")  # fmt: skip
+        "lr_scheduler.decay_share", "plateau.factor", "plateau.floor", "plateau.min_delta", "latents.noise",
+        "latents.max_overlap")  # fmt: skip
 FLAGS = ("classify.calibrate", "classify.baselines", "training.start_from_counts", "training.gradient_checkpointing",
          "training.resample", "training.fix_clipping", "sampling.first_hitting", "sampling.kv_cache",
          "sampling.var_length", "loader.pin_memory", "loader.persistent_workers")  # fmt: skip
@@ -92,6 +94,7 @@ def refuse_contradictions(cfg: DictConfig) -> None:
     if cfg.classify.sharing == "conditional":
         _check_conditional(cfg)
     _check_start(cfg)
+    _check_latents(cfg, name)
     _check_blocks(cfg, name)
     if cfg.data.get("fill") and cfg.mode._target_ == "tasks.classify.classify":
         raise ValueError(
@@ -127,6 +130,17 @@ def refuse_contradictions(cfg: DictConfig) -> None:
             f"training.masking={cfg.masking._target_} integrates t out, so that T={cfg.T} and "
             f"training.importance_sampling={training.importance_sampling} have nothing to act on; leave them out"
         )
+
+
+def _check_latents(cfg: DictConfig, name: str) -> None:
+    """Latents and the objective that reads them come together."""
+    if cfg.latents and name != "mmldlm":
+        raise ValueError(
+            f"latents={cfg.latents._target_.rpartition('.')[2]}: parameterization={name} makes nothing of latents; add "
+            "algo=mmldlm backbone=mmdit, or set latents=none"
+        )
+    if name == "mmldlm" and not cfg.latents:
+        raise ValueError("algo=mmldlm is of texts and their latents; add latents=lsa, synthetic, self, hf or file")
 
 
 def check_schedule(cfg: DictConfig) -> None:

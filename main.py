@@ -62,6 +62,7 @@ class Experiment:
         self._save_dir = self._own_folder() if is_remote(self._kept_in) else self._kept_in
         self.conditional, self.start_from_counts = cfg.classify.sharing == "conditional", cfg.training.start_from_counts
         self._shared, self._data = shared, dict[int | None, TextData]()
+        self._encoder = instantiate(cfg.latents) if cfg.latents else None  # of texts into latents
 
     @cached_property
     def pretraining(self) -> Experiment | None:
@@ -92,7 +93,8 @@ class Experiment:
         if last is None:
             return None
         progress, data = read_progress(last), self.data(label)
-        ours = {**identity(self.cfg), "data.label": data.label, "tokenizer": data.vocabulary.fingerprint}
+        ours = {**identity(self.cfg), "data.label": data.label, "tokenizer": data.vocabulary.fingerprint,
+                "latents": data.latents and data.latents.fingerprint}  # fmt: skip
         check_same(last, progress, ours)
         patience = self.patience(label)
         stopped = patience is not None and progress.fruitless >= patience
@@ -176,6 +178,7 @@ class Experiment:
                 batch_size=machine.micro_batch, eval_batch_size=machine.eval_batch, batch_ramp=machine.ramp,
                 global_batch_size=loader.global_batch_size, max_steps=self.cfg.trainer.max_steps, seed=self.seed,
                 stream=instantiate(self.cfg.streaming), loading=Loading(**{key: loader[key] for key in _FETCHING}),
+                latents=self._encoder,
             )  # fmt: skip
         return self._data[label]
 
@@ -191,6 +194,7 @@ class Experiment:
         settings = identity(self.cfg)
         settings |= {k: v for k, v in getattr(backbone, "settings", {}).items() if settings.get(k) is None}
         known = {"configuration": settings, "tokenizer": vocabulary.fingerprint, "label": data.label}
+        known |= {} if data.latents is None else {"latents": data.latents.facts}
         return Diffusion(
             backbone, objective, instantiate(self.cfg.optim), instantiate(self.cfg.lr_scheduler),
             self.cfg.training.ema, self.seed, data.plan, known, self.cfg.classify.label_dropout,
@@ -202,8 +206,9 @@ class Experiment:
         cfg.checkpointing.resume_ckpt_path = str(resumed) if resumed else None
         cfg.eval.checkpoint_path = _of_class(cfg.eval.checkpoint_path, data.label or 0)
         conditional = cfg.classify.sharing == "conditional"
-        classes = {"num_classes": len(data.label_names or ())} if conditional else {}
-        return instantiate(cfg.backbone, vocab_size=data.vocabulary.size, **classes)
+        told = {"num_classes": len(data.label_names or ())} if conditional else {}
+        told |= {} if data.latents is None else {"latent_shape": data.latents.shape}
+        return instantiate(cfg.backbone, vocab_size=data.vocabulary.size, **told)
 
     def trained(self, data: TextData, checkpoint_path: str, disable_ema: bool) -> Diffusion:
         """The model with the weights of `checkpoint_path`, or of this configuration's own last checkpoint if that is
