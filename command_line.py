@@ -40,7 +40,8 @@ SPELLINGS = {"algo": ("parameterization", {"mdlm": "subs", "sedd": "sedd", "d3pm
 TEXTS = ("sampling.prefix", "sampling.template")
 # Keys whose values are paths: runs/label=0/last.ckpt and {label}.ckpt mean something else to Hydra unless quoted.
 PATHS = ("eval.checkpoint_path", "training.from_pretrained", "checkpointing.save_dir", "checkpointing.resume_ckpt_path",
-         "data.path", "backbone.name_or_path")  # fmt: skip
+         "data.path", "backbone.name_or_path", "latents.path", "latents.checkpoint_path",
+         "latents.name_or_path")  # fmt: skip
 
 
 def translate(arguments: list[str]) -> list[str]:

@@ -32,12 +32,14 @@ WHOLE = ("seed", "T", "sampling.steps", "sampling.stride_length", "sampling.num_
          "block_size", "data.segment_room", "loader.batch_size", "loader.global_batch_size", "trainer.num_nodes",
          "trainer.accumulate_grad_batches", "lr_scheduler.num_warmup_steps", "lr_scheduler.num_rewarmup_steps",
          "plateau.patience", "plateau.cooldown", "training.max_skipped_steps", "loader.num_workers",
-         "loader.prefetch_factor")  # fmt: skip
+         "loader.prefetch_factor", "latents.dim", "latents.tokens", "latents.fit_rows", "latents.window",
+         "latents.batch_size", "latents.seed")  # fmt: skip
 REAL = ("sampling.temperature", "sampling.nucleus_p", "sampling.min_entropy", "eval.target_se", "training.ema",
         "training.text_weight", "training.latent_weight", "training.latent_cosine_weight",
         "training.sampling_eps", "training.sampling_eps_min", "training.sampling_eps_max", "training.clip_search_delta",
         "classify.confidence", "classify.label_dropout", "lr_scheduler.min_ratio", "lr_scheduler.peak_decay",
-        "lr_scheduler.decay_share", "plateau.factor", "plateau.floor", "plateau.min_delta")  # fmt: skip
+        "lr_scheduler.decay_share", "plateau.factor", "plateau.floor", "plateau.min_delta", "latents.noise",
+        "latents.max_overlap")  # fmt: skip
 FLAGS = ("classify.calibrate", "classify.baselines", "training.start_from_counts", "training.gradient_checkpointing",
          "training.resample", "training.fix_clipping", "sampling.first_hitting", "sampling.kv_cache",
          "sampling.var_length", "loader.pin_memory", "loader.persistent_workers")  # fmt: skip
@@ -96,6 +98,7 @@ def refuse_contradictions(cfg: DictConfig) -> None:
     if cfg.classify.sharing == "conditional":
         _check_conditional(cfg)
     _check_start(cfg)
+    _check_latents(cfg, name)
     _check_blocks(cfg, name)
     if cfg.data.get("fill") and cfg.mode._target_ == "tasks.classify.classify":
         raise ValueError(
@@ -138,16 +141,15 @@ def refuse_contradictions(cfg: DictConfig) -> None:
         )
 
 
-def check_latents(latents: object | None, objective: object) -> None:
-    """Raises ValueError for latents of texts that nobody learns, and for an objective that has none to learn."""
-    reads = getattr(objective, "reads_latents", False)
-    if reads and latents is None:
-        raise ValueError("algo=mmldlm learns texts with their latents, and latents=none; choose latents=")
-    if latents is not None and not reads:
+def _check_latents(cfg: DictConfig, name: str) -> None:
+    """Latents and the objective that reads them come together."""
+    if cfg.latents and name != "mmldlm":
         raise ValueError(
-            f"latents of texts are for algo=mmldlm, and {type(objective).__name__} makes no use of them; add "
-            "algo=mmldlm, or set latents=none"
+            f"latents={cfg.latents._target_.rpartition('.')[2]}: parameterization={name} makes nothing of latents; add "
+            "algo=mmldlm backbone=mmdit, or set latents=none"
         )
+    if name == "mmldlm" and not cfg.latents:
+        raise ValueError("algo=mmldlm is of texts and their latents; add latents=lsa, synthetic, self, hf or file")
 
 
 def check_schedule(cfg: DictConfig) -> None:

@@ -14,6 +14,7 @@ The batch contract. Every batch is a dict of CPU tensors (B rows, L tokens):
   label           int64 (B,)    where the texts have labels
   class_id        int64 (B,)    class that a conditional network is told, -1 for none; set where it is known, not here
   text_id         int64 (B,)    source text of the row, where a row is (part of) one text; not of a stream
+  latent          float32 (B, K, D)  what the row is about, standardised (text/latents.py); with `latents=` only
 L is `model.length` for wrapped and filled data; padded batches are as long as their longest row, rounded up to
 PAD_MULTIPLE.
 
@@ -40,6 +41,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
 from text.collate import Collate, Rows, segment_ends
+from text.latents import Encoder, RowsWithLatents, TextLatents
 from text.loading import Loading, TimedLoader
 from text.order import evaluation_batches
 from text.packing import Packing, check_prompts, framed, pack
@@ -73,6 +75,7 @@ class TextData(LightningDataModule):
     loader: `batch_size` and `eval_batch_size` are rows per
     device; `batch_size` None divides `global_batch_size`; `batch_ramp` as in text/stream.py; `loading` has the others.
     `length` is model.length, `seed` orders the training stream, `max_steps` are optimizer steps of the whole run.
+    latents: what makes the vectors of `latents=`; as `.latents` they are those of these splits, None without.
     """
 
     def __init__(
@@ -113,6 +116,7 @@ class TextData(LightningDataModule):
         seed: int = 0,
         loading: Loading | None = None,
         stream: Order | None = None,
+        latents: Encoder | None = None,
     ) -> None:
         super().__init__()
         self.name, self.score_special, self.fill, self.segments = name or "text", score_special, fill, segments
@@ -133,6 +137,7 @@ class TextData(LightningDataModule):
         self.figures, self._splits = dict[str, dict[str, int]](), dict[str, datasets.Dataset]()
         self._resumed: dict[str, Any] = {}
         self._streamed: StreamLoader | None = None
+        self.latents = None if latents is None else TextLatents(latents, self)
         _check_names({name, *getattr(source, "sources", ())}, train, valid)
         _check(self)
 
@@ -184,14 +189,26 @@ class TextData(LightningDataModule):
             self._splits[name] = self._pack(name, self.packing(name))
         return self._splits[name]
 
-    def _pack(self, name: str, packing: Packing) -> datasets.Dataset:
-        texts = self.texts(name)
-        if self.wrap and self.label is None and "label" in texts.column_names:
+    def whole_train(self) -> datasets.Dataset:
+        """The packed train split of the source whatever `label` and `train_splits` are: what latents are fitted on."""
+        if self.label is None and self.train_splits is None:
+            return self.split("train")
+        whole = SplitTexts(self.source, self.limits, self.streaming, self.stream.sample_texts, None, None)
+        return self._pack("train", self.packings["train"], whole)
+
+    def _pack(self, name: str, packing: Packing, of: SplitTexts | None = None) -> datasets.Dataset:
+        texts = (of or self._texts).of(name)
+        if self.wrap and (of or self._texts).label is None and "label" in texts.column_names:
             texts = texts.remove_columns("label")  # a chunk of several texts has no label
         rows, figures = pack(texts, self.tokenizer, self.vocabulary, packing, self.cache_dir, f"{name} split")
-        _report(name, figures, None if self.wrap else self.length)
-        self.figures[name] = figures
+        if of is None:
+            _report(name, figures, None if self.wrap else self.length)
+            self.figures[name] = figures
         return rows
+
+    def _rows(self, name: str) -> datasets.Dataset | RowsWithLatents:
+        rows = self.split(name)
+        return rows if self.latents is None else RowsWithLatents(rows, self.latents.of(name))
 
     def train_dataloader(self) -> DataLoader:
         """This rank's micro-batches of the whole run, from the place that a loaded checkpoint has reached.
@@ -215,7 +232,7 @@ class TextData(LightningDataModule):
                                           self._taken)  # fmt: skip
             return self._streamed
         if not self.random_crop:
-            return self._loader(TrainingStream(self.split("train"), self.seed), sampler, again=False)
+            return self._loader(TrainingStream(self._rows("train"), self.seed), sampler, again=False)
         double = self._pack("train", replace(self.packings["train"], length=2 * self.length))
         return self._loader(TrainingStream(double, self.seed, crop=self.length), sampler, again=False)
 
@@ -237,18 +254,13 @@ class TextData(LightningDataModule):
         order = np.arange(len(rows)) if only is None else only
         if not self.wrap:
             order = order[np.argsort(-np.asarray(rows["length"][:])[order], kind="stable")]
-        return self._loader(Rows(rows), evaluation_batches(order, self.eval_batch_size, *self._rank(trainer)))
+        batches = evaluation_batches(order, self.eval_batch_size, *self._rank(trainer))
+        return self._loader(Rows(self._rows(split)), batches)
 
     @property
     def collate(self) -> Collate:
         """Columns of rows of a split -> a batch."""
-        if self.wrap:
-            return Collate(self.length, None)
-        vocabulary = self.vocabulary
-        frame = {vocabulary.bos_id} if self.fill else {vocabulary.bos_id, vocabulary.eos_id}
-        frame = () if self.score_special else frame - {None}
-        pad_id = vocabulary.eos_id if self.fill else vocabulary.pad_id
-        return Collate(self.length, pad_id, frame, bool(self.fill), self.segments, self.packings["train"].room)
+        return _collate(self)
 
     def segment_ends(self, prompt_tokens_B: np.ndarray) -> np.ndarray | None:
         """`segment_ends` of rows with prompts of so many tokens, as batches say them; None without segments."""
@@ -294,6 +306,16 @@ class TextData(LightningDataModule):
         return consumed_before(self._resumed, self._order)
 
 
+def _collate(data: TextData) -> Collate:
+    if data.wrap:
+        return Collate(data.length, None)
+    vocabulary = data.vocabulary
+    frame = {vocabulary.bos_id} if data.fill else {vocabulary.bos_id, vocabulary.eos_id}
+    frame = () if data.score_special else frame - {None}
+    pad_id = vocabulary.eos_id if data.fill else vocabulary.pad_id
+    return Collate(data.length, pad_id, frame, bool(data.fill), data.segments, data.packings["train"].room)
+
+
 def _report(name: str, figures: dict[str, int], longest: int | None) -> None:
     log.info("%s: %d texts -> %d rows, %d tokens", name, figures["texts"], figures["rows"], figures["tokens"])
     if figures["long"] and longest is not None:
@@ -336,6 +358,10 @@ def _check(data: TextData) -> None:
         raise ValueError("data.random_crop=true cuts stretches out of wrapped text, without a begin or an end; "
                          "set data.wrap=true and data.insert_train_special=false")  # fmt: skip
     _check_parts(data)
+    if data.latents is not None and (data.endless or data.random_crop):
+        key = "data.streaming=true without data.max_train_texts" if data.endless else "data.random_crop=true"
+        raise ValueError(f"{key} makes rows as it goes, and latents are those of rows that lie still; leave it out, or "
+                         "set latents=none")  # fmt: skip
     least = {
         "loader.eval_batch_size": (data.eval_batch_size, 1),
         "trainer.max_steps": (data.max_steps, 1),

@@ -7,7 +7,7 @@ from omegaconf import DictConfig, OmegaConf
 from contradictions import law
 
 # Budgets, devices and bookkeeping are left out: they may change at a resume.
-IDENTITY = ("data", "model", "backbone", "parameterization", "noise", "masking", "T", "subs_masking",
+IDENTITY = ("data", "latents", "model", "backbone", "parameterization", "noise", "masking", "T", "subs_masking",
             "time_conditioning", "optim", "lr_scheduler", "plateau", "training", "seed", "loader.global_batch_size",
             "loader.batch_ramp", "trainer.gradient_clip_val")  # fmt: skip
 NOT_IDENTITY = ("data.label", "data.cache_dir", "model.attn_backend", "backbone.attn_backend",
@@ -15,7 +15,7 @@ NOT_IDENTITY = ("data.label", "data.cache_dir", "model.attn_backend", "backbone.
                 "backbone.resumed", "training.max_skipped_steps", "training.gradient_checkpointing",
                 "training.sampling_eps_min", "training.sampling_eps_max", "training.clip_search_widths",
                 "training.clip_search_delta", "training.fix_clipping", "parameterization.block_size",
-                "data.judge._target_", "data.judge._partial_", "data.judge.kind")  # fmt: skip
+                "data.judge._target_", "data.judge._partial_", "data.judge.kind", "latents.batch_size")  # fmt: skip
 # Of the keys of training that NOT_IDENTITY has, parameterization=bd3lm has its own copy.
 IDENTITY_IF_SET = ("training.from_pretrained", "training.freeze", "training.start_from_counts", "loader.batch_ramp",
                    "training.resample", "masking.resample", "parameterization.noising.resample", "data.fill",

@@ -25,7 +25,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 import command_line
-from contradictions import check_latents, check_numbers, check_schedule, law, refuse_contradictions, trains
+from contradictions import check_numbers, check_schedule, law, refuse_contradictions, trains
 from dataloader import BatchPlan, Loading, TextData
 from diffusion import Diffusion, Provenance
 from engine.logs import Heard
@@ -63,6 +63,7 @@ class Experiment:
         self._save_dir = self._own_folder() if is_remote(self._kept_in) else self._kept_in
         self.conditional, self.start_from_counts = cfg.classify.sharing == "conditional", cfg.training.start_from_counts
         self._shared, self._data = shared, dict[int | None, TextData]()
+        self._encoder = instantiate(cfg.latents) if cfg.latents else None  # of texts into latents
 
     @cached_property
     def pretraining(self) -> Experiment | None:
@@ -93,7 +94,8 @@ class Experiment:
         if last is None:
             return None
         progress, data = read_progress(last), self.data(label)
-        ours = {**identity(self.cfg), "data.label": data.label, "tokenizer": data.vocabulary.fingerprint}
+        ours = {**identity(self.cfg), "data.label": data.label, "tokenizer": data.vocabulary.fingerprint,
+                "latents": data.latents and data.latents.fingerprint}  # fmt: skip
         check_same(last, progress, ours)
         patience = self.patience(label)
         stopped = patience is not None and progress.fruitless >= patience
@@ -180,6 +182,7 @@ class Experiment:
                 batch_size=machine.micro_batch, eval_batch_size=machine.eval_batch, batch_ramp=machine.ramp,
                 global_batch_size=loader.global_batch_size, max_steps=self.cfg.trainer.max_steps, seed=self.seed,
                 stream=instantiate(self.cfg.streaming), loading=Loading(**{key: loader[key] for key in _FETCHING}),
+                latents=self._encoder,
             )  # fmt: skip
         return self._data[label]
 
@@ -188,7 +191,6 @@ class Experiment:
         vocabulary = data.vocabulary
         objective = instantiate(self.cfg.parameterization, mask_id=vocabulary.mask_id)
         _check_segments(data, objective)
-        check_latents(getattr(data, "latents", None), objective)
         backbone = self._backbone(data)
         freeze(backbone, self.cfg.training.freeze)
         if self.cfg.training.gradient_checkpointing:
@@ -197,6 +199,7 @@ class Experiment:
         settings = identity(self.cfg)
         settings |= {k: v for k, v in getattr(backbone, "settings", {}).items() if settings.get(k) is None}
         known = {"configuration": settings, "tokenizer": vocabulary.fingerprint, "label": data.label}
+        known |= {} if data.latents is None else {"latents": data.latents.facts}
         return Diffusion(
             backbone, objective, instantiate(self.cfg.optim), instantiate(self.cfg.lr_scheduler),
             self.cfg.training.ema, self.seed, data.plan, known, self.cfg.classify.label_dropout,
@@ -208,10 +211,9 @@ class Experiment:
         cfg.checkpointing.resume_ckpt_path = str(resumed) if resumed else None
         cfg.eval.checkpoint_path = _of_class(cfg.eval.checkpoint_path, data.label or 0)
         conditional = cfg.classify.sharing == "conditional"
-        classes = {"num_classes": len(data.label_names or ())} if conditional else {}
-        latents = getattr(data, "latents", None)
-        shown = {} if latents is None or "latent_size" not in cfg.backbone else {"latent_shape": latents.shape}
-        return instantiate(cfg.backbone, vocab_size=data.vocabulary.size, **classes, **shown)
+        told = {"num_classes": len(data.label_names or ())} if conditional else {}
+        told |= {} if data.latents is None or "latent_size" not in cfg.backbone else {"latent_shape": data.latents.shape}
+        return instantiate(cfg.backbone, vocab_size=data.vocabulary.size, **told)
 
     def trained(self, data: TextData, checkpoint_path: str, disable_ema: bool) -> Diffusion:
         """The model with the weights of `checkpoint_path`, or of this configuration's own last checkpoint if that is
