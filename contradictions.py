@@ -27,14 +27,16 @@ def trains(cfg: DictConfig) -> bool:
 # Numbers that are handed on far before they are used: a word in their place is a mistake to name here.
 WHOLE = ("seed", "T", "sampling.steps", "sampling.stride_length", "sampling.num_strides", "sampling.tokens_per_step",
          "sampling.num_sample_batches", "sampling.num_sample_log", "sampling.samples_per_prompt", "sampling.top_k",
-         "sampling.context", "eval.num_draws", "eval.max_draws", "eval.perplexity_batch_size", "classify.num_draws",
+         "sampling.context", "sampling.latent_steps", "sampling.edit_path", "eval.num_draws", "eval.max_draws",
+         "eval.perplexity_batch_size", "classify.num_draws",
          "classify.num_examples", "classify.patience", "classify.pretrain_steps", "trainer.max_steps", "model.length",
          "block_size", "data.segment_room", "loader.batch_size", "loader.global_batch_size", "trainer.num_nodes",
          "trainer.accumulate_grad_batches", "lr_scheduler.num_warmup_steps", "lr_scheduler.num_rewarmup_steps",
          "plateau.patience", "plateau.cooldown", "training.max_skipped_steps", "loader.num_workers",
          "loader.prefetch_factor", "latents.dim", "latents.tokens", "latents.fit_rows", "latents.window",
          "latents.batch_size", "latents.seed")  # fmt: skip
-REAL = ("sampling.temperature", "sampling.nucleus_p", "sampling.min_entropy", "eval.target_se", "training.ema",
+REAL = ("sampling.temperature", "sampling.latent_eta", "sampling.guidance", "sampling.edit_rate", "sampling.edit_alpha",
+        "sampling.nucleus_p", "sampling.min_entropy", "eval.target_se", "training.ema",
         "training.text_weight", "training.latent_weight", "training.latent_cosine_weight",
         "training.sampling_eps", "training.sampling_eps_min", "training.sampling_eps_max", "training.clip_search_delta",
         "classify.confidence", "classify.label_dropout", "lr_scheduler.min_ratio", "lr_scheduler.peak_decay",
@@ -45,7 +47,18 @@ FLAGS = ("classify.calibrate", "classify.baselines", "training.start_from_counts
          "sampling.var_length", "loader.pin_memory", "loader.persistent_workers")  # fmt: skip
 
 
-NEVER_NULL = ("block_size", "lr_scheduler.", "plateau.", "loader.global_batch_size", "trainer.max_steps")
+NEVER_NULL = (
+    "block_size",
+    "lr_scheduler.",
+    "plateau.",
+    "loader.global_batch_size",
+    "trainer.max_steps",
+    "sampling.latent_",
+    "sampling.guidance",
+    "sampling.edit_rate",
+    "sampling.edit_alpha",
+    "sampling.edit_path",
+)
 
 
 def check_numbers(cfg: DictConfig) -> None:
@@ -150,6 +163,15 @@ def _check_latents(cfg: DictConfig, name: str) -> None:
         )
     if name == "mmldlm" and not cfg.latents:
         raise ValueError("algo=mmldlm is of texts and their latents; add latents=lsa, synthetic, self, hf or file")
+    direction, ancestral = cfg.sampling.direction, cfg.sampler._target_ == "samplers.ancestral.sample"
+    if direction and name != "mmldlm":
+        raise ValueError(f"sampling.direction={direction} is of texts and their latents, and parameterization={name} "
+                         "knows texts alone; add algo=mmldlm, or leave it out")  # fmt: skip
+    at_once = direction == "joint" and cfg.sampling.joint_order == "simultaneous"
+    if (direction == "edit" or at_once) and not ancestral:
+        why = "begins at texts that are masked in part" if direction == "edit" else "has one grid for text and latent"
+        raise ValueError(f"sampling.direction={direction} {why}, and {cfg.sampler._target_} has steps of its own; use "
+                         "sampling.predictor=ddpm or ddpm_cache")  # fmt: skip
 
 
 def check_schedule(cfg: DictConfig) -> None:

@@ -38,10 +38,11 @@ def unmask_step(u_BL: Tensor, alpha_S: Tensor) -> Tensor:
     alpha_S are alpha(t_0) < alpha(t_1) < ... of a grid of S times, from noise to data. A masked position stays masked
     from t_i to t_(i+1) with probability (1 - alpha_(i+1)) / (1 - alpha_i), whatever the tokens are; the product
     telescopes to P(masked at t_i) = (1 - alpha_i) / (1 - alpha_0), which inverts in one look-up. Step i goes from t_i
-    to t_(i+1); S - 1 means never within the grid. `u_BL` are uniform numbers in [0, 1).
+    to t_(i+1); S - 1 means never within the grid. Rows may have grids of their own, alpha (B, S). `u_BL` are uniform
+    numbers in [0, 1).
     """
-    survived_S = (1 - alpha_S.double()) / (1 - alpha_S[0].double())
-    unmasked_by_S = 1 - survived_S[1:]
+    survived_S = (1 - alpha_S.double()) / (1 - alpha_S[..., :1].double())
+    unmasked_by_S = (1 - survived_S[..., 1:]).contiguous()
     return torch.searchsorted(unmasked_by_S, u_BL, right=True)
 
 

@@ -212,7 +212,9 @@ class Experiment:
         cfg.eval.checkpoint_path = _of_class(cfg.eval.checkpoint_path, data.label or 0)
         conditional = cfg.classify.sharing == "conditional"
         told = {"num_classes": len(data.label_names or ())} if conditional else {}
-        told |= {} if data.latents is None or "latent_size" not in cfg.backbone else {"latent_shape": data.latents.shape}
+        told |= (
+            {} if data.latents is None or "latent_size" not in cfg.backbone else {"latent_shape": data.latents.shape}
+        )
         return instantiate(cfg.backbone, vocab_size=data.vocabulary.size, **told)
 
     def trained(self, data: TextData, checkpoint_path: str, disable_ema: bool) -> Diffusion:

@@ -14,6 +14,7 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
+from forward_process import LatentPrediction
 from noise_schedule import NoiseSchedule
 from objectives.noising import Bernoulli, ExactCount, Noising
 from randomness import KeyedNoise
@@ -190,6 +191,14 @@ def context(batch: Batch) -> dict[str, Tensor]:
     return {name: batch[name] for name in ("attention_mask", "class_id", "latent", "latent_t") if name in batch}
 
 
+def latent_hidden(batch: Batch) -> Batch:
+    """`batch` with nothing known of its latents, where it has some: what measures p(text), whatever is said beside."""
+    if "latent" not in batch:
+        return batch
+    latent = batch["latent"]
+    return {**batch, "latent_t": torch.ones(len(latent), dtype=torch.float64, device=latent.device)}
+
+
 def masked_positions(batch: Batch, xt_BL: Tensor, mask_id: int) -> Tensor:
     """True where a scored token is masked in x_t, (B, L)."""
     return (xt_BL == mask_id) & scored_mask(batch)
@@ -266,6 +275,21 @@ class Model:
 
     def reverse(self, x_BL: Tensor, t_B: Tensor, s_B: Tensor, at_BL: Tensor, **cond: Tensor) -> Tensor:
         return self.objective.reverse(self.backbone, x_BL, t_B, s_B, at_BL, **cond)
+
+    @property
+    def latent_shape(self) -> tuple[int, int]:
+        """(K, D) of the latents that the backbone reads."""
+        return self.backbone.latent_shape
+
+    def predict_latent(
+        self, latent_BKD: Tensor, latent_t_B: Tensor, x_BL: Tensor, t_B: Tensor, **cond: Tensor
+    ) -> LatentPrediction:
+        return self.objective.predict_latent(self.backbone, latent_BKD, latent_t_B, x_BL, t_B, **cond)
+
+    def denoise_both(
+        self, x_BL: Tensor, t_B: Tensor, at_BL: Tensor, latent_BKD: Tensor, latent_t_B: Tensor, **cond: Tensor
+    ) -> tuple[Tensor, LatentPrediction]:
+        return self.objective.denoise_both(self.backbone, x_BL, t_B, at_BL, latent_BKD, latent_t_B, **cond)
 
     def next_token(self, new_Bn: Tensor, cache: object, **cond: Tensor) -> Tensor:
         return self.objective.next_token(self.backbone, new_Bn, cache, **cond)

@@ -64,7 +64,7 @@ class JointDiffusion:
         ValueError: weights that are none.
     """
 
-    exact, causal, any_order, first_given, encodes = False, False, True, False, 1
+    exact, causal, any_order, first_given, encodes, streams = False, False, True, False, 1, 1
     reads_latents, loss_weight = True, "elbo"
 
     def __init__(
@@ -146,6 +146,16 @@ class JointDiffusion:
         told = {**cond, "latent": latent_BKD, "latent_t": seen_t_B, "at_BL": nowhere_BL}
         _, output_BKD = backbone.encode_both(x_BL, self.text.conditioning(t_B.double()), **told)
         return self.latent.read(output_BKD, latent_BKD, seen_t_B)
+
+    def denoise_both(
+        self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, at_BL: Tensor, latent_BKD: Tensor, latent_t_B: Tensor,
+        **cond: Tensor,
+    ) -> tuple[Tensor, LatentPrediction]:  # fmt: skip
+        """`denoise` at `at_BL` given the noised latent, (N, V), and `predict_latent`, in one pass of the network."""
+        seen_t_B = latent_t_B.double().clamp(EARLIEST, LATEST)
+        heard = _Heard(backbone)
+        log_p_NV = self.text.denoise(heard, x_BL, t_B, at_BL, **cond, latent=latent_BKD, latent_t=seen_t_B)
+        return log_p_NV, self.latent.read(heard.output_BKD, latent_BKD, seen_t_B)
 
     def loss(self, backbone: Backbone, batch: Batch, generator: KeyedNoise | None = None) -> TokenLoss:
         """The joint loss of a training batch, or the text's bound where this measures.
@@ -265,4 +275,22 @@ class _Both:
         sigma_B = torch.where(self.hidden_B, self.sigma_of_masks_B, sigma_B).masked_fill(self.told_B, 0.0)
         hidden_ND, output_BKD = self.backbone.encode_both(tokens_BL, sigma_B, at_BL=at_BL, **cond)
         self.outputs.append(output_BKD)
+        return hidden_ND
+
+
+@dataclass
+class _Heard:
+    """The backbone as the text's objective sees it, which keeps what the same pass says of the latents."""
+
+    backbone: Backbone
+    output_BKD: Tensor | None = None
+    encodes_positions: bool = field(default=True, init=False)
+
+    @property
+    def head(self) -> nn.Linear:
+        return self.backbone.head
+
+    def encode(self, tokens_BL: Tensor, sigma_B: Tensor, at_BL: Tensor, **cond: Tensor) -> Tensor:
+        """(N, D), at the positions of `at_BL`."""
+        hidden_ND, self.output_BKD = self.backbone.encode_both(tokens_BL, sigma_B, at_BL=at_BL, **cond)
         return hidden_ND

@@ -96,7 +96,7 @@ def draw(
     decide themselves where to end. Where texts have prompts, they are those of validation texts.
     `class_id` is the class that a conditional network is told.
     """
-    rows = _rows(diffusion, data, drawing.given, num_samples, seed)
+    rows = rows_to_fill(diffusion, data, drawing.given, num_samples, seed)
     return fill(diffusion, data, drawing, rows, np.arange(num_samples), batch_size, seed, class_id)
 
 
@@ -105,12 +105,18 @@ def fill(
     batch_size: int, seed: int, class_id: int | None = None,
 ) -> list[Drawn]:  # fmt: skip
     """`rows` of ids with the masks filled in. A row's tokens depend on (seed, its name), whatever else is drawn."""
-    drawn: list[Drawn] = []
-    meter = Meter("sample", len(rows))
+
+    def draw_from(here: slice) -> list[Drawn]:
+        return draw_batch(diffusion, data, drawing, rows[here], names_M[here], seed, class_id)
+
+    return _in_batches(draw_from, len(rows), batch_size)
+
+
+def _in_batches(draw_from: Callable[[slice], list], number: int, batch_size: int) -> list:
+    drawn, meter = [], Meter("sample", number)
     with torch.inference_mode():
-        for start in range(0, len(rows), batch_size):
-            here = slice(start, start + batch_size)
-            drawn += _draw_batch(diffusion, data, drawing, rows[here], names_M[here], seed, class_id)
+        for start in range(0, number, batch_size):
+            drawn += draw_from(slice(start, start + batch_size))
             meter.update(len(drawn))
     meter.close()
     return drawn
@@ -119,10 +125,10 @@ def fill(
 class _Drawer(lightning.LightningModule):
     """Lets a Lightning Trainer draw, on each of its devices the batches that it is given the first samples of."""
 
-    def __init__(self, diffusion: Diffusion, draw_from: Callable[[int], list[Drawn]], meter: Meter) -> None:
+    def __init__(self, diffusion: Diffusion, draw_from: Callable[[int], list], meter: Meter) -> None:
         super().__init__()
         self.diffusion, self.draw_from, self.meter = diffusion, draw_from, meter
-        self.drawn: list[Drawn] = []
+        self.drawn: list = []
 
     def predict_step(self, start: int, batch_idx: int) -> None:
         with torch.autocast(self.device.type, enabled=False):  # as without a trainer
@@ -135,40 +141,48 @@ def draw_on_all(
     seed: int,
 ) -> list[Drawn]:  # fmt: skip
     """As `draw`, shared out over all of the trainer's devices (`fill_on_all`)."""
-    rows = _rows(diffusion, data, drawing.given, num_samples, seed)
+    rows = rows_to_fill(diffusion, data, drawing.given, num_samples, seed)
     return fill_on_all(trainer, diffusion, data, drawing, rows, np.arange(num_samples), batch_size, seed)
 
 
 def fill_on_all(
     trainer: lightning.Trainer, diffusion: Diffusion, data: object, drawing: Drawing, rows: Sequence[np.ndarray],
-    names_M: np.ndarray, batch_size: int, seed: int,
+    names_M: np.ndarray, batch_size: int, seed: int, told: Mapping[str, Tensor] | None = None,
 ) -> list[Drawn]:  # fmt: skip
-    """As `fill`, shared out over all of the trainer's devices; every process gets all of the texts, the same as one
-    process alone would have drawn."""
+    """As `fill`, shared out over all of the trainer's devices. told: what the sampler is told of each row beside its
+    tokens, (M, ...) each."""
+
+    def draw_from(here: slice) -> list[Drawn]:
+        of_rows = {name: value[here] for name, value in (told or {}).items()}
+        return draw_batch(diffusion, data, drawing, rows[here], names_M[here], seed, told=of_rows)
+
+    return on_all(trainer, diffusion, draw_from, len(rows), batch_size)
+
+
+def on_all(
+    trainer: lightning.Trainer, diffusion: Diffusion, draw_from: Callable[[slice], list], number: int, batch_size: int
+) -> list:
+    """What `draw_from` gives for batches of `number` rows, in their order, shared out over all devices of the trainer;
+    every process gets all of it, the same as one process alone would have drawn. draw_from: some rows -> one thing for
+    each of them."""
     if trainer.world_size == 1:
-        return fill(diffusion, data, drawing, rows, names_M, batch_size, seed)
-    device = diffusion.device
-
-    def draw_from(start: int) -> list[Drawn]:
-        here = slice(start, start + batch_size)
-        return _draw_batch(diffusion, data, drawing, rows[here], names_M[here], seed, None)
-
-    starts = list(range(0, len(rows), batch_size))
+        return _in_batches(draw_from, number, batch_size)
+    device, starts = diffusion.device, list(range(0, number, batch_size))
     mine = starts[trainer.global_rank :: trainer.world_size]
-    meter = Meter("sample (first process)", sum(min(batch_size, len(rows) - start) for start in mine))
-    drawer = _Drawer(diffusion, draw_from, meter)
+    meter = Meter("sample (first process)", sum(min(batch_size, number - start) for start in mine))
+    drawer = _Drawer(diffusion, lambda start: draw_from(slice(start, start + batch_size)), meter)
     trainer.predict(drawer, DataLoader(mine, batch_size=None), return_predictions=False)
     meter.close()
     diffusion.to(device)  # a trainer leaves a model on the CPU
     gathered: list = [None] * trainer.world_size
     torch.distributed.all_gather_object(gathered, drawer.drawn)
     shares = [iter(share) for share in gathered]
-    return [text for number, start in enumerate(starts)
-            for text in islice(shares[number % len(shares)], min(batch_size, len(rows) - start))]  # fmt: skip
+    return [text for index, start in enumerate(starts)
+            for text in islice(shares[index % len(shares)], min(batch_size, number - start))]  # fmt: skip
 
 
-def _rows(diffusion: Diffusion, data: object, given: Template, num_samples: int, seed: int) -> list[np.ndarray]:
-    """One row of ids per sample, the mask where a token is wanted."""
+def rows_to_fill(diffusion: Diffusion, data: object, given: Template, num_samples: int, seed: int) -> list[np.ndarray]:
+    """One row of ids per sample, the mask where a token is wanted, as long as a training row picked at random."""
     mask_id, causal = diffusion.objective.mask_id, diffusion.objective.causal
     fixed = given.ids(data.tokenizer, mask_id)
     if fixed and data.prompted:
@@ -178,7 +192,7 @@ def _rows(diffusion: Diffusion, data: object, given: Template, num_samples: int,
     u = KeyedNoise(seed, torch.arange(num_samples), draw=-3).uniform()
     rows = []
     for lender in (u * len(train)).long().tolist():
-        blank = _blank(data, train[[lender]], mask_id, causal)
+        blank = masked_row(data, train[[lender]], mask_id, causal)
         if diffusion.objective.first_given:
             blank[0] = train[lender]["input_ids"][0]
         start = int(blank[0] != mask_id or (bool(fixed) and _begins_with_bos(data, train[lender])))
@@ -187,7 +201,7 @@ def _rows(diffusion: Diffusion, data: object, given: Template, num_samples: int,
     return rows
 
 
-def _blank(data: object, columns: Mapping[str, list], mask_id: int, causal: bool) -> np.ndarray:
+def masked_row(data: object, columns: Mapping[str, list], mask_id: int, causal: bool) -> np.ndarray:
     """A training row with every token masked that a model would have to write."""
     if causal:
         ids, given = np.full(data.length, mask_id), columns["part_ends"][0][0] if "part_ends" in columns else 1
@@ -221,16 +235,24 @@ def _filled(blank: np.ndarray, fixed: list[int], start: int, mask_id: int, data:
     return np.concatenate([head, tail])
 
 
-def _draw_batch(
-    diffusion: Diffusion, data: object, drawing: Drawing, rows: Sequence[np.ndarray], names_B: np.ndarray, seed: int,
-    class_id: int | None,
-) -> list[Drawn]:  # fmt: skip
-    lengths = [len(row) for row in rows]
-    x_BL = torch.full((len(rows), max(lengths)), data.vocabulary.pad_id)
+def padded(rows: Sequence[np.ndarray], pad_id: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Rows of ids as one tensor (B, L), and what the network is told of their padding where there is any."""
+    lengths = torch.tensor([len(row) for row in rows])
+    x_BL = torch.full((len(rows), int(lengths.max())), pad_id)
     for i, row in enumerate(rows):
-        x_BL[i, : len(row)] = torch.from_numpy(row)
-    padded = min(lengths) < max(lengths)
-    cond = {"attention_mask": torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]} if padded else {}
+        x_BL[i, : len(row)] = torch.as_tensor(np.asarray(row))
+    some = bool(lengths.min() < lengths.max())
+    return x_BL, {"attention_mask": torch.arange(x_BL.shape[1]) < lengths[:, None]} if some else {}
+
+
+def draw_batch(
+    diffusion: Diffusion, data: object, drawing: Drawing, rows: Sequence[np.ndarray], names_B: np.ndarray, seed: int,
+    class_id: int | None = None, told: Mapping[str, Tensor] | None = None,
+) -> list[Drawn]:  # fmt: skip
+    """One batch of `fill` and `fill_on_all`."""
+    lengths = [len(row) for row in rows]
+    x_BL, cond = padded(rows, data.vocabulary.pad_id)
+    cond |= told or {}
     if class_id is not None:
         cond["class_id"] = torch.full((len(rows),), class_id)
     prompts_B = np.array([int((row == diffusion.objective.mask_id).argmax()) for row in rows])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from objectives.base import latent_hidden
 from reporting import plots, training_plots
 from reporting.report import Report
 from tasks.base import Experiment, likelihood, write_results
@@ -79,7 +80,7 @@ def train(experiment: Experiment, *, num_samples: int, generate_samples: bool) -
     trainer = experiment.trainer("validate")
     scores = score(
         trainer, diffusion, data.eval_dataloader("validation", trainer=trainer), experiment.estimator,
-        experiment.precision, experiment.seed,
+        experiment.precision, experiment.seed, latent_hidden,
     )  # fmt: skip
     measured = likelihood(data, "validation", scores, experiment.truth)
     folder = experiment.folder()
