@@ -271,8 +271,8 @@ _ABOUT = (
     "Some tokens of each text were masked and written anew, told the latent that the text is to get; the others are "
     "untouched. Beside it the same masks and noise with the wanted latent of another text, and with none. Control: "
     "texts judged to be of the wanted class, by {}; {:.1f} % were before. SSS: mean cosine of neighbouring texts on "
-    "the great circle between old and new latent; MTS: share of steps on which p(wanted class) strictly rises. Texts that "
-    "ignore the latent have SSS 1, and MTS 0."
+    "the great circle between old and new latent; MTS: share of steps on which p(wanted class) strictly rises. Texts "
+    "that ignore the latent have SSS 1, and MTS 0."
 )
 
 

@@ -21,6 +21,7 @@ def protocol(experiment: Experiment, data: object, split: str, scores: Scores) -
         "detokenizer": data.detokenizer(split), "length": data.length, "wrap": data.wrap,
         "packing": asdict(data.packing(split)), "prompted": data.prompted, "fill": data.fill, "estimator": scores.label,
         "network_evaluations_per_text": float(scores.evaluations_M.mean()),
+        "latents": data.latents and data.latents.fingerprint,
     }  # fmt: skip
 
 
