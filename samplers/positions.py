@@ -20,6 +20,22 @@ _PAIRS = 4
 
 
 @dataclass(frozen=True)
+class Barred:
+    """A model that never writes some tokens, such as the end of a text in its midst."""
+
+    model: Model
+    ids: tuple[int, ...]
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.model, name)
+
+    def denoise(self, x_BL: Tensor, t_B: Tensor, at_BL: Tensor, **cond: Tensor) -> Tensor:
+        """As of the model, without these tokens, normalised."""
+        log_p_NV = self.model.denoise(x_BL, t_B, at_BL, **cond)
+        return log_p_NV.index_fill(-1, torch.tensor(self.ids, device=log_p_NV.device), -torch.inf).log_softmax(-1)
+
+
+@dataclass(frozen=True)
 class Selection:
     """masked_BL: what is to be rewritten. share_B: of the tokens that may be, float64. evaluations_B: network
     evaluations spent on the choice."""

@@ -21,7 +21,7 @@ from diffusion import Diffusion
 from randomness import KeyedNoise
 from reporting.report import Report
 from samplers import gaussian, joint
-from samplers.base import Generation, TokenChoice
+from samplers.base import Generation, Model, TokenChoice
 from samplers.gaussian import LatentSteps
 from samplers.joint import with_guidance
 from tasks.base import Experiment, write_results
@@ -149,11 +149,19 @@ class Setting:
         """
         return choose(self.data, self.split, self.number, self.seed, self.diffusion.objective.mask_id)
 
-    def written(self, rows: Sequence[np.ndarray], names_M: np.ndarray, told: Mapping[str, Tensor]) -> list[Drawn]:
-        """Texts of `rows`, their masks filled in."""
+    def written(
+        self, rows: Sequence[np.ndarray], names_M: np.ndarray, told: Mapping[str, Tensor],
+        changed: Callable[[Model], Model] = lambda model: model,
+    ) -> list[Drawn]:  # fmt: skip
+        """Texts of `rows`, their masks filled in. changed: what the sampler is to draw from, of the model."""
+        sampler = self.drawing.sampler
+
+        def sample(model: Model, *args: object, **cond: object) -> Generation:
+            return sampler(changed(model), *args, **cond)
+
+        drawing = replace(self.drawing, sampler=sample)
         return fill_on_all(
-            self.trainer, self.diffusion, self.data, self.drawing, rows, names_M, self.data.eval_batch_size, self.seed,
-            told,
+            self.trainer, self.diffusion, self.data, drawing, rows, names_M, self.data.eval_batch_size, self.seed, told
         )  # fmt: skip
 
 

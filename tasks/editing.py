@@ -17,7 +17,7 @@ from classification.centroids import Centroids, Nearest, fit_centroids, slerp
 from metrics import Estimate
 from randomness import KeyedNoise
 from reporting.report import Metric, Report, Sample
-from samplers.positions import Selection, select
+from samplers.positions import Barred, Selection, select
 from tasks.direction_report import VARIANTS, cell, examples
 from tasks.directions import Chosen, EditRules, Outcome, Setting, hidden, latents_told
 from tasks.drawing import Drawn, on_all, padded
@@ -158,8 +158,10 @@ class Editor:
         rows = [np.where(self.masked[m], mask_id, chosen.rows[m]) for m in some]
         if not any(self.masked[m].any() for m in some):
             return [Drawn(chosen.ids[m].tolist(), [0] * len(chosen.ids[m]), 0, 0) for m in some]
+        special = tuple(sorted(special_ids(self.setting.data.vocabulary)))
         begin_M = schedule.t_from_alpha(1 - torch.from_numpy(self.share_M[some])).clamp(0.0, 1.0)
-        return self.setting.written(rows, chosen.names_M[some], {**told, "begin_B": begin_M})
+        told = {**told, "begin_B": begin_M}
+        return self.setting.written(rows, chosen.names_M[some], told, lambda model: Barred(model, special))
 
 
 def edit(setting: Setting) -> Outcome:
@@ -179,7 +181,7 @@ def edit(setting: Setting) -> Outcome:
     editor, judge = Editor(setting, chosen, target_MKD), judging(setting, reader)
     told = latents_told(target_MKD, partner_M)
     drawn = {name: editor.write(told[name]) for name in VARIANTS}
-    found = {name: _edited(drawn[name], chosen, wanted_M, target_MKD, reader, judge) for name in VARIANTS}
+    found = {name: _edited(drawn[name], editor, wanted_M, reader, judge) for name in VARIANTS}
     before = share(judge.posterior(chosen.ids).argmax(1) == wanted_M)
     some = np.arange(min(_WAY_TEXTS, len(chosen.ids)))
     ways = {name: _way(name, editor, some, partner_M, wanted_M, reader, judge) for name in VARIANTS}
@@ -205,17 +207,15 @@ def edit(setting: Setting) -> Outcome:
     return Outcome("Texts edited by their latents", results, rows, write, _summary(found, ways, before, judge))
 
 
-def _edited(
-    drawn: Sequence[Drawn], chosen: Chosen, wanted_M: np.ndarray, target_MKD: np.ndarray, reader: Reader, judge: Judging
-) -> Edited:
+def _edited(drawn: Sequence[Drawn], editor: Editor, wanted_M: np.ndarray, reader: Reader, judge: Judging) -> Edited:
     ids = [text.ids for text in drawn]
     posterior_MC = judge.posterior(ids)
     right_M = (posterior_MC.argmax(1) == wanted_M) & (posterior_MC.sum(1) > 0)
-    old, new = [reader.content(row) for row in chosen.ids], [reader.content(row) for row in ids]
-    changed_M = np.array([sum(a != b for a, b in zip(x, y, strict=False)) / max(len(x), 1)
-                          for x, y in zip(old, new, strict=True)])  # fmt: skip
+    changed_M = np.array([(old != np.array(new)).sum() / max(may.sum(), 1) for old, new, may in
+                          zip(editor.chosen.ids, ids, editor.eligible, strict=True)])  # fmt: skip
+    old, new = ([reader.content(row) for row in rows] for rows in (editor.chosen.ids, ids))
     unread = float((posterior_MC.sum(1) == 0).mean()) if judge.readable else None
-    toward = None if reader.missing else mean(cosines(reader.latents(ids), target_MKD))
+    toward = None if reader.missing else mean(cosines(reader.latents(ids), editor.target_MKD))
     return Edited(share(right_M), mean(changed_M), mean(edits(new, old)), unread, toward)
 
 

@@ -9,6 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from torchmetrics.functional.text import edit_distance, sacre_bleu_score
@@ -131,7 +132,7 @@ class Reader:
         middle = len(rows) // 2
         return np.concatenate([self.latents(rows[:middle]), self.latents(rows[middle:])])
 
-    @property
+    @cached_property
     def missing(self) -> str:
         """Why no text can be encoded; empty where they can."""
         first = [self.data.split(self.data.splits[0])[0]["input_ids"]]

@@ -161,7 +161,7 @@ def test_guidance_of_texts_goes_from_the_marginal_to_the_latent_and_beyond():
     torch.testing.assert_close(Guided(net, 0.0).denoise(x, half, at, latent=z), untold)
     beyond = Guided(net, 3.0).denoise(x, half, at, latent=z)
     tokens = [token for token in range(VOCAB) if token != MASK]
-    wanted = (untold + 3 * (told - untold))[:, tokens].log_softmax(-1)
+    wanted = (untold.double() + 3 * (told.double() - untold.double()))[:, tokens].log_softmax(-1)
     torch.testing.assert_close(beyond[:, tokens], wanted)
     assert beyond[:, MASK].isneginf().all() and with_guidance(DDPM, 1.0) is DDPM
     plain = DDPM(net, x, noise(), latent=z)
