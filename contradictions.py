@@ -167,6 +167,9 @@ def _check_latents(cfg: DictConfig, name: str) -> None:
     if direction and name != "mmldlm":
         raise ValueError(f"sampling.direction={direction} is of texts and their latents, and parameterization={name} "
                          "knows texts alone; add algo=mmldlm, or leave it out")  # fmt: skip
+    if direction == "edit" and cfg.data.label is not None:
+        raise ValueError(f"sampling.direction=edit takes texts to another class, and data.label={cfg.data.label} leaves "
+                         "one; leave data.label out")  # fmt: skip
     at_once = direction == "joint" and cfg.sampling.joint_order == "simultaneous"
     if (direction == "edit" or at_once) and not ancestral:
         why = "begins at texts that are masked in part" if direction == "edit" else "has one grid for text and latent"

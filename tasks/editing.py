@@ -171,9 +171,9 @@ def edit(setting: Setting) -> Outcome:
         ValueError: there are no classes to go to.
     """
     data, rules, reader = setting.data, setting.directed.edit, Reader(setting.data)
-    if data.label_names is None or data.label is not None:
-        raise ValueError(f"sampling.direction=edit needs texts of several classes: data={data.name}, "
-                         f"data.label={data.label} has none to go to")  # fmt: skip
+    if data.label_names is None:
+        raise ValueError(f"sampling.direction=edit takes texts to another class, and those of data={data.name} have "
+                         "none; choose data with labels")  # fmt: skip
     chosen = setting.chosen()
     wanted_M, partner_M = (wanted_classes(rules.to_class, chosen.label_M, data.label_names),
                            partners(len(chosen.ids), setting.seed))  # fmt: skip
