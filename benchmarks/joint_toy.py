@@ -1,4 +1,4 @@
-"""Whether the joint objective learns both directions, on made-up texts whose latent is known: one minute on a quiet core.
+"""Whether the joint objective learns both directions, on made-up texts whose latent is known: a minute of one core.
 
 A text has four attributes of three values; each writes three tokens, drawn from two words of that value. Its latent is
 the attributes, one-hot, turned by a fixed orthogonal map, with noise, standardised. l2t: texts are sampled given true
@@ -105,7 +105,7 @@ def to_latent(net: MMDiT, law: JointDiffusion, values: Tensor, x: Tensor, t: flo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--target", default="v")
     parser.add_argument("--loss", default="mse")
@@ -125,7 +125,8 @@ def main() -> None:
         "training_cpu_seconds": round(seconds, 1),
         "l2t_tokens": {"true": to_text(net, law, values, z), "other": to_text(net, law, values, z.roll(1, 0)),
                        "none": to_text(net, law, values, None)},
-        "t2l_texts": {"true": to_latent(net, law, values, x, 0.0), "other": to_latent(net, law, values, x.roll(1, 0), 0.0),
+        "t2l_texts": {"true": to_latent(net, law, values, x, 0.0),
+                      "other": to_latent(net, law, values, x.roll(1, 0), 0.0),
                       "none": to_latent(net, law, values, masks, 1.0)},
         "nats_per_token": {name: round(float(found.nll_BK.mean() / LENGTH), 4) for name, found in measured.items()},
         "true_nats_per_token": {"given the latent": round(math.log(WORDS), 4),
