@@ -113,11 +113,7 @@ def refuse_contradictions(cfg: DictConfig) -> None:
             "parameterization=sedd with time_conditioning=false: the scale of its scores is a function of t, which the "
             "network then can not see; set time_conditioning=true"
         )
-    if trains(cfg) and cfg.trainer.precision in ("bf16-true", "16-true"):
-        raise ValueError(
-            f"trainer.precision={cfg.trainer.precision} keeps weights in 16 bits, where most updates of a training are "
-            f"rounded away; use trainer.precision={cfg.trainer.precision.replace('true', 'mixed')}"
-        )
+    _check_precision(cfg)
     if training.importance_sampling and training.change_of_variables:
         raise ValueError(
             "training.importance_sampling=true and training.change_of_variables=true are two forms of the same change; "
@@ -132,6 +128,14 @@ def refuse_contradictions(cfg: DictConfig) -> None:
         raise ValueError(
             f"training.masking={cfg.masking._target_} integrates t out, so that T={cfg.T} and "
             f"training.importance_sampling={training.importance_sampling} have nothing to act on; leave them out"
+        )
+
+
+def _check_precision(cfg: DictConfig) -> None:
+    if trains(cfg) and cfg.trainer.precision in ("bf16-true", "16-true"):
+        raise ValueError(
+            f"trainer.precision={cfg.trainer.precision} keeps weights in 16 bits, where most updates of a training are "
+            f"rounded away; use trainer.precision={cfg.trainer.precision.replace('true', 'mixed')}"
         )
 
 
