@@ -112,6 +112,7 @@ def refuse_contradictions(cfg: DictConfig) -> None:
         _check_conditional(cfg)
     _check_start(cfg)
     _check_latents(cfg, name)
+    _check_direction(cfg, name)
     _check_blocks(cfg, name)
     if cfg.data.get("fill") and cfg.mode._target_ == "tasks.classify.classify":
         raise ValueError(
@@ -132,11 +133,7 @@ def refuse_contradictions(cfg: DictConfig) -> None:
             "parameterization=sedd with time_conditioning=false: the scale of its scores is a function of t, which the "
             "network then can not see; set time_conditioning=true"
         )
-    if trains(cfg) and cfg.trainer.precision in ("bf16-true", "16-true"):
-        raise ValueError(
-            f"trainer.precision={cfg.trainer.precision} keeps weights in 16 bits, where most updates of a training are "
-            f"rounded away; use trainer.precision={cfg.trainer.precision.replace('true', 'mixed')}"
-        )
+    _check_precision(cfg)
     if training.importance_sampling and training.change_of_variables:
         raise ValueError(
             "training.importance_sampling=true and training.change_of_variables=true are two forms of the same change; "
@@ -154,6 +151,14 @@ def refuse_contradictions(cfg: DictConfig) -> None:
         )
 
 
+def _check_precision(cfg: DictConfig) -> None:
+    if trains(cfg) and cfg.trainer.precision in ("bf16-true", "16-true"):
+        raise ValueError(
+            f"trainer.precision={cfg.trainer.precision} keeps weights in 16 bits, where most updates of a training are "
+            f"rounded away; use trainer.precision={cfg.trainer.precision.replace('true', 'mixed')}"
+        )
+
+
 def _check_latents(cfg: DictConfig, name: str) -> None:
     """Latents and the objective that reads them come together."""
     if cfg.latents and name != "mmldlm":
@@ -163,13 +168,17 @@ def _check_latents(cfg: DictConfig, name: str) -> None:
         )
     if name == "mmldlm" and not cfg.latents:
         raise ValueError("algo=mmldlm is of texts and their latents; add latents=lsa, synthetic, self, hf or file")
+
+
+def _check_direction(cfg: DictConfig, name: str) -> None:
+    """What sampling.direction needs."""
     direction, ancestral = cfg.sampling.direction, cfg.sampler._target_ == "samplers.ancestral.sample"
     if direction and name != "mmldlm":
         raise ValueError(f"sampling.direction={direction} is of texts and their latents, and parameterization={name} "
                          "knows texts alone; add algo=mmldlm, or leave it out")  # fmt: skip
     if direction == "edit" and cfg.data.label is not None:
-        raise ValueError(f"sampling.direction=edit takes texts to another class, and data.label={cfg.data.label} leaves "
-                         "one; leave data.label out")  # fmt: skip
+        raise ValueError(f"sampling.direction=edit takes texts to another class, and data.label={cfg.data.label} "
+                         "leaves one; leave data.label out")  # fmt: skip
     at_once = direction == "joint" and cfg.sampling.joint_order == "simultaneous"
     if (direction == "edit" or at_once) and not ancestral:
         why = "begins at texts that are masked in part" if direction == "edit" else "has one grid for text and latent"

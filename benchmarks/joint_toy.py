@@ -1,4 +1,4 @@
-"""Whether the joint objective learns both directions, on made-up texts whose latent is known: a minute on a core.
+"""Whether the joint objective learns both directions, on made-up texts whose latent is known: a minute of one core.
 
 A text has four attributes of three values; each writes three tokens, drawn from two words of that value. Its latent is
 the attributes, one-hot, turned by a fixed orthogonal map, with noise, standardised. l2t: texts are sampled given true
@@ -105,7 +105,7 @@ def to_latent(net: MMDiT, law: JointDiffusion, values: Tensor, x: Tensor, t: flo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--target", default="v")
     parser.add_argument("--loss", default="mse")

@@ -212,7 +212,7 @@ class TrainingMetrics(Callback):
             values["train/data_wait_share"] = min(1.0, (waited - self._waited) / total.seconds)
             self._waited = waited
             if self.spikes.is_new(total.loss):
-                log.warning("step %d: the loss leapt to %.4f nats per token", self._step, total.loss)
+                log.warning("step %d: the loss leapt to %.4f per token", self._step, total.loss)
             for logger in trainer.loggers:
                 logger.log_metrics(values, step=self._step - 1)
         self.latest = {"loss": total.loss, "seconds_per_step": total.seconds / total.steps, **values}

@@ -83,7 +83,8 @@ class TextProgressBar(ProgressBar):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:  # noqa: ANN001
         if time.monotonic() - self._shown >= 1.0:
             self._shown, latest = time.monotonic(), self.metrics.latest if self.metrics else {}
-            facts = f"nll {latest['loss']:.3f}  {latest['train/tokens_per_s']:,.0f} tokens/s" if latest else ""
+            name = "nll" if "train/nll" in latest else "loss"
+            facts = f"{name} {latest['loss']:.3f}  {latest['train/tokens_per_s']:,.0f} tokens/s" if latest else ""
             self._meter.update(trainer.global_step, facts)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:

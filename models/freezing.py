@@ -16,9 +16,11 @@ def freeze(backbone: nn.Module, names: Sequence[str] | None) -> None:
     """
     if not names:
         return
-    parts = {name: [p for module in modules for p in module.parameters()] for name, modules in backbone.parts.items()}
     if isinstance(names, str):
         raise ValueError(f"training.freeze={names} must be a list: training.freeze=[{names}]")
+    if not hasattr(backbone, "parts"):
+        raise ValueError(f"training.freeze: {type(backbone).__name__} names no parts to freeze; leave it out")
+    parts = {name: [p for module in modules for p in module.parameters()] for name, modules in backbone.parts.items()}
     for name in names:
         if not parts.get(name):
             existing = ", ".join(sorted(name for name, parameters in parts.items() if parameters))

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 
 from dataloader import TextData
@@ -48,7 +49,12 @@ def batch(rows: int = 8, seed: int = 0) -> dict[str, torch.Tensor]:
 class LatentText(TextData):
     """Any texts, with latents that are a function of their tokens."""
 
-    latents = SimpleNamespace(shape=SHAPE)
+    def __init__(self, *args: object, **settings: object) -> None:
+        super().__init__(*args, **settings)
+        mean, std = np.zeros(SHAPE), np.ones(SHAPE)
+        facts = {"fingerprint": "by hand", "mean": mean.tolist(), "std": std.tolist()}
+        self.latents = SimpleNamespace(shape=SHAPE, fingerprint="by hand", mean=mean, std=std, facts=facts,
+                                       metadata={}, of=lambda split: _Nothing())  # fmt: skip
 
     @property
     def collate(self) -> _WithLatents:
@@ -56,6 +62,13 @@ class LatentText(TextData):
 
 
 LatentText.__qualname__ = "TextData"  # by which checkpoints name it
+
+
+class _Nothing:
+    """Rows without latents of their own, which the batch gets from its tokens."""
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        return np.zeros((len(rows), *SHAPE), dtype=np.float32)
 
 
 class _WithLatents:

@@ -40,6 +40,8 @@ def test_what_is_no_part_is_refused():
                         (["text", "latent"], "leaves nothing to train")):  # fmt: skip
         with pytest.raises(ValueError, match=said):
             freeze(net, names)
+    with pytest.raises(ValueError, match="Linear names no parts to freeze"):
+        freeze(torch.nn.Linear(2, 2), ["head"])
     refuse_frozen(net, {})
     with pytest.raises(ValueError, match="would keep random values in vocab_embed .*training.from_pretrained="):
         refuse_frozen(net, dict(net.named_parameters()))
