@@ -174,6 +174,9 @@ def test_latents_of_a_model_of_our_own(tmp_path, monkeypatch):
         hidden_LW = encoder.network.encode(ids, torch.zeros(1))[0]
     np.testing.assert_allclose(together[0], hidden_LW.mean(0), atol=1e-5)
     latent = data.latents.of("train")[np.arange(80)]
+    row, pad, eos = rows.ids[0].tolist(), data.vocabulary.pad_id, data.vocabulary.eos_id
+    behind = data.latents.encode([row, [*row, pad, pad], [*row, eos, eos, eos]])
+    np.testing.assert_allclose(behind, np.repeat(latent[:1], 3, axis=0), atol=1e-4)  # padding and fill say nothing
     assert latent.shape == (80, 1, 6) and np.abs(latent.mean(0)).max() < 0.02 and np.abs(latent.std(0) - 1).max() < 0.02
     with pytest.raises(ValueError, match="another tokenizer"):
         assert data_with(HiddenStates(path), tmp_path).latents.shape

@@ -124,14 +124,6 @@ def test_vectors_are_made_once_and_never_sent_to_workers(tmp_path):
     assert len(pickle.dumps(shards)) < 5000 and isinstance(store, Mapped)
 
 
-def test_padding_and_fill_behind_a_text_say_nothing(tmp_path):
-    data = data_with(Unit(), tmp_path)
-    row, pad, eos = data.split("train")[0]["input_ids"].tolist(), data.vocabulary.pad_id, data.vocabulary.eos_id
-    padded = [row, [*row, pad, pad], [*row, eos, eos, eos]]
-    latents = data.latents.encode(padded)
-    assert row[-1] == eos and np.array_equal(latents[0], latents[1]) and np.array_equal(latents[0], latents[2])
-
-
 def test_a_text_without_a_vector_ends_the_run_and_is_named(tmp_path):
     texts = some_texts(30, 1)
     with pytest.raises(ValueError, match=f"validation split, row 4 .*{texts[4][:20]}.* all zeros"):
