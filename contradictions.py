@@ -163,7 +163,7 @@ def _check_latents(cfg: DictConfig, name: str) -> None:
     """Latents and the objective that reads them come together."""
     if cfg.latents and name != "mmldlm":
         raise ValueError(
-            f"latents={cfg.latents._target_.rpartition('.')[2]}: parameterization={name} makes nothing of latents; add "
+            f"latents={cfg.latents._target_}: parameterization={name} makes nothing of latents; add "
             "algo=mmldlm backbone=mmdit, or set latents=none"
         )
     if name == "mmldlm" and not cfg.latents:

@@ -135,11 +135,9 @@ class TextData(LightningDataModule):
         self.global_batch_size, self.plan = global_batch_size, BatchPlan.of(global_batch_size, batch_ramp)
         self._texts = SplitTexts(source, self.limits, streaming, self.stream.sample_texts, label, train_splits)
         self.figures, self._splits = dict[str, dict[str, int]](), dict[str, datasets.Dataset]()
-        self._resumed: dict[str, Any] = {}
-        self._streamed: StreamLoader | None = None
+        self._resumed, self._streamed = dict[str, Any](), None
         self.latents = None if latents is None else TextLatents(latents, self)
-        _check_names({name, *getattr(source, "sources", ())}, train, valid)
-        _check(self)
+        _check(self, {name, *getattr(source, "sources", ())}, train, valid)
 
     @property
     def prompted(self) -> bool:
@@ -352,7 +350,8 @@ def _check_names(known: Iterable[str | None], train: str | None, valid: str | No
                              f"data={value}, or leave {key} as it is ({', '.join(sorted(names))})")  # fmt: skip
 
 
-def _check(data: TextData) -> None:
+def _check(data: TextData, names: Iterable[str | None], train: str | None, valid: str | None) -> None:
+    _check_names(names, train, valid)
     packing = data.packings["train"]
     if data.random_crop and (not data.wrap or packing.chunk_special):
         raise ValueError("data.random_crop=true cuts stretches out of wrapped text, without a begin or an end; "

@@ -70,7 +70,8 @@ class LSA:
         if self.width > most:
             raise ValueError(f"latents.dim={self.width}: the {len(chosen)} texts of train have at most {max(most, 0)} "
                              f"directions; lower it, or give more texts")  # fmt: skip
-        self._axes_VD = np.ascontiguousarray(axes_DV.T, dtype=np.float32)
+        # Of tokens that train does not have nothing is known; the solver leaves rounding there.
+        self._axes_VD = np.where(having_V[:, None] > 0, axes_DV.T, 0).astype(np.float32)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """What was fitted: idf (V,) and components (V, D)."""

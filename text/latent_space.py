@@ -1,11 +1,12 @@
 """Vectors of texts on disk, and the space in which a model meets them: projected if asked for, and standardised.
 
-Shape suffixes: N rows, W numbers of an encoder's vector, C components kept of them (W without a projection), K latent
+Shape suffixes: N rows, W numbers of an encoder's vector, C of them that are kept, or its principal components, K latent
 tokens, D numbers of each (K * D = C).
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +15,8 @@ from typing import Protocol
 
 import numpy as np
 from torch import Tensor, as_tensor
+
+log = logging.getLogger(__name__)
 
 CHUNK = 4096  # rows read at once
 _CONSTANT = 1e-6  # of the largest standard deviation: what varies less is taken to be rounding
@@ -98,16 +101,18 @@ def faults(vectors_NW: np.ndarray) -> dict[int, str]:
 
 @dataclass(frozen=True, eq=False)
 class Space:
-    """What training sees of an encoder's vectors: their projection onto principal components if there is one, with the
-    mean and the scale of the train split taken out. All float64.
+    """What training sees of an encoder's vectors: those numbers that vary, or their principal components, with the mean
+    and the scale of the train split taken out. All float64.
 
-    mean_KD, std_KD: of the (projected) vectors of the train split. center_W, axes_WC: the projection, None without.
+    mean_KD, std_KD: of these numbers over the train split. center_W: mean of the vectors themselves. axes_WC: their
+    principal axes, else kept_C: which numbers vary.
     """
 
     mean_KD: np.ndarray
     std_KD: np.ndarray
-    center_W: np.ndarray | None = None
+    center_W: np.ndarray
     axes_WC: np.ndarray | None = None
+    kept_C: np.ndarray | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -120,12 +125,22 @@ class Space:
         return ((projected_NC.reshape(-1, *self.shape) - self.mean_KD) / self.std_KD).astype(np.float32)
 
     def restore(self, latent: np.ndarray | Tensor) -> np.ndarray | Tensor:
-        """(..., K, D) standardised -> the same with the train split's mean and scale, as the encoder (and the
-        projection, where there is one) gave it; arrays as arrays, tensors as tensors on their device."""
+        """(..., K, D) standardised -> the same with the train split's mean and scale put back; arrays as arrays,
+        tensors as tensors on their device."""
         if isinstance(latent, Tensor):
             mean, std = (as_tensor(x, dtype=latent.dtype, device=latent.device) for x in (self.mean_KD, self.std_KD))
             return latent * std + mean
         return (latent * self.std_KD + self.mean_KD).astype(np.float32)
+
+    def vectors(self, latent_NKD: np.ndarray) -> np.ndarray:
+        """(N, W) float32: the encoder's vectors that such latents stand for. What was left out, numbers that do not
+        vary or the directions of least variance, is at its mean."""
+        numbers_NC = (latent_NKD * self.std_KD + self.mean_KD).reshape(len(latent_NKD), -1)
+        if self.axes_WC is not None:
+            return (numbers_NC @ self.axes_WC.T + self.center_W).astype(np.float32)
+        out_NW = np.tile(self.center_W, (len(latent_NKD), 1))
+        out_NW[:, self.kept_C] = numbers_NC
+        return out_NW.astype(np.float32)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """For a file; `from_arrays` reads them."""
@@ -137,54 +152,57 @@ class Space:
         return cls(**{name: arrays[name] for name in cls.__dataclass_fields__ if name in arrays})
 
     def _projected(self, vectors_NW: np.ndarray) -> np.ndarray:
-        return vectors_NW if self.axes_WC is None else (vectors_NW - self.center_W) @ self.axes_WC
+        return vectors_NW[:, self.kept_C] if self.axes_WC is None else (vectors_NW - self.center_W) @ self.axes_WC
 
 
 def fit_space(train: Store, dim: int | None, tokens: int, origin: str) -> Space:
-    """The space of these vectors of the train split: its `dim` principal components (None: all numbers as they are), in
-    `tokens` equal parts.
+    """The space of these vectors of the train split: its `dim` principal components (None: all numbers that vary; some
+    encoders have dead ones), in `tokens` equal parts.
 
     Raises:
-        ValueError: the numbers do not suffice, do not divide into the parts, or some do not vary.
+        ValueError: the numbers do not suffice, do not divide into the parts, or some of the components do not vary.
     """
-    width = dim or train.width
     for key, value in (("dim", dim), ("tokens", tokens)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError(f"latents.{key}={value} must be a whole number, at least 1")
-    if width > train.width or (dim and len(train) <= dim):
-        have = f"{train.width} numbers" if width > train.width else f"{len(train)} texts of train"
-        raise ValueError(f"latents.dim={dim} is more than {have} can give ({origin}); lower it")
-    if width % tokens:
-        raise ValueError(f"latents.tokens={tokens} does not divide the {width} numbers of a latent; choose a divisor")
-    center_W, axes_WC = _principal(train, dim) if dim and dim < train.width else (None, None)
-    plain = Space(np.zeros((1, width)), np.ones((1, width)), center_W, axes_WC)
-    mean_C, std_C = _moments(train, plain)
-    constant_C = std_C <= _CONSTANT * std_C.max()
-    if constant_C.any():
-        some = ", ".join(map(str, np.flatnonzero(constant_C)[:5]))
-        raise ValueError(f"{origin}: {int(constant_C.sum())} of the {width} numbers of a latent ({some}, ...) are the "
-                         f"same for all texts of train, so that they have no scale; set latents.dim to "
-                         f"{int((~constant_C).sum())} or less")  # fmt: skip
-    return Space(mean_C.reshape(tokens, -1), std_C.reshape(tokens, -1), center_W, axes_WC)
+    if dim and dim > min(train.width, len(train) - 1):
+        raise ValueError(
+            f"latents.dim={dim} is more than {len(train)} vectors of {train.width} numbers give ({origin}); lower it"
+        )
+    center_W, spread_W = moments(train)
+    varies_W = spread_W > _CONSTANT * spread_W.max()
+    if dim is None:
+        if not varies_W.all():
+            log.warning("%s: %d of %d numbers are the same for all of them, and are left out", origin,
+                        int((~varies_W).sum()), train.width)  # fmt: skip
+        if tokens > 1 and (not varies_W.all() or train.width % tokens):
+            raise ValueError(f"latents.tokens={tokens} does not divide the {int(varies_W.sum())} numbers that vary of "
+                             f"{train.width} ({origin}); set it to 1, or latents.dim to a multiple of it")  # fmt: skip
+        kept_C = np.flatnonzero(varies_W)
+        parts = (x_W[kept_C].reshape(tokens, -1) for x_W in (center_W, spread_W))
+        return Space(*parts, center_W, kept_C=kept_C)
+    if dim % tokens:
+        raise ValueError(f"latents.tokens={tokens} does not divide latents.dim={dim}; choose a divisor")
+    variance_C, axes_WC = _principal(train, center_W, dim)
+    std_C = np.sqrt(np.clip(variance_C, 0, None))
+    if (std_C <= _CONSTANT * std_C[0]).any():
+        directions = int((std_C > _CONSTANT * std_C[0]).sum())
+        raise ValueError(f"latents.dim={dim}: {origin} vary in {directions} directions only; lower it")
+    return Space(np.zeros((tokens, dim // tokens)), std_C.reshape(tokens, -1), center_W, axes_WC)
 
 
 def moments(train: Store) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of each number, (W,) float64 each."""
-    return _moments(train, Space(np.zeros((1, train.width)), np.ones((1, train.width))))
+    """Mean and standard deviation of each number, (W,) float64 each. In two passes: the difference of two large sums
+    would lose the digits of a small spread."""
+    mean_W = sum(x_NW.sum(0) for x_NW in chunks(train)) / len(train)
+    squares_W = sum(np.square(x_NW - mean_W).sum(0) for x_NW in chunks(train))
+    return mean_W, np.sqrt(squares_W / len(train))
 
 
-def _moments(train: Store, plain: Space) -> tuple[np.ndarray, np.ndarray]:
-    """In two passes: the difference of two large sums would lose the digits of a small spread."""
-    mean_C = sum(plain._projected(x_NW).sum(0) for x_NW in chunks(train)) / len(train)
-    squares_C = sum(np.square(plain._projected(x_NW) - mean_C).sum(0) for x_NW in chunks(train))
-    return mean_C, np.sqrt(squares_C / len(train))
-
-
-def _principal(train: Store, dim: int) -> tuple[np.ndarray, np.ndarray]:
-    """Mean (W,) and the `dim` axes of largest variance (W, C), each with its largest number positive, so that they are
+def _principal(train: Store, center_W: np.ndarray, dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """The `dim` largest variances (C,) and their axes (W, C), each with its largest number positive, so that they are
     the same wherever they are computed."""
-    center_W = sum(x_NW.sum(0) for x_NW in chunks(train)) / len(train)
     covariance_WW = sum((x_NW - center_W).T @ (x_NW - center_W) for x_NW in chunks(train)) / len(train)
-    axes_WC = np.linalg.eigh(covariance_WW)[1][:, ::-1][:, :dim]
+    variance_C, axes_WC = (x[..., ::-1][..., :dim] for x in np.linalg.eigh(covariance_WW))
     signs_C = np.sign(axes_WC[np.abs(axes_WC).argmax(0), np.arange(dim)])
-    return center_W, axes_WC * signs_C
+    return variance_C, axes_WC * signs_C

@@ -138,7 +138,7 @@ class TextLatents:
             else:
                 encoder.fit(self._train)
                 train = self._encoded(self._train, "train split")
-            space = fit_space(train, encoder.dim, encoder.tokens, f"latents of {len(train)} texts of train")
+            space = fit_space(train, encoder.dim, encoder.tokens, f"the vectors of {len(train)} texts of train")
             arrays = {} if isinstance(encoder, Shards) else encoder.arrays()
             np.savez(folder / "space.npz", **arrays, **space.arrays())
 
@@ -180,9 +180,13 @@ class TextLatents:
                 "std": self.std.tolist(), **self.metadata}  # fmt: skip
 
     def restore(self, latent: Any) -> Any:
-        """Latents (..., K, D), array or tensor, in the numbers of the encoder (its principal components, where those
-        are kept): mean and scale of train put back."""
+        """Latents (..., K, D), array or tensor, with mean and scale of train put back: numbers of the encoder, or its
+        principal components where those are kept."""
         return self.space.restore(latent)
+
+    def vectors(self, latent_NKD: np.ndarray) -> np.ndarray:
+        """(N, W) float32: the encoder's vectors that latents (N, K, D) stand for, for cosines in its own space."""
+        return self.space.vectors(latent_NKD)
 
     def encode(self, rows: Sequence[Sequence[int]], labels: Sequence[int] | None = None) -> np.ndarray:
         """(N, K, D) float32: the latents of any token ids, such as a model has written; padding and fill behind them

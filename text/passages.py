@@ -45,7 +45,7 @@ class Passages:
             edges = np.flatnonzero(np.isin(row, special))
             pieces = np.split(row, np.sort(np.concatenate([edges, edges + 1])))
             runs += [(number, piece) for piece in pieces if len(piece) and piece[0] not in self.special]
-        spelt = self.tokenizer.batch_decode([piece.tolist() for _, piece in runs])
+        spelt = self.tokenizer.batch_decode([piece.tolist() for _, piece in runs]) if runs else []
         whole: list[list[str]] = [[] for _ in self.ids]
         for (number, _), text in zip(runs, spelt, strict=True):
             whole[number].append(text)
@@ -58,7 +58,8 @@ class Passages:
 
 
 class PackedTexts:
-    """The packed rows of a split (text/packing.py), to be read some at a time."""
+    """The packed rows of a split (text/packing.py), to be read some at a time. A window that holds no more of its text
+    than the end token is read as the window before it: that is what it is the end of."""
 
     def __init__(self, rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -> None:
         self.rows, self.tokenizer, self.special = rows, tokenizer, special_ids(vocabulary)
@@ -69,7 +70,13 @@ class PackedTexts:
     def __getitem__(self, indices: Sequence[int] | np.ndarray | slice) -> Passages:
         columns = self.rows[indices]
         labels = np.asarray(columns["label"]) if "label" in columns else None
-        return Passages([np.asarray(ids) for ids in columns["input_ids"]], labels, self.tokenizer, self.special)
+        ids = [np.asarray(row) for row in columns["input_ids"]]
+        numbers = np.arange(len(self.rows))[indices]
+        for place in [place for place, row in enumerate(ids) if self.special.issuperset(row.tolist())]:
+            before = self.rows[int(numbers[place]) - 1] if numbers[place] else {}
+            if "text_id" in columns and before.get("text_id") == columns["text_id"][place]:
+                ids[place] = np.asarray(before["input_ids"])
+        return Passages(ids, labels, self.tokenizer, self.special)
 
     def chunks(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, Passages]]:
         """Rows from `start` to `stop`, CHUNK at a time: (number of the first, the rows)."""
