@@ -34,13 +34,14 @@ SETTLED = {"algo.sampler": "semi_ar", "algo.cross_attn": "true", "algo.var_min":
 # Groups that kuleshov-group/bd3lms spells otherwise: its key -> (our group, its choices in our words).
 _BACKBONES = tuple(path.stem for path in sorted((CONFIGS / "backbone").glob("*.yaml")))
 SPELLINGS = {"algo": ("parameterization", {"mdlm": "subs", "sedd": "sedd", "d3pm": "d3pm", "ar": "ar",
-                                           "bd3lm": "bd3lm", "mlm": "mlm"}),
+                                           "bd3lm": "bd3lm", "mlm": "mlm", "mmldlm": "mmldlm"}),
              "algo.backbone": ("backbone", {name: name for name in _BACKBONES})}  # fmt: skip
 # Texts: their brackets, commas and braces are not Hydra's.
 TEXTS = ("sampling.prefix", "sampling.template")
 # Keys whose values are paths: runs/label=0/last.ckpt and {label}.ckpt mean something else to Hydra unless quoted.
 PATHS = ("eval.checkpoint_path", "training.from_pretrained", "checkpointing.save_dir", "checkpointing.resume_ckpt_path",
-         "data.path", "backbone.name_or_path")  # fmt: skip
+         "data.path", "backbone.name_or_path", "latents.path", "latents.checkpoint_path",
+         "latents.name_or_path")  # fmt: skip
 
 
 def translate(arguments: list[str]) -> list[str]:

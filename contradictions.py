@@ -1,4 +1,4 @@
-"""What a configuration may not say: numbers that are none, settings that mean nothing together.
+"""What a configuration may not say: settings that mean nothing together.
 
 Every refusal names the key, its value and the remedy, before anything is read or built.
 """
@@ -6,7 +6,6 @@ Every refusal names the key, its value and the remedy, before anything is read o
 from __future__ import annotations
 
 import logging
-import math
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -14,9 +13,9 @@ log = logging.getLogger(__name__)
 
 
 def law(cfg: DictConfig) -> str:
-    """The objective's name as typed: subs, d3pm, sedd, ar, bd3lm; algo=mlm trains that of subs."""
+    """The objective's name as typed: subs, d3pm, sedd, ar, bd3lm, mmldlm; algo=mlm trains that of subs."""
     name = cfg.parameterization._target_.rpartition(".")[2].lower()
-    return {"blockdiffusion": "bd3lm", "masked_lm": "subs"}.get(name, name)
+    return {"blockdiffusion": "bd3lm", "masked_lm": "subs", "jointdiffusion": "mmldlm"}.get(name, name)
 
 
 def is_mlm(cfg: DictConfig) -> bool:
@@ -29,60 +28,9 @@ def trains(cfg: DictConfig) -> bool:
     return cfg.mode._target_ in ("tasks.train.train", "tasks.classify.classify")
 
 
-# Numbers that are handed on far before they are used: a word in their place is a mistake to name here.
-WHOLE = ("seed", "T", "sampling.steps", "sampling.stride_length", "sampling.num_strides", "sampling.tokens_per_step",
-         "sampling.num_sample_batches", "sampling.num_sample_log", "sampling.samples_per_prompt", "sampling.top_k",
-         "sampling.context", "sampling.num_samples", "sampling.max_length", "eval.num_draws", "eval.max_draws",
-         "eval.perplexity_batch_size", "classify.num_draws",
-         "classify.num_examples", "classify.patience", "classify.pretrain_steps", "trainer.max_steps", "model.length",
-         "block_size", "data.segment_room", "loader.batch_size", "loader.global_batch_size", "trainer.num_nodes",
-         "trainer.accumulate_grad_batches", "lr_scheduler.num_warmup_steps", "lr_scheduler.num_rewarmup_steps",
-         "plateau.patience", "plateau.cooldown", "training.max_skipped_steps", "loader.num_workers",
-         "loader.prefetch_factor", "training.prefix_length")  # fmt: skip
-REAL = ("sampling.temperature", "sampling.nucleus_p", "sampling.threshold", "sampling.remask_eta",
-        "sampling.min_entropy", "eval.target_se", "training.ema",
-        "training.sampling_eps", "training.sampling_eps_min", "training.sampling_eps_max", "training.clip_search_delta",
-        "classify.confidence", "classify.label_dropout", "lr_scheduler.min_ratio", "lr_scheduler.peak_decay",
-        "lr_scheduler.decay_share", "plateau.factor", "plateau.floor", "plateau.min_delta",
-        "sampling.show_delay")  # fmt: skip
-FLAGS = ("classify.calibrate", "classify.baselines", "training.start_from_counts", "training.gradient_checkpointing",
-         "training.resample", "training.fix_clipping", "sampling.first_hitting", "sampling.kv_cache",
-         "sampling.var_length", "loader.pin_memory", "loader.persistent_workers", "sampling.show", "sampling.html",
-         "sampling.gif")  # fmt: skip
-
-
-NEVER_NULL = ("block_size", "lr_scheduler.", "plateau.", "loader.global_batch_size", "trainer.max_steps",
-              "sampling.steps", "sampling.remask_eta", "sampling.show_delay", "training.prefix_length")  # fmt: skip
 # Of masking=rates, with the values under which they say nothing.
 _RATES = {"masking_rates": [round(1 - k / 10, 1) for k in range(10)], "masking_rate_min": 0.1, "masking_rate_max": 1.0,
           "masking_rate_per": "sample"}  # fmt: skip
-
-
-def check_numbers(cfg: DictConfig) -> None:
-    """Raises ValueError for a word, or a broken number, where a (whole) number belongs."""
-    for key in (*WHOLE, *REAL):
-        value = OmegaConf.select(cfg, key, default="absent")  # a key of a choice that is not made
-        kinds = int if key in WHOLE else (int, float)
-        if value == "absent" or (value is None and not key.startswith(NEVER_NULL)):
-            continue
-        if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value):
-            raise ValueError(f"{key}={'null' if value is None else value} must be a "
-                             f"{'whole ' if key in WHOLE else ''}number")  # fmt: skip
-    for key in FLAGS:
-        if not isinstance(OmegaConf.select(cfg, key), bool):
-            raise ValueError(f"{key}={OmegaConf.select(cfg, key)} must be true or false")
-    widths = cfg.training.clip_search_widths
-    if not OmegaConf.is_list(widths) or not all(type(width) in (int, float) for width in widths):
-        raise ValueError(f"training.clip_search_widths={widths} must be a list of numbers, e.g. [0.5,0.6,0.7]")
-    if isinstance(cfg.classify.compare, str):
-        raise ValueError(
-            f"classify.compare={cfg.classify.compare} must be a list: classify.compare='[{cfg.classify.compare}]'"
-        )
-    if cfg.seed < 0:
-        raise ValueError(f"seed={cfg.seed} must be 0 or more")
-    for key in ("patience", "pretrain_steps"):
-        if cfg.classify[key] is not None and cfg.classify[key] < 1:
-            raise ValueError(f"classify.{key}={cfg.classify[key]} must be at least 1")
 
 
 def refuse_contradictions(cfg: DictConfig) -> None:
@@ -109,6 +57,8 @@ def refuse_contradictions(cfg: DictConfig) -> None:
         _check_conditional(cfg)
     _check_start(cfg)
     _check_sampling(cfg, name)
+    _check_latents(cfg, name)
+    _check_direction(cfg, name)
     _check_blocks(cfg, name)
     _check_rates(cfg)
     _check_masked_lm(cfg)
@@ -136,6 +86,7 @@ def _check_noise(cfg: DictConfig, name: str) -> None:
             "parameterization=sedd with time_conditioning=false: the scale of its scores is a function of t, which the "
             "network then can not see; set time_conditioning=true"
         )
+    _check_precision(cfg)
     if training.importance_sampling and training.change_of_variables:
         raise ValueError(
             "training.importance_sampling=true and training.change_of_variables=true are two forms of the same change; "
@@ -151,6 +102,41 @@ def _check_noise(cfg: DictConfig, name: str) -> None:
             f"training.masking={cfg.masking._target_} integrates t out, so that T={cfg.T} and "
             f"training.importance_sampling={training.importance_sampling} have nothing to act on; leave them out"
         )
+
+
+def _check_precision(cfg: DictConfig) -> None:
+    if trains(cfg) and cfg.trainer.precision in ("bf16-true", "16-true"):
+        raise ValueError(
+            f"trainer.precision={cfg.trainer.precision} keeps weights in 16 bits, where most updates of a training are "
+            f"rounded away; use trainer.precision={cfg.trainer.precision.replace('true', 'mixed')}"
+        )
+
+
+def _check_latents(cfg: DictConfig, name: str) -> None:
+    """Latents and the objective that reads them come together."""
+    if cfg.latents and name != "mmldlm":
+        raise ValueError(
+            f"latents={cfg.latents._target_}: parameterization={name} makes nothing of latents; add "
+            "algo=mmldlm backbone=mmdit, or set latents=none"
+        )
+    if name == "mmldlm" and not cfg.latents:
+        raise ValueError("algo=mmldlm is of texts and their latents; add latents=lsa, synthetic, self, hf or file")
+
+
+def _check_direction(cfg: DictConfig, name: str) -> None:
+    """What sampling.direction needs."""
+    direction, ancestral = cfg.sampling.direction, cfg.sampler._target_ == "samplers.ancestral.sample"
+    if direction and name != "mmldlm":
+        raise ValueError(f"sampling.direction={direction} is of texts and their latents, and parameterization={name} "
+                         "knows texts alone; add algo=mmldlm, or leave it out")  # fmt: skip
+    if direction == "edit" and cfg.data.label is not None:
+        raise ValueError(f"sampling.direction=edit takes texts to another class, and data.label={cfg.data.label} "
+                         "leaves one; leave data.label out")  # fmt: skip
+    at_once = direction == "joint" and cfg.sampling.joint_order == "simultaneous"
+    if (direction == "edit" or at_once) and not ancestral:
+        why = "begins at texts that are masked in part" if direction == "edit" else "has one grid for text and latent"
+        raise ValueError(f"sampling.direction={direction} {why}, and {cfg.sampler._target_} has steps of its own; use "
+                         "sampling.predictor=ddpm or ddpm_cache")  # fmt: skip
 
 
 def check_schedule(cfg: DictConfig) -> None:
@@ -211,10 +197,10 @@ def _check_sampling(cfg: DictConfig, name: str) -> None:
 
 def _check_conditional(cfg: DictConfig) -> None:
     network = cfg.backbone._target_
-    if network not in ("models.dit.DiT", "models.ar.AR"):
+    if network not in ("models.dit.DiT", "models.ar.AR", "models.mmdit.MMDiT"):
         raise ValueError(
-            f"classify.sharing=conditional needs a network that can be told a class, backbone=dit or ar; {network} can "
-            "not, so use classify.sharing=per_class"
+            f"classify.sharing=conditional needs a network that can be told a class, backbone=dit, ar or mmdit; "
+            f"{network} can not, so use classify.sharing=per_class"
         )
     if cfg.data.label is not None:
         raise ValueError(

@@ -14,6 +14,7 @@ The batch contract. Every batch is a dict of CPU tensors (B rows, L tokens):
   label           int64 (B,)    where the texts have labels
   class_id        int64 (B,)    class that a conditional network is told, -1 for none; set where it is known, not here
   text_id         int64 (B,)    source text of the row, where a row is (part of) one text; not of a stream
+  latent          float32 (B, K, D)  what the row is about, standardised (text/latents.py); with `latents=` only
 L is `model.length` for wrapped and filled data; padded batches are as long as their longest row, rounded up to
 PAD_MULTIPLE.
 
@@ -27,7 +28,7 @@ come; there a checkpoint also holds where the corpus is being read.
 """
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -40,11 +41,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
 from text.collate import Collate, Rows, segment_ends
+from text.data_checks import check_names, check_settings
+from text.latents import Encoder, RowsWithLatents, TextLatents
 from text.loading import Loading, TimedLoader
 from text.order import evaluation_batches
 from text.packing import Packing, check_prompts, framed, pack
 from text.sources import Source
-from text.splits import SplitTexts, limit_key
+from text.splits import SplitTexts
 from text.stream import BatchPlan, PositionBatchSampler, TrainingStream, batch_arithmetic, consumed_before
 from text.stream_loader import StreamLoader
 from text.streaming import Corpus, Order
@@ -74,6 +77,7 @@ class TextData(LightningDataModule):
     loader: `batch_size` and `eval_batch_size` are rows per
     device; `batch_size` None divides `global_batch_size`; `batch_ramp` as in text/stream.py; `loading` has the others.
     `length` is model.length, `seed` orders the training stream, `max_steps` are optimizer steps of the whole run.
+    latents: what makes the vectors of `latents=`; as `.latents` they are those of these splits, None without.
     """
 
     def __init__(
@@ -115,6 +119,7 @@ class TextData(LightningDataModule):
         seed: int = 0,
         loading: Loading | None = None,
         stream: Order | None = None,
+        latents: Encoder | None = None,
     ) -> None:
         super().__init__()
         self.name, self.fill, self.segments, self.prefix_length = name or "text", fill, segments, prefix_length
@@ -134,8 +139,9 @@ class TextData(LightningDataModule):
         self._texts = SplitTexts(source, self.limits, streaming, self.stream.sample_texts, label, train_splits)
         self.figures, self._splits = dict[str, dict[str, int]](), dict[str, datasets.Dataset]()
         self._resumed, self._streamed = dict[str, Any](), None
-        _check_names({name, *getattr(source, "sources", ())}, train, valid)
-        _check(self)
+        self.latents = None if latents is None else TextLatents(latents, self)
+        check_names({name, *getattr(source, "sources", ())}, train, valid)
+        check_settings(self)
 
     @property
     def prompted(self) -> bool:
@@ -185,14 +191,26 @@ class TextData(LightningDataModule):
             self._splits[name] = self._pack(name, self.packing(name))
         return self._splits[name]
 
-    def _pack(self, name: str, packing: Packing) -> datasets.Dataset:
-        texts = self.texts(name)
-        if self.wrap and self.label is None and "label" in texts.column_names:
+    def whole_train(self) -> datasets.Dataset:
+        """The packed train split of the source whatever `label` and `train_splits` are: what latents are fitted on."""
+        if self.label is None and self.train_splits is None:
+            return self.split("train")
+        whole = SplitTexts(self.source, self.limits, self.streaming, self.stream.sample_texts, None, None)
+        return self._pack("train", self.packings["train"], whole)
+
+    def _pack(self, name: str, packing: Packing, of: SplitTexts | None = None) -> datasets.Dataset:
+        texts = (of or self._texts).of(name)
+        if self.wrap and (of or self._texts).label is None and "label" in texts.column_names:
             texts = texts.remove_columns("label")  # a chunk of several texts has no label
         rows, figures = pack(texts, self.tokenizer, self.vocabulary, packing, self.cache_dir, f"{name} split")
-        _report(name, figures, None if self.wrap else self.length)
-        self.figures[name] = figures
+        if of is None:
+            _report(name, figures, None if self.wrap else self.length)
+            self.figures[name] = figures
         return rows
+
+    def _rows(self, name: str) -> datasets.Dataset | RowsWithLatents:
+        rows = self.split(name)
+        return rows if self.latents is None else RowsWithLatents(rows, self.latents.of(name))
 
     def train_dataloader(self) -> DataLoader:
         """This rank's micro-batches of the whole run, from the place that a loaded checkpoint has reached.
@@ -216,7 +234,7 @@ class TextData(LightningDataModule):
                                           self._taken)  # fmt: skip
             return self._streamed
         if not self.random_crop:
-            return self._loader(TrainingStream(self.split("train"), self.seed), sampler, again=False)
+            return self._loader(TrainingStream(self._rows("train"), self.seed), sampler, again=False)
         double = self._pack("train", replace(self.packings["train"], length=2 * self.length))
         return self._loader(TrainingStream(double, self.seed, crop=self.length), sampler, again=False)
 
@@ -238,20 +256,13 @@ class TextData(LightningDataModule):
         order = np.arange(len(rows)) if only is None else only
         if not self.wrap:
             order = order[np.argsort(-np.asarray(rows["length"][:])[order], kind="stable")]
-        return self._loader(Rows(rows), evaluation_batches(order, self.eval_batch_size, *self._rank(trainer)))
+        batches = evaluation_batches(order, self.eval_batch_size, *self._rank(trainer))
+        return self._loader(Rows(self._rows(split)), batches)
 
     @property
     def collate(self) -> Collate:
         """Columns of rows of a split -> a batch."""
-        vocabulary, prefix = self.vocabulary, self.prefix_length
-        if self.wrap:
-            special = () if self.score_special else vocabulary.special_ids
-            return Collate(self.length, None, special, prefix=prefix, bos_id=vocabulary.bos_id)
-        frame = {vocabulary.bos_id} if self.fill else {vocabulary.bos_id, vocabulary.eos_id}
-        frame = () if self.score_special else frame - {None}
-        pad_id = vocabulary.eos_id if self.fill else vocabulary.pad_id
-        room = self.packings["train"].room
-        return Collate(self.length, pad_id, frame, bool(self.fill), self.segments, room, prefix, vocabulary.bos_id)
+        return _collate(self)
 
     def segment_ends(self, prompt_tokens_B: np.ndarray) -> np.ndarray | None:
         """`segment_ends` of rows with prompts of so many tokens, as batches say them; None without segments."""
@@ -297,6 +308,18 @@ class TextData(LightningDataModule):
         return consumed_before(self._resumed, self._order)
 
 
+def _collate(data: TextData) -> Collate:
+    vocabulary, prefix = data.vocabulary, data.prefix_length
+    if data.wrap:
+        special = () if data.score_special else vocabulary.special_ids
+        return Collate(data.length, None, special, prefix=prefix, bos_id=vocabulary.bos_id)
+    frame = {vocabulary.bos_id} if data.fill else {vocabulary.bos_id, vocabulary.eos_id}
+    frame = () if data.score_special else frame - {None}
+    pad_id = vocabulary.eos_id if data.fill else vocabulary.pad_id
+    room = data.packings["train"].room
+    return Collate(data.length, pad_id, frame, bool(data.fill), data.segments, room, prefix, vocabulary.bos_id)
+
+
 def _report(name: str, figures: dict[str, int], longest: int | None) -> None:
     log.info("%s: %d texts -> %d rows, %d tokens", name, figures["texts"], figures["rows"], figures["tokens"])
     if figures["long"] and longest is not None:
@@ -320,60 +343,3 @@ def _corpus(data: TextData) -> Corpus:
         check_prompts(data.packings["train"], "train stream")
     return Corpus(data.source.open("train"), data.tokenizer, data.vocabulary, data.packings["train"], data.stream,
                   data.global_batch_size, data.seed, data.label)  # fmt: skip
-
-
-def _check_names(known: Iterable[str | None], train: str | None, valid: str | None) -> None:
-    """data.train and data.valid (keys of the reference projects) name the data set, or one of those that it joins;
-    other values would do nothing."""
-    names = [name for name in known if name is not None]
-    for key, value in (("data.train", train), ("data.valid", valid)):
-        if value is not None and names and value not in names:
-            raise ValueError(f"{key}={value}: a data set is trained and measured on its own splits; "
-                             f"choose it with "
-                             f"data={value}, or leave {key} as it is ({', '.join(sorted(names))})")  # fmt: skip
-
-
-def _check(data: TextData) -> None:
-    packing = data.packings["train"]
-    if data.random_crop and (not data.wrap or packing.chunk_special):
-        raise ValueError("data.random_crop=true cuts stretches out of wrapped text, without a begin or an end; "
-                         "set data.wrap=true and data.insert_train_special=false")  # fmt: skip
-    _check_parts(data)
-    if data.score_special not in (True, False):
-        raise ValueError(f"data.score_special={data.score_special} must be true, false or null")
-    if not 0 <= data.prefix_length < data.length:
-        raise ValueError(f"training.prefix_length={data.prefix_length} must be 0 or more, and leave something of "
-                         f"model.length={data.length} to learn")  # fmt: skip
-    least = {
-        "loader.eval_batch_size": (data.eval_batch_size, 1),
-        "trainer.max_steps": (data.max_steps, 1),
-    }
-    limits = {limit_key(split): (n, 1) for split, n in data.limits.items()}
-    for key, (value, lowest) in {**least, **limits}.items():
-        if value is not None and value < lowest:
-            raise ValueError(f"{key}={value} must be at least {lowest}")
-
-
-def _check_parts(data: TextData) -> None:
-    if data.fill not in (None, "eos"):
-        raise ValueError(f"data.fill={data.fill} is unknown; choose eos, or null")
-    if data.fill and (data.wrap or not all(packing.eos for packing in data.packings.values())):
-        raise ValueError("data.fill=eos fills the row of each text behind its EOS; set data.wrap=false and "
-                         "data.insert_train_eos=data.insert_valid_eos=true, or data.fill=null")  # fmt: skip
-    if not isinstance(data.segments, bool):
-        raise ValueError(f"data.segments={data.segments} must be true or false")
-    if data.segments and not data.prompted:
-        raise ValueError(f"data.segments=true: the texts of data={data.name} have no parts; set it to false")
-    room = data.packings["train"].room
-    if room is not None and room >= data.length:
-        raise ValueError(f"data.segment_room={room} leaves a row of model.length={data.length} nothing for its other "
-                         "parts; lower it")  # fmt: skip
-    if data.segments and not data.fill:
-        raise ValueError("data.segments=true with data.fill=null would show how long each part is, which a prompt does "
-                         "not tell; set data.fill=eos")  # fmt: skip
-    if data.segments and data.packings["train"].long_texts == "truncate":
-        raise ValueError("data.long_texts=truncate might cut a part that others rest on, with data.segments=true; set "
-                         "drop or error")  # fmt: skip
-    if data.streaming and data.prompted and data.packings["train"].long_texts == "truncate":
-        raise ValueError("data.long_texts=truncate with data.streaming=true: a prompt that fills its row may come "
-                         "at any time and would end the run; set drop")  # fmt: skip

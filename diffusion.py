@@ -21,6 +21,7 @@ from metrics import NLLMeter
 from models.checkpoints import Checkpoint
 from models.class_conditioning import UNTOLD, start_from_counts
 from models.ema import EMA
+from models.freezing import refuse_frozen
 from models.sharding import share_out
 from objectives.base import Batch, Model, Objective, TokenLoss, scored_mask
 from objectives.mlm import cross_entropy_at
@@ -86,6 +87,11 @@ class Diffusion(lightning.LightningModule):
             raise ValueError(
                 f"parameterization=bd3lm needs a network that reads texts in blocks, and {type(backbone).__name__} "
                 "does not; use backbone=dit or hf_dit"
+            )
+        if getattr(objective, "reads_latents", False) and not hasattr(backbone, "encode_both"):
+            raise ValueError(
+                f"algo=mmldlm needs a network that reads texts and latents, and {type(backbone).__name__} does not; "
+                "use backbone=mmdit"
             )
         self.backbone, self.objective = backbone, objective
         self.build_optimizer, self.build_lr_scheduler = optimizer, lr_scheduler
@@ -184,16 +190,24 @@ class Diffusion(lightning.LightningModule):
         if self.objective.sampling_eps != now:
             log.info("mask rates from here on: %.3g to %.3g", low, high)
 
-    def start_from(self, checkpoint: Checkpoint, use_ema: bool = True) -> None:
+    def start_from(self, checkpoint: Checkpoint, use_ema: bool = True) -> dict[str, nn.Parameter]:
         """Take over the weights of `checkpoint` (the averaged ones where there are any and `use_ema`) as those a new
-        training begins with; its own average begins with them too.
+        training begins with; its own average begins with them too. Returns the parameters that the checkpoint knows
+        nothing of, which it may where it is the model of a part of the backbone.
 
         Raises:
-            ValueError: they do not fit the backbone; nothing has been changed then.
+            ValueError: they do not fit the backbone, or a parameter that they do not have is frozen; nothing has been
+                changed then.
         """
-        checkpoint.load_into(self.backbone, use_ema)
+        part_of = getattr(self.backbone, "part_of", None)
+        part = part_of(checkpoint.state) if part_of else self.backbone
+        known = {id(p) for p in part.parameters()}
+        new = {name: p for name, p in self.backbone.named_parameters() if id(p) not in known}
+        refuse_frozen(self.backbone, new)
+        checkpoint.load_into(part, use_ema)
         if self.ema:
             self.ema.restart(self.backbone.parameters())
+        return new
 
     def start_from_counts(self, counts_CV: Tensor, before_V: Tensor | None = None) -> None:
         """Begin a new training at token frequencies (models/class_conditioning.py), and its average too.
@@ -282,12 +296,12 @@ class Diffusion(lightning.LightningModule):
 @torch.no_grad()
 def _account(loss: TokenLoss, batch: Batch, encodes: int) -> dict[str, Tensor]:
     """What a micro-batch leaves to add up, on its device: `nll` in nats and the `tokens` it is the sum over, how many
-    positions were `projected` onto the vocabulary, and per row the `scored_B` tokens. Of objectives that mask also, per
-    row and network pass, `num_masked` and `cross_entropy`, (B, P); where rows have parts with mask rates of their own,
-    the same by part, with `num_scored` of each."""
+    positions were `projected` onto the vocabulary, per row the `scored_B` tokens, and the objective's own `means`. Of
+    objectives that mask also, per row and network pass, `num_masked` and `cross_entropy`, (B, P); where rows have parts
+    with mask rates of their own, the same by part, with `num_scored` of each."""
     logs = {name: value for name, value in loss.logs.items() if name.startswith(("num_", "cross_entropy"))}
     scored_B, tokens = scored_mask(batch).sum(-1), loss.mask_BL.sum()
     # A second encoding of a pass is that of the clean text, projected everywhere (objectives/d3pm.py).
     projected = logs["num_masked"].sum() + (encodes - 1) * scored_B.sum() if logs else tokens
-    return {"nll": loss.nll_BL.detach().sum(), "tokens": tokens, "projected": projected,
-            "scored_B": scored_B, **logs}  # fmt: skip
+    return {"nll": loss.total().detach(), "tokens": tokens, "projected": projected,
+            "scored_B": scored_B, "means": loss.means, **logs}  # fmt: skip

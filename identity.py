@@ -13,7 +13,7 @@ from command_line import CONFIGS, compose_config
 from contradictions import law
 
 # Budgets, devices and bookkeeping are left out: they may change at a resume.
-IDENTITY = ("data", "model", "backbone", "parameterization", "noise", "masking", "T", "subs_masking",
+IDENTITY = ("data", "latents", "model", "backbone", "parameterization", "noise", "masking", "T", "subs_masking",
             "time_conditioning", "optim", "lr_scheduler", "plateau", "training", "seed", "loader.global_batch_size",
             "loader.batch_ramp", "trainer.gradient_clip_val")  # fmt: skip
 NOT_IDENTITY = ("data.label", "data.cache_dir", "model.attn_backend", "backbone.attn_backend",
@@ -23,11 +23,12 @@ NOT_IDENTITY = ("data.label", "data.cache_dir", "model.attn_backend", "backbone.
                 "training.clip_search_delta", "training.fix_clipping", "training.masking_rates",
                 "training.masking_rate_min", "training.masking_rate_max", "training.masking_rate_per",
                 "parameterization.block_size",
-                "data.judge._target_", "data.judge._partial_", "data.judge.kind")  # fmt: skip
+                "data.judge._target_", "data.judge._partial_", "data.judge.kind", "latents.batch_size")  # fmt: skip
 # Of the keys of training that NOT_IDENTITY has, parameterization=bd3lm and masking=rates have their own copies.
-IDENTITY_IF_SET = ("training.from_pretrained", "training.prefix_length", "training.start_from_counts",
-                   "loader.batch_ramp", "training.resample", "masking.resample", "parameterization.noising.resample",
-                   "data.fill", "data.segments", "data.prompt_column", "data.source.prompt_column")  # fmt: skip
+IDENTITY_IF_SET = ("training.from_pretrained", "training.freeze", "training.prefix_length",
+                   "training.start_from_counts", "loader.batch_ramp", "training.resample", "masking.resample",
+                   "parameterization.noising.resample", "data.fill", "data.segments", "data.prompt_column",
+                   "data.source.prompt_column")  # fmt: skip
 # Of texts that only classify.pretrain reads.
 IDENTITY_IF_PRETRAINED = ("data.source.files.unsupervised", "data.source.hub_splits.unsupervised",
                           "data.source.unlabelled")  # fmt: skip

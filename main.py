@@ -26,7 +26,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 import command_line
-from contradictions import check_numbers, check_schedule, is_mlm, law, refuse_contradictions, trains
+from contradictions import check_schedule, is_mlm, law, refuse_contradictions, trains
 from dataloader import BatchPlan, Loading, TextData
 from diffusion import Diffusion, Provenance
 from engine.logs import Heard
@@ -39,11 +39,14 @@ from estimators.base import Estimator
 from files import Place, below, exists, folder_of, is_remote, place
 from identity import identity
 from machine import Machine
-from models.belonging import FUNCTION, check_belongs, check_same
+from models.belonging import FUNCTION, check_belongs, check_same, check_together
 from models.checkpoints import Checkpoint, read_checkpoint, read_progress
+from models.freezing import freeze, refuse_frozen, summary
 from models.recompute import recompute_blocks
+from number_checks import check_numbers
+from tasks.blanks import Template
 from tasks.class_models import pretraining_splits
-from tasks.drawing import Drawing, Template
+from tasks.drawing import Drawing
 from tasks.scoring import Precision
 from text.judging import Judge, same_text
 
@@ -63,6 +66,7 @@ class Experiment:
         self._save_dir = self._own_folder() if is_remote(self._kept_in) else self._kept_in
         self.conditional, self.start_from_counts = cfg.classify.sharing == "conditional", cfg.training.start_from_counts
         self._shared, self._data = shared, dict[int | None, TextData]()
+        self._encoder = instantiate(cfg.latents) if cfg.latents else None  # of texts into latents
 
     @cached_property
     def pretraining(self) -> Experiment | None:
@@ -93,7 +97,8 @@ class Experiment:
         if last is None:
             return None
         progress, data = read_progress(last), self.data(label)
-        ours = {**identity(self.cfg), "data.label": data.label, "tokenizer": data.vocabulary.fingerprint}
+        ours = {**identity(self.cfg), "data.label": data.label, "tokenizer": data.vocabulary.fingerprint,
+                "latents": data.latents and data.latents.fingerprint}  # fmt: skip
         check_same(last, progress, ours)
         patience = self.patience(label)
         stopped = patience is not None and progress.fruitless >= patience
@@ -185,6 +190,7 @@ class Experiment:
                 global_batch_size=loader.global_batch_size, max_steps=self.cfg.trainer.max_steps, seed=self.seed,
                 prefix_length=self.cfg.training.prefix_length,
                 stream=instantiate(self.cfg.streaming), loading=Loading(**{key: loader[key] for key in _FETCHING}),
+                latents=self._encoder,
             )  # fmt: skip
         return self._data[label]
 
@@ -192,15 +198,16 @@ class Experiment:
         lightning.seed_everything(self.seed, verbose=False)
         vocabulary = data.vocabulary
         objective = instantiate(self.cfg.parameterization, mask_id=vocabulary.mask_id)
-        _check_segments(data, objective)
         backbone = self._backbone(data)
-        _check_mask(data, backbone)
+        check_together(data, objective, backbone)
+        freeze(backbone, self.cfg.training.freeze)
         if self.cfg.training.gradient_checkpointing:
             recompute_blocks(backbone)
         # backbone=hf_* leaves sizes open in the configuration; what is saved says those that were found.
         settings = identity(self.cfg)
         settings |= {k: v for k, v in getattr(backbone, "settings", {}).items() if settings.get(k) is None}
         known = {"configuration": settings, "tokenizer": vocabulary.fingerprint, "label": data.label}
+        known |= {} if data.latents is None else {"latents": data.latents.facts}
         return Diffusion(
             backbone, objective, instantiate(self.cfg.optim), instantiate(self.cfg.lr_scheduler),
             self.cfg.training.ema, self.seed, data.plan, known, self.cfg.classify.label_dropout,
@@ -212,8 +219,11 @@ class Experiment:
         cfg.checkpointing.resume_ckpt_path = str(resumed) if resumed else None
         cfg.eval.checkpoint_path = _of_class(cfg.eval.checkpoint_path, data.label or 0)
         conditional = cfg.classify.sharing == "conditional"
-        classes = {"num_classes": len(data.label_names or ())} if conditional else {}
-        return instantiate(cfg.backbone, vocab_size=data.vocabulary.size, **classes)
+        told = {"num_classes": len(data.label_names or ())} if conditional else {}
+        told |= (
+            {} if data.latents is None or "latent_size" not in cfg.backbone else {"latent_shape": data.latents.shape}
+        )
+        return instantiate(cfg.backbone, vocab_size=data.vocabulary.size, **told)
 
     def trained(self, data: TextData, checkpoint_path: str, disable_ema: bool) -> Diffusion:
         """The model with the weights of `checkpoint_path`, or of this configuration's own last checkpoint if that is
@@ -268,8 +278,11 @@ class Experiment:
         else:
             checkpoint = getattr(diffusion.backbone, "pretrained", lambda: None)()
         if checkpoint is None:
+            refuse_frozen(diffusion.backbone, dict(diffusion.backbone.named_parameters()))
             return None
-        diffusion.start_from(checkpoint, use_ema=shared is not None or not self.cfg.eval.disable_ema)
+        new = diffusion.start_from(checkpoint, use_ema=shared is not None or not self.cfg.eval.disable_ema)
+        if new:
+            print(f"not in {checkpoint.path}, so begun anew: {summary(new)}")
         return checkpoint.path
 
     def resume_path(self, label: int | None = None) -> Place | None:
@@ -299,28 +312,11 @@ class Experiment:
         return build_trainer(run, settings)
 
 
-def _check_segments(data: TextData, objective: object) -> None:
-    if data.segments and not getattr(objective, "reads_segments", False):
-        raise ValueError(
-            "data.segments=true hands on where the parts of a text end, and "
-            f"{type(objective).__name__} makes no use of it; set it to false, or add algo=bd3lm"
-        )
-
-
-def _check_mask(data: TextData, backbone: torch.nn.Module) -> None:
-    """A published masked language model knows one mask, that of its own tokenizer."""
-    if getattr(backbone, "knows_its_mask", False) and data.tokenizer.mask_token_id is None:
-        raise ValueError(
-            f"data.tokenizer_name_or_path={data.tokenizer_settings['name_or_path']} has no mask token, and "
-            f"{backbone.name} was trained with that of its own: name its tokenizer, or set backbone.from_scratch=true"
-        )
-
-
 def _shared_start(cfg: DictConfig, splits: list[str], folder: Place) -> DictConfig:
     """The configuration of the training on `splits` from whose weights the models of all classes start."""
     cfg = cfg.copy()
     changes = {"data.train_splits": splits, "data.label": None, "trainer.max_steps": int(cfg.classify.pretrain_steps),
-               "classify.pretrain": None, "checkpointing.save_dir": str(folder),
+               "classify.pretrain": None, "training.freeze": None, "checkpointing.save_dir": str(folder),
                "checkpointing.resume_ckpt_path": None}  # fmt: skip
     for key, value in changes.items():
         OmegaConf.update(cfg, key, value, force_add=True)

@@ -90,6 +90,10 @@ class KeyedNoise:
         bits = _mix(stream_B[:, None] + place * _signed(_GOLDEN))
         return (_shift(bits, 11).double() * 2.0**-53).reshape(len(stream_B), *size)
 
+    def normal(self, *shape: int) -> Tensor:
+        """Standard normal float64 (B, *shape), by inversion; a later call gives new numbers."""
+        return torch.special.ndtri(self.uniform(*shape) * (1 - 2.0**-53) + 2.0**-54)  # off the infinite ends
+
     def time(self) -> Tensor:
         """float64 (B,) in [0, 1): `time_B` if it was given, else plain uniform numbers."""
         return self.uniform() if self._time_B is None else self._time_B

@@ -22,8 +22,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import main as palimpsest  # noqa: E402
 from benchmarks.kneser_ney import KneserNey  # noqa: E402
 from command_line import compose_config  # noqa: E402
-from contradictions import check_numbers, law, refuse_contradictions  # noqa: E402
+from contradictions import law, refuse_contradictions  # noqa: E402
 from metrics import Estimate  # noqa: E402
+from number_checks import check_numbers  # noqa: E402
 from tasks.drawing import draw  # noqa: E402
 from tasks.generative_perplexity import CausalScorer  # noqa: E402
 from tasks.sample_quality import Quality, measure, real_texts  # noqa: E402

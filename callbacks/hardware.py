@@ -24,7 +24,8 @@ class Arithmetic:
     """The multiplications and additions of a training, by formula (Chowdhery et al., arXiv 2204.02311, appendix B):
     6 N per token for the N weights of the blocks' matrices (forward 2, backward 4), 12 · layers · width · L per token
     for attention, and 6 · width · V for each position that is projected onto the vocabulary: only the masked ones are.
-    Not counted: the modulation of adaLN (once per row), norms, the scan of a state-space layer, anything recomputed.
+    Not counted: the modulation of adaLN and the latent stream of an MMDiT (once per row), norms, the scan of a
+    state-space layer, anything recomputed.
 
     block_weights: N. attention_layers: 0 where there is no attention. width, vocab_size: of the head.
     """
@@ -38,7 +39,8 @@ class Arithmetic:
     def of(cls, backbone: nn.Module) -> Arithmetic:
         """Read off the parameters of a backbone and their names."""
         found = [(name, match["block"], p) for name, p in backbone.named_parameters()
-                 if p.ndim >= 2 and (match := _OF_A_BLOCK.search(name)) and "adaLN" not in name]  # fmt: skip
+                 if p.ndim >= 2 and (match := _OF_A_BLOCK.search(name))
+                 and "adaLN" not in name and ".latent." not in name]  # fmt: skip
         attention = {block for name, block, _ in found if _ATTENTION.search(name)}
         return cls(sum(p.numel() for *_, p in found), len(attention), *reversed(backbone.head.weight.shape))
 

@@ -7,6 +7,7 @@ ranks exchange their sums (one gather). Every number is of the whole run, over a
   train/nll_ema          its running mean over about `EMA_STEPS` steps
   train/nll_masked_A-B   nats per masked token in texts of which a share from A to B is masked (train/cross_entropy_...
                          where that is trained)
+  train/<name>           the objective's own means (objectives/base.py: TokenLoss.means), sum over sum of the interval
   train/lr               learning rate of the newest step, of the first parameter group; where groups have different
                          ones, lr-<optimizer>/pg1, pg2, ... are those of all (GroupRates)
   train/grad_norm        norm of the gradient before clipping, mean of the interval; train/grad_norm_max: its largest
@@ -21,7 +22,8 @@ ranks exchange their sums (one gather). Every number is of the whole run, over a
   memory/..._gib         GiB (callbacks/hardware.py), of the rank that has most
 
 A further callback adds its own by a method `interval_metrics() -> Mapping[str, float]`, called on every rank.
-Shape suffixes: B rows, L tokens, P network passes, S sums, R ranks, V values that ranks exchange.
+Shape suffixes: B rows, L tokens, P network passes, S sums, N means of the objective's own, R ranks, V values that ranks
+exchange.
 """
 
 from __future__ import annotations
@@ -54,6 +56,7 @@ class _Interval:
     def __init__(self, device: torch.device) -> None:
         self.sums_S = torch.zeros(len(_SUMS) + 2 * BUCKETS, dtype=torch.float64, device=device)
         self.largest_norm = torch.zeros((), dtype=torch.float64, device=device)
+        self.names, self.means_N2 = (), torch.zeros((), dtype=torch.float64, device=device)
         self.rows, self.block_flops, self.steps, self.paused = 0, 0.0, 0, 0.0
         self.began = time.perf_counter()
 
@@ -64,6 +67,10 @@ class _Interval:
         tokens = torch.full_like(nll, ids_BL.numel(), dtype=torch.float64) if mask_BL is None else mask_BL.sum()
         values = (nll.where(finite, 0.0), outputs["tokens"].where(finite, 0), tokens, outputs["projected"])
         self.sums_S[: len(values)] += torch.stack([value.double() for value in values])
+        if means := outputs.get("means"):
+            means_N2 = torch.stack([*means.values()])
+            self.means_N2 = self.means_N2 + means_N2.where(means_N2.isfinite().all(-1, keepdim=True), 0.0)
+            self.names = tuple(means)
         if "num_scored_by_part" in outputs:
             parts = ("num_masked", "cross_entropy", "num_scored")
             self._add_by_rate(*(outputs[f"{name}_by_part"].double() for name in parts))
@@ -90,12 +97,15 @@ class _Interval:
     def over_ranks(self, gather: Callable[[Tensor], Tensor], space: Mapping[str, float]) -> _Totals:
         """Waits for the device and the other ranks."""
         host = self.sums_S.new_tensor([self.rows, self.block_flops, *space.values()])
-        mine = torch.cat([self.sums_S, host[:2], self.largest_norm[None], host[2:]])
+        means = self.means_N2.flatten()[: 2 * len(self.names)]
+        mine = torch.cat([means, self.sums_S, host[:2], self.largest_norm[None], host[2:]])
         all_RV = gather(mine).reshape(-1, len(mine)).cpu()
+        means_N2, all_RV = all_RV[:, : len(means)].sum(0).reshape(-1, 2).tolist(), all_RV[:, len(means) :]
         added, summed = all_RV.sum(0).tolist(), len(_SUMS) + 2 * BUCKETS
         largest_norm, *most = all_RV[:, summed + 2 :].max(0).values.tolist()
         return _Totals(
             sums=dict(zip((*_SUMS, *range(2 * BUCKETS), "rows", "block_flops"), added, strict=False)),
+            means={name: total / count for name, (total, count) in zip(self.names, means_N2, strict=True) if count},
             largest_norm=largest_norm, memory=dict(zip(space, most, strict=True)), ranks=len(all_RV),
             steps=self.steps, seconds=time.perf_counter() - self.began - self.paused,
         )  # fmt: skip
@@ -104,9 +114,10 @@ class _Interval:
 @dataclass(frozen=True)
 class _Totals:
     """An interval over all ranks. sums: by name, and nats (0 ... K - 1) and masked tokens (K ... 2 K - 1) by mask rate.
-    memory: of the rank that has most."""
+    means: the objective's own. memory: of the rank that has most."""
 
     sums: Mapping[str | int, float]
+    means: Mapping[str, float]
     largest_norm: float
     memory: Mapping[str, float]
     ranks: int
@@ -122,7 +133,7 @@ class _Totals:
         sums, seen = self.sums, [k for k in range(BUCKETS) if self.sums[BUCKETS + k]]
         by_rate = {f"{loss}_masked_{k / BUCKETS}-{(k + 1) / BUCKETS}": sums[k] / sums[BUCKETS + k] for k in seen}
         return {
-            **by_rate,
+            **by_rate, **{f"train/{name}": value for name, value in self.means.items()},
             "train/grad_norm": sums["grad_norm"] / sums["updates"] if sums["updates"] else math.nan,
             "train/grad_norm_max": self.largest_norm,
             "train/batch_samples": sums["rows"] / self.steps, "train/batch_tokens": sums["tokens"] / self.steps,
@@ -202,7 +213,7 @@ class TrainingMetrics(Callback):
             values["train/data_wait_share"] = min(1.0, (waited - self._waited) / total.seconds)
             self._waited = waited
             if self.spikes.is_new(total.loss):
-                log.warning("step %d: the loss leapt to %.4f nats per token", self._step, total.loss)
+                log.warning("step %d: the loss leapt to %.4f per token", self._step, total.loss)
             for logger in trainer.loggers:
                 logger.log_metrics(values, step=self._step - 1)
         self.latest = {"loss": total.loss, "seconds_per_step": total.seconds / total.steps, **values}

@@ -70,6 +70,13 @@ def baselines(train: Labelled, validation: Labelled, test: Labelled, vocab_size:
     return found
 
 
+def naive_bayes(train: Labelled, vocab_size: int) -> Callable[[Sequence[np.ndarray]], np.ndarray]:
+    """Token ids of texts -> p(class | text), (M, C), by naive Bayes on uni- and bigrams as in `baselines`."""
+    grams = _NGrams.seen_in(train.ids, vocab_size)
+    model = MultinomialNB().fit(grams.counts(train.ids), train.label_M)
+    return lambda ids: model.predict_proba(grams.counts(ids))
+
+
 def _num_classes(train: Labelled, validation: Labelled, test: Labelled) -> int:
     for name, part in (("training", train), ("validation", validation), ("test", test)):
         if not len(part.label_M):

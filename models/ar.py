@@ -69,6 +69,12 @@ class AR(Recomputing):
         """The vocabulary projection: hidden (..., D) -> logits (..., V)."""
         return self.output_layer.linear
 
+    @property
+    def parts(self) -> dict[str, list[nn.Module]]:
+        """What training.freeze can name."""
+        embeddings = [self.vocab_embed, *([self.class_embed] if self.num_classes else [])]
+        return {"embeddings": embeddings, "blocks": [self.blocks], "head": [self.output_layer]}
+
     def new_cache(self, batch_size: int, length: int) -> KVCache:
         """An empty cache for `length` positions, in the precision in which attention will run."""
         embedding = self.vocab_embed.embedding

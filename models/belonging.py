@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from models.checkpoints import Checkpoint, Progress
 
 # What a network computes hangs on these; other files may lack some of them, and may have been trained at other lengths.
 FUNCTION = ("model.hidden_size", "model.cond_dim", "model.n_blocks", "model.n_heads", "time_conditioning")
-# What a configuration may leave to the file that a network comes from.
 # What our own files leave unsaid, being so.
 UNSAID = {"data.segments": False}
+# What a configuration may leave to the file that a network comes from.
 FOUND_IN_FILES = ("model.", "time_conditioning", "backbone.config")
 
 
@@ -22,7 +24,8 @@ def check_same(path: Path, progress: Progress, ours: dict[str, object]) -> None:
     Raises:
         ValueError: with every difference.
     """
-    known = {"data.label": progress.identity.get("label"), "tokenizer": progress.identity.get("tokenizer")}
+    known = {"data.label": progress.identity.get("label"), "tokenizer": progress.identity.get("tokenizer"),
+             "latents": (progress.identity.get("latents") or {}).get("fingerprint")}  # fmt: skip
     theirs = {**progress.identity.get("configuration", {}), **known}
     left_open = [key for key in {*theirs, *ours} if ours.get(key) is None and key.startswith(FOUND_IN_FILES)]
     keys = [key for key in sorted({*theirs, *ours}) if key not in left_open and theirs.get(key) != ours.get(key)]
@@ -35,7 +38,7 @@ def check_same(path: Path, progress: Progress, ours: dict[str, object]) -> None:
 
 
 def check_belongs(checkpoint: Checkpoint, ours: Mapping[str, object], shape: Sequence[str], data: object) -> None:
-    """That what the file knows of its network (the keys `shape`) and of its tokenizer is so here.
+    """That what the file knows of its network (the keys `shape`), of its tokenizer and of its latents is so here.
 
     Raises:
         ValueError: it is not; with what to type.
@@ -54,4 +57,47 @@ def check_belongs(checkpoint: Checkpoint, ours: Mapping[str, object], shape: Seq
             f"data.tokenizer_name_or_path={ours.get('data.tokenizer_name_or_path')} gives here: "
             f"{theirs.get('data.tokenizer_name_or_path', 'one')} of data={theirs.get('data.name', 'its own')}; "
             "its token ids would mean other words"
+        )
+    _check_latents(checkpoint, data.latents)
+
+
+def _check_latents(checkpoint: Checkpoint, latents: object | None) -> None:
+    """That the data have the latents that the model was trained with, on the same scale. A model of texts alone may be
+    given any."""
+    theirs = checkpoint.identity.get("latents")
+    if theirs is None:
+        return
+    if latents is None or latents.fingerprint != theirs["fingerprint"]:
+        ours = "none" if latents is None else latents.facts
+        listing = "".join(f"\n  {key}: there {value}, here {ours[key] if latents else 'none'}" for key, value in
+                          theirs.items() if latents is None or ours.get(key) != value)  # fmt: skip
+        raise ValueError(
+            f"{checkpoint.path} was trained with other latents than these; set latents= and what they are fitted on "
+            "(data=, data.max_train_texts, the tokenizer) as they were in training:" + listing[:600]
+        )
+    mean, std = (np.asarray(theirs[key]) for key in ("mean", "std"))
+    if np.abs(latents.mean - mean).max() > 0.05 * std.min() or not np.allclose(latents.std, std, rtol=0.05):
+        raise ValueError(
+            f"{checkpoint.path} was trained with the same settings of latents, but they come out otherwise here "
+            "(another machine, another version of a library): keep the folder data.cache_dir with the checkpoint, or "
+            "make the latents once with scripts/prepare_latents.py and use latents=file"
+        )
+
+
+def check_together(data: object, objective: object, backbone: object) -> None:
+    """That an objective and a network can read these data (dataloader.TextData).
+
+    Raises:
+        ValueError: the parts of texts are handed on to an objective that makes nothing of them; a published masked
+            language model, which knows the one mask of its own tokenizer, is to read another's.
+    """
+    if data.segments and not getattr(objective, "reads_segments", False):
+        raise ValueError(
+            "data.segments=true hands on where the parts of a text end, and "
+            f"{type(objective).__name__} makes no use of it; set it to false, or add algo=bd3lm"
+        )
+    if getattr(backbone, "knows_its_mask", False) and data.tokenizer.mask_token_id is None:
+        raise ValueError(
+            f"data.tokenizer_name_or_path={data.tokenizer_settings['name_or_path']} has no mask token, and "
+            f"{backbone.name} was trained with that of its own: name its tokenizer, or set backbone.from_scratch=true"
         )

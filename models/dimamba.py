@@ -104,6 +104,13 @@ class DiMamba(nn.Module):
         """The repeated part of the network."""
         return self.model["bimamba"]["backbone"].layers
 
+    @property
+    def parts(self) -> dict[str, list[nn.Module]]:
+        """What training.freeze can name."""
+        trunk = self.model["bimamba"]["backbone"]
+        return {"embeddings": [trunk.embeddings], "conditioning": [self.sigma_map], "blocks": [trunk.layers],
+                "head": [trunk.norm_f, trunk.adaLN_modulation_final, self.head]}  # fmt: skip
+
     def recompute_blocks(self) -> None:
         """Gradient checkpointing (models/recompute.py)."""
         self.model["bimamba"]["backbone"].recompute_blocks()

@@ -108,6 +108,13 @@ class DiT(BlockStreams, Recomputing):
         """The vocabulary projection: hidden (..., D) -> logits (..., V)."""
         return self.output_layer.linear
 
+    @property
+    def parts(self) -> dict[str, list[nn.Module]]:
+        """What training.freeze can name."""
+        conditioning = [self.sigma_map, *([self.class_embed] if self.num_classes else [])]
+        return {"embeddings": [self.vocab_embed], "conditioning": conditioning, "blocks": [self.blocks],
+                "head": [self.output_layer]}  # fmt: skip
+
     def encode(
         self,
         tokens_BL: Tensor,

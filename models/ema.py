@@ -14,14 +14,15 @@ from models.sharding import shared_like, whole
 class EMA:
     """Shadow copies s of parameters p: after the n-th update s -= (1 - d)(s - p), d = min(decay, (1 + n) / (10 + n)).
 
-    The ramp on d lets short runs forget their initialisation.
+    The ramp on d lets short runs forget their initialisation. Frozen parameters are their own average, bit for bit, so
+    that the file does not depend on what was frozen.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], decay: float) -> None:
         if not 0.0 <= decay < 1.0:
             raise ValueError(f"training.ema={decay} must lie in [0, 1); 0 switches the average off")
         self.decay, self.num_updates = decay, 0
-        self.shadow_params = [p.detach().clone() for p in parameters if p.requires_grad]
+        self.shadow_params = [p.detach().clone() for p in parameters]
 
     @torch.no_grad()
     def update(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -71,9 +72,9 @@ class EMA:
         _copy([shared_like(t, s) for t, s in zip(loaded, self.shadow_params)], self.shadow_params)
 
     def _matched(self, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-        trainable = [p for p in parameters if p.requires_grad]
-        assert len(trainable) == len(self.shadow_params), "EMA was built for other parameters"
-        return trainable
+        parameters = list(parameters)
+        assert len(parameters) == len(self.shadow_params), "EMA was built for other parameters"
+        return parameters
 
 
 @torch.no_grad()

@@ -85,6 +85,11 @@ class HFCausal(nn.Module):
         names = set(self.model._no_split_modules or ())
         return [module for module in self.model.modules() if type(module).__name__ in names]
 
+    @property
+    def parts(self) -> dict[str, list[nn.Module]]:
+        """What training.freeze can name; where embedding and head are one matrix, both are frozen with either."""
+        return {"embeddings": [self.model.get_input_embeddings()], "blocks": self.blocks, "head": [self.head]}
+
     def recompute_blocks(self) -> None:
         """Gradient checkpointing. Raises ValueError where the architecture has none."""
         published.recompute_blocks(self.model)

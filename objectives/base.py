@@ -14,6 +14,7 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
+from forward_process import LatentPrediction
 from noise_schedule import NoiseSchedule
 from objectives.noising import Bernoulli, ExactCount, Noising
 from randomness import KeyedNoise
@@ -29,16 +30,23 @@ class TokenLoss:
     nll_BL: estimate, in nats, of each token's part of -log p(x); its sum over L estimates (bounds) -log p(row).
     mask_BL: True where a token is scored and counted, False on padding, given tokens and fill: the denominator.
     logs: further tensors worth recording, detached, (B, P) each.
+    row_B: a further term of each row, which adds to the nats of its tokens (objectives/joint.py); None for none.
+    means: what a training logs as train/<name>, detached: a sum and what it is to be divided by, float64 (2,) each.
     """
 
     nll_BL: Tensor
     mask_BL: Tensor
     logs: dict[str, Tensor] = field(default_factory=dict)
+    row_B: Tensor | None = None
+    means: dict[str, Tensor] = field(default_factory=dict)
+
+    def total(self) -> Tensor:
+        """Everything there is, over all rows. It has one denominator, so that it adds up over the batches of a step."""
+        return self.nll_BL.sum() if self.row_B is None else self.nll_BL.sum() + self.row_B.sum()
 
     def mean(self) -> Tensor:
-        """Nats per token over the batch; that of an optimizer step, over all its batches, is in
-        objectives/reduction.py."""
-        return self.nll_BL.sum() / self.mask_BL.sum().clamp(min=1)
+        """Per token over the batch; that of an optimizer step, over all its batches, is in objectives/reduction.py."""
+        return self.total() / self.mask_BL.sum().clamp(min=1)
 
 
 class Backbone(Protocol):
@@ -50,6 +58,7 @@ class Backbone(Protocol):
 
     blocks: Iterable[torch.nn.Module]  # the repeated part: what strategy=fsdp shares out piece by piece
     num_classes: int  # that it can be told, as `class_id`; 0: it knows of none
+    parts: Mapping[str, Iterable[torch.nn.Module]]  # what training.freeze can name
 
     def encode(self, tokens_BL: Tensor, sigma_B: Tensor, attention_mask: Tensor | None = None) -> Tensor: ...
 
@@ -187,7 +196,15 @@ def encode_at(backbone: Backbone, x_BL: Tensor, sigma_B: Tensor, at_BL: Tensor |
 
 def context(batch: Batch) -> dict[str, Tensor]:
     """What of a batch a backbone is told beside tokens and noise level."""
-    return {name: batch[name] for name in ("attention_mask", "class_id") if name in batch}
+    return {name: batch[name] for name in ("attention_mask", "class_id", "latent", "latent_t") if name in batch}
+
+
+def latent_hidden(batch: Batch) -> Batch:
+    """`batch` with nothing known of its latents, where it has some: what measures p(text), whatever is said beside."""
+    if "latent" not in batch:
+        return batch
+    latent = batch["latent"]
+    return {**batch, "latent_t": torch.ones(len(latent), dtype=torch.float64, device=latent.device)}
 
 
 def masked_positions(batch: Batch, xt_BL: Tensor, mask_id: int) -> Tensor:
@@ -267,6 +284,21 @@ class Model:
 
     def reverse(self, x_BL: Tensor, t_B: Tensor, s_B: Tensor, at_BL: Tensor, **cond: Tensor) -> Tensor:
         return self.objective.reverse(self.backbone, x_BL, t_B, s_B, at_BL, **cond)
+
+    @property
+    def latent_shape(self) -> tuple[int, int]:
+        """(K, D) of the latents that the backbone reads."""
+        return self.backbone.latent_shape
+
+    def predict_latent(
+        self, latent_BKD: Tensor, latent_t_B: Tensor, x_BL: Tensor, t_B: Tensor, **cond: Tensor
+    ) -> LatentPrediction:
+        return self.objective.predict_latent(self.backbone, latent_BKD, latent_t_B, x_BL, t_B, **cond)
+
+    def denoise_both(
+        self, x_BL: Tensor, t_B: Tensor, at_BL: Tensor, latent_BKD: Tensor, latent_t_B: Tensor, **cond: Tensor
+    ) -> tuple[Tensor, LatentPrediction]:
+        return self.objective.denoise_both(self.backbone, x_BL, t_B, at_BL, latent_BKD, latent_t_B, **cond)
 
     def next_token(self, new_Bn: Tensor, cache: object, **cond: Tensor) -> Tensor:
         return self.objective.next_token(self.backbone, new_Bn, cache, **cond)

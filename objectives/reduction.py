@@ -4,6 +4,10 @@ micro-batches and shared out over devices.
 Micro-batches hold different numbers of scored tokens (padding; masks, where these are the denominator), and a mean of
 their means would weigh the tokens of a short one more. Every micro-batch has the same number of rows, though: so nats
 per row are what is differentiated, and the gradient is scaled once, when the tokens of the whole step are known.
+
+One scale serves a loss that also has a term for each row (the latent's, objectives/joint.py), because that term counts
+as so many tokens, a fixed number of them: had it a denominator of its own, a micro-batch could not know, before the
+step's last one, how the two are to be weighed, and the gradients of both are in one sum by then.
 """
 
 from __future__ import annotations
@@ -24,13 +28,13 @@ class StepLoss:
         self.micro_batches, self._sums_2 = 0, None
 
     def add(self, loss: TokenLoss) -> Tensor:
-        """What the micro-batch is to be differentiated by: its nats per row."""
+        """What the micro-batch is to be differentiated by: its nats (and its rows' terms) per row."""
         rows = len(loss.nll_BL)
         tokens = loss.mask_BL.sum().double()
         sums_2 = torch.stack([tokens, torch.full_like(tokens, rows)])
         self._sums_2 = sums_2 if self._sums_2 is None else self._sums_2 + sums_2
         self.micro_batches += 1
-        return loss.nll_BL.sum() / rows
+        return loss.total() / rows
 
     def rows_per_token(self, total: Callable[[Tensor], Tensor]) -> Tensor:
         """Of the step on all devices; `total` sums a tensor over them. Without a scored token that of a single one."""

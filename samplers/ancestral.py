@@ -30,6 +30,7 @@ def sample(
     noise_removal: bool = True,
     eps: float = 1e-5,
     watch: Watcher | None = None,
+    begin_B: Tensor | None = None,
     **cond: Tensor,
 ) -> Generation:
     """Fill the masked positions of `x_BL`; its other tokens are given and never change.
@@ -40,14 +41,19 @@ def sample(
         skip_idle: evaluate only the rows that have a position to draw. Exact, also with time conditioning, since the
             network's answer for the other rows would not be used; False keeps every step's shapes alike.
         cond: passed on to the model, row by row (B, ...).
+        begin_B: the time of each row, float64, where that is not 1: of a text that is masked in part only (editing).
         noise_removal: after the last step write the most likely token wherever a mask is left. Otherwise masks stay.
     """
+    if not model.independent_unmasking and begin_B is not None:
+        raise ValueError("texts that are masked in part are filled by a sampler whose steps are the schedule's alone")
     if not model.independent_unmasking:
         settings = {"steps": steps, "choice": choice, "noise_removal": noise_removal, "eps": eps}
         return analytic.sample(model, x_BL, generator, **settings, watch=watch, **cond)
-    grid_S = time_grid(steps, eps, x_BL.device)
+    grid_BS = time_grid(steps, eps, x_BL.device).expand(len(x_BL), -1)
+    if begin_B is not None:  # from there in as many steps
+        grid_BS = eps + (grid_BS - eps) * (begin_B[:, None].clamp(min=eps) - eps) / (1 - eps)
     page = Page(x_BL, model.mask_id, watch)
-    write_at_BL = unmask_step(generator.uniform(x_BL.shape[1]), model.schedule(grid_S).alpha)
+    write_at_BL = unmask_step(generator.uniform(x_BL.shape[1]), model.schedule(grid_BS).alpha)
     write_at_BL = write_at_BL.masked_fill(~page.masked_BL, -1)
     u_BL = generator.uniform(x_BL.shape[1])
     busy = set(write_at_BL.unique().tolist())
@@ -56,8 +62,7 @@ def sample(
             continue
         now_BL = write_at_BL == step
         rows_R = now_BL.any(-1).nonzero().squeeze(-1) if skip_idle else torch.arange(len(x_BL), device=x_BL.device)
-        t_R = grid_S[step].expand(len(rows_R))
-        log_p_NV = model.denoise(page.ids_BL[rows_R], t_R, now_BL[rows_R], **rows_of(cond, rows_R))
+        log_p_NV = model.denoise(page.ids_BL[rows_R], grid_BS[rows_R, step], now_BL[rows_R], **rows_of(cond, rows_R))
         last = step == steps
         drawn_N = log_p_NV.argmax(-1) if last else choice.draw(log_p_NV, u_BL[now_BL])
         page.write(step + 1, now_BL, drawn_N, log_p_NV)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from diffusion import Diffusion
-from objectives.base import Batch
+from objectives.base import Batch, latent_hidden
 from tasks.base import Experiment
 from tasks.fitting import fit
 
@@ -24,7 +24,9 @@ class Hypothesis:
     class_id: int | None = None
 
     def told(self, batch: Batch) -> Batch:
-        """`batch` with every row said to be of this class, where the model takes that."""
+        """`batch` with every row said to be of this class, where the model takes that; its latent, which may say as
+        much, is hidden."""
+        batch = latent_hidden(batch)
         if self.class_id is None:
             return batch
         return {**batch, "class_id": torch.full_like(batch["input_ids"][:, 0], self.class_id)}

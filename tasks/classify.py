@@ -15,12 +15,14 @@ from classification.bayes import log_prior, posterior
 from classification.calibration import RateWeights, fit_rate_weights, fit_temperature
 from classification.measures import Measures, measure
 from metrics import Estimate
+from samplers.gaussian import LatentSteps
 from tasks.base import Experiment, Likelihood, likelihood, write_results
 from tasks.class_models import Hypothesis, class_models
 from tasks.class_report import class_report, printed
 from tasks.class_scoring import ClassScores, Race, score_classes
 from tasks.drawing import draw
 from tasks.history import samples_of
+from tasks.latent_centroids import nearest_centroid
 from tasks.ppl_eval import protocol
 from tasks.predictions import predictions_file, read_posterior, write_predictions
 from tasks.scoring import score
@@ -30,12 +32,14 @@ from tasks.verdicts import Method, Verdicts
 @dataclass(frozen=True)
 class Beside:
     """What is reported beside the plain rule. calibrate: also with a temperature and weights per mask rate, fitted on
-    the validation split. baselines: naive Bayes and logistic regressions on the same texts. compare: folders of other
-    classifications of the same split."""
+    the validation split. baselines: naive Bayes and logistic regressions on the same texts, and of texts with latents
+    the nearest class centroid, by latents drawn as `latent` says. compare: folders of other classifications of the same
+    split."""
 
     calibrate: bool = False
     baselines: bool = True
     compare: tuple[str, ...] = ()
+    latent: LatentSteps = LatentSteps()
 
 
 def classify(
@@ -75,6 +79,9 @@ def classify(
     held += [_method(path, posterior_MC, scores, network=False) for path, posterior_MC in compared.items()]
     if beside.baselines:
         held += [_method(b.name, b.posterior_MC, scores, network=False) for b in _baselines(data, split, scores)]
+    if beside.baselines and data.latents is not None:
+        how = (scores, log_prior_C, beside.latent)
+        held.append(nearest_centroid(experiment, hypotheses, data, split, *how))
     if experiment.truth is not None:
         texts = data.texts(split)["text"]
         place = {text: row for row, text in enumerate(data.texts(split)["text_id"])}

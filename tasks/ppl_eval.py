@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import asdict
 
+from objectives.base import latent_hidden
 from reporting import plots
 from reporting.report import Report
 from tasks.base import Experiment, Likelihood, likelihood, write_results
+from tasks.latent_gain import latent_gain
 from tasks.scoring import Scores, score
 
 
@@ -21,6 +23,7 @@ def protocol(experiment: Experiment, data: object, split: str, scores: Scores) -
         "prefix_length": data.prefix_length, "score_special": data.score_special,
         "law": _law(data, causal=experiment.protocol["parameterization"] == "ar"),
         "network_evaluations_per_text": float(scores.evaluations_M.mean()),
+        "latents": data.latents and data.latents.fingerprint,
     }  # fmt: skip
 
 
@@ -74,14 +77,19 @@ def _method(measured: Likelihood) -> str:
 
 
 def ppl_eval(experiment: Experiment, *, checkpoint_path: str, disable_ema: bool, split: str) -> dict[str, object]:
-    """Score every text of `split`; write results.json and report.html."""
+    """Score every text of `split`; write results.json and report.html. What is reported is p(text); of texts with
+    latents also what these say (tasks/latent_gain.py)."""
     data = experiment.data()
     diffusion = experiment.trained(data, checkpoint_path, disable_ema)
     trainer = experiment.trainer("ppl_eval")
     scores = score(
         trainer, diffusion, data.eval_dataloader(split, trainer=trainer), experiment.estimator, experiment.precision,
-        experiment.seed,
+        experiment.seed, latent_hidden,
     )  # fmt: skip
+    gain = None
+    if data.latents is not None:
+        asked = (experiment.estimator, experiment.precision, experiment.seed, scores)
+        gain = latent_gain(trainer, diffusion, data, split, *asked)
     measured = likelihood(data, split, scores, experiment.truth)
     # Numbers of different kinds and splits never overwrite one another.
     kind = "" if scores.kind == "NELBO" else f"-{scores.label.split(',')[0].replace(' ', '_').lower()}"
@@ -93,11 +101,14 @@ def ppl_eval(experiment: Experiment, *, checkpoint_path: str, disable_ema: bool,
         "true_nats_per_token": measured.truth, "gap_nats_per_token": measured.gap, "texts": len(scores.tokens_M),
         "tokens": int(scores.tokens_M.sum()), "network_evaluations_per_text": float(scores.evaluations_M.mean()),
     }  # fmt: skip
+    results |= gain.results() if gain else {}
     write_results(
         folder, {**results, "protocol": protocol(experiment, data, split, scores), "command": experiment.command}
     )
     report = Report("Perplexity", f"{data.name}, {split} split", experiment.command, experiment.facts)
     report_likelihood(report, measured, split)
+    if gain:
+        gain.report(report, data.latents.metadata)
     report.code(experiment.settings, "configuration")
     report.write(folder / "report.html")
     print(
@@ -110,5 +121,7 @@ def ppl_eval(experiment: Experiment, *, checkpoint_path: str, disable_ema: bool,
     )
     if measured.truth:
         print(f"true entropy {measured.truth} nats/token | above it by {measured.gap} (paired)")
+    if gain:
+        print(gain)
     print(f"{folder / 'report.html'}")
     return results

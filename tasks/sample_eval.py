@@ -10,7 +10,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from reporting.report import Metric, Report
 from tasks.base import Experiment, write_results
-from tasks.drawing import Drawn, Template, decoded, draw_on_all
+from tasks.blanks import Template
+from tasks.directions import Directed, both, l2t, sample_direction, t2l
+from tasks.drawing import Drawn, decoded, draw_on_all
+from tasks.editing import edit
 from tasks.generative_perplexity import CausalScorer
 from tasks.prompted import Asked, complete_prompts
 from tasks.sample_quality import compare, real_texts
@@ -32,12 +35,13 @@ def write_samples(path: Path, drawn: list[Drawn], given: Template, tokenizer: ob
 def sample_eval(
     experiment: Experiment, *, checkpoint_path: str, disable_ema: bool, num_batches: int | None,
     num_samples: int | None, num_shown: int, split: str | None, samples_per_prompt: int,
-    compute_generative_perplexity: bool, scorer_name: str, perplexity_batch_size: int, views: Views,
+    compute_generative_perplexity: bool, scorer_name: str, perplexity_batch_size: int, views: Views, directed: Directed,
 ) -> dict[str, object]:  # fmt: skip
     """Draw `num_samples` texts (None: `num_batches` batches of `loader.eval_batch_size`), shared out over all devices;
     hold them against as many real ones of `split` (None: against nothing); write samples.jsonl, results.json,
     report.html and what `views` asks for of the first `num_shown`. Where texts have prompts, so many of those of
-    `split` (both None: all) are completed instead and the completions judged (tasks/prompted.py)."""
+    `split` (both None: all) are completed instead and the completions judged (tasks/prompted.py). directed: of texts
+    with latents, what is drawn from what (tasks/directions.py)."""
     if num_batches is not None and num_batches < 1:
         raise ValueError(f"sampling.num_sample_batches={num_batches} must be at least 1")
     data = experiment.data()
@@ -48,6 +52,15 @@ def sample_eval(
     if number is None or samples_per_prompt != 1:
         key = f"samples_per_prompt={samples_per_prompt}" if number else "num_sample_batches=null"
         raise ValueError(f"sampling.{key} is for texts with prompts, and those of data={data.name} have none")
+    if directed.direction:
+        if compute_generative_perplexity:
+            raise ValueError("eval.compute_generative_perplexity=true measures free texts; leave out "
+                             f"sampling.direction={directed.direction}, or the perplexity")  # fmt: skip
+        return sample_direction(
+            experiment, directed, {"joint": both, "l2t": l2t, "t2l": t2l, "edit": edit},
+            checkpoint_path=checkpoint_path, disable_ema=disable_ema, split=split, num_shown=num_shown,
+            num_texts=number, views=views,
+        )  # fmt: skip
     # What can be missing is looked for before the sampling, which may take hours.
     scorer = CausalScorer.load(scorer_name, perplexity_batch_size) if compute_generative_perplexity else None
     diffusion = experiment.trained(data, checkpoint_path, disable_ema).eval()

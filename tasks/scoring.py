@@ -143,17 +143,20 @@ class Precision:
 
 def score(
     trainer: lightning.Trainer, diffusion: Diffusion, loader: object, estimator: Estimator, precision: Precision,
-    seed: int, told: Callable[[Batch], Batch] = lambda batch: batch,
+    seed: int, told: Callable[[Batch], Batch] = lambda batch: batch, rounds: int | None = None,
 ) -> Scores:  # fmt: skip
     """Measure every text that `loader` yields, on all of the trainer's devices. told: batch -> batch, with what the
-    network is to be told beside the tokens."""
+    network is to be told beside the tokens. rounds: exactly so many, whatever the precision, to be paired with another
+    measurement of so many."""
     scores: Scores | None = None
-    for number in range(precision.rounds):
+    for number in range(rounds or precision.rounds):
         scorer = Scorer(diffusion, estimator, precision.num_draws, hash_seed(seed, number), told)
         found = _round(trainer, scorer, loader)
         scores = found if scores is None else _joined(scores, found, number)
-        if precision.target_se is None or scores.monte_carlo_se <= precision.target_se:
+        if rounds is None and (precision.target_se is None or scores.monte_carlo_se <= precision.target_se):
             return scores
+    if rounds is not None:
+        return scores
     print(
         f"eval.target_se={precision.target_se} was not reached with eval.max_draws={precision.max_draws}: "
         f"the Monte Carlo error is {scores.monte_carlo_se:.2g} nats/token"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from objectives.base import latent_hidden
 from reporting import plots, training_plots
 from reporting.report import Report
 from tasks.base import Experiment, likelihood, write_results
@@ -35,7 +36,7 @@ def history(folder: Path) -> dict[str, np.ndarray]:
 def add_loss_curve(report: Report, folder: Path, truth: float | None) -> None:
     """The figure that shows how the loss came down, from what was logged under `folder`."""
     logged = history(folder)
-    name = next((name for name in ("train/nll", "train/cross_entropy") if name in logged), None)
+    name = next((name for name in ("train/nll", "train/cross_entropy", "train/text_loss") if name in logged), None)
     if name is None:
         return
     validation = (*logged["val/nll"].T, logged["val/nll_se"][:, 1]) if "val/nll" in logged else None
@@ -89,7 +90,7 @@ def train(experiment: Experiment, *, num_samples: int, generate_samples: bool) -
     trainer = experiment.trainer("validate")
     scores = score(
         trainer, diffusion, data.eval_dataloader("validation", trainer=trainer), experiment.estimator,
-        experiment.precision, experiment.seed,
+        experiment.precision, experiment.seed, latent_hidden,
     )  # fmt: skip
     measured = likelihood(data, "validation", scores, experiment.truth)
     folder = experiment.folder()

@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "lr_schedules": set(),
     "command_line": set(),
     "contradictions": set(),
+    "number_checks": set(),
     "text": {"text"},
     "models": {"models", "files"},
     "reporting": {"reporting"},
@@ -58,11 +59,19 @@ MAY_IMPORT = {
         "identity",
         "machine",
         "models",
+        "number_checks",
         "tasks",
         "text",
     },  # fmt: skip
 }
-CONFIGURED = {"main", "command_line", "contradictions", "identity", "machine"}  # may read the configuration
+CONFIGURED = {
+    "main",
+    "command_line",
+    "contradictions",
+    "number_checks",
+    "identity",
+    "machine",
+}  # may read the configuration
 FILES = sorted([*ROOT.glob("*.py"), *(path for room in ROOMS for path in (ROOT / room).glob("*.py"))])
 
 

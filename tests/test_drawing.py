@@ -9,7 +9,8 @@ import torch
 
 import main
 from command_line import compose_config, explain
-from tasks.drawing import ROOM, Drawing, Drawn, Template, decoded, draw
+from tasks.blanks import ROOM, Template
+from tasks.drawing import Drawing, Drawn, decoded, draw
 from tests.test_configs import TINY
 from text.tokenizers import encode, load_tokenizer, vocabulary
 

@@ -13,8 +13,9 @@ from omegaconf import OmegaConf
 from benchmarks.decoders import decoders
 from benchmarks.kneser_ney import KneserNey
 from command_line import compose_config
-from contradictions import check_numbers, refuse_contradictions
+from contradictions import refuse_contradictions
 from noise_schedule import LogLinear
+from number_checks import check_numbers
 from objectives.ar import AR
 from objectives.base import Model
 from objectives.block import BlockDiffusion

@@ -44,8 +44,9 @@ class Collate:
     def __call__(self, columns: dict[str, Any]) -> dict[str, torch.Tensor]:
         columns = dict(columns)
         rows, lengths = columns.pop("input_ids"), np.asarray(columns.pop("length"))
-        part_ends = columns.pop("part_ends", None)
+        part_ends, latents = columns.pop("part_ends", None), columns.pop("latent", None)
         batch = {name: torch.from_numpy(np.array(values, dtype=np.int64)) for name, values in columns.items()}
+        batch |= {} if latents is None else {"latent": torch.from_numpy(latents)}
         if self.pad_id is None:
             return {**self._wrapped(np.stack(rows).astype(np.int64)), **batch}
         width = min(-(-int(lengths.max()) // PAD_MULTIPLE) * PAD_MULTIPLE, self.length)

@@ -69,6 +69,11 @@ MUSIC = ("music score soundtrack rhythm singing", "songs melodies tunes")
 LOOK = ("photography lighting scenery design", "costumes images effects colours")
 GROUPS = ((STORY, ACTING), (MUSIC, LOOK))
 
+# Names of the forms between which the parts of a review choose, in their order.
+OPENINGS = ("seen", "chosen", "shown")
+JUDGEMENTS = ("pair", "clause", "feeling", "contrast")
+VERDICT_FORMS = ("found", "advice", "worth")
+
 ADVERBS = words("truly really quite simply rather genuinely thoroughly remarkably deeply strangely oddly surprisingly")
 NEVER = words("never hardly rarely scarcely seldom")
 NOT = words("not never hardly scarcely")
@@ -114,8 +119,9 @@ def _clause(groups: tuple[tuple[str, str], ...], polarity: int, end: str) -> Exp
     return _nouns(groups, lambda noun, plural: chain("The", words(noun), place, _predicate(polarity, plural), end))
 
 
-def _judgement(groups: tuple[tuple[str, str], ...], polarity: int) -> Expression:
-    """One clause on one of two groups of aspects, or two of opposite polarity on both; `polarity` is the main one's."""
+def judgement(groups: tuple[tuple[str, str], ...], polarity: int) -> Expression:
+    """One clause on one of two groups of aspects, or two of opposite polarity on both; `polarity` is the main one's. A
+    choice between the forms of JUDGEMENTS."""
     listed = _nouns(groups, lambda noun, plural: chain("The", words(noun), _pair(polarity, plural), "."))
     firsts, seconds = (weighted(*((1.0, words(listing)) for listing in group)) for group in groups)
     felt = weighted(
@@ -132,7 +138,8 @@ def _judgement(groups: tuple[tuple[str, str], ...], polarity: int) -> Expression
     )
 
 
-def _opening() -> Expression:
+def opening() -> Expression:
+    """How a review begins, as a choice between the forms of OPENINGS."""
     return weighted(
         (0.45, chain(words("I We"), words("watched saw rented caught"), "this", KINDS, FILM, "last", SEASONS, ".")),
         (0.30, chain("My", COMPANY, words("chose picked rented found"), "this", FILM, "last", SEASONS, ".")),
@@ -140,7 +147,8 @@ def _opening() -> Expression:
     )
 
 
-def _verdict(polarity: int) -> Expression:
+def verdict(polarity: int) -> Expression:
+    """How a review ends, as a choice between the forms of VERDICT_FORMS."""
     sure = words("truly really simply clearly certainly")
     return weighted(
         (
@@ -171,9 +179,9 @@ def _review(label: int) -> Expression:
         return weighted((p_agrees, expressions[label]), (1 - p_agrees, expressions[1 - label]))
 
     middle = chain(
-        *(agreeing(P_ASPECT_AGREES, [_judgement(groups, polarity) for polarity in (0, 1)]) for groups in GROUPS)
+        *(agreeing(P_ASPECT_AGREES, [judgement(groups, polarity) for polarity in (0, 1)]) for groups in GROUPS)
     )
-    return chain(_opening(), middle, agreeing(P_VERDICT_AGREES, [_verdict(polarity) for polarity in (0, 1)]))
+    return chain(opening(), middle, agreeing(P_VERDICT_AGREES, [verdict(polarity) for polarity in (0, 1)]))
 
 
 def tokens(text: str) -> list[str]:

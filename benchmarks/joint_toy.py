@@ -1,0 +1,140 @@
+"""Whether the joint objective learns both directions, on made-up texts whose latent is known: a minute of one core.
+
+A text has four attributes of three values; each writes three tokens, drawn from two words of that value. Its latent is
+the attributes, one-hot, turned by a fixed orthogonal map, with noise, standardised. l2t: texts are sampled given true
+latents, given those of other texts, and given none; the share of tokens that show the latent's attributes. t2l: latents
+are sampled by DDIM given texts, given others, and given masks; how often the nearest of the 81 latents is the text's.
+The likelihood is that of the text given its latent, another one and none; the true entropies are beside it.
+
+    python benchmarks/joint_toy.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from estimators.nelbo import Nelbo  # noqa: E402
+from forward_process import cosine_level  # noqa: E402
+from models.mmdit import MMDiT  # noqa: E402
+from noise_schedule import LogLinear  # noqa: E402
+from objectives.base import Model  # noqa: E402
+from objectives.gaussian import LATEST, GaussianDiffusion  # noqa: E402
+from objectives.joint import JointDiffusion  # noqa: E402
+from objectives.subs import Subs  # noqa: E402
+from randomness import KeyedNoise, training_noise  # noqa: E402
+from samplers.ancestral import sample  # noqa: E402
+
+ATTRIBUTES, VALUES, WORDS, TOKENS = 4, 3, 2, 3
+MASK = ATTRIBUTES * VALUES * WORDS
+LENGTH, WIDTH = ATTRIBUTES * TOKENS, 16
+
+
+def texts(rows: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Attributes (rows, ATTRIBUTES) and tokens (rows, LENGTH)."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randint(VALUES, (rows, ATTRIBUTES), generator=generator)
+    word = torch.randint(WORDS, (rows, LENGTH), generator=generator)
+    of_attribute = torch.arange(ATTRIBUTES).repeat_interleave(TOKENS)
+    return values, (of_attribute * VALUES + values[:, of_attribute]) * WORDS + word
+
+
+def latents(values: Tensor, noise: float = 0.0) -> Tensor:
+    """(rows, 1, WIDTH), every number of variance near 1."""
+    one_hot = torch.nn.functional.one_hot(values, VALUES).flatten(1).double() - 1 / VALUES
+    turn = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(0)).double())[0]
+    clean = one_hot @ turn[: one_hot.shape[1]]
+    scale = math.sqrt(ATTRIBUTES * (1 - 1 / VALUES) / WIDTH)
+    return ((clean / scale) + noise * torch.randn(clean.shape)).float()[:, None]
+
+
+def train(steps: int, rows: int, settings: argparse.Namespace) -> tuple[MMDiT, JointDiffusion, dict[str, float]]:
+    torch.manual_seed(0)
+    net = MMDiT(MASK + 1, 64, 64, 3, 4, latent_shape=(1, WIDTH), dropout=0.0)
+    law = JointDiffusion(
+        MASK, partial(Subs, LogLinear()), GaussianDiffusion(settings.target, settings.loss), latent_tokens=LENGTH
+    )
+    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
+    for step in range(steps):
+        values, x = texts(rows, step + 1)
+        batch = {"input_ids": x, "latent": latents(values, 0.1)}
+        loss = law.loss(net, batch, training_noise(1, torch.arange(step * rows, (step + 1) * rows), rows))
+        optimizer.zero_grad()
+        loss.mean().backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    return net.eval(), law, {name: round(float(s / n), 3) for name, (s, n) in loss.means.items() if n}
+
+
+@torch.no_grad()
+def to_text(net: MMDiT, law: JointDiffusion, values: Tensor, latent: Tensor | None) -> float:
+    """Share of the sampled tokens that are a word of the attribute's value."""
+    masks = torch.full((len(values), LENGTH), MASK)
+    told = {} if latent is None else {"latent": latent}
+    model = Model(law.bound(None), net)
+    out = sample(model, masks, KeyedNoise(7, torch.arange(len(values))), steps=32, skip_idle=False, **told)
+    shown = out.ids_BL // WORDS - torch.arange(ATTRIBUTES).repeat_interleave(TOKENS) * VALUES
+    return float((shown == values.repeat_interleave(TOKENS, 1)).double().mean())
+
+
+@torch.no_grad()
+def to_latent(net: MMDiT, law: JointDiffusion, values: Tensor, x: Tensor, t: float, steps: int = 50) -> float:
+    """How often the nearest latent of all is that of the attributes, by deterministic DDIM."""
+    z = KeyedNoise(8, torch.arange(len(x))).normal(1, WIDTH).float()
+    grid = torch.linspace(LATEST, 0.0, steps + 1, dtype=torch.float64).expand(len(x), -1)
+    text_t = torch.full((len(x),), t, dtype=torch.float64)
+    for now, then in zip(grid.T, grid.T[1:], strict=False):
+        said, level = law.predict_latent(net, z, now, x, text_t), cosine_level(then).like(z)
+        z = level.alpha * said.x0_BKD + level.sigma * said.eps_BKD
+    every = torch.cartesian_prod(*[torch.arange(VALUES)] * ATTRIBUTES)
+    nearest = torch.cdist(z[:, 0], latents(every)[:, 0]).argmin(1)
+    return float((every[nearest] == values).all(1).double().mean())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--target", default="v")
+    parser.add_argument("--loss", default="mse")
+    settings = parser.parse_args()
+    start = time.process_time()
+    net, law, last = train(settings.steps, settings.rows, settings)
+    seconds = time.process_time() - start
+    values, x = texts(512, 0)
+    z, masks = latents(values, 0.1), torch.full_like(x, MASK)
+    batch = {"input_ids": x, "sample_id": torch.arange(len(x))}
+    one = torch.ones(len(x), dtype=torch.float64)
+    told = {"true": {"latent": z}, "other": {"latent": z.roll(1, 0)}, "none": {"latent": z, "latent_t": one}}
+    with torch.no_grad():
+        measured = {name: Nelbo()(Model(law.bound(None), net), {**batch, **more}, 0, 8) for name, more in told.items()}
+    line = {
+        "steps": settings.steps, "rows": settings.rows, "target": settings.target, "loss": settings.loss,
+        "training_cpu_seconds": round(seconds, 1),
+        "l2t_tokens": {"true": to_text(net, law, values, z), "other": to_text(net, law, values, z.roll(1, 0)),
+                       "none": to_text(net, law, values, None)},
+        "t2l_texts": {"true": to_latent(net, law, values, x, 0.0),
+                      "other": to_latent(net, law, values, x.roll(1, 0), 0.0),
+                      "none": to_latent(net, law, values, masks, 1.0)},
+        "nats_per_token": {name: round(float(found.nll_BK.mean() / LENGTH), 4) for name, found in measured.items()},
+        "true_nats_per_token": {"given the latent": round(math.log(WORDS), 4),
+                                "alone": round(math.log(WORDS) + math.log(VALUES) / TOKENS, 4)},
+        "last_step": last,
+    }  # fmt: skip
+    print(json.dumps(line))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""Where the latents of a class lie: their mean and spread, the nearest of a class, the way from one latent to another.
+
+Shape suffixes: M texts, C classes, D numbers of a latent, all of its tokens in one row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.special import logsumexp
+
+
+@dataclass(frozen=True)
+class Centroids:
+    """mean_CD: of the latents of each class. variance: within the classes, per number. norm: mean length of a latent.
+    All float64."""
+
+    mean_CD: np.ndarray
+    variance: float
+    norm: float
+
+    @property
+    def rescaled_CD(self) -> np.ndarray:
+        """The centroids with the mean length of a latent. A mean of vectors that point apart is shorter than each."""
+        length_C1 = np.linalg.norm(self.mean_CD, axis=1, keepdims=True)
+        return self.mean_CD * self.norm / np.where(length_C1 > 0, length_C1, 1.0)
+
+    def posterior(self, latent_MD: np.ndarray, log_prior_C: np.ndarray) -> np.ndarray:
+        """p(class | latent), (M, C), of normal laws around the centroids with the common variance: with a uniform prior
+        the verdict is the nearest centroid."""
+        square_MC = ((latent_MD[:, None, :].astype(np.float64) - self.mean_CD) ** 2).sum(-1)
+        joint_MC = log_prior_C - square_MC / (2 * max(self.variance, np.finfo(float).tiny))
+        return np.exp(joint_MC - logsumexp(joint_MC, axis=1, keepdims=True))
+
+
+def fit_centroids(chunks: Iterable[tuple[np.ndarray, np.ndarray]], num_classes: int) -> Centroids:
+    """Of labelled latents that come some at a time: ((M, D), (M,)).
+
+    Raises:
+        ValueError: a class has none.
+    """
+    count_C, sum_CD, squares, lengths = np.zeros(num_classes), 0.0, 0.0, 0.0
+    for latent_MD, label_M in chunks:
+        latent_MD, one_hot_MC = latent_MD.astype(np.float64), np.eye(num_classes)[label_M]
+        count_C, sum_CD = count_C + one_hot_MC.sum(0), sum_CD + one_hot_MC.T @ latent_MD
+        squares, lengths = squares + (latent_MD**2).sum(), lengths + np.linalg.norm(latent_MD, axis=1).sum()
+    if not (count_C > 0).all():
+        raise ValueError(f"no training text of class {np.flatnonzero(count_C == 0).tolist()}, so it has no centroid")
+    mean_CD = sum_CD / count_C[:, None]
+    within = squares - (count_C[:, None] * mean_CD**2).sum()
+    return Centroids(mean_CD, float(within / count_C.sum() / mean_CD.shape[1]), float(lengths / count_C.sum()))
+
+
+@dataclass
+class Nearest:
+    """For each of M latents the nearest one, by cosine, of those seen that are of the class it is to get."""
+
+    latent_MD: np.ndarray
+    wanted_M: np.ndarray
+
+    def __post_init__(self) -> None:
+        self.found_MD = np.zeros_like(self.latent_MD)
+        self._cosine_M = np.full(len(self.latent_MD), -np.inf)
+
+    def see(self, latent_ND: np.ndarray, label_N: np.ndarray) -> None:
+        """Some more to choose from."""
+        cosine_MN = unit(self.latent_MD) @ unit(latent_ND).T
+        cosine_MN[self.wanted_M[:, None] != label_N[None]] = -np.inf
+        best_M = cosine_MN.argmax(1)
+        value_M = cosine_MN[np.arange(len(best_M)), best_M]
+        nearer_M = value_M > self._cosine_M
+        self.found_MD[nearer_M], self._cosine_M[nearer_M] = latent_ND[best_M[nearer_M]], value_M[nearer_M]
+
+
+def slerp(from_MD: np.ndarray, to_MD: np.ndarray, share: float) -> np.ndarray:
+    """(M, D) the latents that lie `share` of the way on the great circle from one direction to the other, with lengths
+    interpolated between theirs; on the straight line where the directions are one, or opposite."""
+    cosine_M1 = (unit(from_MD) * unit(to_MD)).sum(-1, keepdims=True).clip(-1, 1)
+    angle_M1, sine_M1 = np.arccos(cosine_M1), np.sqrt(1 - cosine_M1**2)
+    safe_M1 = np.where(sine_M1 > 1e-6, sine_M1, 1.0)
+    first_M1 = np.where(sine_M1 > 1e-6, np.sin((1 - share) * angle_M1) / safe_M1, 1 - share)
+    second_M1 = np.where(sine_M1 > 1e-6, np.sin(share * angle_M1) / safe_M1, share)
+    lengths = (np.linalg.norm(x, axis=-1, keepdims=True) for x in (from_MD, to_MD))
+    length_M1 = sum(w * x for w, x in zip((1 - share, share), lengths, strict=True))
+    return length_M1 * (first_M1 * unit(from_MD) + second_M1 * unit(to_MD))
+
+
+def unit(latent_MD: np.ndarray) -> np.ndarray:
+    """Of length 1, float64; zeros stay."""
+    latent_MD = latent_MD.astype(np.float64)
+    length_M1 = np.linalg.norm(latent_MD, axis=-1, keepdims=True)
+    return latent_MD / np.where(length_M1 > 0, length_M1, 1.0)

@@ -1,0 +1,51 @@
+"""Parts of a network that a training leaves as it found them (training.freeze). It is decided once, before optimizer,
+average and strategy are built: a parameter that is frozen or released later gets other gradients on every device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+
+def freeze(backbone: nn.Module, names: Sequence[str] | None) -> None:
+    """Freeze the parts of `backbone` (its `parts`) of these names.
+
+    Raises:
+        ValueError: there is no such part, nothing in it, or nothing left to train.
+    """
+    if not names:
+        return
+    if isinstance(names, str):
+        raise ValueError(f"training.freeze={names} must be a list: training.freeze=[{names}]")
+    if not hasattr(backbone, "parts"):
+        raise ValueError(f"training.freeze: {type(backbone).__name__} names no parts to freeze; leave it out")
+    parts = {name: [p for module in modules for p in module.parameters()] for name, modules in backbone.parts.items()}
+    for name in names:
+        if not parts.get(name):
+            existing = ", ".join(sorted(name for name, parameters in parts.items() if parameters))
+            raise ValueError(f"training.freeze: {type(backbone).__name__} has no part {name}; what exists: {existing}")
+        for parameter in parts[name]:
+            parameter.requires_grad = False
+    if not any(p.requires_grad for p in backbone.parameters()):
+        raise ValueError(f"training.freeze=[{', '.join(names)}] leaves nothing to train; leave a part out")
+
+
+def refuse_frozen(backbone: nn.Module, new: Mapping[str, nn.Parameter]) -> None:
+    """Raises ValueError where parameters of `new`, which have random values, are frozen: so they would stay."""
+    frozen = {name: p for name, p in new.items() if not p.requires_grad}
+    if frozen:
+        raise ValueError(
+            f"training.freeze would keep random values in {summary(frozen)} of {type(backbone).__name__}; name weights "
+            "to start from that have them (training.from_pretrained=), or freeze other parts"
+        )
+
+
+def summary(parameters: Mapping[str, nn.Parameter]) -> str:
+    """Parameters by the module that they are in, numbers of blocks left out."""
+    groups: dict[str, int] = {}
+    for name, parameter in parameters.items():
+        words = name.split(".")
+        group = ".".join([words[0], "*", words[2]] if len(words) > 2 and words[1].isdigit() else words[:1])
+        groups[group] = groups.get(group, 0) + parameter.numel()
+    return ", ".join(f"{group} ({number:,})" for group, number in groups.items())

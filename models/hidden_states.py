@@ -1,0 +1,157 @@
+"""latents=self: what a model of our own makes of a text, as one vector of its hidden states.
+
+Shape suffixes: B rows at once, N rows, L length, W width of the hidden states.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from models.checkpoints import Checkpoint, read_checkpoint
+from models.hf_dit import build
+
+KEY = "latents.checkpoint_path"
+_CODE_VERSION = 1  # raise it whenever a change below gives other vectors
+
+
+class Rows(Protocol):
+    """Rows of token ids without padding."""
+
+    ids: Sequence[np.ndarray]
+
+    def __len__(self) -> int: ...
+
+
+class Vocabulary(Protocol):
+    """What is asked of that of the data."""
+
+    size: int
+    fingerprint: str
+
+
+class HiddenStates:
+    """Rows -> (N, W): the mean over a row's tokens, never its padding, of the hidden states that the network of a
+    checkpoint gives the clean text (t = 0).
+
+    checkpoint_path: a `.ckpt` of our own or a model in the Hub's layout. disable_ema: its last weights instead of their
+    average. dim: principal components that are kept, fitted on train; None: all. tokens: equal parts in which a vector
+    is handed on. batch_size: rows at once.
+    """
+
+    fits, labelled = False, False
+
+    def __init__(
+        self, checkpoint_path: str | None, dim: int | None = 64, tokens: int = 1, disable_ema: bool = False,
+        batch_size: int = 64,
+    ) -> None:  # fmt: skip
+        if not checkpoint_path:
+            raise ValueError(f"latents=self needs a trained model: {KEY}=outputs/.../last.ckpt")
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"latents.batch_size={batch_size} must be a whole number, at least 1")
+        self.path, self.dim, self.tokens = checkpoint_path, dim, tokens
+        self.use_ema, self.batch_size = not disable_ema, batch_size
+        self._vocab_size: int | None = None
+
+    @cached_property
+    def _checkpoint(self) -> Checkpoint:
+        return read_checkpoint(self.path, KEY)
+
+    @cached_property
+    def identity(self) -> dict[str, object]:
+        """What its vectors hang on: the weights that are used."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.network.state_dict().items()):
+            digest.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return {"encoder": "self", "code": _CODE_VERSION, "weights": digest.hexdigest()}
+
+    @property
+    def metadata(self) -> dict[str, object]:
+        """For reports and files."""
+        settings = {"checkpoint_path": self.path, "disable_ema": not self.use_ema}
+        return {"encoder": "self", "pooling": "mean", "settings": settings}
+
+    def check(self, vocabulary: Vocabulary, length: int) -> None:
+        """Raises ValueError where the model was trained on other tokens, or on shorter rows."""
+        known, tokenizer = self._checkpoint.settings, self._checkpoint.identity.get("tokenizer")
+        if tokenizer not in (None, vocabulary.fingerprint):
+            raise ValueError(f"{KEY}={self.path} was trained with another tokenizer than the data have, so that it "
+                             "would read other words; use its data.tokenizer_name_or_path="
+                             f"{known.get('data.tokenizer_name_or_path', '')}")  # fmt: skip
+        longest = known.get("model.length")
+        if longest and length > longest:
+            raise ValueError(
+                f"{KEY}={self.path} was trained on {longest} tokens, and model.length={length} is more than it can "
+                "read; lower model.length, or train an encoder on longer rows"
+            )
+        self._vocab_size = vocabulary.size
+
+    @cached_property
+    def network(self) -> nn.Module:
+        """With its weights, on the GPU where there is one."""
+        network = _network(self._checkpoint, self.path, self._vocab_size)
+        self._checkpoint.load_into(network, self.use_ema)
+        return network.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+
+    def encode(self, passages: Rows) -> np.ndarray:
+        """(N, W) float32. Rows of like length are read together."""
+        lengths = np.array([len(ids) for ids in passages.ids])
+        order = np.argsort(lengths, kind="stable")
+        # A network that looks at padding would see how long the others are.
+        sees_padding = not getattr(self.network, "mask_padding", True) and not self.network.causal
+        groups = np.split(order, np.flatnonzero(np.diff(lengths[order])) + 1) if sees_padding else [order]
+        batches = [group[start : start + self.batch_size]
+                   for group in groups for start in range(0, len(group), self.batch_size)]  # fmt: skip
+        return np.concatenate([self._encode([passages.ids[i] for i in batch]) for batch in batches])[np.argsort(order)]
+
+    @torch.inference_mode()
+    def _encode(self, rows: Sequence[np.ndarray]) -> np.ndarray:
+        device = next(self.network.parameters()).device
+        lengths_B = torch.tensor([len(row) for row in rows], device=device)
+        padded = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(row.astype(np.int64)) for row in rows], True)
+        mask_BL = torch.arange(padded.shape[1], device=device) < lengths_B[:, None]
+        sigma_B = torch.zeros(len(rows), device=device)
+        hidden_BLW = self.network.encode(padded.to(device), sigma_B, mask_BL).float()
+        return ((hidden_BLW * mask_BL[..., None]).sum(1) / lengths_B[:, None]).cpu().numpy()
+
+    def fit(self, train: object) -> None:
+        """There is nothing to fit."""
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Nothing was fitted."""
+        return {}
+
+    def load(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Nothing was fitted."""
+
+
+def _network(checkpoint: Checkpoint, path: str, vocab_size: int) -> nn.Module:
+    """The network that a checkpoint describes, with random weights."""
+    known, prefix = checkpoint.settings, "backbone."
+    settings = {name.removeprefix(prefix): value for name, value in known.items() if name.startswith(prefix)}
+    module, _, name = str(settings.pop("_target_", "models.dit.")).rpartition(".")
+    if not module.startswith("models.") or not module.replace(".", "").replace("_", "").isalnum():
+        raise ValueError(f"{KEY}={path} names a network {module}.{name} that is not ours; use another checkpoint")
+    if not name:
+        sizes = ("vocab_size", "model.hidden_size", "model.cond_dim", "model.n_blocks", "model.n_heads")
+        if missing := [key for key in sizes if key not in known]:
+            raise ValueError(f"{KEY}={path} does not say {', '.join(missing)}; use a checkpoint trained here")
+        return build({"model.dropout": 0.0, "time_conditioning": False, **known})
+    kind = getattr(importlib.import_module(module), name, None)
+    is_network = isinstance(kind, type) and issubclass(kind, nn.Module)
+    if not is_network and name != module.rpartition(".")[2]:  # a file may name anything; this is all that it may run
+        raise ValueError(f"{KEY}={path} names {module}.{name}, which is no network; use another checkpoint")
+    if not is_network:  # hf_dit, hf_causal: what a file describes
+        settings |= {"checkpoint_path": path, "resumed": None, "from_pretrained": None}
+    if "class_embed.embedding" in checkpoint.state:
+        settings["num_classes"] = len(checkpoint.state["class_embed.embedding"])
+    if latents := checkpoint.identity.get("latents"):
+        settings["latent_shape"] = tuple(latents["shape"])
+    return kind(vocab_size=vocab_size, **settings)

@@ -1,0 +1,109 @@
+"""Gaussian diffusion of latents: how they are noised in training, what the network is to predict, what a miss costs.
+
+Shape suffixes: B batch, K latent tokens, D numbers of each.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from forward_process import LatentPrediction, cosine_level, noise_latent, read_prediction, velocity
+from randomness import KeyedNoise
+
+TARGETS, LOSSES = ("v", "x0", "eps"), ("mse", "huber", "cosine", "mse_cosine")
+# Times that are trained on. At the ends there is nothing to learn, and x0 and eps can not be told from each other.
+EARLIEST, LATEST = 1e-3, 1 - 1e-3
+
+
+@dataclass(frozen=True)
+class NoisedLatent:
+    """A latent, its noise and what they make at the time t_B, float64 (B,); (B, K, D) in float32 or more."""
+
+    x0_BKD: Tensor
+    eps_BKD: Tensor
+    xt_BKD: Tensor
+    t_B: Tensor
+
+
+@dataclass(frozen=True)
+class LatentLoss:
+    """Per row, means over its K D numbers. loss_B: what is trained. mse_B: squared error of the latent that the
+    prediction amounts to, detached; cosine_B: its cosine with the true one over the D numbers, detached."""
+
+    loss_B: Tensor
+    mse_B: Tensor
+    cosine_B: Tensor
+
+
+class GaussianDiffusion:
+    """Variance-preserving diffusion in continuous time with the cosine schedule, on latents standardised to mean 0 and
+    variance 1: the schedule's signal-to-noise ratio is that of such numbers. All of it in float32, under any autocast.
+
+    Args:
+        target: what the network's output is: v, x0, eps.
+        loss: mse or huber on the target; mse_cosine adds `cosine_weight` times one minus the cosine between the true
+            latent and that which the output amounts to; cosine is that alone, of the output itself.
+        cosine_weight: of mse_cosine.
+
+    Raises:
+        ValueError: a choice that does not exist, or `cosine` of an output whose length matters.
+    """
+
+    def __init__(self, target: str = "v", loss: str = "mse", cosine_weight: float = 1.0) -> None:
+        for key, value, known in (("latent_target", target, TARGETS), ("latent_loss", loss, LOSSES)):
+            if value not in known:
+                raise ValueError(f"training.{key}={value} is unknown; choose one of: {', '.join(known)}")
+        if loss == "cosine" and target != "x0":
+            raise ValueError(
+                f"training.latent_loss=cosine with training.latent_target={target}: a cosine says nothing of the "
+                f"length of what is predicted, and without it no sampler can step by {target}; use "
+                "training.latent_target=x0 (directions only), or training.latent_loss=mse_cosine"
+            )
+        if not cosine_weight >= 0:
+            raise ValueError(f"training.latent_cosine_weight={cosine_weight} must be 0 or more")
+        self.target, self.form, self.cosine_weight = target, loss, cosine_weight
+
+    def draw(self, x0_BKD: Tensor, noise: KeyedNoise) -> NoisedLatent:
+        """Every row noised at a time of its own, uniform from EARLIEST to LATEST; numbers keyed by row."""
+        t_B = EARLIEST + (LATEST - EARLIEST) * noise.uniform()
+        return self.at(x0_BKD, noise.normal(*x0_BKD.shape[1:]), t_B)
+
+    def at(self, x0_BKD: Tensor, eps_BKD: Tensor, t_B: Tensor) -> NoisedLatent:
+        """`x0_BKD` with the noise `eps_BKD` at time t_B, whatever their precision."""
+        x0_BKD = _precise(x0_BKD)
+        eps_BKD = eps_BKD.to(x0_BKD.dtype)
+        return NoisedLatent(x0_BKD, eps_BKD, noise_latent(x0_BKD, eps_BKD, cosine_level(t_B).like(x0_BKD)), t_B)
+
+    def read(self, output_BKD: Tensor, xt_BKD: Tensor, t_B: Tensor) -> LatentPrediction:
+        """What the network's output says of x_t."""
+        xt_BKD = _precise(xt_BKD)
+        return read_prediction(self.target, output_BKD.to(xt_BKD.dtype), xt_BKD, cosine_level(t_B).like(xt_BKD))
+
+    def loss(self, output_BKD: Tensor, noised: NoisedLatent) -> LatentLoss:
+        """The loss of the network's output for `noised`."""
+        with torch.autocast(output_BKD.device.type, enabled=False):
+            x0_BKD, output_BKD = noised.x0_BKD, output_BKD.to(noised.x0_BKD.dtype)
+            said_BKD = self.read(output_BKD, noised.xt_BKD, noised.t_B).x0_BKD
+            cosine_B = F.cosine_similarity(said_BKD, x0_BKD, dim=-1).mean(-1)
+            if self.form == "cosine":
+                loss_B = 1 - cosine_B
+            else:
+                miss = F.huber_loss if self.form == "huber" else F.mse_loss
+                loss_B = miss(output_BKD, self._target(noised), reduction="none").mean((-2, -1))
+                if self.form == "mse_cosine":
+                    loss_B = loss_B + self.cosine_weight * (1 - cosine_B)
+            mse_B = (said_BKD - x0_BKD).detach().square().mean((-2, -1))
+        return LatentLoss(loss_B, mse_B, cosine_B.detach())
+
+    def _target(self, noised: NoisedLatent) -> Tensor:
+        if self.target == "v":
+            return velocity(noised.x0_BKD, noised.eps_BKD, cosine_level(noised.t_B).like(noised.x0_BKD))
+        return noised.x0_BKD if self.target == "x0" else noised.eps_BKD
+
+
+def _precise(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,0 +1,209 @@
+"""Make the latents of a data set's texts once, into a folder that latents=file reads; or check that latents are good.
+
+    python scripts/prepare_latents.py --out latents/imdb --data imdb --encoder lsa --processes 2 model.length=256
+    python scripts/prepare_latents.py --out latents/news --data ag_news --encoder hf latents.name_or_path=FOLDER \\
+        data.long_texts=windows model.length=128
+    python scripts/prepare_latents.py --check --data imdb --encoder lsa model.length=256
+
+Everything else is typed as for main.py: data=, model.length, data.tokenizer_name_or_path, data.long_texts, latents.*. A
+text that data.long_texts=windows cuts into chunks has them all in one split, since texts are split before they are cut.
+Train then with the same data settings: python main.py algo=mmldlm backbone=mmdit ... latents=file latents.path=FOLDER
+
+A start that was killed is gone on with by the same command. The bytes do not depend on --processes.
+--check prints one line of JSON: how often the latent of a text with 20 % of its words dropped is nearest to its own
+among --texts texts (latents=synthetic: with what accuracy a linear map reads each attribute); exit status 1 where that
+is less than 0.9 (0.99).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import multiprocessing
+import os
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+import main as palimpsest  # noqa: E402
+from command_line import clear_errors, compose_config  # noqa: E402
+from dataloader import TextData  # noqa: E402
+from text.latent_attributes import Attributes  # noqa: E402
+from text.latent_gate import LEAST_PROBED, LEAST_RETRIEVED, probe, retrieval  # noqa: E402
+from text.latent_preparing import Plan, Preparation  # noqa: E402
+from text.latent_shards import SPLITS, Shards  # noqa: E402
+from text.tokenizers import encode  # noqa: E402
+
+log = logging.getLogger(__name__)
+
+
+def texts_of(overrides: list[str]) -> TextData:
+    """The data that these arguments of main.py name, with their encoder.
+
+    Raises:
+        ValueError: there is none, or rows are not parts of single texts.
+    """
+    data = palimpsest.Experiment(compose_config(overrides), "scripts/prepare_latents.py").data()
+    if data.latents is None:
+        raise ValueError("--encoder is missing: give lsa, hf, self or synthetic")
+    return data
+
+
+def preparation(typed: argparse.Namespace, data: TextData, parent: int | None = None) -> Preparation:
+    """The work that the command line asks for, with the encoder fitted; of a further process where `parent` started
+    it."""
+    latents = data.latents
+    if isinstance(latents.encoder, Shards):
+        raise ValueError("--encoder=file: those latents are made already; give lsa, hf, self or synthetic")
+    if data.wrap:
+        raise ValueError("data.wrap=true joins texts and cuts them anywhere, so that a row is not of one text; set "
+                         "data.wrap=false, with data.long_texts=windows for the chunks of long ones")  # fmt: skip
+    if latents.encoder.dim is not None:
+        dim = latents.encoder.dim
+        raise ValueError(f"latents.dim={dim}: the folder keeps all numbers of the encoder; set latents.dim=null here, "
+                         f"and latents=file latents.dim={dim} in training")  # fmt: skip
+    unknown = [split for split in typed.splits or () if split not in data.splits]
+    if unknown:
+        raise ValueError(f"--splits: there is no {', '.join(unknown)}; there are {', '.join(data.splits)}")
+    splits = typed.splits or [split for split in SPLITS if split in data.splits]
+    latents.fit_encoder()
+    texts = {split: latents.packed(data.split(split)) for split in splits}
+    rows = {split: [part.fingerprint, part.labels_fingerprint] for split, part in texts.items()}
+    plan = Plan(
+        {**latents.settings, "rows": rows}, {split: len(part) for split, part in texts.items()}, typed.shard_size
+    )
+    orphaned = (lambda: os.getppid() != parent) if parent else (lambda: False)
+    return Preparation(typed.out, plan, texts, latents.encoder, typed.max_skipped, orphaned)
+
+
+def prepare(typed: argparse.Namespace, overrides: list[str]) -> dict[str, object]:
+    """Make the folder; returns what its metadata.json says.
+
+    Raises:
+        ValueError: it can not be made, or a process has failed.
+    """
+    data = texts_of(overrides)
+    work = preparation(typed, data)
+    if work.begin():
+        numbers = work.missing()
+        if typed.processes == 1:
+            work.write(numbers)
+        else:
+            _write_in_processes(typed, overrides)
+        left_out = sum(data.figures[split]["cut"] for split in work.texts)
+        tokenizer = data.tokenizer_settings["name_or_path"]
+        return work.finish({"length": data.length, "tokenizer": tokenizer, "tokens_left_out": left_out})
+    return json.loads((typed.out / "metadata.json").read_text())
+
+
+def _write_in_processes(typed: argparse.Namespace, overrides: list[str]) -> None:
+    context = multiprocessing.get_context("spawn")  # a fork of a process with threads of torch may hang
+    processes = [context.Process(target=_write_share, args=(typed, overrides, number, os.getpid()))
+                 for number in range(typed.processes)]  # fmt: skip
+    for process in processes:
+        process.start()
+    while all(process.exitcode in (None, 0) for process in processes) and any(p.is_alive() for p in processes):
+        time.sleep(0.05)
+    failed = [process.exitcode for process in processes if process.exitcode]
+    for process in processes:
+        if failed:
+            process.terminate()
+        process.join()
+    if failed:
+        raise ValueError(f"a process has ended with status {failed[0]} (above is why, unless it was killed); the same "
+                         "command goes on with what is there")  # fmt: skip
+
+
+def _write_share(typed: argparse.Namespace, overrides: list[str], number: int, parent: int) -> None:
+    _quiet(typed)
+    with clear_errors():
+        work = preparation(typed, texts_of(overrides), parent)
+        work.write([part.number for part in work.plan.parts][number :: typed.processes])
+
+
+def check(typed: argparse.Namespace, overrides: list[str]) -> dict[str, object]:
+    """What --check prints."""
+    data = texts_of(overrides)
+    latents = data.latents
+    held_out = next(split for split in ("validation", "test", "train") if split in data.splits)
+    said = {"check": str(latents.metadata.get("encoder")), "data": data.name, "split": held_out,
+            "shape": list(latents.shape), "length": data.length}  # fmt: skip
+    rows = data.split(held_out)
+    chosen = np.sort(np.random.default_rng(0).permutation(len(rows))[: typed.texts])
+    if isinstance(latents.encoder, Attributes):
+        return {**said, **_probe(typed, data, held_out, chosen)}
+    packing, vocabulary = data.packing(held_out), data.vocabulary
+    head, tail = ([i] if put else [] for i, put in ((vocabulary.bos_id, packing.bos), (vocabulary.eos_id, packing.eos)))
+
+    def standardised(texts: list[str]) -> np.ndarray:
+        ids = [(head + row + tail)[: data.length] for row in encode(data.tokenizer, texts)]
+        parts = [latents.encode(ids[start : start + 1024]) for start in range(0, len(ids), 1024)]
+        return np.concatenate(parts)
+
+    found = retrieval(standardised, latents.packed(rows)[chosen].texts)
+    return {**said, "retrieval_top1": round(found.share, 4), "se": round(found.se, 4), "texts": found.texts,
+            "chance": found.chance, "passed": found.share >= LEAST_RETRIEVED}  # fmt: skip
+
+
+def _probe(typed: argparse.Namespace, data: TextData, held_out: str, chosen: np.ndarray) -> dict[str, object]:
+    encoder, sides = data.latents.encoder, {}
+    for split, rows in (("train", np.arange(min(len(data.split("train")), 4 * typed.texts))), (held_out, chosen)):
+        passages = data.latents.packed(data.split(split))[rows]
+        sides[split] = data.latents.of(split)[rows], encoder.attributes(passages.texts, passages.labels)
+    accuracy = probe(*sides["train"], *sides[held_out])
+    read = (encoder.read(data.latents.restore(sides[held_out][0])) == sides[held_out][1]).mean()
+    return {"probe": dict(zip(encoder.names, (round(a, 4) for a in accuracy), strict=True)), "texts": len(chosen),
+            "decoder": round(float(read), 4), "passed": min(accuracy) >= LEAST_PROBED}  # fmt: skip
+
+
+def _quiet(typed: argparse.Namespace) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    # As many in every process, whatever --processes says: sums over threads differ in their last digits.
+    torch.set_num_threads(typed.threads)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="folder to write, or to go on with")
+    parser.add_argument("--data", help="the same as data=")
+    parser.add_argument("--encoder", help="lsa | hf | self | synthetic: the same as latents=")
+    parser.add_argument("--splits", nargs="+", help="default: those of train, validation, test that there are")
+    parser.add_argument("--shard-size", type=int, default=10_000, help="texts of a shard; a kill costs one at most")
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1, help="of each process")
+    parser.add_argument("--max-skipped", type=int, default=0, help="texts without a latent that are left out, at most")
+    parser.add_argument("--check", action="store_true", help="measure the latents instead of writing them")
+    parser.add_argument("--texts", type=int, default=1000, help="of --check")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for main.py")
+    return parser
+
+
+def main() -> None:
+    typed = _parser().parse_intermixed_args()
+    named = [f"{key}={value}" for key, value in (("data", typed.data), ("latents", typed.encoder)) if value]
+    _quiet(typed)
+    with clear_errors():
+        for key in ("processes", "threads", "shard_size", "texts"):
+            if getattr(typed, key) < 1:
+                raise ValueError(f"--{key.replace('_', '-')}={getattr(typed, key)} must be at least 1")
+        if typed.max_skipped < 0:
+            raise ValueError(f"--max-skipped={typed.max_skipped} must be 0 or more")
+        if typed.check:
+            said = check(typed, [*named, *typed.overrides])
+        elif typed.out is None:
+            raise ValueError("--out is missing: the folder to write")
+        else:
+            said = prepare(typed, [*named, *typed.overrides])
+            said = {key: value for key, value in said.items() if key not in ("mean", "std", "plan")}
+    print(json.dumps(said))
+    sys.exit(0 if said.get("passed", True) else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,396 @@
+"""mode=sample_eval sampling.direction=joint|l2t|t2l|edit: texts from latents, latents from texts, both, texts steered.
+
+Every direction is held against two controls with the same noise: told the latent (or the text) of another row, and told
+nothing. Shape suffixes: B batch, M texts, K latent tokens, D numbers of each.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import lightning
+import numpy as np
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch import Tensor
+
+from diffusion import Diffusion
+from randomness import KeyedNoise
+from reporting.denoising import Sample
+from reporting.report import Report
+from samplers import gaussian, joint
+from samplers.base import Generation, Model, TokenChoice
+from samplers.gaussian import LatentSteps
+from samplers.joint import with_guidance
+from tasks.base import Experiment, write_results
+from tasks.blanks import masked_row, padded, rows_to_fill
+from tasks.direction_report import VARIANTS, agreement_table, examples, figures_of
+from tasks.drawing import Drawing, Drawn, draw_batch, fill_on_all, on_all
+from tasks.latent_measures import Agreement, Reader, agreement, bleu, mean, partners, token_f1
+from tasks.sample_quality import compare, real_texts
+from tasks.watching import Views, Watching, described
+
+DIRECTIONS = ("joint", "l2t", "t2l", "edit")
+JOINT_ORDERS = ("simultaneous", "latent_first")
+
+
+@dataclass(frozen=True)
+class EditRules:
+    """How texts are edited (tasks/editing.py). positions, rate: which tokens, and how many of all. target: what latent
+    a text is to get; alpha: how far towards it; to_class: number or name of the class, None: that behind the text's
+    own. path: points of the way to it that SSS and MTS are measured on.
+
+    Raises:
+        ValueError: a target that is unknown, a way that has no steps, a share outside [0, 1].
+    """
+
+    positions: str = "random"
+    rate: float = 0.3
+    target: str = "shift"
+    alpha: float = 1.0
+    to_class: int | str | None = None
+    path: int = 5
+
+    TARGETS = ("centroid", "shift", "neighbour", "slerp")
+
+    def __post_init__(self) -> None:
+        if self.target not in self.TARGETS:
+            raise ValueError(f"sampling.edit_target={self.target} is unknown; choose one of: {', '.join(self.TARGETS)}")
+        if self.target == "slerp" and not 0 <= self.alpha <= 1:
+            raise ValueError(f"sampling.edit_alpha={self.alpha} is a share of the way for edit_target=slerp, in [0, 1]")
+        if self.path < 2:
+            raise ValueError(f"sampling.edit_path={self.path} must be at least 2, the ends of the way")
+
+
+@dataclass(frozen=True)
+class Directed:
+    """What `sampling` says of directions. steps, choice, noise_removal: of joint_order=simultaneous, where text and
+    latent share a grid; else the sampler's own hold.
+
+    Raises:
+        ValueError: a direction or an order that is unknown, or guidance where nothing is given.
+    """
+
+    direction: str | None = None
+    joint_order: str = "simultaneous"
+    latent: LatentSteps = LatentSteps()
+    steps: int = 128
+    choice: TokenChoice = TokenChoice()
+    noise_removal: bool = True
+    edit: EditRules = field(default_factory=EditRules)
+
+    def __post_init__(self) -> None:
+        for key, value, known in (("direction", self.direction, (None, *DIRECTIONS)),
+                                  ("joint_order", self.joint_order, JOINT_ORDERS)):  # fmt: skip
+            if value not in known:
+                raise ValueError(f"sampling.{key}={value} is unknown; choose one of: {', '.join(filter(None, known))}")
+        if self.direction == "joint" and self.joint_order == "simultaneous" and self.latent.guidance != 1:
+            raise ValueError(f"sampling.guidance={self.latent.guidance} pushes towards what is given, and "
+                             "joint_order=simultaneous gives nothing; use 1, or joint_order=latent_first")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """M rows of a split. names_M: their sample ids, by which their noise is keyed. ids: as packed; rows: as a network
+    sees them, without padding; blanks: the same with every token masked that may be. label_M: None without labels."""
+
+    names_M: np.ndarray
+    ids: list[np.ndarray]
+    rows: list[np.ndarray]
+    blanks: list[np.ndarray]
+    latent_MKD: np.ndarray
+    label_M: np.ndarray | None
+
+
+def choose(data: object, split: str, number: int, seed: int, mask_id: int) -> Chosen:
+    """`number` rows of a split (all, if it has fewer), a random choice that depends on the seed alone."""
+    table = data.split(split)
+    order = KeyedNoise(seed, torch.arange(len(table)), draw=-7).uniform().argsort()
+    some = np.sort(order[:number].numpy())
+    columns = [table[[int(i)]] for i in some]
+    rows = []
+    for column in columns:
+        row = data.collate(column)["input_ids"][0].numpy()
+        rows.append(row if data.fill or data.wrap else row[: int(column["length"][0])])
+    labels = np.asarray(table["label"])[some] if "label" in table.column_names else None
+    blanks = [masked_row(data, column, mask_id, causal=False, lends=True) for column in columns]
+    ids = [np.asarray(column["input_ids"][0]) for column in columns]
+    return Chosen(np.asarray(table["sample_id"])[some], ids, rows, blanks, data.latents.of(split)[some], labels)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What every direction works with."""
+
+    experiment: Experiment
+    directed: Directed
+    trainer: lightning.Trainer
+    diffusion: Diffusion
+    data: object
+    split: str
+    number: int
+    num_shown: int
+    watching: Watching
+
+    @property
+    def seed(self) -> int:
+        return self.experiment.seed
+
+    @property
+    def drawing(self) -> Drawing:
+        """How texts are drawn, with guidance."""
+        drawing = self.experiment.drawing
+        return replace(drawing, sampler=with_guidance(drawing.sampler, self.directed.latent.guidance))
+
+    def chosen(self) -> Chosen:
+        """The rows that are looked at.
+
+        Raises:
+            ValueError: there are fewer than two, so that none has another's latent for a control.
+        """
+        return choose(self.data, self.split, self.number, self.seed, self.diffusion.objective.mask_id)
+
+    def written(
+        self, rows: Sequence[np.ndarray], names_M: np.ndarray, told: Mapping[str, Tensor],
+        changed: Callable[[Model], Model] = lambda model: model, seen: bool = False,
+    ) -> list[Drawn]:  # fmt: skip
+        """Texts of `rows`, their masks filled in. changed: what the sampler is to draw from, of the model. seen:
+        whether these are the texts that are watched being written."""
+        sampler = self.drawing.sampler
+
+        def sample(model: Model, *args: object, **cond: object) -> Generation:
+            return sampler(changed(model), *args, **cond)
+
+        drawing = replace(self.drawing, sampler=sample)
+        return fill_on_all(
+            self.trainer, self.diffusion, self.data, drawing, rows, names_M, self.data.eval_batch_size, self.seed, told,
+            self.watching if seen else None,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a direction found. rows: of samples.jsonl. latent_MKD: those that were drawn, standardised. write: puts it
+    into a report. summary: lines for a terminal. samples: the first texts, with their denoising."""
+
+    title: str
+    results: Mapping[str, object]
+    rows: Sequence[Mapping[str, object]]
+    write: Callable[[Report], None]
+    summary: str
+    latent_MKD: np.ndarray | None = None
+    samples: Sequence[Sample] = ()
+
+
+def hidden(latent_MKD: np.ndarray) -> dict[str, Tensor]:
+    """What a text is told that is told nothing of its latent."""
+    return {"latent": torch.from_numpy(latent_MKD), "latent_t": torch.ones(len(latent_MKD), dtype=torch.float64)}
+
+
+def latents_told(latent_MKD: np.ndarray, partner_M: np.ndarray) -> dict[str, dict[str, Tensor]]:
+    """What each text is told of a latent: the one meant for it, that of its partner, none."""
+    true, other = torch.from_numpy(latent_MKD), torch.from_numpy(latent_MKD[partner_M])
+    return {"true": {"latent": true}, "shuffled": {"latent": other}, "none": hidden(latent_MKD)}
+
+
+def l2t(setting: Setting) -> Outcome:
+    """Texts given true latents, beside those given shuffled ones and none; all held against the latents' own texts."""
+    chosen, reader = setting.chosen(), Reader(setting.data)
+    partner_M = partners(len(chosen.ids), setting.seed)
+    told = latents_told(chosen.latent_MKD, partner_M)
+    drawn = {name: setting.written(chosen.blanks, chosen.names_M, told[name], seen=name == "true")
+             for name in VARIANTS}  # fmt: skip
+    wanted, missing = [reader.content(ids) for ids in chosen.ids], reader.missing
+    names, texts = reader.attribute_names, [reader.text(ids) for ids in chosen.ids]
+    shown_MA = reader.attributes(chosen.ids) if names else None
+    found, results = {}, {}
+    for name, written in drawn.items():
+        ids = [text.ids for text in written]
+        f1 = mean(token_f1([reader.content(row) for row in ids], wanted))
+        results[name] = {"token_f1": f1, "bleu": bleu([reader.text(row) for row in ids], texts)}
+        if not missing:
+            told_of = (names, reader.attributes(ids), shown_MA) if names else None
+            found[name] = agreement(reader.latents(ids), chosen.latent_MKD, told_of)
+            results[name] |= asdict(found[name])
+    spelt = {name: [reader.text(text.ids) for text in written] for name, written in drawn.items()}
+    rows = [{"sample_id": int(chosen.names_M[m]), "reference": texts[m], **{n: spelt[n][m] for n in VARIANTS},
+             "ids": drawn["true"][m].ids, "steps": drawn["true"][m].steps, "evaluations": drawn["true"][m].evaluations}
+            for m in range(len(texts))]  # fmt: skip
+    evaluations = float(np.mean([text.evaluations for text in drawn["true"]]))
+    results = {"texts": len(texts), **results, "encoder_missing": missing or None,
+               "network_evaluations_per_sample": evaluations}  # fmt: skip
+
+    def write(report: Report) -> None:
+        agreement_table(report, found, {"token F1": {n: results[n]["token_f1"] for n in VARIANTS},
+                                        "BLEU": {n: results[n]["bleu"] for n in VARIANTS}}, missing)  # fmt: skip
+        columns = ["the latent's own text", "written from it", "from another's", "from none"]
+        examples(report, columns, [(r["reference"], *(r[n] for n in VARIANTS)) for r in rows[: setting.num_shown]])
+
+    samples = setting.watching.samples(drawn["true"][: setting.num_shown], setting.data.tokenizer)
+    return Outcome("Texts from latents", results, rows, write, figures_of(results, found), samples=samples)
+
+
+def t2l(setting: Setting) -> Outcome:
+    """Latents given texts, beside those given other texts and none; all held against the texts' own latents."""
+    chosen, reader = setting.chosen(), Reader(setting.data)
+    partner_M, how, every_M = (
+        partners(len(chosen.ids), setting.seed),
+        setting.directed.latent,
+        np.arange(len(chosen.ids)),
+    )
+    asked = {"true": (every_M, how), "shuffled": (partner_M, how), "none": (every_M, replace(how, guidance=0.0))}
+    drawn = {name: latents_of(setting, chosen.rows, chosen.blanks, chosen.names_M, *asked[name]) for name in VARIANTS}
+    names = reader.attribute_names
+    told = {name: (names, reader.attributes_of(found), reader.attributes_of(chosen.latent_MKD)) if names else None
+            for name, found in drawn.items()}  # fmt: skip
+    found = {name: agreement(drawn[name], chosen.latent_MKD, told[name]) for name in VARIANTS}
+    rows = [{"sample_id": int(name), "text": reader.text(ids)}
+            for name, ids in zip(chosen.names_M, chosen.ids, strict=True)]  # fmt: skip
+    moments = {name: _moments(setting.data, latent) for name, latent in (("drawn", drawn["true"]),
+                                                                         ("real", chosen.latent_MKD))}  # fmt: skip
+    evaluations = how.steps * (1 if how.guidance in (0, 1) else 2)
+    results = {"texts": len(rows), **{name: asdict(found[name]) for name in VARIANTS}, "moments": moments,
+               "network_evaluations_per_sample": evaluations}  # fmt: skip
+
+    def write(report: Report) -> None:
+        agreement_table(report, found, {}, "")
+        cells = [(side, *values.values()) for side, values in moments.items()]
+        report.table(["latents", *moments["real"]], cells, "Standardised numbers; norms in the encoder's own scale.")
+
+    return Outcome("Latents from texts", results, rows, write, figures_of(results, found), drawn["true"])
+
+
+def latents_of(
+    setting: Setting, rows: Sequence[np.ndarray], blanks: Sequence[np.ndarray], names_M: np.ndarray,
+    text_M: np.ndarray, how: LatentSteps,
+) -> np.ndarray:  # fmt: skip
+    """(M, K, D) latents drawn given the text `rows[text_M[m]]`, under the noise of row m."""
+    model, pad_id = setting.diffusion.model, setting.data.vocabulary.pad_id
+
+    def draw_from(here: slice) -> list[np.ndarray]:
+        device = setting.diffusion.device
+        x_BL, cond = padded([rows[m] for m in text_M[here]], pad_id)
+        hidden_BL, _ = padded([blanks[m] for m in text_M[here]], pad_id)
+        noise = KeyedNoise(setting.seed, torch.from_numpy(names_M[here]).to(device)).part(1)
+        told = {name: value.to(device) for name, value in cond.items()}
+        out = gaussian.sample(model, x_BL.to(device), noise, how, hidden_BL=hidden_BL.to(device), **told)
+        return list(out.latent_BKD.cpu().numpy())
+
+    return np.stack(on_all(setting.trainer, setting.diffusion, draw_from, len(names_M), setting.data.eval_batch_size))
+
+
+def _moments(data: object, latent_MKD: np.ndarray) -> dict[str, float]:
+    norm_M = np.linalg.norm(data.latents.restore(latent_MKD).reshape(len(latent_MKD), -1), axis=1)
+    return {"mean": float(latent_MKD.mean()), "standard deviation": float(latent_MKD.std(axis=0).mean()),
+            "norm": float(norm_M.mean()), "spread of norms": float(norm_M.std())}  # fmt: skip
+
+
+def both(setting: Setting) -> Outcome:
+    """Texts with their latents out of nothing, held against real texts and against each other."""
+    data, reader, seed, directed = setting.data, Reader(setting.data), setting.seed, setting.directed
+    drawing = setting.drawing
+    rows = rows_to_fill(setting.diffusion, data, drawing.given, setting.number, seed)
+    names_M = np.arange(len(rows))
+
+    def draw_from(here: slice) -> list[tuple[Drawn, np.ndarray]]:
+        kept: list[Tensor] = []
+        watch, sampler = setting.watching if here.start == 0 else None, _both(directed, drawing.sampler, kept)
+        drawn = draw_batch(setting.diffusion, data, replace(drawing, sampler=sampler), rows[here], names_M[here], seed,
+                           watch=watch)  # fmt: skip
+        return list(zip(drawn, kept[0].cpu().numpy(), strict=True))
+
+    pairs = on_all(setting.trainer, setting.diffusion, draw_from, len(rows), data.eval_batch_size)
+    drawn, latent_MKD = [text for text, _ in pairs], np.stack([latent for _, latent in pairs])
+    ids = [text.ids for text in drawn]
+    comparison = compare(ids, real_texts(data, setting.split, len(ids), seed), data, None)
+    missing, names, found = reader.missing, reader.attribute_names, dict[str, Agreement]()
+    if not missing:
+        read_MKD, partner_M = reader.latents(ids), partners(len(ids), seed)
+        for name, other_M in (("true", names_M), ("shuffled", partner_M)):
+            wanted = latent_MKD[other_M]
+            told = (names, reader.attributes(ids), reader.attributes_of(wanted)) if names else None
+            found[name] = agreement(read_MKD, wanted, told)
+    evaluations = float(np.mean([text.evaluations for text in drawn]))
+    results = {**comparison.results(), "agreement": {name: asdict(f) for name, f in found.items()},
+               "encoder_missing": missing or None, "network_evaluations_per_sample": evaluations}  # fmt: skip
+    lines = [{"sample": m, "text": reader.text(text.ids), "ids": text.ids, "steps": text.steps,
+              "evaluations": text.evaluations} for m, text in enumerate(drawn)]  # fmt: skip
+
+    def write(report: Report) -> None:
+        comparison.report(report, [])
+        agreement_table(report, found, {}, missing)
+        examples(report, ["texts"], [(line["text"],) for line in lines[: setting.num_shown]])
+
+    return Outcome("Texts with their latents", results, lines, write, f"{comparison}\n{figures_of({}, found)}",
+                   latent_MKD, setting.watching.samples(drawn[: setting.num_shown], data.tokenizer))  # fmt: skip
+
+
+def _both(directed: Directed, sampler: Callable[..., Generation], kept: list[Tensor]) -> Callable[..., Generation]:
+    """A sampler of texts that draws latents too, and leaves them in `kept`."""
+    how = directed.latent
+
+    def simultaneous(model: object, x_BL: Tensor, noise: KeyedNoise, **cond: Tensor) -> Generation:
+        out = joint.sample(
+            model, x_BL, noise, steps=directed.steps, eta=how.eta, choice=directed.choice,
+            noise_removal=directed.noise_removal, **cond,
+        )  # fmt: skip
+        kept.append(out.latent_BKD)
+        return out.text
+
+    def latent_first(model: object, x_BL: Tensor, noise: KeyedNoise, **cond: Tensor) -> Generation:
+        marginal = replace(how, guidance=0.0)
+        drawn = gaussian.sample(model, x_BL, noise.part(1), marginal, hidden_BL=x_BL, **cond)
+        kept.append(drawn.latent_BKD)
+        out = sampler(model, x_BL, noise, **cond, latent=drawn.latent_BKD)
+        return replace(out, evaluations_B=out.evaluations_B + drawn.evaluations_B)
+
+    return simultaneous if directed.joint_order == "simultaneous" else latent_first
+
+
+def sample_direction(
+    experiment: Experiment, directed: Directed, directions: Mapping[str, Callable[[Setting], Outcome]], *,
+    checkpoint_path: str, disable_ema: bool, split: str | None, num_texts: int, num_shown: int, views: Views,
+) -> dict[str, object]:  # fmt: skip
+    """Sample in the direction that is asked for; write samples.jsonl, latents.npy (in the encoder's own scale),
+    results.json, report.html and what `views` asks for below its name.
+
+    Raises:
+        ValueError: there is no split to take texts from.
+    """
+    if split is None:
+        raise ValueError("eval.split=null: a direction takes its texts and latents from a split; choose one")
+    data = experiment.data()
+    diffusion = experiment.trained(data, checkpoint_path, disable_ema).eval()
+    shown, trainer = max(num_shown, 1), experiment.trainer("sample_eval")
+    with views.watcher(shown, diffusion, data, experiment.drawing) as watching:
+        setting = Setting(experiment, directed, trainer, diffusion, data, split, num_texts, shown, watching)
+        outcome = directions[directed.direction](setting)
+    folder = experiment.folder() / "sample_eval" / directed.direction
+    _write_files(folder, outcome, data)
+    known = {**experiment.protocol, **experiment.drawing.protocol, **asdict(directed), "data": data.name,
+             "split": split, "tokenizer": data.vocabulary.fingerprint, "latents": data.latents.metadata}  # fmt: skip
+    write_results(folder, {**outcome.results, "protocol": known, "command": experiment.command})
+    report = Report(outcome.title, f"{data.name}, {split} split", experiment.command, experiment.facts)
+    outcome.write(report)
+    if outcome.samples:
+        report.samples(outcome.samples)
+    report.code(experiment.settings, "configuration")
+    report.write(folder / "report.html")
+    about = f"{directed.direction} · {described(experiment.drawing.protocol)}"
+    seen = views.write(folder, outcome.samples, about, experiment.command) if outcome.samples else []
+    print(f"\n{outcome.summary}")
+    print(folder / "report.html", *seen, sep="\n")
+    return dict(outcome.results)
+
+
+@rank_zero_only
+def _write_files(folder: Path, outcome: Outcome, data: object) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "samples.jsonl").open("w") as file:
+        for row in outcome.rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    if outcome.latent_MKD is not None:
+        np.save(folder / "latents.npy", data.latents.restore(outcome.latent_MKD).astype(np.float32))

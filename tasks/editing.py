@@ -1,0 +1,305 @@
+"""Editing by latents: some tokens of a text are masked and written anew under another latent, the rest stays as it is.
+
+Shape suffixes: M texts, K latent tokens, D numbers of each, C classes, P points of a way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from classification.baselines import Labelled, naive_bayes
+from classification.centroids import Centroids, Nearest, fit_centroids, slerp
+from metrics import Estimate
+from randomness import KeyedNoise
+from reporting.report import Metric, Report
+from samplers.positions import Barred, Selection, select
+from tasks.blanks import padded
+from tasks.direction_report import VARIANTS, cell, examples
+from tasks.directions import Chosen, EditRules, Outcome, Setting, hidden, latents_told
+from tasks.drawing import Drawn, on_all
+from tasks.latent_measures import Reader, Share, cosines, edits, flat, mean, partners, share
+from text.passages import special_ids
+from text.tokenizers import token_strings
+
+_CHUNK = 4096
+_WAY_TEXTS = 64  # SSS and MTS look at so many texts, each at every point of its way
+
+
+def labelled_latents(data: object) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Latents of the train split with their labels, some at a time: ((N, K D), (N,))."""
+    latents, label_M = data.latents.of("train"), np.asarray(data.split("train")["label"])
+    for start in range(0, len(label_M), _CHUNK):
+        rows = np.arange(start, min(start + _CHUNK, len(label_M)))
+        yield flat(latents[rows]), label_M[rows]
+
+
+def new_latents(
+    rules: EditRules, source_MKD: np.ndarray, label_M: np.ndarray, wanted_M: np.ndarray, data: object
+) -> np.ndarray:
+    """(M, K, D) float32: the latent that each text is to get."""
+    source_MF, train = flat(source_MKD), lambda: labelled_latents(data)
+    if rules.target == "neighbour":
+        nearest = Nearest(source_MF, wanted_M)
+        for latent_ND, label_N in train():
+            nearest.see(latent_ND, label_N)
+        found_MF = nearest.found_MD
+    else:
+        found_MF = _by_centroids(rules, source_MF, label_M, wanted_M, fit_centroids(train(), len(data.label_names)))
+    return found_MF.reshape(source_MKD.shape).astype(np.float32)
+
+
+def _by_centroids(
+    rules: EditRules, source_MF: np.ndarray, label_M: np.ndarray, wanted_M: np.ndarray, centroids: Centroids
+) -> np.ndarray:
+    if rules.target == "shift":
+        return source_MF + rules.alpha * (centroids.mean_CD[wanted_M] - centroids.mean_CD[label_M])
+    target_MF = centroids.rescaled_CD[wanted_M]
+    return slerp(source_MF, target_MF, rules.alpha) if rules.target == "slerp" else target_MF
+
+
+def wanted_classes(to_class: int | str | None, label_M: np.ndarray, names: Sequence[str]) -> np.ndarray:
+    """(M,) the class that each text is to get: the one that is named, or that behind its own.
+
+    Raises:
+        ValueError: there is no such class.
+    """
+    if to_class is None:
+        return (label_M + 1) % len(names)
+    known = {**{str(k): k for k in range(len(names))}, **{name: k for k, name in enumerate(names)}}
+    if str(to_class) not in known:
+        raise ValueError(f"sampling.edit_class={to_class} is none of the classes of these texts: {', '.join(names)}")
+    return np.full_like(label_M, known[str(to_class)])
+
+
+@dataclass(frozen=True)
+class Judging:
+    """What says of which class a text is. posterior: token ids -> p(class | text), (M, C); zeros for a text that no
+    class could have. readable: whether it can tell such texts."""
+
+    name: str
+    posterior: Callable[[Sequence[Sequence[int]]], np.ndarray]
+    readable: bool
+
+
+def judging(setting: Setting, reader: Reader) -> Judging:
+    """The corpus's own exact posterior where it has one, else naive Bayes on the training texts."""
+    data, truth = setting.data, setting.experiment.truth
+    if truth is not None:
+
+        def exact(rows: Sequence[Sequence[int]]) -> np.ndarray:
+            return np.nan_to_num(truth.posterior([reader.text(row) for row in rows]))
+
+        return Judging("the corpus's exact posterior", exact, True)
+    train = data.split("train")
+    ids = [np.asarray(reader.content(row)) for row in train["input_ids"]]
+    predict = naive_bayes(Labelled([""] * len(ids), ids, np.asarray(train["label"])), data.vocabulary.size)
+    return Judging("naive Bayes, uni- and bigrams",
+                   lambda rows: predict([np.asarray(reader.content(row)) for row in rows]), False)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Edited:
+    """What an edit amounts to. control: texts that are judged to be of the wanted class. changed: share of a text's
+    tokens that are other ones. distance: of edit, in tokens. unread: share of texts that the judge can not read, None
+    where it can read any. toward: cosine of the edited text's latent with the wanted one, None without an encoder."""
+
+    control: Share
+    changed: Estimate
+    distance: Estimate
+    unread: float | None
+    toward: Estimate | None
+
+
+@dataclass(frozen=True)
+class Way:
+    """Texts at points of the great circle between a text's latent and the wanted one. sss: mean cosine of the latents
+    of neighbouring texts, None without an encoder. mts: share of steps on which p(wanted class) strictly rises."""
+
+    sss: Estimate | None
+    mts: Estimate
+
+
+class Editor:
+    """Edits of some rows, all with the same masks and the same noise, whatever latent they are told."""
+
+    def __init__(self, setting: Setting, chosen: Chosen, target_MKD: np.ndarray) -> None:
+        self.setting, self.chosen, self.target_MKD = setting, chosen, target_MKD
+        eligible = special_ids(setting.data.vocabulary)
+        self.eligible = [(blank != row) & ~np.isin(row, list(eligible))
+                         for blank, row in zip(chosen.blanks, chosen.rows, strict=True)]  # fmt: skip
+        found = on_all(setting.trainer, setting.diffusion, self._select, len(chosen.rows), setting.data.eval_batch_size)
+        self.masked, shares, evaluations = (list(column) for column in zip(*found, strict=True))
+        self.share_M, self.selecting = np.array(shares), float(np.mean(evaluations))
+
+    def _select(self, here: slice) -> list[tuple[np.ndarray, float, int]]:
+        setting, rows, device = self.setting, self.chosen.rows[here], self.setting.diffusion.device
+        rules, chosen = setting.directed.edit, self.chosen
+        x_BL, cond = padded(rows, setting.data.vocabulary.pad_id)
+        may_BL, _ = padded([may.astype(np.int64) for may in self.eligible[here]], 0)
+        noise = KeyedNoise(setting.seed, torch.from_numpy(chosen.names_M[here]).to(device)).part(2)
+        source, target = (torch.from_numpy(z_MKD[here]).to(device) for z_MKD in (chosen.latent_MKD, self.target_MKD))
+        cond = {name: value.to(device) for name, value in cond.items()}
+        found: Selection = select(
+            setting.diffusion.model, x_BL.to(device), may_BL.bool().to(device), noise, positions=rules.positions,
+            rate=rules.rate, source=source, target=target, **cond,
+        )  # fmt: skip
+        masked_BL, share_B, spent_B = found.masked_BL.cpu(), found.share_B.tolist(), found.evaluations_B.tolist()
+        return [(masked_BL[i, : len(row)].numpy(), share_B[i], spent_B[i]) for i, row in enumerate(rows)]
+
+    def write(self, told: Mapping[str, Tensor], some: np.ndarray | None = None, seen: bool = False) -> list[Drawn]:
+        """The texts (or `some` of them), each told what `told` says of it. What is not masked stays; the sampler begins
+        at the time at which the share that is masked is expected."""
+        chosen, some = self.chosen, np.arange(len(self.chosen.rows)) if some is None else some
+        mask_id, schedule = self.setting.diffusion.objective.mask_id, self.setting.diffusion.objective.schedule
+        rows = [np.where(self.masked[m], mask_id, chosen.rows[m]) for m in some]
+        if not any(self.masked[m].any() for m in some):
+            return [_untouched(chosen.ids[m].tolist()) for m in some]
+        special = tuple(sorted(special_ids(self.setting.data.vocabulary)))
+        begin_M = schedule.t_from_alpha(1 - torch.from_numpy(self.share_M[some])).clamp(0.0, 1.0)
+        told = {**told, "begin_B": begin_M}
+        return self.setting.written(rows, chosen.names_M[some], told, lambda model: Barred(model, special), seen)
+
+
+def _untouched(ids: list[int]) -> Drawn:
+    given = len(ids)
+    return Drawn(ids, [0] * given, [1.0] * given, list(range(given)), 0, 0)
+
+
+def edit(setting: Setting) -> Outcome:
+    """Texts written over towards another class, beside the same with the wanted latents shuffled and with none.
+
+    Raises:
+        ValueError: there are no classes to go to.
+    """
+    data, rules, reader = setting.data, setting.directed.edit, Reader(setting.data)
+    if data.label_names is None:
+        raise ValueError(f"sampling.direction=edit takes texts to another class, and those of data={data.name} have "
+                         "none; choose data with labels")  # fmt: skip
+    chosen = setting.chosen()
+    wanted_M, partner_M = (wanted_classes(rules.to_class, chosen.label_M, data.label_names),
+                           partners(len(chosen.ids), setting.seed))  # fmt: skip
+    target_MKD = new_latents(rules, chosen.latent_MKD, chosen.label_M, wanted_M, data)
+    editor, judge = Editor(setting, chosen, target_MKD), judging(setting, reader)
+    told = latents_told(target_MKD, partner_M)
+    drawn = {name: editor.write(told[name], seen=name == "true") for name in VARIANTS}
+    found = {name: _edited(drawn[name], editor, wanted_M, reader, judge) for name in VARIANTS}
+    before = share(judge.posterior(chosen.ids).argmax(1) == wanted_M)
+    some = np.arange(min(_WAY_TEXTS, len(chosen.ids)))
+    ways = {name: _way(name, editor, some, partner_M, wanted_M, reader, judge) for name in VARIANTS}
+    names = data.label_names
+    rows = [{"sample_id": int(chosen.names_M[m]), "class": names[chosen.label_M[m]], "wanted": names[wanted_M[m]],
+             "source": reader.text(chosen.ids[m]), "masked": np.flatnonzero(editor.masked[m]).tolist(),
+             **{name: reader.text(drawn[name][m].ids) for name in VARIANTS}, "ids": drawn["true"][m].ids,
+             "source_ids": chosen.ids[m].tolist()} for m in range(len(chosen.ids))]  # fmt: skip
+    results = {
+        "texts": len(rows), "judge": judge.name, "judged_wanted_before": asdict(before),
+        "masked": mean(editor.share_M), "network_evaluations_for_positions": editor.selecting,
+        "network_evaluations_per_sample": float(np.mean([text.evaluations for text in drawn["true"]])),
+        **{name: {**asdict(found[name]), "way": asdict(ways[name])} for name in VARIANTS}, "way_texts": len(some),
+    }  # fmt: skip
+
+    def write(report: Report) -> None:
+        _report(report, found, ways, before, judge, mean(editor.share_M))
+        shown = [(rows[m]["wanted"], *marked(data.tokenizer, chosen.ids[m], drawn["true"][m].ids),
+                  rows[m]["none"]) for m in range(setting.num_shown)]  # fmt: skip
+        examples(report, ["to be", "source", "edit", "without the latent"], shown)
+
+    written = setting.watching.samples(drawn["true"][: setting.num_shown], data.tokenizer)
+    samples = [replace(sample, title=f"{row['class']} → {row['wanted']} · {len(row['masked'])} tokens written anew")
+               for sample, row in zip(written, rows, strict=False)]  # fmt: skip
+    summary = _summary(found, ways, before, judge)
+    return Outcome("Texts edited by their latents", results, rows, write, summary, samples=samples)
+
+
+def _edited(drawn: Sequence[Drawn], editor: Editor, wanted_M: np.ndarray, reader: Reader, judge: Judging) -> Edited:
+    ids = [text.ids for text in drawn]
+    posterior_MC = judge.posterior(ids)
+    right_M = (posterior_MC.argmax(1) == wanted_M) & (posterior_MC.sum(1) > 0)
+    changed_M = np.array([(old != np.array(new)).sum() / max(may.sum(), 1) for old, new, may in
+                          zip(editor.chosen.ids, ids, editor.eligible, strict=True)])  # fmt: skip
+    old, new = ([reader.content(row) for row in rows] for rows in (editor.chosen.ids, ids))
+    unread = float((posterior_MC.sum(1) == 0).mean()) if judge.readable else None
+    toward = None if reader.missing else mean(cosines(reader.latents(ids), editor.target_MKD))
+    return Edited(share(right_M), mean(changed_M), mean(edits(new, old)), unread, toward)
+
+
+def _way(
+    name: str, editor: Editor, some: np.ndarray, partner_M: np.ndarray, wanted_M: np.ndarray, reader: Reader,
+    judge: Judging,
+) -> Way:  # fmt: skip
+    """Of `some` texts: `name` says whether the way is their own, another text's, or none."""
+    whose_M = partner_M[some] if name == "shuffled" else some
+    ends = [z_MKD[whose_M] for z_MKD in (editor.chosen.latent_MKD, editor.target_MKD)]
+    p_MP, latents = [], []
+    for point in np.linspace(0.0, 1.0, editor.setting.directed.edit.path):
+        latent_MKD = slerp(*(flat(end) for end in ends), point).reshape(ends[0].shape).astype(np.float32)
+        told = hidden(latent_MKD) if name == "none" else {"latent": torch.from_numpy(latent_MKD)}
+        ids = [text.ids for text in editor.write(told, some)]
+        p_MP.append(judge.posterior(ids)[np.arange(len(some)), wanted_M[some]])
+        latents += [] if reader.missing else [reader.latents(ids)]
+    return Way(*smoothness(latents, np.stack(p_MP, axis=1)))
+
+
+def smoothness(latents: Sequence[np.ndarray], p_MP: np.ndarray) -> tuple[Estimate | None, Estimate]:
+    """SSS and MTS of texts along a way. latents: (M, K, D) for each of P points, or none at all. p_MP: p(wanted class).
+    Both are 1 for texts that move nowhere if a step that stays counts as a rise; here it does not."""
+    sss = np.stack([cosines(a, b) for a, b in zip(latents, latents[1:], strict=False)]).mean(0) if latents else None
+    return None if sss is None else mean(sss), mean((np.diff(p_MP, axis=1) > 0).mean(1))
+
+
+# -------------------------------------------------------------------------------- showing
+
+
+def marked(tokenizer: object, source: Sequence[int], edited: Sequence[int]) -> tuple[str, str]:
+    """Both texts, with what differs between ⟦ and ⟧; special tokens left out."""
+    kept = [i for i, token in enumerate(source) if token not in tokenizer.all_special_ids]
+    texts = []
+    for ids, other in ((source, edited), (edited, source)):
+        strings, pieces = token_strings(tokenizer, [int(ids[i]) for i in kept]), []
+        for place, piece in zip(kept, strings, strict=True):
+            word = piece.lstrip()
+            lead = piece[: len(piece) - len(word)]
+            pieces.append(piece if ids[place] == other[place] else f"{lead}⟦{word}⟧")
+        texts.append("".join(pieces))
+    return texts[0], texts[1]
+
+
+_ABOUT = (
+    "Some tokens of each text were masked and written anew, told the latent that the text is to get; the others are "
+    "untouched. Beside it the same masks and noise with the wanted latent of another text, and with none. Control: "
+    "texts judged to be of the wanted class, by {}; {:.1f} % were before. SSS: mean cosine of neighbouring texts on "
+    "the great circle between old and new latent; MTS: share of steps on which p(wanted class) strictly rises. Texts "
+    "that ignore the latent have SSS 1, and MTS 0."
+)
+
+
+def _report(
+    report: Report, found: Mapping[str, Edited], ways: Mapping[str, Way], before: Share, judge: Judging,
+    masked: Estimate,
+) -> None:  # fmt: skip
+    report.section("Editing", _ABOUT.format(judge.name, 100 * before.value))
+    report.metrics([Metric("tokens masked", 100 * masked.value, 100 * masked.se, "%")])
+    rows = [("control, %", *(cell(found[name].control) for name in VARIANTS)),
+            ("tokens changed, share", *(cell(found[name].changed) for name in VARIANTS)),
+            ("edit distance, tokens", *(cell(found[name].distance) for name in VARIANTS)),
+            ("cosine with the wanted latent", *(cell(found[name].toward) for name in VARIANTS)),
+            ("SSS", *(cell(ways[name].sss) for name in VARIANTS)),
+            ("MTS", *(cell(ways[name].mts) for name in VARIANTS))]  # fmt: skip
+    if judge.readable:
+        rows.append(("texts that the corpus could not write, %", *(100 * found[n].unread for n in VARIANTS)))
+    report.table(["told", "the wanted latent", "another text's", "none"], rows)
+
+
+def _summary(found: Mapping[str, Edited], ways: Mapping[str, Way], before: Share, judge: Judging) -> str:
+    lines = [f"judged by {judge.name}: {100 * before.value:.1f} % of the wanted class before"]
+    for name in VARIANTS:
+        one, way = found[name], ways[name]
+        lines.append(f"{name:>9}: control {100 * one.control.value:.1f} % [{100 * one.control.low:.1f}, "
+                     f"{100 * one.control.high:.1f}], tokens changed {one.changed}, edit distance {one.distance}, "
+                     f"toward {one.toward}, SSS {way.sss}, MTS {way.mts}")  # fmt: skip
+    return "\n".join(lines)

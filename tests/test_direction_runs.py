@@ -1,0 +1,120 @@
+"""Directions from the command line to the files: every one runs, edits keep what they may not touch, controls tell."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.commands import refused, run
+from tests.test_configs import TINY
+
+FEW = ["data.max_train_texts=64", "data.max_valid_texts=12", "sampling.steps=3", "sampling.latent_steps=2",
+       "sampling.edit_path=2"]  # fmt: skip
+JOINT = [*TINY, *FEW, "algo=mmldlm", "latents=synthetic", "optim=adamw", "training.ema=0",
+         "lr_scheduler=constant_warmup", "loader.eval_batch_size=8",
+         "callbacks=[]", "~logger", "noise.eps=0"]  # fmt: skip
+SAMPLE = [*JOINT, "mode=sample_eval", "checkpointing.save_dir=run"]
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory) -> Path:
+    """A folder with a run: six steps at a rate that leaves a network which reads its latents, however badly."""
+    folder = tmp_path_factory.mktemp("directions")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        run(*JOINT, "optim.lr=0.03", "trainer.max_steps=6", "checkpointing.save_dir=run")
+        yield folder
+
+
+def samples(here: Path, direction: str) -> list[dict]:
+    return [json.loads(line) for line in (here / "run/sample_eval" / direction / "samples.jsonl").open()]
+
+
+def test_likelihoods_with_true_shuffled_and_no_latents_are_paired(here):
+    found = run(*JOINT, "mode=ppl_eval", "checkpointing.save_dir=run", "eval.target_se=1e-9", "eval.max_draws=4")
+    true, other, none = (found[f"nll_{name}_latents"].value for name in ("true", "shuffled", "no"))
+    assert found["latent_gain"].value == pytest.approx(other - true) and found["latent_gain"].value != 0
+    assert found["latent_gain_over_none"].value == pytest.approx(none - true)
+    assert found["nll_nats_per_token"].value == none  # what is called the likelihood is that of the text alone
+    assert 0 < found["latent_gain"].se < found["nll_true_latents"].se
+
+
+def test_a_network_that_ignores_the_latent_gains_nothing_and_writes_the_same(here):
+    silent = [*JOINT, "optim.lr=0", "trainer.max_steps=1", "checkpointing.save_dir=silent"]
+    run(*silent)
+    found = run(*silent, "mode=ppl_eval")
+    assert found["latent_gain"].value == 0 == found["latent_gain"].se
+    assert found["latent_gain_over_none"].value == 0
+    found = run(*silent, "mode=sample_eval", "sampling.direction=l2t")
+    assert str(found["true"]) == str(found["shuffled"]) == str(found["none"])
+    assert found["true"]["retrieval"][1]["value"] == pytest.approx(found["true"]["retrieval"][1]["chance"])
+
+
+def test_every_direction_writes_what_it_found(here):
+    for direction, more in (("l2t", ["sampling.guidance=2"]), ("t2l", ["sampling.latent_eta=1"]), ("joint", []),
+                            ("joint", ["sampling.joint_order=latent_first"])):  # fmt: skip
+        found = run(*SAMPLE, f"sampling.direction={direction}", *more)
+        folder, rows = here / "run/sample_eval" / direction, samples(here, direction)
+        assert (
+            len(rows) == 8 and (folder / "report.html").exists() and rows[0]["text" if direction != "l2t" else "true"]
+        )
+        known = json.loads((folder / "results.json").read_text())
+        assert known["protocol"]["direction"] == direction and known["protocol"]["latents"]["encoder"] == "synthetic"
+        if direction == "l2t":
+            assert {"token_f1", "bleu", "cosine", "retrieval", "attributes"} <= found["none"].keys()
+        else:
+            latents = np.load(folder / "latents.npy")
+            assert latents.shape[:2] == (8, 1) and latents.dtype == np.float32 and np.isfinite(latents).all()
+        if direction == "t2l":  # as the encoder has them, not standardised: one-hot vectors have a norm
+            assert found["moments"]["real"]["norm"] == pytest.approx(11**0.5, rel=0.1)
+
+
+@pytest.mark.parametrize("target", ["shift", "neighbour"])
+def test_an_edit_touches_nothing_but_its_masks(here, target):
+    ask = [*SAMPLE, "sampling.direction=edit", "sampling.edit_positions=contrast", "sampling.edit_rate=0.4",
+           f"sampling.edit_target={target}"]  # fmt: skip
+    found, rows = run(*ask), samples(here, "edit")
+    for row in rows:
+        old, new = np.array(row["source_ids"]), np.array(row["ids"])
+        kept = ~np.isin(np.arange(len(old)), row["masked"])
+        assert (old[kept] == new[kept]).all() and len(old) == len(new) and kept[0] and kept[-1]
+        assert (old != new).sum() <= len(row["masked"]) <= 0.4 * len(old) and row["class"] != row["wanted"]
+    assert 0 < found["true"]["changed"]["value"] <= found["masked"].value <= 0.4
+    assert {"control", "way", "distance"} <= found["shuffled"].keys() & found["none"].keys()
+    assert found["none"]["way"]["mts"]["value"] == 0 and "exact posterior" in found["judge"]
+    if target == "shift":
+        run(*ask, "loader.eval_batch_size=4", "sampling.num_sample_batches=2")
+        assert [row["ids"] for row in samples(here, "edit")] == [row["ids"] for row in rows]
+
+
+def test_an_edit_of_nothing_is_the_text(here):
+    found = run(*SAMPLE, "sampling.direction=edit", "sampling.edit_rate=0")
+    assert all(row["ids"] == row["source_ids"] for row in samples(here, "edit"))
+    assert found["true"]["changed"]["value"] == 0 == found["true"]["distance"]["value"]
+    assert found["true"]["control"]["value"] == found["judged_wanted_before"]["value"]
+
+
+def test_classes_are_told_by_the_latents_of_texts_too(here):
+    found = run(*JOINT, "mode=classify", "classify.sharing=conditional", "classify.patience=null",
+                "sampling.num_sample_log=0", "classify.num_examples=0", "checkpointing.save_dir=told")  # fmt: skip
+    method = found["methods"]["nearest class centroid of the text's latent"]
+    assert 0 <= method["accuracy"].value <= 1 and method["network_evaluations_per_text"] == 2
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    (["sampling.direction=up"], "sampling.direction=up is unknown"),
+    (["sampling.direction=edit", "sampling.predictor=first_hitting"], "sampling.predictor=ddpm"),
+    (["sampling.direction=joint", "sampling.guidance=2"], "joint_order=latent_first"),
+    (["sampling.direction=edit", "sampling.edit_target=moon"], "sampling.edit_target=moon"),
+    (["sampling.direction=edit", "sampling.edit_class=7"], "sampling.edit_class=7"),
+    (["sampling.direction=edit", "data.label=1"], "data.label=1"),
+    (["sampling.direction=l2t", "eval.split=null"], "eval.split=null"),
+    (["sampling.latent_steps=null"], "sampling.latent_steps=null"),
+    (["sampling.direction=l2t", "algo=mdlm", "latents=none", "backbone=dit"], "add algo=mmldlm"),
+])  # fmt: skip
+def test_what_means_nothing_is_refused(here, arguments, said):
+    plain = [word for word in SAMPLE if not ("algo=mdlm" in arguments and word.startswith(("algo", "latents")))]
+    refused(said, *plain, *arguments)
