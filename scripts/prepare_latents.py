@@ -173,7 +173,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, help="folder to write, or to go on with")
     parser.add_argument("--data", help="the same as data=")
     parser.add_argument("--encoder", help="lsa | hf | self | synthetic: the same as latents=")
-    parser.add_argument("--splits", nargs="+", help="default: those of train, validation, test that there are")
+    parser.add_argument("--splits", type=lambda names: names.split(","), metavar="A,B",
+                        help="default: those of train, validation, test that there are")  # fmt: skip
     parser.add_argument("--shard-size", type=int, default=10_000, help="texts of a shard; a kill costs one at most")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1, help="of each process")
