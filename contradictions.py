@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 def law(cfg: DictConfig) -> str:
     """The objective's name as typed: subs, d3pm, sedd, ar, bd3lm."""
     name = cfg.parameterization._target_.rpartition(".")[2].lower()
-    return {"blockdiffusion": "bd3lm", "jointdiffusion": "mmldlm"}.get(name, name)
+    return "bd3lm" if name == "blockdiffusion" else name
 
 
 def trains(cfg: DictConfig) -> bool:
@@ -94,7 +94,6 @@ def refuse_contradictions(cfg: DictConfig) -> None:
     if cfg.classify.sharing == "conditional":
         _check_conditional(cfg)
     _check_start(cfg)
-    _check_latents(cfg, name)
     _check_blocks(cfg, name)
     if cfg.data.get("fill") and cfg.mode._target_ == "tasks.classify.classify":
         raise ValueError(
@@ -130,17 +129,6 @@ def refuse_contradictions(cfg: DictConfig) -> None:
             f"training.masking={cfg.masking._target_} integrates t out, so that T={cfg.T} and "
             f"training.importance_sampling={training.importance_sampling} have nothing to act on; leave them out"
         )
-
-
-def _check_latents(cfg: DictConfig, name: str) -> None:
-    """Latents and the objective that reads them come together."""
-    if cfg.latents and name != "mmldlm":
-        raise ValueError(
-            f"latents={cfg.latents._target_}: parameterization={name} makes nothing of latents; add "
-            "algo=mmldlm backbone=mmdit, or set latents=none"
-        )
-    if name == "mmldlm" and not cfg.latents:
-        raise ValueError("algo=mmldlm is of texts and their latents; add latents=lsa, synthetic, self, hf or file")
 
 
 def check_schedule(cfg: DictConfig) -> None:

@@ -206,9 +206,8 @@ class Experiment:
         cfg.checkpointing.resume_ckpt_path = str(resumed) if resumed else None
         cfg.eval.checkpoint_path = _of_class(cfg.eval.checkpoint_path, data.label or 0)
         conditional = cfg.classify.sharing == "conditional"
-        told = {"num_classes": len(data.label_names or ())} if conditional else {}
-        told |= {} if data.latents is None else {"latent_shape": data.latents.shape}
-        return instantiate(cfg.backbone, vocab_size=data.vocabulary.size, **told)
+        classes = {"num_classes": len(data.label_names or ())} if conditional else {}
+        return instantiate(cfg.backbone, vocab_size=data.vocabulary.size, **classes)
 
     def trained(self, data: TextData, checkpoint_path: str, disable_ema: bool) -> Diffusion:
         """The model with the weights of `checkpoint_path`, or of this configuration's own last checkpoint if that is

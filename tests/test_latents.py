@@ -184,7 +184,6 @@ def test_identity_and_commands():
         "latents._target_": "text.latent_lsa.LSA", "latents.dim": 32, "latents.tokens": 1, "latents.fit_rows": 100000,
     }  # fmt: skip
     assert "latents.batch_size" not in identity(compose_config(["latents=hf"]))
-    refused("latents=text.latent_lsa.LSA: parameterization=subs makes nothing of latents; add algo=mmldlm", "latents=lsa")
     refused("latents.dim=many must be a whole number", "latents=lsa", "latents.dim=many")
 
 
