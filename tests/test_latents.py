@@ -168,9 +168,10 @@ def test_a_checkpoint_knows_its_latents(tmp_path):
     assert data.latents.facts["shape"] == [1, 32] and data.latents.facts["encoder"] == "unit"
     check_belongs(checkpoint, {}, (), data)
     check_belongs(Checkpoint(tmp_path / "texts_alone.ckpt", {}), {}, (), data)
+    checkpoint.settings = {"latents.dim": 32, "data.name": "x"}
     for wrong in (other, data_with(None, tmp_path)):
-        with pytest.raises(ValueError, match="other latents"):
-            check_belongs(checkpoint, {}, (), wrong)
+        with pytest.raises(ValueError, match="other latents.*differs:\n  latents.dim: there 32, here 16$"):
+            check_belongs(checkpoint, {"latents.dim": 16, "data.name": "x"}, (), wrong)
     moved = {**data.latents.facts, "mean": (data.latents.mean + data.latents.std).tolist()}
     with pytest.raises(ValueError, match="come out otherwise"):
         check_belongs(Checkpoint(tmp_path / "x.ckpt", {}, identity={"latents": moved}), {}, (), data)
