@@ -58,22 +58,22 @@ def check_belongs(checkpoint: Checkpoint, ours: Mapping[str, object], shape: Seq
             f"{theirs.get('data.tokenizer_name_or_path', 'one')} of data={theirs.get('data.name', 'its own')}; "
             "its token ids would mean other words"
         )
-    _check_latents(checkpoint, data.latents)
+    _check_latents(checkpoint, ours, data.latents)
 
 
-def _check_latents(checkpoint: Checkpoint, latents: object | None) -> None:
+def _check_latents(checkpoint: Checkpoint, ours: Mapping[str, object], latents: object | None) -> None:
     """That the data have the latents that the model was trained with, on the same scale. A model of texts alone may be
     given any."""
-    theirs = checkpoint.identity.get("latents")
+    theirs, settings = checkpoint.identity.get("latents"), checkpoint.settings
     if theirs is None:
         return
     if latents is None or latents.fingerprint != theirs["fingerprint"]:
-        ours = "none" if latents is None else latents.facts
-        listing = "".join(f"\n  {key}: there {value}, here {ours[key] if latents else 'none'}" for key, value in
-                          theirs.items() if latents is None or ours.get(key) != value)  # fmt: skip
+        keys = [key for key in sorted({*settings, *ours}) if key.startswith(("latents.", "data."))]
+        differing = [f"{key}: there {settings.get(key)}, here {ours.get(key)}" for key in keys
+                     if settings.get(key) != ours.get(key)]  # fmt: skip
+        listing = "\n  ".join(differing or ["the texts themselves, or what made their latents"])
         raise ValueError(
-            f"{checkpoint.path} was trained with other latents than these; set latents= and what they are fitted on "
-            "(data=, data.max_train_texts, the tokenizer) as they were in training:" + listing[:600]
+            f"{checkpoint.path} was trained with other latents, and would misread these; what differs:\n  {listing}"
         )
     mean, std = (np.asarray(theirs[key]) for key in ("mean", "std"))
     if np.abs(latents.mean - mean).max() > 0.05 * std.min() or not np.allclose(latents.std, std, rtol=0.05):

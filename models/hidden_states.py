@@ -46,7 +46,7 @@ class HiddenStates:
     is handed on. batch_size: rows at once.
     """
 
-    fits, labelled = False, False
+    fits, informed = False, False
 
     def __init__(
         self, checkpoint_path: str | None, dim: int | None = 64, tokens: int = 1, disable_ema: bool = False,

@@ -34,7 +34,7 @@ import torch  # noqa: E402
 import main as palimpsest  # noqa: E402
 from command_line import clear_errors, compose_config  # noqa: E402
 from dataloader import TextData  # noqa: E402
-from text.latent_attributes import Attributes  # noqa: E402
+from text.latent_attributes import Attributes, known_texts  # noqa: E402
 from text.latent_gate import LEAST_PROBED, LEAST_RETRIEVED, probe, retrieval  # noqa: E402
 from text.latent_preparing import Plan, Preparation  # noqa: E402
 from text.latent_shards import SPLITS, Shards  # noqa: E402
@@ -73,8 +73,8 @@ def preparation(typed: argparse.Namespace, data: TextData, parent: int | None = 
         raise ValueError(f"--splits: there is no {', '.join(unknown)}; there are {', '.join(data.splits)}")
     splits = typed.splits or [split for split in SPLITS if split in data.splits]
     latents.fit_encoder()
-    texts = {split: latents.packed(data.split(split)) for split in splits}
-    rows = {split: [part.fingerprint, part.labels_fingerprint] for split, part in texts.items()}
+    texts = {split: latents.packed(split) for split in splits}
+    rows = {split: [part.fingerprint, part.known_fingerprint] for split, part in texts.items()}
     plan = Plan(
         {**latents.settings, "rows": rows}, {split: len(part) for split, part in texts.items()}, typed.shard_size
     )
@@ -146,7 +146,7 @@ def check(typed: argparse.Namespace, overrides: list[str]) -> dict[str, object]:
         parts = [latents.encode(ids[start : start + 1024]) for start in range(0, len(ids), 1024)]
         return np.concatenate(parts)
 
-    found = retrieval(standardised, latents.packed(rows)[chosen].texts)
+    found = retrieval(standardised, latents.packed(held_out)[chosen].texts)
     return {**said, "retrieval_top1": round(found.share, 4), "se": round(found.se, 4), "texts": found.texts,
             "chance": found.chance, "passed": found.share >= LEAST_RETRIEVED}  # fmt: skip
 
@@ -154,8 +154,8 @@ def check(typed: argparse.Namespace, overrides: list[str]) -> dict[str, object]:
 def _probe(typed: argparse.Namespace, data: TextData, held_out: str, chosen: np.ndarray) -> dict[str, object]:
     encoder, sides = data.latents.encoder, {}
     for split, rows in (("train", np.arange(min(len(data.split("train")), 4 * typed.texts))), (held_out, chosen)):
-        passages = data.latents.packed(data.split(split))[rows]
-        sides[split] = data.latents.of(split)[rows], encoder.attributes(passages.texts, passages.labels)
+        passages = data.latents.packed(split)[rows]
+        sides[split] = data.latents.of(split)[rows], encoder.attributes(known_texts(passages), passages.labels)
     accuracy = probe(*sides["train"], *sides[held_out])
     read = (encoder.read(data.latents.restore(sides[held_out][0])) == sides[held_out][1]).mean()
     return {"probe": dict(zip(encoder.names, (round(a, 4) for a in accuracy), strict=True)), "texts": len(chosen),
@@ -173,7 +173,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, help="folder to write, or to go on with")
     parser.add_argument("--data", help="the same as data=")
     parser.add_argument("--encoder", help="lsa | hf | self | synthetic: the same as latents=")
-    parser.add_argument("--splits", nargs="+", help="default: those of train, validation, test that there are")
+    parser.add_argument("--splits", type=lambda names: names.split(","), metavar="A,B",
+                        help="default: those of train, validation, test that there are")  # fmt: skip
     parser.add_argument("--shard-size", type=int, default=10_000, help="texts of a shard; a kill costs one at most")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1, help="of each process")

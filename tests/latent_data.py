@@ -49,7 +49,7 @@ class Unit:
     """An encoder of random directions, a function of the text, norm 1: what sentence encoders give. `broken`: texts
     whose vector comes out as zeros, `refused`: texts that it will not read."""
 
-    fits, labelled, dim, tokens = False, False, None, 1
+    fits, informed, dim, tokens = False, False, None, 1
 
     def __init__(self, width: int = 32, broken: tuple[str, ...] = (), refused: tuple[str, ...] = ()) -> None:
         self.width, self.broken, self.refused, self.calls = width, broken, refused, 0

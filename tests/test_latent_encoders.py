@@ -152,7 +152,7 @@ def test_latents_of_a_pretrained_encoder(bert, tmp_path):
     latent = np.concatenate([batch["latent"] for batch in data.eval_dataloader("train")])
     assert np.abs(latent.mean(0)).max() < 0.02 and np.abs(latent.std(0) - 1).max() < 0.02
     assert data.latents.shape == (2, 2) and latent.shape == (120, 2, 2)
-    assert data.latents.packed(data.split("validation"))[[0]].texts == data.texts("validation")["text"][:1]
+    assert data.latents.packed("validation")[[0]].texts == data.texts("validation")["text"][:1]
 
 
 # -------------------------------------------------------------------------------- self
@@ -165,7 +165,7 @@ def test_latents_of_a_model_of_our_own(tmp_path, monkeypatch):
     path = str(next(tmp_path.rglob("last.ckpt")))
     source = GeneratedReviews(40, 40, 40)
     data = data_with(HiddenStates(path, dim=6, batch_size=7), "cache", source, length=72, insert_train_special=True)
-    rows, encoder = data.latents.packed(data.split("train"))[np.arange(30)], data.latents.encoder
+    rows, encoder = data.latents.packed("train")[np.arange(30)], data.latents.encoder
     together = encoder.encode(rows)
     alone = np.concatenate([encoder.encode(rows.only(number)) for number in range(30)])
     np.testing.assert_allclose(together, alone, atol=1e-5)
@@ -219,7 +219,7 @@ def test_attributes_are_read_off_texts_as_the_grammar_drew_them():
 
 def test_synthetic_latents_say_the_attributes(tmp_path):
     source = GeneratedReviews(300, 60, 1)
-    data = data_with(Attributes(), tmp_path, source, length=72)
+    data = data_with(Attributes(), tmp_path, source, length=72, vocab_size=200)  # some words are unknown to the model
     encoder, latent = data.latents.encoder, data.latents.of("validation")[np.arange(120)]
     assert encoder.width == sum(map(len, ATTRIBUTES.values())) == data.latents.shape[1]
     true = encoder.attributes(data.texts("validation")["text"][:], data.texts("validation")["label"][:])
@@ -229,7 +229,9 @@ def test_synthetic_latents_say_the_attributes(tmp_path):
     noise = data.latents.restore(latent)[:, 0] - composed
     assert noise.std() == pytest.approx(0.05, rel=0.03) and abs(noise.mean()) < 0.002
     np.testing.assert_allclose(composed @ composed.T, (true[:, None] == true[None]).sum(-1), atol=1e-9)  # a rotation
-    again = Attributes().encode(data.latents.packed(data.split("validation"))[np.arange(9)])
+    rows = data.latents.packed("validation")
+    assert any("[UNK]" in text for text in rows[np.arange(9)].texts)
+    again = Attributes().encode(rows[np.arange(9)])
     np.testing.assert_allclose(again, data.latents.restore(latent[:9])[:, 0], atol=1e-6)
     some = Attributes(["verdict_form", "class"], noise=0.0)
     assert some.names == ("verdict_form", "class") and some.width == 5

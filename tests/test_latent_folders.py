@@ -64,7 +64,7 @@ def test_a_text_that_its_tokens_do_not_spell_is_found_by_itself(tmp_path):
     rare = {split: [f"{text} {'xyz'[i % 3]}{i}" for i, text in enumerate(texts)] for split, texts in TEXTS.items()}
     folder = write_folder(tmp_path / "f", vectors(), rare)
     data = data_with(Shards(str(folder)), tmp_path, Given(**rare), vocab_size=20)
-    assert data.latents.packed(data.split("validation"))[[0]].texts[0] != rare["validation"][0]
+    assert data.latents.packed("validation")[[0]].texts[0] != rare["validation"][0]
     assert data.latents.of("validation")[np.arange(20)].shape == (20, 1, 6)
     with pytest.raises(
         ValueError, match="rows of the validation split have no latent"
@@ -108,7 +108,7 @@ def work(out: Path, cache: Path, encoder: object | None = None, source: Given | 
     """A folder to be written, and the data it is of."""
     data = data_with(encoder or LSA(dim=4), cache, source or Given(**TEXTS), insert_train_special=True)
     data.latents.fit_encoder()
-    texts = {split: data.latents.packed(data.split(split)) for split in ("train", "validation")}
+    texts = {split: data.latents.packed(split) for split in ("train", "validation")}
     plan = Plan(data.latents.settings, {split: len(part) for split, part in texts.items()}, shard_size)
     return Preparation(out, plan, texts, data.latents.encoder, **settings), data
 

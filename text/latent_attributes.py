@@ -25,7 +25,7 @@ class Attributes:
     of the text and `seed`, so that a text has one vector. seed: also of the rotation.
     """
 
-    fits, labelled, dim, tokens = False, True, None, 1
+    fits, informed, dim, tokens = False, True, None, 1
 
     def __init__(self, attributes: Sequence[str] | None = None, noise: float = 0.05, seed: int = 0) -> None:
         self.names = tuple(ATTRIBUTES if attributes is None else attributes)
@@ -67,14 +67,15 @@ class Attributes:
         Raises:
             ValueError: a text is none that the grammar can write.
         """
-        attributes_NA = self.attributes(passages.texts, passages.labels)
+        texts = known_texts(passages)
+        attributes_NA = self.attributes(texts, passages.labels)
         unread = np.flatnonzero((attributes_NA == UNREAD).any(1))
         if len(unread):
             missing = [n for n, v in zip(self.names, attributes_NA[unread[0]], strict=True) if v == UNREAD]
             raise ValueError(f"latents=synthetic knows the texts of data=reviews only, one to a row and whole: "
-                             f"{passages.texts[unread[0]]!r:.200} shows no {', '.join(missing)}; choose another "
+                             f"{texts[unread[0]]!r:.200} shows no {', '.join(missing)}; choose another "
                              "latents=")  # fmt: skip
-        noise_NW = np.stack([self._noise(text) for text in passages.texts])
+        noise_NW = np.stack([self._noise(text) for text in texts])
         return (self.compose(attributes_NA) + noise_NW).astype(np.float32)
 
     def fit(self, train: object) -> None:
@@ -109,3 +110,9 @@ class Attributes:
         key = hashlib.blake2b(f"{self.seed}:{text}".encode("utf-8", "surrogatepass"), digest_size=16).digest()
         rng = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
         return self.noise * rng.standard_normal(self.width)
+
+
+def known_texts(passages: Passages) -> list[str]:
+    """The source texts of whole rows, whose words a tokenizer may not know, and what the others spell."""
+    sources = passages.sources or [None] * len(passages)
+    return [spelt if source is None else source for source, spelt in zip(sources, passages.texts, strict=True)]

@@ -42,7 +42,7 @@ class Pretrained:
     once.
     """
 
-    fits, labelled = False, False
+    fits, informed = False, False
 
     def __init__(
         self, name_or_path: str | None, pooling: str | None = None, normalize: bool | None = None,

@@ -27,7 +27,7 @@ class LSA:
     choice that is always the same, idf and directions are taken; all of its rows where it has no more.
     """
 
-    fits, labelled = True, False
+    fits, informed = True, False
 
     def __init__(self, dim: int = 64, tokens: int = 1, fit_rows: int = 100_000) -> None:
         for key, value in (("dim", dim), ("fit_rows", fit_rows)):

@@ -51,7 +51,7 @@ class Shards:
     nothing, and real ones share some short texts.
     """
 
-    labelled = False
+    informed = False
 
     def __init__(self, path: str | None, dim: int | None = None, max_overlap: float = 0.01) -> None:
         if not path:

@@ -26,6 +26,7 @@ from text.latent_shards import Shards
 from text.latent_space import Mapped, Space, Store, faults, fit_space
 from text.packing import Packing
 from text.passages import PackedTexts, Passages, special_ids, trimmed
+from text.sources import Source
 from text.tokenizers import Vocabulary
 
 log = logging.getLogger(__name__)
@@ -34,14 +35,14 @@ _CODE_VERSION = 1  # raise it whenever a change below gives other latents
 
 
 class Encoder(Protocol):
-    """Rows -> vectors. fits: is itself fitted on train. labelled: hangs on the labels of rows that have some. dim: how
+    """Rows -> vectors. fits: is itself fitted on train. informed: is told labels and source texts. dim: how
     many principal components of its vectors are kept, None: all numbers. tokens: K. identity: what its vectors hang on,
     beside what it was fitted on; metadata: the same for people (encoder, pooling, settings). `check` comes first and
     raises ValueError where it can not read rows of such tokens; `fit` sees the train split; `arrays` and `load` keep
     what was fitted."""
 
     fits: bool
-    labelled: bool
+    informed: bool
     dim: int | None
     tokens: int
     identity: Mapping[str, object]
@@ -58,6 +59,8 @@ class Splits(Protocol):
     """What is asked of the data (dataloader.TextData)."""
 
     length: int
+    source: Source
+    train_splits: Sequence[str] | None
     cache_dir: str | Path
     tokenizer: PreTrainedTokenizerBase
     vocabulary: Vocabulary
@@ -90,11 +93,27 @@ class TextLatents:
 
     @cached_property
     def _train(self) -> PackedTexts:
-        return self.packed(self._data.whole_train())
+        return self._packed("train", self._data.whole_train())
 
-    def packed(self, rows: datasets.Dataset) -> PackedTexts:
-        """Packed rows as encoders take them."""
-        return PackedTexts(rows, self._data.tokenizer, self._data.vocabulary)
+    def packed(self, split: str) -> PackedTexts:
+        """The rows of a split as encoders take them."""
+        return self._packed(split, self._data.split(split))
+
+    def _packed(self, split: str, rows: datasets.Dataset) -> PackedTexts:
+        sources, data = None, self._data
+        if self.encoder.informed and data.train_splits is None and not data.packing(split).wrap:
+            texts = data.source.load(split)["text"][:]
+            whole = self._whole(split, rows[:])
+            sources = [
+                texts[int(i)] if all_of_it else None for i, all_of_it in zip(rows["text_id"][:], whole, strict=True)
+            ]
+        return PackedTexts(rows, data.tokenizer, data.vocabulary, sources)
+
+    def _whole(self, split: str, columns: Mapping[str, Any]) -> list[bool]:
+        """Which of these rows are all of their text."""
+        packing, eos_id = self._data.packing(split), self._data.vocabulary.eos_id
+        return [number < 2**32 and (len(ids) < packing.length or (packing.eos and ids[-1] == eos_id))
+                for number, ids in zip(columns["sample_id"], columns["input_ids"], strict=True)]  # fmt: skip
 
     @cached_property
     def settings(self) -> dict[str, object]:
@@ -104,8 +123,8 @@ class TextLatents:
         kept = {"code": _CODE_VERSION, "dim": encoder.dim, "tokens": encoder.tokens, "encoder": encoder.identity}
         if isinstance(encoder, Shards):
             return kept
-        labels = self._train.labels_fingerprint if encoder.labelled else None
-        return {**kept, "train": self._train.fingerprint, "labels": labels,
+        known = self._train.known_fingerprint if encoder.informed else None
+        return {**kept, "train": self._train.fingerprint, "known": known,
                 "tokenizer": self._data.vocabulary.fingerprint}  # fmt: skip
 
     def fit_encoder(self) -> None:
@@ -212,33 +231,29 @@ class TextLatents:
             ValueError: a row has none.
         """
         if split not in self._of:
-            space, rows = self.space, self.packed(self._data.split(split))
+            space, rows = self.space, self.packed(split)
             if isinstance(self.encoder, Shards):
-                store = self.encoder.store(split, rows, partial(self._whole, split), self._data.cache_dir)
+                store = self.encoder.store(split, rows, partial(self._texts_of_whole, split), self._data.cache_dir)
             else:
                 store = self._encoded(rows, f"{split} split")
             self._of[split] = Latents(store, space)
         return self._of[split]
 
-    def _whole(self, split: str, some: np.ndarray) -> dict[int, str]:
+    def _texts_of_whole(self, split: str, some: np.ndarray) -> dict[int, str]:
         """The source texts of those of these rows that are all of a text: row -> text."""
-        rows, packing, eos_id = self._data.split(split), self._data.packing(split), self._data.vocabulary.eos_id
-        if packing.wrap:
+        if self._data.packing(split).wrap:
             return {}
-        columns = rows[some]
-        window = np.asarray(columns["sample_id"]) // 2**32
-        ended = [len(ids) < packing.length or (packing.eos and ids[-1] == eos_id) for ids in columns["input_ids"]]
-        kept = [i for i in range(len(some)) if window[i] == 0 and ended[i]]
-        texts = self._data.texts(split)
+        columns, texts = self._data.split(split)[some], self._data.texts(split)
         place = {int(text_id): number for number, text_id in enumerate(texts["text_id"][:])}
-        column = texts.select_columns("text")
-        return {int(some[i]): column[place[int(columns["text_id"][i])]]["text"] for i in kept}
+        column, whole = texts.select_columns("text"), self._whole(split, columns)
+        return {int(row): column[place[int(text_id)]]["text"] for row, text_id, all_of_it in
+                zip(some, columns["text_id"], whole, strict=True) if all_of_it}  # fmt: skip
 
     def _encoded(self, rows: PackedTexts, name: str) -> Mapped:
         """The vectors of rows, out of the cache or made and put there. Raises ValueError where one fails."""
         settings = {"code": _CODE_VERSION, "encoder": self.encoder.identity, "rows": rows.fingerprint,
                     "train": self._train.fingerprint if self.encoder.fits else None,
-                    "labels": rows.labels_fingerprint if self.encoder.labelled else None,
+                    "known": rows.known_fingerprint if self.encoder.informed else None,
                     "tokenizer": self._data.vocabulary.fingerprint}  # fmt: skip
 
         def build(folder: Path) -> None:

@@ -21,12 +21,14 @@ CHUNK = 1024  # rows that are encoded in one go; what a vector is may hang on it
 
 @dataclass(frozen=True, eq=False)
 class Passages:
-    """Some rows. ids: as a network sees them, without padding. labels: (N,) int64, None where there are none."""
+    """Some rows. ids: as a network sees them, without padding. labels: (N,) int64, None where there are none. sources:
+    the texts that whole rows are of, None for the others, where encoders are told (latents.Encoder)."""
 
     ids: list[np.ndarray]
     labels: np.ndarray | None
     tokenizer: PreTrainedTokenizerBase
     special: Collection[int]
+    sources: Sequence[str | None] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -53,16 +55,21 @@ class Passages:
 
     def only(self, number: int) -> Passages:
         """One of them."""
-        labels = None if self.labels is None else self.labels[number : number + 1]
-        return Passages(self.ids[number : number + 1], labels, self.tokenizer, self.special)
+        one = slice(number, number + 1)
+        labels, sources = (None if known is None else known[one] for known in (self.labels, self.sources))
+        return Passages(self.ids[one], labels, self.tokenizer, self.special, sources)
 
 
 class PackedTexts:
     """The packed rows of a split (text/packing.py), to be read some at a time. A window that holds no more of its text
-    than the end token is read as the window before it: that is what it is the end of."""
+    than the end token is read as the window before it: that is what it is the end of. sources: as in Passages, of all
+    rows."""
 
-    def __init__(self, rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -> None:
-        self.rows, self.tokenizer, self.special = rows, tokenizer, special_ids(vocabulary)
+    def __init__(
+        self, rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary,
+        sources: Sequence[str | None] | None = None,
+    ) -> None:  # fmt: skip
+        self.rows, self.tokenizer, self.special, self.sources = rows, tokenizer, special_ids(vocabulary), sources
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -76,7 +83,8 @@ class PackedTexts:
             before = self.rows[int(numbers[place]) - 1] if numbers[place] else {}
             if "text_id" in columns and before.get("text_id") == columns["text_id"][place]:
                 ids[place] = np.asarray(before["input_ids"])
-        return Passages(ids, labels, self.tokenizer, self.special)
+        sources = None if self.sources is None else [self.sources[i] for i in numbers]
+        return Passages(ids, labels, self.tokenizer, self.special, sources)
 
     def chunks(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, Passages]]:
         """Rows from `start` to `stop`, CHUNK at a time: (number of the first, the rows)."""
@@ -93,11 +101,10 @@ class PackedTexts:
         return digest.hexdigest()
 
     @cached_property
-    def labels_fingerprint(self) -> str | None:
-        """Hex digest of the labels, None where there are none."""
-        if "label" not in self.rows.column_names:
-            return None
-        return texts_fingerprint([np.asarray(self.rows["label"][:], dtype=np.int64).tobytes().hex()])
+    def known_fingerprint(self) -> str:
+        """Hex digest of what is known of the rows beside their tokens: labels and sources."""
+        labels = np.asarray(self.rows["label"][:], dtype=np.int64) if "label" in self.rows.column_names else np.zeros(0)
+        return texts_fingerprint([labels.tobytes().hex(), *(source or "" for source in self.sources or ())])
 
 
 def special_ids(vocabulary: Vocabulary) -> frozenset[int]:
