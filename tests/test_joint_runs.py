@@ -23,8 +23,8 @@ from tests.test_batches import FEW, assert_close_weights
 from tests.test_configs import TINY
 from tests.test_joint import noise
 
-JOINT = [*TINY, *FEW, "algo=mmldlm", "latents=synthetic", "optim=adamw", "trainer.log_every_n_steps=1", "loader.global_batch_size=8",
-         "trainer.val_check_interval=2"]  # fmt: skip
+JOINT = [*TINY, *FEW, "algo=mmldlm", "latents=synthetic", "optim=adamw", "trainer.log_every_n_steps=1",
+         "loader.global_batch_size=8", "trainer.val_check_interval=2"]  # fmt: skip
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_weights_are_float32_whatever_is_computed_in(here, monkeypatch):
 
 
 def test_a_text_only_model_starts_the_text_stream_and_loses_nothing(here, monkeypatch, capsys):
-    alone = ["algo=mdlm", *(word for word in JOINT if word != "algo=mmldlm"), "checkpointing.save_dir=mdlm"]
+    alone = ["algo=mdlm", *(word for word in JOINT if word not in ("algo=mmldlm", "latents=synthetic")), "checkpointing.save_dir=mdlm"]
     with monkeypatch.context() as plain:
         plain.setattr(main, "TextData", LatentText.__base__)
         mdlm = main.Experiment(compose_config([*alone, "optim.lr=0.01", "trainer.max_steps=6"]), "a test")
@@ -181,7 +181,7 @@ def test_what_is_typed_reaches_what_it_is_for():
 
 @pytest.mark.parametrize(("arguments", "said"), [
     (["backbone=dit"], "needs a network that reads texts and latents.*use backbone=mmdit"),
-    (["algo=mdlm"], "latents of texts are for algo=mmldlm, and Subs makes no use"),
+    (["algo=mdlm"], "parameterization=subs makes nothing of latents"),
     (["training.loss_weight=uniform"], "training.loss_weight=uniform means nothing to parameterization=mmldlm"),
     (["training.change_of_variables=true"], "training.change_of_variables=True means nothing"),
     (["training.joint_modes={both: 1}"], "both is unknown"), (["training.joint_modes={l2t: many}"], "l2t=many"),
@@ -200,5 +200,5 @@ def test_what_can_not_be_meant_is_refused_with_the_reason(here, arguments, said)
 
 def test_without_latents_it_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="latents=none; choose latents="):
-        main.run(compose_config(JOINT), "a test")
+    with pytest.raises(ValueError, match="add latents=lsa"):
+        main.run(compose_config([word for word in JOINT if word != "latents=synthetic"]), "a test")
