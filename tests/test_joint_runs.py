@@ -23,8 +23,8 @@ from tests.test_batches import FEW, assert_close_weights
 from tests.test_configs import TINY
 from tests.test_joint import noise
 
-JOINT = [*TINY, *FEW, "algo=mmldlm", "latents=synthetic", "optim=adamw", "trainer.log_every_n_steps=1", "loader.global_batch_size=8",
-         "trainer.val_check_interval=2"]  # fmt: skip
+JOINT = [*TINY, *FEW, "algo=mmldlm", "latents=synthetic", "optim=adamw", "trainer.log_every_n_steps=1",
+         "loader.global_batch_size=8", "trainer.val_check_interval=2"]  # fmt: skip
 
 
 @pytest.fixture
