@@ -132,6 +132,9 @@ def _check_direction(cfg: DictConfig, name: str) -> None:
     if direction == "edit" and cfg.data.label is not None:
         raise ValueError(f"sampling.direction=edit takes texts to another class, and data.label={cfg.data.label} "
                          "leaves one; leave data.label out")  # fmt: skip
+    if direction and cfg.eval.compute_generative_perplexity:
+        raise ValueError("eval.compute_generative_perplexity=true measures free texts; leave out "
+                         f"sampling.direction={direction}, or the perplexity")  # fmt: skip
     at_once = direction == "joint" and cfg.sampling.joint_order == "simultaneous"
     if (direction == "edit" or at_once) and not ancestral:
         why = "begins at texts that are masked in part" if direction == "edit" else "has one grid for text and latent"

@@ -41,7 +41,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
 from text.collate import Collate, Rows, segment_ends
-from text.data_checks import check_names, check_settings
+from text.data_checks import check_settings
 from text.latents import Encoder, RowsWithLatents, TextLatents
 from text.loading import Loading, TimedLoader
 from text.order import evaluation_batches
@@ -128,8 +128,7 @@ class TextData(LightningDataModule):
         self.random_crop, self.train_splits = random_crop, train_splits
         self.tokenizer_settings = {"name_or_path": tokenizer_name_or_path, "folder": tokenizer_folder,
                                    "vocab_size": vocab_size, "cache_dir": cache_dir}  # fmt: skip
-        room = segment_room if segments else None
-        plain = Packing(length, wrap, long_texts=long_texts, drop_empty=drop_empty, room=room)
+        plain = Packing(length, wrap, long_texts, drop_empty=drop_empty, room=segment_room if segments else None)
         self.packings = dict.fromkeys(("validation", "test"), framed(plain, insert_valid_special, insert_valid_eos))
         self.packings["train"] = framed(plain, insert_train_special, insert_train_eos)
         self.limits = {"train": max_train_texts, "validation": max_valid_texts, "test": max_test_texts}
@@ -140,8 +139,7 @@ class TextData(LightningDataModule):
         self.figures, self._splits = dict[str, dict[str, int]](), dict[str, datasets.Dataset]()
         self._resumed, self._streamed = dict[str, Any](), None
         self.latents = None if latents is None else TextLatents(latents, self)
-        check_names({name, *getattr(source, "sources", ())}, train, valid)
-        check_settings(self)
+        check_settings(self, {name, *getattr(source, "sources", ())}, train, valid)
 
     @property
     def prompted(self) -> bool:

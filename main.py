@@ -180,12 +180,9 @@ class Experiment:
     def data(self, label: int | None = None) -> TextData:
         label = self.cfg.data.label if label is None else label
         if label not in self._data:
-            settings = {k: v for k, v in self.cfg.data.items() if k in _TEXT_DATA and k not in ("label", "source")}
-            if is_mlm(self.cfg) and settings.get("score_special") is None:
-                settings["score_special"] = False
             loader, machine = self.cfg.loader, self.machine
             self._data[label] = TextData(
-                instantiate(self.cfg.data.source), label=label, length=self.cfg.model.length, **settings,
+                instantiate(self.cfg.data.source), label=label, length=self.cfg.model.length, **_of_texts(self.cfg),
                 batch_size=machine.micro_batch, eval_batch_size=machine.eval_batch, batch_ramp=machine.ramp,
                 global_batch_size=loader.global_batch_size, max_steps=self.cfg.trainer.max_steps, seed=self.seed,
                 prefix_length=self.cfg.training.prefix_length,
@@ -220,9 +217,8 @@ class Experiment:
         cfg.eval.checkpoint_path = _of_class(cfg.eval.checkpoint_path, data.label or 0)
         conditional = cfg.classify.sharing == "conditional"
         told = {"num_classes": len(data.label_names or ())} if conditional else {}
-        told |= (
-            {} if data.latents is None or "latent_size" not in cfg.backbone else {"latent_shape": data.latents.shape}
-        )
+        if data.latents is not None and "latent_size" in cfg.backbone:
+            told["latent_shape"] = data.latents.shape
         return instantiate(cfg.backbone, vocab_size=data.vocabulary.size, **told)
 
     def trained(self, data: TextData, checkpoint_path: str, disable_ema: bool) -> Diffusion:
@@ -310,6 +306,14 @@ class Experiment:
         )  # fmt: skip
         settings = {k: v for k, v in OmegaConf.to_container(cfg.trainer, resolve=True).items() if k not in _OF_THE_RUN}
         return build_trainer(run, settings)
+
+
+def _of_texts(cfg: DictConfig) -> dict[str, object]:
+    """Settings of the group `data` that a TextData takes."""
+    settings = {k: v for k, v in cfg.data.items() if k in _TEXT_DATA and k not in ("label", "source")}
+    if is_mlm(cfg) and settings.get("score_special") is None:
+        settings["score_special"] = False
+    return settings
 
 
 def _shared_start(cfg: DictConfig, splits: list[str], folder: Place) -> DictConfig:

@@ -49,11 +49,11 @@ def sample(
     if not model.independent_unmasking:
         settings = {"steps": steps, "choice": choice, "noise_removal": noise_removal, "eps": eps}
         return analytic.sample(model, x_BL, generator, **settings, watch=watch, **cond)
-    grid_BS = time_grid(steps, eps, x_BL.device).expand(len(x_BL), -1)
+    grid = time_grid(steps, eps, x_BL.device)  # (S,) for all rows, or (B, S)
     if begin_B is not None:  # from there in as many steps
-        grid_BS = eps + (grid_BS - eps) * (begin_B[:, None].clamp(min=eps) - eps) / (1 - eps)
+        grid = eps + (grid - eps) * (begin_B[:, None].clamp(min=eps) - eps) / (1 - eps)
     page = Page(x_BL, model.mask_id, watch)
-    write_at_BL = unmask_step(generator.uniform(x_BL.shape[1]), model.schedule(grid_BS).alpha)
+    write_at_BL = unmask_step(generator.uniform(x_BL.shape[1]), model.schedule(grid).alpha)
     write_at_BL = write_at_BL.masked_fill(~page.masked_BL, -1)
     u_BL = generator.uniform(x_BL.shape[1])
     busy = set(write_at_BL.unique().tolist())
@@ -62,7 +62,8 @@ def sample(
             continue
         now_BL = write_at_BL == step
         rows_R = now_BL.any(-1).nonzero().squeeze(-1) if skip_idle else torch.arange(len(x_BL), device=x_BL.device)
-        log_p_NV = model.denoise(page.ids_BL[rows_R], grid_BS[rows_R, step], now_BL[rows_R], **rows_of(cond, rows_R))
+        t_R = grid[step].expand(len(rows_R)) if begin_B is None else grid[rows_R, step]
+        log_p_NV = model.denoise(page.ids_BL[rows_R], t_R, now_BL[rows_R], **rows_of(cond, rows_R))
         last = step == steps
         drawn_N = log_p_NV.argmax(-1) if last else choice.draw(log_p_NV, u_BL[now_BL])
         page.write(step + 1, now_BL, drawn_N, log_p_NV)

@@ -53,9 +53,6 @@ def sample_eval(
         key = f"samples_per_prompt={samples_per_prompt}" if number else "num_sample_batches=null"
         raise ValueError(f"sampling.{key} is for texts with prompts, and those of data={data.name} have none")
     if directed.direction:
-        if compute_generative_perplexity:
-            raise ValueError("eval.compute_generative_perplexity=true measures free texts; leave out "
-                             f"sampling.direction={directed.direction}, or the perplexity")  # fmt: skip
         return sample_direction(
             experiment, directed, {"joint": both, "l2t": l2t, "t2l": t2l, "edit": edit},
             checkpoint_path=checkpoint_path, disable_ema=disable_ema, split=split, num_shown=num_shown,

@@ -12,7 +12,8 @@ from tests.commands import refused, run
 from tests.test_configs import TINY
 
 FEW = ["data.max_train_texts=64", "data.max_valid_texts=12", "sampling.steps=3", "sampling.latent_steps=2",
-       "sampling.edit_path=2"]  # fmt: skip
+       "sampling.edit_path=2", "data.source.num_train_per_class=2000", "data.source.num_validation_per_class=20",
+       "data.source.num_test_per_class=20"]  # fmt: skip
 JOINT = [*TINY, *FEW, "algo=mmldlm", "latents=synthetic", "optim=adamw", "training.ema=0",
          "lr_scheduler=constant_warmup", "loader.eval_batch_size=8",
          "callbacks=[]", "~logger", "noise.eps=0"]  # fmt: skip

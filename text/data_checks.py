@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from text.splits import limit_key
 
 
-def check_names(known: Iterable[str | None], train: str | None, valid: str | None) -> None:
+def _check_names(known: Iterable[str | None], train: str | None, valid: str | None) -> None:
     """data.train and data.valid (keys of the reference projects) name the data set, or one of those that it joins;
     other values would do nothing."""
     names = [name for name in known if name is not None]
@@ -17,12 +17,13 @@ def check_names(known: Iterable[str | None], train: str | None, valid: str | Non
                              f"data={value}, or leave {key} as it is ({', '.join(sorted(names))})")  # fmt: skip
 
 
-def check_settings(data: object) -> None:
-    """Refuse what a `dataloader.TextData` can not be, before anything is read.
+def check_settings(data: object, names: Iterable[str | None], train: str | None, valid: str | None) -> None:
+    """Refuse what a `dataloader.TextData` can not be, before anything is read. names, train, valid: of data sets.
 
     Raises:
         ValueError: settings that contradict one another, or mean nothing.
     """
+    _check_names(names, train, valid)
     packing = data.packings["train"]
     if data.random_crop and (not data.wrap or packing.chunk_special):
         raise ValueError("data.random_crop=true cuts stretches out of wrapped text, without a begin or an end; "
