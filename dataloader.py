@@ -128,7 +128,8 @@ class TextData(LightningDataModule):
         self.random_crop, self.train_splits = random_crop, train_splits
         self.tokenizer_settings = {"name_or_path": tokenizer_name_or_path, "folder": tokenizer_folder,
                                    "vocab_size": vocab_size, "cache_dir": cache_dir}  # fmt: skip
-        plain = Packing(length, wrap, long_texts, drop_empty=drop_empty, room=segment_room if segments else None)
+        plain = Packing(length, wrap, long_texts=long_texts, drop_empty=drop_empty,
+                        room=segment_room if segments else None)  # fmt: skip
         self.packings = dict.fromkeys(("validation", "test"), framed(plain, insert_valid_special, insert_valid_eos))
         self.packings["train"] = framed(plain, insert_train_special, insert_train_eos)
         self.limits = {"train": max_train_texts, "validation": max_valid_texts, "test": max_test_texts}

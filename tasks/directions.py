@@ -22,7 +22,7 @@ from randomness import KeyedNoise
 from reporting.denoising import Sample
 from reporting.report import Report
 from samplers import gaussian, joint
-from samplers.base import Generation, Model, TokenChoice
+from samplers.base import Generation, Model, TokenChoice, Watcher
 from samplers.gaussian import LatentSteps
 from samplers.joint import with_guidance
 from tasks.base import Experiment, write_results
@@ -133,7 +133,7 @@ class Setting:
     split: str
     number: int
     num_shown: int
-    watching: Watching
+    watching: Watching | None = None  # of the directions that write texts
 
     @property
     def seed(self) -> int:
@@ -340,11 +340,13 @@ def _both(directed: Directed, sampler: Callable[..., Generation], kept: list[Ten
         kept.append(out.latent_BKD)
         return out.text
 
-    def latent_first(model: object, x_BL: Tensor, noise: KeyedNoise, **cond: Tensor) -> Generation:
+    def latent_first(
+        model: object, x_BL: Tensor, noise: KeyedNoise, watch: Watcher | None = None, **cond: Tensor
+    ) -> Generation:
         marginal = replace(how, guidance=0.0)
         drawn = gaussian.sample(model, x_BL, noise.part(1), marginal, hidden_BL=x_BL, **cond)
         kept.append(drawn.latent_BKD)
-        out = sampler(model, x_BL, noise, **cond, latent=drawn.latent_BKD)
+        out = sampler(model, x_BL, noise, watch=watch, **cond, latent=drawn.latent_BKD)
         return replace(out, evaluations_B=out.evaluations_B + drawn.evaluations_B)
 
     return simultaneous if directed.joint_order == "simultaneous" else latent_first

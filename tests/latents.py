@@ -73,7 +73,7 @@ class _Nothing:
 
 class _WithLatents:
     def __init__(self, plain: Collate) -> None:
-        self.plain, self.frame_ids = plain, plain.frame_ids
+        self.plain, self.frame_ids, self.leading = plain, plain.frame_ids, plain.leading
 
     def __call__(self, columns: dict) -> dict[str, torch.Tensor]:
         return with_latents(self.plain(columns))

@@ -55,7 +55,7 @@ def test_latents_of_train_have_mean_0_and_scale_1(tmp_path, encoder):
     latent = all_latents(data, "train")
     assert latent.dtype == torch.float32 and latent.shape == (120, 1, data.latents.shape[1])
     assert latent.mean(0).abs().max() < 0.02 and (latent.std(0, correction=0) - 1).abs().max() < 0.02
-    raw = data.latents.encoder.encode(data.latents.packed(data.split("train"))[np.arange(120)])
+    raw = data.latents.encoder.encode(data.latents.packed("train")[np.arange(120)])
     np.testing.assert_allclose(data.latents.restore(latent.numpy())[:, 0], raw, atol=1e-6)
     torch.testing.assert_close(data.latents.restore(latent)[:, 0], torch.from_numpy(raw), atol=1e-6, rtol=0)
     np.testing.assert_allclose(data.latents.vectors(latent.numpy()), raw, atol=1e-6)
