@@ -137,9 +137,8 @@ class TextData(LightningDataModule):
         self.batch_size, self.eval_batch_size, self.max_steps = batch_size, eval_batch_size, max_steps
         self.plan, self.global_batch_size = BatchPlan.of(global_batch_size, batch_ramp), global_batch_size
         self._texts = SplitTexts(source, self.limits, streaming, self.stream.sample_texts, label, train_splits)
-        self.figures, self._splits = dict[str, dict[str, int]](), dict[str, datasets.Dataset]()
-        self._resumed, self._streamed = dict[str, Any](), None
-        self.latents = None if latents is None else TextLatents(latents, self)
+        self.figures, self._splits, self._streamed = dict[str, dict[str, int]](), dict[str, datasets.Dataset](), None
+        self._resumed, self.latents = dict[str, Any](), None if latents is None else TextLatents(latents, self)
         check_settings(self, {name, *getattr(source, "sources", ())}, train, valid)
 
     @property
