@@ -18,7 +18,7 @@ import glob
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Protocol
 
@@ -362,8 +362,13 @@ class GeneratedReviews:
     def load(self, split: str) -> datasets.Dataset:
         """The split's rows. Raises ValueError for a split that does not exist."""
         check_split(split, self.splits)
-        rows = reviews.generate_split(split, self.sizes[split], self.seed)
-        return text_rows(rows["text"], rows["label"])
+        return _generated(split, self.sizes[split], self.seed)
+
+
+@lru_cache(maxsize=8)  # half a second for each of many readers
+def _generated(split: str, num_texts_per_class: int, seed: int) -> datasets.Dataset:
+    rows = reviews.generate_split(split, num_texts_per_class, seed)
+    return text_rows(rows["text"], rows["label"])
 
 
 def _detokenized(batch: dict[str, list], *, name: str, version: int, column: str) -> dict[str, list]:
