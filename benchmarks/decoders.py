@@ -1,8 +1,9 @@
 """One network, many decoders: what each one's texts are worth under a scorer, how diverse they are, what they cost.
 
 Generative perplexity alone says nothing, since repetition lowers it: read it beside the entropy, distinct-n and the
-last line, which is of as many real texts. Drawn texts are kept below --output, so that another scorer, or an
-interrupted table, draws nothing again.
+last lines, which are of as many real texts and of as many with their tokens drawn one by one from the training texts'
+frequencies (behind sampling.prefix, where one is given). Drawn texts are kept below --output, so that another scorer,
+or an interrupted table, draws nothing again.
 
     python benchmarks/decoders.py --checkpoint outputs/reviews/micro-0123abcd/checkpoints/last.ckpt
     DATA_DIR=/path/to/data python benchmarks/decoders.py --checkpoint last.ckpt --scorer gpt2 data=wikitext2 model=tiny
@@ -17,6 +18,8 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import main as palimpsest  # noqa: E402
@@ -25,9 +28,11 @@ from command_line import compose_config  # noqa: E402
 from contradictions import law, refuse_contradictions  # noqa: E402
 from metrics import Estimate  # noqa: E402
 from number_checks import check_numbers  # noqa: E402
+from tasks.base import token_counts  # noqa: E402
 from tasks.drawing import draw  # noqa: E402
 from tasks.generative_perplexity import CausalScorer  # noqa: E402
-from tasks.sample_quality import Quality, measure, real_texts  # noqa: E402
+from tasks.sample_quality import measure, real_texts  # noqa: E402
+from text.tokenizers import decode  # noqa: E402
 
 UNMASK = {
     "random": "sampling.order=random",
@@ -72,7 +77,7 @@ class Table:
     """Draws with one network and keeps what it drew. texts: how many of each decoder."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.overrides, self.folder, self.texts = args.overrides, args.output, args.texts
+        self.overrides, self.folder, self.texts, self.show = args.overrides, args.output, args.texts, args.show
         self.experiment = self._experiment([])
         self.data = self.experiment.data()
         self.network = self.experiment.trained(self.data, args.checkpoint, disable_ema=False)
@@ -93,7 +98,7 @@ class Table:
         """ids, evaluations and seconds per text of a decoder, from the last time if it was drawn before."""
         drawing, source = self._experiment(how).drawing, self.network.provenance
         weights = [str(Path(source.checkpoint).resolve()), source.steps]
-        key = [dict(drawing.protocol), self.texts, self.experiment.seed, self.data.name, self.data.length, *weights]
+        key = [2, dict(drawing.protocol), self.texts, self.experiment.seed, self.data.name, self.data.length, *weights]
         file = self.folder / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]}.json"
         if file.exists():
             return json.loads(file.read_text())
@@ -102,21 +107,35 @@ class Table:
         start = time.perf_counter()
         texts = draw(self.network, self.data, drawing, self.texts, size, self.experiment.seed)
         kept = {"name": name, "key": key, "batch": size, "ids": [text.ids for text in texts],
+                "written": [[step > 0 for step in text.steps] for text in texts],
                 "evaluations": sum(text.evaluations for text in texts) / len(texts),
                 "seconds": (time.perf_counter() - start) / len(texts)}  # fmt: skip
         self.folder.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(kept))
         return kept
 
-    def row(self, name: str, quality: Quality, evaluations: float | None, seconds: float | None) -> dict[str, object]:
-        """Prints a line; returns it for the JSON."""
+    def row(
+        self, name: str, rows: list[list[int]], evaluations: float | None = None, seconds: float | None = None
+    ) -> dict[str, object]:
+        """Prints a line, and the first texts if they are asked for; returns the line for the JSON."""
+        quality = measure(rows, self.data, self.scorer)
         columns = {"generative_perplexity": quality.likelihood.perplexity,
                    "unigram_entropy_nats": quality.diversity.unigram_entropy,
                    **{f"distinct_{n}": share for n, share in quality.diversity.distinct.items()}}  # fmt: skip
         cost = "" if evaluations is None else f"{evaluations:8.1f} evaluations {seconds:8.3f} s a text"
         print(f"{name:46} " + " ".join(_shown(value) for value in columns.values()) + f" {cost}", flush=True)
+        for ids in rows[: self.show]:
+            print(f"    {decode(self.data.tokenizer, ids, skip_special=True)}", flush=True)
         known = {key: {"value": value.value, "se": value.se} for key, value in columns.items()}
         return {"decoder": name, **known, "network_evaluations": evaluations, "seconds_per_text": seconds}
+
+    def unigrams(self, like: dict[str, object]) -> list[list[int]]:
+        """The texts `like` with every token that was not given drawn from the frequencies of the training texts."""
+        counts_V = token_counts(self.data)[0]
+        rng, p_V = np.random.default_rng(self.experiment.seed), counts_V / counts_V.sum()
+        drawn = [rng.choice(len(p_V), len(ids), p=p_V).tolist() for ids in like["ids"]]
+        return [[new if written else old for old, new, written in zip(*text, strict=True)]
+                for text in zip(like["ids"], drawn, like["written"], strict=True)]  # fmt: skip
 
 
 def _shown(value: Estimate) -> str:
@@ -132,6 +151,7 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=64)
     parser.add_argument("--steps", default="16,64", help="budgets")
     parser.add_argument("--only", default="", help="decoders whose name has this in it")
+    parser.add_argument("--show", type=int, default=0, help="so many texts of each")
     parser.add_argument("--output", type=Path, default=Path("outputs/decoders"))
     parser.add_argument("overrides", nargs="*", help="the configuration that the checkpoint belongs to")
     args = parser.parse_intermixed_args()
@@ -143,11 +163,11 @@ def main() -> None:
     print(f"{'':46} {'perplexity':19} {'entropy, nats':19} {'distinct-1':19} {'distinct-2':19} {'distinct-3':19}")
     for name, how in wanted.items():
         kept = table.drawn(name, how)
-        quality = measure(kept["ids"], table.data, table.scorer)
-        rows.append({**table.row(name, quality, kept["evaluations"], kept["seconds"]), "overrides": how})
+        rows.append({**table.row(name, kept["ids"], kept["evaluations"], kept["seconds"]), "overrides": how})
+    rows.append(table.row("unigrams", table.unigrams(kept)))
     real = real_texts(table.data, "validation", args.texts, table.experiment.seed)
     if real.rows:
-        rows.append(table.row("real texts", measure(real.rows, table.data, table.scorer), None, None))
+        rows.append(table.row("real texts", real.rows))
     print(json.dumps({"benchmark": "decoders", "checkpoint": args.checkpoint, "texts": args.texts,
                       "overrides": args.overrides, "scorer": table.scorer.protocol, "real_missing": real.missing,
                       "device": str(table.network.device), "table": rows}))  # fmt: skip
