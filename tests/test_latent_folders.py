@@ -18,7 +18,7 @@ import pytest
 from scripts import prepare_latents
 from tests.latent_data import Given, Unit, data_with, some_texts, write_folder
 from text.latent_lsa import LSA
-from text.latent_preparing import Plan, Preparation
+from text.latent_preparing import Plan, Preparation, whole_file
 from text.latent_shards import Shards
 
 TEXTS = {"train": some_texts(50, 0), "validation": some_texts(20, 1)}
@@ -161,6 +161,19 @@ def test_two_processes_and_a_kill_make_the_same_bytes_as_one(tmp_path):
     assert (tmp_path / "killed" / "latent_shards" / "shard_0000.npy").stat().st_mtime_ns == kept, "made once"
     with pytest.raises(ValueError, match="holds latents of other texts, or by other settings"):
         work(tmp_path / "one", tmp_path, LSA(dim=5))[0].begin()
+
+
+def test_a_file_is_there_when_all_of_it_is(tmp_path):
+    path = tmp_path / "latents.npy"
+    with pytest.raises(KeyboardInterrupt), whole_file(path) as file:
+        file.write(b"half of")
+        file.flush()
+        raise KeyboardInterrupt
+    assert not path.exists()
+    with whole_file(path) as file:
+        file.write(b"all of it")
+        assert not path.exists()
+    assert path.read_bytes() == b"all of it"
 
 
 def test_what_was_prepared_is_what_is_computed(tmp_path):
