@@ -28,6 +28,7 @@ come; there a checkpoint also holds where the corpus is being read.
 
 import logging
 from collections.abc import Iterable, Sequence
+from copy import copy
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -43,6 +44,7 @@ from text.collate import Collate, Rows, segment_ends
 from text.loading import Loading, TimedLoader
 from text.order import evaluation_batches
 from text.packing import Packing, check_prompts, framed, pack
+from text.rows import text_rows
 from text.sources import Source
 from text.splits import SplitTexts, limit_key
 from text.stream import BatchPlan, PositionBatchSampler, TrainingStream, batch_arithmetic, consumed_before
@@ -184,6 +186,21 @@ class TextData(LightningDataModule):
         if name not in self._splits:
             self._splits[name] = self._pack(name, self.packing(name))
         return self._splits[name]
+
+    def also(self, split: str, texts: Sequence[str]) -> TextData:
+        """These data with a further split of texts from elsewhere, of no known class (label -1), as those of the test
+        split become rows; nothing of them is kept on disk.
+
+        Raises ValueError for texts that do not go together with these settings, and where texts have prompts.
+        """
+        if self.prompted:
+            raise ValueError(f"the texts of data={self.name} have prompts, and texts from elsewhere have none")
+        other, rows = copy(self), text_rows(texts, [-1] * len(texts))
+        rows = rows.add_column("text_id", np.arange(len(rows)))
+        packed, figures = pack(rows, self.tokenizer, self.vocabulary, self.packing(split), None, split)
+        _report(split, figures, None if self.wrap else self.length)
+        other.figures, other._splits = {**self.figures, split: figures}, {**self._splits, split: packed}
+        return other
 
     def _pack(self, name: str, packing: Packing) -> datasets.Dataset:
         texts = self.texts(name)

@@ -74,6 +74,11 @@ class Template:
                 "them a number of tokens, such as {{12}}"
             )
 
+    @classmethod
+    def of(cls, text: str, max_length: int | None = None) -> Template:
+        """A text with a gap is a template, one without is how texts begin."""
+        return cls(template=text, max_length=max_length) if _GAP.search(text) else cls(text or None, None, max_length)
+
     def ids(self, tokenizer: object, mask_id: int) -> list[int]:
         """Token ids of what is given, `mask_id` in the gaps, ROOM once for one that stretches; empty if nothing is."""
         if self.prefix:
