@@ -32,7 +32,7 @@ from copy import copy
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import datasets
 import numpy as np
@@ -187,7 +187,7 @@ class TextData(LightningDataModule):
             self._splits[name] = self._pack(name, self.packing(name))
         return self._splits[name]
 
-    def also(self, split: str, texts: Sequence[str]) -> TextData:
+    def also(self, split: str, texts: Sequence[str]) -> Self:
         """These data with a further split of texts from elsewhere, of no known class (label -1), as those of the test
         split become rows; nothing of them is kept on disk.
 

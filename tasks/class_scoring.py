@@ -174,7 +174,8 @@ def score_classes(
 ) -> ClassScores:  # fmt: skip
     """Measure every text of `split` (a text's windows together) under every class.
 
-    trainer: title -> Trainer, for a round of draws. watch: is shown after each round what was measured so far. Raises ValueError where the draws do not fit the estimator.
+    trainer: title -> Trainer, for a round of draws. watch: is shown after each round what was measured so far. Raises
+    ValueError where the draws do not fit the estimator.
     """
     model = hypotheses[0].diffusion.model
     estimator = for_comparison(estimator, model)
@@ -185,7 +186,7 @@ def score_classes(
     racing_M = np.ones(len(text_id_M), dtype=bool)
     nats, rates, tokens_M, evaluations_M = [], [], None, np.zeros(len(text_id_M), dtype=int)
     start, done = time.perf_counter(), 0
-    for look in [race.num_draws] if exact else race.looks(passes, watch is not None):
+    for look in [race.num_draws] if exact else race.looks(passes, watch is not None and estimator.in_parts):
         title = f"score {racing_M.sum():,} of {len(racing_M):,} texts, evaluations {done + 1}–{look}"
         scorer, round_trainer = ClassScorer(hypotheses, estimator, seed, race, range(done, look)), trainer(title)
         loader = data.eval_dataloader(split, np.flatnonzero(racing_M[text_R]), round_trainer)

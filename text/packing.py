@@ -81,8 +81,8 @@ def pack(
     cache_dir: str | Path | None, name: str = "these texts",
 ) -> tuple[datasets.Dataset, dict[str, int]]:  # fmt: skip
     """The packed split of `rows` (columns text, text_id, label?, ends?), read from the cache or built into it (None: in
-    memory, kept nowhere), and figures: texts, rows, tokens, empty, long (texts cut, windowed or dropped), cut (tokens left out), unknown
-    (unknown tokens).
+    memory, kept nowhere), and figures: texts, rows, tokens, empty, long (texts cut, windowed or dropped), cut (tokens
+    left out), unknown (unknown tokens).
 
     `name` says in messages which split it is. Raises ValueError for empty or over-long texts (as `packing`
     says), for a tokenizer without the begin or end token that is needed, for too little text to fill one
