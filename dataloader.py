@@ -32,7 +32,7 @@ from copy import copy
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import datasets
 import numpy as np
@@ -187,21 +187,6 @@ class TextData(LightningDataModule):
             self._splits[name] = self._pack(name, self.packing(name))
         return self._splits[name]
 
-    def also(self, split: str, texts: Sequence[str]) -> Self:
-        """These data with a further split of texts from elsewhere, of no known class (label -1), as those of the test
-        split become rows; nothing of them is kept on disk.
-
-        Raises ValueError for texts that do not go together with these settings, and where texts have prompts.
-        """
-        if self.prompted:
-            raise ValueError(f"the texts of data={self.name} have prompts, and texts from elsewhere have none")
-        other, rows = copy(self), text_rows(texts, [-1] * len(texts))
-        rows = rows.add_column("text_id", np.arange(len(rows)))
-        packed, figures = pack(rows, self.tokenizer, self.vocabulary, self.packing(split), None, split)
-        _report(split, figures, None if self.wrap else self.length)
-        other.figures, other._splits = {**self.figures, split: figures}, {**self._splits, split: packed}
-        return other
-
     def _pack(self, name: str, packing: Packing) -> datasets.Dataset:
         texts = self.texts(name)
         if self.wrap and self.label is None and "label" in texts.column_names:
@@ -312,6 +297,22 @@ class TextData(LightningDataModule):
             raise ValueError(f"data.streaming={now} (of all texts), but the run to be resumed was begun with {was}; "
                              f"resume it with that, or start a new run")  # fmt: skip
         return consumed_before(self._resumed, self._order)
+
+
+def with_texts(data: TextData, split: str, texts: Sequence[str]) -> TextData:
+    """`data` with a further split of texts from elsewhere, of no known class (label -1), as those of the test split
+    become rows; nothing of them is kept on disk.
+
+    Raises ValueError for texts that do not go together with these settings, and where texts have prompts.
+    """
+    if data.prompted:
+        raise ValueError(f"the texts of data={data.name} have prompts, and texts from elsewhere have none")
+    other, rows = copy(data), text_rows(texts, [-1] * len(texts))
+    rows = rows.add_column("text_id", np.arange(len(rows)))
+    packed, figures = pack(rows, data.tokenizer, data.vocabulary, data.packing(split), None, split)
+    _report(split, figures, None if data.wrap else data.length)
+    other.figures, other._splits = {**data.figures, split: figures}, {**data._splits, split: packed}
+    return other
 
 
 def _report(name: str, figures: dict[str, int], longest: int | None) -> None:
