@@ -23,7 +23,7 @@ from diffusion import Diffusion
 from objectives.base import scored_mask
 from randomness import KeyedNoise
 from samplers.base import Frame, Watcher
-from text.tokenizers import decode, encode
+from text.tokenizers import decode, encode, encode_after
 
 # What stands for masks in a template: [MASK] for one, {{12}} for twelve, {{...}} for as many as there is room for.
 _GAP = re.compile(r" ?(?:\[MASK\]|\{\{(\d+|…|\.\.\.)\}\})")
@@ -94,6 +94,8 @@ class Template:
 def _pieces(tokenizer: object, text: str) -> list[int]:
     if tokenizer.unk_token_id in encode(tokenizer, [" "])[0]:  # a tokenizer of words has no token for a space
         text = text.strip()
+        if text and not text[0].isalnum():  # a full stop stands behind what fills the gap, without a space
+            return encode_after(tokenizer, [text])[0]
     return encode(tokenizer, [text])[0] if text else []
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("app", "objectives", "samplers", "estimators", "tasks", "models", "text", "callbacks", "classification", "reporting",
-         "engine")  # fmt: skip
+ROOMS = ("objectives", "samplers", "estimators", "tasks", "models", "text", "callbacks", "classification", "reporting",
+         "engine", "app")  # fmt: skip
 SHARED = {"randomness", "metrics"}  # numbers and their errors: they import nothing of ours
 MAY_IMPORT = {
     "randomness": set(),
