@@ -170,7 +170,7 @@ def test_a_refusal_is_text():
 
 
 # ------------------------------------------------------------------------------------------------------- in a browser
-@pytest.fixture(scope="module")
+@pytest.fixture
 def served(trained):
     """The address of a page that is served by a process of its own."""
     pytest.importorskip("gradio", reason="needs gradio: pip install gradio")
@@ -185,13 +185,13 @@ def served(trained):
         process.wait(20)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def asked() -> list[str]:
     """Addresses that the browser has asked for."""
     return []
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def window(served, asked):
     """The page, in a browser."""
     api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
@@ -225,7 +225,7 @@ def written(window) -> str:
     return window.input_value("#plain textarea")
 
 
-def test_a_text_is_written_before_ones_eyes_and_played(window):
+def a_text_is_written_before_ones_eyes_and_played(window):
     write(window, "The  plot is", "slow", steps="8")
     window.wait_for_selector("#page .page .m")
     assert window.inner_text("#page .page .g >> nth=0") == "The" and "masks left" in window.inner_text("#written-said")
@@ -242,7 +242,7 @@ def test_a_text_is_written_before_ones_eyes_and_played(window):
     assert height > 150, "the frame is as high as what it frames"
 
 
-def test_what_is_refused_is_said_and_the_page_goes_on(window):
+def what_is_refused_is_said_and_the_page_goes_on(window):
     write(window, "The [MASK] is {{3}} .", "full", temperature="-1")
     message = window.wait_for_selector("#written-said [role=alert]").inner_text()
     assert message.startswith("sampling.temperature=-1") and "must be 0 or more" in message
@@ -254,7 +254,7 @@ def test_what_is_refused_is_said_and_the_page_goes_on(window):
     assert "[MASK]" not in " ".join(texts) and "▢" not in " ".join(texts)
 
 
-def test_writing_can_be_stopped(window):
+def writing_can_be_stopped(window):
     write(window, "The plot", "very slow", texts="1", steps="8")
     window.wait_for_selector("#page .page .m")
     window.click("#stop-writing")
@@ -262,7 +262,7 @@ def test_writing_can_be_stopped(window):
     assert window.is_enabled("#write") and window.locator("#page .page .m").count() > 0
 
 
-def test_a_text_is_classified_with_evidence(window):
+def a_text_is_classified_with_evidence(window):
     window.get_by_role("tab", name="Classify").click()
     window.fill("#classified textarea", "the plot is dull and I truly loved the acting .")
     window.fill("#draws input", "8")
@@ -280,7 +280,7 @@ def test_a_text_is_classified_with_evidence(window):
     window.wait_for_selector("#classified-said [role=alert]:has-text('classify.confidence=0.2')")
 
 
-def test_only_this_machine_can_reach_it_and_the_browser_reaches_nothing_else(served, window, asked):
+def only_this_machine_can_reach_it_and_the_browser_reaches_nothing_else(served, window, asked):
     port = int(served.rpartition(":")[2])
     heard = [line.split()[1] for name in ("tcp", "tcp6") if (table := Path("/proc/net") / name).exists()
              for line in table.read_text().splitlines()[1:] if line.split()[3] == "0A"]  # fmt: skip
@@ -289,3 +289,12 @@ def test_only_this_machine_can_reach_it_and_the_browser_reaches_nothing_else(ser
     assert "default-src 'self'" in window.request.get(served).headers["content-security-policy"]
     other = window.request.get(served, headers={"Host": "somewhere.example"})
     assert other.status == 400, "a name that points here is none of ours"
+
+
+def test_the_page(served, window, asked):
+    """One page for all, since it takes its time to come up."""
+    a_text_is_written_before_ones_eyes_and_played(window)
+    what_is_refused_is_said_and_the_page_goes_on(window)
+    writing_can_be_stopped(window)
+    a_text_is_classified_with_evidence(window)
+    only_this_machine_can_reach_it_and_the_browser_reaches_nothing_else(served, window, asked)
