@@ -29,6 +29,7 @@ come; there a checkpoint also holds where the corpus is being read.
 
 import logging
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -46,6 +47,7 @@ from text.latents import Encoder, RowsWithLatents, TextLatents
 from text.loading import Loading, TimedLoader
 from text.order import evaluation_batches
 from text.packing import Packing, check_prompts, framed, pack
+from text.rows import text_rows
 from text.sources import Source
 from text.splits import SplitTexts
 from text.stream import BatchPlan, PositionBatchSampler, TrainingStream, batch_arithmetic, consumed_before
@@ -316,6 +318,22 @@ def _collate(data: TextData) -> Collate:
     pad_id = vocabulary.eos_id if data.fill else vocabulary.pad_id
     room = data.packings["train"].room
     return Collate(data.length, pad_id, frame, bool(data.fill), data.segments, room, prefix, vocabulary.bos_id)
+
+
+def with_texts(data: TextData, split: str, texts: Sequence[str]) -> TextData:
+    """`data` with a further split of texts from elsewhere, of no known class (label -1), as those of the test split
+    become rows; nothing of them is kept on disk.
+
+    Raises ValueError for texts that do not go together with these settings, and where texts have prompts.
+    """
+    if data.prompted:
+        raise ValueError(f"the texts of data={data.name} have prompts, and texts from elsewhere have none")
+    other, rows = copy(data), text_rows(texts, [-1] * len(texts))
+    rows = rows.add_column("text_id", np.arange(len(rows)))
+    packed, figures = pack(rows, data.tokenizer, data.vocabulary, data.packing(split), None, split)
+    _report(split, figures, None if data.wrap else data.length)
+    other.figures, other._splits = {**data.figures, split: figures}, {**data._splits, split: packed}
+    return other
 
 
 def _report(name: str, figures: dict[str, int], longest: int | None) -> None:

@@ -1,6 +1,6 @@
 """Bayes' rule: what the classes are worth before a text is read, and after.
 
-Shape suffixes: M texts, C classes.
+Shape suffixes: M texts, C classes, K draws.
 """
 
 from __future__ import annotations
@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.special import softmax
+from scipy.special import expit, logsumexp, softmax
 
 _SUM_TOLERANCE = 1e-6
+_Z95 = 1.959963984540054
 
 
 def log_prior(prior: str | Sequence[float], label_counts_C: np.ndarray) -> np.ndarray:
@@ -54,3 +55,26 @@ def log_prior(prior: str | Sequence[float], label_counts_C: np.ndarray) -> np.nd
 def posterior(log_p_MC: np.ndarray, log_prior_C: np.ndarray) -> np.ndarray:
     """p(class | text) (M, C) from log p(text | class) and log p(class), both in nats."""
     return softmax(log_p_MC + log_prior_C, axis=1)
+
+
+def posterior_interval(nats_CK: np.ndarray, log_prior_C: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Ends of the 95 % interval that the draws leave for p(class | text) of one text, each (C,).
+
+    nats_CK: estimates of -log p(text | class), draw k of every class with the same masks, as in `racing.certainty`. The
+    interval is one of the log-odds of a class against all others, whose error is that of their linearisation in the
+    log-likelihoods; of two classes it is the Monte Carlo error of their difference. From a single draw: 0 and 1.
+    """
+    nats_CK = nats_CK[:, np.isfinite(nats_CK).all(axis=0)]
+    num_classes, num_draws = nats_CK.shape
+    if num_draws < 2:
+        return np.zeros(num_classes), np.ones(num_classes)
+    joint_C = log_prior_C - nats_CK.mean(axis=1)
+    low_C, high_C = np.empty(num_classes), np.empty(num_classes)
+    for k in range(num_classes):
+        others = np.arange(num_classes) != k
+        share_O = softmax(joint_C[others])
+        odds = joint_C[k] - logsumexp(joint_C[others])
+        draws_K = share_O @ nats_CK[others] - nats_CK[k]
+        half = _Z95 * draws_K.std(ddof=1) / np.sqrt(num_draws)
+        low_C[k], high_C[k] = expit(odds - half), expit(odds + half)
+    return low_C, high_C

@@ -116,10 +116,14 @@ def write_denoising(
 ) -> None:
     """`denoising.html`: the texts with a player of their denoising, in one file that opens from disk, loads nothing and
     shows the final texts where no script runs."""
-    page = render(
-        "denoising.html.j2", title=title, subtitle=inline(subtitle), command=command, block=samples_block(samples)
-    )
-    write_whole(path, encoded(page))
+    write_whole(path, encoded(denoising_page(samples, title, subtitle, command)))
+
+
+def denoising_page(samples: Sequence[Sample], title: str = "", subtitle: str = "", command: str = "") -> str:
+    """The same as HTML. Without a title it is to be framed by another page: texts and player alone, which wait at the
+    end."""
+    block = samples_block(samples)
+    return render("denoising.html.j2", title=title, subtitle=inline(subtitle), command=command, block=block)
 
 
 def _window(sample: Sample) -> int:

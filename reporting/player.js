@@ -2,6 +2,7 @@
 // step can be shown at once, forwards and backwards.
 const still = matchMedia('(prefers-reduced-motion: reduce)').matches;
 const whole = document.body.hasAttribute('data-player');  // the page is a player: it has the keys, and starts by itself
+const waits = still || document.body.dataset.player === 'still';  // or waits at the end, having been watched already
 const speeds = [0.125, 0.25, 0.5, 1, 2, 4, 8, 16];
 const percent = share => `${(100 * share).toFixed(share > 0 && share < 0.01 ? 1 : 0)} %`;
 const pen = document.createElement('canvas').getContext('2d');
@@ -206,4 +207,4 @@ document.addEventListener('pointerdown', event => {
 });
 const asked = /^#step=(\d+)$/.exec(location.hash);
 if (asked) for (const one of players) one.go(Number(asked[1]));
-else if (whole && players.length && !still) players[0].play();
+else if (whole && players.length && !waits) players[0].play();

@@ -26,6 +26,7 @@ _BLANK = {"", "–", "—", "-"}
 class Report:
     """Collects sections of numbers, tables, figures and samples, and writes them as one HTML page.
 
+    Without a title it is to be framed by another page: the sections alone.
     `facts` is a small table of what was run (data, tokenizer, model size, seed, device, wall time, ...).
     Texts are plain: they are escaped, blank lines separate paragraphs, and `backticks` set code.
     Figures are rendered when added, so the caller may let go of them. `write` may be called repeatedly.

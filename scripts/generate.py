@@ -73,12 +73,7 @@ def arguments(args: argparse.Namespace) -> list[str]:
         FileNotFoundError: there is no checkpoint.
     """
     path = checkpoint_path(args.checkpoint)
-    known = read_settings(path, "--checkpoint").identity
-    if "configuration" not in known:
-        raise ValueError(
-            f"--checkpoint {path} does not carry the configuration of its training, as ours do; say it: python main.py "
-            f"mode=sample_eval eval.checkpoint_path={path} data=... model=... parameterization=... backbone=..."
-        )
+    known = carried(path)
     configuration = known["configuration"]
     asked = {
         "mode": "sample_eval", "eval.checkpoint_path": str(path), "checkpointing.save_dir": args.out,
@@ -101,6 +96,21 @@ def arguments(args: argparse.Namespace) -> list[str]:
     ours = [*overrides(configuration),
             *(f"{key}={value if key in texts else quoted(value)}" for key, value in asked.items())]  # fmt: skip
     return [*(said for said in ours if said.partition("=")[0].lstrip("+") not in own), *args.overrides]
+
+
+def carried(path: object) -> dict[str, object]:
+    """What a checkpoint says of its training: `configuration`, `label` and `tokenizer`.
+
+    Raises:
+        ValueError: it says nothing.
+    """
+    known = read_settings(path, "--checkpoint").identity
+    if "configuration" not in known:
+        raise ValueError(
+            f"--checkpoint {path} does not carry the configuration of its training, as ours do; say it: python main.py "
+            f"mode=sample_eval eval.checkpoint_path={path} data=... model=... parameterization=... backbone=..."
+        )
+    return known
 
 
 def quoted(value: object) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 from diffusion import Diffusion
 from objectives.base import scored_mask
 from randomness import KeyedNoise
-from text.tokenizers import encode
+from text.tokenizers import encode, encode_after
 
 # What stands for masks in a template: [MASK] for one, {{12}} for twelve, {{...}} for as many as there is room for.
 _GAP = re.compile(r" ?(?:\[MASK\]|\{\{(\d+|…|\.\.\.)\}\})")
@@ -55,6 +55,11 @@ class Template:
                 "them a number of tokens, such as {{12}}"
             )
 
+    @classmethod
+    def of(cls, text: str, max_length: int | None = None) -> Template:
+        """A text with a gap is a template, one without is how texts begin."""
+        return cls(template=text, max_length=max_length) if _GAP.search(text) else cls(text or None, None, max_length)
+
     def ids(self, tokenizer: object, mask_id: int) -> list[int]:
         """Token ids of what is given, `mask_id` in the gaps, ROOM once for one that stretches; empty if nothing is."""
         if self.prefix:
@@ -70,6 +75,8 @@ class Template:
 def _pieces(tokenizer: object, text: str) -> list[int]:
     if tokenizer.unk_token_id in encode(tokenizer, [" "])[0]:  # a tokenizer of words has no token for a space
         text = text.strip()
+        if text and not text[0].isalnum():  # a full stop stands behind what fills the gap, without a space
+            return encode_after(tokenizer, [text])[0]
     return encode(tokenizer, [text])[0] if text else []
 
 

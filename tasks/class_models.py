@@ -45,13 +45,20 @@ def class_models(experiment: Experiment, data: object, checkpoint_path: str, dis
     if checkpoint_path and experiment.conditional == ("{label}" in checkpoint_path):
         raise ValueError(_wrong_number(checkpoint_path, experiment.conditional, len(classes)))
     if experiment.conditional:
-        diffusion = experiment.trained(data, checkpoint_path or str(fit(experiment)), disable_ema)
-        return [Hypothesis(diffusion, label) for label in classes]
-    paths = [checkpoint_path or str(fit(experiment, label)) for label in classes]
-    return [
-        Hypothesis(experiment.trained(experiment.data(label), path, disable_ema))
-        for label, path in zip(classes, paths, strict=True)
-    ]
+        return told_the_class(experiment, data, checkpoint_path or str(fit(experiment)), disable_ema)
+    return one_per_class(experiment, [checkpoint_path or str(fit(experiment, label)) for label in classes], disable_ema)
+
+
+def one_per_class(experiment: Experiment, paths: Sequence[str], disable_ema: bool) -> list[Hypothesis]:
+    """One hypothesis per class from the model of each, at `paths` in the order of the classes."""
+    return [Hypothesis(experiment.trained(experiment.data(label), path, disable_ema))
+            for label, path in enumerate(paths)]  # fmt: skip
+
+
+def told_the_class(experiment: Experiment, data: object, path: str, disable_ema: bool) -> list[Hypothesis]:
+    """One hypothesis per class from the one model at `path`, which is told it."""
+    diffusion = experiment.trained(data, path, disable_ema)
+    return [Hypothesis(diffusion, label) for label in range(len(data.label_names))]
 
 
 def _wrong_number(checkpoint_path: str, conditional: bool, num_classes: int) -> str:

@@ -57,10 +57,10 @@ class Race:
                 "hangs on the number of draws; set classify.confidence=1 or another eval.estimator"
             )
 
-    def looks(self, passes: int) -> list[int]:
+    def looks(self, passes: int, watched: bool = False) -> list[int]:
         """After how many evaluations it is decided who goes on; whole draws of `passes` evaluations, the last is
-        `num_draws`."""
-        if self.confidence == 1:
+        `num_draws`. watched: also where nothing is to be decided, for somebody looks on."""
+        if self.confidence == 1 and not watched:
             return [self.num_draws]
         whole = [look for look in _LOOKS if look % passes == 0 and look < self.num_draws]
         return [*whole, self.num_draws]
@@ -170,10 +170,12 @@ class ClassScorer(lightning.LightningModule):
 def score_classes(
     trainer: Callable[[str], lightning.Trainer], hypotheses: Sequence[Hypothesis], data: object, split: str,
     estimator: Estimator, race: Race, seed: int, log_prior_C: np.ndarray,
+    watch: Callable[[ClassScores], None] | None = None,
 ) -> ClassScores:  # fmt: skip
     """Measure every text of `split` (a text's windows together) under every class.
 
-    trainer: title -> Trainer, for a round of draws. Raises ValueError where the draws do not fit the estimator.
+    trainer: title -> Trainer, for a round of draws. watch: is shown after each round what was measured so far. Raises
+    ValueError where the draws do not fit the estimator.
     """
     model = hypotheses[0].diffusion.model
     estimator = for_comparison(estimator, model)
@@ -184,7 +186,7 @@ def score_classes(
     racing_M = np.ones(len(text_id_M), dtype=bool)
     nats, rates, tokens_M, evaluations_M = [], [], None, np.zeros(len(text_id_M), dtype=int)
     start, done = time.perf_counter(), 0
-    for look in [race.num_draws] if exact else race.looks(passes):
+    for look in [race.num_draws] if exact else race.looks(passes, watch is not None and estimator.in_parts):
         title = f"score {racing_M.sum():,} of {len(racing_M):,} texts, evaluations {done + 1}–{look}"
         scorer, round_trainer = ClassScorer(hypotheses, estimator, seed, race, range(done, look)), trainer(title)
         loader = data.eval_dataloader(split, np.flatnonzero(racing_M[text_R]), round_trainer)
@@ -202,17 +204,18 @@ def score_classes(
             new[~racing_M] = np.nan
             gathered.append(new)
         done = look
+        scores = ClassScores(
+            text_id_M, np.asarray(rows["label"])[first_M], np.concatenate(nats, axis=2), np.concatenate(rates, axis=1),
+            passes if not exact else 1, tokens_M, evaluations_M, time.perf_counter() - start, estimator.kind,
+            estimator.label(model, race.num_draws), exact,
+        )  # fmt: skip
+        if watch is not None:
+            watch(scores)
         if look < race.num_draws and not exact:
-            so_far = np.concatenate(nats, axis=2)
-            so_far = so_far.reshape(*so_far.shape[:2], -1, passes).mean(-1)
-            racing_M = still_racing(so_far, log_prior_C, race.confidence, tokens_M)
+            racing_M = still_racing(scores.nats_MCK, log_prior_C, race.confidence, tokens_M)
         if not racing_M.any():
             break
-    return ClassScores(
-        text_id_M, np.asarray(rows["label"])[first_M], np.concatenate(nats, axis=2), np.concatenate(rates, axis=1),
-        passes if not exact else 1, tokens_M, evaluations_M, time.perf_counter() - start, estimator.kind,
-        estimator.label(model, race.num_draws), exact,
-    )  # fmt: skip
+    return scores
 
 
 def _by_text(

@@ -104,12 +104,7 @@ def classify(
 def _labelled(experiment: Experiment, split: str) -> object:
     """The data, with every split that will be read already read."""
     data = experiment.data()
-    if data.label_names is None or len(data.label_names) < 2:
-        raise ValueError(f"mode=classify needs labelled data with two classes or more; data={data.name} has none")
-    if data.label is not None:
-        raise ValueError(f"mode=classify scores every class: leave out data.label={data.label}")
-    if data.wrap:
-        raise ValueError("mode=classify needs one text per row (or window): set data.wrap=false")
+    check_classes(data)
     if split not in data.splits:
         raise ValueError(f"classify.split={split} is none of the splits of data={data.name}: {', '.join(data.splits)}")
     for name in ("train", "validation", split):
@@ -118,6 +113,16 @@ def _labelled(experiment: Experiment, split: str) -> object:
         for name in ("train", "validation"):
             experiment.data(label).texts(name)  # refuses a class without texts
     return data
+
+
+def check_classes(data: object) -> None:
+    """Raises ValueError for data whose texts can not be classified."""
+    if data.label_names is None or len(data.label_names) < 2:
+        raise ValueError(f"mode=classify needs labelled data with two classes or more; data={data.name} has none")
+    if data.label is not None:
+        raise ValueError(f"mode=classify scores every class: leave out data.label={data.label}")
+    if data.wrap:
+        raise ValueError("mode=classify needs one text per row (or window): set data.wrap=false")
 
 
 def _method(name: str, posterior_MC: np.ndarray, scores: ClassScores, network: bool = True) -> Method:

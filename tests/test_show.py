@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 
 from samplers.base import Frame
+from tasks.standing import Standing
 from tasks.watching import Recorder, Show, Views, Watching, described
 
 MASK = 9
@@ -56,7 +57,7 @@ def watched(walk: list[Frame], terminal: bool = True, **settings: object) -> tup
     """The display after `walk`, and all that it wrote."""
     colours = "truecolor" if terminal else None
     console = Console(file=io.StringIO(), force_terminal=terminal, width=80, height=24, color_system=colours)
-    with Show(Words(), MASK, 2, 0.0, console=console, **settings) as show:
+    with Show(Standing(Words(), MASK, 2, **settings), 0.0, console) as show:
         for one in walk:
             show(one)
     return show, console.file.getvalue()
@@ -64,12 +65,12 @@ def watched(walk: list[Frame], terminal: bool = True, **settings: object) -> tup
 
 def plain(show: Show) -> str:
     """The first text."""
-    return show._text(show._rows[0]).plain
+    return show._text(show.texts.rows[0]).plain
 
 
 def styles(show: Show) -> dict[str, str]:
     """How each word of the first text looks."""
-    text = show._text(show._rows[0])
+    text = show._text(show.texts.rows[0])
     return {text.plain[span.start : span.end].strip(): str(span.style) for span in text.spans}
 
 
@@ -135,7 +136,7 @@ def test_a_step_takes_its_time_and_pictures_are_not_too_many(monkeypatch):
 
     def pictures(delay: float) -> int:
         console = Console(file=io.StringIO(), force_terminal=True, width=80, height=24)
-        with Show(Words(), MASK, 1, delay, console=console) as show:
+        with Show(Standing(Words(), MASK, 1), delay, console) as show:
             drawn = []
             show.picture = lambda whole=False, made=show.picture: drawn.append(clock[0]) or made(whole)
             for step in range(40):

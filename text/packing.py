@@ -12,6 +12,7 @@ left out.
 """
 
 import itertools
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -77,11 +78,11 @@ def framed(packing: Packing, special: bool, eos: bool) -> Packing:
 
 def pack(
     rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary, packing: Packing,
-    cache_dir: str | Path, name: str = "these texts",
+    cache_dir: str | Path | None, name: str = "these texts",
 ) -> tuple[datasets.Dataset, dict[str, int]]:  # fmt: skip
-    """The packed split of `rows` (columns text, text_id, label?, ends?), read from the cache or built into it, and
-    figures: texts, rows, tokens, empty, long (texts cut, windowed or dropped), cut (tokens left out), unknown
-    (unknown tokens).
+    """The packed split of `rows` (columns text, text_id, label?, ends?), read from the cache or built into it (None: in
+    memory, kept nowhere), and figures: texts, rows, tokens, empty, long (texts cut, windowed or dropped), cut (tokens
+    left out), unknown (unknown tokens).
 
     `name` says in messages which split it is. Raises ValueError for empty or over-long texts (as `packing`
     says), for a tokenizer without the begin or end token that is needed, for too little text to fill one
@@ -91,6 +92,11 @@ def pack(
     has_label, has_parts = "label" in rows.column_names, "ends" in rows.column_names
     if has_parts:
         check_prompts(packing, name)
+    if cache_dir is None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "rows.arrow"
+            figures = _write(path, rows, tokenizer, vocabulary, packing, name)
+            return datasets.Dataset.from_file(str(path), in_memory=True).with_format("numpy"), figures
     settings = {
         "code": _CODE_VERSION, "texts": texts_fingerprint(_each_text(rows)), "tokenizer": vocabulary.fingerprint,
         "text_id": _digest(rows, "text_id"), "label": _digest(rows, "label") if has_label else None,

@@ -1,0 +1,59 @@
+"""A page in the browser: type a beginning or a template and watch it being written; classify a text.
+
+python -m app                                                      the runs of ./outputs, the newest chosen
+python -m app --checkpoint outputs/reviews/micro-0123abcd          a run, or all runs of a folder; may be repeated
+python -m app --checkpoint last.ckpt --port 7861 data.cache_dir=/scratch
+
+It is served to this machine alone. What it has no option for is typed as for main.py: key=value.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import logging
+import os
+import sys
+import tomllib
+import warnings
+from pathlib import Path
+
+import command_line
+
+_PROJECT = Path(__file__).parents[1] / "pyproject.toml"
+PORT = 7860
+
+
+def parser() -> argparse.ArgumentParser:
+    """What can be typed."""
+    out = argparse.ArgumentParser(
+        prog="python -m app", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    out.add_argument("--checkpoint", action="append", default=[], metavar="PATH",
+                     help="a .ckpt file of a training here, or a folder with runs; may be repeated")  # fmt: skip
+    out.add_argument("--port", type=int, default=PORT, help=f"of 127.0.0.1 ({PORT}); 0: any that is free")
+    out.add_argument("overrides", nargs="*", metavar="key=value", help="anything else that main.py takes")
+    return out
+
+
+def main() -> None:
+    args = parser().parse_intermixed_args()
+    if importlib.util.find_spec("gradio") is None:
+        needed = " ".join(tomllib.loads(_PROJECT.read_text())["project"]["optional-dependencies"]["app"])
+        sys.exit(f"error: python -m app needs gradio, which is not installed here: pip install {needed}")
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    from app.page import page  # late: gradio may be missing, and reads the environment
+    from app.runs import find
+    from app.server import HOST, listen, serve
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="lightning")
+    with command_line.clear_errors():
+        listening = listen(args.port)
+        blocks = page(find(args.checkpoint), args.overrides)
+    print(f"http://{HOST}:{listening.getsockname()[1]}   (Ctrl-C ends it)", flush=True)
+    serve(blocks, listening)
+
+
+if __name__ == "__main__":
+    main()

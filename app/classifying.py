@@ -1,0 +1,104 @@
+"""A text for the page, classified: by the scorer of mode=classify, watched while it draws, with what its words say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from app.job import warnings
+from app.networks import Judges, Networks
+from app.runs import Classifier
+from classification.bayes import log_prior, posterior, posterior_interval
+from dataloader import with_texts
+from estimators.nelbo import comparison_noising
+from reporting.formatting import format_measurement
+from reporting.report import Report
+from reporting.verdict import Share, verdict
+from tasks.class_scoring import ClassScores, Race, score_classes
+from tasks.evidence import shown_evidence, token_evidence
+
+_SPLIT = "the text"  # its name among the splits
+
+
+@dataclass(frozen=True)
+class Question:
+    """A text, and how to judge it: as the keys of `classify` and `seed`."""
+
+    text: str
+    num_draws: int
+    confidence: float
+    prior: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Judged:
+    """How a text is judged so far, as HTML, and, in the end, the page that shows what its words say."""
+
+    html: str
+    evidence: str = ""
+    warnings: tuple[str, ...] = ()
+
+
+def classify(networks: Networks, classifier: Classifier, question: Question, show: Callable[..., None]) -> Judged:
+    """p(class | text), and `show` what is known of it after each round of draws.
+
+    Raises:
+        ValueError: as main.py would refuse it.
+    """
+    with warnings() as heard:
+        race = Race(question.num_draws, question.confidence)
+        judges = networks.judges(classifier, {"seed": question.seed})
+        experiment, hypotheses = judges.experiment, judges.hypotheses
+        race.check(experiment.estimator)
+        data = with_texts(judges.data, _SPLIT, [question.text])
+        counts_C = np.zeros(len(data.label_names))
+        if question.prior == "empirical":
+            counts_C = np.bincount(np.asarray(data.texts("train")["label"]), minlength=len(data.label_names))
+        log_prior_C = log_prior(question.prior, counts_C)
+
+        def so_far(scores: ClassScores) -> str:
+            return _shown(scores, log_prior_C, data.label_names, race)
+
+        scores = score_classes(
+            experiment.trainer, hypotheses, data, _SPLIT, experiment.estimator, race, experiment.seed, log_prior_C,
+            lambda scores: show(Judged(so_far(scores))),
+        )  # fmt: skip
+        return Judged(so_far(scores), _evidence(judges, data, scores, log_prior_C, race), tuple(heard))
+
+
+def _shown(scores: ClassScores, log_prior_C: np.ndarray, names: tuple[str, ...], race: Race) -> str:
+    posterior_C, (first, second) = posterior(scores.log_p_MC, log_prior_C)[0], _pair(scores, log_prior_C)
+    low_C, high_C = (posterior_C,) * 2 if scores.exact else posterior_interval(scores.nats_MCK[0], log_prior_C)
+    columns = zip(names, posterior_C, low_C, high_C, scores.log_p_MC[0], scores.se_MC[0], strict=True)
+    shares = [Share(*column, {first: "p", second: "n"}.get(k, "")) for k, column in enumerate(columns)]
+    drawn = "the likelihood is exact" if scores.exact else (
+        f"{scores.draws_M[0]} of at most {race.num_draws} masks under every class"
+    )  # fmt: skip
+    margin = format_measurement(float(scores.margin_M[0]), float(scores.margin_se_M[0]))
+    spent = f"{scores.evaluations_M[0]:,} network evaluations, {scores.seconds:.1f} s"
+    return verdict(
+        shares, (drawn, f"{margin} nats between the first two", spent, f"{int(scores.tokens_M[0]):,} tokens")
+    )
+
+
+def _pair(scores: ClassScores, log_prior_C: np.ndarray) -> tuple[int, int]:
+    """The classes that are held against each other: the only two, in their order, or the winner and the runner-up."""
+    first, second = (scores.log_p_MC[0] + log_prior_C).argsort()[::-1][:2].tolist()
+    return (0, 1) if len(log_prior_C) == 2 else (first, second)
+
+
+def _evidence(judges: Judges, data: object, scores: ClassScores, log_prior_C: np.ndarray, race: Race) -> str:
+    """The rows of the text, coloured by what they say for one class against another."""
+    experiment, hypotheses = judges.experiment, judges.hypotheses
+    first, second = _pair(scores, log_prior_C)
+    rows = range(len(data.split(_SPLIT)))
+    noising = comparison_noising(experiment.estimator, hypotheses[0].diffusion.model)
+    draws = dict.fromkeys(rows, int(scores.draws_M[0]))
+    nats = token_evidence(hypotheses, data, _SPLIT, draws, race.num_draws, noising, experiment.seed)
+    titles = [f"Part {row + 1} of {len(rows)}" if len(rows) > 1 else "Which words spoke" for row in rows]
+    report = Report("")
+    report.evidence(shown_evidence(data, _SPLIT, {row: (titles[row], first, second) for row in rows}, nats))
+    return report.render()

@@ -1,0 +1,106 @@
+"""Networks in memory, and the experiments (main.py) that they are used with."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from app.runs import Classifier, Network
+from command_line import compose_config
+from contradictions import check_numbers, refuse_contradictions
+from diffusion import Diffusion
+from main import Experiment
+from scripts.generate import quoted
+from tasks.class_models import Hypothesis, one_per_class, told_the_class
+from tasks.classify import check_classes
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A network that writes, with its data and what it is asked for this time."""
+
+    diffusion: Diffusion
+    data: object
+    experiment: Experiment
+
+
+@dataclass(frozen=True)
+class Judges:
+    """The networks of all classes, with their data and what they are asked for this time."""
+
+    hypotheses: list[Hypothesis]
+    data: object
+    experiment: Experiment
+
+
+class Networks:
+    """Reads networks when they are first used, and keeps the last that wrote and the last that classified.
+
+    extra: words of the command line (key=value) that every experiment is told.
+    """
+
+    def __init__(self, extra: Sequence[str] = ()) -> None:
+        self._extra, self._composing = list(extra), threading.Lock()
+        self._kept: dict[str, tuple[object, object, object]] = {}
+
+    def writer(self, network: Network, asked: Mapping[str, object]) -> Writer:
+        """`network` with the settings `asked`, keys as main.py takes them.
+
+        Raises:
+            ValueError: settings that contradict each other or the network.
+        """
+        settings = {"mode": "sample_eval", "eval.checkpoint_path": str(network.path), "eval.split": "null",
+                    **({} if network.label is None else {"data.label": network.label}), **asked}  # fmt: skip
+        experiment = self._experiment(network, settings)
+        experiment.drawing  # noqa: B018 - what it refuses, before anything is read
+
+        def read() -> tuple[object, Diffusion]:
+            data = experiment.data()
+            return data, experiment.trained(data, str(network.path), disable_ema=False)
+
+        data, diffusion = self._once("writer", network.version, read)
+        return Writer(diffusion, data, experiment)
+
+    def judges(self, classifier: Classifier, asked: Mapping[str, object]) -> Judges:
+        """The models of the classes with the settings `asked`: those that mode=classify would use.
+
+        Raises:
+            ValueError: settings that contradict each other or the networks; data without classes.
+        """
+        settings = {"mode": "classify", "checkpointing.save_dir": str(classifier.folder), **asked}
+        experiment = self._experiment(classifier.networks[0], settings)
+
+        def read() -> tuple[object, list[Hypothesis]]:
+            data = experiment.data()
+            check_classes(data)
+            names, there = data.label_names, classifier.networks
+            if there[0].conditional:
+                return data, told_the_class(experiment, data, str(there[0].path), disable_ema=False)
+            if len(there) != len(names):
+                raise ValueError(f"{classifier.folder} has models of {len(there)} of the {len(names)} classes of data="
+                                 f"{data.name}; train the others (python main.py mode=classify ...)")  # fmt: skip
+            paths = [experiment.model_path(label) for label in range(len(names))]
+            return data, one_per_class(experiment, list(map(str, paths)), disable_ema=False)
+
+        version = " ".join(network.version for network in classifier.networks)
+        data, hypotheses = self._once("judges", version, read)
+        return Judges(hypotheses, data, experiment)
+
+    def classes(self, network: Network) -> list[str]:
+        """Names of the classes that a network can be told."""
+        return list(self._experiment(network, {}).data().label_names) if network.conditional else []
+
+    def _experiment(self, network: Network, asked: Mapping[str, object]) -> Experiment:
+        with self._composing:  # Hydra composes one configuration at a time
+            words = [*network.words, *(f"{key}={quoted(value)}" for key, value in asked.items()), *self._extra]
+            configuration = compose_config(words)
+        check_numbers(configuration)
+        refuse_contradictions(configuration)
+        return Experiment(configuration, "python -m app")
+
+    def _once(self, kind: str, version: str, read: Callable[[], tuple[object, object]]) -> tuple[object, object]:
+        if self._kept.get(kind, ("",))[0] != version:
+            self._kept.pop(kind, None)  # before another takes its room
+            self._kept[kind] = (version, *read())
+        return self._kept[kind][1:]

@@ -1,0 +1,57 @@
+"""The page: a tab that writes, and one that classifies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import gradio as gr
+
+from app.classify_tab import ClassifyTab
+from app.job import Jobs
+from app.networks import Networks
+from app.runs import Network, classifiers
+from app.write_tab import WriteTab
+from reporting.live import colours
+
+_HEADER = '<h1 class="name">Palimpsest</h1><p class="motto">A page scraped clean and written again.</p>'
+
+
+def page(networks: Sequence[Network], extra: Sequence[str] = ()) -> gr.Blocks:
+    """The page for `networks`. extra: words of the command line (key=value) that all they do is told."""
+    loaded, jobs = Networks(extra), Jobs()
+    with gr.Blocks(title="Palimpsest", analytics_enabled=False, fill_width=True) as blocks:
+        gr.HTML(_HEADER, apply_default_css=False, padding=False)
+        with gr.Tab("Write"):
+            WriteTab(networks, loaded, jobs)
+        with gr.Tab("Classify"):
+            ClassifyTab(classifiers(networks), loaded, jobs)
+    return blocks
+
+
+def style() -> str:
+    """CSS of the page: the colours of the reports."""
+    return colours() + Path(__file__).with_name("page.css").read_text()
+
+
+def theme() -> gr.themes.Base:
+    """Gradio's own parts in the colours and typefaces of the reports; nothing is fetched for it."""
+    base = gr.themes.Base(font=["system-ui", "Segoe UI", "Roboto", "Noto Sans", "Liberation Sans", "sans-serif"],
+                          font_mono=["ui-monospace", "Menlo", "Consolas", "Liberation Mono", "monospace"],
+                          radius_size=gr.themes.sizes.radius_sm)  # fmt: skip
+    colour = {
+        "body_background_fill": "paper", "body_text_color": "ink", "body_text_color_subdued": "muted",
+        "background_fill_primary": "paper", "background_fill_secondary": "wash", "border_color_primary": "rule",
+        "border_color_accent": "rule", "color_accent_soft": "wash",
+        "block_background_fill": "paper", "block_border_color": "rule", "block_label_text_color": "muted",
+        "block_title_text_color": "muted", "block_info_text_color": "muted", "panel_background_fill": "paper",
+        "input_background_fill": "paper", "input_border_color": "rule", "input_border_color_focus": "blue",
+        "input_placeholder_color": "muted", "accordion_text_color": "muted",
+        "button_primary_background_fill": "ink", "button_primary_background_fill_hover": "ink",
+        "button_primary_text_color": "paper", "button_primary_border_color": "ink",
+        "button_secondary_background_fill": "paper", "button_secondary_background_fill_hover": "wash",
+        "button_secondary_text_color": "ink", "button_secondary_border_color": "rule", "loader_color": "blue",
+    }  # fmt: skip
+    both = {f"{name}{mode}": f"var(--{value})" for name, value in colour.items() for mode in ("", "_dark")}
+    return base.set(**both, color_accent="var(--ink)", block_title_text_weight="400", block_shadow="none",
+                    input_shadow="none", input_shadow_focus="none", button_transition="none")  # fmt: skip
