@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 from app.runs import Classifier, Network
 from command_line import compose_config
-from contradictions import check_numbers, refuse_contradictions
+from contradictions import refuse_contradictions
 from diffusion import Diffusion
 from main import Experiment
+from number_checks import check_numbers
 from scripts.generate import quoted
 from tasks.class_models import Hypothesis, one_per_class, told_the_class
 from tasks.classify import check_classes
