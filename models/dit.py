@@ -15,7 +15,7 @@ from models.blocks import BlockStreams, TwoStreams
 from models.class_conditioning import ClassEmbedding, untold, with_class
 from models.layers import RotaryFrequencies, SigmaEmbedding, TokenEmbedding, modulate, zero_linear
 from models.recompute import Recomputing
-from models.transformer import Head, Rotary, TransformerBlock, rows_at
+from models.transformer import Head, Rotary, TransformerBlock, queried, rows_at
 
 
 class DiTBlock(TwoStreams, TransformerBlock):
@@ -136,12 +136,11 @@ class DiT(BlockStreams, Recomputing):
             last_BLD = self.through(self.blocks[-1], x_BLD, c_BC, rotary, key_mask_BL)
             last_BLD = self.output_layer.normed(last_BLD, c_BC)
             return with_class(last_BLD, class_id, self.num_classes) if self.num_classes else last_BLD
-        count_B = at_BL.sum(-1)
-        at_BQ = at_BL.long().argsort(dim=-1, descending=True, stable=True)[:, : max(1, int(count_B.max()))]
+        at_BQ, here_BQ = queried(at_BL)
         hidden_BQD = self.through(self.blocks[-1], x_BLD, c_BC, rotary, key_mask_BL, at_BQ)
         hidden_BQD = self.output_layer.normed(hidden_BQD, c_BC)
         hidden_BQD = with_class(hidden_BQD, class_id, self.num_classes) if self.num_classes else hidden_BQD
-        return hidden_BQD[torch.arange(at_BQ.shape[1], device=at_BQ.device) < count_B[:, None]]
+        return hidden_BQD[here_BQ]
 
     def conditioning(self, sigma_B: Tensor, class_id: Tensor | None = None) -> Tensor:
         """What adaLN sees: silu of the embedded sigma, to which the class is added, (B, C)."""

@@ -21,7 +21,7 @@ from models.dit import DiT, OutputLayer
 from models.layers import RotaryFrequencies, SigmaEmbedding, TokenEmbedding
 from models.mmdit_layers import JointBlock, LatentInput, LatentOutput, Times
 from models.recompute import Recomputing
-from models.transformer import Rotary
+from models.transformer import Rotary, queried
 
 # What only a network with latents has, as its parameters' names say it.
 _OF_LATENTS = ("latent_input.", "latent_output.", "times.")
@@ -151,38 +151,23 @@ class MMDiT(Recomputing):
         return self.text_stream
 
     def encode(
-        self,
-        tokens_BL: Tensor,
-        sigma_B: Tensor,
-        attention_mask: Tensor | None = None,
-        at_BL: Tensor | None = None,
-        class_id: Tensor | None = None,
-        latent: Tensor | None = None,
-        latent_t: Tensor | None = None,
+        self, tokens_BL: Tensor, sigma_B: Tensor, attention_mask: Tensor | None = None, **context: Tensor | None
     ) -> Tensor:
-        """Hidden states of the text as those of the DiT, (B, L, D) or (N, D), given `latent` (B, K, S) at its time
-        `latent_t` (B,): 0, which is meant without one, says that it is clean, 1 that nothing is known of it. No latent
-        is one of which nothing is known."""
-        hidden, _ = self._pass(tokens_BL, sigma_B, attention_mask, at_BL, class_id, latent, latent_t, both=False)
-        return hidden
+        """Hidden states of the text as those of the DiT, (B, L, D) or (N, D). context: what the DiT is told, and
+        `latent` (B, K, S) at its time `latent_t` (B,): 0, which is meant without one, says that it is clean, 1 that
+        nothing is known of it. No latent is one of which nothing is known."""
+        return self._pass(tokens_BL, sigma_B, attention_mask, both=False, **context)[0]
 
     def encode_both(
-        self,
-        tokens_BL: Tensor,
-        sigma_B: Tensor,
-        attention_mask: Tensor | None = None,
-        at_BL: Tensor | None = None,
-        class_id: Tensor | None = None,
-        latent: Tensor | None = None,
-        latent_t: Tensor | None = None,
+        self, tokens_BL: Tensor, sigma_B: Tensor, attention_mask: Tensor | None = None, **context: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """As `encode`, and beside it what the network says of the latents, (B, K, S), float32 under autocast."""
-        hidden, z_BKE = self._pass(tokens_BL, sigma_B, attention_mask, at_BL, class_id, latent, latent_t, both=True)
-        return hidden, z_BKE
+        return self._pass(tokens_BL, sigma_B, attention_mask, both=True, **context)
 
     def _pass(
-        self, tokens_BL: Tensor, sigma_B: Tensor, attention_mask: Tensor | None, at_BL: Tensor | None,
-        class_id: Tensor | None, latent: Tensor | None, latent_t: Tensor | None, both: bool,
+        self, tokens_BL: Tensor, sigma_B: Tensor, attention_mask: Tensor | None, *, both: bool,
+        at_BL: Tensor | None = None, class_id: Tensor | None = None, latent: Tensor | None = None,
+        latent_t: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         class_id = untold(tokens_BL) if class_id is None and self.num_classes else class_id
         latent_BKS, latent_t_B = self._shown(tokens_BL, latent, latent_t)
@@ -206,9 +191,7 @@ class MMDiT(Recomputing):
         block = self.blocks[-1]
         if at_BL is None:
             return *self.through(block, x_BLD, z_BKE, c_BC, e_BC, rotary, key_mask_BL, None, both), None
-        count_B = at_BL.sum(-1)
-        at_BQ = at_BL.long().argsort(dim=-1, descending=True, stable=True)[:, : max(1, int(count_B.max()))]
-        here_BQ = torch.arange(at_BQ.shape[1], device=at_BQ.device) < count_B[:, None]
+        at_BQ, here_BQ = queried(at_BL)
         return *self.through(block, x_BLD, z_BKE, c_BC, e_BC, rotary, key_mask_BL, at_BQ, both), here_BQ
 
     def _shown(self, tokens_BL: Tensor, latent: Tensor | None, latent_t: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -18,6 +19,13 @@ from models.layers import LayerNorm, feed_forward, zero_linear
 Rotary = tuple[Tensor, Tensor]
 # Stores new keys and values, gives back all that may be attended to.
 Remember = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def queried(at_BL: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the True positions of each row are, (B, Q) with Q the most of any row, and which of these are meant."""
+    count_B = at_BL.sum(-1)
+    at_BQ = at_BL.long().argsort(dim=-1, descending=True, stable=True)[:, : max(1, int(count_B.max()))]
+    return at_BQ, torch.arange(at_BQ.shape[1], device=at_BQ.device) < count_B[:, None]
 
 
 def rows_at(x_BLD: Tensor, at_BQ: Tensor) -> Tensor:

@@ -194,7 +194,7 @@ def test_the_text_stream_begins_as_a_text_only_network_bit_by_bit(settings):
     for at in (None, X < 3):
         wanted = dit.encode(X, SIGMA, PADDED, at, **told)
         for latent, time in ((LATENT, HALF), (LATENT, None), (None, None)):
-            assert torch.equal(net.encode(X, SIGMA, PADDED, at, latent=latent, latent_t=time, **told), wanted)
+            assert torch.equal(net.encode(X, SIGMA, PADDED, at_BL=at, latent=latent, latent_t=time, **told), wanted)
     for block in net.blocks:
         torch.nn.init.ones_(block.adaLN_gate.bias)
     assert not torch.allclose(net.encode(X, SIGMA, PADDED, latent=LATENT, **told), dit.encode(X, SIGMA, PADDED, **told))
