@@ -6,7 +6,12 @@ latents, given those of other texts, and given none; the share of tokens that sh
 are sampled by DDIM given texts, given others, and given masks; how often the nearest of the 81 latents is the text's.
 The likelihood is that of the text given its latent, another one and none; the true entropies are beside it.
 
+With --independent the latents are those of other texts, and say nothing: what a second stream costs the text. Beside
+each network stands one that was trained on texts alone, for as many steps as this one was on texts in all, from the
+same seeds.
+
     python benchmarks/joint_toy.py
+    python benchmarks/joint_toy.py --independent 5
 """
 
 from __future__ import annotations
@@ -30,7 +35,7 @@ from models.mmdit import MMDiT  # noqa: E402
 from noise_schedule import LogLinear  # noqa: E402
 from objectives.base import Model  # noqa: E402
 from objectives.gaussian import LATEST, GaussianDiffusion  # noqa: E402
-from objectives.joint import JointDiffusion  # noqa: E402
+from objectives.joint import SHARES, JointDiffusion  # noqa: E402
 from objectives.subs import Subs  # noqa: E402
 from randomness import KeyedNoise, training_noise  # noqa: E402
 from samplers.ancestral import sample  # noqa: E402
@@ -58,18 +63,23 @@ def latents(values: Tensor, noise: float = 0.0) -> Tensor:
     return ((clean / scale) + noise * torch.randn(clean.shape)).float()[:, None]
 
 
-def train(steps: int, rows: int, settings: argparse.Namespace) -> tuple[MMDiT, JointDiffusion, dict[str, float]]:
-    torch.manual_seed(0)
+def train(
+    steps: int, settings: argparse.Namespace, seed: int = 0, modes: dict[str, float] | None = None,
+    independent: bool = False,
+) -> tuple[MMDiT, JointDiffusion, dict[str, float]]:  # fmt: skip
+    torch.manual_seed(seed)
+    rows = settings.rows
     net = MMDiT(MASK + 1, 64, 64, 3, 4, latent_shape=(1, WIDTH), dropout=0.0)
     law = JointDiffusion(
-        MASK, partial(Subs, LogLinear()), GaussianDiffusion(settings.target, settings.loss), latent_tokens=LENGTH
-    )
+        MASK, partial(Subs, LogLinear()), GaussianDiffusion(settings.target, settings.loss), modes=modes,
+        latent_tokens=LENGTH,
+    )  # fmt: skip
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
     for step in range(steps):
-        values, x = texts(rows, step + 1)
-        batch = {"input_ids": x, "latent": latents(values, 0.1)}
-        loss = law.loss(net, batch, training_noise(1, torch.arange(step * rows, (step + 1) * rows), rows))
+        values, x = texts(rows, step + 1 + 10**6 * seed)
+        batch = {"input_ids": x, "latent": latents(values.roll(1, 0) if independent else values, 0.1)}
+        loss = law.loss(net, batch, training_noise(1 + seed, torch.arange(step * rows, (step + 1) * rows), rows))
         optimizer.zero_grad()
         loss.mean().backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -103,23 +113,56 @@ def to_latent(net: MMDiT, law: JointDiffusion, values: Tensor, x: Tensor, t: flo
     return float((every[nearest] == values).all(1).double().mean())
 
 
+@torch.no_grad()
+def nats(net: MMDiT, law: JointDiffusion, x: Tensor, **told: Tensor) -> Tensor:
+    """The bound of each text, nats per token, (M,)."""
+    batch = {"input_ids": x, "sample_id": torch.arange(len(x)), **told}
+    return Nelbo()(Model(law.bound(None), net), batch, 0, 8).nll_BK.mean(1) / LENGTH
+
+
+def independent(settings: argparse.Namespace) -> None:
+    """Prints what a text's bound is by networks that saw latents which say nothing, and by ones that saw none."""
+    x, reads_text = texts(512, 0)[1], 1 - sum(SHARES[name] for name in ("t2l", "latent"))
+    hidden = {"latent": torch.zeros(len(x), 1, WIDTH), "latent_t": torch.ones(len(x), dtype=torch.float64)}
+    table = []
+    for seed in range(settings.independent):
+        joint = train(settings.steps, settings, seed, independent=True)
+        alone = train(round(settings.steps * reads_text), settings, seed, {"text": 1.0})
+        table.append([float(nats(*trained[:2], x, **hidden).mean()) for trained in (joint, alone)])
+    found_S2 = torch.tensor(table)
+    difference_S = found_S2[:, 0] - found_S2[:, 1]
+    print(json.dumps({
+        "steps": settings.steps, "rows": settings.rows, "seeds": settings.independent,
+        "nats_per_token": {"joint": found_S2[:, 0].tolist(), "alone": found_S2[:, 1].tolist()},
+        "difference": float(difference_S.mean()),
+        "se": float(difference_S.std() / len(difference_S) ** 0.5) if len(difference_S) > 1 else None,
+        "true_nats_per_token": round(math.log(WORDS) + math.log(VALUES) / TOKENS, 4),
+    }))  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--target", default="v")
     parser.add_argument("--loss", default="mse")
+    parser.add_argument("--independent", type=int, default=0, metavar="SEEDS", help="latents that say nothing")
     settings = parser.parse_args()
+    if settings.independent:
+        independent(settings)
+    else:
+        directions(settings)
+
+
+def directions(settings: argparse.Namespace) -> None:
+    """Prints what a network makes of texts and their own latents, in every direction."""
     start = time.process_time()
-    net, law, last = train(settings.steps, settings.rows, settings)
+    net, law, last = train(settings.steps, settings)
     seconds = time.process_time() - start
     values, x = texts(512, 0)
     z, masks = latents(values, 0.1), torch.full_like(x, MASK)
-    batch = {"input_ids": x, "sample_id": torch.arange(len(x))}
     one = torch.ones(len(x), dtype=torch.float64)
     told = {"true": {"latent": z}, "other": {"latent": z.roll(1, 0)}, "none": {"latent": z, "latent_t": one}}
-    with torch.no_grad():
-        measured = {name: Nelbo()(Model(law.bound(None), net), {**batch, **more}, 0, 8) for name, more in told.items()}
     line = {
         "steps": settings.steps, "rows": settings.rows, "target": settings.target, "loss": settings.loss,
         "training_cpu_seconds": round(seconds, 1),
@@ -128,7 +171,7 @@ def main() -> None:
         "t2l_texts": {"true": to_latent(net, law, values, x, 0.0),
                       "other": to_latent(net, law, values, x.roll(1, 0), 0.0),
                       "none": to_latent(net, law, values, masks, 1.0)},
-        "nats_per_token": {name: round(float(found.nll_BK.mean() / LENGTH), 4) for name, found in measured.items()},
+        "nats_per_token": {name: round(float(nats(net, law, x, **more).mean()), 4) for name, more in told.items()},
         "true_nats_per_token": {"given the latent": round(math.log(WORDS), 4),
                                 "alone": round(math.log(WORDS) + math.log(VALUES) / TOKENS, 4)},
         "last_step": last,
