@@ -29,9 +29,10 @@ def page(networks: Sequence[Network], extra: Sequence[str] = ()) -> gr.Blocks:
     return blocks
 
 
-def style() -> str:
-    """CSS of the page: the colours of the reports."""
-    return colours() + Path(__file__).with_name("page.css").read_text()
+def head() -> str:
+    """Of the page: its style, in the colours of the reports. Gradio rewrites what it is handed as CSS, and loses what
+    is said of the dark."""
+    return f"<style>\n{colours()}\n{Path(__file__).with_name('page.css').read_text()}</style>"
 
 
 def theme() -> gr.themes.Base:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 
 import gradio as gr
 import uvicorn
@@ -11,7 +12,7 @@ from fastapi import FastAPI
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.page import style, theme
+from app.page import head, theme
 
 HOST = "127.0.0.1"
 # The browser is to fetch nothing from elsewhere. Gradio's own scripts are inline and build functions of text; what is
@@ -49,10 +50,11 @@ def serve(blocks: gr.Blocks, listening: socket.socket) -> None:
     gr.mount_gradio_app(
         app, blocks, path="/", server_name=HOST, server_port=listening.getsockname()[1], footer_links=[],
         run_history=False, ssr_mode=False, pwa=False, mcp_server=False, enable_monitoring=False, theme=theme(),
-        css=style(), app_kwargs={"docs_url": None, "redoc_url": None},
+        head=head(), app_kwargs={"docs_url": None, "redoc_url": None},
     )  # fmt: skip
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
-    uvicorn.Server(config).run(sockets=[listening])
+    with suppress(KeyboardInterrupt):  # which uvicorn hands on once it has ended
+        uvicorn.Server(config).run(sockets=[listening])
 
 
 class _Policy:

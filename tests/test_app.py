@@ -121,7 +121,8 @@ def test_who_watches_a_classification_sees_every_look_and_changes_nothing():
 
 
 def test_the_interval_of_a_probability_is_that_of_the_log_odds():
-    nats_CK = np.random.default_rng(0).normal(size=(3, 50)) + np.array([[0.0], [1.0], [2.0]])
+    noise_CK = np.random.default_rng(0).normal(size=(3, 50)) * np.array([[1.0], [1.0], [4.0]])
+    nats_CK = noise_CK + np.array([[0.0], [0.5], [8.0]])
     two = nats_CK[:2]
     low_C, high_C = posterior_interval(two, EVEN)
     margin, se = (two[1] - two[0]).mean(), (two[1] - two[0]).std(ddof=1) / np.sqrt(50)
