@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import re
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -38,6 +38,7 @@ SPELLINGS = {"algo": ("parameterization", {"mdlm": "subs", "sedd": "sedd", "d3pm
              "algo.backbone": ("backbone", {name: name for name in _BACKBONES})}  # fmt: skip
 # Texts: their brackets, commas and braces are not Hydra's.
 TEXTS = ("sampling.prefix", "sampling.template")
+_QUOTED = re.compile(r"""(["'])(?:(?!\1)[^\\]|\\.)*\1""", re.DOTALL)
 # Keys whose values are paths: runs/label=0/last.ckpt and {label}.ckpt mean something else to Hydra unless quoted.
 PATHS = ("eval.checkpoint_path", "training.from_pretrained", "checkpointing.save_dir", "checkpointing.resume_ckpt_path",
          "data.path", "backbone.name_or_path", "latents.path", "latents.checkpoint_path",
@@ -62,12 +63,18 @@ def translate(arguments: list[str]) -> list[str]:
         if key == "algo.mdlm_loss_scale":  # the log-linear schedule of mdlm, or exactly alpha = 1 - t
             key, value = "noise.eps", "0.001" if value.lower() == "true" else "0"
         key = key if started and key == "hydra.run.dir" else ALIASES.get(key, key)
-        if key in TEXTS and value not in ("", "null") and value[0] not in "'\"":
-            value = json.dumps(value, ensure_ascii=False)
+        if key in TEXTS and value not in ("", "null") and not _QUOTED.fullmatch(value):
+            value = in_quotes(value)
         if key in PATHS and re.search("[={}]", value) and not re.search(r"""["'\\,]""", value):
             value = f"'{value}'"
         out.append(f"{key}{equals}{value}")
     return _semi_ar(out)
+
+
+def in_quotes(text: str) -> str:
+    """`text` for the right side of an argument, taken letter by letter: no quote, backslash or ${} of it is Hydra's."""
+    text = re.sub(r"(\\*)\$\{", lambda slashes: slashes[1] * 2 + "\\${", text)
+    return QuotedString(text, Quote.double).with_quotes()
 
 
 def _algo(arguments: list[str]) -> list[str]:
@@ -129,12 +136,16 @@ def clear_errors() -> Iterator[None]:
     if os.environ.get("HYDRA_FULL_ERROR") == "1":
         yield
         return
+    before = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints its own version of the story and exits
     try:
         yield
     except (HydraException, OmegaConfBaseException, ValueError, OSError, FloatingPointError) as error:
         print(f"\nerror: {explain(error)}\n(HYDRA_FULL_ERROR=1 shows where it was raised)", file=sys.stderr)
         sys.exit(2)
+    finally:
+        os.environ.pop("HYDRA_FULL_ERROR", None)
+        os.environ |= {} if before is None else {"HYDRA_FULL_ERROR": before}
 
 
 def explain(error: BaseException) -> str:

@@ -3,13 +3,12 @@ line that a checkpoint's own part asks for."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 
 from omegaconf import DictConfig, OmegaConf
 
-from command_line import CONFIGS, compose_config
+from command_line import CONFIGS, compose_config, in_quotes
 from contradictions import law
 
 # Budgets, devices and bookkeeping are left out: they may change at a resume.
@@ -89,7 +88,9 @@ def overrides(known: Mapping[str, object]) -> list[str]:
     for first in (_FIRST, ("",)):  # what others follow, then what is left
         cfg = compose_config(words)
         ours = identity(cfg)
-        new = {key: known[key] for key in _different(known, ours) if key.startswith(first)}
+        unset = {key: _unset(value) for key, value in ours.items() if key in IDENTITY_IF_SET and key not in known}
+        new = {**{key: known[key] for key in _different(known, ours)}, **unset}
+        new = {key: value for key, value in new.items() if key.startswith(first) and not key.startswith(_OF_TRAINING)}
         for key, value in new.items():
             _check(key, value)
         there = {key for key in new if OmegaConf.select(cfg, key, default=_ABSENT) is not _ABSENT}
@@ -100,6 +101,11 @@ def overrides(known: Mapping[str, object]) -> list[str]:
 def _is_found(key: str, value: object) -> bool:
     """Whether it is the config.json of a published network, which the network finds in the checkpoint itself."""
     return key.startswith("backbone.config") and str(value).startswith("{")
+
+
+def _unset(value: object) -> object:
+    """What a setting is that an identity leaves out, where another one is `value`."""
+    return False if isinstance(value, bool) else 0 if isinstance(value, int) else None
 
 
 def _different(known: Mapping[str, object], ours: Mapping[str, object]) -> list[str]:
@@ -134,5 +140,5 @@ def word(value: object) -> str:
     if isinstance(value, list | tuple):
         return "[" + ",".join(map(word, value)) + "]"
     if isinstance(value, str) and not re.fullmatch(r"[A-Za-z_/][\w/.-]*", value):
-        return json.dumps(value, ensure_ascii=False)
+        return in_quotes(value)
     return str(value)

@@ -94,7 +94,7 @@ class Networks:
 
     def _experiment(self, network: Network, asked: Mapping[str, object]) -> Experiment:
         with self._composing:  # Hydra composes one configuration at a time
-            words = [*network.words, *(f"{key}={quoted(value)}" for key, value in asked.items()), *self._extra]
+            words = [*network.words, *(f"{key}={quoted(key, value)}" for key, value in asked.items()), *self._extra]
             configuration = compose_config(words)
         check_numbers(configuration)
         refuse_contradictions(configuration)

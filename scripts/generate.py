@@ -45,7 +45,10 @@ def parser() -> argparse.ArgumentParser:
     given.add_argument("--prefix", help="how every text begins")
     given.add_argument("--template", help="a text with gaps: [MASK] for one token, {{5}} for five")
     tokens = out.add_argument_group("which token")
-    tokens.add_argument("--sampling", choices=SAMPLING, help="law: the model's own distribution (the default)")
+    tokens.add_argument(
+        "--sampling", choices=SAMPLING,
+        help="law: what the model says of a token (the default); which are written first is --order",
+    )  # fmt: skip
     tokens.add_argument("--top-k", type=int, help="of --sampling topk (50)")
     tokens.add_argument("--top-p", type=float, help="of --sampling nucleus (0.9)")
     tokens.add_argument("--temperature", type=float)
@@ -92,9 +95,7 @@ def arguments(args: argparse.Namespace) -> list[str]:
               if value is not None}  # fmt: skip
     own = {said.partition("=")[0].lstrip("+") for said in args.overrides}
     own = {command_line.ALIASES.get(key, key) for key in own}
-    texts = ("sampling.prefix", "sampling.template")  # main.py quotes them
-    ours = [*overrides(configuration),
-            *(f"{key}={value if key in texts else quoted(value)}" for key, value in asked.items())]  # fmt: skip
+    ours = [*overrides(configuration), *(f"{key}={quoted(key, value)}" for key, value in asked.items())]
     return [*(said for said in ours if said.partition("=")[0].lstrip("+") not in own), *args.overrides]
 
 
@@ -113,8 +114,10 @@ def carried(path: object) -> dict[str, object]:
     return known
 
 
-def quoted(value: object) -> str:
-    """As Hydra reads it; "null" and "true" stay words."""
+def quoted(key: str, value: object) -> str:
+    """As Hydra reads it; texts are taken letter by letter, elsewhere "null" and "true" are words."""
+    if key in command_line.TEXTS:
+        return command_line.in_quotes(value)
     return value if value in ("null", "true") else word(value)
 
 

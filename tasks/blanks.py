@@ -20,7 +20,7 @@ from randomness import KeyedNoise
 from text.tokenizers import encode, encode_after
 
 # What stands for masks in a template: [MASK] for one, {{12}} for twelve, {{...}} for as many as there is room for.
-_GAP = re.compile(r" ?(?:\[MASK\]|\{\{(\d+|…|\.\.\.)\}\})")
+_GAP = re.compile(r" ?(?:\[MASK\]|\{\{ *(\d+|…|\.\.\.) *\}\})")
 ROOM = -1  # among the ids of a template: masks that take what room there is
 
 log = logging.getLogger(__name__)
@@ -28,8 +28,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Template:
-    """What is given of every text. prefix: its beginning. template: all of it, with [MASK] for a token, {{n}} for n
-    tokens and once {{...}} or {{…}} for as many as there is room for, to be filled in. max_length: tokens of a text at
+    """What is given of every text. prefix: its beginning. template: all of it (of wrapped rows, which have no end,
+    the beginning), with [MASK] for a token, {{n}} for n tokens and once {{...}} or {{…}} for as many as there is room
+    for, to be filled in. max_length: tokens of a text at
     most, given ones included; None for as many as the model's. Given tokens never change.
 
     Raises:
@@ -48,6 +49,11 @@ class Template:
             raise ValueError(
                 f"sampling.template={self.template} has no gap, or one of no tokens: write [MASK], {{{{12}}}} or "
                 "{{...}} where text is wanted"
+            )
+        if self.template and "{{" in _GAP.sub("", self.template):
+            raise ValueError(
+                f"sampling.template={self.template} has {{{{ where no gap follows; a gap is [MASK], {{{{12}}}} or "
+                "{{...}}"
             )
         if sum(gap in ("…", "...") for gap in gaps) > 1:
             raise ValueError(
@@ -171,7 +177,9 @@ class _Room:
         row = np.concatenate([row, tail])
         if len(row) > self.limit:
             key = "template" if whole else "prefix"
-            raise ValueError(f"sampling.{key} has {len(fixed)} tokens, too many for {self._key}={self.limit}")
+            more = "with what frames it" if whole else "with what frames it and one to write"
+            raise ValueError(f"sampling.{key} has {len(fixed)} tokens, {more} {len(row)}: too many for "
+                             f"{self._key}={self.limit}")  # fmt: skip
         return row
 
     def _ending(self, blank: np.ndarray) -> np.ndarray:

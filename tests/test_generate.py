@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 
 import pytest
@@ -37,10 +38,12 @@ def told(*typed: str) -> dict[str, str]:
          "parameterization=d3pm", "subs_masking=true", "time_conditioning=true", "masking=exact_count", "T=0"],
     ["algo=bd3lm", "block_size=8", "model.length=64", "training.resample=true", "data=gsm8k", "data.label=null"],
     ["parameterization=ar", "data=labelled", "data.path='/a b/{c}=d,\"e\".csv'", "classify.sharing=conditional"],
-], ids=["d3pm", "bd3lm", "ar"])  # fmt: skip
+    ["algo=mlm", "backbone=hf_mlm", "backbone.from_scratch=true", "data=reviews", "training.prefix_length=0"],
+], ids=["d3pm", "bd3lm", "ar", "mlm"])  # fmt: skip
 def test_a_configuration_is_found_again_from_its_identity(typed):
     known = json.loads(json.dumps(identity(compose_config(typed))))
     found = identity(compose_config(overrides(known)))
+    assert not {key for key in set(found) - set(known) if key.startswith(("training.", "data."))}, "unset stays unset"
     assert {key: value for key, value in known.items() if not key.startswith(("optim", "lr_s", "loader", "seed"))} == {
         key: found.get(key) for key in known if not key.startswith(("optim", "lr_s", "loader", "seed"))
     }
@@ -69,7 +72,7 @@ def test_options_become_keys(trained):
     assert keys["data.vocab_size"] == "300" and keys["model.hidden_size"] == "16"
     wanted = {"top_k": "50", "temperature": "0.7", "schedule": "cosine", "order": "entropy", "steps": "64",
               "num_samples": "3", "max_length": "48", "remask": "remdm", "show": "true", "show_delay": "0",
-              "prefix": "the plot"}  # fmt: skip
+              "prefix": '"the plot"'}  # fmt: skip
     assert {key: keys[f"sampling.{key}"] for key in wanted} == wanted and keys["seed"] == "5"
     compose_config([f"{key}={value}" for key, value in keys.items()])
 
@@ -105,6 +108,26 @@ def test_a_foreign_checkpoint_is_told_what_is_missing(tmp_path, monkeypatch, cap
         generate.generate(["--checkpoint", str(tmp_path / "theirs.ckpt")])
     said = capsys.readouterr().err
     assert ended.value.code == 2 and "does not carry the configuration" in said and "mode=sample_eval" in said
+
+
+@pytest.mark.parametrize("text", [
+    "C:\\new ${seed} ${oc.env:HOME}", '"Hello" he said\n\tand left', "null", '"Hello"', "'tis", "a\\${x}\\",
+    "{{[=,]}} 🙂 ",
+])  # fmt: skip
+def test_a_prefix_is_taken_letter_by_letter(text):
+    assert compose_config([f"sampling.prefix={generate.quoted('sampling.prefix', text)}"]).sampling.prefix == text
+    if text not in ("null", '"Hello"'):  # which main.py reads as Hydra does
+        assert compose_config([f"sampling.prefix={text}"]).sampling.prefix == text
+
+
+def test_what_main_refuses_is_one_message(trained, monkeypatch, capsys):
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    monkeypatch.setattr("sys.argv", ["generate.py"])
+    with pytest.raises(SystemExit) as ended:
+        generate.generate(["--checkpoint", str(trained), "--template", "the {{-3}} and [MASK]"])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and "where no gap follows" in said and "Traceback" not in said
+    assert "HYDRA_FULL_ERROR" not in os.environ
 
 
 def test_texts_from_a_checkpoint(trained, tmp_path, monkeypatch, capsys):
