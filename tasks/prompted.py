@@ -143,7 +143,7 @@ def _complete(
     fits = [m for m in range(len(heads)) if taken[m] < data.length]
     names = np.array([ids_M[m] + k * _COMPLETIONS for m in fits for k in times], dtype=np.int64)
     rows = [blank[m] for m in fits for _ in times]
-    drawn = iter(fill_on_all(trainer, diffusion, data, drawing, rows, names, data.eval_batch_size, seed, watch))
+    drawn = iter(fill_on_all(trainer, diffusion, data, drawing, rows, names, data.eval_batch_size, seed, watch=watch))
     of_prompt = {m: [next(drawn) for _ in times] for m in fits}
     done = []
     for m, ((prompt, reference), head) in enumerate(zip(pairs, heads, strict=True)):

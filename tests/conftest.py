@@ -7,11 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed
 
 from models.dit import DiT
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(autouse=True)
+def no_process_group_is_left():
+    """A training with strategy=ddp leaves one, which processes that are forked later would find."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @pytest.fixture

