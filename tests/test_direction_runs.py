@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tasks import directions
 from tests.commands import refused, run
 from tests.test_configs import TINY
 
@@ -89,6 +90,23 @@ def test_an_edit_touches_nothing_but_its_masks(here, target):
     if target == "shift":
         run(*ask, "loader.eval_batch_size=4", "sampling.num_sample_batches=2")
         assert [row["ids"] for row in samples(here, "edit")] == [row["ids"] for row in rows]
+
+
+def test_an_edit_begins_at_the_share_that_is_masked(here, monkeypatch):
+    seen, fill = [], directions.fill_on_all
+    monkeypatch.setattr(directions, "fill_on_all", lambda *args: (seen.append(args[8]["begin_B"]), fill(*args))[1])
+    run(*SAMPLE, "sampling.direction=edit", "sampling.edit_rate=0.33")
+    rows = samples(here, "edit")
+    shares = [len(row["masked"]) / (len(row["ids"]) - 2) for row in rows]  # begin and end are never masked
+    assert seen[0].tolist() == pytest.approx(shares) and max(shares) < 0.33
+
+
+def test_drawn_latents_are_written_as_the_encoder_has_them(here, monkeypatch):
+    nothing = lambda setting, rows, blanks, names_M, *how: np.zeros((len(names_M), *setting.data.latents.shape))
+    monkeypatch.setattr(directions, "latents_of", nothing)
+    run(*SAMPLE, "sampling.direction=t2l")
+    latents = np.load(here / "run/sample_eval/t2l/latents.npy")
+    assert np.linalg.norm(latents[0]) > 1, "the mean of train, which is that of eleven shares"
 
 
 def test_an_edit_of_nothing_is_the_text(here):
