@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import main
+from command_line import compose_config
 from tasks import directions
 from tests.commands import refused, run
 from tests.test_configs import TINY
@@ -92,13 +94,22 @@ def test_an_edit_touches_nothing_but_its_masks(here, target):
         assert [row["ids"] for row in samples(here, "edit")] == [row["ids"] for row in rows]
 
 
-def test_an_edit_begins_at_the_share_that_is_masked(here, monkeypatch):
+def test_an_edit_begins_at_the_share_that_is_masked_and_is_told_where_to_go(here, monkeypatch):
     seen, fill = [], directions.fill_on_all
-    monkeypatch.setattr(directions, "fill_on_all", lambda *args: (seen.append(args[8]["begin_B"]), fill(*args))[1])
-    run(*SAMPLE, "sampling.direction=edit", "sampling.edit_rate=0.33")
-    rows = samples(here, "edit")
+    monkeypatch.setattr(directions, "fill_on_all", lambda *args: (seen.append(args[8]), fill(*args))[1])
+    run(*SAMPLE, "sampling.direction=edit", "sampling.edit_rate=0.33", "sampling.edit_alpha=2")
+    rows, (true, shuffled, none, *_) = samples(here, "edit"), seen
     shares = [len(row["masked"]) / (len(row["ids"]) - 2) for row in rows]  # begin and end are never masked
-    assert seen[0].tolist() == pytest.approx(shares) and max(shares) < 0.33
+    assert true["begin_B"].tolist() == pytest.approx(shares) and max(shares) < 0.33
+    data = main.Experiment(compose_config([*SAMPLE]), "a test").data()
+    places = [data.split("validation")["sample_id"].index(row["sample_id"]) for row in rows]
+    moved = (true["latent"].numpy() - data.latents.of("validation")[np.array(places)])[:, 0]
+    means = [
+        data.latents.of("train")[np.flatnonzero(np.array(data.split("train")["label"]) == k)].mean(0) for k in (0, 1)
+    ]
+    sign = np.array([1 if row["wanted"] == "positive" else -1 for row in rows])[:, None]
+    np.testing.assert_allclose(moved, 2 * sign * (means[1] - means[0]), atol=1e-4)
+    assert (shuffled["latent"] != true["latent"]).any((1, 2)).all() and (none["latent_t"] == 1).all()
 
 
 def test_drawn_latents_are_written_as_the_encoder_has_them(here, monkeypatch):
