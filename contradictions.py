@@ -135,11 +135,34 @@ def _check_direction(cfg: DictConfig, name: str) -> None:
     if direction and cfg.eval.compute_generative_perplexity:
         raise ValueError("eval.compute_generative_perplexity=true measures free texts; leave out "
                          f"sampling.direction={direction}, or the perplexity")  # fmt: skip
+    given = [key for key in ("prefix", "template") if cfg.sampling[key]]
+    if direction in ("l2t", "t2l", "edit") and given:
+        raise ValueError(f"sampling.{given[0]}={cfg.sampling[given[0]]}: with sampling.direction={direction} texts are "
+                         "given by their latents, or are those of the split; leave it out")  # fmt: skip
+    _check_modes(cfg, direction)
     at_once = direction == "joint" and cfg.sampling.joint_order == "simultaneous"
     if (direction == "edit" or at_once) and not ancestral:
         why = "begins at texts that are masked in part" if direction == "edit" else "has one grid for text and latent"
         raise ValueError(f"sampling.direction={direction} {why}, and {cfg.sampler._target_} has steps of its own; use "
                          "sampling.predictor=ddpm or ddpm_cache")  # fmt: skip
+
+
+def _check_modes(cfg: DictConfig, direction: str | None) -> None:
+    """What is asked of the network must be what it is trained for."""
+    modes = cfg.training.get("joint_modes")
+    if not OmegaConf.is_dict(modes) or not direction:
+        return
+    trained = {mode for mode, weight in modes.items() if weight}
+    enough = {"joint": {"joint"}, "t2l": {"t2l", "joint"}, "l2t": {"l2t", "joint"}, "edit": {"l2t", "joint"}}[direction]
+    marginal = "latent" if direction == "t2l" else "text"
+    if not trained & enough:
+        raise ValueError(f"sampling.direction={direction}: training.joint_modes={modes} trains nothing of the kind; it "
+                         f"needs {' or '.join(sorted(enough))}")  # fmt: skip
+    if cfg.sampling.guidance != 1 and marginal not in trained:
+        raise ValueError(f"sampling.guidance={cfg.sampling.guidance} mixes in the marginal, which "
+                         f"training.joint_modes={modes} never trains; use 1, or give {marginal} a weight")  # fmt: skip
+    if marginal not in trained:
+        log.warning("training.joint_modes=%s never trains the marginal: what is told nothing is no fair control", modes)
 
 
 def check_schedule(cfg: DictConfig) -> None:

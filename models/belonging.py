@@ -70,7 +70,7 @@ def _check_latents(checkpoint: Checkpoint, ours: Mapping[str, object], latents: 
     if latents is None or latents.fingerprint != theirs["fingerprint"]:
         keys = [key for key in sorted({*settings, *ours}) if key.startswith(("latents.", "data."))]
         differing = [f"{key}: there {settings.get(key)}, here {ours.get(key)}" for key in keys
-                     if settings.get(key) != ours.get(key)]  # fmt: skip
+                     if settings.get(key, UNSAID.get(key)) != ours.get(key)]  # fmt: skip
         listing = "\n  ".join(differing or ["the texts themselves, or what made their latents"])
         raise ValueError(
             f"{checkpoint.path} was trained with other latents, and would misread these; what differs:\n  {listing}"

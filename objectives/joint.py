@@ -199,6 +199,8 @@ class JointDiffusion:
 
 def _shares(modes: Mapping[str, float] | None) -> dict[str, float]:
     """Modes that are drawn at all, with their probabilities."""
+    if modes is not None and not isinstance(modes, Mapping):
+        raise ValueError(f"training.joint_modes={modes} must say how often: training.joint_modes={{l2t: 1, t2l: 1}}")
     modes = dict(SHARES if modes is None else modes)
     if unknown := [name for name in modes if name not in DIRECTIONS]:
         raise ValueError(

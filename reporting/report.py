@@ -20,6 +20,7 @@ from reporting.svg import inline_figure
 
 _TEMPLATE = "report.html.j2"
 _NUMERIC = re.compile(r"^(NaN|[−-]?∞|[(<>≤≥~≈+−-]*\d[\d.,:/ ()\[\]±×?%⁻⁰¹²³⁴⁵⁶⁷⁸⁹−-]*)( ?[A-Za-zµ/%]{1,12})?$")
+_NAME = 60  # characters of a first cell that is kept on one line
 _BLANK = {"", "–", "—", "-"}
 
 
@@ -58,7 +59,14 @@ class Report:
                 raise ValueError(f"table row {list(row)} has {len(row)} cells; the header has {len(header)}")
         cells = [[_cell(value, strip=False) for value in row] for row in rows]
         numeric = [_is_numeric([row[i] for row in cells]) for i in range(len(header))]
-        content = {"header": list(header), "rows": cells, "numeric": numeric, "caption": inline(caption)}
+        prose = any(len(row[0]) > _NAME for row in cells)
+        content = {
+            "header": list(header),
+            "rows": cells,
+            "numeric": numeric,
+            "caption": inline(caption),
+            "prose": prose,
+        }
         self._add("table", number=self._number("table") if caption else 0, **content)
 
     def figure(self, figure: Figure, caption: str, alt: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hydra.errors import InstantiationException
 
 import main
 from command_line import compose_config
@@ -118,6 +119,24 @@ def test_drawn_latents_are_written_as_the_encoder_has_them(here, monkeypatch):
     run(*SAMPLE, "sampling.direction=t2l")
     latents = np.load(here / "run/sample_eval/t2l/latents.npy")
     assert np.linalg.norm(latents[0]) > 1, "the mean of train, which is that of eleven shares"
+
+
+@pytest.mark.parametrize(("ask", "said"), [
+    (["sampling.direction=l2t", "sampling.prefix=the plot"], "sampling.prefix=the plot: with sampling.direction=l2t"),
+    (["sampling.direction=t2l", "training.joint_modes={l2t: 1}"], "trains nothing of the kind; it needs joint or t2l"),
+    (["sampling.direction=l2t", "sampling.guidance=2", "training.joint_modes={l2t: 1}"], "which .* never trains"),
+    (["training.joint_modes=joint"], "training.joint_modes=joint must say how often"),
+    (["training.freeze=true"], "training.freeze=True must be a list"),
+    (["latents.attributes=class"], r"must be a list: latents.attributes=.class."),
+], ids=lambda value: "" if isinstance(value, str) else " ".join(value))  # fmt: skip
+def test_what_can_not_be_meant_is_refused(tmp_path, monkeypatch, ask, said):
+    monkeypatch.chdir(tmp_path)
+    mode = ["mode=sample_eval"] if "direction" in ask[0] else ["mode=train"]
+    with pytest.raises(ValueError, match=said):
+        try:
+            run(*JOINT, *mode, *ask)
+        except InstantiationException as error:
+            raise error.__cause__ from None
 
 
 def test_an_edit_of_nothing_is_the_text(here):

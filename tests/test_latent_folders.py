@@ -163,6 +163,26 @@ def test_two_processes_and_a_kill_make_the_same_bytes_as_one(tmp_path):
         work(tmp_path / "one", tmp_path, LSA(dim=5))[0].begin()
 
 
+def test_shards_are_read_by_their_numbers_and_damage_is_named(tmp_path):
+    vectors = {"train": np.arange(36, dtype=np.float32).reshape(12, 3)}
+    folder = write_folder(tmp_path / "f", {"train": vectors["train"]}, {"train": some_texts(12, 0)})
+    shards = folder / "latent_shards"
+    (shards / "shard_0000.npy").unlink()
+    for number in range(12):  # as others may name them: 10 stands before 2 in the alphabet
+        np.save(shards / f"shard_{number}.npy", vectors["train"][[number]])
+    assert [path.name for path in Shards(folder).paths] == [f"shard_{number}.npy" for number in range(12)]
+    (shards / "shard_3.npy").write_bytes((shards / "shard_3.npy").read_bytes()[:40])
+    with pytest.raises(ValueError, match="shard_3.npy is damaged"):
+        _ = Shards(folder).shape
+    (shards / "shard_3.npy").rename(shards / "shard_33.npy")
+    with pytest.raises(ValueError, match="without a gap; shard_4.npy is not"):
+        _ = Shards(folder).paths
+    for content, said in (("{", "metadata.json is damaged"), ("[1]", "metadata.json holds no object")):
+        (folder / "metadata.json").write_text(content)
+        with pytest.raises(ValueError, match=said):
+            _ = Shards(folder).paths
+
+
 def test_a_file_is_there_when_all_of_it_is(tmp_path):
     path = tmp_path / "latents.npy"
     with pytest.raises(KeyboardInterrupt), whole_file(path) as file:

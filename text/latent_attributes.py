@@ -28,6 +28,8 @@ class Attributes:
     fits, informed, dim, tokens = False, True, None, 1
 
     def __init__(self, attributes: Sequence[str] | None = None, noise: float = 0.05, seed: int = 0) -> None:
+        if isinstance(attributes, str):
+            raise ValueError(f"latents.attributes={attributes} must be a list: latents.attributes=[{attributes}]")
         self.names = tuple(ATTRIBUTES if attributes is None else attributes)
         unknown = [name for name in self.names if name not in ATTRIBUTES]
         if unknown or not self.names or len(set(self.names)) < len(self.names):

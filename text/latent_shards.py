@@ -32,6 +32,19 @@ SPLITS = ("train", "validation", "test")
 _CODE_VERSION = 1  # raise it whenever a change below gives another index
 
 
+def _number(path: Path) -> int:
+    """Of a shard; -1 where its name has none."""
+    number = path.stem.removeprefix("shard_")
+    return int(number) if number.isdecimal() else -1
+
+
+def _opened(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode="r")
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{KEY}={path.parents[1]}: {path.name} is damaged ({error}); make the folder again") from error
+
+
 @dataclass(frozen=True)
 class Listing:
     """The lines of a split. text, document: (N,) uint64 digests, document 0 where a line names none; shard, place: (N,)
@@ -66,7 +79,13 @@ class Shards:
     @cached_property
     def said(self) -> dict[str, Any]:
         """What metadata.json says."""
-        return json.loads((self.path / METADATA).read_text(encoding="utf-8"))
+        try:
+            said = json.loads((self.path / METADATA).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{KEY}={self.path}: {METADATA} is damaged ({error}); make the folder again") from error
+        if not isinstance(said, dict):
+            raise ValueError(f"{KEY}={self.path}: {METADATA} holds no object; make the folder again")
+        return said
 
     @property
     def metadata(self) -> dict[str, object]:
@@ -76,17 +95,20 @@ class Shards:
     @cached_property
     def paths(self) -> list[Path]:
         """The shards, by number."""
-        found = sorted((self.path / SHARDS).glob("shard_*.npy"))
+        found = sorted((self.path / SHARDS).glob("shard_*.npy"), key=lambda path: (_number(path), path.name))
         number = self.said.get("num_shards", len(found))
         if len(found) != number or not found:
             raise ValueError(f"{KEY}={self.path}: {len(found)} shards, and {METADATA} counts {number}; make them again")
+        if [_number(path) for path in found] != list(range(len(found))):
+            raise ValueError(f"{KEY}={self.path}: shards are shard_0000.npy, shard_0001.npy and so on, without a gap; "
+                             f"{next(p.name for n, p in enumerate(found) if _number(p) != n)} is not")  # fmt: skip
         return found
 
     @cached_property
     def shape(self) -> tuple[int, int]:
         """(K, D) of a vector. Raises ValueError where shards differ or are not float32."""
         kinds = {(vectors.dtype.name, *vectors.shape[1:]) for vectors in
-                 (np.load(path, mmap_mode="r") for path in self.paths)}  # fmt: skip
+                 (_opened(path) for path in self.paths)}  # fmt: skip
         if len(kinds) > 1 or next(iter(kinds))[0] != "float32" or len(next(iter(kinds))) not in (2, 3):
             raise ValueError(
                 f"{KEY}={self.path}: shards must be float32 arrays (n, D) or (n, K, D), all alike; these are "
@@ -133,7 +155,7 @@ class Shards:
                     "max_overlap": self.max_overlap}  # fmt: skip
 
         def build(folder: Path) -> None:
-            found = _listing(file, [len(np.load(path, mmap_mode="r")) for path in self.paths])
+            found = _listing(file, [len(_opened(path)) for path in self.paths])
             self._check_vectors(file, found)
             if split != "train" and (self.path / "train_data.jsonl").is_file():
                 self._check_apart(split, found, self.listing("train", cache_dir))
