@@ -30,11 +30,12 @@ log = logging.getLogger(__name__)
 class Template:
     """What is given of every text. prefix: its beginning. template: all of it (of wrapped rows, which have no end,
     the beginning), with [MASK] for a token, {{n}} for n tokens and once {{...}} or {{…}} for as many as there is room
-    for, to be filled in. max_length: tokens of a text at
-    most, given ones included; None for as many as the model's. Given tokens never change.
+    for, to be filled in. max_length: tokens of a text at most, given ones included; None for as many as the model's.
+    Given tokens never change.
 
     Raises:
-        ValueError: prefix and template are set, or a template without a gap, with an empty one or two that stretch.
+        ValueError: prefix and template are set; or a template has no gap, an empty one, two that stretch, or {{ where
+            none follows.
     """
 
     prefix: str | None = None
