@@ -9,7 +9,8 @@ Everything else is typed as for main.py: data=, model.length, data.tokenizer_nam
 text that data.long_texts=windows cuts into chunks has them all in one split, since texts are split before they are cut.
 Train then with the same data settings: python main.py algo=mmldlm backbone=mmdit ... latents=file latents.path=FOLDER
 
-A start that was killed is gone on with by the same command. The bytes do not depend on --processes.
+A start that was killed is gone on with by the same command. The bytes do not depend on --processes; metadata.json has
+the digest of every file, and one that is no longer as it was written is refused.
 --check prints one line of JSON: how often the latent of a text with 20 % of its words dropped is nearest to its own
 among --texts texts (latents=synthetic: with what accuracy a linear map reads each attribute); exit status 1 where that
 is less than 0.9 (0.99).
@@ -34,6 +35,7 @@ import torch  # noqa: E402
 import main as palimpsest  # noqa: E402
 from command_line import clear_errors, compose_config  # noqa: E402
 from dataloader import TextData  # noqa: E402
+from text.cache import fingerprint  # noqa: E402
 from text.latent_attributes import Attributes, known_texts  # noqa: E402
 from text.latent_gate import LEAST_PROBED, LEAST_RETRIEVED, probe, retrieval  # noqa: E402
 from text.latent_preparing import Plan, Preparation  # noqa: E402
@@ -98,7 +100,8 @@ def prepare(typed: argparse.Namespace, overrides: list[str]) -> dict[str, object
             _write_in_processes(typed, overrides)
         left_out = sum(data.figures[split]["cut"] for split in work.texts)
         tokenizer = data.tokenizer_settings["name_or_path"]
-        return work.finish({"length": data.length, "tokenizer": tokenizer, "tokens_left_out": left_out})
+        return work.finish({"length": data.length, "tokenizer": tokenizer, "tokens_left_out": left_out,
+                            "identity": fingerprint(data.latents.settings)})  # fmt: skip
     return json.loads((typed.out / "metadata.json").read_text())
 
 

@@ -163,6 +163,68 @@ def test_two_processes_and_a_kill_make_the_same_bytes_as_one(tmp_path):
         work(tmp_path / "one", tmp_path, LSA(dim=5))[0].begin()
 
 
+def flip_a_bit(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[-2] ^= 1
+    path.write_bytes(raw)
+
+
+def test_what_is_damaged_while_a_folder_is_made_is_made_again(tmp_path):
+    whole, _ = work(tmp_path / "whole", tmp_path)
+    whole.begin()
+    whole.write(whole.missing())
+    whole.finish({})
+    hurt, _ = work(tmp_path / "hurt", tmp_path)
+    hurt.begin()
+    hurt.write(range(6))
+    shards, records = tmp_path / "hurt" / "latent_shards", tmp_path / "hurt" / "progress"
+    flip_a_bit(shards / "shard_0001.npy")
+    (shards / "shard_0002.npy").unlink()
+    (records / "shard_0003.json").write_text("")
+    again, _ = work(tmp_path / "hurt", tmp_path)
+    assert again.begin() and again.missing() == [1, 2, 3, 6, 7, 8, 9]
+    again.write(again.missing())
+    again.finish({})
+    assert contents(tmp_path / "hurt") == contents(tmp_path / "whole")
+    (tmp_path / "whole" / "metadata.json").write_text("{")
+    with pytest.raises(ValueError, match=r"metadata.json is damaged .*delete the folder"):
+        work(tmp_path / "whole", tmp_path)[0].begin()
+
+
+@pytest.mark.parametrize("name", ["latent_shards/shard_0008.npy", "train_data.jsonl", "encoder.npz"])
+def test_a_finished_folder_that_has_changed_is_neither_done_nor_read(tmp_path, name):
+    out = tmp_path / "out"
+    made, _ = work(out, tmp_path)
+    made.begin()
+    made.write(made.missing())
+    made.finish({})
+    assert latents_of(out, tmp_path).shape == (20, 1, 4)
+    flip_a_bit(out / name)
+    with pytest.raises(
+        ValueError, match=rf"latents.path=.*: {name} is not the file that metadata.json was written for"
+    ):
+        latents_of(out, tmp_path)
+    with pytest.raises(ValueError, match=rf"{name} is not the file that was written; delete the folder"):
+        work(out, tmp_path)[0].begin()
+
+
+def test_other_vectors_are_other_latents(tmp_path):
+    """Their mean and scale need not tell: those of another order are the same. Vectors that were made again, and
+    differ in their last digits, are the same latents."""
+    theirs = vectors()
+
+    def named(train: np.ndarray, name: str, **said: object) -> str:
+        folder = write_folder(tmp_path / name, {**theirs, "train": train}, TEXTS, **said)
+        return data_with(Shards(str(folder)), tmp_path / "cache", Given(**TEXTS)).latents.fingerprint
+
+    first, turned = named(theirs["train"], "first"), named(theirs["train"][::-1].copy(), "turned")
+    assert named(theirs["train"], "copy") == first != turned
+    near = np.nextafter(theirs["train"], 9, dtype=np.float32)
+    assert named(near, "near") != first
+    assert named(theirs["train"], "made", identity="a") == named(near, "elsewhere", identity="a")
+    assert named(theirs["train"], "b", identity="b") != named(theirs["train"], "a", identity="a")
+
+
 def test_shards_are_read_by_their_numbers_and_damage_is_named(tmp_path):
     vectors = {"train": np.arange(36, dtype=np.float32).reshape(12, 3)}
     folder = write_folder(tmp_path / "f", {"train": vectors["train"]}, {"train": some_texts(12, 0)})

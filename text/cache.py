@@ -30,6 +30,12 @@ def fingerprint(settings: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
+def file_digest(path: Path) -> str:
+    """Hex SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def texts_fingerprint(texts: Iterable[str]) -> str:
     """Hex digest of the texts in their order. Lengths are hashed too, so moving a boundary changes it."""
     digest = hashlib.sha256()
@@ -93,8 +99,7 @@ def _file_record(path: Path) -> dict[str, Any]:
     size = path.stat().st_size
     if size > _CHECKSUM_LIMIT:
         return {"bytes": size}
-    with path.open("rb") as file:
-        return {"bytes": size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return {"bytes": size, "sha256": file_digest(path)}
 
 
 def _read_entry(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from text.cache import file_digest
 from text.hub import both_ways, quick_when_offline
 from text.passages import Passages
 from text.sentence_folders import POOLINGS, SentenceFolder, read_folder
@@ -104,9 +105,8 @@ class Pretrained:
         digest = hashlib.sha256()
         for path in sorted(self.folder.rglob("*")):
             if path.is_file() and any(path.match(pattern) for pattern in _FILES):
-                with path.open("rb") as file:
-                    digest.update(path.relative_to(self.folder).as_posix().encode())
-                    digest.update(hashlib.file_digest(file, "sha256").digest())
+                digest.update(path.relative_to(self.folder).as_posix().encode())
+                digest.update(bytes.fromhex(file_digest(path)))
         return {"encoder": "hf", "code": _CODE_VERSION, "files": digest.hexdigest(), **self.settings}
 
     @property

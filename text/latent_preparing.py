@@ -1,8 +1,9 @@
 """Writing the folders that latents=file reads (text/latent_shards.py has the format), shard by shard.
 
 A shard is some rows of one split, in their order; it appears by one rename, so what a killed process leaves is whole
-shards and nothing else, and the next one makes the others. Which rows, in which groups, an encoder is given hangs on
-the shard alone: any number of processes, and any number of kills, make the same bytes.
+shards and nothing else, and the next one makes the others, and those that are no longer as they were written. Which
+rows, in which groups, an encoder is given hangs on the shard alone: any number of processes, and any number of kills,
+make the same bytes.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from text.cache import fingerprint
-from text.latent_shards import METADATA, SHARDS, Listing, digests
+from text.cache import file_digest, fingerprint
+from text.latent_shards import FITTED, METADATA, SHARDS, Listing, changed_files, digests
 from text.latent_space import Sharded, faults, moments
 from text.latents import Encoder
 from text.passages import PackedTexts, Passages
@@ -80,13 +81,21 @@ class Preparation:
         self.max_skipped, self.changed = max_skipped, changed
 
     def begin(self) -> bool:
-        """Make the folder, or find what an earlier start has left; returns whether anything is left to do."""
+        """Make the folder, or find what an earlier start has left; returns whether anything is left to do.
+
+        Raises:
+            ValueError: the folder is of something else, or is done and has been damaged.
+        """
         done = self.out / METADATA
         begun = done if done.is_file() else self.out / _PROGRESS / "plan.json"
         if begun.is_file():
-            if json.loads(begun.read_text()).get("plan") != self.plan.fingerprint:
+            said = self._said(begun)
+            if said.get("plan") != self.plan.fingerprint:
                 raise ValueError(f"--out={self.out} holds latents of other texts, or by other settings; give an empty "
                                  "folder, or the settings that it was begun with")  # fmt: skip
+            if wrong := changed_files(self.out, said):
+                raise ValueError(f"--out={self.out}: {wrong[0]} is not the file that was written; delete the folder, "
+                                 "and make it again")  # fmt: skip
             return begun != done
         if self.out.exists() and any(self.out.iterdir()):
             raise ValueError(f"--out={self.out} holds something else; give an empty or a new folder")
@@ -97,9 +106,9 @@ class Preparation:
         return True
 
     def write(self, numbers: Collection[int]) -> None:
-        """Make the shards with these numbers, but those that are there."""
+        """Make the shards with these numbers, but those that are there as they were written."""
         for part in self.plan.parts:
-            if part.number in numbers and not self._said(part).is_file():
+            if part.number in numbers and not self._whole(part):
                 self._write_shard(part)
             if self.changed():
                 return
@@ -119,8 +128,10 @@ class Preparation:
                              f"({next(iter(skipped.values()))}); give other texts")  # fmt: skip
         with whole_file(self._shard(part.number)) as file:
             np.save(file, np.concatenate(groups))
-        with whole_file(self._said(part)) as file:  # the shard is done when this is there
-            file.write(json.dumps({"skipped": skipped, "cut": getattr(self.encoder, "cut", 0) - cut}).encode())
+        cut = getattr(self.encoder, "cut", 0) - cut
+        said = {"skipped": skipped, "cut": cut, "sha256": file_digest(self._shard(part.number))}
+        with whole_file(self._record(part)) as file:  # the shard is done when this is there
+            file.write(json.dumps(said).encode())
         log.info("shard %d of %d: %d texts of %s", part.number + 1, len(self.plan.parts),
                  part.stop - part.start - len(skipped), part.split)  # fmt: skip
 
@@ -134,8 +145,17 @@ class Preparation:
             )
 
     def missing(self) -> list[int]:
-        """Numbers of the shards that are not there yet."""
-        return [part.number for part in self.plan.parts if not self._said(part).is_file()]
+        """Numbers of the shards that are not there yet, or no longer as they were written."""
+        return [part.number for part in self.plan.parts if not self._whole(part)]
+
+    def _whole(self, part: Part) -> bool:
+        record, shard = self._record(part), self._shard(part.number)
+        if not (record.is_file() and shard.is_file()):
+            return False
+        try:
+            return json.loads(record.read_text())["sha256"] == file_digest(shard)
+        except (ValueError, KeyError, TypeError):  # a record that is cut off: a power cut may leave one
+            return False
 
     def finish(self, further: Mapping[str, object]) -> dict[str, object]:
         """Write the lists of texts, and metadata.json last; `further` says what else belongs into it. Returns it.
@@ -143,12 +163,13 @@ class Preparation:
         Raises:
             ValueError: more texts were left out than may be, over all shards.
         """
-        said = {part: json.loads(self._said(part).read_text()) for part in self.plan.parts}
+        said = {part: json.loads(self._record(part).read_text()) for part in self.plan.parts}
         skipped = {part: found["skipped"] for part, found in said.items()}
         self._check_all(skipped)
         listed = {split: self._write_list(split, skipped) for split in self.plan.counts}
         width = np.load(self._shard(0), mmap_mode="r").shape[1]
         scale = self._scale(listed["train"], width) if "train" in listed else {}
+        self._write_fitted(scale)
         known = listed["train"].text if "train" in listed else []
         metadata = {
             "version": VERSION, "latent_dim": width, "shard_size": self.plan.shard_size,
@@ -157,7 +178,7 @@ class Preparation:
             "cut_by_encoder": sum(found["cut"] for found in said.values()),
             "also_in_train": {split: int(np.isin(found.text, known).sum()) for split, found in listed.items()
                               if split != "train"},
-            "plan": self.plan.fingerprint, **scale,
+            "plan": self.plan.fingerprint, **scale, "sha256": self._digests(said),
         }  # fmt: skip
         with whole_file(self.out / METADATA) as file:
             file.write((json.dumps(metadata, indent=1, ensure_ascii=False) + "\n").encode())
@@ -180,13 +201,22 @@ class Preparation:
         return Listing(numbers, np.zeros_like(numbers), np.array(shard), np.array(place))
 
     def _scale(self, train: Listing, width: int) -> dict[str, list[float]]:
-        """Mean and scale of train, which also go into one file with what was fitted."""
         shards = [self._shard(part.number) for part in self.plan.parts]
         mean_W, std_W = moments(Sharded(shards, width, train.shard, train.place))
-        if fitted := self.encoder.arrays():
-            with whole_file(self.out / "encoder.npz") as file:
-                np.savez(file, **fitted, mean=mean_W, std=std_W)
         return {"mean": mean_W.tolist(), "std": std_W.tolist()}
+
+    def _write_fitted(self, scale: Mapping[str, list[float]]) -> None:
+        """What was fitted goes into one file with mean and scale of train, where those are known."""
+        if fitted := self.encoder.arrays():
+            with whole_file(self.out / FITTED) as file:
+                np.savez(file, **fitted, **{key: np.array(value) for key, value in scale.items()})
+
+    def _digests(self, said: Mapping[Part, Mapping[str, Any]]) -> dict[str, str]:
+        """Of all files; those of shards as they were written."""
+        shards = {self._shard(part.number): found["sha256"] for part, found in said.items()}
+        others = [self.out / FITTED, *(self.out / f"{split}_data.jsonl" for split in self.plan.counts)]
+        found = {**shards, **{file: file_digest(file) for file in others if file.is_file()}}
+        return {file.relative_to(self.out).as_posix(): digest for file, digest in found.items()}
 
     def _check_all(self, skipped: Mapping[Part, Mapping[str, str]]) -> None:
         total = sum(map(len, skipped.values()))
@@ -208,7 +238,14 @@ class Preparation:
     def _shard(self, number: int) -> Path:
         return self.out / SHARDS / f"shard_{number:04d}.npy"
 
-    def _said(self, part: Part) -> Path:
+    def _said(self, begun: Path) -> dict[str, Any]:
+        try:
+            return dict(json.loads(begun.read_text()))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"--out={self.out}: {begun.name} is damaged ({error}); delete the folder, and make it "
+                             "again") from error  # fmt: skip
+
+    def _record(self, part: Part) -> Path:
         return self.out / _PROGRESS / f"shard_{part.number:04d}.json"
 
 

@@ -1,6 +1,6 @@
 """latents=file: vectors that lie beside their texts, as scripts/prepare_latents.py writes them or anyone else.
 
-    FOLDER/metadata.json                  latent_dim, counts, encoder, ... (only latent_dim is needed)
+    FOLDER/metadata.json                  latent_dim, counts, encoder, sha256 of files ... (only latent_dim is needed)
     FOLDER/<split>_data.jsonl             a line a text: text, shard, idx; document where a text is part of one
     FOLDER/latent_shards/shard_0000.npy   float32 (n, W), or (n, K, D) for K latent tokens
 
@@ -21,13 +21,13 @@ from typing import Any
 
 import numpy as np
 
-from text.cache import cached_folder
-from text.latent_space import CHUNK, Sharded, faults, moments
+from text.cache import cached_folder, file_digest
+from text.latent_space import Sharded, chunks, faults, moments
 from text.passages import PackedTexts, Passages
 from text.tokenizers import Vocabulary
 
 KEY = "latents.path"
-SHARDS, METADATA = "latent_shards", "metadata.json"
+SHARDS, METADATA, FITTED = "latent_shards", "metadata.json", "encoder.npz"
 SPLITS = ("train", "validation", "test")
 _CODE_VERSION = 1  # raise it whenever a change below gives another index
 
@@ -137,26 +137,57 @@ class Shards:
     def signature(self) -> list[list[object]]:
         """What shows that a file has changed."""
         files = [self.path / METADATA, *sorted(self.path.glob("*_data.jsonl")), *self.paths]
+        files += [file for file in (self.path / FITTED,) if file.is_file()]
         return [[str(file.relative_to(self.path)), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+    @property
+    def _settings(self) -> dict[str, object]:
+        return {"code": _CODE_VERSION, "path": str(self.path.resolve()), "files": self.signature}
+
+    def _check_files(self, cache_dir: str | Path) -> None:
+        """Raises ValueError where a file is not the one that metadata.json has the digest of; looked at once."""
+
+        def build(_: Path) -> None:
+            if wrong := changed_files(self.path, self.said):
+                raise ValueError(f"{KEY}={self.path}: {wrong[0]} is not the file that {METADATA} was written for; make "
+                                 "the folder again, or leave sha256 and identity out of it where that was "
+                                 "meant")  # fmt: skip
+
+        cached_folder(cache_dir, "latent-files", self._settings, build)
+
+    def content(self, cache_dir: str | Path) -> str:
+        """Hex digest of what the vectors of train are. Where metadata.json says what made them, it is that: made again
+        elsewhere they differ in their last digits. Otherwise it is that of the texts and vectors themselves."""
+        if "identity" in self.said:
+            return str(self.said["identity"])
+
+        def build(_: Path) -> dict[str, str]:
+            found = self.listing("train", cache_dir)
+            digest = hashlib.sha256(found.text.tobytes())
+            for vectors_NW in chunks(Sharded(self.paths, self.width, found.shard, found.place)):
+                digest.update(vectors_NW.tobytes())
+            return {"content": digest.hexdigest()}
+
+        return cached_folder(cache_dir, "latent-content", self._settings, build)[1]["content"]
 
     def listing(self, split: str, cache_dir: str | Path) -> Listing:
         """The lines of a split, read once and kept in the cache.
 
         Raises:
             FileNotFoundError: there are none for this split.
-            ValueError: a line is none, names a vector that is not there or is no vector; a held-out split is (mostly)
-                train, or has parts of a document of train.
+            ValueError: a file has changed; a line is none, names a vector that is not there or is no vector; a
+                held-out split is (mostly) train, or has parts of a document of train.
         """
         file = self.path / f"{split}_data.jsonl"
         if not file.is_file():
             raise FileNotFoundError(f"{KEY}={self.path} has no {file.name}, so that the {split} split has no latents; "
                                     f"scripts/prepare_latents.py --splits {split} writes it")  # fmt: skip
-        settings = {"code": _CODE_VERSION, "path": str(self.path.resolve()), "files": self.signature, "split": split,
-                    "max_overlap": self.max_overlap}  # fmt: skip
+        self._check_files(cache_dir)
+        settings = {**self._settings, "split": split, "max_overlap": self.max_overlap}
 
         def build(folder: Path) -> None:
             found = _listing(file, [len(_opened(path)) for path in self.paths])
-            self._check_vectors(file, found)
+            _check_vectors(file, Sharded(self.paths, self.width, found.shard, found.place))
             if split != "train" and (self.path / "train_data.jsonl").is_file():
                 self._check_apart(split, found, self.listing("train", cache_dir))
             np.savez(folder / "listing.npz", **found.__dict__)
@@ -164,15 +195,6 @@ class Shards:
         folder, _ = cached_folder(cache_dir, "latent-listing", settings, build)
         with np.load(folder / "listing.npz") as arrays:
             return Listing(**{name: arrays[name] for name in arrays})
-
-    def _check_vectors(self, file: Path, found: Listing) -> None:
-        store = Sharded(self.paths, self.width, found.shard, found.place)
-        for start in range(0, len(store), CHUNK):
-            wrong = faults(store[np.arange(start, min(start + CHUNK, len(store)))])
-            if wrong:
-                row, why = next(iter(wrong.items()))
-                raise ValueError(f"{file}, line {start + row + 1}: {why}; make the latent of that text again, or leave "
-                                 "the line out")  # fmt: skip
 
     def _check_apart(self, split: str, found: Listing, train: Listing) -> None:
         share = float(np.isin(found.text, train.text).mean())
@@ -216,8 +238,7 @@ class Shards:
         Raises:
             ValueError: a row has none.
         """
-        settings = {"code": _CODE_VERSION, "path": str(self.path.resolve()), "files": self.signature, "split": split,
-                    "rows": rows.fingerprint, "max_overlap": self.max_overlap}  # fmt: skip
+        settings = {**self._settings, "split": split, "rows": rows.fingerprint, "max_overlap": self.max_overlap}
 
         def build(folder: Path) -> None:
             found = self.listing(split, cache_dir)
@@ -244,7 +265,7 @@ class Shards:
 
     @property
     def identity(self) -> dict[str, object]:
-        """What its vectors hang on, as far as the folder says; mean and scale of train come on top of it."""
+        """What its vectors hang on, as far as the folder says; `content` comes on top of it."""
         return {"encoder": "file", "code": _CODE_VERSION, **self.metadata, "shape": list(self.shape)}
 
     def check(self, vocabulary: Vocabulary, length: int) -> None:
@@ -269,14 +290,20 @@ class Shards:
                              "further texts have no latents; use latents=lsa, hf or self for that")  # fmt: skip
         encoder = kinds[name](**settings)
         encoder.check(self._vocabulary, self._length)
-        if (self.path / "encoder.npz").is_file():
-            with np.load(self.path / "encoder.npz") as arrays:
+        if (self.path / FITTED).is_file():
+            with np.load(self.path / FITTED) as arrays:
                 encoder.load({key: arrays[key] for key in arrays})
         return encoder
 
     def encode(self, passages: Passages) -> np.ndarray:
         """(N, W) float32, by the encoder that made the folder, where that is known."""
         return self.encoder.encode(passages)
+
+
+def changed_files(folder: Path, said: Mapping[str, Any]) -> list[str]:
+    """Those of the files which metadata.json (`said`) has the digest of that are gone or have another."""
+    return [name for name, digest in said.get("sha256", {}).items()
+            if not (folder / name).is_file() or file_digest(folder / name) != digest]  # fmt: skip
 
 
 def digests(texts: Sequence[str]) -> list[int]:
@@ -291,6 +318,17 @@ def _lines(text_N: np.ndarray, order: np.ndarray, wanted: Sequence[int]) -> np.n
     place = np.searchsorted(text_N, wanted, sorter=order).clip(max=len(order) - 1)
     line = order[place]
     return np.where(text_N[line] == wanted, line, -1)
+
+
+def _check_vectors(file: Path, vectors: Sharded) -> None:
+    """Those of the lines of `file`, in their order."""
+    line = 1
+    for vectors_NW in chunks(vectors):
+        if wrong := faults(vectors_NW):
+            row, why = next(iter(wrong.items()))
+            raise ValueError(f"{file}, line {line + row}: {why}; make the latent of that text again, or leave the line "
+                             "out")  # fmt: skip
+        line += len(vectors_NW)
 
 
 def _listing(file: Path, sizes: Sequence[int]) -> Listing:

@@ -188,9 +188,9 @@ class TextLatents:
     @cached_property
     def fingerprint(self) -> str:
         """Hex digest; equal ones mean the same latents for the same rows."""
-        own = isinstance(self.encoder, Shards)  # of a folder nothing is known but its numbers
-        numbers = [f"{x:.4e}" for x in (*self.mean.ravel(), *self.std.ravel())] if own else []
-        return fingerprint({**self.settings, "numbers": numbers})
+        folder = isinstance(self.encoder, Shards)
+        content = self.encoder.content(self._data.cache_dir) if folder else None
+        return fingerprint({**self.settings, "content": content})
 
     @property
     def facts(self) -> dict[str, object]:
