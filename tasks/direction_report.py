@@ -45,7 +45,7 @@ def _rows(found: Mapping[str, Agreement]) -> list:
     first = next(iter(found.values()))
     rows = [("cosine", lambda one: one.cosine), ("squared error", lambda one: one.mse)]
     for k, one in first.retrieval.items():
-        title = f"retrieval@{k}, % (chance {100 * one.chance:.2g})"
+        title = f"retrieval@{k}, % (chance {100 * one.chance:.3g})"
         rows.append((title, lambda one, k=k: one.retrieval[k]))
     rows.append(("without a latent, %", lambda one: 100 * one.unread))
     if first.attributes:
@@ -65,7 +65,7 @@ def figures_of(results: Mapping[str, object], found: Mapping[str, Agreement]) ->
             one = found[name]
             line.append(f"cosine {one.cosine}, " + ", ".join(
                 f"retrieval@{k} {100 * hit.value:.1f} % [{100 * hit.low:.1f}, {100 * hit.high:.1f}] (chance "
-                f"{100 * hit.chance:.2g})" for k, hit in one.retrieval.items()))  # fmt: skip
+                f"{100 * hit.chance:.3g})" for k, hit in one.retrieval.items()))  # fmt: skip
             if one.attributes:
                 line.append(f"attributes {one.attributes}")
         if len(line) > 1:

@@ -5,6 +5,7 @@ Shape suffixes: M texts, K latent tokens, D numbers of each, C classes, P points
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
@@ -118,9 +119,11 @@ class Edited:
 @dataclass(frozen=True)
 class Way:
     """Texts at points of the great circle between a text's latent and the wanted one. sss: mean cosine of the latents
-    of neighbouring texts, None without an encoder. mts: share of steps on which p(wanted class) strictly rises."""
+    of neighbouring texts, of those that both have one; None without an encoder, or any such. seen: the share of
+    neighbours that do. mts: share of steps on which p(wanted class) strictly rises."""
 
     sss: Estimate | None
+    seen: float
     mts: Estimate
 
 
@@ -242,14 +245,22 @@ def _way(
         ids = [text.ids for text in editor.write(told, some)]
         p_MP.append(judge.posterior(ids)[np.arange(len(some)), wanted_M[some]])
         latents += [] if reader.missing else [reader.latents(ids)]
-    return Way(*smoothness(latents, np.stack(p_MP, axis=1)))
+    return smoothness(latents, np.stack(p_MP, axis=1))
 
 
-def smoothness(latents: Sequence[np.ndarray], p_MP: np.ndarray) -> tuple[Estimate | None, Estimate]:
-    """SSS and MTS of texts along a way. latents: (M, K, D) for each of P points, or none at all. p_MP: p(wanted class).
-    Both are 1 for texts that move nowhere if a step that stays counts as a rise; here it does not."""
-    sss = np.stack([cosines(a, b) for a, b in zip(latents, latents[1:], strict=False)]).mean(0) if latents else None
-    return None if sss is None else mean(sss), mean((np.diff(p_MP, axis=1) > 0).mean(1))
+def smoothness(latents: Sequence[np.ndarray], p_MP: np.ndarray) -> Way:
+    """SSS and MTS of texts along a way. latents: (M, K, D) for each of P points, zeros for a text that has none, or
+    nothing at all. p_MP: p(wanted class). Both are 1 for texts that move nowhere if a step that stays counts as a rise;
+    here it does not."""
+    mts = mean((np.diff(p_MP, axis=1) > 0).mean(1))
+    if not latents:
+        return Way(None, 0.0, mts)
+    has_MP = np.stack([flat(latent_MKD).any(1) for latent_MKD in latents], axis=1)
+    cosine_MS = np.stack([cosines(a, b) for a, b in itertools.pairwise(latents)], axis=1)
+    seen_MS = has_MP[:, 1:] & has_MP[:, :-1]
+    some_M = seen_MS.any(1)
+    sss_M = (cosine_MS * seen_MS).sum(1)[some_M] / seen_MS.sum(1)[some_M]
+    return Way(mean(sss_M) if some_M.any() else None, float(seen_MS.mean()), mts)
 
 
 # -------------------------------------------------------------------------------- showing
@@ -273,8 +284,8 @@ _ABOUT = (
     "Some tokens of each text were masked and written anew, told the latent that the text is to get; the others are "
     "untouched. Beside it the same masks and noise with the wanted latent of another text, and with none. Control: "
     "texts judged to be of the wanted class, by {}; {:.1f} % were before. SSS: mean cosine of neighbouring texts on "
-    "the great circle between old and new latent; MTS: share of steps on which p(wanted class) strictly rises. Texts "
-    "that ignore the latent have SSS 1, and MTS 0."
+    "the great circle between old and new latent, where both have one; MTS: share of steps on which p(wanted class) "
+    "strictly rises. Texts that ignore the latent have SSS 1, and MTS 0."
 )
 
 
@@ -289,6 +300,7 @@ def _report(
             ("edit distance, tokens", *(cell(found[name].distance) for name in VARIANTS)),
             ("cosine with the wanted latent", *(cell(found[name].toward) for name in VARIANTS)),
             ("SSS", *(cell(ways[name].sss) for name in VARIANTS)),
+            ("neighbours that both have a latent, %", *(100 * ways[name].seen for name in VARIANTS)),
             ("MTS", *(cell(ways[name].mts) for name in VARIANTS))]  # fmt: skip
     if judge.readable:
         rows.append(("texts that the corpus could not write, %", *(100 * found[n].unread for n in VARIANTS)))

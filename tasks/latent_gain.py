@@ -60,6 +60,16 @@ _ABOUT = (
 )
 
 
+def untrained_marginal(objective: object) -> str:
+    """What to know of the likelihood of texts alone, where the network learned texts only from their latents, or none;
+    empty where it learned them without, or next to without, as in mode joint."""
+    modes = getattr(objective, "shares", None)
+    if modes is None or {"text", "joint"} & set(modes):
+        return ""
+    return (f"The modes of this training ({', '.join(modes)}) never hide a text's latent, so that the likelihood of "
+            "texts alone is that of something which was not learned.")  # fmt: skip
+
+
 def latent_gain(
     trainer: lightning.Trainer, diffusion: Diffusion, data: object, split: str, estimator: Estimator,
     precision: Precision, seed: int, none: Scores,

@@ -9,7 +9,7 @@ from objectives.base import latent_hidden
 from reporting import plots
 from reporting.report import Report
 from tasks.base import Experiment, Likelihood, likelihood, write_results
-from tasks.latent_gain import latent_gain
+from tasks.latent_gain import latent_gain, untrained_marginal
 from tasks.scoring import Scores, score
 
 
@@ -36,9 +36,9 @@ def _law(data: object, causal: bool) -> str:
     return f"p({'rest' if data.prompted or data.prefix_length else 'text'}{' | ' if said else ''}{said})"
 
 
-def report_likelihood(report: Report, measured: Likelihood, split: str) -> None:
+def report_likelihood(report: Report, measured: Likelihood, split: str, remark: str) -> None:
     """The section that every report with a likelihood has."""
-    report.section(f"Likelihood on the {split} split", _method(measured))
+    report.section(f"Likelihood on the {split} split", " ".join(part for part in (remark, _method(measured)) if part))
     report.metrics(measured.metrics())
     truth = measured.truth.value if measured.truth else None
     report.figure(
@@ -106,7 +106,7 @@ def ppl_eval(experiment: Experiment, *, checkpoint_path: str, disable_ema: bool,
         folder, {**results, "protocol": protocol(experiment, data, split, scores), "command": experiment.command}
     )
     report = Report("Perplexity", f"{data.name}, {split} split", experiment.command, experiment.facts)
-    report_likelihood(report, measured, split)
+    report_likelihood(report, measured, split, untrained_marginal(diffusion.objective))
     if gain:
         gain.report(report, data.latents.metadata)
     report.code(experiment.settings, "configuration")
@@ -123,5 +123,7 @@ def ppl_eval(experiment: Experiment, *, checkpoint_path: str, disable_ema: bool,
         print(f"true entropy {measured.truth} nats/token | above it by {measured.gap} (paired)")
     if gain:
         print(gain)
+    if remark := untrained_marginal(diffusion.objective):
+        print(remark)
     print(f"{folder / 'report.html'}")
     return results

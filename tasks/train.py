@@ -14,6 +14,7 @@ from tasks.base import Experiment, likelihood, write_results
 from tasks.drawing import draw
 from tasks.fitting import fit
 from tasks.history import samples_of
+from tasks.latent_gain import untrained_marginal
 from tasks.ppl_eval import protocol, report_likelihood
 from tasks.scoring import score
 
@@ -33,6 +34,12 @@ def history(folder: Path) -> dict[str, np.ndarray]:
     return {name: np.array(sorted(points.items())) for name, points in series.items()}
 
 
+_WITH_LATENTS = (
+    " Training texts are told what the directions that are trained tell them, validation texts their latents: both may "
+    "lie below the likelihood above, which is that of texts alone."
+)
+
+
 def add_loss_curve(report: Report, folder: Path, truth: float | None) -> None:
     """The figure that shows how the loss came down, from what was logged under `folder`."""
     logged = history(folder)
@@ -40,10 +47,11 @@ def add_loss_curve(report: Report, folder: Path, truth: float | None) -> None:
     if name is None:
         return
     validation = (*logged["val/nll"].T, logged["val/nll_se"][:, 1]) if "val/nll" in logged else None
+    with_latents = name == "train/text_loss"  # p(text | latent), which the entropy of p(text) does not bound
     report.figure(
-        plots.loss_curve(tuple(logged[name].T), validation, truth),
+        plots.loss_curve(tuple(logged[name].T), validation, None if with_latents else truth),
         "Nats per token; a point of the training curve is the mean since the one before, of one noisy draw per text, "
-        "with dropout and without weight averaging.",
+        "with dropout and without weight averaging." + (_WITH_LATENTS if with_latents else ""),
         "Loss against optimizer step",
     )
 
@@ -103,7 +111,7 @@ def train(experiment: Experiment, *, num_samples: int, generate_samples: bool) -
         folder, {**results, "protocol": protocol(experiment, data, "validation", scores), "command": experiment.command}
     )
     report = Report("Training run", data.name, experiment.command, experiment.facts)
-    report_likelihood(report, measured, "validation")
+    report_likelihood(report, measured, "validation", untrained_marginal(diffusion.objective))
     report.section("Training")
     add_loss_curve(report, folder, measured.truth.value if measured.truth else None)
     add_course(report, folder)
@@ -121,5 +129,7 @@ def train(experiment: Experiment, *, num_samples: int, generate_samples: bool) -
     )
     if measured.truth:
         print(f"true entropy {measured.truth} nats/token | above it by {measured.gap} (paired)")
+    if remark := untrained_marginal(diffusion.objective):
+        print(remark)
     print(f"{checkpoint}\n{folder / 'report.html'}")
     return results

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 from hydra.utils import instantiate
@@ -16,6 +18,7 @@ from engine.updates import Updates
 from models.checkpoints import load_inert, read_checkpoint
 from objectives.joint import SHARES
 from randomness import evaluation_noise
+from tasks import train
 from tasks.fitting import fit
 from tasks.train import history
 from tests.latents import LatentText, batch, network, objective, with_latents
@@ -55,7 +58,27 @@ def test_a_training_tells_both_terms_and_calls_neither_a_likelihood(here):
         assert value["train/text_term"] + value["train/latent_term"] == pytest.approx(value["train/loss"], rel=1e-5)
         assert value["train/grad_share_text"] + value["train/grad_share_latent"] == pytest.approx(1)
         assert value["train/latent_mse"] > 0 and abs(value["train/latent_cos"]) <= 1
-    assert results["checkpoint"] and list(here.rglob("report.html"))
+    assert results["checkpoint"] and "never hide" not in (here / "run/report.html").read_text()
+
+
+def test_a_training_from_latents_alone_says_that_it_did_not_learn_texts_alone(here, capsys):
+    told = [*JOINT, "training.joint_modes={l2t: 1, t2l: 1}", "checkpointing.save_dir=run"]
+    main.run(compose_config(told), "a test")
+    main.run(compose_config([*told, "mode=ppl_eval"]), "a test")
+    for report in (here / "run/report.html", *here.glob("run/ppl_eval/*/report.html")):
+        assert "(l2t, t2l) never hide a text" in report.read_text()
+    assert capsys.readouterr().out.count("never hide a text's latent") == 2
+
+
+@pytest.mark.parametrize(("name", "drawn"), [("train/nll", 1.5), ("train/text_loss", None)])
+def test_the_entropy_of_texts_alone_is_no_line_beside_texts_with_latents(monkeypatch, name, drawn):
+    logged = {name: np.array([[1, 2.0], [2, 1.9]]), "val/nll": np.array([[2, 1.2]]), "val/nll_se": np.array([[2, 0.1]])}
+    monkeypatch.setattr(train, "history", lambda folder: logged)
+    monkeypatch.setattr(train.plots, "loss_curve", lambda *points: points)
+    report = Mock()
+    train.add_loss_curve(report, Path(), 1.5)
+    (_, _, truth), caption, _ = report.figure.call_args.args
+    assert truth == drawn and ("texts alone" in caption) == (drawn is None)
 
 
 def test_no_size_of_micro_batches_changes_the_weights_or_the_means(here):

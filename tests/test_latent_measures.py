@@ -86,11 +86,21 @@ def test_the_nearest_of_a_class_and_the_way_between_two_latents():
 def test_texts_that_stay_are_smooth_and_do_not_rise():
     """The trap: with a rise that need not be strict, a decoder that ignores the latent has SSS = MTS = 1."""
     still = RNG.standard_normal((3, 1, 4))
-    sss, mts = smoothness([still] * 4, np.full((3, 4), 0.7))
-    assert sss.value == pytest.approx(1) and mts.value == 0
-    sss, mts = smoothness([still, -still], np.array([[0.1, 0.2], [0.2, 0.1], [0.5, 0.6]]))
-    assert sss.value == pytest.approx(-1) and mts.value == pytest.approx(2 / 3)
-    assert smoothness([], np.array([[0.1, 0.2]]))[0] is None
+    way = smoothness([still] * 4, np.full((3, 4), 0.7))
+    assert way.sss.value == pytest.approx(1) and way.seen == 1 and way.mts.value == 0
+    way = smoothness([still, -still], np.array([[0.1, 0.2], [0.2, 0.1], [0.5, 0.6]]))
+    assert way.sss.value == pytest.approx(-1) and way.mts.value == pytest.approx(2 / 3)
+    assert smoothness([], np.array([[0.1, 0.2]])).sss is None
+
+
+def test_texts_without_a_latent_say_nothing_of_smoothness():
+    still = RNG.standard_normal((3, 1, 4))
+    gone, lost = still.copy(), np.zeros_like(still)
+    gone[0] = 0
+    way = smoothness([still, gone, still, still], np.full((3, 4), 0.7))
+    assert way.sss.value == pytest.approx(1) and way.seen == pytest.approx(7 / 9)
+    way = smoothness([still, lost, still], np.full((3, 3), 0.7))
+    assert way.sss is None and way.seen == 0
 
 
 def test_the_wanted_class_is_named_or_the_next():
