@@ -103,12 +103,14 @@ def test_latents_of_nothing_and_of_the_wrong_texts_are_refused(tmp_path):
 # -------------------------------------------------------------------------------- writing
 
 
-def work(out: Path, cache: Path, encoder: object | None = None, source: Given | None = None, shard_size: int = 8,
-         **settings: object) -> tuple[Preparation, object]:  # fmt: skip
+def work(
+    out: Path, cache: Path, encoder: object | None = None, source: Given | None = None, shard_size: int = 8,
+    splits: tuple[str, ...] = ("train", "validation"), **settings: object,
+) -> tuple[Preparation, object]:  # fmt: skip
     """A folder to be written, and the data it is of."""
     data = data_with(encoder or LSA(dim=4), cache, source or Given(**TEXTS), insert_train_special=True)
     data.latents.fit_encoder()
-    texts = {split: data.latents.packed(split) for split in ("train", "validation")}
+    texts = {split: data.latents.packed(split) for split in splits}
     plan = Plan(data.latents.settings, {split: len(part) for split, part in texts.items()}, shard_size)
     return Preparation(out, plan, texts, data.latents.encoder, **settings), data
 
@@ -275,6 +277,15 @@ def test_what_was_prepared_is_what_is_computed(tmp_path):
     }  # fmt: skip
     with np.load(tmp_path / "out" / "encoder.npz") as kept:
         assert set(kept) == {"idf", "components", "mean", "std"}
+
+
+def test_a_folder_of_a_held_out_split_alone_keeps_what_was_fitted_on_train(tmp_path):
+    prepared, _ = work(tmp_path / "out", tmp_path, splits=("validation",))
+    prepared.begin()
+    prepared.write(prepared.missing())
+    metadata = prepared.finish({})
+    with np.load(tmp_path / "out" / "encoder.npz") as kept:
+        assert set(kept) == {"idf", "components"} and "mean" not in metadata
 
 
 def test_texts_without_a_latent_are_counted_and_never_written(tmp_path):
