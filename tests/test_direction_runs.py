@@ -11,9 +11,10 @@ from hydra.errors import InstantiationException
 
 import main
 from command_line import compose_config
-from tasks import directions
+from tasks import directions, editing
 from tests.commands import refused, run
 from tests.test_configs import TINY
+from text.passages import special_ids
 
 FEW = ["data.max_train_texts=64", "data.max_valid_texts=12", "sampling.steps=3", "sampling.latent_steps=2",
        "sampling.edit_path=2", "data.source.num_train_per_class=2000", "data.source.num_validation_per_class=20",
@@ -96,7 +97,8 @@ def test_an_edit_touches_nothing_but_its_masks(here, target):
 
 
 def test_an_edit_begins_at_the_share_that_is_masked_and_is_told_where_to_go(here, monkeypatch):
-    seen, fill = [], directions.fill_on_all
+    seen, fill, barred, bar = [], directions.fill_on_all, set(), editing.Barred
+    monkeypatch.setattr(editing, "Barred", lambda model, ids: (barred.add(ids), bar(model, ids))[1])
     monkeypatch.setattr(directions, "fill_on_all", lambda *args: (seen.append(args[8]), fill(*args))[1])
     run(*SAMPLE, "sampling.direction=edit", "sampling.edit_rate=0.33", "sampling.edit_alpha=2")
     rows, (true, shuffled, none, *_) = samples(here, "edit"), seen
@@ -111,12 +113,21 @@ def test_an_edit_begins_at_the_share_that_is_masked_and_is_told_where_to_go(here
     sign = np.array([1 if row["wanted"] == "positive" else -1 for row in rows])[:, None]
     np.testing.assert_allclose(moved, 2 * sign * (means[1] - means[0]), atol=1e-4)
     assert (shuffled["latent"] != true["latent"]).any((1, 2)).all() and (none["latent_t"] == 1).all()
+    assert barred == {tuple(sorted(special_ids(data.vocabulary)))}, "an end in the midst of a text is no edit"
 
 
-def test_drawn_latents_are_written_as_the_encoder_has_them(here, monkeypatch):
-    nothing = lambda setting, rows, blanks, names_M, *how: np.zeros((len(names_M), *setting.data.latents.shape))
+def test_latents_are_drawn_from_own_other_and_no_texts_and_written_as_the_encoder_has_them(here, monkeypatch):
+    asked = []
+    nothing = lambda setting, rows, blanks, names_M, text_M, how: (
+        asked.append((names_M.tolist(), text_M.tolist(), how.guidance)),
+        np.zeros((len(names_M), *setting.data.latents.shape)),
+    )[1]
     monkeypatch.setattr(directions, "latents_of", nothing)
-    run(*SAMPLE, "sampling.direction=t2l")
+    run(*SAMPLE, "sampling.direction=t2l", "sampling.guidance=2")
+    (own, true, strong), (_, shuffled, as_strong), (_, _, silent) = asked
+    assert all(names == own for names, _, _ in asked), "the same noise whatever is told"
+    assert true == [*range(8)] == sorted(shuffled) and all(a != b for a, b in zip(true, shuffled, strict=True))
+    assert strong == as_strong == 2 and silent == 0
     latents = np.load(here / "run/sample_eval/t2l/latents.npy")
     assert np.linalg.norm(latents[0]) > 1, "the mean of train, which is that of eleven shares"
 

@@ -15,7 +15,7 @@ from samplers import ancestral, gaussian, joint
 from samplers.base import TokenChoice
 from samplers.gaussian import LatentSteps
 from samplers.joint import Guided, with_guidance
-from samplers.positions import select
+from samplers.positions import Barred, select
 from tests.latents import LENGTH, MASK, SHAPE, VOCAB, network, objective
 
 ROWS = 5
@@ -269,3 +269,12 @@ def test_positions_are_chosen_by_rule_within_the_budget_and_never_special_tokens
                            ({"positions": "random", "rate": 1.5}, "edit_rate=1.5")):  # fmt: skip
         with pytest.raises(ValueError, match=said):
             select(Opinions(), x, **settings, **ask)
+
+
+def test_tokens_that_are_barred_are_never_written_and_the_rest_keeps_its_odds():
+    x, t = torch.full((ROWS, 5), model().mask_id), torch.full((ROWS,), 0.5, dtype=torch.float64)
+    at, told = torch.ones_like(x, dtype=torch.bool), {"latent": latents(), "latent_t": torch.zeros(ROWS)}
+    free, barred = (found.denoise(x, t, at, **told).exp() for found in (model(), Barred(model(), (0, 2))))
+    assert (barred[:, [0, 2]] == 0).all() and (free[:, [0, 2]] > 0).all()
+    free[:, [0, 2]] = 0
+    torch.testing.assert_close(barred, free / free.sum(-1, keepdim=True))
