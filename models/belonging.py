@@ -11,6 +11,8 @@ from models.checkpoints import Checkpoint, Progress
 
 # What a network computes hangs on these; other files may lack some of them, and may have been trained at other lengths.
 FUNCTION = ("model.hidden_size", "model.cond_dim", "model.n_blocks", "model.n_heads", "time_conditioning")
+# What a network has learned to tell from what; a mode that a file does not name was never trained.
+MODES = "training.joint_modes"
 # What our own files leave unsaid, being so.
 UNSAID = {"data.segments": False}
 # What a configuration may leave to the file that a network comes from.
@@ -48,6 +50,10 @@ def check_belongs(checkpoint: Checkpoint, ours: Mapping[str, object], shape: Seq
     differing = [f"{key}={theirs[key]}" for key in shape if key in theirs and ours.get(key) not in (None, theirs[key])]
     if theirs.get("data.segments") and not ours["data.segments"]:  # which say what the blocks are
         differing = [setting for setting in differing if not setting.startswith("block_size=")]
+    evaluated = "parameterization" in shape and "configuration" in checkpoint.identity
+    if evaluated and _under(MODES, theirs) != _under(MODES, ours):
+        named = ", ".join(f"{key.removeprefix(MODES)[1:]}: {value}" for key, value in _under(MODES, theirs).items())
+        differing.append(f"'{MODES}={{{named}}}'" if named else f"{MODES}=null")
     if differing:
         raise ValueError(f"{checkpoint.path} was trained with other settings; add: {' '.join(differing)}")
     tokenizer = checkpoint.identity.get("tokenizer")
@@ -59,6 +65,10 @@ def check_belongs(checkpoint: Checkpoint, ours: Mapping[str, object], shape: Seq
             "its token ids would mean other words"
         )
     _check_latents(checkpoint, ours, data.latents)
+
+
+def _under(group: str, settings: Mapping[str, object]) -> dict[str, object]:
+    return {key: value for key, value in settings.items() if key.startswith(group) and value is not None}
 
 
 def _check_latents(checkpoint: Checkpoint, ours: Mapping[str, object], latents: object | None) -> None:

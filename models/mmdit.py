@@ -30,9 +30,10 @@ _OF_LATENTS = ("latent_input.", "latent_output.", "times.")
 class MMDiT(Recomputing):
     """Tokens with their noise level, latents with theirs -> what is behind both, in one pass.
 
-    Text: rotary positions, padding hidden as in the DiT. Latents: K tokens of S numbers, which have no place: rotary
-    angles are the text's alone, so that K > 1 of them are a set. Queries and keys of every head are RMS-normed in both
-    streams. A latent of which nothing is known (its time is 1) is shown as zeros, whatever was given.
+    Text: rotary positions, padding hidden as in the DiT. Latents: K tokens of S numbers without a place in the text:
+    rotary angles are the text's alone, and K > 1 of them are told apart by a learned vector each. Queries and keys of
+    every head are RMS-normed in both streams. A latent of which nothing is known (its time is 1) is shown as zeros,
+    whatever was given.
 
     The two times have embedders of their own (times 1000: models/mmdit_layers.py), mixed into what modulates the latent
     stream; into the text's they enter through a layer that starts at zero, beside the sigma of the DiT. Without
@@ -88,7 +89,7 @@ class MMDiT(Recomputing):
             self.class_embed = ClassEmbedding(num_classes, cond_dim)
         numbers = self.latent_shape[1]
         self.times = Times(cond_dim)
-        self.latent_input = LatentInput(numbers, self.latent_size)
+        self.latent_input = LatentInput(numbers, self.latent_size, self.latent_shape[0])
         self.latent_output = LatentOutput(self.latent_size, numbers, cond_dim, dropout)
 
     @property

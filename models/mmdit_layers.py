@@ -151,17 +151,20 @@ class Times(nn.Module):
 
 class LatentInput(nn.Module):
     """Latent tokens into their stream, (B, K, S) -> (B, K, E): an MLP of the normed numbers, and beside it a linear map
-    of them as they are, because the norm of a noised latent says how much of it is signal. float32 under autocast."""
+    of them as they are, because the norm of a noised latent says how much of it is signal. Of several tokens each has a
+    vector of its own that says which it is: they are parts of one ordered latent. float32 under autocast."""
 
-    def __init__(self, numbers: int, dim: int) -> None:
+    def __init__(self, numbers: int, dim: int, tokens: int = 1) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(numbers)
         self.mlp = nn.Sequential(nn.Linear(numbers, 2 * dim), nn.GELU(approximate="tanh"), nn.Linear(2 * dim, dim))
         self.skip = nn.Linear(numbers, dim, bias=False)
+        self.which_KE = nn.Parameter(0.02 * torch.randn(tokens, dim)) if tokens > 1 else None
 
     def forward(self, latent_BKS: Tensor) -> Tensor:
         with torch.autocast(latent_BKS.device.type, enabled=False):
-            return self.mlp(self.norm(latent_BKS)) + self.skip(latent_BKS)
+            said_BKE = self.mlp(self.norm(latent_BKS)) + self.skip(latent_BKS)
+            return said_BKE if self.which_KE is None else said_BKE + self.which_KE
 
 
 class LatentOutput(nn.Module):

@@ -90,8 +90,20 @@ def test_the_network_is_what_it_says():
         torch.testing.assert_close(found, whole)
 
 
-def test_latents_have_no_place_and_are_not_averaged():
+def test_latent_tokens_are_told_apart():
+    """They are parts of one ordered vector: without a sign of which is which, most of it is lost."""
     net = network()
+    hidden, said = both(net)
+    turned, said_turned = both(net, latent=LATENT.flip(1))
+    assert not torch.allclose(hidden, turned, atol=1e-2) and not torch.allclose(said.flip(1), said_turned, atol=1e-2)
+    same, said_same = both(net, latent=LATENT[:, :1].expand_as(LATENT))
+    assert (said_same[:, 0] - said_same[:, 1]).abs().max() > 0.01
+    assert "latent_input.which_KE" not in dict(MMDiT(7, 16, 8, 1, 2, latent_shape=(1, 5)).named_parameters())
+
+
+def test_latents_have_no_place_in_the_text_and_are_not_averaged():
+    net = network()
+    net.latent_input.which_KE.data.zero_()
     hidden, said = both(net)
     turned, said_turned = both(net, latent=LATENT.flip(1))
     torch.testing.assert_close(hidden, turned)

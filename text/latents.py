@@ -189,8 +189,8 @@ class TextLatents:
     def fingerprint(self) -> str:
         """Hex digest; equal ones mean the same latents for the same rows."""
         folder = isinstance(self.encoder, Shards)
-        content = self.encoder.content(self._data.cache_dir) if folder else None
-        return fingerprint({**self.settings, "content": content})
+        numbers = [self.encoder.content(self._data.cache_dir)] if folder else []  # of others nothing is computed
+        return fingerprint({**self.settings, "numbers": numbers})
 
     @property
     def facts(self) -> dict[str, object]:
