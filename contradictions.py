@@ -9,6 +9,8 @@ import logging
 
 from omegaconf import DictConfig, OmegaConf
 
+from direction_checks import check_direction
+
 log = logging.getLogger(__name__)
 
 
@@ -58,7 +60,7 @@ def refuse_contradictions(cfg: DictConfig) -> None:
     _check_start(cfg)
     _check_sampling(cfg, name)
     _check_latents(cfg, name)
-    _check_direction(cfg, name)
+    check_direction(cfg, name)
     _check_blocks(cfg, name)
     _check_rates(cfg)
     _check_masked_lm(cfg)
@@ -121,48 +123,6 @@ def _check_latents(cfg: DictConfig, name: str) -> None:
         )
     if name == "mmldlm" and not cfg.latents:
         raise ValueError("algo=mmldlm is of texts and their latents; add latents=lsa, synthetic, self, hf or file")
-
-
-def _check_direction(cfg: DictConfig, name: str) -> None:
-    """What sampling.direction needs."""
-    direction, ancestral = cfg.sampling.direction, cfg.sampler._target_ == "samplers.ancestral.sample"
-    if direction and name != "mmldlm":
-        raise ValueError(f"sampling.direction={direction} is of texts and their latents, and parameterization={name} "
-                         "knows texts alone; add algo=mmldlm, or leave it out")  # fmt: skip
-    if direction == "edit" and cfg.data.label is not None:
-        raise ValueError(f"sampling.direction=edit takes texts to another class, and data.label={cfg.data.label} "
-                         "leaves one; leave data.label out")  # fmt: skip
-    if direction and cfg.eval.compute_generative_perplexity:
-        raise ValueError("eval.compute_generative_perplexity=true measures free texts; leave out "
-                         f"sampling.direction={direction}, or the perplexity")  # fmt: skip
-    given = [key for key in ("prefix", "template") if cfg.sampling[key]]
-    if direction in ("l2t", "t2l", "edit") and given:
-        raise ValueError(f"sampling.{given[0]}={cfg.sampling[given[0]]}: with sampling.direction={direction} texts are "
-                         "given by their latents, or are those of the split; leave it out")  # fmt: skip
-    _check_modes(cfg, direction)
-    at_once = direction == "joint" and cfg.sampling.joint_order == "simultaneous"
-    if (direction == "edit" or at_once) and not ancestral:
-        why = "begins at texts that are masked in part" if direction == "edit" else "has one grid for text and latent"
-        raise ValueError(f"sampling.direction={direction} {why}, and {cfg.sampler._target_} has steps of its own; use "
-                         "sampling.predictor=ddpm or ddpm_cache")  # fmt: skip
-
-
-def _check_modes(cfg: DictConfig, direction: str | None) -> None:
-    """What is asked of the network must be what it is trained for."""
-    modes = cfg.training.get("joint_modes")
-    if not OmegaConf.is_dict(modes) or not direction:
-        return
-    trained = {mode for mode, weight in modes.items() if weight}
-    enough = {"joint": {"joint"}, "t2l": {"t2l", "joint"}, "l2t": {"l2t", "joint"}, "edit": {"l2t", "joint"}}[direction]
-    marginal = "latent" if direction == "t2l" else "text"
-    if not trained & enough:
-        raise ValueError(f"sampling.direction={direction}: training.joint_modes={modes} trains nothing of the kind; it "
-                         f"needs {' or '.join(sorted(enough))}")  # fmt: skip
-    if cfg.sampling.guidance != 1 and marginal not in trained:
-        raise ValueError(f"sampling.guidance={cfg.sampling.guidance} mixes in the marginal, which "
-                         f"training.joint_modes={modes} never trains; use 1, or give {marginal} a weight")  # fmt: skip
-    if marginal not in trained:
-        log.warning("training.joint_modes=%s never trains the marginal: what is told nothing is no fair control", modes)
 
 
 def check_schedule(cfg: DictConfig) -> None:

@@ -12,7 +12,8 @@ from tasks.latent_measures import Agreement, Share
 VARIANTS = ("true", "shuffled", "none")
 _TITLES = {"true": "its own", "shuffled": "another's", "none": "none"}
 _CONTROLS = (
-    "Beside the direction stand two controls under the same noise: told what is another text's, and told nothing. "
+    "Beside the direction stand two controls under the same noise: told what is another text's, and told nothing. All "
+    "of them know how long a text is. "
     "Retrieval: whose wanted latent is among the k nearest, by cosine, of all that were wanted, with 95 % intervals."
 )
 

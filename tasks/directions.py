@@ -105,11 +105,14 @@ class Chosen:
     label_M: np.ndarray | None
 
 
-def choose(data: object, split: str, number: int, seed: int, mask_id: int) -> Chosen:
-    """`number` rows of a split (all, if it has fewer), a random choice that depends on the seed alone."""
+def choose(data: object, split: str, number: int, seed: int, mask_id: int, unlike: int | None = None) -> Chosen:
+    """`number` rows of a split (all, if it has fewer), a random choice that depends on the seed alone; none of class
+    `unlike`."""
     table = data.split(split)
-    order = KeyedNoise(seed, torch.arange(len(table)), draw=-7).uniform().argsort()
-    some = np.sort(order[:number].numpy())
+    order = KeyedNoise(seed, torch.arange(len(table)), draw=-7).uniform().argsort().numpy()
+    if unlike is not None:
+        order = order[np.asarray(table["label"])[order] != unlike]
+    some = np.sort(order[:number])
     columns = [table[[int(i)]] for i in some]
     rows = []
     for column in columns:
@@ -145,13 +148,9 @@ class Setting:
         drawing = self.experiment.drawing
         return replace(drawing, sampler=with_guidance(drawing.sampler, self.directed.latent.guidance))
 
-    def chosen(self) -> Chosen:
-        """The rows that are looked at.
-
-        Raises:
-            ValueError: there are fewer than two, so that none has another's latent for a control.
-        """
-        return choose(self.data, self.split, self.number, self.seed, self.diffusion.objective.mask_id)
+    def chosen(self, unlike: int | None = None) -> Chosen:
+        """The rows that are looked at, none of class `unlike`."""
+        return choose(self.data, self.split, self.number, self.seed, self.diffusion.objective.mask_id, unlike)
 
     def written(
         self, rows: Sequence[np.ndarray], names_M: np.ndarray, told: Mapping[str, Tensor],
@@ -190,17 +189,17 @@ def hidden(latent_MKD: np.ndarray) -> dict[str, Tensor]:
     return {"latent": torch.from_numpy(latent_MKD), "latent_t": torch.ones(len(latent_MKD), dtype=torch.float64)}
 
 
-def latents_told(latent_MKD: np.ndarray, partner_M: np.ndarray) -> dict[str, dict[str, Tensor]]:
-    """What each text is told of a latent: the one meant for it, that of its partner, none."""
-    true, other = torch.from_numpy(latent_MKD), torch.from_numpy(latent_MKD[partner_M])
-    return {"true": {"latent": true}, "shuffled": {"latent": other}, "none": hidden(latent_MKD)}
+def latents_told(true_MKD: np.ndarray, other_MKD: np.ndarray) -> dict[str, dict[str, Tensor]]:
+    """What each text is told of a latent: the one meant for it, that of another text, none."""
+    true, other = torch.from_numpy(true_MKD), torch.from_numpy(other_MKD)
+    return {"true": {"latent": true}, "shuffled": {"latent": other}, "none": hidden(true_MKD)}
 
 
 def l2t(setting: Setting) -> Outcome:
     """Texts given true latents, beside those given shuffled ones and none; all held against the latents' own texts."""
     chosen, reader = setting.chosen(), Reader(setting.data)
     partner_M = partners(len(chosen.ids), setting.seed)
-    told = latents_told(chosen.latent_MKD, partner_M)
+    told = latents_told(chosen.latent_MKD, chosen.latent_MKD[partner_M])
     drawn = {name: setting.written(chosen.blanks, chosen.names_M, told[name], seen=name == "true")
              for name in VARIANTS}  # fmt: skip
     wanted, missing = [reader.content(ids) for ids in chosen.ids], reader.missing
@@ -236,11 +235,8 @@ def l2t(setting: Setting) -> Outcome:
 def t2l(setting: Setting) -> Outcome:
     """Latents given texts, beside those given other texts and none; all held against the texts' own latents."""
     chosen, reader = setting.chosen(), Reader(setting.data)
-    partner_M, how, every_M = (
-        partners(len(chosen.ids), setting.seed),
-        setting.directed.latent,
-        np.arange(len(chosen.ids)),
-    )
+    partner_M, every_M = partners(len(chosen.ids), setting.seed), np.arange(len(chosen.ids))
+    how = setting.directed.latent
     asked = {"true": (every_M, how), "shuffled": (partner_M, how), "none": (every_M, replace(how, guidance=0.0))}
     drawn = {name: latents_of(setting, chosen.rows, chosen.blanks, chosen.names_M, *asked[name]) for name in VARIANTS}
     names = reader.attribute_names

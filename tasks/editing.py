@@ -32,49 +32,51 @@ _WAY_TEXTS = 64  # SSS and MTS look at so many texts, each at every point of its
 
 
 def labelled_latents(data: object) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Latents of the train split with their labels, some at a time: ((N, K D), (N,))."""
+    """Latents of the train split with their labels, some at a time: ((N, K, D), (N,))."""
     latents, label_M = data.latents.of("train"), np.asarray(data.split("train")["label"])
     for start in range(0, len(label_M), _CHUNK):
         rows = np.arange(start, min(start + _CHUNK, len(label_M)))
-        yield flat(latents[rows]), label_M[rows]
+        yield latents[rows], label_M[rows]
 
 
 def new_latents(
     rules: EditRules, source_MKD: np.ndarray, label_M: np.ndarray, wanted_M: np.ndarray, data: object
 ) -> np.ndarray:
-    """(M, K, D) float32: the latent that each text is to get."""
-    source_MF, train = flat(source_MKD), lambda: labelled_latents(data)
+    """(M, K, D) float32: the latent that each text is to get, found among the encoder's own vectors. Standardised ones
+    have no mean: a centroid of them that is rescaled to their length would be nothing but what sets its class apart,
+    three times as strong as in any text."""
+    vectors, source_MW = data.latents.vectors, data.latents.vectors(source_MKD)
+    train = ((vectors(latent_NKD), label_N) for latent_NKD, label_N in labelled_latents(data))
     if rules.target == "neighbour":
-        nearest = Nearest(source_MF, wanted_M)
-        for latent_ND, label_N in train():
-            nearest.see(latent_ND, label_N)
-        found_MF = nearest.found_MD
+        nearest = Nearest(source_MW, wanted_M)
+        for vector_NW, label_N in train:
+            nearest.see(vector_NW, label_N)
+        found_MW = nearest.found_MD
     else:
-        found_MF = _by_centroids(rules, source_MF, label_M, wanted_M, fit_centroids(train(), len(data.label_names)))
-    return found_MF.reshape(source_MKD.shape).astype(np.float32)
+        found_MW = _by_centroids(rules, source_MW, label_M, wanted_M, fit_centroids(train, len(data.label_names)))
+    return data.latents.space.standardise(found_MW)
 
 
 def _by_centroids(
-    rules: EditRules, source_MF: np.ndarray, label_M: np.ndarray, wanted_M: np.ndarray, centroids: Centroids
+    rules: EditRules, source_MW: np.ndarray, label_M: np.ndarray, wanted_M: np.ndarray, centroids: Centroids
 ) -> np.ndarray:
     if rules.target == "shift":
-        return source_MF + rules.alpha * (centroids.mean_CD[wanted_M] - centroids.mean_CD[label_M])
-    target_MF = centroids.rescaled_CD[wanted_M]
-    return slerp(source_MF, target_MF, rules.alpha) if rules.target == "slerp" else target_MF
+        return source_MW + rules.alpha * (centroids.mean_CD[wanted_M] - centroids.mean_CD[label_M])
+    target_MW = centroids.rescaled_CD[wanted_M]
+    return slerp(source_MW, target_MW, rules.alpha) if rules.target == "slerp" else target_MW
 
 
-def wanted_classes(to_class: int | str | None, label_M: np.ndarray, names: Sequence[str]) -> np.ndarray:
-    """(M,) the class that each text is to get: the one that is named, or that behind its own.
+def class_number(to_class: int | str | None, names: Sequence[str]) -> int | None:
+    """Of the class that is named, None where none is.
 
     Raises:
         ValueError: there is no such class.
     """
-    if to_class is None:
-        return (label_M + 1) % len(names)
-    known = {**{str(k): k for k in range(len(names))}, **{name: k for k, name in enumerate(names)}}
-    if str(to_class) not in known:
+    known = {None: None, **{str(k): k for k in range(len(names))}, **{name: k for k, name in enumerate(names)}}
+    key = None if to_class is None else str(to_class)
+    if key not in known:
         raise ValueError(f"sampling.edit_class={to_class} is none of the classes of these texts: {', '.join(names)}")
-    return np.full_like(label_M, known[str(to_class)])
+    return known[key]
 
 
 @dataclass(frozen=True)
@@ -105,11 +107,13 @@ def judging(setting: Setting, reader: Reader) -> Judging:
 
 @dataclass(frozen=True)
 class Edited:
-    """What an edit amounts to. control: texts that are judged to be of the wanted class. changed: share of a text's
-    tokens that are other ones. distance: of edit, in tokens. unread: share of texts that the judge can not read, None
-    where it can read any. toward: cosine of the edited text's latent with the wanted one, None without an encoder."""
+    """What an edit amounts to. control: texts that are judged to be of the wanted class; of_read: of those that the
+    judge can read, None where it can read any, or none. changed: share of a text's tokens that are other ones.
+    distance: of edit, in tokens. unread: share of texts that the judge can not read, None where it can read any.
+    toward: cosine of the edited text's latent with the wanted one, None without an encoder."""
 
     control: Share
+    of_read: Share | None
     changed: Estimate
     distance: Estimate
     unread: float | None
@@ -174,26 +178,28 @@ def _untouched(ids: list[int]) -> Drawn:
 
 
 def edit(setting: Setting) -> Outcome:
-    """Texts written over towards another class, beside the same with the wanted latents shuffled and with none.
+    """Texts written over towards another class, beside the same told the latent of some other text, and none.
 
     Raises:
-        ValueError: there are no classes to go to.
+        ValueError: there are no classes to go to, or not two texts that are of another.
     """
     data, rules, reader = setting.data, setting.directed.edit, Reader(setting.data)
     if data.label_names is None:
         raise ValueError(f"sampling.direction=edit takes texts to another class, and those of data={data.name} have "
                          "none; choose data with labels")  # fmt: skip
-    chosen = setting.chosen()
-    wanted_M, partner_M = (wanted_classes(rules.to_class, chosen.label_M, data.label_names),
-                           partners(len(chosen.ids), setting.seed))  # fmt: skip
-    target_MKD = new_latents(rules, chosen.latent_MKD, chosen.label_M, wanted_M, data)
+    to_class = class_number(rules.to_class, data.label_names)
+    chosen = setting.chosen(unlike=to_class)
+    label_M = chosen.label_M
+    wanted_M = (label_M + 1) % len(data.label_names) if to_class is None else np.full_like(label_M, to_class)
+    other_MKD = chosen.latent_MKD[partners(len(chosen.ids), setting.seed)]
+    target_MKD = new_latents(rules, chosen.latent_MKD, label_M, wanted_M, data)
     editor, judge = Editor(setting, chosen, target_MKD), judging(setting, reader)
-    told = latents_told(target_MKD, partner_M)
+    told = latents_told(target_MKD, other_MKD)
     drawn = {name: editor.write(told[name], seen=name == "true") for name in VARIANTS}
     found = {name: _edited(drawn[name], editor, wanted_M, reader, judge) for name in VARIANTS}
     before = share(judge.posterior(chosen.ids).argmax(1) == wanted_M)
     some = np.arange(min(_WAY_TEXTS, len(chosen.ids)))
-    ways = {name: _way(name, editor, some, partner_M, wanted_M, reader, judge) for name in VARIANTS}
+    ways = {name: _way(told[name], editor, some, wanted_M, reader, judge) for name in VARIANTS}
     names = data.label_names
     rows = [{"sample_id": int(chosen.names_M[m]), "class": names[chosen.label_M[m]], "wanted": names[wanted_M[m]],
              "source": reader.text(chosen.ids[m]), "masked": np.flatnonzero(editor.masked[m]).tolist(),
@@ -222,27 +228,28 @@ def edit(setting: Setting) -> Outcome:
 def _edited(drawn: Sequence[Drawn], editor: Editor, wanted_M: np.ndarray, reader: Reader, judge: Judging) -> Edited:
     ids = [text.ids for text in drawn]
     posterior_MC = judge.posterior(ids)
-    right_M = (posterior_MC.argmax(1) == wanted_M) & (posterior_MC.sum(1) > 0)
     changed_M = np.array([(old != np.array(new)).sum() / max(may.sum(), 1) for old, new, may in
                           zip(editor.chosen.ids, ids, editor.eligible, strict=True)])  # fmt: skip
     old, new = ([reader.content(row) for row in rows] for rows in (editor.chosen.ids, ids))
-    unread = float((posterior_MC.sum(1) == 0).mean()) if judge.readable else None
+    read_M = posterior_MC.sum(1) > 0
+    right_M = (posterior_MC.argmax(1) == wanted_M) & read_M
+    of_read = share(right_M[read_M]) if judge.readable and read_M.any() else None
+    unread = float((~read_M).mean()) if judge.readable else None
     toward = None if reader.missing else mean(cosines(reader.latents(ids), editor.target_MKD))
-    return Edited(share(right_M), mean(changed_M), mean(edits(new, old)), unread, toward)
+    return Edited(share(right_M), of_read, mean(changed_M), mean(edits(new, old)), unread, toward)
 
 
 def _way(
-    name: str, editor: Editor, some: np.ndarray, partner_M: np.ndarray, wanted_M: np.ndarray, reader: Reader,
-    judge: Judging,
-) -> Way:  # fmt: skip
-    """Of `some` texts: `name` says whether the way is their own, another text's, or none."""
-    whose_M = partner_M[some] if name == "shuffled" else some
-    ends = [z_MKD[whose_M] for z_MKD in (editor.chosen.latent_MKD, editor.target_MKD)]
-    p_MP, latents = [], []
+    told: Mapping[str, Tensor], editor: Editor, some: np.ndarray, wanted_M: np.ndarray, reader: Reader, judge: Judging
+) -> Way:
+    """Of `some` texts, from their own latent to that of `told`, or nowhere where that is hidden."""
+    known, latents = editor.setting.data.latents, []
+    ends = [known.vectors(end_MKD[some]) for end_MKD in (editor.chosen.latent_MKD, told["latent"].numpy())]
+    p_MP = []
     for point in np.linspace(0.0, 1.0, editor.setting.directed.edit.path):
-        latent_MKD = slerp(*(flat(end) for end in ends), point).reshape(ends[0].shape).astype(np.float32)
-        told = hidden(latent_MKD) if name == "none" else {"latent": torch.from_numpy(latent_MKD)}
-        ids = [text.ids for text in editor.write(told, some)]
+        latent_MKD = known.space.standardise(slerp(*ends, point))
+        now = hidden(latent_MKD) if "latent_t" in told else {"latent": torch.from_numpy(latent_MKD)}
+        ids = [text.ids for text in editor.write(now, some)]
         p_MP.append(judge.posterior(ids)[np.arange(len(some)), wanted_M[some]])
         latents += [] if reader.missing else [reader.latents(ids)]
     return smoothness(latents, np.stack(p_MP, axis=1))
@@ -282,9 +289,9 @@ def marked(tokenizer: object, source: Sequence[int], edited: Sequence[int]) -> t
 
 _ABOUT = (
     "Some tokens of each text were masked and written anew, told the latent that the text is to get; the others are "
-    "untouched. Beside it the same masks and noise with the wanted latent of another text, and with none. Control: "
-    "texts judged to be of the wanted class, by {}; {:.1f} % were before. SSS: mean cosine of neighbouring texts on "
-    "the great circle between old and new latent, where both have one; MTS: share of steps on which p(wanted class) "
+    "untouched. Beside it the same masks and noise with the latent of another text, and with none. Control: texts "
+    "judged to be of the wanted class, by {}; {:.1f} % were before. SSS: mean cosine of neighbouring texts on the "
+    "great circle between old latent and told one, where both have one; MTS: share of steps on which p(wanted class) "
     "strictly rises. Texts that ignore the latent have SSS 1, and MTS 0."
 )
 
@@ -303,6 +310,7 @@ def _report(
             ("neighbours that both have a latent, %", *(100 * ways[name].seen for name in VARIANTS)),
             ("MTS", *(cell(ways[name].mts) for name in VARIANTS))]  # fmt: skip
     if judge.readable:
+        rows.insert(1, ("control of the texts that can be read, %", *(cell(found[n].of_read) for n in VARIANTS)))
         rows.append(("texts that the corpus could not write, %", *(100 * found[n].unread for n in VARIANTS)))
     report.table(["told", "the wanted latent", "another text's", "none"], rows)
 

@@ -20,8 +20,9 @@ MAY_IMPORT = {
     "optimizers": set(),
     "lr_schedules": set(),
     "command_line": set(),
-    "contradictions": set(),
+    "contradictions": {"direction_checks"},
     "number_checks": set(),
+    "direction_checks": set(),
     "text": {"text"},
     "models": {"models", "files"},
     "reporting": {"reporting"},
@@ -60,13 +61,14 @@ MAY_IMPORT = {
         "machine",
         "models",
         "number_checks",
+        "direction_checks",
         "tasks",
         "text",
     },  # fmt: skip
 }
 MAY_IMPORT["app"] = {"app", "main"} | MAY_IMPORT["main"] | MAY_IMPORT["tasks"]  # a page over all; nothing imports it
 # May read the configuration.
-CONFIGURED = {"main", "command_line", "contradictions", "number_checks", "identity", "machine"}
+CONFIGURED = {"main", "command_line", "contradictions", "number_checks", "direction_checks", "identity", "machine"}
 FILES = sorted([*ROOT.glob("*.py"), *(path for room in ROOMS for path in (ROOT / room).glob("*.py"))])
 
 

@@ -78,6 +78,37 @@ def test_every_direction_writes_what_it_found(here):
             assert found["moments"]["real"]["norm"] == pytest.approx(11**0.5, rel=0.1)
 
 
+def test_what_weights_were_trained_for_is_asked_of_them(here):
+    other = [*JOINT, "mode=ppl_eval", "eval.checkpoint_path=run/checkpoints/last.ckpt", "checkpointing.save_dir=other"]
+    refused("add: training.joint_modes=null", *other, "training.joint_modes={l2t: 1, joint: 2}")
+    one = [*JOINT, "training.joint_modes={l2t: 1, latent: 1}", "trainer.max_steps=1", "checkpointing.save_dir=one"]
+    run(*one)
+    other[-2] = "eval.checkpoint_path=one/checkpoints/last.ckpt"
+    refused("add: 'training.joint_modes={l2t: 1, latent: 1}'", *other)
+    first = ["mode=sample_eval", "sampling.direction=joint", "sampling.joint_order=latent_first"]
+    assert run(*one, *first)["network_evaluations_per_sample"] > 0, "first a latent, then a text from it: both trained"
+
+
+def test_texts_are_edited_towards_a_class_that_they_are_not_of(here):
+    run(*SAMPLE, "sampling.direction=edit", "sampling.edit_class=negative", "sampling.edit_target=centroid")
+    rows = samples(here, "edit")
+    assert len(rows) > 2 and all(row["class"] == "positive" and row["wanted"] == "negative" for row in rows)
+    assert any(row["true"] != row["shuffled"] for row in rows), "another's is the latent of another text, no centroid"
+
+
+def test_centroids_have_the_length_of_the_encoder_s_vectors(here):
+    data = main.Experiment(compose_config([*SAMPLE]), "a test").data()
+    latents, label = (
+        data.latents.of("train")[np.arange(len(data.split("train")))],
+        np.asarray(data.split("train")["label"]),
+    )
+    vectors, rules = data.latents.vectors(latents), directions.EditRules(target="centroid")
+    found = editing.new_latents(rules, latents[:2], label[:2], np.array([1, 0]), data)
+    mean = np.stack([vectors[label == k].mean(0) for k in (1, 0)])
+    wanted = mean / np.linalg.norm(mean, axis=1, keepdims=True) * np.linalg.norm(vectors, axis=1).mean()
+    np.testing.assert_allclose(data.latents.vectors(found), wanted, atol=1e-5)
+
+
 @pytest.mark.parametrize("target", ["shift", "neighbour"])
 def test_an_edit_touches_nothing_but_its_masks(here, target):
     ask = [*SAMPLE, "sampling.direction=edit", "sampling.edit_positions=contrast", "sampling.edit_rate=0.4",
@@ -112,7 +143,11 @@ def test_an_edit_begins_at_the_share_that_is_masked_and_is_told_where_to_go(here
     ]
     sign = np.array([1 if row["wanted"] == "positive" else -1 for row in rows])[:, None]
     np.testing.assert_allclose(moved, 2 * sign * (means[1] - means[0]), atol=1e-4)
-    assert (shuffled["latent"] != true["latent"]).any((1, 2)).all() and (none["latent_t"] == 1).all()
+    own = data.latents.of("validation")[np.array(places)]
+    whose = [int(np.abs(own - other).sum((1, 2)).argmin()) for other in shuffled["latent"].numpy()]
+    np.testing.assert_array_equal(shuffled["latent"].numpy(), own[whose])
+    assert sorted(whose) == [*range(len(rows))] and not any(m == other for m, other in enumerate(whose))
+    assert (none["latent_t"] == 1).all()
     assert barred == {tuple(sorted(special_ids(data.vocabulary)))}, "an end in the midst of a text is no edit"
 
 
@@ -136,6 +171,9 @@ def test_latents_are_drawn_from_own_other_and_no_texts_and_written_as_the_encode
     (["sampling.direction=l2t", "sampling.prefix=the plot"], "sampling.prefix=the plot: with sampling.direction=l2t"),
     (["sampling.direction=t2l", "training.joint_modes={l2t: 1}"], "trains nothing of the kind; it needs joint or t2l"),
     (["sampling.direction=l2t", "sampling.guidance=2", "training.joint_modes={l2t: 1}"], "which .* never trains"),
+    (["sampling.direction=joint", "training.joint_modes={l2t: 1, latent: 1}"], "needs joint"),
+    (["sampling.direction=joint", "sampling.joint_order=latent_first", "training.joint_modes={l2t: 1, text: 1}"],
+     "it needs joint or latent"),
     (["training.joint_modes=joint"], "training.joint_modes=joint must say how often"),
     (["training.freeze=true"], "training.freeze=True must be a list"),
     (["latents.attributes=class"], r"must be a list: latents.attributes=.class."),

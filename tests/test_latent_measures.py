@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from classification.centroids import Nearest, fit_centroids, slerp, unit
-from tasks.editing import smoothness, wanted_classes
+from tasks.editing import class_number, smoothness
 from tasks.latent_measures import bleu, cosines, edits, partners, retrieval, token_f1
 
 RNG = np.random.default_rng(0)
@@ -103,9 +103,8 @@ def test_texts_without_a_latent_say_nothing_of_smoothness():
     assert way.sss is None and way.seen == 0
 
 
-def test_the_wanted_class_is_named_or_the_next():
-    label, names = np.array([0, 1, 2]), ("a", "b", "c")
-    assert wanted_classes(None, label, names).tolist() == [1, 2, 0]
-    assert wanted_classes("b", label, names).tolist() == wanted_classes(1, label, names).tolist() == [1, 1, 1]
+def test_the_wanted_class_has_a_name_or_a_number():
+    names = ("a", "b", "c")
+    assert class_number(None, names) is None and class_number("b", names) == class_number(1, names) == 1
     with pytest.raises(ValueError, match="sampling.edit_class=d is none of the classes"):
-        wanted_classes("d", label, names)
+        class_number("d", names)
