@@ -26,7 +26,8 @@ class Machine:
         """As reports say it."""
         if torch.cuda.is_available():
             return f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
-        return f"CPU, {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        return f"CPU, {threads} thread{'s' * (threads > 1)}"
 
     @property
     def precision(self) -> str:
