@@ -266,7 +266,7 @@ def smoothness(latents: Sequence[np.ndarray], p_MP: np.ndarray) -> Way:
     cosine_MS = np.stack([cosines(a, b) for a, b in itertools.pairwise(latents)], axis=1)
     seen_MS = has_MP[:, 1:] & has_MP[:, :-1]
     some_M = seen_MS.any(1)
-    sss_M = (cosine_MS * seen_MS).sum(1)[some_M] / seen_MS.sum(1)[some_M]
+    sss_M = ((cosine_MS * seen_MS).sum(1)[some_M] / seen_MS.sum(1)[some_M]).round(12)  # 1 is exactly 1
     return Way(mean(sss_M) if some_M.any() else None, float(seen_MS.mean()), mts)
 
 
