@@ -67,9 +67,9 @@ def identity(cfg: DictConfig) -> dict[str, object]:
 # What of it says how a model was trained, and nothing of what it is.
 _OF_TRAINING = ("optim.", "lr_scheduler.", "plateau.", "loader.", "trainer.", "streaming.", "seed", "classify.pretrain",
                 "training.from_pretrained", "training.start_from_counts")  # fmt: skip
-_GROUPS = ("data", "model", "backbone", "parameterization", "noise", "masking")
+_GROUPS = ("data", "model", "backbone", "parameterization", "noise", "masking", "latents")
 _ABSENT = object()
-_FIRST = ("data.", "model.", "training.", "classify.", "T", "block_size", "subs_masking", "time_conditioning")
+_FIRST = ("data.", "model.", "noise.", "training.", "classify.", "T", "block_size", "subs_masking", "time_conditioning")
 
 
 def overrides(known: Mapping[str, object]) -> list[str]:

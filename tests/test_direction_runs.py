@@ -11,6 +11,7 @@ from hydra.errors import InstantiationException
 
 import main
 from command_line import compose_config
+from scripts import generate
 from tasks import directions, editing
 from tests.commands import refused, run
 from tests.test_configs import TINY
@@ -76,6 +77,12 @@ def test_every_direction_writes_what_it_found(here):
             assert latents.shape[:2] == (8, 1) and latents.dtype == np.float32 and np.isfinite(latents).all()
         if direction == "t2l":  # as the encoder has them, not standardised: one-hot vectors have a norm
             assert found["moments"]["real"]["norm"] == pytest.approx(11**0.5, rel=0.1)
+
+
+def test_a_checkpoint_with_latents_is_enough_to_write_from(here):
+    typed = ["--checkpoint", "run/checkpoints/last.ckpt", "--steps", "2", "--num-samples", "2"]
+    args = generate.parser().parse_intermixed_args([*typed, "eval.split=validation", "sampling.direction=l2t"])
+    assert run(*generate.arguments(args), "checkpointing.save_dir=written")["texts"] == 2
 
 
 def test_what_weights_were_trained_for_is_asked_of_them(here):

@@ -39,7 +39,10 @@ def told(*typed: str) -> dict[str, str]:
     ["algo=bd3lm", "block_size=8", "model.length=64", "training.resample=true", "data=gsm8k", "data.label=null"],
     ["parameterization=ar", "data=labelled", "data.path='/a b/{c}=d,\"e\".csv'", "classify.sharing=conditional"],
     ["algo=mlm", "backbone=hf_mlm", "backbone.from_scratch=true", "data=reviews", "training.prefix_length=0"],
-], ids=["d3pm", "bd3lm", "ar", "mlm"])  # fmt: skip
+    ["algo=mmldlm", "latents=synthetic", "latents.attributes=[class,topic]", "noise.eps=0",
+     "training.joint_modes={l2t: 1, text: 2}"],
+    ["algo=mmldlm", "latents=hf", "latents.name_or_path=some-encoder", "latents.dim=8", "model=mmdit-toy"],
+], ids=["d3pm", "bd3lm", "ar", "mlm", "mmldlm synthetic", "mmldlm hf"])  # fmt: skip
 def test_a_configuration_is_found_again_from_its_identity(typed):
     known = json.loads(json.dumps(identity(compose_config(typed))))
     found = identity(compose_config(overrides(known)))
