@@ -136,8 +136,7 @@ class Shards:
     @cached_property
     def signature(self) -> list[list[object]]:
         """What shows that a file has changed."""
-        files = [self.path / METADATA, *sorted(self.path.glob("*_data.jsonl")), *self.paths]
-        files += [file for file in (self.path / FITTED,) if file.is_file()]
+        files = [self.path / METADATA, *self.path.glob(FITTED), *sorted(self.path.glob("*_data.jsonl")), *self.paths]
         return [[str(file.relative_to(self.path)), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
     @property
