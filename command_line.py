@@ -180,4 +180,5 @@ def _unknown_key(key: str) -> str:
     others = [path.stem for path in sorted((CONFIGS / prefix.rstrip(".")).glob("*.yaml"))
               if parent and OmegaConf.select(_part(path, parent), name) is not None]  # fmt: skip
     guess += f" It is a key of {parent}={', '.join(others)}." if others else ""
-    return f"there is no key {key}.{guess}\n  what {parent or 'the configuration'} has: {', '.join(existing)}"
+    listing = f"\n  what {parent or 'the configuration'} has: {', '.join(existing)}" if existing else ""
+    return f"there is no key {key}.{guess}{listing}"
