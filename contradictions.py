@@ -251,7 +251,7 @@ _NOISE = {"training.importance_sampling": False, "training.change_of_variables":
           "time_conditioning": False, "T": 0, "training.clip_search_widths": []}  # fmt: skip
 
 
-def _check_blocks(cfg: DictConfig, name: str) -> None:
+def _check_blocks(cfg: DictConfig, name: str) -> None:  # noqa: C901
     size, length, training = cfg.block_size, cfg.model.length, cfg.training
     limits = (training.sampling_eps_min, training.sampling_eps_max)
     bernoulli = cfg.masking._target_.endswith("Bernoulli") and not cfg.T

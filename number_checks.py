@@ -38,7 +38,7 @@ NEVER_NULL = ("block_size", "lr_scheduler.", "plateau.", "loader.global_batch_si
               "sampling.edit_path")  # fmt: skip
 
 
-def check_numbers(cfg: DictConfig) -> None:
+def check_numbers(cfg: DictConfig) -> None:  # noqa: C901
     """Raises ValueError for a word, or a broken number, where a (whole) number belongs."""
     for key in (*WHOLE, *REAL):
         value = OmegaConf.select(cfg, key, default="absent")  # a key of a choice that is not made

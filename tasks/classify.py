@@ -83,10 +83,7 @@ def classify(
         how = (scores, log_prior_C, beside.latent)
         held.append(nearest_centroid(experiment, hypotheses, data, split, *how))
     if experiment.truth is not None:
-        texts = data.texts(split)["text"]
-        place = {text: row for row, text in enumerate(data.texts(split)["text_id"])}
-        optimal_MC = experiment.truth.posterior([texts[place[i]] for i in scores.text_id_M.tolist()])
-        held.append(_method("Bayes-optimal", optimal_MC, scores, network=False))
+        held.append(_optimal(experiment.truth, data, split, scores))
     own = [_own(experiment, hypothesis, label) for label, hypothesis in enumerate(hypotheses)]
     untold = _own(experiment, Hypothesis(hypotheses[0].diffusion, None), None) if hypotheses[0].class_id == 0 else None
     verdicts = Verdicts(data, split, scores, log_prior_C, plain, held, own, untold, fitted)
@@ -123,6 +120,14 @@ def check_classes(data: object) -> None:
         raise ValueError(f"mode=classify scores every class: leave out data.label={data.label}")
     if data.wrap:
         raise ValueError("mode=classify needs one text per row (or window): set data.wrap=false")
+
+
+def _optimal(truth: object, data: object, split: str, scores: ClassScores) -> Method:
+    """Classify the scored texts by the exact distribution of the corpus."""
+    texts = data.texts(split)["text"]
+    place = {text_id: row for row, text_id in enumerate(data.texts(split)["text_id"])}
+    posterior_MC = truth.posterior([texts[place[i]] for i in scores.text_id_M.tolist()])
+    return _method("Bayes-optimal", posterior_MC, scores, network=False)
 
 
 def _method(name: str, posterior_MC: np.ndarray, scores: ClassScores, network: bool = True) -> Method:

@@ -1,4 +1,4 @@
-"""The plan of the house, held: which way the doors open, how large a room may be, who reads the configuration."""
+"""The plan of the house, held: which way imports point and who reads the configuration."""
 
 from __future__ import annotations
 
@@ -87,16 +87,6 @@ def test_doors_open_one_way(path):
     }
     ours = imported & set(MAY_IMPORT)
     assert ours <= MAY_IMPORT[room_of(path)], f"{path.name} may not import {ours - MAY_IMPORT[room_of(path)]}"
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_sizes(path):
-    source = path.read_text()
-    assert source.count("\n") <= 400
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            limit = 250 if isinstance(node, ast.ClassDef) else 60
-            assert node.end_lineno - node.lineno + 1 <= limit, f"{node.name} is too long"
 
 
 @pytest.mark.parametrize(
