@@ -42,7 +42,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
 from text.collate import Collate, Rows, segment_ends
-from text.data_checks import check_settings
+from text.data_checks import check_protocol, check_settings
 from text.latents import Encoder, RowsWithLatents, TextLatents
 from text.loading import Loading, TimedLoader
 from text.order import evaluation_batches
@@ -53,7 +53,7 @@ from text.splits import SplitTexts
 from text.stream import BatchPlan, PositionBatchSampler, TrainingStream, batch_arithmetic, consumed_before
 from text.stream_loader import StreamLoader
 from text.streaming import Corpus, Order
-from text.tokenizers import Vocabulary, load_tokenizer, vocabulary
+from text.tokenizers import Vocabulary, load_tokenizer, published_frame, vocabulary
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +76,7 @@ class TextData(LightningDataModule):
     reads on and on, in the order that `stream` says, and keeps only its `sample_texts`. `random_crop` trains on random
     stretches of wrapped rows twice as long, evaluation has fixed rows. `train_splits`: train on these splits of the
     source together, without labels (validation has none then either) and without texts of the held-out splits.
+    `protocol` "reference": rows as kuleshov-group's mdlm makes them, with `num_proc` processes (None: 1).
     loader: `batch_size` and `eval_batch_size` are rows per
     device; `batch_size` None divides `global_batch_size`; `batch_ramp` as in text/stream.py; `loading` has the others.
     `length` is model.length, `seed` orders the training stream, `max_steps` are optimizer steps of the whole run.
@@ -112,6 +113,8 @@ class TextData(LightningDataModule):
         max_valid_texts: int | None = None,
         max_test_texts: int | None = None,
         train_splits: Sequence[str] | None = None,
+        protocol: str | None = None,
+        num_proc: int | None = None,
         cache_dir: str | Path = ".cache",
         batch_size: int | None = None,
         eval_batch_size: int = 32,
@@ -125,13 +128,17 @@ class TextData(LightningDataModule):
     ) -> None:
         super().__init__()
         self.name, self.fill, self.segments, self.prefix_length = name or "text", fill, segments, prefix_length
-        self.score_special = wrap if score_special is None else score_special
+        self.protocol = protocol
+        check_protocol(protocol, num_proc, streaming, random_crop)
+        source = source if protocol is None else source.published()
+        self.score_special = wrap or protocol is not None if score_special is None else score_special
         self.source, self.length, self.label, self.wrap, self.streaming = source, length, label, wrap, streaming
         self.random_crop, self.train_splits = random_crop, train_splits
         self.tokenizer_settings = {"name_or_path": tokenizer_name_or_path, "folder": tokenizer_folder,
                                    "vocab_size": vocab_size, "cache_dir": cache_dir}  # fmt: skip
         plain = Packing(length, wrap, long_texts=long_texts, drop_empty=drop_empty,
-                        room=segment_room if segments else None)  # fmt: skip
+                        room=segment_room if segments else None,
+                        num_proc=(num_proc or 1) if protocol else None)  # fmt: skip
         self.packings = dict.fromkeys(("validation", "test"), framed(plain, insert_valid_special, insert_valid_eos))
         self.packings["train"] = framed(plain, insert_train_special, insert_train_eos)
         self.limits = {"train": max_train_texts, "validation": max_valid_texts, "test": max_test_texts}
@@ -202,7 +209,9 @@ class TextData(LightningDataModule):
         texts = (of or self._texts).of(name)
         if self.wrap and (of or self._texts).label is None and "label" in texts.column_names:
             texts = texts.remove_columns("label")  # a chunk of several texts has no label
-        rows, figures = pack(texts, self.tokenizer, self.vocabulary, packing, self.cache_dir, f"{name} split")
+        published = self.wrap and self.protocol is not None
+        frame = published_frame(self.tokenizer, self.vocabulary) if published else self.vocabulary
+        rows, figures = pack(texts, self.tokenizer, frame, packing, self.cache_dir, f"{name} split")
         if of is None:
             _report(name, figures, None if self.wrap else self.length)
             self.figures[name] = figures

@@ -27,6 +27,7 @@ NOT_IDENTITY = ("data.label", "data.cache_dir", "model.attn_backend", "backbone.
 IDENTITY_IF_SET = ("training.from_pretrained", "training.freeze", "training.prefix_length",
                    "training.start_from_counts", "loader.batch_ramp", "training.resample", "masking.resample",
                    "parameterization.noising.resample", "data.fill", "data.segments", "data.prompt_column",
+                   "data.protocol", "data.num_proc",
                    "data.source.prompt_column")  # fmt: skip
 # Of texts that only classify.pretrain reads.
 IDENTITY_IF_PRETRAINED = ("data.source.files.unsupervised", "data.source.hub_splits.unsupervised",
@@ -59,7 +60,7 @@ def identity(cfg: DictConfig) -> dict[str, object]:
     objective = law(cfg)
     flat |= {"block_size": cfg.block_size} if objective == "bd3lm" else {}
     if flat.get("data.score_special", ...) is None:  # what null means hangs on data.wrap
-        flat |= {} if cfg.data.wrap else {"data.score_special": False}
+        flat |= {} if cfg.data.wrap or cfg.data.get("protocol") else {"data.score_special": False}
         flat = {key: value for key, value in flat.items() if key != "data.score_special" or value is not None}
     return {**flat, "parameterization": objective}
 

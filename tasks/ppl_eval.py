@@ -17,7 +17,8 @@ def protocol(experiment: Experiment, data: object, split: str, scores: Scores) -
     """What must be equal for two perplexities to be comparable, and what they are of."""
     return {
         **experiment.protocol, "kind": "exact likelihood" if scores.label == "exact" else scores.kind,
-        "data": data.name, "split": split, "label": data.label, "tokenizer": data.vocabulary.fingerprint,
+        "data": data.name, "data_protocol": data.protocol or "ours", "split": split,
+        "label": data.label, "tokenizer": data.vocabulary.fingerprint,
         "detokenizer": data.detokenizer(split), "length": data.length, "wrap": data.wrap,
         "packing": asdict(data.packing(split)), "prompted": data.prompted, "fill": data.fill, "estimator": scores.label,
         "prefix_length": data.prefix_length, "score_special": data.score_special,

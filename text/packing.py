@@ -43,6 +43,9 @@ class Packing:
     long_texts: what a padded text beyond `length` becomes: its beginning, several rows, nothing, or an error.
     drop_empty: leave out texts without tokens (behind their prompt) instead of refusing them (padded rows; wrapped ones
     always do).
+    num_proc: None for our way. Else the texts are cut as kuleshov-group's mdlm does with so many processes
+    (data.protocol=reference): each joins a thousand texts at a time and drops what does not fill a row, an empty text
+    leaves its end token, special tokens are read out of the text, and a padded text that is cut keeps its end token.
     room: tokens that each part between a text's first and last will take up, whatever it has: where a part ends that is
     yet to be written is not known before. None: parts follow one another.
     """
@@ -55,6 +58,7 @@ class Packing:
     long_texts: str = "error"
     drop_empty: bool = False
     room: int | None = None
+    num_proc: int | None = None
 
     def __post_init__(self) -> None:
         shortest = 3 if self.wrap and self.chunk_special else 1
@@ -67,8 +71,8 @@ class Packing:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What rows hang on: all fields, a room where there is one."""
-        return {key: value for key, value in asdict(self).items() if key != "room" or value}
+        """What rows depend on: all fields; room and num_proc where they are set."""
+        return {key: value for key, value in asdict(self).items() if key not in ("room", "num_proc") or value}
 
 
 def framed(packing: Packing, special: bool, eos: bool) -> Packing:
@@ -184,8 +188,10 @@ def _write(
     unk_id = tokenizer.unk_token_id if tokenizer.unk_token_id != vocabulary.eos_id else None
 
     def tokens() -> Iterator[tuple[dict[str, Any], list[list[int]]]]:
-        for start in range(0, len(rows), _TEXTS_AT_ONCE):
-            batch, ids = tokenised(tokenizer, rows[start : start + _TEXTS_AT_ONCE])
+        for start, stop in _stretches(len(rows), packing.num_proc or 1):
+            batch, ids = tokenised(tokenizer, rows[start:stop], special_from_text=packing.num_proc is not None)
+            if packing.num_proc is not None:
+                _refuse_masks(ids, vocabulary.mask_id, name)
             figures.unknown += sum(row.count(unk_id) for row in ids) if unk_id is not None else 0
             yield batch, ids
 
@@ -204,12 +210,29 @@ def _write(
     return asdict(figures)
 
 
-def tokenised(tokenizer: PreTrainedTokenizerBase, batch: dict[str, Any]) -> tuple[dict[str, Any], list[list[int]]]:
+def _stretches(number: int, parts: int) -> Iterator[tuple[int, int]]:
+    """Bounds of at most a thousand texts each, for each of `parts` contiguous parts as `datasets` shards them."""
+    share, larger = divmod(number, parts)
+    edges = [share * part + min(part, larger) for part in range(parts + 1)]
+    for first, last in itertools.pairwise(edges):
+        for start in range(first, last, _TEXTS_AT_ONCE):
+            yield start, min(start + _TEXTS_AT_ONCE, last)
+
+
+def _refuse_masks(ids: list[list[int]], mask_id: int, name: str) -> None:
+    if any(mask_id in row for row in ids):
+        raise ValueError(f"{name}: a text names the mask token, which data.protocol=reference reads as a mask; correct "
+                         "the text, or leave out data.protocol")  # fmt: skip
+
+
+def tokenised(
+    tokenizer: PreTrainedTokenizerBase, batch: dict[str, Any], special_from_text: bool = False
+) -> tuple[dict[str, Any], list[list[int]]]:
     """Texts (columns text, ends?) and their token ids, as `pad_rows` takes them. Each part of a text is encoded by
     itself, as a prompt must have the same tokens when there is nothing behind it yet; `part_ends` then are the tokens
     before which each part but the last ends."""
     if "ends" not in batch:
-        return batch, encode(tokenizer, batch["text"])
+        return batch, encode(tokenizer, batch["text"], special_from_text=special_from_text)
     texts = [parts_of(text, ends) for text, ends in zip(batch["text"], batch["ends"], strict=True)]
     pieces = [(encode if place == 0 else encode_after)(tokenizer, column)
               for place, column in enumerate(zip(*texts, strict=True))]  # fmt: skip
@@ -259,10 +282,12 @@ def _wrap(
     figures: Figures, name: str,
 ) -> Iterator[PackedRows]:  # fmt: skip
     """Chunks of one stream over the whole split; only the last, unfilled chunk of the split is left out."""
-    rest = np.zeros(0, dtype=np.int32)
-    done = 0
-    label = None
+    nothing = np.zeros(0, dtype=np.int32)
+    rest, done, label = nothing, 0, None
     for batch, ids in batches:
+        if packing.num_proc is not None:
+            figures.cut += len(rest)
+            rest = nothing
         figures.empty += sum(not row for row in ids)
         if "label" in batch:
             label = _one_label(batch["label"], label, name)
@@ -275,17 +300,17 @@ def _wrap(
             chunks.reshape(-1), np.full(count, packing.length), np.arange(done, done + count), None, labels
         )
         done += count
-    figures.cut = len(rest)
+    figures.cut += len(rest)
 
 
 def cut_chunks(
     rest: np.ndarray, ids: list[list[int]], vocabulary: Vocabulary, packing: Packing
 ) -> tuple[np.ndarray, np.ndarray]:
     """Wrapped rows of `rest` (what the texts before have left) and further texts: chunks (C, length), and what is left
-    now. Texts without tokens leave no end token either."""
+    now. Texts without tokens leave no end token either, unless the rows are the references'."""
     inner = packing.length - 2 if packing.chunk_special else packing.length
     end = [vocabulary.eos_id] if packing.eos else []
-    stream = np.concatenate([rest, *(np.asarray(row + end, dtype=np.int32) for row in ids if row)])
+    stream = np.concatenate([rest, *(np.asarray(row + end, dtype=np.int32) for row in ids if row or packing.num_proc)])
     count = len(stream) // inner
     chunks, rest = stream[: count * inner].reshape(count, inner), stream[count * inner :]
     if packing.chunk_special:
@@ -332,11 +357,12 @@ def pad_rows(
         prompt, text_id = parts[place][0] if parts else 0, batch["text_id"][place]
         if len(row) == prompt + (len(parts[place]) - 1 if parts and packing.room else 0):
             figures.empty += 1
-            if not packing.drop_empty:
+            if not packing.drop_empty and packing.num_proc is None:
                 where = " behind its prompt" if parts else ""
                 raise ValueError(f"{name}: text {text_id} ({batch['text'][place]!r:.40}) has no tokens{where}; correct "
                                  f"it, or set data.drop_empty=true")  # fmt: skip
-            continue
+            if packing.num_proc is None:
+                continue
         whole = head + row + tail
         needed = len(whole) + unfilled[place]
         figures.longest = max(figures.longest, needed)
@@ -347,6 +373,8 @@ def pad_rows(
         if parts and packing.long_texts == "truncate" and len(head) + prompt >= packing.length:
             raise ValueError(f"{name}: the prompt of text {text_id} has {prompt} tokens and leaves no room in "
                              f"model.length={packing.length}; raise it, or set data.long_texts=drop")  # fmt: skip
+        if packing.num_proc and needed > packing.length:
+            whole = whole[: packing.length - len(tail)] + tail
         starts = range(0, len(whole), packing.length) if packing.long_texts == "windows" else [0]
         windows += [(whole[s : s + packing.length], place, w) for w, s in enumerate(starts)]
         figures.cut += max(needed - packing.length, 0) if packing.long_texts != "windows" else 0

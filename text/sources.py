@@ -10,10 +10,12 @@ have parts `ends` (list of int64, as many for every text): the characters before
   open(split)             the split as pieces to be read one after the other (text/shards.py), for training on a stream
   detokenizer_of(split)   the name of what undid a tokenisation of its texts (text/detokenizers.py), or None
   sources                 names of the data sets that it joins: what data.train and data.valid may be
+  published()             the source as the reference projects read it (data.protocol=reference)
   prompted                texts have parts, of which the first is a prompt: seen, never masked nor scored
 """
 
 import contextlib
+import copy
 import glob
 import itertools
 import re
@@ -26,7 +28,7 @@ import datasets
 import pyarrow as pa
 
 from text import reviews
-from text.detokenizers import VERSION, detokenizer
+from text.detokenizers import PUBLISHED, VERSION, detokenizer
 from text.files import read_files
 from text.hub import both_ways, local_folder, quick_when_offline
 from text.rows import (
@@ -47,6 +49,9 @@ from text.rows import (
     without_blanks,
 )
 from text.shards import Shards, kind_of, listing, num_rows, open_files
+
+# Data sets whose rows on the Hub are lines with their line feed, empty lines included.
+_LINES_WITH_ENDS = ("Salesforce/wikitext",)
 
 
 class Source(Protocol):
@@ -103,7 +108,7 @@ class HubOrFolder:
         self.label_names = tuple(label_names) if label_names else None
         self.shuffle, self.seed = shuffle, seed
         self.validation_share = validation_share
-        self.detokenizer = detokenizer
+        self.detokenizer, self._as_published = detokenizer, False
         if label_column and not label_names:
             raise ValueError(f"data.source.label_column={label_column} needs data.source.label_names")
         check_parts(self.parts, self.text_columns)
@@ -125,6 +130,14 @@ class HubOrFolder:
     def detokenizer_of(self, split: str) -> str | None:
         """Its name, None where the texts are as people write them."""
         return self.detokenizer
+
+    def published(self) -> "HubOrFolder":
+        """Return this data set as the reference projects read it: every row that the Hub has, in the Hub's order, empty
+        ones included, with the line ends that the Hub keeps and the published detokeniser."""
+        other = copy.copy(self)
+        other._as_published, other.drop_blank, other.shuffle = True, False, False
+        other.detokenizer = PUBLISHED.get(self.detokenizer, self.detokenizer)
+        return other
 
     def load(self, split: str) -> datasets.Dataset:
         """The split's rows. Raises ValueError for a split that does not exist or that holds bad rows."""
@@ -241,13 +254,23 @@ class HubOrFolder:
         folder = local_folder(self.folder)
         if folder is None or not name or not any(path.is_file() for path in folder.glob(name)):
             return None
-        table = read_files(f"{glob.escape(str(folder))}/{name}", "DATA_DIR", self.text_columns[0])
+        if self._as_published and all(kind_of(path) == "txt" for path in self._files(split)):
+            table = self._lines(split)
+        else:
+            table = read_files(f"{glob.escape(str(folder))}/{name}", "DATA_DIR", self.text_columns[0])
         origin = str(folder / self.files[split])
         need_columns(table.column_names, self._columns(split), origin)
         columns = {column: table.column(column) for column in self._columns(split)}
         columns |= {column: text_column(table, column, origin) for column in self.text_columns}
         first, last, _ = slice(start, stop).indices(table.num_rows)
         return from_table(pa.table(columns).slice(first, max(last - first, 0))), origin
+
+    def _lines(self, split: str) -> pa.Table:
+        """Every line of the split's txt files as the Hub has it: a blank line is an empty text."""
+        ends = self.hub_id in _LINES_WITH_ENDS
+        lines = [line if ends and line.strip() else line.strip()
+                 for path in self._files(split) for line in path.open(encoding="utf-8-sig")]  # fmt: skip
+        return pa.table({self.text_columns[0]: pa.array(lines, pa.large_string())})
 
     def _hub(self, split: str) -> tuple[datasets.Dataset, str]:
         """The raw columns on the Hub."""
@@ -310,6 +333,12 @@ class Combined:
     def detokenizer_of(self, split: str) -> str | None:
         """That of the data set which gives the split."""
         return self.sources[self.choice[split]].detokenizer_of(split)
+
+    def published(self) -> "Combined":
+        """Return these data sets as the reference projects read them (HubOrFolder.published)."""
+        other = copy.copy(self)
+        other.sources = {name: source.published() for name, source in self.sources.items()}
+        return other
 
     @property
     def prompted(self) -> bool:

@@ -11,7 +11,7 @@ import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -198,14 +198,28 @@ def _load_built(
 # -------------------------------------------------------------------------------- text <-> ids
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each text: no begin or end token is added, and none is read out of the text."""
+def published_frame(tokenizer: PreTrainedTokenizerBase, known: Vocabulary) -> Vocabulary:
+    """Return `known` with the begin and end token that the reference projects put into wrapped text: the first id of
+    each token's own encoding. A tokenizer that frames every text (bert) then ends texts with [CLS]."""
+    names = (tokenizer.bos_token or tokenizer.cls_token, tokenizer.eos_token or tokenizer.sep_token)
+    if None in names:
+        raise ValueError(f"data.protocol=reference: {_KEY}={tokenizer.name_or_path} lacks a begin or an end token; "
+                         "choose another tokenizer, or leave out data.protocol")  # fmt: skip
+    bos_id, eos_id = (tokenizer.encode(name)[0] for name in names)
+    return replace(known, bos_id=bos_id, eos_id=eos_id)
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, special_from_text: bool = False
+) -> list[list[int]]:
+    """Return the token ids of each text, without begin or end token. The names of special tokens in a text are ordinary
+    characters, unless `special_from_text`."""
     if not texts:
         return []
     return tokenizer(
         list(texts),
         add_special_tokens=False,
-        split_special_tokens=True,
+        split_special_tokens=not special_from_text,
         return_attention_mask=False,
         return_token_type_ids=False,
     )["input_ids"]
