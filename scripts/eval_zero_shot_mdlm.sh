@@ -18,11 +18,11 @@
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
 settings=(mode=ppl_eval model=small parameterization=subs model.length=1024 data.max_train_texts=20000
-  data.protocol=reference loader.eval_batch_size=16 eval.num_draws=8 eval.checkpoint_path=kuleshov-group/mdlm-owt backbone=hf_dit)
+  loader.eval_batch_size=16 eval.num_draws=8 eval.checkpoint_path=kuleshov-group/mdlm-owt backbone=hf_dit)
 data=(ptb wikitext103 lm1b-gpt2 lambada ag_news scientific_papers_pubmed scientific_papers_arxiv)
 name="${data[${SLURM_ARRAY_TASK_ID:-0}]}"
 case $name in # the reference measures these two on their test set, AG News wrapped
   lm1b-gpt2) settings+=(eval.split=test) ;;
   ag_news) settings+=(eval.split=test data.wrap=true) ;;
 esac
-exec ${SLURM_JOB_ID:+srun --cpus-per-task=${SLURM_CPUS_PER_TASK:-1}} python -u main.py data="$name" "${settings[@]}" "$@"
+exec ${SLURM_JOB_ID:+srun --cpus-per-task=${SLURM_CPUS_PER_TASK:-1}} python -u main.py data="$name" data.protocol=reference "${settings[@]}" "$@"
