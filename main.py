@@ -358,7 +358,8 @@ def checked(cfg: DictConfig, command: str) -> Experiment:
     check_schedule(cfg)
     instantiate(cfg.lr_scheduler)(torch.optim.SGD([torch.zeros(1)]))  # what it refuses, before any data are read
     experiment = Experiment(cfg, command)
-    experiment.drawing  # noqa: B018 - what it refuses, likewise
+    experiment.drawing, experiment.estimator  # noqa: B018 - what they refuse, likewise
+    instantiate(cfg.parameterization, mask_id=0)
     check_processes(experiment.machine.devices, cfg.trainer.num_nodes)
     _check_ramp(experiment)
     return experiment

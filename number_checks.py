@@ -110,7 +110,7 @@ _TABLE: tuple[tuple[Setting, str], ...] = (
     (whole(0, 2**32 - 1), "seed"),
     (whole(0), """T num_sample_log num_shown prefix_length num_warmup_steps cooldown num_examples"""),
     (whole(1), """stride_length tokens_per_step samples_per_prompt num_draws max_draws perplexity_batch_size
-        global_batch_size eval_global_batch_size prefetch_factor lanes shuffle_buffer sample_texts keep_last num_nodes
+        global_batch_size eval_global_batch_size prefetch_factor lanes shuffle_buffer sample_texts keep_last
         max_steps num_training_steps num_rewarmup_steps every_n_steps log_every_n_steps val_check_interval
         flush_logs_every_n_steps tokens fit_rows latents.batch_size max_skipped_steps plateau.patience pretrain_steps
         num_train_per_class num_validation_per_class num_test_per_class sizes.*"""),
@@ -146,7 +146,7 @@ _TABLE: tuple[tuple[Setting, str], ...] = (
     (RATES, "callbacks.masking_rates.rates"),
     (either(RATES, one_of("continuous")), "training.masking_rates masking.rates"),
     (real("[0, inf)"), "joint_modes.* modes.*"),
-    (Setting("null or weights such as {l2t: 1, t2l: 1}", lambda v: v is None), "joint_modes modes"),
+    (Setting("null or weights such as {l2t: 1, t2l: 1}", lambda v: v is None), "joint_modes"),
     # words
     (one_of("left_to_right", "confidence", "margin", "entropy", "random"), "order"),
     (one_of("linear", "cosine", "exponential"), "schedule"),
@@ -172,7 +172,7 @@ _TABLE: tuple[tuple[Setting, str], ...] = (
     (either(one_of("uniform", "empirical"), list_of(SHARE, 2, "[0.3,0.7]")), "prior"),
     # texts, names, paths
     (maybe(TEXT), "prefix template prompt"),
-    (NAME, """data.name model.name logger.*.name train valid validation test text_column classify.split hub_id monitor
+    (NAME, """data.name model.name csv.name tensorboard.name train valid validation test text_column classify.split hub_id monitor
         filename files.* hub_splits.*"""),
     (maybe(NAME), """project notes group job_type wandb.name id split pretrain prompt_column label_column
         hub_config hub_revision detokenizer backbone.config"""),
@@ -190,9 +190,10 @@ _TABLE: tuple[tuple[Setting, str], ...] = (
     (maybe(either(whole(0), NAME)), "edit_class edit.to_class"),
     (maybe(either(whole(0), TEXT)), "version"),
     # arguments of lightning.Trainer
-    (one_of("auto", "cpu", "gpu", "cuda", "mps"), "accelerator"),
-    (either(one_of("auto"), whole(1)), "devices"),
-    (either(FLAG, whole(0)), "fast_dev_run"),
+    (one_of("auto", "cpu", "gpu", "cuda"), "accelerator"),
+    (either(one_of("auto"), whole(1, 2**16)), "devices"),
+    (whole(1, 2**16), "num_nodes"),
+    (either(FLAG, whole(1)), "fast_dev_run"),
     (either(whole(0), SHARE), "limit_train_batches limit_val_batches limit_test_batches"),
     (one_of(None, "32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true", "32", "16", "64", "bf16", 16,
             32, 64), "precision"),
@@ -201,11 +202,12 @@ _TABLE: tuple[tuple[Setting, str], ...] = (
     (GROUP, """loader streaming sampling training eval classify checkpointing trainer mode model backbone noise masking
         estimator sampler parameterization optim lr_scheduler strategy data source sources choice how inner ending race
         beside views directed latent edit base search within parameterization.text parameterization.schedule
-        within.schedule text.schedule files hub_splits sizes"""),
-    (maybe(GROUP), "wandb callbacks logger latents plateau noising truth judge"),
+        within.schedule text.schedule files hub_splits sizes noising"""),
+    (maybe(GROUP), "parameterization.modes wandb callbacks logger latents plateau estimator.noising truth judge"),
 )  # fmt: skip
 _SETTINGS = {key: setting for setting, keys in _TABLE for key in keys.split()}
 _TARGET = re.compile(r"\w+(\.\w+)+")
+_CIRCLE = "Recursive interpolation detected"
 # Words of Hydra's own.
 _OF_HYDRA = ("_partial_", "_convert_", "_args_", "_recursive_")
 
@@ -216,8 +218,8 @@ def setting_of(key: str) -> Setting | None:
     parts = key.split(".")
     for start in range(len(parts)):
         ending = parts[start:]
-        for name in (ending, [*ending[:-1], "*"], [*ending[:-2], "*", ending[-1]]):
-            if len(name) == len(ending) and (found := _SETTINGS.get(".".join(name))):
+        for name in (ending, [*ending[:-1], "*"]):
+            if found := _SETTINGS.get(".".join(name)):
                 return found
     return None
 
@@ -233,28 +235,29 @@ def _leaves(node: dict[str, object], prefix: str = "") -> Iterator[tuple[str, ob
 
 def check_numbers(cfg: DictConfig) -> None:
     """Raise ValueError for the first value that its key does not take, with the key, the value and what is possible."""
-    leaves = list(_leaves(OmegaConf.to_container(cfg)))
-    refers = [key for key, value in leaves if isinstance(value, str) and "${" in value]
-    for key, value in leaves:
+    leaves = dict(_leaves(OmegaConf.to_container(cfg)))
+    refers = {key: value for key, value in leaves.items() if isinstance(value, str) and "${" in value}
+    for key, value in leaves.items():
         if key not in refers:
             _check(key, value)
-    for key in refers:  # behind what they refer to, so that a mistake is named where it was typed
-        _check(key, _referred(cfg, key))
+    for key, value in _referred(cfg, refers).items():  # later, so that a mistake is named where it was typed
+        _check(key, value)
     _check_open_sizes(cfg)
 
 
-def _referred(cfg: DictConfig, key: str) -> object:
-    try:
-        value = OmegaConf.select(cfg, key)
-    except (OmegaConfBaseException, RecursionError) as error:
-        raw = OmegaConf.to_container(cfg)
-        for name in key.split("."):
-            raw = raw[name]
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{key}={raw} must be a value, or refer to a key that exists: {reason}") from error
-    if OmegaConf.is_dict(value):
-        return {}  # a group is checked where it stands
-    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_list(value) else value
+def _referred(cfg: DictConfig, refers: dict[str, str]) -> dict[str, object]:
+    """The values behind interpolations. A group is checked where it stands."""
+    values, failed = {}, {}
+    for key in refers:
+        try:
+            value = OmegaConf.select(cfg, key)
+            values[key] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_list(value) else value
+        except (OmegaConfBaseException, RecursionError) as error:
+            failed[key] = str(error).splitlines()[0]
+    for key in failed:  # where it begins: what refers to it fails too
+        if not any(f"${{{other}}}" in refers[key] for other in failed if failed[other] == failed[key] != _CIRCLE):
+            raise ValueError(f"{key}={refers[key]} must be a value, or refer to a key that exists: {failed[key]}")
+    return {key: {} if OmegaConf.is_dict(value) else value for key, value in values.items()}
 
 
 def _check(key: str, value: object) -> None:
