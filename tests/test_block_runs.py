@@ -202,7 +202,7 @@ def test_the_references_command_lines_compose():
     (["algo=bd3lm", "block_size=4", "training.sampling_eps_min=0.3", "masking=exact_count"], "would do nothing"),
     (["algo=bd3lm", "block_size=4", "training.clip_search_widths=[2]"], r"clip_search_widths=\[2\] must be .* in \(0, 1\]"),
     (["algo=bd3lm", "block_size=4", "training.clip_search_widths=[0.5]", "training.clip_search_delta=1e-9"],
-     "delta=1e-09 must lie"),
+     "delta=1e-09 must be a number in"),
     (["algo=bd3lm", "block_size=4", "training.clip_search_widths=0.5"], "clip_search_widths=0.5 must be a list"),
     (["algo=bd3lm", "block_size=4", "training.clip_search_widths=[abc]"], r"must be a list .* each entry a number"),
     (["algo=bd3lm", "block_size=4", "training.fix_clipping=true"], "training.fix_clipping=true measures"),
