@@ -172,8 +172,8 @@ _TABLE: tuple[tuple[Setting, str], ...] = (
     (either(one_of("uniform", "empirical"), list_of(SHARE, 2, "[0.3,0.7]")), "prior"),
     # texts, names, paths
     (maybe(TEXT), "prefix template prompt"),
-    (NAME, """data.name model.name csv.name tensorboard.name train valid validation test text_column classify.split hub_id monitor
-        filename files.* hub_splits.*"""),
+    (NAME, """data.name model.name csv.name tensorboard.name train valid validation test text_column classify.split
+        hub_id monitor filename files.* hub_splits.*"""),
     (maybe(NAME), """project notes group job_type wandb.name id split pretrain prompt_column label_column
         hub_config hub_revision detokenizer backbone.config"""),
     (PRESENT_PATH, """output_dir cache_dir tokenizer_name_or_path gen_ppl_eval_model_name_or_path scorer_name dirpath

@@ -1,3 +1,4 @@
+# ruff: noqa: E501 - command lines are kept whole
 """Names and paths are taken letter by letter; what + adds is read by something, or refused like any unknown key."""
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def test_the_home_folder_is_written_out_in_paths_alone(monkeypatch):
 
 
 def test_lists_keep_their_commas_and_their_entries_are_names():
-    assert read("classify.compare=[outputs/a b,李/x=1,\"q,r\",o'b]") == ["outputs/a b", "李/x=1", "q,r", "o'b"]
+    assert read('classify.compare=[outputs/a b,李/x=1,"q,r",o\'b]') == ["outputs/a b", "李/x=1", "q,r", "o'b"]
     assert read("data.label_names=[плохо,хорошо]") == ["плохо", "хорошо"]
     assert read("classify.compare=[]") == [] and read("wandb.tags=[a,b]") == ["a", "b"]
     assert read("sampling.edit_class=7") == 7
@@ -61,9 +62,19 @@ def test_commas_sweep_where_the_command_sweeps(flag):
 def test_every_key_of_a_path_or_a_name_is_among_them():
     cfg = compose_config(["data=text", "data.path=李.txt", "output_dir=結果", "wandb.name=заметки", "data.cache_dir=été #1",
                           "checkpointing.save_dir=a (b)", "classify.compare=[x=1]", "hydra.run.dir=a (b)"])  # fmt: skip
-    assert (cfg.data.path, cfg.output_dir, cfg.wandb.name, cfg.data.cache_dir) == ("李.txt", "結果", "заметки", "été #1")
+    assert (cfg.data.path, cfg.output_dir, cfg.wandb.name, cfg.data.cache_dir) == (
+        "李.txt",
+        "結果",
+        "заметки",
+        "été #1",
+    )
     assert cfg.checkpointing.save_dir == "a (b)" and cfg.classify.compare == ["x=1"]
-    for key in ("logger.csv.save_dir", "callbacks.checkpoint_monitor.dirpath", "data.validation_path", "latents.prompt"):
+    for key in (
+        "logger.csv.save_dir",
+        "callbacks.checkpoint_monitor.dirpath",
+        "data.validation_path",
+        "latents.prompt",
+    ):
         assert setting_of(key).typed
 
 

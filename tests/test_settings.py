@@ -15,7 +15,8 @@ import main
 from command_line import compose_config, explain
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-NONSENSE = ("nonsense", math.nan, math.inf, -1, 0, 1.5, 10**30, 2**63, True, None, [], {}, "", "${nowhere}", "结果", ["x"])
+NONSENSE = ("nonsense", math.nan, math.inf, -1, 0, 1.5, 10**30, 2**63, True, None, [], {}, "", "${nowhere}", "结果",
+            ["x"])  # fmt: skip
 EVERY = 3  # each leaf meets every third value; which ones, goes round
 # What a choice needs beside it.
 BESIDE = {
