@@ -116,7 +116,8 @@ _TABLE: tuple[tuple[Setting, str], ...] = (
         num_train_per_class num_validation_per_class num_test_per_class sizes.*"""),
     (whole(1, 10**6), "sampling.steps inner.steps sampler.steps directed.steps latent_steps latent.steps"),
     (whole(0, 10**6), "num_strides"),
-    (whole(2), "segment_room edit_path edit.path"),
+    (whole(2), "edit_path edit.path"),
+    (maybe(whole(2)), "segment_room"),
     (whole(-1), "num_sanity_val_steps save_top_k"),
     (maybe(whole(0)), "data.label mode.num_samples num_workers every_n_train_steps"),
     (maybe(whole(1)), """top_k context num_samples max_length num_sample_batches num_batches vocab_size dim window
