@@ -347,17 +347,28 @@ def _of_class(path: str | None, label: int | None) -> str:
     return (path or "").replace("{label}", "{label}" if label is None else str(label))
 
 
-def run(cfg: DictConfig, command: str) -> dict[str, object]:
-    """Build the experiment and run the task that `mode` names; returns its results."""
+def checked(cfg: DictConfig, command: str) -> Experiment:
+    """The experiment of a configuration, after all that can be said against it before data are read.
+
+    Raises:
+        ValueError, OSError: a setting is none, contradicts another one, or names what does not exist.
+    """
     check_numbers(cfg)
     refuse_contradictions(cfg)
     check_schedule(cfg)
     instantiate(cfg.lr_scheduler)(torch.optim.SGD([torch.zeros(1)]))  # what it refuses, before any data are read
-    torch.set_float32_matmul_precision("high")
     experiment = Experiment(cfg, command)
-    experiment.drawing  # noqa: B018 - what it refuses, likewise
+    experiment.drawing, experiment.estimator  # noqa: B018 - what they refuse, likewise
+    instantiate(cfg.parameterization, mask_id=0)
     check_processes(experiment.machine.devices, cfg.trainer.num_nodes)
     _check_ramp(experiment)
+    return experiment
+
+
+def run(cfg: DictConfig, command: str) -> dict[str, object]:
+    """Build the experiment and run the task that `mode` names; returns its results."""
+    experiment = checked(cfg, command)
+    torch.set_float32_matmul_precision("high")
     if is_remote(experiment.checkpoints()):
         print(f"checkpoints: {experiment.checkpoints()}; logs, reports and results, here: {experiment.folder()}")
     return instantiate(cfg.mode)(experiment)
@@ -370,7 +381,9 @@ def job(cfg: DictConfig) -> None:
     if not first_process():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the end: what is said is said once
     sys.stdout, sys.stderr = Heard(sys.stdout), Heard(sys.stderr)
-    command = " ".join(["python main.py", *HydraConfig.get().overrides.task])
+    words = list(HydraConfig.get().overrides.task)
+    command_line.refuse_unknown_additions(cfg, words)
+    command = " ".join(["python main.py", *words])
     with SIGNALS.listening():
         run(cfg, command)
 
