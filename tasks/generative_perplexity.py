@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from callbacks.progress import Meter
-from metrics import Estimate, NLLMeter
+from metrics import Estimate, Units, ratio
 from text.hub import both_ways, local_folder, quick_when_offline
 from text.tokenizers import encode
 
@@ -84,12 +84,14 @@ class TextScores:
     nats_M: np.ndarray
     tokens_M: np.ndarray
 
-    def summary(self, protocol: dict[str, object]) -> GenerativePerplexity:
-        """Nats per token over the texts that have a scored token."""
+    def summary(self, protocol: dict[str, object], units: Units | None = None) -> GenerativePerplexity:
+        """Nats per token over the texts that have a scored token, with its error over `units` (None: each text is
+        one)."""
         scored_M = self.tokens_M > 0
-        meter = NLLMeter()
-        meter.update(torch.from_numpy(self.nats_M[scored_M]), torch.from_numpy(self.tokens_M[scored_M]))
-        nats = meter.estimate() if scored_M.any() else Estimate(float("nan"), float("nan"))
+        units = Units.each(np.arange(len(scored_M))) if units is None else units
+        nats = Estimate(float("nan"), float("nan"))
+        if scored_M.any():
+            nats = ratio(self.nats_M[scored_M], self.tokens_M[scored_M], units[scored_M])
         texts = int(scored_M.sum())
         return GenerativePerplexity(nats, texts, int(self.tokens_M.sum()), len(scored_M) - texts, protocol)
 
@@ -176,9 +178,9 @@ class CausalScorer:
         meter.close()
         return TextScores(nats_M, np.array([max(len(ids) - 1, 0) for ids in rows], dtype=np.int64))
 
-    def perplexity(self, texts: Sequence[str]) -> GenerativePerplexity:
-        """The generative perplexity of `texts`."""
-        return self.score(texts).summary(self.protocol)
+    def perplexity(self, texts: Sequence[str], units: Units | None = None) -> GenerativePerplexity:
+        """The generative perplexity of `texts`, its error over `units` (None: each text is one)."""
+        return self.score(texts).summary(self.protocol, units)
 
     def _nats(self, batch: Sequence[tuple[list[int], int]]) -> list[float]:
         """Nats of each row's tokens from its second entry on, given those before; rows are padded on the right,

@@ -44,7 +44,8 @@ def report_likelihood(report: Report, measured: Likelihood, split: str, remark: 
     truth = measured.truth.value if measured.truth else None
     report.figure(
         plots.likelihood_against_truth(measured.ladder(), truth, "nats/token"),
-        "Nats per token with 95% intervals over texts; lower is better.", "Likelihood of the models",
+        f"Nats per token with 95% intervals over {measured.scores.units.name}; lower is better.",
+        "Likelihood of the models",
     )  # fmt: skip
     if measured.scores.num_masked_MP.size:
         report.figure(
@@ -61,8 +62,8 @@ _PREAMBLE = {
     "exact likelihood of the ordered sampler (DUEL)": "The exact likelihood of the sampler that fills masks in this "
     "order, which is another model than the diffusion: never to be compared with a NELBO. ",
 }
-_EXACT_ERRORS = "Errors are standard errors over texts."
-_ERRORS = "Errors are standard errors over texts and contain the noise of the masks."
+_ERRORS = "Errors are standard errors over {}."
+_NOISY_ERRORS = "Errors are standard errors over {} and contain the noise of the masks."
 _FILLED = (
     " Rows are filled behind their texts with EOS, which the model has to write too, since it is not shown where a "
     "text ends: the nats are those of text, EOS and fill, the tokens those of the text and its EOS."
@@ -74,7 +75,8 @@ def _method(measured: Likelihood) -> str:
     kind = "The likelihood is exact. " if measured.scores.label == "exact" else _PREAMBLE[measured.scores.kind]
     scores = measured.scores
     filled = _FILLED if not scores.causal and (scores.maskable_M > scores.tokens_M).any() else ""
-    return kind + (_EXACT_ERRORS if scores.exact else _ERRORS) + filled + (_TRUTH if measured.truth else "")
+    errors = (_ERRORS if scores.exact else _NOISY_ERRORS).format(scores.units)
+    return kind + errors + filled + (_TRUTH if measured.truth else "")
 
 
 def ppl_eval(experiment: Experiment, *, checkpoint_path: str, disable_ema: bool, split: str) -> dict[str, object]:
@@ -100,6 +102,7 @@ def ppl_eval(experiment: Experiment, *, checkpoint_path: str, disable_ema: bool,
         "bits_per_token": measured.model.scaled(1 / math.log(2)),
         "perplexity": measured.model.exp(), "unigram_nats_per_token": measured.unigram,
         "true_nats_per_token": measured.truth, "gap_nats_per_token": measured.gap, "texts": len(scores.tokens_M),
+        "units": scores.units.name, "num_units": len(scores.units),
         "tokens": int(scores.tokens_M.sum()), "network_evaluations_per_text": float(scores.evaluations_M.mean()),
     }  # fmt: skip
     results |= gain.results() if gain else {}
@@ -119,6 +122,7 @@ def ppl_eval(experiment: Experiment, *, checkpoint_path: str, disable_ema: bool,
     )
     print(
         f"NLL {measured.model} nats/token | {results['bits_per_token']} bits/token | perplexity {results['perplexity']}"
+        f" (errors over {scores.units})"
     )
     if measured.truth:
         print(f"true entropy {measured.truth} nats/token | above it by {measured.gap} (paired)")

@@ -5,6 +5,9 @@ A packed split is a `datasets.Dataset` (numpy format) with the columns
   input_ids  list of int32, unpadded        length     int32, number of ids
   sample_id  int64, the row's lasting name  text_id    int64, the source text it is from (`pad` only)
   label      int64, where the texts have one
+  first_document, last_document  int64, the documents of which the row's first and last token are: numbers in the order
+             of the split. Of wrapped rows, and of padded ones whose texts are pieces of documents; absent where
+             documents are not known (text/sources.py)
   part_ends  list of int32, where the texts have parts: the tokens before which each part but the last ends; BOS
              belongs to the first part, EOS to the last; with a `room` the parts between have an EOS too
 `sample_id` of a padded row is window * 2**32 + text_id: it stays the same when other texts or classes are
@@ -27,7 +30,7 @@ from text.cache import cached_folder, texts_fingerprint
 from text.rows import parts_of
 from text.tokenizers import Vocabulary, encode, encode_after
 
-_CODE_VERSION = 1  # raise it whenever a change below gives other rows for the same texts and settings
+_CODE_VERSION = 2  # raise it whenever a change below gives other rows for the same texts and settings
 _TEXTS_AT_ONCE = 1000  # bounds memory; the rows do not depend on it
 _LONG_TEXTS = ("truncate", "windows", "drop", "error")
 _WINDOW = 2**32
@@ -106,6 +109,7 @@ def pack(
         "text_id": _digest(rows, "text_id"), "label": _digest(rows, "label") if has_label else None,
         "packing": packing.settings, "eos_id": vocabulary.eos_id, "bos_id": vocabulary.bos_id,
         **({"ends": _digest(rows, "ends")} if has_parts else {}),
+        **({"document": _digest(rows, "document")} if "document" in rows.column_names else {}),
     }  # fmt: skip
     folder, figures = cached_folder(
         cache_dir, "wrapped" if packing.wrap else "rows", settings,
@@ -177,6 +181,7 @@ class PackedRows:
     text_id: np.ndarray | None
     label: np.ndarray | None
     part_ends: list[list[int]] | None = None
+    documents: tuple[np.ndarray, np.ndarray] | None = None  # of the first and the last token of each row
 
 
 def _write(
@@ -269,7 +274,9 @@ def _arrow_batch(rows: PackedRows) -> pa.RecordBatch:
         "length": pa.array(rows.lengths.astype(np.int32)),
         "sample_id": pa.array(rows.sample_id.astype(np.int64)),
     }
-    for column, values in (("text_id", rows.text_id), ("label", rows.label)):
+    first, last = rows.documents or (None, None)
+    for column, values in (("text_id", rows.text_id), ("label", rows.label), ("first_document", first),
+                           ("last_document", last)):  # fmt: skip
         if values is not None:
             columns[column] = pa.array(np.asarray(values, dtype=np.int64))
     if rows.part_ends is not None:
@@ -283,24 +290,62 @@ def _wrap(
 ) -> Iterator[PackedRows]:  # fmt: skip
     """Chunks of one stream over the whole split; only the last, unfilled chunk of the split is left out."""
     nothing = np.zeros(0, dtype=np.int32)
-    rest, done, label = nothing, 0, None
+    rest, done, label, documents = nothing, 0, None, _Documents(packing)
     for batch, ids in batches:
         if packing.num_proc is not None:
             figures.cut += len(rest)
             rest = nothing
+            documents.drop_rest()
         figures.empty += sum(not row for row in ids)
         if "label" in batch:
             label = _one_label(batch["label"], label, name)
         chunks, rest = cut_chunks(rest, ids, vocabulary, packing)
         count = len(chunks)
+        of_rows = documents.of_rows(batch, ids, count, len(rest))
         if not count:
             continue
         labels = None if label is None else np.full(count, label)
         yield PackedRows(
-            chunks.reshape(-1), np.full(count, packing.length), np.arange(done, done + count), None, labels
-        )
+            chunks.reshape(-1), np.full(count, packing.length), np.arange(done, done + count), None, labels,
+            documents=of_rows,
+        )  # fmt: skip
         done += count
     figures.cut += len(rest)
+
+
+class _Documents:
+    """Keeps account of which documents the tokens of a wrapped stream are of."""
+
+    def __init__(self, packing: Packing) -> None:
+        self._inner = packing.length - 2 if packing.chunk_special else packing.length
+        self._end = int(packing.eos)
+        self._every_text = packing.num_proc is not None
+        self._rest, self._number, self._newest = np.zeros(0, dtype=np.int64), -1, None
+
+    def drop_rest(self) -> None:
+        """Forget the tokens that wait for more."""
+        self._rest = self._rest[:0]
+
+    def of_rows(
+        self, batch: dict[str, Any], ids: list[list[int]], count: int, left: int
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """The documents of the first and the last token of the next `count` rows, behind which `left` tokens wait for
+        more; None where documents are not known."""
+        named = batch.get("document", batch["text_id"])
+        if min(named, default=0) < 0:
+            return None
+        numbers = []
+        for name, row in zip(named, ids, strict=True):
+            if row or self._every_text:
+                self._number += name != self._newest
+                self._newest = name
+                numbers.append(np.full(len(row) + self._end, self._number, dtype=np.int64))
+        stream = np.concatenate([self._rest, *numbers])
+        used = count * self._inner
+        assert len(stream) == used + left, "each text leaves its tokens and its end in the stream"
+        self._rest = stream[used:]
+        rows = stream[:used].reshape(count, self._inner)
+        return rows[:, 0], rows[:, -1]
 
 
 def cut_chunks(
@@ -386,7 +431,10 @@ def pad_rows(
     label = np.asarray(batch["label"])[place] if "label" in batch else None
     flat = np.concatenate([np.asarray(w, dtype=np.int32) for w, _, _ in windows])
     part_ends = [[len(head) + end for end in parts[p]] for p in place] if parts else None
-    return PackedRows(flat, np.array([len(w) for w, _, _ in windows]), sample_id, text_id, label, part_ends)
+    document = np.asarray(batch["document"])[place] if min(batch.get("document", [-1])) >= 0 else None
+    documents = None if document is None else (document, document)
+    lengths = np.array([len(w) for w, _, _ in windows])
+    return PackedRows(flat, lengths, sample_id, text_id, label, part_ends, documents)
 
 
 def _with_rooms(

@@ -28,6 +28,15 @@ def text_rows(
     return from_table(pa.table(columns))
 
 
+def with_documents(rows: datasets.Dataset, start: str | None) -> datasets.Dataset:
+    """`rows` with the column `document`: how many texts up to each match the pattern `start`, with which a document
+    begins; -1 if `start` is None."""
+    if start is None:
+        return rows.add_column("document", np.full(len(rows), -1))
+    begins = pc.match_substring_regex(to_table(rows)["text"], f"^(?:{start})")
+    return rows.add_column("document", np.cumsum(begins.to_numpy()))
+
+
 def in_parts(parts: Sequence[Sequence[str]]) -> tuple[list[str], list[list[int]]]:
     """Parts of texts -> the texts, and the characters before which each part but the last ends."""
     ends = [list(itertools.accumulate(map(len, pieces[:-1]))) for pieces in parts]

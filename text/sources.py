@@ -4,6 +4,8 @@ text/user_files.py has the user's own files.
 Every source has `splits` (names it can load), `label_names` (None where texts have no labels) and
 `load(split) -> datasets.Dataset` with the columns `text` (str), where there are labels `label` (int64), and where texts
 have parts `ends` (list of int64, as many for every text): the characters before which each part but the last ends.
+Where texts are pieces of longer documents, such as lines, there is `document` (int64): its number, or -1 throughout
+where the documents are not known. Without that column each text is a document of its own.
 `load` gives the same rows in the same order every time, in every process. Split names are `train`,
 `validation`, `test`. A source may also have
   stream(split, limit)    the first rows of a split without reading the rest (data.streaming=true)
@@ -46,6 +48,7 @@ from text.rows import (
     text_column,
     text_rows,
     to_table,
+    with_documents,
     without_blanks,
 )
 from text.shards import Shards, kind_of, listing, num_rows, open_files
@@ -75,6 +78,8 @@ class HubOrFolder:
     " {answer}"; the first of several parts is a prompt, which a model is given. drop_blank: leave out texts of white
     space and strip the line end that the Hub keeps (data sets of one text per line). detokenizer: a name in
     text/detokenizers.py. unlabelled: splits whose texts have no labels, whatever the files say.
+    document_start: pattern of the texts with which a document begins, where texts are lines of documents; None where
+    nothing tells them apart; "": each text is a document of its own.
     A data set without a validation split has `validation_share` of its train split held out, chosen by
     `seed`; texts that also occur in the held-out part are dropped from the train part. shuffle: put rows
     into an order fixed by `seed` (for files sorted by label).
@@ -99,7 +104,9 @@ class HubOrFolder:
         shuffle: bool = False,
         seed: int = 0,
         unlabelled: Sequence[str] = (),
+        document_start: str | None = "",
     ) -> None:
+        self.document_start = document_start
         self.hub_id, self.hub_config, self.hub_revision, self.folder = hub_id, hub_config, hub_revision, folder
         self.files, self.hub_splits = dict(files), dict(hub_splits)
         self.text_columns = [text_columns] if isinstance(text_columns, str) else list(text_columns)
@@ -153,9 +160,9 @@ class HubOrFolder:
         """
         self._check_streaming(split)
         if self._files(split):
-            return self.open(split).first(limit)
+            return self._with_documents(self.open(split).first(limit))
         rows = self._prepared(*self._beginning(split, limit))
-        return rows if len(rows) <= limit else take_rows(rows, range(limit))
+        return self._with_documents(rows if len(rows) <= limit else take_rows(rows, range(limit)))
 
     def open(self, split: str) -> Shards:
         """The split, to be read piece by piece. Raises ValueError where its rows are known only when all of it, or
@@ -214,8 +221,11 @@ class HubOrFolder:
         return [*self.text_columns, *([self.label_column] if labelled else [])]
 
     def _rows(self, split: str) -> datasets.Dataset:
-        rows = self._prepared(*(self._local(split) or self._hub(split)))
+        rows = self._with_documents(self._prepared(*(self._local(split) or self._hub(split))))
         return take_rows(rows, permutation(len(rows), self.seed)) if self.shuffle else rows
+
+    def _with_documents(self, rows: datasets.Dataset) -> datasets.Dataset:
+        return rows if self.document_start == "" else with_documents(rows, self.document_start)
 
     def _prepared(self, rows: datasets.Dataset, origin: str) -> datasets.Dataset:
         """Raw columns -> text, label, ends."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import datasets
 
 from text.hub import local_folder
-from text.rows import check_split, text_rows
+from text.rows import check_split, text_rows, with_documents
 from text.sources import Source
 
 
@@ -46,7 +46,7 @@ class Text8:
             if len(text) != self.sizes[split]:
                 raise ValueError(f"the {split} split of text8 has {self.sizes[split]:,} characters, not {len(text):,}")
         end = len(text) - len(text) % self.chunk if self._drop_last else len(text)
-        return text_rows([text[start : start + self.chunk] for start in range(0, end, self.chunk)])
+        return with_documents(text_rows([text[at : at + self.chunk] for at in range(0, end, self.chunk)]), None)
 
     def _original(self, split: str) -> str | None:
         """The split's part of the original, where there is one. Bytes are characters, as all are ASCII."""

@@ -19,6 +19,7 @@ from text.rows import (
     take_rows,
     text_column,
     text_rows,
+    with_documents,
     without_blanks,
 )
 from text.shards import Shards, kind_of, listing, open_files, share_of
@@ -87,7 +88,10 @@ class UserFiles:
 
     def stream(self, split: str, limit: int) -> datasets.Dataset:
         """The first `limit` rows of the split, without reading on."""
-        return self.open(split).first(limit)
+        rows = self.open(split).first(limit)
+        own = split if self.paths[split] else "train"
+        lines = "txt" in map(kind_of, readable_files(self.paths[own], self.keys[own]))
+        return with_documents(rows, None) if lines else rows
 
     def open(self, split: str) -> Shards:
         """The split, to be read piece by piece. Raises ValueError for labelled texts, whose names all files together
@@ -118,6 +122,9 @@ class UserFiles:
         names = self._names(tables) if self.label_column else None
         rows = {split: not_empty(self._made(table, self.paths[split], names), self.paths[split])
                 for split, table in tables.items()}  # fmt: skip
+        if not self.label_column and "txt" in {kind_of(file) for key, path in self.paths.items() if path
+                                               for file in readable_files(path, self.keys[key])}:  # fmt: skip
+            rows = {split: with_documents(part, None) for split, part in rows.items()}  # lines of longer texts
         return {**rows, **carve(rows["train"], self.shares, self.seed)}, names
 
     def _read(self, split: str, path: str) -> pa.Table:
