@@ -39,12 +39,11 @@ class Copies(torch.nn.Module):
         """As `encode`; every block sees the clean tokens of the blocks before it."""
         self.noise_shown.append(sigma_Bb.flatten())
         block_L = torch.arange(clean_BL.shape[1]) // size
-        seen = []
-        for row, place in at_BL.nonzero().tolist():
-            here_L = block_L == block_L[place]
-            seen.append(torch.where(here_L, noised_BL[row], torch.where(block_L < block_L[place], clean_BL[row], self.mask_id)))
-        seen_NL = torch.stack(seen)
-        return self._answers(seen_NL, torch.eye(seen_NL.shape[1], dtype=torch.bool)[at_BL.nonzero()[:, 1]])
+        row_N, place_N = at_BL.nonzero(as_tuple=True)
+        ahead_NL = block_L - block_L[place_N][:, None]
+        earlier_NL = torch.where(ahead_NL < 0, clean_BL[row_N], self.mask_id)
+        seen_NL = torch.where(ahead_NL == 0, noised_BL[row_N], earlier_NL)
+        return self._answers(seen_NL, None)[:, 0]
 
     def _answers(self, x_BL: Tensor, at_BL: Tensor | None) -> Tensor:
         word_B1 = x_BL.masked_fill(x_BL == self.mask_id, -1).max(-1, keepdim=True).values
@@ -104,4 +103,3 @@ class Reviews:
         lengths = [len(tokens(text)) for text in texts]
         both = np.logaddexp.reduce([self.grammar.log_prob(texts, label) for label in (0, 1)])
         return np.logaddexp.reduce([self.grammar.log_prob_length(lengths, label) for label in (0, 1)]) - both
-

@@ -1,4 +1,5 @@
-"""Bounds in closed form: no estimator of any objective falls below the entropy, and each shows the network the right time.
+"""Bounds in closed form: no estimator of any objective falls below the entropy, and each shows the network the time that
+belongs to its masks.
 
 The text is one of 8 tokens repeated, and the network is exact, so only a mask on every token costs anything. The
 expectation is a sum over mask counts or a quadrature over t, without random draws.
@@ -76,9 +77,11 @@ def expected_nats(objective: object, within: MaskedDiffusion, length: int, netwo
         weight_B = torch.full_like(u_B, 1 / within.T)
     elif isinstance(noising, Bernoulli):
         u_B, weight_B = quadrature()
-    else:  # every count, as often as it is drawn
-        u_B = (torch.arange(40 * length, dtype=torch.float64) + 0.5) / (40 * length)
-        weight_B = torch.full_like(u_B, 1 / len(u_B))
+    else:  # every token is masked at one end of the numbers that choose the count
+        width = min(0.5, 2 / length)
+        low_B = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000 * width
+        u_B = torch.cat([low_B, 1 - low_B])
+        weight_B = torch.full_like(u_B, width / 4000)
     x_BL = torch.full((len(u_B), length), 3)
     (*_, look) = noising(within.schedule, x_BL, torch.ones_like(x_BL, dtype=torch.bool), MASK, Grid(u_B))
     if isinstance(noising, Bernoulli):  # the others draw how many are masked, and that all are is among it
@@ -92,7 +95,7 @@ def expected_nats(objective: object, within: MaskedDiffusion, length: int, netwo
 @pytest.mark.parametrize("noising", NOISINGS)
 def test_the_bound_of_copies_is_their_entropy_under_every_schedule_and_estimator(noising, schedule, length):
     bound = Subs(SCHEDULES[schedule], MASK).bound(NOISINGS[noising]())
-    assert expected_nats(bound, bound, length) == pytest.approx(TRUTH, rel=2e-3 if noising == "tilted_count" else 1e-5)
+    assert expected_nats(bound, bound, length) == pytest.approx(TRUTH, rel=4e-3 if noising == "tilted_count" else 1e-5)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -183,11 +186,12 @@ def test_a_network_is_shown_the_noise_of_the_mask_rate_within_what_it_was_traine
     bound.loss(network, {"input_ids": x_BL}, noise())
     for look, shown_B in zip(looks, network.noise_shown, strict=True):
         rate_B = bound.schedule(look.t_B).move_chance
-        torch.testing.assert_close(shown_B.double(), -torch.log1p(-rate_B).clamp(low, high), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(shown_B.double(), (-torch.log1p(-rate_B)).clamp(low, high), rtol=1e-5, atol=1e-6)
 
 
 def test_a_changed_variable_stays_within_what_it_was_trained_on():
     trained = Subs(LogLinear(), MASK, Bernoulli(change_of_variables=True, sampling_eps=1e-3), change_of_variables=True)
     t_B = torch.tensor([1e-9, 1e-3, 0.5, 1.0], dtype=torch.float64)
     shown_B, in_training_B = trained.bound(None).conditioning(t_B), trained.conditioning(t_B)
-    assert shown_B.tolist() == pytest.approx([0.0, 0.0, in_training_B[2], 1.0], abs=2e-4)
+    torch.testing.assert_close(shown_B[2], in_training_B[2], rtol=0, atol=2e-4)
+    assert shown_B[[0, 1, 3]].tolist() == pytest.approx([0.0, 0.0, 1.0], abs=2e-4)

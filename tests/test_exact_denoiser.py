@@ -53,7 +53,8 @@ def test_the_posterior_of_a_small_mixture_is_that_of_its_enumerated_texts():
                 law[tuple(ids[word] for word in words)] = p
     for text in list(law)[::3]:
         for pattern in itertools.product([False, True], repeat=len(text)):
-            x = torch.tensor([[0, *(mask if hidden else token for token, hidden in zip(text, pattern, strict=True)), 5]])
+            seen = [mask if hidden else token for token, hidden in zip(text, pattern, strict=True)]
+            x = torch.tensor([[0, *seen, 5]])
             at = torch.tensor([[False, *pattern, False]])
             found = denoiser.denoise(x, None, at).exp()
             like = {other: p for other, p in law.items() if len(other) == len(text) and all(
@@ -69,7 +70,8 @@ def test_what_belongs_to_no_text_is_answered_by_any_word():
     x = torch.tensor([[0, 2], [2, 2], [2, 2]])
     x[2, 1] = 3  # a special token: a text of one token, of which there is none
     p = denoiser.denoise(x, None, x == 2).exp()
-    torch.testing.assert_close(p, torch.tensor([[0, 1.0, 0, 0], [0.5, 0.5, 0, 0], [0.5, 0.5, 0, 0], [0.5, 0.5, 0, 0]]).double())
+    wanted = torch.tensor([[0, 1.0, 0, 0], *[[0.5, 0.5, 0, 0]] * 3], dtype=torch.float64)
+    torch.testing.assert_close(p, wanted)
 
 
 def test_one_order_any_order_and_duel_all_give_the_probability_of_the_text(reviews, texts):

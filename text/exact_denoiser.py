@@ -1,4 +1,4 @@
-"""The exact Bayes denoiser of a corpus that knows its own distribution: p(token at a masked position | the visible ones).
+"""The exact Bayes denoiser of a corpus that knows its own distribution: p(masked token | visible tokens).
 
 It takes the place of a trained network wherever one is evaluated, so that a sampler or an estimator is measured by
 itself: `Model(Subs(schedule, mask_id), ExactDenoiser(...))`. `denoise` gives the same answer in float64.
@@ -94,9 +94,7 @@ class ExactDenoiser(nn.Module):
         log_p_NV = self.denoise(tokens_BL, None, chosen_BL, attention_mask).clamp(min=_IMPOSSIBLE)
         return log_p_NV.unflatten(0, tokens_BL.shape) if at_BL is None else log_p_NV
 
-    def denoise(
-        self, x_BL: Tensor, t_B: Tensor | None, at_BL: Tensor, attention_mask: Tensor | None = None
-    ) -> Tensor:
+    def denoise(self, x_BL: Tensor, t_B: Tensor | None, at_BL: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """log p(token | visible tokens) at the N positions of `at_BL`, float64 (N, V).
 
         Uniform over all words where the visible tokens belong to no text of the corpus, and at special tokens.
