@@ -1,5 +1,5 @@
-"""Bounds in closed form: no estimator of any objective falls below the entropy, and each shows the network the time that
-belongs to its masks.
+"""Bounds in closed form: no estimator of any objective falls below the entropy, and each shows the network the time
+that belongs to its masks.
 
 The text is one of 8 tokens repeated, and the network is exact, so only a mask on every token costs anything. The
 expectation is a sum over mask counts or a quadrature over t, without random draws.
