@@ -4,7 +4,7 @@ With exact conditionals the continuous-time bound is tight for each text, so its
 error; with T steps it is above, by the nats that steps cost which unmask several tokens. Below 0 would be a bound that
 is none. The error is that of the mean over texts and draws; the noise is that of one text and draw.
 
-    python benchmarks/exact_bounds.py                  # 64 texts, 64 network evaluations each, about 3 minutes on one core
+    python benchmarks/exact_bounds.py                  # 64 texts, 64 network evaluations each
 """
 
 from __future__ import annotations

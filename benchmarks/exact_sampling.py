@@ -1,8 +1,8 @@
 """Share of sampled texts that are possible at all, by sampler and number of steps, with the exact Bayes denoiser.
 
 The network is perfect, so whatever is wrong with a text is the sampler's: tokens that one step writes together are
-drawn independently of each other. Every text of the embedded corpus has a probability; an impossible one has none. Rows have
-the lengths of the corpus. Errors are binomial.
+drawn independently of each other. A text is possible if the grammar of the embedded corpus can write it. Rows have the
+lengths of the corpus. Errors are binomial.
 
     python benchmarks/exact_sampling.py                # 2,000 texts each, about 5 minutes on one core
 """
