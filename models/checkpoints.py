@@ -18,7 +18,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from files import Place, below, check_content, check_seal, folder_of, is_remote, name_of, open_to_read, place, version
+from files import (
+    Place,
+    below,
+    check_content,
+    check_regular,
+    check_seal,
+    folder_of,
+    is_remote,
+    name_of,
+    open_to_read,
+    place,
+    version,
+)
 from models import torch_archive
 from models.ema import EMA
 from models.hub import CONFIG_FILE, WEIGHT_FILES, locate, read_config, settings_of_config, settings_of_tensors
@@ -124,8 +136,8 @@ def read_progress(path: Place) -> Progress:
 @lru_cache(maxsize=64)
 def _read_progress(path: str, version: str) -> Progress:
     path = place(path)
-    content = load_inert(path, weights=False)
-    callbacks = content.get("callbacks") if isinstance(content, dict) else None
+    content = read_contents(path, weights=False)
+    callbacks = content.get("callbacks")
     if not isinstance(callbacks, dict) or "global_step" not in content:
         raise ValueError(f"{path} is not a checkpoint of a training; delete it, or use another checkpointing.save_dir")
     states = [state for state in callbacks.values() if isinstance(state, dict)]
@@ -136,18 +148,56 @@ def _read_progress(path: str, version: str) -> Progress:
 
 
 def _read_lightning_file(path: Place, weights: bool = True) -> Checkpoint:
-    content = load_inert(path, weights)
-    if not isinstance(content, dict) or "state_dict" not in content:
-        raise ValueError(f"{path} is not a Lightning checkpoint: it has no state_dict")
-    weights_of, identity = content["state_dict"], content.get("identity", {})
-    if not isinstance(weights_of, dict) or not all(isinstance(v, Tensor) for v in weights_of.values()):
-        raise ValueError(f"{path} is not a Lightning checkpoint: its state_dict does not map names to tensors")
-    if not isinstance(identity, dict) or not isinstance(identity.get("configuration", {}), dict):
-        raise ValueError(f"{path} is not one of our checkpoints: its identity is of the wrong kind")
-    state = _strip(weights_of, path)
+    content = read_contents(path, weights)
+    identity = content.get("identity", {})
+    state = _strip(content["state_dict"], path)
     known = identity["configuration"] if "configuration" in identity else _reference_settings(content)
     settings = {**known, **settings_of_tensors(state)}
     return Checkpoint(path, state, content.get("ema"), identity, settings=settings, step=content.get("global_step"))
+
+
+def read_contents(path: Place, weights: bool = True) -> dict[str, object]:
+    """Return the whole content of a Lightning file, read as by `load_inert`, its main parts of the right kinds.
+
+    Raises:
+        ValueError: it cannot be read, or is no Lightning checkpoint.
+    """
+    content = load_inert(path, weights)
+    if not isinstance(content, dict) or "state_dict" not in content:
+        raise ValueError(f"{path} is not a Lightning checkpoint: it has no state_dict")
+    _tensors(content["state_dict"], path)
+    identity = content.get("identity", {})
+    if not isinstance(identity, dict) or not isinstance(identity.get("configuration", {}), dict):
+        raise ValueError(f"{path} is not one of our checkpoints: its identity is of the wrong kind")
+    for key, value in identity.get("configuration", {}).items():
+        if not isinstance(key, str) or not _is_plain(value):
+            raise ValueError(f"{path} is not one of our checkpoints: its configuration has {key!r:.60}={value!r:.60}")
+    ema, step = content.get("ema"), content.get("global_step", 0)
+    if ema is not None:
+        parts = {"shadow_params": list, "decay": int | float, "num_updates": int}
+        if not isinstance(ema, dict) or not all(isinstance(ema.get(name), kind) for name, kind in parts.items()):
+            raise ValueError(f"{path} is not a checkpoint of a training: its ema is of the wrong kind")
+        _tensors(dict(enumerate(ema["shadow_params"])), path, "ema", int)
+    if type(step) is not int:
+        raise ValueError(f"{path} is not a Lightning checkpoint: its global_step is of the wrong kind")
+    return content
+
+
+def _tensors(state: object, path: Place, name: str = "state_dict", kind: type = str) -> dict[str, Tensor]:
+    """`state`, if it maps names to tensors. Raises ValueError."""
+    mapped = isinstance(state, dict) and all(isinstance(k, kind) and isinstance(v, Tensor) for k, v in state.items())
+    if not mapped:
+        raise ValueError(f"{path} is not a checkpoint of a known layout: its {name} does not map names to tensors")
+    return state
+
+
+def _is_plain(value: object, depth: int = 8) -> bool:
+    """Whether a value of a configuration is made of texts, numbers and lists, and of nothing else."""
+    if isinstance(value, dict):
+        return depth > 0 and all(isinstance(k, str | int) and _is_plain(v, depth - 1) for k, v in value.items())
+    if isinstance(value, list | tuple):
+        return depth > 0 and all(_is_plain(part, depth - 1) for part in value)
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def _read_hub_directory(path: Path) -> Checkpoint:
@@ -156,11 +206,12 @@ def _read_hub_directory(path: Path) -> Checkpoint:
     weights = next((path / name for name in WEIGHT_FILES if (path / name).exists()), None)
     if weights is None:
         raise FileNotFoundError(f"{path} holds neither {' nor '.join(WEIGHT_FILES)}")
+    check_regular(path)
     try:
         state = load_file(weights) if weights.suffix == ".safetensors" else load_inert(weights)
     except SafetensorError as error:
         raise _unreadable(weights, error) from error
-    return _hub_checkpoint(path, _strip(state, weights))
+    return _hub_checkpoint(path, _strip(_tensors(state, weights), weights))
 
 
 def _hub_checkpoint(path: Path, state: dict[str, Tensor]) -> Checkpoint:
