@@ -13,6 +13,7 @@ import hashlib
 import io
 import os
 import shutil
+import stat
 import struct
 from contextlib import suppress
 from functools import lru_cache
@@ -149,16 +150,38 @@ def sync_folder(folder: Path) -> None:
 
 
 def open_to_read(where: Place) -> BinaryIO:
-    """The file at a place. From an address all of it is fetched first."""
-    return io.BytesIO(filesystem(where).cat_file(where)) if is_remote(where) else where.open("rb")
+    """The file at a place. From an address all of it is fetched first.
+
+    Raises:
+        ValueError: it is a pipe, a device or a folder. Reading some of them would never end.
+        OSError: it cannot be opened.
+    """
+    if is_remote(where):
+        return io.BytesIO(filesystem(where).cat_file(where))
+    handle = os.open(where, os.O_RDONLY | os.O_NONBLOCK)  # without waiting for somebody who writes into a pipe
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise ValueError(f"{where} is not a file, but a folder, a pipe or a device; name the file itself")
+    return open(handle, "rb")
+
+
+def check_regular(folder: Path) -> None:
+    """Check that what lies in a folder, links followed, are files and folders.
+
+    Raises:
+        ValueError: something is a pipe or a device, which a library would read without end.
+    """
+    for path in sorted(folder.iterdir()):
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise ValueError(f"{path} is not a file, but a pipe or a device; remove it")
 
 
 def version(where: Place) -> str:
     """A word that changes when the file at a place is written anew."""
     if is_remote(where):
         return str(filesystem(where).ukey(url_to_fs(where)[1]))
-    stat = where.stat()
-    return f"{stat.st_ino}-{stat.st_size}-{stat.st_mtime_ns}-{stat.st_ctime_ns}"
+    status = where.stat()
+    return f"{status.st_ino}-{status.st_size}-{status.st_mtime_ns}-{status.st_ctime_ns}"
 
 
 # -------------------------------------------------------------------------------- seals

@@ -69,6 +69,8 @@ def identity(cfg: DictConfig) -> dict[str, object]:
 _OF_TRAINING = ("optim.", "lr_scheduler.", "plateau.", "loader.", "trainer.", "streaming.", "seed", "classify.pretrain",
                 "training.from_pretrained", "training.start_from_counts")  # fmt: skip
 _GROUPS = ("data", "model", "backbone", "parameterization", "noise", "masking", "latents")
+_CARRIED = (*IDENTITY, "classify.sharing", "classify.label_dropout", "block_size")
+_KEY = re.compile(r"\w+(\.\w+)*", re.ASCII)
 _ABSENT = object()
 _FIRST = ("data.", "model.", "noise.", "training.", "classify.", "T", "block_size", "subs_masking", "time_conditioning")
 
@@ -77,12 +79,16 @@ def overrides(known: Mapping[str, object]) -> list[str]:
     """The words of a command line that make the configuration whose `identity` a checkpoint carries as `known`, as far
     as a model can be used with them: those of its training are left out.
 
-    What is instantiated is only ever named by a file in configs/, never by the checkpoint, which may be anybody's.
+    The checkpoint may be anybody's. Only plain values of keys that exist are taken from it; what is instantiated,
+    and every choice of a group, is named by a file in configs/.
 
     Raises:
-        ValueError: it names something that no file in configs/ does.
+        ValueError: it names something else.
     """
     known = {key: value for key, value in known.items() if not (key.startswith(_OF_TRAINING) or _is_found(key, value))}
+    for key, value in known.items():
+        if not _may_be_carried(key, value):
+            raise _unknown(key, value)
     words: list[str] = []
     for group in _GROUPS:
         words += _choice(group, known, words)
@@ -93,7 +99,8 @@ def overrides(known: Mapping[str, object]) -> list[str]:
         new = {**{key: known[key] for key in _different(known, ours)}, **unset}
         new = {key: value for key, value in new.items() if key.startswith(first) and not key.startswith(_OF_TRAINING)}
         for key, value in new.items():
-            _check(key, value)
+            if not _is_setting(key, cfg, value is None):
+                raise _unknown(key, value)
         there = {key for key in new if OmegaConf.select(cfg, key, default=_ABSENT) is not _ABSENT}
         words += [f"{'' if key in there else '++'}{key}={word(value)}" for key, value in new.items()]
     return words
@@ -126,12 +133,37 @@ def _choice(group: str, known: Mapping[str, object], words: list[str]) -> list[s
     return min(fitting, key=lambda choice: len(_different(known, identity(compose_config([*words, *choice])))))
 
 
-def _check(key: str, value: object) -> None:
-    if key.rpartition(".")[2].startswith("_") or (isinstance(value, str) and "${" in value):
-        raise ValueError(
-            f"the checkpoint was trained with {key}={value}, which no file in configs/ names: it is of another "
-            "version, or of a configuration that is not here; add its yaml"
-        )
+def _unknown(key: str, value: object) -> ValueError:
+    return ValueError(
+        f"the checkpoint was trained with {key}={value!s:.200}, which no file in configs/ names: it is of another "
+        "version, or of a configuration that is not here; add its yaml"
+    )
+
+
+def _may_be_carried(key: str, value: object) -> bool:
+    """Whether an identity has such keys and values: keys of settings, not the choice of a group; plain values."""
+    group = (CONFIGS / key).is_dir() and key != "parameterization"  # which is the objective's name
+    named = _KEY.fullmatch(key) and any(key == name or key.startswith(f"{name}.") for name in _CARRIED)
+    return bool(named) and _is_plain(value) and not (group and value is not None)
+
+
+def _is_setting(key: str, cfg: DictConfig, unset: bool) -> bool:
+    """Whether `key` is that of a value in `cfg`; with `unset` also that of a mapping of values."""
+    parts = key.split(".")
+    if any(part.startswith("_") for part in parts) or (CONFIGS / key).is_dir():
+        return False
+    node = OmegaConf.select(cfg, key, default=_ABSENT)
+    if node is _ABSENT:  # mappings of settings, such as training.joint_modes, have keys of their own
+        parent = OmegaConf.select(cfg, ".".join(parts[:-1]), default=_ABSENT) if len(parts) > 2 else _ABSENT
+        return parent is None or (OmegaConf.is_dict(parent) and "_target_" not in parent)
+    return not OmegaConf.is_dict(node) or (unset and "_target_" not in node)
+
+
+def _is_plain(value: object) -> bool:
+    """Whether it is a text without interpolation, a number, a switch, or a list of such."""
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float) or (isinstance(value, str) and "${" not in value)
 
 
 def word(value: object) -> str:

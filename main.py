@@ -22,7 +22,6 @@ import hydra
 import lightning
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 import command_line
@@ -38,6 +37,7 @@ from engine.trainer import Run, build_trainer
 from estimators.base import Estimator
 from files import Place, below, exists, folder_of, is_remote, place
 from identity import identity
+from instantiation import instantiate
 from machine import Machine
 from models.belonging import FUNCTION, check_belongs, check_same, check_together
 from models.checkpoints import Checkpoint, read_checkpoint, read_progress

@@ -53,7 +53,7 @@ def _good(path: Place) -> bool:
     """Whether it is what was written, or, without a seal, can be read; if not, it is set aside."""
     try:
         if not check_seal(path):
-            load_inert(path, mmap=True)
+            load_inert(path, weights=False)
     except FileNotFoundError:
         return False
     except (ValueError, OSError) as error:

@@ -16,7 +16,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from callbacks.retention import make_room
 from engine.logs import FULL
 from files import PARTIAL, Place, Seal, filesystem, folder_of, is_remote, place, sync_folder
-from models.checkpoints import load_inert
+from models.checkpoints import read_contents
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: str | os.PathLike, map_location: object = None, weights_only: bool | None = None
     ) -> dict:
-        return load_inert(place(path))
+        return read_contents(place(path))
 
 
 def write_checkpoint(checkpoint: Mapping[str, object], where: Place) -> None:

@@ -6,23 +6,35 @@ pickled inside), and the Hub's `config.json` + `model.safetensors` or `pytorch_m
 
 from __future__ import annotations
 
-import io
 import pickle
+import struct
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from types import FunctionType, SimpleNamespace
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from files import Place, below, check_content, check_seal, folder_of, is_remote, name_of, open_to_read, place, version
+from files import (
+    Place,
+    below,
+    check_content,
+    check_regular,
+    check_seal,
+    folder_of,
+    is_remote,
+    name_of,
+    open_to_read,
+    place,
+    version,
+)
+from models import torch_archive
 from models.ema import EMA
 from models.hub import CONFIG_FILE, WEIGHT_FILES, locate, read_config, settings_of_config, settings_of_tensors
+from models.inert_pickle import Inert
 
 BACKBONE_PREFIX = "backbone."
 
@@ -124,8 +136,8 @@ def read_progress(path: Place) -> Progress:
 @lru_cache(maxsize=64)
 def _read_progress(path: str, version: str) -> Progress:
     path = place(path)
-    content = load_inert(path, mmap=True)
-    callbacks = content.get("callbacks") if isinstance(content, dict) else None
+    content = read_contents(path, weights=False)
+    callbacks = content.get("callbacks")
     if not isinstance(callbacks, dict) or "global_step" not in content:
         raise ValueError(f"{path} is not a checkpoint of a training; delete it, or use another checkpointing.save_dir")
     states = [state for state in callbacks.values() if isinstance(state, dict)]
@@ -136,18 +148,56 @@ def _read_progress(path: str, version: str) -> Progress:
 
 
 def _read_lightning_file(path: Place, weights: bool = True) -> Checkpoint:
-    content = load_inert(path, mmap=not weights)
-    if not isinstance(content, dict) or "state_dict" not in content:
-        raise ValueError(f"{path} is not a Lightning checkpoint: it has no state_dict")
-    weights_of, identity = content["state_dict"], content.get("identity", {})
-    if not isinstance(weights_of, dict) or not all(isinstance(v, Tensor) for v in weights_of.values()):
-        raise ValueError(f"{path} is not a Lightning checkpoint: its state_dict does not map names to tensors")
-    if not isinstance(identity, dict) or not isinstance(identity.get("configuration", {}), dict):
-        raise ValueError(f"{path} is not one of our checkpoints: its identity is of the wrong kind")
-    state = _strip(weights_of, path)
+    content = read_contents(path, weights)
+    identity = content.get("identity", {})
+    state = _strip(content["state_dict"], path)
     known = identity["configuration"] if "configuration" in identity else _reference_settings(content)
     settings = {**known, **settings_of_tensors(state)}
     return Checkpoint(path, state, content.get("ema"), identity, settings=settings, step=content.get("global_step"))
+
+
+def read_contents(path: Place, weights: bool = True) -> dict[str, object]:
+    """Return the whole content of a Lightning file, read as by `load_inert`, its main parts of the right kinds.
+
+    Raises:
+        ValueError: it cannot be read, or is no Lightning checkpoint.
+    """
+    content = load_inert(path, weights)
+    if not isinstance(content, dict) or "state_dict" not in content:
+        raise ValueError(f"{path} is not a Lightning checkpoint: it has no state_dict")
+    _tensors(content["state_dict"], path)
+    identity = content.get("identity", {})
+    if not isinstance(identity, dict) or not isinstance(identity.get("configuration", {}), dict):
+        raise ValueError(f"{path} is not one of our checkpoints: its identity is of the wrong kind")
+    for key, value in identity.get("configuration", {}).items():
+        if not isinstance(key, str) or not _is_plain(value):
+            raise ValueError(f"{path} is not one of our checkpoints: its configuration has {key!r:.60}={value!r:.60}")
+    ema, step = content.get("ema"), content.get("global_step", 0)
+    if ema is not None:
+        parts = {"shadow_params": list, "decay": int | float, "num_updates": int}
+        if not isinstance(ema, dict) or not all(isinstance(ema.get(name), kind) for name, kind in parts.items()):
+            raise ValueError(f"{path} is not a checkpoint of a training: its ema is of the wrong kind")
+        _tensors(dict(enumerate(ema["shadow_params"])), path, "ema", int)
+    if type(step) is not int:
+        raise ValueError(f"{path} is not a Lightning checkpoint: its global_step is of the wrong kind")
+    return content
+
+
+def _tensors(state: object, path: Place, name: str = "state_dict", kind: type = str) -> dict[str, Tensor]:
+    """`state`, if it maps names to tensors. Raises ValueError."""
+    mapped = isinstance(state, dict) and all(isinstance(k, kind) and isinstance(v, Tensor) for k, v in state.items())
+    if not mapped:
+        raise ValueError(f"{path} is not a checkpoint of a known layout: its {name} does not map names to tensors")
+    return state
+
+
+def _is_plain(value: object, depth: int = 8) -> bool:
+    """Whether a value of a configuration is made of texts, numbers and lists, and of nothing else."""
+    if isinstance(value, dict):
+        return depth > 0 and all(isinstance(k, str | int) and _is_plain(v, depth - 1) for k, v in value.items())
+    if isinstance(value, list | tuple):
+        return depth > 0 and all(_is_plain(part, depth - 1) for part in value)
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def _read_hub_directory(path: Path) -> Checkpoint:
@@ -156,11 +206,12 @@ def _read_hub_directory(path: Path) -> Checkpoint:
     weights = next((path / name for name in WEIGHT_FILES if (path / name).exists()), None)
     if weights is None:
         raise FileNotFoundError(f"{path} holds neither {' nor '.join(WEIGHT_FILES)}")
+    check_regular(path)
     try:
         state = load_file(weights) if weights.suffix == ".safetensors" else load_inert(weights)
     except SafetensorError as error:
         raise _unreadable(weights, error) from error
-    return _hub_checkpoint(path, _strip(state, weights))
+    return _hub_checkpoint(path, _strip(_tensors(state, weights), weights))
 
 
 def _hub_checkpoint(path: Path, state: dict[str, Tensor]) -> Checkpoint:
@@ -223,128 +274,34 @@ def _unreadable(path: Place, error: Exception) -> ValueError:
     )
 
 
-def load_inert(path: str | Path, mmap: bool = False) -> object:
-    """torch.load that never runs code of the file: foreign classes become empty shells that only hold their state.
-    Sealed content (files.py) is checked first. With `mmap` it is not, and tensors stay on disk until they are looked
-    at, where the file's format allows it.
+def load_inert(path: str | Path, weights: bool = True) -> object:
+    """Return what torch.save wrote, without running code of the file: objects of foreign classes become empty shells
+    that hold their state. Sealed content (files.py) is checked first. Without `weights` it is not, and tensors have
+    shapes, but no content.
 
     Raises:
-        ValueError: the file is truncated or corrupt, or asks for a function beyond tensors and plain containers.
+        ValueError: the file is truncated or corrupt, larger than it may be, or asks for a function beyond tensors and
+            plain containers.
     """
     path = place(path)
     try:
-        mmap = mmap and not is_remote(path) and zipfile.is_zipfile(path)
-        source = path
-        if is_remote(path):
-            source = open_to_read(path)
-            check_content(source, path)
-        elif not mmap:
+        if weights and not is_remote(path):
             check_seal(path)
-        return torch.load(source, map_location="cpu", weights_only=False, pickle_module=_INERT_PICKLE, mmap=mmap)
+        with open_to_read(path) as file:
+            if is_remote(path):
+                check_content(file, path)
+            return torch_archive.read(file, weights)
     except (
         pickle.UnpicklingError,
+        zipfile.BadZipFile,
+        struct.error,
         EOFError,
         RuntimeError,
-        zipfile.BadZipFile,
-        KeyError,
+        LookupError,
         ValueError,
         AttributeError,
         TypeError,
-        IndexError,
-        UnicodeDecodeError,
+        OverflowError,
         OSError,
     ) as error:
         raise _unreadable(path, error) from error
-
-
-class Inert:
-    """Stands where a pickled object of a foreign class stood: accepts any construction and state, does nothing."""
-
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        self.args, self.kwargs = args, kwargs
-
-    def __setstate__(self, state: object) -> None:
-        self.state = state
-
-    def __setitem__(self, key: object, value: object) -> None:
-        self.__dict__.setdefault("items", {})[key] = value
-
-    def append(self, value: object) -> None:
-        self.__dict__.setdefault("elements", []).append(value)
-
-    def extend(self, values: list) -> None:
-        self.__dict__.setdefault("elements", []).extend(values)
-
-
-# Functions and classes that rebuild tensors and plain containers. Nothing here reads, writes or runs anything.
-_SAFE: dict[str, set[str]] = {
-    "torch._utils": {"_rebuild_tensor_v2", "_rebuild_parameter", "_rebuild_tensor"},
-    "torch": {name for name in dir(torch) if name.endswith("Storage")}
-    | {name for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
-    | {"Size", "device"},
-    "torch.storage": {"UntypedStorage", "TypedStorage"},
-    "collections": {"OrderedDict", "defaultdict", "Counter"},
-    "_codecs": {"encode"},
-}
-_PYTHON_2 = {"long": "int", "unicode": "str", "xrange": "range"}  # names in pickles of protocol 2
-_SAFE_BUILTINS = {
-    "dict",
-    "list",
-    "set",
-    "tuple",
-    "int",
-    "float",
-    "str",
-    "bytes",
-    "bool",
-    "complex",
-    "slice",
-    "range",
-    "frozenset",
-    "bytearray",
-}
-_IMMUTABLE = 1 << 8  # Py_TPFLAGS_IMMUTABLETYPE: classes of C, on which nothing can be set
-# Modules of which a checkpoint may hold instances; they are replaced by shells, never imported.
-_FOREIGN = (
-    "omegaconf",
-    "tokenizers",
-    "transformers",
-    "typing",
-    "lightning",
-    "pytorch_lightning",
-    "torchmetrics",
-    "functools",
-    "pathlib",
-    "enum",
-    "torch.optim",
-    "transformers_modules",
-)
-
-
-def _throw_away(thing: Callable | type) -> Callable | type:
-    """What does the same as `thing` but is not it: a pickle may set attributes on what it is handed."""
-    if isinstance(thing, FunctionType):
-        return lambda *args, **kwargs: thing(*args, **kwargs)
-    if isinstance(thing, type) and not thing.__flags__ & _IMMUTABLE:
-        return type(thing.__name__, (thing,), {"__module__": thing.__module__})
-    return thing
-
-
-class _InertUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Callable | type:
-        if module == "__builtin__":
-            module, name = "builtins", _PYTHON_2.get(name, name)
-        if name in _SAFE.get(module, ()) or (module == "builtins" and name in _SAFE_BUILTINS):
-            return _throw_away(super().find_class(module, name))
-        if module.split(".")[0] in _FOREIGN or module in _FOREIGN:
-            return type(name, (Inert,), {"__module__": module})
-        raise pickle.UnpicklingError(f"the file asks to run {module}.{name}, which no checkpoint needs: refused")
-
-
-_INERT_PICKLE = SimpleNamespace(
-    Unpickler=_InertUnpickler,
-    load=lambda file, **kwargs: _InertUnpickler(file, **kwargs).load(),
-    loads=lambda data, **kwargs: _InertUnpickler(io.BytesIO(data), **kwargs).load(),
-    UnpicklingError=pickle.UnpicklingError,
-    __name__="palimpsest_inert_pickle",
-)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
+from files import check_regular
 from models.attention import resolve_backend
 from models.checkpoints import read_settings
 
@@ -97,8 +98,13 @@ def kept_config(
                 raise ValueError(
                     f"{name}={value} contradicts {key}={path}, which was trained from {known.get(name)}; leave it out"
                 )
-        settings = json.loads(known[kind.config_key])
-        return type(AutoConfig.for_model(settings["model_type"])).from_dict(settings), f"{key}={path}"
+        try:
+            settings = json.loads(known[kind.config_key])
+            return type(AutoConfig.for_model(settings["model_type"])).from_dict(settings), f"{key}={path}"
+        except (ValueError, TypeError, LookupError, RecursionError, AttributeError) as error:
+            raise ValueError(
+                f"{key}={path} carries a {kind.config_key} that cannot be read ({first_line(error)}); name another file"
+            ) from error
     return None
 
 
@@ -226,6 +232,8 @@ def _source(name: str) -> tuple[str, bool]:
     root = os.environ.get("DATA_DIR")
     folders = ([Path(root) / name] if root else []) + [Path(name).expanduser()]
     found = next((folder for folder in folders if folder.is_dir()), None)
+    if found is not None:
+        check_regular(found)
     if found is None and (name.startswith((".", "~", os.sep)) or name.count("/") > 1):
         raise FileNotFoundError(f"{KEY}={name}: there is no such folder; correct the path")
     return (name, False) if found is None else (str(found), True)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from files import Place, exists, place
+from files import Place, exists, open_to_read, place
 
 CONFIG_FILE = "config.json"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -26,6 +26,8 @@ CONFIG_KEYS = {"vocab_size": "vocab_size", "model_length": "model.length", "hidd
                "mask_padding": "model.mask_padding"}  # fmt: skip
 # Of the reference's configuration class: a file may leave out what has its default there.
 _DEFAULTS = {"model.cond_dim": 129, "model.dropout": 0.1, "time_conditioning": False}
+
+_MOST_CONFIG = 1 << 24  # bytes
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*")
 _FILES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
@@ -70,14 +72,18 @@ def read_config(folder: Path) -> dict[str, object]:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is no JSON object.
+        ValueError: it is no JSON object, too large or too deep.
     """
     path = folder / CONFIG_FILE
     if not path.exists():
         raise FileNotFoundError(f"{folder} holds no {CONFIG_FILE}: it is not a model in the Hub's layout")
+    with open_to_read(path) as file:
+        content = file.read(_MOST_CONFIG + 1)
+    if len(content) > _MOST_CONFIG:
+        raise ValueError(f"{path} has more than {_MOST_CONFIG:,} bytes; download or export the model again")
     try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
+        config = json.loads(content)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON ({error}); download or export the model again") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} is no JSON object; download or export the model again")

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from callbacks.progress import Meter
+from files import check_regular
 from metrics import Estimate, Units, ratio
 from text.hub import both_ways, local_folder, quick_when_offline
 from text.tokenizers import encode
@@ -249,6 +250,8 @@ def _folder(name: str) -> Path | None:
         path = Path(name).expanduser()
     if path is None and (name.startswith((".", "~", "/")) or name.count("/") > 1):
         raise FileNotFoundError(f"{KEY}={name}: there is no such folder; correct the path")
+    if path is not None:
+        check_regular(path)
     return path
 
 

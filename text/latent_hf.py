@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from files import check_regular
 from text.cache import file_digest
 from text.hub import both_ways, quick_when_offline
 from text.passages import Passages
@@ -216,6 +217,7 @@ def _located(name: str) -> Path:
     folders += [Path(name).expanduser()]
     found = next((folder for folder in folders if folder.is_dir()), None) or _of_a_package(name)
     if found is not None:
+        check_regular(found)
         return found
     if name.startswith((".", "~", os.sep)) or name.count("/") > 1:
         raise FileNotFoundError(f"{KEY}={name}: there is no such folder; correct the path")

@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from files import check_regular
 from text.built_tokenizers import BUILDERS, SPECIALS, text8
 from text.cache import cached_folder, texts_fingerprint
 from text.hub import both_ways, local_folder, quick_when_offline
@@ -151,6 +152,8 @@ def _load_pretrained(name: str, folder: str | None) -> PreTrainedTokenizerBase:
         path = path.parent if path.name == "tokenizer.json" else path
     if path is None and (name.startswith((".", "~", os.sep)) or name.count("/") > 1):
         raise FileNotFoundError(f"{_KEY}={name}: there is no such folder; correct the path")
+    if path is not None and path.is_dir():
+        check_regular(path)
     try:
         if path is not None:
             return AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)

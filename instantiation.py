@@ -1,0 +1,67 @@
+"""Objects out of configurations: hydra's `instantiate`, for what this project defines and nothing else."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+import hydra.utils
+from omegaconf import OmegaConf
+
+ROOT = Path(__file__).resolve().parent
+# What configs/ names of libraries. All else is a module of this folder, or is refused.
+OF_LIBRARIES = frozenset({
+    "builtins.str", "lightning.pytorch.loggers.CSVLogger", "lightning.pytorch.loggers.TensorBoardLogger",
+    "transformers.get_constant_schedule_with_warmup", "transformers.get_cosine_schedule_with_warmup",
+})  # fmt: skip
+
+
+def instantiate(node: object, **arguments: object) -> object:
+    """Build what a configuration's `_target_` names, as hydra.utils.instantiate does; None for None.
+
+    Raises:
+        ValueError: a `_target_`, at any depth, is not defined in the project's folder nor one of `OF_LIBRARIES`.
+    """
+    for target in _targets(OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node):
+        check_target(target)
+    return hydra.utils.instantiate(node, **arguments)
+
+
+def check_target(target: object) -> None:
+    """Raises ValueError unless `target` is the path of something that this project defines, or of `OF_LIBRARIES`."""
+    if target in OF_LIBRARIES:
+        return
+    if isinstance(target, str) and _is_ours(target):
+        # A module of ours also holds what it imports: files.os.system is no function of ours.
+        try:
+            module = inspect.getmodule(hydra.utils.get_object(target))
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ValueError(f"_target_={target} cannot be imported ({error}); correct the name") from error
+        if module is not None and _is_ours(module.__name__):
+            return
+    raise ValueError(
+        f"_target_={target!s:.200} is refused: a configuration builds only what the project defines. Put your module "
+        f"into {ROOT} and name it, as CONTRIBUTING.md shows"
+    )
+
+
+def _targets(node: object) -> Iterator[object]:
+    if isinstance(node, dict):
+        yield from (value for key, value in node.items() if key == "_target_")
+    if isinstance(node, dict | list):
+        for part in node.values() if isinstance(node, dict) else node:
+            yield from _targets(part)
+
+
+@lru_cache
+def _is_ours(path: str) -> bool:
+    """Whether the first part of a dotted path is a module or package right in the project's folder."""
+    first = path.partition(".")[0]
+    spec = importlib.util.find_spec(first) if first.isidentifier() and first != "__main__" else None
+    if spec is None:
+        return False
+    places = spec.submodule_search_locations or ([spec.origin] if spec.has_location else [])
+    return bool(places) and all(Path(place).resolve().parent == ROOT for place in places)
