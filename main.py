@@ -29,7 +29,7 @@ import command_line
 from contradictions import check_schedule, is_mlm, law, refuse_contradictions, trains
 from dataloader import BatchPlan, Loading, TextData
 from diffusion import Diffusion, Provenance
-from engine.logs import Heard
+from engine.logs import guard_output
 from engine.processes import first_process
 from engine.recovery import newest_good
 from engine.signals import SIGNALS
@@ -368,8 +368,8 @@ def job(cfg: DictConfig) -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
     if not first_process():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the end: what is said is said once
-    sys.stdout, sys.stderr = Heard(sys.stdout), Heard(sys.stderr)
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - until the end: what is said is said once
+    guard_output()
     command = " ".join(["python main.py", *HydraConfig.get().overrides.task])
     with SIGNALS.listening():
         run(cfg, command)
@@ -382,6 +382,7 @@ def _hydra_main(cfg: DictConfig) -> None:
 
 
 def main() -> None:
+    guard_output()
     with command_line.clear_errors():
         sys.argv[1:] = command_line.translate(sys.argv[1:])
         _hydra_main()

@@ -76,7 +76,7 @@ def read_config(folder: Path) -> dict[str, object]:
     if not path.exists():
         raise FileNotFoundError(f"{folder} holds no {CONFIG_FILE}: it is not a model in the Hub's layout")
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is no JSON ({error}); download or export the model again") from error
     if not isinstance(config, dict):
