@@ -37,7 +37,7 @@ SPELLINGS = {"algo": ("parameterization", {"mdlm": "subs", "sedd": "sedd", "d3pm
                                            "bd3lm": "bd3lm", "mlm": "mlm", "mmldlm": "mmldlm"}),
              "algo.backbone": ("backbone", {name: name for name in _BACKBONES})}  # fmt: skip
 # Texts: their brackets, commas and braces are not Hydra's.
-TEXTS = ("sampling.prefix", "sampling.template")
+TEXTS = ("sampling.prefix", "sampling.template", "data.mask_token")
 _QUOTED = re.compile(r"""(["'])(?:(?!\1)[^\\]|\\.)*\1""", re.DOTALL)
 # Keys whose values are paths: runs/label=0/last.ckpt and {label}.ckpt mean something else to Hydra unless quoted.
 PATHS = ("eval.checkpoint_path", "training.from_pretrained", "checkpointing.save_dir", "checkpointing.resume_ckpt_path",

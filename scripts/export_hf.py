@@ -85,7 +85,7 @@ def _network(checkpoint: Checkpoint, settings: dict[str, object], raw: bool) -> 
 
 
 def _tokenizer(name: str, checkpoint: Checkpoint, settings: dict[str, object]) -> PreTrainedTokenizerBase:
-    tokenizer = load_tokenizer(name)
+    tokenizer = load_tokenizer(name, mask_token=settings.get("data.mask_token"))
     known = vocabulary(tokenizer)
     if known.size != settings["vocab_size"]:
         raise ValueError(

@@ -82,7 +82,7 @@ def pack(
 ) -> tuple[datasets.Dataset, dict[str, int]]:  # fmt: skip
     """The packed split of `rows` (columns text, text_id, label?, ends?), read from the cache or built into it (None: in
     memory, kept nowhere), and figures: texts, rows, tokens, empty, long (texts cut, windowed or dropped), cut (tokens
-    left out), unknown (unknown tokens).
+    left out), encoded (tokens of all texts), unknown (of them, unknown ones).
 
     `name` says in messages which split it is. Raises ValueError for empty or over-long texts (as `packing`
     says), for a tokenizer without the begin or end token that is needed, for too little text to fill one
@@ -161,6 +161,7 @@ class Figures:
     longest: int = 0
     cut: int = 0
     unknown: int = 0
+    encoded: int = 0
 
 
 @dataclass
@@ -187,6 +188,7 @@ def _write(
         for start in range(0, len(rows), _TEXTS_AT_ONCE):
             batch, ids = tokenised(tokenizer, rows[start : start + _TEXTS_AT_ONCE])
             figures.unknown += sum(row.count(unk_id) for row in ids) if unk_id is not None else 0
+            figures.encoded += sum(map(len, ids))
             yield batch, ids
 
     packer: Callable[..., Iterator[PackedRows]] = _wrap if packing.wrap else _pad
