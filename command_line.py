@@ -45,7 +45,7 @@ SPELLINGS = {"algo": ("parameterization", {"mdlm": "subs", "sedd": "sedd", "d3pm
                                            "bd3lm": "bd3lm", "mlm": "mlm", "mmldlm": "mmldlm"}),
              "algo.backbone": ("backbone", {name: name for name in _BACKBONES})}  # fmt: skip
 # Texts, of which ${} is no interpolation either.
-TEXTS = ("sampling.prefix", "sampling.template", "latents.prompt")
+TEXTS = ("sampling.prefix", "sampling.template", "latents.prompt", "data.mask_token")
 _QUOTED = re.compile(r"""(["'])(?:(?!\1)[^\\]|\\.)*\1""", re.DOTALL)
 _ENTRY = re.compile(r"""(?:"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|[^,])+""", re.DOTALL)  # between the commas of a list
 _FOLDERS_OF_HYDRA = {"hydra.run.dir": PATH, "hydra.sweep.dir": PATH, "hydra.sweep.subdir": PATH}
@@ -244,7 +244,9 @@ def clear_errors() -> Iterator[None]:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints its own version of the story and exits
     try:
         yield
-    except (HydraException, OmegaConfBaseException, ValueError, OSError, FloatingPointError) as error:
+    except (HydraException, OmegaConfBaseException, ValueError, OSError, FloatingPointError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _lacks_shared_memory(error):
+            raise
         print(f"\nerror: {explain(error)}\n(HYDRA_FULL_ERROR=1 shows where it was raised)", file=sys.stderr)
         sys.exit(2)
     finally:
@@ -252,8 +254,20 @@ def clear_errors() -> Iterator[None]:
         os.environ |= {} if before is None else {"HYDRA_FULL_ERROR": before}
 
 
+def _lacks_shared_memory(error: BaseException) -> bool:
+    """Whether a worker process had no room in /dev/shm to hand on its batch, or was ended for it, as torch says it."""
+    said = r"shared memory ?\(shm\)|shared memory object|DataLoader worker .*(exited unexpectedly|killed by signal)"
+    return re.search(said, str(error)) is not None
+
+
 def explain(error: BaseException) -> str:
     """One message that names the key, the value and the remedy."""
+    if _lacks_shared_memory(error):
+        return (
+            "the worker processes that load data had too little shared memory (/dev/shm), or too little memory: set "
+            "loader.num_workers=0, or give them more (docker run --shm-size=1g, or --ipc=host). The first line of it: "
+            f"{str(error).strip().splitlines()[0]}"
+        )
     if isinstance(error, InstantiationException) and error.__cause__ is not None:
         return explain(error.__cause__)
     chain: BaseException | None = error

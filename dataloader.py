@@ -59,6 +59,8 @@ from text.tokenizers import Vocabulary, load_tokenizer, published_frame, vocabul
 
 log = logging.getLogger(__name__)
 
+MOST_UNKNOWN = 0.9  # share of a split's tokens that its tokenizer may not know
+
 
 class TextData(LightningDataModule):
     """A source, a tokenizer and a way of packing, as splits and loaders. Nothing is read before it is asked
@@ -93,6 +95,7 @@ class TextData(LightningDataModule):
         tokenizer_name_or_path: str,
         tokenizer_folder: str | None = None,
         vocab_size: int | None = None,
+        mask_token: str | None = None,
         name: str | None = None,
         train: str | None = None,
         valid: str | None = None,
@@ -137,7 +140,8 @@ class TextData(LightningDataModule):
         self.source, self.length, self.label, self.wrap, self.streaming = source, length, label, wrap, streaming
         self.random_crop, self.train_splits = random_crop, train_splits
         self.tokenizer_settings = {"name_or_path": tokenizer_name_or_path, "folder": tokenizer_folder,
-                                   "vocab_size": vocab_size, "cache_dir": cache_dir}  # fmt: skip
+                                   "vocab_size": vocab_size, "mask_token": mask_token,
+                                   "cache_dir": cache_dir}  # fmt: skip
         plain = Packing(length, wrap, long_texts=long_texts, drop_empty=drop_empty,
                         room=segment_room if segments else None,
                         num_proc=(num_proc or 1) if protocol else None)  # fmt: skip
@@ -215,6 +219,7 @@ class TextData(LightningDataModule):
         frame = published_frame(self.tokenizer, self.vocabulary) if published else self.vocabulary
         rows, figures = pack(texts, self.tokenizer, frame, packing, self.cache_dir, f"{name} split")
         if of is None:
+            _check_known(name, figures, self.tokenizer_settings["name_or_path"])
             _report(name, figures, None if self.wrap else self.length)
             self.figures[name] = figures
         return rows
@@ -353,7 +358,21 @@ def _report(name: str, figures: dict[str, int], longest: int | None) -> None:
         log.warning("%s: %d of %d texts are longer than model.length=%d; tokens left out: %d", name,
                     figures["long"], figures["texts"], longest, figures["cut"])  # fmt: skip
     if figures["unknown"]:
-        log.warning("%s: %d of %d tokens are unknown to the tokenizer", name, figures["unknown"], figures["tokens"])
+        log.warning("%s: %d of %d tokens are unknown to the tokenizer", name, figures["unknown"], _encoded(figures))
+
+
+def _check_known(name: str, figures: dict[str, int], tokenizer: str) -> None:
+    """Raises ValueError where nearly all tokens are the unknown one: a model of them says nothing of the texts."""
+    if figures["unknown"] > MOST_UNKNOWN * _encoded(figures):
+        raise ValueError(
+            f"data.tokenizer_name_or_path={tokenizer} does not know {figures['unknown']} of {_encoded(figures)} tokens "
+            f"of the {name} split: it is a tokenizer of other texts, or its vocabulary is incomplete; choose another"
+        )
+
+
+def _encoded(figures: dict[str, int]) -> int:
+    """Tokens of the texts; older cache entries know those of the rows alone."""
+    return figures.get("encoded", figures["tokens"])
 
 
 def _corpus(data: TextData) -> Corpus:

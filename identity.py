@@ -26,7 +26,8 @@ NOT_IDENTITY = ("data.label", "data.cache_dir", "model.attn_backend", "backbone.
 # Of the keys of training that NOT_IDENTITY has, parameterization=bd3lm and masking=rates have their own copies.
 IDENTITY_IF_SET = ("training.from_pretrained", "training.freeze", "training.prefix_length",
                    "training.start_from_counts", "loader.batch_ramp", "training.resample", "masking.resample",
-                   "parameterization.noising.resample", "data.fill", "data.segments", "data.prompt_column",
+                   "parameterization.noising.resample", "data.fill", "data.mask_token", "data.segments",
+                   "data.prompt_column",
                    "data.protocol", "data.num_proc",
                    "data.source.prompt_column")  # fmt: skip
 # Of texts that only classify.pretrain reads.

@@ -14,6 +14,7 @@ import logging
 import os
 import sys
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -28,9 +29,10 @@ import command_line
 from contradictions import check_schedule, is_mlm, law, refuse_contradictions, trains
 from dataloader import BatchPlan, Loading, TextData
 from diffusion import Diffusion, Provenance
-from engine.logs import Heard
-from engine.processes import first_process
+from engine.logs import guard_output
+from engine.processes import first_process, started_beside_others
 from engine.recovery import newest_good
+from engine.run_lock import alone_in
 from engine.signals import SIGNALS
 from engine.slurm import check_processes
 from engine.trainer import Run, build_trainer
@@ -123,6 +125,13 @@ class Experiment:
         """Where the checkpoints of a run are: in its folder, or below the address checkpointing.save_dir."""
         below_it = self.folder(label).relative_to(self._save_dir).parts
         return below(self._kept_in, *below_it, "checkpoints")
+
+    def alone(self, label: int | None = None) -> AbstractContextManager[None]:
+        """A context in which no other process trains in the run's folder (engine/run_lock.py). The first of several
+        processes sees to it; where others were started beside it, it cannot let them wait."""
+        if not first_process():
+            return nullcontext()
+        return alone_in(self.folder(label), wait=not started_beside_others())
 
     @property
     def settings(self) -> str:
@@ -379,8 +388,8 @@ def job(cfg: DictConfig) -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
     if not first_process():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the end: what is said is said once
-    sys.stdout, sys.stderr = Heard(sys.stdout), Heard(sys.stderr)
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - until the end: what is said is said once
+    guard_output()
     words = list(HydraConfig.get().overrides.task)
     command_line.refuse_unknown_additions(cfg, words)
     command = " ".join(["python main.py", *words])
@@ -395,6 +404,7 @@ def _hydra_main(cfg: DictConfig) -> None:
 
 
 def main() -> None:
+    guard_output()
     with command_line.clear_errors():
         sys.argv[1:] = command_line.translate(sys.argv[1:])
         _hydra_main()

@@ -13,6 +13,7 @@ from models.checkpoints import Checkpoint, Progress
 FUNCTION = ("model.hidden_size", "model.cond_dim", "model.n_blocks", "model.n_heads", "time_conditioning")
 # What a network has learned to tell from what; a mode that a file does not name was never trained.
 MODES = "training.joint_modes"
+MASK = "data.mask_token"
 # What our own files leave unsaid, being so.
 UNSAID = {"data.segments": False}
 # What a configuration may leave to the file that a network comes from.
@@ -58,6 +59,10 @@ def check_belongs(checkpoint: Checkpoint, ours: Mapping[str, object], shape: Seq
         raise ValueError(f"{checkpoint.path} was trained with other settings; add: {' '.join(differing)}")
     tokenizer = checkpoint.identity.get("tokenizer")
     if tokenizer not in (None, data.vocabulary.fingerprint):
+        if theirs.get(MASK) != ours.get(MASK):
+            raise ValueError(
+                f"{checkpoint.path} was trained with another mask token; add: '{MASK}={theirs.get(MASK) or 'null'}'"
+            )
         raise ValueError(
             f"{checkpoint.path} was trained with another tokenizer than "
             f"data.tokenizer_name_or_path={ours.get('data.tokenizer_name_or_path')} gives here: "
@@ -109,5 +114,6 @@ def check_together(data: object, objective: object, backbone: object) -> None:
     if getattr(backbone, "knows_its_mask", False) and data.tokenizer.mask_token_id is None:
         raise ValueError(
             f"data.tokenizer_name_or_path={data.tokenizer_settings['name_or_path']} has no mask token, and "
-            f"{backbone.name} was trained with that of its own: name its tokenizer, or set backbone.from_scratch=true"
+            f"{backbone.name} was trained with that of its own: name its tokenizer, say with data.mask_token= which "
+            "token its mask is, or set backbone.from_scratch=true"
         )

@@ -22,7 +22,7 @@ from callbacks.progress import Meter
 from files import check_regular
 from metrics import Estimate, Units, ratio
 from text.hub import both_ways, local_folder, quick_when_offline
-from text.tokenizers import encode
+from text.tokenizers import check_not_empty, encode
 
 KEY = "eval.gen_ppl_eval_model_name_or_path"
 _ALL = 2**31
@@ -272,6 +272,7 @@ def _load(name: str, path: Path | None, dtype: torch.dtype) -> tuple[PreTrainedM
             f"{KEY}={name}: the folder {path} holds no causal language model that can be read ({reason}); "
             "it needs config.json, model.safetensors, tokenizer.json and tokenizer_config.json"
         ) from error
+    check_not_empty(tokenizer, f"{KEY}={name}", path)
     if info["missing_keys"]:
         some = ", ".join(sorted(info["missing_keys"])[:3])
         raise ValueError(

@@ -24,7 +24,7 @@ from tasks.watching import Views, described
 def write_samples(path: Path, drawn: list[Drawn], given: Template, tokenizer: object) -> None:
     """`samples.jsonl`: one JSON object a line with text, ids, the step that wrote each token, its confidence, network
     evaluations."""
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         for index, text in enumerate(drawn):
             row = {"sample": index, "text": decoded(text, given, tokenizer), "ids": text.ids,
                    "steps": text.steps, "confidence": [round(p, 4) for p in text.confidence],

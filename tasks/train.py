@@ -25,7 +25,7 @@ def history(folder: Path) -> dict[str, np.ndarray]:
     series: dict[str, dict[int, float]] = {}
     files = sorted(folder.glob("csv/version_*/metrics.csv"), key=lambda path: int(path.parent.name.split("_")[1]))
     for file in files:
-        for row in csv.DictReader(file.open()):
+        for row in csv.DictReader(file.open(encoding="utf-8")):
             if None in row.values():  # the last line of a start that was killed while it wrote
                 continue
             for name, value in row.items():

@@ -89,7 +89,7 @@ def pack(
 ) -> tuple[datasets.Dataset, dict[str, int]]:  # fmt: skip
     """The packed split of `rows` (columns text, text_id, label?, ends?), read from the cache or built into it (None: in
     memory, kept nowhere), and figures: texts, rows, tokens, empty, long (texts cut, windowed or dropped), cut (tokens
-    left out), unknown (unknown tokens).
+    left out), encoded (tokens of all texts), unknown (of them, unknown ones).
 
     `name` says in messages which split it is. Raises ValueError for empty or over-long texts (as `packing`
     says), for a tokenizer without the begin or end token that is needed, for too little text to fill one
@@ -169,6 +169,7 @@ class Figures:
     longest: int = 0
     cut: int = 0
     unknown: int = 0
+    encoded: int = 0
 
 
 @dataclass
@@ -198,6 +199,7 @@ def _write(
             if packing.num_proc is not None:
                 _refuse_masks(ids, vocabulary.mask_id, name)
             figures.unknown += sum(row.count(unk_id) for row in ids) if unk_id is not None else 0
+            figures.encoded += sum(map(len, ids))
             yield batch, ids
 
     packer: Callable[..., Iterator[PackedRows]] = _wrap if packing.wrap else _pad
