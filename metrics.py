@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+_LARGEST_EXPONENT = 700  # exp of more is no float
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -22,13 +24,15 @@ class Estimate:
 
     def exp(self) -> Estimate:
         """exp of the value; the error by the delta method."""
-        return Estimate(math.exp(self.value), math.exp(self.value) * self.se)
+        value = math.exp(self.value) if self.value < _LARGEST_EXPONENT else math.inf
+        return Estimate(value, value * self.se)
 
     def scaled(self, factor: float) -> Estimate:
         return Estimate(self.value * factor, abs(factor) * self.se)
 
     def __str__(self) -> str:
-        return f"{self.value:.4f} ± {self.se:.4f}"
+        decimals = 4 if abs(self.value) < 10_000 else 0
+        return f"{self.value:,.{decimals}f} ± {self.se:,.{decimals}f}"
 
 
 class NLLMeter(Metric):

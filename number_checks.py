@@ -27,8 +27,8 @@ REAL = ("sampling.temperature", "sampling.nucleus_p", "sampling.threshold", "sam
         "lr_scheduler.decay_share", "plateau.factor", "plateau.floor", "plateau.min_delta",
         "sampling.show_delay", "latents.noise", "latents.max_overlap")  # fmt: skip
 FLAGS = ("classify.calibrate", "classify.baselines", "training.start_from_counts", "training.gradient_checkpointing",
-         "training.resample", "training.fix_clipping", "sampling.first_hitting", "sampling.kv_cache",
-         "sampling.var_length", "loader.pin_memory", "loader.persistent_workers", "sampling.show", "sampling.html",
+         "training.resample", "training.fix_clipping", "training.ignore_bos", "sampling.first_hitting",
+         "sampling.kv_cache", "sampling.var_length", "loader.pin_memory", "loader.persistent_workers", "sampling.show", "sampling.html",
          "sampling.gif")  # fmt: skip
 
 

@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "callbacks": {"callbacks", "files"},
     "engine": {"engine", "callbacks", "models", "files"},
     "identity": {"contradictions", "command_line"},
+    "file_settings": {"command_line", "contradictions", "models"},
     "machine": {"dataloader", "engine"},
     "classification": {"classification", "metrics"},
     "dataloader": {"text"},
@@ -56,6 +57,7 @@ MAY_IMPORT = {
         "diffusion",
         "engine",
         "estimators",
+        "file_settings",
         "files",
         "identity",
         "machine",
@@ -68,7 +70,8 @@ MAY_IMPORT = {
 }
 MAY_IMPORT["app"] = {"app", "main"} | MAY_IMPORT["main"] | MAY_IMPORT["tasks"]  # a page over all; nothing imports it
 # May read the configuration.
-CONFIGURED = {"main", "command_line", "contradictions", "number_checks", "direction_checks", "identity", "machine"}
+CONFIGURED = {"main", "command_line", "contradictions", "number_checks", "direction_checks", "identity", "machine",
+              "file_settings"}  # fmt: skip
 FILES = sorted([*ROOT.glob("*.py"), *(path for room in ROOMS for path in (ROOT / room).glob("*.py"))])
 
 
