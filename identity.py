@@ -26,8 +26,8 @@ NOT_IDENTITY = ("data.label", "data.cache_dir", "model.attn_backend", "backbone.
 # Of the keys of training that NOT_IDENTITY has, parameterization=bd3lm and masking=rates have their own copies.
 IDENTITY_IF_SET = ("training.from_pretrained", "training.freeze", "training.prefix_length",
                    "training.start_from_counts", "training.ignore_bos", "loader.batch_ramp", "training.resample",
-                   "masking.resample", "parameterization.noising.resample", "data.fill", "data.segments", "data.prompt_column",
-                   "data.source.prompt_column")  # fmt: skip
+                   "masking.resample", "parameterization.noising.resample", "data.fill", "data.segments",
+                   "data.prompt_column", "data.source.prompt_column")  # fmt: skip
 # Of texts that only classify.pretrain reads.
 IDENTITY_IF_PRETRAINED = ("data.source.files.unsupervised", "data.source.hub_splits.unsupervised",
                           "data.source.unlabelled")  # fmt: skip

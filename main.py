@@ -151,8 +151,8 @@ class Experiment:
     @property
     def protocol(self) -> dict[str, object]:
         """What is measured: which law, which weights, which random numbers."""
-        keys = ("T", "subs_masking", "time_conditioning", "training.ignore_bos", "trainer.precision", "seed", "eval.checkpoint_path",
-                "eval.disable_ema")  # fmt: skip
+        keys = ("T", "subs_masking", "time_conditioning", "training.ignore_bos", "trainer.precision", "seed",
+                "eval.checkpoint_path", "eval.disable_ema")  # fmt: skip
         settings = {key: OmegaConf.select(self.cfg, key) for key in keys}
         if law(self.cfg) == "bd3lm":
             keys = ("block_size", "parameterization.ignore_bos", "data.segments")

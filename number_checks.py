@@ -28,8 +28,8 @@ REAL = ("sampling.temperature", "sampling.nucleus_p", "sampling.threshold", "sam
         "sampling.show_delay", "latents.noise", "latents.max_overlap")  # fmt: skip
 FLAGS = ("classify.calibrate", "classify.baselines", "training.start_from_counts", "training.gradient_checkpointing",
          "training.resample", "training.fix_clipping", "training.ignore_bos", "sampling.first_hitting",
-         "sampling.kv_cache", "sampling.var_length", "loader.pin_memory", "loader.persistent_workers", "sampling.show", "sampling.html",
-         "sampling.gif")  # fmt: skip
+         "sampling.kv_cache", "sampling.var_length", "loader.pin_memory", "loader.persistent_workers", "sampling.show",
+         "sampling.html", "sampling.gif")  # fmt: skip
 
 
 NEVER_NULL = ("block_size", "lr_scheduler.", "plateau.", "loader.global_batch_size", "trainer.max_steps",

@@ -61,7 +61,8 @@ def check_belongs(checkpoint: Checkpoint, ours: Mapping[str, object], shape: Seq
         problems.append(
             f"was trained with another tokenizer than "
             f"data.tokenizer_name_or_path={ours.get('data.tokenizer_name_or_path')} gives here: "
-            f"{_name_of_tokenizer(theirs)}; its token ids would mean other words"
+            f"{_name_of_tokenizer(theirs)}; its token ids would mean other words; set "
+            "data.tokenizer_name_or_path to the tokenizer of its training"
         )
     if problems:
         raise ValueError(f"{checkpoint.path} " + "\nand ".join(problems))
@@ -98,8 +99,9 @@ def _other_tokens(checkpoint: Checkpoint, data: object) -> bool:
 
 def _name_of_tokenizer(theirs: Mapping[str, object]) -> str:
     name, size = theirs.get("data.tokenizer_name_or_path", "one"), theirs.get("vocab_size")
-    ids = f" with {size} ids (the mask included)" if size else ""
-    return f"{name}{ids}, of data={theirs.get('data.name', 'its own')}"
+    ids = f" with vocab_size={size}, the mask included" if size else ""
+    data = f" of data={theirs['data.name']}" if "data.name" in theirs else ""
+    return f"{name}{data}{ids}"
 
 
 def _under(group: str, settings: Mapping[str, object]) -> dict[str, object]:

@@ -31,7 +31,8 @@ def _law(data: object, causal: bool) -> str:
     """What a likelihood of these rows is of: what is scored, and what is given beside the beginning of a row."""
     endings = not causal and not data.fill and not data.score_special
     given = {"prompt": data.prompted, "first token": data.first_given,
-             f"first {data.prefix_length} tokens": data.prefix_length, "where its special tokens stand": endings}  # fmt: skip
+             f"first {data.prefix_length} tokens": data.prefix_length,
+             "where its special tokens stand": endings}  # fmt: skip
     said = ", ".join(name for name, is_so in given.items() if is_so)
     beginning = data.prompted or data.first_given or data.prefix_length
     return f"p({'rest' if beginning else 'text'}{' | ' if said else ''}{said})"

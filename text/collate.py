@@ -28,9 +28,9 @@ class Collate:
     """Columns of some rows -> a batch (the contract of dataloader.py). pad_id None: the rows are of equal length.
     `frame_ids`: tokens that are given where they begin or end a padded row, and anywhere in a row of equal length.
     `prefix`: so many tokens at the beginning of each row are given, behind a `bos_id` if it begins with that.
-    `first_given`: at least the first token of each row is given. `fill`:
-    rows are filled up to `length` with the pad, which is EOS then, and only their beginning is given. `segments`:
-    batches say where the parts of each text end; those between the first and the last are filled up to `room` tokens.
+    `first_given`: at least the first token of each row is given. `fill`: rows are filled up to `length` with the pad,
+    which is EOS then, and only their beginning is given. `segments`: batches say where the parts of each text end;
+    those between the first and the last are filled up to `room` tokens.
     """
 
     def __init__(
