@@ -31,7 +31,7 @@ _ABSENT = object()
 ALIASES = {"sampling.predictor": "sampler", "training.masking": "masking", "eval.estimator": "estimator",
            "hydra.run.dir": "checkpointing.save_dir", "+wandb.offline": "wandb.offline",
            "sampling.logdir": "checkpointing.save_dir", "algo.T": "sampling.steps",
-           "algo.time_conditioning": "time_conditioning", "algo.ignore_bos": "parameterization.ignore_bos",
+           "algo.time_conditioning": "time_conditioning", "algo.ignore_bos": "training.ignore_bos",
            "algo.clip_search_widths": "training.clip_search_widths",
            "algo.clip_search_delta": "training.clip_search_delta", "algo.fix_clipping": "training.fix_clipping",
            **{f"+data.insert_{split}_{what}": f"data.insert_{split}_{what}"

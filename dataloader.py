@@ -72,7 +72,8 @@ class TextData(LightningDataModule):
     `max_*_texts` limits a split for quick runs (a fixed random choice where there are labels, else the first
     ones). Tokenizers are trained on the whole train split, whatever `label` and the limits are, so that the
     models of all classes share one vocabulary; `score_special` false makes special tokens given (None: BOS and EOS of
-    padded rows, nothing of wrapped ones); `prefix_length` (key of `training`) tokens of each row are given too. `fill`
+    padded rows, nothing of wrapped ones); `prefix_length` (key of `training`) tokens of each row are given too,
+    and with `first_given` (training.ignore_bos) the first one. `fill`
     "eos" fills padded rows up to `length` with EOS, so that their length is not shown: the law of a row then is
     p(text, EOS, the fill | prompt), and a model decides where a text ends. `segments`: batches say where the parts of
     each text end; those between the first and the last end with EOS and are filled up to `segment_room` tokens.
@@ -108,6 +109,7 @@ class TextData(LightningDataModule):
         insert_valid_eos: bool = True,
         score_special: bool | None = None,
         prefix_length: int = 0,
+        first_given: bool = False,
         fill: str | None = None,
         segments: bool = False,
         segment_room: int | None = None,
@@ -133,7 +135,7 @@ class TextData(LightningDataModule):
     ) -> None:
         super().__init__()
         self.name, self.fill, self.segments, self.prefix_length = name or "text", fill, segments, prefix_length
-        self.protocol = protocol
+        self.protocol, self.first_given = protocol, first_given
         check_protocol(protocol, num_proc, streaming, random_crop)
         source = source if protocol is None else source.published()
         self.score_special = wrap or protocol is not None if score_special is None else score_special
@@ -325,15 +327,17 @@ class TextData(LightningDataModule):
 
 
 def _collate(data: TextData) -> Collate:
-    vocabulary, prefix = data.vocabulary, data.prefix_length
+    vocabulary, beginning = data.vocabulary, {"prefix": data.prefix_length, "first_given": data.first_given}
     if data.wrap:
         special = () if data.score_special else vocabulary.special_ids
-        return Collate(data.length, None, special, prefix=prefix, bos_id=vocabulary.bos_id)
+        return Collate(data.length, None, special, bos_id=vocabulary.bos_id, **beginning)
     frame = {vocabulary.bos_id} if data.fill else {vocabulary.bos_id, vocabulary.eos_id}
     frame = () if data.score_special else frame - {None}
     pad_id = vocabulary.eos_id if data.fill else vocabulary.pad_id
     room = data.packings["train"].room
-    return Collate(data.length, pad_id, frame, bool(data.fill), data.segments, room, prefix, vocabulary.bos_id)
+    return Collate(
+        data.length, pad_id, frame, bool(data.fill), data.segments, room, bos_id=vocabulary.bos_id, **beginning
+    )
 
 
 def with_texts(data: TextData, split: str, texts: Sequence[str]) -> TextData:

@@ -36,11 +36,13 @@ ENTRANCES = ("training_step", "validation_step", "cross_entropy_at")  # methods 
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where weights come from. steps: optimizer steps of their training, None where the file does not say."""
+    """Where weights come from. steps: optimizer steps of their training. length: tokens of its rows. None if the file
+    does not say."""
 
     checkpoint: str
     steps: int | None
     averaged: bool
+    length: int | None = None
 
 
 class BatchPlan(Protocol):

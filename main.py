@@ -37,6 +37,7 @@ from engine.signals import SIGNALS
 from engine.slurm import check_processes
 from engine.trainer import Run, build_trainer
 from estimators.base import Estimator
+from file_settings import complete
 from files import Place, below, exists, folder_of, is_remote, place
 from identity import identity
 from instantiation import instantiate
@@ -51,6 +52,8 @@ from tasks.class_models import pretraining_splits
 from tasks.drawing import Drawing
 from tasks.scoring import Precision
 from text.judging import Judge, same_text
+
+log = logging.getLogger(__name__)
 
 _TEXT_DATA = inspect.signature(TextData).parameters
 _FETCHING = ("num_workers", "prefetch_factor", "pin_memory", "persistent_workers")
@@ -157,7 +160,8 @@ class Experiment:
     @property
     def protocol(self) -> dict[str, object]:
         """What is measured: which law, which weights, which random numbers."""
-        keys = ("T", "time_conditioning", "trainer.precision", "seed", "eval.checkpoint_path", "eval.disable_ema")
+        keys = ("T", "subs_masking", "time_conditioning", "training.ignore_bos", "trainer.precision", "seed",
+                "eval.checkpoint_path", "eval.disable_ema")  # fmt: skip
         settings = {key: OmegaConf.select(self.cfg, key) for key in keys}
         if law(self.cfg) == "bd3lm":
             keys = ("block_size", "parameterization.ignore_bos", "data.segments")
@@ -195,6 +199,7 @@ class Experiment:
                 batch_size=machine.micro_batch, eval_batch_size=machine.eval_batch, batch_ramp=machine.ramp,
                 global_batch_size=loader.global_batch_size, max_steps=self.cfg.trainer.max_steps, seed=self.seed,
                 prefix_length=self.cfg.training.prefix_length,
+                first_given=self.cfg.parameterization.get("ignore_bos", self.cfg.training.ignore_bos),
                 stream=instantiate(self.cfg.streaming), loading=Loading(**{key: loader[key] for key in _FETCHING}),
                 latents=self._encoder,
             )  # fmt: skip
@@ -242,13 +247,15 @@ class Experiment:
         checkpoint = read_checkpoint(path)
         shape = (*FUNCTION, "model.mask_padding", "block_size", "data.segments", "data.segment_room")
         self._write_behind_a_window(checkpoint)
+        _warn_of_length(checkpoint, self.cfg.model.length)
         shape += ("model.length",) if "configuration" in checkpoint.identity and not self._any_length else ()
         check_belongs(checkpoint, identity(self.cfg), (*shape, "parameterization"), data)
         diffusion = self.diffusion(data)
         checkpoint.load_into(diffusion.backbone, use_ema=not disable_ema)
         diffusion.ema = None
         averaged = checkpoint.ema is not None and not disable_ema
-        diffusion.provenance = Provenance(str(path), checkpoint.step, averaged)
+        length = checkpoint.settings.get("model.length")
+        diffusion.provenance = Provenance(str(path), checkpoint.step, averaged, length)
         return diffusion.eval().to(self.machine.device)
 
     @property
@@ -351,6 +358,15 @@ def _callbacks(cfg: DictConfig) -> list[DictConfig]:
     return [*(cfg.get("callbacks") or {}).values(), *([cfg.plateau] if cfg.plateau else [])]
 
 
+def _warn_of_length(checkpoint: Checkpoint, length: int) -> None:
+    trained = checkpoint.settings.get("model.length")
+    if trained not in (None, length):
+        log.warning(
+            "model.length=%d: %s was trained on texts of %d tokens, and is used on others; leave model.length out for "
+            "the length of its training", length, checkpoint.path, trained,
+        )  # fmt: skip
+
+
 def _of_class(path: str | None, label: int | None) -> str:
     """`path` with the number of the class in place of {label}."""
     return (path or "").replace("{label}", "{label}" if label is None else str(label))
@@ -406,7 +422,7 @@ def _hydra_main(cfg: DictConfig) -> None:
 def main() -> None:
     guard_output()
     with command_line.clear_errors():
-        sys.argv[1:] = command_line.translate(sys.argv[1:])
+        sys.argv[1:] = complete(command_line.translate(sys.argv[1:]))
         _hydra_main()
     SIGNALS.finished()
 

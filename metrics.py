@@ -16,6 +16,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+_LARGEST_EXPONENT = 700  # exp of more is no float
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -26,13 +28,15 @@ class Estimate:
 
     def exp(self) -> Estimate:
         """exp of the value; the error by the delta method."""
-        return Estimate(math.exp(self.value), math.exp(self.value) * self.se)
+        value = math.exp(self.value) if self.value < _LARGEST_EXPONENT else math.inf
+        return Estimate(value, value * self.se)
 
     def scaled(self, factor: float) -> Estimate:
         return Estimate(self.value * factor, abs(factor) * self.se)
 
     def __str__(self) -> str:
-        return f"{self.value:.4f} ± {self.se:.4f}"
+        decimals = 4 if abs(self.value) < 10_000 else 0
+        return f"{self.value:,.{decimals}f} ± {self.se:,.{decimals}f}"
 
 
 UNIT_COLUMNS = ("first_document", "last_document", "text_id")  # what says of which units rows are, where it is known

@@ -31,10 +31,12 @@ def protocol(experiment: Experiment, data: object, split: str, scores: Scores) -
 def _law(data: object, causal: bool) -> str:
     """What a likelihood of these rows is of: what is scored, and what is given beside the beginning of a row."""
     endings = not causal and not data.fill and not data.score_special
-    given = {"prompt": data.prompted, f"first {data.prefix_length} tokens": data.prefix_length,
+    given = {"prompt": data.prompted, "first token": data.first_given,
+             f"first {data.prefix_length} tokens": data.prefix_length,
              "where its special tokens stand": endings}  # fmt: skip
     said = ", ".join(name for name, is_so in given.items() if is_so)
-    return f"p({'rest' if data.prompted or data.prefix_length else 'text'}{' | ' if said else ''}{said})"
+    beginning = data.prompted or data.first_given or data.prefix_length
+    return f"p({'rest' if beginning else 'text'}{' | ' if said else ''}{said})"
 
 
 def report_likelihood(report: Report, measured: Likelihood, split: str, remark: str) -> None:
@@ -106,9 +108,8 @@ def ppl_eval(experiment: Experiment, *, checkpoint_path: str, disable_ema: bool,
         "tokens": int(scores.tokens_M.sum()), "network_evaluations_per_text": float(scores.evaluations_M.mean()),
     }  # fmt: skip
     results |= gain.results() if gain else {}
-    write_results(
-        folder, {**results, "protocol": protocol(experiment, data, split, scores), "command": experiment.command}
-    )
+    told = protocol(experiment, data, split, scores) | {"trained_length": diffusion.provenance.length}
+    write_results(folder, {**results, "protocol": told, "command": experiment.command})
     report = Report("Perplexity", f"{data.name}, {split} split", experiment.command, experiment.facts)
     report_likelihood(report, measured, split, untrained_marginal(diffusion.objective))
     if gain:
