@@ -14,7 +14,6 @@ have parts `ends` (list of int64, as many for every text): the characters before
 """
 
 import contextlib
-import glob
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,7 +26,7 @@ import pyarrow as pa
 
 from text import reviews
 from text.detokenizers import VERSION, detokenizer
-from text.files import read_files
+from text.files import Columns, matching_files, read_files
 from text.hub import both_ways, local_folder, quick_when_offline
 from text.rows import (
     as_labels,
@@ -46,7 +45,7 @@ from text.rows import (
     to_table,
     without_blanks,
 )
-from text.shards import Shards, kind_of, listing, num_rows, open_files
+from text.shards import FilePieces, HubPieces, Shards, listing, num_rows
 
 
 class Source(Protocol):
@@ -150,17 +149,15 @@ class HubOrFolder:
         self._check_streaming(split)
         files, expression = self._files(split), self.files.get(split, "")
         if files:
-            origin, rows = (
-                f"{local_folder(self.folder)}/{expression}",
-                open_files(files, "DATA_DIR", self.text_columns[0]),
-            )
+            origin = f"{local_folder(self.folder)}/{expression}"
+            rows = FilePieces.of(files, "DATA_DIR", self._file_columns(split))
         else:
             expression = self.hub_splits[split]
-            origin, rows = f"{self.hub_id} ({expression})", self._hub_stream(split)
-        lines = bool(files) and kind_of(files[0]) == "txt"
-        prepare = partial(self._cooked, origin=origin, drop_blank=self.drop_blank or lines)
+            origin = f"{self.hub_id} ({expression})"
+            rows = HubPieces(self._hub_stream(split), tuple(self._columns(split)), origin)
+        prepare = partial(self._cooked, origin=origin)
         start, stop = self._bounds(expression, num_rows(files) if files else None)
-        return Shards(rows, tuple(self._columns(split)), prepare, origin, start, stop, listing(files))
+        return Shards(rows, prepare, origin, start, stop, listing(files))
 
     def _bounds(self, expression: str, total: int | None) -> tuple[int, int | None]:
         """The rows that an expression names, of `total` ones (None: not known)."""
@@ -183,7 +180,7 @@ class HubOrFolder:
     def _files(self, split: str) -> list[Path]:
         """The split's files in the folder, if it has any."""
         name, folder = _sliced(self.files.get(split, ""))[0], local_folder(self.folder)
-        return sorted(path for path in folder.glob(name) if path.is_file()) if folder and name else []
+        return matching_files(sorted(folder.glob(name)), "DATA_DIR") if folder and name else []
 
     def _hub_stream(self, split: str) -> datasets.IterableDataset:
         with self._hub_errors(split):
@@ -200,6 +197,10 @@ class HubOrFolder:
         labelled = self.label_column and split not in self.unlabelled
         return [*self.text_columns, *([self.label_column] if labelled else [])]
 
+    def _file_columns(self, split: str) -> Columns:
+        label = self.label_column if self.label_column in self._columns(split) else None
+        return Columns(tuple(self.text_columns), label, label and self.label_names)
+
     def _rows(self, split: str) -> datasets.Dataset:
         rows = self._prepared(*(self._local(split) or self._hub(split)))
         return take_rows(rows, permutation(len(rows), self.seed)) if self.shuffle else rows
@@ -212,17 +213,17 @@ class HubOrFolder:
             settings = {"name": self.detokenizer, "version": VERSION, "column": self.text_columns[0]}
             rows = rows.map(_detokenized, batched=True, features=rows.features, fn_kwargs=settings, desc="detokenising")
             texts = [text_column(to_table(rows), self.text_columns[0], origin)]
-        return not_empty(self._made(table, texts, origin, self.drop_blank), origin)
+        return not_empty(self._made(table, texts, origin), origin)
 
-    def _cooked(self, table: pa.Table, origin: str, drop_blank: bool) -> datasets.Dataset:
+    def _cooked(self, table: pa.Table, origin: str) -> datasets.Dataset:
         """The same for some rows of a stream, of which nothing is kept."""
         texts = [text_column(table, column, origin) for column in self.text_columns]
         if self.detokenizer is not None:
             cooked = [detokenizer(self.detokenizer)(text) for text in texts[0].to_pylist()]
             texts = [pa.chunked_array([pa.array(cooked, pa.large_string())])]
-        return self._made(table, texts, origin, drop_blank)
+        return self._made(table, texts, origin)
 
-    def _made(self, table: pa.Table, texts: list[pa.ChunkedArray], origin: str, drop_blank: bool) -> datasets.Dataset:
+    def _made(self, table: pa.Table, texts: list[pa.ChunkedArray], origin: str) -> datasets.Dataset:
         ends = None
         if self.parts is not None:
             columns = [dict(zip(self.text_columns, row, strict=True)) for row in
@@ -233,21 +234,18 @@ class HubOrFolder:
         if self.label_column in table.column_names:
             labels = as_labels(table.column(self.label_column).to_pylist(), self.label_names, origin)
         made = text_rows(texts[0], labels, ends if self.prompted else None)
-        return without_blanks(made) if drop_blank else made
+        return without_blanks(made) if self.drop_blank else made
 
     def _local(self, split: str) -> tuple[datasets.Dataset, str] | None:
         """The raw columns in the folder, if it has them, and where they are from (for messages)."""
-        name, start, stop = _sliced(self.files[split]) if split in self.files else ("", None, None)
-        folder = local_folder(self.folder)
-        if folder is None or not name or not any(path.is_file() for path in folder.glob(name)):
+        files = self._files(split)
+        if not files:
             return None
-        table = read_files(f"{glob.escape(str(folder))}/{name}", "DATA_DIR", self.text_columns[0])
-        origin = str(folder / self.files[split])
-        need_columns(table.column_names, self._columns(split), origin)
-        columns = {column: table.column(column) for column in self._columns(split)}
-        columns |= {column: text_column(table, column, origin) for column in self.text_columns}
+        table = read_files(files, "DATA_DIR", self._file_columns(split))
+        _, start, stop = _sliced(self.files[split])
         first, last, _ = slice(start, stop).indices(table.num_rows)
-        return from_table(pa.table(columns).slice(first, max(last - first, 0))), origin
+        rows = from_table(table.slice(first, max(last - first, 0)))
+        return rows, str(local_folder(self.folder) / self.files[split])
 
     def _hub(self, split: str) -> tuple[datasets.Dataset, str]:
         """The raw columns on the Hub."""
