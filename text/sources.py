@@ -18,7 +18,6 @@ where the documents are not known. Without that column each text is a document o
 
 import contextlib
 import copy
-import glob
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,7 +30,7 @@ import pyarrow as pa
 
 from text import reviews
 from text.detokenizers import PUBLISHED, VERSION, detokenizer
-from text.files import read_files
+from text.files import Columns, kind_of, matching_files, read_files
 from text.hub import both_ways, local_folder, quick_when_offline
 from text.rows import (
     as_labels,
@@ -51,7 +50,7 @@ from text.rows import (
     with_documents,
     without_blanks,
 )
-from text.shards import Shards, kind_of, listing, num_rows, open_files
+from text.shards import FilePieces, HubPieces, Shards, listing, num_rows
 
 # Data sets whose rows on the Hub are lines with their line feed, empty lines included.
 _LINES_WITH_ENDS = ("Salesforce/wikitext",)
@@ -170,17 +169,15 @@ class HubOrFolder:
         self._check_streaming(split)
         files, expression = self._files(split), self.files.get(split, "")
         if files:
-            origin, rows = (
-                f"{local_folder(self.folder)}/{expression}",
-                open_files(files, "DATA_DIR", self.text_columns[0]),
-            )
+            origin = f"{local_folder(self.folder)}/{expression}"
+            rows = FilePieces.of(files, "DATA_DIR", self._file_columns(split))
         else:
             expression = self.hub_splits[split]
-            origin, rows = f"{self.hub_id} ({expression})", self._hub_stream(split)
-        lines = bool(files) and kind_of(files[0]) == "txt"
-        prepare = partial(self._cooked, origin=origin, drop_blank=self.drop_blank or lines)
+            origin = f"{self.hub_id} ({expression})"
+            rows = HubPieces(self._hub_stream(split), tuple(self._columns(split)), origin)
+        prepare = partial(self._cooked, origin=origin)
         start, stop = self._bounds(expression, num_rows(files) if files else None)
-        return Shards(rows, tuple(self._columns(split)), prepare, origin, start, stop, listing(files))
+        return Shards(rows, prepare, origin, start, stop, listing(files))
 
     def _bounds(self, expression: str, total: int | None) -> tuple[int, int | None]:
         """The rows that an expression names, of `total` ones (None: not known)."""
@@ -203,7 +200,7 @@ class HubOrFolder:
     def _files(self, split: str) -> list[Path]:
         """The split's files in the folder, if it has any."""
         name, folder = _sliced(self.files.get(split, ""))[0], local_folder(self.folder)
-        return sorted(path for path in folder.glob(name) if path.is_file()) if folder and name else []
+        return matching_files(sorted(folder.glob(name)), "DATA_DIR") if folder and name else []
 
     def _hub_stream(self, split: str) -> datasets.IterableDataset:
         with self._hub_errors(split):
@@ -220,6 +217,10 @@ class HubOrFolder:
         labelled = self.label_column and split not in self.unlabelled
         return [*self.text_columns, *([self.label_column] if labelled else [])]
 
+    def _file_columns(self, split: str) -> Columns:
+        label = self.label_column if self.label_column in self._columns(split) else None
+        return Columns(tuple(self.text_columns), label, label and self.label_names)
+
     def _rows(self, split: str) -> datasets.Dataset:
         rows = self._with_documents(self._prepared(*(self._local(split) or self._hub(split))))
         return take_rows(rows, permutation(len(rows), self.seed)) if self.shuffle else rows
@@ -235,17 +236,17 @@ class HubOrFolder:
             settings = {"name": self.detokenizer, "version": VERSION, "column": self.text_columns[0]}
             rows = rows.map(_detokenized, batched=True, features=rows.features, fn_kwargs=settings, desc="detokenising")
             texts = [text_column(to_table(rows), self.text_columns[0], origin)]
-        return not_empty(self._made(table, texts, origin, self.drop_blank), origin)
+        return not_empty(self._made(table, texts, origin), origin)
 
-    def _cooked(self, table: pa.Table, origin: str, drop_blank: bool) -> datasets.Dataset:
+    def _cooked(self, table: pa.Table, origin: str) -> datasets.Dataset:
         """The same for some rows of a stream, of which nothing is kept."""
         texts = [text_column(table, column, origin) for column in self.text_columns]
         if self.detokenizer is not None:
             cooked = [detokenizer(self.detokenizer)(text) for text in texts[0].to_pylist()]
             texts = [pa.chunked_array([pa.array(cooked, pa.large_string())])]
-        return self._made(table, texts, origin, drop_blank)
+        return self._made(table, texts, origin)
 
-    def _made(self, table: pa.Table, texts: list[pa.ChunkedArray], origin: str, drop_blank: bool) -> datasets.Dataset:
+    def _made(self, table: pa.Table, texts: list[pa.ChunkedArray], origin: str) -> datasets.Dataset:
         ends = None
         if self.parts is not None:
             columns = [dict(zip(self.text_columns, row, strict=True)) for row in
@@ -256,30 +257,27 @@ class HubOrFolder:
         if self.label_column in table.column_names:
             labels = as_labels(table.column(self.label_column).to_pylist(), self.label_names, origin)
         made = text_rows(texts[0], labels, ends if self.prompted else None)
-        return without_blanks(made) if drop_blank else made
+        return without_blanks(made) if self.drop_blank else made
 
     def _local(self, split: str) -> tuple[datasets.Dataset, str] | None:
         """The raw columns in the folder, if it has them, and where they are from (for messages)."""
-        name, start, stop = _sliced(self.files[split]) if split in self.files else ("", None, None)
-        folder = local_folder(self.folder)
-        if folder is None or not name or not any(path.is_file() for path in folder.glob(name)):
+        files = self._files(split)
+        if not files:
             return None
-        if self._as_published and all(kind_of(path) == "txt" for path in self._files(split)):
-            table = self._lines(split)
+        if self._as_published and all(kind_of(path) == "txt" for path in files):
+            table = self._lines(files)
         else:
-            table = read_files(f"{glob.escape(str(folder))}/{name}", "DATA_DIR", self.text_columns[0])
-        origin = str(folder / self.files[split])
-        need_columns(table.column_names, self._columns(split), origin)
-        columns = {column: table.column(column) for column in self._columns(split)}
-        columns |= {column: text_column(table, column, origin) for column in self.text_columns}
+            table = read_files(files, "DATA_DIR", self._file_columns(split))
+        _, start, stop = _sliced(self.files[split])
         first, last, _ = slice(start, stop).indices(table.num_rows)
-        return from_table(pa.table(columns).slice(first, max(last - first, 0))), origin
+        rows = from_table(table.slice(first, max(last - first, 0)))
+        return rows, str(local_folder(self.folder) / self.files[split])
 
-    def _lines(self, split: str) -> pa.Table:
-        """Every line of the split's txt files as the Hub has it: a blank line is an empty text."""
+    def _lines(self, files: Sequence[Path]) -> pa.Table:
+        """Return every line of txt files as the Hub has it: a blank line is an empty text."""
         ends = self.hub_id in _LINES_WITH_ENDS
         lines = [line if ends and line.strip() else line.strip()
-                 for path in self._files(split) for line in path.open(encoding="utf-8-sig")]  # fmt: skip
+                 for path in files for line in path.open(encoding="utf-8-sig")]  # fmt: skip
         return pa.table({self.text_columns[0]: pa.array(lines, pa.large_string())})
 
     def _hub(self, split: str) -> tuple[datasets.Dataset, str]:
