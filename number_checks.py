@@ -122,7 +122,7 @@ _TABLE: tuple[tuple[Setting, str], ...] = (
     (maybe(whole(0)), "data.label mode.num_samples num_workers every_n_train_steps"),
     (maybe(whole(1)), """top_k context num_samples max_length num_sample_batches num_batches vocab_size dim window
         max_train_texts max_valid_texts max_test_texts batch_size eval_batch_size accumulate_grad_batches
-        milestone_every max_failed_saves classify.patience"""),
+        milestone_every max_failed_saves classify.patience num_proc"""),
     (maybe(list_of(list_of(whole(0), 2, "[1000,256]"), 1, "[[0,64],[1000,256]]")), "batch_ramp"),
     (list_of(whole(1), 1, "[10000,20000]"), "periods"),
     # numbers
@@ -166,17 +166,18 @@ _TABLE: tuple[tuple[Setting, str], ...] = (
     (one_of("truncate", "windows", "drop", "error"), "long_texts"),
     (one_of("error", "cut"), "latents.long_texts"),
     (one_of("eos", None), "fill"),
+    (one_of("reference", None), "protocol"),
     (one_of("mean", "cls", "last", None), "pooling"),
     (one_of("operations", "operators"), "plan judge.kind"),
     (one_of("min", "max"), "checkpoint_monitor.mode"),
     (one_of("step", "epoch", None), "logging_interval"),
     (either(one_of("uniform", "empirical"), list_of(SHARE, 2, "[0.3,0.7]")), "prior"),
     # texts, names, paths
-    (maybe(TEXT), "prefix template prompt"),
+    (maybe(TEXT), "prefix template prompt document_start"),
     (NAME, """data.name model.name csv.name tensorboard.name train valid validation test text_column classify.split
         hub_id monitor filename files.* hub_splits.*"""),
     (maybe(NAME), """project notes group job_type wandb.name id split pretrain prompt_column label_column
-        hub_config hub_revision detokenizer backbone.config"""),
+        hub_config hub_revision detokenizer backbone.config mask_token"""),
     (PRESENT_PATH, """output_dir cache_dir tokenizer_name_or_path gen_ppl_eval_model_name_or_path scorer_name dirpath
         folder"""),
     (maybe(PATH), """checkpoint_path from_pretrained resumed resume_ckpt_path save_dir name_or_path data.path
