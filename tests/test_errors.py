@@ -112,7 +112,7 @@ def test_texts_and_paired_differences():
 
 
 def test_the_loss_by_mask_rate_sums_a_text_first():
-    """32 passes of each of 60 texts, which have rates of their own: as if passes were texts it was 4 times too small."""
+    """32 passes of each of 60 texts, which have rates of their own: by passes the error is far too small."""
     def one(rng: np.random.Generator, together: bool) -> Estimate:
         masked_MP = rng.integers(1, 101, (60, 32))
         nats_MP = masked_MP * (rng.normal(3.0, 0.5, 60)[:, None] + rng.normal(0, 0.2, (60, 32)))
