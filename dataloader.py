@@ -15,7 +15,7 @@ The batch contract. Every batch is a dict of CPU tensors (B rows, L tokens):
   class_id        int64 (B,)    class that a conditional network is told, -1 for none; set where it is known, not here
   text_id         int64 (B,)    source text of the row, where a row is (part of) one text; not of a stream
   first_document, last_document  int64 (B,)  documents of the row's first and last token, where they are known
-                                (text/packing.py): errors are over documents; not of a stream
+                                (text/packing.py): errors are over documents; not in training batches
   latent          float32 (B, K, D)  what the row is about, standardised (text/latents.py); with `latents=` only
 L is `model.length` for wrapped and filled data; padded batches are as long as their longest row, rounded up to
 PAD_MULTIPLE.

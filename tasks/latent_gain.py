@@ -139,13 +139,18 @@ def given_by_others(nats_MK: np.ndarray, giver_MK: np.ndarray, tokens_M: np.ndar
     Each text plays two parts, as the one that is scored and as the giver, and what these add to the mean need not be
     independent: with latents that raise the likelihood of others' texts as much as they lower their own it cancels. So
     the error is over both parts of each text together, and a pair's own square, which is in both, is counted once. An
-    error over scored texts alone can be several times too wide, or too narrow. It stands in where the variance that is
-    found is negative, as can happen with few draws. A giver that was not scored has the number M.
+    error over scored texts alone can be several times too wide, or too narrow. Where the variance that is found is
+    negative, as can happen by chance, it is that of what neither part explains (of one draw, that over scored texts).
+    A giver that was not scored has the number M.
     """
     total, draws = tokens_M.sum(), nats_MK.shape[1]
     value = float(nats_MK.mean(axis=1).sum() / total)
     pair_MK = (nats_MK - value * tokens_M[:, None]) / (total * draws)
-    scored_M, given_M = pair_MK.sum(axis=1), np.bincount(giver_MK.ravel(), pair_MK.ravel())[: len(pair_MK)]
-    given_M = np.pad(given_M, (0, len(pair_MK) - len(given_M)))
-    variance = units.variance(scored_M + given_M) - (pair_MK**2).sum()
-    return Estimate(value, math.sqrt(units.variance(scored_M) if variance < 0 else variance))
+    scored_M, given_G = pair_MK.sum(axis=1), np.bincount(giver_MK.ravel(), pair_MK.ravel(), len(pair_MK) + 1)
+    variance = units.variance(scored_M + given_G[:-1]) - (pair_MK**2).sum()
+    if variance < 0 and draws == 1:
+        variance = units.variance(scored_M)
+    elif variance < 0:
+        rest_MK = pair_MK - (scored_M[:, None] + given_G[giver_MK]) / draws
+        variance = (rest_MK**2).sum() / (1 - 1 / draws) ** 2
+    return Estimate(value, math.sqrt(variance))

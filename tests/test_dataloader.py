@@ -292,6 +292,8 @@ def test_wrapped_batches_follow_the_contract(tmp_path):
     module = data(tmp_path, wrap=True, length=10)
     for batch in module.train_dataloader():
         assert batch.keys() == {"input_ids", "sample_id", "position"} and batch["input_ids"].shape == (8, 10)
+    for batch in module.val_dataloader():
+        assert batch.keys() == {"input_ids", "sample_id", "first_document", "last_document"}
     one_class = data(tmp_path, wrap=True, length=10, label=1)
     assert all((batch["label"] == 1).all() for batch in one_class.train_dataloader())
 

@@ -65,7 +65,7 @@ def test_rows_know_the_documents_of_their_ends(tokenizer, vocab, tmp_path, monke
         stop = len(of_token) // inner * inner
         assert rows["first_document"][:].tolist() == of_token[0:stop:inner].tolist()
         assert rows["last_document"][:].tolist() == of_token[inner - 1 : stop : inner].tolist()
-    for numbers, wanted in (([7, 7, 7, 7, 9, 9], [0, 0, 0, 1, 1]), ([-1] * 6, None)):
+    for numbers, wanted in (([7, 7, 7, 7, 9, 9], [0, 0, 1, 1, 1]), ([-1] * 6, None)):
         lines = rows_of(texts).add_column("document", numbers)
         rows, _ = pack(lines, tokenizer, vocab, Packing(4, True), tmp_path)
         assert ("first_document" in rows.column_names) == (wanted is not None)

@@ -265,6 +265,8 @@ class TrainingStream(Dataset):
 
     def __getitems__(self, positions: list[int]) -> dict[str, Any]:
         columns = {**self.rows[rows_at(positions, len(self.rows), self.seed)], "position": np.asarray(positions)}
+        for name in ("first_document", "last_document"):  # errors are measured on held-out texts
+            columns.pop(name, None)
         if self.crop is not None:
             starts = draws_at(positions, columns["length"] - self.crop + 1, self.seed)
             rows = zip(columns["input_ids"], starts, strict=True)
