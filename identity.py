@@ -143,9 +143,11 @@ def _unknown(key: str, value: object) -> ValueError:
 
 def _may_be_carried(key: str, value: object) -> bool:
     """Whether an identity has such keys and values: keys of settings, not the choice of a group; plain values."""
-    group = (CONFIGS / key).is_dir() and key != "parameterization"  # which is the objective's name
-    named = _KEY.fullmatch(key) and any(key == name or key.startswith(f"{name}.") for name in _CARRIED)
-    return bool(named) and _is_plain(value) and not (group and value is not None)
+    if not _KEY.fullmatch(key) or not any(key == name or key.startswith(f"{name}.") for name in _CARRIED):
+        return False
+    if key == "parameterization":  # the name of the objective
+        return isinstance(value, str) and value.isidentifier()
+    return _is_plain(value) and (value is None or not (CONFIGS / key).is_dir())
 
 
 def _is_setting(key: str, cfg: DictConfig, unset: bool) -> bool:

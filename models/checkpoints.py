@@ -48,6 +48,7 @@ from models.inert_pickle import Inert
 from models.reference_settings import settings_of_reference
 
 BACKBONE_PREFIX = "backbone."
+_MOST_VALUES, _DEEPEST = 1_000_000, 10  # of an identity; the moments of latents are the most of it
 
 
 @dataclass
@@ -187,9 +188,8 @@ def read_contents(path: Place, weights: bool = True) -> dict[str, object]:
     identity = content.get("identity", {})
     if not isinstance(identity, dict) or not isinstance(identity.get("configuration", {}), dict):
         raise ValueError(f"{path} is not one of our checkpoints: its identity is of the wrong kind")
-    for key, value in identity.get("configuration", {}).items():
-        if not isinstance(key, str) or not _is_plain(value):
-            raise ValueError(f"{path} is not one of our checkpoints: its configuration has {key!r:.60}={value!r:.60}")
+    if not _is_plain(identity):
+        raise ValueError(f"{path} is not one of our checkpoints: its identity holds more than texts and numbers")
     ema, step = content.get("ema"), content.get("global_step", 0)
     if ema is not None:
         parts = {"shadow_params": list, "decay": int | float, "num_updates": int}
@@ -209,13 +209,23 @@ def _tensors(state: object, path: Place, name: str = "state_dict", kind: type = 
     return state
 
 
-def _is_plain(value: object, depth: int = 8) -> bool:
-    """Whether a value of a configuration is made of texts, numbers and lists, and of nothing else."""
-    if isinstance(value, dict):
-        return depth > 0 and all(isinstance(k, str | int) and _is_plain(v, depth - 1) for k, v in value.items())
-    if isinstance(value, list | tuple):
-        return depth > 0 and all(_is_plain(part, depth - 1) for part in value)
-    return value is None or isinstance(value, bool | int | float | str)
+def _is_plain(value: object) -> bool:
+    """Whether it is made of texts, numbers, lists and mappings, of no more than can be shown in a message."""
+    waiting, seen = [(value, 0)], 0
+    while waiting:
+        part, depth = waiting.pop()
+        if isinstance(part, dict):
+            if not all(isinstance(key, str) for key in part):
+                return False
+            part = list(part.values())
+        if isinstance(part, list | tuple):
+            seen += len(part)
+            waiting += [(inner, depth + 1) for inner in part] if seen <= _MOST_VALUES else ()
+        elif part is not None and not isinstance(part, bool | int | float | str):
+            return False
+        if seen > _MOST_VALUES or depth > _DEEPEST:
+            return False
+    return True
 
 
 def _read_hub_directory(path: Path) -> Checkpoint:
@@ -227,7 +237,7 @@ def _read_hub_directory(path: Path) -> Checkpoint:
     check_regular(path)
     try:
         state = load_file(weights) if weights.suffix == ".safetensors" else load_inert(weights)
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise _unreadable(weights, error) from error
     return _hub_checkpoint(path, _strip(_tensors(state, weights), weights))
 
@@ -307,6 +317,11 @@ def _unreadable(path: Place, error: Exception) -> ValueError:
     )
 
 
+# What a damaged archive may raise.
+READ_ERRORS = (pickle.UnpicklingError, zipfile.BadZipFile, struct.error, EOFError, RuntimeError, LookupError,
+               ValueError, AttributeError, TypeError, OverflowError, OSError)  # fmt: skip
+
+
 def load_inert(path: str | Path, weights: bool = True) -> object:
     """Return what torch.save wrote, without running code of the file: objects of foreign classes become empty shells
     that hold their state. Sealed content (files.py) is checked first. Without `weights` it is not, and tensors have
@@ -324,17 +339,5 @@ def load_inert(path: str | Path, weights: bool = True) -> object:
             if is_remote(path):
                 check_content(file, path)
             return torch_archive.read(file, weights)
-    except (
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-        struct.error,
-        EOFError,
-        RuntimeError,
-        LookupError,
-        ValueError,
-        AttributeError,
-        TypeError,
-        OverflowError,
-        OSError,
-    ) as error:
+    except READ_ERRORS as error:
         raise _unreadable(path, error) from error

@@ -156,10 +156,10 @@ class _Machine:
             raise UnpicklingError("its arguments are not a tuple")
         if isinstance(thing, type) and issubclass(thing, Inert):
             self.push(thing(*arguments, **(keywords or {})))
-        elif thing in _CALLS and not keywords:
+        elif callable(thing) and thing in _CALLS and not keywords:
             self.push(_CALLS[thing](self, *arguments))
         else:
-            raise UnpicklingError(f"it calls {thing!r:.60}, which no checkpoint needs: refused")
+            raise UnpicklingError(f"it calls a {type(thing).__name__}, which no checkpoint needs: refused")
 
     def build(self, _: object) -> None:
         state, target = self.stack.pop(), self.stack[-1]
@@ -232,8 +232,10 @@ def _ordered_dict(machine: _Machine, pairs: list | tuple = ()) -> OrderedDict:
 
 
 def _counter(machine: _Machine, counts: dict | None = None) -> Counter:
+    if not isinstance(counts, dict | None):
+        raise UnpicklingError(f"it makes a Counter of a {type(counts).__name__}")
     machine.spend(counts or {})
-    return Counter(dict(counts or {}))
+    return Counter(counts or {})
 
 
 def _default_dict(machine: _Machine, factory: object = None) -> defaultdict:
@@ -242,7 +244,7 @@ def _default_dict(machine: _Machine, factory: object = None) -> defaultdict:
 
 def _encode(machine: _Machine, text: str, encoding: str) -> bytes:
     if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):  # with others it could grow
-        raise UnpicklingError(f"it encodes by {encoding!r:.20}: refused")
+        raise UnpicklingError("it encodes otherwise than by latin-1: refused")
     machine.spend(text)
     return text.encode("latin1")
 

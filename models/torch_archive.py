@@ -94,7 +94,7 @@ def _storage(known: object) -> tuple[torch.dtype, str, int]:
     """The type, name and length of the storage that a persistent id stands for."""
     kind, dtype, key, _, count, *views = known
     if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(key, str) or any(views):
-        raise ValueError(f"it refers to {known!r:.60}, which is no storage")
+        raise ValueError("it refers to something that is no storage")
     if type(count) is not int or count < 0:
         raise ValueError(f"its storage {key} has no length")
     return dtype, key, count

@@ -5,13 +5,19 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import struct
 import tarfile
 import zipfile
+from collections import Counter, OrderedDict, defaultdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 import main
 from app import runs
@@ -20,9 +26,12 @@ from engine.recovery import newest_good
 from engine.storage import AtomicCheckpointIO
 from identity import identity, overrides
 from instantiation import OF_LIBRARIES, check_target, instantiate
-from models.checkpoints import load_inert, read_checkpoint, read_progress, read_settings
+from models import torch_archive
+from models.checkpoints import READ_ERRORS, load_inert, read_checkpoint, read_progress, read_settings
+from models.hub import read_config
 from scripts import generate
 from tests.test_configs import TINY
+from text.tokenizers import encode, load_tokenizer, vocabulary
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = identity(compose_config(["model=tiny"]))
@@ -85,8 +94,9 @@ def disguises(program: bytes) -> dict[str, bytes]:
     shell = {"state_dict": {"backbone.x": torch.zeros(1)}, "callbacks": {}, "global_step": 0}
     plain = io.BytesIO()
     torch.save(shell, plain)
-    return {"as it is": program, "with our records": both(program, shell), "behind a checkpoint": plain.getvalue() + program,
-            "behind other bytes": b"x" * 100 + program, "before a checkpoint": program + plain.getvalue()}  # fmt: skip
+    ours = plain.getvalue()
+    return {"as it is": program, "with our records": both(program, shell), "behind other bytes": b"x" * 100 + program,
+            "behind a checkpoint": ours + program, "before a checkpoint": program + ours}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ["as it is", "with our records", "behind a checkpoint", "behind other bytes",
@@ -178,6 +188,16 @@ def test_a_checkpoint_chooses_no_file_of_a_group(here, group):
             _ = runs.find([str(path)])[0].words
 
 
+@pytest.mark.parametrize("group", ["lr_scheduler", "optim", "latents"])
+def test_a_file_beside_a_checkpoint_is_not_run(here, group):
+    (here / "notes.yaml").write_text(NOTES)
+    path = checkpoint_of(here / "x.ckpt", **{group: os.path.relpath(here / "notes", ROOT / "configs" / group)})
+    with pytest.raises(ValueError, match=f"{group}=.*no file in configs/ names"):
+        words = generate.arguments(generate.parser().parse_args(["--checkpoint", str(path), *TINY]))
+        cfg = compose_config(words)
+        main.instantiate(cfg[group])  # as main.run and Diffusion do
+
+
 @pytest.mark.parametrize(("key", "value"), [
     ("hydra.run.dir", "/tmp/x"), ("checkpointing.save_dir", "/tmp/x"), ("output_dir", "/tmp/x"), ("mode", "train"),
     ("eval.checkpoint_path", "y.ckpt"), ("+trainer.callbacks", "x"), ("~data", ""), ("model.length=8 mode", "train"),
@@ -197,8 +217,8 @@ def test_what_is_built_is_the_projects(here):
     sympify = {"_target_": "sympy.sympify", "a": "__import__('os').system('touch PWNED')"}
     nested = [{"_target_": "samplers.base.TokenChoice", "temperature": sympify}, {"a": [{"b": sympify}]}, sympify]
     targets = ("os.system", "builtins.eval", "builtins.exec", "subprocess.run", "torch.load", "files.os.system",
-               "models.checkpoints.pickle.loads", "hydra.utils.instantiate", "__main__.x", "main.importlib.import_module",
-               "..x", "instantiation.hydra.utils.get_object", "pickle.loads", "runpy.run_path", "venv.main", 3, None)  # fmt: skip
+               "models.checkpoints.pickle.loads", "hydra.utils.instantiate", "__main__.x", "venv.main", 3, None, "..x",
+               "main.importlib.import_module", "instantiation.hydra.utils.get_object", "pickle.loads")  # fmt: skip
     for node in (*nested, *({"_target_": target} for target in targets)):
         with pytest.raises(ValueError, match="_target_=.* is refused|cannot be imported"):
             instantiate(node)
@@ -242,6 +262,240 @@ def test_every_target_in_configs_may_be_built_and_nobody_goes_another_way():
     for path in sources:
         text = path.read_text()
         assert path.name == "instantiation.py" or "hydra.utils" not in text, path
-        for word in ("torch.load(", "jit.load", "pickle.load", "allow_pickle=True", "joblib", "weights_only=False",
-                     "trust_remote_code=True)  #", "use_safetensors=False", "yaml.load(", "yaml.unsafe"):  # fmt: skip
+        for word in ("torch.load(", "jit.load(", "pickle.loads(", "allow_pickle=True", "joblib",
+                     "use_safetensors=False", "yaml.load(", "yaml.unsafe"):  # fmt: skip
             assert word not in text.replace("torch.save(torch.load(path, weights_only=True), path)", ""), (path, word)
+
+
+# -------------------------------------------------------------------------------- files that grow, or have no end
+
+
+def archive(path: Path, pickled: bytes, compression: int = zipfile.ZIP_STORED, **records: bytes) -> Path:
+    with zipfile.ZipFile(path, "w", compression) as out:
+        for name, content in {"data.pkl": pickled, "version": b"3", "byteorder": b"little", **records}.items():
+            out.writestr(f"archive/{name}", content)
+    return path
+
+
+def reduced(module: str, name: str, arguments: bytes) -> bytes:
+    return b"\x80\x02c" + f"{module}\n{name}\n".encode() + arguments + b"R."
+
+
+def number(value: int) -> bytes:
+    content = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
+    return b"\x8a" + bytes([len(content)]) + content
+
+
+def of_values(*values: object) -> bytes:
+    """What pushes them."""
+    return b"".join(pickle.dumps(value, 2)[2:-1] for value in values)
+
+
+def tensor(offset: int, size: tuple, stride: tuple, count: int = 1) -> bytes:
+    """A tensor of the storage data/0, which has `count` numbers."""
+    storage = b"(" + of_values("storage") + b"ctorch\nFloatStorage\n" + of_values("0", "cpu") + number(count) + b"tQ"
+    view = of_values(offset, size, stride, False, None)
+    return b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(" + storage + view + b"tR."
+
+
+TWICE = b"".join(b"h%ch%c\x86q%c" % (i, i, i + 1) for i in range(80))
+LAUGHS = b"\x80\x02)q\x00" + TWICE  # a tuple of two tuples, each of two tuples, ...
+COPIES = b"\x80\x02](" + b"N" * 3000 + b"eq\x00" + b"c__builtin__\nset\nh\x00\x85R" * 3000 + b"."
+
+
+@pytest.mark.parametrize("pickled", [
+    reduced("builtins", "bytearray", number(6 * 10**9) + b"\x85"),
+    reduced("builtins", "bytes", number(6 * 10**9) + b"\x85"),
+    reduced("builtins", "set", b"c__builtin__\nrange\n" + number(10**9) + b"\x85R\x85"),
+    reduced("builtins", "list", b"c__builtin__\nrange\n" + number(10**9) + b"\x85R\x85"),
+    reduced("builtins", "tuple", b"c__builtin__\nrange\n" + number(10**9) + b"\x85R\x85"),
+    reduced("builtins", "str", number(3) + b"\x85"),
+    reduced("_codecs", "encode", b"X\x01\x00\x00\x00aX\x06\x00\x00\x00utf-32\x86"),
+    b"\x80\x04\x96" + (2**40).to_bytes(8, "little") + b"x.", b"\x80\x04\x8e" + (2**40).to_bytes(8, "little") + b"x.",
+    LAUGHS + b"}hPNs.", LAUGHS + b"hP)R.", LAUGHS + b"hPQ.",
+    LAUGHS + b"ccollections\nCounter\n]hPa\x85R.",
+    b"\x80\x04\x8f(" + LAUGHS[2:] + b"\x90.", COPIES,
+    b"\x80\x02" + number(1 << 2000) + b".", b"\x80\x02}" + number(1 << 70) + b"Ns.",
+    tensor(0, (2,), (1,)), tensor(1, (1,), (1,)), tensor(0, (10**12,), (0,)), tensor(0, (1,), (2**70,)),
+    tensor(0, (-1,), (1,)), tensor(0, (1,) * 65, (1,) * 65), tensor(0, (1,), (1,), 2**40), tensor(0, (1,), (1,), -1),
+    reduced("torch._utils", "_rebuild_tensor_v2", b"(NK\x00))\x89Nt"),
+    reduced("collections", "Counter", b"X\x01\x00\x00\x00a\x85"), b"\x80\x02(((", b"\x80\x02.", b"\x80\x02h\x07.",
+    b"\x80\x02\x82\x01.", b"(itorch\nload\n.", b"\x80\x02ccollections\nOrderedDict\n}b.",
+])  # fmt: skip
+def test_pickles_grow_no_larger_than_their_file(tmp_path, pickled):
+    path = archive(tmp_path / "x.ckpt", pickled, **{"data/0": b"\0" * 4})
+    if pickled[-1:] == b"." and pickled[-7:-6] == b"N" or pickled.startswith(b"Np"):
+        assert load_inert(path) is None
+        return
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_inert(path)
+
+
+@pytest.mark.parametrize("pickled", [b"\x80\x02Nr\x00\x00\x00\x80.", b"Np2147483648\n."])
+def test_a_large_number_of_a_memo_takes_no_room(tmp_path, pickled):
+    assert load_inert(archive(tmp_path / "x.ckpt", pickled)) is None
+
+
+def test_archives_grow_no_larger_than_their_file(tmp_path):
+    good = tensor(0, (1,), (1,))
+    assert load_inert(archive(tmp_path / "x.ckpt", good, **{"data/0": struct.pack("<f", 2.0)})).tolist() == [2.0]
+    bombs = {"deflated": archive(tmp_path / "a.ckpt", good, zipfile.ZIP_DEFLATED, **{"data/0": b"\0" * 10**6})}
+    bombs["big-endian"] = archive(tmp_path / "b.ckpt", good, **{"byteorder": b"big", "data/0": b"\0" * 4})
+    bombs["another size"] = archive(tmp_path / "c.ckpt", good, **{"data/0": b"\0" * 8})
+    with pytest.warns(UserWarning, match="Duplicate"), zipfile.ZipFile(tmp_path / "d.ckpt", "w") as out:
+        for _ in range(2):
+            out.writestr("archive/data.pkl", b"N.")
+    bombs["twice"] = tmp_path / "d.ckpt"
+    content = bytearray((tmp_path / "x.ckpt").read_bytes())  # every record of 2**31 bytes
+    at = content.find(b"PK\x01\x02")
+    while at >= 0:
+        content[at + 20 : at + 28] = struct.pack("<2L", 2**31, 2**31)
+        at = content.find(b"PK\x01\x02", at + 1)
+    (tmp_path / "e.ckpt").write_bytes(content)
+    bombs["says so"] = tmp_path / "e.ckpt"
+    old = io.BytesIO()
+    torch.save({"a": torch.ones(3)}, old, _use_new_zipfile_serialization=False)
+    huge = old.getvalue().replace(b"K\x03Nt", b"J\xff\xff\xff\x7fNt")
+    assert huge != old.getvalue()
+    (tmp_path / "f.ckpt").write_bytes(huge)
+    bombs["old"] = tmp_path / "f.ckpt"
+    for name, path in bombs.items():
+        with pytest.raises(ValueError, match="cannot be read"):
+            load_inert(path), name
+
+
+@pytest.mark.parametrize(("content", "said"), [
+    ({"state_dict": {1: torch.zeros(1)}}, "state_dict does not map"),
+    ({"state_dict": {"backbone.x": torch.zeros(1)}, "ema": {"shadow_params": [1]}}, "ema"),
+    ({"state_dict": {"backbone.x": torch.zeros(1)}, "global_step": "many"}, "global_step"),
+    ({"state_dict": {"backbone.x": torch.zeros(1)}, "identity": {"configuration": {1: 2}}}, "identity holds"),
+    ({"state_dict": {"backbone.x": torch.zeros(1)}, "identity": {"configuration": {"a": torch.ones(1)}}}, "identity holds"),
+])  # fmt: skip
+def test_parts_of_other_kinds_are_named(tmp_path, content, said):
+    torch.save(content, tmp_path / "x.ckpt")
+    for read in (read_checkpoint, read_settings, AtomicCheckpointIO().load_checkpoint):
+        with pytest.raises(ValueError, match=said):
+            read(tmp_path / "x.ckpt")
+    (tmp_path / "config.json").write_text("{}")
+    torch.save({1: torch.zeros(1)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="does not map names"):
+        read_checkpoint(tmp_path)
+
+
+def test_a_deep_configuration_is_refused(tmp_path):
+    deep = b"]" * 5000 + b"a" * 4999
+    wide = b"(" + b"N" * 99 + b"lq\x010" + (b"(" + b"h\x01" * 99 + b"lq\x010") * 8 + b"h\x01"
+    for part in (deep, wide):
+        path = tmp_path / "x.ckpt"
+        inside = b"}" + of_values("configuration") + b"}" + of_values("a") + part + b"ss"
+        archive(path, b"\x80\x02}" + of_values("identity") + inside + b"s" + of_values("state_dict", {}) + b"s.")
+        with pytest.raises(ValueError, match="identity holds"):
+            read_settings(path)
+    for content in ("[" * 100_000, '{"a":' * 100_000, " " * 17_000_000):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(ValueError, match="download or export the model again"):
+            read_config(tmp_path)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), os.mkdir],
+                         ids=["pipe", "device", "folder"])  # fmt: skip
+def test_pipes_and_devices_are_refused_at_once(tmp_path, make):
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    make(folder / "last.ckpt")
+    for read in (load_inert, newest_good, read_progress):
+        with pytest.raises(ValueError):
+            read(folder if read is newest_good else folder / "last.ckpt")
+        for aside in folder.glob("*.corrupt"):
+            aside.rename(folder / "last.ckpt")
+    for name, other in (("config.json", "model.safetensors"), ("model.safetensors", "config.json"),
+                        ("pytorch_model.bin", "config.json"), ("tokenizer.json", "tokenizer_config.json")):  # fmt: skip
+        hub = tmp_path / name.partition(".")[0] / other
+        hub.parent.mkdir(exist_ok=True)
+        hub.write_text("{}")
+        make(hub.parent / name)
+        with pytest.raises(ValueError, match="pipe or a device|cannot be read|not a file|no tokenizer"):
+            read_checkpoint(hub.parent) if "tokenizer" not in name else load_tokenizer(str(hub.parent))
+
+
+def tokenizer_with(folder: Path, pattern: str, vocabulary: dict[str, int]) -> object:
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", eos_token="[UNK]").save_pretrained(folder)
+    return load_tokenizer(str(folder))
+
+
+def test_a_regular_expression_has_its_time(tmp_path, monkeypatch):
+    tokenizer = tokenizer_with(tmp_path, "(a|aa)+$", {"[UNK]": 0, "a": 1})
+    assert encode(tokenizer, ["a", "b"]) == [[1], [0]]
+    with pytest.raises(ValueError, match="takes too long on these texts.*retry-limit"):
+        encode(tokenizer, ["a" * 100 + "!"])
+    monkeypatch.setattr("text.tokenizers._SECONDS", 0.05)
+    monkeypatch.setattr("text.tokenizers._SECONDS_PER_CHARACTER", 0.0)
+    with pytest.raises(ValueError, match="the time is up"):
+        encode(tokenizer, [("a" * 29 + "! ") * 9])
+
+
+def test_an_id_that_no_network_has_room_for_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="has 3 tokens, and one of them has the id 2,147,483,648"):
+        vocabulary(tokenizer_with(tmp_path, "b", {"[UNK]": 0, "a": 1, "b": 2**31}))
+
+
+# -------------------------------------------------------------------------------- what is read is what was written
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**40), 2**40) | st.floats(allow_nan=False) | st.text(max_size=5)
+    | st.binary(max_size=5) | st.complex_numbers(allow_nan=False, max_magnitude=9)
+    | st.sampled_from([torch.float16, torch.Size([2, 3]), torch.device("cpu"), range(3), slice(1, 2), {1, "a"},
+                       bytearray(b"x\xff"), frozenset([(1, 2)]), OrderedDict(a=1), Counter("aab"), int]),
+    lambda inner: st.lists(inner, max_size=3) | st.tuples(inner, inner)
+    | st.dictionaries(st.text(max_size=3) | st.integers(0, 9), inner, max_size=3), max_leaves=8)  # fmt: skip
+
+
+@settings(max_examples=25, deadline=None)
+@given(VALUES, st.sampled_from([2, 3, 4, 5]), st.booleans())
+def test_what_torch_writes_is_read_as_torch_reads_it(content, protocol, zipped):
+    file = io.BytesIO()
+    shared = torch.arange(12.0)
+    tensors = {"view": shared[2:8].view(2, 3).t(), "shared": shared, "none": torch.empty(0, 3), "one": torch.tensor(3),
+               "half": torch.ones(3, dtype=torch.bfloat16), "yes": torch.tensor([True, False]),
+               "parameter": torch.nn.Parameter(torch.ones(2)), "complex": torch.ones(2, dtype=torch.complex64),
+               "default": defaultdict(list, {"a": [1]})}  # fmt: skip
+    torch.save([content, tensors], file, pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
+    file.seek(0)
+    ours, found = torch_archive.read(file)
+    file.seek(0)
+    theirs, _ = torch.load(file, weights_only=False)
+    assert ours == theirs == content and repr(ours) == repr(theirs)
+    for name, tensor in tensors.items():
+        assert type(found[name]) is type(tensor)
+        if isinstance(tensor, torch.Tensor):
+            assert torch.equal(found[name], tensor) and found[name].stride() == tensor.stride()
+            assert found[name].dtype == tensor.dtype and found[name].requires_grad == tensor.requires_grad
+    assert found["view"].untyped_storage().data_ptr() == found["shared"].untyped_storage().data_ptr()
+    file.seek(0)
+    shapes = torch_archive.read(file, weights=False)[1]
+    assert shapes["view"].shape == (3, 2) and shapes["view"].is_meta
+
+
+def test_random_damage_is_an_error_or_harmless():
+    file = io.BytesIO()
+    torch.save({"a": torch.ones(3), "b": OrderedDict(c=[1, "x", {2}])}, file)
+    whole, draws = file.getvalue(), np.random.default_rng(0)
+    for _ in range(400):
+        damaged = bytearray(whole)
+        for at in draws.integers(0, len(whole), draws.integers(1, 6)):
+            damaged[at] = draws.integers(256)
+        try:
+            torch_archive.read(io.BytesIO(damaged))
+        except READ_ERRORS:
+            continue
+
+
+def test_settings_of_a_large_file_are_read_at_once(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.ckpt", "w") as out:
+        out.writestr("archive/data.pkl", tensor(0, (10**7,), (1,), 10**7))
+        with out.open(zipfile.ZipInfo("archive/data/0"), "w", force_zip64=True) as record:
+            for _ in range(4):
+                record.write(bytes(10**7))
+    assert load_inert(tmp_path / "x.ckpt", weights=False).shape == (10**7,)

@@ -23,7 +23,7 @@ from text.cache import file_digest
 from text.hub import both_ways, quick_when_offline
 from text.passages import Passages
 from text.sentence_folders import POOLINGS, SentenceFolder, read_folder
-from text.tokenizers import Vocabulary, check_not_empty
+from text.tokenizers import Vocabulary, check_not_empty, tokenized
 
 log = logging.getLogger(__name__)
 
@@ -160,7 +160,7 @@ class Pretrained:
         empty = [number for number, text in enumerate(passages.texts) if not text.strip()]
         if empty:
             raise ValueError(f"{KEY}={self.name} is given a text without words ({passages.texts[empty[0]]!r:.40})")
-        lengths = np.array([len(ids) for ids in self.tokenizer(texts)["input_ids"]])
+        lengths = np.array([len(ids) for ids in tokenized(self.tokenizer, texts)["input_ids"]])
         long_N = lengths > settings["window"]
         if long_N.any() and self.long_texts == "error":
             raise ValueError(f"{int(long_N.sum())} of {len(texts)} texts are longer than the latents.window="
@@ -176,8 +176,8 @@ class Pretrained:
 
     @torch.inference_mode()
     def _encode(self, texts: list[str]) -> np.ndarray:
-        batch = self.tokenizer(texts, padding=True, truncation=True, max_length=self.settings["window"],
-                               return_tensors="pt").to(self.network.device)  # fmt: skip
+        batch = tokenized(self.tokenizer, texts, padding=True, truncation=True, max_length=self.settings["window"],
+                          return_tensors="pt").to(self.network.device)  # fmt: skip
         hidden_BLW = self.network(**batch).last_hidden_state
         pooled_BW = pool(hidden_BLW, batch["attention_mask"], self.settings["pooling"])
         if self.settings["normalize"]:

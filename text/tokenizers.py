@@ -12,13 +12,15 @@ import importlib.util
 import itertools
 import json
 import os
+import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from files import check_regular
 from text.built_tokenizers import BUILDERS, SPECIALS, text8
@@ -38,6 +40,10 @@ _FOLDERS = {
 _FILES = "tokenizer.json (or vocab.txt, or vocab.json with merges.txt) and tokenizer_config.json"
 _LFS = b"version https://git-lfs"  # how a file begins that was cloned without its content
 _ALL = 2**31
+_MOST_GAPS = 1024  # ids without a token that any vocabulary may have
+# Processor time that texts may take. The slowest tokenizers take 1e-5 seconds a character on a loaded machine.
+_SECONDS, _SECONDS_PER_CHARACTER = 60.0, 1e-3
+_HAVE_PATTERNS: WeakKeyDictionary[PreTrainedTokenizerBase, bool] = WeakKeyDictionary()
 _BEFORE = ":"  # a sign that tokenizers keep apart from the words behind it
 
 
@@ -68,7 +74,13 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
     lands on one of them. The pad is never the mask: without a pad of its own (gpt2) rows are padded with the
     end token. Raises ValueError where no token can serve as the pad.
     """
-    top = max([tokenizer.vocab_size - 1, *tokenizer.get_vocab().values()])
+    ids = tokenizer.get_vocab().values()
+    top = max([tokenizer.vocab_size - 1, *ids])
+    if top >= 2 * len(ids) + _MOST_GAPS:
+        raise ValueError(
+            f"{_KEY}={tokenizer.name_or_path} has {len(ids):,} tokens, and one of them has the id {top:,}: a network "
+            "would need a row for every id below it; correct the vocabulary in tokenizer.json"
+        )
     mask_id = tokenizer.mask_token_id
     size = top + 1
     if mask_id is None:
@@ -308,13 +320,45 @@ def encode(
     characters, unless `special_from_text`."""
     if not texts:
         return []
-    return tokenizer(
-        list(texts),
-        add_special_tokens=False,
-        split_special_tokens=not special_from_text,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-    )["input_ids"]
+    return tokenized(
+        tokenizer, list(texts), add_special_tokens=False, split_special_tokens=not special_from_text,
+        return_attention_mask=False, return_token_type_ids=False,
+    )["input_ids"]  # fmt: skip
+
+
+def tokenized(tokenizer: PreTrainedTokenizerBase, texts: list[str], **settings: object) -> BatchEncoding:
+    """Return tokenizer(texts, **settings). Where tokenizer.json has regular expressions, which may take longer than
+    any text is worth, the time is limited.
+
+    Raises:
+        ValueError: an expression gave up, or the texts took more processor time than the limit.
+    """
+    if tokenizer not in _HAVE_PATTERNS:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        _HAVE_PATTERNS[tokenizer] = isinstance(backend, Tokenizer) and '"Regex"' in backend.to_str()
+    if not _HAVE_PATTERNS[tokenizer]:
+        return tokenizer(texts, **settings)
+    outcome: list[BatchEncoding | BaseException] = []
+
+    def work() -> None:
+        try:
+            outcome.append(tokenizer(texts, **settings))
+        except BaseException as error:  # a panic of the library is no Exception
+            outcome.append(error)
+
+    limit = time.process_time() + _SECONDS + _SECONDS_PER_CHARACTER * sum(map(len, texts))
+    thread = threading.Thread(target=work, daemon=True)  # nothing can end it, and the program does not wait for it
+    thread.start()
+    while thread.is_alive() and time.process_time() < limit:
+        thread.join(1.0)
+    if outcome and not isinstance(outcome[0], BaseException):
+        return outcome[0]
+    if outcome and type(outcome[0]).__name__ != "PanicException":
+        raise outcome[0]
+    raise ValueError(
+        f"{_KEY}={tokenizer.name_or_path}: a regular expression in its tokenizer.json takes too long on these texts "
+        f"({outcome[0] if outcome else 'the time is up'}); choose another tokenizer"
+    )
 
 
 def encode_after(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
