@@ -19,6 +19,7 @@ import warnings
 from pathlib import Path
 
 import command_line
+from engine.logs import guard_output
 
 _PROJECT = Path(__file__).parents[1] / "pyproject.toml"
 PORT = 7860
@@ -37,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
+    guard_output()
     args = parser().parse_intermixed_args()
     if importlib.util.find_spec("gradio") is None:
         needed = " ".join(tomllib.loads(_PROJECT.read_text())["project"]["optional-dependencies"]["app"])

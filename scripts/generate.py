@@ -23,6 +23,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 import command_line  # noqa: E402 - the path comes first
+from engine.logs import guard_output  # noqa: E402
 from files import is_remote, place  # noqa: E402
 from identity import overrides, word  # noqa: E402
 from models.checkpoints import read_settings  # noqa: E402
@@ -158,6 +159,7 @@ def token_choice(args: argparse.Namespace) -> dict[str, object]:
 
 def generate(typed: Sequence[str]) -> None:
     """Read the options, say what they come to, and do it."""
+    guard_output()
     args = parser().parse_intermixed_args(typed)
     with command_line.clear_errors():
         told = arguments(args)

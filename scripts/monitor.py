@@ -248,6 +248,7 @@ def main() -> None:
     args = parser.parse_args()
     if not args.folder.is_dir():
         sys.exit(f"error: there is no folder {args.folder}")
+    sys.stdout.reconfigure(errors="replace")  # a terminal may lack the signs of a name or a curve
     piped = not sys.stdout.isatty()
     interval = (
         None if args.once or (piped and args.interval is None) else 2.0 if args.interval is None else args.interval
