@@ -289,7 +289,9 @@ def test_public_data_sets(name, sizes):
         assert set(rows["train"]["label"]) == set(range(len(source.label_names)))
         assert len(set(rows["test"]["label"][:50])) > 1, "not sorted by label"
     else:
-        assert rows["test"].column_names == ["text"]
+        assert rows["test"].column_names == ["text", *(["document"] if name == "wikitext2" else [])]
+    if name == "wikitext2":
+        assert rows["validation"]["document"][-1] == 60 and rows["validation"]["document"][0] <= 1
     if name == "gsm8k_baseline":
         assert all("\n#### " in text for text in rows["test"]["text"])
     if name == "wikitext2":
