@@ -2,7 +2,8 @@
 
 With exact conditionals the continuous-time bound is tight for each text, so its mean above the truth is 0 within its
 error; with T steps it is above, by the nats that steps cost which unmask several tokens. Below 0 would be a bound that
-is none. The error is that of the mean over texts and draws; the noise is that of one text and draw.
+is none. The error is that of the mean over texts and draws; the noise is that of one text and draw. All lines share
+their random numbers, so their deviations are not independent.
 
     python benchmarks/exact_bounds.py                  # 64 texts, 64 network evaluations each
 """
