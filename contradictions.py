@@ -46,6 +46,7 @@ def refuse_contradictions(cfg: DictConfig) -> None:
         "training.change_of_variables": training.change_of_variables and name not in ("subs", "bd3lm"),
         "training.loss_weight": training.loss_weight != "elbo" and name not in ("subs", "bd3lm"),
         "training.resample": training.resample and name == "ar",
+        "training.ignore_bos": training.ignore_bos and name == "ar",
         "classify.masks": cfg.classify.masks == "independent" and name == "ar",
         "training.masking": name == "ar" and not cfg.masking._target_.endswith("Bernoulli"),
     }

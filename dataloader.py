@@ -14,6 +14,8 @@ The batch contract. Every batch is a dict of CPU tensors (B rows, L tokens):
   label           int64 (B,)    where the texts have labels
   class_id        int64 (B,)    class that a conditional network is told, -1 for none; set where it is known, not here
   text_id         int64 (B,)    source text of the row, where a row is (part of) one text; not of a stream
+  first_document, last_document  int64 (B,)  documents of the row's first and last token, where they are known
+                                (text/packing.py): errors are over documents; not of a stream
   latent          float32 (B, K, D)  what the row is about, standardised (text/latents.py); with `latents=` only
 L is `model.length` for wrapped and filled data; padded batches are as long as their longest row, rounded up to
 PAD_MULTIPLE.
@@ -42,7 +44,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
 from text.collate import Collate, Rows, segment_ends
-from text.data_checks import check_settings
+from text.data_checks import check_protocol, check_settings
 from text.latents import Encoder, RowsWithLatents, TextLatents
 from text.loading import Loading, TimedLoader
 from text.order import evaluation_batches
@@ -53,9 +55,11 @@ from text.splits import SplitTexts
 from text.stream import BatchPlan, PositionBatchSampler, TrainingStream, batch_arithmetic, consumed_before
 from text.stream_loader import StreamLoader
 from text.streaming import Corpus, Order
-from text.tokenizers import Vocabulary, load_tokenizer, vocabulary
+from text.tokenizers import Vocabulary, load_tokenizer, published_frame, vocabulary
 
 log = logging.getLogger(__name__)
+
+MOST_UNKNOWN = 0.9  # share of a split's tokens that its tokenizer may not know
 
 
 class TextData(LightningDataModule):
@@ -68,7 +72,8 @@ class TextData(LightningDataModule):
     `max_*_texts` limits a split for quick runs (a fixed random choice where there are labels, else the first
     ones). Tokenizers are trained on the whole train split, whatever `label` and the limits are, so that the
     models of all classes share one vocabulary; `score_special` false makes special tokens given (None: BOS and EOS of
-    padded rows, nothing of wrapped ones); `prefix_length` (key of `training`) tokens of each row are given too. `fill`
+    padded rows, nothing of wrapped ones); `prefix_length` (key of `training`) tokens of each row are given too,
+    and with `first_given` (training.ignore_bos) the first one. `fill`
     "eos" fills padded rows up to `length` with EOS, so that their length is not shown: the law of a row then is
     p(text, EOS, the fill | prompt), and a model decides where a text ends. `segments`: batches say where the parts of
     each text end; those between the first and the last end with EOS and are filled up to `segment_room` tokens.
@@ -76,6 +81,7 @@ class TextData(LightningDataModule):
     reads on and on, in the order that `stream` says, and keeps only its `sample_texts`. `random_crop` trains on random
     stretches of wrapped rows twice as long, evaluation has fixed rows. `train_splits`: train on these splits of the
     source together, without labels (validation has none then either) and without texts of the held-out splits.
+    `protocol` "reference": rows as kuleshov-group's mdlm makes them, with `num_proc` processes (None: 1).
     loader: `batch_size` and `eval_batch_size` are rows per
     device; `batch_size` None divides `global_batch_size`; `batch_ramp` as in text/stream.py; `loading` has the others.
     `length` is model.length, `seed` orders the training stream, `max_steps` are optimizer steps of the whole run.
@@ -90,6 +96,7 @@ class TextData(LightningDataModule):
         tokenizer_name_or_path: str,
         tokenizer_folder: str | None = None,
         vocab_size: int | None = None,
+        mask_token: str | None = None,
         name: str | None = None,
         train: str | None = None,
         valid: str | None = None,
@@ -102,6 +109,7 @@ class TextData(LightningDataModule):
         insert_valid_eos: bool = True,
         score_special: bool | None = None,
         prefix_length: int = 0,
+        first_given: bool = False,
         fill: str | None = None,
         segments: bool = False,
         segment_room: int | None = None,
@@ -112,6 +120,8 @@ class TextData(LightningDataModule):
         max_valid_texts: int | None = None,
         max_test_texts: int | None = None,
         train_splits: Sequence[str] | None = None,
+        protocol: str | None = None,
+        num_proc: int | None = None,
         cache_dir: str | Path = ".cache",
         batch_size: int | None = None,
         eval_batch_size: int = 32,
@@ -125,13 +135,18 @@ class TextData(LightningDataModule):
     ) -> None:
         super().__init__()
         self.name, self.fill, self.segments, self.prefix_length = name or "text", fill, segments, prefix_length
-        self.score_special = wrap if score_special is None else score_special
+        self.protocol, self.first_given = protocol, first_given
+        check_protocol(protocol, num_proc, streaming, random_crop)
+        source = source if protocol is None else source.published()
+        self.score_special = wrap or protocol is not None if score_special is None else score_special
         self.source, self.length, self.label, self.wrap, self.streaming = source, length, label, wrap, streaming
         self.random_crop, self.train_splits = random_crop, train_splits
         self.tokenizer_settings = {"name_or_path": tokenizer_name_or_path, "folder": tokenizer_folder,
-                                   "vocab_size": vocab_size, "cache_dir": cache_dir}  # fmt: skip
+                                   "vocab_size": vocab_size, "mask_token": mask_token,
+                                   "cache_dir": cache_dir}  # fmt: skip
         plain = Packing(length, wrap, long_texts=long_texts, drop_empty=drop_empty,
-                        room=segment_room if segments else None)  # fmt: skip
+                        room=segment_room if segments else None,
+                        num_proc=(num_proc or 1) if protocol else None)  # fmt: skip
         self.packings = dict.fromkeys(("validation", "test"), framed(plain, insert_valid_special, insert_valid_eos))
         self.packings["train"] = framed(plain, insert_train_special, insert_train_eos)
         self.limits = {"train": max_train_texts, "validation": max_valid_texts, "test": max_test_texts}
@@ -202,8 +217,11 @@ class TextData(LightningDataModule):
         texts = (of or self._texts).of(name)
         if self.wrap and (of or self._texts).label is None and "label" in texts.column_names:
             texts = texts.remove_columns("label")  # a chunk of several texts has no label
-        rows, figures = pack(texts, self.tokenizer, self.vocabulary, packing, self.cache_dir, f"{name} split")
+        published = self.wrap and self.protocol is not None
+        frame = published_frame(self.tokenizer, self.vocabulary) if published else self.vocabulary
+        rows, figures = pack(texts, self.tokenizer, frame, packing, self.cache_dir, f"{name} split")
         if of is None:
+            _check_known(name, figures, self.tokenizer_settings["name_or_path"])
             _report(name, figures, None if self.wrap else self.length)
             self.figures[name] = figures
         return rows
@@ -309,15 +327,17 @@ class TextData(LightningDataModule):
 
 
 def _collate(data: TextData) -> Collate:
-    vocabulary, prefix = data.vocabulary, data.prefix_length
+    vocabulary, beginning = data.vocabulary, {"prefix": data.prefix_length, "first_given": data.first_given}
     if data.wrap:
         special = () if data.score_special else vocabulary.special_ids
-        return Collate(data.length, None, special, prefix=prefix, bos_id=vocabulary.bos_id)
+        return Collate(data.length, None, special, bos_id=vocabulary.bos_id, **beginning)
     frame = {vocabulary.bos_id} if data.fill else {vocabulary.bos_id, vocabulary.eos_id}
     frame = () if data.score_special else frame - {None}
     pad_id = vocabulary.eos_id if data.fill else vocabulary.pad_id
     room = data.packings["train"].room
-    return Collate(data.length, pad_id, frame, bool(data.fill), data.segments, room, prefix, vocabulary.bos_id)
+    return Collate(
+        data.length, pad_id, frame, bool(data.fill), data.segments, room, bos_id=vocabulary.bos_id, **beginning
+    )
 
 
 def with_texts(data: TextData, split: str, texts: Sequence[str]) -> TextData:
@@ -342,7 +362,21 @@ def _report(name: str, figures: dict[str, int], longest: int | None) -> None:
         log.warning("%s: %d of %d texts are longer than model.length=%d; tokens left out: %d", name,
                     figures["long"], figures["texts"], longest, figures["cut"])  # fmt: skip
     if figures["unknown"]:
-        log.warning("%s: %d of %d tokens are unknown to the tokenizer", name, figures["unknown"], figures["tokens"])
+        log.warning("%s: %d of %d tokens are unknown to the tokenizer", name, figures["unknown"], _encoded(figures))
+
+
+def _check_known(name: str, figures: dict[str, int], tokenizer: str) -> None:
+    """Raises ValueError where nearly all tokens are the unknown one: a model of them says nothing of the texts."""
+    if figures["unknown"] > MOST_UNKNOWN * _encoded(figures):
+        raise ValueError(
+            f"data.tokenizer_name_or_path={tokenizer} does not know {figures['unknown']} of {_encoded(figures)} tokens "
+            f"of the {name} split: it is a tokenizer of other texts, or its vocabulary is incomplete; choose another"
+        )
+
+
+def _encoded(figures: dict[str, int]) -> int:
+    """Tokens of the texts; older cache entries know those of the rows alone."""
+    return figures.get("encoded", figures["tokens"])
 
 
 def _corpus(data: TextData) -> Corpus:

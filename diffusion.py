@@ -36,11 +36,13 @@ ENTRANCES = ("training_step", "validation_step", "cross_entropy_at")  # methods 
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where weights come from. steps: optimizer steps of their training, None where the file does not say."""
+    """Where weights come from. steps: optimizer steps of their training. length: tokens of its rows. None if the file
+    does not say."""
 
     checkpoint: str
     steps: int | None
     averaged: bool
+    length: int | None = None
 
 
 class BatchPlan(Protocol):
@@ -138,7 +140,7 @@ class Diffusion(lightning.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         loss = self.model.loss(self.told(batch), evaluation_noise(self.seed, batch["sample_id"]))
-        self.valid_nll.update(loss.nll_BL.sum(-1), loss.mask_BL.sum(-1))
+        self.valid_nll.update(loss.nll_BL.sum(-1), loss.mask_BL.sum(-1), batch)
         if self._search and batch_idx < self._search.num_batches:
             noise = evaluation_noise(hash_seed(self.seed, self.global_step), batch["sample_id"])
             self._clip_sums = self._clip_sums + self._search.sums(

@@ -25,8 +25,9 @@ NOT_IDENTITY = ("data.label", "data.cache_dir", "model.attn_backend", "backbone.
                 "data.judge._target_", "data.judge._partial_", "data.judge.kind", "latents.batch_size")  # fmt: skip
 # Of the keys of training that NOT_IDENTITY has, parameterization=bd3lm and masking=rates have their own copies.
 IDENTITY_IF_SET = ("training.from_pretrained", "training.freeze", "training.prefix_length",
-                   "training.start_from_counts", "loader.batch_ramp", "training.resample", "masking.resample",
-                   "parameterization.noising.resample", "data.fill", "data.segments", "data.prompt_column",
+                   "training.start_from_counts", "training.ignore_bos", "loader.batch_ramp", "training.resample",
+                   "masking.resample", "parameterization.noising.resample", "data.fill", "data.mask_token",
+                   "data.segments", "data.prompt_column", "data.protocol", "data.num_proc",
                    "data.source.prompt_column")  # fmt: skip
 # Of texts that only classify.pretrain reads.
 IDENTITY_IF_PRETRAINED = ("data.source.files.unsupervised", "data.source.hub_splits.unsupervised",
@@ -38,6 +39,8 @@ def identity(cfg: DictConfig) -> dict[str, object]:
     flat: dict[str, object] = {}
     pretrained = cfg.classify.pretrain or cfg.data.get("train_splits")
     left_out = NOT_IDENTITY if pretrained else (*NOT_IDENTITY, *IDENTITY_IF_PRETRAINED)
+    objective = law(cfg)
+    left_out = (*left_out, "training.ignore_bos") if objective == "bd3lm" else left_out  # it has its own copy
     left_out = left_out if cfg.data.get("segments") else (*left_out, "data.segment_room")
 
     def visit(prefix: str, node: object) -> None:
@@ -56,10 +59,9 @@ def identity(cfg: DictConfig) -> dict[str, object]:
         flat |= {f"classify.{key}": cfg.classify[key] for key in ("sharing", "label_dropout")}
     if cfg.classify.pretrain:
         flat |= {f"classify.{key}": cfg.classify[key] for key in ("pretrain", "pretrain_steps")}
-    objective = law(cfg)
     flat |= {"block_size": cfg.block_size} if objective == "bd3lm" else {}
     if flat.get("data.score_special", ...) is None:  # what null means hangs on data.wrap
-        flat |= {} if cfg.data.wrap else {"data.score_special": False}
+        flat |= {} if cfg.data.wrap or cfg.data.get("protocol") else {"data.score_special": False}
         flat = {key: value for key, value in flat.items() if key != "data.score_special" or value is not None}
     return {**flat, "parameterization": objective}
 

@@ -17,7 +17,15 @@ class Machine:
 
     @property
     def device(self) -> torch.device:
-        """That of this process."""
+        """That of this process.
+
+        Raises:
+            ValueError: a GPU is asked for, and there is none.
+        """
+        if self._trainer.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+            raise ValueError(
+                f"trainer.accelerator={self._trainer.accelerator}: torch finds no GPU on this machine; use auto or cpu"
+            )
         gpu = self._trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
         return torch.device("cuda", local_device()) if gpu else torch.device("cpu")
 

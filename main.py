@@ -14,6 +14,7 @@ import logging
 import os
 import sys
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -28,13 +29,15 @@ import command_line
 from contradictions import check_schedule, is_mlm, law, refuse_contradictions, trains
 from dataloader import BatchPlan, Loading, TextData
 from diffusion import Diffusion, Provenance
-from engine.logs import Heard
-from engine.processes import first_process
+from engine.logs import guard_output
+from engine.processes import first_process, started_beside_others
 from engine.recovery import newest_good
+from engine.run_lock import alone_in
 from engine.signals import SIGNALS
 from engine.slurm import check_processes
 from engine.trainer import Run, build_trainer
 from estimators.base import Estimator
+from file_settings import complete
 from files import Place, below, exists, folder_of, is_remote, place
 from identity import identity
 from instantiation import instantiate
@@ -49,6 +52,8 @@ from tasks.class_models import pretraining_splits
 from tasks.drawing import Drawing
 from tasks.scoring import Precision
 from text.judging import Judge, same_text
+
+log = logging.getLogger(__name__)
 
 _TEXT_DATA = inspect.signature(TextData).parameters
 _FETCHING = ("num_workers", "prefetch_factor", "pin_memory", "persistent_workers")
@@ -124,6 +129,13 @@ class Experiment:
         below_it = self.folder(label).relative_to(self._save_dir).parts
         return below(self._kept_in, *below_it, "checkpoints")
 
+    def alone(self, label: int | None = None) -> AbstractContextManager[None]:
+        """A context in which no other process trains in the run's folder (engine/run_lock.py). The first of several
+        processes sees to it; where others were started beside it, it cannot let them wait."""
+        if not first_process():
+            return nullcontext()
+        return alone_in(self.folder(label), wait=not started_beside_others())
+
     @property
     def settings(self) -> str:
         return OmegaConf.to_yaml(self.cfg, resolve=True)
@@ -148,7 +160,8 @@ class Experiment:
     @property
     def protocol(self) -> dict[str, object]:
         """What is measured: which law, which weights, which random numbers."""
-        keys = ("T", "time_conditioning", "trainer.precision", "seed", "eval.checkpoint_path", "eval.disable_ema")
+        keys = ("T", "subs_masking", "time_conditioning", "training.ignore_bos", "trainer.precision", "seed",
+                "eval.checkpoint_path", "eval.disable_ema")  # fmt: skip
         settings = {key: OmegaConf.select(self.cfg, key) for key in keys}
         if law(self.cfg) == "bd3lm":
             keys = ("block_size", "parameterization.ignore_bos", "data.segments")
@@ -186,6 +199,7 @@ class Experiment:
                 batch_size=machine.micro_batch, eval_batch_size=machine.eval_batch, batch_ramp=machine.ramp,
                 global_batch_size=loader.global_batch_size, max_steps=self.cfg.trainer.max_steps, seed=self.seed,
                 prefix_length=self.cfg.training.prefix_length,
+                first_given=self.cfg.parameterization.get("ignore_bos", self.cfg.training.ignore_bos),
                 stream=instantiate(self.cfg.streaming), loading=Loading(**{key: loader[key] for key in _FETCHING}),
                 latents=self._encoder,
             )  # fmt: skip
@@ -233,13 +247,15 @@ class Experiment:
         checkpoint = read_checkpoint(path)
         shape = (*FUNCTION, "model.mask_padding", "block_size", "data.segments", "data.segment_room")
         self._write_behind_a_window(checkpoint)
+        _warn_of_length(checkpoint, self.cfg.model.length)
         shape += ("model.length",) if "configuration" in checkpoint.identity and not self._any_length else ()
         check_belongs(checkpoint, identity(self.cfg), (*shape, "parameterization"), data)
         diffusion = self.diffusion(data)
         checkpoint.load_into(diffusion.backbone, use_ema=not disable_ema)
         diffusion.ema = None
         averaged = checkpoint.ema is not None and not disable_ema
-        diffusion.provenance = Provenance(str(path), checkpoint.step, averaged)
+        length = checkpoint.settings.get("model.length")
+        diffusion.provenance = Provenance(str(path), checkpoint.step, averaged, length)
         return diffusion.eval().to(self.machine.device)
 
     @property
@@ -342,22 +358,42 @@ def _callbacks(cfg: DictConfig) -> list[DictConfig]:
     return [*(cfg.get("callbacks") or {}).values(), *([cfg.plateau] if cfg.plateau else [])]
 
 
+def _warn_of_length(checkpoint: Checkpoint, length: int) -> None:
+    trained = checkpoint.settings.get("model.length")
+    if trained not in (None, length):
+        log.warning(
+            "model.length=%d: %s was trained on texts of %d tokens, and is used on others; leave model.length out for "
+            "the length of its training", length, checkpoint.path, trained,
+        )  # fmt: skip
+
+
 def _of_class(path: str | None, label: int | None) -> str:
     """`path` with the number of the class in place of {label}."""
     return (path or "").replace("{label}", "{label}" if label is None else str(label))
 
 
-def run(cfg: DictConfig, command: str) -> dict[str, object]:
-    """Build the experiment and run the task that `mode` names; returns its results."""
+def checked(cfg: DictConfig, command: str) -> Experiment:
+    """The experiment of a configuration, after all that can be said against it before data are read.
+
+    Raises:
+        ValueError, OSError: a setting is none, contradicts another one, or names what does not exist.
+    """
     check_numbers(cfg)
     refuse_contradictions(cfg)
     check_schedule(cfg)
     instantiate(cfg.lr_scheduler)(torch.optim.SGD([torch.zeros(1)]))  # what it refuses, before any data are read
-    torch.set_float32_matmul_precision("high")
     experiment = Experiment(cfg, command)
-    experiment.drawing  # noqa: B018 - what it refuses, likewise
+    experiment.drawing, experiment.estimator  # noqa: B018 - what they refuse, likewise
+    instantiate(cfg.parameterization, mask_id=0)
     check_processes(experiment.machine.devices, cfg.trainer.num_nodes)
     _check_ramp(experiment)
+    return experiment
+
+
+def run(cfg: DictConfig, command: str) -> dict[str, object]:
+    """Build the experiment and run the task that `mode` names; returns its results."""
+    experiment = checked(cfg, command)
+    torch.set_float32_matmul_precision("high")
     if is_remote(experiment.checkpoints()):
         print(f"checkpoints: {experiment.checkpoints()}; logs, reports and results, here: {experiment.folder()}")
     return instantiate(cfg.mode)(experiment)
@@ -368,9 +404,11 @@ def job(cfg: DictConfig) -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
     if not first_process():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the end: what is said is said once
-    sys.stdout, sys.stderr = Heard(sys.stdout), Heard(sys.stderr)
-    command = " ".join(["python main.py", *HydraConfig.get().overrides.task])
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - until the end: what is said is said once
+    guard_output()
+    words = list(HydraConfig.get().overrides.task)
+    command_line.refuse_unknown_additions(cfg, words)
+    command = " ".join(["python main.py", *words])
     with SIGNALS.listening():
         run(cfg, command)
 
@@ -382,8 +420,9 @@ def _hydra_main(cfg: DictConfig) -> None:
 
 
 def main() -> None:
+    guard_output()
     with command_line.clear_errors():
-        sys.argv[1:] = command_line.translate(sys.argv[1:])
+        sys.argv[1:] = complete(command_line.translate(sys.argv[1:]))
         _hydra_main()
     SIGNALS.finished()
 

@@ -1,16 +1,22 @@
-"""Numbers with their errors: estimates, and the meter every likelihood is measured with.
+"""Numbers with their errors: estimates, the independent units that errors are over, and the meter of validation.
 
-Shape suffixes: B texts.
+Shape suffixes: B rows of a batch, M rows, U units.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+_LARGEST_EXPONENT = 700  # exp of more is no float
 
 
 @dataclass(frozen=True)
@@ -22,20 +28,111 @@ class Estimate:
 
     def exp(self) -> Estimate:
         """exp of the value; the error by the delta method."""
-        return Estimate(math.exp(self.value), math.exp(self.value) * self.se)
+        value = math.exp(self.value) if self.value < _LARGEST_EXPONENT else math.inf
+        return Estimate(value, value * self.se)
 
     def scaled(self, factor: float) -> Estimate:
         return Estimate(self.value * factor, abs(factor) * self.se)
 
     def __str__(self) -> str:
-        return f"{self.value:.4f} ± {self.se:.4f}"
+        decimals = 4 if abs(self.value) < 10_000 else 0
+        return f"{self.value:,.{decimals}f} ± {self.se:,.{decimals}f}"
+
+
+UNIT_COLUMNS = ("first_document", "last_document", "text_id")  # what says of which units rows are, where it is known
+
+
+@dataclass(frozen=True)
+class Units:
+    """The independent units that M rows belong to: row m holds parts of the units first_M[m] to last_M[m]. Rows depend
+    on each other only where they share a unit. name: what the units are, in the plural."""
+
+    name: str
+    first_M: np.ndarray
+    last_M: np.ndarray
+
+    @classmethod
+    def of(cls, columns: Mapping[str, ArrayLike]) -> Units:
+        """The units of rows of a data set, by their columns (or those of a batch).
+
+        Documents where they are known, and there are two at least; else the texts that rows are cut from; else runs of
+        about sqrt(M) rows that follow one another.
+        """
+        if "first_document" in columns:
+            first_M, last_M = (np.asarray(columns[name]) for name in ("first_document", "last_document"))
+            if len(np.unique(np.concatenate([first_M, last_M]))) > 1:
+                return cls("documents", first_M, last_M)
+        if "text_id" in columns:
+            return cls.each(columns["text_id"])
+        place_M = np.argsort(np.argsort(np.asarray(columns["sample_id"])))
+        run_M = place_M // max(1, round(math.sqrt(len(place_M))))
+        return cls("runs of rows", run_M, run_M)
+
+    @classmethod
+    def each(cls, text_M: ArrayLike) -> Units:
+        """Texts, by their numbers: rows with the same number are of one text."""
+        return cls("texts", np.asarray(text_M), np.asarray(text_M))
+
+    def __len__(self) -> int:
+        """How many units there are."""
+        if (self.first_M == self.last_M).all():
+            return len(np.unique(self.first_M))
+        spans = zip(self.first_M, self.last_M, strict=True)
+        return len(np.unique(np.concatenate([np.arange(first, last + 1) for first, last in spans])))
+
+    def __getitem__(self, index_M: np.ndarray) -> Units:
+        """Those of some rows."""
+        return Units(self.name, self.first_M[index_M], self.last_M[index_M])
+
+    def __str__(self) -> str:
+        return f"{len(self):,} {self.name}"
+
+    def variance(self, influence_M: np.ndarray) -> float:
+        """The variance of an estimate to which row m contributes the deviation influence_M[m]; they sum to zero. nan
+        where all rows depend on one another.
+
+        Sums the products of all pairs of rows that share a unit, as in a cluster-robust variance (Liang & Zeger,
+        Biometrika 73, 1986), also where a row holds parts of several units. As deviations are from the mean of the
+        sample, the sum is scaled by 1 / (1 - the share of all pairs that it has), which is n / (n - 1) for independent
+        rows. Where it is not positive, as can happen by chance with few documents, it is that of independent rows.
+        """
+        order_M = np.lexsort((self.last_M, self.first_M))
+        value_M, first_M, last_M = (column[order_M] for column in (influence_M, self.first_M, self.last_M))
+        low_M, high_M = np.searchsorted(last_M, first_M, "left"), np.searchsorted(first_M, last_M, "right")
+        before = np.concatenate([[0.0], np.cumsum(value_M)])
+        share, n = (high_M - low_M).sum() / max(len(value_M), 1) ** 2, len(value_M)
+        if n < 2 or share == 1:
+            return math.nan
+        found = float(value_M @ (before[high_M] - before[low_M])) / (1 - share)
+        return found if found > 0 else float(value_M @ value_M) * n / (n - 1)
+
+
+def ratio(part_M: ArrayLike, whole_M: ArrayLike, units: Units | None = None) -> Estimate:
+    """Sum of the parts over the sum of the wholes, such as nats over tokens, with the standard error of that ratio over
+    the units (None: each row is one), by linearisation (Cochran, Sampling Techniques, eq. 6.12).
+
+    It covers both the choice of texts and the Monte Carlo draws, as far as these differ from unit to unit.
+
+    Raises:
+        ValueError: nothing was measured.
+    """
+    part_M, whole_M = np.asarray(part_M, dtype=np.float64), np.asarray(whole_M, dtype=np.float64)
+    total = whole_M.sum()
+    if total == 0:
+        raise ValueError("no token was measured: the split is empty")
+    value = float(part_M.sum() / total)
+    units = Units.each(np.arange(len(part_M))) if units is None else units
+    return Estimate(value, math.sqrt(units.variance((part_M - value * whole_M) / total)))
+
+
+def mean(value_M: ArrayLike, units: Units | None = None) -> Estimate:
+    """The mean with its standard error over the units (None: each value is one); nan without any."""
+    return ratio(value_M, np.ones(len(value_M)), units) if len(value_M) else Estimate(math.nan, math.nan)
 
 
 class NLLMeter(Metric):
-    """Nats per token over a data set: sum of nll / sum of tokens, with the standard error of that ratio over texts.
-
-    The error (Cochran, Sampling Techniques, eq. 6.12) covers both the choice of texts and the Monte Carlo draws. All
-    sums are float64 and add up over devices, so batch size and number of devices do not matter.
+    """Nats per token over a data set that is measured batch by batch, with the error of `ratio` over its units. All
+    rows are kept (five numbers each), so batch size, order and number of devices do not matter.
 
     over_devices: every process meters texts of its own, and all together ask for the estimate; else each has the whole.
     """
@@ -44,17 +141,20 @@ class NLLMeter(Metric):
 
     def __init__(self, over_devices: bool = False) -> None:
         super().__init__(sync_on_compute=over_devices)
-        for name in ("texts", "nll", "tokens", "nll_sq", "tokens_sq", "cross"):
-            self.add_state(name, default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("rows", default=[], dist_reduce_fx="cat")
+        self.units: tuple[str, ...] = ()
 
-    def update(self, nll_B: Tensor, tokens_B: Tensor) -> None:
-        nll_B, tokens_B = nll_B.double(), tokens_B.double()
-        self.texts += len(nll_B)
-        self.nll += nll_B.sum()
-        self.tokens += tokens_B.sum()
-        self.nll_sq += (nll_B**2).sum()
-        self.tokens_sq += (tokens_B**2).sum()
-        self.cross += (nll_B * tokens_B).sum()
+    def reset(self) -> None:
+        """Forget all rows. An empty one is kept, so that a process without any has something to exchange."""
+        super().reset()
+        self.rows = [torch.zeros(0, 5, dtype=torch.float64, device=self.device)]
+
+    def update(self, nll_B: Tensor, tokens_B: Tensor, batch: Mapping[str, Tensor]) -> None:
+        """Add rows. batch: what says of which units they are (`Units.of`)."""
+        found = ("first_document", "last_document") if "first_document" in batch else ("text_id",) * 2
+        self.units = found if found[0] in batch else ("sample_id",) * 2
+        columns = (nll_B, tokens_B, batch["sample_id"], *(batch[name] for name in self.units))
+        self.rows.append(torch.stack([column.double() for column in columns], dim=1))
 
     def estimate(self) -> Estimate:
         """Nats per token."""
@@ -66,13 +166,10 @@ class NLLMeter(Metric):
         Raises:
             ValueError: nothing was measured.
         """
-        n, total = float(self.texts), float(self.tokens)
-        if total == 0:
-            raise ValueError("no token was measured: the split is empty")
-        ratio = float(self.nll) / total
-        residual_sq = float(self.nll_sq) - 2 * ratio * float(self.cross) + ratio**2 * float(self.tokens_sq)
-        se = math.sqrt(max(residual_sq, 0.0) * n / (n - 1)) / total if n > 1 else math.nan
-        return torch.tensor([ratio, se], dtype=torch.float64)
+        nll_M, tokens_M, *columns = dim_zero_cat(self.rows).T.cpu().numpy() if len(self.rows) else np.zeros((5, 0))
+        units = Units.of(dict(zip(("sample_id", *self.units), columns, strict=False)))
+        found = ratio(nll_M, tokens_M, units)
+        return torch.tensor([found.value, found.se], dtype=torch.float64)
 
     def set_dtype(self, dst_type: torch.dtype) -> NLLMeter:
         """The sums stay float64 whatever the model's precision."""

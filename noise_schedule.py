@@ -51,8 +51,14 @@ class NoiseSchedule(ABC):
 
     @property
     def whole(self) -> NoiseSchedule:
-        """The schedule that goes from clean to masked: the one to measure and sample with."""
+        """The schedule without the limits of `Clipped`."""
         return self
+
+    @property
+    def complete(self) -> NoiseSchedule:
+        """The whole schedule rescaled to go from clean (alpha = 1) to all masked (alpha = 0): the one to measure and
+        sample with. A schedule that stops at alpha = 0.001 leaves out the mask rates at which a text begins."""
+        return EndsMasked(self.whole)
 
 
 def _unit_interval(name: str, value: float) -> float:
@@ -143,7 +149,7 @@ class Geometric(NoiseSchedule):
 
 class Clipped(NoiseSchedule):
     """The part of `base` whose mask rates lie in [sampling_eps_min, sampling_eps_max]: noise levels worth training on
-    (BD3-LM, arXiv 2503.09573, section 5). It covers a part of the bound only, so measuring uses `base`."""
+    (BD3-LM, arXiv 2503.09573, section 5). It covers a part of the bound only, so measuring uses `complete`."""
 
     def __init__(self, base: NoiseSchedule, sampling_eps_min: float, sampling_eps_max: float) -> None:
         if not 0.0 <= sampling_eps_min < sampling_eps_max <= 1.0:
@@ -178,7 +184,12 @@ class EndsMasked(NoiseSchedule):
 
     def __call__(self, t: Tensor) -> NoiseLevel:
         level = self.base(t)
-        return NoiseLevel((level.alpha - self._last) / self._range, level.dalpha / self._range)
+        # Rounding may lead beyond the ends, where there is no noise level.
+        return NoiseLevel(((level.alpha - self._last) / self._range).clamp(0.0, 1.0), level.dalpha / self._range)
 
     def t_from_alpha(self, alpha: Tensor) -> Tensor:
         return self.base.t_from_alpha(self._last + self._range * alpha)
+
+    @property
+    def complete(self) -> NoiseSchedule:
+        return self

@@ -11,6 +11,7 @@ Shape suffixes: B batch.
 from __future__ import annotations
 
 import copy
+import math
 from functools import lru_cache
 
 import torch
@@ -75,7 +76,7 @@ class KeyedNoise:
         self, seed: int, key_B: Tensor, draw: int = 0, time_B: Tensor | None = None, shared_B: Tensor | None = None
     ) -> None:
         self._state_B = _mix(_mix(key_B ^ hash_seed(seed)) ^ hash_seed(draw))
-        self._calls = 0
+        self._calls, self._depth = 0, 0
         self._time_B, self._shared_B = time_B, shared_B
 
     def uniform(self, *shape: int) -> Tensor:
@@ -108,30 +109,40 @@ class KeyedNoise:
 
         The first part has the row's own numbers, and no part's depend on how many there are. The times of a row's parts
         are its own time shifted along a Kronecker sequence: spread evenly over the row, and those of each part over
-        the rows (or draws) as the rows' own are.
+        the rows (or draws) as the rows' own are. Parts of parts have numbers of their own: part 2 of part 1 is another
+        one than part 1 of part 2.
         """
         part_b = torch.arange(number, device=self._state_B.device)
-        address_b = torch.where(part_b > 0, _mix(part_b), 0)
-        shift_b = part_b.double() * _GOLDEN_RATIO_CONJUGATE
-        time = None if self._time_B is None else (self._time_B[:, None] + shift_b) % 1.0
+        time = None if self._time_B is None else (self._time_B[:, None] + part_b.double() * self._time_shift) % 1.0
         shared_B = None if self._shared_B is None else self._shared_B.repeat_interleave(number)
-        state_b = (self._state_B[:, None] ^ address_b).flatten()
-        return self._with(state_b, None if time is None else time.flatten(), shared_B)
+        state_b = self._part_state(self._state_B[:, None], part_b).flatten()
+        return self._with(state_b, None if time is None else time.flatten(), shared_B, self._depth + 1)
 
     def part(self, number: int) -> KeyedNoise:
         """Noise for one part of every row, as in `parts`."""
-        address = _mix(torch.tensor(number, device=self._state_B.device)) if number else 0
-        time_B = None if self._time_B is None else (self._time_B + number * _GOLDEN_RATIO_CONJUGATE) % 1.0
-        return self._with(self._state_B ^ address, time_B, self._shared_B)
+        state_B = self._part_state(self._state_B, torch.tensor(number, device=self._state_B.device))
+        time_B = None if self._time_B is None else (self._time_B + number * self._time_shift) % 1.0
+        return self._with(state_B, time_B, self._shared_B, self._depth + 1)
+
+    def _part_state(self, state: Tensor, part: Tensor) -> Tensor:
+        """The state of a part. XOR alone commutes and undoes itself, so the parts of parts are mixed as well."""
+        if self._depth == 0:
+            return torch.where(part > 0, state ^ _mix(part), state)
+        return torch.where(part > 0, _mix(state ^ _mix(part ^ hash_seed(self._depth))), state)
+
+    @property
+    def _time_shift(self) -> float:
+        """By how much the times of neighbouring parts differ. No shift is a multiple of that of another depth."""
+        return math.exp(self._depth) % 1.0 if self._depth else _GOLDEN_RATIO_CONJUGATE
 
     def rows(self, index_R: Tensor) -> KeyedNoise:
         """The noise of some rows."""
         of_rows = (None if known_B is None else known_B[index_R] for known_B in (self._time_B, self._shared_B))
-        return self._with(self._state_B[index_R], *of_rows)
+        return self._with(self._state_B[index_R], *of_rows, self._depth)
 
-    def _with(self, state_B: Tensor, time_B: Tensor | None, shared_B: Tensor | None) -> KeyedNoise:
+    def _with(self, state_B: Tensor, time_B: Tensor | None, shared_B: Tensor | None, depth: int) -> KeyedNoise:
         other = copy.copy(self)
-        other._state_B, other._time_B, other._shared_B = state_B, time_B, shared_B
+        other._state_B, other._time_B, other._shared_B, other._depth = state_B, time_B, shared_B, depth
         return other
 
 

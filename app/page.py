@@ -32,7 +32,7 @@ def page(networks: Sequence[Network], extra: Sequence[str] = ()) -> gr.Blocks:
 def head() -> str:
     """Of the page: its style, in the colours of the reports. Gradio rewrites what it is handed as CSS, and loses what
     is said of the dark."""
-    return f"<style>\n{colours()}\n{Path(__file__).with_name('page.css').read_text()}</style>"
+    return f"<style>\n{colours()}\n{Path(__file__).with_name('page.css').read_text(encoding='utf-8')}</style>"
 
 
 def theme() -> gr.themes.Base:

@@ -93,7 +93,8 @@ def write(networks: Networks, network: Network, wish: Wish, show: Callable[..., 
 @cache
 def keys_of(decoder: str) -> frozenset[str]:
     """The keys of `sampling` that a choice of sampling.predictor reads."""
-    return frozenset(re.findall(r"\$\{sampling\.(\w+)\}", (CONFIGS / "sampler" / f"{decoder}.yaml").read_text()))
+    settings = (CONFIGS / "sampler" / f"{decoder}.yaml").read_text(encoding="utf-8")
+    return frozenset(re.findall(r"\$\{sampling\.(\w+)\}", settings))
 
 
 class _Watch:

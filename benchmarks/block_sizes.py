@@ -49,7 +49,7 @@ def main() -> None:
         subprocess.run(command, check=True)
         results = json.loads((folder / "results.json").read_text())
         table[size] = {key: results.get(key) for key in ("nll_nats_per_token", "true_nats_per_token",
-                       "gap_nats_per_token")}  # fmt: skip
+                       "gap_nats_per_token", "units", "num_units")}  # fmt: skip
         table[size]["seconds"] = round(time.perf_counter() - start)
         nll = results["nll_nats_per_token"]
         print(f"block {size:4}  {nll['value']:.4f} ± {nll['se']:.4f} nats/token", flush=True)

@@ -26,7 +26,7 @@ import main as palimpsest  # noqa: E402
 from benchmarks.kneser_ney import KneserNey  # noqa: E402
 from command_line import compose_config  # noqa: E402
 from contradictions import law, refuse_contradictions  # noqa: E402
-from metrics import Estimate  # noqa: E402
+from metrics import Estimate, Units  # noqa: E402
 from number_checks import check_numbers  # noqa: E402
 from tasks.base import token_counts  # noqa: E402
 from tasks.drawing import draw  # noqa: E402
@@ -115,10 +115,12 @@ class Table:
         return kept
 
     def row(
-        self, name: str, rows: list[list[int]], evaluations: float | None = None, seconds: float | None = None
-    ) -> dict[str, object]:
-        """Prints a line, and the first texts if they are asked for; returns the line for the JSON."""
-        quality = measure(rows, self.data, self.scorer)
+        self, name: str, rows: list[list[int]], evaluations: float | None = None, seconds: float | None = None,
+        units: Units | None = None,
+    ) -> dict[str, object]:  # fmt: skip
+        """Prints a line, and the first texts if they are asked for; returns the line for the JSON. units: what errors
+        are over (None: texts)."""
+        quality = measure(rows, self.data, self.scorer, units)
         columns = {"generative_perplexity": quality.likelihood.perplexity,
                    "unigram_entropy_nats": quality.diversity.unigram_entropy,
                    **{f"distinct_{n}": share for n, share in quality.diversity.distinct.items()}}  # fmt: skip
@@ -167,7 +169,7 @@ def main() -> None:
     rows.append(table.row("unigrams", table.unigrams(kept)))
     real = real_texts(table.data, "validation", args.texts, table.experiment.seed)
     if real.rows:
-        rows.append(table.row("real texts", real.rows))
+        rows.append(table.row("real texts", real.rows, units=real.units))
     print(json.dumps({"benchmark": "decoders", "checkpoint": args.checkpoint, "texts": args.texts,
                       "overrides": args.overrides, "scorer": table.scorer.protocol, "real_missing": real.missing,
                       "device": str(table.network.device), "table": rows}))  # fmt: skip

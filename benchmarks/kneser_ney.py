@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from metrics import Units
 from tasks.generative_perplexity import GenerativePerplexity, TextScores
 from text.tokenizers import encode
 
@@ -59,11 +60,12 @@ class KneserNey:
                 p = (seen + self.discount * self._kinds[n][context] * p) / total
         return p
 
-    def perplexity(self, texts: Sequence[str]) -> GenerativePerplexity:
+    def perplexity(self, texts: Sequence[str], units: Units | None = None) -> GenerativePerplexity:
         """As of a `CausalScorer`: the tokens of each text, an end not among them."""
         rows = encode(self.tokenizer, list(texts))
         nats = [
             -sum(np.log(self.probability(token, ([_BEGIN] * (self.order - 1) + ids)[i : i + self.order - 1]))
                  for i, token in enumerate(ids)) for ids in rows
         ]  # fmt: skip
-        return TextScores(np.array(nats, dtype=np.float64), np.array([len(ids) for ids in rows])).summary(self.protocol)
+        scores = TextScores(np.array(nats, dtype=np.float64), np.array([len(ids) for ids in rows]))
+        return scores.summary(self.protocol, units)

@@ -50,7 +50,8 @@ def main() -> None:
         results = json.loads((folder / "results.json").read_text())
         nll = results["nll_nats_per_token"]
         table[name] = {"nll": nll["value"], "se": nll["se"], "seconds": time.perf_counter() - start,
-                       "estimator": results["protocol"]["estimator"]}  # fmt: skip
+                       "estimator": results["protocol"]["estimator"], "errors_over": results["units"],
+                       "num_units": results["num_units"]}  # fmt: skip
         print(f"{name:28} {nll['value']:.4f} ± {nll['se']:.4f} nats/token  {table[name]['estimator']}", flush=True)
     print(json.dumps({"benchmark": "objectives", "steps": args.steps, "tokens": args.steps * 32 * 128, "table": table}))
 

@@ -115,6 +115,11 @@ def launched_per_node() -> int | None:
     return None
 
 
+def started_beside_others() -> bool:
+    """Whether torchrun or srun started several processes, which meet later than they begin."""
+    return (launched_per_node() or 1) > 1 or int(os.environ.get("SLURM_NNODES", os.environ.get("WORLD_SIZE", "1"))) > 1
+
+
 def processes_per_node(devices: int | str, available: int) -> int:
     """How many processes run on each node: `devices`, or for "auto" those that torchrun or srun started, else one for
     each of the `available` devices.

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -33,6 +32,7 @@ from callbacks.retention import LAST
 from engine.slurm import requeue
 from files import Place, below
 
+_STDERR = 2  # its descriptor
 _TO_THE_QUEUE = (signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -152,7 +152,7 @@ def say(text: str) -> None:
     can not be written (SIGHUP: the terminal is gone) it is left out: saving matters more."""
     if rank_zero_only.rank == 0:
         with suppress(OSError):
-            os.write(sys.__stderr__.fileno(), f"\n{text}\n".encode())
+            os.write(_STDERR, f"\n{text}\n".encode())
 
 
 def take_over(trainer: lightning.Trainer) -> None:

@@ -10,6 +10,7 @@ import lightning
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from callbacks.batches import BatchArithmetic
 from callbacks.best import LastCheckpoint, Patience
@@ -58,7 +59,7 @@ def build_trainer(run: Run, settings: Mapping[str, object]) -> lightning.Trainer
     """A trainer with the further arguments `settings` of lightning.Trainer.
 
     Raises:
-        ValueError: there is a patience, and no callback keeps the best weights.
+        ValueError: there is a patience, and no callback keeps the best weights; Lightning refuses a setting.
     """
     callbacks = list(run.callbacks)
     if run.patience is not None:
@@ -86,11 +87,15 @@ def build_trainer(run: Run, settings: Mapping[str, object]) -> lightning.Trainer
         settings["val_check_interval"] *= run.accumulate
     strategy = strategy_for(run.strategy, run.devices * settings.get("num_nodes", 1), run.fitting)
     loggers = [outlives_full_disks(logger) for logger in run.loggers]
-    trainer = lightning.Trainer(
-        **settings, devices=run.devices, accumulate_grad_batches=run.accumulate, precision=run.precision,
-        callbacks=[TextProgressBar(run.title, metrics=metrics), *callbacks], logger=loggers or False,
-        strategy=strategy, plugins=[storage], use_distributed_sampler=False, check_val_every_n_epoch=None,
-        max_epochs=-1, enable_model_summary=False, enable_checkpointing=run.fitting, inference_mode=True,
-    )  # fmt: skip
+    try:
+        trainer = lightning.Trainer(
+            **settings, devices=run.devices, accumulate_grad_batches=run.accumulate, precision=run.precision,
+            callbacks=[TextProgressBar(run.title, metrics=metrics), *callbacks], logger=loggers or False,
+            strategy=strategy, plugins=[storage], use_distributed_sampler=False, check_val_every_n_epoch=None,
+            max_epochs=-1, enable_model_summary=False, enable_checkpointing=run.fitting, inference_mode=True,
+        )  # fmt: skip
+    except (MisconfigurationException, TypeError) as error:
+        typed = " ".join(f"trainer.{key}={value}" for key, value in settings.items())
+        raise ValueError(f"lightning.Trainer refuses {typed}: {error}; change what it names") from error
     take_over(trainer)
     return trainer

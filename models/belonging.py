@@ -9,10 +9,11 @@ import numpy as np
 
 from models.checkpoints import Checkpoint, Progress
 
-# What a network computes hangs on these; other files may lack some of them, and may have been trained at other lengths.
+# Settings that change what a network computes. A file may lack some of them.
 FUNCTION = ("model.hidden_size", "model.cond_dim", "model.n_blocks", "model.n_heads", "time_conditioning")
 # What a network has learned to tell from what; a mode that a file does not name was never trained.
 MODES = "training.joint_modes"
+MASK = "data.mask_token"
 # What our own files leave unsaid, being so.
 UNSAID = {"data.segments": False}
 # What a configuration may leave to the file that a network comes from.
@@ -45,26 +46,66 @@ def check_belongs(checkpoint: Checkpoint, ours: Mapping[str, object], shape: Seq
     Raises:
         ValueError: it is not; with what to type.
     """
+    refuse_unsupported(checkpoint)
     theirs = {**(UNSAID if "configuration" in checkpoint.identity else {}), **checkpoint.settings}
     ours = {**UNSAID, **ours}
-    differing = [f"{key}={theirs[key]}" for key in shape if key in theirs and ours.get(key) not in (None, theirs[key])]
+    differing = [f"{key}={theirs[key]}" for key in shape
+                 if key in theirs and _reads(theirs, key) and ours.get(key) not in (None, theirs[key])]  # fmt: skip
     if theirs.get("data.segments") and not ours["data.segments"]:  # which say what the blocks are
         differing = [setting for setting in differing if not setting.startswith("block_size=")]
     evaluated = "parameterization" in shape and "configuration" in checkpoint.identity
     if evaluated and _under(MODES, theirs) != _under(MODES, ours):
         named = ", ".join(f"{key.removeprefix(MODES)[1:]}: {value}" for key, value in _under(MODES, theirs).items())
         differing.append(f"'{MODES}={{{named}}}'" if named else f"{MODES}=null")
-    if differing:
-        raise ValueError(f"{checkpoint.path} was trained with other settings; add: {' '.join(differing)}")
-    tokenizer = checkpoint.identity.get("tokenizer")
-    if tokenizer not in (None, data.vocabulary.fingerprint):
-        raise ValueError(
-            f"{checkpoint.path} was trained with another tokenizer than "
+    problems = [f"was trained with other settings; add: {' '.join(differing)}"] if differing else []
+    other_tokens = _other_tokens(checkpoint, data)
+    if other_tokens and theirs.get(MASK) != ours.get(MASK):
+        problems.append(f"was trained with another mask token; add: '{MASK}={theirs.get(MASK) or 'null'}'")
+    elif other_tokens:
+        problems.append(
+            f"was trained with another tokenizer than "
             f"data.tokenizer_name_or_path={ours.get('data.tokenizer_name_or_path')} gives here: "
-            f"{theirs.get('data.tokenizer_name_or_path', 'one')} of data={theirs.get('data.name', 'its own')}; "
-            "its token ids would mean other words"
+            f"{_name_of_tokenizer(theirs)}; its token ids would mean other words; set "
+            "data.tokenizer_name_or_path to the tokenizer of its training"
         )
+    if problems:
+        raise ValueError(f"{checkpoint.path} " + "\nand ".join(problems))
     _check_latents(checkpoint, ours, data.latents)
+
+
+def refuse_unsupported(checkpoint: Checkpoint) -> None:
+    """Raise ValueError if the objective or the network of the file does not exist here."""
+    if checkpoint.unsupported:
+        raise ValueError(
+            f"{checkpoint.path} cannot be used: {checkpoint.unsupported}; choose a checkpoint of mdlm, bd3lms or duo "
+            "with the objective subs (mdlm), bd3lm, sedd, d3pm or ar"
+        )
+
+
+def _reads(theirs: Mapping[str, object], key: str) -> bool:
+    """Whether the network of a file of ours reads a setting at all: AR has no cond_dim."""
+    of_network = key in (*FUNCTION, "model.mask_padding") and any(name.startswith("backbone.") for name in theirs)
+    return not of_network or f"backbone.{key.removeprefix('model.')}" in theirs
+
+
+def _other_tokens(checkpoint: Checkpoint, data: object) -> bool:
+    """Whether ids mean other tokens in the file than in the data. Files of elsewhere may hold their vocabulary only, to
+    which a project may have added padding."""
+    known = checkpoint.identity.get("tokenizer")
+    size = checkpoint.settings.get("vocab_size", data.vocabulary.size)
+    if known not in (None, data.vocabulary.fingerprint) or size != data.vocabulary.size:
+        return True
+    if checkpoint.tokens is None:
+        return False
+    ours = {number: token for token, number in data.tokenizer.get_vocab().items()}
+    return any(ours.get(number, token) != token for token, number in checkpoint.tokens.items())
+
+
+def _name_of_tokenizer(theirs: Mapping[str, object]) -> str:
+    name, size = theirs.get("data.tokenizer_name_or_path", "one"), theirs.get("vocab_size")
+    ids = f" with vocab_size={size}, the mask included" if size else ""
+    data = f" of data={theirs['data.name']}" if "data.name" in theirs else ""
+    return f"{name}{data}{ids}"
 
 
 def _under(group: str, settings: Mapping[str, object]) -> dict[str, object]:
@@ -109,5 +150,6 @@ def check_together(data: object, objective: object, backbone: object) -> None:
     if getattr(backbone, "knows_its_mask", False) and data.tokenizer.mask_token_id is None:
         raise ValueError(
             f"data.tokenizer_name_or_path={data.tokenizer_settings['name_or_path']} has no mask token, and "
-            f"{backbone.name} was trained with that of its own: name its tokenizer, or set backbone.from_scratch=true"
+            f"{backbone.name} was trained with that of its own: name its tokenizer, say with data.mask_token= which "
+            "token its mask is, or set backbone.from_scratch=true"
         )

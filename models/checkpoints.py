@@ -6,7 +6,9 @@ pickled inside), and the Hub's `config.json` + `model.safetensors` or `pytorch_m
 
 from __future__ import annotations
 
+import json
 import pickle
+import re
 import struct
 import zipfile
 from collections.abc import Mapping
@@ -33,8 +35,17 @@ from files import (
 )
 from models import torch_archive
 from models.ema import EMA
-from models.hub import CONFIG_FILE, WEIGHT_FILES, locate, read_config, settings_of_config, settings_of_tensors
+from models.hub import (
+    CONFIG_FILE,
+    WEIGHT_FILES,
+    locate,
+    read_config,
+    settings_of_config,
+    settings_of_tensors,
+    unsupported,
+)
 from models.inert_pickle import Inert
+from models.reference_settings import settings_of_reference
 
 BACKBONE_PREFIX = "backbone."
 _MOST_VALUES, _DEEPEST = 1_000_000, 10  # of an identity; the moments of latents are the most of it
@@ -48,7 +59,8 @@ class Checkpoint:
     identity: what Palimpsest saved beside the weights (empty for foreign files). config: a Hub `config.json`.
     settings: what the file says of its network, whatever its layout: keys as typed (`model.hidden_size`,
     `time_conditioning`, and `vocab_size`) -> values; what it does not say is left out. step: optimizer steps of its
-    training, None where it does not say.
+    training, None where it does not say. unsupported: the reason why none of our models is that of the file, "" if one
+    is. tokens: token -> id of the tokenizer that the file holds, None if it holds none.
     """
 
     path: Place
@@ -58,6 +70,8 @@ class Checkpoint:
     config: dict[str, object] = field(default_factory=dict)
     settings: dict[str, object] = field(default_factory=dict)
     step: int | None = None
+    unsupported: str = ""
+    tokens: dict[str, int] | None = None
 
     def load_into(self, backbone: nn.Module, use_ema: bool = True) -> None:
         """Copy the weights, the averaged ones where there are any and `use_ema`, into `backbone`.
@@ -152,9 +166,13 @@ def _read_lightning_file(path: Place, weights: bool = True) -> Checkpoint:
     content = read_contents(path, weights)
     identity = content.get("identity", {})
     state = _strip(content["state_dict"], path)
-    known = identity["configuration"] if "configuration" in identity else _reference_settings(content)
-    settings = {**known, **settings_of_tensors(state)}
-    return Checkpoint(path, state, content.get("ema"), identity, settings=settings, step=content.get("global_step"))
+    found = Checkpoint(path, state, content.get("ema"), identity, step=content.get("global_step"))
+    if "configuration" in identity:
+        known = identity["configuration"]
+    else:
+        known, found.unsupported, found.tokens = _reference(content)
+    found.settings = {**known, **settings_of_tensors(state)}
+    return found
 
 
 def read_contents(path: Place, weights: bool = True) -> dict[str, object]:
@@ -228,33 +246,48 @@ def _hub_checkpoint(path: Path, state: dict[str, Tensor]) -> Checkpoint:
     config = read_config(path)
     identity = {"tokenizer": config["tokenizer_fingerprint"]} if "tokenizer_fingerprint" in config else {}
     settings = {**settings_of_config(config), **settings_of_tensors(state)}
-    return Checkpoint(path, state, identity=identity, config=config, settings=settings)
+    return Checkpoint(path, state, None, identity, config, settings, unsupported=unsupported(config))
 
 
-_REFERENCE_KEYS = ("model.hidden_size", "model.cond_dim", "model.n_blocks", "model.n_heads", "model.dropout",
-                   "model.length", "time_conditioning")  # fmt: skip
+def _reference(content: Mapping[str, object]) -> tuple[dict[str, object], str, dict[str, int] | None]:
+    """What the configuration and the tokenizer pickled in a reference checkpoint say; see `Checkpoint`."""
+    parameters = content.get("hyper_parameters")
+    parameters = parameters if isinstance(parameters, dict) else {}
+    config = parameters.get("config")
+    settings, reason = settings_of_reference(lambda key: _omegaconf_value(config, key))
+    return settings, reason, _tokens(parameters.get("tokenizer"))
 
 
-def _reference_settings(content: Mapping[str, object]) -> dict[str, object]:
-    """What the configuration pickled in a reference checkpoint says under keys that mean here what they mean there."""
-    hyper_parameters = content.get("hyper_parameters")
-    config = hyper_parameters.get("config") if isinstance(hyper_parameters, dict) else None
-    found = {key: _omegaconf_value(config, key.split(".")) for key in _REFERENCE_KEYS}
-    law = _omegaconf_value(config, ["parameterization"]) or _omegaconf_value(config, ["algo", "parameterization"])
-    if _omegaconf_value(config, ["algo", "name"]) == "bd3lm":
-        law = "bd3lm"
-        found["block_size"] = _omegaconf_value(config, ["block_size"])
-        found["time_conditioning"] = _omegaconf_value(config, ["algo", "time_conditioning"])
-    found["parameterization"] = law if isinstance(law, str) else None
-    return {key: value for key, value in found.items() if isinstance(value, bool | int | float | str)}
+def _omegaconf_value(node: object, key: str) -> object:
+    """The value at a.b.c of a pickled omegaconf tree, or of plain dicts; None if there is none. A value that only
+    refers to another one, `${a.b}`, is that one."""
+    for _ in range(3):
+        value = node
+        for name in key.split("."):
+            children = _state(value).get("_content") if isinstance(value, Inert) else value
+            value = children.get(name) if isinstance(children, dict) else None
+        value = _state(value).get("_val") if isinstance(value, Inert) else value
+        reference = re.fullmatch(r"\$\{([\w.]+)\}", value) if isinstance(value, str) else None
+        if reference is None:
+            return value
+        key = reference[1]
+    return None
 
 
-def _omegaconf_value(node: object, names: list[str]) -> object:
-    """The value at names[0].names[1]... of a pickled omegaconf tree, or of plain dicts; None where there is none."""
-    for name in names:
-        children = _state(node).get("_content") if isinstance(node, Inert) else node
-        node = children.get(name) if isinstance(children, dict) else None
-    return _state(node).get("_val") if isinstance(node, Inert) else node
+def _tokens(tokenizer: object) -> dict[str, int] | None:
+    """Token -> id of a pickled tokenizer of transformers, None where it does not say."""
+    inner = _state(tokenizer).get("_tokenizer") if isinstance(tokenizer, Inert) else None
+    serialised = getattr(inner, "state", None)
+    if not isinstance(serialised, bytes):
+        return None
+    try:
+        known = json.loads(serialised)
+        vocab = known["model"]["vocab"]
+        if isinstance(vocab, list):  # Unigram: pieces with their scores
+            vocab = {piece: number for number, (piece, _) in enumerate(vocab)}
+        return {**vocab, **{added["content"]: added["id"] for added in known["added_tokens"]}}
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
 
 
 def _state(shell: Inert) -> dict[str, object]:

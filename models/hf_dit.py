@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from files import is_remote
 from models.checkpoints import Checkpoint, read_settings
 from models.dit import DiT
-from models.hub import BLOCK_MODEL_TYPE, MODEL_TYPE
+from models.hub import BLOCK_MODEL_TYPE
 
 _SIZES = ("model.hidden_size", "model.cond_dim", "model.n_blocks", "model.n_heads", "time_conditioning")
 
@@ -65,38 +64,14 @@ def build(settings: Mapping[str, object], attn_backend: str = "sdpa") -> DiT:
 def _described(checkpoint: Checkpoint, key: str) -> dict[str, object]:
     """The settings a file gives, all sizes among them."""
     path, known = checkpoint.path, checkpoint.settings
-    if (is_remote(path) or path.is_file()) and "configuration" not in checkpoint.identity:
-        sizes = " ".join(f"{name}={known[name]}" for name in _SIZES if name in known)
-        raise ValueError(
-            f"{key}={path} is a Lightning file of another program, and backbone=hf_dit reads the Hub's layout; "
-            f"use backbone=dit {sizes}".rstrip()
-        )
-    _refuse_other_networks(checkpoint.config, f"{key}={path}")
+    if checkpoint.unsupported:
+        raise ValueError(f"{key}={path}: {checkpoint.unsupported}; choose another model")
     missing = [
         name for name in ("vocab_size", *_SIZES, "model.dropout") if not isinstance(known.get(name), int | float)
     ]
     if missing:
         raise ValueError(f"{key}={path} gives no number for {', '.join(missing)}; use backbone=dit and type it")
     return known
-
-
-# What config.json of a block model may say of its network, and what a DiT is.
-_AS_A_DIT = {"causal": False, "adaln": True, "cross_attn": True}
-
-
-def _refuse_other_networks(config: Mapping[str, object], name: str) -> None:
-    kind = config.get("model_type", MODEL_TYPE)
-    if kind not in (MODEL_TYPE, BLOCK_MODEL_TYPE):
-        raise ValueError(
-            f"{name} is a model of type {kind}; backbone=hf_dit builds the network of the types {MODEL_TYPE} and "
-            f"{BLOCK_MODEL_TYPE}, so choose a model of these"
-        )
-    differing = [f"{key}={config[key]}" for key, ours in _AS_A_DIT.items() if config.get(key, ours) != ours]
-    if kind == BLOCK_MODEL_TYPE and differing:
-        raise ValueError(
-            f"{name} has {', '.join(differing)} in its config.json, which is another network than a diffusion "
-            "transformer read in blocks; choose another model"
-        )
 
 
 def _refuse_contradictions(

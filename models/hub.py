@@ -12,7 +12,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from files import Place, exists, open_to_read, place
+from files import Place, exists, is_remote, open_to_read, place
+from models.reference_settings import OBJECTIVES, unknown_objective
 
 CONFIG_FILE = "config.json"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -42,7 +43,7 @@ def locate(path: str | Path, key: str) -> Place:
     """
     where = place(path, key)
     if exists(where):
-        return where
+        return where if is_remote(where) else _model_at(where, key)
     name = str(path)
     if not _HUB_ID.fullmatch(name) or name.endswith(_FILES):
         raise FileNotFoundError(f"{key}={name}: there is no such file or directory")
@@ -55,6 +56,25 @@ def locate(path: str | Path, key: str) -> Place:
             f"name ({type(error).__name__}: {reason}). Download it where there is a network "
             f"(hf download {name} --local-dir DIR) and set {key}=DIR, or run this with access to the Hub"
         ) from error
+
+
+def _model_at(path: Path, key: str) -> Path:
+    """The checkpoint file or Hub-layout directory that a local path means.
+
+    A weight file of the Hub's layout means its folder. A folder without config.json means its last.ckpt (also in
+    checkpoints/ below it), or the only `.ckpt` in it.
+    """
+    if path.is_file():
+        return path.parent if path.name in WEIGHT_FILES else path
+    if (path / CONFIG_FILE).exists():
+        return path
+    for last in (path / "last.ckpt", path / "checkpoints" / "last.ckpt"):
+        if last.exists():
+            return last
+    found = sorted(path.glob("*.ckpt"))
+    if len(found) > 1:
+        raise ValueError(f"{key}={path} holds {len(found)} checkpoints and none named last.ckpt; name one, {found[0]}")
+    return found[0] if found else path
 
 
 def _snapshot(name: str) -> Path:
@@ -90,13 +110,31 @@ def read_config(folder: Path) -> dict[str, object]:
     return config
 
 
+# What config.json of a block model may say of its network, and what a DiT is.
+_AS_A_DIT = {"causal": False, "adaln": True, "cross_attn": True}
+
+
 def settings_of_config(config: Mapping[str, object]) -> dict[str, object]:
     """What a `config.json` says of the network, by silence too, under our keys."""
     found = {**_DEFAULTS, **{ours: config[theirs] for theirs, ours in CONFIG_KEYS.items() if theirs in config}}
-    kind = config.get("model_type", MODEL_TYPE)
+    kind = str(config.get("model_type", MODEL_TYPE))
     if kind == BLOCK_MODEL_TYPE and "block_size" in config:
         found["block_size"] = config["block_size"]
-    return {**found, "parameterization": "subs" if kind == MODEL_TYPE else kind}
+    return {**found, **({"parameterization": OBJECTIVES[kind], "backbone": "dit"} if kind in OBJECTIVES else {})}
+
+
+def unsupported(config: Mapping[str, object]) -> str:
+    """The reason why the model of a `config.json` is none of ours; "" if it is one."""
+    kind = config.get("model_type", MODEL_TYPE)
+    if kind not in (MODEL_TYPE, BLOCK_MODEL_TYPE):
+        return unknown_objective(str(kind)) if str(kind).lower() == "duo" else f"it is a model of type {kind}"
+    differing = [f"{key}={config[key]}" for key, ours in _AS_A_DIT.items() if config.get(key, ours) != ours]
+    if kind == BLOCK_MODEL_TYPE and differing:
+        return (
+            f"it has {', '.join(differing)} in its config.json, which is another network than a diffusion transformer "
+            "read in blocks"
+        )
+    return ""
 
 
 def settings_of_tensors(state: Mapping[str, Tensor]) -> dict[str, object]:

@@ -103,6 +103,7 @@ class MaskedDiffusion(ABC):
         if T < 0 or not float(T).is_integer():
             raise ValueError(f"T={T} must be 0 (continuous time) or a whole number of steps")
         self.schedule, self.mask_id, self.T = schedule, mask_id, T
+        self.trained_schedule = schedule.whole
         self.noising = Bernoulli(T=T) if noising is None else noising
         self._check_noising()
 
@@ -117,12 +118,21 @@ class MaskedDiffusion(ABC):
         return Bernoulli(T=self.T) if self.T else ExactCount()
 
     def bound(self, noising: Noising | None) -> Self:
-        """The same law measured: the bound itself, whatever training weighs, under `noising` (None: the sharpest)."""
+        """The same objective for measuring: the bound itself, whatever training weighs, under `noising` (None: the
+        sharpest) and over all mask rates, whatever the schedule of the training leaves out.
+
+        Raises:
+            ValueError: the noising leaves mask rates out.
+        """
         other = copy.copy(self)
         other.noising, other.loss_weight = noising or self.sharpest, "elbo"
-        other.schedule = self.schedule.whole
+        other.schedule = self.schedule.complete
         other._check_noising()
-        other._check_span()
+        if not other.noising.all_rates:
+            raise ValueError(
+                f"eval.estimator with masks by {other.noising.label} leaves mask rates out, so it would measure a part "
+                "of the bound only; set estimator.noising.sampling_eps=0, or use eval.estimator=auto"
+            )
         return other
 
     def _check_noising(self) -> None:
@@ -138,16 +148,6 @@ class MaskedDiffusion(ABC):
                 "integral over all mask rates, which these draws do not cover; set training.masking_rates=continuous "
                 "training.masking_rate_min=0 training.masking_rate_max=1, another training.masking, or "
                 "training.loss_weight=uniform"
-            )
-
-    def _check_span(self) -> None:
-        """A draw over t of a schedule measures the mask rates that it runs through, which must be all."""
-        first, last = self.schedule(torch.tensor([0.0, 1.0], dtype=torch.float64)).alpha.tolist()
-        if not self.noising.all_rates and (first < 0.99 or last > 0.01):
-            raise ValueError(
-                f"this noise schedule masks from {1 - first:.0%} to {1 - last:.0%} of the tokens, and "
-                f"{self.noising.label} would measure that part of the bound only; use eval.estimator=auto with T=0, or "
-                "a noise= that runs from nothing to everything"
             )
 
     def loss(self, backbone: Backbone, batch: Batch, generator: KeyedNoise | None = None) -> TokenLoss:
@@ -181,8 +181,10 @@ class MaskedDiffusion(ABC):
         """log p(x_s | x_t) at the N masked positions of `at_BL`, (N, V); the entry of the mask is that of staying."""
 
     def conditioning(self, t_B: Tensor) -> Tensor:
-        """What a time-conditioned network is shown: the total noise, float32 (B,), finite where no token is kept."""
-        return self.schedule(t_B).sigma.clamp(max=MAX_SIGMA).float()
+        """Return the total noise that a time-conditioned network is shown, float32 (B,): that of the mask rate at t,
+        finite and within what the schedule of the training reaches."""
+        low, high = self.trained_schedule(torch.tensor([0.0, 1.0], dtype=torch.float64)).sigma.tolist()
+        return self.schedule(t_B).sigma.clamp(low, min(high, MAX_SIGMA)).float()
 
 
 def encode_at(backbone: Backbone, x_BL: Tensor, sigma_B: Tensor, at_BL: Tensor | None, **cond: Tensor) -> Tensor:

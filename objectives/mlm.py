@@ -17,7 +17,7 @@ from torch import Tensor
 
 from noise_schedule import NoiseSchedule
 from objectives.base import Backbone, Batch, MaskedDiffusion, scored_mask
-from objectives.noising import Noised, Noising, weighted
+from objectives.noising import Noised, Noising, order_statistic, shuffled, weighted
 from objectives.subs import Subs
 from randomness import KeyedNoise
 
@@ -103,12 +103,12 @@ class Rates:
         xt_BL = torch.where(masked_BL, mask_id, x0_BL)
         if not self.of_the_bound:
             return [weighted(schedule, xt_BL, rate_B, 1 / rate_B)]
-        # 1 / rate has no finite variance: in its place the mean over the rates that give this mask, k of n tokens, and
-        # as the time their law given k (as in ExactCount). A token masked only lest there be none has no part in it.
+        # 1 / rate has no finite variance. It is replaced by its mean over the rates that give this mask, k of n tokens,
+        # and the rate by a draw of its distribution given k under the weight 1 / rate, which is Beta(k, n - k + 1) as
+        # in `ExactCount`. A mask that is there only because a row needs one weighs nothing.
         n_B, k_B = scored_BL.sum(-1), masked_BL.sum(-1).clamp(min=1)
-        highest_B = u_BL.masked_fill(~masked_BL, -torch.inf).max(-1).values
         factor_B = torch.where(least_B1.squeeze(1) < rate_B, (n_B + 1) / k_B, 0.0)
-        return [weighted(schedule, xt_BL, torch.where(highest_B.isfinite(), highest_B, 0.5), factor_B)]
+        return [weighted(schedule, xt_BL, order_statistic(shuffled(noise, scored_BL), k_B), factor_B)]
 
     def _rate(self, u_B: Tensor) -> Tensor:
         """Rates from uniform numbers: above `low`, up to `high`, float64 (B,)."""

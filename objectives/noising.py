@@ -17,6 +17,8 @@ from forward_process import mask_tokens
 from noise_schedule import NoiseSchedule
 from randomness import KeyedNoise
 
+_EARLIEST = 1e-6  # t whose mask rate and weight are still exact to four digits under every schedule
+
 
 @dataclass(frozen=True)
 class Noised:
@@ -33,7 +35,7 @@ class Noising(Protocol):
     label: str
     passes: int
     discrete: bool  # gives times of the grid 1/T, ..., 1
-    all_rates: bool  # covers every share of masks, whatever part of them the schedule runs through
+    all_rates: bool  # covers every share of masks, if the schedule does
     of_the_bound: bool  # the mean of its draws is the bound; else it is for training by another weight only
 
     def __call__(
@@ -46,7 +48,8 @@ class Bernoulli:
 
     Args:
         antithetic_sampling: take the evenly spread times that the noise brings, else independent ones.
-        sampling_eps: smallest t; smaller ones mask next to nothing and only add variance.
+        sampling_eps: smallest t of a training; smaller ones mask next to nothing and only add variance. Measuring
+            needs all mask rates, so 0.
         importance_sampling: draw log(1 - alpha) evenly instead of t, so that every masked token weighs the same
             (VDM, arXiv 2107.00630, appendix I).
         change_of_variables: the same choice, made because the network is shown log(1 - alpha) (objectives/subs.py).
@@ -56,12 +59,12 @@ class Bernoulli:
             draws from is not quite the process that the bound is of.
     """
 
-    passes, all_rates, of_the_bound = 1, False, True
+    passes, of_the_bound = 1, True
 
     def __init__(
         self,
         antithetic_sampling: bool = True,
-        sampling_eps: float = 1e-3,
+        sampling_eps: float = 0.0,
         importance_sampling: bool = False,
         change_of_variables: bool = False,
         T: int = 0,  # noqa: N803 - the key as users type it
@@ -84,6 +87,10 @@ class Bernoulli:
     def discrete(self) -> bool:
         return self.T > 0
 
+    @property
+    def all_rates(self) -> bool:
+        return not self.resample and (self.discrete or self.sampling_eps == 0)
+
     def __call__(
         self, schedule: NoiseSchedule, x0_BL: Tensor, scored_BL: Tensor, mask_id: int, noise: KeyedNoise
     ) -> list[Noised]:
@@ -94,7 +101,7 @@ class Bernoulli:
         if self.resample:
             limits = schedule(torch.tensor([0.0, 1.0], dtype=torch.float64, device=t_B.device)).move_chance
             count_B = _limited_count(noise.uniform(), move_chance, scored_BL, limits)
-            level_B = _order_statistic(u_BL.masked_fill(~scored_BL, torch.inf), count_B)
+            level_B = order_statistic(u_BL.masked_fill(~scored_BL, torch.inf), count_B)
             masked_BL = (u_BL <= level_B[:, None]) & scored_BL & (count_B > 0)[:, None]
             return [Noised(torch.where(masked_BL, mask_id, x0_BL), t_B, scale_B)]
         return [Noised(mask_tokens(x0_BL, move_chance, mask_id, scored_BL, u_BL), t_B, scale_B)]
@@ -102,7 +109,7 @@ class Bernoulli:
     def _uniform(self, u_B: Tensor) -> tuple[Tensor, Tensor]:
         if self.T:
             return (torch.floor(u_B * self.T) + 1) / self.T, torch.ones_like(u_B)
-        return (1 - self.sampling_eps) * u_B + self.sampling_eps, torch.ones_like(u_B)
+        return ((1 - self.sampling_eps) * u_B + self.sampling_eps).clamp(min=_EARLIEST), torch.ones_like(u_B)
 
     def _log_uniform(self, schedule: NoiseSchedule, u_B: Tensor) -> tuple[Tensor, Tensor]:
         low, high = log_move_range(schedule, u_B, self.sampling_eps)
@@ -130,8 +137,8 @@ def _limited_count(u_B: Tensor, rate_B: Tensor, scored_BL: Tensor, limits_2: Ten
 
 def log_move_range(schedule: NoiseSchedule, like: Tensor, sampling_eps: float = 1e-3) -> tuple[Tensor, Tensor]:
     """log(1 - alpha) at t = sampling_eps and at t = 1, float64 scalars on the device of `like`."""
-    ends = schedule(torch.tensor([max(sampling_eps, 1e-12), 1.0], dtype=torch.float64, device=like.device))
-    return ends.move_chance.log().unbind()
+    ends = schedule(torch.tensor([sampling_eps, 1.0], dtype=torch.float64, device=like.device))
+    return ends.move_chance.clamp(min=_EARLIEST**2).log().unbind()
 
 
 class ExactCount:
@@ -149,7 +156,7 @@ class ExactCount:
     def __call__(
         self, schedule: NoiseSchedule, x0_BL: Tensor, scored_BL: Tensor, mask_id: int, noise: KeyedNoise
     ) -> list[Noised]:
-        u_BL, n_B = _shuffled(noise, scored_BL), scored_BL.sum(-1)
+        u_BL, n_B = shuffled(noise, scored_BL), scored_BL.sum(-1)
         k_B = 1 + torch.floor(noise.time() * n_B).long()
         return [_with_masks(schedule, x0_BL, scored_BL, mask_id, u_BL, k_B, n_B / k_B)]
 
@@ -168,7 +175,7 @@ class TiltedCount:
     def __call__(
         self, schedule: NoiseSchedule, x0_BL: Tensor, scored_BL: Tensor, mask_id: int, noise: KeyedNoise
     ) -> list[Noised]:
-        u_BL, n_B = _shuffled(noise, scored_BL), scored_BL.sum(-1)
+        u_BL, n_B = shuffled(noise, scored_BL), scored_BL.sum(-1)
         place_L = torch.arange(1, x0_BL.shape[1] + 1, dtype=torch.float64, device=x0_BL.device)
         reached_BL = _tilted_cdf((place_L / n_B.clamp(min=1)[:, None]).clamp(max=1.0))
         k_B = (1 + (reached_BL <= noise.time()[:, None]).sum(-1)).minimum(n_B.clamp(min=1))
@@ -196,24 +203,24 @@ class Complementary:
     def __call__(
         self, schedule: NoiseSchedule, x0_BL: Tensor, scored_BL: Tensor, mask_id: int, noise: KeyedNoise
     ) -> list[Noised]:
-        u_BL, n_B = _shuffled(noise, scored_BL), scored_BL.sum(-1)
+        u_BL, n_B = shuffled(noise, scored_BL), scored_BL.sum(-1)
         # The pair {k, n - k} by its smaller member, 0 standing for k = n: uniform k on a circle of n, folded.
         few_B = torch.floor(noise.time() * 0.5 * n_B + 0.5).long()
-        first_BL = (u_BL <= _order_statistic(u_BL, few_B)[:, None]) & scored_BL & (few_B > 0)[:, None]
+        first_BL = (u_BL <= order_statistic(u_BL, few_B)[:, None]) & scored_BL & (few_B > 0)[:, None]
         pair = []
         for masked_BL, k_B in ((first_BL, few_B), (scored_BL & ~first_BL, n_B - few_B)):
             factor_B = torch.where(k_B > 0, n_B / k_B.clamp(min=1), 0.0) * torch.where(few_B > 0, 1.0, 2.0)
             xt_BL = torch.where(masked_BL, mask_id, x0_BL)
-            pair.append(weighted(schedule, xt_BL, _order_statistic(u_BL, k_B), factor_B))
+            pair.append(weighted(schedule, xt_BL, order_statistic(u_BL, k_B), factor_B))
         return pair
 
 
-def _shuffled(noise: KeyedNoise, scored_BL: Tensor) -> Tensor:
+def shuffled(noise: KeyedNoise, scored_BL: Tensor) -> Tensor:
     """Uniform numbers whose order shuffles the scored positions; +inf elsewhere."""
     return noise.uniform(scored_BL.shape[1]).masked_fill(~scored_BL, torch.inf)
 
 
-def _order_statistic(u_BL: Tensor, k_B: Tensor) -> Tensor:
+def order_statistic(u_BL: Tensor, k_B: Tensor) -> Tensor:
     """The k-th smallest of each row, (B,); 1/2, a harmless level, where there is none."""
     chosen_B = u_BL.sort(-1).values.gather(1, (k_B - 1).clamp(0, u_BL.shape[1] - 1)[:, None]).squeeze(1)
     return torch.where((k_B > 0) & chosen_B.isfinite(), chosen_B, 0.5)
@@ -223,14 +230,13 @@ def _with_masks(
     schedule: NoiseSchedule, x0_BL: Tensor, scored_BL: Tensor, mask_id: int, u_BL: Tensor, k_B: Tensor, factor_B: Tensor
 ) -> Noised:
     """The k scored positions with the smallest numbers masked, each to weigh `factor_B`."""
-    level_B = _order_statistic(u_BL, k_B)
+    level_B = order_statistic(u_BL, k_B)
     xt_BL = torch.where((u_BL <= level_B[:, None]) & scored_BL, mask_id, x0_BL)
     return weighted(schedule, xt_BL, level_B, factor_B)
 
 
 def weighted(schedule: NoiseSchedule, xt_BL: Tensor, move_chance_B: Tensor, factor_B: Tensor) -> Noised:
     """A draw whose masked tokens weigh `factor_B`, whatever weight the integrand gives them at its t."""
-    t_B = schedule.t_from_alpha(1 - move_chance_B).clamp(0.0, 1.0)
-    # An integrand without a weight of its own (at t = 0 alpha' may be 0) can not be rescaled: stay off the end.
-    t_B = t_B.clamp(min=1e-9)
+    # An integrand without a weight of its own (at t = 0 alpha' may be 0) cannot be rescaled: stay off the end.
+    t_B = schedule.t_from_alpha(1 - move_chance_B).clamp(_EARLIEST, 1.0)
     return Noised(xt_BL, t_B, factor_B / schedule(t_B).elbo_weight)

@@ -47,7 +47,7 @@ class SEDD(MaskedDiffusion):
         log_q_N = per_position(_log_ratio(level.alpha), masked_BL)
         q_N, log_total_N, log_s_N = log_q_N.exp(), log_z_N - shift_N, logit_N1.squeeze(1) - shift_N
         entropy_N = log_total_N.exp() - q_N * log_s_N + q_N * (log_q_N - 1)
-        rate_B = -level.dalpha / level.alpha
+        rate_B = -level.dalpha / level.alpha.clamp(min=math.exp(-MAX_SIGMA))
         cross_entropy_N = (log_z_N - logit_N1.squeeze(1)).detach()
         logs = {"cross_entropy": spread(cross_entropy_N, masked_BL).sum(-1), "num_masked": masked_BL.sum(-1)}
         return TokenLoss(rate_B.float()[:, None] * spread(entropy_N.float(), masked_BL), counted_mask(batch), logs)

@@ -31,7 +31,7 @@ class Subs(MaskedDiffusion):
     probabilities") and visible tokens are copied ("carry-over unmasking").
 
     loss_weight: "elbo", or "uniform" for the plain cross-entropy of the masked tokens. change_of_variables: show the
-    network log(1 - alpha), rescaled to [0, 1], in place of sigma (VDM, arXiv 2107.00630, appendix I).
+    network log(1 - alpha), rescaled to [0, 1], instead of sigma (VDM, arXiv 2107.00630, appendix I).
     """
 
     independent_unmasking = True
@@ -69,8 +69,8 @@ class Subs(MaskedDiffusion):
     def conditioning(self, t_B: Tensor) -> Tensor:
         if not self.change_of_variables:
             return super().conditioning(t_B)
-        low, high = log_move_range(self.schedule.whole, t_B)
-        return ((self.schedule(t_B).move_chance.log() - low) / (high - low)).float()
+        low, high = log_move_range(self.trained_schedule, t_B)
+        return ((self.schedule(t_B).move_chance.log() - low) / (high - low)).clamp(0.0, 1.0).float()
 
     def denoise(
         self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, at_BL: Tensor | None = None, **cond: Tensor

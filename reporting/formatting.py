@@ -7,7 +7,7 @@ import numbers
 from dataclasses import dataclass
 
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-_LARGEST_PLAIN = 1e7
+_LARGEST_PLAIN = 1e12
 _SMALLEST_PLAIN = 1e-3
 _LARGEST_PLAIN_INTEGER = 10**15
 

@@ -1,4 +1,8 @@
-"""Ancestral sampling of masked diffusion (MDLM, arXiv 2406.07524, section 3.2 and algorithm 1): draws the model's law.
+"""Ancestral sampling of masked diffusion on a grid of times (MDLM, arXiv 2406.07524, section 3.2 and algorithm 1).
+
+An approximation: the tokens that one step writes are drawn independently of each other. It tends to the model's
+distribution as the steps become many more than the tokens (docs/sampling.md). samplers/first_hitting.py draws exactly
+from it, with one network evaluation for each token.
 
 Positions first, tokens second: which positions a step unmasks does not depend on their tokens, so it is drawn before
 the network runs. The network then projects those positions only, and rows with none need no evaluation at all.

@@ -1,5 +1,7 @@
 """Block after block (BD3-LM, Arriola et al., arXiv 2503.09573, algorithm 2): each is sampled by masked diffusion behind
-the clean blocks before it, whose keys and values are computed once. Draws the model's law, with or without the cache.
+the clean blocks before it, whose keys and values are computed once. With or without the cache it draws from the model's
+distribution: exactly if `inner` does within a block (first hitting, or blocks of one token), else approximately, as
+ancestral sampling on a grid of times does.
 Texts that come with `segment_ends` are those of samplers/segments.py, which know no window and no ending.
 
 Shape suffixes: B batch, L length, R rows still being written, k tokens of a block, S tokens so far.
@@ -54,7 +56,8 @@ def ending(var_length: bool, min_entropy: float | None) -> Ending | None:
 
 
 def within(first_hitting: bool, steps: int, choice: TokenChoice) -> Callable[..., Generation]:
-    """How a block is filled: mask by mask without a grid of times, or on one of `steps` times in each block."""
+    """Return what fills a block: mask by mask, which is exact, or on a grid of `steps` times in each block, which is an
+    approximation (samplers/ancestral.py)."""
     if first_hitting:
         return partial(first_hitting_sample, choice=choice)
     return partial(ancestral.sample, steps=steps, skip_idle=True, choice=choice)

@@ -1,5 +1,5 @@
 """The first-hitting sampler (Zheng et al., arXiv 2409.02908): the continuous-time limit of ancestral
-sampling, simulated event by event. Draws the model's law without any time grid.
+sampling, simulated event by event. It draws exactly from the model's distribution, without any time grid.
 
 Each mask goes at a time of its own, at which 1 - alpha is uniform; almost surely no two go together. So the masks of a
 row are filled one at a time, in the order of those times: as many network evaluations as masks, rows side by side.

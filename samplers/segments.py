@@ -1,6 +1,7 @@
 """Segment after segment: as samplers/block.py block after block, where blocks are segments of any lengths, which differ
 from row to row. Each is sampled by masked diffusion behind the clean segments before it, whose keys and values are
-computed once. Draws the model's law, with or without the cache.
+computed once. It draws from the model's distribution as exactly as `inner` does within a segment: exactly by first
+hitting, approximately on a grid of times.
 
 Shape suffixes: B batch, L length, S segments, W tokens of the longest row of a segment.
 """

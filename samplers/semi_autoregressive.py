@@ -1,6 +1,6 @@
 """Semi-autoregressive generation (MDLM, arXiv 2406.07524): texts longer than the network's
-window, a stride at a time. A law of its own: in each window what the inner sampler draws, the model's law where that
-one does, but of all that stands before the window it knows nothing.
+window, a stride at a time. It has a distribution of its own: in each window that of the inner sampler (ancestral, so
+an approximation of the model's), and what stands before the window is not seen.
 
 Shape suffixes: B batch, L length of the window, W length of everything.
 """

@@ -65,8 +65,8 @@ def export(checkpoint_path: str, output: Path, tokenizer_name: str | None = None
     state = {f"backbone.{name}": tensor.contiguous() for name, tensor in net.state_dict().items()}
     save_file(state, partial / WEIGHT_FILES[0], metadata={"format": "pt"})
     for name in CODE:
-        source = (ROOT / "models" / name).read_text()
-        (partial / name).write_text(re.sub(r"^from models\.", "from .", source, flags=re.M))
+        source = (ROOT / "models" / name).read_text(encoding="utf-8")
+        (partial / name).write_text(re.sub(r"^from models\.", "from .", source, flags=re.M), encoding="utf-8")
     fingerprint = vocabulary(tokenizer).fingerprint if tokenizer else checkpoint.identity.get("tokenizer")
     config = _config({**settings, **net.settings}, fingerprint)
     (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
@@ -85,7 +85,7 @@ def _network(checkpoint: Checkpoint, settings: dict[str, object], raw: bool) -> 
 
 
 def _tokenizer(name: str, checkpoint: Checkpoint, settings: dict[str, object]) -> PreTrainedTokenizerBase:
-    tokenizer = load_tokenizer(name)
+    tokenizer = load_tokenizer(name, mask_token=settings.get("data.mask_token"))
     known = vocabulary(tokenizer)
     if known.size != settings["vocab_size"]:
         raise ValueError(

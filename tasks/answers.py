@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
+import metrics
 from classification.measures import wilson_interval
-from metrics import Estimate, NLLMeter
+from metrics import Estimate
 from text.judging import Verdict
 
 _STEPS = ((0, 2), (3, 3), (4, 5), (6, None))  # steps of a reference: first and last of each group
@@ -63,11 +63,7 @@ def majority_is_right(verdicts: Sequence[Verdict]) -> bool:
 
 def ratio(part_M: np.ndarray, whole_M: np.ndarray) -> Estimate | None:
     """Sum of the parts over that of the wholes with its error over texts; None where there is nothing."""
-    if not whole_M.sum():
-        return None
-    meter = NLLMeter()
-    meter.update(torch.from_numpy(part_M), torch.from_numpy(whole_M))
-    return meter.estimate()
+    return metrics.ratio(part_M, whole_M) if whole_M.sum() else None
 
 
 @dataclass(frozen=True)

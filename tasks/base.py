@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
@@ -15,13 +16,12 @@ from typing import Protocol
 import lightning
 import numpy as np
 import pyarrow.compute as pc
-import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from diffusion import Diffusion, Provenance
 from estimators.base import Estimator
 from files import Place
-from metrics import Estimate, NLLMeter
+from metrics import Estimate, ratio
 from reporting.report import Metric
 from tasks.drawing import Drawing
 from tasks.scoring import Precision, Scores
@@ -60,6 +60,7 @@ class Experiment(Protocol):
     def data(self, label: int | None = None) -> object: ...
     def diffusion(self, data: object) -> Diffusion: ...
     def start_from_pretrained(self, diffusion: Diffusion, data: object, shared: Place | None) -> Place | None: ...
+    def alone(self, label: int | None = None) -> AbstractContextManager[None]: ...
     def patience(self, label: int | None = None) -> int | None: ...
     def finished(self, label: int | None = None) -> Place | None: ...
     def model_path(self, label: int | None = None) -> Place: ...
@@ -87,7 +88,8 @@ class Likelihood:
         bits = self.model.scaled(1 / np.log(2))
         perplexity = self.model.exp()
         rows = [
-            Metric("NLL", self.model.value, self.model.se, "nats/token", self.scores.label),
+            Metric("NLL", self.model.value, self.model.se, "nats/token",
+                   f"{self.scores.label}; error over {self.scores.units}"),  # fmt: skip
             Metric("bits", bits.value, bits.se, "bits/token"),
             Metric("perplexity", perplexity.value, perplexity.se),
         ]
@@ -100,7 +102,7 @@ class Likelihood:
             excess = self.gap.scaled(100 / self.truth.value)
             rows += [
                 Metric("true entropy", self.truth.value, self.truth.se, "nats/token", "exact, same texts"),
-                Metric("above the truth", excess.value, excess.se, "%", "paired over texts"),
+                Metric("above the truth", excess.value, excess.se, "%", f"paired over {self.scores.units.name}"),
             ]
         return rows
 
@@ -115,7 +117,7 @@ def likelihood(data: object, split: str, scores: Scores, truth: GroundTruth | No
     rows_M = row_numbers(data.split(split), scores.sample_id_M)
     unigram = None
     if "train" in data.splits:
-        unigram = _per_token(unigram_nll(data, split, scores.causal)[rows_M], scores.tokens_M)
+        unigram = ratio(unigram_nll(data, split, scores.causal)[rows_M], scores.tokens_M, scores.units)
     if truth is None:
         return Likelihood(scores, scores.per_token(), unigram)
     given_length = not scores.causal and data.fill is None
@@ -124,8 +126,8 @@ def likelihood(data: object, split: str, scores: Scores, truth: GroundTruth | No
         scores,
         scores.per_token(),
         unigram,
-        _per_token(true_nll_M, scores.tokens_M),
-        _per_token(scores.nll_M - true_nll_M, scores.tokens_M),
+        ratio(true_nll_M, scores.tokens_M, scores.units),
+        ratio(scores.nll_M - true_nll_M, scores.tokens_M, scores.units),
     )
 
 
@@ -134,12 +136,6 @@ def row_numbers(rows: Mapping[str, Sequence[int]], sample_id_M: np.ndarray) -> n
     ids = np.asarray(rows["sample_id"])
     order = ids.argsort()
     return order[np.searchsorted(ids, sample_id_M, sorter=order)]
-
-
-def _per_token(nll_M: np.ndarray, tokens_M: np.ndarray) -> Estimate:
-    meter = NLLMeter()
-    meter.update(torch.as_tensor(nll_M), torch.as_tensor(tokens_M))
-    return meter.estimate()
 
 
 def unigram_nll(data: object, split: str, causal: bool = False) -> np.ndarray:

@@ -162,7 +162,8 @@ def _class_model(
     report.metrics(measured.metrics())
     truth = measured.truth.value if measured.truth else None
     report.figure(plots.likelihood_against_truth(measured.ladder(), truth, "nats/token"),
-                  "Nats per token with 95% intervals over texts.", f"Likelihood of {name} texts")  # fmt: skip
+                  f"Nats per token with 95% intervals over {measured.scores.units.name}.",
+                  f"Likelihood of {name} texts")  # fmt: skip
     if verdicts.untold is None or label == 0:
         add_loss_curve(report, experiment.folder(None if verdicts.untold else label), truth)
     if measured.scores.num_masked_MP.size:

@@ -211,7 +211,8 @@ def _results(verdicts: Verdicts, race: Race, models: list[object]) -> dict[str, 
         "classes": {
             name: {"precision": m.precision_C[k], "recall": m.recall_C[k], "f1": m.f1_C[k],
                    "texts": int(m.support_C[k]), "validation_nll_nats_per_token": verdicts.own[k].model,
-                   "true_nats_per_token": verdicts.own[k].truth, "gap_nats_per_token": verdicts.own[k].gap}
+                   "true_nats_per_token": verdicts.own[k].truth, "gap_nats_per_token": verdicts.own[k].gap,
+                   "units": verdicts.own[k].scores.units.name, "num_units": len(verdicts.own[k].scores.units)}
             for k, name in enumerate(names)
         },
         "confusion": m.confusion_CC,

@@ -387,7 +387,7 @@ def sample_direction(
 @rank_zero_only
 def _write_files(folder: Path, outcome: Outcome, data: object) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "samples.jsonl").open("w") as file:
+    with (folder / "samples.jsonl").open("w", encoding="utf-8") as file:
         for row in outcome.rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     if outcome.latent_MKD is not None:

@@ -5,13 +5,14 @@ Shape suffixes: M texts.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from metrics import Estimate
+from metrics import Estimate, Units, mean
 
 ORDERS = (1, 2, 3)
 
@@ -24,23 +25,22 @@ class Diversity:
     distinct: dict[int, Estimate]
 
 
-def diversity(rows: Sequence[Sequence[int]]) -> Diversity:
-    """All measures of M texts given as token ids. They depend on the lengths, distinct-n also on M: compare sets of as
-    many texts of like length."""
-    return Diversity(unigram_entropy(rows), {n: distinct(rows, n) for n in ORDERS})
+def diversity(rows: Sequence[Sequence[int]], units: Units | None = None) -> Diversity:
+    """All measures of M texts given as token ids, with errors over `units` (None: each text is one). They depend on the
+    lengths, distinct-n also on M: compare sets of as many texts of like length."""
+    return Diversity(unigram_entropy(rows, units), {n: distinct(rows, n, units) for n in ORDERS})
 
 
-def unigram_entropy(rows: Sequence[Sequence[int]]) -> Estimate:
+def unigram_entropy(rows: Sequence[Sequence[int]], units: Units | None = None) -> Estimate:
     """Entropy of the token frequencies within one text, in nats, averaged over the texts: low where texts repeat."""
     values = []
     for ids in rows:
         p = np.array(list(Counter(ids).values())) / len(ids)
         values.append(-(p * np.log(p)).sum())
-    se = np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
-    return Estimate(float(np.mean(values)), float(se))
+    return mean(values, units)
 
 
-def distinct(rows: Sequence[Sequence[int]], n: int) -> Estimate:
+def distinct(rows: Sequence[Sequence[int]], n: int, units: Units | None = None) -> Estimate:
     """Distinct-n: different n-grams / all n-grams, over all texts together (Li et al., arXiv 1510.03055, section 5);
     low where texts repeat themselves or each other.
 
@@ -58,6 +58,6 @@ def distinct(rows: Sequence[Sequence[int]], n: int) -> Estimate:
     if (total_M == total).any():
         return Estimate(unique / total, float("nan"))
     without_M = (unique - only_here_M) / (total - total_M)
-    num_texts = len(rows)
-    se = np.sqrt((num_texts - 1) / num_texts * ((without_M - without_M.mean()) ** 2).sum())
-    return Estimate(unique / total, float(se))
+    influence_M = (without_M.mean() - without_M) * (len(rows) - 1) / len(rows)
+    units = Units.each(np.arange(len(rows))) if units is None else units
+    return Estimate(unique / total, math.sqrt(units.variance(influence_M)))

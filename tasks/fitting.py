@@ -18,6 +18,8 @@ def fit(experiment: Experiment, label: int | None = None) -> Place:
     experiment's patience ends. What is complete already is left as it is; where the model starts from shared weights
     (classify.pretrain) that do not exist yet, they are trained first.
 
+    Where another process trains in the same folder, wait for it.
+
     Returns the path of the weights to use: with a patience the best ones by validation, else the last.
 
     Raises:
@@ -26,6 +28,12 @@ def fit(experiment: Experiment, label: int | None = None) -> Place:
     if path := experiment.finished(label):
         print(f"complete: {path}")
         return path
+    with experiment.alone(label):
+        # Another process may have trained it while this one waited.
+        return experiment.finished(label) or _fit(experiment, label)
+
+
+def _fit(experiment: Experiment, label: int | None) -> Place:
     resume = experiment.resume_path(label)
     shared = fit(experiment.pretraining) if experiment.pretraining and not resume else None
     data = experiment.data(label)

@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from callbacks.progress import Meter
 from files import check_regular
-from metrics import Estimate, NLLMeter
+from metrics import Estimate, Units, ratio
 from text.hub import both_ways, local_folder, quick_when_offline
-from text.tokenizers import encode
+from text.tokenizers import check_not_empty, encode
 
 KEY = "eval.gen_ppl_eval_model_name_or_path"
 _ALL = 2**31
@@ -85,12 +85,14 @@ class TextScores:
     nats_M: np.ndarray
     tokens_M: np.ndarray
 
-    def summary(self, protocol: dict[str, object]) -> GenerativePerplexity:
-        """Nats per token over the texts that have a scored token."""
+    def summary(self, protocol: dict[str, object], units: Units | None = None) -> GenerativePerplexity:
+        """Nats per token over the texts that have a scored token, with its error over `units` (None: each text is
+        one)."""
         scored_M = self.tokens_M > 0
-        meter = NLLMeter()
-        meter.update(torch.from_numpy(self.nats_M[scored_M]), torch.from_numpy(self.tokens_M[scored_M]))
-        nats = meter.estimate() if scored_M.any() else Estimate(float("nan"), float("nan"))
+        units = Units.each(np.arange(len(scored_M))) if units is None else units
+        nats = Estimate(float("nan"), float("nan"))
+        if scored_M.any():
+            nats = ratio(self.nats_M[scored_M], self.tokens_M[scored_M], units[scored_M])
         texts = int(scored_M.sum())
         return GenerativePerplexity(nats, texts, int(self.tokens_M.sum()), len(scored_M) - texts, protocol)
 
@@ -177,9 +179,9 @@ class CausalScorer:
         meter.close()
         return TextScores(nats_M, np.array([max(len(ids) - 1, 0) for ids in rows], dtype=np.int64))
 
-    def perplexity(self, texts: Sequence[str]) -> GenerativePerplexity:
-        """The generative perplexity of `texts`."""
-        return self.score(texts).summary(self.protocol)
+    def perplexity(self, texts: Sequence[str], units: Units | None = None) -> GenerativePerplexity:
+        """The generative perplexity of `texts`, its error over `units` (None: each text is one)."""
+        return self.score(texts).summary(self.protocol, units)
 
     def _nats(self, batch: Sequence[tuple[list[int], int]]) -> list[float]:
         """Nats of each row's tokens from its second entry on, given those before; rows are padded on the right,
@@ -270,6 +272,7 @@ def _load(name: str, path: Path | None, dtype: torch.dtype) -> tuple[PreTrainedM
             f"{KEY}={name}: the folder {path} holds no causal language model that can be read ({reason}); "
             "it needs config.json, model.safetensors, tokenizer.json and tokenizer_config.json"
         ) from error
+    check_not_empty(tokenizer, f"{KEY}={name}", path)
     if info["missing_keys"]:
         some = ", ".join(sorted(info["missing_keys"])[:3])
         raise ValueError(

@@ -17,7 +17,8 @@ def protocol(experiment: Experiment, data: object, split: str, scores: Scores) -
     """What must be equal for two perplexities to be comparable, and what they are of."""
     return {
         **experiment.protocol, "kind": "exact likelihood" if scores.label == "exact" else scores.kind,
-        "data": data.name, "split": split, "label": data.label, "tokenizer": data.vocabulary.fingerprint,
+        "data": data.name, "data_protocol": data.protocol or "ours", "split": split,
+        "label": data.label, "tokenizer": data.vocabulary.fingerprint,
         "detokenizer": data.detokenizer(split), "length": data.length, "wrap": data.wrap,
         "packing": asdict(data.packing(split)), "prompted": data.prompted, "fill": data.fill, "estimator": scores.label,
         "prefix_length": data.prefix_length, "score_special": data.score_special,
@@ -30,10 +31,12 @@ def protocol(experiment: Experiment, data: object, split: str, scores: Scores) -
 def _law(data: object, causal: bool) -> str:
     """What a likelihood of these rows is of: what is scored, and what is given beside the beginning of a row."""
     endings = not causal and not data.fill and not data.score_special
-    given = {"prompt": data.prompted, f"first {data.prefix_length} tokens": data.prefix_length,
+    given = {"prompt": data.prompted, "first token": data.first_given,
+             f"first {data.prefix_length} tokens": data.prefix_length,
              "where its special tokens stand": endings}  # fmt: skip
     said = ", ".join(name for name, is_so in given.items() if is_so)
-    return f"p({'rest' if data.prompted or data.prefix_length else 'text'}{' | ' if said else ''}{said})"
+    beginning = data.prompted or data.first_given or data.prefix_length
+    return f"p({'rest' if beginning else 'text'}{' | ' if said else ''}{said})"
 
 
 def report_likelihood(report: Report, measured: Likelihood, split: str, remark: str) -> None:
@@ -43,7 +46,8 @@ def report_likelihood(report: Report, measured: Likelihood, split: str, remark: 
     truth = measured.truth.value if measured.truth else None
     report.figure(
         plots.likelihood_against_truth(measured.ladder(), truth, "nats/token"),
-        "Nats per token with 95% intervals over texts; lower is better.", "Likelihood of the models",
+        f"Nats per token with 95% intervals over {measured.scores.units.name}; lower is better.",
+        "Likelihood of the models",
     )  # fmt: skip
     if measured.scores.num_masked_MP.size:
         report.figure(
@@ -60,8 +64,8 @@ _PREAMBLE = {
     "exact likelihood of the ordered sampler (DUEL)": "The exact likelihood of the sampler that fills masks in this "
     "order, which is another model than the diffusion: never to be compared with a NELBO. ",
 }
-_EXACT_ERRORS = "Errors are standard errors over texts."
-_ERRORS = "Errors are standard errors over texts and contain the noise of the masks."
+_ERRORS = "Errors are standard errors over {}."
+_NOISY_ERRORS = "Errors are standard errors over {} and contain the noise of the masks."
 _FILLED = (
     " Rows are filled behind their texts with EOS, which the model has to write too, since it is not shown where a "
     "text ends: the nats are those of text, EOS and fill, the tokens those of the text and its EOS."
@@ -73,7 +77,8 @@ def _method(measured: Likelihood) -> str:
     kind = "The likelihood is exact. " if measured.scores.label == "exact" else _PREAMBLE[measured.scores.kind]
     scores = measured.scores
     filled = _FILLED if not scores.causal and (scores.maskable_M > scores.tokens_M).any() else ""
-    return kind + (_EXACT_ERRORS if scores.exact else _ERRORS) + filled + (_TRUTH if measured.truth else "")
+    errors = (_ERRORS if scores.exact else _NOISY_ERRORS).format(scores.units)
+    return kind + errors + filled + (_TRUTH if measured.truth else "")
 
 
 def ppl_eval(experiment: Experiment, *, checkpoint_path: str, disable_ema: bool, split: str) -> dict[str, object]:
@@ -99,12 +104,12 @@ def ppl_eval(experiment: Experiment, *, checkpoint_path: str, disable_ema: bool,
         "bits_per_token": measured.model.scaled(1 / math.log(2)),
         "perplexity": measured.model.exp(), "unigram_nats_per_token": measured.unigram,
         "true_nats_per_token": measured.truth, "gap_nats_per_token": measured.gap, "texts": len(scores.tokens_M),
+        "units": scores.units.name, "num_units": len(scores.units),
         "tokens": int(scores.tokens_M.sum()), "network_evaluations_per_text": float(scores.evaluations_M.mean()),
     }  # fmt: skip
     results |= gain.results() if gain else {}
-    write_results(
-        folder, {**results, "protocol": protocol(experiment, data, split, scores), "command": experiment.command}
-    )
+    told = protocol(experiment, data, split, scores) | {"trained_length": diffusion.provenance.length}
+    write_results(folder, {**results, "protocol": told, "command": experiment.command})
     report = Report("Perplexity", f"{data.name}, {split} split", experiment.command, experiment.facts)
     report_likelihood(report, measured, split, untrained_marginal(diffusion.objective))
     if gain:
@@ -118,6 +123,7 @@ def ppl_eval(experiment: Experiment, *, checkpoint_path: str, disable_ema: bool,
     )
     print(
         f"NLL {measured.model} nats/token | {results['bits_per_token']} bits/token | perplexity {results['perplexity']}"
+        f" (errors over {scores.units})"
     )
     if measured.truth:
         print(f"true entropy {measured.truth} nats/token | above it by {measured.gap} (paired)")

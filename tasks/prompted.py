@@ -189,7 +189,7 @@ def _beside(data: object, judge: Judge, done: Sequence[Completed]) -> Beside:
 @rank_zero_only
 def _write_samples(path: Path, done: Sequence[Completed]) -> None:
     """`samples.jsonl`: one JSON object a line for each completion."""
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         for c in done:
             for number, (text, ended, verdict) in enumerate(zip(c.completions, c.ended, c.verdicts, strict=True)):
                 drawn = c.drawn[number] if c.drawn else Drawn([], [], [], [], 0, 0)

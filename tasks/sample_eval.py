@@ -24,7 +24,7 @@ from tasks.watching import Views, described
 def write_samples(path: Path, drawn: list[Drawn], given: Template, tokenizer: object) -> None:
     """`samples.jsonl`: one JSON object a line with text, ids, the step that wrote each token, its confidence, network
     evaluations."""
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         for index, text in enumerate(drawn):
             row = {"sample": index, "text": decoded(text, given, tokenizer), "ids": text.ids,
                    "steps": text.steps, "confidence": [round(p, 4) for p in text.confidence],
@@ -79,14 +79,15 @@ def sample_eval(
     write_results(folder, {**results, "protocol": known, "command": experiment.command})
     report = Report("Samples", f"{len(drawn)} texts out of masks", experiment.command, experiment.facts)
     comparison.report(report, [Metric("network evaluations", evaluations, None, "per sample")])
-    report.section("Texts")
+    how = described(experiment.drawing.protocol)
+    report.section("Texts", f"Drawn by {how}.")
     samples = watching.samples(drawn[: max(num_shown, 1)], data.tokenizer)
     report.samples(samples)
     report.code(experiment.settings, "configuration")
     report.write(folder / "report.html")
-    seen = views.write(folder, samples, described(experiment.drawing.protocol), experiment.command)
+    seen = views.write(folder, samples, how, experiment.command)
     for text in drawn[watching.read : num_shown]:
         print(f"\n{decoded(text, experiment.drawing.given, data.tokenizer)}")
-    print(f"\n{comparison}\n{evaluations:.1f} network evaluations per sample")
+    print(f"\n{comparison}\ndrawn by {how}, {evaluations:.1f} network evaluations per sample")
     print(*[folder / "report.html", *seen], sep="\n")
     return results

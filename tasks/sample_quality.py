@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from metrics import UNIT_COLUMNS, Units
 from randomness import KeyedNoise
 from reporting.report import Metric, Report
 from tasks.diversity import Diversity, diversity
@@ -68,11 +70,13 @@ class Quality:
 
 @dataclass(frozen=True)
 class RealTexts:
-    """Token ids of real texts, as rows of `split`; `missing` says why there are none."""
+    """Token ids of real texts, as rows of `split`; `missing` says why there are none. units: what errors of
+    theirs are over."""
 
     rows: list[list[int]]
     split: str | None
     missing: str = ""
+    units: Units | None = None
 
 
 def real_texts(data: object, split: str | None, num_texts: int, seed: int) -> RealTexts:
@@ -97,7 +101,9 @@ def real_texts(data: object, split: str | None, num_texts: int, seed: int) -> Re
     except ValueError as error:
         raise ValueError(f"{error} (eval.split={split}; null samples without reading real texts)") from error
     order = KeyedNoise(seed, torch.arange(len(rows)), draw=-7).uniform().argsort()[:num_texts]
-    return RealTexts([list(map(int, rows[i]["input_ids"])) for i in order.tolist()], split)
+    known = {name: np.asarray(rows[name])[order] for name in ("sample_id", *UNIT_COLUMNS) if name in rows.column_names}
+    ids = [list(map(int, rows[i]["input_ids"])) for i in order.tolist()]
+    return RealTexts(ids, split, units=Units.of(known))
 
 
 def text_of(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -> str:
@@ -111,11 +117,13 @@ def text_of(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, vocabulary: 
     return decode(tokenizer, ids[:end], skip_special=True)
 
 
-def measure(rows: Sequence[Sequence[int]], data: object, scorer: CausalScorer | None) -> Quality:
+def measure(
+    rows: Sequence[Sequence[int]], data: object, scorer: CausalScorer | None, units: Units | None = None
+) -> Quality:
     """Quality of texts given as token ids. Diversity is that of whole rows, special tokens included, as in published
-    numbers; the likelihood that of `text_of` them."""
-    likelihood = scorer and scorer.perplexity([text_of(ids, data.tokenizer, data.vocabulary) for ids in rows])
-    return Quality(diversity(rows), likelihood, len(rows))
+    numbers; the likelihood that of `text_of` them. Errors are over `units` (None: each text is one)."""
+    likelihood = scorer and scorer.perplexity([text_of(ids, data.tokenizer, data.vocabulary) for ids in rows], units)
+    return Quality(diversity(rows, units), likelihood, len(rows))
 
 
 @dataclass(frozen=True)
@@ -132,7 +140,9 @@ class Comparison:
 
     def results(self) -> dict[str, object]:
         """For results.json: the samples' numbers, those of real texts below "real"."""
-        real = self.real and {"split": self.reference.split, **self.real.results()}
+        units = self.reference.units
+        real = self.real and {"split": self.reference.split, "units": units.name, "num_units": len(units),
+                              **self.real.results()}  # fmt: skip
         protocol = self.samples.likelihood and {**self.samples.likelihood.protocol, "text": _TEXT}
         own = self.samples.results()
         return {"samples": own.pop("texts"), **own, "generative_protocol": protocol, "real": real,
@@ -163,14 +173,17 @@ class Comparison:
         report.metrics([*self.samples.metrics(), *more])
         if self.real:
             header = ["", "samples", self._title]
-            report.table(header, self._rows(), "The samples and as many real texts under the same measures.")
+            report.table(header, self._rows(), 
+                         f"The samples and as many real texts under the same measures; errors of real texts are over "
+                         f"{self.reference.units}.")  # fmt: skip
         if scored:
             report.code("\n".join(f"{k}: {v}" for k, v in {**scored.protocol, "text": _TEXT}.items()), "scorer")
 
 
 def compare(samples: Sequence[Sequence[int]], real: RealTexts, data: object, scorer: CausalScorer | None) -> Comparison:
     """Measure the samples, and the real texts if there are any, by the same means."""
-    return Comparison(measure(samples, data, scorer), measure(real.rows, data, scorer) if real.rows else None, real)
+    beside = measure(real.rows, data, scorer, real.units) if real.rows else None
+    return Comparison(measure(samples, data, scorer), beside, real)
 
 
 _TEXT = "from the begin token to the first end token, special tokens left out"

@@ -16,20 +16,21 @@ from torch import Tensor
 
 from diffusion import Diffusion
 from estimators.base import Estimator
-from metrics import Estimate, NLLMeter
+from metrics import UNIT_COLUMNS, Estimate, Units, ratio
 from objectives.base import Batch, scored_mask
 from randomness import hash_seed
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What was measured, one row per text, sorted by sample id.
+    """What was measured, one row per text (of wrapped data, per row), sorted by sample id.
 
     kind: what the numbers estimate. label: how. exact: without Monte Carlo error. causal: the first token of a row is
     context, and its ending is scored. nll_MK: nats, one column per draw, of which the mean is the estimate. round_K:
     the round of draws each column belongs to. tokens_M: tokens that count. maskable_M: those that can be masked, the
     fill behind a text among them. evaluations_M: network evaluations spent.
     cross_entropy_MP, num_masked_MP: summed cross-entropy (nats) of the masked tokens of a pass, and their number.
+    units: what the errors are over.
     """
 
     kind: str
@@ -44,6 +45,7 @@ class Scores:
     evaluations_M: np.ndarray
     cross_entropy_MP: np.ndarray
     num_masked_MP: np.ndarray
+    units: Units
 
     @property
     def nll_M(self) -> np.ndarray:
@@ -51,43 +53,42 @@ class Scores:
         return self.nll_MK.mean(axis=1)
 
     @property
-    def monte_carlo_se_M(self) -> np.ndarray:
-        """Standard error of `nll_M` from the draws alone; 0 for exact likelihoods, nan from a single draw. From the
-        rounds where there are several, else from the draws of the one round, which is conservative: they are
-        stratified, and this ignores it."""
-        means_MK = self.nll_MK
-        if self.round_K[-1] > 0:
-            means_MK = np.stack([self.nll_MK[:, self.round_K == r].mean(1) for r in range(self.round_K[-1] + 1)], 1)
-        if means_MK.shape[1] < 2:
-            return np.full(len(means_MK), 0.0 if self.exact else np.nan)
-        return means_MK.std(axis=1, ddof=1) / np.sqrt(means_MK.shape[1])
-
-    @property
     def monte_carlo_se(self) -> float:
-        """Standard error of the nats per token of the split that comes from the draws alone, the texts being given."""
-        return float(np.sqrt((self.monte_carlo_se_M**2).sum()) / self.tokens_M.sum())
+        """Standard error of the nats per token of the split that comes from the draws alone, the texts being given; 0
+        for exact likelihoods, nan from a single draw. From the rounds where there are several, else from the draws of
+        the one round, which is conservative: they are stratified, and this ignores it. The windows of a text share
+        their times, so a text's draws are summed over its windows first."""
+        means_MK = self.nll_MK
+        if self.units.name == "texts":
+            text_M = np.unique(self.units.first_M, return_inverse=True)[1]
+            means_MK = np.zeros((text_M.max() + 1, self.nll_MK.shape[1]))
+            np.add.at(means_MK, text_M, self.nll_MK)
+        if self.round_K[-1] > 0:
+            means_MK = np.stack([means_MK[:, self.round_K == r].mean(1) for r in range(self.round_K[-1] + 1)], 1)
+        draws = means_MK.shape[1]
+        if draws < 2:
+            return 0.0 if self.exact else np.nan
+        return float(np.sqrt(means_MK.var(axis=1, ddof=1).sum() / draws) / self.tokens_M.sum())
 
     def per_token(self) -> Estimate:
-        """Nats per token of the split, with its standard error over texts."""
-        meter = NLLMeter()
-        meter.update(torch.from_numpy(self.nll_M), torch.from_numpy(self.tokens_M))
-        return meter.estimate()
+        """Nats per token of the split, with its standard error over the units."""
+        return ratio(self.nll_M, self.tokens_M, self.units)
 
     def by_mask_rate(self, num_bins: int = 10) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Cross-entropy in nats per masked token against the share of masked tokens: (rate, nats, standard error);
-        empty where nothing was masked."""
-        rate = (self.num_masked_MP / np.maximum(self.maskable_M[:, None], 1)).ravel()
-        ce, masked = self.cross_entropy_MP.ravel(), self.num_masked_MP.ravel()
-        bins = np.clip((rate * num_bins).astype(int), 0, num_bins - 1)
+        empty where nothing was masked. The passes of a text are summed first, as they are not independent."""
+        rate_MP = self.num_masked_MP / np.maximum(self.maskable_M[:, None], 1)
+        bin_MP = np.clip((rate_MP * num_bins).astype(int), 0, num_bins - 1)
         rows = []
         for index in range(num_bins):
-            here = (bins == index) & (masked > 0)
-            if not here.any():
+            here_MP = (bin_MP == index) & (self.num_masked_MP > 0)
+            here_M = here_MP.any(axis=1)
+            if not here_M.any():
                 continue
-            meter = NLLMeter()
-            meter.update(torch.from_numpy(ce[here]), torch.from_numpy(masked[here]))
-            estimate = meter.estimate()
-            rows.append((rate[here].mean(), estimate.value, estimate.se))
+            nats_M, masked_M = ((column_MP * here_MP).sum(axis=1)[here_M]
+                                for column_MP in (self.cross_entropy_MP, self.num_masked_MP))  # fmt: skip
+            estimate = ratio(nats_M, masked_M, self.units[here_M])
+            rows.append((rate_MP[here_MP].mean(), estimate.value, estimate.se))
         return tuple(np.array(column) for column in zip(*rows, strict=True)) if rows else (np.zeros(0),) * 3
 
 
@@ -115,13 +116,15 @@ class Scorer(lightning.LightningModule):
             "evaluations": found.evaluations_B.cpu(),
             "cross_entropy": found.logs.get("cross_entropy", none).double().cpu(),
             "num_masked": found.logs.get("num_masked", none).cpu(),
+            **{name: batch[name].cpu() for name in UNIT_COLUMNS if name in batch},
         })  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Precision:
     """When to stop drawing. A round takes `num_draws` network evaluations per text; with a `target_se` (nats per token
-    of the split, from the draws alone) rounds go on until it is reached, or `max_draws` are spent."""
+    of the split, from the draws alone: `Scores.monte_carlo_se`) rounds go on until it is reached, or `max_draws` are
+    spent. The error over texts, which more draws cannot bring below that of exact likelihoods, plays no part."""
 
     num_draws: int
     target_se: float | None = None
@@ -178,7 +181,7 @@ def _round(trainer: lightning.Trainer, scorer: Scorer, loader: object) -> Scores
     return Scores(
         estimator.kind, estimator.label(model, scorer.num_draws), estimator.exact(model), model.objective.causal,
         rows["sample_id"], rows["nll"], np.zeros(rows["nll"].shape[1], dtype=int), rows["tokens"], rows["maskable"],
-        rows["evaluations"], rows["cross_entropy"], rows["num_masked"],
+        rows["evaluations"], rows["cross_entropy"], rows["num_masked"], Units.of(rows),
     )  # fmt: skip
 
 

@@ -25,7 +25,7 @@ def history(folder: Path) -> dict[str, np.ndarray]:
     series: dict[str, dict[int, float]] = {}
     files = sorted(folder.glob("csv/version_*/metrics.csv"), key=lambda path: int(path.parent.name.split("_")[1]))
     for file in files:
-        for row in csv.DictReader(file.open()):
+        for row in csv.DictReader(file.open(encoding="utf-8")):
             if None in row.values():  # the last line of a start that was killed while it wrote
                 continue
             for name, value in row.items():
@@ -105,7 +105,8 @@ def train(experiment: Experiment, *, num_samples: int, generate_samples: bool) -
     results = {
         "nll_nats_per_token": measured.model, "perplexity": measured.model.exp(),
         "unigram_nats_per_token": measured.unigram, "true_nats_per_token": measured.truth,
-        "gap_nats_per_token": measured.gap, "checkpoint": checkpoint,
+        "gap_nats_per_token": measured.gap, "units": scores.units.name, "num_units": len(scores.units),
+        "checkpoint": checkpoint,
     }  # fmt: skip
     write_results(
         folder, {**results, "protocol": protocol(experiment, data, "validation", scores), "command": experiment.command}
@@ -126,6 +127,7 @@ def train(experiment: Experiment, *, num_samples: int, generate_samples: bool) -
     report.write(folder / "report.html")
     print(
         f"\nvalidation NLL {measured.model} nats/token, perplexity {measured.model.exp()}, unigram {measured.unigram}"
+        f" (errors over {scores.units})"
     )
     if measured.truth:
         print(f"true entropy {measured.truth} nats/token | above it by {measured.gap} (paired)")

@@ -11,7 +11,7 @@ import numpy as np
 
 from classification.bayes import posterior
 from classification.measures import Measures, measure
-from metrics import Estimate
+from metrics import Estimate, ratio
 from tasks.base import Likelihood
 from tasks.class_scoring import ClassScores
 
@@ -70,8 +70,8 @@ class Verdicts:
         for index in range(_RATE_BINS):
             here_MP = taken_MP & (bin_MP == index)
             if here_MP.any():
-                share = float(right_MP[here_MP].mean())
-                texts = here_MP.any(axis=1).sum()  # passes of one text are not independent
                 rates.append(float(rate_MP[here_MP].mean()))
-                found.append(Estimate(share, float(np.sqrt(share * (1 - share) / texts))))
+                passes_M = here_MP.sum(axis=1)  # passes of one text are not independent: summed first
+                taken_M = passes_M > 0
+                found.append(ratio((right_MP & here_MP).sum(axis=1)[taken_M], passes_M[taken_M]))
         return np.array(rates), found

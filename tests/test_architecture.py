@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "forward_process": {"noise_schedule"},
     "optimizers": set(),
     "lr_schedules": set(),
-    "command_line": set(),
+    "command_line": {"instantiation", "number_checks"},
     "contradictions": {"direction_checks"},
     "number_checks": set(),
     "direction_checks": set(),
@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "engine": {"engine", "callbacks", "models", "files"},
     "identity": {"contradictions", "command_line"},
     "instantiation": set(),
+    "file_settings": {"command_line", "contradictions", "models"},
     "machine": {"dataloader", "engine"},
     "classification": {"classification", "metrics"},
     "dataloader": {"text"},
@@ -57,6 +58,7 @@ MAY_IMPORT = {
         "diffusion",
         "engine",
         "estimators",
+        "file_settings",
         "files",
         "identity",
         "instantiation",
@@ -71,7 +73,7 @@ MAY_IMPORT = {
 MAY_IMPORT["app"] = {"app", "main"} | MAY_IMPORT["main"] | MAY_IMPORT["tasks"]  # a page over all; nothing imports it
 # May read the configuration.
 CONFIGURED = {"main", "command_line", "contradictions", "number_checks", "direction_checks", "identity", "machine",
-              "instantiation"}  # fmt: skip
+              "instantiation", "file_settings"}  # fmt: skip
 FILES = sorted([*ROOT.glob("*.py"), *(path for room in ROOMS for path in (ROOT / room).glob("*.py"))])
 
 

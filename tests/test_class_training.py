@@ -215,7 +215,7 @@ def test_the_hub_is_not_asked_for_labels_of_a_split_without_any(monkeypatch):
     (["classify.pretrain=other", "mode=classify"], "pretrain=other is none of all .*train, validation"),
     (["training.start_from_counts=true", "training.from_pretrained=x"], "start_from_counts=true"),
     (["training.start_from_counts=true", "backbone=dimamba"], "output layer of DiMamba has no bias"),
-    (["classify.patience=0"], "classify.patience=0 must be at least 1"),
+    (["classify.patience=0"], "classify.patience=0 must be a whole number from 1"),
     (["classify.sharing=conditional", "data.wrap=true"], "data.wrap=true"),
     (["mode=train", "data.label=0", "callbacks=[checkpoint_every_n_steps]"], "callbacks=checkpoint_monitor"),
 ], ids=lambda v: " ".join(v) if isinstance(v, list) else "")  # fmt: skip

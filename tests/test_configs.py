@@ -221,7 +221,6 @@ def test_unknown_keys_and_choices_list_what_exists(arguments, said):
     (["sampling.temperature=hot"], "sampling.temperature=hot"), (["eval.num_draws=abc"], "eval.num_draws=abc"),
     (["noise=clipped", "parameterization=d3pm"], "noise=clipped"),
     (["noise=clipped", "training.masking=exact_count"], "noise=clipped"),
-    (["noise=linear", "noise.sigma_min=1", "eval.estimator=stratified"], "part of the bound only"),
     (["parameterization=ar", "sampling.predictor=ordered"], "sampling.predictor=ar"),
     (["parameterization=ar", "sampling.predictor=first_hitting"], "sampling.predictor=ar"),
     (["sampling.predictor=ordered", "sampling.tokens_per_step=0"], "sampling.tokens_per_step=0"),

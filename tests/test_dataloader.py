@@ -16,7 +16,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from command_line import compose_config
-from dataloader import Loading, PositionBatchSampler, TextData, batch_arithmetic
+from dataloader import Loading, PositionBatchSampler, TextData, batch_arithmetic, with_texts
 from text.order import draws_at, epoch_order, evaluation_batches, rows_at
 
 N = 37
@@ -374,6 +374,15 @@ def test_the_default_config(tmp_path):
     for text, ids in zip(module.texts("test")["text"], module.split("test")["input_ids"], strict=True):
         known = module.tokenizer.decode(ids[1:-1].tolist())
         assert known == text or module.figures["test"]["unknown"]
+
+
+def test_a_tokenizer_that_knows_nearly_nothing_is_refused_but_one_odd_text_is_not(tmp_path):
+    texts = ["".join(chr(97 + int(digit)) for digit in str(100 + i)) for i in range(N)]  # N different words
+    with pytest.raises(ValueError, match=r"data\.tokenizer_name_or_path=word does not know 36 of 37 .* train split"):
+        data(tmp_path, Listed(texts), vocab_size=6).split("train")
+    module = data(tmp_path)
+    strange = with_texts(module, "questions", ["w x y z"])
+    assert strange.figures["questions"]["unknown"] == strange.figures["questions"]["encoded"] == 4
 
 
 @pytest.mark.parametrize("kind", ["text", "labelled"])

@@ -43,6 +43,12 @@ EXAMPLES = {
         ("“ yes , ” he said .  ", '\n" yes , " he said .'),
         ("\nalready", "\nalready"),
     ],
+    "published_wikitext": [
+        (" = Robert Boulter = \n", " = Robert Boulter =\n"),
+        ("it ends with a blank ", "it ends with a blank "),
+        ("and/' 5/ is an oddity", "and/'[0-9]/ is an oddity"),
+    ],
+    "published_scientific_papers": [("a fit/' 5/ in fig. 1 ,", "a fit/'[0-9]/ in fig. 1 ,")],
     "scientific_papers": [
         ("the model ( see fig . 1 ) is @xmath0 ,\n we show", "the model (see fig. 1) is @xmath0 ,\nwe show"),
         ('a " good " fit ; cf . [ 3 ] .', 'a "good" fit; cf. [3] .'),

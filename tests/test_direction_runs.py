@@ -181,9 +181,9 @@ def test_latents_are_drawn_from_own_other_and_no_texts_and_written_as_the_encode
     (["sampling.direction=joint", "training.joint_modes={l2t: 1, latent: 1}"], "needs joint"),
     (["sampling.direction=joint", "sampling.joint_order=latent_first", "training.joint_modes={l2t: 1, text: 1}"],
      "it needs joint or latent"),
-    (["training.joint_modes=joint"], "training.joint_modes=joint must say how often"),
-    (["training.freeze=true"], "training.freeze=True must be a list"),
-    (["latents.attributes=class"], r"must be a list: latents.attributes=.class."),
+    (["training.joint_modes=joint"], "training.joint_modes=joint must be null or weights such as {l2t: 1"),
+    (["training.freeze=true"], "training.freeze=true must be a list"),
+    (["latents.attributes=class"], "latents.attributes=class must be a list"),
 ], ids=lambda value: "" if isinstance(value, str) else " ".join(value))  # fmt: skip
 def test_what_can_not_be_meant_is_refused(tmp_path, monkeypatch, ask, said):
     monkeypatch.chdir(tmp_path)
@@ -210,7 +210,7 @@ def test_classes_are_told_by_the_latents_of_texts_too(here):
 
 
 @pytest.mark.parametrize(("arguments", "said"), [
-    (["sampling.direction=up"], "sampling.direction=up is unknown"),
+    (["sampling.direction=up"], "sampling.direction=up must be one of: joint, l2t"),
     (["sampling.direction=edit", "sampling.predictor=first_hitting"], "sampling.predictor=ddpm"),
     (["sampling.direction=joint", "sampling.guidance=2"], "joint_order=latent_first"),
     (["sampling.direction=edit", "sampling.edit_target=moon"], "sampling.edit_target=moon"),

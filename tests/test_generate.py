@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from command_line import compose_config
 from identity import identity, overrides
+from models.belonging import check_belongs
 from models.checkpoints import read_settings
 from scripts import generate
 from tests.commands import run
@@ -152,3 +154,14 @@ def test_texts_from_a_checkpoint(trained, tmp_path, monkeypatch, capsys):
     results = json.loads((folder / "results.json").read_text())
     checkpoint = read_settings(trained / "checkpoints" / "last.ckpt")
     assert results["protocol"]["sampler"] == "samplers.unmasking.sample" and checkpoint.step == 2
+
+
+def test_a_mask_token_is_typed_as_it_is_and_kept_by_checkpoints():
+    plain, named = (identity(compose_config(["data=text", *more])) for more in ([], ["data.mask_token=[MASK]"]))
+    assert named == {**plain, "data.mask_token": "[MASK]"}, "older checkpoints have no such key"
+    assert identity(compose_config(overrides(named)))["data.mask_token"] == "[MASK]"
+    data = SimpleNamespace(vocabulary=SimpleNamespace(fingerprint="ours"), latents=None)
+    known = {"configuration": named, "tokenizer": "theirs"}
+    checkpoint = SimpleNamespace(path="x.ckpt", settings=named, identity=known)
+    with pytest.raises(ValueError, match=r"another mask token; add: 'data\.mask_token=\[MASK\]'"):
+        check_belongs(checkpoint, plain, (), data)

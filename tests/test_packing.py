@@ -52,7 +52,28 @@ def test_wrap_is_one_stream_over_the_whole_split(chunk_special, tokenizer, vocab
     assert flat == stream[: len(flat)] and len(stream) - len(flat) < 64
     assert figures["cut"] == len(stream) - len(flat) and figures["rows"] == len(chunks)
     assert rows["sample_id"][:].tolist() == list(range(len(chunks)))
-    assert set(rows.column_names) == {"input_ids", "length", "sample_id"}
+    assert set(rows.column_names) == {"input_ids", "length", "sample_id", "first_document", "last_document"}
+
+
+def test_rows_know_the_documents_of_their_ends(tokenizer, vocab, tmp_path, monkeypatch):
+    """Texts of 1, 2, 3, ... characters and an EOS each, however they are read; lines of documents; unknown ones."""
+    monkeypatch.setattr(packing_module, "_TEXTS_AT_ONCE", 2)
+    texts = ["a" * n for n in (1, 2, 0, 3, 4, 5)]
+    of_token = np.repeat([0, 1, 2, 3, 4], [2, 3, 4, 5, 6])
+    for chunk_special, inner in ((False, 4), (True, 2)):
+        rows, _ = pack(rows_of(texts), tokenizer, vocab, Packing(4, True, chunk_special=chunk_special), tmp_path)
+        stop = len(of_token) // inner * inner
+        assert rows["first_document"][:].tolist() == of_token[0:stop:inner].tolist()
+        assert rows["last_document"][:].tolist() == of_token[inner - 1 : stop : inner].tolist()
+    for numbers, wanted in (([7, 7, 7, 7, 9, 9], [0, 0, 0, 1, 1]), ([-1] * 6, None)):
+        lines = rows_of(texts).add_column("document", numbers)
+        rows, _ = pack(lines, tokenizer, vocab, Packing(4, True), tmp_path)
+        assert ("first_document" in rows.column_names) == (wanted is not None)
+        assert wanted is None or rows["last_document"][:].tolist() == wanted
+        lines = lines.select([0, 1, 3, 4, 5])
+        rows, _ = pack(lines, tokenizer, vocab, Packing(8, False), tmp_path)
+        assert ("first_document" in rows.column_names) == (wanted is not None)
+        assert wanted is None or rows["first_document"][:].tolist() == [7, 7, 7, 9, 9]
 
 
 def test_wrapped_rows_do_not_depend_on_the_batches(tokenizer, vocab, tmp_path, monkeypatch):

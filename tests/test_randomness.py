@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import torch
 from scipy import stats
@@ -64,6 +66,28 @@ def test_the_first_draws_of_a_design_are_a_fair_and_spread_out_sample():
     ids, text = torch.arange(6), torch.tensor([0, 0, 0, 1, 1, 1])
     shared = evaluation_noise(0, ids, 3, 8, group_B=text)
     assert len(shared.time().unique()) == 2 and len(shared.uniform(5).unique()) == 30
+
+
+def test_parts_of_parts_have_numbers_of_their_own():
+    """Addresses of up to three parts, each below six: equal only where they differ by parts 0, the row's own."""
+    def at(address: tuple[int, ...]) -> KeyedNoise:
+        noise = evaluation_noise(0, torch.arange(2))
+        for number in address:
+            noise = noise.part(number)
+        return noise
+
+    addresses = [address for depth in range(4) for address in itertools.product(range(6), repeat=depth)]
+    found = {}
+    for address in addresses:
+        shortest = tuple(np.trim_zeros(address, "b"))
+        numbers = (*at(address).uniform(2).flatten().tolist(), *at(address).time().tolist())
+        assert found.setdefault(shortest, numbers) == numbers
+    for column in zip(*found.values(), strict=True):
+        assert len(set(column)) == len(found)
+    nested = evaluation_noise(0, torch.arange(2)).part(4).parts(3)
+    alone = [at((4, number)) for number in range(3)]
+    assert torch.equal(nested.uniform(5).reshape(2, 3, 5), torch.stack([noise.uniform(5) for noise in alone], 1))
+    assert torch.equal(nested.time().reshape(2, 3), torch.stack([noise.time() for noise in alone], 1))
 
 
 def test_hash_seed_is_a_63_bit_number_that_depends_on_order():

@@ -205,7 +205,7 @@ def test_rooms_belong_to_the_identity_of_segments_only():
     (["data.long_texts=truncate"], "data.long_texts=truncate might cut a part that others rest on"),
     (["data.segments=maybe"], "data.segments=maybe must be true or false"),
     (["data.segment_room=wide"], "data.segment_room=wide must be a whole number"),
-    (["data.segment_room=0"], "data.segment_room=0 must be at least 2"),
+    (["data.segment_room=0"], "data.segment_room=0 must be a whole number from 2"),
     (["data.segment_room=null"], "have 3 parts, and where one ends"),
     (["data.segment_room=3"], "data.long_texts=drop leaves no text"),
     (["parameterization=ar"], "Ar makes no use of it; set it to false|AR makes no use of it; set it to false"),

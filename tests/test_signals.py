@@ -28,7 +28,6 @@ import main
 from command_line import compose_config
 from diffusion import Diffusion
 from engine import signals
-from engine.logs import Heard
 from engine.signals import SIGNALS, Interrupted, Phase, StopAtSignal
 from engine.slurm import check_processes, requeue
 from models.checkpoints import load_inert, read_progress
@@ -322,18 +321,6 @@ def test_a_terminal_that_is_closed_ends_a_training_with_all_saved_and_nohup_keep
             assert process.wait(600) == 128 + signal.SIGTERM
     said = (tmp_path / "log").read_text()
     assert "resuming from run/checkpoints/last.ckpt" in said and "SIGHUP" not in said
-
-
-def test_what_nobody_reads_is_left_out_and_other_errors_are_not():
-    read, write = os.pipe()
-    os.close(read)
-    with pytest.raises(BrokenPipeError), open(write, "w", closefd=False) as plain:
-        print("lost", file=plain, flush=True)
-    heard = Heard(open(write, "w"))  # noqa: SIM115
-    print("lost", file=heard, flush=True)
-    assert heard.writable() and heard.fileno() == write
-    with pytest.raises(OSError, match="No space left"), open("/dev/full", "w") as full:
-        print("lost", file=Heard(full), flush=True)
 
 
 def read_to_the_end(terminal: int, end: threading.Event) -> None:

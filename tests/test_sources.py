@@ -115,13 +115,13 @@ NAMED = LABELLED | {"label_names": ["n", "p"]}
 @pytest.mark.parametrize(
     ("content", "name", "kwargs", "message"),
     [
-        ('{"body": "a", "stars": 1}', "a.jsonl", {}, r"data\.text_column=text: .*; it has body, stars"),
-        ('{"text": "a"}', "a.jsonl", LABELLED, r"data\.label_column=label: .* no such column; it has text"),
-        ('{"text": "a"}\n{"text": null}', "a.jsonl", {}, r"row 1 of column 'text' is None"),
+        ('{"body": "a", "stars": 1}', "a.jsonl", {}, r"line 1, row 0: .* no column 'text' \(data\.text_column=text\); it has body, stars"),
+        ('{"text": "a"}', "a.jsonl", LABELLED, r"no column 'label' \(data\.label_column=label\); it has text"),
+        ('{"text": "a"}\n{"text": null}', "a.jsonl", {}, r"line 2, row 1 of column 'text' is null"),
         ('{"text": "a"}\n{"text": 3}', "a.jsonl", {}, r"row 1 of column 'text'"),
         ('{"text": ["a"]}', "a.jsonl", {}, r"row 0 of column 'text'"),
         ('{"text": "a"}\n{broken', "a.jsonl", {}, r"data\.path=.*a\.jsonl cannot be read"),
-        ("[1, 2]", "a.json", {}, r"cannot be read: entry 0 is int"),
+        ("[1, 2]", "a.json", {}, r"cannot be read: row 0 is 1, not an object"),
         ("not parquet", "a.parquet", {}, r"data\.path=.*a\.parquet cannot be read"),
         (b"\xff\xfe\xff", "a.txt", {}, r"data\.path=.*a\.txt cannot be read"),
         ("", "a.csv", {}, r"cannot be read"),
@@ -139,8 +139,8 @@ NAMED = LABELLED | {"label_names": ["n", "p"]}
         ("text,label\na,x\nb,x\nc,x", "a.csv", LABELLED, r"one label only \(x\)"),
         ('{"text": "a", "label": 1.5}', "a.jsonl", LABELLED, r"row 0 of column 'label' is 1\.5"),
         ('{"text": "a", "label": true}', "a.jsonl", LABELLED, r"row 0 of column 'label' is True"),
-        ("text,label\na,0\nb,2", "a.csv", NAMED, r"row 1 has the label 2.*0 \(n\), 1"),
-        ("text,label\na,n\nb,q", "a.csv", NAMED, r"row 1 has the label 'q'.*0 \(n\)"),
+        ("text,label\na,0\nb,2", "a.csv", NAMED, r"line 3, row 1 of column 'label' is '2'.*0 \(n\), 1"),
+        ("text,label\na,n\nb,q", "a.csv", NAMED, r"line 3, row 1 of column 'label' is 'q'.*0 \(n\)"),
     ],
 )  # fmt: skip
 def test_bad_user_files(content, name, kwargs, message, tmp_path):
@@ -151,7 +151,7 @@ def test_bad_user_files(content, name, kwargs, message, tmp_path):
 def test_labels_must_agree_across_splits(tmp_path):
     train = write(tmp_path, "csv", labels=["neg", "pos"] * 20)
     test = write(tmp_path, "csv", TEXTS[:2], ["neg", "meh"], name="test")
-    with pytest.raises(ValueError, match=r"test\.csv: row 1 has the label 'meh'.*0 \(neg\), 1 \(pos\)"):
+    with pytest.raises(ValueError, match=r"test\.csv .*: line 3, row 1 of column 'label' is 'meh'.*0 \(neg\), 1 \(pos\)"):
         UserFiles(train, label_column="label", test_path=test).load("train")
 
 
@@ -206,7 +206,7 @@ def test_columns_are_joined_and_blank_texts_dropped(data_dir):
     assert source.load("train")["text"][:] == ["a | b\n", "  | \n", "c | d"]
     source = named(text_columns=["q", "r"], parts=["{q}{r}"], drop_blank=True)
     assert source.load("train")["text"][:] == ["ab", "cd"]
-    with pytest.raises(ValueError, match=r"has no column question; it has q, r"):
+    with pytest.raises(ValueError, match=r"train\.jsonl .* no column 'question'; it has q, r"):
         named(text_columns=["question", "r"], parts=["{question}{r}"]).load("train")
 
 

@@ -428,11 +428,12 @@ def test_what_a_stream_can_not_do(settings, said, tmp_path):
         module.val_dataloader()
 
 
-def test_files_of_two_kinds_are_refused(tmp_path):
-    write(tmp_path / "corpus", "csv")
-    write(tmp_path / "corpus", "jsonl")
-    with pytest.raises(ValueError, match=r"reads files of one kind.* these are of csv, jsonl"):
-        data(tmp_path, str(tmp_path / "corpus")).train_dataloader()
+def test_files_of_two_kinds_are_read_as_without_streaming(tmp_path):
+    write(tmp_path / "corpus", "csv", files=1)
+    write(tmp_path / "corpus", "jsonl", files=2)
+    held_out = write(tmp_path / "held_out", "txt", files=1, number=5)
+    source = UserFiles(str(tmp_path / "corpus"), validation_path=held_out, test_path=held_out)
+    assert source.open("train").first(1000)["text"][:] == source.load("train")["text"][:]
 
 
 def test_texts_that_are_cut_are_told(tmp_path, caplog):

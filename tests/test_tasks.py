@@ -28,9 +28,12 @@ def test_the_ratio_estimate_and_its_error():
     tokens = rng.integers(5, 50, 400)
     nll = tokens * rng.normal(2.0, 0.3, 400)
     whole, parts = NLLMeter(), NLLMeter()
-    whole.update(torch.from_numpy(nll), torch.from_numpy(tokens))
+    columns = {"sample_id": torch.arange(400), "text_id": torch.arange(400)}
+    whole.update(torch.from_numpy(nll), torch.from_numpy(tokens), columns)
     for i in range(0, 400, 7):
-        parts.update(torch.from_numpy(nll[i : i + 7]), torch.from_numpy(tokens[i : i + 7]))
+        here = slice(i, i + 7)
+        batch = {name: column[here] for name, column in columns.items()}
+        parts.update(torch.from_numpy(nll[here]), torch.from_numpy(tokens[here]), batch)
     ratio = nll.sum() / tokens.sum()
     residual = nll - ratio * tokens
     se = residual.std(ddof=1) / math.sqrt(400) / tokens.mean()

@@ -3,6 +3,7 @@ errors."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -207,6 +208,106 @@ def test_a_folder_that_holds_no_tokenizer(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text("not json")
     with pytest.raises(ValueError, match=r"data\.tokenizer_name_or_path=.*tokenizer\.json"):
         load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "roberta", "t5", "xlm-roberta", "qwen2", "opt"])
+def test_a_model_folder_without_tokenizer_files_is_refused(kind, tmp_path):
+    """transformers makes a tokenizer of it that knows no word."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    said = r"data\.tokenizer_name_or_path=.* is empty.*needs tokenizer\.json.*has config\.json"
+    with pytest.raises(ValueError, match=said):
+        load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"tokenizer_config.json": '{"tokenizer_class": "BertTokenizer"}'}, "is empty"),
+        ({"config.json": '{"model_type": "bert"}', "vocab.json": "{}", "merges.txt": ""}, "is empty"),
+        ({"config.json": '{"model_type": "bert"}', "vocab.txt": ""}, "cannot be read"),
+        ({"config.json": '{"model_type": "bert"}', "vocab.txt": "version https://git-lfs."}, "git lfs"),
+        ({"config.json": '{"model_type": "gpt2"}', "vocab.json": '{"a": 0}'}, "vocab.json with merges.txt"),
+        ({"model.safetensors": ""}, "has model.safetensors"),
+        ({}, "has nothing"),
+        ({"tokenizer_config.json": "[]"}, "needs tokenizer.json"),
+    ],
+)
+def test_incomplete_tokenizer_folders_are_refused_by_name(files, said, tmp_path):
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=rf"data\.tokenizer_name_or_path=.*{said}"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_tokenizer_without_files_may_know_every_byte(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "ByT5Tokenizer"}')
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert len(encode(tokenizer, ["日本"])[0]) == 6
+
+
+def test_a_vocabulary_file_is_no_folder(tmp_path):
+    (tmp_path / "vocab.json").write_text("{}")
+    with pytest.raises(ValueError, match=rf"is a file; give the folder.*={tmp_path}$"):
+        load_tokenizer(str(tmp_path / "vocab.json"))
+
+
+def test_a_sentencepiece_model_needs_its_package(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    (tmp_path / "tokenizer.model").write_bytes(b"\n")
+    with pytest.raises(ValueError, match="SentencePiece model tokenizer.model.*pip install sentencepiece"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_the_code_of_a_tokenizer_folder_is_named(tmp_path):
+    config = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["own.OwnTokenizer", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "own.py").write_text("raise SystemExit('code of a tokenizer folder was run')")
+    with pytest.raises(ValueError, match=r"data\.tokenizer_name_or_path=.*auto_map.*PreTrainedTokenizerFast"):
+        load_tokenizer(str(tmp_path))
+
+
+def saved(tokenizer, folder):
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def with_undeclared_mask(tmp_path, **added):
+    tokenizer = bare({"a": 0, "b": 1, "<eos>": 2, "the": 3}, eos_token="<eos>")
+    tokenizer.add_tokens(["<|mask|>"], **added)
+    return saved(tokenizer, tmp_path / "own")
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_a_token_is_the_mask_that_its_tokenizer_does_not_declare(special, tmp_path):
+    folder = with_undeclared_mask(tmp_path, special_tokens=special)
+    plain, named = (vocabulary(load_tokenizer(folder, mask_token=token)) for token in (None, "<|mask|>"))
+    assert (plain.size, plain.mask_id) == (6, 5) and (named.size, named.mask_id, named.pad_id) == (5, 4, 2)
+    assert plain.fingerprint != named.fingerprint
+    tokenizer = load_tokenizer(folder, mask_token="<|mask|>")
+    assert decode(tokenizer, [4]) == MASK_SYMBOL
+    assert 4 not in encode(tokenizer, ["<|mask|>"])[0], "a text cannot hold the mask"
+
+
+@pytest.mark.parametrize(
+    ("token", "said"),
+    [
+        ("<|msk|>", r"not in the vocabulary.*did you mean <\|mask\|>"),
+        ("<eos>", "already the eos_token"),
+        ("the", "a word that texts may hold"),
+        ("", "not in the vocabulary"),
+        (3, "must be a token"),
+    ],
+)
+def test_a_mask_token_that_cannot_be_one_is_refused(token, said, tmp_path):
+    with pytest.raises(ValueError, match=rf"data\.mask_token={re.escape(str(token))} .*{said}"):
+        load_tokenizer(with_undeclared_mask(tmp_path), mask_token=token)
+
+
+def test_another_mask_than_the_declared_one_is_refused(tmp_path):
+    text8 = load_tokenizer("text8", mask_token="[MASK]")
+    assert vocabulary(text8) == vocabulary(load_tokenizer("text8"))
+    with pytest.raises(ValueError, match=r"data\.mask_token=a: the mask of .*text8 is \[MASK\]"):
+        load_tokenizer("text8", mask_token="a")
 
 
 def test_a_folder_cannot_run_code(tmp_path):

@@ -27,19 +27,20 @@ class Rows(Dataset):
 class Collate:
     """Columns of some rows -> a batch (the contract of dataloader.py). pad_id None: the rows are of equal length.
     `frame_ids`: tokens that are given where they begin or end a padded row, and anywhere in a row of equal length.
-    `prefix`: so many tokens at the beginning of each row are given, behind a `bos_id` if it begins with that. `fill`:
-    rows are filled up to `length` with the pad, which is EOS then, and only their beginning is given. `segments`:
-    batches say where the parts of each text end; those between the first and the last are filled up to `room` tokens.
+    `prefix`: so many tokens at the beginning of each row are given, behind a `bos_id` if it begins with that.
+    `first_given`: at least the first token of each row is given. `fill`: rows are filled up to `length` with the pad,
+    which is EOS then, and only their beginning is given. `segments`: batches say where the parts of each text end;
+    those between the first and the last are filled up to `room` tokens.
     """
 
     def __init__(
         self, length: int, pad_id: int | None, frame_ids: Collection[int] = (), fill: bool = False,
         segments: bool = False, room: int | None = None, prefix: int = 0,
-        bos_id: int | None = None,
+        bos_id: int | None = None, first_given: bool = False,
     ) -> None:  # fmt: skip
         self.length, self.pad_id, self.frame_ids = length, pad_id, np.array(sorted(frame_ids), dtype=np.int64)
         self.fill, self.segments, self.room = fill, segments, room
-        self.prefix, self.bos_id = prefix, bos_id
+        self.prefix, self.bos_id, self.first_given = prefix, bos_id, first_given
 
     def __call__(self, columns: dict[str, Any]) -> dict[str, torch.Tensor]:
         columns = dict(columns)
@@ -67,13 +68,13 @@ class Collate:
         if part_ends is not None:
             given |= place < part_ends[:, :1]
         given |= self._in_prefix(ids) & mask
-        if len(self.frame_ids) or part_ends is not None or self.prefix:
+        if len(self.frame_ids) or part_ends is not None or self.prefix or self.first_given:
             batch["given"] = torch.from_numpy(given)
         return batch
 
     def _wrapped(self, ids: np.ndarray) -> dict[str, torch.Tensor]:
         """Rows of equal length, each from somewhere in a text to somewhere in another."""
-        if not len(self.frame_ids) and not self.prefix:
+        if not len(self.frame_ids) and not self.prefix and not self.first_given:
             return {"input_ids": torch.from_numpy(ids)}
         given = np.isin(ids, self.frame_ids) | self._in_prefix(ids)
         return {"input_ids": torch.from_numpy(ids), "given": torch.from_numpy(given)}
@@ -82,8 +83,9 @@ class Collate:
         return np.arange(ids.shape[1]) < self.leading(ids[:, 0])[:, None]
 
     def leading(self, first_ids: np.ndarray) -> np.ndarray:
-        """How many tokens the prefix gives of rows with these first tokens, BOS among them, (B,)."""
-        return (self.prefix + (first_ids == self.bos_id)) * (self.prefix > 0)
+        """Number of given tokens at the beginning of rows with these first tokens, BOS among them, (B,)."""
+        in_prefix_B = (self.prefix + (first_ids == self.bos_id)) * (self.prefix > 0)
+        return np.maximum(in_prefix_B, int(self.first_given))
 
 
 def segment_ends(prompt_tokens_B: np.ndarray, number: int, room: int | None) -> np.ndarray:

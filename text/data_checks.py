@@ -48,6 +48,25 @@ def check_settings(data: object, names: Iterable[str | None], train: str | None,
             raise ValueError(f"{key}={value} must be at least {lowest}")
 
 
+def check_protocol(protocol: str | None, num_proc: int | None, streaming: bool, random_crop: bool) -> None:
+    """Refuse a data.protocol that does not exist, and settings that do not go together with it.
+
+    Raises:
+        ValueError: the setting, its value and what to set instead.
+    """
+    if protocol is None:
+        if num_proc is not None:
+            raise ValueError(f"data.num_proc={num_proc} belongs to data.protocol=reference; add that, or leave it out")
+        return
+    if protocol != "reference":
+        raise ValueError(f"data.protocol={protocol} is unknown; choose reference, or null")
+    if num_proc is not None and (isinstance(num_proc, bool) or not isinstance(num_proc, int) or num_proc < 1):
+        raise ValueError(f"data.num_proc={num_proc} must be a whole number of processes, 1 or more")
+    for key, value in (("data.streaming", streaming), ("data.random_crop", random_crop)):
+        if value:
+            raise ValueError(f"data.protocol=reference cuts whole splits into fixed rows; set {key}=false")
+
+
 def _check_parts(data: object) -> None:
     if data.fill not in (None, "eos"):
         raise ValueError(f"data.fill={data.fill} is unknown; choose eos, or null")

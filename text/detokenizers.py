@@ -15,8 +15,18 @@ _NUMERAL = " 1 "  # what stands for PTB's N, "some number"
 def wikitext(text: str) -> str:
     """WikiText (Merity et al., 2016): ` @-@ ` within words, spaces around every sign, ` = = Heading = = `.
 
-    Differs from the published convention in one place: blanks at the end of the text go, as they do at a line end.
+    Differs from the published convention in two places: blanks at the end of the text go, as they do at a line end, and
+    `/' 5/` stays as it is (`published_wikitext`).
     """
+    return _wikitext(text).rstrip(" ")
+
+
+def published_wikitext(text: str) -> str:
+    """Detokenise WikiText as the reference projects do, oddities included (data.protocol=reference)."""
+    return _wikitext(re.sub("/' [0-9]/", "/'[0-9]/", text))
+
+
+def _wikitext(text: str) -> str:
     text = text.replace("s '", "s'")
     for sign in "-,.":
         text = text.replace(f" @{sign}@ ", sign)
@@ -25,7 +35,7 @@ def wikitext(text: str) -> str:
         text = _tighten(text, pair, any_space=True)
     text = re.sub(r"(?<==) (?==)", "", text)
     text = text.replace(" ° ", "°").replace(" \n", "\n").replace("\n ", "\n").replace(" N ", _NUMERAL)
-    return text.replace(" 's", "'s").rstrip(" ")
+    return text.replace(" 's", "'s")
 
 
 def ptb(text: str) -> str:
@@ -63,6 +73,11 @@ def scientific_papers(text: str) -> str:
     return lm1b(wikitext(text))
 
 
+def published_scientific_papers(text: str) -> str:
+    """Detokenise arXiv and PubMed articles as the reference projects do (data.protocol=reference)."""
+    return lm1b(published_wikitext(text))
+
+
 def _join_to_the_left(text: str, signs: str) -> str:
     """Signs that stand alone move to the word before them."""
     for sign in signs:
@@ -80,7 +95,9 @@ def _tighten(text: str, pair: str, any_space: bool) -> str:
 
 DETOKENIZERS: dict[str, Callable[[str], str]] = {
     "wikitext": wikitext, "ptb": ptb, "lm1b": lm1b, "lambada": lambada, "scientific_papers": scientific_papers,
+    "published_wikitext": published_wikitext, "published_scientific_papers": published_scientific_papers,
 }  # fmt: skip
+PUBLISHED = {"wikitext": "published_wikitext", "scientific_papers": "published_scientific_papers"}  # ours -> theirs
 
 
 def detokenizer(name: str) -> Callable[[str], str]:

@@ -126,16 +126,16 @@ class FiniteStateGrammar:
         final = compiler.state({})
         ending = compiler.state({(END, final): 1.0})
         start = compiler.state(compiler.compile(root, ending))
-        self._token_ids = compiler.token_ids
+        self.token_ids = compiler.token_ids
         self._token_of_id = list(compiler.token_ids)
-        self._start, self._final = start, final
-        self._arcs = self._sorted_arcs(compiler.rows)
-        self._arc_keys = self._arcs.source * len(self._token_ids) + self._arcs.token
+        self.start, self._final = start, final
+        self.arcs = self._sorted_arcs(compiler.rows)
+        self._arc_keys = self.arcs.source * len(self.token_ids) + self.arcs.token
         self._log_p_length = self._length_law()
         possible = np.flatnonzero(np.isfinite(self._log_p_length))
         self.min_tokens, self.max_tokens = int(possible[0]), int(possible[-1])
-        self.vocabulary = tuple(sorted(token for token in self._token_ids if token))
-        self.num_states, self.num_arcs = len(compiler.rows), len(self._arcs.token)
+        self.vocabulary = tuple(sorted(token for token in self.token_ids if token))
+        self.num_states, self.num_arcs = len(compiler.rows), len(self.arcs.token)
 
     @staticmethod
     def _sorted_arcs(rows: list[dict[tuple[int, int], float]]) -> Arcs:
@@ -148,9 +148,9 @@ class FiniteStateGrammar:
 
     def _length_law(self) -> np.ndarray:
         """log p(number of tokens) for 0, 1, ..., the longest text: the forward algorithm without words."""
-        arcs, law = self._arcs, []
+        arcs, law = self.arcs, []
         p_state = np.zeros(len(arcs.first) - 1)
-        p_state[self._start] = 1.0
+        p_state[self.start] = 1.0
         while p_state.any():
             p_arc = p_state[arcs.source] * np.exp(arcs.log_p)
             ends = arcs.token == END
@@ -167,9 +167,9 @@ class FiniteStateGrammar:
 
     def derivation_entropy(self) -> float:
         """Entropy of the choices that write a text, nats; that of the text unless `is_ambiguous`."""
-        arcs = self._arcs
+        arcs = self.arcs
         p_arc, p_state = np.exp(arcs.log_p), np.zeros(len(arcs.first) - 1)
-        p_state[self._start], entropy = 1.0, 0.0
+        p_state[self.start], entropy = 1.0, 0.0
         for _ in range(self.max_tokens + 1):
             visits = p_state[arcs.source] * p_arc
             entropy -= float(visits @ arcs.log_p)
@@ -178,10 +178,10 @@ class FiniteStateGrammar:
 
     def is_ambiguous(self) -> bool:
         """Whether some text has two derivations, found by reading all texts with two readers at once."""
-        arcs, steps = self._arcs, [{} for _ in range(len(self._arcs.first) - 1)]
+        arcs, steps = self.arcs, [{} for _ in range(len(self.arcs.first) - 1)]
         for source, token, target in np.stack([arcs.source, arcs.token, arcs.target], axis=1).tolist():
             steps[source].setdefault(token, []).append(target)
-        seen, waiting = {(self._start, self._start)}, [(self._start, self._start)]
+        seen, waiting = {(self.start, self.start)}, [(self.start, self.start)]
         while waiting:
             one, two = waiting.pop()
             pairs = {
@@ -198,14 +198,14 @@ class FiniteStateGrammar:
 
     def sample(self, num_texts: int, rng: np.random.Generator) -> list[list[str]]:
         """`num_texts` token lists. The first n of any larger draw from an equal generator are these n."""
-        arcs = self._arcs
+        arcs = self.arcs
         # One row of uniforms per text, whatever its length: so a small draw is a prefix of a large one.
         uniforms_NT = rng.random((num_texts, self.max_tokens))
         # State s owns the interval [s, s + 1), so that one binary search serves all texts at once.
         mass = np.cumsum(np.exp(arcs.log_p))
         before = np.concatenate([[0.0], mass])[arcs.first[:-1]]
         edges = arcs.source + mass - before[arcs.source]
-        state_N = np.full(num_texts, self._start)
+        state_N = np.full(num_texts, self.start)
         tokens_NT = np.full((num_texts, self.max_tokens), END)
         for t in range(self.max_tokens):
             alive = np.flatnonzero(state_N != self._final)
@@ -226,15 +226,15 @@ class FiniteStateGrammar:
         as parallel arrays: `text` and `state` of each entry, and its probability given the tokens read so
         far.
         """
-        arcs, num_states, num_types = self._arcs, len(self._arcs.first) - 1, len(self._token_ids)
+        arcs, num_states, num_types = self.arcs, len(self.arcs.first) - 1, len(self.token_ids)
         lengths = np.array([len(text) for text in texts], dtype=np.int64)
         tokens_NT = np.full((len(lengths), min(lengths.max(initial=0), self.max_tokens) + 1), END)
         log_p_N = np.where(lengths > self.max_tokens, -np.inf, 0.0)
         for row, text in zip(tokens_NT, texts, strict=True):
             if len(text) < len(row):
-                row[: len(text)] = [self._token_ids.get(token or " ", num_types) for token in text]
+                row[: len(text)] = [self.token_ids.get(token or " ", num_types) for token in text]
         text = np.flatnonzero(np.isfinite(log_p_N))
-        state, p = np.full(len(text), self._start), np.ones(len(text))
+        state, p = np.full(len(text), self.start), np.ones(len(text))
         for t in range(tokens_NT.shape[1]):
             token = tokens_NT[text, t]
             # An unknown token must not alias the next state's first token in the combined key.

@@ -23,7 +23,7 @@ from text.cache import file_digest
 from text.hub import both_ways, quick_when_offline
 from text.passages import Passages
 from text.sentence_folders import POOLINGS, SentenceFolder, read_folder
-from text.tokenizers import Vocabulary, tokenized
+from text.tokenizers import Vocabulary, check_not_empty, tokenized
 
 log = logging.getLogger(__name__)
 
@@ -130,6 +130,7 @@ class Pretrained:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Its own, which pads behind a text."""
         tokenizer = _opened(self.name, self._said.network, AutoTokenizer.from_pretrained)
+        check_not_empty(tokenizer, f"{KEY}={self.name}", self._said.network)
         tokenizer.padding_side = "right"
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token

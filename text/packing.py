@@ -5,6 +5,9 @@ A packed split is a `datasets.Dataset` (numpy format) with the columns
   input_ids  list of int32, unpadded        length     int32, number of ids
   sample_id  int64, the row's lasting name  text_id    int64, the source text it is from (`pad` only)
   label      int64, where the texts have one
+  first_document, last_document  int64, the documents of which the row's first and last token are: numbers in the order
+             of the split. Of wrapped rows, and of padded ones whose texts are pieces of documents; absent where
+             documents are not known (text/sources.py)
   part_ends  list of int32, where the texts have parts: the tokens before which each part but the last ends; BOS
              belongs to the first part, EOS to the last; with a `room` the parts between have an EOS too
 `sample_id` of a padded row is window * 2**32 + text_id: it stays the same when other texts or classes are
@@ -27,7 +30,7 @@ from text.cache import cached_folder, texts_fingerprint
 from text.rows import parts_of
 from text.tokenizers import Vocabulary, encode, encode_after
 
-_CODE_VERSION = 1  # raise it whenever a change below gives other rows for the same texts and settings
+_CODE_VERSION = 2  # raise it whenever a change below gives other rows for the same texts and settings
 _TEXTS_AT_ONCE = 1000  # bounds memory; the rows do not depend on it
 _LONG_TEXTS = ("truncate", "windows", "drop", "error")
 _WINDOW = 2**32
@@ -43,6 +46,9 @@ class Packing:
     long_texts: what a padded text beyond `length` becomes: its beginning, several rows, nothing, or an error.
     drop_empty: leave out texts without tokens (behind their prompt) instead of refusing them (padded rows; wrapped ones
     always do).
+    num_proc: None for our way. Else the texts are cut as kuleshov-group's mdlm does with so many processes
+    (data.protocol=reference): each joins a thousand texts at a time and drops what does not fill a row, an empty text
+    leaves its end token, special tokens are read out of the text, and a padded text that is cut keeps its end token.
     room: tokens that each part between a text's first and last will take up, whatever it has: where a part ends that is
     yet to be written is not known before. None: parts follow one another.
     """
@@ -55,6 +61,7 @@ class Packing:
     long_texts: str = "error"
     drop_empty: bool = False
     room: int | None = None
+    num_proc: int | None = None
 
     def __post_init__(self) -> None:
         shortest = 3 if self.wrap and self.chunk_special else 1
@@ -67,8 +74,8 @@ class Packing:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What rows hang on: all fields, a room where there is one."""
-        return {key: value for key, value in asdict(self).items() if key != "room" or value}
+        """What rows depend on: all fields; room and num_proc where they are set."""
+        return {key: value for key, value in asdict(self).items() if key not in ("room", "num_proc") or value}
 
 
 def framed(packing: Packing, special: bool, eos: bool) -> Packing:
@@ -82,7 +89,7 @@ def pack(
 ) -> tuple[datasets.Dataset, dict[str, int]]:  # fmt: skip
     """The packed split of `rows` (columns text, text_id, label?, ends?), read from the cache or built into it (None: in
     memory, kept nowhere), and figures: texts, rows, tokens, empty, long (texts cut, windowed or dropped), cut (tokens
-    left out), unknown (unknown tokens).
+    left out), encoded (tokens of all texts), unknown (of them, unknown ones).
 
     `name` says in messages which split it is. Raises ValueError for empty or over-long texts (as `packing`
     says), for a tokenizer without the begin or end token that is needed, for too little text to fill one
@@ -102,6 +109,7 @@ def pack(
         "text_id": _digest(rows, "text_id"), "label": _digest(rows, "label") if has_label else None,
         "packing": packing.settings, "eos_id": vocabulary.eos_id, "bos_id": vocabulary.bos_id,
         **({"ends": _digest(rows, "ends")} if has_parts else {}),
+        **({"document": _digest(rows, "document")} if "document" in rows.column_names else {}),
     }  # fmt: skip
     folder, figures = cached_folder(
         cache_dir, "wrapped" if packing.wrap else "rows", settings,
@@ -161,6 +169,7 @@ class Figures:
     longest: int = 0
     cut: int = 0
     unknown: int = 0
+    encoded: int = 0
 
 
 @dataclass
@@ -173,6 +182,7 @@ class PackedRows:
     text_id: np.ndarray | None
     label: np.ndarray | None
     part_ends: list[list[int]] | None = None
+    documents: tuple[np.ndarray, np.ndarray] | None = None  # of the first and the last token of each row
 
 
 def _write(
@@ -184,9 +194,12 @@ def _write(
     unk_id = tokenizer.unk_token_id if tokenizer.unk_token_id != vocabulary.eos_id else None
 
     def tokens() -> Iterator[tuple[dict[str, Any], list[list[int]]]]:
-        for start in range(0, len(rows), _TEXTS_AT_ONCE):
-            batch, ids = tokenised(tokenizer, rows[start : start + _TEXTS_AT_ONCE])
+        for start, stop in _stretches(len(rows), packing.num_proc or 1):
+            batch, ids = tokenised(tokenizer, rows[start:stop], special_from_text=packing.num_proc is not None)
+            if packing.num_proc is not None:
+                _refuse_masks(ids, vocabulary.mask_id, name)
             figures.unknown += sum(row.count(unk_id) for row in ids) if unk_id is not None else 0
+            figures.encoded += sum(map(len, ids))
             yield batch, ids
 
     packer: Callable[..., Iterator[PackedRows]] = _wrap if packing.wrap else _pad
@@ -204,12 +217,29 @@ def _write(
     return asdict(figures)
 
 
-def tokenised(tokenizer: PreTrainedTokenizerBase, batch: dict[str, Any]) -> tuple[dict[str, Any], list[list[int]]]:
+def _stretches(number: int, parts: int) -> Iterator[tuple[int, int]]:
+    """Bounds of at most a thousand texts each, for each of `parts` contiguous parts as `datasets` shards them."""
+    share, larger = divmod(number, parts)
+    edges = [share * part + min(part, larger) for part in range(parts + 1)]
+    for first, last in itertools.pairwise(edges):
+        for start in range(first, last, _TEXTS_AT_ONCE):
+            yield start, min(start + _TEXTS_AT_ONCE, last)
+
+
+def _refuse_masks(ids: list[list[int]], mask_id: int, name: str) -> None:
+    if any(mask_id in row for row in ids):
+        raise ValueError(f"{name}: a text names the mask token, which data.protocol=reference reads as a mask; correct "
+                         "the text, or leave out data.protocol")  # fmt: skip
+
+
+def tokenised(
+    tokenizer: PreTrainedTokenizerBase, batch: dict[str, Any], special_from_text: bool = False
+) -> tuple[dict[str, Any], list[list[int]]]:
     """Texts (columns text, ends?) and their token ids, as `pad_rows` takes them. Each part of a text is encoded by
     itself, as a prompt must have the same tokens when there is nothing behind it yet; `part_ends` then are the tokens
     before which each part but the last ends."""
     if "ends" not in batch:
-        return batch, encode(tokenizer, batch["text"])
+        return batch, encode(tokenizer, batch["text"], special_from_text=special_from_text)
     texts = [parts_of(text, ends) for text, ends in zip(batch["text"], batch["ends"], strict=True)]
     pieces = [(encode if place == 0 else encode_after)(tokenizer, column)
               for place, column in enumerate(zip(*texts, strict=True))]  # fmt: skip
@@ -246,7 +276,9 @@ def _arrow_batch(rows: PackedRows) -> pa.RecordBatch:
         "length": pa.array(rows.lengths.astype(np.int32)),
         "sample_id": pa.array(rows.sample_id.astype(np.int64)),
     }
-    for column, values in (("text_id", rows.text_id), ("label", rows.label)):
+    first, last = rows.documents or (None, None)
+    for column, values in (("text_id", rows.text_id), ("label", rows.label), ("first_document", first),
+                           ("last_document", last)):  # fmt: skip
         if values is not None:
             columns[column] = pa.array(np.asarray(values, dtype=np.int64))
     if rows.part_ends is not None:
@@ -259,33 +291,73 @@ def _wrap(
     figures: Figures, name: str,
 ) -> Iterator[PackedRows]:  # fmt: skip
     """Chunks of one stream over the whole split; only the last, unfilled chunk of the split is left out."""
-    rest = np.zeros(0, dtype=np.int32)
-    done = 0
-    label = None
+    nothing = np.zeros(0, dtype=np.int32)
+    rest, done, label, documents = nothing, 0, None, _Documents(packing)
     for batch, ids in batches:
+        if packing.num_proc is not None:
+            figures.cut += len(rest)
+            rest = nothing
+            documents.drop_rest()
         figures.empty += sum(not row for row in ids)
         if "label" in batch:
             label = _one_label(batch["label"], label, name)
         chunks, rest = cut_chunks(rest, ids, vocabulary, packing)
         count = len(chunks)
+        of_rows = documents.of_rows(batch, ids, count, len(rest))
         if not count:
             continue
         labels = None if label is None else np.full(count, label)
         yield PackedRows(
-            chunks.reshape(-1), np.full(count, packing.length), np.arange(done, done + count), None, labels
-        )
+            chunks.reshape(-1), np.full(count, packing.length), np.arange(done, done + count), None, labels,
+            documents=of_rows,
+        )  # fmt: skip
         done += count
-    figures.cut = len(rest)
+    figures.cut += len(rest)
+
+
+class _Documents:
+    """Keeps account of which documents the tokens of a wrapped stream are of."""
+
+    def __init__(self, packing: Packing) -> None:
+        self._inner = packing.length - 2 if packing.chunk_special else packing.length
+        self._end = int(packing.eos)
+        self._every_text = packing.num_proc is not None
+        self._rest, self._number, self._newest = np.zeros(0, dtype=np.int64), -1, None
+
+    def drop_rest(self) -> None:
+        """Forget the tokens that wait for more."""
+        self._rest = self._rest[:0]
+
+    def of_rows(
+        self, batch: dict[str, Any], ids: list[list[int]], count: int, left: int
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """The documents of the first and the last token of the next `count` rows, behind which `left` tokens wait for
+        more; None where documents are not known."""
+        named = batch.get("document", batch["text_id"])
+        if min(named, default=0) < 0:
+            return None
+        numbers = []
+        for name, row in zip(named, ids, strict=True):
+            if row or self._every_text:
+                self._number += name != self._newest
+                self._newest = name
+                numbers.append(np.full(len(row) + self._end, self._number, dtype=np.int64))
+        stream = np.concatenate([self._rest, *numbers])
+        used = count * self._inner
+        assert len(stream) == used + left, "each text leaves its tokens and its end in the stream"
+        self._rest = stream[used:]
+        rows = stream[:used].reshape(count, self._inner)
+        return rows[:, 0], rows[:, -1]
 
 
 def cut_chunks(
     rest: np.ndarray, ids: list[list[int]], vocabulary: Vocabulary, packing: Packing
 ) -> tuple[np.ndarray, np.ndarray]:
     """Wrapped rows of `rest` (what the texts before have left) and further texts: chunks (C, length), and what is left
-    now. Texts without tokens leave no end token either."""
+    now. Texts without tokens leave no end token either, unless the rows are the references'."""
     inner = packing.length - 2 if packing.chunk_special else packing.length
     end = [vocabulary.eos_id] if packing.eos else []
-    stream = np.concatenate([rest, *(np.asarray(row + end, dtype=np.int32) for row in ids if row)])
+    stream = np.concatenate([rest, *(np.asarray(row + end, dtype=np.int32) for row in ids if row or packing.num_proc)])
     count = len(stream) // inner
     chunks, rest = stream[: count * inner].reshape(count, inner), stream[count * inner :]
     if packing.chunk_special:
@@ -332,11 +404,12 @@ def pad_rows(
         prompt, text_id = parts[place][0] if parts else 0, batch["text_id"][place]
         if len(row) == prompt + (len(parts[place]) - 1 if parts and packing.room else 0):
             figures.empty += 1
-            if not packing.drop_empty:
+            if not packing.drop_empty and packing.num_proc is None:
                 where = " behind its prompt" if parts else ""
                 raise ValueError(f"{name}: text {text_id} ({batch['text'][place]!r:.40}) has no tokens{where}; correct "
                                  f"it, or set data.drop_empty=true")  # fmt: skip
-            continue
+            if packing.num_proc is None:
+                continue
         whole = head + row + tail
         needed = len(whole) + unfilled[place]
         figures.longest = max(figures.longest, needed)
@@ -347,6 +420,8 @@ def pad_rows(
         if parts and packing.long_texts == "truncate" and len(head) + prompt >= packing.length:
             raise ValueError(f"{name}: the prompt of text {text_id} has {prompt} tokens and leaves no room in "
                              f"model.length={packing.length}; raise it, or set data.long_texts=drop")  # fmt: skip
+        if packing.num_proc and needed > packing.length:
+            whole = whole[: packing.length - len(tail)] + tail
         starts = range(0, len(whole), packing.length) if packing.long_texts == "windows" else [0]
         windows += [(whole[s : s + packing.length], place, w) for w, s in enumerate(starts)]
         figures.cut += max(needed - packing.length, 0) if packing.long_texts != "windows" else 0
@@ -358,7 +433,10 @@ def pad_rows(
     label = np.asarray(batch["label"])[place] if "label" in batch else None
     flat = np.concatenate([np.asarray(w, dtype=np.int32) for w, _, _ in windows])
     part_ends = [[len(head) + end for end in parts[p]] for p in place] if parts else None
-    return PackedRows(flat, np.array([len(w) for w, _, _ in windows]), sample_id, text_id, label, part_ends)
+    document = np.asarray(batch["document"])[place] if min(batch.get("document", [-1])) >= 0 else None
+    documents = None if document is None else (document, document)
+    lengths = np.array([len(w) for w, _, _ in windows])
+    return PackedRows(flat, lengths, sample_id, text_id, label, part_ends, documents)
 
 
 def _with_rooms(

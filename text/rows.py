@@ -3,7 +3,6 @@ holding some out. Everything stays in Arrow, so that tens of millions of texts n
 
 import itertools
 import logging
-import re
 import string
 from collections.abc import Mapping, Sequence
 
@@ -11,6 +10,9 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+
+from text.files import classes, label_number
+from text.messages import listed, shown
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +28,15 @@ def text_rows(
     columns = {"text": texts} | ({} if labels is None else {"label": pa.array(labels, pa.int64())})
     columns |= {} if ends is None else {"ends": pa.array(ends, pa.list_(pa.int64()))}
     return from_table(pa.table(columns))
+
+
+def with_documents(rows: datasets.Dataset, start: str | None) -> datasets.Dataset:
+    """`rows` with the column `document`: how many texts up to each match the pattern `start`, with which a document
+    begins; -1 if `start` is None."""
+    if start is None:
+        return rows.add_column("document", np.full(len(rows), -1))
+    begins = pc.match_substring_regex(to_table(rows)["text"], f"^(?:{start})")
+    return rows.add_column("document", np.cumsum(begins.to_numpy()))
 
 
 def in_parts(parts: Sequence[Sequence[str]]) -> tuple[list[str], list[list[int]]]:
@@ -67,9 +78,8 @@ def keep_label(rows: datasets.Dataset, label: int, label_names: Sequence[str] | 
     """The rows of one class. Raises ValueError where there are no labels, no such label, or no row of it."""
     if label_names is None or "label" not in rows.column_names:
         raise ValueError(f"data.label={label}: these texts have no labels; leave data.label=null")
-    listing = ", ".join(f"{i} ({name})" for i, name in enumerate(label_names))
     if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(label_names):
-        raise ValueError(f"data.label={label} is not one of the labels: {listing}")
+        raise ValueError(f"data.label={label} is not one of the labels: {classes(label_names)}")
     keep = np.flatnonzero(np.asarray(rows["label"][:]) == label)
     if not len(keep):
         raise ValueError(f"data.label={label} ({label_names[label]}): the {split} split has no text with that label")
@@ -147,7 +157,7 @@ def need_columns(present: Sequence[str], wanted: Sequence[str], origin: str) -> 
     """Raises ValueError naming the columns that `origin` lacks and those it has."""
     absent = [column for column in wanted if column not in present]
     if absent:
-        raise ValueError(f"{origin} has no column {', '.join(absent)}; it has {', '.join(present)}")
+        raise ValueError(f"{origin} has no column {', '.join(absent)}; it has {listed(present)}")
 
 
 def text_column(table: pa.Table, column: str, origin: str) -> pa.ChunkedArray:
@@ -161,39 +171,19 @@ def text_column(table: pa.Table, column: str, origin: str) -> pa.ChunkedArray:
     if not is_text or texts.null_count:
         for row, text in enumerate(texts.to_pylist()):
             if not isinstance(text, str):
-                raise ValueError(f"{origin}: row {row} of column {column!r} is {text!r}, not a text")
+                raise ValueError(f"{origin}: row {row} of column {column!r} is {shown(text)}, not a text")
     return texts.cast(pa.large_string())
 
 
-def label_values(table: pa.Table, column: str, origin: str) -> list[int] | list[str]:
-    """Labels as the file has them, numbers in quotes or csv as numbers. Raises ValueError naming the bad
-    row."""
-    values = table.column(column).to_pylist()
-    if not values:
-        raise ValueError(f"{origin} holds no text; give another file")
-    if all(isinstance(v, str) and re.fullmatch(r"-?[0-9]{1,9}", v) for v in values):
-        return [int(v) for v in values]
-    kind = str if isinstance(values[0], str) else int
-    for row, value in enumerate(values):
-        if not isinstance(value, kind) or isinstance(value, bool) or value == "":
-            raise ValueError(f"{origin}: row {row} of column {column!r} is {value!r}; labels must be "
-                             f"whole numbers from "
-                             f"0 on, or words, throughout")  # fmt: skip
-    return values
-
-
 def as_labels(values: Sequence[object], names: Sequence[str], origin: str) -> list[int]:
-    """Label ids; strings are looked up in `names`. Raises ValueError with the row of a value out of range."""
-    numbers = {name: i for i, name in enumerate(names)}
-    labels = []
-    for row, value in enumerate(values):
-        number = numbers.get(value) if isinstance(value, str) else value
-        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < len(names):
-            listing = ", ".join(f"{i} ({name})" for i, name in enumerate(names))
-            raise ValueError(f"{origin}: row {row} has the label {value!r}, which is none of {listing}; "
-                             f"correct the "
-                             f"file, or give data.label_names")  # fmt: skip
-        labels.append(number)
+    """Return the numbers of classes that are given by name or by number. Raises ValueError with the row of another
+    value."""
+    numbers = {name: number for number, name in enumerate(names)}
+    labels = [label_number(value, numbers) for value in values]
+    if None in labels:
+        row = labels.index(None)
+        raise ValueError(f"{origin}: row {row} has the label {shown(values[row])}, which is none of {classes(names)}; "
+                         f"correct the file, or give data.label_names")  # fmt: skip
     return labels
 
 

@@ -1,41 +1,105 @@
 """Corpora read from their beginning, piece by piece, and kept nowhere: files, or a data set of the Hub, by the
 streaming of `datasets`."""
 
-import glob
 import hashlib
 import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Protocol
 
 import datasets
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import load_dataset
 
+from text.files import Columns, kind_of, read_tables, reading
 from text.rows import from_table, need_columns, to_table
 
 _AT_ONCE = 1000  # rows
-_PACKED = (".gz", ".zst", ".bz2", ".xz")
-_SEPARATORS = {"csv": ",", "tsv": "\t"}
-_BUILDERS = {"txt": "text", "csv": "csv", "tsv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}
+
+
+class Pieces(Protocol):
+    """A corpus in pieces that can be read independently, in an order that does not change."""
+
+    @property
+    def num_shards(self) -> int: ...
+
+    def tables(self, shard: int) -> Iterator[pa.Table]:
+        """Raw rows of a piece, some at a time."""
+
+    def reshard(self) -> "Pieces":
+        """The same rows in more pieces, if there can be more."""
+
+
+@dataclass(frozen=True)
+class FilePieces:
+    """Files as pieces (text/files.py), Parquet files by their row groups. key: the setting that gave them."""
+
+    shards: tuple[tuple[Path, int | None], ...]
+    key: str
+    columns: Columns
+
+    @classmethod
+    def of(cls, files: Sequence[Path], key: str, columns: Columns) -> "FilePieces":
+        """Raises ValueError for a Parquet file that cannot be read."""
+        return cls(tuple((path, group) for path in files for group in _groups(path, key)), key, columns)
+
+    @property
+    def num_shards(self) -> int:
+        return len(self.shards)
+
+    def tables(self, shard: int) -> Iterator[pa.Table]:
+        """Raises ValueError for rows that cannot be read."""
+        path, group = self.shards[shard]
+        return read_tables(path, self.key, self.columns, group)
+
+    def reshard(self) -> "FilePieces":
+        return self
+
+
+def _groups(path: Path, key: str) -> Sequence[int | None]:
+    if kind_of(path) != "parquet" or path.suffix.lower() != ".parquet":
+        return [None]
+    with reading(path, key):
+        return range(pq.read_metadata(path).num_row_groups)
+
+
+@dataclass(frozen=True)
+class HubPieces:
+    """A split on the Hub, by the streaming of `datasets`. origin: where from, for messages."""
+
+    rows: datasets.IterableDataset
+    columns: tuple[str, ...]
+    origin: str
+
+    @property
+    def num_shards(self) -> int:
+        return self.rows.num_shards
+
+    def tables(self, shard: int) -> Iterator[pa.Table]:
+        """Raises ValueError where a column is missing."""
+        piece = self.rows.shard(num_shards=self.num_shards, index=shard).with_format("arrow")
+        for table in piece.iter(batch_size=_AT_ONCE):
+            need_columns(table.column_names, self.columns, self.origin)
+            yield table.select(self.columns)
+
+    def reshard(self) -> "HubPieces":
+        return replace(self, rows=self.rows.reshard())  # Parquet: by row groups
 
 
 @dataclass(frozen=True)
 class Shards:
     """A split of a corpus as the pieces that its files make.
 
-    rows: raw rows, streamed. columns: those that are needed. prepare: a table of raw rows -> texts (columns as in
-    text/sources.py), perhaps fewer. start, stop: the raw rows that belong to the split. origin: where from,
-    for messages. files: name and size of each, where they lie in a folder: what tells that a corpus has changed.
+    rows: raw rows, streamed. prepare: a table of raw rows -> texts (columns as in text/sources.py), perhaps fewer.
+    start, stop: the raw rows that belong to the split. origin: where from, for messages. files: name and size of each,
+    where they lie in a folder: what tells that a corpus has changed.
     """
 
-    rows: datasets.IterableDataset
-    columns: tuple[str, ...]
+    rows: Pieces
     prepare: Callable[[pa.Table], datasets.Dataset]
     origin: str
     start: int = 0
@@ -64,17 +128,11 @@ class Shards:
     def _count(self, shard: int, reach: int) -> int:
         """Rows of a shard, at most `reach`."""
         seen = 0
-        for table in self._tables(shard):
+        for table in self.rows.tables(shard):
             seen += table.num_rows
             if seen >= reach:
                 return reach
         return seen
-
-    def _tables(self, shard: int) -> Iterator[pa.Table]:
-        piece = self.rows.shard(num_shards=self.rows.num_shards, index=shard).with_format("arrow")
-        for table in piece.iter(batch_size=_AT_ONCE):
-            need_columns(table.column_names, self.columns, self.origin)
-            yield table.select(self.columns)
 
     def blocks(self, number: int, size: int, skip: int = 0) -> Iterator[pa.Table]:
         """The raw rows of a piece in tables of `size` (the last one may be smaller), without the first `skip` tables.
@@ -83,7 +141,7 @@ class Shards:
         first += skip * size
         held: list[pa.Table] = []
         place, count = 0, 0
-        for table in self._tables(shard):
+        for table in self.rows.tables(shard):
             begin, place = place, place + table.num_rows
             stop = table.num_rows if end is None else min(table.num_rows, end - begin)
             table = table.slice(max(0, first - begin), max(0, stop - max(0, first - begin)))
@@ -153,42 +211,6 @@ class SharedReading:
             while len(some) > most:
                 some.popitem(last=False)
         return table
-
-
-def open_files(files: Sequence[Path], key: str, text_column: str = "text") -> datasets.IterableDataset:
-    """The rows of files of one kind (text/files.py; also packed by gzip, zstd, bzip2, xz), streamed, one shard per
-    file, or per row group of a Parquet file. A txt file has the column `text_column`.
-
-    Raises ValueError for files that cannot be streamed, or of several kinds.
-    """
-    kinds = {kind_of(path) for path in files}
-    if len(kinds) != 1 or not kinds <= set(_BUILDERS):
-        listing = ", ".join(sorted(kind or "(none)" for kind in kinds))
-        raise ValueError(f"{key}: data.streaming=true reads files of one kind, one of {', '.join(_BUILDERS)}; these "
-                         f"are of {listing}")  # fmt: skip
-    kind = kinds.pop()
-    settings: dict[str, object] = {}
-    if kind == "txt":
-        features = datasets.Features({text_column: datasets.Value("large_string")})
-        settings = {"encoding": "utf-8-sig", "features": features}
-    elif kind in _SEPARATORS:  # as text/files.py reads them: everything is text, nothing is missing
-        shape = {"sep": _SEPARATORS[kind], "encoding": "utf-8-sig", "keep_default_na": False, "na_filter": False}
-        names = pd.read_csv(files[0], nrows=0, sep=shape["sep"], encoding=shape["encoding"]).columns
-        features = datasets.Features({str(name): datasets.Value("large_string") for name in names})
-        settings = {**shape, "features": features}
-    elif kind == "parquet":
-        settings = {"batch_size": _AT_ONCE}
-    paths = [glob.escape(str(path.absolute())) for path in files]
-    rows = load_dataset(_BUILDERS[kind], data_files=paths, split="train", streaming=True, **settings)
-    return rows.reshard() if kind == "parquet" else rows
-
-
-def kind_of(path: Path) -> str:
-    """The ending that says what a file is, without that of its packing: jsonl for part.jsonl.gz."""
-    name = path.name.lower()
-    for ending in _PACKED:
-        name = name.removesuffix(ending)
-    return Path(name).suffix.lstrip(".")
 
 
 def num_rows(files: Sequence[Path]) -> int | None:

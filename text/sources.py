@@ -4,17 +4,20 @@ text/user_files.py has the user's own files.
 Every source has `splits` (names it can load), `label_names` (None where texts have no labels) and
 `load(split) -> datasets.Dataset` with the columns `text` (str), where there are labels `label` (int64), and where texts
 have parts `ends` (list of int64, as many for every text): the characters before which each part but the last ends.
+Where texts are pieces of longer documents, such as lines, there is `document` (int64): its number, or -1 throughout
+where the documents are not known. Without that column each text is a document of its own.
 `load` gives the same rows in the same order every time, in every process. Split names are `train`,
 `validation`, `test`. A source may also have
   stream(split, limit)    the first rows of a split without reading the rest (data.streaming=true)
   open(split)             the split as pieces to be read one after the other (text/shards.py), for training on a stream
   detokenizer_of(split)   the name of what undid a tokenisation of its texts (text/detokenizers.py), or None
   sources                 names of the data sets that it joins: what data.train and data.valid may be
+  published()             the source as the reference projects read it (data.protocol=reference)
   prompted                texts have parts, of which the first is a prompt: seen, never masked nor scored
 """
 
 import contextlib
-import glob
+import copy
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,8 +29,8 @@ import datasets
 import pyarrow as pa
 
 from text import reviews
-from text.detokenizers import VERSION, detokenizer
-from text.files import read_files
+from text.detokenizers import PUBLISHED, VERSION, detokenizer
+from text.files import Columns, kind_of, matching_files, read_files
 from text.hub import both_ways, local_folder, quick_when_offline
 from text.rows import (
     as_labels,
@@ -44,9 +47,13 @@ from text.rows import (
     text_column,
     text_rows,
     to_table,
+    with_documents,
     without_blanks,
 )
-from text.shards import Shards, kind_of, listing, num_rows, open_files
+from text.shards import FilePieces, HubPieces, Shards, listing, num_rows
+
+# Data sets whose rows on the Hub are lines with their line feed, empty lines included.
+_LINES_WITH_ENDS = ("Salesforce/wikitext",)
 
 
 class Source(Protocol):
@@ -70,6 +77,8 @@ class HubOrFolder:
     " {answer}"; the first of several parts is a prompt, which a model is given. drop_blank: leave out texts of white
     space and strip the line end that the Hub keeps (data sets of one text per line). detokenizer: a name in
     text/detokenizers.py. unlabelled: splits whose texts have no labels, whatever the files say.
+    document_start: pattern of the texts with which a document begins, where texts are lines of documents; None where
+    nothing tells them apart; "": each text is a document of its own.
     A data set without a validation split has `validation_share` of its train split held out, chosen by
     `seed`; texts that also occur in the held-out part are dropped from the train part. shuffle: put rows
     into an order fixed by `seed` (for files sorted by label).
@@ -94,7 +103,9 @@ class HubOrFolder:
         shuffle: bool = False,
         seed: int = 0,
         unlabelled: Sequence[str] = (),
+        document_start: str | None = "",
     ) -> None:
+        self.document_start = document_start
         self.hub_id, self.hub_config, self.hub_revision, self.folder = hub_id, hub_config, hub_revision, folder
         self.files, self.hub_splits = dict(files), dict(hub_splits)
         self.text_columns = [text_columns] if isinstance(text_columns, str) else list(text_columns)
@@ -103,7 +114,7 @@ class HubOrFolder:
         self.label_names = tuple(label_names) if label_names else None
         self.shuffle, self.seed = shuffle, seed
         self.validation_share = validation_share
-        self.detokenizer = detokenizer
+        self.detokenizer, self._as_published = detokenizer, False
         if label_column and not label_names:
             raise ValueError(f"data.source.label_column={label_column} needs data.source.label_names")
         check_parts(self.parts, self.text_columns)
@@ -126,6 +137,14 @@ class HubOrFolder:
         """Its name, None where the texts are as people write them."""
         return self.detokenizer
 
+    def published(self) -> "HubOrFolder":
+        """Return this data set as the reference projects read it: every row that the Hub has, in the Hub's order, empty
+        ones included, with the line ends that the Hub keeps and the published detokeniser."""
+        other = copy.copy(self)
+        other._as_published, other.drop_blank, other.shuffle = True, False, False
+        other.detokenizer = PUBLISHED.get(self.detokenizer, self.detokenizer)
+        return other
+
     def load(self, split: str) -> datasets.Dataset:
         """The split's rows. Raises ValueError for a split that does not exist or that holds bad rows."""
         check_split(split, self.splits)
@@ -140,9 +159,9 @@ class HubOrFolder:
         """
         self._check_streaming(split)
         if self._files(split):
-            return self.open(split).first(limit)
+            return self._with_documents(self.open(split).first(limit))
         rows = self._prepared(*self._beginning(split, limit))
-        return rows if len(rows) <= limit else take_rows(rows, range(limit))
+        return self._with_documents(rows if len(rows) <= limit else take_rows(rows, range(limit)))
 
     def open(self, split: str) -> Shards:
         """The split, to be read piece by piece. Raises ValueError where its rows are known only when all of it, or
@@ -150,17 +169,15 @@ class HubOrFolder:
         self._check_streaming(split)
         files, expression = self._files(split), self.files.get(split, "")
         if files:
-            origin, rows = (
-                f"{local_folder(self.folder)}/{expression}",
-                open_files(files, "DATA_DIR", self.text_columns[0]),
-            )
+            origin = f"{local_folder(self.folder)}/{expression}"
+            rows = FilePieces.of(files, "DATA_DIR", self._file_columns(split))
         else:
             expression = self.hub_splits[split]
-            origin, rows = f"{self.hub_id} ({expression})", self._hub_stream(split)
-        lines = bool(files) and kind_of(files[0]) == "txt"
-        prepare = partial(self._cooked, origin=origin, drop_blank=self.drop_blank or lines)
+            origin = f"{self.hub_id} ({expression})"
+            rows = HubPieces(self._hub_stream(split), tuple(self._columns(split)), origin)
+        prepare = partial(self._cooked, origin=origin)
         start, stop = self._bounds(expression, num_rows(files) if files else None)
-        return Shards(rows, tuple(self._columns(split)), prepare, origin, start, stop, listing(files))
+        return Shards(rows, prepare, origin, start, stop, listing(files))
 
     def _bounds(self, expression: str, total: int | None) -> tuple[int, int | None]:
         """The rows that an expression names, of `total` ones (None: not known)."""
@@ -183,7 +200,7 @@ class HubOrFolder:
     def _files(self, split: str) -> list[Path]:
         """The split's files in the folder, if it has any."""
         name, folder = _sliced(self.files.get(split, ""))[0], local_folder(self.folder)
-        return sorted(path for path in folder.glob(name) if path.is_file()) if folder and name else []
+        return matching_files(sorted(folder.glob(name)), "DATA_DIR") if folder and name else []
 
     def _hub_stream(self, split: str) -> datasets.IterableDataset:
         with self._hub_errors(split):
@@ -200,9 +217,16 @@ class HubOrFolder:
         labelled = self.label_column and split not in self.unlabelled
         return [*self.text_columns, *([self.label_column] if labelled else [])]
 
+    def _file_columns(self, split: str) -> Columns:
+        label = self.label_column if self.label_column in self._columns(split) else None
+        return Columns(tuple(self.text_columns), label, label and self.label_names)
+
     def _rows(self, split: str) -> datasets.Dataset:
-        rows = self._prepared(*(self._local(split) or self._hub(split)))
+        rows = self._with_documents(self._prepared(*(self._local(split) or self._hub(split))))
         return take_rows(rows, permutation(len(rows), self.seed)) if self.shuffle else rows
+
+    def _with_documents(self, rows: datasets.Dataset) -> datasets.Dataset:
+        return rows if self.document_start == "" else with_documents(rows, self.document_start)
 
     def _prepared(self, rows: datasets.Dataset, origin: str) -> datasets.Dataset:
         """Raw columns -> text, label, ends."""
@@ -212,17 +236,17 @@ class HubOrFolder:
             settings = {"name": self.detokenizer, "version": VERSION, "column": self.text_columns[0]}
             rows = rows.map(_detokenized, batched=True, features=rows.features, fn_kwargs=settings, desc="detokenising")
             texts = [text_column(to_table(rows), self.text_columns[0], origin)]
-        return not_empty(self._made(table, texts, origin, self.drop_blank), origin)
+        return not_empty(self._made(table, texts, origin), origin)
 
-    def _cooked(self, table: pa.Table, origin: str, drop_blank: bool) -> datasets.Dataset:
+    def _cooked(self, table: pa.Table, origin: str) -> datasets.Dataset:
         """The same for some rows of a stream, of which nothing is kept."""
         texts = [text_column(table, column, origin) for column in self.text_columns]
         if self.detokenizer is not None:
             cooked = [detokenizer(self.detokenizer)(text) for text in texts[0].to_pylist()]
             texts = [pa.chunked_array([pa.array(cooked, pa.large_string())])]
-        return self._made(table, texts, origin, drop_blank)
+        return self._made(table, texts, origin)
 
-    def _made(self, table: pa.Table, texts: list[pa.ChunkedArray], origin: str, drop_blank: bool) -> datasets.Dataset:
+    def _made(self, table: pa.Table, texts: list[pa.ChunkedArray], origin: str) -> datasets.Dataset:
         ends = None
         if self.parts is not None:
             columns = [dict(zip(self.text_columns, row, strict=True)) for row in
@@ -233,21 +257,28 @@ class HubOrFolder:
         if self.label_column in table.column_names:
             labels = as_labels(table.column(self.label_column).to_pylist(), self.label_names, origin)
         made = text_rows(texts[0], labels, ends if self.prompted else None)
-        return without_blanks(made) if drop_blank else made
+        return without_blanks(made) if self.drop_blank else made
 
     def _local(self, split: str) -> tuple[datasets.Dataset, str] | None:
         """The raw columns in the folder, if it has them, and where they are from (for messages)."""
-        name, start, stop = _sliced(self.files[split]) if split in self.files else ("", None, None)
-        folder = local_folder(self.folder)
-        if folder is None or not name or not any(path.is_file() for path in folder.glob(name)):
+        files = self._files(split)
+        if not files:
             return None
-        table = read_files(f"{glob.escape(str(folder))}/{name}", "DATA_DIR", self.text_columns[0])
-        origin = str(folder / self.files[split])
-        need_columns(table.column_names, self._columns(split), origin)
-        columns = {column: table.column(column) for column in self._columns(split)}
-        columns |= {column: text_column(table, column, origin) for column in self.text_columns}
+        if self._as_published and all(kind_of(path) == "txt" for path in files):
+            table = self._lines(files)
+        else:
+            table = read_files(files, "DATA_DIR", self._file_columns(split))
+        _, start, stop = _sliced(self.files[split])
         first, last, _ = slice(start, stop).indices(table.num_rows)
-        return from_table(pa.table(columns).slice(first, max(last - first, 0))), origin
+        rows = from_table(table.slice(first, max(last - first, 0)))
+        return rows, str(local_folder(self.folder) / self.files[split])
+
+    def _lines(self, files: Sequence[Path]) -> pa.Table:
+        """Return every line of txt files as the Hub has it: a blank line is an empty text."""
+        ends = self.hub_id in _LINES_WITH_ENDS
+        lines = [line if ends and line.strip() else line.strip()
+                 for path in files for line in path.open(encoding="utf-8-sig")]  # fmt: skip
+        return pa.table({self.text_columns[0]: pa.array(lines, pa.large_string())})
 
     def _hub(self, split: str) -> tuple[datasets.Dataset, str]:
         """The raw columns on the Hub."""
@@ -310,6 +341,12 @@ class Combined:
     def detokenizer_of(self, split: str) -> str | None:
         """That of the data set which gives the split."""
         return self.sources[self.choice[split]].detokenizer_of(split)
+
+    def published(self) -> "Combined":
+        """Return these data sets as the reference projects read them (HubOrFolder.published)."""
+        other = copy.copy(self)
+        other.sources = {name: source.published() for name, source in self.sources.items()}
+        return other
 
     @property
     def prompted(self) -> bool:

@@ -134,7 +134,7 @@ class Corpus:
         self.lanes = order.lanes_of(global_batch_size)
         self.unit = global_batch_size // self.lanes
         if shards.rows.num_shards < self.lanes:
-            shards = replace(shards, rows=shards.rows.reshard())  # Parquet: by row groups
+            shards = replace(shards, rows=shards.rows.reshard())
         self.shards, self.tokenizer, self.vocabulary, self.packing = shards, tokenizer, vocabulary, packing
         self.buffer, self.seed, self.label = order.shuffle_buffer, seed, label
         if not shards.ranges:

@@ -1,12 +1,13 @@
 """text8: the first 100 million characters of a cleaned Wikipedia (a to z and the space), as a source."""
 
+import copy
 import zipfile
 from collections.abc import Mapping
 
 import datasets
 
 from text.hub import local_folder
-from text.rows import check_split, text_rows
+from text.rows import check_split, text_rows, with_documents
 from text.sources import Source
 
 
@@ -22,12 +23,19 @@ class Text8:
 
     def __init__(self, parts: Source, folder: str, chunk: int, sizes: Mapping[str, int]) -> None:
         self.parts, self.folder, self.chunk, self.sizes = parts, folder, chunk, dict(sizes)
+        self._drop_last = False
         if chunk < 1:
             raise ValueError(f"data.source.chunk={chunk} must be at least 1")
 
     @property
     def splits(self) -> tuple[str, ...]:
         return tuple(self.sizes)
+
+    def published(self) -> "Text8":
+        """Return text8 as the reference projects read it: without the last text of a split if it is shorter."""
+        other = copy.copy(self)
+        other._drop_last = True
+        return other
 
     def load(self, split: str) -> datasets.Dataset:
         """The split's rows. Raises ValueError for a split that does not exist or has another size than it should."""
@@ -37,7 +45,8 @@ class Text8:
             text = "".join(self.parts.load(split)["text"])
             if len(text) != self.sizes[split]:
                 raise ValueError(f"the {split} split of text8 has {self.sizes[split]:,} characters, not {len(text):,}")
-        return text_rows([text[start : start + self.chunk] for start in range(0, len(text), self.chunk)])
+        end = len(text) - len(text) % self.chunk if self._drop_last else len(text)
+        return with_documents(text_rows([text[at : at + self.chunk] for at in range(0, end, self.chunk)]), None)
 
     def _original(self, split: str) -> str | None:
         """The split's part of the original, where there is one. Bytes are characters, as all are ASCII."""

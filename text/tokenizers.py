@@ -6,14 +6,16 @@ special tokens that a text happens to contain ("[MASK]", "<|endoftext|>") as ord
 clean text would be a lie to every loss.
 """
 
+import difflib
 import hashlib
+import importlib.util
 import itertools
 import json
 import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -35,6 +37,8 @@ _FOLDERS = {
     "bert-base-uncased": "bert_tokenizer",
     "roberta-base": "roberta_tokenizer",
 }
+_FILES = "tokenizer.json (or vocab.txt, or vocab.json with merges.txt) and tokenizer_config.json"
+_LFS = b"version https://git-lfs"  # how a file begins that was cloned without its content
 _ALL = 2**31
 _MOST_GAPS = 1024  # ids without a token that any vocabulary may have
 # Processor time that texts may take. The slowest tokenizers take 1e-5 seconds a character on a loaded machine.
@@ -70,13 +74,8 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
     lands on one of them. The pad is never the mask: without a pad of its own (gpt2) rows are padded with the
     end token. Raises ValueError where no token can serve as the pad.
     """
-    ids = tokenizer.get_vocab().values()
-    top = max([tokenizer.vocab_size - 1, *ids])
-    if top >= 2 * len(ids) + _MOST_GAPS:
-        raise ValueError(
-            f"{_KEY}={tokenizer.name_or_path} has {len(ids):,} tokens, and one of them has the id {top:,}: a network "
-            "would need a row for every id below it; correct the vocabulary in tokenizer.json"
-        )
+    _check_ids(tokenizer)
+    top = max([tokenizer.vocab_size - 1, *tokenizer.get_vocab().values()])
     mask_id = tokenizer.mask_token_id
     size = top + 1
     if mask_id is None:
@@ -94,6 +93,17 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
     framing = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id, pad_id)
     special_ids = frozenset(framing) - {None, mask_id}
     return Vocabulary(size, mask_id, pad_id, bos_id, eos_id, _fingerprint(tokenizer), special_ids)
+
+
+def _check_ids(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ValueError where ids are far higher than the tokens are many; the library itself counts up to them."""
+    ids = tokenizer.get_vocab().values()
+    top = max(ids, default=0)
+    if top >= 2 * len(ids) + _MOST_GAPS:
+        raise ValueError(
+            f"{_KEY}={tokenizer.name_or_path} has {len(ids):,} tokens, and one of them has the id {top:,}: a network "
+            "would need a row for every id below it; correct the vocabulary in tokenizer.json"
+        )
 
 
 def _first_id(*ids: int | None, unlike: int) -> int | None:
@@ -132,6 +142,7 @@ def load_tokenizer(
     texts: Callable[[], Iterable[str]] | None = None,
     vocab_size: int | None = None,
     cache_dir: str | Path = ".cache",
+    mask_token: str | None = None,
 ) -> PreTrainedTokenizerBase:
     """The tokenizer named on the command line.
 
@@ -139,7 +150,8 @@ def load_tokenizer(
     `cache_dir`. `text8` is that data set's alphabet. Any other name is looked for as `$DATA_DIR/<folder>`, as a
     path, then on the Hub.
     `vocab_size` counts all ids, special ones included: needed for `bpe`, optional for `word` (None = every
-    word). Raises ValueError for a setting that does not apply, FileNotFoundError where nothing is found.
+    word). `mask_token` names the token that is the mask where the tokenizer does not say it (None: a new one).
+    Raises ValueError for a setting that does not apply, FileNotFoundError where nothing is found.
     """
     if not name_or_path or not isinstance(name_or_path, str):
         raise ValueError(f"{_KEY}={name_or_path!r}: give {', '.join(BUILDERS)}, text8, a folder, or a name on the Hub")
@@ -153,32 +165,91 @@ def load_tokenizer(
         tokenizer = text8()
     else:
         tokenizer = _load_pretrained(name_or_path, folder or _FOLDERS.get(name_or_path))
+    if mask_token is not None:
+        _set_mask(tokenizer, mask_token, name_or_path)
     tokenizer.model_max_length = _ALL  # the limit is model.length; the tokenizer's own only causes warnings
     return tokenizer
 
 
 def _load_pretrained(name: str, folder: str | None) -> PreTrainedTokenizerBase:
+    path = _located(name, folder)
+    if path is not None:
+        _refuse_sentencepiece(name, path)
+    try:
+        if path is not None:
+            tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+        else:
+            with quick_when_offline():
+                tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        encode(tokenizer, ["a"])  # some vocabularies show only here that they cannot be read
+    except Exception as error:  # transformers raises many types, none of them for users
+        if "custom code" in str(error) or "trust_remote_code" in str(error):
+            raise ValueError(_custom_code(name)) from error
+        if path is not None:
+            reason = f"cannot be read ({_first_line(error)})"
+            raise ValueError(f"{_KEY}={name}: the tokenizer in {path} {reason}; {_expected(path)}") from error
+        raise FileNotFoundError(f"{both_ways(_KEY, name, folder)} ({_first_line(error)})") from error
+    check_not_empty(tokenizer, f"{_KEY}={name}", path)
+    return tokenizer
+
+
+def _located(name: str, folder: str | None) -> Path | None:
+    """The folder on this machine, None for a name on the Hub. Raises FileNotFoundError, ValueError for a file."""
     path = local_folder(folder)
     if path is None and Path(name).expanduser().exists():
         path = Path(name).expanduser()
         path = path.parent if path.name == "tokenizer.json" else path
     if path is None and (name.startswith((".", "~", os.sep)) or name.count("/") > 1):
         raise FileNotFoundError(f"{_KEY}={name}: there is no such folder; correct the path")
-    if path is not None and path.is_dir():
+    if path is not None and not path.is_dir():
+        raise ValueError(f"{_KEY}={name} is a file; give the folder that it lies in: {_KEY}={path.parent}")
+    if path is not None:
         check_regular(path)
-    try:
-        if path is not None:
-            return AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-        with quick_when_offline():
-            return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # transformers raises many types, none of them for users
-        if path is not None:
-            raise ValueError(
-                f"{_KEY}={name}: the folder {path} holds no tokenizer that can be read "
-                f"({_first_line(error)}); "
-                f"it needs tokenizer.json and tokenizer_config.json"
-            ) from error
-        raise FileNotFoundError(f"{both_ways(_KEY, name, folder)} ({_first_line(error)})") from error
+    return path
+
+
+def check_not_empty(tokenizer: PreTrainedTokenizerBase, setting: str, path: Path | None) -> None:
+    """Refuse a tokenizer without words: transformers makes one, without a warning, of a model's folder that has no
+    vocabulary file. `setting` is what was typed, `path` the folder, None on the Hub.
+
+    Raises:
+        ValueError: fewer than two of its tokens are ordinary ones.
+    """
+    special = {*tokenizer.all_special_tokens, *map(str, tokenizer.added_tokens_decoder.values())}
+    if len(tokenizer.get_vocab().keys() - special) < 2:
+        raise ValueError(
+            f"{setting}: its tokenizer is empty, so that every text would be unknown tokens or none; {_expected(path)}"
+        )
+
+
+def _refuse_sentencepiece(name: str, path: Path) -> None:
+    models = sorted(file.name for file in path.glob("*.model"))
+    if models and not (path / "tokenizer.json").exists() and importlib.util.find_spec("sentencepiece") is None:
+        raise ValueError(
+            f"{_KEY}={name}: {path} has only the SentencePiece model {models[0]}, and the package that reads it is not "
+            "installed: pip install sentencepiece, or name a folder with a tokenizer.json"
+        )
+
+
+def _custom_code(name: str) -> str:
+    return (
+        f"{_KEY}={name}: the tokenizer is code of its own (auto_map in tokenizer_config.json), which is not run here. "
+        "If a tokenizer.json beside it holds the same tokenizer, copy the folder, remove auto_map from its "
+        'tokenizer_config.json and set "tokenizer_class": "PreTrainedTokenizerFast" there'
+    )
+
+
+def _expected(path: Path | None) -> str:
+    """The files that a folder needs, and those that it has."""
+    if path is None:
+        return f"its place on the Hub needs {_FILES}"
+    names = sorted(file.name for file in path.iterdir())
+    for file in filter(Path.is_file, (path / name for name in names)):
+        with file.open("rb") as opened:
+            if opened.read(len(_LFS)) == _LFS:
+                return f"{file.name} is only a pointer of Git LFS: fetch the file itself (git lfs pull)"
+    there = f"{', '.join(names[:8])}{' and others' if len(names) > 8 else ''}" if names else "nothing"
+    return f"a folder needs {_FILES}; {path} has {there}"
 
 
 def _first_line(error: Exception) -> str:
@@ -210,16 +281,54 @@ def _load_built(
     return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
 
 
+def _set_mask(tokenizer: PreTrainedTokenizerBase, token: str, name: str) -> None:
+    """Make `token` the mask. Raises ValueError where it is not in the vocabulary, has another role, or is a word of
+    texts: a mask in clean text would be a lie to every loss."""
+    setting, known = f"data.mask_token={token}", tokenizer.get_vocab()
+    if not isinstance(token, str):
+        raise ValueError(f"{setting} must be a token of {_KEY}={name}, or null")
+    if tokenizer.mask_token not in (None, token):
+        raise ValueError(f"{setting}: the mask of {_KEY}={name} is {tokenizer.mask_token}; leave data.mask_token null")
+    if token not in known:
+        close = difflib.get_close_matches(token, [word for word in known if not word.isalnum()], n=1)
+        guess = f"; did you mean {close[0]}?" if close else ""
+        raise ValueError(
+            f"{setting} is not in the vocabulary of {_KEY}={name}{guess} (null: a mask is added to the vocabulary)"
+        )
+    roles = {role: value for role, value in tokenizer.special_tokens_map.items() if role != "mask_token"}
+    taken = next((role for role, value in roles.items() if str(value) == token), None)
+    if taken is not None:
+        raise ValueError(f"{setting} is already the {taken} of {_KEY}={name}; name another token, or null")
+    tokenizer.add_special_tokens({"mask_token": token})
+    text = tokenizer.decode([known[token]])
+    if any(known[token] in ids for ids in encode(tokenizer, [token, text, f"a {text} b", f"a{text}b"])):
+        raise ValueError(f"{setting} is a word that texts may hold; name a special token, or null")
+
+
 # -------------------------------------------------------------------------------- text <-> ids
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each text: no begin or end token is added, and none is read out of the text."""
+def published_frame(tokenizer: PreTrainedTokenizerBase, known: Vocabulary) -> Vocabulary:
+    """Return `known` with the begin and end token that the reference projects put into wrapped text: the first id of
+    each token's own encoding. A tokenizer that frames every text (bert) then ends texts with [CLS]."""
+    names = (tokenizer.bos_token or tokenizer.cls_token, tokenizer.eos_token or tokenizer.sep_token)
+    if None in names:
+        raise ValueError(f"data.protocol=reference: {_KEY}={tokenizer.name_or_path} lacks a begin or an end token; "
+                         "choose another tokenizer, or leave out data.protocol")  # fmt: skip
+    bos_id, eos_id = (tokenizer.encode(name)[0] for name in names)
+    return replace(known, bos_id=bos_id, eos_id=eos_id)
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, special_from_text: bool = False
+) -> list[list[int]]:
+    """Return the token ids of each text, without begin or end token. The names of special tokens in a text are ordinary
+    characters, unless `special_from_text`."""
     if not texts:
         return []
     return tokenized(
-        tokenizer, list(texts), add_special_tokens=False, split_special_tokens=True, return_attention_mask=False,
-        return_token_type_ids=False,
+        tokenizer, list(texts), add_special_tokens=False, split_special_tokens=not special_from_text,
+        return_attention_mask=False, return_token_type_ids=False,
     )["input_ids"]  # fmt: skip
 
 
@@ -231,6 +340,7 @@ def tokenized(tokenizer: PreTrainedTokenizerBase, texts: list[str], **settings: 
         ValueError: an expression gave up, or the texts took more processor time than the limit.
     """
     if tokenizer not in _HAVE_PATTERNS:
+        _check_ids(tokenizer)
         backend = getattr(tokenizer, "backend_tokenizer", None)
         _HAVE_PATTERNS[tokenizer] = isinstance(backend, Tokenizer) and '"Regex"' in backend.to_str()
     if not _HAVE_PATTERNS[tokenizer]:
