@@ -18,10 +18,10 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException, InstantiationException, OverrideParseException
-from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from instantiation import located
 from number_checks import PATH, Setting, setting_of
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -228,7 +228,7 @@ def _is_read(key: str, cfg: DictConfig, without: DictConfig) -> bool:
 
 def _takes(target: str, name: str, entry: bool) -> bool:
     """Whether what is instantiated has an argument of that name which the code does not give itself."""
-    parameters = inspect.signature(get_object(target)).parameters
+    parameters = inspect.signature(located(target)).parameters
     if name in parameters:
         return parameters[name].default is not inspect.Parameter.empty and name not in _GIVEN
     return entry and any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())

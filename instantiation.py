@@ -26,26 +26,31 @@ def instantiate(node: object, **arguments: object) -> object:
         ValueError: a `_target_`, at any depth, is not defined in the project's folder nor one of `OF_LIBRARIES`.
     """
     for target in _targets(OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node):
-        check_target(target)
+        located(target)
     return hydra.utils.instantiate(node, **arguments)
 
 
-def check_target(target: object) -> None:
-    """Raises ValueError unless `target` is the path of something that this project defines, or of `OF_LIBRARIES`."""
-    if target in OF_LIBRARIES:
-        return
-    if isinstance(target, str) and _is_ours(target):
-        # A module of ours also holds what it imports: files.os.system is no function of ours.
-        try:
-            module = inspect.getmodule(hydra.utils.get_object(target))
-        except (ImportError, AttributeError, ValueError) as error:
-            raise ValueError(f"_target_={target} cannot be imported ({error}); correct the name") from error
-        if module is not None and _is_ours(module.__name__):
-            return
-    raise ValueError(
+def located(target: object) -> object:
+    """Return the class or function at the path `target`.
+
+    Raises:
+        ValueError: this project does not define it and it is not one of `OF_LIBRARIES`, or it cannot be imported.
+    """
+    refusal = ValueError(
         f"_target_={target!s:.200} is refused: a configuration builds only what the project defines. Put your module "
         f"into {ROOT} and name it, as CONTRIBUTING.md shows"
     )
+    if not isinstance(target, str) or not (target in OF_LIBRARIES or _is_ours(target)):
+        raise refusal
+    try:
+        found = hydra.utils.get_object(target)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"_target_={target} cannot be imported ({error}); correct the name") from error
+    # A module of ours also holds what it imports: files.os.system is no function of ours.
+    module = inspect.getmodule(found)
+    if target not in OF_LIBRARIES and (module is None or not _is_ours(module.__name__)):
+        raise refusal
+    return found
 
 
 def _targets(node: object) -> Iterator[object]:

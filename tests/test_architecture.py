@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "forward_process": {"noise_schedule"},
     "optimizers": set(),
     "lr_schedules": set(),
-    "command_line": {"number_checks"},
+    "command_line": {"instantiation", "number_checks"},
     "contradictions": {"direction_checks"},
     "number_checks": set(),
     "direction_checks": set(),

@@ -17,7 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import main
 from app import runs
@@ -25,7 +25,7 @@ from command_line import compose_config
 from engine.recovery import newest_good
 from engine.storage import AtomicCheckpointIO
 from identity import identity, overrides
-from instantiation import OF_LIBRARIES, check_target, instantiate
+from instantiation import OF_LIBRARIES, instantiate, located
 from models import torch_archive
 from models.checkpoints import READ_ERRORS, load_inert, read_checkpoint, read_progress, read_settings
 from models.hub import read_config
@@ -256,7 +256,7 @@ def test_every_target_in_configs_may_be_built_and_nobody_goes_another_way():
             found |= {node["_target_"]} if isinstance(node, dict) and "_target_" in node else set()
             waiting += node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
     for target in found:
-        check_target(target)
+        located(target)
     assert found >= OF_LIBRARIES
     sources = [path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0] not in ("tests", ".venv")]
     for path in sources:
@@ -368,8 +368,8 @@ def test_archives_grow_no_larger_than_their_file(tmp_path):
     ({"state_dict": {1: torch.zeros(1)}}, "state_dict does not map"),
     ({"state_dict": {"backbone.x": torch.zeros(1)}, "ema": {"shadow_params": [1]}}, "ema"),
     ({"state_dict": {"backbone.x": torch.zeros(1)}, "global_step": "many"}, "global_step"),
-    ({"state_dict": {"backbone.x": torch.zeros(1)}, "identity": {"configuration": {1: 2}}}, "identity holds"),
-    ({"state_dict": {"backbone.x": torch.zeros(1)}, "identity": {"configuration": {"a": torch.ones(1)}}}, "identity holds"),
+    ({"state_dict": {"backbone.x": torch.zeros(1)}, "identity": {"configuration": {1: 2}}}, "identity"),
+    ({"state_dict": {"backbone.x": torch.zeros(1)}, "identity": {"a": torch.ones(1)}}, "identity holds"),
 ])  # fmt: skip
 def test_parts_of_other_kinds_are_named(tmp_path, content, said):
     torch.save(content, tmp_path / "x.ckpt")
@@ -426,7 +426,7 @@ def tokenizer_with(folder: Path, pattern: str, vocabulary: dict[str, int]) -> ob
 
 
 def test_a_regular_expression_has_its_time(tmp_path, monkeypatch):
-    tokenizer = tokenizer_with(tmp_path, "(a|aa)+$", {"[UNK]": 0, "a": 1})
+    tokenizer = tokenizer_with(tmp_path, "(a|aa)+$", {"[UNK]": 0, "a": 1, "c": 2, "d": 3})
     assert encode(tokenizer, ["a", "b"]) == [[1], [0]]
     with pytest.raises(ValueError, match="takes too long on these texts.*retry-limit"):
         encode(tokenizer, ["a" * 100 + "!"])
@@ -437,8 +437,13 @@ def test_a_regular_expression_has_its_time(tmp_path, monkeypatch):
 
 
 def test_an_id_that_no_network_has_room_for_is_refused(tmp_path):
+    tokenizer_with(tmp_path, "b", {"[UNK]": 0, "a": 1, "b": 2})
+    path = tmp_path / "tokenizer.json"
+    path.write_text(path.read_text().replace('"b": 2', '"b": 2147483648').replace('"b":2', '"b":2147483648'))
     with pytest.raises(ValueError, match="has 3 tokens, and one of them has the id 2,147,483,648"):
-        vocabulary(tokenizer_with(tmp_path, "b", {"[UNK]": 0, "a": 1, "b": 2**31}))
+        vocabulary(load_tokenizer(str(tmp_path)))
+    with pytest.raises(ValueError, match="has 3 tokens, and one of them has the id 2,147,483,648"):
+        vocabulary(AutoTokenizer.from_pretrained(tmp_path))
 
 
 # -------------------------------------------------------------------------------- what is read is what was written

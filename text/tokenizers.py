@@ -74,13 +74,8 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
     lands on one of them. The pad is never the mask: without a pad of its own (gpt2) rows are padded with the
     end token. Raises ValueError where no token can serve as the pad.
     """
-    ids = tokenizer.get_vocab().values()
-    top = max([tokenizer.vocab_size - 1, *ids])
-    if top >= 2 * len(ids) + _MOST_GAPS:
-        raise ValueError(
-            f"{_KEY}={tokenizer.name_or_path} has {len(ids):,} tokens, and one of them has the id {top:,}: a network "
-            "would need a row for every id below it; correct the vocabulary in tokenizer.json"
-        )
+    _check_ids(tokenizer)
+    top = max([tokenizer.vocab_size - 1, *tokenizer.get_vocab().values()])
     mask_id = tokenizer.mask_token_id
     size = top + 1
     if mask_id is None:
@@ -98,6 +93,17 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
     framing = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id, pad_id)
     special_ids = frozenset(framing) - {None, mask_id}
     return Vocabulary(size, mask_id, pad_id, bos_id, eos_id, _fingerprint(tokenizer), special_ids)
+
+
+def _check_ids(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ValueError where ids are far higher than the tokens are many; the library itself counts up to them."""
+    ids = tokenizer.get_vocab().values()
+    top = max(ids, default=0)
+    if top >= 2 * len(ids) + _MOST_GAPS:
+        raise ValueError(
+            f"{_KEY}={tokenizer.name_or_path} has {len(ids):,} tokens, and one of them has the id {top:,}: a network "
+            "would need a row for every id below it; correct the vocabulary in tokenizer.json"
+        )
 
 
 def _first_id(*ids: int | None, unlike: int) -> int | None:
@@ -334,6 +340,7 @@ def tokenized(tokenizer: PreTrainedTokenizerBase, texts: list[str], **settings: 
         ValueError: an expression gave up, or the texts took more processor time than the limit.
     """
     if tokenizer not in _HAVE_PATTERNS:
+        _check_ids(tokenizer)
         backend = getattr(tokenizer, "backend_tokenizer", None)
         _HAVE_PATTERNS[tokenizer] = isinstance(backend, Tokenizer) and '"Regex"' in backend.to_str()
     if not _HAVE_PATTERNS[tokenizer]:
