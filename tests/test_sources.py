@@ -115,7 +115,7 @@ NAMED = LABELLED | {"label_names": ["n", "p"]}
 @pytest.mark.parametrize(
     ("content", "name", "kwargs", "message"),
     [
-        ('{"body": "a", "stars": 1}', "a.jsonl", {}, r"line 1, row 0: .* no column 'text' \(data\.text_column=text\); it has body, stars"),
+        ('{"body": "a", "stars": 1}', "a.jsonl", {}, r"'text' \(data\.text_column=text\); it has body, stars"),
         ('{"text": "a"}', "a.jsonl", LABELLED, r"no column 'label' \(data\.label_column=label\); it has text"),
         ('{"text": "a"}\n{"text": null}', "a.jsonl", {}, r"line 2, row 1 of column 'text' is null"),
         ('{"text": "a"}\n{"text": 3}', "a.jsonl", {}, r"row 1 of column 'text'"),
@@ -151,7 +151,7 @@ def test_bad_user_files(content, name, kwargs, message, tmp_path):
 def test_labels_must_agree_across_splits(tmp_path):
     train = write(tmp_path, "csv", labels=["neg", "pos"] * 20)
     test = write(tmp_path, "csv", TEXTS[:2], ["neg", "meh"], name="test")
-    with pytest.raises(ValueError, match=r"test\.csv .*: line 3, row 1 of column 'label' is 'meh'.*0 \(neg\), 1 \(pos\)"):
+    with pytest.raises(ValueError, match=r"test\.csv .*row 1 of column 'label' is 'meh'.*0 \(neg\), 1 \(pos\)"):
         UserFiles(train, label_column="label", test_path=test).load("train")
 
 

@@ -452,7 +452,7 @@ def _json_rows(path: Path, columns: Columns) -> Iterator[_Row]:
         marks = [json.dumps(name) for name in columns.names]
         for row, (line, content) in enumerate(itertools.chain([begin], filled)):
             repeats = any(content.count(mark) > 1 for mark in marks)  # perhaps: it may stand in a text
-            parsed = _parsed(content, line, _without_repeats if repeats else None)
+            parsed = _parsed(content.strip(), line, _without_repeats if repeats else None)
             yield line, _cells(parsed, columns, _place(line, row))
 
 
