@@ -31,6 +31,12 @@ FLAGS = ("classify.calibrate", "classify.baselines", "training.start_from_counts
          "sampling.var_length", "loader.pin_memory", "loader.persistent_workers", "sampling.show", "sampling.html",
          "sampling.gif")  # fmt: skip
 
+# Arrays and lists of so many entries are made: a slip of the finger must not fill the memory.
+COUNTS = ("sampling.steps", "sampling.latent_steps", "sampling.num_samples", "sampling.num_sample_batches",
+          "sampling.num_sample_log", "sampling.samples_per_prompt", "sampling.edit_path", "sampling.num_strides",
+          "eval.num_draws", "eval.max_draws", "classify.num_draws", "classify.num_examples")  # fmt: skip
+MOST = 10**6
+LARGEST_SEED = 2**32 - 1  # of numpy and lightning
 
 NEVER_NULL = ("block_size", "lr_scheduler.", "plateau.", "loader.global_batch_size", "trainer.max_steps",
               "sampling.steps", "sampling.remask_eta", "sampling.show_delay", "training.prefix_length",
@@ -58,8 +64,11 @@ def check_numbers(cfg: DictConfig) -> None:  # noqa: C901
         raise ValueError(
             f"classify.compare={cfg.classify.compare} must be a list: classify.compare='[{cfg.classify.compare}]'"
         )
-    if cfg.seed < 0:
-        raise ValueError(f"seed={cfg.seed} must be 0 or more")
+    for key in COUNTS:
+        if (OmegaConf.select(cfg, key) or 0) > MOST:
+            raise ValueError(f"{key}={OmegaConf.select(cfg, key)} must be at most {MOST:,}")
+    if not 0 <= cfg.seed <= LARGEST_SEED:
+        raise ValueError(f"seed={cfg.seed} must lie in 0..{LARGEST_SEED}")
     for key in ("patience", "pretrain_steps"):
         if cfg.classify[key] is not None and cfg.classify[key] < 1:
             raise ValueError(f"classify.{key}={cfg.classify[key]} must be at least 1")
