@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 LARGEST = 2**31 - 1  # of whole numbers that have no closer limit
+COUNT = 10**6  # of numbers of which as many entries are made: a slip of the finger must not fill the memory
 
 
 @dataclass(frozen=True)
@@ -108,19 +109,22 @@ _TABLE: tuple[tuple[Setting, str], ...] = (
         segments data.streaming wrap drop_blank shuffle auto_insert_metric_name enable_version_counter"""),
     # counts
     (whole(0, 2**32 - 1), "seed"),
-    (whole(0), """T num_sample_log num_shown prefix_length num_warmup_steps cooldown num_examples"""),
-    (whole(1), """stride_length tokens_per_step samples_per_prompt num_draws max_draws perplexity_batch_size
+    (whole(0), "T num_shown prefix_length num_warmup_steps cooldown"),
+    (whole(0, COUNT), "num_sample_log num_examples num_strides"),
+    (whole(1, COUNT), "samples_per_prompt num_draws max_draws"),
+    (whole(1), """stride_length tokens_per_step perplexity_batch_size
         global_batch_size eval_global_batch_size prefetch_factor lanes shuffle_buffer sample_texts keep_last
         max_steps num_training_steps num_rewarmup_steps every_n_steps log_every_n_steps val_check_interval
         flush_logs_every_n_steps tokens fit_rows latents.batch_size max_skipped_steps plateau.patience pretrain_steps
         num_train_per_class num_validation_per_class num_test_per_class sizes.*"""),
-    (whole(1, 10**6), "sampling.steps inner.steps sampler.steps directed.steps latent_steps latent.steps"),
-    (whole(0, 10**6), "num_strides"),
-    (whole(2), "edit_path edit.path"),
+    (whole(1, COUNT), "sampling.steps inner.steps sampler.steps directed.steps latent_steps latent.steps"),
+    (whole(2, COUNT), "edit_path edit.path"),
     (maybe(whole(2)), "segment_room"),
     (whole(-1), "num_sanity_val_steps save_top_k"),
-    (maybe(whole(0)), "data.label mode.num_samples num_workers every_n_train_steps"),
-    (maybe(whole(1)), """top_k context num_samples max_length num_sample_batches num_batches vocab_size dim window
+    (maybe(whole(0)), "data.label num_workers every_n_train_steps"),
+    (maybe(whole(0, COUNT)), "mode.num_samples"),
+    (maybe(whole(1, COUNT)), "num_samples num_sample_batches num_batches"),
+    (maybe(whole(1)), """top_k context max_length vocab_size dim window
         max_train_texts max_valid_texts max_test_texts batch_size eval_batch_size accumulate_grad_batches
         milestone_every max_failed_saves classify.patience num_proc"""),
     (maybe(list_of(list_of(whole(0), 2, "[1000,256]"), 1, "[[0,64],[1000,256]]")), "batch_ramp"),

@@ -4,7 +4,8 @@ python -m app                                                      the runs of .
 python -m app --checkpoint outputs/reviews/micro-0123abcd          a run, or all runs of a folder; may be repeated
 python -m app --checkpoint last.ckpt --port 7861 data.cache_dir=/scratch
 
-It is served to this machine alone. What it has no option for is typed as for main.py: key=value.
+It prints its address, which ends with ?token=...; it is served to this machine alone, and only with that token. What
+it has no option for is typed as for main.py: key=value.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ def main() -> None:
         needed = " ".join(tomllib.loads(_PROJECT.read_text())["project"]["optional-dependencies"]["app"])
         sys.exit(f"error: python -m app needs gradio, which is not installed here: pip install {needed}")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    from app.guard import new_token
     from app.page import page  # late: gradio may be missing, and reads the environment
     from app.runs import find
     from app.server import HOST, listen, serve
@@ -53,8 +55,9 @@ def main() -> None:
     with command_line.clear_errors():
         listening = listen(args.port)
         blocks = page(find(args.checkpoint), args.overrides)
-    print(f"http://{HOST}:{listening.getsockname()[1]}   (Ctrl-C ends it)", flush=True)
-    serve(blocks, listening)
+    token = new_token()
+    print(f"http://{HOST}:{listening.getsockname()[1]}/?token={token}   (Ctrl-C ends it)", flush=True)
+    serve(blocks, listening, token)
 
 
 if __name__ == "__main__":

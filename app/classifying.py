@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from app.job import warnings
+from app.job import check_text, warnings
 from app.networks import Judges, Networks
 from app.runs import Classifier
 from classification.bayes import log_prior, posterior, posterior_interval
@@ -46,11 +46,14 @@ def classify(networks: Networks, classifier: Classifier, question: Question, sho
     """p(class | text), and `show` what is known of it after each round of draws.
 
     Raises:
-        ValueError: as main.py would refuse it.
+        ValueError: as main.py would refuse it; or a longer text than the page takes.
     """
+    check_text(question.text)
+    asked = {"seed": question.seed, "classify.num_draws": question.num_draws,
+             "classify.confidence": question.confidence}  # fmt: skip
     with warnings() as heard:
         race = Race(question.num_draws, question.confidence)
-        judges = networks.judges(classifier, {"seed": question.seed})
+        judges = networks.judges(classifier, asked)
         experiment, hypotheses = judges.experiment, judges.hypotheses
         race.check(experiment.estimator)
         data = with_texts(judges.data, _SPLIT, [question.text])

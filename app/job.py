@@ -9,8 +9,17 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
 
+from torch.nn.modules.module import register_module_forward_pre_hook
+
 Result = TypeVar("Result")
+MOST_CHARACTERS = 100_000  # of a text that is typed
 _OURS = ("contradictions", "dataloader", "diffusion", "main", "models", "samplers", "tasks", "text")
+
+
+def check_text(text: str) -> None:
+    """Raise ValueError if a typed text is longer than the page takes."""
+    if len(text) > MOST_CHARACTERS:
+        raise ValueError(f"the text has {len(text):,} characters, and this page takes at most {MOST_CHARACTERS:,}")
 
 
 class Stopped(Exception):
@@ -24,7 +33,7 @@ class Job:
         self._told, self._stopped, self._picture = threading.Event(), threading.Event(), None
 
     def stop(self) -> None:
-        """Have the work end at its next picture."""
+        """Have the work end at its next picture, or before the next layer of a network."""
         self._stopped.set()
 
     def show(self, picture: object, seconds: float = 0.0) -> None:
@@ -39,7 +48,7 @@ class Job:
         """Does `work(show)` and yields its newest picture whenever there is one; returns what it returns, raises what
         it raises. The work ends where nobody asks for pictures any more."""
         with ThreadPoolExecutor(1, "job") as pool:
-            future = pool.submit(work, self.show)
+            future = pool.submit(self._work, work)
             future.add_done_callback(lambda _: self._told.set())
             try:
                 while not future.done():
@@ -51,6 +60,17 @@ class Job:
             finally:
                 self.stop()
         return future.result()
+
+    def _work(self, work: Callable[[Callable[..., None]], Result]) -> Result:
+        """`work(self.show)`, which ends in any layer of a network too: pictures may be minutes apart."""
+        here = threading.get_ident()
+        hook = register_module_forward_pre_hook(
+            lambda module, inputs: self.show(None) if threading.get_ident() == here else None
+        )
+        try:
+            return work(self.show)
+        finally:
+            hook.remove()
 
 
 class Jobs:

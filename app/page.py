@@ -26,6 +26,11 @@ def page(networks: Sequence[Network], extra: Sequence[str] = ()) -> gr.Blocks:
             WriteTab(networks, loaded, jobs)
         with gr.Tab("Classify"):
             ClassifyTab(classifiers(networks), loaded, jobs)
+
+        def leave(request: gr.Request) -> None:  # the window was closed
+            jobs.stop(request.session_hash)
+
+        blocks.unload(leave)
     return blocks
 
 

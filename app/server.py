@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
 from contextlib import suppress
 
 import gradio as gr
 import uvicorn
 from fastapi import FastAPI
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app.guard import Guard
 from app.page import head, theme
 
 HOST = "127.0.0.1"
-# The browser is to fetch nothing from elsewhere. Gradio's own scripts are inline and build functions of text; what is
-# framed carries a policy of its own.
-_POLICY = (
-    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
-    "img-src 'self' data: blob:; font-src 'self' data:; form-action 'self'; base-uri 'self'; frame-ancestors 'none'"
-)
 
 
 def listen(port: int) -> socket.socket:
@@ -42,35 +35,21 @@ def listen(port: int) -> socket.socket:
     return listening
 
 
-def serve(blocks: gr.Blocks, listening: socket.socket) -> None:
-    """Serve the page until the process is interrupted."""
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(_Policy)
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])  # not under a name that points here
-    gr.mount_gradio_app(
-        app, blocks, path="/", server_name=HOST, server_port=listening.getsockname()[1], footer_links=[],
-        run_history=False, ssr_mode=False, pwa=False, mcp_server=False, enable_monitoring=False, theme=theme(),
-        head=head(), app_kwargs={"docs_url": None, "redoc_url": None},
-    )  # fmt: skip
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
+def serve(blocks: gr.Blocks, listening: socket.socket, token: str) -> None:
+    """Serve the page, to those who have the token, until the process is interrupted."""
+    config = uvicorn.Config(guarded(blocks, listening.getsockname()[1], token), log_level="warning",
+                            timeout_graceful_shutdown=1)  # fmt: skip
     with suppress(KeyboardInterrupt):  # which uvicorn hands on once it has ended
         uvicorn.Server(config).run(sockets=[listening])
 
 
-class _Policy:
-    """Puts the policy on all that is sent."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._app(scope, receive, _with_policy(send) if scope["type"] == "http" else send)
-
-
-def _with_policy(send: Send) -> Callable:
-    async def sent(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            message["headers"] = [*message["headers"], (b"content-security-policy", _POLICY.encode())]
-        await send(message)
-
-    return sent
+def guarded(blocks: gr.Blocks, port: int, token: str) -> FastAPI:
+    """Return the application that serves the page."""
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(Guard, token=token, port=port)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])  # not under a name that points here
+    return gr.mount_gradio_app(
+        app, blocks, path="/", server_name=HOST, server_port=port, footer_links=[],
+        run_history=False, ssr_mode=False, pwa=False, mcp_server=False, enable_monitoring=False, theme=theme(),
+        head=head(), app_kwargs={"docs_url": None, "redoc_url": None},
+    )  # fmt: skip

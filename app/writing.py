@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 
-from app.job import warnings
+from app.job import check_text, warnings
 from app.networks import Networks
 from app.runs import Network
 from command_line import CONFIGS
@@ -22,7 +22,7 @@ from tasks.history import Recorder, samples_of
 from tasks.standing import Standing
 from tasks.watching import described
 
-MOST_SHOWN = 16  # texts; more are written, and stand among the plain ones
+MOST_TEXTS = 16
 _PICTURE_SECONDS = 0.05
 
 
@@ -68,22 +68,25 @@ def write(networks: Networks, network: Network, wish: Wish, show: Callable[..., 
     """Draw what is wished for, and `show` Pictures on the way.
 
     Raises:
-        ValueError: as main.py would refuse it.
+        ValueError: as main.py would refuse it; or more than the page takes.
     """
+    check_text(wish.text)
+    if not 1 <= wish.num_texts <= MOST_TEXTS:
+        raise ValueError(f"sampling.num_samples={wish.num_texts}: this page writes 1 to {MOST_TEXTS} texts at once; "
+                         "python scripts/generate.py writes more")  # fmt: skip
     with warnings() as heard:
         given = Template.of(wish.text)
         writer = networks.writer(network, {**wish.settings, "sampling.num_samples": wish.num_texts})
         diffusion, data, drawing = writer.diffusion, writer.data, writer.experiment.drawing
         given = replace(drawing.given, prefix=given.prefix, template=given.template)
         drawing = replace(drawing, given=given)
-        shown = min(wish.num_texts, MOST_SHOWN)
-        watch = _Watch(Recorder(shown, data.vocabulary.mask_id), Standing.of(shown, diffusion, data, drawing), show,
+        number = wish.num_texts  # a single batch: only the first is watched
+        watch = _Watch(Recorder(number, data.vocabulary.mask_id), Standing.of(number, diffusion, data, drawing), show,
                        wish.pause)  # fmt: skip
         start = time.perf_counter()
-        drawn = draw(diffusion, data, drawing, wish.num_texts, data.eval_batch_size, writer.experiment.seed,
-                     wish.class_id, watch)  # fmt: skip
+        drawn = draw(diffusion, data, drawing, number, number, writer.experiment.seed, wish.class_id, watch)
         seconds = time.perf_counter() - start - watch.waited
-    samples = samples_of(drawn[:shown], data.tokenizer, watch.recorder.histories())
+    samples = samples_of(drawn, data.tokenizer, watch.recorder.histories())
     return Written(
         [decoded(text, given, data.tokenizer) for text in drawn], denoising_page(samples), described(drawing.protocol),
         sum(text.evaluations for text in drawn) / len(drawn), seconds, heard, _command(network, wish, given),

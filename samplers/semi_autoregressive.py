@@ -16,6 +16,8 @@ from randomness import KeyedNoise
 from samplers.base import Generation, Model, Watcher
 from samplers.page import Page
 
+_MOST_TOKENS = 2**20  # of a text, behind the first window
+
 
 @torch.no_grad()
 def sample(
@@ -33,13 +35,18 @@ def sample(
     last L - stride_length tokens of what is there, which stay as they are: (B, L + stride_length * num_strides).
 
     Raises:
-        ValueError: the stride does not fit the window, or rows are padded.
+        ValueError: the stride does not fit the window, texts would be too long, or rows are padded.
     """
     length = x_BL.shape[1]
     if not 0 < stride_length <= length or num_strides < 0:
         raise ValueError(
             f"sampling.stride_length={stride_length} must lie in 1..{length} (model.length) and "
             f"sampling.num_strides={num_strides} must be 0 or more"
+        )
+    if stride_length * num_strides > _MOST_TOKENS:
+        raise ValueError(
+            f"sampling.stride_length={stride_length} x sampling.num_strides={num_strides} asks for texts of more than "
+            f"{_MOST_TOKENS:,} tokens; lower one of them"
         )
     if "attention_mask" in cond and not bool(cond["attention_mask"].all()):
         raise ValueError("sampling.semi_ar=true goes on behind full rows; use wrapped data (data.wrap=true)")

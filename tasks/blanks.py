@@ -21,7 +21,9 @@ from text.tokenizers import encode, encode_after
 
 # What stands for masks in a template: [MASK] for one, {{12}} for twelve, {{...}} for as many as there is room for.
 _GAP = re.compile(r" ?(?:\[MASK\]|\{\{ *(\d+|…|\.\.\.) *\}\})")
+_DIGITS = 12  # of a gap's number that are read: Python refuses to read thousands of them, and no text is that long
 ROOM = -1  # among the ids of a template: masks that take what room there is
+_MOST_TOKENS = 2**28
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +48,7 @@ class Template:
         if self.prefix and self.template:
             raise ValueError(f"sampling.prefix={self.prefix} and sampling.template={self.template}: give one of them")
         gaps = [gap[1] for gap in _GAP.finditer(self.template or "")]
-        if self.template and (not gaps or any(gap and gap.isdigit() and int(gap) == 0 for gap in gaps)):
+        if self.template and (not gaps or any(gap and not gap.strip("0") for gap in gaps)):
             raise ValueError(
                 f"sampling.template={self.template} has no gap, or one of no tokens: write [MASK], {{{{12}}}} or "
                 "{{...}} where text is wanted"
@@ -67,16 +69,35 @@ class Template:
         """A text with a gap is a template, one without is how texts begin."""
         return cls(template=text, max_length=max_length) if _GAP.search(text) else cls(text or None, None, max_length)
 
-    def ids(self, tokenizer: object, mask_id: int) -> list[int]:
-        """Token ids of what is given, `mask_id` in the gaps, ROOM once for one that stretches; empty if nothing is."""
+    def ids(self, tokenizer: object, mask_id: int, limit: int) -> list[int]:
+        """Return the token ids of the prefix or template, `mask_id` in the gaps, ROOM once for one that stretches.
+
+        Raises ValueError if the gaps alone have more than `limit` tokens.
+        """
         if self.prefix:
             return encode(tokenizer, [self.prefix])[0]
         ids, end, text = [], 0, self.template or ""
-        for gap in _GAP.finditer(text):
-            masks = [ROOM] if gap[1] in ("…", "...") else [mask_id] * int(gap[1] or 1)
+        gaps = list(_GAP.finditer(text))
+        wanted = sum(_size(gap) for gap in gaps)
+        if wanted > limit:  # before a list of that many is made
+            raise ValueError(f"sampling.template asks for {wanted:,} tokens in its gaps: too many for {self.limit_key}="
+                             f"{limit}")  # fmt: skip
+        for gap in gaps:
+            masks = [ROOM] if gap[1] in ("…", "...") else [mask_id] * _size(gap)
             ids += _pieces(tokenizer, text[end : gap.start()]) + masks
             end = gap.end()
         return ids + _pieces(tokenizer, text[end:])
+
+    @property
+    def limit_key(self) -> str:
+        """The key that limits how many tokens a text has."""
+        return "sampling.max_length" if self.max_length else "model.length"
+
+
+def _size(gap: re.Match) -> int:
+    """Return how many tokens a gap asks for; one that stretches has one at least."""
+    digits = (gap[1] or "").lstrip("0")
+    return int(digits[:_DIGITS]) if digits.isdigit() else 1
 
 
 def _pieces(tokenizer: object, text: str) -> list[int]:
@@ -90,12 +111,14 @@ def _pieces(tokenizer: object, text: str) -> list[int]:
 def rows_to_fill(diffusion: Diffusion, data: object, given: Template, num_samples: int, seed: int) -> list[np.ndarray]:
     """One row of ids per sample, the mask where a token is wanted, as long as a training row picked at random."""
     mask_id, causal = diffusion.objective.mask_id, diffusion.objective.causal
-    fixed = given.ids(data.tokenizer, mask_id)
+    limit = given.max_length or data.length
+    check_amount(num_samples, limit)
+    fixed = given.ids(data.tokenizer, mask_id, limit)
     if data.prompted and (fixed or given.max_length):
         key = "template" if given.template else "prefix" if given.prefix else "max_length"
         raise ValueError(f"data={data.name} gives each text a beginning of its own; leave sampling.{key} out")
     _warn_of_unknown(fixed, given, data.tokenizer)
-    room = _Room(given.max_length or data.length, data, mask_id, given)
+    room = _Room(limit, data, mask_id, given)
     train = data.split("validation" if data.prompted or data.prefix_length else "train")
     u = KeyedNoise(seed, torch.arange(num_samples), draw=-3).uniform()
     rows = []
@@ -107,6 +130,16 @@ def rows_to_fill(diffusion: Diffusion, data: object, given: Template, num_sample
         blank[:start] = train[lender]["input_ids"][:start]
         rows.append(room.filled(blank, fixed, start))
     return rows
+
+
+def check_amount(num_rows: int, length: int) -> None:
+    """Raise ValueError if rows to fill would take more than 2 GiB. They are all made before the first is filled."""
+    if num_rows * length > _MOST_TOKENS:
+        raise ValueError(
+            f"{num_rows:,} samples of up to {length:,} tokens are too many for one run, which draws at most "
+            f"{_MOST_TOKENS // length:,} of them; lower sampling.num_samples (or num_sample_batches, "
+            "samples_per_prompt, num_sample_log), and use several runs with different seeds"
+        )
 
 
 def masked_row(data: object, columns: Mapping[str, list], mask_id: int, causal: bool, lends: bool) -> np.ndarray:
@@ -155,7 +188,7 @@ class _Room:
         ending = self._ending(blank)
         short = np.concatenate([blank[: max(self.limit - len(ending), 0)], ending])
         if self.mask_id not in short:
-            raise ValueError(f"{self._key}={self.limit} leaves no token to write; allow more")
+            raise ValueError(f"{self.given.limit_key}={self.limit} leaves no token to write; allow more")
         return short
 
     def filled(self, blank: np.ndarray, fixed: list[int], start: int) -> np.ndarray:
@@ -180,15 +213,11 @@ class _Room:
             key = "template" if whole else "prefix"
             more = "with what frames it" if whole else "with what frames it and one to write"
             raise ValueError(f"sampling.{key} has {len(fixed)} tokens, {more} {len(row)}: too many for "
-                             f"{self._key}={self.limit}")  # fmt: skip
+                             f"{self.given.limit_key}={self.limit}")  # fmt: skip
         return row
 
     def _ending(self, blank: np.ndarray) -> np.ndarray:
         return blank[-1:] if blank[-1] != self.mask_id else blank[:0]
-
-    @property
-    def _key(self) -> str:
-        return "sampling.max_length" if self.given.max_length else "model.length"
 
 
 def padded(rows: Sequence[np.ndarray], pad_id: int) -> tuple[Tensor, dict[str, Tensor]]:

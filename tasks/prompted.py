@@ -23,6 +23,7 @@ from reporting.report import Metric, Report, Sample
 from samplers.base import Watcher
 from tasks.answers import Answers, Share, check_shares, measure, share
 from tasks.base import Experiment, write_results
+from tasks.blanks import check_amount
 from tasks.drawing import Drawing, Drawn, fill_on_all
 from tasks.history import sample_of
 from tasks.watching import Views, described
@@ -133,6 +134,7 @@ def _complete(
     texts = data.texts(asked.split)
     order = KeyedNoise(seed, torch.arange(len(texts)), draw=-7).uniform().argsort()
     texts = texts.select(np.sort(order[: asked.num_prompts].numpy()))
+    check_amount(len(texts) * asked.samples_per_prompt, data.length)
     pairs = [(parts[0], "".join(parts[1:])) for parts in map(parts_of, texts["text"][:], texts["ends"][:])]
     bos = [data.vocabulary.bos_id] * data.packing(asked.split).bos
     heads = [bos + ids for ids in encode(data.tokenizer, [prompt for prompt, _ in pairs])]

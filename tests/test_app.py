@@ -10,14 +10,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
+import torch
 from scipy.special import expit
 
 import app.__main__ as command
 import main
-from app import writing
+from app import classifying, writing
 from app.job import Job, Stopped
 from app.networks import Networks
 from app.runs import classifiers, find
@@ -160,6 +163,42 @@ def test_a_job_shows_the_newest_and_ends_when_told():
         list(Job().pictures(lambda show: 1 / 0))
 
 
+def test_a_job_ends_within_the_network_too():
+    """Between two pictures a network may work for minutes."""
+    job, layer, seen = Job(), torch.nn.Linear(2, 2), []
+
+    def work(show):
+        show("begun")
+        for step in range(10**9):
+            seen.append(step)
+            layer(torch.zeros(2))
+
+    pictures = job.pictures(work)
+    assert next(pictures) == "begun"
+    pictures.close()  # would not return
+    layer(torch.zeros(2))  # others go on
+    assert len(seen) < 10**7
+
+
+def test_numbers_that_are_typed_are_bounded_before_they_are_used(trained, extra):
+    first, *_ = found = find([str(trained)])
+    networks = Networks(extra)
+
+    def refusal(text: str, number: int = 1, steps: int = 4) -> str:
+        wish = writing.Wish(text, number, {"sampler": "unmask", "sampling.steps": steps})
+        with pytest.raises(ValueError) as error:
+            writing.write(networks, first, wish, lambda *_: None)
+        return str(error.value)
+
+    assert "asks for 999,999,999 tokens in its gaps: too many for model.length=" in refusal("a {{999999999}} b")
+    assert "sampling.num_samples=17: this page writes 1 to 16" in refusal("a", 17)
+    assert "sampling.num_samples=0" in refusal("a", 0) and "100,001 characters" in refusal("a" * 100_001)
+    assert "sampling.steps=1000000000 must be at most" in refusal("a", steps=10**9)
+    draws = classifying.Question("a text", 10**9, 0.9, "uniform", 1)
+    with pytest.raises(ValueError, match=r"classify.num_draws=1000000000 must be at most 1,000,000"):
+        classifying.classify(networks, classifiers(found)[0], draws, lambda *_: None)
+
+
 def test_without_gradio_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["app"])
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -283,14 +322,34 @@ def a_text_is_classified_with_evidence(window):
 
 
 def only_this_machine_can_reach_it_and_the_browser_reaches_nothing_else(served, window, asked):
-    port = int(served.rpartition(":")[2])
+    root = served.partition("?")[0]
+    port = int(root.rpartition(":")[2].rstrip("/"))
     heard = [line.split()[1] for name in ("tcp", "tcp6") if (table := Path("/proc/net") / name).exists()
              for line in table.read_text().splitlines()[1:] if line.split()[3] == "0A"]  # fmt: skip
     assert [address for address in heard if address.endswith(f":{port:04X}")] == [f"0100007F:{port:04X}"]
-    assert len(asked) > 5 and {url for url in asked if not url.startswith((served, "data:", "about:"))} == set()
-    assert "default-src 'self'" in window.request.get(served).headers["content-security-policy"]
+    assert len(asked) > 5 and {url for url in asked if not url.startswith((root, "data:", "about:"))} == set()
+    assert "default-src 'self'" in window.request.get(root).headers["content-security-policy"]
     other = window.request.get(served, headers={"Host": "somewhere.example"})
     assert other.status == 400, "a name that points here is none of ours"
+    assert window.request.post(f"{root}gradio_api/upload", multipart={"files": "x"}).status == 404
+    with pytest.raises(HTTPError, match="403"):  # without a cookie
+        urlopen(root)
+    for foreign in ({"Origin": "https://evil.example"}, {"Sec-Fetch-Site": "cross-site"}):
+        assert window.request.get(root, headers=foreign).status == 403
+
+
+def who_leaves_stops_the_work(served, window):
+    """Another window gets its turn, long before the text of the one that was closed would have been written."""
+    leaving = window.context.browser.new_page()
+    leaving.goto(served)
+    leaving.wait_for_selector("#write")
+    write(leaving, "The plot", "very slow", steps="30")
+    leaving.wait_for_selector("#page .page .m")
+    leaving.close()
+    start = time.monotonic()
+    write(window, "The plot", "full", steps="2")
+    window.wait_for_function("() => document.querySelector('#plain textarea')?.value.startsWith('The plot')")
+    assert time.monotonic() - start < 15
 
 
 def test_the_page(served, window, asked):
@@ -298,5 +357,6 @@ def test_the_page(served, window, asked):
     a_text_is_written_before_ones_eyes_and_played(window)
     what_is_refused_is_said_and_the_page_goes_on(window)
     writing_can_be_stopped(window)
+    who_leaves_stops_the_work(served, window)
     a_text_is_classified_with_evidence(window)
     only_this_machine_can_reach_it_and_the_browser_reaches_nothing_else(served, window, asked)

@@ -112,12 +112,15 @@ def test_templates_are_read_as_they_are_written():
         def __call__(self, texts, **kwargs):
             return {"input_ids": [[len(word) for word in text.split()] for text in texts]}
 
-    assert Template(template="a bb [MASK] ccc {{2}}").ids(Words(), 9) == [1, 2, 9, 3, 9, 9]
-    assert Template(template="[MASK]").ids(Words(), 9) == [9]
-    assert Template(prefix="a bb").ids(Words(), 9) == [1, 2]
-    assert Template().ids(Words(), 9) == []
-    assert Template(template="a {{...}} bb").ids(Words(), 9) == Template(template="a {{…}} bb").ids(Words(), 9)
-    assert Template(template="a [MASK] {{...}} bb").ids(Words(), 9) == [1, 9, ROOM, 2]
+    assert Template(template="a bb [MASK] ccc {{2}}").ids(Words(), 9, 12) == [1, 2, 9, 3, 9, 9]
+    assert Template(template="[MASK]").ids(Words(), 9, 12) == [9]
+    assert Template(prefix="a bb").ids(Words(), 9, 12) == [1, 2]
+    assert Template().ids(Words(), 9, 12) == []
+    for gaps in ("{{13}}", "{{6}} a {{...}} {{6}}", "{{999999999999}}", "{{" + "9" * 9999 + "}}", "[MASK]" * 13):
+        with pytest.raises(ValueError, match=r"sampling.template asks for .* tokens .*too many for model.length=12"):
+            Template(template=gaps).ids(Words(), 9, 12)
+    assert Template(template="a {{...}} bb").ids(Words(), 9, 12) == Template(template="a {{…}} bb").ids(Words(), 9, 12)
+    assert Template(template="a [MASK] {{...}} bb").ids(Words(), 9, 12) == [1, 9, ROOM, 2]
 
 
 @pytest.mark.parametrize(("text", "said"), [
@@ -185,7 +188,7 @@ def test_a_prefix_stands_in_the_text_letter_by_letter(request, tmp_path, monkeyp
     known = vocabulary(tokenizer)
     for typed in TYPED:
         given = Template(prefix=typed)
-        fixed = given.ids(tokenizer, known.mask_id)
+        fixed = given.ids(tokenizer, known.mask_id, 128)
         for more in ("film", "'s", " , odd"):
             ids = [known.bos_id, *fixed, *encode(tokenizer, [more])[0]]
             text = decoded(Drawn(ids, [0] * len(ids), [1.0] * len(ids), list(range(len(ids))), 1, 1), given, tokenizer)
