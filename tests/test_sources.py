@@ -269,6 +269,13 @@ def configured(name):
 needs_data = pytest.mark.skipif("DATA_DIR" not in os.environ, reason="needs DATA_DIR with the public data sets")
 
 
+def test_lines_of_a_file_are_no_documents_and_rows_of_a_table_are(tmp_path):
+    for kind, known in (("txt", False), ("jsonl", True)):
+        rows = UserFiles(write(tmp_path, kind), validation_share=0.1, test_share=0.2).load("validation")
+        assert ("document" not in rows.column_names) == known
+        assert known or set(rows["document"]) == {-1}
+
+
 @needs_data
 @pytest.mark.parametrize(
     ("name", "sizes"),

@@ -120,4 +120,6 @@ def test_kinds_of_likelihood_do_not_overwrite_one_another_and_say_what_they_are(
         "validation": "NELBO", "test": "NELBO", "validation-duel": "exact likelihood of the ordered sampler (DUEL)",
         "validation-importance-weighted_any-order_bound": "importance-weighted any-order bound",
     }  # fmt: skip
+    results = json.loads(next(tmp_path.rglob("ppl_eval/test/results.json")).read_text())
+    assert (results["units"], results["num_units"]) == ("texts", results["texts"])
     assert found["validation"]["parameterization"] == "subs" and found["validation"]["seed"] == 1
