@@ -207,7 +207,7 @@ def test_the_references_command_lines_compose():
     (["algo=bd3lm", "block_size=4", "training.clip_search_widths=[abc]"], r"must be a list .* each entry a number"),
     (["algo=bd3lm", "block_size=4", "training.fix_clipping=true"], "training.fix_clipping=true measures"),
     (["algo=bd3lm", "block_size=null"], "block_size=null must be a whole number"),
-    (["algo=bd3lm", "block_size=4", "algo.ignore_bos=3"], "parameterization.ignore_bos=3 must be true or false"),
+    (["algo=bd3lm", "block_size=4", "algo.ignore_bos=3"], "ignore_bos=3 must be true or false"),
     (["algo=bd3lm", "block_size=4", "algo.var_min=false"], "algo.var_min=false: here it is always true"),
     (["sampling.context=16"], "sampling.context=16 means nothing to parameterization=subs"),
     (["training.masking=exact_count", "training.resample=true"], "training.resample=true limits"),
