@@ -269,7 +269,7 @@ def _omegaconf_value(node: object, key: str) -> object:
         value = _state(value).get("_val") if isinstance(value, Inert) else value
         reference = re.fullmatch(r"\$\{([\w.]+)\}", value) if isinstance(value, str) else None
         if reference is None:
-            return value
+            return value if isinstance(value, bool | int | float | str) else None
         key = reference[1]
     return None
 

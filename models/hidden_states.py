@@ -154,4 +154,7 @@ def _network(checkpoint: Checkpoint, path: str, vocab_size: int) -> nn.Module:
         settings["num_classes"] = len(checkpoint.state["class_embed.embedding"])
     if latents := checkpoint.identity.get("latents"):
         settings["latent_shape"] = tuple(latents["shape"])
-    return kind(vocab_size=vocab_size, **settings)
+    try:
+        return kind(vocab_size=vocab_size, **settings)
+    except TypeError as error:
+        raise ValueError(f"{KEY}={path} names settings that {name} does not have ({error}); use another") from error

@@ -31,6 +31,7 @@ from models.checkpoints import READ_ERRORS, load_inert, read_checkpoint, read_pr
 from models.hub import read_config
 from scripts import generate
 from tests.test_configs import TINY
+from text.latent_shards import _arrays
 from text.tokenizers import encode, load_tokenizer, vocabulary
 
 ROOT = Path(__file__).parents[1]
@@ -312,7 +313,7 @@ COPIES = b"\x80\x02](" + b"N" * 3000 + b"eq\x00" + b"c__builtin__\nset\nh\x00\x8
     reduced("builtins", "str", number(3) + b"\x85"),
     reduced("_codecs", "encode", b"X\x01\x00\x00\x00aX\x06\x00\x00\x00utf-32\x86"),
     b"\x80\x04\x96" + (2**40).to_bytes(8, "little") + b"x.", b"\x80\x04\x8e" + (2**40).to_bytes(8, "little") + b"x.",
-    LAUGHS + b"}hPNs.", LAUGHS + b"hP)R.", LAUGHS + b"hPQ.",
+    LAUGHS + b"}hPNs.", LAUGHS + b"hP)R.", LAUGHS + b"hPQ.",  # Q: BINPERSID
     LAUGHS + b"ccollections\nCounter\n]hPa\x85R.",
     b"\x80\x04\x8f(" + LAUGHS[2:] + b"\x90.", COPIES,
     b"\x80\x02" + number(1 << 2000) + b".", b"\x80\x02}" + number(1 << 70) + b"Ns.",
@@ -416,6 +417,20 @@ def test_pipes_and_devices_are_refused_at_once(tmp_path, make):
         make(hub.parent / name)
         with pytest.raises(ValueError, match="pipe or a device|cannot be read|not a file|no tokenizer"):
             read_checkpoint(hub.parent) if "tokenizer" not in name else load_tokenizer(str(hub.parent))
+
+
+def test_arrays_grow_no_larger_than_their_file(tmp_path):
+    np.savez(tmp_path / "good.npz", a=np.ones(3))
+    assert _arrays(tmp_path / "good.npz")["a"].tolist() == [1, 1, 1]
+    np.savez_compressed(tmp_path / "zeros.npz", a=np.zeros(10**6))
+    np.savez(tmp_path / "object.npz", a=np.array([Touch()], dtype=object))
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f8", "fortran_order": False, "shape": (2**45,)})
+    with zipfile.ZipFile(tmp_path / "huge.npz", "w") as out:
+        out.writestr("a.npy", header.getvalue())
+    for name in ("zeros.npz", "object.npz", "huge.npz"):
+        with pytest.raises(ValueError, match="make the folder again"):
+            _arrays(tmp_path / name)
 
 
 def tokenizer_with(folder: Path, pattern: str, vocabulary: dict[str, int]) -> object:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -43,6 +44,19 @@ def _opened(path: Path) -> np.ndarray:
         return np.load(path, mmap_mode="r")
     except (ValueError, EOFError) as error:
         raise ValueError(f"{KEY}={path.parents[1]}: {path.name} is damaged ({error}); make the folder again") from error
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays that np.savez wrote, by name. Raises ValueError for others, which might grow when they are read."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            infos = archive.infolist()
+        if any(info.compress_type for info in infos) or sum(info.file_size for info in infos) > path.stat().st_size:
+            raise ValueError("it is compressed, and np.savez does not compress")
+        with np.load(path) as arrays:
+            return {name: arrays[name] for name in arrays}
+    except (ValueError, EOFError, OSError, MemoryError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{KEY}={path.parent}: {path.name} is damaged ({error}); make the folder again") from error
 
 
 @dataclass(frozen=True)
@@ -290,8 +304,7 @@ class Shards:
         encoder = kinds[name](**settings)
         encoder.check(self._vocabulary, self._length)
         if (self.path / FITTED).is_file():
-            with np.load(self.path / FITTED) as arrays:
-                encoder.load({key: arrays[key] for key in arrays})
+            encoder.load(_arrays(self.path / FITTED))
         return encoder
 
     def encode(self, passages: Passages) -> np.ndarray:
