@@ -7,7 +7,7 @@ and as many real texts go through the same measures, and both stand side by side
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -71,12 +71,12 @@ class Quality:
 @dataclass(frozen=True)
 class RealTexts:
     """Token ids of real texts, as rows of `split`; `missing` says why there are none. units: what errors of
-    theirs are over."""
+    theirs are over (None: each row is one)."""
 
     rows: list[list[int]]
     split: str | None
     missing: str = ""
-    units: Units | None = None
+    units: Units | None = field(default=None, compare=False)
 
 
 def real_texts(data: object, split: str | None, num_texts: int, seed: int) -> RealTexts:
@@ -138,9 +138,14 @@ class Comparison:
     def _title(self) -> str:
         return f"real ({self.reference.split})"
 
+    @property
+    def _units(self) -> Units:
+        """What the errors of the real texts are over."""
+        return Units.each(range(len(self.reference.rows))) if self.reference.units is None else self.reference.units
+
     def results(self) -> dict[str, object]:
         """For results.json: the samples' numbers, those of real texts below "real"."""
-        units = self.reference.units
+        units = self._units
         real = self.real and {"split": self.reference.split, "units": units.name, "num_units": len(units),
                               **self.real.results()}  # fmt: skip
         protocol = self.samples.likelihood and {**self.samples.likelihood.protocol, "text": _TEXT}
@@ -175,7 +180,7 @@ class Comparison:
             header = ["", "samples", self._title]
             report.table(header, self._rows(), 
                          f"The samples and as many real texts under the same measures; errors of real texts are over "
-                         f"{self.reference.units}.")  # fmt: skip
+                         f"{self._units}.")  # fmt: skip
         if scored:
             report.code("\n".join(f"{k}: {v}" for k, v in {**scored.protocol, "text": _TEXT}.items()), "scorer")
 

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -271,7 +272,7 @@ def test_a_begin_token_that_is_also_the_end_token_does_not_end_the_text(tmp_path
 
 
 def fake_data(letters, texts: list[str], error: Exception | None = None) -> SimpleNamespace:
-    rows = [{"input_ids": ids} for ids in encode(letters, texts)]
+    rows = datasets.Dataset.from_dict({"input_ids": encode(letters, texts), "sample_id": list(range(len(texts)))})
 
     def give(split):
         if error:
