@@ -9,21 +9,24 @@ from functools import lru_cache
 from pathlib import Path
 
 import hydra.utils
+from lightning.pytorch import Callback
 from omegaconf import OmegaConf
 
 ROOT = Path(__file__).resolve().parent
-# What configs/ names of libraries. All else is a module of this folder, or is refused.
+# What configs/ names of libraries, beside the callbacks of Lightning. All else is a module of this folder, or is refused.
 OF_LIBRARIES = frozenset({
     "builtins.str", "lightning.pytorch.loggers.CSVLogger", "lightning.pytorch.loggers.TensorBoardLogger",
     "transformers.get_constant_schedule_with_warmup", "transformers.get_cosine_schedule_with_warmup",
 })  # fmt: skip
+CALLBACKS = "lightning.pytorch.callbacks."
 
 
 def instantiate(node: object, **arguments: object) -> object:
     """Build what a configuration's `_target_` names, as hydra.utils.instantiate does; None for None.
 
     Raises:
-        ValueError: a `_target_`, at any depth, is not defined in the project's folder nor one of `OF_LIBRARIES`.
+        ValueError: a `_target_`, at any depth, is neither defined in the project's folder, nor one of `OF_LIBRARIES`,
+            nor a callback of Lightning.
     """
     for target in _targets(OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node):
         located(target)
@@ -34,18 +37,22 @@ def located(target: object) -> object:
     """Return the class or function at the path `target`.
 
     Raises:
-        ValueError: this project does not define it and it is not one of `OF_LIBRARIES`, or it cannot be imported.
+        ValueError: it is none of what may be built (`instantiate`), or it cannot be imported.
     """
     refusal = ValueError(
         f"_target_={target!s:.200} is refused: a configuration builds only what the project defines. Put your module "
         f"into {ROOT} and name it, as CONTRIBUTING.md shows"
     )
-    if not isinstance(target, str) or not (target in OF_LIBRARIES or _is_ours(target)):
+    if not isinstance(target, str) or not (target in OF_LIBRARIES or target.startswith(CALLBACKS) or _is_ours(target)):
         raise refusal
     try:
         found = hydra.utils.get_object(target)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"_target_={target} cannot be imported ({error}); correct the name") from error
+    if target.startswith(CALLBACKS):
+        if not (isinstance(found, type) and issubclass(found, Callback)):
+            raise refusal
+        return found
     # A module of ours also holds what it imports: files.os.system is no function of ours.
     module = inspect.getmodule(found)
     if target not in OF_LIBRARIES and (module is None or not _is_ours(module.__name__)):

@@ -28,7 +28,7 @@ class Estimate:
 
     def exp(self) -> Estimate:
         """exp of the value; the error by the delta method."""
-        value = math.exp(self.value) if self.value < _LARGEST_EXPONENT else math.inf
+        value = math.inf if self.value >= _LARGEST_EXPONENT else math.exp(self.value)  # nan stays nan
         return Estimate(value, value * self.se)
 
     def scaled(self, factor: float) -> Estimate:

@@ -109,6 +109,9 @@ def test_templates_are_read_as_they_are_written():
     class Words:
         unk_token_id = -1
 
+        def get_vocab(self):
+            return {"a": 1}
+
         def __call__(self, texts, **kwargs):
             return {"input_ids": [[len(word) for word in text.split()] for text in texts]}
 

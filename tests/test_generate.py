@@ -13,7 +13,7 @@ import torch
 from command_line import compose_config
 from identity import identity, overrides
 from models.belonging import check_belongs
-from models.checkpoints import read_settings
+from models.checkpoints import Checkpoint, read_settings
 from scripts import generate
 from tests.commands import run
 from tests.test_configs import TINY
@@ -160,8 +160,7 @@ def test_a_mask_token_is_typed_as_it_is_and_kept_by_checkpoints():
     plain, named = (identity(compose_config(["data=text", *more])) for more in ([], ["data.mask_token=[MASK]"]))
     assert named == {**plain, "data.mask_token": "[MASK]"}, "older checkpoints have no such key"
     assert identity(compose_config(overrides(named)))["data.mask_token"] == "[MASK]"
-    data = SimpleNamespace(vocabulary=SimpleNamespace(fingerprint="ours"), latents=None)
-    known = {"configuration": named, "tokenizer": "theirs"}
-    checkpoint = SimpleNamespace(path="x.ckpt", settings=named, identity=known)
+    data = SimpleNamespace(vocabulary=SimpleNamespace(fingerprint="ours", size=9), latents=None)
+    checkpoint = Checkpoint("x.ckpt", {}, identity={"configuration": named, "tokenizer": "theirs"}, settings=named)
     with pytest.raises(ValueError, match=r"another mask token; add: 'data\.mask_token=\[MASK\]'"):
         check_belongs(checkpoint, plain, (), data)

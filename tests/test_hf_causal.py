@@ -365,7 +365,7 @@ def test_what_determines_the_weights_is_in_the_fingerprint(toy):
         for more in ([], ["backbone.name_or_path=other"], ["backbone.from_scratch=true"], ["model.dropout=0.3"])
     }
     assert len(folders) == 4
-    assert translate(["backbone.name_or_path=runs/a=1/x"]) == ["backbone.name_or_path='runs/a=1/x'"]
+    assert translate(["backbone.name_or_path=runs/a=1/x"]) == ['backbone.name_or_path="runs/a=1/x"']
 
 
 def test_a_trained_model_is_a_start_too(tmp_path, toy):

@@ -14,7 +14,7 @@ import main
 from command_line import compose_config, explain
 from identity import identity
 from models.belonging import check_belongs
-from models.checkpoints import read_checkpoint
+from models.checkpoints import Checkpoint, read_checkpoint
 from objectives.base import counted_mask, scored_mask
 from samplers.base import Generation
 from tasks.base import token_counts
@@ -218,8 +218,9 @@ def test_mistakes_are_explained(gsm8k, arguments, said):  # noqa: F811
 
 
 def test_a_model_of_plain_blocks_is_no_model_of_segments():
-    plain = SimpleNamespace(settings={"block_size": 80}, identity={"configuration": {"block_size": 80}}, path="x.ckpt")
-    data = SimpleNamespace(vocabulary=SimpleNamespace(fingerprint=None), latents=None)
+    sizes = {"block_size": 80}
+    plain = Checkpoint("x.ckpt", {}, identity={"configuration": sizes}, settings=sizes)
+    data = SimpleNamespace(vocabulary=SimpleNamespace(fingerprint=None, size=9), latents=None)
     shape = ("block_size", "data.segments")
     check_belongs(plain, {"block_size": 80}, shape, data)
     with pytest.raises(ValueError, match="add: data.segments=False"):
