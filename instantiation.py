@@ -13,7 +13,7 @@ from lightning.pytorch import Callback
 from omegaconf import OmegaConf
 
 ROOT = Path(__file__).resolve().parent
-# What configs/ names of libraries, beside the callbacks of Lightning. All else is a module of this folder, or is refused.
+# What configs/ names of libraries, beside callbacks of Lightning. All else is a module of this folder, or is refused.
 OF_LIBRARIES = frozenset({
     "builtins.str", "lightning.pytorch.loggers.CSVLogger", "lightning.pytorch.loggers.TensorBoardLogger",
     "transformers.get_constant_schedule_with_warmup", "transformers.get_cosine_schedule_with_warmup",

@@ -100,7 +100,7 @@ def real_texts(data: object, split: str | None, num_texts: int, seed: int) -> Re
         return RealTexts([], split, str(error))
     except ValueError as error:
         raise ValueError(f"{error} (eval.split={split}; null samples without reading real texts)") from error
-    order = KeyedNoise(seed, torch.arange(len(rows)), draw=-7).uniform().argsort()[:num_texts]
+    order = KeyedNoise(seed, torch.arange(len(rows)), draw=-7).uniform().argsort()[:num_texts].numpy()
     known = {name: np.asarray(rows[name])[order] for name in ("sample_id", *UNIT_COLUMNS) if name in rows.column_names}
     ids = [list(map(int, rows[i]["input_ids"])) for i in order.tolist()]
     return RealTexts(ids, split, units=Units.of(known))

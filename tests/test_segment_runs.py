@@ -225,5 +225,5 @@ def test_a_model_of_plain_blocks_is_no_model_of_segments():
     check_belongs(plain, {"block_size": 80}, shape, data)
     with pytest.raises(ValueError, match="add: data.segments=False"):
         check_belongs(plain, {"block_size": 80, "data.segments": True}, shape, data)
-    foreign = SimpleNamespace(settings={}, identity={}, path="x.ckpt")
+    foreign = Checkpoint("x.ckpt", {})
     check_belongs(foreign, {"data.segments": True}, shape, data)  # a file that says nothing contradicts nothing
