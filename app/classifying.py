@@ -10,7 +10,7 @@ import numpy as np
 from app.job import check_text, warnings
 from app.networks import Judges, Networks
 from app.runs import Classifier
-from classification.bayes import log_prior, posterior, posterior_interval
+from classification.bayes import log_prior, posterior_interval
 from dataloader import with_texts
 from estimators.nelbo import comparison_noising
 from reporting.formatting import format_measurement
@@ -73,8 +73,10 @@ def classify(networks: Networks, classifier: Classifier, question: Question, sho
 
 
 def _shown(scores: ClassScores, log_prior_C: np.ndarray, names: tuple[str, ...], race: Race) -> str:
-    posterior_C, (first, second) = posterior(scores.log_p_MC, log_prior_C)[0], _pair(scores, log_prior_C)
-    low_C, high_C = (posterior_C,) * 2 if scores.exact else posterior_interval(scores.nats_MCK[0], log_prior_C)
+    posterior_C, (first, second) = scores.posterior(log_prior_C)[0], _pair(scores, log_prior_C)
+    low_C, high_C = posterior_C, posterior_C
+    if not scores.exact:
+        low_C, high_C = (ends_MC[0] for ends_MC in posterior_interval(scores.nats_MCK, log_prior_C))
     columns = zip(names, posterior_C, low_C, high_C, scores.log_p_MC[0], scores.se_MC[0], strict=True)
     shares = [Share(*column, {first: "p", second: "n"}.get(k, "")) for k, column in enumerate(columns)]
     drawn = "the likelihood is exact" if scores.exact else (

@@ -4,7 +4,7 @@ The draws of all classes use the same masks, so only the differences between the
 Of each such difference a text has a mean and a variance over its few draws, and
 
 1. its variance is moderated: a weighted mean of its own sample variance and that pooled over all texts, as if the pool
-   had `_PRIOR_DEGREES` degrees of freedom (Smyth 2004: an inverse-gamma prior). Four draws of which none was unusual
+   had `PRIOR_DEGREES` degrees of freedom (Smyth 2004: an inverse-gamma prior). Four draws of which none was unusual
    would otherwise look certain. The degrees are fixed and few: as many as a text's own after five draws.
 2. the moderated t becomes the normal deviate of the same tail probability, and so a standard error (Lu & Stephens
    2019).
@@ -28,7 +28,8 @@ import numpy as np
 from scipy.stats import norm
 from scipy.stats import t as student_t
 
-_PRIOR_DEGREES = 4.0
+from classification.bayes import PRIOR_DEGREES
+
 _EM_STEPS = 100
 # Pseudo-texts whose classes hardly differ: with few texts to learn from, differences are taken to be small.
 _NULL_TEXTS = 10.0
@@ -101,8 +102,8 @@ def _standard_errors(
     own_MC = np.nanvar(difference_MCK, axis=2, ddof=1)
     own_degrees_M1 = (draws_M - 1)[:, None]
     pooled = np.average(own_MC, weights=own_degrees_M1 * rival_MC)
-    degrees_M1 = own_degrees_M1 + _PRIOR_DEGREES
-    variance_MC = (_PRIOR_DEGREES * pooled + own_degrees_M1 * own_MC) / degrees_M1
+    degrees_M1 = own_degrees_M1 + PRIOR_DEGREES
+    variance_MC = (PRIOR_DEGREES * pooled + own_degrees_M1 * own_MC) / degrees_M1
     plain_MC = np.sqrt(variance_MC / draws_M[:, None])
     clear_MC = margin_MC > 1e-6 * plain_MC  # below, the ratio of the two deviates is 0 / 0
     t_MC = np.divide(margin_MC, plain_MC, out=np.ones_like(plain_MC), where=clear_MC & (plain_MC > 0))

@@ -50,7 +50,8 @@ def class_report(
 
 def _accuracy(report: Report, verdicts: Verdicts, race: Race) -> None:
     m, names, scores = verdicts.plain.measures, verdicts.data.label_names, verdicts.scores
-    report.section("Accuracy", _METHOD + (_COMMON if race.masks == "common" and scores.has_masks else ""))
+    report.section("Accuracy", _METHOD + (_COMMON if race.masks == "common" and scores.has_masks else "")
+                   + (_AVERAGED if scores.nats_MCK.shape[2] > 1 else ""))  # fmt: skip
     report.metrics(
         [
             Metric("accuracy", m.accuracy.value, m.accuracy.se, "", f"95%: {_percent(m.accuracy_interval)}"),
@@ -175,6 +176,9 @@ def _class_model(
 
 
 _METHOD = "log p(text | class) from models that know the classes; Bayes' rule gives p(class | text)."
+_AVERAGED = (
+    " What few masks leave open is averaged over, so probabilities are less extreme than the log-likelihoods alone."
+)
 _COMMON = " Every text is scored with the same masks under every class, so that mask noise cancels in the comparison."
 _DRAWS = "The likelihood is an average over random masks, and what a single one is worth depends on how much it masks."
 _SEQUENTIAL = " A text is drawn until its winner is certain."

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from classification.bayes import averaged_posterior
 from classification.racing import still_racing
 from estimators.base import Estimator
 from estimators.nelbo import for_comparison
@@ -97,6 +98,10 @@ class ClassScores:
     def log_p_MC(self) -> np.ndarray:
         """Estimates of log p(text | class), nats."""
         return -np.nanmean(self.nats_MCP, axis=2)
+
+    def posterior(self, log_prior_C: np.ndarray, draws: int | None = None) -> np.ndarray:
+        """p(class | text) (M, C), averaged over the Monte Carlo error; of the first `draws` draws, if given."""
+        return averaged_posterior(self.nats_MCK[:, :, :draws], log_prior_C)
 
     @property
     def se_MC(self) -> np.ndarray:

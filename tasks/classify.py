@@ -67,7 +67,7 @@ def classify(
     hypotheses = class_models(experiment, data, checkpoint_path, disable_ema)
     ask = (hypotheses, data, split, experiment.estimator, race, experiment.seed, log_prior_C)
     scores = score_classes(experiment.trainer, *ask)
-    plain = _method("this model", posterior(scores.log_p_MC, log_prior_C), scores)
+    plain = _method("this model", scores.posterior(log_prior_C), scores)
     compared = {path: read_posterior(file, scores.text_id_M, scores.label_M) for path, file in others.items()}
     fitted, held, calibrated = {}, [], {}
     if beside.calibrate:

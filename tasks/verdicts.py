@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from classification.bayes import posterior
 from classification.measures import Measures, measure
 from metrics import Estimate, ratio
 from tasks.base import Likelihood
@@ -54,9 +53,9 @@ class Verdicts:
     def after_draws(self) -> tuple[np.ndarray, list[Estimate]]:
         """(network evaluations per class, accuracy) had no text been drawn more often; texts that were decided earlier
         keep their verdict."""
-        nats_MCK, passes = self.scores.nats_MCK, self.scores.passes
-        counts = np.unique(np.geomspace(1, nats_MCK.shape[2], 13).round().astype(int))
-        found = [posterior(-np.nanmean(nats_MCK[:, :, :k], axis=2), self.log_prior_C) for k in counts]
+        passes = self.scores.passes
+        counts = np.unique(np.geomspace(1, self.scores.nats_MCK.shape[2], 13).round().astype(int))
+        found = [self.scores.posterior(self.log_prior_C, k) for k in counts]
         return counts * passes, [measure(p, self.scores.label_M).accuracy for p in found]
 
     def at_mask_rates(self) -> tuple[np.ndarray, list[Estimate]]:

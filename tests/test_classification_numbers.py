@@ -4,15 +4,17 @@ planted."""
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
 from scipy.special import log_softmax, softmax
 from sklearn import metrics as sk
 
-from classification.bayes import log_prior, posterior
+from classification.bayes import averaged_posterior, log_prior, posterior, posterior_interval
 from classification.calibration import RateWeights, fit_rate_weights, fit_temperature
 from classification.measures import macro_f1, measure, reliability, wilson_interval
+from classification.racing import still_racing
 
 
 @pytest.fixture
@@ -36,11 +38,83 @@ def test_a_prior_that_is_none_is_refused(prior):
         log_prior(prior, np.array([0, 4]))
 
 
+def excess(nats_MCK: np.ndarray, true_MC: np.ndarray) -> tuple[float, float]:
+    """Mean Kullback-Leibler divergences of the averaged and the plain posterior from the exact one, nats: by how much
+    their log losses exceed its own."""
+    exact_MC, even_C = log_softmax(true_MC, axis=1), np.full(true_MC.shape[1], -np.log(true_MC.shape[1]))
+    found = averaged_posterior(nats_MCK, even_C), posterior(-np.nanmean(nats_MCK, axis=2), even_C)
+    return tuple(float((np.exp(exact_MC) * (exact_MC - np.log(np.maximum(p, 1e-300)))).sum(1).mean()) for p in found)
+
+
+def raced(nats_MCK: np.ndarray, confidence: float) -> np.ndarray:
+    """What the sequential test draws of these draws."""
+    looks, even_C = (4, 6, 8, 12, 16, 24, 32, 48, 64), np.zeros(nats_MCK.shape[1])
+    for here, there in pairwise(looks):
+        nats_MCK[~still_racing(nats_MCK[:, :, :here], even_C, confidence), :, here:there] = np.nan
+    return nats_MCK
+
+
+@pytest.mark.parametrize(("spread", "num_classes"), [(20, 2), (5, 2), (20, 4)])
+def test_the_averaged_posterior_is_nearer_to_the_exact_one(spread, num_classes, rng):
+    """Nats of true likelihoods, with the noise that draws have."""
+    true_MC = np.concatenate([np.zeros((300, 1)), rng.normal(size=(300, num_classes - 1)) * spread], axis=1)
+    noise_MCK = rng.normal(size=(300, num_classes, 64)) * rng.uniform(15, 60, 300)[:, None, None]
+    noise_MCK[:, 0] = 0
+    for confidence in (0.9, 1):
+        nats_MCK = raced(noise_MCK - true_MC[:, :, None], confidence)
+        averaged, plain = excess(nats_MCK, true_MC)
+        assert averaged < 0.7 * plain and averaged < 0.32
+        same_M = averaged_posterior(nats_MCK, np.zeros(num_classes)).argmax(1) == np.nanmean(nats_MCK, 2).argmin(1)
+        assert same_M.all() if num_classes == 2 else same_M.mean() > 0.99
+
+
+def test_exact_models_lose_little_by_the_draws(rng):
+    """Texts of independent tokens: the exact denoiser says of a masked token what it would say of any text."""
+    length, base_V = 40, rng.normal(size=30)
+    p_CV = softmax(base_V + 0.4 * rng.normal(size=(2, 30)), axis=1)
+    label_M = rng.integers(2, size=300)
+    token_ML = np.stack([rng.choice(30, length, p=p_CV[label]) for label in label_M])
+    nats_MCL = -np.log(p_CV)[:, token_ML].swapaxes(0, 1)
+    masked_MK = rng.integers(1, length + 1, size=(300, 64))
+    rank_MKL = rng.random((300, 64, length)).argsort(-1)
+    nats_MCK = np.einsum("mcl,mkl->mck", nats_MCL, rank_MKL < masked_MK[..., None], optimize=True)
+    nats_MCK *= (length / masked_MK)[:, None]
+    averaged, plain = excess(raced(nats_MCK, 0.9), -nats_MCL.sum(-1))
+    assert averaged < 0.03 and averaged < 0.75 * plain
+
+
+def test_without_an_error_the_average_is_bayes_rule(rng):
+    nats_MC, even_C = 5 * rng.normal(size=(50, 3)), np.log([0.2, 0.3, 0.5])
+    plain_MC = posterior(-nats_MC, even_C)
+    for draws in (1, 4):
+        np.testing.assert_allclose(averaged_posterior(nats_MC[..., None].repeat(draws, 2), even_C), plain_MC, atol=1e-9)
+    nats_MCK = nats_MC[..., None] + rng.normal(size=(50, 3, 4))
+    nats_MCK[7, 1], nats_MCK[8, :, 1:] = np.inf, np.nan  # a class cannot have written it; a text with a single draw
+    found_MC = averaged_posterior(nats_MCK, even_C)
+    assert found_MC[7, 1] == 0 and found_MC.sum(1) == pytest.approx(1) and found_MC[8].max() < plain_MC[8].max()
+    assert averaged_posterior(nats_MCK[7:8], even_C) == pytest.approx(posterior(-nats_MCK[7:8].mean(2), even_C))
+
+
+@pytest.mark.parametrize("num_classes", [2, 3])
+def test_intervals_cover_the_truth_as_often_as_they_say(num_classes, rng):
+    """False alarms: 4 binomial standard deviations, once in 16,000 (two-sided), and for three classes 2 % more, since
+    the interval is that of a linearisation."""
+    times, true_C = 4000, np.array([0.0, 0.6, 1.1])[:num_classes]
+    exact_C = softmax(-true_C)
+    for draws in (2, 4, 8):
+        common_M1K = 9 * rng.normal(size=(times, 1, draws))
+        nats_MCK = true_C[:, None] + rng.normal(size=(times, num_classes, draws)) + common_M1K
+        low_MC, high_MC = posterior_interval(nats_MCK, np.zeros(num_classes))
+        covered = ((low_MC <= exact_C) & (exact_C <= high_MC)).mean(axis=0)[0]
+        allowed = 4 * math.sqrt(0.95 * 0.05 / times) + (0.02 if num_classes > 2 else 0)
+        assert abs(covered - 0.95) < allowed, (draws, covered)
+
+
 # --------------------------------------------------------------------------------------------- measures
 @pytest.mark.parametrize("num_classes", [2, 4])
 def test_measures_are_those_of_scikit_learn(num_classes, rng):
     label_M = rng.integers(num_classes, size=400)
-    posterior_MC = softmax(rng.normal(size=(400, num_classes)) + np.eye(num_classes)[label_M], axis=1)
+    posterior_MC = softmax(rng.normal(size=(300, num_classes)) + np.eye(num_classes)[label_M], axis=1)
     verdict_M, found = posterior_MC.argmax(1), measure(posterior_MC, label_M)
     assert found.accuracy.value == sk.accuracy_score(label_M, verdict_M)
     assert found.macro_f1.value == pytest.approx(sk.f1_score(label_M, verdict_M, average="macro"))
