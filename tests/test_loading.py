@@ -14,7 +14,7 @@ import text.loading
 from command_line import compose_config
 from tasks.fitting import fit
 from tests.test_configs import TINY
-from text.loading import Loading, TimedLoader, cgroup_cpus, local_ranks, usable_cpus, workers_for
+from text.loading import Loading, TimedLoader, cgroup_cpus, check_shared_memory, local_ranks, usable_cpus, workers_for
 
 
 @pytest.mark.parametrize(("cpus", "ranks", "environ", "workers"), [
@@ -119,3 +119,10 @@ def test_a_run_logs_how_long_it_waited(tmp_path, monkeypatch):
               for row in csv.DictReader(path.open())]  # fmt: skip
     values = [float(value) for value in values if value]
     assert len(values) == 2 and all(0 <= value < 1 for value in values)
+
+
+def test_too_little_shared_memory_is_refused_before_workers_start(tmp_path, monkeypatch):
+    monkeypatch.setattr("text.loading.LEAST_SHARED", 1 << 60)
+    with pytest.raises(ValueError, match=r"bytes left.*loader\.num_workers=0.*--shm-size"):
+        check_shared_memory(tmp_path)
+    check_shared_memory(tmp_path / "absent")

@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader
 log = logging.getLogger(__name__)
 
 MOST_WORKERS = 8
+LEAST_SHARED = 2**20  # bytes of shared memory; Docker gives 64 MiB if nothing is said
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,21 @@ def _grants(place: Path) -> Iterator[float]:
             yield quota / int((place / "cpu.cfs_period_us").read_text())
 
 
+def check_shared_memory(place: Path = Path("/dev/shm")) -> None:
+    """Refuse too little shared memory before workers start: a batch that finds no room is lost without a word, and
+    the run would wait for it forever.
+
+    Raises:
+        ValueError: less than `LEAST_SHARED` bytes are free.
+    """
+    free = shutil.disk_usage(place).free if place.is_dir() else LEAST_SHARED
+    if free < LEAST_SHARED:
+        raise ValueError(
+            f"{place} has {free:,} bytes left, through which the workers of loader.num_workers hand over batches; set "
+            "loader.num_workers=0, or give the container more shared memory (docker run --shm-size=1g)"
+        )
+
+
 class TimedLoader(DataLoader):
     """A DataLoader that adds up the seconds its user has waited for batches, in `waited`."""
 
@@ -137,4 +154,6 @@ class TimedLoader(DataLoader):
 
     def batches(self) -> Iterator[Any]:
         """The batches themselves."""
+        if self.num_workers:
+            check_shared_memory()
         return super().__iter__()
