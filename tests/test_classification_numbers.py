@@ -114,7 +114,7 @@ def test_intervals_cover_the_truth_as_often_as_they_say(num_classes, rng):
 @pytest.mark.parametrize("num_classes", [2, 4])
 def test_measures_are_those_of_scikit_learn(num_classes, rng):
     label_M = rng.integers(num_classes, size=400)
-    posterior_MC = softmax(rng.normal(size=(300, num_classes)) + np.eye(num_classes)[label_M], axis=1)
+    posterior_MC = softmax(rng.normal(size=(400, num_classes)) + np.eye(num_classes)[label_M], axis=1)
     verdict_M, found = posterior_MC.argmax(1), measure(posterior_MC, label_M)
     assert found.accuracy.value == sk.accuracy_score(label_M, verdict_M)
     assert found.macro_f1.value == pytest.approx(sk.f1_score(label_M, verdict_M, average="macro"))
