@@ -40,12 +40,12 @@ def refuse_contradictions(cfg: DictConfig) -> None:
     training, name = cfg.training, law(cfg)
     unread = {
         "time_conditioning": cfg.time_conditioning and name == "ar",
-        "T": cfg.T and name in ("ar", "sedd"),
-        "subs_masking": cfg.subs_masking and name in ("ar", "sedd"),
+        "T": cfg.T and name in ("ar", "sedd", "udlm"),
+        "subs_masking": cfg.subs_masking and name in ("ar", "sedd", "udlm"),
         "training.importance_sampling": training.importance_sampling and name in ("ar", "d3pm"),
         "training.change_of_variables": training.change_of_variables and name not in ("subs", "bd3lm"),
         "training.loss_weight": training.loss_weight != "elbo" and name not in ("subs", "bd3lm"),
-        "training.resample": training.resample and name == "ar",
+        "training.resample": training.resample and name in ("ar", "udlm"),
         "training.ignore_bos": training.ignore_bos and name == "ar",
         "classify.masks": cfg.classify.masks == "independent" and name == "ar",
         "training.masking": name == "ar" and not cfg.masking._target_.endswith("Bernoulli"),

@@ -208,8 +208,10 @@ class Experiment:
     def diffusion(self, data: TextData) -> Diffusion:
         lightning.seed_everything(self.seed, verbose=False)
         vocabulary = data.vocabulary
-        objective = instantiate(self.cfg.parameterization, mask_id=vocabulary.mask_id)
-        backbone = self._backbone(data)
+        sizes = {"vocab_size": vocabulary.size, "own_size": vocabulary.own_size, "mask_id": vocabulary.mask_id}
+        process = instantiate(self.cfg.process, **sizes)
+        objective = instantiate(self.cfg.parameterization, process=process)
+        backbone = self._backbone(data, process.vocab_size)
         check_together(data, objective, backbone)
         freeze(backbone, self.cfg.training.freeze)
         if self.cfg.training.gradient_checkpointing:
@@ -224,7 +226,7 @@ class Experiment:
             self.cfg.training.ema, self.seed, data.plan, known, self.cfg.classify.label_dropout,
         )  # fmt: skip
 
-    def _backbone(self, data: TextData) -> torch.nn.Module:
+    def _backbone(self, data: TextData, vocab_size: int) -> torch.nn.Module:
         cfg = self.cfg.copy()  # with the files of this class's model, in which backbone=hf_* find their sizes
         resumed = self.resume_path(data.label) or (self.resume_path(0) if data.label is None else None)
         cfg.checkpointing.resume_ckpt_path = str(resumed) if resumed else None
@@ -233,7 +235,7 @@ class Experiment:
         told = {"num_classes": len(data.label_names or ())} if conditional else {}
         if data.latents is not None and "latent_size" in cfg.backbone:
             told["latent_shape"] = data.latents.shape
-        return instantiate(cfg.backbone, vocab_size=data.vocabulary.size, **told)
+        return instantiate(cfg.backbone, vocab_size=vocab_size, **told)
 
     def trained(self, data: TextData, checkpoint_path: str, disable_ema: bool) -> Diffusion:
         """The model with the weights of `checkpoint_path`, or of this configuration's own last checkpoint if that is
@@ -384,7 +386,7 @@ def checked(cfg: DictConfig, command: str) -> Experiment:
     instantiate(cfg.lr_scheduler)(torch.optim.SGD([torch.zeros(1)]))  # what it refuses, before any data are read
     experiment = Experiment(cfg, command)
     experiment.drawing, experiment.estimator  # noqa: B018 - what they refuse, likewise
-    instantiate(cfg.parameterization, mask_id=0)
+    instantiate(cfg.parameterization, process=instantiate(cfg.process, vocab_size=2, own_size=1, mask_id=0))
     check_processes(experiment.machine.devices, cfg.trainer.num_nodes)
     _check_ramp(experiment)
     return experiment

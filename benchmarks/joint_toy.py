@@ -30,7 +30,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from estimators.nelbo import Nelbo  # noqa: E402
-from forward_process import cosine_level  # noqa: E402
+from gaussian_process import cosine_level  # noqa: E402
 from models.mmdit import MMDiT  # noqa: E402
 from noise_schedule import LogLinear  # noqa: E402
 from objectives.base import Model  # noqa: E402

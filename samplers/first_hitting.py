@@ -37,7 +37,7 @@ def sample(
             "sampling.predictor=first_hitting draws all unmasking times before the network runs, which is right for "
             "parameterization=subs only; use sampling.predictor=analytic"
         )
-    page = Page(x_BL, model.mask_id, watch)
+    page = Page(x_BL, model.process, watch)
     masked_BL = page.masked_BL
     start = model.schedule(torch.ones((), dtype=torch.float64, device=x_BL.device)).move_chance
     level_BL = (generator.uniform(x_BL.shape[1]) * start).masked_fill(~masked_BL, -1.0)

@@ -64,7 +64,7 @@ def sample(
 ) -> Generation:
     """Fill the masked positions of `x_BL`; its other tokens are given and never change."""
     check(order, tokens_per_step)
-    u_BL, page = generator.uniform(x_BL.shape[1]), Page(x_BL, model.mask_id, watch)
+    u_BL, page = generator.uniform(x_BL.shape[1]), Page(x_BL, model.process, watch)
     maskable_B = page.masked_BL.sum(-1)
     num_steps = -(-int(maskable_B.max()) // tokens_per_step)
     for step in range(1, num_steps + 1):

@@ -164,7 +164,7 @@ def sample(
     """
     if steps < 1:
         raise ValueError(f"sampling.steps={steps} must be at least 1")
-    page, noise = Page(x_BL, model.mask_id, watch), _stream(generator)
+    page, noise = Page(x_BL, model.process, watch), _stream(generator)
     maskable_B, length = page.masked_BL.sum(-1), x_BL.shape[1]
     for step in range(1, steps + 1 if bool(maskable_B.any()) else 1):
         where_BL, token_BL = noise.uniform(length), noise.uniform(length)

@@ -19,7 +19,8 @@ from file_settings import complete
 from metrics import Estimate
 from models.checkpoints import read_checkpoint, read_settings
 from models.dit import DiT
-from objectives.base import MaskedDiffusion
+from objectives.base import TokenDiffusion
+from process import Absorbing
 from tests.commands import refused
 from text.collate import Collate
 
@@ -67,7 +68,7 @@ def test_golden_numbers_without_a_setting_typed(fixtures_dir, name, weights):
     golden = load_file(fixtures_dir / name / "golden.safetensors")
     path = next((fixtures_dir / name).glob("*.ckpt"))
     cfg = composed(path)
-    objective = instantiate(cfg.parameterization, mask_id=39)
+    objective = instantiate(cfg.parameterization, process=Absorbing(39))
     net = instantiate(cfg.backbone, vocab_size=40).eval()
     read_checkpoint(path).load_into(net, use_ema=weights == "ema")
     x0, near = golden["x0"], {"rtol": 1e-4, "atol": 1e-4}
@@ -282,6 +283,6 @@ def test_masked_diffusion_gives_it_to_every_objective(random_dit):
     from randomness import KeyedNoise
 
     batch = Collate(4, None, first_given=True)({"input_ids": [[0, 1, 2, 3]], "length": [4]})
-    objective: MaskedDiffusion = Subs(LogLinear(), 4)
+    objective: TokenDiffusion = Subs(LogLinear(), Absorbing(4))
     loss = objective.loss(random_dit(5), batch, KeyedNoise(0, torch.arange(1)))
     assert loss.mask_BL.tolist() == [[False, True, True, True]] and loss.nll_BL[0, 0] == 0
