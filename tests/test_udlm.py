@@ -16,8 +16,15 @@ from file_settings import complete
 from instantiation import instantiate
 from models.checkpoints import read_checkpoint
 from noise_schedule import Cosine, LogLinear
+from objectives.base import Model
+from objectives.mlm import Rates
+from objectives.noising import Bernoulli, Complementary, ExactCount, TiltedCount
 from objectives.udlm import UDLM, _divergence
 from process import Uniform
+from randomness import KeyedNoise, evaluation_noise
+from samplers import uniform
+from samplers.base import time_grid
+from tests.laws import assert_follows
 
 V, L = 3, 2
 NO_NETWORK = SimpleNamespace(head=SimpleNamespace(out_features=V))
