@@ -10,6 +10,8 @@ import logging
 from omegaconf import DictConfig, OmegaConf
 
 from direction_checks import check_direction
+from instantiation import located
+from process import Uniform
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +25,17 @@ def law(cfg: DictConfig) -> str:
 def is_mlm(cfg: DictConfig) -> bool:
     """Whether it is algo=mlm."""
     return cfg.parameterization._target_.endswith(".masked_lm")
+
+
+def _check_sampler(cfg: DictConfig, name: str) -> None:
+    process, sample = located(cfg.process._target_).__self__, located(cfg.sampler._target_)
+    if process not in sample.processes:
+        fitting = "uniform" if process is Uniform else "ddpm_cache"
+        raise ValueError(
+            f"sampling.predictor={cfg.sampler._target_.split('.')[-2]} writes texts of the process "
+            f"{sample.processes[0].__name__}, and parameterization={name} is of {process.__name__}; use "
+            f"sampling.predictor={fitting}"
+        )
 
 
 def trains(cfg: DictConfig) -> bool:
@@ -50,6 +63,7 @@ def refuse_contradictions(cfg: DictConfig) -> None:
         "classify.masks": cfg.classify.masks == "independent" and name == "ar",
         "training.masking": name == "ar" and not cfg.masking._target_.endswith("Bernoulli"),
     }
+    _check_sampler(cfg, name)
     for key, contradicts in unread.items():
         if contradicts:
             value = cfg.masking._target_ if key == "training.masking" else OmegaConf.select(cfg, key)

@@ -47,6 +47,7 @@ from models.checkpoints import Checkpoint, read_checkpoint, read_progress
 from models.freezing import freeze, refuse_frozen, summary
 from models.recompute import recompute_blocks
 from number_checks import check_numbers
+from process import Process
 from tasks.blanks import Template
 from tasks.class_models import pretraining_splits
 from tasks.drawing import Drawing
@@ -144,7 +145,7 @@ class Experiment:
     def facts(self) -> dict[str, object]:
         data, prefix = self.data(), self.cfg.training.prefix_length
         with torch.device("meta"):
-            parameters = sum(p.numel() for p in self._backbone(data).parameters())
+            parameters = sum(p.numel() for p in self._backbone(data, self._process(data).vocab_size).parameters())
         return {"data": self.cfg.data.name, "tokenizer": f"{self.cfg.data.tokenizer_name_or_path}, "
                 f"{data.vocabulary.size} types", "network": f"{self.cfg.model.name}, {parameters:,} parameters",
                 "length": self.cfg.model.length, "seed": self.seed, "device": self.machine.name,
@@ -208,8 +209,7 @@ class Experiment:
     def diffusion(self, data: TextData) -> Diffusion:
         lightning.seed_everything(self.seed, verbose=False)
         vocabulary = data.vocabulary
-        sizes = {"vocab_size": vocabulary.size, "own_size": vocabulary.own_size, "mask_id": vocabulary.mask_id}
-        process = instantiate(self.cfg.process, **sizes)
+        process = self._process(data)
         objective = instantiate(self.cfg.parameterization, process=process)
         backbone = self._backbone(data, process.vocab_size)
         check_together(data, objective, backbone)
@@ -225,6 +225,10 @@ class Experiment:
             backbone, objective, instantiate(self.cfg.optim), instantiate(self.cfg.lr_scheduler),
             self.cfg.training.ema, self.seed, data.plan, known, self.cfg.classify.label_dropout,
         )  # fmt: skip
+
+    def _process(self, data: TextData) -> Process:
+        known = data.vocabulary
+        return instantiate(self.cfg.process, vocab_size=known.size, own_size=known.own_size, mask_id=known.mask_id)
 
     def _backbone(self, data: TextData, vocab_size: int) -> torch.nn.Module:
         cfg = self.cfg.copy()  # with the files of this class's model, in which backbone=hf_* find their sizes

@@ -9,7 +9,6 @@ Shape suffixes: B batch, L length, N selected positions, V vocabulary, S times o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from typing import Self
 
 import torch
@@ -50,16 +49,12 @@ class Process(ABC):
         """
 
 
-@dataclass(frozen=True)
 class Absorbing(Process):
     """Noise is the mask token, and a masked token stays masked (MDLM, arXiv 2406.07524, eq. 5)."""
 
-    mask_id: int
-    vocab_size: int | None = None
-
-    @property
-    def blank_id(self) -> int:
-        return self.mask_id
+    def __init__(self, mask_id: int, vocab_size: int | None = None) -> None:
+        self.mask_id = self.blank_id = mask_id
+        self.vocab_size = vocab_size
 
     @classmethod
     def of(cls, vocab_size: int, own_size: int, mask_id: int) -> Self:
@@ -94,13 +89,14 @@ class Absorbing(Process):
         return log_p_NV
 
 
-@dataclass(frozen=True)
 class Uniform(Process):
     """Noise is a token drawn evenly from the whole vocabulary (D3PM, arXiv 2107.03006, appendix A.2.1; UDLM, arXiv
     2412.10193). Nothing in a noised text says which of its tokens are noise."""
 
-    vocab_size: int
-    blank_id = -1  # no token: each of them may be a text's
+    blank_id = -1  # no token, since a text may hold any of them
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
 
     @classmethod
     def of(cls, vocab_size: int, own_size: int, mask_id: int) -> Self:

@@ -15,13 +15,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from process import unmask_step
+from process import Absorbing, unmask_step
 from randomness import KeyedNoise
 from samplers import analytic
-from samplers.base import Generation, Model, TokenChoice, Watcher, rows_of, time_grid
+from samplers.base import Generation, Model, TokenChoice, Watcher, rows_of, time_grid, writes
 from samplers.page import Page
 
 
+@writes(Absorbing)
 @torch.no_grad()
 def sample(
     model: Model,

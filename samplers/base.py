@@ -63,6 +63,16 @@ class Frame:
 Watcher = Callable[[Frame], None]
 
 
+def writes(*processes: type[Process]) -> Callable[[Callable], Callable]:
+    """Declare of which forward processes a sampler writes texts, as its `processes`."""
+
+    def declared(sample: Callable) -> Callable:
+        sample.processes = processes
+        return sample
+
+    return declared
+
+
 @dataclass(frozen=True)
 class TokenChoice:
     """How a token is drawn from the model's distribution. The defaults draw from it as it is; all else is a heuristic

@@ -16,9 +16,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from process import Absorbing
 from randomness import KeyedNoise
 from samplers import ancestral, segments
-from samplers.base import Generation, Model, TokenChoice, Watcher
+from samplers.base import Generation, Model, TokenChoice, Watcher, writes
 from samplers.first_hitting import sample as first_hitting_sample
 from samplers.page import Page
 
@@ -69,6 +70,7 @@ def unigram_entropy(ids_S: Tensor) -> float:
     return float(-(p * p.log()).sum())
 
 
+@writes(Absorbing)
 @torch.no_grad()
 def sample(
     model: Model,

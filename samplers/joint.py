@@ -14,7 +14,7 @@ from torch import Tensor
 from noise_schedule import NoiseSchedule
 from process import Absorbing, unmask_step
 from randomness import KeyedNoise
-from samplers.base import Generation, Model, TokenChoice, Watcher, time_grid
+from samplers.base import Generation, Model, TokenChoice, Watcher, time_grid, writes
 from samplers.gaussian import first_noise, step
 from samplers.page import Page
 
@@ -85,6 +85,7 @@ class JointGeneration:
     latent_BKD: Tensor
 
 
+@writes(Absorbing)
 @torch.no_grad()
 def sample(
     model: Model, x_BL: Tensor, generator: KeyedNoise, *, steps: int, eta: float = 0.0,

@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from process import Absorbing
 from randomness import KeyedNoise
-from samplers.base import Generation, Model, TokenChoice, Watcher, row_chunks, rows_of
+from samplers.base import Generation, Model, TokenChoice, Watcher, row_chunks, rows_of, writes
 from samplers.page import Page
 
 ORDERS = ("left_to_right", "confidence", "margin", "entropy")
@@ -50,6 +51,7 @@ def next_positions(preference_BL: Tensor, left_B: Tensor, tokens_per_step: int) 
     return first_positions(preference_BL, left_B.clamp(max=tokens_per_step))
 
 
+@writes(Absorbing)
 @torch.no_grad()
 def sample(
     model: Model,

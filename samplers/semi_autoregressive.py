@@ -12,13 +12,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from process import Absorbing
 from randomness import KeyedNoise
-from samplers.base import Generation, Model, Watcher
+from samplers.base import Generation, Model, Watcher, writes
 from samplers.page import Page
 
 _MOST_TOKENS = 2**20  # of a text, behind the first window
 
 
+@writes(Absorbing)
 @torch.no_grad()
 def sample(
     model: Model,

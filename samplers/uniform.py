@@ -11,11 +11,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from process import Uniform
 from randomness import KeyedNoise
-from samplers.base import Generation, Model, TokenChoice, Watcher, row_chunks, rows_of, time_grid
+from samplers.base import Generation, Model, TokenChoice, Watcher, row_chunks, rows_of, time_grid, writes
 from samplers.page import Page
 
 
+@writes(Uniform)
 @torch.no_grad()
 def sample(
     model: Model,

@@ -21,9 +21,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from process import Absorbing
 from randomness import KeyedNoise
 from samplers import ordered
-from samplers.base import Generation, Model, TokenChoice, Watcher, row_chunks, rows_of
+from samplers.base import Generation, Model, TokenChoice, Watcher, row_chunks, rows_of, writes
 from samplers.ordered import first_positions, preference, time_of
 from samplers.page import Page
 
@@ -142,6 +143,7 @@ def remdm_chances(alpha_t_B: Tensor, alpha_s_B: Tensor, eta: float) -> Chances:
     return Chances((alpha_s_B - (1 - sigma_B) * alpha_t_B) / (1 - alpha_t_B), sigma_B)
 
 
+@writes(Absorbing)
 @torch.no_grad()
 def sample(
     model: Model,
