@@ -26,6 +26,7 @@ from number_checks import PATH, Setting, setting_of
 
 CONFIGS = Path(__file__).parent / "configs"
 _ABSENT = object()
+_SETS_VARIABLE: list[bool] = []  # not empty within `clear_errors`, where HYDRA_FULL_ERROR is not the user's
 
 # Keys of the references under their names here. What names a choice is a group: its members are files in configs/.
 ALIASES = {"sampling.predictor": "sampler", "training.masking": "masking", "eval.estimator": "estimator",
@@ -66,6 +67,7 @@ def translate(arguments: list[str]) -> list[str]:
     Raises:
         ValueError: a spelling that has no meaning here, or two that contradict each other.
     """
+    _check_groups(arguments)
     out = []
     # Lightning starts its other processes with the first one's hydra.run.dir, which is not the user's.
     started = any(argument.startswith("hydra.job.name=train_ddp_process_") for argument in arguments)
@@ -88,6 +90,34 @@ def translate(arguments: list[str]) -> list[str]:
     return _semi_ar(out)
 
 
+def _check_groups(arguments: list[str]) -> None:
+    """Refuse what chooses no file of a group, which Hydra would ignore or answer in its own words.
+
+    Raises:
+        ValueError: names the group and its choices.
+    """
+    experiments = [argument.partition("=")[2] for argument in arguments if argument.startswith("experiment=")]
+    for argument in arguments:
+        key, equals, value = argument.lstrip("+").partition("=")
+        if argument.startswith("~") and not (CONFIGS / argument[1:].partition("=")[0].partition("@")[0]).is_dir():
+            raise ValueError(f"{argument} would remove a key that is read; set it to another value, or to null")
+        folder = CONFIGS / ALIASES.get(key, key)
+        if not equals or "/" in key or not folder.is_dir():
+            continue
+        known = [path.stem for path in sorted(folder.glob("*.yaml"))]
+        is_study = key == "experiment"  # of which Hydra says nothing where there is none
+        unknown = is_study and not set(value.split(",")) <= {*known, "null"}
+        is_no_name = re.fullmatch(r"null|~|true|false|[-+]?[\d.]+|", value) and not (is_study and value == "null")
+        if unknown or is_no_name:
+            guess = difflib.get_close_matches(value, known, n=1)
+            raise ValueError(
+                f"{argument} is unknown;{f' did you mean {key}={guess[0]}?' if guess else ''} choose one of: "
+                f"{', '.join(known)}"
+            )
+    if len(set(experiments)) > 1:
+        raise ValueError(f"experiment= takes one study, not {len(experiments)}: {', '.join(experiments)}")
+
+
 def _name(typed: str, setting: Setting, sweeps: bool) -> str:
     """A path or a name (or a list of them) for the right side of an argument.
 
@@ -98,6 +128,7 @@ def _name(typed: str, setting: Setting, sweeps: bool) -> str:
     try:
         read = OverridesParser.create().parse_override(f"key={value}")
         fits = sweeps if read.is_sweep_override() else _is_text(read.value()) or setting.accepts(read.value())
+        fits = fits and value == value.strip()  # Hydra would take the blanks away
     except HydraException:
         fits = False
     if fits:
@@ -237,11 +268,12 @@ def _takes(target: str, name: str, entry: bool) -> bool:
 @contextmanager
 def clear_errors() -> Iterator[None]:
     """Turn a user's mistakes into one message and exit status 2; HYDRA_FULL_ERROR=1 shows tracebacks instead."""
-    if os.environ.get("HYDRA_FULL_ERROR") == "1":
+    before = os.environ.get("HYDRA_FULL_ERROR")
+    if before == "1" and not _SETS_VARIABLE:
         yield
         return
-    before = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints its own version of the story and exits
+    _SETS_VARIABLE.append(True)
     try:
         yield
     except (HydraException, OmegaConfBaseException, ValueError, OSError, FloatingPointError, RuntimeError) as error:
@@ -250,6 +282,7 @@ def clear_errors() -> Iterator[None]:
         print(f"\nerror: {explain(error)}\n(HYDRA_FULL_ERROR=1 shows where it was raised)", file=sys.stderr)
         sys.exit(2)
     finally:
+        _SETS_VARIABLE.pop()
         os.environ.pop("HYDRA_FULL_ERROR", None)
         os.environ |= {} if before is None else {"HYDRA_FULL_ERROR": before}
 
@@ -269,7 +302,9 @@ def explain(error: BaseException) -> str:
             f"{str(error).strip().splitlines()[0]}"
         )
     if isinstance(error, InstantiationException) and error.__cause__ is not None:
-        return explain(error.__cause__)
+        built = getattr(error, "full_key", None)
+        place = f"{built}: " if built and isinstance(error.__cause__, TypeError) else ""
+        return place + explain(error.__cause__)
     chain: BaseException | None = error
     while chain is not None:
         unknown = getattr(chain, "full_key", None)

@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from command_line import CONFIGS, compose_config, in_quotes
 from contradictions import law
+from messages import plain
 
 # Budgets, devices and bookkeeping are left out: they may change at a resume.
 IDENTITY = ("data", "latents", "model", "backbone", "parameterization", "noise", "masking", "T", "subs_masking",
@@ -86,7 +87,11 @@ def overrides(known: Mapping[str, object]) -> list[str]:
     Raises:
         ValueError: it names something else.
     """
-    known = {key: value for key, value in known.items() if not (key.startswith(_OF_TRAINING) or _is_found(key, value))}
+    known = {
+        key: value
+        for key, value in known.items()
+        if not (key.startswith(_OF_TRAINING) or (key in NOT_IDENTITY and "._" not in key) or _is_found(key, value))
+    }
     for key, value in known.items():
         if not _may_be_carried(key, value):
             raise _unknown(key, value)
@@ -136,8 +141,8 @@ def _choice(group: str, known: Mapping[str, object], words: list[str]) -> list[s
 
 def _unknown(key: str, value: object) -> ValueError:
     return ValueError(
-        f"the checkpoint was trained with {key}={value!s:.200}, which no file in configs/ names: it is of another "
-        "version, or of a configuration that is not here; add its yaml"
+        f"the checkpoint was trained with {plain(key)}={plain(value)}, which no file in configs/ names: it is of "
+        "another version, or of a configuration that is not here; add its yaml"
     )
 
 

@@ -412,11 +412,12 @@ def job(cfg: DictConfig) -> None:
     if not first_process():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - until the end: what is said is said once
     guard_output()
-    words = list(HydraConfig.get().overrides.task)
-    command_line.refuse_unknown_additions(cfg, words)
-    command = " ".join(["python main.py", *words])
-    with SIGNALS.listening():
-        run(cfg, command)
+    with command_line.clear_errors():  # here, before Hydra tells of them in its own words
+        words = list(HydraConfig.get().overrides.task)
+        command_line.refuse_unknown_additions(cfg, words)
+        command = " ".join(["python main.py", *words])
+        with SIGNALS.listening():
+            run(cfg, command)
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="config")

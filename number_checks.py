@@ -86,6 +86,11 @@ def maybe(setting: Setting) -> Setting:
 FLAG = Setting("true or false", lambda v: type(v) is bool)
 TEXT = Setting("a text", lambda v: isinstance(v, str), "name")
 NAME = Setting("a name", lambda v: isinstance(v, str) and v.strip() != "", "name")
+FOLDER = Setting(
+    "a name of at most 200 characters without / and \\, and not .. (a run's folder is called so)",
+    lambda v: isinstance(v, str) and v.strip(" .") != "" and len(v) <= 200 and v.isprintable()
+    and not any(letter in v for letter in "/\\"), "name",
+)  # fmt: skip
 PATH = Setting("a path or a name", lambda v: isinstance(v, str), "path")
 PRESENT_PATH = Setting("a path or a name", lambda v: isinstance(v, str) and v.strip() != "", "path")
 GROUP = Setting("a group of settings; set one of its keys", lambda v: v == {})
@@ -116,7 +121,8 @@ _TABLE: tuple[tuple[Setting, str], ...] = (
         global_batch_size eval_global_batch_size prefetch_factor lanes shuffle_buffer sample_texts keep_last
         max_steps num_training_steps num_rewarmup_steps every_n_steps log_every_n_steps val_check_interval
         flush_logs_every_n_steps tokens fit_rows latents.batch_size max_skipped_steps plateau.patience pretrain_steps
-        num_train_per_class num_validation_per_class num_test_per_class sizes.*"""),
+        sizes.*"""),
+    (whole(1, COUNT), "num_train_per_class num_validation_per_class num_test_per_class"),
     (whole(1, COUNT), "sampling.steps inner.steps sampler.steps directed.steps latent_steps latent.steps"),
     (whole(2, COUNT), "edit_path edit.path"),
     (maybe(whole(2)), "segment_room"),
@@ -178,7 +184,8 @@ _TABLE: tuple[tuple[Setting, str], ...] = (
     (either(one_of("uniform", "empirical"), list_of(SHARE, 2, "[0.3,0.7]")), "prior"),
     # texts, names, paths
     (maybe(TEXT), "prefix template prompt document_start"),
-    (NAME, """data.name model.name csv.name tensorboard.name train valid validation test text_column classify.split
+    (FOLDER, "data.name model.name"),
+    (NAME, """csv.name tensorboard.name train valid validation test text_column classify.split
         hub_id monitor filename files.* hub_splits.*"""),
     (maybe(NAME), """project notes group job_type wandb.name id split pretrain prompt_column label_column
         hub_config hub_revision detokenizer backbone.config mask_token"""),
@@ -204,6 +211,15 @@ _TABLE: tuple[tuple[Setting, str], ...] = (
     (one_of(None, "32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true", "32", "16", "64", "bf16", 16,
             32, 64), "precision"),
     (either(FLAG, one_of("link"), NULL), "save_last"),
+    (maybe(FLAG), "trainer.benchmark trainer.sync_batchnorm trainer.detect_anomaly trainer.enable_autolog_hparams"),
+    (either(FLAG, one_of("warn"), NULL), "trainer.deterministic"),
+    (maybe(whole(1)), "trainer.min_steps trainer.min_epochs"),
+    (whole(0), "trainer.reload_dataloaders_every_n_epochs"),
+    (either(whole(0), SHARE), "trainer.overfit_batches trainer.limit_predict_batches"),
+    (one_of("norm", "value", None), "trainer.gradient_clip_algorithm"),
+    (one_of("simple", "advanced", "pytorch", None), "trainer.profiler"),
+    (maybe(NAME), "trainer.model_registry trainer.max_time"),
+    (maybe(PATH), "trainer.default_root_dir"),
     # groups, which have keys of their own
     (GROUP, """loader streaming sampling training eval classify checkpointing trainer mode model backbone noise masking
         estimator sampler parameterization optim lr_scheduler strategy data source sources choice how inner ending race

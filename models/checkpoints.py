@@ -33,6 +33,7 @@ from files import (
     place,
     version,
 )
+from messages import excerpt
 from models import torch_archive
 from models.ema import EMA
 from models.hub import (
@@ -48,6 +49,7 @@ from models.inert_pickle import Inert
 from models.reference_settings import settings_of_reference
 
 BACKBONE_PREFIX = "backbone."
+_CHARACTERS_OF_A_VALUE = 100
 _MOST_VALUES, _DEEPEST = 1_000_000, 10  # of an identity; the moments of latents are the most of it
 
 
@@ -190,6 +192,7 @@ def read_contents(path: Place, weights: bool = True) -> dict[str, object]:
         raise ValueError(f"{path} is not one of our checkpoints: its identity is of the wrong kind")
     if not _is_plain(identity):
         raise ValueError(f"{path} is not one of our checkpoints: its identity holds more than texts and numbers")
+    _check_sizes(identity.get("configuration", {}), content["state_dict"], path)
     ema, step = content.get("ema"), content.get("global_step", 0)
     if ema is not None:
         parts = {"shadow_params": list, "decay": int | float, "num_updates": int}
@@ -209,6 +212,16 @@ def _tensors(state: object, path: Place, name: str = "state_dict", kind: type = 
     return state
 
 
+def _check_sizes(configuration: Mapping[str, object], state: Mapping[str, Tensor], path: Place) -> None:
+    """Raise ValueError if a configuration claims a larger network than its own tensors are."""
+    widest = max((length for tensor in state.values() for length in tensor.shape), default=0)
+    for key, most in (("hidden_size", widest), ("cond_dim", widest), ("n_heads", widest), ("n_blocks", len(state))):
+        claimed = configuration.get(f"model.{key}")
+        if isinstance(claimed, int) and claimed > most:
+            raise ValueError(f"{path} contradicts itself: its configuration has model.{key}={claimed}, and its tensors "
+                             f"allow {most} at most; it was changed after its training")  # fmt: skip
+
+
 def _is_plain(value: object) -> bool:
     """Whether it is made of texts, numbers, lists and mappings, of no more than can be shown in a message."""
     waiting, seen = [(value, 0)], 0
@@ -219,7 +232,7 @@ def _is_plain(value: object) -> bool:
                 return False
             part = list(part.values())
         if isinstance(part, list | tuple):
-            seen += len(part)
+            seen += len(part) + sum(len(inner) for inner in part if isinstance(inner, str)) // _CHARACTERS_OF_A_VALUE
             waiting += [(inner, depth + 1) for inner in part] if seen <= _MOST_VALUES else ()
         elif part is not None and not isinstance(part, bool | int | float | str):
             return False
@@ -312,14 +325,14 @@ def _strip(state: Mapping[str, Tensor], path: Place) -> dict[str, Tensor]:
 
 def _unreadable(path: Place, error: Exception) -> ValueError:
     return ValueError(
-        f"{path} cannot be read ({type(error).__name__}: {error}); it is truncated, corrupt or unsafe. "
+        f"{path} cannot be read ({type(error).__name__}: {excerpt(error)}); it is truncated, corrupt or unsafe. "
         "Use an earlier checkpoint, or delete it to start afresh"
     )
 
 
 # What a damaged archive may raise.
 READ_ERRORS = (pickle.UnpicklingError, zipfile.BadZipFile, struct.error, EOFError, RuntimeError, LookupError,
-               ValueError, AttributeError, TypeError, OverflowError, OSError)  # fmt: skip
+               ValueError, AttributeError, TypeError, OverflowError, MemoryError, OSError)  # fmt: skip
 
 
 def load_inert(path: str | Path, weights: bool = True) -> object:

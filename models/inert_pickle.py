@@ -16,8 +16,11 @@ from typing import BinaryIO
 import torch
 from torch import Tensor, nn
 
+from messages import shown
+
 MOST_OPERATIONS = 10_000_000  # a model of 10,000 tensors, with its average and optimizer, takes about 3 million
 _MOST_SHELLS, _MOST_BITS, _MOST_IN_A_KEY, _MOST_DIMENSIONS = 10_000, 1024, 1000, 64
+_LONGEST_NAME = 200
 
 
 class Inert:
@@ -136,8 +139,11 @@ class _Machine:
         if (module, name) in _NAMES:
             self.push(_NAMES[module, name])
             return
-        if module.split(".")[0] not in _FOREIGN and module not in _FOREIGN:
-            raise UnpicklingError(f"the file asks to run {module}.{name}, which no checkpoint needs: refused")
+        if module.split(".")[0] not in _FOREIGN and module not in _FOREIGN and (module, name) != ("builtins", "range"):
+            what = shown(f"{module}.{name}")[1:-1]
+            raise UnpicklingError(f"the file asks to run {what}, which no checkpoint needs: refused")
+        if not name.isidentifier() or len(name) > _LONGEST_NAME or len(module) > _LONGEST_NAME:
+            raise UnpicklingError("it names a class that can be none: refused")
         if (module, name) not in self.shells:
             if len(self.shells) == _MOST_SHELLS:
                 raise UnpicklingError(f"it names more than {_MOST_SHELLS:,} classes: refused")
@@ -173,16 +179,16 @@ class _Machine:
 
 
 def _key(key: object) -> object:
-    """`key`, if its hash is quick to compute: that of nested tuples which share their parts may take for ever."""
-    waiting, seen = [key], 0
-    while waiting:
-        part = waiting.pop()
-        seen += 1
-        if isinstance(part, tuple):
-            waiting.extend(part[:_MOST_IN_A_KEY])
-        if seen > _MOST_IN_A_KEY or (isinstance(part, int) and part.bit_length() > 60):
-            raise UnpicklingError("it has a key that is too large: refused")
-    return key
+    """`key`, if nobody can choose keys of one hash, which would take quadratic time: texts, whose hashes differ from
+    process to process, tuples of them, whole numbers below 2^60, and shells."""
+    parts = key if type(key) is tuple and len(key) <= _MOST_IN_A_KEY else (key,)
+    if type(key) is tuple and all(part is None or isinstance(part, str | bytes) for part in parts):
+        return key
+    if key is None or isinstance(key, str | bytes | Inert | type) or (type(key) is int and key.bit_length() <= 60):
+        return key
+    if isinstance(key, bool | torch.dtype):
+        return key
+    raise UnpicklingError(f"it has a key of the type {type(key).__name__}, or too large a key: refused")
 
 
 # -------------------------------------------------------------------------------- what may be called
@@ -193,8 +199,10 @@ def _tensor(
     *unused: object,
 ) -> Tensor:  # fmt: skip
     """A view of `storage` that lies within it. torch's own function enlarges the storage where it does not."""
+    if not all(isinstance(one, tuple) and len(one) <= _MOST_DIMENSIONS for one in (size, stride)):
+        raise UnpicklingError("the size of a tensor is none")
     numbers = (offset, *size, *stride)
-    if not all(type(number) is int and 0 <= number < 2**63 for number in numbers) or len(size) > _MOST_DIMENSIONS:
+    if not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
         raise UnpicklingError("the size of a tensor is none")
     count = math.prod(size)
     last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True)) if count else 0
@@ -208,6 +216,8 @@ def _parameter(machine: _Machine, data: Tensor, requires_grad: bool, *unused: ob
 
 
 def _size(machine: _Machine, numbers: tuple) -> torch.Size:
+    if not isinstance(numbers, list | tuple):
+        raise UnpicklingError("the size of a tensor is none")
     machine.spend(numbers)
     return torch.Size(numbers)
 
@@ -227,6 +237,8 @@ def _set(kind: type) -> Callable:
 
 
 def _ordered_dict(machine: _Machine, pairs: list | tuple = ()) -> OrderedDict:
+    if not isinstance(pairs, list | tuple):
+        raise UnpicklingError(f"it makes a dictionary of a {type(pairs).__name__}")
     machine.spend(pairs)
     return OrderedDict((_key(key), value) for key, value in pairs)
 
@@ -273,7 +285,7 @@ _CALLS: dict[object, Callable] = {
     _tensor: _tensor, _parameter: _parameter, torch.Size: _size, torch.device: _device, set: _set(set),
     frozenset: _set(frozenset), OrderedDict: _ordered_dict, Counter: _counter, defaultdict: _default_dict,
     _encode: _encode, bytes: _bytes(bytes), bytearray: _bytes(bytearray), complex: _of_numbers(complex),
-    range: _of_numbers(range), slice: _of_numbers(slice),
+    slice: _of_numbers(slice),
 }  # fmt: skip
 STORAGES = {"DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
             "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
@@ -289,7 +301,7 @@ _NAMES: dict[tuple[str, str], object] = {
     ("_codecs", "encode"): _encode,
     **{("collections", kind.__name__): kind for kind in (OrderedDict, Counter, defaultdict)},
     **{("builtins", kind.__name__): kind for kind in (dict, list, set, tuple, int, float, str, bytes, bool, complex,
-                                                      slice, range, frozenset, bytearray)},
+                                                      slice, frozenset, bytearray)},
     # A storage's class says the type of its numbers.
     **{("torch", name): dtype for name, dtype in STORAGES.items()},
     **{("torch", name): value for name, value in vars(torch).items() if isinstance(value, torch.dtype)},

@@ -63,7 +63,7 @@ def _read_zip(file: BinaryIO, size: int, weights: bool) -> object:
 def _read_old(file: BinaryIO, size: int, weights: bool) -> object:
     """Read what torch.save wrote before version 1.6: five pickles, then each storage's length and content."""
     storages: dict[str, Tensor] = {}
-    left = size
+    left, pickled = size, _Bounded(file, size)
 
     def storage(known: object) -> Tensor:
         nonlocal left
@@ -77,12 +77,13 @@ def _read_old(file: BinaryIO, size: int, weights: bool) -> object:
             raise ValueError(f"its storage {key} is of two types or sizes")
         return storages[key]
 
-    if inert_pickle.load(file, size, storage) != MAGIC_NUMBER or inert_pickle.load(file, size, storage) != _VERSION:
+    beginning = [inert_pickle.load(pickled, size, storage) for _ in range(2)]
+    if beginning != [MAGIC_NUMBER, _VERSION]:
         raise ValueError("it is not a file of torch.save")
-    system = inert_pickle.load(file, size, storage)
+    system = inert_pickle.load(pickled, size, storage)
     _check_byteorder(isinstance(system, dict) and system.get("little_endian") is True)
-    content = inert_pickle.load(file, size, storage)
-    for key in inert_pickle.load(file, size, storage) if weights else ():
+    content = inert_pickle.load(pickled, size, storage)
+    for key in inert_pickle.load(pickled, size, storage) if weights else ():
         (count,) = _COUNT.unpack(file.read(_COUNT.size))
         if count != len(storages[key]):
             raise ValueError(f"its storage {key} has {count:,} numbers, not {len(storages[key]):,}")
@@ -90,8 +91,22 @@ def _read_old(file: BinaryIO, size: int, weights: bool) -> object:
     return content
 
 
+class _Bounded:
+    """A file of which no more bytes are asked for than it has: `read` makes room for what it is asked for."""
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self._file, self._size, self.readline, self.tell = file, size, file.readline, file.tell
+
+    def read(self, count: int) -> bytes:
+        if count > self._size:
+            raise ValueError(f"it announces {count:,} bytes, and the file has {self._size:,}")
+        return self._file.read(count)
+
+
 def _storage(known: object) -> tuple[torch.dtype, str, int]:
     """The type, name and length of the storage that a persistent id stands for."""
+    if type(known) is not tuple or not 5 <= len(known) <= 6:
+        raise ValueError("it refers to something that is no storage")
     kind, dtype, key, _, count, *views = known
     if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(key, str) or any(views):
         raise ValueError("it refers to something that is no storage")

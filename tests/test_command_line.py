@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import os
+import re
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from command_line import compose_config, explain, translate
-from number_checks import setting_of
+from number_checks import check_numbers, setting_of
 
 NAMES = ("李明.txt", "заметки.txt", "o'brien.txt", "notes (1).txt", "a,b.txt", "#1 ~ {best} [of] 50%.txt", "v=2/tok", "1e3",
          'the "old" one', "a & b; c", "Größe/été.ckpt", "{label}/last.ckpt", "nan", "back\\slash's", "tab\tand <this> | !")  # fmt: skip
@@ -111,3 +112,32 @@ def test_what_can_not_be_read_says_how_to_quote_it():
     with pytest.raises(Exception, match="李") as caught:
         compose_config(["seed=李"])
     assert "seed='\"李\"'" in explain(caught.value)
+
+
+@pytest.mark.parametrize(("argument", "said"), [
+    ("experiment=imdb_clasifier_cpu", "did you mean experiment=imdb_classifier_cpu"), ("logger=null", "csv_tensorboard"),
+    ("model=null", "choose one of: medium"), ("+data=1", "choose one of: ag_news"), ("sampling.predictor=3", "ddpm"),
+    ("experiment=imdb_classifier,none", "is unknown"), ("~seed", "would remove a key"), ("~data.path", "would remove"),
+])  # fmt: skip
+def test_what_chooses_no_file_of_a_group_is_refused(argument, said):
+    with pytest.raises(ValueError, match=re.escape(argument) + f".*{said}"):
+        translate([argument])
+
+
+def test_one_study_at_a_time():
+    with pytest.raises(ValueError, match="takes one study, not 2"):
+        translate(["experiment=imdb_classifier", "experiment=roberta_wikitext2"])
+    assert translate(["experiment=null"]) == ["experiment=null"]
+
+
+def test_blanks_around_a_path_stay():
+    assert compose_config(["data=text", "data.path= lead/t.txt"]).data.path == " lead/t.txt"
+
+
+@pytest.mark.parametrize("argument", [
+    "+trainer.detect_anomaly=7", "+trainer.benchmark=foo", "+trainer.deterministic=foo", "+trainer.sync_batchnorm=x",
+    "+trainer.min_steps=-3", "+trainer.profiler=x", "+trainer.gradient_clip_algorithm=x", "+trainer.overfit_batches=-1",
+])  # fmt: skip
+def test_arguments_of_the_trainer_are_checked_as_ours_are(argument):
+    with pytest.raises(ValueError, match=argument.lstrip("+") + " must be"):
+        check_numbers(compose_config([argument]))

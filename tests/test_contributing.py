@@ -25,19 +25,15 @@ def test_the_worked_example_runs(tmp_path):
     ]  # fmt: skip
     for name, text in blocks:
         (copy / name).write_text(text)
-    tests = ["tests/test_left_to_right.py", "tests/test_architecture.py"]
-    for command in (
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
-        [sys.executable, "main.py", *TINY],
-        [
-            sys.executable,
-            "main.py",
-            "mode=sample_eval",
-            "sampling.predictor=left_to_right",
-            "loader.eval_batch_size=2",
-            *TINY,
-        ],
-    ):
-        done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+    # One process for all three commands: starting it takes longer than each of them.
+    sampled = ["mode=sample_eval", "sampling.predictor=left_to_right", "loader.eval_batch_size=2", *TINY]
+    tests = ["-q", "-p", "no:cacheprovider", "-k", "left_to_right", "tests/test_left_to_right.py",
+             "tests/test_architecture.py"]  # fmt: skip
+    commands = (
+        "import main, pytest; from command_line import compose_config\n"
+        f"assert pytest.main({tests}) == 0\n"
+        f"for typed in {[TINY, sampled]}: main.run(compose_config(typed), 'a test')"
+    )
+    done = subprocess.run([sys.executable, "-c", commands], cwd=copy, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
     assert "samples" in (next(copy.rglob("sample_eval/results.json"))).read_text()

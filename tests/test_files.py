@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from messages import listed, shown
 from text.files import Columns, read_files, readable_files
-from text.messages import listed, shown
 from text.shards import FilePieces, Shards
 from text.user_files import UserFiles
 
@@ -182,7 +182,7 @@ LINE = "{{}} cannot be read: line {}".format
     ("a.jsonl", "\n\n" + GOOD + '{"text": "' + "x" * 10**6 + "\n", "line 4 is not JSON"),
     ("a.jsonl", GOOD + "[" * 100_000, "line 2 has too many brackets within brackets"),
     ("a.jsonl", GOOD + '{"text": "a", "label": ' + "9" * 31 + "}", "line 2, row 1 of column 'label' is 9999"),
-    ("a.jsonl", GOOD + '{"text": "a", "label": ' + "9" * 5000 + "}", "line 2: Exceeds the limit"),
+    ("a.jsonl", GOOD + '{"text": "a", "label": ' + "9" * 5000 + "}", "line 2: a number has over 4,300 digits"),
     ("a.jsonl", '{\n "text": "a",\n "label": 0\n}\n', "line 1 is not JSON"),
     ("a.jsonl", '{"text": ["a", "b"], "label": [0, 1]}', "line 1, row 0 of column 'text' is ['a', 'b'], not a text; a"),
     ("a.json", '[{"text": "a",\n "label": 0},\n {"text": }]', "line 3 is not JSON"),

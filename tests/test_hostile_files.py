@@ -7,8 +7,11 @@ import os
 import pickle
 import struct
 import tarfile
+import tracemalloc
 import zipfile
 from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +19,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import main
@@ -29,8 +32,10 @@ from instantiation import OF_LIBRARIES, instantiate, located
 from models import torch_archive
 from models.checkpoints import READ_ERRORS, load_inert, read_checkpoint, read_progress, read_settings
 from models.hub import read_config
+from number_checks import check_numbers
 from scripts import generate
 from tests.test_configs import TINY
+from text.files import Columns, read_files
 from text.latent_shards import _arrays
 from text.tokenizers import encode, load_tokenizer, vocabulary
 
@@ -168,7 +173,8 @@ NOTES = "_target_: sympy.sympify\na: \"__import__('os').system('touch PWNED')\"\
 
 
 def checkpoint_of(path: Path, **more: object) -> Path:
-    net_free = {"state_dict": {"backbone.x": torch.zeros(1)}, "global_step": 1, "callbacks": {}}
+    state = {f"backbone.{i}": torch.zeros(1, 512) for i in range(16)}  # as large as SETTINGS say
+    net_free = {"state_dict": state, "global_step": 1, "callbacks": {}}
     torch.save({**net_free, "identity": {"configuration": {**SETTINGS, **more}, "label": None}}, path)
     return path
 
@@ -461,13 +467,101 @@ def test_an_id_that_no_network_has_room_for_is_refused(tmp_path):
         vocabulary(AutoTokenizer.from_pretrained(tmp_path))
 
 
+@contextmanager
+def bounded() -> Iterator[None]:
+    """No more than 20 MB of Python's memory is taken within."""
+    tracemalloc.start()
+    yield
+    assert tracemalloc.get_traced_memory()[1] < 20e6
+    tracemalloc.stop()
+
+
+LAZY = b"cbuiltins\nrange\n(" + number(10**10) + b"tR"  # a few bytes that say they have ten thousand million numbers
+
+
+@pytest.mark.parametrize("pickled", [
+    b"\x80\x02" + LAZY + b"Q.",
+    b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(N" + number(0) + LAZY + LAZY + b"\x89NtR.",
+    b"\x80\x02ctorch\nSize\n" + LAZY + b"\x85R.",
+    b"\x80\x02ccollections\nOrderedDict\n" + LAZY + b"\x85R.",
+], ids=["persistent id", "size", "torch.Size", "OrderedDict"])  # fmt: skip
+def test_what_only_says_that_it_is_long_is_not_counted_out(tmp_path, pickled):
+    with bounded(), pytest.raises(ValueError, match="cannot be read"):
+        load_inert(archive(tmp_path / "x.ckpt", pickled))
+
+
+@pytest.mark.parametrize("power", [36, 44])
+def test_a_length_beyond_the_file_is_refused_before_room_is_made(tmp_path, power):
+    path = tmp_path / "old.ckpt"
+    path.write_bytes(b"\x80\x04\x8e" + (1 << power).to_bytes(8, "little") + b"abc.")
+    with bounded(), pytest.raises(ValueError, match="announces .* bytes, and the file has 15"):
+        load_inert(path)
+
+
+@pytest.mark.parametrize("key", [
+    b"cbuiltins\ncomplex\nG" + struct.pack(">d", 1000003.0) + b"G" + struct.pack(">d", 2.0) + b"\x86R",
+    number(1) + number(2) + b"\x86", number(2**61), b"G" + struct.pack(">d", 0.5),
+], ids=["complex", "tuple of numbers", "large", "fraction"])  # fmt: skip
+def test_keys_whose_hashes_anybody_can_choose_are_refused(tmp_path, key):
+    """60,000 keys of one hash would take a dictionary minutes."""
+    with pytest.raises(ValueError, match="has a key of the type"):
+        load_inert(archive(tmp_path / "x.ckpt", b"\x80\x02}" + key + b"Ns."))
+
+
+def test_what_a_file_says_is_cut_and_steers_no_terminal(tmp_path):
+    named = b"cos\n" + b"\x1b[2J" + b"B" * 10**6 + b"\n)R."
+    storage = b"(" + of_values("storage") + b"ctorch\nFloatStorage\n"
+    record = storage + of_values("A" * 10**6, "cpu") + number(4) + b"tQ."
+    for pickled in (named, record):
+        with pytest.raises(ValueError, match="cannot be read") as caught:
+            load_inert(archive(tmp_path / "x.ckpt", b"\x80\x02" + pickled))
+        assert len(str(caught.value)) < 1500 and "\x1b" not in str(caught.value)
+
+
+def test_a_checkpoint_chooses_no_folder(tmp_path):
+    """Texts are kept in data.cache_dir; runs lie in folders that are called as data.name and model.name."""
+    assert not any("cache_dir" in said for said in overrides({**SETTINGS, "data.cache_dir": str(tmp_path)}))
+    for key in ("data.name", "model.name"):
+        cfg = compose_config(TINY)
+        for name in ("../../x", "/tmp/x", "..", "a\\b", "x" * 201, "\x1b[2J"):
+            main.OmegaConf.update(cfg, key, name)
+            with pytest.raises(ValueError, match=rf"{key}=.* must be a name of at most 200"):
+                check_numbers(cfg)
+
+
+@pytest.mark.parametrize(("key", "value"), [("hidden_size", 65536), ("n_blocks", 65536), ("cond_dim", 9999)])
+def test_a_configuration_larger_than_its_tensors_is_refused_before_it_is_built(tmp_path, key, value):
+    path = tmp_path / "x.ckpt"
+    known = {"configuration": {f"model.{key}": value}}
+    torch.save({"state_dict": {"backbone.x": torch.zeros(7, 3)}, "identity": known, "global_step": 1}, path)
+    for read in (read_checkpoint, read_settings):
+        with pytest.raises(ValueError, match=f"model.{key}={value}, and its tensors allow"):
+            read(path)
+
+
+def test_replacements_that_multiply_a_text_are_refused(tmp_path):
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Replace("a", "a" * 10) for _ in range(9)])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", eos_token="[UNK]").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="up to 1,000,000,000 times as long"):
+        encode(load_tokenizer(str(tmp_path)), ["a"])
+
+
+def test_a_line_that_no_memory_holds_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("text.files._LONGEST_LINE", 100)
+    for name, content in (("x.txt", "a" * 200), ("x.jsonl", '{"text": "' + "a" * 200 + '"}')):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ValueError, match="line 1 has more than 100 characters"):
+            read_files([tmp_path / name], "data.path", Columns())
+
+
 # -------------------------------------------------------------------------------- what is read is what was written
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**40), 2**40) | st.floats(allow_nan=False) | st.text(max_size=5)
     | st.binary(max_size=5) | st.complex_numbers(allow_nan=False, max_magnitude=9)
-    | st.sampled_from([torch.float16, torch.Size([2, 3]), torch.device("cpu"), range(3), slice(1, 2), {1, "a"},
-                       bytearray(b"x\xff"), frozenset([(1, 2)]), OrderedDict(a=1), Counter("aab"), int]),
+    | st.sampled_from([torch.float16, torch.Size([2, 3]), torch.device("cpu"), slice(1, 2), {1, "a"},
+                       bytearray(b"x\xff"), frozenset([("a", "b")]), OrderedDict(a=1), Counter("aab"), int]),
     lambda inner: st.lists(inner, max_size=3) | st.tuples(inner, inner)
     | st.dictionaries(st.text(max_size=3) | st.integers(0, 9), inner, max_size=3), max_leaves=8)  # fmt: skip
 

@@ -30,13 +30,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from text.messages import listed, shown
+from messages import listed, shown
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +53,8 @@ _JSON_FORM = (
     "orient='records', lines=True)"
 )
 
-csv.field_size_limit(1 << 28)  # characters; the library's own limit is below the length of long documents
+_LONGEST_LINE = 1 << 28  # characters: a packed file of a few megabytes may hold a line that no memory does
+csv.field_size_limit(_LONGEST_LINE)  # the library's own limit is below the length of long documents
 
 
 @dataclass(frozen=True)
@@ -185,6 +187,7 @@ def reading(path: Path, key: str) -> Iterator[None]:
         raise ValueError(f"{key}={path} cannot be read: {_not_utf8(path)}") from error
     except _FAULTS as error:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
+        reason = re.sub("Exceeds the limit .*", "a number has over 4,300 digits; put it into quotation marks", reason)
         raise ValueError(f"{key}={path} cannot be read: {reason}") from error
 
 
@@ -338,10 +341,21 @@ def _tell_blanks(values: Sequence[object], labels: Sequence[str], origin: str, p
 # -------------------------------------------------------------------------------- formats
 
 
+def _numbered_lines(file: TextIO) -> Iterator[tuple[int, str]]:
+    """The lines of a file with their numbers, from 1. Raises ValueError for one that is too long to be a line."""
+    for number in count(1):
+        line = file.readline(_LONGEST_LINE)
+        if not line:
+            return
+        if len(line) == _LONGEST_LINE and not line.endswith("\n"):
+            raise ValueError(f"line {number} has more than {_LONGEST_LINE:,} characters; break it into texts")
+        yield number, line
+
+
 def _txt_rows(path: Path, columns: Columns) -> Iterator[_Row]:
     columns.positions(columns.texts[:1])
     with _open(path) as file:  # universal newlines, and no other separator ends a line
-        for number, line in enumerate(file, 1):
+        for number, line in _numbered_lines(file):
             if line.strip():
                 yield number, (line.removesuffix("\n"),)
 
@@ -441,7 +455,7 @@ def _separated(records: Iterator[tuple[int, list[str]]], columns: Columns, separ
 
 def _json_rows(path: Path, columns: Columns) -> Iterator[_Row]:
     with _open(path) as file:
-        filled = ((number, line) for number, line in enumerate(file, 1) if line.strip())
+        filled = ((number, line) for number, line in _numbered_lines(file) if line.strip())
         begin = next(filled, None)
         if begin is None:
             return

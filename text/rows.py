@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from messages import listed, shown
 from text.files import classes, label_number
-from text.messages import listed, shown
 
 log = logging.getLogger(__name__)
 

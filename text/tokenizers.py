@@ -14,7 +14,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from weakref import WeakKeyDictionary
@@ -40,6 +40,7 @@ _FOLDERS = {
 _FILES = "tokenizer.json (or vocab.txt, or vocab.json with merges.txt) and tokenizer_config.json"
 _LFS = b"version https://git-lfs"  # how a file begins that was cloned without its content
 _ALL = 2**31
+_MOST_GROWTH = 100  # times the length of a text, by replacements
 _MOST_GAPS = 1024  # ids without a token that any vocabulary may have
 # Processor time that texts may take. The slowest tokenizers take 1e-5 seconds a character on a loaded machine.
 _SECONDS, _SECONDS_PER_CHARACTER = 60.0, 1e-3
@@ -101,6 +102,23 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
     return Vocabulary(
         size, mask_id, pad_id, bos_id, eos_id, _fingerprint(tokenizer), special_ids, tokenizer.mask_token_id is None
     )
+
+
+def _check_growth(described: Mapping[str, object], name: str) -> None:
+    """Raise ValueError if the replacements in a tokenizer.json, one after the other, make texts far longer."""
+    growth, waiting = 1.0, [described.get(part) for part in ("normalizer", "pre_tokenizer", "decoder")]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, dict) and isinstance(node.get("content"), str) and "pattern" in node:
+            pattern = node["pattern"]
+            replaced = pattern.get("String") if isinstance(pattern, dict) else None
+            growth *= max(1.0, len(node["content"]) / max(1, len(replaced or "")))
+        waiting += list(node.values()) if isinstance(node, dict) else node if isinstance(node, list) else []
+    if growth > _MOST_GROWTH:
+        raise ValueError(
+            f"{_KEY}={name}: the replacements in its tokenizer.json make a text up to {growth:,.0f} times as long; "
+            "correct them, or choose another tokenizer"
+        )
 
 
 def _check_ids(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -350,7 +368,9 @@ def tokenized(tokenizer: PreTrainedTokenizerBase, texts: list[str], **settings: 
     if tokenizer not in _HAVE_PATTERNS:
         _check_ids(tokenizer)
         backend = getattr(tokenizer, "backend_tokenizer", None)
-        _HAVE_PATTERNS[tokenizer] = isinstance(backend, Tokenizer) and '"Regex"' in backend.to_str()
+        described = backend.to_str() if isinstance(backend, Tokenizer) else "{}"
+        _check_growth(json.loads(described), tokenizer.name_or_path)
+        _HAVE_PATTERNS[tokenizer] = '"Regex"' in described
     if not _HAVE_PATTERNS[tokenizer]:
         return tokenizer(texts, **settings)
     outcome: list[BatchEncoding | BaseException] = []

@@ -11,8 +11,8 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
+from messages import listed
 from text.files import KINDS, NUMBER, Columns, class_names, kind_of, read_files, readable_files
-from text.messages import listed
 from text.rows import (
     as_labels,
     carve,

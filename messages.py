@@ -5,12 +5,24 @@ from collections.abc import Sequence
 
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxlong, _SHORT.maxother = 3, 60, 40, 60
-_MOST_NAMES, _LONGEST_NAME = 12, 40
+_MOST_NAMES, _LONGEST_NAME, _LONGEST_MESSAGE = 12, 40, 500
 
 
 def shown(value: object) -> str:
     """Return a value as Python writes it, without the middle of what is long; `null` for None."""
     return "null" if value is None else _SHORT.repr(value)
+
+
+def excerpt(error: BaseException) -> str:
+    """Return the first line of an error's message, cut where it is long, without characters that steer a terminal."""
+    return plain(str(error).strip().partition("\n")[0])
+
+
+def plain(value: object) -> str:
+    """Return `value` as text, cut where it is long, without characters that steer a terminal."""
+    text = str(value)[: _LONGEST_MESSAGE + 1]
+    text = "".join(letter if letter.isprintable() else "?" for letter in text)
+    return text if len(text) <= _LONGEST_MESSAGE else f"{text[:_LONGEST_MESSAGE]}..."
 
 
 def listed(names: Sequence[object]) -> str:
