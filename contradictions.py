@@ -29,6 +29,11 @@ def is_mlm(cfg: DictConfig) -> bool:
 
 def _check_sampler(cfg: DictConfig, name: str) -> None:
     process, sample = located(cfg.process._target_).__self__, located(cfg.sampler._target_)
+    if "processes" not in vars(sample):
+        raise ValueError(
+            f"sampling.predictor={cfg.sampler._target_} does not say of which process it writes texts: put "
+            "@writes(Absorbing) or the like above it, as CONTRIBUTING.md shows"
+        )
     if process not in sample.processes:
         fitting = "uniform" if process is Uniform else "ddpm_cache"
         raise ValueError(

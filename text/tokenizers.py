@@ -368,8 +368,9 @@ def tokenized(tokenizer: PreTrainedTokenizerBase, texts: list[str], **settings: 
     if tokenizer not in _HAVE_PATTERNS:
         _check_ids(tokenizer)
         backend = getattr(tokenizer, "backend_tokenizer", None)
-        described = backend.to_str() if isinstance(backend, Tokenizer) else "{}"
-        _check_growth(json.loads(described), tokenizer.name_or_path)
+        described = backend.to_str() if isinstance(backend, Tokenizer) else ""
+        if described:
+            _check_growth(json.loads(described), tokenizer.name_or_path)
         _HAVE_PATTERNS[tokenizer] = '"Regex"' in described
     if not _HAVE_PATTERNS[tokenizer]:
         return tokenizer(texts, **settings)
