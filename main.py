@@ -37,6 +37,7 @@ from engine.signals import SIGNALS
 from engine.slurm import check_processes
 from engine.trainer import Run, build_trainer
 from estimators.base import Estimator
+from estimators.nelbo import Nelbo, comparison_noising
 from file_settings import complete
 from files import Place, below, exists, folder_of, is_remote, place
 from identity import identity
@@ -47,6 +48,7 @@ from models.checkpoints import Checkpoint, read_checkpoint, read_progress
 from models.freezing import freeze, refuse_frozen, summary
 from models.recompute import recompute_blocks
 from number_checks import check_numbers
+from objectives.base import Model, Objective
 from process import Process
 from tasks.blanks import Template
 from tasks.class_models import pretraining_splits
@@ -390,10 +392,19 @@ def checked(cfg: DictConfig, command: str) -> Experiment:
     instantiate(cfg.lr_scheduler)(torch.optim.SGD([torch.zeros(1)]))  # what it refuses, before any data are read
     experiment = Experiment(cfg, command)
     experiment.drawing, experiment.estimator  # noqa: B018 - what they refuse, likewise
-    instantiate(cfg.parameterization, process=instantiate(cfg.process, vocab_size=2, own_size=1, mask_id=0))
+    process = instantiate(cfg.process, vocab_size=2, own_size=1, mask_id=0)
+    _check_measuring(experiment, instantiate(cfg.parameterization, process=process))
     check_processes(experiment.machine.devices, cfg.trainer.num_nodes)
     _check_ramp(experiment)
     return experiment
+
+
+def _check_measuring(experiment: Experiment, objective: Objective) -> None:
+    """Raise ValueError if the objective cannot be measured as eval.estimator says, before anything is trained."""
+    if isinstance(experiment.estimator, Nelbo):
+        objective.bound(experiment.estimator.noising)
+        if experiment.cfg.mode._target_ == "tasks.classify.classify":
+            objective.bound(comparison_noising(experiment.estimator, Model(objective, None)))
 
 
 def run(cfg: DictConfig, command: str) -> dict[str, object]:

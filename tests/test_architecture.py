@@ -67,6 +67,7 @@ MAY_IMPORT = {
         "machine",
         "models",
         "number_checks",
+        "objectives",
         "process",
         "direction_checks",
         "tasks",

@@ -120,7 +120,7 @@ def test_the_score_entropy_of_exact_scores_is_the_entropy(noising, schedule):
 def test_steps_cost_what_they_unmask_together_and_no_step_is_left_out(build, T, schedule):
     """The first step unmasks the first tokens, each of which is a guess: E [k | k > 0] of them, in closed form the sum
     over steps of n m_t^(n - 1) (m_t - m_s) log V, with m the mask rates before and after."""
-    bound, length = build(SCHEDULES[schedule], MASK, T=T).bound(None), 64
+    bound, length = build(SCHEDULES[schedule], Absorbing(MASK), T=T).bound(None), 64
     m = 1 - bound.schedule(torch.arange(T + 1, dtype=torch.float64) / T).alpha
     wanted = float((length * m[1:] ** (length - 1) * m.diff()).sum()) * TRUTH
     found = expected_nats(bound, bound, length)

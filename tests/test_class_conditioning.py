@@ -76,7 +76,7 @@ def test_the_loss_and_the_sampler_hand_the_class_on():
     noise = lambda: evaluation_noise(0, torch.arange(2))  # noqa: E731
     nll = [law.loss(net, {"input_ids": clean, "class_id": torch.full((2,), k)}, noise()).nll_BL for k in (0, 1)]
     assert not torch.allclose(*nll)
-    model, start = Model(ARLaw(MASK), ar()), torch.tensor([[0, MASK, MASK, MASK, MASK, MASK]]).expand(8, -1)
+    model, start = Model(ARLaw(Absorbing(MASK)), ar()), torch.tensor([[0, MASK, MASK, MASK, MASK, MASK]]).expand(8, -1)
     draws = {
         (k, cache): sample(
             model, start, KeyedNoise(1, torch.arange(8)), kv_cache=cache, class_id=torch.full((8,), k)

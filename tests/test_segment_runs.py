@@ -220,7 +220,7 @@ def test_mistakes_are_explained(gsm8k, arguments, said):  # noqa: F811
 def test_a_model_of_plain_blocks_is_no_model_of_segments():
     sizes = {"block_size": 80}
     plain = Checkpoint("x.ckpt", {}, identity={"configuration": sizes}, settings=sizes)
-    data = SimpleNamespace(vocabulary=SimpleNamespace(fingerprint=None, size=9), latents=None)
+    data = SimpleNamespace(vocabulary=SimpleNamespace(fingerprint=None, size=9, own_size=9), latents=None)
     shape = ("block_size", "data.segments")
     check_belongs(plain, {"block_size": 80}, shape, data)
     with pytest.raises(ValueError, match="add: data.segments=False"):

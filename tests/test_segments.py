@@ -27,7 +27,7 @@ ENDS = torch.tensor([[2, 5], [3, 5], [1, 6], [4, 4]])  # of rows of 9; the last 
 
 def objective_of(size: int = 100, noising=None, schedule=None, **kwargs) -> BlockDiffusion:
     return BlockDiffusion(
-        MASK, partial(Subs, schedule or LogLinear(), noising=noising), size, ignore_bos=False, **kwargs
+        Absorbing(MASK), partial(Subs, schedule or LogLinear(), noising=noising), size, ignore_bos=False, **kwargs
     )
 
 
@@ -90,7 +90,7 @@ def test_in_a_network_of_one_layer_a_given_segment_is_a_given_prefix(random_dit)
     def losses():
         for row in range(4):  # masked diffusion of what stands behind the prefix, with the noise of the second segment
             end = int(ENDS[row, 1])
-            (look,) = Bernoulli()(LogLinear(), x0[row : row + 1, end:], torch.ones(1, 9 - end, dtype=torch.bool), MASK,
+            (look,) = Bernoulli()(LogLinear(), x0[row : row + 1, end:], torch.ones(1, 9 - end, dtype=torch.bool), Absorbing(MASK),
                                   training_noise(0, torch.arange(4), 4).part(1).rows(torch.tensor([row])))  # fmt: skip
             xt = torch.cat([x0[row : row + 1, :end], look.xt_BL], dim=1)
             rows = {name: value[row : row + 1] for name, value in {**batch_of(x0), "given": given}.items()}
