@@ -90,8 +90,9 @@ def test_in_a_network_of_one_layer_a_given_segment_is_a_given_prefix(random_dit)
     def losses():
         for row in range(4):  # masked diffusion of what stands behind the prefix, with the noise of the second segment
             end = int(ENDS[row, 1])
-            (look,) = Bernoulli()(LogLinear(), x0[row : row + 1, end:], torch.ones(1, 9 - end, dtype=torch.bool), Absorbing(MASK),
-                                  training_noise(0, torch.arange(4), 4).part(1).rows(torch.tensor([row])))  # fmt: skip
+            own, every = x0[row : row + 1, end:], torch.ones(1, 9 - end, dtype=torch.bool)
+            noise_here = training_noise(0, torch.arange(4), 4).part(1).rows(torch.tensor([row]))
+            (look,) = Bernoulli()(LogLinear(), own, every, Absorbing(MASK), noise_here)
             xt = torch.cat([x0[row : row + 1, :end], look.xt_BL], dim=1)
             rows = {name: value[row : row + 1] for name, value in {**batch_of(x0), "given": given}.items()}
             yield Subs(LogLinear(), Absorbing(MASK)).loss_at(net, rows, xt, look.t_B).nll_BL
