@@ -42,8 +42,8 @@ SETTLED = {"algo.sampler": "semi_ar", "algo.cross_attn": "true", "algo.var_min":
            "algo.T": "0"}  # fmt: skip
 # Groups that kuleshov-group/bd3lms spells otherwise: its key -> (our group, its choices in our words).
 _BACKBONES = tuple(path.stem for path in sorted((CONFIGS / "backbone").glob("*.yaml")))
-SPELLINGS = {"algo": ("parameterization", {"mdlm": "subs", "sedd": "sedd", "d3pm": "d3pm", "ar": "ar",
-                                           "bd3lm": "bd3lm", "mlm": "mlm", "mmldlm": "mmldlm"}),
+_OBJECTIVES = {path.stem: path.stem for path in sorted((CONFIGS / "parameterization").glob("*.yaml"))}
+SPELLINGS = {"algo": ("parameterization", {"mdlm": "subs", "duo_base": "udlm", **_OBJECTIVES}),
              "algo.backbone": ("backbone", {name: name for name in _BACKBONES})}  # fmt: skip
 # Texts, of which ${} is no interpolation either.
 TEXTS = ("sampling.prefix", "sampling.template", "latents.prompt", "data.mask_token")

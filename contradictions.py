@@ -10,6 +10,8 @@ import logging
 from omegaconf import DictConfig, OmegaConf
 
 from direction_checks import check_direction
+from instantiation import located
+from process import Uniform
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +25,22 @@ def law(cfg: DictConfig) -> str:
 def is_mlm(cfg: DictConfig) -> bool:
     """Whether it is algo=mlm."""
     return cfg.parameterization._target_.endswith(".masked_lm")
+
+
+def _check_sampler(cfg: DictConfig, name: str) -> None:
+    process, sample = located(cfg.process._target_).__self__, located(cfg.sampler._target_)
+    if "processes" not in vars(sample):
+        raise ValueError(
+            f"sampling.predictor={cfg.sampler._target_} does not say of which process it writes texts: put "
+            "@writes(Absorbing) or the like above it, as CONTRIBUTING.md shows"
+        )
+    if process not in sample.processes:
+        fitting = "uniform" if process is Uniform else "ddpm_cache"
+        raise ValueError(
+            f"sampling.predictor={cfg.sampler._target_.split('.')[-2]} writes texts of the process "
+            f"{sample.processes[0].__name__}, and parameterization={name} is of {process.__name__}; use "
+            f"sampling.predictor={fitting}"
+        )
 
 
 def trains(cfg: DictConfig) -> bool:
@@ -40,16 +58,17 @@ def refuse_contradictions(cfg: DictConfig) -> None:
     training, name = cfg.training, law(cfg)
     unread = {
         "time_conditioning": cfg.time_conditioning and name == "ar",
-        "T": cfg.T and name in ("ar", "sedd"),
-        "subs_masking": cfg.subs_masking and name in ("ar", "sedd"),
+        "T": cfg.T and name in ("ar", "sedd", "udlm"),
+        "subs_masking": cfg.subs_masking and name in ("ar", "sedd", "udlm"),
         "training.importance_sampling": training.importance_sampling and name in ("ar", "d3pm"),
         "training.change_of_variables": training.change_of_variables and name not in ("subs", "bd3lm"),
         "training.loss_weight": training.loss_weight != "elbo" and name not in ("subs", "bd3lm"),
-        "training.resample": training.resample and name == "ar",
+        "training.resample": training.resample and name in ("ar", "udlm"),
         "training.ignore_bos": training.ignore_bos and name == "ar",
         "classify.masks": cfg.classify.masks == "independent" and name == "ar",
         "training.masking": name == "ar" and not cfg.masking._target_.endswith("Bernoulli"),
     }
+    _check_sampler(cfg, name)
     for key, contradicts in unread.items():
         if contradicts:
             value = cfg.masking._target_ if key == "training.masking" else OmegaConf.select(cfg, key)

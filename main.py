@@ -37,6 +37,7 @@ from engine.signals import SIGNALS
 from engine.slurm import check_processes
 from engine.trainer import Run, build_trainer
 from estimators.base import Estimator
+from estimators.nelbo import Nelbo, comparison_noising
 from file_settings import complete
 from files import Place, below, exists, folder_of, is_remote, place
 from identity import identity
@@ -47,6 +48,8 @@ from models.checkpoints import Checkpoint, read_checkpoint, read_progress
 from models.freezing import freeze, refuse_frozen, summary
 from models.recompute import recompute_blocks
 from number_checks import check_numbers
+from objectives.base import Model, Objective
+from process import Process
 from tasks.blanks import Template
 from tasks.class_models import pretraining_splits
 from tasks.drawing import Drawing
@@ -144,7 +147,7 @@ class Experiment:
     def facts(self) -> dict[str, object]:
         data, prefix = self.data(), self.cfg.training.prefix_length
         with torch.device("meta"):
-            parameters = sum(p.numel() for p in self._backbone(data).parameters())
+            parameters = sum(p.numel() for p in self._backbone(data, self._process(data).vocab_size).parameters())
         return {"data": self.cfg.data.name, "tokenizer": f"{self.cfg.data.tokenizer_name_or_path}, "
                 f"{data.vocabulary.size} types", "network": f"{self.cfg.model.name}, {parameters:,} parameters",
                 "length": self.cfg.model.length, "seed": self.seed, "device": self.machine.name,
@@ -208,8 +211,9 @@ class Experiment:
     def diffusion(self, data: TextData) -> Diffusion:
         lightning.seed_everything(self.seed, verbose=False)
         vocabulary = data.vocabulary
-        objective = instantiate(self.cfg.parameterization, mask_id=vocabulary.mask_id)
-        backbone = self._backbone(data)
+        process = self._process(data)
+        objective = instantiate(self.cfg.parameterization, process=process)
+        backbone = self._backbone(data, process.vocab_size)
         check_together(data, objective, backbone)
         freeze(backbone, self.cfg.training.freeze)
         if self.cfg.training.gradient_checkpointing:
@@ -224,7 +228,11 @@ class Experiment:
             self.cfg.training.ema, self.seed, data.plan, known, self.cfg.classify.label_dropout,
         )  # fmt: skip
 
-    def _backbone(self, data: TextData) -> torch.nn.Module:
+    def _process(self, data: TextData) -> Process:
+        known = data.vocabulary
+        return instantiate(self.cfg.process, vocab_size=known.size, own_size=known.own_size, mask_id=known.mask_id)
+
+    def _backbone(self, data: TextData, vocab_size: int) -> torch.nn.Module:
         cfg = self.cfg.copy()  # with the files of this class's model, in which backbone=hf_* find their sizes
         resumed = self.resume_path(data.label) or (self.resume_path(0) if data.label is None else None)
         cfg.checkpointing.resume_ckpt_path = str(resumed) if resumed else None
@@ -233,7 +241,7 @@ class Experiment:
         told = {"num_classes": len(data.label_names or ())} if conditional else {}
         if data.latents is not None and "latent_size" in cfg.backbone:
             told["latent_shape"] = data.latents.shape
-        return instantiate(cfg.backbone, vocab_size=data.vocabulary.size, **told)
+        return instantiate(cfg.backbone, vocab_size=vocab_size, **told)
 
     def trained(self, data: TextData, checkpoint_path: str, disable_ema: bool) -> Diffusion:
         """The model with the weights of `checkpoint_path`, or of this configuration's own last checkpoint if that is
@@ -384,10 +392,19 @@ def checked(cfg: DictConfig, command: str) -> Experiment:
     instantiate(cfg.lr_scheduler)(torch.optim.SGD([torch.zeros(1)]))  # what it refuses, before any data are read
     experiment = Experiment(cfg, command)
     experiment.drawing, experiment.estimator  # noqa: B018 - what they refuse, likewise
-    instantiate(cfg.parameterization, mask_id=0)
+    process = instantiate(cfg.process, vocab_size=2, own_size=1, mask_id=0)
+    _check_measuring(experiment, instantiate(cfg.parameterization, process=process))
     check_processes(experiment.machine.devices, cfg.trainer.num_nodes)
     _check_ramp(experiment)
     return experiment
+
+
+def _check_measuring(experiment: Experiment, objective: Objective) -> None:
+    """Raise ValueError if the objective cannot be measured as eval.estimator says, before anything is trained."""
+    if isinstance(experiment.estimator, Nelbo):
+        objective.bound(experiment.estimator.noising)
+        if experiment.cfg.mode._target_ == "tasks.classify.classify":
+            objective.bound(comparison_noising(experiment.estimator, Model(objective, None)))
 
 
 def run(cfg: DictConfig, command: str) -> dict[str, object]:

@@ -221,7 +221,8 @@ _TABLE: tuple[tuple[Setting, str], ...] = (
     (maybe(NAME), "trainer.model_registry trainer.max_time"),
     (maybe(PATH), "trainer.default_root_dir"),
     # groups, which have keys of their own
-    (GROUP, """loader streaming sampling training eval classify checkpointing trainer mode model backbone noise masking
+    (GROUP, """process loader streaming sampling training eval classify checkpointing trainer mode model backbone noise
+        masking
         estimator sampler parameterization optim lr_scheduler strategy data source sources choice how inner ending race
         beside views directed latent edit base search within parameterization.text parameterization.schedule
         within.schedule text.schedule files hub_splits sizes noising"""),

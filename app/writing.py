@@ -81,8 +81,8 @@ def write(networks: Networks, network: Network, wish: Wish, show: Callable[..., 
         given = replace(drawing.given, prefix=given.prefix, template=given.template)
         drawing = replace(drawing, given=given)
         number = wish.num_texts  # a single batch: only the first is watched
-        watch = _Watch(Recorder(number, data.vocabulary.mask_id), Standing.of(number, diffusion, data, drawing), show,
-                       wish.pause)  # fmt: skip
+        recorder = Recorder(number, diffusion.objective.process.blank_id)
+        watch = _Watch(recorder, Standing.of(number, diffusion, data, drawing), show, wish.pause)
         start = time.perf_counter()
         drawn = draw(diffusion, data, drawing, number, number, writer.experiment.seed, wish.class_id, watch)
         seconds = time.perf_counter() - start - watch.waited

@@ -21,9 +21,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from forward_process import draw_categorical  # noqa: E402
 from models.ar import AR  # noqa: E402
 from objectives.projection import log_probs  # noqa: E402
+from process import draw_categorical  # noqa: E402
 from randomness import KeyedNoise  # noqa: E402
 
 SIZE = {"hidden_size": 256, "n_blocks": 6, "n_heads": 4, "dropout": 0.0}

@@ -36,6 +36,7 @@ from objectives.base import Model  # noqa: E402
 from objectives.block import BlockDiffusion  # noqa: E402
 from objectives.noising import Bernoulli  # noqa: E402
 from objectives.subs import Subs  # noqa: E402
+from process import Absorbing  # noqa: E402
 from randomness import KeyedNoise, training_noise  # noqa: E402
 from samplers import first_hitting  # noqa: E402
 
@@ -69,7 +70,7 @@ def dense_mask(size: int) -> Tensor:
 def plain_loss(net: DiT, x0_BL: Tensor, noise: KeyedNoise, size: int, seen: Tensor) -> Tensor:
     blocks, mask_id = x0_BL.reshape(-1, size), net.vocab_size - 1
     every = torch.ones_like(blocks, dtype=torch.bool)
-    (look,) = Bernoulli()(LogLinear(), blocks, every, mask_id, noise.parts(LENGTH // size))
+    (look,) = Bernoulli()(LogLinear(), blocks, every, Absorbing(mask_id), noise.parts(LENGTH // size))
     xt_BL, t_BL = look.xt_BL.reshape(x0_BL.shape), look.t_B.reshape(len(x0_BL), -1).repeat_interleave(size, dim=1)
     logits_BLV = net.head(plain_hidden(net, xt_BL, x0_BL, seen))[:, :LENGTH]
     logits_BLV[..., mask_id] += -1e6
@@ -84,7 +85,7 @@ def plain_loss(net: DiT, x0_BL: Tensor, noise: KeyedNoise, size: int, seen: Tens
 def measure(law: str, size: int, vocab: int, steps: int) -> dict[str, float]:
     torch.manual_seed(0)
     net = DiT(vocab, **SIZE, dropout=0.1)
-    objective = BlockDiffusion(vocab - 1, partial(Subs, LogLinear()), size, ignore_bos=False)
+    objective = BlockDiffusion(Absorbing(vocab - 1), partial(Subs, LogLinear()), size, ignore_bos=False)
     optimizer, seen = torch.optim.AdamW(net.parameters(), lr=3e-4, fused=True), dense_mask(size)
     x0_BL = torch.randint(vocab - 1, (BATCH, LENGTH))
     seconds, first = [], 0.0
@@ -132,7 +133,7 @@ def sample(sizes: list[int], length: int, batch: int) -> None:
     net = DiT(VOCAB, **SIZE, dropout=0.0).eval()
     nn.init.normal_(net.head.weight, std=0.02)
     for size in sizes:
-        model = Model(BlockDiffusion(VOCAB - 1, partial(Subs, LogLinear()), size, False), net)
+        model = Model(BlockDiffusion(Absorbing(VOCAB - 1), partial(Subs, LogLinear()), size, False), net)
         x_BL, seconds, equal = torch.randint(VOCAB - 1, (batch, length)), {True: [], False: []}, True
         places = [round(i * (length - size) / 4) // size * size for i in range(5)]
         for start in places:

@@ -26,6 +26,7 @@ from noise_schedule import Cosine, Geometric, LogLinear, NoiseSchedule  # noqa: 
 from objectives.base import Model  # noqa: E402
 from objectives.noising import Bernoulli, Complementary, ExactCount, Noising, TiltedCount  # noqa: E402
 from objectives.subs import Subs  # noqa: E402
+from process import Absorbing  # noqa: E402
 from text.exact_denoiser import ExactDenoiser  # noqa: E402
 from text.reviews import ReviewGrammar, tokens  # noqa: E402
 
@@ -63,7 +64,7 @@ def main() -> None:
     for schedule_name, schedule in SCHEDULES.items():
         cases = {name: (0, noising) for name, noising in CONTINUOUS.items()} | {f"T={T}": (T, None) for T in STEPS}
         for name, (num_steps, noising) in cases.items():
-            model = Model(Subs(schedule, MASK, T=num_steps), denoiser)
+            model = Model(Subs(schedule, Absorbing(MASK), T=num_steps), denoiser)
             above_BK = Nelbo(noising)(model, batch, 0, args.draws).nll_BK - truth_B[:, None]
             mean, noise = float(above_BK.mean()), float(above_BK.std(dim=1).square().mean().sqrt())
             se = float(above_BK.mean(1).std()) / len(texts) ** 0.5

@@ -26,6 +26,7 @@ from classification.racing import still_racing
 from metrics import Estimate
 from noise_schedule import LogLinear
 from objectives.noising import TiltedCount
+from process import Absorbing
 from randomness import evaluation_noise
 from text.grammar import END, FiniteStateGrammar
 from text.reviews import ReviewGrammar, generate_split, tokens
@@ -68,7 +69,7 @@ def measured(corpus: ReviewGrammar, texts: list[list[str]]) -> np.ndarray:
     lengths, ids_M = np.array([len(text) for text in texts]), torch.arange(len(texts))
     scored_ML = torch.arange(int(lengths.max())) < torch.from_numpy(lengths)[:, None]
     denoisers, nats_MCK = [Denoiser(grammar) for grammar in corpus.grammars], np.empty((len(texts), 2, DRAWS))
-    looks = [TiltedCount()(LogLinear(), torch.zeros_like(scored_ML, dtype=torch.long), scored_ML, MASK,
+    looks = [TiltedCount()(LogLinear(), torch.zeros_like(scored_ML, dtype=torch.long), scored_ML, Absorbing(MASK),
                            evaluation_noise(SEED, ids_M, k, DRAWS, ids_M))[0] for k in range(DRAWS)]  # fmt: skip
     masked_MKL = torch.stack([look.xt_BL == MASK for look in looks], dim=1).numpy()
     weight_MK = torch.stack([look.scale_B * LogLinear()(look.t_B).elbo_weight for look in looks], dim=1).numpy()

@@ -25,6 +25,7 @@ import torch  # noqa: E402
 from noise_schedule import LogLinear  # noqa: E402
 from objectives.base import Model  # noqa: E402
 from objectives.subs import Subs  # noqa: E402
+from process import Absorbing  # noqa: E402
 from randomness import KeyedNoise  # noqa: E402
 from samplers import ancestral, first_hitting, unmasking  # noqa: E402
 from samplers.base import Generation  # noqa: E402
@@ -78,7 +79,7 @@ def main() -> None:
     grammar = ReviewGrammar()
     denoiser = ExactDenoiser(grammar.grammars, {word: FIRST + i for i, word in enumerate(grammar.vocabulary)}, MASK,
                              FIRST + len(grammar.vocabulary))  # fmt: skip
-    model = Exact(Subs(LogLinear(), MASK).bound(None), denoiser)
+    model = Exact(Subs(LogLinear(), Absorbing(MASK)).bound(None), denoiser)
     x_BL, here_BL = blanks(grammar, args.texts, seed=1)
     print(f"{args.texts} texts of {float(here_BL.sum(-1).double().mean()):.1f} tokens on average", flush=True)
     rows, start = {}, time.perf_counter()

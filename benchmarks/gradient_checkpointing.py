@@ -28,6 +28,7 @@ from models.recompute import recompute_blocks  # noqa: E402
 from noise_schedule import LogLinear  # noqa: E402
 from objectives.ar import AR as LeftToRight  # noqa: E402
 from objectives.subs import Subs  # noqa: E402
+from process import Absorbing  # noqa: E402
 from randomness import training_noise  # noqa: E402
 
 SIZE = {"hidden_size": 256, "n_blocks": 8, "dropout": 0.1}
@@ -51,7 +52,7 @@ def measure(network: str, again: bool, steps: int) -> dict[str, float]:
     net = NETWORKS[network]().to(device)
     if again:
         recompute_blocks(net)
-    objective = LeftToRight(VOCAB - 1) if net.causal else Subs(LogLinear(), VOCAB - 1)
+    objective = LeftToRight(Absorbing(VOCAB - 1)) if net.causal else Subs(LogLinear(), Absorbing(VOCAB - 1))
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-4, fused=True)
     batch = {"input_ids": torch.randint(VOCAB - 1, (BATCH, LENGTH), device=device)}
     seconds = []

@@ -30,13 +30,14 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from estimators.nelbo import Nelbo  # noqa: E402
-from forward_process import cosine_level  # noqa: E402
+from gaussian_process import cosine_level  # noqa: E402
 from models.mmdit import MMDiT  # noqa: E402
 from noise_schedule import LogLinear  # noqa: E402
 from objectives.base import Model  # noqa: E402
 from objectives.gaussian import LATEST, GaussianDiffusion  # noqa: E402
 from objectives.joint import SHARES, JointDiffusion  # noqa: E402
 from objectives.subs import Subs  # noqa: E402
+from process import Absorbing  # noqa: E402
 from randomness import KeyedNoise, training_noise  # noqa: E402
 from samplers.ancestral import sample  # noqa: E402
 
@@ -71,7 +72,7 @@ def train(
     rows = settings.rows
     net = MMDiT(MASK + 1, 64, 64, 3, 4, latent_shape=(1, WIDTH), dropout=0.0)
     law = JointDiffusion(
-        MASK, partial(Subs, LogLinear()), GaussianDiffusion(settings.target, settings.loss), modes=modes,
+        Absorbing(MASK), partial(Subs, LogLinear()), GaussianDiffusion(settings.target, settings.loss), modes=modes,
         latent_tokens=LENGTH,
     )  # fmt: skip
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.0)

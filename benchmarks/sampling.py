@@ -28,6 +28,7 @@ from models.dit import DiT  # noqa: E402
 from noise_schedule import LogLinear  # noqa: E402
 from objectives.base import Model  # noqa: E402
 from objectives.subs import Subs  # noqa: E402
+from process import Absorbing  # noqa: E402
 from randomness import KeyedNoise  # noqa: E402
 from samplers import ancestral, first_hitting  # noqa: E402
 from samplers.base import time_grid  # noqa: E402
@@ -60,7 +61,7 @@ def trunk(net: DiT, steps: int) -> int:
 
 
 def ours(net: DiT, sampler: Callable) -> float:
-    model, x = Model(Subs(LogLinear(), MASK), net), torch.full((BATCH, LENGTH), MASK)
+    model, x = Model(Subs(LogLinear(), Absorbing(MASK)), net), torch.full((BATCH, LENGTH), MASK)
     out = sampler(model, x, KeyedNoise(0, torch.arange(BATCH)))
     return float(out.evaluations_B.float().mean())
 

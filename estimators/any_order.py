@@ -68,7 +68,7 @@ class AnyOrder:
         for step in range(int(tokens_B.max())):
             rows_R = (tokens_B > step).nonzero().squeeze(-1)
             rank_RL, x0_RL = rank_BL[rows_R], x0_BL[rows_R]
-            x_RL = torch.where((rank_RL >= step) & scored_BL[rows_R], model.mask_id, x0_RL)
+            x_RL = model.process.mask(x0_RL, (rank_RL >= step) & scored_BL[rows_R])
             now_RL = rank_RL == step
             cond = {name: told[rows_R] for name, told in context(batch).items()}
             t_R = model.schedule.t_from_alpha(alpha_BL[rows_R][now_RL]).clamp(0.0, 1.0)

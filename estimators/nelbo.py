@@ -71,5 +71,5 @@ def for_comparison(estimator: Estimator, model: Model) -> Estimator:
 def comparison_noising(estimator: Estimator, model: Model) -> Noising | None:
     """The noising of `for_comparison`; None where there is nothing to choose."""
     chosen = estimator.noising if isinstance(estimator, Nelbo) else None
-    fixed = chosen is not None or model.objective.exact or model.objective.T
+    fixed = chosen is not None or not model.objective.clean_text_costs_nothing or model.objective.T
     return chosen if fixed else TiltedCount()

@@ -44,14 +44,14 @@ class Ordered:
         """Exact: neither noise nor the number of draws plays a part."""
         refuse_causal(model, "duel")
         x0_BL, scored_BL = batch["input_ids"], scored_mask(batch)
-        x_BL = torch.where(scored_BL, model.mask_id, x0_BL)
+        x_BL = model.process.mask(x0_BL, scored_BL)
         tokens_B, nll_BL = (
             counted_mask(batch).sum(-1),
             torch.zeros(x0_BL.shape, dtype=torch.float64, device=x0_BL.device),
         )
         evaluations_B = torch.zeros_like(tokens_B)
-        while len(busy_R := ((x_BL == model.mask_id) & scored_BL).any(-1).nonzero().squeeze(-1)):
-            left_R = ((x_BL[busy_R] == model.mask_id) & scored_BL[busy_R]).sum(-1)
+        while len(busy_R := (model.process.is_corrupted(x_BL) & scored_BL).any(-1).nonzero().squeeze(-1)):
+            left_R = (model.process.is_corrupted(x_BL[busy_R]) & scored_BL[busy_R]).sum(-1)
             for rows_R in row_chunks(busy_R, left_R, model.vocab_size):
                 self._step(model, batch, x_BL, nll_BL, scored_BL, rows_R)
             evaluations_B[busy_R] += 1
@@ -62,7 +62,7 @@ class Ordered:
     ) -> None:
         """Fill the next positions of some rows with their true tokens, adding what these cost to `nll_BL`."""
         x_RL, x0_RL = x_BL[rows_R], batch["input_ids"][rows_R]
-        at_RL = (x_RL == model.mask_id) & scored_BL[rows_R]
+        at_RL = model.process.is_corrupted(x_RL) & scored_BL[rows_R]
         left_R, tokens_R = at_RL.sum(-1), scored_BL[rows_R].sum(-1)
         cond = {name: told[rows_R] for name, told in context(batch).items()}
         log_p_NV = model.denoise(x_RL, time_of(model, left_R, tokens_R), at_RL, **cond)

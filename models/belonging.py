@@ -93,7 +93,7 @@ def _other_tokens(checkpoint: Checkpoint, data: object) -> bool:
     which a project may have added padding."""
     known = checkpoint.identity.get("tokenizer")
     size = checkpoint.settings.get("vocab_size", data.vocabulary.size)
-    if known not in (None, data.vocabulary.fingerprint) or size != data.vocabulary.size:
+    if known not in (None, data.vocabulary.fingerprint) or size not in (data.vocabulary.size, data.vocabulary.own_size):
         return True
     if checkpoint.tokens is None:
         return False

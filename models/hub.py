@@ -13,12 +13,13 @@ from pathlib import Path
 from torch import Tensor
 
 from files import Place, exists, is_remote, open_to_read, place
-from models.reference_settings import OBJECTIVES, unknown_objective
+from models.reference_settings import OBJECTIVES
 
 CONFIG_FILE = "config.json"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 MODEL_TYPE = "mdlm"
 BLOCK_MODEL_TYPE = "bd3lm"  # the same network, read in blocks
+UNIFORM_MODEL_TYPE = "DUO"
 
 # config.json's names -> ours. What kuleshov-group/mdlm-owt has; mask_padding is added by our own exports.
 CONFIG_KEYS = {"vocab_size": "vocab_size", "model_length": "model.length", "hidden_dim": "model.hidden_size",
@@ -120,14 +121,17 @@ def settings_of_config(config: Mapping[str, object]) -> dict[str, object]:
     kind = str(config.get("model_type", MODEL_TYPE))
     if kind == BLOCK_MODEL_TYPE and "block_size" in config:
         found["block_size"] = config["block_size"]
-    return {**found, **({"parameterization": OBJECTIVES[kind], "backbone": "dit"} if kind in OBJECTIVES else {})}
+    if kind == UNIFORM_MODEL_TYPE:  # its trainings show the network the time, unless a file says otherwise
+        found["time_conditioning"] = config.get("time_conditioning", True)
+    law = OBJECTIVES.get(kind.lower())
+    return {**found, **({"parameterization": law, "backbone": "dit"} if law else {})}
 
 
 def unsupported(config: Mapping[str, object]) -> str:
     """The reason why the model of a `config.json` is none of ours; "" if it is one."""
     kind = config.get("model_type", MODEL_TYPE)
-    if kind not in (MODEL_TYPE, BLOCK_MODEL_TYPE):
-        return unknown_objective(str(kind)) if str(kind).lower() == "duo" else f"it is a model of type {kind}"
+    if kind not in (MODEL_TYPE, BLOCK_MODEL_TYPE, UNIFORM_MODEL_TYPE):
+        return f"it is a model of type {kind}"
     differing = [f"{key}={config[key]}" for key, ours in _AS_A_DIT.items() if config.get(key, ours) != ours]
     if kind == BLOCK_MODEL_TYPE and differing:
         return (

@@ -12,12 +12,12 @@ Read = Callable[[str], object]  # a key in the project's own words -> its plain 
 
 # The projects' words for an objective (mdlm's parameterization, elsewhere algo.name) -> parameterization=.
 OBJECTIVES = {"subs": "subs", "mdlm": "subs", "bd3lm": "bd3lm", "d3pm": "d3pm", "sedd": "sedd", "score": "sedd",
-              "ar": "ar"}  # fmt: skip
+              "ar": "ar", "duo": "udlm", "duo_base": "udlm"}  # fmt: skip
 NETWORKS = {"dit": "dit", "hf_dit": "dit", "ar": "ar", "dimamba": "dimamba"}
 NOISES = {"loglinear": "loglinear", "log-linear": "loglinear", "cosine": "cosine", "cosinesqr": "cosinesqr",
           "linear": "linear", "geometric": "geometric"}  # fmt: skip
 _UNIFORM = "uniform-state diffusion"
-_MISSING = {"duo": _UNIFORM, "duo_base": _UNIFORM, "distillation": _UNIFORM, "ot-finetune": _UNIFORM}
+_MISSING = {"distillation": _UNIFORM, "ot-finetune": _UNIFORM}
 _AS_HERE = ("data.tokenizer_name_or_path", "model.hidden_size", "model.cond_dim", "model.n_blocks", "model.n_heads",
             "model.dropout", "model.length")  # fmt: skip
 

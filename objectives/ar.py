@@ -14,6 +14,7 @@ from noise_schedule import NoiseSchedule
 from objectives.base import Backbone, Batch, TokenLoss, context, spread
 from objectives.noising import Noising
 from objectives.projection import cross_entropy, log_probs
+from process import Absorbing
 from randomness import KeyedNoise
 
 
@@ -27,10 +28,10 @@ class AR:
     it is not, since the text has ended there. The mask token has no mass."""
 
     exact, causal, any_order, first_given = True, True, False, True
-    loss_name, encodes, streams = "nll", 1, 1
+    loss_name, encodes, streams, clean_text_costs_nothing = "nll", 1, 1, False
 
-    def __init__(self, mask_id: int) -> None:
-        self.mask_id = mask_id
+    def __init__(self, process: Absorbing) -> None:
+        self.process = process
 
     def bound(self, noising: Noising | None) -> AR:
         """Itself: there is nothing to draw.
@@ -67,7 +68,7 @@ class AR:
             scored_BL &= ~batch["fill"]
         before_BL = scored_BL.roll(-1, dims=1)  # True where the next token is scored
         hidden_BLD = backbone.encode(x_BL, torch.zeros(len(x_BL), device=x_BL.device), **context(batch))
-        nll_N = cross_entropy(hidden_BLD[before_BL], backbone.head, x_BL[scored_BL], self.mask_id)
+        nll_N = cross_entropy(hidden_BLD[before_BL], backbone.head, x_BL[scored_BL], self.process.mask_id)
         return TokenLoss(spread(nll_N, scored_BL), scored_BL)
 
     def denoise(
@@ -77,11 +78,11 @@ class AR:
         hidden_BLD = backbone.encode(x_BL, torch.zeros(len(x_BL), device=x_BL.device), **cond)
         if at_BL is not None:
             assert not at_BL[:, 0].any(), "the first token has nothing before it"
-            return log_probs(hidden_BLD[at_BL.roll(-1, dims=1)], backbone.head, self.mask_id)
-        flat_NV = log_probs(hidden_BLD[:, :-1].flatten(0, 1), backbone.head, self.mask_id)
+            return log_probs(hidden_BLD[at_BL.roll(-1, dims=1)], backbone.head, self.process.mask_id)
+        flat_NV = log_probs(hidden_BLD[:, :-1].flatten(0, 1), backbone.head, self.process.mask_id)
         return flat_NV.unflatten(0, (len(x_BL), x_BL.shape[1] - 1))
 
     def next_token(self, backbone: Backbone, new_Bn: Tensor, cache: object, **cond: Tensor) -> Tensor:
         """log p of the token after `new_Bn`, which continue what `cache` holds, (B, V)."""
         hidden_BnD = backbone.encode(new_Bn, None, cache=cache, **cond)
-        return log_probs(hidden_BnD[:, -1], backbone.head, self.mask_id)
+        return log_probs(hidden_BnD[:, -1], backbone.head, self.process.mask_id)

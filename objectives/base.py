@@ -14,9 +14,10 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
-from forward_process import LatentPrediction
+from gaussian_process import LatentPrediction
 from noise_schedule import NoiseSchedule
 from objectives.noising import Bernoulli, ExactCount, Noising
+from process import Absorbing, Process
 from randomness import KeyedNoise
 
 Batch = Mapping[str, Tensor]
@@ -66,13 +67,14 @@ class Backbone(Protocol):
 class Objective(Protocol):
     """A training law: it owns what the network's output means."""
 
-    mask_id: int
+    process: Process
     exact: bool  # the loss is -log p itself, not a bound drawn at random
     causal: bool  # it needs a backbone that sees the left side only, and decides itself where a text ends
     any_order: bool  # it predicts whatever is masked from whatever is not
     first_given: bool  # the first token of a row is context: neither masked nor scored
     encodes: int  # network evaluations of one pass
     streams: int  # times that an evaluation reads the text
+    clean_text_costs_nothing: bool  # the integrand of a bound is 0 where nothing was corrupted
     loss_name: str
 
     def loss(self, backbone: Backbone, batch: Batch, generator: KeyedNoise | None = None) -> TokenLoss: ...
@@ -84,12 +86,12 @@ class Objective(Protocol):
     def bound(self, noising: Noising | None) -> Objective: ...
 
 
-class MaskedDiffusion(ABC):
+class TokenDiffusion(ABC):
     """What objectives of the masking process share: where they look, and how the looks are averaged.
 
     Args:
         schedule: of the masking process.
-        mask_id: the mask token.
+        process: what becomes of a token, and which one is the mask.
         noising: how t and masks are drawn in training.
         T: 0 for continuous time, else the number of steps of the discrete-time loss.
     """
@@ -98,11 +100,18 @@ class MaskedDiffusion(ABC):
     encodes, streams = 1, 1
     loss_weight = "elbo"
     independent_unmasking = False  # the chance of being unmasked is the schedule's alone, not the network's
+    clean_text_costs_nothing = True  # the integrand is 0 where nothing was corrupted
 
-    def __init__(self, schedule: NoiseSchedule, mask_id: int, noising: Noising | None = None, T: int = 0) -> None:  # noqa: N803
+    def __init__(
+        self,
+        schedule: NoiseSchedule,
+        process: Process,
+        noising: Noising | None = None,
+        T: int = 0,  # noqa: N803
+    ) -> None:
         if T < 0 or not float(T).is_integer():
             raise ValueError(f"T={T} must be 0 (continuous time) or a whole number of steps")
-        self.schedule, self.mask_id, self.T = schedule, mask_id, T
+        self.schedule, self.process, self.T = schedule, process, T
         self.trained_schedule = schedule.whole
         self.noising = Bernoulli(T=T) if noising is None else noising
         self._check_noising()
@@ -136,6 +145,11 @@ class MaskedDiffusion(ABC):
         return other
 
     def _check_noising(self) -> None:
+        if self.noising.counts and not self.clean_text_costs_nothing:
+            raise ValueError(
+                f"masks by {self.noising.label} do not fit {type(self).__name__}, whose bound counts texts without a "
+                "corrupted token too: use training.masking=bernoulli, and eval.estimator=auto, stratified or uniform"
+            )
         if self.noising.discrete != (self.T > 0):
             raise ValueError(
                 f"T={self.T} and masks by {self.noising.label} contradict each other: T > 0 needs times of its grid "
@@ -154,7 +168,7 @@ class MaskedDiffusion(ABC):
         """One Monte Carlo draw of the bound: the mean over the passes of its noising."""
         x0_BL, scored_BL = batch["input_ids"], scored_mask(batch)
         noise = generator or fresh_noise(x0_BL)
-        looks = self.noising(self.schedule, x0_BL, scored_BL, self.mask_id, noise)
+        looks = self.noising(self.schedule, x0_BL, scored_BL, self.process, noise)
         parts = [self.loss_at(backbone, batch, look.xt_BL, look.t_B) for look in looks]
         logs = {name: torch.stack([part.logs[name] for part in parts], dim=1) for name in parts[0].logs}
         if self.loss_weight == "uniform":  # every masked token counts once, whatever its t
@@ -174,11 +188,13 @@ class MaskedDiffusion(ABC):
     ) -> Tensor:
         """log p(x_0 | x_t): (B, L, V), or (N, V) for the N positions where `at_BL` is True, in row-major order."""
 
-    @abstractmethod
     def reverse(
         self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, s_B: Tensor, at_BL: Tensor, **cond: Tensor
     ) -> Tensor:
-        """log p(x_s | x_t) at the N masked positions of `at_BL`, (N, V); the entry of the mask is that of staying."""
+        """Return log p(x_s | x_t) at the N positions of `at_BL`, (N, V), by the process's posterior."""
+        alpha_t_N, alpha_s_N = (per_position(self.schedule(t).alpha, at_BL) for t in (t_B, s_B))
+        log_p_NV = self.denoise(backbone, x_BL, t_B, at_BL, **cond)
+        return self.process.posterior(x_BL[at_BL], log_p_NV, alpha_t_N, alpha_s_N)
 
     def conditioning(self, t_B: Tensor) -> Tensor:
         """Return the total noise that a time-conditioned network is shown, float32 (B,): that of the mask rate at t,
@@ -209,9 +225,9 @@ def latent_hidden(batch: Batch) -> Batch:
     return {**batch, "latent_t": torch.ones(len(latent), dtype=torch.float64, device=latent.device)}
 
 
-def masked_positions(batch: Batch, xt_BL: Tensor, mask_id: int) -> Tensor:
+def masked_positions(batch: Batch, xt_BL: Tensor, process: Absorbing) -> Tensor:
     """True where a scored token is masked in x_t, (B, L)."""
-    return (xt_BL == mask_id) & scored_mask(batch)
+    return process.is_corrupted(xt_BL) & scored_mask(batch)
 
 
 def spread(values_N: Tensor, at_BL: Tensor) -> Tensor:
@@ -222,14 +238,6 @@ def spread(values_N: Tensor, at_BL: Tensor) -> Tensor:
 def per_position(value_B: Tensor, at_BL: Tensor) -> Tensor:
     """The row's value at each of the N positions of `at_BL`, (N,)."""
     return value_B[:, None].expand(at_BL.shape)[at_BL]
-
-
-def carry_over(log_p_NV: Tensor, x_N: Tensor, mask_id: int) -> Tensor:
-    """`log_p_NV`, written over where x_t is visible: all probability on the token that is there."""
-    visible_N = x_N != mask_id
-    log_p_NV[visible_N] = -torch.inf
-    log_p_NV[visible_N, x_N[visible_N]] = 0.0
-    return log_p_NV
 
 
 def scored_mask(batch: Batch) -> Tensor:
@@ -263,8 +271,8 @@ class Model:
     backbone: Backbone
 
     @property
-    def mask_id(self) -> int:
-        return self.objective.mask_id
+    def process(self) -> Process:
+        return self.objective.process
 
     @property
     def vocab_size(self) -> int:

@@ -17,8 +17,8 @@ from noise_schedule import Clipped, NoiseSchedule
 from objectives.base import (
     Backbone,
     Batch,
-    MaskedDiffusion,
     Model,
+    TokenDiffusion,
     TokenLoss,
     context,
     fresh_noise,
@@ -27,6 +27,7 @@ from objectives.base import (
 from objectives.clipping import WHOLE, ClipSearch
 from objectives.cuts import Cut, Segments, Stretches
 from objectives.noising import Bernoulli, ExactCount, Noising
+from process import Absorbing
 from randomness import KeyedNoise
 
 MASK_RATES = ("num_masked", "cross_entropy", "num_scored")  # what the losses by mask rate are made of
@@ -42,7 +43,7 @@ class BlockDiffusion:
     its own.
 
     Args:
-        within: mask_id -> the objective of a block, which is one row to it.
+        within: process -> the objective of a block, which is one row to it.
         block_size: tokens of a block; the last one of a text may be shorter. Of segments it says nothing.
         ignore_bos: the first token of a text is given, as context.
         sampling_eps_min, sampling_eps_max: mask rates that training draws from (section 5). See `clip`.
@@ -54,8 +55,8 @@ class BlockDiffusion:
 
     def __init__(
         self,
-        mask_id: int,
-        within: Callable[..., MaskedDiffusion],
+        process: Absorbing,
+        within: Callable[..., TokenDiffusion],
         block_size: int,
         ignore_bos: bool = True,
         sampling_eps_min: float = WHOLE[0],
@@ -66,8 +67,8 @@ class BlockDiffusion:
             raise ValueError(f"block_size={block_size} must be at least 1")
         if not isinstance(ignore_bos, bool):
             raise ValueError(f"algo.ignore_bos={ignore_bos} must be true or false")
-        self.mask_id, self.block_size, self.first_given = mask_id, block_size, ignore_bos
-        self.within = within(mask_id=mask_id)
+        self.process, self.block_size, self.first_given = process, block_size, ignore_bos
+        self.within = within(process=process)
         self._schedule = self.within.schedule
         self.sampling_eps = WHOLE
         if self.exact:
@@ -78,6 +79,10 @@ class BlockDiffusion:
     @property
     def exact(self) -> bool:
         return self.block_size == 1
+
+    @property
+    def clean_text_costs_nothing(self) -> bool:
+        return self.within.clean_text_costs_nothing and not self.exact
 
     @property
     def encodes(self) -> int:
@@ -122,7 +127,7 @@ class BlockDiffusion:
         self.within.schedule = self._schedule if (low, high) == WHOLE else Clipped(self._schedule.whole, low, high)
 
     def bound(self, noising: Noising | None) -> BlockDiffusion:
-        """As of `MaskedDiffusion`; blocks of one token are exact, so nothing may be chosen.
+        """As of `TokenDiffusion`; blocks of one token are exact, so nothing may be chosen.
 
         Raises:
             ValueError: a noising is asked for all the same.
@@ -168,7 +173,7 @@ class BlockDiffusion:
         cut, blocks = self._blocks(batch)
         plain, scored_Rk = self.bound(Bernoulli()).within, ~blocks["given"]
         noise = generator.parts(cut.number)
-        (look,) = plain.noising(plain.schedule, blocks["input_ids"], scored_Rk, self.mask_id, noise)
+        (look,) = plain.noising(plain.schedule, blocks["input_ids"], scored_Rk, self.process, noise)
         behind = _BehindClean(backbone, batch["input_ids"], cut, context(batch))
         nats_R = plain.loss_at(behind, blocks, look.xt_BL, look.t_B).nll_BL.double().sum(-1)
         rate_R, count_R = plain.schedule(look.t_B).move_chance, scored_Rk.sum(-1)
@@ -221,7 +226,7 @@ class BlockDiffusion:
     def _behind_itself(
         self, backbone: Backbone, x_BL: Tensor, at_BL: Tensor | None, cut: Cut, cond: dict
     ) -> _BehindClean:
-        masked_BL = x_BL == self.mask_id
+        masked_BL = self.process.is_corrupted(x_BL)
         if at_BL is not None:
             before_Bb = cut.apart(masked_BL).any(-1).unflatten(0, (-1, cut.number)).cumsum(-1).roll(1, dims=1)
             before_Bb[:, 0] = 0

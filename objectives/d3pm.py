@@ -9,12 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from forward_process import unmask_chance
 from noise_schedule import EndsMasked, NoiseSchedule
 from objectives.base import (
     Backbone,
     Batch,
-    MaskedDiffusion,
+    TokenDiffusion,
     TokenLoss,
     context,
     counted_mask,
@@ -26,9 +25,10 @@ from objectives.base import (
 )
 from objectives.noising import Noising
 from objectives.projection import log_probs, picked_logits
+from process import Absorbing, unmask_chance
 
 
-class D3PM(MaskedDiffusion):
+class D3PM(TokenDiffusion):
     """p(x_s | x_t) is proportional to sum over x_0 of q(x_s, x_t | x_0) p(x_0 | x_t) (eq. 4), T steps.
 
     The chain must end in masks only, so alpha is rescaled to vanish at t = 1; for the log-linear schedule that makes it
@@ -40,21 +40,21 @@ class D3PM(MaskedDiffusion):
     def __init__(
         self,
         schedule: NoiseSchedule,
-        mask_id: int,
+        process: Absorbing,
         noising: Noising | None = None,
         T: int = 1000,  # noqa: N803
         subs_masking: bool = False,
     ) -> None:
         if T < 1:
             raise ValueError(f"parameterization=d3pm with T={T}: its loss has discrete time steps; set e.g. T=1000")
-        super().__init__(EndsMasked(schedule.whole), mask_id, noising, T)
+        super().__init__(EndsMasked(schedule.whole), process, noising, T)
         self.noise_shown = schedule.whole  # sigma of the rescaled schedule is infinite at t = 1
-        self.banned_id = mask_id if subs_masking else None
+        self.banned_id = process.mask_id if subs_masking else None
 
     def loss_at(self, backbone: Backbone, batch: Batch, xt_BL: Tensor, t_B: Tensor) -> TokenLoss:
         """T times the KL term of a step (eq. 1, L_t-1), plus the reconstruction term L_0 of the clean text."""
         x0_BL, scored_BL = batch["input_ids"], scored_mask(batch)
-        masked_BL = masked_positions(batch, xt_BL, self.mask_id)
+        masked_BL = masked_positions(batch, xt_BL, self.process)
         hidden_BLD = backbone.encode(xt_BL, self.conditioning(t_B), **context(batch))
         log_p_N, log_m_N = self._log_p_and_m(hidden_BLD[masked_BL], backbone, x0_BL[masked_BL])
         at, alpha_t, alpha_s = masked_BL, self.schedule(t_B).alpha, self.schedule((t_B - 1 / self.T).clamp(min=0)).alpha
@@ -68,7 +68,7 @@ class D3PM(MaskedDiffusion):
         return self.noise_shown(t_B).sigma.float()
 
     def _log_p_and_m(self, hidden_ND: Tensor, backbone: Backbone, target_N: Tensor) -> tuple[Tensor, Tensor]:
-        ids_N2 = torch.stack([target_N, torch.full_like(target_N, self.mask_id)], dim=1)
+        ids_N2 = torch.stack([target_N, torch.full_like(target_N, self.process.mask_id)], dim=1)
         log_z_N, picked_N2 = picked_logits(hidden_ND, backbone.head, ids_N2, self.banned_id)
         log_p_N2 = picked_N2 - log_z_N[:, None]
         return log_p_N2.unbind(1)
@@ -96,7 +96,7 @@ class D3PM(MaskedDiffusion):
     ) -> Tensor:
         """The answer among real tokens: a text has no [MASK] in it."""
         log_p = self.answer(backbone, x_BL, t_B, at_BL, **cond)
-        log_p[..., self.mask_id] = -torch.inf
+        log_p[..., self.process.mask_id] = -torch.inf
         return log_p.log_softmax(-1)
 
     def reverse(
@@ -104,7 +104,7 @@ class D3PM(MaskedDiffusion):
     ) -> Tensor:
         log_p_NV = self.answer(backbone, x_BL, t_B, at_BL, **cond).double()
         alpha_t, alpha_s = (per_position(self.schedule(t).alpha, at_BL) for t in (t_B, s_B))
-        m_N = log_p_NV[:, self.mask_id].exp()
+        m_N = log_p_NV[:, self.process.mask_id].exp()
         log_q_NV = log_p_NV + (alpha_s - alpha_t).log()[:, None]
-        log_q_NV[:, self.mask_id] = torch.log1p(-(1 - m_N) * alpha_s)
+        log_q_NV[:, self.process.mask_id] = torch.log1p(-(1 - m_N) * alpha_s)
         return log_q_NV - torch.log1p(-(1 - m_N) * alpha_t)[:, None]

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from forward_process import LatentPrediction, cosine_level, noise_latent, read_prediction, velocity
+from gaussian_process import LatentPrediction, cosine_level, noise_latent, read_prediction, velocity
 from randomness import KeyedNoise
 
 TARGETS, LOSSES = ("v", "x0", "eps"), ("mse", "huber", "cosine", "mse_cosine")

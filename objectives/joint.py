@@ -15,12 +15,13 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from forward_process import LatentPrediction
+from gaussian_process import LatentPrediction
 from noise_schedule import NoiseSchedule
 from objectives.base import Backbone, Batch, TokenLoss, counted_mask, fresh_noise, scored_mask
 from objectives.gaussian import EARLIEST, LATEST, GaussianDiffusion, LatentLoss
 from objectives.noising import Noising
 from objectives.subs import Subs
+from process import Absorbing
 from randomness import KeyedNoise
 
 
@@ -53,8 +54,8 @@ class JointDiffusion:
     -log p(text | latent), or with latent_t = 1 of -log p(text).
 
     Args:
-        mask_id: the mask token.
-        text: mask_id -> the objective of the text.
+        process: of the text.
+        text: process -> the objective of the text.
         latent: the objective of the latent.
         modes: the weights with which rows draw their direction (DIRECTIONS); None for SHARES.
         text_weight, latent_weight: of the two terms.
@@ -65,11 +66,11 @@ class JointDiffusion:
     """
 
     exact, causal, any_order, first_given, encodes, streams = False, False, True, False, 1, 1
-    reads_latents, loss_weight = True, "elbo"
+    reads_latents, loss_weight, clean_text_costs_nothing = True, "elbo", True
 
     def __init__(
         self,
-        mask_id: int,
+        process: Absorbing,
         text: Callable[..., Subs],
         latent: GaussianDiffusion,
         modes: Mapping[str, float] | None = None,
@@ -77,7 +78,7 @@ class JointDiffusion:
         latent_weight: float = 1.0,
         latent_tokens: int = 1,
     ) -> None:
-        self.mask_id, self.text, self.latent = mask_id, text(mask_id=mask_id), latent
+        self.process, self.text, self.latent = process, text(process=process), latent
         self.shares = _shares(modes)
         for key, value in (("text_weight", text_weight), ("latent_weight", latent_weight)):
             if not 0 <= value < math.inf:
@@ -114,7 +115,7 @@ class JointDiffusion:
         return self.text.independent_unmasking
 
     def bound(self, noising: Noising | None) -> JointDiffusion:
-        """The bound of the text given the latent of the batch; as of `MaskedDiffusion`."""
+        """The bound of the text given the latent of the batch; as of `TokenDiffusion`."""
         other = copy.copy(self)
         other.text, other.measures = self.text.bound(noising), True
         return other
@@ -175,7 +176,7 @@ class JointDiffusion:
         shown_BKD = torch.where(told[:, None, None], latent.x0_BKD, latent.xt_BKD)
         reads_text_B, scored_BL = _any(rows, "text", "learned"), scored_mask(batch)
         both = _Both(
-            backbone, self.mask_id, _any(rows, "text", "told"), _any(rows, "text", "hidden"), scored_BL,
+            backbone, self.process, _any(rows, "text", "told"), _any(rows, "text", "hidden"), scored_BL,
             self.text.conditioning(torch.ones_like(t_B)),
         )  # fmt: skip
         given_BL = ~scored_BL | ~reads_text_B[:, None]
@@ -259,7 +260,7 @@ class _Both:
     and shows the text as it is meant to be where it is not learned, clean or all masked, with the time of that."""
 
     backbone: Backbone
-    mask_id: int
+    process: Absorbing
     told_B: Tensor
     hidden_B: Tensor
     maskable_BL: Tensor
@@ -273,7 +274,7 @@ class _Both:
 
     def encode(self, tokens_BL: Tensor, sigma_B: Tensor, at_BL: Tensor, **cond: Tensor) -> Tensor:
         """(N, D), at the positions of `at_BL`."""
-        tokens_BL = torch.where(self.hidden_B[:, None] & self.maskable_BL, self.mask_id, tokens_BL)
+        tokens_BL = self.process.mask(tokens_BL, self.hidden_B[:, None] & self.maskable_BL)
         sigma_B = torch.where(self.hidden_B, self.sigma_of_masks_B, sigma_B).masked_fill(self.told_B, 0.0)
         hidden_ND, output_BKD = self.backbone.encode_both(tokens_BL, sigma_B, at_BL=at_BL, **cond)
         self.outputs.append(output_BKD)

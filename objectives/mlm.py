@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from noise_schedule import NoiseSchedule
-from objectives.base import Backbone, Batch, MaskedDiffusion, scored_mask
+from objectives.base import Backbone, Batch, TokenDiffusion, scored_mask
 from objectives.noising import Noised, Noising, order_statistic, shuffled, weighted
 from objectives.subs import Subs
+from process import Absorbing
 from randomness import KeyedNoise
 
 CONTINUOUS = "continuous"
@@ -26,7 +27,7 @@ CONTINUOUS = "continuous"
 
 def masked_lm(
     schedule: NoiseSchedule,
-    mask_id: int,
+    process: Absorbing,
     noising: Noising | None = None,
     T: int = 0,  # noqa: N803 - the key as users type it
     loss_weight: str = "uniform",
@@ -34,7 +35,7 @@ def masked_lm(
 ) -> Subs:
     """SUBS as algo=mlm trains it: the plain cross-entropy of the masked tokens, under rates of one's choice. These
     weights are measured and sampled as any of parameterization=subs, and those as these."""
-    return Subs(schedule, mask_id, noising, T, loss_weight, change_of_variables)
+    return Subs(schedule, process, noising, T, loss_weight, change_of_variables)
 
 
 class Rates:
@@ -52,7 +53,7 @@ class Rates:
         ValueError: what is no rate, or no such choice.
     """
 
-    passes, discrete, all_rates = 1, False, True
+    passes, discrete, all_rates, counts = 1, False, True, True
 
     def __init__(
         self,
@@ -93,14 +94,14 @@ class Rates:
         return self.rates is None and (self.low, self.high) == (0, 1)
 
     def __call__(
-        self, schedule: NoiseSchedule, x0_BL: Tensor, scored_BL: Tensor, mask_id: int, noise: KeyedNoise
+        self, schedule: NoiseSchedule, x0_BL: Tensor, scored_BL: Tensor, process: Absorbing, noise: KeyedNoise
     ) -> list[Noised]:
         spread = noise.time if self.antithetic_sampling else noise.uniform
         u_B = noise.shared() if self.per == "batch" else spread()
         rate_B, u_BL = self._rate(u_B), noise.uniform(x0_BL.shape[1]).masked_fill(~scored_BL, torch.inf)
         least_B1 = u_BL.min(-1, keepdim=True).values
         masked_BL = ((u_BL < rate_B[:, None]) | (u_BL == least_B1)) & scored_BL
-        xt_BL = torch.where(masked_BL, mask_id, x0_BL)
+        xt_BL = process.mask(x0_BL, masked_BL)
         if not self.of_the_bound:
             return [weighted(schedule, xt_BL, rate_B, 1 / rate_B)]
         # 1 / rate has no finite variance. It is replaced by its mean over the rates that give this mask, k of n tokens,
@@ -119,11 +120,11 @@ class Rates:
 
 
 def cross_entropy_at(
-    objective: MaskedDiffusion, backbone: Backbone, batch: Batch, rate: float, noise: KeyedNoise
+    objective: TokenDiffusion, backbone: Backbone, batch: Batch, rate: float, noise: KeyedNoise
 ) -> tuple[Tensor, Tensor]:
     """Of a batch with each scored token masked with chance `rate`: the summed cross-entropy of the masked ones [nats],
     float64, and their number."""
-    (look,) = Rates([rate])(objective.schedule, batch["input_ids"], scored_mask(batch), objective.mask_id, noise)
+    (look,) = Rates([rate])(objective.schedule, batch["input_ids"], scored_mask(batch), objective.process, noise)
     logs = objective.loss_at(backbone, batch, look.xt_BL, look.t_B).logs
     return logs["cross_entropy"].double().sum(), logs["num_masked"].sum()
 

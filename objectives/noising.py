@@ -13,8 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from forward_process import mask_tokens
 from noise_schedule import NoiseSchedule
+from process import Absorbing, Process
 from randomness import KeyedNoise
 
 _EARLIEST = 1e-6  # t whose mask rate and weight are still exact to four digits under every schedule
@@ -37,9 +37,10 @@ class Noising(Protocol):
     discrete: bool  # gives times of the grid 1/T, ..., 1
     all_rates: bool  # covers every share of masks, if the schedule does
     of_the_bound: bool  # the mean of its draws is the bound; else it is for training by another weight only
+    counts: bool  # draws a number of masks, never 0: for integrands that are 0 on clean texts
 
     def __call__(
-        self, schedule: NoiseSchedule, x0_BL: Tensor, scored_BL: Tensor, mask_id: int, noise: KeyedNoise
+        self, schedule: NoiseSchedule, x0_BL: Tensor, scored_BL: Tensor, process: Process, noise: KeyedNoise
     ) -> list[Noised]: ...
 
 
@@ -59,7 +60,7 @@ class Bernoulli:
             draws from is not quite the process that the bound is of.
     """
 
-    passes, of_the_bound = 1, True
+    passes, of_the_bound, counts = 1, True, False
 
     def __init__(
         self,
@@ -92,19 +93,19 @@ class Bernoulli:
         return not self.resample and (self.discrete or self.sampling_eps == 0)
 
     def __call__(
-        self, schedule: NoiseSchedule, x0_BL: Tensor, scored_BL: Tensor, mask_id: int, noise: KeyedNoise
+        self, schedule: NoiseSchedule, x0_BL: Tensor, scored_BL: Tensor, process: Process, noise: KeyedNoise
     ) -> list[Noised]:
         u_B = noise.time() if self.antithetic_sampling else noise.uniform()
         t_B, scale_B = self._log_uniform(schedule, u_B) if self.importance_sampling else self._uniform(u_B)
-        move_chance = schedule(t_B).move_chance
-        u_BL = noise.uniform(x0_BL.shape[1])
+        level = schedule(t_B)
         if self.resample:
+            u_BL = noise.uniform(x0_BL.shape[1])
             limits = schedule(torch.tensor([0.0, 1.0], dtype=torch.float64, device=t_B.device)).move_chance
-            count_B = _limited_count(noise.uniform(), move_chance, scored_BL, limits)
+            count_B = _limited_count(noise.uniform(), level.move_chance, scored_BL, limits)
             level_B = order_statistic(u_BL.masked_fill(~scored_BL, torch.inf), count_B)
             masked_BL = (u_BL <= level_B[:, None]) & scored_BL & (count_B > 0)[:, None]
-            return [Noised(torch.where(masked_BL, mask_id, x0_BL), t_B, scale_B)]
-        return [Noised(mask_tokens(x0_BL, move_chance, mask_id, scored_BL, u_BL), t_B, scale_B)]
+            return [Noised(process.mask(x0_BL, masked_BL), t_B, scale_B)]
+        return [Noised(process.corrupt(x0_BL, level.alpha, noise, scored_BL), t_B, scale_B)]
 
     def _uniform(self, u_B: Tensor) -> tuple[Tensor, Tensor]:
         if self.T:
@@ -150,15 +151,15 @@ class ExactCount:
     it from its law given k: 1 - alpha is Beta(k, n - k + 1), which is that of the k-th of n sorted uniforms.
     """
 
-    passes, discrete, all_rates, of_the_bound = 1, False, True, True
+    passes, discrete, all_rates, of_the_bound, counts = 1, False, True, True, True
     label = "exact mask counts"
 
     def __call__(
-        self, schedule: NoiseSchedule, x0_BL: Tensor, scored_BL: Tensor, mask_id: int, noise: KeyedNoise
+        self, schedule: NoiseSchedule, x0_BL: Tensor, scored_BL: Tensor, process: Absorbing, noise: KeyedNoise
     ) -> list[Noised]:
         u_BL, n_B = shuffled(noise, scored_BL), scored_BL.sum(-1)
         k_B = 1 + torch.floor(noise.time() * n_B).long()
-        return [_with_masks(schedule, x0_BL, scored_BL, mask_id, u_BL, k_B, n_B / k_B)]
+        return [_with_masks(schedule, x0_BL, scored_BL, process, u_BL, k_B, n_B / k_B)]
 
 
 class TiltedCount:
@@ -169,18 +170,18 @@ class TiltedCount:
     keep uniform k, so that no draw weighs more than twice what it does there.
     """
 
-    passes, discrete, all_rates, of_the_bound = 1, False, True, True
+    passes, discrete, all_rates, of_the_bound, counts = 1, False, True, True, True
     label = "exact mask counts, small ones more often"
 
     def __call__(
-        self, schedule: NoiseSchedule, x0_BL: Tensor, scored_BL: Tensor, mask_id: int, noise: KeyedNoise
+        self, schedule: NoiseSchedule, x0_BL: Tensor, scored_BL: Tensor, process: Absorbing, noise: KeyedNoise
     ) -> list[Noised]:
         u_BL, n_B = shuffled(noise, scored_BL), scored_BL.sum(-1)
         place_L = torch.arange(1, x0_BL.shape[1] + 1, dtype=torch.float64, device=x0_BL.device)
         reached_BL = _tilted_cdf((place_L / n_B.clamp(min=1)[:, None]).clamp(max=1.0))
         k_B = (1 + (reached_BL <= noise.time()[:, None]).sum(-1)).minimum(n_B.clamp(min=1))
         chance_B = _tilted_cdf(k_B / n_B.clamp(min=1)) - _tilted_cdf((k_B - 1) / n_B.clamp(min=1))
-        return [_with_masks(schedule, x0_BL, scored_BL, mask_id, u_BL, k_B, 1 / (k_B * chance_B))]
+        return [_with_masks(schedule, x0_BL, scored_BL, process, u_BL, k_B, 1 / (k_B * chance_B))]
 
 
 def _tilted_cdf(rate: Tensor) -> Tensor:
@@ -197,11 +198,11 @@ class Complementary:
     full mask counts for both.
     """
 
-    passes, discrete, all_rates, of_the_bound = 2, False, True, True
+    passes, discrete, all_rates, of_the_bound, counts = 2, False, True, True, True
     label = "exact mask counts in complementary pairs"
 
     def __call__(
-        self, schedule: NoiseSchedule, x0_BL: Tensor, scored_BL: Tensor, mask_id: int, noise: KeyedNoise
+        self, schedule: NoiseSchedule, x0_BL: Tensor, scored_BL: Tensor, process: Absorbing, noise: KeyedNoise
     ) -> list[Noised]:
         u_BL, n_B = shuffled(noise, scored_BL), scored_BL.sum(-1)
         # The pair {k, n - k} by its smaller member, 0 standing for k = n: uniform k on a circle of n, folded.
@@ -210,7 +211,7 @@ class Complementary:
         pair = []
         for masked_BL, k_B in ((first_BL, few_B), (scored_BL & ~first_BL, n_B - few_B)):
             factor_B = torch.where(k_B > 0, n_B / k_B.clamp(min=1), 0.0) * torch.where(few_B > 0, 1.0, 2.0)
-            xt_BL = torch.where(masked_BL, mask_id, x0_BL)
+            xt_BL = process.mask(x0_BL, masked_BL)
             pair.append(weighted(schedule, xt_BL, order_statistic(u_BL, k_B), factor_B))
         return pair
 
@@ -227,11 +228,17 @@ def order_statistic(u_BL: Tensor, k_B: Tensor) -> Tensor:
 
 
 def _with_masks(
-    schedule: NoiseSchedule, x0_BL: Tensor, scored_BL: Tensor, mask_id: int, u_BL: Tensor, k_B: Tensor, factor_B: Tensor
+    schedule: NoiseSchedule,
+    x0_BL: Tensor,
+    scored_BL: Tensor,
+    process: Absorbing,
+    u_BL: Tensor,
+    k_B: Tensor,
+    factor_B: Tensor,
 ) -> Noised:
     """The k scored positions with the smallest numbers masked, each to weigh `factor_B`."""
     level_B = order_statistic(u_BL, k_B)
-    xt_BL = torch.where((u_BL <= level_B[:, None]) & scored_BL, mask_id, x0_BL)
+    xt_BL = process.mask(x0_BL, (u_BL <= level_B[:, None]) & scored_BL)
     return weighted(schedule, xt_BL, level_B, factor_B)
 
 

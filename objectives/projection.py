@@ -5,11 +5,12 @@ Shape suffixes: N selected positions, K entries picked per position, C positions
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 # Rows of a chunk are chosen so that a chunk's float32 logits stay near this size.
 _CHUNK_BYTES = 32 * 2**20
@@ -84,6 +85,24 @@ def picked_logits(
     """log sum exp of head(hidden) without `banned_id`, (N,), and the logits at `ids_NK`, (N, K); float32,
     differentiable."""
     return _PickedLogits.apply(*_operands(hidden_ND, head), ids_NK, banned_id)
+
+
+def chunked(
+    reduce: Callable[..., Tensor], hidden_ND: Tensor, head: nn.Linear, *rows: Tensor, banned_id: int | None = None
+) -> Tensor:
+    """Return `reduce(logits_CV, *rows_C)` for all N positions, (N, ...), holding one chunk of logits at a time.
+
+    `reduce` maps the float32 logits of some positions, and their parts of `rows`, to a few numbers per position. The
+    backward pass computes the logits again.
+    """
+    hidden_ND, weight_VD, bias_V = _operands(hidden_ND, head)
+
+    def part(hidden_CD: Tensor, *rows_C: Tensor) -> Tensor:
+        return reduce(_logits(hidden_CD, weight_VD, bias_V, banned_id), *rows_C)
+
+    chunks = list(_chunks(len(hidden_ND), len(weight_VD))) or [slice(0, 0)]
+    found = [checkpoint(part, hidden_ND[at], *(row[at] for row in rows), use_reentrant=False) for at in chunks]
+    return torch.cat(found)
 
 
 def cross_entropy(hidden_ND: Tensor, head: nn.Linear, target_N: Tensor, banned_id: int | None) -> Tensor:

@@ -15,9 +15,8 @@ from objectives.base import (
     MAX_SIGMA,
     Backbone,
     Batch,
-    MaskedDiffusion,
+    TokenDiffusion,
     TokenLoss,
-    carry_over,
     context,
     counted_mask,
     encode_at,
@@ -27,21 +26,24 @@ from objectives.base import (
 )
 from objectives.noising import Noising
 from objectives.projection import logits, picked_logits
+from process import Absorbing
 
 
-class SEDD(MaskedDiffusion):
+class SEDD(TokenDiffusion):
     """At a masked position the score of token y is p_t(x with y) / p_t(x), parameterised as
     exp(logit_y) / ((e^sigma - 1) (V - 1)) (appendix C)."""
 
-    def __init__(self, schedule: NoiseSchedule, mask_id: int, noising: Noising | None = None) -> None:
-        super().__init__(schedule, mask_id, noising)
+    def __init__(self, schedule: NoiseSchedule, process: Absorbing, noising: Noising | None = None) -> None:
+        super().__init__(schedule, process, noising)
 
     def loss_at(self, backbone: Backbone, batch: Batch, xt_BL: Tensor, t_B: Tensor) -> TokenLoss:
         """The denoising score entropy (theorem 3.4, weighed as in theorem 3.6), sigma' (sum_y s_y - q log s_x0 +
         q (log q - 1)), with the target q = p_t(x_0) / p_t(mask)."""
-        x0_BL, masked_BL = batch["input_ids"], masked_positions(batch, xt_BL, self.mask_id)
+        x0_BL, masked_BL = batch["input_ids"], masked_positions(batch, xt_BL, self.process)
         hidden_BLD = backbone.encode(xt_BL, self.conditioning(t_B), **context(batch))
-        log_z_N, logit_N1 = picked_logits(hidden_BLD[masked_BL], backbone.head, x0_BL[masked_BL][:, None], self.mask_id)
+        log_z_N, logit_N1 = picked_logits(
+            hidden_BLD[masked_BL], backbone.head, x0_BL[masked_BL][:, None], self.process.mask_id
+        )
         level = self.schedule(t_B)
         shift_N = per_position(self._log_shift(t_B, backbone.head.out_features), masked_BL)
         log_q_N = per_position(_log_ratio(level.alpha), masked_BL)
@@ -58,7 +60,7 @@ class SEDD(MaskedDiffusion):
     def log_score(self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, at_BL: Tensor, **cond: Tensor) -> Tensor:
         """log s(x_t) at the N masked positions of `at_BL`, float64 (N, V); -inf at the mask."""
         hidden_ND = encode_at(backbone, x_BL, self.conditioning(t_B), at_BL, **cond)
-        logits_NV = logits(hidden_ND, backbone.head, self.mask_id).double()
+        logits_NV = logits(hidden_ND, backbone.head, self.process.mask_id).double()
         return logits_NV - per_position(self._log_shift(t_B, backbone.head.out_features), at_BL)[:, None]
 
     def denoise(
@@ -67,7 +69,7 @@ class SEDD(MaskedDiffusion):
         """The scores as probabilities: s_y is proportional to p(x_0 = y | x_t). Visible tokens are copied."""
         chosen_BL = torch.ones_like(x_BL, dtype=torch.bool) if at_BL is None else at_BL
         log_p_NV = self.log_score(backbone, x_BL, t_B, chosen_BL, **cond).log_softmax(-1)
-        log_p_NV = carry_over(log_p_NV, x_BL[chosen_BL], self.mask_id)
+        log_p_NV = self.process.keep_visible(log_p_NV, x_BL[chosen_BL])
         return log_p_NV.unflatten(0, x_BL.shape) if at_BL is None else log_p_NV
 
     def reverse(
@@ -80,7 +82,7 @@ class SEDD(MaskedDiffusion):
         leaving_N = log_q_NV.exp().sum(-1)
         # A network's scores need not fit the step: where they sum to more than everything, nothing stays masked.
         log_q_NV = log_q_NV - leaving_N.clamp(min=1).log()[:, None]
-        log_q_NV[:, self.mask_id] = torch.log1p(-leaving_N.clamp(max=1))
+        log_q_NV[:, self.process.mask_id] = torch.log1p(-leaving_N.clamp(max=1))
         return log_q_NV
 
 

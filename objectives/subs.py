@@ -7,26 +7,24 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from forward_process import log_posterior, unmask_chance
 from noise_schedule import NoiseSchedule
 from objectives.base import (
     Backbone,
     Batch,
-    MaskedDiffusion,
+    TokenDiffusion,
     TokenLoss,
-    carry_over,
     context,
     counted_mask,
     encode_at,
     masked_positions,
-    per_position,
     spread,
 )
 from objectives.noising import Noising, log_move_range
 from objectives.projection import cross_entropy, log_probs
+from process import Absorbing, unmask_chance
 
 
-class Subs(MaskedDiffusion):
+class Subs(TokenDiffusion):
     """Substitution parameterisation (section 3.2.3): the network's distribution has no mass on [MASK] ("zero masking
     probabilities") and visible tokens are copied ("carry-over unmasking").
 
@@ -39,7 +37,7 @@ class Subs(MaskedDiffusion):
     def __init__(
         self,
         schedule: NoiseSchedule,
-        mask_id: int,
+        process: Absorbing,
         noising: Noising | None = None,
         T: int = 0,  # noqa: N803
         loss_weight: str = "elbo",
@@ -48,12 +46,12 @@ class Subs(MaskedDiffusion):
         if loss_weight not in ("elbo", "uniform"):
             raise ValueError(f"training.loss_weight={loss_weight} is unknown; choose elbo or uniform")
         self.loss_weight, self.change_of_variables = loss_weight, change_of_variables
-        super().__init__(schedule, mask_id, noising, T)
+        super().__init__(schedule, process, noising, T)
 
     def loss_at(self, backbone: Backbone, batch: Batch, xt_BL: Tensor, t_B: Tensor) -> TokenLoss:
-        x0_BL, masked_BL = batch["input_ids"], masked_positions(batch, xt_BL, self.mask_id)
+        x0_BL, masked_BL = batch["input_ids"], masked_positions(batch, xt_BL, self.process)
         hidden_ND = encode_at(backbone, xt_BL, self.conditioning(t_B), masked_BL, **context(batch))
-        ce_N = cross_entropy(hidden_ND, backbone.head, x0_BL[masked_BL], self.mask_id)
+        ce_N = cross_entropy(hidden_ND, backbone.head, x0_BL[masked_BL], self.process.mask_id)
         ce_BL = spread(ce_N, masked_BL)
         logs = {"cross_entropy": ce_BL.detach().sum(-1), "num_masked": masked_BL.sum(-1)}
         if self.loss_weight == "uniform":
@@ -77,12 +75,5 @@ class Subs(MaskedDiffusion):
     ) -> Tensor:
         hidden_ND = encode_at(backbone, x_BL, self.conditioning(t_B), at_BL, **cond)
         x_N = x_BL.flatten() if at_BL is None else x_BL[at_BL]
-        log_p_NV = carry_over(log_probs(hidden_ND, backbone.head, self.mask_id), x_N, self.mask_id)
+        log_p_NV = self.process.keep_visible(log_probs(hidden_ND, backbone.head, self.process.mask_id), x_N)
         return log_p_NV.unflatten(0, x_BL.shape) if at_BL is None else log_p_NV
-
-    def reverse(
-        self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, s_B: Tensor, at_BL: Tensor, **cond: Tensor
-    ) -> Tensor:
-        """Eq. 7."""
-        alpha_t, alpha_s = (per_position(self.schedule(t).alpha, at_BL) for t in (t_B, s_B))
-        return log_posterior(self.denoise(backbone, x_BL, t_B, at_BL, **cond), alpha_t, alpha_s, self.mask_id)

@@ -10,11 +10,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from process import Absorbing
 from randomness import KeyedNoise
-from samplers.base import Generation, Model, TokenChoice, Watcher, row_chunks, rows_of, time_grid
+from samplers.base import Generation, Model, TokenChoice, Watcher, row_chunks, rows_of, time_grid, writes
 from samplers.page import Page
 
 
+@writes(Absorbing)
 @torch.no_grad()
 def sample(
     model: Model,
@@ -33,7 +35,7 @@ def sample(
     Every masked position is projected at every step, since the network decides whether it goes; rows without masks
     rest. noise_removal: after the last step draw a token wherever a mask is left, as SEDD's denoiser does.
     """
-    grid, page = time_grid(steps, eps, x_BL.device), Page(x_BL, model.mask_id, watch)
+    grid, page = time_grid(steps, eps, x_BL.device), Page(x_BL, model.process, watch)
     for step in range(steps + 1 if noise_removal else steps):
         goes_BL, u_BL = generator.uniform(x_BL.shape[1]), generator.uniform(x_BL.shape[1])
         masked_BL = page.masked_BL
@@ -44,8 +46,8 @@ def sample(
             at_RL, given = masked_BL[rows_R], rows_of(cond, rows_R)
             log_q_NV = model.reverse(page.ids_BL[rows_R], t.expand(len(rows_R)), s.expand(len(rows_R)), at_RL, **given)
             leaves_N = torch.full_like(log_q_NV[:, 0], last, dtype=torch.bool)
-            leaves_N |= goes_BL[rows_R][at_RL] < -torch.expm1(log_q_NV[:, model.mask_id])
-            log_q_NV[:, model.mask_id] = -torch.inf
+            leaves_N |= goes_BL[rows_R][at_RL] < -torch.expm1(log_q_NV[:, model.process.mask_id])
+            log_q_NV[:, model.process.mask_id] = -torch.inf
             log_p_NV = log_q_NV.log_softmax(-1)
             drawn_N = choice.draw(log_p_NV, u_BL[rows_R][at_RL])
             leaves_RL = torch.zeros_like(at_RL).masked_scatter(at_RL, leaves_N)

@@ -15,13 +15,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from forward_process import unmask_step
+from process import Absorbing, unmask_step
 from randomness import KeyedNoise
 from samplers import analytic
-from samplers.base import Generation, Model, TokenChoice, Watcher, rows_of, time_grid
+from samplers.base import Generation, Model, TokenChoice, Watcher, rows_of, time_grid, writes
 from samplers.page import Page
 
 
+@writes(Absorbing)
 @torch.no_grad()
 def sample(
     model: Model,
@@ -56,7 +57,7 @@ def sample(
     grid = time_grid(steps, eps, x_BL.device)  # (S,) for all rows, or (B, S)
     if begin_B is not None:  # from there in as many steps
         grid = eps + (grid - eps) * (begin_B[:, None].clamp(min=eps) - eps) / (1 - eps)
-    page = Page(x_BL, model.mask_id, watch)
+    page = Page(x_BL, model.process, watch)
     write_at_BL = unmask_step(generator.uniform(x_BL.shape[1]), model.schedule(grid).alpha)
     write_at_BL = write_at_BL.masked_fill(~page.masked_BL, -1)
     u_BL = generator.uniform(x_BL.shape[1])

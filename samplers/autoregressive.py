@@ -8,11 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from process import Absorbing
 from randomness import KeyedNoise
-from samplers.base import Generation, Model, TokenChoice, Watcher
+from samplers.base import Generation, Model, TokenChoice, Watcher, writes
 from samplers.page import Page
 
 
+@writes(Absorbing)
 @torch.no_grad()
 def sample(
     model: Model,
@@ -35,7 +37,7 @@ def sample(
     """
     if not hasattr(model.objective, "next_token"):
         raise ValueError("sampling.predictor=ar needs parameterization=ar; use ddpm_cache, analytic or first_hitting")
-    masked_BL = x_BL == model.mask_id
+    masked_BL = model.process.is_corrupted(x_BL)
     if bool(masked_BL[:, 0].any()):
         raise ValueError(
             "a causal model needs a first token to start from: give one, or data.insert_train_special=true"
@@ -43,7 +45,7 @@ def sample(
     if bool(((masked_BL.cumsum(-1) > 0) & ~masked_BL).any()):
         raise ValueError("a causal model can not fill in before given text: use sampling.prefix, not sampling.template")
     length = x_BL.shape[1]
-    u_BL, page = generator.uniform(length), Page(x_BL, model.mask_id, watch)
+    u_BL, page = generator.uniform(length), Page(x_BL, model.process, watch)
     first = int(masked_BL.any(0).nonzero()[0]) if bool(masked_BL.any()) else length
     cache = model.new_cache(len(x_BL), length) if kv_cache else None
     told = {name: value for name, value in cond.items() if name != "attention_mask"}  # padding stands on the right

@@ -12,14 +12,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from forward_process import draw_categorical
 from noise_schedule import NoiseSchedule
+from process import Process, draw_categorical
 
 
 class Model(Protocol):
     """An objective with its backbone bound (objectives.base.Model): all that a sampler may ask."""
 
-    mask_id: int
+    process: Process
     vocab_size: int
     schedule: NoiseSchedule
     independent_unmasking: bool  # when a mask goes is the schedule's choice, not the network's
@@ -61,6 +61,16 @@ class Frame:
 
 # Called by a sampler after each step of its that may have written something. Every sampler takes one as `watch`.
 Watcher = Callable[[Frame], None]
+
+
+def writes(*processes: type[Process]) -> Callable[[Callable], Callable]:
+    """Declare of which forward processes a sampler writes texts, as its `processes`."""
+
+    def declared(sample: Callable) -> Callable:
+        sample.processes = processes
+        return sample
+
+    return declared
 
 
 @dataclass(frozen=True)

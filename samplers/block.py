@@ -16,9 +16,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from process import Absorbing
 from randomness import KeyedNoise
 from samplers import ancestral, segments
-from samplers.base import Generation, Model, TokenChoice, Watcher
+from samplers.base import Generation, Model, TokenChoice, Watcher, writes
 from samplers.first_hitting import sample as first_hitting_sample
 from samplers.page import Page
 
@@ -69,6 +70,7 @@ def unigram_entropy(ids_S: Tensor) -> float:
     return float(-(p * p.log()).sum())
 
 
+@writes(Absorbing)
 @torch.no_grad()
 def sample(
     model: Model,
@@ -99,10 +101,10 @@ def sample(
     """
     if "segment_ends" in cond:
         return segments.sample(model, x_BL, generator, inner=inner, kv_cache=kv_cache, watch=watch, **cond)
-    size, length, masked_BL = _block_size(model, context), x_BL.shape[1], x_BL == model.mask_id
+    size, length, masked_BL = _block_size(model, context), x_BL.shape[1], model.process.is_corrupted(x_BL)
     here_BL = cond.pop("attention_mask", torch.ones_like(masked_BL)).bool()
     _refuse_gaps(masked_BL, here_BL, size)
-    page, end_B = Page(x_BL, model.mask_id, watch), here_BL.sum(-1)
+    page, end_B = Page(x_BL, model.process, watch), here_BL.sum(-1)
     x_BL, rows_R = page.ids_BL, torch.arange(len(x_BL), device=x_BL.device)
     window = None if context is None else context - size  # of clean tokens
     cache = model.new_block_cache(len(x_BL), length, window) if kv_cache else None

@@ -12,11 +12,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from process import Absorbing
 from randomness import KeyedNoise
-from samplers.base import Generation, Model, TokenChoice, Watcher, rows_of
+from samplers.base import Generation, Model, TokenChoice, Watcher, rows_of, writes
 from samplers.page import Page
 
 
+@writes(Absorbing)
 @torch.no_grad()
 def sample(
     model: Model,
@@ -37,7 +39,7 @@ def sample(
             "sampling.predictor=first_hitting draws all unmasking times before the network runs, which is right for "
             "parameterization=subs only; use sampling.predictor=analytic"
         )
-    page = Page(x_BL, model.mask_id, watch)
+    page = Page(x_BL, model.process, watch)
     masked_BL = page.masked_BL
     start = model.schedule(torch.ones((), dtype=torch.float64, device=x_BL.device)).move_chance
     level_BL = (generator.uniform(x_BL.shape[1]) * start).masked_fill(~masked_BL, -1.0)

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from forward_process import LatentPrediction, cosine_level
+from gaussian_process import LatentPrediction, cosine_level
 from randomness import KeyedNoise
 
 

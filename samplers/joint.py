@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from forward_process import log_posterior, unmask_step
 from noise_schedule import NoiseSchedule
+from process import Absorbing, unmask_step
 from randomness import KeyedNoise
-from samplers.base import Generation, Model, TokenChoice, Watcher, time_grid
+from samplers.base import Generation, Model, TokenChoice, Watcher, time_grid, writes
 from samplers.gaussian import first_noise, step
 from samplers.page import Page
 
@@ -29,8 +29,8 @@ class Guided:
     independent_unmasking = True
 
     @property
-    def mask_id(self) -> int:
-        return self.model.mask_id
+    def process(self) -> Absorbing:
+        return self.model.process
 
     @property
     def vocab_size(self) -> int:
@@ -60,7 +60,8 @@ class Guided:
     def reverse(self, x_BL: Tensor, t_B: Tensor, s_B: Tensor, at_BL: Tensor, **cond: Tensor) -> Tensor:
         """As of the model: the schedule decides when a mask goes, the guided prediction what it becomes."""
         alpha_t, alpha_s = (self.schedule(t).alpha[:, None].expand(at_BL.shape)[at_BL] for t in (t_B, s_B))
-        return log_posterior(self.denoise(x_BL, t_B, at_BL, **cond).double(), alpha_t, alpha_s, self.mask_id)
+        log_p_NV = self.denoise(x_BL, t_B, at_BL, **cond).double()
+        return self.process.posterior(x_BL[at_BL], log_p_NV, alpha_t, alpha_s)
 
 
 def with_guidance(sampler: Callable[..., Generation], weight: float) -> Callable[..., Generation]:
@@ -84,6 +85,7 @@ class JointGeneration:
     latent_BKD: Tensor
 
 
+@writes(Absorbing)
 @torch.no_grad()
 def sample(
     model: Model, x_BL: Tensor, generator: KeyedNoise, *, steps: int, eta: float = 0.0,
@@ -98,7 +100,7 @@ def sample(
     The text's numbers are the row's own, the latent's those of its part 1.
     """
     grid_S, latents = time_grid(steps, eps, x_BL.device), generator.part(1)
-    page = Page(x_BL, model.mask_id, watch)
+    page = Page(x_BL, model.process, watch)
     write_at_BL = unmask_step(generator.uniform(x_BL.shape[1]), model.schedule(grid_S).alpha)
     write_at_BL = write_at_BL.masked_fill(~page.masked_BL, -1)
     u_BL = generator.uniform(x_BL.shape[1])

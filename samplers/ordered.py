@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from process import Absorbing
 from randomness import KeyedNoise
-from samplers.base import Generation, Model, TokenChoice, Watcher, row_chunks, rows_of
+from samplers.base import Generation, Model, TokenChoice, Watcher, row_chunks, rows_of, writes
 from samplers.page import Page
 
 ORDERS = ("left_to_right", "confidence", "margin", "entropy")
@@ -50,6 +51,7 @@ def next_positions(preference_BL: Tensor, left_B: Tensor, tokens_per_step: int) 
     return first_positions(preference_BL, left_B.clamp(max=tokens_per_step))
 
 
+@writes(Absorbing)
 @torch.no_grad()
 def sample(
     model: Model,
@@ -64,7 +66,7 @@ def sample(
 ) -> Generation:
     """Fill the masked positions of `x_BL`; its other tokens are given and never change."""
     check(order, tokens_per_step)
-    u_BL, page = generator.uniform(x_BL.shape[1]), Page(x_BL, model.mask_id, watch)
+    u_BL, page = generator.uniform(x_BL.shape[1]), Page(x_BL, model.process, watch)
     maskable_B = page.masked_BL.sum(-1)
     num_steps = -(-int(maskable_B.max()) // tokens_per_step)
     for step in range(1, num_steps + 1):

@@ -8,25 +8,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from process import Process
 from samplers.base import Frame, Generation, Watcher
 
 
 class Page:
     """A copy of `x_BL` to be written on, with all that a `Generation` says of it.
 
-    watch: is shown the page after each step.
+    watch: is shown the page after each step. open_BL: True where the sampler is to write.
     """
 
-    def __init__(self, x_BL: Tensor, mask_id: int, watch: Watcher | None = None) -> None:
+    def __init__(self, x_BL: Tensor, process: Process, watch: Watcher | None = None) -> None:
         self.ids_BL, self.step_BL = x_BL.clone(), torch.zeros_like(x_BL)
-        self.confidence_BL = (x_BL != mask_id).float()
+        self.open_BL = x_BL == process.blank_id
+        self.confidence_BL = (~self.open_BL).float()
         self.evaluations_B = torch.zeros(len(x_BL), dtype=torch.long, device=x_BL.device)
-        self.num_steps, self._mask_id, self._watch = 0, mask_id, watch
+        self.num_steps, self._blank_id, self._watch = 0, process.blank_id, watch
 
     @property
     def masked_BL(self) -> Tensor:
         """True where nothing is written yet."""
-        return self.ids_BL == self._mask_id
+        return self.ids_BL == self._blank_id
 
     def write(self, step: int, at_RL: Tensor, ids_N: Tensor, log_p_NV: Tensor, rows_R: Tensor | None = None) -> None:
         """Put `ids_N` at the N positions of `at_RL`, in the rows `rows_R` (None: in all). log_p_NV: the model's own
@@ -38,7 +40,7 @@ class Page:
     def erase(self, at_RL: Tensor, rows_R: Tensor | None = None) -> None:
         """Mask the positions of `at_RL` again."""
         where = self._places(at_RL, rows_R)
-        self.ids_BL[where], self.step_BL[where], self.confidence_BL[where] = self._mask_id, 0, 0.0
+        self.ids_BL[where], self.step_BL[where], self.confidence_BL[where] = self._blank_id, 0, 0.0
 
     def end_step(self, step: int) -> None:
         """Show what is there after `step`."""

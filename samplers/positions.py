@@ -88,7 +88,7 @@ def _looked_at(
         for at_BL in (first_BL & eligible_BL, ~first_BL & eligible_BL):
             for rows_R in row_chunks(every_R, at_BL.sum(-1), model.vocab_size):
                 at_RL, t_R = at_BL[rows_R], half.expand(len(rows_R))
-                seen_RL, given = x_BL[rows_R].masked_fill(at_RL, model.mask_id), rows_of(cond, rows_R)
+                seen_RL, given = x_BL[rows_R].masked_fill(at_RL, model.process.mask_id), rows_of(cond, rows_R)
                 if positions == "entropy":
                     log_p_NV = model.denoise(seen_RL, t_R, at_RL, **given).double()
                     found_N = -(log_p_NV.exp() * log_p_NV.masked_fill(log_p_NV.isneginf(), 0.0)).sum(-1)

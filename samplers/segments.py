@@ -13,11 +13,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from process import Absorbing
 from randomness import KeyedNoise
-from samplers.base import Generation, Model, Watcher
+from samplers.base import Generation, Model, Watcher, writes
 from samplers.page import Page
 
 
+@writes(Absorbing)
 @torch.no_grad()
 def sample(
     model: Model,
@@ -42,14 +44,14 @@ def sample(
     """
     place_L = torch.arange(x_BL.shape[1], device=x_BL.device)
     segment_BL = (place_L >= segment_ends[..., None]).sum(1)
-    _refuse_gaps(x_BL == model.mask_id, segment_BL)
-    page, rows_B = Page(x_BL, model.mask_id, watch), torch.arange(len(x_BL), device=x_BL.device)
+    _refuse_gaps(model.process.is_corrupted(x_BL), segment_BL)
+    page, rows_B = Page(x_BL, model.process, watch), torch.arange(len(x_BL), device=x_BL.device)
     earlier: object = model.new_segment_cache(len(x_BL)) if kv_cache else []
     number = segment_ends.shape[1] + 1
     for segment in range(number):
         at_BL = segment_BL == segment
-        tokens_BW, here_BW = _to_the_front(page.ids_BL, at_BL, filler=int(model.mask_id == 0))
-        if bool((tokens_BW == model.mask_id).any()):
+        tokens_BW, here_BW = _to_the_front(page.ids_BL, at_BL, filler=int(model.process.mask_id == 0))
+        if bool((model.process.is_corrupted(tokens_BW)).any()):
             law, noise = model.after(earlier, **cond), generator.part(segment)
             watched = page.inset(at_BL, here_BW)
             out = inner(law, tokens_BW, noise, watch=watched, row=rows_B, attention_mask=here_BW)

@@ -12,13 +12,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from process import Absorbing
 from randomness import KeyedNoise
-from samplers.base import Generation, Model, Watcher
+from samplers.base import Generation, Model, Watcher, writes
 from samplers.page import Page
 
 _MOST_TOKENS = 2**20  # of a text, behind the first window
 
 
+@writes(Absorbing)
 @torch.no_grad()
 def sample(
     model: Model,
@@ -50,8 +52,8 @@ def sample(
         )
     if "attention_mask" in cond and not bool(cond["attention_mask"].all()):
         raise ValueError("sampling.semi_ar=true goes on behind full rows; use wrapped data (data.wrap=true)")
-    blank_BW = torch.full((len(x_BL), stride_length * num_strides), model.mask_id, device=x_BL.device)
-    page = Page(torch.cat([x_BL, blank_BW], dim=1), model.mask_id, watch)
+    blank_BW = torch.full((len(x_BL), stride_length * num_strides), model.process.mask_id, device=x_BL.device)
+    page = Page(torch.cat([x_BL, blank_BW], dim=1), model.process, watch)
     for start in range(0, stride_length * num_strides + 1, stride_length):
         window_BL = page.ids_BL[:, start : start + length].clone()  # the page changes while it is watched
         new = length if start == 0 else stride_length  # of the window's tokens, the last ones

@@ -21,9 +21,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from process import Absorbing
 from randomness import KeyedNoise
 from samplers import ordered
-from samplers.base import Generation, Model, TokenChoice, Watcher, row_chunks, rows_of
+from samplers.base import Generation, Model, TokenChoice, Watcher, row_chunks, rows_of, writes
 from samplers.ordered import first_positions, preference, time_of
 from samplers.page import Page
 
@@ -142,6 +143,7 @@ def remdm_chances(alpha_t_B: Tensor, alpha_s_B: Tensor, eta: float) -> Chances:
     return Chances((alpha_s_B - (1 - sigma_B) * alpha_t_B) / (1 - alpha_t_B), sigma_B)
 
 
+@writes(Absorbing)
 @torch.no_grad()
 def sample(
     model: Model,
@@ -164,7 +166,7 @@ def sample(
     """
     if steps < 1:
         raise ValueError(f"sampling.steps={steps} must be at least 1")
-    page, noise = Page(x_BL, model.mask_id, watch), _stream(generator)
+    page, noise = Page(x_BL, model.process, watch), _stream(generator)
     maskable_B, length = page.masked_BL.sum(-1), x_BL.shape[1]
     for step in range(1, steps + 1 if bool(maskable_B.any()) else 1):
         where_BL, token_BL = noise.uniform(length), noise.uniform(length)

@@ -88,8 +88,13 @@ class Likelihood:
         bits = self.model.scaled(1 / np.log(2))
         perplexity = self.model.exp()
         rows = [
-            Metric("NLL", self.model.value, self.model.se, "nats/token",
-                   f"{self.scores.label}; error over {self.scores.units}"),  # fmt: skip
+            Metric(
+                "NLL",
+                self.model.value,
+                self.model.se,
+                "nats/token",
+                f"{self.scores.label}; error over {self.scores.units}",
+            ),  # fmt: skip
             Metric("bits", bits.value, bits.se, "bits/token"),
             Metric("perplexity", perplexity.value, perplexity.se),
         ]

@@ -110,7 +110,7 @@ def _pieces(tokenizer: object, text: str) -> list[int]:
 
 def rows_to_fill(diffusion: Diffusion, data: object, given: Template, num_samples: int, seed: int) -> list[np.ndarray]:
     """One row of ids per sample, the mask where a token is wanted, as long as a training row picked at random."""
-    mask_id, causal = diffusion.objective.mask_id, diffusion.objective.causal
+    mask_id, causal = diffusion.objective.process.blank_id, diffusion.objective.causal
     limit = given.max_length or data.length
     check_amount(num_samples, limit)
     fixed = given.ids(data.tokenizer, mask_id, limit)

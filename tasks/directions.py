@@ -150,7 +150,7 @@ class Setting:
 
     def chosen(self, unlike: int | None = None) -> Chosen:
         """The rows that are looked at, none of class `unlike`."""
-        return choose(self.data, self.split, self.number, self.seed, self.diffusion.objective.mask_id, unlike)
+        return choose(self.data, self.split, self.number, self.seed, self.diffusion.objective.process.blank_id, unlike)
 
     def written(
         self, rows: Sequence[np.ndarray], names_M: np.ndarray, told: Mapping[str, Tensor],

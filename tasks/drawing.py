@@ -172,7 +172,7 @@ def draw_batch(
     cond |= told or {}
     if class_id is not None:
         cond["class_id"] = torch.full((len(rows),), class_id)
-    prompts_B = np.array([int((row == diffusion.objective.mask_id).argmax()) for row in rows])
+    prompts_B = np.array([int((row == diffusion.objective.process.blank_id).argmax()) for row in rows])
     segment_ends = data.segment_ends(prompts_B) if data.segments else None
     if segment_ends is not None:
         cond["segment_ends"] = torch.from_numpy(segment_ends)
@@ -181,7 +181,7 @@ def draw_batch(
     stop = {"stop_id": data.vocabulary.eos_id} if ends_early or drawing.var_length else {}
     x_BL = x_BL.to(diffusion.device)
     if watch is not None:
-        given_BL = (x_BL != diffusion.objective.mask_id).float()
+        given_BL = (x_BL != diffusion.objective.process.blank_id).float()
         watch(Frame(0, x_BL, given_BL, torch.zeros(len(rows), dtype=torch.long, device=x_BL.device)))
     out = drawing.sampler(diffusion.model, x_BL, noise, watch=watch, **_moved(cond, diffusion.device), **stop)
     extra = out.ids_BL.shape[1] - x_BL.shape[1]  # semi-autoregressive samplers go on behind the window

@@ -29,7 +29,7 @@ def nearest_centroid(
     networks, where each class has one; held against the centroids of the train split's own latents."""
     networks = list(dict.fromkeys(h.diffusion for h in hypotheses))
     table = data.split(split)
-    chosen = choose(data, split, len(table), experiment.seed, networks[0].objective.mask_id)
+    chosen = choose(data, split, len(table), experiment.seed, networks[0].objective.process.blank_id)
     trainer, every_R = experiment.trainer("latents of texts"), np.arange(len(table))
     drawn = [latents_of(Setting(experiment, Directed(latent=how), trainer, network, data, split, len(table), 1),
                         chosen.rows, chosen.blanks, chosen.names_M, every_R, how) for network in networks]  # fmt: skip

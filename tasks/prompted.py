@@ -139,7 +139,7 @@ def _complete(
     bos = [data.vocabulary.bos_id] * data.packing(asked.split).bos
     heads = [bos + ids for ids in encode(data.tokenizer, [prompt for prompt, _ in pairs])]
     ids_M, times = np.asarray(texts["text_id"][:], dtype=np.int64), range(asked.samples_per_prompt)
-    blank = [np.array(head + [diffusion.objective.mask_id] * (data.length - len(head))) for head in heads]
+    blank = [np.array(head + [diffusion.objective.process.blank_id] * (data.length - len(head))) for head in heads]
     taken = np.array([len(head) for head in heads])  # by the prompt, and by what has a room of its own behind it
     taken = data.segment_ends(taken)[:, -1] if data.segments else taken
     fits = [m for m in range(len(heads)) if taken[m] < data.length]

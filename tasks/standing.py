@@ -44,7 +44,7 @@ class Standing:
         """For the first `num_texts` texts of a drawing."""
         ends = (diffusion.objective.causal and not data.wrap) or data.fill or drawing.var_length
         end_id = data.vocabulary.eos_id if ends and not data.segments else None
-        return cls(data.tokenizer, data.vocabulary.mask_id, num_texts, blank_of(data), end_id)
+        return cls(data.tokenizer, diffusion.objective.process.blank_id, num_texts, blank_of(data), end_id)
 
     def take(self, frame: Frame) -> bool:
         """Take in what `frame` holds; True if one of the texts has changed."""

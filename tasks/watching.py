@@ -57,7 +57,7 @@ class Views:
         show = None
         if self.show and rank_zero_only.rank == 0:
             show = Show(Standing.of(num_texts, diffusion, data, drawing), self.show_delay)
-        return Watching(Recorder(num_texts, data.vocabulary.mask_id), show)
+        return Watching(Recorder(num_texts, diffusion.objective.process.blank_id), show)
 
     def write(self, folder: Path, samples: Sequence[Sample], subtitle: str, command: str) -> list[Path]:
         """Writes what is asked for of `samples`, and says where it lies."""

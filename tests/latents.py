@@ -15,6 +15,7 @@ from noise_schedule import LogLinear
 from objectives.gaussian import GaussianDiffusion
 from objectives.joint import JointDiffusion
 from objectives.subs import Subs
+from process import Absorbing
 from text.collate import Collate
 
 VOCAB, MASK, LENGTH = 7, 6, 9
@@ -34,7 +35,7 @@ def network(seed: int = 0, scale: float = 0.3, **settings: object) -> MMDiT:
 
 def objective(modes: Mapping[str, float] | None = None, **settings: object) -> JointDiffusion:
     latent = settings.pop("latent", GaussianDiffusion())
-    return JointDiffusion(MASK, partial(Subs, LogLinear()), latent, modes, latent_tokens=LENGTH, **settings)
+    return JointDiffusion(Absorbing(MASK), partial(Subs, LogLinear()), latent, modes, latent_tokens=LENGTH, **settings)
 
 
 def batch(rows: int = 8, seed: int = 0) -> dict[str, torch.Tensor]:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from scipy import stats
 
-from objectives.base import MaskedDiffusion, Model
+from objectives.base import Model, TokenDiffusion
 from samplers.base import time_grid
 from samplers.ordered import next_positions, preference, time_of
 
@@ -30,7 +30,7 @@ def texts(vocab: int, length: int, mask_id: int) -> torch.Tensor:
 
 @torch.no_grad()
 def exact_bound(
-    objective: MaskedDiffusion, net: torch.nn.Module, x0: torch.Tensor, low: float = 0.0, points: int = 400
+    objective: TokenDiffusion, net: torch.nn.Module, x0: torch.Tensor, low: float = 0.0, points: int = 400
 ) -> float:
     """The mean over t in [low, 1] (or over the T times) of the expectation of the loss over all masks, in nats."""
     length = x0.shape[1]
@@ -44,7 +44,7 @@ def exact_bound(
     total = 0.0
     for pattern in itertools.product([False, True], repeat=length):
         masked, k = torch.tensor([pattern]), sum(pattern)
-        xt = torch.where(masked, objective.mask_id, x0).expand(len(t), -1)
+        xt = torch.where(masked, objective.process.mask_id, x0).expand(len(t), -1)
         rows = {"input_ids": x0.expand(len(t), -1)}
         loss = objective.loss_at(net, rows, xt, t).nll_BL.double().sum(-1)
         total += float((weight * move**k * (1 - move) ** (length - k) * loss).sum())
@@ -54,12 +54,12 @@ def exact_bound(
 @torch.no_grad()
 def chain_law(model: Model, length: int, vocab: int, steps: int, start: tuple | None = None) -> dict[tuple, float]:
     """The law over final sequences of steps through p(x_s | x_t), by propagating every state."""
-    law = {start or (model.mask_id,) * length: 1.0}
+    law = {start or (model.process.mask_id,) * length: 1.0}
     for t, s in itertools.pairwise(time_grid(steps, 1e-5)):
         moved: dict[tuple, float] = {}
         for state, mass in law.items():
             x = torch.tensor([state])
-            at = x == model.mask_id
+            at = x == model.process.mask_id
             choices = [[(token, 1.0)] for token in state]
             if at.any():
                 q = model.reverse(x, t[None], s[None], at).exp()
@@ -77,8 +77,8 @@ def chain_law(model: Model, length: int, vocab: int, steps: int, start: tuple | 
 @torch.no_grad()
 def any_order_law(model: Model, length: int, vocab: int, start: tuple | None = None) -> dict[tuple, float]:
     """The mean over all orders of the chain rule along the order: the continuous-time law of a time-free network."""
-    start = start or (model.mask_id,) * length
-    holes = [i for i, token in enumerate(start) if token == model.mask_id]
+    start = start or (model.process.mask_id,) * length
+    holes = [i for i, token in enumerate(start) if token == model.process.mask_id]
     orders = list(itertools.permutations(holes))
     law: dict[tuple, float] = {}
     for order in orders:
@@ -93,12 +93,12 @@ def any_order_law(model: Model, length: int, vocab: int, start: tuple | None = N
 @torch.no_grad()
 def ordered_law(model: Model, length: int, vocab: int, order: str, tokens_per_step: int) -> dict[tuple, float]:
     """The law of filling positions in a deterministic order."""
-    law = {(model.mask_id,) * length: 1.0}
-    while any(model.mask_id in state for state in law):
+    law = {(model.process.mask_id,) * length: 1.0}
+    while any(model.process.mask_id in state for state in law):
         moved: dict[tuple, float] = {}
         for state, mass in law.items():
             x = torch.tensor([state])
-            at = x == model.mask_id
+            at = x == model.process.mask_id
             t = time_of(model, at.sum(-1), torch.tensor([length]))
             chosen = next_positions(preference(model.denoise(x, t, at), at, order), at.sum(-1), tokens_per_step)
             for after, p in _fill(model, {state: mass}, chosen[0].nonzero().squeeze(-1).tolist(), vocab, t).items():

@@ -17,6 +17,7 @@ from models.checkpoints import read_checkpoint
 from objectives.ar import AR
 from objectives.base import Model
 from objectives.noising import Complementary
+from process import Absorbing
 from randomness import KeyedNoise
 from samplers import autoregressive
 from samplers.base import TokenChoice
@@ -32,7 +33,7 @@ def model() -> Model:
     net = Causal(VOCAB, hidden_size=16, n_blocks=2, n_heads=2, dropout=0.0).double()
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
-    return Model(AR(MASK), net.eval())
+    return Model(AR(Absorbing(MASK)), net.eval())
 
 
 def after_bos(rows: torch.Tensor) -> torch.Tensor:
@@ -112,8 +113,10 @@ def test_golden_numbers(fixtures_dir, variant, file, nlls, weights):
     net = Causal(meta["vocab_size"], size["hidden_size"], size["n_blocks"], size["n_heads"], dropout=0.0).eval()
     read_checkpoint(folder / file).load_into(net, use_ema=weights == "ema")
     batch = {"input_ids": golden["x0"], "attention_mask": golden["attention_mask"].bool()}
-    loss = AR(meta["mask_index"]).loss(net, batch)
+    loss = AR(Absorbing(meta["mask_index"])).loss(net, batch)
     assert close(loss.nll_BL[:, 1:], golden[f"{weights}.{nlls}"])
     assert close(loss.mean(), golden[f"{weights}.token_nll"])
     possible = golden[f"{weights}.logprobs"] > -900  # the reference writes -1000 where we write -inf
-    assert close(AR(meta["mask_index"]).denoise(net, golden["x0"])[possible], golden[f"{weights}.logprobs"][possible])
+    assert close(
+        AR(Absorbing(meta["mask_index"])).denoise(net, golden["x0"])[possible], golden[f"{weights}.logprobs"][possible]
+    )

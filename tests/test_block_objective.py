@@ -22,6 +22,7 @@ from objectives.base import Model
 from objectives.block import BlockDiffusion
 from objectives.noising import Bernoulli, Complementary, ExactCount, Noised, TiltedCount
 from objectives.subs import Subs
+from process import Absorbing
 from randomness import KeyedNoise, evaluation_noise, training_noise
 from tests.laws import batch_of, exact_bound, texts
 
@@ -30,7 +31,7 @@ VOCAB, MASK = 4, 3
 
 def block(size: int, schedule=None, noising=None, mask_id: int = MASK, ignore_bos: bool = False, **kwargs):
     within = partial(Subs, schedule or LogLinear(), noising=noising, **kwargs)
-    return BlockDiffusion(mask_id, within, size, ignore_bos)
+    return BlockDiffusion(Absorbing(mask_id), within, size, ignore_bos)
 
 
 class Fixed:
@@ -107,7 +108,7 @@ def test_one_block_is_masked_diffusion_number_for_number(random_dit, noising, to
     batch = batch_of(x0, padding=2)
     batch |= {"class_id": torch.tensor([0, 1, -1, 0, 1])} if "num_classes" in told else {}
     for schedule in (LogLinear(), Cosine()):
-        one, other = block(6, schedule, noising), Subs(schedule, MASK, noising)
+        one, other = block(6, schedule, noising), Subs(schedule, Absorbing(MASK), noising)
         noise = partial(training_noise, 0, torch.arange(5), 5)
         ours, plain = one.loss(net, batch, noise()), other.loss(net, batch, noise())
         torch.testing.assert_close(ours.nll_BL, plain.nll_BL)
@@ -187,7 +188,9 @@ def test_the_bound_is_unbiased_and_above_the_likelihood(random_dit, size):
                 def encode(self, tokens, sigma, at_BL=None, behind=behind):
                     return behind.backbone.encode(tokens, sigma, torch.zeros(len(tokens), dtype=torch.long), at_BL)
 
-            total += exact_bound(Subs(LogLinear(eps=0.0), MASK), Bound(), row[None, start : start + size], points=60)
+            total += exact_bound(
+                Subs(LogLinear(eps=0.0), Absorbing(MASK)), Bound(), row[None, start : start + size], points=60
+            )
         wanted.append(total)
     wanted = torch.tensor(wanted, dtype=torch.float64)
     assert (wanted >= -log_p[[5, 40]] - 1e-6).all()

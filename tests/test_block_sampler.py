@@ -12,6 +12,7 @@ from noise_schedule import LogLinear
 from objectives.base import Model
 from objectives.block import BlockDiffusion
 from objectives.subs import Subs
+from process import Absorbing
 from randomness import KeyedNoise
 from samplers import ancestral, block, first_hitting
 from samplers.base import TokenChoice
@@ -24,7 +25,7 @@ MANY = 12_000
 
 
 def model_of(net, size: int, **kwargs) -> Model:
-    return Model(BlockDiffusion(MASK, partial(Subs, LogLinear()), size, ignore_bos=False, **kwargs), net)
+    return Model(BlockDiffusion(Absorbing(MASK), partial(Subs, LogLinear()), size, ignore_bos=False, **kwargs), net)
 
 
 def run(model, x, seed=0, first=0, inner=first_hitting.sample, **settings):
@@ -199,4 +200,4 @@ def test_given_text_behind_a_gap_is_refused(random_dit):
 
 def test_other_models_are_not_written_in_blocks(random_dit):
     with pytest.raises(ValueError, match="sampling.predictor=block writes texts of parameterization=bd3lm"):
-        run(Model(Subs(LogLinear(), MASK), random_dit(VOCAB)), blank(1, 4))
+        run(Model(Subs(LogLinear(), Absorbing(MASK)), random_dit(VOCAB)), blank(1, 4))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from noise_schedule import Clipped, Cosine, CosineSquared, Geometric, Linear, LogLinear
-from objectives.base import MaskedDiffusion
+from objectives.base import TokenDiffusion
 from objectives.block import BlockDiffusion
 from objectives.d3pm import D3PM
 from objectives.gaussian import GaussianDiffusion
@@ -25,6 +25,7 @@ from objectives.mlm import Rates
 from objectives.noising import Bernoulli, Complementary, ExactCount, TiltedCount
 from objectives.sedd import SEDD
 from objectives.subs import Subs
+from process import Absorbing
 from randomness import evaluation_noise
 from tests.exact import Copies, for_sedd
 
@@ -69,7 +70,7 @@ def quadrature(panels: int = 16, points: int = 32) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def expected_nats(objective: object, within: MaskedDiffusion, length: int, network: Copies | None = None) -> float:
+def expected_nats(objective: object, within: TokenDiffusion, length: int, network: Copies | None = None) -> float:
     """The expectation of the loss of a text of copies, nats."""
     noising, network = within.noising, network or Copies(WORDS, MASK)
     if within.T:
@@ -83,7 +84,7 @@ def expected_nats(objective: object, within: MaskedDiffusion, length: int, netwo
         u_B = torch.cat([low_B, 1 - low_B])
         weight_B = torch.full_like(u_B, width / 4000)
     x_BL = torch.full((len(u_B), length), 3)
-    (*_, look) = noising(within.schedule, x_BL, torch.ones_like(x_BL, dtype=torch.bool), MASK, Grid(u_B))
+    (*_, look) = noising(within.schedule, x_BL, torch.ones_like(x_BL, dtype=torch.bool), Absorbing(MASK), Grid(u_B))
     if isinstance(noising, Bernoulli):  # the others draw how many are masked, and that all are is among it
         weight_B = weight_B * within.schedule(look.t_B).move_chance ** length
     batch = {"input_ids": x_BL, "sample_id": torch.arange(len(u_B))}
@@ -94,21 +95,21 @@ def expected_nats(objective: object, within: MaskedDiffusion, length: int, netwo
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("noising", NOISINGS)
 def test_the_bound_of_copies_is_their_entropy_under_every_schedule_and_estimator(noising, schedule, length):
-    bound = Subs(SCHEDULES[schedule], MASK).bound(NOISINGS[noising]())
+    bound = Subs(SCHEDULES[schedule], Absorbing(MASK)).bound(NOISINGS[noising]())
     assert expected_nats(bound, bound, length) == pytest.approx(TRUTH, rel=4e-3 if noising == "tilted_count" else 1e-5)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_thousand_copies_cost_no_less(schedule):
     """Measured from mask rates of 0.1 % to 99.9 % they came to 36 % of the entropy."""
-    bound = Subs(SCHEDULES[schedule], MASK).bound(Bernoulli())
+    bound = Subs(SCHEDULES[schedule], Absorbing(MASK)).bound(Bernoulli())
     assert expected_nats(bound, bound, 1024) == pytest.approx(TRUTH, rel=1e-4)
 
 
 @pytest.mark.parametrize("schedule", ["loglinear", "cosine", "geometric"])
 @pytest.mark.parametrize("noising", ["auto", "uniform", "importance"])
 def test_the_score_entropy_of_exact_scores_is_the_entropy(noising, schedule):
-    bound = SEDD(SCHEDULES[schedule], MASK).bound(NOISINGS[noising]())
+    bound = SEDD(SCHEDULES[schedule], Absorbing(MASK)).bound(NOISINGS[noising]())
     found = expected_nats(bound, bound, 64, for_sedd(Copies(WORDS, MASK)))
     assert found == pytest.approx(TRUTH, rel=1e-4)
 
@@ -119,7 +120,7 @@ def test_the_score_entropy_of_exact_scores_is_the_entropy(noising, schedule):
 def test_steps_cost_what_they_unmask_together_and_no_step_is_left_out(build, T, schedule):
     """The first step unmasks the first tokens, each of which is a guess: E [k | k > 0] of them, in closed form the sum
     over steps of n m_t^(n - 1) (m_t - m_s) log V, with m the mask rates before and after."""
-    bound, length = build(SCHEDULES[schedule], MASK, T=T).bound(None), 64
+    bound, length = build(SCHEDULES[schedule], Absorbing(MASK), T=T).bound(None), 64
     m = 1 - bound.schedule(torch.arange(T + 1, dtype=torch.float64) / T).alpha
     wanted = float((length * m[1:] ** (length - 1) * m.diff()).sum()) * TRUTH
     found = expected_nats(bound, bound, length)
@@ -130,14 +131,14 @@ def test_steps_cost_what_they_unmask_together_and_no_step_is_left_out(build, T, 
 @pytest.mark.parametrize("noising", ["auto", "stratified", "complementary"])
 def test_blocks_and_texts_with_latents_measure_the_same_bound(noising):
     text = partial(Subs, LogLinear())
-    block = BlockDiffusion(MASK, text, block_size=16, ignore_bos=False).bound(NOISINGS[noising]())
-    joint = JointDiffusion(MASK, text, GaussianDiffusion()).bound(NOISINGS[noising]())
+    block = BlockDiffusion(Absorbing(MASK), text, block_size=16, ignore_bos=False).bound(NOISINGS[noising]())
+    joint = JointDiffusion(Absorbing(MASK), text, GaussianDiffusion()).bound(NOISINGS[noising]())
     for objective, within in ((block, block.within), (joint, joint.text)):
         assert expected_nats(objective, within, 16) == pytest.approx(TRUTH, rel=1e-5)
 
 
 def test_training_on_all_mask_rates_with_the_weights_of_the_bound_is_the_bound():
-    objective = Subs(LogLinear(), MASK, Rates("continuous", 0.0, 1.0))
+    objective = Subs(LogLinear(), Absorbing(MASK), Rates("continuous", 0.0, 1.0))
     u_B, weight_B = quadrature()
     x_BL = torch.full((len(u_B), 16), 3)
     nats_B = objective.loss(Copies(WORDS, MASK), {"input_ids": x_BL}, Grid(u_B)).nll_BL.double().sum(-1)
@@ -147,7 +148,7 @@ def test_training_on_all_mask_rates_with_the_weights_of_the_bound_is_the_bound()
 def test_draws_that_leave_mask_rates_out_are_not_the_bound():
     for noising in (Bernoulli(sampling_eps=1e-3), Bernoulli(resample=True)):
         with pytest.raises(ValueError, match="part of the bound only.*eval.estimator=auto"):
-            Subs(LogLinear(), MASK).bound(noising)
+            Subs(LogLinear(), Absorbing(MASK)).bound(noising)
 
 
 # ------------------------------------------------------------------------------------ the time that is shown
@@ -162,7 +163,13 @@ def test_the_mask_rate_of_the_time_given_the_count_follows_its_beta(noising):
     n, rows, draw = 5, 40_000, TIMED[noising]()
     schedule = LogLinear(eps=0.0)
     x_BL = torch.zeros(rows, n, dtype=torch.long)
-    looks = draw(schedule, x_BL, torch.ones_like(x_BL, dtype=torch.bool), MASK, evaluation_noise(2, torch.arange(rows)))
+    looks = draw(
+        schedule,
+        x_BL,
+        torch.ones_like(x_BL, dtype=torch.bool),
+        Absorbing(MASK),
+        evaluation_noise(2, torch.arange(rows)),
+    )
     for k in range(1, n + 1):
         weight, first, second = 0.0, 0.0, 0.0
         for look in looks:
@@ -179,10 +186,10 @@ def test_the_mask_rate_of_the_time_given_the_count_follows_its_beta(noising):
 def test_a_network_is_shown_the_noise_of_the_mask_rate_within_what_it_was_trained_on(noising, schedule):
     trained = SCHEDULES[schedule].whole
     low, high = trained(torch.tensor([0.0, 1.0], dtype=torch.float64)).sigma.tolist()
-    network, bound = Copies(WORDS, MASK), Subs(SCHEDULES[schedule], MASK).bound(NOISINGS[noising]())
+    network, bound = Copies(WORDS, MASK), Subs(SCHEDULES[schedule], Absorbing(MASK)).bound(NOISINGS[noising]())
     x_BL = torch.full((500, 6), 3)
     noise = lambda: evaluation_noise(1, torch.arange(500))  # noqa: E731
-    looks = bound.noising(bound.schedule, x_BL, torch.ones_like(x_BL, dtype=torch.bool), MASK, noise())
+    looks = bound.noising(bound.schedule, x_BL, torch.ones_like(x_BL, dtype=torch.bool), Absorbing(MASK), noise())
     bound.loss(network, {"input_ids": x_BL}, noise())
     for look, shown_B in zip(looks, network.noise_shown, strict=True):
         rate_B = bound.schedule(look.t_B).move_chance
@@ -190,7 +197,9 @@ def test_a_network_is_shown_the_noise_of_the_mask_rate_within_what_it_was_traine
 
 
 def test_a_changed_variable_stays_within_what_it_was_trained_on():
-    trained = Subs(LogLinear(), MASK, Bernoulli(change_of_variables=True, sampling_eps=1e-3), change_of_variables=True)
+    trained = Subs(
+        LogLinear(), Absorbing(MASK), Bernoulli(change_of_variables=True, sampling_eps=1e-3), change_of_variables=True
+    )
     t_B = torch.tensor([1e-9, 1e-3, 0.5, 1.0], dtype=torch.float64)
     shown_B, in_training_B = trained.bound(None).conditioning(t_B), trained.conditioning(t_B)
     torch.testing.assert_close(shown_B[2], in_training_B[2], rtol=0, atol=2e-4)

@@ -12,6 +12,7 @@ from noise_schedule import LogLinear
 from objectives.ar import AR as ARLaw  # noqa: N811
 from objectives.base import Model
 from objectives.subs import Subs
+from process import Absorbing
 from randomness import KeyedNoise, evaluation_noise
 from samplers.autoregressive import sample
 
@@ -70,12 +71,12 @@ def test_a_network_that_knows_no_classes_has_the_shapes_of_one_that_never_will()
 
 
 def test_the_loss_and_the_sampler_hand_the_class_on():
-    law, net = Subs(LogLinear(), MASK), dit()
+    law, net = Subs(LogLinear(), Absorbing(MASK)), dit()
     clean = TOKENS.clamp(max=5)
     noise = lambda: evaluation_noise(0, torch.arange(2))  # noqa: E731
     nll = [law.loss(net, {"input_ids": clean, "class_id": torch.full((2,), k)}, noise()).nll_BL for k in (0, 1)]
     assert not torch.allclose(*nll)
-    model, start = Model(ARLaw(MASK), ar()), torch.tensor([[0, MASK, MASK, MASK, MASK, MASK]]).expand(8, -1)
+    model, start = Model(ARLaw(Absorbing(MASK)), ar()), torch.tensor([[0, MASK, MASK, MASK, MASK, MASK]]).expand(8, -1)
     draws = {
         (k, cache): sample(
             model, start, KeyedNoise(1, torch.arange(8)), kv_cache=cache, class_id=torch.full((8,), k)

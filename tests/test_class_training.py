@@ -239,7 +239,7 @@ def nll_at_start(exp, diffusion, data, class_id: int | None) -> np.ndarray:
     total = {}
     for batch in data.eval_dataloader("validation"):
         scored_BL = batch["attention_mask"] & ~batch["given"]
-        x_BL = batch["input_ids"].masked_fill(scored_BL, diffusion.objective.mask_id)
+        x_BL = batch["input_ids"].masked_fill(scored_BL, diffusion.objective.process.mask_id)
         cond = {} if class_id is None else {"class_id": torch.full((len(x_BL),), class_id)}
         with torch.no_grad():
             log_p = diffusion.model.denoise(x_BL, torch.ones(len(x_BL)), attention_mask=batch["attention_mask"], **cond)
@@ -269,7 +269,7 @@ def test_a_class_begins_exactly_at_its_unigram_law(label):
     data = exp.data(label)
     diffusion = exp.diffusion(data)
     begin(exp, diffusion, data, None)
-    law_V = law_of(slow_counts(data, data.split("train")["input_ids"]), diffusion.objective.mask_id)
+    law_V = law_of(slow_counts(data, data.split("train")["input_ids"]), diffusion.objective.process.mask_id)
     found_M = nll_at_start(exp, diffusion, data, None)
     np.testing.assert_allclose(found_M, expected_nll(data, law_V), rtol=1e-5)
     np.testing.assert_allclose(found_M, unigram_nll(data, "validation"), rtol=1e-3)
@@ -294,7 +294,7 @@ def test_a_conditional_network_begins_at_the_law_of_each_class_and_untold_at_tha
     np.testing.assert_array_equal(token_counts(data, by_class=True), np.stack([counts[0], counts[1]]))
     for class_id, counts_V in counts.items():
         found_M = nll_at_start(exp, diffusion, data, class_id)
-        expected_M = expected_nll(data, law_of(counts_V, diffusion.objective.mask_id))
+        expected_M = expected_nll(data, law_of(counts_V, diffusion.objective.process.mask_id))
         np.testing.assert_allclose(found_M, expected_M, rtol=1e-5)
 
 
@@ -305,7 +305,7 @@ def test_a_pretrained_class_exchanges_the_law_of_the_pretraining_for_its_own():
     diffusion, plain = exp.diffusion(data), exp.diffusion(data)
     begin(exp, diffusion, data, shared)
     plain.start_from(read_checkpoint(shared))
-    mask_id = diffusion.objective.mask_id
+    mask_id = diffusion.objective.process.mask_id
     all_V = slow_counts(data, exp.pretraining.data().split("train")["input_ids"]) + 1
     own_V = slow_counts(data, data.split("train")["input_ids"]) + 1
     wanted_V = np.log(own_V / own_V.sum()) - np.log(all_V / all_V.sum())

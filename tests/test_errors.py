@@ -57,6 +57,7 @@ def scores(nll_MK: np.ndarray, units: Units, tokens_M: np.ndarray | None = None,
 def test_rows_of_one_document_are_not_independent():
     """A look-alike of 198 documents of source text, whose unigram rates differ strongly: the error by row is several
     times too small, that by documents right, and so is that by runs of rows, where documents are shorter than a run."""
+
     def by_row(rng: np.random.Generator) -> Estimate:
         nats_M, tokens_M, *_ = wrapped(rng, 198, 16)
         return ratio(nats_M, tokens_M)
@@ -77,6 +78,7 @@ def test_rows_of_one_document_are_not_independent():
 @pytest.mark.parametrize("row", [40, 128, 400])
 def test_the_error_over_documents_holds_for_rows_of_any_length(row):
     """Shorter than documents, about as long, and longer; with noise that all of a row shares, as masks bring it."""
+
     def one(rng: np.random.Generator) -> Estimate:
         nats_M, tokens_M, first_M, last_M = wrapped(rng, 150, row)
         nats_M = nats_M + rng.normal(0, 0.1 * row, len(nats_M))
@@ -87,6 +89,7 @@ def test_the_error_over_documents_holds_for_rows_of_any_length(row):
 
 def test_windows_are_parts_of_their_text():
     """Nats per token with texts of one to five windows; the order of the rows plays no part."""
+
     def one(rng: np.random.Generator) -> Estimate:
         windows_T = rng.integers(1, 6, 100)
         text_M = np.repeat(np.arange(100), windows_T)
@@ -102,6 +105,7 @@ def test_windows_are_parts_of_their_text():
 
 def test_texts_and_paired_differences():
     """Nats per token over independent texts, the difference of two models on them, and accuracy."""
+
     def one(rng: np.random.Generator, paired: bool) -> Estimate:
         tokens_M = rng.integers(5, 80, 120)
         own = tokens_M * rng.normal(3.0, 0.5, 120)
@@ -113,6 +117,7 @@ def test_texts_and_paired_differences():
 
 def test_the_loss_by_mask_rate_sums_a_text_first():
     """32 passes of each of 60 texts, which have rates of their own: by passes the error is far too small."""
+
     def one(rng: np.random.Generator, together: bool) -> Estimate:
         masked_MP = rng.integers(1, 101, (60, 32))
         nats_MP = masked_MP * (rng.normal(3.0, 0.5, 60)[:, None] + rng.normal(0, 0.2, (60, 32)))
@@ -204,6 +209,7 @@ def test_accuracy_log_loss_brier_and_f1(monkeypatch):
 
 def test_shares_of_prompts_and_accuracy_by_mask_rate():
     """Several completions of each prompt, and several passes of each text, which agree with one another in part."""
+
     def prompts(rng: np.random.Generator) -> Estimate:
         return share(rng.random((150, 4)) < rng.beta(2, 2, 150)[:, None]).estimate
 
@@ -221,6 +227,7 @@ def test_shares_of_prompts_and_accuracy_by_mask_rate():
 
 def test_generative_perplexity_and_diversity():
     """Of independent texts, and of rows of documents, each with a vocabulary and a rate of its own."""
+
     def perplexity(rng: np.random.Generator, documents: bool) -> Estimate:
         nats_M, tokens_M, first_M, last_M = wrapped(rng, 80, 60)
         some_M = rng.permutation(len(nats_M))[:64]

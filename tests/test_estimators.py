@@ -16,6 +16,7 @@ from objectives.d3pm import D3PM
 from objectives.noising import Bernoulli, Complementary, ExactCount, TiltedCount
 from objectives.sedd import SEDD
 from objectives.subs import Subs
+from process import Absorbing
 from randomness import evaluation_noise
 from samplers.ordered import ORDERS
 from tests.laws import any_order_law, batch_of, exact_bound, ordered_law, texts
@@ -49,10 +50,10 @@ NOISINGS = {
     "complementary": Complementary(),
 }
 LAWS = {
-    "subs": (lambda noising: Subs(LogLinear(eps=0.0), MASK, noising), False),
-    "subs_time": (lambda noising: Subs(LogLinear(eps=0.0), MASK, noising), True),
-    "subs_cosine_time": (lambda noising: Subs(Cosine(eps=0.0), MASK, noising), True),
-    "sedd": (lambda noising: SEDD(LogLinear(eps=0.0), MASK, noising), True),
+    "subs": (lambda noising: Subs(LogLinear(eps=0.0), Absorbing(MASK), noising), False),
+    "subs_time": (lambda noising: Subs(LogLinear(eps=0.0), Absorbing(MASK), noising), True),
+    "subs_cosine_time": (lambda noising: Subs(Cosine(eps=0.0), Absorbing(MASK), noising), True),
+    "sedd": (lambda noising: SEDD(LogLinear(eps=0.0), Absorbing(MASK), noising), True),
 }
 
 
@@ -72,14 +73,14 @@ def test_every_noising_is_unbiased(random_dit, law, noising):
 def test_counts_are_unbiased_for_every_length_and_number_of_draws(random_dit, length, draws):
     net, x0 = random_dit(VOCAB), X0[:, :length]
     for noising in (ExactCount(), TiltedCount(), Complementary()):
-        objective = Subs(LogLinear(eps=0.0), MASK, noising)
+        objective = Subs(LogLinear(eps=0.0), Absorbing(MASK), noising)
         value, se = mean_loss(objective, net, x0, draws=draws)
         assert abs(value - exact_bound(objective, net, x0)) < 5 * se + 1e-6
 
 
 @pytest.mark.parametrize("build", [
-    lambda: Subs(LogLinear(), MASK, T=5), lambda: D3PM(LogLinear(), MASK, T=5),
-    lambda: D3PM(Cosine(), MASK, T=4, subs_masking=True),
+    lambda: Subs(LogLinear(), Absorbing(MASK), T=5), lambda: D3PM(LogLinear(), Absorbing(MASK), T=5),
+    lambda: D3PM(Cosine(), Absorbing(MASK), T=4, subs_masking=True),
 ], ids=["subs", "d3pm", "d3pm_subs_masking"])  # fmt: skip
 def test_discrete_time_losses_are_unbiased(random_dit, build):
     objective, net = build(), random_dit(VOCAB, time_conditioning=True)
@@ -91,7 +92,7 @@ def test_every_token_is_masked_once_in_a_complementary_pair(random_dit):
     x0 = torch.randint(MASK, (64, 7))
     scored = torch.ones_like(x0, dtype=torch.bool)
     scored[:, 5:] = False
-    first, second = Complementary()(LogLinear(), x0, scored, MASK, evaluation_noise(0, torch.arange(64)))
+    first, second = Complementary()(LogLinear(), x0, scored, Absorbing(MASK), evaluation_noise(0, torch.arange(64)))
     masked = torch.stack([first.xt_BL == MASK, second.xt_BL == MASK])
     assert (masked.sum(0) == scored).all()
     assert len(set(masked[0].sum(-1).tolist())) == 3, "the smaller half has 0, 1 or 2 of 5"
@@ -103,7 +104,7 @@ def test_counts_have_no_noise_of_their_own(noising, length):
     """Where every masked token costs one nat, every single draw is exactly the length."""
     x0 = torch.zeros(500, length, dtype=torch.long)
     schedule, scored = LogLinear(), torch.ones_like(x0, dtype=torch.bool)
-    looks = noising(schedule, x0, scored, MASK, evaluation_noise(0, torch.arange(500)))
+    looks = noising(schedule, x0, scored, Absorbing(MASK), evaluation_noise(0, torch.arange(500)))
     nats = sum(look.scale_B * schedule(look.t_B).elbo_weight * (look.xt_BL == MASK).sum(-1) for look in looks)
     torch.testing.assert_close(nats / len(looks), torch.full((500,), float(length), dtype=torch.float64))
 
@@ -112,7 +113,7 @@ def test_counts_have_no_noise_of_their_own(noising, length):
 def test_every_estimator_is_finite_under_every_schedule(random_dit, schedule):
     """Counts ask for mask rates that a schedule may not reach."""
     net, batch = random_dit(VOCAB, time_conditioning=True), batch_of(torch.randint(MASK, (200, 3)))
-    model = Model(Subs(schedule, MASK).bound(None), net)
+    model = Model(Subs(schedule, Absorbing(MASK)).bound(None), net)
     for estimator in (Nelbo(ExactCount()), Nelbo(Complementary()), Ordered(), AnyOrder()):
         with torch.no_grad():
             assert estimator(model, batch, 0, 4).nll_BK.isfinite().all()
@@ -121,7 +122,9 @@ def test_every_estimator_is_finite_under_every_schedule(random_dit, schedule):
 @pytest.mark.parametrize("schedule", [Linear(1.0, 20.0), Linear(1e-4, 1.0), LogLinear(eps=0.5)])
 @pytest.mark.parametrize("noising", [None, Bernoulli()], ids=["counts", "t"])
 def test_the_bound_covers_the_mask_rates_that_a_schedule_leaves_out(random_dit, schedule, noising):
-    values = [mean_loss(Subs(s, MASK).bound(noising), random_dit(VOCAB)) for s in (schedule, LogLinear(eps=0.0))]
+    values = [
+        mean_loss(Subs(s, Absorbing(MASK)).bound(noising), random_dit(VOCAB)) for s in (schedule, LogLinear(eps=0.0))
+    ]
     if noising is None:
         assert values[0][0] == pytest.approx(values[1][0], rel=1e-6)
     assert abs(values[0][0] - values[1][0]) < 5 * (values[0][1] + values[1][1])
@@ -132,20 +135,22 @@ def test_rows_without_a_scored_token_cost_nothing_and_break_nothing(random_dit, 
     batch = batch_of(torch.randint(MASK, (3, 4)))
     batch["given"] = torch.zeros(3, 4, dtype=torch.bool)
     batch["given"][1] = True
-    loss = Subs(LogLinear(), MASK, noising).loss(random_dit(VOCAB), batch, evaluation_noise(0, torch.arange(3)))
+    loss = Subs(LogLinear(), Absorbing(MASK), noising).loss(
+        random_dit(VOCAB), batch, evaluation_noise(0, torch.arange(3))
+    )
     assert torch.isfinite(loss.nll_BL).all() and (loss.nll_BL[1] == 0).all()
 
 
 def test_uniform_weight_is_the_plain_cross_entropy_and_evaluation_the_bound(random_dit):
     net, batch = random_dit(VOCAB), batch_of(torch.randint(MASK, (16, 6)))
     noise = lambda: evaluation_noise(0, torch.arange(16))  # noqa: E731
-    plain = Subs(LogLinear(), MASK, Complementary(), loss_weight="uniform").loss(net, batch, noise())
+    plain = Subs(LogLinear(), Absorbing(MASK), Complementary(), loss_weight="uniform").loss(net, batch, noise())
     assert plain.mask_BL.all(), "both halves of the pair are seen"
     wanted = (plain.logs["cross_entropy"].sum() / plain.logs["num_masked"].sum()).float()
     torch.testing.assert_close(plain.mean(), wanted)
-    bound = Subs(LogLinear(), MASK, loss_weight="uniform").bound(Bernoulli())
+    bound = Subs(LogLinear(), Absorbing(MASK), loss_weight="uniform").bound(Bernoulli())
     torch.testing.assert_close(
-        bound.loss(net, batch, noise()).nll_BL, Subs(LogLinear(), MASK).loss(net, batch, noise()).nll_BL
+        bound.loss(net, batch, noise()).nll_BL, Subs(LogLinear(), Absorbing(MASK)).loss(net, batch, noise()).nll_BL
     )
 
 
@@ -153,10 +158,12 @@ def test_clipped_schedules_train_on_their_range_and_measure_the_whole(random_dit
     schedule = Clipped(LogLinear(), 0.3, 0.8)
     t = torch.tensor([0.0, 1.0], dtype=torch.float64)
     torch.testing.assert_close(schedule(t).move_chance, torch.tensor([0.3, 0.8], dtype=torch.float64))
-    assert Subs(schedule, MASK).bound(None).schedule(t).move_chance.tolist() == [0, 1]
+    assert Subs(schedule, Absorbing(MASK)).bound(None).schedule(t).move_chance.tolist() == [0, 1]
     for t, rate in ((0.0, 0.3), (1.0, 0.8)):
         shown = [
-            Subs(s, MASK, change_of_variables=True).conditioning(s.t_from_alpha(torch.tensor([1 - rate]).double()))
+            Subs(s, Absorbing(MASK), change_of_variables=True).conditioning(
+                s.t_from_alpha(torch.tensor([1 - rate]).double())
+            )
             for s in (schedule, schedule.base)
         ]
         torch.testing.assert_close(*shown)
@@ -168,7 +175,7 @@ def test_the_importance_weighted_bound_lies_between_the_likelihood_and_the_nelbo
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.mul_(2.2)  # so that the order matters
-    model = Model(Subs(LogLinear(eps=0.0), MASK).bound(None), net)
+    model = Model(Subs(LogLinear(eps=0.0), Absorbing(MASK)).bound(None), net)
     true = -math.log(any_order_law(model, 4, VOCAB)[tuple(X0[0].tolist())])
     nelbo = exact_bound(model.objective, net, X0)
     batch = batch_of(X0.expand(1000, -1))
@@ -189,13 +196,15 @@ def test_one_order_is_the_nelbo_of_a_network_that_is_shown_the_time(random_dit, 
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.mul_(2.5)  # so that the time matters
-    model = Model(Subs(schedule, MASK).bound(None), net)
+    model = Model(Subs(schedule, Absorbing(MASK)).bound(None), net)
     with torch.no_grad():
         found = AnyOrder()(model, batch_of(x0.expand(20_000, -1)), 0, 1).nll_BK
     assert abs(float(found.mean()) - exact_bound(model.objective, net, x0)) < 5 * float(found.std()) / math.sqrt(20_000)
 
 
-@pytest.mark.parametrize("objective", [SEDD(LogLinear(), MASK), D3PM(LogLinear(), MASK, T=5)], ids=["sedd", "d3pm"])
+@pytest.mark.parametrize(
+    "objective", [SEDD(LogLinear(), Absorbing(MASK)), D3PM(LogLinear(), Absorbing(MASK), T=5)], ids=["sedd", "d3pm"]
+)
 def test_orders_are_refused_where_the_network_decides_when_a_mask_goes(random_dit, objective):
     with pytest.raises(ValueError, match="eval.estimator=importance_weighted.*sedd or d3pm.*eval.estimator=auto"):
         AnyOrder()(Model(objective, random_dit(VOCAB, time_conditioning=True)), batch_of(X0), 0, 1)
@@ -206,7 +215,7 @@ def test_orders_are_refused_where_the_network_decides_when_a_mask_goes(random_di
 @pytest.mark.parametrize("order", ORDERS)
 def test_the_likelihood_of_an_ordered_sampler_is_a_distribution(random_dit, order, tokens_per_step, time_conditioning):
     net = random_dit(VOCAB, time_conditioning=time_conditioning)
-    model = Model(Subs(LogLinear(), MASK).bound(None), net)
+    model = Model(Subs(LogLinear(), Absorbing(MASK)).bound(None), net)
     every = texts(VOCAB, 3, MASK)
     found = Ordered(order, tokens_per_step)(model, batch_of(every), 0, 1)
     p = (-found.nll_BK[:, 0]).exp().detach()
@@ -218,7 +227,7 @@ def test_the_likelihood_of_an_ordered_sampler_is_a_distribution(random_dit, orde
 
 
 def test_padding_does_not_change_a_likelihood(random_dit):
-    model = Model(Subs(LogLinear(), MASK).bound(None), random_dit(VOCAB))
+    model = Model(Subs(LogLinear(), Absorbing(MASK)).bound(None), random_dit(VOCAB))
     x0 = torch.randint(MASK, (5, 6))
     for estimator in (Nelbo(), Ordered(), AnyOrder(), Nelbo(ExactCount())):
         padded, short = batch_of(x0, padding=2), batch_of(x0[:, :4])
@@ -227,7 +236,7 @@ def test_padding_does_not_change_a_likelihood(random_dit):
 
 
 def test_draws_must_fit_the_estimator(random_dit):
-    model = Model(Subs(LogLinear(), MASK).bound(None), random_dit(VOCAB))
+    model = Model(Subs(LogLinear(), Absorbing(MASK)).bound(None), random_dit(VOCAB))
     batch = batch_of(X0)
     with pytest.raises(ValueError, match="eval.num_draws=3.*multiple of 2"):
         Nelbo(Complementary())(model, batch, 0, 3)
@@ -237,5 +246,7 @@ def test_draws_must_fit_the_estimator(random_dit):
 
 def test_the_bound_is_the_same_under_linear_and_loglinear(random_dit):
     linear = Linear(1e-9, 25.0)
-    values = [exact_bound(Subs(s, MASK), random_dit(VOCAB), X0, points=2000) for s in (LogLinear(eps=0.0), linear)]
+    values = [
+        exact_bound(Subs(s, Absorbing(MASK)), random_dit(VOCAB), X0, points=2000) for s in (LogLinear(eps=0.0), linear)
+    ]
     assert values[0] == pytest.approx(values[1], rel=1e-4)

@@ -18,6 +18,7 @@ from objectives.d3pm import D3PM
 from objectives.noising import Bernoulli, Complementary, ExactCount, TiltedCount
 from objectives.sedd import SEDD
 from objectives.subs import Subs
+from process import Absorbing
 from samplers.ordered import ORDERS
 from tests.exact import MASK, ExactModel, Reviews, for_sedd
 from text.exact_denoiser import ExactDenoiser
@@ -75,7 +76,7 @@ def test_what_belongs_to_no_text_is_answered_by_any_word():
 
 
 def test_one_order_any_order_and_duel_all_give_the_probability_of_the_text(reviews, texts):
-    model = ExactModel(Subs(LogLinear(), MASK).bound(None), reviews.denoiser())
+    model = ExactModel(Subs(LogLinear(), Absorbing(MASK)).bound(None), reviews.denoiser())
     batch, wanted = reviews.batch(texts), torch.from_numpy(reviews.nats(texts))
     for estimator in (AnyOrder(), *(Ordered(order) for order in ORDERS)):
         found = estimator(model, batch, 0, 1).nll_BK[:, 0]
@@ -83,13 +84,13 @@ def test_one_order_any_order_and_duel_all_give_the_probability_of_the_text(revie
 
 
 MEASURED = {
-    "auto": (lambda: Subs(LogLinear(), MASK), None),
-    "uniform": (lambda: Subs(LogLinear(), MASK), Bernoulli(antithetic_sampling=False)),
-    "stratified": (lambda: Subs(Cosine(), MASK), Bernoulli()),
-    "exact_count": (lambda: Subs(Cosine(), MASK), ExactCount()),
-    "tilted_count": (lambda: Subs(LogLinear(), MASK), TiltedCount()),
-    "complementary": (lambda: Subs(LogLinear(), MASK), Complementary()),
-    "sedd": (lambda: SEDD(LogLinear(), MASK), None),
+    "auto": (lambda: Subs(LogLinear(), Absorbing(MASK)), None),
+    "uniform": (lambda: Subs(LogLinear(), Absorbing(MASK)), Bernoulli(antithetic_sampling=False)),
+    "stratified": (lambda: Subs(Cosine(), Absorbing(MASK)), Bernoulli()),
+    "exact_count": (lambda: Subs(Cosine(), Absorbing(MASK)), ExactCount()),
+    "tilted_count": (lambda: Subs(LogLinear(), Absorbing(MASK)), TiltedCount()),
+    "complementary": (lambda: Subs(LogLinear(), Absorbing(MASK)), Complementary()),
+    "sedd": (lambda: SEDD(LogLinear(), Absorbing(MASK)), None),
 }
 
 
@@ -104,8 +105,8 @@ def test_the_mean_of_the_bound_of_exact_conditionals_is_the_truth(reviews, texts
 
 
 @pytest.mark.parametrize(("build", "least_gap"), [
-    (lambda: Subs(LogLinear(), MASK, T=4), 3.0), (lambda: Subs(LogLinear(), MASK, T=1000), 0.0),
-    (lambda: D3PM(LogLinear(), MASK, T=4, subs_masking=True), 3.0),
+    (lambda: Subs(LogLinear(), Absorbing(MASK), T=4), 3.0), (lambda: Subs(LogLinear(), Absorbing(MASK), T=1000), 0.0),
+    (lambda: D3PM(LogLinear(), Absorbing(MASK), T=4, subs_masking=True), 3.0),
 ], ids=["subs T=4", "subs T=1000", "d3pm T=4"])  # fmt: skip
 def test_steps_that_unmask_several_tokens_cost_nats_and_never_gain_any(reviews, texts, build, least_gap):
     value, se = _mean(Model(build(), reviews.denoiser()), None, reviews.batch(texts[:1]))

@@ -19,7 +19,8 @@ from file_settings import complete
 from metrics import Estimate
 from models.checkpoints import read_checkpoint, read_settings
 from models.dit import DiT
-from objectives.base import MaskedDiffusion
+from objectives.base import TokenDiffusion
+from process import Absorbing
 from tests.commands import refused
 from text.collate import Collate
 
@@ -67,7 +68,7 @@ def test_golden_numbers_without_a_setting_typed(fixtures_dir, name, weights):
     golden = load_file(fixtures_dir / name / "golden.safetensors")
     path = next((fixtures_dir / name).glob("*.ckpt"))
     cfg = composed(path)
-    objective = instantiate(cfg.parameterization, mask_id=39)
+    objective = instantiate(cfg.parameterization, process=Absorbing(39))
     net = instantiate(cfg.backbone, vocab_size=40).eval()
     read_checkpoint(path).load_into(net, use_ema=weights == "ema")
     x0, near = golden["x0"], {"rtol": 1e-4, "atol": 1e-4}
@@ -146,6 +147,10 @@ def test_names_of_duo_and_mdlm(tmp_path):
     discrete = completed(reference_file(tmp_path / "y.ckpt", DUO, algo_name="d3pm", algo_parameterization="mean",
                                         algo_T=500, algo_subs_masking=True))  # fmt: skip
     assert {"parameterization=d3pm", "T=500", "subs_masking=true"} <= discrete
+    for name in ("duo", "duo_base"):
+        uniform = completed(reference_file(tmp_path / f"{name}.ckpt", DUO, algo_name=name, algo_parameterization="mean",
+                                           algo_time_conditioning=True))  # fmt: skip
+        assert {"parameterization=udlm", "time_conditioning=true"} <= uniform
     noise = {"type": "geometric", "sigma_min": 1e-3, "sigma_max": 10}
     changed = {"time_conditioning": True, "noise": noise, "training": {"change_of_variables": True}}
     mdlm = completed(reference_file(tmp_path / "z.ckpt", MDLM, **changed))
@@ -154,8 +159,7 @@ def test_names_of_duo_and_mdlm(tmp_path):
 
 
 @pytest.mark.parametrize(("config", "changes", "said"), [
-    (DUO, {"algo_name": "duo_base", "algo_parameterization": "mean"}, r"objective is duo_base \(uniform-state diff"),
-    (DUO, {"algo_name": "duo"}, r"objective is duo \(uniform-state"),
+    (DUO, {"algo_name": "distillation"}, r"objective is distillation \(uniform-state"),
     (DUO, {"algo_name": "../../evil"}, "objective is ../../evil"),
     (DUO, {"algo_backbone": "unet"}, "network has backbone=unet"),
     (BD3LMS, {"algo_cross_attn": True}, "network has cross_attn=True"),
@@ -170,13 +174,10 @@ def test_what_does_not_exist_here_is_refused_by_name(tmp_path, config, changes, 
         completed(path)
 
 
-def test_the_hub_folder_of_duo_is_refused_by_name(tmp_path):
+def test_a_hub_folder_of_duo_is_uniform_state_diffusion(tmp_path):
     save_file({"backbone.x": torch.zeros(1)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "DUO", "hidden_dim": 8}))
-    with pytest.raises(ValueError, match=r"objective is DUO \(uniform-state diffusion\)"):
-        completed(tmp_path)
-    with pytest.raises(ValueError, match=r"objective is DUO"):
-        completed(tmp_path, "backbone=hf_dit")
+    assert {"parameterization=udlm", "time_conditioning=true", "model.hidden_size=8"} <= completed(tmp_path)
 
 
 def test_only_listed_choices_and_plain_values_are_taken(tmp_path):
@@ -282,6 +283,6 @@ def test_masked_diffusion_gives_it_to_every_objective(random_dit):
     from randomness import KeyedNoise
 
     batch = Collate(4, None, first_given=True)({"input_ids": [[0, 1, 2, 3]], "length": [4]})
-    objective: MaskedDiffusion = Subs(LogLinear(), 4)
+    objective: TokenDiffusion = Subs(LogLinear(), Absorbing(4))
     loss = objective.loss(random_dit(5), batch, KeyedNoise(0, torch.arange(1)))
     assert loss.mask_BL.tolist() == [[False, True, True, True]] and loss.nll_BL[0, 0] == 0

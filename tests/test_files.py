@@ -222,8 +222,13 @@ PACKERS = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst":
 @pytest.mark.parametrize("kind", ["txt", "csv", "tsv", "jsonl", "json"])
 def test_folders_of_packed_files(ending, kind, tmp_path):
     """Also where a packed file is several, one after the other, and beside files that are not packed."""
-    halves = {"txt": ("a\n", "b\n"), "csv": ("text\na\n", "b\n"), "tsv": ("text\na\n", "b\n"),
-              "jsonl": (objects({"text": "a"}), objects({"text": "b"})), "json": ('[{"text": "a"},', '{"text": "b"}]')}
+    halves = {
+        "txt": ("a\n", "b\n"),
+        "csv": ("text\na\n", "b\n"),
+        "tsv": ("text\na\n", "b\n"),
+        "jsonl": (objects({"text": "a"}), objects({"text": "b"})),
+        "json": ('[{"text": "a"},', '{"text": "b"}]'),
+    }
     pack, (one, two) = PACKERS[ending], halves[kind]
     write(tmp_path / f"a.{kind}.{ending}", pack(one.encode()) + pack(two.encode()))
     write(tmp_path / "b.txt", "c\n")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from forward_process import cosine_level, noise_latent, read_prediction, velocity
+from gaussian_process import cosine_level, noise_latent, read_prediction, velocity
 from objectives.gaussian import EARLIEST, LATEST, LOSSES, GaussianDiffusion
 from randomness import KeyedNoise
 

@@ -160,7 +160,7 @@ def test_a_mask_token_is_typed_as_it_is_and_kept_by_checkpoints():
     plain, named = (identity(compose_config(["data=text", *more])) for more in ([], ["data.mask_token=[MASK]"]))
     assert named == {**plain, "data.mask_token": "[MASK]"}, "older checkpoints have no such key"
     assert identity(compose_config(overrides(named)))["data.mask_token"] == "[MASK]"
-    data = SimpleNamespace(vocabulary=SimpleNamespace(fingerprint="ours", size=9), latents=None)
+    data = SimpleNamespace(vocabulary=SimpleNamespace(fingerprint="ours", size=9, own_size=9), latents=None)
     checkpoint = Checkpoint("x.ckpt", {}, identity={"configuration": named, "tokenizer": "theirs"}, settings=named)
     with pytest.raises(ValueError, match=r"another mask token; add: 'data\.mask_token=\[MASK\]'"):
         check_belongs(checkpoint, plain, (), data)

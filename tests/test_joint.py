@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 
-from forward_process import cosine_level
+from gaussian_process import cosine_level
 from noise_schedule import LogLinear
 from objectives.base import Model
 from objectives.gaussian import EARLIEST, LATEST, GaussianDiffusion
@@ -17,6 +17,7 @@ from objectives.joint import DIRECTIONS, SHARES, JointDiffusion
 from objectives.noising import Complementary, ExactCount
 from objectives.reduction import StepLoss
 from objectives.subs import Subs
+from process import Absorbing
 from randomness import KeyedNoise, evaluation_noise, training_noise
 from samplers.ancestral import sample
 from tests.latents import LENGTH, MASK, SHAPE, batch, network, objective
@@ -106,7 +107,7 @@ def test_the_default_covers_every_direction():
 
 @torch.no_grad()
 def test_the_text_s_term_is_the_bound_of_subs():
-    net, texts, subs = network(), batch(), Subs(LogLinear(), MASK)
+    net, texts, subs = network(), batch(), Subs(LogLinear(), Absorbing(MASK))
     found = objective({"text": 1.0}).loss(net, texts, noise(8))
     plain = {name: texts[name] for name in ("input_ids", "attention_mask")}
     wanted = subs.loss(net, plain, noise(8))
@@ -124,7 +125,7 @@ def test_measured_it_is_the_text_s_likelihood_given_the_latent_or_alone():
     measured, names = objective().bound(None), torch.arange(8)
     plain = {name: texts[name] for name in ("input_ids", "attention_mask")}
     hidden = {**texts, "latent_t": torch.ones(8, dtype=torch.float64)}
-    alone = Subs(LogLinear(), MASK).bound(None).loss(net, plain, evaluation_noise(1, names)).nll_BL
+    alone = Subs(LogLinear(), Absorbing(MASK)).bound(None).loss(net, plain, evaluation_noise(1, names)).nll_BL
     for law in (measured, measured.bound(None)):
         assert torch.equal(law.loss(net, hidden, evaluation_noise(1, names)).nll_BL, alone)
         assert torch.equal(law.loss(net, plain, evaluation_noise(1, names)).nll_BL, alone)
@@ -238,12 +239,12 @@ def test_every_parameter_has_a_part_in_every_direction(name):
 @torch.no_grad()
 def test_other_ways_to_draw_masks_go_with_it(noising):
     texts, text = batch(ROWS), partial(Subs, LogLinear(), noising=noising)
-    law = JointDiffusion(MASK, text, GaussianDiffusion(), UNIFORM, latent_tokens=LENGTH)
+    law = JointDiffusion(Absorbing(MASK), text, GaussianDiffusion(), UNIFORM, latent_tokens=LENGTH)
     loss = law.loss(network(), texts, noise())
     assert loss.nll_BL.isfinite().all() and loss.logs["num_masked"].shape == (ROWS, noising.passes)
-    alone = JointDiffusion(MASK, text, GaussianDiffusion(), {"text": 1.0})
+    alone = JointDiffusion(Absorbing(MASK), text, GaussianDiffusion(), {"text": 1.0})
     plain = {name: texts[name] for name in ("input_ids", "attention_mask")}
-    wanted = Subs(LogLinear(), MASK, noising).loss(network(), plain, noise()).nll_BL
+    wanted = Subs(LogLinear(), Absorbing(MASK), noising).loss(network(), plain, noise()).nll_BL
     torch.testing.assert_close(alone.loss(network(), texts, noise()).nll_BL, wanted)
 
 

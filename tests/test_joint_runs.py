@@ -17,6 +17,7 @@ from command_line import compose_config, explain
 from engine.updates import Updates
 from models.checkpoints import load_inert, read_checkpoint
 from objectives.joint import SHARES
+from process import Absorbing
 from randomness import evaluation_noise
 from tasks import train
 from tasks.fitting import fit
@@ -190,8 +191,8 @@ def test_what_is_typed_reaches_what_it_is_for():
                           "training.latent_weight=0.1", "training.latent_target=x0", "training.latent_loss=mse_cosine",
                           "training.latent_cosine_weight=0.3", "noise=cosine", "T=7",
                           "backbone.text_as_dit=true"])  # fmt: skip
-    law = instantiate(cfg.parameterization, mask_id=5)
-    assert law.shares == {"l2t": 0.25, "t2l": 0.75} and law.mask_id == law.text.mask_id == 5
+    law = instantiate(cfg.parameterization, process=Absorbing(5))
+    assert law.shares == {"l2t": 0.25, "t2l": 0.75} and law.process.mask_id == law.text.process.mask_id == 5
     assert (law.text_weight, law.latent_weight, law.latent_tokens, law.T) == (0.5, 0.1, 50, 7)
     assert (law.latent.target, law.latent.form, law.latent.cosine_weight) == ("x0", "mse_cosine", 0.3)
     assert type(law.schedule).__name__ == "Cosine"

@@ -7,9 +7,10 @@ from functools import partial
 import pytest
 import torch
 
-from forward_process import LatentPrediction, cosine_level
+from gaussian_process import LatentPrediction, cosine_level
 from noise_schedule import LogLinear
 from objectives.base import Model
+from process import Absorbing
 from randomness import KeyedNoise
 from samplers import ancestral, gaussian, joint
 from samplers.base import TokenChoice
@@ -228,7 +229,7 @@ def test_a_text_that_is_masked_in_part_is_filled_from_its_own_time():
 class Opinions:
     """Says of each place how sure the text is, and of its token how well the latent explains it; of nothing else."""
 
-    mask_id, vocab_size, schedule = MASK, VOCAB, LogLinear()
+    process, vocab_size, schedule = Absorbing(MASK), VOCAB, LogLinear()
 
     def __init__(self) -> None:
         self.asked = []
@@ -272,7 +273,7 @@ def test_positions_are_chosen_by_rule_within_the_budget_and_never_special_tokens
 
 
 def test_tokens_that_are_barred_are_never_written_and_the_rest_keeps_its_odds():
-    x, t = torch.full((ROWS, 5), model().mask_id), torch.full((ROWS,), 0.5, dtype=torch.float64)
+    x, t = torch.full((ROWS, 5), model().process.mask_id), torch.full((ROWS,), 0.5, dtype=torch.float64)
     at, told = torch.ones_like(x, dtype=torch.bool), {"latent": latents(), "latent_t": torch.zeros(ROWS)}
     free, barred = (found.denoise(x, t, at, **told).exp() for found in (model(), Barred(model(), (0, 2))))
     assert (barred[:, [0, 2]] == 0).all() and (free[:, [0, 2]] > 0).all()

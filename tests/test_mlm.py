@@ -24,6 +24,7 @@ from objectives.mlm import Rates, cross_entropy_at, masked_lm
 from objectives.noising import ExactCount
 from objectives.sedd import SEDD
 from objectives.subs import Subs
+from process import Absorbing
 from randomness import evaluation_noise, training_noise
 from reporting import training_plots
 from tasks.base import unigram_nll
@@ -43,7 +44,7 @@ def looked(noising: Rates, rows: int, length: int = 12, step: int = 0, scored: t
     """(x_t, t, scale) of an optimizer step of so many rows of zeros."""
     x0 = torch.zeros(rows, length, dtype=torch.long)
     scored = torch.ones_like(x0, dtype=torch.bool) if scored is None else scored
-    return noising(SCHEDULE, x0, scored, MASK, training_noise(3, torch.arange(rows) + step * rows, rows))[0]
+    return noising(SCHEDULE, x0, scored, Absorbing(MASK), training_noise(3, torch.arange(rows) + step * rows, rows))[0]
 
 
 # -------------------------------------------------------------------------------- mask rates
@@ -85,7 +86,7 @@ def test_one_rate_for_a_whole_step_whichever_device_and_micro_batch():
     assert all(len(t.unique()) == 1 for t in steps) and len(torch.stack(steps)[:, 0].unique()) == 20
     place = torch.arange(8)
     rows = torch.zeros(8, 12, dtype=torch.long)
-    parts = [noising(SCHEDULE, rows[at], rows[at] == 0, MASK,
+    parts = [noising(SCHEDULE, rows[at], rows[at] == 0, Absorbing(MASK),
                      training_noise(3, 16 + place[at], torch.full((4,), 8), place[at]))[0]
              for at in (slice(0, 4), slice(4, 8))]  # fmt: skip
     whole = looked(noising, 8, step=2)
@@ -115,7 +116,7 @@ def test_rates_that_are_none_are_refused(typed, said):
 def test_rates_from_0_to_1_train_by_the_bound(random_dit, time, per):
     """5 standard errors, for networks that see the time and that do not."""
     net, x0 = random_dit(VOCAB, time_conditioning=time), torch.tensor([[2, 0, 3]])
-    objective = masked_lm(SCHEDULE, MASK, Rates("continuous", 0, 1, per), loss_weight="elbo")
+    objective = masked_lm(SCHEDULE, Absorbing(MASK), Rates("continuous", 0, 1, per), loss_weight="elbo")
     rows = 8000
     noise = training_noise(0, torch.arange(rows), 1 if per == "batch" else rows)
     with torch.no_grad():
@@ -124,8 +125,8 @@ def test_rates_from_0_to_1_train_by_the_bound(random_dit, time, per):
 
 
 @pytest.mark.parametrize("build", [
-    lambda noising: Subs(SCHEDULE, MASK, noising), lambda noising: SEDD(SCHEDULE, MASK, noising),
-    lambda noising: masked_lm(SCHEDULE, MASK, noising, loss_weight="elbo"),
+    lambda noising: Subs(SCHEDULE, Absorbing(MASK), noising), lambda noising: SEDD(SCHEDULE, Absorbing(MASK), noising),
+    lambda noising: masked_lm(SCHEDULE, Absorbing(MASK), noising, loss_weight="elbo"),
 ], ids=["mdlm", "sedd", "mlm"])  # fmt: skip
 def test_rates_that_do_not_cover_the_bound_are_refused(build):
     build(Rates("continuous", 0, 1))
@@ -141,7 +142,7 @@ def test_what_is_measured_of_a_masked_lm_is_the_bound_by_enumeration():
     net = HFMaskedLM(BertConfig(vocab_size=VOCAB, max_position_embeddings=8, **sizes), VOCAB).double().eval()
     for parameter in net.requires_grad_(False).parameters():
         torch.nn.init.normal_(parameter, std=0.5)
-    objective, x0 = masked_lm(LogLinear(eps=0.0), MASK, Rates([1.0, 0.1])), torch.tensor([[2, 0, 3]])
+    objective, x0 = masked_lm(LogLinear(eps=0.0), Absorbing(MASK), Rates([1.0, 0.1])), torch.tensor([[2, 0, 3]])
     assert objective.loss_name == "cross_entropy" and objective.bound(None).loss_name == "nll"
     model, nats = Model(objective.bound(None), net), 0.0
     for order in itertools.permutations(range(3)):
@@ -160,9 +161,12 @@ def test_what_is_measured_of_a_masked_lm_is_the_bound_by_enumeration():
 
 def test_the_loss_is_the_mean_over_the_masked_tokens(random_dit):
     net, x0 = random_dit(VOCAB), torch.randint(4, (6, 9))
-    objective, noise = masked_lm(SCHEDULE, MASK, Rates([0.5])), partial(training_noise, 0, torch.arange(6), 6)
+    objective, noise = (
+        masked_lm(SCHEDULE, Absorbing(MASK), Rates([0.5])),
+        partial(training_noise, 0, torch.arange(6), 6),
+    )
     loss = objective.loss(net, batch_of(x0), noise())
-    xt = objective.noising(SCHEDULE, x0, torch.ones_like(x0, dtype=torch.bool), MASK, noise())[0].xt_BL
+    xt = objective.noising(SCHEDULE, x0, torch.ones_like(x0, dtype=torch.bool), Absorbing(MASK), noise())[0].xt_BL
     log_p = net(xt, torch.zeros(6)).double()
     log_p[..., MASK] = -torch.inf
     wanted = -log_p.log_softmax(-1).gather(-1, x0[..., None]).squeeze(-1)[xt == MASK]
@@ -206,7 +210,9 @@ def test_a_batch_masks_nothing_that_is_given_and_a_sample_keeps_it(experiment, o
     begun = (batch["input_ids"][:, 0] == data.vocabulary.bos_id).int()
     if diffusion.objective.any_order:
         noise, scored = training_noise(1, batch["position"], 4), scored_mask(batch)
-        look = diffusion.objective.noising(SCHEDULE, batch["input_ids"], scored, data.vocabulary.mask_id, noise)[0]
+        look = diffusion.objective.noising(
+            SCHEDULE, batch["input_ids"], scored, Absorbing(data.vocabulary.mask_id), noise
+        )[0]
         masked = look.xt_BL == data.vocabulary.mask_id
         assert masked.any(-1).all() and not (masked & special).any()
         assert all(not masked[row, : 5 + begun[row]].any() for row in range(4))

@@ -17,6 +17,7 @@ from objectives.d3pm import D3PM
 from objectives.noising import Bernoulli, Complementary, ExactCount
 from objectives.sedd import SEDD
 from objectives.subs import Subs
+from process import Absorbing
 from tests.laws import batch_of
 from tests.test_subs import close, reference_dit
 
@@ -53,8 +54,8 @@ def test_sedd_fed_the_score_of_log_p_is_subs_token_by_token(schedule):
     log_p[..., MASK] = -torch.inf
     log_p = log_p.log_softmax(-1)
     finite = log_p.masked_fill(log_p.isinf(), -50.0)
-    subs = Subs(schedule, MASK).loss_at(Scripted(finite), batch_of(x0), xt, t).nll_BL
-    sedd = SEDD(schedule, MASK).loss_at(Scripted(finite + math.log(VOCAB - 1)), batch_of(x0), xt, t).nll_BL
+    subs = Subs(schedule, Absorbing(MASK)).loss_at(Scripted(finite), batch_of(x0), xt, t).nll_BL
+    sedd = SEDD(schedule, Absorbing(MASK)).loss_at(Scripted(finite + math.log(VOCAB - 1)), batch_of(x0), xt, t).nll_BL
     torch.testing.assert_close(sedd.double(), subs.double(), rtol=2e-4, atol=2e-4)
 
 
@@ -63,16 +64,18 @@ def test_d3pm_without_mass_on_the_mask_is_subs_at_the_same_t(T):
     x0, xt, t = noised()
     t = torch.floor(t * T) / T + 1 / T
     net = Scripted(torch.randn(6, 9, VOCAB, dtype=torch.float64))
-    d3pm = D3PM(LogLinear(), MASK, T=T, subs_masking=True).loss_at(net, batch_of(x0), xt, t).nll_BL
-    subs = Subs(LogLinear(), MASK, T=T).loss_at(net, batch_of(x0), xt, t).nll_BL
-    reconstruction = -D3PM(LogLinear(), MASK, T=T, subs_masking=True).denoise(net, x0, t).gather(-1, x0[..., None])
+    d3pm = D3PM(LogLinear(), Absorbing(MASK), T=T, subs_masking=True).loss_at(net, batch_of(x0), xt, t).nll_BL
+    subs = Subs(LogLinear(), Absorbing(MASK), T=T).loss_at(net, batch_of(x0), xt, t).nll_BL
+    reconstruction = (
+        -D3PM(LogLinear(), Absorbing(MASK), T=T, subs_masking=True).denoise(net, x0, t).gather(-1, x0[..., None])
+    )
     torch.testing.assert_close(d3pm - reconstruction.squeeze(-1).float(), subs, rtol=1e-4, atol=1e-4)
 
 
 def test_d3pm_step_is_the_kl_of_its_own_reverse_step(random_dit):
     """KL(q(x_s | mask, x_0) || p(x_s | mask)) written out with the law that the sampler draws from."""
     net, T = random_dit(VOCAB), 4
-    objective = D3PM(Cosine(), MASK, T=T)
+    objective = D3PM(Cosine(), Absorbing(MASK), T=T)
     x0, xt, _ = noised()
     t = torch.tensor([1.0, 0.75, 0.5, 0.25, 0.5, 1.0], dtype=torch.float64)
     s, at = t - 1 / T, xt == MASK
@@ -88,8 +91,9 @@ def test_d3pm_step_is_the_kl_of_its_own_reverse_step(random_dit):
 
 
 @pytest.mark.parametrize("build", [
-    lambda: Subs(Cosine(), MASK), lambda: SEDD(LogLinear(), MASK), lambda: D3PM(LogLinear(), MASK, T=10),
-    lambda: D3PM(LogLinear(), MASK, T=10, subs_masking=True),
+    lambda: Subs(Cosine(), Absorbing(MASK)), lambda: SEDD(LogLinear(), Absorbing(MASK)),
+    lambda: D3PM(LogLinear(), Absorbing(MASK), T=10),
+    lambda: D3PM(LogLinear(), Absorbing(MASK), T=10, subs_masking=True),
 ], ids=["subs", "sedd", "d3pm", "d3pm_subs_masking"])  # fmt: skip
 def test_reverse_steps_are_distributions_and_denoise_knows_no_mask(random_dit, build):
     net, objective = random_dit(VOCAB, time_conditioning=True), build()
@@ -111,14 +115,14 @@ def test_a_rescaled_schedule_ends_in_masks_and_loglinear_becomes_the_papers_own(
 
 
 @pytest.mark.parametrize(("build", "said"), [
-    (lambda: D3PM(LogLinear(), MASK, T=0), "parameterization=d3pm with T=0"),
-    (lambda: Subs(LogLinear(), MASK, T=-1), "T=-1"),
-    (lambda: Subs(LogLinear(), MASK, ExactCount(), T=10), "T=10 and masks by exact mask counts"),
-    (lambda: SEDD(LogLinear(), MASK, Bernoulli(T=7)), "T=0 and masks by"),
-    (lambda: Subs(LogLinear(), MASK, T=10).bound(Complementary()), "contradict"),
+    (lambda: D3PM(LogLinear(), Absorbing(MASK), T=0), "parameterization=d3pm with T=0"),
+    (lambda: Subs(LogLinear(), Absorbing(MASK), T=-1), "T=-1"),
+    (lambda: Subs(LogLinear(), Absorbing(MASK), ExactCount(), T=10), "T=10 and masks by exact mask counts"),
+    (lambda: SEDD(LogLinear(), Absorbing(MASK), Bernoulli(T=7)), "T=0 and masks by"),
+    (lambda: Subs(LogLinear(), Absorbing(MASK), T=10).bound(Complementary()), "contradict"),
     (lambda: Bernoulli(importance_sampling=True, T=3), "T=3"),
     (lambda: Bernoulli(sampling_eps=1.0), "training.sampling_eps=1.0"),
-    (lambda: Subs(LogLinear(), MASK, loss_weight="elbow"), "training.loss_weight=elbow"),
+    (lambda: Subs(LogLinear(), Absorbing(MASK), loss_weight="elbow"), "training.loss_weight=elbow"),
 ])  # fmt: skip
 def test_contradictions_are_refused(build, said):
     with pytest.raises(ValueError, match=said):
@@ -140,7 +144,7 @@ def golden_of(fixtures_dir, variant, weights):
 @pytest.mark.parametrize("variant", ["mdlm_d3pm", "mdlm_d3pm_subsmask"])
 def test_golden_d3pm(fixtures_dir, variant, weights):
     meta, golden, net = golden_of(fixtures_dir, variant, weights)
-    objective = D3PM(LogLinear(), meta["mask_index"], T=meta["T"], subs_masking=variant.endswith("subsmask"))
+    objective = D3PM(LogLinear(), Absorbing(meta["mask_index"]), T=meta["T"], subs_masking=variant.endswith("subsmask"))
     batch = {"input_ids": golden["x0"], "attention_mask": golden["attention_mask"].bool()}
     t = golden[f"{weights}.t_effective"]
     reference = golden[f"{weights}.model_output"]
@@ -155,7 +159,7 @@ def test_golden_d3pm(fixtures_dir, variant, weights):
 @pytest.mark.parametrize("variant", ["mdlm_sedd", "mdlm_sedd_midmask"])
 def test_golden_sedd(fixtures_dir, variant, weights):
     meta, golden, net = golden_of(fixtures_dir, variant, weights)
-    objective = SEDD(LogLinear(), meta["mask_index"])
+    objective = SEDD(LogLinear(), Absorbing(meta["mask_index"]))
     xt, t = golden["xt"], golden["t"]
     batch = {"input_ids": golden["x0"], "attention_mask": golden["attention_mask"].bool()}
     at = xt == meta["mask_index"]
@@ -173,7 +177,7 @@ def test_golden_bd3lms(fixtures_dir, variant, weights):
     """There the first token is given (ignore_bos) and the log-linear schedule has no eps."""
     meta, golden, net = golden_of(fixtures_dir, variant, weights)
     law = Subs if variant == "bd3lms_mdlm" else SEDD
-    objective = law(LogLinear(eps=0.0), meta["mask_index"])
+    objective = law(LogLinear(eps=0.0), Absorbing(meta["mask_index"]))
     x0, xt, t = golden["x0"], golden["raw.xt_used"], golden["t"].squeeze(-1)
     given = torch.zeros_like(x0, dtype=torch.bool)
     given[:, 0] = True
@@ -189,7 +193,11 @@ def test_golden_gradients(fixtures_dir, variant):
     meta, golden, net = golden_of(fixtures_dir, variant, "raw")
     grads = load_file(fixtures_dir / variant / "grads.safetensors")
     mask_id, batch = meta["mask_index"], {"input_ids": golden["x0"], "attention_mask": golden["attention_mask"].bool()}
-    objective = D3PM(LogLinear(), mask_id, T=meta["T"]) if variant == "mdlm_d3pm" else SEDD(LogLinear(), mask_id)
+    objective = (
+        D3PM(LogLinear(), Absorbing(mask_id), T=meta["T"])
+        if variant == "mdlm_d3pm"
+        else SEDD(LogLinear(), Absorbing(mask_id))
+    )
     t = golden["raw.t_effective"].double()
     objective.loss_at(net, batch, golden["xt"], t).mean().backward()
     named = dict(net.named_parameters())
@@ -203,7 +211,7 @@ def golden_sampler(fixtures_dir, variant):
     meta, _, net = golden_of(fixtures_dir, variant, "raw")
     told = json.loads((fixtures_dir / variant / "sampler.json").read_text())
     law = {"mdlm_sedd": SEDD, "mdlm_d3pm": lambda s, m: D3PM(s, m, T=meta["T"])}.get(variant, Subs)
-    model = Model(law(LogLinear(), meta["mask_index"]), net)
+    model = Model(law(LogLinear(), Absorbing(meta["mask_index"])), net)
     return told, load_file(fixtures_dir / variant / "sampler.safetensors"), model
 
 
@@ -211,7 +219,7 @@ def golden_sampler(fixtures_dir, variant):
 def test_golden_one_step_posteriors(fixtures_dir, variant):
     told, golden, model = golden_sampler(fixtures_dir, variant)
     x, compared = golden["x_t"], 0
-    at = x == model.mask_id
+    at = x == model.process.mask_id
     for step in told["steps"]:
         t, s = (torch.full((len(x),), step[name], dtype=torch.float64) for name in ("t", "s"))
         for kind in ("ddpm_posterior", "analytic_probs"):
@@ -231,7 +239,7 @@ def test_golden_prediction_of_d3pm_in_its_posteriors(fixtures_dir):
     slows down. The prediction inside is the same."""
     told, golden, model = golden_sampler(fixtures_dir, "mdlm_d3pm")
     x = golden["x_t"]
-    at = x == model.mask_id
+    at = x == model.process.mask_id
     for step in told["steps"]:
         t = torch.full((len(x),), step["t"], dtype=torch.float64)
         p = model.objective.answer(model.backbone, x, t, at).exp() * (1 - step["s"] / step["t"])
@@ -250,10 +258,10 @@ def test_golden_trajectories_are_those_of_our_steps_under_the_recorded_numbers(f
     changed = 0
     for i, (t, s) in enumerate(itertools.pairwise(times)):
         x, after = path[i], path[i + 1]
-        at = x == model.mask_id
+        at = x == model.process.mask_id
         p = model.reverse(x, t.expand(len(x)), s.expand(len(x)), at).exp()
         drawn = (p / (1e-10 - (uniforms[i][at] + 1e-10).log())).argmax(-1)
         if i < len(times) - 2:  # the last entry of the path is behind the removal of noise
             assert torch.equal(drawn, after[at])
-            changed += int((drawn != model.mask_id).sum())
+            changed += int((drawn != model.process.mask_id).sum())
     assert changed

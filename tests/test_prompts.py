@@ -23,6 +23,7 @@ from noise_schedule import LogLinear
 from objectives.ar import AR
 from objectives.base import Model, counted_mask, scored_mask
 from objectives.subs import Subs
+from process import Absorbing
 from samplers.base import Generation
 from tasks.answers import check_shares, majority_is_right, measure, share
 from tasks.base import token_counts, unigram_nll
@@ -134,7 +135,7 @@ def uniform_network(vocab_size, causal=False):
 def test_the_fill_costs_nats_but_counts_no_tokens():
     """Under a uniform network every scored token costs log(V - 1): the denominators and nothing else differ."""
     batch, nats = Collate(12, EOS, (BOS,), fill=True)(COLUMNS), math.log(8 - 1)
-    model = Model(Subs(LogLinear(), MASK), uniform_network(8))
+    model = Model(Subs(LogLinear(), Absorbing(MASK)), uniform_network(8))
     for estimator in (Nelbo(), AnyOrder(), Ordered("left_to_right")):
         found = estimator(model, batch, 1, 4)
         torch.testing.assert_close(
@@ -155,7 +156,7 @@ def test_a_causal_model_scores_answer_and_eos_filled_or_padded():
     table = torch.randn(8, 2)
     network.encode = lambda tokens_BL, sigma_B, **cond: table[tokens_BL]
     torch.nn.init.normal_(network.head.weight)
-    losses = [AR(MASK).loss(network, batch) for batch in (padded, filled)]
+    losses = [AR(Absorbing(MASK)).loss(network, batch) for batch in (padded, filled)]
     assert [loss.mask_BL.sum(-1).tolist() for loss in losses] == [[2, 5], [2, 5]]
     torch.testing.assert_close(losses[0].nll_BL.sum(-1), losses[1].nll_BL.sum(-1))
     log_p = network.head(table[torch.tensor([6, 7])]).index_fill(1, torch.tensor([MASK]), -torch.inf).log_softmax(-1)
@@ -288,7 +289,7 @@ def test_a_sampler_that_knows_the_answers_is_right_and_one_does_not_depend_on_th
             row[1 : 1 + len(ids)], row[1 + len(ids) :] = torch.tensor(ids), data.vocabulary.eos_id
         return Generation(out, (x_BL == MASK_ID).long(), torch.ones(out.shape), 1, torch.ones(len(out)))
 
-    MASK_ID = diffusion.objective.mask_id  # noqa: N806
+    MASK_ID = diffusion.objective.process.mask_id  # noqa: N806
     trainer = experiment.trainer("sample_eval")
     done = _complete(trainer, diffusion, data, judge, Drawing(oracle), Asked("test", None, 1, 1), seed=1)
     assert len(done) == 12 and all(c.verdicts[0].right and c.ended[0] for c in done)

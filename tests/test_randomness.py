@@ -70,6 +70,7 @@ def test_the_first_draws_of_a_design_are_a_fair_and_spread_out_sample():
 
 def test_parts_of_parts_have_numbers_of_their_own():
     """Addresses of up to three parts, each below six: equal only where they differ by parts 0, the row's own."""
+
     def at(address: tuple[int, ...]) -> KeyedNoise:
         noise = evaluation_noise(0, torch.arange(2))
         for number in address:

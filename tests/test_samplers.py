@@ -8,13 +8,13 @@ import pytest
 import torch
 from scipy import stats
 
-from forward_process import draw_categorical, unmask_step
 from noise_schedule import Cosine, LogLinear
 from objectives.ar import AR
 from objectives.base import Model
 from objectives.d3pm import D3PM
 from objectives.sedd import SEDD
 from objectives.subs import Subs
+from process import Absorbing, draw_categorical, unmask_step
 from randomness import KeyedNoise
 from samplers import analytic, ancestral, autoregressive, first_hitting, ordered, semi_autoregressive
 from samplers.base import TokenChoice, time_grid
@@ -25,7 +25,7 @@ MANY = 20_000
 
 
 def subs(net, schedule=None) -> Model:
-    return Model(Subs(schedule or LogLinear(), MASK), net)
+    return Model(Subs(schedule or LogLinear(), Absorbing(MASK)), net)
 
 
 def run(sampler, model, x, seed=0, first=0, **settings):
@@ -51,8 +51,8 @@ def test_ancestral_samples_follow_the_exact_law(random_dit, steps, schedule, tim
 
 
 @pytest.mark.parametrize("objective", [
-    Subs(LogLinear(), MASK), SEDD(LogLinear(), MASK), D3PM(LogLinear(), MASK, T=10),
-    D3PM(Cosine(), MASK, T=10, subs_masking=True),
+    Subs(LogLinear(), Absorbing(MASK)), SEDD(LogLinear(), Absorbing(MASK)), D3PM(LogLinear(), Absorbing(MASK), T=10),
+    D3PM(Cosine(), Absorbing(MASK), T=10, subs_masking=True),
 ], ids=["subs", "sedd", "d3pm", "d3pm_subs_masking"])  # fmt: skip
 @pytest.mark.parametrize("name", ["analytic", "ddpm_cache"])
 def test_stepwise_samples_follow_the_exact_law_of_their_objective(random_dit, objective, name):
@@ -121,12 +121,12 @@ def test_every_sampler_keeps_given_tokens_and_does_not_know_its_batch(random_dit
 def test_samplers_that_do_not_fit_a_model_say_so(random_dit):
     net = random_dit(VOCAB, time_conditioning=True)
     with pytest.raises(ValueError, match="sampling.predictor=first_hitting.*analytic"):
-        run(first_hitting.sample, Model(SEDD(LogLinear(), MASK), net), blank(2))
+        run(first_hitting.sample, Model(SEDD(LogLinear(), Absorbing(MASK)), net), blank(2))
     with pytest.raises(ValueError, match="sampling.predictor=ar needs parameterization=ar"):
         run(autoregressive.sample, subs(net), blank(2))
     with pytest.raises(ValueError, match="sampling.stride_length=9"):
         run(semi_autoregressive.sample, subs(net), blank(2), inner=first_hitting.sample, stride_length=9, num_strides=1)
-    causal = Model(AR(MASK), net)
+    causal = Model(AR(Absorbing(MASK)), net)
     with pytest.raises(ValueError, match="first token"):
         run(autoregressive.sample, causal, blank(2))
     with pytest.raises(ValueError, match="sampling.prefix, not sampling.template"):

@@ -143,7 +143,7 @@ def test_completions_are_judged_part_by_part(gsm8k):  # noqa: F811
     data = experiment.data()
     diffusion = experiment.diffusion(data).eval()
     torch.nn.init.normal_(diffusion.backbone.head.weight, generator=torch.Generator().manual_seed(0))
-    rows, mask_id, eos_id = data.split("test"), diffusion.objective.mask_id, data.vocabulary.eos_id
+    rows, mask_id, eos_id = data.split("test"), diffusion.objective.process.mask_id, data.vocabulary.eos_id
     batch = data.collate(rows[:])
 
     def oracle(model, x_BL, noise, segment_ends, **cond):
@@ -220,7 +220,7 @@ def test_mistakes_are_explained(gsm8k, arguments, said):  # noqa: F811
 def test_a_model_of_plain_blocks_is_no_model_of_segments():
     sizes = {"block_size": 80}
     plain = Checkpoint("x.ckpt", {}, identity={"configuration": sizes}, settings=sizes)
-    data = SimpleNamespace(vocabulary=SimpleNamespace(fingerprint=None, size=9), latents=None)
+    data = SimpleNamespace(vocabulary=SimpleNamespace(fingerprint=None, size=9, own_size=9), latents=None)
     shape = ("block_size", "data.segments")
     check_belongs(plain, {"block_size": 80}, shape, data)
     with pytest.raises(ValueError, match="add: data.segments=False"):

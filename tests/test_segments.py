@@ -16,6 +16,7 @@ from objectives.base import Model
 from objectives.block import BlockDiffusion
 from objectives.noising import Bernoulli, ExactCount, TiltedCount
 from objectives.subs import Subs
+from process import Absorbing
 from randomness import KeyedNoise, evaluation_noise, training_noise
 from samplers import ancestral, block, first_hitting
 from tests.laws import assert_follows, batch_of, exact_bound, texts
@@ -26,7 +27,7 @@ ENDS = torch.tensor([[2, 5], [3, 5], [1, 6], [4, 4]])  # of rows of 9; the last 
 
 def objective_of(size: int = 100, noising=None, schedule=None, **kwargs) -> BlockDiffusion:
     return BlockDiffusion(
-        MASK, partial(Subs, schedule or LogLinear(), noising=noising), size, ignore_bos=False, **kwargs
+        Absorbing(MASK), partial(Subs, schedule or LogLinear(), noising=noising), size, ignore_bos=False, **kwargs
     )
 
 
@@ -74,7 +75,7 @@ def test_segments_of_k_tokens_are_blocks_of_k(random_dit, noising, told, padding
 def test_one_segment_is_masked_diffusion(random_dit):
     """Also where it begins behind an empty one, with the noise of the second."""
     net, x0 = random_dit(VOCAB, time_conditioning=True), torch.randint(MASK, (4, 6))
-    plain, noise = Subs(LogLinear(), MASK), partial(training_noise, 0, torch.arange(4), 4)
+    plain, noise = Subs(LogLinear(), Absorbing(MASK)), partial(training_noise, 0, torch.arange(4), 4)
     for end, its_noise in ((6, noise()), (0, noise().part(1))):
         ours = objective_of().loss(net, in_segments(x0, torch.tensor([[end]])), noise())
         torch.testing.assert_close(ours.nll_BL, plain.loss(net, batch_of(x0), its_noise).nll_BL)
@@ -89,11 +90,12 @@ def test_in_a_network_of_one_layer_a_given_segment_is_a_given_prefix(random_dit)
     def losses():
         for row in range(4):  # masked diffusion of what stands behind the prefix, with the noise of the second segment
             end = int(ENDS[row, 1])
-            (look,) = Bernoulli()(LogLinear(), x0[row : row + 1, end:], torch.ones(1, 9 - end, dtype=torch.bool), MASK,
-                                  training_noise(0, torch.arange(4), 4).part(1).rows(torch.tensor([row])))  # fmt: skip
+            own, every = x0[row : row + 1, end:], torch.ones(1, 9 - end, dtype=torch.bool)
+            noise_here = training_noise(0, torch.arange(4), 4).part(1).rows(torch.tensor([row]))
+            (look,) = Bernoulli()(LogLinear(), own, every, Absorbing(MASK), noise_here)
             xt = torch.cat([x0[row : row + 1, :end], look.xt_BL], dim=1)
             rows = {name: value[row : row + 1] for name, value in {**batch_of(x0), "given": given}.items()}
-            yield Subs(LogLinear(), MASK).loss_at(net, rows, xt, look.t_B).nll_BL
+            yield Subs(LogLinear(), Absorbing(MASK)).loss_at(net, rows, xt, look.t_B).nll_BL
 
     assert (torch.cat(list(losses())) - objective_of().loss(net, segments, noise()).nll_BL).abs().max() > 1e-3
     net.blocks = net.blocks[:1]
@@ -195,7 +197,7 @@ def test_the_bound_is_unbiased_and_above_the_likelihood(random_dit):
                 def encode(self, tokens, sigma, at_BL, law=law):
                     return law.backbone.encode(tokens, sigma, torch.zeros(len(tokens), dtype=torch.long), at_BL)
 
-            total += exact_bound(Subs(LogLinear(eps=0.0), MASK), Behind(), row[None, start:stop], points=60)
+            total += exact_bound(Subs(LogLinear(eps=0.0), Absorbing(MASK)), Behind(), row[None, start:stop], points=60)
             earlier.append((row[None, start:stop], torch.ones(1, stop - start, dtype=torch.bool)))
         wanted.append(total)
     wanted = torch.tensor(wanted, dtype=torch.float64)

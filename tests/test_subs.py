@@ -17,6 +17,7 @@ from noise_schedule import Cosine, Linear, LogLinear
 from objectives.noising import Bernoulli
 from objectives.projection import cross_entropy
 from objectives.subs import Subs
+from process import Absorbing
 from randomness import KeyedNoise, evaluation_noise
 
 VOCAB, MASK = 5, 4
@@ -31,7 +32,7 @@ def batch_of(x0: torch.Tensor, padding: int = 0) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("mask_id", [4, 1])
 def test_no_mass_on_the_mask_and_visible_tokens_are_copied(random_dit, mask_id):
-    subs, net = Subs(LogLinear(), mask_id), random_dit(VOCAB)
+    subs, net = Subs(LogLinear(), Absorbing(mask_id)), random_dit(VOCAB)
     x = torch.tensor([[0, mask_id, 2, mask_id], [mask_id, 3, 3, 0]])
     p = subs.denoise(net, x, torch.full((2,), 0.5)).exp()
     torch.testing.assert_close(p.sum(-1), torch.ones_like(p[..., 0]))
@@ -41,7 +42,7 @@ def test_no_mass_on_the_mask_and_visible_tokens_are_copied(random_dit, mask_id):
 
 
 def test_projecting_some_positions_equals_projecting_all(random_dit):
-    subs, net = Subs(LogLinear(), MASK), random_dit(VOCAB)
+    subs, net = Subs(LogLinear(), Absorbing(MASK)), random_dit(VOCAB)
     x = torch.tensor([[0, MASK, 2, MASK], [MASK, 3, 3, 0]])
     t = torch.tensor([0.3, 0.8])
     at = torch.tensor([[True, True, False, False], [True, False, False, True]])
@@ -71,7 +72,7 @@ def test_the_loss_projects_only_masked_positions_and_never_all_logits(random_dit
     seen = []
     monkeypatch.setattr("objectives.subs.cross_entropy", lambda h, *a: seen.append(len(h)) or cross_entropy(h, *a))
     x0 = torch.randint(MASK, (8, 16))
-    loss = Subs(LogLinear(), MASK).loss(random_dit(VOCAB), batch_of(x0), KeyedNoise(0, torch.arange(8)))
+    loss = Subs(LogLinear(), Absorbing(MASK)).loss(random_dit(VOCAB), batch_of(x0), KeyedNoise(0, torch.arange(8)))
     assert seen == [int(loss.logs["num_masked"].sum())] and 0 < seen[0] < x0.numel()
 
 
@@ -82,7 +83,7 @@ def exact_nelbo(net: DiT, x0: torch.Tensor, schedule, points: int = 2000, low: f
     for pattern in itertools.product([False, True], repeat=length):
         masked = torch.tensor([pattern])
         xt = torch.where(masked, MASK, x0)
-        log_p = Subs(schedule, MASK).denoise(net, xt, torch.full((1,), 0.5))
+        log_p = Subs(schedule, Absorbing(MASK)).denoise(net, xt, torch.full((1,), 0.5))
         ce[pattern] = -log_p.detach().gather(-1, x0[..., None]).squeeze(-1)[masked].sum().item()
     nodes, weights = np.polynomial.legendre.leggauss(points)
     t = torch.from_numpy((nodes + 1) / 2 * (high - low) + low)
@@ -106,7 +107,7 @@ def test_the_monte_carlo_loss_is_unbiased_against_enumeration(random_dit):
     net, x0 = random_dit(VOCAB), torch.tensor([[0, 3, 1, 2, 2, 0]])
     rows = x0.expand(4000, -1)
     for antithetic in (True, False):
-        subs = Subs(LogLinear(), MASK, Bernoulli(antithetic, sampling_eps=1e-3))
+        subs = Subs(LogLinear(), Absorbing(MASK), Bernoulli(antithetic, sampling_eps=1e-3))
         with torch.no_grad():
             nll = subs.loss(net, batch_of(rows), evaluation_noise(1, torch.arange(4000))).nll_BL.sum(-1)
         wanted = exact_nelbo(net, x0, LogLinear(), low=1e-3)
@@ -116,7 +117,7 @@ def test_the_monte_carlo_loss_is_unbiased_against_enumeration(random_dit):
 def test_the_bound_is_above_the_likelihood_of_the_any_order_model(random_dit):
     """By Jensen the NELBO lies above -log of the average over orders of the chain-rule likelihood."""
     net, x0 = random_dit(VOCAB), torch.tensor([[0, 3, 1, 2]])
-    subs, likelihoods = Subs(LogLinear(eps=0.0), MASK), []
+    subs, likelihoods = Subs(LogLinear(eps=0.0), Absorbing(MASK)), []
     chain = []
     for order in itertools.permutations(range(4)):
         xt, nats = torch.full_like(x0, MASK), 0.0
@@ -131,7 +132,7 @@ def test_the_bound_is_above_the_likelihood_of_the_any_order_model(random_dit):
 
 
 def test_padding_is_neither_masked_nor_scored_nor_seen(random_dit):
-    subs, net = Subs(LogLinear(), MASK), random_dit(VOCAB)
+    subs, net = Subs(LogLinear(), Absorbing(MASK)), random_dit(VOCAB)
     x0 = torch.tensor([[0, 1, 2, 3, 0, 0], [3, 2, 1, 0, 2, 2]])
     ids = torch.arange(2)
     loss = subs.loss(net, batch_of(x0, padding=2), evaluation_noise(0, ids))
@@ -142,7 +143,7 @@ def test_padding_is_neither_masked_nor_scored_nor_seen(random_dit):
 
 
 def test_loss_and_denoise_write_into_no_input(random_dit):
-    subs, net = Subs(LogLinear(), MASK), random_dit(VOCAB)
+    subs, net = Subs(LogLinear(), Absorbing(MASK)), random_dit(VOCAB)
     batch = batch_of(torch.randint(MASK, (3, 6)), padding=1)
     before = {name: (value.clone(), value._version) for name, value in batch.items()}
     subs.loss(net, batch, evaluation_noise(0, batch["sample_id"])).mean().backward()
@@ -154,7 +155,7 @@ def test_loss_and_denoise_write_into_no_input(random_dit):
 
 
 def test_the_generator_is_the_only_randomness(random_dit):
-    subs, net, batch = Subs(LogLinear(), MASK), random_dit(VOCAB), batch_of(torch.randint(MASK, (3, 6)))
+    subs, net, batch = Subs(LogLinear(), Absorbing(MASK)), random_dit(VOCAB), batch_of(torch.randint(MASK, (3, 6)))
     first = subs.loss(net, batch, evaluation_noise(0, batch["sample_id"])).nll_BL
     torch.manual_seed(123)
     state = torch.get_rng_state()
@@ -177,7 +178,7 @@ def test_golden_numbers(fixtures_dir, variant, weights):
     golden = load_file(folder / "golden.safetensors")
     net = reference_dit(meta)
     read_checkpoint(folder / "mdlm.ckpt").load_into(net, use_ema=weights == "ema")
-    subs = Subs(LogLinear(), meta["mask_index"])
+    subs = Subs(LogLinear(), Absorbing(meta["mask_index"]))
     xt, t = golden["xt"], golden["t"]
     sigma = subs.schedule(t).sigma
     assert close(sigma, golden[f"{weights}.sigma"])
@@ -209,7 +210,7 @@ def test_golden_gradients(fixtures_dir, variant):
     net = reference_dit(meta)
     read_checkpoint(folder / "mdlm.ckpt").load_into(net, use_ema=False)
     batch = {"input_ids": golden["x0"], "attention_mask": golden["attention_mask"].bool()}
-    Subs(LogLinear(), meta["mask_index"]).loss_at(net, batch, golden["xt"], golden["t"]).mean().backward()
+    Subs(LogLinear(), Absorbing(meta["mask_index"])).loss_at(net, batch, golden["xt"], golden["t"]).mean().backward()
     named = dict(net.named_parameters())
     compared = 0
     for name, reference in grads.items():

@@ -22,6 +22,7 @@ from objectives.block import BlockDiffusion
 from objectives.d3pm import D3PM
 from objectives.sedd import SEDD
 from objectives.subs import Subs
+from process import Absorbing
 from randomness import KeyedNoise
 from samplers import block, semi_autoregressive
 from samplers.base import Frame, Generation, TokenChoice
@@ -37,7 +38,7 @@ class Toy:
     independent_unmasking, schedule = True, LogLinear()
 
     def __init__(self, vocab: int, length: int) -> None:
-        self.mask_id, self.vocab_size = vocab, vocab + 1
+        self.process, self.vocab_size = Absorbing(vocab), vocab + 1
         logits = torch.randn(vocab**length, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
         self.p_M = (1.5 * logits).softmax(-1)
         self.texts_ML = torch.tensor(list(itertools.product(range(vocab), repeat=length)))
@@ -48,7 +49,7 @@ class Toy:
 
     def denoise(self, x_BL: torch.Tensor, t_B: torch.Tensor, at_BL: torch.Tensor) -> torch.Tensor:
         states_SL, state_B = x_BL.unique(dim=0, return_inverse=True)
-        fits_SML = (self.texts_ML == states_SL[:, None]) | (states_SL[:, None] == self.mask_id)
+        fits_SML = (self.texts_ML == states_SL[:, None]) | (states_SL[:, None] == self.process.mask_id)
         p_SM = self.p_M * fits_SML.all(-1)
         p_SLV = torch.einsum("sm,mlv->slv", p_SM, torch.eye(self.vocab_size, dtype=torch.float64)[self.texts_ML])
         return (p_SLV / p_SM.sum(-1)[:, None, None])[state_B][at_BL].log()
@@ -173,8 +174,8 @@ class Watched(list):
 
 def assert_sound(toy: Toy, x: torch.Tensor, out: Generation, frames: Watched, steps: int) -> None:
     """Whatever the decoder: what is given stays, all masks go in time, and what was shown is what happened."""
-    given_BL = x != toy.mask_id
-    assert torch.equal(out.ids_BL[given_BL], x[given_BL]) and not (out.ids_BL == toy.mask_id).any()
+    given_BL = x != toy.process.mask_id
+    assert torch.equal(out.ids_BL[given_BL], x[given_BL]) and not (out.ids_BL == toy.process.mask_id).any()
     assert (out.step_BL[given_BL] == 0).all() and (out.step_BL[~given_BL] > 0).all()
     assert out.num_steps <= steps and (out.evaluations_B <= steps).all() and int(out.step_BL.max()) <= out.num_steps
     assert (out.evaluations_B[given_BL.all(-1)] == 0).all()
@@ -182,11 +183,11 @@ def assert_sound(toy: Toy, x: torch.Tensor, out: Generation, frames: Watched, st
     before, since = x, torch.zeros_like(x)
     confidence = given_BL.float()
     for frame in frames:
-        new = (before == toy.mask_id) & (frame.ids_BL != toy.mask_id)
+        new = (before == toy.process.mask_id) & (frame.ids_BL != toy.process.mask_id)
         p = torch.zeros(*x.shape, toy.vocab_size, dtype=torch.float64)
-        p[before == toy.mask_id] = toy.denoise(before, None, before == toy.mask_id).exp()
+        p[before == toy.process.mask_id] = toy.denoise(before, None, before == toy.process.mask_id).exp()
         p = p.gather(-1, frame.ids_BL[..., None]).squeeze(-1).float()
-        masked = frame.ids_BL == toy.mask_id
+        masked = frame.ids_BL == toy.process.mask_id
         since = torch.where(new, frame.step, torch.where(masked, 0, since))
         confidence = torch.where(new, p, torch.where(masked, 0.0, confidence))
         assert torch.allclose(frame.confidence_BL, confidence, atol=1e-6), "the model's own probability"
@@ -208,7 +209,7 @@ def test_every_combination_ends_and_says_what_it_did():
 
 
 @pytest.mark.parametrize("objective", [
-    SEDD(LogLinear(), 3), D3PM(LogLinear(), 3, T=10), Subs(LogLinear(), 3),
+    SEDD(LogLinear(), Absorbing(3)), D3PM(LogLinear(), Absorbing(3), T=10), Subs(LogLinear(), Absorbing(3)),
 ], ids=["sedd", "d3pm", "subs"])  # fmt: skip
 @pytest.mark.parametrize("how", [Unmasking(), Unmasking(order="margin"), Unmasking(remask="remdm", remask_eta=0.5)])
 def test_networks_that_are_shown_the_time(random_dit, objective, how):
@@ -220,7 +221,7 @@ def test_networks_that_are_shown_the_time(random_dit, objective, how):
 
 @pytest.mark.parametrize("how", [Unmasking(order="confidence"), Unmasking(remask="remdm", remask_eta=0.5)])
 def test_blocks_have_a_budget_each_and_are_watched_as_part_of_the_text(random_dit, how):
-    model = Model(BlockDiffusion(3, partial(Subs, LogLinear()), 4, ignore_bos=False), random_dit(4))
+    model = Model(BlockDiffusion(Absorbing(3), partial(Subs, LogLinear()), 4, ignore_bos=False), random_dit(4))
     x, frames = blank(3, 12, 3), Watched()
     x[0, :6] = 1
     noise, inner = KeyedNoise(0, torch.arange(3)), partial(sample, steps=2, how=how)
@@ -232,7 +233,7 @@ def test_blocks_have_a_budget_each_and_are_watched_as_part_of_the_text(random_di
 
 
 def test_windows_get_the_same_noise_whatever_the_batch(random_dit):
-    model, x = Model(Subs(LogLinear(), 3), random_dit(4)), torch.tensor([[3, 3, 3, 3], [1, 1, 1, 3]])
+    model, x = Model(Subs(LogLinear(), Absorbing(3)), random_dit(4)), torch.tensor([[3, 3, 3, 3], [1, 1, 1, 3]])
     window = {"inner": partial(sample, steps=9, how=Unmasking()), "stride_length": 2, "num_strides": 2}
     both = semi_autoregressive.sample(model, x, KeyedNoise(0, torch.arange(2)), **window)
     alone = semi_autoregressive.sample(model, x[1:], KeyedNoise(0, torch.arange(1, 2)), **window)
@@ -241,7 +242,7 @@ def test_windows_get_the_same_noise_whatever_the_batch(random_dit):
 
 def test_a_causal_model_is_refused(random_dit):
     with pytest.raises(ValueError, match="sampling.predictor=ar"):
-        run(Model(AR(3), random_dit(4)), torch.tensor([[0, 3]]))
+        run(Model(AR(Absorbing(3)), random_dit(4)), torch.tensor([[0, 3]]))
 
 
 @pytest.mark.parametrize(("settings", "said"), [

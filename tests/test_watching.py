@@ -13,6 +13,7 @@ from objectives.base import Model
 from objectives.block import BlockDiffusion
 from objectives.d3pm import D3PM
 from objectives.subs import Subs
+from process import Absorbing
 from randomness import KeyedNoise
 from samplers import (
     analytic,
@@ -31,11 +32,11 @@ MASK = 3
 
 
 def blocks(net, size: int) -> Model:
-    return Model(BlockDiffusion(MASK, partial(Subs, LogLinear()), size, ignore_bos=False), net)
+    return Model(BlockDiffusion(Absorbing(MASK), partial(Subs, LogLinear()), size, ignore_bos=False), net)
 
 
 def subs(net) -> Model:
-    return Model(Subs(LogLinear(), MASK), net)
+    return Model(Subs(LogLinear(), Absorbing(MASK)), net)
 
 
 ancestors = partial(ancestral.sample, steps=6, skip_idle=True)
@@ -43,7 +44,7 @@ SAMPLERS = {
     "ddpm": (subs, partial(ancestral.sample, steps=6, skip_idle=False)),
     "ddpm_cache": (subs, ancestors),
     "unfinished": (subs, partial(ancestors, noise_removal=False, eps=0.5)),
-    "analytic": (lambda net: Model(D3PM(LogLinear(), MASK, T=10), net), partial(analytic.sample, steps=6)),
+    "analytic": (lambda net: Model(D3PM(LogLinear(), Absorbing(MASK), T=10), net), partial(analytic.sample, steps=6)),
     "first_hitting": (subs, partial(first_hitting.sample)),
     "ordered": (subs, partial(ordered.sample, order="margin", tokens_per_step=2)),
     "unmask": (subs, partial(unmasking.sample, steps=5)),
@@ -52,7 +53,7 @@ SAMPLERS = {
     "segments": (partial(blocks, size=8), partial(block.sample, inner=first_hitting.sample,
                  segment_ends=torch.tensor([[3], [5], [6]]))),
     "semi_ar": (subs, partial(semi_autoregressive.sample, inner=ancestors, stride_length=3, num_strides=2)),
-    "ar": (lambda net: Model(AR(MASK), net), partial(autoregressive.sample, kv_cache=False)),
+    "ar": (lambda net: Model(AR(Absorbing(MASK)), net), partial(autoregressive.sample, kv_cache=False)),
 }  # fmt: skip
 
 

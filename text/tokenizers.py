@@ -56,7 +56,7 @@ class Vocabulary:
     mask_id, pad_id: always there, never equal. bos_id, eos_id: None where the tokenizer has no such token.
     special_ids: what frames or fills texts (begin, end, classifier, separator, padding); an unknown token is text.
     fingerprint: hex SHA-256 of the whole serialised tokenizer; equal fingerprints give equal ids for every
-    text.
+    text. mask_added: the mask is no token of the tokenizer, but the last id.
     """
 
     size: int
@@ -66,6 +66,12 @@ class Vocabulary:
     eos_id: int | None
     fingerprint: str
     special_ids: frozenset[int] = frozenset()
+    mask_added: bool = False
+
+    @property
+    def own_size(self) -> int:
+        """Number of ids that the tokenizer itself has, for networks that need no mask."""
+        return self.size - self.mask_added
 
 
 def vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
@@ -93,7 +99,9 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
         )
     framing = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id, pad_id)
     special_ids = frozenset(framing) - {None, mask_id}
-    return Vocabulary(size, mask_id, pad_id, bos_id, eos_id, _fingerprint(tokenizer), special_ids)
+    return Vocabulary(
+        size, mask_id, pad_id, bos_id, eos_id, _fingerprint(tokenizer), special_ids, tokenizer.mask_token_id is None
+    )
 
 
 def _check_growth(described: Mapping[str, object], name: str) -> None:

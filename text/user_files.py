@@ -53,9 +53,7 @@ class UserFiles:
         seed: int = 0,
     ) -> None:
         if not path:
-            raise ValueError(
-                f"data.path is not set: give a file, a folder or a glob ({', '.join(KINDS)})"
-            )
+            raise ValueError(f"data.path is not set: give a file, a folder or a glob ({', '.join(KINDS)})")
         self.paths = {"train": path, "validation": validation_path, "test": test_path}
         self.keys = {"train": "data.path", "validation": "data.validation_path", "test": "data.test_path"}
         self.text_column, self.label_column, self.prompt_column = text_column, label_column, prompt_column

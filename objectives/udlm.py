@@ -1,0 +1,111 @@
+"""Uniform-state diffusion: UDLM (Schiff et al., arXiv 2412.10193), whose bound DUO (Sahoo et al., arXiv 2506.10892)
+shares.
+
+Shape suffixes: B batch, L length, N scored positions, C positions of a chunk, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from noise_schedule import NoiseSchedule
+from objectives.base import (
+    Backbone,
+    Batch,
+    TokenDiffusion,
+    TokenLoss,
+    context,
+    counted_mask,
+    encode_at,
+    per_position,
+    scored_mask,
+    spread,
+)
+from objectives.noising import Bernoulli, Noising
+from objectives.projection import chunked, log_probs
+from process import Uniform
+
+_SMALLEST = 1e-12  # alpha, by which the weight divides; the integrand vanishes with it
+
+
+class UDLM(TokenDiffusion):
+    """The network's output is the leave-one-out posterior: log p(x_0 at a position | the other tokens of x_t). The
+    reverse step then weighs in the position's own token by Bayes' rule (arXiv 2605.22765).
+
+    Any token may be noise, so the loss is over all positions. A step projects each of them onto the vocabulary, where a
+    masked one projects half on average.
+    """
+
+    clean_text_costs_nothing = False
+
+    def __init__(self, schedule: NoiseSchedule, process: Uniform, noising: Noising | None = None) -> None:
+        super().__init__(schedule, process, noising)
+
+    @property
+    def sharpest(self) -> Noising:
+        return Bernoulli()
+
+    def loss_at(self, backbone: Backbone, batch: Batch, xt_BL: Tensor, t_B: Tensor) -> TokenLoss:
+        """The integrand of the continuous-time NELBO (UDLM, eq. 16): the rate of the KL divergence between the reverse
+        step given x_0 and the predicted one."""
+        x0_BL, scored_BL = batch["input_ids"], scored_mask(batch)
+        hidden_ND = encode_at(backbone, xt_BL, self.conditioning(t_B), scored_BL, **context(batch))
+        level = self.schedule(t_B)
+        alpha_N = per_position(level.alpha, scored_BL).clamp(min=_SMALLEST)
+        ids_N2 = torch.stack([x0_BL[scored_BL], xt_BL[scored_BL]], dim=1)
+        picked_N3 = chunked(_picked_and_summed, hidden_ND, backbone.head, ids_N2, alpha_N)
+        rate_N = -per_position(level.dalpha, scored_BL) * _divergence(picked_N3.double(), ids_N2, alpha_N, self.size)
+        return TokenLoss(spread(rate_N.float(), scored_BL), counted_mask(batch), {})
+
+    @property
+    def size(self) -> int:
+        return self.process.vocab_size
+
+    def leave_one_out(self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, at_BL: Tensor, **cond: Tensor) -> Tensor:
+        """Return log p(x_0 | the other tokens of x_t) at the N positions of `at_BL`, (N, V): the network's output."""
+        return log_probs(encode_at(backbone, x_BL, self.conditioning(t_B), at_BL, **cond), backbone.head, None)
+
+    def denoise(
+        self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, at_BL: Tensor | None = None, **cond: Tensor
+    ) -> Tensor:
+        chosen_BL = torch.ones_like(x_BL, dtype=torch.bool) if at_BL is None else at_BL
+        log_others_NV = self.leave_one_out(backbone, x_BL, t_B, chosen_BL, **cond)
+        alpha_N = per_position(self.schedule(t_B).alpha, chosen_BL)
+        log_p_NV = self.process.with_own_token(x_BL[chosen_BL], log_others_NV, alpha_N)
+        return log_p_NV.unflatten(0, x_BL.shape) if at_BL is None else log_p_NV
+
+
+def _picked_and_summed(logits_CV: Tensor, ids_C2: Tensor, alpha_C: Tensor) -> Tensor:
+    """(C, 3): log p of x_0 and of x_t, and the sum over the vocabulary of log(1 + alpha (V p - 1)).
+
+    The last is the log of V q(x_t = v), summed: it needs every probability, but only its sum leaves the chunk. At
+    alpha = 1 in float32 it would be -inf where p = 0; there its weight 1 - alpha is 0.
+    """
+    log_p_CV, alpha_C1 = logits_CV.log_softmax(-1), alpha_C.to(logits_CV.dtype)[:, None]
+    excess_CV = (alpha_C1 * (logits_CV.shape[1] * log_p_CV.exp() - 1)).clamp(min=-(1 - 1e-7))
+    return torch.cat([log_p_CV.gather(1, ids_C2), excess_CV.log1p().sum(-1, keepdim=True)], dim=1)
+
+
+def _divergence(picked_N3: Tensor, ids_N2: Tensor, alpha_N: Tensor, size: int) -> Tensor:
+    """The bracket of eq. 16 divided by -V alpha, with true(v) = V q(x_t = v | x_0), found(v) that of the prediction:
+
+    sum over v of true(v) / true(x_t) log(found(x_t) true(v) / (found(v) true(x_t))) - V / true(x_t) + V / found(x_t)
+
+    Its terms of first order in alpha cancel, so each is a difference from 1: log1p, never log.
+    """
+    log_p0_N, log_pt_N, log_found_sum_N = picked_N3.unbind(1)
+    same_N = (ids_N2[:, 0] == ids_N2[:, 1]).double()
+
+    def excess(p_N: Tensor) -> Tensor:
+        return (alpha_N * (size * p_N - 1)).clamp(min=-(1 - 1e-15))
+
+    found_0_N, found_t_N, true_t_N = excess(log_p0_N.exp()), excess(log_pt_N.exp()), excess(same_N)
+    difference_N = size * size * alpha_N * (log_pt_N.exp() - same_N) / ((1 + true_t_N) * (1 + found_t_N))
+    log_ratio_N = size * (found_t_N.log1p() - true_t_N.log1p())
+    noise_N = (-alpha_N).clamp(min=-(1 - 1e-15))
+    at_x0_N = excess(torch.ones_like(alpha_N))
+    true_log_true_N = (1 + at_x0_N) * at_x0_N.log1p() + (size - 1) * (1 - alpha_N) * noise_N.log1p()
+    true_log_found_N = size * alpha_N * found_0_N.log1p() + (1 - alpha_N) * log_found_sum_N
+    divergence_N = (log_ratio_N + true_log_true_N - true_log_found_N) / (1 + true_t_N) - difference_N
+    return divergence_N / (size * alpha_N)

@@ -1,0 +1,166 @@
+"""Forward processes: how clean tokens become noise, and the distribution of one step back.
+
+A process says what noise is; a noise schedule (noise_schedule.py) says how much of it there is at time t. So the
+methods here take alpha, the probability that a token is kept, and never t.
+
+Shape suffixes: B batch, L length, N selected positions, V vocabulary, S times of a grid.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from randomness import KeyedNoise
+
+
+class Process(ABC):
+    """A Markov chain that corrupts every token independently: x_t is x_0 with probability alpha, else pure noise.
+
+    blank_id: marks a token that a sampler is to write, in the rows that it is given.
+
+    vocab_size: number of tokens that there are, noise included: what a network has to score.
+    """
+
+    blank_id: int
+    vocab_size: int | None
+
+    @classmethod
+    @abstractmethod
+    def of(cls, vocab_size: int, own_size: int, mask_id: int) -> Self:
+        """Build the process for the ids of a tokenizer: `own_size` of them, `vocab_size` with its mask."""
+
+    @abstractmethod
+    def prior(self, x_BL: Tensor, noise: KeyedNoise, where_BL: Tensor) -> Tensor:
+        """Return `x_BL` with pure noise at the True positions of `where_BL`: a draw of x_1."""
+
+    @abstractmethod
+    def corrupt(self, x0_BL: Tensor, alpha_B: Tensor, noise: KeyedNoise, where_BL: Tensor) -> Tensor:
+        """Draw x_t ~ q(x_t | x_0) at the True positions of `where_BL`; the other tokens are kept."""
+
+    @abstractmethod
+    def posterior(self, xt_N: Tensor, log_p_x0_NV: Tensor, alpha_t_N: Tensor, alpha_s_N: Tensor) -> Tensor:
+        """Return log p(x_s | x_t) for s < t, (N, V) in the precision of alpha.
+
+        It is the mean of q(x_s | x_t, x_0) over a prediction of x_0, whose logarithms are `log_p_x0_NV`.
+        """
+
+
+class Absorbing(Process):
+    """Noise is the mask token, and a masked token stays masked (MDLM, arXiv 2406.07524, eq. 5)."""
+
+    def __init__(self, mask_id: int, vocab_size: int | None = None) -> None:
+        self.mask_id = self.blank_id = mask_id
+        self.vocab_size = vocab_size
+
+    @classmethod
+    def of(cls, vocab_size: int, own_size: int, mask_id: int) -> Self:
+        return cls(mask_id, vocab_size)
+
+    def is_corrupted(self, x: Tensor) -> Tensor:
+        """Return True where a token is the mask."""
+        return x == self.mask_id
+
+    def mask(self, x_BL: Tensor, where_BL: Tensor) -> Tensor:
+        """Return `x_BL` with masks at the True positions of `where_BL`."""
+        return torch.where(where_BL, self.mask_id, x_BL)
+
+    def prior(self, x_BL: Tensor, noise: KeyedNoise, where_BL: Tensor) -> Tensor:
+        return self.mask(x_BL, where_BL)
+
+    def corrupt(self, x0_BL: Tensor, alpha_B: Tensor, noise: KeyedNoise, where_BL: Tensor) -> Tensor:
+        return self.mask(x0_BL, (noise.uniform(x0_BL.shape[1]) < (1 - alpha_B)[:, None]) & where_BL)
+
+    def posterior(self, xt_N: Tensor, log_p_x0_NV: Tensor, alpha_t_N: Tensor, alpha_s_N: Tensor) -> Tensor:
+        """Eq. 7 of MDLM: a mask becomes the predicted token with the chance of being unmasked; other tokens stay."""
+        chance_N = unmask_chance(alpha_t_N, alpha_s_N)
+        out_NV = log_p_x0_NV + chance_N.log()[:, None]
+        out_NV[:, self.mask_id] = torch.log1p(-chance_N)
+        return self.keep_visible(out_NV, xt_N)
+
+    def keep_visible(self, log_p_NV: Tensor, x_N: Tensor) -> Tensor:
+        """Put all probability on the token that is there, in place, unless it is the mask ("carry-over")."""
+        visible_N = ~self.is_corrupted(x_N)
+        log_p_NV[visible_N] = -torch.inf
+        log_p_NV[visible_N, x_N[visible_N]] = 0.0
+        return log_p_NV
+
+
+class Uniform(Process):
+    """Noise is a token drawn evenly from the whole vocabulary (D3PM, arXiv 2107.03006, appendix A.2.1; UDLM, arXiv
+    2412.10193). Nothing in a noised text says which of its tokens are noise."""
+
+    blank_id = -1  # no token, since a text may hold any of them
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+
+    @classmethod
+    def of(cls, vocab_size: int, own_size: int, mask_id: int) -> Self:
+        return cls(own_size)
+
+    def prior(self, x_BL: Tensor, noise: KeyedNoise, where_BL: Tensor) -> Tensor:
+        return torch.where(where_BL, (noise.uniform(x_BL.shape[1]) * self.vocab_size).long(), x_BL)
+
+    def corrupt(self, x0_BL: Tensor, alpha_B: Tensor, noise: KeyedNoise, where_BL: Tensor) -> Tensor:
+        resampled_BL = noise.uniform(x0_BL.shape[1]) < (1 - alpha_B)[:, None]
+        return self.prior(x0_BL, noise, resampled_BL & where_BL)
+
+    def posterior(self, xt_N: Tensor, log_p_x0_NV: Tensor, alpha_t_N: Tensor, alpha_s_N: Tensor) -> Tensor:
+        """Average q(x_s | x_t, x_0) = q(x_t | x_s) q(x_s | x_0) / q(x_t | x_0) over the prediction of x_0."""
+        others_NV = self.without_own_token(xt_N, log_p_x0_NV, alpha_t_N).exp()
+        alpha_s_N1, kept_N = alpha_s_N[:, None], alpha_t_N / alpha_s_N
+        before_NV = alpha_s_N1 * others_NV + (1 - alpha_s_N1) / self.vocab_size
+        return (before_NV.log() + self._log_step(xt_N, kept_N, like=before_NV)).log_softmax(-1)
+
+    def without_own_token(self, xt_N: Tensor, log_p_x0_NV: Tensor, alpha_N: Tensor) -> Tensor:
+        """Return log p(x_0 | the other tokens of x_t), (N, V) in the precision of alpha: the leave-one-out posterior
+        (arXiv 2605.22765), from log p(x_0 | x_t)."""
+        log_p_NV = log_p_x0_NV.to(alpha_N.dtype)
+        return (log_p_NV - self._log_step(xt_N, alpha_N, like=log_p_NV)).log_softmax(-1)
+
+    def with_own_token(self, xt_N: Tensor, log_others_NV: Tensor, alpha_N: Tensor) -> Tensor:
+        """Return log p(x_0 | x_t) from the leave-one-out posterior: the inverse of `without_own_token`."""
+        log_others_NV = log_others_NV.to(alpha_N.dtype)
+        return (log_others_NV + self._log_step(xt_N, alpha_N, like=log_others_NV)).log_softmax(-1)
+
+    def _log_step(self, xt_N: Tensor, kept_N: Tensor, like: Tensor) -> Tensor:
+        """log q(x_t | x_s = v) for every v, (N, V), where a token is kept with chance `kept_N`, else drawn evenly."""
+        noise_N1 = ((1 - kept_N) / self.vocab_size)[:, None]
+        log_q_NV = noise_N1.log().expand_as(like).clone()
+        return log_q_NV.scatter_(1, xt_N[:, None], (noise_N1 + kept_N[:, None]).log())
+
+
+def unmask_chance(alpha_t: Tensor, alpha_s: Tensor) -> Tensor:
+    """Return P(x_s is not masked | x_t is masked) = (alpha_s - alpha_t) / (1 - alpha_t) for s < t (MDLM, eq. 7)."""
+    return (alpha_s - alpha_t) / (1 - alpha_t)
+
+
+def unmask_step(u_BL: Tensor, alpha_S: Tensor) -> Tensor:
+    """When the ancestral sampler unmasks each position, drawn for all steps at once: (B, L) in 0..S-1.
+
+    alpha_S are alpha(t_0) < alpha(t_1) < ... of a grid of S times, from noise to data. A masked position stays masked
+    from t_i to t_(i+1) with probability (1 - alpha_(i+1)) / (1 - alpha_i), whatever the tokens are; the product
+    telescopes to P(masked at t_i) = (1 - alpha_i) / (1 - alpha_0), which inverts in one look-up. Step i goes from t_i
+    to t_(i+1); S - 1 means never within the grid. Rows may have grids of their own, alpha (B, S). `u_BL` are uniform
+    numbers in [0, 1).
+    """
+    survived_S = (1 - alpha_S.double()) / (1 - alpha_S[..., :1].double())
+    unmasked_by_S = (1 - survived_S[..., 1:]).contiguous()
+    return torch.searchsorted(unmasked_by_S, u_BL, right=True)
+
+
+def draw_categorical(log_p_NV: Tensor, u_N: Tensor) -> Tensor:
+    """One token id per row by inversion of the cumulative distribution, in float64; (N,).
+
+    float32 Gumbel noise cannot reach probabilities below 2^-24 and so sharpens the distribution
+    (Zheng et al., arXiv 2409.02908, section 4); one float64 number per row has no such floor.
+    """
+    cumulative_NV = log_p_NV.double().exp().cumsum(-1)
+    total_N = cumulative_NV[:, -1]
+    # Rounding may lift u * total to the total itself, beyond every token that has mass.
+    threshold_N = torch.minimum(u_N.double() * total_N, torch.nextafter(total_N, torch.zeros_like(total_N)))
+    return torch.searchsorted(cumulative_NV, threshold_N[:, None], right=True).squeeze(-1)

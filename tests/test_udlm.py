@@ -1,0 +1,245 @@
+"""Uniform-state diffusion: the reference's numbers, the bound by enumeration, and the law of one step."""
+
+from __future__ import annotations
+
+import itertools
+from types import SimpleNamespace
+
+import numpy
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn.functional import one_hot
+
+from command_line import compose_config
+from file_settings import complete
+from instantiation import instantiate
+from models.checkpoints import read_checkpoint
+from noise_schedule import Cosine, LogLinear
+from objectives.base import Model
+from objectives.mlm import Rates
+from objectives.noising import Bernoulli, Complementary, ExactCount, TiltedCount
+from objectives.udlm import UDLM, _divergence
+from process import Uniform
+from randomness import KeyedNoise, evaluation_noise
+from samplers import uniform
+from samplers.base import time_grid
+from tests.laws import assert_follows
+
+V, L = 3, 2
+NO_NETWORK = SimpleNamespace(head=SimpleNamespace(out_features=V))
+
+
+def test_the_posterior_is_bayes_rule():
+    """q(x_s | x_t) by enumeration of x_0 and x_s, with any prediction of x_0."""
+    torch.manual_seed(0)
+    process, alpha_t, alpha_s = Uniform(V), torch.tensor(0.3).double(), torch.tensor(0.7).double()
+
+    def transition(alpha):  # P(to | from)
+        return alpha * torch.eye(V).double() + (1 - alpha) / V
+
+    log_p = torch.randn(V, V).double().log_softmax(-1)  # a prediction for each x_t
+    joint = transition(alpha_s)[:, :, None] * transition(alpha_t / alpha_s)[None]  # x_0, x_s, x_t
+    wanted = torch.einsum("tz,zst->ts", log_p.exp(), joint / joint.sum(1, keepdim=True))
+    found = process.posterior(torch.arange(V), log_p, alpha_t.expand(V), alpha_s.expand(V))
+    torch.testing.assert_close(found.exp(), wanted)
+    others = process.without_own_token(torch.arange(V), log_p, alpha_t.expand(V))
+    torch.testing.assert_close(process.with_own_token(torch.arange(V), others, alpha_t.expand(V)), log_p)
+
+
+@pytest.mark.parametrize("t", [1e-6, 1e-3, 0.3, 0.8, 0.999, 1 - 1e-9])
+def test_the_integrand_is_the_papers(random_dit, t):
+    """The divergence written out over the vocabulary in float64, with no regard to rounding, where that is possible."""
+    torch.manual_seed(1)
+    net, objective = random_dit(5, time_conditioning=True), UDLM(LogLinear(eps=0.0), Uniform(5))
+    x0, xt = torch.randint(5, (6, 4)), torch.randint(5, (6, 4))
+    xt[:3] = x0[:3]
+    t_B = torch.full((6,), t, dtype=torch.float64)
+    found = objective.loss_at(net, {"input_ids": x0}, xt, t_B).nll_BL.double()
+    at = torch.ones_like(x0, dtype=torch.bool)
+    p = objective.leave_one_out(net, xt, t_B, at).double().exp().view(6, 4, 5)
+    alpha = 1 - t
+    true, predicted = (5 * alpha * one.double() + (1 - alpha) for one in (one_hot(x0, 5), p))
+    true_t, predicted_t = (one.gather(-1, xt[..., None]) for one in (true, predicted))
+    total = (true / true_t * ((predicted_t * true).log() - (predicted * true_t).log())).sum(-1, keepdim=True)
+    wanted = (total - 5 / true_t + 5 / predicted_t).squeeze(-1) / (5 * alpha)
+    if t <= 0.999:  # later the plain form has no digits left
+        torch.testing.assert_close(found, wanted, rtol=2e-5, atol=1e-6)
+    assert (found > -1e-6).all() and found.isfinite().all()
+    assert t < 0.999999 or (found < 1e-6).all()
+
+
+@pytest.mark.parametrize("weights", ["raw", "ema"])
+def test_golden_duo_without_a_setting_typed(fixtures_dir, weights):
+    path = fixtures_dir / "duo_uniform" / "duo.ckpt"
+    golden = load_file(path.parent / "golden.safetensors")
+    cfg = compose_config(complete(["mode=ppl_eval", f"eval.checkpoint_path={path}"]))
+    process = instantiate(cfg.process, vocab_size=40, own_size=39, mask_id=39)
+    objective = instantiate(cfg.parameterization, process=process)
+    net = instantiate(cfg.backbone, vocab_size=process.vocab_size).eval()
+    read_checkpoint(path).load_into(net, weights == "ema")
+    x0, xt, t = golden["x0"], golden["xt"], golden["t"].double()
+    everywhere = torch.ones_like(x0, dtype=torch.bool)
+    with torch.no_grad():
+        log_p = objective.leave_one_out(net, xt, t, everywhere).view(*x0.shape, 39)
+        nll = objective.loss_at(net, {"input_ids": x0}, xt, t).nll_BL
+    torch.testing.assert_close(log_p, golden[f"{weights}.model_output"], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(nll, golden[f"{weights}.nll_per_token"], rtol=1e-4, atol=1e-4)
+
+
+# -------------------------------------------------------------------------------- by enumeration
+
+
+def every_text(length: int = L, vocab: int = V) -> torch.Tensor:
+    return torch.tensor(list(itertools.product(range(vocab), repeat=length)))
+
+
+class Bayes:
+    """The leave-one-out posterior of a known distribution over texts, under uniform noise."""
+
+    def __init__(self, p_M: torch.Tensor) -> None:
+        self.p_M, self.texts_ML = p_M.double(), every_text()
+
+    def __call__(self, x_BL: torch.Tensor, alpha_B: torch.Tensor) -> torch.Tensor:
+        """log p(x_0 at i | x_t without i), (B, L, V)."""
+        same_BML = (x_BL[:, None] == self.texts_ML[None]).double()
+        q_BML = alpha_B[:, None, None] * same_BML + (1 - alpha_B[:, None, None]) / V
+        out = torch.zeros(len(x_BL), L, V, dtype=torch.float64)
+        for i in range(L):
+            weight_BM = self.p_M * torch.cat([q_BML[..., :i], q_BML[..., i + 1 :]], -1).prod(-1)
+            out[:, i] = weight_BM @ one_hot(self.texts_ML[:, i], V).double()
+        return (out / out.sum(-1, keepdim=True)).log()
+
+
+class BayesUDLM(UDLM):
+    """UDLM with the exact network."""
+
+    def __init__(self, bayes: Bayes, schedule) -> None:
+        super().__init__(schedule, Uniform(V))
+        self.bayes = bayes
+
+    def leave_one_out(self, backbone, x_BL, t_B, at_BL, **cond):
+        return self.bayes(x_BL, self.schedule(t_B).alpha)[at_BL]
+
+    def rate(self, x0_BL, xt_BL, t_B):
+        """The integrand, from the exact prediction."""
+        level = self.schedule(t_B)
+        log_p_BLV, alpha_BL = self.bayes(xt_BL, level.alpha), level.alpha[:, None].expand(xt_BL.shape)
+        total_BL = (alpha_BL[..., None] * (V * log_p_BLV.exp() - 1)).log1p().sum(-1)
+        ids = torch.stack([x0_BL, xt_BL], -1)
+        picked = torch.cat([log_p_BLV.gather(-1, ids), total_BL[..., None]], -1)
+        found = _divergence(picked.flatten(0, 1), ids.flatten(0, 1), alpha_BL.flatten(), V)
+        return -level.dalpha * found.view(xt_BL.shape).sum(-1)
+
+
+@pytest.mark.parametrize("schedule", [LogLinear(eps=0.0), Cosine(eps=0.0)], ids=["loglinear", "cosine"])
+def test_the_bound_of_the_exact_network_is_the_entropy(schedule):
+    torch.manual_seed(3)
+    texts, points = every_text(), 400
+    nodes, weights = numpy.polynomial.legendre.leggauss(points)
+    t = torch.from_numpy((nodes + 1) / 2)
+    one_token = torch.rand(V).double() + 0.1
+    one_token /= one_token.sum()
+    independent = one_token[texts].prod(-1)
+    mixed = torch.rand(len(texts)).double() ** 3
+    for p_M in (independent, mixed / mixed.sum()):
+        objective = BayesUDLM(Bayes(p_M), schedule)
+        alpha = objective.schedule(t).alpha
+        bound = 0.0
+        for x0 in range(len(texts)):
+            for xt in range(len(texts)):
+                same = (texts[x0] == texts[xt]).double()
+                q = (alpha[:, None] * same + (1 - alpha[:, None]) / V).prod(-1)
+                rows = [texts[one].expand(points, -1) for one in (x0, xt)]
+                rate = objective.rate(*rows, t)
+                bound += float(p_M[x0] * (torch.from_numpy(weights) / 2 * q * rate).sum())
+        entropy = float(-(p_M * p_M.log()).sum())
+        assert bound == pytest.approx(entropy, rel=1e-4)
+
+
+def chain(model: Model, steps: int, start: tuple[int, ...]) -> dict[tuple, float]:
+    """The law of the sampler: random tokens at the blanks, then steps through p(x_s | x_t)."""
+    blanks = [i for i, token in enumerate(start) if token == Uniform.blank_id]
+    law: dict[tuple, float] = {}
+    for tokens in itertools.product(range(V), repeat=len(blanks)):
+        state = list(start)
+        for place, token in zip(blanks, tokens, strict=True):
+            state[place] = token
+        law[tuple(state)] = V ** -len(blanks)
+    at = torch.tensor([[i in blanks for i in range(L)]])
+    for t, s in itertools.pairwise(time_grid(steps, 1e-5)):
+        moved: dict[tuple, float] = {}
+        for state, mass in law.items():
+            q_NV = model.reverse(torch.tensor([state]), t[None], s[None], at).exp()
+            for tokens in itertools.product(range(V), repeat=len(blanks)):
+                after = list(state)
+                for place, token in zip(blanks, tokens, strict=True):
+                    after[place] = token
+                weight = mass * float(torch.stack([q_NV[i, v] for i, v in enumerate(tokens)]).prod())
+                moved[tuple(after)] = moved.get(tuple(after), 0.0) + weight
+        law = moved
+    return law
+
+
+@pytest.mark.parametrize("start", [(-1, -1), (2, -1)], ids=["all", "given"])
+def test_the_sampler_draws_the_law_of_its_chain(start):
+    torch.manual_seed(5)
+    p_M = torch.rand(V**L).double() ** 3
+    model = Model(BayesUDLM(Bayes(p_M / p_M.sum()), LogLinear().complete), NO_NETWORK)
+    rows = 20_000
+    out = uniform.sample(model, torch.tensor([start]).expand(rows, -1), KeyedNoise(7, torch.arange(rows)), steps=4,
+                         noise_removal=False)  # fmt: skip
+    law = chain(model, 4, start)
+    assert sum(law.values()) == pytest.approx(1.0)
+    assert_follows(out.ids_BL, law)
+    assert (out.evaluations_B == 4).all() and (start[0] == -1 or not out.step_BL[:, 0].any())
+
+
+def test_many_steps_of_the_exact_network_draw_the_data():
+    torch.manual_seed(6)
+    p_M = torch.rand(V**L).double() ** 3
+    p_M /= p_M.sum()
+    model = Model(BayesUDLM(Bayes(p_M), LogLinear().complete), NO_NETWORK)
+    law = chain(model, 400, (-1, -1))
+    found = torch.tensor([law[tuple(text)] for text in every_text().tolist()])
+    assert (
+        (found - p_M).abs().sum()
+        < 0.01
+        < (torch.tensor([chain(model, 4, (-1, -1))[tuple(text)] for text in every_text().tolist()]) - p_M).abs().sum()
+    )
+
+
+def test_given_tokens_and_padding_are_neither_noised_nor_scored(random_dit):
+    net, objective = random_dit(5, time_conditioning=True), UDLM(LogLinear(), Uniform(5))
+    x0 = torch.randint(5, (4, 6))
+    given = torch.zeros_like(x0, dtype=torch.bool)
+    given[:, :2] = True
+    seen = []
+    objective.noising = lambda *args: seen.extend(Bernoulli()(*args)) or seen
+    batch = {"input_ids": x0, "given": given, "attention_mask": torch.arange(6).expand(4, -1) < 5}
+    loss = objective.loss(net, batch, evaluation_noise(0, torch.arange(4)))
+    kept = given | (torch.arange(6) == 5)
+    assert torch.equal(seen[0].xt_BL[kept], x0[kept]) and (seen[0].xt_BL != x0).any()
+    assert (loss.nll_BL[kept] == 0).all() and (loss.nll_BL[~kept] > 0).all()
+    assert torch.equal(loss.mask_BL, ~kept)
+
+
+@pytest.mark.parametrize("noising", [ExactCount(), TiltedCount(), Complementary(), Rates([0.5])])
+def test_draws_that_need_masks_are_refused(noising):
+    with pytest.raises(ValueError, match=r"do not fit UDLM.*training.masking=bernoulli"):
+        UDLM(LogLinear(), Uniform(V), noising)
+    with pytest.raises(ValueError, match="do not fit UDLM"):
+        UDLM(LogLinear(), Uniform(V)).bound(noising)
+
+
+def test_the_chunked_projection_has_the_plain_gradients(random_dit, monkeypatch):
+    net, objective = random_dit(5, time_conditioning=True).float(), UDLM(LogLinear(), Uniform(5))
+    batch, found = {"input_ids": torch.randint(5, (3, 6))}, []
+    for size in (4 * 5 * 4, 32 * 2**20):  # chunks of four positions, and one for all
+        monkeypatch.setattr("objectives.projection._CHUNK_BYTES", size)
+        net.zero_grad()
+        loss = objective.loss(net, batch, evaluation_noise(0, torch.arange(3))).mean()
+        loss.backward()
+        found.append([loss.detach(), *(parameter.grad.clone() for parameter in net.parameters())])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
