@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from direction_checks import check_direction
 from instantiation import located
-from process import Uniform
+from process import Resampling
 
 log = logging.getLogger(__name__)
 
@@ -35,12 +35,15 @@ def _check_sampler(cfg: DictConfig, name: str) -> None:
             "@writes(Absorbing) or the like above it, as CONTRIBUTING.md shows"
         )
     if process not in sample.processes:
-        fitting = "uniform" if process is Uniform else "ddpm_cache"
+        fitting = "uniform" if issubclass(process, Resampling) else "ddpm_cache"
         raise ValueError(
             f"sampling.predictor={cfg.sampler._target_.split('.')[-2]} writes texts of the process "
             f"{sample.processes[0].__name__}, and parameterization={name} is of {process.__name__}; use "
             f"sampling.predictor={fitting}"
         )
+
+
+_ANY_TOKEN = ("udlm", "gidd")  # any token may be noise, and time is continuous
 
 
 def trains(cfg: DictConfig) -> bool:
@@ -58,12 +61,12 @@ def refuse_contradictions(cfg: DictConfig) -> None:
     training, name = cfg.training, law(cfg)
     unread = {
         "time_conditioning": cfg.time_conditioning and name == "ar",
-        "T": cfg.T and name in ("ar", "sedd", "udlm"),
-        "subs_masking": cfg.subs_masking and name in ("ar", "sedd", "udlm"),
+        "T": cfg.T and name in ("ar", "sedd", *_ANY_TOKEN),
+        "subs_masking": cfg.subs_masking and name in ("ar", "sedd", *_ANY_TOKEN),
         "training.importance_sampling": training.importance_sampling and name in ("ar", "d3pm"),
         "training.change_of_variables": training.change_of_variables and name not in ("subs", "bd3lm"),
         "training.loss_weight": training.loss_weight != "elbo" and name not in ("subs", "bd3lm"),
-        "training.resample": training.resample and name in ("ar", "udlm"),
+        "training.resample": training.resample and name in ("ar", *_ANY_TOKEN),
         "training.ignore_bos": training.ignore_bos and name == "ar",
         "classify.masks": cfg.classify.masks == "independent" and name == "ar",
         "training.masking": name == "ar" and not cfg.masking._target_.endswith("Bernoulli"),

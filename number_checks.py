@@ -142,7 +142,7 @@ _TABLE: tuple[tuple[Setting, str], ...] = (
     (maybe(real("[0, 1)")), "validation_share"),
     (real("(0, 1]"), "nucleus_p decay_share"),
     (maybe(real("(0, 1]")), "threshold"),
-    (real("(0, 1)"), "plateau.factor plateau.floor"),
+    (real("(0, 1)"), "word_share plateau.factor plateau.floor"),
     (real("(0.5, 1]"), "confidence"),
     (real("[0.001, 1]"), "clip_search_delta search.delta"),
     (real("[0, inf)"), """temperature guidance text_weight latent_weight latent_cosine_weight cosine_weight min_delta

@@ -9,6 +9,7 @@ Shape suffixes: B batch, L length, N selected positions, V vocabulary, S times o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Self
 
 import torch
@@ -89,9 +90,48 @@ class Absorbing(Process):
         return log_p_NV
 
 
-class Uniform(Process):
+class Resampling(Process):
+    """A process whose noise is another token, so that nothing in a noised text says which of its tokens are noise.
+
+    Its reverse step rests on the leave-one-out posterior, log p(x_0 | the other tokens of x_t) (arXiv 2605.22765).
+    """
+
+    @abstractmethod
+    def kept(self, alpha: Tensor) -> Tensor:
+        """Return the probability that x_t is x_0 itself."""
+
+    @abstractmethod
+    def noise(self, alpha_N: Tensor) -> Tensor:
+        """Return the probability of each token as noise, (N, V); with `kept` they sum to 1."""
+
+    def posterior(self, xt_N: Tensor, log_p_x0_NV: Tensor, alpha_t_N: Tensor, alpha_s_N: Tensor) -> Tensor:
+        """Average q(x_s | x_t, x_0) = q(x_t | x_s) q(x_s | x_0) / q(x_t | x_0) over the prediction of x_0."""
+        others_NV = self.without_own_token(xt_N, log_p_x0_NV, alpha_t_N).exp()
+        before_NV = self.kept(alpha_s_N)[:, None] * others_NV + self.noise(alpha_s_N)
+        return (before_NV.log() + self._log_step(xt_N, alpha_t_N, alpha_s_N)).log_softmax(-1)
+
+    def without_own_token(self, xt_N: Tensor, log_p_x0_NV: Tensor, alpha_N: Tensor) -> Tensor:
+        """Return the leave-one-out posterior, (N, V) in the precision of alpha, from log p(x_0 | x_t)."""
+        log_q_NV = self._log_step(xt_N, alpha_N, torch.ones_like(alpha_N))
+        return (log_p_x0_NV.to(alpha_N.dtype) - log_q_NV).log_softmax(-1)
+
+    def with_own_token(self, xt_N: Tensor, log_others_NV: Tensor, alpha_N: Tensor) -> Tensor:
+        """Return log p(x_0 | x_t) from the leave-one-out posterior: the inverse of `without_own_token`."""
+        log_q_NV = self._log_step(xt_N, alpha_N, torch.ones_like(alpha_N))
+        return (log_others_NV.to(alpha_N.dtype) + log_q_NV).log_softmax(-1)
+
+    def _log_step(self, xt_N: Tensor, alpha_t_N: Tensor, alpha_s_N: Tensor) -> Tensor:
+        """log q(x_t | x_s = v) for every v, (N, V): from s to t > s a token is kept, or becomes the noise that t has
+        beyond that of s."""
+        here_N1, kept_N = xt_N[:, None], self.kept(alpha_t_N) / self.kept(alpha_s_N)
+        new_NV = self.noise(alpha_t_N) - kept_N[:, None] * self.noise(alpha_s_N)
+        arriving_N1 = new_NV.gather(1, here_N1).clamp(min=0)
+        return arriving_N1.expand(new_NV.shape).scatter(1, here_N1, arriving_N1 + kept_N[:, None]).log()
+
+
+class Uniform(Resampling):
     """Noise is a token drawn evenly from the whole vocabulary (D3PM, arXiv 2107.03006, appendix A.2.1; UDLM, arXiv
-    2412.10193). Nothing in a noised text says which of its tokens are noise."""
+    2412.10193)."""
 
     blank_id = -1  # no token, since a text may hold any of them
 
@@ -102,6 +142,12 @@ class Uniform(Process):
     def of(cls, vocab_size: int, own_size: int, mask_id: int) -> Self:
         return cls(own_size)
 
+    def kept(self, alpha: Tensor) -> Tensor:
+        return alpha
+
+    def noise(self, alpha_N: Tensor) -> Tensor:
+        return ((1 - alpha_N) / self.vocab_size)[:, None].expand(-1, self.vocab_size)
+
     def prior(self, x_BL: Tensor, noise: KeyedNoise, where_BL: Tensor) -> Tensor:
         return torch.where(where_BL, (noise.uniform(x_BL.shape[1]) * self.vocab_size).long(), x_BL)
 
@@ -109,29 +155,69 @@ class Uniform(Process):
         resampled_BL = noise.uniform(x0_BL.shape[1]) < (1 - alpha_B)[:, None]
         return self.prior(x0_BL, noise, resampled_BL & where_BL)
 
-    def posterior(self, xt_N: Tensor, log_p_x0_NV: Tensor, alpha_t_N: Tensor, alpha_s_N: Tensor) -> Tensor:
-        """Average q(x_s | x_t, x_0) = q(x_t | x_s) q(x_s | x_0) / q(x_t | x_0) over the prediction of x_0."""
-        others_NV = self.without_own_token(xt_N, log_p_x0_NV, alpha_t_N).exp()
-        alpha_s_N1, kept_N = alpha_s_N[:, None], alpha_t_N / alpha_s_N
-        before_NV = alpha_s_N1 * others_NV + (1 - alpha_s_N1) / self.vocab_size
-        return (before_NV.log() + self._log_step(xt_N, kept_N, like=before_NV)).log_softmax(-1)
 
-    def without_own_token(self, xt_N: Tensor, log_p_x0_NV: Tensor, alpha_N: Tensor) -> Tensor:
-        """Return log p(x_0 | the other tokens of x_t), (N, V) in the precision of alpha: the leave-one-out posterior
-        (arXiv 2605.22765), from log p(x_0 | x_t)."""
-        log_p_NV = log_p_x0_NV.to(alpha_N.dtype)
-        return (log_p_NV - self._log_step(xt_N, alpha_N, like=log_p_NV)).log_softmax(-1)
+@dataclass(frozen=True)
+class HybridLevel:
+    """Probabilities that a token is kept, is a random word, is the mask; they sum to 1. word_rate, mask_rate: how fast
+    tokens become these, per unit of -alpha."""
 
-    def with_own_token(self, xt_N: Tensor, log_others_NV: Tensor, alpha_N: Tensor) -> Tensor:
-        """Return log p(x_0 | x_t) from the leave-one-out posterior: the inverse of `without_own_token`."""
-        log_others_NV = log_others_NV.to(alpha_N.dtype)
-        return (log_others_NV + self._log_step(xt_N, alpha_N, like=log_others_NV)).log_softmax(-1)
+    kept: Tensor
+    word: Tensor
+    mask: Tensor
+    word_rate: Tensor
+    mask_rate: Tensor
 
-    def _log_step(self, xt_N: Tensor, kept_N: Tensor, like: Tensor) -> Tensor:
-        """log q(x_t | x_s = v) for every v, (N, V), where a token is kept with chance `kept_N`, else drawn evenly."""
-        noise_N1 = ((1 - kept_N) / self.vocab_size)[:, None]
-        log_q_NV = noise_N1.log().expand_as(like).clone()
-        return log_q_NV.scatter_(1, xt_N[:, None], (noise_N1 + kept_N[:, None]).log())
+
+class Hybrid(Resampling):
+    """Noise is the mask or a random word (GIDD, von Rütte et al., arXiv 2503.04482, section 4.2, with gamma = 1).
+
+    alpha is that of the masks alone: a token is kept, is the mask, or is a word in the proportion alpha : 1 - alpha :
+    c, with c = B sqrt(alpha (1 - alpha)). So texts begin clean and end in masks.
+
+    Args:
+        mask_id, vocab_size: of the vocabulary, the mask included.
+        word_share: probability of a random word at alpha = 1/2, where it is largest; the paper's p_u, in (0, 1).
+    """
+
+    def __init__(self, mask_id: int, vocab_size: int, word_share: float = 0.1) -> None:
+        if not 0 < word_share < 1:
+            raise ValueError(f"process.word_share={word_share} must lie in (0, 1); for masks alone use algo=mdlm")
+        self.mask_id = self.blank_id = mask_id
+        self.vocab_size, self._scale = vocab_size, 2 * word_share / (1 - word_share)
+
+    @classmethod
+    def of(cls, vocab_size: int, own_size: int, mask_id: int, word_share: float) -> Self:
+        return cls(mask_id, vocab_size, word_share)
+
+    def level(self, alpha: Tensor) -> HybridLevel:
+        """Return what becomes of a token."""
+        alpha = alpha.double()
+        root = (alpha * (1 - alpha)).clamp(min=1e-24).sqrt()
+        words = self._scale * root
+        total = 1 + words
+        return HybridLevel(
+            alpha / total, words / total, (1 - alpha) / total,
+            self._scale / (2 * total * root), 1 / (total * alpha.clamp(min=1e-24)),
+        )  # fmt: skip
+
+    def kept(self, alpha: Tensor) -> Tensor:
+        return self.level(alpha).kept
+
+    def noise(self, alpha_N: Tensor) -> Tensor:
+        level = self.level(alpha_N)
+        noise_NV = (level.word / (self.vocab_size - 1))[:, None].repeat(1, self.vocab_size)
+        noise_NV[:, self.mask_id] = level.mask
+        return noise_NV
+
+    def prior(self, x_BL: Tensor, noise: KeyedNoise, where_BL: Tensor) -> Tensor:
+        return torch.where(where_BL, self.mask_id, x_BL)
+
+    def corrupt(self, x0_BL: Tensor, alpha_B: Tensor, noise: KeyedNoise, where_BL: Tensor) -> Tensor:
+        level, u_BL = self.level(alpha_B), noise.uniform(x0_BL.shape[1])
+        word_BL = (noise.uniform(x0_BL.shape[1]) * (self.vocab_size - 1)).long()
+        word_BL = word_BL + (word_BL >= self.mask_id)
+        noised_BL = torch.where(u_BL < (level.kept + level.mask)[:, None], self.mask_id, word_BL)
+        return torch.where(where_BL & (u_BL >= level.kept[:, None]), noised_BL, x0_BL)
 
 
 def unmask_chance(alpha_t: Tensor, alpha_s: Tensor) -> Tensor:

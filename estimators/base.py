@@ -56,9 +56,7 @@ class Estimator(Protocol):
 def refuse_causal(model: Model, name: str) -> None:
     """Raises ValueError for models that can not fill in anywhere."""
     if not isinstance(model.process, Absorbing):
-        raise ValueError(
-            f"eval.estimator={name} fills masks, and parameterization=udlm has none; use eval.estimator=auto"
-        )
+        raise ValueError(f"eval.estimator={name} fills masks, and here any token may be noise; use eval.estimator=auto")
     if model.objective.causal:
         raise ValueError(
             f"eval.estimator={name} fills masks in many orders, and parameterization=ar knows one, with an exact "

@@ -6,6 +6,8 @@ Shape suffixes: B batch, L length, N scored positions, C positions of a chunk, V
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch
 from torch import Tensor
 
@@ -29,9 +31,10 @@ from process import Uniform
 _SMALLEST = 1e-12  # alpha, by which the weight divides; the integrand vanishes with it
 
 
-class UDLM(TokenDiffusion):
-    """The network's output is the leave-one-out posterior: log p(x_0 at a position | the other tokens of x_t). The
-    reverse step then weighs in the position's own token by Bayes' rule (arXiv 2605.22765).
+class LeaveOneOut(TokenDiffusion):
+    """What objectives of processes without a mark of noise share: the network's output is the leave-one-out posterior,
+    log p(x_0 at a position | the other tokens of x_t). The reverse step weighs in the position's own token by Bayes'
+    rule (arXiv 2605.22765).
 
     Any token may be noise, so the loss is over all positions. A step projects each of them onto the vocabulary, where a
     masked one projects half on average.
@@ -39,12 +42,29 @@ class UDLM(TokenDiffusion):
 
     clean_text_costs_nothing = False
 
-    def __init__(self, schedule: NoiseSchedule, process: Uniform, noising: Noising | None = None) -> None:
-        super().__init__(schedule, process, noising)
-
     @property
     def sharpest(self) -> Noising:
         return Bernoulli()
+
+    @abstractmethod
+    def leave_one_out(self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, at_BL: Tensor, **cond: Tensor) -> Tensor:
+        """Return the network's output at the N positions of `at_BL`, (N, V)."""
+
+    def denoise(
+        self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, at_BL: Tensor | None = None, **cond: Tensor
+    ) -> Tensor:
+        chosen_BL = torch.ones_like(x_BL, dtype=torch.bool) if at_BL is None else at_BL
+        log_others_NV = self.leave_one_out(backbone, x_BL, t_B, chosen_BL, **cond)
+        alpha_N = per_position(self.schedule(t_B).alpha, chosen_BL)
+        log_p_NV = self.process.with_own_token(x_BL[chosen_BL], log_others_NV, alpha_N)
+        return log_p_NV.unflatten(0, x_BL.shape) if at_BL is None else log_p_NV
+
+
+class UDLM(LeaveOneOut):
+    """Noise is a random token; the bound is the continuous-time NELBO of UDLM."""
+
+    def __init__(self, schedule: NoiseSchedule, process: Uniform, noising: Noising | None = None) -> None:
+        super().__init__(schedule, process, noising)
 
     def loss_at(self, backbone: Backbone, batch: Batch, xt_BL: Tensor, t_B: Tensor) -> TokenLoss:
         """The integrand of the continuous-time NELBO (UDLM, eq. 16): the rate of the KL divergence between the reverse
@@ -55,25 +75,13 @@ class UDLM(TokenDiffusion):
         alpha_N = per_position(level.alpha, scored_BL).clamp(min=_SMALLEST)
         ids_N2 = torch.stack([x0_BL[scored_BL], xt_BL[scored_BL]], dim=1)
         picked_N3 = chunked(_picked_and_summed, hidden_ND, backbone.head, ids_N2, alpha_N)
-        rate_N = -per_position(level.dalpha, scored_BL) * _divergence(picked_N3.double(), ids_N2, alpha_N, self.size)
+        rate_N = -per_position(level.dalpha, scored_BL) * _divergence(
+            picked_N3.double(), ids_N2, alpha_N, self.process.vocab_size
+        )
         return TokenLoss(spread(rate_N.float(), scored_BL), counted_mask(batch), {})
 
-    @property
-    def size(self) -> int:
-        return self.process.vocab_size
-
     def leave_one_out(self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, at_BL: Tensor, **cond: Tensor) -> Tensor:
-        """Return log p(x_0 | the other tokens of x_t) at the N positions of `at_BL`, (N, V): the network's output."""
         return log_probs(encode_at(backbone, x_BL, self.conditioning(t_B), at_BL, **cond), backbone.head, None)
-
-    def denoise(
-        self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, at_BL: Tensor | None = None, **cond: Tensor
-    ) -> Tensor:
-        chosen_BL = torch.ones_like(x_BL, dtype=torch.bool) if at_BL is None else at_BL
-        log_others_NV = self.leave_one_out(backbone, x_BL, t_B, chosen_BL, **cond)
-        alpha_N = per_position(self.schedule(t_B).alpha, chosen_BL)
-        log_p_NV = self.process.with_own_token(x_BL[chosen_BL], log_others_NV, alpha_N)
-        return log_p_NV.unflatten(0, x_BL.shape) if at_BL is None else log_p_NV
 
 
 def _picked_and_summed(logits_CV: Tensor, ids_C2: Tensor, alpha_C: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Ancestral sampling of uniform-state diffusion on a grid of times (UDLM, arXiv 2412.10193, section 3.2).
+"""Ancestral sampling of processes whose noise is other tokens, on a grid of times (UDLM, 2412.10193, section 3.2).
 
 An approximation: the positions of one step are drawn independently of each other. It tends to the model's distribution
 as the steps become many more than the tokens.
@@ -11,13 +11,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from process import Uniform
+from process import Hybrid, Uniform
 from randomness import KeyedNoise
 from samplers.base import Generation, Model, TokenChoice, Watcher, row_chunks, rows_of, time_grid, writes
 from samplers.page import Page
 
 
-@writes(Uniform)
+@writes(Uniform, Hybrid)
 @torch.no_grad()
 def sample(
     model: Model,
@@ -33,7 +33,7 @@ def sample(
 ) -> Generation:
     """Write the blank positions of `x_BL`; its other tokens are given and never change.
 
-    Every blank starts as a random token, and any of them may change at any step.
+    Every blank starts as pure noise, and any of them may change at any step.
 
     Args:
         noise_removal: after the last step write the most likely token everywhere ("greedy tail", DUO, 2506.10892).
