@@ -27,6 +27,7 @@ from models.dit import DiT  # noqa: E402
 from noise_schedule import LogLinear  # noqa: E402
 from objectives.base import TokenLoss  # noqa: E402
 from objectives.subs import Subs  # noqa: E402
+from process import Absorbing  # noqa: E402
 from randomness import training_noise  # noqa: E402
 
 SIZE = {"hidden_size": 256, "cond_dim": 128, "n_blocks": 6, "n_heads": 4, "dropout": 0.1}
@@ -39,9 +40,9 @@ class PlainSubs(Subs):
     def loss_at(self, backbone: nn.Module, batch: dict, xt_BL: torch.Tensor, t_B: torch.Tensor) -> TokenLoss:
         level = self.schedule(t_B)
         logits_BLV = backbone(xt_BL, level.sigma.float())
-        logits_BLV[..., self.mask_id] += -1e6
+        logits_BLV[..., self.process.mask_id] += -1e6
         log_p_BLV = logits_BLV - logits_BLV.logsumexp(-1, keepdim=True)
-        visible_BL = xt_BL != self.mask_id
+        visible_BL = xt_BL != self.process.mask_id
         log_p_BLV[visible_BL] = -1e6
         log_p_BLV[visible_BL, xt_BL[visible_BL]] = 0.0
         nll_BL = -log_p_BLV.gather(-1, batch["input_ids"][..., None]).squeeze(-1) * level.elbo_weight.float()[:, None]
@@ -62,7 +63,7 @@ LAWS = {"ours": Subs, "plain": PlainSubs, "trunk": NoVocabulary}
 def measure(law: str, steps: int) -> dict[str, float]:
     torch.manual_seed(0)
     net = DiT(VOCAB, **SIZE)
-    objective = LAWS[law](LogLinear(), mask_id=VOCAB - 1)
+    objective = LAWS[law](LogLinear(), Absorbing(VOCAB - 1))
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-4, fused=True)
     batch = {"input_ids": torch.randint(VOCAB - 1, (BATCH, LENGTH))}
     seconds = []
