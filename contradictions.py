@@ -5,6 +5,7 @@ Every refusal names the key, its value and the remedy, before anything is read o
 
 from __future__ import annotations
 
+import inspect
 import logging
 
 from omegaconf import DictConfig, OmegaConf
@@ -28,7 +29,16 @@ def is_mlm(cfg: DictConfig) -> bool:
 
 
 def _check_sampler(cfg: DictConfig, name: str) -> None:
-    process, sample = located(cfg.process._target_).__self__, located(cfg.sampler._target_)
+    build, sample = located(cfg.process._target_), located(cfg.sampler._target_)
+    if not inspect.ismethod(build):
+        raise ValueError(f"process._target_={cfg.process._target_} must be the method `of` of a process in process.py")
+    process = build.__self__
+    own = _PROCESSES.get(name, process.__name__)
+    if process.__name__ != own:
+        raise ValueError(
+            f"process={process.__name__.lower()} is not that of parameterization={name}, which is of {own.lower()}; "
+            "leave process= out: the objective brings its own"
+        )
     if "processes" not in vars(sample):
         raise ValueError(
             f"sampling.predictor={cfg.sampler._target_} does not say of which process it writes texts: put "
@@ -43,6 +53,9 @@ def _check_sampler(cfg: DictConfig, name: str) -> None:
         )
 
 
+# The process of each objective; of one that is not listed whichever is chosen.
+_PROCESSES = {"subs": "Absorbing", "d3pm": "Absorbing", "sedd": "Absorbing", "ar": "Absorbing", "bd3lm": "Absorbing",
+              "mmldlm": "Absorbing", "udlm": "Uniform", "gidd": "Hybrid"}  # fmt: skip
 _ANY_TOKEN = ("udlm", "gidd")  # any token may be noise, and time is continuous
 
 

@@ -241,7 +241,7 @@ def test_given_tokens_are_neither_masked_nor_scored_nor_hidden(random_dit):
 def test_resampled_shares_lie_within_the_limits_and_follow_their_law(limits):
     x0, noising = torch.zeros(20000, 8, dtype=torch.long), Bernoulli(resample=True, antithetic_sampling=False)
     schedule, scored = Clipped(LogLinear(0.0), *limits), torch.ones_like(x0, dtype=torch.bool)
-    (look,) = noising(schedule, x0, scored, 1, KeyedNoise(0, torch.arange(20000)))
+    (look,) = noising(schedule, x0, scored, Absorbing(1), KeyedNoise(0, torch.arange(20000)))
     share = (look.xt_BL == 1).double().mean(-1)
     assert (share >= limits[0] - 1e-9).all() and (share <= limits[1] + 1e-9).all()
     for t, k in [(0.5, 4), (0.75, 6)]:
@@ -260,9 +260,9 @@ def test_resampled_shares_lie_within_the_limits_and_follow_their_law(limits):
 def test_limits_that_no_number_of_masks_meets_take_the_nearest():
     x0, noise = torch.zeros(500, 4, dtype=torch.long), KeyedNoise(0, torch.arange(500))
     draw, scored = Bernoulli(resample=True), torch.ones_like(x0, dtype=torch.bool)
-    (look,) = draw(Clipped(LogLinear(0.0), 0.3, 0.4), x0, scored, 1, noise)
+    (look,) = draw(Clipped(LogLinear(0.0), 0.3, 0.4), x0, scored, Absorbing(1), noise)
     assert ((look.xt_BL == 1).sum(-1) <= 2).all(), "no share of four lies between 0.3 and 0.4"
-    (look,) = draw(LogLinear(), x0, scored, 1, noise)
+    (look,) = draw(LogLinear(), x0, scored, Absorbing(1), noise)
     assert set((look.xt_BL == 1).sum(-1).tolist()) == {0, 1, 2, 3, 4}, "nothing is enforced at the ends"
 
 

@@ -132,7 +132,7 @@ def test_algo_is_another_spelling_of_parameterization_and_backbone():
 
 
 @pytest.mark.parametrize(("arguments", "said"), [
-    (["algo=bd4lm"], "algo=bd4lm is unknown; what exists: algo=mdlm, algo=sedd, algo=d3pm, algo=ar"),
+    (["algo=bd4lm"], "algo=bd4lm is unknown; what exists: algo=mdlm, algo=duo_base, algo=ar, algo=bd3lm, algo=d3pm"),
     (["algo="], "algo= is unknown"),
     (["algo.backbone=gpt"], "algo.backbone=gpt is unknown; what exists: .*algo.backbone=dit, .*algo.backbone=hf_dit"),
     (["algo=mdlm", "parameterization=sedd"], "algo=mdlm parameterization=sedd contradict .*means parameterization=subs"),

@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch.nn.functional import one_hot
 
+from command_line import compose_config
+from contradictions import refuse_contradictions
 from noise_schedule import Cosine, LogLinear
 from objectives.base import Model
 from objectives.gidd import GIDD
@@ -158,3 +160,9 @@ def test_the_sampler_draws_the_law_of_its_chain():
 def test_a_share_of_words_that_is_none_is_refused(share):
     with pytest.raises(ValueError, match=r"process.word_share=.* must lie in \(0, 1\)"):
         Hybrid(MASK, V, share)
+
+
+def test_an_objective_brings_its_process():
+    for typed in (["process=uniform"], ["algo=gidd", "process=absorbing"], ["algo=udlm", "process=hybrid"]):
+        with pytest.raises(ValueError, match="process=.* is not that of parameterization=.*leave process= out"):
+            refuse_contradictions(compose_config(typed))
