@@ -15,7 +15,7 @@ from messages import plain
 # Budgets, devices and bookkeeping are left out: they may change at a resume.
 IDENTITY = ("data", "latents", "model", "backbone", "parameterization", "noise", "masking", "T", "subs_masking",
             "time_conditioning", "optim", "lr_scheduler", "plateau", "training", "seed", "loader.global_batch_size",
-            "loader.batch_ramp", "trainer.gradient_clip_val")  # fmt: skip
+            "loader.batch_ramp", "trainer.gradient_clip_val", "process.word_share")  # fmt: skip
 NOT_IDENTITY = ("data.label", "data.cache_dir", "model.attn_backend", "backbone.attn_backend",
                 "lr_scheduler.num_training_steps", "data.max_valid_texts", "data.max_test_texts",
                 "backbone.resumed", "training.max_skipped_steps", "training.gradient_checkpointing",
@@ -25,7 +25,7 @@ NOT_IDENTITY = ("data.label", "data.cache_dir", "model.attn_backend", "backbone.
                 "parameterization.block_size",
                 "data.judge._target_", "data.judge._partial_", "data.judge.kind", "latents.batch_size")  # fmt: skip
 # Of the keys of training that NOT_IDENTITY has, parameterization=bd3lm and masking=rates have their own copies.
-IDENTITY_IF_SET = ("training.from_pretrained", "training.freeze", "training.prefix_length",
+IDENTITY_IF_SET = ("process.word_share", "training.from_pretrained", "training.freeze", "training.prefix_length",
                    "training.start_from_counts", "training.ignore_bos", "loader.batch_ramp", "training.resample",
                    "masking.resample", "parameterization.noising.resample", "data.fill", "data.mask_token",
                    "data.segments", "data.prompt_column", "data.protocol", "data.num_proc",

@@ -86,10 +86,10 @@ def arguments(args: argparse.Namespace) -> list[str]:
         "sampler": predictor(configuration), **token_choice(args),
     }  # fmt: skip
     typed = {name: getattr(args, name) for name in (*UNMASKING, *TEXTS) if getattr(args, name) is not None}
-    if asked["sampler"] == "ar" and (useless := [name for name in typed if name in UNMASKING]):
-        raise ValueError(
-            f"--{useless[0]} {typed[useless[0]]}: this model writes from left to right, a token at a time; leave it out"
-        )
+    useless = [name for name in typed if name in UNMASKING and not (name == "steps" and asked["sampler"] == "uniform")]
+    if asked["sampler"] in _OWN_SAMPLER.values() and useless:
+        how = "from left to right, a token at a time" if asked["sampler"] == "ar" else "by changing any token"
+        raise ValueError(f"--{useless[0]} {typed[useless[0]]}: this model writes {how}; leave it out")
     asked |= {{**UNMASKING, **TEXTS}[name]: value for name, value in typed.items()}
     asked |= {key: "true" for key in ("sampling.show", "sampling.gif") if getattr(args, key.partition(".")[2])}
     asked |= {key: value for key, value in (("seed", args.seed), ("data.label", known.get("label")))
@@ -129,11 +129,15 @@ def checkpoint_path(typed: str) -> object:
     return last if last is not None and last.exists() else path
 
 
+# Models whose texts are not written by taking masks away.
+_OWN_SAMPLER = {"ar": "ar", "udlm": "uniform", "gidd": "uniform"}
+
+
 def predictor(configuration: dict[str, object]) -> str:
     """The sampler for a model: iterative unmasking, within blocks where it has them, from the left where it must."""
     law = configuration.get("parameterization")
-    if law == "ar":
-        return "ar"
+    if law in _OWN_SAMPLER:
+        return _OWN_SAMPLER[law]
     blocks = configuration.get("block_size") != configuration.get("model.length") or configuration.get("data.segments")
     return "block_unmask" if law == "bd3lm" and blocks else "unmask"
 

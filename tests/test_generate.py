@@ -164,3 +164,10 @@ def test_a_mask_token_is_typed_as_it_is_and_kept_by_checkpoints():
     checkpoint = Checkpoint("x.ckpt", {}, identity={"configuration": named, "tokenizer": "theirs"}, settings=named)
     with pytest.raises(ValueError, match=r"another mask token; add: 'data\.mask_token=\[MASK\]'"):
         check_belongs(checkpoint, plain, (), data)
+
+
+@pytest.mark.parametrize(("law", "sampler"), [
+    ("udlm", "uniform"), ("gidd", "uniform"), ("ar", "ar"), ("subs", "unmask"),
+])  # fmt: skip
+def test_each_model_has_the_sampler_of_its_process(law, sampler):
+    assert generate.predictor({"parameterization": law, "block_size": 8, "model.length": 8}) == sampler
