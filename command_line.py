@@ -302,8 +302,8 @@ def explain(error: BaseException) -> str:
             f"{str(error).strip().splitlines()[0]}"
         )
     if isinstance(error, InstantiationException) and error.__cause__ is not None:
-        built = getattr(error, "full_key", None)
-        place = f"{built}: " if built and isinstance(error.__cause__, TypeError) else ""
+        built = re.search(r"full_key: (\S+)", str(error))
+        place = f"{built[1]}: " if built and isinstance(error.__cause__, TypeError) else ""
         return place + explain(error.__cause__)
     chain: BaseException | None = error
     while chain is not None:

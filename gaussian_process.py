@@ -47,7 +47,7 @@ def velocity(x0_BKD: Tensor, eps_BKD: Tensor, level: GaussianLevel) -> Tensor:
 
 @dataclass(frozen=True)
 class LatentPrediction:
-    """What a network says of a noised latent, in all three forms, (B, K, D) each: the latent, the noise, and v."""
+    """A network's prediction for a noised latent as the clean latent, the noise, and the velocity v, (B, K, D) each."""
 
     x0_BKD: Tensor
     eps_BKD: Tensor

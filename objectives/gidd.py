@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from noise_schedule import NoiseSchedule
 from objectives.base import (
     Backbone,
     Batch,
@@ -20,7 +19,6 @@ from objectives.base import (
     scored_mask,
     spread,
 )
-from objectives.noising import Noising
 from objectives.projection import chunked, log_probs
 from objectives.udlm import LeaveOneOut
 from process import Hybrid
@@ -29,10 +27,9 @@ _SMALLEST = 1e-20  # probability of one random word, by which the bound divides
 
 
 class GIDD(LeaveOneOut):
-    """Noise is the mask or a random word; the network's output has no mass on the mask."""
+    """Diffusion whose noise is the mask or a random word; the network's output has no mass on the mask."""
 
-    def __init__(self, schedule: NoiseSchedule, process: Hybrid, noising: Noising | None = None) -> None:
-        super().__init__(schedule, process, noising)
+    process: Hybrid
 
     def leave_one_out(self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, at_BL: Tensor, **cond: Tensor) -> Tensor:
         hidden_ND = encode_at(backbone, x_BL, self.conditioning(t_B), at_BL, **cond)

@@ -26,21 +26,25 @@ from objectives.base import (
 )
 from objectives.noising import Bernoulli, Noising
 from objectives.projection import chunked, log_probs
-from process import Uniform
+from process import Resampling, Uniform
 
 _SMALLEST = 1e-12  # alpha, by which the weight divides; the integrand vanishes with it
 
 
 class LeaveOneOut(TokenDiffusion):
-    """What objectives of processes without a mark of noise share: the network's output is the leave-one-out posterior,
-    log p(x_0 at a position | the other tokens of x_t). The reverse step weighs in the position's own token by Bayes'
-    rule (arXiv 2605.22765).
+    """The base of objectives in which any token may be noise.
+
+    The network predicts each clean token from the other tokens of x_t, log p(x_0 at a position | the others): the
+    leave-one-out posterior (arXiv 2605.22765). The reverse step adds the position's own token by Bayes' rule.
 
     Any token may be noise, so the loss is over all positions. A step projects each of them onto the vocabulary, where a
     masked one projects half on average.
     """
 
     clean_text_costs_nothing = False
+
+    def __init__(self, schedule: NoiseSchedule, process: Resampling, noising: Noising | None = None) -> None:
+        super().__init__(schedule, process, noising)  # in continuous time only
 
     @property
     def sharpest(self) -> Noising:
@@ -61,10 +65,9 @@ class LeaveOneOut(TokenDiffusion):
 
 
 class UDLM(LeaveOneOut):
-    """Noise is a random token; the bound is the continuous-time NELBO of UDLM."""
+    """Diffusion whose noise is a random token; its bound is the continuous-time NELBO of UDLM."""
 
-    def __init__(self, schedule: NoiseSchedule, process: Uniform, noising: Noising | None = None) -> None:
-        super().__init__(schedule, process, noising)
+    process: Uniform
 
     def loss_at(self, backbone: Backbone, batch: Batch, xt_BL: Tensor, t_B: Tensor) -> TokenLoss:
         """The integrand of the continuous-time NELBO (UDLM, eq. 16): the rate of the KL divergence between the reverse
