@@ -5,7 +5,9 @@ from collections.abc import Sequence
 
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxlong, _SHORT.maxother = 3, 60, 40, 60
-_MOST_NAMES, _LONGEST_NAME, _LONGEST_MESSAGE = 12, 40, 500
+_MOST_NAMES = 12
+_LONGEST_NAME = 40
+_LONGEST_MESSAGE = 500
 
 
 def shown(value: object) -> str:

@@ -95,7 +95,10 @@ class _Bounded:
     """A file of which no more bytes are asked for than it has: `read` makes room for what it is asked for."""
 
     def __init__(self, file: BinaryIO, size: int) -> None:
-        self._file, self._size, self.readline, self.tell = file, size, file.readline, file.tell
+        self._file = file
+        self._size = size
+        self.readline = file.readline
+        self.tell = file.tell
 
     def read(self, count: int) -> bytes:
         if count > self._size:

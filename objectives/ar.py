@@ -28,7 +28,10 @@ class AR:
     it is not, since the text has ended there. The mask token has no mass."""
 
     exact, causal, any_order, first_given = True, True, False, True
-    loss_name, encodes, streams, clean_text_costs_nothing = "nll", 1, 1, False
+    loss_name = "nll"
+    encodes = 1
+    streams = 1
+    clean_text_costs_nothing = False
 
     def __init__(self, process: Absorbing) -> None:
         self.process = process

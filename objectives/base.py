@@ -111,7 +111,9 @@ class TokenDiffusion(ABC):
     ) -> None:
         if T < 0 or not float(T).is_integer():
             raise ValueError(f"T={T} must be 0 (continuous time) or a whole number of steps")
-        self.schedule, self.process, self.T = schedule, process, T
+        self.schedule = schedule
+        self.process = process
+        self.T = T
         self.trained_schedule = schedule.whole
         self.noising = Bernoulli(T=T) if noising is None else noising
         self._check_noising()

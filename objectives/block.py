@@ -67,7 +67,9 @@ class BlockDiffusion:
             raise ValueError(f"block_size={block_size} must be at least 1")
         if not isinstance(ignore_bos, bool):
             raise ValueError(f"algo.ignore_bos={ignore_bos} must be true or false")
-        self.process, self.block_size, self.first_given = process, block_size, ignore_bos
+        self.process = process
+        self.block_size = block_size
+        self.first_given = ignore_bos
         self.within = within(process=process)
         self._schedule = self.within.schedule
         self.sampling_eps = WHOLE

@@ -66,7 +66,9 @@ class JointDiffusion:
     """
 
     exact, causal, any_order, first_given, encodes, streams = False, False, True, False, 1, 1
-    reads_latents, loss_weight, clean_text_costs_nothing = True, "elbo", True
+    reads_latents = True
+    loss_weight = "elbo"
+    clean_text_costs_nothing = True
 
     def __init__(
         self,
@@ -78,7 +80,9 @@ class JointDiffusion:
         latent_weight: float = 1.0,
         latent_tokens: int = 1,
     ) -> None:
-        self.process, self.text, self.latent = process, text(process=process), latent
+        self.process = process
+        self.text = text(process=process)
+        self.latent = latent
         self.shares = _shares(modes)
         for key, value in (("text_weight", text_weight), ("latent_weight", latent_weight)):
             if not 0 <= value < math.inf:

@@ -53,7 +53,10 @@ class Rates:
         ValueError: what is no rate, or no such choice.
     """
 
-    passes, discrete, all_rates, counts = 1, False, True, True
+    passes = 1
+    discrete = False
+    all_rates = True
+    counts = True
 
     def __init__(
         self,

@@ -60,7 +60,9 @@ class Bernoulli:
             draws from is not quite the process that the bound is of.
     """
 
-    passes, of_the_bound, counts = 1, True, False
+    passes = 1
+    of_the_bound = True
+    counts = False
 
     def __init__(
         self,
@@ -151,7 +153,11 @@ class ExactCount:
     it from its law given k: 1 - alpha is Beta(k, n - k + 1), which is that of the k-th of n sorted uniforms.
     """
 
-    passes, discrete, all_rates, of_the_bound, counts = 1, False, True, True, True
+    passes = 1
+    discrete = False
+    all_rates = True
+    of_the_bound = True
+    counts = True
     label = "exact mask counts"
 
     def __call__(
@@ -170,7 +176,11 @@ class TiltedCount:
     keep uniform k, so that no draw weighs more than twice what it does there.
     """
 
-    passes, discrete, all_rates, of_the_bound, counts = 1, False, True, True, True
+    passes = 1
+    discrete = False
+    all_rates = True
+    of_the_bound = True
+    counts = True
     label = "exact mask counts, small ones more often"
 
     def __call__(
@@ -198,7 +208,11 @@ class Complementary:
     full mask counts for both.
     """
 
-    passes, discrete, all_rates, of_the_bound, counts = 2, False, True, True, True
+    passes = 2
+    discrete = False
+    all_rates = True
+    of_the_bound = True
+    counts = True
     label = "exact mask counts in complementary pairs"
 
     def __call__(

@@ -111,7 +111,9 @@ def _divergence(picked_N3: Tensor, ids_N2: Tensor, alpha_N: Tensor, size: int) -
     def excess(p_N: Tensor) -> Tensor:
         return (alpha_N * (size * p_N - 1)).clamp(min=-(1 - 1e-15))
 
-    found_0_N, found_t_N, true_t_N = excess(log_p0_N.exp()), excess(log_pt_N.exp()), excess(same_N)
+    found_0_N = excess(log_p0_N.exp())
+    found_t_N = excess(log_pt_N.exp())
+    true_t_N = excess(same_N)
     difference_N = size * size * alpha_N * (log_pt_N.exp() - same_N) / ((1 + true_t_N) * (1 + found_t_N))
     log_ratio_N = size * (found_t_N.log1p() - true_t_N.log1p())
     noise_N = (-alpha_N).clamp(min=-(1 - 1e-15))

@@ -101,7 +101,9 @@ def sample(
     """
     if "segment_ends" in cond:
         return segments.sample(model, x_BL, generator, inner=inner, kv_cache=kv_cache, watch=watch, **cond)
-    size, length, masked_BL = _block_size(model, context), x_BL.shape[1], model.process.is_corrupted(x_BL)
+    size = _block_size(model, context)
+    length = x_BL.shape[1]
+    masked_BL = model.process.is_corrupted(x_BL)
     here_BL = cond.pop("attention_mask", torch.ones_like(masked_BL)).bool()
     _refuse_gaps(masked_BL, here_BL, size)
     page, end_B = Page(x_BL, model.process, watch), here_BL.sum(-1)

@@ -23,7 +23,9 @@ class Page:
         self.open_BL = x_BL == process.blank_id
         self.confidence_BL = (~self.open_BL).float()
         self.evaluations_B = torch.zeros(len(x_BL), dtype=torch.long, device=x_BL.device)
-        self.num_steps, self._blank_id, self._watch = 0, process.blank_id, watch
+        self.num_steps = 0
+        self._blank_id = process.blank_id
+        self._watch = watch
 
     @property
     def masked_BL(self) -> Tensor:
@@ -40,7 +42,9 @@ class Page:
     def erase(self, at_RL: Tensor, rows_R: Tensor | None = None) -> None:
         """Mask the positions of `at_RL` again."""
         where = self._places(at_RL, rows_R)
-        self.ids_BL[where], self.step_BL[where], self.confidence_BL[where] = self._blank_id, 0, 0.0
+        self.ids_BL[where] = self._blank_id
+        self.step_BL[where] = 0
+        self.confidence_BL[where] = 0.0
 
     def end_step(self, step: int) -> None:
         """Show what is there after `step`."""

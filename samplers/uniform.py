@@ -45,7 +45,9 @@ def sample(
     for step in range(steps + 1 if noise_removal else steps):
         u_BL, last = generator.uniform(x_BL.shape[1]), step == steps
         for rows_R in row_chunks(busy_R, count_R[busy_R], model.vocab_size):
-            at_RL, given, ids_RL = open_BL[rows_R], rows_of(cond, rows_R), page.ids_BL[rows_R]
+            at_RL = open_BL[rows_R]
+            given = rows_of(cond, rows_R)
+            ids_RL = page.ids_BL[rows_R]
             t_R = grid[step].expand(len(rows_R))
             if last:
                 log_p_NV = model.denoise(ids_RL, t_R, at_RL, **given)

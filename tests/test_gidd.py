@@ -22,7 +22,9 @@ from samplers import uniform
 from samplers.base import time_grid
 from tests.laws import assert_follows
 
-V, L, MASK = 4, 2, 1
+V = 4
+L = 2
+MASK = 1
 WORDS = [0, 2, 3]
 NO_NETWORK = SimpleNamespace(head=SimpleNamespace(out_features=V))
 
@@ -55,7 +57,9 @@ def test_what_becomes_of_a_token():
 
 def test_the_posterior_is_bayes_rule():
     torch.manual_seed(0)
-    process, alpha_t, alpha_s = Hybrid(MASK, V, 0.3), torch.tensor(0.3).double(), torch.tensor(0.7).double()
+    process = Hybrid(MASK, V, 0.3)
+    alpha_t = torch.tensor(0.3).double()
+    alpha_s = torch.tensor(0.7).double()
     early, late = marginal(process, alpha_s), marginal(process, alpha_t)
     step = torch.linalg.solve(early, late)  # q(x_t | x_s), since the chain is Markov
     assert (step > -1e-12).all()
@@ -111,7 +115,9 @@ def some_law() -> torch.Tensor:
 @pytest.mark.parametrize("schedule", [LogLinear(eps=0.0), Cosine(eps=0.0)], ids=["loglinear", "cosine"])
 @pytest.mark.parametrize("word_share", [0.02, 0.3])
 def test_the_bound_of_the_exact_network_is_the_entropy(schedule, word_share):
-    p_M, texts, points = some_law(), every_text(), 600
+    p_M = some_law()
+    texts = every_text()
+    points = 600
     nodes, weights = numpy.polynomial.legendre.leggauss(points)
     angle = torch.from_numpy((nodes + 1) / 2) * torch.pi  # t = (1 - cos) / 2: the integrand is steep at both ends
     t, weight = (1 - angle.cos()) / 2, torch.from_numpy(weights) / 2 * torch.pi * angle.sin() / 2

@@ -107,7 +107,9 @@ def test_the_default_covers_every_direction():
 
 @torch.no_grad()
 def test_the_text_s_term_is_the_bound_of_subs():
-    net, texts, subs = network(), batch(), Subs(LogLinear(), Absorbing(MASK))
+    net = network()
+    texts = batch()
+    subs = Subs(LogLinear(), Absorbing(MASK))
     found = objective({"text": 1.0}).loss(net, texts, noise(8))
     plain = {name: texts[name] for name in ("input_ids", "attention_mask")}
     wanted = subs.loss(net, plain, noise(8))

@@ -229,7 +229,9 @@ def test_a_text_that_is_masked_in_part_is_filled_from_its_own_time():
 class Opinions:
     """Says of each place how sure the text is, and of its token how well the latent explains it; of nothing else."""
 
-    process, vocab_size, schedule = Absorbing(MASK), VOCAB, LogLinear()
+    process = Absorbing(MASK)
+    vocab_size = VOCAB
+    schedule = LogLinear()
 
     def __init__(self) -> None:
         self.asked = []

@@ -143,7 +143,9 @@ def test_completions_are_judged_part_by_part(gsm8k):  # noqa: F811
     data = experiment.data()
     diffusion = experiment.diffusion(data).eval()
     torch.nn.init.normal_(diffusion.backbone.head.weight, generator=torch.Generator().manual_seed(0))
-    rows, mask_id, eos_id = data.split("test"), diffusion.objective.process.mask_id, data.vocabulary.eos_id
+    rows = data.split("test")
+    mask_id = diffusion.objective.process.mask_id
+    eos_id = data.vocabulary.eos_id
     batch = data.collate(rows[:])
 
     def oracle(model, x_BL, noise, segment_ends, **cond):

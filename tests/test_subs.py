@@ -155,7 +155,9 @@ def test_loss_and_denoise_write_into_no_input(random_dit):
 
 
 def test_the_generator_is_the_only_randomness(random_dit):
-    subs, net, batch = Subs(LogLinear(), Absorbing(MASK)), random_dit(VOCAB), batch_of(torch.randint(MASK, (3, 6)))
+    subs = Subs(LogLinear(), Absorbing(MASK))
+    net = random_dit(VOCAB)
+    batch = batch_of(torch.randint(MASK, (3, 6)))
     first = subs.loss(net, batch, evaluation_noise(0, batch["sample_id"])).nll_BL
     torch.manual_seed(123)
     state = torch.get_rng_state()

@@ -33,7 +33,9 @@ NO_NETWORK = SimpleNamespace(head=SimpleNamespace(out_features=V))
 def test_the_posterior_is_bayes_rule():
     """q(x_s | x_t) by enumeration of x_0 and x_s, with any prediction of x_0."""
     torch.manual_seed(0)
-    process, alpha_t, alpha_s = Uniform(V), torch.tensor(0.3).double(), torch.tensor(0.7).double()
+    process = Uniform(V)
+    alpha_t = torch.tensor(0.3).double()
+    alpha_s = torch.tensor(0.7).double()
 
     def transition(alpha):  # P(to | from)
         return alpha * torch.eye(V).double() + (1 - alpha) / V
@@ -78,7 +80,9 @@ def test_golden_duo_without_a_setting_typed(fixtures_dir, weights):
     objective = instantiate(cfg.parameterization, process=process)
     net = instantiate(cfg.backbone, vocab_size=process.vocab_size).eval()
     read_checkpoint(path).load_into(net, weights == "ema")
-    x0, xt, t = golden["x0"], golden["xt"], golden["t"].double()
+    x0 = golden["x0"]
+    xt = golden["xt"]
+    t = golden["t"].double()
     everywhere = torch.ones_like(x0, dtype=torch.bool)
     with torch.no_grad():
         log_p = objective.leave_one_out(net, xt, t, everywhere).view(*x0.shape, 39)
