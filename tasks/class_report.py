@@ -142,7 +142,7 @@ def _examples(verdicts: Verdicts, number: int) -> dict[int, tuple[int, str, int,
     by_margin = margin_M.argsort()[::-1]
     surest = [*by_margin[right_M[by_margin]][:number], *by_margin[~right_M[by_margin]][:number]]
     rows = verdicts.data.split(verdicts.split)
-    row_text_R, sample_R = np.asarray(rows["text_id"]), np.asarray(rows["sample_id"])
+    row_text_R, sample_R = np.asarray(rows["text_id"][:]), np.asarray(rows["sample_id"][:])
     chosen = {}
     for m in surest:
         mine = np.flatnonzero(row_text_R == scores.text_id_M[m])

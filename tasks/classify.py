@@ -61,7 +61,7 @@ def classify(
             "one of them out"
         )
     others = {path: predictions_file(path) for path in beside.compare}
-    counts_C = np.bincount(np.asarray(data.texts("train")["label"]), minlength=len(data.label_names))
+    counts_C = np.bincount(np.asarray(data.texts("train")["label"][:]), minlength=len(data.label_names))
     log_prior_C = log_prior(prior, counts_C)
     folder = experiment.folder() / "classify" / split
     hypotheses = class_models(experiment, data, checkpoint_path, disable_ema)
@@ -124,9 +124,8 @@ def check_classes(data: object) -> None:
 
 def _optimal(truth: object, data: object, split: str, scores: ClassScores) -> Method:
     """Classify the scored texts by the exact distribution of the corpus."""
-    texts = data.texts(split)["text"]
-    place = {text_id: row for row, text_id in enumerate(data.texts(split)["text_id"])}
-    posterior_MC = truth.posterior([texts[place[i]] for i in scores.text_id_M.tolist()])
+    text = _text_of_id(data, split)
+    posterior_MC = truth.posterior([text[i] for i in scores.text_id_M.tolist()])
     return _method("Bayes-optimal", posterior_MC, scores, network=False)
 
 
@@ -161,17 +160,17 @@ def _baselines(data: object, split: str, scores: ClassScores) -> list[Baseline]:
 
 def _texts(data: object, split: str) -> Labelled:
     """A split's texts in order of their ids, each with the tokens of all its windows."""
-    rows, texts = data.split(split), data.texts(split)
-    place = {text: row for row, text in enumerate(texts["text_id"])}
-    row_text_R, window_R = np.asarray(rows["text_id"]), np.asarray(rows["sample_id"])
-    order_R = np.lexsort((window_R, row_text_R))
-    text_id_M, first_M = np.unique(row_text_R[order_R], return_index=True)
-    ids = rows["input_ids"]
-    parts = [np.asarray(ids[int(r)]) for r in order_R]
+    rows, text = data.split(split).with_format("numpy")[:], _text_of_id(data, split)
+    order_R = np.lexsort((rows["sample_id"], rows["text_id"]))
+    text_id_M, first_M = np.unique(rows["text_id"][order_R], return_index=True)
+    parts = [rows["input_ids"][row] for row in order_R]
     joined = [np.concatenate(parts[a:b]) for a, b in zip(first_M, [*first_M[1:], len(parts)], strict=True)]
-    labels_R = np.asarray(rows["label"])[order_R]
-    raw = texts["text"]
-    return Labelled([raw[place[i]] for i in text_id_M.tolist()], joined, labels_R[first_M])
+    return Labelled([text[i] for i in text_id_M.tolist()], joined, rows["label"][order_R][first_M])
+
+
+def _text_of_id(data: object, split: str) -> dict[int, str]:
+    columns = data.texts(split)[:]
+    return dict(zip(columns["text_id"], columns["text"], strict=True))
 
 
 def _own(experiment: Experiment, hypothesis: Hypothesis, label: int | None) -> Likelihood:

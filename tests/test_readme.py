@@ -51,11 +51,11 @@ def test_command(tmp_path, monkeypatch, arguments):
     rows = "\n".join(f'"{text}",{"bug" if i % 2 else "wish"}' for i, text in enumerate(reviews))
     (tmp_path / "tickets.csv").write_text(f"text,label\n{rows}\n")
     few = ["data.max_train_texts=64", "data.max_valid_texts=16", "data.max_test_texts=16"]
-    limits = few if real or embedded else []
+    limits = [] if any(word.startswith("data.path=") for word in arguments) else few
     if real and any(
         word.startswith("experiment=") for word in arguments
     ):  # its own tokenizer would take a minute to build
-        limits += ["data.tokenizer_name_or_path=char", "data.vocab_size=null", "data.long_texts=truncate"]
+        limits += ["data.tokenizer_name_or_path=byte", "data.vocab_size=null", "data.long_texts=truncate"]
     if "experiment=mmldlm_ag_news_cpu" in arguments:
         limits += ["latents.dim=8"]
     if any(word.startswith("block_size=") for word in arguments):
