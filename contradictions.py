@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import inspect
 import logging
+from typing import get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 
+from denoisers import mismatch
 from direction_checks import check_direction
 from instantiation import located
 from process import Resampling
@@ -28,21 +30,27 @@ def is_mlm(cfg: DictConfig) -> bool:
     return cfg.parameterization._target_.endswith(".masked_lm")
 
 
+def objective_class(cfg: DictConfig) -> type:
+    """The class of the objective; `masked_lm` builds that of SUBS."""
+    build = located(cfg.parameterization._target_)
+    return build if isinstance(build, type) else get_type_hints(build)["return"]
+
+
 def _check_sampler(cfg: DictConfig, name: str) -> None:
-    build, sample = located(cfg.process._target_), located(cfg.sampler._target_)
+    build, sample, objective = located(cfg.process._target_), located(cfg.sampler._target_), objective_class(cfg)
     if not inspect.ismethod(build):
         raise ValueError(f"process._target_={cfg.process._target_} must be the method `of` of a process in process.py")
     process = build.__self__
-    own = _PROCESSES.get(name, process.__name__)
-    if process.__name__ != own:
+    if process not in objective.processes:
+        own = " or ".join(one.__name__.lower() for one in objective.processes)
         raise ValueError(
-            f"process={process.__name__.lower()} is not that of parameterization={name}, which is of {own.lower()}; "
+            f"process={process.__name__.lower()} is not that of parameterization={name}, which is of {own}; "
             "leave process= out: the objective brings its own"
         )
     if "processes" not in vars(sample):
         raise ValueError(
             f"sampling.predictor={cfg.sampler._target_} does not say of which process it writes texts: put "
-            "@writes(Absorbing) or the like above it, as CONTRIBUTING.md shows"
+            "@sampler(Absorbing) or the like above it, as CONTRIBUTING.md shows"
         )
     if process not in sample.processes:
         fitting = "uniform" if issubclass(process, Resampling) else "ddpm_cache"
@@ -51,11 +59,10 @@ def _check_sampler(cfg: DictConfig, name: str) -> None:
             f"{sample.processes[0].__name__}, and parameterization={name} is of {process.__name__}; use "
             f"sampling.predictor={fitting}"
         )
+    if not issubclass(objective.binds_to, sample.denoiser):
+        raise ValueError(mismatch(sample.__module__, objective.binds_to, sample.denoiser))
 
 
-# The process of each objective; of one that is not listed whichever is chosen.
-_PROCESSES = {"subs": "Absorbing", "d3pm": "Absorbing", "sedd": "Absorbing", "ar": "Absorbing", "bd3lm": "Absorbing",
-              "mmldlm": "Absorbing", "udlm": "Uniform", "gidd": "Hybrid"}  # fmt: skip
 _ANY_TOKEN = ("udlm", "gidd")  # any token may be noise, and time is continuous
 
 
@@ -198,11 +205,6 @@ def _check_sampling(cfg: DictConfig, name: str) -> None:
         )
     if (cfg.sampler.get("how") or cfg.sampler.get("inner", {}).get("how")) is None:
         return
-    if name == "ar":
-        raise ValueError(
-            "sampling.predictor=unmask fills masks wherever they are, and parameterization=ar only ever predicts the "
-            "next token; use sampling.predictor=ar"
-        )
     by_confidence = {"threshold": sampling.threshold is not None, "remask": sampling.remask == "low_confidence"}
     for key, chosen in by_confidence.items():
         if chosen and sampling.order in ("random", "left_to_right", "entropy"):
@@ -299,11 +301,6 @@ def _check_blocks(cfg: DictConfig, name: str) -> None:  # noqa: C901
     if name != "bd3lm":
         if size != length:
             raise ValueError(f"block_size={size} means nothing to parameterization={name}; add algo=bd3lm")
-        if cfg.sampler._target_.startswith("samplers.block."):
-            raise ValueError(
-                f"sampling.predictor=block writes texts of algo=bd3lm, and parameterization={name} is sampled "
-                "otherwise; use ddpm_cache, analytic or ar"
-            )
         for key in ("var_length", "context"):
             if cfg.sampling[key]:
                 value = str(cfg.sampling[key]).lower()

@@ -16,6 +16,7 @@ import lightning
 import torch
 from torch import Tensor, nn
 
+from denoisers import BlockDenoiser, Denoiser
 from engine.updates import Updates
 from metrics import NLLMeter
 from models.checkpoints import Checkpoint
@@ -23,9 +24,10 @@ from models.class_conditioning import UNTOLD, start_from_counts
 from models.ema import EMA
 from models.freezing import refuse_frozen
 from models.sharding import share_out
-from objectives.base import Batch, Model, Objective, TokenLoss, scored_mask
+from objectives.base import Batch, BoundTo, Objective, TokenLoss, scored_mask
 from objectives.mlm import cross_entropy_at
 from objectives.reduction import StepLoss, scale_gradients
+from process import Absorbing
 from randomness import KeyedNoise, evaluation_noise, hash_seed, seed_generator_of, training_noise
 
 log = logging.getLogger(__name__)
@@ -106,9 +108,15 @@ class Diffusion(lightning.LightningModule):
         self.updates, self._average_due = Updates(), False
 
     @property
-    def model(self) -> Model:
+    def model(self) -> BoundTo:
         """What samplers and estimators are given: the law to measure, whatever training weighs, with this backbone."""
-        return Model(self.objective.bound(None), self.backbone)
+        return self.objective.bound(None).model(self.backbone)
+
+    @property
+    def fills_masks(self) -> bool:
+        """Whether it predicts whatever is masked from whatever is not."""
+        kind, absorbing = self.objective.binds_to, isinstance(self.objective.process, Absorbing)
+        return absorbing and issubclass(kind, Denoiser) and not issubclass(kind, BlockDenoiser)
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """The loss, and beside it what callbacks/metrics.py keeps account of."""
@@ -139,7 +147,8 @@ class Diffusion(lightning.LightningModule):
         return self.objective.loss(self.backbone, self.told(batch, dropped_B), noise)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        loss = self.model.loss(self.told(batch), evaluation_noise(self.seed, batch["sample_id"]))
+        noise = evaluation_noise(self.seed, batch["sample_id"])
+        loss = self.objective.bound(None).loss(self.backbone, self.told(batch), noise)
         self.valid_nll.update(loss.nll_BL.sum(-1), loss.mask_BL.sum(-1), batch)
         if self._search and batch_idx < self._search.num_batches:
             noise = evaluation_noise(hash_seed(self.seed, self.global_step), batch["sample_id"])

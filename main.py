@@ -48,7 +48,7 @@ from models.checkpoints import Checkpoint, read_checkpoint, read_progress
 from models.freezing import freeze, refuse_frozen, summary
 from models.recompute import recompute_blocks
 from number_checks import check_numbers
-from objectives.base import Model, Objective
+from objectives.base import Objective
 from process import Process
 from tasks.blanks import Template
 from tasks.class_models import pretraining_splits
@@ -404,7 +404,7 @@ def _check_measuring(experiment: Experiment, objective: Objective) -> None:
     if isinstance(experiment.estimator, Nelbo):
         objective.bound(experiment.estimator.noising)
         if experiment.cfg.mode._target_ == "tasks.classify.classify":
-            objective.bound(comparison_noising(experiment.estimator, Model(objective, None)))
+            objective.bound(comparison_noising(experiment.estimator, objective))
 
 
 def run(cfg: DictConfig, command: str) -> dict[str, object]:

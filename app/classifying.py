@@ -100,7 +100,7 @@ def _evidence(judges: Judges, data: object, scores: ClassScores, log_prior_C: np
     experiment, hypotheses = judges.experiment, judges.hypotheses
     first, second = _pair(scores, log_prior_C)
     rows = range(len(data.split(_SPLIT)))
-    noising = comparison_noising(experiment.estimator, hypotheses[0].diffusion.model)
+    noising = comparison_noising(experiment.estimator, hypotheses[0].diffusion.objective)
     draws = dict.fromkeys(rows, int(scores.draws_M[0]))
     nats = token_evidence(hypotheses, data, _SPLIT, draws, race.num_draws, noising, experiment.seed)
     titles = [f"Part {row + 1} of {len(rows)}" if len(rows) > 1 else "Which words spoke" for row in rows]

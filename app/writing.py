@@ -15,7 +15,7 @@ from app.runs import Network
 from command_line import CONFIGS
 from reporting.denoising import denoising_page
 from reporting.live import live_texts
-from samplers.base import Frame
+from samplers.trace import Trace
 from tasks.blanks import Template
 from tasks.drawing import decoded, draw
 from tasks.history import Recorder, samples_of
@@ -107,9 +107,9 @@ class _Watch:
         self.recorder, self._texts, self._show, self._pause = recorder, texts, show, pause
         self._shown_at = self.waited = 0.0  # waited: seconds, in all, for the sake of those who watch
 
-    def __call__(self, frame: Frame) -> None:
-        self.recorder(frame)
-        changed, now = self._texts.take(frame), time.monotonic()
+    def __call__(self, trace: Trace) -> None:
+        self.recorder(trace)
+        changed, now = self._texts.take(trace), time.monotonic()
         picture, wait = None, 0.0
         if changed and now - self._shown_at >= min(_PICTURE_SECONDS, self._pause or _PICTURE_SECONDS):
             texts = self._texts

@@ -32,7 +32,6 @@ from models.block_attention import visible  # noqa: E402
 from models.dit import DiT  # noqa: E402
 from models.layers import modulate, over_positions  # noqa: E402
 from noise_schedule import LogLinear  # noqa: E402
-from objectives.base import Model  # noqa: E402
 from objectives.block import BlockDiffusion  # noqa: E402
 from objectives.noising import Bernoulli  # noqa: E402
 from objectives.subs import Subs  # noqa: E402
@@ -133,7 +132,7 @@ def sample(sizes: list[int], length: int, batch: int) -> None:
     net = DiT(VOCAB, **SIZE, dropout=0.0).eval()
     nn.init.normal_(net.head.weight, std=0.02)
     for size in sizes:
-        model = Model(BlockDiffusion(Absorbing(VOCAB - 1), partial(Subs, LogLinear()), size, False), net)
+        model = BlockDiffusion(Absorbing(VOCAB - 1), partial(Subs, LogLinear()), size, False).model(net)
         x_BL, seconds, equal = torch.randint(VOCAB - 1, (batch, length)), {True: [], False: []}, True
         places = [round(i * (length - size) / 4) // size * size for i in range(5)]
         for start in places:

@@ -28,7 +28,7 @@ from objectives.subs import Subs  # noqa: E402
 from process import Absorbing  # noqa: E402
 from randomness import KeyedNoise  # noqa: E402
 from samplers import ancestral, first_hitting, unmasking  # noqa: E402
-from samplers.base import Generation  # noqa: E402
+from samplers.base import Trace  # noqa: E402
 from text.exact_denoiser import ExactDenoiser  # noqa: E402
 from text.reviews import ReviewGrammar, detokenize, tokens  # noqa: E402
 
@@ -63,7 +63,7 @@ def share(ok_B: np.ndarray) -> dict[str, float]:
     return {"possible": p, "se": max(float(np.sqrt(p * (1 - p) / n)), 1 / n)}
 
 
-def samplers() -> dict[str, Callable[..., Generation]]:
+def samplers() -> dict[str, Callable[..., Trace]]:
     """What is compared, by name."""
     found = {f"ddpm_cache, {steps} steps": partial(ancestral.sample, steps=steps, skip_idle=True) for steps in STEPS}
     one_each = partial(unmasking.sample, how=unmasking.Unmasking(order="random"))

@@ -33,7 +33,6 @@ from estimators.nelbo import Nelbo  # noqa: E402
 from gaussian_process import cosine_level  # noqa: E402
 from models.mmdit import MMDiT  # noqa: E402
 from noise_schedule import LogLinear  # noqa: E402
-from objectives.base import Model  # noqa: E402
 from objectives.gaussian import LATEST, GaussianDiffusion  # noqa: E402
 from objectives.joint import SHARES, JointDiffusion  # noqa: E402
 from objectives.subs import Subs  # noqa: E402
@@ -94,7 +93,7 @@ def to_text(net: MMDiT, law: JointDiffusion, values: Tensor, latent: Tensor | No
     """Share of the sampled tokens that are a word of the attribute's value."""
     masks = torch.full((len(values), LENGTH), MASK)
     told = {} if latent is None else {"latent": latent}
-    model = Model(law.bound(None), net)
+    model = law.bound(None).model(net)
     out = sample(model, masks, KeyedNoise(7, torch.arange(len(values))), steps=32, skip_idle=False, **told)
     shown = out.ids_BL // WORDS - torch.arange(ATTRIBUTES).repeat_interleave(TOKENS) * VALUES
     return float((shown == values.repeat_interleave(TOKENS, 1)).double().mean())
@@ -118,7 +117,7 @@ def to_latent(net: MMDiT, law: JointDiffusion, values: Tensor, x: Tensor, t: flo
 def nats(net: MMDiT, law: JointDiffusion, x: Tensor, **told: Tensor) -> Tensor:
     """The bound of each text, nats per token, (M,)."""
     batch = {"input_ids": x, "sample_id": torch.arange(len(x)), **told}
-    return Nelbo()(Model(law.bound(None), net), batch, 0, 8).nll_BK.mean(1) / LENGTH
+    return Nelbo()(law.bound(None).model(net), batch, 0, 8).nll_BK.mean(1) / LENGTH
 
 
 def independent(settings: argparse.Namespace) -> None:

@@ -29,7 +29,7 @@ class MaskingRates(lightning.Callback):
         self._sums_R2 = torch.zeros(0)
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        if not pl_module.objective.any_order or pl_module.objective.T:
+        if not pl_module.fills_masks or pl_module.objective.T:
             raise ValueError(
                 "callbacks=masking_rates masks any tokens of a text in continuous time, and algo=ar, algo=bd3lm and T "
                 "above 0 do not; leave it out of callbacks="

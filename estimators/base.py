@@ -10,7 +10,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from objectives.base import Batch, Model
+from denoisers import BlockDenoiser, CausalDenoiser
+from objectives.base import Batch, BoundTo
 from process import Absorbing
 
 
@@ -38,31 +39,31 @@ class Estimator(Protocol):
     kind: str
     in_parts: bool
 
-    def label(self, model: Model, num_draws: int) -> str:
+    def label(self, model: BoundTo, num_draws: int) -> str:
         """For the protocol of a result."""
 
-    def exact(self, model: Model) -> bool:
+    def exact(self, model: BoundTo) -> bool:
         """Whether a measurement has no Monte Carlo error."""
 
-    def passes(self, model: Model) -> int:
+    def passes(self, model: BoundTo) -> int:
         """Network evaluations of a single draw."""
 
     def __call__(
-        self, model: Model, batch: Batch, seed: int, num_draws: int, start: int = 0, of: int | None = None
+        self, model: BoundTo, batch: Batch, seed: int, num_draws: int, start: int = 0, of: int | None = None
     ) -> Measured:
         """`num_draws` network evaluations of each row, from number `start` of the `of` (None: just these) on."""
 
 
-def refuse_causal(model: Model, name: str) -> None:
+def refuse_causal(model: BoundTo, name: str) -> None:
     """Raises ValueError for models that can not fill in anywhere."""
     if not isinstance(model.process, Absorbing):
         raise ValueError(f"eval.estimator={name} fills masks, and here any token may be noise; use eval.estimator=auto")
-    if model.objective.causal:
+    if isinstance(model, CausalDenoiser):
         raise ValueError(
             f"eval.estimator={name} fills masks in many orders, and parameterization=ar knows one, with an exact "
             "likelihood; use eval.estimator=auto"
         )
-    if not model.objective.any_order:
+    if isinstance(model, BlockDenoiser):
         raise ValueError(
             f"eval.estimator={name} fills masks anywhere in a text, and parameterization=bd3lm block after block; use "
             "eval.estimator=auto"

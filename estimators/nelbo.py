@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from estimators.base import Estimator, Measured
-from objectives.base import Batch, Model
+from objectives.base import Batch, BoundTo, Objective
 from objectives.noising import Noising, TiltedCount
 from randomness import evaluation_noise
 
@@ -24,19 +24,19 @@ class Nelbo:
     def __init__(self, noising: Noising | None = None) -> None:
         self.noising = noising
 
-    def label(self, model: Model, num_draws: int) -> str:
+    def label(self, model: BoundTo, num_draws: int) -> str:
         objective = model.objective.bound(self.noising)
         return "exact" if objective.exact else f"NELBO, {objective.noising.label}"
 
-    def exact(self, model: Model) -> bool:
+    def exact(self, model: BoundTo) -> bool:
         return model.objective.exact
 
-    def passes(self, model: Model) -> int:
+    def passes(self, model: BoundTo) -> int:
         objective = model.objective.bound(self.noising)
         return 1 if objective.exact else objective.noising.passes
 
     def __call__(
-        self, model: Model, batch: Batch, seed: int, num_draws: int, start: int = 0, of: int | None = None
+        self, model: BoundTo, batch: Batch, seed: int, num_draws: int, start: int = 0, of: int | None = None
     ) -> Measured:
         """`num_draws` masks per row, spread over strata of t or of the mask count; one pass if the likelihood is exact.
 
@@ -62,14 +62,14 @@ class Nelbo:
         )
 
 
-def for_comparison(estimator: Estimator, model: Model) -> Estimator:
+def for_comparison(estimator: Estimator, model: BoundTo) -> Estimator:
     """The estimator to compare a text's likelihood under several models with: where no noising was chosen, small mask
     counts are drawn more often. For a single likelihood that buys little, for a difference much (docs/log.md)."""
-    return Nelbo(comparison_noising(estimator, model)) if isinstance(estimator, Nelbo) else estimator
+    return Nelbo(comparison_noising(estimator, model.objective)) if isinstance(estimator, Nelbo) else estimator
 
 
-def comparison_noising(estimator: Estimator, model: Model) -> Noising | None:
+def comparison_noising(estimator: Estimator, objective: Objective) -> Noising | None:
     """The noising of `for_comparison`; None where there is nothing to choose."""
     chosen = estimator.noising if isinstance(estimator, Nelbo) else None
-    fixed = chosen is not None or not model.objective.clean_text_costs_nothing or model.objective.T
+    fixed = chosen is not None or not objective.clean_text_costs_nothing or objective.T
     return chosen if fixed else TiltedCount()

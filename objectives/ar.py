@@ -5,21 +5,25 @@ Shape suffixes: B batch, L length, N selected positions, V vocabulary, n new tok
 
 from __future__ import annotations
 
-from typing import NoReturn
-
 import torch
 from torch import Tensor
 
-from noise_schedule import NoiseSchedule
-from objectives.base import Backbone, Batch, TokenLoss, context, spread
+from denoisers import CausalDenoiser
+from objectives.base import Backbone, Batch, BoundTo, TokenLoss, context, spread
 from objectives.noising import Noising
 from objectives.projection import cross_entropy, log_probs
 from process import Absorbing
 from randomness import KeyedNoise
 
 
-def _refuse() -> NoReturn:
-    raise ValueError("parameterization=ar writes from left to right only: use sampling.predictor=ar")
+class CausalModel(BoundTo, CausalDenoiser):
+    """The autoregressive objective bound to a causal network."""
+
+    def new_cache(self, batch_size: int, length: int) -> object:
+        return self.backbone.new_cache(batch_size, length)
+
+    def next_token(self, new_Bn: Tensor, cache: object, **cond: Tensor) -> Tensor:
+        return self.objective.next_token(self.backbone, new_Bn, cache, **cond)
 
 
 class AR:
@@ -27,7 +31,9 @@ class AR:
     prompt) are context, not scored; an EOS is scored, since a causal network can not have seen it, and the fill behind
     it is not, since the text has ended there. The mask token has no mass."""
 
-    exact, causal, any_order, first_given = True, True, False, True
+    processes = (Absorbing,)
+    binds_to = CausalModel
+    exact, causal, first_given = True, True, True
     loss_name = "nll"
     encodes = 1
     streams = 1
@@ -49,17 +55,9 @@ class AR:
             )
         return self
 
-    @property
-    def schedule(self) -> NoiseSchedule:
-        """Raises ValueError, as `independent_unmasking` and `reverse` do: nothing is masked here."""
-        _refuse()
-
-    @property
-    def independent_unmasking(self) -> bool:
-        _refuse()
-
-    def reverse(self, *args: object, **cond: object) -> Tensor:
-        _refuse()
+    def model(self, backbone: Backbone) -> CausalModel:
+        """Bind the objective to a network."""
+        return CausalModel(self, backbone)
 
     def loss(self, backbone: Backbone, batch: Batch, generator: KeyedNoise | None = None) -> TokenLoss:
         x_BL, mask_BL = batch["input_ids"], batch.get("attention_mask")

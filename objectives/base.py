@@ -14,7 +14,7 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
-from gaussian_process import LatentPrediction
+from denoisers import Denoiser
 from noise_schedule import NoiseSchedule
 from objectives.noising import Bernoulli, ExactCount, Noising
 from process import Absorbing, Process
@@ -67,10 +67,11 @@ class Backbone(Protocol):
 class Objective(Protocol):
     """A training law: it owns what the network's output means."""
 
+    processes: tuple[type[Process], ...]  # that it can be trained on; `process` is the one of these
+    binds_to: type[BoundTo]  # what `model` gives, so which denoiser it offers (denoisers.py)
     process: Process
     exact: bool  # the loss is -log p itself, not a bound drawn at random
     causal: bool  # it needs a backbone that sees the left side only, and decides itself where a text ends
-    any_order: bool  # it predicts whatever is masked from whatever is not
     first_given: bool  # the first token of a row is context: neither masked nor scored
     encodes: int  # network evaluations of one pass
     streams: int  # times that an evaluation reads the text
@@ -85,6 +86,42 @@ class Objective(Protocol):
 
     def bound(self, noising: Noising | None) -> Objective: ...
 
+    def model(self, backbone: Backbone) -> BoundTo: ...
+
+
+class BoundTo:
+    """An objective bound to a network."""
+
+    def __init__(self, objective: Objective, backbone: Backbone) -> None:
+        self.objective = objective
+        self.backbone = backbone
+
+    @property
+    def process(self) -> Process:
+        return self.objective.process
+
+    @property
+    def vocab_size(self) -> int:
+        return self.backbone.head.out_features
+
+    def denoise(self, x_BL: Tensor, t_B: Tensor | None, at_BL: Tensor | None = None, **cond: Tensor) -> Tensor:
+        return self.objective.denoise(self.backbone, x_BL, t_B, at_BL, **cond)
+
+
+class Model(BoundTo, Denoiser):
+    """An objective of a diffusion, bound to a network."""
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        return self.objective.schedule
+
+    @property
+    def independent_unmasking(self) -> bool:
+        return self.objective.independent_unmasking
+
+    def reverse(self, x_BL: Tensor, t_B: Tensor, s_B: Tensor, at_BL: Tensor, **cond: Tensor) -> Tensor:
+        return self.objective.reverse(self.backbone, x_BL, t_B, s_B, at_BL, **cond)
+
 
 class TokenDiffusion(ABC):
     """What objectives of the masking process share: where they look, and how the looks are averaged.
@@ -96,7 +133,9 @@ class TokenDiffusion(ABC):
         T: 0 for continuous time, else the number of steps of the discrete-time loss.
     """
 
-    exact, causal, any_order, first_given = False, False, True, False
+    processes: tuple[type[Process], ...] = (Absorbing,)
+    binds_to: type[BoundTo] = Model
+    exact, causal, first_given = False, False, False
     encodes, streams = 1, 1
     loss_weight = "elbo"
     independent_unmasking = False  # the chance of being unmasked is the schedule's alone, not the network's
@@ -145,6 +184,10 @@ class TokenDiffusion(ABC):
                 "of the bound only; set estimator.noising.sampling_eps=0, or use eval.estimator=auto"
             )
         return other
+
+    def model(self, backbone: Backbone) -> Model:
+        """Bind the objective to a network: what samplers and estimators are given."""
+        return self.binds_to(self, backbone)
 
     def _check_noising(self) -> None:
         if self.noising.counts and not self.clean_text_costs_nothing:
@@ -263,80 +306,3 @@ def fresh_noise(x_BL: Tensor) -> KeyedNoise:
     jitter_B = KeyedNoise(seed, rows_B, draw=-1).uniform()
     shared_B = KeyedNoise(seed, torch.zeros_like(rows_B), draw=-6).uniform()
     return KeyedNoise(seed, rows_B, time_B=(rows_B + jitter_B) / len(x_BL), shared_B=shared_B)
-
-
-@dataclass(frozen=True)
-class Model:
-    """An objective with its backbone bound: all that samplers and estimators may ask."""
-
-    objective: Objective
-    backbone: Backbone
-
-    @property
-    def process(self) -> Process:
-        return self.objective.process
-
-    @property
-    def vocab_size(self) -> int:
-        return self.backbone.head.out_features
-
-    @property
-    def schedule(self) -> NoiseSchedule:
-        return self.objective.schedule
-
-    @property
-    def independent_unmasking(self) -> bool:
-        return self.objective.independent_unmasking
-
-    def loss(self, batch: Batch, generator: KeyedNoise) -> TokenLoss:
-        return self.objective.loss(self.backbone, batch, generator)
-
-    def denoise(self, x_BL: Tensor, t_B: Tensor | None, at_BL: Tensor | None = None, **cond: Tensor) -> Tensor:
-        return self.objective.denoise(self.backbone, x_BL, t_B, at_BL, **cond)
-
-    def reverse(self, x_BL: Tensor, t_B: Tensor, s_B: Tensor, at_BL: Tensor, **cond: Tensor) -> Tensor:
-        return self.objective.reverse(self.backbone, x_BL, t_B, s_B, at_BL, **cond)
-
-    @property
-    def latent_shape(self) -> tuple[int, int]:
-        """(K, D) of the latents that the backbone reads."""
-        return self.backbone.latent_shape
-
-    def predict_latent(
-        self, latent_BKD: Tensor, latent_t_B: Tensor, x_BL: Tensor, t_B: Tensor, **cond: Tensor
-    ) -> LatentPrediction:
-        return self.objective.predict_latent(self.backbone, latent_BKD, latent_t_B, x_BL, t_B, **cond)
-
-    def denoise_both(
-        self, x_BL: Tensor, t_B: Tensor, at_BL: Tensor, latent_BKD: Tensor, latent_t_B: Tensor, **cond: Tensor
-    ) -> tuple[Tensor, LatentPrediction]:
-        return self.objective.denoise_both(self.backbone, x_BL, t_B, at_BL, latent_BKD, latent_t_B, **cond)
-
-    def next_token(self, new_Bn: Tensor, cache: object, **cond: Tensor) -> Tensor:
-        return self.objective.next_token(self.backbone, new_Bn, cache, **cond)
-
-    def new_cache(self, batch_size: int, length: int) -> object:
-        return self.backbone.new_cache(batch_size, length)
-
-    @property
-    def block_size(self) -> int | None:
-        """Tokens of a block where texts are written block by block; None where they are not."""
-        return getattr(self.objective, "block_size", None)
-
-    def after(self, earlier: object, window: int | None = None, **told: Tensor) -> Model:
-        """The law of a block behind `earlier`: clean tokens (B, S) of which the last `window` are seen, or a cache that
-        has read them (`new_block_cache`, `remember`); of segments a list of them (`remember_segment`), or a cache."""
-        return self.objective.after(self.backbone, earlier, window, **told)
-
-    def new_block_cache(self, batch_size: int, length: int, window: int | None = None) -> object:
-        return self.backbone.new_block_cache(batch_size, length, window)
-
-    def remember(self, clean_BL: Tensor, cache: object, **told: Tensor) -> None:
-        self.backbone.remember(clean_BL, self.block_size, cache, **told)
-
-    def new_segment_cache(self, batch_size: int) -> object:
-        return self.backbone.new_segment_cache(batch_size)
-
-    def remember_segment(self, clean_BW: Tensor, here_BW: Tensor, cache: object, **told: Tensor) -> None:
-        """As `remember`, the next segment; `here_BW` is True on its tokens, the first ones of each row."""
-        self.backbone.remember_segment(clean_BW, here_BW, cache, **told)

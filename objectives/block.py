@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from denoisers import BlockDenoiser
 from noise_schedule import Clipped, NoiseSchedule
 from objectives.base import (
     Backbone,
@@ -33,6 +34,29 @@ from randomness import KeyedNoise
 MASK_RATES = ("num_masked", "cross_entropy", "num_scored")  # what the losses by mask rate are made of
 
 
+class BlockModel(Model, BlockDenoiser):
+    """Block diffusion bound to a network that reads texts in blocks."""
+
+    @property
+    def block_size(self) -> int:
+        return self.objective.block_size
+
+    def after(self, earlier: object, window: int | None = None, **told: Tensor) -> Model:
+        return self.objective.after(self.backbone, earlier, window, **told)
+
+    def new_block_cache(self, batch_size: int, length: int, window: int | None = None) -> object:
+        return self.backbone.new_block_cache(batch_size, length, window)
+
+    def remember(self, clean_BL: Tensor, cache: object, **told: Tensor) -> None:
+        self.backbone.remember(clean_BL, self.block_size, cache, **told)
+
+    def new_segment_cache(self, batch_size: int) -> object:
+        return self.backbone.new_segment_cache(batch_size)
+
+    def remember_segment(self, clean_BW: Tensor, here_BW: Tensor, cache: object, **told: Tensor) -> None:
+        self.backbone.remember_segment(clean_BW, here_BW, cache, **told)
+
+
 class BlockDiffusion:
     """-log p(x) = sum over blocks b of -log p(x^b | x^<b), each bounded by the loss of masked diffusion within the
     block (eq. 3 and 7). With one block that is masked diffusion; with blocks of one token there is nothing left to
@@ -50,7 +74,9 @@ class BlockDiffusion:
         search: how these are chosen again at every validation; None: they are not.
     """
 
-    causal, any_order, reads_segments = False, False, True
+    processes = (Absorbing,)
+    binds_to = BlockModel
+    causal = False
     streams = 2  # noised and clean
 
     def __init__(
@@ -143,6 +169,10 @@ class BlockDiffusion:
         other.within = self.within.bound(noising)
         return other
 
+    def model(self, backbone: Backbone) -> BlockModel:
+        """Bind the objective to a network."""
+        return BlockModel(self, backbone)
+
     def loss(self, backbone: Backbone, batch: Batch, generator: KeyedNoise | None = None) -> TokenLoss:
         """The sum over blocks: every block is a row of its own, with noise of its own, behind its clean past."""
         cut, blocks = self._blocks(batch)
@@ -223,7 +253,7 @@ class BlockDiffusion:
         """The law of one block behind `earlier`: clean tokens (B, S), read anew for every answer, or a cache of them.
         Of segments the tokens are a list: of each its tokens, and where a row has any, (B, W). Answers are asked with
         `row` (R,), the rows behind which they stand."""
-        return Model(self.within, _BehindEarlier(backbone, earlier, self.block_size, window, told))
+        return self.within.model(_BehindEarlier(backbone, earlier, self.block_size, window, told))
 
     def _behind_itself(
         self, backbone: Backbone, x_BL: Tensor, at_BL: Tensor | None, cut: Cut, cond: dict

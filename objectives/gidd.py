@@ -29,6 +29,7 @@ _SMALLEST = 1e-20  # probability of one random word, by which the bound divides
 class GIDD(LeaveOneOut):
     """Diffusion whose noise is the mask or a random word; the network's output has no mass on the mask."""
 
+    processes = (Hybrid,)
     process: Hybrid
 
     def leave_one_out(self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, at_BL: Tensor, **cond: Tensor) -> Tensor:

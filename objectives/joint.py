@@ -15,9 +15,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from denoisers import JointDenoiser
 from gaussian_process import LatentPrediction
 from noise_schedule import NoiseSchedule
-from objectives.base import Backbone, Batch, TokenLoss, counted_mask, fresh_noise, scored_mask
+from objectives.base import Backbone, Batch, Model, TokenLoss, counted_mask, fresh_noise, scored_mask
 from objectives.gaussian import EARLIEST, LATEST, GaussianDiffusion, LatentLoss
 from objectives.noising import Noising
 from objectives.subs import Subs
@@ -44,6 +45,24 @@ DIRECTIONS = {
 SHARES = {"joint": 0.3, "l2t": 0.25, "t2l": 0.25, "text": 0.1, "latent": 0.1}
 
 
+class JointModel(Model, JointDenoiser):
+    """The joint objective bound to a network that reads texts and latents."""
+
+    @property
+    def latent_shape(self) -> tuple[int, int]:
+        return self.backbone.latent_shape
+
+    def predict_latent(
+        self, latent_BKD: Tensor, latent_t_B: Tensor, x_BL: Tensor, t_B: Tensor, **cond: Tensor
+    ) -> LatentPrediction:
+        return self.objective.predict_latent(self.backbone, latent_BKD, latent_t_B, x_BL, t_B, **cond)
+
+    def denoise_both(
+        self, x_BL: Tensor, t_B: Tensor, at_BL: Tensor, latent_BKD: Tensor, latent_t_B: Tensor, **cond: Tensor
+    ) -> tuple[Tensor, LatentPrediction]:
+        return self.objective.denoise_both(self.backbone, x_BL, t_B, at_BL, latent_BKD, latent_t_B, **cond)
+
+
 class JointDiffusion:
     """The joint objective. Over the rows of an optimizer step it sums text_weight times the nats of a row's text (the
     SUBS bound) and latent_weight times the row's latent loss counted as `latent_tokens` tokens, where each is learned,
@@ -65,8 +84,9 @@ class JointDiffusion:
         ValueError: weights that are none.
     """
 
-    exact, causal, any_order, first_given, encodes, streams = False, False, True, False, 1, 1
-    reads_latents = True
+    processes = (Absorbing,)
+    binds_to = JointModel
+    exact, causal, first_given, encodes, streams = False, False, False, 1, 1
     loss_weight = "elbo"
     clean_text_costs_nothing = True
 
@@ -123,6 +143,10 @@ class JointDiffusion:
         other = copy.copy(self)
         other.text, other.measures = self.text.bound(noising), True
         return other
+
+    def model(self, backbone: Backbone) -> JointModel:
+        """Bind the objective to a network."""
+        return JointModel(self, backbone)
 
     def loss_at(self, backbone: Backbone, batch: Batch, xt_BL: Tensor, t_B: Tensor) -> TokenLoss:
         """The integrand of the text's bound, given the latent of the batch."""

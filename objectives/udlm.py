@@ -67,6 +67,7 @@ class LeaveOneOut(TokenDiffusion):
 class UDLM(LeaveOneOut):
     """Diffusion whose noise is a random token; its bound is the continuous-time NELBO of UDLM."""
 
+    processes = (Uniform,)
     process: Uniform
 
     def loss_at(self, backbone: Backbone, batch: Batch, xt_BL: Tensor, t_B: Tensor) -> TokenLoss:

@@ -10,16 +10,45 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from denoisers import Denoiser
 from process import Absorbing
 from randomness import KeyedNoise
-from samplers.base import Generation, Model, TokenChoice, Watcher, row_chunks, rows_of, time_grid, writes
-from samplers.page import Page
+from samplers.base import Asked, Step, TokenChoice, run, sampler, time_grid
+from samplers.trace import Trace, Watcher
 
 
-@writes(Absorbing)
-@torch.no_grad()
+class Analytic(Step):
+    """Ask for p(x_s | x_t) at every mask, which says both whether it goes and what it becomes."""
+
+    def __init__(
+        self, process: Absorbing, noise: KeyedNoise, choice: TokenChoice, grid: Tensor, noise_removal: bool
+    ) -> None:
+        self.process, self.noise, self.choice = process, noise, choice
+        self.grid, self.steps, self.noise_removal = grid, len(grid) - 1, noise_removal
+        self.last = False
+
+    def positions(self, number: int, trace: Trace) -> Asked | None:
+        if number > self.steps + self.noise_removal:
+            return None
+        batch, length = trace.ids_BL.shape
+        self.goes_BL, self.u_BL = self.noise.uniform(length), self.noise.uniform(length)
+        self.last = number > self.steps
+        t = self.grid[number - 1]
+        s = t / 2 if self.last else self.grid[number]  # the last draw ignores who would have stayed
+        return Asked(trace.masked_BL, t.expand(batch), s.expand(batch))
+
+    def tokens(self, log_p_NV: Tensor, at_RL: Tensor, rows_R: Tensor) -> tuple[Tensor, Tensor]:
+        mask_id = self.process.mask_id
+        leaves_N = self.goes_BL[rows_R][at_RL] < -torch.expm1(log_p_NV[:, mask_id])
+        leaves_N |= self.last
+        log_p_NV[:, mask_id] = -torch.inf  # in place: the confidence is that of the token, given that the mask goes
+        log_p_NV.copy_(log_p_NV.log_softmax(-1))
+        return self.choice.draw(log_p_NV, self.u_BL[rows_R][at_RL])[leaves_N], leaves_N
+
+
+@sampler(Absorbing)
 def sample(
-    model: Model,
+    model: Denoiser,
     x_BL: Tensor,
     generator: KeyedNoise,
     *,
@@ -29,29 +58,11 @@ def sample(
     eps: float = 1e-5,
     watch: Watcher | None = None,
     **cond: Tensor,
-) -> Generation:
+) -> Trace:
     """Fill the masked positions of `x_BL`; its other tokens are given and never change.
 
     Every masked position is projected at every step, since the network decides whether it goes; rows without masks
     rest. noise_removal: after the last step draw a token wherever a mask is left, as SEDD's denoiser does.
     """
-    grid, page = time_grid(steps, eps, x_BL.device), Page(x_BL, model.process, watch)
-    for step in range(steps + 1 if noise_removal else steps):
-        goes_BL, u_BL = generator.uniform(x_BL.shape[1]), generator.uniform(x_BL.shape[1])
-        masked_BL = page.masked_BL
-        busy_R = masked_BL.any(-1).nonzero().squeeze(-1)
-        last = step == steps
-        t, s = grid[step], grid[step] / 2 if last else grid[step + 1]  # the last draw ignores who would have stayed
-        for rows_R in row_chunks(busy_R, masked_BL[busy_R].sum(-1), model.vocab_size):
-            at_RL, given = masked_BL[rows_R], rows_of(cond, rows_R)
-            log_q_NV = model.reverse(page.ids_BL[rows_R], t.expand(len(rows_R)), s.expand(len(rows_R)), at_RL, **given)
-            leaves_N = torch.full_like(log_q_NV[:, 0], last, dtype=torch.bool)
-            leaves_N |= goes_BL[rows_R][at_RL] < -torch.expm1(log_q_NV[:, model.process.mask_id])
-            log_q_NV[:, model.process.mask_id] = -torch.inf
-            log_p_NV = log_q_NV.log_softmax(-1)
-            drawn_N = choice.draw(log_p_NV, u_BL[rows_R][at_RL])
-            leaves_RL = torch.zeros_like(at_RL).masked_scatter(at_RL, leaves_N)
-            page.write(step + 1, leaves_RL, drawn_N[leaves_N], log_p_NV[leaves_N], rows_R)
-        page.evaluations_B[busy_R] += 1
-        page.end_step(step + 1)
-    return page.finished(steps + noise_removal)
+    step = Analytic(model.process, generator, choice, time_grid(steps, eps, x_BL.device), noise_removal)
+    return run(step, model, Trace(x_BL, model.process, watch), cond)

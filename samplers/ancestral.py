@@ -12,20 +12,51 @@ Shape suffixes: B batch, L length, R rows evaluated, N positions drawn, S times 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from denoisers import Denoiser
 from process import Absorbing, unmask_step
 from randomness import KeyedNoise
 from samplers import analytic
-from samplers.base import Generation, Model, TokenChoice, Watcher, rows_of, time_grid, writes
-from samplers.page import Page
+from samplers.base import Asked, Step, TokenChoice, run, sampler, time_grid
+from samplers.trace import Trace, Watcher
 
 
-@writes(Absorbing)
-@torch.no_grad()
+class Ancestral(Step):
+    """Unmask each position at its time of a grid, drawn before the network runs."""
+
+    def __init__(
+        self,
+        open_BL: Tensor,
+        alpha: Tensor,
+        grid: Tensor,
+        noise: KeyedNoise,
+        choice: TokenChoice,
+        last: int,
+        idle: bool,
+    ) -> None:
+        """Draw the times. alpha, grid: (S,), or (B, S) of rows with times of their own. last: number of steps."""
+        write_at_BL = unmask_step(noise.uniform(open_BL.shape[1]), alpha)
+        self.write_at_BL = write_at_BL.masked_fill(~open_BL, -1)
+        self.u_BL, self.grid_BS = noise.uniform(open_BL.shape[1]), grid.expand(len(open_BL), -1)
+        self.choice, self.last, self.idle = choice, last, idle
+        self.greedy = False
+
+    def positions(self, number: int, trace: Trace) -> Asked | None:
+        if number > self.last:
+            return None
+        self.greedy = number == self.grid_BS.shape[1]
+        return Asked(self.write_at_BL == number - 1, self.grid_BS[:, number - 1], every_row=self.idle)
+
+    def tokens(self, log_p_NV: Tensor, at_RL: Tensor, rows_R: Tensor) -> tuple[Tensor, None]:
+        if self.greedy:
+            return log_p_NV.argmax(-1), None
+        return self.choice.draw(log_p_NV, self.u_BL[rows_R][at_RL]), None
+
+
+@sampler(Absorbing)
 def sample(
-    model: Model,
+    model: Denoiser,
     x_BL: Tensor,
     generator: KeyedNoise,
     *,
@@ -37,7 +68,7 @@ def sample(
     watch: Watcher | None = None,
     begin_B: Tensor | None = None,
     **cond: Tensor,
-) -> Generation:
+) -> Trace:
     """Fill the masked positions of `x_BL`; its other tokens are given and never change.
 
     Where the network itself decides when a mask goes (D3PM, SEDD) the steps are those of samplers/analytic.py.
@@ -57,21 +88,6 @@ def sample(
     grid = time_grid(steps, eps, x_BL.device)  # (S,) for all rows, or (B, S)
     if begin_B is not None:  # from there in as many steps
         grid = eps + (grid - eps) * (begin_B[:, None].clamp(min=eps) - eps) / (1 - eps)
-    page = Page(x_BL, model.process, watch)
-    write_at_BL = unmask_step(generator.uniform(x_BL.shape[1]), model.schedule(grid).alpha)
-    write_at_BL = write_at_BL.masked_fill(~page.masked_BL, -1)
-    u_BL = generator.uniform(x_BL.shape[1])
-    busy = set(write_at_BL.unique().tolist())
-    for step in range(steps + 1 if noise_removal else steps):
-        if skip_idle and step not in busy:
-            continue
-        now_BL = write_at_BL == step
-        rows_R = now_BL.any(-1).nonzero().squeeze(-1) if skip_idle else torch.arange(len(x_BL), device=x_BL.device)
-        t_R = grid[step].expand(len(rows_R)) if begin_B is None else grid[rows_R, step]
-        log_p_NV = model.denoise(page.ids_BL[rows_R], t_R, now_BL[rows_R], **rows_of(cond, rows_R))
-        last = step == steps
-        drawn_N = log_p_NV.argmax(-1) if last else choice.draw(log_p_NV, u_BL[now_BL])
-        page.write(step + 1, now_BL, drawn_N, log_p_NV)
-        page.evaluations_B[rows_R] += 1
-        page.end_step(step + 1)
-    return page.finished(steps + noise_removal)
+    trace, alpha = Trace(x_BL, model.process, watch), model.schedule(grid).alpha
+    step = Ancestral(trace.open_BL, alpha, grid, generator, choice, steps + noise_removal, not skip_idle)
+    return run(step, model, trace, cond)

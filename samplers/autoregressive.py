@@ -1,6 +1,6 @@
 """Left to right, one token at a time, with a KV cache: draws the law of a causal model.
 
-Shape suffixes: B batch, L length.
+Shape suffixes: B batch, L length, N positions drawn, V vocabulary.
 """
 
 from __future__ import annotations
@@ -8,16 +8,57 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from denoisers import CausalDenoiser, Denoiser
 from process import Absorbing
 from randomness import KeyedNoise
-from samplers.base import Generation, Model, TokenChoice, Watcher, writes
-from samplers.page import Page
+from samplers.base import Asked, Step, TokenChoice, run, sampler
+from samplers.trace import Trace, Watcher
 
 
-@writes(Absorbing)
-@torch.no_grad()
+class LeftToRight(Step):
+    """Write the next position of every row that has not ended."""
+
+    def __init__(self, open_BL: Tensor, noise: KeyedNoise, choice: TokenChoice, stop_id: int | None) -> None:
+        length = open_BL.shape[1]
+        self.u_BL, self.choice, self.stop_id = noise.uniform(length), choice, stop_id
+        self.first = int(open_BL.any(0).nonzero()[0]) if bool(open_BL.any()) else length
+        self.ended_B = torch.zeros_like(open_BL[:, 0])
+
+    def positions(self, number: int, trace: Trace) -> Asked | None:
+        place = self.first + number - 1
+        if number > 1 and self.stop_id is not None:
+            self.ended_B |= trace.ids_BL[:, place - 1] == self.stop_id
+        if place == trace.ids_BL.shape[1] or bool(self.ended_B.all()):
+            return None
+        at_BL = torch.zeros_like(trace.open_BL)
+        at_BL[:, place] = trace.open_BL[:, place] & ~self.ended_B
+        return Asked(at_BL, None)
+
+    def tokens(self, log_p_NV: Tensor, at_RL: Tensor, rows_R: Tensor) -> tuple[Tensor, None]:
+        return self.choice.draw(log_p_NV, self.u_BL[rows_R][at_RL]), None
+
+
+class _AtOnePlace(Denoiser):
+    """A causal model asked at one place of each row. With a cache it reads every token of the batch once."""
+
+    def __init__(self, model: CausalDenoiser, trace: Trace, told: dict[str, Tensor], kv_cache: bool) -> None:
+        self.vocab_size, self._model, self._trace, self._told = model.vocab_size, model, trace, told
+        self._cache, self._read = model.new_cache(*trace.ids_BL.shape) if kv_cache else None, 0
+
+    def denoise(self, x_BL: Tensor, t_B: None, at_BL: Tensor | None = None, *, row: Tensor) -> Tensor:
+        place = int(at_BL[0].nonzero())
+        if self._cache is None:
+            told = {name: value[row] for name, value in self._told.items()}
+            return self._model.denoise(x_BL[:, : place + 1], None, at_BL[:, : place + 1], **told)
+        if place > self._read:
+            new_Bn = self._trace.ids_BL[:, self._read : place]
+            self._log_p_BV, self._read = self._model.next_token(new_Bn, self._cache, **self._told), place
+        return self._log_p_BV[row]
+
+
+@sampler(Absorbing)
 def sample(
-    model: Model,
+    model: CausalDenoiser,
     x_BL: Tensor,
     generator: KeyedNoise,
     *,
@@ -26,47 +67,25 @@ def sample(
     stop_id: int | None = None,
     watch: Watcher | None = None,
     **cond: Tensor,
-) -> Generation:
+) -> Trace:
     """Fill the masked positions of `x_BL` from the left; its other tokens are given and never change.
 
-    stop_id: end once every row has this token behind its first; what is left of them stays masked.
-    kv_cache: keep keys and values of the prefix; False runs the whole prefix again for every token, to the same result.
+    Args:
+        stop_id: a row ends with this token behind its first; what is left of it stays masked.
+        kv_cache: keep keys and values of the prefix; False reads the whole prefix again for every token, to the same
+            result.
 
     Raises:
         ValueError: the model is not causal, a row begins with a mask, or has given tokens behind one.
     """
-    if not hasattr(model.objective, "next_token"):
-        raise ValueError("sampling.predictor=ar needs parameterization=ar; use ddpm_cache, analytic or first_hitting")
-    masked_BL = model.process.is_corrupted(x_BL)
-    if bool(masked_BL[:, 0].any()):
+    trace = Trace(x_BL, model.process, watch)
+    if bool(trace.open_BL[:, 0].any()):
         raise ValueError(
             "a causal model needs a first token to start from: give one, or data.insert_train_special=true"
         )
-    if bool(((masked_BL.cumsum(-1) > 0) & ~masked_BL).any()):
+    if bool(((trace.open_BL.cumsum(-1) > 0) & ~trace.open_BL).any()):
         raise ValueError("a causal model can not fill in before given text: use sampling.prefix, not sampling.template")
-    length = x_BL.shape[1]
-    u_BL, page = generator.uniform(length), Page(x_BL, model.process, watch)
-    first = int(masked_BL.any(0).nonzero()[0]) if bool(masked_BL.any()) else length
-    cache = model.new_cache(len(x_BL), length) if kv_cache else None
     told = {name: value for name, value in cond.items() if name != "attention_mask"}  # padding stands on the right
-    x_BL, ended_B = page.ids_BL, torch.zeros_like(masked_BL[:, 0])
-    for place in range(first, length):
-        if cache is None:
-            log_p_BV = model.denoise(x_BL[:, : place + 1], None, _only(place, x_BL[:, : place + 1]), **told)
-        else:
-            new_Bn = x_BL[:, :first] if place == first else x_BL[:, place - 1 : place]
-            log_p_BV = model.next_token(new_Bn, cache, **told)
-        drawn_B, here_B = choice.draw(log_p_BV, u_BL[:, place]), masked_BL[:, place]
-        page.write(place - first + 1, _only(place, x_BL) & masked_BL, drawn_B[here_B], log_p_BV[here_B])
-        page.evaluations_B += ~ended_B
-        page.end_step(place - first + 1)
-        ended_B |= x_BL[:, place] == (-1 if stop_id is None else stop_id)
-        if bool(ended_B.all()):
-            break
-    return page.finished(length - first)
-
-
-def _only(place: int, x_BL: Tensor) -> Tensor:
-    at_BL = torch.zeros_like(x_BL, dtype=torch.bool)
-    at_BL[:, place] = True
-    return at_BL
+    denoiser = _AtOnePlace(model, trace, told, kv_cache)
+    step = LeftToRight(trace.open_BL, generator, choice, stop_id)
+    return run(step, denoiser, trace, {"row": torch.arange(len(x_BL), device=x_BL.device)})

@@ -1,74 +1,104 @@
-"""What samplers share: the model they are given, how a token is chosen, the time grid, what they return.
+"""What samplers share: the loop, how a token is chosen, the time grid, what a sampler declares of itself.
 
-Shape suffixes: B batch, L length, N selected positions, V vocabulary, S times of a grid.
+A sampler is a `Step`, which says what positions it asks the model for and which tokens it writes there, run by `run`.
+
+Shape suffixes: B batch, L length, R rows evaluated, N selected positions, V vocabulary, S times of a grid.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from noise_schedule import NoiseSchedule
+from denoisers import Denoiser, mismatch
 from process import Process, draw_categorical
-
-
-class Model(Protocol):
-    """An objective with its backbone bound (objectives.base.Model): all that a sampler may ask."""
-
-    process: Process
-    vocab_size: int
-    schedule: NoiseSchedule
-    independent_unmasking: bool  # when a mask goes is the schedule's choice, not the network's
-
-    def denoise(self, x_BL: Tensor, t_B: Tensor, at_BL: Tensor, **cond: Tensor) -> Tensor:
-        """log p(x_0 | x_t) at the N positions of `at_BL`, (N, V)."""
-
-    def reverse(self, x_BL: Tensor, t_B: Tensor, s_B: Tensor, at_BL: Tensor, **cond: Tensor) -> Tensor:
-        """log p(x_s | x_t) at the N masked positions of `at_BL`, (N, V)."""
+from samplers.trace import Trace
 
 
 @dataclass(frozen=True)
-class Generation:
-    """ids_BL: the sampled tokens. step_BL: the sampler's step, from 1, that wrote each token; 0 where it was given, and
-    where a mask is left. confidence_BL: the model's probability of each token at the moment it was written, before
-    temperature and cuts, float32; 1 where it was given, 0 where a mask is left. num_steps: how many steps there were.
-    evaluations_B: network evaluations spent on each row. length_B: where each row's text ends, if the sampler decides
-    that; behind it there may be masks."""
+class Asked:
+    """What a step asks the denoiser.
 
-    ids_BL: Tensor
-    step_BL: Tensor
-    confidence_BL: Tensor
-    num_steps: int
-    evaluations_B: Tensor
-    length_B: Tensor | None = None
+    at_BL: the positions that are looked at. t_B: the time of each row, None for a causal model. s_B: the time to step
+    to, for the distribution of x_s; None for that of the clean tokens. every_row: evaluate the rows without positions
+    too, so that all steps have one shape. erase_BL: the tokens that become blanks again after the step.
+    """
 
-
-@dataclass(frozen=True)
-class Frame:
-    """What is there after a step (0: before the first): the tokens, [MASK] among them, their confidence, and the
-    network evaluations spent so far, as in `Generation`. These are the sampler's own tensors: to be looked at while the
-    watcher is called, and not to be changed."""
-
-    step: int
-    ids_BL: Tensor
-    confidence_BL: Tensor
-    evaluations_B: Tensor
+    at_BL: Tensor
+    t_B: Tensor | None
+    s_B: Tensor | None = None
+    every_row: bool = False
+    erase_BL: Tensor | None = None
 
 
-# Called by a sampler after each step of its that may have written something. Every sampler takes one as `watch`.
-Watcher = Callable[[Frame], None]
+class Step(ABC):
+    """A sampler's choices at each step: which positions, then which tokens."""
+
+    @abstractmethod
+    def positions(self, number: int, trace: Trace) -> Asked | None:
+        """Return what step `number`, from 1, asks; None ends the text."""
+
+    @abstractmethod
+    def tokens(self, log_p_NV: Tensor, at_RL: Tensor, rows_R: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Choose tokens from the answer at the N positions of `at_RL`, in the rows `rows_R` of the batch.
+
+        Returns the tokens (M,), and at which M of the N positions they go, (N,) bool; None for all of them.
+        """
 
 
-def writes(*processes: type[Process]) -> Callable[[Callable], Callable]:
-    """Declare of which forward processes a sampler writes texts, as its `processes`."""
+def run(step: Step, denoiser: Denoiser, trace: Trace, cond: dict[str, Tensor]) -> Trace:
+    """Take steps until there are no more, and return the trace of the texts.
+
+    Only the rows that have positions are evaluated, and only these positions are projected onto the vocabulary, in
+    chunks of a bounded size. cond: what the denoiser is told, row by row (B, ...).
+    """
+    every_R = torch.arange(len(trace.ids_BL), device=trace.ids_BL.device)
+    while (asked := step.positions(trace.num_steps + 1, trace)) is not None:
+        count_B = asked.at_BL.sum(-1)
+        rows_R = every_R if asked.every_row else count_B.nonzero().squeeze(-1)
+        for some_R in row_chunks(rows_R, count_B[rows_R], denoiser.vocab_size):
+            at_RL, t_R = asked.at_BL[some_R], None if asked.t_B is None else asked.t_B[some_R]
+            given = rows_of(cond, some_R)
+            if asked.s_B is None:
+                log_p_NV = denoiser.denoise(trace.ids_BL[some_R], t_R, at_RL, **given)
+            else:
+                log_p_NV = denoiser.reverse(trace.ids_BL[some_R], t_R, asked.s_B[some_R], at_RL, **given)
+            ids_M, chosen_N = step.tokens(log_p_NV, at_RL, some_R)
+            if chosen_N is not None:
+                at_RL = torch.zeros_like(at_RL).masked_scatter(at_RL, chosen_N)
+                log_p_NV = log_p_NV[chosen_N]
+            trace.write(at_RL, ids_M, log_p_NV, some_R)
+        trace.evaluations_B[rows_R] += denoiser.evaluations
+        if asked.erase_BL is not None:
+            trace.erase(asked.erase_BL)
+        trace.end_step(shown=len(rows_R) > 0 or asked.erase_BL is not None)
+    return trace
+
+
+def sampler(*processes: type[Process]) -> Callable[[Callable], Callable]:
+    """Declare of which forward processes a sampler writes texts.
+
+    The denoiser that it needs is the type of its first argument, and is checked when it is called.
+    """
 
     def declared(sample: Callable) -> Callable:
-        sample.processes = processes
-        return sample
+        needed = next(iter(inspect.signature(sample, eval_str=True).parameters.values())).annotation
+
+        @functools.wraps(sample)
+        @torch.no_grad()
+        def checked(model: object, *args: object, **kwargs: object) -> object:
+            if not isinstance(model, needed):
+                raise ValueError(mismatch(sample.__module__, type(model), needed))
+            return sample(model, *args, **kwargs)
+
+        checked.processes, checked.denoiser = processes, needed
+        return checked
 
     return declared
 

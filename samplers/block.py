@@ -16,12 +16,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from denoisers import BlockDenoiser
 from process import Absorbing
 from randomness import KeyedNoise
 from samplers import ancestral, segments
-from samplers.base import Generation, Model, TokenChoice, Watcher, writes
-from samplers.first_hitting import sample as first_hitting_sample
-from samplers.page import Page
+from samplers.base import TokenChoice, sampler
+from samplers.first_hitting import sample as mask_by_mask
+from samplers.trace import Trace, Watcher
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,11 @@ def ending(var_length: bool, min_entropy: float | None) -> Ending | None:
     return Ending(min_entropy) if var_length else None
 
 
-def within(first_hitting: bool, steps: int, choice: TokenChoice) -> Callable[..., Generation]:
+def within(first_hitting: bool, steps: int, choice: TokenChoice) -> Callable[..., Trace]:
     """Return what fills a block: mask by mask, which is exact, or on a grid of `steps` times in each block, which is an
     approximation (samplers/ancestral.py)."""
     if first_hitting:
-        return partial(first_hitting_sample, choice=choice)
+        return partial(mask_by_mask, choice=choice)
     return partial(ancestral.sample, steps=steps, skip_idle=True, choice=choice)
 
 
@@ -70,21 +71,20 @@ def unigram_entropy(ids_S: Tensor) -> float:
     return float(-(p * p.log()).sum())
 
 
-@writes(Absorbing)
-@torch.no_grad()
+@sampler(Absorbing)
 def sample(
-    model: Model,
+    model: BlockDenoiser,
     x_BL: Tensor,
     generator: KeyedNoise,
     *,
-    inner: Callable[..., Generation],
+    inner: Callable[..., Trace],
     kv_cache: bool = True,
     context: int | None = None,
     ending: Ending | None = None,
     stop_id: int | None = None,
     watch: Watcher | None = None,
     **cond: Tensor,
-) -> Generation:
+) -> Trace:
     """Fill the masked positions of `x_BL`; its other tokens are given and never change.
 
     Args:
@@ -97,7 +97,7 @@ def sample(
         stop_id: the end token, where there is one.
 
     Raises:
-        ValueError: the model does not write in blocks, the window is no multiple of them, or text stands behind a gap.
+        ValueError: the window is no multiple of them, or text stands behind a gap.
     """
     if "segment_ends" in cond:
         return segments.sample(model, x_BL, generator, inner=inner, kv_cache=kv_cache, watch=watch, **cond)
@@ -106,23 +106,23 @@ def sample(
     masked_BL = model.process.is_corrupted(x_BL)
     here_BL = cond.pop("attention_mask", torch.ones_like(masked_BL)).bool()
     _refuse_gaps(masked_BL, here_BL, size)
-    page, end_B = Page(x_BL, model.process, watch), here_BL.sum(-1)
-    x_BL, rows_R = page.ids_BL, torch.arange(len(x_BL), device=x_BL.device)
+    trace, end_B = Trace(x_BL, model.process, watch), here_BL.sum(-1)
+    x_BL, rows_R = trace.ids_BL, torch.arange(len(x_BL), device=x_BL.device)
     window = None if context is None else context - size  # of clean tokens
     cache = model.new_block_cache(len(x_BL), length, window) if kv_cache else None
     first = int((~masked_BL.any(0)).long().cumprod(0).sum()) // size * size  # before it everything is given
     if cache is not None and first:
         model.remember(x_BL[:, :first], cache, **cond)
-        page.evaluations_B += 1
+        trace.evaluations_B += 1
     for start in range(first, length, size):
         block = slice(start, min(start + size, length))
         earlier = x_BL[rows_R, :start] if cache is None else cache
         law = model.after(earlier, window, **{name: value[rows_R] for name, value in cond.items()})
         noise, row = generator.part(start // size).rows(rows_R), torch.arange(len(rows_R), device=x_BL.device)
         at_BL, whole_Rk = _block_of(masked_BL, rows_R, block)
-        watched, here_Rk = page.inset(at_BL, whole_Rk, rows_R), here_BL[rows_R, block]
+        watched, here_Rk = trace.inset(at_BL, whole_Rk, rows_R), here_BL[rows_R, block]
         out = inner(law, x_BL[rows_R, block], noise, watch=watched, row=row, attention_mask=here_Rk)
-        page.paste(out, at_BL, whole_Rk, rows_R)
+        trace.paste(out, at_BL, whole_Rk, rows_R)
         if ending is not None:
             end_B[rows_R] = _ends(ending, x_BL[rows_R, : block.stop], masked_BL[rows_R], stop_id, end_B[rows_R])
         going_R = end_B[rows_R] > block.stop
@@ -132,8 +132,9 @@ def sample(
         if cache is not None:
             cache.keep(going_R)
             model.remember(x_BL[rows_R, block], cache, **{name: value[rows_R] for name, value in cond.items()})
-            page.evaluations_B[rows_R] += 1
-    return page.finished(length_B=None if ending is None else end_B)
+            trace.evaluations_B[rows_R] += 1
+    trace.length_B = None if ending is None else end_B
+    return trace
 
 
 def _block_of(like_BL: Tensor, rows_R: Tensor, block: slice) -> tuple[Tensor, Tensor]:
@@ -151,10 +152,8 @@ def _ends(ending: Ending, x_RS: Tensor, masked_RL: Tensor, stop_id: int | None, 
     return torch.stack([end if here is None else end.clamp(max=here) for here, end in zip(found, end_R, strict=True)])
 
 
-def _block_size(model: Model, context: int | None) -> int:
-    size = getattr(model, "block_size", None)
-    if size is None:
-        raise ValueError("sampling.predictor=block writes texts of parameterization=bd3lm; use ddpm_cache or analytic")
+def _block_size(model: BlockDenoiser, context: int | None) -> int:
+    size = model.block_size
     if context is not None and (context < size or context % size):
         raise ValueError(
             f"sampling.context={context} must be a multiple of block_size={size}: the window moves by whole blocks"

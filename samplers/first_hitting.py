@@ -4,7 +4,7 @@ sampling, simulated event by event. It draws exactly from the model's distributi
 Each mask goes at a time of its own, at which 1 - alpha is uniform; almost surely no two go together. So the masks of a
 row are filled one at a time, in the order of those times: as many network evaluations as masks, rows side by side.
 
-Shape suffixes: B batch, L length, R rows evaluated.
+Shape suffixes: B batch, L length, R rows evaluated, N positions drawn.
 """
 
 from __future__ import annotations
@@ -12,23 +12,45 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from denoisers import Denoiser
 from process import Absorbing
 from randomness import KeyedNoise
-from samplers.base import Generation, Model, TokenChoice, Watcher, rows_of, writes
-from samplers.page import Page
+from samplers.base import Asked, Step, TokenChoice, run, sampler
+from samplers.trace import Trace, Watcher
 
 
-@writes(Absorbing)
-@torch.no_grad()
+class FirstHitting(Step):
+    """Unmask the positions of a row one at a time, at the times that are drawn here."""
+
+    def __init__(self, model: Denoiser, open_BL: Tensor, noise: KeyedNoise, choice: TokenChoice) -> None:
+        start = model.schedule(torch.ones((), dtype=torch.float64, device=open_BL.device)).move_chance
+        self.level_BL = (noise.uniform(open_BL.shape[1]) * start).masked_fill(~open_BL, -1.0)
+        self.u_BL, self.count_B = noise.uniform(open_BL.shape[1]), open_BL.sum(-1)
+        self.order_BL = self.level_BL.argsort(dim=-1, descending=True)
+        self.model, self.choice, self.num_steps = model, choice, int(self.count_B.max())
+
+    def positions(self, number: int, trace: Trace) -> Asked | None:
+        if number > self.num_steps:
+            return None
+        place_B1 = self.order_BL[:, number - 1 : number]
+        at_BL = torch.zeros_like(self.level_BL, dtype=torch.bool).scatter(1, place_B1, True)
+        t_B = self.model.schedule.t_from_alpha(1 - self.level_BL.gather(1, place_B1).squeeze(1)).clamp(0.0, 1.0)
+        return Asked(at_BL & (self.count_B >= number)[:, None], t_B)
+
+    def tokens(self, log_p_NV: Tensor, at_RL: Tensor, rows_R: Tensor) -> tuple[Tensor, None]:
+        return self.choice.draw(log_p_NV, self.u_BL[rows_R][at_RL]), None
+
+
+@sampler(Absorbing)
 def sample(
-    model: Model,
+    model: Denoiser,
     x_BL: Tensor,
     generator: KeyedNoise,
     *,
     choice: TokenChoice = TokenChoice(),  # noqa: B008 - frozen
     watch: Watcher | None = None,
     **cond: Tensor,
-) -> Generation:
+) -> Trace:
     """Fill the masked positions of `x_BL`; its other tokens are given and never change.
 
     Raises:
@@ -39,21 +61,5 @@ def sample(
             "sampling.predictor=first_hitting draws all unmasking times before the network runs, which is right for "
             "parameterization=subs only; use sampling.predictor=analytic"
         )
-    page = Page(x_BL, model.process, watch)
-    masked_BL = page.masked_BL
-    start = model.schedule(torch.ones((), dtype=torch.float64, device=x_BL.device)).move_chance
-    level_BL = (generator.uniform(x_BL.shape[1]) * start).masked_fill(~masked_BL, -1.0)
-    u_BL = generator.uniform(x_BL.shape[1])
-    order_BL = level_BL.argsort(dim=-1, descending=True)
-    count_B = masked_BL.sum(-1)
-    num_steps = int(count_B.max())
-    for step in range(num_steps):
-        rows_R = (count_B > step).nonzero().squeeze(-1)
-        place_R = order_BL[rows_R, step]
-        at_RL = torch.zeros_like(masked_BL[rows_R]).scatter(1, place_R[:, None], True)
-        t_R = model.schedule.t_from_alpha(1 - level_BL[rows_R, place_R]).clamp(0.0, 1.0)
-        log_p_RV = model.denoise(page.ids_BL[rows_R], t_R, at_RL, **rows_of(cond, rows_R))
-        page.write(step + 1, at_RL, choice.draw(log_p_RV, u_BL[rows_R, place_R]), log_p_RV, rows_R)
-        page.evaluations_B[rows_R] += 1
-        page.end_step(step + 1)
-    return page.finished(num_steps)
+    trace = Trace(x_BL, model.process, watch)
+    return run(FirstHitting(model, trace.open_BL, generator, choice), model, trace, cond)

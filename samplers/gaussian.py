@@ -7,23 +7,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from denoisers import JointDenoiser
 from gaussian_process import LatentPrediction, cosine_level
 from randomness import KeyedNoise
-
-
-class LatentModel(Protocol):
-    """What is asked of a network of texts and latents (objectives.base.Model)."""
-
-    latent_shape: tuple[int, int]
-
-    def predict_latent(
-        self, latent_BKD: Tensor, latent_t_B: Tensor, x_BL: Tensor, t_B: Tensor, **cond: Tensor
-    ) -> LatentPrediction: ...
 
 
 @dataclass(frozen=True)
@@ -80,7 +70,7 @@ def guided(told: LatentPrediction, untold: LatentPrediction, weight: float) -> L
 
 @torch.no_grad()
 def sample(
-    model: LatentModel, x_BL: Tensor, generator: KeyedNoise, how: LatentSteps, *, hidden_BL: Tensor | None = None,
+    model: JointDenoiser, x_BL: Tensor, generator: KeyedNoise, how: LatentSteps, *, hidden_BL: Tensor | None = None,
     **cond: Tensor,
 ) -> DrawnLatents:  # fmt: skip
     """Latents given the clean texts `x_BL`, at their time 0.

@@ -10,10 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from denoisers import Denoiser
 from process import Absorbing
 from randomness import KeyedNoise
-from samplers.base import Generation, Model, TokenChoice, Watcher, row_chunks, rows_of, writes
-from samplers.page import Page
+from samplers.base import Asked, Step, TokenChoice, run, sampler
+from samplers.trace import Trace, Watcher
 
 ORDERS = ("left_to_right", "confidence", "margin", "entropy")
 
@@ -51,10 +52,30 @@ def next_positions(preference_BL: Tensor, left_B: Tensor, tokens_per_step: int) 
     return first_positions(preference_BL, left_B.clamp(max=tokens_per_step))
 
 
-@writes(Absorbing)
-@torch.no_grad()
+class Ordered(Step):
+    """Ask at every mask, and write the `tokens_per_step` that the order prefers."""
+
+    def __init__(
+        self, model: Denoiser, trace: Trace, noise: KeyedNoise, order: str, per_step: int, choice: TokenChoice
+    ) -> None:
+        self.u_BL, self.maskable_B = noise.uniform(trace.ids_BL.shape[1]), trace.open_BL.sum(-1)
+        self.model, self.order, self.per_step, self.choice = model, order, per_step, choice
+
+    def positions(self, number: int, trace: Trace) -> Asked | None:
+        masked_BL = trace.masked_BL
+        if not bool(masked_BL.any()):
+            return None
+        return Asked(masked_BL, time_of(self.model, masked_BL.sum(-1), self.maskable_B))
+
+    def tokens(self, log_p_NV: Tensor, at_RL: Tensor, rows_R: Tensor) -> tuple[Tensor, Tensor]:
+        now_RL = next_positions(preference(log_p_NV, at_RL, self.order), at_RL.sum(-1), self.per_step)
+        now_N = now_RL[at_RL]
+        return self.choice.draw(log_p_NV[now_N], self.u_BL[rows_R][now_RL]), now_N
+
+
+@sampler(Absorbing)
 def sample(
-    model: Model,
+    model: Denoiser,
     x_BL: Tensor,
     generator: KeyedNoise,
     *,
@@ -63,25 +84,11 @@ def sample(
     choice: TokenChoice = TokenChoice(),  # noqa: B008 - frozen
     watch: Watcher | None = None,
     **cond: Tensor,
-) -> Generation:
+) -> Trace:
     """Fill the masked positions of `x_BL`; its other tokens are given and never change."""
     check(order, tokens_per_step)
-    u_BL, page = generator.uniform(x_BL.shape[1]), Page(x_BL, model.process, watch)
-    maskable_B = page.masked_BL.sum(-1)
-    num_steps = -(-int(maskable_B.max()) // tokens_per_step)
-    for step in range(1, num_steps + 1):
-        masked_BL = page.masked_BL
-        busy_R = masked_BL.any(-1).nonzero().squeeze(-1)
-        for rows_R in row_chunks(busy_R, masked_BL[busy_R].sum(-1), model.vocab_size):
-            at_RL, given = masked_BL[rows_R], rows_of(cond, rows_R)
-            left_R = at_RL.sum(-1)
-            log_p_NV = model.denoise(page.ids_BL[rows_R], time_of(model, left_R, maskable_B[rows_R]), at_RL, **given)
-            now_RL = next_positions(preference(log_p_NV, at_RL, order), left_R, tokens_per_step)
-            log_p_NV = log_p_NV[now_RL[at_RL]]
-            page.write(step, now_RL, choice.draw(log_p_NV, u_BL[rows_R][now_RL]), log_p_NV, rows_R)
-        page.evaluations_B[busy_R] += 1
-        page.end_step(step)
-    return page.finished(num_steps)
+    trace = Trace(x_BL, model.process, watch)
+    return run(Ordered(model, trace, generator, order, tokens_per_step, choice), model, trace, cond)
 
 
 def check(order: str, tokens_per_step: int) -> None:
@@ -92,7 +99,7 @@ def check(order: str, tokens_per_step: int) -> None:
         raise ValueError(f"sampling.tokens_per_step={tokens_per_step} must be at least 1")
 
 
-def time_of(model: Model, masked_B: Tensor, maskable_B: Tensor) -> Tensor:
+def time_of(model: Denoiser, masked_B: Tensor, maskable_B: Tensor) -> Tensor:
     """The time at which this share of masks is expected, for networks that are shown one, float64 (B,)."""
     share_B = masked_B.double() / maskable_B.clamp(min=1)
     return model.schedule.t_from_alpha(1 - share_B).clamp(0.0, 1.0)

@@ -11,28 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from denoisers import Denoiser
 from randomness import KeyedNoise
-from samplers.base import Model, row_chunks, rows_of
+from samplers.base import row_chunks, rows_of
 from samplers.ordered import next_positions
 
 POSITIONS = ("random", "entropy", "suffix", "contrast")
 _PAIRS = 4
-
-
-@dataclass(frozen=True)
-class Barred:
-    """A model that never writes some tokens, such as the end of a text in its midst."""
-
-    model: Model
-    ids: tuple[int, ...]
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self.model, name)
-
-    def denoise(self, x_BL: Tensor, t_B: Tensor, at_BL: Tensor, **cond: Tensor) -> Tensor:
-        """As of the model, without these tokens, normalised."""
-        log_p_NV = self.model.denoise(x_BL, t_B, at_BL, **cond)
-        return log_p_NV.index_fill(-1, torch.tensor(self.ids, device=log_p_NV.device), -torch.inf).log_softmax(-1)
 
 
 @dataclass(frozen=True)
@@ -47,7 +32,7 @@ class Selection:
 
 @torch.no_grad()
 def select(
-    model: Model, x_BL: Tensor, eligible_BL: Tensor, generator: KeyedNoise, *, positions: str, rate: float,
+    model: Denoiser, x_BL: Tensor, eligible_BL: Tensor, generator: KeyedNoise, *, positions: str, rate: float,
     source: Tensor, target: Tensor, **cond: Tensor,
 ) -> Selection:  # fmt: skip
     """The floor(rate * n) of the n eligible tokens of each text that come first by `positions`.
@@ -76,7 +61,7 @@ def select(
 
 
 def _looked_at(
-    model: Model, x_BL: Tensor, eligible_BL: Tensor, generator: KeyedNoise, positions: str, source: Tensor,
+    model: Denoiser, x_BL: Tensor, eligible_BL: Tensor, generator: KeyedNoise, positions: str, source: Tensor,
     target: Tensor, cond: dict[str, Tensor],
 ) -> tuple[Tensor, int]:  # fmt: skip
     """What `positions` ranks by, summed over the passes, float64 (B, L), and how many there were for each text."""
@@ -88,7 +73,7 @@ def _looked_at(
         for at_BL in (first_BL & eligible_BL, ~first_BL & eligible_BL):
             for rows_R in row_chunks(every_R, at_BL.sum(-1), model.vocab_size):
                 at_RL, t_R = at_BL[rows_R], half.expand(len(rows_R))
-                seen_RL, given = x_BL[rows_R].masked_fill(at_RL, model.process.mask_id), rows_of(cond, rows_R)
+                seen_RL, given = model.process.mask(x_BL[rows_R], at_RL), rows_of(cond, rows_R)
                 if positions == "entropy":
                     log_p_NV = model.denoise(seen_RL, t_R, at_RL, **given).double()
                     found_N = -(log_p_NV.exp() * log_p_NV.masked_fill(log_p_NV.isneginf(), 0.0)).sum(-1)

@@ -13,25 +13,25 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from denoisers import BlockDenoiser
 from process import Absorbing
 from randomness import KeyedNoise
-from samplers.base import Generation, Model, Watcher, writes
-from samplers.page import Page
+from samplers.base import sampler
+from samplers.trace import Trace, Watcher
 
 
-@writes(Absorbing)
-@torch.no_grad()
+@sampler(Absorbing)
 def sample(
-    model: Model,
+    model: BlockDenoiser,
     x_BL: Tensor,
     generator: KeyedNoise,
     segment_ends: Tensor,
     *,
-    inner: Callable[..., Generation],
+    inner: Callable[..., Trace],
     kv_cache: bool = True,
     watch: Watcher | None = None,
     **cond: Tensor,
-) -> Generation:
+) -> Trace:
     """Fill the masked positions of `x_BL`; its other tokens are given and never change.
 
     Args:
@@ -45,26 +45,26 @@ def sample(
     place_L = torch.arange(x_BL.shape[1], device=x_BL.device)
     segment_BL = (place_L >= segment_ends[..., None]).sum(1)
     _refuse_gaps(model.process.is_corrupted(x_BL), segment_BL)
-    page, rows_B = Page(x_BL, model.process, watch), torch.arange(len(x_BL), device=x_BL.device)
+    trace, rows_B = Trace(x_BL, model.process, watch), torch.arange(len(x_BL), device=x_BL.device)
     earlier: object = model.new_segment_cache(len(x_BL)) if kv_cache else []
     number = segment_ends.shape[1] + 1
     for segment in range(number):
         at_BL = segment_BL == segment
-        tokens_BW, here_BW = _to_the_front(page.ids_BL, at_BL, filler=int(model.process.mask_id == 0))
+        tokens_BW, here_BW = _to_the_front(trace.ids_BL, at_BL, filler=int(model.process.mask_id == 0))
         if bool((model.process.is_corrupted(tokens_BW)).any()):
             law, noise = model.after(earlier, **cond), generator.part(segment)
-            watched = page.inset(at_BL, here_BW)
+            watched = trace.inset(at_BL, here_BW)
             out = inner(law, tokens_BW, noise, watch=watched, row=rows_B, attention_mask=here_BW)
-            page.paste(out, at_BL, here_BW)
+            trace.paste(out, at_BL, here_BW)
             tokens_BW = out.ids_BL
         if segment == number - 1:
             break
         if kv_cache:
             model.remember_segment(tokens_BW, here_BW, earlier, **cond)
-            page.evaluations_B += 1
+            trace.evaluations_B += 1
         else:
             earlier = [*earlier, (tokens_BW, here_BW)]
-    return page.finished()
+    return trace
 
 
 def _to_the_front(x_BL: Tensor, at_BL: Tensor, filler: int) -> tuple[Tensor, Tensor]:

@@ -12,27 +12,27 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from denoisers import Denoiser
 from process import Absorbing
 from randomness import KeyedNoise
-from samplers.base import Generation, Model, Watcher, writes
-from samplers.page import Page
+from samplers.base import sampler
+from samplers.trace import Trace, Watcher
 
 _MOST_TOKENS = 2**20  # of a text, behind the first window
 
 
-@writes(Absorbing)
-@torch.no_grad()
+@sampler(Absorbing)
 def sample(
-    model: Model,
+    model: Denoiser,
     x_BL: Tensor,
     generator: KeyedNoise,
     *,
-    inner: Callable[..., Generation],
+    inner: Callable[..., Trace],
     stride_length: int,
     num_strides: int,
     watch: Watcher | None = None,
     **cond: Tensor,
-) -> Generation:
+) -> Trace:
     """The window `x_BL` filled by `inner`, then `num_strides` times `stride_length` tokens more, each time behind the
     last L - stride_length tokens of what is there, which stay as they are: (B, L + stride_length * num_strides).
 
@@ -53,12 +53,12 @@ def sample(
     if "attention_mask" in cond and not bool(cond["attention_mask"].all()):
         raise ValueError("sampling.semi_ar=true goes on behind full rows; use wrapped data (data.wrap=true)")
     blank_BW = torch.full((len(x_BL), stride_length * num_strides), model.process.mask_id, device=x_BL.device)
-    page = Page(torch.cat([x_BL, blank_BW], dim=1), model.process, watch)
+    trace = Trace(torch.cat([x_BL, blank_BW], dim=1), model.process, watch)
     for start in range(0, stride_length * num_strides + 1, stride_length):
-        window_BL = page.ids_BL[:, start : start + length].clone()  # the page changes while it is watched
+        window_BL = trace.ids_BL[:, start : start + length].clone()  # the trace changes while it is watched
         new = length if start == 0 else stride_length  # of the window's tokens, the last ones
-        at_BW, here_BL = torch.zeros_like(page.masked_BL), torch.zeros_like(x_BL, dtype=torch.bool)
+        at_BW, here_BL = torch.zeros_like(trace.masked_BL), torch.zeros_like(x_BL, dtype=torch.bool)
         at_BW[:, start + length - new : start + length], here_BL[:, length - new :] = True, True
-        out = inner(model, window_BL, generator, watch=page.inset(at_BW, here_BL), **cond)
-        page.paste(out, at_BW, here_BL)
-    return page.finished()
+        out = inner(model, window_BL, generator, watch=trace.inset(at_BW, here_BL), **cond)
+        trace.paste(out, at_BW, here_BL)
+    return trace

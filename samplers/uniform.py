@@ -8,19 +8,42 @@ Shape suffixes: B batch, L length, R rows evaluated, N positions drawn, V vocabu
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from denoisers import Denoiser
 from process import Hybrid, Uniform
 from randomness import KeyedNoise
-from samplers.base import Generation, Model, TokenChoice, Watcher, row_chunks, rows_of, time_grid, writes
-from samplers.page import Page
+from samplers.base import Asked, Step, TokenChoice, run, sampler, time_grid
+from samplers.trace import Trace, Watcher
 
 
-@writes(Uniform, Hybrid)
-@torch.no_grad()
+class Resample(Step):
+    """Ask for p(x_s | x_t) at every open position; in the end for the most likely clean tokens."""
+
+    def __init__(self, trace: Trace, noise: KeyedNoise, choice: TokenChoice, grid: Tensor, noise_removal: bool) -> None:
+        self.trace, self.noise, self.choice, self.grid = trace, noise, choice, grid
+        self.steps, self.num_steps = len(grid) - 1, len(grid) - 1 + noise_removal
+        self.greedy = self.last = False
+
+    def positions(self, number: int, trace: Trace) -> Asked | None:
+        if number > self.num_steps:
+            return None
+        batch, length = trace.ids_BL.shape
+        self.u_BL, self.greedy, self.last = self.noise.uniform(length), number > self.steps, number == self.num_steps
+        s_B = None if self.greedy else self.grid[number].expand(batch)
+        return Asked(trace.open_BL, self.grid[number - 1].expand(batch), s_B)
+
+    def tokens(self, log_p_NV: Tensor, at_RL: Tensor, rows_R: Tensor) -> tuple[Tensor, Tensor]:
+        drawn_N = log_p_NV.argmax(-1) if self.greedy else self.choice.draw(log_p_NV, self.u_BL[rows_R][at_RL])
+        new_N = drawn_N != self.trace.ids_BL[rows_R][at_RL]
+        if self.last:  # the noise that it began with and never left
+            new_N |= self.trace.step_BL[rows_R][at_RL] == 0
+        return drawn_N[new_N], new_N
+
+
+@sampler(Uniform, Hybrid)
 def sample(
-    model: Model,
+    model: Denoiser,
     x_BL: Tensor,
     generator: KeyedNoise,
     *,
@@ -30,7 +53,7 @@ def sample(
     eps: float = 1e-5,
     watch: Watcher | None = None,
     **cond: Tensor,
-) -> Generation:
+) -> Trace:
     """Write the blank positions of `x_BL`; its other tokens are given and never change.
 
     Every blank starts as pure noise, and any of them may change at any step.
@@ -38,26 +61,7 @@ def sample(
     Args:
         noise_removal: after the last step write the most likely token everywhere ("greedy tail", DUO, 2506.10892).
     """
-    grid, page = time_grid(steps, eps, x_BL.device), Page(x_BL, model.process, watch)
-    open_BL = page.open_BL
-    page.ids_BL = model.process.prior(page.ids_BL, generator, open_BL)
-    busy_R, count_R = open_BL.any(-1).nonzero().squeeze(-1), open_BL.sum(-1)
-    for step in range(steps + 1 if noise_removal else steps):
-        u_BL, last = generator.uniform(x_BL.shape[1]), step == steps
-        for rows_R in row_chunks(busy_R, count_R[busy_R], model.vocab_size):
-            at_RL = open_BL[rows_R]
-            given = rows_of(cond, rows_R)
-            ids_RL = page.ids_BL[rows_R]
-            t_R = grid[step].expand(len(rows_R))
-            if last:
-                log_p_NV = model.denoise(ids_RL, t_R, at_RL, **given)
-                drawn_N = log_p_NV.argmax(-1)
-            else:
-                log_p_NV = model.reverse(ids_RL, t_R, grid[step + 1].expand(len(rows_R)), at_RL, **given)
-                drawn_N = choice.draw(log_p_NV, u_BL[rows_R][at_RL])
-            new_N = drawn_N != ids_RL[at_RL]
-            new_RL = torch.zeros_like(at_RL).masked_scatter(at_RL, new_N)
-            page.write(step + 1, new_RL, drawn_N[new_N], log_p_NV[new_N], rows_R)
-        page.evaluations_B[busy_R] += 1
-        page.end_step(step + 1)
-    return page.finished(steps + noise_removal)
+    trace = Trace(x_BL, model.process, watch)
+    trace.ids_BL = model.process.prior(trace.ids_BL, generator, trace.open_BL)
+    step = Resample(trace, generator, choice, time_grid(steps, eps, x_BL.device), noise_removal)
+    return run(step, model, trace, cond)

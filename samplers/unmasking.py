@@ -21,12 +21,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from denoisers import Denoiser
 from process import Absorbing
 from randomness import KeyedNoise
 from samplers import ordered
-from samplers.base import Generation, Model, TokenChoice, Watcher, row_chunks, rows_of, writes
+from samplers.base import Asked, Step, TokenChoice, run, sampler
 from samplers.ordered import first_positions, preference, time_of
-from samplers.page import Page
+from samplers.trace import Trace, Watcher
 
 SCHEDULES = ("linear", "cosine", "exponential")
 ORDERS = ("random", *ordered.ORDERS)
@@ -143,10 +144,46 @@ def remdm_chances(alpha_t_B: Tensor, alpha_s_B: Tensor, eta: float) -> Chances:
     return Chances((alpha_s_B - (1 - sigma_B) * alpha_t_B) / (1 - alpha_t_B), sigma_B)
 
 
-@writes(Absorbing)
-@torch.no_grad()
+class Unmask(Step):
+    """Write as many positions as the schedule, a threshold or ReMDM's chances say, and take some back."""
+
+    def __init__(
+        self, model: Denoiser, trace: Trace, noise: KeyedNoise, steps: int, how: Unmasking, choice: TokenChoice
+    ) -> None:
+        self.model, self.how, self.choice, self.noise = model, how, choice, _stream(noise)
+        self.maskable_B, self.steps = trace.open_BL.sum(-1), steps
+
+    def positions(self, number: int, trace: Trace) -> Asked | None:
+        how, masked_BL = self.how, trace.masked_BL
+        if number > self.steps or not bool((self.maskable_B if how.remask == "remdm" else masked_BL).any()):
+            return None
+        where_BL, self.token_BL = self.noise.uniform(masked_BL.shape[1]), self.noise.uniform(masked_BL.shape[1])
+        erased_BL = None
+        if how.remask == "remdm":
+            alpha_t_B, alpha_s_B = (_alpha(how, n, self.steps, self.maskable_B) for n in (number - 1, number))
+            chances = remdm_chances(alpha_t_B, alpha_s_B, how.remask_eta)
+            t_B = self.model.schedule.t_from_alpha(alpha_t_B).clamp(0.0, 1.0)
+            self.count_B = (masked_BL & (where_BL < chances.write_B[:, None])).sum(-1)
+            erased_BL = (trace.step_BL > 0) & (where_BL < chances.erase_B[:, None])
+        else:
+            t_B = time_of(self.model, masked_BL.sum(-1), self.maskable_B)
+            self.count_B = _wanted(how, number, self.steps, masked_BL.sum(-1), self.maskable_B)
+        if how.blind:
+            return Asked(how.in_order(masked_BL, where_BL, self.count_B), t_B, erase_BL=erased_BL)
+        return Asked(masked_BL & (self.count_B > 0)[:, None], t_B, erase_BL=erased_BL)
+
+    def tokens(self, log_p_NV: Tensor, at_RL: Tensor, rows_R: Tensor) -> tuple[Tensor, Tensor | None]:
+        u_N = self.token_BL[rows_R][at_RL]
+        if self.how.blind:
+            return self.choice.draw(log_p_NV, u_N), None
+        drawn_N = self.choice.draw(log_p_NV, u_N) if self.how.remask == "low_confidence" else None
+        now_N = self.how.chosen(log_p_NV, drawn_N, at_RL, self.count_B[rows_R])[at_RL]
+        return self.choice.draw(log_p_NV[now_N], u_N[now_N]) if drawn_N is None else drawn_N[now_N], now_N
+
+
+@sampler(Absorbing)
 def sample(
-    model: Model,
+    model: Denoiser,
     x_BL: Tensor,
     generator: KeyedNoise,
     *,
@@ -155,7 +192,7 @@ def sample(
     choice: TokenChoice = TokenChoice(),  # noqa: B008 - frozen
     watch: Watcher | None = None,
     **cond: Tensor,
-) -> Generation:
+) -> Trace:
     """Fill the masked positions of `x_BL` in at most `steps` steps; its other tokens are given and never change.
 
     A network that is shown the time is shown that at which so many masks are expected. Rows that write nothing at a
@@ -166,39 +203,8 @@ def sample(
     """
     if steps < 1:
         raise ValueError(f"sampling.steps={steps} must be at least 1")
-    page, noise = Page(x_BL, model.process, watch), _stream(generator)
-    maskable_B, length = page.masked_BL.sum(-1), x_BL.shape[1]
-    for step in range(1, steps + 1 if bool(maskable_B.any()) else 1):
-        where_BL, token_BL = noise.uniform(length), noise.uniform(length)
-        masked_BL, erased_BL = page.masked_BL, torch.zeros_like(page.masked_BL)
-        if how.remask == "remdm":
-            alpha_t_B, alpha_s_B = (_alpha(how, done, steps, maskable_B) for done in (step - 1, step))
-            chances, t_B = remdm_chances(alpha_t_B, alpha_s_B, how.remask_eta), model.schedule.t_from_alpha(alpha_t_B)
-            t_B = t_B.clamp(0.0, 1.0)
-            count_B = (masked_BL & (where_BL < chances.write_B[:, None])).sum(-1)
-            erased_BL = (page.step_BL > 0) & (where_BL < chances.erase_B[:, None])
-        else:
-            t_B = time_of(model, masked_BL.sum(-1), maskable_B)
-            count_B = _wanted(how, step, steps, masked_BL.sum(-1), maskable_B)
-        busy_R = (count_B > 0).nonzero().squeeze(-1)
-        for rows_R in row_chunks(busy_R, (count_B if how.blind else masked_BL.sum(-1))[busy_R], model.vocab_size):
-            at_RL, count_R = masked_BL[rows_R], count_B[rows_R]
-            if how.blind:
-                at_RL = how.in_order(at_RL, where_BL[rows_R], count_R)
-            log_p_NV = model.denoise(page.ids_BL[rows_R], t_B[rows_R], at_RL, **rows_of(cond, rows_R))
-            u_N = token_BL[rows_R][at_RL]
-            drawn_N = choice.draw(log_p_NV, u_N) if how.remask == "low_confidence" else None
-            now_RL = at_RL if how.blind else how.chosen(log_p_NV, drawn_N, at_RL, count_R)
-            now_N, log_p_NV = now_RL[at_RL], log_p_NV[now_RL[at_RL]]
-            written_N = choice.draw(log_p_NV, u_N[now_N]) if drawn_N is None else drawn_N[now_N]
-            page.write(step, now_RL, written_N, log_p_NV, rows_R)
-        page.evaluations_B[busy_R] += 1
-        page.erase(erased_BL)
-        page.num_steps = step
-        page.end_step(step)
-        if how.remask != "remdm" and not bool(page.masked_BL.any()):
-            break
-    return page.finished()
+    trace = Trace(x_BL, model.process, watch)
+    return run(Unmask(model, trace, generator, steps, how, choice), model, trace, cond)
 
 
 def _wanted(how: Unmasking, step: int, steps: int, left_B: Tensor, maskable_B: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ def class_report(
     if chosen:
         how = "" if verdicts.scores.exact else _FROM_MASKS
         report.section("Which tokens spoke", _EVIDENCE.format(how))
-        noising = comparison_noising(experiment.estimator, hypotheses[0].diffusion.model)
+        noising = comparison_noising(experiment.estimator, hypotheses[0].diffusion.objective)
         draws = {row: int(verdicts.scores.draws_M[m]) for row, (m, *_) in chosen.items()}
         nats = token_evidence(hypotheses, data, verdicts.split, draws, race.num_draws, noising, experiment.seed)
         report.evidence(shown_evidence(data, verdicts.split, {row: rest for row, (_, *rest) in chosen.items()}, nats))

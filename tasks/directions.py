@@ -17,14 +17,16 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
+from denoisers import Denoiser
 from diffusion import Diffusion
 from randomness import KeyedNoise
 from reporting.denoising import Sample
 from reporting.report import Report
 from samplers import gaussian, joint
-from samplers.base import Generation, Model, TokenChoice, Watcher
+from samplers.base import TokenChoice
 from samplers.gaussian import LatentSteps
 from samplers.joint import with_guidance
+from samplers.trace import Trace, Watcher
 from tasks.base import Experiment, write_results
 from tasks.blanks import masked_row, padded, rows_to_fill
 from tasks.direction_report import VARIANTS, agreement_table, examples, figures_of
@@ -154,13 +156,13 @@ class Setting:
 
     def written(
         self, rows: Sequence[np.ndarray], names_M: np.ndarray, told: Mapping[str, Tensor],
-        changed: Callable[[Model], Model] = lambda model: model, seen: bool = False,
+        changed: Callable[[Denoiser], Denoiser] = lambda model: model, seen: bool = False,
     ) -> list[Drawn]:  # fmt: skip
         """Texts of `rows`, their masks filled in. changed: what the sampler is to draw from, of the model. seen:
         whether these are the texts that are watched being written."""
         sampler = self.drawing.sampler
 
-        def sample(model: Model, *args: object, **cond: object) -> Generation:
+        def sample(model: Denoiser, *args: object, **cond: object) -> Trace:
             return sampler(changed(model), *args, **cond)
 
         drawing = replace(self.drawing, sampler=sample)
@@ -324,11 +326,11 @@ def both(setting: Setting) -> Outcome:
                    latent_MKD, setting.watching.samples(drawn[: setting.num_shown], data.tokenizer))  # fmt: skip
 
 
-def _both(directed: Directed, sampler: Callable[..., Generation], kept: list[Tensor]) -> Callable[..., Generation]:
+def _both(directed: Directed, sampler: Callable[..., Trace], kept: list[Tensor]) -> Callable[..., Trace]:
     """A sampler of texts that draws latents too, and leaves them in `kept`."""
     how = directed.latent
 
-    def simultaneous(model: object, x_BL: Tensor, noise: KeyedNoise, **cond: Tensor) -> Generation:
+    def simultaneous(model: object, x_BL: Tensor, noise: KeyedNoise, **cond: Tensor) -> Trace:
         out = joint.sample(
             model, x_BL, noise, steps=directed.steps, eta=how.eta, choice=directed.choice,
             noise_removal=directed.noise_removal, **cond,
@@ -338,12 +340,13 @@ def _both(directed: Directed, sampler: Callable[..., Generation], kept: list[Ten
 
     def latent_first(
         model: object, x_BL: Tensor, noise: KeyedNoise, watch: Watcher | None = None, **cond: Tensor
-    ) -> Generation:
+    ) -> Trace:
         marginal = replace(how, guidance=0.0)
         drawn = gaussian.sample(model, x_BL, noise.part(1), marginal, hidden_BL=x_BL, **cond)
         kept.append(drawn.latent_BKD)
         out = sampler(model, x_BL, noise, watch=watch, **cond, latent=drawn.latent_BKD)
-        return replace(out, evaluations_B=out.evaluations_B + drawn.evaluations_B)
+        out.evaluations_B += drawn.evaluations_B
+        return out
 
     return simultaneous if directed.joint_order == "simultaneous" else latent_first
 

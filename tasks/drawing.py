@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from callbacks.progress import Meter
 from diffusion import Diffusion
 from randomness import KeyedNoise
-from samplers.base import Frame, Watcher
+from samplers.trace import Trace, Watcher
 from tasks.blanks import Template, padded, rows_to_fill
 from text.tokenizers import decode, encode
 
@@ -181,8 +181,7 @@ def draw_batch(
     stop = {"stop_id": data.vocabulary.eos_id} if ends_early or drawing.var_length else {}
     x_BL = x_BL.to(diffusion.device)
     if watch is not None:
-        given_BL = (x_BL != diffusion.objective.process.blank_id).float()
-        watch(Frame(0, x_BL, given_BL, torch.zeros(len(rows), dtype=torch.long, device=x_BL.device)))
+        watch(Trace(x_BL, diffusion.objective.process))
     out = drawing.sampler(diffusion.model, x_BL, noise, watch=watch, **_moved(cond, diffusion.device), **stop)
     extra = out.ids_BL.shape[1] - x_BL.shape[1]  # semi-autoregressive samplers go on behind the window
     drawn = []

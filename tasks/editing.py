@@ -15,10 +15,11 @@ from torch import Tensor
 
 from classification.baselines import Labelled, naive_bayes
 from classification.centroids import Centroids, Nearest, fit_centroids, slerp
+from denoisers import Barred
 from metrics import Estimate
 from randomness import KeyedNoise
 from reporting.report import Metric, Report
-from samplers.positions import Barred, Selection, select
+from samplers.positions import Selection, select
 from tasks.blanks import padded
 from tasks.direction_report import VARIANTS, cell, examples
 from tasks.directions import Chosen, EditRules, Outcome, Setting, hidden, latents_told

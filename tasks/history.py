@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from reporting.denoising import Sample, Visit
-from samplers.base import Frame
+from samplers.trace import Trace
 from tasks.drawing import Drawn
 from text.tokenizers import token_strings, unshown
 
@@ -72,9 +72,9 @@ class Recorder:
         self._changes: list[list[Change]] = []
         self._ids_BL, self._confidence_BL = np.zeros((0, 0), dtype=np.int64), np.zeros((0, 0), dtype=np.float32)
 
-    def __call__(self, frame: Frame) -> None:
+    def __call__(self, trace: Trace) -> None:
         seen = slice(self._num_texts)
-        self._waiting.append((frame.step, frame.ids_BL[seen].clone(), frame.confidence_BL[seen].clone()))
+        self._waiting.append((trace.num_steps, trace.ids_BL[seen].clone(), trace.confidence_BL[seen].clone()))
         if len(self._waiting) == _TOGETHER:
             self._fetch()
 

@@ -20,7 +20,7 @@ from metrics import Estimate
 from randomness import KeyedNoise
 from reporting.formatting import Interval
 from reporting.report import Metric, Report, Sample
-from samplers.base import Watcher
+from samplers.trace import Watcher
 from tasks.answers import Answers, Share, check_shares, measure, share
 from tasks.base import Experiment, write_results
 from tasks.blanks import check_amount

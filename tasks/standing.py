@@ -15,7 +15,7 @@ import numpy as np
 from diffusion import Diffusion
 from reporting.live import Piece
 from reporting.plain_text import split_lead, visible
-from samplers.base import Frame
+from samplers.trace import Trace
 from tasks.drawing import Drawing
 from tasks.history import piece
 from text.tokenizers import token_strings, unshown
@@ -25,7 +25,7 @@ class Standing:
     """The first `num_texts` rows of a batch as they stand after the frame that was taken in last.
 
     blank: what a mask shows as. end_id: the token behind which nothing is shown, once it was written. rows: the texts;
-    none before the first frame. step, evaluations: of that frame. left: masks of the whole batch, and total: the most
+    none before the first trace. step, evaluations: of that trace. left: masks of the whole batch, and total: the most
     that there were.
     """
 
@@ -46,14 +46,14 @@ class Standing:
         end_id = data.vocabulary.eos_id if ends and not data.segments else None
         return cls(data.tokenizer, diffusion.objective.process.blank_id, num_texts, blank_of(data), end_id)
 
-    def take(self, frame: Frame) -> bool:
-        """Take in what `frame` holds; True if one of the texts has changed."""
+    def take(self, trace: Trace) -> bool:
+        """Take in what `trace` holds; True if one of the texts has changed."""
         seen = slice(self._num_texts)
-        ids_BL, confidence_BL = frame.ids_BL[seen].cpu().numpy(), frame.confidence_BL[seen].cpu().numpy()
+        ids_BL, confidence_BL = trace.ids_BL[seen].cpu().numpy(), trace.confidence_BL[seen].cpu().numpy()
         if not self.rows:
             self.rows = [Row(self._mask_id) for _ in ids_BL]
-        self.step, self.evaluations = frame.step, int(frame.evaluations_B[seen].max())
-        self.left = int((frame.ids_BL == self._mask_id).sum())
+        self.step, self.evaluations = trace.num_steps, int(trace.evaluations_B[seen].max())
+        self.left = int((trace.ids_BL == self._mask_id).sum())
         self.total = max(self.total, self.left)
         return any([row.take(ids_L, sure_L)
                     for row, ids_L, sure_L in zip(self.rows, ids_BL, confidence_BL, strict=True)])  # fmt: skip
@@ -79,7 +79,7 @@ class Standing:
 
 class Row:
     """What is known of one text: tokens, when each appeared (0: with the first, 1: with the last; NaN: given), how sure
-    the model was, and which came with the last frame."""
+    the model was, and which came with the last trace."""
 
     def __init__(self, mask_id: int) -> None:
         self._mask_id, self._most, self._age = mask_id, 0, math.nan

@@ -23,7 +23,7 @@ from reporting.denoising import Sample, write_denoising
 from reporting.gif import write_gif
 from reporting.live import Piece
 from reporting.palette import ink
-from samplers.base import Frame
+from samplers.trace import Trace
 from tasks.drawing import Drawing, Drawn
 from tasks.history import Recorder, samples_of
 from tasks.standing import Row, Standing
@@ -83,10 +83,10 @@ class Watching:
     def __exit__(self, *exception: object) -> None:
         self._stack.close()
 
-    def __call__(self, frame: Frame) -> None:
-        self._recorder(frame)
+    def __call__(self, trace: Trace) -> None:
+        self._recorder(trace)
         if self._show is not None:
-            self._show(frame)
+            self._show(trace)
 
     @property
     def read(self) -> int:
@@ -146,12 +146,12 @@ class Show:
             self._live.stop()
             self._live, self.on_screen = None, len(self.texts.rows)
 
-    def __call__(self, frame: Frame) -> None:
-        """Take in what `frame` holds, and show it unless something was shown only just now."""
+    def __call__(self, trace: Trace) -> None:
+        """Take in what `trace` holds, and show it unless something was shown only just now."""
         now = time.monotonic()
         if self.texts.rows:
             self._busy += now - self._woke
-        changed = self.texts.take(frame)
+        changed = self.texts.take(trace)
         if self._live is None:
             self._print_plainly()
         elif changed:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from objectives.base import Model
+from process import Absorbing
+from samplers.trace import Trace
 from text.exact_denoiser import ExactDenoiser
 from text.reviews import ReviewGrammar, tokens
 
@@ -103,3 +105,18 @@ class Reviews:
         lengths = [len(tokens(text)) for text in texts]
         both = np.logaddexp.reduce([self.grammar.log_prob(texts, label) for label in (0, 1)])
         return np.logaddexp.reduce([self.grammar.log_prob_length(lengths, label) for label in (0, 1)]) - both
+
+
+def frame(step: int, ids_BL: Tensor, confidence_BL: Tensor, evaluations_B: Tensor | None = None) -> Trace:
+    """A trace as somebody who watches a sampler sees it after `step`."""
+    seen = Trace(ids_BL, Absorbing(MASK))
+    seen.num_steps, seen.confidence_BL = step, confidence_BL
+    seen.evaluations_B = torch.zeros(len(ids_BL)) if evaluations_B is None else evaluations_B
+    return seen
+
+
+def written(x_BL: Tensor, ids_BL: Tensor, mask_id: int) -> Trace:
+    """What a sampler returns that has put `ids_BL` in place of `x_BL` in one step."""
+    done = frame(1, ids_BL, torch.ones(ids_BL.shape))
+    done.step_BL = (x_BL == mask_id).long()
+    return done

@@ -14,7 +14,6 @@ from models.ar import AR
 from models.attention import attend
 from models.checkpoints import read_checkpoint
 from models.dit import DiT
-from objectives.base import Model
 from process import Absorbing
 from randomness import KeyedNoise
 from samplers.autoregressive import sample
@@ -98,7 +97,7 @@ def test_what_does_not_fit_the_cache_is_refused_and_changes_nothing():
 
 
 def test_the_sampler_writes_the_same_text_with_and_without_the_cache():
-    model = Model(objectives.ar.AR(Absorbing(6)), random_ar())
+    model = objectives.ar.AR(Absorbing(6)).model(random_ar())
     x = torch.full((5, 20), 6)
     x[:, :2] = torch.tensor([0, 3])
     texts = [sample(model, x, KeyedNoise(0, torch.arange(5)), kv_cache=cached).ids_BL for cached in (True, False)]

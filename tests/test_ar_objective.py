@@ -33,7 +33,7 @@ def model() -> Model:
     net = Causal(VOCAB, hidden_size=16, n_blocks=2, n_heads=2, dropout=0.0).double()
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
-    return Model(AR(Absorbing(MASK)), net.eval())
+    return AR(Absorbing(MASK)).model(net.eval())
 
 
 def after_bos(rows: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,6 @@ from estimators.ordered import Ordered
 from models.checkpoints import read_checkpoint
 from models.dit import DiT
 from noise_schedule import Clipped, Cosine, LogLinear
-from objectives.base import Model
 from objectives.block import BlockDiffusion
 from objectives.noising import Bernoulli, Complementary, ExactCount, Noised, TiltedCount
 from objectives.subs import Subs
@@ -139,11 +138,11 @@ def test_blocks_of_one_token_are_the_exact_left_to_right_likelihood(random_dit):
     )
     again = objective.loss(net, batch_of(x), evaluation_noise(7, torch.arange(len(x)), 3, 5))
     torch.testing.assert_close(again.nll_BL, loss.nll_BL, msg="nothing is drawn")
-    measured = Nelbo()(Model(objective, net), batch_of(x), seed=0, num_draws=8)
+    measured = Nelbo()(objective.model(net), batch_of(x), seed=0, num_draws=8)
     assert measured.nll_BK.shape == (len(x), 1) and (measured.evaluations_B == 1).all()
-    assert Nelbo().label(Model(objective, net), 8) == "exact"
+    assert Nelbo().label(objective.model(net), 8) == "exact"
     with pytest.raises(ValueError, match="block_size=1.*eval.estimator=auto"):
-        Nelbo(ExactCount())(Model(objective, net), batch_of(x), 0, 8)
+        Nelbo(ExactCount())(objective.model(net), batch_of(x), 0, 8)
 
 
 def likelihood_of_blocks(net, size: int, x: torch.Tensor) -> torch.Tensor:
@@ -295,7 +294,7 @@ def test_whoever_asks_behind_masks_is_told(random_dit):
 @pytest.mark.parametrize("estimator", [Ordered("margin"), AnyOrder()], ids=["duel", "importance_weighted"])
 def test_estimators_that_fill_in_anywhere_are_refused(random_dit, estimator):
     with pytest.raises(ValueError, match="fills masks anywhere in a text.*block after block.*eval.estimator=auto"):
-        estimator(Model(block(2), random_dit(VOCAB)), batch_of(torch.zeros(1, 4, dtype=torch.long)), 0, 4)
+        estimator(block(2).model(random_dit(VOCAB)), batch_of(torch.zeros(1, 4, dtype=torch.long)), 0, 4)
 
 
 def test_nothing_given_is_written_into(random_dit):

@@ -25,7 +25,7 @@ MANY = 12_000
 
 
 def model_of(net, size: int, **kwargs) -> Model:
-    return Model(BlockDiffusion(Absorbing(MASK), partial(Subs, LogLinear()), size, ignore_bos=False, **kwargs), net)
+    return BlockDiffusion(Absorbing(MASK), partial(Subs, LogLinear()), size, ignore_bos=False, **kwargs).model(net)
 
 
 def run(model, x, seed=0, first=0, inner=first_hitting.sample, **settings):
@@ -199,5 +199,5 @@ def test_given_text_behind_a_gap_is_refused(random_dit):
 
 
 def test_other_models_are_not_written_in_blocks(random_dit):
-    with pytest.raises(ValueError, match="sampling.predictor=block writes texts of parameterization=bd3lm"):
-        run(Model(Subs(LogLinear(), Absorbing(MASK)), random_dit(VOCAB)), blank(1, 4))
+    with pytest.raises(ValueError, match="writes texts of algo=bd3lm.*sampling.predictor=ddpm_cache"):
+        run(Subs(LogLinear(), Absorbing(MASK)).model(random_dit(VOCAB)), blank(1, 4))

@@ -10,7 +10,6 @@ from models.class_conditioning import UNTOLD, start_from_counts, with_class
 from models.dit import DiT
 from noise_schedule import LogLinear
 from objectives.ar import AR as ARLaw  # noqa: N811
-from objectives.base import Model
 from objectives.subs import Subs
 from process import Absorbing
 from randomness import KeyedNoise, evaluation_noise
@@ -76,7 +75,7 @@ def test_the_loss_and_the_sampler_hand_the_class_on():
     noise = lambda: evaluation_noise(0, torch.arange(2))  # noqa: E731
     nll = [law.loss(net, {"input_ids": clean, "class_id": torch.full((2,), k)}, noise()).nll_BL for k in (0, 1)]
     assert not torch.allclose(*nll)
-    model, start = Model(ARLaw(Absorbing(MASK)), ar()), torch.tensor([[0, MASK, MASK, MASK, MASK, MASK]]).expand(8, -1)
+    model, start = ARLaw(Absorbing(MASK)).model(ar()), torch.tensor([[0, MASK, MASK, MASK, MASK, MASK]]).expand(8, -1)
     draws = {
         (k, cache): sample(
             model, start, KeyedNoise(1, torch.arange(8)), kv_cache=cache, class_id=torch.full((8,), k)

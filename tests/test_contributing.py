@@ -1,4 +1,4 @@
-"""The worked example of CONTRIBUTING.md does what it says."""
+"""The worked examples of CONTRIBUTING.md do what they say."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.test_configs import TINY
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_worked_example_runs(tmp_path):
+def test_the_worked_examples_run(tmp_path):
     copy = tmp_path / "palimpsest"
     skipped = shutil.ignore_patterns(
         ".git", ".venv", "outputs", ".cache", "__pycache__", ".pytest_cache", ".ruff_cache"
@@ -21,18 +21,21 @@ def test_the_worked_example_runs(tmp_path):
     shutil.copytree(ROOT, copy, ignore=skipped)
     blocks = re.findall(r"```(?:python|yaml)\n# (\S+)\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S)
     assert [name for name, _ in blocks] == [
-        "samplers/left_to_right.py", "configs/sampler/left_to_right.yaml", "tests/test_left_to_right.py"
+        "samplers/left_to_right.py", "configs/sampler/left_to_right.yaml", "tests/test_left_to_right.py",
+        "objectives/plain.py", "configs/parameterization/plain.yaml", "tests/test_plain.py",
     ]  # fmt: skip
     for name, text in blocks:
         (copy / name).write_text(text)
-    # One process for all three commands: starting it takes longer than each of them.
+    # One process for all commands: starting it takes longer than each of them.
     sampled = ["mode=sample_eval", "sampling.predictor=left_to_right", "loader.eval_batch_size=2", *TINY]
-    tests = ["-q", "-p", "no:cacheprovider", "-k", "left_to_right", "tests/test_left_to_right.py",
+    plain = ["algo=plain", *TINY]
+    tests = ["-q", "-p", "no:cacheprovider", "-k", "left_to_right or plain", "tests/test_left_to_right.py",
+             "tests/test_plain.py",
              "tests/test_architecture.py"]  # fmt: skip
     commands = (
         "import main, pytest; from command_line import compose_config\n"
         f"assert pytest.main({tests}) == 0\n"
-        f"for typed in {[TINY, sampled]}: main.run(compose_config(typed), 'a test')"
+        f"for typed in {[TINY, sampled, plain]}: main.run(compose_config(typed), 'a test')"
     )
     done = subprocess.run([sys.executable, "-c", commands], cwd=copy, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

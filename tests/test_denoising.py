@@ -19,8 +19,9 @@ from reporting import Report
 from reporting.denoising import Sample, Visit, write_denoising
 from reporting.gif import _layout, _picture, write_gif
 from reporting.palette import ink
-from samplers.base import Frame
+from samplers.trace import Trace
 from tasks.history import Recorder, sample_of
+from tests import exact
 
 HOSTILE = " <script>alert(1)</script>'\"&"
 TOKENS = ["Once", " upon", HOSTILE, " a", " time", ",", " there", " was", "\n\nan", " end", "."]
@@ -32,7 +33,7 @@ SAMPLE = Sample(
 
 
 # ------------------------------------------------------------------------------------------- what is recorded
-def _frames(rows: int, length: int, steps: int, mask_id: int, seed: int) -> list[Frame]:
+def _frames(rows: int, length: int, steps: int, mask_id: int, seed: int) -> list[Trace]:
     """A walk in which tokens are written, taken back, replaced, and written anew as what they were."""
     draw, frames = np.random.default_rng(seed), []
     ids, sure = np.full((rows, length), mask_id), np.zeros((rows, length), dtype=np.float32)
@@ -45,7 +46,7 @@ def _frames(rows: int, length: int, steps: int, mask_id: int, seed: int) -> list
             ids = np.where((ids == mask_id) & (step == steps), 2, ids)
             sure = np.where(ids == mask_id, 0, np.where(hit, draw.random((rows, length)), sure)).astype(np.float32)
         live = (torch.from_numpy(part).clone() for part in (ids, sure))
-        frames.append(Frame(step, *live, torch.zeros(rows)))
+        frames.append(exact.frame(step, *live))
     return frames
 
 
@@ -54,19 +55,19 @@ def test_a_history_holds_every_frame(steps):
     frames = _frames(3, 7, steps, mask_id=4, seed=steps)
     recorder = Recorder(2, mask_id=4)
     for frame in frames:
-        live = Frame(frame.step, frame.ids_BL.clone(), frame.confidence_BL.clone(), frame.evaluations_B)
+        live = exact.frame(frame.num_steps, frame.ids_BL.clone(), frame.confidence_BL.clone())
         recorder(live)
         live.ids_BL.zero_()  # a sampler goes on writing on its tensors
     histories = recorder.histories()
     assert len(histories) == 2
     for row, history in enumerate(histories):
-        assert all(history.ids_at(frame.step) == frame.ids_BL[row].tolist() for frame in frames)
+        assert all(history.ids_at(frame.num_steps) == frame.ids_BL[row].tolist() for frame in frames)
 
 
 def test_a_row_that_grows_is_recorded():
     recorder = Recorder(1, mask_id=9)
     for step, ids in enumerate([[1, 9], [1, 9, 9, 9], [1, 2, 9, 9], [1, 2, 3, 4]]):
-        recorder(Frame(step, torch.tensor([ids]), torch.ones(1, len(ids)), torch.zeros(1)))
+        recorder(exact.frame(step, torch.tensor([ids]), torch.ones(1, len(ids))))
     assert [recorder.histories()[0].ids_at(step) for step in (0, 2, 3)] == [[1, 9, 9, 9], [1, 2, 9, 9], [1, 2, 3, 4]]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -171,8 +172,8 @@ def test_max_length_limits_every_text(experiment, overrides):
 def test_the_first_batch_is_watched(experiment):
     settings, data, diffusion = experiment(*UNMASK)
     frames = []
-    texts = draw(diffusion, data, settings.drawing, 3, 2, seed=1, watch=frames.append)
-    assert [frame.step for frame in frames] == [0, 1, 2, 3] and len(frames[-1].ids_BL) == 2
+    texts = draw(diffusion, data, settings.drawing, 3, 2, seed=1, watch=lambda trace: frames.append(copy.copy(trace)))
+    assert [frame.num_steps for frame in frames] == [0, 1, 2, 3] and len(frames[-1].ids_BL) == 2
     assert frames[-1].ids_BL[0, : len(texts[0].ids)].tolist() == texts[0].ids
 
 

@@ -28,7 +28,6 @@ from command_line import compose_config, translate
 from models.checkpoints import read_checkpoint
 from models.ema import EMA
 from models.hf_causal import HFCausal, hf_causal
-from objectives.base import Model
 from process import Absorbing
 from randomness import KeyedNoise
 from samplers.autoregressive import sample
@@ -165,7 +164,7 @@ def test_cached_in_any_chunks_equals_one_full_pass(folder, chunks):
 
 
 def test_the_sampler_writes_the_same_text_with_and_without_the_cache(folder):
-    model = Model(objectives.ar.AR(Absorbing(40)), started(folder, 41))
+    model = objectives.ar.AR(Absorbing(40)).model(started(folder, 41))
     x = torch.full((5, 20), 40)
     x[:, :2] = torch.tensor([2, 7])
     texts = [sample(model, x, KeyedNoise(0, torch.arange(5)), kv_cache=cached).ids_BL for cached in (True, False)]

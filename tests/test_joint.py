@@ -11,7 +11,6 @@ import torch
 
 from gaussian_process import cosine_level
 from noise_schedule import LogLinear
-from objectives.base import Model
 from objectives.gaussian import EARLIEST, LATEST, GaussianDiffusion
 from objectives.joint import DIRECTIONS, SHARES, JointDiffusion
 from objectives.noising import Complementary, ExactCount
@@ -163,7 +162,7 @@ def test_latents_are_predicted_from_the_text_and_from_nothing():
 @torch.no_grad()
 def test_samplers_write_texts_given_a_latent():
     net, texts = network(), batch()
-    write = partial(sample, Model(objective().bound(None), net), steps=4, skip_idle=True)
+    write = partial(sample, objective().bound(None).model(net), steps=4, skip_idle=True)
     masks = torch.where(texts["attention_mask"], MASK, 0)
     told = {name: texts[name] for name in ("attention_mask", "latent")}
     out = write(masks, KeyedNoise(0, torch.arange(8)), **told).ids_BL

@@ -7,16 +7,17 @@ from functools import partial
 import pytest
 import torch
 
+from denoisers import Barred, JointDenoiser, LatentGuided
 from gaussian_process import LatentPrediction, cosine_level
 from noise_schedule import LogLinear
-from objectives.base import Model
+from objectives.joint import JointModel
 from process import Absorbing
 from randomness import KeyedNoise
 from samplers import ancestral, gaussian, joint
 from samplers.base import TokenChoice
 from samplers.gaussian import LatentSteps
-from samplers.joint import Guided, with_guidance
-from samplers.positions import Barred, select
+from samplers.joint import with_guidance
+from samplers.positions import select
 from tests.latents import LENGTH, MASK, SHAPE, VOCAB, network, objective
 
 ROWS = 5
@@ -27,8 +28,8 @@ def noise(rows: int = ROWS, seed: int = 3) -> KeyedNoise:
     return KeyedNoise(seed, torch.arange(rows))
 
 
-def model() -> Model:
-    return Model(objective().bound(None), network().double())
+def model() -> JointModel:
+    return objective().bound(None).model(network().double())
 
 
 def texts(rows: int = ROWS) -> torch.Tensor:
@@ -39,14 +40,13 @@ def latents(rows: int = ROWS) -> torch.Tensor:
     return torch.randn(rows, *SHAPE, generator=torch.Generator().manual_seed(2)).double()
 
 
-class Spied:
+class Spied(JointDenoiser):
     """A model whose every question is written down."""
 
-    def __init__(self, inner: Model) -> None:
-        self.inner, self.asked = inner, []
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self.inner, name)
+    def __init__(self, inner: JointModel) -> None:
+        self.inner, self.asked, self.latent_shape = inner, [], inner.latent_shape
+        self.process, self.schedule, self.vocab_size = inner.process, inner.schedule, inner.vocab_size
+        self.independent_unmasking = True
 
     def denoise(self, x_BL, t_B, at_BL, **cond):
         self.asked.append((x_BL.clone(), t_B, at_BL, cond))
@@ -158,9 +158,9 @@ def test_guidance_of_texts_goes_from_the_marginal_to_the_latent_and_beyond():
     half = torch.full((ROWS,), 0.5).double()
     told, untold = net.denoise(x, half, at, latent=z), net.denoise(x, half, at)
     assert not torch.allclose(told, untold)
-    torch.testing.assert_close(Guided(net, 1.0).denoise(x, half, at, latent=z), told)
-    torch.testing.assert_close(Guided(net, 0.0).denoise(x, half, at, latent=z), untold)
-    beyond = Guided(net, 3.0).denoise(x, half, at, latent=z)
+    torch.testing.assert_close(LatentGuided(net, 1.0).denoise(x, half, at, latent=z), told)
+    torch.testing.assert_close(LatentGuided(net, 0.0).denoise(x, half, at, latent=z), untold)
+    beyond = LatentGuided(net, 3.0).denoise(x, half, at, latent=z)
     tokens = [token for token in range(VOCAB) if token != MASK]
     wanted = (untold.double() + 3 * (told.double() - untold.double()))[:, tokens].log_softmax(-1)
     torch.testing.assert_close(beyond[:, tokens], wanted)

@@ -208,7 +208,7 @@ def test_a_batch_masks_nothing_that_is_given_and_a_sample_keeps_it(experiment, o
     batch = next(iter(data.train_dataloader()))
     special = torch.isin(batch["input_ids"], torch.tensor(sorted(data.vocabulary.special_ids)))
     begun = (batch["input_ids"][:, 0] == data.vocabulary.bos_id).int()
-    if diffusion.objective.any_order:
+    if diffusion.fills_masks:
         noise, scored = training_noise(1, batch["position"], 4), scored_mask(batch)
         look = diffusion.objective.noising(
             SCHEDULE, batch["input_ids"], scored, Absorbing(data.vocabulary.mask_id), noise

@@ -24,12 +24,12 @@ from objectives.ar import AR
 from objectives.base import Model, counted_mask, scored_mask
 from objectives.subs import Subs
 from process import Absorbing
-from samplers.base import Generation
 from tasks.answers import check_shares, majority_is_right, measure, share
 from tasks.base import token_counts, unigram_nll
 from tasks.drawing import Drawing
 from tasks.prompted import Asked, _complete
 from tasks.train import train
+from tests.exact import written
 from tests.test_configs import TINY
 from text.gsm8k import judge
 from text.judging import Verdict, same_text
@@ -287,7 +287,7 @@ def test_a_sampler_that_knows_the_answers_is_right_and_one_does_not_depend_on_th
             given = row[1 : int((row == MASK_ID).nonzero()[0])].tolist()
             (ids,) = [ids for ids in known if list(ids[: len(given)]) == given]
             row[1 : 1 + len(ids)], row[1 + len(ids) :] = torch.tensor(ids), data.vocabulary.eos_id
-        return Generation(out, (x_BL == MASK_ID).long(), torch.ones(out.shape), 1, torch.ones(len(out)))
+        return written(x_BL, out, MASK_ID)
 
     MASK_ID = diffusion.objective.process.mask_id  # noqa: N806
     trainer = experiment.trainer("sample_eval")

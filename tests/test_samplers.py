@@ -122,11 +122,11 @@ def test_samplers_that_do_not_fit_a_model_say_so(random_dit):
     net = random_dit(VOCAB, time_conditioning=True)
     with pytest.raises(ValueError, match="sampling.predictor=first_hitting.*analytic"):
         run(first_hitting.sample, Model(SEDD(LogLinear(), Absorbing(MASK)), net), blank(2))
-    with pytest.raises(ValueError, match="sampling.predictor=ar needs parameterization=ar"):
+    with pytest.raises(ValueError, match="writes texts of parameterization=ar.*sampling.predictor=ddpm_cache"):
         run(autoregressive.sample, subs(net), blank(2))
     with pytest.raises(ValueError, match="sampling.stride_length=9"):
         run(semi_autoregressive.sample, subs(net), blank(2), inner=first_hitting.sample, stride_length=9, num_strides=1)
-    causal = Model(AR(Absorbing(MASK)), net)
+    causal = AR(Absorbing(MASK)).model(net)
     with pytest.raises(ValueError, match="first token"):
         run(autoregressive.sample, causal, blank(2))
     with pytest.raises(ValueError, match="sampling.prefix, not sampling.template"):

@@ -16,10 +16,10 @@ from identity import identity
 from models.belonging import check_belongs
 from models.checkpoints import Checkpoint, read_checkpoint
 from objectives.base import counted_mask, scored_mask
-from samplers.base import Generation
 from tasks.base import token_counts
 from tasks.drawing import _own, draw
 from tasks.prompted import Asked, _complete
+from tests.exact import written
 from tests.test_prompts import SMALL, gsm8k  # noqa: F401 - a fixture
 from text.collate import Collate, segment_ends
 from text.gsm8k import judge_planned
@@ -157,7 +157,7 @@ def test_completions_are_judged_part_by_part(gsm8k):  # noqa: F811
             row[:] = batch["input_ids"][same]
             if same == 0:  # ends neither its plan nor its execution
                 row[ends[0] :] = torch.where(row[ends[0] :] == eos_id, row[ends[0] + 1], row[ends[0] :])
-        return Generation(out, (x_BL == mask_id).long(), torch.ones(out.shape), 1, torch.ones(len(out)))
+        return written(x_BL, out, mask_id)
 
     trainer, asked = experiment.trainer("sample_eval"), Asked("test", None, 1, 1)
     done = _complete(trainer, diffusion, data, experiment.judge, oracle_drawing(oracle), asked, seed=1)

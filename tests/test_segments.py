@@ -214,7 +214,7 @@ def test_the_bound_is_unbiased_and_above_the_likelihood(random_dit):
 
 
 def model_of(net) -> Model:
-    return Model(objective_of(), net)
+    return objective_of().model(net)
 
 
 def run(model, x, ends, seed=0, first=0, inner=first_hitting.sample, **settings):
@@ -276,7 +276,7 @@ def test_segments_of_k_tokens_are_sampled_as_blocks_of_k(random_dit):
     net, x = random_dit(VOCAB), torch.full((5, 10), MASK)
     x[:, :4] = 1
     ours = run(model_of(net), x, torch.tensor([[4, 8]]))
-    plain = block.sample(Model(objective_of(4), net), x, KeyedNoise(0, torch.arange(5)), inner=first_hitting.sample)
+    plain = block.sample(objective_of(4).model(net), x, KeyedNoise(0, torch.arange(5)), inner=first_hitting.sample)
     assert torch.equal(ours.ids_BL, plain.ids_BL) and torch.equal(ours.step_BL, plain.step_BL)
     assert torch.equal(ours.evaluations_B, plain.evaluations_B)
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from samplers.base import Frame
+from samplers.trace import Trace
 from tasks.standing import Standing
 from tasks.watching import Recorder, Show, Views, Watching, described
+from tests import exact
 
 MASK = 9
 WORDS = ["[PAD]", "[EOS]", " red", " green", " blue", " \x1b[2J\x9b1m", "", "", "", "▢"]
@@ -38,9 +39,9 @@ class Words:
         return WORDS[i]
 
 
-def frame(step: int, *rows: list[tuple[int, float]]) -> Frame:
+def frame(step: int, *rows: list[tuple[int, float]]) -> Trace:
     ids, sure = (torch.tensor([[cell[k] for cell in row] for row in rows]) for k in (0, 1))
-    return Frame(step, ids, sure, torch.full((len(rows),), step))
+    return exact.frame(step, ids, sure, torch.full((len(rows),), step))
 
 
 M, GIVEN = (MASK, 0.0), (2, 1.0)
@@ -53,7 +54,7 @@ WALK = [
 ]
 
 
-def watched(walk: list[Frame], terminal: bool = True, **settings: object) -> tuple[Show, str]:
+def watched(walk: list[Trace], terminal: bool = True, **settings: object) -> tuple[Show, str]:
     """The display after `walk`, and all that it wrote."""
     colours = "truecolor" if terminal else None
     console = Console(file=io.StringIO(), force_terminal=terminal, width=80, height=24, color_system=colours)

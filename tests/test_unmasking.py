@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from functools import partial
 
@@ -14,6 +15,7 @@ from benchmarks.decoders import decoders
 from benchmarks.kneser_ney import KneserNey
 from command_line import compose_config
 from contradictions import refuse_contradictions
+from denoisers import Denoiser
 from noise_schedule import LogLinear
 from number_checks import check_numbers
 from objectives.ar import AR
@@ -25,17 +27,19 @@ from objectives.subs import Subs
 from process import Absorbing
 from randomness import KeyedNoise
 from samplers import block, semi_autoregressive
-from samplers.base import Frame, Generation, TokenChoice
+from samplers.base import TokenChoice
+from samplers.trace import Trace
 from samplers.unmasking import ORDERS, REMASKS, SCHEDULES, Unmasking, masks_left, remdm_chances, sample
 from tests.laws import assert_follows
 
 CHOICES = (TokenChoice(), TokenChoice(temperature=0), TokenChoice(temperature=0.7, top_k=2), TokenChoice(nucleus_p=0.8))
 
 
-class Toy:
+class Toy(Denoiser):
     """A law over all texts of `length` tokens as a table, and its exact prediction at every mask."""
 
-    independent_unmasking, schedule = True, LogLinear()
+    independent_unmasking = True
+    schedule = LogLinear()
 
     def __init__(self, vocab: int, length: int) -> None:
         self.process, self.vocab_size = Absorbing(vocab), vocab + 1
@@ -55,7 +59,7 @@ class Toy:
         return (p_SLV / p_SM.sum(-1)[:, None, None])[state_B][at_BL].log()
 
 
-def run(model, x, how=Unmasking(), steps=3, first=0, seed=0, **settings) -> Generation:  # noqa: B008 - frozen
+def run(model, x, how=Unmasking(), steps=3, first=0, seed=0, **settings) -> Trace:  # noqa: B008 - frozen
     return sample(model, x, KeyedNoise(seed, torch.arange(first, first + len(x))), steps=steps, how=how, **settings)
 
 
@@ -167,19 +171,18 @@ def test_schedules_write_something_at_every_step_and_all_in_time():
 class Watched(list):
     """What a watcher was shown, copied."""
 
-    def __call__(self, frame: Frame) -> None:
-        live = (frame.ids_BL, frame.confidence_BL, frame.evaluations_B)
-        self.append(Frame(frame.step, *(part.clone() for part in live)))
+    def __call__(self, frame: Trace) -> None:
+        self.append(copy.deepcopy(frame))
 
 
-def assert_sound(toy: Toy, x: torch.Tensor, out: Generation, frames: Watched, steps: int) -> None:
+def assert_sound(toy: Toy, x: torch.Tensor, out: Trace, frames: Watched, steps: int) -> None:
     """Whatever the decoder: what is given stays, all masks go in time, and what was shown is what happened."""
     given_BL = x != toy.process.mask_id
     assert torch.equal(out.ids_BL[given_BL], x[given_BL]) and not (out.ids_BL == toy.process.mask_id).any()
     assert (out.step_BL[given_BL] == 0).all() and (out.step_BL[~given_BL] > 0).all()
     assert out.num_steps <= steps and (out.evaluations_B <= steps).all() and int(out.step_BL.max()) <= out.num_steps
     assert (out.evaluations_B[given_BL.all(-1)] == 0).all()
-    assert [frame.step for frame in frames] == list(range(1, out.num_steps + 1))
+    assert [frame.num_steps for frame in frames] == list(range(1, out.num_steps + 1))
     before, since = x, torch.zeros_like(x)
     confidence = given_BL.float()
     for frame in frames:
@@ -188,7 +191,7 @@ def assert_sound(toy: Toy, x: torch.Tensor, out: Generation, frames: Watched, st
         p[before == toy.process.mask_id] = toy.denoise(before, None, before == toy.process.mask_id).exp()
         p = p.gather(-1, frame.ids_BL[..., None]).squeeze(-1).float()
         masked = frame.ids_BL == toy.process.mask_id
-        since = torch.where(new, frame.step, torch.where(masked, 0, since))
+        since = torch.where(new, frame.num_steps, torch.where(masked, 0, since))
         confidence = torch.where(new, p, torch.where(masked, 0.0, confidence))
         assert torch.allclose(frame.confidence_BL, confidence, atol=1e-6), "the model's own probability"
         before = frame.ids_BL
@@ -221,7 +224,7 @@ def test_networks_that_are_shown_the_time(random_dit, objective, how):
 
 @pytest.mark.parametrize("how", [Unmasking(order="confidence"), Unmasking(remask="remdm", remask_eta=0.5)])
 def test_blocks_have_a_budget_each_and_are_watched_as_part_of_the_text(random_dit, how):
-    model = Model(BlockDiffusion(Absorbing(3), partial(Subs, LogLinear()), 4, ignore_bos=False), random_dit(4))
+    model = BlockDiffusion(Absorbing(3), partial(Subs, LogLinear()), 4, ignore_bos=False).model(random_dit(4))
     x, frames = blank(3, 12, 3), Watched()
     x[0, :6] = 1
     noise, inner = KeyedNoise(0, torch.arange(3)), partial(sample, steps=2, how=how)
@@ -242,7 +245,7 @@ def test_windows_get_the_same_noise_whatever_the_batch(random_dit):
 
 def test_a_causal_model_is_refused(random_dit):
     with pytest.raises(ValueError, match="sampling.predictor=ar"):
-        run(Model(AR(Absorbing(3)), random_dit(4)), torch.tensor([[0, 3]]))
+        run(AR(Absorbing(3)).model(random_dit(4)), torch.tensor([[0, 3]]))
 
 
 @pytest.mark.parametrize(("settings", "said"), [
@@ -278,7 +281,7 @@ def test_configurations_that_contradict_themselves_are_refused():
             check_numbers(cfg), refuse_contradictions(cfg)
     for arguments, said in [
         (["parameterization=ar", "sampling.predictor=unmask"], "use sampling.predictor=ar"),
-        (["sampling.predictor=block_unmask"], "sampling.predictor=block"),
+        (["sampling.predictor=block_unmask"], "block.py writes texts of algo=bd3lm.*predictor=ddpm_cache"),
         (["sampling.semi_ar=true", "sampling.max_length=20"], "sampling.max_length=20 contradicts"),
     ]:
         with pytest.raises(ValueError, match=said):

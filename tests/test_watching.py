@@ -25,14 +25,15 @@ from samplers import (
     semi_autoregressive,
     unmasking,
 )
-from samplers.base import Generation, TokenChoice
+from samplers.base import TokenChoice
+from samplers.trace import Trace
 from tests.test_unmasking import Toy, Watched
 
 MASK = 3
 
 
 def blocks(net, size: int) -> Model:
-    return Model(BlockDiffusion(Absorbing(MASK), partial(Subs, LogLinear()), size, ignore_bos=False), net)
+    return BlockDiffusion(Absorbing(MASK), partial(Subs, LogLinear()), size, ignore_bos=False).model(net)
 
 
 def subs(net) -> Model:
@@ -53,7 +54,7 @@ SAMPLERS = {
     "segments": (partial(blocks, size=8), partial(block.sample, inner=first_hitting.sample,
                  segment_ends=torch.tensor([[3], [5], [6]]))),
     "semi_ar": (subs, partial(semi_autoregressive.sample, inner=ancestors, stride_length=3, num_strides=2)),
-    "ar": (lambda net: Model(AR(Absorbing(MASK)), net), partial(autoregressive.sample, kv_cache=False)),
+    "ar": (lambda net: AR(Absorbing(MASK)).model(net), partial(autoregressive.sample, kv_cache=False)),
 }  # fmt: skip
 
 
@@ -73,13 +74,13 @@ def test_frames_agree_with_the_steps_and_the_last_with_the_text(random_dit, name
     for part in ("ids_BL", "step_BL", "confidence_BL", "evaluations_B"):
         assert torch.equal(getattr(out, part), getattr(alone, part)), f"watching changes {part}"
     written = out.step_BL > 0
-    assert frames and [frame.step for frame in frames] == sorted({frame.step for frame in frames})
+    assert frames and [frame.num_steps for frame in frames] == sorted({frame.num_steps for frame in frames})
     for frame in frames:
-        there = written & (out.step_BL <= frame.step)
+        there = written & (out.step_BL <= frame.num_steps)
         assert torch.equal(frame.ids_BL[there], out.ids_BL[there])
         assert torch.equal(frame.confidence_BL[there], out.confidence_BL[there])
         assert (frame.ids_BL[written & ~there] == MASK).all() and (frame.confidence_BL[written & ~there] == 0).all()
-    assert {int(step) for step in out.step_BL[written]} <= {frame.step for frame in frames}
+    assert {int(step) for step in out.step_BL[written]} <= {frame.num_steps for frame in frames}
     given = torch.zeros_like(written)
     given[:, : x.shape[1]] = x != MASK
     assert (out.confidence_BL[given] == 1).all() and (out.step_BL[given] == 0).all()
@@ -98,7 +99,7 @@ def test_frames_agree_with_the_steps_and_the_last_with_the_text(random_dit, name
 def test_confidences_of_tokens_written_one_by_one_multiply_to_the_probability_of_the_text(sampler):
     toy = Toy(2, 4)
     x = torch.full((40, 4), 2)
-    out: Generation = sampler(toy, x, KeyedNoise(1, torch.arange(40)), choice=TokenChoice(temperature=0.5))
+    out: Trace = sampler(toy, x, KeyedNoise(1, torch.arange(40)), choice=TokenChoice(temperature=0.5))
     one_by_one = torch.tensor([len(set(steps)) == 4 for steps in out.step_BL.tolist()])
     wanted = [toy.law[tuple(row)] for row in out.ids_BL[one_by_one].tolist()]
     assert len(wanted) > 30 and out.confidence_BL[one_by_one].double().prod(-1).tolist() == pytest.approx(wanted, 1e-5)

@@ -1,0 +1,104 @@
+"""The trace of texts being written: the tokens, the step and the confidence of each, what they cost, and who watches.
+
+Shape suffixes: B batch, L length, R rows written to, W length of an inset, N written positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from process import Process
+
+
+class Trace:
+    """A batch of texts while a sampler writes it, and what it returns in the end.
+
+    Whoever watches gets the trace itself after each step, to be looked at there and then: it goes on changing.
+
+    Attributes:
+        ids_BL: the tokens, blanks among them.
+        step_BL: the step, from 1, that wrote each token; 0 where it was given, and where a blank is left.
+        confidence_BL: the model's probability of each token when it was written, before temperature and cuts, float32;
+            1 where it was given, 0 where a blank is left.
+        num_steps: steps so far.
+        evaluations_B: network evaluations spent on each row.
+        open_BL: True where the sampler is to write.
+        length_B: where each row's text ends, if the sampler decides that; behind it there may be blanks.
+    """
+
+    def __init__(self, x_BL: Tensor, process: Process, watch: Watcher | None = None) -> None:
+        self.ids_BL, self.step_BL = x_BL.clone(), torch.zeros_like(x_BL)
+        self.open_BL = x_BL == process.blank_id
+        self.confidence_BL = (~self.open_BL).float()
+        self.evaluations_B = torch.zeros(len(x_BL), dtype=torch.long, device=x_BL.device)
+        self.num_steps = 0
+        self.length_B: Tensor | None = None
+        self._blank_id = process.blank_id
+        self._watch = watch
+
+    @property
+    def masked_BL(self) -> Tensor:
+        """True where nothing is written yet."""
+        return self.ids_BL == self._blank_id
+
+    def write(self, at_RL: Tensor, ids_N: Tensor, log_p_NV: Tensor, rows_R: Tensor | None = None) -> None:
+        """Put `ids_N` at the N positions of `at_RL`, in the rows `rows_R` (None: in all), as step `num_steps` + 1.
+
+        log_p_NV: the model's own prediction there, before any choice was made of it.
+        """
+        where = self._places(at_RL, rows_R)
+        self.ids_BL[where], self.step_BL[where] = ids_N, self.num_steps + 1
+        self.confidence_BL[where] = log_p_NV.gather(-1, ids_N[:, None]).squeeze(-1).exp().float()
+
+    def erase(self, at_BL: Tensor) -> None:
+        """Make the positions of `at_BL` blanks again."""
+        self.ids_BL[at_BL] = self._blank_id
+        self.step_BL[at_BL] = 0
+        self.confidence_BL[at_BL] = 0.0
+
+    def end_step(self, shown: bool = True) -> None:
+        """Count a step, and show what is there after it."""
+        self.num_steps += 1
+        if shown and self._watch is not None:
+            self._watch(self)
+
+    def inset(self, at_BL: Tensor, here_RW: Tensor, rows_R: Tensor | None = None) -> Watcher | None:
+        """Return who watches another sampler that writes a part of these texts.
+
+        The True positions of `at_BL` here are, one after the other, those of `here_RW` there. Its steps follow on those
+        of this trace. rows_R: its rows here.
+        """
+        if self._watch is None:
+            return None
+
+        def show(part: Trace) -> None:
+            self.ids_BL[at_BL] = part.ids_BL[here_RW]
+            self.confidence_BL[at_BL] = part.confidence_BL[here_RW]
+            shown = copy.copy(self)
+            shown.num_steps = self.num_steps + part.num_steps
+            shown.evaluations_B = self.evaluations_B.clone()
+            shown.evaluations_B[slice(None) if rows_R is None else rows_R] += part.evaluations_B
+            self._watch(shown)
+
+        return show
+
+    def paste(self, part: Trace, at_BL: Tensor, here_RW: Tensor, rows_R: Tensor | None = None) -> None:
+        """Take over what was written on a part (`inset`), with its steps and evaluations. rows_R: its rows here."""
+        step_N, written_N = part.step_BL[here_RW], part.step_BL[here_RW] > 0
+        self.ids_BL[at_BL] = part.ids_BL[here_RW]
+        self.step_BL[at_BL] = torch.where(written_N, step_N + self.num_steps, self.step_BL[at_BL])
+        self.confidence_BL[at_BL] = torch.where(written_N, part.confidence_BL[here_RW], self.confidence_BL[at_BL])
+        self.evaluations_B[slice(None) if rows_R is None else rows_R] += part.evaluations_B
+        self.num_steps += part.num_steps
+
+    def _places(self, at_RL: Tensor, rows_R: Tensor | None) -> tuple[Tensor, Tensor]:
+        row_N, place_N = at_RL.nonzero(as_tuple=True)
+        return (row_N if rows_R is None else rows_R[row_N]), place_N
+
+
+# Called by a sampler after each step of its that may have written something. Every sampler takes one as `watch`.
+Watcher = Callable[[Trace], None]
