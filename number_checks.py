@@ -115,9 +115,9 @@ _TABLE: tuple[tuple[Setting, str], ...] = (
     # counts
     (whole(0, 2**32 - 1), "seed"),
     (whole(0), "T num_shown prefix_length num_warmup_steps cooldown"),
-    (whole(0, COUNT), "num_sample_log num_examples num_strides"),
+    (whole(0, COUNT), "num_sample_log num_examples num_strides corrector_steps"),
     (whole(1, COUNT), "samples_per_prompt num_draws max_draws"),
-    (whole(1), """stride_length tokens_per_step perplexity_batch_size
+    (whole(1), """stride_length tokens_per_step corrector_tokens perplexity_batch_size
         global_batch_size eval_global_batch_size prefetch_factor lanes shuffle_buffer sample_texts keep_last
         max_steps num_training_steps num_rewarmup_steps every_n_steps log_every_n_steps val_check_interval
         flush_logs_every_n_steps tokens fit_rows latents.batch_size max_skipped_steps plateau.patience pretrain_steps

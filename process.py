@@ -110,6 +110,12 @@ class Resampling(Process):
         before_NV = self.kept(alpha_s_N)[:, None] * others_NV + self.noise(alpha_s_N)
         return (before_NV.log() + self._log_step(xt_N, alpha_t_N, alpha_s_N)).log_softmax(-1)
 
+    def conditional(self, xt_N: Tensor, log_p_x0_NV: Tensor, alpha_N: Tensor) -> Tensor:
+        """Return log p(x_t at a position | the other tokens of x_t), (N, V): what Gibbs sampling at time t draws from
+        (arXiv 2605.22765)."""
+        others_NV = self.without_own_token(xt_N, log_p_x0_NV, alpha_N).exp()
+        return (self.kept(alpha_N)[:, None] * others_NV + self.noise(alpha_N)).log()
+
     def without_own_token(self, xt_N: Tensor, log_p_x0_NV: Tensor, alpha_N: Tensor) -> Tensor:
         """Return the leave-one-out posterior, (N, V) in the precision of alpha, from log p(x_0 | x_t)."""
         log_q_NV = self._log_step(xt_N, alpha_N, torch.ones_like(alpha_N))

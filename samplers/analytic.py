@@ -13,18 +13,23 @@ from torch import Tensor
 from denoisers import Denoiser
 from process import Absorbing
 from randomness import KeyedNoise
-from samplers.base import Asked, Step, TokenChoice, run, sampler, time_grid
-from samplers.trace import Trace, Watcher
+from samplers.base import Asked, Step, TokenChoice, sampler_of, time_grid
+from samplers.trace import Trace
 
 
 class Analytic(Step):
-    """Ask for p(x_s | x_t) at every mask, which says both whether it goes and what it becomes."""
+    """Ask for p(x_s | x_t) at every mask, which says both whether it goes and what it becomes.
+
+    noise_removal: after the last step draw a token wherever a mask is left, as SEDD's denoiser does.
+    """
 
     def __init__(
-        self, process: Absorbing, noise: KeyedNoise, choice: TokenChoice, grid: Tensor, noise_removal: bool
-    ) -> None:
-        self.process, self.noise, self.choice = process, noise, choice
-        self.grid, self.steps, self.noise_removal = grid, len(grid) - 1, noise_removal
+        self, model: Denoiser, trace: Trace, noise: KeyedNoise, *, steps: int,
+        choice: TokenChoice = TokenChoice(),  # noqa: B008 - frozen
+        noise_removal: bool = True, eps: float = 1e-5,
+    ) -> None:  # fmt: skip
+        self.mask_id, self.noise, self.choice = model.process.mask_id, noise, choice
+        self.grid, self.steps, self.noise_removal = time_grid(steps, eps, trace.ids_BL.device), steps, noise_removal
         self.last = False
 
     def positions(self, number: int, trace: Trace) -> Asked | None:
@@ -38,7 +43,7 @@ class Analytic(Step):
         return Asked(trace.masked_BL, t.expand(batch), s.expand(batch))
 
     def tokens(self, log_p_NV: Tensor, at_RL: Tensor, rows_R: Tensor) -> tuple[Tensor, Tensor]:
-        mask_id = self.process.mask_id
+        mask_id = self.mask_id
         leaves_N = self.goes_BL[rows_R][at_RL] < -torch.expm1(log_p_NV[:, mask_id])
         leaves_N |= self.last
         log_p_NV[:, mask_id] = -torch.inf  # in place: the confidence is that of the token, given that the mask goes
@@ -46,23 +51,4 @@ class Analytic(Step):
         return self.choice.draw(log_p_NV, self.u_BL[rows_R][at_RL])[leaves_N], leaves_N
 
 
-@sampler(Absorbing)
-def sample(
-    model: Denoiser,
-    x_BL: Tensor,
-    generator: KeyedNoise,
-    *,
-    steps: int,
-    choice: TokenChoice = TokenChoice(),  # noqa: B008 - frozen
-    noise_removal: bool = True,
-    eps: float = 1e-5,
-    watch: Watcher | None = None,
-    **cond: Tensor,
-) -> Trace:
-    """Fill the masked positions of `x_BL`; its other tokens are given and never change.
-
-    Every masked position is projected at every step, since the network decides whether it goes; rows without masks
-    rest. noise_removal: after the last step draw a token wherever a mask is left, as SEDD's denoiser does.
-    """
-    step = Analytic(model.process, generator, choice, time_grid(steps, eps, x_BL.device), noise_removal)
-    return run(step, model, Trace(x_BL, model.process, watch), cond)
+sample = sampler_of(Analytic, Absorbing)

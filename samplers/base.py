@@ -18,7 +18,8 @@ from torch import Tensor
 
 from denoisers import Denoiser, mismatch
 from process import Process, draw_categorical
-from samplers.trace import Trace
+from randomness import KeyedNoise
+from samplers.trace import Trace, Watcher
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,26 @@ def sampler(*processes: type[Process]) -> Callable[[Callable], Callable]:
         return checked
 
     return declared
+
+
+def sampler_of(step: type[Step], *processes: type[Process]) -> Callable[..., Trace]:
+    """Make a sampler of a step class, whose `__init__` takes the model, the trace, the noise and its own settings."""
+    parameters = list(inspect.signature(step.__init__, eval_str=True).parameters.values())[1:]
+    settings = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
+
+    def sample(
+        model: Denoiser, x_BL: Tensor, generator: KeyedNoise, *, watch: Watcher | None = None, **told: object
+    ) -> Trace:
+        trace = Trace(x_BL, model.process, watch)
+        given = {p.name: told.pop(p.name) for p in settings if p.name in told}
+        return run(step(model, trace, generator, **given), model, trace, told)
+
+    whole = inspect.signature(sample, eval_str=True)
+    model, x_BL, generator, watch, told = whole.parameters.values()  # noqa: N806
+    taken = [model.replace(annotation=parameters[0].annotation), x_BL, generator, *settings, watch, told]
+    sample.__signature__ = whole.replace(parameters=taken)
+    sample.__module__, sample.__doc__ = step.__module__, step.__doc__
+    return sampler(*processes)(sample)
 
 
 @dataclass(frozen=True)

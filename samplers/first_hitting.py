@@ -15,14 +15,31 @@ from torch import Tensor
 from denoisers import Denoiser
 from process import Absorbing
 from randomness import KeyedNoise
-from samplers.base import Asked, Step, TokenChoice, run, sampler
-from samplers.trace import Trace, Watcher
+from samplers.base import Asked, Step, TokenChoice, sampler_of
+from samplers.trace import Trace
 
 
 class FirstHitting(Step):
-    """Unmask the positions of a row one at a time, at the times that are drawn here."""
+    """Unmask the positions of a row one at a time, at the times that are drawn here.
 
-    def __init__(self, model: Denoiser, open_BL: Tensor, noise: KeyedNoise, choice: TokenChoice) -> None:
+    Raises:
+        ValueError: the network decides when a mask goes, so that its times can not be drawn first.
+    """
+
+    def __init__(
+        self,
+        model: Denoiser,
+        trace: Trace,
+        noise: KeyedNoise,
+        *,
+        choice: TokenChoice = TokenChoice(),  # noqa: B008
+    ) -> None:
+        if not model.independent_unmasking:
+            raise ValueError(
+                "sampling.predictor=first_hitting draws all unmasking times before the network runs, which is right "
+                "for parameterization=subs only; use sampling.predictor=analytic"
+            )
+        open_BL = trace.open_BL
         start = model.schedule(torch.ones((), dtype=torch.float64, device=open_BL.device)).move_chance
         self.level_BL = (noise.uniform(open_BL.shape[1]) * start).masked_fill(~open_BL, -1.0)
         self.u_BL, self.count_B = noise.uniform(open_BL.shape[1]), open_BL.sum(-1)
@@ -41,25 +58,4 @@ class FirstHitting(Step):
         return self.choice.draw(log_p_NV, self.u_BL[rows_R][at_RL]), None
 
 
-@sampler(Absorbing)
-def sample(
-    model: Denoiser,
-    x_BL: Tensor,
-    generator: KeyedNoise,
-    *,
-    choice: TokenChoice = TokenChoice(),  # noqa: B008 - frozen
-    watch: Watcher | None = None,
-    **cond: Tensor,
-) -> Trace:
-    """Fill the masked positions of `x_BL`; its other tokens are given and never change.
-
-    Raises:
-        ValueError: the network decides when a mask goes, so that its times can not be drawn first.
-    """
-    if not model.independent_unmasking:
-        raise ValueError(
-            "sampling.predictor=first_hitting draws all unmasking times before the network runs, which is right for "
-            "parameterization=subs only; use sampling.predictor=analytic"
-        )
-    trace = Trace(x_BL, model.process, watch)
-    return run(FirstHitting(model, trace.open_BL, generator, choice), model, trace, cond)
+sample = sampler_of(FirstHitting, Absorbing)

@@ -13,8 +13,8 @@ from torch import Tensor
 from denoisers import Denoiser
 from process import Absorbing
 from randomness import KeyedNoise
-from samplers.base import Asked, Step, TokenChoice, run, sampler
-from samplers.trace import Trace, Watcher
+from samplers.base import Asked, Step, TokenChoice, sampler_of
+from samplers.trace import Trace
 
 ORDERS = ("left_to_right", "confidence", "margin", "entropy")
 
@@ -56,10 +56,12 @@ class Ordered(Step):
     """Ask at every mask, and write the `tokens_per_step` that the order prefers."""
 
     def __init__(
-        self, model: Denoiser, trace: Trace, noise: KeyedNoise, order: str, per_step: int, choice: TokenChoice
-    ) -> None:
+        self, model: Denoiser, trace: Trace, noise: KeyedNoise, *, order: str, tokens_per_step: int = 1,
+        choice: TokenChoice = TokenChoice(),  # noqa: B008 - frozen
+    ) -> None:  # fmt: skip
+        check(order, tokens_per_step)
         self.u_BL, self.maskable_B = noise.uniform(trace.ids_BL.shape[1]), trace.open_BL.sum(-1)
-        self.model, self.order, self.per_step, self.choice = model, order, per_step, choice
+        self.model, self.order, self.per_step, self.choice = model, order, tokens_per_step, choice
 
     def positions(self, number: int, trace: Trace) -> Asked | None:
         masked_BL = trace.masked_BL
@@ -71,24 +73,6 @@ class Ordered(Step):
         now_RL = next_positions(preference(log_p_NV, at_RL, self.order), at_RL.sum(-1), self.per_step)
         now_N = now_RL[at_RL]
         return self.choice.draw(log_p_NV[now_N], self.u_BL[rows_R][now_RL]), now_N
-
-
-@sampler(Absorbing)
-def sample(
-    model: Denoiser,
-    x_BL: Tensor,
-    generator: KeyedNoise,
-    *,
-    order: str,
-    tokens_per_step: int = 1,
-    choice: TokenChoice = TokenChoice(),  # noqa: B008 - frozen
-    watch: Watcher | None = None,
-    **cond: Tensor,
-) -> Trace:
-    """Fill the masked positions of `x_BL`; its other tokens are given and never change."""
-    check(order, tokens_per_step)
-    trace = Trace(x_BL, model.process, watch)
-    return run(Ordered(model, trace, generator, order, tokens_per_step, choice), model, trace, cond)
 
 
 def check(order: str, tokens_per_step: int) -> None:
@@ -103,3 +87,6 @@ def time_of(model: Denoiser, masked_B: Tensor, maskable_B: Tensor) -> Tensor:
     """The time at which this share of masks is expected, for networks that are shown one, float64 (B,)."""
     share_B = masked_B.double() / maskable_B.clamp(min=1)
     return model.schedule.t_from_alpha(1 - share_B).clamp(0.0, 1.0)
+
+
+sample = sampler_of(Ordered, Absorbing)

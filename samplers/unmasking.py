@@ -25,9 +25,9 @@ from denoisers import Denoiser
 from process import Absorbing
 from randomness import KeyedNoise
 from samplers import ordered
-from samplers.base import Asked, Step, TokenChoice, run, sampler
+from samplers.base import Asked, Step, TokenChoice, sampler_of
 from samplers.ordered import first_positions, preference, time_of
-from samplers.trace import Trace, Watcher
+from samplers.trace import Trace
 
 SCHEDULES = ("linear", "cosine", "exponential")
 ORDERS = ("random", *ordered.ORDERS)
@@ -145,11 +145,19 @@ def remdm_chances(alpha_t_B: Tensor, alpha_s_B: Tensor, eta: float) -> Chances:
 
 
 class Unmask(Step):
-    """Write as many positions as the schedule, a threshold or ReMDM's chances say, and take some back."""
+    """Write as many positions as the schedule, a threshold or ReMDM's chances say, and take some back.
+
+    A network that is shown the time is shown that at which so many masks are expected. Rows that write nothing at a
+    step are not evaluated.
+    """
 
     def __init__(
-        self, model: Denoiser, trace: Trace, noise: KeyedNoise, steps: int, how: Unmasking, choice: TokenChoice
-    ) -> None:
+        self, model: Denoiser, trace: Trace, noise: KeyedNoise, *, steps: int,
+        how: Unmasking = Unmasking(),  # noqa: B008 - frozen
+        choice: TokenChoice = TokenChoice(),  # noqa: B008 - frozen
+    ) -> None:  # fmt: skip
+        if steps < 1:
+            raise ValueError(f"sampling.steps={steps} must be at least 1")
         self.model, self.how, self.choice, self.noise = model, how, choice, _stream(noise)
         self.maskable_B, self.steps = trace.open_BL.sum(-1), steps
 
@@ -181,32 +189,6 @@ class Unmask(Step):
         return self.choice.draw(log_p_NV[now_N], u_N[now_N]) if drawn_N is None else drawn_N[now_N], now_N
 
 
-@sampler(Absorbing)
-def sample(
-    model: Denoiser,
-    x_BL: Tensor,
-    generator: KeyedNoise,
-    *,
-    steps: int,
-    how: Unmasking = Unmasking(),  # noqa: B008 - frozen
-    choice: TokenChoice = TokenChoice(),  # noqa: B008 - frozen
-    watch: Watcher | None = None,
-    **cond: Tensor,
-) -> Trace:
-    """Fill the masked positions of `x_BL` in at most `steps` steps; its other tokens are given and never change.
-
-    A network that is shown the time is shown that at which so many masks are expected. Rows that write nothing at a
-    step are not evaluated.
-
-    Raises:
-        ValueError: fewer steps than one; a causal model.
-    """
-    if steps < 1:
-        raise ValueError(f"sampling.steps={steps} must be at least 1")
-    trace = Trace(x_BL, model.process, watch)
-    return run(Unmask(model, trace, generator, steps, how, choice), model, trace, cond)
-
-
 def _wanted(how: Unmasking, step: int, steps: int, left_B: Tensor, maskable_B: Tensor) -> Tensor:
     """How many of the `left_B` masks this step writes, (B,); with a threshold at least so many."""
     if how.threshold is None:
@@ -223,3 +205,6 @@ def _stream(generator: KeyedNoise) -> KeyedNoise:
     """Noise for any number of steps out of one call, so that what `generator` gives next does not depend on how many
     steps the other rows of the batch took."""
     return KeyedNoise(0, (generator.uniform() * 2**53).long())
+
+
+sample = sampler_of(Unmask, Absorbing)

@@ -1,14 +1,14 @@
 """The exact Bayes denoiser of a corpus that knows its own distribution: p(masked token | visible tokens).
 
 It takes the place of a trained network wherever one is evaluated, so that a sampler or an estimator is measured by
-itself: `Model(Subs(schedule, mask_id), ExactDenoiser(...))`. `denoise` gives the same answer in float64.
+itself: `Subs(schedule, process).model(ExactDenoiser(...))`. `denoise` gives the same answer in float64.
 
 Shape suffixes: B batch, L length, N selected positions, V vocabulary, S states, A arcs, n longest text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -102,41 +102,90 @@ class ExactDenoiser(nn.Module):
         inside_BL = self._is_word_V[x_BL] | (x_BL == self.mask_id)
         if attention_mask is not None:
             inside_BL &= attention_mask.bool()
+
+        def evidence(x_B: Tensor, id_A: Tensor) -> Tensor:
+            return (x_B == self.mask_id) | (x_B == id_A[:, None])
+
+        return self._answers(x_BL, at_BL, inside_BL, evidence, own=True)
+
+    def _answers(
+        self, x_BL: Tensor, at_BL: Tensor, inside_BL: Tensor, evidence: Callable[[Tensor, Tensor], Tensor], own: bool
+    ) -> Tensor:
+        """log p(clean token | the noised text) at the N positions of `at_BL`, float64 (N, V).
+
+        inside_BL: True on the tokens of the texts. evidence: tokens (B,) and those of the arcs (A,) -> the probability
+        of the first given that the second were clean, (A, B), up to a constant. own: whether the token at a position
+        counts for the answer there.
+        """
         uniform_V = self._is_word_V.double() / self._is_word_V.sum()
         p_NV = uniform_V.repeat(int(at_BL.sum()), 1)
         length_B = inside_BL.sum(-1)
         text_Bn = torch.arange(int(length_B.max())) < length_B[:, None]
         # The texts alone, from their first token on, with the number of the answer that each position is asked for.
-        x_Bn, answer_Bn = torch.full(text_Bn.shape, self.mask_id), torch.full(text_Bn.shape, -1)
+        x_Bn, answer_Bn = torch.zeros(text_Bn.shape, dtype=torch.long), torch.full(text_Bn.shape, -1)
         x_Bn[text_Bn] = x_BL[inside_BL]
         answer_Bn[text_Bn] = torch.where(at_BL, at_BL.flatten().cumsum(0).view(at_BL.shape) - 1, -1)[inside_BL]
-        forward = self._forward(x_Bn)
+        forward = self._forward(x_Bn, evidence)
         backward_SB = torch.zeros_like(forward[-1])
         for place in reversed(range(len(forward) - 1)):
             step = self._steps[place]
             backward_SB = torch.where(length_B == place + 1, step.end_S[:, None], backward_SB)
-            p_AB = self._allowed(x_Bn[:, place], step).mul_(backward_SB.index_select(0, step.target_A))
+            told_AB = evidence(x_Bn[:, place], step.id_A)
+            ahead_AB = step.p_A[:, None] * backward_SB.index_select(0, step.target_A)
             rows_R = (answer_Bn[:, place] >= 0).nonzero().squeeze(-1)
             if len(rows_R):
-                joint_AR = p_AB[:, rows_R] * forward[place][:, rows_R].index_select(0, step.source_A)
+                joint_AR = ahead_AB[:, rows_R] * forward[place][:, rows_R].index_select(0, step.source_A)
+                joint_AR = joint_AR * told_AB[:, rows_R] if own else joint_AR
                 joint_VR = p_NV.new_zeros(self.vocab_size, len(rows_R)).index_add_(0, step.id_A, joint_AR)
                 possible_R = joint_VR.sum(0) > 0
                 p_NV[answer_Bn[rows_R[possible_R], place]] = joint_VR.T[possible_R]
-            backward_SB = _scaled(step.leaves_SA @ p_AB)
+            backward_SB = _scaled(step.leaves_SA @ ahead_AB.mul_(told_AB))
         return (p_NV / p_NV.sum(-1, keepdim=True)).log()
 
-    def _forward(self, x_Bn: Tensor) -> list[Tensor]:
-        """Before each place, and after the last, the probability of each state and of what is visible until there,
+    def _forward(self, x_Bn: Tensor, evidence: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
+        """Before each place, and after the last, the probability of each state and of what is noised until there,
         (S, B), scaled to sum to 1; all 0 where that is impossible."""
         forward = [torch.full((self._num_grammars, len(x_Bn)), 1 / self._num_grammars, dtype=torch.float64)]
         for place, step in enumerate(self._steps[: x_Bn.shape[1]]):
-            p_AB = self._allowed(x_Bn[:, place], step).mul_(forward[-1].index_select(0, step.source_A))
-            forward.append(_scaled(step.enters_SA @ p_AB))
+            p_AB = step.p_A[:, None] * forward[-1].index_select(0, step.source_A)
+            forward.append(_scaled(step.enters_SA @ p_AB.mul_(evidence(x_Bn[:, place], step.id_A))))
         return forward
 
-    def _allowed(self, x_B: Tensor, step: _Step) -> Tensor:
-        """The probability of each arc where its token may stand, 0 elsewhere, (A, B)."""
-        return step.p_A[:, None] * ((x_B == self.mask_id) | (x_B == step.id_A[:, None]))
+
+class ExactLeaveOneOut(ExactDenoiser):
+    """The exact answer where noise is other tokens (process.Resampling): log p(x_0 at a position | the others of x_t).
+
+    As a backbone it answers at the noise level that it is shown. `attention_mask` says where the texts are, since any
+    token may be noise.
+
+    Args:
+        process: what noise is.
+    """
+
+    def __init__(
+        self, grammars: Sequence[FiniteStateGrammar], id_of_token: Mapping[str, int], mask_id: int, vocab_size: int,
+        process: object,
+    ) -> None:  # fmt: skip
+        super().__init__(grammars, id_of_token, mask_id, vocab_size)
+        self.process = process
+
+    def encode(
+        self, tokens_BL: Tensor, sigma_B: Tensor, attention_mask: Tensor | None = None, at_BL: Tensor | None = None
+    ) -> Tensor:
+        chosen_BL = torch.ones_like(tokens_BL, dtype=torch.bool) if at_BL is None else at_BL
+        inside_BL = torch.ones_like(chosen_BL) if attention_mask is None else attention_mask.bool()
+        alpha_B = (-sigma_B.double()).exp()
+        log_p_NV = self.leave_one_out(tokens_BL, alpha_B, chosen_BL, inside_BL).clamp(min=_IMPOSSIBLE)
+        return log_p_NV.unflatten(0, tokens_BL.shape) if at_BL is None else log_p_NV
+
+    def leave_one_out(self, x_BL: Tensor, alpha_B: Tensor, at_BL: Tensor, inside_BL: Tensor) -> Tensor:
+        """Return log p(x_0 | the other tokens of x_t) at the N positions of `at_BL`, float64 (N, V)."""
+        kept_B, noise_BV = self.process.kept(alpha_B), self.process.noise(alpha_B)
+
+        def evidence(x_B: Tensor, id_A: Tensor) -> Tensor:
+            return noise_BV.gather(1, x_B[:, None]).T + kept_B * (x_B == id_A[:, None])
+
+        return self._answers(x_BL, at_BL, inside_BL, evidence, own=False)
 
 
 def _scaled(p_SB: Tensor) -> Tensor:
