@@ -220,11 +220,11 @@ def _check_sampling(cfg: DictConfig, name: str) -> None:
 
 
 def _check_conditional(cfg: DictConfig) -> None:
-    network = cfg.backbone._target_
-    if network not in ("models.dit.DiT", "models.ar.AR", "models.mmdit.MMDiT"):
+    network = located(cfg.backbone._target_)
+    if not (isinstance(network, type) and network.takes_classes):
         raise ValueError(
             f"classify.sharing=conditional needs a network that can be told a class, backbone=dit, ar or mmdit; "
-            f"{network} can not, so use classify.sharing=per_class"
+            f"{cfg.backbone._target_} can not, so use classify.sharing=per_class"
         )
     if cfg.data.label is not None:
         raise ValueError(

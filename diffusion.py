@@ -16,7 +16,7 @@ import lightning
 import torch
 from torch import Tensor, nn
 
-from denoisers import BlockDenoiser, Denoiser
+from denoisers import BlockDenoiser, Denoiser, JointDenoiser
 from engine.updates import Updates
 from metrics import NLLMeter
 from models.checkpoints import Checkpoint
@@ -87,12 +87,12 @@ class Diffusion(lightning.LightningModule):
                 "left-to-right likelihoods need a causal backbone and masked diffusion one that sees both sides; use "
                 "parameterization=ar backbone=ar (or hf_causal), or neither"
             )
-        if getattr(objective, "block_size", None) and not hasattr(backbone, "encode_blocks"):
+        if issubclass(objective.binds_to, BlockDenoiser) and not backbone.reads_blocks:
             raise ValueError(
                 f"parameterization=bd3lm needs a network that reads texts in blocks, and {type(backbone).__name__} "
                 "does not; use backbone=dit or hf_dit"
             )
-        if getattr(objective, "reads_latents", False) and not hasattr(backbone, "encode_both"):
+        if issubclass(objective.binds_to, JointDenoiser) and not backbone.reads_latents:
             raise ValueError(
                 f"algo=mmldlm needs a network that reads texts and latents, and {type(backbone).__name__} does not; "
                 "use backbone=mmdit"
@@ -186,7 +186,7 @@ class Diffusion(lightning.LightningModule):
     @property
     def _search(self) -> object | None:
         """How the objective's mask rates are chosen, where there is something to choose from."""
-        search = getattr(self.objective, "search", None)
+        search = self.objective.search
         return search if search and search.candidates else None
 
     def _choose_mask_rates(self, sums_C3: Tensor) -> None:
@@ -210,8 +210,7 @@ class Diffusion(lightning.LightningModule):
             ValueError: they do not fit the backbone, or a parameter that they do not have is frozen; nothing has been
                 changed then.
         """
-        part_of = getattr(self.backbone, "part_of", None)
-        part = part_of(checkpoint.state) if part_of else self.backbone
+        part = self.backbone.part_of(checkpoint.state)
         known = {id(p) for p in part.parameters()}
         new = {name: p for name, p in self.backbone.named_parameters() if id(p) not in known}
         refuse_frozen(self.backbone, new)
@@ -290,7 +289,7 @@ class Diffusion(lightning.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, object]) -> None:
         self.settle_average()
         checkpoint["identity"] = self.identity
-        if hasattr(self.objective, "sampling_eps"):  # by the names of the reference's buffers
+        if self.objective.sampling_eps is not None:  # by the names of the reference's buffers
             for name, value in zip(MASK_RATES, self.objective.sampling_eps, strict=True):
                 checkpoint["state_dict"][name] = torch.tensor(value, dtype=torch.float64)
         if self.ema:
@@ -298,7 +297,7 @@ class Diffusion(lightning.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, object]) -> None:
         found = [checkpoint["state_dict"].pop(name, None) for name in MASK_RATES]
-        if hasattr(self.objective, "sampling_eps") and None not in found:
+        if self.objective.sampling_eps is not None and None not in found:
             self.objective.clip(*(float(value) for value in found))
         if self.ema and "ema" in checkpoint:
             self.ema.load_state_dict(checkpoint["ema"])

@@ -220,7 +220,7 @@ class Experiment:
             recompute_blocks(backbone)
         # backbone=hf_* leaves sizes open in the configuration; what is saved says those that were found.
         settings = identity(self.cfg)
-        settings |= {k: v for k, v in getattr(backbone, "settings", {}).items() if settings.get(k) is None}
+        settings |= {k: v for k, v in backbone.settings.items() if settings.get(k) is None}
         known = {"configuration": settings, "tokenizer": vocabulary.fingerprint, "label": data.label}
         known |= {} if data.latents is None else {"latents": data.latents.facts}
         return Diffusion(
@@ -296,7 +296,7 @@ class Experiment:
             checkpoint = read_checkpoint(named[key], key)
             check_belongs(checkpoint, diffusion.identity["configuration"], FUNCTION, data)
         else:
-            checkpoint = getattr(diffusion.backbone, "pretrained", lambda: None)()
+            checkpoint = diffusion.backbone.pretrained()
         if checkpoint is None:
             refuse_frozen(diffusion.backbone, dict(diffusion.backbone.named_parameters()))
             return None

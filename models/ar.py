@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from models.attention import head_width, resolve_backend, rotary_angles
+from models.backbone import Backbone
 from models.class_conditioning import ClassEmbedding, untold, with_class
 from models.kv_cache import KVCache
 from models.layers import RotaryFrequencies, TokenEmbedding
@@ -27,7 +28,7 @@ class ARBlock(TransformerBlock):
         return x_BLD + self.transform(self.norm2(x_BLD))
 
 
-class AR(Recomputing):
+class AR(Recomputing, Backbone):
     """tokens -> logits of the token after each, in two steps: `encode(tokens_BL)`, then `head(hidden)` where needed.
 
     The noise level and the padding mask are taken because every backbone is called with them, and change nothing:
@@ -36,7 +37,7 @@ class AR(Recomputing):
     has an output bias.
     """
 
-    causal, encodes_positions = True, False
+    causal = takes_classes = True
 
     def __init__(
         self,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from models.backbone import Backbone
 from models.checkpoints import Checkpoint, Progress
 
 # Settings that change what a network computes. A file may lack some of them.
@@ -135,19 +136,19 @@ def _check_latents(checkpoint: Checkpoint, ours: Mapping[str, object], latents: 
         )
 
 
-def check_together(data: object, objective: object, backbone: object) -> None:
+def check_together(data: object, objective: object, backbone: Backbone) -> None:
     """That an objective and a network can read these data (dataloader.TextData).
 
     Raises:
         ValueError: the parts of texts are handed on to an objective that makes nothing of them; a published masked
             language model, which knows the one mask of its own tokenizer, is to read another's.
     """
-    if data.segments and not getattr(objective, "reads_segments", False):
+    if data.segments and not objective.reads_segments:
         raise ValueError(
             "data.segments=true hands on where the parts of a text end, and "
             f"{type(objective).__name__} makes no use of it; set it to false, or add algo=bd3lm"
         )
-    if getattr(backbone, "knows_its_mask", False) and data.tokenizer.mask_token_id is None:
+    if backbone.knows_its_mask and data.tokenizer.mask_token_id is None:
         raise ValueError(
             f"data.tokenizer_name_or_path={data.tokenizer_settings['name_or_path']} has no mask token, and "
             f"{backbone.name} was trained with that of its own: name its tokenizer, say with data.mask_token= which "

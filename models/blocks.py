@@ -97,21 +97,21 @@ class BlockStreams:
         else:
             blocks = segment_masks(blocks, key_mask_BL, self.blocks[0].attn_backend)
         streams = self.vocab_embed(noised_BL), self.vocab_embed(clean_BL[:, :earlier])
-        for layer in self.blocks[:-1]:
+        for layer in self.order[:-1]:
             streams = self.through(layer.two_streams, *streams, c_noised, c_clean, rotary, blocks, key_mask_BL)
         x, _ = self.through(
-            self.blocks[-1].two_streams, *streams, c_noised, c_clean, rotary, blocks, key_mask_BL, True, at_BL
+            self.order[-1].two_streams, *streams, c_noised, c_clean, rotary, blocks, key_mask_BL, True, at_BL
         )
         return self._last_hidden(x, c_noised, class_id, at_BL)
 
     def new_block_cache(self, batch_size: int, length: int, window: int | None = None) -> BlockCache:
         """An empty cache for texts of `length` tokens, in the precision in which attention will run; `window`: how many
         clean tokens are seen at most."""
-        return BlockCache(len(self.blocks), batch_size, length, window, *self._kept())
+        return BlockCache(len(self.order), batch_size, length, window, *self._kept())
 
     def new_segment_cache(self, batch_size: int) -> SegmentCache:
         """As `new_block_cache`, for texts in segments."""
-        return SegmentCache(len(self.blocks), batch_size, *self._kept())
+        return SegmentCache(len(self.order), batch_size, *self._kept())
 
     def _kept(self) -> tuple[int, int, torch.device, torch.dtype]:
         """What a cache keeps for a token: heads, their width; where, and how precisely."""
@@ -154,8 +154,8 @@ class BlockStreams:
         class_id = untold(clean_BL) if class_id is None and self.num_classes else class_id
         angles = rotary_angles(self.rotary_emb.inv_freq, clean_BL.shape[1], cache.next_position())
         c, z_BLD = self._clean(clean_BL, class_id), self.vocab_embed(clean_BL)
-        for number, layer in enumerate(self.blocks):
-            last, by = layer is self.blocks[-1], _modulation(layer, c)
+        for number, layer in enumerate(self.order):
+            last, by = number == len(self.order) - 1, _modulation(layer, c)
             own = _qkv(layer, z_BLD, by, angles, asks=not last)
             k, v = cache.seen(number)
             cache.store(number, own.k, own.v)
@@ -181,12 +181,12 @@ class BlockStreams:
         angles = rotary_angles(self.rotary_emb.inv_freq, length, cache.next_position(rows))
         key_mask = self._seen_after(cache, rows, noised_Rk, attention_mask)
         x_RkD = self.vocab_embed(noised_Rk)
-        for number, layer in enumerate(self.blocks):
+        for number, layer in enumerate(self.order):
             by = _modulation(layer, c)
             own, (k, v) = _qkv(layer, x_RkD, by, angles), cache.seen(number, rows)
             k, v = torch.cat([k.to(own.k.dtype), own.k], dim=1), torch.cat([v.to(own.v.dtype), own.v], dim=1)
             attended = attend(own.q, k, v, key_mask, layer.attn_backend)
-            if at_BL is not None and layer is self.blocks[-1]:
+            if at_BL is not None and number == len(self.order) - 1:
                 attended, x_RkD, by = attended[at_BL], x_RkD[at_BL], _modulation(layer, _at(c, at_BL))
             x_RkD = _after_attention(layer, x_RkD, attended, by)
         return self._last_hidden(x_RkD, c, class_id, at_BL)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.backbone import Backbone
 from models.layers import RMSNorm, SigmaEmbedding, modulate, zero_linear
 from models.mamba import BiMamba
 from models.recompute import Recomputing
@@ -56,7 +57,7 @@ class Trunk(Recomputing):
         return modulate(self.norm_f(x_BLD), shift, scale)
 
 
-class DiMamba(nn.Module):
+class DiMamba(Backbone):
     """tokens, sigma -> logits, in two steps like the DiT: `encode(tokens_BL, sigma_B)`, then `head(hidden)`.
 
     Without `time_conditioning` sigma is replaced by zero, not skipped. `mask_padding` keeps padding out of both
@@ -66,7 +67,7 @@ class DiMamba(nn.Module):
     On a GPU the scan runs on mamba_ssm's kernel where that is installed.
     """
 
-    causal, encodes_positions, num_classes = False, False, 0
+    recomputes = True
 
     def __init__(
         self,

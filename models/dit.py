@@ -6,11 +6,14 @@ Shape suffixes: B batch, L length, N selected positions, V vocabulary, D width, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention import head_width, resolve_backend, rotary_angles
+from models.backbone import Backbone
 from models.blocks import BlockStreams, TwoStreams
 from models.class_conditioning import ClassEmbedding, untold, with_class
 from models.layers import RotaryFrequencies, SigmaEmbedding, TokenEmbedding, modulate, zero_linear
@@ -51,7 +54,7 @@ class OutputLayer(Head):
         return modulate(self.norm_final(x_BLD), shift, scale)
 
 
-class DiT(BlockStreams, Recomputing):
+class DiT(BlockStreams, Recomputing, Backbone):
     """tokens, sigma -> logits, in two steps so that callers pay for the vocabulary only where they need it.
 
     `encode(tokens_BL, sigma_B)` gives the normed hidden states (B, L, D); `head(hidden)` projects any selection of
@@ -63,7 +66,7 @@ class DiT(BlockStreams, Recomputing):
     network can be told the class of each text (`class_id`, -1 for none) through adaLN and an output bias.
     """
 
-    causal, encodes_positions = False, True
+    encodes_positions = takes_classes = reads_blocks = True
 
     def __init__(
         self,
@@ -115,6 +118,11 @@ class DiT(BlockStreams, Recomputing):
         return {"embeddings": [self.vocab_embed], "conditioning": conditioning, "blocks": [self.blocks],
                 "head": [self.output_layer]}  # fmt: skip
 
+    @property
+    def order(self) -> Sequence[nn.Module]:
+        """The blocks in the order in which a text passes them: the one place that says so. Some may come again."""
+        return self.blocks
+
     def encode(
         self,
         tokens_BL: Tensor,
@@ -130,14 +138,14 @@ class DiT(BlockStreams, Recomputing):
         rotary = rotary_angles(self.rotary_emb.inv_freq, tokens_BL.shape[1])
         key_mask_BL = attention_mask if self.mask_padding else None
         x_BLD = self.vocab_embed(tokens_BL)
-        for block in self.blocks[:-1]:
+        for block in self.order[:-1]:
             x_BLD = self.through(block, x_BLD, c_BC, rotary, key_mask_BL)
         if at_BL is None:
-            last_BLD = self.through(self.blocks[-1], x_BLD, c_BC, rotary, key_mask_BL)
+            last_BLD = self.through(self.order[-1], x_BLD, c_BC, rotary, key_mask_BL)
             last_BLD = self.output_layer.normed(last_BLD, c_BC)
             return with_class(last_BLD, class_id, self.num_classes) if self.num_classes else last_BLD
         at_BQ, here_BQ = queried(at_BL)
-        hidden_BQD = self.through(self.blocks[-1], x_BLD, c_BC, rotary, key_mask_BL, at_BQ)
+        hidden_BQD = self.through(self.order[-1], x_BLD, c_BC, rotary, key_mask_BL, at_BQ)
         hidden_BQD = self.output_layer.normed(hidden_BQD, c_BC)
         hidden_BQD = with_class(hidden_BQD, class_id, self.num_classes) if self.num_classes else hidden_BQD
         return hidden_BQD[here_BQ]

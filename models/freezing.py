@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
+from models.backbone import Backbone
 
-def freeze(backbone: nn.Module, names: Sequence[str] | None) -> None:
+
+def freeze(backbone: Backbone, names: Sequence[str] | None) -> None:
     """Freeze the parts of `backbone` (its `parts`) of these names.
 
     Raises:
@@ -19,7 +21,7 @@ def freeze(backbone: nn.Module, names: Sequence[str] | None) -> None:
     if isinstance(names, str | bool | int | float):
         part = "blocks" if isinstance(names, bool) else names
         raise ValueError(f"training.freeze={names} must be a list: training.freeze=[{part}]")
-    if not hasattr(backbone, "parts"):
+    if not backbone.parts:
         raise ValueError(f"training.freeze: {type(backbone).__name__} names no parts to freeze; leave it out")
     parts = {name: [p for module in modules for p in module.parameters()] for name, modules in backbone.parts.items()}
     for name in names:

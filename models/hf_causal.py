@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
 
 import models.hf_published as published
+from models.backbone import Backbone
 from models.checkpoints import Checkpoint
 from models.hf_published import KEY
 from models.kv_cache import Room
@@ -32,7 +33,7 @@ class TrunkCache(Room):
         self.batch_size, self.capacity, self.length = batch_size, capacity, 0
 
 
-class HFCausal(nn.Module):
+class HFCausal(Backbone):
     """tokens -> logits of the token after each, in two steps: `encode(tokens_BL)`, then `head(hidden)` where needed.
 
     The noise level and the padding mask are taken because every backbone is called with them, and change nothing:
@@ -50,7 +51,7 @@ class HFCausal(nn.Module):
             head.
     """
 
-    causal, encodes_positions, num_classes = True, False, 0
+    causal = recomputes = True
 
     def __init__(
         self,

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel
 
 import models.hf_published as published
+from models.backbone import Backbone
 from models.checkpoints import Checkpoint
 from models.hf_published import KEY
 
@@ -27,7 +28,7 @@ _KIND = published.Kind("hf_mlm", AutoModelForMaskedLM, "masked language model", 
 _WIDTHS = ("intermediate_size", "hidden_dim")  # of a block's inner layer, as the library's configurations call it
 
 
-class HFMaskedLM(nn.Module):
+class HFMaskedLM(Backbone):
     """tokens -> logits of the token at each place, in two steps: `encode(tokens_BL)`, then `head(hidden)` where needed.
 
     `encode` is the library's whole forward pass with the last linear layer of its head taken out, so that the head's
@@ -47,7 +48,7 @@ class HFMaskedLM(nn.Module):
             its logits by more than a linear layer at its end.
     """
 
-    causal, encodes_positions, num_classes = False, False, 0
+    recomputes = True
 
     def __init__(
         self,

@@ -105,7 +105,7 @@ class HiddenStates:
         lengths = np.array([len(ids) for ids in passages.ids])
         order = np.argsort(lengths, kind="stable")
         # A network that looks at padding would see how long the others are.
-        sees_padding = not getattr(self.network, "mask_padding", True) and not self.network.causal
+        sees_padding = not self.network.mask_padding and not self.network.causal
         groups = np.split(order, np.flatnonzero(np.diff(lengths[order])) + 1) if sees_padding else [order]
         batches = [group[start : start + self.batch_size]
                    for group in groups for start in range(0, len(group), self.batch_size)]  # fmt: skip

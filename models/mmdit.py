@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention import head_width, resolve_backend, rotary_angles
+from models.backbone import Backbone
 from models.class_conditioning import ClassEmbedding, untold, with_class
 from models.dit import DiT, OutputLayer
 from models.layers import RotaryFrequencies, SigmaEmbedding, TokenEmbedding
@@ -27,7 +28,7 @@ from models.transformer import Rotary, queried
 _OF_LATENTS = ("latent_input.", "latent_output.", "times.")
 
 
-class MMDiT(Recomputing):
+class MMDiT(Recomputing, Backbone):
     """Tokens with their noise level, latents with theirs -> what is behind both, in one pass.
 
     Text: rotary positions, padding hidden as in the DiT. Latents: K tokens of S numbers without a place in the text:
@@ -53,7 +54,7 @@ class MMDiT(Recomputing):
         ValueError: there are no latents, or widths that do not fit.
     """
 
-    causal, encodes_positions = False, True
+    encodes_positions = takes_classes = reads_latents = True
 
     def __init__(
         self,

@@ -8,25 +8,27 @@ from collections.abc import Callable
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from models.backbone import Backbone
 
-def recompute_blocks(backbone: nn.Module) -> None:
+
+def recompute_blocks(backbone: Backbone) -> None:
     """Let `backbone` do so from now on, in training only.
 
     Raises:
         ValueError: it can not.
     """
-    switch = getattr(backbone, "recompute_blocks", None)
-    if switch is None:
+    if not backbone.recomputes:
         raise ValueError(
             f"training.gradient_checkpointing=true: {type(backbone).__name__} can not compute its blocks again; leave "
             "it out"
         )
-    switch()
+    backbone.recompute_blocks()
 
 
 class Recomputing(nn.Module):
     """What networks with repeated blocks inherit: the switch, and `through`, which runs a block under it."""
 
+    recomputes = True
     recomputing = False
 
     def recompute_blocks(self) -> None:

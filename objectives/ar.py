@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from denoisers import CausalDenoiser
-from objectives.base import Backbone, Batch, BoundTo, TokenLoss, context, spread
+from objectives.base import Backbone, Batch, BoundTo, Objective, TokenLoss, context, spread
 from objectives.noising import Noising
 from objectives.projection import cross_entropy, log_probs
 from process import Absorbing
@@ -26,17 +26,13 @@ class CausalModel(BoundTo, CausalDenoiser):
         return self.objective.next_token(self.backbone, new_Bn, cache, **cond)
 
 
-class AR:
+class AR(Objective):
     """-log p(x) = -sum over i of log p(x_i | x_<i), exact. The first token of a row (BOS) and a given beginning (a
     prompt) are context, not scored; an EOS is scored, since a causal network can not have seen it, and the fill behind
     it is not, since the text has ended there. The mask token has no mass."""
 
-    processes = (Absorbing,)
     binds_to = CausalModel
-    exact, causal, first_given = True, True, True
-    loss_name = "nll"
-    encodes = 1
-    streams = 1
+    exact = causal = first_given = True
     clean_text_costs_nothing = False
 
     def __init__(self, process: Absorbing) -> None:
@@ -54,10 +50,6 @@ class AR:
                 "likelihood is exact; use eval.estimator=auto"
             )
         return self
-
-    def model(self, backbone: Backbone) -> CausalModel:
-        """Bind the objective to a network."""
-        return CausalModel(self, backbone)
 
     def loss(self, backbone: Backbone, batch: Batch, generator: KeyedNoise | None = None) -> TokenLoss:
         x_BL, mask_BL = batch["input_ids"], batch.get("attention_mask")

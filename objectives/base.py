@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol, Self
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from denoisers import Denoiser
+from models.backbone import Backbone
 from noise_schedule import NoiseSchedule
 from objectives.noising import Bernoulli, ExactCount, Noising
 from process import Absorbing, Process
@@ -50,43 +51,53 @@ class TokenLoss:
         return self.total() / self.mask_BL.sum().clamp(min=1)
 
 
-class Backbone(Protocol):
-    """A network in two parts, so that the vocabulary is paid for only where it is needed."""
+class Objective(ABC):
+    """A training law: it owns what the network's output means. Its attributes say what it needs and offers.
 
-    head: torch.nn.Linear
-    causal: bool
-    encodes_positions: bool  # `encode` takes `at_BL` and gives the hidden states of those positions alone, for less
+    Attributes:
+        processes: that it can be trained on; `process` is the one of these.
+        binds_to: what `model` gives, so which denoiser it offers (denoisers.py).
+        exact: the loss is -log p itself, not a bound drawn at random.
+        causal: it needs a backbone that sees the left side only, and decides itself where a text ends.
+        first_given: the first token of a row is context: neither masked nor scored.
+        encodes: network evaluations of one pass. streams: times that an evaluation reads the text.
+        clean_text_costs_nothing: the integrand of a bound is 0 where nothing was corrupted.
+        independent_unmasking: the chance of being unmasked is the schedule's alone, not the network's.
+        reads_segments: it makes use of where the parts of a text end (`segment_ends` of a batch).
+        T: 0 for continuous time, else the number of steps. noising: how t and masks are drawn; None for nothing drawn.
+        sampling_eps: the mask rates that a training draws from, where they change during it, and `search`, how.
+        loss_name: what the mean of the loss is called.
+    """
 
-    blocks: Iterable[torch.nn.Module]  # the repeated part: what strategy=fsdp shares out piece by piece
-    num_classes: int  # that it can be told, as `class_id`; 0: it knows of none
-    parts: Mapping[str, Iterable[torch.nn.Module]]  # what training.freeze can name
-
-    def encode(self, tokens_BL: Tensor, sigma_B: Tensor, attention_mask: Tensor | None = None) -> Tensor: ...
-
-
-class Objective(Protocol):
-    """A training law: it owns what the network's output means."""
-
-    processes: tuple[type[Process], ...]  # that it can be trained on; `process` is the one of these
-    binds_to: type[BoundTo]  # what `model` gives, so which denoiser it offers (denoisers.py)
+    processes: tuple[type[Process], ...] = (Absorbing,)
+    binds_to: type[BoundTo]
     process: Process
-    exact: bool  # the loss is -log p itself, not a bound drawn at random
-    causal: bool  # it needs a backbone that sees the left side only, and decides itself where a text ends
-    first_given: bool  # the first token of a row is context: neither masked nor scored
-    encodes: int  # network evaluations of one pass
-    streams: int  # times that an evaluation reads the text
-    clean_text_costs_nothing: bool  # the integrand of a bound is 0 where nothing was corrupted
-    loss_name: str
+    exact = causal = first_given = independent_unmasking = reads_segments = False
+    clean_text_costs_nothing = True
+    encodes = streams = 1
+    T = 0
+    noising: Noising | None = None
+    sampling_eps: tuple[float, float] | None = None
+    search: object | None = None
+    loss_name = "nll"
 
-    def loss(self, backbone: Backbone, batch: Batch, generator: KeyedNoise | None = None) -> TokenLoss: ...
+    @abstractmethod
+    def loss(self, backbone: Backbone, batch: Batch, generator: KeyedNoise | None = None) -> TokenLoss:
+        """Return the loss of every token, under noise of `generator`."""
 
+    @abstractmethod
     def denoise(
         self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, at_BL: Tensor | None = None, **cond: Tensor
-    ) -> Tensor: ...
+    ) -> Tensor:
+        """Return log p(x_0 | x_t): (B, L, V), or (N, V) for the N positions of `at_BL` in row-major order."""
 
-    def bound(self, noising: Noising | None) -> Objective: ...
+    @abstractmethod
+    def bound(self, noising: Noising | None) -> Objective:
+        """Return the same objective for measuring, whatever training weighs, under `noising` (None: the sharpest)."""
 
-    def model(self, backbone: Backbone) -> BoundTo: ...
+    def model(self, backbone: Backbone) -> BoundTo:
+        """Bind the objective to a network: what samplers and estimators are given."""
+        return self.binds_to(self, backbone)
 
 
 class BoundTo:
@@ -123,7 +134,7 @@ class Model(BoundTo, Denoiser):
         return self.objective.reverse(self.backbone, x_BL, t_B, s_B, at_BL, **cond)
 
 
-class TokenDiffusion(ABC):
+class TokenDiffusion(Objective):
     """What objectives of the masking process share: where they look, and how the looks are averaged.
 
     Args:
@@ -133,13 +144,8 @@ class TokenDiffusion(ABC):
         T: 0 for continuous time, else the number of steps of the discrete-time loss.
     """
 
-    processes: tuple[type[Process], ...] = (Absorbing,)
-    binds_to: type[BoundTo] = Model
-    exact, causal, first_given = False, False, False
-    encodes, streams = 1, 1
+    binds_to = Model
     loss_weight = "elbo"
-    independent_unmasking = False  # the chance of being unmasked is the schedule's alone, not the network's
-    clean_text_costs_nothing = True  # the integrand is 0 where nothing was corrupted
 
     def __init__(
         self,
@@ -185,10 +191,6 @@ class TokenDiffusion(ABC):
             )
         return other
 
-    def model(self, backbone: Backbone) -> Model:
-        """Bind the objective to a network: what samplers and estimators are given."""
-        return self.binds_to(self, backbone)
-
     def _check_noising(self) -> None:
         if self.noising.counts and not self.clean_text_costs_nothing:
             raise ValueError(
@@ -226,12 +228,6 @@ class TokenDiffusion(ABC):
     @abstractmethod
     def loss_at(self, backbone: Backbone, batch: Batch, xt_BL: Tensor, t_B: Tensor) -> TokenLoss:
         """The bound's integrand for a given x_t and t; logs are (B,)."""
-
-    @abstractmethod
-    def denoise(
-        self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, at_BL: Tensor | None = None, **cond: Tensor
-    ) -> Tensor:
-        """log p(x_0 | x_t): (B, L, V), or (N, V) for the N positions where `at_BL` is True, in row-major order."""
 
     def reverse(
         self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, s_B: Tensor, at_BL: Tensor, **cond: Tensor

@@ -19,6 +19,7 @@ from objectives.base import (
     Backbone,
     Batch,
     Model,
+    Objective,
     TokenDiffusion,
     TokenLoss,
     context,
@@ -57,7 +58,7 @@ class BlockModel(Model, BlockDenoiser):
         self.backbone.remember_segment(clean_BW, here_BW, cache, **told)
 
 
-class BlockDiffusion:
+class BlockDiffusion(Objective):
     """-log p(x) = sum over blocks b of -log p(x^b | x^<b), each bounded by the loss of masked diffusion within the
     block (eq. 3 and 7). With one block that is masked diffusion; with blocks of one token there is nothing left to
     draw: the block is masked, and the loss is -log p(x_i | x_<i) itself.
@@ -74,9 +75,8 @@ class BlockDiffusion:
         search: how these are chosen again at every validation; None: they are not.
     """
 
-    processes = (Absorbing,)
     binds_to = BlockModel
-    causal = False
+    reads_segments = True
     streams = 2  # noised and clean
 
     def __init__(
@@ -168,10 +168,6 @@ class BlockDiffusion:
         other = copy.copy(self)
         other.within = self.within.bound(noising)
         return other
-
-    def model(self, backbone: Backbone) -> BlockModel:
-        """Bind the objective to a network."""
-        return BlockModel(self, backbone)
 
     def loss(self, backbone: Backbone, batch: Batch, generator: KeyedNoise | None = None) -> TokenLoss:
         """The sum over blocks: every block is a row of its own, with noise of its own, behind its clean past."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from denoisers import JointDenoiser
 from gaussian_process import LatentPrediction
 from noise_schedule import NoiseSchedule
-from objectives.base import Backbone, Batch, Model, TokenLoss, counted_mask, fresh_noise, scored_mask
+from objectives.base import Backbone, Batch, Model, Objective, TokenLoss, counted_mask, fresh_noise, scored_mask
 from objectives.gaussian import EARLIEST, LATEST, GaussianDiffusion, LatentLoss
 from objectives.noising import Noising
 from objectives.subs import Subs
@@ -63,7 +63,7 @@ class JointModel(Model, JointDenoiser):
         return self.objective.denoise_both(self.backbone, x_BL, t_B, at_BL, latent_BKD, latent_t_B, **cond)
 
 
-class JointDiffusion:
+class JointDiffusion(Objective):
     """The joint objective. Over the rows of an optimizer step it sums text_weight times the nats of a row's text (the
     SUBS bound) and latent_weight times the row's latent loss counted as `latent_tokens` tokens, where each is learned,
     and divides by the step's tokens: a mean over tokens, for texts that fill their rows nats per token plus latent loss
@@ -84,11 +84,8 @@ class JointDiffusion:
         ValueError: weights that are none.
     """
 
-    processes = (Absorbing,)
     binds_to = JointModel
-    exact, causal, first_given, encodes, streams = False, False, False, 1, 1
     loss_weight = "elbo"
-    clean_text_costs_nothing = True
 
     def __init__(
         self,
@@ -143,10 +140,6 @@ class JointDiffusion:
         other = copy.copy(self)
         other.text, other.measures = self.text.bound(noising), True
         return other
-
-    def model(self, backbone: Backbone) -> JointModel:
-        """Bind the objective to a network."""
-        return JointModel(self, backbone)
 
     def loss_at(self, backbone: Backbone, batch: Batch, xt_BL: Tensor, t_B: Tensor) -> TokenLoss:
         """The integrand of the text's bound, given the latent of the batch."""

@@ -42,7 +42,7 @@ class Resample(Step):
         self, model: Denoiser, trace: Trace, noise: KeyedNoise, *, steps: int,
         choice: TokenChoice = TokenChoice(),  # noqa: B008 - frozen
         noise_removal: bool = True, eps: float = 1e-5,
-        corrector_steps: int = 0, corrector_tokens: int = 1, corrector: str = "informed",
+        corrector_steps: int = 0, corrector_tokens: int = 1, corrector: str = "random",
     ) -> None:  # fmt: skip
         if corrector_steps < 0 or corrector_tokens < 1 or corrector not in CORRECTORS:
             raise ValueError(

@@ -16,6 +16,7 @@ from diffusion import Diffusion
 from estimators.base import Estimator, Measured
 from metrics import Estimate, Units, ratio
 from objectives.base import Batch, Model
+from objectives.joint import JointDiffusion
 from reporting.report import Metric, Report
 from tasks.base import row_numbers
 from tasks.latent_measures import partners
@@ -64,9 +65,9 @@ _ABOUT = (
 def untrained_marginal(objective: object) -> str:
     """What to know of the likelihood of texts alone, where the network learned texts only from their latents, or none;
     empty where it learned them without, or next to without, as in mode joint."""
-    modes = getattr(objective, "shares", None)
-    if modes is None or {"text", "joint"} & set(modes):
+    if not isinstance(objective, JointDiffusion) or {"text", "joint"} & set(objective.shares):
         return ""
+    modes = objective.shares
     return (f"The modes of this training ({', '.join(modes)}) never hide a text's latent, so that the likelihood of "
             "texts alone is that of something which was not learned.")  # fmt: skip
 

@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "machine": {"dataloader", "engine"},
     "classification": {"classification", "metrics"},
     "dataloader": {"text"},
-    "objectives": {"objectives", "denoisers", "process", "gaussian_process", "noise_schedule"} | SHARED,
+    "objectives": {"objectives", "models", "denoisers", "process", "gaussian_process", "noise_schedule"} | SHARED,
     "samplers": {"samplers", "denoisers", "process", "gaussian_process", "noise_schedule"} | SHARED,
     "estimators": {"estimators", "denoisers", "objectives", "samplers", "process"} | SHARED,
     "diffusion": {"engine", "denoisers", "objectives", "process", "models"} | SHARED,

@@ -51,7 +51,7 @@ class ExactDenoiser(nn.Module):
         vocab_size: number of ids.
     """
 
-    causal, encodes_positions, num_classes, blocks = False, True, 0, ()
+    encodes_positions = True
 
     def __init__(
         self, grammars: Sequence[FiniteStateGrammar], id_of_token: Mapping[str, int], mask_id: int, vocab_size: int
