@@ -176,6 +176,78 @@ class LatentGuided(Wrapped):
         )
 
 
+class ClassGuided(Wrapped):
+    """Classifier-free guidance towards a class (D-CFG, Schiff et al., arXiv 2412.10193, section 3.3): log p(. | class)
+    to the power `weight` times log p(.) to the power 1 - weight, normalised. Weight 1 is the conditional distribution,
+    0 the unconditional one.
+
+    Where the schedule alone decides when a mask goes the prediction of the clean tokens is mixed, which leaves it so;
+    else the distribution of one step back.
+    """
+
+    def __init__(self, inner: Denoiser, class_id: int, weight: float) -> None:
+        super().__init__(inner)
+        self.class_id, self.weight = class_id, weight
+        self.independent_unmasking = inner.independent_unmasking
+        self.evaluations = inner.evaluations * (1 if weight in (0, 1) else 2)
+
+    def denoise(self, x_BL: Tensor, t_B: Tensor | None, at_BL: Tensor | None = None, **cond: Tensor) -> Tensor:
+        told = {**cond, "class_id": torch.full_like(x_BL[:, 0], self.class_id)}
+        return guided(
+            lambda: self.inner.denoise(x_BL, t_B, at_BL, **told),
+            lambda: self.inner.denoise(x_BL, t_B, at_BL, **cond),
+            self.weight,
+        )
+
+    def reverse(self, x_BL: Tensor, t_B: Tensor, s_B: Tensor, at_BL: Tensor, **cond: Tensor) -> Tensor:
+        if self.independent_unmasking:
+            return super().reverse(x_BL, t_B, s_B, at_BL, **cond)
+        told = {**cond, "class_id": torch.full_like(x_BL[:, 0], self.class_id)}
+        return guided(
+            lambda: self.inner.reverse(x_BL, t_B, s_B, at_BL, **told),
+            lambda: self.inner.reverse(x_BL, t_B, s_B, at_BL, **cond),
+            self.weight,
+        )
+
+
+class ClassifierGuided(Wrapped):
+    """Classifier-based guidance towards a class, to first order (D-CBG, arXiv 2412.10193, section 3.4): log p(.) plus
+    `weight` times the change of log p(class | text) that a token makes, normalised.
+
+    The classifier is naive Bayes on the tokens that are not blank, so it needs no training of its own and fits any
+    network. Its log-odds are linear in the tokens; of their logarithm's normaliser the first order is taken.
+
+    Args:
+        log_p_CV: log p(token | class). log_prior_C: log p(class).
+    """
+
+    def __init__(
+        self, inner: Denoiser, class_id: int, weight: float, log_p_CV: Tensor, log_prior_C: Tensor
+    ) -> None:  # fmt: skip
+        super().__init__(inner)
+        self.class_id, self.weight, self.evaluations = class_id, weight, inner.evaluations
+        self.independent_unmasking = inner.independent_unmasking
+        self.log_p_CV, self.log_prior_C = log_p_CV.double(), log_prior_C.double()
+
+    def denoise(self, x_BL: Tensor, t_B: Tensor | None, at_BL: Tensor | None = None, **cond: Tensor) -> Tensor:
+        return self._tilted(self.inner.denoise(x_BL, t_B, at_BL, **cond), x_BL, at_BL)
+
+    def reverse(self, x_BL: Tensor, t_B: Tensor, s_B: Tensor, at_BL: Tensor, **cond: Tensor) -> Tensor:
+        if self.independent_unmasking:
+            return super().reverse(x_BL, t_B, s_B, at_BL, **cond)
+        return self._tilted(self.inner.reverse(x_BL, t_B, s_B, at_BL, **cond), x_BL, at_BL)
+
+    def _tilted(self, log_p: Tensor, x_BL: Tensor, at_BL: Tensor | None) -> Tensor:
+        if self.weight == 0:
+            return log_p
+        seen_BL = x_BL != self.process.blank_id
+        said_CBL = self.log_p_CV[:, x_BL.clamp(min=0)] * seen_BL
+        p_BC = (said_CBL.sum(-1).T + self.log_prior_C).softmax(-1)
+        gain_BV = self.log_p_CV[self.class_id] - p_BC @ self.log_p_CV
+        gain = gain_BV[:, None].expand(*x_BL.shape, -1) if at_BL is None else gain_BV[at_BL.nonzero()[:, 0]]
+        return (log_p.double() + self.weight * gain).log_softmax(-1)
+
+
 def guided(told: Callable[[], Tensor], untold: Callable[[], Tensor], weight: float) -> Tensor:
     """Return log p_u + weight (log p_c - log p_u), normalised; (..., V), float64 where two predictions are mixed.
 

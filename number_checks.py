@@ -200,7 +200,7 @@ _TABLE: tuple[tuple[Setting, str], ...] = (
     (list_of(NAME, 0, "[unsupervised]"), "unlabelled"),
     (maybe(list_of(NAME, 1, "[embeddings,blocks]")), "freeze"),
     (maybe(either(NAME, list_of(NAME, 0, "[first,second]"))), "tags"),
-    (maybe(either(whole(0), NAME)), "edit_class edit.to_class"),
+    (maybe(either(whole(0), NAME)), "edit_class edit.to_class classify.class to_class"),
     (maybe(either(whole(0), TEXT)), "version"),
     # arguments of lightning.Trainer
     (one_of("auto", "cpu", "gpu", "cuda"), "accelerator"),

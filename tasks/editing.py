@@ -67,17 +67,17 @@ def _by_centroids(
     return slerp(source_MW, target_MW, rules.alpha) if rules.target == "slerp" else target_MW
 
 
-def class_number(to_class: int | str | None, names: Sequence[str]) -> int | None:
+def class_number(to_class: int | str | None, names: Sequence[str], key: str = "sampling.edit_class") -> int | None:
     """Of the class that is named, None where none is.
 
     Raises:
         ValueError: there is no such class.
     """
     known = {None: None, **{str(k): k for k in range(len(names))}, **{name: k for k, name in enumerate(names)}}
-    key = None if to_class is None else str(to_class)
-    if key not in known:
-        raise ValueError(f"sampling.edit_class={to_class} is none of the classes of these texts: {', '.join(names)}")
-    return known[key]
+    typed = None if to_class is None else str(to_class)
+    if typed not in known:
+        raise ValueError(f"{key}={to_class} is none of the classes of these texts: {', '.join(names)}")
+    return known[typed]
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from reporting.denoising import Sample
 from reporting.report import Metric, Report
 from tasks.base import Experiment, write_results
 from tasks.blanks import Template
@@ -15,8 +16,9 @@ from tasks.directions import Directed, both, l2t, sample_direction, t2l
 from tasks.drawing import Drawn, decoded, draw_on_all
 from tasks.editing import edit
 from tasks.generative_perplexity import CausalScorer
+from tasks.guidance import Guidance, of_class
 from tasks.prompted import Asked, complete_prompts
-from tasks.sample_quality import compare, real_texts
+from tasks.sample_quality import Comparison, compare, real_texts
 from tasks.watching import Views, described
 
 
@@ -36,15 +38,17 @@ def sample_eval(
     experiment: Experiment, *, checkpoint_path: str, disable_ema: bool, num_batches: int | None,
     num_samples: int | None, num_shown: int, split: str | None, samples_per_prompt: int,
     compute_generative_perplexity: bool, scorer_name: str, perplexity_batch_size: int, views: Views, directed: Directed,
+    guided: Guidance,
 ) -> dict[str, object]:  # fmt: skip
     """Draw `num_samples` texts (None: `num_batches` batches of `loader.eval_batch_size`), shared out over all devices;
     hold them against as many real ones of `split` (None: against nothing); write samples.jsonl, results.json,
     report.html and what `views` asks for of the first `num_shown`. Where texts have prompts, so many of those of
     `split` (both None: all) are completed instead and the completions judged (tasks/prompted.py). directed: of texts
-    with latents, what is drawn from what (tasks/directions.py)."""
+    with latents, what is drawn from what (tasks/directions.py). guided: towards which class."""
     if num_batches is not None and num_batches < 1:
         raise ValueError(f"sampling.num_sample_batches={num_batches} must be at least 1")
     data = experiment.data()
+    class_id = guided.number(data)
     number = num_samples or (num_batches and num_batches * data.eval_batch_size)
     if data.prompted:
         asked = Asked(split, number, samples_per_prompt, num_shown)
@@ -61,33 +65,49 @@ def sample_eval(
     # What can be missing is looked for before the sampling, which may take hours.
     scorer = CausalScorer.load(scorer_name, perplexity_batch_size) if compute_generative_perplexity else None
     diffusion = experiment.trained(data, checkpoint_path, disable_ema).eval()
+    drawing = guided.of(experiment.drawing, diffusion, data)
+    data = data if class_id is None else experiment.data(class_id)
     real = real_texts(data, split, number, experiment.seed)
-    with views.watcher(max(num_shown, 1), diffusion, data, experiment.drawing) as watching:
+    with views.watcher(max(num_shown, 1), diffusion, data, drawing) as watching:
         drawn = draw_on_all(
-            experiment.trainer("sample_eval"), diffusion, data, experiment.drawing, number, data.eval_batch_size,
+            experiment.trainer("sample_eval"), diffusion, data, drawing, number, data.eval_batch_size,
             experiment.seed, watching,
         )  # fmt: skip
     folder = experiment.folder() / "sample_eval"
     folder.mkdir(parents=True, exist_ok=True)
-    write_samples(folder / "samples.jsonl", drawn, experiment.drawing.given, data.tokenizer)
+    write_samples(folder / "samples.jsonl", drawn, drawing.given, data.tokenizer)
     if scorer:
         scorer.to(diffusion.device)
     comparison = compare([text.ids for text in drawn], real, data, scorer)
     evaluations = float(np.mean([text.evaluations for text in drawn]))
     results = {**comparison.results(), "network_evaluations_per_sample": evaluations}
-    known = {**experiment.protocol, **experiment.drawing.protocol}
+    texts = [decoded(text, drawing.given, data.tokenizer) for text in drawn]
+    results |= {} if class_id is None else of_class(experiment.truth, texts, class_id)
+    known = {**experiment.protocol, **drawing.protocol}
     write_results(folder, {**results, "protocol": known, "command": experiment.command})
-    report = Report("Samples", f"{len(drawn)} texts out of masks", experiment.command, experiment.facts)
-    comparison.report(report, [Metric("network evaluations", evaluations, None, "per sample")])
-    how = described(experiment.drawing.protocol)
-    report.section("Texts", f"Drawn by {how}.")
-    samples = watching.samples(drawn[: max(num_shown, 1)], data.tokenizer)
-    report.samples(samples)
-    report.code(experiment.settings, "configuration")
-    report.write(folder / "report.html")
+    how, samples = described(drawing.protocol), watching.samples(drawn[: max(num_shown, 1)], data.tokenizer)
+    _report(experiment, results, comparison, samples, how).write(folder / "report.html")
     seen = views.write(folder, samples, how, experiment.command)
-    for text in drawn[watching.read : num_shown]:
-        print(f"\n{decoded(text, experiment.drawing.given, data.tokenizer)}")
+    for text in texts[watching.read : num_shown]:
+        print(f"\n{text}")
     print(f"\n{comparison}\ndrawn by {how}, {evaluations:.1f} network evaluations per sample")
+    if "possible" in results:
+        print(f"{results['possible']:.1%} are possible texts, of these {results['of_the_class']:.1%} of the class")
     print(*[folder / "report.html", *seen], sep="\n")
     return results
+
+
+def _report(
+    experiment: Experiment, results: dict[str, object], comparison: Comparison, samples: list[Sample], how: str
+) -> Report:
+    evaluations = results["network_evaluations_per_sample"]
+    beside = [Metric("network evaluations", evaluations, None, "per sample")]
+    if "possible" in results:
+        beside.append(Metric("possible texts", 100 * results["possible"], None, "%", "by the corpus itself"))
+        beside.append(Metric("of the class", 100 * results["of_the_class"], None, "%", "of these, by exact posterior"))
+    report = Report("Samples", f"{len(samples)} of the texts out of masks", experiment.command, experiment.facts)
+    comparison.report(report, beside)
+    report.section("Texts", f"Drawn by {how}.")
+    report.samples(samples)
+    report.code(experiment.settings, "configuration")
+    return report

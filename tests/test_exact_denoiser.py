@@ -15,13 +15,15 @@ from estimators.ordered import Ordered
 from noise_schedule import Cosine, LogLinear
 from objectives.base import Model
 from objectives.d3pm import D3PM
+from objectives.gidd import GIDD
 from objectives.noising import Bernoulli, Complementary, ExactCount, TiltedCount
 from objectives.sedd import SEDD
 from objectives.subs import Subs
-from process import Absorbing
+from objectives.udlm import UDLM
+from process import Absorbing, Hybrid, Uniform
 from samplers.ordered import ORDERS
 from tests.exact import MASK, ExactModel, Reviews, for_sedd
-from text.exact_denoiser import ExactDenoiser
+from text.exact_denoiser import ExactDenoiser, ExactLeaveOneOut
 from text.grammar import FiniteStateGrammar, chain, weighted
 from text.reviews import tokens
 
@@ -113,9 +115,23 @@ def test_steps_that_unmask_several_tokens_cost_nats_and_never_gain_any(reviews, 
     assert value > reviews.nats(texts[:1])[0] + least_gap - 5 * se
 
 
-def _mean(model: Model, noising: object, batch: dict) -> tuple[float, float]:
+@pytest.mark.parametrize("kind", ["uniform", "hybrid"])
+def test_the_bound_of_the_exact_leave_one_out_posterior_is_the_truth(reviews, texts, kind):
+    """For processes whose noise is other tokens, over the embedded corpus."""
+    size = reviews.vocab_size
+    process = Uniform(size) if kind == "uniform" else Hybrid(MASK, size, 0.2)
+    network = ExactLeaveOneOut(reviews.grammar.grammars, reviews.id_of_token, MASK, size, process)
+    law = (UDLM if kind == "uniform" else GIDD)(LogLinear(), process)
+    row = reviews.batch(texts[:1])
+    inside = ~row["given"]
+    inner = {"input_ids": row["input_ids"][inside][None], "sample_id": torch.arange(1)}  # the text alone: all is noised
+    value, se = _mean(law.model(network), None, inner, draws=128)
+    assert abs(value - reviews.nats(texts[:1])[0]) < 5 * se and se < 1.5
+
+
+def _mean(model: Model, noising: object, batch: dict, draws: int = DRAWS // 4) -> tuple[float, float]:
     """Mean and standard error of the bound of one text, over strata of independent repetitions."""
     rows = {name: value.expand(16, -1) for name, value in batch.items() if name != "sample_id"}
     rows["sample_id"] = torch.arange(16)
-    nats_B = Nelbo(noising)(model, rows, 7, DRAWS // 4).nll_BK.mean(1)
+    nats_B = Nelbo(noising)(model, rows, 7, draws).nll_BK.mean(1)
     return float(nats_B.mean()), float(nats_B.std() / math.sqrt(len(nats_B)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from types import SimpleNamespace
 
 import numpy
@@ -24,6 +25,7 @@ from process import Uniform
 from randomness import KeyedNoise, evaluation_noise
 from samplers import uniform
 from samplers.base import time_grid
+from samplers.trace import Trace
 from tests.laws import assert_follows
 
 V, L = 3, 2
@@ -247,3 +249,68 @@ def test_the_chunked_projection_has_the_plain_gradients(random_dit, monkeypatch)
         found.append([loss.detach(), *(parameter.grad.clone() for parameter in net.parameters())])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+# -------------------------------------------------------------------------------- correctors
+
+
+def test_one_token_drawn_again_given_the_others_keeps_the_distribution():
+    """By enumeration: the mean over places of a Gibbs update leaves the distribution of x_t as it is."""
+    torch.manual_seed(9)
+    p_M, alpha = torch.rand(V**L).double() ** 3, torch.tensor(0.6).double()
+    p_M /= p_M.sum()
+    texts, process, bayes = every_text(), Uniform(V), Bayes(p_M)
+    same_SM = (texts[:, None] == texts[None]).double()
+    q_S = ((alpha * same_SM + (1 - alpha) / V).prod(-1) * p_M).sum(1)  # of x_t
+    log_others_SLV = bayes(texts, alpha.expand(len(texts)))
+    after_S = torch.zeros_like(q_S)
+    for place in range(L):
+        here_S = texts[:, place]
+        log_p_SV = process.with_own_token(here_S, log_others_SLV[:, place], alpha.expand(len(texts)))
+        again_SV = process.conditional(here_S, log_p_SV, alpha.expand(len(texts))).exp()
+        for token in range(V):
+            moved = texts.clone()
+            moved[:, place] = token
+            target = (moved[:, None] == texts[None]).all(-1).double()
+            after_S += (q_S * again_SV[:, token]) @ target / L
+    torch.testing.assert_close(after_S, q_S)
+
+
+def test_a_corrector_mends_what_few_steps_get_wrong():
+    torch.manual_seed(6)
+    p_M = torch.rand(V**L).double() ** 3
+    p_M /= p_M.sum()
+    model, rows = Model(BayesUDLM(Bayes(p_M), LogLinear().complete), NO_NETWORK), 20_000
+    draw = partial(uniform.sample, model, torch.full((rows, L), -1), steps=2, noise_removal=False)
+    plain = draw(KeyedNoise(2, torch.arange(rows)))
+    corrected = draw(KeyedNoise(2, torch.arange(rows)), corrector_steps=30)
+    at_once = draw(KeyedNoise(2, torch.arange(rows)), corrector_steps=30, corrector_tokens=L)
+
+    def distance(ids_BL: torch.Tensor) -> float:
+        place_B = (ids_BL * torch.tensor([V, 1])).sum(-1)
+        return float((torch.bincount(place_B, minlength=V**L) / rows - p_M).abs().sum())
+
+    assert (corrected.evaluations_B == 62).all() and distance(plain.ids_BL) > 0.1
+    assert distance(corrected.ids_BL) < 0.03
+    assert distance(at_once.ids_BL) > distance(plain.ids_BL), "all tokens at once are drawn independently"
+
+
+def test_an_informed_corrector_draws_the_least_likely_token_again():
+    law = torch.full((V**L,), 1e-9).double()
+    law[0] = 1.0  # the text of zeros and hardly anything else
+    model = Model(BayesUDLM(Bayes(law / law.sum()), LogLinear().complete), NO_NETWORK)
+    trace, noise = Trace(torch.full((1, L), -1), model.process), KeyedNoise(0, torch.arange(1))
+    step = uniform.Resample(model, trace, noise, steps=1, corrector_steps=1, corrector="informed")
+    step.trace.ids_BL = torch.tensor([[0, 1]])
+    asked = step.positions(2, step.trace)
+    ids, where = step.tokens(model.denoise(step.trace.ids_BL, asked.t_B, asked.at_BL), asked.at_BL, torch.arange(1))
+    assert where.tolist() == [False, True] and ids.tolist() == [0]
+
+
+@pytest.mark.parametrize("typed", ["corrector_steps=-1", "corrector_tokens=0", "corrector=best"])
+def test_what_no_corrector_is_is_refused(typed):
+    key, _, value = typed.partition("=")
+    settings = {key: value if key == "corrector" else int(value)}
+    model = Model(BayesUDLM(None, LogLinear()), NO_NETWORK)
+    with pytest.raises(ValueError, match=f"sampling.{typed}"):
+        uniform.sample(model, torch.full((1, L), -1), KeyedNoise(0, torch.arange(1)), steps=2, **settings)

@@ -1,0 +1,95 @@
+"""Texts of a class: what the network is told, and guidance towards it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from denoisers import ClassGuided, ClassifierGuided, Denoiser
+from diffusion import Diffusion
+from samplers.trace import Trace
+from tasks.base import token_counts
+from tasks.drawing import Drawing
+from tasks.editing import class_number
+
+BY = ("network", "unigrams")
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Towards which class texts are drawn.
+
+    to_class: its number or name; None for none. weight: 1 the conditional distribution, 0 the unconditional one, more
+    is beyond. by: `network`, which is told the class (classifier-free guidance, D-CFG), or `unigrams`, naive Bayes on
+    the tokens (classifier-based guidance, D-CBG), for networks that know of no class.
+
+    Raises:
+        ValueError: a weight that is none, an unknown classifier, a weight without a class.
+    """
+
+    to_class: int | str | None = None
+    weight: float = 1.0
+    by: str = "network"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.weight < math.inf:
+            raise ValueError(f"sampling.guidance={self.weight} must be 0 or more; 1 is the model's own distribution")
+        if self.by not in BY:
+            raise ValueError(f"sampling.guidance_by={self.by} is unknown; choose one of: {', '.join(BY)}")
+
+    def number(self, data: object) -> int | None:
+        """The number of the class among those of `data`.
+
+        Raises:
+            ValueError: there is no such class.
+        """
+        if self.to_class is not None and not data.label_names:
+            raise ValueError(f"classify.class={self.to_class}: the texts of data={data.name} have no classes")
+        return class_number(self.to_class, data.label_names or (), "classify.class")
+
+    def of(self, drawing: Drawing, diffusion: Diffusion, data: object) -> Drawing:
+        """`drawing`, guided. data: with the texts of all classes.
+
+        Raises:
+            ValueError: the network is to be told a class and knows of none.
+        """
+        number = self.number(data)
+        if number is None:
+            return drawing
+        if self.by == "network" and not diffusion.backbone.num_classes:
+            raise ValueError(
+                f"classify.class={self.to_class} is told to a network that was trained with classify.sharing="
+                "conditional, and this one was not; add that, set data.label for the model of one class, or "
+                "sampling.guidance_by=unigrams"
+            )
+        wrap = self._by_network(number) if self.by == "network" else self._by_unigrams(number, data, diffusion)
+
+        def sample(model: Denoiser, *args: object, **cond: object) -> Trace:
+            return drawing.sampler(wrap(model), *args, **cond)
+
+        known = {"class": data.label_names[number], "guidance": self.weight, "guidance_by": self.by}
+        return replace(drawing, sampler=sample, protocol={**drawing.protocol, **known})
+
+    def _by_network(self, number: int) -> object:
+        return lambda model: ClassGuided(model, number, self.weight)
+
+    def _by_unigrams(self, number: int, data: object, diffusion: Diffusion) -> object:
+        counts_CV = token_counts(data, diffusion.objective.causal, by_class=True) + 1.0
+        log_p_CV = torch.from_numpy(np.log(counts_CV / counts_CV.sum(1, keepdims=True))).to(diffusion.device)
+        log_p_CV = log_p_CV[:, : diffusion.objective.process.vocab_size]
+        prior_C = torch.full((len(counts_CV),), -math.log(len(counts_CV)), device=diffusion.device)
+        return lambda model: ClassifierGuided(model, number, self.weight, log_p_CV, prior_C)
+
+
+def of_class(truth: object | None, texts: list[str], number: int) -> dict[str, float]:
+    """By the exact distribution of the corpus: the share of texts that it can write at all, and of these the share
+    that is likelier of the class `number` than not. Nothing where that distribution is not known."""
+    if truth is None:
+        return {}
+    posterior_MC = truth.posterior(texts)
+    possible_M = np.isfinite(posterior_MC).all(1)
+    wanted_M = posterior_MC[possible_M, number] > 0.5
+    return {"possible": float(possible_M.mean()), "of_the_class": float(wanted_M.mean()) if len(wanted_M) else math.nan}
