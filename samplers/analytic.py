@@ -28,7 +28,7 @@ class Analytic(Step):
         choice: TokenChoice = TokenChoice(),  # noqa: B008 - frozen
         noise_removal: bool = True, eps: float = 1e-5,
     ) -> None:  # fmt: skip
-        self.mask_id, self.noise, self.choice = model.process.mask_id, noise, choice
+        self.process, self.noise, self.choice = model.process, noise, choice
         self.grid, self.steps, self.noise_removal = time_grid(steps, eps, trace.ids_BL.device), steps, noise_removal
         self.last = False
 
@@ -43,7 +43,7 @@ class Analytic(Step):
         return Asked(trace.masked_BL, t.expand(batch), s.expand(batch))
 
     def tokens(self, log_p_NV: Tensor, at_RL: Tensor, rows_R: Tensor) -> tuple[Tensor, Tensor]:
-        mask_id = self.mask_id
+        mask_id = self.process.mask_id
         leaves_N = self.goes_BL[rows_R][at_RL] < -torch.expm1(log_p_NV[:, mask_id])
         leaves_N |= self.last
         log_p_NV[:, mask_id] = -torch.inf  # in place: the confidence is that of the token, given that the mask goes

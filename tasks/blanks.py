@@ -69,8 +69,8 @@ class Template:
         """A text with a gap is a template, one without is how texts begin."""
         return cls(template=text, max_length=max_length) if _GAP.search(text) else cls(text or None, None, max_length)
 
-    def ids(self, tokenizer: object, mask_id: int, limit: int) -> list[int]:
-        """Return the token ids of the prefix or template, `mask_id` in the gaps, ROOM once for one that stretches.
+    def ids(self, tokenizer: object, blank_id: int, limit: int) -> list[int]:
+        """Return the token ids of the prefix or template, `blank_id` in the gaps, ROOM once for one that stretches.
 
         Raises ValueError if the gaps alone have more than `limit` tokens.
         """
@@ -83,7 +83,7 @@ class Template:
             raise ValueError(f"sampling.template asks for {wanted:,} tokens in its gaps: too many for {self.limit_key}="
                              f"{limit}")  # fmt: skip
         for gap in gaps:
-            masks = [ROOM] if gap[1] in ("…", "...") else [mask_id] * _size(gap)
+            masks = [ROOM] if gap[1] in ("…", "...") else [blank_id] * _size(gap)
             ids += _pieces(tokenizer, text[end : gap.start()]) + masks
             end = gap.end()
         return ids + _pieces(tokenizer, text[end:])
@@ -110,23 +110,23 @@ def _pieces(tokenizer: object, text: str) -> list[int]:
 
 def rows_to_fill(diffusion: Diffusion, data: object, given: Template, num_samples: int, seed: int) -> list[np.ndarray]:
     """One row of ids per sample, the mask where a token is wanted, as long as a training row picked at random."""
-    mask_id, causal = diffusion.objective.process.blank_id, diffusion.objective.causal
+    blank_id, causal = diffusion.objective.process.blank_id, diffusion.objective.causal
     limit = given.max_length or data.length
     check_amount(num_samples, limit)
-    fixed = given.ids(data.tokenizer, mask_id, limit)
+    fixed = given.ids(data.tokenizer, blank_id, limit)
     if data.prompted and (fixed or given.max_length):
         key = "template" if given.template else "prefix" if given.prefix else "max_length"
         raise ValueError(f"data={data.name} gives each text a beginning of its own; leave sampling.{key} out")
     _warn_of_unknown(fixed, given, data.tokenizer)
-    room = _Room(limit, data, mask_id, given)
+    room = _Room(limit, data, blank_id, given)
     train = data.split("validation" if data.prompted or data.prefix_length else "train")
     u = KeyedNoise(seed, torch.arange(num_samples), draw=-3).uniform()
     rows = []
     for lender in (u * len(train)).long().tolist():
-        blank = room.cut(masked_row(data, train[[lender]], mask_id, causal, lends=not fixed))
+        blank = room.cut(masked_row(data, train[[lender]], blank_id, causal, lends=not fixed))
         if diffusion.objective.first_given:
             blank[0] = train[lender]["input_ids"][0]
-        start = int(blank[0] != mask_id or (bool(fixed) and _begins_with_bos(data, train[lender])))
+        start = int(blank[0] != blank_id or (bool(fixed) and _begins_with_bos(data, train[lender])))
         blank[:start] = train[lender]["input_ids"][:start]
         rows.append(room.filled(blank, fixed, start))
     return rows
@@ -142,22 +142,22 @@ def check_amount(num_rows: int, length: int) -> None:
         )
 
 
-def masked_row(data: object, columns: Mapping[str, list], mask_id: int, causal: bool, lends: bool) -> np.ndarray:
+def masked_row(data: object, columns: Mapping[str, list], blank_id: int, causal: bool, lends: bool) -> np.ndarray:
     """A training row with every token masked that a model would have to write; one that `lends` nothing but its length
     keeps only the tokens that frame it."""
     lent = columns["input_ids"][0]
     if causal:
-        ids, given = np.full(data.length, mask_id), columns["part_ends"][0][0] if "part_ends" in columns else 1
+        ids, given = np.full(data.length, blank_id), columns["part_ends"][0][0] if "part_ends" in columns else 1
         given = max(given, int(data.collate.leading(lent[:1])[0])) if lends else given
         ids[: min(given, len(lent))] = lent[:given]
         return ids
     batch = data.collate(columns)
-    row = torch.where(scored_mask(batch), mask_id, batch["input_ids"])[0]
+    row = torch.where(scored_mask(batch), blank_id, batch["input_ids"])[0]
     row = row.numpy() if data.fill else row[: int(columns["length"][0])].numpy()
     if not lends:
         place = np.arange(len(row))
         ends = (place == 0) | (place == len(row) - 1)
-        row[~(ends & np.isin(row, data.collate.frame_ids))] = mask_id
+        row[~(ends & np.isin(row, data.collate.frame_ids))] = blank_id
     return row
 
 
@@ -178,7 +178,7 @@ class _Room:
 
     limit: int
     data: object
-    mask_id: int
+    blank_id: int
     given: Template
 
     def cut(self, blank: np.ndarray) -> np.ndarray:
@@ -187,7 +187,7 @@ class _Room:
             return blank
         ending = self._ending(blank)
         short = np.concatenate([blank[: max(self.limit - len(ending), 0)], ending])
-        if self.mask_id not in short:
+        if self.blank_id not in short:
             raise ValueError(f"{self.given.limit_key}={self.limit} leaves no token to write; allow more")
         return short
 
@@ -199,15 +199,15 @@ class _Room:
         ending, whole = self._ending(blank), bool(self.given.template)
         if ROOM in fixed:
             at, masks = fixed.index(ROOM), len(blank) - start - len(ending) - len(fixed) + 1
-            fixed = [*fixed[:at], *[self.mask_id] * max(masks, 1), *fixed[at + 1 :]]
+            fixed = [*fixed[:at], *[self.blank_id] * max(masks, 1), *fixed[at + 1 :]]
         row = np.concatenate([blank[:start], np.asarray(fixed, dtype=blank.dtype)])
         tail = blank[len(row) :]
         if whole and self.data.fill:
             tail = np.full_like(tail, self.data.vocabulary.eos_id)
         elif whole and not self.data.wrap:
             tail = ending
-        elif not whole and self.mask_id not in tail:  # the lender is too short for this prefix
-            tail = np.concatenate([np.full(1, self.mask_id, dtype=blank.dtype), ending])
+        elif not whole and self.blank_id not in tail:  # the lender is too short for this prefix
+            tail = np.concatenate([np.full(1, self.blank_id, dtype=blank.dtype), ending])
         row = np.concatenate([row, tail])
         if len(row) > self.limit:
             key = "template" if whole else "prefix"
@@ -217,7 +217,7 @@ class _Room:
         return row
 
     def _ending(self, blank: np.ndarray) -> np.ndarray:
-        return blank[-1:] if blank[-1] != self.mask_id else blank[:0]
+        return blank[-1:] if blank[-1] != self.blank_id else blank[:0]
 
 
 def padded(rows: Sequence[np.ndarray], pad_id: int) -> tuple[Tensor, dict[str, Tensor]]:

@@ -107,7 +107,7 @@ class Chosen:
     label_M: np.ndarray | None
 
 
-def choose(data: object, split: str, number: int, seed: int, mask_id: int, unlike: int | None = None) -> Chosen:
+def choose(data: object, split: str, number: int, seed: int, blank_id: int, unlike: int | None = None) -> Chosen:
     """`number` rows of a split (all, if it has fewer), a random choice that depends on the seed alone; none of class
     `unlike`."""
     table = data.split(split)
@@ -121,7 +121,7 @@ def choose(data: object, split: str, number: int, seed: int, mask_id: int, unlik
         row = data.collate(column)["input_ids"][0].numpy()
         rows.append(row if data.fill or data.wrap else row[: int(column["length"][0])])
     labels = np.asarray(table["label"])[some] if "label" in table.column_names else None
-    blanks = [masked_row(data, column, mask_id, causal=False, lends=True) for column in columns]
+    blanks = [masked_row(data, column, blank_id, causal=False, lends=True) for column in columns]
     ids = [np.asarray(column["input_ids"][0]) for column in columns]
     return Chosen(np.asarray(table["sample_id"])[some], ids, rows, blanks, data.latents.of(split)[some], labels)
 

@@ -163,8 +163,8 @@ class Editor:
         """The texts (or `some` of them), each told what `told` says of it. What is not masked stays; the sampler begins
         at the time at which the share that is masked is expected."""
         chosen, some = self.chosen, np.arange(len(self.chosen.rows)) if some is None else some
-        mask_id, schedule = self.setting.diffusion.model.process.blank_id, self.setting.diffusion.model.schedule
-        rows = [np.where(self.masked[m], mask_id, chosen.rows[m]) for m in some]
+        blank_id, schedule = self.setting.diffusion.model.process.blank_id, self.setting.diffusion.model.schedule
+        rows = [np.where(self.masked[m], blank_id, chosen.rows[m]) for m in some]
         if not any(self.masked[m].any() for m in some):
             return [_untouched(chosen.ids[m].tolist()) for m in some]
         special = tuple(sorted(special_ids(self.setting.data.vocabulary)))

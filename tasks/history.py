@@ -34,13 +34,13 @@ class History:
     """The course of one row, from a row of masks to what it is at the end; tokens that were masked again go and come
     back. changes: in the order of their steps, the first of which is 0, where what was given appears."""
 
-    mask_id: int
+    blank_id: int
     changes: tuple[Change, ...]
 
     def ids_at(self, step: int) -> list[int]:
         """The row after `step`."""
         length = max((int(change.places_N.max()) + 1 for change in self.changes), default=0)
-        ids_L = np.full(length, self.mask_id)
+        ids_L = np.full(length, self.blank_id)
         for change in self.changes:
             if change.step <= step:
                 ids_L[change.places_N] = change.ids_N
@@ -55,9 +55,9 @@ class History:
             ):
                 if place in standing:
                     written, was, sure = standing.pop(place)
-                    text = piece(tokenizer, was, self.mask_id)
+                    text = piece(tokenizer, was, self.blank_id)
                     ended.setdefault(place, []).append(Visit(place, text, written, change.step, sure))
-                if token != self.mask_id:
+                if token != self.blank_id:
                     standing[place] = (change.step, token, confidence)
         return ended
 
@@ -66,8 +66,8 @@ class Recorder:
     """Keeps the courses of the first `num_texts` rows of the batch that it watches. Waits for no device but once in
     many steps."""
 
-    def __init__(self, num_texts: int, mask_id: int) -> None:
-        self._num_texts, self._mask_id = num_texts, mask_id
+    def __init__(self, num_texts: int, blank_id: int) -> None:
+        self._num_texts, self._blank_id = num_texts, blank_id
         self._waiting: list[tuple[int, Tensor, Tensor]] = []
         self._changes: list[list[Change]] = []
         self._ids_BL, self._confidence_BL = np.zeros((0, 0), dtype=np.int64), np.zeros((0, 0), dtype=np.float32)
@@ -81,7 +81,7 @@ class Recorder:
     def histories(self) -> list[History]:
         """The courses of the rows so far."""
         self._fetch()
-        return [History(self._mask_id, tuple(changes)) for changes in self._changes]
+        return [History(self._blank_id, tuple(changes)) for changes in self._changes]
 
     def _fetch(self) -> None:
         for step, ids_BL, confidence_BL in self._waiting:
@@ -92,10 +92,10 @@ class Recorder:
         if self._ids_BL.shape != ids_BL.shape:  # the first step, or a sampler that goes on behind the window
             self._changes = self._changes or [[] for _ in ids_BL]
             before_BL, sure_BL = self._ids_BL, self._confidence_BL
-            self._ids_BL, self._confidence_BL = np.full_like(ids_BL, self._mask_id), np.zeros_like(confidence_BL)
+            self._ids_BL, self._confidence_BL = np.full_like(ids_BL, self._blank_id), np.zeros_like(confidence_BL)
             self._ids_BL[: len(before_BL), : before_BL.shape[1]] = before_BL
             self._confidence_BL[: len(before_BL), : before_BL.shape[1]] = sure_BL
-        again_BL = (ids_BL != self._mask_id) & (confidence_BL != self._confidence_BL)  # the same token, written anew
+        again_BL = (ids_BL != self._blank_id) & (confidence_BL != self._confidence_BL)  # the same token, written anew
         for changes, ids_L, sure_L, changed_L in zip(
             self._changes, ids_BL, confidence_BL, (ids_BL != self._ids_BL) | again_BL, strict=True
         ):
@@ -104,9 +104,9 @@ class Recorder:
         self._ids_BL, self._confidence_BL = ids_BL, confidence_BL
 
 
-def piece(tokenizer: object, token: int, mask_id: int) -> str:
+def piece(tokenizer: object, token: int, blank_id: int) -> str:
     """A token as it shows behind another one, whatever that is."""
-    return token_strings(tokenizer, [mask_id, token])[1]
+    return token_strings(tokenizer, [blank_id, token])[1]
 
 
 def sample_of(text: Drawn, tokenizer: object, title: str, history: History | None = None, facts: str = "") -> Sample:

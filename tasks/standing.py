@@ -30,12 +30,12 @@ class Standing:
     """
 
     def __init__(
-        self, tokenizer: object, mask_id: int, num_texts: int, blank: str = " ····", end_id: int | None = None
+        self, tokenizer: object, blank_id: int, num_texts: int, blank: str = " ····", end_id: int | None = None
     ) -> None:
-        self._tokenizer, self._mask_id, self._num_texts = tokenizer, mask_id, num_texts
+        self._tokenizer, self._blank_id, self._num_texts = tokenizer, blank_id, num_texts
         self._blank, self._end_id = blank, end_id
-        self._hidden = unshown(tokenizer) - {mask_id}
-        self._strings = lru_cache(maxsize=None)(lambda token: visible(piece(tokenizer, token, mask_id)))
+        self._hidden = unshown(tokenizer) - {blank_id}
+        self._strings = lru_cache(maxsize=None)(lambda token: visible(piece(tokenizer, token, blank_id)))
         self.rows: list[Row] = []
         self.step, self.evaluations, self.left, self.total = 0, 0, 0, 0
 
@@ -51,9 +51,9 @@ class Standing:
         seen = slice(self._num_texts)
         ids_BL, confidence_BL = trace.ids_BL[seen].cpu().numpy(), trace.confidence_BL[seen].cpu().numpy()
         if not self.rows:
-            self.rows = [Row(self._mask_id) for _ in ids_BL]
+            self.rows = [Row(self._blank_id) for _ in ids_BL]
         self.step, self.evaluations = trace.num_steps, int(trace.evaluations_B[seen].max())
-        self.left = int((trace.ids_BL == self._mask_id).sum())
+        self.left = int((trace.ids_BL == self._blank_id).sum())
         self.total = max(self.total, self.left)
         return any([row.take(ids_L, sure_L)
                     for row, ids_L, sure_L in zip(self.rows, ids_BL, confidence_BL, strict=True)])  # fmt: skip
@@ -64,7 +64,7 @@ class Standing:
         ids, begun = row.ids_L.tolist(), False
         whole = [visible(string) for string in token_strings(self._tokenizer, ids)] if row.left == 0 else None
         for place, token in enumerate(ids[:upto]):
-            age, masked = float(row.age_L[place]), token == self._mask_id
+            age, masked = float(row.age_L[place]), token == self._blank_id
             if token == self._end_id and not math.isnan(age):
                 break
             if token in self._hidden:
@@ -81,27 +81,27 @@ class Row:
     """What is known of one text: tokens, when each appeared (0: with the first, 1: with the last; NaN: given), how sure
     the model was, and which came with the last trace."""
 
-    def __init__(self, mask_id: int) -> None:
-        self._mask_id, self._most, self._age = mask_id, 0, math.nan
+    def __init__(self, blank_id: int) -> None:
+        self._blank_id, self._most, self._age = blank_id, 0, math.nan
         self.ids_L, self.confidence_L, self.age_L = np.zeros(0, dtype=np.int64), np.zeros(0), np.zeros(0)
         self.new_L = np.zeros(0, dtype=bool)
 
     @property
     def left(self) -> int:
         """How many masks there are."""
-        return int((self.ids_L == self._mask_id).sum())
+        return int((self.ids_L == self._blank_id).sum())
 
     @property
     def last_written(self) -> int:
         """The last place that was written; -1 where none was."""
-        return int(np.flatnonzero(~np.isnan(self.age_L) & (self.ids_L != self._mask_id)).max(initial=-1))
+        return int(np.flatnonzero(~np.isnan(self.age_L) & (self.ids_L != self._blank_id)).max(initial=-1))
 
     def take(self, ids_L: np.ndarray, confidence_L: np.ndarray) -> bool:
         """Take over what is there after a step; True if something has changed."""
         more = len(ids_L) - len(self.ids_L)
-        before_L = np.pad(self.ids_L, (0, more), constant_values=self._mask_id)
+        before_L = np.pad(self.ids_L, (0, more), constant_values=self._blank_id)
         sure_L, age_L = np.pad(self.confidence_L, (0, more)), np.pad(self.age_L, (0, more), constant_values=math.nan)
-        changed_L = (ids_L != before_L) | ((ids_L != self._mask_id) & (confidence_L != sure_L))
+        changed_L = (ids_L != before_L) | ((ids_L != self._blank_id) & (confidence_L != sure_L))
         self.new_L = changed_L & (not math.isnan(self._age))
         if not changed_L.any() and not more:
             return False

@@ -121,3 +121,29 @@ def test_every_public_thing_says_what_it_is(path):
 def test_no_yaml_holds_a_program():
     for path in (ROOT / "configs").rglob("*.yaml"):
         assert "${eval:" not in path.read_text() and "__import__" not in path.read_text()
+
+
+BELOW_THE_TOKENIZER = ("objectives", "samplers", "estimators", "tasks", "classification", "callbacks", "reporting",
+                       "app", "denoisers.py", "diffusion.py")  # fmt: skip
+
+
+def test_the_mask_is_known_to_its_process_and_to_the_tokenizer_alone():
+    """Whatever else speaks of a mask's id asks the process for it, or says `blank_id`, which every process has."""
+    files = [file for name in BELOW_THE_TOKENIZER for file in ([ROOT / name] if name.endswith(".py") else
+                                                               (ROOT / name).rglob("*.py"))]  # fmt: skip
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and node.attr == "mask_id":
+                owner = ast.unparse(node.value).rpartition(".")[2]
+                assert owner in ("process", "vocabulary"), f"{file.name}:{node.lineno}: {ast.unparse(node)}"
+            assert not (isinstance(node, ast.arg) and node.arg == "mask_id"), f"{file.name}:{node.lineno}: an argument"
+
+
+def test_nothing_is_probed():
+    """Networks, objectives, denoisers and samplers declare what they can do (models/backbone.py, denoisers.py)."""
+    for room in ("objectives", "samplers", "estimators"):
+        for file in (ROOT / room).glob("*.py"):
+            assert "hasattr(" not in file.read_text(encoding="utf-8"), file
+    for file in (ROOT / "diffusion.py", ROOT / "denoisers.py"):
+        text = file.read_text(encoding="utf-8")
+        assert "hasattr(" not in text and "getattr(" not in text, file

@@ -220,3 +220,30 @@ def test_no_block_learns_from_what_comes_later(random_dit):
         assert (of_clean[:, block * size :] == 0).all() and (block == 0 or (of_clean[:, : block * size] != 0).any())
         seen = of_noised.abs().sum(-1)[0] > 0
         assert seen.nonzero().squeeze(-1).tolist() == list(range(rows.start, rows.stop))
+
+
+class Looped(DiT):
+    """A DiT whose blocks are passed twice."""
+
+    @property
+    def order(self):
+        return [*self.blocks, *self.blocks]
+
+
+def test_a_network_that_passes_its_blocks_again_does_so_in_every_pass():
+    torch.manual_seed(3)
+    net = Looped(9, 16, 8, 2, 2, dropout=0.0).double().eval()
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+    x, sigma = torch.randint(9, (2, 8)), torch.zeros(2).double()
+    with torch.no_grad():
+        whole = net.encode(x, sigma)
+        at_once = net.encode_blocks(x, x, 8, sigma[:, None])
+        after = net.encode_after(x, sigma, net.new_block_cache(2, 8))
+        once = DiT.encode(net, x, sigma)
+    torch.testing.assert_close(at_once, whole)
+    torch.testing.assert_close(after, whole)
+    assert torch.equal(once, whole), "the loop is in `order`, which every pass follows"
+    net.__class__ = DiT
+    with torch.no_grad():
+        assert not torch.allclose(net.encode(x, sigma), whole)

@@ -53,7 +53,7 @@ def _frames(rows: int, length: int, steps: int, mask_id: int, seed: int) -> list
 @pytest.mark.parametrize("steps", [5, 300], ids=["fetched once", "fetched on the way"])
 def test_a_history_holds_every_frame(steps):
     frames = _frames(3, 7, steps, mask_id=4, seed=steps)
-    recorder = Recorder(2, mask_id=4)
+    recorder = Recorder(2, blank_id=4)
     for frame in frames:
         live = exact.frame(frame.num_steps, frame.ids_BL.clone(), frame.confidence_BL.clone())
         recorder(live)
@@ -65,7 +65,7 @@ def test_a_history_holds_every_frame(steps):
 
 
 def test_a_row_that_grows_is_recorded():
-    recorder = Recorder(1, mask_id=9)
+    recorder = Recorder(1, blank_id=9)
     for step, ids in enumerate([[1, 9], [1, 9, 9, 9], [1, 2, 9, 9], [1, 2, 3, 4]]):
         recorder(exact.frame(step, torch.tensor([ids]), torch.ones(1, len(ids))))
     assert [recorder.histories()[0].ids_at(step) for step in (0, 2, 3)] == [[1, 9, 9, 9], [1, 2, 9, 9], [1, 2, 3, 4]]
