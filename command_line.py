@@ -33,6 +33,8 @@ ALIASES = {"sampling.predictor": "sampler", "training.masking": "masking", "eval
            "hydra.run.dir": "checkpointing.save_dir", "+wandb.offline": "wandb.offline",
            "sampling.logdir": "checkpointing.save_dir", "algo.T": "sampling.steps",
            "algo.time_conditioning": "time_conditioning", "algo.ignore_bos": "training.ignore_bos",
+           **{f"algo.{key}": f"training.{key}" for key in
+              ("curriculum_end", "gumbel_tau_log10_start", "gumbel_tau_log10_end")},
            "algo.clip_search_widths": "training.clip_search_widths",
            "algo.clip_search_delta": "training.clip_search_delta", "algo.fix_clipping": "training.fix_clipping",
            **{f"+data.insert_{split}_{what}": f"data.insert_{split}_{what}"

@@ -63,9 +63,6 @@ def _check_sampler(cfg: DictConfig, name: str) -> None:
         raise ValueError(mismatch(sample.__module__, objective.binds_to, sample.denoiser))
 
 
-_ANY_TOKEN = ("udlm", "gidd")  # any token may be noise, and time is continuous
-
-
 def trains(cfg: DictConfig) -> bool:
     """Whether the command trains, or may."""
     return cfg.mode._target_ in ("tasks.train.train", "tasks.classify.classify")
@@ -79,14 +76,15 @@ _RATES = {"masking_rates": [round(1 - k / 10, 1) for k in range(10)], "masking_r
 def refuse_contradictions(cfg: DictConfig) -> None:
     """Raises ValueError for settings that can not all be meant, with the reason."""
     training, name = cfg.training, law(cfg)
+    any_token = issubclass(objective_class(cfg).processes[0], Resampling)  # any may be noise, and time is continuous
     unread = {
         "time_conditioning": cfg.time_conditioning and name == "ar",
-        "T": cfg.T and name in ("ar", "sedd", *_ANY_TOKEN),
-        "subs_masking": cfg.subs_masking and name in ("ar", "sedd", *_ANY_TOKEN),
+        "T": cfg.T and (any_token or name in ("ar", "sedd")),
+        "subs_masking": cfg.subs_masking and (any_token or name in ("ar", "sedd")),
         "training.importance_sampling": training.importance_sampling and name in ("ar", "d3pm"),
         "training.change_of_variables": training.change_of_variables and name not in ("subs", "bd3lm"),
         "training.loss_weight": training.loss_weight != "elbo" and name not in ("subs", "bd3lm"),
-        "training.resample": training.resample and name in ("ar", *_ANY_TOKEN),
+        "training.resample": training.resample and (any_token or name == "ar"),
         "training.ignore_bos": training.ignore_bos and name == "ar",
         "classify.masks": cfg.classify.masks == "independent" and name == "ar",
         "training.masking": name == "ar" and not cfg.masking._target_.endswith("Bernoulli"),

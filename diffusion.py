@@ -144,7 +144,8 @@ class Diffusion(lightning.LightningModule):
         dropped_B = None
         if self.backbone.num_classes:
             dropped_B = KeyedNoise(self.seed, batch["position"], draw=-4).uniform() < self.label_dropout
-        return self.objective.loss(self.backbone, self.told(batch, dropped_B), noise)
+        told = {**self.told(batch, dropped_B), "step": torch.tensor(self.global_step)}
+        return self.objective.loss(self.backbone, told, noise)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         noise = evaluation_noise(self.seed, batch["sample_id"])

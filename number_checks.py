@@ -114,7 +114,7 @@ _TABLE: tuple[tuple[Setting, str], ...] = (
         segments data.streaming wrap drop_blank shuffle auto_insert_metric_name enable_version_counter"""),
     # counts
     (whole(0, 2**32 - 1), "seed"),
-    (whole(0), "T num_shown prefix_length num_warmup_steps cooldown"),
+    (whole(0), "T num_shown prefix_length num_warmup_steps cooldown curriculum_end"),
     (whole(0, COUNT), "num_sample_log num_examples num_strides corrector_steps"),
     (whole(1, COUNT), "samples_per_prompt num_draws max_draws"),
     (whole(1), """stride_length tokens_per_step corrector_tokens perplexity_batch_size
@@ -145,12 +145,13 @@ _TABLE: tuple[tuple[Setting, str], ...] = (
     (real("(0, 1)"), "word_share plateau.factor plateau.floor"),
     (real("(0.5, 1]"), "confidence"),
     (real("[0.001, 1]"), "clip_search_delta search.delta"),
-    (real("[0, inf)"), """temperature guidance text_weight latent_weight latent_cosine_weight cosine_weight min_delta
-        lr matrix_lr optim.eps weight_decay"""),
+    (real("[0, inf)"), """temperature guidance guided.weight gamma text_weight latent_weight latent_cosine_weight
+        cosine_weight min_delta lr matrix_lr optim.eps weight_decay"""),
     (maybe(real("[0, inf)")), "min_entropy gradient_clip_val"),
     (maybe(real("(0, inf)")), "target_se every_minutes"),
     (real("(0, inf)"), "sigma_min sigma_max"),
     (real("(-inf, inf)"), "edit_alpha edit.alpha"),
+    (real("[-12, 12]"), "gumbel_tau_log10_start gumbel_tau_log10_end"),
     (real("[0, 3600]"), "show_delay"),
     (real("[0.01, 10080]"), "timeout_minutes"),
     (list_of(real("(0, 1]"), 0, "[0.5,0.6,0.7]"), "clip_search_widths search.widths"),
@@ -162,6 +163,8 @@ _TABLE: tuple[tuple[Setting, str], ...] = (
     (one_of("left_to_right", "confidence", "margin", "entropy", "random"), "order"),
     (one_of("linear", "cosine", "exponential"), "schedule"),
     (one_of("none", "low_confidence", "remdm"), "remask"),
+    (one_of("random", "informed"), "corrector"),
+    (one_of("network", "unigrams"), "guidance_by guided.by"),
     (one_of("joint", "l2t", "t2l", "edit", None), "direction"),
     (one_of("simultaneous", "latent_first"), "joint_order"),
     (one_of("random", "entropy", "suffix", "contrast"), "edit_positions edit.positions"),
@@ -224,7 +227,8 @@ _TABLE: tuple[tuple[Setting, str], ...] = (
     (GROUP, """process loader streaming sampling training eval classify checkpointing trainer mode model backbone noise
         masking
         estimator sampler parameterization optim lr_scheduler strategy data source sources choice how inner ending race
-        beside views directed latent edit base search within parameterization.text parameterization.schedule
+        beside views guided directed latent edit token_choice base search within parameterization.text
+        parameterization.schedule
         within.schedule text.schedule files hub_splits sizes noising"""),
     (maybe(GROUP), "parameterization.modes wandb callbacks logger latents plateau estimator.noising truth judge"),
 )  # fmt: skip

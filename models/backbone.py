@@ -19,6 +19,7 @@ class Backbone(nn.Module):
         takes_classes: it can be built with `num_classes`, and `encode` then takes `class_id`.
         num_classes: that it was built for; 0 for none.
         reads_blocks: it has what models/blocks.py has, for block diffusion.
+        reads_mixtures: `encode` also takes mixtures of tokens, weights (B, L, V).
         reads_latents: it has `encode_both` and `latent_shape`, for texts with latents.
         recomputes: it has `recompute_blocks`, gradient checkpointing.
         mask_padding: padding is hidden from the others.
@@ -28,7 +29,8 @@ class Backbone(nn.Module):
         settings: what it was built with, keys as on the command line.
     """
 
-    causal = encodes_positions = takes_classes = reads_blocks = reads_latents = recomputes = knows_its_mask = False
+    causal = encodes_positions = takes_classes = recomputes = knows_its_mask = False
+    reads_blocks = reads_mixtures = reads_latents = False
     num_classes = 0
     mask_padding = True
     blocks: Iterable[nn.Module]

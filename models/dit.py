@@ -66,7 +66,7 @@ class DiT(BlockStreams, Recomputing, Backbone):
     network can be told the class of each text (`class_id`, -1 for none) through adaLN and an output bias.
     """
 
-    encodes_positions = takes_classes = reads_blocks = True
+    encodes_positions = takes_classes = reads_blocks = reads_mixtures = True
 
     def __init__(
         self,

@@ -44,15 +44,20 @@ class RMSNorm(nn.Module):
 
 
 class TokenEmbedding(nn.Module):
-    """A table of token vectors (V, D), a bare parameter as in the reference checkpoints."""
+    """A table of token vectors (V, D), a bare parameter as in the reference checkpoints.
+
+    Tokens are ids (B, L), or mixtures of tokens (B, L, V): the weights of their vectors.
+    """
 
     def __init__(self, vocab_size: int, dim: int) -> None:
         super().__init__()
         self.embedding = nn.Parameter(torch.empty(vocab_size, dim))
         nn.init.kaiming_uniform_(self.embedding, a=math.sqrt(5))
 
-    def forward(self, tokens_BL: Tensor) -> Tensor:
-        return F.embedding(tokens_BL, self.embedding)
+    def forward(self, tokens: Tensor) -> Tensor:
+        if tokens.is_floating_point():
+            return tokens.to(self.embedding.dtype) @ self.embedding
+        return F.embedding(tokens, self.embedding)
 
 
 class RotaryFrequencies(nn.Module):

@@ -17,7 +17,7 @@ from torch import Tensor
 from denoisers import Denoiser
 from models.backbone import Backbone
 from noise_schedule import NoiseSchedule
-from objectives.noising import Bernoulli, ExactCount, Noising
+from objectives.noising import Bernoulli, ExactCount, Noised, Noising
 from process import Absorbing, Process
 from randomness import KeyedNoise
 
@@ -216,7 +216,9 @@ class TokenDiffusion(Objective):
         x0_BL, scored_BL = batch["input_ids"], scored_mask(batch)
         noise = generator or fresh_noise(x0_BL)
         looks = self.noising(self.schedule, x0_BL, scored_BL, self.process, noise)
-        parts = [self.loss_at(backbone, batch, look.xt_BL, look.t_B) for look in looks]
+        seen = [self.seen(backbone, batch, look, noise) for look in looks]
+        passes = zip(seen, looks, strict=True)
+        parts = [self.loss_at(network, batch, xt_BL, look.t_B) for (network, xt_BL), look in passes]
         logs = {name: torch.stack([part.logs[name] for part in parts], dim=1) for name in parts[0].logs}
         if self.loss_weight == "uniform":  # every masked token counts once, whatever its t
             seen_BL = torch.stack([part.mask_BL for part in parts]).any(0)
@@ -224,6 +226,10 @@ class TokenDiffusion(Objective):
         weighed = [part.nll_BL * look.scale_B.float()[:, None] for part, look in zip(parts, looks, strict=True)]
         logs["nats"] = torch.stack([nll_BL.detach().double().sum(-1) for nll_BL in weighed], dim=1)
         return TokenLoss(sum(weighed) / len(weighed), parts[0].mask_BL, logs)
+
+    def seen(self, backbone: Backbone, batch: Batch, look: Noised, noise: KeyedNoise) -> tuple[Backbone, Tensor]:
+        """Return the network that a pass evaluates and the noised text that it is trained on."""
+        return backbone, look.xt_BL
 
     @abstractmethod
     def loss_at(self, backbone: Backbone, batch: Batch, xt_BL: Tensor, t_B: Tensor) -> TokenLoss:

@@ -130,7 +130,7 @@ def checkpoint_path(typed: str) -> object:
 
 
 # Models whose texts are not written by taking masks away.
-_OWN_SAMPLER = {"ar": "ar", "udlm": "uniform", "gidd": "uniform"}
+_OWN_SAMPLER = {"ar": "ar", "udlm": "uniform", "duo": "uniform", "gidd": "uniform"}
 
 
 def predictor(configuration: dict[str, object]) -> str:

@@ -1,0 +1,116 @@
+"""DUO's curriculum: uniform-state diffusion seen through the Gaussian diffusion whose argmax it is (Sahoo et al., arXiv
+2506.10892, section 4.1).
+
+Shape suffixes: B batch, L length, V vocabulary, S points of a table.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from noise_schedule import NoiseSchedule
+from objectives.base import Backbone, Batch, scored_mask
+from objectives.noising import Noised, Noising
+from objectives.udlm import UDLM
+from process import Uniform
+from randomness import KeyedNoise
+
+
+class Duo(UDLM):
+    """UDLM that begins with softened inputs: for `curriculum_end` steps of a training the network reads
+    softmax(w_t / tau) of the Gaussian w_t whose argmax is x_t, while it is trained on that x_t. tau falls from
+    10^gumbel_tau_log10_start to 10^gumbel_tau_log10_end. From then on, and whenever it is measured, it is UDLM.
+
+    Raises:
+        ValueError: a number of steps that is none.
+    """
+
+    def __init__(
+        self,
+        schedule: NoiseSchedule,
+        process: Uniform,
+        noising: Noising | None = None,
+        curriculum_end: int = 1000,
+        gumbel_tau_log10_start: float = -1.0,
+        gumbel_tau_log10_end: float = -2.0,
+    ) -> None:
+        super().__init__(schedule, process, noising)
+        if curriculum_end < 0:
+            raise ValueError(f"algo.curriculum_end={curriculum_end} must be 0 or more steps")
+        self.curriculum_end = curriculum_end
+        self.tau_log10 = (gumbel_tau_log10_start, gumbel_tau_log10_end)
+        self._signal_S, self._alpha_S = signal_table(process.vocab_size)
+
+    def temperature(self, step: int) -> float:
+        """Return tau at an optimizer step."""
+        start, end = self.tau_log10
+        return 10 ** (start + (end - start) * step / self.curriculum_end)
+
+    def seen(self, backbone: Backbone, batch: Batch, look: Noised, noise: KeyedNoise) -> tuple[Backbone, Tensor]:
+        step = int(batch["step"]) if "step" in batch else self.curriculum_end
+        if step >= self.curriculum_end:
+            return backbone, look.xt_BL
+        if not backbone.reads_mixtures:
+            raise ValueError(
+                f"algo=duo softens what the network reads, and {type(backbone).__name__} reads single tokens; use "
+                "backbone=dit, or algo.curriculum_end=0"
+            )
+        x0_BL, scored_BL = batch["input_ids"], scored_mask(batch)
+        signal_B = self._signal(self.schedule(look.t_B).alpha)
+        weight_BLV = gaussian_draw(x0_BL, signal_B, self.process.vocab_size, noise.part(1))
+        xt_BL = torch.where(scored_BL, weight_BLV.argmax(-1), x0_BL)
+        soft_BLV = (weight_BLV / self.temperature(step)).softmax(-1).float()
+        whole_BLV = nn.functional.one_hot(x0_BL, self.process.vocab_size).float()
+        return _Softened(backbone, torch.where(scored_BL[..., None], soft_BLV, whole_BLV)), xt_BL
+
+    def _signal(self, alpha_B: Tensor) -> Tensor:
+        """The signal-to-noise ratio at which the argmax keeps a token as often as the process does, (B,)."""
+        place_B = torch.searchsorted(self._alpha_S, alpha_B.cpu()).clamp(1, len(self._alpha_S) - 1)
+        low_B, high_B = self._alpha_S[place_B - 1], self._alpha_S[place_B]
+        share_B = ((alpha_B.cpu() - low_B) / (high_B - low_B)).clamp(0, 1)
+        signal_B = self._signal_S[place_B - 1] + share_B * (self._signal_S[place_B] - self._signal_S[place_B - 1])
+        return signal_B.to(alpha_B.device)
+
+
+def gaussian_draw(x0_BL: Tensor, signal_B: Tensor, vocab_size: int, noise: KeyedNoise) -> Tensor:
+    """Draw w_t ~ N(a x_0, (1 - a^2) I) around the one-hot x_0, with a / sqrt(1 - a^2) = `signal_B`; (B, L, V)."""
+    spread_B = (1 + signal_B**2).rsqrt()
+    clean_BLV = nn.functional.one_hot(x0_BL, vocab_size).double()
+    return (signal_B * spread_B)[:, None, None] * clean_BLV + spread_B[:, None, None] * noise.normal(
+        x0_BL.shape[1], vocab_size
+    )
+
+
+def signal_table(vocab_size: int, points: int = 2000) -> tuple[Tensor, Tensor]:
+    """Return signal-to-noise ratios, evenly spaced, and alpha of the uniform-state process that each one's argmax is,
+    float64 (S,) each: the diffusion transformation operator of DUO, eq. 10.
+
+    The token survives with probability E[Phi(z + signal)^(V - 1)] over z ~ N(0, 1) = alpha + (1 - alpha) / V.
+    """
+    signal_S = torch.linspace(0, math.sqrt(2 * math.log(vocab_size)) + 8, points, dtype=torch.float64)
+    z_N = torch.linspace(-9, 9, 2001, dtype=torch.float64)
+    density_N = (-(z_N**2) / 2).exp()
+    log_below_SN = torch.special.log_ndtr(z_N + signal_S[:, None])
+    kept_S = ((vocab_size - 1) * log_below_SN).exp() @ density_N / density_N.sum()
+    alpha_S = ((kept_S - 1 / vocab_size) / (1 - 1 / vocab_size)).clamp(0, 1)
+    return signal_S, alpha_S.cummax(0).values
+
+
+@dataclass(frozen=True)
+class _Softened:
+    """A network that reads a mixture in place of the tokens that it is given."""
+
+    backbone: Backbone
+    mixture_BLV: Tensor
+    encodes_positions: bool = field(default=True, init=False)
+
+    @property
+    def head(self) -> nn.Linear:
+        return self.backbone.head
+
+    def encode(self, tokens_BL: Tensor, sigma_B: Tensor, at_BL: Tensor, **cond: Tensor) -> Tensor:
+        return self.backbone.encode(self.mixture_BLV, sigma_B, at_BL=at_BL, **cond)
