@@ -115,7 +115,7 @@ _TABLE: tuple[tuple[Setting, str], ...] = (
     # counts
     (whole(0, 2**32 - 1), "seed"),
     (whole(0), "T num_shown prefix_length num_warmup_steps cooldown curriculum_end"),
-    (whole(0, COUNT), "num_sample_log num_examples num_strides corrector_steps"),
+    (whole(0, COUNT), "num_sample_log num_examples num_strides corrector_steps self_correction_steps"),
     (whole(1, COUNT), "samples_per_prompt num_draws max_draws"),
     (whole(1), """stride_length tokens_per_step corrector_tokens perplexity_batch_size
         global_batch_size eval_global_batch_size prefetch_factor lanes shuffle_buffer sample_texts keep_last

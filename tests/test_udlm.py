@@ -314,3 +314,19 @@ def test_what_no_corrector_is_is_refused(typed):
     model = Model(BayesUDLM(None, LogLinear()), NO_NETWORK)
     with pytest.raises(ValueError, match=f"sampling.{typed}"):
         uniform.sample(model, torch.full((1, L), -1), KeyedNoise(0, torch.arange(1)), steps=2, **settings)
+
+
+def test_self_correction_puts_one_token_right_at_a_time_and_stops():
+    law = torch.full((V**L,), 1e-9).double()
+    law[0], law[-1] = 1.0, 1.0  # the texts 0 0 and 2 2
+    model = Model(BayesUDLM(Bayes(law / law.sum()), LogLinear().complete), NO_NETWORK)
+    blank = torch.full((400, L), -1)
+    settings = {"steps": 1, "noise_removal": False}
+    plain = uniform.sample(model, blank, KeyedNoise(3, torch.arange(400)), **settings)
+    right = uniform.sample(model, blank, KeyedNoise(3, torch.arange(400)), **settings, self_correction_steps=9)
+    agree = plain.ids_BL[:, 0] == plain.ids_BL[:, 1]
+    assert not agree.all() and (right.ids_BL[:, 0] == right.ids_BL[:, 1]).all()
+    assert torch.equal(right.ids_BL[agree & (plain.ids_BL[:, 0] != 1)], plain.ids_BL[agree & (plain.ids_BL[:, 0] != 1)])
+    assert (right.evaluations_B <= 1 + 3).all() and right.num_steps <= 4, "a text that is right is not looked at again"
+    changed = (right.ids_BL != plain.ids_BL).sum(-1)
+    assert int(changed.max()) >= 1 and (changed[agree & (plain.ids_BL[:, 0] != 1)] == 0).all()
