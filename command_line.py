@@ -311,13 +311,21 @@ def explain(error: BaseException) -> str:
     while chain is not None:
         unknown = getattr(chain, "full_key", None)
         if unknown and "not in struct" in str(chain):
-            return _unknown_key(unknown, compose_config([]))
+            return _unknown_key(unknown, compose_config(_choices_typed()))
         if isinstance(chain, OverrideParseException):
             key, _, value = chain.override.partition("=")
             return (f"{chain.override} can not be read ({str(chain).splitlines()[0]}); if {value} is a text, put it in "
                     f"two pairs of quotes: {key}='\"{value}\"'")  # fmt: skip
         chain = chain.__cause__
     return str(error)
+
+
+def _choices_typed() -> list[str]:
+    """Return the choices of groups on the command line, since they decide which keys there are."""
+    try:
+        return [word for word in translate(sys.argv[1:]) if "=" in word and _is_choice(word)]
+    except ValueError:
+        return []
 
 
 def _part(path: Path, group: str) -> DictConfig:

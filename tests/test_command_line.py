@@ -8,6 +8,7 @@ import re
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 
 from command_line import compose_config, explain, translate
 from number_checks import check_numbers, setting_of
@@ -96,6 +97,15 @@ def test_every_key_of_a_path_or_a_name_is_among_them():
 def test_what_nothing_reads_is_not_added(arguments, said):
     with pytest.raises(ValueError, match=f"(?s)there is no key {said}"):
         compose_config(arguments)
+
+
+def test_the_keys_that_are_listed_are_those_of_what_was_chosen(monkeypatch):
+    typed = ["sampling.predictor=entropy_bounded", "sampler.gama=1"]
+    monkeypatch.setattr("sys.argv", ["main.py", *typed])
+    with pytest.raises(HydraException) as caught:
+        compose_config(typed)
+    said = explain(caught.value)
+    assert "Did you mean sampler.gamma?" in said and "skip_idle" not in said
 
 
 def test_arguments_that_are_there_are_added():
