@@ -15,8 +15,8 @@ from torch import Tensor
 from denoisers import Denoiser
 from process import Absorbing
 from randomness import KeyedNoise
-from samplers.base import Asked, Step, TokenChoice, sampler_of
-from samplers.ordered import first_positions, preference, time_of
+from samplers.base import TokenChoice, sampler_of
+from samplers.ordered import AtEveryMask, first_positions, preference
 from samplers.trace import Trace
 
 
@@ -30,8 +30,8 @@ def bounded(log_p_NV: Tensor, at_RL: Tensor, gamma: float) -> Tensor:
     return first_positions(preference_RL, torch.minimum((before_RL <= gamma).sum(-1), at_RL.sum(-1)))
 
 
-class EntropyBounded(Step):
-    """Ask at every mask, and write those of least entropy, as many as `gamma` allows.
+class EntropyBounded(AtEveryMask):
+    """Write the masks of least entropy, as many as `gamma` allows.
 
     gamma: nats, 0 or more. 0 writes one token a step, and with it those whose entropy is 0.
 
@@ -45,19 +45,11 @@ class EntropyBounded(Step):
     ) -> None:  # fmt: skip
         if not gamma >= 0:
             raise ValueError(f"sampling.gamma={gamma} must be 0 or more")
-        self.u_BL, self.maskable_B = noise.uniform(trace.ids_BL.shape[1]), trace.open_BL.sum(-1)
-        self.model, self.gamma, self.choice = model, gamma, choice
+        super().__init__(model, trace, noise, choice)
+        self.gamma = gamma
 
-    def positions(self, number: int, trace: Trace) -> Asked | None:
-        masked_BL = trace.masked_BL
-        if not bool(masked_BL.any()):
-            return None
-        return Asked(masked_BL, time_of(self.model, masked_BL.sum(-1), self.maskable_B))
-
-    def tokens(self, log_p_NV: Tensor, at_RL: Tensor, rows_R: Tensor) -> tuple[Tensor, Tensor]:
-        now_RL = bounded(log_p_NV, at_RL, self.gamma)
-        now_N = now_RL[at_RL]
-        return self.choice.draw(log_p_NV[now_N], self.u_BL[rows_R][now_RL]), now_N
+    def chosen(self, log_p_NV: Tensor, at_RL: Tensor) -> Tensor:
+        return bounded(log_p_NV, at_RL, self.gamma)
 
 
 sample = sampler_of(EntropyBounded, Absorbing)

@@ -7,6 +7,8 @@ Shape suffixes: B batch, L length, N masked positions, V vocabulary, R rows eval
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch
 from torch import Tensor
 
@@ -52,16 +54,16 @@ def next_positions(preference_BL: Tensor, left_B: Tensor, tokens_per_step: int) 
     return first_positions(preference_BL, left_B.clamp(max=tokens_per_step))
 
 
-class Ordered(Step):
-    """Ask at every mask, and write the `tokens_per_step` that the order prefers."""
+class AtEveryMask(Step):
+    """Ask at every mask, and write at those that the prediction chooses (`chosen`)."""
 
-    def __init__(
-        self, model: Denoiser, trace: Trace, noise: KeyedNoise, *, order: str, tokens_per_step: int = 1,
-        choice: TokenChoice = TokenChoice(),  # noqa: B008 - frozen
-    ) -> None:  # fmt: skip
-        check(order, tokens_per_step)
+    def __init__(self, model: Denoiser, trace: Trace, noise: KeyedNoise, choice: TokenChoice) -> None:
         self.u_BL, self.maskable_B = noise.uniform(trace.ids_BL.shape[1]), trace.open_BL.sum(-1)
-        self.model, self.order, self.per_step, self.choice = model, order, tokens_per_step, choice
+        self.model, self.choice = model, choice
+
+    @abstractmethod
+    def chosen(self, log_p_NV: Tensor, at_RL: Tensor) -> Tensor:
+        """Return which masks are written, of those of `at_RL`, (R, L); one at least in every row that has any."""
 
     def positions(self, number: int, trace: Trace) -> Asked | None:
         masked_BL = trace.masked_BL
@@ -70,9 +72,27 @@ class Ordered(Step):
         return Asked(masked_BL, time_of(self.model, masked_BL.sum(-1), self.maskable_B))
 
     def tokens(self, log_p_NV: Tensor, at_RL: Tensor, rows_R: Tensor) -> tuple[Tensor, Tensor]:
-        now_RL = next_positions(preference(log_p_NV, at_RL, self.order), at_RL.sum(-1), self.per_step)
+        now_RL = self.chosen(log_p_NV, at_RL)
         now_N = now_RL[at_RL]
         return self.choice.draw(log_p_NV[now_N], self.u_BL[rows_R][now_RL]), now_N
+
+
+class Ordered(AtEveryMask):
+    """Write the `tokens_per_step` masks that the order prefers."""
+
+    def __init__(
+        self, model: Denoiser, trace: Trace, noise: KeyedNoise, *, order: str, tokens_per_step: int = 1,
+        choice: TokenChoice = TokenChoice(),  # noqa: B008 - frozen
+    ) -> None:  # fmt: skip
+        check(order, tokens_per_step)
+        super().__init__(model, trace, noise, choice)
+        self.order, self.per_step = order, tokens_per_step
+
+    def chosen(self, log_p_NV: Tensor, at_RL: Tensor) -> Tensor:
+        return next_positions(preference(log_p_NV, at_RL, self.order), at_RL.sum(-1), self.per_step)
+
+
+sample = sampler_of(Ordered, Absorbing)
 
 
 def check(order: str, tokens_per_step: int) -> None:
@@ -87,6 +107,3 @@ def time_of(model: Denoiser, masked_B: Tensor, maskable_B: Tensor) -> Tensor:
     """The time at which this share of masks is expected, for networks that are shown one, float64 (B,)."""
     share_B = masked_B.double() / maskable_B.clamp(min=1)
     return model.schedule.t_from_alpha(1 - share_B).clamp(0.0, 1.0)
-
-
-sample = sampler_of(Ordered, Absorbing)
