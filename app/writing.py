@@ -96,7 +96,8 @@ def write(networks: Networks, network: Network, wish: Wish, show: Callable[..., 
 @cache
 def keys_of(decoder: str) -> frozenset[str]:
     """The keys of `sampling` that a choice of sampling.predictor reads."""
-    settings = (CONFIGS / "sampler" / f"{decoder}.yaml").read_text(encoding="utf-8")
+    files = (CONFIGS / "sampler" / f"{decoder}.yaml", CONFIGS / "token_choice" / "model.yaml")
+    settings = "".join(file.read_text(encoding="utf-8") for file in files)
     return frozenset(re.findall(r"\$\{sampling\.(\w+)\}", settings))
 
 

@@ -31,7 +31,8 @@ from models.hub import CONFIG_FILE, CONFIG_KEYS, MODEL_TYPE, WEIGHT_FILES, setti
 from text.tokenizers import load_tokenizer, vocabulary  # noqa: E402
 
 CODE = ("modeling_mdlm.py", "dit.py", "class_conditioning.py", "transformer.py", "layers.py", "attention.py",
-        "recompute.py", "blocks.py", "block_attention.py", "segment_attention.py", "kv_cache.py")  # fmt: skip
+        "backbone.py", "recompute.py", "blocks.py", "block_attention.py", "segment_attention.py",
+        "kv_cache.py")  # fmt: skip
 # What files of other programs may keep to themselves, as the reference has it.
 ASSUMED = {"model.length": 1024, "model.dropout": 0.1, "time_conditioning": False}
 

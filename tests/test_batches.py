@@ -11,6 +11,7 @@ from transformers import GPT2Config
 import main
 from command_line import compose_config
 from models.ar import AR
+from models.backbone import Backbone
 from models.checkpoints import load_inert
 from models.dimamba import DiMamba
 from models.dit import DiT
@@ -237,8 +238,8 @@ def test_checkpointing_keeps_less_and_changes_neither_loss_nor_gradient(name):
 
 
 def test_a_network_that_can_not_is_refused():
-    with pytest.raises(ValueError, match="gradient_checkpointing=true: Linear can not"):
-        main.recompute_blocks(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="gradient_checkpointing=true: Backbone can not"):
+        main.recompute_blocks(Backbone())
 
 
 # -------------------------------------------------------------------------------- one graph

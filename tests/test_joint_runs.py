@@ -139,9 +139,10 @@ def test_a_text_only_model_starts_the_text_stream_and_loses_nothing(here, monkey
     assert "so begun anew: blocks.*.latent" in capsys.readouterr().out
     names = texts["sample_id"]
     with torch.no_grad(), diffusion.averaged():
-        wanted = text_only.model.loss(texts, evaluation_noise(1, names)).nll_BL
+        wanted = text_only.objective.bound(None).loss(text_only.backbone, texts, evaluation_noise(1, names)).nll_BL
         for told in (with_latents(texts), texts):
-            assert torch.equal(diffusion.eval().model.loss(told, evaluation_noise(1, names)).nll_BL, wanted)
+            law = diffusion.eval().objective.bound(None)
+            assert torch.equal(law.loss(diffusion.backbone, told, evaluation_noise(1, names)).nll_BL, wanted)
     before = {name: p.clone() for name, p in text_only.backbone.state_dict().items()}
     state = load_inert(fit(joint))["state_dict"]
     assert all(torch.equal(state[f"backbone.{name}"], p) for name, p in before.items()), "and frozen it stays that"

@@ -19,7 +19,7 @@ NONSENSE = ("nonsense", math.nan, math.inf, -1, 0, 1.5, 10**30, 2**63, True, Non
             ["x"])  # fmt: skip
 EVERY = 3  # each leaf meets every third value; which ones, goes round
 # What a choice needs beside it.
-BESIDE = {"process=hybrid": ["parameterization=gidd"], 
+BESIDE = {"process=hybrid": ["parameterization=gidd"], "sampler=uniform": ["parameterization=udlm"],
     "latents": ["algo=mmldlm"], "backbone=mmdit": ["algo=mmldlm", "latents=lsa"], "backbone=ar": ["algo=ar"],
     "parameterization=mmldlm": ["latents=lsa"], "backbone=hf_causal": ["algo=ar"], "backbone=hf_mlm": ["algo=mlm"],
     "sampler=ar": ["algo=ar"], "sampler=block": ["algo=bd3lm"], "sampler=block_unmask": ["algo=bd3lm"],
