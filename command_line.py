@@ -321,7 +321,7 @@ def explain(error: BaseException) -> str:
 
 
 def _choices_typed() -> list[str]:
-    """Return the choices of groups on the command line, since they decide which keys there are."""
+    """Return the group choices on the command line, which decide the keys of the configuration."""
     try:
         return [word for word in translate(sys.argv[1:]) if "=" in word and _is_choice(word)]
     except ValueError:

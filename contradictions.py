@@ -31,13 +31,15 @@ def is_mlm(cfg: DictConfig) -> bool:
 
 
 def objective_class(cfg: DictConfig) -> type:
-    """The class of the objective; `masked_lm` builds that of SUBS."""
+    """Return the class of the objective; the function `masked_lm` builds a SUBS objective."""
     build = located(cfg.parameterization._target_)
     return build if isinstance(build, type) else get_type_hints(build)["return"]
 
 
 def _check_sampler(cfg: DictConfig, name: str) -> None:
-    build, sample, objective = located(cfg.process._target_), located(cfg.sampler._target_), objective_class(cfg)
+    build = located(cfg.process._target_)
+    sample = located(cfg.sampler._target_)
+    objective = objective_class(cfg)
     if not inspect.ismethod(build):
         raise ValueError(f"process._target_={cfg.process._target_} must be the method `of` of a process in process.py")
     process = build.__self__
@@ -49,8 +51,8 @@ def _check_sampler(cfg: DictConfig, name: str) -> None:
         )
     if "processes" not in vars(sample):
         raise ValueError(
-            f"sampling.predictor={cfg.sampler._target_} does not say of which process it writes texts: put "
-            "@sampler(Absorbing) or the like above it, as CONTRIBUTING.md shows"
+            f"sampling.predictor={cfg.sampler._target_} does not say of which process it writes texts; "
+            "make it with sampler_of(Step, Absorbing), as CONTRIBUTING.md shows"
         )
     if process not in sample.processes:
         fitting = "uniform" if issubclass(process, Resampling) else "ddpm_cache"

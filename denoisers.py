@@ -1,7 +1,7 @@
-"""Denoisers: what a sampler or an estimator may ask of a model, in four small contracts, and wrappers of a denoiser.
+"""Denoisers: the four interfaces between models and samplers, and denoisers that wrap another one.
 
-A sampler names the contract that it needs as the type of its first argument; `Objective.denoiser` is the one that an
-objective offers. Both are checked before data are read.
+A sampler names the interface that it needs as the type of its first argument. An objective names the one that it offers
+as `binds_to`. The two are compared before data are read.
 
 Shape suffixes: B batch, L length, N selected positions, V vocabulary, C classes, K latent tokens, D numbers of each.
 """
@@ -26,7 +26,7 @@ class Denoiser(ABC):
         process: how texts are noised.
         schedule: how much noise there is at time t.
         vocab_size: number of tokens that a prediction scores, V.
-        independent_unmasking: whether the schedule alone decides when a mask goes, not the network.
+        independent_unmasking: True if the schedule alone decides when a token is unmasked, not the network.
         evaluations: network evaluations of one prediction.
     """
 
@@ -38,7 +38,7 @@ class Denoiser(ABC):
 
     @abstractmethod
     def denoise(self, x_BL: Tensor, t_B: Tensor | None, at_BL: Tensor | None = None, **cond: Tensor) -> Tensor:
-        """Return log p(x_0 | x_t) at the N positions of `at_BL`, (N, V); at all of them without it, (B, L, V)."""
+        """Return log p(x_0 | x_t) at the N positions of `at_BL`, (N, V), or at all positions, (B, L, V)."""
 
     def reverse(self, x_BL: Tensor, t_B: Tensor, s_B: Tensor, at_BL: Tensor, **cond: Tensor) -> Tensor:
         """Return log p(x_s | x_t) for s < t at the N positions of `at_BL`, (N, V)."""
@@ -48,10 +48,10 @@ class Denoiser(ABC):
 
 
 class CausalDenoiser(ABC):
-    """A model that predicts each token from those before it. There is no noise, so it has no time and no schedule.
+    """A model that predicts each token from those before it; it has no time and no schedule.
 
     Attributes:
-        process: what marks a token that is to be written.
+        process: says which id marks a token to be generated.
         vocab_size: number of tokens that a prediction scores, V.
     """
 
@@ -60,7 +60,7 @@ class CausalDenoiser(ABC):
 
     @abstractmethod
     def denoise(self, x_BL: Tensor, t_B: None = None, at_BL: Tensor | None = None, **cond: Tensor) -> Tensor:
-        """Return log p(x_i | x_<i) at the N positions of `at_BL`, (N, V), or behind the first, (B, L - 1, V)."""
+        """Return log p(x_i | x_<i) at the N positions of `at_BL`, (N, V), or at all but the first, (B, L - 1, V)."""
 
     @abstractmethod
     def new_cache(self, batch_size: int, length: int) -> object:
@@ -68,25 +68,31 @@ class CausalDenoiser(ABC):
 
     @abstractmethod
     def next_token(self, new_Bn: Tensor, cache: object, **cond: Tensor) -> Tensor:
-        """Read `new_Bn` behind what the cache has read, and return log p of the token after them, (B, V)."""
+        """Append `new_Bn` to the cache and return log p of the next token, (B, V)."""
 
 
 class BlockDenoiser(Denoiser):
-    """A denoiser that writes block after block, each behind the clean ones before it. block_size: tokens of a block."""
+    """A denoiser that generates a text block by block, each conditioned on the clean blocks before it.
+
+    Attributes:
+        block_size: tokens of a block.
+    """
 
     block_size: int
 
     @abstractmethod
     def after(self, earlier: object, window: int | None = None, **told: Tensor) -> Denoiser:
-        """Return the denoiser of one block behind `earlier`.
+        """Return the denoiser of the block that follows `earlier`.
 
-        earlier: clean tokens (B, S) of which the last `window` are seen, or a cache that has read them; of segments a
-        list of what `remember_segment` takes, or a cache.
+        Args:
+            earlier: the clean tokens before the block, (B, S), or a cache of them. For segments, a list of the
+                arguments of `remember_segment`, or a cache.
+            window: number of clean tokens that the block attends to; None for all.
         """
 
     @abstractmethod
     def new_block_cache(self, batch_size: int, length: int, window: int | None = None) -> object:
-        """Return an empty cache for clean blocks of which the last `window` tokens are seen (None: all)."""
+        """Return an empty cache for clean blocks; `window` limits how many tokens are attended to (None: all)."""
 
     @abstractmethod
     def remember(self, clean_BL: Tensor, cache: object, **told: Tensor) -> None:
@@ -98,11 +104,15 @@ class BlockDenoiser(Denoiser):
 
     @abstractmethod
     def remember_segment(self, clean_BW: Tensor, here_BW: Tensor, cache: object, **told: Tensor) -> None:
-        """Read the next segment into the cache; `here_BW` is True on its tokens, the first ones of each row."""
+        """Read the next segment into the cache; `here_BW` is True on its tokens and False on padding."""
 
 
 class JointDenoiser(Denoiser):
-    """A denoiser of texts and their latents. latent_shape: (K, D)."""
+    """A denoiser of texts and their latents.
+
+    Attributes:
+        latent_shape: (K, D).
+    """
 
     latent_shape: tuple[int, int]
 
@@ -116,10 +126,10 @@ class JointDenoiser(Denoiser):
     def denoise_both(
         self, x_BL: Tensor, t_B: Tensor, at_BL: Tensor, latent_BKD: Tensor, latent_t_B: Tensor, **cond: Tensor
     ) -> tuple[Tensor, LatentPrediction]:
-        """Return `denoise` and `predict_latent` of one evaluation of the network."""
+        """Return the results of `denoise` and `predict_latent` from one evaluation of the network."""
 
 
-# Of each kind of denoiser: what offers it, and the samplers that fit.
+# Interface -> (the models that offer it, the samplers that fit them).
 _KINDS = {
     CausalDenoiser: ("parameterization=ar", "ar"),
     BlockDenoiser: ("algo=bd3lm", "block"),
@@ -129,7 +139,7 @@ _KINDS = {
 
 
 def mismatch(module: str, offered: type, needed: type) -> str:
-    """Say that the sampler of `module` cannot write with a model of the type `offered`, and which one can."""
+    """Return the message for a sampler of `module` that needs another kind of model than the type `offered`."""
     mine, fitting = next(found for kind, found in _KINDS.items() if issubclass(offered, kind))
     return (
         f"sampling.predictor: {module.replace('.', '/')}.py writes texts of {_KINDS[needed][0]}, "
@@ -138,96 +148,103 @@ def mismatch(module: str, offered: type, needed: type) -> str:
 
 
 class Wrapped(Denoiser):
-    """The base of denoisers that change the predictions of another one."""
-
-    independent_unmasking = True
+    """The base of denoisers that change the predictions of another one, `inner`."""
 
     def __init__(self, inner: Denoiser) -> None:
         self.inner = inner
-        self.process, self.schedule, self.vocab_size = inner.process, inner.schedule, inner.vocab_size
+        self.process = inner.process
+        self.schedule = inner.schedule
+        self.vocab_size = inner.vocab_size
+        self.independent_unmasking = inner.independent_unmasking
+        self.evaluations = inner.evaluations
 
 
 class Barred(Wrapped):
-    """A denoiser that never predicts the tokens `ids`, such as the end of a text in its midst."""
+    """A denoiser that gives the tokens `ids` no probability, such as an end token inside a text."""
 
     def __init__(self, inner: Denoiser, ids: tuple[int, ...]) -> None:
         super().__init__(inner)
-        self.ids, self.evaluations = ids, inner.evaluations
+        self.ids = ids
 
     def denoise(self, x_BL: Tensor, t_B: Tensor | None, at_BL: Tensor | None = None, **cond: Tensor) -> Tensor:
         log_p_NV = self.inner.denoise(x_BL, t_B, at_BL, **cond)
         return log_p_NV.index_fill(-1, torch.tensor(self.ids, device=log_p_NV.device), -torch.inf).log_softmax(-1)
 
 
-class LatentGuided(Wrapped):
-    """Guidance towards a latent: log p_u + weight (log p(x | latent) - log p_u), normalised, where p_u is told nothing
-    of the latent (its time is 1). Weight 1 is the model itself, 0 the marginal."""
+class Guided(Wrapped):
+    """The base of guidance: log p_u + weight (log p_c - log p_u), normalised, from two predictions.
+
+    Weight 1 gives the conditional prediction p_c, weight 0 the unconditional one p_u; each then needs one evaluation.
+    """
 
     def __init__(self, inner: Denoiser, weight: float) -> None:
         super().__init__(inner)
-        self.weight, self.evaluations = weight, inner.evaluations * (1 if weight in (0, 1) else 2)
+        self.weight = weight
+        self.evaluations = inner.evaluations * (1 if weight in (0, 1) else 2)
+
+    @abstractmethod
+    def conditions(self, x_BL: Tensor, cond: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the arguments of the conditional and of the unconditional prediction."""
 
     def denoise(self, x_BL: Tensor, t_B: Tensor | None, at_BL: Tensor | None = None, **cond: Tensor) -> Tensor:
-        hidden = {**cond, "latent_t": torch.ones(len(x_BL), dtype=torch.float64, device=x_BL.device)}
-        return guided(
-            lambda: self.inner.denoise(x_BL, t_B, at_BL, **cond),
-            lambda: self.inner.denoise(x_BL, t_B, at_BL, **hidden),
-            self.weight,
-        )
+        return self._mixed(self.inner.denoise, x_BL, cond, t_B, at_BL)
+
+    def _mixed(self, predict: Callable[..., Tensor], x_BL: Tensor, cond: dict[str, Tensor], *args: Tensor) -> Tensor:
+        """Mix two results of `predict`, in float64; call it once if the weight is 0 or 1."""
+        conditional, unconditional = self.conditions(x_BL, cond)
+        if self.weight == 1:
+            return predict(x_BL, *args, **conditional)
+        log_u = predict(x_BL, *args, **unconditional)
+        if self.weight == 0:
+            return log_u
+        log_c, log_u = predict(x_BL, *args, **conditional).double(), log_u.double()
+        return (log_u + self.weight * (log_c - log_u)).masked_fill(log_u.isneginf(), -torch.inf).log_softmax(-1)
 
 
-class ClassGuided(Wrapped):
-    """Classifier-free guidance towards a class (D-CFG, Schiff et al., arXiv 2412.10193, section 3.3): log p(. | class)
-    to the power `weight` times log p(.) to the power 1 - weight, normalised. Weight 1 is the conditional distribution,
-    0 the unconditional one.
+class LatentGuided(Guided):
+    """Guidance towards a latent; the unconditional prediction hides it (its time is 1)."""
 
-    Where the schedule alone decides when a mask goes the prediction of the clean tokens is mixed, which leaves it so;
-    else the distribution of one step back.
+    def conditions(self, x_BL: Tensor, cond: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        return cond, {**cond, "latent_t": torch.ones(len(x_BL), dtype=torch.float64, device=x_BL.device)}
+
+
+class ClassGuided(Guided):
+    """Classifier-free guidance towards a class (D-CFG, Schiff et al., arXiv 2412.10193, section 3.3).
+
+    It mixes predictions of the clean tokens if the schedule alone decides when a token is unmasked, so that this stays
+    so; otherwise it mixes the distributions of one reverse step.
     """
 
     def __init__(self, inner: Denoiser, class_id: int, weight: float) -> None:
-        super().__init__(inner)
-        self.class_id, self.weight = class_id, weight
-        self.independent_unmasking = inner.independent_unmasking
-        self.evaluations = inner.evaluations * (1 if weight in (0, 1) else 2)
+        super().__init__(inner, weight)
+        self.class_id = class_id
 
-    def denoise(self, x_BL: Tensor, t_B: Tensor | None, at_BL: Tensor | None = None, **cond: Tensor) -> Tensor:
-        told = {**cond, "class_id": torch.full_like(x_BL[:, 0], self.class_id)}
-        return guided(
-            lambda: self.inner.denoise(x_BL, t_B, at_BL, **told),
-            lambda: self.inner.denoise(x_BL, t_B, at_BL, **cond),
-            self.weight,
-        )
+    def conditions(self, x_BL: Tensor, cond: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        return {**cond, "class_id": torch.full_like(x_BL[:, 0], self.class_id)}, cond
 
     def reverse(self, x_BL: Tensor, t_B: Tensor, s_B: Tensor, at_BL: Tensor, **cond: Tensor) -> Tensor:
         if self.independent_unmasking:
             return super().reverse(x_BL, t_B, s_B, at_BL, **cond)
-        told = {**cond, "class_id": torch.full_like(x_BL[:, 0], self.class_id)}
-        return guided(
-            lambda: self.inner.reverse(x_BL, t_B, s_B, at_BL, **told),
-            lambda: self.inner.reverse(x_BL, t_B, s_B, at_BL, **cond),
-            self.weight,
-        )
+        return self._mixed(self.inner.reverse, x_BL, cond, t_B, s_B, at_BL)
 
 
 class ClassifierGuided(Wrapped):
-    """Classifier-based guidance towards a class, to first order (D-CBG, arXiv 2412.10193, section 3.4): log p(.) plus
-    `weight` times the change of log p(class | text) that a token makes, normalised.
+    """Classifier-based guidance towards a class, to first order (D-CBG, arXiv 2412.10193, section 3.4).
 
-    The classifier is naive Bayes on the tokens that are not blank, so it needs no training of its own and fits any
-    network. Its log-odds are linear in the tokens; of their logarithm's normaliser the first order is taken.
+    It adds `weight` times the change of log p(class | text) that each token makes. The classifier is naive Bayes on the
+    tokens that are not blank, so it needs no training and fits any network.
 
     Args:
-        log_p_CV: log p(token | class). log_prior_C: log p(class).
+        log_p_CV: log p(token | class).
+        log_prior_C: log p(class).
     """
 
-    def __init__(
-        self, inner: Denoiser, class_id: int, weight: float, log_p_CV: Tensor, log_prior_C: Tensor
-    ) -> None:  # fmt: skip
+    def __init__(self, inner: Denoiser, class_id: int, weight: float, log_p_CV: Tensor, log_prior_C: Tensor) -> None:
         super().__init__(inner)
-        self.class_id, self.weight, self.evaluations = class_id, weight, inner.evaluations
-        self.independent_unmasking = inner.independent_unmasking
-        self.log_p_CV, self.log_prior_C = log_p_CV.double(), log_prior_C.double()
+        self.class_id = class_id
+        self.weight = weight
+        self.log_p_CV = log_p_CV.double()
+        self.log_prior_C = log_prior_C.double()
 
     def denoise(self, x_BL: Tensor, t_B: Tensor | None, at_BL: Tensor | None = None, **cond: Tensor) -> Tensor:
         return self._tilted(self.inner.denoise(x_BL, t_B, at_BL, **cond), x_BL, at_BL)
@@ -238,24 +255,12 @@ class ClassifierGuided(Wrapped):
         return self._tilted(self.inner.reverse(x_BL, t_B, s_B, at_BL, **cond), x_BL, at_BL)
 
     def _tilted(self, log_p: Tensor, x_BL: Tensor, at_BL: Tensor | None) -> Tensor:
+        """Add the gradient of log p(class | text) with respect to each token's one-hot vector, and normalise."""
         if self.weight == 0:
             return log_p
-        seen_BL = x_BL != self.process.blank_id
-        said_CBL = self.log_p_CV[:, x_BL.clamp(min=0)] * seen_BL
-        p_BC = (said_CBL.sum(-1).T + self.log_prior_C).softmax(-1)
+        written_BL = x_BL != self.process.blank_id
+        log_p_CBL = self.log_p_CV[:, x_BL.clamp(min=0)] * written_BL
+        p_BC = (log_p_CBL.sum(-1).T + self.log_prior_C).softmax(-1)
         gain_BV = self.log_p_CV[self.class_id] - p_BC @ self.log_p_CV
         gain = gain_BV[:, None].expand(*x_BL.shape, -1) if at_BL is None else gain_BV[at_BL.nonzero()[:, 0]]
         return (log_p.double() + self.weight * gain).log_softmax(-1)
-
-
-def guided(told: Callable[[], Tensor], untold: Callable[[], Tensor], weight: float) -> Tensor:
-    """Return log p_u + weight (log p_c - log p_u), normalised; (..., V), float64 where two predictions are mixed.
-
-    told, untold: compute log p_c and log p_u; one that the weight leaves out is not called.
-    """
-    if weight == 1:
-        return told()
-    if weight == 0:
-        return untold()
-    log_c, log_u = told().double(), untold().double()
-    return (log_u + weight * (log_c - log_u)).masked_fill(log_u.isneginf(), -torch.inf).log_softmax(-1)

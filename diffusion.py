@@ -114,7 +114,7 @@ class Diffusion(lightning.LightningModule):
 
     @property
     def fills_masks(self) -> bool:
-        """Whether it predicts whatever is masked from whatever is not."""
+        """Return True if the model predicts any masked tokens from all unmasked ones."""
         kind, absorbing = self.objective.binds_to, isinstance(self.objective.process, Absorbing)
         return absorbing and issubclass(kind, Denoiser) and not issubclass(kind, BlockDenoiser)
 

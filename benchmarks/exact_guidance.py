@@ -10,6 +10,7 @@ texts are judged by the corpus's own distribution. Errors are binomial.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import time
@@ -21,51 +22,36 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from benchmarks.exact_sampling import FIRST, MASK, Exact, ExactUniform, lengths  # noqa: E402
+from benchmarks.exact_sampling import FIRST, exact_models, lengths, share, texts_of  # noqa: E402
 from denoisers import ClassGuided, ClassifierGuided, Denoiser  # noqa: E402
-from noise_schedule import LogLinear  # noqa: E402
-from objectives.subs import Subs  # noqa: E402
-from objectives.udlm import UDLM  # noqa: E402
-from process import Absorbing, Uniform  # noqa: E402
 from randomness import KeyedNoise  # noqa: E402
 from samplers import first_hitting, uniform  # noqa: E402
-from text.exact_denoiser import ExactDenoiser, ExactLeaveOneOut  # noqa: E402
-from text.reviews import ReviewGrammar, detokenize, tokens  # noqa: E402
+from text.reviews import ReviewGrammar, tokens  # noqa: E402
 
 CLASS = 1
 WEIGHTS = (0.0, 0.5, 1.0, 1.5, 2.0, 4.0)
 
 
-class Told(Denoiser):
-    """The exact denoiser of one class where that is told, else of both."""
+class Conditional(Denoiser):
+    """The exact denoiser of one class if `class_id` is given, otherwise that of both classes."""
 
     def __init__(self, of_both: Denoiser, of_class: Denoiser) -> None:
-        self.of_both, self.of_class = of_both, of_class
-        self.process, self.schedule, self.vocab_size = of_both.process, of_both.schedule, of_both.vocab_size
+        self.of_both = of_both
+        self.of_class = of_class
+        self.process = of_both.process
+        self.schedule = of_both.schedule
+        self.vocab_size = of_both.vocab_size
         self.independent_unmasking = of_both.independent_unmasking
 
-    def denoise(self, *args: object, class_id: torch.Tensor | None = None, **cond: object) -> torch.Tensor:
+    def denoise(self, *args: torch.Tensor, class_id: torch.Tensor | None = None, **cond: torch.Tensor) -> torch.Tensor:
         return (self.of_both if class_id is None else self.of_class).denoise(*args, **cond)
 
-    def reverse(self, *args: object, class_id: torch.Tensor | None = None, **cond: object) -> torch.Tensor:
+    def reverse(self, *args: torch.Tensor, class_id: torch.Tensor | None = None, **cond: torch.Tensor) -> torch.Tensor:
         return (self.of_both if class_id is None else self.of_class).reverse(*args, **cond)
 
 
-def models(grammar: ReviewGrammar) -> dict[str, Denoiser]:
-    """The exact denoisers of both processes."""
-    size = FIRST + len(grammar.vocabulary)
-    of_token = {word: FIRST + i for i, word in enumerate(grammar.vocabulary)}
-    noise, found = Uniform(size), {"masks": [], "uniform": []}
-    for grammars in (grammar.grammars, [grammar.grammars[CLASS]]):
-        network = ExactDenoiser(grammars, of_token, MASK, size)
-        found["masks"].append(Exact(Subs(LogLinear(), Absorbing(MASK)).bound(None), network))
-        network = ExactLeaveOneOut(grammars, of_token, MASK, size, noise)
-        found["uniform"].append(ExactUniform(UDLM(LogLinear(), noise).bound(None), network))
-    return {name: Told(*pair) for name, pair in found.items()}
-
-
 def unigrams(grammar: ReviewGrammar, size: int) -> torch.Tensor:
-    """log p(token | class) of 2,000 texts of each, add-one, (C, V)."""
+    """Return log p(token | class) from 2,000 texts of each class, with add-one smoothing, (C, V)."""
     number = {word: FIRST + i for i, word in enumerate(grammar.vocabulary)}
     counts_CV = torch.ones(2, size, dtype=torch.float64)
     for label in (0, 1):
@@ -75,16 +61,17 @@ def unigrams(grammar: ReviewGrammar, size: int) -> torch.Tensor:
 
 
 def measured(grammar: ReviewGrammar, ids_BL: torch.Tensor, here_BL: torch.Tensor) -> dict[str, float]:
-    """Shares of possible texts, and of these of the class, with standard errors."""
-    words = ["[MASK]", *grammar.vocabulary]
-    texts = [detokenize([words[i] for i in row[here].tolist()]) for row, here in zip(ids_BL, here_BL, strict=True)]
-    posterior_M = grammar.posterior(texts)[:, CLASS]
+    """Return the share of possible texts, and the share of these that belong to the class, with standard errors."""
+    posterior_M = grammar.posterior(texts_of(grammar, ids_BL, here_BL))[:, CLASS]
     possible_M = np.isfinite(posterior_M)
-    found = {}
-    for name, hits in (("possible", possible_M), ("of_the_class", posterior_M[possible_M] > 0.5)):
-        p, n = float(hits.mean()), len(hits)
-        found |= {name: p, f"{name}_se": max(float(np.sqrt(p * (1 - p) / n)), 1 / n)}
-    return found
+    possible, possible_se = share(possible_M)
+    of_the_class, of_the_class_se = share(posterior_M[possible_M] > 0.5)
+    return {
+        "possible": possible,
+        "possible_se": possible_se,
+        "of_the_class": of_the_class,
+        "of_the_class_se": of_the_class_se,
+    }
 
 
 def plot(rows: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
@@ -107,25 +94,30 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
     grammar, start = ReviewGrammar(), time.perf_counter()
-    here_BL, told = lengths(grammar, args.texts, seed=1), models(grammar)
-    log_p_CV = unigrams(grammar, told["masks"].vocab_size)
+    here_BL = lengths(grammar, args.texts, seed=1)
+    of_both, of_class = (exact_models(grammar, some) for some in (grammar.grammars, [grammar.grammars[CLASS]]))
+    log_p_CV = unigrams(grammar, of_both["masks"].vocab_size)
     samplers = {"masks": first_hitting.sample, "uniform": partial(uniform.sample, steps=16)}
     rows: dict[str, dict[str, dict[str, float]]] = {}
-    for kind, model in told.items():
-        for way in ("D-CFG", "D-CBG by unigrams"):
-            for weight in WEIGHTS:
-                guided = (ClassGuided(model, CLASS, weight) if way == "D-CFG" else
-                          ClassifierGuided(model, CLASS, weight, log_p_CV, torch.zeros(2)))  # fmt: skip
-                x_BL = torch.where(here_BL, model.process.blank_id, FIRST)
-                noise = KeyedNoise(0, torch.arange(args.texts))
-                ids_BL = samplers[kind](guided, x_BL, noise, attention_mask=here_BL).ids_BL
-                row = measured(grammar, ids_BL, here_BL)
-                rows.setdefault(f"{kind}, {way}", {})[str(weight)] = row
-                print(f"{kind:8} {way:18} guidance {weight:3}: of the class {row['of_the_class']:6.1%} ± "
-                      f"{row['of_the_class_se']:.1%}, possible {row['possible']:6.1%} ± {row['possible_se']:.1%}",
-                      flush=True)  # fmt: skip
-    print(json.dumps({"benchmark": "exact_guidance", "texts": args.texts, "rows": rows,
-                      "seconds": round(time.perf_counter() - start)}))  # fmt: skip
+    for kind, sampler in samplers.items():
+        model = Conditional(of_both[kind], of_class[kind])
+        guides = {
+            "D-CFG": partial(ClassGuided, model, CLASS),
+            "D-CBG by unigrams": partial(ClassifierGuided, model, CLASS, log_p_CV=log_p_CV, log_prior_C=torch.zeros(2)),
+        }
+        for (way, guide), weight in itertools.product(guides.items(), WEIGHTS):
+            x_BL = torch.where(here_BL, model.process.blank_id, FIRST)
+            noise = KeyedNoise(0, torch.arange(args.texts))
+            trace = sampler(guide(weight=weight), x_BL, noise, attention_mask=here_BL)
+            row = measured(grammar, trace.ids_BL, here_BL)
+            rows.setdefault(f"{kind}, {way}", {})[str(weight)] = row
+            print(
+                f"{kind:8} {way:18} guidance {weight:3}: of the class {row['of_the_class']:6.1%} ± "
+                f"{row['of_the_class_se']:.1%}, possible {row['possible']:6.1%} ± {row['possible_se']:.1%}",
+                flush=True,
+            )
+    seconds = round(time.perf_counter() - start)
+    print(json.dumps({"benchmark": "exact_guidance", "texts": args.texts, "rows": rows, "seconds": seconds}))
     if args.plot:
         plot(rows, args.plot)
 

@@ -14,7 +14,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from randomness import KeyedNoise  # noqa: E402
 from samplers import ancestral, first_hitting, uniform, unmasking  # noqa: E402
 from samplers.trace import Trace  # noqa: E402
 from text.exact_denoiser import ExactDenoiser, ExactLeaveOneOut  # noqa: E402
+from text.grammar import FiniteStateGrammar  # noqa: E402
 from text.reviews import ReviewGrammar, detokenize, tokens  # noqa: E402
 
 MASK, FIRST = 0, 1  # the id of the first word
@@ -59,34 +60,53 @@ class ExactUniform(Model):
         return super(Model, self).reverse(*args, **cond)
 
 
+def exact_models(grammar: ReviewGrammar, grammars: Sequence[FiniteStateGrammar]) -> dict[str, Model]:
+    """Return the exact denoisers of masks and of random tokens, for texts of `grammars` with equal weights."""
+    size = FIRST + len(grammar.vocabulary)
+    of_token = {word: FIRST + i for i, word in enumerate(grammar.vocabulary)}
+    noise = Uniform(size)  # one of its tokens is the mask's id, which no clean text has
+    masked = ExactDenoiser(grammars, of_token, MASK, size)
+    resampled = ExactLeaveOneOut(grammars, of_token, MASK, size, noise)
+    return {
+        "masks": Exact(Subs(LogLinear(), Absorbing(MASK)).bound(None), masked),
+        "uniform": ExactUniform(UDLM(LogLinear(), noise).bound(None), resampled),
+    }
+
+
 def lengths(grammar: ReviewGrammar, number: int, seed: int) -> torch.Tensor:
-    """Where the tokens of `number` texts of the corpus are, (B, L)."""
+    """Return a mask (B, L) of the token positions of `number` texts with lengths from the corpus."""
     length_B = torch.tensor([len(tokens(text)) for text in grammar.sample(number, 0, seed)])
     return torch.arange(int(length_B.max())) < length_B[:, None]
 
 
-def log_probs(grammar: ReviewGrammar, ids_BL: torch.Tensor, here_BL: torch.Tensor) -> np.ndarray:
-    """log p of each row as a text of either class, up to the same constant for all, (B,); -inf for none."""
-    rows = [row[here].tolist() for row, here in zip(ids_BL, here_BL, strict=True)]
-    texts = [detokenize([grammar.vocabulary[i - FIRST] if i >= FIRST else "[MASK]" for i in row]) for row in rows]
-    both = np.logaddexp(grammar.log_prob(texts, 0), grammar.log_prob(texts, 1))
-    lengths_B = [len(row) for row in rows]
-    given = np.logaddexp(grammar.log_prob_length(lengths_B, 0), grammar.log_prob_length(lengths_B, 1))
-    return both - given
+def texts_of(grammar: ReviewGrammar, ids_BL: torch.Tensor, here_BL: torch.Tensor) -> list[str]:
+    """Return the texts of sampled rows; a token that is no word makes its text impossible."""
+    words = ["[MASK]", *grammar.vocabulary]
+    return [detokenize([words[i] for i in row[here].tolist()]) for row, here in zip(ids_BL, here_BL, strict=True)]
 
 
-def measured(log_p_B: np.ndarray, tokens_B: np.ndarray) -> dict[str, float]:
-    """The share of possible texts with its standard error, that of one more and one less impossible text at least; and
-    -log p per token of the possible ones, which lies below that of real texts where a sampler is too sure."""
-    ok_B, n = np.isfinite(log_p_B), len(log_p_B)
-    p, nats_B, tokens_B = float(ok_B.mean()), -log_p_B[ok_B], tokens_B[ok_B]
-    nats = nats_B.sum() / max(tokens_B.sum(), 1)
-    nats_se = np.sqrt(((nats_B - nats * tokens_B) ** 2).sum()) / max(tokens_B.sum(), 1)
-    return {"possible": p, "se": max(float(np.sqrt(p * (1 - p) / n)), 1 / n), "nats": nats, "nats_se": float(nats_se)}
+def share(hits: np.ndarray) -> tuple[float, float]:
+    """Return the share of hits and its standard error, at least that of one hit more or less."""
+    p, n = float(hits.mean()), len(hits)
+    return p, max(float(np.sqrt(p * (1 - p) / n)), 1 / n)
+
+
+def measured(grammar: ReviewGrammar, ids_BL: torch.Tensor, here_BL: torch.Tensor) -> dict[str, float]:
+    """Return the share of possible texts and their -log p per token, which is low if a sampler sharpens."""
+    texts, tokens_B = texts_of(grammar, ids_BL, here_BL), here_BL.sum(-1).numpy()
+    given = np.logaddexp(*(grammar.log_prob_length(tokens_B.tolist(), label) for label in (0, 1)))
+    log_p_B = np.logaddexp(*(grammar.log_prob(texts, label) for label in (0, 1))) - given
+    ok_B = np.isfinite(log_p_B)
+    possible, se = share(ok_B)
+    nats_B = -log_p_B[ok_B]
+    total = max(tokens_B[ok_B].sum(), 1)
+    nats = nats_B.sum() / total
+    nats_se = float(np.sqrt(((nats_B - nats * tokens_B[ok_B]) ** 2).sum()) / total)
+    return {"possible": possible, "se": se, "nats": nats, "nats_se": nats_se}
 
 
 def samplers() -> dict[str, tuple[str, Callable[..., Trace]]]:
-    """What is compared: name -> (model, sampler)."""
+    """Return the samplers to compare, by name, each with the name of its model."""
     cached = {steps: partial(ancestral.sample, steps=steps, skip_idle=True) for steps in STEPS}
     one_each = partial(unmasking.sample, how=unmasking.Unmasking(order="random"))
     found = {f"ddpm_cache, {steps} steps": ("masks", sampler) for steps, sampler in cached.items()}
@@ -130,13 +150,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
     grammar = ReviewGrammar()
-    size = FIRST + len(grammar.vocabulary)
-    of_token = {word: FIRST + i for i, word in enumerate(grammar.vocabulary)}
-    noise = Uniform(size)  # the id of the mask is one more token to it, which no clean text has
-    networks = (ExactDenoiser(grammar.grammars, of_token, MASK, size),
-                ExactLeaveOneOut(grammar.grammars, of_token, MASK, size, noise))  # fmt: skip
-    models = {"masks": Exact(Subs(LogLinear(), Absorbing(MASK)).bound(None), networks[0]),
-              "uniform": ExactUniform(UDLM(LogLinear(), noise).bound(None), networks[1])}  # fmt: skip
+    models = exact_models(grammar, grammar.grammars)
     here_BL = lengths(grammar, args.texts, seed=1)
     print(f"{args.texts} texts of {float(here_BL.sum(-1).double().mean()):.1f} tokens on average", flush=True)
     rows, start = {}, time.perf_counter()
@@ -145,16 +159,19 @@ def main() -> None:
             continue
         model = models[kind]
         x_BL = torch.where(here_BL, model.process.blank_id, FIRST)
-        outs = [sampler(model, x_BL[some], KeyedNoise(0, some), attention_mask=here_BL[some])
-                for some in torch.arange(args.texts).split(args.batch)]  # fmt: skip
-        log_p_B = log_probs(grammar, torch.cat([out.ids_BL for out in outs]), here_BL)
+        batches = torch.arange(args.texts).split(args.batch)
+        outs = [sampler(model, x_BL[some], KeyedNoise(0, some), attention_mask=here_BL[some]) for some in batches]
+        ids_BL = torch.cat([out.ids_BL for out in outs])
         evaluations = float(torch.cat([out.evaluations_B for out in outs]).double().mean())
-        rows[name] = {**measured(log_p_B, here_BL.sum(-1).numpy()), "evaluations": evaluations}
-        row = rows[name]
-        print(f"{name:45} possible {row['possible']:7.1%} ± {row['se']:.1%}, {row['nats']:.3f} ± {row['nats_se']:.3f} "
-              f"nats a token, {evaluations:6.1f} network evaluations", flush=True)  # fmt: skip
-    print(json.dumps({"benchmark": "exact_sampling", "texts": args.texts, "samplers": rows,
-                      "seconds": round(time.perf_counter() - start)}))  # fmt: skip
+        row = {**measured(grammar, ids_BL, here_BL), "evaluations": evaluations}
+        rows[name] = row
+        print(
+            f"{name:45} possible {row['possible']:7.1%} ± {row['se']:.1%}, {row['nats']:.3f} ± {row['nats_se']:.3f} "
+            f"nats a token, {evaluations:6.1f} network evaluations",
+            flush=True,
+        )
+    seconds = round(time.perf_counter() - start)
+    print(json.dumps({"benchmark": "exact_sampling", "texts": args.texts, "samplers": rows, "seconds": seconds}))
     if args.plot:
         plot(rows, args.plot)
 

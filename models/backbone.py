@@ -1,4 +1,4 @@
-"""What a network of texts offers, with the answers of one that offers no more than it must."""
+"""The base class of networks: `encode`, `head`, and declarations of what a network can do."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from torch import Tensor, nn
 
 
 class Backbone(nn.Module):
-    """A network in two parts, so that the vocabulary is paid for only where it is needed: `encode`, then `head`.
+    """A network in two parts, `encode` and `head`, so that logits are computed only where they are needed.
 
-    A subclass has `head`, a linear layer, and encode(tokens_BL, sigma_B, attention_mask) -> hidden states (B, L, D).
-    What else it can do it declares by these attributes.
+    A subclass has `head`, a linear layer, and encode(tokens_BL, sigma_B, attention_mask) -> hidden states (B, L, D). It
+    declares everything else that it can do by these attributes.
 
     Attributes:
-        causal: a position sees the left side only; then it has `new_cache`, and `encode` takes `cache`.
-        encodes_positions: `encode` takes `at_BL` and gives the hidden states of those positions alone, for less.
-        takes_classes: it can be built with `num_classes`, and `encode` then takes `class_id`.
-        num_classes: that it was built for; 0 for none.
-        reads_blocks: it has what models/blocks.py has, for block diffusion.
+        causal: each position attends to the left only; the network has `new_cache`, and `encode` takes `cache`.
+        encodes_positions: `encode` takes `at_BL` and returns the hidden states of those positions only.
+        takes_classes: the constructor takes `num_classes`, and `encode` then takes `class_id`.
+        num_classes: number of classes that it was built for; 0 for none.
+        reads_blocks: it has the methods of models/blocks.py, which block diffusion needs.
         reads_mixtures: `encode` also takes mixtures of tokens, weights (B, L, V).
         reads_latents: it has `encode_both` and `latent_shape`, for texts with latents.
-        recomputes: it has `recompute_blocks`, gradient checkpointing.
-        mask_padding: padding is hidden from the others.
-        knows_its_mask: its weights have seen a mask already, so that the data's must be that one.
-        blocks: the repeated part, which strategy=fsdp shares out piece by piece.
-        parts: what training.freeze can name -> modules.
-        settings: what it was built with, keys as on the command line.
+        recomputes: it has `recompute_blocks`, which switches gradient checkpointing on.
+        mask_padding: no position attends to padding.
+        knows_its_mask: its pretrained weights have a mask token, which the data must use.
+        blocks: the repeated layers, which strategy=fsdp shards one by one.
+        parts: name in training.freeze -> modules.
+        settings: constructor arguments, by their keys on the command line.
     """
 
     causal = encodes_positions = takes_classes = recomputes = knows_its_mask = False
@@ -38,9 +38,9 @@ class Backbone(nn.Module):
     settings: Mapping[str, object] = {}
 
     def pretrained(self) -> object | None:
-        """Return the published weights that a new training starts from, if the network comes with such."""
+        """Return the published weights that a new training starts from, or None."""
         return None
 
     def part_of(self, state: Mapping[str, Tensor]) -> nn.Module:
-        """Return the part of the network that the weights `state` are of: all of it, or a text stream."""
+        """Return the part of the network that the weights `state` belong to."""
         return self

@@ -120,7 +120,7 @@ class DiT(BlockStreams, Recomputing, Backbone):
 
     @property
     def order(self) -> Sequence[nn.Module]:
-        """The blocks in the order in which a text passes them: the one place that says so. Some may come again."""
+        """The blocks in the order of the forward pass, which every pass follows. A block may appear more than once."""
         return self.blocks
 
     def encode(

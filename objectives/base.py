@@ -52,21 +52,24 @@ class TokenLoss:
 
 
 class Objective(ABC):
-    """A training law: it owns what the network's output means. Its attributes say what it needs and offers.
+    """A training objective: it defines the loss and what the network's output means.
 
     Attributes:
-        processes: that it can be trained on; `process` is the one of these.
-        binds_to: what `model` gives, so which denoiser it offers (denoisers.py).
-        exact: the loss is -log p itself, not a bound drawn at random.
-        causal: it needs a backbone that sees the left side only, and decides itself where a text ends.
-        first_given: the first token of a row is context: neither masked nor scored.
-        encodes: network evaluations of one pass. streams: times that an evaluation reads the text.
-        clean_text_costs_nothing: the integrand of a bound is 0 where nothing was corrupted.
-        independent_unmasking: the chance of being unmasked is the schedule's alone, not the network's.
-        reads_segments: it makes use of where the parts of a text end (`segment_ends` of a batch).
-        T: 0 for continuous time, else the number of steps. noising: how t and masks are drawn; None for nothing drawn.
-        sampling_eps: the mask rates that a training draws from, where they change during it, and `search`, how.
-        loss_name: what the mean of the loss is called.
+        processes: the forward processes that it can be trained on; `process` is the one in use.
+        binds_to: the class that `model` returns, which says which denoiser the objective offers (denoisers.py).
+        exact: the loss is -log p itself, not a Monte Carlo draw of a bound.
+        causal: it needs a causal backbone, and the model decides where a text ends.
+        first_given: the first token of a row is context, which is neither masked nor scored.
+        encodes: network evaluations of one draw.
+        streams: how often one evaluation reads the text.
+        clean_text_costs_nothing: the integrand of the bound is 0 for a text without a corrupted token.
+        independent_unmasking: the schedule alone decides when a token is unmasked, not the network.
+        reads_segments: it uses the ends of a text's segments (`segment_ends` of a batch).
+        T: number of time steps; 0 for continuous time.
+        noising: how t and masks are drawn; None if nothing is drawn.
+        sampling_eps: the range of mask rates in training, if it changes during the training.
+        search: how that range is chosen.
+        loss_name: name of the mean loss in logs.
     """
 
     processes: tuple[type[Process], ...] = (Absorbing,)
@@ -83,7 +86,7 @@ class Objective(ABC):
 
     @abstractmethod
     def loss(self, backbone: Backbone, batch: Batch, generator: KeyedNoise | None = None) -> TokenLoss:
-        """Return the loss of every token, under noise of `generator`."""
+        """Return the loss of every token; `generator` is the only randomness."""
 
     @abstractmethod
     def denoise(
@@ -93,10 +96,13 @@ class Objective(ABC):
 
     @abstractmethod
     def bound(self, noising: Noising | None) -> Objective:
-        """Return the same objective for measuring, whatever training weighs, under `noising` (None: the sharpest)."""
+        """Return the objective whose loss is the unweighted bound, for evaluation.
+
+        noising: how t and masks are drawn; None for the choice with the least variance.
+        """
 
     def model(self, backbone: Backbone) -> BoundTo:
-        """Bind the objective to a network: what samplers and estimators are given."""
+        """Bind the objective to a network, for samplers and estimators."""
         return self.binds_to(self, backbone)
 
 
@@ -120,7 +126,7 @@ class BoundTo:
 
 
 class Model(BoundTo, Denoiser):
-    """An objective of a diffusion, bound to a network."""
+    """A diffusion objective bound to a network."""
 
     @property
     def schedule(self) -> NoiseSchedule:
@@ -216,8 +222,8 @@ class TokenDiffusion(Objective):
         x0_BL, scored_BL = batch["input_ids"], scored_mask(batch)
         noise = generator or fresh_noise(x0_BL)
         looks = self.noising(self.schedule, x0_BL, scored_BL, self.process, noise)
-        seen = [self.seen(backbone, batch, look, noise) for look in looks]
-        passes = zip(seen, looks, strict=True)
+        inputs = [self.network_input(backbone, batch, look, noise) for look in looks]
+        passes = zip(inputs, looks, strict=True)
         parts = [self.loss_at(network, batch, xt_BL, look.t_B) for (network, xt_BL), look in passes]
         logs = {name: torch.stack([part.logs[name] for part in parts], dim=1) for name in parts[0].logs}
         if self.loss_weight == "uniform":  # every masked token counts once, whatever its t
@@ -227,8 +233,10 @@ class TokenDiffusion(Objective):
         logs["nats"] = torch.stack([nll_BL.detach().double().sum(-1) for nll_BL in weighed], dim=1)
         return TokenLoss(sum(weighed) / len(weighed), parts[0].mask_BL, logs)
 
-    def seen(self, backbone: Backbone, batch: Batch, look: Noised, noise: KeyedNoise) -> tuple[Backbone, Tensor]:
-        """Return the network that a pass evaluates and the noised text that it is trained on."""
+    def network_input(
+        self, backbone: Backbone, batch: Batch, look: Noised, noise: KeyedNoise
+    ) -> tuple[Backbone, Tensor]:
+        """Return the network that is evaluated and its input x_t; a subclass may change both."""
         return backbone, look.xt_BL
 
     @abstractmethod
@@ -248,6 +256,31 @@ class TokenDiffusion(Objective):
         finite and within what the schedule of the training reaches."""
         low, high = self.trained_schedule(torch.tensor([0.0, 1.0], dtype=torch.float64)).sigma.tolist()
         return self.schedule(t_B).sigma.clamp(low, min(high, MAX_SIGMA)).float()
+
+
+class Containing(Objective):
+    """An objective that trains another one, `inner`, on blocks of a text or on a text with its latent."""
+
+    @property
+    @abstractmethod
+    def inner(self) -> TokenDiffusion:
+        """The objective of the text or block."""
+
+    @property
+    def T(self) -> int:  # noqa: N802
+        return self.inner.T
+
+    @property
+    def noising(self) -> Noising:
+        return self.inner.noising
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        return self.inner.schedule
+
+    @property
+    def independent_unmasking(self) -> bool:
+        return self.inner.independent_unmasking
 
 
 def encode_at(backbone: Backbone, x_BL: Tensor, sigma_B: Tensor, at_BL: Tensor | None, **cond: Tensor) -> Tensor:

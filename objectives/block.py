@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from denoisers import BlockDenoiser
-from noise_schedule import Clipped, NoiseSchedule
+from noise_schedule import Clipped
 from objectives.base import (
     Backbone,
     Batch,
+    Containing,
     Model,
-    Objective,
     TokenDiffusion,
     TokenLoss,
     context,
@@ -58,7 +58,7 @@ class BlockModel(Model, BlockDenoiser):
         self.backbone.remember_segment(clean_BW, here_BW, cache, **told)
 
 
-class BlockDiffusion(Objective):
+class BlockDiffusion(Containing):
     """-log p(x) = sum over blocks b of -log p(x^b | x^<b), each bounded by the loss of masked diffusion within the
     block (eq. 3 and 7). With one block that is masked diffusion; with blocks of one token there is nothing left to
     draw: the block is masked, and the loss is -log p(x_i | x_<i) itself.
@@ -105,6 +105,10 @@ class BlockDiffusion(Objective):
         self.search = search
 
     @property
+    def inner(self) -> TokenDiffusion:
+        return self.within
+
+    @property
     def exact(self) -> bool:
         return self.block_size == 1
 
@@ -119,22 +123,6 @@ class BlockDiffusion(Objective):
     @property
     def loss_name(self) -> str:
         return self.within.loss_name
-
-    @property
-    def T(self) -> int:  # noqa: N802
-        return self.within.T
-
-    @property
-    def noising(self) -> Noising:
-        return self.within.noising
-
-    @property
-    def schedule(self) -> NoiseSchedule:
-        return self.within.schedule
-
-    @property
-    def independent_unmasking(self) -> bool:
-        return self.within.independent_unmasking
 
     def clip(self, low: float, high: float) -> None:
         """Train on mask rates from `low` to `high` only, from now on; measuring always uses all of them.

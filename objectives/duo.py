@@ -1,5 +1,7 @@
-"""DUO's curriculum: uniform-state diffusion seen through the Gaussian diffusion whose argmax it is (Sahoo et al., arXiv
-2506.10892, section 4.1).
+"""DUO's curriculum for uniform-state diffusion (Sahoo et al., arXiv 2506.10892, section 4.1).
+
+The uniform-state process is the argmax of a Gaussian diffusion of one-hot vectors. Early in training the network gets
+the softmax of the Gaussian instead of its argmax.
 
 Shape suffixes: B batch, L length, V vocabulary, S points of a table.
 """
@@ -21,12 +23,13 @@ from randomness import KeyedNoise
 
 
 class Duo(UDLM):
-    """UDLM that begins with softened inputs: for `curriculum_end` steps of a training the network reads
-    softmax(w_t / tau) of the Gaussian w_t whose argmax is x_t, while it is trained on that x_t. tau falls from
-    10^gumbel_tau_log10_start to 10^gumbel_tau_log10_end. From then on, and whenever it is measured, it is UDLM.
+    """UDLM with softened inputs during the first `curriculum_end` optimizer steps.
+
+    The network reads softmax(w_t / tau), where w_t is the Gaussian whose argmax is x_t; the loss is that of x_t. tau
+    falls from 10^gumbel_tau_log10_start to 10^gumbel_tau_log10_end. Afterwards, and in evaluation, this is UDLM.
 
     Raises:
-        ValueError: a number of steps that is none.
+        ValueError: curriculum_end is negative.
     """
 
     def __init__(
@@ -46,17 +49,19 @@ class Duo(UDLM):
         self._signal_S, self._alpha_S = signal_table(process.vocab_size)
 
     def temperature(self, step: int) -> float:
-        """Return tau at an optimizer step."""
+        """Return the temperature tau at an optimizer step."""
         start, end = self.tau_log10
         return 10 ** (start + (end - start) * step / self.curriculum_end)
 
-    def seen(self, backbone: Backbone, batch: Batch, look: Noised, noise: KeyedNoise) -> tuple[Backbone, Tensor]:
+    def network_input(
+        self, backbone: Backbone, batch: Batch, look: Noised, noise: KeyedNoise
+    ) -> tuple[Backbone, Tensor]:
         step = int(batch["step"]) if "step" in batch else self.curriculum_end
         if step >= self.curriculum_end:
             return backbone, look.xt_BL
         if not backbone.reads_mixtures:
             raise ValueError(
-                f"algo=duo softens what the network reads, and {type(backbone).__name__} reads single tokens; use "
+                f"algo=duo needs a network that reads mixtures of tokens, and {type(backbone).__name__} does not; use "
                 "backbone=dit, or algo.curriculum_end=0"
             )
         x0_BL, scored_BL = batch["input_ids"], scored_mask(batch)
@@ -68,7 +73,7 @@ class Duo(UDLM):
         return _Softened(backbone, torch.where(scored_BL[..., None], soft_BLV, whole_BLV)), xt_BL
 
     def _signal(self, alpha_B: Tensor) -> Tensor:
-        """The signal-to-noise ratio at which the argmax keeps a token as often as the process does, (B,)."""
+        """Return the signal-to-noise ratio at which the argmax keeps a token as often as the process does, (B,)."""
         place_B = torch.searchsorted(self._alpha_S, alpha_B.cpu()).clamp(1, len(self._alpha_S) - 1)
         low_B, high_B = self._alpha_S[place_B - 1], self._alpha_S[place_B]
         share_B = ((alpha_B.cpu() - low_B) / (high_B - low_B)).clamp(0, 1)
@@ -77,7 +82,7 @@ class Duo(UDLM):
 
 
 def gaussian_draw(x0_BL: Tensor, signal_B: Tensor, vocab_size: int, noise: KeyedNoise) -> Tensor:
-    """Draw w_t ~ N(a x_0, (1 - a^2) I) around the one-hot x_0, with a / sqrt(1 - a^2) = `signal_B`; (B, L, V)."""
+    """Draw w_t ~ N(a x_0, (1 - a^2) I) for one-hot x_0 and a / sqrt(1 - a^2) = `signal_B`, (B, L, V)."""
     spread_B = (1 + signal_B**2).rsqrt()
     clean_BLV = nn.functional.one_hot(x0_BL, vocab_size).double()
     return (signal_B * spread_B)[:, None, None] * clean_BLV + spread_B[:, None, None] * noise.normal(
@@ -86,10 +91,10 @@ def gaussian_draw(x0_BL: Tensor, signal_B: Tensor, vocab_size: int, noise: Keyed
 
 
 def signal_table(vocab_size: int, points: int = 2000) -> tuple[Tensor, Tensor]:
-    """Return signal-to-noise ratios, evenly spaced, and alpha of the uniform-state process that each one's argmax is,
-    float64 (S,) each: the diffusion transformation operator of DUO, eq. 10.
+    """Return evenly spaced signal-to-noise ratios and the alpha of the uniform-state process of each, float64 (S,).
 
-    The token survives with probability E[Phi(z + signal)^(V - 1)] over z ~ N(0, 1) = alpha + (1 - alpha) / V.
+    This is the diffusion transformation operator of DUO (eq. 10). The argmax keeps the token with probability
+    E[Phi(z + signal)^(V - 1)] over z ~ N(0, 1), which equals alpha + (1 - alpha) / V.
     """
     signal_S = torch.linspace(0, math.sqrt(2 * math.log(vocab_size)) + 8, points, dtype=torch.float64)
     z_N = torch.linspace(-9, 9, 2001, dtype=torch.float64)
@@ -102,7 +107,7 @@ def signal_table(vocab_size: int, points: int = 2000) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class _Softened:
-    """A network that reads a mixture in place of the tokens that it is given."""
+    """A network that reads a mixture of tokens instead of its input tokens."""
 
     backbone: Backbone
     mixture_BLV: Tensor

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from denoisers import JointDenoiser
 from gaussian_process import LatentPrediction
-from noise_schedule import NoiseSchedule
-from objectives.base import Backbone, Batch, Model, Objective, TokenLoss, counted_mask, fresh_noise, scored_mask
+from objectives.base import Backbone, Batch, Containing, Model, TokenLoss, counted_mask, fresh_noise, scored_mask
 from objectives.gaussian import EARLIEST, LATEST, GaussianDiffusion, LatentLoss
 from objectives.noising import Noising
 from objectives.subs import Subs
@@ -63,7 +62,7 @@ class JointModel(Model, JointDenoiser):
         return self.objective.denoise_both(self.backbone, x_BL, t_B, at_BL, latent_BKD, latent_t_B, **cond)
 
 
-class JointDiffusion(Objective):
+class JointDiffusion(Containing):
     """The joint objective. Over the rows of an optimizer step it sums text_weight times the nats of a row's text (the
     SUBS bound) and latent_weight times the row's latent loss counted as `latent_tokens` tokens, where each is learned,
     and divides by the step's tokens: a mean over tokens, for texts that fill their rows nats per token plus latent loss
@@ -115,25 +114,13 @@ class JointDiffusion(Objective):
         self.measures = False
 
     @property
+    def inner(self) -> Subs:
+        return self.text
+
+    @property
     def loss_name(self) -> str:
         """The training loss is a sum of two terms and no likelihood."""
         return "nll" if self.measures else "loss"
-
-    @property
-    def T(self) -> int:  # noqa: N802
-        return self.text.T
-
-    @property
-    def schedule(self) -> NoiseSchedule:
-        return self.text.schedule
-
-    @property
-    def noising(self) -> Noising:
-        return self.text.noising
-
-    @property
-    def independent_unmasking(self) -> bool:
-        return self.text.independent_unmasking
 
     def bound(self, noising: Noising | None) -> JointDiffusion:
         """The bound of the text given the latent of the batch; as of `TokenDiffusion`."""

@@ -18,28 +18,39 @@ from samplers.trace import Trace
 
 
 class Analytic(Step):
-    """Ask for p(x_s | x_t) at every mask, which says both whether it goes and what it becomes.
+    """Draw from p(x_s | x_t) at every mask, which decides both whether it is unmasked and which token it becomes.
 
-    noise_removal: after the last step draw a token wherever a mask is left, as SEDD's denoiser does.
+    Args:
+        noise_removal: after the last step draw a token for every mask that is left, as SEDD's denoiser does.
     """
 
     def __init__(
-        self, model: Denoiser, trace: Trace, noise: KeyedNoise, *, steps: int,
+        self,
+        model: Denoiser,
+        trace: Trace,
+        noise: KeyedNoise,
+        *,
+        steps: int,
         choice: TokenChoice = TokenChoice(),  # noqa: B008 - frozen
-        noise_removal: bool = True, eps: float = 1e-5,
-    ) -> None:  # fmt: skip
-        self.process, self.noise, self.choice = model.process, noise, choice
-        self.grid, self.steps, self.noise_removal = time_grid(steps, eps, trace.ids_BL.device), steps, noise_removal
-        self.last = False
+        noise_removal: bool = True,
+        eps: float = 1e-5,
+    ) -> None:
+        self.process = model.process
+        self.noise = noise
+        self.choice = choice
+        self.grid = time_grid(steps, eps, trace.ids_BL.device)
+        self.steps = steps
+        self.noise_removal = noise_removal
 
     def positions(self, number: int, trace: Trace) -> Asked | None:
         if number > self.steps + self.noise_removal:
             return None
         batch, length = trace.ids_BL.shape
-        self.goes_BL, self.u_BL = self.noise.uniform(length), self.noise.uniform(length)
+        self.goes_BL = self.noise.uniform(length)
+        self.u_BL = self.noise.uniform(length)
         self.last = number > self.steps
         t = self.grid[number - 1]
-        s = t / 2 if self.last else self.grid[number]  # the last draw ignores who would have stayed
+        s = t / 2 if self.last else self.grid[number]  # the last draw unmasks every mask, whatever s is
         return Asked(trace.masked_BL, t.expand(batch), s.expand(batch))
 
     def tokens(self, log_p_NV: Tensor, at_RL: Tensor, rows_R: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,13 @@ from samplers.trace import Trace, Watcher
 
 
 class Ancestral(Step):
-    """Unmask each position at its time of a grid, drawn before the network runs."""
+    """Unmask each position at a time of the grid, drawn before the network is evaluated.
+
+    Args:
+        alpha: of the times in `grid`, (S,), or (B, S) if each row has its own times.
+        last: number of steps.
+        idle: evaluate rows in which nothing is unmasked too.
+    """
 
     def __init__(
         self,
@@ -35,12 +41,13 @@ class Ancestral(Step):
         last: int,
         idle: bool,
     ) -> None:
-        """Draw the times. alpha, grid: (S,), or (B, S) of rows with times of their own. last: number of steps."""
         write_at_BL = unmask_step(noise.uniform(open_BL.shape[1]), alpha)
         self.write_at_BL = write_at_BL.masked_fill(~open_BL, -1)
-        self.u_BL, self.grid_BS = noise.uniform(open_BL.shape[1]), grid.expand(len(open_BL), -1)
-        self.choice, self.last, self.idle = choice, last, idle
-        self.greedy = False
+        self.u_BL = noise.uniform(open_BL.shape[1])
+        self.grid_BS = grid.expand(len(open_BL), -1)
+        self.choice = choice
+        self.last = last
+        self.idle = idle
 
     def positions(self, number: int, trace: Trace) -> Asked | None:
         if number > self.last:

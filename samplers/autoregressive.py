@@ -11,16 +11,18 @@ from torch import Tensor
 from denoisers import CausalDenoiser, Denoiser
 from process import Absorbing
 from randomness import KeyedNoise
-from samplers.base import Asked, Step, TokenChoice, run, sampler
+from samplers.base import Asked, Step, TokenChoice, rows_of, run, sampler
 from samplers.trace import Trace, Watcher
 
 
 class LeftToRight(Step):
-    """Write the next position of every row that has not ended."""
+    """Generate the next token of every row that has not ended."""
 
     def __init__(self, open_BL: Tensor, noise: KeyedNoise, choice: TokenChoice, stop_id: int | None) -> None:
         length = open_BL.shape[1]
-        self.u_BL, self.choice, self.stop_id = noise.uniform(length), choice, stop_id
+        self.u_BL = noise.uniform(length)
+        self.choice = choice
+        self.stop_id = stop_id
         self.first = int(open_BL.any(0).nonzero()[0]) if bool(open_BL.any()) else length
         self.ended_B = torch.zeros_like(open_BL[:, 0])
 
@@ -39,20 +41,25 @@ class LeftToRight(Step):
 
 
 class _AtOnePlace(Denoiser):
-    """A causal model asked at one place of each row. With a cache it reads every token of the batch once."""
+    """A causal model that predicts one position of each row; with a cache it reads every token once."""
 
-    def __init__(self, model: CausalDenoiser, trace: Trace, told: dict[str, Tensor], kv_cache: bool) -> None:
-        self.vocab_size, self._model, self._trace, self._told = model.vocab_size, model, trace, told
-        self._cache, self._read = model.new_cache(*trace.ids_BL.shape) if kv_cache else None, 0
+    def __init__(self, model: CausalDenoiser, trace: Trace, cond: dict[str, Tensor], kv_cache: bool) -> None:
+        self.vocab_size = model.vocab_size
+        self._model = model
+        self._trace = trace
+        self._cond = cond
+        self._cache = model.new_cache(*trace.ids_BL.shape) if kv_cache else None
+        self._read = 0
 
     def denoise(self, x_BL: Tensor, t_B: None, at_BL: Tensor | None = None, *, row: Tensor) -> Tensor:
         place = int(at_BL[0].nonzero())
         if self._cache is None:
-            told = {name: value[row] for name, value in self._told.items()}
-            return self._model.denoise(x_BL[:, : place + 1], None, at_BL[:, : place + 1], **told)
+            cond = rows_of(self._cond, row)
+            return self._model.denoise(x_BL[:, : place + 1], None, at_BL[:, : place + 1], **cond)
         if place > self._read:
             new_Bn = self._trace.ids_BL[:, self._read : place]
-            self._log_p_BV, self._read = self._model.next_token(new_Bn, self._cache, **self._told), place
+            self._log_p_BV = self._model.next_token(new_Bn, self._cache, **self._cond)
+            self._read = place
         return self._log_p_BV[row]
 
 
@@ -85,7 +92,7 @@ def sample(
         )
     if bool(((trace.open_BL.cumsum(-1) > 0) & ~trace.open_BL).any()):
         raise ValueError("a causal model can not fill in before given text: use sampling.prefix, not sampling.template")
-    told = {name: value for name, value in cond.items() if name != "attention_mask"}  # padding stands on the right
-    denoiser = _AtOnePlace(model, trace, told, kv_cache)
+    cond.pop("attention_mask", None)  # a causal model does not attend to padding, which is on the right
+    denoiser = _AtOnePlace(model, trace, cond, kv_cache)
     step = LeftToRight(trace.open_BL, generator, choice, stop_id)
     return run(step, denoiser, trace, {"row": torch.arange(len(x_BL), device=x_BL.device)})

@@ -1,6 +1,6 @@
-"""What samplers share: the loop, how a token is chosen, the time grid, what a sampler declares of itself.
+"""The parts of every sampler: the loop, the choice of a token, the time grid, and a sampler's declarations.
 
-A sampler is a `Step`, which says what positions it asks the model for and which tokens it writes there, run by `run`.
+A sampler is a `Step`, which chooses positions and then tokens; `run` evaluates the model and writes the tokens.
 
 Shape suffixes: B batch, L length, R rows evaluated, N selected positions, V vocabulary, S times of a grid.
 """
@@ -24,11 +24,14 @@ from samplers.trace import Trace, Watcher
 
 @dataclass(frozen=True)
 class Asked:
-    """What a step asks the denoiser.
+    """A request of a step to the denoiser.
 
-    at_BL: the positions that are looked at. t_B: the time of each row, None for a causal model. s_B: the time to step
-    to, for the distribution of x_s; None for that of the clean tokens. every_row: evaluate the rows without positions
-    too, so that all steps have one shape. erase_BL: the tokens that become blanks again after the step.
+    Attributes:
+        at_BL: the positions to predict.
+        t_B: the time of each row; None for a causal model.
+        s_B: the time to step to, for log p(x_s | x_t); None for log p(x_0 | x_t).
+        every_row: evaluate rows without positions too, so that all steps have the same shape.
+        erase_BL: tokens that become blank again after the step.
     """
 
     at_BL: Tensor
@@ -39,32 +42,37 @@ class Asked:
 
 
 class Step(ABC):
-    """A sampler's choices at each step: which positions, then which tokens."""
+    """The choices of a sampler at each step: first the positions, then the tokens."""
 
     @abstractmethod
     def positions(self, number: int, trace: Trace) -> Asked | None:
-        """Return what step `number`, from 1, asks; None ends the text."""
+        """Return the request of step `number`, counted from 1; None ends the sampling."""
 
     @abstractmethod
     def tokens(self, log_p_NV: Tensor, at_RL: Tensor, rows_R: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Choose tokens from the answer at the N positions of `at_RL`, in the rows `rows_R` of the batch.
+        """Choose tokens from the prediction at the N positions of `at_RL`, in the rows `rows_R` of the batch.
 
-        Returns the tokens (M,), and at which M of the N positions they go, (N,) bool; None for all of them.
+        Returns:
+            The tokens, (M,), and a mask (N,) of the M positions that they are written to; None for all of them.
         """
 
 
 def run(step: Step, denoiser: Denoiser, trace: Trace, cond: dict[str, Tensor]) -> Trace:
-    """Take steps until there are no more, and return the trace of the texts.
+    """Take steps until there are no more, and return the trace.
 
-    Only the rows that have positions are evaluated, and only these positions are projected onto the vocabulary, in
-    chunks of a bounded size. cond: what the denoiser is told, row by row (B, ...).
+    Only rows with requested positions are evaluated, and only these positions are projected onto the vocabulary, in
+    chunks of a bounded size.
+
+    Args:
+        cond: conditioning that is passed to the denoiser, one row per text (B, ...).
     """
     every_R = torch.arange(len(trace.ids_BL), device=trace.ids_BL.device)
     while (asked := step.positions(trace.num_steps + 1, trace)) is not None:
         count_B = asked.at_BL.sum(-1)
         rows_R = every_R if asked.every_row else count_B.nonzero().squeeze(-1)
         for some_R in row_chunks(rows_R, count_B[rows_R], denoiser.vocab_size):
-            at_RL, t_R = asked.at_BL[some_R], None if asked.t_B is None else asked.t_B[some_R]
+            at_RL = asked.at_BL[some_R]
+            t_R = None if asked.t_B is None else asked.t_B[some_R]
             given = rows_of(cond, some_R)
             if asked.s_B is None:
                 log_p_NV = denoiser.denoise(trace.ids_BL[some_R], t_R, at_RL, **given)
@@ -83,9 +91,9 @@ def run(step: Step, denoiser: Denoiser, trace: Trace, cond: dict[str, Tensor]) -
 
 
 def sampler(*processes: type[Process]) -> Callable[[Callable], Callable]:
-    """Declare of which forward processes a sampler writes texts.
+    """Declare the forward processes that a sampler inverts.
 
-    The denoiser that it needs is the type of its first argument, and is checked when it is called.
+    The type of the sampler's first argument is the denoiser that it needs. It is checked when the sampler is called.
     """
 
     def declared(sample: Callable) -> Callable:
@@ -98,29 +106,35 @@ def sampler(*processes: type[Process]) -> Callable[[Callable], Callable]:
                 raise ValueError(mismatch(sample.__module__, type(model), needed))
             return sample(model, *args, **kwargs)
 
-        checked.processes, checked.denoiser = processes, needed
+        checked.processes = processes
+        checked.denoiser = needed
         return checked
 
     return declared
 
 
 def sampler_of(step: type[Step], *processes: type[Process]) -> Callable[..., Trace]:
-    """Make a sampler of a step class, whose `__init__` takes the model, the trace, the noise and its own settings."""
+    """Return the sampler that runs a step class.
+
+    The keyword arguments of the class's constructor, which also takes the model, the trace and the noise, are the
+    settings of the sampler.
+    """
     parameters = list(inspect.signature(step.__init__, eval_str=True).parameters.values())[1:]
     settings = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
 
     def sample(
-        model: Denoiser, x_BL: Tensor, generator: KeyedNoise, *, watch: Watcher | None = None, **told: object
+        model: Denoiser, x_BL: Tensor, generator: KeyedNoise, *, watch: Watcher | None = None, **cond: object
     ) -> Trace:
         trace = Trace(x_BL, model.process, watch)
-        given = {p.name: told.pop(p.name) for p in settings if p.name in told}
-        return run(step(model, trace, generator, **given), model, trace, told)
+        chosen = {p.name: cond.pop(p.name) for p in settings if p.name in cond}
+        return run(step(model, trace, generator, **chosen), model, trace, cond)
 
-    whole = inspect.signature(sample, eval_str=True)
-    model, x_BL, generator, watch, told = whole.parameters.values()  # noqa: N806
-    taken = [model.replace(annotation=parameters[0].annotation), x_BL, generator, *settings, watch, told]
-    sample.__signature__ = whole.replace(parameters=taken)
-    sample.__module__, sample.__doc__ = step.__module__, step.__doc__
+    plain = inspect.signature(sample, eval_str=True)
+    model, *others = plain.parameters.values()
+    model = model.replace(annotation=parameters[0].annotation)
+    sample.__signature__ = plain.replace(parameters=[model, *others[:2], *settings, *others[2:]])
+    sample.__module__ = step.__module__
+    sample.__doc__ = step.__doc__
     return sampler(*processes)(sample)
 
 

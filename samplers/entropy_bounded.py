@@ -1,8 +1,8 @@
-"""As many positions a step as are nearly sure together: the entropy-bounded sampler (EB-Sampler, Ben-Hamu et al.,
-arXiv 2505.24857).
+"""The entropy-bounded sampler: unmask as many positions per step as are nearly certain together (EB-Sampler, Ben-Hamu
+et al., arXiv 2505.24857).
 
-Not exactly the model's distribution: tokens of one step are drawn independently, and their order follows the
-prediction. The dependence that a step neglects is at most what gamma allows.
+A heuristic with a distribution of its own: the tokens of one step are drawn independently, and the order depends on the
+prediction. gamma bounds the dependence that a step neglects.
 
 Shape suffixes: L length, N masked positions, V vocabulary, R rows evaluated.
 """
@@ -21,8 +21,10 @@ from samplers.trace import Trace
 
 
 def bounded(log_p_NV: Tensor, at_RL: Tensor, gamma: float) -> Tensor:
-    """True at the most positions of `at_RL`, by increasing entropy, whose entropies sum without the largest to gamma
-    (nats) or less; at one at least, (R, L). Ties go left."""
+    """Return the longest prefix of the positions of `at_RL`, by increasing entropy, that satisfies the bound, (R, L).
+
+    The bound: the entropies sum to at most gamma nats, the largest left out. The prefix has at least one position.
+    """
     preference_RL = preference(log_p_NV, at_RL, "entropy")
     entropy_RL = (-preference_RL).clamp(min=0.0).sort(dim=-1).values
     # In this order the largest is the last, so what counts is the sum of those before it.
@@ -31,18 +33,24 @@ def bounded(log_p_NV: Tensor, at_RL: Tensor, gamma: float) -> Tensor:
 
 
 class EntropyBounded(AtEveryMask):
-    """Write the masks of least entropy, as many as `gamma` allows.
+    """Unmask the positions with the least entropy, as many as `gamma` allows.
 
-    gamma: nats, 0 or more. 0 writes one token a step, and with it those whose entropy is 0.
+    Args:
+        gamma: bound in nats. 0 unmasks one token per step, and with it all whose entropy is 0.
 
     Raises:
-        ValueError: a gamma below 0.
+        ValueError: gamma is negative.
     """
 
     def __init__(
-        self, model: Denoiser, trace: Trace, noise: KeyedNoise, *, gamma: float,
+        self,
+        model: Denoiser,
+        trace: Trace,
+        noise: KeyedNoise,
+        *,
+        gamma: float,
         choice: TokenChoice = TokenChoice(),  # noqa: B008 - frozen
-    ) -> None:  # fmt: skip
+    ) -> None:
         if not gamma >= 0:
             raise ValueError(f"sampling.gamma={gamma} must be 0 or more")
         super().__init__(model, trace, noise, choice)

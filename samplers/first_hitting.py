@@ -20,10 +20,10 @@ from samplers.trace import Trace
 
 
 class FirstHitting(Step):
-    """Unmask the positions of a row one at a time, at the times that are drawn here.
+    """Unmask the positions of each row one at a time, at times that are drawn in advance.
 
     Raises:
-        ValueError: the network decides when a mask goes, so that its times can not be drawn first.
+        ValueError: the network decides when a token is unmasked, so its time cannot be drawn in advance.
     """
 
     def __init__(
@@ -42,9 +42,12 @@ class FirstHitting(Step):
         open_BL = trace.open_BL
         start = model.schedule(torch.ones((), dtype=torch.float64, device=open_BL.device)).move_chance
         self.level_BL = (noise.uniform(open_BL.shape[1]) * start).masked_fill(~open_BL, -1.0)
-        self.u_BL, self.count_B = noise.uniform(open_BL.shape[1]), open_BL.sum(-1)
+        self.u_BL = noise.uniform(open_BL.shape[1])
+        self.count_B = open_BL.sum(-1)
         self.order_BL = self.level_BL.argsort(dim=-1, descending=True)
-        self.model, self.choice, self.num_steps = model, choice, int(self.count_B.max())
+        self.model = model
+        self.choice = choice
+        self.num_steps = int(self.count_B.max())
 
     def positions(self, number: int, trace: Trace) -> Asked | None:
         if number > self.num_steps:

@@ -40,7 +40,13 @@ def preference(log_p_NV: Tensor, at_BL: Tensor, order: str) -> Tensor:
         value_N = (p_NV * log_p_NV.double().masked_fill(p_NV == 0, 0.0)).sum(-1)
     else:
         raise ValueError(f"the order {order} is unknown; choose one of: {', '.join(ORDERS)}")
-    return torch.full(at_BL.shape, -torch.inf, dtype=torch.float64, device=at_BL.device).masked_scatter(at_BL, value_N)
+    return at_positions(value_N, at_BL)
+
+
+def at_positions(value_N: Tensor, at_BL: Tensor) -> Tensor:
+    """Return (B, L) with the values at the N positions of `at_BL` and -inf elsewhere."""
+    everywhere_BL = torch.full(at_BL.shape, -torch.inf, dtype=value_N.dtype, device=at_BL.device)
+    return everywhere_BL.masked_scatter(at_BL, value_N)
 
 
 def first_positions(preference_BL: Tensor, count_B: Tensor) -> Tensor:
@@ -55,15 +61,17 @@ def next_positions(preference_BL: Tensor, left_B: Tensor, tokens_per_step: int) 
 
 
 class AtEveryMask(Step):
-    """Ask at every mask, and write at those that the prediction chooses (`chosen`)."""
+    """Ask for every masked position, then unmask those that `chosen` selects."""
 
     def __init__(self, model: Denoiser, trace: Trace, noise: KeyedNoise, choice: TokenChoice) -> None:
-        self.u_BL, self.maskable_B = noise.uniform(trace.ids_BL.shape[1]), trace.open_BL.sum(-1)
-        self.model, self.choice = model, choice
+        self.u_BL = noise.uniform(trace.ids_BL.shape[1])
+        self.maskable_B = trace.open_BL.sum(-1)
+        self.model = model
+        self.choice = choice
 
     @abstractmethod
     def chosen(self, log_p_NV: Tensor, at_RL: Tensor) -> Tensor:
-        """Return which masks are written, of those of `at_RL`, (R, L); one at least in every row that has any."""
+        """Return the positions of `at_RL` to unmask, (R, L); at least one in each row that has any."""
 
     def positions(self, number: int, trace: Trace) -> Asked | None:
         masked_BL = trace.masked_BL
@@ -78,18 +86,25 @@ class AtEveryMask(Step):
 
 
 class Ordered(AtEveryMask):
-    """Write the `tokens_per_step` masks that the order prefers."""
+    """Unmask the `tokens_per_step` positions that come first in the order."""
 
     def __init__(
-        self, model: Denoiser, trace: Trace, noise: KeyedNoise, *, order: str, tokens_per_step: int = 1,
+        self,
+        model: Denoiser,
+        trace: Trace,
+        noise: KeyedNoise,
+        *,
+        order: str,
+        tokens_per_step: int = 1,
         choice: TokenChoice = TokenChoice(),  # noqa: B008 - frozen
-    ) -> None:  # fmt: skip
+    ) -> None:
         check(order, tokens_per_step)
         super().__init__(model, trace, noise, choice)
-        self.order, self.per_step = order, tokens_per_step
+        self.order = order
+        self.tokens_per_step = tokens_per_step
 
     def chosen(self, log_p_NV: Tensor, at_RL: Tensor) -> Tensor:
-        return next_positions(preference(log_p_NV, at_RL, self.order), at_RL.sum(-1), self.per_step)
+        return next_positions(preference(log_p_NV, at_RL, self.order), at_RL.sum(-1), self.tokens_per_step)
 
 
 sample = sampler_of(Ordered, Absorbing)

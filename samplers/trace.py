@@ -1,4 +1,4 @@
-"""The trace of texts being written: the tokens, the step and the confidence of each, what they cost, and who watches.
+"""The trace of a batch of texts during sampling: tokens, steps, confidences, network evaluations.
 
 Shape suffixes: B batch, L length, R rows written to, W length of an inset, N written positions, V vocabulary.
 """
@@ -15,23 +15,24 @@ from process import Process
 
 
 class Trace:
-    """A batch of texts while a sampler writes it, and what it returns in the end.
+    """A batch of texts during and after sampling.
 
-    Whoever watches gets the trace itself after each step, to be looked at there and then: it goes on changing.
+    A watcher gets the trace itself after each step. It must copy what it keeps, because the sampler goes on writing.
 
     Attributes:
-        ids_BL: the tokens, blanks among them.
-        step_BL: the step, from 1, that wrote each token; 0 where it was given, and where a blank is left.
+        ids_BL: the tokens, some of them blank.
+        step_BL: the step, counted from 1, that wrote each token; 0 for given tokens and blanks.
         confidence_BL: the model's probability of each token when it was written, before temperature and cuts, float32;
-            1 where it was given, 0 where a blank is left.
-        num_steps: steps so far.
-        evaluations_B: network evaluations spent on each row.
-        open_BL: True where the sampler is to write.
-        length_B: where each row's text ends, if the sampler decides that; behind it there may be blanks.
+            1 for given tokens, 0 for blanks.
+        num_steps: number of steps so far.
+        evaluations_B: network evaluations of each row.
+        open_BL: True at the positions to be generated.
+        length_B: length of each text, if the sampler decides it; None otherwise.
     """
 
     def __init__(self, x_BL: Tensor, process: Process, watch: Watcher | None = None) -> None:
-        self.ids_BL, self.step_BL = x_BL.clone(), torch.zeros_like(x_BL)
+        self.ids_BL = x_BL.clone()
+        self.step_BL = torch.zeros_like(x_BL)
         self.open_BL = x_BL == process.blank_id
         self.confidence_BL = (~self.open_BL).float()
         self.evaluations_B = torch.zeros(len(x_BL), dtype=torch.long, device=x_BL.device)
@@ -42,13 +43,13 @@ class Trace:
 
     @property
     def masked_BL(self) -> Tensor:
-        """True where nothing is written yet."""
+        """True at blanks."""
         return self.ids_BL == self._blank_id
 
     def write(self, at_RL: Tensor, ids_N: Tensor, log_p_NV: Tensor, rows_R: Tensor | None = None) -> None:
-        """Put `ids_N` at the N positions of `at_RL`, in the rows `rows_R` (None: in all), as step `num_steps` + 1.
+        """Write `ids_N` to the N positions of `at_RL`, in the rows `rows_R` (None: all), as step `num_steps` + 1.
 
-        log_p_NV: the model's own prediction there, before any choice was made of it.
+        log_p_NV: the model's prediction there, before temperature and cuts.
         """
         where = self._places(at_RL, rows_R)
         self.ids_BL[where], self.step_BL[where] = ids_N, self.num_steps + 1
@@ -61,16 +62,18 @@ class Trace:
         self.confidence_BL[at_BL] = 0.0
 
     def end_step(self, shown: bool = True) -> None:
-        """Count a step, and show what is there after it."""
+        """Count a step and, if `shown`, call the watcher."""
         self.num_steps += 1
         if shown and self._watch is not None:
             self._watch(self)
 
     def inset(self, at_BL: Tensor, here_RW: Tensor, rows_R: Tensor | None = None) -> Watcher | None:
-        """Return who watches another sampler that writes a part of these texts.
+        """Return a watcher for a sampler that writes a part of these texts.
 
-        The True positions of `at_BL` here are, one after the other, those of `here_RW` there. Its steps follow on those
-        of this trace. rows_R: its rows here.
+        Args:
+            at_BL: the positions of the part in this trace, in the order of the True positions of `here_RW`.
+            here_RW: the positions of the part in the other sampler's trace.
+            rows_R: the rows of the part; None for all.
         """
         if self._watch is None:
             return None
@@ -87,7 +90,7 @@ class Trace:
         return show
 
     def paste(self, part: Trace, at_BL: Tensor, here_RW: Tensor, rows_R: Tensor | None = None) -> None:
-        """Take over what was written on a part (`inset`), with its steps and evaluations. rows_R: its rows here."""
+        """Copy the tokens, steps and evaluations of a part into this trace; the arguments are those of `inset`."""
         step_N, written_N = part.step_BL[here_RW], part.step_BL[here_RW] > 0
         self.ids_BL[at_BL] = part.ids_BL[here_RW]
         self.step_BL[at_BL] = torch.where(written_N, step_N + self.num_steps, self.step_BL[at_BL])
@@ -100,5 +103,5 @@ class Trace:
         return (row_N if rows_R is None else rows_R[row_N]), place_N
 
 
-# Called by a sampler after each step of its that may have written something. Every sampler takes one as `watch`.
+# A sampler calls its watcher (`watch=`) after each step that may have written a token.
 Watcher = Callable[[Trace], None]

@@ -1,9 +1,10 @@
-"""Ancestral sampling of processes whose noise is other tokens, on a grid of times (UDLM, 2412.10193, section 3.2), with
-correctors between the steps.
+"""Ancestral sampling of processes whose noise is other tokens, on a grid of times (UDLM, 2412.10193, section 3.2).
 
-An approximation: the positions of one step are drawn independently of each other. It tends to the model's distribution
-as the steps become many more than the tokens. A corrector draws some tokens again, each given all others at the same
-time (Gibbs sampling by the leave-one-out posterior, arXiv 2605.22765), so it takes back what fits nothing.
+An approximation: the tokens of one step are drawn independently of each other. It tends to the model's distribution as
+the number of steps grows far beyond the number of tokens.
+
+A corrector redraws some tokens, each given all others at the same time. This is Gibbs sampling by the leave-one-out
+posterior (arXiv 2605.22765).
 
 Shape suffixes: B batch, L length, R rows evaluated, N positions drawn, V vocabulary.
 """
@@ -17,112 +18,123 @@ from denoisers import Denoiser
 from process import Hybrid, Uniform
 from randomness import KeyedNoise
 from samplers.base import Asked, Step, TokenChoice, sampler_of, time_grid
-from samplers.ordered import first_positions
+from samplers.ordered import at_positions, first_positions
 from samplers.trace import Trace
 
 CORRECTORS = ("random", "informed")
 
 
 class Resample(Step):
-    """Ask for p(x_s | x_t) at every open position; in the end for the most likely clean tokens.
+    """Redraw every open position at each step, from pure noise to a clean text.
 
-    Every blank starts as pure noise, and any of them may change at any step; given tokens never do.
+    Any open token may change at any step; given tokens never do.
 
     Args:
-        noise_removal: after the last step write the most likely token everywhere ("greedy tail", DUO, 2506.10892).
-        corrector_steps: evaluations of a corrector after each step; each draws `corrector_tokens` tokens again.
-        corrector: which: random, which leaves the distribution at that time as it is for one token at a time; informed,
-            those least likely given all others, a heuristic.
-        self_correction_steps: evaluations at the end, at most, each of which puts right the one token of a text whose
-            others are surest of another in its place, until there is none (GIDD, arXiv 2503.04482, section 5); a
-            heuristic.
+        noise_removal: end with the most likely token at every position ("greedy tail", DUO, 2506.10892).
+        corrector_steps: corrector evaluations after each step; each redraws `corrector_tokens` tokens.
+        corrector: `random` chooses these tokens at random, which keeps the distribution if it is one token at a time.
+            `informed` chooses the tokens that are least likely given all others, which is a heuristic.
+        self_correction_steps: maximum number of evaluations at the end. Each replaces, in every text, the one token
+            whose context is surest of another one (GIDD, arXiv 2503.04482, section 5), which is a heuristic.
 
     Raises:
-        ValueError: numbers out of range, or a corrector that does not exist.
+        ValueError: a number is too small, or the corrector does not exist.
     """
 
     def __init__(
-        self, model: Denoiser, trace: Trace, noise: KeyedNoise, *, steps: int,
+        self,
+        model: Denoiser,
+        trace: Trace,
+        noise: KeyedNoise,
+        *,
+        steps: int,
         choice: TokenChoice = TokenChoice(),  # noqa: B008 - frozen
-        noise_removal: bool = True, eps: float = 1e-5,
-        corrector_steps: int = 0, corrector_tokens: int = 1, corrector: str = "random",
+        noise_removal: bool = True,
+        eps: float = 1e-5,
+        corrector_steps: int = 0,
+        corrector_tokens: int = 1,
+        corrector: str = "random",
         self_correction_steps: int = 0,
-    ) -> None:  # fmt: skip
-        least = {"corrector_steps": (corrector_steps, 0), "corrector_tokens": (corrector_tokens, 1),
-                 "self_correction_steps": (self_correction_steps, 0)}  # fmt: skip
-        for key, (value, minimum) in least.items():
-            if value < minimum:
-                raise ValueError(f"sampling.{key}={value} must be at least {minimum}")
+    ) -> None:
+        if min(corrector_steps, self_correction_steps) < 0:
+            raise ValueError(
+                f"sampling.corrector_steps={corrector_steps} and sampling.self_correction_steps="
+                f"{self_correction_steps} must be at least 0"
+            )
+        if corrector_tokens < 1:
+            raise ValueError(f"sampling.corrector_tokens={corrector_tokens} must be at least 1")
         if corrector not in CORRECTORS:
             raise ValueError(f"sampling.corrector={corrector} is unknown; choose one of: {', '.join(CORRECTORS)}")
-        self.model, self.trace, self.noise, self.choice = model, trace, noise, choice
-        self.grid, self.cycle = time_grid(steps, eps, trace.ids_BL.device), 1 + corrector_steps
-        self.before_tail, self.written = steps * self.cycle, steps * self.cycle + noise_removal
-        self.num_steps = self.written + self_correction_steps
-        self.count, self.informed, self.correcting = corrector_tokens, corrector == "informed", False
-        self.number, self.wrong_B = 0, trace.open_BL.any(-1)
+        self.model = model
+        self.trace = trace
+        self.noise = noise
+        self.choice = choice
+        self.corrector = corrector
+        self.corrector_tokens = corrector_tokens
+        self.grid = time_grid(steps, eps, trace.ids_BL.device)
+        # The action of each step, and the place of its time in the grid.
+        self.plan: list[tuple[str, int]] = []
+        for place in range(steps):
+            self.plan += [("predict", place), *[("correct", place + 1)] * corrector_steps]
+        self.plan += [("tail", steps)] * noise_removal
+        self.written = len(self.plan)
+        self.plan += [("self-correct", steps)] * self_correction_steps
+        self.wrong_B = trace.open_BL.any(-1)  # rows in which self-correction may still change a token
         trace.ids_BL = model.process.prior(trace.ids_BL, noise, trace.open_BL)
 
     def positions(self, number: int, trace: Trace) -> Asked | None:
-        if number > self.num_steps:
+        if number > len(self.plan):
             return None
         batch, length = trace.ids_BL.shape
-        self.number, self.u_BL = number, self.noise.uniform(length)
-        step, within = divmod(number - 1, self.cycle)
-        if number > self.written:
-            self.alpha = self.model.schedule(self.grid[-1]).alpha
-            return (
-                Asked(trace.open_BL & self.wrong_B[:, None], self.grid[-1].expand(batch))
-                if self.wrong_B.any()
-                else None
-            )
-        if number > self.before_tail:
-            return Asked(trace.open_BL, self.grid[step].expand(batch))
-        self.correcting = within > 0
-        if not self.correcting:
-            return Asked(trace.open_BL, self.grid[step].expand(batch), self.grid[step + 1].expand(batch))
-        self.alpha = self.model.schedule(self.grid[step + 1]).alpha
+        self.number = number
+        self.u_BL = self.noise.uniform(length)
+        self.action, place = self.plan[number - 1]
+        self.alpha = self.model.schedule(self.grid[place]).alpha
         at_BL = trace.open_BL
-        if not self.informed:
-            chance_BL = self.noise.uniform(length).masked_fill(~at_BL, -torch.inf)
-            at_BL = first_positions(chance_BL, at_BL.sum(-1).clamp(max=self.count))
-        return Asked(at_BL, self.grid[step + 1].expand(batch))
+        if self.action == "predict":
+            return Asked(at_BL, self.grid[place].expand(batch), self.grid[place + 1].expand(batch))
+        if self.action == "correct" and self.corrector == "random":
+            score_BL = self.noise.uniform(length).masked_fill(~at_BL, -torch.inf)
+            at_BL = first_positions(score_BL, at_BL.sum(-1).clamp(max=self.corrector_tokens))
+        if self.action == "self-correct":
+            at_BL = at_BL & self.wrong_B[:, None]
+            if not bool(at_BL.any()):
+                return None
+        return Asked(at_BL, self.grid[place].expand(batch))
 
     def tokens(self, log_p_NV: Tensor, at_RL: Tensor, rows_R: Tensor) -> tuple[Tensor, Tensor]:
-        here_N, u_N = self.trace.ids_BL[rows_R][at_RL], self.u_BL[rows_R][at_RL]
-        if self.number > self.written:
-            drawn_N = self._put_right(log_p_NV, here_N, at_RL, rows_R)
-        elif self.number > self.before_tail:
-            drawn_N = log_p_NV.argmax(-1)
-        elif self.correcting:
-            drawn_N = self._corrected(log_p_NV, here_N, u_N, at_RL)
-        else:
+        here_N = self.trace.ids_BL[rows_R][at_RL]
+        u_N = self.u_BL[rows_R][at_RL]
+        if self.action == "predict":
             drawn_N = self.choice.draw(log_p_NV, u_N)
+        elif self.action == "correct":
+            drawn_N = self._corrected(log_p_NV, here_N, u_N, at_RL)
+        elif self.action == "tail":
+            drawn_N = log_p_NV.argmax(-1)
+        else:
+            drawn_N = self._self_corrected(log_p_NV, here_N, at_RL, rows_R)
         new_N = drawn_N != here_N
-        if self.number == self.written:  # the noise that it began with and never left
+        if self.number == self.written:  # a token may still be the noise that it started as
             new_N |= self.trace.step_BL[rows_R][at_RL] == 0
         return drawn_N[new_N], new_N
 
     def _corrected(self, log_p_NV: Tensor, here_N: Tensor, u_N: Tensor, at_RL: Tensor) -> Tensor:
-        """Tokens drawn again given all others, at the positions that the corrector chooses; elsewhere those here."""
+        """Return the tokens with those that the corrector chooses redrawn, each given all others."""
         log_q_NV = self.model.process.conditional(here_N, log_p_NV, self.alpha.expand(len(here_N)))
         drawn_N = self.choice.draw(log_q_NV, u_N)
-        if not self.informed:
+        if self.corrector == "random":
             return drawn_N
-        likely_N = log_q_NV.gather(1, here_N[:, None]).squeeze(1)
-        unlikely_RL = torch.full(at_RL.shape, -torch.inf, dtype=likely_N.dtype, device=likely_N.device)
-        unlikely_RL = unlikely_RL.masked_scatter(at_RL, -likely_N)
-        chosen_RL = first_positions(unlikely_RL, at_RL.sum(-1).clamp(max=self.count))
+        surprise_N = -log_q_NV.gather(1, here_N[:, None]).squeeze(1)
+        chosen_RL = first_positions(at_positions(surprise_N, at_RL), at_RL.sum(-1).clamp(max=self.corrector_tokens))
         return torch.where(chosen_RL[at_RL], drawn_N, here_N)
 
-    def _put_right(self, log_p_NV: Tensor, here_N: Tensor, at_RL: Tensor, rows_R: Tensor) -> Tensor:
-        """The tokens here, but in each row the one place where the others are surest of another token."""
-        others_NV = self.model.process.without_own_token(here_N, log_p_NV, self.alpha.expand(len(here_N)))
-        log_best_N, best_N = others_NV.max(-1)
-        sure_RL = torch.full(at_RL.shape, -torch.inf, dtype=log_best_N.dtype, device=log_best_N.device)
-        sure_RL = sure_RL.masked_scatter(at_RL, log_best_N.masked_fill(best_N == here_N, -torch.inf))
-        self.wrong_B[rows_R] = ~sure_RL.isneginf().all(-1)
-        chosen_RL = first_positions(sure_RL, self.wrong_B[rows_R].long())
+    def _self_corrected(self, log_p_NV: Tensor, here_N: Tensor, at_RL: Tensor, rows_R: Tensor) -> Tensor:
+        """Return the tokens with one replaced in each row: the one whose context is surest of another token."""
+        log_others_NV = self.model.process.without_own_token(here_N, log_p_NV, self.alpha.expand(len(here_N)))
+        log_best_N, best_N = log_others_NV.max(-1)
+        score_RL = at_positions(log_best_N.masked_fill(best_N == here_N, -torch.inf), at_RL)
+        self.wrong_B[rows_R] = ~score_RL.isneginf().all(-1)
+        chosen_RL = first_positions(score_RL, self.wrong_B[rows_R].long())
         return torch.where(chosen_RL[at_RL], best_N, here_N)
 
 

@@ -26,7 +26,7 @@ from process import Absorbing
 from randomness import KeyedNoise
 from samplers import ordered
 from samplers.base import Asked, Step, TokenChoice, sampler_of
-from samplers.ordered import first_positions, preference, time_of
+from samplers.ordered import at_positions, first_positions, preference, time_of
 from samplers.trace import Trace
 
 SCHEDULES = ("linear", "cosine", "exponential")
@@ -91,8 +91,7 @@ class Unmasking:
         (R, L). drawn_N: the tokens that remask=low_confidence has drawn there."""
         if drawn_N is not None:
             p_N = log_p_NV.gather(-1, drawn_N[:, None]).squeeze(-1).double().exp()
-            sure_RL = torch.full(masked_RL.shape, -torch.inf, dtype=p_N.dtype, device=p_N.device)
-            sure_RL = sure_RL.masked_scatter(masked_RL, p_N)
+            sure_RL = at_positions(p_N, masked_RL)
         else:
             sure_RL = preference(log_p_NV, masked_RL, self.order if self.threshold is None else "confidence")
         if self.threshold is not None:
@@ -145,21 +144,30 @@ def remdm_chances(alpha_t_B: Tensor, alpha_s_B: Tensor, eta: float) -> Chances:
 
 
 class Unmask(Step):
-    """Write as many positions as the schedule, a threshold or ReMDM's chances say, and take some back.
+    """Unmask as many positions as the schedule, a threshold or ReMDM's probabilities say, and remask some.
 
-    A network that is shown the time is shown that at which so many masks are expected. Rows that write nothing at a
-    step are not evaluated.
+    A time-conditioned network is evaluated at the time at which the current number of masks is expected. Rows that
+    unmask nothing in a step are not evaluated.
     """
 
     def __init__(
-        self, model: Denoiser, trace: Trace, noise: KeyedNoise, *, steps: int,
+        self,
+        model: Denoiser,
+        trace: Trace,
+        noise: KeyedNoise,
+        *,
+        steps: int,
         how: Unmasking = Unmasking(),  # noqa: B008 - frozen
         choice: TokenChoice = TokenChoice(),  # noqa: B008 - frozen
-    ) -> None:  # fmt: skip
+    ) -> None:
         if steps < 1:
             raise ValueError(f"sampling.steps={steps} must be at least 1")
-        self.model, self.how, self.choice, self.noise = model, how, choice, _stream(noise)
-        self.maskable_B, self.steps = trace.open_BL.sum(-1), steps
+        self.model = model
+        self.how = how
+        self.choice = choice
+        self.noise = _stream(noise)
+        self.maskable_B = trace.open_BL.sum(-1)
+        self.steps = steps
 
     def positions(self, number: int, trace: Trace) -> Asked | None:
         how, masked_BL = self.how, trace.masked_BL

@@ -1,8 +1,9 @@
-"""Texts of a class: what the network is told, and guidance towards it."""
+"""Sampling texts of a class, with guidance."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,14 +21,16 @@ BY = ("network", "unigrams")
 
 @dataclass(frozen=True)
 class Guidance:
-    """Towards which class texts are drawn.
+    """The class that texts are sampled from, and how strongly.
 
-    to_class: its number or name; None for none. weight: 1 the conditional distribution, 0 the unconditional one, more
-    is beyond. by: `network`, which is told the class (classifier-free guidance, D-CFG), or `unigrams`, naive Bayes on
-    the tokens (classifier-based guidance, D-CBG), for networks that know of no class.
+    Attributes:
+        to_class: number or name of the class; None for no class.
+        weight: 1 samples the conditional distribution, 0 the unconditional one; more goes beyond the conditional one.
+        by: `network` conditions the network on the class (classifier-free guidance, D-CFG). `unigrams` uses naive Bayes
+            on the tokens (classifier-based guidance, D-CBG), for networks without class conditioning.
 
     Raises:
-        ValueError: a weight that is none, an unknown classifier, a weight without a class.
+        ValueError: the weight is negative or infinite, or `by` is unknown.
     """
 
     to_class: int | str | None = None
@@ -41,42 +44,42 @@ class Guidance:
             raise ValueError(f"sampling.guidance_by={self.by} is unknown; choose one of: {', '.join(BY)}")
 
     def number(self, data: object) -> int | None:
-        """The number of the class among those of `data`.
+        """Return the number of the class in `data`, or None.
 
         Raises:
-            ValueError: there is no such class.
+            ValueError: the data have no such class.
         """
         if self.to_class is not None and not data.label_names:
             raise ValueError(f"classify.class={self.to_class}: the texts of data={data.name} have no classes")
         return class_number(self.to_class, data.label_names or (), "classify.class")
 
     def of(self, drawing: Drawing, diffusion: Diffusion, data: object) -> Drawing:
-        """`drawing`, guided. data: with the texts of all classes.
+        """Return `drawing` with guidance; `data` has the texts of all classes.
 
         Raises:
-            ValueError: the network is to be told a class and knows of none.
+            ValueError: the network has no class conditioning.
         """
         number = self.number(data)
         if number is None:
             return drawing
         if self.by == "network" and not diffusion.backbone.num_classes:
             raise ValueError(
-                f"classify.class={self.to_class} is told to a network that was trained with classify.sharing="
-                "conditional, and this one was not; add that, set data.label for the model of one class, or "
+                f"classify.class={self.to_class} needs a network with class conditioning, and this one has none; train "
+                "it with classify.sharing=conditional, set data.label for the model of one class, or set "
                 "sampling.guidance_by=unigrams"
             )
-        wrap = self._by_network(number) if self.by == "network" else self._by_unigrams(number, data, diffusion)
+        guide = self._by_network(number) if self.by == "network" else self._by_unigrams(number, data, diffusion)
 
         def sample(model: Denoiser, *args: object, **cond: object) -> Trace:
-            return drawing.sampler(wrap(model), *args, **cond)
+            return drawing.sampler(guide(model), *args, **cond)
 
         known = {"class": data.label_names[number], "guidance": self.weight, "guidance_by": self.by}
         return replace(drawing, sampler=sample, protocol={**drawing.protocol, **known})
 
-    def _by_network(self, number: int) -> object:
+    def _by_network(self, number: int) -> Callable[[Denoiser], Denoiser]:
         return lambda model: ClassGuided(model, number, self.weight)
 
-    def _by_unigrams(self, number: int, data: object, diffusion: Diffusion) -> object:
+    def _by_unigrams(self, number: int, data: object, diffusion: Diffusion) -> Callable[[Denoiser], Denoiser]:
         counts_CV = token_counts(data, diffusion.objective.causal, by_class=True) + 1.0
         log_p_CV = torch.from_numpy(np.log(counts_CV / counts_CV.sum(1, keepdims=True))).to(diffusion.device)
         log_p_CV = log_p_CV[:, : diffusion.objective.process.vocab_size]
@@ -84,9 +87,11 @@ class Guidance:
         return lambda model: ClassifierGuided(model, number, self.weight, log_p_CV, prior_C)
 
 
-def of_class(truth: object | None, texts: list[str], number: int) -> dict[str, float]:
-    """By the exact distribution of the corpus: the share of texts that it can write at all, and of these the share
-    that is likelier of the class `number` than not. Nothing where that distribution is not known."""
+def class_shares(truth: object | None, texts: list[str], number: int) -> dict[str, float]:
+    """Return the share of texts that the corpus can produce, and the share of these that belong to the class `number`.
+
+    truth: the exact distribution of the corpus; None if it is not known, then the result is empty.
+    """
     if truth is None:
         return {}
     posterior_MC = truth.posterior(texts)

@@ -16,7 +16,7 @@ from tasks.directions import Directed, both, l2t, sample_direction, t2l
 from tasks.drawing import Drawn, decoded, draw_on_all
 from tasks.editing import edit
 from tasks.generative_perplexity import CausalScorer
-from tasks.guidance import Guidance, of_class
+from tasks.guidance import Guidance, class_shares
 from tasks.prompted import Asked, complete_prompts
 from tasks.sample_quality import Comparison, compare, real_texts
 from tasks.watching import Views, described
@@ -82,7 +82,7 @@ def sample_eval(
     evaluations = float(np.mean([text.evaluations for text in drawn]))
     results = {**comparison.results(), "network_evaluations_per_sample": evaluations}
     texts = [decoded(text, drawing.given, data.tokenizer) for text in drawn]
-    results |= {} if class_id is None else of_class(experiment.truth, texts, class_id)
+    results |= {} if class_id is None else class_shares(experiment.truth, texts, class_id)
     known = {**experiment.protocol, **drawing.protocol}
     write_results(folder, {**results, "protocol": known, "command": experiment.command})
     how, samples = described(drawing.protocol), watching.samples(drawn[: max(num_shown, 1)], data.tokenizer)

@@ -17,7 +17,9 @@ X = torch.tensor([[MASK, MASK, 7, MASK, MASK, MASK], [7, 7, 7, 7, MASK, 7]])
 
 
 class EvenAmong(Denoiser):
-    process, schedule, vocab_size = Absorbing(MASK), LogLinear(), 9
+    process = Absorbing(MASK)
+    schedule = LogLinear()
+    vocab_size = 9
 
     def denoise(self, x_BL, t_B, at_BL=None, **cond):
         p_LV = (torch.arange(9) < CHOICES[:, None]) / CHOICES[:, None]

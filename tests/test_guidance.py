@@ -14,7 +14,7 @@ from command_line import compose_config
 from denoisers import ClassGuided, ClassifierGuided, Denoiser
 from noise_schedule import LogLinear
 from objectives.base import Model
-from process import Absorbing
+from process import Absorbing, Uniform
 from randomness import KeyedNoise
 from samplers import first_hitting, uniform
 from tests.laws import any_order_law, assert_follows
@@ -35,7 +35,10 @@ def laws() -> tuple[torch.Tensor, torch.Tensor]:
 class Masks(Denoiser):
     """The exact denoiser of masks, told a class or none."""
 
-    process, schedule, vocab_size, independent_unmasking = Absorbing(MASK), LogLinear(), V + 1, True
+    process = Absorbing(MASK)
+    schedule = LogLinear()
+    vocab_size = V + 1
+    independent_unmasking = True
 
     def denoise(self, x_BL, t_B, at_BL=None, class_id=None):
         p_CM, p_M = laws()
@@ -49,7 +52,10 @@ class Masks(Denoiser):
 class Words(Denoiser):
     """The exact denoiser of random tokens, told a class or none."""
 
-    process, schedule, vocab_size, independent_unmasking = BayesUDLM(None, LogLinear()).process, LogLinear(), V, False
+    process = Uniform(V)
+    schedule = LogLinear()
+    vocab_size = V
+    independent_unmasking = False
 
     def _model(self, class_id) -> Model:
         p_CM, p_M = laws()
@@ -150,7 +156,7 @@ def test_the_command_line_draws_texts_of_a_class(tmp_path, monkeypatch, algo):
     (["sampling.guidance=2"], "sampling.guidance=2.* add classify.class="),
     (["classify.class=positive", "sampling.guidance_by=magic"], "sampling.guidance_by=magic.*network, unigrams"),
     (["classify.class=sideways"], "classify.class=sideways is none of the classes of these texts: negative, positive"),
-    (["classify.class=positive"], "classify.class=positive is told to a network.*classify.sharing=conditional"),
+    (["classify.class=positive"], "classify.class=positive needs a network with class.*sharing=conditional"),
 ])  # fmt: skip
 def test_what_cannot_guide_is_refused(tmp_path, monkeypatch, typed, said):
     monkeypatch.chdir(tmp_path)

@@ -44,8 +44,12 @@ class Spied(JointDenoiser):
     """A model whose every question is written down."""
 
     def __init__(self, inner: JointModel) -> None:
-        self.inner, self.asked, self.latent_shape = inner, [], inner.latent_shape
-        self.process, self.schedule, self.vocab_size = inner.process, inner.schedule, inner.vocab_size
+        self.inner = inner
+        self.asked = []
+        self.latent_shape = inner.latent_shape
+        self.process = inner.process
+        self.schedule = inner.schedule
+        self.vocab_size = inner.vocab_size
         self.independent_unmasking = True
 
     def denoise(self, x_BL, t_B, at_BL, **cond):

@@ -259,7 +259,9 @@ def test_one_token_drawn_again_given_the_others_keeps_the_distribution():
     torch.manual_seed(9)
     p_M, alpha = torch.rand(V**L).double() ** 3, torch.tensor(0.6).double()
     p_M /= p_M.sum()
-    texts, process, bayes = every_text(), Uniform(V), Bayes(p_M)
+    texts = every_text()
+    process = Uniform(V)
+    bayes = Bayes(p_M)
     same_SM = (texts[:, None] == texts[None]).double()
     q_S = ((alpha * same_SM + (1 - alpha) / V).prod(-1) * p_M).sum(1)  # of x_t
     log_others_SLV = bayes(texts, alpha.expand(len(texts)))

@@ -111,11 +111,12 @@ class ExactDenoiser(nn.Module):
     def _answers(
         self, x_BL: Tensor, at_BL: Tensor, inside_BL: Tensor, evidence: Callable[[Tensor, Tensor], Tensor], own: bool
     ) -> Tensor:
-        """log p(clean token | the noised text) at the N positions of `at_BL`, float64 (N, V).
+        """Return log p(clean token | noised text) at the N positions of `at_BL`, float64 (N, V).
 
-        inside_BL: True on the tokens of the texts. evidence: tokens (B,) and those of the arcs (A,) -> the probability
-        of the first given that the second were clean, (A, B), up to a constant. own: whether the token at a position
-        counts for the answer there.
+        Args:
+            inside_BL: True on the tokens of the texts.
+            evidence: noised tokens (B,) and clean tokens (A,) -> q(noised | clean) up to a constant, (A, B).
+            own: use the token at a position for the prediction there.
         """
         uniform_V = self._is_word_V.double() / self._is_word_V.sum()
         p_NV = uniform_V.repeat(int(at_BL.sum()), 1)
@@ -153,19 +154,22 @@ class ExactDenoiser(nn.Module):
 
 
 class ExactLeaveOneOut(ExactDenoiser):
-    """The exact answer where noise is other tokens (process.Resampling): log p(x_0 at a position | the others of x_t).
+    """The exact leave-one-out posterior, log p(x_0 at a position | the other tokens of x_t), if noise is other tokens.
 
-    As a backbone it answers at the noise level that it is shown. `attention_mask` says where the texts are, since any
-    token may be noise.
+    It takes the place of a network. `attention_mask` tells the texts from padding, because any token may be noise.
 
     Args:
-        process: what noise is.
+        process: the forward process, a process.Resampling.
     """
 
     def __init__(
-        self, grammars: Sequence[FiniteStateGrammar], id_of_token: Mapping[str, int], mask_id: int, vocab_size: int,
+        self,
+        grammars: Sequence[FiniteStateGrammar],
+        id_of_token: Mapping[str, int],
+        mask_id: int,
+        vocab_size: int,
         process: object,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(grammars, id_of_token, mask_id, vocab_size)
         self.process = process
 
