@@ -31,11 +31,14 @@ def check_direction(cfg: DictConfig, name: str) -> None:
         raise ValueError("eval.compute_generative_perplexity=true measures free texts; leave out "
                          f"sampling.direction={direction}, or the perplexity")  # fmt: skip
     if cfg.sampling.guidance != 1 and not direction and cfg.classify["class"] is None:
-        raise ValueError(f"sampling.guidance={cfg.sampling.guidance} guides towards a class or a latent, and none is "
-                         "named; add classify.class= (or, with algo=mmldlm, sampling.direction=)")  # fmt: skip
+        raise ValueError(
+            f"sampling.guidance={cfg.sampling.guidance} guides towards a class or a latent, and none is "
+            "named; add classify.class= (or, with algo=mmldlm, sampling.direction=)"
+        )
     if direction and cfg.classify["class"] is not None:
-        raise ValueError(f"classify.class={cfg.classify['class']} means nothing to sampling.direction={direction}; "
-                         "leave it out")  # fmt: skip
+        raise ValueError(
+            f"classify.class={cfg.classify['class']} means nothing to sampling.direction={direction}; leave it out"
+        )
     given = [key for key in ("prefix", "template") if cfg.sampling[key]]
     if direction in ("l2t", "t2l", "edit") and given:
         raise ValueError(f"sampling.{given[0]}={cfg.sampling[given[0]]}: with sampling.direction={direction} texts are "

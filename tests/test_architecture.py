@@ -129,8 +129,11 @@ BELOW_THE_TOKENIZER = ("objectives", "samplers", "estimators", "tasks", "classif
 
 def test_the_mask_is_known_to_its_process_and_to_the_tokenizer_alone():
     """Whatever else speaks of a mask's id asks the process for it, or says `blank_id`, which every process has."""
-    files = [file for name in BELOW_THE_TOKENIZER for file in ([ROOT / name] if name.endswith(".py") else
-                                                               (ROOT / name).rglob("*.py"))]  # fmt: skip
+    files = [
+        file
+        for name in BELOW_THE_TOKENIZER
+        for file in ([ROOT / name] if name.endswith(".py") else (ROOT / name).rglob("*.py"))
+    ]
     for file in files:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute) and node.attr == "mask_id":

@@ -42,8 +42,10 @@ def test_the_table_goes_from_nothing_to_everything():
 
 def test_a_low_temperature_is_the_plain_loss_on_the_argmax_and_the_curriculum_ends(random_dit):
     net = random_dit(V, time_conditioning=True).float().train()
-    batch = {"input_ids": torch.randint(V, (6, 7), generator=torch.Generator().manual_seed(0)),
-             "given": torch.arange(7).expand(6, -1) == 0}  # fmt: skip
+    batch = {
+        "input_ids": torch.randint(V, (6, 7), generator=torch.Generator().manual_seed(0)),
+        "given": torch.arange(7).expand(6, -1) == 0,
+    }
     noise = lambda: evaluation_noise(0, torch.arange(6))  # noqa: E731
     plain = UDLM(LogLinear(), Uniform(V)).loss(net, batch, noise()).nll_BL
     hard = Duo(LogLinear(), Uniform(V), None, 10, -9.0, -9.0)

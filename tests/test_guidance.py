@@ -86,8 +86,9 @@ def test_masks_follow_the_guided_law(weight):
 @pytest.mark.parametrize("weight", [0.0, 1.0, 2.0])
 def test_random_tokens_follow_the_guided_chain(weight):
     model, rows = ClassGuided(Words(), 0, weight), 20_000
-    out = uniform.sample(model, torch.full((rows, L), -1), KeyedNoise(4, torch.arange(rows)), steps=3,
-                         noise_removal=False)  # fmt: skip
+    out = uniform.sample(
+        model, torch.full((rows, L), -1), KeyedNoise(4, torch.arange(rows)), steps=3, noise_removal=False
+    )
     law = chain(model, 3, (-1,) * L)
     assert_follows(out.ids_BL, law)
     inner = Words()._model(None if weight == 0 else torch.tensor([0]))
@@ -101,8 +102,9 @@ def test_more_weight_makes_the_class_likelier():
     shares = []
     for weight in (0.0, 1.0, 3.0):
         law = any_order_law(ClassGuided(Masks(), 1, weight), L, V + 1)
-        shares.append(sum(law[text] * float(p) for text, p in zip(map(tuple, every_text().tolist()), of_class_M,
-                                                                  strict=True)))  # fmt: skip
+        shares.append(
+            sum(law[text] * float(p) for text, p in zip(map(tuple, every_text().tolist()), of_class_M, strict=True))
+        )
     assert shares[0] == pytest.approx(0.5) and shares[0] < shares[1] < shares[2]
 
 
