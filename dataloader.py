@@ -15,8 +15,8 @@ The batch contract. Every batch is a dict of CPU tensors (B rows, L tokens):
   class_id        int64 (B,)    class that a conditional network is told, -1 for none; set where it is known, not here
   text_id         int64 (B,)    source text of the row, where a row is (part of) one text; not of a stream
   first_document, last_document  int64 (B,)  documents of the row's first and last token, where they are known
-                                (text/packing.py): errors are over documents; not in training batches
-  latent          float32 (B, K, D)  what the row is about, standardised (text/latents.py); with `latents=` only
+                                (data/packing.py): errors are over documents; not in training batches
+  latent          float32 (B, K, D)  what the row is about, standardised (latents/rows.py); with `latents=` only
 L is `model.length` for wrapped and filled data; padded batches are as long as their longest row, rounded up to
 PAD_MULTIPLE.
 
@@ -25,7 +25,7 @@ step s takes the positions [s * G, (s + 1) * G), G = loader.global_batch_size, f
 any size of the micro-batches (with loader.batch_ramp G depends on s, and a step begins where that before it
 ends). The place in the stream is a function of the step alone: a checkpoint holds one number, workers none. With
 data.random_crop a row is twice as long, and what is seen of it at position p is a function of (seed, p). With
-data.streaming and no limit on the training texts the rows are those of text/streaming.py, which says in what order they
+data.streaming and no limit on the training texts the rows are those of data/streaming.py, which says in what order they
 come; there a checkpoint also holds where the corpus is being read.
 """
 
@@ -43,19 +43,19 @@ from lightning import LightningDataModule, Trainer
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
-from text.collate import Collate, Rows, segment_ends
-from text.data_checks import check_protocol, check_settings
-from text.latents import Encoder, RowsWithLatents, TextLatents
-from text.loading import Loading, TimedLoader
-from text.order import evaluation_batches
-from text.packing import Packing, check_prompts, framed, pack
-from text.rows import text_rows
-from text.sources import Source
-from text.splits import SplitTexts
-from text.stream import BatchPlan, PositionBatchSampler, TrainingStream, batch_arithmetic, consumed_before
-from text.stream_loader import StreamLoader
-from text.streaming import Corpus, Order
-from text.tokenizers import Vocabulary, load_tokenizer, published_frame, vocabulary
+from palimpsest.data.checks import check_protocol, check_settings
+from palimpsest.data.collate import Collate, Rows, segment_ends
+from palimpsest.data.loading import Loading, TimedLoader
+from palimpsest.data.order import evaluation_batches
+from palimpsest.data.packing import Packing, check_prompts, framed, pack
+from palimpsest.data.rows import text_rows
+from palimpsest.data.sources import Source
+from palimpsest.data.splits import SplitTexts
+from palimpsest.data.stream import BatchPlan, PositionBatchSampler, TrainingStream, batch_arithmetic, consumed_before
+from palimpsest.data.stream_loader import StreamLoader
+from palimpsest.data.streaming import Corpus, Order
+from palimpsest.data.tokenizers import Vocabulary, load_tokenizer, published_frame, vocabulary
+from palimpsest.latents.rows import Encoder, RowsWithLatents, TextLatents
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ class TextData(LightningDataModule):
     source together, without labels (validation has none then either) and without texts of the held-out splits.
     `protocol` "reference": rows as kuleshov-group's mdlm makes them, with `num_proc` processes (None: 1).
     loader: `batch_size` and `eval_batch_size` are rows per
-    device; `batch_size` None divides `global_batch_size`; `batch_ramp` as in text/stream.py; `loading` has the others.
+    device; `batch_size` None divides `global_batch_size`; `batch_ramp` as in data/stream.py; `loading` has the others.
     `length` is model.length, `seed` orders the training stream, `max_steps` are optimizer steps of the whole run.
     latents: what makes the vectors of `latents=`; as `.latents` they are those of these splits, None without.
     """
@@ -182,7 +182,7 @@ class TextData(LightningDataModule):
         return self.source.splits
 
     def detokenizer(self, split: str) -> str | None:
-        """What undid a tokenisation of the split's texts (a name in text/detokenizers.py), None: nothing."""
+        """What undid a tokenisation of the split's texts (a name in data/detokenizers.py), None: nothing."""
         return self.source.detokenizer_of(split) if hasattr(self.source, "detokenizer_of") else None
 
     def packing(self, split: str) -> Packing:
@@ -191,14 +191,14 @@ class TextData(LightningDataModule):
 
     def texts(self, split: str) -> datasets.Dataset:
         """The split's texts as they are: columns text, text_id (number in the whole split), label and ends
-        (text/sources.py) where there are such.
+        (data/sources.py) where there are such.
 
         Raises ValueError for an unknown split, an unknown label, an empty split.
         """
         return self._texts.of(split)
 
     def split(self, name: str) -> datasets.Dataset:
-        """The split's packed rows (columns: text/packing.py). `figures[name]` says what packing did.
+        """The split's packed rows (columns: data/packing.py). `figures[name]` says what packing did.
 
         Raises ValueError for texts, lengths and tokenizers that do not go together.
         """
@@ -258,7 +258,7 @@ class TextData(LightningDataModule):
 
     @property
     def endless(self) -> bool:
-        """Whether training reads a corpus that is kept nowhere (text/streaming.py)."""
+        """Whether training reads a corpus that is kept nowhere (data/streaming.py)."""
         return self.streaming and self.limits["train"] is None
 
     def val_dataloader(self) -> DataLoader:

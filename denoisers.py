@@ -14,9 +14,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from gaussian_process import LatentPrediction
-from noise_schedule import NoiseSchedule
-from process import Process
+from palimpsest.gaussian_process import LatentPrediction
+from palimpsest.noise_schedule import NoiseSchedule
+from palimpsest.process import Process
 
 
 class Denoiser(ABC):

@@ -16,19 +16,19 @@ import lightning
 import torch
 from torch import Tensor, nn
 
-from denoisers import BlockDenoiser, Denoiser, JointDenoiser
-from engine.updates import Updates
-from metrics import NLLMeter
-from models.checkpoints import Checkpoint
-from models.class_conditioning import UNTOLD, start_from_counts
-from models.ema import EMA
-from models.freezing import refuse_frozen
-from models.sharding import share_out
-from objectives.base import Batch, BoundTo, Objective, TokenLoss, scored_mask
-from objectives.mlm import cross_entropy_at
-from objectives.reduction import StepLoss, scale_gradients
-from process import Absorbing
-from randomness import KeyedNoise, evaluation_noise, hash_seed, seed_generator_of, training_noise
+from palimpsest.common.metrics import NLLMeter
+from palimpsest.common.randomness import KeyedNoise, evaluation_noise, hash_seed, seed_generator_of, training_noise
+from palimpsest.denoisers import BlockDenoiser, Denoiser, JointDenoiser
+from palimpsest.models.checkpoints import Checkpoint
+from palimpsest.models.class_conditioning import UNTOLD, start_from_counts
+from palimpsest.models.ema import EMA
+from palimpsest.models.freezing import refuse_frozen
+from palimpsest.models.sharding import share_out
+from palimpsest.objectives.base import Batch, BoundTo, Objective, TokenLoss, scored_mask
+from palimpsest.objectives.mlm import cross_entropy_at
+from palimpsest.objectives.reduction import StepLoss, scale_gradients
+from palimpsest.process import Absorbing
+from palimpsest.training.updates import Updates
 
 log = logging.getLogger(__name__)
 MASK_RATES = ("sampling_eps_min", "sampling_eps_max")
@@ -48,7 +48,7 @@ class Provenance:
 
 
 class BatchPlan(Protocol):
-    """Where the optimizer steps lie in the training stream (text/stream.py)."""
+    """Where the optimizer steps lie in the training stream (data/stream.py)."""
 
     def place(self, position_B: Tensor) -> tuple[Tensor, Tensor]: ...
 
@@ -119,7 +119,7 @@ class Diffusion(lightning.LightningModule):
         return absorbing and issubclass(kind, Denoiser) and not issubclass(kind, BlockDenoiser)
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """The loss, and beside it what callbacks/metrics.py keeps account of."""
+        """The loss, and beside it what training/callbacks/metrics.py keeps account of."""
         # Dropout is the one random thing that no generator reaches: seed it by place, so that a resumed run repeats it.
         micro_batch = batch_idx % self.trainer.accumulate_grad_batches
         seed_generator_of(self.device, hash_seed(self.seed, self.global_step, micro_batch, self.global_rank))
@@ -159,7 +159,7 @@ class Diffusion(lightning.LightningModule):
 
     def cross_entropy_at(self, batch: Batch, rate: float) -> tuple[Tensor, Tensor]:
         """Of an evaluation batch with each token masked with chance `rate`, always the same ones: the summed
-        cross-entropy of the masked tokens [nats], and their number (callbacks/masking_rates.py)."""
+        cross-entropy of the masked tokens [nats], and their number (training/callbacks/masking_rates.py)."""
         noise = KeyedNoise(self.seed, batch["sample_id"], draw=-8)
         return cross_entropy_at(self.model.objective, self.backbone, self.told(batch), rate, noise)
 

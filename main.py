@@ -7,7 +7,7 @@ folders beside it hold receives built objects and values, never the configuratio
 from __future__ import annotations
 
 import hashlib
-import importlib
+import importlib.util
 import inspect
 import json
 import logging
@@ -19,42 +19,48 @@ from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 
+if "palimpsest" not in sys.modules:  # `python main.py`: the folder of this file is the package, installed or not
+    _FOLDER = Path(__file__).resolve().parent
+    _SPEC = importlib.util.spec_from_file_location("palimpsest", _FOLDER / "__init__.py")
+    sys.modules["palimpsest"] = importlib.util.module_from_spec(_SPEC)
+    _SPEC.loader.exec_module(sys.modules["palimpsest"])
+
 import hydra
 import lightning
 import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-import command_line
-from contradictions import check_schedule, is_mlm, law, refuse_contradictions, trains
-from dataloader import BatchPlan, Loading, TextData
-from diffusion import Diffusion, Provenance
-from engine.logs import guard_output
-from engine.processes import first_process, started_beside_others
-from engine.recovery import newest_good
-from engine.run_lock import alone_in
-from engine.signals import SIGNALS
-from engine.slurm import check_processes
-from engine.trainer import Run, build_trainer
-from estimators.base import Estimator
-from estimators.nelbo import Nelbo, comparison_noising
-from file_settings import complete
-from files import Place, below, exists, folder_of, is_remote, place
-from identity import identity
-from instantiation import instantiate
-from machine import Machine
-from models.belonging import FUNCTION, check_belongs, check_same, check_together
-from models.checkpoints import Checkpoint, read_checkpoint, read_progress
-from models.freezing import freeze, refuse_frozen, summary
-from models.recompute import recompute_blocks
-from number_checks import check_numbers
-from objectives.base import Objective
-from process import Process
-from tasks.blanks import Template
-from tasks.class_models import pretraining_splits
-from tasks.drawing import Drawing
-from tasks.scoring import Precision
-from text.judging import Judge, same_text
+from palimpsest.common.files import Place, below, exists, folder_of, is_remote, place
+from palimpsest.corpora.judging import Judge, same_text
+from palimpsest.dataloader import BatchPlan, Loading, TextData
+from palimpsest.diffusion import Diffusion, Provenance
+from palimpsest.estimators.base import Estimator
+from palimpsest.estimators.nelbo import Nelbo, comparison_noising
+from palimpsest.models.belonging import FUNCTION, check_belongs, check_same, check_together
+from palimpsest.models.checkpoints import Checkpoint, read_checkpoint, read_progress
+from palimpsest.models.freezing import freeze, refuse_frozen, summary
+from palimpsest.models.recompute import recompute_blocks
+from palimpsest.objectives.base import Objective
+from palimpsest.process import Process
+from palimpsest.settings import command_line
+from palimpsest.settings.contradictions import check_schedule, is_mlm, law, refuse_contradictions, trains
+from palimpsest.settings.from_checkpoint import complete
+from palimpsest.settings.identity import identity
+from palimpsest.settings.instantiation import instantiate
+from palimpsest.settings.values import check_numbers
+from palimpsest.tasks.blanks import Template
+from palimpsest.tasks.class_models import pretraining_splits
+from palimpsest.tasks.drawing import Drawing
+from palimpsest.tasks.scoring import Precision
+from palimpsest.training.logs import guard_output
+from palimpsest.training.machine import Machine
+from palimpsest.training.processes import first_process, started_beside_others
+from palimpsest.training.recovery import newest_good
+from palimpsest.training.run_lock import alone_in
+from palimpsest.training.signals import SIGNALS
+from palimpsest.training.slurm import check_processes
+from palimpsest.training.trainer import Run, build_trainer
 
 log = logging.getLogger(__name__)
 
@@ -133,7 +139,7 @@ class Experiment:
         return below(self._kept_in, *below_it, "checkpoints")
 
     def alone(self, label: int | None = None) -> AbstractContextManager[None]:
-        """A context in which no other process trains in the run's folder (engine/run_lock.py). The first of several
+        """A context in which no other process trains in the run's folder (training/run_lock.py). The first of several
         processes sees to it; where others were started beside it, it cannot let them wait."""
         if not first_process():
             return nullcontext()
@@ -269,7 +275,7 @@ class Experiment:
     @property
     def _any_length(self) -> bool:
         """Whether texts may be longer than those of the training: block diffusion writes on behind a window."""
-        sampled = self.cfg.mode._target_ == "tasks.sample_eval.sample_eval"
+        sampled = self.cfg.mode._target_ == "palimpsest.tasks.sample_eval.sample_eval"
         return law(self.cfg) == "bd3lm" and sampled and not self.cfg.data.get("segments")
 
     def _write_behind_a_window(self, checkpoint: Checkpoint) -> None:
@@ -403,7 +409,7 @@ def _check_measuring(experiment: Experiment, objective: Objective) -> None:
     """Raise ValueError if the objective cannot be measured as eval.estimator says, before anything is trained."""
     if isinstance(experiment.estimator, Nelbo):
         objective.bound(experiment.estimator.noising)
-        if experiment.cfg.mode._target_ == "tasks.classify.classify":
+        if experiment.cfg.mode._target_ == "palimpsest.tasks.classify.classify":
             objective.bound(comparison_noising(experiment.estimator, objective))
 
 
@@ -434,7 +440,7 @@ def job(cfg: DictConfig) -> None:
 @hydra.main(version_base="1.3", config_path="configs", config_name="config")
 def _hydra_main(cfg: DictConfig) -> None:
     # By its name: a launcher that sends this function to another process (submitit) would send all that it mentions.
-    importlib.import_module("main").job(cfg)
+    importlib.import_module("palimpsest.main").job(cfg)
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from randomness import KeyedNoise
+from palimpsest.common.randomness import KeyedNoise
 
 
 class Process(ABC):

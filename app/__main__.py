@@ -19,8 +19,8 @@ import tomllib
 import warnings
 from pathlib import Path
 
-import command_line
-from engine.logs import guard_output
+from palimpsest.settings import command_line
+from palimpsest.training.logs import guard_output
 
 _PROJECT = Path(__file__).parents[1] / "pyproject.toml"
 PORT = 7860
@@ -45,10 +45,10 @@ def main() -> None:
         needed = " ".join(tomllib.loads(_PROJECT.read_text())["project"]["optional-dependencies"]["app"])
         sys.exit(f"error: python -m app needs gradio, which is not installed here: pip install {needed}")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    from app.guard import new_token
-    from app.page import page  # late: gradio may be missing, and reads the environment
-    from app.runs import find
-    from app.server import HOST, listen, serve
+    from palimpsest.app.guard import new_token
+    from palimpsest.app.page import page  # late: gradio may be missing, and reads the environment
+    from palimpsest.app.runs import find
+    from palimpsest.app.server import HOST, listen, serve
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")

@@ -7,14 +7,14 @@ from functools import partial
 
 import gradio as gr
 
-from app import classifying
-from app.classifying import Judged, Question
-from app.job import Jobs, Stopped
-from app.networks import Networks
-from app.runs import Classifier
-from app.said import REFUSALS, framed, refused, told
-from app.write_tab import AT_ONCE, WORKS
-from command_line import compose_config
+from palimpsest.app import classifying
+from palimpsest.app.classifying import Judged, Question
+from palimpsest.app.job import Jobs, Stopped
+from palimpsest.app.networks import Networks
+from palimpsest.app.runs import Classifier
+from palimpsest.app.said import REFUSALS, framed, refused, told
+from palimpsest.app.write_tab import AT_ONCE, WORKS
+from palimpsest.settings.command_line import compose_config
 
 _NONE = (
     "None of these networks classifies. `python main.py mode=classify` trains a model for each class, or one that is "

@@ -7,17 +7,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from app.job import check_text, warnings
-from app.networks import Judges, Networks
-from app.runs import Classifier
-from classification.bayes import log_prior, posterior_interval
-from dataloader import with_texts
-from estimators.nelbo import comparison_noising
-from reporting.formatting import format_measurement
-from reporting.report import Report
-from reporting.verdict import Share, verdict
-from tasks.class_scoring import ClassScores, Race, score_classes
-from tasks.evidence import shown_evidence, token_evidence
+from palimpsest.app.job import check_text, warnings
+from palimpsest.app.networks import Judges, Networks
+from palimpsest.app.runs import Classifier
+from palimpsest.classification.bayes import log_prior, posterior_interval
+from palimpsest.dataloader import with_texts
+from palimpsest.estimators.nelbo import comparison_noising
+from palimpsest.report.formatting import format_measurement
+from palimpsest.report.report import Report
+from palimpsest.report.verdict import Share, verdict
+from palimpsest.tasks.class_scoring import ClassScores, Race, score_classes
+from palimpsest.tasks.evidence import shown_evidence, token_evidence
 
 _SPLIT = "the text"  # its name among the splits
 

@@ -6,15 +6,15 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from app.runs import Classifier, Network
-from command_line import compose_config
-from contradictions import refuse_contradictions
-from diffusion import Diffusion
-from main import Experiment
-from number_checks import check_numbers
-from scripts.generate import quoted
-from tasks.class_models import Hypothesis, one_per_class, told_the_class
-from tasks.classify import check_classes
+from palimpsest.app.runs import Classifier, Network
+from palimpsest.diffusion import Diffusion
+from palimpsest.main import Experiment
+from palimpsest.scripts.generate import quoted
+from palimpsest.settings.command_line import compose_config
+from palimpsest.settings.contradictions import refuse_contradictions
+from palimpsest.settings.values import check_numbers
+from palimpsest.tasks.class_models import Hypothesis, one_per_class, told_the_class
+from palimpsest.tasks.classify import check_classes
 
 
 @dataclass(frozen=True)

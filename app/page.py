@@ -7,12 +7,12 @@ from pathlib import Path
 
 import gradio as gr
 
-from app.classify_tab import ClassifyTab
-from app.job import Jobs
-from app.networks import Networks
-from app.runs import Network, classifiers
-from app.write_tab import WriteTab
-from reporting.live import colours
+from palimpsest.app.classify_tab import ClassifyTab
+from palimpsest.app.job import Jobs
+from palimpsest.app.networks import Networks
+from palimpsest.app.runs import Network, classifiers
+from palimpsest.app.write_tab import WriteTab
+from palimpsest.report.live import colours
 
 _HEADER = '<h1 class="name">Palimpsest</h1><p class="motto">A page scraped clean and written again.</p>'
 

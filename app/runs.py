@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from command_line import CONFIGS
-from files import Place, is_remote, place, version
-from identity import overrides
-from scripts import generate
+from palimpsest.common.files import Place, is_remote, place, version
+from palimpsest.scripts import generate
+from palimpsest.settings.command_line import CONFIGS
+from palimpsest.settings.identity import overrides
 
 OUTPUTS = Path("outputs")
 _LAST = ("checkpoints", "last.ckpt")

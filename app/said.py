@@ -8,7 +8,7 @@ from html import escape
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from command_line import explain
+from palimpsest.settings.command_line import explain
 
 # What a user may have got wrong, as in command_line.clear_errors; all else is a mistake of ours.
 REFUSALS = (HydraException, OmegaConfBaseException, ValueError, OSError, FloatingPointError)

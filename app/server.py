@@ -10,8 +10,8 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from app.guard import Guard
-from app.page import head, theme
+from palimpsest.app.guard import Guard
+from palimpsest.app.page import head, theme
 
 HOST = "127.0.0.1"
 

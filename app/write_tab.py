@@ -6,15 +6,15 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 
 import gradio as gr
 
-from app import writing
-from app.job import Jobs, Stopped
-from app.networks import Networks
-from app.runs import Network
-from app.said import REFUSALS, framed, refused, told
-from app.writing import Picture, Wish, Written, keys_of
-from command_line import compose_config
-from reporting.live import live_style
-from samplers.unmasking import ORDERS, REMASKS, SCHEDULES
+from palimpsest.app import writing
+from palimpsest.app.job import Jobs, Stopped
+from palimpsest.app.networks import Networks
+from palimpsest.app.runs import Network
+from palimpsest.app.said import REFUSALS, framed, refused, told
+from palimpsest.app.writing import Picture, Wish, Written, keys_of
+from palimpsest.report.live import live_style
+from palimpsest.samplers.unmasking import ORDERS, REMASKS, SCHEDULES
+from palimpsest.settings.command_line import compose_config
 
 PACES = {"full": 0.0, "brisk": 0.05, "slow": 0.2, "very slow": 1.0}  # seconds that a step takes at least
 WORKS = {"concurrency_id": "networks", "concurrency_limit": 1, "show_progress": "hidden", "api_visibility": "private"}

@@ -9,18 +9,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 
-from app.job import check_text, warnings
-from app.networks import Networks
-from app.runs import Network
-from command_line import CONFIGS
-from reporting.denoising import denoising_page
-from reporting.live import live_texts
-from samplers.trace import Trace
-from tasks.blanks import Template
-from tasks.drawing import decoded, draw
-from tasks.history import Recorder, samples_of
-from tasks.standing import Standing
-from tasks.watching import described
+from palimpsest.app.job import check_text, warnings
+from palimpsest.app.networks import Networks
+from palimpsest.app.runs import Network
+from palimpsest.report.denoising import denoising_page
+from palimpsest.report.live import live_texts
+from palimpsest.samplers.trace import Trace
+from palimpsest.settings.command_line import CONFIGS
+from palimpsest.tasks.blanks import Template
+from palimpsest.tasks.drawing import decoded, draw
+from palimpsest.tasks.history import Recorder, samples_of
+from palimpsest.tasks.standing import Standing
+from palimpsest.tasks.watching import described
 
 MOST_TEXTS = 16
 _PICTURE_SECONDS = 0.05

@@ -12,19 +12,15 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import time
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+import torch
+from torch import Tensor
 
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
-
-from models.ar import AR  # noqa: E402
-from objectives.projection import log_probs  # noqa: E402
-from process import draw_categorical  # noqa: E402
-from randomness import KeyedNoise  # noqa: E402
+from palimpsest.common.randomness import KeyedNoise
+from palimpsest.models.ar import AR
+from palimpsest.objectives.projection import log_probs
+from palimpsest.process import draw_categorical
 
 SIZE = {"hidden_size": 256, "n_blocks": 6, "n_heads": 4, "dropout": 0.0}
 LENGTH, VOCAB, BATCH, MASK, BOS = 256, 50_258, 4, 50_257, 50_256

@@ -19,25 +19,22 @@ import subprocess
 import sys
 import time
 from functools import partial
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-
-from models.attention import apply_rotary, rotary_angles  # noqa: E402
-from models.block_attention import visible  # noqa: E402
-from models.dit import DiT  # noqa: E402
-from models.layers import modulate, over_positions  # noqa: E402
-from noise_schedule import LogLinear  # noqa: E402
-from objectives.block import BlockDiffusion  # noqa: E402
-from objectives.noising import Bernoulli  # noqa: E402
-from objectives.subs import Subs  # noqa: E402
-from process import Absorbing  # noqa: E402
-from randomness import KeyedNoise, training_noise  # noqa: E402
-from samplers import first_hitting  # noqa: E402
+from palimpsest.common.randomness import KeyedNoise, training_noise
+from palimpsest.models.attention import apply_rotary, rotary_angles
+from palimpsest.models.block_attention import visible
+from palimpsest.models.dit import DiT
+from palimpsest.models.layers import modulate, over_positions
+from palimpsest.noise_schedule import LogLinear
+from palimpsest.objectives.block import BlockDiffusion
+from palimpsest.objectives.noising import Bernoulli
+from palimpsest.objectives.subs import Subs
+from palimpsest.process import Absorbing
+from palimpsest.samplers import first_hitting
 
 SIZE = {"hidden_size": 256, "cond_dim": 128, "n_blocks": 6, "n_heads": 4}
 LENGTH, VOCAB, BATCH = 256, 50_258, 8

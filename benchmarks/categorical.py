@@ -13,16 +13,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+import torch
+from scipy.optimize import minimize_scalar
 
-import torch  # noqa: E402
-from scipy.optimize import minimize_scalar  # noqa: E402
-
-from randomness import KeyedNoise  # noqa: E402
-from samplers.base import TokenChoice  # noqa: E402
+from palimpsest.common.randomness import KeyedNoise
+from palimpsest.samplers.base import TokenChoice
 
 VOCAB, CHUNK = 50_257, 200
 

@@ -17,16 +17,14 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-import main as palimpsest
-from classification.bayes import posterior
-from classification.measures import measure
-from command_line import compose_config
-from estimators.nelbo import Nelbo
-from objectives.noising import Bernoulli, ExactCount
-from tasks.class_models import class_models
-from tasks.class_scoring import ClassScores, Race, score_classes
+from palimpsest.classification.bayes import posterior
+from palimpsest.classification.measures import measure
+from palimpsest.estimators.nelbo import Nelbo
+from palimpsest.main import Experiment
+from palimpsest.objectives.noising import Bernoulli, ExactCount
+from palimpsest.settings.command_line import compose_config
+from palimpsest.tasks.class_models import class_models
+from palimpsest.tasks.class_scoring import ClassScores, Race, score_classes
 
 DRAWS = (1, 4, 16, 64)
 
@@ -58,7 +56,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*")
     args = parser.parse_args()
     cfg = compose_config([*args.overrides, f"data.max_test_texts={args.texts}"])
-    experiment = palimpsest.Experiment(cfg, " ".join(sys.argv))
+    experiment = Experiment(cfg, " ".join(sys.argv))
     data = experiment.data()
     hypotheses = class_models(experiment, data, cfg.eval.checkpoint_path, cfg.eval.disable_ema)
     log_prior_C = np.full(len(data.label_names), -np.log(len(data.label_names)))

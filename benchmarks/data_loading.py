@@ -14,16 +14,12 @@ import itertools
 import json
 import logging
 import statistics
-import sys
 import tempfile
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from dataloader import Loading, TextData  # noqa: E402
-from text.user_files import UserFiles  # noqa: E402
+from palimpsest.data.user_files import UserFiles
+from palimpsest.dataloader import Loading, TextData
 
 
 def build(args: argparse.Namespace, workers: int, streaming: bool, step: int = 0) -> TextData:

@@ -14,25 +14,22 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-import main as palimpsest  # noqa: E402
-from benchmarks.kneser_ney import KneserNey  # noqa: E402
-from command_line import compose_config  # noqa: E402
-from contradictions import law, refuse_contradictions  # noqa: E402
-from metrics import Estimate, Units  # noqa: E402
-from number_checks import check_numbers  # noqa: E402
-from tasks.base import token_counts  # noqa: E402
-from tasks.drawing import draw  # noqa: E402
-from tasks.generative_perplexity import CausalScorer  # noqa: E402
-from tasks.sample_quality import measure, real_texts  # noqa: E402
-from text.tokenizers import decode  # noqa: E402
+from benchmarks.kneser_ney import KneserNey
+from palimpsest.common.metrics import Estimate, Units
+from palimpsest.data.tokenizers import decode
+from palimpsest.main import Experiment
+from palimpsest.settings.command_line import compose_config
+from palimpsest.settings.contradictions import law, refuse_contradictions
+from palimpsest.settings.values import check_numbers
+from palimpsest.tasks.base import token_counts
+from palimpsest.tasks.drawing import draw
+from palimpsest.tasks.generative_perplexity import CausalScorer
+from palimpsest.tasks.sample_quality import measure, real_texts
 
 UNMASK = {
     "random": "sampling.order=random",
@@ -83,11 +80,11 @@ class Table:
         self.network = self.experiment.trained(self.data, args.checkpoint, disable_ema=False)
         self.scorer = self._scorer(args.scorer)
 
-    def _experiment(self, how: list[str]) -> palimpsest.Experiment:
+    def _experiment(self, how: list[str]) -> Experiment:
         cfg = compose_config([*self.overrides, *how])
         check_numbers(cfg)
         refuse_contradictions(cfg)
-        return palimpsest.Experiment(cfg, "benchmarks/decoders.py")
+        return Experiment(cfg, "benchmarks/decoders.py")
 
     def _scorer(self, name: str | None) -> CausalScorer | KneserNey:
         if name:

@@ -15,23 +15,19 @@ import argparse
 import json
 import logging
 import os
-import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+import lightning
+import numpy as np
+import torch
 
-import lightning  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-
-import main  # noqa: E402
-from callbacks.hardware import synchronize  # noqa: E402
-from command_line import compose_config  # noqa: E402
-from randomness import training_noise  # noqa: E402
+from palimpsest import main
+from palimpsest.common.randomness import training_noise
+from palimpsest.settings.command_line import compose_config
+from palimpsest.training.callbacks.hardware import synchronize
 
 SIZE = ["model=tiny", "model.hidden_size=128", "model.length=72", "loader.global_batch_size=32", "optim=adamw",
         "callbacks.checkpoint_every_n_steps.every_n_train_steps=1000000"]  # fmt: skip

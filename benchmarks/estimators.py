@@ -10,23 +10,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+import torch
 
-import torch  # noqa: E402
-
-import main as palimpsest  # noqa: E402
-from benchmarks.objectives import COMMON  # noqa: E402
-from command_line import compose_config  # noqa: E402
-from estimators.any_order import AnyOrder  # noqa: E402
-from estimators.nelbo import Nelbo  # noqa: E402
-from estimators.ordered import Ordered  # noqa: E402
-from objectives.base import Batch, Model  # noqa: E402
-from objectives.noising import Bernoulli, Complementary, ExactCount  # noqa: E402
-from samplers.ordered import ORDERS  # noqa: E402
+from benchmarks.objectives import COMMON
+from palimpsest.estimators.any_order import AnyOrder
+from palimpsest.estimators.nelbo import Nelbo
+from palimpsest.estimators.ordered import Ordered
+from palimpsest.main import Experiment
+from palimpsest.objectives.base import Batch, Model
+from palimpsest.objectives.noising import Bernoulli, Complementary, ExactCount
+from palimpsest.samplers.ordered import ORDERS
+from palimpsest.settings.command_line import compose_config
 
 ESTIMATORS = {
     "uniform": Nelbo(Bernoulli(antithetic_sampling=False)),
@@ -65,7 +61,7 @@ def main() -> None:
     parser.add_argument("--evaluations", type=int, nargs="*", default=[2, 8, 32])
     parser.add_argument("--orders", type=int, default=4)
     args = parser.parse_args()
-    experiment = palimpsest.Experiment(compose_config(COMMON), "benchmarks/estimators.py")
+    experiment = Experiment(compose_config(COMMON), "benchmarks/estimators.py")
     data = experiment.data()
     model = experiment.trained(data, args.checkpoint, disable_ema=False).model
     rows = torch.linspace(0, len(data.split("validation")) - 1, args.texts).long().tolist()

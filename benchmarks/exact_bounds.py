@@ -12,23 +12,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+import numpy as np
+import torch
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-
-from estimators.nelbo import Nelbo  # noqa: E402
-from noise_schedule import Cosine, Geometric, LogLinear, NoiseSchedule  # noqa: E402
-from objectives.base import Model  # noqa: E402
-from objectives.noising import Bernoulli, Complementary, ExactCount, Noising, TiltedCount  # noqa: E402
-from objectives.subs import Subs  # noqa: E402
-from process import Absorbing  # noqa: E402
-from text.exact_denoiser import ExactDenoiser  # noqa: E402
-from text.reviews import ReviewGrammar, tokens  # noqa: E402
+from palimpsest.corpora.exact_denoiser import ExactDenoiser
+from palimpsest.corpora.reviews import ReviewGrammar, tokens
+from palimpsest.estimators.nelbo import Nelbo
+from palimpsest.noise_schedule import Cosine, Geometric, LogLinear, NoiseSchedule
+from palimpsest.objectives.base import Model
+from palimpsest.objectives.noising import Bernoulli, Complementary, ExactCount, Noising, TiltedCount
+from palimpsest.objectives.subs import Subs
+from palimpsest.process import Absorbing
 
 MASK, PAD, FIRST = 0, 1, 2
 SCHEDULES: dict[str, NoiseSchedule] = {"loglinear": LogLinear(), "cosine": Cosine(), "geometric": Geometric(1e-4, 20.0)}

@@ -21,15 +21,15 @@ import torch
 from scipy.sparse import csr_matrix
 from scipy.special import log_softmax
 
-from classification.bayes import averaged_posterior, posterior
-from classification.racing import still_racing
-from metrics import Estimate
-from noise_schedule import LogLinear
-from objectives.noising import TiltedCount
-from process import Absorbing
-from randomness import evaluation_noise
-from text.grammar import END, FiniteStateGrammar
-from text.reviews import ReviewGrammar, generate_split, tokens
+from palimpsest.classification.bayes import averaged_posterior, posterior
+from palimpsest.classification.racing import still_racing
+from palimpsest.common.metrics import Estimate
+from palimpsest.common.randomness import evaluation_noise
+from palimpsest.corpora.grammar import END, FiniteStateGrammar
+from palimpsest.corpora.reviews import ReviewGrammar, generate_split, tokens
+from palimpsest.noise_schedule import LogLinear
+from palimpsest.objectives.noising import TiltedCount
+from palimpsest.process import Absorbing
 
 DRAWS, LOOKS, MASK, SEED = 64, (4, 6, 8, 12, 16, 24, 32, 48, 64), 1, 1
 

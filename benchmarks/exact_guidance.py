@@ -12,21 +12,18 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import sys
 import time
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+import numpy as np
+import torch
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-
-from benchmarks.exact_sampling import FIRST, exact_models, lengths, share, texts_of  # noqa: E402
-from denoisers import ClassGuided, ClassifierGuided, Denoiser  # noqa: E402
-from randomness import KeyedNoise  # noqa: E402
-from samplers import first_hitting, uniform  # noqa: E402
-from text.reviews import ReviewGrammar, tokens  # noqa: E402
+from benchmarks.exact_sampling import FIRST, exact_models, lengths, share, texts_of
+from palimpsest.common.randomness import KeyedNoise
+from palimpsest.corpora.reviews import ReviewGrammar, tokens
+from palimpsest.denoisers import ClassGuided, ClassifierGuided, Denoiser
+from palimpsest.samplers import first_hitting, uniform
 
 CLASS = 1
 WEIGHTS = (0.0, 0.5, 1.0, 1.5, 2.0, 4.0)

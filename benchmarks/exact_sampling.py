@@ -12,28 +12,25 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+import numpy as np
+import torch
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-
-from noise_schedule import LogLinear  # noqa: E402
-from objectives.base import Model  # noqa: E402
-from objectives.subs import Subs  # noqa: E402
-from objectives.udlm import UDLM  # noqa: E402
-from process import Absorbing, Uniform  # noqa: E402
-from randomness import KeyedNoise  # noqa: E402
-from samplers import ancestral, first_hitting, uniform, unmasking  # noqa: E402
-from samplers.trace import Trace  # noqa: E402
-from text.exact_denoiser import ExactDenoiser, ExactLeaveOneOut  # noqa: E402
-from text.grammar import FiniteStateGrammar  # noqa: E402
-from text.reviews import ReviewGrammar, detokenize, tokens  # noqa: E402
+from palimpsest.common.randomness import KeyedNoise
+from palimpsest.corpora.exact_denoiser import ExactDenoiser, ExactLeaveOneOut
+from palimpsest.corpora.grammar import FiniteStateGrammar
+from palimpsest.corpora.reviews import ReviewGrammar, detokenize, tokens
+from palimpsest.noise_schedule import LogLinear
+from palimpsest.objectives.base import Model
+from palimpsest.objectives.subs import Subs
+from palimpsest.objectives.udlm import UDLM
+from palimpsest.process import Absorbing, Uniform
+from palimpsest.samplers import ancestral, first_hitting, uniform, unmasking
+from palimpsest.samplers.trace import Trace
 
 MASK, FIRST = 0, 1  # the id of the first word
 STEPS = (8, 16, 32, 64, 128, 256, 1000)

@@ -15,21 +15,18 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+import torch
 
-import torch  # noqa: E402
-
-from models.ar import AR  # noqa: E402
-from models.dimamba import DiMamba  # noqa: E402
-from models.dit import DiT  # noqa: E402
-from models.recompute import recompute_blocks  # noqa: E402
-from noise_schedule import LogLinear  # noqa: E402
-from objectives.ar import AR as LeftToRight  # noqa: E402
-from objectives.subs import Subs  # noqa: E402
-from process import Absorbing  # noqa: E402
-from randomness import training_noise  # noqa: E402
+from palimpsest.common.randomness import training_noise
+from palimpsest.models.ar import AR
+from palimpsest.models.dimamba import DiMamba
+from palimpsest.models.dit import DiT
+from palimpsest.models.recompute import recompute_blocks
+from palimpsest.noise_schedule import LogLinear
+from palimpsest.objectives.ar import AR as LeftToRight
+from palimpsest.objectives.subs import Subs
+from palimpsest.process import Absorbing
 
 SIZE = {"hidden_size": 256, "n_blocks": 8, "dropout": 0.1}
 LENGTH, VOCAB, BATCH = 512, 2048, 8

@@ -19,26 +19,22 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 import time
 from functools import partial
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+import torch
+from torch import Tensor
 
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
-
-from estimators.nelbo import Nelbo  # noqa: E402
-from gaussian_process import cosine_level  # noqa: E402
-from models.mmdit import MMDiT  # noqa: E402
-from noise_schedule import LogLinear  # noqa: E402
-from objectives.gaussian import LATEST, GaussianDiffusion  # noqa: E402
-from objectives.joint import SHARES, JointDiffusion  # noqa: E402
-from objectives.subs import Subs  # noqa: E402
-from process import Absorbing  # noqa: E402
-from randomness import KeyedNoise, training_noise  # noqa: E402
-from samplers.ancestral import sample  # noqa: E402
+from palimpsest.common.randomness import KeyedNoise, training_noise
+from palimpsest.estimators.nelbo import Nelbo
+from palimpsest.gaussian_process import cosine_level
+from palimpsest.models.mmdit import MMDiT
+from palimpsest.noise_schedule import LogLinear
+from palimpsest.objectives.gaussian import LATEST, GaussianDiffusion
+from palimpsest.objectives.joint import SHARES, JointDiffusion
+from palimpsest.objectives.subs import Subs
+from palimpsest.process import Absorbing
+from palimpsest.samplers.ancestral import sample
 
 ATTRIBUTES, VALUES, WORDS, TOKENS = 4, 3, 2, 3
 MASK = ATTRIBUTES * VALUES * WORDS

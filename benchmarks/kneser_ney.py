@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from metrics import Units
-from tasks.generative_perplexity import GenerativePerplexity, TextScores
-from text.tokenizers import encode
+from palimpsest.common.metrics import Units
+from palimpsest.data.tokenizers import encode
+from palimpsest.tasks.generative_perplexity import GenerativePerplexity, TextScores
 
 _BEGIN = -1  # stands before a text
 

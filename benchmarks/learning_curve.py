@@ -11,14 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-import main as palimpsest
-from command_line import compose_config
+from palimpsest.main import run
+from palimpsest.settings.command_line import compose_config
 
 
 def main() -> None:
@@ -34,7 +31,7 @@ def main() -> None:
         overrides = [o for o in given.overrides if not o.startswith("checkpointing.save_dir=")]
         budget = [f"trainer.max_steps={steps}", f"checkpointing.save_dir={folder}", "mode=classify"]
         began = time.monotonic()
-        results = palimpsest.run(compose_config([*overrides, *budget]), "benchmarks/learning_curve.py")
+        results = run(compose_config([*overrides, *budget]), "benchmarks/learning_curve.py")
         line = json.dumps(
             {"benchmark": "learning_curve", "overrides": overrides, "steps": steps, "texts": results["texts"],
              "accuracy": results["accuracy"].value, "se": results["accuracy"].se, "ece": results["ece"],

@@ -14,24 +14,20 @@ import argparse
 import itertools
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+import torch
 
-import torch  # noqa: E402
-
-from models.dit import DiT  # noqa: E402
-from noise_schedule import LogLinear  # noqa: E402
-from objectives.base import Model  # noqa: E402
-from objectives.subs import Subs  # noqa: E402
-from process import Absorbing  # noqa: E402
-from randomness import KeyedNoise  # noqa: E402
-from samplers import ancestral, first_hitting  # noqa: E402
-from samplers.base import time_grid  # noqa: E402
+from palimpsest.common.randomness import KeyedNoise
+from palimpsest.models.dit import DiT
+from palimpsest.noise_schedule import LogLinear
+from palimpsest.objectives.base import Model
+from palimpsest.objectives.subs import Subs
+from palimpsest.process import Absorbing
+from palimpsest.samplers import ancestral, first_hitting
+from palimpsest.samplers.base import time_grid
 
 SIZE = {"hidden_size": 256, "cond_dim": 128, "n_blocks": 6, "n_heads": 4, "dropout": 0.0}
 LENGTH, VOCAB, BATCH, MASK = 256, 50_258, 4, 50_257

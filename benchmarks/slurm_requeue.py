@@ -28,10 +28,9 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+from benchmarks.faults import tensors_and_counts
 
-from benchmarks.faults import tensors_and_counts  # noqa: E402
+ROOT = Path(__file__).parents[1]
 
 SEED, WORK = 7, Path("outputs/requeue")
 SETTINGS = ["model.hidden_size=16", "model.cond_dim=8", "model.n_blocks=1", "model.n_heads=2", "model.dropout=0.2",

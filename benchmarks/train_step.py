@@ -16,19 +16,16 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+import torch
+from torch import nn
 
-import torch  # noqa: E402
-from torch import nn  # noqa: E402
-
-from models.dit import DiT  # noqa: E402
-from noise_schedule import LogLinear  # noqa: E402
-from objectives.base import TokenLoss  # noqa: E402
-from objectives.subs import Subs  # noqa: E402
-from process import Absorbing  # noqa: E402
-from randomness import training_noise  # noqa: E402
+from palimpsest.common.randomness import training_noise
+from palimpsest.models.dit import DiT
+from palimpsest.noise_schedule import LogLinear
+from palimpsest.objectives.base import TokenLoss
+from palimpsest.objectives.subs import Subs
+from palimpsest.process import Absorbing
 
 SIZE = {"hidden_size": 256, "cond_dim": 128, "n_blocks": 6, "n_heads": 4, "dropout": 0.1}
 LENGTH, VOCAB, BATCH = 256, 50_258, 8

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support, roc_auc_score
 
-from metrics import Estimate
+from palimpsest.common.metrics import Estimate
 
 _Z95 = 1.959964
 

@@ -28,7 +28,7 @@ import numpy as np
 from scipy.stats import norm
 from scipy.stats import t as student_t
 
-from classification.bayes import PRIOR_DEGREES
+from palimpsest.classification.bayes import PRIOR_DEGREES
 
 _EM_STEPS = 100
 # Pseudo-texts whose classes hardly differ: with few texts to learn from, differences are taken to be small.

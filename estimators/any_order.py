@@ -11,9 +11,9 @@ import math
 import torch
 from torch import Tensor
 
-from estimators.base import Measured, refuse_causal
-from objectives.base import Batch, Model, context, counted_mask, scored_mask
-from randomness import KeyedNoise
+from palimpsest.common.randomness import KeyedNoise
+from palimpsest.estimators.base import Measured, refuse_causal
+from palimpsest.objectives.base import Batch, Model, context, counted_mask, scored_mask
 
 
 class AnyOrder:

@@ -10,9 +10,9 @@ from typing import Protocol
 
 from torch import Tensor
 
-from denoisers import BlockDenoiser, CausalDenoiser
-from objectives.base import Batch, BoundTo
-from process import Absorbing
+from palimpsest.denoisers import BlockDenoiser, CausalDenoiser
+from palimpsest.objectives.base import Batch, BoundTo
+from palimpsest.process import Absorbing
 
 
 @dataclass(frozen=True)

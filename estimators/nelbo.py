@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import torch
 
-from estimators.base import Estimator, Measured
-from objectives.base import Batch, BoundTo, Objective
-from objectives.noising import Noising, TiltedCount
-from randomness import evaluation_noise
+from palimpsest.common.randomness import evaluation_noise
+from palimpsest.estimators.base import Estimator, Measured
+from palimpsest.objectives.base import Batch, BoundTo, Objective
+from palimpsest.objectives.noising import Noising, TiltedCount
 
 
 class Nelbo:

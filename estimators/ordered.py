@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from estimators.base import Measured, refuse_causal
-from objectives.base import Batch, Model, context, counted_mask, scored_mask, spread
-from samplers.base import row_chunks
-from samplers.ordered import check, next_positions, preference, time_of
+from palimpsest.estimators.base import Measured, refuse_causal
+from palimpsest.objectives.base import Batch, Model, context, counted_mask, scored_mask, spread
+from palimpsest.samplers.base import row_chunks
+from palimpsest.samplers.ordered import check, next_positions, preference, time_of
 
 
 class Ordered:

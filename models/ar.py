@@ -11,13 +11,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from models.attention import head_width, resolve_backend, rotary_angles
-from models.backbone import Backbone
-from models.class_conditioning import ClassEmbedding, untold, with_class
-from models.kv_cache import KVCache
-from models.layers import RotaryFrequencies, TokenEmbedding
-from models.recompute import Recomputing
-from models.transformer import Head, Remember, Rotary, TransformerBlock
+from palimpsest.models.attention import head_width, resolve_backend, rotary_angles
+from palimpsest.models.backbone import Backbone
+from palimpsest.models.class_conditioning import ClassEmbedding, untold, with_class
+from palimpsest.models.kv_cache import KVCache
+from palimpsest.models.layers import RotaryFrequencies, TokenEmbedding
+from palimpsest.models.recompute import Recomputing
+from palimpsest.models.transformer import Head, Remember, Rotary, TransformerBlock
 
 
 class ARBlock(TransformerBlock):

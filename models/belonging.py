@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from models.backbone import Backbone
-from models.checkpoints import Checkpoint, Progress
+from palimpsest.models.backbone import Backbone
+from palimpsest.models.checkpoints import Checkpoint, Progress
 
 # Settings that change what a network computes. A file may lack some of them.
 FUNCTION = ("model.hidden_size", "model.cond_dim", "model.n_blocks", "model.n_heads", "time_conditioning")

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.attention import attend
+from palimpsest.models.attention import attend
 
 # Queries that share one call of a kernel: few enough that little of their diagonal is wasted, enough to fill it.
 _CHUNK = 128

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from models.attention import apply_rotary, attend, rotary_angles
-from models.block_attention import QKV, attend_blocks, attend_up_to
-from models.class_conditioning import untold, with_class
-from models.kv_cache import MOST_AT_ONCE, BlockCache, SegmentCache
-from models.layers import modulate, over_positions
-from models.segment_attention import SegmentMasks, segment_masks
+from palimpsest.models.attention import apply_rotary, attend, rotary_angles
+from palimpsest.models.block_attention import QKV, attend_blocks, attend_up_to
+from palimpsest.models.class_conditioning import untold, with_class
+from palimpsest.models.kv_cache import MOST_AT_ONCE, BlockCache, SegmentCache
+from palimpsest.models.layers import modulate, over_positions
+from palimpsest.models.segment_attention import SegmentMasks, segment_masks
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from files import (
+from palimpsest.common.files import (
     Place,
     below,
     check_content,
@@ -33,10 +33,10 @@ from files import (
     place,
     version,
 )
-from messages import excerpt
-from models import torch_archive
-from models.ema import EMA
-from models.hub import (
+from palimpsest.common.messages import excerpt
+from palimpsest.models import torch_archive
+from palimpsest.models.ema import EMA
+from palimpsest.models.hub import (
     CONFIG_FILE,
     WEIGHT_FILES,
     locate,
@@ -45,8 +45,8 @@ from models.hub import (
     settings_of_tensors,
     unsupported,
 )
-from models.inert_pickle import Inert
-from models.reference_settings import settings_of_reference
+from palimpsest.models.inert_pickle import Inert
+from palimpsest.models.reference_settings import settings_of_reference
 
 BACKBONE_PREFIX = "backbone."
 _CHARACTERS_OF_A_VALUE = 100
@@ -105,8 +105,8 @@ class Checkpoint:
 
 
 def read_checkpoint(path: str | Path, key: str = "eval.checkpoint_path") -> Checkpoint:
-    """Read a `.ckpt` file, here or at an address (files.py), a Hub-layout directory, or the model of that name on the
-    Hub.
+    """Read a `.ckpt` file, here or at an address (common/files.py), a Hub-layout directory, or the model of that name
+    on the Hub.
 
     `key` is the setting that named it, for messages.
 
@@ -337,8 +337,8 @@ READ_ERRORS = (pickle.UnpicklingError, zipfile.BadZipFile, struct.error, EOFErro
 
 def load_inert(path: str | Path, weights: bool = True) -> object:
     """Return what torch.save wrote, without running code of the file: objects of foreign classes become empty shells
-    that hold their state. Sealed content (files.py) is checked first. Without `weights` it is not, and tensors have
-    shapes, but no content.
+    that hold their state. Sealed content (common/files.py) is checked first. Without `weights` it is not, and tensors
+    have shapes, but no content.
 
     Raises:
         ValueError: the file is truncated or corrupt, larger than it may be, or asks for a function beyond tensors and

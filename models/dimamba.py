@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.backbone import Backbone
-from models.layers import RMSNorm, SigmaEmbedding, modulate, zero_linear
-from models.mamba import BiMamba
-from models.recompute import Recomputing
+from palimpsest.models.backbone import Backbone
+from palimpsest.models.layers import RMSNorm, SigmaEmbedding, modulate, zero_linear
+from palimpsest.models.mamba import BiMamba
+from palimpsest.models.recompute import Recomputing
 
 
 class DiMambaBlock(nn.Module):

@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import head_width, resolve_backend, rotary_angles
-from models.backbone import Backbone
-from models.blocks import BlockStreams, TwoStreams
-from models.class_conditioning import ClassEmbedding, untold, with_class
-from models.layers import RotaryFrequencies, SigmaEmbedding, TokenEmbedding, modulate, zero_linear
-from models.recompute import Recomputing
-from models.transformer import Head, Rotary, TransformerBlock, queried, rows_at
+from palimpsest.models.attention import head_width, resolve_backend, rotary_angles
+from palimpsest.models.backbone import Backbone
+from palimpsest.models.blocks import BlockStreams, TwoStreams
+from palimpsest.models.class_conditioning import ClassEmbedding, untold, with_class
+from palimpsest.models.layers import RotaryFrequencies, SigmaEmbedding, TokenEmbedding, modulate, zero_linear
+from palimpsest.models.recompute import Recomputing
+from palimpsest.models.transformer import Head, Rotary, TransformerBlock, queried, rows_at
 
 
 class DiTBlock(TwoStreams, TransformerBlock):

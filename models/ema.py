@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from models.sharding import shared_like, whole
+from palimpsest.models.sharding import shared_like, whole
 
 
 class EMA:

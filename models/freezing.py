@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from models.backbone import Backbone
+from palimpsest.models.backbone import Backbone
 
 
 def freeze(backbone: Backbone, names: Sequence[str] | None) -> None:

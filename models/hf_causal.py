@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
 
-import models.hf_published as published
-from models.backbone import Backbone
-from models.checkpoints import Checkpoint
-from models.hf_published import KEY
-from models.kv_cache import Room
+from palimpsest.models import hf_published as published
+from palimpsest.models.backbone import Backbone
+from palimpsest.models.checkpoints import Checkpoint
+from palimpsest.models.hf_published import KEY
+from palimpsest.models.kv_cache import Room
 
 _KIND = published.Kind("hf_causal", AutoModelForCausalLM, "causal language model", "backbone.config", added=64)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from models.checkpoints import Checkpoint, read_settings
-from models.dit import DiT
-from models.hub import BLOCK_MODEL_TYPE
+from palimpsest.models.checkpoints import Checkpoint, read_settings
+from palimpsest.models.dit import DiT
+from palimpsest.models.hub import BLOCK_MODEL_TYPE
 
 _SIZES = ("model.hidden_size", "model.cond_dim", "model.n_blocks", "model.n_heads", "time_conditioning")
 

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel
 
-import models.hf_published as published
-from models.backbone import Backbone
-from models.checkpoints import Checkpoint
-from models.hf_published import KEY
+from palimpsest.models import hf_published as published
+from palimpsest.models.backbone import Backbone
+from palimpsest.models.checkpoints import Checkpoint
+from palimpsest.models.hf_published import KEY
 
 CONFIG, NEW_HEAD = "backbone.config", "backbone.new_head"
 _KIND = published.Kind("hf_mlm", AutoModelForMaskedLM, "masked language model", f"{CONFIG}_json", added=0)

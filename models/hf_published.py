@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from files import check_regular
-from models.attention import resolve_backend
-from models.checkpoints import read_settings
+from palimpsest.common.files import check_regular
+from palimpsest.models.attention import resolve_backend
+from palimpsest.models.checkpoints import read_settings
 
 KEY = "backbone.name_or_path"
 FILES = "config.json and model.safetensors"

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from models.checkpoints import Checkpoint, read_checkpoint
-from models.hf_dit import build
+from palimpsest.models.checkpoints import Checkpoint, read_checkpoint
+from palimpsest.models.hf_dit import build
 
 KEY = "latents.checkpoint_path"
 _CODE_VERSION = 1  # raise it whenever a change below gives other vectors

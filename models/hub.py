@@ -12,8 +12,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from files import Place, exists, is_remote, open_to_read, place
-from models.reference_settings import OBJECTIVES
+from palimpsest.common.files import Place, exists, is_remote, open_to_read, place
+from palimpsest.models.reference_settings import OBJECTIVES
 
 CONFIG_FILE = "config.json"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")

@@ -16,7 +16,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor, nn
 
-from messages import shown
+from palimpsest.common.messages import shown
 
 MOST_OPERATIONS = 10_000_000  # a model of 10,000 tensors, with its average and optimizer, takes about 3 million
 _MOST_SHELLS, _MOST_BITS, _MOST_IN_A_KEY, _MOST_DIMENSIONS = 10_000, 1024, 1000, 64

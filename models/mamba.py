@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.selective_scan import gated_scan
+from palimpsest.models.selective_scan import gated_scan
 
 _STEP_RANGE = (1e-3, 1e-1)  # of softplus(dt_proj.bias) at the start, log-uniform
 

@@ -15,14 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import head_width, resolve_backend, rotary_angles
-from models.backbone import Backbone
-from models.class_conditioning import ClassEmbedding, untold, with_class
-from models.dit import DiT, OutputLayer
-from models.layers import RotaryFrequencies, SigmaEmbedding, TokenEmbedding
-from models.mmdit_layers import JointBlock, LatentInput, LatentOutput, Times
-from models.recompute import Recomputing
-from models.transformer import Rotary, queried
+from palimpsest.models.attention import head_width, resolve_backend, rotary_angles
+from palimpsest.models.backbone import Backbone
+from palimpsest.models.class_conditioning import ClassEmbedding, untold, with_class
+from palimpsest.models.dit import DiT, OutputLayer
+from palimpsest.models.layers import RotaryFrequencies, SigmaEmbedding, TokenEmbedding
+from palimpsest.models.mmdit_layers import JointBlock, LatentInput, LatentOutput, Times
+from palimpsest.models.recompute import Recomputing
+from palimpsest.models.transformer import Rotary, queried
 
 # What only a network with latents has, as its parameters' names say it.
 _OF_LATENTS = ("latent_input.", "latent_output.", "times.")

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import apply_rotary, attend
-from models.layers import LayerNorm, RMSNorm, SigmaEmbedding, feed_forward, modulate, zero_linear
-from models.transformer import Rotary, TransformerBlock, rows_at
+from palimpsest.models.attention import apply_rotary, attend
+from palimpsest.models.layers import LayerNorm, RMSNorm, SigmaEmbedding, feed_forward, modulate, zero_linear
+from palimpsest.models.transformer import Rotary, TransformerBlock, rows_at
 
 # Sinusoids of models/layers.py tell times of 0 to 1000 apart; those of 0 to 1 all look alike to them.
 TIME_SCALE = 1000.0

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
-from models.dit import DiT
-from models.layers import SigmaEmbedding, sinusoid_frequencies
+from palimpsest.models.dit import DiT
+from palimpsest.models.layers import SigmaEmbedding, sinusoid_frequencies
 
 
 class MDLMConfig(PretrainedConfig):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from models.backbone import Backbone
+from palimpsest.models.backbone import Backbone
 
 
 def recompute_blocks(backbone: Backbone) -> None:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.block_attention import QKV, flex_attend, visible
+from palimpsest.models.block_attention import QKV, flex_attend, visible
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from models.layers import at_least_float32
+from palimpsest.models.layers import at_least_float32
 
 
 def gated_scan(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.serialization import MAGIC_NUMBER
 
-from models import inert_pickle
+from palimpsest.models import inert_pickle
 
 _START = b"PK\x03\x04"
 _LOCAL = struct.Struct("<4s22x2H")  # a record's own header: its signature; the lengths of its name and of what is extra

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import apply_rotary, attend
-from models.layers import LayerNorm, feed_forward, zero_linear
+from palimpsest.models.attention import apply_rotary, attend
+from palimpsest.models.layers import LayerNorm, feed_forward, zero_linear
 
 Rotary = tuple[Tensor, Tensor]
 # Stores new keys and values, gives back all that may be attended to.

@@ -8,12 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from denoisers import CausalDenoiser
-from objectives.base import Backbone, Batch, BoundTo, Objective, TokenLoss, context, spread
-from objectives.noising import Noising
-from objectives.projection import cross_entropy, log_probs
-from process import Absorbing
-from randomness import KeyedNoise
+from palimpsest.common.randomness import KeyedNoise
+from palimpsest.denoisers import CausalDenoiser
+from palimpsest.objectives.base import Backbone, Batch, BoundTo, Objective, TokenLoss, context, spread
+from palimpsest.objectives.noising import Noising
+from palimpsest.objectives.projection import cross_entropy, log_probs
+from palimpsest.process import Absorbing
 
 
 class CausalModel(BoundTo, CausalDenoiser):

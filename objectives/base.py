@@ -14,12 +14,12 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from denoisers import Denoiser
-from models.backbone import Backbone
-from noise_schedule import NoiseSchedule
-from objectives.noising import Bernoulli, ExactCount, Noised, Noising
-from process import Absorbing, Process
-from randomness import KeyedNoise
+from palimpsest.common.randomness import KeyedNoise
+from palimpsest.denoisers import Denoiser
+from palimpsest.models.backbone import Backbone
+from palimpsest.noise_schedule import NoiseSchedule
+from palimpsest.objectives.noising import Bernoulli, ExactCount, Noised, Noising
+from palimpsest.process import Absorbing, Process
 
 Batch = Mapping[str, Tensor]
 MAX_SIGMA = 50.0

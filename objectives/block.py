@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from denoisers import BlockDenoiser
-from noise_schedule import Clipped
-from objectives.base import (
+from palimpsest.common.randomness import KeyedNoise
+from palimpsest.denoisers import BlockDenoiser
+from palimpsest.noise_schedule import Clipped
+from palimpsest.objectives.base import (
     Backbone,
     Batch,
     Containing,
@@ -26,11 +27,10 @@ from objectives.base import (
     fresh_noise,
     scored_mask,
 )
-from objectives.clipping import WHOLE, ClipSearch
-from objectives.cuts import Cut, Segments, Stretches
-from objectives.noising import Bernoulli, ExactCount, Noising
-from process import Absorbing
-from randomness import KeyedNoise
+from palimpsest.objectives.clipping import WHOLE, ClipSearch
+from palimpsest.objectives.cuts import Cut, Segments, Stretches
+from palimpsest.objectives.noising import Bernoulli, ExactCount, Noising
+from palimpsest.process import Absorbing
 
 MASK_RATES = ("num_masked", "cross_entropy", "num_scored")  # what the losses by mask rate are made of
 

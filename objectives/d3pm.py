@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from noise_schedule import EndsMasked, NoiseSchedule
-from objectives.base import (
+from palimpsest.noise_schedule import EndsMasked, NoiseSchedule
+from palimpsest.objectives.base import (
     Backbone,
     Batch,
     TokenDiffusion,
@@ -23,9 +23,9 @@ from objectives.base import (
     scored_mask,
     spread,
 )
-from objectives.noising import Noising
-from objectives.projection import log_probs, picked_logits
-from process import Absorbing, unmask_chance
+from palimpsest.objectives.noising import Noising
+from palimpsest.objectives.projection import log_probs, picked_logits
+from palimpsest.process import Absorbing, unmask_chance
 
 
 class D3PM(TokenDiffusion):

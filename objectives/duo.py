@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from noise_schedule import NoiseSchedule
-from objectives.base import Backbone, Batch, scored_mask
-from objectives.noising import Noised, Noising
-from objectives.udlm import UDLM
-from process import Uniform
-from randomness import KeyedNoise
+from palimpsest.common.randomness import KeyedNoise
+from palimpsest.noise_schedule import NoiseSchedule
+from palimpsest.objectives.base import Backbone, Batch, scored_mask
+from palimpsest.objectives.noising import Noised, Noising
+from palimpsest.objectives.udlm import UDLM
+from palimpsest.process import Uniform
 
 
 class Duo(UDLM):

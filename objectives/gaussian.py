@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gaussian_process import LatentPrediction, cosine_level, noise_latent, read_prediction, velocity
-from randomness import KeyedNoise
+from palimpsest.common.randomness import KeyedNoise
+from palimpsest.gaussian_process import LatentPrediction, cosine_level, noise_latent, read_prediction, velocity
 
 TARGETS, LOSSES = ("v", "x0", "eps"), ("mse", "huber", "cosine", "mse_cosine")
 # Times that are trained on. At the ends there is nothing to learn, and x0 and eps can not be told from each other.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from objectives.base import (
+from palimpsest.objectives.base import (
     Backbone,
     Batch,
     TokenLoss,
@@ -19,9 +19,9 @@ from objectives.base import (
     scored_mask,
     spread,
 )
-from objectives.projection import chunked, log_probs
-from objectives.udlm import LeaveOneOut
-from process import Hybrid
+from palimpsest.objectives.projection import chunked, log_probs
+from palimpsest.objectives.udlm import LeaveOneOut
+from palimpsest.process import Hybrid
 
 _SMALLEST = 1e-20  # probability of one random word, by which the bound divides
 

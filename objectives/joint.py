@@ -15,14 +15,23 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from denoisers import JointDenoiser
-from gaussian_process import LatentPrediction
-from objectives.base import Backbone, Batch, Containing, Model, TokenLoss, counted_mask, fresh_noise, scored_mask
-from objectives.gaussian import EARLIEST, LATEST, GaussianDiffusion, LatentLoss
-from objectives.noising import Noising
-from objectives.subs import Subs
-from process import Absorbing
-from randomness import KeyedNoise
+from palimpsest.common.randomness import KeyedNoise
+from palimpsest.denoisers import JointDenoiser
+from palimpsest.gaussian_process import LatentPrediction
+from palimpsest.objectives.base import (
+    Backbone,
+    Batch,
+    Containing,
+    Model,
+    TokenLoss,
+    counted_mask,
+    fresh_noise,
+    scored_mask,
+)
+from palimpsest.objectives.gaussian import EARLIEST, LATEST, GaussianDiffusion, LatentLoss
+from palimpsest.objectives.noising import Noising
+from palimpsest.objectives.subs import Subs
+from palimpsest.process import Absorbing
 
 
 @dataclass(frozen=True)

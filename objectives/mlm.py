@@ -15,12 +15,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from noise_schedule import NoiseSchedule
-from objectives.base import Backbone, Batch, TokenDiffusion, scored_mask
-from objectives.noising import Noised, Noising, order_statistic, shuffled, weighted
-from objectives.subs import Subs
-from process import Absorbing
-from randomness import KeyedNoise
+from palimpsest.common.randomness import KeyedNoise
+from palimpsest.noise_schedule import NoiseSchedule
+from palimpsest.objectives.base import Backbone, Batch, TokenDiffusion, scored_mask
+from palimpsest.objectives.noising import Noised, Noising, order_statistic, shuffled, weighted
+from palimpsest.objectives.subs import Subs
+from palimpsest.process import Absorbing
 
 CONTINUOUS = "continuous"
 

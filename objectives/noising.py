@@ -13,9 +13,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from noise_schedule import NoiseSchedule
-from process import Absorbing, Process
-from randomness import KeyedNoise
+from palimpsest.common.randomness import KeyedNoise
+from palimpsest.noise_schedule import NoiseSchedule
+from palimpsest.process import Absorbing, Process
 
 _EARLIEST = 1e-6  # t whose mask rate and weight are still exact to four digits under every schedule
 

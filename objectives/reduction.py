@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from objectives.base import TokenLoss
+from palimpsest.objectives.base import TokenLoss
 
 
 class StepLoss:

@@ -10,8 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-from noise_schedule import NoiseSchedule
-from objectives.base import (
+from palimpsest.noise_schedule import NoiseSchedule
+from palimpsest.objectives.base import (
     MAX_SIGMA,
     Backbone,
     Batch,
@@ -24,9 +24,9 @@ from objectives.base import (
     per_position,
     spread,
 )
-from objectives.noising import Noising
-from objectives.projection import logits, picked_logits
-from process import Absorbing
+from palimpsest.objectives.noising import Noising
+from palimpsest.objectives.projection import logits, picked_logits
+from palimpsest.process import Absorbing
 
 
 class SEDD(TokenDiffusion):

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from noise_schedule import NoiseSchedule
-from objectives.base import (
+from palimpsest.noise_schedule import NoiseSchedule
+from palimpsest.objectives.base import (
     Backbone,
     Batch,
     TokenDiffusion,
@@ -19,9 +19,9 @@ from objectives.base import (
     masked_positions,
     spread,
 )
-from objectives.noising import Noising, log_move_range
-from objectives.projection import cross_entropy, log_probs
-from process import Absorbing, unmask_chance
+from palimpsest.objectives.noising import Noising, log_move_range
+from palimpsest.objectives.projection import cross_entropy, log_probs
+from palimpsest.process import Absorbing, unmask_chance
 
 
 class Subs(TokenDiffusion):

@@ -11,8 +11,8 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from noise_schedule import NoiseSchedule
-from objectives.base import (
+from palimpsest.noise_schedule import NoiseSchedule
+from palimpsest.objectives.base import (
     Backbone,
     Batch,
     TokenDiffusion,
@@ -24,9 +24,9 @@ from objectives.base import (
     scored_mask,
     spread,
 )
-from objectives.noising import Bernoulli, Noising
-from objectives.projection import chunked, log_probs
-from process import Resampling, Uniform
+from palimpsest.objectives.noising import Bernoulli, Noising
+from palimpsest.objectives.projection import chunked, log_probs
+from palimpsest.process import Resampling, Uniform
 
 _SMALLEST = 1e-12  # alpha, by which the weight divides; the integrand vanishes with it
 

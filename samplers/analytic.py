@@ -10,11 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from denoisers import Denoiser
-from process import Absorbing
-from randomness import KeyedNoise
-from samplers.base import Asked, Step, TokenChoice, sampler_of, time_grid
-from samplers.trace import Trace
+from palimpsest.common.randomness import KeyedNoise
+from palimpsest.denoisers import Denoiser
+from palimpsest.process import Absorbing
+from palimpsest.samplers.base import Asked, Step, TokenChoice, sampler_of, time_grid
+from palimpsest.samplers.trace import Trace
 
 
 class Analytic(Step):

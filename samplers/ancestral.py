@@ -14,12 +14,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from denoisers import Denoiser
-from process import Absorbing, unmask_step
-from randomness import KeyedNoise
-from samplers import analytic
-from samplers.base import Asked, Step, TokenChoice, run, sampler, time_grid
-from samplers.trace import Trace, Watcher
+from palimpsest.common.randomness import KeyedNoise
+from palimpsest.denoisers import Denoiser
+from palimpsest.process import Absorbing, unmask_step
+from palimpsest.samplers import analytic
+from palimpsest.samplers.base import Asked, Step, TokenChoice, run, sampler, time_grid
+from palimpsest.samplers.trace import Trace, Watcher
 
 
 class Ancestral(Step):

@@ -8,11 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from denoisers import CausalDenoiser, Denoiser
-from process import Absorbing
-from randomness import KeyedNoise
-from samplers.base import Asked, Step, TokenChoice, rows_of, run, sampler
-from samplers.trace import Trace, Watcher
+from palimpsest.common.randomness import KeyedNoise
+from palimpsest.denoisers import CausalDenoiser, Denoiser
+from palimpsest.process import Absorbing
+from palimpsest.samplers.base import Asked, Step, TokenChoice, rows_of, run, sampler
+from palimpsest.samplers.trace import Trace, Watcher
 
 
 class LeftToRight(Step):

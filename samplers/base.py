@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from denoisers import Denoiser, mismatch
-from process import Process, draw_categorical
-from randomness import KeyedNoise
-from samplers.trace import Trace, Watcher
+from palimpsest.common.randomness import KeyedNoise
+from palimpsest.denoisers import Denoiser, mismatch
+from palimpsest.process import Process, draw_categorical
+from palimpsest.samplers.trace import Trace, Watcher
 
 
 @dataclass(frozen=True)

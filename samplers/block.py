@@ -16,13 +16,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from denoisers import BlockDenoiser
-from process import Absorbing
-from randomness import KeyedNoise
-from samplers import ancestral, segments
-from samplers.base import TokenChoice, sampler
-from samplers.first_hitting import sample as mask_by_mask
-from samplers.trace import Trace, Watcher
+from palimpsest.common.randomness import KeyedNoise
+from palimpsest.denoisers import BlockDenoiser
+from palimpsest.process import Absorbing
+from palimpsest.samplers import ancestral, segments
+from palimpsest.samplers.base import TokenChoice, sampler
+from palimpsest.samplers.first_hitting import sample as mask_by_mask
+from palimpsest.samplers.trace import Trace, Watcher
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from denoisers import Denoiser
-from process import Absorbing
-from randomness import KeyedNoise
-from samplers.base import TokenChoice, sampler_of
-from samplers.ordered import AtEveryMask, first_positions, preference
-from samplers.trace import Trace
+from palimpsest.common.randomness import KeyedNoise
+from palimpsest.denoisers import Denoiser
+from palimpsest.process import Absorbing
+from palimpsest.samplers.base import TokenChoice, sampler_of
+from palimpsest.samplers.ordered import AtEveryMask, first_positions, preference
+from palimpsest.samplers.trace import Trace
 
 
 def bounded(log_p_NV: Tensor, at_RL: Tensor, gamma: float) -> Tensor:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from denoisers import JointDenoiser
-from gaussian_process import LatentPrediction, cosine_level
-from randomness import KeyedNoise
+from palimpsest.common.randomness import KeyedNoise
+from palimpsest.denoisers import JointDenoiser
+from palimpsest.gaussian_process import LatentPrediction, cosine_level
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from denoisers import Denoiser, JointDenoiser, LatentGuided
-from process import Absorbing, unmask_step
-from randomness import KeyedNoise
-from samplers.base import TokenChoice, sampler, time_grid
-from samplers.gaussian import first_noise, step
-from samplers.trace import Trace, Watcher
+from palimpsest.common.randomness import KeyedNoise
+from palimpsest.denoisers import Denoiser, JointDenoiser, LatentGuided
+from palimpsest.process import Absorbing, unmask_step
+from palimpsest.samplers.base import TokenChoice, sampler, time_grid
+from palimpsest.samplers.gaussian import first_noise, step
+from palimpsest.samplers.trace import Trace, Watcher
 
 
 def with_guidance(sampler: Callable[..., Trace], weight: float) -> Callable[..., Trace]:

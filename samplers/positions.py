@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from denoisers import Denoiser
-from randomness import KeyedNoise
-from samplers.base import row_chunks, rows_of
-from samplers.ordered import next_positions
+from palimpsest.common.randomness import KeyedNoise
+from palimpsest.denoisers import Denoiser
+from palimpsest.samplers.base import row_chunks, rows_of
+from palimpsest.samplers.ordered import next_positions
 
 POSITIONS = ("random", "entropy", "suffix", "contrast")
 _PAIRS = 4

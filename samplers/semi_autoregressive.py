@@ -12,11 +12,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from denoisers import Denoiser
-from process import Absorbing
-from randomness import KeyedNoise
-from samplers.base import sampler
-from samplers.trace import Trace, Watcher
+from palimpsest.common.randomness import KeyedNoise
+from palimpsest.denoisers import Denoiser
+from palimpsest.process import Absorbing
+from palimpsest.samplers.base import sampler
+from palimpsest.samplers.trace import Trace, Watcher
 
 _MOST_TOKENS = 2**20  # of a text, behind the first window
 

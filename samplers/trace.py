@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from process import Process
+from palimpsest.process import Process
 
 
 class Trace:

@@ -14,12 +14,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from denoisers import Denoiser
-from process import Hybrid, Uniform
-from randomness import KeyedNoise
-from samplers.base import Asked, Step, TokenChoice, sampler_of, time_grid
-from samplers.ordered import at_positions, first_positions
-from samplers.trace import Trace
+from palimpsest.common.randomness import KeyedNoise
+from palimpsest.denoisers import Denoiser
+from palimpsest.process import Hybrid, Uniform
+from palimpsest.samplers.base import Asked, Step, TokenChoice, sampler_of, time_grid
+from palimpsest.samplers.ordered import at_positions, first_positions
+from palimpsest.samplers.trace import Trace
 
 CORRECTORS = ("random", "informed")
 

@@ -21,13 +21,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from denoisers import Denoiser
-from process import Absorbing
-from randomness import KeyedNoise
-from samplers import ordered
-from samplers.base import Asked, Step, TokenChoice, sampler_of
-from samplers.ordered import at_positions, first_positions, preference, time_of
-from samplers.trace import Trace
+from palimpsest.common.randomness import KeyedNoise
+from palimpsest.denoisers import Denoiser
+from palimpsest.process import Absorbing
+from palimpsest.samplers import ordered
+from palimpsest.samplers.base import Asked, Step, TokenChoice, sampler_of
+from palimpsest.samplers.ordered import at_positions, first_positions, preference, time_of
+from palimpsest.samplers.trace import Trace
 
 SCHEDULES = ("linear", "cosine", "exponential")
 ORDERS = ("random", *ordered.ORDERS)

@@ -14,21 +14,19 @@ import argparse
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 
+from safetensors.torch import save_file
+from transformers import PreTrainedTokenizerBase
+
+from palimpsest.data.tokenizers import load_tokenizer, vocabulary
+from palimpsest.models.checkpoints import Checkpoint, read_checkpoint
+from palimpsest.models.dit import DiT
+from palimpsest.models.hf_dit import build
+from palimpsest.models.hub import CONFIG_FILE, CONFIG_KEYS, MODEL_TYPE, WEIGHT_FILES, settings_of_tensors
+from palimpsest.settings.command_line import clear_errors
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from safetensors.torch import save_file  # noqa: E402
-from transformers import PreTrainedTokenizerBase  # noqa: E402
-
-from command_line import clear_errors  # noqa: E402
-from models.checkpoints import Checkpoint, read_checkpoint  # noqa: E402
-from models.dit import DiT  # noqa: E402
-from models.hf_dit import build  # noqa: E402
-from models.hub import CONFIG_FILE, CONFIG_KEYS, MODEL_TYPE, WEIGHT_FILES, settings_of_tensors  # noqa: E402
-from text.tokenizers import load_tokenizer, vocabulary  # noqa: E402
 
 CODE = ("modeling_mdlm.py", "dit.py", "class_conditioning.py", "transformer.py", "layers.py", "attention.py",
         "backbone.py", "recompute.py", "blocks.py", "block_attention.py", "segment_attention.py",
@@ -67,7 +65,9 @@ def export(checkpoint_path: str, output: Path, tokenizer_name: str | None = None
     save_file(state, partial / WEIGHT_FILES[0], metadata={"format": "pt"})
     for name in CODE:
         source = (ROOT / "models" / name).read_text(encoding="utf-8")
-        (partial / name).write_text(re.sub(r"^from models\.", "from .", source, flags=re.M), encoding="utf-8")
+        (partial / name).write_text(
+            re.sub(r"^from palimpsest\.models\.", "from .", source, flags=re.M), encoding="utf-8"
+        )
     fingerprint = vocabulary(tokenizer).fingerprint if tokenizer else checkpoint.identity.get("tokenizer")
     config = _config({**settings, **net.settings}, fingerprint)
     (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")

@@ -18,15 +18,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+from palimpsest.common.files import is_remote, place
+from palimpsest.models.checkpoints import read_settings
+from palimpsest.settings import command_line
+from palimpsest.settings.identity import overrides, word
+from palimpsest.training.logs import guard_output
 
-import command_line  # noqa: E402 - the path comes first
-from engine.logs import guard_output  # noqa: E402
-from files import is_remote, place  # noqa: E402
-from identity import overrides, word  # noqa: E402
-from models.checkpoints import read_settings  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
 
 # Options of predictor=unmask and block_unmask, and the keys that they set.
 UNMASKING = {"schedule": "sampling.schedule", "order": "sampling.order", "threshold": "sampling.threshold",

@@ -3,7 +3,8 @@
     python scripts/monitor.py outputs                     # every training below a folder, live
     python scripts/monitor.py outputs/reviews/micro-0123abcd --once
 
-Reads the run.json that every training keeps in its folder (callbacks/run_state.py says what is in it) and the times of
+Reads the run.json that every training keeps in its folder (training/callbacks/run_state.py says what is in it) and the
+times of
 its checkpoint files, and writes nothing. Piped, it prints plain lines, once, or every `--interval` seconds if that is
 given.
 
@@ -115,7 +116,7 @@ def _state(known: dict, now: float, silent: float) -> tuple[str, str]:
 
 def _here(known: dict) -> bool:
     """Whether the process, if it is there, can be seen from here. Containers may have the name of their machine, and
-    each counts its own processes (callbacks/run_state.py); where that was not noted the name decides."""
+    each counts its own processes (training/callbacks/run_state.py); where that was not noted the name decides."""
     ours = _process_table()
     return known["host"] == socket.gethostname() and known.get("process_table", ours) == ours
 

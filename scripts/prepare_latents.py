@@ -27,20 +27,18 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import numpy as np
+import torch
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-
-import main as palimpsest  # noqa: E402
-from command_line import clear_errors, compose_config  # noqa: E402
-from dataloader import TextData  # noqa: E402
-from text.cache import fingerprint  # noqa: E402
-from text.latent_attributes import Attributes, known_texts  # noqa: E402
-from text.latent_gate import LEAST_PROBED, LEAST_RETRIEVED, probe, retrieval  # noqa: E402
-from text.latent_preparing import Plan, Preparation  # noqa: E402
-from text.latent_shards import SPLITS, Shards  # noqa: E402
-from text.tokenizers import encode  # noqa: E402
+from palimpsest.data.cache import fingerprint
+from palimpsest.data.tokenizers import encode
+from palimpsest.dataloader import TextData
+from palimpsest.latents.attributes import Attributes, known_texts
+from palimpsest.latents.gate import LEAST_PROBED, LEAST_RETRIEVED, probe, retrieval
+from palimpsest.latents.preparing import Plan, Preparation
+from palimpsest.latents.shards import SPLITS, Shards
+from palimpsest.main import Experiment
+from palimpsest.settings.command_line import clear_errors, compose_config
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +49,7 @@ def texts_of(overrides: list[str]) -> TextData:
     Raises:
         ValueError: there is none, or rows are not parts of single texts.
     """
-    data = palimpsest.Experiment(compose_config(overrides), "scripts/prepare_latents.py").data()
+    data = Experiment(compose_config(overrides), "scripts/prepare_latents.py").data()
     if data.latents is None:
         raise ValueError("--encoder is missing: give lsa, hf, self or synthetic")
     return data

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-import metrics
-from classification.measures import wilson_interval
-from metrics import Estimate
-from text.judging import Verdict
+from palimpsest.classification.measures import wilson_interval
+from palimpsest.common import metrics
+from palimpsest.common.metrics import Estimate
+from palimpsest.corpora.judging import Verdict
 
 _STEPS = ((0, 2), (3, 3), (4, 5), (6, None))  # steps of a reference: first and last of each group
 _NUM_GROUPS = 4

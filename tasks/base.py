@@ -18,14 +18,14 @@ import numpy as np
 import pyarrow.compute as pc
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from diffusion import Diffusion, Provenance
-from estimators.base import Estimator
-from files import Place
-from metrics import Estimate, ratio
-from reporting.report import Metric
-from tasks.drawing import Drawing
-from tasks.scoring import Precision, Scores
-from text.judging import Judge
+from palimpsest.common.files import Place
+from palimpsest.common.metrics import Estimate, ratio
+from palimpsest.corpora.judging import Judge
+from palimpsest.diffusion import Diffusion, Provenance
+from palimpsest.estimators.base import Estimator
+from palimpsest.report.report import Metric
+from palimpsest.tasks.drawing import Drawing
+from palimpsest.tasks.scoring import Precision, Scores
 
 
 class GroundTruth(Protocol):

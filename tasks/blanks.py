@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion import Diffusion
-from objectives.base import scored_mask
-from randomness import KeyedNoise
-from text.tokenizers import encode, encode_after
+from palimpsest.common.randomness import KeyedNoise
+from palimpsest.data.tokenizers import encode, encode_after
+from palimpsest.diffusion import Diffusion
+from palimpsest.objectives.base import scored_mask
 
 # What stands for masks in a template: [MASK] for one, {{12}} for twelve, {{...}} for as many as there is room for.
 _GAP = re.compile(r" ?(?:\[MASK\]|\{\{ *(\d+|…|\.\.\.) *\}\})")

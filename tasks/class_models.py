@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
-from diffusion import Diffusion
-from objectives.base import Batch, latent_hidden
-from tasks.base import Experiment
-from tasks.fitting import fit
+from palimpsest.diffusion import Diffusion
+from palimpsest.objectives.base import Batch, latent_hidden
+from palimpsest.tasks.base import Experiment
+from palimpsest.tasks.fitting import fit
 
 
 @dataclass(frozen=True)

@@ -9,17 +9,17 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from estimators.nelbo import comparison_noising
-from reporting import classification_plots as figures
-from reporting import plots
-from reporting.formatting import Interval
-from reporting.report import Metric, Report
-from tasks.base import Experiment
-from tasks.class_models import Hypothesis
-from tasks.class_scoring import Race
-from tasks.evidence import shown_evidence, token_evidence
-from tasks.train import add_loss_curve
-from tasks.verdicts import Verdicts
+from palimpsest.estimators.nelbo import comparison_noising
+from palimpsest.report import classification_plots as figures
+from palimpsest.report import plots
+from palimpsest.report.formatting import Interval
+from palimpsest.report.report import Metric, Report
+from palimpsest.tasks.base import Experiment
+from palimpsest.tasks.class_models import Hypothesis
+from palimpsest.tasks.class_scoring import Race
+from palimpsest.tasks.evidence import shown_evidence, token_evidence
+from palimpsest.tasks.train import add_loss_curve
+from palimpsest.tasks.verdicts import Verdicts
 
 
 def class_report(

@@ -15,15 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from classification.bayes import averaged_posterior
-from classification.racing import still_racing
-from estimators.base import Estimator
-from estimators.nelbo import for_comparison
-from objectives.base import Batch
-from randomness import hash_seed
-from tasks.base import row_numbers
-from tasks.class_models import Hypothesis
-from tasks.scoring import measure
+from palimpsest.classification.bayes import averaged_posterior
+from palimpsest.classification.racing import still_racing
+from palimpsest.common.randomness import hash_seed
+from palimpsest.estimators.base import Estimator
+from palimpsest.estimators.nelbo import for_comparison
+from palimpsest.objectives.base import Batch
+from palimpsest.tasks.base import row_numbers
+from palimpsest.tasks.class_models import Hypothesis
+from palimpsest.tasks.scoring import measure
 
 # Network evaluations per text and class after which the sequential test looks.
 _LOOKS = (4, 6, 8, 12, 16, 24, 32, 48)

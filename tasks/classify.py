@@ -10,23 +10,23 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from classification.baselines import Baseline, Labelled, baselines
-from classification.bayes import log_prior, posterior
-from classification.calibration import RateWeights, fit_rate_weights, fit_temperature
-from classification.measures import Measures, measure
-from metrics import Estimate
-from samplers.gaussian import LatentSteps
-from tasks.base import Experiment, Likelihood, likelihood, write_results
-from tasks.class_models import Hypothesis, class_models
-from tasks.class_report import class_report, printed
-from tasks.class_scoring import ClassScores, Race, score_classes
-from tasks.drawing import draw
-from tasks.history import samples_of
-from tasks.latent_centroids import nearest_centroid
-from tasks.ppl_eval import protocol
-from tasks.predictions import predictions_file, read_posterior, write_predictions
-from tasks.scoring import score
-from tasks.verdicts import Method, Verdicts
+from palimpsest.classification.baselines import Baseline, Labelled, baselines
+from palimpsest.classification.bayes import log_prior, posterior
+from palimpsest.classification.calibration import RateWeights, fit_rate_weights, fit_temperature
+from palimpsest.classification.measures import Measures, measure
+from palimpsest.common.metrics import Estimate
+from palimpsest.samplers.gaussian import LatentSteps
+from palimpsest.tasks.base import Experiment, Likelihood, likelihood, write_results
+from palimpsest.tasks.class_models import Hypothesis, class_models
+from palimpsest.tasks.class_report import class_report, printed
+from palimpsest.tasks.class_scoring import ClassScores, Race, score_classes
+from palimpsest.tasks.drawing import draw
+from palimpsest.tasks.history import samples_of
+from palimpsest.tasks.latent_centroids import nearest_centroid
+from palimpsest.tasks.ppl_eval import protocol
+from palimpsest.tasks.predictions import predictions_file, read_posterior, write_predictions
+from palimpsest.tasks.scoring import score
+from palimpsest.tasks.verdicts import Method, Verdicts
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from metrics import Estimate
-from reporting.formatting import Interval
-from reporting.report import Metric, Report
-from tasks.latent_measures import Agreement, Share
+from palimpsest.common.metrics import Estimate
+from palimpsest.report.formatting import Interval
+from palimpsest.report.report import Metric, Report
+from palimpsest.tasks.latent_measures import Agreement, Share
 
 VARIANTS = ("true", "shuffled", "none")
 _TITLES = {"true": "its own", "shuffled": "another's", "none": "none"}

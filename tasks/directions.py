@@ -17,23 +17,23 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
-from denoisers import Denoiser
-from diffusion import Diffusion
-from randomness import KeyedNoise
-from reporting.denoising import Sample
-from reporting.report import Report
-from samplers import gaussian, joint
-from samplers.base import TokenChoice
-from samplers.gaussian import LatentSteps
-from samplers.joint import with_guidance
-from samplers.trace import Trace, Watcher
-from tasks.base import Experiment, write_results
-from tasks.blanks import masked_row, padded, rows_to_fill
-from tasks.direction_report import VARIANTS, agreement_table, examples, figures_of
-from tasks.drawing import Drawing, Drawn, draw_batch, fill_on_all, on_all
-from tasks.latent_measures import Agreement, Reader, agreement, bleu, mean, partners, token_f1
-from tasks.sample_quality import compare, real_texts
-from tasks.watching import Views, Watching, described
+from palimpsest.common.randomness import KeyedNoise
+from palimpsest.denoisers import Denoiser
+from palimpsest.diffusion import Diffusion
+from palimpsest.report.denoising import Sample
+from palimpsest.report.report import Report
+from palimpsest.samplers import gaussian, joint
+from palimpsest.samplers.base import TokenChoice
+from palimpsest.samplers.gaussian import LatentSteps
+from palimpsest.samplers.joint import with_guidance
+from palimpsest.samplers.trace import Trace, Watcher
+from palimpsest.tasks.base import Experiment, write_results
+from palimpsest.tasks.blanks import masked_row, padded, rows_to_fill
+from palimpsest.tasks.direction_report import VARIANTS, agreement_table, examples, figures_of
+from palimpsest.tasks.drawing import Drawing, Drawn, draw_batch, fill_on_all, on_all
+from palimpsest.tasks.latent_measures import Agreement, Reader, agreement, bleu, mean, partners, token_f1
+from palimpsest.tasks.sample_quality import compare, real_texts
+from palimpsest.tasks.watching import Views, Watching, described
 
 DIRECTIONS = ("joint", "l2t", "t2l", "edit")
 JOINT_ORDERS = ("simultaneous", "latent_first")

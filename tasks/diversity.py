@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from metrics import Estimate, Units, mean
+from palimpsest.common.metrics import Estimate, Units, mean
 
 ORDERS = (1, 2, 3)
 

@@ -16,12 +16,12 @@ import torch.distributed
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from callbacks.progress import Meter
-from diffusion import Diffusion
-from randomness import KeyedNoise
-from samplers.trace import Trace, Watcher
-from tasks.blanks import Template, padded, rows_to_fill
-from text.tokenizers import decode, encode
+from palimpsest.common.randomness import KeyedNoise
+from palimpsest.data.tokenizers import decode, encode
+from palimpsest.diffusion import Diffusion
+from palimpsest.samplers.trace import Trace, Watcher
+from palimpsest.tasks.blanks import Template, padded, rows_to_fill
+from palimpsest.training.callbacks.progress import Meter
 
 
 @dataclass(frozen=True)

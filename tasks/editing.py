@@ -13,20 +13,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from classification.baselines import Labelled, naive_bayes
-from classification.centroids import Centroids, Nearest, fit_centroids, slerp
-from denoisers import Barred
-from metrics import Estimate
-from randomness import KeyedNoise
-from reporting.report import Metric, Report
-from samplers.positions import Selection, select
-from tasks.blanks import padded
-from tasks.direction_report import VARIANTS, cell, examples
-from tasks.directions import Chosen, EditRules, Outcome, Setting, hidden, latents_told
-from tasks.drawing import Drawn, on_all
-from tasks.latent_measures import Reader, Share, cosines, edits, flat, mean, partners, share
-from text.passages import special_ids
-from text.tokenizers import token_strings
+from palimpsest.classification.baselines import Labelled, naive_bayes
+from palimpsest.classification.centroids import Centroids, Nearest, fit_centroids, slerp
+from palimpsest.common.metrics import Estimate
+from palimpsest.common.randomness import KeyedNoise
+from palimpsest.data.passages import special_ids
+from palimpsest.data.tokenizers import token_strings
+from palimpsest.denoisers import Barred
+from palimpsest.report.report import Metric, Report
+from palimpsest.samplers.positions import Selection, select
+from palimpsest.tasks.blanks import padded
+from palimpsest.tasks.direction_report import VARIANTS, cell, examples
+from palimpsest.tasks.directions import Chosen, EditRules, Outcome, Setting, hidden, latents_told
+from palimpsest.tasks.drawing import Drawn, on_all
+from palimpsest.tasks.latent_measures import Reader, Share, cosines, edits, flat, mean, partners, share
 
 _CHUNK = 4096
 _WAY_TEXTS = 64  # SSS and MTS look at so many texts, each at every point of its way

@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from objectives.noising import Noising
-from randomness import evaluation_noise
-from reporting.evidence import Evidence
-from tasks.class_models import Hypothesis
-from text.tokenizers import token_strings
+from palimpsest.common.randomness import evaluation_noise
+from palimpsest.data.tokenizers import token_strings
+from palimpsest.objectives.noising import Noising
+from palimpsest.report.evidence import Evidence
+from palimpsest.tasks.class_models import Hypothesis
 
 
 @torch.inference_mode()

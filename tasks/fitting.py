@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import torch
 
-from callbacks.best import save_last
-from diffusion import Diffusion
-from files import Place
-from tasks.base import Experiment, token_counts
+from palimpsest.common.files import Place
+from palimpsest.diffusion import Diffusion
+from palimpsest.tasks.base import Experiment, token_counts
+from palimpsest.training.callbacks.best import save_last
 
 
 def fit(experiment: Experiment, label: int | None = None) -> Place:

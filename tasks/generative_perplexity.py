@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from callbacks.progress import Meter
-from files import check_regular
-from metrics import Estimate, Units, ratio
-from text.hub import both_ways, local_folder, quick_when_offline
-from text.tokenizers import check_not_empty, encode
+from palimpsest.common.files import check_regular
+from palimpsest.common.metrics import Estimate, Units, ratio
+from palimpsest.data.hub import both_ways, local_folder, quick_when_offline
+from palimpsest.data.tokenizers import check_not_empty, encode
+from palimpsest.training.callbacks.progress import Meter
 
 KEY = "eval.gen_ppl_eval_model_name_or_path"
 _ALL = 2**31

@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from denoisers import ClassGuided, ClassifierGuided, Denoiser
-from diffusion import Diffusion
-from samplers.trace import Trace
-from tasks.base import token_counts
-from tasks.drawing import Drawing
-from tasks.editing import class_number
+from palimpsest.denoisers import ClassGuided, ClassifierGuided, Denoiser
+from palimpsest.diffusion import Diffusion
+from palimpsest.samplers.trace import Trace
+from palimpsest.tasks.base import token_counts
+from palimpsest.tasks.drawing import Drawing
+from palimpsest.tasks.editing import class_number
 
 BY = ("network", "unigrams")
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from reporting.denoising import Sample, Visit
-from samplers.trace import Trace
-from tasks.drawing import Drawn
-from text.tokenizers import token_strings, unshown
+from palimpsest.data.tokenizers import token_strings, unshown
+from palimpsest.report.denoising import Sample, Visit
+from palimpsest.samplers.trace import Trace
+from palimpsest.tasks.drawing import Drawn
 
 _TOGETHER = 128  # steps that are kept where the sampler runs before they are fetched and compared
 

@@ -9,16 +9,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from classification.centroids import fit_centroids
-from classification.measures import measure
-from samplers.gaussian import LatentSteps
-from tasks.base import Experiment
-from tasks.class_models import Hypothesis
-from tasks.class_scoring import ClassScores
-from tasks.directions import Directed, Setting, choose, latents_of
-from tasks.editing import labelled_latents
-from tasks.latent_measures import flat
-from tasks.verdicts import Method
+from palimpsest.classification.centroids import fit_centroids
+from palimpsest.classification.measures import measure
+from palimpsest.samplers.gaussian import LatentSteps
+from palimpsest.tasks.base import Experiment
+from palimpsest.tasks.class_models import Hypothesis
+from palimpsest.tasks.class_scoring import ClassScores
+from palimpsest.tasks.directions import Directed, Setting, choose, latents_of
+from palimpsest.tasks.editing import labelled_latents
+from palimpsest.tasks.latent_measures import flat
+from palimpsest.tasks.verdicts import Method
 
 
 def nearest_centroid(

@@ -12,15 +12,15 @@ import lightning
 import numpy as np
 import torch
 
-from diffusion import Diffusion
-from estimators.base import Estimator, Measured
-from metrics import Estimate, Units, ratio
-from objectives.base import Batch, Model
-from objectives.joint import JointDiffusion
-from reporting.report import Metric, Report
-from tasks.base import row_numbers
-from tasks.latent_measures import partners
-from tasks.scoring import Precision, Scores, score
+from palimpsest.common.metrics import Estimate, Units, ratio
+from palimpsest.diffusion import Diffusion
+from palimpsest.estimators.base import Estimator, Measured
+from palimpsest.objectives.base import Batch, Model
+from palimpsest.objectives.joint import JointDiffusion
+from palimpsest.report.report import Metric, Report
+from palimpsest.tasks.base import row_numbers
+from palimpsest.tasks.latent_measures import partners
+from palimpsest.tasks.scoring import Precision, Scores, score
 
 
 @dataclass(frozen=True)

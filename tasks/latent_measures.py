@@ -14,11 +14,11 @@ from functools import cached_property
 import numpy as np
 from torchmetrics.functional.text import edit_distance, sacre_bleu_score
 
-from classification.centroids import unit
-from classification.measures import wilson_interval
-from metrics import Estimate
-from randomness import hash_seed
-from text.tokenizers import decode
+from palimpsest.classification.centroids import unit
+from palimpsest.classification.measures import wilson_interval
+from palimpsest.common.metrics import Estimate
+from palimpsest.common.randomness import hash_seed
+from palimpsest.data.tokenizers import decode
 
 RANKS = (1, 10)
 

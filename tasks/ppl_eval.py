@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import asdict
 
-from objectives.base import latent_hidden
-from reporting import plots
-from reporting.report import Report
-from tasks.base import Experiment, Likelihood, likelihood, write_results
-from tasks.latent_gain import latent_gain, untrained_marginal
-from tasks.scoring import Scores, score
+from palimpsest.objectives.base import latent_hidden
+from palimpsest.report import plots
+from palimpsest.report.report import Report
+from palimpsest.tasks.base import Experiment, Likelihood, likelihood, write_results
+from palimpsest.tasks.latent_gain import latent_gain, untrained_marginal
+from palimpsest.tasks.scoring import Scores, score
 
 
 def protocol(experiment: Experiment, data: object, split: str, scores: Scores) -> dict[str, object]:

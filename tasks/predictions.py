@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from tasks.class_scoring import ClassScores
+from palimpsest.tasks.class_scoring import ClassScores
 
 FILE = "predictions.parquet"
 

@@ -15,21 +15,21 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from diffusion import Diffusion
-from metrics import Estimate
-from randomness import KeyedNoise
-from reporting.formatting import Interval
-from reporting.report import Metric, Report, Sample
-from samplers.trace import Watcher
-from tasks.answers import Answers, Share, check_shares, measure, share
-from tasks.base import Experiment, write_results
-from tasks.blanks import check_amount
-from tasks.drawing import Drawing, Drawn, fill_on_all
-from tasks.history import sample_of
-from tasks.watching import Views, described
-from text.judging import Judge, Verdict
-from text.rows import parts_of
-from text.tokenizers import decode, encode
+from palimpsest.common.metrics import Estimate
+from palimpsest.common.randomness import KeyedNoise
+from palimpsest.corpora.judging import Judge, Verdict
+from palimpsest.data.rows import parts_of
+from palimpsest.data.tokenizers import decode, encode
+from palimpsest.diffusion import Diffusion
+from palimpsest.report.formatting import Interval
+from palimpsest.report.report import Metric, Report, Sample
+from palimpsest.samplers.trace import Watcher
+from palimpsest.tasks.answers import Answers, Share, check_shares, measure, share
+from palimpsest.tasks.base import Experiment, write_results
+from palimpsest.tasks.blanks import check_amount
+from palimpsest.tasks.drawing import Drawing, Drawn, fill_on_all
+from palimpsest.tasks.history import sample_of
+from palimpsest.tasks.watching import Views, described
 
 _COMPLETIONS = 2**32  # names of a prompt's completions are so far apart
 

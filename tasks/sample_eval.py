@@ -8,18 +8,18 @@ from pathlib import Path
 import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from reporting.denoising import Sample
-from reporting.report import Metric, Report
-from tasks.base import Experiment, write_results
-from tasks.blanks import Template
-from tasks.directions import Directed, both, l2t, sample_direction, t2l
-from tasks.drawing import Drawn, decoded, draw_on_all
-from tasks.editing import edit
-from tasks.generative_perplexity import CausalScorer
-from tasks.guidance import Guidance, class_shares
-from tasks.prompted import Asked, complete_prompts
-from tasks.sample_quality import Comparison, compare, real_texts
-from tasks.watching import Views, described
+from palimpsest.report.denoising import Sample
+from palimpsest.report.report import Metric, Report
+from palimpsest.tasks.base import Experiment, write_results
+from palimpsest.tasks.blanks import Template
+from palimpsest.tasks.directions import Directed, both, l2t, sample_direction, t2l
+from palimpsest.tasks.drawing import Drawn, decoded, draw_on_all
+from palimpsest.tasks.editing import edit
+from palimpsest.tasks.generative_perplexity import CausalScorer
+from palimpsest.tasks.guidance import Guidance, class_shares
+from palimpsest.tasks.prompted import Asked, complete_prompts
+from palimpsest.tasks.sample_quality import Comparison, compare, real_texts
+from palimpsest.tasks.watching import Views, described
 
 
 @rank_zero_only

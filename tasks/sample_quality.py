@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from metrics import UNIT_COLUMNS, Units
-from randomness import KeyedNoise
-from reporting.report import Metric, Report
-from tasks.diversity import Diversity, diversity
-from tasks.generative_perplexity import CausalScorer, GenerativePerplexity
-from text.tokenizers import Vocabulary, decode
+from palimpsest.common.metrics import UNIT_COLUMNS, Units
+from palimpsest.common.randomness import KeyedNoise
+from palimpsest.data.tokenizers import Vocabulary, decode
+from palimpsest.report.report import Metric, Report
+from palimpsest.tasks.diversity import Diversity, diversity
+from palimpsest.tasks.generative_perplexity import CausalScorer, GenerativePerplexity
 
 _MOST_TEXTS = 50_000  # a split is read and tokenised whole; beyond this it takes minutes, for a reference alone
 

@@ -14,11 +14,11 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from diffusion import Diffusion
-from estimators.base import Estimator
-from metrics import UNIT_COLUMNS, Estimate, Units, ratio
-from objectives.base import Batch, scored_mask
-from randomness import hash_seed
+from palimpsest.common.metrics import UNIT_COLUMNS, Estimate, Units, ratio
+from palimpsest.common.randomness import hash_seed
+from palimpsest.diffusion import Diffusion
+from palimpsest.estimators.base import Estimator
+from palimpsest.objectives.base import Batch, scored_mask
 
 
 @dataclass(frozen=True)

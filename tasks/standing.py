@@ -12,13 +12,13 @@ from statistics import median
 
 import numpy as np
 
-from diffusion import Diffusion
-from reporting.live import Piece
-from reporting.plain_text import split_lead, visible
-from samplers.trace import Trace
-from tasks.drawing import Drawing
-from tasks.history import piece
-from text.tokenizers import token_strings, unshown
+from palimpsest.data.tokenizers import token_strings, unshown
+from palimpsest.diffusion import Diffusion
+from palimpsest.report.live import Piece
+from palimpsest.report.plain_text import split_lead, visible
+from palimpsest.samplers.trace import Trace
+from palimpsest.tasks.drawing import Drawing
+from palimpsest.tasks.history import piece
 
 
 class Standing:

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import numpy as np
 
-from objectives.base import latent_hidden
-from reporting import plots, training_plots
-from reporting.report import Report
-from tasks.base import Experiment, likelihood, write_results
-from tasks.drawing import draw
-from tasks.fitting import fit
-from tasks.history import samples_of
-from tasks.latent_gain import untrained_marginal
-from tasks.ppl_eval import protocol, report_likelihood
-from tasks.scoring import score
+from palimpsest.objectives.base import latent_hidden
+from palimpsest.report import plots, training_plots
+from palimpsest.report.report import Report
+from palimpsest.tasks.base import Experiment, likelihood, write_results
+from palimpsest.tasks.drawing import draw
+from palimpsest.tasks.fitting import fit
+from palimpsest.tasks.history import samples_of
+from palimpsest.tasks.latent_gain import untrained_marginal
+from palimpsest.tasks.ppl_eval import protocol, report_likelihood
+from palimpsest.tasks.scoring import score
 
 
 def history(folder: Path) -> dict[str, np.ndarray]:

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from classification.measures import Measures, measure
-from metrics import Estimate, ratio
-from tasks.base import Likelihood
-from tasks.class_scoring import ClassScores
+from palimpsest.classification.measures import Measures, measure
+from palimpsest.common.metrics import Estimate, ratio
+from palimpsest.tasks.base import Likelihood
+from palimpsest.tasks.class_scoring import ClassScores
 
 _RATE_BINS = 10
 

@@ -17,16 +17,16 @@ from rich.live import Live
 from rich.style import Style
 from rich.text import Text
 
-from callbacks.progress import terminal
-from diffusion import Diffusion
-from reporting.denoising import Sample, write_denoising
-from reporting.gif import write_gif
-from reporting.live import Piece
-from reporting.palette import ink
-from samplers.trace import Trace
-from tasks.drawing import Drawing, Drawn
-from tasks.history import Recorder, samples_of
-from tasks.standing import Row, Standing
+from palimpsest.diffusion import Diffusion
+from palimpsest.report.denoising import Sample, write_denoising
+from palimpsest.report.gif import write_gif
+from palimpsest.report.live import Piece
+from palimpsest.report.palette import ink
+from palimpsest.samplers.trace import Trace
+from palimpsest.tasks.drawing import Drawing, Drawn
+from palimpsest.tasks.history import Recorder, samples_of
+from palimpsest.tasks.standing import Row, Standing
+from palimpsest.training.callbacks.progress import terminal
 
 _FRAME_SECONDS = 0.05  # at most twenty pictures a second
 _BOLD = 0.9  # confidence from which a token is bold

@@ -7,8 +7,8 @@ import re
 import pytest
 from hydra.errors import InstantiationException
 
-import main
-from command_line import compose_config, explain
+from palimpsest import main
+from palimpsest.settings.command_line import compose_config, explain
 
 
 def run(*arguments: str) -> dict[str, object]:

@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.distributed
 
-from models.dit import DiT
+import main  # noqa: F401 - makes the folder of this checkout the package, wherever another one is installed
+from palimpsest.models.dit import DiT
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 GOLDEN = Path(__file__).parent / "golden"

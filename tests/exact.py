@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from objectives.base import Model
-from process import Absorbing
-from samplers.trace import Trace
-from text.exact_denoiser import ExactDenoiser
-from text.reviews import ReviewGrammar, tokens
+from palimpsest.corpora.exact_denoiser import ExactDenoiser
+from palimpsest.corpora.reviews import ReviewGrammar, tokens
+from palimpsest.objectives.base import Model
+from palimpsest.process import Absorbing
+from palimpsest.samplers.trace import Trace
 
 _IMPOSSIBLE = -1e4
 

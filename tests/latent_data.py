@@ -8,7 +8,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 
-from dataloader import Loading, TextData
+from palimpsest.dataloader import Loading, TextData
 
 _WORDS = (
     "the a film plot cast song was is never truly dull clever warm cold actor scene sea river stone bread salt road"

@@ -9,14 +9,14 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from dataloader import TextData
-from models.mmdit import MMDiT
-from noise_schedule import LogLinear
-from objectives.gaussian import GaussianDiffusion
-from objectives.joint import JointDiffusion
-from objectives.subs import Subs
-from process import Absorbing
-from text.collate import Collate
+from palimpsest.data.collate import Collate
+from palimpsest.dataloader import TextData
+from palimpsest.models.mmdit import MMDiT
+from palimpsest.noise_schedule import LogLinear
+from palimpsest.objectives.gaussian import GaussianDiffusion
+from palimpsest.objectives.joint import JointDiffusion
+from palimpsest.objectives.subs import Subs
+from palimpsest.process import Absorbing
 
 VOCAB, MASK, LENGTH = 7, 6, 9
 SHAPE = (2, 5)

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from scipy import stats
 
-from objectives.base import Model, TokenDiffusion
-from samplers.base import time_grid
-from samplers.ordered import next_positions, preference, time_of
+from palimpsest.objectives.base import Model, TokenDiffusion
+from palimpsest.samplers.base import time_grid
+from palimpsest.samplers.ordered import next_positions, preference, time_of
 
 FALSE_ALARM = 1e-4  # of each chi-square test; seeds are fixed, so a test that passes keeps passing
 

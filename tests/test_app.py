@@ -18,20 +18,20 @@ import pytest
 import torch
 from scipy.special import expit
 
-import app.__main__ as command
-import main
-from app import classifying, writing
-from app.job import Job, Stopped
-from app.networks import Networks
-from app.runs import classifiers, find
-from app.said import refused
-from classification.bayes import posterior_interval
-from command_line import compose_config
-from dataloader import with_texts
-from estimators.nelbo import Nelbo
-from tasks.blanks import Template
-from tasks.class_scoring import Race, score_classes
-from tasks.drawing import decoded, draw
+from palimpsest import main
+from palimpsest.app import __main__ as command
+from palimpsest.app import classifying, writing
+from palimpsest.app.job import Job, Stopped
+from palimpsest.app.networks import Networks
+from palimpsest.app.runs import classifiers, find
+from palimpsest.app.said import refused
+from palimpsest.classification.bayes import posterior_interval
+from palimpsest.dataloader import with_texts
+from palimpsest.estimators.nelbo import Nelbo
+from palimpsest.settings.command_line import compose_config
+from palimpsest.tasks.blanks import Template
+from palimpsest.tasks.class_scoring import Race, score_classes
+from palimpsest.tasks.drawing import decoded, draw
 from tests.commands import run
 from tests.test_classify import EVEN, two_models
 from tests.test_configs import TINY

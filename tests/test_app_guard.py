@@ -9,7 +9,7 @@ import pytest
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("starlette", reason="comes with gradio")
 
-from app.guard import Guard, new_token  # noqa: E402
+from palimpsest.app.guard import Guard, new_token  # noqa: E402
 
 TOKEN, PORT = "5eed" * 12, 7860
 ROOT = f"http://127.0.0.1:{PORT}"

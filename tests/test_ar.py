@@ -9,14 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import objectives.ar
-from models.ar import AR
-from models.attention import attend
-from models.checkpoints import read_checkpoint
-from models.dit import DiT
-from process import Absorbing
-from randomness import KeyedNoise
-from samplers.autoregressive import sample
+from palimpsest.common.randomness import KeyedNoise
+from palimpsest.models.ar import AR
+from palimpsest.models.attention import attend
+from palimpsest.models.checkpoints import read_checkpoint
+from palimpsest.models.dit import DiT
+from palimpsest.objectives import ar
+from palimpsest.process import Absorbing
+from palimpsest.samplers.autoregressive import sample
 
 
 def random_ar(vocab_size: int = 7, **kwargs) -> AR:
@@ -97,7 +97,7 @@ def test_what_does_not_fit_the_cache_is_refused_and_changes_nothing():
 
 
 def test_the_sampler_writes_the_same_text_with_and_without_the_cache():
-    model = objectives.ar.AR(Absorbing(6)).model(random_ar())
+    model = ar.AR(Absorbing(6)).model(random_ar())
     x = torch.full((5, 20), 6)
     x[:, :2] = torch.tensor([0, 3])
     texts = [sample(model, x, KeyedNoise(0, torch.arange(5)), kv_cache=cached).ids_BL for cached in (True, False)]

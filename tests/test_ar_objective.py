@@ -9,18 +9,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from estimators.any_order import AnyOrder
-from estimators.nelbo import Nelbo
-from estimators.ordered import Ordered
-from models.ar import AR as Causal
-from models.checkpoints import read_checkpoint
-from objectives.ar import AR
-from objectives.base import Model
-from objectives.noising import Complementary
-from process import Absorbing
-from randomness import KeyedNoise
-from samplers import autoregressive
-from samplers.base import TokenChoice
+from palimpsest.common.randomness import KeyedNoise
+from palimpsest.estimators.any_order import AnyOrder
+from palimpsest.estimators.nelbo import Nelbo
+from palimpsest.estimators.ordered import Ordered
+from palimpsest.models.ar import AR as Causal
+from palimpsest.models.checkpoints import read_checkpoint
+from palimpsest.objectives.ar import AR
+from palimpsest.objectives.base import Model
+from palimpsest.objectives.noising import Complementary
+from palimpsest.process import Absorbing
+from palimpsest.samplers import autoregressive
+from palimpsest.samplers.base import TokenChoice
 from tests.laws import assert_follows, batch_of, texts
 from tests.test_subs import close
 

@@ -7,7 +7,7 @@ import pytest
 from scipy.special import softmax
 from sklearn.naive_bayes import MultinomialNB
 
-from classification.baselines import Labelled, baselines
+from palimpsest.classification.baselines import Labelled, baselines
 
 NAMES = ["naive Bayes, unigrams", "naive Bayes, uni- and bigrams", "TF-IDF logistic regression",
          "NB-weighted logistic regression"]  # fmt: skip

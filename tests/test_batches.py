@@ -8,22 +8,22 @@ import pytest
 import torch
 from transformers import GPT2Config
 
-import main
-from command_line import compose_config
-from models.ar import AR
-from models.backbone import Backbone
-from models.checkpoints import load_inert
-from models.dimamba import DiMamba
-from models.dit import DiT
-from models.hf_causal import HFCausal
-from objectives.base import TokenLoss
-from objectives.reduction import StepLoss
-from randomness import training_noise
-from tasks.fitting import fit
-from tasks.train import history
+from palimpsest import main
+from palimpsest.common.randomness import training_noise
+from palimpsest.data.stream import BatchPlan, PositionBatchSampler, batch_arithmetic
+from palimpsest.models.ar import AR
+from palimpsest.models.backbone import Backbone
+from palimpsest.models.checkpoints import load_inert
+from palimpsest.models.dimamba import DiMamba
+from palimpsest.models.dit import DiT
+from palimpsest.models.hf_causal import HFCausal
+from palimpsest.objectives.base import TokenLoss
+from palimpsest.objectives.reduction import StepLoss
+from palimpsest.settings.command_line import compose_config
+from palimpsest.tasks.fitting import fit
+from palimpsest.tasks.train import history
 from tests.test_configs import TINY
 from tests.test_resume import same_weights
-from text.stream import BatchPlan, PositionBatchSampler, batch_arithmetic
 
 FEW = [f"data.source.num_{split}_per_class=40" for split in ("train", "validation", "test")]
 FIT = [*TINY, *FEW, "model.n_blocks=2", "trainer.max_steps=4", "trainer.val_check_interval=2",

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from models import block_attention
-from models.block_attention import QKV, attend_blocks, visible
-from models.checkpoints import read_checkpoint
-from models.dit import DiT
+from palimpsest.models import block_attention
+from palimpsest.models.block_attention import QKV, attend_blocks, visible
+from palimpsest.models.checkpoints import read_checkpoint
+from palimpsest.models.dit import DiT
 
 VOCAB = 7
 
@@ -171,8 +171,8 @@ def test_cached_blocks_are_those_of_the_full_pass(random_dit, size, told):
 
 def test_a_window_is_the_same_read_at_once_and_block_by_block(random_dit, monkeypatch):
     """Also over the drops of what is too old, and in the last layer, whose keys have seen windows of windows."""
-    monkeypatch.setattr("models.kv_cache.MOST_AT_ONCE", 4)
-    monkeypatch.setattr("models.blocks.MOST_AT_ONCE", 6)
+    monkeypatch.setattr("palimpsest.models.kv_cache.MOST_AT_ONCE", 4)
+    monkeypatch.setattr("palimpsest.models.blocks.MOST_AT_ONCE", 6)
     net, x0 = random_dit(VOCAB), torch.randint(VOCAB - 1, (2, 42))
     with torch.no_grad():
         slow, fast, whole = (

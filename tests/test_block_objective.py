@@ -11,18 +11,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from callbacks.metrics import BUCKETS, _Interval
-from estimators.any_order import AnyOrder
-from estimators.nelbo import Nelbo
-from estimators.ordered import Ordered
-from models.checkpoints import read_checkpoint
-from models.dit import DiT
-from noise_schedule import Clipped, Cosine, LogLinear
-from objectives.block import BlockDiffusion
-from objectives.noising import Bernoulli, Complementary, ExactCount, Noised, TiltedCount
-from objectives.subs import Subs
-from process import Absorbing
-from randomness import KeyedNoise, evaluation_noise, training_noise
+from palimpsest.common.randomness import KeyedNoise, evaluation_noise, training_noise
+from palimpsest.estimators.any_order import AnyOrder
+from palimpsest.estimators.nelbo import Nelbo
+from palimpsest.estimators.ordered import Ordered
+from palimpsest.models.checkpoints import read_checkpoint
+from palimpsest.models.dit import DiT
+from palimpsest.noise_schedule import Clipped, Cosine, LogLinear
+from palimpsest.objectives.block import BlockDiffusion
+from palimpsest.objectives.noising import Bernoulli, Complementary, ExactCount, Noised, TiltedCount
+from palimpsest.objectives.subs import Subs
+from palimpsest.process import Absorbing
+from palimpsest.training.callbacks.metrics import BUCKETS, _Interval
 from tests.laws import batch_of, exact_bound, texts
 
 VOCAB, MASK = 4, 3

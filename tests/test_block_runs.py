@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import main
-from command_line import compose_config, translate
-from models.checkpoints import load_inert, read_checkpoint
-from models.dit import DiT
+from palimpsest import main
+from palimpsest.models.checkpoints import load_inert, read_checkpoint
+from palimpsest.models.dit import DiT
+from palimpsest.settings.command_line import compose_config, translate
 from tests.commands import refused, run
 from tests.test_configs import TINY
 

@@ -8,15 +8,15 @@ from functools import partial
 import pytest
 import torch
 
-from noise_schedule import LogLinear
-from objectives.base import Model
-from objectives.block import BlockDiffusion
-from objectives.subs import Subs
-from process import Absorbing
-from randomness import KeyedNoise
-from samplers import ancestral, block, first_hitting
-from samplers.base import TokenChoice
-from samplers.block import Ending, unigram_entropy
+from palimpsest.common.randomness import KeyedNoise
+from palimpsest.noise_schedule import LogLinear
+from palimpsest.objectives.base import Model
+from palimpsest.objectives.block import BlockDiffusion
+from palimpsest.objectives.subs import Subs
+from palimpsest.process import Absorbing
+from palimpsest.samplers import ancestral, block, first_hitting
+from palimpsest.samplers.base import TokenChoice
+from palimpsest.samplers.block import Ending, unigram_entropy
 from tests.laws import assert_follows, texts
 from tests.test_block_objective import causal_law, likelihood_of_blocks
 

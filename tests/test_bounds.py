@@ -15,18 +15,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from noise_schedule import Clipped, Cosine, CosineSquared, Geometric, Linear, LogLinear
-from objectives.base import TokenDiffusion
-from objectives.block import BlockDiffusion
-from objectives.d3pm import D3PM
-from objectives.gaussian import GaussianDiffusion
-from objectives.joint import JointDiffusion
-from objectives.mlm import Rates
-from objectives.noising import Bernoulli, Complementary, ExactCount, TiltedCount
-from objectives.sedd import SEDD
-from objectives.subs import Subs
-from process import Absorbing
-from randomness import evaluation_noise
+from palimpsest.common.randomness import evaluation_noise
+from palimpsest.noise_schedule import Clipped, Cosine, CosineSquared, Geometric, Linear, LogLinear
+from palimpsest.objectives.base import TokenDiffusion
+from palimpsest.objectives.block import BlockDiffusion
+from palimpsest.objectives.d3pm import D3PM
+from palimpsest.objectives.gaussian import GaussianDiffusion
+from palimpsest.objectives.joint import JointDiffusion
+from palimpsest.objectives.mlm import Rates
+from palimpsest.objectives.noising import Bernoulli, Complementary, ExactCount, TiltedCount
+from palimpsest.objectives.sedd import SEDD
+from palimpsest.objectives.subs import Subs
+from palimpsest.process import Absorbing
 from tests.exact import Copies, for_sedd
 
 WORDS, MASK = 8, 8

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from engine.storage import AtomicCheckpointIO
-from models.checkpoints import load_inert, read_checkpoint
-from models.dit import DiT
+from palimpsest.models.checkpoints import load_inert, read_checkpoint
+from palimpsest.models.dit import DiT
+from palimpsest.training.storage import AtomicCheckpointIO
 
 
 def small(vocab_size: int = 5, hidden_size: int = 8) -> DiT:

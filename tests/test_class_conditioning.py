@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from models.ar import AR
-from models.class_conditioning import UNTOLD, start_from_counts, with_class
-from models.dit import DiT
-from noise_schedule import LogLinear
-from objectives.ar import AR as ARLaw  # noqa: N811
-from objectives.subs import Subs
-from process import Absorbing
-from randomness import KeyedNoise, evaluation_noise
-from samplers.autoregressive import sample
+from palimpsest.common.randomness import KeyedNoise, evaluation_noise
+from palimpsest.models.ar import AR
+from palimpsest.models.class_conditioning import UNTOLD, start_from_counts, with_class
+from palimpsest.models.dit import DiT
+from palimpsest.noise_schedule import LogLinear
+from palimpsest.objectives.ar import AR as ARLaw  # noqa: N811
+from palimpsest.objectives.subs import Subs
+from palimpsest.process import Absorbing
+from palimpsest.samplers.autoregressive import sample
 
 VOCAB, MASK, CLASSES = 7, 6, 3
 

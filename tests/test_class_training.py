@@ -12,17 +12,17 @@ import numpy as np
 import pytest
 import torch
 
-import main
-from command_line import compose_config
-from dataloader import TextData
-from models.checkpoints import load_inert, read_checkpoint, read_progress
-from models.class_conditioning import UNTOLD
-from randomness import KeyedNoise
-from tasks.base import token_counts, unigram_nll
-from tasks.class_models import class_models, pretraining_splits
-from tasks.fitting import begin, fit
+from palimpsest import main
+from palimpsest.common.randomness import KeyedNoise
+from palimpsest.data.sources import HubOrFolder
+from palimpsest.dataloader import TextData
+from palimpsest.models.checkpoints import load_inert, read_checkpoint, read_progress
+from palimpsest.models.class_conditioning import UNTOLD
+from palimpsest.settings.command_line import compose_config
+from palimpsest.tasks.base import token_counts, unigram_nll
+from palimpsest.tasks.class_models import class_models, pretraining_splits
+from palimpsest.tasks.fitting import begin, fit
 from tests.test_configs import TINY
-from text.sources import HubOrFolder
 
 RUN = [*TINY, "checkpointing.save_dir=run", "sampling.num_sample_log=0", "trainer.max_steps=4",
        "trainer.val_check_interval=2"]  # fmt: skip

@@ -11,10 +11,10 @@ import pytest
 from scipy.special import log_softmax, softmax
 from sklearn import metrics as sk
 
-from classification.bayes import averaged_posterior, log_prior, posterior, posterior_interval
-from classification.calibration import RateWeights, fit_rate_weights, fit_temperature
-from classification.measures import macro_f1, measure, reliability, wilson_interval
-from classification.racing import still_racing
+from palimpsest.classification.bayes import averaged_posterior, log_prior, posterior, posterior_interval
+from palimpsest.classification.calibration import RateWeights, fit_rate_weights, fit_temperature
+from palimpsest.classification.measures import macro_f1, measure, reliability, wilson_interval
+from palimpsest.classification.racing import still_racing
 
 
 @pytest.fixture

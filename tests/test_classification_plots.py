@@ -10,10 +10,10 @@ import pytest
 from matplotlib._pylab_helpers import Gcf
 from matplotlib.figure import Figure
 
-from reporting import Report
-from reporting import classification_plots as figures
-from reporting.classification_plots import Curve, Point
-from reporting.style import THEME
+from palimpsest.report import Report
+from palimpsest.report import classification_plots as figures
+from palimpsest.report.classification_plots import Curve, Point
+from palimpsest.report.style import THEME
 
 NAN = float("nan")
 FIGURES = {

@@ -11,14 +11,14 @@ import pytest
 import torch
 from hydra.errors import InstantiationException
 
-import main
-from command_line import compose_config
-from estimators.nelbo import Nelbo, for_comparison
-from objectives.noising import Bernoulli, ExactCount, TiltedCount
-from tasks.class_models import Hypothesis
-from tasks.class_scoring import ClassScores, Race, score_classes
-from tasks.evidence import token_evidence
-from tasks.predictions import predictions_file, read_posterior, write_predictions
+from palimpsest import main
+from palimpsest.estimators.nelbo import Nelbo, for_comparison
+from palimpsest.objectives.noising import Bernoulli, ExactCount, TiltedCount
+from palimpsest.settings.command_line import compose_config
+from palimpsest.tasks.class_models import Hypothesis
+from palimpsest.tasks.class_scoring import ClassScores, Race, score_classes
+from palimpsest.tasks.evidence import token_evidence
+from palimpsest.tasks.predictions import predictions_file, read_posterior, write_predictions
 from tests.test_configs import TINY
 
 EVEN = np.log([0.5, 0.5])

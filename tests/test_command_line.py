@@ -10,8 +10,8 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from command_line import compose_config, explain, translate
-from number_checks import check_numbers, setting_of
+from palimpsest.settings.command_line import compose_config, explain, translate
+from palimpsest.settings.values import check_numbers, setting_of
 
 NAMES = ("李明.txt", "заметки.txt", "o'brien.txt", "notes (1).txt", "a,b.txt", "#1 ~ {best} [of] 50%.txt", "v=2/tok", "1e3",
          'the "old" one', "a & b; c", "Größe/été.ckpt", "{label}/last.ckpt", "nan", "back\\slash's", "tab\tand <this> | !")  # fmt: skip

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-import main
-from command_line import compose_config, explain, translate
+from palimpsest import main
+from palimpsest.settings.command_line import compose_config, explain, translate
 
 ROOT = Path(__file__).parents[1]
 GROUPS = sorted(path.parent.name for path in (ROOT / "configs").glob("*/*.yaml"))
@@ -124,7 +124,10 @@ def test_algo_is_another_spelling_of_parameterization_and_backbone():
         assert compose_config([f"algo={algo}"]) == compose_config([f"parameterization={law}"])
     for backbone in ("dit", "ar", "dimamba", "hf_dit", "hf_causal"):
         assert translate([f"algo.backbone={backbone}"]) == [f"backbone={backbone}"]
-    assert compose_config(["algo=ar", "algo.backbone=hf_causal"]).backbone._target_ == "models.hf_causal.hf_causal"
+    assert (
+        compose_config(["algo=ar", "algo.backbone=hf_causal"]).backbone._target_
+        == "palimpsest.models.hf_causal.hf_causal"
+    )
     assert translate(["parameterization=subs", "algo=mdlm", "backbone=dit", "algo.backbone=dit"]) == [
         "parameterization=subs", "backbone=dit",
     ]  # fmt: skip
@@ -151,11 +154,14 @@ def test_texts_on_the_command_line_are_taken_as_they_are():
 
 
 def test_an_objective_brings_what_it_needs_and_what_is_typed_wins():
-    assert compose_config(["parameterization=ar"]).backbone._target_ == "models.ar.AR"
-    assert compose_config(["parameterization=ar"]).sampler._target_ == "samplers.autoregressive.sample"
+    assert compose_config(["parameterization=ar"]).backbone._target_ == "palimpsest.models.ar.AR"
+    assert compose_config(["parameterization=ar"]).sampler._target_ == "palimpsest.samplers.autoregressive.sample"
     sedd = compose_config(["parameterization=sedd"])
-    assert sedd.time_conditioning and sedd.sampler._target_ == "samplers.analytic.sample"
-    assert compose_config(["parameterization=sedd", "sampler=ddpm"]).sampler._target_ == "samplers.ancestral.sample"
+    assert sedd.time_conditioning and sedd.sampler._target_ == "palimpsest.samplers.analytic.sample"
+    assert (
+        compose_config(["parameterization=sedd", "sampler=ddpm"]).sampler._target_
+        == "palimpsest.samplers.ancestral.sample"
+    )
     assert (
         compose_config(["parameterization=d3pm"]).T == 1000 and compose_config(["parameterization=d3pm", "T=5"]).T == 5
     )

@@ -15,12 +15,12 @@ import datasets
 import pytest
 from hydra.utils import instantiate
 
-import main
-from command_line import compose_config, explain
-from dataloader import Loading, TextData
+from palimpsest import main
+from palimpsest.data.streaming import Order
+from palimpsest.data.tokenizers import decode
+from palimpsest.dataloader import Loading, TextData
+from palimpsest.settings.command_line import compose_config, explain
 from tests.test_configs import TINY
-from text.streaming import Order
-from text.tokenizers import decode
 
 ROOT = Path(__file__).parents[1]
 REAL_DATA = os.environ.get("DATA_DIR")

@@ -15,9 +15,9 @@ from hydra.utils import instantiate
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from command_line import compose_config
-from dataloader import Loading, PositionBatchSampler, TextData, batch_arithmetic, with_texts
-from text.order import draws_at, epoch_order, evaluation_batches, rows_at
+from palimpsest.data.order import draws_at, epoch_order, evaluation_batches, rows_at
+from palimpsest.dataloader import Loading, PositionBatchSampler, TextData, batch_arithmetic, with_texts
+from palimpsest.settings.command_line import compose_config
 
 N = 37
 

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from text.detokenizers import DETOKENIZERS, detokenizer
+from palimpsest.data.detokenizers import DETOKENIZERS, detokenizer
 
 EXAMPLES = {
     "wikitext": [

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from transformers import MambaConfig
 from transformers.models.mamba.modeling_mamba import MambaMixer
 
-from models.dimamba import DiMamba
-from models.dit import DiT
-from models.mamba import BiMamba, Mamba
-from models.selective_scan import kernel_available, kernel_scan, selective_scan, torch_scan
-from optimizers import muon
+from palimpsest.models.dimamba import DiMamba
+from palimpsest.models.dit import DiT
+from palimpsest.models.mamba import BiMamba, Mamba
+from palimpsest.models.selective_scan import kernel_available, kernel_scan, selective_scan, torch_scan
+from palimpsest.training.optimizers import muon
 
 VOCAB = 7
 

@@ -17,12 +17,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import main
-from command_line import compose_config, translate
-from engine.processes import FullySharded, ddp, processes_per_node, strategy_for
-from models.checkpoints import load_inert
-from tasks.fitting import fit
-from tasks.train import history
+from palimpsest import main
+from palimpsest.models.checkpoints import load_inert
+from palimpsest.settings.command_line import compose_config, translate
+from palimpsest.tasks.fitting import fit
+from palimpsest.tasks.train import history
+from palimpsest.training.processes import FullySharded, ddp, processes_per_node, strategy_for
 from tests.test_batches import FIT, assert_close_weights
 
 ROOT = Path(__file__).parents[1]

@@ -8,12 +8,12 @@ import json
 import pytest
 import torch
 
-import main
-from command_line import compose_config, explain
-from tasks.blanks import ROOM, Template
-from tasks.drawing import Drawing, Drawn, decoded, draw
+from palimpsest import main
+from palimpsest.data.tokenizers import encode, load_tokenizer, vocabulary
+from palimpsest.settings.command_line import compose_config, explain
+from palimpsest.tasks.blanks import ROOM, Template
+from palimpsest.tasks.drawing import Drawing, Drawn, decoded, draw
 from tests.test_configs import TINY
-from text.tokenizers import encode, load_tokenizer, vocabulary
 
 
 @pytest.fixture(scope="module")

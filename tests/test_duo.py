@@ -6,13 +6,13 @@ import pytest
 import torch
 from scipy import stats
 
-import main
-from command_line import compose_config
-from noise_schedule import LogLinear
-from objectives.duo import Duo, gaussian_draw, signal_table
-from objectives.udlm import UDLM
-from process import Uniform
-from randomness import KeyedNoise, evaluation_noise
+from palimpsest import main
+from palimpsest.common.randomness import KeyedNoise, evaluation_noise
+from palimpsest.noise_schedule import LogLinear
+from palimpsest.objectives.duo import Duo, gaussian_draw, signal_table
+from palimpsest.objectives.udlm import UDLM
+from palimpsest.process import Uniform
+from palimpsest.settings.command_line import compose_config
 from tests.laws import FALSE_ALARM
 from tests.test_configs import TINY
 

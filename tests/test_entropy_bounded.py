@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
-from denoisers import Denoiser
-from noise_schedule import LogLinear
-from process import Absorbing
-from randomness import KeyedNoise
-from samplers.entropy_bounded import bounded, sample
+from palimpsest.common.randomness import KeyedNoise
+from palimpsest.denoisers import Denoiser
+from palimpsest.noise_schedule import LogLinear
+from palimpsest.process import Absorbing
+from palimpsest.samplers.entropy_bounded import bounded, sample
 
 MASK = 8
 CHOICES = torch.tensor([4, 2, 3, 1, 8, 2])  # of each position, all equally likely: log 4, log 2, ... nats

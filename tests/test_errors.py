@@ -15,16 +15,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from classification import measures
-from classification.measures import measure
-from metrics import Estimate, Units, mean, ratio
-from tasks.answers import share
-from tasks.class_scoring import ClassScores
-from tasks.diversity import distinct, unigram_entropy
-from tasks.generative_perplexity import TextScores
-from tasks.latent_gain import Shuffling, given_by_others
-from tasks.scoring import Scores
-from tasks.verdicts import Verdicts
+from palimpsest.classification import measures
+from palimpsest.classification.measures import measure
+from palimpsest.common.metrics import Estimate, Units, mean, ratio
+from palimpsest.tasks.answers import share
+from palimpsest.tasks.class_scoring import ClassScores
+from palimpsest.tasks.diversity import distinct, unigram_entropy
+from palimpsest.tasks.generative_perplexity import TextScores
+from palimpsest.tasks.latent_gain import Shuffling, given_by_others
+from palimpsest.tasks.scoring import Scores
+from palimpsest.tasks.verdicts import Verdicts
 
 REPLICATIONS = 800
 

@@ -7,18 +7,18 @@ import math
 import pytest
 import torch
 
-from estimators.any_order import AnyOrder
-from estimators.nelbo import Nelbo
-from estimators.ordered import Ordered
-from noise_schedule import Clipped, Cosine, CosineSquared, Linear, LogLinear
-from objectives.base import Model
-from objectives.d3pm import D3PM
-from objectives.noising import Bernoulli, Complementary, ExactCount, TiltedCount
-from objectives.sedd import SEDD
-from objectives.subs import Subs
-from process import Absorbing
-from randomness import evaluation_noise
-from samplers.ordered import ORDERS
+from palimpsest.common.randomness import evaluation_noise
+from palimpsest.estimators.any_order import AnyOrder
+from palimpsest.estimators.nelbo import Nelbo
+from palimpsest.estimators.ordered import Ordered
+from palimpsest.noise_schedule import Clipped, Cosine, CosineSquared, Linear, LogLinear
+from palimpsest.objectives.base import Model
+from palimpsest.objectives.d3pm import D3PM
+from palimpsest.objectives.noising import Bernoulli, Complementary, ExactCount, TiltedCount
+from palimpsest.objectives.sedd import SEDD
+from palimpsest.objectives.subs import Subs
+from palimpsest.process import Absorbing
+from palimpsest.samplers.ordered import ORDERS
 from tests.laws import any_order_law, batch_of, exact_bound, ordered_law, texts
 
 VOCAB, MASK = 4, 3

@@ -9,9 +9,9 @@ import re
 import numpy as np
 import pytest
 
-from reporting import Evidence, Interval, Report
-from reporting.evidence import evidence_block, signed
-from reporting.style import spread
+from palimpsest.report import Evidence, Interval, Report
+from palimpsest.report.evidence import evidence_block, signed
+from palimpsest.report.style import spread
 
 CLASSES = ("positive", "negative")
 NAN = float("nan")

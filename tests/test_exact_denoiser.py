@@ -9,23 +9,23 @@ import numpy as np
 import pytest
 import torch
 
-from estimators.any_order import AnyOrder
-from estimators.nelbo import Nelbo
-from estimators.ordered import Ordered
-from noise_schedule import Cosine, LogLinear
-from objectives.base import Model
-from objectives.d3pm import D3PM
-from objectives.gidd import GIDD
-from objectives.noising import Bernoulli, Complementary, ExactCount, TiltedCount
-from objectives.sedd import SEDD
-from objectives.subs import Subs
-from objectives.udlm import UDLM
-from process import Absorbing, Hybrid, Uniform
-from samplers.ordered import ORDERS
+from palimpsest.corpora.exact_denoiser import ExactDenoiser, ExactLeaveOneOut
+from palimpsest.corpora.grammar import FiniteStateGrammar, chain, weighted
+from palimpsest.corpora.reviews import tokens
+from palimpsest.estimators.any_order import AnyOrder
+from palimpsest.estimators.nelbo import Nelbo
+from palimpsest.estimators.ordered import Ordered
+from palimpsest.noise_schedule import Cosine, LogLinear
+from palimpsest.objectives.base import Model
+from palimpsest.objectives.d3pm import D3PM
+from palimpsest.objectives.gidd import GIDD
+from palimpsest.objectives.noising import Bernoulli, Complementary, ExactCount, TiltedCount
+from palimpsest.objectives.sedd import SEDD
+from palimpsest.objectives.subs import Subs
+from palimpsest.objectives.udlm import UDLM
+from palimpsest.process import Absorbing, Hybrid, Uniform
+from palimpsest.samplers.ordered import ORDERS
 from tests.exact import MASK, ExactModel, Reviews, for_sedd
-from text.exact_denoiser import ExactDenoiser, ExactLeaveOneOut
-from text.grammar import FiniteStateGrammar, chain, weighted
-from text.reviews import tokens
 
 DRAWS = 64
 

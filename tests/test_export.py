@@ -14,14 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
-import main
-from command_line import compose_config
-from models.checkpoints import read_checkpoint
-from models.dit import DiT
-from models.hf_dit import build
-from models.modeling_mdlm import MDLM, MDLMConfig
-from scripts.export_hf import CODE, export
-from text.tokenizers import load_tokenizer, vocabulary
+from palimpsest import main
+from palimpsest.data.tokenizers import load_tokenizer, vocabulary
+from palimpsest.models.checkpoints import read_checkpoint
+from palimpsest.models.dit import DiT
+from palimpsest.models.hf_dit import build
+from palimpsest.models.modeling_mdlm import MDLM, MDLMConfig
+from palimpsest.scripts.export_hf import CODE, export
+from palimpsest.settings.command_line import compose_config
 
 ROOT = Path(__file__).parents[1]
 RUN = ["model.hidden_size=16", "model.cond_dim=8", "model.n_blocks=2", "model.n_heads=2", "model.dropout=0.1",
@@ -125,7 +125,7 @@ def test_the_code_is_ours_and_asks_for_no_optional_package(exported):
     imported = set()
     for name in CODE:
         text = (exported / name).read_text()
-        assert text == (ROOT / "models" / name).read_text().replace("\nfrom models.", "\nfrom ."), name
+        assert text == (ROOT / "models" / name).read_text().replace("\nfrom palimpsest.models.", "\nfrom ."), name
         imported |= set(get_imports(exported / name))
         assert {f"{module}.py" for module in get_relative_imports(exported / name)} <= set(CODE)
     assert imported - set(sys.stdlib_module_names) == {"torch", "transformers"}

@@ -13,16 +13,16 @@ import torch
 from hydra.utils import instantiate
 from safetensors.torch import load_file, save_file
 
-import main
-from command_line import compose_config
-from file_settings import complete
-from metrics import Estimate
-from models.checkpoints import read_checkpoint, read_settings
-from models.dit import DiT
-from objectives.base import TokenDiffusion
-from process import Absorbing
+from palimpsest import main
+from palimpsest.common.metrics import Estimate
+from palimpsest.data.collate import Collate
+from palimpsest.models.checkpoints import read_checkpoint, read_settings
+from palimpsest.models.dit import DiT
+from palimpsest.objectives.base import TokenDiffusion
+from palimpsest.process import Absorbing
+from palimpsest.settings.command_line import compose_config
+from palimpsest.settings.from_checkpoint import complete
 from tests.commands import refused
-from text.collate import Collate
 
 # What kuleshov-group/bd3lms and s-sahoo/duo put into their files, as far as it says what a model is.
 MODEL = {"hidden_size": 16, "cond_dim": 8, "n_blocks": 1, "n_heads": 2, "length": 24, "dropout": 0.1}
@@ -278,9 +278,9 @@ def test_a_given_first_token_means_nothing_left_to_right():
 
 
 def test_masked_diffusion_gives_it_to_every_objective(random_dit):
-    from noise_schedule import LogLinear
-    from objectives.subs import Subs
-    from randomness import KeyedNoise
+    from palimpsest.common.randomness import KeyedNoise
+    from palimpsest.noise_schedule import LogLinear
+    from palimpsest.objectives.subs import Subs
 
     batch = Collate(4, None, first_given=True)({"input_ids": [[0, 1, 2, 3]], "length": [4]})
     objective: TokenDiffusion = Subs(LogLinear(), Absorbing(4))

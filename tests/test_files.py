@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from messages import listed, shown
-from text.files import Columns, read_files, readable_files
-from text.shards import FilePieces, Shards
-from text.user_files import UserFiles
+from palimpsest.common.messages import listed, shown
+from palimpsest.data.files import Columns, read_files, readable_files
+from palimpsest.data.shards import FilePieces, Shards
+from palimpsest.data.user_files import UserFiles
 
 LABELLED = Columns(label="label")
 

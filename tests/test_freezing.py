@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-import main
-from command_line import compose_config
-from engine.updates import Updates
-from models.backbone import Backbone
-from models.checkpoints import load_inert, read_checkpoint
-from models.ema import EMA
-from models.freezing import freeze, refuse_frozen, summary
-from tasks.fitting import fit
+from palimpsest import main
+from palimpsest.models.backbone import Backbone
+from palimpsest.models.checkpoints import load_inert, read_checkpoint
+from palimpsest.models.ema import EMA
+from palimpsest.models.freezing import freeze, refuse_frozen, summary
+from palimpsest.settings.command_line import compose_config
+from palimpsest.tasks.fitting import fit
+from palimpsest.training.updates import Updates
 from tests.latents import network
 from tests.test_batches import FEW, networks
 from tests.test_configs import TINY

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gaussian_process import cosine_level, noise_latent, read_prediction, velocity
-from objectives.gaussian import EARLIEST, LATEST, LOSSES, GaussianDiffusion
-from randomness import KeyedNoise
+from palimpsest.common.randomness import KeyedNoise
+from palimpsest.gaussian_process import cosine_level, noise_latent, read_prediction, velocity
+from palimpsest.objectives.gaussian import EARLIEST, LATEST, LOSSES, GaussianDiffusion
 
 ROWS = 5
 torch.manual_seed(0)

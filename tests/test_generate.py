@@ -10,11 +10,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from command_line import compose_config
-from identity import identity, overrides
-from models.belonging import check_belongs
-from models.checkpoints import Checkpoint, read_settings
-from scripts import generate
+from palimpsest.models.belonging import check_belongs
+from palimpsest.models.checkpoints import Checkpoint, read_settings
+from palimpsest.scripts import generate
+from palimpsest.settings.command_line import compose_config
+from palimpsest.settings.identity import identity, overrides
 from tests.commands import run
 from tests.test_configs import TINY
 
@@ -153,7 +153,7 @@ def test_texts_from_a_checkpoint(trained, tmp_path, monkeypatch, capsys):
     assert "step 0, " in err and "masks left" in err and "\x1b" not in err
     results = json.loads((folder / "results.json").read_text())
     checkpoint = read_settings(trained / "checkpoints" / "last.ckpt")
-    assert results["protocol"]["sampler"] == "samplers.unmasking.sample" and checkpoint.step == 2
+    assert results["protocol"]["sampler"] == "palimpsest.samplers.unmasking.sample" and checkpoint.step == 2
 
 
 def test_a_mask_token_is_typed_as_it_is_and_kept_by_checkpoints():

@@ -14,14 +14,14 @@ import torch
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
-import main
-from command_line import compose_config, explain
-from metrics import Estimate
-from tasks.diversity import distinct, diversity, unigram_entropy
-from tasks.generative_perplexity import CausalScorer, TextScores, windows
-from tasks.sample_quality import RealTexts, compare, real_texts, text_of
+from palimpsest import main
+from palimpsest.common.metrics import Estimate
+from palimpsest.data.tokenizers import BUILDERS, encode, vocabulary
+from palimpsest.settings.command_line import compose_config, explain
+from palimpsest.tasks.diversity import distinct, diversity, unigram_entropy
+from palimpsest.tasks.generative_perplexity import CausalScorer, TextScores, windows
+from palimpsest.tasks.sample_quality import RealTexts, compare, real_texts, text_of
 from tests.test_configs import TINY
-from text.tokenizers import BUILDERS, encode, vocabulary
 
 CONTEXT = 32
 LETTERS = "abcdefghijklmnopqrstuvwxyz .,"
@@ -292,7 +292,7 @@ def test_real_texts_are_a_random_choice_or_a_reason(letters, monkeypatch):
     assert real_texts(fake_data(letters, [], OSError("gone")), "validation", 5, seed=1).missing == "gone"
     with pytest.raises(ValueError, match="there is no split 'vaild' .eval.split=vaild; null"):
         real_texts(fake_data(letters, [], ValueError("there is no split 'vaild'")), "vaild", 5, seed=1)
-    monkeypatch.setattr("tasks.sample_quality._MOST_TEXTS", 7)
+    monkeypatch.setattr("palimpsest.tasks.sample_quality._MOST_TEXTS", 7)
     assert "data.max_valid_texts=" in real_texts(data, "validation", 5, seed=1).missing
 
 

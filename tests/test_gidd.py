@@ -10,16 +10,16 @@ import pytest
 import torch
 from torch.nn.functional import one_hot
 
-from command_line import compose_config
-from contradictions import refuse_contradictions
-from noise_schedule import Cosine, LogLinear
-from objectives.base import Model
-from objectives.gidd import GIDD
-from objectives.subs import Subs
-from process import Absorbing, Hybrid
-from randomness import KeyedNoise, evaluation_noise
-from samplers import uniform
-from samplers.base import time_grid
+from palimpsest.common.randomness import KeyedNoise, evaluation_noise
+from palimpsest.noise_schedule import Cosine, LogLinear
+from palimpsest.objectives.base import Model
+from palimpsest.objectives.gidd import GIDD
+from palimpsest.objectives.subs import Subs
+from palimpsest.process import Absorbing, Hybrid
+from palimpsest.samplers import uniform
+from palimpsest.samplers.base import time_grid
+from palimpsest.settings.command_line import compose_config
+from palimpsest.settings.contradictions import refuse_contradictions
 from tests.laws import assert_follows
 
 V = 4

@@ -8,7 +8,7 @@ from fractions import Fraction
 
 import pytest
 
-from text.gsm8k import (
+from palimpsest.corpora.gsm8k import (
     Planned,
     annotation_is_right,
     annotations,
@@ -20,8 +20,8 @@ from text.gsm8k import (
     plan,
     planned,
 )
-from text.rows import in_parts, parts_of, text_rows
-from text.tokenizers import encode, encode_after, load_tokenizer
+from palimpsest.data.rows import in_parts, parts_of, text_rows
+from palimpsest.data.tokenizers import encode, encode_after, load_tokenizer
 
 
 @pytest.mark.parametrize(("text", "answer"), [

@@ -12,11 +12,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
-import main
-from callbacks.guard import Guard, SpikeWatch
-from command_line import compose_config
-from engine.updates import Updates
-from identity import identity
+from palimpsest import main
+from palimpsest.settings.command_line import compose_config
+from palimpsest.settings.identity import identity
+from palimpsest.training.callbacks.guard import Guard, SpikeWatch
+from palimpsest.training.updates import Updates
 from tests.test_configs import TINY
 
 RUN = [*TINY, "trainer.max_steps=6", "loader.batch_size=2", "sampling.num_sample_log=0", "optim.weight_decay=0.1",

@@ -9,14 +9,14 @@ import pytest
 import torch
 from hydra.errors import InstantiationException
 
-import main
-from command_line import compose_config
-from denoisers import ClassGuided, ClassifierGuided, Denoiser
-from noise_schedule import LogLinear
-from objectives.base import Model
-from process import Absorbing, Uniform
-from randomness import KeyedNoise
-from samplers import first_hitting, uniform
+from palimpsest import main
+from palimpsest.common.randomness import KeyedNoise
+from palimpsest.denoisers import ClassGuided, ClassifierGuided, Denoiser
+from palimpsest.noise_schedule import LogLinear
+from palimpsest.objectives.base import Model
+from palimpsest.process import Absorbing, Uniform
+from palimpsest.samplers import first_hitting, uniform
+from palimpsest.settings.command_line import compose_config
 from tests.laws import any_order_law, assert_follows
 from tests.test_configs import TINY
 from tests.test_udlm import NO_NETWORK, Bayes, BayesUDLM, L, V, chain, every_text

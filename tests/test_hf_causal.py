@@ -21,16 +21,16 @@ from transformers import (
     PreTrainedModel,
 )
 
-import main
-import objectives.ar
-import optimizers
-from command_line import compose_config, translate
-from models.checkpoints import read_checkpoint
-from models.ema import EMA
-from models.hf_causal import HFCausal, hf_causal
-from process import Absorbing
-from randomness import KeyedNoise
-from samplers.autoregressive import sample
+from palimpsest import main
+from palimpsest.common.randomness import KeyedNoise
+from palimpsest.models.checkpoints import read_checkpoint
+from palimpsest.models.ema import EMA
+from palimpsest.models.hf_causal import HFCausal, hf_causal
+from palimpsest.objectives import ar
+from palimpsest.process import Absorbing
+from palimpsest.samplers.autoregressive import sample
+from palimpsest.settings.command_line import compose_config, translate
+from palimpsest.training import optimizers
 from tests import commands
 from tests.test_generative_perplexity import save_tokenizer
 
@@ -120,7 +120,7 @@ def test_the_loss_is_minus_log_p_without_the_mask(folder):
     net, x = started(folder, 41), tokens(3, 8)
     mask = torch.arange(8) < torch.tensor([8, 5, 3])[:, None]
     with torch.no_grad():
-        loss = objectives.ar.AR(Absorbing(40)).loss(net, {"input_ids": x, "attention_mask": mask})
+        loss = ar.AR(Absorbing(40)).loss(net, {"input_ids": x, "attention_mask": mask})
         for row, length in enumerate([8, 5, 3]):
             logits = published(folder)(x[row : row + 1, :length]).logits[0, :, :40]  # alone, without padding
             log_p = logits.double().log_softmax(-1)
@@ -141,7 +141,7 @@ def test_padding_changes_nothing(folder):
 def test_a_token_that_pads_is_learned_all_the_same(folder):
     net = started(folder, 41)
     x = torch.tensor([[2, 3, 5, 7]])  # 3 ends a text and pads rows
-    objectives.ar.AR(Absorbing(40)).loss(net, {"input_ids": x}).mean().backward()
+    ar.AR(Absorbing(40)).loss(net, {"input_ids": x}).mean().backward()
     grad = net.model.get_input_embeddings().weight.grad
     assert grad[3].abs().sum() > 0
 
@@ -164,7 +164,7 @@ def test_cached_in_any_chunks_equals_one_full_pass(folder, chunks):
 
 
 def test_the_sampler_writes_the_same_text_with_and_without_the_cache(folder):
-    model = objectives.ar.AR(Absorbing(40)).model(started(folder, 41))
+    model = ar.AR(Absorbing(40)).model(started(folder, 41))
     x = torch.full((5, 20), 40)
     x[:, :2] = torch.tensor([2, 7])
     texts = [sample(model, x, KeyedNoise(0, torch.arange(5)), kv_cache=cached).ids_BL for cached in (True, False)]
@@ -195,7 +195,7 @@ def test_muon_works_or_says_why(folder):
         return
     before = net.model.model.layers[0].mlp.state_dict()
     before = {name: tensor.clone() for name, tensor in before.items()}
-    objectives.ar.AR(Absorbing(40)).loss(net, {"input_ids": tokens(2, 8)}).mean().backward()
+    ar.AR(Absorbing(40)).loss(net, {"input_ids": tokens(2, 8)}).mean().backward()
     optimizers.muon(net, **ask).step()
     after = net.model.model.layers[0].mlp.state_dict()
     assert all(not torch.equal(after[name], before[name]) for name in before)

@@ -21,11 +21,11 @@ from transformers import (
 )
 from transformers.models.bert.modeling_bert import BertOnlyMLMHead
 
-import main
-from command_line import compose_config
-from models.hf_mlm import HFMaskedLM, hf_mlm
-from models.recompute import recompute_blocks
-from optimizers import muon
+from palimpsest import main
+from palimpsest.models.hf_mlm import HFMaskedLM, hf_mlm
+from palimpsest.models.recompute import recompute_blocks
+from palimpsest.settings.command_line import compose_config
+from palimpsest.training.optimizers import muon
 from tests import commands
 from tests.test_generative_perplexity import save_tokenizer
 

@@ -22,22 +22,22 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-import main
-from app import runs
-from command_line import compose_config
-from engine.recovery import newest_good
-from engine.storage import AtomicCheckpointIO
-from identity import identity, overrides
-from instantiation import OF_LIBRARIES, instantiate, located
-from models import torch_archive
-from models.checkpoints import READ_ERRORS, load_inert, read_checkpoint, read_progress, read_settings
-from models.hub import read_config
-from number_checks import check_numbers
-from scripts import generate
+from palimpsest import main
+from palimpsest.app import runs
+from palimpsest.data.files import Columns, read_files
+from palimpsest.data.tokenizers import encode, load_tokenizer, vocabulary
+from palimpsest.latents.shards import _arrays
+from palimpsest.models import torch_archive
+from palimpsest.models.checkpoints import READ_ERRORS, load_inert, read_checkpoint, read_progress, read_settings
+from palimpsest.models.hub import read_config
+from palimpsest.scripts import generate
+from palimpsest.settings.command_line import compose_config
+from palimpsest.settings.identity import identity, overrides
+from palimpsest.settings.instantiation import OF_LIBRARIES, instantiate, located
+from palimpsest.settings.values import check_numbers
+from palimpsest.training.recovery import newest_good
+from palimpsest.training.storage import AtomicCheckpointIO
 from tests.test_configs import TINY
-from text.files import Columns, read_files
-from text.latent_shards import _arrays
-from text.tokenizers import encode, load_tokenizer, vocabulary
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = identity(compose_config(["model=tiny"]))
@@ -222,10 +222,16 @@ def test_a_checkpoint_sets_nothing_but_plain_values_of_known_keys(key, value):
 def test_what_is_built_is_the_projects(here):
     (here / "notes.yaml").write_text(NOTES)
     sympify = {"_target_": "sympy.sympify", "a": "__import__('os').system('touch PWNED')"}
-    nested = [{"_target_": "samplers.base.TokenChoice", "temperature": sympify}, {"a": [{"b": sympify}]}, sympify]
+    nested = [
+        {"_target_": "palimpsest.samplers.base.TokenChoice", "temperature": sympify},
+        {"a": [{"b": sympify}]},
+        sympify,
+    ]
     targets = ("os.system", "builtins.eval", "builtins.exec", "subprocess.run", "torch.load", "files.os.system",
-               "models.checkpoints.pickle.loads", "hydra.utils.instantiate", "__main__.x", "venv.main", 3, None, "..x",
-               "main.importlib.import_module", "instantiation.hydra.utils.get_object", "pickle.loads")  # fmt: skip
+               "palimpsest.common.files.os.system", "palimpsest.models.checkpoints.pickle.loads",
+               "hydra.utils.instantiate", "__main__.x", "venv.main", 3, None, "..x",
+               "palimpsest.main.importlib.import_module", "main.importlib.import_module",
+               "palimpsest.settings.instantiation.hydra.utils.get_object", "pickle.loads")  # fmt: skip
     for node in (*nested, *({"_target_": target} for target in targets)):
         with pytest.raises(ValueError, match="_target_=.* is refused|cannot be imported"):
             instantiate(node)
@@ -268,7 +274,7 @@ def test_every_target_in_configs_may_be_built_and_nobody_goes_another_way():
     sources = [path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0] not in ("tests", ".venv")]
     for path in sources:
         text = path.read_text()
-        assert path.name == "instantiation.py" or "hydra.utils" not in text, path
+        assert path.name == "settings/instantiation.py" or "hydra.utils" not in text, path
         for word in ("torch.load(", "jit.load(", "pickle.loads(", "allow_pickle=True", "joblib",
                      "use_safetensors=False", "yaml.load(", "yaml.unsafe"):  # fmt: skip
             assert word not in text.replace("torch.save(torch.load(path, weights_only=True), path)", ""), (path, word)
@@ -451,8 +457,8 @@ def test_a_regular_expression_has_its_time(tmp_path, monkeypatch):
     assert encode(tokenizer, ["a", "b"]) == [[1], [0]]
     with pytest.raises(ValueError, match="takes too long on these texts.*retry-limit"):
         encode(tokenizer, ["a" * 100 + "!"])
-    monkeypatch.setattr("text.tokenizers._SECONDS", 0.05)
-    monkeypatch.setattr("text.tokenizers._SECONDS_PER_CHARACTER", 0.0)
+    monkeypatch.setattr("palimpsest.data.tokenizers._SECONDS", 0.05)
+    monkeypatch.setattr("palimpsest.data.tokenizers._SECONDS_PER_CHARACTER", 0.0)
     with pytest.raises(ValueError, match="the time is up"):
         encode(tokenizer, [("a" * 29 + "! ") * 40])
 
@@ -548,7 +554,7 @@ def test_replacements_that_multiply_a_text_are_refused(tmp_path):
 
 
 def test_a_line_that_no_memory_holds_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("text.files._LONGEST_LINE", 100)
+    monkeypatch.setattr("palimpsest.data.files._LONGEST_LINE", 100)
     for name, content in (("x.txt", "a" * 200), ("x.jsonl", '{"text": "' + "a" * 200 + '"}')):
         (tmp_path / name).write_text(content)
         with pytest.raises(ValueError, match="line 1 has more than 100 characters"):

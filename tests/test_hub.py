@@ -13,12 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import main
-from command_line import compose_config, translate
-from models.checkpoints import load_inert, read_checkpoint, read_settings
-from models.dit import DiT
-from models.hf_dit import hf_dit
-from models.hub import locate
+from palimpsest import main
+from palimpsest.models.checkpoints import load_inert, read_checkpoint, read_settings
+from palimpsest.models.dit import DiT
+from palimpsest.models.hf_dit import hf_dit
+from palimpsest.models.hub import locate
+from palimpsest.settings.command_line import compose_config, translate
 from tests.commands import refused, run
 
 SIZES = {"hidden_dim": 16, "cond_dim": 8, "n_blocks": 1, "n_heads": 2}

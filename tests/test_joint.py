@@ -9,16 +9,16 @@ from functools import partial
 import pytest
 import torch
 
-from gaussian_process import cosine_level
-from noise_schedule import LogLinear
-from objectives.gaussian import EARLIEST, LATEST, GaussianDiffusion
-from objectives.joint import DIRECTIONS, SHARES, JointDiffusion
-from objectives.noising import Complementary, ExactCount
-from objectives.reduction import StepLoss
-from objectives.subs import Subs
-from process import Absorbing
-from randomness import KeyedNoise, evaluation_noise, training_noise
-from samplers.ancestral import sample
+from palimpsest.common.randomness import KeyedNoise, evaluation_noise, training_noise
+from palimpsest.gaussian_process import cosine_level
+from palimpsest.noise_schedule import LogLinear
+from palimpsest.objectives.gaussian import EARLIEST, LATEST, GaussianDiffusion
+from palimpsest.objectives.joint import DIRECTIONS, SHARES, JointDiffusion
+from palimpsest.objectives.noising import Complementary, ExactCount
+from palimpsest.objectives.reduction import StepLoss
+from palimpsest.objectives.subs import Subs
+from palimpsest.process import Absorbing
+from palimpsest.samplers.ancestral import sample
 from tests.latents import LENGTH, MASK, SHAPE, batch, network, objective
 
 ROWS = 64

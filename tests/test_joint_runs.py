@@ -11,17 +11,17 @@ import pytest
 import torch
 from hydra.utils import instantiate
 
-import main
-from callbacks.gradient_shares import GradientShares
-from command_line import compose_config, explain
-from engine.updates import Updates
-from models.checkpoints import load_inert, read_checkpoint
-from objectives.joint import SHARES
-from process import Absorbing
-from randomness import evaluation_noise
-from tasks import train
-from tasks.fitting import fit
-from tasks.train import history
+from palimpsest import main
+from palimpsest.common.randomness import evaluation_noise
+from palimpsest.models.checkpoints import load_inert, read_checkpoint
+from palimpsest.objectives.joint import SHARES
+from palimpsest.process import Absorbing
+from palimpsest.settings.command_line import compose_config, explain
+from palimpsest.tasks import train
+from palimpsest.tasks.fitting import fit
+from palimpsest.tasks.train import history
+from palimpsest.training.callbacks.gradient_shares import GradientShares
+from palimpsest.training.updates import Updates
 from tests.latents import LatentText, batch, network, objective, with_latents
 from tests.test_batches import FEW, assert_close_weights
 from tests.test_configs import TINY

@@ -11,16 +11,16 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-import main
-from command_line import compose_config
-from models.hidden_states import HiddenStates
+from palimpsest import main
+from palimpsest.corpora.review_attributes import ATTRIBUTES, UNREAD, read_attributes
+from palimpsest.corpora.reviews import ReviewGrammar, generate_split
+from palimpsest.data.sources import GeneratedReviews
+from palimpsest.latents.attributes import Attributes
+from palimpsest.latents.hf import Pretrained, pool
+from palimpsest.models.hidden_states import HiddenStates
+from palimpsest.settings.command_line import compose_config
 from tests.latent_data import WORDS, data_with
 from tests.test_configs import TINY
-from text.latent_attributes import Attributes
-from text.latent_hf import Pretrained, pool
-from text.review_attributes import ATTRIBUTES, UNREAD, read_attributes
-from text.reviews import ReviewGrammar, generate_split
-from text.sources import GeneratedReviews
 
 
 class Spelt:
@@ -185,7 +185,7 @@ def test_latents_of_a_model_of_our_own(tmp_path, monkeypatch):
     raw = HiddenStates(path, disable_ema=True)
     raw.check(data.vocabulary, 72)
     assert raw.identity != encoder.identity, "other weights, other vectors"
-    for named in ("models.checkpoints.read_checkpoint", "os.system", "models.hub._snapshot"):
+    for named in ("palimpsest.models.checkpoints.read_checkpoint", "os.system", "palimpsest.models.hub._snapshot"):
         foreign = HiddenStates(path)
         foreign.check(data.vocabulary, 72)
         foreign._checkpoint.settings["backbone._target_"] = named

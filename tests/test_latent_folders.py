@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from scripts import prepare_latents
+from palimpsest.latents.lsa import LSA
+from palimpsest.latents.preparing import Plan, Preparation, whole_file
+from palimpsest.latents.shards import Shards
+from palimpsest.scripts import prepare_latents
 from tests.latent_data import Given, Unit, data_with, some_texts, write_folder
-from text.latent_lsa import LSA
-from text.latent_preparing import Plan, Preparation, whole_file
-from text.latent_shards import Shards
 
 TEXTS = {"train": some_texts(50, 0), "validation": some_texts(20, 1)}
 

@@ -7,17 +7,17 @@ from functools import partial
 import pytest
 import torch
 
-from denoisers import Barred, JointDenoiser, LatentGuided
-from gaussian_process import LatentPrediction, cosine_level
-from noise_schedule import LogLinear
-from objectives.joint import JointModel
-from process import Absorbing
-from randomness import KeyedNoise
-from samplers import ancestral, gaussian, joint
-from samplers.base import TokenChoice
-from samplers.gaussian import LatentSteps
-from samplers.joint import with_guidance
-from samplers.positions import select
+from palimpsest.common.randomness import KeyedNoise
+from palimpsest.denoisers import Barred, JointDenoiser, LatentGuided
+from palimpsest.gaussian_process import LatentPrediction, cosine_level
+from palimpsest.noise_schedule import LogLinear
+from palimpsest.objectives.joint import JointModel
+from palimpsest.process import Absorbing
+from palimpsest.samplers import ancestral, gaussian, joint
+from palimpsest.samplers.base import TokenChoice
+from palimpsest.samplers.gaussian import LatentSteps
+from palimpsest.samplers.joint import with_guidance
+from palimpsest.samplers.positions import select
 from tests.latents import LENGTH, MASK, SHAPE, VOCAB, network, objective
 
 ROWS = 5

@@ -9,20 +9,20 @@ import numpy as np
 import pytest
 import torch
 
-from command_line import compose_config
-from identity import identity
-from models.belonging import check_belongs
-from models.checkpoints import Checkpoint
-from models.hidden_states import HiddenStates
+from palimpsest.data.tokenizers import encode
+from palimpsest.latents.attributes import Attributes
+from palimpsest.latents.gate import drop_words, probe, retrieval
+from palimpsest.latents.hf import Pretrained
+from palimpsest.latents.lsa import LSA
+from palimpsest.latents.shards import Shards
+from palimpsest.latents.space import Mapped, Sharded, fit_space
+from palimpsest.models.belonging import check_belongs
+from palimpsest.models.checkpoints import Checkpoint
+from palimpsest.models.hidden_states import HiddenStates
+from palimpsest.settings.command_line import compose_config
+from palimpsest.settings.identity import identity
 from tests.commands import refused
 from tests.latent_data import Given, Unit, data_with, some_texts
-from text.latent_attributes import Attributes
-from text.latent_gate import drop_words, probe, retrieval
-from text.latent_hf import Pretrained
-from text.latent_lsa import LSA
-from text.latent_shards import Shards
-from text.latent_space import Mapped, Sharded, fit_space
-from text.tokenizers import encode
 
 
 class Listed:

@@ -9,12 +9,20 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
-import main
-import text.loading
-from command_line import compose_config
-from tasks.fitting import fit
+from palimpsest import main
+from palimpsest.data import loading
+from palimpsest.data.loading import (
+    Loading,
+    TimedLoader,
+    cgroup_cpus,
+    check_shared_memory,
+    local_ranks,
+    usable_cpus,
+    workers_for,
+)
+from palimpsest.settings.command_line import compose_config
+from palimpsest.tasks.fitting import fit
 from tests.test_configs import TINY
-from text.loading import Loading, TimedLoader, cgroup_cpus, check_shared_memory, local_ranks, usable_cpus, workers_for
 
 
 @pytest.mark.parametrize(("cpus", "ranks", "environ", "workers"), [
@@ -59,8 +67,8 @@ def test_the_quota_of_a_control_group_counts(own, files, cpus, tmp_path, monkeyp
     (tmp_path / "own").write_text(own)
     found = cgroup_cpus(tmp_path / "root", tmp_path / "own")
     assert found == cpus
-    monkeypatch.setattr(text.loading, "cgroup_cpus", lambda: found)
-    monkeypatch.setattr(text.loading.os, "sched_getaffinity", lambda _: set(range(3)))
+    monkeypatch.setattr(loading, "cgroup_cpus", lambda: found)
+    monkeypatch.setattr(loading.os, "sched_getaffinity", lambda _: set(range(3)))
     assert usable_cpus() == (3 if cpus is None else max(1, min(3, int(cpus))))
 
 
@@ -69,7 +77,7 @@ def test_without_control_groups_there_is_no_quota(tmp_path):
 
 
 def test_what_null_means(monkeypatch, caplog):
-    monkeypatch.setattr(text.loading, "usable_cpus", lambda: 6)
+    monkeypatch.setattr(loading, "usable_cpus", lambda: 6)
     for name in ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE", "SLURM_CPUS_PER_TASK"):
         monkeypatch.delenv(name, raising=False)
     with caplog.at_level("INFO"):
@@ -122,7 +130,7 @@ def test_a_run_logs_how_long_it_waited(tmp_path, monkeypatch):
 
 
 def test_too_little_shared_memory_is_refused_before_workers_start(tmp_path, monkeypatch):
-    monkeypatch.setattr("text.loading.LEAST_SHARED", 1 << 60)
+    monkeypatch.setattr("palimpsest.data.loading.LEAST_SHARED", 1 << 60)
     with pytest.raises(ValueError, match=r"bytes left.*loader\.num_workers=0.*--shm-size"):
         check_shared_memory(tmp_path)
     check_shared_memory(tmp_path / "absent")

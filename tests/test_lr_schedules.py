@@ -10,9 +10,9 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-import main
-from command_line import CONFIGS, compose_config, explain
-from contradictions import check_schedule
+from palimpsest import main
+from palimpsest.settings.command_line import CONFIGS, compose_config, explain
+from palimpsest.settings.contradictions import check_schedule
 from tests.test_configs import TINY
 
 STEPS = 100

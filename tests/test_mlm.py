@@ -14,26 +14,26 @@ import pytest
 import torch
 from transformers import BertConfig
 
-import main
-from callbacks.masking_rates import MaskingRates
-from command_line import compose_config
-from models.hf_mlm import HFMaskedLM
-from noise_schedule import LogLinear
-from objectives.base import Model, scored_mask
-from objectives.mlm import Rates, cross_entropy_at, masked_lm
-from objectives.noising import ExactCount
-from objectives.sedd import SEDD
-from objectives.subs import Subs
-from process import Absorbing
-from randomness import evaluation_noise, training_noise
-from reporting import training_plots
-from tasks.base import unigram_nll
-from tasks.drawing import draw
+from palimpsest import main
+from palimpsest.common.randomness import evaluation_noise, training_noise
+from palimpsest.data.collate import Collate
+from palimpsest.models.hf_mlm import HFMaskedLM
+from palimpsest.noise_schedule import LogLinear
+from palimpsest.objectives.base import Model, scored_mask
+from palimpsest.objectives.mlm import Rates, cross_entropy_at, masked_lm
+from palimpsest.objectives.noising import ExactCount
+from palimpsest.objectives.sedd import SEDD
+from palimpsest.objectives.subs import Subs
+from palimpsest.process import Absorbing
+from palimpsest.report import training_plots
+from palimpsest.settings.command_line import compose_config
+from palimpsest.tasks.base import unigram_nll
+from palimpsest.tasks.drawing import draw
+from palimpsest.training.callbacks.masking_rates import MaskingRates
 from tests import commands
 from tests.laws import any_order_law, batch_of, exact_bound
 from tests.test_configs import TINY
 from tests.test_drawing import cache, experiment  # noqa: F401 - fixtures
-from text.collate import Collate
 
 FEW = [f"data.source.num_{split}_per_class=20" for split in ("train", "validation", "test")]
 VOCAB, MASK = 5, 4

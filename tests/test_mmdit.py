@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from command_line import compose_config
-from models.dit import DiT
-from models.layers import modulate
-from models.mmdit import MMDiT
-from models.mmdit_layers import HeadNorm
+from palimpsest.models.dit import DiT
+from palimpsest.models.layers import modulate
+from palimpsest.models.mmdit import MMDiT
+from palimpsest.models.mmdit_layers import HeadNorm
+from palimpsest.settings.command_line import compose_config
 from tests.latents import LENGTH, MASK, SHAPE, VOCAB, batch, network
 
 B = 4

@@ -7,9 +7,9 @@ import csv
 import pytest
 import torch
 
-from models.attention import apply_rotary, attend, rotary_angles
-from models.dit import DiT
-from models.ema import EMA
+from palimpsest.models.attention import apply_rotary, attend, rotary_angles
+from palimpsest.models.dit import DiT
+from palimpsest.models.ema import EMA
 
 
 def test_parameter_names_and_shapes_of_the_reference_small_model(fixtures_dir):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from callbacks.run_state import process_began, process_table
+from palimpsest.training.callbacks.run_state import process_began, process_table
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "monitor.py"
 _SPEC = importlib.util.spec_from_file_location("monitor", SCRIPT)

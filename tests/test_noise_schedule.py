@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from noise_schedule import Cosine, CosineSquared, Geometric, Linear, LogLinear
+from palimpsest.noise_schedule import Cosine, CosineSquared, Geometric, Linear, LogLinear
 
 SCHEDULES = [LogLinear(), LogLinear(eps=0.0), Cosine(), CosineSquared(), Linear(1e-4, 20), Geometric(1e-4, 20)]
 T = torch.linspace(0.01, 0.99, 50, dtype=torch.float64)

@@ -10,14 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from models.checkpoints import read_checkpoint
-from noise_schedule import Cosine, EndsMasked, LogLinear
-from objectives.base import Model
-from objectives.d3pm import D3PM
-from objectives.noising import Bernoulli, Complementary, ExactCount
-from objectives.sedd import SEDD
-from objectives.subs import Subs
-from process import Absorbing
+from palimpsest.models.checkpoints import read_checkpoint
+from palimpsest.noise_schedule import Cosine, EndsMasked, LogLinear
+from palimpsest.objectives.base import Model
+from palimpsest.objectives.d3pm import D3PM
+from palimpsest.objectives.noising import Bernoulli, Complementary, ExactCount
+from palimpsest.objectives.sedd import SEDD
+from palimpsest.objectives.subs import Subs
+from palimpsest.process import Absorbing
 from tests.laws import batch_of
 from tests.test_subs import close, reference_dit
 

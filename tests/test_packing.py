@@ -7,10 +7,10 @@ import datasets
 import numpy as np
 import pytest
 
-from text import packing as packing_module
-from text.cache import cached_folder
-from text.packing import Packing, pack
-from text.tokenizers import Vocabulary, decode, encode, load_tokenizer, vocabulary
+from palimpsest.data import packing as packing_module
+from palimpsest.data.cache import cached_folder
+from palimpsest.data.packing import Packing, pack
+from palimpsest.data.tokenizers import Vocabulary, decode, encode, load_tokenizer, vocabulary
 
 TEXTS = [f"{'word ' * (i % 7)}number {i}." for i in range(2500)]
 
@@ -265,7 +265,7 @@ def test_a_second_writer_does_no_harm(tmp_path):
         return {"n": 1}
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("text.cache._lock", lambda folder: __import__("contextlib").nullcontext())
+        patch.setattr("palimpsest.data.cache._lock", lambda folder: __import__("contextlib").nullcontext())
         folder, figures = cached_folder(tmp_path, "x", {"a": 1}, slow)
     assert figures == {"n": 1} and (folder / "data").read_text() == "1"
 

@@ -8,13 +8,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import main
-from callbacks.plateau import Plateau
-from command_line import compose_config
-from identity import identity
-from lr_schedules import cosine
-from models.checkpoints import load_inert
-from tasks.fitting import fit
+from palimpsest import main
+from palimpsest.models.checkpoints import load_inert
+from palimpsest.settings.command_line import compose_config
+from palimpsest.settings.identity import identity
+from palimpsest.tasks.fitting import fit
+from palimpsest.training.callbacks.plateau import Plateau
+from palimpsest.training.lr_schedules import cosine
 from tests.test_configs import TINY
 
 NAN = math.nan

@@ -12,30 +12,30 @@ import numpy as np
 import pytest
 import torch
 
-import main
-from classification.measures import wilson_interval
-from command_line import SPELLINGS, compose_config, explain
-from dataloader import Collate
-from estimators.any_order import AnyOrder
-from estimators.nelbo import Nelbo
-from estimators.ordered import Ordered
-from noise_schedule import LogLinear
-from objectives.ar import AR
-from objectives.base import Model, counted_mask, scored_mask
-from objectives.subs import Subs
-from process import Absorbing
-from tasks.answers import check_shares, majority_is_right, measure, share
-from tasks.base import token_counts, unigram_nll
-from tasks.drawing import Drawing
-from tasks.prompted import Asked, _complete
-from tasks.train import train
+from palimpsest import main
+from palimpsest.classification.measures import wilson_interval
+from palimpsest.corpora.gsm8k import judge
+from palimpsest.corpora.judging import Verdict, same_text
+from palimpsest.data.packing import Packing, pack
+from palimpsest.data.rows import in_parts, parts_of, text_rows
+from palimpsest.data.tokenizers import encode, encode_after, load_tokenizer, vocabulary
+from palimpsest.dataloader import Collate
+from palimpsest.estimators.any_order import AnyOrder
+from palimpsest.estimators.nelbo import Nelbo
+from palimpsest.estimators.ordered import Ordered
+from palimpsest.noise_schedule import LogLinear
+from palimpsest.objectives.ar import AR
+from palimpsest.objectives.base import Model, counted_mask, scored_mask
+from palimpsest.objectives.subs import Subs
+from palimpsest.process import Absorbing
+from palimpsest.settings.command_line import SPELLINGS, compose_config, explain
+from palimpsest.tasks.answers import check_shares, majority_is_right, measure, share
+from palimpsest.tasks.base import token_counts, unigram_nll
+from palimpsest.tasks.drawing import Drawing
+from palimpsest.tasks.prompted import Asked, _complete
+from palimpsest.tasks.train import train
 from tests.exact import written
 from tests.test_configs import TINY
-from text.gsm8k import judge
-from text.judging import Verdict, same_text
-from text.packing import Packing, pack
-from text.rows import in_parts, parts_of, text_rows
-from text.tokenizers import encode, encode_after, load_tokenizer, vocabulary
 
 ROOT = Path(__file__).parents[1]
 PROBLEMS = [["Q: a b\nA:", " c d e"], ["Q: b\nA:", " d"], ["Q: a b c\nA:", " e"]]
@@ -351,7 +351,7 @@ def test_own_files_may_have_prompts(tmp_path, monkeypatch):
 
 
 def test_what_a_training_shows_are_completed_prompts(gsm8k):
-    from tasks.drawing import draw
+    from palimpsest.tasks.drawing import draw
 
     for law in ([], ["parameterization=ar"]):
         experiment = main.Experiment(compose_config([*SMALL, *law]), "a test")

@@ -9,11 +9,11 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from command_line import compose_config
-from dataloader import TextData
-from identity import identity
-from text.sources import Combined, HubOrFolder
-from text.text8 import Text8
+from palimpsest.corpora.text8 import Text8
+from palimpsest.data.sources import Combined, HubOrFolder
+from palimpsest.dataloader import TextData
+from palimpsest.settings.command_line import compose_config
+from palimpsest.settings.identity import identity
 
 LENGTH = 16
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "=", "\n", *(f"w{i}" for i in range(40))]

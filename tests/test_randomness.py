@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from scipy import stats
 
-from randomness import KeyedNoise, evaluation_noise, hash_seed, training_noise
+from palimpsest.common.randomness import KeyedNoise, evaluation_noise, hash_seed, training_noise
 
 # False-alarm rate of each statistical test here (seeds are fixed, so a failure repeats).
 ALPHA = 1e-4

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-import main
-from command_line import compose_config
+from palimpsest import main
+from palimpsest.settings.command_line import compose_config
 from tests.test_configs import TINY
 
 ROOT = Path(__file__).parents[1]

@@ -18,7 +18,7 @@ import pytest
 from matplotlib._pylab_helpers import Gcf
 from matplotlib.figure import Figure
 
-from reporting import (
+from palimpsest.report import (
     Evidence,
     Metric,
     Report,
@@ -29,7 +29,7 @@ from reporting import (
     plots,
     training_plots,
 )
-from reporting.style import BLUE, THEME
+from palimpsest.report.style import BLUE, THEME
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)> & \"quoted\" 'text'"
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import main
-from command_line import compose_config
-from models.checkpoints import load_inert
+from palimpsest import main
+from palimpsest.models.checkpoints import load_inert
+from palimpsest.settings.command_line import compose_config
 from tests.test_configs import TINY
 
 ROOT = Path(__file__).parents[1]
@@ -74,7 +74,7 @@ def test_a_finished_run_is_left_as_it_is(tmp_path, monkeypatch, capsys):
     few = [*RUN, "checkpointing.save_dir=run", "trainer.max_steps=4"]
     main.run(compose_config(few), "a test")
     before = load_inert(tmp_path / "run/checkpoints/last.ckpt")["state_dict"]
-    monkeypatch.setattr("diffusion.Diffusion.training_step", lambda *_: pytest.fail("it trained again"))
+    monkeypatch.setattr("palimpsest.diffusion.Diffusion.training_step", lambda *_: pytest.fail("it trained again"))
     main.run(compose_config(few), "a test")
     after = load_inert(tmp_path / "run/checkpoints/last.ckpt")["state_dict"]
     assert "complete: " in capsys.readouterr().out

@@ -12,9 +12,9 @@ import pytest
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.naive_bayes import MultinomialNB
 
-from text import reviews
-from text.grammar import FiniteStateGrammar, chain, weighted, words
-from text.reviews import ReviewGrammar, detokenize, generate_split, tokens
+from palimpsest.corpora import reviews
+from palimpsest.corpora.grammar import FiniteStateGrammar, chain, weighted, words
+from palimpsest.corpora.reviews import ReviewGrammar, detokenize, generate_split, tokens
 
 OPPOSITE = {
     one: other

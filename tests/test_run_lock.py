@@ -13,10 +13,10 @@ from types import SimpleNamespace
 
 import pytest
 
-import main
-from command_line import compose_config
-from engine.run_lock import FILE, alone_in
-from tasks.fitting import fit
+from palimpsest import main
+from palimpsest.settings.command_line import compose_config
+from palimpsest.tasks.fitting import fit
+from palimpsest.training.run_lock import FILE, alone_in
 
 
 @contextmanager

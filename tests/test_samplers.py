@@ -8,16 +8,16 @@ import pytest
 import torch
 from scipy import stats
 
-from noise_schedule import Cosine, LogLinear
-from objectives.ar import AR
-from objectives.base import Model
-from objectives.d3pm import D3PM
-from objectives.sedd import SEDD
-from objectives.subs import Subs
-from process import Absorbing, draw_categorical, unmask_step
-from randomness import KeyedNoise
-from samplers import analytic, ancestral, autoregressive, first_hitting, ordered, semi_autoregressive
-from samplers.base import TokenChoice, time_grid
+from palimpsest.common.randomness import KeyedNoise
+from palimpsest.noise_schedule import Cosine, LogLinear
+from palimpsest.objectives.ar import AR
+from palimpsest.objectives.base import Model
+from palimpsest.objectives.d3pm import D3PM
+from palimpsest.objectives.sedd import SEDD
+from palimpsest.objectives.subs import Subs
+from palimpsest.process import Absorbing, draw_categorical, unmask_step
+from palimpsest.samplers import analytic, ancestral, autoregressive, first_hitting, ordered, semi_autoregressive
+from palimpsest.samplers.base import TokenChoice, time_grid
 from tests.laws import FALSE_ALARM, any_order_law, assert_follows, chain_law, ordered_law
 
 VOCAB, MASK, LENGTH = 4, 3, 3

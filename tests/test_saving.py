@@ -18,15 +18,15 @@ import yaml
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-import main
-from callbacks.best import BestCheckpoint, LastCheckpoint
-from callbacks.retention import clear, keep, make_room, step_file
-from command_line import compose_config
-from engine.recovery import newest_good
-from engine.storage import AtomicCheckpointIO, _seal, write_checkpoint
-from files import alias, check_content, check_seal, newest_first, place
-from models.checkpoints import load_inert, read_progress
-from tasks.fitting import fit
+from palimpsest import main
+from palimpsest.common.files import alias, check_content, check_seal, newest_first, place
+from palimpsest.models.checkpoints import load_inert, read_progress
+from palimpsest.settings.command_line import compose_config
+from palimpsest.tasks.fitting import fit
+from palimpsest.training.callbacks.best import BestCheckpoint, LastCheckpoint
+from palimpsest.training.callbacks.retention import clear, keep, make_room, step_file
+from palimpsest.training.recovery import newest_good
+from palimpsest.training.storage import AtomicCheckpointIO, _seal, write_checkpoint
 from tests.test_configs import TINY
 from tests.test_resume import same_weights
 
@@ -206,7 +206,7 @@ def test_it_is_saved_by_steps_by_milestones_and_by_the_clock():
                                   strategy=SimpleNamespace(broadcast=lambda value: value))  # fmt: skip
         callback.save = lambda trainer: (steps.append(trainer.global_step), setattr(callback, "_clock", clock[0]))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("callbacks.best.time", SimpleNamespace(monotonic=lambda: clock[0]))
+            patch.setattr("palimpsest.training.callbacks.best.time", SimpleNamespace(monotonic=lambda: clock[0]))
             callback.on_train_start(trainer, None)
             for batch in range(40):  # two micro-batches to a step, a minute to each
                 clock[0] += 60
@@ -248,7 +248,7 @@ def test_a_best_one_that_could_not_be_written_is_not_the_best(tmp_path, monkeypa
         self.best_model_path = self.kth_best_model_path = "best.ckpt"
         self.best_k_models["best.ckpt"] = self.current_score
 
-    monkeypatch.setattr("callbacks.best.ModelCheckpoint.on_validation_end", improved)
+    monkeypatch.setattr("palimpsest.training.callbacks.best.ModelCheckpoint.on_validation_end", improved)
     trainer.score = 2.0
     callback.on_validation_end(trainer, None)
     storage.error, trainer.score = OSError("full"), 1.0
@@ -290,9 +290,9 @@ def test_other_processes_than_the_first_set_nothing_aside(tmp_path, monkeypatch)
         write_checkpoint(CONTENT, step_file(tmp_path, step))
         keep(tmp_path, step, keep_last=2, milestone=False)
     flip(tmp_path / "last.ckpt", 500)
-    monkeypatch.setattr("engine.recovery.rank_zero_only", SimpleNamespace(rank=1))
+    monkeypatch.setattr("palimpsest.training.recovery.rank_zero_only", SimpleNamespace(rank=1))
     assert newest_good(tmp_path) == step_file(tmp_path, 1) and (tmp_path / "last.ckpt").exists()
-    monkeypatch.setattr("engine.recovery.rank_zero_only", SimpleNamespace(rank=0))
+    monkeypatch.setattr("palimpsest.training.recovery.rank_zero_only", SimpleNamespace(rank=0))
     assert newest_good(tmp_path) == step_file(tmp_path, 1) and not (tmp_path / "last.ckpt").exists()
 
 
@@ -383,7 +383,7 @@ def test_an_upload_that_fails_leaves_what_was_there(address, monkeypatch):
         def getbuffer(self) -> memoryview:
             raise ConnectionError("the line is dead")
 
-    monkeypatch.setattr("engine.storage.io.BytesIO", Broken)
+    monkeypatch.setattr("palimpsest.training.storage.io.BytesIO", Broken)
     with pytest.raises(OSError, match="ConnectionError: the line is dead"):
         write_checkpoint({**CONTENT, "global_step": 4}, where)
     assert load_inert(where)["global_step"] == 3

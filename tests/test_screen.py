@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from models.checkpoints import read_progress
+from palimpsest.models.checkpoints import read_progress
 from tests.test_configs import TINY
 
 ROOT = Path(__file__).parents[1]

@@ -10,22 +10,22 @@ import numpy as np
 import pytest
 import torch
 
-import main
-from command_line import compose_config, explain
-from identity import identity
-from models.belonging import check_belongs
-from models.checkpoints import Checkpoint, read_checkpoint
-from objectives.base import counted_mask, scored_mask
-from tasks.base import token_counts
-from tasks.drawing import _own, draw
-from tasks.prompted import Asked, _complete
+from palimpsest import main
+from palimpsest.corpora.gsm8k import judge_planned
+from palimpsest.data.collate import Collate, segment_ends
+from palimpsest.data.packing import Packing, pack
+from palimpsest.data.rows import in_parts, text_rows
+from palimpsest.data.tokenizers import encode, encode_after, load_tokenizer, vocabulary
+from palimpsest.models.belonging import check_belongs
+from palimpsest.models.checkpoints import Checkpoint, read_checkpoint
+from palimpsest.objectives.base import counted_mask, scored_mask
+from palimpsest.settings.command_line import compose_config, explain
+from palimpsest.settings.identity import identity
+from palimpsest.tasks.base import token_counts
+from palimpsest.tasks.drawing import _own, draw
+from palimpsest.tasks.prompted import Asked, _complete
 from tests.exact import written
 from tests.test_prompts import SMALL, gsm8k  # noqa: F401 - a fixture
-from text.collate import Collate, segment_ends
-from text.gsm8k import judge_planned
-from text.packing import Packing, pack
-from text.rows import in_parts, text_rows
-from text.tokenizers import encode, encode_after, load_tokenizer, vocabulary
 
 PARTS = [["Q: a b\n", "P: c\n", "E: d e"], ["Q: b\n", "P: c d e a\n", "E: d"]]
 SEGMENTS = [*SMALL, "data=gsm8k_plan", "algo=bd3lm", "data.segments=true", "data.segment_room=16", "model.length=80"]
@@ -176,7 +176,7 @@ def test_completions_are_judged_part_by_part(gsm8k):  # noqa: F811
 
 
 def oracle_drawing(oracle):
-    from tasks.drawing import Drawing
+    from palimpsest.tasks.drawing import Drawing
 
     return Drawing(oracle)
 

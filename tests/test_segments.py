@@ -9,16 +9,16 @@ from functools import partial
 import pytest
 import torch
 
-from models import block_attention
-from models.segment_attention import segment_masks
-from noise_schedule import LogLinear
-from objectives.base import Model
-from objectives.block import BlockDiffusion
-from objectives.noising import Bernoulli, ExactCount, TiltedCount
-from objectives.subs import Subs
-from process import Absorbing
-from randomness import KeyedNoise, evaluation_noise, training_noise
-from samplers import ancestral, block, first_hitting
+from palimpsest.common.randomness import KeyedNoise, evaluation_noise, training_noise
+from palimpsest.models import block_attention
+from palimpsest.models.segment_attention import segment_masks
+from palimpsest.noise_schedule import LogLinear
+from palimpsest.objectives.base import Model
+from palimpsest.objectives.block import BlockDiffusion
+from palimpsest.objectives.noising import Bernoulli, ExactCount, TiltedCount
+from palimpsest.objectives.subs import Subs
+from palimpsest.process import Absorbing
+from palimpsest.samplers import ancestral, block, first_hitting
 from tests.laws import assert_follows, batch_of, exact_bound, texts
 
 VOCAB, MASK = 4, 3

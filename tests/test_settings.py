@@ -11,8 +11,8 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-import main
-from command_line import compose_config, explain
+from palimpsest import main
+from palimpsest.settings.command_line import compose_config, explain
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 NONSENSE = ("nonsense", math.nan, math.inf, -1, 0, 1.5, 10**30, 2**63, True, None, [], {}, "", "${nowhere}", "结果",

@@ -10,9 +10,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from samplers.trace import Trace
-from tasks.standing import Standing
-from tasks.watching import Recorder, Show, Views, Watching, described
+from palimpsest.samplers.trace import Trace
+from palimpsest.tasks.standing import Standing
+from palimpsest.tasks.watching import Recorder, Show, Views, Watching, described
 from tests import exact
 
 MASK = 9
@@ -166,7 +166,7 @@ def test_a_delay_that_is_none_is_refused():
 
 def test_how_texts_were_drawn_in_a_line():
     how = {"schedule": "cosine", "order": "margin", "threshold": None, "remask": "none", "remask_eta": 0.02}
-    protocol = {"sampler": "samplers.unmasking.sample", "_partial_": True, "steps": 8, "how": how,
+    protocol = {"sampler": "palimpsest.samplers.unmasking.sample", "_partial_": True, "steps": 8, "how": how,
                 "choice": {"_target_": "x", "temperature": 0.7, "top_k": None, "nucleus_p": 1.0},
                 "prefix": "a"}  # fmt: skip
     assert described(protocol) == "unmasking · steps 8 · schedule cosine · order margin · temperature 0.7"

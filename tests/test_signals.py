@@ -24,19 +24,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import main
-from command_line import compose_config
-from diffusion import Diffusion
-from engine import signals
-from engine.signals import SIGNALS, Interrupted, Phase, StopAtSignal
-from engine.slurm import check_processes, requeue
-from models.checkpoints import load_inert, read_progress
-from tasks.class_scoring import ClassScorer
-from tasks.fitting import fit
-from tasks.scoring import Scorer
+from palimpsest import main
+from palimpsest.corpora import reviews
+from palimpsest.diffusion import Diffusion
+from palimpsest.models.checkpoints import load_inert, read_progress
+from palimpsest.settings.command_line import compose_config
+from palimpsest.tasks.class_scoring import ClassScorer
+from palimpsest.tasks.fitting import fit
+from palimpsest.tasks.scoring import Scorer
+from palimpsest.training import signals
+from palimpsest.training.signals import SIGNALS, Interrupted, Phase, StopAtSignal
+from palimpsest.training.slurm import check_processes, requeue
 from tests.test_configs import TINY
 from tests.test_resume import RUN, same_weights
-from text import reviews
 
 ROOT = Path(__file__).parents[1]
 CORPUS = functools.cache(reviews.generate_split)

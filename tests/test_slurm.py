@@ -14,11 +14,11 @@ from types import FunctionType
 import pytest
 import torch
 
-import main
 from benchmarks.slurm_requeue import compared
-from command_line import compose_config
-from models.checkpoints import read_progress
-from tasks.fitting import fit
+from palimpsest import main
+from palimpsest.models.checkpoints import read_progress
+from palimpsest.settings.command_line import compose_config
+from palimpsest.tasks.fitting import fit
 from tests.test_configs import TINY
 from tests.test_resume import same_weights
 

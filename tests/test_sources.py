@@ -8,10 +8,10 @@ import datasets
 import pytest
 import yaml
 
-from text import reviews
-from text.rows import at_most, carve, keep_label
-from text.sources import GeneratedReviews, HubOrFolder
-from text.user_files import UserFiles
+from palimpsest.corpora import reviews
+from palimpsest.data.rows import at_most, carve, keep_label
+from palimpsest.data.sources import GeneratedReviews, HubOrFolder
+from palimpsest.data.user_files import UserFiles
 
 TEXTS = [f'Text {i}, with "quotes"\tand a tab' for i in range(40)]
 
@@ -262,7 +262,7 @@ def configured(name):
     """The source of configs/data/<name>.yaml."""
     with open(os.path.join(os.path.dirname(__file__), "..", "configs", "data", f"{name}.yaml")) as file:
         settings = yaml.safe_load(file)["source"]
-    assert settings.pop("_target_") == "text.sources.HubOrFolder"
+    assert settings.pop("_target_") == "palimpsest.data.sources.HubOrFolder"
     return HubOrFolder(**settings)
 
 

@@ -14,18 +14,18 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-import main
-import text.streaming
-from command_line import compose_config
-from dataloader import Loading, TextData
-from identity import identity
-from models.checkpoints import load_inert
-from tasks.fitting import fit
+from palimpsest import main
+from palimpsest.data import streaming
+from palimpsest.data.shards import share_of
+from palimpsest.data.sources import HubOrFolder
+from palimpsest.data.streaming import Order, Place
+from palimpsest.data.user_files import UserFiles
+from palimpsest.dataloader import Loading, TextData
+from palimpsest.models.checkpoints import load_inert
+from palimpsest.settings.command_line import compose_config
+from palimpsest.settings.identity import identity
+from palimpsest.tasks.fitting import fit
 from tests.test_configs import TINY
-from text.shards import share_of
-from text.sources import HubOrFolder
-from text.streaming import Order, Place
-from text.user_files import UserFiles
 
 G, STEPS, N = 12, 8, 90
 
@@ -33,7 +33,7 @@ G, STEPS, N = 12, 8, 90
 @pytest.fixture(autouse=True)
 def small_helpings(monkeypatch):
     """So that a few texts are many helpings."""
-    monkeypatch.setattr(text.streaming, "HELPING", 150)
+    monkeypatch.setattr(streaming, "HELPING", 150)
 
 
 def texts(number=N, start=0):
@@ -236,10 +236,8 @@ def test_a_resume_tokenises_a_helping_for_each_lane_and_no_more(tmp_path, monkey
     after = data(tmp_path, step=STEPS - 1)
     after.load_state_dict(state)
     asked = []
-    real = text.streaming.tokenised
-    monkeypatch.setattr(
-        text.streaming, "tokenised", lambda tokenizer, some: asked.append(some) or real(tokenizer, some)
-    )
+    real = streaming.tokenised
+    monkeypatch.setattr(streaming, "tokenised", lambda tokenizer, some: asked.append(some) or real(tokenizer, some))
     next(iter(after.train_dataloader()))
     assert len(asked) <= 2 * 4 and len(before.train_dataloader().places) == 0
     # Without its places it is the same stream, read from the beginning.

@@ -11,14 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from models.checkpoints import read_checkpoint
-from models.dit import DiT
-from noise_schedule import Cosine, Linear, LogLinear
-from objectives.noising import Bernoulli
-from objectives.projection import cross_entropy
-from objectives.subs import Subs
-from process import Absorbing
-from randomness import KeyedNoise, evaluation_noise
+from palimpsest.common.randomness import KeyedNoise, evaluation_noise
+from palimpsest.models.checkpoints import read_checkpoint
+from palimpsest.models.dit import DiT
+from palimpsest.noise_schedule import Cosine, Linear, LogLinear
+from palimpsest.objectives.noising import Bernoulli
+from palimpsest.objectives.projection import cross_entropy
+from palimpsest.objectives.subs import Subs
+from palimpsest.process import Absorbing
 
 VOCAB, MASK = 5, 4
 
@@ -52,7 +52,7 @@ def test_projecting_some_positions_equals_projecting_all(random_dit):
 @pytest.mark.parametrize("rows", [3, 9])
 @pytest.mark.parametrize("bias", [True, False])
 def test_chunked_cross_entropy_is_cross_entropy_with_its_gradients(monkeypatch, bias, rows):
-    monkeypatch.setattr("objectives.projection._CHUNK_BYTES", 4 * 11 * rows)
+    monkeypatch.setattr("palimpsest.objectives.projection._CHUNK_BYTES", 4 * 11 * rows)
     torch.manual_seed(0)
     head = torch.nn.Linear(6, 11, bias=bias)
     hidden = torch.randn(10, 6, requires_grad=True)
@@ -70,7 +70,9 @@ def test_chunked_cross_entropy_is_cross_entropy_with_its_gradients(monkeypatch, 
 
 def test_the_loss_projects_only_masked_positions_and_never_all_logits(random_dit, monkeypatch):
     seen = []
-    monkeypatch.setattr("objectives.subs.cross_entropy", lambda h, *a: seen.append(len(h)) or cross_entropy(h, *a))
+    monkeypatch.setattr(
+        "palimpsest.objectives.subs.cross_entropy", lambda h, *a: seen.append(len(h)) or cross_entropy(h, *a)
+    )
     x0 = torch.randint(MASK, (8, 16))
     loss = Subs(LogLinear(), Absorbing(MASK)).loss(random_dit(VOCAB), batch_of(x0), KeyedNoise(0, torch.arange(8)))
     assert seen == [int(loss.logs["num_masked"].sum())] and 0 < seen[0] < x0.numel()

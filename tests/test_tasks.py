@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-import main
-from command_line import compose_config
-from estimators.nelbo import Nelbo
-from metrics import Estimate, NLLMeter
-from objectives.noising import Bernoulli
-from tasks.base import row_numbers, unigram_nll, write_results
-from tasks.scoring import Precision, score
+from palimpsest import main
+from palimpsest.common.metrics import Estimate, NLLMeter
+from palimpsest.data.collate import Collate
+from palimpsest.estimators.nelbo import Nelbo
+from palimpsest.objectives.noising import Bernoulli
+from palimpsest.settings.command_line import compose_config
+from palimpsest.tasks.base import row_numbers, unigram_nll, write_results
+from palimpsest.tasks.scoring import Precision, score
 from tests.test_configs import TINY
-from text.collate import Collate
 
 
 def test_the_ratio_estimate_and_its_error():

@@ -12,8 +12,8 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from text import tokenizers as ours
-from text.tokenizers import MASK_SYMBOL, decode, encode, load_tokenizer, token_strings, vocabulary
+from palimpsest.data import tokenizers as ours
+from palimpsest.data.tokenizers import MASK_SYMBOL, decode, encode, load_tokenizer, token_strings, vocabulary
 
 ENGLISH = (
     "The plot isn't dull, but the ending feels (frankly) rushed.",
@@ -190,7 +190,7 @@ def test_settings_that_do_not_apply(name, vocab_size, message, tmp_path):
 
 
 def test_an_absent_tokenizer_names_both_ways(tmp_path, monkeypatch):
-    monkeypatch.setattr("text.hub._hub_has_address", lambda: False)
+    monkeypatch.setattr("palimpsest.data.hub._hub_has_address", lambda: False)
     monkeypatch.delenv("DATA_DIR", raising=False)
     with pytest.raises(FileNotFoundError, match=r"(?s)gpt2.*\$DATA_DIR/gpt2_tokenizer.*not set.*Hub"):
         load_tokenizer("gpt2", cache_dir=tmp_path, folder=None)

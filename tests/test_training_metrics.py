@@ -20,19 +20,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-import main
-from callbacks.hardware import Arithmetic, compute_dtype, matmul_rate, memory
-from callbacks.metrics import BUCKETS, TrainingMetrics, _Interval
-from callbacks.progress import TextProgressBar
-from callbacks.run_state import RunState, thinned
-from command_line import compose_config, explain
-from engine import storage
-from engine.logs import _run_id
-from engine.updates import Updates
-from models.ar import AR
-from models.checkpoints import load_inert
-from models.dit import DiT
-from tasks.train import history
+from palimpsest import main
+from palimpsest.models.ar import AR
+from palimpsest.models.checkpoints import load_inert
+from palimpsest.models.dit import DiT
+from palimpsest.settings.command_line import compose_config, explain
+from palimpsest.tasks.train import history
+from palimpsest.training import storage
+from palimpsest.training.callbacks.hardware import Arithmetic, compute_dtype, matmul_rate, memory
+from palimpsest.training.callbacks.metrics import BUCKETS, TrainingMetrics, _Interval
+from palimpsest.training.callbacks.progress import TextProgressBar
+from palimpsest.training.callbacks.run_state import RunState, thinned
+from palimpsest.training.logs import _run_id
+from palimpsest.training.updates import Updates
 from tests.test_configs import ROOT, TINY, run_main
 
 RUN = [*TINY, "trainer.max_steps=7", "loader.batch_size=2", "trainer.log_every_n_steps=3", "sampling.num_sample_log=0",

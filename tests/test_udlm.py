@@ -12,20 +12,20 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.functional import one_hot
 
-from command_line import compose_config
-from file_settings import complete
-from instantiation import instantiate
-from models.checkpoints import read_checkpoint
-from noise_schedule import Cosine, LogLinear
-from objectives.base import Model
-from objectives.mlm import Rates
-from objectives.noising import Bernoulli, Complementary, ExactCount, TiltedCount
-from objectives.udlm import UDLM, _divergence
-from process import Uniform
-from randomness import KeyedNoise, evaluation_noise
-from samplers import uniform
-from samplers.base import time_grid
-from samplers.trace import Trace
+from palimpsest.common.randomness import KeyedNoise, evaluation_noise
+from palimpsest.models.checkpoints import read_checkpoint
+from palimpsest.noise_schedule import Cosine, LogLinear
+from palimpsest.objectives.base import Model
+from palimpsest.objectives.mlm import Rates
+from palimpsest.objectives.noising import Bernoulli, Complementary, ExactCount, TiltedCount
+from palimpsest.objectives.udlm import UDLM, _divergence
+from palimpsest.process import Uniform
+from palimpsest.samplers import uniform
+from palimpsest.samplers.base import time_grid
+from palimpsest.samplers.trace import Trace
+from palimpsest.settings.command_line import compose_config
+from palimpsest.settings.from_checkpoint import complete
+from palimpsest.settings.instantiation import instantiate
 from tests.laws import assert_follows
 
 V, L = 3, 2
@@ -242,7 +242,7 @@ def test_the_chunked_projection_has_the_plain_gradients(random_dit, monkeypatch)
     net, objective = random_dit(5, time_conditioning=True).float(), UDLM(LogLinear(), Uniform(5))
     batch, found = {"input_ids": torch.randint(5, (3, 6))}, []
     for size in (4 * 5 * 4, 32 * 2**20):  # chunks of four positions, and one for all
-        monkeypatch.setattr("objectives.projection._CHUNK_BYTES", size)
+        monkeypatch.setattr("palimpsest.objectives.projection._CHUNK_BYTES", size)
         net.zero_grad()
         loss = objective.loss(net, batch, evaluation_noise(0, torch.arange(3))).mean()
         loss.backward()

@@ -13,23 +13,23 @@ from omegaconf import OmegaConf
 
 from benchmarks.decoders import decoders
 from benchmarks.kneser_ney import KneserNey
-from command_line import compose_config
-from contradictions import refuse_contradictions
-from denoisers import Denoiser
-from noise_schedule import LogLinear
-from number_checks import check_numbers
-from objectives.ar import AR
-from objectives.base import Model
-from objectives.block import BlockDiffusion
-from objectives.d3pm import D3PM
-from objectives.sedd import SEDD
-from objectives.subs import Subs
-from process import Absorbing
-from randomness import KeyedNoise
-from samplers import block, semi_autoregressive
-from samplers.base import TokenChoice
-from samplers.trace import Trace
-from samplers.unmasking import ORDERS, REMASKS, SCHEDULES, Unmasking, masks_left, remdm_chances, sample
+from palimpsest.common.randomness import KeyedNoise
+from palimpsest.denoisers import Denoiser
+from palimpsest.noise_schedule import LogLinear
+from palimpsest.objectives.ar import AR
+from palimpsest.objectives.base import Model
+from palimpsest.objectives.block import BlockDiffusion
+from palimpsest.objectives.d3pm import D3PM
+from palimpsest.objectives.sedd import SEDD
+from palimpsest.objectives.subs import Subs
+from palimpsest.process import Absorbing
+from palimpsest.samplers import block, semi_autoregressive
+from palimpsest.samplers.base import TokenChoice
+from palimpsest.samplers.trace import Trace
+from palimpsest.samplers.unmasking import ORDERS, REMASKS, SCHEDULES, Unmasking, masks_left, remdm_chances, sample
+from palimpsest.settings.command_line import compose_config
+from palimpsest.settings.contradictions import refuse_contradictions
+from palimpsest.settings.values import check_numbers
 from tests.laws import assert_follows
 
 CHOICES = (TokenChoice(), TokenChoice(temperature=0), TokenChoice(temperature=0.7, top_k=2), TokenChoice(nucleus_p=0.8))

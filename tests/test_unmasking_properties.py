@@ -10,7 +10,7 @@ pytest.importorskip("hypothesis", reason="needs hypothesis: pip install hypothes
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-from samplers.unmasking import ORDERS, REMASKS, SCHEDULES, Unmasking  # noqa: E402
+from palimpsest.samplers.unmasking import ORDERS, REMASKS, SCHEDULES, Unmasking  # noqa: E402
 from tests.test_unmasking import CHOICES, Toy, Watched, assert_sound, run  # noqa: E402
 
 

@@ -7,15 +7,15 @@ from functools import partial
 import pytest
 import torch
 
-from noise_schedule import LogLinear
-from objectives.ar import AR
-from objectives.base import Model
-from objectives.block import BlockDiffusion
-from objectives.d3pm import D3PM
-from objectives.subs import Subs
-from process import Absorbing
-from randomness import KeyedNoise
-from samplers import (
+from palimpsest.common.randomness import KeyedNoise
+from palimpsest.noise_schedule import LogLinear
+from palimpsest.objectives.ar import AR
+from palimpsest.objectives.base import Model
+from palimpsest.objectives.block import BlockDiffusion
+from palimpsest.objectives.d3pm import D3PM
+from palimpsest.objectives.subs import Subs
+from palimpsest.process import Absorbing
+from palimpsest.samplers import (
     analytic,
     ancestral,
     autoregressive,
@@ -26,8 +26,8 @@ from samplers import (
     semi_autoregressive,
     unmasking,
 )
-from samplers.base import TokenChoice
-from samplers.trace import Trace
+from palimpsest.samplers.base import TokenChoice
+from palimpsest.samplers.trace import Trace
 from tests.test_unmasking import Toy, Watched
 
 MASK = 3

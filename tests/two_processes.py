@@ -11,13 +11,11 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+import torch.distributed
 
-import torch.distributed  # noqa: E402
-
-import main  # noqa: E402
-from command_line import compose_config  # noqa: E402
-from tasks.fitting import fit  # noqa: E402
+from palimpsest import main
+from palimpsest.settings.command_line import compose_config
+from palimpsest.tasks.fitting import fit
 
 
 def fall_asleep(diffusion: main.Diffusion, optimizer: object) -> None:

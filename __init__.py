@@ -1,0 +1,1 @@
+"""Palimpsest: train, measure, sample and classify with discrete diffusion language models."""

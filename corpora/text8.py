@@ -1,0 +1,68 @@
+"""text8: the first 100 million characters of a cleaned Wikipedia (a to z and the space), as a source."""
+
+import copy
+import zipfile
+from collections.abc import Mapping
+
+import datasets
+
+from palimpsest.data.hub import local_folder
+from palimpsest.data.rows import check_split, text_rows, with_documents
+from palimpsest.data.sources import Source
+
+
+class Text8:
+    """Texts of `chunk` characters each, in their order; the last one of a split may be shorter.
+
+    parts: a source whose splits are one long text each (HubOrFolder). Where `$DATA_DIR/<folder>` has the original,
+    `text8` or `text8.zip`, that is cut instead. sizes: characters of train, validation and test, in this order in the
+    original (90, 5 and 5 million: Tran et al., 2019, and all published figures). Raises ValueError for other sizes.
+    """
+
+    label_names = None
+
+    def __init__(self, parts: Source, folder: str, chunk: int, sizes: Mapping[str, int]) -> None:
+        self.parts, self.folder, self.chunk, self.sizes = parts, folder, chunk, dict(sizes)
+        self._drop_last = False
+        if chunk < 1:
+            raise ValueError(f"data.source.chunk={chunk} must be at least 1")
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return tuple(self.sizes)
+
+    def published(self) -> "Text8":
+        """Return text8 as the reference projects read it: without the last text of a split if it is shorter."""
+        other = copy.copy(self)
+        other._drop_last = True
+        return other
+
+    def load(self, split: str) -> datasets.Dataset:
+        """The split's rows. Raises ValueError for a split that does not exist or has another size than it should."""
+        check_split(split, self.splits)
+        text = self._original(split)
+        if text is None:
+            text = "".join(self.parts.load(split)["text"])
+            if len(text) != self.sizes[split]:
+                raise ValueError(f"the {split} split of text8 has {self.sizes[split]:,} characters, not {len(text):,}")
+        end = len(text) - len(text) % self.chunk if self._drop_last else len(text)
+        return with_documents(text_rows([text[at : at + self.chunk] for at in range(0, end, self.chunk)]), None)
+
+    def _original(self, split: str) -> str | None:
+        """The split's part of the original, where there is one. Bytes are characters, as all are ASCII."""
+        folder = local_folder(self.folder)
+        if folder is None:
+            return None
+        if (folder / "text8").is_file():
+            path, whole = folder / "text8", (folder / "text8").read_bytes()
+        elif (folder / "text8.zip").is_file():
+            path = folder / "text8.zip"
+            with zipfile.ZipFile(path) as archive:
+                whole = archive.read("text8")
+        else:
+            return None
+        if len(whole) != sum(self.sizes.values()):
+            raise ValueError(f"{path} has {len(whole):,} characters; text8 has {sum(self.sizes.values()):,}")
+        before = list(self.sizes)[: list(self.sizes).index(split)]
+        start = sum(self.sizes[name] for name in before)
+        return whole[start : start + self.sizes[split]].decode("ascii")

@@ -1,0 +1,557 @@
+"""Read the rows of text files of any usual format, as they are: nothing is guessed to be missing, a number or a date.
+
+Each format has one reader, for files that are read whole and for files that are streamed. Only the columns that are
+asked for are read. A row that does not fit its file is an error with file, line and row; rows are counted from 0.
+
+  txt            one text per line that is not blank
+  csv            as Python's csv module reads it, strictly; every row has as many fields as the header
+  tsv            a row is a line, with as many fields as the header. A field that is wholly in quotation marks is read
+                 without them and may hold tabs; it may hold line breaks if it holds no tab and there are several
+                 columns. Any other quotation mark is a character of the text.
+  json, jsonl    one object per line, or one list of objects (which is read whole, also when it is streamed)
+  parquet        row group by row group
+
+All but Parquet may be packed by gzip, bzip2, xz or zstd (a further ending, as in `part.jsonl.gz`). The text is UTF-8.
+"""
+
+import bz2
+import csv
+import glob
+import gzip
+import io
+import itertools
+import json
+import logging
+import lzma
+import os
+import re
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import TextIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from palimpsest.common.messages import listed, shown
+
+log = logging.getLogger(__name__)
+
+NUMBER = re.compile(r"-?[0-9]+")
+_DIGITS = 9  # of the longest number that can be a label
+_AT_ONCE = 1000  # rows in a table
+_CHARACTERS = 1 << 24  # in a table, about
+_OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_PACKED = (*_OPENERS, ".zst")
+_FAULTS = (ValueError, OSError, EOFError, csv.Error, pa.ArrowException, lzma.LZMAError, zlib.error)
+_JSON_FORM = (
+    "a JSON file holds one object per line, or one list of objects; pandas writes it by to_json(path, "
+    "orient='records', lines=True)"
+)
+
+_LONGEST_LINE = 1 << 28  # characters: a packed file of a few megabytes may hold a line that no memory does
+csv.field_size_limit(_LONGEST_LINE)  # the library's own limit is below the length of long documents
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns to read.
+
+    Args:
+        texts: each value must be a text.
+        label: each value must be a word or a whole number. It is read as a word, without blanks around it.
+        label_names: the classes, where they are known; a label must be one of them, or the number of one.
+        numbered: whether labels must be numbers (True) or must not (False), where that is known.
+        settings: column -> the setting that names it, for messages.
+    """
+
+    texts: tuple[str, ...] = ("text",)
+    label: str | None = None
+    label_names: tuple[str, ...] | None = None
+    numbered: bool | None = None
+    settings: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.texts if self.label is None else (*self.texts, self.label)
+
+    def positions(self, present: Sequence[str]) -> list[int]:
+        """Return where the columns stand among those of a file. Raises ValueError for an absent or a repeated one."""
+        for name in self.names:
+            if name not in present:
+                setting = f" ({self.settings[name]}={name})" if name in self.settings else ""
+                raise ValueError(f"there is no column {shown(name)}{setting}; it has {listed(present)}")
+            if present.count(name) > 1:
+                raise ValueError(f"{present.count(name)} columns are called {shown(name)}; rename all but one")
+        return [present.index(name) for name in self.names]
+
+
+# A row of a file: its line (None where lines say nothing) and its values in the order of Columns.names.
+_Row = tuple[int | None, Sequence[object]]
+# Rows that follow one another: the number of the first, their lines (none of Parquet files), column -> values.
+_Batch = tuple[int, Sequence[int | None], Mapping[str, Sequence[object] | pa.Array]]
+
+
+# -------------------------------------------------------------------------------- files
+
+
+def readable_files(path: str, key: str) -> list[Path]:
+    """Return a file, every readable file in a folder, or those of a glob, in sorted order; `key` is the setting that
+    gave `path`. Nothing is opened.
+
+    Raises:
+        FileNotFoundError: there is no file.
+        ValueError: one of them is a pipe, a device or the like; the folder was written by `save_to_disk`.
+    """
+    place = Path(path).expanduser()
+    if place.is_dir():
+        _check_not_saved(place, key)
+        entries = [p for p in sorted(place.iterdir()) if kind_of(p) in KINDS and not p.name.startswith(".")]
+        found = matching_files(entries, key)
+        if not found:
+            raise FileNotFoundError(f"{key}={path}: the folder holds no file of {', '.join(KINDS)}")
+        return found
+    entries = [place] if os.path.lexists(place) else map(Path, sorted(glob.glob(str(place), recursive=True)))
+    found = matching_files(entries, key)
+    if not found:
+        raise FileNotFoundError(f"{key}={path}: there is no such file; correct the path (relative to {Path.cwd()})")
+    return found
+
+
+def matching_files(paths: Iterable[Path], key: str) -> list[Path]:
+    """Return those that are not folders. Raises ValueError for one that is no file either: reading a pipe or a device
+    might never end."""
+    found = [path for path in paths if not path.is_dir()]
+    for path in found:
+        if not path.is_file():
+            what = "is no ordinary file but a pipe, a device or a socket" if path.exists() else "is a link to nothing"
+            raise ValueError(f"{key}={path} {what}; remove it, or give a file")
+    return found
+
+
+def kind_of(path: Path) -> str:
+    """Return the ending that says what a file is, without that of its packing: jsonl for part.jsonl.gz."""
+    name = path.name.lower()
+    for ending in _PACKED:
+        name = name.removesuffix(ending)
+    return Path(name).suffix.lstrip(".")
+
+
+def _check_not_saved(folder: Path, key: str) -> None:
+    one_split = (folder / "state.json").exists() and any(folder.glob("*.arrow"))
+    if one_split or (folder / "dataset_dict.json").exists():
+        raise ValueError(f"{key}={folder} was written by save_to_disk of the library datasets; write Parquet files "
+                         f"instead: datasets.load_from_disk('{folder}').to_parquet('train.parquet') "
+                         f"(of several splits, one file for each)")  # fmt: skip
+
+
+# -------------------------------------------------------------------------------- reading
+
+
+def read_files(files: Sequence[Path], key: str, columns: Columns) -> pa.Table:
+    """Return all rows of files: the columns, as large_string. Raises ValueError as `read_tables` does."""
+    schema = pa.schema([(name, pa.large_string()) for name in columns.names])
+    whole = [pa.Table.from_batches([], schema)]
+    for path in files:
+        tables = list(read_tables(path, key, columns))
+        whole += [pa.concat_tables(tables).combine_chunks()] if tables else []
+    return pa.concat_tables(whole)
+
+
+def read_tables(path: Path, key: str, columns: Columns, row_group: int | None = None) -> Iterator[pa.Table]:
+    """Read a file piece by piece, of a Parquet file perhaps one row group only.
+
+    Yields:
+        Tables of the columns, as large_string and without nulls.
+
+    Raises:
+        ValueError: the file, one of its rows, or its kind cannot be read; names file, line and remedy.
+    """
+    with reading(path, key):
+        if kind_of(path) == "parquet":
+            yield from _tables(_parquet_batches(path, columns, row_group), columns, path)
+        else:
+            yield from _tables(_batches(_reader(path)(path, columns), columns), columns, path)
+
+
+@contextmanager
+def reading(path: Path, key: str) -> Iterator[None]:
+    """Turn what goes wrong with a file into a ValueError that names the file and the setting that gave it."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{key}={path} cannot be read: {_not_utf8(path)}") from error
+    except _FAULTS as error:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        reason = re.sub("Exceeds the limit .*", "a number has over 4,300 digits; put it into quotation marks", reason)
+        raise ValueError(f"{key}={path} cannot be read: {reason}") from error
+
+
+def _reader(path: Path) -> Callable[[Path, Columns], Iterator[_Row]]:
+    kind = kind_of(path)
+    if kind not in _READERS:
+        other = " (a file of save_to_disk: see datasets.Dataset.to_parquet)" if kind == "arrow" else ""
+        raise ValueError(f"files of type {path.suffix or '(none)'} cannot be read{other}; give one of "
+                         f"{', '.join(KINDS)}")  # fmt: skip
+    return _READERS[kind]
+
+
+def _open(path: Path, newline: str | None = None, errors: str = "strict") -> TextIO:
+    """The unpacked text of a file. A packed file that ends too early is an error in all formats."""
+    settings = {"encoding": "utf-8-sig", "newline": newline, "errors": errors}
+    if path.suffix.lower() == ".zst":
+        return io.TextIOWrapper(pa.input_stream(str(path), compression="zstd"), **settings)
+    return _OPENERS.get(path.suffix.lower(), open)(path, "rt", **settings)
+
+
+def _not_utf8(path: Path) -> str:
+    """Which line is not UTF-8, and what to do about it."""
+    with _open(path, errors="surrogateescape") as file:
+        for number, line in enumerate(file, 1):
+            found = re.search("[\udc80-\udcff]", line)
+            if found:
+                byte = ord(found.group()) - 0xDC00
+                coding = "UTF-16" if number == 1 and byte in (0xFE, 0xFF) else "WINDOWS-1252"
+                return (f"line {number} is not UTF-8 (byte 0x{byte:02x}); convert the file, for example by "
+                        f"iconv -f {coding} -t UTF-8 {path.name} > new-{path.name}")  # fmt: skip
+    return "it is not UTF-8; convert it"
+
+
+def _tables(batches: Iterable[_Batch], columns: Columns, path: Path) -> Iterator[pa.Table]:
+    told = False
+    for first, lines, cells in batches:
+
+        def place(number: int, lines: Sequence[int | None] = lines, first: int = first) -> str:
+            return _place(lines[number] if lines else None, first + number)
+
+        table = {name: _texts(cells[name], name, place) for name in columns.texts}
+        if columns.label is not None:
+            values = cells[columns.label]
+            labels = _labels(values, columns, place)
+            told = told or _tell_blanks(values, labels, f"{path}: ", place)
+            table[columns.label] = pa.array(labels, pa.large_string())
+        yield pa.table(table)
+
+
+def _batches(rows: Iterable[_Row], columns: Columns) -> Iterator[_Batch]:
+    first, batch, characters = 0, [], 0
+    for row in rows:
+        batch.append(row)
+        text = row[1][0]
+        characters += len(text) if isinstance(text, str) else 0
+        if len(batch) == _AT_ONCE or characters > _CHARACTERS:
+            yield _batch(first, batch, columns)
+            first, batch, characters = first + len(batch), [], 0
+    if batch:
+        yield _batch(first, batch, columns)
+
+
+def _batch(first: int, rows: Sequence[_Row], columns: Columns) -> _Batch:
+    lines, values = zip(*rows, strict=True)
+    return first, lines, dict(zip(columns.names, zip(*values, strict=True), strict=True))
+
+
+def _place(line: int | None, row: int) -> str:
+    return f"row {row}" if line is None else f"line {line}, row {row}"
+
+
+# -------------------------------------------------------------------------------- values
+
+
+def _texts(values: Sequence[object] | pa.Array, column: str, place: Callable[[int], str]) -> pa.Array:
+    """A column of texts. Raises ValueError for the first value that is none."""
+    if isinstance(values, pa.Array):
+        kind = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
+        is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+        if is_text and not values.null_count:
+            return values.cast(kind).cast(pa.large_string())
+        values = values.to_pylist()
+    try:
+        texts = pa.array(values, pa.large_string())
+        if not texts.null_count:
+            return texts
+    except (pa.ArrowException, UnicodeEncodeError):
+        pass
+    for number, value in enumerate(values):
+        if not isinstance(value, str):
+            remedy = _JSON_FORM if isinstance(value, list | dict) else "make it a text, or leave the row out"
+            raise ValueError(  # noqa: TRY004
+                f"{place(number)} of column {column!r} is {shown(value)}, not a text; {remedy}"
+            )
+        if re.search("[\ud800-\udfff]", value):
+            raise ValueError(f"{place(number)} of column {column!r} holds half a character (a lone surrogate, as where "
+                             f"an emoji was cut): {shown(value)}; remove it")  # fmt: skip
+    raise AssertionError("all are texts")
+
+
+def _labels(values: Sequence[object], columns: Columns, place: Callable[[int], str]) -> list[str]:
+    """Labels as words without blanks around them, whole numbers too."""
+    labels, numbers = [], {name: number for number, name in enumerate(columns.label_names or ())}
+    for number, value in enumerate(values):
+        word = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+        word = word.strip() if isinstance(word, str) else ""
+        fault = _label_fault(word, columns, numbers)
+        if fault:
+            raise ValueError(f"{place(number)} of column {columns.label!r} is {shown(value)}{fault}")
+        labels.append(word)
+    return labels
+
+
+def _label_fault(word: str, columns: Columns, numbers: Mapping[str, int]) -> str | None:
+    """What is wrong with a label. numbers: those of `label_names`."""
+    numbered = bool(NUMBER.fullmatch(word))
+    if not word or (numbered and len(word.lstrip("-")) > _DIGITS and word not in numbers):
+        return "; labels must be whole numbers from 0 on, or words, throughout"
+    if columns.label_names is not None and label_number(word, numbers) is None:
+        return f", which is none of {classes(columns.label_names)}; correct the file, or give data.label_names"
+    if columns.numbered not in (None, numbered):
+        usual = "numbers" if columns.numbered else "words"
+        return f", and most labels are {usual}; correct it, or give data.label_names"
+    return None
+
+
+def label_number(label: object, numbers: Mapping[str, int]) -> int | None:
+    """Return the number of a class that is given by its name (a key of `numbers`) or by its number, None if there is no
+    such class."""
+    if isinstance(label, str) and label in numbers:
+        return numbers[label]
+    number = int(label) if isinstance(label, str) and NUMBER.fullmatch(label) else label
+    return number if type(number) is int and 0 <= number < len(numbers) else None
+
+
+def classes(names: Sequence[str]) -> str:
+    """Return the classes with their numbers, for a message."""
+    return listed([f"{number} ({name})" for number, name in enumerate(names)])
+
+
+def _tell_blanks(values: Sequence[object], labels: Sequence[str], origin: str, place: Callable[[int], str]) -> bool:
+    """Say which label had blanks around it; whether there was one."""
+    for number, (value, label) in enumerate(zip(values, labels, strict=True)):
+        if isinstance(value, str) and value != label:
+            log.warning("%s%s: the label %s is read as %r; blanks around labels are left out", origin, place(number),
+                        shown(value), label)  # fmt: skip
+            return True
+    return False
+
+
+# -------------------------------------------------------------------------------- formats
+
+
+def _numbered_lines(file: TextIO) -> Iterator[tuple[int, str]]:
+    """The lines of a file with their numbers, from 1. Raises ValueError for one that is too long to be a line."""
+    for number in count(1):
+        line = file.readline(_LONGEST_LINE)
+        if not line:
+            return
+        if len(line) == _LONGEST_LINE and not line.endswith("\n"):
+            raise ValueError(f"line {number} has more than {_LONGEST_LINE:,} characters; break it into texts")
+        yield number, line
+
+
+def _txt_rows(path: Path, columns: Columns) -> Iterator[_Row]:
+    columns.positions(columns.texts[:1])
+    with _open(path) as file:  # universal newlines, and no other separator ends a line
+        for number, line in _numbered_lines(file):
+            if line.strip():
+                yield number, (line.removesuffix("\n"),)
+
+
+def _csv_rows(path: Path, columns: Columns) -> Iterator[_Row]:
+    with _open(path, newline="") as file:
+        yield from _separated(_csv_records(file), columns, "commas")
+
+
+def _csv_records(file: TextIO) -> Iterator[tuple[int, list[str]]]:
+    """The line that each row begins at, and its fields."""
+    reader, end = csv.reader(file, strict=True), 0
+    try:
+        for fields in reader:
+            if fields:  # else a blank line
+                yield end + 1, fields
+            end = reader.line_num
+    except csv.Error as error:
+        raise ValueError(f"line {end + 1}: {error}; a field that begins with a quotation mark must end with one, and "
+                         "those within it are doubled") from error  # fmt: skip
+
+
+def _tsv_rows(path: Path, columns: Columns) -> Iterator[_Row]:
+    with _open(path, newline="") as file:
+        yield from _separated(_tsv_records(file), columns, "tabs")
+
+
+def _tsv_records(file: TextIO) -> Iterator[tuple[int, list[str]]]:
+    """As `_csv_records`; the head of this module has the rules of quotation marks."""
+    ahead, number, tabs = deque[str](), 0, None
+    while True:
+        line = ahead.popleft() if ahead else next(file, None)
+        if line is None:
+            return
+        number += 1
+        plain = line.rstrip("\r\n")
+        if not plain:
+            continue
+        taken: list[str] = []
+        fields = plain.split("\t")
+        tabs = len(fields) - 1 if tabs is None else tabs  # those of the header
+        if '"' in plain:
+            quoted = _unquoted(line, tabs, ahead, file, taken)
+            if quoted is None or len(quoted) != tabs + 1:
+                ahead.extendleft(reversed(taken))
+                taken = []
+            else:
+                fields = quoted
+        yield number, fields
+        number += len(taken)
+
+
+def _unquoted(line: str, tabs: int, ahead: deque[str], file: TextIO, taken: list[str]) -> list[str] | None:
+    """The fields of a row whose quotation marks are in pairs, None for others. The lines that it runs on to go into
+    `taken`; with them it has no more tabs than the header."""
+
+    def lines() -> Iterator[str]:
+        yield line
+        left = tabs - line.count("\t")
+        while tabs:
+            more = ahead.popleft() if ahead else next(file, None)
+            if more is None:
+                return
+            taken.append(more)
+            left -= more.count("\t")
+            if left < 0:
+                return
+            yield more
+
+    try:
+        return next(csv.reader(lines(), delimiter="\t", strict=True))
+    except csv.Error:
+        return None
+
+
+def _separated(records: Iterator[tuple[int, list[str]]], columns: Columns, separators: str) -> Iterator[_Row]:
+    """The rows of a file whose first one is the header. Raises ValueError for a row with more or fewer fields."""
+    line, header = next(records, (0, None))
+    if header is None:
+        raise ValueError("it is empty; its first line must name the columns")
+    try:
+        at = columns.positions(header)
+    except ValueError as error:
+        other = len(header) == 1 and re.search(r"[;,\t|]", header[0])
+        raise ValueError(f"{error} (fields are separated by {separators})" if other else str(error)) from error
+    width = len(header)
+    for line, fields in records:
+        if len(fields) != width:
+            if len(fields) == 1 and not fields[0].strip():
+                continue
+            remedy = (f"put texts with {separators} into quotation marks" if len(fields) > width else
+                      "complete the row, or leave it out")  # fmt: skip
+            raise ValueError(f"line {line} has another number of fields ({len(fields)}) than the header ({width}: "
+                             f"{listed(header)}); {remedy}")  # fmt: skip
+        yield line, [fields[i] for i in at]
+
+
+def _json_rows(path: Path, columns: Columns) -> Iterator[_Row]:
+    with _open(path) as file:
+        filled = ((number, line) for number, line in _numbered_lines(file) if line.strip())
+        begin = next(filled, None)
+        if begin is None:
+            return
+        if begin[1].lstrip().startswith("["):
+            parsed = _parsed(begin[1] + file.read(), begin[0], _without_repeats)
+            yield from ((None, _cells(row, columns, f"row {number}")) for number, row in enumerate(parsed))
+            return
+        marks = [json.dumps(name) for name in columns.names]
+        for row, (line, content) in enumerate(itertools.chain([begin], filled)):
+            repeats = any(content.count(mark) > 1 for mark in marks)  # perhaps: it may stand in a text
+            parsed = _parsed(content.strip(), line, _without_repeats if repeats else None)
+            yield line, _cells(parsed, columns, _place(line, row))
+
+
+def _parsed(content: str, line: int, hook: Callable[[list[tuple[str, object]]], dict] | None) -> object:
+    """JSON that begins in a line of a file."""
+    try:
+        return json.loads(content, object_pairs_hook=hook)
+    except json.JSONDecodeError as error:
+        bad = content.split("\n")[error.lineno - 1]
+        raise ValueError(f"line {line + error.lineno - 1} is not JSON ({error.msg} at character {error.colno}): "
+                         f"{shown(bad)}; {_JSON_FORM}") from error  # fmt: skip
+    except RecursionError as error:
+        raise ValueError(f"line {line} has too many brackets within brackets") from error
+    except ValueError as error:  # a repeated column, or a number of thousands of digits
+        raise ValueError(f"line {line}: {error}") from error
+
+
+def _without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """An object of JSON whose names differ."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"an object has {names.count(repeated)} values called {shown(repeated)}; rename all but one")
+    return made
+
+
+def _cells(row: object, columns: Columns, place: str) -> list[object]:
+    if not isinstance(row, dict):
+        raise ValueError(f"{place} is {shown(row)}, not an object with columns; {_JSON_FORM}")  # noqa: TRY004
+    try:
+        return [row[name] for name in columns.names]
+    except KeyError:
+        pass
+    try:
+        columns.positions(list(row))
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
+    raise AssertionError("all columns are there")
+
+
+def _parquet_batches(path: Path, columns: Columns, row_group: int | None) -> Iterator[_Batch]:
+    if path.suffix.lower() in _PACKED:
+        raise ValueError("a Parquet file is packed inside; unpack it, and give the .parquet file")
+    with pq.ParquetFile(path) as file:
+        columns.positions(file.schema_arrow.names)
+        sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        groups = list(range(len(sizes))) if row_group is None else [row_group]
+        first = sum(sizes[:row_group]) if row_group else 0
+        for batch in file.iter_batches(_AT_ONCE, row_groups=groups, columns=list(columns.names)):
+            batch.validate(full=True)  # the bytes of texts are UTF-8
+            cells = {name: batch.column(name) for name in columns.texts}
+            if columns.label is not None:
+                cells[columns.label] = batch.column(columns.label).to_pylist()
+            yield first, (), cells
+            first += batch.num_rows
+
+
+def class_names(files: Sequence[Path], key: str, column: str) -> tuple[str, ...] | None:
+    """Return the names of classes that the library datasets keeps in Parquet files (its ClassLabel), if there are any.
+
+    Raises:
+        ValueError: two files have different ones; a file cannot be read.
+    """
+    found: dict[tuple[str, ...], Path] = {}
+    for path in files:
+        if kind_of(path) != "parquet":
+            continue
+        with reading(path, key):
+            said = json.loads((pq.read_schema(path).metadata or {}).get(b"huggingface", b"{}"))
+        feature = said.get("info", {}).get("features", {}).get(column)
+        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel":
+            found.setdefault(tuple(map(str, feature["names"])), path)
+    if len(found) > 1:
+        (ours, first), (theirs, second) = list(found.items())[:2]
+        raise ValueError(f"{key}: {first} has the classes {classes(ours)}, but {second} has {classes(theirs)}; number "
+                         "them alike")  # fmt: skip
+    return next(iter(found), None)
+
+
+_READERS: dict[str, Callable[[Path, Columns], Iterator[_Row]]] = {
+    "txt": _txt_rows,
+    "csv": _csv_rows,
+    "tsv": _tsv_rows,
+    "json": _json_rows,
+    "jsonl": _json_rows,
+}
+KINDS = (*_READERS, "parquet")

@@ -1,0 +1,435 @@
+"""Where text comes from: named data sets (a local folder or the Hub), several of them joined, the embedded corpus;
+data/user_files.py has the user's own files.
+
+Every source has `splits` (names it can load), `label_names` (None where texts have no labels) and
+`load(split) -> datasets.Dataset` with the columns `text` (str), where there are labels `label` (int64), and where texts
+have parts `ends` (list of int64, as many for every text): the characters before which each part but the last ends.
+Where texts are pieces of longer documents, such as lines, there is `document` (int64): its number, or -1 throughout
+where the documents are not known. Without that column each text is a document of its own.
+`load` gives the same rows in the same order every time, in every process. Split names are `train`,
+`validation`, `test`. A source may also have
+  stream(split, limit)    the first rows of a split without reading the rest (data.streaming=true)
+  open(split)             the split as pieces to be read one after the other (data/shards.py), for training on a stream
+  detokenizer_of(split)   the name of what undid a tokenisation of its texts (data/detokenizers.py), or None
+  sources                 names of the data sets that it joins: what data.train and data.valid may be
+  published()             the source as the reference projects read it (data.protocol=reference)
+  prompted                texts have parts, of which the first is a prompt: seen, never masked nor scored
+"""
+
+import contextlib
+import copy
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property, lru_cache, partial
+from pathlib import Path
+from typing import Protocol
+
+import datasets
+import pyarrow as pa
+
+from palimpsest.corpora import reviews
+from palimpsest.data.detokenizers import PUBLISHED, VERSION, detokenizer
+from palimpsest.data.files import Columns, kind_of, matching_files, read_files
+from palimpsest.data.hub import both_ways, local_folder, quick_when_offline
+from palimpsest.data.rows import (
+    as_labels,
+    carve,
+    check_parts,
+    check_share,
+    check_split,
+    from_table,
+    in_parts,
+    need_columns,
+    not_empty,
+    permutation,
+    take_rows,
+    text_column,
+    text_rows,
+    to_table,
+    with_documents,
+    without_blanks,
+)
+from palimpsest.data.shards import FilePieces, HubPieces, Shards, listing, num_rows
+
+# Data sets whose rows on the Hub are lines with their line feed, empty lines included.
+_LINES_WITH_ENDS = ("Salesforce/wikitext",)
+
+
+class Source(Protocol):
+    """What TextData asks of a source."""
+
+    @property
+    def splits(self) -> tuple[str, ...]: ...
+
+    @property
+    def label_names(self) -> tuple[str, ...] | None: ...
+
+    def load(self, split: str) -> datasets.Dataset: ...
+
+
+class HubOrFolder:
+    """A named data set: `$DATA_DIR/<folder>/<files[split]>` where that exists, else `hub_id` on the Hub.
+
+    files: split -> file name or pattern. hub_splits: split -> split expression of the Hub, at `hub_revision`
+    (None: the current one). Either may end in a slice, `train[:-1000]`.
+    text_columns: the column of the texts, or several from which `parts` makes them, "Question: {question}\nAnswer:" and
+    " {answer}"; the first of several parts is a prompt, which a model is given. drop_blank: leave out texts of white
+    space and strip the line end that the Hub keeps (data sets of one text per line). detokenizer: a name in
+    data/detokenizers.py. unlabelled: splits whose texts have no labels, whatever the files say.
+    document_start: pattern of the texts with which a document begins, where texts are lines of documents; None where
+    nothing tells them apart; "": each text is a document of its own.
+    A data set without a validation split has `validation_share` of its train split held out, chosen by
+    `seed`; texts that also occur in the held-out part are dropped from the train part. shuffle: put rows
+    into an order fixed by `seed` (for files sorted by label).
+    Raises FileNotFoundError naming both ways where neither the folder nor the Hub has it.
+    """
+
+    def __init__(
+        self,
+        hub_id: str,
+        folder: str,
+        files: Mapping[str, str],
+        hub_splits: Mapping[str, str],
+        hub_config: str | None = None,
+        hub_revision: str | None = None,
+        text_columns: str | Sequence[str] = "text",
+        parts: Sequence[str] | None = None,
+        label_column: str | None = None,
+        label_names: Sequence[str] | None = None,
+        drop_blank: bool = False,
+        detokenizer: str | None = None,
+        validation_share: float | None = None,
+        shuffle: bool = False,
+        seed: int = 0,
+        unlabelled: Sequence[str] = (),
+        document_start: str | None = "",
+    ) -> None:
+        self.document_start = document_start
+        self.hub_id, self.hub_config, self.hub_revision, self.folder = hub_id, hub_config, hub_revision, folder
+        self.files, self.hub_splits = dict(files), dict(hub_splits)
+        self.text_columns = [text_columns] if isinstance(text_columns, str) else list(text_columns)
+        self.parts, self.drop_blank = None if parts is None else tuple(parts), drop_blank
+        self.label_column, self.unlabelled = label_column, tuple(unlabelled)
+        self.label_names = tuple(label_names) if label_names else None
+        self.shuffle, self.seed = shuffle, seed
+        self.validation_share = validation_share
+        self.detokenizer, self._as_published = detokenizer, False
+        if label_column and not label_names:
+            raise ValueError(f"data.source.label_column={label_column} needs data.source.label_names")
+        check_parts(self.parts, self.text_columns)
+        if detokenizer is not None:
+            _check_detokenizer(detokenizer, self.text_columns, self.parts)
+        if validation_share is not None:
+            check_share("data.source.validation_share", validation_share)
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        carved = ("validation",) if self.validation_share is not None else ()
+        return _ordered({*self.files, *carved})
+
+    @property
+    def prompted(self) -> bool:
+        """Whether texts begin with a prompt."""
+        return self.parts is not None and len(self.parts) > 1
+
+    def detokenizer_of(self, split: str) -> str | None:
+        """Its name, None where the texts are as people write them."""
+        return self.detokenizer
+
+    def published(self) -> "HubOrFolder":
+        """Return this data set as the reference projects read it: every row that the Hub has, in the Hub's order, empty
+        ones included, with the line ends that the Hub keeps and the published detokeniser."""
+        other = copy.copy(self)
+        other._as_published, other.drop_blank, other.shuffle = True, False, False
+        other.detokenizer = PUBLISHED.get(self.detokenizer, self.detokenizer)
+        return other
+
+    def load(self, split: str) -> datasets.Dataset:
+        """The split's rows. Raises ValueError for a split that does not exist or that holds bad rows."""
+        check_split(split, self.splits)
+        if self.validation_share is None or split not in ("train", "validation"):
+            return self._rows(split)
+        return self._carved[split]
+
+    def stream(self, split: str, limit: int) -> datasets.Dataset:
+        """The first `limit` rows of the split; of the Hub no more is downloaded than they need.
+
+        Raises ValueError where the rows of the split are known only when all of it has been read.
+        """
+        self._check_streaming(split)
+        if self._files(split):
+            return self._with_documents(self.open(split).first(limit))
+        rows = self._prepared(*self._beginning(split, limit))
+        return self._with_documents(rows if len(rows) <= limit else take_rows(rows, range(limit)))
+
+    def open(self, split: str) -> Shards:
+        """The split, to be read piece by piece. Raises ValueError where its rows are known only when all of it, or
+        its end, has been read; FileNotFoundError where it lies neither in the folder nor on the Hub."""
+        self._check_streaming(split)
+        files, expression = self._files(split), self.files.get(split, "")
+        if files:
+            origin = f"{local_folder(self.folder)}/{expression}"
+            rows = FilePieces.of(files, "DATA_DIR", self._file_columns(split))
+        else:
+            expression = self.hub_splits[split]
+            origin = f"{self.hub_id} ({expression})"
+            rows = HubPieces(self._hub_stream(split), tuple(self._columns(split)), origin)
+        prepare = partial(self._cooked, origin=origin)
+        start, stop = self._bounds(expression, num_rows(files) if files else None)
+        return Shards(rows, prepare, origin, start, stop, listing(files))
+
+    def _bounds(self, expression: str, total: int | None) -> tuple[int, int | None]:
+        """The rows that an expression names, of `total` ones (None: not known)."""
+        _, start, stop = _sliced(expression)
+        if total is not None:
+            first, last, _ = slice(start, stop).indices(total)
+            return first, last if stop is not None else None
+        if min(start or 0, stop or 0) < 0:
+            raise ValueError(f"data.streaming=true: {self.hub_id} is read from its beginning, so {expression}, which "
+                             f"counts from the end, cannot be cut off it; set it to false")  # fmt: skip
+        return start or 0, stop
+
+    def _check_streaming(self, split: str) -> None:
+        check_split(split, self.splits)
+        carved = self.validation_share is not None and split in ("train", "validation")
+        if carved or self.shuffle:
+            why = "is held out of the whole train split" if carved else "has to be shuffled as a whole"
+            raise ValueError(f"data.streaming=true: the {split} split of {self.hub_id} {why}; set it to false")
+
+    def _files(self, split: str) -> list[Path]:
+        """The split's files in the folder, if it has any."""
+        name, folder = _sliced(self.files.get(split, ""))[0], local_folder(self.folder)
+        return matching_files(sorted(folder.glob(name)), "DATA_DIR") if folder and name else []
+
+    def _hub_stream(self, split: str) -> datasets.IterableDataset:
+        with self._hub_errors(split):
+            name = _sliced(self.hub_splits[split])[0]
+            return datasets.load_dataset(
+                self.hub_id, self.hub_config, split=name, revision=self.hub_revision, streaming=True
+            )
+
+    @cached_property
+    def _carved(self) -> dict[str, datasets.Dataset]:
+        return carve(self._rows("train"), {"validation": self.validation_share}, self.seed)
+
+    def _columns(self, split: str) -> list[str]:
+        labelled = self.label_column and split not in self.unlabelled
+        return [*self.text_columns, *([self.label_column] if labelled else [])]
+
+    def _file_columns(self, split: str) -> Columns:
+        label = self.label_column if self.label_column in self._columns(split) else None
+        return Columns(tuple(self.text_columns), label, label and self.label_names)
+
+    def _rows(self, split: str) -> datasets.Dataset:
+        rows = self._with_documents(self._prepared(*(self._local(split) or self._hub(split))))
+        return take_rows(rows, permutation(len(rows), self.seed)) if self.shuffle else rows
+
+    def _with_documents(self, rows: datasets.Dataset) -> datasets.Dataset:
+        return rows if self.document_start == "" else with_documents(rows, self.document_start)
+
+    def _prepared(self, rows: datasets.Dataset, origin: str) -> datasets.Dataset:
+        """Raw columns -> text, label, ends."""
+        table = to_table(rows)
+        texts = [text_column(table, column, origin) for column in self.text_columns]
+        if self.detokenizer is not None:  # kept on disk by `datasets` where the rows lie on disk
+            settings = {"name": self.detokenizer, "version": VERSION, "column": self.text_columns[0]}
+            rows = rows.map(_detokenized, batched=True, features=rows.features, fn_kwargs=settings, desc="detokenising")
+            texts = [text_column(to_table(rows), self.text_columns[0], origin)]
+        return not_empty(self._made(table, texts, origin), origin)
+
+    def _cooked(self, table: pa.Table, origin: str) -> datasets.Dataset:
+        """The same for some rows of a stream, of which nothing is kept."""
+        texts = [text_column(table, column, origin) for column in self.text_columns]
+        if self.detokenizer is not None:
+            cooked = [detokenizer(self.detokenizer)(text) for text in texts[0].to_pylist()]
+            texts = [pa.chunked_array([pa.array(cooked, pa.large_string())])]
+        return self._made(table, texts, origin)
+
+    def _made(self, table: pa.Table, texts: list[pa.ChunkedArray], origin: str) -> datasets.Dataset:
+        ends = None
+        if self.parts is not None:
+            columns = [dict(zip(self.text_columns, row, strict=True)) for row in
+                       zip(*(t.to_pylist() for t in texts), strict=True)]  # fmt: skip
+            whole, ends = in_parts([[part.format(**row) for part in self.parts] for row in columns])
+            texts = [pa.chunked_array([pa.array(whole, pa.large_string())])]
+        labels = None
+        if self.label_column in table.column_names:
+            labels = as_labels(table.column(self.label_column).to_pylist(), self.label_names, origin)
+        made = text_rows(texts[0], labels, ends if self.prompted else None)
+        return without_blanks(made) if self.drop_blank else made
+
+    def _local(self, split: str) -> tuple[datasets.Dataset, str] | None:
+        """The raw columns in the folder, if it has them, and where they are from (for messages)."""
+        files = self._files(split)
+        if not files:
+            return None
+        if self._as_published and all(kind_of(path) == "txt" for path in files):
+            table = self._lines(files)
+        else:
+            table = read_files(files, "DATA_DIR", self._file_columns(split))
+        _, start, stop = _sliced(self.files[split])
+        first, last, _ = slice(start, stop).indices(table.num_rows)
+        rows = from_table(table.slice(first, max(last - first, 0)))
+        return rows, str(local_folder(self.folder) / self.files[split])
+
+    def _lines(self, files: Sequence[Path]) -> pa.Table:
+        """Return every line of txt files as the Hub has it: a blank line is an empty text."""
+        ends = self.hub_id in _LINES_WITH_ENDS
+        lines = [line if ends and line.strip() else line.strip()
+                 for path in files for line in path.open(encoding="utf-8-sig")]  # fmt: skip
+        return pa.table({self.text_columns[0]: pa.array(lines, pa.large_string())})
+
+    def _hub(self, split: str) -> tuple[datasets.Dataset, str]:
+        """The raw columns on the Hub."""
+        expression = self.hub_splits[split]
+        with self._hub_errors(split):
+            rows = datasets.load_dataset(self.hub_id, self.hub_config, split=expression, revision=self.hub_revision)
+        origin = f"{self.hub_id} ({expression})"
+        need_columns(rows.column_names, self._columns(split), origin)
+        return rows.select_columns(self._columns(split)), origin
+
+    def _beginning(self, split: str, limit: int) -> tuple[datasets.Dataset, str]:
+        """The raw columns of the first `limit` texts on the Hub."""
+        expression = self.hub_splits[split]
+        start, stop = self._bounds(expression, None)
+        stream = self._hub_stream(split)
+        with self._hub_errors(split):
+            part = itertools.islice(stream.skip(start), None if stop is None else stop - start)
+            found = list(itertools.islice((row for row in part if not self._is_blank(row)), limit))
+        origin = f"{self.hub_id} ({expression})"
+        columns = self._columns(split)
+        need_columns(list(found[0]) if found else columns, columns, origin)
+        return from_table(pa.table({name: [row[name] for row in found] for name in columns})), origin
+
+    def _is_blank(self, row: Mapping[str, object]) -> bool:
+        texts = (row.get(column) for column in self.text_columns)
+        return self.drop_blank and not any(text.strip() for text in texts if isinstance(text, str))
+
+    @contextlib.contextmanager
+    def _hub_errors(self, split: str) -> Iterator[None]:
+        try:
+            with quick_when_offline():
+                yield
+        except Exception as error:  # the Hub libraries raise many types, none of them for users
+            place = f"{self.folder}/{self.files.get(split, '')}"
+            reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            raise FileNotFoundError(f"{both_ways('data', self.hub_id, place)} ({reason})") from error
+
+
+class Combined:
+    """Splits of several data sets under one name: trained on one, measured on another.
+
+    sources: name -> source. train, validation, test: the name of the one that gives the split (data.train, and
+    data.valid for the other two). Texts have no labels. Raises ValueError for a name that is not there.
+    """
+
+    label_names = None
+
+    def __init__(self, sources: Mapping[str, Source], train: str, validation: str, test: str) -> None:
+        self.sources = dict(sources)
+        self.choice = {"train": train, "validation": validation, "test": test}
+        for split, name in self.choice.items():
+            if name not in self.sources:
+                key = "data.train" if split == "train" else "data.valid"
+                raise ValueError(f"{key}={name} is none of {', '.join(self.sources)}, which this data set joins")
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return tuple(split for split, name in self.choice.items() if split in self.sources[name].splits)
+
+    def detokenizer_of(self, split: str) -> str | None:
+        """That of the data set which gives the split."""
+        return self.sources[self.choice[split]].detokenizer_of(split)
+
+    def published(self) -> "Combined":
+        """Return these data sets as the reference projects read them (HubOrFolder.published)."""
+        other = copy.copy(self)
+        other.sources = {name: source.published() for name, source in self.sources.items()}
+        return other
+
+    @property
+    def prompted(self) -> bool:
+        """Whether texts begin with a prompt.
+
+        Raises:
+            ValueError: those of some data sets do and of others do not.
+        """
+        kinds = {name: getattr(self.sources[name], "prompted", False) for name in self.choice.values()}
+        if len(set(kinds.values())) > 1:
+            raise ValueError(
+                f"{', '.join(kinds)}: some of these data sets have prompts, others have not; join one kind"
+            )
+        return next(iter(kinds.values()))
+
+    def load(self, split: str) -> datasets.Dataset:
+        """The split's rows. Raises ValueError for a split that does not exist."""
+        check_split(split, self.splits)
+        return self.sources[self.choice[split]].load(split)
+
+    def stream(self, split: str, limit: int) -> datasets.Dataset:
+        """The first `limit` rows of the split (HubOrFolder.stream)."""
+        check_split(split, self.splits)
+        return self.sources[self.choice[split]].stream(split, limit)
+
+    def open(self, split: str) -> Shards:
+        """The split, to be read piece by piece (HubOrFolder.open)."""
+        check_split(split, self.splits)
+        return self.sources[self.choice[split]].open(split)
+
+
+class GeneratedReviews:
+    """The embedded corpus (corpora/reviews.py): as many texts per class as asked, the two classes shuffled
+    together."""
+
+    splits = ("train", "validation", "test")
+    label_names = reviews.ReviewGrammar.label_names
+
+    def __init__(
+        self, num_train_per_class: int, num_validation_per_class: int, num_test_per_class: int, seed: int = 0
+    ) -> None:
+        self.sizes = dict(
+            zip(self.splits, (num_train_per_class, num_validation_per_class, num_test_per_class), strict=True)
+        )
+        self.seed = seed
+        for split, size in self.sizes.items():
+            if size < 1:
+                raise ValueError(f"data.source.num_{split}_per_class={size} must be at least 1")
+
+    def load(self, split: str) -> datasets.Dataset:
+        """The split's rows. Raises ValueError for a split that does not exist."""
+        check_split(split, self.splits)
+        return _generated(split, self.sizes[split], self.seed)
+
+
+@lru_cache(maxsize=8)  # half a second for each of many readers
+def _generated(split: str, num_texts_per_class: int, seed: int) -> datasets.Dataset:
+    rows = reviews.generate_split(split, num_texts_per_class, seed)
+    return text_rows(rows["text"], rows["label"])
+
+
+def _detokenized(batch: dict[str, list], *, name: str, version: int, column: str) -> dict[str, list]:
+    """A batch of `datasets` with its column detokenised. `version` only makes what is kept on disk change with it."""
+    return {column: [detokenizer(name)(text) for text in batch[column]]}
+
+
+def _check_detokenizer(name: str, text_columns: Sequence[str], parts: Sequence[str] | None) -> None:
+    detokenizer(name)
+    if parts is not None:
+        columns = ", ".join(text_columns)
+        raise ValueError(
+            f"data.source.detokenizer={name} applies to whole texts, and data.source.parts makes them out of "
+            f"{columns}; set one of them to null"
+        )
+
+
+def _sliced(expression: str) -> tuple[str, int | None, int | None]:
+    """`name[start:stop]`, either bound absent -> (name, start, stop)."""
+    match = re.fullmatch(r"(.*?)(?:\[(-?\d*):(-?\d*)\])?", expression)
+    name, start, stop = match.groups()
+    return name, int(start) if start else None, int(stop) if stop else None
+
+
+def _ordered(splits: set[str]) -> tuple[str, ...]:
+    usual = ("train", "validation", "test")
+    return (*(s for s in usual if s in splits), *sorted(splits.difference(usual)))

@@ -1,0 +1,516 @@
+"""Tokenizers: loaded from a folder or the Hub, or built from the train split; what a model must know of one;
+ids back to text.
+
+`Vocabulary` is all that networks, objectives and samplers see. Texts are encoded with `encode`, which reads
+special tokens that a text happens to contain ("[MASK]", "<|endoftext|>") as ordinary characters: a mask in
+clean text would be a lie to every loss.
+"""
+
+import difflib
+import hashlib
+import importlib.util
+import itertools
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from weakref import WeakKeyDictionary
+
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from palimpsest.common.files import check_regular
+from palimpsest.data.built_tokenizers import BUILDERS, SPECIALS, text8
+from palimpsest.data.cache import cached_folder, texts_fingerprint
+from palimpsest.data.hub import both_ways, local_folder, quick_when_offline
+
+MASK_SYMBOL = "▢"
+ILLEGAL_SYMBOL = "\N{REPLACEMENT CHARACTER}"
+
+_KEY = "data.tokenizer_name_or_path"
+_CODE_VERSION = 1  # raise it whenever a build below gives another tokenizer for the same texts
+_FOLDERS = {
+    "gpt2": "gpt2_tokenizer",
+    "bert-base-uncased": "bert_tokenizer",
+    "roberta-base": "roberta_tokenizer",
+}
+_FILES = "tokenizer.json (or vocab.txt, or vocab.json with merges.txt) and tokenizer_config.json"
+_LFS = b"version https://git-lfs"  # how a file begins that was cloned without its content
+_ALL = 2**31
+_MOST_GROWTH = 100  # times the length of a text, by replacements
+_MOST_GAPS = 1024  # ids without a token that any vocabulary may have
+# Processor time that texts may take. The slowest tokenizers take 1e-5 seconds a character on a loaded machine.
+_SECONDS, _SECONDS_PER_CHARACTER = 60.0, 1e-3
+_HAVE_PATTERNS: WeakKeyDictionary[PreTrainedTokenizerBase, bool] = WeakKeyDictionary()
+_BEFORE = ":"  # a sign that tokenizers keep apart from the words behind it
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What a model must know of a tokenizer.
+
+    size: number of ids a network must score, the mask included; every id of the data is below it.
+    mask_id, pad_id: always there, never equal. bos_id, eos_id: None where the tokenizer has no such token.
+    special_ids: what frames or fills texts (begin, end, classifier, separator, padding); an unknown token is text.
+    fingerprint: hex SHA-256 of the whole serialised tokenizer; equal fingerprints give equal ids for every
+    text. mask_added: the mask is no token of the tokenizer, but the last id.
+    """
+
+    size: int
+    mask_id: int
+    pad_id: int
+    bos_id: int | None
+    eos_id: int | None
+    fingerprint: str
+    special_ids: frozenset[int] = frozenset()
+    mask_added: bool = False
+
+    @property
+    def own_size(self) -> int:
+        """Number of ids that the tokenizer itself has, for networks that need no mask."""
+        return self.size - self.mask_added
+
+
+def vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
+    """The vocabulary under the rule of the reference projects: a tokenizer without a mask gets one id more.
+
+    Ids above `tokenizer.vocab_size` (tokens added later) enlarge the vocabulary, so the extra mask never
+    lands on one of them. The pad is never the mask: without a pad of its own (gpt2) rows are padded with the
+    end token. Raises ValueError where no token can serve as the pad.
+    """
+    _check_ids(tokenizer)
+    top = max([tokenizer.vocab_size - 1, *tokenizer.get_vocab().values()])
+    mask_id = tokenizer.mask_token_id
+    size = top + 1
+    if mask_id is None:
+        mask_id, size = size, size + 1
+    bos_id = _first_id(tokenizer.bos_token_id, tokenizer.cls_token_id, unlike=mask_id)
+    eos_id = _first_id(tokenizer.eos_token_id, tokenizer.sep_token_id, unlike=mask_id)
+    pad_id = _first_id(tokenizer.pad_token_id, eos_id, bos_id, unlike=mask_id)
+    if pad_id is None:
+        raise ValueError(
+            f"{_KEY}={tokenizer.name_or_path or type(tokenizer).__name__} has no padding token and no "
+            f"end, separator "
+            f"or begin token to pad with; set pad_token in its tokenizer_config.json, or choose another "
+            f"tokenizer"
+        )
+    framing = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id, pad_id)
+    special_ids = frozenset(framing) - {None, mask_id}
+    return Vocabulary(
+        size, mask_id, pad_id, bos_id, eos_id, _fingerprint(tokenizer), special_ids, tokenizer.mask_token_id is None
+    )
+
+
+def _check_growth(described: Mapping[str, object], name: str) -> None:
+    """Raise ValueError if the replacements in a tokenizer.json, one after the other, make texts far longer."""
+    growth, waiting = 1.0, [described.get(part) for part in ("normalizer", "pre_tokenizer", "decoder")]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, dict) and isinstance(node.get("content"), str) and "pattern" in node:
+            pattern = node["pattern"]
+            replaced = pattern.get("String") if isinstance(pattern, dict) else None
+            growth *= max(1.0, len(node["content"]) / max(1, len(replaced or "")))
+        waiting += list(node.values()) if isinstance(node, dict) else node if isinstance(node, list) else []
+    if growth > _MOST_GROWTH:
+        raise ValueError(
+            f"{_KEY}={name}: the replacements in its tokenizer.json make a text up to {growth:,.0f} times as long; "
+            "correct them, or choose another tokenizer"
+        )
+
+
+def _check_ids(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ValueError where ids are far higher than the tokens are many; the library itself counts up to them."""
+    ids = tokenizer.get_vocab().values()
+    top = max(ids, default=0)
+    if top >= 2 * len(ids) + _MOST_GAPS:
+        raise ValueError(
+            f"{_KEY}={tokenizer.name_or_path} has {len(ids):,} tokens, and one of them has the id {top:,}: a network "
+            "would need a row for every id below it; correct the vocabulary in tokenizer.json"
+        )
+
+
+def _first_id(*ids: int | None, unlike: int) -> int | None:
+    return next((i for i in ids if i is not None and i != unlike), None)
+
+
+def _fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Truncation and padding are left out: they are settings of the last call, not of the tokenizer."""
+    specials = [
+        tokenizer.bos_token_id,
+        tokenizer.eos_token_id,
+        tokenizer.cls_token_id,
+        tokenizer.sep_token_id,
+        tokenizer.pad_token_id,
+        tokenizer.mask_token_id,
+        tokenizer.unk_token_id,
+    ]
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if isinstance(backend, Tokenizer):
+        content = json.loads(backend.to_str())
+        content.pop("truncation", None)
+        content.pop("padding", None)
+    else:
+        content = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab()}
+    serialised = json.dumps([content, specials], sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(serialised.encode()).hexdigest()
+
+
+# -------------------------------------------------------------------------------- loading
+
+
+def load_tokenizer(
+    name_or_path: str,
+    *,
+    folder: str | None = None,
+    texts: Callable[[], Iterable[str]] | None = None,
+    vocab_size: int | None = None,
+    cache_dir: str | Path = ".cache",
+    mask_token: str | None = None,
+) -> PreTrainedTokenizerBase:
+    """The tokenizer named on the command line.
+
+    `char`, `word`, `bpe` are built from `texts()` (the train split), `byte` from nothing; kept under
+    `cache_dir`. `text8` is that data set's alphabet. Any other name is looked for as `$DATA_DIR/<folder>`, as a
+    path, then on the Hub.
+    `vocab_size` counts all ids, special ones included: needed for `bpe`, optional for `word` (None = every
+    word). `mask_token` names the token that is the mask where the tokenizer does not say it (None: a new one).
+    Raises ValueError for a setting that does not apply, FileNotFoundError where nothing is found.
+    """
+    if not name_or_path or not isinstance(name_or_path, str):
+        raise ValueError(f"{_KEY}={name_or_path!r}: give {', '.join(BUILDERS)}, text8, a folder, or a name on the Hub")
+    if name_or_path in BUILDERS:
+        tokenizer = _load_built(name_or_path, texts, vocab_size, cache_dir)
+    elif vocab_size is not None:
+        raise ValueError(
+            f"data.vocab_size={vocab_size} applies to {_KEY}=word and bpe; with {name_or_path} leave it null"
+        )
+    elif name_or_path == "text8":
+        tokenizer = text8()
+    else:
+        tokenizer = _load_pretrained(name_or_path, folder or _FOLDERS.get(name_or_path))
+    if mask_token is not None:
+        _set_mask(tokenizer, mask_token, name_or_path)
+    tokenizer.model_max_length = _ALL  # the limit is model.length; the tokenizer's own only causes warnings
+    return tokenizer
+
+
+def _load_pretrained(name: str, folder: str | None) -> PreTrainedTokenizerBase:
+    path = _located(name, folder)
+    if path is not None:
+        _refuse_sentencepiece(name, path)
+    try:
+        if path is not None:
+            tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+        else:
+            with quick_when_offline():
+                tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        encode(tokenizer, ["a"])  # some vocabularies show only here that they cannot be read
+    except Exception as error:  # transformers raises many types, none of them for users
+        if "custom code" in str(error) or "trust_remote_code" in str(error):
+            raise ValueError(_custom_code(name)) from error
+        if path is not None:
+            reason = f"cannot be read ({_first_line(error)})"
+            raise ValueError(f"{_KEY}={name}: the tokenizer in {path} {reason}; {_expected(path)}") from error
+        raise FileNotFoundError(f"{both_ways(_KEY, name, folder)} ({_first_line(error)})") from error
+    check_not_empty(tokenizer, f"{_KEY}={name}", path)
+    return tokenizer
+
+
+def _located(name: str, folder: str | None) -> Path | None:
+    """The folder on this machine, None for a name on the Hub. Raises FileNotFoundError, ValueError for a file."""
+    path = local_folder(folder)
+    if path is None and Path(name).expanduser().exists():
+        path = Path(name).expanduser()
+        path = path.parent if path.name == "tokenizer.json" else path
+    if path is None and (name.startswith((".", "~", os.sep)) or name.count("/") > 1):
+        raise FileNotFoundError(f"{_KEY}={name}: there is no such folder; correct the path")
+    if path is not None and not path.is_dir():
+        raise ValueError(f"{_KEY}={name} is a file; give the folder that it lies in: {_KEY}={path.parent}")
+    if path is not None:
+        check_regular(path)
+    return path
+
+
+def check_not_empty(tokenizer: PreTrainedTokenizerBase, setting: str, path: Path | None) -> None:
+    """Refuse a tokenizer without words: transformers makes one, without a warning, of a model's folder that has no
+    vocabulary file. `setting` is what was typed, `path` the folder, None on the Hub.
+
+    Raises:
+        ValueError: fewer than two of its tokens are ordinary ones.
+    """
+    special = {*tokenizer.all_special_tokens, *map(str, tokenizer.added_tokens_decoder.values())}
+    if len(tokenizer.get_vocab().keys() - special) < 2:
+        raise ValueError(
+            f"{setting}: its tokenizer is empty, so that every text would be unknown tokens or none; {_expected(path)}"
+        )
+
+
+def _refuse_sentencepiece(name: str, path: Path) -> None:
+    models = sorted(file.name for file in path.glob("*.model"))
+    if models and not (path / "tokenizer.json").exists() and importlib.util.find_spec("sentencepiece") is None:
+        raise ValueError(
+            f"{_KEY}={name}: {path} has only the SentencePiece model {models[0]}, and the package that reads it is not "
+            "installed: pip install sentencepiece, or name a folder with a tokenizer.json"
+        )
+
+
+def _custom_code(name: str) -> str:
+    return (
+        f"{_KEY}={name}: the tokenizer is code of its own (auto_map in tokenizer_config.json), which is not run here. "
+        "If a tokenizer.json beside it holds the same tokenizer, copy the folder, remove auto_map from its "
+        'tokenizer_config.json and set "tokenizer_class": "PreTrainedTokenizerFast" there'
+    )
+
+
+def _expected(path: Path | None) -> str:
+    """The files that a folder needs, and those that it has."""
+    if path is None:
+        return f"its place on the Hub needs {_FILES}"
+    names = sorted(file.name for file in path.iterdir())
+    for file in filter(Path.is_file, (path / name for name in names)):
+        with file.open("rb") as opened:
+            if opened.read(len(_LFS)) == _LFS:
+                return f"{file.name} is only a pointer of Git LFS: fetch the file itself (git lfs pull)"
+    there = f"{', '.join(names[:8])}{' and others' if len(names) > 8 else ''}" if names else "nothing"
+    return f"a folder needs {_FILES}; {path} has {there}"
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:200]
+
+
+def _load_built(
+    kind: str, texts: Callable[[], Iterable[str]] | None, vocab_size: int | None, cache_dir: str | Path
+) -> PreTrainedTokenizerBase:
+    if kind in ("char", "byte") and vocab_size is not None:
+        raise ValueError(f"data.vocab_size={vocab_size} applies to {_KEY}=word and bpe; with {kind} leave it null")
+    smallest = {"bpe": 256, "word": 1}.get(kind, 0) + len(SPECIALS)
+    if kind == "bpe" and vocab_size is None:
+        raise ValueError(f"data.vocab_size=null: {_KEY}=bpe needs a size, such as data.vocab_size=8192")
+    if vocab_size is not None and vocab_size < smallest:
+        raise ValueError(f"data.vocab_size={vocab_size} is too small for {_KEY}={kind}; give {smallest} or more")
+    if texts is None and kind != "byte":
+        raise ValueError(f"{_KEY}={kind} is built from the train split, and there is none here")
+    content = None if kind == "byte" else texts_fingerprint(texts())
+
+    def build(folder: Path) -> None:
+        tokenizer = BUILDERS[kind]([] if kind == "byte" else texts(), vocab_size or _ALL)
+        PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **SPECIALS
+        ).save_pretrained(folder)
+
+    settings = {"kind": kind, "vocab_size": vocab_size, "texts": content, "code": _CODE_VERSION}
+    folder, _ = cached_folder(cache_dir, f"tokenizer-{kind}", settings, build)
+    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+
+
+def _set_mask(tokenizer: PreTrainedTokenizerBase, token: str, name: str) -> None:
+    """Make `token` the mask. Raises ValueError where it is not in the vocabulary, has another role, or is a word of
+    texts: a mask in clean text would be a lie to every loss."""
+    setting, known = f"data.mask_token={token}", tokenizer.get_vocab()
+    if not isinstance(token, str):
+        raise ValueError(f"{setting} must be a token of {_KEY}={name}, or null")
+    if tokenizer.mask_token not in (None, token):
+        raise ValueError(f"{setting}: the mask of {_KEY}={name} is {tokenizer.mask_token}; leave data.mask_token null")
+    if token not in known:
+        close = difflib.get_close_matches(token, [word for word in known if not word.isalnum()], n=1)
+        guess = f"; did you mean {close[0]}?" if close else ""
+        raise ValueError(
+            f"{setting} is not in the vocabulary of {_KEY}={name}{guess} (null: a mask is added to the vocabulary)"
+        )
+    roles = {role: value for role, value in tokenizer.special_tokens_map.items() if role != "mask_token"}
+    taken = next((role for role, value in roles.items() if str(value) == token), None)
+    if taken is not None:
+        raise ValueError(f"{setting} is already the {taken} of {_KEY}={name}; name another token, or null")
+    tokenizer.add_special_tokens({"mask_token": token})
+    text = tokenizer.decode([known[token]])
+    if any(known[token] in ids for ids in encode(tokenizer, [token, text, f"a {text} b", f"a{text}b"])):
+        raise ValueError(f"{setting} is a word that texts may hold; name a special token, or null")
+
+
+# -------------------------------------------------------------------------------- text <-> ids
+
+
+def published_frame(tokenizer: PreTrainedTokenizerBase, known: Vocabulary) -> Vocabulary:
+    """Return `known` with the begin and end token that the reference projects put into wrapped text: the first id of
+    each token's own encoding. A tokenizer that frames every text (bert) then ends texts with [CLS]."""
+    names = (tokenizer.bos_token or tokenizer.cls_token, tokenizer.eos_token or tokenizer.sep_token)
+    if None in names:
+        raise ValueError(f"data.protocol=reference: {_KEY}={tokenizer.name_or_path} lacks a begin or an end token; "
+                         "choose another tokenizer, or leave out data.protocol")  # fmt: skip
+    bos_id, eos_id = (tokenizer.encode(name)[0] for name in names)
+    return replace(known, bos_id=bos_id, eos_id=eos_id)
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, special_from_text: bool = False
+) -> list[list[int]]:
+    """Return the token ids of each text, without begin or end token. The names of special tokens in a text are ordinary
+    characters, unless `special_from_text`."""
+    if not texts:
+        return []
+    return tokenized(
+        tokenizer, list(texts), add_special_tokens=False, split_special_tokens=not special_from_text,
+        return_attention_mask=False, return_token_type_ids=False,
+    )["input_ids"]  # fmt: skip
+
+
+def tokenized(tokenizer: PreTrainedTokenizerBase, texts: list[str], **settings: object) -> BatchEncoding:
+    """Return tokenizer(texts, **settings). Where tokenizer.json has regular expressions, which may take longer than
+    any text is worth, the time is limited.
+
+    Raises:
+        ValueError: an expression gave up, or the texts took more processor time than the limit.
+    """
+    if tokenizer not in _HAVE_PATTERNS:
+        _check_ids(tokenizer)
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        described = backend.to_str() if isinstance(backend, Tokenizer) else ""
+        if described:
+            _check_growth(json.loads(described), tokenizer.name_or_path)
+        _HAVE_PATTERNS[tokenizer] = '"Regex"' in described
+    if not _HAVE_PATTERNS[tokenizer]:
+        return tokenizer(texts, **settings)
+    outcome: list[BatchEncoding | BaseException] = []
+
+    def work() -> None:
+        try:
+            outcome.append(tokenizer(texts, **settings))
+        except BaseException as error:  # a panic of the library is no Exception
+            outcome.append(error)
+
+    limit = time.process_time() + _SECONDS + _SECONDS_PER_CHARACTER * sum(map(len, texts))
+    thread = threading.Thread(target=work, daemon=True)  # nothing can end it, and the program does not wait for it
+    thread.start()
+    while thread.is_alive() and time.process_time() < limit:
+        thread.join(1.0)
+    if outcome and not isinstance(outcome[0], BaseException):
+        return outcome[0]
+    if outcome and type(outcome[0]).__name__ != "PanicException":
+        raise outcome[0]
+    raise ValueError(
+        f"{_KEY}={tokenizer.name_or_path}: a regular expression in its tokenizer.json takes too long on these texts "
+        f"({outcome[0] if outcome else 'the time is up'}); choose another tokenizer"
+    )
+
+
+def encode_after(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of texts that go on behind another one: without the space that some tokenizers (word, sentencepiece)
+    put in front of a text's first word. No token reaches across the seam, so what stands before has the ids that it
+    has alone."""
+    before = encode(tokenizer, [_BEFORE])[0]
+    alone, continued = encode(tokenizer, texts), encode(tokenizer, [_BEFORE + text for text in texts])
+    return [
+        whole[len(before) :] if whole[: len(before)] == before else ids
+        for ids, whole in zip(alone, continued, strict=True)
+    ]
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int], *, skip_special: bool = False) -> str:
+    """Text of the ids; a mask shows as MASK_SYMBOL, an id outside the vocabulary as the replacement
+    character.
+
+    Other special tokens (begin, end, padding) show by name, or are left out with `skip_special`.
+    """
+    return "".join(whole for _, whole in _runs(tokenizer, ids, skip_special))
+
+
+def token_strings(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int], *, skip_special: bool = False) -> list[str]:
+    """One string per id; joined they give `decode` of the ids (but for what a tokenizer's clean-up joins,
+    bert's "' s").
+
+    A character of several tokens stands at its last one, the others get "".
+    """
+    return [piece for pieces, _ in _runs(tokenizer, ids, skip_special) for piece in pieces]
+
+
+def unshown(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Ids of the special tokens that stand for no piece of text: all but the unknown word."""
+    ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    return frozenset(tokenizer.all_special_ids) - ({tokenizer.unk_token_id} - set(ends))
+
+
+@dataclass(frozen=True)
+class _Display:
+    """What showing ids needs. known, special: ids; special includes the mask. anchor: an ordinary token to
+    decode a run after, as decoders treat the start of a text differently. gap: what stands between words, a
+    space or nothing."""
+
+    known: frozenset[int]
+    special: frozenset[int]
+    mask_id: int
+    anchor: list[int]
+    gap: str
+
+
+_DISPLAYS: WeakKeyDictionary[PreTrainedTokenizerBase, _Display] = WeakKeyDictionary()
+
+
+def _display(tokenizer: PreTrainedTokenizerBase) -> _Display:
+    if tokenizer not in _DISPLAYS:
+        known = frozenset(tokenizer.get_vocab().values())
+        mask_id = max(known) + 1 if tokenizer.mask_token_id is None else tokenizer.mask_token_id
+        special = frozenset(tokenizer.all_special_ids) | {mask_id}
+        common = [ids[-1] for ids in encode(tokenizer, [" a", " the", " e"]) if ids]
+        words = (i for i in (*common, *sorted(known)) if i not in special and tokenizer.decode([i]).strip().isalpha())
+        anchor = list(itertools.islice(words, 1))
+        once, twice = tokenizer.decode(anchor).strip(), tokenizer.decode(anchor * 2).strip()
+        _DISPLAYS[tokenizer] = _Display(known, special, mask_id, anchor, " " if twice == f"{once} {once}" else "")
+    return _DISPLAYS[tokenizer]
+
+
+def _runs(
+    tokenizer: PreTrainedTokenizerBase, ids: Iterable[int], skip_special: bool
+) -> Iterable[tuple[list[str], str]]:
+    """Maximal runs of ordinary ids, and single special ids between them: (strings of the ids, whole text)."""
+    display = _display(tokenizer)
+    run: list[int] = []
+    before: list[int] = []  # empty at the start of the text
+    for i in [*map(int, ids), None]:
+        if i is not None and i in display.known and i not in display.special:
+            run.append(i)
+            continue
+        if run:
+            yield _pieces(tokenizer, run, before), _continued(tokenizer, before, run)
+            run, before = [], display.anchor
+        if i is None:
+            return
+        text, is_content = _symbol(tokenizer, display, i)
+        text = (display.gap if before else "") + text if is_content else "" if skip_special else text
+        yield [text], text
+        before = display.anchor if is_content else before
+
+
+def _symbol(tokenizer: PreTrainedTokenizerBase, display: _Display, i: int) -> tuple[str, bool]:
+    """How an id outside the ordinary ones shows, and whether it stands for a piece of text."""
+    if i == display.mask_id:
+        return MASK_SYMBOL, True
+    if i not in display.known:
+        return ILLEGAL_SYMBOL, True
+    is_unknown = i == tokenizer.unk_token_id and i not in (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    return tokenizer.convert_ids_to_tokens(i), is_unknown
+
+
+def _continued(tokenizer: PreTrainedTokenizerBase, before: list[int], ids: list[int]) -> str:
+    """Text that `ids` add after `before`."""
+    return tokenizer.decode(before + ids).removeprefix(tokenizer.decode(before) if before else "")
+
+
+def _pieces(tokenizer: PreTrainedTokenizerBase, run: list[int], anchor: list[int]) -> list[str]:
+    """Text of each id of the run in its place. A few ids before each one suffice as its context."""
+    pieces: list[str] = []
+    context, waiting = anchor, []
+    for i in run:
+        text = _continued(tokenizer, context, [*waiting, i])
+        if text.endswith(ILLEGAL_SYMBOL) and len(waiting) < 8:  # the first bytes of a character
+            waiting.append(i)
+            pieces.append("")
+            continue
+        pieces.append(text)
+        context, waiting = [*waiting, i], []
+    if waiting:
+        pieces[-1] = _continued(tokenizer, context, waiting)
+    return pieces

@@ -1,0 +1,187 @@
+"""The user's own files as a source (data/sources.py says what a source is)."""
+
+import unicodedata
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property, partial
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+
+from palimpsest.common.messages import listed
+from palimpsest.data.files import KINDS, NUMBER, Columns, class_names, kind_of, read_files, readable_files
+from palimpsest.data.rows import (
+    as_labels,
+    carve,
+    check_share,
+    check_split,
+    in_parts,
+    not_empty,
+    take_rows,
+    text_rows,
+    with_documents,
+)
+from palimpsest.data.shards import FilePieces, Shards, listing, share_of
+
+
+class UserFiles:
+    """The user's own files, of the formats of data/files.py; a file, a folder or a glob.
+
+    label_column: None = texts without labels. Labels are whole numbers from 0 on, or words (numbered in sorted order);
+    those of `path` are all there are. `label_names` names the numbers, or fixes which words there are and their order;
+    without it the names of a ClassLabel hold, which Parquet files may have.
+    prompt_column: what each text is given as its beginning, followed by a line feed.
+    validation_path, test_path: files of their own; without them shares of `path` are held out, chosen by
+    `seed` (of a stream by a hash of each text, since their number is not known).
+    Raises FileNotFoundError for absent files, ValueError for absent columns, bad rows, empty splits.
+    """
+
+    def __init__(
+        self,
+        path: str | None,
+        text_column: str = "text",
+        label_column: str | None = None,
+        label_names: Sequence[str] | None = None,
+        prompt_column: str | None = None,
+        validation_path: str | None = None,
+        test_path: str | None = None,
+        validation_share: float = 0.05,
+        test_share: float = 0.05,
+        seed: int = 0,
+    ) -> None:
+        if not path:
+            raise ValueError(f"data.path is not set: give a file, a folder or a glob ({', '.join(KINDS)})")
+        self.paths = {"train": path, "validation": validation_path, "test": test_path}
+        self.keys = {"train": "data.path", "validation": "data.validation_path", "test": "data.test_path"}
+        self.text_column, self.label_column, self.prompt_column = text_column, label_column, prompt_column
+        if label_column and label_column in (text_column, prompt_column):
+            raise ValueError(f"data.label_column={label_column} is a column of the texts; name that of the labels")
+        self.given_names = tuple(str(name).strip() for name in label_names) if label_names else None
+        _check_different(self.given_names or (), "data.label_names")
+        self.seed = seed
+        shares = {"validation": validation_share, "test": test_share}
+        self.shares = {split: share for split, share in shares.items() if not self.paths[split]}
+        for split, share in self.shares.items():
+            check_share(f"data.{split}_share", share)
+        if sum(self.shares.values()) >= 1:
+            raise ValueError(
+                f"data.validation_share + data.test_share = {sum(self.shares.values())}: no train split is left"
+            )
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return ("train", "validation", "test")
+
+    @property
+    def prompted(self) -> bool:
+        """Whether texts begin with a prompt."""
+        return self.prompt_column is not None
+
+    @property
+    def label_names(self) -> tuple[str, ...] | None:
+        return self._loaded[1] if self.label_column else None
+
+    def load(self, split: str) -> datasets.Dataset:
+        """The split's rows. Raises ValueError for a split that does not exist."""
+        check_split(split, self.splits)
+        return self._loaded[0][split]
+
+    def stream(self, split: str, limit: int) -> datasets.Dataset:
+        """The first `limit` rows of the split, without reading on."""
+        rows, own = self.open(split).first(limit), split if self.paths[split] else "train"
+        return with_documents(rows, None) if _has_lines(readable_files(self.paths[own], self.keys[own])) else rows
+
+    def open(self, split: str) -> Shards:
+        """The split, to be read piece by piece. Raises ValueError for labelled texts, whose names all files together
+        give."""
+        check_split(split, self.splits)
+        if self.label_column:
+            raise ValueError(f"data.streaming=true reads texts without labels, and data.label_column="
+                             f"{self.label_column} names some; use data=text, or set data.streaming=false")  # fmt: skip
+        own = split if self.paths[split] else "train"
+        files = readable_files(self.paths[own], self.keys[own])
+        held_out = self.shares if own == "train" else {}
+        prepare = partial(self._streamed, split=split, held_out=held_out)
+        rows = FilePieces.of(files, self.keys[own], self._columns())
+        return Shards(rows, prepare, str(self.paths[own]), files=listing(files))
+
+    def _streamed(self, table: pa.Table, split: str, held_out: Mapping[str, float]) -> datasets.Dataset:
+        rows = self._made(table)
+        if not held_out:
+            return rows
+        return take_rows(rows, np.flatnonzero(share_of(rows["text"][:], self.seed, held_out) == split))
+
+    @cached_property
+    def _loaded(self) -> tuple[dict[str, datasets.Dataset], tuple[str, ...] | None]:
+        """All splits at once, as label names are common to them."""
+        rows, names, lines = {}, self.given_names if self.label_column else None, False
+        for split, path in self.paths.items():  # train first
+            if not path:
+                continue
+            files = readable_files(path, self.keys[split])
+            lines = lines or _has_lines(files)
+            if self.label_column and names is None:
+                names = class_names(files, self.keys[split], self.label_column)
+            table = not_empty(read_files(files, self.keys[split], self._columns(names)), path)
+            if self.label_column and names is None:
+                names = self._names(table, files)
+            rows[split] = self._made(table, names)
+        if lines and not self.label_column:
+            rows = {split: with_documents(part, None) for split, part in rows.items()}
+        return {**rows, **carve(rows["train"], self.shares, self.seed)}, names
+
+    def _columns(self, names: Sequence[str] | None = None) -> Columns:
+        settings = {self.text_column: "data.text_column"}
+        if self.prompted:
+            settings[self.prompt_column] = "data.prompt_column"
+        texts = tuple(settings)
+        if self.label_column:
+            settings[self.label_column] = "data.label_column"
+        return Columns(texts, self.label_column, names and tuple(names), settings=settings)
+
+    def _names(self, table: pa.Table, files: Sequence[Path]) -> tuple[str, ...]:
+        """The classes that the labels of the train split name."""
+        key = f"data.label_column={self.label_column}"
+        counts = Counter(table.column(self.label_column).to_pylist())
+        numbers = [word for word in counts if NUMBER.fullmatch(word)]
+        words = sorted(counts.keys() - set(numbers))
+        if numbers and words:  # the reader names the first of those that are fewer, as only it knows where they stand
+            numbered = sum(counts[word] for word in numbers) >= sum(counts[word] for word in words)
+            read_files(files, self.keys["train"], replace(self._columns(), numbered=numbered))
+        names = tuple(words) or tuple(map(str, sorted(set(map(int, numbers)))))
+        if numbers and names != tuple(map(str, range(len(names)))):
+            raise ValueError(f"{key}: the labels are {listed(names)}; number them from 0 without gaps, or give "
+                             f"data.label_names, or use words")  # fmt: skip
+        if len(names) < 2:
+            raise ValueError(f"{key}: there is one label only ({names[0]}); for texts without labels use data=text")
+        _check_different(names, key)
+        return names
+
+    def _made(self, table: pa.Table, names: Sequence[str] | None = None) -> datasets.Dataset:
+        texts, labels, ends = table.column(self.text_column), None, None
+        if names is not None:
+            labels = as_labels(table.column(self.label_column).to_pylist(), names, str(self.paths["train"]))
+        if self.prompted:
+            prompts = table.column(self.prompt_column)
+            pairs = zip(prompts.to_pylist(), texts.to_pylist(), strict=True)
+            texts, ends = in_parts([[f"{prompt}\n", text] for prompt, text in pairs])
+        return text_rows(texts, labels, ends)
+
+
+def _has_lines(files: Sequence[Path]) -> bool:
+    """Whether texts are lines of longer documents, of which nothing is known."""
+    return "txt" in map(kind_of, files)
+
+
+def _check_different(names: Sequence[str], key: str) -> None:
+    """Raises ValueError for two names of classes that look the same: repeated, or other characters for one letter."""
+    seen: dict[str, str] = {}
+    for name in names:
+        look = "".join(c for c in unicodedata.normalize("NFKC", name) if unicodedata.category(c) != "Cf")
+        look = " ".join(look.split())
+        if look in seen:
+            raise ValueError(f"{key}: two labels look the same, {ascii(seen[look])} and {ascii(name)}; make them one")
+        seen[look] = name

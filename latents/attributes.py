@@ -1,0 +1,120 @@
+"""latents=synthetic: vectors that say what is known of a text, for checks that have a right answer.
+
+Shape suffixes: N rows, A attributes, W numbers of a vector: one for each value of each attribute.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from palimpsest.corpora.review_attributes import ATTRIBUTES, UNREAD, read_attributes
+from palimpsest.data.passages import Passages
+from palimpsest.data.tokenizers import Vocabulary
+
+_CODE_VERSION = 1  # raise it whenever a change here or in corpora/review_attributes.py gives other vectors
+
+
+class Attributes:
+    """A text of the embedded corpus -> its attributes (corpora/review_attributes.py), each as a one-hot vector, all of
+    them turned by one random rotation, and a little noise.
+
+    attributes: which; None: all of ATTRIBUTES. noise: standard deviation of the noise, where the ones are 1; a function
+    of the text and `seed`, so that a text has one vector. seed: also of the rotation.
+    """
+
+    fits, informed, dim, tokens = False, True, None, 1
+
+    def __init__(self, attributes: Sequence[str] | None = None, noise: float = 0.05, seed: int = 0) -> None:
+        if isinstance(attributes, str):
+            raise ValueError(f"latents.attributes={attributes} must be a list: latents.attributes=[{attributes}]")
+        self.names = tuple(ATTRIBUTES if attributes is None else attributes)
+        unknown = [name for name in self.names if name not in ATTRIBUTES]
+        if unknown or not self.names or len(set(self.names)) < len(self.names):
+            raise ValueError(f"latents.attributes=[{', '.join(self.names)}] must be some of {', '.join(ATTRIBUTES)}, "
+                             "each once")  # fmt: skip
+        if isinstance(noise, bool) or not 0 <= noise < 1:
+            raise ValueError(f"latents.noise={noise} must lie in [0, 1); more would drown the attributes")
+        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+            raise ValueError(f"latents.seed={seed} must be a whole number, at least 0")
+        self.noise, self.seed = float(noise), seed
+        self.sizes = tuple(len(ATTRIBUTES[name]) for name in self.names)
+        self.width = sum(self.sizes)
+        self._starts = np.cumsum([0, *self.sizes])
+        rotation_WW, upper_WW = np.linalg.qr(np.random.default_rng(seed).standard_normal((self.width, self.width)))
+        self._rotation_WW = rotation_WW * np.sign(np.diag(upper_WW))  # uniform over all rotations (Mezzadri 2007)
+
+    @property
+    def identity(self) -> dict[str, object]:
+        """What its vectors hang on."""
+        return {"encoder": "synthetic", "code": _CODE_VERSION, **self._settings}
+
+    @property
+    def metadata(self) -> dict[str, object]:
+        """For reports and files."""
+        return {"encoder": "synthetic", "pooling": "attributes", "settings": self._settings}
+
+    @property
+    def _settings(self) -> dict[str, object]:
+        return {"attributes": list(self.names), "noise": self.noise, "seed": self.seed}
+
+    def check(self, vocabulary: Vocabulary, length: int) -> None:
+        """Any vocabulary that spells the texts will do; other texts than the corpus's are refused when they come."""
+
+    def encode(self, passages: Passages) -> np.ndarray:
+        """(N, W) float32.
+
+        Raises:
+            ValueError: a text is none that the grammar can write.
+        """
+        texts = known_texts(passages)
+        attributes_NA = self.attributes(texts, passages.labels)
+        unread = np.flatnonzero((attributes_NA == UNREAD).any(1))
+        if len(unread):
+            missing = [n for n, v in zip(self.names, attributes_NA[unread[0]], strict=True) if v == UNREAD]
+            raise ValueError(f"latents=synthetic knows the texts of data=reviews only, one to a row and whole: "
+                             f"{texts[unread[0]]!r:.200} shows no {', '.join(missing)}; choose another "
+                             "latents=")  # fmt: skip
+        noise_NW = np.stack([self._noise(text) for text in texts])
+        return (self.compose(attributes_NA) + noise_NW).astype(np.float32)
+
+    def fit(self, train: object) -> None:
+        """There is nothing to fit."""
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Nothing was fitted."""
+        return {}
+
+    def load(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Nothing was fitted."""
+
+    def attributes(self, texts: Sequence[str], labels: Sequence[int] | None = None) -> np.ndarray:
+        """(N, A) what each text shows of the attributes that are chosen; UNREAD where that can not be read."""
+        places = [list(ATTRIBUTES).index(name) for name in self.names]
+        return read_attributes(texts, labels)[:, places]
+
+    def compose(self, attributes_NA: np.ndarray) -> np.ndarray:
+        """(N, W) the vectors of these attributes, without noise: targets for editing."""
+        one_hot_NW = np.zeros((len(attributes_NA), self.width))
+        np.put_along_axis(one_hot_NW, attributes_NA + self._starts[:-1], 1.0, axis=1)
+        return one_hot_NW @ self._rotation_WW.T
+
+    def read(self, vectors_NW: np.ndarray) -> np.ndarray:
+        """(N, A) the attributes that vectors (as `compose` and `encode` give them) say: of each the value with the
+        largest number."""
+        turned_back_NW = np.asarray(vectors_NW, dtype=np.float64).reshape(-1, self.width) @ self._rotation_WW
+        parts = np.split(turned_back_NW, self._starts[1:-1], axis=1)
+        return np.stack([part.argmax(1) for part in parts], axis=1)
+
+    def _noise(self, text: str) -> np.ndarray:
+        key = hashlib.blake2b(f"{self.seed}:{text}".encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        rng = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
+        return self.noise * rng.standard_normal(self.width)
+
+
+def known_texts(passages: Passages) -> list[str]:
+    """The source texts of whole rows, whose words a tokenizer may not know, and what the others spell."""
+    sources = passages.sources or [None] * len(passages)
+    return [spelt if source is None else source for source, spelt in zip(sources, passages.texts, strict=True)]

@@ -1,0 +1,304 @@
+"""Figures of a classification: how often it is right, how sure it is, and what its draws buy.
+
+Like `reporting.plots`: each function returns a new figure in the colours of `THEME`, bars and bands are 95% intervals
+and say so, and values that are not finite are counted aloud. Shapes: K classes or bins, M texts, N points.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+from numpy.typing import ArrayLike
+
+from palimpsest.report.common_plots import TICK_STEPS, Row, by_mask_rate, dot_rows
+from palimpsest.report.formatting import format_number
+from palimpsest.report.style import (
+    BLUE,
+    INK,
+    MUTED,
+    PAPER,
+    SERIES,
+    TEXT,
+    Z95,
+    Floats,
+    empty_figure,
+    end_labels,
+    finite,
+    half_width,
+    new_figure,
+    note_dropped,
+    style_axes,
+    thousands,
+    write,
+)
+
+PERCENT = FuncFormatter(lambda share, _: f"{100 * share:.10g}")
+
+_MOST_LABELLED_CLASSES = 12
+_MOST_BARS = 64
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Accuracy of one method at growing cost, all N: `evaluations` of the network per text and class, `accuracy` as a
+    share in [0, 1], `se` its standard error (NaN where unknown)."""
+
+    evaluations: ArrayLike
+    accuracy: ArrayLike
+    se: ArrayLike
+
+
+@dataclass(frozen=True)
+class Point:
+    """One method at one cost; the fields are those of `Curve`, and `se` may be None where unknown."""
+
+    evaluations: float
+    accuracy: float
+    se: float | None = None
+
+
+def accuracy_ladder(rows: Sequence[Row], highlight: str | None = None) -> Figure:
+    """Accuracies as shares in [0, 1], one dot with its 95% interval per (name, value, standard error)."""
+    figure, axes = dot_rows(rows, highlight, scale=100.0)
+    axes.set_xlabel("accuracy (% of texts); bars: 95%; further right is better")
+    return figure
+
+
+def confusion_matrix(counts_KK: ArrayLike, label_names: Sequence[str]) -> Figure:
+    """Counts [K, K], true class in rows and predicted in columns, with their share of each row."""
+    counts = np.asarray(counts_KK, dtype=np.int64)
+    size = len(label_names)
+    if counts.shape != (size, size):
+        raise ValueError(f"confusion matrix is {counts.shape} but there are {size} label names")
+    figure = new_figure(1.1 + min(4.6, 0.75 * size))
+    if size == 0:
+        return empty_figure(figure)
+    axes = style_axes(figure.add_subplot(), "predicted class", "true class", grid="")
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    for row, column in np.ndindex(counts.shape):
+        share = float(shares[row, column])
+        # Opacity instead of a colour map: the cells fade into the page in both colour schemes.
+        axes.add_patch(Rectangle((column, row), 1, 1, facecolor=(BLUE, 0.04 + 0.86 * share), edgecolor="none"))
+        if size <= _MOST_LABELLED_CLASSES:
+            colour = PAPER if share > 0.55 else INK
+            percent = f"\n{share:.0%}" if size > 6 else f"\n{share:.1%}"
+            text = f"{counts[row, column]:,}{percent if counts[row].any() else ''}"
+            write(axes, column + 0.5, row + 0.5, text, colour, ha="center", va="center", linespacing=1.35)
+    centres = np.arange(size) + 0.5
+    axes.set_xticks(centres, label_names, parse_math=False, rotation=90 if size > 6 else 0)
+    axes.set_yticks(centres, label_names, parse_math=False)
+    axes.tick_params(length=0)
+    axes.set(xlim=(0, size), ylim=(size, 0))
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    return figure
+
+
+def calibration(confidence_K: ArrayLike, right_K: ArrayLike, count_K: ArrayLike, ece: float) -> Figure:
+    """Reliability diagram (Wilson 95% bars) over a histogram of the confidences, from K equal-width bins of [0, 1].
+
+    Each bin gives its mean confidence, the share of right answers and the number of texts; empty bins may hold NaN.
+    `ece` is the expected calibration error in [0, 1]. Raises ValueError if the lengths differ.
+    """
+    confidence, right, count = (np.asarray(a, dtype=np.float64).reshape(-1) for a in (confidence_K, right_K, count_K))
+    if not confidence.size == right.size == count.size:
+        raise ValueError(
+            f"{confidence.size} confidences, {right.size} shares and {count.size} counts for the same bins"
+        )
+    figure = new_figure(4.6)
+    if not count.size:
+        return empty_figure(figure)
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    style_axes(top, "", "share correct (%)")
+    style_axes(bottom, "confidence of the answer (%)", "texts")
+    top.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+    write(top, 0.08, 0.125, "perfectly calibrated", MUTED, rotation=45, rotation_mode="anchor",
+          transform_rotates_text=True)  # fmt: skip
+    full = count > 0
+    (x, y, n), dropped = finite(confidence[full], right[full], count[full])
+    if n.size:
+        low, high = _wilson_interval(y * n, n)
+        # Rounding can put an end of the interval on the wrong side of the proportion by one ulp.
+        errors = np.maximum([y - low, high - y], 0)
+        top.errorbar(x, y, errors, fmt="o", color=BLUE, markersize=5, elinewidth=1.4)
+    bottom.stairs(count, np.linspace(0, 1, count.size + 1), fill=True, color=BLUE, alpha=0.22)
+    bottom.stairs(count, np.linspace(0, 1, count.size + 1), color=BLUE, linewidth=1.3)
+    top.set(xlim=(-0.01, 1.01), ylim=(-0.03, 1.03))
+    for axis in (top.yaxis, top.xaxis):
+        axis.set_major_formatter(PERCENT)
+    bottom.yaxis.set_major_locator(MaxNLocator(3, integer=True))
+    text = f"ECE {format_number(ece, 3)}\n{int(count.sum()):,} texts\nbars: 95% (Wilson)"
+    write(top, 0.02, 0.97, text, transform=top.transAxes, va="top", linespacing=1.5)
+    note_dropped(top, dropped)
+    return figure
+
+
+def _wilson_interval(successes: ArrayLike, counts: ArrayLike) -> tuple[Floats, Floats]:
+    """95% score interval of a proportion (Wilson 1927): lower and upper ends, in [0, 1]."""
+    n = np.asarray(counts, dtype=np.float64)
+    share = np.asarray(successes, dtype=np.float64) / n
+    centre = (share + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
+    half = Z95 / (1 + Z95**2 / n) * np.sqrt(share * (1 - share) / n + Z95**2 / (4 * n**2))
+    return np.clip(centre - half, 0, 1), np.clip(centre + half, 0, 1)
+
+
+def llr_histogram(margin_by_label: Mapping[str, ArrayLike], num_bins: int = 40) -> Figure:
+    """How the margin log p(x | second class) − log p(x | first) [nats] is spread over the texts [N] of each true class,
+    the two in this order."""
+    figure = new_figure(3.0)
+    kept = {str(name): finite(values, values) for name, values in margin_by_label.items()}
+    dropped = sum(count for _, count in kept.values())
+    margins = {name: columns[0] for name, (columns, _) in kept.items()}
+    if not sum(values.size for values in margins.values()):
+        return empty_figure(figure, f"no finite margin among {dropped:,}" if dropped else "nothing to draw")
+    first, second = (*margins, "", "")[:2]
+    axes = style_axes(figure.add_subplot(), f"log p(x | {second}) − log p(x | {first})  (nats)", "texts per bin")
+    pooled = np.concatenate(list(margins.values()))
+    edges = np.histogram_bin_edges(pooled, bins=min(num_bins, max(5, 2 * round(pooled.size**0.5))))
+    for i, values in enumerate(margins.values()):
+        colour = SERIES[i % len(SERIES)]
+        counts, _ = np.histogram(values, edges)
+        axes.stairs(counts, edges, fill=True, color=colour, alpha=0.22)
+        axes.stairs(counts, edges, color=colour, linewidth=1.3)
+    axes.axvline(0, color=INK, linewidth=1, linestyle=(0, (4, 3)))
+    axes.margins(x=0.03)
+    axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+    _label_histograms(axes, margins)
+    note_dropped(axes, dropped)
+    return figure
+
+
+def _label_histograms(axes: Axes, margins: Mapping[str, Floats]) -> None:
+    """Names each class above its median, one line further up where names would collide."""
+    low, high = axes.get_xlim()
+    ends = [-1.0]
+    items = [(float(np.median(v)), i, name) for i, (name, v) in enumerate(margins.items()) if v.size]
+    for median, i, name in sorted(items):
+        text = f"{name} (n = {margins[name].size:,})"
+        width = len(text) / 68
+        centre = min(max((median - low) / (high - low), width / 2), 1 - width / 2)
+        level = next((k for k, end in enumerate(ends) if centre - width / 2 > end), len(ends))
+        ends[level : level + 1] = [centre + width / 2]
+        y = 1.03 + 0.075 * level
+        colour = SERIES[i % len(SERIES)]
+        write(axes, centre, y, text, colour, transform=axes.transAxes, ha="center", va="bottom")
+
+
+def accuracy_against_draws(
+    curves: Mapping[str, Curve],
+    references: Mapping[str, float] | None = None,
+    points: Mapping[str, Point] | None = None,
+) -> Figure:
+    """Accuracy [share] with its 95% band against network evaluations per text and class, one named curve per method.
+
+    `references` are accuracies that cost no evaluations (naive Bayes): dashed lines. `points` are single marks, e.g. a
+    sequential test at its mean number of draws.
+    """
+    figure = new_figure(3.4)
+    bands = "; bands: 95%" if curves else ""
+    axes = style_axes(figure.add_subplot(), f"network evaluations per text and class{bands}", "accuracy (% of texts)")
+    labels, notes, dropped, drawn = [], [], 0, []
+    for i, (name, curve) in enumerate(curves.items()):
+        (x, y, se), bad = _cleaned(curve.evaluations, curve.accuracy, curve.se)
+        dropped += bad
+        if x.size:
+            drawn.append(x)
+            colour = SERIES[i % len(SERIES)]
+            half = Z95 * np.nan_to_num(se, nan=0.0, posinf=0.0)
+            axes.fill_between(x, y - half, y + half, color=colour, alpha=0.18, linewidth=0)
+            axes.plot(x, y, color=colour, linewidth=1.5, marker="o", markersize=3.5)
+            labels.append((float(y[-1]), name, colour))
+    for i, (name, point) in enumerate((points or {}).items(), start=len(curves)):
+        (x, y, _), bad = _cleaned([point.evaluations], [point.accuracy], [0.0])
+        dropped += bad
+        if x.size:
+            drawn.append(x)
+            colour = SERIES[i % len(SERIES)]
+            axes.errorbar(x, y, half_width(point.se), fmt="D", color=colour, markersize=6, elinewidth=1.4, zorder=5)
+            notes.append((float(x[0]), float(y[0]), f"{name}, {format_number(float(x[0]), 3)}", colour))
+    for name, accuracy in (references or {}).items():
+        if np.isfinite(accuracy):
+            axes.axhline(accuracy, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+            labels.append((accuracy, name, MUTED))
+        else:
+            dropped += 1
+    if not labels and not notes:
+        return empty_figure(new_figure(3.4), f"no finite value among {dropped:,}" if dropped else "nothing to draw")
+    axes.yaxis.set_major_formatter(PERCENT)
+    axes.margins(x=0.04, y=0.12)
+    _log2_axis(axes, np.concatenate(drawn) if drawn else np.ones(1))
+    end_labels(axes, labels)
+    for x, y, text, colour in notes:
+        # Curves rise, so there is room above a mark, and to its left unless it is among the cheapest.
+        left = axes.transAxes.inverted().transform(axes.transData.transform((x, y)))[0] > 1 / 3
+        axes.annotate(text, (x, y), (0, 9), textcoords="offset points", ha="right" if left else "left", va="bottom",
+                      color=colour, fontsize=TEXT, parse_math=False)  # fmt: skip
+    note_dropped(axes, dropped)
+    return figure
+
+
+def _cleaned(evaluations: ArrayLike, accuracy: ArrayLike, se: ArrayLike) -> tuple[list[Floats], int]:
+    """The points that a logarithmic axis can hold, in order of the evaluations; how many it cannot."""
+    x = np.asarray(evaluations, dtype=np.float64)
+    columns, dropped = finite(np.where(x > 0, x, np.nan), accuracy, se)
+    order = np.argsort(columns[0], kind="stable")
+    return [column[order] for column in columns], dropped
+
+
+def _log2_axis(axes: Axes, x: Floats) -> None:
+    """Ticks at the powers of two from the smallest to the largest of `x`."""
+    axes.set_xscale("log", base=2)
+    low, high = np.floor(np.log2(x.min())), np.ceil(np.log2(x.max()))
+    step = max(1, round((high - low) / 9))
+    ticks = 2.0 ** np.arange(low, high + 1, step)
+    axes.set_xticks(ticks, [thousands(tick, 0) for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlim(2 ** (np.log2(x.min()) - 0.25), 2 ** (np.log2(x.max()) + 0.25))
+
+
+def accuracy_against_mask_rate(rate: ArrayLike, accuracy: ArrayLike, se: ArrayLike | None = None) -> Figure:
+    """What one draw is worth: accuracy [share] of its verdict against the share of masked tokens in [0, 1]; all N."""
+    figure, axes = by_mask_rate(rate, accuracy, se, "accuracy of one draw (%)")
+    axes.yaxis.set_major_formatter(PERCENT)
+    return figure
+
+
+def draws_histogram(draws_M: ArrayLike, total: int) -> Figure:
+    """How many draws of at most `total` a sequential test spent on each of M texts.
+
+    Raises ValueError if `total` is no positive number or a text spent less than nothing or more than `total`.
+    """
+    (draws, _), dropped = finite(draws_M, draws_M)
+    if total < 1 or draws.min(initial=0) < 0 or draws.max(initial=0) > total:
+        raise ValueError(
+            f"draws per text lie in {draws.min(initial=0):g}..{draws.max(initial=0):g}, but the test may spend "
+            f"0..{total}: pass the largest number of draws as total"
+        )
+    figure = new_figure(3.0)
+    if not draws.size:
+        return empty_figure(figure, f"no finite number among {dropped:,}" if dropped else "nothing to draw")
+    axes = style_axes(figure.add_subplot(), f"draws per text (of at most {total:,})", "texts")
+    width = -(-total // _MOST_BARS)
+    edges = np.arange(0, total + width + 1, width) - 0.5
+    counts, _ = np.histogram(draws, edges)
+    axes.stairs(counts, edges, fill=True, color=BLUE, alpha=0.22)
+    axes.stairs(counts, edges, color=BLUE, linewidth=1.3)
+    axes.set_xlim(-0.5 - 0.02 * total, edges[-1] + 0.02 * total)
+    axes.set_ylim(0, 1.08 * counts.max())
+    mean = float(draws.mean())
+    axes.axvline(mean, color=INK, linewidth=1, linestyle=(0, (4, 3)))
+    text = f"mean {format_number(mean, 3)}: {mean / total:.0%} of the draws"
+    anchor = "left" if mean < total / 3 else "right" if mean > 2 * total / 3 else "center"
+    write(axes, mean, 1.02, text, transform=axes.get_xaxis_transform(), ha=anchor, va="bottom")
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=TICK_STEPS))
+    axes.xaxis.set_major_formatter(FuncFormatter(thousands))
+    axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.yaxis.set_major_formatter(FuncFormatter(thousands))
+    note_dropped(axes, dropped)
+    return figure

@@ -1,0 +1,132 @@
+"""Figures of likelihoods and training. Each function returns a new matplotlib Figure and touches no global state.
+
+Colours are those of `THEME`: the report replaces them by the page's own, so one figure serves the light
+and the dark scheme. All error bars are 95% intervals and say so. Values that are not finite cannot be
+drawn; every figure counts them aloud. Shapes: S steps or points.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+from numpy.typing import ArrayLike
+
+from palimpsest.report.common_plots import TICK_STEPS, Row, by_mask_rate, dot_rows
+from palimpsest.report.formatting import format_number
+from palimpsest.report.style import (
+    BLUE,
+    INK,
+    MUTED,
+    ORANGE,
+    TEXT,
+    Z95,
+    Floats,
+    end_labels,
+    finite,
+    new_figure,
+    note_dropped,
+    style_axes,
+    thousands,
+    write,
+)
+
+_MOST_RAW_POINTS = 400
+_FEWEST_POINTS_TO_ZOOM = 20
+
+
+# ------------------------------------------------------------------------------------------- training
+def loss_curve(
+    train: tuple[ArrayLike, ArrayLike],
+    validation: tuple[ArrayLike, ArrayLike, ArrayLike] | None = None,
+    truth: float | None = None,
+) -> Figure:
+    """Training and validation loss [nats/token] against the optimiser step.
+
+    `train` is (steps S, nll S); `validation` is (steps S, nll S, standard error S); `truth` is the entropy
+    of the source, which no bound can pass. The raw loss is pale, its running mean strong. Where the first
+    steps dwarf all that follows, a second panel shows the second half of the run at its own scale.
+    """
+    train, dropped = finite(*train)
+    points, more = ([np.empty(0)] * 3, 0) if validation is None else finite(*validation)
+    truth = truth if truth is not None and np.isfinite(truth) else None
+    middle = train[0].max(initial=0.0) / 2
+    late = train[1][train[0] >= middle]
+    zoom = train[0].size >= _FEWEST_POINTS_TO_ZOOM and np.ptp(train[1]) > 3 * np.ptp(late)
+    # The labels stand at the last panel, so it must hold whatever there is to label.
+    zoom = zoom and (points[0].size == 0 or points[0].max() >= middle)
+    figure = new_figure(3.1)
+    panels = figure.subplots(1, 2 if zoom else 1, squeeze=False)[0]
+    for axes, start in zip(panels, (0.0, middle), strict=False):
+        style_axes(axes, "optimiser step")
+        labels = _draw_losses(axes, train, points, truth, start)
+        axes.margins(x=0.03, y=0.07)
+        axes.xaxis.set_major_formatter(FuncFormatter(thousands))
+        axes.xaxis.set_major_locator(MaxNLocator(4 if zoom else 6, integer=True, steps=TICK_STEPS))
+    panels[0].set_ylabel("loss (nats per token)")
+    if zoom:
+        panels[0].set_title("whole run", color=MUTED, fontsize=TEXT, loc="left")
+        panels[1].set_title("second half", color=MUTED, fontsize=TEXT, loc="left")
+    end_labels(panels[-1], labels)
+    note_dropped(panels[0], dropped + more)
+    return figure
+
+
+def _draw_losses(
+    axes: Axes, train: list[Floats], validation: list[Floats], truth: float | None, start: float
+) -> list[tuple[float, str, str]]:
+    """Draws the run from step `start` on; returns direct labels (height [nats/token], text, colour)."""
+    labels: list[tuple[float, str, str]] = []
+    if train[0].size:
+        labels.append((_draw_train(axes, train[0], train[1], start), "training", BLUE))
+    steps, nll, se = (column[validation[0] >= start] for column in validation)
+    if steps.size:
+        bars = Z95 * np.nan_to_num(se, nan=0.0, posinf=0.0)
+        axes.errorbar(steps, nll, bars, color=ORANGE, linewidth=1.3, marker="o", markersize=3.5, elinewidth=1.1)
+        labels.append((float(nll[-1]), "validation\n± 95%", ORANGE))
+    if truth is not None:
+        axes.axhline(truth, color=INK, linewidth=1, linestyle=(0, (4, 3)))
+        labels.append((truth, f"true entropy\n{format_number(truth)}", INK))
+    return labels
+
+
+def _draw_train(axes: Axes, steps: Floats, nll: Floats, start: float) -> float:
+    """Draws the raw loss pale and its running mean strong; returns the mean at the last step [nats/token]."""
+    window = max(1, steps.size // 50)
+    ones = np.ones(window)
+    # Dividing by the number of points under the window lets no zeros from beyond the ends into the mean.
+    mean = np.convolve(nll, ones, "same") / np.convolve(np.ones_like(nll), ones, "same")
+    steps, nll, mean = (column[steps >= start] for column in (steps, nll, mean))
+    # The range of each chunk keeps every spike of a long run; a thinned line would lose them.
+    starts = np.arange(0, steps.size, -(-steps.size // _MOST_RAW_POINTS))
+    if starts.size < steps.size:
+        low, high = np.minimum.reduceat(nll, starts), np.maximum.reduceat(nll, starts)
+        axes.fill_between(steps[starts], low, high, color=BLUE, alpha=0.28, linewidth=0)
+    elif window > 1:
+        axes.plot(steps, nll, color=BLUE, alpha=0.4, linewidth=0.7)
+    marker = "o" if steps.size == 1 else None
+    axes.plot(steps[starts], mean[starts], color=BLUE, linewidth=1.5, marker=marker, markersize=4)
+    return float(mean[-1])
+
+
+def nll_by_mask_rate(rate: ArrayLike, nll: ArrayLike, se: ArrayLike | None = None) -> Figure:
+    """Reconstruction loss [nats per masked token] against the share of masked tokens in [0, 1]; all S."""
+    figure, _ = by_mask_rate(rate, nll, se, "loss (nats per masked token)")
+    return figure
+
+
+# ------------------------------------------------------------------------------------------- rows of dots
+def likelihood_against_truth(
+    rows: Sequence[Row], truth: float | None = None, unit: str = "nats/token", highlight: str | None = None
+) -> Figure:
+    """One dot with its 95% interval per (name, value, standard error), the true entropy as a line."""
+    figure, axes = dot_rows(rows, highlight, scale=1.0, marks=() if truth is None else (truth,))
+    axes.set_xlabel(f"negative log-likelihood ({unit}); bars: 95%; further left is better")
+    if truth is not None and np.isfinite(truth):
+        axes.axvline(truth, color=INK, linewidth=1, linestyle=(0, (4, 3)))
+        label = f"true entropy {format_number(truth)}"
+        write(axes, truth, 1.02, label, transform=axes.get_xaxis_transform(), ha="center", va="bottom")
+    return figure

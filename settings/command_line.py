@@ -1,0 +1,350 @@
+"""The command line: the references' spellings translated, mistakes explained in one message."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import lightning
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.errors import HydraException, InstantiationException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from palimpsest.settings.instantiation import located
+from palimpsest.settings.values import PATH, Setting, setting_of
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+_ABSENT = object()
+_SETS_VARIABLE: list[bool] = []  # not empty within `clear_errors`, where HYDRA_FULL_ERROR is not the user's
+
+# Keys of the references under their names here. What names a choice is a group: its members are files in configs/.
+ALIASES = {"sampling.predictor": "sampler", "training.masking": "masking", "eval.estimator": "estimator",
+           "hydra.run.dir": "checkpointing.save_dir", "+wandb.offline": "wandb.offline",
+           "sampling.logdir": "checkpointing.save_dir", "algo.T": "sampling.steps",
+           "algo.time_conditioning": "time_conditioning", "algo.ignore_bos": "training.ignore_bos",
+           **{f"algo.{key}": f"training.{key}" for key in
+              ("curriculum_end", "gumbel_tau_log10_start", "gumbel_tau_log10_end")},
+           "algo.clip_search_widths": "training.clip_search_widths",
+           "algo.clip_search_delta": "training.clip_search_delta", "algo.fix_clipping": "training.fix_clipping",
+           **{f"+data.insert_{split}_{what}": f"data.insert_{split}_{what}"
+              for split in ("train", "valid") for what in ("special", "eos")}}  # fmt: skip
+# Settings of kuleshov-group/bd3lms that have one value here, under which they say nothing.
+SETTLED = {"algo.sampler": "semi_ar", "algo.cross_attn": "true", "algo.var_min": "true", "training.eval_nll": "true",
+           "algo.T": "0"}  # fmt: skip
+# Groups that kuleshov-group/bd3lms spells otherwise: its key -> (our group, its choices in our words).
+_BACKBONES = tuple(path.stem for path in sorted((CONFIGS / "backbone").glob("*.yaml")))
+_OBJECTIVES = {path.stem: path.stem for path in sorted((CONFIGS / "parameterization").glob("*.yaml"))}
+SPELLINGS = {"algo": ("parameterization", {"mdlm": "subs", "duo_base": "udlm", **_OBJECTIVES}),
+             "algo.backbone": ("backbone", {name: name for name in _BACKBONES})}  # fmt: skip
+# Texts, of which ${} is no interpolation either.
+TEXTS = ("sampling.prefix", "sampling.template", "latents.prompt", "data.mask_token")
+_QUOTED = re.compile(r"""(["'])(?:(?!\1)[^\\]|\\.)*\1""", re.DOTALL)
+_ENTRY = re.compile(r"""(?:"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|[^,])+""", re.DOTALL)  # between the commas of a list
+_FOLDERS_OF_HYDRA = {"hydra.run.dir": PATH, "hydra.sweep.dir": PATH, "hydra.sweep.subdir": PATH}
+# Keys that no file in configs/ has, and that are read all the same where they are added.
+_READ_IF_ADDED = ("data.train_splits",)
+# Arguments of what is instantiated that the code gives itself; and groups whose entries are anybody's.
+_GIVEN = ("num_classes", "latent_shape", "stop_id", "watch", "begin_B", "last_epoch")
+_OPEN_GROUPS = ("callbacks", "logger")
+# Arguments of lightning.Trainer that are not for the user: training/trainer.py sets them.
+_SET_BY_US = ("strategy", "logger", "callbacks", "max_epochs", "check_val_every_n_epoch", "enable_checkpointing",
+              "enable_progress_bar", "enable_model_summary", "inference_mode", "use_distributed_sampler",
+              "plugins", "barebones")  # fmt: skip
+
+
+def translate(arguments: list[str]) -> list[str]:
+    """Command-line arguments with the references' spellings replaced by ours, and paths quoted where Hydra needs it.
+
+    Raises:
+        ValueError: a spelling that has no meaning here, or two that contradict each other.
+    """
+    _check_groups(arguments)
+    out = []
+    # Lightning starts its other processes with the first one's hydra.run.dir, which is not the user's.
+    started = any(argument.startswith("hydra.job.name=train_ddp_process_") for argument in arguments)
+    sweeps = any(argument.lower() in ("--multirun", "-m", "hydra.mode=multirun") for argument in arguments)
+    for argument in _algo(arguments):
+        key, equals, value = argument.partition("=")
+        if SETTLED.get(key) == value.lower():
+            continue
+        if key in SETTLED and key not in ALIASES:
+            raise ValueError(f"{argument}: here it is always {SETTLED[key]}; leave it out")
+        if key == "algo.mdlm_loss_scale":  # the log-linear schedule of mdlm, or exactly alpha = 1 - t
+            key, value = "noise.eps", "0.001" if value.lower() == "true" else "0"
+        key = key if started and key == "hydra.run.dir" else ALIASES.get(key, key)
+        setting = _FOLDERS_OF_HYDRA.get(key) or setting_of(key.lstrip("+"))
+        if key in TEXTS and value not in ("", "null") and not _QUOTED.fullmatch(value):
+            value = in_quotes(value)
+        elif setting and setting.typed:
+            value = _name(value, setting, sweeps)
+        out.append(f"{key}{equals}{value}")
+    return _semi_ar(out)
+
+
+def _check_groups(arguments: list[str]) -> None:
+    """Refuse what chooses no file of a group, which Hydra would ignore or answer in its own words.
+
+    Raises:
+        ValueError: names the group and its choices.
+    """
+    experiments = [argument.partition("=")[2] for argument in arguments if argument.startswith("experiment=")]
+    for argument in arguments:
+        key, equals, value = argument.lstrip("+").partition("=")
+        if argument.startswith("~") and not (CONFIGS / argument[1:].partition("=")[0].partition("@")[0]).is_dir():
+            raise ValueError(f"{argument} would remove a key that is read; set it to another value, or to null")
+        folder = CONFIGS / ALIASES.get(key, key)
+        if not equals or "/" in key or not folder.is_dir():
+            continue
+        known = [path.stem for path in sorted(folder.glob("*.yaml"))]
+        is_study = key == "experiment"  # of which Hydra says nothing where there is none
+        unknown = is_study and not set(value.split(",")) <= {*known, "null"}
+        is_no_name = re.fullmatch(r"null|~|true|false|[-+]?[\d.]+|", value) and not (is_study and value == "null")
+        if unknown or is_no_name:
+            guess = difflib.get_close_matches(value, known, n=1)
+            raise ValueError(
+                f"{argument} is unknown;{f' did you mean {key}={guess[0]}?' if guess else ''} choose one of: "
+                f"{', '.join(known)}"
+            )
+    if len(set(experiments)) > 1:
+        raise ValueError(f"experiment= takes one study, not {len(experiments)}: {', '.join(experiments)}")
+
+
+def _name(typed: str, setting: Setting, sweeps: bool) -> str:
+    """A path or a name (or a list of them) for the right side of an argument.
+
+    It is quoted, and so taken letter by letter, where Hydra does not read it as a text. ~ becomes the home folder. In a
+    command that sweeps, commas separate the values to run with.
+    """
+    value = os.path.expanduser(typed) if setting.typed == "path" else typed
+    try:
+        read = OverridesParser.create().parse_override(f"key={value}")
+        fits = sweeps if read.is_sweep_override() else _is_text(read.value()) or setting.accepts(read.value())
+        fits = fits and value == value.strip()  # Hydra would take the blanks away
+    except HydraException:
+        fits = False
+    if fits:
+        return value
+    entry = partial(_name, setting=setting, sweeps=False)
+    if value[:1] == "[" and value[-1:] == "]" and setting.accepts(["name"]):
+        return f"[{','.join(entry(part.strip()) for part in _ENTRY.findall(value[1:-1]))}]"
+    if sweeps and len(parts := _ENTRY.findall(value)) > 1:
+        return ",".join(map(entry, parts))
+    return QuotedString(value, Quote.double).with_quotes()
+
+
+def _is_text(value: object) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def in_quotes(text: str) -> str:
+    """`text` for the right side of an argument, taken letter by letter: no quote, backslash or ${} of it is Hydra's."""
+    text = re.sub(r"(\\*)\$\{", lambda slashes: slashes[1] * 2 + "\\${", text)
+    return QuotedString(text, Quote.double).with_quotes()
+
+
+def _algo(arguments: list[str]) -> list[str]:
+    """`algo=mdlm` and `algo.backbone=dit` as `parameterization=subs` and `backbone=dit`.
+
+    Raises:
+        ValueError: a choice that does not exist, or another one under our own key.
+    """
+    for theirs, (ours, choices) in SPELLINGS.items():
+        typed = [argument for argument in arguments if argument.startswith(f"{theirs}=")]
+        if not typed:
+            continue
+        for argument in typed:
+            if argument.partition("=")[2] not in choices:
+                known = ", ".join(f"{theirs}={name}" for name in choices)
+                raise ValueError(f"{argument} is unknown; what exists: {known} (the same as {ours}=)")
+        own = [argument for argument in arguments if argument.startswith(f"{ours}=")]
+        meant = {f"{ours}={choices[argument.partition('=')[2]]}" for argument in typed}
+        if len(meant | set(own)) > 1:
+            raise ValueError(
+                f"{' '.join([*typed, *own])} contradict each other: {theirs}= is another spelling of {ours}= "
+                f"({typed[0]} means {ours}={choices[typed[0].partition('=')[2]]}); keep one of them"
+            )
+        arguments = [*(argument for argument in arguments if argument not in (*typed, *own)), *meant]
+    return arguments
+
+
+def _semi_ar(arguments: list[str]) -> list[str]:
+    """The references' flag sampling.semi_ar is a sampler here; its windows are filled by ancestral sampling.
+
+    Raises:
+        ValueError: it is neither true nor false, or another sampler is chosen beside it.
+    """
+    flags = [a.partition("=")[2].lower() for a in arguments if a.startswith("sampling.semi_ar=")]
+    rest = [a for a in arguments if not a.startswith("sampling.semi_ar=")]
+    if not set(flags) <= {"true", "false"}:
+        raise ValueError(f"sampling.semi_ar={flags[-1]} must be true or false")
+    if flags[-1:] != ["true"]:
+        return rest
+    others = [a for a in rest if a.startswith("sampler=") and a not in ("sampler=ddpm", "sampler=ddpm_cache")]
+    if others and others != ["sampler=semi_ar"]:
+        raise ValueError(
+            f"sampling.semi_ar=true fills its windows by ddpm_cache, which contradicts {others[-1]} (the same as "
+            "sampling.predictor=); leave one of them out"
+        )
+    return [*(a for a in rest if not a.startswith("sampler=")), "sampler=semi_ar"]
+
+
+def compose_config(overrides: list[str]) -> DictConfig:
+    """The configuration that these arguments make, without running anything."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        words = translate(overrides)
+        cfg = compose("config", overrides=words)
+        refuse_unknown_additions(cfg, words)
+        return cfg
+
+
+def refuse_unknown_additions(cfg: DictConfig, words: list[str]) -> None:
+    """Refuse what + or ++ adds to the configuration and nothing reads. To be called where Hydra composes.
+
+    Raises:
+        ValueError: there is no such key.
+    """
+    added = [word for word in words if word.startswith("+") and not _is_choice(word)]
+    if not added:
+        return
+    without = compose("config", overrides=[word for word in words if word not in added])
+    for key in set(_keys(cfg)) - set(_keys(without)):
+        if not _is_read(key, cfg, without):
+            raise ValueError(_unknown_key(key, without))
+
+
+def _is_choice(word: str) -> bool:
+    """Whether it chooses a file of a group."""
+    key = word.lstrip("+").partition("=")[0].partition("@")[0]
+    return (CONFIGS / key).is_dir() or key.startswith("hydra/")
+
+
+def _keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
+    """The keys of all values. What an interpolation refers to has its keys elsewhere."""
+    for name in node:
+        child = node._get_node(name)
+        if OmegaConf.is_dict(child) and not child._is_none() and not child._is_interpolation():
+            yield from _keys(child, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def _is_read(key: str, cfg: DictConfig, without: DictConfig) -> bool:
+    """Whether anything reads a key that `cfg` has and `without` lacks: it lies in a value that was there, or is an
+    argument of what is instantiated."""
+    parts = key.split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        above, name = ".".join(parts[:end]), parts[end]
+        there = OmegaConf.select(without, above, default=_ABSENT)
+        if there is not _ABSENT and (not OmegaConf.is_dict(there) or not there) and above not in _OPEN_GROUPS:
+            return setting_of(f"{above}.*") is not None  # a value before, which may be such as training.joint_modes
+        node = OmegaConf.select(cfg, above)
+        entry = end == 2 and parts[0] in _OPEN_GROUPS
+        if above == "trainer":
+            return name in inspect.signature(lightning.Trainer).parameters and name not in _SET_BY_US
+        if OmegaConf.is_dict(node) and "_target_" in node and (there is not _ABSENT or entry):
+            own = ("_target_", "_partial_", "_convert_") if there is _ABSENT else there
+            return name in own or _takes(node._target_, name, entry)
+    return key in _READ_IF_ADDED
+
+
+def _takes(target: str, name: str, entry: bool) -> bool:
+    """Whether what is instantiated has an argument of that name which the code does not give itself."""
+    parameters = inspect.signature(located(target)).parameters
+    if name in parameters:
+        return parameters[name].default is not inspect.Parameter.empty and name not in _GIVEN
+    return entry and any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+
+
+@contextmanager
+def clear_errors() -> Iterator[None]:
+    """Turn a user's mistakes into one message and exit status 2; HYDRA_FULL_ERROR=1 shows tracebacks instead."""
+    before = os.environ.get("HYDRA_FULL_ERROR")
+    if before == "1" and not _SETS_VARIABLE:
+        yield
+        return
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints its own version of the story and exits
+    _SETS_VARIABLE.append(True)
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException, ValueError, OSError, FloatingPointError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _lacks_shared_memory(error):
+            raise
+        print(f"\nerror: {explain(error)}\n(HYDRA_FULL_ERROR=1 shows where it was raised)", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        _SETS_VARIABLE.pop()
+        os.environ.pop("HYDRA_FULL_ERROR", None)
+        os.environ |= {} if before is None else {"HYDRA_FULL_ERROR": before}
+
+
+def _lacks_shared_memory(error: BaseException) -> bool:
+    """Whether a worker process had no room in /dev/shm to hand on its batch, or was ended for it, as torch says it."""
+    said = r"shared memory ?\(shm\)|shared memory object|DataLoader worker .*(exited unexpectedly|killed by signal)"
+    return re.search(said, str(error)) is not None
+
+
+def explain(error: BaseException) -> str:
+    """One message that names the key, the value and the remedy."""
+    if _lacks_shared_memory(error):
+        return (
+            "the worker processes that load data had too little shared memory (/dev/shm), or too little memory: set "
+            "loader.num_workers=0, or give them more (docker run --shm-size=1g, or --ipc=host). The first line of it: "
+            f"{str(error).strip().splitlines()[0]}"
+        )
+    if isinstance(error, InstantiationException) and error.__cause__ is not None:
+        built = re.search(r"full_key: (\S+)", str(error))
+        place = f"{built[1]}: " if built and isinstance(error.__cause__, TypeError) else ""
+        return place + explain(error.__cause__)
+    chain: BaseException | None = error
+    while chain is not None:
+        unknown = getattr(chain, "full_key", None)
+        if unknown and "not in struct" in str(chain):
+            return _unknown_key(unknown, compose_config(_choices_typed()))
+        if isinstance(chain, OverrideParseException):
+            key, _, value = chain.override.partition("=")
+            return (f"{chain.override} can not be read ({str(chain).splitlines()[0]}); if {value} is a text, put it in "
+                    f"two pairs of quotes: {key}='\"{value}\"'")  # fmt: skip
+        chain = chain.__cause__
+    return str(error)
+
+
+def _choices_typed() -> list[str]:
+    """Return the group choices on the command line, which decide the keys of the configuration."""
+    try:
+        return [word for word in translate(sys.argv[1:]) if "=" in word and _is_choice(word)]
+    except ValueError:
+        return []
+
+
+def _part(path: Path, group: str) -> DictConfig:
+    """What a choice's file says of its own group."""
+    loaded = OmegaConf.load(path)
+    return loaded.get(group, loaded)
+
+
+def _unknown_key(key: str, cfg: DictConfig) -> str:
+    parent, _, name = key.rpartition(".")
+    while parent and not OmegaConf.is_dict(OmegaConf.select(cfg, parent)):
+        parent, _, name = parent.rpartition(".")
+    node = OmegaConf.select(cfg, parent) if parent else cfg
+    existing = sorted(str(k) for k in node if not str(k).startswith("_"))
+    close = difflib.get_close_matches(name, existing, n=1)
+    prefix = f"{parent}." if parent else ""
+    guess = f" Did you mean {prefix}{close[0]}?" if close else ""
+    others = [path.stem for path in sorted((CONFIGS / prefix.rstrip(".")).glob("*.yaml"))
+              if parent and OmegaConf.select(_part(path, parent), name) is not None]  # fmt: skip
+    guess += f" It is a key of {parent}={', '.join(others)}." if others else ""
+    listing = f"\n  what {parent or 'the configuration'} has: {', '.join(existing)}" if existing else ""
+    return f"there is no key {key}.{guess}{listing}"

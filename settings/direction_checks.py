@@ -1,0 +1,69 @@
+"""What sampling.direction needs of the rest of a configuration."""
+
+from __future__ import annotations
+
+import logging
+
+from omegaconf import DictConfig, OmegaConf
+
+log = logging.getLogger(__name__)
+
+# What a direction asks of the network, each by the modes (training.joint_modes) any of which trains it.
+_TRAINED_BY = {
+    "l2t": [{"l2t", "joint"}],
+    "edit": [{"l2t", "joint"}],
+    "t2l": [{"t2l", "joint"}],
+    "simultaneous": [{"joint"}],
+    "latent_first": [{"latent", "joint"}, {"l2t", "joint"}],
+}
+
+
+def check_direction(cfg: DictConfig, name: str) -> None:
+    """What sampling.direction needs."""
+    direction, ancestral = cfg.sampling.direction, cfg.sampler._target_ == "palimpsest.samplers.ancestral.sample"
+    if direction and name != "mmldlm":
+        raise ValueError(f"sampling.direction={direction} is of texts and their latents, and parameterization={name} "
+                         "knows texts alone; add algo=mmldlm, or leave it out")  # fmt: skip
+    if direction == "edit" and cfg.data.label is not None:
+        raise ValueError(f"sampling.direction=edit takes texts to another class, and data.label={cfg.data.label} "
+                         "leaves one; leave data.label out")  # fmt: skip
+    if direction and cfg.eval.compute_generative_perplexity:
+        raise ValueError("eval.compute_generative_perplexity=true measures free texts; leave out "
+                         f"sampling.direction={direction}, or the perplexity")  # fmt: skip
+    if cfg.sampling.guidance != 1 and not direction and cfg.classify["class"] is None:
+        raise ValueError(
+            f"sampling.guidance={cfg.sampling.guidance} guides towards a class or a latent, and none is "
+            "named; add classify.class= (or, with algo=mmldlm, sampling.direction=)"
+        )
+    if direction and cfg.classify["class"] is not None:
+        raise ValueError(
+            f"classify.class={cfg.classify['class']} means nothing to sampling.direction={direction}; leave it out"
+        )
+    given = [key for key in ("prefix", "template") if cfg.sampling[key]]
+    if direction in ("l2t", "t2l", "edit") and given:
+        raise ValueError(f"sampling.{given[0]}={cfg.sampling[given[0]]}: with sampling.direction={direction} texts are "
+                         "given by their latents, or are those of the split; leave it out")  # fmt: skip
+    _check_modes(cfg, direction)
+    at_once = direction == "joint" and cfg.sampling.joint_order == "simultaneous"
+    if (direction == "edit" or at_once) and not ancestral:
+        why = "begins at texts that are masked in part" if direction == "edit" else "has one grid for text and latent"
+        raise ValueError(f"sampling.direction={direction} {why}, and {cfg.sampler._target_} has steps of its own; use "
+                         "sampling.predictor=ddpm or ddpm_cache")  # fmt: skip
+
+
+def _check_modes(cfg: DictConfig, direction: str | None) -> None:
+    """What is asked of the network must be what it is trained for."""
+    modes = cfg.training.get("joint_modes")
+    if not OmegaConf.is_dict(modes) or not direction:
+        return
+    trained = {mode for mode, weight in modes.items() if weight}
+    marginal = "latent" if direction == "t2l" else "text"
+    for enough in _TRAINED_BY.get(cfg.sampling.joint_order if direction == "joint" else direction, []):
+        if not trained & enough:
+            raise ValueError(f"sampling.direction={direction}: training.joint_modes={modes} trains nothing of the "
+                             f"kind; it needs {' or '.join(sorted(enough))}")  # fmt: skip
+    if cfg.sampling.guidance != 1 and marginal not in trained:
+        raise ValueError(f"sampling.guidance={cfg.sampling.guidance} mixes in the marginal, which "
+                         f"training.joint_modes={modes} never trains; use 1, or give {marginal} a weight")  # fmt: skip
+    if marginal not in trained and direction != "joint":
+        log.warning("training.joint_modes=%s never trains the marginal: what is told nothing is no fair control", modes)

@@ -1,0 +1,188 @@
+"""What makes two trainings the same one: the part of the configuration that determines the weights; and the command
+line that a checkpoint's own part asks for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from omegaconf import DictConfig, OmegaConf
+
+from palimpsest.common.messages import plain
+from palimpsest.settings.command_line import CONFIGS, compose_config, in_quotes
+from palimpsest.settings.contradictions import law
+from palimpsest.settings.names import lasting
+
+# Budgets, devices and bookkeeping are left out: they may change at a resume.
+IDENTITY = ("data", "latents", "model", "backbone", "parameterization", "noise", "masking", "T", "subs_masking",
+            "time_conditioning", "optim", "lr_scheduler", "plateau", "training", "seed", "loader.global_batch_size",
+            "loader.batch_ramp", "trainer.gradient_clip_val", "process.word_share")  # fmt: skip
+NOT_IDENTITY = ("data.label", "data.cache_dir", "model.attn_backend", "backbone.attn_backend",
+                "lr_scheduler.num_training_steps", "data.max_valid_texts", "data.max_test_texts",
+                "backbone.resumed", "training.max_skipped_steps", "training.gradient_checkpointing",
+                "training.sampling_eps_min", "training.sampling_eps_max", "training.clip_search_widths",
+                "training.clip_search_delta", "training.fix_clipping", "training.masking_rates",
+                "training.masking_rate_min", "training.masking_rate_max", "training.masking_rate_per",
+                "parameterization.block_size",
+                "data.judge._target_", "data.judge._partial_", "data.judge.kind", "latents.batch_size")  # fmt: skip
+# Of the keys of training that NOT_IDENTITY has, parameterization=bd3lm and masking=rates have their own copies.
+IDENTITY_IF_SET = ("process.word_share", "training.from_pretrained", "training.freeze", "training.prefix_length",
+                   "training.start_from_counts", "training.ignore_bos", "loader.batch_ramp", "training.resample",
+                   "masking.resample", "parameterization.noising.resample", "data.fill", "data.mask_token",
+                   "data.segments", "data.prompt_column", "data.protocol", "data.num_proc",
+                   "data.source.prompt_column")  # fmt: skip
+# Of texts that only classify.pretrain reads.
+IDENTITY_IF_PRETRAINED = ("data.source.files.unsupervised", "data.source.hub_splits.unsupervised",
+                          "data.source.unlabelled")  # fmt: skip
+
+
+def identity(cfg: DictConfig) -> dict[str, object]:
+    """The part of the configuration that determines the weights, flat: key as typed -> value."""
+    flat: dict[str, object] = {}
+    pretrained = cfg.classify.pretrain or cfg.data.get("train_splits")
+    left_out = NOT_IDENTITY if pretrained else (*NOT_IDENTITY, *IDENTITY_IF_PRETRAINED)
+    objective = law(cfg)
+    left_out = (*left_out, "training.ignore_bos") if objective == "bd3lm" else left_out  # it has its own copy
+    left_out = left_out if cfg.data.get("segments") else (*left_out, "data.segment_room")
+
+    def visit(prefix: str, node: object) -> None:
+        if isinstance(node, dict):
+            for name, child in node.items():
+                visit(f"{prefix}.{name}", child)
+        elif prefix not in left_out and (node or prefix not in IDENTITY_IF_SET):
+            flat[prefix] = lasting(node) if prefix.endswith("._target_") else node
+
+    for key in IDENTITY:
+        node = OmegaConf.select(cfg, key)
+        visit(key, OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node)
+    if cfg.data.streaming and cfg.data.get("max_train_texts") is None:
+        flat |= {f"streaming.{key}": value for key, value in cfg.streaming.items() if key != "_target_"}
+    if cfg.classify.sharing == "conditional":
+        flat |= {f"classify.{key}": cfg.classify[key] for key in ("sharing", "label_dropout")}
+    if cfg.classify.pretrain:
+        flat |= {f"classify.{key}": cfg.classify[key] for key in ("pretrain", "pretrain_steps")}
+    flat |= {"block_size": cfg.block_size} if objective == "bd3lm" else {}
+    if flat.get("data.score_special", ...) is None:  # what null means hangs on data.wrap
+        flat |= {} if cfg.data.wrap or cfg.data.get("protocol") else {"data.score_special": False}
+        flat = {key: value for key, value in flat.items() if key != "data.score_special" or value is not None}
+    return {**flat, "parameterization": objective}
+
+
+# What of it says how a model was trained, and nothing of what it is.
+_OF_TRAINING = ("optim.", "lr_scheduler.", "plateau.", "loader.", "trainer.", "streaming.", "seed", "classify.pretrain",
+                "training.from_pretrained", "training.start_from_counts")  # fmt: skip
+_GROUPS = ("data", "model", "backbone", "parameterization", "noise", "masking", "latents")
+_CARRIED = (*IDENTITY, "classify.sharing", "classify.label_dropout", "block_size")
+_KEY = re.compile(r"\w+(\.\w+)*", re.ASCII)
+_ABSENT = object()
+_FIRST = ("data.", "model.", "noise.", "training.", "classify.", "T", "block_size", "subs_masking", "time_conditioning")
+
+
+def overrides(known: Mapping[str, object]) -> list[str]:
+    """The words of a command line that make the configuration whose `identity` a checkpoint carries as `known`, as far
+    as a model can be used with them: those of its training are left out.
+
+    The checkpoint may be anybody's. Only plain values of keys that exist are taken from it; what is instantiated,
+    and every choice of a group, is named by a file in configs/.
+
+    Raises:
+        ValueError: it names something else.
+    """
+    known = {
+        key: value
+        for key, value in known.items()
+        if not (key.startswith(_OF_TRAINING) or (key in NOT_IDENTITY and "._" not in key) or _is_found(key, value))
+    }
+    for key, value in known.items():
+        if not _may_be_carried(key, value):
+            raise _unknown(key, value)
+    words: list[str] = []
+    for group in _GROUPS:
+        words += _choice(group, known, words)
+    for first in (_FIRST, ("",)):  # what others follow, then what is left
+        cfg = compose_config(words)
+        ours = identity(cfg)
+        unset = {key: _unset(value) for key, value in ours.items() if key in IDENTITY_IF_SET and key not in known}
+        new = {**{key: known[key] for key in _different(known, ours)}, **unset}
+        new = {key: value for key, value in new.items() if key.startswith(first) and not key.startswith(_OF_TRAINING)}
+        for key, value in new.items():
+            if not _is_setting(key, cfg, value is None):
+                raise _unknown(key, value)
+        there = {key for key in new if OmegaConf.select(cfg, key, default=_ABSENT) is not _ABSENT}
+        words += [f"{'' if key in there else '++'}{key}={word(value)}" for key, value in new.items()]
+    return words
+
+
+def _is_found(key: str, value: object) -> bool:
+    """Whether it is the config.json of a published network, which the network finds in the checkpoint itself."""
+    return key.startswith("backbone.config") and str(value).startswith("{")
+
+
+def _unset(value: object) -> object:
+    """What a setting is that an identity leaves out, where another one is `value`."""
+    return False if isinstance(value, bool) else 0 if isinstance(value, int) else None
+
+
+def _different(known: Mapping[str, object], ours: Mapping[str, object]) -> list[str]:
+    return [key for key, value in known.items() if value != ours.get(key, _ABSENT)]
+
+
+def _choice(group: str, known: Mapping[str, object], words: list[str]) -> list[str]:
+    """`group=choice` for the file of that name or target that agrees best with what is known; nothing without one."""
+    fitting = []
+    for path in sorted((CONFIGS / group).glob("*.yaml")):
+        content = OmegaConf.load(path)
+        target = OmegaConf.select(content, "_target_") or OmegaConf.select(content, f"{group}._target_")
+        if path.stem == known.get(f"{group}.name") or (
+            target and lasting(target) == lasting(known.get(f"{group}._target_") or "")
+        ):
+            fitting.append([f"{group}={path.stem}"])
+    if len(fitting) < 2:
+        return fitting[0] if fitting else []
+    return min(fitting, key=lambda choice: len(_different(known, identity(compose_config([*words, *choice])))))
+
+
+def _unknown(key: str, value: object) -> ValueError:
+    return ValueError(
+        f"the checkpoint was trained with {plain(key)}={plain(value)}, which no file in configs/ names: it is of "
+        "another version, or of a configuration that is not here; add its yaml"
+    )
+
+
+def _may_be_carried(key: str, value: object) -> bool:
+    """Whether an identity has such keys and values: keys of settings, not the choice of a group; plain values."""
+    if not _KEY.fullmatch(key) or not any(key == name or key.startswith(f"{name}.") for name in _CARRIED):
+        return False
+    if key == "parameterization":  # the name of the objective
+        return isinstance(value, str) and value.isidentifier()
+    return _is_plain(value) and (value is None or not (CONFIGS / key).is_dir())
+
+
+def _is_setting(key: str, cfg: DictConfig, unset: bool) -> bool:
+    """Whether `key` is that of a value in `cfg`; with `unset` also that of a mapping of values."""
+    parts = key.split(".")
+    if any(part.startswith("_") for part in parts) or (CONFIGS / key).is_dir():
+        return False
+    node = OmegaConf.select(cfg, key, default=_ABSENT)
+    if node is _ABSENT:  # mappings of settings, such as training.joint_modes, have keys of their own
+        parent = OmegaConf.select(cfg, ".".join(parts[:-1]), default=_ABSENT) if len(parts) > 2 else _ABSENT
+        return parent is None or (OmegaConf.is_dict(parent) and "_target_" not in parent)
+    return not OmegaConf.is_dict(node) or (unset and "_target_" not in node)
+
+
+def _is_plain(value: object) -> bool:
+    """Whether it is a text without interpolation, a number, a switch, or a list of such."""
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float) or (isinstance(value, str) and "${" not in value)
+
+
+def word(value: object) -> str:
+    """A value as Hydra reads it on a command line."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(map(word, value)) + "]"
+    if isinstance(value, str) and not re.fullmatch(r"[A-Za-z_/][\w/.-]*", value):
+        return in_quotes(value)
+    return str(value)

@@ -1,0 +1,101 @@
+"""The Lightning trainer of a run, with what Palimpsest puts under it: how it saves, shows itself and ends."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import lightning
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from palimpsest.common.files import Place
+from palimpsest.training.callbacks.batches import BatchArithmetic
+from palimpsest.training.callbacks.best import LastCheckpoint, Patience
+from palimpsest.training.callbacks.guard import Guard
+from palimpsest.training.callbacks.metrics import TrainingMetrics
+from palimpsest.training.callbacks.progress import TextProgressBar
+from palimpsest.training.callbacks.run_state import RunState
+from palimpsest.training.logs import outlives_full_disks
+from palimpsest.training.processes import strategy_for
+from palimpsest.training.record import RunRecord
+from palimpsest.training.signals import StopAtSignal, take_over
+from palimpsest.training.storage import AtomicCheckpointIO
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one fit or evaluation is given.
+
+    title: what its progress bar says. fitting: it trains. devices: processes per node. accumulate: micro-batches per
+    optimizer step. precision: as Lightning names it. patience: validations without a better one that end it; None:
+    none does. max_skipped_steps: updates in a row left out for what is not finite that end it. max_failed_saves:
+    checkpoints in a row that could not be written and end it; None: no number does. folder: where it lives.
+    checkpoints: where its checkpoints are. command, settings: what was typed and the configuration that it makes.
+    callbacks, loggers, strategy: as configured.
+    """
+
+    title: str
+    fitting: bool
+    devices: int
+    accumulate: int
+    precision: str
+    patience: int | None
+    max_skipped_steps: int
+    max_failed_saves: int | None
+    folder: Path
+    checkpoints: Place
+    command: str
+    settings: str
+    callbacks: Sequence[Callback]
+    loggers: Sequence[Logger]
+    strategy: Strategy | str
+
+
+def build_trainer(run: Run, settings: Mapping[str, object]) -> lightning.Trainer:
+    """A trainer with the further arguments `settings` of lightning.Trainer.
+
+    Raises:
+        ValueError: there is a patience, and no callback keeps the best weights; Lightning refuses a setting.
+    """
+    callbacks = list(run.callbacks)
+    if run.patience is not None:
+        if not any(getattr(callback, "monitor", None) == "val/nll" for callback in callbacks):
+            raise ValueError(
+                f"classify.patience={run.patience} needs the best weights, which callbacks=checkpoint_monitor keeps; "
+                "add it, or set classify.patience=null"
+            )
+        callbacks.append(Patience(run.patience))
+    if run.fitting:
+        callbacks.append(BatchArithmetic())
+    callbacks.sort(key=lambda callback: isinstance(callback, LastCheckpoint))
+    if not run.loggers:
+        callbacks = [c for c in callbacks if not isinstance(c, LearningRateMonitor)]
+    metrics, storage = None, AtomicCheckpointIO(run.max_failed_saves)
+    if run.fitting:
+        metrics = TrainingMetrics()
+        guard = Guard(run.max_skipped_steps, run.folder, run.settings)
+        record = RunRecord({"command": run.command, "configuration": run.settings})
+        state = RunState(run.folder, run.title, metrics)
+        storage = AtomicCheckpointIO(run.max_failed_saves, written=state.saved)
+        callbacks = [guard, metrics, state, record, *callbacks, StopAtSignal(run.checkpoints)]
+    settings = dict(settings)
+    if isinstance(settings.get("val_check_interval"), int):  # of optimizer steps; Lightning counts micro-batches
+        settings["val_check_interval"] *= run.accumulate
+    strategy = strategy_for(run.strategy, run.devices * settings.get("num_nodes", 1), run.fitting)
+    loggers = [outlives_full_disks(logger) for logger in run.loggers]
+    try:
+        trainer = lightning.Trainer(
+            **settings, devices=run.devices, accumulate_grad_batches=run.accumulate, precision=run.precision,
+            callbacks=[TextProgressBar(run.title, metrics=metrics), *callbacks], logger=loggers or False,
+            strategy=strategy, plugins=[storage], use_distributed_sampler=False, check_val_every_n_epoch=None,
+            max_epochs=-1, enable_model_summary=False, enable_checkpointing=run.fitting, inference_mode=True,
+        )  # fmt: skip
+    except (MisconfigurationException, TypeError) as error:
+        typed = " ".join(f"trainer.{key}={value}" for key, value in settings.items())
+        raise ValueError(f"lightning.Trainer refuses {typed}: {error}; change what it names") from error
+    take_over(trainer)
+    return trainer
