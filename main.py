@@ -31,12 +31,16 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from palimpsest.classification.models import pretraining_splits
 from palimpsest.common.files import Place, below, exists, folder_of, is_remote, place
 from palimpsest.corpora.judging import Judge, same_text
 from palimpsest.dataloader import BatchPlan, Loading, TextData
 from palimpsest.diffusion import Diffusion, Provenance
 from palimpsest.estimators.base import Estimator
 from palimpsest.estimators.nelbo import Nelbo, comparison_noising
+from palimpsest.evaluation.drawing import Drawing
+from palimpsest.evaluation.likelihood import Precision
+from palimpsest.evaluation.sampling_inputs import Template
 from palimpsest.models.belonging import FUNCTION, check_belongs, check_same, check_together
 from palimpsest.models.checkpoints import Checkpoint, read_checkpoint, read_progress
 from palimpsest.models.freezing import freeze, refuse_frozen, summary
@@ -49,10 +53,6 @@ from palimpsest.settings.from_checkpoint import complete
 from palimpsest.settings.identity import identity
 from palimpsest.settings.instantiation import instantiate
 from palimpsest.settings.values import check_numbers
-from palimpsest.tasks.blanks import Template
-from palimpsest.tasks.class_models import pretraining_splits
-from palimpsest.tasks.drawing import Drawing
-from palimpsest.tasks.scoring import Precision
 from palimpsest.training.logs import guard_output
 from palimpsest.training.machine import Machine
 from palimpsest.training.processes import first_process, started_beside_others

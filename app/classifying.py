@@ -11,13 +11,14 @@ from palimpsest.app.job import check_text, warnings
 from palimpsest.app.networks import Judges, Networks
 from palimpsest.app.runs import Classifier
 from palimpsest.classification.bayes import log_prior, posterior_interval
+from palimpsest.classification.evidence import token_evidence
+from palimpsest.classification.scoring import ClassScores, Race, score_classes
 from palimpsest.dataloader import with_texts
 from palimpsest.estimators.nelbo import comparison_noising
+from palimpsest.report.evidence import shown_evidence
 from palimpsest.report.formatting import format_measurement
 from palimpsest.report.report import Report
-from palimpsest.report.verdict import Share, verdict
-from palimpsest.tasks.class_scoring import ClassScores, Race, score_classes
-from palimpsest.tasks.evidence import shown_evidence, token_evidence
+from palimpsest.report.verdict import ClassShare, verdict
 
 _SPLIT = "the text"  # its name among the splits
 
@@ -54,7 +55,7 @@ def classify(networks: Networks, classifier: Classifier, question: Question, sho
     with warnings() as heard:
         race = Race(question.num_draws, question.confidence)
         judges = networks.judges(classifier, asked)
-        experiment, hypotheses = judges.experiment, judges.hypotheses
+        experiment, models = judges.experiment, judges.models
         race.check(experiment.estimator)
         data = with_texts(judges.data, _SPLIT, [question.text])
         counts_C = np.zeros(len(data.label_names))
@@ -66,7 +67,7 @@ def classify(networks: Networks, classifier: Classifier, question: Question, sho
             return _shown(scores, log_prior_C, data.label_names, race)
 
         scores = score_classes(
-            experiment.trainer, hypotheses, data, _SPLIT, experiment.estimator, race, experiment.seed, log_prior_C,
+            experiment.trainer, models, data, _SPLIT, experiment.estimator, race, experiment.seed, log_prior_C,
             lambda scores: show(Judged(so_far(scores))),
         )  # fmt: skip
         return Judged(so_far(scores), _evidence(judges, data, scores, log_prior_C, race), tuple(heard))
@@ -78,7 +79,7 @@ def _shown(scores: ClassScores, log_prior_C: np.ndarray, names: tuple[str, ...],
     if not scores.exact:
         low_C, high_C = (ends_MC[0] for ends_MC in posterior_interval(scores.nats_MCK, log_prior_C))
     columns = zip(names, posterior_C, low_C, high_C, scores.log_p_MC[0], scores.se_MC[0], strict=True)
-    shares = [Share(*column, {first: "p", second: "n"}.get(k, "")) for k, column in enumerate(columns)]
+    shares = [ClassShare(*column, {first: "p", second: "n"}.get(k, "")) for k, column in enumerate(columns)]
     drawn = "the likelihood is exact" if scores.exact else (
         f"{scores.draws_M[0]} of at most {race.num_draws} masks under every class"
     )  # fmt: skip
@@ -97,12 +98,12 @@ def _pair(scores: ClassScores, log_prior_C: np.ndarray) -> tuple[int, int]:
 
 def _evidence(judges: Judges, data: object, scores: ClassScores, log_prior_C: np.ndarray, race: Race) -> str:
     """The rows of the text, coloured by what they say for one class against another."""
-    experiment, hypotheses = judges.experiment, judges.hypotheses
+    experiment, models = judges.experiment, judges.models
     first, second = _pair(scores, log_prior_C)
     rows = range(len(data.split(_SPLIT)))
-    noising = comparison_noising(experiment.estimator, hypotheses[0].diffusion.objective)
+    noising = comparison_noising(experiment.estimator, models[0].diffusion.objective)
     draws = dict.fromkeys(rows, int(scores.draws_M[0]))
-    nats = token_evidence(hypotheses, data, _SPLIT, draws, race.num_draws, noising, experiment.seed)
+    nats = token_evidence(models, data, _SPLIT, draws, race.num_draws, noising, experiment.seed)
     titles = [f"Part {row + 1} of {len(rows)}" if len(rows) > 1 else "Which words spoke" for row in rows]
     report = Report("")
     report.evidence(shown_evidence(data, _SPLIT, {row: (titles[row], first, second) for row in rows}, nats))

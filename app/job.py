@@ -13,7 +13,6 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 Result = TypeVar("Result")
 MOST_CHARACTERS = 100_000  # of a text that is typed
-_OURS = ("contradictions", "dataloader", "diffusion", "main", "models", "samplers", "tasks", "text")
 
 
 def check_text(text: str) -> None:
@@ -100,7 +99,7 @@ def warnings() -> Iterator[list[str]]:
 
     class Ear(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            if record.name.partition(".")[0] in _OURS:
+            if record.name.startswith("palimpsest."):
                 heard.append(record.getMessage())
 
     ear = Ear(logging.WARNING)

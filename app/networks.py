@@ -7,14 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from palimpsest.app.runs import Classifier, Network
+from palimpsest.classification.models import ClassModel, check_classes, one_per_class, told_the_class
 from palimpsest.diffusion import Diffusion
 from palimpsest.main import Experiment
 from palimpsest.scripts.generate import quoted
 from palimpsest.settings.command_line import compose_config
 from palimpsest.settings.contradictions import refuse_contradictions
 from palimpsest.settings.values import check_numbers
-from palimpsest.tasks.class_models import Hypothesis, one_per_class, told_the_class
-from palimpsest.tasks.classify import check_classes
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Writer:
 class Judges:
     """The networks of all classes, with their data and what they are asked for this time."""
 
-    hypotheses: list[Hypothesis]
+    models: list[ClassModel]
     data: object
     experiment: Experiment
 
@@ -72,7 +71,7 @@ class Networks:
         settings = {"mode": "classify", "checkpointing.save_dir": str(classifier.folder), **asked}
         experiment = self._experiment(classifier.networks[0], settings)
 
-        def read() -> tuple[object, list[Hypothesis]]:
+        def read() -> tuple[object, list[ClassModel]]:
             data = experiment.data()
             check_classes(data)
             names, there = data.label_names, classifier.networks
@@ -85,8 +84,8 @@ class Networks:
             return data, one_per_class(experiment, list(map(str, paths)), disable_ema=False)
 
         version = " ".join(network.version for network in classifier.networks)
-        data, hypotheses = self._once("judges", version, read)
-        return Judges(hypotheses, data, experiment)
+        data, models = self._once("judges", version, read)
+        return Judges(models, data, experiment)
 
     def classes(self, network: Network) -> list[str]:
         """Names of the classes that a network can be told."""

@@ -12,15 +12,15 @@ from functools import cache
 from palimpsest.app.job import check_text, warnings
 from palimpsest.app.networks import Networks
 from palimpsest.app.runs import Network
+from palimpsest.evaluation.drawing import decoded, draw
+from palimpsest.evaluation.sampling_inputs import Template
 from palimpsest.report.denoising import denoising_page
+from palimpsest.report.history import Recorder, samples_of
 from palimpsest.report.live import live_texts
+from palimpsest.report.standing import Standing
+from palimpsest.report.watching import described
 from palimpsest.samplers.trace import Trace
 from palimpsest.settings.command_line import CONFIGS
-from palimpsest.tasks.blanks import Template
-from palimpsest.tasks.drawing import decoded, draw
-from palimpsest.tasks.history import Recorder, samples_of
-from palimpsest.tasks.standing import Standing
-from palimpsest.tasks.watching import described
 
 MOST_TEXTS = 16
 _PICTURE_SECONDS = 0.05

@@ -19,12 +19,12 @@ import numpy as np
 
 from palimpsest.classification.bayes import posterior
 from palimpsest.classification.measures import measure
+from palimpsest.classification.models import class_models
+from palimpsest.classification.scoring import ClassScores, Race, score_classes
 from palimpsest.estimators.nelbo import Nelbo
 from palimpsest.main import Experiment
 from palimpsest.objectives.noising import Bernoulli, ExactCount
 from palimpsest.settings.command_line import compose_config
-from palimpsest.tasks.class_models import class_models
-from palimpsest.tasks.class_scoring import ClassScores, Race, score_classes
 
 DRAWS = (1, 4, 16, 64)
 

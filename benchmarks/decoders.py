@@ -22,14 +22,14 @@ import numpy as np
 from benchmarks.kneser_ney import KneserNey
 from palimpsest.common.metrics import Estimate, Units
 from palimpsest.data.tokenizers import decode
+from palimpsest.data.unigram import token_counts
+from palimpsest.evaluation.drawing import draw
+from palimpsest.evaluation.generative_perplexity import CausalScorer
+from palimpsest.evaluation.sample_quality import measure, real_texts
 from palimpsest.main import Experiment
 from palimpsest.settings.command_line import compose_config
 from palimpsest.settings.contradictions import law, refuse_contradictions
 from palimpsest.settings.values import check_numbers
-from palimpsest.tasks.base import token_counts
-from palimpsest.tasks.drawing import draw
-from palimpsest.tasks.generative_perplexity import CausalScorer
-from palimpsest.tasks.sample_quality import measure, real_texts
 
 UNMASK = {
     "random": "sampling.order=random",

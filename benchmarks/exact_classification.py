@@ -22,7 +22,7 @@ from scipy.sparse import csr_matrix
 from scipy.special import log_softmax
 
 from palimpsest.classification.bayes import averaged_posterior, posterior
-from palimpsest.classification.racing import still_racing
+from palimpsest.classification.sequential_test import still_racing
 from palimpsest.common.metrics import Estimate
 from palimpsest.common.randomness import evaluation_noise
 from palimpsest.corpora.grammar import END, FiniteStateGrammar

@@ -39,8 +39,8 @@ from palimpsest import main
 from palimpsest.common.files import Seal, check_seal
 from palimpsest.models.checkpoints import load_inert, read_progress
 from palimpsest.settings.command_line import compose_config
-from palimpsest.tasks.fitting import fit
 from palimpsest.training.callbacks.best import LastCheckpoint
+from palimpsest.training.fitting import fit
 
 STEPS, KEEP, MILESTONE = 24, 2, 7
 OVERRIDES = ["model.hidden_size=16", "model.cond_dim=8", "model.n_blocks=1", "model.n_heads=2", "model.dropout=0.2",

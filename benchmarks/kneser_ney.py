@@ -9,7 +9,7 @@ import numpy as np
 
 from palimpsest.common.metrics import Units
 from palimpsest.data.tokenizers import encode
-from palimpsest.tasks.generative_perplexity import GenerativePerplexity, TextScores
+from palimpsest.evaluation.generative_perplexity import GenerativePerplexity, TextScores
 
 _BEGIN = -1  # stands before a text
 

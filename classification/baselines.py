@@ -1,6 +1,6 @@
 """What a classifier must beat: four bag-of-words baselines, trained in minutes on the same split.
 
-Shape suffixes: M texts, C classes, N tokens of all texts in one row, V vocabulary, F features.
+Shape suffixes: M texts, C classes, F features.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.sparse import csr_matrix, diags_array, hstack
+from scipy.sparse import csr_matrix, diags_array
 from scipy.special import expit
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.naive_bayes import MultinomialNB
+
+from palimpsest.evaluation.naive_bayes import NGrams, unigram_counts
 
 _TFIDF_STRENGTHS = (1.0, 10.0, 100.0)
 _NB_STRENGTHS = (0.1, 1.0, 10.0)
@@ -55,9 +57,9 @@ def baselines(train: Labelled, validation: Labelled, test: Labelled, vocab_size:
             vocabulary.
     """
     num_classes = _num_classes(train, validation, test)
-    grams = _NGrams.seen_in(train.ids, vocab_size)
-    unigrams = MultinomialNB().fit(_unigrams(train.ids, vocab_size), train.label_M)
-    found = [Baseline("naive Bayes, unigrams", unigrams.predict_proba(_unigrams(test.ids, vocab_size)))]
+    grams = NGrams.seen_in(train.ids, vocab_size)
+    unigrams = MultinomialNB().fit(unigram_counts(train.ids, vocab_size), train.label_M)
+    found = [Baseline("naive Bayes, unigrams", unigrams.predict_proba(unigram_counts(test.ids, vocab_size)))]
     train_MF, validation_MF, test_MF = (grams.counts(part.ids) for part in (train, validation, test))
     bigrams = MultinomialNB().fit(train_MF, train.label_M)
     found.append(Baseline("naive Bayes, uni- and bigrams", bigrams.predict_proba(test_MF)))
@@ -68,13 +70,6 @@ def baselines(train: Labelled, validation: Labelled, test: Labelled, vocab_size:
     chosen = _best(fits, validation_MF, validation.label_M)
     found.append(Baseline("NB-weighted logistic regression", chosen(test_MF)))
     return found
-
-
-def naive_bayes(train: Labelled, vocab_size: int) -> Callable[[Sequence[np.ndarray]], np.ndarray]:
-    """Token ids of texts -> p(class | text), (M, C), by naive Bayes on uni- and bigrams as in `baselines`."""
-    grams = _NGrams.seen_in(train.ids, vocab_size)
-    model = MultinomialNB().fit(grams.counts(train.ids), train.label_M)
-    return lambda ids: model.predict_proba(grams.counts(ids))
 
 
 def _num_classes(train: Labelled, validation: Labelled, test: Labelled) -> int:
@@ -92,55 +87,6 @@ def _num_classes(train: Labelled, validation: Labelled, test: Labelled) -> int:
     return num_classes
 
 
-# ---------------------------------------------------------------------------------------------- features
-@dataclass(frozen=True)
-class _NGrams:
-    """Columns 0 .. V-1 are the tokens, the rest the bigrams of the training texts; others are not counted.
-
-    bigrams: a * V + b for tokens a, b that stand side by side in a training text, sorted.
-    """
-
-    vocab_size: int
-    bigrams: np.ndarray
-
-    @classmethod
-    def seen_in(cls, ids: Sequence[np.ndarray], vocab_size: int) -> _NGrams:
-        return cls(vocab_size, np.unique(_bigrams(ids, vocab_size)[1]))
-
-    def counts(self, ids: Sequence[np.ndarray]) -> csr_matrix:
-        """(M, F) uni- and bigram counts."""
-        text_N, bigram_N = _bigrams(ids, self.vocab_size)
-        column_N = np.searchsorted(self.bigrams, bigram_N)
-        column_N[column_N == len(self.bigrams)] = 0
-        seen_N = self.bigrams[column_N] == bigram_N if len(self.bigrams) else np.zeros(len(bigram_N), dtype=bool)
-        bigrams_MF = _counted(text_N[seen_N], column_N[seen_N], len(ids), len(self.bigrams))
-        return hstack([_unigrams(ids, self.vocab_size), bigrams_MF], format="csr")
-
-
-def _in_one_row(ids: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    text_N = np.repeat(np.arange(len(ids)), [len(row) for row in ids])
-    return text_N, np.concatenate([np.asarray(row, dtype=np.int64) for row in ids])
-
-
-def _bigrams(ids: Sequence[np.ndarray], vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The text and the number a * V + b of every pair of adjacent tokens; none reaches into the next text."""
-    text_N, token_N = _in_one_row(ids)
-    inside_N = text_N[:-1] == text_N[1:]
-    return text_N[:-1][inside_N], (token_N[:-1] * vocab_size + token_N[1:])[inside_N]
-
-
-def _unigrams(ids: Sequence[np.ndarray], vocab_size: int) -> csr_matrix:
-    text_N, token_N = _in_one_row(ids)
-    if token_N.size and not 0 <= token_N.min() <= token_N.max() < vocab_size:
-        raise ValueError(f"a token id lies outside 0..{vocab_size - 1}, the vocabulary")
-    return _counted(text_N, token_N, len(ids), vocab_size)
-
-
-def _counted(text_N: np.ndarray, column_N: np.ndarray, num_texts: int, num_columns: int) -> csr_matrix:
-    return csr_matrix((np.ones(len(text_N)), (text_N, column_N)), shape=(num_texts, num_columns))  # sums duplicates
-
-
-# ------------------------------------------------------------------------------------------- regressions
 def _best(fits: Iterable[Predict], validation_MF: csr_matrix, label_M: np.ndarray) -> Predict:
     """The fit with the lowest log loss on the validation texts, which few texts tell better than the accuracy."""
 

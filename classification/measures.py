@@ -11,22 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support, roc_auc_score
 
-from palimpsest.common.metrics import Estimate
-
-_Z95 = 1.959964
+from palimpsest.common.metrics import Estimate, Interval, mean, wilson_interval
 
 _NUM_BINS = 10
 _RESAMPLES = 1000
 _BOOTSTRAP_SEED = 0  # fixed, so that the same verdicts always have the same error
 _SMALLEST = np.nextafter(0.0, 1.0)  # 4.9e-324, whose log is -744.4
-
-
-@dataclass(frozen=True)
-class Interval:
-    """Both ends of a 95 % interval."""
-
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -114,8 +104,8 @@ def measure(posterior_MC: np.ndarray, label_M: np.ndarray) -> Measures:
         confusion_CC=confusion_CC,
         roc_auc=_roc_auc(posterior_MC, label_M) if (support_C > 0).sum() > 1 else None,
         # scikit-learn's log_loss clips at 2e-16: a confident error would cost 36 nats at most.
-        log_loss=_mean(-np.log(np.maximum(p_true_M, _SMALLEST))),
-        brier=_mean(squares_M),
+        log_loss=mean(-np.log(np.maximum(p_true_M, _SMALLEST))),
+        brier=mean(squares_M),
         reliability=reliability(posterior_MC.max(axis=1), right_M),
     )
 
@@ -131,11 +121,6 @@ def _checked(posterior_MC: np.ndarray, label_M: np.ndarray) -> tuple[np.ndarray,
     if not (posterior_MC >= 0).all() or not np.allclose(posterior_MC.sum(axis=1), 1, atol=1e-6):
         raise ValueError("the rows of the posterior must be probabilities: no nan, none negative, sum 1")
     return posterior_MC, label_M.astype(np.int64)
-
-
-def _mean(value_M: np.ndarray) -> Estimate:
-    se = value_M.std(ddof=1) / math.sqrt(len(value_M)) if len(value_M) > 1 else math.nan
-    return Estimate(float(value_M.mean()), float(se))
 
 
 def _roc_auc(posterior_MC: np.ndarray, label_M: np.ndarray) -> float:
@@ -167,16 +152,6 @@ def macro_f1(confusion_CC: np.ndarray) -> Estimate:
     resampled_RN = np.random.default_rng(_BOOTSTRAP_SEED).multinomial(total, count_N / total, size=_RESAMPLES)
     se = float(score_R(resampled_RN).std(ddof=1)) if total > 1 else math.nan
     return Estimate(float(score_R(count_N[None])[0]), se)
-
-
-def wilson_interval(successes: float, trials: float) -> Interval:
-    """95 % score interval of a proportion (Wilson 1927); nan without trials. Of trials that depend on one another, the
-    number of independent ones that are worth as much, which need not be whole."""
-    if trials == 0:
-        return Interval(math.nan, math.nan)
-    share, unit = successes / trials, _Z95**2 / trials
-    middle, half = share + unit / 2, math.sqrt(unit * (share * (1 - share) + unit / 4))
-    return Interval(max(0.0, (middle - half) / (1 + unit)), min(1.0, (middle + half) / (1 + unit)))
 
 
 def reliability(confidence_M: np.ndarray, right_M: np.ndarray, num_bins: int = _NUM_BINS) -> Reliability:

@@ -137,6 +137,20 @@ def alias(source: Place, target: Place) -> None:
     sync_folder(target.parent)
 
 
+def write_whole(path: Path, data: bytes) -> None:
+    """Write `data` to `path` atomically: readers see the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def sync_folder(folder: Path) -> None:
     """Have the names in `folder` on the disk too, where its file system knows how."""
     handle = os.open(folder, os.O_RDONLY)

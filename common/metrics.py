@@ -1,6 +1,6 @@
 """Numbers with their errors: estimates, the independent units that errors are over, and the meter of validation.
 
-Shape suffixes: B rows of a batch, M rows, U units.
+Shape suffixes: B rows of a batch, M rows (texts), K trials of a text, U units.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 _LARGEST_EXPONENT = 700  # exp of more is no float
+_Z95 = 1.959964  # standard errors of a 95 % interval
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,69 @@ def ratio(part_M: ArrayLike, whole_M: ArrayLike, units: Units | None = None) -> 
 def mean(value_M: ArrayLike, units: Units | None = None) -> Estimate:
     """The mean with its standard error over the units (None: each value is one); nan without any."""
     return ratio(value_M, np.ones(len(value_M)), units) if len(value_M) else Estimate(math.nan, math.nan)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Both ends of a 95 % interval."""
+
+    low: float
+    high: float
+
+
+def wilson_interval(successes: float, trials: float) -> Interval:
+    """Return the 95 % score interval of a proportion (Wilson 1927); nan without trials.
+
+    For trials that depend on one another, give the number of independent ones that are worth as much; it need not be
+    whole.
+    """
+    if trials == 0:
+        return Interval(math.nan, math.nan)
+    share, unit = successes / trials, _Z95**2 / trials
+    middle, half = share + unit / 2, math.sqrt(unit * (share * (1 - share) + unit / 4))
+    return Interval(max(0.0, (middle - half) / (1 + unit)), min(1.0, (middle + half) / (1 + unit)))
+
+
+@dataclass(frozen=True)
+class Share:
+    """A share of texts with its standard error and Wilson's 95 % interval.
+
+    texts: how many it rests on. chance: the share that a guess would reach, nan if there is no such number.
+    """
+
+    value: float
+    se: float
+    low: float
+    high: float
+    texts: int
+    chance: float = math.nan
+
+    @property
+    def estimate(self) -> Estimate:
+        """The value with its standard error."""
+        return Estimate(self.value, self.se)
+
+
+def share(hit_MK: np.ndarray, chance: float = math.nan) -> Share:
+    """Return the share of hits of M texts with K trials each, (M,) or (M, K).
+
+    Hits are numbers in [0, 1]; they need not be whole where a tie was cut. The trials of one text depend on one
+    another, so the interval is that of as many independent trials as have the same standard error.
+
+    Raises:
+        ValueError: there is nothing to count.
+    """
+    if not hit_MK.size:
+        raise ValueError("there is no verdict to count")
+    texts, value = len(hit_MK), float(hit_MK.mean())
+    hit_MK = hit_MK.reshape(texts, -1)
+    se = math.sqrt(value * (1 - value) / texts)  # as if the trials of a text were all alike
+    independent = texts
+    if texts > 1 and hit_MK.shape[1] > 1:
+        se = min(se, float(hit_MK.mean(1).std(ddof=1) / math.sqrt(texts)))
+        independent = min(value * (1 - value) / se**2, hit_MK.size) if se else texts
+    interval = wilson_interval(value * independent, independent)
+    return Share(value, se, interval.low, interval.high, texts, chance)
 
 
 class NLLMeter(Metric):

@@ -1,7 +1,6 @@
 """Self-contained HTML reports of runs: numbers with their errors, figures, and samples as they were written.
 
-Imports nothing else of the project. `reporting.plots` and `reporting.classification_plots` draw the figures, `Report`
-sets the page.
+`Report` sets the page; each type of result has a module that writes its sections and its lines for a terminal.
 """
 
 from palimpsest.report.evidence import Evidence

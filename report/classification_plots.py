@@ -1,6 +1,6 @@
 """Figures of a classification: how often it is right, how sure it is, and what its draws buy.
 
-Like `reporting.plots`: each function returns a new figure in the colours of `THEME`, bars and bands are 95% intervals
+Like `report.plots`: each function returns a new figure in the colours of `THEME`, bars and bands are 95% intervals
 and say so, and values that are not finite are counted aloud. Shapes: K classes or bins, M texts, N points.
 """
 
@@ -16,6 +16,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import ArrayLike
 
+from palimpsest.common.metrics import wilson_interval
 from palimpsest.report.common_plots import TICK_STEPS, Row, by_mask_rate, dot_rows
 from palimpsest.report.formatting import format_number
 from palimpsest.report.style import (
@@ -123,7 +124,8 @@ def calibration(confidence_K: ArrayLike, right_K: ArrayLike, count_K: ArrayLike,
     full = count > 0
     (x, y, n), dropped = finite(confidence[full], right[full], count[full])
     if n.size:
-        low, high = _wilson_interval(y * n, n)
+        intervals = [wilson_interval(*pair) for pair in zip(y * n, n, strict=True)]
+        low, high = np.array([(interval.low, interval.high) for interval in intervals]).T
         # Rounding can put an end of the interval on the wrong side of the proportion by one ulp.
         errors = np.maximum([y - low, high - y], 0)
         top.errorbar(x, y, errors, fmt="o", color=BLUE, markersize=5, elinewidth=1.4)
@@ -137,15 +139,6 @@ def calibration(confidence_K: ArrayLike, right_K: ArrayLike, count_K: ArrayLike,
     write(top, 0.02, 0.97, text, transform=top.transAxes, va="top", linespacing=1.5)
     note_dropped(top, dropped)
     return figure
-
-
-def _wilson_interval(successes: ArrayLike, counts: ArrayLike) -> tuple[Floats, Floats]:
-    """95% score interval of a proportion (Wilson 1927): lower and upper ends, in [0, 1]."""
-    n = np.asarray(counts, dtype=np.float64)
-    share = np.asarray(successes, dtype=np.float64) / n
-    centre = (share + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
-    half = Z95 / (1 + Z95**2 / n) * np.sqrt(share * (1 - share) / n + Z95**2 / (4 * n**2))
-    return np.clip(centre - half, 0, 1), np.clip(centre + half, 0, 1)
 
 
 def llr_histogram(margin_by_label: Mapping[str, ArrayLike], num_bins: int = 40) -> Figure:

@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from palimpsest.report.page import encoded, render, write_whole
+from palimpsest.report.page import render, write_page
 from palimpsest.report.palette import age
 from palimpsest.report.plain_text import inline, split_lead
 
@@ -116,7 +116,7 @@ def write_denoising(
 ) -> None:
     """`denoising.html`: the texts with a player of their denoising, in one file that opens from disk, loads nothing and
     shows the final texts where no script runs."""
-    write_whole(path, encoded(denoising_page(samples, title, subtitle, command)))
+    write_page(path, denoising_page(samples, title, subtitle, command))
 
 
 def denoising_page(samples: Sequence[Sample], title: str = "", subtitle: str = "", command: str = "") -> str:

@@ -1,15 +1,18 @@
 """What each token of a text says for one class against another, as the report shows it.
 
-Shape suffix: L tokens.
+Shape suffixes: L tokens, C classes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from palimpsest.data.tokenizers import token_strings
 from palimpsest.report.formatting import format_number
 from palimpsest.report.plain_text import inline, split_lead
 
@@ -66,6 +69,22 @@ class _Word:
     body: str
     nats: float
     count: int
+
+
+def shown_evidence(
+    data: object, split: str, chosen: Mapping[int, tuple[str, int, int]], nats: Sequence[np.ndarray]
+) -> list[Evidence]:
+    """Return texts as the report colours them.
+
+    chosen: row number in the split -> (title, class spoken for, class spoken against). nats: of `token_evidence`.
+    """
+    shown = []
+    for (row, (title, winner, rival)), nats_CL in zip(chosen.items(), nats, strict=True):
+        ids = [int(i) for i in data.split(split)[row]["input_ids"]]
+        ratio_L = nats_CL[rival, : len(ids)] - nats_CL[winner, : len(ids)]
+        names = (data.label_names[winner], data.label_names[rival])
+        shown.append(Evidence(title, tuple(token_strings(data.tokenizer, ids)), tuple(ratio_L.tolist()), names))
+    return shown
 
 
 def evidence_block(evidence: Sequence[Evidence]) -> dict[str, Any]:

@@ -9,10 +9,11 @@ from itertools import pairwise
 from pathlib import Path
 
 import matplotlib
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from PIL import Image, ImageDraw, ImageFont
 
+from palimpsest.common.files import write_whole
 from palimpsest.report.denoising import Sample, Shown
-from palimpsest.report.page import write_whole
 from palimpsest.report.palette import age, ink, wash
 from palimpsest.report.plain_text import split_lead
 
@@ -43,6 +44,7 @@ class _Layout:
     size: int  # of the font, pixels
 
 
+@rank_zero_only
 def write_gif(path: Path, sample: Sample, num_frames: int = 60) -> None:
     """`sample` from masks to text in at most `num_frames` pictures, one for each step where there are fewer; the last
     one is the final text, and stays for some seconds. A text of more than some thirty lines is cut."""

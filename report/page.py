@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import jinja2
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from palimpsest.common.files import write_whole
 from palimpsest.report.palette import FIRST_HUE, LAST_HUE
 
 
@@ -31,25 +31,10 @@ def render(template: str, **content: Any) -> str:
 
 
 @rank_zero_only
-def write_whole(path: Path, data: bytes) -> None:
-    """Writes `data` to `path` atomically: readers see the old file or the new one, never a part. Of several processes
-    the first does it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def encoded(page: str) -> bytes:
-    """UTF-8. Lone surrogates (torn bytes of a byte-level tokenizer) must not cost a finished run its report."""
-    return page.encode("utf-8", errors="replace")
+def write_page(path: Path, page: str) -> None:
+    """Write `page` to `path`, in the first process. Lone surrogates (torn bytes of a byte-level tokenizer) must not
+    cost a finished run its report."""
+    write_whole(path, page.encode("utf-8", errors="replace"))
 
 
 def _content_hash(text: str) -> str:

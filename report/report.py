@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from palimpsest.report.denoising import Sample, samples_block
 from palimpsest.report.evidence import Evidence, evidence_block
 from palimpsest.report.formatting import Metric, format_number
-from palimpsest.report.page import encoded, render, write_whole
+from palimpsest.report.page import render, write_page
 from palimpsest.report.plain_text import inline, paragraphs, visible
 from palimpsest.report.style import THEME
 from palimpsest.report.svg import inline_figure
@@ -99,9 +99,8 @@ class Report:
         )
 
     def write(self, path: Path) -> None:
-        """Writes the page to `path` atomically: readers see the old file or the new one, never a part. Of several
-        processes the first does it."""
-        write_whole(path, encoded(self.render()))
+        """Write the page to `path` atomically, in the first process."""
+        write_page(path, self.render())
 
     def _add(self, kind: str, **content: Any) -> None:
         if not self._sections:

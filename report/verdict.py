@@ -10,7 +10,7 @@ from palimpsest.report.page import render
 
 
 @dataclass(frozen=True)
-class Share:
+class ClassShare:
     """What is known of a class. probability: of it, given the text, with the ends of its 95 % interval. log_p: of the
     text, given the class, nats, with its Monte Carlo error (NaN: unknown). side: "p" or "n", its colour where evidence
     is shown (report/evidence.py); "" for none."""
@@ -24,7 +24,7 @@ class Share:
     side: str = ""
 
 
-def verdict(shares: Sequence[Share], facts: Sequence[str]) -> str:
+def verdict(shares: Sequence[ClassShare], facts: Sequence[str]) -> str:
     """The classes, the likeliest first; `facts` are said below them."""
     ranked = sorted(shares, key=lambda share: -share.probability)
     rows = [{

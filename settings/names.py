@@ -7,6 +7,11 @@ PACKAGE = "palimpsest."
 MOVED = {
     "callbacks": "training.callbacks",
     "engine": "training",
+    "tasks.class_scoring": "classification.scoring",
+    "tasks.classify.Beside": "classification.methods.Beside",
+    "tasks.directions": "evaluation.directions",
+    "tasks.guidance": "evaluation.guidance",
+    "tasks.watching": "report.watching",
     "lr_schedules": "training.lr_schedules",
     "optimizers": "training.optimizers",
     "text.exact_denoiser": "corpora.exact_denoiser",

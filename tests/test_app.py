@@ -26,12 +26,12 @@ from palimpsest.app.networks import Networks
 from palimpsest.app.runs import classifiers, find
 from palimpsest.app.said import refused
 from palimpsest.classification.bayes import posterior_interval
+from palimpsest.classification.scoring import Race, score_classes
 from palimpsest.dataloader import with_texts
 from palimpsest.estimators.nelbo import Nelbo
+from palimpsest.evaluation.drawing import decoded, draw
+from palimpsest.evaluation.sampling_inputs import Template
 from palimpsest.settings.command_line import compose_config
-from palimpsest.tasks.blanks import Template
-from palimpsest.tasks.class_scoring import Race, score_classes
-from palimpsest.tasks.drawing import decoded, draw
 from tests.commands import run
 from tests.test_classify import EVEN, two_models
 from tests.test_configs import TINY

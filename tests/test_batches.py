@@ -19,9 +19,9 @@ from palimpsest.models.dit import DiT
 from palimpsest.models.hf_causal import HFCausal
 from palimpsest.objectives.base import TokenLoss
 from palimpsest.objectives.reduction import StepLoss
+from palimpsest.report.training import history
 from palimpsest.settings.command_line import compose_config
-from palimpsest.tasks.fitting import fit
-from palimpsest.tasks.train import history
+from palimpsest.training.fitting import fit
 from tests.test_configs import TINY
 from tests.test_resume import same_weights
 

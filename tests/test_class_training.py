@@ -13,15 +13,15 @@ import pytest
 import torch
 
 from palimpsest import main
+from palimpsest.classification.models import class_models, pretraining_splits
 from palimpsest.common.randomness import KeyedNoise
 from palimpsest.data.sources import HubOrFolder
+from palimpsest.data.unigram import token_counts, unigram_nll
 from palimpsest.dataloader import TextData
 from palimpsest.models.checkpoints import load_inert, read_checkpoint, read_progress
 from palimpsest.models.class_conditioning import UNTOLD
 from palimpsest.settings.command_line import compose_config
-from palimpsest.tasks.base import token_counts, unigram_nll
-from palimpsest.tasks.class_models import class_models, pretraining_splits
-from palimpsest.tasks.fitting import begin, fit
+from palimpsest.training.fitting import begin, fit
 from tests.test_configs import TINY
 
 RUN = [*TINY, "checkpointing.save_dir=run", "sampling.num_sample_log=0", "trainer.max_steps=4",
@@ -84,7 +84,10 @@ def test_a_conditional_network_is_told_all_but_the_asked_share(monkeypatch):
     assert torch.equal(untold, KeyedNoise(1, position, draw=-4).uniform() < 0.25), "keyed by place in the stream"
     assert [m.class_id for m in models] == [0, 1] and models[0].diffusion is models[1].diffusion
     batch = next(iter(exp.data().eval_dataloader("test")))
-    assert models[1].told(batch)["class_id"].tolist() == [1] * len(batch["input_ids"]) and "class_id" not in batch
+    assert (
+        models[1].with_conditioning(batch)["class_id"].tolist() == [1] * len(batch["input_ids"])
+        and "class_id" not in batch
+    )
     assert sorted(p.name for p in Path("run").iterdir() if p.is_dir() and p.name.startswith("label")) == []
     again = class_models(exp, exp.data(), str(Path("run/checkpoints/best.ckpt")), False)
     assert len(again) == 2

@@ -13,8 +13,9 @@ from sklearn import metrics as sk
 
 from palimpsest.classification.bayes import averaged_posterior, log_prior, posterior, posterior_interval
 from palimpsest.classification.calibration import RateWeights, fit_rate_weights, fit_temperature
-from palimpsest.classification.measures import macro_f1, measure, reliability, wilson_interval
-from palimpsest.classification.racing import still_racing
+from palimpsest.classification.measures import macro_f1, measure, reliability
+from palimpsest.classification.sequential_test import still_racing
+from palimpsest.common.metrics import wilson_interval
 
 
 @pytest.fixture

@@ -12,13 +12,13 @@ import torch
 from hydra.errors import InstantiationException
 
 from palimpsest import main
+from palimpsest.classification.evidence import token_evidence
+from palimpsest.classification.models import ClassModel
+from palimpsest.classification.predictions import predictions_file, read_posterior, write_predictions
+from palimpsest.classification.scoring import ClassScores, Race, score_classes
 from palimpsest.estimators.nelbo import Nelbo, for_comparison
 from palimpsest.objectives.noising import Bernoulli, ExactCount, TiltedCount
 from palimpsest.settings.command_line import compose_config
-from palimpsest.tasks.class_models import Hypothesis
-from palimpsest.tasks.class_scoring import ClassScores, Race, score_classes
-from palimpsest.tasks.evidence import token_evidence
-from palimpsest.tasks.predictions import predictions_file, read_posterior, write_predictions
 from tests.test_configs import TINY
 
 EVEN = np.log([0.5, 0.5])
@@ -35,11 +35,11 @@ def random_network(e: main.Experiment, seed: int) -> object:
     return diffusion
 
 
-def two_models(e: main.Experiment) -> list[Hypothesis]:
-    return [Hypothesis(random_network(e, seed)) for seed in (0, 1)]
+def two_models(e: main.Experiment) -> list[ClassModel]:
+    return [ClassModel(random_network(e, seed)) for seed in (0, 1)]
 
 
-def scores_of(e: main.Experiment, hypotheses: list[Hypothesis], race: Race, estimator: object = None) -> ClassScores:
+def scores_of(e: main.Experiment, hypotheses: list[ClassModel], race: Race, estimator: object = None) -> ClassScores:
     return score_classes(e.trainer, hypotheses, e.data(), "test", estimator or Nelbo(), race, 3, EVEN)
 
 
@@ -64,7 +64,7 @@ def test_each_class_is_measured_as_its_model_alone_would_be():
 def test_common_masks_cancel_and_independent_ones_do_not():
     """Two classes with one model: its likelihood ratio is 1, whatever the masks, if they are the same."""
     e = experiment()
-    same = [Hypothesis(random_network(e, 0))] * 2
+    same = [ClassModel(random_network(e, 0))] * 2
     common, independent = (scores_of(e, same, Race(4, masks=masks)).log_p_MC for masks in ("common", "independent"))
     assert (common[:, 0] == common[:, 1]).all()
     assert (independent[:, 0] != independent[:, 1]).all() and (independent[:, 0] == common[:, 0]).sum() == 0
@@ -132,9 +132,9 @@ def test_a_network_that_is_told_the_class_serves_all_of_them():
     e = experiment("classify.sharing=conditional")
     diffusion = random_network(e, 0)
     torch.nn.init.normal_(diffusion.backbone.blocks[0].adaLN_modulation.weight)
-    found = scores_of(e, [Hypothesis(diffusion, k) for k in range(2)], Race(4))
+    found = scores_of(e, [ClassModel(diffusion, k) for k in range(2)], Race(4))
     assert (found.log_p_MC[:, 0] != found.log_p_MC[:, 1]).all()
-    untold = scores_of(e, [Hypothesis(diffusion, -1), Hypothesis(diffusion)], Race(4))
+    untold = scores_of(e, [ClassModel(diffusion, -1), ClassModel(diffusion)], Race(4))
     assert (untold.log_p_MC[:, 0] == untold.log_p_MC[:, 1]).all()
 
 

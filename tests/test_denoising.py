@@ -18,9 +18,9 @@ from PIL import Image, ImageChops
 from palimpsest.report import Report
 from palimpsest.report.denoising import Sample, Visit, write_denoising
 from palimpsest.report.gif import _layout, _picture, write_gif
+from palimpsest.report.history import Recorder, sample_of
 from palimpsest.report.palette import ink
 from palimpsest.samplers.trace import Trace
-from palimpsest.tasks.history import Recorder, sample_of
 from tests import exact
 
 HOSTILE = " <script>alert(1)</script>'\"&"
@@ -79,7 +79,7 @@ def test_a_row_that_grows_is_recorded():
 ], ids=["remdm", "ar", "block", "semi_ar"])  # fmt: skip
 def test_frames_replay_to_what_was_drawn(experiment, overrides):
     _, data, diffusion, drawing = experiment(*overrides)
-    from palimpsest.tasks.drawing import draw  # here, where the fixture has set the folder
+    from palimpsest.evaluation.drawing import draw  # here, where the fixture has set the folder
 
     recorder, spent = Recorder(3, data.vocabulary.mask_id), []
 

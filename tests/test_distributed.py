@@ -19,9 +19,9 @@ import torch
 
 from palimpsest import main
 from palimpsest.models.checkpoints import load_inert
+from palimpsest.report.training import history
 from palimpsest.settings.command_line import compose_config, translate
-from palimpsest.tasks.fitting import fit
-from palimpsest.tasks.train import history
+from palimpsest.training.fitting import fit
 from palimpsest.training.processes import FullySharded, ddp, processes_per_node, strategy_for
 from tests.test_batches import FIT, assert_close_weights
 

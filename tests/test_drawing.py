@@ -10,9 +10,9 @@ import torch
 
 from palimpsest import main
 from palimpsest.data.tokenizers import encode, load_tokenizer, vocabulary
+from palimpsest.evaluation.drawing import Drawing, Drawn, decoded, draw
+from palimpsest.evaluation.sampling_inputs import ROOM, Template
 from palimpsest.settings.command_line import compose_config, explain
-from palimpsest.tasks.blanks import ROOM, Template
-from palimpsest.tasks.drawing import Drawing, Drawn, decoded, draw
 from tests.test_configs import TINY
 
 

@@ -17,14 +17,13 @@ import pytest
 
 from palimpsest.classification import measures
 from palimpsest.classification.measures import measure
-from palimpsest.common.metrics import Estimate, Units, mean, ratio
-from palimpsest.tasks.answers import share
-from palimpsest.tasks.class_scoring import ClassScores
-from palimpsest.tasks.diversity import distinct, unigram_entropy
-from palimpsest.tasks.generative_perplexity import TextScores
-from palimpsest.tasks.latent_gain import Shuffling, given_by_others
-from palimpsest.tasks.scoring import Scores
-from palimpsest.tasks.verdicts import Verdicts
+from palimpsest.classification.scoring import ClassScores
+from palimpsest.classification.verdicts import Verdicts
+from palimpsest.common.metrics import Estimate, Units, mean, ratio, share
+from palimpsest.evaluation.diversity import distinct, unigram_entropy
+from palimpsest.evaluation.generative_perplexity import TextScores
+from palimpsest.evaluation.latent_gain import Shuffling, given_by_others
+from palimpsest.evaluation.likelihood import Scores
 
 REPLICATIONS = 800
 

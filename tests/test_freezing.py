@@ -11,7 +11,7 @@ from palimpsest.models.checkpoints import load_inert, read_checkpoint
 from palimpsest.models.ema import EMA
 from palimpsest.models.freezing import freeze, refuse_frozen, summary
 from palimpsest.settings.command_line import compose_config
-from palimpsest.tasks.fitting import fit
+from palimpsest.training.fitting import fit
 from palimpsest.training.updates import Updates
 from tests.latents import network
 from tests.test_batches import FEW, networks

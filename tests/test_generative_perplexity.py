@@ -17,10 +17,11 @@ from transformers import PreTrainedTokenizerFast as FastTokenizer
 from palimpsest import main
 from palimpsest.common.metrics import Estimate
 from palimpsest.data.tokenizers import BUILDERS, encode, vocabulary
+from palimpsest.evaluation.diversity import distinct, diversity, unigram_entropy
+from palimpsest.evaluation.generative_perplexity import CausalScorer, TextScores, windows
+from palimpsest.evaluation.sample_quality import RealTexts, compare, real_texts, text_of
+from palimpsest.report.free_texts import comparison_lines
 from palimpsest.settings.command_line import compose_config, explain
-from palimpsest.tasks.diversity import distinct, diversity, unigram_entropy
-from palimpsest.tasks.generative_perplexity import CausalScorer, TextScores, windows
-from palimpsest.tasks.sample_quality import RealTexts, compare, real_texts, text_of
 from tests.test_configs import TINY
 
 CONTEXT = 32
@@ -292,7 +293,7 @@ def test_real_texts_are_a_random_choice_or_a_reason(letters, monkeypatch):
     assert real_texts(fake_data(letters, [], OSError("gone")), "validation", 5, seed=1).missing == "gone"
     with pytest.raises(ValueError, match="there is no split 'vaild' .eval.split=vaild; null"):
         real_texts(fake_data(letters, [], ValueError("there is no split 'vaild'")), "vaild", 5, seed=1)
-    monkeypatch.setattr("palimpsest.tasks.sample_quality._MOST_TEXTS", 7)
+    monkeypatch.setattr("palimpsest.evaluation.sample_quality._MOST_TEXTS", 7)
     assert "data.max_valid_texts=" in real_texts(data, "validation", 5, seed=1).missing
 
 
@@ -304,7 +305,7 @@ def test_the_comparison_shows_everything_beside_the_perplexity(folder, letters):
     assert results["generative_perplexity"] == load(folder).perplexity(TEXTS[:2]).perplexity
     assert results["real"]["generative_perplexity"].value == pytest.approx(results["generative_perplexity"].value)
     assert results["real"]["distinct_n"] == results["distinct_n"]
-    shown = str(with_real)
+    shown = comparison_lines(with_real)
     for word in (
         "generative perplexity",
         "unigram entropy",
@@ -316,7 +317,9 @@ def test_the_comparison_shows_everything_beside_the_perplexity(folder, letters):
         assert word in shown
     alone = compare(rows, RealTexts([], None, "eval.split=null"), data, None)
     assert alone.results()["generative_perplexity"] is None and alone.results()["real"] is None
-    assert "no real texts beside them: eval.split=null" in str(alone) and "perplexity" not in str(alone)
+    assert "no real texts beside them: eval.split=null" in comparison_lines(
+        alone
+    ) and "perplexity" not in comparison_lines(alone)
 
 
 def test_sample_eval_scores_its_samples(folder, tmp_path, monkeypatch, capsys):

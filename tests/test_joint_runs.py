@@ -16,11 +16,11 @@ from palimpsest.common.randomness import evaluation_noise
 from palimpsest.models.checkpoints import load_inert, read_checkpoint
 from palimpsest.objectives.joint import SHARES
 from palimpsest.process import Absorbing
+from palimpsest.report import training
+from palimpsest.report.training import history
 from palimpsest.settings.command_line import compose_config, explain
-from palimpsest.tasks import train
-from palimpsest.tasks.fitting import fit
-from palimpsest.tasks.train import history
 from palimpsest.training.callbacks.gradient_shares import GradientShares
+from palimpsest.training.fitting import fit
 from palimpsest.training.updates import Updates
 from tests.latents import LatentText, batch, network, objective, with_latents
 from tests.test_batches import FEW, assert_close_weights
@@ -74,10 +74,10 @@ def test_a_training_from_latents_alone_says_that_it_did_not_learn_texts_alone(he
 @pytest.mark.parametrize(("name", "drawn"), [("train/nll", 1.5), ("train/text_loss", None)])
 def test_the_entropy_of_texts_alone_is_no_line_beside_texts_with_latents(monkeypatch, name, drawn):
     logged = {name: np.array([[1, 2.0], [2, 1.9]]), "val/nll": np.array([[2, 1.2]]), "val/nll_se": np.array([[2, 0.1]])}
-    monkeypatch.setattr(train, "history", lambda folder: logged)
-    monkeypatch.setattr(train.plots, "loss_curve", lambda *points: points)
+    monkeypatch.setattr(training, "history", lambda folder: logged)
+    monkeypatch.setattr(training.plots, "loss_curve", lambda *points: points)
     report = Mock()
-    train.add_loss_curve(report, Path(), 1.5)
+    training.add_loss_curve(report, Path(), 1.5)
     (_, _, truth), caption, _ = report.figure.call_args.args
     assert truth == drawn and ("texts alone" in caption) == (drawn is None)
 

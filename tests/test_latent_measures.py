@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from palimpsest.classification.centroids import Nearest, fit_centroids, slerp, unit
-from palimpsest.tasks.editing import class_number, smoothness
-from palimpsest.tasks.latent_measures import bleu, cosines, edits, partners, retrieval, token_f1
+from palimpsest.evaluation.centroids import Nearest, fit_centroids, slerp, unit
+from palimpsest.evaluation.editing import class_number, smoothness
+from palimpsest.evaluation.latent_measures import bleu, cosines, edits, partners, retrieval, token_f1
 
 RNG = np.random.default_rng(0)
 

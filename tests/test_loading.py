@@ -21,7 +21,7 @@ from palimpsest.data.loading import (
     workers_for,
 )
 from palimpsest.settings.command_line import compose_config
-from palimpsest.tasks.fitting import fit
+from palimpsest.training.fitting import fit
 from tests.test_configs import TINY
 
 

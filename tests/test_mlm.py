@@ -17,6 +17,8 @@ from transformers import BertConfig
 from palimpsest import main
 from palimpsest.common.randomness import evaluation_noise, training_noise
 from palimpsest.data.collate import Collate
+from palimpsest.data.unigram import unigram_nll
+from palimpsest.evaluation.drawing import draw
 from palimpsest.models.hf_mlm import HFMaskedLM
 from palimpsest.noise_schedule import LogLinear
 from palimpsest.objectives.base import Model, scored_mask
@@ -27,8 +29,6 @@ from palimpsest.objectives.subs import Subs
 from palimpsest.process import Absorbing
 from palimpsest.report import training_plots
 from palimpsest.settings.command_line import compose_config
-from palimpsest.tasks.base import unigram_nll
-from palimpsest.tasks.drawing import draw
 from palimpsest.training.callbacks.masking_rates import MaskingRates
 from tests import commands
 from tests.laws import any_order_law, batch_of, exact_bound

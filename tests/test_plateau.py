@@ -12,8 +12,8 @@ from palimpsest import main
 from palimpsest.models.checkpoints import load_inert
 from palimpsest.settings.command_line import compose_config
 from palimpsest.settings.identity import identity
-from palimpsest.tasks.fitting import fit
 from palimpsest.training.callbacks.plateau import Plateau
+from palimpsest.training.fitting import fit
 from palimpsest.training.lr_schedules import cosine
 from tests.test_configs import TINY
 

@@ -13,26 +13,26 @@ import pytest
 import torch
 
 from palimpsest import main
-from palimpsest.classification.measures import wilson_interval
+from palimpsest.common.metrics import share, wilson_interval
 from palimpsest.corpora.gsm8k import judge
 from palimpsest.corpora.judging import Verdict, same_text
 from palimpsest.data.packing import Packing, pack
 from palimpsest.data.rows import in_parts, parts_of, text_rows
 from palimpsest.data.tokenizers import encode, encode_after, load_tokenizer, vocabulary
+from palimpsest.data.unigram import token_counts, unigram_nll
 from palimpsest.dataloader import Collate
 from palimpsest.estimators.any_order import AnyOrder
 from palimpsest.estimators.nelbo import Nelbo
 from palimpsest.estimators.ordered import Ordered
+from palimpsest.evaluation.answers import check_shares, majority_is_right, measure
+from palimpsest.evaluation.completions import Asked, complete
+from palimpsest.evaluation.drawing import Drawing, Setting
 from palimpsest.noise_schedule import LogLinear
 from palimpsest.objectives.ar import AR
 from palimpsest.objectives.base import Model, counted_mask, scored_mask
 from palimpsest.objectives.subs import Subs
 from palimpsest.process import Absorbing
 from palimpsest.settings.command_line import SPELLINGS, compose_config, explain
-from palimpsest.tasks.answers import check_shares, majority_is_right, measure, share
-from palimpsest.tasks.base import token_counts, unigram_nll
-from palimpsest.tasks.drawing import Drawing
-from palimpsest.tasks.prompted import Asked, _complete
 from palimpsest.tasks.train import train
 from tests.exact import written
 from tests.test_configs import TINY
@@ -214,8 +214,8 @@ def test_shares_votes_and_groups():
     table = [[Verdict("1" if m % 2 else None, "1", steps=m % 8)] for m in range(40)]
     found = measure(table, np.ones((40, 1), dtype=bool), np.arange(40))
     for groups in (found.by_steps, found.by_length):
-        assert sum(group.right.prompts for group in groups) == 40
-        assert sum(group.right.prompts * group.right.value for group in groups) == pytest.approx(20)
+        assert sum(group.right.texts for group in groups) == 40
+        assert sum(group.right.texts * group.right.value for group in groups) == pytest.approx(20)
     assert [group.name for group in found.by_steps] == ["0 to 2", "3", "4 to 5", "6 or more"]
     assert len(found.by_length) == 4 and found.majority is None and found.unfinished.value == 0
     assert len(measure(table, np.ones((40, 1), dtype=bool), np.full(40, 7)).by_length) == 1, (
@@ -291,18 +291,18 @@ def test_a_sampler_that_knows_the_answers_is_right_and_one_does_not_depend_on_th
 
     MASK_ID = diffusion.objective.process.mask_id  # noqa: N806
     trainer = experiment.trainer("sample_eval")
-    done = _complete(trainer, diffusion, data, judge, Drawing(oracle), Asked("test", None, 1, 1), seed=1)
+    done = complete(Setting(trainer, diffusion, data, Drawing(oracle), 1), Asked("test", None, 1, judge))
     assert len(done) == 12 and all(c.verdicts[0].right and c.ended[0] for c in done)
     assert [c.completions[0].strip() for c in done] == [c.reference.strip() for c in done]
     assert len(set(noises)) == 12
     drawing = experiment.drawing
-    every = _complete(trainer, diffusion, data, judge, drawing, Asked("test", None, 2, 1), seed=1)
-    some = _complete(trainer, diffusion, data, judge, drawing, Asked("test", 3, 1, 1), seed=1)
+    every = complete(Setting(trainer, diffusion, data, drawing, 1), Asked("test", None, 2, judge))
+    some = complete(Setting(trainer, diffusion, data, drawing, 1), Asked("test", 3, 1, judge))
     texts = {c.text_id: c.completions for c in every}
     assert len(some) == 3 and all(texts[c.text_id][0] == c.completions[0] for c in some)
     assert any(first != second for first, second in texts.values())
     short = main.Experiment(compose_config([*SMALL, "model.length=22", "data.long_texts=drop"]), "a test")
-    none = _complete(trainer, diffusion, short.data(), judge, drawing, Asked("test", None, 1, 1), seed=1)
+    none = complete(Setting(trainer, diffusion, short.data(), drawing, 1), Asked("test", None, 1, judge))
     unfit = [c for c in none if not c.drawn]
     assert 0 < len(unfit) < len(none) and not any(c.verdicts[0].right or c.ended[0] for c in unfit)
 
@@ -351,7 +351,7 @@ def test_own_files_may_have_prompts(tmp_path, monkeypatch):
 
 
 def test_what_a_training_shows_are_completed_prompts(gsm8k):
-    from palimpsest.tasks.drawing import draw
+    from palimpsest.evaluation.drawing import draw
 
     for law in ([], ["parameterization=ar"]):
         experiment = main.Experiment(compose_config([*SMALL, *law]), "a test")

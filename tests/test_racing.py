@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import t as student_t
 
-from palimpsest.classification.racing import certainty, still_racing
+from palimpsest.classification.sequential_test import certainty, still_racing
 
 LOOKS = (4, 6, 8, 12, 16, 24, 32, 48, 64)
 

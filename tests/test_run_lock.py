@@ -15,7 +15,7 @@ import pytest
 
 from palimpsest import main
 from palimpsest.settings.command_line import compose_config
-from palimpsest.tasks.fitting import fit
+from palimpsest.training.fitting import fit
 from palimpsest.training.run_lock import FILE, alone_in
 
 

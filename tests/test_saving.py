@@ -22,9 +22,9 @@ from palimpsest import main
 from palimpsest.common.files import alias, check_content, check_seal, newest_first, place
 from palimpsest.models.checkpoints import load_inert, read_progress
 from palimpsest.settings.command_line import compose_config
-from palimpsest.tasks.fitting import fit
 from palimpsest.training.callbacks.best import BestCheckpoint, LastCheckpoint
 from palimpsest.training.callbacks.retention import clear, keep, make_room, step_file
+from palimpsest.training.fitting import fit
 from palimpsest.training.recovery import newest_good
 from palimpsest.training.storage import AtomicCheckpointIO, _seal, write_checkpoint
 from tests.test_configs import TINY

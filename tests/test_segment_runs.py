@@ -16,14 +16,14 @@ from palimpsest.data.collate import Collate, segment_ends
 from palimpsest.data.packing import Packing, pack
 from palimpsest.data.rows import in_parts, text_rows
 from palimpsest.data.tokenizers import encode, encode_after, load_tokenizer, vocabulary
+from palimpsest.data.unigram import token_counts
+from palimpsest.evaluation.completions import Asked, complete
+from palimpsest.evaluation.drawing import Setting, _own, draw
 from palimpsest.models.belonging import check_belongs
 from palimpsest.models.checkpoints import Checkpoint, read_checkpoint
 from palimpsest.objectives.base import counted_mask, scored_mask
 from palimpsest.settings.command_line import compose_config, explain
 from palimpsest.settings.identity import identity
-from palimpsest.tasks.base import token_counts
-from palimpsest.tasks.drawing import _own, draw
-from palimpsest.tasks.prompted import Asked, _complete
 from tests.exact import written
 from tests.test_prompts import SMALL, gsm8k  # noqa: F401 - a fixture
 
@@ -159,8 +159,8 @@ def test_completions_are_judged_part_by_part(gsm8k):  # noqa: F811
                 row[ends[0] :] = torch.where(row[ends[0] :] == eos_id, row[ends[0] + 1], row[ends[0] :])
         return written(x_BL, out, mask_id)
 
-    trainer, asked = experiment.trainer("sample_eval"), Asked("test", None, 1, 1)
-    done = _complete(trainer, diffusion, data, experiment.judge, oracle_drawing(oracle), asked, seed=1)
+    trainer, asked = experiment.trainer("sample_eval"), Asked("test", None, 1, experiment.judge)
+    done = complete(Setting(trainer, diffusion, data, oracle_drawing(oracle), 1), asked)
     assert len(done) == 12 and [c.ended[0] for c in done] == [False] + [True] * 11
     for c, row in zip(done[1:], rows.select(range(1, 12)), strict=True):
         assert c.verdicts[0].right and set(c.verdicts[0].findings.values()) == {True}
@@ -169,14 +169,14 @@ def test_completions_are_judged_part_by_part(gsm8k):  # noqa: F811
         assert len(c.drawn[0].steps) == len(c.drawn[0].ids)
     longest = max(c.prompt_tokens for c in done)
     short = main.Experiment(compose_config([*SEGMENTS, f"model.length={longest + 16}"]), "a test")
-    none = _complete(trainer, diffusion, short.data(), experiment.judge, experiment.drawing, asked, seed=1)
+    none = complete(Setting(trainer, diffusion, short.data(), experiment.drawing, 1), asked)
     assert {c.prompt_tokens == longest for c in none if not c.drawn} == {True} and any(c.drawn for c in none)
     shown = draw(diffusion, data, experiment.drawing, 3, 3, seed=1)
     assert all(text.ids[: text.steps.count(0)][0] == data.vocabulary.bos_id for text in shown)
 
 
 def oracle_drawing(oracle):
-    from palimpsest.tasks.drawing import Drawing
+    from palimpsest.evaluation.drawing import Drawing
 
     return Drawing(oracle)
 

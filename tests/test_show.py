@@ -10,9 +10,9 @@ import pytest
 import torch
 from rich.console import Console
 
+from palimpsest.report.standing import Standing
+from palimpsest.report.watching import Recorder, Show, Views, Watching, described
 from palimpsest.samplers.trace import Trace
-from palimpsest.tasks.standing import Standing
-from palimpsest.tasks.watching import Recorder, Show, Views, Watching, described
 from tests import exact
 
 MASK = 9

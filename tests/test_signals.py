@@ -27,12 +27,11 @@ import torch
 from palimpsest import main
 from palimpsest.corpora import reviews
 from palimpsest.diffusion import Diffusion
+from palimpsest.evaluation.devices import Mapper
 from palimpsest.models.checkpoints import load_inert, read_progress
 from palimpsest.settings.command_line import compose_config
-from palimpsest.tasks.class_scoring import ClassScorer
-from palimpsest.tasks.fitting import fit
-from palimpsest.tasks.scoring import Scorer
 from palimpsest.training import signals
+from palimpsest.training.fitting import fit
 from palimpsest.training.signals import SIGNALS, Interrupted, Phase, StopAtSignal
 from palimpsest.training.slurm import check_processes, requeue
 from tests.test_configs import TINY
@@ -130,7 +129,7 @@ def test_a_signal_at_the_last_step_ends_the_command_with_the_model_complete(tmp_
 def test_while_evaluating_a_signal_ends_the_command_at_once(tmp_path, monkeypatch, requeued):
     monkeypatch.chdir(tmp_path)
     few = [*TINY, "checkpointing.save_dir=run", "loader.eval_batch_size=2"]
-    signal_in(monkeypatch, signal.SIGUSR1, Scorer, "test_step", 0)
+    signal_in(monkeypatch, signal.SIGUSR1, Mapper, "test_step", 0)
     with pytest.raises(Interrupted) as stop:
         command(*few)
     assert stop.value.code == 128 + signal.SIGUSR1 and requeued == ["requeue"], "it has trained: another start gets on"
@@ -151,7 +150,7 @@ def test_a_signal_in_one_class_model_ends_the_whole_command_and_the_next_start_g
         with pytest.raises(Interrupted):
             command(*classify)
     assert read_progress(second / "checkpoints/last.ckpt").step == 2
-    signal_in(monkeypatch, signal.SIGTERM, ClassScorer, "test_step", 0)
+    signal_in(monkeypatch, signal.SIGTERM, Mapper, "test_step", 0)
     with pytest.raises(Interrupted):
         command(*classify)
     said = capsys.readouterr().out

@@ -18,7 +18,7 @@ from benchmarks.slurm_requeue import compared
 from palimpsest import main
 from palimpsest.models.checkpoints import read_progress
 from palimpsest.settings.command_line import compose_config
-from palimpsest.tasks.fitting import fit
+from palimpsest.training.fitting import fit
 from tests.test_configs import TINY
 from tests.test_resume import same_weights
 

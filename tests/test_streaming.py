@@ -24,7 +24,7 @@ from palimpsest.dataloader import Loading, TextData
 from palimpsest.models.checkpoints import load_inert
 from palimpsest.settings.command_line import compose_config
 from palimpsest.settings.identity import identity
-from palimpsest.tasks.fitting import fit
+from palimpsest.training.fitting import fit
 from tests.test_configs import TINY
 
 G, STEPS, N = 12, 8, 90

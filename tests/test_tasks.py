@@ -14,11 +14,12 @@ import torch
 from palimpsest import main
 from palimpsest.common.metrics import Estimate, NLLMeter
 from palimpsest.data.collate import Collate
+from palimpsest.data.unigram import unigram_nll
 from palimpsest.estimators.nelbo import Nelbo
+from palimpsest.evaluation.likelihood import Precision, row_numbers, score
 from palimpsest.objectives.noising import Bernoulli
 from palimpsest.settings.command_line import compose_config
-from palimpsest.tasks.base import row_numbers, unigram_nll, write_results
-from palimpsest.tasks.scoring import Precision, score
+from palimpsest.tasks.base import write_results
 from tests.test_configs import TINY
 
 

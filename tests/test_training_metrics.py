@@ -24,8 +24,8 @@ from palimpsest import main
 from palimpsest.models.ar import AR
 from palimpsest.models.checkpoints import load_inert
 from palimpsest.models.dit import DiT
+from palimpsest.report.training import history
 from palimpsest.settings.command_line import compose_config, explain
-from palimpsest.tasks.train import history
 from palimpsest.training import storage
 from palimpsest.training.callbacks.hardware import Arithmetic, compute_dtype, matmul_rate, memory
 from palimpsest.training.callbacks.metrics import BUCKETS, TrainingMetrics, _Interval

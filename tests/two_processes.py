@@ -15,7 +15,7 @@ import torch.distributed
 
 from palimpsest import main
 from palimpsest.settings.command_line import compose_config
-from palimpsest.tasks.fitting import fit
+from palimpsest.training.fitting import fit
 
 
 def fall_asleep(diffusion: main.Diffusion, optimizer: object) -> None:

@@ -14,11 +14,11 @@ import numpy as np
 
 from palimpsest.data.tokenizers import token_strings, unshown
 from palimpsest.diffusion import Diffusion
+from palimpsest.evaluation.drawing import Drawing
+from palimpsest.report.history import piece
 from palimpsest.report.live import Piece
 from palimpsest.report.plain_text import split_lead, visible
 from palimpsest.samplers.trace import Trace
-from palimpsest.tasks.drawing import Drawing
-from palimpsest.tasks.history import piece
 
 
 class Standing:

@@ -1,4 +1,4 @@
-"""mode=sample_eval sampling.direction=joint|l2t|t2l|edit: texts from latents, latents from texts, both, texts steered.
+"""Conditional generation: texts from latents, latents from texts, both together.
 
 Every direction is held against two controls with the same noise: told the latent (or the text) of another row, and told
 nothing. Shape suffixes: B batch, M texts, K latent tokens, D numbers of each.
@@ -6,44 +6,36 @@ nothing. Shape suffixes: B batch, M texts, K latent tokens, D numbers of each.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 
-import lightning
 import numpy as np
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
+from palimpsest.common.metrics import mean
 from palimpsest.common.randomness import KeyedNoise
 from palimpsest.denoisers import Denoiser
-from palimpsest.diffusion import Diffusion
-from palimpsest.report.denoising import Sample
-from palimpsest.report.report import Report
+from palimpsest.evaluation.drawing import Drawn, Sampled, Setting, draw_batch
+from palimpsest.evaluation.latent_measures import Agreement, Reader, agreement, bleu, partners, token_f1
+from palimpsest.evaluation.sample_quality import Comparison, compare, real_texts
+from palimpsest.evaluation.sampling_inputs import masked_row, padded, rows_to_fill
 from palimpsest.samplers import gaussian, joint
 from palimpsest.samplers.base import TokenChoice
 from palimpsest.samplers.gaussian import LatentSteps
 from palimpsest.samplers.joint import with_guidance
 from palimpsest.samplers.trace import Trace, Watcher
-from palimpsest.tasks.base import Experiment, write_results
-from palimpsest.tasks.blanks import masked_row, padded, rows_to_fill
-from palimpsest.tasks.direction_report import VARIANTS, agreement_table, examples, figures_of
-from palimpsest.tasks.drawing import Drawing, Drawn, draw_batch, fill_on_all, on_all
-from palimpsest.tasks.latent_measures import Agreement, Reader, agreement, bleu, mean, partners, token_f1
-from palimpsest.tasks.sample_quality import compare, real_texts
-from palimpsest.tasks.watching import Views, Watching, described
 
+VARIANTS = ("true", "shuffled", "none")  # what is told: the latent (or text) itself, that of another row, nothing
 DIRECTIONS = ("joint", "l2t", "t2l", "edit")
 JOINT_ORDERS = ("simultaneous", "latent_first")
 
 
 @dataclass(frozen=True)
 class EditRules:
-    """How texts are edited (tasks/editing.py). positions, rate: which tokens, and how many of all. target: what latent
-    a text is to get; alpha: how far towards it; to_class: number or name of the class, None: that behind the text's
-    own. path: points of the way to it that SSS and MTS are measured on.
+    """How texts are edited (evaluation/editing.py). positions, rate: which tokens, and how many of all. target: what
+    latent a text is to get; alpha: how far towards it; to_class: number or name of the class, None: that behind the
+    text's own. path: points of the way to it that SSS and MTS are measured on.
 
     Raises:
         ValueError: a target that is unknown, a way that has no steps, a share outside [0, 1].
@@ -127,63 +119,89 @@ def choose(data: object, split: str, number: int, seed: int, blank_id: int, unli
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What every direction works with."""
+class DirectedSetting(Setting):
+    """What every direction works with. truth: the exact distribution of the corpus, if it is known."""
 
-    experiment: Experiment
-    directed: Directed
-    trainer: lightning.Trainer
-    diffusion: Diffusion
-    data: object
-    split: str
-    number: int
-    num_shown: int
-    watching: Watching | None = None  # of the directions that write texts
-
-    @property
-    def seed(self) -> int:
-        return self.experiment.seed
-
-    @property
-    def drawing(self) -> Drawing:
-        """How texts are drawn, with guidance."""
-        drawing = self.experiment.drawing
-        return replace(drawing, sampler=with_guidance(drawing.sampler, self.directed.latent.guidance))
+    directed: Directed = Directed()
+    split: str = ""
+    number: int = 0
+    truth: object | None = None
 
     def chosen(self, unlike: int | None = None) -> Chosen:
-        """The rows that are looked at, none of class `unlike`."""
-        return choose(self.data, self.split, self.number, self.seed, self.diffusion.objective.process.blank_id, unlike)
+        """Return the rows that are looked at, none of class `unlike`."""
+        return choose(self.data, self.split, self.number, self.seed, self.blank_id, unlike)
 
     def written(
         self, rows: Sequence[np.ndarray], names_M: np.ndarray, told: Mapping[str, Tensor],
         changed: Callable[[Denoiser], Denoiser] = lambda model: model, seen: bool = False,
     ) -> list[Drawn]:  # fmt: skip
-        """Texts of `rows`, their masks filled in. changed: what the sampler is to draw from, of the model. seen:
-        whether these are the texts that are watched being written."""
+        """Return texts of `rows`, their masks filled in.
+
+        Args:
+            changed: what the sampler is to draw from, of the model.
+            seen: whether these are the texts that are watched being written.
+        """
         sampler = self.drawing.sampler
 
         def sample(model: Denoiser, *args: object, **cond: object) -> Trace:
             return sampler(changed(model), *args, **cond)
 
-        drawing = replace(self.drawing, sampler=sample)
-        return fill_on_all(
-            self.trainer, self.diffusion, self.data, drawing, rows, names_M, self.data.eval_batch_size, self.seed, told,
-            self.watching if seen else None,
-        )  # fmt: skip
+        watch = self.watch if seen else None
+        return replace(self, drawing=replace(self.drawing, sampler=sample), watch=watch).fill(rows, names_M, told)
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a direction found. rows: of samples.jsonl. latent_MKD: those that were drawn, standardised. write: puts it
-    into a report. summary: lines for a terminal. samples: the first texts, with their denoising."""
+class Outcome(Sampled):
+    """What a direction found. agreement: with what was wanted, by what was told. latent_MKD: those that were drawn,
+    standardised."""
 
-    title: str
-    results: Mapping[str, object]
-    rows: Sequence[Mapping[str, object]]
-    write: Callable[[Report], None]
-    summary: str
+    agreement: Mapping[str, Agreement] = field(default_factory=dict)
     latent_MKD: np.ndarray | None = None
-    samples: Sequence[Sample] = ()
+
+
+@dataclass(frozen=True)
+class Joint(Outcome):
+    """What was found of texts that were drawn with their latents. comparison: their quality beside real texts."""
+
+    comparison: Comparison | None = None
+
+
+@dataclass(frozen=True)
+class Direction:
+    """The request to draw in a direction. find: what draws and measures; truth: as for `DirectedSetting`.
+
+    Raises:
+        ValueError: there is no split to take texts from.
+    """
+
+    directed: Directed
+    split: str | None
+    number: int
+    truth: object | None
+    find: Callable[[DirectedSetting], Outcome]
+
+    def __post_init__(self) -> None:
+        if self.split is None:
+            raise ValueError("eval.split=null: a direction takes its texts and latents from a split; choose one")
+
+    @property
+    def folder(self) -> str:
+        """The folder of the results."""
+        return self.directed.direction
+
+    def __call__(self, setting: Setting) -> Outcome:
+        """Draw with guidance, and measure."""
+        data, drawing = setting.data, setting.drawing
+        guided = replace(drawing, sampler=with_guidance(drawing.sampler, self.directed.latent.guidance))
+        more = (self.directed, self.split, self.number, self.truth)
+        outcome = self.find(
+            DirectedSetting(setting.trainer, setting.diffusion, data, guided, setting.seed, setting.watch,
+                            setting.keep, *more)
+        )  # fmt: skip
+        setting.keep(outcome.rows)
+        known = {**asdict(self.directed), "data": data.name, "split": self.split,
+                 "tokenizer": data.vocabulary.fingerprint, "latents": data.latents.metadata}  # fmt: skip
+        return replace(outcome, protocol=known)
 
 
 def hidden(latent_MKD: np.ndarray) -> dict[str, Tensor]:
@@ -197,7 +215,7 @@ def latents_told(true_MKD: np.ndarray, other_MKD: np.ndarray) -> dict[str, dict[
     return {"true": {"latent": true}, "shuffled": {"latent": other}, "none": hidden(true_MKD)}
 
 
-def l2t(setting: Setting) -> Outcome:
+def l2t(setting: DirectedSetting) -> Outcome:
     """Texts given true latents, beside those given shuffled ones and none; all held against the latents' own texts."""
     chosen, reader = setting.chosen(), Reader(setting.data)
     partner_M = partners(len(chosen.ids), setting.seed)
@@ -223,18 +241,10 @@ def l2t(setting: Setting) -> Outcome:
     evaluations = float(np.mean([text.evaluations for text in drawn["true"]]))
     results = {"texts": len(texts), **results, "encoder_missing": missing or None,
                "network_evaluations_per_sample": evaluations}  # fmt: skip
-
-    def write(report: Report) -> None:
-        agreement_table(report, found, {"token F1": {n: results[n]["token_f1"] for n in VARIANTS},
-                                        "BLEU": {n: results[n]["bleu"] for n in VARIANTS}}, missing)  # fmt: skip
-        columns = ["the latent's own text", "written from it", "from another's", "from none"]
-        examples(report, columns, [(r["reference"], *(r[n] for n in VARIANTS)) for r in rows[: setting.num_shown]])
-
-    samples = setting.watching.samples(drawn["true"][: setting.num_shown], setting.data.tokenizer)
-    return Outcome("Texts from latents", results, rows, write, figures_of(results, found), samples=samples)
+    return Outcome(results, rows, drawn["true"], {}, found)
 
 
-def t2l(setting: Setting) -> Outcome:
+def t2l(setting: DirectedSetting) -> Outcome:
     """Latents given texts, beside those given other texts and none; all held against the texts' own latents."""
     chosen, reader = setting.chosen(), Reader(setting.data)
     partner_M, every_M = partners(len(chosen.ids), setting.seed), np.arange(len(chosen.ids))
@@ -252,13 +262,7 @@ def t2l(setting: Setting) -> Outcome:
     evaluations = how.steps * (1 if how.guidance in (0, 1) else 2)
     results = {"texts": len(rows), **{name: asdict(found[name]) for name in VARIANTS}, "moments": moments,
                "network_evaluations_per_sample": evaluations}  # fmt: skip
-
-    def write(report: Report) -> None:
-        agreement_table(report, found, {}, "")
-        cells = [(side, *values.values()) for side, values in moments.items()]
-        report.table(["latents", *moments["real"]], cells, "Standardised numbers; norms in the encoder's own scale.")
-
-    return Outcome("Latents from texts", results, rows, write, figures_of(results, found), drawn["true"])
+    return Outcome(results, rows, [], {}, found, drawn["true"])
 
 
 def latents_of(
@@ -277,7 +281,7 @@ def latents_of(
         out = gaussian.sample(model, x_BL.to(device), noise, how, hidden_BL=hidden_BL.to(device), **told)
         return list(out.latent_BKD.cpu().numpy())
 
-    return np.stack(on_all(setting.trainer, setting.diffusion, draw_from, len(names_M), setting.data.eval_batch_size))
+    return np.stack(setting.in_batches(draw_from, len(names_M)))
 
 
 def _moments(data: object, latent_MKD: np.ndarray) -> dict[str, float]:
@@ -286,7 +290,7 @@ def _moments(data: object, latent_MKD: np.ndarray) -> dict[str, float]:
             "norm": float(norm_M.mean()), "spread of norms": float(norm_M.std())}  # fmt: skip
 
 
-def both(setting: Setting) -> Outcome:
+def both(setting: DirectedSetting) -> Outcome:
     """Texts with their latents out of nothing, held against real texts and against each other."""
     data, reader, seed, directed = setting.data, Reader(setting.data), setting.seed, setting.directed
     drawing = setting.drawing
@@ -295,12 +299,12 @@ def both(setting: Setting) -> Outcome:
 
     def draw_from(here: slice) -> list[tuple[Drawn, np.ndarray]]:
         kept: list[Tensor] = []
-        watch, sampler = setting.watching if here.start == 0 else None, _both(directed, drawing.sampler, kept)
+        watch, sampler = setting.watch if here.start == 0 else None, _both(directed, drawing.sampler, kept)
         drawn = draw_batch(setting.diffusion, data, replace(drawing, sampler=sampler), rows[here], names_M[here], seed,
-                           watch=watch)  # fmt: skip
+                           watch)  # fmt: skip
         return list(zip(drawn, kept[0].cpu().numpy(), strict=True))
 
-    pairs = on_all(setting.trainer, setting.diffusion, draw_from, len(rows), data.eval_batch_size)
+    pairs = setting.in_batches(draw_from, len(rows))
     drawn, latent_MKD = [text for text, _ in pairs], np.stack([latent for _, latent in pairs])
     ids = [text.ids for text in drawn]
     comparison = compare(ids, real_texts(data, setting.split, len(ids), seed), data, None)
@@ -316,14 +320,7 @@ def both(setting: Setting) -> Outcome:
                "encoder_missing": missing or None, "network_evaluations_per_sample": evaluations}  # fmt: skip
     lines = [{"sample": m, "text": reader.text(text.ids), "ids": text.ids, "steps": text.steps,
               "evaluations": text.evaluations} for m, text in enumerate(drawn)]  # fmt: skip
-
-    def write(report: Report) -> None:
-        comparison.report(report, [])
-        agreement_table(report, found, {}, missing)
-        examples(report, ["texts"], [(line["text"],) for line in lines[: setting.num_shown]])
-
-    return Outcome("Texts with their latents", results, lines, write, f"{comparison}\n{figures_of({}, found)}",
-                   latent_MKD, setting.watching.samples(drawn[: setting.num_shown], data.tokenizer))  # fmt: skip
+    return Joint(results, lines, drawn, {}, found, latent_MKD, comparison)
 
 
 def _both(directed: Directed, sampler: Callable[..., Trace], kept: list[Tensor]) -> Callable[..., Trace]:
@@ -349,49 +346,3 @@ def _both(directed: Directed, sampler: Callable[..., Trace], kept: list[Tensor])
         return out
 
     return simultaneous if directed.joint_order == "simultaneous" else latent_first
-
-
-def sample_direction(
-    experiment: Experiment, directed: Directed, directions: Mapping[str, Callable[[Setting], Outcome]], *,
-    checkpoint_path: str, disable_ema: bool, split: str | None, num_texts: int, num_shown: int, views: Views,
-) -> dict[str, object]:  # fmt: skip
-    """Sample in the direction that is asked for; write samples.jsonl, latents.npy (in the encoder's own scale),
-    results.json, report.html and what `views` asks for below its name.
-
-    Raises:
-        ValueError: there is no split to take texts from.
-    """
-    if split is None:
-        raise ValueError("eval.split=null: a direction takes its texts and latents from a split; choose one")
-    data = experiment.data()
-    diffusion = experiment.trained(data, checkpoint_path, disable_ema).eval()
-    shown, trainer = max(num_shown, 1), experiment.trainer("sample_eval")
-    with views.watcher(shown, diffusion, data, experiment.drawing) as watching:
-        setting = Setting(experiment, directed, trainer, diffusion, data, split, num_texts, shown, watching)
-        outcome = directions[directed.direction](setting)
-    folder = experiment.folder() / "sample_eval" / directed.direction
-    _write_files(folder, outcome, data)
-    known = {**experiment.protocol, **experiment.drawing.protocol, **asdict(directed), "data": data.name,
-             "split": split, "tokenizer": data.vocabulary.fingerprint, "latents": data.latents.metadata}  # fmt: skip
-    write_results(folder, {**outcome.results, "protocol": known, "command": experiment.command})
-    report = Report(outcome.title, f"{data.name}, {split} split", experiment.command, experiment.facts)
-    outcome.write(report)
-    if outcome.samples:
-        report.samples(outcome.samples)
-    report.code(experiment.settings, "configuration")
-    report.write(folder / "report.html")
-    about = f"{directed.direction} · {described(experiment.drawing.protocol)}"
-    seen = views.write(folder, outcome.samples, about, experiment.command) if outcome.samples else []
-    print(f"\n{outcome.summary}")
-    print(folder / "report.html", *seen, sep="\n")
-    return dict(outcome.results)
-
-
-@rank_zero_only
-def _write_files(folder: Path, outcome: Outcome, data: object) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "samples.jsonl").open("w", encoding="utf-8") as file:
-        for row in outcome.rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    if outcome.latent_MKD is not None:
-        np.save(folder / "latents.npy", data.latents.restore(outcome.latent_MKD).astype(np.float32))

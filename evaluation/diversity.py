@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from palimpsest.common.metrics import Estimate, Units, mean
+from palimpsest.samplers.block import unigram_entropy as text_entropy
 
 ORDERS = (1, 2, 3)
 
@@ -26,23 +28,25 @@ class Diversity:
 
 
 def diversity(rows: Sequence[Sequence[int]], units: Units | None = None) -> Diversity:
-    """All measures of M texts given as token ids, with errors over `units` (None: each text is one). They depend on the
-    lengths, distinct-n also on M: compare sets of as many texts of like length."""
+    """Return all measures of M texts given as token ids, with errors over `units` (None: each text is one).
+
+    They depend on the lengths, distinct-n also on M: compare sets of as many texts of like length.
+    """
     return Diversity(unigram_entropy(rows, units), {n: distinct(rows, n, units) for n in ORDERS})
 
 
 def unigram_entropy(rows: Sequence[Sequence[int]], units: Units | None = None) -> Estimate:
-    """Entropy of the token frequencies within one text, in nats, averaged over the texts: low where texts repeat."""
-    values = []
-    for ids in rows:
-        p = np.array(list(Counter(ids).values())) / len(ids)
-        values.append(-(p * np.log(p)).sum())
-    return mean(values, units)
+    """Return the entropy of the token frequencies within one text, in nats, averaged over the texts.
+
+    It is low where texts repeat themselves.
+    """
+    return mean([text_entropy(torch.as_tensor(ids)) for ids in rows], units)
 
 
 def distinct(rows: Sequence[Sequence[int]], n: int, units: Units | None = None) -> Estimate:
-    """Distinct-n: different n-grams / all n-grams, over all texts together (Li et al., arXiv 1510.03055, section 5);
-    low where texts repeat themselves or each other.
+    """Return distinct-n: different n-grams / all n-grams, over all texts together.
+
+    It is low where texts repeat themselves or each other (Li et al., arXiv 1510.03055, section 5).
 
     The standard error is the jackknife over texts (Efron & Stein, Ann. Statist. 9, 1981): exact counts with each text
     left out in turn. A bootstrap would count the n-grams of a text drawn twice as repeated. nan where no text, or a

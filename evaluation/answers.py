@@ -12,58 +12,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from palimpsest.classification.measures import wilson_interval
-from palimpsest.common import metrics
-from palimpsest.common.metrics import Estimate
+from palimpsest.common.metrics import Estimate, Share, ratio, share
 from palimpsest.corpora.judging import Verdict
 
 _STEPS = ((0, 2), (3, 3), (4, 5), (6, None))  # steps of a reference: first and last of each group
 _NUM_GROUPS = 4
 
 
-@dataclass(frozen=True)
-class Share:
-    """A share of prompts, with its standard error and Wilson's 95 % interval, for as many verdicts as there would be
-    if they were independent: completions of one prompt are not. prompts: how many it rests on."""
-
-    value: float
-    se: float
-    low: float
-    high: float
-    prompts: int
-
-    @property
-    def estimate(self) -> Estimate:
-        return Estimate(self.value, self.se)
-
-
-def share(hit_MK: np.ndarray) -> Share:
-    """The share of True.
-
-    Raises:
-        ValueError: there is none to count.
-    """
-    if not hit_MK.size:
-        raise ValueError("there is no verdict to count")
-    prompts, value = len(hit_MK), float(hit_MK.mean())
-    hit_MK = hit_MK.reshape(prompts, -1)
-    se = math.sqrt(value * (1 - value) / prompts)  # as if the completions of a prompt were all alike
-    if prompts > 1 and hit_MK.shape[1] > 1:
-        se = min(se, float(hit_MK.mean(1).std(ddof=1) / math.sqrt(prompts)))
-    independent = min(value * (1 - value) / se**2, hit_MK.size) if se else prompts
-    interval = wilson_interval(value * independent, independent)
-    return Share(value, se, interval.low, interval.high, prompts)
-
-
 def majority_is_right(verdicts: Sequence[Verdict]) -> bool:
     """Whether the most frequent answer to one prompt is right, the first of equals; no answer has no vote."""
     answers = Counter(verdict.answer for verdict in verdicts if verdict.answer is not None)
     return bool(answers) and answers.most_common(1)[0][0] == verdicts[0].wanted
-
-
-def ratio(part_M: np.ndarray, whole_M: np.ndarray) -> Estimate | None:
-    """Sum of the parts over that of the wholes with its error over texts; None where there is nothing."""
-    return metrics.ratio(part_M, whole_M) if whole_M.sum() else None
 
 
 @dataclass(frozen=True)
@@ -119,8 +78,9 @@ def check_shares(checks: Sequence[Mapping[str, int]]) -> tuple[int, dict[str, Es
     names = list(dict.fromkeys(name for found in checks for name in found))
     counts_M = {name: np.array([float(found.get(name, 0)) for found in checks]) for name in names}
     total_M = sum(counts_M.values(), np.zeros(len(checks)))
-    shares = {name: ratio(count_M, total_M) for name, count_M in counts_M.items()}
-    return int(total_M.sum()), {name: estimate for name, estimate in shares.items() if estimate is not None}
+    if not total_M.sum():
+        return 0, {}
+    return int(total_M.sum()), {name: ratio(count_M, total_M) for name, count_M in counts_M.items()}
 
 
 def _findings(verdicts: Sequence[Sequence[Verdict]]) -> dict[str, Share]:

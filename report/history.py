@@ -12,9 +12,9 @@ import numpy as np
 from torch import Tensor
 
 from palimpsest.data.tokenizers import token_strings, unshown
+from palimpsest.evaluation.drawing import Drawn
 from palimpsest.report.denoising import Sample, Visit
 from palimpsest.samplers.trace import Trace
-from palimpsest.tasks.drawing import Drawn
 
 _TOGETHER = 128  # steps that are kept where the sampler runs before they are fetched and compared
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 import torch
 
 from palimpsest.common.files import Place
-from palimpsest.diffusion import Diffusion
-from palimpsest.tasks.base import Experiment, token_counts
+from palimpsest.data.unigram import token_counts
 from palimpsest.training.callbacks.best import save_last
 
 
-def fit(experiment: Experiment, label: int | None = None) -> Place:
+def fit(experiment: object, label: int | None = None) -> Place:
     """Train on one class (or, with None, on what the configuration says), up to trainer.max_steps or until the
     experiment's patience ends. What is complete already is left as it is; where the model starts from shared weights
     (classify.pretrain) that do not exist yet, they are trained first.
@@ -33,7 +32,7 @@ def fit(experiment: Experiment, label: int | None = None) -> Place:
         return experiment.finished(label) or _fit(experiment, label)
 
 
-def _fit(experiment: Experiment, label: int | None) -> Place:
+def _fit(experiment: object, label: int | None) -> Place:
     resume = experiment.resume_path(label)
     shared = fit(experiment.pretraining) if experiment.pretraining and not resume else None
     data = experiment.data(label)
@@ -52,7 +51,7 @@ def _fit(experiment: Experiment, label: int | None) -> Place:
     return experiment.model_path(label)
 
 
-def begin(experiment: Experiment, diffusion: Diffusion, data: object, shared: Place | None) -> None:
+def begin(experiment: object, diffusion: object, data: object, shared: Place | None) -> None:
     """Give a new training the weights that it starts from: those of `shared` or of the file that the configuration
     names, if any, and the token frequencies of its texts, if the configuration says so."""
     if start := experiment.start_from_pretrained(diffusion, data, shared):

@@ -16,10 +16,10 @@ from transformers import PreTrainedTokenizerBase
 from palimpsest.common.metrics import UNIT_COLUMNS, Units
 from palimpsest.common.randomness import KeyedNoise
 from palimpsest.data.tokenizers import Vocabulary, decode
-from palimpsest.report.report import Metric, Report
-from palimpsest.tasks.diversity import Diversity, diversity
-from palimpsest.tasks.generative_perplexity import CausalScorer, GenerativePerplexity
+from palimpsest.evaluation.diversity import Diversity, diversity
+from palimpsest.evaluation.generative_perplexity import CausalScorer, GenerativePerplexity
 
+_TEXT = "from the begin token to the first end token, special tokens left out"
 _MOST_TEXTS = 50_000  # a split is read and tokenised whole; beyond this it takes minutes, for a reference alone
 
 
@@ -31,30 +31,8 @@ class Quality:
     likelihood: GenerativePerplexity | None
     texts: int
 
-    def metrics(self) -> list[Metric]:
-        """The numbers with their errors, as reports show them."""
-        rows: list[Metric] = []
-        if self.likelihood:
-            perplexity, nats = self.likelihood.perplexity, self.likelihood.nats_per_token
-            scorer = f"under {self.likelihood.protocol['scorer']}"
-            rows.append(Metric("generative perplexity", perplexity.value, perplexity.se, "", scorer))
-            rows.append(Metric("generative NLL", nats.value, nats.se, "nats/token", "the scorer's tokens"))
-        entropy = self.diversity.unigram_entropy
-        rows.append(Metric("unigram entropy", entropy.value, entropy.se, "nats", "within a text"))
-        for n, share in self.diversity.distinct.items():
-            rows.append(Metric(f"distinct-{n}", share.value, share.se, "", "over all texts"))
-        return rows
-
-    def counts(self) -> list[tuple[str, int]]:
-        """How much text the numbers rest on."""
-        if self.likelihood is None:
-            return [("texts", self.texts)]
-        scored = self.likelihood
-        return [("texts", self.texts), ("texts scored", scored.texts), ("tokens scored", scored.tokens),
-                ("left out, nothing to score", scored.left_out)]  # fmt: skip
-
     def results(self) -> dict[str, object]:
-        """The same for results.json."""
+        """Return the numbers for results.json."""
         scored = self.likelihood
         return {
             "texts": self.texts,
@@ -135,69 +113,26 @@ class Comparison:
     reference: RealTexts
 
     @property
-    def _title(self) -> str:
-        return f"real ({self.reference.split})"
-
-    @property
-    def _units(self) -> Units:
+    def units(self) -> Units:
         """What the errors of the real texts are over."""
         return Units.each(range(len(self.reference.rows))) if self.reference.units is None else self.reference.units
 
+    @property
+    def protocol(self) -> dict[str, object] | None:
+        """The protocol of the generative perplexity; None without a scorer."""
+        return self.samples.likelihood and {**self.samples.likelihood.protocol, "text": _TEXT}
+
     def results(self) -> dict[str, object]:
-        """For results.json: the samples' numbers, those of real texts below "real"."""
-        units = self._units
+        """Return the numbers for results.json: those of the samples, and those of real texts below "real"."""
+        units = self.units
         real = self.real and {"split": self.reference.split, "units": units.name, "num_units": len(units),
                               **self.real.results()}  # fmt: skip
-        protocol = self.samples.likelihood and {**self.samples.likelihood.protocol, "text": _TEXT}
         own = self.samples.results()
-        return {"samples": own.pop("texts"), **own, "generative_protocol": protocol, "real": real,
+        return {"samples": own.pop("texts"), **own, "generative_protocol": self.protocol, "real": real,
                 "real_missing": self.reference.missing or None}  # fmt: skip
-
-    def _rows(self) -> list[tuple[str | Metric | int, ...]]:
-        """Name, samples, real texts if there are any."""
-        sides = [self.samples] + [self.real] * (self.real is not None)
-        names = [metric.name for metric in self.samples.metrics()] + [name for name, _ in self.samples.counts()]
-        columns = [[*side.metrics(), *(count for _, count in side.counts())] for side in sides]
-        return list(zip(names, *columns, strict=True))
-
-    def __str__(self) -> str:
-        """Lines for a terminal."""
-        rows = [("", "samples", self._title)[: 3 if self.real else 2]]
-        rows += [(name, *(getattr(v, "measurement", f"{v}") for v in values)) for name, *values in self._rows()]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join([*lines, *([f"no real texts beside them: {self.reference.missing}"] if not self.real else [])])
-
-    def report(self, report: Report, more: Sequence[Metric]) -> None:
-        """The section that shows the samples' numbers, `more` of them, and the comparison."""
-        scored = self.samples.likelihood
-        text = _ABOUT if scored is None else f"{_ABOUT}\n\n{_ABOUT_SCORER}"
-        if self.real is None:
-            text += f"\n\nThere are no real texts beside them: {self.reference.missing}."
-        report.section("What was measured", text)
-        report.metrics([*self.samples.metrics(), *more])
-        if self.real:
-            header = ["", "samples", self._title]
-            report.table(header, self._rows(), 
-                         f"The samples and as many real texts under the same measures; errors of real texts are over "
-                         f"{self._units}.")  # fmt: skip
-        if scored:
-            report.code("\n".join(f"{k}: {v}" for k, v in {**scored.protocol, "text": _TEXT}.items()), "scorer")
 
 
 def compare(samples: Sequence[Sequence[int]], real: RealTexts, data: object, scorer: CausalScorer | None) -> Comparison:
     """Measure the samples, and the real texts if there are any, by the same means."""
     beside = measure(real.rows, data, scorer, real.units) if real.rows else None
     return Comparison(measure(samples, data, scorer), beside, real)
-
-
-_TEXT = "from the begin token to the first end token, special tokens left out"
-_ABOUT = (
-    "Unigram entropy and distinct-n (different n-grams / all n-grams) fall when texts repeat themselves. They depend "
-    "on length and on the number of texts: compare them with those of as many real texts."
-)
-_ABOUT_SCORER = (
-    "Generative perplexity is that of another language model on the samples. Repetition lowers it, so a low one says "
-    "something only where the diversity is that of real text, and text that scores better than real text is not "
-    "better text."
-)

@@ -15,12 +15,9 @@ import torch
 from palimpsest.common.metrics import Estimate, Units, ratio
 from palimpsest.diffusion import Diffusion
 from palimpsest.estimators.base import Estimator, Measured
+from palimpsest.evaluation.latent_measures import partners
+from palimpsest.evaluation.likelihood import Precision, Scores, row_numbers, score
 from palimpsest.objectives.base import Batch, Model
-from palimpsest.objectives.joint import JointDiffusion
-from palimpsest.report.report import Metric, Report
-from palimpsest.tasks.base import row_numbers
-from palimpsest.tasks.latent_measures import partners
-from palimpsest.tasks.scoring import Precision, Scores, score
 
 
 @dataclass(frozen=True)
@@ -36,40 +33,9 @@ class LatentGain:
     over_none: Estimate
 
     def results(self) -> dict[str, object]:
-        """For results.json."""
+        """Return the numbers for results.json."""
         return {"nll_true_latents": self.true, "nll_shuffled_latents": self.shuffled, "nll_no_latents": self.none,
                 "latent_gain": self.gain, "latent_gain_over_none": self.over_none}  # fmt: skip
-
-    def report(self, report: Report, facts: dict[str, object]) -> None:
-        """A section. facts: of the encoder."""
-        report.section("What the latents say", _ABOUT)
-        rows = [("their own", self.true), ("those of other texts", self.shuffled), ("none", self.none)]
-        cells = [(name, Metric("", found.value, found.se)) for name, found in rows]
-        report.table(["latents", "nats/token"], cells, ", ".join(f"{key}: {value}" for key, value in facts.items()))
-        report.metrics([Metric("latent gain", self.gain.value, self.gain.se, "nats/token", "others' minus their own"),
-                        Metric("over none", self.over_none.value, self.over_none.se, "nats/token")])  # fmt: skip
-
-    def __str__(self) -> str:
-        """A line for a terminal."""
-        return (f"latents: their own {self.true}, others' {self.shuffled}, none {self.none} nats/token | "
-                f"latent gain {self.gain}, over none {self.over_none} (paired)")  # fmt: skip
-
-
-_ABOUT = (
-    "The bound of each text given its own latent, given that of another text and given none, on the same masks. The "
-    "latent gain, others' minus their own, is above zero where the network reads its latents; its error is that of the "
-    "difference, text by text."
-)
-
-
-def untrained_marginal(objective: object) -> str:
-    """What to know of the likelihood of texts alone, where the network learned texts only from their latents, or none;
-    empty where it learned them without, or next to without, as in mode joint."""
-    if not isinstance(objective, JointDiffusion) or {"text", "joint"} & set(objective.shares):
-        return ""
-    modes = objective.shares
-    return (f"The modes of this training ({', '.join(modes)}) never hide a text's latent, so that the likelihood of "
-            "texts alone is that of something which was not learned.")  # fmt: skip
 
 
 def latent_gain(

@@ -18,14 +18,14 @@ from rich.style import Style
 from rich.text import Text
 
 from palimpsest.diffusion import Diffusion
+from palimpsest.evaluation.drawing import Drawing, Drawn
 from palimpsest.report.denoising import Sample, write_denoising
 from palimpsest.report.gif import write_gif
+from palimpsest.report.history import Recorder, samples_of
 from palimpsest.report.live import Piece
 from palimpsest.report.palette import ink
+from palimpsest.report.standing import Row, Standing
 from palimpsest.samplers.trace import Trace
-from palimpsest.tasks.drawing import Drawing, Drawn
-from palimpsest.tasks.history import Recorder, samples_of
-from palimpsest.tasks.standing import Row, Standing
 from palimpsest.training.callbacks.progress import terminal
 
 _FRAME_SECONDS = 0.05  # at most twenty pictures a second

@@ -1,4 +1,4 @@
-"""Sampling texts of a class, with guidance."""
+"""Guidance of samplers towards a class."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from palimpsest.data.unigram import token_counts
 from palimpsest.denoisers import ClassGuided, ClassifierGuided, Denoiser
 from palimpsest.diffusion import Diffusion
+from palimpsest.evaluation.drawing import Drawing
+from palimpsest.evaluation.editing import class_number
 from palimpsest.samplers.trace import Trace
-from palimpsest.tasks.base import token_counts
-from palimpsest.tasks.drawing import Drawing
-from palimpsest.tasks.editing import class_number
 
 BY = ("network", "unigrams")
 

@@ -1,7 +1,7 @@
 """Generative perplexity: what another, causal language model thinks of texts.
 
 The texts are re-tokenised with that model's own tokenizer, so a token here is one of its tokens. The number falls when
-texts repeat themselves; tasks/sample_quality.py never reports it alone.
+texts repeat themselves; evaluation/sample_quality.py never reports it alone.
 
 Shape suffixes: B batch of windows, L length, V the scorer's vocabulary, M texts.
 """

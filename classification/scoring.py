@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from palimpsest.classification.bayes import averaged_posterior
-from palimpsest.classification.racing import still_racing
+from palimpsest.classification.models import ClassModel
+from palimpsest.classification.sequential_test import still_racing
 from palimpsest.common.randomness import hash_seed
 from palimpsest.estimators.base import Estimator
 from palimpsest.estimators.nelbo import for_comparison
+from palimpsest.evaluation.devices import map_over_devices
+from palimpsest.evaluation.likelihood import row_numbers
 from palimpsest.objectives.base import Batch
-from palimpsest.tasks.base import row_numbers
-from palimpsest.tasks.class_models import Hypothesis
-from palimpsest.tasks.scoring import measure
 
 # Network evaluations per text and class after which the sequential test looks.
 _LOOKS = (4, 6, 8, 12, 16, 24, 32, 48)
@@ -74,7 +74,7 @@ class ClassScores:
     text_id_M, label_M: which text, its true class. nats_MCP: what each network pass alone says of -log p(text | class),
     in nats; their mean is the estimate. rate_MP: share of the text's tokens that were masked in it; both are nan where
     a text had been decided before. passes: of a draw. tokens_M: scored tokens. evaluations_M: network evaluations spent
-    on a text, over all classes. seconds: of the whole measurement. kind, label, exact: as in tasks/scoring.py.
+    on a text, over all classes. seconds: of the whole measurement. kind, label, exact: as in evaluation/likelihood.py.
     """
 
     text_id_M: np.ndarray
@@ -143,37 +143,8 @@ class ClassScores:
         return np.isfinite(self.nats_MCP[:, 0]).sum(-1)
 
 
-class ClassScorer(lightning.LightningModule):
-    """Lets a Lightning Trainer measure rows under every class, some evaluations of a design of `race.num_draws`."""
-
-    def __init__(
-        self, hypotheses: Sequence[Hypothesis], estimator: Estimator, seed: int, race: Race, part: range
-    ) -> None:
-        super().__init__()
-        self.networks = torch.nn.ModuleList(dict.fromkeys(h.diffusion for h in hypotheses))
-        self.hypotheses, self.estimator, self.race, self.part = hypotheses, estimator, race, part
-        common = race.masks == "common"
-        self.seeds = [seed if common else hash_seed(seed, number) for number in range(len(hypotheses))]
-        self.measured: list[dict[str, Tensor]] = []
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        found = [
-            self.estimator(h.diffusion.model, h.told(batch), seed, len(self.part), self.part.start, self.race.num_draws)
-            for h, seed in zip(self.hypotheses, self.seeds, strict=True)
-        ]
-        nats_BCP = torch.stack([f.logs.get("nats", f.nll_BK).double() for f in found], dim=1)
-        masked_BP = found[0].logs.get("num_masked", torch.zeros_like(nats_BCP[:, 0]))
-        self.measured.append({
-            "sample_id": batch["sample_id"].cpu(),
-            "nats": nats_BCP.cpu(),
-            "num_masked": masked_BP.double().cpu(),
-            "tokens": found[0].tokens_B.cpu(),
-            "evaluations": sum(f.evaluations_B for f in found).cpu(),
-        })  # fmt: skip
-
-
 def score_classes(
-    trainer: Callable[[str], lightning.Trainer], hypotheses: Sequence[Hypothesis], data: object, split: str,
+    trainer: Callable[[str], lightning.Trainer], models: Sequence[ClassModel], data: object, split: str,
     estimator: Estimator, race: Race, seed: int, log_prior_C: np.ndarray,
     watch: Callable[[ClassScores], None] | None = None,
 ) -> ClassScores:  # fmt: skip
@@ -182,9 +153,10 @@ def score_classes(
     trainer: title -> Trainer, for a round of draws. watch: is shown after each round what was measured so far. Raises
     ValueError where the draws do not fit the estimator.
     """
-    model = hypotheses[0].diffusion.model
+    model = models[0].diffusion.model
     estimator = for_comparison(estimator, model)
     exact, passes = estimator.exact(model), estimator.passes(model)
+    networks = torch.nn.ModuleList(dict.fromkeys(m.diffusion for m in models))
     rows = data.split(split)
     row_text_R = np.asarray(rows["text_id"])
     text_id_M, first_M, text_R = np.unique(row_text_R, return_index=True, return_inverse=True)
@@ -193,9 +165,9 @@ def score_classes(
     start, done = time.perf_counter(), 0
     for look in [race.num_draws] if exact else race.looks(passes, watch is not None and estimator.in_parts):
         title = f"score {racing_M.sum():,} of {len(racing_M):,} texts, evaluations {done + 1}–{look}"
-        scorer, round_trainer = ClassScorer(hypotheses, estimator, seed, race, range(done, look)), trainer(title)
+        round_trainer, draws = trainer(title), _draws(models, estimator, seed, race, range(done, look))
         loader = data.eval_dataloader(split, np.flatnonzero(racing_M[text_R]), round_trainer)
-        found = measure(round_trainer, scorer, loader)
+        found = map_over_devices(round_trainer, networks, draws, loader)
         if len(found["sample_id"]) != racing_M[text_R].sum():
             raise ValueError(
                 f"of {racing_M[text_R].sum()} rows only {len(found['sample_id'])} were scored, and mode=classify "
@@ -221,6 +193,25 @@ def score_classes(
         if not racing_M.any():
             break
     return scores
+
+
+def _draws(
+    models: Sequence[ClassModel], estimator: Estimator, seed: int, race: Race, part: range
+) -> Callable[[Batch], dict[str, Tensor]]:
+    """Return what measures a batch under every class: the evaluations `part` of a design of `race.num_draws`."""
+    seeds = [seed if race.masks == "common" else hash_seed(seed, number) for number in range(len(models))]
+
+    def measure(batch: Batch) -> dict[str, Tensor]:
+        found = [
+            estimator(m.diffusion.model, m.with_conditioning(batch), seed, len(part), part.start, race.num_draws)
+            for m, seed in zip(models, seeds, strict=True)
+        ]
+        nats_BCP = torch.stack([f.logs.get("nats", f.nll_BK).double() for f in found], dim=1)
+        masked_BP = found[0].logs.get("num_masked", torch.zeros_like(nats_BCP[:, 0]))
+        return {"sample_id": batch["sample_id"], "nats": nats_BCP, "num_masked": masked_BP.double(),
+                "tokens": found[0].tokens_B, "evaluations": sum(f.evaluations_B for f in found)}  # fmt: skip
+
+    return measure
 
 
 def _by_text(

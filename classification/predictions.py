@@ -10,7 +10,6 @@ Shape suffixes: M texts, C classes.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,7 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from palimpsest.tasks.class_scoring import ClassScores
+from palimpsest.classification.scoring import ClassScores
+from palimpsest.common.files import write_whole
 
 FILE = "predictions.parquet"
 
@@ -42,15 +42,14 @@ def write_predictions(
     by_class |= {f"calibrated_{name}": values_MC for name, values_MC in calibrated.items()}
     for name, values_MC in by_class.items():
         columns |= {f"{name}_{k}": values_MC[:, k] for k in range(values_MC.shape[1])}
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / FILE
-    pq.write_table(pa.table(columns), f"{path}.partial")
-    os.replace(f"{path}.partial", path)
-    return path
+    table = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns), table)
+    write_whole(folder / FILE, table.getvalue())
+    return folder / FILE
 
 
 def predictions_file(path: str | Path) -> Path:
-    """The file that `path` names, itself or by its folder.
+    """Return the file that `path` names, itself or by its folder.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -64,7 +63,7 @@ def predictions_file(path: str | Path) -> Path:
 
 
 def read_posterior(path: Path, text_id_M: np.ndarray, label_M: np.ndarray) -> np.ndarray:
-    """p(class | text) (M, C) that another run gave to the same texts.
+    """Return p(class | text) (M, C) that another run gave to the same texts.
 
     Raises:
         ValueError: the file is about other texts.

@@ -7,26 +7,31 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from palimpsest.classification.baselines import Labelled, naive_bayes
-from palimpsest.classification.centroids import Centroids, Nearest, fit_centroids, slerp
-from palimpsest.common.metrics import Estimate
+from palimpsest.common.metrics import Estimate, Share, mean, share
 from palimpsest.common.randomness import KeyedNoise
 from palimpsest.data.passages import special_ids
-from palimpsest.data.tokenizers import token_strings
 from palimpsest.denoisers import Barred
-from palimpsest.report.report import Metric, Report
+from palimpsest.evaluation.centroids import Centroids, Nearest, fit_centroids, slerp
+from palimpsest.evaluation.directions import (
+    VARIANTS,
+    Chosen,
+    DirectedSetting,
+    EditRules,
+    Outcome,
+    hidden,
+    latents_told,
+)
+from palimpsest.evaluation.drawing import Drawn
+from palimpsest.evaluation.latent_measures import Reader, cosines, edits, flat, partners
+from palimpsest.evaluation.naive_bayes import naive_bayes
+from palimpsest.evaluation.sampling_inputs import padded
 from palimpsest.samplers.positions import Selection, select
-from palimpsest.tasks.blanks import padded
-from palimpsest.tasks.direction_report import VARIANTS, cell, examples
-from palimpsest.tasks.directions import Chosen, EditRules, Outcome, Setting, hidden, latents_told
-from palimpsest.tasks.drawing import Drawn, on_all
-from palimpsest.tasks.latent_measures import Reader, Share, cosines, edits, flat, mean, partners, share
 
 _CHUNK = 4096
 _WAY_TEXTS = 64  # SSS and MTS look at so many texts, each at every point of its way
@@ -90,9 +95,9 @@ class Judging:
     readable: bool
 
 
-def judging(setting: Setting, reader: Reader) -> Judging:
+def judging(setting: DirectedSetting, reader: Reader) -> Judging:
     """The corpus's own exact posterior where it has one, else naive Bayes on the training texts."""
-    data, truth = setting.data, setting.experiment.truth
+    data, truth = setting.data, setting.truth
     if truth is not None:
 
         def exact(rows: Sequence[Sequence[int]]) -> np.ndarray:
@@ -101,7 +106,7 @@ def judging(setting: Setting, reader: Reader) -> Judging:
         return Judging("the corpus's exact posterior", exact, True)
     train = data.split("train")
     ids = [np.asarray(reader.content(row)) for row in train["input_ids"]]
-    predict = naive_bayes(Labelled([""] * len(ids), ids, np.asarray(train["label"])), data.vocabulary.size)
+    predict = naive_bayes(ids, np.asarray(train["label"]), data.vocabulary.size)
     return Judging("naive Bayes, uni- and bigrams",
                    lambda rows: predict([np.asarray(reader.content(row)) for row in rows]), False)  # fmt: skip
 
@@ -132,15 +137,27 @@ class Way:
     mts: Estimate
 
 
+@dataclass(frozen=True)
+class Edit(Outcome):
+    """Texts that were edited. edited, ways: by what was told. before: the share of texts that were judged to be of the
+    wanted class already. masked: the share of their tokens that was masked."""
+
+    edited: Mapping[str, Edited] = field(default_factory=dict)
+    ways: Mapping[str, Way] = field(default_factory=dict)
+    before: Share | None = None
+    judge: Judging | None = None
+    masked: Estimate | None = None
+
+
 class Editor:
     """Edits of some rows, all with the same masks and the same noise, whatever latent they are told."""
 
-    def __init__(self, setting: Setting, chosen: Chosen, target_MKD: np.ndarray) -> None:
+    def __init__(self, setting: DirectedSetting, chosen: Chosen, target_MKD: np.ndarray) -> None:
         self.setting, self.chosen, self.target_MKD = setting, chosen, target_MKD
         eligible = special_ids(setting.data.vocabulary)
         self.eligible = [(blank != row) & ~np.isin(row, list(eligible))
                          for blank, row in zip(chosen.blanks, chosen.rows, strict=True)]  # fmt: skip
-        found = on_all(setting.trainer, setting.diffusion, self._select, len(chosen.rows), setting.data.eval_batch_size)
+        found = setting.in_batches(self._select, len(chosen.rows))
         self.masked, shares, evaluations = (list(column) for column in zip(*found, strict=True))
         self.share_M, self.selecting = np.array(shares), float(np.mean(evaluations))
 
@@ -163,7 +180,7 @@ class Editor:
         """The texts (or `some` of them), each told what `told` says of it. What is not masked stays; the sampler begins
         at the time at which the share that is masked is expected."""
         chosen, some = self.chosen, np.arange(len(self.chosen.rows)) if some is None else some
-        blank_id, schedule = self.setting.diffusion.model.process.blank_id, self.setting.diffusion.model.schedule
+        blank_id, schedule = self.setting.blank_id, self.setting.diffusion.model.schedule
         rows = [np.where(self.masked[m], blank_id, chosen.rows[m]) for m in some]
         if not any(self.masked[m].any() for m in some):
             return [_untouched(chosen.ids[m].tolist()) for m in some]
@@ -178,7 +195,7 @@ def _untouched(ids: list[int]) -> Drawn:
     return Drawn(ids, [0] * given, [1.0] * given, list(range(given)), 0, 0)
 
 
-def edit(setting: Setting) -> Outcome:
+def edit(setting: DirectedSetting) -> Outcome:
     """Texts written over towards another class, beside the same told the latent of some other text, and none.
 
     Raises:
@@ -201,29 +218,18 @@ def edit(setting: Setting) -> Outcome:
     before = share(judge.posterior(chosen.ids).argmax(1) == wanted_M)
     some = np.arange(min(_WAY_TEXTS, len(chosen.ids)))
     ways = {name: _way(told[name], editor, some, wanted_M, reader, judge) for name in VARIANTS}
-    names = data.label_names
+    masked, names = mean(editor.share_M), data.label_names
     rows = [{"sample_id": int(chosen.names_M[m]), "class": names[chosen.label_M[m]], "wanted": names[wanted_M[m]],
              "source": reader.text(chosen.ids[m]), "masked": np.flatnonzero(editor.masked[m]).tolist(),
              **{name: reader.text(drawn[name][m].ids) for name in VARIANTS}, "ids": drawn["true"][m].ids,
              "source_ids": chosen.ids[m].tolist()} for m in range(len(chosen.ids))]  # fmt: skip
     results = {
         "texts": len(rows), "judge": judge.name, "judged_wanted_before": asdict(before),
-        "masked": mean(editor.share_M), "network_evaluations_for_positions": editor.selecting,
+        "masked": masked, "network_evaluations_for_positions": editor.selecting,
         "network_evaluations_per_sample": float(np.mean([text.evaluations for text in drawn["true"]])),
         **{name: {**asdict(found[name]), "way": asdict(ways[name])} for name in VARIANTS}, "way_texts": len(some),
     }  # fmt: skip
-
-    def write(report: Report) -> None:
-        _report(report, found, ways, before, judge, mean(editor.share_M))
-        shown = [(rows[m]["wanted"], *marked(data.tokenizer, chosen.ids[m], drawn["true"][m].ids),
-                  rows[m]["none"]) for m in range(setting.num_shown)]  # fmt: skip
-        examples(report, ["to be", "source", "edit", "without the latent"], shown)
-
-    written = setting.watching.samples(drawn["true"][: setting.num_shown], data.tokenizer)
-    samples = [replace(sample, title=f"{row['class']} → {row['wanted']} · {len(row['masked'])} tokens written anew")
-               for sample, row in zip(written, rows, strict=False)]  # fmt: skip
-    summary = _summary(found, ways, before, judge)
-    return Outcome("Texts edited by their latents", results, rows, write, summary, samples=samples)
+    return Edit(results, rows, drawn["true"], {}, edited=found, ways=ways, before=before, judge=judge, masked=masked)
 
 
 def _edited(drawn: Sequence[Drawn], editor: Editor, wanted_M: np.ndarray, reader: Reader, judge: Judging) -> Edited:
@@ -269,58 +275,3 @@ def smoothness(latents: Sequence[np.ndarray], p_MP: np.ndarray) -> Way:
     some_M = seen_MS.any(1)
     sss_M = ((cosine_MS * seen_MS).sum(1)[some_M] / seen_MS.sum(1)[some_M]).round(12)  # 1 is exactly 1
     return Way(mean(sss_M) if some_M.any() else None, float(seen_MS.mean()), mts)
-
-
-# -------------------------------------------------------------------------------- showing
-
-
-def marked(tokenizer: object, source: Sequence[int], edited: Sequence[int]) -> tuple[str, str]:
-    """Both texts, with what differs between ⟦ and ⟧; special tokens left out."""
-    kept = [i for i, token in enumerate(source) if token not in tokenizer.all_special_ids]
-    texts = []
-    for ids, other in ((source, edited), (edited, source)):
-        strings, pieces = token_strings(tokenizer, [int(ids[i]) for i in kept]), []
-        for place, piece in zip(kept, strings, strict=True):
-            word = piece.lstrip()
-            lead = piece[: len(piece) - len(word)]
-            pieces.append(piece if ids[place] == other[place] else f"{lead}⟦{word}⟧")
-        texts.append("".join(pieces))
-    return texts[0], texts[1]
-
-
-_ABOUT = (
-    "Some tokens of each text were masked and written anew, told the latent that the text is to get; the others are "
-    "untouched. Beside it the same masks and noise with the latent of another text, and with none. Control: texts "
-    "judged to be of the wanted class, by {}; {:.1f} % were before. SSS: mean cosine of neighbouring texts on the "
-    "great circle between old latent and told one, where both have one; MTS: share of steps on which p(wanted class) "
-    "strictly rises. Texts that ignore the latent have SSS 1, and MTS 0."
-)
-
-
-def _report(
-    report: Report, found: Mapping[str, Edited], ways: Mapping[str, Way], before: Share, judge: Judging,
-    masked: Estimate,
-) -> None:  # fmt: skip
-    report.section("Editing", _ABOUT.format(judge.name, 100 * before.value))
-    report.metrics([Metric("tokens masked", 100 * masked.value, 100 * masked.se, "%")])
-    rows = [("control, %", *(cell(found[name].control) for name in VARIANTS)),
-            ("tokens changed, share", *(cell(found[name].changed) for name in VARIANTS)),
-            ("edit distance, tokens", *(cell(found[name].distance) for name in VARIANTS)),
-            ("cosine with the wanted latent", *(cell(found[name].toward) for name in VARIANTS)),
-            ("SSS", *(cell(ways[name].sss) for name in VARIANTS)),
-            ("neighbours that both have a latent, %", *(100 * ways[name].seen for name in VARIANTS)),
-            ("MTS", *(cell(ways[name].mts) for name in VARIANTS))]  # fmt: skip
-    if judge.readable:
-        rows.insert(1, ("control of the texts that can be read, %", *(cell(found[n].of_read) for n in VARIANTS)))
-        rows.append(("texts that the corpus could not write, %", *(100 * found[n].unread for n in VARIANTS)))
-    report.table(["told", "the wanted latent", "another text's", "none"], rows)
-
-
-def _summary(found: Mapping[str, Edited], ways: Mapping[str, Way], before: Share, judge: Judging) -> str:
-    lines = [f"judged by {judge.name}: {100 * before.value:.1f} % of the wanted class before"]
-    for name in VARIANTS:
-        one, way = found[name], ways[name]
-        lines.append(f"{name:>9}: control {100 * one.control.value:.1f} % [{100 * one.control.low:.1f}, "
-                     f"{100 * one.control.high:.1f}], tokens changed {one.changed}, edit distance {one.distance}, "
-                     f"toward {one.toward}, SSS {way.sss}, MTS {way.mts}")  # fmt: skip
-    return "\n".join(lines)

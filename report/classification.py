@@ -1,4 +1,4 @@
-"""The report of a classification, and what is printed of it.
+"""Show a classification: how often it is right, how honest it is, and which words spoke for its verdicts.
 
 Shape suffixes: M texts, C classes.
 """
@@ -6,46 +6,42 @@ Shape suffixes: M texts, C classes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
-from palimpsest.estimators.nelbo import comparison_noising
+from palimpsest.classification.evidence import Example
+from palimpsest.classification.scoring import Race
+from palimpsest.classification.verdicts import Verdicts
 from palimpsest.report import classification_plots as figures
-from palimpsest.report import plots
-from palimpsest.report.formatting import Interval
-from palimpsest.report.report import Metric, Report
-from palimpsest.tasks.base import Experiment
-from palimpsest.tasks.class_models import Hypothesis
-from palimpsest.tasks.class_scoring import Race
-from palimpsest.tasks.evidence import shown_evidence, token_evidence
-from palimpsest.tasks.train import add_loss_curve
-from palimpsest.tasks.verdicts import Verdicts
+from palimpsest.report.denoising import Sample
+from palimpsest.report.evidence import shown_evidence
+from palimpsest.report.formatting import Interval, Metric
+from palimpsest.report.likelihood import likelihood_figure, likelihood_metrics, mask_rate_figure
+from palimpsest.report.report import Report
+from palimpsest.report.training import add_loss_curve
 
 
-def class_report(
-    experiment: Experiment, verdicts: Verdicts, race: Race, hypotheses: Sequence[Hypothesis], samples: list[list],
-    num_examples: int,
-) -> Report:  # fmt: skip
-    """Everything about a classification, from the verdict to the words that spoke for it."""
-    data = verdicts.data
-    report = Report(
-        "Generative classification", f"{data.name}, {verdicts.split} split", experiment.command, experiment.facts
-    )
+def classification_report(
+    report: Report, verdicts: Verdicts, race: Race, examples: Sequence[Example], samples: Sequence[Sequence[Sample]],
+    folders: Sequence[Path],
+) -> None:  # fmt: skip
+    """Write everything about a classification, from the verdicts to the words that spoke for them.
+
+    Args:
+        samples: texts of each class, out of masks.
+        folders: of the trainings of the classes; one for a conditional model.
+    """
     _accuracy(report, verdicts, race)
     _calibration(report, verdicts)
     _draws(report, verdicts, race)
-    chosen = _examples(verdicts, num_examples)
-    if chosen:
-        how = "" if verdicts.scores.exact else _FROM_MASKS
-        report.section("Which tokens spoke", _EVIDENCE.format(how))
-        noising = comparison_noising(experiment.estimator, hypotheses[0].diffusion.objective)
-        draws = {row: int(verdicts.scores.draws_M[m]) for row, (m, *_) in chosen.items()}
-        nats = token_evidence(hypotheses, data, verdicts.split, draws, race.num_draws, noising, experiment.seed)
-        report.evidence(shown_evidence(data, verdicts.split, {row: rest for row, (_, *rest) in chosen.items()}, nats))
-    for label, name in enumerate(data.label_names):
-        _class_model(report, experiment, verdicts, label, name, samples[label])
-    report.code(experiment.settings, "configuration")
-    return report
+    if examples:
+        report.section("Which tokens spoke", _EVIDENCE.format("" if verdicts.scores.exact else _FROM_MASKS))
+        chosen = {one.row: (_title(verdicts, one), *one.classes) for one in examples}
+        nats = [one.nats_CL for one in examples]
+        report.evidence(shown_evidence(verdicts.data, verdicts.split, chosen, nats))
+    for label in range(len(verdicts.own)):
+        _class_model(report, verdicts, label, samples[label], folders[label : label + 1])
 
 
 def _accuracy(report: Report, verdicts: Verdicts, race: Race) -> None:
@@ -128,51 +124,26 @@ def _draws(report: Report, verdicts: Verdicts, race: Race) -> None:
                   "Verdicts from a single draw.", "Accuracy against mask rate")  # fmt: skip
 
 
-def _examples(verdicts: Verdicts, number: int) -> dict[int, tuple[int, str, int, int]]:
-    """Rows of the surest texts, right and wrong: row -> (place among the scores, title, class for, class against)."""
-    scores, names = verdicts.scores, verdicts.data.label_names
-    posterior_MC = verdicts.plain.posterior_MC
-    log_odds_MC = scores.log_p_MC + verdicts.log_prior_C
-    ranked_MC = log_odds_MC.argsort(axis=1)[:, ::-1]
-    margin_M = (
-        np.take_along_axis(log_odds_MC, ranked_MC[:, :1], 1)[:, 0]
-        - np.take_along_axis(log_odds_MC, ranked_MC[:, 1:2], 1)[:, 0]
-    )
-    right_M = ranked_MC[:, 0] == scores.label_M
-    by_margin = margin_M.argsort()[::-1]
-    surest = [*by_margin[right_M[by_margin]][:number], *by_margin[~right_M[by_margin]][:number]]
-    rows = verdicts.data.split(verdicts.split)
-    row_text_R, sample_R = np.asarray(rows["text_id"][:]), np.asarray(rows["sample_id"][:])
-    chosen = {}
-    for m in surest:
-        mine = np.flatnonzero(row_text_R == scores.text_id_M[m])
-        row = int(mine[sample_R[mine].argmin()])
-        winner, rival = (0, 1) if len(names) == 2 else (int(ranked_MC[m, 0]), int(ranked_MC[m, 1]))
-        verdict = int(ranked_MC[m, 0])
-        outcome = "right" if right_M[m] else f"wrong, it is {names[scores.label_M[m]]}"
-        title = f"text {scores.text_id_M[m]}: {names[verdict]} at {posterior_MC[m, verdict]:.4f} ({outcome})"
-        chosen[row] = (int(m), title + (f", first of {len(mine)} windows" if len(mine) > 1 else ""), winner, rival)
-    return chosen
+def _title(verdicts: Verdicts, example: Example) -> str:
+    scores, names, m = verdicts.scores, verdicts.data.label_names, example.text
+    verdict = int((scores.log_p_MC[m] + verdicts.log_prior_C).argmax())
+    outcome = "right" if verdict == scores.label_M[m] else f"wrong, it is {names[scores.label_M[m]]}"
+    title = f"text {scores.text_id_M[m]}: {names[verdict]} at {verdicts.plain.posterior_MC[m, verdict]:.4f} ({outcome})"
+    return title + (f", first of {example.windows} windows" if example.windows > 1 else "")
 
 
 def _class_model(
-    report: Report, experiment: Experiment, verdicts: Verdicts, label: int, name: str, texts: list
+    report: Report, verdicts: Verdicts, label: int, samples: Sequence[Sample], folders: Sequence[Path]
 ) -> None:
-    measured = verdicts.own[label]
+    measured, name = verdicts.own[label], verdicts.data.label_names[label]
     report.section(f"The model of “{name}”", "Likelihood of held-out texts of its own class.")
-    report.metrics(measured.metrics())
-    truth = measured.truth.value if measured.truth else None
-    report.figure(plots.likelihood_against_truth(measured.ladder(), truth, "nats/token"),
-                  f"Nats per token with 95% intervals over {measured.scores.units.name}.",
-                  f"Likelihood of {name} texts")  # fmt: skip
-    if verdicts.untold is None or label == 0:
-        add_loss_curve(report, experiment.folder(None if verdicts.untold else label), truth)
-    if measured.scores.num_masked_MP.size:
-        report.figure(plots.nll_by_mask_rate(*measured.scores.by_mask_rate()),
-                      "Cross-entropy of a masked token against the share masked.",
-                      "Cross-entropy against mask rate")  # fmt: skip
-    if texts:
-        report.samples(texts)
+    report.metrics(likelihood_metrics(measured))
+    likelihood_figure(report, measured, f"Likelihood of {name} texts")
+    for folder in folders:
+        add_loss_curve(report, folder, measured.truth.value if measured.truth else None)
+    mask_rate_figure(report, measured, "Cross-entropy of a masked token against the share masked.")
+    if samples:
+        report.samples(samples)
 
 
 _METHOD = "log p(text | class) from models that know the classes; Bayes' rule gives p(class | text)."
@@ -189,15 +160,15 @@ _EVIDENCE = (
 )
 
 
-def printed(verdicts: Verdicts, samples: list[list]) -> str:
-    """The same in a few lines, for the terminal."""
+def classification_lines(verdicts: Verdicts, samples: Sequence[Sequence[Sample]]) -> str:
+    """Return the lines for a terminal."""
     data, scores = verdicts.data, verdicts.scores
-    lines = [f"\n{data.name} {verdicts.split}: {len(scores.label_M)} texts, {len(data.label_names)} classes"]
+    lines = [f"{data.name} {verdicts.split}: {len(scores.label_M)} texts, {len(data.label_names)} classes"]
     for name, own in zip(data.label_names, verdicts.own, strict=True):
         truth = f", true entropy {own.truth}, above it by {own.gap}" if own.truth else ""
         lines.append(f"  {name:>10}: validation NLL {own.model} nats/token{truth}")
-    if verdicts.untold:
-        lines.append(f"  {'no class':>10}: validation NLL {verdicts.untold.model} nats/token")
+    if verdicts.unconditional:
+        lines.append(f"  {'no class':>10}: validation NLL {verdicts.unconditional.model} nats/token")
     for method in sorted(verdicts.methods, key=lambda method: method.measures.accuracy.value):
         m = method.measures
         cost = f", {method.evaluations:.1f} network evaluations a text" if method.evaluations else ""

@@ -5,7 +5,6 @@ Shape suffixes: M texts, K latent tokens, D numbers of each, A attributes.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,39 +13,12 @@ from functools import cached_property
 import numpy as np
 from torchmetrics.functional.text import edit_distance, sacre_bleu_score
 
-from palimpsest.classification.centroids import unit
-from palimpsest.classification.measures import wilson_interval
-from palimpsest.common.metrics import Estimate
+from palimpsest.common.metrics import Estimate, Share, mean, share
 from palimpsest.common.randomness import hash_seed
 from palimpsest.data.tokenizers import decode
+from palimpsest.evaluation.centroids import unit
 
 RANKS = (1, 10)
-
-
-@dataclass(frozen=True)
-class Share:
-    """A share of texts, with its standard error and Wilson's 95 % interval. chance: what a guess would give, nan where
-    that has no one value."""
-
-    value: float
-    se: float
-    low: float
-    high: float
-    chance: float = math.nan
-
-
-def share(hit_M: np.ndarray, chance: float = math.nan) -> Share:
-    """Of numbers in [0, 1], which need not be whole where a tie was cut."""
-    value, n = float(np.mean(hit_M)), len(hit_M)
-    interval = wilson_interval(value * n, n)
-    return Share(value, math.sqrt(value * (1 - value) / n), interval.low, interval.high, chance)
-
-
-def mean(value_M: np.ndarray) -> Estimate:
-    """With the standard error over texts; nan without any."""
-    n = len(value_M)
-    se = float(value_M.std(ddof=1)) / math.sqrt(n) if n > 1 else math.nan
-    return Estimate(float(value_M.mean()) if n else math.nan, se)
 
 
 def partners(num_rows: int, seed: int) -> np.ndarray:

@@ -12,28 +12,55 @@ import torch
 
 from palimpsest.diffusion import Diffusion
 from palimpsest.objectives.base import Batch, latent_hidden
-from palimpsest.tasks.base import Experiment
-from palimpsest.tasks.fitting import fit
+from palimpsest.training.fitting import fit
 
 
 @dataclass(frozen=True)
-class Hypothesis:
-    """That a text is of one class: the model of that class, or (`class_id`) what to tell the model of all."""
+class ClassModel:
+    """The model of texts of one class: one of its own, or one of all classes that is conditioned on `class_id`."""
 
     diffusion: Diffusion
     class_id: int | None = None
 
-    def told(self, batch: Batch) -> Batch:
-        """`batch` with every row said to be of this class, where the model takes that; its latent, which may say as
-        much, is hidden."""
+    def with_conditioning(self, batch: Batch) -> Batch:
+        """Return `batch` conditioned on this class, if the model takes that, without its latents, which may say as
+        much."""
         batch = latent_hidden(batch)
         if self.class_id is None:
             return batch
         return {**batch, "class_id": torch.full_like(batch["input_ids"][:, 0], self.class_id)}
 
 
-def class_models(experiment: Experiment, data: object, checkpoint_path: str, disable_ema: bool) -> list[Hypothesis]:
-    """One hypothesis per class, in their order, from trained models ready to measure.
+def labelled_data(experiment: object, split: str) -> object:
+    """Return the data, with every split that will be read already read.
+
+    Raises:
+        ValueError: there is no such split, or a class without texts.
+    """
+    data = experiment.data()
+    check_classes(data)
+    if split not in data.splits:
+        raise ValueError(f"classify.split={split} is none of the splits of data={data.name}: {', '.join(data.splits)}")
+    for name in ("train", "validation", split):
+        data.split(name)
+    for label in range(len(data.label_names)):
+        for name in ("train", "validation"):
+            experiment.data(label).texts(name)  # refuses a class without texts
+    return data
+
+
+def check_classes(data: object) -> None:
+    """Raise ValueError for data whose texts cannot be classified."""
+    if data.label_names is None or len(data.label_names) < 2:
+        raise ValueError(f"mode=classify needs labelled data with two classes or more; data={data.name} has none")
+    if data.label is not None:
+        raise ValueError(f"mode=classify scores every class: leave out data.label={data.label}")
+    if data.wrap:
+        raise ValueError("mode=classify needs one text per row (or window): set data.wrap=false")
+
+
+def class_models(experiment: object, data: object, checkpoint_path: str, disable_ema: bool) -> list[ClassModel]:
+    """Return the models of the classes, in their order, trained and ready to measure.
 
     data: all classes. checkpoint_path: files with {label} for the number of the class (one file for a conditional
     model); empty: this configuration's own models, of which the missing ones are trained.
@@ -49,16 +76,16 @@ def class_models(experiment: Experiment, data: object, checkpoint_path: str, dis
     return one_per_class(experiment, [checkpoint_path or str(fit(experiment, label)) for label in classes], disable_ema)
 
 
-def one_per_class(experiment: Experiment, paths: Sequence[str], disable_ema: bool) -> list[Hypothesis]:
-    """One hypothesis per class from the model of each, at `paths` in the order of the classes."""
-    return [Hypothesis(experiment.trained(experiment.data(label), path, disable_ema))
+def one_per_class(experiment: object, paths: Sequence[str], disable_ema: bool) -> list[ClassModel]:
+    """Return the model of each class, at `paths` in the order of the classes."""
+    return [ClassModel(experiment.trained(experiment.data(label), path, disable_ema))
             for label, path in enumerate(paths)]  # fmt: skip
 
 
-def told_the_class(experiment: Experiment, data: object, path: str, disable_ema: bool) -> list[Hypothesis]:
-    """One hypothesis per class from the one model at `path`, which is told it."""
+def told_the_class(experiment: object, data: object, path: str, disable_ema: bool) -> list[ClassModel]:
+    """Return the one model at `path` as that of each class, on which it is conditioned."""
     diffusion = experiment.trained(data, path, disable_ema)
-    return [Hypothesis(diffusion, label) for label in range(len(data.label_names))]
+    return [ClassModel(diffusion, label) for label in range(len(data.label_names))]
 
 
 def _wrong_number(checkpoint_path: str, conditional: bool, num_classes: int) -> str:
@@ -76,7 +103,7 @@ def _wrong_number(checkpoint_path: str, conditional: bool, num_classes: int) -> 
 
 
 def pretraining_splits(pretrain: str, splits: Sequence[str]) -> list[str]:
-    """The splits of the source whose texts classify.pretrain names: all, <split>, or all+<split>.
+    """Return the splits of the source whose texts classify.pretrain names: all, <split>, or all+<split>.
 
     Raises:
         ValueError: it is none of these, or a split that is not there or that results are measured on.

@@ -1,0 +1,155 @@
+"""Decide the class of every text of a split, and find out what the verdicts are worth.
+
+Shape suffixes: M texts, C classes, K draws, P network passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from palimpsest.classification.measures import Measures, measure
+from palimpsest.classification.methods import Beside, Method, calibrated, compared, fit
+from palimpsest.classification.models import ClassModel
+from palimpsest.classification.predictions import write_predictions
+from palimpsest.classification.scoring import ClassScores, Race, score_classes
+from palimpsest.common.metrics import Estimate, ratio
+from palimpsest.evaluation.likelihood import Likelihood, likelihood, score
+
+_RATE_BINS = 10
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """All that was found out about a split: the plain rule first, then what is held beside it.
+
+    own: likelihood of held-out texts of each class under its own model. unconditional: p(text)
+    without a class, where the network can be asked for it. fitted: what calibration found, by name.
+    """
+
+    data: object
+    split: str
+    scores: ClassScores
+    log_prior_C: np.ndarray
+    plain: Method
+    others: list[Method]
+    own: list[Likelihood]
+    unconditional: Likelihood | None
+    fitted: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def methods(self) -> list[Method]:
+        return [self.plain, *self.others]
+
+    def after_draws(self) -> tuple[np.ndarray, list[Estimate]]:
+        """(network evaluations per class, accuracy) had no text been drawn more often; texts that were decided earlier
+        keep their verdict."""
+        passes = self.scores.passes
+        counts = np.unique(np.geomspace(1, self.scores.nats_MCK.shape[2], 13).round().astype(int))
+        found = [self.scores.posterior(self.log_prior_C, k) for k in counts]
+        return counts * passes, [measure(p, self.scores.label_M).accuracy for p in found]
+
+    def at_mask_rates(self) -> tuple[np.ndarray, list[Estimate]]:
+        """(share of masked tokens, accuracy of a single pass there)."""
+        nats_MCP, rate_MP = self.scores.nats_MCP, self.scores.rate_MP
+        winner_MP = (-nats_MCP + self.log_prior_C[:, None]).argmax(axis=1)
+        right_MP = winner_MP == self.scores.label_M[:, None]
+        taken_MP = np.isfinite(rate_MP) & (rate_MP > 0)
+        bin_MP = np.minimum(np.nan_to_num(rate_MP) * _RATE_BINS, _RATE_BINS - 1).astype(int)
+        rates, found = [], []
+        for index in range(_RATE_BINS):
+            here_MP = taken_MP & (bin_MP == index)
+            if here_MP.any():
+                rates.append(float(rate_MP[here_MP].mean()))
+                passes_M = here_MP.sum(axis=1)  # passes of one text are not independent: summed first
+                taken_M = passes_M > 0
+                found.append(ratio((right_MP & here_MP).sum(axis=1)[taken_M], passes_M[taken_M]))
+        return np.array(rates), found
+
+    def results(self, race: Race, models: Sequence[ClassModel]) -> dict[str, object]:
+        """Return the numbers for results.json."""
+        scores, names, m = self.scores, self.data.label_names, self.plain.measures
+        return {
+            **_measured(m), "texts": len(scores.label_M),
+            "models": list(dict.fromkeys(model.diffusion.provenance for model in models)),
+            "methods": {
+                method.name: {**_measured(method.measures), "network_evaluations_per_text": method.evaluations}
+                for method in self.methods
+            },
+            "classes": {
+                name: {"precision": m.precision_C[k], "recall": m.recall_C[k], "f1": m.f1_C[k],
+                       "texts": int(m.support_C[k]), "validation_nll_nats_per_token": self.own[k].model,
+                       "true_nats_per_token": self.own[k].truth, "gap_nats_per_token": self.own[k].gap,
+                       "units": self.own[k].scores.units.name, "num_units": len(self.own[k].scores.units)}
+                for k, name in enumerate(names)
+            },
+            "confusion": m.confusion_CC,
+            "prior": dict(zip(names, np.exp(self.log_prior_C), strict=True)),
+            "nll_without_class_nats_per_token": self.unconditional.model if self.unconditional else None,
+            "margin_monte_carlo_se_nats": _finite_mean(scores.margin_se_M),
+            "estimator": scores.label, "masks": race.masks, "confidence": race.confidence,
+            "draws_per_text_and_class": float(scores.draws_M.mean()),
+            "network_evaluations_per_text": float(scores.evaluations_M.mean()),
+            "seconds_per_text": scores.seconds / len(scores.label_M),
+            "accuracy_after_evaluations": _curve(*self.after_draws()) if scores.has_masks else None,
+            "accuracy_at_mask_rate": _curve(*self.at_mask_rates()) if scores.has_masks else None,
+            "temperature": self.fitted.get("temperature"),
+            "rate_weights": getattr(self.fitted.get("rate_weights"), "weight_B", None),
+        }  # fmt: skip
+
+
+def find_verdicts(
+    experiment: object, models: Sequence[ClassModel], data: object, split: str, race: Race, log_prior_C: np.ndarray,
+    beside: Beside, others: Mapping[str, Path], folder: Path,
+) -> Verdicts:  # fmt: skip
+    """Score `split` under every class with the same masks, apply Bayes' rule, and hold it against other methods.
+
+    Writes predictions.parquet into `folder` as soon as the verdicts are there. others: as for `compared`.
+    """
+
+    def scored(name: str) -> ClassScores:
+        return score_classes(experiment.trainer, models, data, name, experiment.estimator, race, experiment.seed,
+                             log_prior_C)  # fmt: skip
+
+    scores = scored(split)
+    plain = Method.of_network("this model", scores.posterior(log_prior_C), scores)
+    fitted = fit(scored("validation"), log_prior_C) if beside.calibrate else {}
+    posteriors = calibrated(fitted, scores, log_prior_C)
+    write_predictions(folder, scores, plain.posterior_MC, posteriors)
+    methods = compared(experiment, models, data, split, scores, posteriors, others, beside, log_prior_C)
+    own = [_own(experiment, model, label) for label, model in enumerate(models)]
+    conditional = models[0].class_id is not None
+    unconditional = _own(experiment, ClassModel(models[0].diffusion), None) if conditional else None
+    return Verdicts(data, split, scores, log_prior_C, plain, methods, own, unconditional, fitted)
+
+
+def _own(experiment: object, model: ClassModel, label: int | None) -> Likelihood:
+    """Measure the validation texts of a class under its own model (None: all texts, without conditioning)."""
+    data = experiment.data(label)
+    name = "all texts" if label is None else data.label_names[label]
+    trainer = experiment.trainer(f"validate {name}", label)
+    measured = score(
+        trainer, model.diffusion, data.eval_dataloader("validation", trainer=trainer), experiment.estimator,
+        experiment.precision, experiment.seed, model.with_conditioning,
+    )  # fmt: skip
+    return likelihood(data, "validation", measured, experiment.truth)
+
+
+def _measured(m: Measures) -> dict[str, object]:
+    interval = [m.accuracy_interval.low, m.accuracy_interval.high]
+    return {"accuracy": m.accuracy, "accuracy_wilson_95": interval, "macro_f1": m.macro_f1, "roc_auc": m.roc_auc,
+            "log_loss_nats": m.log_loss, "brier": m.brier, "ece": m.ece}  # fmt: skip
+
+
+def _curve(x: Sequence[float], y: Sequence[Estimate]) -> list[list[float]]:
+    """Rows of x, value, standard error."""
+    return [[float(a), b.value, b.se] for a, b in zip(x, y, strict=True)]
+
+
+def _finite_mean(values_M: np.ndarray) -> float | None:
+    """None where there is no finite value."""
+    kept = values_M[np.isfinite(values_M)]
+    return float(kept.mean()) if len(kept) else None

@@ -1,0 +1,73 @@
+"""Token frequencies of the training split, and the likelihood of texts under them.
+
+Shape suffixes: M texts of a split, V vocabulary, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow.compute as pc
+
+
+def unigram_nll(data: object, split: str, causal: bool = False) -> np.ndarray:
+    """Nats per row under the training split's token frequencies (add-one smoothed), (M,). Left out is what is given:
+    for a `causal` model the beginning, else BOS and EOS too where they are; fill is no part of it."""
+    context = _Context.of(data, causal)
+    counts_V = 1.0 + token_counts(data, causal)[0]
+    counts_V[context.ids] = 0
+    nats_V = np.log(counts_V.sum()) - np.log(counts_V, where=counts_V > 0, out=np.zeros_like(counts_V))
+    nats_V[context.ids] = 0.0
+    rows = data.split(split)
+    leading_M = context.leading(rows)
+    return np.array([nats_V[np.asarray(ids)[n:]].sum() for ids, n in zip(rows["input_ids"], leading_M, strict=True)])
+
+
+@dataclass(frozen=True)
+class _Context:
+    """What of a row a model is given. ids: tokens that are given wherever they stand, BOS and EOS of padded rows.
+    first: whether the first token is; prompts are in any case, and the prefix (its length by the first tokens)."""
+
+    ids: np.ndarray
+    first: bool
+    prefix: Callable[[np.ndarray], np.ndarray]
+
+    @classmethod
+    def of(cls, data: object, causal: bool) -> _Context:
+        """Of a causal model, which has the first token, or of one that is shown what the batches say."""
+        collate = data.collate
+        if causal or data.fill:  # an ending is scored; BOS may have the id of EOS, so that its place decides
+            return cls(np.zeros(0, dtype=np.int64), causal or len(collate.frame_ids) > 0, collate.leading)
+        return cls(collate.frame_ids, False, collate.leading)
+
+    def leading(self, rows: object) -> np.ndarray:
+        """Given tokens at the beginning of each row, (M,)."""
+        ids = rows.select_columns("input_ids").with_format("arrow")[:]["input_ids"]
+        prefix_M = np.maximum(self.prefix(pc.list_element(ids, 0).to_numpy()), self.first)
+        if "part_ends" in rows.column_names:
+            return np.maximum(np.array([ends[0] for ends in rows["part_ends"][:]]), prefix_M)
+        return prefix_M
+
+
+def token_counts(data: object, causal: bool = False, by_class: bool = False) -> np.ndarray:
+    """How often each token stands in the training rows, (1, V), or `by_class` in those of each class, (C, V). Given
+    tokens are left out (see `unigram_nll`), but for the first one of a causal model's rows without prompts."""
+    rows, size = data.split("train"), data.vocabulary.size
+    column = rows.select_columns("input_ids").with_format("arrow")[:]["input_ids"]
+    counts_CV = np.zeros((len(data.label_names) if by_class else 1, size), dtype=np.int64)
+    labels = np.asarray(rows["label"][:]) if by_class else np.zeros(len(rows), dtype=np.int64)
+    context = _Context.of(data, causal)
+    everything = causal and "part_ends" not in rows.column_names
+    leading_M = np.zeros(len(rows), dtype=np.int64) if everything else context.leading(rows)
+    start = 0
+    for chunk in column.chunks:  # of the file: the ids of a large split are never in memory at once
+        here, lengths = slice(start, start + len(chunk)), chunk.value_lengths().to_numpy()
+        place = np.arange(lengths.sum()) - np.repeat(lengths.cumsum() - lengths, lengths)
+        counted = place >= np.repeat(leading_M[here], lengths)
+        flat = chunk.flatten().to_numpy() + size * np.repeat(labels[here], lengths)
+        flat = np.bincount(flat[counted], minlength=counts_CV.size)
+        counts_CV, start = counts_CV + flat.reshape(counts_CV.shape), start + len(chunk)
+    counts_CV[:, context.ids] = 0
+    return counts_CV

@@ -1,0 +1,71 @@
+"""Apply a function to many batches, shared out over all devices of a Lightning Trainer.
+
+Shape suffix: M rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import lightning
+import numpy as np
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+
+class Mapper(lightning.LightningModule):
+    """A module without training: a Trainer, which brings devices, precision and progress, calls `function`."""
+
+    def __init__(self, network: nn.Module, function: Callable[[object], object]) -> None:
+        super().__init__()
+        self.network, self.function, self.found = network, function, []
+
+    def test_step(self, batch: object, batch_idx: int) -> None:
+        self.found.append(self.function(batch))
+
+    def predict_step(self, batch: object, batch_idx: int) -> None:
+        self.found.append(self.function(batch))
+
+
+def map_over_devices(
+    trainer: lightning.Trainer, network: nn.Module, function: Callable[[dict], dict[str, Tensor]], loader: object
+) -> dict[str, np.ndarray]:
+    """Return the columns that `function` gives for the batches of `loader`, from all devices, sorted by sample id.
+
+    Args:
+        network: the module that `function` evaluates; it is moved to the device of each process, and back.
+        function: batch -> columns of its rows, `sample_id` among them.
+
+    Raises:
+        ValueError: there are no rows, or a number is not finite.
+    """
+
+    def on_cpu(batch: dict) -> dict[str, Tensor]:
+        return {name: column.cpu() for name, column in function(batch).items()}
+
+    parts = gather(trainer, network, on_cpu, lambda module: trainer.test(module, loader, verbose=False))
+    batches = [batch for part in parts for batch in part]
+    if not batches:
+        raise ValueError("there is nothing to score: the split is empty")
+    if not all(bool(column.isfinite().all()) for batch in batches for column in batch.values()):
+        raise ValueError("a likelihood is not finite: the weights or the noise schedule gave NaN or infinity")
+    columns = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+    order_M = columns["sample_id"].argsort()
+    assert (columns["sample_id"][order_M].diff() > 0).all(), "a row was scored by two devices"
+    return {name: column[order_M].numpy() for name, column in columns.items()}
+
+
+def gather(
+    trainer: lightning.Trainer, network: nn.Module, function: Callable[[object], object],
+    run: Callable[[Mapper], object],
+) -> list[list]:  # fmt: skip
+    """Return the results of `function` for the batches of each process, while `run` has the trainer go through them."""
+    mapper, device = Mapper(network, function), next(network.parameters()).device
+    run(mapper)
+    mapper.to(device)  # a trainer leaves a module on the CPU
+    if trainer.world_size == 1:
+        return [mapper.found]
+    parts: list = [None] * trainer.world_size
+    torch.distributed.all_gather_object(parts, mapper.found)
+    return parts

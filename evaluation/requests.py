@@ -1,0 +1,46 @@
+"""Choose what is to be sampled: free texts, completions of prompts, or a direction between texts and latents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from palimpsest.corpora.judging import Judge
+from palimpsest.evaluation.completions import Asked
+from palimpsest.evaluation.directions import Directed, Direction, both, l2t, t2l
+from palimpsest.evaluation.drawing import Drawing
+from palimpsest.evaluation.editing import edit
+from palimpsest.evaluation.free_texts import WriteFreely
+from palimpsest.evaluation.generative_perplexity import CausalScorer
+
+_FIND = {"joint": both, "l2t": l2t, "t2l": t2l, "edit": edit}
+
+
+def request(
+    data: object, drawing: Drawing, judge: Judge, truth: object | None, directed: Directed, class_id: int | None, *,
+    split: str | None, num_samples: int | None, num_batches: int | None, samples_per_prompt: int,
+    load_scorer: Callable[[], CausalScorer] | None,
+) -> WriteFreely | Asked | Direction:  # fmt: skip
+    """Return the request for `num_samples` texts, or `num_batches` batches; called with a `Setting` it draws them.
+
+    What can be missing is looked for here, before the sampling, which may take hours.
+
+    Args:
+        truth: the exact distribution of the corpus, if it is known.
+        load_scorer: loads the scorer of the generative perplexity; None if that is not wanted.
+
+    Raises:
+        ValueError: something is asked for that these data cannot give.
+    """
+    if num_batches is not None and num_batches < 1:
+        raise ValueError(f"sampling.num_sample_batches={num_batches} must be at least 1")
+    number = num_samples or (num_batches and num_batches * data.eval_batch_size)
+    if data.prompted:
+        asked = Asked(split, number, samples_per_prompt, judge)
+        asked.check(data, drawing.given, load_scorer is not None)
+        return asked
+    if number is None or samples_per_prompt != 1:
+        key = f"samples_per_prompt={samples_per_prompt}" if number else "num_sample_batches=null"
+        raise ValueError(f"sampling.{key} is for texts with prompts, and those of data={data.name} have none")
+    if directed.direction:
+        return Direction(directed, split, number, truth, _FIND[directed.direction])
+    return WriteFreely(number, split, load_scorer and load_scorer(), truth, class_id)

@@ -1,0 +1,190 @@
+"""Show what a direction found, in tables that put its controls beside it, and texts that a reader can judge."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from palimpsest.common.metrics import Estimate, Share
+from palimpsest.data.tokenizers import token_strings
+from palimpsest.evaluation.directions import VARIANTS, Joint, Outcome
+from palimpsest.evaluation.editing import Edit
+from palimpsest.evaluation.latent_measures import Agreement
+from palimpsest.report.denoising import Sample
+from palimpsest.report.formatting import Interval, Metric
+from palimpsest.report.free_texts import comparison_lines, comparison_section
+from palimpsest.report.report import Report
+
+TITLES = {"l2t": "Texts from latents", "t2l": "Latents from texts", "joint": "Texts with their latents",
+          "edit": "Texts edited by their latents"}  # fmt: skip
+_TITLES = {"true": "its own", "shuffled": "another's", "none": "none"}
+_CONTROLS = (
+    "Beside the direction stand two controls under the same noise: told what is another text's, and told nothing. All "
+    "of them know how long a text is. "
+    "Retrieval: whose wanted latent is among the k nearest, by cosine, of all that were wanted, with 95 % intervals."
+)
+
+
+def _cell(value: object) -> object:
+    """Return a number as tables show it."""
+    if isinstance(value, Share):
+        return Interval(100 * value.value, 100 * value.low, 100 * value.high)
+    return Metric("", value.value, value.se) if isinstance(value, Estimate) else value
+
+
+def direction_report(report: Report, found: Outcome, samples: Sequence[Sample], tokenizer: object) -> None:
+    """Write the sections of `found`, with the texts of `samples`."""
+    number = max(len(samples), 1)
+    write = {"l2t": _texts_from_latents, "t2l": _latents_from_texts, "joint": _both, "edit": _edits}
+    write[found.protocol["direction"]](report, found, number, tokenizer)
+    if samples:
+        report.samples(samples)
+
+
+def direction_lines(found: Outcome) -> str:
+    """Return the lines for a terminal."""
+    if isinstance(found, Edit):
+        return _edit_lines(found)
+    if isinstance(found, Joint):
+        return f"{comparison_lines(found.comparison)}\n{_agreement_lines({}, found.agreement)}"
+    return _agreement_lines(found.results, found.agreement)
+
+
+def titled(found: Outcome, samples: Sequence[Sample]) -> list[Sample]:
+    """Return `samples` of edits with titles that say which class each is to get."""
+    if not isinstance(found, Edit):
+        return list(samples)
+    return [replace(sample, title=f"{row['class']} → {row['wanted']} · {len(row['masked'])} tokens written anew")
+            for sample, row in zip(samples, found.rows, strict=False)]  # fmt: skip
+
+
+def _texts_from_latents(report: Report, found: Outcome, number: int, tokenizer: object) -> None:
+    more = {title: {name: found.results[name][key] for name in VARIANTS}
+            for title, key in (("token F1", "token_f1"), ("BLEU", "bleu"))}  # fmt: skip
+    _agreement(report, found.agreement, more, found.results["encoder_missing"])
+    _examples(report, ["the latent's own text", "written from it", "from another's", "from none"],
+              [(row["reference"], *(row[name] for name in VARIANTS)) for row in found.rows[:number]])  # fmt: skip
+
+
+def _latents_from_texts(report: Report, found: Outcome, number: int, tokenizer: object) -> None:
+    moments = found.results["moments"]
+    _agreement(report, found.agreement, {}, None)
+    cells = [(side, *values.values()) for side, values in moments.items()]
+    report.table(["latents", *moments["real"]], cells, "Standardised numbers; norms in the encoder's own scale.")
+
+
+def _both(report: Report, found: Joint, number: int, tokenizer: object) -> None:
+    comparison_section(report, found.comparison)
+    _agreement(report, found.agreement, {}, found.results["encoder_missing"])
+    _examples(report, ["texts"], [(row["text"],) for row in found.rows[:number]])
+
+
+def _edits(report: Report, found: Edit, number: int, tokenizer: object) -> None:
+    edited, ways = found.edited, found.ways
+    report.section("Editing", _ABOUT_EDITS.format(found.judge.name, 100 * found.before.value))
+    report.metrics([Metric("tokens masked", 100 * found.masked.value, 100 * found.masked.se, "%")])
+    rows = [("control, %", *(_cell(edited[name].control) for name in VARIANTS)),
+            ("tokens changed, share", *(_cell(edited[name].changed) for name in VARIANTS)),
+            ("edit distance, tokens", *(_cell(edited[name].distance) for name in VARIANTS)),
+            ("cosine with the wanted latent", *(_cell(edited[name].toward) for name in VARIANTS)),
+            ("SSS", *(_cell(ways[name].sss) for name in VARIANTS)),
+            ("neighbours that both have a latent, %", *(100 * ways[name].seen for name in VARIANTS)),
+            ("MTS", *(_cell(ways[name].mts) for name in VARIANTS))]  # fmt: skip
+    if found.judge.readable:
+        rows.insert(1, ("control of the texts that can be read, %", *(_cell(edited[n].of_read) for n in VARIANTS)))
+        rows.append(("texts that the corpus could not write, %", *(100 * edited[n].unread for n in VARIANTS)))
+    report.table(["told", "the wanted latent", "another text's", "none"], rows)
+    _examples(report, ["to be", "source", "edit", "without the latent"],
+              [(row["wanted"], *marked(tokenizer, row["source_ids"], row["ids"]), row["none"])
+               for row in found.rows[:number]])  # fmt: skip
+
+
+def _agreement(
+    report: Report, found: Mapping[str, Agreement], more: Mapping[str, Mapping[str, object]], missing: str | None
+) -> None:
+    """Add how well what was found agrees with what was wanted, by what was told.
+
+    Args:
+        more: further rows, by name and told.
+        missing: why texts cannot be encoded.
+    """
+    names = [name for name in VARIANTS if name in found or any(name in row for row in more.values())]
+    report.section("Agreement", _CONTROLS + (f" Texts were not encoded again: {missing}" if missing else ""))
+    rows = [(title, *(_cell(values[name]) for name in names)) for title, values in more.items()]
+    if found:
+        rows += [(title, *(_cell(read(found[name])) for name in names)) for title, read in _rows(found)]
+    report.table(["told", *(_TITLES[name] for name in names)], rows)
+    first = next(iter(found.values()), None)
+    if first is not None and first.by_attribute:
+        lines = [(key, *(100 * found[name].by_attribute[key] for name in names)) for key in first.by_attribute]
+        report.table(["right, %", *(_TITLES[name] for name in names)], lines, "By attribute.")
+
+
+def _rows(found: Mapping[str, Agreement]) -> list:
+    first = next(iter(found.values()))
+    rows = [("cosine", lambda one: one.cosine), ("squared error", lambda one: one.mse)]
+    for k, one in first.retrieval.items():
+        title = f"retrieval@{k}, % (chance {100 * one.chance:.3g})"
+        rows.append((title, lambda one, k=k: one.retrieval[k]))
+    rows.append(("without a latent, %", lambda one: 100 * one.unread))
+    if first.attributes:
+        rows.append(("attributes", lambda one: one.attributes))
+    return rows
+
+
+def _agreement_lines(results: Mapping[str, object], found: Mapping[str, Agreement]) -> str:
+    lines = []
+    for name in VARIANTS:
+        line = [f"{_TITLES[name]:>9}:"]
+        of = results.get(name)
+        if isinstance(of, Mapping) and "token_f1" in of:
+            line.append(f"token F1 {of['token_f1']}, BLEU {of['bleu']:.4f}")
+        if name in found:
+            one = found[name]
+            line.append(f"cosine {one.cosine}, " + ", ".join(
+                f"retrieval@{k} {100 * hit.value:.1f} % [{100 * hit.low:.1f}, {100 * hit.high:.1f}] (chance "
+                f"{100 * hit.chance:.3g})" for k, hit in one.retrieval.items()))  # fmt: skip
+            if one.attributes:
+                line.append(f"attributes {one.attributes}")
+        if len(line) > 1:
+            lines.append(" ".join(line))
+    return "\n".join(lines)
+
+
+def _examples(report: Report, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Add texts side by side."""
+    report.section("Texts")
+    report.table(list(header), rows)
+
+
+def marked(tokenizer: object, source: Sequence[int], edited: Sequence[int]) -> tuple[str, str]:
+    """Return both texts, with what differs between ⟦ and ⟧; special tokens left out."""
+    kept = [i for i, token in enumerate(source) if token not in tokenizer.all_special_ids]
+    texts = []
+    for ids, other in ((source, edited), (edited, source)):
+        strings, pieces = token_strings(tokenizer, [int(ids[i]) for i in kept]), []
+        for place, piece in zip(kept, strings, strict=True):
+            word = piece.lstrip()
+            lead = piece[: len(piece) - len(word)]
+            pieces.append(piece if ids[place] == other[place] else f"{lead}⟦{word}⟧")
+        texts.append("".join(pieces))
+    return texts[0], texts[1]
+
+
+def _edit_lines(found: Edit) -> str:
+    lines = [f"judged by {found.judge.name}: {100 * found.before.value:.1f} % of the wanted class before"]
+    for name in VARIANTS:
+        one, way = found.edited[name], found.ways[name]
+        lines.append(f"{name:>9}: control {100 * one.control.value:.1f} % [{100 * one.control.low:.1f}, "
+                     f"{100 * one.control.high:.1f}], tokens changed {one.changed}, edit distance {one.distance}, "
+                     f"toward {one.toward}, SSS {way.sss}, MTS {way.mts}")  # fmt: skip
+    return "\n".join(lines)
+
+
+_ABOUT_EDITS = (
+    "Some tokens of each text were masked and written anew, told the latent that the text is to get; the others are "
+    "untouched. Beside it the same masks and noise with the latent of another text, and with none. Control: texts "
+    "judged to be of the wanted class, by {}; {:.1f} % were before. SSS: mean cosine of neighbouring texts on the "
+    "great circle between old latent and told one, where both have one; MTS: share of steps on which p(wanted class) "
+    "strictly rises. Texts that ignore the latent have SSS 1, and MTS 0."
+)

@@ -1,0 +1,100 @@
+"""Show free texts: their quality beside that of real texts, and the texts themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from palimpsest.evaluation.free_texts import FreeTexts
+from palimpsest.evaluation.sample_quality import Comparison, Quality
+from palimpsest.report.denoising import Sample
+from palimpsest.report.formatting import Metric
+from palimpsest.report.report import Report
+
+
+def free_texts_report(report: Report, found: FreeTexts, samples: Sequence[Sample], how: str) -> None:
+    """Write the sections of `found`. how: the sampler, in a line."""
+    beside = [Metric("network evaluations", found.evaluations, None, "per sample")]
+    if "possible" in found.results:
+        possible, of_the_class = (100 * found.results[name] for name in ("possible", "of_the_class"))
+        beside.append(Metric("possible texts", possible, None, "%", "by the corpus itself"))
+        beside.append(Metric("of the class", of_the_class, None, "%", "of these, by exact posterior"))
+    comparison_section(report, found.comparison, beside)
+    report.section("Texts", f"Drawn by {how}.")
+    report.samples(samples)
+
+
+def free_texts_lines(found: FreeTexts, texts: Sequence[str], how: str) -> str:
+    """Return the lines for a terminal: `texts` of those that were drawn, then the numbers."""
+    lines = comparison_lines(found.comparison)
+    lines += f"\ndrawn by {how}, {found.evaluations:.1f} network evaluations per sample"
+    if "possible" in found.results:
+        lines += (f"\n{found.results['possible']:.1%} are possible texts, of these {found.results['of_the_class']:.1%} "
+                  "of the class")  # fmt: skip
+    return "\n\n".join([*texts, lines])
+
+
+def comparison_section(report: Report, comparison: Comparison, more: Sequence[Metric] = ()) -> None:
+    """Write the section that shows the samples' numbers, `more` of them, and the comparison with real texts."""
+    text = _ABOUT if comparison.protocol is None else f"{_ABOUT}\n\n{_ABOUT_SCORER}"
+    if comparison.real is None:
+        text += f"\n\nThere are no real texts beside them: {comparison.reference.missing}."
+    report.section("What was measured", text)
+    report.metrics([*_metrics(comparison.samples), *more])
+    if comparison.real:
+        report.table(["", "samples", f"real ({comparison.reference.split})"], _rows(comparison),
+                     f"The samples and as many real texts under the same measures; errors of real texts are over "
+                     f"{comparison.units}.")  # fmt: skip
+    if comparison.protocol:
+        report.code("\n".join(f"{k}: {v}" for k, v in comparison.protocol.items()), "scorer")
+
+
+def comparison_lines(comparison: Comparison) -> str:
+    """Return the comparison as lines for a terminal."""
+    rows = [("", "samples", f"real ({comparison.reference.split})")[: 3 if comparison.real else 2]]
+    rows += [(name, *(getattr(v, "measurement", f"{v}") for v in values)) for name, *values in _rows(comparison)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    missing = [] if comparison.real else [f"no real texts beside them: {comparison.reference.missing}"]
+    return "\n".join([*lines, *missing])
+
+
+def _metrics(quality: Quality) -> list[Metric]:
+    rows: list[Metric] = []
+    if quality.likelihood:
+        perplexity, nats = quality.likelihood.perplexity, quality.likelihood.nats_per_token
+        scorer = f"under {quality.likelihood.protocol['scorer']}"
+        rows.append(Metric("generative perplexity", perplexity.value, perplexity.se, "", scorer))
+        rows.append(Metric("generative NLL", nats.value, nats.se, "nats/token", "the scorer's tokens"))
+    entropy = quality.diversity.unigram_entropy
+    rows.append(Metric("unigram entropy", entropy.value, entropy.se, "nats", "within a text"))
+    for n, share in quality.diversity.distinct.items():
+        rows.append(Metric(f"distinct-{n}", share.value, share.se, "", "over all texts"))
+    return rows
+
+
+def _counts(quality: Quality) -> list[tuple[str, int]]:
+    """Return how much text the numbers rest on."""
+    scored = quality.likelihood
+    if scored is None:
+        return [("texts", quality.texts)]
+    return [("texts", quality.texts), ("texts scored", scored.texts), ("tokens scored", scored.tokens),
+            ("left out, nothing to score", scored.left_out)]  # fmt: skip
+
+
+def _rows(comparison: Comparison) -> list[tuple[str | Metric | int, ...]]:
+    """Return name, samples, and real texts if there are any."""
+    sides = [side for side in (comparison.samples, comparison.real) if side is not None]
+    names = [*(m.name for m in _metrics(sides[0])), *(name for name, _ in _counts(sides[0]))]
+    columns = [[*_metrics(side), *(count for _, count in _counts(side))] for side in sides]
+    return list(zip(names, *columns, strict=True))
+
+
+_ABOUT = (
+    "Unigram entropy and distinct-n (different n-grams / all n-grams) fall when texts repeat themselves. They depend "
+    "on length and on the number of texts: compare them with those of as many real texts."
+)
+_ABOUT_SCORER = (
+    "Generative perplexity is that of another language model on the samples. Repetition lowers it, so a low one says "
+    "something only where the diversity is that of real text, and text that scores better than real text is not "
+    "better text."
+)

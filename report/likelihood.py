@@ -1,0 +1,148 @@
+"""Show likelihoods: of a split, and of its texts under true, shuffled and hidden latents."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from palimpsest.evaluation.latent_gain import LatentGain
+from palimpsest.evaluation.likelihood import Likelihood
+from palimpsest.objectives.joint import JointDiffusion
+from palimpsest.report import plots
+from palimpsest.report.formatting import Metric
+from palimpsest.report.report import Report
+
+
+def likelihood_section(report: Report, measured: Likelihood, split: str, remark: str) -> None:
+    """Write the section that every report with a likelihood has."""
+    report.section(f"Likelihood on the {split} split", " ".join(part for part in (remark, _method(measured)) if part))
+    report.metrics(likelihood_metrics(measured))
+    likelihood_figure(report, measured, "Likelihood of the models", "; lower is better.")
+    about = "How hard a masked token is to guess against how many of its neighbours are masked too."
+    mask_rate_figure(report, measured, about)
+
+
+def likelihood_figure(report: Report, measured: Likelihood, alt: str, more: str = ".") -> None:
+    """Add the figure that holds model, unigram and truth against each other."""
+    rows = [("this model", measured.model.value, measured.model.se)]
+    if measured.unigram:
+        rows.insert(0, ("unigram", measured.unigram.value, measured.unigram.se))
+    truth = measured.truth.value if measured.truth else None
+    report.figure(plots.likelihood_against_truth(rows, truth, "nats/token"),
+                  f"Nats per token with 95% intervals over {measured.scores.units.name}{more}", alt)  # fmt: skip
+
+
+def mask_rate_figure(report: Report, measured: Likelihood, caption: str) -> None:
+    """Add the figure of the cross-entropy against the share of masks, if there were masks."""
+    if measured.scores.num_masked_MP.size:
+        report.figure(plots.nll_by_mask_rate(*measured.scores.by_mask_rate()), caption,
+                      "Cross-entropy against mask rate")  # fmt: skip
+
+
+def likelihood_metrics(measured: Likelihood) -> list[Metric]:
+    """Return the numbers of a likelihood, with their errors."""
+    bits = measured.model.scaled(1 / np.log(2))
+    perplexity = measured.model.exp()
+    rows = [
+        Metric(
+            "NLL",
+            measured.model.value,
+            measured.model.se,
+            "nats/token",
+            f"{measured.scores.label}; error over {measured.scores.units}",
+        ),  # fmt: skip
+        Metric("bits", bits.value, bits.se, "bits/token"),
+        Metric("perplexity", perplexity.value, perplexity.se),
+    ]
+    if not measured.scores.exact:
+        rows.append(Metric("Monte Carlo error", measured.scores.monte_carlo_se, None, "nats/token", "of the NLL, from "
+                           "the draws alone"))  # fmt: skip
+    if measured.unigram:
+        rows.append(Metric("unigram model", measured.unigram.value, measured.unigram.se, "nats/token"))
+    if measured.truth and measured.gap:
+        excess = measured.gap.scaled(100 / measured.truth.value)
+        rows += [
+            Metric("true entropy", measured.truth.value, measured.truth.se, "nats/token", "exact, same texts"),
+            Metric("above the truth", excess.value, excess.se, "%", f"paired over {measured.scores.units.name}"),
+        ]
+    return rows
+
+
+def truth_line(measured: Likelihood) -> list[str]:
+    """Return the line for a terminal that says how far the model is above the truth, if that is known."""
+    if not measured.truth:
+        return []
+    return [f"true entropy {measured.truth} nats/token | above it by {measured.gap} (paired)"]
+
+
+def likelihood_lines(measured: Likelihood, title: str, gain: LatentGain | None) -> str:
+    """Return the lines for a terminal. title: the data and their split."""
+    scores = measured.scores
+    about = (f"{title}: {len(scores.tokens_M)} texts, {int(scores.tokens_M.sum())} tokens, {scores.label}, "
+             f"{scores.evaluations_M.mean():.1f} network evaluations a text")  # fmt: skip
+    noise = "" if scores.exact else f", Monte Carlo error {scores.monte_carlo_se:.2g} nats/token"
+    bits = measured.model.scaled(1 / np.log(2))
+    numbers = (f"NLL {measured.model} nats/token | {bits} bits/token | perplexity {measured.model.exp()} (errors over "
+               f"{scores.units})")  # fmt: skip
+    return "\n".join([about + noise, numbers, *truth_line(measured), *([gain_line(gain)] if gain else [])])
+
+
+def gain_section(report: Report, gain: LatentGain, facts: Mapping[str, object]) -> None:
+    """Write the section on what latents say of their texts. facts: of the encoder."""
+    report.section("What the latents say", _ABOUT_GAIN)
+    rows = [("their own", gain.true), ("those of other texts", gain.shuffled), ("none", gain.none)]
+    cells = [(name, Metric("", found.value, found.se)) for name, found in rows]
+    report.table(["latents", "nats/token"], cells, ", ".join(f"{key}: {value}" for key, value in facts.items()))
+    report.metrics([Metric("latent gain", gain.gain.value, gain.gain.se, "nats/token", "others' minus their own"),
+                    Metric("over none", gain.over_none.value, gain.over_none.se, "nats/token")])  # fmt: skip
+
+
+def gain_line(gain: LatentGain) -> str:
+    """Return the gain as a line for a terminal."""
+    return (f"latents: their own {gain.true}, others' {gain.shuffled}, none {gain.none} nats/token | "
+            f"latent gain {gain.gain}, over none {gain.over_none} (paired)")  # fmt: skip
+
+
+def untrained_marginal(objective: object) -> str:
+    """Return a warning about the likelihood of texts alone if the network never learned them without their latents.
+
+    It is empty where it did, as in mode joint.
+    """
+    if not isinstance(objective, JointDiffusion) or {"text", "joint"} & set(objective.shares):
+        return ""
+    modes = objective.shares
+    return (f"The modes of this training ({', '.join(modes)}) never hide a text's latent, so that the likelihood of "
+            "texts alone is that of something which was not learned.")  # fmt: skip
+
+
+_PREAMBLE = {
+    "NELBO": "The NELBO bounds the true negative log-likelihood from above. ",
+    "importance-weighted any-order bound": "Another bound on the negative log-likelihood of the same weights, tighter "
+    "than the NELBO and never to be compared with one. ",
+    "exact likelihood of the ordered sampler (DUEL)": "The exact likelihood of the sampler that fills masks in this "
+    "order, which is another model than the diffusion: never to be compared with a NELBO. ",
+}
+_ERRORS = "Errors are standard errors over {}."
+_NOISY_ERRORS = "Errors are standard errors over {} and contain the noise of the masks."
+_FILLED = (
+    " Rows are filled behind their texts with EOS, which the model has to write too, since it is not shown where a "
+    "text ends: the nats are those of text, EOS and fill, the tokens those of the text and its EOS."
+)
+_TRUTH = " The corpus knows its own probabilities, so its entropy on these very texts is exact."
+
+
+def _method(measured: Likelihood) -> str:
+    """Return how the likelihood was measured, in words."""
+    kind = "The likelihood is exact. " if measured.scores.label == "exact" else _PREAMBLE[measured.scores.kind]
+    scores = measured.scores
+    filled = _FILLED if not scores.causal and (scores.maskable_M > scores.tokens_M).any() else ""
+    errors = (_ERRORS if scores.exact else _NOISY_ERRORS).format(scores.units)
+    return kind + errors + filled + (_TRUTH if measured.truth else "")
+
+
+_ABOUT_GAIN = (
+    "The bound of each text given its own latent, given that of another text and given none, on the same masks. The "
+    "latent gain, others' minus their own, is above zero where the network reads its latents; its error is that of the "
+    "difference, text by text."
+)

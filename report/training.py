@@ -1,0 +1,106 @@
+"""Show a training: its loss and vital signs from what was logged, its likelihood, and what it writes."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from palimpsest.evaluation.likelihood import Likelihood
+from palimpsest.report import plots, training_plots
+from palimpsest.report.denoising import Sample
+from palimpsest.report.likelihood import likelihood_section, truth_line
+from palimpsest.report.report import Report
+
+
+def training_report(report: Report, folder: Path, measured: Likelihood, samples: Sequence[Sample], remark: str) -> None:
+    """Write the sections of a training whose logs are under `folder`."""
+    likelihood_section(report, measured, "validation", remark)
+    report.section("Training")
+    add_loss_curve(report, folder, measured.truth.value if measured.truth else None)
+    add_course(report, folder)
+    if samples:
+        report.section("What it writes")
+        report.samples(samples)
+
+
+def training_lines(measured: Likelihood) -> str:
+    """Return the lines for a terminal."""
+    numbers = (f"validation NLL {measured.model} nats/token, perplexity {measured.model.exp()}, unigram "
+               f"{measured.unigram} (errors over {measured.scores.units})")  # fmt: skip
+    return "\n".join([numbers, *truth_line(measured)])
+
+
+def history(folder: Path) -> dict[str, np.ndarray]:
+    """Return what was logged under `folder`, by name: (N, 2) of optimizer step and value.
+
+    Where starts of a run overlap, the later one counts.
+    """
+    series: dict[str, dict[int, float]] = {}
+    files = sorted(folder.glob("csv/version_*/metrics.csv"), key=lambda path: int(path.parent.name.split("_")[1]))
+    for file in files:
+        for row in csv.DictReader(file.open(encoding="utf-8")):
+            if None in row.values():  # the last line of a start that was killed while it wrote
+                continue
+            for name, value in row.items():
+                if value and name not in ("step", "epoch"):
+                    series.setdefault(name, {})[int(row["step"]) + 1] = float(value)
+    return {name: np.array(sorted(points.items())) for name, points in series.items()}
+
+
+_WITH_LATENTS = (
+    " Training texts are told what the directions that are trained tell them, validation texts their latents: both may "
+    "lie below the likelihood above, which is that of texts alone."
+)
+
+
+def add_loss_curve(report: Report, folder: Path, truth: float | None) -> None:
+    """Add the figure that shows how the loss came down, from what was logged under `folder`."""
+    logged = history(folder)
+    name = next((name for name in ("train/nll", "train/cross_entropy", "train/text_loss") if name in logged), None)
+    if name is None:
+        return
+    validation = (*logged["val/nll"].T, logged["val/nll_se"][:, 1]) if "val/nll" in logged else None
+    with_latents = name == "train/text_loss"  # p(text | latent), which the entropy of p(text) does not bound
+    report.figure(
+        plots.loss_curve(tuple(logged[name].T), validation, None if with_latents else truth),
+        "Nats per token; a point of the training curve is the mean since the one before, of one noisy draw per text, "
+        "with dropout and without weight averaging." + (_WITH_LATENTS if with_latents else ""),
+        "Loss against optimizer step",
+    )
+
+
+def add_course(report: Report, folder: Path) -> None:
+    """Add the figures of how the training under `folder` went: its loss by mask rate, and its vital signs."""
+    logged = history(folder)
+    by_rate = {name.rpartition("_")[2]: points for name, points in logged.items() if "_masked_" in name}
+    percent = lambda edge: f"{100 * float(edge):.0f}"  # noqa: E731
+    shares = {rate: "–".join(map(percent, rate.split("-"))) + " %" for rate in sorted(by_rate)}
+    if by_rate:
+        report.figure(
+            training_plots.nll_by_mask_rate_over_time([(label, by_rate[rate]) for rate, label in shares.items()]),
+            "What the network makes of texts with few and with many masks; running means.",
+            "Loss per masked token against optimizer step, for five ranges of the share of masked tokens",
+        )
+    at_rates = {
+        float(name.rpartition("_")[2]): points for name, points in logged.items() if "cross_entropy_at_" in name
+    }
+    if at_rates:
+        report.figure(
+            training_plots.cross_entropy_at_rates(sorted(at_rates.items())),
+            "Validation texts with the same masks every time, and the weights that validation uses. With everything "
+            "masked there is nothing to go by but what is given.",
+            "Cross-entropy of the masked tokens of the validation texts against optimizer step, by share of masks",
+        )
+    if (figure := training_plots.signs_of(logged)) is not None:
+        left_out = int(logged["train/skipped_steps"][-1, 1]) if "train/skipped_steps" in logged else 0
+        report.figure(
+            figure,
+            "The pale band reaches up to the largest gradient norm of each interval. Tokens per second are counted "
+            "without padding, and the clock stands still during validation; MFU: share of the arithmetic that the "
+            "device was measured to do in a plain matrix product. Updates left out, because a loss or gradient was not "
+            f"finite: {left_out or 'none'}.",
+            "Learning rate, gradient norm, tokens per second and peak memory against optimizer step",
+        )
