@@ -17,7 +17,7 @@ from palimpsest.classification.calibration import RateWeights, fit_rate_weights,
 from palimpsest.classification.latent_centroids import nearest_centroid
 from palimpsest.classification.measures import Measures, measure
 from palimpsest.classification.models import ClassModel
-from palimpsest.classification.predictions import predictions_file, read_posterior
+from palimpsest.classification.predictions import predictions_file
 from palimpsest.classification.scoring import ClassScores
 from palimpsest.samplers.gaussian import LatentSteps
 
@@ -88,21 +88,21 @@ def calibrated(fitted: Mapping[str, object], scores: ClassScores, log_prior_C: n
 
 def compared(
     experiment: object, models: Sequence[ClassModel], data: object, split: str, scores: ClassScores,
-    posteriors: Mapping[str, np.ndarray], others: Mapping[str, Path], beside: Beside, log_prior_C: np.ndarray,
+    posteriors: Mapping[str, np.ndarray], others: Mapping[str, np.ndarray], beside: Beside, log_prior_C: np.ndarray,
 ) -> list[Method]:  # fmt: skip
     """Measure the methods that stand beside the plain rule, on the same texts.
 
     Args:
-        posteriors: what calibration gave, by name.
-        others: files with the predictions of other runs.
+        posteriors: p(class | text) (M, C) with what calibration fitted, by name.
+        others: p(class | text) of other runs, by name.
     """
 
     def add(name: str, posterior_MC: np.ndarray, evaluations: float | None = None) -> None:
         methods.append(Method(name, posterior_MC, measure(posterior_MC, scores.label_M), evaluations))
 
     methods = [Method.of_network(_NAMES[name], p_MC, scores) for name, p_MC in posteriors.items()]
-    for path, file in others.items():
-        add(path, read_posterior(file, scores.text_id_M, scores.label_M))
+    for path, posterior_MC in others.items():
+        add(path, posterior_MC)
     if beside.baselines:
         parts = [_texts(data, name) for name in ("train", "validation", split)]
         for baseline in baselines(*parts, data.vocabulary.size):

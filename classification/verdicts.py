@@ -14,7 +14,7 @@ import numpy as np
 from palimpsest.classification.measures import Measures, measure
 from palimpsest.classification.methods import Beside, Method, calibrated, compared, fit
 from palimpsest.classification.models import ClassModel
-from palimpsest.classification.predictions import write_predictions
+from palimpsest.classification.predictions import read_posterior, write_predictions
 from palimpsest.classification.scoring import ClassScores, Race, score_classes
 from palimpsest.common.metrics import Estimate, ratio
 from palimpsest.evaluation.likelihood import Likelihood, likelihood, score
@@ -107,7 +107,8 @@ def find_verdicts(
 ) -> Verdicts:  # fmt: skip
     """Score `split` under every class with the same masks, apply Bayes' rule, and hold it against other methods.
 
-    Writes predictions.parquet into `folder` as soon as the verdicts are there. others: as for `compared`.
+    Writes predictions.parquet into `folder` as soon as the verdicts are there. others: files with the predictions
+    of other runs, by name.
     """
 
     def scored(name: str) -> ClassScores:
@@ -115,11 +116,12 @@ def find_verdicts(
                              log_prior_C)  # fmt: skip
 
     scores = scored(split)
+    known = {path: read_posterior(file, scores.text_id_M, scores.label_M) for path, file in others.items()}
     plain = Method.of_network("this model", scores.posterior(log_prior_C), scores)
     fitted = fit(scored("validation"), log_prior_C) if beside.calibrate else {}
     posteriors = calibrated(fitted, scores, log_prior_C)
     write_predictions(folder, scores, plain.posterior_MC, posteriors)
-    methods = compared(experiment, models, data, split, scores, posteriors, others, beside, log_prior_C)
+    methods = compared(experiment, models, data, split, scores, posteriors, known, beside, log_prior_C)
     own = [_own(experiment, model, label) for label, model in enumerate(models)]
     conditional = models[0].class_id is not None
     unconditional = _own(experiment, ClassModel(models[0].diffusion), None) if conditional else None
