@@ -58,7 +58,7 @@ def main() -> None:
     cfg = compose_config([*args.overrides, f"data.max_test_texts={args.texts}"])
     experiment = Experiment(cfg, " ".join(sys.argv))
     data = experiment.data()
-    hypotheses = class_models(experiment, data, cfg.eval.checkpoint_path, cfg.eval.disable_ema)
+    models = class_models(experiment, data, cfg.eval.checkpoint_path, cfg.eval.disable_ema)
     log_prior_C = np.full(len(data.label_names), -np.log(len(data.label_names)))
     studies = [
         ("exact mask counts", Nelbo(ExactCount()), Race(max(DRAWS), masks=masks), DRAWS)
@@ -69,7 +69,7 @@ def main() -> None:
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with args.output.open("w") as file:
         for name, estimator, race, draws in studies:
-            ask = (hypotheses, data, "test", estimator, race, experiment.seed, log_prior_C)
+            ask = (models, data, "test", estimator, race, experiment.seed, log_prior_C)
             for cell in cells(score_classes(experiment.trainer, *ask), log_prior_C, draws):
                 row = {"benchmark": "classification", "data": data.name, "masks": race.masks, "noising": name, **cell}
                 print(json.dumps(row), flush=True)
