@@ -16,8 +16,7 @@ from palimpsest.evaluation.drawing import decoded, draw
 from palimpsest.evaluation.sampling_inputs import Template
 from palimpsest.report.denoising import denoising_page
 from palimpsest.report.history import Recorder, samples_of
-from palimpsest.report.live import live_texts
-from palimpsest.report.standing import Standing
+from palimpsest.report.live import Standing, live_texts
 from palimpsest.report.watching import described
 from palimpsest.samplers.trace import Trace
 from palimpsest.settings.command_line import CONFIGS

@@ -68,8 +68,8 @@ def averaged_posterior(nats_MCK: np.ndarray, log_prior_C: np.ndarray) -> np.ndar
     had. So for each class the probability expit(log-odds) is averaged over a normal distribution of the true log-odds
     around their estimate, weighted by how often such log-odds occur among these texts and classes. This density is
     learnt from all of them (`_density_of_odds`); of a single text little is known, and it is nearly flat. The
-    variances are moderated as in classification/sequential_test.py. The C probabilities are scaled to sum to 1. Of two classes
-    the more probable one stays the same.
+    variances are moderated as in classification/sequential_test.py. The C probabilities are scaled to sum to 1. Of two
+    classes the more probable one stays the same.
 
     nats_MCK: estimates of -log p(text | class), draw k of every class with the same masks; nan where a text was no
     longer drawn. Where no text has two draws, or a class cannot have written a text, this is `posterior` of the mean.

@@ -16,7 +16,7 @@ from torch import Tensor
 from palimpsest.common.metrics import mean
 from palimpsest.common.randomness import KeyedNoise
 from palimpsest.denoisers import Denoiser
-from palimpsest.evaluation.drawing import Drawn, Sampled, Setting, draw_batch
+from palimpsest.evaluation.drawing import Drawn, Sampled, Setting
 from palimpsest.evaluation.latent_measures import Agreement, Reader, agreement, bleu, partners, token_f1
 from palimpsest.evaluation.sample_quality import Comparison, compare, real_texts
 from palimpsest.evaluation.sampling_inputs import masked_row, padded, rows_to_fill
@@ -193,11 +193,8 @@ class Direction:
         """Draw with guidance, and measure."""
         data, drawing = setting.data, setting.drawing
         guided = replace(drawing, sampler=with_guidance(drawing.sampler, self.directed.latent.guidance))
-        more = (self.directed, self.split, self.number, self.truth)
-        outcome = self.find(
-            DirectedSetting(setting.trainer, setting.diffusion, data, guided, setting.seed, setting.watch,
-                            setting.keep, *more)
-        )  # fmt: skip
+        more = {"directed": self.directed, "split": self.split, "number": self.number, "truth": self.truth}
+        outcome = self.find(DirectedSetting(**{**vars(setting), "drawing": guided, **more}))
         setting.keep(outcome.rows)
         known = {**asdict(self.directed), "data": data.name, "split": self.split,
                  "tokenizer": data.vocabulary.fingerprint, "latents": data.latents.metadata}  # fmt: skip
@@ -300,8 +297,9 @@ def both(setting: DirectedSetting) -> Outcome:
     def draw_from(here: slice) -> list[tuple[Drawn, np.ndarray]]:
         kept: list[Tensor] = []
         watch, sampler = setting.watch if here.start == 0 else None, _both(directed, drawing.sampler, kept)
-        drawn = draw_batch(setting.diffusion, data, replace(drawing, sampler=sampler), rows[here], names_M[here], seed,
-                           watch)  # fmt: skip
+        drawn = replace(setting, drawing=replace(drawing, sampler=sampler)).draw_batch(
+            rows[here], names_M[here], watch, {}
+        )
         return list(zip(drawn, kept[0].cpu().numpy(), strict=True))
 
     pairs = setting.in_batches(draw_from, len(rows))

@@ -67,18 +67,25 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Setting:
-    """The network, data and devices that texts are drawn with.
+    """What texts are drawn with.
 
-    watch: sees the first batch being written. keep: saves the rows of samples.jsonl as soon as the texts are there.
+    A row's tokens depend on (seed, its name), whatever else is drawn, on however many devices.
+
+    Attributes:
+        trainer: on whose devices batches are drawn; None for this process alone.
+        watch: sees the first batch being written, in the first process.
+        keep: saves the rows of samples.jsonl as soon as the texts are there.
+        batch_size: rows of a batch; None for that of the data's evaluation.
     """
 
-    trainer: lightning.Trainer
+    trainer: lightning.Trainer | None
     diffusion: Diffusion
     data: object
     drawing: Drawing
     seed: int
     watch: Watcher | None = None
     keep: Callable[[Sequence[Mapping[str, object]]], None] = lambda rows: None
+    batch_size: int | None = None
 
     @property
     def blank_id(self) -> int:
@@ -88,13 +95,76 @@ class Setting:
     def fill(
         self, rows: Sequence[np.ndarray], names_M: np.ndarray, told: Mapping[str, Tensor] | None = None
     ) -> list[Drawn]:
-        """Fill the masks of `rows`; see the function `fill`."""
-        return fill(self.trainer, self.diffusion, self.data, self.drawing, rows, names_M, self.data.eval_batch_size,
-                    self.seed, told, self.watch)  # fmt: skip
+        """Fill the masks of `rows` of ids. told: the conditioning of each row beside its tokens, (M, ...) each."""
+
+        def draw_from(here: slice) -> list[Drawn]:
+            of_rows = {name: value[here] for name, value in (told or {}).items()}
+            return self.draw_batch(rows[here], names_M[here], self.watch if here.start == 0 else None, of_rows)
+
+        return self.in_batches(draw_from, len(rows))
 
     def in_batches(self, draw_from: Callable[[slice], list], number: int) -> list:
-        """Return the results of `draw_from` for batches of `number` rows; see the function `in_batches`."""
-        return in_batches(self.trainer, self.diffusion, draw_from, number, self.data.eval_batch_size)
+        """Return the results of `draw_from` for batches of `number` rows, in their order, from all devices.
+
+        Every process gets all of them, the same as one process alone would have drawn. draw_from: some rows -> one
+        result for each of them.
+        """
+        trainer, size = self.trainer, self.batch_size or self.data.eval_batch_size
+        several = trainer is not None and trainer.world_size > 1
+        starts = list(range(0, number, size))
+        mine = starts[trainer.global_rank :: trainer.world_size] if several else starts
+        meter = Meter("sample (first process)" if several else "sample", sum(min(size, number - s) for s in mine))
+
+        def step(start: int) -> list:  # in full precision, as without a trainer
+            with (
+                torch.inference_mode(),
+                torch.autocast(self.diffusion.device.type, enabled=False),
+            ):
+                drawn = draw_from(slice(int(start), int(start) + size))
+            meter.update(meter.done + len(drawn))
+            return drawn
+
+        if several:
+            loader = DataLoader(mine, batch_size=None)
+            parts = gather(trainer, self.diffusion, step,
+                           lambda module: trainer.predict(module, loader, return_predictions=False))  # fmt: skip
+            batches = [parts[k % len(parts)][k // len(parts)] for k in range(len(starts))]
+        else:
+            batches = [step(start) for start in starts]
+        meter.close()
+        return [text for batch in batches for text in batch]
+
+    def draw_batch(
+        self, rows: Sequence[np.ndarray], names_B: np.ndarray, watch: Watcher | None, told: Mapping[str, Tensor]
+    ) -> list[Drawn]:
+        """Fill the masks of one batch."""
+        lengths = [len(row) for row in rows]
+        x_BL, cond = padded(rows, self.data.vocabulary.pad_id)
+        cond |= told or {}
+        prompts_B = np.array([int((row == self.blank_id).argmax()) for row in rows])
+        segment_ends = self.data.segment_ends(prompts_B) if self.data.segments else None
+        if segment_ends is not None:
+            cond["segment_ends"] = torch.from_numpy(segment_ends)
+        noise = KeyedNoise(self.seed, torch.from_numpy(names_B).to(self.diffusion.device))
+        ends_early = self.diffusion.objective.causal and not self.data.wrap
+        stop = {"stop_id": self.data.vocabulary.eos_id} if ends_early or self.drawing.var_length else {}
+        x_BL = x_BL.to(self.diffusion.device)
+        cond = {name: value.to(self.diffusion.device) for name, value in cond.items()}
+        if watch is not None:
+            watch(Trace(x_BL, self.diffusion.objective.process))
+        out = self.drawing.sampler(self.diffusion.model, x_BL, noise, watch=watch, **cond, **stop)
+        extra = out.ids_BL.shape[1] - x_BL.shape[1]  # semi-autoregressive samplers go on behind the window
+        drawn = []
+        for i, length in enumerate(lengths):
+            length = length + extra if out.length_B is None else min(length + extra, int(out.length_B[i]))
+            columns = [part_BL[i, :length].tolist() for part_BL in (out.ids_BL, out.step_BL, out.confidence_BL)]
+            columns.append(list(range(len(columns[0]))))
+            if ends_early or self.data.fill:
+                starts = [1] if segment_ends is None else segment_ends[i].tolist()
+                kept = _own(columns[0], self.data.vocabulary.eos_id, starts)
+                columns = [[column[place] for place in kept] for column in columns]
+            drawn.append(Drawn(*columns, out.num_steps, int(out.evaluations_B[i])))
+        return drawn
 
 
 @dataclass(frozen=True)
@@ -118,110 +188,19 @@ class Sampled:
 
 def draw(
     diffusion: Diffusion, data: object, drawing: Drawing, num_samples: int, batch_size: int, seed: int,
-    class_id: int | None = None, watch: Watcher | None = None, trainer: lightning.Trainer | None = None,
+    class_id: int | None = None, watch: Watcher | None = None,
 ) -> list[Drawn]:  # fmt: skip
     """Draw `num_samples` texts. The i-th depends on (seed, i) and on the weights, not on the batch it is drawn in.
 
     A text gets the length of a training row picked at random, since a model of padded rows is a model of
     p(text | length); wrapped and filled rows all have the model's length, and causal models and models of filled rows
     decide themselves where to end. Where texts have prompts, or a prefix of them is given, these are validation texts'.
-
-    Args:
-        class_id: the class that a conditional network is conditioned on.
-        watch: sees the first batch being written, in the first process.
-        trainer: on whose devices the batches are drawn; None for this process alone.
+    class_id: the class that a conditional network is conditioned on. The rest is as for `Setting`.
     """
     rows = rows_to_fill(diffusion, data, drawing.given, num_samples, seed)
     told = {} if class_id is None else {"class_id": torch.full((num_samples,), class_id)}
-    return fill(trainer, diffusion, data, drawing, rows, np.arange(num_samples), batch_size, seed, told, watch)
-
-
-def fill(
-    trainer: lightning.Trainer | None, diffusion: Diffusion, data: object, drawing: Drawing, rows: Sequence[np.ndarray],
-    names_M: np.ndarray, batch_size: int, seed: int, told: Mapping[str, Tensor] | None = None,
-    watch: Watcher | None = None,
-) -> list[Drawn]:  # fmt: skip
-    """Fill the masks of `rows` of ids. A row's tokens depend on (seed, its name), whatever else is drawn.
-
-    Args:
-        told: the conditioning of each row beside its tokens, (M, ...) each.
-        trainer, watch: as for `draw`.
-    """
-
-    def draw_from(here: slice) -> list[Drawn]:
-        of_rows = {name: value[here] for name, value in (told or {}).items()}
-        seen_by = watch if here.start == 0 else None
-        return draw_batch(diffusion, data, drawing, rows[here], names_M[here], seed, seen_by, of_rows)
-
-    return in_batches(trainer, diffusion, draw_from, len(rows), batch_size)
-
-
-def in_batches(
-    trainer: lightning.Trainer | None, diffusion: Diffusion, draw_from: Callable[[slice], list], number: int,
-    batch_size: int,
-) -> list:  # fmt: skip
-    """Return the results of `draw_from` for batches of `number` rows, in their order, from all devices of the trainer.
-
-    Every process gets all of them, the same as one process alone would have drawn.
-
-    Args:
-        draw_from: some rows -> one result for each of them.
-    """
-    several = trainer is not None and trainer.world_size > 1
-    starts = list(range(0, number, batch_size))
-    mine = starts[trainer.global_rank :: trainer.world_size] if several else starts
-    mine_number = sum(min(batch_size, number - start) for start in mine)
-    meter = Meter("sample (first process)" if several else "sample", mine_number)
-
-    def step(start: int) -> list:
-        with torch.inference_mode(), torch.autocast(diffusion.device.type, enabled=False):  # as without a trainer
-            drawn = draw_from(slice(int(start), int(start) + batch_size))
-        meter.update(meter.done + len(drawn))
-        return drawn
-
-    if not several:
-        batches = [step(start) for start in starts]
-    else:
-        loader = DataLoader(mine, batch_size=None)
-        parts = gather(trainer, diffusion, step,
-                       lambda module: trainer.predict(module, loader, return_predictions=False))  # fmt: skip
-        batches = [parts[k % len(parts)][k // len(parts)] for k in range(len(starts))]
-    meter.close()
-    return [text for batch in batches for text in batch]
-
-
-def draw_batch(
-    diffusion: Diffusion, data: object, drawing: Drawing, rows: Sequence[np.ndarray], names_B: np.ndarray, seed: int,
-    watch: Watcher | None = None, told: Mapping[str, Tensor] | None = None,
-) -> list[Drawn]:  # fmt: skip
-    """Fill the masks of one batch."""
-    lengths = [len(row) for row in rows]
-    x_BL, cond = padded(rows, data.vocabulary.pad_id)
-    cond |= told or {}
-    prompts_B = np.array([int((row == diffusion.objective.process.blank_id).argmax()) for row in rows])
-    segment_ends = data.segment_ends(prompts_B) if data.segments else None
-    if segment_ends is not None:
-        cond["segment_ends"] = torch.from_numpy(segment_ends)
-    noise = KeyedNoise(seed, torch.from_numpy(names_B).to(diffusion.device))
-    ends_early = diffusion.objective.causal and not data.wrap
-    stop = {"stop_id": data.vocabulary.eos_id} if ends_early or drawing.var_length else {}
-    x_BL = x_BL.to(diffusion.device)
-    cond = {name: value.to(diffusion.device) for name, value in cond.items()}
-    if watch is not None:
-        watch(Trace(x_BL, diffusion.objective.process))
-    out = drawing.sampler(diffusion.model, x_BL, noise, watch=watch, **cond, **stop)
-    extra = out.ids_BL.shape[1] - x_BL.shape[1]  # semi-autoregressive samplers go on behind the window
-    drawn = []
-    for i, length in enumerate(lengths):
-        length = length + extra if out.length_B is None else min(length + extra, int(out.length_B[i]))
-        columns = [part_BL[i, :length].tolist() for part_BL in (out.ids_BL, out.step_BL, out.confidence_BL)]
-        columns.append(list(range(len(columns[0]))))
-        if ends_early or data.fill:
-            starts = [1] if segment_ends is None else segment_ends[i].tolist()
-            kept = _own(columns[0], data.vocabulary.eos_id, starts)
-            columns = [[column[place] for place in kept] for column in columns]
-        drawn.append(Drawn(*columns, out.num_steps, int(out.evaluations_B[i])))
-    return drawn
+    setting = Setting(None, diffusion, data, drawing, seed, watch, batch_size=batch_size)
+    return setting.fill(rows, np.arange(num_samples), told)
 
 
 def _own(ids: list[int], eos_id: int | None, starts: Sequence[int]) -> list[int]:

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from palimpsest.evaluation.drawing import Sampled, Setting, decoded, draw
+from palimpsest.evaluation.drawing import Sampled, Setting, decoded
 from palimpsest.evaluation.generative_perplexity import CausalScorer
 from palimpsest.evaluation.guidance import class_shares
 from palimpsest.evaluation.sample_quality import Comparison, compare, real_texts
+from palimpsest.evaluation.sampling_inputs import rows_to_fill
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,8 @@ class WriteFreely:
         """Draw the texts and measure them."""
         data, drawing = setting.data, setting.drawing
         real = real_texts(data, self.split, self.number, setting.seed)
-        drawn = draw(setting.diffusion, data, drawing, self.number, data.eval_batch_size, setting.seed,
-                     watch=setting.watch, trainer=setting.trainer)  # fmt: skip
+        blanks = rows_to_fill(setting.diffusion, data, drawing.given, self.number, setting.seed)
+        drawn = setting.fill(blanks, np.arange(self.number))
         texts = [decoded(text, drawing.given, data.tokenizer) for text in drawn]
         rows = [{"sample": index, "text": text, "ids": one.ids, "steps": one.steps,
                  "confidence": [round(p, 4) for p in one.confidence], "evaluations": one.evaluations}

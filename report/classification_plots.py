@@ -17,7 +17,6 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import ArrayLike
 
 from palimpsest.common.metrics import wilson_interval
-from palimpsest.report.common_plots import TICK_STEPS, Row, by_mask_rate, dot_rows
 from palimpsest.report.formatting import format_number
 from palimpsest.report.style import (
     BLUE,
@@ -26,8 +25,12 @@ from palimpsest.report.style import (
     PAPER,
     SERIES,
     TEXT,
+    TICK_STEPS,
     Z95,
     Floats,
+    Row,
+    by_mask_rate,
+    dot_rows,
     empty_figure,
     end_labels,
     finite,

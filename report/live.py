@@ -1,13 +1,25 @@
-"""Texts that are still being written, as HTML for a page that shows one picture of them after another: in the looks of
-the player of denoising.html, which shows them afterwards."""
+"""Texts that are still being written: what stands in them, and how a page shows it.
+
+Shape suffixes: B batch, L length.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from statistics import median
 
+import numpy as np
+
+from palimpsest.data.tokenizers import token_strings, unshown
+from palimpsest.diffusion import Diffusion
+from palimpsest.evaluation.drawing import Drawing
+from palimpsest.report.history import piece
 from palimpsest.report.page import render
-from palimpsest.report.plain_text import split_lead
+from palimpsest.report.plain_text import split_lead, visible
+from palimpsest.samplers.trace import Trace
 
 
 @dataclass(frozen=True)
@@ -24,6 +36,108 @@ class Piece:
     confidence: float = 1.0
     masked: bool = False
     new: bool = False
+
+
+class Standing:
+    """The first `num_texts` rows of a batch as they stand after the frame that was taken in last.
+
+    blank: what a mask shows as. end_id: the token behind which nothing is shown, once it was written. rows: the texts;
+    none before the first trace. step, evaluations: of that trace. left: masks of the whole batch, and total: the most
+    that there were.
+    """
+
+    def __init__(
+        self, tokenizer: object, blank_id: int, num_texts: int, blank: str = " ····", end_id: int | None = None
+    ) -> None:
+        self._tokenizer, self._blank_id, self._num_texts = tokenizer, blank_id, num_texts
+        self._blank, self._end_id = blank, end_id
+        self._hidden = unshown(tokenizer) - {blank_id}
+        self._strings = lru_cache(maxsize=None)(lambda token: visible(piece(tokenizer, token, blank_id)))
+        self.rows: list[Row] = []
+        self.step, self.evaluations, self.left, self.total = 0, 0, 0, 0
+
+    @classmethod
+    def of(cls, num_texts: int, diffusion: Diffusion, data: object, drawing: Drawing) -> Standing:
+        """For the first `num_texts` texts of a drawing."""
+        ends = (diffusion.objective.causal and not data.wrap) or data.fill or drawing.var_length
+        end_id = data.vocabulary.eos_id if ends and not data.segments else None
+        return cls(data.tokenizer, diffusion.objective.process.blank_id, num_texts, blank_of(data), end_id)
+
+    def take(self, trace: Trace) -> bool:
+        """Take in what `trace` holds; True if one of the texts has changed."""
+        seen = slice(self._num_texts)
+        ids_BL, confidence_BL = trace.ids_BL[seen].cpu().numpy(), trace.confidence_BL[seen].cpu().numpy()
+        if not self.rows:
+            self.rows = [Row(self._blank_id) for _ in ids_BL]
+        self.step, self.evaluations = trace.num_steps, int(trace.evaluations_B[seen].max())
+        self.left = int((trace.ids_BL == self._blank_id).sum())
+        self.total = max(self.total, self.left)
+        return any([row.take(ids_L, sure_L)
+                    for row, ids_L, sure_L in zip(self.rows, ids_BL, confidence_BL, strict=True)])  # fmt: skip
+
+    def pieces(self, row: Row, upto: int | None = None) -> Iterator[Piece]:
+        """A row, or its first `upto` places, without special tokens and what is behind the end. A text without masks is
+        read as a whole, since characters may be of several tokens."""
+        ids, begun = row.ids_L.tolist(), False
+        whole = [visible(string) for string in token_strings(self._tokenizer, ids)] if row.left == 0 else None
+        for place, token in enumerate(ids[:upto]):
+            age, masked = float(row.age_L[place]), token == self._blank_id
+            if token == self._end_id and not math.isnan(age):
+                break
+            if token in self._hidden:
+                continue
+            string = self._blank if masked else whole[place] if whole else self._strings(token)
+            yield Piece(
+                string if begun else string.lstrip(), None if math.isnan(age) else age,
+                float(row.confidence_L[place]), masked, bool(row.new_L[place]),
+            )  # fmt: skip
+            begun = begun or bool(string.lstrip())
+
+
+class Row:
+    """What is known of one text: tokens, when each appeared (0: with the first, 1: with the last; NaN: given), how sure
+    the model was, and which came with the last trace."""
+
+    def __init__(self, blank_id: int) -> None:
+        self._blank_id, self._most, self._age = blank_id, 0, math.nan
+        self.ids_L, self.confidence_L, self.age_L = np.zeros(0, dtype=np.int64), np.zeros(0), np.zeros(0)
+        self.new_L = np.zeros(0, dtype=bool)
+
+    @property
+    def left(self) -> int:
+        """How many masks there are."""
+        return int((self.ids_L == self._blank_id).sum())
+
+    @property
+    def last_written(self) -> int:
+        """The last place that was written; -1 where none was."""
+        return int(np.flatnonzero(~np.isnan(self.age_L) & (self.ids_L != self._blank_id)).max(initial=-1))
+
+    def take(self, ids_L: np.ndarray, confidence_L: np.ndarray) -> bool:
+        """Take over what is there after a step; True if something has changed."""
+        more = len(ids_L) - len(self.ids_L)
+        before_L = np.pad(self.ids_L, (0, more), constant_values=self._blank_id)
+        sure_L, age_L = np.pad(self.confidence_L, (0, more)), np.pad(self.age_L, (0, more), constant_values=math.nan)
+        changed_L = (ids_L != before_L) | ((ids_L != self._blank_id) & (confidence_L != sure_L))
+        self.new_L = changed_L & (not math.isnan(self._age))
+        if not changed_L.any() and not more:
+            return False
+        age_L[changed_L] = self._age
+        self.ids_L, self.confidence_L, self.age_L = ids_L.copy(), confidence_L.copy(), age_L
+        self._most = max(self._most, self.left)
+        self._age = max(0.0 if math.isnan(self._age) else self._age, 1 - self.left / max(1, self._most))
+        return True
+
+
+def blank_of(data: object) -> str:
+    """What stands for a mask: dots, as many as a typical token of the data has letters."""
+    rows = data.split("validation" if data.prompted else "train")
+    hidden = unshown(data.tokenizer)
+    ids = [token for token in rows[0]["input_ids"] if token not in hidden][:200]
+    pieces = [split_lead(string) for string in token_strings(data.tokenizer, ids)]
+    leads = sorted(lead for lead, _ in pieces[1:])
+    lead = leads[len(leads) // 2] if leads else ""
+    return (" " if lead else "") + "·" * max(1, round(median(len(body) for _, body in pieces) if pieces else 1))
 
 
 def live_texts(texts: Sequence[Sequence[Piece]]) -> str:

@@ -15,7 +15,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import ArrayLike
 
-from palimpsest.report.common_plots import TICK_STEPS, Row, by_mask_rate, dot_rows
 from palimpsest.report.formatting import format_number
 from palimpsest.report.style import (
     BLUE,
@@ -23,12 +22,17 @@ from palimpsest.report.style import (
     MUTED,
     ORANGE,
     TEXT,
+    TICK_STEPS,
     Z95,
     Floats,
+    Row,
+    by_mask_rate,
+    dot_rows,
     end_labels,
     finite,
     new_figure,
     note_dropped,
+    running_mean,
     style_axes,
     thousands,
     write,
@@ -96,9 +100,7 @@ def _draw_losses(
 def _draw_train(axes: Axes, steps: Floats, nll: Floats, start: float) -> float:
     """Draws the raw loss pale and its running mean strong; returns the mean at the last step [nats/token]."""
     window = max(1, steps.size // 50)
-    ones = np.ones(window)
-    # Dividing by the number of points under the window lets no zeros from beyond the ends into the mean.
-    mean = np.convolve(nll, ones, "same") / np.convolve(np.ones_like(nll), ones, "same")
+    mean = running_mean(nll, window)
     steps, nll, mean = (column[steps >= start] for column in (steps, nll, mean))
     # The range of each chunk keeps every spike of a long run; a thinned line would lose them.
     starts = np.arange(0, steps.size, -(-steps.size // _MOST_RAW_POINTS))

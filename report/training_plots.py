@@ -13,18 +13,19 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike
 
-from palimpsest.report.common_plots import TICK_STEPS
 from palimpsest.report.formatting import format_number
 from palimpsest.report.style import (
     BLUE,
     INK,
     MUTED,
     TEXT,
+    TICK_STEPS,
     Floats,
     end_labels,
     finite,
     new_figure,
     note_dropped,
+    running_mean,
     style_axes,
     thousands,
     write,
@@ -39,22 +40,9 @@ def nll_by_mask_rate_over_time(series: Sequence[tuple[str, ArrayLike]]) -> Figur
 
     `series` are (label, points (N, 2)), the fewest masks first.
     """
-    figure = new_figure(3.1)
-    axes = style_axes(figure.add_subplot(), "optimiser step", "loss (nats per masked token)")
-    labels, dropped = [], 0
-    for rank, (label, points) in enumerate(series):
-        (steps, nll), lost = finite(*np.asarray(points, dtype=np.float64).reshape(-1, 2).T)
-        dropped += lost
-        if steps.size:
-            shade = 0.3 + 0.7 * (rank + 1) / len(series)
-            mean = _running_mean(nll, max(1, steps.size // 25))
-            axes.plot(steps, mean, color=BLUE, alpha=shade, linewidth=1.4, marker="o" if steps.size == 1 else None)
-            labels.append((float(mean[-1]), label, BLUE))
-    _step_axis(axes, 6)
-    axes.margins(x=0.03, y=0.07)
+    figure, labels = _over_time(series, "loss (nats per masked token)", smooth=True)
     highest = [(max(y for y, *_ in labels) + 1e-9, "share masked", MUTED)] if labels else []
-    end_labels(axes, [*labels, *highest])
-    note_dropped(axes, dropped)
+    end_labels(figure.axes[0], [*labels, *highest])
     return figure
 
 
@@ -63,21 +51,32 @@ def cross_entropy_at_rates(series: Sequence[tuple[float, ArrayLike]]) -> Figure:
 
     `series` are (share in per cent, points (N, 2)), the fewest masks first.
     """
+    named = [(f"{percent:g} % masked", points) for percent, points in series]
+    figure, labels = _over_time(named, "cross-entropy (nats per masked token)", smooth=False)
+    end_labels(figure.axes[0], labels)
+    return figure
+
+
+def _over_time(
+    series: Sequence[tuple[str, ArrayLike]], ylabel: str, smooth: bool
+) -> tuple[Figure, list[tuple[float, str, str]]]:
+    """Draw a line for each series, the later the stronger; returns the labels of their ends too."""
     figure = new_figure(3.1)
-    axes = style_axes(figure.add_subplot(), "optimiser step", "cross-entropy (nats per masked token)")
+    axes = style_axes(figure.add_subplot(), "optimiser step", ylabel)
     labels, dropped = [], 0
-    for rank, (percent, points) in enumerate(series):
+    for rank, (label, points) in enumerate(series):
         (steps, nats), lost = finite(*np.asarray(points, dtype=np.float64).reshape(-1, 2).T)
         dropped += lost
         if steps.size:
-            shade = 0.3 + 0.7 * (rank + 1) / len(series)
-            axes.plot(steps, nats, color=BLUE, alpha=shade, linewidth=1.4, marker="o", markersize=3.5)
-            labels.append((float(nats[-1]), f"{percent:g} % masked", BLUE))
+            nats = running_mean(nats, max(1, steps.size // 25)) if smooth else nats
+            marker = None if smooth and steps.size > 1 else "o"
+            axes.plot(steps, nats, color=BLUE, alpha=0.3 + 0.7 * (rank + 1) / len(series), linewidth=1.4, marker=marker,
+                      markersize=None if smooth else 3.5)  # fmt: skip
+            labels.append((float(nats[-1]), label, BLUE))
     _step_axis(axes, 6)
     axes.margins(x=0.03, y=0.07)
-    end_labels(axes, labels)
     note_dropped(axes, dropped)
-    return figure
+    return figure, labels
 
 
 def vital_signs(
@@ -113,7 +112,7 @@ def _panel(axes: Axes, title: str, points: ArrayLike, above: ArrayLike = (), zer
         edge = np.interp(steps, above_at, edge)
         axes.fill_between(*_thinned(steps, values, edge), color=BLUE, alpha=0.28, linewidth=0)
     starts = np.arange(0, steps.size, -(-steps.size // _MOST_POINTS))
-    drawn = _running_mean(values, max(1, steps.size // _MOST_POINTS))[starts]
+    drawn = running_mean(values, max(1, steps.size // _MOST_POINTS))[starts]
     axes.plot(steps[starts], drawn, color=BLUE, linewidth=1.3, marker="o" if steps.size == 1 else None, markersize=4)
     highest = max(values.max(), edge.max(initial=0.0)) if above_at.size else values.max()
     if values.min() > 0 and highest > _WIDE * values.min() and not zero:
@@ -134,12 +133,6 @@ def _thinned(steps: Floats, low: Floats, high: Floats) -> tuple[Floats, Floats, 
     """At most 400 points that keep the lowest of `low` and the highest of `high`."""
     starts = np.arange(0, steps.size, -(-steps.size // _MOST_POINTS))
     return steps[starts], np.minimum.reduceat(low, starts), np.maximum.reduceat(high, starts)
-
-
-def _running_mean(values: Floats, window: int) -> Floats:
-    ones = np.ones(window)
-    # Dividing by the number of points under the window lets no zeros from beyond the ends into the mean.
-    return np.convolve(values, ones, "same") / np.convolve(np.ones_like(values), ones, "same")
 
 
 def _step_axis(axes: Axes, ticks: int) -> None:

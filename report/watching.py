@@ -22,9 +22,8 @@ from palimpsest.evaluation.drawing import Drawing, Drawn
 from palimpsest.report.denoising import Sample, write_denoising
 from palimpsest.report.gif import write_gif
 from palimpsest.report.history import Recorder, samples_of
-from palimpsest.report.live import Piece
+from palimpsest.report.live import Piece, Row, Standing
 from palimpsest.report.palette import ink
-from palimpsest.report.standing import Row, Standing
 from palimpsest.samplers.trace import Trace
 from palimpsest.training.callbacks.progress import terminal
 

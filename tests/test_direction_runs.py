@@ -11,7 +11,8 @@ from hydra.errors import InstantiationException
 
 from palimpsest import main
 from palimpsest.data.passages import special_ids
-from palimpsest.evaluation import directions, drawing, editing
+from palimpsest.evaluation import directions, editing
+from palimpsest.evaluation.drawing import Setting
 from palimpsest.scripts import generate
 from palimpsest.settings.command_line import compose_config
 from tests.commands import refused, run
@@ -135,9 +136,9 @@ def test_an_edit_touches_nothing_but_its_masks(here, target):
 
 
 def test_an_edit_begins_at_the_share_that_is_masked_and_is_told_where_to_go(here, monkeypatch):
-    seen, fill, barred, bar = [], drawing.fill, set(), editing.Barred
+    seen, fill, barred, bar = [], Setting.fill, set(), editing.Barred
     monkeypatch.setattr(editing, "Barred", lambda model, ids: (barred.add(ids), bar(model, ids))[1])
-    monkeypatch.setattr(drawing, "fill", lambda *args: (seen.append(args[8]), fill(*args))[1])
+    monkeypatch.setattr(Setting, "fill", lambda *args: (seen.append(args[3]), fill(*args))[1])
     run(*SAMPLE, "sampling.direction=edit", "sampling.edit_rate=0.33", "sampling.edit_alpha=2")
     rows, (true, shuffled, none, *_) = samples(here, "edit"), seen
     shares = [len(row["masked"]) / (len(row["ids"]) - 2) for row in rows]  # begin and end are never masked

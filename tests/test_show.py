@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from palimpsest.report.standing import Standing
+from palimpsest.report.live import Standing
 from palimpsest.report.watching import Recorder, Show, Views, Watching, described
 from palimpsest.samplers.trace import Trace
 from tests import exact
