@@ -1,10 +1,11 @@
 """How texts came to be: a watcher of samplers that keeps what changed at each step, and texts shown with it.
 
-Shape suffixes: B batch, L length, F steps looked at together, N places that changed at a step.
+Shape suffixes: B batch, L length, N places that changed at a step.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,25 +30,60 @@ class Change:
     confidence_N: np.ndarray
 
 
-@dataclass(frozen=True)
-class History:
-    """The course of one row, from a row of masks to what it is at the end; tokens that were masked again go and come
-    back. changes: in the order of their steps, the first of which is 0, where what was given appears."""
+class Course:
+    """The course of one row, from masks to what it is at the end; tokens that are masked again go and come back.
 
-    blank_id: int
-    changes: tuple[Change, ...]
+    Attributes:
+        ids_L, confidence_L: the tokens and the model's probability of each when it was written.
+        age_L: when each token appeared: 0 with the first, 1 with the last; NaN if it was given.
+        new_L: whether it came with the last trace.
+        changes: in the order of their steps, the first of which is 0, where what was given appears.
+    """
+
+    def __init__(self, blank_id: int) -> None:
+        self._blank_id, self._most, self._age = blank_id, 0, math.nan
+        self.ids_L, self.confidence_L, self.age_L = np.zeros(0, dtype=np.int64), np.zeros(0), np.zeros(0)
+        self.new_L, self.changes = np.zeros(0, dtype=bool), list[Change]()
+
+    @property
+    def left(self) -> int:
+        """How many masks there are."""
+        return int((self.ids_L == self._blank_id).sum())
+
+    @property
+    def last_written(self) -> int:
+        """The last place that was written; -1 if none was."""
+        return int(np.flatnonzero(~np.isnan(self.age_L) & (self.ids_L != self._blank_id)).max(initial=-1))
+
+    def take(self, step: int, ids_L: np.ndarray, confidence_L: np.ndarray) -> bool:
+        """Take over the row after a step; True if something has changed."""
+        more = len(ids_L) - len(self.ids_L)
+        before_L = np.pad(self.ids_L, (0, more), constant_values=self._blank_id)
+        sure_L, age_L = np.pad(self.confidence_L, (0, more)), np.pad(self.age_L, (0, more), constant_values=math.nan)
+        again_L = (ids_L != self._blank_id) & (confidence_L != sure_L)  # the same token, written anew
+        changed_L = (ids_L != before_L) | again_L
+        self.new_L = changed_L & (not math.isnan(self._age))
+        if not changed_L.any() and not more:
+            return False
+        age_L[changed_L] = self._age
+        self.ids_L, self.confidence_L, self.age_L = ids_L.copy(), confidence_L.copy(), age_L
+        if changed_L.any():
+            self.changes.append(Change(step, changed_L.nonzero()[0], ids_L[changed_L], confidence_L[changed_L]))
+        self._most = max(self._most, self.left)
+        self._age = max(0.0 if math.isnan(self._age) else self._age, 1 - self.left / max(1, self._most))
+        return True
 
     def ids_at(self, step: int) -> list[int]:
-        """The row after `step`."""
+        """Return the row after `step`."""
         length = max((int(change.places_N.max()) + 1 for change in self.changes), default=0)
-        ids_L = np.full(length, self.blank_id)
+        ids_L = np.full(length, self._blank_id)
         for change in self.changes:
             if change.step <= step:
                 ids_L[change.places_N] = change.ids_N
         return ids_L.tolist()
 
     def past(self, tokenizer: object) -> dict[int, list[Visit]]:
-        """For each place of the row what stood there before its last token, in order."""
+        """Return for each place of the row what stood there before its last token, in order."""
         ended, standing = dict[int, list[Visit]](), dict[int, tuple[int, int, float]]()
         for change in self.changes:
             for place, token, confidence in zip(
@@ -55,9 +91,9 @@ class History:
             ):
                 if place in standing:
                     written, was, sure = standing.pop(place)
-                    text = piece(tokenizer, was, self.blank_id)
+                    text = piece(tokenizer, was, self._blank_id)
                     ended.setdefault(place, []).append(Visit(place, text, written, change.step, sure))
-                if token != self.blank_id:
+                if token != self._blank_id:
                     standing[place] = (change.step, token, confidence)
         return ended
 
@@ -69,48 +105,32 @@ class Recorder:
     def __init__(self, num_texts: int, blank_id: int) -> None:
         self._num_texts, self._blank_id = num_texts, blank_id
         self._waiting: list[tuple[int, Tensor, Tensor]] = []
-        self._changes: list[list[Change]] = []
-        self._ids_BL, self._confidence_BL = np.zeros((0, 0), dtype=np.int64), np.zeros((0, 0), dtype=np.float32)
+        self._courses: list[Course] = []
 
     def __call__(self, trace: Trace) -> None:
         seen = slice(self._num_texts)
         self._waiting.append((trace.num_steps, trace.ids_BL[seen].clone(), trace.confidence_BL[seen].clone()))
         if len(self._waiting) == _TOGETHER:
-            self._fetch()
+            self.histories()
 
-    def histories(self) -> list[History]:
-        """The courses of the rows so far."""
-        self._fetch()
-        return [History(self._blank_id, tuple(changes)) for changes in self._changes]
-
-    def _fetch(self) -> None:
-        for step, ids_BL, confidence_BL in self._waiting:
-            self._compare(step, ids_BL.cpu().numpy(), confidence_BL.cpu().numpy())
+    def histories(self) -> list[Course]:
+        """Return the courses of the rows so far."""
+        for step, *columns in self._waiting:
+            ids_BL, confidence_BL = (column.cpu().numpy() for column in columns)
+            self._courses = self._courses or [Course(self._blank_id) for _ in ids_BL]
+            for course, ids_L, sure_L in zip(self._courses, ids_BL, confidence_BL, strict=True):
+                course.take(step, ids_L, sure_L)
         self._waiting = []
-
-    def _compare(self, step: int, ids_BL: np.ndarray, confidence_BL: np.ndarray) -> None:
-        if self._ids_BL.shape != ids_BL.shape:  # the first step, or a sampler that goes on behind the window
-            self._changes = self._changes or [[] for _ in ids_BL]
-            before_BL, sure_BL = self._ids_BL, self._confidence_BL
-            self._ids_BL, self._confidence_BL = np.full_like(ids_BL, self._blank_id), np.zeros_like(confidence_BL)
-            self._ids_BL[: len(before_BL), : before_BL.shape[1]] = before_BL
-            self._confidence_BL[: len(before_BL), : before_BL.shape[1]] = sure_BL
-        again_BL = (ids_BL != self._blank_id) & (confidence_BL != self._confidence_BL)  # the same token, written anew
-        for changes, ids_L, sure_L, changed_L in zip(
-            self._changes, ids_BL, confidence_BL, (ids_BL != self._ids_BL) | again_BL, strict=True
-        ):
-            if changed_L.any():
-                changes.append(Change(step, changed_L.nonzero()[0], ids_L[changed_L], sure_L[changed_L]))
-        self._ids_BL, self._confidence_BL = ids_BL, confidence_BL
+        return self._courses
 
 
 def piece(tokenizer: object, token: int, blank_id: int) -> str:
-    """A token as it shows behind another one, whatever that is."""
+    """Return a token as it shows behind another one, whatever that is."""
     return token_strings(tokenizer, [blank_id, token])[1]
 
 
-def sample_of(text: Drawn, tokenizer: object, title: str, history: History | None = None, facts: str = "") -> Sample:
-    """A text as pages show it, special tokens left out; with the course of its row, if there is one."""
+def sample_of(text: Drawn, tokenizer: object, title: str, history: Course | None = None, facts: str = "") -> Sample:
+    """Return a text as pages show it, special tokens left out; with the course of its row, if there is one."""
     hidden = unshown(tokenizer)
     kept = [i for i, token in enumerate(text.ids) if token not in hidden]
     strings = token_strings(tokenizer, [text.ids[i] for i in kept])
@@ -121,8 +141,8 @@ def sample_of(text: Drawn, tokenizer: object, title: str, history: History | Non
                   [text.confidence[i] for i in kept], before, facts)  # fmt: skip
 
 
-def samples_of(drawn: Sequence[Drawn], tokenizer: object, histories: Sequence[History] = ()) -> list[Sample]:
-    """Texts as reports show them, the first ones with their courses."""
+def samples_of(drawn: Sequence[Drawn], tokenizer: object, histories: Sequence[Course] = ()) -> list[Sample]:
+    """Return texts as reports show them, the first ones with their courses."""
     known = [*histories[: len(drawn)], *[None] * (len(drawn) - len(histories))]
     return [sample_of(text, tokenizer, f"Text {i + 1}", known[i], f"{text.evaluations:,} network evaluations")
             for i, text in enumerate(drawn)]  # fmt: skip

@@ -11,12 +11,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from statistics import median
 
-import numpy as np
-
 from palimpsest.data.tokenizers import token_strings, unshown
 from palimpsest.diffusion import Diffusion
 from palimpsest.evaluation.drawing import Drawing
-from palimpsest.report.history import piece
+from palimpsest.report.history import Course, piece
 from palimpsest.report.page import render
 from palimpsest.report.plain_text import split_lead, visible
 from palimpsest.samplers.trace import Trace
@@ -53,7 +51,7 @@ class Standing:
         self._blank, self._end_id = blank, end_id
         self._hidden = unshown(tokenizer) - {blank_id}
         self._strings = lru_cache(maxsize=None)(lambda token: visible(piece(tokenizer, token, blank_id)))
-        self.rows: list[Row] = []
+        self.rows: list[Course] = []
         self.step, self.evaluations, self.left, self.total = 0, 0, 0, 0
 
     @classmethod
@@ -68,14 +66,14 @@ class Standing:
         seen = slice(self._num_texts)
         ids_BL, confidence_BL = trace.ids_BL[seen].cpu().numpy(), trace.confidence_BL[seen].cpu().numpy()
         if not self.rows:
-            self.rows = [Row(self._blank_id) for _ in ids_BL]
+            self.rows = [Course(self._blank_id) for _ in ids_BL]
         self.step, self.evaluations = trace.num_steps, int(trace.evaluations_B[seen].max())
         self.left = int((trace.ids_BL == self._blank_id).sum())
         self.total = max(self.total, self.left)
-        return any([row.take(ids_L, sure_L)
+        return any([row.take(trace.num_steps, ids_L, sure_L)
                     for row, ids_L, sure_L in zip(self.rows, ids_BL, confidence_BL, strict=True)])  # fmt: skip
 
-    def pieces(self, row: Row, upto: int | None = None) -> Iterator[Piece]:
+    def pieces(self, row: Course, upto: int | None = None) -> Iterator[Piece]:
         """A row, or its first `upto` places, without special tokens and what is behind the end. A text without masks is
         read as a whole, since characters may be of several tokens."""
         ids, begun = row.ids_L.tolist(), False
@@ -92,41 +90,6 @@ class Standing:
                 float(row.confidence_L[place]), masked, bool(row.new_L[place]),
             )  # fmt: skip
             begun = begun or bool(string.lstrip())
-
-
-class Row:
-    """What is known of one text: tokens, when each appeared (0: with the first, 1: with the last; NaN: given), how sure
-    the model was, and which came with the last trace."""
-
-    def __init__(self, blank_id: int) -> None:
-        self._blank_id, self._most, self._age = blank_id, 0, math.nan
-        self.ids_L, self.confidence_L, self.age_L = np.zeros(0, dtype=np.int64), np.zeros(0), np.zeros(0)
-        self.new_L = np.zeros(0, dtype=bool)
-
-    @property
-    def left(self) -> int:
-        """How many masks there are."""
-        return int((self.ids_L == self._blank_id).sum())
-
-    @property
-    def last_written(self) -> int:
-        """The last place that was written; -1 where none was."""
-        return int(np.flatnonzero(~np.isnan(self.age_L) & (self.ids_L != self._blank_id)).max(initial=-1))
-
-    def take(self, ids_L: np.ndarray, confidence_L: np.ndarray) -> bool:
-        """Take over what is there after a step; True if something has changed."""
-        more = len(ids_L) - len(self.ids_L)
-        before_L = np.pad(self.ids_L, (0, more), constant_values=self._blank_id)
-        sure_L, age_L = np.pad(self.confidence_L, (0, more)), np.pad(self.age_L, (0, more), constant_values=math.nan)
-        changed_L = (ids_L != before_L) | ((ids_L != self._blank_id) & (confidence_L != sure_L))
-        self.new_L = changed_L & (not math.isnan(self._age))
-        if not changed_L.any() and not more:
-            return False
-        age_L[changed_L] = self._age
-        self.ids_L, self.confidence_L, self.age_L = ids_L.copy(), confidence_L.copy(), age_L
-        self._most = max(self._most, self.left)
-        self._age = max(0.0 if math.isnan(self._age) else self._age, 1 - self.left / max(1, self._most))
-        return True
 
 
 def blank_of(data: object) -> str:

@@ -2,17 +2,17 @@
 
 Colours are those of `THEME`: the report replaces them by the page's own, so one figure serves the light
 and the dark scheme. All error bars are 95% intervals and say so. Values that are not finite cannot be
-drawn; every figure counts them aloud. Shapes: S steps or points.
+drawn; every figure counts them aloud. Shapes: S steps or points; (N, 2) of optimiser step and value.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike
 
 from palimpsest.report.formatting import format_number
@@ -40,6 +40,7 @@ from palimpsest.report.style import (
 
 _MOST_RAW_POINTS = 400
 _FEWEST_POINTS_TO_ZOOM = 20
+_WIDE = 20.0  # a range of so many times its smallest value is drawn on a logarithmic scale
 
 
 # ------------------------------------------------------------------------------------------- training
@@ -112,6 +113,121 @@ def _draw_train(axes: Axes, steps: Floats, nll: Floats, start: float) -> float:
     marker = "o" if steps.size == 1 else None
     axes.plot(steps[starts], mean[starts], color=BLUE, linewidth=1.5, marker=marker, markersize=4)
     return float(mean[-1])
+
+
+def nll_by_mask_rate_over_time(series: Sequence[tuple[str, ArrayLike]]) -> Figure:
+    """Reconstruction loss [nats per masked token] against the optimiser step, a running mean for each share of masks.
+
+    `series` are (label, points (N, 2)), the fewest masks first.
+    """
+    figure, labels = _over_time(series, "loss (nats per masked token)", smooth=True)
+    highest = [(max(y for y, *_ in labels) + 1e-9, "share masked", MUTED)] if labels else []
+    end_labels(figure.axes[0], [*labels, *highest])
+    return figure
+
+
+def cross_entropy_at_rates(series: Sequence[tuple[float, ArrayLike]]) -> Figure:
+    """Validation cross-entropy [nats per masked token] against the optimiser step, a line for each share of masks.
+
+    `series` are (share in per cent, points (N, 2)), the fewest masks first.
+    """
+    named = [(f"{percent:g} % masked", points) for percent, points in series]
+    figure, labels = _over_time(named, "cross-entropy (nats per masked token)", smooth=False)
+    end_labels(figure.axes[0], labels)
+    return figure
+
+
+def _over_time(
+    series: Sequence[tuple[str, ArrayLike]], ylabel: str, smooth: bool
+) -> tuple[Figure, list[tuple[float, str, str]]]:
+    """Draw a line for each series, the later the stronger; returns the labels of their ends too."""
+    figure = new_figure(3.1)
+    axes = style_axes(figure.add_subplot(), "optimiser step", ylabel)
+    labels, dropped = [], 0
+    for rank, (label, points) in enumerate(series):
+        (steps, nats), lost = finite(*np.asarray(points, dtype=np.float64).reshape(-1, 2).T)
+        dropped += lost
+        if steps.size:
+            nats = running_mean(nats, max(1, steps.size // 25)) if smooth else nats
+            marker = None if smooth and steps.size > 1 else "o"
+            axes.plot(steps, nats, color=BLUE, alpha=0.3 + 0.7 * (rank + 1) / len(series), linewidth=1.4, marker=marker,
+                      markersize=None if smooth else 3.5)  # fmt: skip
+            labels.append((float(nats[-1]), label, BLUE))
+    _step_axis(axes, 6)
+    axes.margins(x=0.03, y=0.07)
+    note_dropped(axes, dropped)
+    return figure, labels
+
+
+def vital_signs(
+    rate: ArrayLike, norm: ArrayLike, largest_norm: ArrayLike, speed: ArrayLike, memory: ArrayLike, mfu: float | None
+) -> Figure:
+    """Small multiples over the optimiser step: learning rate, gradient norm before clipping (its mean, and pale its
+    largest in each interval), tokens per second, peak memory [GiB]; each (N, 2). `mfu` in [0, 1] is the run's median.
+    """
+    figure = new_figure(3.9)
+    panels = figure.subplots(2, 2, sharex=True).flatten()
+    share = "" if mfu is None or not np.isfinite(mfu) else f"; MFU {format_number(100 * mfu, 2)} %"
+    _panel(panels[0], "learning rate", rate, zero=True)
+    _panel(panels[1], "gradient norm, before clipping", norm, above=largest_norm)
+    _panel(panels[2], f"tokens per second{share}", speed, zero=True)
+    _panel(panels[3], "peak memory (GiB)", memory, zero=True)
+    panels[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_number(value, 3) if value else "0"))
+    panels[2].yaxis.set_major_formatter(FuncFormatter(thousands))
+    for axes in panels[2:]:
+        axes.set_xlabel("optimiser step")
+    return figure
+
+
+def _panel(axes: Axes, title: str, points: ArrayLike, above: ArrayLike = (), zero: bool = False) -> None:
+    """One series with its title; `above` is a pale band's upper edge, `zero` begins the scale there."""
+    style_axes(axes)
+    axes.set_title(title, color=INK, fontsize=TEXT, loc="left")
+    (steps, values), dropped = finite(*np.asarray(points, dtype=np.float64).reshape(-1, 2).T)
+    (above_at, edge), more = finite(*np.asarray(above, dtype=np.float64).reshape(-1, 2).T)
+    if not steps.size:
+        write(axes, 0.5, 0.5, "not logged", MUTED, ha="center", va="center", transform=axes.transAxes)
+        return
+    if above_at.size:
+        edge = np.interp(steps, above_at, edge)
+        axes.fill_between(*_thinned(steps, values, edge), color=BLUE, alpha=0.28, linewidth=0)
+    starts = np.arange(0, steps.size, -(-steps.size // _MOST_RAW_POINTS))
+    drawn = running_mean(values, max(1, steps.size // _MOST_RAW_POINTS))[starts]
+    axes.plot(steps[starts], drawn, color=BLUE, linewidth=1.3, marker="o" if steps.size == 1 else None, markersize=4)
+    highest = max(values.max(), edge.max(initial=0.0)) if above_at.size else values.max()
+    if values.min() > 0 and highest > _WIDE * values.min() and not zero:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(numticks=5))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.tick_params(axis="y", which="minor", length=0)
+    else:
+        axes.yaxis.set_major_locator(MaxNLocator(4, steps=TICK_STEPS))
+    if zero:
+        axes.set_ylim(0.0, 1.12 * float(values.max()) or 1.0)
+    axes.margins(x=0.03)
+    _step_axis(axes, 4)
+    note_dropped(axes, dropped + more)
+
+
+def _thinned(steps: Floats, low: Floats, high: Floats) -> tuple[Floats, Floats, Floats]:
+    """At most 400 points that keep the lowest of `low` and the highest of `high`."""
+    starts = np.arange(0, steps.size, -(-steps.size // _MOST_RAW_POINTS))
+    return steps[starts], np.minimum.reduceat(low, starts), np.maximum.reduceat(high, starts)
+
+
+def _step_axis(axes: Axes, ticks: int) -> None:
+    axes.xaxis.set_major_formatter(FuncFormatter(thousands))
+    axes.xaxis.set_major_locator(MaxNLocator(ticks, integer=True, steps=TICK_STEPS))
+
+
+def signs_of(logged: Mapping[str, ArrayLike]) -> Figure | None:
+    """`vital_signs` from what training/callbacks/metrics.py logged, by name; None where it logged nothing."""
+    if "train/grad_norm" not in logged:
+        return None
+    shares = np.asarray(logged.get("train/mfu", ()), dtype=np.float64).reshape(-1, 2)[:, 1]
+    mfu = float(np.median(shares)) if shares.size else None
+    names = ("train/lr", "train/grad_norm", "train/grad_norm_max", "train/tokens_per_s", "memory/peak_gib")
+    return vital_signs(*(logged.get(name, ()) for name in names), mfu)
 
 
 def nll_by_mask_rate(rate: ArrayLike, nll: ArrayLike, se: ArrayLike | None = None) -> Figure:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from palimpsest.evaluation.likelihood import Likelihood
-from palimpsest.report import plots, training_plots
+from palimpsest.report import plots
 from palimpsest.report.denoising import Sample
 from palimpsest.report.likelihood import likelihood_section, truth_line
 from palimpsest.report.report import Report
@@ -80,7 +80,7 @@ def add_course(report: Report, folder: Path) -> None:
     shares = {rate: "–".join(map(percent, rate.split("-"))) + " %" for rate in sorted(by_rate)}
     if by_rate:
         report.figure(
-            training_plots.nll_by_mask_rate_over_time([(label, by_rate[rate]) for rate, label in shares.items()]),
+            plots.nll_by_mask_rate_over_time([(label, by_rate[rate]) for rate, label in shares.items()]),
             "What the network makes of texts with few and with many masks; running means.",
             "Loss per masked token against optimizer step, for five ranges of the share of masked tokens",
         )
@@ -89,12 +89,12 @@ def add_course(report: Report, folder: Path) -> None:
     }
     if at_rates:
         report.figure(
-            training_plots.cross_entropy_at_rates(sorted(at_rates.items())),
+            plots.cross_entropy_at_rates(sorted(at_rates.items())),
             "Validation texts with the same masks every time, and the weights that validation uses. With everything "
             "masked there is nothing to go by but what is given.",
             "Cross-entropy of the masked tokens of the validation texts against optimizer step, by share of masks",
         )
-    if (figure := training_plots.signs_of(logged)) is not None:
+    if (figure := plots.signs_of(logged)) is not None:
         left_out = int(logged["train/skipped_steps"][-1, 1]) if "train/skipped_steps" in logged else 0
         report.figure(
             figure,

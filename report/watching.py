@@ -21,8 +21,8 @@ from palimpsest.diffusion import Diffusion
 from palimpsest.evaluation.drawing import Drawing, Drawn
 from palimpsest.report.denoising import Sample, write_denoising
 from palimpsest.report.gif import write_gif
-from palimpsest.report.history import Recorder, samples_of
-from palimpsest.report.live import Piece, Row, Standing
+from palimpsest.report.history import Course, Recorder, samples_of
+from palimpsest.report.live import Piece, Standing
 from palimpsest.report.palette import ink
 from palimpsest.samplers.trace import Trace
 from palimpsest.training.callbacks.progress import terminal
@@ -182,7 +182,7 @@ class Show:
             room -= len(lines) + 2
         return Group(*blocks, Text(""), self._status())
 
-    def _text(self, row: Row, upto: int | None = None) -> Text:
+    def _text(self, row: Course, upto: int | None = None) -> Text:
         """A row, or its first `upto` places."""
         text, few = Text(), self._console.color_system == "standard"
         for piece in self.texts.pieces(row, upto):

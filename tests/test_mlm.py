@@ -27,7 +27,7 @@ from palimpsest.objectives.noising import ExactCount
 from palimpsest.objectives.sedd import SEDD
 from palimpsest.objectives.subs import Subs
 from palimpsest.process import Absorbing
-from palimpsest.report import training_plots
+from palimpsest.report import plots
 from palimpsest.settings.command_line import compose_config
 from palimpsest.training.callbacks.masking_rates import MaskingRates
 from tests import commands
@@ -281,7 +281,7 @@ def test_validation_by_rate_is_refused_where_it_means_nothing(experiment):  # no
 
 def test_the_figure_labels_its_lines():
     series = [(10.0, [[1, 2.0], [2, 1.5]]), (50.0, [[1, 3.0], [2, np.nan]]), (100.0, np.empty((0, 2)))]
-    axes = training_plots.cross_entropy_at_rates(series).axes[0]
+    axes = plots.cross_entropy_at_rates(series).axes[0]
     assert {"10 % masked", "50 % masked"} <= {text.get_text() for text in axes.texts} and len(axes.lines) == 2
 
 
