@@ -16,10 +16,8 @@ from palimpsest.classification.methods import Beside, Method, calibrated, compar
 from palimpsest.classification.models import ClassModel
 from palimpsest.classification.predictions import read_posterior, write_predictions
 from palimpsest.classification.scoring import ClassScores, Race, score_classes
-from palimpsest.common.metrics import Estimate, ratio
+from palimpsest.common.metrics import Estimate, ratios_by_rate
 from palimpsest.evaluation.likelihood import Likelihood, likelihood, score
-
-_RATE_BINS = 10
 
 
 @dataclass(frozen=True)
@@ -58,16 +56,7 @@ class Verdicts:
         winner_MP = (-nats_MCP + self.log_prior_C[:, None]).argmax(axis=1)
         right_MP = winner_MP == self.scores.label_M[:, None]
         taken_MP = np.isfinite(rate_MP) & (rate_MP > 0)
-        bin_MP = np.minimum(np.nan_to_num(rate_MP) * _RATE_BINS, _RATE_BINS - 1).astype(int)
-        rates, found = [], []
-        for index in range(_RATE_BINS):
-            here_MP = taken_MP & (bin_MP == index)
-            if here_MP.any():
-                rates.append(float(rate_MP[here_MP].mean()))
-                passes_M = here_MP.sum(axis=1)  # passes of one text are not independent: summed first
-                taken_M = passes_M > 0
-                found.append(ratio((right_MP & here_MP).sum(axis=1)[taken_M], passes_M[taken_M]))
-        return np.array(rates), found
+        return ratios_by_rate(rate_MP, right_MP, taken_MP)
 
     def results(self, race: Race, models: Sequence[ClassModel]) -> dict[str, object]:
         """Return the numbers for results.json."""

@@ -126,6 +126,25 @@ def ratio(part_M: ArrayLike, whole_M: ArrayLike, units: Units | None = None) -> 
     return Estimate(value, math.sqrt(units.variance((part_M - value * whole_M) / total)))
 
 
+def ratios_by_rate(
+    rate_MP: np.ndarray, part_MP: np.ndarray, whole_MP: np.ndarray, units: Units | None = None, num_bins: int = 10
+) -> tuple[np.ndarray, list[Estimate]]:
+    """Return the mean rate and the ratio of part to whole in each bin of a rate in [0, 1] that has a whole.
+
+    P passes of a text are summed first, as they are not independent.
+    """
+    bin_MP = np.minimum(np.nan_to_num(rate_MP) * num_bins, num_bins - 1).astype(int)
+    rates, found = [], []
+    for index in range(num_bins):
+        here_MP = (bin_MP == index) & (whole_MP > 0)
+        here_M = here_MP.any(axis=1)
+        if here_M.any():
+            part_M, whole_M = ((column_MP * here_MP).sum(axis=1)[here_M] for column_MP in (part_MP, whole_MP))
+            rates.append(rate_MP[here_MP].mean())
+            found.append(ratio(part_M, whole_M, None if units is None else units[here_M]))
+    return np.array(rates), found
+
+
 def mean(value_M: ArrayLike, units: Units | None = None) -> Estimate:
     """The mean with its standard error over the units (None: each value is one); nan without any."""
     return ratio(value_M, np.ones(len(value_M)), units) if len(value_M) else Estimate(math.nan, math.nan)

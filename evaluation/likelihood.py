@@ -13,7 +13,7 @@ import lightning
 import numpy as np
 from torch import Tensor
 
-from palimpsest.common.metrics import UNIT_COLUMNS, Estimate, Units, ratio
+from palimpsest.common.metrics import UNIT_COLUMNS, Estimate, Units, ratio, ratios_by_rate
 from palimpsest.common.randomness import hash_seed
 from palimpsest.data.unigram import unigram_nll
 from palimpsest.diffusion import Diffusion
@@ -75,22 +75,10 @@ class Scores:
         """Nats per token of the split, with its standard error over the units."""
         return ratio(self.nll_M, self.tokens_M, self.units)
 
-    def by_mask_rate(self, num_bins: int = 10) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Cross-entropy in nats per masked token against the share of masked tokens: (rate, nats, standard error);
-        empty where nothing was masked. The passes of a text are summed first, as they are not independent."""
+    def by_mask_rate(self) -> tuple[np.ndarray, list[Estimate]]:
+        """Return the shares of masked tokens, and the cross-entropy there in nats per masked token."""
         rate_MP = self.num_masked_MP / np.maximum(self.maskable_M[:, None], 1)
-        bin_MP = np.clip((rate_MP * num_bins).astype(int), 0, num_bins - 1)
-        rows = []
-        for index in range(num_bins):
-            here_MP = (bin_MP == index) & (self.num_masked_MP > 0)
-            here_M = here_MP.any(axis=1)
-            if not here_M.any():
-                continue
-            nats_M, masked_M = ((column_MP * here_MP).sum(axis=1)[here_M]
-                                for column_MP in (self.cross_entropy_MP, self.num_masked_MP))  # fmt: skip
-            estimate = ratio(nats_M, masked_M, self.units[here_M])
-            rows.append((rate_MP[here_MP].mean(), estimate.value, estimate.se))
-        return tuple(np.array(column) for column in zip(*rows, strict=True)) if rows else (np.zeros(0),) * 3
+        return ratios_by_rate(rate_MP, self.cross_entropy_MP, self.num_masked_MP, self.units)
 
 
 @dataclass(frozen=True)

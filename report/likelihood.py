@@ -36,8 +36,9 @@ def likelihood_figure(report: Report, measured: Likelihood, alt: str, more: str 
 def mask_rate_figure(report: Report, measured: Likelihood, caption: str) -> None:
     """Add the figure of the cross-entropy against the share of masks, if there were masks."""
     if measured.scores.num_masked_MP.size:
-        report.figure(plots.nll_by_mask_rate(*measured.scores.by_mask_rate()), caption,
-                      "Cross-entropy against mask rate")  # fmt: skip
+        rates, found = measured.scores.by_mask_rate()
+        figure = plots.nll_by_mask_rate(rates, [one.value for one in found], [one.se for one in found])
+        report.figure(figure, caption, "Cross-entropy against mask rate")
 
 
 def likelihood_metrics(measured: Likelihood) -> list[Metric]:
