@@ -32,10 +32,9 @@ come; there a checkpoint also holds where the corpus is being read.
 import logging
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import datasets
 import numpy as np
@@ -43,6 +42,20 @@ from lightning import LightningDataModule, Trainer
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
+from palimpsest.common.values import (
+    FREE,
+    IF_SET,
+    AtLeastOne,
+    FilePath,
+    FolderName,
+    Length,
+    Name,
+    Natural,
+    PresentPath,
+    Seed,
+    list_of,
+    whole,
+)
 from palimpsest.data.checks import check_protocol, check_settings
 from palimpsest.data.collate import Collate, Rows, segment_ends
 from palimpsest.data.loading import Loading, TimedLoader
@@ -59,104 +72,133 @@ from palimpsest.latents.rows import Encoder, RowsWithLatents, TextLatents
 
 log = logging.getLogger(__name__)
 
+RAMP = list_of(list_of(whole(0), 2, "[1000,256]"), 1, "[[0,64],[1000,256]]")
 MOST_UNKNOWN = 0.9  # share of a split's tokens that its tokenizer may not know
 
 
-class TextData(LightningDataModule):
-    """A source, a tokenizer and a way of packing, as splits and loaders. Nothing is read before it is asked
-    for.
+@dataclass(frozen=True)
+class Texts:
+    """How the texts of a source become rows; the keys of `data`, and what other groups say of rows.
 
-    Settings are named as on the command line. data: `insert_train_*` holds for the train split,
-    `insert_valid_*` for the others; `insert_*_special` puts BOS and EOS around the chunks of wrapped data
-    and BOS before padded texts; `insert_*_eos` ends each text with EOS; `label` keeps one class;
-    `max_*_texts` limits a split for quick runs (a fixed random choice where there are labels, else the first
-    ones). Tokenizers are trained on the whole train split, whatever `label` and the limits are, so that the
-    models of all classes share one vocabulary; `score_special` false makes special tokens given (None: BOS and EOS of
-    padded rows, nothing of wrapped ones); `prefix_length` (key of `training`) tokens of each row are given too,
-    and with `first_given` (training.ignore_bos) the first one. `fill`
-    "eos" fills padded rows up to `length` with EOS, so that their length is not shown: the law of a row then is
-    p(text, EOS, the fill | prompt), and a model decides where a text ends. `segments`: batches say where the parts of
-    each text end; those between the first and the last end with EOS and are filled up to `segment_room` tokens.
-    `streaming` reads no more of a split than its `max_*_texts` (tokenizers too); without `max_train_texts` training
-    reads on and on, in the order that `stream` says, and keeps only its `sample_texts`. `random_crop` trains on random
-    stretches of wrapped rows twice as long, evaluation has fixed rows. `train_splits`: train on these splits of the
-    source together, without labels (validation has none then either) and without texts of the held-out splits.
-    `protocol` "reference": rows as kuleshov-group's mdlm makes them, with `num_proc` processes (None: 1).
-    loader: `batch_size` and `eval_batch_size` are rows per
-    device; `batch_size` None divides `global_batch_size`; `batch_ramp` as in data/stream.py; `loading` has the others.
-    `length` is model.length, `seed` orders the training stream, `max_steps` are optimizer steps of the whole run.
-    latents: what makes the vectors of `latents=`; as `.latents` they are those of these splits, None without.
+    Attributes:
+        length: tokens of a row (model.length).
+        insert_train_special, insert_valid_special: BOS and EOS around the chunks of wrapped data, BOS before padded
+            texts, in the train split and in the others.
+        insert_train_eos, insert_valid_eos: EOS behind each text.
+        score_special: false makes special tokens given; None: BOS and EOS of padded rows, nothing of wrapped ones.
+        prefix_length: so many tokens of each row are given (training.prefix_length).
+        first_given: the first token is given (training.ignore_bos).
+        fill: "eos" fills padded rows up to `length` with EOS, so that their length is not shown: the distribution of a
+            row then is p(text, EOS, the fill | prompt), and a model decides where a text ends.
+        segments: batches say where the parts of each text end; those between the first and the last end with EOS and
+            are filled up to `segment_room` tokens.
+        label: keep the texts of one class. Tokenizers are trained on the whole train split, whatever `label` and the
+            limits are, so that the models of all classes share one vocabulary.
+        max_train_texts, max_valid_texts, max_test_texts: limits for quick runs: a fixed random choice where there are
+            labels, else the first ones.
+        streaming: read no more of a split than its limit (tokenizers too); without `max_train_texts` training reads on
+            and on, in the order that `stream` says, and keeps only its `sample_texts`.
+        random_crop: train on random stretches of wrapped rows twice as long; evaluation has fixed rows.
+        train_splits: train on these splits together, without labels (validation has none then either) and without
+            texts of the held-out splits.
+        protocol: "reference" makes rows as kuleshov-group's mdlm does, with `num_proc` processes (None: 1).
+        latents: what makes the vectors of `latents=`.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        *,
-        length: int,
-        tokenizer_name_or_path: str,
-        tokenizer_folder: str | None = None,
-        vocab_size: int | None = None,
-        mask_token: str | None = None,
-        name: str | None = None,
-        train: str | None = None,
-        valid: str | None = None,
-        streaming: bool = False,
-        random_crop: bool = False,
-        wrap: bool = True,
-        insert_train_special: bool = True,
-        insert_valid_special: bool = True,
-        insert_train_eos: bool = True,
-        insert_valid_eos: bool = True,
-        score_special: bool | None = None,
-        prefix_length: int = 0,
-        first_given: bool = False,
-        fill: str | None = None,
-        segments: bool = False,
-        segment_room: int | None = None,
-        long_texts: str = "error",
-        drop_empty: bool = False,
-        label: int | None = None,
-        max_train_texts: int | None = None,
-        max_valid_texts: int | None = None,
-        max_test_texts: int | None = None,
-        train_splits: Sequence[str] | None = None,
-        protocol: str | None = None,
-        num_proc: int | None = None,
-        cache_dir: str | Path = ".cache",
-        batch_size: int | None = None,
-        eval_batch_size: int = 32,
-        global_batch_size: int = 32,
-        batch_ramp: Sequence[Sequence[int]] | None = None,
-        max_steps: int = 1,
-        seed: int = 0,
-        loading: Loading | None = None,
-        stream: Order | None = None,
-        latents: Encoder | None = None,
-    ) -> None:
+    length: Length
+    tokenizer_name_or_path: PresentPath
+    tokenizer_folder: FilePath | None = None
+    vocab_size: AtLeastOne | None = None
+    mask_token: Annotated[Name, IF_SET] | None = None
+    name: FolderName | None = None
+    train: Name | None = None
+    valid: Name | None = None
+    streaming: bool = False
+    random_crop: bool = False
+    wrap: bool = True
+    insert_train_special: bool = True
+    insert_valid_special: bool = True
+    insert_train_eos: bool = True
+    insert_valid_eos: bool = True
+    score_special: bool | None = None
+    prefix_length: Annotated[Natural, IF_SET] = 0
+    first_given: Annotated[bool, IF_SET] = False
+    fill: Annotated[Literal["eos"], IF_SET] | None = None
+    segments: Annotated[bool, IF_SET] = False
+    segment_room: Annotated[Annotated[int, whole(2)], IF_SET] | None = None
+    long_texts: Literal["truncate", "windows", "drop", "error"] = "error"
+    drop_empty: bool = False
+    label: Annotated[Natural, FREE] | None = None
+    max_train_texts: AtLeastOne | None = None
+    max_valid_texts: Annotated[AtLeastOne, FREE] | None = None
+    max_test_texts: Annotated[AtLeastOne, FREE] | None = None
+    train_splits: Sequence[str] | None = None
+    protocol: Annotated[Literal["reference"], IF_SET] | None = None
+    num_proc: Annotated[AtLeastOne, IF_SET] | None = None
+    cache_dir: Annotated[PresentPath, FREE] = ".cache"
+    stream: Order = Order()
+    latents: Encoder | None = None
+
+
+@dataclass(frozen=True)
+class Batches:
+    """How rows are handed out; the keys of `loader`.
+
+    Attributes:
+        batch_size, eval_batch_size: rows that a device takes at once; None divides `global_batch_size`.
+        global_batch_size: samples of an optimizer step.
+        batch_ramp: smaller steps first (data/stream.py).
+        max_steps: optimizer steps of the whole run.
+        seed: of the order of the training stream.
+    """
+
+    batch_size: AtLeastOne | None = None
+    eval_batch_size: AtLeastOne = 32
+    global_batch_size: AtLeastOne = 32
+    batch_ramp: Annotated[Sequence[Sequence[int]], RAMP] | None = None
+    max_steps: AtLeastOne = 1
+    seed: Seed = 0
+    loading: Loading = Loading()
+
+
+class TextData(LightningDataModule):
+    """A source, a tokenizer and a way of packing, as splits and loaders.
+
+    Nothing is read before it is asked for.
+    """
+
+    def __init__(self, source: Source, texts: Texts, batches: Batches) -> None:
         super().__init__()
-        self.name, self.fill, self.segments, self.prefix_length = name or "text", fill, segments, prefix_length
-        self.protocol, self.first_given = protocol, first_given
-        check_protocol(protocol, num_proc, streaming, random_crop)
-        source = source if protocol is None else source.published()
-        self.score_special = wrap or protocol is not None if score_special is None else score_special
-        self.source, self.length, self.label, self.wrap, self.streaming = source, length, label, wrap, streaming
-        self.random_crop, self.train_splits = random_crop, train_splits
-        self.tokenizer_settings = {"name_or_path": tokenizer_name_or_path, "folder": tokenizer_folder,
-                                   "vocab_size": vocab_size, "mask_token": mask_token,
-                                   "cache_dir": cache_dir}  # fmt: skip
-        plain = Packing(length, wrap, long_texts=long_texts, drop_empty=drop_empty,
-                        room=segment_room if segments else None,
-                        num_proc=(num_proc or 1) if protocol else None)  # fmt: skip
-        self.packings = dict.fromkeys(("validation", "test"), framed(plain, insert_valid_special, insert_valid_eos))
-        self.packings["train"] = framed(plain, insert_train_special, insert_train_eos)
-        self.limits = {"train": max_train_texts, "validation": max_valid_texts, "test": max_test_texts}
-        self.cache_dir, self.seed, self.stream, self.loading = cache_dir, seed, stream or Order(), loading or Loading()
-        self.batch_size, self.eval_batch_size, self.max_steps = batch_size, eval_batch_size, max_steps
-        self.plan, self.global_batch_size = BatchPlan.of(global_batch_size, batch_ramp), global_batch_size
-        self._texts = SplitTexts(source, self.limits, streaming, self.stream.sample_texts, label, train_splits)
+        self.name, self.fill, self.segments = texts.name or "text", texts.fill, texts.segments
+        self.prefix_length, self.protocol, self.first_given = texts.prefix_length, texts.protocol, texts.first_given
+        check_protocol(texts.protocol, texts.num_proc, texts.streaming, texts.random_crop)
+        source = source if texts.protocol is None else source.published()
+        unsaid = texts.wrap or texts.protocol is not None
+        self.score_special = unsaid if texts.score_special is None else texts.score_special
+        self.source, self.length, self.label, self.wrap = source, texts.length, texts.label, texts.wrap
+        self.streaming, self.random_crop, self.train_splits = texts.streaming, texts.random_crop, texts.train_splits
+        self.tokenizer_settings = {"name_or_path": texts.tokenizer_name_or_path, "folder": texts.tokenizer_folder,
+                                   "vocab_size": texts.vocab_size, "mask_token": texts.mask_token,
+                                   "cache_dir": texts.cache_dir}  # fmt: skip
+        plain = Packing(texts.length, texts.wrap, long_texts=texts.long_texts, drop_empty=texts.drop_empty,
+                        room=texts.segment_room if texts.segments else None,
+                        num_proc=(texts.num_proc or 1) if texts.protocol else None)  # fmt: skip
+        measured = framed(plain, texts.insert_valid_special, texts.insert_valid_eos)
+        self.packings = dict.fromkeys(("validation", "test"), measured)
+        self.packings["train"] = framed(plain, texts.insert_train_special, texts.insert_train_eos)
+        self.limits = {"train": texts.max_train_texts, "validation": texts.max_valid_texts,
+                       "test": texts.max_test_texts}  # fmt: skip
+        self.cache_dir, self.stream = texts.cache_dir, texts.stream
+        self.seed, self.loading = batches.seed, batches.loading
+        self.batch_size, self.eval_batch_size = batches.batch_size, batches.eval_batch_size
+        self.max_steps, self.global_batch_size = batches.max_steps, batches.global_batch_size
+        self.plan = BatchPlan.of(batches.global_batch_size, batches.batch_ramp)
+        sampled = self.stream.sample_texts
+        self._texts = SplitTexts(source, self.limits, self.streaming, sampled, self.label, self.train_splits)
         self.figures, self._splits, self._streamed = dict[str, dict[str, int]](), dict[str, datasets.Dataset](), None
-        self._resumed, self.latents = dict[str, Any](), None if latents is None else TextLatents(latents, self)
-        check_settings(self, {name, *getattr(source, "sources", ())}, train, valid)
+        self._resumed = dict[str, Any]()
+        self.latents = None if texts.latents is None else TextLatents(texts.latents, self)
+        check_settings(self, {texts.name, *getattr(source, "sources", ())}, texts.train, texts.valid)
 
     @property
     def prompted(self) -> bool:

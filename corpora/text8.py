@@ -2,13 +2,14 @@
 
 import copy
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Annotated
 
 import datasets
 
+from palimpsest.common.values import TEXT, Length, PresentPath, list_of
 from palimpsest.data.hub import local_folder
 from palimpsest.data.rows import check_split, text_rows, with_documents
-from palimpsest.data.sources import Source
 
 
 class Text8:
@@ -21,7 +22,13 @@ class Text8:
 
     label_names = None
 
-    def __init__(self, parts: Source, folder: str, chunk: int, sizes: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        parts: Annotated[Sequence[str], list_of(TEXT, 1, "['{question}',' {answer}']")],
+        folder: PresentPath,
+        chunk: Length,
+        sizes: Mapping[str, int],
+    ) -> None:
         self.parts, self.folder, self.chunk, self.sizes = parts, folder, chunk, dict(sizes)
         self._drop_last = False
         if chunk < 1:

@@ -19,10 +19,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from palimpsest.common.files import is_remote, place
+from palimpsest.common.output import guard_output
 from palimpsest.models.checkpoints import read_settings
 from palimpsest.settings import command_line
 from palimpsest.settings.identity import overrides, word
-from palimpsest.training.logs import guard_output
 
 ROOT = Path(__file__).resolve().parents[1]
 

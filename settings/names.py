@@ -8,6 +8,7 @@ MOVED = {
     "callbacks": "training.callbacks",
     "engine": "training",
     "lr_schedules": "training.lr_schedules",
+    "objectives.mlm.masked_lm": "objectives.mlm.MaskedLM",
     "optimizers": "training.optimizers",
     "text.exact_denoiser": "corpora.exact_denoiser",
     "text.grammar": "corpora.grammar",
@@ -21,6 +22,8 @@ MOVED = {
     "text.reviews": "corpora.reviews",
     "text.text8": "corpora.text8",
     "text": "data",
+    "transformers.get_constant_schedule_with_warmup": "training.lr_schedules.constant",
+    "transformers.get_cosine_schedule_with_warmup": "training.lr_schedules.cosine_to_zero",
 }
 _BACK = {new: old for old, new in MOVED.items()}
 # Rooms and modules that were importable by these names before there was a package.

@@ -20,7 +20,7 @@ from palimpsest.data.collate import Collate
 from palimpsest.models.hf_mlm import HFMaskedLM
 from palimpsest.noise_schedule import LogLinear
 from palimpsest.objectives.base import Model, scored_mask
-from palimpsest.objectives.mlm import Rates, cross_entropy_at, masked_lm
+from palimpsest.objectives.mlm import MaskedLM, Rates, cross_entropy_at
 from palimpsest.objectives.noising import ExactCount
 from palimpsest.objectives.sedd import SEDD
 from palimpsest.objectives.subs import Subs
@@ -116,7 +116,7 @@ def test_rates_that_are_none_are_refused(typed, said):
 def test_rates_from_0_to_1_train_by_the_bound(random_dit, time, per):
     """5 standard errors, for networks that see the time and that do not."""
     net, x0 = random_dit(VOCAB, time_conditioning=time), torch.tensor([[2, 0, 3]])
-    objective = masked_lm(SCHEDULE, Absorbing(MASK), Rates("continuous", 0, 1, per), loss_weight="elbo")
+    objective = MaskedLM(SCHEDULE, Absorbing(MASK), Rates("continuous", 0, 1, per), loss_weight="elbo")
     rows = 8000
     noise = training_noise(0, torch.arange(rows), 1 if per == "batch" else rows)
     with torch.no_grad():
@@ -126,7 +126,7 @@ def test_rates_from_0_to_1_train_by_the_bound(random_dit, time, per):
 
 @pytest.mark.parametrize("build", [
     lambda noising: Subs(SCHEDULE, Absorbing(MASK), noising), lambda noising: SEDD(SCHEDULE, Absorbing(MASK), noising),
-    lambda noising: masked_lm(SCHEDULE, Absorbing(MASK), noising, loss_weight="elbo"),
+    lambda noising: MaskedLM(SCHEDULE, Absorbing(MASK), noising, loss_weight="elbo"),
 ], ids=["mdlm", "sedd", "mlm"])  # fmt: skip
 def test_rates_that_do_not_cover_the_bound_are_refused(build):
     build(Rates("continuous", 0, 1))
@@ -142,7 +142,7 @@ def test_what_is_measured_of_a_masked_lm_is_the_bound_by_enumeration():
     net = HFMaskedLM(BertConfig(vocab_size=VOCAB, max_position_embeddings=8, **sizes), VOCAB).double().eval()
     for parameter in net.requires_grad_(False).parameters():
         torch.nn.init.normal_(parameter, std=0.5)
-    objective, x0 = masked_lm(LogLinear(eps=0.0), Absorbing(MASK), Rates([1.0, 0.1])), torch.tensor([[2, 0, 3]])
+    objective, x0 = MaskedLM(LogLinear(eps=0.0), Absorbing(MASK), Rates([1.0, 0.1])), torch.tensor([[2, 0, 3]])
     assert objective.loss_name == "cross_entropy" and objective.bound(None).loss_name == "nll"
     model, nats = Model(objective.bound(None), net), 0.0
     for order in itertools.permutations(range(3)):
@@ -162,7 +162,7 @@ def test_what_is_measured_of_a_masked_lm_is_the_bound_by_enumeration():
 def test_the_loss_is_the_mean_over_the_masked_tokens(random_dit):
     net, x0 = random_dit(VOCAB), torch.randint(4, (6, 9))
     objective, noise = (
-        masked_lm(SCHEDULE, Absorbing(MASK), Rates([0.5])),
+        MaskedLM(SCHEDULE, Absorbing(MASK), Rates([0.5])),
         partial(training_noise, 0, torch.arange(6), 6),
     )
     loss = objective.loss(net, batch_of(x0), noise())

@@ -11,8 +11,8 @@ import sys
 import pytest
 from rich.console import Console
 
+from palimpsest.common.output import SafeStream, guard_output
 from palimpsest.settings.command_line import clear_errors
-from palimpsest.training.logs import SafeStream, guard_output
 
 
 def test_a_pipe_that_nobody_reads_ends_nothing_and_is_not_mentioned():

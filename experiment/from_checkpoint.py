@@ -16,7 +16,7 @@ from palimpsest.models.belonging import refuse_unsupported
 from palimpsest.models.checkpoints import Checkpoint, read_settings
 from palimpsest.models.reference_settings import NETWORKS, NOISES, OBJECTIVES
 from palimpsest.settings.command_line import compose_config
-from palimpsest.settings.contradictions import law
+from palimpsest.settings.instantiation import located, made_class
 
 _CHOICES = {"parameterization": OBJECTIVES, "backbone": NETWORKS, "noise": NOISES}
 _COUNTS = ("model.hidden_size", "model.cond_dim", "model.n_blocks", "model.n_heads", "model.length", "block_size", "T")
@@ -45,7 +45,7 @@ def complete(arguments: list[str]) -> list[str]:
     parsed = OverridesParser.create().parse_overrides(overrides)
     cfg = compose_config([override.input_line for override in parsed if not override.is_sweep_override()])
     path = (cfg.eval.checkpoint_path or "").replace("{label}", "0")
-    if not path or cfg.mode._target_ == "palimpsest.tasks.train.train":
+    if not path or not located(cfg.mode._target_).measures:
         return arguments
     checkpoint = read_settings(path)
     if "configuration" in checkpoint.identity:
@@ -90,7 +90,9 @@ def _refuse_differences(
     checkpoint: Checkpoint, known: dict[str, object], typed: dict[str, str], cfg: DictConfig
 ) -> None:
     """Raises ValueError with every typed setting that is not the file's."""
-    here = {key: OmegaConf.select(cfg, key) for key in known} | {"parameterization": law(cfg)}
+    here = {key: OmegaConf.select(cfg, key) for key in known} | {
+        "parameterization": made_class(cfg.parameterization).name
+    }
     here |= {key: _CHOICES[key].get(typed[key], typed[key]) for key in ("backbone", "noise") if key in typed}
     free = _FREE if known.get("time_conditioning") else (*_FREE, "noise", *_NUMBERS)  # a network that sees no noise
     differing = [key for key in known if key not in free and _is_typed(key, typed) and here[key] not in
