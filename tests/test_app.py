@@ -32,12 +32,8 @@ from palimpsest.settings.command_line import compose_config
 from palimpsest.tasks.blanks import Template
 from palimpsest.tasks.class_scoring import Race, score_classes
 from palimpsest.tasks.drawing import decoded, draw
-from tests.commands import run
-from tests.test_classify import EVEN, two_models
-from tests.test_configs import TINY
-
-ROOT = Path(__file__).parents[1]
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+from tests.helpers.commands import CHROMIUM, ROOT, TINY, run
+from tests.helpers.networks import EVEN, two_models
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from palimpsest.models.dit import DiT
 from palimpsest.objectives import ar
 from palimpsest.process import Absorbing
 from palimpsest.samplers.autoregressive import sample
+from tests.helpers.networks import close
 
 
 def random_ar(vocab_size: int = 7, **kwargs) -> AR:
@@ -137,10 +138,6 @@ def test_impossible_settings_are_refused():
 
 
 # ------------------------------------------------------------------------------------ the reference's numbers
-
-
-def close(ours: torch.Tensor, reference: torch.Tensor) -> bool:
-    return bool(((ours - reference).abs() <= 1e-4 * (1 + reference.abs())).all())
 
 
 def reference_ar(folder, weights: str) -> tuple[AR, dict[str, torch.Tensor], int]:

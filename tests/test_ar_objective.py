@@ -21,8 +21,8 @@ from palimpsest.objectives.noising import Complementary
 from palimpsest.process import Absorbing
 from palimpsest.samplers import autoregressive
 from palimpsest.samplers.base import TokenChoice
-from tests.laws import assert_follows, batch_of, texts
-from tests.test_subs import close
+from tests.helpers.laws import assert_follows, batch_of, texts
+from tests.helpers.networks import close
 
 VOCAB, MASK, BOS = 4, 3, 0
 

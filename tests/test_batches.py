@@ -6,42 +6,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import GPT2Config
 
 from palimpsest import main
 from palimpsest.common.randomness import training_noise
 from palimpsest.data.stream import BatchPlan, PositionBatchSampler, batch_arithmetic
-from palimpsest.models.ar import AR
 from palimpsest.models.backbone import Backbone
 from palimpsest.models.checkpoints import load_inert
-from palimpsest.models.dimamba import DiMamba
-from palimpsest.models.dit import DiT
-from palimpsest.models.hf_causal import HFCausal
 from palimpsest.objectives.base import TokenLoss
 from palimpsest.objectives.reduction import StepLoss
 from palimpsest.settings.command_line import compose_config
 from palimpsest.tasks.fitting import fit
 from palimpsest.tasks.train import history
-from tests.test_configs import TINY
-from tests.test_resume import same_weights
-
-FEW = [f"data.source.num_{split}_per_class=40" for split in ("train", "validation", "test")]
-FIT = [*TINY, *FEW, "model.n_blocks=2", "trainer.max_steps=4", "trainer.val_check_interval=2",
-       "trainer.log_every_n_steps=1"]  # fmt: skip
+from tests.helpers.commands import FEW, FIT, TINY, run
+from tests.helpers.networks import assert_close_weights, networks, same_weights
 
 
 def trained(folder: str, *overrides: str) -> Path:
     """last.ckpt of a training with these settings."""
     return fit(main.Experiment(compose_config([*FIT, *overrides, f"checkpointing.save_dir={folder}"]), "a test"))
-
-
-def assert_close_weights(a: Path, b: Path, atol: float) -> None:
-    a, b = load_inert(a), load_inert(b)
-    assert a["global_step"] == b["global_step"] and a["TextData"] == b["TextData"]
-    for name, tensor in a["state_dict"].items():
-        torch.testing.assert_close(tensor, b["state_dict"][name], rtol=0, atol=atol, msg=name)
-    for ours, theirs in zip(a["ema"]["shadow_params"], b["ema"]["shadow_params"], strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=atol)
 
 
 # -------------------------------------------------------------------------------- arithmetic
@@ -179,11 +161,11 @@ def test_a_ramp_that_the_training_does_not_reach_the_end_of_is_refused_before_an
     monkeypatch.setattr(main.TextData, "split", lambda *_: pytest.fail("it read data"))
     ramp = [*FIT, "loader.batch_ramp=[[0,2],[2,4]]", "checkpointing.save_dir=run"]
     with pytest.raises(ValueError, match=said):
-        main.run(compose_config([*ramp, *more]), "a test")
+        run(*ramp, *more)
     with pytest.raises(ValueError, match="trainer.max_steps=2 ends"):
         PositionBatchSampler(4, 4, 2, ramp=[[0, 2], [2, 4]])
     with pytest.raises(FileNotFoundError, match="no trained model"):  # a measurement trains nothing
-        main.run(compose_config([*ramp, "mode=ppl_eval", "trainer.max_steps=2"]), "a test")
+        run(*ramp, "mode=ppl_eval", "trainer.max_steps=2")
 
 
 def test_a_run_goes_on_with_other_micro_batches(tmp_path, monkeypatch):
@@ -197,15 +179,6 @@ def test_a_run_goes_on_with_other_micro_batches(tmp_path, monkeypatch):
 
 
 # -------------------------------------------------------------------------------- gradient checkpointing
-
-
-def networks() -> dict[str, torch.nn.Module]:
-    sizes = {"hidden_size": 16, "n_blocks": 3, "dropout": 0.3}
-    config = GPT2Config(vocab_size=11, n_embd=16, n_layer=3, n_head=2, n_positions=16)
-    return {
-        "dit": DiT(11, cond_dim=8, n_heads=2, num_classes=2, **sizes), "ar": AR(11, n_heads=2, **sizes),
-        "dimamba": DiMamba(11, cond_dim=8, **sizes), "hf_causal": HFCausal(config, 11, dropout=0.3),
-    }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["dit", "ar", "dimamba", "hf_causal"])

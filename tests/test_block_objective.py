@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from functools import partial
@@ -18,19 +17,12 @@ from palimpsest.estimators.ordered import Ordered
 from palimpsest.models.checkpoints import read_checkpoint
 from palimpsest.models.dit import DiT
 from palimpsest.noise_schedule import Clipped, Cosine, LogLinear
-from palimpsest.objectives.block import BlockDiffusion
 from palimpsest.objectives.noising import Bernoulli, Complementary, ExactCount, Noised, TiltedCount
 from palimpsest.objectives.subs import Subs
 from palimpsest.process import Absorbing
 from palimpsest.training.callbacks.metrics import BUCKETS, _Interval
-from tests.laws import batch_of, exact_bound, texts
-
-VOCAB, MASK = 4, 3
-
-
-def block(size: int, schedule=None, noising=None, mask_id: int = MASK, ignore_bos: bool = False, **kwargs):
-    within = partial(Subs, schedule or LogLinear(), noising=noising, **kwargs)
-    return BlockDiffusion(Absorbing(mask_id), within, size, ignore_bos)
+from tests.helpers.blocks import MASK, VOCAB, block, causal_law, likelihood_of_blocks
+from tests.helpers.laws import batch_of, exact_bound, texts
 
 
 class Fixed:
@@ -116,18 +108,6 @@ def test_one_block_is_masked_diffusion_number_for_number(random_dit, noising, to
             torch.testing.assert_close(ours.logs[name], plain.logs[name])
 
 
-def causal_law(net, size: int, x: torch.Tensor) -> torch.Tensor:
-    """log p(x_i | x_<i) of every token with blocks of one, each from a pass of its own, (R, L)."""
-    objective, log_p = block(1), []
-    for place in range(x.shape[1]):
-        row = x[:, : place + 1].clone()
-        row[:, -1] = MASK
-        at = torch.zeros_like(row, dtype=torch.bool)
-        at[:, -1] = True
-        log_p.append(objective.denoise(net, row, torch.full((len(x),), 0.5), at).gather(1, x[:, place, None]))
-    return torch.cat(log_p, dim=1)
-
-
 def test_blocks_of_one_token_are_the_exact_left_to_right_likelihood(random_dit):
     net, x = random_dit(VOCAB), texts(VOCAB, 4, MASK)
     objective = block(1)
@@ -143,27 +123,6 @@ def test_blocks_of_one_token_are_the_exact_left_to_right_likelihood(random_dit):
     assert Nelbo().label(objective.model(net), 8) == "exact"
     with pytest.raises(ValueError, match="block_size=1.*eval.estimator=auto"):
         Nelbo(ExactCount())(objective.model(net), batch_of(x), 0, 8)
-
-
-def likelihood_of_blocks(net, size: int, x: torch.Tensor) -> torch.Tensor:
-    """log p(x) of the any-order sampler within each block of `size`, by enumeration of the orders, (R,)."""
-    objective, total = block(size), torch.zeros(len(x), dtype=torch.float64)
-    for start in range(0, x.shape[1], size):
-        places = range(start, min(start + size, x.shape[1]))
-        orders = list(itertools.permutations(places))
-        along = []
-        for order in orders:
-            row, log_p = x[:, : places.stop].clone(), torch.zeros(len(x), dtype=torch.float64)
-            row[:, start:] = MASK
-            for place in order:
-                at = torch.zeros_like(row, dtype=torch.bool)
-                at[:, place] = True
-                answer = objective.denoise(net, row, torch.full((len(x),), 0.5), at)
-                log_p += answer.gather(1, x[:, place, None]).squeeze(1)
-                row[:, place] = x[:, place]
-            along.append(log_p)
-        total += torch.stack(along).logsumexp(0) - math.log(len(orders))
-    return total
 
 
 @pytest.mark.parametrize("size", [2, 3])

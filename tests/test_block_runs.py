@@ -14,8 +14,7 @@ from palimpsest import main
 from palimpsest.models.checkpoints import load_inert, read_checkpoint
 from palimpsest.models.dit import DiT
 from palimpsest.settings.command_line import compose_config, translate
-from tests.commands import refused, run
-from tests.test_configs import TINY
+from tests.helpers.commands import TINY, refused, run
 
 BLOCK = [
     *TINY,

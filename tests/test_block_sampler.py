@@ -17,8 +17,8 @@ from palimpsest.process import Absorbing
 from palimpsest.samplers import ancestral, block, first_hitting
 from palimpsest.samplers.base import TokenChoice
 from palimpsest.samplers.block import Ending, unigram_entropy
-from tests.laws import assert_follows, texts
-from tests.test_block_objective import causal_law, likelihood_of_blocks
+from tests.helpers.blocks import causal_law, likelihood_of_blocks
+from tests.helpers.laws import assert_follows, texts
 
 VOCAB, MASK = 4, 3
 MANY = 12_000

@@ -27,7 +27,7 @@ from palimpsest.objectives.noising import Bernoulli, Complementary, ExactCount, 
 from palimpsest.objectives.sedd import SEDD
 from palimpsest.objectives.subs import Subs
 from palimpsest.process import Absorbing
-from tests.exact import Copies, for_sedd
+from tests.helpers.exact import Copies, for_sedd
 
 WORDS, MASK = 8, 8
 TRUTH = math.log(WORDS)

@@ -22,7 +22,7 @@ from palimpsest.settings.command_line import compose_config
 from palimpsest.tasks.base import token_counts, unigram_nll
 from palimpsest.tasks.class_models import class_models, pretraining_splits
 from palimpsest.tasks.fitting import begin, fit
-from tests.test_configs import TINY
+from tests.helpers.commands import TINY, run
 
 RUN = [*TINY, "checkpointing.save_dir=run", "sampling.num_sample_log=0", "trainer.max_steps=4",
        "trainer.val_check_interval=2"]  # fmt: skip
@@ -135,7 +135,7 @@ def test_both_classes_start_from_the_average_of_one_pretraining(monkeypatch, sha
 
 def test_training_one_class_does_what_classification_does_for_it():
     one = ["classify.pretrain=all", "data.label=0", "mode=train"]
-    main.run(compose_config([*RUN, *one]), "a test")
+    run(*RUN, *one)
     whole = experiment("classify.pretrain=all", "checkpointing.save_dir=other", "mode=classify")
     class_models(whole, whole.data(), "", False)
     for path in ("pretrained/checkpoints/last.ckpt", "label=0/checkpoints/last.ckpt", "label=0/checkpoints/best.ckpt"):
@@ -221,7 +221,7 @@ def test_the_hub_is_not_asked_for_labels_of_a_split_without_any(monkeypatch):
 ], ids=lambda v: " ".join(v) if isinstance(v, list) else "")  # fmt: skip
 def test_contradictions_are_refused(overrides, said):
     with pytest.raises(ValueError, match=said):
-        main.run(compose_config([*RUN, *overrides]), "a test")
+        run(*RUN, *overrides)
 
 
 # -------------------------------------------------------------------------------- a start at token frequencies

@@ -19,24 +19,14 @@ from palimpsest.tasks.class_models import Hypothesis
 from palimpsest.tasks.class_scoring import ClassScores, Race, score_classes
 from palimpsest.tasks.evidence import token_evidence
 from palimpsest.tasks.predictions import predictions_file, read_posterior, write_predictions
-from tests.test_configs import TINY
+from tests.helpers.commands import TINY, run
+from tests.helpers.networks import EVEN, random_network, two_models
 
-EVEN = np.log([0.5, 0.5])
 WINDOWS = ["data.long_texts=windows", "model.length=24", "data.insert_valid_eos=false"]
 
 
 def experiment(*overrides: str) -> main.Experiment:
     return main.Experiment(compose_config([*TINY, *overrides]), "a test")
-
-
-def random_network(e: main.Experiment, seed: int) -> object:
-    diffusion = e.diffusion(e.data()).eval()
-    torch.nn.init.normal_(diffusion.backbone.head.weight, generator=torch.Generator().manual_seed(seed))
-    return diffusion
-
-
-def two_models(e: main.Experiment) -> list[Hypothesis]:
-    return [Hypothesis(random_network(e, seed)) for seed in (0, 1)]
 
 
 def scores_of(e: main.Experiment, hypotheses: list[Hypothesis], race: Race, estimator: object = None) -> ClassScores:
@@ -164,7 +154,7 @@ def test_predictions_come_back_for_the_same_texts_only(tmp_path):
 
 def test_everything_is_reported_and_the_models_are_used_again(capsys):
     ask = [*TINY, "mode=classify", "classify.num_draws=8", "classify.confidence=0.8", "classify.calibrate=true"]
-    results = main.run(compose_config(ask), "a test")
+    results = run(*ask)
     html = next(Path().rglob("classify/test/report.html")).read_text()
     light = [*ask, "classify.baselines=false", "sampling.num_sample_log=0", "classify.num_examples=0",
              "classify.calibrate=false"]  # fmt: skip
@@ -178,7 +168,7 @@ def test_everything_is_reported_and_the_models_are_used_again(capsys):
     assert "calibrated_temperature_1" in pq.read_table(folder / "predictions.parquet").column_names
     for heading in ("Accuracy", "How honest the probabilities are", "What the draws bought", "Which tokens spoke"):
         assert heading in html
-    again = main.run(compose_config([*light, f"classify.compare=[{folder}]", "classify.prior=[0.9,0.1]"]), "a test")
+    again = run(*light, f"classify.compare=[{folder}]", "classify.prior=[0.9,0.1]")
     assert "complete:" in capsys.readouterr().out and again["prior"]["negative"] == pytest.approx(0.9)
     assert again["methods"][str(folder)]["accuracy"] == results["accuracy"]
 
@@ -198,4 +188,4 @@ def test_everything_is_reported_and_the_models_are_used_again(capsys):
 )
 def test_mistakes_are_named(overrides, message):
     with pytest.raises((ValueError, FileNotFoundError, InstantiationException), match=message):
-        main.run(compose_config([*TINY, "mode=classify", *overrides]), "a test")
+        run(*TINY, "mode=classify", *overrides)

@@ -6,11 +6,8 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
-from tests.test_configs import TINY
-
-ROOT = Path(__file__).parents[1]
+from tests.helpers.commands import ROOT, TINY
 
 
 def test_the_worked_examples_run(tmp_path):

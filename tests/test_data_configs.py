@@ -15,14 +15,12 @@ import datasets
 import pytest
 from hydra.utils import instantiate
 
-from palimpsest import main
 from palimpsest.data.streaming import Order
 from palimpsest.data.tokenizers import decode
 from palimpsest.dataloader import Loading, TextData
 from palimpsest.settings.command_line import compose_config, explain
-from tests.test_configs import TINY
+from tests.helpers.commands import ROOT, TINY, run
 
-ROOT = Path(__file__).parents[1]
 REAL_DATA = os.environ.get("DATA_DIR")
 REFERENCE = [
     "ag_news", "lambada", "lm1b", "lm1b-gpt2", "lm1b-streaming", "lm1b-wrap", "openwebtext", "openwebtext-split",
@@ -287,7 +285,7 @@ def test_it_trains(name, tmp_path, monkeypatch):
         write_folder(tmp_path / "data", "wikitext103")
     monkeypatch.setenv("DATA_DIR", str(tmp_path / "data"))
     settings = [f"{key}={value}" for key, value in SETTINGS.items()]
-    results = main.run(compose_config([f"data={name}", *shrunk(name), "model=tiny", *TINY, *settings]), "a test")
+    results = run(f"data={name}", *shrunk(name), "model=tiny", *TINY, *settings)
     assert results["unigram_nats_per_token"] is not None
     kept = json.loads(next(tmp_path.rglob("results.json")).read_text())
     wanted = "wikitext" if name in ("openwebtext", "openwebtext-streaming") else ASKED[name].detokenizer
@@ -300,13 +298,13 @@ def test_lambada_measures_a_model_of_other_texts(tmp_path, monkeypatch):
         write_folder(tmp_path / "data", name)
     monkeypatch.setenv("DATA_DIR", str(tmp_path / "data"))
     settings = ["model=tiny", *TINY, *(f"{key}={value}" for key, value in SETTINGS.items())]
-    checkpoint = main.run(compose_config(["data=ptb", *settings]), "a test")["checkpoint"]
+    checkpoint = run("data=ptb", *settings)["checkpoint"]
     measure = ["data=lambada", "mode=ppl_eval", f"eval.checkpoint_path='{checkpoint}'", *settings]
-    results = main.run(compose_config(measure), "a test")
+    results = run(*measure)
     assert results["unigram_nats_per_token"] is None and results["texts"] > 0
     assert next(tmp_path.rglob("ppl_eval/*/report.html")).stat().st_size > 1000
     with pytest.raises(ValueError, match="no split 'train'; there are validation, test"):
-        main.run(compose_config(["data=lambada", *settings]), "a test")
+        run("data=lambada", *settings)
 
 
 # -------------------------------------------------------------------------------- streaming
@@ -500,7 +498,7 @@ def test_text8_trains(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_text8(tmp_path, "parts")
     monkeypatch.setenv("DATA_DIR", str(tmp_path))
-    results = main.run(compose_config([f"data={name}", "model=tiny", *SIZES, *TINY]), "a test")
+    results = run(f"data={name}", "model=tiny", *SIZES, *TINY)
     assert 0 < results["nll_nats_per_token"].value < 20
 
 

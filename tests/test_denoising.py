@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import json
 import re
-import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
@@ -21,7 +20,8 @@ from palimpsest.report.gif import _layout, _picture, write_gif
 from palimpsest.report.palette import ink
 from palimpsest.samplers.trace import Trace
 from palimpsest.tasks.history import Recorder, sample_of
-from tests import exact
+from tests.helpers import exact
+from tests.helpers.commands import CHROMIUM
 
 HOSTILE = " <script>alert(1)</script>'\"&"
 TOKENS = ["Once", " upon", HOSTILE, " a", " time", ",", " there", " was", "\n\nan", " end", "."]
@@ -117,7 +117,7 @@ def experiment(tmp_path, monkeypatch):
     """An untrained model on a few reviews, with its drawing."""
     from palimpsest import main
     from palimpsest.settings.command_line import compose_config
-    from tests.test_configs import TINY
+    from tests.helpers.commands import TINY
 
     monkeypatch.chdir(tmp_path)
 
@@ -229,7 +229,6 @@ def test_the_report_has_the_same_player(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------ the player
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs a browser: chromium or google-chrome on the PATH")
 
 # What somebody does with the page, and what it then shows. Runs after the page's own script.

@@ -14,8 +14,7 @@ from palimpsest.data.passages import special_ids
 from palimpsest.scripts import generate
 from palimpsest.settings.command_line import compose_config
 from palimpsest.tasks import directions, editing
-from tests.commands import refused, run
-from tests.test_configs import TINY
+from tests.helpers.commands import TINY, refused, run
 
 FEW = ["data.max_train_texts=64", "data.max_valid_texts=12", "sampling.steps=3", "sampling.latent_steps=2",
        "sampling.edit_path=2", "data.source.num_train_per_class=2000", "data.source.num_validation_per_class=20",

@@ -23,9 +23,9 @@ from palimpsest.settings.command_line import compose_config, translate
 from palimpsest.tasks.fitting import fit
 from palimpsest.tasks.train import history
 from palimpsest.training.processes import FullySharded, ddp, processes_per_node, strategy_for
-from tests.test_batches import FIT, assert_close_weights
+from tests.helpers.commands import FIT, ROOT, run, start_main, wait_for
+from tests.helpers.networks import assert_close_weights
 
-ROOT = Path(__file__).parents[1]
 # As it was before any test: a strategy=ddp in this very process leaves its port there, and still listens on it.
 ENVIRON = dict(os.environ)
 # Of weights; Muon orthogonalises in bfloat16, where the rounding of another order of sums can grow.
@@ -52,9 +52,9 @@ def runs(tmp_path_factory) -> Path:
             fit(main.Experiment(compose_config([*SAME, *settings, save_dir(name)]), "a test"))
         fit(main.Experiment(compose_config([*SAME, *TRAIN, save_dir("begun"), "trainer.max_steps=2"]), "a test"))
         for more in (PERPLEXITY, SAMPLE):
-            main.run(compose_config([*SAME, *TRAIN, save_dir("adamw"), *more]), "a test")
+            run(*SAME, *TRAIN, save_dir("adamw"), *more)
         shutil.copytree("adamw/checkpoints", "measured/checkpoints")
-        main.run(compose_config([*SAME, *TRAIN, save_dir("classified"), *CLASSIFY]), "a test")
+        run(*SAME, *TRAIN, save_dir("classified"), *CLASSIFY)
         shutil.copytree("classified/checkpoints", "classified_by_two/checkpoints")
         jobs = [
             ["fit", save_dir("ddp_adamw"), *TRAIN, "loader.batch_size=2"],
@@ -152,11 +152,11 @@ def test_a_process_that_hangs_ends_the_job_within_the_timeout(runs):
 
 def test_a_process_that_dies_ends_the_job(tmp_path):
     """Started by Lightning, as `python main.py trainer.devices=2` is."""
-    command = [sys.executable, str(ROOT / "main.py"), *SAME, save_dir("run"), "trainer.max_steps=100000",
-               "trainer.devices=2", "trainer.val_check_interval=100000"]  # fmt: skip
+    settings = [*SAME, save_dir("run"), "trainer.max_steps=100000", "trainer.devices=2",
+                "trainer.val_check_interval=100000"]  # fmt: skip
     with open(tmp_path / "said", "w") as said:
-        job = subprocess.Popen(command, cwd=tmp_path, stdout=said, stderr=said, start_new_session=True,
-                               env={**ENVIRON, "OMP_NUM_THREADS": "1"})  # fmt: skip
+        job = start_main(*settings, cwd=tmp_path, stdout=said, stderr=said, start_new_session=True,
+                         env={**ENVIRON, "OMP_NUM_THREADS": "1"})  # fmt: skip
     try:
         wait_for(lambda: "each optimizer step" in (tmp_path / "said").read_text() or job.poll() is not None)
         (other,) = children(job.pid)
@@ -171,13 +171,6 @@ def children(pid: int) -> list[int]:
         path.read_text().rpartition(")")[2].split() + [path.parent.name] for path in Path("/proc").glob("[0-9]*/stat")
     ]
     return [int(stat[-1]) for stat in stats if int(stat[1]) == pid]
-
-
-def wait_for(condition: object, seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it took too long"
-        time.sleep(0.1)
 
 
 # -------------------------------------------------------------------------------- who starts how many

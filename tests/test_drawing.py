@@ -6,34 +6,12 @@ import copy
 import json
 
 import pytest
-import torch
 
-from palimpsest import main
 from palimpsest.data.tokenizers import encode, load_tokenizer, vocabulary
-from palimpsest.settings.command_line import compose_config, explain
+from palimpsest.settings.command_line import explain
 from palimpsest.tasks.blanks import ROOM, Template
 from palimpsest.tasks.drawing import Drawing, Drawn, decoded, draw
-from tests.test_configs import TINY
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture
-def experiment(tmp_path, monkeypatch, cache):
-    """An untrained model on a few reviews, built from overrides."""
-    monkeypatch.chdir(tmp_path)
-
-    def build(*overrides: str):
-        experiment = main.Experiment(compose_config([*TINY, f"data.cache_dir={cache}", *overrides]), "a test")
-        data = experiment.data()
-        diffusion = experiment.diffusion(data).eval()
-        torch.nn.init.normal_(diffusion.backbone.head.weight, generator=torch.Generator().manual_seed(0))
-        return experiment, data, diffusion
-
-    return build
+from tests.helpers.commands import TINY, run
 
 
 def drawn(experiment, data, diffusion, number=5, size=5):
@@ -45,8 +23,8 @@ WRAPPED = ["data.wrap=true", "model.length=32"]
 
 @pytest.mark.parametrize("overrides", [[], WRAPPED, ["parameterization=ar"], [*WRAPPED, "parameterization=ar"],
                                        ["data.score_special=true"]], ids=" ".join)  # fmt: skip
-def test_a_prefix_is_kept_verbatim(experiment, overrides):
-    built = experiment("sampling.prefix=the plot is dull", *overrides)
+def test_a_prefix_is_kept_verbatim(untrained, overrides):
+    built = untrained("sampling.prefix=the plot is dull", *overrides)
     data = built[1]
     wanted = data.tokenizer("the plot is dull", add_special_tokens=False)["input_ids"]
     for text in drawn(*built):
@@ -57,8 +35,8 @@ def test_a_prefix_is_kept_verbatim(experiment, overrides):
 
 
 @pytest.mark.parametrize("overrides", [[], WRAPPED], ids=["padded", "wrapped"])
-def test_a_template_is_filled_and_nothing_else_changes(experiment, overrides):
-    built = experiment("sampling.template=the [MASK] is {{3}} and dull", *overrides)
+def test_a_template_is_filled_and_nothing_else_changes(untrained, overrides):
+    built = untrained("sampling.template=the [MASK] is {{3}} and dull", *overrides)
     data = built[1]
     encode = lambda text: data.tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
     for text in drawn(*built):
@@ -77,8 +55,8 @@ def test_a_template_is_filled_and_nothing_else_changes(experiment, overrides):
     [], ["parameterization=ar"], ["sampling.predictor=analytic"], ["sampling.predictor=first_hitting"],
     [*WRAPPED, "sampling.semi_ar=true", "sampling.stride_length=8", "sampling.num_strides=2"],
 ], ids=["ddpm_cache", "ar", "analytic", "first_hitting", "semi_ar"])  # fmt: skip
-def test_a_text_does_not_depend_on_its_batch(experiment, overrides):
-    built = experiment(*overrides)
+def test_a_text_does_not_depend_on_its_batch(untrained, overrides):
+    built = untrained(*overrides)
     together, alone = drawn(*built), drawn(*built, size=1)
     assert [text.ids for text in together] == [text.ids for text in alone]
     assert [text.evaluations for text in together] == [text.evaluations for text in alone] or "ar" in overrides[-1:]
@@ -86,8 +64,8 @@ def test_a_text_does_not_depend_on_its_batch(experiment, overrides):
         assert all(len(text.ids) == 32 + 2 * 8 for text in together)
 
 
-def test_causal_texts_end_where_the_model_ends_them(experiment):
-    _, data, diffusion = built = experiment("parameterization=ar")
+def test_causal_texts_end_where_the_model_ends_them(untrained):
+    _, data, diffusion = built = untrained("parameterization=ar")
     for text in drawn(*built, number=20, size=20):
         assert text.ids[0] == data.vocabulary.bos_id and data.vocabulary.eos_id not in text.ids[1:-1]
 
@@ -99,8 +77,8 @@ def test_causal_texts_end_where_the_model_ends_them(experiment):
     (["sampling.max_length=2"], "sampling.max_length=2 leaves no token to write"),
     (["sampling.max_length=4", "sampling.prefix=the plot is"], "too many for sampling.max_length=4"),
 ])  # fmt: skip
-def test_what_can_not_be_drawn_is_refused(experiment, overrides, said):
-    built = experiment(*overrides)
+def test_what_can_not_be_drawn_is_refused(untrained, overrides, said):
+    built = untrained(*overrides)
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - explain() is what is tested
         drawn(*built, number=16, size=16)
     assert said in explain(caught.value)
@@ -139,11 +117,11 @@ UNMASK = ["sampling.predictor=unmask", "sampling.steps=3"]
 
 
 @pytest.mark.parametrize("overrides", [[], WRAPPED], ids=["padded", "wrapped"])
-def test_a_gap_that_stretches_takes_what_room_there_is(experiment, overrides):
-    _, data, _ = built = experiment("sampling.template=the plot {{...}} and dull", *UNMASK, *overrides)
+def test_a_gap_that_stretches_takes_what_room_there_is(untrained, overrides):
+    _, data, _ = built = untrained("sampling.template=the plot {{...}} and dull", *UNMASK, *overrides)
     before, after = (encode(data.tokenizer, [text])[0] for text in ("the plot", "and dull"))
     lengths = [len(text.ids) for text in drawn(*built)]
-    plain = [len(text.ids) for text in drawn(*experiment(*UNMASK, *overrides))]
+    plain = [len(text.ids) for text in drawn(*untrained(*UNMASK, *overrides))]
     assert lengths == plain, "as long as a text without a template"
     for text in drawn(*built):
         start = int(text.ids[0] == data.vocabulary.bos_id)
@@ -157,9 +135,9 @@ def test_a_gap_that_stretches_takes_what_room_there_is(experiment, overrides):
     ["sampling.template=the plot is {{…}} dull"],
     ["algo=bd3lm", "block_size=4", "model.length=80", "sampling.predictor=block_unmask"],
 ], ids=" ".join)  # fmt: skip
-def test_max_length_limits_every_text(experiment, overrides):
+def test_max_length_limits_every_text(untrained, overrides):
     prefix = [] if "template" in " ".join(overrides) else ["sampling.prefix=the plot is"]
-    _, data, _ = built = experiment(*UNMASK, *prefix, "sampling.max_length=9", *overrides)
+    _, data, _ = built = untrained(*UNMASK, *prefix, "sampling.max_length=9", *overrides)
     texts = drawn(*built)
     assert all(len(text.ids) <= 9 and data.vocabulary.mask_id not in text.ids for text in texts)
     assert any(len(text.ids) == 9 for text in texts)
@@ -169,8 +147,8 @@ def test_max_length_limits_every_text(experiment, overrides):
         assert all((step == 0) == (p == 1.0) for step, p in zip(text.steps, text.confidence, strict=True))
 
 
-def test_the_first_batch_is_watched(experiment):
-    settings, data, diffusion = experiment(*UNMASK)
+def test_the_first_batch_is_watched(untrained):
+    settings, data, diffusion = untrained(*UNMASK)
     frames = []
     texts = draw(diffusion, data, settings.drawing, 3, 2, seed=1, watch=lambda trace: frames.append(copy.copy(trace)))
     assert [frame.num_steps for frame in frames] == [0, 1, 2, 3] and len(frames[-1].ids_BL) == 2
@@ -203,8 +181,8 @@ def test_a_prefix_stands_in_the_text_letter_by_letter(request, tmp_path, monkeyp
 def test_so_many_samples_as_were_asked_for(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ask = [*TINY, *UNMASK, "sampling.prefix=The plot", "sampling.num_samples=3", "loader.eval_batch_size=2"]
-    main.run(compose_config([*ask, "mode=train"]), "a test")
-    main.run(compose_config([*ask, "mode=sample_eval"]), "a test")
+    run(*ask, "mode=train")
+    run(*ask, "mode=sample_eval")
     rows = [json.loads(line) for line in next(tmp_path.rglob("samples.jsonl")).read_text().splitlines()]
     assert len(rows) == 3 and all(row["text"].startswith("The plot") for row in rows)
     assert all(len(row["confidence"]) == len(row["ids"]) and min(row["confidence"]) > 0 for row in rows)
@@ -214,8 +192,8 @@ def test_semi_autoregressive_samples_are_written_whole(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ask = [*TINY, *WRAPPED, "sampling.semi_ar=true", "sampling.stride_length=8", "sampling.num_strides=3",
            "loader.eval_batch_size=2"]  # fmt: skip
-    main.run(compose_config([*ask, "mode=train"]), "a test")
-    main.run(compose_config([*ask, "mode=sample_eval"]), "a test")
+    run(*ask, "mode=train")
+    run(*ask, "mode=sample_eval")
     rows = [json.loads(line) for line in next(tmp_path.rglob("samples.jsonl")).read_text().splitlines()]
     assert [len(row["ids"]) for row in rows] == [32 + 24] * 2 and all(len(row["steps"]) == 56 for row in rows)
 

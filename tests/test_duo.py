@@ -13,8 +13,8 @@ from palimpsest.objectives.duo import Duo, gaussian_draw, signal_table
 from palimpsest.objectives.udlm import UDLM
 from palimpsest.process import Uniform
 from palimpsest.settings.command_line import compose_config
-from tests.laws import FALSE_ALARM
-from tests.test_configs import TINY
+from tests.helpers.commands import TINY, run
+from tests.helpers.laws import FALSE_ALARM
 
 V = 5
 
@@ -71,7 +71,7 @@ def test_a_training_goes_through_the_curriculum_and_is_measured(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     words = [*TINY, "algo=duo", "algo.curriculum_end=1"]
     main.run(compose_config(words), "a training")
-    assert main.run(compose_config([*words, "mode=ppl_eval"]), "a test")
-    assert main.run(compose_config([*words, "mode=sample_eval"]), "a test")
+    assert run(*words, "mode=ppl_eval")
+    assert run(*words, "mode=sample_eval")
     with pytest.raises(ValueError, match="curriculum_end=-1"):
         main.run(compose_config([*TINY, "algo=duo", "algo.curriculum_end=-1"]), "a training")

@@ -19,7 +19,7 @@ from palimpsest.objectives.sedd import SEDD
 from palimpsest.objectives.subs import Subs
 from palimpsest.process import Absorbing
 from palimpsest.samplers.ordered import ORDERS
-from tests.laws import any_order_law, batch_of, exact_bound, ordered_law, texts
+from tests.helpers.laws import any_order_law, batch_of, exact_bound, ordered_law, texts
 
 VOCAB, MASK = 4, 3
 X0 = torch.tensor([[0, 2, 1, 1]])

@@ -25,7 +25,7 @@ from palimpsest.objectives.subs import Subs
 from palimpsest.objectives.udlm import UDLM
 from palimpsest.process import Absorbing, Hybrid, Uniform
 from palimpsest.samplers.ordered import ORDERS
-from tests.exact import MASK, ExactModel, Reviews, for_sedd
+from tests.helpers.exact import MASK, ExactModel, Reviews, for_sedd
 
 DRAWS = 64
 

@@ -22,8 +22,9 @@ from palimpsest.models.hf_dit import build
 from palimpsest.models.modeling_mdlm import MDLM, MDLMConfig
 from palimpsest.scripts.export_hf import CODE, export
 from palimpsest.settings.command_line import compose_config
+from tests.helpers import commands
+from tests.helpers.commands import ROOT
 
-ROOT = Path(__file__).parents[1]
 RUN = ["model.hidden_size=16", "model.cond_dim=8", "model.n_blocks=2", "model.n_heads=2", "model.dropout=0.1",
        "time_conditioning=true", "trainer.accelerator=cpu", "trainer.max_steps=6", "loader.global_batch_size=4",
        "optim=adamw", "optim.lr=0.1", "lr_scheduler=constant_warmup", "lr_scheduler.num_warmup_steps=0",
@@ -56,7 +57,7 @@ save_file(answers, answered)
 
 
 def run(*arguments: str) -> dict[str, object]:
-    return main.run(compose_config([*RUN, *arguments]), "a test")
+    return commands.run(*RUN, *arguments)
 
 
 @pytest.fixture(scope="module")

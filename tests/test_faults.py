@@ -6,11 +6,10 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.helpers.commands import ROOT
 
 
 def test_killed_damaged_and_on_a_full_disk_a_training_ends_as_if_left_alone(tmp_path):

@@ -22,7 +22,7 @@ from palimpsest.objectives.base import TokenDiffusion
 from palimpsest.process import Absorbing
 from palimpsest.settings.command_line import compose_config
 from palimpsest.settings.from_checkpoint import complete
-from tests.commands import refused
+from tests.helpers.commands import refused
 
 # What kuleshov-group/bd3lms and s-sahoo/duo put into their files, as far as it says what a model is.
 MODEL = {"hidden_size": 16, "cond_dim": 8, "n_blocks": 1, "n_heads": 2, "length": 24, "dropout": 0.1}

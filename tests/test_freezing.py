@@ -13,9 +13,9 @@ from palimpsest.models.freezing import freeze, refuse_frozen, summary
 from palimpsest.settings.command_line import compose_config
 from palimpsest.tasks.fitting import fit
 from palimpsest.training.updates import Updates
-from tests.latents import network
-from tests.test_batches import FEW, networks
-from tests.test_configs import TINY
+from tests.helpers.commands import FEW, TINY
+from tests.helpers.joint import network
+from tests.helpers.networks import networks
 
 
 @pytest.mark.parametrize("name", ["dit", "ar", "dimamba", "hf_causal", "mmdit"])

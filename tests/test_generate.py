@@ -15,8 +15,7 @@ from palimpsest.models.checkpoints import Checkpoint, read_settings
 from palimpsest.scripts import generate
 from palimpsest.settings.command_line import compose_config
 from palimpsest.settings.identity import identity, overrides
-from tests.commands import run
-from tests.test_configs import TINY
+from tests.helpers.commands import TINY, run
 
 
 @pytest.fixture(scope="module")

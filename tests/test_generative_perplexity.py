@@ -16,37 +16,15 @@ from transformers import PreTrainedTokenizerFast as FastTokenizer
 
 from palimpsest import main
 from palimpsest.common.metrics import Estimate
-from palimpsest.data.tokenizers import BUILDERS, encode, vocabulary
+from palimpsest.data.tokenizers import encode, vocabulary
 from palimpsest.settings.command_line import compose_config, explain
 from palimpsest.tasks.diversity import distinct, diversity, unigram_entropy
 from palimpsest.tasks.generative_perplexity import CausalScorer, TextScores, windows
 from palimpsest.tasks.sample_quality import RealTexts, compare, real_texts, text_of
-from tests.test_configs import TINY
+from tests.helpers.commands import TINY, run
+from tests.helpers.published import CONTEXT, SPECIALS, save_scorer, save_tokenizer
 
-CONTEXT = 32
-LETTERS = "abcdefghijklmnopqrstuvwxyz .,"
 TEXTS = ["a cat.", "the dog sat on the mat, and the cat sat on the dog.", "", "z", "a cat. " * 20]
-SPECIALS = {"bos_token": "[BOS]", "eos_token": "[EOS]", "pad_token": "[PAD]", "unk_token": "[UNK]"}
-
-
-def save_tokenizer(folder: Path, **specials: str) -> int:
-    """A tokenizer of single letters; returns its number of ids."""
-    tokenizer = BUILDERS["char"]([LETTERS], 100)
-    fast = FastTokenizer(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **specials)
-    fast.save_pretrained(folder)
-    return len(fast)
-
-
-def save_scorer(folder: Path, seed: int = 0, vocab_size: int | None = None, **specials: str) -> Path:
-    """A random GPT-2 whose predictions differ a lot from token to token, with a tokenizer of letters."""
-    size = save_tokenizer(folder, **(specials or SPECIALS))
-    torch.manual_seed(seed)
-    config = GPT2Config(
-        n_layer=2, n_embd=32, n_head=2, n_positions=CONTEXT, vocab_size=vocab_size or size, bos_token_id=2,
-        eos_token_id=3, initializer_range=0.5,
-    )  # fmt: skip
-    GPT2LMHeadModel(config).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
@@ -329,7 +307,7 @@ def test_sample_eval_scores_its_samples(folder, tmp_path, monkeypatch, capsys):
     ask = [*TINY, "mode=sample_eval", "loader.eval_batch_size=4", "sampling.num_sample_batches=2",
            "eval.compute_generative_perplexity=true", f"eval.gen_ppl_eval_model_name_or_path='{folder}'"]  # fmt: skip
     capsys.readouterr()
-    results = main.run(compose_config(ask), "a test")
+    results = run(*ask)
     assert len(loaded) == 1
     found = json.loads(next(tmp_path.rglob("sample_eval/results.json")).read_text())
     texts = [json.loads(line) for line in next(tmp_path.rglob("samples.jsonl")).read_text().splitlines()]
@@ -358,5 +336,5 @@ def test_a_scorer_that_can_not_be_used_stops_the_run_before_anything_else(folder
     ask = ["mode=sample_eval", "eval.compute_generative_perplexity=true",
            f"eval.gen_ppl_eval_model_name_or_path='{folder}'", setting]  # fmt: skip
     with pytest.raises((ValueError, OSError)) as caught:
-        main.run(compose_config(ask), "a test")
+        run(*ask)
     assert said in explain(caught.value)

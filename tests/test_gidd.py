@@ -20,7 +20,7 @@ from palimpsest.samplers import uniform
 from palimpsest.samplers.base import time_grid
 from palimpsest.settings.command_line import compose_config
 from palimpsest.settings.contradictions import refuse_contradictions
-from tests.laws import assert_follows
+from tests.helpers.laws import assert_follows, texts
 
 V = 4
 L = 2
@@ -72,16 +72,12 @@ def test_the_posterior_is_bayes_rule():
     torch.testing.assert_close(found.exp(), wanted)
 
 
-def every_text() -> torch.Tensor:
-    return torch.tensor(list(itertools.product(WORDS, repeat=L)))
-
-
 class BayesGIDD(GIDD):
     """GIDD with the exact network for a known distribution over texts."""
 
     def __init__(self, p_M: torch.Tensor, schedule, word_share: float) -> None:
         super().__init__(schedule, Hybrid(MASK, V, word_share))
-        self.p_M, self.texts_ML = p_M.double(), every_text()
+        self.p_M, self.texts_ML = p_M.double(), texts(V, L, MASK)
 
     def others(self, x_BL, alpha_B):
         q_BVV = marginal(self.process, alpha_B)
@@ -116,7 +112,7 @@ def some_law() -> torch.Tensor:
 @pytest.mark.parametrize("word_share", [0.02, 0.3])
 def test_the_bound_of_the_exact_network_is_the_entropy(schedule, word_share):
     p_M = some_law()
-    texts = every_text()
+    every = texts(V, L, MASK)
     points = 600
     nodes, weights = numpy.polynomial.legendre.leggauss(points)
     angle = torch.from_numpy((nodes + 1) / 2) * torch.pi  # t = (1 - cos) / 2: the integrand is steep at both ends
@@ -124,10 +120,10 @@ def test_the_bound_of_the_exact_network_is_the_entropy(schedule, word_share):
     t = t.clamp(min=1e-5 if isinstance(schedule, Cosine) else 0.0)  # nearer to 0, 1 - cos(t) has few digits
     objective, bound = BayesGIDD(p_M, schedule, word_share), 0.0
     q = marginal(objective.process, objective.schedule(t).alpha)
-    for x0 in range(len(texts)):
+    for x0 in range(len(every)):
         for xt in itertools.product(range(V), repeat=L):
-            chance = torch.stack([q[:, a, b] for a, b in zip(texts[x0].tolist(), xt, strict=True)]).prod(0)
-            rate = objective.rate(texts[x0].expand(points, -1), torch.tensor(xt).expand(points, -1), t)
+            chance = torch.stack([q[:, a, b] for a, b in zip(every[x0].tolist(), xt, strict=True)]).prod(0)
+            rate = objective.rate(every[x0].expand(points, -1), torch.tensor(xt).expand(points, -1), t)
             bound += float(p_M[x0] * (weight * torch.where(chance > 0, chance * rate, 0.0)).sum())
     assert bound == pytest.approx(float(-(p_M * p_M.log()).sum()), rel=1e-3)
 

@@ -17,7 +17,7 @@ from palimpsest.settings.command_line import compose_config
 from palimpsest.settings.identity import identity
 from palimpsest.training.callbacks.guard import Guard, SpikeWatch
 from palimpsest.training.updates import Updates
-from tests.test_configs import TINY
+from tests.helpers.commands import TINY
 
 RUN = [*TINY, "trainer.max_steps=6", "loader.batch_size=2", "sampling.num_sample_log=0", "optim.weight_decay=0.1",
        "trainer.log_every_n_steps=2", "trainer.val_check_interval=6"]  # fmt: skip

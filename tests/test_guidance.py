@@ -17,9 +17,9 @@ from palimpsest.objectives.base import Model
 from palimpsest.process import Absorbing, Uniform
 from palimpsest.samplers import first_hitting, uniform
 from palimpsest.settings.command_line import compose_config
-from tests.laws import any_order_law, assert_follows
-from tests.test_configs import TINY
-from tests.test_udlm import NO_NETWORK, Bayes, BayesUDLM, L, V, chain, every_text
+from tests.helpers.commands import TINY, run
+from tests.helpers.laws import any_order_law, assert_follows, texts
+from tests.helpers.uniform import NO_NETWORK, Bayes, BayesUDLM, L, V, chain
 
 MASK = V
 
@@ -42,7 +42,7 @@ class Masks(Denoiser):
 
     def denoise(self, x_BL, t_B, at_BL=None, class_id=None):
         p_CM, p_M = laws()
-        texts_ML = every_text()
+        texts_ML = texts(V, L)
         p_BM = p_M.expand(len(x_BL), -1) if class_id is None else p_CM[class_id]
         p_BM = p_BM * ((texts_ML == x_BL[:, None]) | (x_BL[:, None] == MASK)).all(-1)
         p_BLV = torch.einsum("bm,mlv->blv", p_BM, torch.eye(V + 1, dtype=torch.float64)[texts_ML])
@@ -78,7 +78,7 @@ def test_masks_follow_the_guided_law(weight):
     assert_follows(out.ids_BL, law)
     assert (out.evaluations_B == L * (1 if weight in (0, 1) else 2)).all()
     p_CM, p_M = laws()
-    known = dict(zip(map(tuple, every_text().tolist()), (p_M if weight == 0 else p_CM[1]).tolist(), strict=True))
+    known = dict(zip(map(tuple, texts(V, L).tolist()), (p_M if weight == 0 else p_CM[1]).tolist(), strict=True))
     close = all(math.isclose(law[text], p, rel_tol=1e-9) for text, p in known.items())
     assert close == (weight in (0, 1)), "1 is the conditional distribution and 0 the unconditional one, exactly"
 
@@ -103,7 +103,7 @@ def test_more_weight_makes_the_class_likelier():
     for weight in (0.0, 1.0, 3.0):
         law = any_order_law(ClassGuided(Masks(), 1, weight), L, V + 1)
         shares.append(
-            sum(law[text] * float(p) for text, p in zip(map(tuple, every_text().tolist()), of_class_M, strict=True))
+            sum(law[text] * float(p) for text, p in zip(map(tuple, texts(V, L).tolist()), of_class_M, strict=True))
         )
     assert shares[0] == pytest.approx(0.5) and shares[0] < shares[1] < shares[2]
 
@@ -146,7 +146,7 @@ def test_the_command_line_draws_texts_of_a_class(tmp_path, monkeypatch, algo):
         ["sampling.guidance=3", "sampling.guidance_by=unigrams"],
     ):
         words = [*small, "mode=sample_eval", "classify.class=positive", *typed]
-        results = main.run(compose_config(words), "a test")
+        results = run(*words)
         protocol = json.loads(next(tmp_path.rglob("sample_eval/results.json")).read_text())["protocol"]
         assert protocol["class"] == "positive" and {"possible", "of_the_class"} <= set(results)
         found[" ".join(typed)] = results["network_evaluations_per_sample"]
@@ -166,4 +166,4 @@ def test_what_cannot_guide_is_refused(tmp_path, monkeypatch, typed, said):
     if typed == ["classify.class=positive"]:
         main.run(compose_config(small), "a training")
     with pytest.raises((ValueError, InstantiationException), match=said):
-        main.run(compose_config([*small, "mode=sample_eval", *typed]), "a test")
+        run(*small, "mode=sample_eval", *typed)

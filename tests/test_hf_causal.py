@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import shutil
 from pathlib import Path
 
@@ -31,10 +30,9 @@ from palimpsest.process import Absorbing
 from palimpsest.samplers.autoregressive import sample
 from palimpsest.settings.command_line import compose_config, translate
 from palimpsest.training import optimizers
-from tests import commands
-from tests.test_generative_perplexity import save_tokenizer
+from tests.helpers import commands
+from tests.helpers.published import SPECIALS, made_up_words, save_tokenizer, write_labelled
 
-SPECIALS = {"bos_token": "[BOS]", "eos_token": "[EOS]", "pad_token": "[PAD]", "unk_token": "[UNK]"}
 LENGTH = 32
 FEW = ["parameterization=ar", "backbone=hf_causal", "trainer.accelerator=cpu", "loader.global_batch_size=4",
        "trainer.max_steps=3", "lr_scheduler.num_warmup_steps=1", "sampling.num_sample_log=1",
@@ -289,9 +287,7 @@ def toy(tmp_path, monkeypatch) -> list[str]:
     """Two classes of made-up words in a csv; a GPT-2 with its tokenizer in $DATA_DIR/tiny-gpt2."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DATA_DIR", str(tmp_path / "models"))
-    words = {0: ["ad", "bk", "cr", "dull"], 1: ["fm", "gt", "ha", "fine"]}
-    rows = [(label, " ".join(random.Random(i).choices(words[label], k=4))) for i in range(40) for label in (0, 1)]
-    (tmp_path / "toy.csv").write_text("text,label\n" + "".join(f"{text},{label}\n" for label, text in rows))
+    write_labelled(tmp_path / "toy.csv", made_up_words(rows_per_class=40, words_per_text=4))
     folder = tmp_path / "models" / "tiny-gpt2"
     folder.mkdir(parents=True)
     save_model(folder, config_of("gpt2", save_tokenizer(folder, **SPECIALS)))

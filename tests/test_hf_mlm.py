@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 from pathlib import Path
 
 import pytest
@@ -26,14 +25,12 @@ from palimpsest.models.hf_mlm import HFMaskedLM, hf_mlm
 from palimpsest.models.recompute import recompute_blocks
 from palimpsest.settings.command_line import compose_config
 from palimpsest.training.optimizers import muon
-from tests import commands
-from tests.test_generative_perplexity import save_tokenizer
+from tests.helpers import commands
+from tests.helpers.published import SPECIALS, made_up_words, save_tokenizer, write_labelled
 
 V, LENGTH = 40, 16
 SMALL = {"vocab_size": V, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24,
          "max_position_embeddings": LENGTH}  # fmt: skip
-SPECIALS = {"bos_token": "[BOS]", "eos_token": "[EOS]", "pad_token": "[PAD]", "unk_token": "[UNK]",
-            "mask_token": "[MASK]"}  # fmt: skip
 FEW = ["algo=mlm", "backbone=hf_mlm", "trainer.accelerator=cpu", "loader.global_batch_size=4", "trainer.max_steps=2",
        "lr_scheduler.num_warmup_steps=1", "sampling.num_sample_log=0", "sampling.num_sample_batches=1",
        "model.length=24", "loader.eval_batch_size=4", "optim.lr=1e-3", "sampling.steps=4", "data=labelled",
@@ -184,12 +181,10 @@ def toy(tmp_path, monkeypatch) -> list[str]:
     """Two classes of made-up words in a csv; a RoBERTa with its tokenizer in $DATA_DIR/tiny."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DATA_DIR", str(tmp_path / "models"))
-    words = {0: ["ad", "bk", "cr", "dull"], 1: ["fm", "gt", "ha", "fine"]}
-    rows = [(label, " ".join(random.Random(i).choices(words[label], k=4))) for i in range(40) for label in (0, 1)]
-    (tmp_path / "toy.csv").write_text("text,label\n" + "".join(f"{text},{label}\n" for label, text in rows))
+    write_labelled(tmp_path / "toy.csv", made_up_words(rows_per_class=40, words_per_text=4))
     folder = tmp_path / "models" / "tiny"
     folder.mkdir(parents=True)
-    rows = save_tokenizer(folder, **SPECIALS)
+    rows = save_tokenizer(folder, **SPECIALS, mask_token="[MASK]")
     save(folder, RobertaConfig(**{**SMALL, "vocab_size": rows + 4, "max_position_embeddings": 26}))
     return ["backbone.name_or_path=tiny", f"data.tokenizer_name_or_path={folder}"]
 
@@ -217,7 +212,7 @@ def test_what_does_not_go_together(toy):
     refused("model.mask_padding=false: backbone=hf_mlm always hides", *toy, "model.mask_padding=false")
     refused("classify.sharing=conditional needs a network", *toy, "classify.sharing=conditional")
     refused("is where new weights begin, and backbone.name_or_path=", *toy, "training.start_from_counts=true")
-    save_tokenizer(Path("unmasked"), **{name: token for name, token in SPECIALS.items() if name != "mask_token"})
+    save_tokenizer(Path("unmasked"), **SPECIALS)
     refused("unmasked has no mask token, and tiny was trained", toy[0], "data.tokenizer_name_or_path=./unmasked")
 
 

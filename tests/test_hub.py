@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import random
 import shutil
 from pathlib import Path
 
@@ -19,7 +18,8 @@ from palimpsest.models.dit import DiT
 from palimpsest.models.hf_dit import hf_dit
 from palimpsest.models.hub import locate
 from palimpsest.settings.command_line import compose_config, translate
-from tests.commands import refused, run
+from tests.helpers.commands import refused, run
+from tests.helpers.published import made_up_words, write_labelled
 
 SIZES = {"hidden_dim": 16, "cond_dim": 8, "n_blocks": 1, "n_heads": 2}
 FEW = ["trainer.accelerator=cpu", "loader.global_batch_size=4", "eval.num_draws=1", "sampling.steps=4",
@@ -232,9 +232,8 @@ def test_what_a_foreign_file_knows_of_its_network_is_held_against_the_configurat
 def toy(tmp_path, monkeypatch, fixtures_dir) -> list[str]:
     """A data set for the fixtures' networks: their tokenizer, two classes of made-up words."""
     monkeypatch.chdir(tmp_path)
-    words = {0: ["ad", "bk", "cr", "dull"], 1: ["fm", "gt", "ha", "ih", "fine"]}
-    rows = [(label, " ".join(random.Random(i).choices(words[label], k=5))) for i in range(60) for label in (0, 1)]
-    (tmp_path / "toy.csv").write_text("text,label\n" + "".join(f"{text},{label}\n" for label, text in rows))
+    rows = made_up_words(rows_per_class=60, words_per_text=5)
+    write_labelled(tmp_path / "toy.csv", rows)
     (tmp_path / "toy.txt").write_text("".join(f"{text}\n" for _, text in rows))
     return [*FEW, f"data.tokenizer_name_or_path={fixtures_dir / 'tokenizers' / 'dev'}", "model.mask_padding=false",
             "model.hidden_size=64", "model.cond_dim=32", "model.n_blocks=2", "model.n_heads=2",

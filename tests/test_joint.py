@@ -19,15 +19,11 @@ from palimpsest.objectives.reduction import StepLoss
 from palimpsest.objectives.subs import Subs
 from palimpsest.process import Absorbing
 from palimpsest.samplers.ancestral import sample
-from tests.latents import LENGTH, MASK, SHAPE, batch, network, objective
+from tests.helpers.joint import LENGTH, MASK, SHAPE, batch, network, noise, objective
 
 ROWS = 64
 NAMES = tuple(DIRECTIONS)
 UNIFORM = dict.fromkeys(NAMES, 1.0)
-
-
-def noise(rows: int = ROWS, seed: int = 0) -> KeyedNoise:
-    return training_noise(seed, torch.arange(rows), rows)
 
 
 class Seen:
@@ -241,12 +237,12 @@ def test_every_parameter_has_a_part_in_every_direction(name):
 def test_other_ways_to_draw_masks_go_with_it(noising):
     texts, text = batch(ROWS), partial(Subs, LogLinear(), noising=noising)
     law = JointDiffusion(Absorbing(MASK), text, GaussianDiffusion(), UNIFORM, latent_tokens=LENGTH)
-    loss = law.loss(network(), texts, noise())
+    loss = law.loss(network(), texts, noise(ROWS))
     assert loss.nll_BL.isfinite().all() and loss.logs["num_masked"].shape == (ROWS, noising.passes)
     alone = JointDiffusion(Absorbing(MASK), text, GaussianDiffusion(), {"text": 1.0})
     plain = {name: texts[name] for name in ("input_ids", "attention_mask")}
-    wanted = Subs(LogLinear(), Absorbing(MASK), noising).loss(network(), plain, noise()).nll_BL
-    torch.testing.assert_close(alone.loss(network(), texts, noise()).nll_BL, wanted)
+    wanted = Subs(LogLinear(), Absorbing(MASK), noising).loss(network(), plain, noise(ROWS)).nll_BL
+    torch.testing.assert_close(alone.loss(network(), texts, noise(ROWS)).nll_BL, wanted)
 
 
 def test_given_tokens_stay_and_are_not_scored():
@@ -254,7 +250,7 @@ def test_given_tokens_stay_and_are_not_scored():
     given = torch.zeros_like(texts["attention_mask"])
     given[:, 0] = True
     net = Seen(network())
-    loss = objective(UNIFORM).loss(net, {**texts, "given": given}, noise())
+    loss = objective(UNIFORM).loss(net, {**texts, "given": given}, noise(ROWS))
     assert torch.equal(net.shown[0]["tokens"][:, 0], texts["input_ids"][:, 0])
     assert not loss.nll_BL[:, 0].any() and not loss.mask_BL[:, 0].any()
 

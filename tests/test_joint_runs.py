@@ -22,10 +22,9 @@ from palimpsest.tasks.fitting import fit
 from palimpsest.tasks.train import history
 from palimpsest.training.callbacks.gradient_shares import GradientShares
 from palimpsest.training.updates import Updates
-from tests.latents import LatentText, batch, network, objective, with_latents
-from tests.test_batches import FEW, assert_close_weights
-from tests.test_configs import TINY
-from tests.test_joint import noise
+from tests.helpers.commands import FEW, TINY, run
+from tests.helpers.joint import LatentText, batch, network, noise, objective, with_latents
+from tests.helpers.networks import assert_close_weights
 
 JOINT = [*TINY, *FEW, "algo=mmldlm", "latents=synthetic", "optim=adamw", "trainer.log_every_n_steps=1",
          "loader.global_batch_size=8", "trainer.val_check_interval=2"]  # fmt: skip
@@ -49,7 +48,7 @@ def trained(folder: str, *overrides: str) -> Path:
 
 def test_a_training_tells_both_terms_and_calls_neither_a_likelihood(here):
     shares = "callbacks.gradient_shares.every_n_steps=1"
-    results = main.run(compose_config([*JOINT, shares, "checkpointing.save_dir=run"]), "a test")
+    results = run(*JOINT, shares, "checkpointing.save_dir=run")
     assert 0 < results["nll_nats_per_token"].value < 20
     logged = history(here / "run")
     assert "train/loss" in logged and "train/nll" not in logged and "val/nll" in logged
@@ -64,8 +63,8 @@ def test_a_training_tells_both_terms_and_calls_neither_a_likelihood(here):
 
 def test_a_training_from_latents_alone_says_that_it_did_not_learn_texts_alone(here, capsys):
     told = [*JOINT, "training.joint_modes={l2t: 1, t2l: 1}", "checkpointing.save_dir=run"]
-    main.run(compose_config(told), "a test")
-    main.run(compose_config([*told, "mode=ppl_eval"]), "a test")
+    run(*told)
+    run(*told, "mode=ppl_eval")
     for report in (here / "run/report.html", *here.glob("run/ppl_eval/*/report.html")):
         assert "(l2t, t2l) never hide a text" in report.read_text()
     assert capsys.readouterr().out.count("never hide a text's latent") == 2
@@ -108,7 +107,7 @@ def test_weights_are_float32_whatever_is_computed_in(here, monkeypatch):
     # In bfloat16 a step of 5e-5 on a weight of 1 is none.
     assert 0 < (state["backbone.output_layer.norm_final.weight"] - 1).abs().max() < 1e-3
     with pytest.raises(ValueError, match="trainer.precision=bf16-true keeps weights in 16 bits"):
-        main.run(compose_config([*JOINT, "trainer.precision=bf16-true"]), "a test")
+        run(*JOINT, "trainer.precision=bf16-true")
 
 
 def test_a_text_only_model_starts_the_text_stream_and_loses_nothing(here, monkeypatch, capsys):
@@ -220,11 +219,11 @@ def test_what_is_typed_reaches_what_it_is_for():
 def test_what_can_not_be_meant_is_refused_with_the_reason(here, arguments, said):
     words = [word for word in JOINT if not (arguments[0].startswith("algo=") and word.startswith("algo="))]
     with pytest.raises(Exception) as caught:  # noqa: B017, PT011 - explain() is what is tested
-        main.run(compose_config([*words, *arguments]), "a test")
+        run(*words, *arguments)
     assert re.search(said, explain(caught.value))
 
 
 def test_without_latents_it_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="add latents=lsa"):
-        main.run(compose_config([word for word in JOINT if word != "latents=synthetic"]), "a test")
+        run(word for word in JOINT if word != "latents=synthetic")

@@ -11,16 +11,14 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from palimpsest import main
 from palimpsest.corpora.review_attributes import ATTRIBUTES, UNREAD, read_attributes
 from palimpsest.corpora.reviews import ReviewGrammar, generate_split
 from palimpsest.data.sources import GeneratedReviews
 from palimpsest.latents.attributes import Attributes
 from palimpsest.latents.hf import Pretrained, pool
 from palimpsest.models.hidden_states import HiddenStates
-from palimpsest.settings.command_line import compose_config
-from tests.latent_data import WORDS, data_with
-from tests.test_configs import TINY
+from tests.helpers.commands import TINY, run
+from tests.helpers.latent_data import WORDS, data_with
 
 
 class Spelt:
@@ -161,7 +159,7 @@ def test_latents_of_a_pretrained_encoder(bert, tmp_path):
 def test_latents_of_a_model_of_our_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     few = [f"data.source.num_{split}_per_class=40" for split in ("train", "validation", "test")]
-    main.run(compose_config([*TINY, *few, "data.cache_dir=cache", "eval.generate_samples=false"]), "a test")
+    run(*TINY, *few, "data.cache_dir=cache", "eval.generate_samples=false")
     path = str(next(tmp_path.rglob("last.ckpt")))
     source = GeneratedReviews(40, 40, 40)
     data = data_with(HiddenStates(path, dim=6, batch_size=7), "cache", source, length=72, insert_train_special=True)

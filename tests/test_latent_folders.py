@@ -19,7 +19,7 @@ from palimpsest.latents.lsa import LSA
 from palimpsest.latents.preparing import Plan, Preparation, whole_file
 from palimpsest.latents.shards import Shards
 from palimpsest.scripts import prepare_latents
-from tests.latent_data import Given, Unit, data_with, some_texts, write_folder
+from tests.helpers.latent_data import Given, Unit, data_with, some_texts, write_folder
 
 TEXTS = {"train": some_texts(50, 0), "validation": some_texts(20, 1)}
 

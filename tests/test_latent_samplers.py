@@ -18,7 +18,7 @@ from palimpsest.samplers.base import TokenChoice
 from palimpsest.samplers.gaussian import LatentSteps
 from palimpsest.samplers.joint import with_guidance
 from palimpsest.samplers.positions import select
-from tests.latents import LENGTH, MASK, SHAPE, VOCAB, network, objective
+from tests.helpers.joint import LENGTH, MASK, SHAPE, VOCAB, network, objective
 
 ROWS = 5
 DDPM = partial(ancestral.sample, steps=6, skip_idle=False)

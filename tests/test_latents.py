@@ -21,8 +21,8 @@ from palimpsest.models.checkpoints import Checkpoint
 from palimpsest.models.hidden_states import HiddenStates
 from palimpsest.settings.command_line import compose_config
 from palimpsest.settings.identity import identity
-from tests.commands import refused
-from tests.latent_data import Given, Unit, data_with, some_texts
+from tests.helpers.commands import refused
+from tests.helpers.latent_data import Given, Unit, data_with, some_texts
 
 
 class Listed:

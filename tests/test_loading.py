@@ -22,7 +22,7 @@ from palimpsest.data.loading import (
 )
 from palimpsest.settings.command_line import compose_config
 from palimpsest.tasks.fitting import fit
-from tests.test_configs import TINY
+from tests.helpers.commands import TINY
 
 
 @pytest.mark.parametrize(("cpus", "ranks", "environ", "workers"), [

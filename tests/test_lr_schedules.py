@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from palimpsest import main
 from palimpsest.settings.command_line import CONFIGS, compose_config, explain
 from palimpsest.settings.contradictions import check_schedule
-from tests.test_configs import TINY
+from tests.helpers.commands import TINY, run
 
 STEPS = 100
 OWN = ("cosine", "wsd", "restarts")
@@ -115,7 +115,7 @@ def test_nonsense_is_refused(name, setting, said):
 def test_it_is_refused_before_any_data_are_read(monkeypatch, arguments, said):
     monkeypatch.setattr(main, "Experiment", lambda *_: pytest.fail("it went on"))
     with pytest.raises(Exception) as caught:  # noqa: B017, PT011 - explain() is what is tested
-        main.run(compose_config([*TINY, *arguments]), "a test")
+        run(*TINY, *arguments)
     assert said in explain(caught.value)
 
 

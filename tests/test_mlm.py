@@ -30,10 +30,9 @@ from palimpsest.settings.command_line import compose_config
 from palimpsest.tasks.base import unigram_nll
 from palimpsest.tasks.drawing import draw
 from palimpsest.training.callbacks.masking_rates import MaskingRates
-from tests import commands
-from tests.laws import any_order_law, batch_of, exact_bound
-from tests.test_configs import TINY
-from tests.test_drawing import cache, experiment  # noqa: F401 - fixtures
+from tests.helpers import commands
+from tests.helpers.commands import TINY
+from tests.helpers.laws import any_order_law, batch_of, exact_bound
 
 FEW = [f"data.source.num_{split}_per_class=20" for split in ("train", "validation", "test")]
 VOCAB, MASK = 5, 4
@@ -202,8 +201,8 @@ def test_prefix_and_special_tokens_are_given_in_wrapped_and_in_padded_rows():
 @pytest.mark.parametrize("overrides", [[], ["data.wrap=true", "model.length=32"],
                                        ["sampling.prefix=dull", "data.wrap=true", "model.length=32"],
                                        ["parameterization=ar", "training.prefix_length=5"]], ids=" ".join)  # fmt: skip
-def test_a_batch_masks_nothing_that_is_given_and_a_sample_keeps_it(experiment, overrides):  # noqa: F811
-    built = experiment(*FEW, *(["algo=mlm"] if "parameterization=ar" not in overrides else []), *overrides)
+def test_a_batch_masks_nothing_that_is_given_and_a_sample_keeps_it(untrained, overrides):
+    built = untrained(*FEW, *(["algo=mlm"] if "parameterization=ar" not in overrides else []), *overrides)
     _, data, diffusion = built
     batch = next(iter(data.train_dataloader()))
     special = torch.isin(batch["input_ids"], torch.tensor(sorted(data.vocabulary.special_ids)))
@@ -225,8 +224,8 @@ def test_a_batch_masks_nothing_that_is_given_and_a_sample_keeps_it(experiment, o
     assert all(step[number] > 0 for step in steps)
 
 
-def test_the_unigram_baseline_is_of_the_same_tokens(experiment):  # noqa: F811
-    data = experiment(*FEW, "algo=mlm", "training.prefix_length=3")[1]
+def test_the_unigram_baseline_is_of_the_same_tokens(untrained):
+    data = untrained(*FEW, "algo=mlm", "training.prefix_length=3")[1]
     rows, nats = data.split("validation"), unigram_nll(data, "validation")
     counts = np.ones(data.vocabulary.size)
     for ids in data.split("train")["input_ids"]:
@@ -262,21 +261,21 @@ def test_trains_measures_and_classifies_and_says_what_it_is(tmp_path, monkeypatc
     assert 0 <= commands.run(*ask, "mode=classify")["accuracy"].value <= 1
 
 
-def test_validation_by_rate_sees_the_same_masks_every_time(experiment):  # noqa: F811
-    _, data, diffusion = experiment(*FEW, "algo=mlm")
+def test_validation_by_rate_sees_the_same_masks_every_time(untrained):
+    _, data, diffusion = untrained(*FEW, "algo=mlm")
     batch = next(iter(data.val_dataloader()))
     once, again = (diffusion.cross_entropy_at(batch, 0.5) for _ in range(2))
     assert torch.equal(once[0], again[0]) and 0.3 < once[1] / scored_mask(batch).sum() < 0.7
     assert diffusion.cross_entropy_at(batch, 1.0)[1] == scored_mask(batch).sum()
 
 
-def test_validation_by_rate_is_refused_where_it_means_nothing(experiment):  # noqa: F811
+def test_validation_by_rate_is_refused_where_it_means_nothing(untrained):
     for rates in ([], [0.5, 0.5], [0], ["half"]):
         with pytest.raises(ValueError, match="callbacks.masking_rates.rates="):
             MaskingRates(rates)
     for law in ("parameterization=ar", "T=4"):
         with pytest.raises(ValueError, match="callbacks=masking_rates masks any tokens of a text"):
-            MaskingRates().on_fit_start(lightning.Trainer(accelerator="cpu", logger=False), experiment(*FEW, law)[2])
+            MaskingRates().on_fit_start(lightning.Trainer(accelerator="cpu", logger=False), untrained(*FEW, law)[2])
 
 
 def test_the_figure_labels_its_lines():

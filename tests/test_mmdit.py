@@ -14,7 +14,7 @@ from palimpsest.models.layers import modulate
 from palimpsest.models.mmdit import MMDiT
 from palimpsest.models.mmdit_layers import HeadNorm
 from palimpsest.settings.command_line import compose_config
-from tests.latents import LENGTH, MASK, SHAPE, VOCAB, batch, network
+from tests.helpers.joint import LENGTH, MASK, SHAPE, VOCAB, batch, network
 
 B = 4
 ROWS = batch(B)

@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from palimpsest.training.callbacks.run_state import process_began, process_table
+from tests.helpers.commands import ROOT
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "monitor.py"
+SCRIPT = ROOT / "scripts" / "monitor.py"
 _SPEC = importlib.util.spec_from_file_location("monitor", SCRIPT)
 monitor = importlib.util.module_from_spec(_SPEC)
 sys.modules["monitor"] = monitor

@@ -18,8 +18,8 @@ from palimpsest.objectives.noising import Bernoulli, Complementary, ExactCount
 from palimpsest.objectives.sedd import SEDD
 from palimpsest.objectives.subs import Subs
 from palimpsest.process import Absorbing
-from tests.laws import batch_of
-from tests.test_subs import close, reference_dit
+from tests.helpers.laws import batch_of
+from tests.helpers.networks import close, reference_dit
 
 VOCAB, MASK = 5, 4
 

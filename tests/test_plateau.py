@@ -15,7 +15,7 @@ from palimpsest.settings.identity import identity
 from palimpsest.tasks.fitting import fit
 from palimpsest.training.callbacks.plateau import Plateau
 from palimpsest.training.lr_schedules import cosine
-from tests.test_configs import TINY
+from tests.helpers.commands import TINY, run
 
 NAN = math.nan
 
@@ -134,4 +134,4 @@ def test_it_needs_validations_and_a_schedule_that_it_can_scale():
     with pytest.raises(ValueError, match="lr_scheduler is a CosineAnnealingLR"):
         Plateau().on_fit_start(SimpleNamespace(limit_val_batches=1.0, lr_scheduler_configs=configs), None)
     with pytest.raises(ValueError, match="plateau.patience=long must be a whole number"):
-        main.run(compose_config([*TINY, "plateau=cut", "plateau.patience=long"]), "a test")
+        run(*TINY, "plateau=cut", "plateau.patience=long")

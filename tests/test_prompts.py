@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import subprocess
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -34,10 +33,10 @@ from palimpsest.tasks.base import token_counts, unigram_nll
 from palimpsest.tasks.drawing import Drawing
 from palimpsest.tasks.prompted import Asked, _complete
 from palimpsest.tasks.train import train
-from tests.exact import written
-from tests.test_configs import TINY
+from tests.helpers import commands
+from tests.helpers.commands import FEW_PROBLEMS, ROOT, TINY
+from tests.helpers.exact import written
 
-ROOT = Path(__file__).parents[1]
 PROBLEMS = [["Q: a b\nA:", " c d e"], ["Q: b\nA:", " d"], ["Q: a b c\nA:", " e"]]
 
 
@@ -228,26 +227,9 @@ def test_shares_votes_and_groups():
 
 # -------------------------------------------------------------------------------- the whole program
 
-SMALL = [*TINY, "data=gsm8k", "model.length=64", "data.tokenizer_name_or_path=word", "trainer.max_steps=20",
-         "sampling.steps=8", "loader.eval_batch_size=8", "optim.lr=1e-3"]  # fmt: skip
-
-
-@pytest.fixture
-def gsm8k(tmp_path, monkeypatch):
-    """Forty small problems of the same form as the real ones, and twelve to answer."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("DATA_DIR", str(tmp_path))
-    (tmp_path / "gsm8k").mkdir()
-    for split, numbers in (("train", range(40)), ("test", range(12, 24))):
-        rows = [{"question": f"Ann has {n} pens and buys {n % 7} more{' pens' * (n % 3)}. How many are there?",
-                 "answer": f"There are <<{n}+{n % 7}={n + n % 7}>>{n + n % 7} pens.\n#### {n + n % 7}"}
-                for n in numbers]  # fmt: skip
-        (tmp_path / "gsm8k" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return tmp_path
-
 
 def run(*arguments):
-    return main.run(compose_config([*SMALL, *arguments]), "a test")
+    return commands.run(*FEW_PROBLEMS, *arguments)
 
 
 @pytest.mark.parametrize("law", [[], ["parameterization=ar"], ["data=gsm8k_plan"]], ids=["mdlm", "ar", "plan"])
@@ -271,7 +253,7 @@ def test_training_likelihood_and_answers(gsm8k, law):
 
 
 def test_a_sampler_that_knows_the_answers_is_right_and_one_does_not_depend_on_the_others(gsm8k):
-    experiment = main.Experiment(compose_config([*SMALL, "data.max_test_texts=null"]), "a test")
+    experiment = main.Experiment(compose_config([*FEW_PROBLEMS, "data.max_test_texts=null"]), "a test")
     data = experiment.data()
     diffusion = experiment.diffusion(data).eval()
     torch.nn.init.normal_(diffusion.backbone.head.weight, generator=torch.Generator().manual_seed(0))
@@ -301,7 +283,7 @@ def test_a_sampler_that_knows_the_answers_is_right_and_one_does_not_depend_on_th
     texts = {c.text_id: c.completions for c in every}
     assert len(some) == 3 and all(texts[c.text_id][0] == c.completions[0] for c in some)
     assert any(first != second for first, second in texts.values())
-    short = main.Experiment(compose_config([*SMALL, "model.length=22", "data.long_texts=drop"]), "a test")
+    short = main.Experiment(compose_config([*FEW_PROBLEMS, "model.length=22", "data.long_texts=drop"]), "a test")
     none = _complete(trainer, diffusion, short.data(), judge, drawing, Asked("test", None, 1, 1), seed=1)
     unfit = [c for c in none if not c.drawn]
     assert 0 < len(unfit) < len(none) and not any(c.verdicts[0].right or c.ended[0] for c in unfit)
@@ -340,7 +322,7 @@ def test_own_files_may_have_prompts(tmp_path, monkeypatch):
     (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
     ask = ["data=text", "data.path=own.jsonl", "data.prompt_column=question", "data.wrap=false", "data.fill=eos",
            "data.tokenizer_name_or_path=word", "model.length=16", "trainer.max_steps=2"]  # fmt: skip
-    data = main.Experiment(compose_config([*SMALL, *ask]), "a test").data()
+    data = main.Experiment(compose_config([*FEW_PROBLEMS, *ask]), "a test").data()
     text, ends = data.texts("train")[0]["text"], data.texts("train")[0]["ends"]
     assert parts_of(text, ends)[0].startswith("say ") and parts_of(text, ends)[0].endswith("\n")
     run(*ask)
@@ -354,7 +336,7 @@ def test_what_a_training_shows_are_completed_prompts(gsm8k):
     from palimpsest.tasks.drawing import draw
 
     for law in ([], ["parameterization=ar"]):
-        experiment = main.Experiment(compose_config([*SMALL, *law]), "a test")
+        experiment = main.Experiment(compose_config([*FEW_PROBLEMS, *law]), "a test")
         data = experiment.data()
         drawn = draw(experiment.diffusion(data).eval(), data, Drawing(experiment.drawing.sampler), 3, 3, seed=1)
         prompts = [encode(data.tokenizer, [parts_of(text, ends)[0]])[0]

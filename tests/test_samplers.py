@@ -18,7 +18,7 @@ from palimpsest.objectives.subs import Subs
 from palimpsest.process import Absorbing, draw_categorical, unmask_step
 from palimpsest.samplers import analytic, ancestral, autoregressive, first_hitting, ordered, semi_autoregressive
 from palimpsest.samplers.base import TokenChoice, time_grid
-from tests.laws import FALSE_ALARM, any_order_law, assert_follows, chain_law, ordered_law
+from tests.helpers.laws import FALSE_ALARM, any_order_law, assert_follows, chain_law, ordered_law
 
 VOCAB, MASK, LENGTH = 4, 3, 3
 MANY = 20_000

@@ -27,8 +27,8 @@ from palimpsest.training.callbacks.best import BestCheckpoint, LastCheckpoint
 from palimpsest.training.callbacks.retention import clear, keep, make_room, step_file
 from palimpsest.training.recovery import newest_good
 from palimpsest.training.storage import AtomicCheckpointIO, _seal, write_checkpoint
-from tests.test_configs import TINY
-from tests.test_resume import same_weights
+from tests.helpers.commands import TINY, run
+from tests.helpers.networks import same_weights
 
 CONTENT = {"state_dict": {"backbone.x": torch.arange(12.0).view(3, 4)}, "global_step": 3, "note": "text"}
 RUN = [*TINY, "model.dropout=0.2", "loader.batch_size=2", "~logger", "trainer.val_check_interval=100",
@@ -365,7 +365,7 @@ def test_reports_and_logs_of_a_run_at_an_address_lie_here_and_that_is_said(addre
     assert {"report.html", "results.json", "csv"} <= {path.name for path in folder.iterdir()}
     assert json.loads((folder / "results.json").read_text())["checkpoint"] == f"{address}/checkpoints/last.ckpt"
     where = [f"eval.checkpoint_path={address}/checkpoints/last.ckpt", "mode=ppl_eval"]
-    assert main.run(compose_config([*logged, *where]), "a test")["perplexity"].value > 1
+    assert run(*logged, *where)["perplexity"].value > 1
     assert not list(Path.cwd().glob("memory*"))
 
 

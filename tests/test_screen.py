@@ -7,15 +7,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
-from pathlib import Path
 
 import pytest
 
 from palimpsest.models.checkpoints import read_progress
-from tests.test_configs import TINY
-
-ROOT = Path(__file__).parents[1]
+from tests.helpers.commands import ROOT, TINY, wait_for
 
 
 def test_a_run_is_started_refused_twice_listed_quit_resumed_stopped_with_a_checkpoint_and_gone(tmp_path):
@@ -40,16 +36,16 @@ def test_a_run_is_started_refused_twice_listed_quit_resumed_stopped_with_a_check
         assert f"--stop {name}" in started.stdout and f"screen -r palimpsest-{name}" in started.stdout
         again = script("--name", name, *settings)
         assert again.returncode == 2 and f"{name} is there already" in again.stderr
-        until(lambda: last.exists() or name not in script("--list").stdout)
+        wait_for(lambda: last.exists() or name not in script("--list").stdout)
         assert last.exists(), log.read_text()
         subprocess.run(["screen", "-S", f"palimpsest-{name}", "-X", "quit"], check=True,
                        env={**os.environ, "SCREENDIR": screens})  # fmt: skip
-        until(lambda: "ended with status 129" in log.read_text())
+        wait_for(lambda: "ended with status 129" in log.read_text())
         saved = read_progress(last).step
         assert f"SIGHUP: step {saved} is saved in {last}" in log.read_text()
         assert not (ROOT / f"outputs/screen/{name}.pid").exists() and name not in script("--list").stdout
         assert script("--name", name, *settings).returncode == 0
-        until(lambda: read_progress(last).step > saved)
+        wait_for(lambda: read_progress(last).step > saved)
         assert f"resuming from {last}" in log.read_text()
         stopped = script("--stop", name)
         assert stopped.returncode == 0 and "ended with status 143" in stopped.stdout, stopped.stdout
@@ -60,13 +56,6 @@ def test_a_run_is_started_refused_twice_listed_quit_resumed_stopped_with_a_check
         subprocess.run(["screen", "-S", f"palimpsest-{name}", "-X", "quit"], capture_output=True,
                        env={**os.environ, "SCREENDIR": screens})  # fmt: skip
         log.unlink(missing_ok=True)
-
-
-def until(happened: object) -> None:
-    end = time.monotonic() + 600
-    while not happened():
-        assert time.monotonic() < end
-        time.sleep(0.2)
 
 
 def test_names_that_are_no_file_names_and_words_that_mean_nothing_are_refused():

@@ -24,11 +24,13 @@ from palimpsest.settings.identity import identity
 from palimpsest.tasks.base import token_counts
 from palimpsest.tasks.drawing import _own, draw
 from palimpsest.tasks.prompted import Asked, _complete
-from tests.exact import written
-from tests.test_prompts import SMALL, gsm8k  # noqa: F401 - a fixture
+from tests.helpers import commands
+from tests.helpers.commands import FEW_PROBLEMS
+from tests.helpers.exact import written
 
 PARTS = [["Q: a b\n", "P: c\n", "E: d e"], ["Q: b\n", "P: c d e a\n", "E: d"]]
-SEGMENTS = [*SMALL, "data=gsm8k_plan", "algo=bd3lm", "data.segments=true", "data.segment_room=16", "model.length=80"]
+SEGMENTS = [*FEW_PROBLEMS, "data=gsm8k_plan", "algo=bd3lm", "data.segments=true", "data.segment_room=16",
+            "model.length=80"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -103,13 +105,11 @@ def test_a_text_is_read_part_by_part():
 
 
 def run(*arguments):
-    return main.run(compose_config([*SEGMENTS, *arguments]), "a test")
+    return commands.run(*SEGMENTS, *arguments)
 
 
 def refused(said, *arguments):
-    with pytest.raises(Exception) as caught:  # noqa: B017, PT011 - explain() is what is tested
-        run(*arguments)
-    assert caught.match(said) or said in explain(caught.value), explain(caught.value)
+    commands.refused(re.escape(said), *SEGMENTS, *arguments)
 
 
 def test_training_likelihood_and_answers(gsm8k):  # noqa: F811
@@ -191,7 +191,7 @@ def test_baselines_count_what_a_text_has(gsm8k):  # noqa: F811
 
 
 def test_rooms_belong_to_the_identity_of_segments_only():
-    plain, segments = [SMALL[0], "data=gsm8k_plan"], ["data=gsm8k_plan", "algo=bd3lm", "data.segments=true"]
+    plain, segments = [FEW_PROBLEMS[0], "data=gsm8k_plan"], ["data=gsm8k_plan", "algo=bd3lm", "data.segments=true"]
     for arguments, differ in ((plain[1:], False), (segments, True)):
         known = [identity(compose_config([*arguments, *room])) for room in ([], ["data.segment_room=40"])]
         assert (known[0] != known[1]) == differ and ("data.segment_room" in known[0]) == differ

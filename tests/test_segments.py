@@ -19,7 +19,7 @@ from palimpsest.objectives.noising import Bernoulli, ExactCount, TiltedCount
 from palimpsest.objectives.subs import Subs
 from palimpsest.process import Absorbing
 from palimpsest.samplers import ancestral, block, first_hitting
-from tests.laws import assert_follows, batch_of, exact_bound, texts
+from tests.helpers.laws import assert_follows, batch_of, exact_bound, texts
 
 VOCAB, MASK = 4, 3
 ENDS = torch.tensor([[2, 5], [3, 5], [1, 6], [4, 4]])  # of rows of 9; the last one's second segment is empty

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from pathlib import Path
 
 import pytest
 from hydra.errors import HydraException
@@ -13,8 +12,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from palimpsest import main
 from palimpsest.settings.command_line import compose_config, explain
+from tests.helpers.commands import ROOT
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = ROOT / "configs"
 NONSENSE = ("nonsense", math.nan, math.inf, -1, 0, 1.5, 10**30, 2**63, True, None, [], {}, "", "${nowhere}", "结果",
             ["x"])  # fmt: skip
 EVERY = 3  # each leaf meets every third value; which ones, goes round

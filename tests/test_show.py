@@ -13,7 +13,7 @@ from rich.console import Console
 from palimpsest.samplers.trace import Trace
 from palimpsest.tasks.standing import Standing
 from palimpsest.tasks.watching import Recorder, Show, Views, Watching, described
-from tests import exact
+from tests.helpers import exact
 
 MASK = 9
 WORDS = ["[PAD]", "[EOS]", " red", " green", " blue", " \x1b[2J\x9b1m", "", "", "", "▢"]

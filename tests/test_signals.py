@@ -35,10 +35,9 @@ from palimpsest.tasks.scoring import Scorer
 from palimpsest.training import signals
 from palimpsest.training.signals import SIGNALS, Interrupted, Phase, StopAtSignal
 from palimpsest.training.slurm import check_processes, requeue
-from tests.test_configs import TINY
-from tests.test_resume import RUN, same_weights
+from tests.helpers.commands import ROOT, RUN, TINY, start_main, wait_for
+from tests.helpers.networks import same_weights
 
-ROOT = Path(__file__).parents[1]
 CORPUS = functools.cache(reviews.generate_split)
 
 
@@ -259,7 +258,7 @@ def test_two_processes_of_torchrun_stop_together_though_one_got_the_signal(tmp_p
                                    env={**os.environ, "OMP_NUM_THREADS": "1", "DATA_DIR": ""})  # fmt: skip
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     last = tmp_path / "run/checkpoints/last.ckpt"
-    until(last.exists, process)
+    wait_for(last.exists, process)
     second = next(
         pid for pid in children.read_text().split() if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()
     )
@@ -277,9 +276,7 @@ LONG = [*TINY, "trainer.max_steps=1000000", "callbacks.checkpoint_every_n_steps.
 @contextmanager
 def started(folder: Path, *before: str, **how: object) -> Iterator[subprocess.Popen]:
     """A long training as a user starts it, in `folder`."""
-    command = [*before, sys.executable, str(ROOT / "main.py"), *LONG]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "DATA_DIR": ""}
-    with subprocess.Popen(command, cwd=folder, env=env, **how) as process:
+    with start_main(*LONG, cwd=folder, before=before, **how) as process:
         try:
             yield process
         finally:
@@ -302,7 +299,7 @@ def test_a_terminal_that_is_closed_ends_a_training_with_all_saved_and_nohup_keep
         reader = threading.Thread(target=read_to_the_end, args=(ours, closed := threading.Event()))
         reader.start()
         try:
-            until(step, process)
+            wait_for(step, process)
         finally:
             closed.set()
             reader.join()
@@ -313,10 +310,10 @@ def test_a_terminal_that_is_closed_ends_a_training_with_all_saved_and_nohup_keep
     with (tmp_path / "log").open("w") as log:
         resumed = started(tmp_path, "nohup", stdout=log, stderr=log, stdin=subprocess.DEVNULL)
         with resumed as process:
-            until(lambda: step() > saved, process)
+            wait_for(lambda: step() > saved, process)
             process.send_signal(signal.SIGHUP)
             hung_up = step()
-            until(lambda: step() > hung_up + 4, process)
+            wait_for(lambda: step() > hung_up + 4, process)
             process.send_signal(signal.SIGTERM)
             assert process.wait(600) == 128 + signal.SIGTERM
     said = (tmp_path / "log").read_text()
@@ -328,14 +325,6 @@ def read_to_the_end(terminal: int, end: threading.Event) -> None:
     while not end.is_set():
         if select.select([terminal], [], [], 0.1)[0]:
             os.read(terminal, 1 << 16)
-
-
-def until(happened: object, process: subprocess.Popen, seconds: float = 600) -> None:
-    """Wait for it while `process` runs."""
-    end = time.monotonic() + seconds
-    while not happened():
-        assert process.poll() is None and time.monotonic() < end, "it ended, or took too long"
-        time.sleep(0.1)
 
 
 def test_only_the_task_of_an_array_is_requeued_not_the_array(tmp_path, monkeypatch):

@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import FunctionType
 
@@ -19,10 +18,9 @@ from palimpsest import main
 from palimpsest.models.checkpoints import read_progress
 from palimpsest.settings.command_line import compose_config
 from palimpsest.tasks.fitting import fit
-from tests.test_configs import TINY
-from tests.test_resume import same_weights
+from tests.helpers.commands import ROOT, TINY, wait_for
+from tests.helpers.networks import same_weights
 
-ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted([*(ROOT / "scripts").rglob("*.sh"), *(ROOT / "scripts").rglob("*.sbatch")])
 JOBS = [path for path in SCRIPTS if "#SBATCH" in path.read_text()]
 PATIENCE = 600  # seconds for any one thing, on a machine that has other work
@@ -54,11 +52,8 @@ def state(job: str) -> str:
     return slurm("squeue", "-h", "-j", job, "-t", "all", "-o", "%T", check=False).strip()
 
 
-def until(happened: object, job: str) -> None:
-    end = time.monotonic() + PATIENCE
-    while not happened():
-        assert time.monotonic() < end, f"job {job} is {state(job)}: {logs(job)}"
-        time.sleep(0.5)
+def wait(happened: object, job: str) -> None:
+    wait_for(happened, seconds=PATIENCE, explained=lambda: f"job {job} is {state(job)}: {logs(job)}")
 
 
 def logs(job: str) -> str:
@@ -76,16 +71,16 @@ def test_a_job_that_is_signalled_saves_goes_back_into_the_queue_resumes_and_ends
                   f"checkpointing.save_dir={tmp_path / 'job'}").strip()  # fmt: skip
     job, last = f"{array}_3", tmp_path / "job/checkpoints/last.ckpt"
     try:
-        until(last.exists, job)
+        wait(last.exists, job)
         slurm("scancel", "--signal=USR1", job)
-        until(lambda: state(job) == "PENDING", job)
+        wait(lambda: state(job) == "PENDING", job)
         stopped = read_progress(last).step
         said = logs(job)
         assert stopped < 600 and f"SIGUSR1: step {stopped} is saved" in said and f"{job} is back in the queue" in said
         slurm("scontrol", "update", f"JobId={job}", "StartTime=now")  # SLURM waits for two minutes otherwise
         experiment = main.Experiment(compose_config([*settings, "seed=3", f"checkpointing.save_dir={tmp_path}"]), "")
         fit(experiment)  # in the meantime, and never disturbed
-        until(lambda: state(job) in ("COMPLETED", "FAILED", ""), job)
+        wait(lambda: state(job) in ("COMPLETED", "FAILED", ""), job)
         assert state(job) in ("COMPLETED", ""), logs(job)
         assert "resuming from" in logs(job) and "validation NLL" in logs(job), "the log was not appended to"
         assert same_weights(last, tmp_path / "checkpoints/last.ckpt")

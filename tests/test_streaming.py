@@ -25,7 +25,7 @@ from palimpsest.models.checkpoints import load_inert
 from palimpsest.settings.command_line import compose_config
 from palimpsest.settings.identity import identity
 from palimpsest.tasks.fitting import fit
-from tests.test_configs import TINY
+from tests.helpers.commands import TINY
 
 G, STEPS, N = 12, 8, 90
 

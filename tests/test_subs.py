@@ -19,15 +19,10 @@ from palimpsest.objectives.noising import Bernoulli
 from palimpsest.objectives.projection import cross_entropy
 from palimpsest.objectives.subs import Subs
 from palimpsest.process import Absorbing
+from tests.helpers.laws import batch_of
+from tests.helpers.networks import close, reference_dit
 
 VOCAB, MASK = 5, 4
-
-
-def batch_of(x0: torch.Tensor, padding: int = 0) -> dict[str, torch.Tensor]:
-    mask = torch.ones_like(x0, dtype=torch.bool)
-    if padding:
-        mask[:, -padding:] = False
-    return {"input_ids": x0, "attention_mask": mask, "sample_id": torch.arange(len(x0))}
 
 
 @pytest.mark.parametrize("mask_id", [4, 1])
@@ -170,10 +165,6 @@ def test_the_generator_is_the_only_randomness(random_dit):
 # ------------------------------------------------------------------------------------ the reference's numbers
 
 
-def close(ours: torch.Tensor, reference: torch.Tensor) -> bool:
-    return bool(((ours - reference).abs() <= 1e-4 * (1 + reference.abs())).all())
-
-
 @pytest.mark.parametrize("weights", ["raw", "ema"])
 @pytest.mark.parametrize("variant", ["mdlm_subs", "mdlm_subs_tc", "mdlm_subs_midmask"])
 def test_golden_numbers(fixtures_dir, variant, weights):
@@ -196,14 +187,6 @@ def test_golden_numbers(fixtures_dir, variant, weights):
     loss = subs.loss_at(net, batch, xt, t)
     assert close(loss.nll_BL, golden[f"{weights}.nlls"])
     assert close(loss.mean(), golden[f"{weights}.token_nll"])
-
-
-def reference_dit(meta: dict) -> DiT:
-    model = meta["model"]
-    return DiT(
-        meta["vocab_size"], model["hidden_size"], model["cond_dim"], model["n_blocks"], model["n_heads"],
-        model["dropout"], time_conditioning=meta["time_conditioning"], mask_padding=False,
-    ).eval()  # fmt: skip
 
 
 @pytest.mark.parametrize("variant", ["mdlm_subs"])

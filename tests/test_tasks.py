@@ -19,7 +19,7 @@ from palimpsest.objectives.noising import Bernoulli
 from palimpsest.settings.command_line import compose_config
 from palimpsest.tasks.base import row_numbers, unigram_nll, write_results
 from palimpsest.tasks.scoring import Precision, score
-from tests.test_configs import TINY
+from tests.helpers.commands import TINY, run
 
 
 def test_the_ratio_estimate_and_its_error():
@@ -110,9 +110,9 @@ def test_results_are_json_without_nan(tmp_path):
 def test_kinds_of_likelihood_do_not_overwrite_one_another_and_say_what_they_are(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ask = [*TINY, "data.max_valid_texts=3", "eval.num_draws=1"]
-    main.run(compose_config(ask), "a test")
+    run(*ask)
     for more in ([], ["eval.estimator=duel"], ["eval.estimator=importance_weighted"], ["eval.split=test"]):
-        main.run(compose_config([*ask, "mode=ppl_eval", *more]), "a test")
+        run(*ask, "mode=ppl_eval", *more)
     found = {
         path.parent.name: json.loads(path.read_text())["protocol"] for path in tmp_path.rglob("ppl_eval/*/results.json")
     }

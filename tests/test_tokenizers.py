@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, models
@@ -14,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from palimpsest.data import tokenizers as ours
 from palimpsest.data.tokenizers import MASK_SYMBOL, decode, encode, load_tokenizer, token_strings, vocabulary
+from tests.helpers.commands import ROOT
 
 ENGLISH = (
     "The plot isn't dull, but the ending feels (frankly) rushed.",
@@ -136,7 +136,7 @@ def test_fingerprint_is_that_of_the_content(tmp_path):
         "import sys, tests.test_tokenizers as t; from pathlib import Path\n"
         "print(t.vocabulary(t.build('word', Path(sys.argv[1]))).fingerprint)"
     )
-    root = Path(__file__).parents[1]
+    root = ROOT
     for seed in ("1", "2"):
         out = subprocess.run(
             [sys.executable, "-c", code, str(tmp_path / seed)],

@@ -6,10 +6,6 @@ import errno
 import importlib.util
 import json
 import math
-import os
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import lightning
@@ -33,7 +29,7 @@ from palimpsest.training.callbacks.progress import TextProgressBar
 from palimpsest.training.callbacks.run_state import RunState, thinned
 from palimpsest.training.logs import _run_id
 from palimpsest.training.updates import Updates
-from tests.test_configs import ROOT, TINY, run_main
+from tests.helpers.commands import TINY, run, run_main, start_main, wait_for
 
 RUN = [*TINY, "trainer.max_steps=7", "loader.batch_size=2", "trainer.log_every_n_steps=3", "sampling.num_sample_log=0",
        "trainer.val_check_interval=4", "checkpointing.save_dir=run"]  # fmt: skip
@@ -263,7 +259,7 @@ def test_without_wandb_the_message_says_what_to_install(tmp_path, monkeypatch):
         pytest.skip("wandb is installed")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InstantiationException) as error:
-        main.run(compose_config(WANDB), "a test")
+        run(*WANDB)
     assert "pip install -U 'wandb" in explain(error.value)
 
 
@@ -271,11 +267,8 @@ def test_a_run_that_is_killed_and_started_again_is_one_run_of_wandb(tmp_path):
     pytest.importorskip("wandb", reason="needs Weights & Biases: pip install wandb")
     last = tmp_path / "run/checkpoints/last.ckpt"
     ids = lambda: [path.name.split("-")[-1] for path in sorted(tmp_path.glob("run/wandb/offline-run-*"))]  # noqa: E731
-    process = subprocess.Popen([sys.executable, ROOT / "main.py", *WANDB, "trainer.max_steps=1000000"], cwd=tmp_path,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
-    while not last.exists():
-        assert process.poll() is None
-        time.sleep(0.05)
+    process = start_main(*WANDB, "trainer.max_steps=1000000", cwd=tmp_path)
+    wait_for(last.exists, process)
     process.kill()
     process.wait()
     step = load_inert(last)["global_step"]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 from functools import partial
-from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -18,18 +16,15 @@ from palimpsest.noise_schedule import Cosine, LogLinear
 from palimpsest.objectives.base import Model
 from palimpsest.objectives.mlm import Rates
 from palimpsest.objectives.noising import Bernoulli, Complementary, ExactCount, TiltedCount
-from palimpsest.objectives.udlm import UDLM, _divergence
+from palimpsest.objectives.udlm import UDLM
 from palimpsest.process import Uniform
 from palimpsest.samplers import uniform
-from palimpsest.samplers.base import time_grid
 from palimpsest.samplers.trace import Trace
 from palimpsest.settings.command_line import compose_config
 from palimpsest.settings.from_checkpoint import complete
 from palimpsest.settings.instantiation import instantiate
-from tests.laws import assert_follows
-
-V, L = 3, 2
-NO_NETWORK = SimpleNamespace(head=SimpleNamespace(out_features=V))
+from tests.helpers.laws import assert_follows, texts
+from tests.helpers.uniform import NO_NETWORK, Bayes, BayesUDLM, L, V, chain
 
 
 def test_the_posterior_is_bayes_rule():
@@ -96,95 +91,29 @@ def test_golden_duo_without_a_setting_typed(fixtures_dir, weights):
 # -------------------------------------------------------------------------------- by enumeration
 
 
-def every_text(length: int = L, vocab: int = V) -> torch.Tensor:
-    return torch.tensor(list(itertools.product(range(vocab), repeat=length)))
-
-
-class Bayes:
-    """The leave-one-out posterior of a known distribution over texts, under uniform noise."""
-
-    def __init__(self, p_M: torch.Tensor) -> None:
-        self.p_M, self.texts_ML = p_M.double(), every_text()
-
-    def __call__(self, x_BL: torch.Tensor, alpha_B: torch.Tensor) -> torch.Tensor:
-        """log p(x_0 at i | x_t without i), (B, L, V)."""
-        same_BML = (x_BL[:, None] == self.texts_ML[None]).double()
-        q_BML = alpha_B[:, None, None] * same_BML + (1 - alpha_B[:, None, None]) / V
-        out = torch.zeros(len(x_BL), L, V, dtype=torch.float64)
-        for i in range(L):
-            weight_BM = self.p_M * torch.cat([q_BML[..., :i], q_BML[..., i + 1 :]], -1).prod(-1)
-            out[:, i] = weight_BM @ one_hot(self.texts_ML[:, i], V).double()
-        return (out / out.sum(-1, keepdim=True)).log()
-
-
-class BayesUDLM(UDLM):
-    """UDLM with the exact network."""
-
-    def __init__(self, bayes: Bayes, schedule) -> None:
-        super().__init__(schedule, Uniform(V))
-        self.bayes = bayes
-
-    def leave_one_out(self, backbone, x_BL, t_B, at_BL, **cond):
-        return self.bayes(x_BL, self.schedule(t_B).alpha)[at_BL]
-
-    def rate(self, x0_BL, xt_BL, t_B):
-        """The integrand, from the exact prediction."""
-        level = self.schedule(t_B)
-        log_p_BLV, alpha_BL = self.bayes(xt_BL, level.alpha), level.alpha[:, None].expand(xt_BL.shape)
-        total_BL = (alpha_BL[..., None] * (V * log_p_BLV.exp() - 1)).log1p().sum(-1)
-        ids = torch.stack([x0_BL, xt_BL], -1)
-        picked = torch.cat([log_p_BLV.gather(-1, ids), total_BL[..., None]], -1)
-        found = _divergence(picked.flatten(0, 1), ids.flatten(0, 1), alpha_BL.flatten(), V)
-        return -level.dalpha * found.view(xt_BL.shape).sum(-1)
-
-
 @pytest.mark.parametrize("schedule", [LogLinear(eps=0.0), Cosine(eps=0.0)], ids=["loglinear", "cosine"])
 def test_the_bound_of_the_exact_network_is_the_entropy(schedule):
     torch.manual_seed(3)
-    texts, points = every_text(), 400
+    every, points = texts(V, L), 400
     nodes, weights = numpy.polynomial.legendre.leggauss(points)
     t = torch.from_numpy((nodes + 1) / 2)
     one_token = torch.rand(V).double() + 0.1
     one_token /= one_token.sum()
-    independent = one_token[texts].prod(-1)
-    mixed = torch.rand(len(texts)).double() ** 3
+    independent = one_token[every].prod(-1)
+    mixed = torch.rand(len(every)).double() ** 3
     for p_M in (independent, mixed / mixed.sum()):
         objective = BayesUDLM(Bayes(p_M), schedule)
         alpha = objective.schedule(t).alpha
         bound = 0.0
-        for x0 in range(len(texts)):
-            for xt in range(len(texts)):
-                same = (texts[x0] == texts[xt]).double()
+        for x0 in range(len(every)):
+            for xt in range(len(every)):
+                same = (every[x0] == every[xt]).double()
                 q = (alpha[:, None] * same + (1 - alpha[:, None]) / V).prod(-1)
-                rows = [texts[one].expand(points, -1) for one in (x0, xt)]
+                rows = [every[one].expand(points, -1) for one in (x0, xt)]
                 rate = objective.rate(*rows, t)
                 bound += float(p_M[x0] * (torch.from_numpy(weights) / 2 * q * rate).sum())
         entropy = float(-(p_M * p_M.log()).sum())
         assert bound == pytest.approx(entropy, rel=1e-4)
-
-
-def chain(model: Model, steps: int, start: tuple[int, ...]) -> dict[tuple, float]:
-    """The law of the sampler: random tokens at the blanks, then steps through p(x_s | x_t)."""
-    blanks = [i for i, token in enumerate(start) if token == Uniform.blank_id]
-    law: dict[tuple, float] = {}
-    for tokens in itertools.product(range(V), repeat=len(blanks)):
-        state = list(start)
-        for place, token in zip(blanks, tokens, strict=True):
-            state[place] = token
-        law[tuple(state)] = V ** -len(blanks)
-    at = torch.tensor([[i in blanks for i in range(L)]])
-    for t, s in itertools.pairwise(time_grid(steps, 1e-5)):
-        moved: dict[tuple, float] = {}
-        for state, mass in law.items():
-            q_NV = model.reverse(torch.tensor([state]), t[None], s[None], at).exp()
-            for tokens in itertools.product(range(V), repeat=len(blanks)):
-                after = list(state)
-                for place, token in zip(blanks, tokens, strict=True):
-                    after[place] = token
-                weight = mass * float(torch.stack([q_NV[i, v] for i, v in enumerate(tokens)]).prod())
-                moved[tuple(after)] = moved.get(tuple(after), 0.0) + weight
-        law = moved
-    return law
 
 
 @pytest.mark.parametrize("start", [(-1, -1), (2, -1)], ids=["all", "given"])
@@ -207,11 +136,11 @@ def test_many_steps_of_the_exact_network_draw_the_data():
     p_M /= p_M.sum()
     model = Model(BayesUDLM(Bayes(p_M), LogLinear().complete), NO_NETWORK)
     law = chain(model, 400, (-1, -1))
-    found = torch.tensor([law[tuple(text)] for text in every_text().tolist()])
+    found = torch.tensor([law[tuple(text)] for text in texts(V, L).tolist()])
     assert (
         (found - p_M).abs().sum()
         < 0.01
-        < (torch.tensor([chain(model, 4, (-1, -1))[tuple(text)] for text in every_text().tolist()]) - p_M).abs().sum()
+        < (torch.tensor([chain(model, 4, (-1, -1))[tuple(text)] for text in texts(V, L).tolist()]) - p_M).abs().sum()
     )
 
 
@@ -259,21 +188,21 @@ def test_one_token_drawn_again_given_the_others_keeps_the_distribution():
     torch.manual_seed(9)
     p_M, alpha = torch.rand(V**L).double() ** 3, torch.tensor(0.6).double()
     p_M /= p_M.sum()
-    texts = every_text()
+    every = texts(V, L)
     process = Uniform(V)
     bayes = Bayes(p_M)
-    same_SM = (texts[:, None] == texts[None]).double()
+    same_SM = (every[:, None] == every[None]).double()
     q_S = ((alpha * same_SM + (1 - alpha) / V).prod(-1) * p_M).sum(1)  # of x_t
-    log_others_SLV = bayes(texts, alpha.expand(len(texts)))
+    log_others_SLV = bayes(every, alpha.expand(len(every)))
     after_S = torch.zeros_like(q_S)
     for place in range(L):
-        here_S = texts[:, place]
-        log_p_SV = process.with_own_token(here_S, log_others_SLV[:, place], alpha.expand(len(texts)))
-        again_SV = process.conditional(here_S, log_p_SV, alpha.expand(len(texts))).exp()
+        here_S = every[:, place]
+        log_p_SV = process.with_own_token(here_S, log_others_SLV[:, place], alpha.expand(len(every)))
+        again_SV = process.conditional(here_S, log_p_SV, alpha.expand(len(every))).exp()
         for token in range(V):
-            moved = texts.clone()
+            moved = every.clone()
             moved[:, place] = token
-            target = (moved[:, None] == texts[None]).all(-1).double()
+            target = (moved[:, None] == every[None]).all(-1).double()
             after_S += (q_S * again_SV[:, token]) @ target / L
     torch.testing.assert_close(after_S, q_S)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from functools import partial
 
@@ -14,7 +13,6 @@ from omegaconf import OmegaConf
 from benchmarks.decoders import decoders
 from benchmarks.kneser_ney import KneserNey
 from palimpsest.common.randomness import KeyedNoise
-from palimpsest.denoisers import Denoiser
 from palimpsest.noise_schedule import LogLinear
 from palimpsest.objectives.ar import AR
 from palimpsest.objectives.base import Model
@@ -25,47 +23,12 @@ from palimpsest.objectives.subs import Subs
 from palimpsest.process import Absorbing
 from palimpsest.samplers import block, semi_autoregressive
 from palimpsest.samplers.base import TokenChoice
-from palimpsest.samplers.trace import Trace
 from palimpsest.samplers.unmasking import ORDERS, REMASKS, SCHEDULES, Unmasking, masks_left, remdm_chances, sample
 from palimpsest.settings.command_line import compose_config
 from palimpsest.settings.contradictions import refuse_contradictions
 from palimpsest.settings.values import check_numbers
-from tests.laws import assert_follows
-
-CHOICES = (TokenChoice(), TokenChoice(temperature=0), TokenChoice(temperature=0.7, top_k=2), TokenChoice(nucleus_p=0.8))
-
-
-class Toy(Denoiser):
-    """A law over all texts of `length` tokens as a table, and its exact prediction at every mask."""
-
-    independent_unmasking = True
-    schedule = LogLinear()
-
-    def __init__(self, vocab: int, length: int) -> None:
-        self.process, self.vocab_size = Absorbing(vocab), vocab + 1
-        logits = torch.randn(vocab**length, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-        self.p_M = (1.5 * logits).softmax(-1)
-        self.texts_ML = torch.tensor(list(itertools.product(range(vocab), repeat=length)))
-
-    @property
-    def law(self) -> dict[tuple, float]:
-        return dict(zip(map(tuple, self.texts_ML.tolist()), self.p_M.tolist(), strict=True))
-
-    def denoise(self, x_BL: torch.Tensor, t_B: torch.Tensor, at_BL: torch.Tensor) -> torch.Tensor:
-        states_SL, state_B = x_BL.unique(dim=0, return_inverse=True)
-        fits_SML = (self.texts_ML == states_SL[:, None]) | (states_SL[:, None] == self.process.mask_id)
-        p_SM = self.p_M * fits_SML.all(-1)
-        p_SLV = torch.einsum("sm,mlv->slv", p_SM, torch.eye(self.vocab_size, dtype=torch.float64)[self.texts_ML])
-        return (p_SLV / p_SM.sum(-1)[:, None, None])[state_B][at_BL].log()
-
-
-def run(model, x, how=Unmasking(), steps=3, first=0, seed=0, **settings) -> Trace:  # noqa: B008 - frozen
-    return sample(model, x, KeyedNoise(seed, torch.arange(first, first + len(x))), steps=steps, how=how, **settings)
-
-
-def blank(rows: int, length: int, mask: int) -> torch.Tensor:
-    return torch.full((rows, length), mask)
-
+from tests.helpers.decoders import CHOICES, Toy, Watched, assert_sound, blank, unmask
+from tests.helpers.laws import assert_follows
 
 # -------------------------------------------------------------------------------- laws
 
@@ -73,7 +36,7 @@ def blank(rows: int, length: int, mask: int) -> torch.Tensor:
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_one_token_a_step_in_random_order_is_the_models_law(schedule):
     toy = Toy(3, 3)
-    out = run(toy, blank(8000, 3, 3), Unmasking(schedule), steps=5)
+    out = unmask(toy, blank(8000, 3, 3), Unmasking(schedule), steps=5)
     assert_follows(out.ids_BL, toy.law)
     assert (out.evaluations_B == 3).all() and out.num_steps == 3
     together = out.confidence_BL.double().prod(-1).tolist()
@@ -84,7 +47,7 @@ def test_several_tokens_a_step_are_not_but_more_steps_come_closer():
     toy = Toy(3, 3)
     off = []
     for steps in (1, 2, 3):
-        ids = run(toy, blank(8000, 3, 3), steps=steps).ids_BL
+        ids = unmask(toy, blank(8000, 3, 3), steps=steps).ids_BL
         share = torch.bincount((ids * torch.tensor([9, 3, 1])).sum(-1), minlength=27) / 8000
         off.append(float((share - toy.p_M).abs().sum()))
     assert off[0] > off[1] > 2 * off[2]
@@ -113,7 +76,7 @@ def test_remdm_follows_the_law_of_its_chain(schedule, eta):
                 after = tuple(token for token, _ in picked)
                 moved[after] = moved.get(after, 0.0) + mass * float(torch.tensor([q for _, q in picked]).prod())
         law = moved
-    out = run(toy, blank(8000, 3, mask), how, steps)
+    out = unmask(toy, blank(8000, 3, mask), how, steps)
     assert_follows(out.ids_BL, {text: p for text, p in law.items() if p > 1e-12})
 
 
@@ -134,9 +97,9 @@ def test_low_confidence_keeps_what_was_drawn_with_most_probability():
             p = torch.tensor([[0.6, 0.4, 0], [0.45, 0.55, 0]], dtype=torch.float64)
             return p.expand(len(x_BL), 2, 3)[at_BL].log()
 
-    steps = run(Two(2, 2), blank(4000, 2, 2), Unmasking(remask="low_confidence"), steps=2).step_BL
+    steps = unmask(Two(2, 2), blank(4000, 2, 2), Unmasking(remask="low_confidence"), steps=2).step_BL
     assert float((steps[:, 0] == 1).double().mean()) == pytest.approx(0.6, abs=0.03)
-    assert (run(Two(2, 2), blank(50, 2, 2), Unmasking(order="confidence"), steps=2).step_BL[:, 0] == 1).all()
+    assert (unmask(Two(2, 2), blank(50, 2, 2), Unmasking(order="confidence"), steps=2).step_BL[:, 0] == 1).all()
 
 
 def test_a_threshold_writes_all_that_is_sure_one_at_least_and_the_rest_at_the_end():
@@ -149,10 +112,10 @@ def test_a_threshold_writes_all_that_is_sure_one_at_least_and_the_rest_at_the_en
     how, x = Unmasking(threshold=0.9), torch.tensor([[2, 2, 2, 2, 2], [2, 0, 2, 0, 0]])
     for remask in ("none", "low_confidence"):
         how = Unmasking(threshold=0.9, remask=remask)
-        out = run(Fixed(2, 5), x, how, steps=9, choice=TokenChoice(temperature=0))
+        out = unmask(Fixed(2, 5), x, how, steps=9, choice=TokenChoice(temperature=0))
         assert out.step_BL.tolist() == [[4, 1, 3, 1, 2], [2, 0, 1, 0, 0]]
         assert out.evaluations_B.tolist() == [4, 2] and out.num_steps == 4
-        short = run(Fixed(2, 5), x, how, steps=2, choice=TokenChoice(temperature=0))
+        short = unmask(Fixed(2, 5), x, how, steps=2, choice=TokenChoice(temperature=0))
         assert short.step_BL.tolist() == [[2, 1, 2, 1, 2], [2, 0, 1, 0, 0]]
 
 
@@ -168,44 +131,12 @@ def test_schedules_write_something_at_every_step_and_all_in_time():
 # -------------------------------------------------------------------------------- every combination
 
 
-class Watched(list):
-    """What a watcher was shown, copied."""
-
-    def __call__(self, frame: Trace) -> None:
-        self.append(copy.deepcopy(frame))
-
-
-def assert_sound(toy: Toy, x: torch.Tensor, out: Trace, frames: Watched, steps: int) -> None:
-    """Whatever the decoder: what is given stays, all masks go in time, and what was shown is what happened."""
-    given_BL = x != toy.process.mask_id
-    assert torch.equal(out.ids_BL[given_BL], x[given_BL]) and not (out.ids_BL == toy.process.mask_id).any()
-    assert (out.step_BL[given_BL] == 0).all() and (out.step_BL[~given_BL] > 0).all()
-    assert out.num_steps <= steps and (out.evaluations_B <= steps).all() and int(out.step_BL.max()) <= out.num_steps
-    assert (out.evaluations_B[given_BL.all(-1)] == 0).all()
-    assert [frame.num_steps for frame in frames] == list(range(1, out.num_steps + 1))
-    before, since = x, torch.zeros_like(x)
-    confidence = given_BL.float()
-    for frame in frames:
-        new = (before == toy.process.mask_id) & (frame.ids_BL != toy.process.mask_id)
-        p = torch.zeros(*x.shape, toy.vocab_size, dtype=torch.float64)
-        p[before == toy.process.mask_id] = toy.denoise(before, None, before == toy.process.mask_id).exp()
-        p = p.gather(-1, frame.ids_BL[..., None]).squeeze(-1).float()
-        masked = frame.ids_BL == toy.process.mask_id
-        since = torch.where(new, frame.num_steps, torch.where(masked, 0, since))
-        confidence = torch.where(new, p, torch.where(masked, 0.0, confidence))
-        assert torch.allclose(frame.confidence_BL, confidence, atol=1e-6), "the model's own probability"
-        before = frame.ids_BL
-    if frames:
-        assert torch.equal(before, out.ids_BL) and torch.equal(frames[-1].confidence_BL, out.confidence_BL)
-    assert torch.equal(since, out.step_BL)
-
-
 def test_every_combination_ends_and_says_what_it_did():
     toy, mask = Toy(2, 6), 2
     x = torch.tensor([[mask] * 6, [0, mask, mask, 1, mask, mask], [0, 1, 0, 1, 1, 0]])
     for schedule, order, remask, choice in itertools.product(SCHEDULES, ORDERS, REMASKS, CHOICES):
         how, frames = Unmasking(schedule, order, None, remask, 0.5), Watched()
-        assert_sound(toy, x, run(toy, x, how, 4, choice=choice, watch=frames), frames, 4)
+        assert_sound(toy, x, unmask(toy, x, how, 4, choice=choice, watch=frames), frames, 4)
 
 
 # -------------------------------------------------------------------------------- other models, other samplers
@@ -217,7 +148,7 @@ def test_every_combination_ends_and_says_what_it_did():
 @pytest.mark.parametrize("how", [Unmasking(), Unmasking(order="margin"), Unmasking(remask="remdm", remask_eta=0.5)])
 def test_networks_that_are_shown_the_time(random_dit, objective, how):
     x = torch.tensor([[3, 0, 3, 3, 3, 1]]).repeat(4, 1)
-    out = run(Model(objective, random_dit(4, time_conditioning=True)), x, how, steps=3)
+    out = unmask(Model(objective, random_dit(4, time_conditioning=True)), x, how, steps=3)
     assert (out.ids_BL < 3).all() and torch.equal(out.ids_BL[:, [1, 5]], x[:, [1, 5]])
     assert ((out.confidence_BL > 0) & (out.confidence_BL <= 1)).all()
 
@@ -245,7 +176,7 @@ def test_windows_get_the_same_noise_whatever_the_batch(random_dit):
 
 def test_a_causal_model_is_refused(random_dit):
     with pytest.raises(ValueError, match="sampling.predictor=ar"):
-        run(AR(Absorbing(3)).model(random_dit(4)), torch.tensor([[0, 3]]))
+        unmask(AR(Absorbing(3)).model(random_dit(4)), torch.tensor([[0, 3]]))
 
 
 @pytest.mark.parametrize(("settings", "said"), [
@@ -260,7 +191,7 @@ def test_settings_that_mean_nothing_are_refused(settings, said):
 
 def test_a_budget_of_nothing_is_refused():
     with pytest.raises(ValueError, match="sampling.steps=0"):
-        run(Toy(2, 2), blank(1, 2, 2), steps=0)
+        unmask(Toy(2, 2), blank(1, 2, 2), steps=0)
 
 
 def test_configurations_that_contradict_themselves_are_refused():

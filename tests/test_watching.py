@@ -28,7 +28,7 @@ from palimpsest.samplers import (
 )
 from palimpsest.samplers.base import TokenChoice
 from palimpsest.samplers.trace import Trace
-from tests.test_unmasking import Toy, Watched
+from tests.helpers.decoders import Toy, Watched
 
 MASK = 3
 

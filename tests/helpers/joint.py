@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+from palimpsest.common.randomness import KeyedNoise, training_noise
 from palimpsest.data.collate import Collate
 from palimpsest.dataloader import TextData
 from palimpsest.models.mmdit import MMDiT
@@ -84,3 +85,8 @@ def with_latents(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     waves = torch.arange(1, 1 + SHAPE[0] * SHAPE[1]) * 0.7
     latent_BKD = (batch["input_ids"][:, 1:4].sum(-1, keepdim=True) * waves).sin() * 2**0.5
     return {**batch, "latent": latent_BKD.float().unflatten(-1, SHAPE)}
+
+
+def noise(rows: int, seed: int = 0) -> KeyedNoise:
+    """The noise of the rows of a training batch."""
+    return training_noise(seed, torch.arange(rows), rows)

@@ -22,8 +22,8 @@ def batch_of(x0: torch.Tensor, padding: int = 0) -> dict[str, torch.Tensor]:
     return {"input_ids": x0, "attention_mask": mask, "sample_id": torch.arange(len(x0))}
 
 
-def texts(vocab: int, length: int, mask_id: int) -> torch.Tensor:
-    """Every text there is, (V-1)^L rows."""
+def texts(vocab: int, length: int, mask_id: int | None = None) -> torch.Tensor:
+    """Every text there is of the tokens that are not the mask."""
     tokens = [v for v in range(vocab) if v != mask_id]
     return torch.tensor(list(itertools.product(tokens, repeat=length)))
 
