@@ -12,10 +12,10 @@ import torch.distributed
 
 import main  # noqa: F401 - makes the folder of this checkout the package, wherever another one is installed
 from palimpsest.models.dit import DiT
-from tests.helpers.commands import TINY, experiment
+from tests.helpers.commands import ROOT, TINY, experiment
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = ROOT / "tests/golden"
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,7 @@ from palimpsest.corpora import reviews
 from palimpsest.data.rows import at_most, carve, keep_label
 from palimpsest.data.sources import GeneratedReviews, HubOrFolder
 from palimpsest.data.user_files import UserFiles
+from tests.helpers.commands import ROOT
 
 TEXTS = [f'Text {i}, with "quotes"\tand a tab' for i in range(40)]
 
@@ -260,8 +261,7 @@ def test_generated_reviews(monkeypatch):
 
 def configured(name):
     """The source of configs/data/<name>.yaml."""
-    with open(os.path.join(os.path.dirname(__file__), "..", "configs", "data", f"{name}.yaml")) as file:
-        settings = yaml.safe_load(file)["source"]
+    settings = yaml.safe_load((ROOT / "configs" / "data" / f"{name}.yaml").read_text())["source"]
     assert settings.pop("_target_") == "palimpsest.data.sources.HubOrFolder"
     return HubOrFolder(**settings)
 

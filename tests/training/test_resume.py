@@ -24,7 +24,7 @@ def uninterrupted(tmp_path_factory) -> Path:
 
 
 def test_kill_9_and_start_again_gives_the_weights_of_an_uninterrupted_run(tmp_path, uninterrupted):
-    """By the command itself; benchmarks/faults.py, of which tests/test_faults.py runs a little, does it many times."""
+    """By the command itself; tests/training/test_faults.py does it several times."""
     folder = tmp_path / "run"
     last = folder / "checkpoints" / "last.ckpt"
     process = start_main(*RUN, f"checkpointing.save_dir={folder}", cwd=tmp_path, stdout=subprocess.PIPE)

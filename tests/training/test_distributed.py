@@ -68,7 +68,13 @@ def runs(tmp_path_factory) -> Path:
         ]
         lines = [" ".join([kind, name, *SAME, *more]) for kind, name, *more in jobs]
         Path("jobs").write_text("\n".join(lines))
-        command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "tests/two_processes.py"]
+        command = [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=2",
+            ROOT / "tests/training/two_processes.py",
+        ]
         done = subprocess.run([sys.executable, *command, "jobs"], capture_output=True, text=True, timeout=280,
                               env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
         assert "hang checkpoint" in done.stdout, done.stdout[-2000:] + done.stderr[-6000:]
