@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -11,9 +12,10 @@ import torch.distributed
 
 import main  # noqa: F401 - makes the folder of this checkout the package, wherever another one is installed
 from palimpsest.models.dit import DiT
+from tests.helpers.commands import ROOT, TINY, experiment
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = ROOT / "tests/golden"
 
 
 @pytest.fixture(autouse=True)
@@ -52,3 +54,38 @@ def random_dit():
         return net.eval()
 
     return build
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of tokenizers and rows for the tests of one module."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def untrained(tmp_path, monkeypatch, cache):
+    """An untrained model on a few reviews, built from overrides."""
+    monkeypatch.chdir(tmp_path)
+
+    def build(*overrides: str):
+        built = experiment(*TINY, f"data.cache_dir={cache}", *overrides)
+        data = built.data()
+        diffusion = built.diffusion(data).eval()
+        torch.nn.init.normal_(diffusion.backbone.head.weight, generator=torch.Generator().manual_seed(0))
+        return built, data, diffusion
+
+    return build
+
+
+@pytest.fixture
+def gsm8k(tmp_path, monkeypatch):
+    """Forty small problems of the same form as the real ones, and twelve to answer."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DATA_DIR", str(tmp_path))
+    (tmp_path / "gsm8k").mkdir()
+    for split, numbers in (("train", range(40)), ("test", range(12, 24))):
+        rows = [{"question": f"Ann has {n} pens and buys {n % 7} more{' pens' * (n % 3)}. How many are there?",
+                 "answer": f"There are <<{n}+{n % 7}={n + n % 7}>>{n + n % 7} pens.\n#### {n + n % 7}"}
+                for n in numbers]  # fmt: skip
+        (tmp_path / "gsm8k" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.helpers.commands import ROOT
+
 ROOMS = ("objectives", "samplers", "estimators", "tasks", "models", "text", "callbacks", "classification", "reporting",
          "engine", "app")  # fmt: skip
 SHARED = {"randomness", "metrics"}  # numbers and their errors: they import nothing of ours

@@ -3,32 +3,16 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-from palimpsest import main
 from palimpsest.settings.command_line import compose_config, explain, translate
+from tests.helpers.commands import ROOT, TINY, run, run_main
 
-ROOT = Path(__file__).parents[1]
 GROUPS = sorted(path.parent.name for path in (ROOT / "configs").glob("*/*.yaml"))
 CHOICES = sorted({(path.parent.name, path.stem) for path in (ROOT / "configs").glob("*/*.yaml")})
-TINY = ["model.hidden_size=16", "model.cond_dim=8", "model.n_blocks=1", "model.n_heads=2", "trainer.max_steps=2",
-        "loader.global_batch_size=4", "lr_scheduler.num_warmup_steps=1", "trainer.accelerator=cpu",
-        "data.max_train_texts=32", "data.max_valid_texts=8", "data.max_test_texts=8", "eval.num_draws=2",
-        "sampling.steps=4", "sampling.num_sample_log=1", "sampling.num_sample_batches=1", "classify.num_draws=2"]  # fmt: skip
 BUILDS = {"data": ["reviews"], "mode": [], "optim": ["adamw"]}
-
-
-def run_main(*arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProcess:
-    """main.py as a user starts it."""
-    return subprocess.run(
-        [sys.executable, str(ROOT / "main.py"), *arguments], cwd=cwd, capture_output=True, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES, ids=lambda v: v)
@@ -60,7 +44,7 @@ def test_every_choice_composes(group, choice):
 ], ids=" ".join)  # fmt: skip
 def test_every_setting_trains_measures_and_samples(tmp_path, monkeypatch, overrides):
     monkeypatch.chdir(tmp_path)
-    results = main.run(compose_config([*TINY, *overrides, "data.cache_dir=cache"]), "a test")
+    results = run(*TINY, *overrides, "data.cache_dir=cache")
     assert 0 < results["nll_nats_per_token"].value < 20
     gap = results["gap_nats_per_token"]
     comparable = not any(word in " ".join(overrides) for word in ("tokenizer", "wrap", "score_special"))
@@ -73,7 +57,7 @@ def test_modes_on_one_configuration(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for mode, wanted in [("train", "perplexity"), ("ppl_eval", "bits_per_token"), ("sample_eval", "unigram_entropy_nats"),
                          ("classify", "accuracy")]:  # fmt: skip
-        results = main.run(compose_config([*TINY, f"mode={mode}", "loader.eval_batch_size=4"]), "a test")
+        results = run(*TINY, f"mode={mode}", "loader.eval_batch_size=4")
         assert wanted in results
     lines = next(tmp_path.rglob("samples.jsonl")).read_text().splitlines()
     assert len(lines) == 4
@@ -238,21 +222,21 @@ def test_unknown_keys_and_choices_list_what_exists(arguments, said):
 def test_mistakes_name_the_key_and_the_value(tmp_path, monkeypatch, arguments, said):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(Exception) as caught:  # noqa: B017, PT011 - explain() is what is tested
-        main.run(compose_config([*TINY, *arguments]), "a test")
+        run(*TINY, *arguments)
     assert said in explain(caught.value)
 
 
 def test_a_checkpoint_of_another_network_or_tokenizer_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    main.run(compose_config([*TINY]), "a test")
+    run(*TINY)
     path = next(tmp_path.rglob("last.ckpt"))
     ask = ["mode=ppl_eval", f"eval.checkpoint_path='{path}'", *TINY]
     with pytest.raises(ValueError, match="add: .*model.n_blocks=1"):
-        main.run(compose_config([*ask, "model.n_blocks=2"]), "a test")
+        run(*ask, "model.n_blocks=2")
     with pytest.raises(ValueError, match="add: parameterization=subs"):
-        main.run(compose_config([*ask, "parameterization=d3pm"]), "a test")
+        run(*ask, "parameterization=d3pm")
     with pytest.raises(ValueError, match="another tokenizer"):
-        main.run(compose_config([*ask, "data.tokenizer_name_or_path=byte"]), "a test")
+        run(*ask, "data.tokenizer_name_or_path=byte")
 
 
 def test_a_mistake_on_the_command_line_is_one_message(tmp_path):

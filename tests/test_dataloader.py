@@ -4,7 +4,6 @@ mask."""
 import inspect
 import logging
 import os
-from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
@@ -18,6 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from palimpsest.data.order import draws_at, epoch_order, evaluation_batches, rows_at
 from palimpsest.dataloader import Loading, PositionBatchSampler, TextData, batch_arithmetic, with_texts
 from palimpsest.settings.command_line import compose_config
+from tests.helpers.commands import ROOT
 
 N = 37
 
@@ -353,7 +353,7 @@ def test_bad_settings(settings, message, tmp_path):
 
 # -------------------------------------------------------------------------------- configs/data
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs" / "data").glob("*.yaml"))
+CONFIGS = sorted((ROOT / "configs" / "data").glob("*.yaml"))
 
 
 def configured(path, tmp_path, changes=(), **settings):

@@ -37,9 +37,8 @@ from palimpsest.settings.instantiation import OF_LIBRARIES, instantiate, located
 from palimpsest.settings.values import check_numbers
 from palimpsest.training.recovery import newest_good
 from palimpsest.training.storage import AtomicCheckpointIO
-from tests.test_configs import TINY
+from tests.helpers.commands import ROOT, TINY, run
 
-ROOT = Path(__file__).parents[1]
 SETTINGS = identity(compose_config(["model=tiny"]))
 
 
@@ -131,7 +130,7 @@ def test_torchscript_never_runs_wherever_a_checkpoint_is_looked_at(here, program
                   ["checkpointing.resume_ckpt_path=x.ckpt"],
                   ["parameterization=subs", "backbone=hf_dit", "eval.checkpoint_path=x.ckpt"]):  # fmt: skip
         with pytest.raises(Exception, match="TorchScript program"):
-            main.run(compose_config([*TINY, "data.cache_dir=cache", *typed]), "a test")
+            run(*TINY, "data.cache_dir=cache", *typed)
     last.write_bytes(program)
     with pytest.raises(FileNotFoundError, match="no trained network"):
         runs.find([])

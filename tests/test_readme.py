@@ -5,15 +5,13 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 
 from palimpsest import main
 from palimpsest.settings.command_line import compose_config
-from tests.test_configs import TINY
+from tests.helpers.commands import ROOT, TINY, run
 
-ROOT = Path(__file__).parents[1]
 LINES = re.findall(r"^(?:DATA_DIR=\S+ )?python main\.py.*$", (ROOT / "README.md").read_text(), re.M)
 COMMANDS = [shlex.split(line.split("#")[0]) for line in LINES]
 COMMANDS = [words[words.index("main.py") + 1 :] for words in COMMANDS if "--help" not in words]
@@ -64,5 +62,5 @@ def test_command(tmp_path, monkeypatch, arguments):
     if "mode=ppl_eval" in arguments or "mode=sample_eval" in arguments:
         trained = [word for word in typed if not word.startswith(("mode=", "eval.", "sampling.", "loader.eval_"))]
         main.run(compose_config([*trained, *SMALL, *limits]), "what these measure")
-    results = main.run(compose_config([*typed, *SMALL, *limits]), "a test")
+    results = run(*typed, *SMALL, *limits)
     assert results and list(tmp_path.rglob("report.html"))
