@@ -8,11 +8,10 @@ from dataclasses import dataclass
 
 from palimpsest.app.runs import Classifier, Network
 from palimpsest.diffusion import Diffusion
-from palimpsest.main import Experiment
+from palimpsest.experiment.experiment import Experiment
+from palimpsest.experiment.running import checked
 from palimpsest.scripts.generate import quoted
 from palimpsest.settings.command_line import compose_config
-from palimpsest.settings.contradictions import refuse_contradictions
-from palimpsest.settings.values import check_numbers
 from palimpsest.tasks.class_models import Hypothesis, one_per_class, told_the_class
 from palimpsest.tasks.classify import check_classes
 
@@ -96,9 +95,7 @@ class Networks:
         with self._composing:  # Hydra composes one configuration at a time
             words = [*network.words, *(f"{key}={quoted(key, value)}" for key, value in asked.items()), *self._extra]
             configuration = compose_config(words)
-        check_numbers(configuration)
-        refuse_contradictions(configuration)
-        return Experiment(configuration, "python -m app")
+        return checked(configuration, "python -m app", words)
 
     def _once(self, kind: str, version: str, read: Callable[[], tuple[object, object]]) -> tuple[object, object]:
         if self._kept.get(kind, ("",))[0] != version:

@@ -20,7 +20,7 @@ import numpy as np
 from palimpsest.classification.bayes import posterior
 from palimpsest.classification.measures import measure
 from palimpsest.estimators.nelbo import Nelbo
-from palimpsest.main import Experiment
+from palimpsest.experiment.experiment import Experiment
 from palimpsest.objectives.noising import Bernoulli, ExactCount
 from palimpsest.settings.command_line import compose_config
 from palimpsest.tasks.class_models import class_models

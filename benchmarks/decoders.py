@@ -22,10 +22,10 @@ import numpy as np
 from benchmarks.kneser_ney import KneserNey
 from palimpsest.common.metrics import Estimate, Units
 from palimpsest.data.tokenizers import decode
-from palimpsest.main import Experiment
+from palimpsest.experiment.experiment import Experiment
+from palimpsest.experiment.running import checked
 from palimpsest.settings.command_line import compose_config
-from palimpsest.settings.contradictions import law, refuse_contradictions
-from palimpsest.settings.values import check_numbers
+from palimpsest.settings.instantiation import made_class
 from palimpsest.tasks.base import token_counts
 from palimpsest.tasks.drawing import draw
 from palimpsest.tasks.generative_perplexity import CausalScorer
@@ -82,8 +82,7 @@ class Table:
 
     def _experiment(self, how: list[str]) -> Experiment:
         cfg = compose_config([*self.overrides, *how])
-        check_numbers(cfg)
-        refuse_contradictions(cfg)
+        checked(cfg, "a benchmark")
         return Experiment(cfg, "benchmarks/decoders.py")
 
     def _scorer(self, name: str | None) -> CausalScorer | KneserNey:
@@ -156,7 +155,7 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     table, rows = Table(args), []
     cfg = table.experiment.cfg
-    blocks = law(cfg) == "bd3lm" and cfg.block_size != cfg.model.length
+    blocks = made_class(cfg.parameterization).name == "bd3lm" and cfg.block_size != cfg.model.length
     wanted = {name: how for name, how in decoders(blocks, [int(n) for n in args.steps.split(",")]).items()
               if args.only in name}  # fmt: skip
     print(f"{'':46} {'perplexity':19} {'entropy, nats':19} {'distinct-1':19} {'distinct-2':19} {'distinct-3':19}")

@@ -18,7 +18,7 @@ from benchmarks.objectives import COMMON
 from palimpsest.estimators.any_order import AnyOrder
 from palimpsest.estimators.nelbo import Nelbo
 from palimpsest.estimators.ordered import Ordered
-from palimpsest.main import Experiment
+from palimpsest.experiment.experiment import Experiment
 from palimpsest.objectives.base import Batch, Model
 from palimpsest.objectives.noising import Bernoulli, Complementary, ExactCount
 from palimpsest.samplers.ordered import ORDERS

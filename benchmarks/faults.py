@@ -35,8 +35,8 @@ from pathlib import Path
 
 import torch
 
-from palimpsest import main
 from palimpsest.common.files import Seal, check_seal
+from palimpsest.experiment.experiment import Experiment
 from palimpsest.models.checkpoints import load_inert, read_progress
 from palimpsest.settings.command_line import compose_config
 from palimpsest.tasks.fitting import fit
@@ -119,7 +119,7 @@ def start(folder: Path, every: int, *more: str, prepare: Callable[[], None] = la
             prepare()
 
         LastCheckpoint.on_train_start = said
-        fit(main.Experiment(cfg, "faults"), 0)
+        fit(Experiment(cfg, "faults"), 0)
         status = 0
     except BaseException:
         traceback.print_exc()

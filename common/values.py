@@ -72,14 +72,6 @@ def list_of(entry: Setting, least: int = 0, example: str = "") -> Setting:
     return Setting(said, lambda v: isinstance(v, list) and len(v) >= least and all(map(entry.accepts, v)))
 
 
-def mapping_of(entry: Setting | None) -> Setting:
-    """Return the groups of settings, of any names, whose values all are of one kind."""
-    if entry is None:
-        return GROUP
-    said = f"a group of settings such as {{name: value}}; each value {entry.said}"
-    return Setting(said, lambda v: isinstance(v, dict) and all(map(entry.accepts, v.values())))
-
-
 def either(*settings: Setting) -> Setting:
     """Return what any of them takes."""
     return Setting(" or ".join(s.said for s in settings), lambda v: any(s.accepts(v) for s in settings))
@@ -142,8 +134,6 @@ def setting_of(hint: object) -> Setting | None:
         return own or setting_of(hint.__origin__)
     if get_origin(hint) is Literal:
         return one_of(*get_args(hint))
-    if get_origin(hint) is Mapping:
-        return mapping_of(setting_of(get_args(hint)[1]))
     if get_origin(hint) in (Union, types.UnionType):
         parts = [setting_of(part) for part in get_args(hint)]
         literals = [value for part in get_args(hint) if get_origin(part) is Literal for value in get_args(part)]
@@ -153,11 +143,24 @@ def setting_of(hint: object) -> Setting | None:
     return _PLAIN.get(hint)
 
 
-def is_text(hint: object) -> bool:
-    """Return True if a setting takes texts, or lists of texts."""
-    if hint is str:
-        return True
-    return any(is_text(part) for part in get_args(hint) if not isinstance(part, str | Setting))
+def entry_of(hint: object) -> object | None:
+    """Return the type of the values of a mapping; None for any other type."""
+    for part in (hint, *get_args(hint)):
+        if get_origin(part) is Mapping:
+            return get_args(part)[1]
+    return None
+
+
+def maybe_group(hint: object) -> Setting | None:
+    """Return the values that stand for something of ours that is built: a group of settings, or null where that is
+    allowed; None for any other type."""
+    parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    built = [part for part in parts if part is not type(None)]
+    if not all(
+        get_origin(part) is Callable or getattr(part, "__module__", "").startswith("palimpsest") for part in built
+    ):
+        return None
+    return either(GROUP, NULL) if type(None) in parts else GROUP
 
 
 def marks(hint: object) -> frozenset[str]:

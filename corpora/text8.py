@@ -2,14 +2,14 @@
 
 import copy
 import zipfile
-from collections.abc import Mapping, Sequence
-from typing import Annotated
+from collections.abc import Mapping
 
 import datasets
 
-from palimpsest.common.values import TEXT, Length, PresentPath, list_of
+from palimpsest.common.values import Length, PresentPath
 from palimpsest.data.hub import local_folder
 from palimpsest.data.rows import check_split, text_rows, with_documents
+from palimpsest.data.sources import Source
 
 
 class Text8:
@@ -24,7 +24,7 @@ class Text8:
 
     def __init__(
         self,
-        parts: Annotated[Sequence[str], list_of(TEXT, 1, "['{question}',' {answer}']")],
+        parts: Source,
         folder: PresentPath,
         chunk: Length,
         sizes: Mapping[str, int],

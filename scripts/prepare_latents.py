@@ -33,11 +33,11 @@ import torch
 from palimpsest.data.cache import fingerprint
 from palimpsest.data.tokenizers import encode
 from palimpsest.dataloader import TextData
+from palimpsest.experiment.experiment import Experiment
 from palimpsest.latents.attributes import Attributes, known_texts
 from palimpsest.latents.gate import LEAST_PROBED, LEAST_RETRIEVED, probe, retrieval
 from palimpsest.latents.preparing import Plan, Preparation
 from palimpsest.latents.shards import SPLITS, Shards
-from palimpsest.main import Experiment
 from palimpsest.settings.command_line import clear_errors, compose_config
 
 log = logging.getLogger(__name__)

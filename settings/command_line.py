@@ -117,7 +117,7 @@ def _check_groups(arguments: list[str]) -> None:
 
 def _is_plain(value: str) -> bool:
     """Whether Hydra reads it as the text that it is, or whether it is no text in any case."""
-    word = re.fullmatch(r"[A-Za-z_/.][\w/.-]*", value)
+    word = re.fullmatch(r"[A-Za-z_/.][\w/.-]*", value, re.ASCII)
     return value in ("", "true", "false", "null") or (word is not None and value.lower() not in ("nan", "inf"))
 
 

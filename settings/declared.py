@@ -89,12 +89,14 @@ def _annotations(key: str) -> list[str]:
     found = [annotation(*reader) for reader in readers(key)]
     group, _, name = key.rpartition(".")
     own = [annotation(target, name) for target in _targets().get(group, ())]
+    own += [text for other in _scanned()[2].get(key, ()) for text in _annotations(other)]
     return [text for text in (*found, *own) if text]
 
 
 @cache
-def _scanned() -> tuple[dict[str, list[tuple[str, str]]], dict[str, list[str]]]:
+def _scanned() -> tuple[dict[str, list[tuple[str, str]]], dict[str, list[str]], dict[str, list[str]]]:
     keys: dict[str, list[tuple[str, str]]] = {}
+    refers: dict[str, list[str]] = {}
     targets: dict[str, list[str]] = {}
     for path in sorted(CONFIGS.rglob("*.yaml")):
         text = path.read_text(encoding="utf-8")
@@ -104,11 +106,13 @@ def _scanned() -> tuple[dict[str, list[tuple[str, str]]], dict[str, list[str]]]:
             targets.setdefault(place, []).append(target)
             for argument, value in arguments.items():
                 if isinstance(value, str) and (reference := REFERENCE.fullmatch(value)):
-                    keys.setdefault(absolute(f"{place}.{argument}", reference[1]), []).append((target, argument))
+                    key = absolute(f"{place}.{argument}", reference[1])
+                    keys.setdefault(key, []).append((target, argument))
+                    refers.setdefault(f"{place}.{argument}", []).append(key)
     for target, wired in WIRING.items():
         for argument, key in wired.items():
             keys.setdefault(key, []).append((target, argument))
-    return keys, targets
+    return keys, targets, refers
 
 
 @cache

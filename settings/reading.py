@@ -16,9 +16,9 @@ from functools import cache, cached_property
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from palimpsest.common.values import GROUP, Setting, hints, setting_of, shown
+from palimpsest.common.values import GROUP, entry_of, hints, maybe_group, setting_of, shown
 from palimpsest.settings.command_line import key_of
-from palimpsest.settings.declared import CONFIGS, REFERENCE, absolute
+from palimpsest.settings.declared import CONFIGS, REFERENCE, absolute, readers
 from palimpsest.settings.instantiation import located, made_class
 from palimpsest.settings.wiring import ROOTS, WIRING
 
@@ -90,12 +90,14 @@ class Readers:
         for key, value in self._values().items():
             if key.endswith("_target_") and not (isinstance(value, str) and _TARGET.fullmatch(value)):
                 raise ValueError(f"{key}={shown(value)} must be the dotted name of a class or function, as in configs/")
+        for group in dict.fromkeys(
+            key.partition(".")[0] for keys in WIRING.values() for key in keys.values() if "." in key
+        ):
+            if not isinstance(self._raw.get(group), dict):
+                raise ValueError(f"{group}={shown(self._raw.get(group))} must be {GROUP.said}")
         self._refuse_broken()
         for argument in self.arguments:
-            value = _plain(OmegaConf.select(self._cfg, argument.at))
-            setting = _taken(argument.hint, value)
-            if setting is not None and not setting.accepts(value):
-                raise ValueError(f"{argument.key}={shown(value)} must be {setting.said}")
+            _refuse(argument.key, argument.hint, _plain(OmegaConf.select(self._cfg, argument.at)))
 
     def _values(self) -> dict[str, object]:
         return dict(leaves(self._raw))
@@ -120,10 +122,12 @@ class Readers:
         for word in words:
             key = key_of(word)
             value = OmegaConf.select(self._cfg, key, default=None)
-            if key.startswith("hydra.") or value in (None, False, "", 0) or _is_read(key, read):
+            usual = _at(_defaults(), key)
+            if key in _of_every_mode():
+                _refuse_wrong_unread(key, _plain(value))
+            if key.startswith("hydra.") or _is_read(key, read) or (type(value), value) == (type(usual), usual):
                 continue
-            if not OmegaConf.is_config(value) and value == _at(_defaults(), key):
-                continue
+            _refuse_wrong_unread(key, _plain(value))
             said = _unread(key, word, self._cfg)
             if not key.startswith(_ANY_NETWORK):
                 raise ValueError(said)
@@ -139,12 +143,14 @@ def leaves(node: dict[str, object], prefix: str = "") -> Iterator[tuple[str, obj
             yield f"{prefix}{name}", value
 
 
-def _taken(hint: object, value: object) -> Setting | None:
-    """Return the values of a type; of what is built from a group, a group."""
-    setting = setting_of(hint)
-    if setting is None and hint is not object and value is not None:
-        return None if isinstance(value, dict | list) else GROUP
-    return setting
+def _refuse(key: str, hint: object, value: object) -> None:
+    """Raise ValueError for a value that is none of its type; what is built stands there as a group of settings."""
+    if entry := entry_of(hint):
+        for name, one in value.items() if isinstance(value, dict) else ():
+            _refuse(f"{key}.{name}", entry, one)
+    setting = setting_of(hint) or (None if hint is object else maybe_group(hint))
+    if setting is not None and not setting.accepts(value):
+        raise ValueError(f"{key}={shown(value)} must be {setting.said}")
 
 
 def _is_reference(value: object) -> bool:
@@ -184,6 +190,14 @@ def _of_every_mode() -> frozenset[str]:
     """Return the keys that a mode reads: one command is given with several modes."""
     files = (CONFIGS / "mode").glob("*.yaml")
     return frozenset(key for path in files for key in REFERENCE.findall(path.read_text(encoding="utf-8")))
+
+
+def _refuse_wrong_unread(key: str, value: object) -> None:
+    """Refuse a value that no reader of the setting would take."""
+    known = [hints(located(target)).get(argument, object) for target, argument in readers(key)]
+    settings = [setting for hint in known if (setting := setting_of(hint)) is not None]
+    if settings and not any(setting.accepts(value) for setting in settings):
+        raise ValueError(f"{key}={shown(value)} must be {settings[0].said}")
 
 
 def _unread(key: str, word: str, cfg: DictConfig) -> str:

@@ -83,4 +83,5 @@ WIRING: dict[str, dict[str, str]] = {
 }
 # Groups whose components the code builds itself; others are built where one of these refers to them.
 ROOTS = ("mode", "backbone", "parameterization", "process", "sampler", "estimator", "optim", "lr_scheduler",
-         "strategy", "callbacks", "logger", "plateau", "latents", "streaming", "data.source", "data.truth", "data.judge")  # fmt: skip
+         "strategy", "callbacks", "logger", "plateau", "latents", "streaming", "data.source", "data.truth",
+         "data.judge")  # fmt: skip

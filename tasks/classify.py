@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from palimpsest.classification.bayes import log_prior, posterior
 from palimpsest.classification.calibration import RateWeights, fit_rate_weights, fit_temperature
 from palimpsest.classification.measures import Measures, measure
 from palimpsest.common.metrics import Estimate
+from palimpsest.common.values import COUNT, PATH, FilePath, Name, list_of, real, whole
 from palimpsest.samplers.gaussian import LatentSteps
 from palimpsest.tasks.base import Experiment, Likelihood, likelihood, write_results
 from palimpsest.tasks.class_models import Hypothesis, class_models
@@ -38,14 +40,22 @@ class Beside:
 
     calibrate: bool = False
     baselines: bool = True
-    compare: tuple[str, ...] = ()
+    compare: Annotated[Sequence[str], list_of(PATH, 0, "[outputs/.../classify/test]")] = ()
     latent: LatentSteps = LatentSteps()
 
 
 def classify(
-    experiment: Experiment, *, checkpoint_path: str, split: str, race: Race, prior: str | Sequence[float],
-    beside: Beside, num_samples: int, num_examples: int, disable_ema: bool,
-) -> dict[str, object]:  # fmt: skip
+    experiment: Experiment,
+    *,
+    checkpoint_path: FilePath | None,
+    split: Name,
+    race: Race,
+    prior: Literal["uniform", "empirical"] | Annotated[Sequence[float], list_of(real("[0, 1]"), 2, "[0.3,0.7]")],
+    beside: Beside,
+    num_samples: Annotated[int, whole(0, COUNT)],
+    num_examples: Annotated[int, whole(0, COUNT)],
+    disable_ema: bool,
+) -> dict[str, object]:
     """Score `split` under every class with the same masks, apply Bayes' rule, hold it against other methods.
 
     The models are those of `checkpoint_path`, with {label} for the number of the class where there is one per class;

@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Annotated, Literal
 
 import lightning
 import numpy as np
@@ -18,6 +19,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
 from palimpsest.common.randomness import KeyedNoise
+from palimpsest.common.values import COUNT, Count, Name, Natural, Share, real, whole
 from palimpsest.denoisers import Denoiser
 from palimpsest.diffusion import Diffusion
 from palimpsest.report.denoising import Sample
@@ -49,12 +51,12 @@ class EditRules:
         ValueError: a target that is unknown, a way that has no steps, a share outside [0, 1].
     """
 
-    positions: str = "random"
-    rate: float = 0.3
-    target: str = "shift"
-    alpha: float = 1.0
-    to_class: int | str | None = None
-    path: int = 5
+    positions: Literal["random", "entropy", "suffix", "contrast"] = "random"
+    rate: Share = 0.3
+    target: Literal["shift", "centroid", "neighbour", "slerp"] = "shift"
+    alpha: Annotated[float, real("(-inf, inf)")] = 1.0
+    to_class: Natural | Name | None = None
+    path: Annotated[int, whole(2, COUNT)] = 5
 
     TARGETS = ("centroid", "shift", "neighbour", "slerp")
 
@@ -76,10 +78,10 @@ class Directed:
         ValueError: a direction or an order that is unknown, or guidance where nothing is given.
     """
 
-    direction: str | None = None
-    joint_order: str = "simultaneous"
+    direction: Literal["joint", "l2t", "t2l", "edit"] | None = None
+    joint_order: Literal["simultaneous", "latent_first"] = "simultaneous"
     latent: LatentSteps = LatentSteps()
-    steps: int = 128
+    steps: Count = 128
     choice: TokenChoice = TokenChoice()
     noise_removal: bool = True
     edit: EditRules = field(default_factory=EditRules)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
 
+from palimpsest.common.values import Name, Natural, NotNegative
 from palimpsest.denoisers import ClassGuided, ClassifierGuided, Denoiser
 from palimpsest.diffusion import Diffusion
 from palimpsest.samplers.trace import Trace
@@ -33,9 +35,9 @@ class Guidance:
         ValueError: the weight is negative or infinite, or `by` is unknown.
     """
 
-    to_class: int | str | None = None
-    weight: float = 1.0
-    by: str = "network"
+    to_class: Natural | Name | None = None
+    weight: NotNegative = 1.0
+    by: Literal["network", "unigrams"] = "network"
 
     def __post_init__(self) -> None:
         if not 0 <= self.weight < math.inf:

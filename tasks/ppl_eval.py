@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict
 
+from palimpsest.common.values import FilePath, Name
 from palimpsest.objectives.base import latent_hidden
 from palimpsest.report import plots
 from palimpsest.report.report import Report
@@ -81,7 +82,9 @@ def _method(measured: Likelihood) -> str:
     return kind + errors + filled + (_TRUTH if measured.truth else "")
 
 
-def ppl_eval(experiment: Experiment, *, checkpoint_path: str, disable_ema: bool, split: str) -> dict[str, object]:
+def ppl_eval(
+    experiment: Experiment, *, checkpoint_path: FilePath | None, disable_ema: bool, split: Name
+) -> dict[str, object]:
     """Score every text of `split`; write results.json and report.html. What is reported is p(text); of texts with
     latents also what these say (tasks/latent_gain.py)."""
     data = experiment.data()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from palimpsest.common.values import COUNT, AtLeastOne, Count, FilePath, Name, Natural, PresentPath, whole
 from palimpsest.report.denoising import Sample
 from palimpsest.report.report import Metric, Report
 from palimpsest.tasks.base import Experiment, write_results
@@ -35,11 +37,22 @@ def write_samples(path: Path, drawn: list[Drawn], given: Template, tokenizer: ob
 
 
 def sample_eval(
-    experiment: Experiment, *, checkpoint_path: str, disable_ema: bool, num_batches: int | None,
-    num_samples: int | None, num_shown: int, split: str | None, samples_per_prompt: int,
-    compute_generative_perplexity: bool, scorer_name: str, perplexity_batch_size: int, views: Views, directed: Directed,
+    experiment: Experiment,
+    *,
+    checkpoint_path: FilePath | None,
+    disable_ema: bool,
+    num_batches: Count | None,
+    num_samples: Annotated[int, whole(0, COUNT)] | None,
+    num_shown: Natural,
+    split: Name | None,
+    samples_per_prompt: Count,
+    compute_generative_perplexity: bool,
+    scorer_name: PresentPath,
+    perplexity_batch_size: AtLeastOne,
+    views: Views,
+    directed: Directed,
     guided: Guidance,
-) -> dict[str, object]:  # fmt: skip
+) -> dict[str, object]:
     """Draw `num_samples` texts (None: `num_batches` batches of `loader.eval_batch_size`), shared out over all devices;
     hold them against as many real ones of `split` (None: against nothing); write samples.jsonl, results.json,
     report.html and what `views` asks for of the first `num_shown`. Where texts have prompts, so many of those of

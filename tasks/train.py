@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 
+from palimpsest.common.values import COUNT, whole
 from palimpsest.objectives.base import latent_hidden
 from palimpsest.report import plots, training_plots
 from palimpsest.report.report import Report
@@ -90,7 +92,9 @@ def add_course(report: Report, folder: Path) -> None:
         )
 
 
-def train(experiment: Experiment, *, num_samples: int, generate_samples: bool) -> dict[str, object]:
+def train(
+    experiment: Experiment, *, num_samples: Annotated[int, whole(0, COUNT)], generate_samples: bool
+) -> dict[str, object]:
     """Fit, then write results.json and report.html on the validation split."""
     checkpoint = fit(experiment)
     data = experiment.data()

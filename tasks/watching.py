@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Annotated
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console, Group
@@ -17,6 +18,7 @@ from rich.live import Live
 from rich.style import Style
 from rich.text import Text
 
+from palimpsest.common.values import real
 from palimpsest.diffusion import Diffusion
 from palimpsest.report.denoising import Sample, write_denoising
 from palimpsest.report.gif import write_gif
@@ -44,7 +46,7 @@ class Views:
     """
 
     show: bool = False
-    show_delay: float = 0.0
+    show_delay: Annotated[float, real("[0, 3600]")] = 0.0
     html: bool = True
     gif: bool = False
 

@@ -34,7 +34,7 @@ def test_the_worked_examples_run(tmp_path):
         "from palimpsest import main\n"
         "from palimpsest.settings.command_line import compose_config\n"
         f"assert pytest.main({tests}) == 0\n"
-        f"for typed in {[TINY, sampled, plain]}: main.run(compose_config(typed), 'a test')"
+        f"for typed in {[TINY, sampled, plain]}: running.run(compose_config(typed), 'a test')"
     )
     done = subprocess.run([sys.executable, "-c", commands], cwd=copy, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -18,6 +18,7 @@ from palimpsest.data.order import draws_at, epoch_order, evaluation_batches, row
 from palimpsest.dataloader import Loading, PositionBatchSampler, TextData, batch_arithmetic, with_texts
 from palimpsest.settings.command_line import compose_config
 from tests.helpers.commands import ROOT
+from tests.helpers.texts import text_data
 
 N = 37
 
@@ -43,7 +44,7 @@ def data(tmp_path, source=None, *, rank=0, world=1, **settings):
         "seed": 5, "eval_batch_size": 4,
     }  # fmt: skip
     loading = Loading(num_workers=settings.pop("num_workers", 0))
-    module = TextData(source or Listed(), loading=loading, **(defaults | settings))
+    module = text_data(source or Listed(), loading=loading, **(defaults | settings))
     if world > 1:
         module.trainer = SimpleNamespace(global_rank=rank, world_size=world, max_steps=10, global_step=0)
     return module
@@ -360,7 +361,7 @@ def configured(path, tmp_path, changes=(), **settings):
     data = compose_config([f"data={path.stem}", *(f"data.{change}" for change in changes)]).data
     known = set(inspect.signature(TextData).parameters) - {"source", "cache_dir"}
     values = {key: value for key, value in data.items() if key in known}
-    return TextData(instantiate(data.source), cache_dir=tmp_path, **(values | settings))
+    return text_data(instantiate(data.source), cache_dir=tmp_path, **(values | settings))
 
 
 def test_every_config_is_there():

@@ -8,7 +8,7 @@ import shlex
 
 import pytest
 
-from palimpsest import main
+from palimpsest.experiment import running
 from palimpsest.settings.command_line import compose_config
 from tests.helpers.commands import ROOT, TINY, run
 
@@ -61,6 +61,6 @@ def test_command(tmp_path, monkeypatch, arguments):
     typed = [word for word in arguments if word != "model=small"]
     if "mode=ppl_eval" in arguments or "mode=sample_eval" in arguments:
         trained = [word for word in typed if not word.startswith(("mode=", "eval.", "sampling.", "loader.eval_"))]
-        main.run(compose_config([*trained, *SMALL, *limits]), "what these measure")
+        running.run(compose_config([*trained, *SMALL, *limits]), "what these measure")
     results = run(*typed, *SMALL, *limits)
     assert results and list(tmp_path.rglob("report.html"))

@@ -6,14 +6,15 @@ import errno
 import logging
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
+from typing import Annotated
 
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from palimpsest.common.values import FilePath, Name
+from palimpsest.common.values import NAME, FilePath, Name, list_of
 
 log = logging.getLogger(__name__)
 
@@ -44,10 +45,20 @@ def outlives_full_disks(logger: Logger) -> Logger:
 
 
 def wandb_logger(
-    save_dir: FilePath | None, id: Name | None = None, goes_on: bool = True, **settings: object
+    save_dir: FilePath | None,
+    id: Name | None = None,
+    goes_on: bool = True,
+    project: Name | None = None,
+    notes: Name | None = None,
+    group: Name | None = None,
+    job_type: Name | None = None,
+    name: Name | None = None,
+    tags: Name | Annotated[Sequence[str], list_of(NAME, 0, "[first,second]")] | None = None,
+    offline: bool = False,
+    **settings: object,
 ) -> WandbLogger:
-    """Weights & Biases; `settings` are WandbLogger's. All starts of a training are one run there, and every training of
-    a process has its own.
+    """Weights & Biases; `settings` are further ones of WandbLogger. All starts of a training are one run there, and
+    every training of a process has its own.
 
     id: of that run; None: what the environment says (WANDB_RUN_ID), else one that is drawn at the first start and kept
     in `save_dir`. goes_on: whether the training may go on with what lies there; if not, another id is drawn.
@@ -56,7 +67,8 @@ def wandb_logger(
     """
     first = rank_zero_only.rank == 0  # the only process that logs
     id = id or os.environ.get("WANDB_RUN_ID") or (_run_id(Path(save_dir), goes_on) if first else None)
-    logger = WandbLogger(save_dir=save_dir, id=id, **settings)
+    told = {"project": project, "notes": notes, "group": group, "job_type": job_type, "name": name, "tags": tags}
+    logger = WandbLogger(save_dir=save_dir, id=id, offline=offline, **told, **settings)
     import wandb
 
     if wandb.run is not None:  # of the training before; Lightning would take it for this one

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
 
-from palimpsest.common.values import FREE, AboveZeroShare, AtLeastOne, Natural, Share, list_of, whole
+from palimpsest.common.values import FREE, AboveZeroShare, AtLeastOne, Natural, Positive, Share, list_of, whole
 
 _DECAYS: dict[str, Callable[[float], float]] = {
     "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
@@ -32,10 +32,13 @@ def constant(optimizer: Optimizer, num_warmup_steps: Natural) -> LambdaLR:
 
 
 def cosine_to_zero(
-    optimizer: Optimizer, num_warmup_steps: Natural, num_training_steps: Annotated[AtLeastOne, FREE]
+    optimizer: Optimizer,
+    num_warmup_steps: Natural,
+    num_training_steps: Annotated[AtLeastOne, FREE],
+    num_cycles: Positive = 0.5,
 ) -> LambdaLR:
-    """A linear warm-up, then half a cosine down to nothing."""
-    return get_cosine_schedule_with_warmup(optimizer, num_warmup_steps, num_training_steps)
+    """A linear warm-up, then `num_cycles` of a cosine: half of one ends at nothing."""
+    return get_cosine_schedule_with_warmup(optimizer, num_warmup_steps, num_training_steps, num_cycles)
 
 
 def cosine(

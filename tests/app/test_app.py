@@ -18,7 +18,6 @@ import pytest
 import torch
 from scipy.special import expit
 
-from palimpsest import main
 from palimpsest.app import __main__ as command
 from palimpsest.app import classifying, writing
 from palimpsest.app.job import Job, Stopped
@@ -28,6 +27,7 @@ from palimpsest.app.said import refused
 from palimpsest.classification.bayes import posterior_interval
 from palimpsest.dataloader import with_texts
 from palimpsest.estimators.nelbo import Nelbo
+from palimpsest.experiment.experiment import Experiment
 from palimpsest.settings.command_line import compose_config
 from palimpsest.tasks.blanks import Template
 from palimpsest.tasks.class_scoring import Race, score_classes
@@ -86,7 +86,7 @@ def test_texts_are_those_that_main_draws(trained, extra):
     wish = writing.Wish("the plot {{2}} is [MASK] .", 3, settings)
     done = writing.write(Networks(extra), network, wish, lambda picture, seconds: pictures.append(picture))
     words = [f"{'sampling.predictor' if key == 'sampler' else key}={value}" for key, value in settings.items()]
-    e = main.Experiment(compose_config([*network.words, "data.label=1", *words, *extra]), "a test")
+    e = Experiment(compose_config([*network.words, "data.label=1", *words, *extra]), "a test")
     diffusion = e.trained(e.data(), str(network.path), False)
     given = Template(template=wish.text)
     drawing = type(e.drawing)(e.drawing.sampler, given)
@@ -100,7 +100,7 @@ def test_texts_are_those_that_main_draws(trained, extra):
 
 
 def test_a_text_of_ones_own_becomes_the_row_that_a_test_text_becomes(trained, extra):
-    e = main.Experiment(compose_config([*find([str(trained)])[0].words, *extra, "data.max_test_texts=3"]), "a test")
+    e = Experiment(compose_config([*find([str(trained)])[0].words, *extra, "data.max_test_texts=3"]), "a test")
     data = e.data()
     typed = with_texts(data, "typed", data.texts("test")["text"])
     rows, wanted = typed.split("typed"), data.split("test")
@@ -111,7 +111,7 @@ def test_a_text_of_ones_own_becomes_the_row_that_a_test_text_becomes(trained, ex
 
 
 def test_who_watches_a_classification_sees_every_look_and_changes_nothing():
-    e = main.Experiment(compose_config(TINY), "a test")
+    e = Experiment(compose_config(TINY), "a test")
     seen, ask = [], (e.trainer, two_models(e), e.data(), "test", Nelbo(), Race(8, 1.0), 3, EVEN)
     watched, alone = score_classes(*ask, seen.append), score_classes(*ask)
     assert [scores.nats_MCP.shape[-1] for scores in seen] == [4, 6, 8]

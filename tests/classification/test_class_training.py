@@ -12,17 +12,19 @@ import numpy as np
 import pytest
 import torch
 
-from palimpsest import main
 from palimpsest.common.randomness import KeyedNoise
 from palimpsest.data.sources import HubOrFolder
-from palimpsest.dataloader import TextData
+from palimpsest.diffusion import Diffusion
+from palimpsest.experiment.experiment import Experiment
 from palimpsest.models.checkpoints import load_inert, read_checkpoint, read_progress
 from palimpsest.models.class_conditioning import UNTOLD
 from palimpsest.settings.command_line import compose_config
+from palimpsest.settings.identity import identity
 from palimpsest.tasks.base import token_counts, unigram_nll
 from palimpsest.tasks.class_models import class_models, pretraining_splits
 from palimpsest.tasks.fitting import begin, fit
 from tests.helpers.commands import TINY, run
+from tests.helpers.texts import text_data
 
 RUN = [*TINY, "checkpointing.save_dir=run", "sampling.num_sample_log=0", "trainer.max_steps=4",
        "trainer.val_check_interval=2"]  # fmt: skip
@@ -34,19 +36,19 @@ def _in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def experiment(*overrides: str) -> main.Experiment:
-    return main.Experiment(compose_config([*RUN, *overrides]), "a test")
+def experiment(*overrides: str) -> Experiment:
+    return Experiment(compose_config([*RUN, *overrides]), "a test")
 
 
 def count_steps(monkeypatch) -> list:
     """What `Diffusion.training_step` is called with from now on, one entry per call."""
-    calls, real = [], main.Diffusion.training_step
+    calls, real = [], Diffusion.training_step
 
     def step(self, batch, batch_idx):
         calls.append((self, batch))
         return real(self, batch, batch_idx)
 
-    monkeypatch.setattr(main.Diffusion, "training_step", step)
+    monkeypatch.setattr(Diffusion, "training_step", step)
     return calls
 
 
@@ -58,7 +60,7 @@ def forced_nll(monkeypatch, values: list[float]) -> list[float]:
         self._ema_context.__exit__(None, None, None)
         self.log("val/nll", torch.tensor(left.pop(0), dtype=torch.float64))
 
-    monkeypatch.setattr(main.Diffusion, "on_validation_epoch_end", end)
+    monkeypatch.setattr(Diffusion, "on_validation_epoch_end", end)
     return left
 
 
@@ -66,7 +68,7 @@ def forced_nll(monkeypatch, values: list[float]) -> list[float]:
 
 
 def test_a_conditional_network_is_told_all_but_the_asked_share(monkeypatch):
-    told, real = [], main.Diffusion.told
+    told, real = [], Diffusion.told
 
     def spy(self, batch, dropped_B=None):
         out = real(self, batch, dropped_B)
@@ -74,7 +76,7 @@ def test_a_conditional_network_is_told_all_but_the_asked_share(monkeypatch):
             told.append((batch["label"].clone(), out["class_id"].clone(), batch["position"].clone()))
         return out
 
-    monkeypatch.setattr(main.Diffusion, "told", spy)
+    monkeypatch.setattr(Diffusion, "told", spy)
     exp = experiment("classify.sharing=conditional", "classify.label_dropout=0.25", "loader.global_batch_size=64")
     models = class_models(exp, exp.data(), "", False)
     label, class_id, position = (torch.cat(parts) for parts in zip(*told, strict=True))
@@ -101,7 +103,7 @@ def averaged(path: Path) -> list[torch.Tensor]:
 
 def starts(monkeypatch) -> dict:
     """The parameters that every training begins with, by the label of its data."""
-    found, real = {}, main.Experiment.start_from_pretrained
+    found, real = {}, Experiment.start_from_pretrained
 
     def spy(self, diffusion, data, shared):
         out = real(self, diffusion, data, shared)
@@ -109,7 +111,7 @@ def starts(monkeypatch) -> dict:
                              [s.clone() for s in diffusion.ema.shadow_params])  # fmt: skip
         return out
 
-    monkeypatch.setattr(main.Experiment, "start_from_pretrained", spy)
+    monkeypatch.setattr(Experiment, "start_from_pretrained", spy)
     return found
 
 
@@ -145,13 +147,13 @@ def test_training_one_class_does_what_classification_does_for_it():
 
 
 def test_pretraining_is_part_of_what_makes_a_run_only_where_it_is_asked_for():
-    plain = main.identity(compose_config([]))
+    plain = identity(compose_config([]))
     assert not {"classify.pretrain", "classify.pretrain_steps", "training.start_from_counts"} & set(plain)
-    asked = main.identity(compose_config(["classify.pretrain=all", "training.start_from_counts=true", "mode=classify"]))
+    asked = identity(compose_config(["classify.pretrain=all", "training.start_from_counts=true", "mode=classify"]))
     assert asked["classify.pretrain"] == "all" and asked["classify.pretrain_steps"] == 2000
     assert asked["training.start_from_counts"] is True
-    assert "unsupervised" not in json.dumps(main.identity(compose_config(["data=imdb"])))
-    assert "unsupervised" in json.dumps(main.identity(compose_config(["data=imdb", "classify.pretrain=all"])))
+    assert "unsupervised" not in json.dumps(identity(compose_config(["data=imdb"])))
+    assert "unsupervised" in json.dumps(identity(compose_config(["data=imdb", "classify.pretrain=all"])))
 
 
 @pytest.mark.parametrize(("pretrain", "splits"), [
@@ -187,7 +189,7 @@ def test_another_split_is_trained_on_without_labels_and_without_texts_that_are_m
     assert all(("label" in source.load(split).column_names) == (split != "unsupervised") for split in source.splits)
     settings = {"length": 16, "tokenizer_name_or_path": "byte", "wrap": False, "insert_train_special": False,
                 "insert_valid_special": False, "long_texts": "truncate", "cache_dir": "cache"}  # fmt: skip
-    data = TextData(source, train_splits=["train", "unsupervised"], **settings)
+    data = text_data(source, train_splits=["train", "unsupervised"], **settings)
     train = set(source.load("train")["text"][:])
     joined = data.texts("train")
     added = set(source.load("unsupervised")["text"][:]) - set(source.load("test")["text"][:])
@@ -195,7 +197,7 @@ def test_another_split_is_trained_on_without_labels_and_without_texts_that_are_m
     assert len(joined) == len(train) + 20 and len(set(joined["text_id"][:])) == len(joined)
     assert len(set(data.split("train")["sample_id"][:].tolist())) == len(joined)
     assert all("label" not in data.split(split).column_names for split in ("train", "validation"))
-    limited = TextData(source, train_splits=["train", "unsupervised"], max_train_texts=3, **settings)
+    limited = text_data(source, train_splits=["train", "unsupervised"], max_train_texts=3, **settings)
     assert len(limited.texts("train")) == 6
 
 
@@ -328,7 +330,7 @@ def test_training_stops_without_a_better_validation_and_the_best_weights_are_the
     assert path.name == "best.ckpt" and load_inert(path)["global_step"] == 4
     assert load_inert(path.with_name("last.ckpt"))["global_step"] == 8 and left == [1.0]
     steps = count_steps(monkeypatch)
-    monkeypatch.setattr(main.Experiment, "trainer", lambda *_: pytest.fail("a complete run was begun again"))
+    monkeypatch.setattr(Experiment, "trainer", lambda *_: pytest.fail("a complete run was begun again"))
     assert fit(experiment(*PATIENT)) == path and not steps
     assert "complete" in capsys.readouterr().out
     trained = experiment(*PATIENT).trained(exp.data(), "", disable_ema=False)
@@ -379,19 +381,19 @@ def test_killed_while_it_validates_it_validates_again(monkeypatch):
 def test_killed_anywhere_it_counts_every_validation_once(monkeypatch, step):
     left = forced_nll(monkeypatch, [2.0, 2.5, 2.4, 1.0])
     often = [*PATIENT, "callbacks.checkpoint_every_n_steps.every_n_train_steps=2"]
-    real = main.Diffusion.training_step
+    real = Diffusion.training_step
 
     def killed(self, batch, batch_idx):
         if self.global_step == step:
             raise RuntimeError("killed")
         return real(self, batch, batch_idx)
 
-    monkeypatch.setattr(main.Diffusion, "training_step", killed)
+    monkeypatch.setattr(Diffusion, "training_step", killed)
     with pytest.raises(RuntimeError, match="killed"):
         fit(experiment(*often))
     last = read_progress(Path("run/label=0/checkpoints/last.ckpt"))
     assert last.step == step // 2 * 2 and last.fruitless == (step >= 4) and last.best is not None
-    monkeypatch.setattr(main.Diffusion, "training_step", real)
+    monkeypatch.setattr(Diffusion, "training_step", real)
     path = fit(experiment(*often))
     assert left == [1.0] and load_inert(path)["global_step"] == 2
     assert load_inert(path.with_name("last.ckpt"))["global_step"] == 6
@@ -424,19 +426,19 @@ def test_going_on_in_the_middle_of_the_second_class_ends_where_an_uninterrupted_
                  "callbacks.checkpoint_every_n_steps.every_n_train_steps=1"]  # fmt: skip
     whole = experiment(*overrides, "checkpointing.save_dir=whole")
     class_models(whole, whole.data(), "", False)
-    real = main.Diffusion.training_step
+    real = Diffusion.training_step
 
     def killed(self, batch, batch_idx):
         if self.identity["label"] == 1 and self.global_step == 2:
             raise RuntimeError("killed")
         return real(self, batch, batch_idx)
 
-    monkeypatch.setattr(main.Diffusion, "training_step", killed)
+    monkeypatch.setattr(Diffusion, "training_step", killed)
     exp = experiment(*overrides)
     with pytest.raises(RuntimeError, match="killed"):
         class_models(exp, exp.data(), "", False)
     assert read_progress(Path("run/label=1/checkpoints/last.ckpt")).step == 2
-    monkeypatch.setattr(main.Diffusion, "training_step", real)
+    monkeypatch.setattr(Diffusion, "training_step", real)
     steps = count_steps(monkeypatch)
     class_models(exp, exp.data(), "", False)
     assert len(steps) == 2

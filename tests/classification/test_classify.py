@@ -11,8 +11,8 @@ import pytest
 import torch
 from hydra.errors import InstantiationException
 
-from palimpsest import main
 from palimpsest.estimators.nelbo import Nelbo, for_comparison
+from palimpsest.experiment.experiment import Experiment
 from palimpsest.objectives.noising import Bernoulli, ExactCount, TiltedCount
 from palimpsest.settings.command_line import compose_config
 from palimpsest.tasks.class_models import Hypothesis
@@ -25,11 +25,11 @@ from tests.helpers.networks import EVEN, random_network, two_models
 WINDOWS = ["data.long_texts=windows", "model.length=24", "data.insert_valid_eos=false"]
 
 
-def experiment(*overrides: str) -> main.Experiment:
-    return main.Experiment(compose_config([*TINY, *overrides]), "a test")
+def experiment(*overrides: str) -> Experiment:
+    return Experiment(compose_config([*TINY, *overrides]), "a test")
 
 
-def scores_of(e: main.Experiment, hypotheses: list[Hypothesis], race: Race, estimator: object = None) -> ClassScores:
+def scores_of(e: Experiment, hypotheses: list[Hypothesis], race: Race, estimator: object = None) -> ClassScores:
     return score_classes(e.trainer, hypotheses, e.data(), "test", estimator or Nelbo(), race, 3, EVEN)
 
 

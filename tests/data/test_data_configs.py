@@ -20,6 +20,7 @@ from palimpsest.data.tokenizers import decode
 from palimpsest.dataloader import Loading, TextData
 from palimpsest.settings.command_line import compose_config, explain
 from tests.helpers.commands import ROOT, TINY, run
+from tests.helpers.texts import text_data
 
 REAL_DATA = os.environ.get("DATA_DIR")
 REFERENCE = [
@@ -87,7 +88,7 @@ def module(name, tmp_path, *overrides, **settings):
     known = set(inspect.signature(TextData).parameters) - {"source", "cache_dir"}
     values = {key: value for key, value in data.data.items() if key in known} | settings
     source = instantiate(data.data.source)
-    return TextData(source, length=data.model.length, cache_dir=tmp_path / "cache", **values)
+    return text_data(source, length=data.model.length, cache_dir=tmp_path / "cache", **values)
 
 
 def source_of(name, *overrides):

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
-from palimpsest import main
 from palimpsest.data import loading
 from palimpsest.data.loading import (
     Loading,
@@ -20,6 +19,7 @@ from palimpsest.data.loading import (
     usable_cpus,
     workers_for,
 )
+from palimpsest.experiment.experiment import Experiment
 from palimpsest.settings.command_line import compose_config
 from palimpsest.tasks.fitting import fit
 from tests.helpers.commands import TINY
@@ -122,7 +122,7 @@ def test_a_run_logs_how_long_it_waited(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     few = [f"data.source.num_{split}_per_class=10" for split in ("train", "validation", "test")]
     settings = [*TINY, *few, "trainer.max_steps=4", "trainer.log_every_n_steps=2", "checkpointing.save_dir=run"]
-    fit(main.Experiment(compose_config(settings), "a test"))
+    fit(Experiment(compose_config(settings), "a test"))
     values = [row.get("train/data_wait_share") for path in (tmp_path / "run").rglob("metrics.csv")
               for row in csv.DictReader(path.open())]  # fmt: skip
     values = [float(value) for value in values if value]

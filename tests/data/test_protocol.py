@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerFast
 
 from palimpsest.corpora.text8 import Text8
 from palimpsest.data.sources import Combined, HubOrFolder
-from palimpsest.dataloader import TextData
 from palimpsest.settings.command_line import compose_config
 from palimpsest.settings.identity import identity
+from tests.helpers.texts import text_data
 
 LENGTH = 16
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "=", "\n", *(f"w{i}" for i in range(40))]
@@ -74,7 +74,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def rows_of(made_from, bert, folder, split="test", **more) -> list[list[int]]:
-    data = TextData(made_from, length=LENGTH, tokenizer_name_or_path=str(bert), wrap=more.pop("wrap", True),
+    data = text_data(made_from, length=LENGTH, tokenizer_name_or_path=str(bert), wrap=more.pop("wrap", True),
                     cache_dir=folder / "cache", protocol="reference", **more)  # fmt: skip
     return [list(map(int, row)) for row in data.split(split)["input_ids"]]
 
@@ -102,7 +102,7 @@ def test_a_padded_text_that_is_cut_keeps_its_end_token(bert, folder):
 
 
 def test_padded_rows_are_scored_with_their_frame(bert, folder):
-    data = TextData(source(), length=LENGTH, tokenizer_name_or_path=str(bert), wrap=False, long_texts="truncate",
+    data = text_data(source(), length=LENGTH, tokenizer_name_or_path=str(bert), wrap=False, long_texts="truncate",
                     cache_dir=folder / "cache", protocol="reference")  # fmt: skip
     assert "given" not in next(iter(data.eval_dataloader("test")))
 
@@ -134,7 +134,7 @@ def test_text8_drops_a_shorter_last_text(tmp_path, monkeypatch):
 
 
 def test_ours_and_theirs_differ(bert, folder):
-    data = TextData(source(), length=LENGTH, tokenizer_name_or_path=str(bert), cache_dir=folder / "cache")
+    data = text_data(source(), length=LENGTH, tokenizer_name_or_path=str(bert), cache_dir=folder / "cache")
     assert [list(map(int, row)) for row in data.split("test")["input_ids"]] != rows_of(source(), bert, folder)
 
 
@@ -150,7 +150,7 @@ def test_ours_and_theirs_differ(bert, folder):
 )
 def test_what_does_not_go_together_is_refused(settings, message):
     with pytest.raises(ValueError, match=message):
-        TextData(source(), length=LENGTH, tokenizer_name_or_path="word", **settings)
+        text_data(source(), length=LENGTH, tokenizer_name_or_path="word", **settings)
 
 
 def test_the_protocol_is_part_of_a_training_only_where_it_is_set():

@@ -14,18 +14,20 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from palimpsest import main
 from palimpsest.data import streaming
 from palimpsest.data.shards import share_of
 from palimpsest.data.sources import HubOrFolder
 from palimpsest.data.streaming import Order, Place
 from palimpsest.data.user_files import UserFiles
-from palimpsest.dataloader import Loading, TextData
+from palimpsest.dataloader import Loading
+from palimpsest.diffusion import Diffusion
+from palimpsest.experiment.experiment import Experiment
 from palimpsest.models.checkpoints import load_inert
 from palimpsest.settings.command_line import compose_config
 from palimpsest.settings.identity import identity
 from palimpsest.tasks.fitting import fit
 from tests.helpers.commands import TINY
+from tests.helpers.texts import text_data
 
 G, STEPS, N = 12, 8, 90
 
@@ -65,7 +67,7 @@ def data(tmp_path, path=None, *, rank=0, world=1, step=0, order=None, num_worker
     given = {"length": 24, "tokenizer_name_or_path": "byte", "streaming": True, "global_batch_size": G, "seed": 3,
              "insert_train_special": False, "max_steps": STEPS, "cache_dir": tmp_path / "cache",
              "max_valid_texts": 5, "max_test_texts": 5, "loading": Loading(num_workers)}  # fmt: skip
-    module = TextData(source, stream=Order(**{"lanes": 4, "shuffle_buffer": 8, **(order or {})}), **(given | settings))
+    module = text_data(source, stream=Order(**{"lanes": 4, "shuffle_buffer": 8, **(order or {})}), **(given | settings))
     module.trainer = SimpleNamespace(global_rank=rank, world_size=world, max_steps=module.max_steps, global_step=step)
     return module
 
@@ -315,7 +317,7 @@ def test_held_out_texts_are_told_by_their_hash(tmp_path):
     assert sum(map(len, parts.values())) == 300 == len(set.union(*parts.values()))
     assert 30 < len(parts["validation"]) < 90 and 10 < len(parts["test"]) < 60
     assert source.stream("validation", 7)["text"][:] == source.stream("validation", 1000)["text"][:7]
-    module = TextData(source, streaming=True, tokenizer_name_or_path="byte", cache_dir=tmp_path, max_steps=1,
+    module = text_data(source, streaming=True, tokenizer_name_or_path="byte", cache_dir=tmp_path, max_steps=1,
                       length=64, wrap=False, long_texts="truncate", max_valid_texts=50, max_test_texts=9)  # fmt: skip
     streamed = [text.removeprefix("[BOS]").removesuffix("[EOS]") for text in epochs_of(module, 1)[0]]
     assert Counter(streamed) == Counter({text: 2 for text in parts["train"]})
@@ -336,7 +338,7 @@ def test_labels_come_along_and_choose(tmp_path, monkeypatch):
                          label_names=["a", "b"])  # fmt: skip
 
     def batches(**settings):
-        module = TextData(source, streaming=True, tokenizer_name_or_path="byte", cache_dir=tmp_path, max_steps=10,
+        module = text_data(source, streaming=True, tokenizer_name_or_path="byte", cache_dir=tmp_path, max_steps=10,
                           length=24, long_texts="truncate", global_batch_size=6, loading=Loading(0),
                           insert_train_special=False, **settings)  # fmt: skip
         return module, list(module.train_dataloader())
@@ -369,7 +371,7 @@ def test_prompts_stay_given_also_after_a_resume(kind, tmp_path, monkeypatch):
 
     def batches(step=0, num_workers=0, state=None, **settings):
         given = {"wrap": False, "fill": "eos", "segments": True, "long_texts": "drop", "length": 24}
-        module = TextData(source, streaming=True, tokenizer_name_or_path="byte", cache_dir=tmp_path, max_steps=STEPS,
+        module = text_data(source, streaming=True, tokenizer_name_or_path="byte", cache_dir=tmp_path, max_steps=STEPS,
                           global_batch_size=G, stream=Order(lanes=4, shuffle_buffer=8), loading=Loading(num_workers),
                           **(given | settings))  # fmt: skip
         module.trainer = SimpleNamespace(global_rank=0, world_size=1, max_steps=STEPS, global_step=step)
@@ -457,20 +459,20 @@ def test_a_killed_run_on_a_stream_ends_with_the_same_weights(tmp_path, monkeypat
     def train(folder, workers):
         changed = base.copy()
         changed.checkpointing.save_dir, changed.loader.num_workers = folder, workers
-        fit(main.Experiment(changed, "a test"))
+        fit(Experiment(changed, "a test"))
 
     train("whole", 0)
-    step = main.Diffusion.training_step
+    step = Diffusion.training_step
 
     def killed(self, batch, batch_idx):
         if self.global_step == 5:
             raise KeyboardInterrupt
         return step(self, batch, batch_idx)
 
-    monkeypatch.setattr(main.Diffusion, "training_step", killed)
+    monkeypatch.setattr(Diffusion, "training_step", killed)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         train("killed", 0)
-    monkeypatch.setattr(main.Diffusion, "training_step", step)
+    monkeypatch.setattr(Diffusion, "training_step", step)
     train("killed", 2)
     whole, resumed = (load_inert(tmp_path / f"{name}/checkpoints/last.ckpt") for name in ("whole", "killed"))
     assert whole["global_step"] == resumed["global_step"] == 7

@@ -14,9 +14,11 @@ import torch
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
-from palimpsest import main
 from palimpsest.common.metrics import Estimate
 from palimpsest.data.tokenizers import encode, vocabulary
+from palimpsest.dataloader import TextData
+from palimpsest.experiment import running
+from palimpsest.experiment.experiment import Experiment
 from palimpsest.settings.command_line import compose_config, explain
 from palimpsest.tasks.diversity import distinct, diversity, unigram_entropy
 from palimpsest.tasks.generative_perplexity import CausalScorer, TextScores, windows
@@ -299,7 +301,7 @@ def test_the_comparison_shows_everything_beside_the_perplexity(folder, letters):
 
 def test_sample_eval_scores_its_samples(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    main.run(compose_config(TINY), "training")
+    running.run(compose_config(TINY), "training")
     loaded, load_model = [], AutoModelForCausalLM.from_pretrained
     monkeypatch.setattr(
         AutoModelForCausalLM, "from_pretrained", lambda *a, **k: (loaded.append(a), load_model(*a, **k))[1]
@@ -311,7 +313,7 @@ def test_sample_eval_scores_its_samples(folder, tmp_path, monkeypatch, capsys):
     assert len(loaded) == 1
     found = json.loads(next(tmp_path.rglob("sample_eval/results.json")).read_text())
     texts = [json.loads(line) for line in next(tmp_path.rglob("samples.jsonl")).read_text().splitlines()]
-    data = main.Experiment(compose_config(ask), "a test").data()
+    data = Experiment(compose_config(ask), "a test").data()
     scores = CausalScorer.load(str(folder)).perplexity(
         [text_of(row["ids"], data.tokenizer, data.vocabulary) for row in texts]
     )
@@ -331,8 +333,8 @@ def test_sample_eval_scores_its_samples(folder, tmp_path, monkeypatch, capsys):
 ])  # fmt: skip
 def test_a_scorer_that_can_not_be_used_stops_the_run_before_anything_else(folder, tmp_path, monkeypatch, setting, said):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(main.TextData, "texts", lambda *a: pytest.fail("the data were read first"))
-    monkeypatch.setattr(main.Experiment, "diffusion", lambda *a: pytest.fail("the model was built first"))
+    monkeypatch.setattr(TextData, "texts", lambda *a: pytest.fail("the data were read first"))
+    monkeypatch.setattr(Experiment, "diffusion", lambda *a: pytest.fail("the model was built first"))
     ask = ["mode=sample_eval", "eval.compute_generative_perplexity=true",
            f"eval.gen_ppl_eval_model_name_or_path='{folder}'", setting]  # fmt: skip
     with pytest.raises((ValueError, OSError)) as caught:

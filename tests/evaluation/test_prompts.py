@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from palimpsest import main
 from palimpsest.classification.measures import wilson_interval
 from palimpsest.corpora.gsm8k import judge
 from palimpsest.corpora.judging import Verdict, same_text
@@ -22,6 +21,7 @@ from palimpsest.dataloader import Collate
 from palimpsest.estimators.any_order import AnyOrder
 from palimpsest.estimators.nelbo import Nelbo
 from palimpsest.estimators.ordered import Ordered
+from palimpsest.experiment.experiment import Experiment
 from palimpsest.noise_schedule import LogLinear
 from palimpsest.objectives.ar import AR
 from palimpsest.objectives.base import Model, counted_mask, scored_mask
@@ -182,7 +182,7 @@ def test_the_unigram_baseline_leaves_prompts_and_fill_out():
 
 def test_a_filled_bound_stays_above_the_entropy_with_the_length(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    experiment = main.Experiment(compose_config([*TINY, "data.fill=eos", "data.cache_dir=cache"]), "a test")
+    experiment = Experiment(compose_config([*TINY, "data.fill=eos", "data.cache_dir=cache"]), "a test")
     results = train(experiment, num_samples=1, generate_samples=False)
     gap = results["gap_nats_per_token"]
     assert gap.value > -4 * gap.se
@@ -253,7 +253,7 @@ def test_training_likelihood_and_answers(gsm8k, law):
 
 
 def test_a_sampler_that_knows_the_answers_is_right_and_one_does_not_depend_on_the_others(gsm8k):
-    experiment = main.Experiment(compose_config([*FEW_PROBLEMS, "data.max_test_texts=null"]), "a test")
+    experiment = Experiment(compose_config([*FEW_PROBLEMS, "data.max_test_texts=null"]), "a test")
     data = experiment.data()
     diffusion = experiment.diffusion(data).eval()
     torch.nn.init.normal_(diffusion.backbone.head.weight, generator=torch.Generator().manual_seed(0))
@@ -283,7 +283,7 @@ def test_a_sampler_that_knows_the_answers_is_right_and_one_does_not_depend_on_th
     texts = {c.text_id: c.completions for c in every}
     assert len(some) == 3 and all(texts[c.text_id][0] == c.completions[0] for c in some)
     assert any(first != second for first, second in texts.values())
-    short = main.Experiment(compose_config([*FEW_PROBLEMS, "model.length=22", "data.long_texts=drop"]), "a test")
+    short = Experiment(compose_config([*FEW_PROBLEMS, "model.length=22", "data.long_texts=drop"]), "a test")
     none = _complete(trainer, diffusion, short.data(), judge, drawing, Asked("test", None, 1, 1), seed=1)
     unfit = [c for c in none if not c.drawn]
     assert 0 < len(unfit) < len(none) and not any(c.verdicts[0].right or c.ended[0] for c in unfit)
@@ -310,7 +310,7 @@ def test_a_sampler_that_knows_the_answers_is_right_and_one_does_not_depend_on_th
     (["data.source.parts=null"], "say in data.source.parts"),
 ])  # fmt: skip
 def test_mistakes_are_explained(gsm8k, monkeypatch, arguments, said):
-    monkeypatch.setattr(main.Experiment, "trained", lambda self, data, *_: self.diffusion(data))
+    monkeypatch.setattr(Experiment, "trained", lambda self, data, *_: self.diffusion(data))
     with pytest.raises(Exception) as caught:  # noqa: B017, PT011 - explain() is what is tested
         run(*arguments)
     assert caught.match(said) or said in explain(caught.value)
@@ -322,7 +322,7 @@ def test_own_files_may_have_prompts(tmp_path, monkeypatch):
     (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
     ask = ["data=text", "data.path=own.jsonl", "data.prompt_column=question", "data.wrap=false", "data.fill=eos",
            "data.tokenizer_name_or_path=word", "model.length=16", "trainer.max_steps=2"]  # fmt: skip
-    data = main.Experiment(compose_config([*FEW_PROBLEMS, *ask]), "a test").data()
+    data = Experiment(compose_config([*FEW_PROBLEMS, *ask]), "a test").data()
     text, ends = data.texts("train")[0]["text"], data.texts("train")[0]["ends"]
     assert parts_of(text, ends)[0].startswith("say ") and parts_of(text, ends)[0].endswith("\n")
     run(*ask)
@@ -336,7 +336,7 @@ def test_what_a_training_shows_are_completed_prompts(gsm8k):
     from palimpsest.tasks.drawing import draw
 
     for law in ([], ["parameterization=ar"]):
-        experiment = main.Experiment(compose_config([*FEW_PROBLEMS, *law]), "a test")
+        experiment = Experiment(compose_config([*FEW_PROBLEMS, *law]), "a test")
         data = experiment.data()
         drawn = draw(experiment.diffusion(data).eval(), data, Drawing(experiment.drawing.sampler), 3, 3, seed=1)
         prompts = [encode(data.tokenizer, [parts_of(text, ends)[0]])[0]
@@ -347,7 +347,7 @@ def test_what_a_training_shows_are_completed_prompts(gsm8k):
 
 
 def test_the_baseline_is_the_same_text_wrapped(gsm8k):
-    data = main.Experiment(compose_config([*TINY, "data=gsm8k_baseline", "model.length=32"]), "a test").data()
+    data = Experiment(compose_config([*TINY, "data=gsm8k_baseline", "model.length=32"]), "a test").data()
     first = data.texts("train")["text"][0]
     assert first.startswith("Question: Ann has ") and "\nAnswer: There are <<" in first
     assert not data.prompted and data.packing("train").wrap

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from palimpsest import main
 from palimpsest.common.metrics import Estimate, NLLMeter
 from palimpsest.data.collate import Collate
 from palimpsest.estimators.nelbo import Nelbo
+from palimpsest.experiment.experiment import Experiment
 from palimpsest.objectives.noising import Bernoulli
 from palimpsest.settings.command_line import compose_config
 from palimpsest.tasks.base import row_numbers, unigram_nll, write_results
@@ -68,7 +68,7 @@ def test_a_likelihood_does_not_depend_on_the_batch_and_mask_rates_add_up(tmp_pat
     monkeypatch.chdir(tmp_path)
     measured = []
     for size in (3, 8):
-        experiment = main.Experiment(compose_config([*TINY, f"loader.eval_batch_size={size}"]), "a test")
+        experiment = Experiment(compose_config([*TINY, f"loader.eval_batch_size={size}"]), "a test")
         data = experiment.data()
         diffusion = experiment.diffusion(data).eval()
         torch.nn.init.normal_(diffusion.backbone.head.weight, generator=torch.Generator().manual_seed(0))
@@ -83,7 +83,7 @@ def test_a_likelihood_does_not_depend_on_the_batch_and_mask_rates_add_up(tmp_pat
 def test_rounds_go_on_until_the_monte_carlo_error_is_small_enough(tmp_path, monkeypatch):
     """Four times the draws halve the error: the stopping rule must use about as many as that says."""
     monkeypatch.chdir(tmp_path)
-    experiment = main.Experiment(compose_config(TINY), "a test")
+    experiment = Experiment(compose_config(TINY), "a test")
     data = experiment.data()
     diffusion = experiment.diffusion(data).eval()
     torch.nn.init.normal_(diffusion.backbone.head.weight, generator=torch.Generator().manual_seed(0))

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 from hydra.errors import InstantiationException
 
-from palimpsest import main
-from palimpsest.settings.command_line import compose_config, explain
+from palimpsest.experiment import running
+from palimpsest.experiment.experiment import Experiment
+from palimpsest.settings.command_line import compose_config, explain, translate
 
 ROOT = Path(__file__).parents[2]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -33,14 +34,14 @@ FEW_PROBLEMS = [*TINY, "data=gsm8k", "model.length=64", "data.tokenizer_name_or_
                 "sampling.steps=8", "loader.eval_batch_size=8", "optim.lr=1e-3"]  # fmt: skip
 
 
-def experiment(*arguments: str) -> main.Experiment:
+def experiment(*arguments: str) -> Experiment:
     """The experiment that these arguments describe."""
-    return main.Experiment(compose_config(list(arguments)), "a test")
+    return Experiment(compose_config(list(arguments)), "a test")
 
 
 def run(*arguments: str) -> dict[str, object]:
     """The results of a command."""
-    return main.run(compose_config(list(arguments)), "a test")
+    return running.run(compose_config(list(arguments)), "a test", translate(list(arguments)))
 
 
 def refused(said: str, *arguments: str) -> None:

@@ -9,6 +9,7 @@ import datasets
 import numpy as np
 
 from palimpsest.dataloader import Loading, TextData
+from tests.helpers.texts import text_data
 
 _WORDS = (
     "the a film plot cast song was is never truly dull clever warm cold actor scene sea river stone bread salt road"
@@ -40,7 +41,7 @@ def data_with(encoder: object, cache_dir: Path, source: object | None = None, **
     """TextData whose rows are single texts of whole words, with the latents that `encoder` makes."""
     defaults = {"length": 24, "tokenizer_name_or_path": "word", "wrap": False, "global_batch_size": 8, "max_steps": 4,
                 "eval_batch_size": 7, "long_texts": "truncate"}  # fmt: skip
-    return TextData(
+    return text_data(
         source or Given(), latents=encoder, cache_dir=cache_dir, loading=Loading(num_workers=0), **(defaults | settings)
     )
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers import GPT2Config
 
-from palimpsest import main
+from palimpsest.experiment.experiment import Experiment
 from palimpsest.models.ar import AR
 from palimpsest.models.checkpoints import load_inert
 from palimpsest.models.dimamba import DiMamba
@@ -68,13 +68,13 @@ def assert_close_weights(a: Path, b: Path, atol: float) -> None:
         torch.testing.assert_close(ours, theirs, rtol=0, atol=atol)
 
 
-def random_network(e: main.Experiment, seed: int) -> object:
+def random_network(e: Experiment, seed: int) -> object:
     """An untrained model whose predictions depend on the seed."""
     diffusion = e.diffusion(e.data()).eval()
     torch.nn.init.normal_(diffusion.backbone.head.weight, generator=torch.Generator().manual_seed(seed))
     return diffusion
 
 
-def two_models(e: main.Experiment) -> list[Hypothesis]:
+def two_models(e: Experiment) -> list[Hypothesis]:
     """Two classes, each with an untrained model of its own."""
     return [Hypothesis(random_network(e, seed)) for seed in (0, 1)]

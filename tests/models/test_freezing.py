@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from palimpsest import main
+from palimpsest.experiment import running
+from palimpsest.experiment.experiment import Experiment
 from palimpsest.models.backbone import Backbone
 from palimpsest.models.checkpoints import load_inert, read_checkpoint
 from palimpsest.models.ema import EMA
@@ -56,7 +57,7 @@ def test_what_is_no_part_is_refused():
 def test_frozen_tensors_are_the_same_bits_after_training(tmp_path, monkeypatch, overrides, part, inside):
     monkeypatch.chdir(tmp_path)
     settings = [*TINY, *FEW, *overrides, "model.dropout=0.1", "model.n_blocks=2"]
-    experiment = lambda *more: main.Experiment(compose_config([*settings, *more]), "a test")  # noqa: E731
+    experiment = lambda *more: Experiment(compose_config([*settings, *more]), "a test")  # noqa: E731
     first = read_checkpoint(fit(experiment("checkpointing.save_dir=first")))
     names = [name for name in first.state if not name.endswith("inv_freq")]
     freezing = [f"training.freeze=[{part}]", "checkpointing.save_dir=second"]
@@ -74,7 +75,7 @@ def test_frozen_tensors_are_the_same_bits_after_training(tmp_path, monkeypatch, 
     learned = {id(p) for group in seen[0].param_groups for p in group["params"]}
     assert len(learned) == sum(not f"backbone.{name}".startswith(inside) for name in start)
     # Evaluation does not have to be told what was frozen: weights and average are a whole network's.
-    main.run(
+    running.run(
         compose_config([*settings, "mode=ppl_eval", "eval.checkpoint_path=second/checkpoints/last.ckpt"]), "a test"
     )
 

@@ -20,8 +20,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from palimpsest import main
 from palimpsest.common.randomness import KeyedNoise
+from palimpsest.experiment import running
+from palimpsest.experiment.experiment import Experiment
 from palimpsest.models.checkpoints import read_checkpoint
 from palimpsest.models.ema import EMA
 from palimpsest.models.hf_causal import HFCausal, hf_causal
@@ -325,7 +326,7 @@ def test_classify_fine_tunes_one_model_per_class(tmp_path, toy, capsys):
 
 
 def test_a_training_starts_from_the_pretrained_weights_and_so_does_its_average(tmp_path, toy):
-    experiment = main.Experiment(compose_config([*FEW, *toy]), "a test")
+    experiment = Experiment(compose_config([*FEW, *toy]), "a test")
     data = experiment.data()
     diffusion = experiment.diffusion(data)
     theirs = published(tmp_path / "models" / "tiny-gpt2").state_dict()
@@ -345,7 +346,7 @@ def test_a_learning_rate_of_zero_measures_the_model_as_it_was_published(tmp_path
     measured = run(*toy, "trainer.max_steps=1", "optim.lr=0")["nll_nats_per_token"].value
     scratch = run(*toy, "trainer.max_steps=1", "optim.lr=0", "backbone.from_scratch=true")["nll_nats_per_token"].value
     assert measured != scratch
-    experiment = main.Experiment(compose_config([*FEW, *toy]), "a test")
+    experiment = Experiment(compose_config([*FEW, *toy]), "a test")
     data, net, nats, count = experiment.data(), published(tmp_path / "models" / "tiny-gpt2"), 0.0, 0
     for ids in data.split("validation")["input_ids"]:
         ids = torch.as_tensor(ids).long()
@@ -357,7 +358,7 @@ def test_a_learning_rate_of_zero_measures_the_model_as_it_was_published(tmp_path
 
 def test_what_determines_the_weights_is_in_the_fingerprint(toy):
     folders = {
-        str(main.Experiment(compose_config([*FEW, *toy, *more]), "a test").folder())
+        str(Experiment(compose_config([*FEW, *toy, *more]), "a test").folder())
         for more in ([], ["backbone.name_or_path=other"], ["backbone.from_scratch=true"], ["model.dropout=0.3"])
     }
     assert len(folders) == 4
@@ -386,7 +387,7 @@ def test_the_baseline_of_the_readme_on_real_reviews(tmp_path, monkeypatch, data_
            "model.length=512", "optim.lr=5e-5", "trainer.max_steps=1", "loader.global_batch_size=2",
            "trainer.accelerator=cpu", "data.max_train_texts=8", "data.max_valid_texts=4", "data.max_test_texts=4",
            "sampling.num_sample_log=0"]  # fmt: skip
-    results = main.run(compose_config(ask), "a test")
+    results = running.run(compose_config(ask), "a test")
     assert 0 <= results["accuracy"].value <= 1
     weights = [read_checkpoint(path).state["model.lm_head.weight"] for path in tmp_path.rglob("last.ckpt")]
     assert [tuple(weight.shape) for weight in weights] == [(50258, 8)] * 2

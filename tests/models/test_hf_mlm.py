@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.models.bert.modeling_bert import BertOnlyMLMHead
 
-from palimpsest import main
+from palimpsest.experiment.experiment import Experiment
 from palimpsest.models.hf_mlm import HFMaskedLM, hf_mlm
 from palimpsest.models.recompute import recompute_blocks
 from palimpsest.settings.command_line import compose_config
@@ -221,7 +221,7 @@ def test_a_real_pretrained_body_guesses_words():
     folder = str(package.get_model_path())
     ask = ["backbone.new_head=true", f"backbone.name_or_path={folder}", f"data.tokenizer_name_or_path={folder}",
            "algo=mlm", "backbone=hf_mlm", "data=reviews", "model.length=128"]  # fmt: skip
-    experiment = main.Experiment(compose_config(ask), "a test")
+    experiment = Experiment(compose_config(ask), "a test")
     data = experiment.data()
     diffusion = experiment.diffusion(data)
     experiment.start_from_pretrained(diffusion, data, None)

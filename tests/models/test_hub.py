@@ -12,12 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from palimpsest import main
+from palimpsest.experiment.experiment import Experiment
 from palimpsest.models.checkpoints import load_inert, read_checkpoint, read_settings
 from palimpsest.models.dit import DiT
 from palimpsest.models.hf_dit import hf_dit
 from palimpsest.models.hub import locate
 from palimpsest.settings.command_line import compose_config, translate
+from palimpsest.settings.identity import identity
 from tests.helpers.commands import refused, run
 from tests.helpers.published import made_up_words, write_labelled
 
@@ -56,7 +57,7 @@ def vocab_size(tmp_path, monkeypatch, cache) -> int:
     """Of data=reviews. The working directory is empty but for a link to a shared cache."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / ".cache").symlink_to(cache)
-    return main.Experiment(compose_config([]), "a test").data().vocabulary.size
+    return Experiment(compose_config([]), "a test").data().vocabulary.size
 
 
 # -------------------------------------------------------------------------------- names
@@ -255,7 +256,7 @@ def test_a_reference_checkpoint_is_measured_and_sampled(toy, fixtures_dir):
 
 def test_the_weights_that_are_measured_are_the_references(toy, fixtures_dir):
     golden = load_file(fixtures_dir / "mdlm_subs" / "golden.safetensors")
-    experiment = main.Experiment(compose_config([*TEXT, *toy]), "a test")
+    experiment = Experiment(compose_config([*TEXT, *toy]), "a test")
     for disable_ema, name in ((True, "raw"), (False, "ema")):
         path = str(fixtures_dir / "mdlm_subs" / "mdlm.ckpt")
         net = experiment.trained(experiment.data(), path, disable_ema).backbone
@@ -379,5 +380,5 @@ def test_weights_of_something_else_start_nothing(tmp_path, vocab_size):
 
 def test_runs_of_before_keep_their_folders():
     """A key that is new and null is no part of a run's fingerprint."""
-    assert "training.from_pretrained" not in main.identity(compose_config([]))
-    assert main.identity(compose_config(["training.from_pretrained=x"]))["training.from_pretrained"] == "x"
+    assert "training.from_pretrained" not in identity(compose_config([]))
+    assert identity(compose_config(["training.from_pretrained=x"]))["training.from_pretrained"] == "x"

@@ -6,8 +6,8 @@ import pytest
 import torch
 from scipy import stats
 
-from palimpsest import main
 from palimpsest.common.randomness import KeyedNoise, evaluation_noise
+from palimpsest.experiment import running
 from palimpsest.noise_schedule import LogLinear
 from palimpsest.objectives.duo import Duo, gaussian_draw, signal_table
 from palimpsest.objectives.udlm import UDLM
@@ -70,8 +70,8 @@ def test_a_low_temperature_is_the_plain_loss_on_the_argmax_and_the_curriculum_en
 def test_a_training_goes_through_the_curriculum_and_is_measured(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = [*TINY, "algo=duo", "algo.curriculum_end=1"]
-    main.run(compose_config(words), "a training")
+    running.run(compose_config(words), "a training")
     assert run(*words, "mode=ppl_eval")
     assert run(*words, "mode=sample_eval")
     with pytest.raises(ValueError, match="curriculum_end=-1"):
-        main.run(compose_config([*TINY, "algo=duo", "algo.curriculum_end=-1"]), "a training")
+        running.run(compose_config([*TINY, "algo=duo", "algo.curriculum_end=-1"]), "a training")

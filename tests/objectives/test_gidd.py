@@ -11,6 +11,7 @@ import torch
 from torch.nn.functional import one_hot
 
 from palimpsest.common.randomness import KeyedNoise, evaluation_noise
+from palimpsest.experiment.running import checked
 from palimpsest.noise_schedule import Cosine, LogLinear
 from palimpsest.objectives.base import Model
 from palimpsest.objectives.gidd import GIDD
@@ -19,7 +20,6 @@ from palimpsest.process import Absorbing, Hybrid
 from palimpsest.samplers import uniform
 from palimpsest.samplers.base import time_grid
 from palimpsest.settings.command_line import compose_config
-from palimpsest.settings.contradictions import refuse_contradictions
 from tests.helpers.laws import assert_follows, texts
 
 V = 4
@@ -167,4 +167,4 @@ def test_a_share_of_words_that_is_none_is_refused(share):
 def test_an_objective_brings_its_process():
     for typed in (["process=uniform"], ["algo=gidd", "process=absorbing"], ["algo=udlm", "process=hybrid"]):
         with pytest.raises(ValueError, match="process=.* is not that of parameterization=.*leave process= out"):
-            refuse_contradictions(compose_config(typed))
+            checked(compose_config(typed), "a test")

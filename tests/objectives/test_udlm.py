@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch.nn.functional import one_hot
 
 from palimpsest.common.randomness import KeyedNoise, evaluation_noise
+from palimpsest.experiment.from_checkpoint import complete
 from palimpsest.models.checkpoints import read_checkpoint
 from palimpsest.noise_schedule import Cosine, LogLinear
 from palimpsest.objectives.base import Model
@@ -21,7 +22,6 @@ from palimpsest.process import Uniform
 from palimpsest.samplers import uniform
 from palimpsest.samplers.trace import Trace
 from palimpsest.settings.command_line import compose_config
-from palimpsest.settings.from_checkpoint import complete
 from palimpsest.settings.instantiation import instantiate
 from tests.helpers.laws import assert_follows, texts
 from tests.helpers.uniform import NO_NETWORK, Bayes, BayesUDLM, L, V, chain

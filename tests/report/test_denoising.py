@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image, ImageChops
 
+from palimpsest.experiment.experiment import Experiment
 from palimpsest.report import Report
 from palimpsest.report.denoising import Sample, Visit, write_denoising
 from palimpsest.report.gif import _layout, _picture, write_gif
@@ -115,16 +116,13 @@ def test_frames_replay_to_what_was_drawn(experiment, overrides):
 @pytest.fixture
 def experiment(tmp_path, monkeypatch):
     """An untrained model on a few reviews, with its drawing."""
-    from palimpsest import main
     from palimpsest.settings.command_line import compose_config
     from tests.helpers.commands import TINY
 
     monkeypatch.chdir(tmp_path)
 
     def build(*overrides: str):
-        made = main.Experiment(
-            compose_config([*TINY, "data.cache_dir=cache", "sampling.steps=9", *overrides]), "a test"
-        )
+        made = Experiment(compose_config([*TINY, "data.cache_dir=cache", "sampling.steps=9", *overrides]), "a test")
         data = made.data()
         diffusion = made.diffusion(data).eval()
         torch.nn.init.normal_(diffusion.backbone.head.weight, generator=torch.Generator().manual_seed(0))

@@ -9,9 +9,9 @@ import pytest
 import torch
 from hydra.errors import InstantiationException
 
-from palimpsest import main
 from palimpsest.common.randomness import KeyedNoise
 from palimpsest.denoisers import ClassGuided, ClassifierGuided, Denoiser
+from palimpsest.experiment import running
 from palimpsest.noise_schedule import LogLinear
 from palimpsest.objectives.base import Model
 from palimpsest.process import Absorbing, Uniform
@@ -138,7 +138,7 @@ FEW = ["data.max_train_texts=64", "data.max_valid_texts=16", "data.max_test_text
 def test_the_command_line_draws_texts_of_a_class(tmp_path, monkeypatch, algo):
     monkeypatch.chdir(tmp_path)
     small = [*TINY, *FEW, *algo, "classify.sharing=conditional"]
-    main.run(compose_config([*small]), "a training")
+    running.run(compose_config([*small]), "a training")
     found = {}
     for typed in (
         ["sampling.guidance=1"],
@@ -164,6 +164,6 @@ def test_what_cannot_guide_is_refused(tmp_path, monkeypatch, typed, said):
     monkeypatch.chdir(tmp_path)
     small = [*TINY, *FEW]
     if typed == ["classify.class=positive"]:
-        main.run(compose_config(small), "a training")
+        running.run(compose_config(small), "a training")
     with pytest.raises((ValueError, InstantiationException), match=said):
         run(*small, "mode=sample_eval", *typed)

@@ -7,12 +7,13 @@ from functools import partial
 
 import pytest
 import torch
-from hydra.utils import instantiate
+from hydra.errors import InstantiationException
 from omegaconf import OmegaConf
 
 from benchmarks.decoders import decoders
 from benchmarks.kneser_ney import KneserNey
 from palimpsest.common.randomness import KeyedNoise
+from palimpsest.experiment.running import checked
 from palimpsest.noise_schedule import LogLinear
 from palimpsest.objectives.ar import AR
 from palimpsest.objectives.base import Model
@@ -25,8 +26,6 @@ from palimpsest.samplers import block, semi_autoregressive
 from palimpsest.samplers.base import TokenChoice
 from palimpsest.samplers.unmasking import ORDERS, REMASKS, SCHEDULES, Unmasking, masks_left, remdm_chances, sample
 from palimpsest.settings.command_line import compose_config
-from palimpsest.settings.contradictions import refuse_contradictions
-from palimpsest.settings.values import check_numbers
 from tests.helpers.decoders import CHOICES, Toy, Watched, assert_sound, blank, unmask
 from tests.helpers.laws import assert_follows
 
@@ -208,15 +207,15 @@ def test_configurations_that_contradict_themselves_are_refused():
         cfg = chosen.copy()
         for key, value in changes.items():
             OmegaConf.update(cfg, f"sampling.{key}", value)
-        with pytest.raises(ValueError, match=said):
-            check_numbers(cfg), refuse_contradictions(cfg)
+        with pytest.raises((ValueError, InstantiationException), match=said):
+            checked(cfg, "a test")
     for arguments, said in [
         (["parameterization=ar", "sampling.predictor=unmask"], "use sampling.predictor=ar"),
         (["sampling.predictor=block_unmask"], "block.py writes texts of algo=bd3lm.*predictor=ddpm_cache"),
         (["sampling.semi_ar=true", "sampling.max_length=20"], "sampling.max_length=20 contradicts"),
     ]:
         with pytest.raises(ValueError, match=said):
-            refuse_contradictions(compose_config(arguments))
+            checked(compose_config(arguments), "a test", arguments)
 
 
 def test_the_table_of_decoders_has_one_that_every_model_can_run():
@@ -227,7 +226,7 @@ def test_the_table_of_decoders_has_one_that_every_model_can_run():
             cfg = chosen.copy()
             for key, value in (setting.split("=") for setting in how if "predictor" not in setting):
                 OmegaConf.update(cfg, key, OmegaConf.create(f"value: {value}").value, force_add=False)
-            check_numbers(cfg), refuse_contradictions(cfg), instantiate(cfg.sampler)
+            checked(cfg, "a test")
 
 
 def test_the_scorer_of_the_table_is_a_distribution():

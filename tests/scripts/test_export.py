@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
-from palimpsest import main
 from palimpsest.data.tokenizers import load_tokenizer, vocabulary
+from palimpsest.experiment import running
 from palimpsest.models.checkpoints import read_checkpoint
 from palimpsest.models.dit import DiT
 from palimpsest.models.hf_dit import build
@@ -140,16 +140,18 @@ def test_an_export_is_measured_here_like_the_checkpoint_it_came_from(trained, ex
     before = run("mode=ppl_eval")["nll_nats_per_token"].value
     own = [word for word in RUN if not word.startswith(("model.", "time_conditioning"))]
     ask = [*own, "mode=ppl_eval", "backbone=hf_dit", f"eval.checkpoint_path={exported}"]
-    assert main.run(compose_config(ask), "a test")["nll_nats_per_token"].value == before
+    assert running.run(compose_config(ask), "a test")["nll_nats_per_token"].value == before
     ask.append(f"data.tokenizer_name_or_path={exported}")
-    assert main.run(compose_config(ask), "a test")["nll_nats_per_token"].value == before
+    assert running.run(compose_config(ask), "a test")["nll_nats_per_token"].value == before
     known = vocabulary(load_tokenizer(str(trained / "tokenizer"))).fingerprint
     assert vocabulary(load_tokenizer(str(exported))).fingerprint == known
     config = json.loads((exported / "config.json").read_text())
     assert config["tokenizer_fingerprint"] == known
     assert config["model_length"] == 72 and config["time_conditioning"] is True and config["dropout"] == 0.1
     with pytest.raises(ValueError, match="another tokenizer"):
-        main.run(compose_config([*ask[:-1], "data.tokenizer_name_or_path=byte", "data.long_texts=truncate"]), "a test")
+        running.run(
+            compose_config([*ask[:-1], "data.tokenizer_name_or_path=byte", "data.long_texts=truncate"]), "a test"
+        )
 
 
 def test_reference_checkpoints_export_to_the_references_layout(tmp_path, fixtures_dir):

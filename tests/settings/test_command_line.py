@@ -11,7 +11,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from palimpsest.settings.command_line import compose_config, explain, translate
-from palimpsest.settings.values import check_numbers, setting_of
+from palimpsest.settings.declared import takes_texts
+from palimpsest.settings.reading import Readers
 
 NAMES = ("李明.txt", "заметки.txt", "o'brien.txt", "notes (1).txt", "a,b.txt", "#1 ~ {best} [of] 50%.txt", "v=2/tok", "1e3",
          'the "old" one', "a & b; c", "Größe/été.ckpt", "{label}/last.ckpt", "nan", "back\\slash's", "tab\tand <this> | !")  # fmt: skip
@@ -77,7 +78,7 @@ def test_every_key_of_a_path_or_a_name_is_among_them():
         "data.validation_path",
         "latents.prompt",
     ):
-        assert setting_of(key).typed
+        assert takes_texts(key)
 
 
 @pytest.mark.parametrize(("arguments", "said"), [
@@ -150,4 +151,4 @@ def test_blanks_around_a_path_stay():
 ])  # fmt: skip
 def test_arguments_of_the_trainer_are_checked_as_ours_are(argument):
     with pytest.raises(ValueError, match=argument.lstrip("+") + " must be"):
-        check_numbers(compose_config([argument]))
+        Readers(compose_config([argument])).refuse_wrong()

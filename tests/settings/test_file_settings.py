@@ -13,15 +13,16 @@ import torch
 from hydra.utils import instantiate
 from safetensors.torch import load_file, save_file
 
-from palimpsest import main
 from palimpsest.common.metrics import Estimate
 from palimpsest.data.collate import Collate
+from palimpsest.experiment import running
+from palimpsest.experiment.from_checkpoint import complete
 from palimpsest.models.checkpoints import read_checkpoint, read_settings
 from palimpsest.models.dit import DiT
 from palimpsest.objectives.base import TokenDiffusion
 from palimpsest.process import Absorbing
 from palimpsest.settings.command_line import compose_config
-from palimpsest.settings.from_checkpoint import complete
+from palimpsest.settings.identity import identity
 from tests.helpers.commands import refused
 
 # What kuleshov-group/bd3lms and s-sahoo/duo put into their files, as far as it says what a model is.
@@ -111,7 +112,7 @@ def test_a_foreign_model_is_measured_under_its_own_protocol(tmp_path, monkeypatc
     ask = ["mode=ppl_eval", f"eval.checkpoint_path={path}", "data=text", "data.path=toy.txt", "eval.num_draws=1",
            f"data.tokenizer_name_or_path={fixtures_dir / 'tokenizers' / 'dev'}", "trainer.accelerator=cpu",
            "checkpointing.save_dir=run"]  # fmt: skip
-    run = lambda *more: main.run(compose_config(complete([*ask, *more])), "a test")  # noqa: E731
+    run = lambda *more: running.run(compose_config(complete([*ask, *more])), "a test")  # noqa: E731
     measured = run()
     told = json.loads((tmp_path / "run/ppl_eval/validation/results.json").read_text())["protocol"]
     assert told["parameterization"] == "subs" and told["time_conditioning"] is True
@@ -257,12 +258,12 @@ def test_the_first_token_is_given():
 
 
 def test_runs_of_before_keep_their_folders():
-    assert "training.ignore_bos" not in main.identity(compose_config([]))
-    assert main.identity(compose_config(["algo.ignore_bos=true"]))["training.ignore_bos"] is True
+    assert "training.ignore_bos" not in identity(compose_config([]))
+    assert identity(compose_config(["algo.ignore_bos=true"]))["training.ignore_bos"] is True
     for key in ("algo.ignore_bos", "parameterization.ignore_bos"):
-        known = main.identity(compose_config(["algo=bd3lm", f"{key}=false"]))
+        known = identity(compose_config(["algo=bd3lm", f"{key}=false"]))
         assert known["parameterization.ignore_bos"] is False and "training.ignore_bos" not in known
-    known = main.identity(compose_config(["algo=bd3lm"]))
+    known = identity(compose_config(["algo=bd3lm"]))
     assert known["parameterization.ignore_bos"] is True and "training.ignore_bos" not in known
 
 
@@ -272,7 +273,7 @@ def test_large_perplexities_can_be_read():
 
 
 def test_a_given_first_token_means_nothing_left_to_right():
-    refused("training.ignore_bos=True means nothing to parameterization=ar", "parameterization=ar",
+    refused("training.ignore_bos=true means nothing to parameterization=ar", "parameterization=ar",
             "training.ignore_bos=true")  # fmt: skip
     refused("training.ignore_bos=3 must be true or false", "training.ignore_bos=3")
 

@@ -10,7 +10,8 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from palimpsest import main
+from palimpsest.common.values import shown
+from palimpsest.experiment import running
 from palimpsest.settings.command_line import compose_config, explain
 from tests.helpers.commands import ROOT
 
@@ -58,21 +59,21 @@ def written() -> dict[str, list[str]]:
 WRITTEN = written()
 
 
-def refusal(cfg) -> str | None:
-    """The message with which a configuration is refused; None where it is accepted."""
+def refusal(cfg, *typed: str) -> str | None:
+    """The message with which a configuration is refused, of which something was typed; None where it is accepted."""
     try:
-        main.checked(cfg, "a test")
+        running.checked(cfg, "a test", typed)
     except (HydraException, OmegaConfBaseException, ValueError, OSError, FloatingPointError) as error:
         return explain(error)
     return None
 
 
-def sensible(value: object, usual: object) -> bool:
+def sensible(key: str, value: object, usual: object) -> bool:
     """Whether a value can mean something where `usual` stands."""
     if isinstance(value, float) and not math.isfinite(value):
         return False
     if isinstance(value, dict) or isinstance(usual, dict):
-        return value == usual
+        return value == usual or (value is None and "noising" in key)
     if isinstance(value, int) and value >= 2**63 and isinstance(usual, str | bool):
         return False
     if value is None or usual is None:
@@ -84,11 +85,12 @@ def sensible(value: object, usual: object) -> bool:
 def complaint(key: str, value: object, usual: object, said: str | None) -> str | None:
     """What is wrong with the answer to key=value; None where nothing is."""
     if said is None:
-        return None if sensible(value, usual) else "accepted"
+        return None if sensible(key, value, usual) else "accepted"
     typed = {None: "null", True: "true", False: "false"}.get(value, value) if isinstance(value, bool | None) else value
     value_said = str(typed) in said or (not value and f"{key}=" in said) or isinstance(value, list)
+    last = key.rpartition(".")[2]
     remedy = re.search(r"must|;|choose|use|leave|need|may|add|write", said)
-    return None if key in said and value_said and remedy and len(said) < 700 else said
+    return None if (key in said or f"{last}={typed}" in said) and value_said and remedy and len(said) < 700 else said
 
 
 @pytest.mark.parametrize("choice", WRITTEN)
@@ -111,7 +113,7 @@ def test_nonsense_is_refused_in_one_message(choice, tmp_path, monkeypatch):
             if value == {} and isinstance(resolved, dict):
                 continue  # the group as it is
             OmegaConf.update(cfg, key, value, merge=False)
-            what = complaint(key, value, resolved, refusal(cfg))
+            what = complaint(key, value, resolved, refusal(cfg, f"{key}={shown(value)}"))
             wrong += [f"{key}={value}: {what}"] if what else []
             OmegaConf.update(cfg, key, usual, merge=False)
     assert not wrong, "\n".join(wrong)
@@ -121,5 +123,5 @@ def test_what_is_typed_comes_to_the_same_check():
     for typed in ("eval.disable_ema=x", "subs_masking=1e999", "data.insert_train_special=nan", "classify.prior=nan",
                   "training.ema=-1", "trainer.max_steps=1e999", "sampling.order=up", "model.hidden_size=null",
                   "loader=null", "noise._target_=null", "optim.lr='1e-3'"):  # fmt: skip
-        said = refusal(compose_config([typed]))
+        said = refusal(compose_config([typed]), typed)
         assert said and typed.partition("=")[0] in said and "must" in said

@@ -11,12 +11,14 @@ import pytest
 import torch
 from hydra.utils import instantiate
 
-from palimpsest import main
 from palimpsest.common.randomness import evaluation_noise
+from palimpsest.experiment import building
+from palimpsest.experiment.experiment import Experiment
 from palimpsest.models.checkpoints import load_inert, read_checkpoint
 from palimpsest.objectives.joint import SHARES
 from palimpsest.process import Absorbing
 from palimpsest.settings.command_line import compose_config, explain
+from palimpsest.settings.identity import identity
 from palimpsest.tasks import train
 from palimpsest.tasks.fitting import fit
 from palimpsest.tasks.train import history
@@ -34,12 +36,12 @@ JOINT = [*TINY, *FEW, "algo=mmldlm", "latents=synthetic", "optim=adamw", "traine
 def here(tmp_path, monkeypatch) -> Path:
     """An empty folder, and texts with latents."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(main, "TextData", LatentText)
+    monkeypatch.setattr(building, "TextData", LatentText)
     return tmp_path
 
 
-def experiment(*overrides: str) -> main.Experiment:
-    return main.Experiment(compose_config([*JOINT, *overrides]), "a test")
+def experiment(*overrides: str) -> Experiment:
+    return Experiment(compose_config([*JOINT, *overrides]), "a test")
 
 
 def trained(folder: str, *overrides: str) -> Path:
@@ -114,8 +116,8 @@ def test_a_text_only_model_starts_the_text_stream_and_loses_nothing(here, monkey
     kept = [word for word in JOINT if word not in ("algo=mmldlm", "latents=synthetic")]
     alone = ["algo=mdlm", *kept, "checkpointing.save_dir=mdlm"]
     with monkeypatch.context() as plain:
-        plain.setattr(main, "TextData", LatentText.__base__)
-        mdlm = main.Experiment(compose_config([*alone, "optim.lr=0.01", "trainer.max_steps=6"]), "a test")
+        plain.setattr(building, "TextData", LatentText.__base__)
+        mdlm = Experiment(compose_config([*alone, "optim.lr=0.01", "trainer.max_steps=6"]), "a test")
         path = fit(mdlm)
         texts = next(iter(mdlm.data().val_dataloader()))
         text_only = mdlm.trained(mdlm.data(), str(path), disable_ema=False)
@@ -199,9 +201,9 @@ def test_what_is_typed_reaches_what_it_is_for():
     net = instantiate(cfg.backbone, vocab_size=9, latent_shape=(1, 4))
     assert net.latent_size == 48 and net.text_as_dit and net.time_conditioning
     assert net.settings["model.latent_size"] == 48
-    plain = main.identity(compose_config([]))
+    plain = identity(compose_config([]))
     assert not any("latent" in key or "joint" in key or "freeze" in key for key in plain), "no other run is renamed"
-    assert main.identity(cfg)["training.joint_modes.t2l"] == 3 and main.identity(cfg)["parameterization"] == "mmldlm"
+    assert identity(cfg)["training.joint_modes.t2l"] == 3 and identity(cfg)["parameterization"] == "mmldlm"
 
 
 @pytest.mark.parametrize(("arguments", "said"), [

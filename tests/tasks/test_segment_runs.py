@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from palimpsest import main
 from palimpsest.corpora.gsm8k import judge_planned
 from palimpsest.data.collate import Collate, segment_ends
 from palimpsest.data.packing import Packing, pack
 from palimpsest.data.rows import in_parts, text_rows
 from palimpsest.data.tokenizers import encode, encode_after, load_tokenizer, vocabulary
+from palimpsest.experiment import running
+from palimpsest.experiment.experiment import Experiment
 from palimpsest.models.belonging import check_belongs
 from palimpsest.models.checkpoints import Checkpoint, read_checkpoint
 from palimpsest.objectives.base import counted_mask, scored_mask
@@ -131,7 +132,7 @@ def test_training_likelihood_and_answers(gsm8k):  # noqa: F811
 
 def test_a_question_and_its_answer_are_segments_too(gsm8k):  # noqa: F811
     settings = [argument for argument in SEGMENTS if not argument.startswith(("data=gsm8k_plan", "data.segment_room"))]
-    data = main.Experiment(compose_config(settings), "a test").data()
+    data = Experiment(compose_config(settings), "a test").data()
     batch = data.collate(data.split("train")[:4])
     assert torch.equal(torch.arange(80) < batch["segment_ends"], batch["given"])
     assert data.segment_ends(np.array([5, 6])).tolist() == [[5], [6]]
@@ -139,7 +140,7 @@ def test_a_question_and_its_answer_are_segments_too(gsm8k):  # noqa: F811
 
 def test_completions_are_judged_part_by_part(gsm8k):  # noqa: F811
     """By a sampler that knows the answers: what it writes comes back without the fill of either part."""
-    experiment = main.Experiment(compose_config([*SEGMENTS, "data.max_test_texts=null"]), "a test")
+    experiment = Experiment(compose_config([*SEGMENTS, "data.max_test_texts=null"]), "a test")
     data = experiment.data()
     diffusion = experiment.diffusion(data).eval()
     torch.nn.init.normal_(diffusion.backbone.head.weight, generator=torch.Generator().manual_seed(0))
@@ -168,7 +169,7 @@ def test_completions_are_judged_part_by_part(gsm8k):  # noqa: F811
         assert c.verdicts[0] == judge_planned(c.reference, c.reference)
         assert len(c.drawn[0].steps) == len(c.drawn[0].ids)
     longest = max(c.prompt_tokens for c in done)
-    short = main.Experiment(compose_config([*SEGMENTS, f"model.length={longest + 16}"]), "a test")
+    short = Experiment(compose_config([*SEGMENTS, f"model.length={longest + 16}"]), "a test")
     none = _complete(trainer, diffusion, short.data(), experiment.judge, experiment.drawing, asked, seed=1)
     assert {c.prompt_tokens == longest for c in none if not c.drawn} == {True} and any(c.drawn for c in none)
     shown = draw(diffusion, data, experiment.drawing, 3, 3, seed=1)
@@ -184,7 +185,7 @@ def oracle_drawing(oracle):
 def test_baselines_count_what_a_text_has(gsm8k):  # noqa: F811
     """The plan's EOS, and no fill."""
     plain, segments = (
-        main.Experiment(compose_config([*SEGMENTS, *more]), "a test").data() for more in (["data.segments=false"], [])
+        Experiment(compose_config([*SEGMENTS, *more]), "a test").data() for more in (["data.segments=false"], [])
     )
     difference = token_counts(segments)[0] - token_counts(plain)[0]
     assert difference[segments.vocabulary.eos_id] == len(segments.split("train")) == difference.sum()
@@ -215,7 +216,7 @@ def test_rooms_belong_to_the_identity_of_segments_only():
 def test_mistakes_are_explained(gsm8k, arguments, said):  # noqa: F811
     law = [a for a in SEGMENTS if a != "algo=bd3lm"] if "parameterization=ar" in arguments else SEGMENTS
     with pytest.raises(Exception) as caught:  # noqa: B017, PT011 - explain() is what is tested
-        main.run(compose_config([*law, *arguments]), "a test")
+        running.run(compose_config([*law, *arguments]), "a test")
     assert re.search(said, explain(caught.value)), explain(caught.value)
 
 

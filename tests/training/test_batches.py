@@ -7,11 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from palimpsest import main
 from palimpsest.common.randomness import training_noise
 from palimpsest.data.stream import BatchPlan, PositionBatchSampler, batch_arithmetic
+from palimpsest.dataloader import TextData
+from palimpsest.diffusion import Diffusion
+from palimpsest.experiment.experiment import Experiment
 from palimpsest.models.backbone import Backbone
 from palimpsest.models.checkpoints import load_inert
+from palimpsest.models.recompute import recompute_blocks
 from palimpsest.objectives.base import TokenLoss
 from palimpsest.objectives.reduction import StepLoss
 from palimpsest.settings.command_line import compose_config
@@ -23,7 +26,7 @@ from tests.helpers.networks import assert_close_weights, networks, same_weights
 
 def trained(folder: str, *overrides: str) -> Path:
     """last.ckpt of a training with these settings."""
-    return fit(main.Experiment(compose_config([*FIT, *overrides, f"checkpointing.save_dir={folder}"]), "a test"))
+    return fit(Experiment(compose_config([*FIT, *overrides, f"checkpointing.save_dir={folder}"]), "a test"))
 
 
 # -------------------------------------------------------------------------------- arithmetic
@@ -121,9 +124,9 @@ def test_the_optimizer_is_given_the_gradient_of_the_mean_over_the_tokens(tmp_pat
     def spy(self, optimizer):
         found.extend(p.grad.clone() for p in self.backbone.parameters())
 
-    monkeypatch.setattr(main.Diffusion, "on_before_optimizer_step", spy)
+    monkeypatch.setattr(Diffusion, "on_before_optimizer_step", spy)
     trained("run", *same, "loader.batch_size=1")
-    experiment = main.Experiment(compose_config([*FIT, *same]), "a test")
+    experiment = Experiment(compose_config([*FIT, *same]), "a test")
     diffusion, batch = experiment.diffusion(experiment.data()), next(iter(experiment.data().train_dataloader()))
     diffusion.objective.loss(diffusion.backbone, batch, training_noise(1, batch["position"], 4)).mean().backward()
     for ours, expected in zip(found, diffusion.backbone.parameters(), strict=True):
@@ -158,7 +161,7 @@ def test_a_ramp_that_the_training_does_not_reach_the_end_of_is_refused_before_an
     tmp_path, monkeypatch, more, said
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(main.TextData, "split", lambda *_: pytest.fail("it read data"))
+    monkeypatch.setattr(TextData, "split", lambda *_: pytest.fail("it read data"))
     ramp = [*FIT, "loader.batch_ramp=[[0,2],[2,4]]", "checkpointing.save_dir=run"]
     with pytest.raises(ValueError, match=said):
         run(*ramp, *more)
@@ -190,7 +193,7 @@ def test_checkpointing_keeps_less_and_changes_neither_loss_nor_gradient(name):
     x, found = torch.randint(0, 11, (2, 9)), []
     for again in (False, True):
         if again:
-            main.recompute_blocks(net)
+            recompute_blocks(net)
         kept = []
         torch.manual_seed(1)  # of the dropout
         with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.numel()) or t, lambda t: t):
@@ -212,7 +215,7 @@ def test_checkpointing_keeps_less_and_changes_neither_loss_nor_gradient(name):
 
 def test_a_network_that_can_not_is_refused():
     with pytest.raises(ValueError, match="gradient_checkpointing=true: Backbone can not"):
-        main.recompute_blocks(Backbone())
+        recompute_blocks(Backbone())
 
 
 # -------------------------------------------------------------------------------- one graph
@@ -226,7 +229,7 @@ def test_a_network_that_can_not_is_refused():
 def test_every_parameter_has_a_part_in_every_loss(tmp_path, monkeypatch, overrides):
     """What DistributedDataParallel needs without find_unused_parameters, also where no class is told."""
     monkeypatch.chdir(tmp_path)
-    experiment = main.Experiment(compose_config([*TINY, *FEW, *overrides]), "a test")
+    experiment = Experiment(compose_config([*TINY, *FEW, *overrides]), "a test")
     data = experiment.data()
     diffusion = experiment.diffusion(data)
     batch = next(iter(data.train_dataloader()))

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from palimpsest import main
+from palimpsest.experiment.experiment import Experiment
 from palimpsest.models.checkpoints import load_inert
 from palimpsest.settings.command_line import compose_config, translate
 from palimpsest.tasks.fitting import fit
@@ -49,8 +49,8 @@ def runs(tmp_path_factory) -> Path:
     os.chdir(folder)
     try:
         for name, settings in {"adamw": TRAIN, "muon": ["optim=muon"]}.items():
-            fit(main.Experiment(compose_config([*SAME, *settings, save_dir(name)]), "a test"))
-        fit(main.Experiment(compose_config([*SAME, *TRAIN, save_dir("begun"), "trainer.max_steps=2"]), "a test"))
+            fit(Experiment(compose_config([*SAME, *settings, save_dir(name)]), "a test"))
+        fit(Experiment(compose_config([*SAME, *TRAIN, save_dir("begun"), "trainer.max_steps=2"]), "a test"))
         for more in (PERPLEXITY, SAMPLE):
             run(*SAME, *TRAIN, save_dir("adamw"), *more)
         shutil.copytree("adamw/checkpoints", "measured/checkpoints")
@@ -82,7 +82,7 @@ def runs(tmp_path_factory) -> Path:
         end = {"returncode": done.returncode, "stderr": done.stderr, "seconds": seconds}
         Path("end").write_text(json.dumps(end))
         Path("said").write_text(done.stdout)
-        fit(main.Experiment(compose_config([*SAME, *TRAIN, save_dir("to_be_ended"), "loader.batch_size=4"]), "a test"))
+        fit(Experiment(compose_config([*SAME, *TRAIN, save_dir("to_be_ended"), "loader.batch_size=4"]), "a test"))
     finally:
         os.chdir(before)
     return folder

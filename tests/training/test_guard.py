@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
-from palimpsest import main
+from palimpsest.experiment.experiment import Experiment
 from palimpsest.settings.command_line import compose_config
 from palimpsest.settings.identity import identity
 from palimpsest.training.callbacks.guard import Guard, SpikeWatch
@@ -71,7 +71,7 @@ def test_an_update_left_out_leaves_everything_bit_for_bit_and_training_goes_on(
     tmp_path, monkeypatch, caplog, optimizer, how
 ):
     monkeypatch.chdir(tmp_path)
-    experiment = main.Experiment(compose_config([*RUN, f"optim={optimizer}", "checkpointing.save_dir=run"]), "a test")
+    experiment = Experiment(compose_config([*RUN, f"optim={optimizer}", "checkpointing.save_dir=run"]), "a test")
     diffusion, data = spoilt(monkeypatch, experiment, how, {0, 3})
     trainer, snapshots = experiment.trainer("train"), Snapshots()
     trainer.callbacks.append(snapshots)
@@ -92,7 +92,7 @@ def test_an_update_left_out_leaves_everything_bit_for_bit_and_training_goes_on(
 def test_too_many_in_a_row_end_the_training_and_leave_the_batch(tmp_path, monkeypatch, optimizer, how):
     monkeypatch.chdir(tmp_path)
     overrides = [*RUN, f"optim={optimizer}", "training.max_skipped_steps=3", "checkpointing.save_dir=run"]
-    experiment = main.Experiment(compose_config(overrides), "a test")
+    experiment = Experiment(compose_config(overrides), "a test")
     diffusion, data = spoilt(monkeypatch, experiment, how, {2, 3, 4})
     before = [p.detach().clone() for p in diffusion.backbone.parameters()]
     snapshots, trainer = Snapshots(), experiment.trainer("train")
@@ -117,7 +117,7 @@ def test_judged_a_step_late_as_on_a_gpu_the_verdict_and_the_batch_are_those_of_t
     monkeypatch.chdir(tmp_path)
     for limit, last in ((1, 2), (3, 4)):
         overrides = [*RUN, "optim=adamw", f"training.max_skipped_steps={limit}", f"checkpointing.save_dir=run{limit}"]
-        experiment = main.Experiment(compose_config(overrides), "a test")
+        experiment = Experiment(compose_config(overrides), "a test")
         diffusion, data = spoilt(monkeypatch, experiment, "loss", {2, 3, 4})
         trainer = experiment.trainer("train")
         trainer.callbacks.append(Late())

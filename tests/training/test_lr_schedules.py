@@ -10,9 +10,9 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from palimpsest import main
+from palimpsest.experiment.building import Builder
+from palimpsest.experiment.running import checked
 from palimpsest.settings.command_line import CONFIGS, compose_config, explain
-from palimpsest.settings.contradictions import check_schedule
 from tests.helpers.commands import TINY, run
 
 STEPS = 100
@@ -113,7 +113,7 @@ def test_nonsense_is_refused(name, setting, said):
     (["lr_scheduler=constant", "lr_scheduler.num_warmup_steps=-1"], "lr_scheduler.num_warmup_steps=-1"),
 ])  # fmt: skip
 def test_it_is_refused_before_any_data_are_read(monkeypatch, arguments, said):
-    monkeypatch.setattr(main, "Experiment", lambda *_: pytest.fail("it went on"))
+    monkeypatch.setattr(Builder, "data", lambda *_: pytest.fail("it went on"))
     with pytest.raises(Exception) as caught:  # noqa: B017, PT011 - explain() is what is tested
         run(*TINY, *arguments)
     assert said in explain(caught.value)
@@ -121,10 +121,10 @@ def test_it_is_refused_before_any_data_are_read(monkeypatch, arguments, said):
 
 def test_a_training_that_is_all_warm_up_is_a_warning_with_its_remedy(caplog):
     with caplog.at_level(logging.WARNING):
-        check_schedule(compose_config(["data=wikitext2", "trainer.max_steps=500"]))
+        checked(compose_config(["data=wikitext2", "trainer.max_steps=500"]), "a test")
     assert "num_warmup_steps=2500 is not below trainer.max_steps=500" in caplog.text
     assert "set lr_scheduler.num_warmup_steps=25 or so" in caplog.text
     caplog.clear()
     for fine in (["data=wikitext2"], [], ["trainer.max_steps=5", "mode=ppl_eval"]):
-        check_schedule(compose_config(fine))
+        checked(compose_config(fine), "a test")
     assert not caplog.text

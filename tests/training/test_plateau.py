@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from palimpsest import main
+from palimpsest.diffusion import Diffusion
+from palimpsest.experiment.experiment import Experiment
 from palimpsest.models.checkpoints import load_inert
 from palimpsest.settings.command_line import compose_config
 from palimpsest.settings.identity import identity
@@ -84,24 +85,24 @@ RISING = [*TINY, "plateau=cut", "plateau.patience=1", "plateau.cooldown=0", "lr_
 
 
 def train(folder: str) -> None:
-    fit(main.Experiment(compose_config([*RISING, f"checkpointing.save_dir={folder}"]), "a test"))
+    fit(Experiment(compose_config([*RISING, f"checkpointing.save_dir={folder}"]), "a test"))
 
 
 def test_a_resumed_run_has_the_same_rates_counts_and_weights(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     train("whole")
-    step = main.Diffusion.training_step
+    step = Diffusion.training_step
 
     def killed(self, batch, batch_idx):
         if self.global_step == 9:
             raise KeyboardInterrupt
         return step(self, batch, batch_idx)
 
-    monkeypatch.setattr(main.Diffusion, "training_step", killed)
+    monkeypatch.setattr(Diffusion, "training_step", killed)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         train("killed")
     assert load_inert(tmp_path / "killed/checkpoints/last.ckpt")["global_step"] == 8
-    monkeypatch.setattr(main.Diffusion, "training_step", step)
+    monkeypatch.setattr(Diffusion, "training_step", step)
     train("killed")
     whole, resumed = (load_inert(tmp_path / f"{name}/checkpoints/last.ckpt") for name in ("whole", "killed"))
     assert whole["callbacks"]["Plateau"] == resumed["callbacks"]["Plateau"]

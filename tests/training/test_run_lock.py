@@ -13,7 +13,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from palimpsest import main
+from palimpsest.experiment import runs
+from palimpsest.experiment.experiment import Experiment
 from palimpsest.settings.command_line import compose_config
 from palimpsest.tasks.fitting import fit
 from palimpsest.training.run_lock import FILE, alone_in
@@ -113,12 +114,12 @@ def test_a_training_that_another_process_finished_meanwhile_is_complete():
 ])  # fmt: skip
 def test_processes_that_were_started_together_do_not_wait(environ, waits, monkeypatch, tmp_path):
     asked = []
-    monkeypatch.setattr(main, "alone_in", lambda folder, wait: asked.append((folder, wait)) or nullcontext())
+    monkeypatch.setattr(runs, "alone_in", lambda folder, wait: asked.append((folder, wait)) or nullcontext())
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
-    experiment = main.Experiment(compose_config([f"checkpointing.save_dir={tmp_path}"]), "a test")
+    experiment = Experiment(compose_config([f"checkpointing.save_dir={tmp_path}"]), "a test")
     with experiment.alone(1):
         assert asked == [(tmp_path / "label=1", waits)]
-    monkeypatch.setattr(main, "first_process", lambda: False)
+    monkeypatch.setattr(runs, "first_process", lambda: False)
     with experiment.alone():
         assert len(asked) == 1, "one process of a training holds the lock"

@@ -18,8 +18,9 @@ import yaml
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from palimpsest import main
 from palimpsest.common.files import alias, check_content, check_seal, newest_first, place
+from palimpsest.experiment import running
+from palimpsest.experiment.experiment import Experiment
 from palimpsest.models.checkpoints import load_inert, read_progress
 from palimpsest.settings.command_line import compose_config
 from palimpsest.tasks.fitting import fit
@@ -41,11 +42,11 @@ def _in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def experiment(*overrides: str) -> main.Experiment:
-    return main.Experiment(compose_config([*RUN, *overrides]), "a test")
+def experiment(*overrides: str) -> Experiment:
+    return Experiment(compose_config([*RUN, *overrides]), "a test")
 
 
-def train(steps: int, *overrides: str) -> main.Experiment:
+def train(steps: int, *overrides: str) -> Experiment:
     built = experiment(f"trainer.max_steps={steps}", *overrides)
     fit(built)
     return built
@@ -359,7 +360,7 @@ def _said(act) -> str:
 def test_reports_and_logs_of_a_run_at_an_address_lie_here_and_that_is_said(address, capsys):
     logged = [override for override in RUN if override != "~logger"]
     cfg = compose_config([*logged, f"checkpointing.save_dir={address}", "trainer.max_steps=1"])
-    main.run(cfg, "a test")
+    running.run(cfg, "a test")
     folder = next(Path("outputs/reviews").iterdir())
     assert f"checkpoints: {address}/checkpoints; logs, reports and results, here: {folder}" in capsys.readouterr().out
     assert {"report.html", "results.json", "csv"} <= {path.name for path in folder.iterdir()}

@@ -21,12 +21,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
+import lightning
 import pytest
 import torch
 
-from palimpsest import main
 from palimpsest.corpora import reviews
 from palimpsest.diffusion import Diffusion
+from palimpsest.experiment import running
+from palimpsest.experiment.experiment import Experiment
 from palimpsest.models.checkpoints import load_inert, read_progress
 from palimpsest.settings.command_line import compose_config
 from palimpsest.tasks.class_scoring import ClassScorer
@@ -68,13 +70,13 @@ def requeued(monkeypatch) -> list[str]:
 def command(*settings: str) -> None:
     """A command as main.py runs it."""
     with SIGNALS.listening():
-        main.run(compose_config(list(settings)), "a test")
+        running.run(compose_config(list(settings)), "a test")
 
 
 def training(*settings: str) -> None:
     """The training of such a command alone, without the measurements and the report after it."""
     with SIGNALS.listening():
-        fit(main.Experiment(compose_config(list(settings)), "a test"))
+        fit(Experiment(compose_config(list(settings)), "a test"))
 
 
 def signal_in(monkeypatch, number: int, where: type, method: str, batch: int, when: object = lambda: True) -> None:
@@ -373,6 +375,6 @@ def test_another_number_of_processes_is_refused_with_what_differs(devices, nodes
 
 def test_lightning_still_has_the_two_places_that_are_taken_over():
     """They are private: another version of Lightning may have moved them, and would end with status 0 again."""
-    trainer = main.lightning.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    trainer = lightning.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     assert callable(type(trainer._signal_connector).register_signal_handlers)
     assert callable(type(trainer.fit_loop.epoch_loop)._broadcast_sigterm_tensor)

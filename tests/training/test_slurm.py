@@ -15,6 +15,8 @@ import torch
 
 from benchmarks.slurm_requeue import compared
 from palimpsest import main
+from palimpsest.experiment import running
+from palimpsest.experiment.experiment import Experiment
 from palimpsest.models.checkpoints import read_progress
 from palimpsest.settings.command_line import compose_config
 from palimpsest.tasks.fitting import fit
@@ -78,7 +80,7 @@ def test_a_job_that_is_signalled_saves_goes_back_into_the_queue_resumes_and_ends
         said = logs(job)
         assert stopped < 600 and f"SIGUSR1: step {stopped} is saved" in said and f"{job} is back in the queue" in said
         slurm("scontrol", "update", f"JobId={job}", "StartTime=now")  # SLURM waits for two minutes otherwise
-        experiment = main.Experiment(compose_config([*settings, "seed=3", f"checkpointing.save_dir={tmp_path}"]), "")
+        experiment = Experiment(compose_config([*settings, "seed=3", f"checkpointing.save_dir={tmp_path}"]), "")
         fit(experiment)  # in the meantime, and never disturbed
         wait(lambda: state(job) in ("COMPLETED", "FAILED", ""), job)
         assert state(job) in ("COMPLETED", ""), logs(job)
@@ -122,7 +124,7 @@ def test_a_launcher_can_send_the_command_to_another_process(monkeypatch):
     program = FunctionType(function.__code__, {**vars(main), "__name__": "__main__"}, function.__name__)
     program.__module__ = "__main__"
     done = []
-    monkeypatch.setattr(main, "job", done.append)
+    monkeypatch.setattr(running, "job", done.append)
     cloudpickle.loads(cloudpickle.dumps(program))("the configuration")
     assert done == ["the configuration"]
 

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from palimpsest import main
+from palimpsest.experiment.experiment import Experiment
 from palimpsest.models.ar import AR
 from palimpsest.models.checkpoints import load_inert
 from palimpsest.models.dit import DiT
@@ -37,7 +37,7 @@ RUN = [*TINY, "trainer.max_steps=7", "loader.batch_size=2", "trainer.log_every_n
 
 def trained(*overrides: str) -> tuple[lightning.Trainer, list[dict], list[float]]:
     """A short training, what its objective gave to each micro-batch, and the gradient norm of each step."""
-    experiment = main.Experiment(compose_config([*RUN, *overrides]), "a test")
+    experiment = Experiment(compose_config([*RUN, *overrides]), "a test")
     data = experiment.data()
     diffusion, seen, norms = experiment.diffusion(data), [], []
     honest, prepare = diffusion.objective.loss, diffusion.updates.prepare
@@ -202,7 +202,7 @@ def test_a_metric_of_another_callback_is_logged_with_the_rest(tmp_path, monkeypa
             return {"train/answer": 42.0}
 
     monkeypatch.chdir(tmp_path)
-    experiment = main.Experiment(compose_config([*RUN, "trainer.max_steps=3", "optim=adamw"]), "a test")
+    experiment = Experiment(compose_config([*RUN, "trainer.max_steps=3", "optim=adamw"]), "a test")
     trainer = experiment.trainer("train")
     trainer.callbacks.append(Waiting())
     trainer.fit(experiment.diffusion(experiment.data()), datamodule=experiment.data())

@@ -13,20 +13,23 @@ from pathlib import Path
 
 import torch.distributed
 
-from palimpsest import main
+from palimpsest.diffusion import Diffusion
+from palimpsest.experiment import running
+from palimpsest.experiment.experiment import Experiment
 from palimpsest.settings.command_line import compose_config
 from palimpsest.tasks.fitting import fit
+from palimpsest.training.processes import first_process
 
 
-def fall_asleep(diffusion: main.Diffusion, optimizer: object) -> None:
+def fall_asleep(diffusion: Diffusion, optimizer: object) -> None:
     """In place of a hook that every process calls before every step."""
-    if diffusion.global_step == 1 and not main.first_process():
+    if diffusion.global_step == 1 and not first_process():
         Path("hung").write_text(str(time.time()))
         time.sleep(600)
 
 
 if __name__ == "__main__":
-    if not main.first_process():
+    if not first_process():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     for line in Path(sys.argv[1]).read_text().splitlines():
         kind, *settings = line.split(" ")
@@ -38,5 +41,5 @@ if __name__ == "__main__":
             # Else they would find in torchrun's own store where they stood the first time.
             os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
             os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
-            main.Diffusion.on_before_optimizer_step = fall_asleep
-        main.run(cfg, "a test") if kind == "run" else fit(main.Experiment(cfg, "a test"))
+            Diffusion.on_before_optimizer_step = fall_asleep
+        running.run(cfg, "a test") if kind == "run" else fit(Experiment(cfg, "a test"))

@@ -134,6 +134,7 @@ class BestCheckpoint(ModelCheckpoint):
 
     def __init__(
         self,
+        dirpath: PresentPath,
         monitor: Name,
         mode: Literal["min", "max"] = "min",
         save_top_k: Annotated[int, whole(-1)] = 1,
@@ -142,7 +143,13 @@ class BestCheckpoint(ModelCheckpoint):
         **settings: object,
     ) -> None:
         super().__init__(
-            monitor=monitor, mode=mode, save_top_k=save_top_k, save_last=save_last, filename=filename, **settings
+            dirpath=dirpath,
+            monitor=monitor,
+            mode=mode,
+            save_top_k=save_top_k,
+            save_last=save_last,
+            filename=filename,
+            **settings,
         )
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
