@@ -16,6 +16,7 @@ from hydra.errors import InstantiationException
 
 from palimpsest import main
 from palimpsest.settings.command_line import compose_config, explain
+from palimpsest.tasks.fitting import fit
 
 ROOT = Path(__file__).parents[2]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -41,6 +42,11 @@ def experiment(*arguments: str) -> main.Experiment:
 def run(*arguments: str) -> dict[str, object]:
     """The results of a command."""
     return main.run(compose_config(list(arguments)), "a test")
+
+
+def trained(*arguments: str) -> Path:
+    """The last checkpoint of a training, without the measurements and the report that follow it."""
+    return fit(experiment(*arguments))
 
 
 def refused(said: str, *arguments: str) -> None:
