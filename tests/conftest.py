@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed
-import yaml
 from tokenizers import Tokenizer
 
 import main  # noqa: F401 - makes the folder of this checkout the package, wherever another one is installed
@@ -18,12 +17,16 @@ from palimpsest.data.built_tokenizers import BUILDERS
 from palimpsest.data.cache import texts_fingerprint
 from palimpsest.models.dit import DiT
 from tests.helpers.commands import ROOT, TINY, experiment
+from tests.helpers.composing import compositions_are_remembered
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 GOLDEN = ROOT / "tests/golden"
 
 
-yaml.SafeLoader = yaml.CSafeLoader  # the same in C: composing a configuration reads some thirty files
+@pytest.fixture(autouse=True, scope="session")
+def files_of_the_configuration_are_composed_once():
+    with compositions_are_remembered():
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -187,7 +187,7 @@ def test_unknown_keys_and_choices_list_what_exists(arguments, said):
     (["backbone=ar"], "parameterization=ar backbone=ar"), (["algo=ar", "algo.backbone=dit"], "parameterization=ar"),
     (["parameterization=ar", "backbone=hf_causal"], "backbone.name_or_path="),
     (["parameterization=ar", "T=10"], "T=10"),
-    (["parameterization=ar", "training.masking=exact_count"], "training.masking=objectives.noising.ExactCount"),
+    (["parameterization=ar", "training.masking=exact_count"], "training.masking=palimpsest.objectives.noising.ExactCount"),
     (["parameterization=ar", "eval.estimator=complementary"], "eval.estimator=auto"),
     (["parameterization=ar", "sampling.predictor=ddpm"], "sampling.predictor=ar"),
     (["parameterization=ar", "time_conditioning=true"], "time_conditioning=True"),
