@@ -4,18 +4,46 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed
+from tokenizers import Tokenizer
 
 import main  # noqa: F401 - makes the folder of this checkout the package, wherever another one is installed
+from palimpsest.data.built_tokenizers import BUILDERS
+from palimpsest.data.cache import texts_fingerprint
 from palimpsest.models.dit import DiT
 from tests.helpers.commands import ROOT, TINY, experiment
+from tests.helpers.composing import compositions_are_remembered
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 GOLDEN = ROOT / "tests/golden"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def files_of_the_configuration_are_composed_once():
+    with compositions_are_remembered():
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def vocabularies_are_built_once():
+    """Most tests train on one corpus in a folder of their own; building its vocabulary takes longer than training."""
+    build, built = BUILDERS["word"], {}
+
+    def once(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+        texts = list(texts)
+        key = texts_fingerprint(texts), vocab_size
+        if key not in built:
+            built[key] = build(texts, vocab_size).to_str()
+        return Tokenizer.from_str(built[key])
+
+    BUILDERS["word"] = once
+    yield
+    BUILDERS["word"] = build
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import runpy
 import subprocess
+import sys
 
 import pytest
 
@@ -185,7 +187,7 @@ def test_unknown_keys_and_choices_list_what_exists(arguments, said):
     (["backbone=ar"], "parameterization=ar backbone=ar"), (["algo=ar", "algo.backbone=dit"], "parameterization=ar"),
     (["parameterization=ar", "backbone=hf_causal"], "backbone.name_or_path="),
     (["parameterization=ar", "T=10"], "T=10"),
-    (["parameterization=ar", "training.masking=exact_count"], "training.masking=objectives.noising.ExactCount"),
+    (["parameterization=ar", "training.masking=exact_count"], "training.masking=palimpsest.objectives.noising.ExactCount"),
     (["parameterization=ar", "eval.estimator=complementary"], "eval.estimator=auto"),
     (["parameterization=ar", "sampling.predictor=ddpm"], "sampling.predictor=ar"),
     (["parameterization=ar", "time_conditioning=true"], "time_conditioning=True"),
@@ -244,8 +246,11 @@ def test_a_mistake_on_the_command_line_is_one_message(tmp_path):
     assert done.returncode == 2 and "Did you mean model.hidden_size" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_help_teaches(tmp_path):
-    text = run_main("--help", cwd=tmp_path).stdout
+def test_help_teaches(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", [str(ROOT / "main.py"), "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    text = capsys.readouterr().out
     for word in ("mode=classify", "sampling.predictor", "train", "ppl_eval", "sample_eval", "DATA_DIR"):
         assert word in text
 

@@ -31,10 +31,9 @@ def test_the_worked_examples_run(tmp_path):
              "tests/test_architecture.py"]  # fmt: skip
     commands = (
         "import main, pytest\n"  # the package is the folder of this main.py
-        "from palimpsest import main\n"
-        "from palimpsest.settings.command_line import compose_config\n"
+        "from tests.helpers.commands import TINY, run, trained\n"
         f"assert pytest.main({tests}) == 0\n"
-        f"for typed in {[TINY, sampled, plain]}: running.run(compose_config(typed), 'a test')"
+        f"trained(*TINY), run(*{sampled}), run(*{plain})"
     )
     done = subprocess.run([sys.executable, "-c", commands], cwd=copy, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

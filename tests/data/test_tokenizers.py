@@ -132,16 +132,16 @@ def test_fingerprint_is_that_of_the_content(tmp_path):
     tokenizer(["a b", "c"], padding=True, truncation=True, max_length=2)  # leaves its settings in the tokenizer
     assert vocabulary(tokenizer).fingerprint == first
     assert vocabulary(build("word", tmp_path, [*ENGLISH, "other"])).fingerprint != first
+    (tmp_path / "palimpsest").symlink_to(ROOT)
     code = (
-        "import sys, tests.test_tokenizers as t; from pathlib import Path\n"
-        "print(t.vocabulary(t.build('word', Path(sys.argv[1]))).fingerprint)"
+        "import sys; from palimpsest.data.tokenizers import load_tokenizer, vocabulary; from pathlib import Path\n"
+        "tokenizer = load_tokenizer('word', texts=lambda: sys.argv[2:], cache_dir=Path(sys.argv[1]))\n"
+        "print(vocabulary(tokenizer).fingerprint)"
     )
-    root = ROOT
     for seed in ("1", "2"):
         out = subprocess.run(
-            [sys.executable, "-c", code, str(tmp_path / seed)],
-            cwd=root, env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(root)},
-            capture_output=True, text=True, check=True,
+            [sys.executable, "-c", code, str(tmp_path / seed), *ENGLISH], capture_output=True, text=True, check=True,
+            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(tmp_path)},
         )  # fmt: skip
         assert out.stdout.strip() == first
 

@@ -17,6 +17,7 @@ from hydra.errors import InstantiationException
 from palimpsest.experiment import running
 from palimpsest.experiment.experiment import Experiment
 from palimpsest.settings.command_line import compose_config, explain, translate
+from palimpsest.tasks.fitting import fit
 
 ROOT = Path(__file__).parents[2]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -42,6 +43,11 @@ def experiment(*arguments: str) -> Experiment:
 def run(*arguments: str) -> dict[str, object]:
     """The results of a command."""
     return running.run(compose_config(list(arguments)), "a test", translate(list(arguments)))
+
+
+def trained(*arguments: str) -> Path:
+    """The last checkpoint of a training, without the measurements and the report that follow it."""
+    return fit(experiment(*arguments))
 
 
 def refused(said: str, *arguments: str) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import torch
 from scipy import stats
+from torch.nn.functional import one_hot
 
 from palimpsest.objectives.base import Model, TokenDiffusion
 from palimpsest.samplers.base import time_grid
@@ -54,24 +56,19 @@ def exact_bound(
 @torch.no_grad()
 def chain_law(model: Model, length: int, vocab: int, steps: int, start: tuple | None = None) -> dict[tuple, float]:
     """The law over final sequences of steps through p(x_s | x_t), by propagating every state."""
-    law = {start or (model.process.mask_id,) * length: 1.0}
+    start = start or (model.process.mask_id,) * length
+    x_SL = torch.tensor(list(itertools.product(range(vocab), repeat=length)))  # every state there is
+    at_SL = x_SL == model.process.mask_id
+    mass_S = (x_SL == torch.tensor(start)).all(-1).double()
+    moves_SSL = torch.zeros(len(x_SL), len(x_SL), length, dtype=torch.float64)  # from, to, where
     for t, s in itertools.pairwise(time_grid(steps, 1e-5)):
-        moved: dict[tuple, float] = {}
-        for state, mass in law.items():
-            x = torch.tensor([state])
-            at = x == model.process.mask_id
-            choices = [[(token, 1.0)] for token in state]
-            if at.any():
-                q = model.reverse(x, t[None], s[None], at).exp()
-                for row, place in enumerate(at[0].nonzero().squeeze(-1).tolist()):
-                    choices[place] = [(v, float(q[row, v])) for v in range(vocab)]
-            for combination in itertools.product(*choices):
-                weight = float(np.prod([p for _, p in combination]))
-                after = tuple(token for token, _ in combination)
-                if weight:
-                    moved[after] = moved.get(after, 0.0) + mass * weight
-        law = moved
-    return law
+        p_SLV = one_hot(x_SL, vocab).double()
+        if at_SL.any():
+            p_SLV[at_SL] = model.reverse(x_SL, t.expand(len(x_SL)), s.expand(len(x_SL)), at_SL).exp().double()
+        for place in range(length):
+            moves_SSL[..., place] = p_SLV[:, place, x_SL[:, place]]
+        mass_S = mass_S @ moves_SSL.prod(-1)
+    return {tuple(state): p for state, p in zip(x_SL.tolist(), mass_S.tolist(), strict=True) if p}
 
 
 @torch.no_grad()
@@ -95,27 +92,30 @@ def ordered_law(model: Model, length: int, vocab: int, order: str, tokens_per_st
     """The law of filling positions in a deterministic order."""
     law = {(model.process.mask_id,) * length: 1.0}
     while any(model.process.mask_id in state for state in law):
-        moved: dict[tuple, float] = {}
-        for state, mass in law.items():
-            x = torch.tensor([state])
-            at = x == model.process.mask_id
-            t = time_of(model, at.sum(-1), torch.tensor([length]))
-            chosen = next_positions(preference(model.denoise(x, t, at), at, order), at.sum(-1), tokens_per_step)
-            for after, p in _fill(model, {state: mass}, chosen[0].nonzero().squeeze(-1).tolist(), vocab, t).items():
-                moved[after] = moved.get(after, 0.0) + p
-        law = moved
+        x = torch.tensor(list(law))
+        at = x == model.process.mask_id
+        t = time_of(model, at.sum(-1), torch.full((len(x),), length))
+        chosen = next_positions(preference(model.denoise(x, t, at), at, order), at.sum(-1), tokens_per_step)
+        together: dict[tuple, dict] = {}  # states that are filled at the same places
+        for state, places in zip(law, chosen, strict=True):
+            together.setdefault(tuple(places.nonzero().squeeze(-1).tolist()), {})[state] = law[state]
+        law = {}
+        for places, states in together.items():
+            for after, p in _fill(model, states, list(places), vocab, t[:1]).items():
+                law[after] = law.get(after, 0.0) + p
     return law
 
 
 def _fill(model: Model, states: dict, places: list[int], vocab: int, t: torch.Tensor) -> dict[tuple, float]:
+    """The law after `places` of every state are drawn from the prediction at the time t."""
+    x = torch.tensor(list(states))
+    at = torch.zeros_like(x, dtype=torch.bool)
+    at[:, places] = True
+    p_SNV = model.denoise(x, t.expand(len(x)), at).exp().view(len(x), len(places), -1).tolist()
     out: dict[tuple, float] = {}
-    for state, mass in states.items():
-        x = torch.tensor([state])
-        at = torch.zeros_like(x, dtype=torch.bool)
-        at[0, places] = True
-        p = model.denoise(x, t, at).exp()
+    for (state, mass), p_NV in zip(states.items(), p_SNV, strict=True):
         for tokens in itertools.product(range(vocab), repeat=len(places)):
-            weight = mass * float(np.prod([float(p[i, v]) for i, v in enumerate(tokens)]))
+            weight = mass * math.prod(p_V[token] for p_V, token in zip(p_NV, tokens, strict=True))
             if weight:
                 after = list(state)
                 for place, token in zip(places, tokens, strict=True):

@@ -186,7 +186,8 @@ def test_identity_and_commands():
     }  # fmt: skip
     assert "latents.batch_size" not in identity(compose_config(["latents=hf"]))
     refused(
-        "latents=text.latent_lsa.LSA: parameterization=subs makes nothing of latents; add algo=mmldlm", "latents=lsa"
+        "latents=palimpsest.latents.lsa.LSA: parameterization=subs makes nothing of latents; add algo=mmldlm",
+        "latents=lsa",
     )
     refused("latents.dim=many must be a whole number", "latents=lsa", "latents.dim=many")
 

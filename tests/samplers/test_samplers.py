@@ -21,7 +21,7 @@ from palimpsest.samplers.base import TokenChoice, time_grid
 from tests.helpers.laws import FALSE_ALARM, any_order_law, assert_follows, chain_law, ordered_law
 
 VOCAB, MASK, LENGTH = 4, 3, 3
-MANY = 20_000
+MANY = 5_000
 
 
 def subs(net, schedule=None) -> Model:

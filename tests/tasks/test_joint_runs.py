@@ -228,4 +228,4 @@ def test_what_can_not_be_meant_is_refused_with_the_reason(here, arguments, said)
 def test_without_latents_it_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="add latents=lsa"):
-        run(word for word in JOINT if word != "latents=synthetic")
+        run(*(word for word in JOINT if word != "latents=synthetic"))

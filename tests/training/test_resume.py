@@ -11,16 +11,14 @@ import pytest
 import torch
 
 from palimpsest.models.checkpoints import load_inert
-from tests.helpers.commands import RUN, run, start_main
+from tests.helpers.commands import RUN, run, start_main, trained
 from tests.helpers.networks import same_weights
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    process = start_main(*RUN, f"checkpointing.save_dir={folder}", cwd=folder.parent, stdout=subprocess.PIPE)
-    assert "resuming" not in process.communicate()[0].decode() and process.returncode == 0
-    return folder / "checkpoints" / "last.ckpt"
+    folder = tmp_path_factory.mktemp("whole")
+    return trained(*RUN, f"checkpointing.save_dir={folder / 'run'}", f"data.cache_dir={folder / 'cache'}")
 
 
 def test_kill_9_and_start_again_gives_the_weights_of_an_uninterrupted_run(tmp_path, uninterrupted):
@@ -44,7 +42,7 @@ def test_kill_9_and_start_again_gives_the_weights_of_an_uninterrupted_run(tmp_pa
 def test_a_finished_run_is_left_as_it_is(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     few = [*RUN, "checkpointing.save_dir=run", "trainer.max_steps=4"]
-    run(*few)
+    trained(*few)
     before = load_inert(tmp_path / "run/checkpoints/last.ckpt")["state_dict"]
     monkeypatch.setattr("palimpsest.diffusion.Diffusion.training_step", lambda *_: pytest.fail("it trained again"))
     run(*few)
@@ -55,19 +53,16 @@ def test_a_finished_run_is_left_as_it_is(tmp_path, monkeypatch, capsys):
 
 def test_the_same_seed_gives_the_same_losses_and_another_seed_others(tmp_path, monkeypatch, uninterrupted):
     monkeypatch.chdir(tmp_path)
-    run(*RUN, "checkpointing.save_dir=again")
-    assert same_weights(tmp_path / "again/checkpoints/last.ckpt", uninterrupted)
-    run(*RUN, "checkpointing.save_dir=other", "seed=2")
-    assert not same_weights(tmp_path / "other/checkpoints/last.ckpt", uninterrupted)
+    assert same_weights(trained(*RUN, "checkpointing.save_dir=again"), uninterrupted)
+    assert not same_weights(trained(*RUN, "checkpointing.save_dir=other", "seed=2"), uninterrupted)
 
 
 def test_going_on_with_more_steps_equals_having_asked_for_them(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     constant = [*RUN, "lr_scheduler=constant_warmup", "lr_scheduler.num_warmup_steps=1"]
-    run(*constant, "checkpointing.save_dir=a", "trainer.max_steps=7")
-    run(*constant, "checkpointing.save_dir=a", "trainer.max_steps=12")
-    run(*constant, "checkpointing.save_dir=b", "trainer.max_steps=12")
-    assert same_weights(tmp_path / "a/checkpoints/last.ckpt", tmp_path / "b/checkpoints/last.ckpt")
+    trained(*constant, "checkpointing.save_dir=a", "trainer.max_steps=7")
+    in_parts = trained(*constant, "checkpointing.save_dir=a", "trainer.max_steps=12")
+    assert same_weights(in_parts, trained(*constant, "checkpointing.save_dir=b", "trainer.max_steps=12"))
 
 
 def test_micro_batches_do_not_change_the_run_but_for_rounding(tmp_path, monkeypatch):
@@ -75,8 +70,7 @@ def test_micro_batches_do_not_change_the_run_but_for_rounding(tmp_path, monkeypa
     Micro-batches weigh their tokens alike only where they hold equally many, hence the wrapped data."""
     monkeypatch.chdir(tmp_path)
     same = [*RUN, "model.dropout=0", "trainer.max_steps=6", "data.wrap=true", "data.max_train_texts=500", "optim=adamw"]
-    for size in (4, 1):
-        run(*same, f"loader.batch_size={size}", f"checkpointing.save_dir=b{size}")
-    a, b = (load_inert(tmp_path / f"b{size}/checkpoints/last.ckpt")["state_dict"] for size in (4, 1))
+    cut = (trained(*same, f"loader.batch_size={size}", f"checkpointing.save_dir=b{size}") for size in (4, 1))
+    a, b = (load_inert(path)["state_dict"] for path in cut)
     for name, tensor in a.items():
         torch.testing.assert_close(tensor, b[name], rtol=1e-3, atol=1e-5, msg=name)

@@ -29,7 +29,7 @@ from palimpsest.training.callbacks.progress import TextProgressBar
 from palimpsest.training.callbacks.run_state import RunState, thinned
 from palimpsest.training.logs import _run_id
 from palimpsest.training.updates import Updates
-from tests.helpers.commands import TINY, run, run_main, start_main, wait_for
+from tests.helpers.commands import TINY, run, start_main, wait_for
 
 RUN = [*TINY, "trainer.max_steps=7", "loader.batch_size=2", "trainer.log_every_n_steps=3", "sampling.num_sample_log=0",
        "trainer.val_check_interval=4", "checkpointing.save_dir=run"]  # fmt: skip
@@ -263,7 +263,7 @@ def test_without_wandb_the_message_says_what_to_install(tmp_path, monkeypatch):
     assert "pip install -U 'wandb" in explain(error.value)
 
 
-def test_a_run_that_is_killed_and_started_again_is_one_run_of_wandb(tmp_path):
+def test_a_run_that_is_killed_and_started_again_is_one_run_of_wandb(tmp_path, monkeypatch, capsys):
     pytest.importorskip("wandb", reason="needs Weights & Biases: pip install wandb")
     last = tmp_path / "run/checkpoints/last.ckpt"
     ids = lambda: [path.name.split("-")[-1] for path in sorted(tmp_path.glob("run/wandb/offline-run-*"))]  # noqa: E731
@@ -271,19 +271,19 @@ def test_a_run_that_is_killed_and_started_again_is_one_run_of_wandb(tmp_path):
     wait_for(last.exists, process)
     process.kill()
     process.wait()
-    step = load_inert(last)["global_step"]
-    done = run_main(*WANDB, f"trainer.max_steps={step + 3}", cwd=tmp_path)
-    assert done.returncode == 0 and "resuming from run/checkpoints/last.ckpt" in done.stdout, done.stderr
+    monkeypatch.chdir(tmp_path)
+    run(*WANDB, f"trainer.max_steps={load_inert(last)['global_step'] + 3}")
+    assert "resuming from run/checkpoints/last.ckpt" in capsys.readouterr().out
     first, second = ids()
     assert first == second == (tmp_path / "run/wandb/run-id").read_text()
-    assert run_main(*WANDB, "checkpointing.resume_from_ckpt=false", cwd=tmp_path).returncode == 0
+    run(*WANDB, "checkpointing.resume_from_ckpt=false")
     assert ids()[:2] == [first, first] and ids()[2] != first, "begun anew, it is another run"
 
 
-def test_the_trainings_of_one_command_are_runs_of_their_own_in_wandb(tmp_path):
+def test_the_trainings_of_one_command_are_runs_of_their_own_in_wandb(tmp_path, monkeypatch):
     pytest.importorskip("wandb", reason="needs Weights & Biases: pip install wandb")
-    done = run_main(*WANDB, "mode=classify", "trainer.max_steps=2", "classify.baselines=false", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    run(*WANDB, "mode=classify", "trainer.max_steps=2", "classify.baselines=false")
     kept = [(tmp_path / f"run/label={label}/wandb/run-id").read_text() for label in (0, 1)]
     found = [path.name.split("-")[-1] for path in sorted(tmp_path.glob("run/label=*/wandb/offline-run-*"))]
     assert found == kept and kept[0] != kept[1]
