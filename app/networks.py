@@ -53,11 +53,11 @@ class Networks:
         settings = {"mode": "sample_eval", "eval.checkpoint_path": str(network.path), "eval.split": "null",
                     **({} if network.label is None else {"data.label": network.label}), **asked}  # fmt: skip
         experiment = self._experiment(network, settings)
-        experiment.drawing  # noqa: B018 - what it refuses, before anything is read
+        experiment.build.drawing()  # noqa: B018 - what it refuses, before anything is read
 
         def read() -> tuple[object, Diffusion]:
-            data = experiment.data()
-            return data, experiment.trained(data, str(network.path), disable_ema=False)
+            data = experiment.build.data()
+            return data, experiment.weights.trained(data, str(network.path), disable_ema=False)
 
         data, diffusion = self._once("writer", network.version, read)
         return Writer(diffusion, data, experiment)
@@ -72,7 +72,7 @@ class Networks:
         experiment = self._experiment(classifier.networks[0], settings)
 
         def read() -> tuple[object, list[Hypothesis]]:
-            data = experiment.data()
+            data = experiment.build.data()
             check_classes(data)
             names, there = data.label_names, classifier.networks
             if there[0].conditional:
@@ -80,7 +80,7 @@ class Networks:
             if len(there) != len(names):
                 raise ValueError(f"{classifier.folder} has models of {len(there)} of the {len(names)} classes of data="
                                  f"{data.name}; train the others (python main.py mode=classify ...)")  # fmt: skip
-            paths = [experiment.model_path(label) for label in range(len(names))]
+            paths = [experiment.runs.model_path(label) for label in range(len(names))]
             return data, one_per_class(experiment, list(map(str, paths)), disable_ema=False)
 
         version = " ".join(network.version for network in classifier.networks)

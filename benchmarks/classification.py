@@ -57,7 +57,7 @@ def main() -> None:
     args = parser.parse_args()
     cfg = compose_config([*args.overrides, f"data.max_test_texts={args.texts}"])
     experiment = Experiment(cfg, " ".join(sys.argv))
-    data = experiment.data()
+    data = experiment.build.data()
     hypotheses = class_models(experiment, data, cfg.eval.checkpoint_path, cfg.eval.disable_ema)
     log_prior_C = np.full(len(data.label_names), -np.log(len(data.label_names)))
     studies = [

@@ -76,8 +76,8 @@ class Table:
     def __init__(self, args: argparse.Namespace) -> None:
         self.overrides, self.folder, self.texts, self.show = args.overrides, args.output, args.texts, args.show
         self.experiment = self._experiment([])
-        self.data = self.experiment.data()
-        self.network = self.experiment.trained(self.data, args.checkpoint, disable_ema=False)
+        self.data = self.experiment.build.data()
+        self.network = self.experiment.weights.trained(self.data, args.checkpoint, disable_ema=False)
         self.scorer = self._scorer(args.scorer)
 
     def _experiment(self, how: list[str]) -> Experiment:

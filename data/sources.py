@@ -21,15 +21,14 @@ import copy
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Protocol
 
 import datasets
 import pyarrow as pa
 
-from palimpsest.common.values import NAME, TEXT, BelowOne, Count, Name, PresentPath, Seed, list_of
-from palimpsest.corpora import reviews
+from palimpsest.common.values import NAME, TEXT, BelowOne, Name, PresentPath, list_of
 from palimpsest.data.detokenizers import PUBLISHED, VERSION, detokenizer
 from palimpsest.data.files import Columns, kind_of, matching_files, read_files
 from palimpsest.data.hub import both_ways, local_folder, quick_when_offline
@@ -377,36 +376,6 @@ class Combined:
         """The split, to be read piece by piece (HubOrFolder.open)."""
         check_split(split, self.splits)
         return self.sources[self.choice[split]].open(split)
-
-
-class GeneratedReviews:
-    """The embedded corpus (corpora/reviews.py): as many texts per class as asked, the two classes shuffled
-    together."""
-
-    splits = ("train", "validation", "test")
-    label_names = reviews.ReviewGrammar.label_names
-
-    def __init__(
-        self, num_train_per_class: Count, num_validation_per_class: Count, num_test_per_class: Count, seed: Seed = 0
-    ) -> None:
-        self.sizes = dict(
-            zip(self.splits, (num_train_per_class, num_validation_per_class, num_test_per_class), strict=True)
-        )
-        self.seed = seed
-        for split, size in self.sizes.items():
-            if size < 1:
-                raise ValueError(f"data.source.num_{split}_per_class={size} must be at least 1")
-
-    def load(self, split: str) -> datasets.Dataset:
-        """The split's rows. Raises ValueError for a split that does not exist."""
-        check_split(split, self.splits)
-        return _generated(split, self.sizes[split], self.seed)
-
-
-@lru_cache(maxsize=8)  # half a second for each of many readers
-def _generated(split: str, num_texts_per_class: int, seed: int) -> datasets.Dataset:
-    rows = reviews.generate_split(split, num_texts_per_class, seed)
-    return text_rows(rows["text"], rows["label"])
 
 
 def _detokenized(batch: dict[str, list], *, name: str, version: int, column: str) -> dict[str, list]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cached_property
 
+import lightning
 import torch
 from omegaconf import DictConfig, OmegaConf
 
@@ -75,30 +76,6 @@ class Experiment:
             settings |= {key: OmegaConf.select(self._cfg, key) for key in keys}
         return {"parameterization": self.build.law, "noise": self._cfg.noise._target_, **settings}
 
-    # FACADE
-    def __getattr__(self, name):
-        for part in ("runs", "weights", "build"):
-            if part in self.__dict__ and hasattr(self.__dict__[part], name):
-                return getattr(self.__dict__[part], name)
-        raise AttributeError(name)
-
-    def finished(self, label=None):
-        return self.runs.finished(self.build.data(label), label)
-
-    def trainer(self, title, label=None):
+    def trainer(self, title: str, label: int | None = None) -> lightning.Trainer:
+        """Return a Trainer for a run of this experiment (`Builder.trainer`)."""
         return self.build.trainer(title, self.command, label)
-
-    @property
-    def drawing(self):
-        return self.build.drawing()
-
-    @property
-    def conditional(self):
-        return self.build.choices.conditional
-
-    @property
-    def start_from_counts(self):
-        return self.build.choices.start_from_counts
-
-    def start_from_pretrained(self, *a):
-        return self.weights.start(*a)

@@ -5,6 +5,7 @@ The settings of a model are those that its checkpoint carries, as scripts/genera
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -15,42 +16,20 @@ import numpy as np
 import torch
 
 from palimpsest.classification.bayes import averaged_posterior, log_prior
-from palimpsest.common.files import is_remote, place
 from palimpsest.data.tokenizers import of_record, vocabulary
 from palimpsest.dataloader import TextData, with_texts
 from palimpsest.diffusion import Diffusion
 from palimpsest.estimators.nelbo import Nelbo, comparison_noising
+from palimpsest.experiment.carried import carried, checkpoint_path
 from palimpsest.experiment.experiment import Experiment
 from palimpsest.experiment.running import checked
-from palimpsest.models.checkpoints import read_contents, read_settings
+from palimpsest.models.checkpoints import read_contents
 from palimpsest.settings.command_line import compose_config, in_quotes
 from palimpsest.settings.identity import overrides
 from palimpsest.tasks.blanks import Template
 from palimpsest.tasks.drawing import decoded, draw
 
 _SPLIT = "given"  # the name of a user's texts among the splits
-
-
-def checkpoint_path(typed: str | Path, key: str = "path") -> object:
-    """Return the checkpoint that is meant, where the folder of a run is named."""
-    path = place(str(typed), key)
-    last = None if is_remote(path) else path / "checkpoints" / "last.ckpt"
-    return last if last is not None and last.exists() else path
-
-
-def carried(path: object, key: str = "path") -> dict[str, object]:
-    """Return what a checkpoint says of its training: `configuration`, `label` and `tokenizer`.
-
-    Raises:
-        ValueError: it says nothing.
-    """
-    known = read_settings(path, key).identity
-    if "configuration" not in known:
-        raise ValueError(
-            f"{key} {path} does not carry the configuration of its training, as ours do; say it: python main.py "
-            f"mode=sample_eval eval.checkpoint_path={path} data=... model=... parameterization=... backbone=..."
-        )
-    return known
 
 
 @dataclass(frozen=True)
@@ -108,7 +87,7 @@ class TrainedModel:
         se_M = np.zeros(len(texts)) if exact else np.full(len(texts), np.nan)
         if not exact and draws > 1:
             se_M = nats_MK.std(axis=1, ddof=1) / np.sqrt(draws)
-        kind = f"{estimator.kind}, {estimator.label(model, num_draws)}"
+        kind = estimator.label(model, num_draws)
         return TextLikelihoods(-nats_MK.mean(axis=1), se_M, tokens_M, evaluations_M, kind)
 
     def _measured(
@@ -164,6 +143,7 @@ def load(path: str | Path, *typed: str) -> TrainedModel:
         FileNotFoundError: there is no such file.
         ValueError: it is no checkpoint of ours, or a setting does not fit it.
     """
+    warnings.filterwarnings("ignore", module="lightning")  # it speaks of trainers, and there is none here
     file = checkpoint_path(path)
     known = carried(file)
     words = [*overrides(known["configuration"]), "mode=sample_eval",

@@ -49,7 +49,7 @@ def texts_of(overrides: list[str]) -> TextData:
     Raises:
         ValueError: there is none, or rows are not parts of single texts.
     """
-    data = Experiment(compose_config(overrides), "scripts/prepare_latents.py").data()
+    data = Experiment(compose_config(overrides), "scripts/prepare_latents.py").build.data()
     if data.latents is None:
         raise ValueError("--encoder is missing: give lsa, hf, self or synthetic")
     return data

@@ -20,6 +20,7 @@ MOVED = {
     "text.latent_shards": "latents.shards",
     "text.review_attributes": "corpora.review_attributes",
     "text.reviews": "corpora.reviews",
+    "text.sources.GeneratedReviews": "corpora.reviews.GeneratedReviews",
     "text.text8": "corpora.text8",
     "text": "data",
     "transformers.get_constant_schedule_with_warmup": "training.lr_schedules.constant",

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
@@ -18,14 +17,10 @@ import numpy as np
 import pyarrow.compute as pc
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from palimpsest.common.files import Place
 from palimpsest.common.metrics import Estimate, ratio
-from palimpsest.corpora.judging import Judge
-from palimpsest.diffusion import Diffusion, Provenance
-from palimpsest.estimators.base import Estimator
+from palimpsest.diffusion import Provenance
 from palimpsest.report.report import Metric
-from palimpsest.tasks.drawing import Drawing
-from palimpsest.tasks.scoring import Precision, Scores
+from palimpsest.tasks.scoring import Scores
 
 
 class GroundTruth(Protocol):
@@ -39,34 +34,18 @@ class GroundTruth(Protocol):
 
 
 class Experiment(Protocol):
-    """Builds what the configuration names, when it is asked for. `label` None means the configuration's own choice."""
+    """What a task is handed (experiment/experiment.py)."""
 
     seed: int
     command: str
-    settings: str  # the resolved configuration as YAML
+    build: object  # builds what the configuration names
+    runs: object  # knows folders and what is there already
+    weights: object  # makes checkpoints into ready models
     facts: Mapping[str, object]
-    protocol: Mapping[str, object]  # which law, weights and random numbers a result belongs to
-    drawing: Drawing
-    estimator: Estimator
-    precision: Precision
-    truth: GroundTruth | None
-    judge: Judge  # of completed prompts
-    conditional: bool  # one network is told the class, else one model per class
-    start_from_counts: bool  # new weights begin at token frequencies
+    protocol: Mapping[str, object]  # which distribution, weights and random numbers a result belongs to
     pretraining: Experiment | None  # the training of the weights that the models of all classes start from
 
-    def folder(self, label: int | None = None) -> Path: ...
-    def checkpoints(self, label: int | None = None) -> Place: ...
-    def data(self, label: int | None = None) -> object: ...
-    def diffusion(self, data: object) -> Diffusion: ...
-    def start_from_pretrained(self, diffusion: Diffusion, data: object, shared: Place | None) -> Place | None: ...
-    def alone(self, label: int | None = None) -> AbstractContextManager[None]: ...
-    def patience(self, label: int | None = None) -> int | None: ...
-    def finished(self, label: int | None = None) -> Place | None: ...
-    def model_path(self, label: int | None = None) -> Place: ...
-    def trained(self, data: object, checkpoint_path: str, disable_ema: bool) -> Diffusion: ...
     def trainer(self, title: str, label: int | None = None) -> lightning.Trainer: ...
-    def resume_path(self, label: int | None = None) -> Place | None: ...
 
 
 @dataclass(frozen=True)

@@ -42,22 +42,22 @@ def class_models(experiment: Experiment, data: object, checkpoint_path: str, dis
         ValueError: `checkpoint_path` is one file where there are models per class, or {label} where there is one.
     """
     classes = range(len(data.label_names))
-    if checkpoint_path and experiment.conditional == ("{label}" in checkpoint_path):
-        raise ValueError(_wrong_number(checkpoint_path, experiment.conditional, len(classes)))
-    if experiment.conditional:
+    if checkpoint_path and experiment.build.choices.conditional == ("{label}" in checkpoint_path):
+        raise ValueError(_wrong_number(checkpoint_path, experiment.build.choices.conditional, len(classes)))
+    if experiment.build.choices.conditional:
         return told_the_class(experiment, data, checkpoint_path or str(fit(experiment)), disable_ema)
     return one_per_class(experiment, [checkpoint_path or str(fit(experiment, label)) for label in classes], disable_ema)
 
 
 def one_per_class(experiment: Experiment, paths: Sequence[str], disable_ema: bool) -> list[Hypothesis]:
     """One hypothesis per class from the model of each, at `paths` in the order of the classes."""
-    return [Hypothesis(experiment.trained(experiment.data(label), path, disable_ema))
+    return [Hypothesis(experiment.weights.trained(experiment.build.data(label), path, disable_ema))
             for label, path in enumerate(paths)]  # fmt: skip
 
 
 def told_the_class(experiment: Experiment, data: object, path: str, disable_ema: bool) -> list[Hypothesis]:
     """One hypothesis per class from the one model at `path`, which is told it."""
-    diffusion = experiment.trained(data, path, disable_ema)
+    diffusion = experiment.weights.trained(data, path, disable_ema)
     return [Hypothesis(diffusion, label) for label in range(len(data.label_names))]
 
 

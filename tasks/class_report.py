@@ -38,13 +38,13 @@ def class_report(
     if chosen:
         how = "" if verdicts.scores.exact else _FROM_MASKS
         report.section("Which tokens spoke", _EVIDENCE.format(how))
-        noising = comparison_noising(experiment.estimator, hypotheses[0].diffusion.objective)
+        noising = comparison_noising(experiment.build.estimator, hypotheses[0].diffusion.objective)
         draws = {row: int(verdicts.scores.draws_M[m]) for row, (m, *_) in chosen.items()}
         nats = token_evidence(hypotheses, data, verdicts.split, draws, race.num_draws, noising, experiment.seed)
         report.evidence(shown_evidence(data, verdicts.split, {row: rest for row, (_, *rest) in chosen.items()}, nats))
     for label, name in enumerate(data.label_names):
         _class_model(report, experiment, verdicts, label, name, samples[label])
-    report.code(experiment.settings, "configuration")
+    report.code(experiment.build.settings, "configuration")
     return report
 
 
@@ -166,7 +166,7 @@ def _class_model(
                   f"Nats per token with 95% intervals over {measured.scores.units.name}.",
                   f"Likelihood of {name} texts")  # fmt: skip
     if verdicts.untold is None or label == 0:
-        add_loss_curve(report, experiment.folder(None if verdicts.untold else label), truth)
+        add_loss_curve(report, experiment.runs.folder(None if verdicts.untold else label), truth)
     if measured.scores.num_masked_MP.size:
         report.figure(plots.nll_by_mask_rate(*measured.scores.by_mask_rate()),
                       "Cross-entropy of a masked token against the share masked.",

@@ -64,7 +64,7 @@ def classify(
     """
     data = _labelled(experiment, split)
     # What can be wrong is looked for before the training, which may take days.
-    race.check(experiment.estimator)
+    race.check(experiment.build.estimator)
     if beside.calibrate and split == "validation":
         raise ValueError(
             "classify.calibrate=true fits on the validation split, which classify.split=validation would report; leave "
@@ -73,15 +73,15 @@ def classify(
     others = {path: predictions_file(path) for path in beside.compare}
     counts_C = np.bincount(np.asarray(data.texts("train")["label"][:]), minlength=len(data.label_names))
     log_prior_C = log_prior(prior, counts_C)
-    folder = experiment.folder() / "classify" / split
+    folder = experiment.runs.folder() / "classify" / split
     hypotheses = class_models(experiment, data, checkpoint_path, disable_ema)
-    ask = (hypotheses, data, split, experiment.estimator, race, experiment.seed, log_prior_C)
+    ask = (hypotheses, data, split, experiment.build.estimator, race, experiment.seed, log_prior_C)
     scores = score_classes(experiment.trainer, *ask)
     plain = _method("this model", scores.posterior(log_prior_C), scores)
     compared = {path: read_posterior(file, scores.text_id_M, scores.label_M) for path, file in others.items()}
     fitted, held, calibrated = {}, [], {}
     if beside.calibrate:
-        ask = (hypotheses, data, "validation", experiment.estimator, race, experiment.seed, log_prior_C)
+        ask = (hypotheses, data, "validation", experiment.build.estimator, race, experiment.seed, log_prior_C)
         fitted = _fit(score_classes(experiment.trainer, *ask), log_prior_C)
         calibrated = _calibrated(fitted, scores, log_prior_C)
         held += [_method(_NAMES[name], p_MC, scores) for name, p_MC in calibrated.items()]
@@ -92,8 +92,8 @@ def classify(
     if beside.baselines and data.latents is not None:
         how = (scores, log_prior_C, beside.latent)
         held.append(nearest_centroid(experiment, hypotheses, data, split, *how))
-    if experiment.truth is not None:
-        held.append(_optimal(experiment.truth, data, split, scores))
+    if experiment.build.truth is not None:
+        held.append(_optimal(experiment.build.truth, data, split, scores))
     own = [_own(experiment, hypothesis, label) for label, hypothesis in enumerate(hypotheses)]
     untold = _own(experiment, Hypothesis(hypotheses[0].diffusion, None), None) if hypotheses[0].class_id == 0 else None
     verdicts = Verdicts(data, split, scores, log_prior_C, plain, held, own, untold, fitted)
@@ -110,7 +110,7 @@ def classify(
 
 def _labelled(experiment: Experiment, split: str) -> object:
     """The data, with every split that will be read already read."""
-    data = experiment.data()
+    data = experiment.build.data()
     check_classes(data)
     if split not in data.splits:
         raise ValueError(f"classify.split={split} is none of the splits of data={data.name}: {', '.join(data.splits)}")
@@ -118,7 +118,7 @@ def _labelled(experiment: Experiment, split: str) -> object:
         data.split(name)
     for label in range(len(data.label_names)):
         for name in ("train", "validation"):
-            experiment.data(label).texts(name)  # refuses a class without texts
+            experiment.build.data(label).texts(name)  # refuses a class without texts
     return data
 
 
@@ -185,21 +185,23 @@ def _text_of_id(data: object, split: str) -> dict[int, str]:
 
 def _own(experiment: Experiment, hypothesis: Hypothesis, label: int | None) -> Likelihood:
     """Likelihood of the validation texts of a class under its own model (None: of all texts, no class being told)."""
-    data = experiment.data(label)
+    data = experiment.build.data(label)
     name = "all texts" if label is None else data.label_names[label]
     trainer = experiment.trainer(f"validate {name}", label)
     measured = score(
-        trainer, hypothesis.diffusion, data.eval_dataloader("validation", trainer=trainer), experiment.estimator,
-        experiment.precision, experiment.seed, hypothesis.told,
+        trainer, hypothesis.diffusion, data.eval_dataloader("validation", trainer=trainer), experiment.build.estimator,
+        experiment.build.precision, experiment.seed, hypothesis.told,
     )  # fmt: skip
-    return likelihood(data, "validation", measured, experiment.truth)
+    return likelihood(data, "validation", measured, experiment.build.truth)
 
 
 def _samples(experiment: Experiment, hypothesis: Hypothesis, label: int, number: int) -> list:
     if not number:
         return []
-    data = experiment.data(label)
-    drawn = draw(hypothesis.diffusion, data, experiment.drawing, number, number, experiment.seed, hypothesis.class_id)
+    data = experiment.build.data(label)
+    drawn = draw(
+        hypothesis.diffusion, data, experiment.build.drawing(), number, number, experiment.seed, hypothesis.class_id
+    )
     return samples_of(drawn, data.tokenizer)
 
 

@@ -149,7 +149,7 @@ class Setting:
     @property
     def drawing(self) -> Drawing:
         """How texts are drawn, with guidance."""
-        drawing = self.experiment.drawing
+        drawing = self.experiment.build.drawing()
         return replace(drawing, sampler=with_guidance(drawing.sampler, self.directed.latent.guidance))
 
     def chosen(self, unlike: int | None = None) -> Chosen:
@@ -365,24 +365,24 @@ def sample_direction(
     """
     if split is None:
         raise ValueError("eval.split=null: a direction takes its texts and latents from a split; choose one")
-    data = experiment.data()
-    diffusion = experiment.trained(data, checkpoint_path, disable_ema).eval()
+    data = experiment.build.data()
+    diffusion = experiment.weights.trained(data, checkpoint_path, disable_ema).eval()
     shown, trainer = max(num_shown, 1), experiment.trainer("sample_eval")
-    with views.watcher(shown, diffusion, data, experiment.drawing) as watching:
+    with views.watcher(shown, diffusion, data, experiment.build.drawing()) as watching:
         setting = Setting(experiment, directed, trainer, diffusion, data, split, num_texts, shown, watching)
         outcome = directions[directed.direction](setting)
-    folder = experiment.folder() / "sample_eval" / directed.direction
+    folder = experiment.runs.folder() / "sample_eval" / directed.direction
     _write_files(folder, outcome, data)
-    known = {**experiment.protocol, **experiment.drawing.protocol, **asdict(directed), "data": data.name,
+    known = {**experiment.protocol, **experiment.build.drawing().protocol, **asdict(directed), "data": data.name,
              "split": split, "tokenizer": data.vocabulary.fingerprint, "latents": data.latents.metadata}  # fmt: skip
     write_results(folder, {**outcome.results, "protocol": known, "command": experiment.command})
     report = Report(outcome.title, f"{data.name}, {split} split", experiment.command, experiment.facts)
     outcome.write(report)
     if outcome.samples:
         report.samples(outcome.samples)
-    report.code(experiment.settings, "configuration")
+    report.code(experiment.build.settings, "configuration")
     report.write(folder / "report.html")
-    about = f"{directed.direction} · {described(experiment.drawing.protocol)}"
+    about = f"{directed.direction} · {described(experiment.build.drawing().protocol)}"
     seen = views.write(folder, outcome.samples, about, experiment.command) if outcome.samples else []
     print(f"\n{outcome.summary}")
     print(folder / "report.html", *seen, sep="\n")

@@ -92,7 +92,7 @@ class Judging:
 
 def judging(setting: Setting, reader: Reader) -> Judging:
     """The corpus's own exact posterior where it has one, else naive Bayes on the training texts."""
-    data, truth = setting.data, setting.experiment.truth
+    data, truth = setting.data, setting.experiment.build.truth
     if truth is not None:
 
         def exact(rows: Sequence[Sequence[int]]) -> np.ndarray:

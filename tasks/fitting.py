@@ -25,39 +25,39 @@ def fit(experiment: Experiment, label: int | None = None) -> Place:
     Raises:
         ValueError: the folder holds a training with other settings.
     """
-    if path := experiment.finished(label):
+    if path := experiment.runs.finished(experiment.build.data(label), label):
         print(f"complete: {path}")
         return path
-    with experiment.alone(label):
+    with experiment.runs.alone(label):
         # Another process may have trained it while this one waited.
-        return experiment.finished(label) or _fit(experiment, label)
+        return experiment.runs.finished(experiment.build.data(label), label) or _fit(experiment, label)
 
 
 def _fit(experiment: Experiment, label: int | None) -> Place:
-    resume = experiment.resume_path(label)
+    resume = experiment.runs.resume_path(label)
     shared = fit(experiment.pretraining) if experiment.pretraining and not resume else None
-    data = experiment.data(label)
+    data = experiment.build.data(label)
     title = "train" if data.label is None else f"train label={data.label}"
     trainer = experiment.trainer(title if data.train_splits is None else "train the shared start", label)
-    diffusion = experiment.diffusion(data)
+    diffusion = experiment.build.diffusion(data)
     if resume:
         print(f"resuming from {resume}")
     else:
         begin(experiment, diffusion, data, shared)
     trainer.fit(diffusion, datamodule=data, ckpt_path=resume)
     if not trainer.interrupted:
-        save_last(trainer, experiment.checkpoints(label))
+        save_last(trainer, experiment.runs.checkpoints(label))
     if trainer.should_stop:
-        print(f"stopped at step {trainer.global_step}: {experiment.patience(label)} validations were not better")
-    return experiment.model_path(label)
+        print(f"stopped at step {trainer.global_step}: {experiment.runs.patience(label)} validations were not better")
+    return experiment.runs.model_path(label)
 
 
 def begin(experiment: Experiment, diffusion: Diffusion, data: object, shared: Place | None) -> None:
     """Give a new training the weights that it starts from: those of `shared` or of the file that the configuration
     names, if any, and the token frequencies of its texts, if the configuration says so."""
-    if start := experiment.start_from_pretrained(diffusion, data, shared):
+    if start := experiment.weights.start(diffusion, data, shared):
         print(f"starting from the weights of {start}")
-    if experiment.start_from_counts:
+    if experiment.build.choices.start_from_counts:
         causal = diffusion.objective.causal
         by_class = bool(diffusion.backbone.num_classes) and data.train_splits is None
         counts_CV = torch.from_numpy(token_counts(data, causal, by_class))

@@ -87,21 +87,22 @@ def ppl_eval(
 ) -> dict[str, object]:
     """Score every text of `split`; write results.json and report.html. What is reported is p(text); of texts with
     latents also what these say (tasks/latent_gain.py)."""
-    data = experiment.data()
-    diffusion = experiment.trained(data, checkpoint_path, disable_ema)
+    data = experiment.build.data()
+    diffusion = experiment.weights.trained(data, checkpoint_path, disable_ema)
     trainer = experiment.trainer("ppl_eval")
     scores = score(
-        trainer, diffusion, data.eval_dataloader(split, trainer=trainer), experiment.estimator, experiment.precision,
+        trainer, diffusion, data.eval_dataloader(split, trainer=trainer), experiment.build.estimator,
+        experiment.build.precision,
         experiment.seed, latent_hidden,
     )  # fmt: skip
     gain = None
     if data.latents is not None:
-        asked = (experiment.estimator, experiment.precision, experiment.seed, scores)
+        asked = (experiment.build.estimator, experiment.build.precision, experiment.seed, scores)
         gain = latent_gain(trainer, diffusion, data, split, *asked)
-    measured = likelihood(data, split, scores, experiment.truth)
+    measured = likelihood(data, split, scores, experiment.build.truth)
     # Numbers of different kinds and splits never overwrite one another.
     kind = "" if scores.kind == "NELBO" else f"-{scores.label.split(',')[0].replace(' ', '_').lower()}"
-    folder = experiment.folder() / "ppl_eval" / f"{split}{kind}"
+    folder = experiment.runs.folder() / "ppl_eval" / f"{split}{kind}"
     results = {
         "nll_nats_per_token": measured.model, "monte_carlo_se": scores.monte_carlo_se,
         "bits_per_token": measured.model.scaled(1 / math.log(2)),
@@ -117,7 +118,7 @@ def ppl_eval(
     report_likelihood(report, measured, split, untrained_marginal(diffusion.objective))
     if gain:
         gain.report(report, data.latents.metadata)
-    report.code(experiment.settings, "configuration")
+    report.code(experiment.build.settings, "configuration")
     report.write(folder / "report.html")
     print(
         f"\n{data.name} {split}: {len(scores.tokens_M)} texts, {int(scores.tokens_M.sum())} tokens, {scores.label}, "

@@ -81,19 +81,20 @@ def complete_prompts(
     if perplexity:
         raise ValueError("eval.compute_generative_perplexity=true measures free texts, and these answer prompts; leave "
                          "it out")  # fmt: skip
-    data, drawing = experiment.data(), experiment.drawing
+    data, drawing = experiment.build.data(), experiment.build.drawing()
     if any(asdict(drawing.given).values()):
         raise ValueError(f"data={data.name} gives each text a prompt and its room; leave sampling.prefix, "
                          "sampling.template and sampling.max_length out")  # fmt: skip
-    diffusion = experiment.trained(data, checkpoint_path, disable_ema).eval()
+    diffusion = experiment.weights.trained(data, checkpoint_path, disable_ema).eval()
     check_ends(diffusion, data)
+    drawing = experiment.build.drawing(diffusion.provenance.length)
     trainer = experiment.trainer("sample_eval")
     with views.watcher(max(asked.num_shown, 1), diffusion, data, drawing) as watching:
-        done = _complete(trainer, diffusion, data, experiment.judge, drawing, asked, experiment.seed, watching)
+        done = _complete(trainer, diffusion, data, experiment.build.judge, drawing, asked, experiment.seed, watching)
     answers = measure([c.verdicts for c in done], np.array([c.ended for c in done]),
                       np.array([c.prompt_tokens for c in done]))  # fmt: skip
-    beside = _beside(data, experiment.judge, done)
-    folder = experiment.folder() / "sample_eval" / asked.split
+    beside = _beside(data, experiment.build.judge, done)
+    folder = experiment.runs.folder() / "sample_eval" / asked.split
     folder.mkdir(parents=True, exist_ok=True)
     _write_samples(folder / "samples.jsonl", done)
     evaluations = [drawn.evaluations for c in done for drawn in c.drawn]
@@ -107,7 +108,7 @@ def complete_prompts(
     report = Report("Completed prompts", subtitle, experiment.command, experiment.facts)
     _report(report, answers, beside, results["network_evaluations_per_sample"])
     _report_examples(report, data, done, max(asked.num_shown, 1))
-    report.code(experiment.settings, "configuration")
+    report.code(experiment.build.settings, "configuration")
     report.write(folder / "report.html")
     first = [drawn for c in done for drawn in c.drawn][: max(asked.num_shown, 1)]
     samples = watching.samples(first, data.tokenizer)

@@ -60,7 +60,7 @@ def sample_eval(
     with latents, what is drawn from what (tasks/directions.py). guided: towards which class."""
     if num_batches is not None and num_batches < 1:
         raise ValueError(f"sampling.num_sample_batches={num_batches} must be at least 1")
-    data = experiment.data()
+    data = experiment.build.data()
     class_id = guided.number(data)
     number = num_samples or (num_batches and num_batches * data.eval_batch_size)
     if data.prompted:
@@ -77,16 +77,16 @@ def sample_eval(
         )  # fmt: skip
     # What can be missing is looked for before the sampling, which may take hours.
     scorer = CausalScorer.load(scorer_name, perplexity_batch_size) if compute_generative_perplexity else None
-    diffusion = experiment.trained(data, checkpoint_path, disable_ema).eval()
-    drawing = guided.of(experiment.drawing, diffusion, data)
-    data = data if class_id is None else experiment.data(class_id)
+    diffusion = experiment.weights.trained(data, checkpoint_path, disable_ema).eval()
+    drawing = guided.of(experiment.build.drawing(diffusion.provenance.length), diffusion, data)
+    data = data if class_id is None else experiment.build.data(class_id)
     real = real_texts(data, split, number, experiment.seed)
     with views.watcher(max(num_shown, 1), diffusion, data, drawing) as watching:
         drawn = draw_on_all(
             experiment.trainer("sample_eval"), diffusion, data, drawing, number, data.eval_batch_size,
             experiment.seed, watching,
         )  # fmt: skip
-    folder = experiment.folder() / "sample_eval"
+    folder = experiment.runs.folder() / "sample_eval"
     folder.mkdir(parents=True, exist_ok=True)
     write_samples(folder / "samples.jsonl", drawn, drawing.given, data.tokenizer)
     if scorer:
@@ -95,7 +95,7 @@ def sample_eval(
     evaluations = float(np.mean([text.evaluations for text in drawn]))
     results = {**comparison.results(), "network_evaluations_per_sample": evaluations}
     texts = [decoded(text, drawing.given, data.tokenizer) for text in drawn]
-    results |= {} if class_id is None else class_shares(experiment.truth, texts, class_id)
+    results |= {} if class_id is None else class_shares(experiment.build.truth, texts, class_id)
     known = {**experiment.protocol, **drawing.protocol}
     write_results(folder, {**results, "protocol": known, "command": experiment.command})
     how, samples = described(drawing.protocol), watching.samples(drawn[: max(num_shown, 1)], data.tokenizer)
@@ -122,7 +122,7 @@ def _report(
     comparison.report(report, beside)
     report.section("Texts", f"Drawn by {how}.")
     report.samples(samples)
-    report.code(experiment.settings, "configuration")
+    report.code(experiment.build.settings, "configuration")
     return report
 
 

@@ -97,15 +97,15 @@ def train(
 ) -> dict[str, object]:
     """Fit, then write results.json and report.html on the validation split."""
     checkpoint = fit(experiment)
-    data = experiment.data()
-    diffusion = experiment.trained(data, str(checkpoint), disable_ema=False)
+    data = experiment.build.data()
+    diffusion = experiment.weights.trained(data, str(checkpoint), disable_ema=False)
     trainer = experiment.trainer("validate")
     scores = score(
-        trainer, diffusion, data.eval_dataloader("validation", trainer=trainer), experiment.estimator,
-        experiment.precision, experiment.seed, latent_hidden,
+        trainer, diffusion, data.eval_dataloader("validation", trainer=trainer), experiment.build.estimator,
+        experiment.build.precision, experiment.seed, latent_hidden,
     )  # fmt: skip
-    measured = likelihood(data, "validation", scores, experiment.truth)
-    folder = experiment.folder()
+    measured = likelihood(data, "validation", scores, experiment.build.truth)
+    folder = experiment.runs.folder()
     results = {
         "nll_nats_per_token": measured.model, "perplexity": measured.model.exp(),
         "unigram_nats_per_token": measured.unigram, "true_nats_per_token": measured.truth,
@@ -124,10 +124,11 @@ def train(
         report.section("What it writes")
         report.samples(
             samples_of(
-                draw(diffusion, data, experiment.drawing, num_samples, num_samples, experiment.seed), data.tokenizer
+                draw(diffusion, data, experiment.build.drawing(), num_samples, num_samples, experiment.seed),
+                data.tokenizer,
             )
         )
-    report.code(experiment.settings, "configuration")
+    report.code(experiment.build.settings, "configuration")
     report.write(folder / "report.html")
     print(
         f"\nvalidation NLL {measured.model} nats/token, perplexity {measured.model.exp()}, unigram {measured.unigram}"

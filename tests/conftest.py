@@ -97,8 +97,8 @@ def untrained(tmp_path, monkeypatch, cache):
 
     def build(*overrides: str):
         built = experiment(*TINY, f"data.cache_dir={cache}", *overrides)
-        data = built.data()
-        diffusion = built.diffusion(data).eval()
+        data = built.build.data()
+        diffusion = built.build.diffusion(data).eval()
         torch.nn.init.normal_(diffusion.backbone.head.weight, generator=torch.Generator().manual_seed(0))
         return built, data, diffusion
 

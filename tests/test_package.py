@@ -109,7 +109,7 @@ def test_an_editable_install_is_the_folder(clone, tmp_path, elsewhere):
 def test_a_plain_clone_runs_and_is_itself_whatever_is_installed(clone, tmp_path, elsewhere):
     python = venv(tmp_path / "env")
     said = run(python, clone / "main.py", "data=reviews", "--cfg", "job", "--package", "data.source", cwd=elsewhere)
-    assert "palimpsest.data.sources.GeneratedReviews" in said
+    assert "palimpsest.corpora.reviews.GeneratedReviews" in said
     program = f"import sys; sys.argv = ['main.py']; import runpy; runpy.run_path({str(clone / 'main.py')!r}); {WHERE}"
     assert run(sys.executable, "-c", program, cwd=elsewhere).split()[0] == str(clone / "__init__.py")
 

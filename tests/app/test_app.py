@@ -87,11 +87,11 @@ def test_texts_are_those_that_main_draws(trained, extra):
     done = writing.write(Networks(extra), network, wish, lambda picture, seconds: pictures.append(picture))
     words = [f"{'sampling.predictor' if key == 'sampler' else key}={value}" for key, value in settings.items()]
     e = Experiment(compose_config([*network.words, "data.label=1", *words, *extra]), "a test")
-    diffusion = e.trained(e.data(), str(network.path), False)
+    diffusion = e.weights.trained(e.build.data(), str(network.path), False)
     given = Template(template=wish.text)
-    drawing = type(e.drawing)(e.drawing.sampler, given)
-    drawn = draw(diffusion, e.data(), drawing, 3, 2, e.seed)
-    assert done.texts == [decoded(text, given, e.data().tokenizer) for text in drawn]
+    drawing = type(e.build.drawing())(e.build.drawing().sampler, given)
+    drawn = draw(diffusion, e.build.data(), drawing, 3, 2, e.seed)
+    assert done.texts == [decoded(text, given, e.build.data().tokenizer) for text in drawn]
     assert all(text.endswith(".") for text in done.texts), "a full stop behind a gap is a word that is known"
     assert done.evaluations == np.mean([text.evaluations for text in drawn]) and "remask remdm" in done.how
     shown = [picture for picture in pictures if picture is not None]
@@ -101,7 +101,7 @@ def test_texts_are_those_that_main_draws(trained, extra):
 
 def test_a_text_of_ones_own_becomes_the_row_that_a_test_text_becomes(trained, extra):
     e = Experiment(compose_config([*find([str(trained)])[0].words, *extra, "data.max_test_texts=3"]), "a test")
-    data = e.data()
+    data = e.build.data()
     typed = with_texts(data, "typed", data.texts("test")["text"])
     rows, wanted = typed.split("typed"), data.split("test")
     assert [row.tolist() for row in rows["input_ids"]] == [row.tolist() for row in wanted["input_ids"]]
@@ -112,7 +112,7 @@ def test_a_text_of_ones_own_becomes_the_row_that_a_test_text_becomes(trained, ex
 
 def test_who_watches_a_classification_sees_every_look_and_changes_nothing():
     e = Experiment(compose_config(TINY), "a test")
-    seen, ask = [], (e.trainer, two_models(e), e.data(), "test", Nelbo(), Race(8, 1.0), 3, EVEN)
+    seen, ask = [], (e.trainer, two_models(e), e.build.data(), "test", Nelbo(), Race(8, 1.0), 3, EVEN)
     watched, alone = score_classes(*ask, seen.append), score_classes(*ask)
     assert [scores.nats_MCP.shape[-1] for scores in seen] == [4, 6, 8]
     np.testing.assert_allclose(watched.nats_MCP, alone.nats_MCP, rtol=1e-6)

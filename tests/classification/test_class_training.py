@@ -78,20 +78,20 @@ def test_a_conditional_network_is_told_all_but_the_asked_share(monkeypatch):
 
     monkeypatch.setattr(Diffusion, "told", spy)
     exp = experiment("classify.sharing=conditional", "classify.label_dropout=0.25", "loader.global_batch_size=64")
-    models = class_models(exp, exp.data(), "", False)
+    models = class_models(exp, exp.build.data(), "", False)
     label, class_id, position = (torch.cat(parts) for parts in zip(*told, strict=True))
     untold = class_id == UNTOLD
     assert len(label) == 256 and abs(float(untold.float().mean()) - 0.25) < 4 * (0.25 * 0.75 / 256) ** 0.5
     assert torch.equal(class_id[~untold], label[~untold])
     assert torch.equal(untold, KeyedNoise(1, position, draw=-4).uniform() < 0.25), "keyed by place in the stream"
     assert [m.class_id for m in models] == [0, 1] and models[0].diffusion is models[1].diffusion
-    batch = next(iter(exp.data().eval_dataloader("test")))
+    batch = next(iter(exp.build.data().eval_dataloader("test")))
     assert models[1].told(batch)["class_id"].tolist() == [1] * len(batch["input_ids"]) and "class_id" not in batch
     assert sorted(p.name for p in Path("run").iterdir() if p.is_dir() and p.name.startswith("label")) == []
-    again = class_models(exp, exp.data(), str(Path("run/checkpoints/best.ckpt")), False)
+    again = class_models(exp, exp.build.data(), str(Path("run/checkpoints/best.ckpt")), False)
     assert len(again) == 2
     with pytest.raises(ValueError, match="one model per class"):
-        class_models(exp, exp.data(), "run/label={label}.ckpt", False)
+        class_models(exp, exp.build.data(), "run/label={label}.ckpt", False)
 
 
 # -------------------------------------------------------------------------------- the shared start
@@ -119,7 +119,7 @@ def starts(monkeypatch) -> dict:
 def test_both_classes_start_from_the_average_of_one_pretraining(monkeypatch, sharing):
     steps, found = count_steps(monkeypatch), starts(monkeypatch)
     exp = experiment("classify.pretrain=all", "classify.pretrain_steps=3", f"classify.sharing={sharing}")
-    class_models(exp, exp.data(), "", False)
+    class_models(exp, exp.build.data(), "", False)
     shared = averaged(exp.pretraining.model_path())
     assert load_inert("run/pretrained/checkpoints/last.ckpt")["global_step"] == 3
     labels = [None] if sharing == "conditional" else [0, 1]
@@ -131,7 +131,7 @@ def test_both_classes_start_from_the_average_of_one_pretraining(monkeypatch, sha
     last = load_inert("run/pretrained/checkpoints/last.ckpt")
     assert last["identity"]["configuration"]["data.train_splits"] == ["train"]
     before = len(steps)
-    class_models(exp, exp.data(), "", False)
+    class_models(exp, exp.build.data(), "", False)
     assert len(steps) == before, "what is complete is reused"
 
 
@@ -139,7 +139,7 @@ def test_training_one_class_does_what_classification_does_for_it():
     one = ["classify.pretrain=all", "data.label=0", "mode=train"]
     run(*RUN, *one)
     whole = experiment("classify.pretrain=all", "checkpointing.save_dir=other", "mode=classify")
-    class_models(whole, whole.data(), "", False)
+    class_models(whole, whole.build.data(), "", False)
     for path in ("pretrained/checkpoints/last.ckpt", "label=0/checkpoints/last.ckpt", "label=0/checkpoints/best.ckpt"):
         a, b = (load_inert(Path(folder) / path)["state_dict"] for folder in ("run", "other"))
         assert all(torch.equal(a[name], b[name]) for name in a), path
@@ -268,8 +268,8 @@ def slow_counts(data, rows) -> np.ndarray:
 @pytest.mark.parametrize("label", [0, 1])
 def test_a_class_begins_exactly_at_its_unigram_law(label):
     exp = experiment("training.start_from_counts=true", "data.max_train_texts=200")
-    data = exp.data(label)
-    diffusion = exp.diffusion(data)
+    data = exp.build.data(label)
+    diffusion = exp.build.diffusion(data)
     begin(exp, diffusion, data, None)
     law_V = law_of(slow_counts(data, data.split("train")["input_ids"]), diffusion.objective.process.mask_id)
     found_M = nll_at_start(exp, diffusion, data, None)
@@ -289,8 +289,8 @@ def by_class(data) -> dict[int | None, np.ndarray]:
 
 def test_a_conditional_network_begins_at_the_law_of_each_class_and_untold_at_that_of_all():
     exp = experiment("training.start_from_counts=true", "classify.sharing=conditional", "data.max_train_texts=200")
-    data = exp.data()
-    diffusion = exp.diffusion(data)
+    data = exp.build.data()
+    diffusion = exp.build.diffusion(data)
     begin(exp, diffusion, data, None)
     counts = by_class(data)
     np.testing.assert_array_equal(token_counts(data, by_class=True), np.stack([counts[0], counts[1]]))
@@ -303,8 +303,8 @@ def test_a_conditional_network_begins_at_the_law_of_each_class_and_untold_at_tha
 def test_a_pretrained_class_exchanges_the_law_of_the_pretraining_for_its_own():
     exp = experiment("training.start_from_counts=true", "classify.pretrain=all", "data.max_train_texts=200")
     shared = fit(exp.pretraining)
-    data = exp.data(1)
-    diffusion, plain = exp.diffusion(data), exp.diffusion(data)
+    data = exp.build.data(1)
+    diffusion, plain = exp.build.diffusion(data), exp.build.diffusion(data)
     begin(exp, diffusion, data, shared)
     plain.start_from(read_checkpoint(shared))
     mask_id = diffusion.objective.process.mask_id
@@ -333,9 +333,9 @@ def test_training_stops_without_a_better_validation_and_the_best_weights_are_the
     monkeypatch.setattr(Experiment, "trainer", lambda *_: pytest.fail("a complete run was begun again"))
     assert fit(experiment(*PATIENT)) == path and not steps
     assert "complete" in capsys.readouterr().out
-    trained = experiment(*PATIENT).trained(exp.data(), "", disable_ema=False)
+    trained = experiment(*PATIENT).weights.trained(exp.build.data(), "", disable_ema=False)
     shadow = averaged(path)
-    assert all(torch.equal(p, s) for p, s in zip(trained.backbone.parameters(), shadow, strict=True))
+    assert all(torch.equal(p, s) for p, s in zip(trained.build.backbone.parameters(), shadow, strict=True))
 
 
 def test_a_resume_goes_on_counting_and_keeps_the_best_also_where_the_folder_was_moved(monkeypatch):
@@ -425,7 +425,7 @@ def test_going_on_in_the_middle_of_the_second_class_ends_where_an_uninterrupted_
     overrides = ["classify.pretrain=all", "training.start_from_counts=true", "model.dropout=0.1",
                  "callbacks.checkpoint_every_n_steps.every_n_train_steps=1"]  # fmt: skip
     whole = experiment(*overrides, "checkpointing.save_dir=whole")
-    class_models(whole, whole.data(), "", False)
+    class_models(whole, whole.build.data(), "", False)
     real = Diffusion.training_step
 
     def killed(self, batch, batch_idx):
@@ -436,11 +436,11 @@ def test_going_on_in_the_middle_of_the_second_class_ends_where_an_uninterrupted_
     monkeypatch.setattr(Diffusion, "training_step", killed)
     exp = experiment(*overrides)
     with pytest.raises(RuntimeError, match="killed"):
-        class_models(exp, exp.data(), "", False)
+        class_models(exp, exp.build.data(), "", False)
     assert read_progress(Path("run/label=1/checkpoints/last.ckpt")).step == 2
     monkeypatch.setattr(Diffusion, "training_step", real)
     steps = count_steps(monkeypatch)
-    class_models(exp, exp.data(), "", False)
+    class_models(exp, exp.build.data(), "", False)
     assert len(steps) == 2
     for path in ("label=0", "label=1"):
         a, b = (load_inert(Path(folder) / path / "checkpoints/last.ckpt") for folder in ("run", "whole"))

@@ -30,7 +30,7 @@ def experiment(*overrides: str) -> Experiment:
 
 
 def scores_of(e: Experiment, hypotheses: list[Hypothesis], race: Race, estimator: object = None) -> ClassScores:
-    return score_classes(e.trainer, hypotheses, e.data(), "test", estimator or Nelbo(), race, 3, EVEN)
+    return score_classes(e.trainer, hypotheses, e.build.data(), "test", estimator or Nelbo(), race, 3, EVEN)
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +43,7 @@ def test_each_class_is_measured_as_its_model_alone_would_be():
     hypotheses = two_models(e)
     found = scores_of(e, hypotheses, Race(4), Nelbo(ExactCount()))
     by_hand = []
-    for batch in e.data().eval_dataloader("test"):
+    for batch in e.build.data().eval_dataloader("test"):
         order = batch["text_id"]
         nll = [Nelbo(ExactCount())(h.diffusion.model, batch, 3, 4).nll_BK.mean(1).detach() for h in hypotheses]
         by_hand += list(zip(order.tolist(), *[n.tolist() for n in nll], strict=True))
@@ -62,7 +62,7 @@ def test_common_masks_cancel_and_independent_ones_do_not():
 
 def test_windows_of_a_text_are_summed_and_masked_alike():
     e = experiment(*WINDOWS)
-    rows = e.data().split("test")
+    rows = e.build.data().split("test")
     assert len(rows) > 8, "the texts have several windows"
     found = scores_of(e, two_models(e), Race(8), Nelbo(ExactCount()))
     tokens = np.zeros(8)
@@ -110,9 +110,9 @@ def test_evidence_of_the_tokens_adds_up_to_the_ratio():
     rows = [5, 0, 3]
     race = Race(8, confidence=0.9)
     found = scores_of(e, hypotheses, race)
-    place = [found.text_id_M.tolist().index(e.data().split("test")[r]["text_id"]) for r in rows]
+    place = [found.text_id_M.tolist().index(e.build.data().split("test")[r]["text_id"]) for r in rows]
     draws = {row: int(found.draws_M[m]) for row, m in zip(rows, place, strict=True)}
-    nats = token_evidence(hypotheses, e.data(), "test", draws, 8, TiltedCount(), 3)
+    nats = token_evidence(hypotheses, e.build.data(), "test", draws, 8, TiltedCount(), 3)
     for m, nats_CL in zip(place, nats, strict=True):
         np.testing.assert_allclose(-np.nansum(nats_CL, axis=1), found.log_p_MC[m], rtol=1e-4)
         assert np.isnan(nats_CL[:, 0]).all(), "a given BOS is not weighed"

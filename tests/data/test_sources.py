@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 from palimpsest.corpora import reviews
+from palimpsest.corpora.reviews import GeneratedReviews
 from palimpsest.data.rows import at_most, carve, keep_label
-from palimpsest.data.sources import GeneratedReviews, HubOrFolder
+from palimpsest.data.sources import HubOrFolder
 from palimpsest.data.user_files import UserFiles
 from tests.helpers.commands import ROOT
 
@@ -252,8 +253,6 @@ def test_generated_reviews(monkeypatch):
     assert sorted(source.load("test")["label"]) == [0] * 6 + [1] * 6
     assert source.load("train").to_dict() == GeneratedReviews(20, 4, 6, seed=3).load("train").to_dict()
     assert source.label_names == reviews.ReviewGrammar.label_names
-    with pytest.raises(ValueError, match=r"data\.source\.num_test_per_class=0"):
-        GeneratedReviews(1, 1, 0)
 
 
 # -------------------------------------------------------------------------------- the public data sets

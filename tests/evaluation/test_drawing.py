@@ -15,7 +15,7 @@ from tests.helpers.commands import TINY, run
 
 
 def drawn(experiment, data, diffusion, number=5, size=5):
-    return draw(diffusion, data, experiment.drawing, number, size, seed=1)
+    return draw(diffusion, data, experiment.build.drawing(), number, size, seed=1)
 
 
 WRAPPED = ["data.wrap=true", "model.length=32"]

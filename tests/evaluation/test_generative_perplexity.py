@@ -313,7 +313,7 @@ def test_sample_eval_scores_its_samples(folder, tmp_path, monkeypatch, capsys):
     assert len(loaded) == 1
     found = json.loads(next(tmp_path.rglob("sample_eval/results.json")).read_text())
     texts = [json.loads(line) for line in next(tmp_path.rglob("samples.jsonl")).read_text().splitlines()]
-    data = Experiment(compose_config(ask), "a test").data()
+    data = Experiment(compose_config(ask), "a test").build.data()
     scores = CausalScorer.load(str(folder)).perplexity(
         [text_of(row["ids"], data.tokenizer, data.vocabulary) for row in texts]
     )

@@ -186,9 +186,9 @@ def test_a_filled_bound_stays_above_the_entropy_with_the_length(tmp_path, monkey
     results = train(experiment, num_samples=1, generate_samples=False)
     gap = results["gap_nats_per_token"]
     assert gap.value > -4 * gap.se
-    texts, truth = experiment.data().texts("validation")["text"][:], experiment.truth
+    texts, truth = experiment.build.data().texts("validation")["text"][:], experiment.build.truth
     nats = math.log(2) - np.logaddexp(truth.log_prob(texts, 0), truth.log_prob(texts, 1))
-    tokens = [len(ids) + 1 for ids in encode(experiment.data().tokenizer, texts)]
+    tokens = [len(ids) + 1 for ids in encode(experiment.build.data().tokenizer, texts)]
     assert results["true_nats_per_token"].value == pytest.approx(nats.sum() / sum(tokens)), "p(text), its length too"
 
 
@@ -254,8 +254,8 @@ def test_training_likelihood_and_answers(gsm8k, law):
 
 def test_a_sampler_that_knows_the_answers_is_right_and_one_does_not_depend_on_the_others(gsm8k):
     experiment = Experiment(compose_config([*FEW_PROBLEMS, "data.max_test_texts=null"]), "a test")
-    data = experiment.data()
-    diffusion = experiment.diffusion(data).eval()
+    data = experiment.build.data()
+    diffusion = experiment.build.diffusion(data).eval()
     torch.nn.init.normal_(diffusion.backbone.head.weight, generator=torch.Generator().manual_seed(0))
     test = data.texts("test")
     known = {tuple(encode(data.tokenizer, [text])[0]) for text in test["text"]}
@@ -277,14 +277,14 @@ def test_a_sampler_that_knows_the_answers_is_right_and_one_does_not_depend_on_th
     assert len(done) == 12 and all(c.verdicts[0].right and c.ended[0] for c in done)
     assert [c.completions[0].strip() for c in done] == [c.reference.strip() for c in done]
     assert len(set(noises)) == 12
-    drawing = experiment.drawing
+    drawing = experiment.build.drawing()
     every = _complete(trainer, diffusion, data, judge, drawing, Asked("test", None, 2, 1), seed=1)
     some = _complete(trainer, diffusion, data, judge, drawing, Asked("test", 3, 1, 1), seed=1)
     texts = {c.text_id: c.completions for c in every}
     assert len(some) == 3 and all(texts[c.text_id][0] == c.completions[0] for c in some)
     assert any(first != second for first, second in texts.values())
     short = Experiment(compose_config([*FEW_PROBLEMS, "model.length=22", "data.long_texts=drop"]), "a test")
-    none = _complete(trainer, diffusion, short.data(), judge, drawing, Asked("test", None, 1, 1), seed=1)
+    none = _complete(trainer, diffusion, short.build.data(), judge, drawing, Asked("test", None, 1, 1), seed=1)
     unfit = [c for c in none if not c.drawn]
     assert 0 < len(unfit) < len(none) and not any(c.verdicts[0].right or c.ended[0] for c in unfit)
 
@@ -322,7 +322,7 @@ def test_own_files_may_have_prompts(tmp_path, monkeypatch):
     (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
     ask = ["data=text", "data.path=own.jsonl", "data.prompt_column=question", "data.wrap=false", "data.fill=eos",
            "data.tokenizer_name_or_path=word", "model.length=16", "trainer.max_steps=2"]  # fmt: skip
-    data = Experiment(compose_config([*FEW_PROBLEMS, *ask]), "a test").data()
+    data = Experiment(compose_config([*FEW_PROBLEMS, *ask]), "a test").build.data()
     text, ends = data.texts("train")[0]["text"], data.texts("train")[0]["ends"]
     assert parts_of(text, ends)[0].startswith("say ") and parts_of(text, ends)[0].endswith("\n")
     run(*ask)
@@ -337,8 +337,10 @@ def test_what_a_training_shows_are_completed_prompts(gsm8k):
 
     for law in ([], ["parameterization=ar"]):
         experiment = Experiment(compose_config([*FEW_PROBLEMS, *law]), "a test")
-        data = experiment.data()
-        drawn = draw(experiment.diffusion(data).eval(), data, Drawing(experiment.drawing.sampler), 3, 3, seed=1)
+        data = experiment.build.data()
+        drawn = draw(
+            experiment.build.diffusion(data).eval(), data, Drawing(experiment.build.drawing().sampler), 3, 3, seed=1
+        )
         prompts = [encode(data.tokenizer, [parts_of(text, ends)[0]])[0]
                    for text, ends in zip(*(data.texts("validation")[name] for name in ("text", "ends")), strict=True)]  # fmt: skip # noqa: E501
         for text in drawn:
@@ -347,7 +349,7 @@ def test_what_a_training_shows_are_completed_prompts(gsm8k):
 
 
 def test_the_baseline_is_the_same_text_wrapped(gsm8k):
-    data = Experiment(compose_config([*TINY, "data=gsm8k_baseline", "model.length=32"]), "a test").data()
+    data = Experiment(compose_config([*TINY, "data=gsm8k_baseline", "model.length=32"]), "a test").build.data()
     first = data.texts("train")["text"][0]
     assert first.startswith("Question: Ann has ") and "\nAnswer: There are <<" in first
     assert not data.prompted and data.packing("train").wrap

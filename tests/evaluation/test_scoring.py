@@ -69,8 +69,8 @@ def test_a_likelihood_does_not_depend_on_the_batch_and_mask_rates_add_up(tmp_pat
     measured = []
     for size in (3, 8):
         experiment = Experiment(compose_config([*TINY, f"loader.eval_batch_size={size}"]), "a test")
-        data = experiment.data()
-        diffusion = experiment.diffusion(data).eval()
+        data = experiment.build.data()
+        diffusion = experiment.build.diffusion(data).eval()
         torch.nn.init.normal_(diffusion.backbone.head.weight, generator=torch.Generator().manual_seed(0))
         loader = data.eval_dataloader("validation")
         measured.append(score(experiment.trainer("test"), diffusion, loader, Nelbo(Bernoulli()), Precision(4), seed=0))
@@ -84,8 +84,8 @@ def test_rounds_go_on_until_the_monte_carlo_error_is_small_enough(tmp_path, monk
     """Four times the draws halve the error: the stopping rule must use about as many as that says."""
     monkeypatch.chdir(tmp_path)
     experiment = Experiment(compose_config(TINY), "a test")
-    data = experiment.data()
-    diffusion = experiment.diffusion(data).eval()
+    data = experiment.build.data()
+    diffusion = experiment.build.diffusion(data).eval()
     torch.nn.init.normal_(diffusion.backbone.head.weight, generator=torch.Generator().manual_seed(0))
     ask = lambda *limits: score(  # noqa: E731
         experiment.trainer("test"), diffusion, data.eval_dataloader("validation"), Nelbo(Bernoulli()),

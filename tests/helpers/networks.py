@@ -70,7 +70,7 @@ def assert_close_weights(a: Path, b: Path, atol: float) -> None:
 
 def random_network(e: Experiment, seed: int) -> object:
     """An untrained model whose predictions depend on the seed."""
-    diffusion = e.diffusion(e.data()).eval()
+    diffusion = e.build.diffusion(e.build.data()).eval()
     torch.nn.init.normal_(diffusion.backbone.head.weight, generator=torch.Generator().manual_seed(seed))
     return diffusion
 

@@ -12,8 +12,7 @@ import torch
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from palimpsest.corpora.review_attributes import ATTRIBUTES, UNREAD, read_attributes
-from palimpsest.corpora.reviews import ReviewGrammar, generate_split
-from palimpsest.data.sources import GeneratedReviews
+from palimpsest.corpora.reviews import GeneratedReviews, ReviewGrammar, generate_split
 from palimpsest.latents.attributes import Attributes
 from palimpsest.latents.hf import Pretrained, pool
 from palimpsest.models.hidden_states import HiddenStates

@@ -327,13 +327,13 @@ def test_classify_fine_tunes_one_model_per_class(tmp_path, toy, capsys):
 
 def test_a_training_starts_from_the_pretrained_weights_and_so_does_its_average(tmp_path, toy):
     experiment = Experiment(compose_config([*FEW, *toy]), "a test")
-    data = experiment.data()
-    diffusion = experiment.diffusion(data)
+    data = experiment.build.data()
+    diffusion = experiment.build.diffusion(data)
     theirs = published(tmp_path / "models" / "tiny-gpt2").state_dict()
     rows = len(theirs["lm_head.weight"])
     assert data.vocabulary.size == rows + 1, "the mask is new"
     assert not torch.equal(diffusion.backbone.head.weight[:rows], theirs["lm_head.weight"])
-    assert experiment.start_from_pretrained(diffusion, data, None) == Path("tiny-gpt2")
+    assert experiment.weights.start(diffusion, data, None) == Path("tiny-gpt2")
     ours = diffusion.backbone.model.state_dict()
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
@@ -347,7 +347,7 @@ def test_a_learning_rate_of_zero_measures_the_model_as_it_was_published(tmp_path
     scratch = run(*toy, "trainer.max_steps=1", "optim.lr=0", "backbone.from_scratch=true")["nll_nats_per_token"].value
     assert measured != scratch
     experiment = Experiment(compose_config([*FEW, *toy]), "a test")
-    data, net, nats, count = experiment.data(), published(tmp_path / "models" / "tiny-gpt2"), 0.0, 0
+    data, net, nats, count = experiment.build.data(), published(tmp_path / "models" / "tiny-gpt2"), 0.0, 0
     for ids in data.split("validation")["input_ids"]:
         ids = torch.as_tensor(ids).long()
         with torch.no_grad():
@@ -358,7 +358,7 @@ def test_a_learning_rate_of_zero_measures_the_model_as_it_was_published(tmp_path
 
 def test_what_determines_the_weights_is_in_the_fingerprint(toy):
     folders = {
-        str(Experiment(compose_config([*FEW, *toy, *more]), "a test").folder())
+        str(Experiment(compose_config([*FEW, *toy, *more]), "a test").runs.folder())
         for more in ([], ["backbone.name_or_path=other"], ["backbone.from_scratch=true"], ["model.dropout=0.3"])
     }
     assert len(folders) == 4

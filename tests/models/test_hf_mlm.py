@@ -222,9 +222,9 @@ def test_a_real_pretrained_body_guesses_words():
     ask = ["backbone.new_head=true", f"backbone.name_or_path={folder}", f"data.tokenizer_name_or_path={folder}",
            "algo=mlm", "backbone=hf_mlm", "data=reviews", "model.length=128"]  # fmt: skip
     experiment = Experiment(compose_config(ask), "a test")
-    data = experiment.data()
-    diffusion = experiment.diffusion(data)
-    experiment.start_from_pretrained(diffusion, data, None)
+    data = experiment.build.data()
+    diffusion = experiment.build.diffusion(data)
+    experiment.weights.start(diffusion, data, None)
     net = diffusion.backbone.eval()
     assert data.vocabulary.mask_id == data.tokenizer.mask_token_id and net.vocab_size == 30522
     near = torch.nn.functional.normalize(net.head.weight, dim=1)

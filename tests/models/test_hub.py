@@ -57,7 +57,7 @@ def vocab_size(tmp_path, monkeypatch, cache) -> int:
     """Of data=reviews. The working directory is empty but for a link to a shared cache."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / ".cache").symlink_to(cache)
-    return Experiment(compose_config([]), "a test").data().vocabulary.size
+    return Experiment(compose_config([]), "a test").build.data().vocabulary.size
 
 
 # -------------------------------------------------------------------------------- names
@@ -259,7 +259,7 @@ def test_the_weights_that_are_measured_are_the_references(toy, fixtures_dir):
     experiment = Experiment(compose_config([*TEXT, *toy]), "a test")
     for disable_ema, name in ((True, "raw"), (False, "ema")):
         path = str(fixtures_dir / "mdlm_subs" / "mdlm.ckpt")
-        net = experiment.trained(experiment.data(), path, disable_ema).backbone
+        net = experiment.weights.trained(experiment.build.data(), path, disable_ema).backbone
         with torch.no_grad():
             logits = net(golden["xt"], golden[f"{name}.sigma"])
         wanted = golden[f"{name}.logits"]

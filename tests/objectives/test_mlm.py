@@ -304,7 +304,7 @@ def test_what_can_not_be_meant_is_refused(tmp_path, monkeypatch, said, arguments
 
 
 def test_fingerprints_know_what_determines_the_weights_and_nothing_else():
-    folder = lambda *typed: str(Experiment(compose_config([*typed]), "a test").folder())  # noqa: E731
+    folder = lambda *typed: str(Experiment(compose_config([*typed]), "a test").runs.folder())  # noqa: E731
     different = [["algo=mlm"], ["algo=mlm", "training.prefix_length=0"], ["algo=mlm", "training.masking_rates=[0.5]"],
                  ["training.prefix_length=5"]]  # fmt: skip
     assert len({folder(*typed) for typed in different}) == len(different)

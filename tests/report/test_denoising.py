@@ -123,10 +123,10 @@ def experiment(tmp_path, monkeypatch):
 
     def build(*overrides: str):
         made = Experiment(compose_config([*TINY, "data.cache_dir=cache", "sampling.steps=9", *overrides]), "a test")
-        data = made.data()
-        diffusion = made.diffusion(data).eval()
+        data = made.build.data()
+        diffusion = made.build.diffusion(data).eval()
         torch.nn.init.normal_(diffusion.backbone.head.weight, generator=torch.Generator().manual_seed(0))
-        return made, data, diffusion, made.drawing
+        return made, data, diffusion, made.build.drawing()
 
     return build
 

@@ -145,7 +145,7 @@ def test_texts_longer_than_the_training_and_of_their_own_length(here):
 
 
 def test_a_hub_model_is_measured_sampled_and_fine_tuned(here):
-    size = Experiment(compose_config([]), "a test").data().vocabulary.size
+    size = Experiment(compose_config([]), "a test").build.data().vocabulary.size
     torch.manual_seed(0)
     net = DiT(size, hidden_size=16, cond_dim=8, n_blocks=1, n_heads=2)
     (here / "hub").mkdir()

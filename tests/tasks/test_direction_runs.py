@@ -103,7 +103,7 @@ def test_texts_are_edited_towards_a_class_that_they_are_not_of(here):
 
 
 def test_centroids_have_the_length_of_the_encoder_s_vectors(here):
-    data = Experiment(compose_config([*SAMPLE]), "a test").data()
+    data = Experiment(compose_config([*SAMPLE]), "a test").build.data()
     latents, label = (
         data.latents.of("train")[np.arange(len(data.split("train")))],
         np.asarray(data.split("train")["label"]),
@@ -141,7 +141,7 @@ def test_an_edit_begins_at_the_share_that_is_masked_and_is_told_where_to_go(here
     rows, (true, shuffled, none, *_) = samples(here, "edit"), seen
     shares = [len(row["masked"]) / (len(row["ids"]) - 2) for row in rows]  # begin and end are never masked
     assert true["begin_B"].tolist() == pytest.approx(shares) and max(shares) < 0.33
-    data = Experiment(compose_config([*SAMPLE]), "a test").data()
+    data = Experiment(compose_config([*SAMPLE]), "a test").build.data()
     places = [data.split("validation")["sample_id"].index(row["sample_id"]) for row in rows]
     moved = (true["latent"].numpy() - data.latents.of("validation")[np.array(places)])[:, 0]
     means = [

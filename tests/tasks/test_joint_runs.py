@@ -119,8 +119,8 @@ def test_a_text_only_model_starts_the_text_stream_and_loses_nothing(here, monkey
         plain.setattr(building, "TextData", LatentText.__base__)
         mdlm = Experiment(compose_config([*alone, "optim.lr=0.01", "trainer.max_steps=6"]), "a test")
         path = fit(mdlm)
-        texts = next(iter(mdlm.data().val_dataloader()))
-        text_only = mdlm.trained(mdlm.data(), str(path), disable_ema=False)
+        texts = next(iter(mdlm.build.data().val_dataloader()))
+        text_only = mdlm.weights.trained(mdlm.build.data(), str(path), disable_ema=False)
     start = [f"training.from_pretrained={path}", "time_conditioning=false"]
     with pytest.raises(ValueError, match="add: time_conditioning=False"):
         fit(experiment(start[0], "backbone.text_as_dit=true", "checkpointing.save_dir=x"))
@@ -134,9 +134,9 @@ def test_a_text_only_model_starts_the_text_stream_and_loses_nothing(here, monkey
         "trainer.max_steps=4",
         "checkpointing.save_dir=joint",
     )
-    data = joint.data()
-    diffusion = joint.diffusion(data)
-    joint.start_from_pretrained(diffusion, data, None)
+    data = joint.build.data()
+    diffusion = joint.build.diffusion(data)
+    joint.weights.start(diffusion, data, None)
     assert "so begun anew: blocks.*.latent" in capsys.readouterr().out
     names = texts["sample_id"]
     with torch.no_grad(), diffusion.averaged():
@@ -149,7 +149,7 @@ def test_a_text_only_model_starts_the_text_stream_and_loses_nothing(here, monkey
     assert all(torch.equal(state[f"backbone.{name}"], p) for name, p in before.items()), "and frozen it stays that"
     assert state["backbone.blocks.0.adaLN_gate.weight"].any(), "the gates open"
     again = read_checkpoint("joint/checkpoints/last.ckpt")
-    fresh = joint.diffusion(data)
+    fresh = joint.build.diffusion(data)
     assert fresh.start_from(again) == {}
 
 

@@ -132,7 +132,7 @@ def test_training_likelihood_and_answers(gsm8k):  # noqa: F811
 
 def test_a_question_and_its_answer_are_segments_too(gsm8k):  # noqa: F811
     settings = [argument for argument in SEGMENTS if not argument.startswith(("data=gsm8k_plan", "data.segment_room"))]
-    data = Experiment(compose_config(settings), "a test").data()
+    data = Experiment(compose_config(settings), "a test").build.data()
     batch = data.collate(data.split("train")[:4])
     assert torch.equal(torch.arange(80) < batch["segment_ends"], batch["given"])
     assert data.segment_ends(np.array([5, 6])).tolist() == [[5], [6]]
@@ -141,8 +141,8 @@ def test_a_question_and_its_answer_are_segments_too(gsm8k):  # noqa: F811
 def test_completions_are_judged_part_by_part(gsm8k):  # noqa: F811
     """By a sampler that knows the answers: what it writes comes back without the fill of either part."""
     experiment = Experiment(compose_config([*SEGMENTS, "data.max_test_texts=null"]), "a test")
-    data = experiment.data()
-    diffusion = experiment.diffusion(data).eval()
+    data = experiment.build.data()
+    diffusion = experiment.build.diffusion(data).eval()
     torch.nn.init.normal_(diffusion.backbone.head.weight, generator=torch.Generator().manual_seed(0))
     rows = data.split("test")
     mask_id = diffusion.objective.process.mask_id
@@ -161,7 +161,7 @@ def test_completions_are_judged_part_by_part(gsm8k):  # noqa: F811
         return written(x_BL, out, mask_id)
 
     trainer, asked = experiment.trainer("sample_eval"), Asked("test", None, 1, 1)
-    done = _complete(trainer, diffusion, data, experiment.judge, oracle_drawing(oracle), asked, seed=1)
+    done = _complete(trainer, diffusion, data, experiment.build.judge, oracle_drawing(oracle), asked, seed=1)
     assert len(done) == 12 and [c.ended[0] for c in done] == [False] + [True] * 11
     for c, row in zip(done[1:], rows.select(range(1, 12)), strict=True):
         assert c.verdicts[0].right and set(c.verdicts[0].findings.values()) == {True}
@@ -170,9 +170,11 @@ def test_completions_are_judged_part_by_part(gsm8k):  # noqa: F811
         assert len(c.drawn[0].steps) == len(c.drawn[0].ids)
     longest = max(c.prompt_tokens for c in done)
     short = Experiment(compose_config([*SEGMENTS, f"model.length={longest + 16}"]), "a test")
-    none = _complete(trainer, diffusion, short.data(), experiment.judge, experiment.drawing, asked, seed=1)
+    none = _complete(
+        trainer, diffusion, short.build.data(), experiment.build.judge, experiment.build.drawing(), asked, seed=1
+    )
     assert {c.prompt_tokens == longest for c in none if not c.drawn} == {True} and any(c.drawn for c in none)
-    shown = draw(diffusion, data, experiment.drawing, 3, 3, seed=1)
+    shown = draw(diffusion, data, experiment.build.drawing(), 3, 3, seed=1)
     assert all(text.ids[: text.steps.count(0)][0] == data.vocabulary.bos_id for text in shown)
 
 
@@ -185,7 +187,7 @@ def oracle_drawing(oracle):
 def test_baselines_count_what_a_text_has(gsm8k):  # noqa: F811
     """The plan's EOS, and no fill."""
     plain, segments = (
-        Experiment(compose_config([*SEGMENTS, *more]), "a test").data() for more in (["data.segments=false"], [])
+        Experiment(compose_config([*SEGMENTS, *more]), "a test").build.data() for more in (["data.segments=false"], [])
     )
     difference = token_counts(segments)[0] - token_counts(plain)[0]
     assert difference[segments.vocabulary.eos_id] == len(segments.split("train")) == difference.sum()
@@ -196,7 +198,7 @@ def test_rooms_belong_to_the_identity_of_segments_only():
     for arguments, differ in ((plain[1:], False), (segments, True)):
         known = [identity(compose_config([*arguments, *room])) for room in ([], ["data.segment_room=40"])]
         assert (known[0] != known[1]) == differ and ("data.segment_room" in known[0]) == differ
-        assert not any(key.startswith("data.judge") for key in known[0])
+        assert not any(key.startswith("data.build.judge") for key in known[0])
 
 
 @pytest.mark.parametrize(("arguments", "said"), [

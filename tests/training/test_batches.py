@@ -127,7 +127,10 @@ def test_the_optimizer_is_given_the_gradient_of_the_mean_over_the_tokens(tmp_pat
     monkeypatch.setattr(Diffusion, "on_before_optimizer_step", spy)
     trained("run", *same, "loader.batch_size=1")
     experiment = Experiment(compose_config([*FIT, *same]), "a test")
-    diffusion, batch = experiment.diffusion(experiment.data()), next(iter(experiment.data().train_dataloader()))
+    diffusion, batch = (
+        experiment.build.diffusion(experiment.build.data()),
+        next(iter(experiment.build.data().train_dataloader())),
+    )
     diffusion.objective.loss(diffusion.backbone, batch, training_noise(1, batch["position"], 4)).mean().backward()
     for ours, expected in zip(found, diffusion.backbone.parameters(), strict=True):
         torch.testing.assert_close(ours, expected.grad, rtol=1e-4, atol=1e-7)
@@ -230,8 +233,8 @@ def test_every_parameter_has_a_part_in_every_loss(tmp_path, monkeypatch, overrid
     """What DistributedDataParallel needs without find_unused_parameters, also where no class is told."""
     monkeypatch.chdir(tmp_path)
     experiment = Experiment(compose_config([*TINY, *FEW, *overrides]), "a test")
-    data = experiment.data()
-    diffusion = experiment.diffusion(data)
+    data = experiment.build.data()
+    diffusion = experiment.build.diffusion(data)
     batch = next(iter(data.train_dataloader()))
     noise = training_noise(1, batch["position"], 4)
     for told in (batch, {name: column for name, column in batch.items() if name != "label"}):

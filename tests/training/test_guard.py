@@ -47,8 +47,8 @@ class Snapshots(lightning.Callback):
 
 def spoilt(monkeypatch, experiment, how: str, steps: set[int]):
     """A training whose loss, or gradient, is not finite in the second micro-batch of the given steps."""
-    data = experiment.data()
-    diffusion = experiment.diffusion(data)
+    data = experiment.build.data()
+    diffusion = experiment.build.diffusion(data)
     honest = diffusion.objective.loss
 
     def loss(backbone, batch, noise):

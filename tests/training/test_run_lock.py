@@ -118,8 +118,8 @@ def test_processes_that_were_started_together_do_not_wait(environ, waits, monkey
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
     experiment = Experiment(compose_config([f"checkpointing.save_dir={tmp_path}"]), "a test")
-    with experiment.alone(1):
+    with experiment.runs.alone(1):
         assert asked == [(tmp_path / "label=1", waits)]
     monkeypatch.setattr(runs, "first_process", lambda: False)
-    with experiment.alone():
+    with experiment.runs.alone():
         assert len(asked) == 1, "one process of a training holds the lock"

@@ -266,10 +266,10 @@ def test_a_damaged_last_one_is_set_aside_for_the_one_before(caplog):
     assert {p.name for p in kept.iterdir()} == {"last.ckpt", *(f"step-0000000{n}.ckpt" for n in (3, 4, 5))}
     flip(kept / "last.ckpt")  # and step 5, which is the same file
     built = experiment("trainer.max_steps=8", "checkpointing.save_dir=run")
-    assert built.resume_path() == Path("run/checkpoints/step-00000004.ckpt")
+    assert built.runs.resume_path() == Path("run/checkpoints/step-00000004.ckpt")
     assert (kept / "last.ckpt.corrupt").exists() and (kept / "step-00000005.ckpt.corrupt").exists()
     assert "last.ckpt is corrupt" in caplog.text and "step-00000004.ckpt is used in its place" in caplog.text
-    assert not (kept / "last.ckpt").exists() and built.model_path().name == "step-00000004.ckpt"
+    assert not (kept / "last.ckpt").exists() and built.runs.model_path().name == "step-00000004.ckpt"
     fit(built)
     whole = train(8, "checkpointing.save_dir=whole")
     assert same_weights(kept / "last.ckpt", whole.model_path())
@@ -316,10 +316,10 @@ def test_a_checkpoint_alone_tells_its_configuration_tokenizer_and_versions():
     said = load_inert("run/checkpoints/last.ckpt")["run"]
     assert yaml.safe_load(said["configuration"])["model"]["hidden_size"] == 16 and said["command"] == "a test"
     assert said["versions"]["torch"] == torch.__version__ and set(said["versions"]) >= {"palimpsest", "lightning"}
-    tokenizer = built.data().tokenizer
+    tokenizer = built.build.data().tokenizer
     kept = said["tokenizer"]
     again = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(kept["tokenizer.json"]), **kept["special"])
-    text = built.data().texts("validation")["text"][0]
+    text = built.build.data().texts("validation")["text"][0]
     assert again(text)["input_ids"] == tokenizer(text)["input_ids"] and again.mask_token_id == tokenizer.mask_token_id
 
 
@@ -345,8 +345,8 @@ def test_a_run_at_an_address_goes_on_and_recovers_as_one_here(address, caplog):
     assert "last.ckpt WAS DAMAGED" in caplog.text and memory.exists(f"{kept}/last.ckpt.corrupt")
     here = train(8, "data.label=0", f"checkpointing.save_dir=file://{Path.cwd()}/here", "trainer.val_check_interval=4")
     assert same_weights(f"{kept}/last.ckpt", Path("here/label=0/checkpoints/last.ckpt"))
-    assert built.model_path() == f"{kept}/best.ckpt" and here.model_path().name == "best.ckpt"
-    assert built.folder().is_relative_to("outputs") and "complete" in _said(lambda: fit(built))
+    assert built.runs.model_path() == f"{kept}/best.ckpt" and here.model_path().name == "best.ckpt"
+    assert built.runs.folder().is_relative_to("outputs") and "complete" in _said(lambda: fit(built))
 
 
 def _said(act) -> str:

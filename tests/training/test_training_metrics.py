@@ -38,8 +38,8 @@ RUN = [*TINY, "trainer.max_steps=7", "loader.batch_size=2", "trainer.log_every_n
 def trained(*overrides: str) -> tuple[lightning.Trainer, list[dict], list[float]]:
     """A short training, what its objective gave to each micro-batch, and the gradient norm of each step."""
     experiment = Experiment(compose_config([*RUN, *overrides]), "a test")
-    data = experiment.data()
-    diffusion, seen, norms = experiment.diffusion(data), [], []
+    data = experiment.build.data()
+    diffusion, seen, norms = experiment.build.diffusion(data), [], []
     honest, prepare = diffusion.objective.loss, diffusion.updates.prepare
 
     def loss(backbone, batch, noise):
@@ -205,7 +205,7 @@ def test_a_metric_of_another_callback_is_logged_with_the_rest(tmp_path, monkeypa
     experiment = Experiment(compose_config([*RUN, "trainer.max_steps=3", "optim=adamw"]), "a test")
     trainer = experiment.trainer("train")
     trainer.callbacks.append(Waiting())
-    trainer.fit(experiment.diffusion(experiment.data()), datamodule=experiment.data())
+    trainer.fit(experiment.build.diffusion(experiment.build.data()), datamodule=experiment.build.data())
     assert history(tmp_path / "run")["train/answer"].tolist() == [[3, 42]]
     known = json.loads((tmp_path / "run/run.json").read_text())
     assert known["state"] == "finished" and known["step"] == known["max_steps"] == 3
