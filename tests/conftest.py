@@ -24,6 +24,16 @@ GOLDEN = ROOT / "tests/golden"
 
 
 @pytest.fixture(autouse=True, scope="session")
+def processes_import_this_checkout(tmp_path_factory):
+    """Processes that a test starts have the package from here too, wherever another one is installed."""
+    folder = tmp_path_factory.mktemp("packages")
+    (folder / "palimpsest").symlink_to(ROOT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
 def files_of_the_configuration_are_composed_once():
     with compositions_are_remembered():
         yield

@@ -211,7 +211,7 @@ def test_a_refusal_is_text():
 def served(trained):
     """The address of a page that is served by a process of its own."""
     pytest.importorskip("gradio", reason="needs gradio: pip install gradio")
-    words = [sys.executable, "-m", "app", "--port", "0", "--checkpoint", str(trained),
+    words = [sys.executable, "-m", "palimpsest.app", "--port", "0", "--checkpoint", str(trained),
              f"data.cache_dir={trained.parent / 'cache'}", "trainer.accelerator=cpu"]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment)

@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerFast
 
 from palimpsest.data import tokenizers as ours
 from palimpsest.data.tokenizers import MASK_SYMBOL, decode, encode, load_tokenizer, token_strings, vocabulary
-from tests.helpers.commands import ROOT
 
 ENGLISH = (
     "The plot isn't dull, but the ending feels (frankly) rushed.",
@@ -132,7 +131,6 @@ def test_fingerprint_is_that_of_the_content(tmp_path):
     tokenizer(["a b", "c"], padding=True, truncation=True, max_length=2)  # leaves its settings in the tokenizer
     assert vocabulary(tokenizer).fingerprint == first
     assert vocabulary(build("word", tmp_path, [*ENGLISH, "other"])).fingerprint != first
-    (tmp_path / "palimpsest").symlink_to(ROOT)
     code = (
         "import sys; from palimpsest.data.tokenizers import load_tokenizer, vocabulary; from pathlib import Path\n"
         "tokenizer = load_tokenizer('word', texts=lambda: sys.argv[2:], cache_dir=Path(sys.argv[1]))\n"
@@ -141,7 +139,7 @@ def test_fingerprint_is_that_of_the_content(tmp_path):
     for seed in ("1", "2"):
         out = subprocess.run(
             [sys.executable, "-c", code, str(tmp_path / seed), *ENGLISH], capture_output=True, text=True, check=True,
-            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(tmp_path)},
+            env={**os.environ, "PYTHONHASHSEED": seed},
         )  # fmt: skip
         assert out.stdout.strip() == first
 
