@@ -195,6 +195,15 @@ def hints(build: Callable) -> Mapping[str, object]:
     return found
 
 
+def refuse_wrong(build: Callable, values: Mapping[str, object], prefix: str = "") -> None:
+    """Raise ValueError for the first value that its argument of `build` does not take; for use in a constructor."""
+    for name, value in values.items():
+        setting = setting_of(hints(build).get(name, object))
+        plain = list(value) if isinstance(value, tuple) else value
+        if setting is not None and not setting.accepts(plain):
+            raise ValueError(f"{prefix}{name}={shown(plain)} must be {setting.said}")
+
+
 def _evaluated(annotation: object, init: Callable) -> object:
     """Return an annotation that may be kept as text, as `from __future__ import annotations` does."""
     if not isinstance(annotation, str):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from palimpsest.common.randomness import KeyedNoise
-from palimpsest.common.values import COPY, FREE, LATER, Length, Share
+from palimpsest.common.values import COPY, LATER, Length, Share
 from palimpsest.denoisers import BlockDenoiser
 from palimpsest.noise_schedule import Clipped
 from palimpsest.objectives.base import (
@@ -90,7 +90,7 @@ class BlockDiffusion(Containing):
         self,
         process: Absorbing,
         within: Callable[..., TokenDiffusion],
-        block_size: Annotated[Length, FREE],
+        block_size: Annotated[Length, LATER],
         ignore_bos: Annotated[bool, COPY] = True,
         sampling_eps_min: Annotated[Share, COPY] = WHOLE[0],
         sampling_eps_max: Annotated[Share, COPY] = WHOLE[1],

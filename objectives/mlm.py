@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from palimpsest.common.randomness import KeyedNoise
-from palimpsest.common.values import COPY, RATES, Natural, Share
+from palimpsest.common.values import COPY, RATES, Natural, Share, refuse_wrong
 from palimpsest.noise_schedule import NoiseSchedule
 from palimpsest.objectives.base import Backbone, Batch, TokenDiffusion, scored_mask
 from palimpsest.objectives.noising import Noised, Noising, order_statistic, shuffled, weighted
@@ -78,14 +78,15 @@ class Rates:
         per: Annotated[Literal["sample", "batch"], COPY] = "sample",
         antithetic_sampling: bool = True,
     ) -> None:
+        refuse_wrong(type(self), {"per": per}, "training.masking_rate_")
         self.per, self.antithetic_sampling, self.rates = per, antithetic_sampling, None
         self.low, self.high = rate_min, rate_max
         if isinstance(rates, str):
             self._check_limits(rates)
         elif (rate_min, rate_max) != (0.1, 1.0):
             raise ValueError(
-                f"training.masking_rate_min={rate_min} training.masking_rate_max={rate_max} limit training."
-                "masking_rates=continuous, and they are a list; leave one of them out"
+                f"training.masking_rate_min={rate_min} training.masking_rate_max={rate_max} limit "
+                "training.masking_rates=continuous, and they are a list; leave one of them out"
             )
         else:
             self.rates = torch.tensor(_checked(rates), dtype=torch.float64)

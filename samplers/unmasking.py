@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from palimpsest.common.randomness import KeyedNoise
-from palimpsest.common.values import AboveZeroShare, Count, Share
+from palimpsest.common.values import AboveZeroShare, Count, Share, refuse_wrong
 from palimpsest.denoisers import Denoiser
 from palimpsest.process import Absorbing
 from palimpsest.samplers import ordered
@@ -61,6 +61,7 @@ class Unmasking:
     remask_eta: Share = 0.02
 
     def __post_init__(self) -> None:
+        refuse_wrong(type(self), vars(self), "sampling.")
         by_confidence = {"threshold": self.threshold is not None, "remask": self.remask == "low_confidence"}
         for key, chosen in by_confidence.items():
             if chosen and self.order in ("random", "left_to_right", "entropy"):

@@ -18,6 +18,7 @@ from palimpsest.settings.wiring import WIRING
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 
 
@@ -100,7 +101,7 @@ def _scanned() -> tuple[dict[str, list[tuple[str, str]]], dict[str, list[str]], 
     targets: dict[str, list[str]] = {}
     for path in sorted(CONFIGS.rglob("*.yaml")):
         text = path.read_text(encoding="utf-8")
-        content = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or {}
+        content = _Loader(text).get_single_data() or {}
         inside = path.parent != CONFIGS and "@package _global_" not in text
         for place, target, arguments in _components(content, path.parent.name if inside else ""):
             targets.setdefault(place, []).append(target)

@@ -33,7 +33,12 @@ MAY_READ = {"experiment", "settings", "main"}
 @cache
 def modules() -> dict[str, ast.Module]:
     """Every module of the package, by its path in the repository."""
-    listed = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True)
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.py"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     names = listed.stdout.split() if listed.returncode == 0 else [
         str(path.relative_to(ROOT)) for path in ROOT.rglob("*.py") if ".venv" not in path.parts
     ]  # fmt: skip

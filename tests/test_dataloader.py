@@ -1,7 +1,6 @@
 """The stream of training samples is exact, evaluation sees every row once, padding is neither token nor
 mask."""
 
-import inspect
 import logging
 import os
 from types import SimpleNamespace
@@ -15,10 +14,10 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from palimpsest.data.order import draws_at, epoch_order, evaluation_batches, rows_at
-from palimpsest.dataloader import Loading, PositionBatchSampler, TextData, batch_arithmetic, with_texts
+from palimpsest.dataloader import Loading, PositionBatchSampler, batch_arithmetic, with_texts
 from palimpsest.settings.command_line import compose_config
 from tests.helpers.commands import ROOT
-from tests.helpers.texts import text_data
+from tests.helpers.texts import SETTINGS, text_data
 
 N = 37
 
@@ -359,7 +358,7 @@ CONFIGS = sorted((ROOT / "configs" / "data").glob("*.yaml"))
 
 def configured(path, tmp_path, changes=(), **settings):
     data = compose_config([f"data={path.stem}", *(f"data.{change}" for change in changes)]).data
-    known = set(inspect.signature(TextData).parameters) - {"source", "cache_dir"}
+    known = SETTINGS - {"cache_dir"}
     values = {key: value for key, value in data.items() if key in known}
     return text_data(instantiate(data.source), cache_dir=tmp_path, **(values | settings))
 

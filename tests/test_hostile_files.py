@@ -246,7 +246,7 @@ def test_what_is_built_is_the_projects(here):
 
 PLACES = {
     "lr_scheduler": lambda cfg: running.run(cfg, "a test"),
-    "latents": lambda cfg: Experiment(cfg, "a test"),
+    "latents": lambda cfg: Experiment(cfg, "a test").build.data(),
     "sampler": lambda cfg: Experiment(cfg, "a test").build.drawing(),
     "sampler.choice": lambda cfg: Experiment(cfg, "a test").build.drawing(),
     "estimator": lambda cfg: Experiment(cfg, "a test").build.estimator,

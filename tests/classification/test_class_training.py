@@ -16,6 +16,7 @@ from palimpsest.common.randomness import KeyedNoise
 from palimpsest.data.sources import HubOrFolder
 from palimpsest.diffusion import Diffusion
 from palimpsest.experiment.experiment import Experiment
+from palimpsest.experiment.weights import Weights
 from palimpsest.models.checkpoints import load_inert, read_checkpoint, read_progress
 from palimpsest.models.class_conditioning import UNTOLD
 from palimpsest.settings.command_line import compose_config
@@ -103,7 +104,7 @@ def averaged(path: Path) -> list[torch.Tensor]:
 
 def starts(monkeypatch) -> dict:
     """The parameters that every training begins with, by the label of its data."""
-    found, real = {}, Experiment.start_from_pretrained
+    found, real = {}, Weights.start
 
     def spy(self, diffusion, data, shared):
         out = real(self, diffusion, data, shared)
@@ -111,7 +112,7 @@ def starts(monkeypatch) -> dict:
                              [s.clone() for s in diffusion.ema.shadow_params])  # fmt: skip
         return out
 
-    monkeypatch.setattr(Experiment, "start_from_pretrained", spy)
+    monkeypatch.setattr(Weights, "start", spy)
     return found
 
 
@@ -308,7 +309,7 @@ def test_a_pretrained_class_exchanges_the_law_of_the_pretraining_for_its_own():
     begin(exp, diffusion, data, shared)
     plain.start_from(read_checkpoint(shared))
     mask_id = diffusion.objective.process.mask_id
-    all_V = slow_counts(data, exp.pretraining.data().split("train")["input_ids"]) + 1
+    all_V = slow_counts(data, exp.pretraining.build.data().split("train")["input_ids"]) + 1
     own_V = slow_counts(data, data.split("train")["input_ids"]) + 1
     wanted_V = np.log(own_V / own_V.sum()) - np.log(all_V / all_V.sum())
     moved_V = (diffusion.backbone.head.bias - plain.backbone.head.bias).detach().numpy()

@@ -3,7 +3,6 @@ in the layout that it names, streams no further than its limit, and trains."""
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import re
@@ -17,8 +16,9 @@ from hydra.utils import instantiate
 
 from palimpsest.data.streaming import Order
 from palimpsest.data.tokenizers import decode
-from palimpsest.dataloader import Loading, TextData
+from palimpsest.dataloader import Loading
 from palimpsest.settings.command_line import compose_config, explain
+from tests.helpers import texts
 from tests.helpers.commands import ROOT, TINY, run
 from tests.helpers.texts import text_data
 
@@ -85,7 +85,7 @@ def sliced(rows, expression):
 
 def module(name, tmp_path, *overrides, **settings):
     data = compose_config([f"data={name}", *overrides])
-    known = set(inspect.signature(TextData).parameters) - {"source", "cache_dir"}
+    known = texts.SETTINGS - {"cache_dir"}
     values = {key: value for key, value in data.data.items() if key in known} | settings
     source = instantiate(data.data.source)
     return text_data(source, length=data.model.length, cache_dir=tmp_path / "cache", **values)

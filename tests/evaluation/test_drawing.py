@@ -142,7 +142,7 @@ def test_max_length_limits_every_text(untrained, overrides):
     assert all(len(text.ids) <= 9 and data.vocabulary.mask_id not in text.ids for text in texts)
     assert any(len(text.ids) == 9 for text in texts)
     for text in texts:
-        assert decoded(text, built[0].drawing.given, data.tokenizer).startswith("the plot is")
+        assert decoded(text, built[0].build.drawing().given, data.tokenizer).startswith("the plot is")
         assert len(text.ids) == len(text.steps) == len(text.confidence)
         assert all((step == 0) == (p == 1.0) for step, p in zip(text.steps, text.confidence, strict=True))
 
@@ -150,7 +150,9 @@ def test_max_length_limits_every_text(untrained, overrides):
 def test_the_first_batch_is_watched(untrained):
     settings, data, diffusion = untrained(*UNMASK)
     frames = []
-    texts = draw(diffusion, data, settings.drawing, 3, 2, seed=1, watch=lambda trace: frames.append(copy.copy(trace)))
+    texts = draw(
+        diffusion, data, settings.build.drawing(), 3, 2, seed=1, watch=lambda trace: frames.append(copy.copy(trace))
+    )
     assert [frame.num_steps for frame in frames] == [0, 1, 2, 3] and len(frames[-1].ids_BL) == 2
     assert frames[-1].ids_BL[0, : len(texts[0].ids)].tolist() == texts[0].ids
 

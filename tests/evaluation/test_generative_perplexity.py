@@ -18,6 +18,7 @@ from palimpsest.common.metrics import Estimate
 from palimpsest.data.tokenizers import encode, vocabulary
 from palimpsest.dataloader import TextData
 from palimpsest.experiment import running
+from palimpsest.experiment.building import Builder
 from palimpsest.experiment.experiment import Experiment
 from palimpsest.settings.command_line import compose_config, explain
 from palimpsest.tasks.diversity import distinct, diversity, unigram_entropy
@@ -334,7 +335,7 @@ def test_sample_eval_scores_its_samples(folder, tmp_path, monkeypatch, capsys):
 def test_a_scorer_that_can_not_be_used_stops_the_run_before_anything_else(folder, tmp_path, monkeypatch, setting, said):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(TextData, "texts", lambda *a: pytest.fail("the data were read first"))
-    monkeypatch.setattr(Experiment, "diffusion", lambda *a: pytest.fail("the model was built first"))
+    monkeypatch.setattr(Builder, "diffusion", lambda *a: pytest.fail("the model was built first"))
     ask = ["mode=sample_eval", "eval.compute_generative_perplexity=true",
            f"eval.gen_ppl_eval_model_name_or_path='{folder}'", setting]  # fmt: skip
     with pytest.raises((ValueError, OSError)) as caught:

@@ -22,6 +22,7 @@ from palimpsest.estimators.any_order import AnyOrder
 from palimpsest.estimators.nelbo import Nelbo
 from palimpsest.estimators.ordered import Ordered
 from palimpsest.experiment.experiment import Experiment
+from palimpsest.experiment.weights import Weights
 from palimpsest.noise_schedule import LogLinear
 from palimpsest.objectives.ar import AR
 from palimpsest.objectives.base import Model, counted_mask, scored_mask
@@ -310,7 +311,7 @@ def test_a_sampler_that_knows_the_answers_is_right_and_one_does_not_depend_on_th
     (["data.source.parts=null"], "say in data.source.parts"),
 ])  # fmt: skip
 def test_mistakes_are_explained(gsm8k, monkeypatch, arguments, said):
-    monkeypatch.setattr(Experiment, "trained", lambda self, data, *_: self.diffusion(data))
+    monkeypatch.setattr(Weights, "trained", lambda self, data, *_: self._build.diffusion(data))
     with pytest.raises(Exception) as caught:  # noqa: B017, PT011 - explain() is what is tested
         run(*arguments)
     assert caught.match(said) or said in explain(caught.value)

@@ -7,6 +7,8 @@ from dataclasses import fields
 from palimpsest.data.sources import Source
 from palimpsest.dataloader import Batches, TextData, Texts
 
+SETTINGS = frozenset(field.name for kind in (Texts, Batches) for field in fields(kind))
+
 
 def text_data(source: Source, **settings: object) -> TextData:
     """Return the data of a source, with settings of its texts and its batches."""

@@ -208,7 +208,11 @@ def test_fine_tuned_measured_sampled_and_then_the_folder_is_gone(tmp_path, toy, 
 
 def test_what_does_not_go_together(toy):
     refused = lambda said, *arguments: commands.refused(said, *FEW, *arguments)  # noqa: E731
-    refused("time_conditioning=true means nothing to backbone=hf_mlm", *toy, "time_conditioning=true")
+    refused(
+        "time_conditioning=true means nothing to parameterization=subs: it is read by backbone=",
+        *toy,
+        "time_conditioning=true",
+    )
     refused("model.mask_padding=false: backbone=hf_mlm always hides", *toy, "model.mask_padding=false")
     refused("classify.sharing=conditional needs a network", *toy, "classify.sharing=conditional")
     refused("is where new weights begin, and backbone.name_or_path=", *toy, "training.start_from_counts=true")

@@ -215,10 +215,10 @@ def test_a_batch_masks_nothing_that_is_given_and_a_sample_keeps_it(untrained, ov
         masked = look.xt_BL == data.vocabulary.mask_id
         assert masked.any(-1).all() and not (masked & special).any()
         assert all(not masked[row, : 5 + begun[row]].any() for row in range(4))
-    texts = draw(diffusion, data, built[0].drawing, 3, 3, seed=1)
+    texts = draw(diffusion, data, built[0].build.drawing(), 3, 3, seed=1)
     begin = int(data.vocabulary.bos_id == texts[0].ids[0])
     steps = [text.steps[begin : begin + 7] for text in texts]
-    wanted = data.tokenizer(built[0].drawing.given.prefix or "", add_special_tokens=False)["input_ids"]
+    wanted = data.tokenizer(built[0].build.drawing().given.prefix or "", add_special_tokens=False)["input_ids"]
     number = len(wanted) or 5  # of what was typed, nothing of the lender's stays behind it
     assert all(step[:number] == [0] * number for step in steps)
     assert all(step[number] > 0 for step in steps)
@@ -285,9 +285,9 @@ def test_the_figure_labels_its_lines():
 
 
 @pytest.mark.parametrize(("said", "arguments"), [
-    ("training.masking_rates=.*training.masking=rates draws from them", ["training.masking_rates=[0.5]"]),
-    ("training.masking_rate_per=batch.*training.masking=rates draws", ["training.masking_rate_per=batch"]),
-    ("masking_rate_max=0.5 limits training.masking_rates=continuous", ["algo=mlm", "training.masking_rate_max=0.5"]),
+    ("masking_rates=.* means nothing .*: it is read by masking=rates", ["training.masking_rates=[0.5]"]),
+    ("masking_rate_per=batch means nothing .* it is read by masking=rates", ["training.masking_rate_per=batch"]),
+    ("masking_rate_max=0.5 limit training.masking_rates=continuous", ["algo=mlm", "training.masking_rate_max=0.5"]),
     ("these draws do not cover", ["algo=mlm", "training.loss_weight=elbo"]),
     ("data.score_special=true contradicts algo=mlm", ["algo=mlm", "data.score_special=true"]),
     ("data.fill=eos lets a model write", ["algo=mlm", "data.fill=eos"]),
@@ -295,8 +295,8 @@ def test_the_figure_labels_its_lines():
     ("training.prefix_length=72 must be 0 or more, and leave", ["training.prefix_length=72"]),
     ("training.prefix_length=few must be a whole", ["training.prefix_length=few"]),
     ("means nothing to parameterization=ar", ["algo=ar", "training.masking=rates"]),
-    ("resample=true limits the masks", ["algo=mlm", "training.resample=true"]),
-    ("integrates t out", ["algo=mlm", "training.importance_sampling=true"]),
+    ("resample=true means nothing .* masking=bernoulli", ["algo=mlm", "training.resample=true"]),
+    ("importance_sampling=true means nothing .* masking=bernoulli", ["algo=mlm", "training.importance_sampling=true"]),
 ])  # fmt: skip
 def test_what_can_not_be_meant_is_refused(tmp_path, monkeypatch, said, arguments):
     monkeypatch.chdir(tmp_path)

@@ -118,7 +118,7 @@ def test_a_rescaled_schedule_ends_in_masks_and_loglinear_becomes_the_papers_own(
     (lambda: D3PM(LogLinear(), Absorbing(MASK), T=0), "parameterization=d3pm with T=0"),
     (lambda: Subs(LogLinear(), Absorbing(MASK), T=-1), "T=-1"),
     (lambda: Subs(LogLinear(), Absorbing(MASK), ExactCount(), T=10), "T=10 and masks by exact mask counts"),
-    (lambda: SEDD(LogLinear(), Absorbing(MASK), Bernoulli(T=7)), "T=0 and masks by"),
+    (lambda: SEDD(LogLinear(), Absorbing(MASK), Bernoulli(T=7)), "T=7 means nothing to parameterization=sedd"),
     (lambda: Subs(LogLinear(), Absorbing(MASK), T=10).bound(Complementary()), "contradict"),
     (lambda: Bernoulli(importance_sampling=True, T=3), "T=3"),
     (lambda: Bernoulli(sampling_eps=1.0), "training.sampling_eps=1.0"),

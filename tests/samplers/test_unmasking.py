@@ -96,7 +96,7 @@ def test_low_confidence_keeps_what_was_drawn_with_most_probability():
             p = torch.tensor([[0.6, 0.4, 0], [0.45, 0.55, 0]], dtype=torch.float64)
             return p.expand(len(x_BL), 2, 3)[at_BL].log()
 
-    steps = unmask(Two(2, 2), blank(4000, 2, 2), Unmasking(remask="low_confidence"), steps=2).step_BL
+    steps = unmask(Two(2, 2), blank(4000, 2, 2), Unmasking(order="margin", remask="low_confidence"), steps=2).step_BL
     assert float((steps[:, 0] == 1).double().mean()) == pytest.approx(0.6, abs=0.03)
     assert (unmask(Two(2, 2), blank(50, 2, 2), Unmasking(order="confidence"), steps=2).step_BL[:, 0] == 1).all()
 
@@ -108,9 +108,9 @@ def test_a_threshold_writes_all_that_is_sure_one_at_least_and_the_rest_at_the_en
             p = torch.stack([sure, 1 - sure, torch.zeros_like(sure)], -1)
             return p.expand(len(x_BL), 5, 3)[at_BL].log()
 
-    how, x = Unmasking(threshold=0.9), torch.tensor([[2, 2, 2, 2, 2], [2, 0, 2, 0, 0]])
+    how, x = Unmasking(order="margin", threshold=0.9), torch.tensor([[2, 2, 2, 2, 2], [2, 0, 2, 0, 0]])
     for remask in ("none", "low_confidence"):
-        how = Unmasking(threshold=0.9, remask=remask)
+        how = Unmasking(order="margin", threshold=0.9, remask=remask)
         out = unmask(Fixed(2, 5), x, how, steps=9, choice=TokenChoice(temperature=0))
         assert out.step_BL.tolist() == [[4, 1, 3, 1, 2], [2, 0, 1, 0, 0]]
         assert out.evaluations_B.tolist() == [4, 2] and out.num_steps == 4
@@ -208,7 +208,7 @@ def test_configurations_that_contradict_themselves_are_refused():
         for key, value in changes.items():
             OmegaConf.update(cfg, f"sampling.{key}", value)
         with pytest.raises((ValueError, InstantiationException), match=said):
-            checked(cfg, "a test")
+            checked(cfg, "a test", [f"sampling.{key}=" for key in changes])
     for arguments, said in [
         (["parameterization=ar", "sampling.predictor=unmask"], "use sampling.predictor=ar"),
         (["sampling.predictor=block_unmask"], "block.py writes texts of algo=bd3lm.*predictor=ddpm_cache"),

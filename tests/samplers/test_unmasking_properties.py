@@ -22,7 +22,10 @@ def test_any_rows_any_budget(data):
     token = st.sampled_from([0, 1, mask, mask])
     x = torch.tensor(data.draw(st.lists(st.lists(token, min_size=length, max_size=length), min_size=1, max_size=4)))
     remask, threshold = pick(*REMASKS), pick(None, 0.6, 0.9)
-    how = Unmasking(pick(*SCHEDULES), pick(*ORDERS), None if remask == "remdm" else threshold, remask, pick(0.1, 1.0))
+    threshold = None if remask == "remdm" else threshold
+    orders = ORDERS if threshold is None and remask != "low_confidence" else ("confidence", "margin")
+    schedules = SCHEDULES if threshold is None else ("linear",)
+    how = Unmasking(pick(*schedules), pick(*orders), threshold, remask, pick(0.1, 1.0))
     seed, choice, frames, untouched = data.draw(st.integers(0, 99)), pick(*CHOICES), Watched(), x.clone()
     out = unmask(toy, x, how, steps, seed=seed, choice=choice, watch=frames)
     assert torch.equal(x, untouched)

@@ -210,7 +210,7 @@ def test_what_is_typed_reaches_what_it_is_for():
     (["backbone=dit"], "needs a network that reads texts and latents.*use backbone=mmdit"),
     (["algo=mdlm"], "parameterization=subs makes nothing of latents"),
     (["training.loss_weight=uniform"], "training.loss_weight=uniform means nothing to parameterization=mmldlm"),
-    (["training.change_of_variables=true"], "training.change_of_variables=True means nothing"),
+    (["training.change_of_variables=true"], "training.change_of_variables=true means nothing"),
     (["training.joint_modes={both: 1}"], "both is unknown"), (["training.joint_modes={l2t: many}"], "l2t=many"),
     (["training.latent_weight=heavy"], "training.latent_weight=heavy must be a number"),
     (["training.latent_loss=cosine"], "cosine with training.latent_target=v"),

@@ -102,7 +102,8 @@ def test_a_folder_that_cannot_be_made_is_for_others_to_complain_of(tmp_path):
 
 def test_a_training_that_another_process_finished_meanwhile_is_complete():
     answers = [None, "last.ckpt"]
-    experiment = SimpleNamespace(finished=lambda label: answers.pop(0), alone=lambda label: nullcontext())
+    found = SimpleNamespace(finished=lambda data, label: answers.pop(0), alone=lambda label: nullcontext())
+    experiment = SimpleNamespace(runs=found, build=SimpleNamespace(data=lambda label: None))
     assert fit(experiment) == "last.ckpt"
 
 

@@ -272,7 +272,7 @@ def test_a_damaged_last_one_is_set_aside_for_the_one_before(caplog):
     assert not (kept / "last.ckpt").exists() and built.runs.model_path().name == "step-00000004.ckpt"
     fit(built)
     whole = train(8, "checkpointing.save_dir=whole")
-    assert same_weights(kept / "last.ckpt", whole.model_path())
+    assert same_weights(kept / "last.ckpt", whole.runs.model_path())
 
 
 def test_where_nothing_is_whole_it_does_not_begin_anew():
@@ -345,7 +345,7 @@ def test_a_run_at_an_address_goes_on_and_recovers_as_one_here(address, caplog):
     assert "last.ckpt WAS DAMAGED" in caplog.text and memory.exists(f"{kept}/last.ckpt.corrupt")
     here = train(8, "data.label=0", f"checkpointing.save_dir=file://{Path.cwd()}/here", "trainer.val_check_interval=4")
     assert same_weights(f"{kept}/last.ckpt", Path("here/label=0/checkpoints/last.ckpt"))
-    assert built.runs.model_path() == f"{kept}/best.ckpt" and here.model_path().name == "best.ckpt"
+    assert built.runs.model_path() == f"{kept}/best.ckpt" and here.runs.model_path().name == "best.ckpt"
     assert built.runs.folder().is_relative_to("outputs") and "complete" in _said(lambda: fit(built))
 
 

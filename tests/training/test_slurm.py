@@ -107,7 +107,7 @@ def test_the_benchmark_of_requeueing_says_whether_two_trainings_are_the_same(tmp
 
 def test_what_srun_started_is_compared_with_what_the_training_is_to_have(cluster):
     def two_tasks(devices: int) -> subprocess.CompletedProcess:
-        code = f"from engine.slurm import check_processes; check_processes({devices}, 1)"
+        code = f"from palimpsest.training.slurm import check_processes; check_processes({devices}, 1)"
         srun = ["srun", "--ntasks=2", "--ntasks-per-node=2", sys.executable, "-c", code]
         return subprocess.run(srun, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
 
