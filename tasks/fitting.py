@@ -61,6 +61,6 @@ def begin(experiment: Experiment, diffusion: Diffusion, data: object, shared: Pl
         causal = diffusion.objective.causal
         by_class = bool(diffusion.backbone.num_classes) and data.train_splits is None
         counts_CV = torch.from_numpy(token_counts(data, causal, by_class))
-        before = experiment.pretraining.data() if shared else None
+        before = experiment.pretraining.build.data() if shared else None
         before_V = None if before is None else torch.from_numpy(token_counts(before, causal)[0])
         diffusion.start_from_counts(counts_CV, before_V)

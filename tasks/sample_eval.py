@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from palimpsest.common.values import COUNT, AtLeastOne, Count, FilePath, Name, Natural, PresentPath, whole
+from palimpsest.common.values import AtLeastOne, Count, FilePath, Name, Natural, PresentPath
 from palimpsest.report.denoising import Sample
 from palimpsest.report.report import Metric, Report
 from palimpsest.tasks.base import Experiment, write_results
@@ -42,7 +41,7 @@ def sample_eval(
     checkpoint_path: FilePath | None,
     disable_ema: bool,
     num_batches: Count | None,
-    num_samples: Annotated[int, whole(0, COUNT)] | None,
+    num_samples: Count | None,
     num_shown: Natural,
     split: Name | None,
     samples_per_prompt: Count,

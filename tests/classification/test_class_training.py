@@ -121,7 +121,7 @@ def test_both_classes_start_from_the_average_of_one_pretraining(monkeypatch, sha
     steps, found = count_steps(monkeypatch), starts(monkeypatch)
     exp = experiment("classify.pretrain=all", "classify.pretrain_steps=3", f"classify.sharing={sharing}")
     class_models(exp, exp.build.data(), "", False)
-    shared = averaged(exp.pretraining.model_path())
+    shared = averaged(exp.pretraining.runs.model_path())
     assert load_inert("run/pretrained/checkpoints/last.ckpt")["global_step"] == 3
     labels = [None] if sharing == "conditional" else [0, 1]
     assert len(steps) == 3 + 4 * len(labels)
@@ -336,7 +336,7 @@ def test_training_stops_without_a_better_validation_and_the_best_weights_are_the
     assert "complete" in capsys.readouterr().out
     trained = experiment(*PATIENT).weights.trained(exp.build.data(), "", disable_ema=False)
     shadow = averaged(path)
-    assert all(torch.equal(p, s) for p, s in zip(trained.build.backbone.parameters(), shadow, strict=True))
+    assert all(torch.equal(p, s) for p, s in zip(trained.backbone.parameters(), shadow, strict=True))
 
 
 def test_a_resume_goes_on_counting_and_keeps_the_best_also_where_the_folder_was_moved(monkeypatch):

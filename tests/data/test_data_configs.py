@@ -18,8 +18,8 @@ from palimpsest.data.streaming import Order
 from palimpsest.data.tokenizers import decode
 from palimpsest.dataloader import Loading
 from palimpsest.settings.command_line import compose_config, explain
-from tests.helpers import texts
 from tests.helpers.commands import ROOT, TINY, run
+from tests.helpers.texts import SETTINGS as KNOWN
 from tests.helpers.texts import text_data
 
 REAL_DATA = os.environ.get("DATA_DIR")
@@ -85,7 +85,7 @@ def sliced(rows, expression):
 
 def module(name, tmp_path, *overrides, **settings):
     data = compose_config([f"data={name}", *overrides])
-    known = texts.SETTINGS - {"cache_dir"}
+    known = KNOWN - {"cache_dir"}
     values = {key: value for key, value in data.data.items() if key in known} | settings
     source = instantiate(data.data.source)
     return text_data(source, length=data.model.length, cache_dir=tmp_path / "cache", **values)
