@@ -29,7 +29,7 @@ TINY = ["model.hidden_size=16", "model.cond_dim=8", "model.n_blocks=1", "model.n
 FEW = [f"data.source.num_{split}_per_class=40" for split in ("train", "validation", "test")]
 FIT = [*TINY, *FEW, "model.n_blocks=2", "trainer.max_steps=4", "trainer.val_check_interval=2",
        "trainer.log_every_n_steps=1"]  # fmt: skip
-RUN = [*TINY, "model.dropout=0.2", "trainer.max_steps=24", "trainer.val_check_interval=10", "loader.batch_size=2",
+RUN = [*TINY, *FEW, "model.dropout=0.2", "trainer.max_steps=24", "trainer.val_check_interval=10", "loader.batch_size=2",
        "callbacks.checkpoint_every_n_steps.every_n_train_steps=3", "sampling.num_sample_log=0"]  # fmt: skip
 FEW_PROBLEMS = [*TINY, "data=gsm8k", "model.length=64", "data.tokenizer_name_or_path=word", "trainer.max_steps=20",
                 "sampling.steps=8", "loader.eval_batch_size=8", "optim.lr=1e-3"]  # fmt: skip

@@ -19,7 +19,7 @@ from palimpsest.models.hf_dit import hf_dit
 from palimpsest.models.hub import locate
 from palimpsest.settings.command_line import compose_config, translate
 from palimpsest.settings.identity import identity
-from tests.helpers.commands import refused, run
+from tests.helpers.commands import refused, run, trained
 from tests.helpers.published import made_up_words, write_labelled
 
 SIZES = {"hidden_dim": 16, "cond_dim": 8, "n_blocks": 1, "n_heads": 2}
@@ -325,7 +325,7 @@ DIT = ["model.hidden_size=16", "model.cond_dim=8", "model.n_blocks=1", "model.n_
 def test_a_training_starts_from_the_file(tmp_path, vocab_size, key, backbone, capsys):
     """Without a learning rate the weights stay what they were, and so does their average."""
     net = random_net(vocab_size)
-    run(*CHAR, *STILL, *backbone, f"{key}={hub_directory(tmp_path / 'pre', net)}")
+    trained(*CHAR, *STILL, *backbone, f"{key}={hub_directory(tmp_path / 'pre', net)}")
     assert "starting from the weights of" in capsys.readouterr().out
     last = load_inert(tmp_path / "run/checkpoints/last.ckpt")
     for name, tensor in weights(tmp_path / "run/checkpoints/last.ckpt").items():
@@ -338,11 +338,10 @@ def test_a_training_starts_from_the_file(tmp_path, vocab_size, key, backbone, ca
 @pytest.mark.parametrize("disable_ema", [False, True])
 def test_the_averaged_weights_start_it_where_there_are_any(tmp_path, vocab_size, disable_ema):
     fast = ["optim.lr=0.05", "trainer.max_steps=3", "lr_scheduler.num_warmup_steps=0"]
-    run(*CHAR, *DIT, *fast, "checkpointing.save_dir=first")
-    first = tmp_path / "first/checkpoints/last.ckpt"
+    first = trained(*CHAR, *DIT, *fast, "checkpointing.save_dir=first")
     net = DiT(vocab_size, 16, 8, 1, 2)
     read_checkpoint(first).load_into(net, use_ema=not disable_ema)
-    run(*CHAR, *DIT, *STILL, f"training.from_pretrained={first}", f"eval.disable_ema={str(disable_ema).lower()}")
+    trained(*CHAR, *DIT, *STILL, f"training.from_pretrained={first}", f"eval.disable_ema={str(disable_ema).lower()}")
     started = weights(tmp_path / "run/checkpoints/last.ckpt")
     assert all(torch.equal(started[name], tensor) for name, tensor in net.state_dict().items())
     raw = weights(first)
@@ -354,9 +353,10 @@ def test_the_averaged_weights_start_it_where_there_are_any(tmp_path, vocab_size,
 def test_the_file_is_not_needed_any_more_once_the_run_has_its_own(tmp_path, vocab_size, backbone, mode):
     folder = hub_directory(tmp_path / "pre", random_net(vocab_size))
     ask = [*CHAR, *backbone, f"mode={mode}", f"training.from_pretrained={folder}"]
-    run(*ask)
+    train = trained if mode == "train" else run
+    train(*ask)
     shutil.rmtree(folder)
-    run(*ask, "trainer.max_steps=2")
+    train(*ask, "trainer.max_steps=2")
     lasts = list(tmp_path.rglob("last.ckpt"))
     assert len(lasts) == (2 if mode == "classify" else 1)
     assert all(load_inert(last)["global_step"] == 2 for last in lasts)

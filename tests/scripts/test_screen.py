@@ -11,7 +11,7 @@ import tempfile
 import pytest
 
 from palimpsest.models.checkpoints import read_progress
-from tests.helpers.commands import ROOT, TINY, wait_for
+from tests.helpers.commands import FEW, ROOT, TINY, wait_for
 
 
 def test_a_run_is_started_refused_twice_listed_quit_resumed_stopped_with_a_checkpoint_and_gone(tmp_path):
@@ -19,7 +19,7 @@ def test_a_run_is_started_refused_twice_listed_quit_resumed_stopped_with_a_check
         pytest.skip("needs GNU screen: apt-get install screen")
     name = f"test-{os.getpid()}"
     log, last = ROOT / f"outputs/screen/{name}.log", tmp_path / "run/checkpoints/last.ckpt"
-    settings = [*TINY, "trainer.max_steps=1000000", f"checkpointing.save_dir={tmp_path / 'run'}",
+    settings = [*TINY, *FEW, "trainer.max_steps=1000000", f"checkpointing.save_dir={tmp_path / 'run'}",
                 "callbacks.checkpoint_every_n_steps.every_n_train_steps=2"]  # fmt: skip
 
     def script(*arguments: str) -> subprocess.CompletedProcess:

@@ -37,7 +37,7 @@ from palimpsest.tasks.scoring import Scorer
 from palimpsest.training import signals
 from palimpsest.training.signals import SIGNALS, Interrupted, Phase, StopAtSignal
 from palimpsest.training.slurm import check_processes, requeue
-from tests.helpers.commands import ROOT, RUN, TINY, start_main, wait_for
+from tests.helpers.commands import FEW, ROOT, RUN, TINY, start_main, wait_for
 from tests.helpers.networks import same_weights
 
 CORPUS = functools.cache(reviews.generate_split)
@@ -252,8 +252,8 @@ def test_all_processes_stop_after_the_same_step_and_ask_each_other_once_a_second
 
 
 def test_two_processes_of_torchrun_stop_together_though_one_got_the_signal(tmp_path):
-    settings = [*TINY, "trainer.max_steps=1000000", "trainer.devices=2", "strategy=ddp", "checkpointing.save_dir=run",
-                "callbacks.checkpoint_every_n_steps.every_n_train_steps=2"]  # fmt: skip
+    settings = [*TINY, *FEW, "trainer.max_steps=1000000", "trainer.devices=2", "strategy=ddp",
+                "checkpointing.save_dir=run", "callbacks.checkpoint_every_n_steps.every_n_train_steps=2"]  # fmt: skip
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "main.py"]
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen([*torchrun, *settings], stdout=log, stderr=log, cwd=tmp_path,
@@ -271,7 +271,7 @@ def test_two_processes_of_torchrun_stop_together_though_one_got_the_signal(tmp_p
     assert f"SIGUSR1: step {saved} is saved" in said and "not a SLURM job" in said
 
 
-LONG = [*TINY, "trainer.max_steps=1000000", "callbacks.checkpoint_every_n_steps.every_n_train_steps=2",
+LONG = [*TINY, *FEW, "trainer.max_steps=1000000", "callbacks.checkpoint_every_n_steps.every_n_train_steps=2",
         "checkpointing.save_dir=run"]  # fmt: skip
 
 

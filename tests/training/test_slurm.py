@@ -20,7 +20,7 @@ from palimpsest.experiment.experiment import Experiment
 from palimpsest.models.checkpoints import read_progress
 from palimpsest.settings.command_line import compose_config
 from palimpsest.tasks.fitting import fit
-from tests.helpers.commands import ROOT, TINY, wait_for
+from tests.helpers.commands import FEW, ROOT, TINY, wait_for
 from tests.helpers.networks import same_weights
 
 SCRIPTS = sorted([*(ROOT / "scripts").rglob("*.sh"), *(ROOT / "scripts").rglob("*.sbatch")])
@@ -65,7 +65,7 @@ def logs(job: str) -> str:
 def test_a_job_that_is_signalled_saves_goes_back_into_the_queue_resumes_and_ends_with_the_same_weights(
     cluster, tmp_path
 ):
-    settings = [*TINY, "model.dropout=0.2", "trainer.max_steps=600", "trainer.val_check_interval=400",
+    settings = [*TINY, *FEW, "model.dropout=0.2", "trainer.max_steps=600", "trainer.val_check_interval=400",
                 "callbacks.checkpoint_every_n_steps.every_n_train_steps=10", "sampling.num_sample_log=0"]  # fmt: skip
     here = {"--array": "3", "--gres": "none", "--cpus-per-task": "1", "--time": "10"}
     options = [f"{option}={value}" for option, value in here.items()]

@@ -29,7 +29,7 @@ from palimpsest.training.callbacks.progress import TextProgressBar
 from palimpsest.training.callbacks.run_state import RunState, thinned
 from palimpsest.training.logs import _run_id
 from palimpsest.training.updates import Updates
-from tests.helpers.commands import TINY, run, start_main, wait_for
+from tests.helpers.commands import FEW, TINY, run, start_main, wait_for
 
 RUN = [*TINY, "trainer.max_steps=7", "loader.batch_size=2", "trainer.log_every_n_steps=3", "sampling.num_sample_log=0",
        "trainer.val_check_interval=4", "checkpointing.save_dir=run"]  # fmt: skip
@@ -250,7 +250,7 @@ def test_a_curve_keeps_its_ends_and_its_mean():
     assert all(value <= step for step, value in curve)
 
 
-WANDB = [*RUN, "logger=wandb", "wandb.offline=true", "trainer.log_every_n_steps=1", "trainer.limit_val_batches=0",
+WANDB = [*RUN, *FEW, "logger=wandb", "wandb.offline=true", "trainer.log_every_n_steps=1", "trainer.limit_val_batches=0",
          "callbacks.checkpoint_every_n_steps.every_n_train_steps=1"]  # fmt: skip
 
 
