@@ -45,14 +45,14 @@ def written() -> dict[str, list[str]]:
     """Choice -> the keys that its file has and no file before it."""
     seen, found = set(), {}
     for path in [CONFIGS / "config.yaml", *sorted(CONFIGS.glob("*/*.yaml"))]:
-        group = path.parent.name
+        group = path.parent.name if path.parent.name != "texts" else "data"  # which every data set has in it
         whole = group == "configs" or "# @package _global_" in path.read_text()
         content = OmegaConf.to_container(OmegaConf.load(path))
         keys = [key for key in leaves(content, "" if whole else group) if key not in seen | {""}]
         seen |= set(keys)
-        choice = f"{group}={path.stem}" if group != "configs" else "seed=1"
+        choice = f"{group}={path.stem if path.parent.name == group else 'reviews'}" if group != "configs" else "seed=1"
         if keys and not re.fullmatch(rf"{group}", " ".join(keys)):
-            found[choice] = keys
+            found.setdefault(choice, []).extend(keys)
     return found
 
 
