@@ -46,6 +46,7 @@ from palimpsest.common.values import (
     FREE,
     IF_SET,
     AtLeastOne,
+    BatchRamp,
     FilePath,
     FolderName,
     Length,
@@ -53,7 +54,6 @@ from palimpsest.common.values import (
     Natural,
     PresentPath,
     Seed,
-    list_of,
     whole,
 )
 from palimpsest.data.checks import check_protocol, check_settings
@@ -72,13 +72,12 @@ from palimpsest.latents.rows import Encoder, RowsWithLatents, TextLatents
 
 log = logging.getLogger(__name__)
 
-RAMP = list_of(list_of(whole(0), 2, "[1000,256]"), 1, "[[0,64],[1000,256]]")
 MOST_UNKNOWN = 0.9  # share of a split's tokens that its tokenizer may not know
 
 
 @dataclass(frozen=True)
 class Texts:
-    """How the texts of a source become rows; the keys of `data`, and what other groups say of rows.
+    """Settings by which the texts of a source become rows: the keys of `data`, and keys of other groups about rows.
 
     Attributes:
         length: tokens of a row (model.length).
@@ -142,7 +141,7 @@ class Texts:
 
 @dataclass(frozen=True)
 class Batches:
-    """How rows are handed out; the keys of `loader`.
+    """Settings by which rows become batches: the keys of `loader`.
 
     Attributes:
         batch_size, eval_batch_size: rows that a device takes at once; None divides `global_batch_size`.
@@ -155,7 +154,7 @@ class Batches:
     batch_size: AtLeastOne | None = None
     eval_batch_size: AtLeastOne = 32
     global_batch_size: AtLeastOne = 32
-    batch_ramp: Annotated[Sequence[Sequence[int]], RAMP] | None = None
+    batch_ramp: BatchRamp | None = None
     max_steps: AtLeastOne = 1
     seed: Seed = 0
     loading: Loading = Loading()
@@ -169,25 +168,46 @@ class TextData(LightningDataModule):
 
     def __init__(self, source: Source, texts: Texts, batches: Batches) -> None:
         super().__init__()
-        self.name, self.fill, self.segments = texts.name or "text", texts.fill, texts.segments
-        self.prefix_length, self.protocol, self.first_given = texts.prefix_length, texts.protocol, texts.first_given
+        self.name = texts.name or "text"
+        self.fill = texts.fill
+        self.segments = texts.segments
+        self.prefix_length = texts.prefix_length
+        self.protocol = texts.protocol
+        self.first_given = texts.first_given
         check_protocol(texts.protocol, texts.num_proc, texts.streaming, texts.random_crop)
         source = source if texts.protocol is None else source.published()
         unsaid = texts.wrap or texts.protocol is not None
         self.score_special = unsaid if texts.score_special is None else texts.score_special
-        self.source, self.length, self.label, self.wrap = source, texts.length, texts.label, texts.wrap
-        self.streaming, self.random_crop, self.train_splits = texts.streaming, texts.random_crop, texts.train_splits
-        self.tokenizer_settings = {"name_or_path": texts.tokenizer_name_or_path, "folder": texts.tokenizer_folder,
-                                   "vocab_size": texts.vocab_size, "mask_token": texts.mask_token,
-                                   "cache_dir": texts.cache_dir}  # fmt: skip
-        plain = Packing(texts.length, texts.wrap, long_texts=texts.long_texts, drop_empty=texts.drop_empty,
-                        room=texts.segment_room if texts.segments else None,
-                        num_proc=(texts.num_proc or 1) if texts.protocol else None)  # fmt: skip
+        self.source = source
+        self.length = texts.length
+        self.label = texts.label
+        self.wrap = texts.wrap
+        self.streaming = texts.streaming
+        self.random_crop = texts.random_crop
+        self.train_splits = texts.train_splits
+        self.tokenizer_settings = {
+            "name_or_path": texts.tokenizer_name_or_path,
+            "folder": texts.tokenizer_folder,
+            "vocab_size": texts.vocab_size,
+            "mask_token": texts.mask_token,
+            "cache_dir": texts.cache_dir,
+        }
+        plain = Packing(
+            texts.length,
+            texts.wrap,
+            long_texts=texts.long_texts,
+            drop_empty=texts.drop_empty,
+            room=texts.segment_room if texts.segments else None,
+            num_proc=(texts.num_proc or 1) if texts.protocol else None,
+        )
         measured = framed(plain, texts.insert_valid_special, texts.insert_valid_eos)
         self.packings = dict.fromkeys(("validation", "test"), measured)
         self.packings["train"] = framed(plain, texts.insert_train_special, texts.insert_train_eos)
-        self.limits = {"train": texts.max_train_texts, "validation": texts.max_valid_texts,
-                       "test": texts.max_test_texts}  # fmt: skip
+        self.limits = {
+            "train": texts.max_train_texts,
+            "validation": texts.max_valid_texts,
+            "test": texts.max_test_texts,
+        }
         self.cache_dir, self.stream = texts.cache_dir, texts.stream
         self.seed, self.loading = batches.seed, batches.loading
         self.batch_size, self.eval_batch_size = batches.batch_size, batches.eval_batch_size
@@ -224,7 +244,7 @@ class TextData(LightningDataModule):
         return self.source.splits
 
     def detokenizer(self, split: str) -> str | None:
-        """What undid a tokenisation of the split's texts (a name in data/detokenizers.py), None: nothing."""
+        """Return the name of a split's detokenizer (data/detokenizers.py); None if its texts are used as they are."""
         return self.source.detokenizer_of(split) if hasattr(self.source, "detokenizer_of") else None
 
     def packing(self, split: str) -> Packing:
@@ -280,9 +300,11 @@ class TextData(LightningDataModule):
         rank, world = self._rank()
         limit = None if self.trainer is None else self.trainer.max_steps
         if limit is not None and not 0 < limit <= self.max_steps:
-            raise ValueError(f"trainer.max_steps={limit}, but the data were set up for {self.max_steps} "
-                             f"steps; "
-                             f"give both one positive number")  # fmt: skip
+            raise ValueError(
+                f"trainer.max_steps={limit}, but the data were set up for {self.max_steps} "
+                f"steps; "
+                f"give both one positive number"
+            )
         size, _ = batch_arithmetic(self.global_batch_size, self.batch_size, world, ramp=self.plan.ramp)
         sampler = PositionBatchSampler(
             self.global_batch_size, size, self.max_steps, rank, world, self._consumed(), self.plan.ramp
@@ -290,8 +312,9 @@ class TextData(LightningDataModule):
         if self.endless:
             workers = self.loading.workers(streamed=True, devices=getattr(self.trainer, "num_devices", 1))
             arguments = self.loading.arguments(workers, again=False)
-            self._streamed = StreamLoader(_corpus(self), sampler, self.collate, arguments, self._resumed.get("stream"),
-                                          self._taken)  # fmt: skip
+            self._streamed = StreamLoader(
+                _corpus(self), sampler, self.collate, arguments, self._resumed.get("stream"), self._taken
+            )
             return self._streamed
         if not self.random_crop:
             return self._loader(TrainingStream(self._rows("train"), self.seed), sampler, again=False)
@@ -300,7 +323,7 @@ class TextData(LightningDataModule):
 
     @property
     def endless(self) -> bool:
-        """Whether training reads a corpus that is kept nowhere (data/streaming.py)."""
+        """Return True if training streams a corpus without storing it (data/streaming.py)."""
         return self.streaming and self.limits["train"] is None
 
     def val_dataloader(self) -> DataLoader:
@@ -363,8 +386,10 @@ class TextData(LightningDataModule):
         """Where training goes on. Raises ValueError for a checkpoint of a run with another stream."""
         if self._resumed and self.endless != ("stream" in self._resumed):
             was, now = ("false", "true") if self.endless else ("true", "false")
-            raise ValueError(f"data.streaming={now} (of all texts), but the run to be resumed was begun with {was}; "
-                             f"resume it with that, or start a new run")  # fmt: skip
+            raise ValueError(
+                f"data.streaming={now} (of all texts), but the run to be resumed was begun with {was}; "
+                f"resume it with that, or start a new run"
+            )
         return consumed_before(self._resumed, self._order)
 
 
@@ -401,8 +426,14 @@ def with_texts(data: TextData, split: str, texts: Sequence[str]) -> TextData:
 def _report(name: str, figures: dict[str, int], longest: int | None) -> None:
     log.info("%s: %d texts -> %d rows, %d tokens", name, figures["texts"], figures["rows"], figures["tokens"])
     if figures["long"] and longest is not None:
-        log.warning("%s: %d of %d texts are longer than model.length=%d; tokens left out: %d", name,
-                    figures["long"], figures["texts"], longest, figures["cut"])  # fmt: skip
+        log.warning(
+            "%s: %d of %d texts are longer than model.length=%d; tokens left out: %d",
+            name,
+            figures["long"],
+            figures["texts"],
+            longest,
+            figures["cut"],
+        )
     if figures["unknown"]:
         log.warning("%s: %d of %d tokens are unknown to the tokenizer", name, figures["unknown"], _encoded(figures))
 
@@ -425,13 +456,23 @@ def _corpus(data: TextData) -> Corpus:
     """The train split as a stream. Raises ValueError for settings that need texts that lie still."""
     for key, value in (("data.random_crop", data.random_crop), ("classify.pretrain", data.train_splits)):
         if value:
-            raise ValueError(f"{key}={value} needs texts that lie still, and data.streaming=true without a limit keeps "
-                             f"none; set data.max_train_texts, or data.streaming=false")  # fmt: skip
+            raise ValueError(
+                f"{key}={value} needs texts that lie still, and data.streaming=true without a limit keeps "
+                f"none; set data.max_train_texts, or data.streaming=false"
+            )
     if data.label is not None:
         data.texts("train")  # refuses a class that does not exist
     if not hasattr(data.source, "open"):
         raise ValueError("data.streaming=true: these texts are made or cut as a whole; set it to false")
     if data.prompted:
         check_prompts(data.packings["train"], "train stream")
-    return Corpus(data.source.open("train"), data.tokenizer, data.vocabulary, data.packings["train"], data.stream,
-                  data.global_batch_size, data.seed, data.label)  # fmt: skip
+    return Corpus(
+        data.source.open("train"),
+        data.tokenizer,
+        data.vocabulary,
+        data.packings["train"],
+        data.stream,
+        data.global_batch_size,
+        data.seed,
+        data.label,
+    )

@@ -49,7 +49,7 @@ class Provenance:
 
 
 class BatchPlan(Protocol):
-    """Where the optimizer steps lie in the training stream (data/stream.py)."""
+    """Map from positions in the training stream to optimizer steps (data/stream.py)."""
 
     def place(self, position_B: Tensor) -> tuple[Tensor, Tensor]: ...
 

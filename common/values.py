@@ -1,4 +1,4 @@
-"""The values that settings take, declared in signatures: `rate: Share`, `order: Literal["random", "margin"]`.
+"""Types of settings, for use in signatures: `rate: Share`, `order: Literal["random", "margin"]`.
 
 A plain type says most: bool, int, float, str, `Literal`, `X | None`, a sequence. `Annotated` with a `Setting` says the
 rest. `setting_of` reads a type; `hints` reads a signature.
@@ -115,10 +115,11 @@ FolderName = Annotated[str, FOLDER]
 FilePath = Annotated[str, PATH]
 PresentPath = Annotated[str, PRESENT_PATH]
 Rates = Annotated[Sequence[float], RATES]
+BatchRamp = Annotated[Sequence[Sequence[int]], list_of(list_of(whole(0), 2, "[1000,256]"), 1, "[[0,64],[1000,256]]")]
 
 # Marks of settings beside the values they take, read by settings/identity.py: what a fingerprint makes of them. Any
 # setting that a training depends on is part of its fingerprint unless it is marked.
-FREE = "may be another one when a training resumes"
+FREE = "may change when a training resumes"
 IF_SET = "left out of the fingerprint while it is empty, since there were trainings before it"
 LATER = "was added to trainings that have it not; the key that it is copied from stands in the fingerprint"
 COPY = "stands in the fingerprint as this argument, not as the key that it is copied from"
@@ -186,10 +187,12 @@ def hints(build: Callable) -> Mapping[str, object]:
         inits = [cls.__dict__["__init__"] for cls in build.__mro__ if "__init__" in cls.__dict__]
     found: dict[str, object] = {}
     for init in inits:
+        known = _annotations(init)
         parameters = inspect.signature(init).parameters.values()
         for parameter in parameters:
             if parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD) and parameter.name != "self":
-                found.setdefault(parameter.name, _evaluated(parameter.annotation, init))
+                written = parameter.annotation  # as text, or, of samplers made of steps, as the type itself
+                found.setdefault(parameter.name, known.get(parameter.name, object) if _is_text(written) else written)
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
             break
     return found
@@ -204,11 +207,17 @@ def refuse_wrong(build: Callable, values: Mapping[str, object], prefix: str = ""
             raise ValueError(f"{prefix}{name}={shown(plain)} must be {setting.said}")
 
 
-def _evaluated(annotation: object, init: Callable) -> object:
-    """Return an annotation that may be kept as text, as `from __future__ import annotations` does."""
-    if not isinstance(annotation, str):
-        return annotation
+def _annotations(function: Callable) -> dict[str, object]:
+    """Return the types of a function's arguments; nothing where they name what is imported for type checkers only."""
     try:
-        return eval(annotation, dict(getattr(inspect.unwrap(init), "__globals__", {})))  # noqa: S307 - our own text
-    except NameError:  # imported for type checkers only
-        return object
+        return typing.get_type_hints(function, include_extras=True)
+    except NameError:
+        return {}
+
+
+def _is_text(annotation: object) -> bool:
+    return isinstance(annotation, str)
+
+
+def _is_ours(hint: object) -> bool:
+    return inspect.isclass(hint) and hint.__module__.startswith("palimpsest")

@@ -37,7 +37,7 @@ from palimpsest.training.trainer import Run, build_trainer
 
 @dataclass(frozen=True)
 class Choices:
-    """What a configuration says of models and their training beside the components that it names."""
+    """Settings of models and their training that belong to no single component."""
 
     sharing: Literal["per_class", "conditional"]
     pretrain: Name | None
@@ -55,7 +55,7 @@ class Choices:
 
 
 class Builder:
-    """Builds what a configuration names, when it is asked for. `runs`: where its trainings lie."""
+    """Builder of the objects that a configuration names; each is built when it is asked for."""
 
     def __init__(self, cfg: DictConfig, runs: Runs) -> None:
         self.cfg, self._runs = cfg, runs
@@ -65,7 +65,7 @@ class Builder:
         self._data: dict[int | None, TextData] = {}
 
     def check(self) -> None:
-        """Refuse what does not fit together, before data are read.
+        """Refuse parts that do not fit together, before data are read.
 
         Raises:
             ValueError, OSError: settings contradict each other, or name what does not exist.
@@ -91,7 +91,7 @@ class Builder:
     @property
     def trains(self) -> bool:
         """Return True if the command trains, or may."""
-        return located(self.cfg.mode._target_).trains
+        return located(self.cfg.mode._target_).mode.trains
 
     @property
     def law(self) -> str:
@@ -116,11 +116,14 @@ class Builder:
 
     @property
     def judge(self) -> Judge:
-        """What judges completed prompts: the data set's own judge, else whether they are the reference's text."""
+        """The judge of completed prompts: that of the data set, or a comparison with the reference text."""
         return instantiate(self.cfg.data.get("judge")) or same_text
 
     def drawing(self, trained_length: int | None = None) -> Drawing:
-        """How texts are drawn. `trained_length`: of the model's rows; longer texts are written behind a window."""
+        """Build the sampler with what is given of each text.
+
+        trained_length: tokens of the model's training rows; longer texts are written with a window of attention.
+        """
         given = wired(self.cfg, "palimpsest.tasks.blanks.Template")
         node = self.cfg.sampler
         context = self._context(trained_length)
@@ -145,7 +148,7 @@ class Builder:
 
     @cached_property
     def _encoder(self) -> object | None:
-        """What makes latents of texts."""
+        """The encoder that makes latents of texts; None without one."""
         return instantiate(self.cfg.latents) if self.cfg.latents else None
 
     def data(self, label: int | None = None) -> TextData:
@@ -155,14 +158,22 @@ class Builder:
             if self.cfg.data.get("score_special") is None and not made_class(self.cfg.parameterization).masks_special:
                 special = {"score_special": False}
             texts = wired(
-                self.cfg, "palimpsest.dataloader.Texts", label=label, stream=instantiate(self.cfg.streaming),
-                latents=self._encoder, **self._first_given(), **special,
-            )  # fmt: skip
+                self.cfg,
+                "palimpsest.dataloader.Texts",
+                label=label,
+                stream=instantiate(self.cfg.streaming),
+                latents=self._encoder,
+                **self._first_given(),
+                **special,
+            )
             loading = wired(self.cfg, "palimpsest.data.loading.Loading")
             batches = wired(
-                self.cfg, "palimpsest.dataloader.Batches", batch_size=self.machine.micro_batch,
-                eval_batch_size=self.machine.eval_batch, loading=loading,
-            )  # fmt: skip
+                self.cfg,
+                "palimpsest.dataloader.Batches",
+                batch_size=self.machine.micro_batch,
+                eval_batch_size=self.machine.eval_batch,
+                loading=loading,
+            )
             self._data[label] = TextData(instantiate(self.cfg.data.source), texts, batches)
         return self._data[label]
 
@@ -187,10 +198,15 @@ class Builder:
         known = {"configuration": settings, "tokenizer": data.vocabulary.fingerprint, "label": data.label}
         known |= {} if data.latents is None else {"latents": data.latents.facts}
         return wired(
-            self.cfg, "palimpsest.diffusion.Diffusion", backbone=backbone, objective=objective,
-            optimizer=instantiate(self.cfg.optim), lr_scheduler=instantiate(self.cfg.lr_scheduler), plan=data.plan,
+            self.cfg,
+            "palimpsest.diffusion.Diffusion",
+            backbone=backbone,
+            objective=objective,
+            optimizer=instantiate(self.cfg.optim),
+            lr_scheduler=instantiate(self.cfg.lr_scheduler),
+            plan=data.plan,
             identity=known,
-        )  # fmt: skip
+        )
 
     def process(self, data: TextData) -> Process:
         known = data.vocabulary
@@ -203,8 +219,10 @@ class Builder:
         if data.latents is not None and "latent_size" in node:
             told["latent_shape"] = data.latents.shape
         resumed = self._runs.resume_path(data.label) or (self._runs.resume_path(0) if data.label is None else None)
-        files = {"checkpoint_path": of_class(self.choices.checkpoint_path, data.label or 0),
-                 "resumed": str(resumed) if resumed else None}  # fmt: skip
+        files = {
+            "checkpoint_path": of_class(self.choices.checkpoint_path, data.label or 0),
+            "resumed": str(resumed) if resumed else None,
+        }
         return instantiate(node, vocab_size=vocab_size, **told, **{k: v for k, v in files.items() if k in node})
 
     def trainer(self, title: str, command: str, label: int | None = None) -> lightning.Trainer:
@@ -214,13 +232,22 @@ class Builder:
         saving, logging_ = self._saving_in(folder_of(checkpoints)), self._saving_in(folder)
         loggers = (logging_.get("logger") or {}).values() if fitting else []
         run = Run(
-            title, fitting, devices=machine.devices, accumulate=machine.accumulate, precision=machine.precision,
+            title,
+            fitting,
+            devices=machine.devices,
+            accumulate=machine.accumulate,
+            precision=machine.precision,
             patience=self._runs.patience(label) if fitting else None,
-            max_skipped_steps=self.choices.max_skipped_steps, max_failed_saves=self.choices.max_failed_saves,
-            folder=folder, checkpoints=checkpoints, command=command, settings=self.settings,
+            max_skipped_steps=self.choices.max_skipped_steps,
+            max_failed_saves=self.choices.max_failed_saves,
+            folder=folder,
+            checkpoints=checkpoints,
+            command=command,
+            settings=self.settings,
             callbacks=[instantiate(node) for node in _callbacks(saving)] if fitting else [],
-            loggers=[instantiate(node) for node in loggers], strategy=instantiate(self.cfg.strategy),
-        )  # fmt: skip
+            loggers=[instantiate(node) for node in loggers],
+            strategy=instantiate(self.cfg.strategy),
+        )
         names = WIRING["palimpsest.training.trainer.Arguments"]
         told = {name: self.cfg.trainer[name] for name in names if name in self.cfg.trainer}
         return build_trainer(run, {"accelerator": machine.accelerator, "num_nodes": machine.num_nodes, **told})
@@ -249,5 +276,5 @@ def of_class(path: str | None, label: int | None) -> str:
 
 
 def _callbacks(cfg: DictConfig) -> list[DictConfig]:
-    """What is called back during a fit: the group `callbacks`, and `plateau` where it is chosen."""
+    """Return the callbacks of a fit: the group `callbacks`, and `plateau` if it is chosen."""
     return [*(cfg.get("callbacks") or {}).values(), *([cfg.plateau] if cfg.plateau else [])]

@@ -1,4 +1,4 @@
-"""What a direction between texts and latents (sampling.direction) needs of the other parts."""
+"""Checks of sampling.direction (texts from latents, latents from texts, both) against the other parts."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _check_given(cfg: DictConfig, direction: str) -> None:
 
 
 def _check_modes(cfg: DictConfig, direction: str) -> None:
-    """What is asked of the network must be what it is trained for."""
+    """Refuse a direction that the network is not trained for."""
     modes = cfg.training.get("joint_modes")
     if not OmegaConf.is_dict(modes):
         return

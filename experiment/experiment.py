@@ -18,7 +18,7 @@ from palimpsest.tasks.class_models import pretraining_splits
 
 
 class Experiment:
-    """What a task is handed.
+    """An experiment, as a task receives it.
 
     Attributes:
         build: builds data, networks, samplers and trainers (building.py).
@@ -34,7 +34,7 @@ class Experiment:
             cfg, "palimpsest.experiment.runs.Runs", identity=identity(cfg), always_waits=always_waits
         )
         self.build = Builder(cfg, self.runs)
-        writes = located(cfg.mode._target_).writes
+        writes = located(cfg.mode._target_).mode.writes
         self.weights: Weights = wired(
             cfg, "palimpsest.experiment.weights.Weights", build=self.build, runs=self.runs, writes=writes
         )
@@ -46,30 +46,48 @@ class Experiment:
         pretrain = self.build.choices.pretrain
         if not pretrain:
             return None
-        changes = {"data.train_splits": pretraining_splits(pretrain, self.build.data().splits), "data.label": None,
-                   "trainer.max_steps": self.build.choices.pretrain_steps, "classify.pretrain": None,
-                   "training.freeze": None, "checkpointing.save_dir": str(below(self.runs.kept_in, "pretrained")),
-                   "checkpointing.resume_ckpt_path": None}  # fmt: skip
+        changes = {
+            "data.train_splits": pretraining_splits(pretrain, self.build.data().splits),
+            "data.label": None,
+            "trainer.max_steps": self.build.choices.pretrain_steps,
+            "classify.pretrain": None,
+            "training.freeze": None,
+            "checkpointing.save_dir": str(below(self.runs.kept_in, "pretrained")),
+            "checkpointing.resume_ckpt_path": None,
+        }
         return Experiment(with_changes(self._cfg, changes), self.command, shared=True)
 
     @property
     def facts(self) -> dict[str, object]:
-        """What a report says first."""
+        """The facts at the top of a report: data, tokenizer, network, device."""
         cfg, data = self._cfg, self.build.data()
         prefix = cfg.training.prefix_length
         with torch.device("meta"):
             network = self.build.backbone(data, self.build.process(data).vocab_size)
             parameters = sum(p.numel() for p in network.parameters())
-        return {"data": cfg.data.name, "tokenizer": f"{cfg.data.tokenizer_name_or_path}, "
-                f"{data.vocabulary.size} types", "network": f"{cfg.model.name}, {parameters:,} parameters",
-                "length": cfg.model.length, "seed": self.seed, "device": self.build.machine.name,
-                **({"given": f"the first {prefix} tokens of each text"} if prefix else {})}  # fmt: skip
+        return {
+            "data": cfg.data.name,
+            "tokenizer": f"{cfg.data.tokenizer_name_or_path}, {data.vocabulary.size} types",
+            "network": f"{cfg.model.name}, {parameters:,} parameters",
+            "length": cfg.model.length,
+            "seed": self.seed,
+            "device": self.build.machine.name,
+            **({"given": f"the first {prefix} tokens of each text"} if prefix else {}),
+        }
 
     @property
     def protocol(self) -> dict[str, object]:
-        """What is measured: which distribution, which weights, which random numbers."""
-        keys = ("T", "subs_masking", "time_conditioning", "training.ignore_bos", "trainer.precision", "seed",
-                "eval.checkpoint_path", "eval.disable_ema")  # fmt: skip
+        """The protocol of a measurement: objective, weights and random numbers."""
+        keys = (
+            "T",
+            "subs_masking",
+            "time_conditioning",
+            "training.ignore_bos",
+            "trainer.precision",
+            "seed",
+            "eval.checkpoint_path",
+            "eval.disable_ema",
+        )
         settings = {key: OmegaConf.select(self._cfg, key) for key in keys}
         if self.build.law == "bd3lm":
             keys = ("block_size", "parameterization.ignore_bos", "data.segments")

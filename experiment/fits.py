@@ -1,8 +1,9 @@
-"""Whether the parts that are chosen fit together, asked of what they declare before data are read."""
+"""Checks that the chosen parts fit together, by what they declare; they run before data are read."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 from omegaconf import DictConfig
 
@@ -13,19 +14,20 @@ from palimpsest.experiment.directions import check_direction
 from palimpsest.objectives.base import Objective
 from palimpsest.process import Process, Resampling
 from palimpsest.settings.instantiation import located
+from palimpsest.tasks.base import Mode
 
 log = logging.getLogger(__name__)
 
 
 def check_parts(
-    cfg: DictConfig, objective: Objective, process: Process, network: type, sampler: object, estimator: Estimator
+    cfg: DictConfig, objective: Objective, process: Process, network: type, sampler: Callable, estimator: Estimator
 ) -> None:
     """Refuse parts of a configuration that do not fit together.
 
     Raises:
         ValueError: with the setting, its value and the remedy.
     """
-    mode = located(cfg.mode._target_)
+    mode = located(cfg.mode._target_).mode
     _check_process(objective, process)
     _check_sampler(cfg, objective, process, sampler)
     _check_measuring(objective, estimator, mode.compares)
@@ -58,7 +60,7 @@ def check_parts(
 
 
 def _check_comparing(cfg: DictConfig) -> None:
-    """What classes can not be compared by."""
+    """Refuse texts by which classes cannot be compared."""
     prefix = cfg.training.prefix_length
     if cfg.data.get("fill"):
         raise ValueError(
@@ -71,8 +73,10 @@ def _check_comparing(cfg: DictConfig) -> None:
     if prefix:
         log.warning(
             "training.prefix_length=%d: classes are compared by what follows the first %d tokens of each row, and what "
-            "these say of the class is left out; training.prefix_length=0 reads whole texts", prefix, prefix,
-        )  # fmt: skip
+            "these say of the class is left out; training.prefix_length=0 reads whole texts",
+            prefix,
+            prefix,
+        )
 
 
 def _check_process(objective: Objective, process: Process) -> None:
@@ -86,7 +90,7 @@ def _check_process(objective: Objective, process: Process) -> None:
         )
 
 
-def _check_sampler(cfg: DictConfig, objective: Objective, process: Process, sample: object) -> None:
+def _check_sampler(cfg: DictConfig, objective: Objective, process: Process, sample: Callable) -> None:
     name, kind = cfg.sampler._target_, type(process)
     if "processes" not in vars(sample):
         raise ValueError(
@@ -112,7 +116,7 @@ def _check_sampler(cfg: DictConfig, objective: Objective, process: Process, samp
 
 
 def _check_measuring(objective: Objective, estimator: Estimator, compares: bool) -> None:
-    """Refuse an objective that can not be measured as eval.estimator says. compares: classes are compared."""
+    """Refuse an objective that eval.estimator cannot measure. compares: classes are compared."""
     if isinstance(estimator, Nelbo):
         objective.bound(estimator.noising)
         if compares:
@@ -120,12 +124,12 @@ def _check_measuring(objective: Objective, estimator: Estimator, compares: bool)
 
 
 def _check_network(cfg: DictConfig, objective: Objective, network: type) -> None:
-    """What an objective must show its network, and what the network has no place for."""
+    """Refuse a network that cannot see the time if the objective needs it, or the other way round."""
     sees_time = "time_conditioning" in cfg.backbone
     if objective.needs_time and not (cfg.time_conditioning and sees_time):
         raise ValueError(
             f"parameterization={objective.name} with time_conditioning=false: what it predicts is a function of t, "
-            "which the network then can not see; set time_conditioning=true, with a network that has a place for it, "
+            "which the network then cannot see; set time_conditioning=true, with a network that has a place for it, "
             "such as backbone=dit"
         )
     if cfg.time_conditioning and not sees_time:
@@ -141,14 +145,15 @@ def _check_network(cfg: DictConfig, objective: Objective, network: type) -> None
 
 
 def _check_blocks(cfg: DictConfig, objective: Objective) -> None:
-    """What blocks ask of the sampler and of the rows."""
+    """Refuse a sampler or rows that do not fit block diffusion."""
     if not issubclass(objective.binds_to, BlockDenoiser):
         return
     sampler, size = located(cfg.sampler._target_), cfg.block_size
     by_blocks = issubclass(sampler.denoiser, BlockDenoiser)
     if objective.exact and cfg.time_conditioning:
-        raise ValueError("time_conditioning=true means nothing to blocks of one token, which are always masked; leave "
-                         "it out")  # fmt: skip
+        raise ValueError(
+            "time_conditioning=true means nothing to blocks of one token, which are always masked; leave it out"
+        )
     if cfg.data.get("segments"):
         _check_segments(cfg, by_blocks)
     elif not by_blocks and size != cfg.model.length:
@@ -164,23 +169,29 @@ def _check_blocks(cfg: DictConfig, objective: Objective) -> None:
 
 
 def _check_segments(cfg: DictConfig, by_blocks: bool) -> None:
-    """What means nothing where the blocks are the segments of a text."""
+    """Refuse settings without a meaning if the blocks are the segments of a text."""
     reasons = {
         "block_size": (cfg.block_size != cfg.model.length, "blocks are the parts of a text, whatever their lengths"),
-        "sampling.predictor": (not by_blocks, "texts are written part after part, which only sampling.predictor=block "
-                                              "does"),
+        "sampling.predictor": (
+            not by_blocks,
+            "texts are written part after part, which only sampling.predictor=block does",
+        ),
         "sampling.var_length": (cfg.sampling.var_length, "the rooms of a text's parts are fixed"),
         "sampling.context": (cfg.sampling.context is not None, "every part sees all before it"),
-    }  # fmt: skip
-    values = {"block_size": cfg.block_size, "sampling.predictor": cfg.sampler._target_,
-              "sampling.var_length": cfg.sampling.var_length, "sampling.context": cfg.sampling.context}  # fmt: skip
+    }
+    values = {
+        "block_size": cfg.block_size,
+        "sampling.predictor": cfg.sampler._target_,
+        "sampling.var_length": cfg.sampling.var_length,
+        "sampling.context": cfg.sampling.context,
+    }
     for key, (contradicts, reason) in reasons.items():
         if contradicts:
             raise ValueError(f"{key}={values[key]} contradicts data.segments=true: {reason}; leave it out")
 
 
 def _check_special(cfg: DictConfig, objective: Objective) -> None:
-    """What an objective that never masks special tokens can not go with."""
+    """Refuse data whose special tokens must be predicted, for an objective that never masks them."""
     if not objective.masks_special and cfg.data.get("score_special"):
         raise ValueError(
             "data.score_special=true contradicts algo=mlm, which never masks special tokens; leave it out, or use "
@@ -194,11 +205,13 @@ def _check_special(cfg: DictConfig, objective: Objective) -> None:
         )
 
 
-def _check_starts(cfg: DictConfig, mode: object) -> None:
-    """Refuse weights with two beginnings."""
+def _check_starts(cfg: DictConfig, mode: Mode) -> None:
+    """Refuse two sources of the weights that a training starts from."""
     pretrain = cfg.classify.pretrain
-    for key, path in (("training.from_pretrained", cfg.training.from_pretrained),
-                      ("eval.checkpoint_path", cfg.eval.checkpoint_path)):  # fmt: skip
+    for key, path in (
+        ("training.from_pretrained", cfg.training.from_pretrained),
+        ("eval.checkpoint_path", cfg.eval.checkpoint_path),
+    ):
         if pretrain and path:
             raise ValueError(
                 f"classify.pretrain={pretrain} trains what the models start from, and {key}={path} names it; leave one "
@@ -211,8 +224,10 @@ def _check_starts(cfg: DictConfig, mode: object) -> None:
             "model of all texts; set data.label, mode=classify or classify.sharing=conditional"
         )
     published = None if cfg.backbone.get("from_scratch") else cfg.backbone.get("name_or_path")
-    for key, brings in (("training.from_pretrained", cfg.training.from_pretrained),
-                        ("backbone.name_or_path", published)):  # fmt: skip
+    for key, brings in (
+        ("training.from_pretrained", cfg.training.from_pretrained),
+        ("backbone.name_or_path", published),
+    ):
         if cfg.training.start_from_counts and brings:
             raise ValueError(
                 f"training.start_from_counts=true is where new weights begin, and {key}={brings} brings others; leave "
@@ -234,15 +249,17 @@ def _check_schedule(cfg: DictConfig, trains: bool) -> None:
         log.warning(
             "lr_scheduler.num_warmup_steps=%d is not below trainer.max_steps=%d: the whole training is warm-up, and "
             "the learning rate never reaches optim.lr; set lr_scheduler.num_warmup_steps=%d or so",
-            warmup, steps, steps // 20,
-        )  # fmt: skip
+            warmup,
+            steps,
+            steps // 20,
+        )
 
 
 def _check_conditional(cfg: DictConfig, network: type) -> None:
     if not network.takes_classes:
         raise ValueError(
             f"classify.sharing=conditional needs a network that can be told a class, backbone=dit, ar or mmdit; "
-            f"{cfg.backbone._target_} can not, so use classify.sharing=per_class"
+            f"{cfg.backbone._target_} cannot, so use classify.sharing=per_class"
         )
     if cfg.data.label is not None:
         raise ValueError(

@@ -45,7 +45,7 @@ def complete(arguments: list[str]) -> list[str]:
     parsed = OverridesParser.create().parse_overrides(overrides)
     cfg = compose_config([override.input_line for override in parsed if not override.is_sweep_override()])
     path = (cfg.eval.checkpoint_path or "").replace("{label}", "0")
-    if not path or not located(cfg.mode._target_).measures:
+    if not path or not located(cfg.mode._target_).mode.measures:
         return arguments
     checkpoint = read_settings(path)
     if "configuration" in checkpoint.identity:

@@ -19,6 +19,7 @@ from palimpsest.classification.bayes import averaged_posterior, log_prior
 from palimpsest.data.tokenizers import of_record, vocabulary
 from palimpsest.dataloader import TextData, with_texts
 from palimpsest.diffusion import Diffusion
+from palimpsest.estimators.base import Estimator
 from palimpsest.estimators.nelbo import Nelbo, comparison_noising
 from palimpsest.experiment.carried import carried, checkpoint_path
 from palimpsest.experiment.experiment import Experiment
@@ -66,7 +67,10 @@ class TrainedModel:
     """
 
     def __init__(self, experiment: Experiment, data: TextData, diffusion: Diffusion, label: int | None) -> None:
-        self.experiment, self.data, self.diffusion, self.label = experiment, data, diffusion, label
+        self.experiment = experiment
+        self.data = data
+        self.diffusion = diffusion
+        self.label = label
 
     @property
     def tokenizer(self) -> object:
@@ -91,7 +95,7 @@ class TrainedModel:
         return TextLikelihoods(-nats_MK.mean(axis=1), se_M, tokens_M, evaluations_M, kind)
 
     def _measured(
-        self, texts: Sequence[str], estimator: object, seed: int, num_draws: int
+        self, texts: Sequence[str], estimator: Estimator, seed: int, num_draws: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Return nats (M, K), tokens (M,), evaluations (M,) and numbers (M,) of texts, windows added up."""
         data = with_texts(self.data, _SPLIT, list(texts))
@@ -143,11 +147,15 @@ def load(path: str | Path, *typed: str) -> TrainedModel:
         FileNotFoundError: there is no such file.
         ValueError: it is no checkpoint of ours, or a setting does not fit it.
     """
-    warnings.filterwarnings("ignore", module="lightning")  # it speaks of trainers, and there is none here
+    warnings.filterwarnings("ignore", module="lightning")  # its warnings are about trainers, and none is used here
     file = checkpoint_path(path)
     known = carried(file)
-    words = [*overrides(known["configuration"]), "mode=sample_eval",
-             f"eval.checkpoint_path={in_quotes(str(file))}", *typed]  # fmt: skip
+    words = [
+        *overrides(known["configuration"]),
+        "mode=sample_eval",
+        f"eval.checkpoint_path={in_quotes(str(file))}",
+        *typed,
+    ]
     experiment = checked(compose_config(words), "palimpsest.load")
     label = known.get("label")
     data = experiment.build.data(label)
@@ -171,9 +179,12 @@ def sample(path: str | Path, number: int = 1, prefix: str | None = None, seed: i
 
 
 def classify(
-    models: Sequence[TrainedModel | str | Path], texts: Sequence[str], num_draws: int = 64, seed: int = 1,
+    models: Sequence[TrainedModel | str | Path],
+    texts: Sequence[str],
+    num_draws: int = 64,
+    seed: int = 1,
     prior: str | Sequence[float] = "uniform",
-) -> np.ndarray:  # fmt: skip
+) -> np.ndarray:
     """Return p(class | text) by Bayes' rule from one model per class, in the order of the classes, (M, C).
 
     All models see each text under the same masks, and the posterior is averaged over their Monte Carlo error
@@ -195,8 +206,11 @@ def _with_row(data: TextData, length: int) -> TextData:
     known, other = data.vocabulary, copy(data)
     row = [known.pad_id] * length
     if not data.wrap:
-        row = [known.bos_id if known.bos_id is not None else known.pad_id, *row[2:],
-               known.eos_id if known.eos_id is not None else known.pad_id]  # fmt: skip
+        row = [
+            known.bos_id if known.bos_id is not None else known.pad_id,
+            *row[2:],
+            known.eos_id if known.eos_id is not None else known.pad_id,
+        ]
     columns = {"input_ids": [row], "length": [length], "sample_id": [0]}
     other._splits = {**data._splits, "train": datasets.Dataset.from_dict(columns)}
     return other

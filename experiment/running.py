@@ -1,4 +1,4 @@
-"""One command: composed settings checked, the experiment built, the task of its mode run."""
+"""Run one command: check the settings, build the experiment, run the task of its mode."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from palimpsest.training.signals import SIGNALS
 
 
 def checked(cfg: DictConfig, command: str, words: Sequence[str] = ()) -> Experiment:
-    """Return the experiment of a configuration, after all that can be said against it before data are read.
+    """Check a configuration as far as possible without reading data, and return its experiment.
 
     words: what was typed of it; each must be read by something.
 
     Raises:
-        ValueError, OSError: a setting is none, contradicts another one, is read by nothing, or names what does not
-            exist.
+        ValueError, OSError: a setting is invalid, contradicts another one or is read by nothing; or a file is
+            missing.
     """
     readers = Readers(cfg)
     readers.refuse_wrong()
@@ -44,8 +44,9 @@ def run(cfg: DictConfig, command: str, words: Sequence[str] = ()) -> dict[str, o
     experiment = checked(cfg, command, words)
     torch.set_float32_matmul_precision("high")
     if is_remote(experiment.runs.checkpoints()):
-        print(f"checkpoints: {experiment.runs.checkpoints()}; logs, reports and results, here: "
-              f"{experiment.runs.folder()}")  # fmt: skip
+        print(
+            f"checkpoints: {experiment.runs.checkpoints()}; logs, reports and results, here: {experiment.runs.folder()}"
+        )
     return instantiate(cfg.mode)(experiment)
 
 

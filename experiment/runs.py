@@ -1,4 +1,4 @@
-"""Where runs lie, what tells one training from another, and what of them is there already."""
+"""Folders of trainings: where they are, which checkpoint to resume from, and whether a training is complete."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Annotated
 
 from palimpsest.common.files import Place, below, exists, is_remote, place
 from palimpsest.common.values import FREE, AtLeastOne, FilePath, FolderName, Natural, PresentPath
+from palimpsest.dataloader import TextData
 from palimpsest.models.belonging import check_same
 from palimpsest.models.checkpoints import Progress, read_progress
 from palimpsest.training.processes import first_process, started_beside_others
@@ -45,7 +46,9 @@ class Runs:
         class_patience: AtLeastOne | None,
         always_waits: bool = False,
     ) -> None:
-        self._identity, self._label, self._max_steps = identity, label, max_steps
+        self._identity = identity
+        self._label = label
+        self._max_steps = max_steps
         self._resume, self._typed = resume, resume_path_typed
         self._class_patience, self._always_waits = class_patience, always_waits
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
@@ -83,7 +86,7 @@ class Runs:
             raise FileNotFoundError(f"checkpointing.resume_ckpt_path={self._typed}: there is no such file")
         return (path or newest_good(self.checkpoints(label))) if self._resume else None
 
-    def finished(self, data: object, label: int | None = None) -> Place | None:
+    def finished(self, data: TextData, label: int | None = None) -> Place | None:
         """Return the weights of a training that is complete; None where there is something left to do.
 
         Raises:
@@ -95,8 +98,12 @@ class Runs:
         if last is None:
             return None
         progress = read_progress(last)
-        ours = {**self._identity, "data.label": data.label, "tokenizer": data.vocabulary.fingerprint,
-                "latents": data.latents and data.latents.fingerprint}  # fmt: skip
+        ours = {
+            **self._identity,
+            "data.label": data.label,
+            "tokenizer": data.vocabulary.fingerprint,
+            "latents": data.latents and data.latents.fingerprint,
+        }
         check_same(last, progress, ours)
         return self.model_path(label) if self._is_done(progress, label) else None
 

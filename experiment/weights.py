@@ -1,4 +1,4 @@
-"""Checkpoints made into ready models, and the weights that a training starts from."""
+"""Load checkpoints into models, and choose the weights that a training starts from."""
 
 from __future__ import annotations
 
@@ -20,21 +20,30 @@ log = logging.getLogger(__name__)
 
 
 class Weights:
-    """The weights of a configuration's models.
+    """Loader of the weights of a configuration's models.
 
     Args:
         writes: texts are sampled, so that block diffusion may write on behind the length of its training.
         length: tokens of a row.
         from_pretrained: whose weights a new training starts from.
-        disable_ema: take the weights as trained in place of their average.
+        disable_ema: take the weights as trained instead of their average.
     """
 
     def __init__(
-        self, build: Builder, runs: Runs, writes: bool, length: Length,
-        from_pretrained: Annotated[FilePath, IF_SET] | None, disable_ema: bool,
-    ) -> None:  # fmt: skip
-        self._build, self._runs, self._writes = build, runs, writes
-        self._length, self._from_pretrained, self._disable_ema = length, from_pretrained, disable_ema
+        self,
+        build: Builder,
+        runs: Runs,
+        writes: bool,
+        length: Length,
+        from_pretrained: Annotated[FilePath, IF_SET] | None,
+        disable_ema: bool,
+    ) -> None:
+        self._build = build
+        self._runs = runs
+        self._writes = writes
+        self._length = length
+        self._from_pretrained = from_pretrained
+        self._disable_ema = disable_ema
 
     def trained(self, data: TextData, checkpoint_path: str, disable_ema: bool) -> Diffusion:
         """Return the model with the weights of `checkpoint_path`, or of this configuration's own last checkpoint if
@@ -64,7 +73,7 @@ class Weights:
         return diffusion.eval().to(self._build.machine.device)
 
     def _any_length(self, data: TextData) -> bool:
-        """Whether texts may be longer than those of the training: block diffusion writes on behind a window."""
+        """Return True if texts may be longer than in training: block diffusion continues with a window of attention."""
         return self._build.law == "bd3lm" and self._writes and not data.segments
 
     def _check_length(self, checkpoint: Checkpoint) -> None:
@@ -79,8 +88,11 @@ class Weights:
         if longest not in (None, self._length):
             log.warning(
                 "model.length=%d: %s was trained on texts of %d tokens, and is used on others; leave model.length out "
-                "for the length of its training", self._length, checkpoint.path, longest,
-            )  # fmt: skip
+                "for the length of its training",
+                self._length,
+                checkpoint.path,
+                longest,
+            )
 
     def start(self, diffusion: Diffusion, data: TextData, shared: Place | None) -> Place | None:
         """Give a new training the averaged weights of `shared`, those of training.from_pretrained, of the file that
@@ -89,8 +101,11 @@ class Weights:
         Returns where they lie, None for none. Refuses weights that belong to something else, before anything changes.
         """
         of_network = of_class(self._build.cfg.backbone.get("checkpoint_path"), data.label)
-        named = {"classify.pretrain": shared, "training.from_pretrained": self._from_pretrained,
-                 "eval.checkpoint_path": of_network}  # fmt: skip
+        named = {
+            "classify.pretrain": shared,
+            "training.from_pretrained": self._from_pretrained,
+            "eval.checkpoint_path": of_network,
+        }
         key = next((key for key, path in named.items() if path), None)
         if key is not None:
             checkpoint = read_checkpoint(named[key], key)

@@ -38,8 +38,10 @@ class ClipSearch:
         num_batches: int = 100,
     ) -> None:
         if fixed and not widths:
-            raise ValueError("training.fix_clipping=true measures the intervals of training.clip_search_widths=[], "
-                             "which are none; name some, e.g. [0.5,0.6,0.7]")  # fmt: skip
+            raise ValueError(
+                "training.fix_clipping=true measures the intervals of training.clip_search_widths=[], "
+                "which are none; name some, e.g. [0.5,0.6,0.7]"
+            )
         self.fixed, self.num_batches = fixed, num_batches
         starts = [index * delta for index in range(int(1 / delta + 1e-9) + 1)]
         found = [(a, min(a + w, 1.0)) for w in widths for a in starts if a + w <= 1 + 1e-9]

@@ -116,7 +116,7 @@ def _check_groups(arguments: list[str]) -> None:
 
 
 def _is_plain(value: str) -> bool:
-    """Whether Hydra reads it as the text that it is, or whether it is no text in any case."""
+    """Return True if Hydra reads the value as the same text, or if it is a switch or empty."""
     word = re.fullmatch(r"[A-Za-z_/.][\w/.-]*", value, re.ASCII)
     return value in ("", "true", "false", "null") or (word is not None and value.lower() not in ("nan", "inf"))
 
@@ -148,14 +148,14 @@ def _name(typed: str, key: str, sweeps: bool) -> str:
 
 
 def _is_other(value: object, key: str) -> bool:
-    """Whether it is a value of a setting that takes more than texts."""
+    """Return True if the setting also takes values of this other type."""
     if isinstance(value, list):
         return takes_lists(key) and all(map(_is_text, value))
     return type(value) is int and takes_numbers(key)
 
 
 def key_of(word: str) -> str:
-    """The key that an argument sets, as it is called here."""
+    """Return the key that a command-line argument sets."""
     return word.lstrip("+~").partition("=")[0].partition("@")[0]
 
 

@@ -1,6 +1,7 @@
-"""What signatures declare of settings, read from the source text: without importing torch, for a quick answer.
+"""Types of settings, read from the source text of signatures: fast, because nothing is imported.
 
-`common/values.py` is where the types are read in earnest, once the components are imported.
+Once the components are imported, `common/values.py` reads their types instead. A mark must stand in the signature
+itself, because an alias that contains it is not looked up here.
 """
 
 from __future__ import annotations

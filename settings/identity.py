@@ -119,8 +119,11 @@ def overrides(known: Mapping[str, object]) -> list[str]:
         cfg = compose_config(words)
         ours = identity(cfg)
         present = _targets(cfg)
-        unset = {key: _unset(value) for key, value in ours.items()
-                 if "IF_SET" in marks(key, _target_around(cfg, key), present) and key not in known}  # fmt: skip
+        unset = {
+            key: _unset(value)
+            for key, value in ours.items()
+            if "IF_SET" in marks(key, _target_around(cfg, key), present) and key not in known
+        }
         new = {**{key: known[key] for key in _different(known, ours)}, **unset}
         new = {key: value for key, value in new.items() if key.startswith(first) and not key.startswith(_OF_TRAINING)}
         for key, value in new.items():
@@ -138,7 +141,7 @@ def _target_around(cfg: DictConfig, key: str) -> str | None:
 
 
 def _is_free(key: str) -> bool:
-    """Whether it is a setting that is no part of an identity now."""
+    """Return True if the setting is not part of an identity."""
     return "FREE" in marks(key, None, ()) and "._" not in key
 
 

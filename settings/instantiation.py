@@ -36,8 +36,11 @@ def instantiate(node: object, **arguments: object) -> object:
 def wired(cfg: DictConfig, target: str, **given: object) -> object:
     """Build what the code builds itself, from the keys that settings/wiring.py hands on to it and the `given` ones."""
     found = {name: OmegaConf.select(cfg, key, default=_ABSENT) for name, key in WIRING[target].items()}
-    plain = {name: OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-             for name, value in found.items() if value is not _ABSENT}  # fmt: skip
+    plain = {
+        name: OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+        for name, value in found.items()
+        if value is not _ABSENT
+    }
     return located(target)(**{**plain, **given})
 
 
@@ -51,7 +54,7 @@ def located(target: object) -> object:
     """Return the class or function at the path `target`.
 
     Raises:
-        ValueError: it is none of what may be built (`instantiate`), or it cannot be imported.
+        ValueError: it may not be built (see `instantiate`), or it cannot be imported.
     """
     refusal = ValueError(
         f"_target_={target!s:.200} is refused: a configuration builds only what the project defines. Put your module "

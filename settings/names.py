@@ -1,4 +1,4 @@
-"""Names of what is built: where a thing is now, and the name that it keeps in fingerprints when its module moves."""
+"""Import paths of components: the current one, and the one that fingerprints keep when a module moves."""
 
 from __future__ import annotations
 

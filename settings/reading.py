@@ -1,4 +1,4 @@
-"""Who reads each setting. A value that its reader does not take is refused, and so is a setting that nothing reads.
+"""Checks of settings against the arguments that read them: invalid values and unread settings are refused.
 
 Readers are the arguments of what is built: of every component that the configuration names with `_target_`, and of what
 the code builds itself, with the keys that it hands on (`Wiring`). The types of the arguments say what they take
@@ -53,7 +53,9 @@ class Readers:
     @cached_property
     def arguments(self) -> list[Argument]:
         """Every argument of every component that is built."""
-        found, seen, open_ = [], set(), [*ROOTS]
+        found: list[Argument] = []
+        seen: set[str] = set()
+        open_ = [*ROOTS]
         while open_:
             place = open_.pop(0)
             if place in seen:
@@ -144,7 +146,7 @@ def leaves(node: dict[str, object], prefix: str = "") -> Iterator[tuple[str, obj
 
 
 def _refuse(key: str, hint: object, value: object) -> None:
-    """Raise ValueError for a value that is none of its type; what is built stands there as a group of settings."""
+    """Raise ValueError for a value that its type does not allow; an object to be built is a group of settings."""
     if entry := entry_of(hint):
         for name, one in value.items() if isinstance(value, dict) else ():
             _refuse(f"{key}.{name}", entry, one)

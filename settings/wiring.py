@@ -1,6 +1,6 @@
-"""What the code builds itself: which arguments it hands on, and from which keys of the configuration.
+"""Arguments of objects that the code builds without a `_target_`, and the configuration keys that they come from.
 
-Whatever else is built is named by a `_target_` in configs/, where its arguments stand.
+All other objects are named by a `_target_` in configs/, beside their arguments.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class GroundTruth(Protocol):
 
 
 class Experiment(Protocol):
-    """What a task is handed (experiment/experiment.py)."""
+    """The experiment that a task receives (experiment/experiment.py)."""
 
     seed: int
     command: str
@@ -46,6 +46,33 @@ class Experiment(Protocol):
     pretraining: Experiment | None  # the training of the weights that the models of all classes start from
 
     def trainer(self, title: str, label: int | None = None) -> lightning.Trainer: ...
+
+
+@dataclass(frozen=True)
+class Mode:
+    """Properties of a task that other parts must fit.
+
+    Attributes:
+        trains: it trains models, or may.
+        compares: it compares classes.
+        writes: it samples texts.
+        measures: it uses trained weights; the settings of a published model come from its file.
+    """
+
+    trains: bool = False
+    compares: bool = False
+    writes: bool = False
+    measures: bool = False
+
+
+def mode(**properties: bool) -> Callable[[Callable], Callable]:
+    """Declare the properties of a task (`Mode`), as `task.mode`."""
+
+    def declared(task: Callable) -> Callable:
+        task.mode = Mode(**properties)
+        return task
+
+    return declared
 
 
 @dataclass(frozen=True)

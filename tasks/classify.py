@@ -18,7 +18,7 @@ from palimpsest.classification.measures import Measures, measure
 from palimpsest.common.metrics import Estimate
 from palimpsest.common.values import COUNT, PATH, FilePath, Name, list_of, real, whole
 from palimpsest.samplers.gaussian import LatentSteps
-from palimpsest.tasks.base import Experiment, Likelihood, likelihood, write_results
+from palimpsest.tasks.base import Experiment, Likelihood, likelihood, mode, write_results
 from palimpsest.tasks.class_models import Hypothesis, class_models
 from palimpsest.tasks.class_report import class_report, printed
 from palimpsest.tasks.class_scoring import ClassScores, Race, score_classes
@@ -44,6 +44,7 @@ class Beside:
     latent: LatentSteps = LatentSteps()
 
 
+@mode(trains=True, compares=True, measures=True)
 def classify(
     experiment: Experiment,
     *,
@@ -250,6 +251,3 @@ def _finite_mean(values_M: np.ndarray) -> float | None:
     """None where there is no finite value."""
     kept = values_M[np.isfinite(values_M)]
     return float(kept.mean()) if len(kept) else None
-
-
-classify.trains, classify.compares, classify.writes, classify.measures = True, True, False, True

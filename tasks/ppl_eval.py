@@ -9,7 +9,7 @@ from palimpsest.common.values import FilePath, Name
 from palimpsest.objectives.base import latent_hidden
 from palimpsest.report import plots
 from palimpsest.report.report import Report
-from palimpsest.tasks.base import Experiment, Likelihood, likelihood, write_results
+from palimpsest.tasks.base import Experiment, Likelihood, likelihood, mode, write_results
 from palimpsest.tasks.latent_gain import latent_gain, untrained_marginal
 from palimpsest.tasks.scoring import Scores, score
 
@@ -82,6 +82,7 @@ def _method(measured: Likelihood) -> str:
     return kind + errors + filled + (_TRUTH if measured.truth else "")
 
 
+@mode(measures=True)
 def ppl_eval(
     experiment: Experiment, *, checkpoint_path: FilePath | None, disable_ema: bool, split: Name
 ) -> dict[str, object]:
@@ -137,6 +138,3 @@ def ppl_eval(
         print(remark)
     print(f"{folder / 'report.html'}")
     return results
-
-
-ppl_eval.trains, ppl_eval.compares, ppl_eval.writes, ppl_eval.measures = False, False, False, True

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from palimpsest.common.values import AtLeastOne, Count, FilePath, Name, Natural, PresentPath
 from palimpsest.report.denoising import Sample
 from palimpsest.report.report import Metric, Report
-from palimpsest.tasks.base import Experiment, write_results
+from palimpsest.tasks.base import Experiment, mode, write_results
 from palimpsest.tasks.blanks import Template
 from palimpsest.tasks.directions import Directed, both, l2t, sample_direction, t2l
 from palimpsest.tasks.drawing import Drawn, decoded, draw_on_all
@@ -35,6 +35,7 @@ def write_samples(path: Path, drawn: list[Drawn], given: Template, tokenizer: ob
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
+@mode(writes=True, measures=True)
 def sample_eval(
     experiment: Experiment,
     *,
@@ -123,6 +124,3 @@ def _report(
     report.samples(samples)
     report.code(experiment.build.settings, "configuration")
     return report
-
-
-sample_eval.trains, sample_eval.compares, sample_eval.writes, sample_eval.measures = False, False, True, True

@@ -12,7 +12,7 @@ from palimpsest.common.values import COUNT, whole
 from palimpsest.objectives.base import latent_hidden
 from palimpsest.report import plots, training_plots
 from palimpsest.report.report import Report
-from palimpsest.tasks.base import Experiment, likelihood, write_results
+from palimpsest.tasks.base import Experiment, likelihood, mode, write_results
 from palimpsest.tasks.drawing import draw
 from palimpsest.tasks.fitting import fit
 from palimpsest.tasks.history import samples_of
@@ -92,6 +92,7 @@ def add_course(report: Report, folder: Path) -> None:
         )
 
 
+@mode(trains=True)
 def train(
     experiment: Experiment, *, num_samples: Annotated[int, whole(0, COUNT)], generate_samples: bool
 ) -> dict[str, object]:
@@ -140,6 +141,3 @@ def train(
         print(remark)
     print(f"{checkpoint}\n{folder / 'report.html'}")
     return results
-
-
-train.trains, train.compares, train.writes, train.measures = True, False, False, False

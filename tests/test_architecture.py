@@ -121,7 +121,7 @@ def test_nothing_is_probed():
 
 
 def test_nobody_compares_the_names_of_targets():
-    """What a component is and can do is asked of the component (settings/instantiation.py finds it)."""
+    """Components are asked for their properties; no code compares the names of their classes."""
     for name, tree in modules().items():
         for node in ast.walk(tree):
             sides = [node.left, *node.comparators] if isinstance(node, ast.Compare) else []

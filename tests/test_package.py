@@ -27,7 +27,7 @@ FOREIGN = {
 
 
 def run(python: Path, *words: object, cwd: Path, env: dict[str, str] | None = None) -> str:
-    """What a Python says; it must end well."""
+    """Return the output of a Python process, which must succeed."""
     plain = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "DATA_DIR")}
     done = subprocess.run(
         [python, *map(str, words)], cwd=cwd, capture_output=True, text=True, env={**plain, **(env or {})}

@@ -1,25 +1,23 @@
-"""The devices of a run, and what each of them takes at once."""
+"""Devices of a run, and the batch size of each."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
 
-from palimpsest.common.values import IF_SET, AtLeastOne, Size, list_of, whole
+from palimpsest.common.values import IF_SET, AtLeastOne, BatchRamp, Size
 from palimpsest.data.stream import batch_arithmetic
 from palimpsest.training.processes import local_device, processes_per_node
 
-RAMP = list_of(list_of(whole(0), 2, "[1000,256]"), 1, "[[0,64],[1000,256]]")
 Precision = Literal["32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true", "32", "16", "64", "bf16",
                     16, 32, 64]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a configuration says of the machine: devices, precision, and how batches are cut for them.
+    """Devices and precision of a run, and how batches are divided among the devices.
 
     Attributes:
         devices_per_node: processes of a node; "auto" for one per GPU.
@@ -38,14 +36,14 @@ class Machine:
     eval_batch_size: AtLeastOne | None
     global_batch_size: AtLeastOne
     eval_global_batch_size: AtLeastOne
-    ramp: Annotated[Sequence[Sequence[int]], RAMP, IF_SET] | None
+    ramp: Annotated[BatchRamp, IF_SET] | None
 
     @property
     def device(self) -> torch.device:
-        """That of this process.
+        """The device of this process.
 
         Raises:
-            ValueError: a GPU is asked for, and there is none.
+            ValueError: a GPU is requested, but there is none.
         """
         if self.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
             raise ValueError(
@@ -56,7 +54,7 @@ class Machine:
 
     @property
     def name(self) -> str:
-        """As reports say it."""
+        """The name of the hardware in reports."""
         if torch.cuda.is_available():
             return f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
         threads = torch.get_num_threads()
@@ -68,7 +66,7 @@ class Machine:
 
     @property
     def devices(self) -> int:
-        """Of a node."""
+        """Number of processes per node."""
         available = torch.cuda.device_count() if self.device.type == "cuda" else 1
         return processes_per_node(self.devices_per_node, available)
 

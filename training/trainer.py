@@ -30,7 +30,7 @@ from palimpsest.training.storage import AtomicCheckpointIO
 
 @dataclass(frozen=True)
 class Arguments:
-    """What arguments of lightning.Trainer take that are the user's; the others are set in `build_trainer`."""
+    """Types of the arguments of lightning.Trainer that a user sets; `build_trainer` sets the others."""
 
     num_sanity_val_steps: Annotated[int, whole(-1)] = 0
     max_steps: Annotated[AtLeastOne, FREE] = 1_000_000

@@ -53,7 +53,7 @@ def blank(rows: int, length: int, mask: int) -> torch.Tensor:
 
 
 class Watched(list):
-    """What a watcher was shown, copied."""
+    """A watcher that keeps copies of what it was shown."""
 
     def __call__(self, frame: Trace) -> None:
         self.append(copy.deepcopy(frame))

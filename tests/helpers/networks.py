@@ -39,7 +39,7 @@ def reference_dit(meta: dict) -> DiT:
 
 
 def close(ours: torch.Tensor, reference: torch.Tensor) -> bool:
-    """Whether numbers agree with the reference's to four digits."""
+    """Return True if numbers agree with the reference's to four digits."""
     return bool(((ours - reference).abs() <= 1e-4 * (1 + reference.abs())).all())
 
 

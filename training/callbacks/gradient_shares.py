@@ -55,7 +55,7 @@ class GradientShares(lightning.Callback):
         self._values = _shares(text, latent)
 
     def interval_metrics(self) -> dict[str, float]:
-        """What training/callbacks/metrics.py logs."""
+        """Return the values that training/callbacks/metrics.py logs."""
         values, self._values = {name: float(value) for name, value in self._values.items()}, {}
         return values
 

@@ -46,7 +46,7 @@ class GradientVariance(lightning.Callback):
         self._values = {"train/gradient_variance": variance, "train/gradient_noise": variance / common.clamp(min=1e-30)}
 
     def interval_metrics(self) -> dict[str, float]:
-        """What training/callbacks/metrics.py logs."""
+        """Return the values that training/callbacks/metrics.py logs."""
         values, self._values = {name: float(value) for name, value in self._values.items()}, {}
         return values
 
