@@ -32,10 +32,9 @@ come; there a checkpoint also holds where the corpus is being read.
 import logging
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import datasets
 import numpy as np
@@ -43,6 +42,20 @@ from lightning import LightningDataModule, Trainer
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
+from palimpsest.common.values import (
+    FREE,
+    IF_SET,
+    AtLeastOne,
+    BatchRamp,
+    FilePath,
+    FolderName,
+    Length,
+    Name,
+    Natural,
+    PresentPath,
+    Seed,
+    whole,
+)
 from palimpsest.data.checks import check_protocol, check_settings
 from palimpsest.data.collate import Collate, Rows, segment_ends
 from palimpsest.data.loading import Loading, TimedLoader
@@ -62,101 +75,150 @@ log = logging.getLogger(__name__)
 MOST_UNKNOWN = 0.9  # share of a split's tokens that its tokenizer may not know
 
 
-class TextData(LightningDataModule):
-    """A source, a tokenizer and a way of packing, as splits and loaders. Nothing is read before it is asked
-    for.
+@dataclass(frozen=True)
+class Texts:
+    """Settings by which the texts of a source become rows: the keys of `data`, and keys of other groups about rows.
 
-    Settings are named as on the command line. data: `insert_train_*` holds for the train split,
-    `insert_valid_*` for the others; `insert_*_special` puts BOS and EOS around the chunks of wrapped data
-    and BOS before padded texts; `insert_*_eos` ends each text with EOS; `label` keeps one class;
-    `max_*_texts` limits a split for quick runs (a fixed random choice where there are labels, else the first
-    ones). Tokenizers are trained on the whole train split, whatever `label` and the limits are, so that the
-    models of all classes share one vocabulary; `score_special` false makes special tokens given (None: BOS and EOS of
-    padded rows, nothing of wrapped ones); `prefix_length` (key of `training`) tokens of each row are given too,
-    and with `first_given` (training.ignore_bos) the first one. `fill`
-    "eos" fills padded rows up to `length` with EOS, so that their length is not shown: the law of a row then is
-    p(text, EOS, the fill | prompt), and a model decides where a text ends. `segments`: batches say where the parts of
-    each text end; those between the first and the last end with EOS and are filled up to `segment_room` tokens.
-    `streaming` reads no more of a split than its `max_*_texts` (tokenizers too); without `max_train_texts` training
-    reads on and on, in the order that `stream` says, and keeps only its `sample_texts`. `random_crop` trains on random
-    stretches of wrapped rows twice as long, evaluation has fixed rows. `train_splits`: train on these splits of the
-    source together, without labels (validation has none then either) and without texts of the held-out splits.
-    `protocol` "reference": rows as kuleshov-group's mdlm makes them, with `num_proc` processes (None: 1).
-    loader: `batch_size` and `eval_batch_size` are rows per
-    device; `batch_size` None divides `global_batch_size`; `batch_ramp` as in data/stream.py; `loading` has the others.
-    `length` is model.length, `seed` orders the training stream, `max_steps` are optimizer steps of the whole run.
-    latents: what makes the vectors of `latents=`; as `.latents` they are those of these splits, None without.
+    Attributes:
+        length: tokens of a row (model.length).
+        insert_train_special, insert_valid_special: BOS and EOS around the chunks of wrapped data, BOS before padded
+            texts, in the train split and in the others.
+        insert_train_eos, insert_valid_eos: EOS behind each text.
+        score_special: false makes special tokens given; None: BOS and EOS of padded rows, nothing of wrapped ones.
+        prefix_length: so many tokens of each row are given (training.prefix_length).
+        first_given: the first token is given (training.ignore_bos).
+        fill: "eos" fills padded rows up to `length` with EOS, so that their length is not shown: the distribution of a
+            row then is p(text, EOS, the fill | prompt), and a model decides where a text ends.
+        segments: batches say where the parts of each text end; those between the first and the last end with EOS and
+            are filled up to `segment_room` tokens.
+        label: keep the texts of one class. Tokenizers are trained on the whole train split, whatever `label` and the
+            limits are, so that the models of all classes share one vocabulary.
+        max_train_texts, max_valid_texts, max_test_texts: limits for quick runs: a fixed random choice where there are
+            labels, else the first ones.
+        streaming: read no more of a split than its limit (tokenizers too); without `max_train_texts` training reads on
+            and on, in the order that `stream` says, and keeps only its `sample_texts`.
+        random_crop: train on random stretches of wrapped rows twice as long; evaluation has fixed rows.
+        train_splits: train on these splits together, without labels (validation has none then either) and without
+            texts of the held-out splits.
+        protocol: "reference" makes rows as kuleshov-group's mdlm does, with `num_proc` processes (None: 1).
+        latents: what makes the vectors of `latents=`.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        *,
-        length: int,
-        tokenizer_name_or_path: str,
-        tokenizer_folder: str | None = None,
-        vocab_size: int | None = None,
-        mask_token: str | None = None,
-        name: str | None = None,
-        train: str | None = None,
-        valid: str | None = None,
-        streaming: bool = False,
-        random_crop: bool = False,
-        wrap: bool = True,
-        insert_train_special: bool = True,
-        insert_valid_special: bool = True,
-        insert_train_eos: bool = True,
-        insert_valid_eos: bool = True,
-        score_special: bool | None = None,
-        prefix_length: int = 0,
-        first_given: bool = False,
-        fill: str | None = None,
-        segments: bool = False,
-        segment_room: int | None = None,
-        long_texts: str = "error",
-        drop_empty: bool = False,
-        label: int | None = None,
-        max_train_texts: int | None = None,
-        max_valid_texts: int | None = None,
-        max_test_texts: int | None = None,
-        train_splits: Sequence[str] | None = None,
-        protocol: str | None = None,
-        num_proc: int | None = None,
-        cache_dir: str | Path = ".cache",
-        batch_size: int | None = None,
-        eval_batch_size: int = 32,
-        global_batch_size: int = 32,
-        batch_ramp: Sequence[Sequence[int]] | None = None,
-        max_steps: int = 1,
-        seed: int = 0,
-        loading: Loading | None = None,
-        stream: Order | None = None,
-        latents: Encoder | None = None,
-    ) -> None:
+    length: Length
+    tokenizer_name_or_path: PresentPath
+    tokenizer_folder: FilePath | None = None
+    vocab_size: AtLeastOne | None = None
+    mask_token: Annotated[Name, IF_SET] | None = None
+    name: FolderName | None = None
+    train: Name | None = None
+    valid: Name | None = None
+    streaming: bool = False
+    random_crop: bool = False
+    wrap: bool = True
+    insert_train_special: bool = True
+    insert_valid_special: bool = True
+    insert_train_eos: bool = True
+    insert_valid_eos: bool = True
+    score_special: bool | None = None
+    prefix_length: Annotated[Natural, IF_SET] = 0
+    first_given: Annotated[bool, IF_SET] = False
+    fill: Annotated[Literal["eos"], IF_SET] | None = None
+    segments: Annotated[bool, IF_SET] = False
+    segment_room: Annotated[Annotated[int, whole(2)], IF_SET] | None = None
+    long_texts: Literal["truncate", "windows", "drop", "error"] = "error"
+    drop_empty: bool = False
+    label: Annotated[Natural, FREE] | None = None
+    max_train_texts: AtLeastOne | None = None
+    max_valid_texts: Annotated[AtLeastOne, FREE] | None = None
+    max_test_texts: Annotated[AtLeastOne, FREE] | None = None
+    train_splits: Sequence[str] | None = None
+    protocol: Annotated[Literal["reference"], IF_SET] | None = None
+    num_proc: Annotated[AtLeastOne, IF_SET] | None = None
+    cache_dir: Annotated[PresentPath, FREE] = ".cache"
+    stream: Order = Order()
+    latents: Encoder | None = None
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Settings by which rows become batches: the keys of `loader`.
+
+    Attributes:
+        batch_size, eval_batch_size: rows that a device takes at once; None divides `global_batch_size`.
+        global_batch_size: samples of an optimizer step.
+        batch_ramp: smaller steps first (data/stream.py).
+        max_steps: optimizer steps of the whole run.
+        seed: of the order of the training stream.
+    """
+
+    batch_size: AtLeastOne | None = None
+    eval_batch_size: AtLeastOne = 32
+    global_batch_size: AtLeastOne = 32
+    batch_ramp: BatchRamp | None = None
+    max_steps: AtLeastOne = 1
+    seed: Seed = 0
+    loading: Loading = Loading()
+
+
+class TextData(LightningDataModule):
+    """A source, a tokenizer and a way of packing, as splits and loaders.
+
+    Nothing is read before it is asked for.
+    """
+
+    def __init__(self, source: Source, texts: Texts, batches: Batches) -> None:
         super().__init__()
-        self.name, self.fill, self.segments, self.prefix_length = name or "text", fill, segments, prefix_length
-        self.protocol, self.first_given = protocol, first_given
-        check_protocol(protocol, num_proc, streaming, random_crop)
-        source = source if protocol is None else source.published()
-        self.score_special = wrap or protocol is not None if score_special is None else score_special
-        self.source, self.length, self.label, self.wrap, self.streaming = source, length, label, wrap, streaming
-        self.random_crop, self.train_splits = random_crop, train_splits
-        self.tokenizer_settings = {"name_or_path": tokenizer_name_or_path, "folder": tokenizer_folder,
-                                   "vocab_size": vocab_size, "mask_token": mask_token,
-                                   "cache_dir": cache_dir}  # fmt: skip
-        plain = Packing(length, wrap, long_texts=long_texts, drop_empty=drop_empty,
-                        room=segment_room if segments else None,
-                        num_proc=(num_proc or 1) if protocol else None)  # fmt: skip
-        self.packings = dict.fromkeys(("validation", "test"), framed(plain, insert_valid_special, insert_valid_eos))
-        self.packings["train"] = framed(plain, insert_train_special, insert_train_eos)
-        self.limits = {"train": max_train_texts, "validation": max_valid_texts, "test": max_test_texts}
-        self.cache_dir, self.seed, self.stream, self.loading = cache_dir, seed, stream or Order(), loading or Loading()
-        self.batch_size, self.eval_batch_size, self.max_steps = batch_size, eval_batch_size, max_steps
-        self.plan, self.global_batch_size = BatchPlan.of(global_batch_size, batch_ramp), global_batch_size
-        self._texts = SplitTexts(source, self.limits, streaming, self.stream.sample_texts, label, train_splits)
+        self.name = texts.name or "text"
+        self.fill = texts.fill
+        self.segments = texts.segments
+        self.prefix_length = texts.prefix_length
+        self.protocol = texts.protocol
+        self.first_given = texts.first_given
+        check_protocol(texts.protocol, texts.num_proc, texts.streaming, texts.random_crop)
+        source = source if texts.protocol is None else source.published()
+        unsaid = texts.wrap or texts.protocol is not None
+        self.score_special = unsaid if texts.score_special is None else texts.score_special
+        self.source = source
+        self.length = texts.length
+        self.label = texts.label
+        self.wrap = texts.wrap
+        self.streaming = texts.streaming
+        self.random_crop = texts.random_crop
+        self.train_splits = texts.train_splits
+        self.tokenizer_settings = {
+            "name_or_path": texts.tokenizer_name_or_path,
+            "folder": texts.tokenizer_folder,
+            "vocab_size": texts.vocab_size,
+            "mask_token": texts.mask_token,
+            "cache_dir": texts.cache_dir,
+        }
+        plain = Packing(
+            texts.length,
+            texts.wrap,
+            long_texts=texts.long_texts,
+            drop_empty=texts.drop_empty,
+            room=texts.segment_room if texts.segments else None,
+            num_proc=(texts.num_proc or 1) if texts.protocol else None,
+        )
+        measured = framed(plain, texts.insert_valid_special, texts.insert_valid_eos)
+        self.packings = dict.fromkeys(("validation", "test"), measured)
+        self.packings["train"] = framed(plain, texts.insert_train_special, texts.insert_train_eos)
+        self.limits = {
+            "train": texts.max_train_texts,
+            "validation": texts.max_valid_texts,
+            "test": texts.max_test_texts,
+        }
+        self.cache_dir, self.stream = texts.cache_dir, texts.stream
+        self.seed, self.loading = batches.seed, batches.loading
+        self.batch_size, self.eval_batch_size = batches.batch_size, batches.eval_batch_size
+        self.max_steps, self.global_batch_size = batches.max_steps, batches.global_batch_size
+        self.plan = BatchPlan.of(batches.global_batch_size, batches.batch_ramp)
+        sampled = self.stream.sample_texts
+        self._texts = SplitTexts(source, self.limits, self.streaming, sampled, self.label, self.train_splits)
         self.figures, self._splits, self._streamed = dict[str, dict[str, int]](), dict[str, datasets.Dataset](), None
-        self._resumed, self.latents = dict[str, Any](), None if latents is None else TextLatents(latents, self)
-        check_settings(self, {name, *getattr(source, "sources", ())}, train, valid)
+        self._resumed = dict[str, Any]()
+        self.latents = None if texts.latents is None else TextLatents(texts.latents, self)
+        check_settings(self, {texts.name, *getattr(source, "sources", ())}, texts.train, texts.valid)
 
     @property
     def prompted(self) -> bool:
@@ -182,7 +244,7 @@ class TextData(LightningDataModule):
         return self.source.splits
 
     def detokenizer(self, split: str) -> str | None:
-        """What undid a tokenisation of the split's texts (a name in data/detokenizers.py), None: nothing."""
+        """Return the name of a split's detokenizer (data/detokenizers.py); None if its texts are used as they are."""
         return self.source.detokenizer_of(split) if hasattr(self.source, "detokenizer_of") else None
 
     def packing(self, split: str) -> Packing:
@@ -238,9 +300,11 @@ class TextData(LightningDataModule):
         rank, world = self._rank()
         limit = None if self.trainer is None else self.trainer.max_steps
         if limit is not None and not 0 < limit <= self.max_steps:
-            raise ValueError(f"trainer.max_steps={limit}, but the data were set up for {self.max_steps} "
-                             f"steps; "
-                             f"give both one positive number")  # fmt: skip
+            raise ValueError(
+                f"trainer.max_steps={limit}, but the data were set up for {self.max_steps} "
+                f"steps; "
+                f"give both one positive number"
+            )
         size, _ = batch_arithmetic(self.global_batch_size, self.batch_size, world, ramp=self.plan.ramp)
         sampler = PositionBatchSampler(
             self.global_batch_size, size, self.max_steps, rank, world, self._consumed(), self.plan.ramp
@@ -248,8 +312,9 @@ class TextData(LightningDataModule):
         if self.endless:
             workers = self.loading.workers(streamed=True, devices=getattr(self.trainer, "num_devices", 1))
             arguments = self.loading.arguments(workers, again=False)
-            self._streamed = StreamLoader(_corpus(self), sampler, self.collate, arguments, self._resumed.get("stream"),
-                                          self._taken)  # fmt: skip
+            self._streamed = StreamLoader(
+                _corpus(self), sampler, self.collate, arguments, self._resumed.get("stream"), self._taken
+            )
             return self._streamed
         if not self.random_crop:
             return self._loader(TrainingStream(self._rows("train"), self.seed), sampler, again=False)
@@ -258,7 +323,7 @@ class TextData(LightningDataModule):
 
     @property
     def endless(self) -> bool:
-        """Whether training reads a corpus that is kept nowhere (data/streaming.py)."""
+        """Return True if training streams a corpus without storing it (data/streaming.py)."""
         return self.streaming and self.limits["train"] is None
 
     def val_dataloader(self) -> DataLoader:
@@ -321,8 +386,10 @@ class TextData(LightningDataModule):
         """Where training goes on. Raises ValueError for a checkpoint of a run with another stream."""
         if self._resumed and self.endless != ("stream" in self._resumed):
             was, now = ("false", "true") if self.endless else ("true", "false")
-            raise ValueError(f"data.streaming={now} (of all texts), but the run to be resumed was begun with {was}; "
-                             f"resume it with that, or start a new run")  # fmt: skip
+            raise ValueError(
+                f"data.streaming={now} (of all texts), but the run to be resumed was begun with {was}; "
+                f"resume it with that, or start a new run"
+            )
         return consumed_before(self._resumed, self._order)
 
 
@@ -359,8 +426,14 @@ def with_texts(data: TextData, split: str, texts: Sequence[str]) -> TextData:
 def _report(name: str, figures: dict[str, int], longest: int | None) -> None:
     log.info("%s: %d texts -> %d rows, %d tokens", name, figures["texts"], figures["rows"], figures["tokens"])
     if figures["long"] and longest is not None:
-        log.warning("%s: %d of %d texts are longer than model.length=%d; tokens left out: %d", name,
-                    figures["long"], figures["texts"], longest, figures["cut"])  # fmt: skip
+        log.warning(
+            "%s: %d of %d texts are longer than model.length=%d; tokens left out: %d",
+            name,
+            figures["long"],
+            figures["texts"],
+            longest,
+            figures["cut"],
+        )
     if figures["unknown"]:
         log.warning("%s: %d of %d tokens are unknown to the tokenizer", name, figures["unknown"], _encoded(figures))
 
@@ -383,13 +456,23 @@ def _corpus(data: TextData) -> Corpus:
     """The train split as a stream. Raises ValueError for settings that need texts that lie still."""
     for key, value in (("data.random_crop", data.random_crop), ("classify.pretrain", data.train_splits)):
         if value:
-            raise ValueError(f"{key}={value} needs texts that lie still, and data.streaming=true without a limit keeps "
-                             f"none; set data.max_train_texts, or data.streaming=false")  # fmt: skip
+            raise ValueError(
+                f"{key}={value} needs texts that lie still, and data.streaming=true without a limit keeps "
+                f"none; set data.max_train_texts, or data.streaming=false"
+            )
     if data.label is not None:
         data.texts("train")  # refuses a class that does not exist
     if not hasattr(data.source, "open"):
         raise ValueError("data.streaming=true: these texts are made or cut as a whole; set it to false")
     if data.prompted:
         check_prompts(data.packings["train"], "train stream")
-    return Corpus(data.source.open("train"), data.tokenizer, data.vocabulary, data.packings["train"], data.stream,
-                  data.global_batch_size, data.seed, data.label)  # fmt: skip
+    return Corpus(
+        data.source.open("train"),
+        data.tokenizer,
+        data.vocabulary,
+        data.packings["train"],
+        data.stream,
+        data.global_batch_size,
+        data.seed,
+        data.label,
+    )

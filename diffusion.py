@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from palimpsest.common.metrics import NLLMeter
 from palimpsest.common.randomness import KeyedNoise, evaluation_noise, hash_seed, seed_generator_of, training_noise
+from palimpsest.common.values import BelowOne, Seed, Share
 from palimpsest.denoisers import BlockDenoiser, Denoiser, JointDenoiser
 from palimpsest.models.checkpoints import Checkpoint
 from palimpsest.models.class_conditioning import UNTOLD, start_from_counts
@@ -48,7 +49,7 @@ class Provenance:
 
 
 class BatchPlan(Protocol):
-    """Where the optimizer steps lie in the training stream (data/stream.py)."""
+    """Map from positions in the training stream to optimizer steps (data/stream.py)."""
 
     def place(self, position_B: Tensor) -> tuple[Tensor, Tensor]: ...
 
@@ -74,11 +75,11 @@ class Diffusion(lightning.LightningModule):
         objective: Objective,
         optimizer: Callable | None = None,
         lr_scheduler: Callable | None = None,
-        ema: float = 0.0,
-        seed: int = 1,
+        ema: BelowOne = 0.0,
+        seed: Seed = 1,
         plan: BatchPlan | None = None,
         identity: Mapping[str, object] | None = None,
-        label_dropout: float = 0.0,
+        label_dropout: Share = 0.0,
     ) -> None:
         super().__init__()
         if objective.causal != backbone.causal:

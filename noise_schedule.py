@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from palimpsest.common.values import BelowOne, Positive, Share
+
 
 @dataclass(frozen=True)
 class NoiseLevel:
@@ -70,7 +72,7 @@ def _unit_interval(name: str, value: float) -> float:
 class LogLinear(NoiseSchedule):
     """alpha = 1 - (1 - eps) t, the schedule of MDLM; sigma is its log, hence the name."""
 
-    def __init__(self, eps: float = 1e-3) -> None:
+    def __init__(self, eps: BelowOne = 1e-3) -> None:
         self.eps = _unit_interval("noise.eps", eps)
 
     def __call__(self, t: Tensor) -> NoiseLevel:
@@ -83,7 +85,7 @@ class LogLinear(NoiseSchedule):
 class Cosine(NoiseSchedule):
     """alpha = eps + (1 - eps) cos(pi t / 2)."""
 
-    def __init__(self, eps: float = 1e-3) -> None:
+    def __init__(self, eps: BelowOne = 1e-3) -> None:
         self.eps = _unit_interval("noise.eps", eps)
 
     def __call__(self, t: Tensor) -> NoiseLevel:
@@ -97,7 +99,7 @@ class Cosine(NoiseSchedule):
 class CosineSquared(NoiseSchedule):
     """alpha = eps + (1 - eps) cos^2(pi t / 2)."""
 
-    def __init__(self, eps: float = 1e-3) -> None:
+    def __init__(self, eps: BelowOne = 1e-3) -> None:
         self.eps = _unit_interval("noise.eps", eps)
 
     def __call__(self, t: Tensor) -> NoiseLevel:
@@ -119,7 +121,7 @@ def _sigma_range(sigma_min: float, sigma_max: float) -> tuple[float, float]:
 class Linear(NoiseSchedule):
     """sigma = sigma_min + t (sigma_max - sigma_min): linear in the total noise."""
 
-    def __init__(self, sigma_min: float, sigma_max: float) -> None:
+    def __init__(self, sigma_min: Positive, sigma_max: Positive) -> None:
         self.sigma_min, self.sigma_max = _sigma_range(sigma_min, sigma_max)
 
     def __call__(self, t: Tensor) -> NoiseLevel:
@@ -134,7 +136,7 @@ class Linear(NoiseSchedule):
 class Geometric(NoiseSchedule):
     """sigma = sigma_min^(1 - t) sigma_max^t (SEDD, arXiv 2310.16834, section 5.1)."""
 
-    def __init__(self, sigma_min: float, sigma_max: float) -> None:
+    def __init__(self, sigma_min: Positive, sigma_max: Positive) -> None:
         self.sigma_min, self.sigma_max = _sigma_range(sigma_min, sigma_max)
 
     def __call__(self, t: Tensor) -> NoiseLevel:
@@ -151,7 +153,7 @@ class Clipped(NoiseSchedule):
     """The part of `base` whose mask rates lie in [sampling_eps_min, sampling_eps_max]: noise levels worth training on
     (BD3-LM, arXiv 2503.09573, section 5). It covers a part of the bound only, so measuring uses `complete`."""
 
-    def __init__(self, base: NoiseSchedule, sampling_eps_min: float, sampling_eps_max: float) -> None:
+    def __init__(self, base: NoiseSchedule, sampling_eps_min: Share, sampling_eps_max: Share) -> None:
         if not 0.0 <= sampling_eps_min < sampling_eps_max <= 1.0:
             raise ValueError(
                 f"noise.sampling_eps_min={sampling_eps_min} and noise.sampling_eps_max={sampling_eps_max} must satisfy "

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Self
+from typing import Annotated, Self
 
 import torch
 from torch import Tensor
 
 from palimpsest.common.randomness import KeyedNoise
+from palimpsest.common.values import IF_SET, InsideOne
 
 
 class Process(ABC):
@@ -192,7 +193,7 @@ class Hybrid(Resampling):
         self.vocab_size, self._scale = vocab_size, 2 * word_share / (1 - word_share)
 
     @classmethod
-    def of(cls, vocab_size: int, own_size: int, mask_id: int, word_share: float) -> Self:
+    def of(cls, vocab_size: int, own_size: int, mask_id: int, word_share: Annotated[InsideOne, IF_SET]) -> Self:
         return cls(mask_id, vocab_size, word_share)
 
     def level(self, alpha: Tensor) -> HybridLevel:

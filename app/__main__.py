@@ -19,8 +19,8 @@ import tomllib
 import warnings
 from pathlib import Path
 
+from palimpsest.common.output import guard_output
 from palimpsest.settings import command_line
-from palimpsest.training.logs import guard_output
 
 _PROJECT = Path(__file__).parents[1] / "pyproject.toml"
 PORT = 7860

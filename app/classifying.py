@@ -56,7 +56,7 @@ def classify(networks: Networks, classifier: Classifier, question: Question, sho
         race = Race(question.num_draws, question.confidence)
         judges = networks.judges(classifier, asked)
         experiment, models = judges.experiment, judges.models
-        race.check(experiment.estimator)
+        race.check(experiment.build.estimator)
         data = with_texts(judges.data, _SPLIT, [question.text])
         counts_C = np.zeros(len(data.label_names))
         if question.prior == "empirical":
@@ -67,7 +67,7 @@ def classify(networks: Networks, classifier: Classifier, question: Question, sho
             return _shown(scores, log_prior_C, data.label_names, race)
 
         scores = score_classes(
-            experiment.trainer, models, data, _SPLIT, experiment.estimator, race, experiment.seed, log_prior_C,
+            experiment.trainer, models, data, _SPLIT, experiment.build.estimator, race, experiment.seed, log_prior_C,
             lambda scores: show(Judged(so_far(scores))),
         )  # fmt: skip
         return Judged(so_far(scores), _evidence(judges, data, scores, log_prior_C, race), tuple(heard))
@@ -101,7 +101,7 @@ def _evidence(judges: Judges, data: object, scores: ClassScores, log_prior_C: np
     experiment, models = judges.experiment, judges.models
     first, second = _pair(scores, log_prior_C)
     rows = range(len(data.split(_SPLIT)))
-    noising = comparison_noising(experiment.estimator, models[0].diffusion.objective)
+    noising = comparison_noising(experiment.build.estimator, models[0].diffusion.objective)
     draws = dict.fromkeys(rows, int(scores.draws_M[0]))
     nats = token_evidence(models, data, _SPLIT, draws, race.num_draws, noising, experiment.seed)
     titles = [f"Part {row + 1} of {len(rows)}" if len(rows) > 1 else "Which words spoke" for row in rows]

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from palimpsest.app.runs import Classifier, Network
 from palimpsest.classification.models import ClassModel, check_classes, one_per_class, told_the_class
 from palimpsest.diffusion import Diffusion
-from palimpsest.main import Experiment
+from palimpsest.experiment.experiment import Experiment
+from palimpsest.experiment.running import checked
 from palimpsest.scripts.generate import quoted
 from palimpsest.settings.command_line import compose_config
-from palimpsest.settings.contradictions import refuse_contradictions
-from palimpsest.settings.values import check_numbers
 
 
 @dataclass(frozen=True)
@@ -53,11 +52,11 @@ class Networks:
         settings = {"mode": "sample_eval", "eval.checkpoint_path": str(network.path), "eval.split": "null",
                     **({} if network.label is None else {"data.label": network.label}), **asked}  # fmt: skip
         experiment = self._experiment(network, settings)
-        experiment.drawing  # noqa: B018 - what it refuses, before anything is read
+        experiment.build.drawing()  # noqa: B018 - what it refuses, before anything is read
 
         def read() -> tuple[object, Diffusion]:
-            data = experiment.data()
-            return data, experiment.trained(data, str(network.path), disable_ema=False)
+            data = experiment.build.data()
+            return data, experiment.weights.trained(data, str(network.path), disable_ema=False)
 
         data, diffusion = self._once("writer", network.version, read)
         return Writer(diffusion, data, experiment)
@@ -72,7 +71,7 @@ class Networks:
         experiment = self._experiment(classifier.networks[0], settings)
 
         def read() -> tuple[object, list[ClassModel]]:
-            data = experiment.data()
+            data = experiment.build.data()
             check_classes(data)
             names, there = data.label_names, classifier.networks
             if there[0].conditional:
@@ -80,7 +79,7 @@ class Networks:
             if len(there) != len(names):
                 raise ValueError(f"{classifier.folder} has models of {len(there)} of the {len(names)} classes of data="
                                  f"{data.name}; train the others (python main.py mode=classify ...)")  # fmt: skip
-            paths = [experiment.model_path(label) for label in range(len(names))]
+            paths = [experiment.runs.model_path(label) for label in range(len(names))]
             return data, one_per_class(experiment, list(map(str, paths)), disable_ema=False)
 
         version = " ".join(network.version for network in classifier.networks)
@@ -95,9 +94,7 @@ class Networks:
         with self._composing:  # Hydra composes one configuration at a time
             words = [*network.words, *(f"{key}={quoted(key, value)}" for key, value in asked.items()), *self._extra]
             configuration = compose_config(words)
-        check_numbers(configuration)
-        refuse_contradictions(configuration)
-        return Experiment(configuration, "python -m app")
+        return checked(configuration, "python -m app", words)
 
     def _once(self, kind: str, version: str, read: Callable[[], tuple[object, object]]) -> tuple[object, object]:
         if self._kept.get(kind, ("",))[0] != version:

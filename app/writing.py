@@ -19,7 +19,7 @@ from palimpsest.report.history import Recorder, samples_of
 from palimpsest.report.live import Standing, live_texts
 from palimpsest.report.watching import described
 from palimpsest.samplers.trace import Trace
-from palimpsest.settings.command_line import CONFIGS
+from palimpsest.settings.declared import CONFIGS
 
 MOST_TEXTS = 16
 _PICTURE_SECONDS = 0.05
@@ -76,7 +76,11 @@ def write(networks: Networks, network: Network, wish: Wish, show: Callable[..., 
     with warnings() as heard:
         given = Template.of(wish.text)
         writer = networks.writer(network, {**wish.settings, "sampling.num_samples": wish.num_texts})
-        diffusion, data, drawing = writer.diffusion, writer.data, writer.experiment.drawing
+        diffusion, data, drawing = (
+            writer.diffusion,
+            writer.data,
+            writer.experiment.build.drawing(writer.diffusion.provenance.length),
+        )
         given = replace(drawing.given, prefix=given.prefix, template=given.template)
         drawing = replace(drawing, given=given)
         number = wish.num_texts  # a single batch: only the first is watched

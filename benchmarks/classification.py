@@ -22,7 +22,7 @@ from palimpsest.classification.measures import measure
 from palimpsest.classification.models import class_models
 from palimpsest.classification.scoring import ClassScores, Race, score_classes
 from palimpsest.estimators.nelbo import Nelbo
-from palimpsest.main import Experiment
+from palimpsest.experiment.experiment import Experiment
 from palimpsest.objectives.noising import Bernoulli, ExactCount
 from palimpsest.settings.command_line import compose_config
 
@@ -57,7 +57,7 @@ def main() -> None:
     args = parser.parse_args()
     cfg = compose_config([*args.overrides, f"data.max_test_texts={args.texts}"])
     experiment = Experiment(cfg, " ".join(sys.argv))
-    data = experiment.data()
+    data = experiment.build.data()
     models = class_models(experiment, data, cfg.eval.checkpoint_path, cfg.eval.disable_ema)
     log_prior_C = np.full(len(data.label_names), -np.log(len(data.label_names)))
     studies = [

@@ -19,17 +19,15 @@ import time
 from types import SimpleNamespace
 
 from palimpsest.data.user_files import UserFiles
-from palimpsest.dataloader import Loading, TextData
+from palimpsest.dataloader import Batches, Loading, TextData, Texts
 
 
 def build(args: argparse.Namespace, workers: int, streaming: bool, step: int = 0) -> TextData:
     source = UserFiles(args.path, validation_path=args.path, test_path=args.path)
-    data = TextData(
-        source, length=args.length, tokenizer_name_or_path=args.tokenizer, streaming=streaming,
-        loading=Loading(workers),
-        max_train_texts=None if streaming else args.texts, global_batch_size=args.batch, max_steps=10**6,
-        cache_dir=args.cache, seed=1,
-    )  # fmt: skip
+    limit = None if streaming else args.texts
+    texts = Texts(args.length, args.tokenizer, streaming=streaming, max_train_texts=limit, cache_dir=args.cache)
+    batches = Batches(global_batch_size=args.batch, max_steps=10**6, seed=1, loading=Loading(workers))
+    data = TextData(source, texts, batches)
     data.trainer = SimpleNamespace(global_rank=0, world_size=1, max_steps=10**6, global_step=step, num_devices=1)
     return data
 

@@ -26,10 +26,10 @@ from palimpsest.data.unigram import token_counts
 from palimpsest.evaluation.drawing import draw
 from palimpsest.evaluation.generative_perplexity import CausalScorer
 from palimpsest.evaluation.sample_quality import measure, real_texts
-from palimpsest.main import Experiment
+from palimpsest.experiment.experiment import Experiment
+from palimpsest.experiment.running import checked
 from palimpsest.settings.command_line import compose_config
-from palimpsest.settings.contradictions import law, refuse_contradictions
-from palimpsest.settings.values import check_numbers
+from palimpsest.settings.instantiation import made_class
 
 UNMASK = {
     "random": "sampling.order=random",
@@ -76,14 +76,13 @@ class Table:
     def __init__(self, args: argparse.Namespace) -> None:
         self.overrides, self.folder, self.texts, self.show = args.overrides, args.output, args.texts, args.show
         self.experiment = self._experiment([])
-        self.data = self.experiment.data()
-        self.network = self.experiment.trained(self.data, args.checkpoint, disable_ema=False)
+        self.data = self.experiment.build.data()
+        self.network = self.experiment.weights.trained(self.data, args.checkpoint, disable_ema=False)
         self.scorer = self._scorer(args.scorer)
 
     def _experiment(self, how: list[str]) -> Experiment:
         cfg = compose_config([*self.overrides, *how])
-        check_numbers(cfg)
-        refuse_contradictions(cfg)
+        checked(cfg, "a benchmark")
         return Experiment(cfg, "benchmarks/decoders.py")
 
     def _scorer(self, name: str | None) -> CausalScorer | KneserNey:
@@ -156,7 +155,7 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     table, rows = Table(args), []
     cfg = table.experiment.cfg
-    blocks = law(cfg) == "bd3lm" and cfg.block_size != cfg.model.length
+    blocks = made_class(cfg.parameterization).name == "bd3lm" and cfg.block_size != cfg.model.length
     wanted = {name: how for name, how in decoders(blocks, [int(n) for n in args.steps.split(",")]).items()
               if args.only in name}  # fmt: skip
     print(f"{'':46} {'perplexity':19} {'entropy, nats':19} {'distinct-1':19} {'distinct-2':19} {'distinct-3':19}")

@@ -24,8 +24,8 @@ import lightning
 import numpy as np
 import torch
 
-from palimpsest import main
 from palimpsest.common.randomness import training_noise
+from palimpsest.experiment.experiment import Experiment
 from palimpsest.settings.command_line import compose_config
 from palimpsest.training.callbacks.hardware import synchronize
 
@@ -55,10 +55,10 @@ class TakingTurns(lightning.Callback):
         self.bare_ms.append([1e3 * (b - a) for a, b in zip(start, self._end, strict=True)])
 
 
-def bare_steps(experiment: main.Experiment, device: torch.device) -> Iterator[None]:
+def bare_steps(experiment: Experiment, device: torch.device) -> Iterator[None]:
     """The same training by hand."""
-    data = experiment.data()
-    model = experiment.diffusion(data).train().to(device)
+    data = experiment.build.data()
+    model = experiment.build.diffusion(data).train().to(device)
     optimizer = model.build_optimizer(model.backbone)
     scheduler = model.build_lr_scheduler(optimizer)
     clip, size = experiment.cfg.trainer.gradient_clip_val, experiment.cfg.loader.global_batch_size
@@ -88,10 +88,14 @@ def run() -> None:
     with tempfile.TemporaryDirectory() as folder:
         places = [f"checkpointing.save_dir={folder}/run", f"data.cache_dir={folder}/data"]
         cfg = compose_config([*SIZE, *overrides, *places, f"trainer.max_steps={steps}", "trainer.limit_val_batches=0"])
-        by_hand, experiment = main.Experiment(cfg, "benchmark"), main.Experiment(cfg, "benchmark")
-        clock, trainer, data = TakingTurns(bare_steps(by_hand, device)), experiment.trainer("train"), experiment.data()
+        by_hand, experiment = Experiment(cfg, "benchmark"), Experiment(cfg, "benchmark")
+        clock, trainer, data = (
+            TakingTurns(bare_steps(by_hand, device)),
+            experiment.trainer("train"),
+            experiment.build.data(),
+        )
         trainer.callbacks.append(clock)
-        trainer.fit(experiment.diffusion(data), datamodule=data)
+        trainer.fit(experiment.build.diffusion(data), datamodule=data)
     engine_ms, bare_ms = (np.array(times) for times in (clock.engine_ms, clock.bare_ms[1:]))
     quartiles = lambda values: np.quantile(values, [0.25, 0.5, 0.75]).round(4).tolist()  # noqa: E731
     ratio = lambda of, a, b: round(float(of(a) / of(b)), 4)  # noqa: E731

@@ -18,7 +18,7 @@ from benchmarks.objectives import COMMON
 from palimpsest.estimators.any_order import AnyOrder
 from palimpsest.estimators.nelbo import Nelbo
 from palimpsest.estimators.ordered import Ordered
-from palimpsest.main import Experiment
+from palimpsest.experiment.experiment import Experiment
 from palimpsest.objectives.base import Batch, Model
 from palimpsest.objectives.noising import Bernoulli, Complementary, ExactCount
 from palimpsest.samplers.ordered import ORDERS
@@ -62,8 +62,8 @@ def main() -> None:
     parser.add_argument("--orders", type=int, default=4)
     args = parser.parse_args()
     experiment = Experiment(compose_config(COMMON), "benchmarks/estimators.py")
-    data = experiment.data()
-    model = experiment.trained(data, args.checkpoint, disable_ema=False).model
+    data = experiment.build.data()
+    model = experiment.weights.trained(data, args.checkpoint, disable_ema=False).model
     rows = torch.linspace(0, len(data.split("validation")) - 1, args.texts).long().tolist()
     batch = data.collate(data.split("validation")[rows])
     table, start = {}, time.perf_counter()

@@ -35,12 +35,12 @@ from pathlib import Path
 
 import torch
 
-from palimpsest import main
 from palimpsest.common.files import Seal, check_seal
+from palimpsest.experiment.experiment import Experiment
+from palimpsest.experiment.fitting import fit
 from palimpsest.models.checkpoints import load_inert, read_progress
 from palimpsest.settings.command_line import compose_config
 from palimpsest.training.callbacks.best import LastCheckpoint
-from palimpsest.training.fitting import fit
 
 STEPS, KEEP, MILESTONE = 24, 2, 7
 OVERRIDES = ["model.hidden_size=16", "model.cond_dim=8", "model.n_blocks=1", "model.n_heads=2", "model.dropout=0.2",
@@ -119,7 +119,7 @@ def start(folder: Path, every: int, *more: str, prepare: Callable[[], None] = la
             prepare()
 
         LastCheckpoint.on_train_start = said
-        fit(main.Experiment(cfg, "faults"), 0)
+        fit(Experiment(cfg, "faults"), 0)
         status = 0
     except BaseException:
         traceback.print_exc()

@@ -14,7 +14,7 @@ import json
 import time
 from pathlib import Path
 
-from palimpsest.main import run
+from palimpsest.experiment.running import run
 from palimpsest.settings.command_line import compose_config
 
 

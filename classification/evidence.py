@@ -15,6 +15,7 @@ from palimpsest.classification.models import ClassModel
 from palimpsest.classification.scoring import Race
 from palimpsest.classification.verdicts import Verdicts
 from palimpsest.common.randomness import evaluation_noise
+from palimpsest.dataloader import TextData
 from palimpsest.estimators.base import Estimator
 from palimpsest.estimators.nelbo import comparison_noising
 from palimpsest.objectives.noising import Noising
@@ -61,7 +62,7 @@ def explain(
 
 @torch.inference_mode()
 def token_evidence(
-    models: Sequence[ClassModel], data: object, split: str, draws: Mapping[int, int], of: int,
+    models: Sequence[ClassModel], data: TextData, split: str, draws: Mapping[int, int], of: int,
     noising: Noising | None, seed: int,
 ) -> list[np.ndarray]:  # fmt: skip
     """Return the nats of each token in -log p(row | class), float64 (C, L) for each row.

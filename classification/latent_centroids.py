@@ -11,16 +11,18 @@ import numpy as np
 
 from palimpsest.classification.models import ClassModel
 from palimpsest.classification.scoring import ClassScores
+from palimpsest.dataloader import TextData
 from palimpsest.evaluation.centroids import fit_centroids
 from palimpsest.evaluation.directions import choose, latents_of
 from palimpsest.evaluation.drawing import Setting
 from palimpsest.evaluation.editing import labelled_latents
+from palimpsest.evaluation.experiment import Experiment
 from palimpsest.evaluation.latent_measures import flat
 from palimpsest.samplers.gaussian import LatentSteps
 
 
 def nearest_centroid(
-    experiment: object, models: Sequence[ClassModel], data: object, split: str, scores: ClassScores,
+    experiment: Experiment, models: Sequence[ClassModel], data: TextData, split: str, scores: ClassScores,
     log_prior_C: np.ndarray, how: LatentSteps,
 ) -> tuple[np.ndarray, float]:  # fmt: skip
     """Return p(class | text) (M, C) by latents that networks draw for the texts, and the network evaluations per text.
@@ -32,7 +34,7 @@ def nearest_centroid(
     table = data.split(split)
     chosen = choose(data, split, len(table), experiment.seed, networks[0].objective.process.blank_id)
     trainer, every_R = experiment.trainer("latents of texts"), np.arange(len(table))
-    settings = [Setting(trainer, network, data, experiment.drawing, experiment.seed) for network in networks]
+    settings = [Setting(trainer, network, data, experiment.build.drawing(), experiment.seed) for network in networks]
     drawn = [latents_of(setting, chosen.rows, chosen.blanks, chosen.names_M, every_R, how) for setting in settings]
     latent_RF = flat(np.mean(drawn, axis=0))
     row_M = np.searchsorted(scores.text_id_M, np.asarray(table["text_id"]))

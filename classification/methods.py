@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 
@@ -19,6 +20,9 @@ from palimpsest.classification.measures import Measures, measure
 from palimpsest.classification.models import ClassModel
 from palimpsest.classification.predictions import predictions_file
 from palimpsest.classification.scoring import ClassScores
+from palimpsest.common.values import PATH, list_of
+from palimpsest.dataloader import TextData
+from palimpsest.evaluation.experiment import Experiment
 from palimpsest.samplers.gaussian import LatentSteps
 
 _NAMES = {"temperature": "this model, temperature fitted", "rates": "this model, mask rates weighted"}
@@ -33,7 +37,7 @@ class Beside:
 
     calibrate: bool = False
     baselines: bool = True
-    compare: tuple[str, ...] = ()
+    compare: Annotated[Sequence[str], list_of(PATH, 0, "[outputs/.../classify/test]")] = ()
     latent: LatentSteps = LatentSteps()
 
     def files(self, split: str) -> dict[str, Path]:
@@ -87,7 +91,7 @@ def calibrated(fitted: Mapping[str, object], scores: ClassScores, log_prior_C: n
 
 
 def compared(
-    experiment: object, models: Sequence[ClassModel], data: object, split: str, scores: ClassScores,
+    experiment: Experiment, models: Sequence[ClassModel], data: TextData, split: str, scores: ClassScores,
     posteriors: Mapping[str, np.ndarray], others: Mapping[str, np.ndarray], beside: Beside, log_prior_C: np.ndarray,
 ) -> list[Method]:  # fmt: skip
     """Measure the methods that stand beside the plain rule, on the same texts.
@@ -110,13 +114,13 @@ def compared(
         if data.latents is not None:
             found = nearest_centroid(experiment, models, data, split, scores, log_prior_C, beside.latent)
             add("nearest class centroid of the text's latent", *found)
-    if experiment.truth is not None:
+    if experiment.build.truth is not None:
         text = _text_of_id(data, split)
-        add("Bayes-optimal", experiment.truth.posterior([text[i] for i in scores.text_id_M.tolist()]))
+        add("Bayes-optimal", experiment.build.truth.posterior([text[i] for i in scores.text_id_M.tolist()]))
     return methods
 
 
-def _texts(data: object, split: str) -> Labelled:
+def _texts(data: TextData, split: str) -> Labelled:
     """Return a split's texts in order of their ids, each with the tokens of all its windows."""
     rows, text = data.split(split).with_format("numpy")[:], _text_of_id(data, split)
     order_R = np.lexsort((rows["sample_id"], rows["text_id"]))
@@ -126,6 +130,6 @@ def _texts(data: object, split: str) -> Labelled:
     return Labelled([text[i] for i in text_id_M.tolist()], joined, rows["label"][order_R][first_M])
 
 
-def _text_of_id(data: object, split: str) -> dict[int, str]:
+def _text_of_id(data: TextData, split: str) -> dict[int, str]:
     columns = data.texts(split)[:]
     return dict(zip(columns["text_id"], columns["text"], strict=True))

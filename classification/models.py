@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
+from palimpsest.dataloader import TextData
 from palimpsest.diffusion import Diffusion
+from palimpsest.evaluation.experiment import Experiment
 from palimpsest.objectives.base import Batch, latent_hidden
-from palimpsest.training.fitting import fit
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,13 @@ class ClassModel:
         return {**batch, "class_id": torch.full_like(batch["input_ids"][:, 0], self.class_id)}
 
 
-def labelled_data(experiment: object, split: str) -> object:
+def labelled_data(experiment: Experiment, split: str) -> TextData:
     """Return the data, with every split that will be read already read.
 
     Raises:
         ValueError: there is no such split, or a class without texts.
     """
-    data = experiment.data()
+    data = experiment.build.data()
     check_classes(data)
     if split not in data.splits:
         raise ValueError(f"classify.split={split} is none of the splits of data={data.name}: {', '.join(data.splits)}")
@@ -45,11 +46,11 @@ def labelled_data(experiment: object, split: str) -> object:
         data.split(name)
     for label in range(len(data.label_names)):
         for name in ("train", "validation"):
-            experiment.data(label).texts(name)  # refuses a class without texts
+            experiment.build.data(label).texts(name)  # refuses a class without texts
     return data
 
 
-def check_classes(data: object) -> None:
+def check_classes(data: TextData) -> None:
     """Raise ValueError for data whose texts cannot be classified."""
     if data.label_names is None or len(data.label_names) < 2:
         raise ValueError(f"mode=classify needs labelled data with two classes or more; data={data.name} has none")
@@ -59,7 +60,7 @@ def check_classes(data: object) -> None:
         raise ValueError("mode=classify needs one text per row (or window): set data.wrap=false")
 
 
-def class_models(experiment: object, data: object, checkpoint_path: str, disable_ema: bool) -> list[ClassModel]:
+def class_models(experiment: Experiment, data: TextData, checkpoint_path: str, disable_ema: bool) -> list[ClassModel]:
     """Return the models of the classes, in their order, trained and ready to measure.
 
     data: all classes. checkpoint_path: files with {label} for the number of the class (one file for a conditional
@@ -69,22 +70,22 @@ def class_models(experiment: object, data: object, checkpoint_path: str, disable
         ValueError: `checkpoint_path` is one file where there are models per class, or {label} where there is one.
     """
     classes = range(len(data.label_names))
-    if checkpoint_path and experiment.conditional == ("{label}" in checkpoint_path):
-        raise ValueError(_wrong_number(checkpoint_path, experiment.conditional, len(classes)))
-    if experiment.conditional:
-        return told_the_class(experiment, data, checkpoint_path or str(fit(experiment)), disable_ema)
-    return one_per_class(experiment, [checkpoint_path or str(fit(experiment, label)) for label in classes], disable_ema)
+    if checkpoint_path and experiment.build.choices.conditional == ("{label}" in checkpoint_path):
+        raise ValueError(_wrong_number(checkpoint_path, experiment.build.choices.conditional, len(classes)))
+    if experiment.build.choices.conditional:
+        return told_the_class(experiment, data, checkpoint_path or str(experiment.fit()), disable_ema)
+    return one_per_class(experiment, [checkpoint_path or str(experiment.fit(label)) for label in classes], disable_ema)
 
 
-def one_per_class(experiment: object, paths: Sequence[str], disable_ema: bool) -> list[ClassModel]:
+def one_per_class(experiment: Experiment, paths: Sequence[str], disable_ema: bool) -> list[ClassModel]:
     """Return the model of each class, at `paths` in the order of the classes."""
-    return [ClassModel(experiment.trained(experiment.data(label), path, disable_ema))
+    return [ClassModel(experiment.weights.trained(experiment.build.data(label), path, disable_ema))
             for label, path in enumerate(paths)]  # fmt: skip
 
 
-def told_the_class(experiment: object, data: object, path: str, disable_ema: bool) -> list[ClassModel]:
+def told_the_class(experiment: Experiment, data: TextData, path: str, disable_ema: bool) -> list[ClassModel]:
     """Return the one model at `path` as that of each class, on which it is conditioned."""
-    diffusion = experiment.trained(data, path, disable_ema)
+    diffusion = experiment.weights.trained(data, path, disable_ema)
     return [ClassModel(diffusion, label) for label in range(len(data.label_names))]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import lightning
 import numpy as np
@@ -19,6 +20,8 @@ from palimpsest.classification.bayes import averaged_posterior
 from palimpsest.classification.models import ClassModel
 from palimpsest.classification.sequential_test import still_racing
 from palimpsest.common.randomness import hash_seed
+from palimpsest.common.values import Count, real
+from palimpsest.dataloader import TextData
 from palimpsest.estimators.base import Estimator
 from palimpsest.estimators.nelbo import for_comparison
 from palimpsest.evaluation.devices import map_over_devices
@@ -35,9 +38,9 @@ class Race:
     certain at `confidence` (1: never). masks: "common" to the classes, or "independent" ones for each, which is worse
     and there to be compared."""
 
-    num_draws: int
-    confidence: float = 1.0
-    masks: str = "common"
+    num_draws: Count
+    confidence: Annotated[float, real("(0.5, 1]")] = 1.0
+    masks: Literal["common", "independent"] = "common"
 
     def __post_init__(self) -> None:
         if self.num_draws < 1:
@@ -144,7 +147,7 @@ class ClassScores:
 
 
 def score_classes(
-    trainer: Callable[[str], lightning.Trainer], models: Sequence[ClassModel], data: object, split: str,
+    trainer: Callable[[str], lightning.Trainer], models: Sequence[ClassModel], data: TextData, split: str,
     estimator: Estimator, race: Race, seed: int, log_prior_C: np.ndarray,
     watch: Callable[[ClassScores], None] | None = None,
 ) -> ClassScores:  # fmt: skip

@@ -17,6 +17,8 @@ from palimpsest.classification.models import ClassModel
 from palimpsest.classification.predictions import read_posterior, write_predictions
 from palimpsest.classification.scoring import ClassScores, Race, score_classes
 from palimpsest.common.metrics import Estimate, ratios_by_rate
+from palimpsest.dataloader import TextData
+from palimpsest.evaluation.experiment import Experiment
 from palimpsest.evaluation.likelihood import Likelihood, likelihood, score
 
 
@@ -28,7 +30,7 @@ class Verdicts:
     without a class, where the network can be asked for it. fitted: what calibration found, by name.
     """
 
-    data: object
+    data: TextData
     split: str
     scores: ClassScores
     log_prior_C: np.ndarray
@@ -91,9 +93,16 @@ class Verdicts:
 
 
 def find_verdicts(
-    experiment: object, models: Sequence[ClassModel], data: object, split: str, race: Race, log_prior_C: np.ndarray,
-    beside: Beside, others: Mapping[str, Path], folder: Path,
-) -> Verdicts:  # fmt: skip
+    experiment: Experiment,
+    models: Sequence[ClassModel],
+    data: TextData,
+    split: str,
+    race: Race,
+    log_prior_C: np.ndarray,
+    beside: Beside,
+    others: Mapping[str, Path],
+    folder: Path,
+) -> Verdicts:
     """Score `split` under every class with the same masks, apply Bayes' rule, and hold it against other methods.
 
     Writes predictions.parquet into `folder` as soon as the verdicts are there. others: files with the predictions
@@ -101,7 +110,7 @@ def find_verdicts(
     """
 
     def scored(name: str) -> ClassScores:
-        return score_classes(experiment.trainer, models, data, name, experiment.estimator, race, experiment.seed,
+        return score_classes(experiment.trainer, models, data, name, experiment.build.estimator, race, experiment.seed,
                              log_prior_C)  # fmt: skip
 
     scores = scored(split)
@@ -117,16 +126,16 @@ def find_verdicts(
     return Verdicts(data, split, scores, log_prior_C, plain, methods, own, unconditional, fitted)
 
 
-def _own(experiment: object, model: ClassModel, label: int | None) -> Likelihood:
+def _own(experiment: Experiment, model: ClassModel, label: int | None) -> Likelihood:
     """Measure the validation texts of a class under its own model (None: all texts, without conditioning)."""
-    data = experiment.data(label)
+    data = experiment.build.data(label)
     name = "all texts" if label is None else data.label_names[label]
     trainer = experiment.trainer(f"validate {name}", label)
     measured = score(
-        trainer, model.diffusion, data.eval_dataloader("validation", trainer=trainer), experiment.estimator,
-        experiment.precision, experiment.seed, model.with_conditioning,
+        trainer, model.diffusion, data.eval_dataloader("validation", trainer=trainer), experiment.build.estimator,
+        experiment.build.precision, experiment.seed, model.with_conditioning,
     )  # fmt: skip
-    return likelihood(data, "validation", measured, experiment.truth)
+    return likelihood(data, "validation", measured, experiment.build.truth)
 
 
 def _measured(m: Measures) -> dict[str, object]:

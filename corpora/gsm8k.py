@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
+from typing import Literal
 
 import datasets
 
@@ -177,7 +178,7 @@ def plan(solution: str, kind: str = "operations") -> str:
     return " ; ".join(found) or "none"
 
 
-def judge_planned(completion: str, reference: str, kind: str = "operations") -> Verdict:
+def judge_planned(completion: str, reference: str, kind: Literal["operations", "operators"] = "operations") -> Verdict:
     """As `judge`, for problems with plans (see `Planned`), with findings: whether the plan is the reference's, whether
     its calculations are right (of plans of operations), and whether the execution carries them out, in their order."""
     found, wanted = written_plan(completion), written_plan(reference)
@@ -218,7 +219,7 @@ class Planned:
 
     label_names, prompted = None, True
 
-    def __init__(self, source: Source, plan: str = "operations") -> None:
+    def __init__(self, source: Source, plan: Literal["operations", "operators"] = "operations") -> None:
         if plan not in PLANS:
             raise ValueError(f"data.source.plan={plan} is unknown; choose one of: {', '.join(PLANS)}")
         self.source, self.plan = source, plan

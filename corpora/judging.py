@@ -1,4 +1,4 @@
-"""What a judge says of a completed text; data sets name theirs (data.judge), as corpora/gsm8k.py has one."""
+"""Verdicts on completed texts. A data set names its judge with data.judge; corpora/gsm8k.py has one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the grammar of the embedded corpus (corpora/reviews.py) drew for a text, read off the text again.
+"""Attributes of a review, such as its sentiment: the choices of the grammar (corpora/reviews.py), parsed from the text.
 
 A review has four sentences: an opening, a judgement on story and acting, one on music and look, a verdict. The
 grammar itself says which form and which polarity each has: the sentence is one that this form with this polarity can

@@ -16,10 +16,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
+import datasets
 import numpy as np
 
+from palimpsest.common.values import Count, Seed
 from palimpsest.corpora.grammar import Expression, FiniteStateGrammar, chain, weighted, words
+from palimpsest.data.rows import check_split, text_rows
 
 CLAUSE_TOKENS = 8
 MIN_TOKENS, MAX_TOKENS = 16, 64
@@ -272,3 +276,30 @@ def generate_split(split: str, num_texts_per_class: int, seed: int) -> dict[str,
     rows = [(text, label) for label in classes for text in grammar._sample(num_texts_per_class, label, seed, stream)]
     order = _generator(seed, stream, len(classes)).permutation(len(rows))
     return {"text": [rows[i][0] for i in order], "label": [rows[i][1] for i in order]}
+
+
+class GeneratedReviews:
+    """The embedded corpus as a source (data/sources.py): as many texts per class as asked, the two classes
+    shuffled together."""
+
+    splits = ("train", "validation", "test")
+    label_names = ReviewGrammar.label_names
+
+    def __init__(
+        self, num_train_per_class: Count, num_validation_per_class: Count, num_test_per_class: Count, seed: Seed = 0
+    ) -> None:
+        self.sizes = dict(
+            zip(self.splits, (num_train_per_class, num_validation_per_class, num_test_per_class), strict=True)
+        )
+        self.seed = seed
+
+    def load(self, split: str) -> datasets.Dataset:
+        """The split's rows. Raises ValueError for a split that does not exist."""
+        check_split(split, self.splits)
+        return _generated(split, self.sizes[split], self.seed)
+
+
+@lru_cache(maxsize=8)  # half a second for each of many readers
+def _generated(split: str, num_texts_per_class: int, seed: int) -> datasets.Dataset:
+    rows = generate_split(split, num_texts_per_class, seed)
+    return text_rows(rows["text"], rows["label"])

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import datasets
 
+from palimpsest.common.values import Length, PresentPath
 from palimpsest.data.hub import local_folder
 from palimpsest.data.rows import check_split, text_rows, with_documents
 from palimpsest.data.sources import Source
@@ -21,7 +22,13 @@ class Text8:
 
     label_names = None
 
-    def __init__(self, parts: Source, folder: str, chunk: int, sizes: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        parts: Source,
+        folder: PresentPath,
+        chunk: Length,
+        sizes: Mapping[str, int],
+    ) -> None:
         self.parts, self.folder, self.chunk, self.sizes = parts, folder, chunk, dict(sizes)
         self._drop_last = False
         if chunk < 1:

@@ -18,7 +18,7 @@ def _check_names(known: Iterable[str | None], train: str | None, valid: str | No
 
 
 def check_settings(data: object, names: Iterable[str | None], train: str | None, valid: str | None) -> None:
-    """Refuse what a TextData can not be, before anything is read. names, train, valid: of data sets.
+    """Refuse contradictory settings of texts before anything is read. names, train, valid: of data sets.
 
     Raises:
         ValueError: settings that contradict one another, or mean nothing.

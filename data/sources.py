@@ -21,14 +21,14 @@ import copy
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import datasets
 import pyarrow as pa
 
-from palimpsest.corpora import reviews
+from palimpsest.common.values import NAME, TEXT, BelowOne, Name, PresentPath, list_of
 from palimpsest.data.detokenizers import PUBLISHED, VERSION, detokenizer
 from palimpsest.data.files import Columns, kind_of, matching_files, read_files
 from palimpsest.data.hub import both_ways, local_folder, quick_when_offline
@@ -87,22 +87,22 @@ class HubOrFolder:
 
     def __init__(
         self,
-        hub_id: str,
-        folder: str,
+        hub_id: Name,
+        folder: PresentPath,
         files: Mapping[str, str],
         hub_splits: Mapping[str, str],
-        hub_config: str | None = None,
-        hub_revision: str | None = None,
-        text_columns: str | Sequence[str] = "text",
-        parts: Sequence[str] | None = None,
-        label_column: str | None = None,
-        label_names: Sequence[str] | None = None,
+        hub_config: Name | None = None,
+        hub_revision: Name | None = None,
+        text_columns: Name | Annotated[Sequence[str], list_of(NAME, 1, "[question,answer]")] = "text",
+        parts: Annotated[Sequence[str], list_of(TEXT, 1, "['{question}',' {answer}']")] | None = None,
+        label_column: Name | None = None,
+        label_names: Annotated[Sequence[str], list_of(NAME, 1, "[negative,positive]")] | None = None,
         drop_blank: bool = False,
-        detokenizer: str | None = None,
-        validation_share: float | None = None,
+        detokenizer: Name | None = None,
+        validation_share: BelowOne | None = None,
         shuffle: bool = False,
         seed: int = 0,
-        unlabelled: Sequence[str] = (),
+        unlabelled: Annotated[Sequence[str], list_of(NAME, 0, "[unsupervised]")] = (),
         document_start: str | None = "",
     ) -> None:
         self.document_start = document_start
@@ -326,7 +326,7 @@ class Combined:
 
     label_names = None
 
-    def __init__(self, sources: Mapping[str, Source], train: str, validation: str, test: str) -> None:
+    def __init__(self, sources: Mapping[str, Source], train: Name, validation: Name, test: Name) -> None:
         self.sources = dict(sources)
         self.choice = {"train": train, "validation": validation, "test": test}
         for split, name in self.choice.items():
@@ -376,36 +376,6 @@ class Combined:
         """The split, to be read piece by piece (HubOrFolder.open)."""
         check_split(split, self.splits)
         return self.sources[self.choice[split]].open(split)
-
-
-class GeneratedReviews:
-    """The embedded corpus (corpora/reviews.py): as many texts per class as asked, the two classes shuffled
-    together."""
-
-    splits = ("train", "validation", "test")
-    label_names = reviews.ReviewGrammar.label_names
-
-    def __init__(
-        self, num_train_per_class: int, num_validation_per_class: int, num_test_per_class: int, seed: int = 0
-    ) -> None:
-        self.sizes = dict(
-            zip(self.splits, (num_train_per_class, num_validation_per_class, num_test_per_class), strict=True)
-        )
-        self.seed = seed
-        for split, size in self.sizes.items():
-            if size < 1:
-                raise ValueError(f"data.source.num_{split}_per_class={size} must be at least 1")
-
-    def load(self, split: str) -> datasets.Dataset:
-        """The split's rows. Raises ValueError for a split that does not exist."""
-        check_split(split, self.splits)
-        return _generated(split, self.sizes[split], self.seed)
-
-
-@lru_cache(maxsize=8)  # half a second for each of many readers
-def _generated(split: str, num_texts_per_class: int, seed: int) -> datasets.Dataset:
-    rows = reviews.generate_split(split, num_texts_per_class, seed)
-    return text_rows(rows["text"], rows["label"])
 
 
 def _detokenized(batch: dict[str, list], *, name: str, version: int, column: str) -> dict[str, list]:

@@ -31,6 +31,7 @@ import pyarrow as pa
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from palimpsest.common.values import AtLeastOne
 from palimpsest.data.order import shuffled
 from palimpsest.data.packing import Figures, Packing, check_tokens, cut_chunks, pad_rows, tokenised
 from palimpsest.data.shards import Shards, SharedReading
@@ -53,9 +54,9 @@ class Order:
         ValueError: a number is below 1.
     """
 
-    lanes: int = 16
-    shuffle_buffer: int = 1000
-    sample_texts: int = 10000
+    lanes: AtLeastOne = 16
+    shuffle_buffer: AtLeastOne = 1000
+    sample_texts: AtLeastOne = 10000
 
     def __post_init__(self) -> None:
         for key, value in asdict(self).items():

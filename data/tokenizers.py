@@ -514,3 +514,14 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, run: list[int], anchor: list[int
     if waiting:
         pieces[-1] = _continued(tokenizer, context, waiting)
     return pieces
+
+
+def of_record(record: Mapping[str, object]) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer that a checkpoint carries (training/record.py); None where it carries its tokens only."""
+    content = record.get("tokenizer.json")
+    if not isinstance(content, str):
+        return None
+    special = {str(role): str(token) for role, token in dict(record.get("special") or {}).items()}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(content), name_or_path=str(record.get("name_or_path")), **special
+    )

@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Annotated
 
 import datasets
 import numpy as np
 import pyarrow as pa
 
 from palimpsest.common.messages import listed
+from palimpsest.common.values import IF_SET, NAME, BelowOne, FilePath, Name, list_of
 from palimpsest.data.files import KINDS, NUMBER, Columns, class_names, kind_of, read_files, readable_files
 from palimpsest.data.rows import (
     as_labels,
@@ -41,15 +43,15 @@ class UserFiles:
 
     def __init__(
         self,
-        path: str | None,
-        text_column: str = "text",
-        label_column: str | None = None,
-        label_names: Sequence[str] | None = None,
-        prompt_column: str | None = None,
-        validation_path: str | None = None,
-        test_path: str | None = None,
-        validation_share: float = 0.05,
-        test_share: float = 0.05,
+        path: FilePath | None,
+        text_column: Name = "text",
+        label_column: Name | None = None,
+        label_names: Annotated[Sequence[str], list_of(NAME, 1, "[negative,positive]")] | None = None,
+        prompt_column: Annotated[Name, IF_SET] | None = None,
+        validation_path: FilePath | None = None,
+        test_path: FilePath | None = None,
+        validation_share: BelowOne = 0.05,
+        test_share: BelowOne = 0.05,
         seed: int = 0,
     ) -> None:
         if not path:

@@ -6,9 +6,12 @@ Shape suffixes: B batch, L length, N masked positions, V vocabulary, R rows eval
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
+from palimpsest.common.values import AtLeastOne
 from palimpsest.estimators.base import Measured, refuse_causal
 from palimpsest.objectives.base import Batch, Model, context, counted_mask, scored_mask, spread
 from palimpsest.samplers.base import row_chunks
@@ -25,7 +28,11 @@ class Ordered:
     in_parts = True
     kind = "exact likelihood of the ordered sampler (DUEL)"
 
-    def __init__(self, order: str = "margin", tokens_per_step: int = 1) -> None:
+    def __init__(
+        self,
+        order: Literal["left_to_right", "confidence", "margin", "entropy", "random"] = "margin",
+        tokens_per_step: AtLeastOne = 1,
+    ) -> None:
         check(order, tokens_per_step)
         self.order, self.tokens_per_step = order, tokens_per_step
 

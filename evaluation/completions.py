@@ -16,6 +16,7 @@ from palimpsest.common.randomness import KeyedNoise
 from palimpsest.corpora.judging import Judge, Verdict, same_text
 from palimpsest.data.rows import parts_of
 from palimpsest.data.tokenizers import decode, encode
+from palimpsest.dataloader import TextData
 from palimpsest.diffusion import Diffusion
 from palimpsest.evaluation.answers import Answers, check_shares, measure
 from palimpsest.evaluation.drawing import Drawn, Sampled, Setting
@@ -49,7 +50,7 @@ class Asked:
         """The folder of the results."""
         return self.split
 
-    def check(self, data: object, given: Template, perplexity: bool) -> None:
+    def check(self, data: TextData, given: Template, perplexity: bool) -> None:
         """Raise ValueError if something is asked for that means nothing for prompts."""
         if perplexity:
             raise ValueError("eval.compute_generative_perplexity=true measures free texts, and these answer prompts; "
@@ -105,7 +106,7 @@ class Completions(Sampled):
     beside: Beside
 
 
-def check_ends(diffusion: Diffusion, data: object) -> None:
+def check_ends(diffusion: Diffusion, data: TextData) -> None:
     """Raises ValueError where a model of masks was shown how long each text is, which no prompt can tell it."""
     if not diffusion.objective.causal and not data.fill:
         raise ValueError(
@@ -154,7 +155,7 @@ class Beside:
     constant_answer: str | None
 
 
-def _beside(data: object, judge: Judge, done: Sequence[Completed]) -> Beside:
+def _beside(data: TextData, judge: Judge, done: Sequence[Completed]) -> Beside:
     checks = check_shares([judge(c.reference, c.reference).checks for c in done])[1]
     if "train" not in data.splits:
         return Beside(checks, None, None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -15,9 +16,12 @@ from torch import Tensor
 
 from palimpsest.common.metrics import mean
 from palimpsest.common.randomness import KeyedNoise
+from palimpsest.common.values import COUNT, Count, Name, Natural, Share, real, whole
+from palimpsest.dataloader import TextData
 from palimpsest.denoisers import Denoiser
 from palimpsest.evaluation.drawing import Drawn, Sampled, Setting
 from palimpsest.evaluation.latent_measures import Agreement, Reader, agreement, bleu, partners, token_f1
+from palimpsest.evaluation.likelihood import GroundTruth
 from palimpsest.evaluation.sample_quality import Comparison, compare, real_texts
 from palimpsest.evaluation.sampling_inputs import masked_row, padded, rows_to_fill
 from palimpsest.samplers import gaussian, joint
@@ -41,12 +45,12 @@ class EditRules:
         ValueError: a target that is unknown, a way that has no steps, a share outside [0, 1].
     """
 
-    positions: str = "random"
-    rate: float = 0.3
-    target: str = "shift"
-    alpha: float = 1.0
-    to_class: int | str | None = None
-    path: int = 5
+    positions: Literal["random", "entropy", "suffix", "contrast"] = "random"
+    rate: Share = 0.3
+    target: Literal["shift", "centroid", "neighbour", "slerp"] = "shift"
+    alpha: Annotated[float, real("(-inf, inf)")] = 1.0
+    to_class: Natural | Name | None = None
+    path: Annotated[int, whole(2, COUNT)] = 5
 
     TARGETS = ("centroid", "shift", "neighbour", "slerp")
 
@@ -68,10 +72,10 @@ class Directed:
         ValueError: a direction or an order that is unknown, or guidance where nothing is given.
     """
 
-    direction: str | None = None
-    joint_order: str = "simultaneous"
+    direction: Literal["joint", "l2t", "t2l", "edit"] | None = None
+    joint_order: Literal["simultaneous", "latent_first"] = "simultaneous"
     latent: LatentSteps = LatentSteps()
-    steps: int = 128
+    steps: Count = 128
     choice: TokenChoice = TokenChoice()
     noise_removal: bool = True
     edit: EditRules = field(default_factory=EditRules)
@@ -99,7 +103,7 @@ class Chosen:
     label_M: np.ndarray | None
 
 
-def choose(data: object, split: str, number: int, seed: int, blank_id: int, unlike: int | None = None) -> Chosen:
+def choose(data: TextData, split: str, number: int, seed: int, blank_id: int, unlike: int | None = None) -> Chosen:
     """`number` rows of a split (all, if it has fewer), a random choice that depends on the seed alone; none of class
     `unlike`."""
     table = data.split(split)
@@ -125,7 +129,7 @@ class DirectedSetting(Setting):
     directed: Directed = Directed()
     split: str = ""
     number: int = 0
-    truth: object | None = None
+    truth: GroundTruth | None = None
 
     def chosen(self, unlike: int | None = None) -> Chosen:
         """Return the rows that are looked at, none of class `unlike`."""
@@ -177,7 +181,7 @@ class Direction:
     directed: Directed
     split: str | None
     number: int
-    truth: object | None
+    truth: GroundTruth | None
     find: Callable[[DirectedSetting], Outcome]
 
     def __post_init__(self) -> None:
@@ -281,7 +285,7 @@ def latents_of(
     return np.stack(setting.in_batches(draw_from, len(names_M)))
 
 
-def _moments(data: object, latent_MKD: np.ndarray) -> dict[str, float]:
+def _moments(data: TextData, latent_MKD: np.ndarray) -> dict[str, float]:
     norm_M = np.linalg.norm(data.latents.restore(latent_MKD).reshape(len(latent_MKD), -1), axis=1)
     return {"mean": float(latent_MKD.mean()), "standard deviation": float(latent_MKD.std(axis=0).mean()),
             "norm": float(norm_M.mean()), "spread of norms": float(norm_M.std())}  # fmt: skip

@@ -14,9 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
 
 from palimpsest.common.randomness import KeyedNoise
 from palimpsest.data.tokenizers import decode, encode
+from palimpsest.dataloader import TextData
 from palimpsest.diffusion import Diffusion
 from palimpsest.evaluation.devices import gather
 from palimpsest.evaluation.sampling_inputs import Template, padded, rows_to_fill
@@ -37,7 +39,7 @@ class Drawn:
     evaluations: int
 
 
-def decoded(drawn: Drawn, given: Template, tokenizer: object) -> str:
+def decoded(drawn: Drawn, given: Template, tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the text of `drawn` without special tokens.
 
     A given prefix stands letter by letter as it was typed, also if the tokenizer does not keep it so (capitals, spaces,
@@ -80,7 +82,7 @@ class Setting:
 
     trainer: lightning.Trainer | None
     diffusion: Diffusion
-    data: object
+    data: TextData
     drawing: Drawing
     seed: int
     watch: Watcher | None = None
@@ -187,7 +189,7 @@ class Sampled:
 
 
 def draw(
-    diffusion: Diffusion, data: object, drawing: Drawing, num_samples: int, batch_size: int, seed: int,
+    diffusion: Diffusion, data: TextData, drawing: Drawing, num_samples: int, batch_size: int, seed: int,
     class_id: int | None = None, watch: Watcher | None = None,
 ) -> list[Drawn]:  # fmt: skip
     """Draw `num_samples` texts. The i-th depends on (seed, i) and on the weights, not on the batch it is drawn in.

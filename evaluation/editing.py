@@ -16,6 +16,7 @@ from torch import Tensor
 from palimpsest.common.metrics import Estimate, Share, mean, share
 from palimpsest.common.randomness import KeyedNoise
 from palimpsest.data.passages import special_ids
+from palimpsest.dataloader import TextData
 from palimpsest.denoisers import Barred
 from palimpsest.evaluation.centroids import Centroids, Nearest, fit_centroids, slerp
 from palimpsest.evaluation.directions import (
@@ -37,7 +38,7 @@ _CHUNK = 4096
 _WAY_TEXTS = 64  # SSS and MTS look at so many texts, each at every point of its way
 
 
-def labelled_latents(data: object) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def labelled_latents(data: TextData) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Latents of the train split with their labels, some at a time: ((N, K, D), (N,))."""
     latents, label_M = data.latents.of("train"), np.asarray(data.split("train")["label"])
     for start in range(0, len(label_M), _CHUNK):
@@ -46,7 +47,7 @@ def labelled_latents(data: object) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 def new_latents(
-    rules: EditRules, source_MKD: np.ndarray, label_M: np.ndarray, wanted_M: np.ndarray, data: object
+    rules: EditRules, source_MKD: np.ndarray, label_M: np.ndarray, wanted_M: np.ndarray, data: TextData
 ) -> np.ndarray:
     """(M, K, D) float32: the latent that each text is to get, found among the encoder's own vectors. Standardised ones
     have no mean: a centroid of them that is rescaled to their length would be nothing but what sets its class apart,

@@ -9,6 +9,7 @@ import numpy as np
 from palimpsest.evaluation.drawing import Sampled, Setting, decoded
 from palimpsest.evaluation.generative_perplexity import CausalScorer
 from palimpsest.evaluation.guidance import class_shares
+from palimpsest.evaluation.likelihood import GroundTruth
 from palimpsest.evaluation.sample_quality import Comparison, compare, real_texts
 from palimpsest.evaluation.sampling_inputs import rows_to_fill
 
@@ -32,7 +33,7 @@ class WriteFreely:
     number: int
     split: str | None
     scorer: CausalScorer | None
-    truth: object | None
+    truth: GroundTruth | None
     class_id: int | None
     folder = ""
 

@@ -5,15 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
 
+from palimpsest.common.values import Name, Natural, NotNegative
 from palimpsest.data.unigram import token_counts
+from palimpsest.dataloader import TextData
 from palimpsest.denoisers import ClassGuided, ClassifierGuided, Denoiser
 from palimpsest.diffusion import Diffusion
 from palimpsest.evaluation.drawing import Drawing
 from palimpsest.evaluation.editing import class_number
+from palimpsest.evaluation.likelihood import GroundTruth
 from palimpsest.samplers.trace import Trace
 
 BY = ("network", "unigrams")
@@ -33,9 +37,9 @@ class Guidance:
         ValueError: the weight is negative or infinite, or `by` is unknown.
     """
 
-    to_class: int | str | None = None
-    weight: float = 1.0
-    by: str = "network"
+    to_class: Natural | Name | None = None
+    weight: NotNegative = 1.0
+    by: Literal["network", "unigrams"] = "network"
 
     def __post_init__(self) -> None:
         if not 0 <= self.weight < math.inf:
@@ -43,7 +47,7 @@ class Guidance:
         if self.by not in BY:
             raise ValueError(f"sampling.guidance_by={self.by} is unknown; choose one of: {', '.join(BY)}")
 
-    def number(self, data: object) -> int | None:
+    def number(self, data: TextData) -> int | None:
         """Return the number of the class in `data`, or None.
 
         Raises:
@@ -53,7 +57,7 @@ class Guidance:
             raise ValueError(f"classify.class={self.to_class}: the texts of data={data.name} have no classes")
         return class_number(self.to_class, data.label_names or (), "classify.class")
 
-    def of(self, drawing: Drawing, diffusion: Diffusion, data: object) -> Drawing:
+    def of(self, drawing: Drawing, diffusion: Diffusion, data: TextData) -> Drawing:
         """Return `drawing` with guidance; `data` has the texts of all classes.
 
         Raises:
@@ -79,7 +83,7 @@ class Guidance:
     def _by_network(self, number: int) -> Callable[[Denoiser], Denoiser]:
         return lambda model: ClassGuided(model, number, self.weight)
 
-    def _by_unigrams(self, number: int, data: object, diffusion: Diffusion) -> Callable[[Denoiser], Denoiser]:
+    def _by_unigrams(self, number: int, data: TextData, diffusion: Diffusion) -> Callable[[Denoiser], Denoiser]:
         counts_CV = token_counts(data, diffusion.objective.causal, by_class=True) + 1.0
         log_p_CV = torch.from_numpy(np.log(counts_CV / counts_CV.sum(1, keepdims=True))).to(diffusion.device)
         log_p_CV = log_p_CV[:, : diffusion.objective.process.vocab_size]
@@ -87,7 +91,7 @@ class Guidance:
         return lambda model: ClassifierGuided(model, number, self.weight, log_p_CV, prior_C)
 
 
-def class_shares(truth: object | None, texts: list[str], number: int) -> dict[str, float]:
+def class_shares(truth: GroundTruth | None, texts: list[str], number: int) -> dict[str, float]:
     """Return the share of texts that the corpus can produce, and the share of these that belong to the class `number`.
 
     truth: the exact distribution of the corpus; None if it is not known, then the result is empty.

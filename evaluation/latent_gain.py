@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from palimpsest.common.metrics import Estimate, Units, ratio
+from palimpsest.dataloader import TextData
 from palimpsest.diffusion import Diffusion
 from palimpsest.estimators.base import Estimator, Measured
 from palimpsest.evaluation.latent_measures import partners
@@ -39,7 +40,7 @@ class LatentGain:
 
 
 def latent_gain(
-    trainer: lightning.Trainer, diffusion: Diffusion, data: object, split: str, estimator: Estimator,
+    trainer: lightning.Trainer, diffusion: Diffusion, data: TextData, split: str, estimator: Estimator,
     precision: Precision, seed: int, none: Scores,
 ) -> LatentGain:  # fmt: skip
     """Measure `split` with true and shuffled latents under the masks of `none`, which was measured with hidden ones."""

@@ -16,6 +16,7 @@ from torchmetrics.functional.text import edit_distance, sacre_bleu_score
 from palimpsest.common.metrics import Estimate, Share, mean, share
 from palimpsest.common.randomness import hash_seed
 from palimpsest.data.tokenizers import decode
+from palimpsest.dataloader import TextData
 from palimpsest.evaluation.centroids import unit
 
 RANKS = (1, 10)
@@ -83,7 +84,7 @@ def edits(found: Sequence[Sequence[int]], wanted: Sequence[Sequence[int]]) -> np
 class Reader:
     """The latents' own encoder, for texts that a model wrote. data: has `latents`, a tokenizer, a vocabulary."""
 
-    data: object
+    data: TextData
 
     def content(self, ids: Sequence[int]) -> list[int]:
         """Token ids without the special ones."""

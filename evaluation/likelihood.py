@@ -16,6 +16,7 @@ from torch import Tensor
 from palimpsest.common.metrics import UNIT_COLUMNS, Estimate, Units, ratio, ratios_by_rate
 from palimpsest.common.randomness import hash_seed
 from palimpsest.data.unigram import unigram_nll
+from palimpsest.dataloader import TextData
 from palimpsest.diffusion import Diffusion
 from palimpsest.estimators.base import Estimator
 from palimpsest.evaluation.devices import map_over_devices
@@ -202,7 +203,7 @@ class Likelihood:
         }  # fmt: skip
 
 
-def likelihood(data: object, split: str, scores: Scores, truth: GroundTruth | None) -> Likelihood:
+def likelihood(data: TextData, split: str, scores: Scores, truth: GroundTruth | None) -> Likelihood:
     """Hold measured scores of `split` against a unigram model and, where the corpus knows it, the true entropy."""
     rows_M = row_numbers(data.split(split), scores.sample_id_M)
     unigram = None
@@ -229,7 +230,7 @@ def row_numbers(rows: Mapping[str, Sequence[int]], sample_id_M: np.ndarray) -> n
 
 
 def true_nll(
-    data: object, split: str, rows_M: np.ndarray, tokens_M: np.ndarray | None, truth: GroundTruth
+    data: TextData, split: str, rows_M: np.ndarray, tokens_M: np.ndarray | None, truth: GroundTruth
 ) -> np.ndarray:
     """-log p(text) of rows of a split under the corpus's own law, in nats (M,); given its length if `tokens_M` are
     said, because a padded row shows a model how long its text is. With all classes in the data the law is their
@@ -244,7 +245,7 @@ def true_nll(
     return np.logaddexp.reduce([truth.log_prob_length(tokens_M, k) for k in labels]) - joint
 
 
-def protocol(known: Mapping[str, object], data: object, split: str, scores: Scores) -> dict[str, object]:
+def protocol(known: Mapping[str, object], data: TextData, split: str, scores: Scores) -> dict[str, object]:
     """Return what must be equal for two perplexities to be comparable, and what they are of. known: the protocol of
     the experiment."""
     return {
@@ -260,7 +261,7 @@ def protocol(known: Mapping[str, object], data: object, split: str, scores: Scor
     }  # fmt: skip
 
 
-def _law(data: object, causal: bool) -> str:
+def _law(data: TextData, causal: bool) -> str:
     """What a likelihood of these rows is of: what is scored, and what is given beside the beginning of a row."""
     endings = not causal and not data.fill and not data.score_special
     given = {"prompt": data.prompted, "first token": data.first_given,

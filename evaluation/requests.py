@@ -5,21 +5,32 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from palimpsest.corpora.judging import Judge
+from palimpsest.dataloader import TextData
 from palimpsest.evaluation.completions import Asked
 from palimpsest.evaluation.directions import Directed, Direction, both, l2t, t2l
-from palimpsest.evaluation.drawing import Drawing
 from palimpsest.evaluation.editing import edit
 from palimpsest.evaluation.free_texts import WriteFreely
 from palimpsest.evaluation.generative_perplexity import CausalScorer
+from palimpsest.evaluation.likelihood import GroundTruth
+from palimpsest.evaluation.sampling_inputs import Template
 
 _FIND = {"joint": both, "l2t": l2t, "t2l": t2l, "edit": edit}
 
 
 def request(
-    data: object, drawing: Drawing, judge: Judge, truth: object | None, directed: Directed, class_id: int | None, *,
-    split: str | None, num_samples: int | None, num_batches: int | None, samples_per_prompt: int,
+    data: TextData,
+    given: Template,
+    judge: Judge,
+    truth: GroundTruth | None,
+    directed: Directed,
+    class_id: int | None,
+    *,
+    split: str | None,
+    num_samples: int | None,
+    num_batches: int | None,
+    samples_per_prompt: int,
     load_scorer: Callable[[], CausalScorer] | None,
-) -> WriteFreely | Asked | Direction:  # fmt: skip
+) -> WriteFreely | Asked | Direction:
     """Return the request for `num_samples` texts, or `num_batches` batches; called with a `Setting` it draws them.
 
     What can be missing is looked for here, before the sampling, which may take hours.
@@ -36,7 +47,7 @@ def request(
     number = num_samples or (num_batches and num_batches * data.eval_batch_size)
     if data.prompted:
         asked = Asked(split, number, samples_per_prompt, judge)
-        asked.check(data, drawing.given, load_scorer is not None)
+        asked.check(data, given, load_scorer is not None)
         return asked
     if number is None or samples_per_prompt != 1:
         key = f"samples_per_prompt={samples_per_prompt}" if number else "num_sample_batches=null"

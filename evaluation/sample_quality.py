@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from palimpsest.common.metrics import UNIT_COLUMNS, Units
 from palimpsest.common.randomness import KeyedNoise
 from palimpsest.data.tokenizers import Vocabulary, decode
+from palimpsest.dataloader import TextData
 from palimpsest.evaluation.diversity import Diversity, diversity
 from palimpsest.evaluation.generative_perplexity import CausalScorer, GenerativePerplexity
 
@@ -57,7 +58,7 @@ class RealTexts:
     units: Units | None = field(default=None, compare=False)
 
 
-def real_texts(data: object, split: str | None, num_texts: int, seed: int) -> RealTexts:
+def real_texts(data: TextData, split: str | None, num_texts: int, seed: int) -> RealTexts:
     """`num_texts` rows of a split (all, if it has fewer), a random choice that depends on the seed alone.
 
     Rows and not whole documents, since diversity depends on the length. They are only a reference: where the data are
@@ -96,7 +97,7 @@ def text_of(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, vocabulary: 
 
 
 def measure(
-    rows: Sequence[Sequence[int]], data: object, scorer: CausalScorer | None, units: Units | None = None
+    rows: Sequence[Sequence[int]], data: TextData, scorer: CausalScorer | None, units: Units | None = None
 ) -> Quality:
     """Quality of texts given as token ids. Diversity is that of whole rows, special tokens included, as in published
     numbers; the likelihood that of `text_of` them. Errors are over `units` (None: each text is one)."""
@@ -132,7 +133,9 @@ class Comparison:
                 "real_missing": self.reference.missing or None}  # fmt: skip
 
 
-def compare(samples: Sequence[Sequence[int]], real: RealTexts, data: object, scorer: CausalScorer | None) -> Comparison:
+def compare(
+    samples: Sequence[Sequence[int]], real: RealTexts, data: TextData, scorer: CausalScorer | None
+) -> Comparison:
     """Measure the samples, and the real texts if there are any, by the same means."""
     beside = measure(real.rows, data, scorer, real.units) if real.rows else None
     return Comparison(measure(samples, data, scorer), beside, real)

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from palimpsest.common.randomness import KeyedNoise
 from palimpsest.data.tokenizers import encode, encode_after
+from palimpsest.dataloader import TextData
 from palimpsest.diffusion import Diffusion
 from palimpsest.objectives.base import scored_mask
 
@@ -69,7 +71,7 @@ class Template:
         """A text with a gap is a template, one without is how texts begin."""
         return cls(template=text, max_length=max_length) if _GAP.search(text) else cls(text or None, None, max_length)
 
-    def ids(self, tokenizer: object, blank_id: int, limit: int) -> list[int]:
+    def ids(self, tokenizer: PreTrainedTokenizerBase, blank_id: int, limit: int) -> list[int]:
         """Return the token ids of the prefix or template, `blank_id` in the gaps, ROOM once for one that stretches.
 
         Raises ValueError if the gaps alone have more than `limit` tokens.
@@ -100,7 +102,7 @@ def _size(gap: re.Match) -> int:
     return int(digits[:_DIGITS]) if digits.isdigit() else 1
 
 
-def _pieces(tokenizer: object, text: str) -> list[int]:
+def _pieces(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     if tokenizer.unk_token_id in encode(tokenizer, [" "])[0]:  # a tokenizer of words has no token for a space
         text = text.strip()
         if text and not text[0].isalnum():  # a full stop stands behind what fills the gap, without a space
@@ -108,7 +110,9 @@ def _pieces(tokenizer: object, text: str) -> list[int]:
     return encode(tokenizer, [text])[0] if text else []
 
 
-def rows_to_fill(diffusion: Diffusion, data: object, given: Template, num_samples: int, seed: int) -> list[np.ndarray]:
+def rows_to_fill(
+    diffusion: Diffusion, data: TextData, given: Template, num_samples: int, seed: int
+) -> list[np.ndarray]:
     """One row of ids per sample, the mask where a token is wanted, as long as a training row picked at random."""
     blank_id, causal = diffusion.objective.process.blank_id, diffusion.objective.causal
     limit = given.max_length or data.length
@@ -142,7 +146,7 @@ def check_amount(num_rows: int, length: int) -> None:
         )
 
 
-def masked_row(data: object, columns: Mapping[str, list], blank_id: int, causal: bool, lends: bool) -> np.ndarray:
+def masked_row(data: TextData, columns: Mapping[str, list], blank_id: int, causal: bool, lends: bool) -> np.ndarray:
     """A training row with every token masked that a model would have to write; one that `lends` nothing but its length
     keeps only the tokens that frame it."""
     lent = columns["input_ids"][0]
@@ -161,11 +165,11 @@ def masked_row(data: object, columns: Mapping[str, list], blank_id: int, causal:
     return row
 
 
-def _begins_with_bos(data: object, row: Mapping[str, list]) -> bool:
+def _begins_with_bos(data: TextData, row: Mapping[str, list]) -> bool:
     return data.vocabulary.bos_id is not None and int(row["input_ids"][0]) == data.vocabulary.bos_id
 
 
-def _warn_of_unknown(fixed: Sequence[int], given: Template, tokenizer: object) -> None:
+def _warn_of_unknown(fixed: Sequence[int], given: Template, tokenizer: PreTrainedTokenizerBase) -> None:
     if fixed and tokenizer.unk_token_id in fixed and tokenizer.unk_token_id != tokenizer.eos_token_id:
         key = "template" if given.template else "prefix"
         log.warning("sampling.%s has words that the tokenizer does not know; the network reads %s in their place",
@@ -177,7 +181,7 @@ class _Room:
     """limit: tokens of a row at most."""
 
     limit: int
-    data: object
+    data: TextData
     blank_id: int
     given: Template
 

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from typing import Annotated
 
 import numpy as np
 
+from palimpsest.common.values import NAME, BelowOne, Seed, list_of
 from palimpsest.corpora.review_attributes import ATTRIBUTES, UNREAD, read_attributes
 from palimpsest.data.passages import Passages
 from palimpsest.data.tokenizers import Vocabulary
@@ -27,7 +29,12 @@ class Attributes:
 
     fits, informed, dim, tokens = False, True, None, 1
 
-    def __init__(self, attributes: Sequence[str] | None = None, noise: float = 0.05, seed: int = 0) -> None:
+    def __init__(
+        self,
+        attributes: Annotated[Sequence[str], list_of(NAME, 1, "[negative,positive]")] | None = None,
+        noise: BelowOne = 0.05,
+        seed: Seed = 0,
+    ) -> None:
         if isinstance(attributes, str):
             raise ValueError(f"latents.attributes={attributes} must be a list: latents.attributes=[{attributes}]")
         self.names = tuple(ATTRIBUTES if attributes is None else attributes)

@@ -12,6 +12,7 @@ import os
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from palimpsest.common.files import check_regular
+from palimpsest.common.values import FREE, AtLeastOne, FilePath
 from palimpsest.data.cache import file_digest
 from palimpsest.data.hub import both_ways, quick_when_offline
 from palimpsest.data.passages import Passages
@@ -47,10 +49,17 @@ class Pretrained:
     fits, informed = False, False
 
     def __init__(
-        self, name_or_path: str | None, pooling: str | None = None, normalize: bool | None = None,
-        window: int | None = None, long_texts: str = "error", prompt: str | None = None, dim: int | None = None,
-        tokens: int = 1, batch_size: int = 32,
-    ) -> None:  # fmt: skip
+        self,
+        name_or_path: FilePath | None,
+        pooling: Literal["mean", "cls", "last"] | None = None,
+        normalize: bool | None = None,
+        window: AtLeastOne | None = None,
+        long_texts: Literal["error", "cut"] = "error",
+        prompt: str | None = None,
+        dim: AtLeastOne | None = None,
+        tokens: AtLeastOne = 1,
+        batch_size: Annotated[AtLeastOne, FREE] = 32,
+    ) -> None:
         if not name_or_path or not isinstance(name_or_path, str):
             raise ValueError(f"latents=hf needs {KEY}=: a folder of transformers or sentence-transformers, an "
                              "installed package that has one, or a name on the Hub")  # fmt: skip

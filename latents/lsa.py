@@ -12,6 +12,7 @@ import numpy as np
 from scipy.sparse import csr_matrix, vstack
 from sklearn.utils.extmath import randomized_svd
 
+from palimpsest.common.values import AtLeastOne
 from palimpsest.data.passages import PackedTexts, Passages
 from palimpsest.data.tokenizers import Vocabulary
 
@@ -29,7 +30,7 @@ class LSA:
 
     fits, informed = True, False
 
-    def __init__(self, dim: int = 64, tokens: int = 1, fit_rows: int = 100_000) -> None:
+    def __init__(self, dim: AtLeastOne = 64, tokens: AtLeastOne = 1, fit_rows: AtLeastOne = 100_000) -> None:
         for key, value in (("dim", dim), ("fit_rows", fit_rows)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"latents.{key}={value} must be a whole number, at least 1")

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from palimpsest.common.values import AtLeastOne, FilePath, Share
 from palimpsest.data.cache import cached_folder, file_digest
 from palimpsest.data.passages import PackedTexts, Passages
 from palimpsest.data.tokenizers import Vocabulary
@@ -80,7 +81,7 @@ class Shards:
 
     informed = False
 
-    def __init__(self, path: str | None, dim: int | None = None, max_overlap: float = 0.01) -> None:
+    def __init__(self, path: FilePath | None, dim: AtLeastOne | None = None, max_overlap: Share = 0.01) -> None:
         if not path:
             raise ValueError(f"latents=file needs {KEY}=: a folder that scripts/prepare_latents.py has written")
         if isinstance(max_overlap, bool) or not 0 <= max_overlap <= 1:

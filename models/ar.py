@@ -7,10 +7,12 @@ Shape suffixes: B batch, L length, V vocabulary, D width, H heads.
 from __future__ import annotations
 
 from functools import partial
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
 
+from palimpsest.common.values import FREE, BelowOne, Size
 from palimpsest.models.attention import head_width, resolve_backend, rotary_angles
 from palimpsest.models.backbone import Backbone
 from palimpsest.models.class_conditioning import ClassEmbedding, untold, with_class
@@ -42,11 +44,11 @@ class AR(Recomputing, Backbone):
     def __init__(
         self,
         vocab_size: int,
-        hidden_size: int,
-        n_blocks: int,
-        n_heads: int,
-        dropout: float = 0.1,
-        attn_backend: str = "sdpa",
+        hidden_size: Size,
+        n_blocks: Size,
+        n_heads: Size,
+        dropout: BelowOne = 0.1,
+        attn_backend: Annotated[Literal["sdpa", "flash_attn", "flex"], FREE] = "sdpa",
         num_classes: int = 0,
     ) -> None:
         super().__init__()

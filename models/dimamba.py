@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from palimpsest.common.values import BelowOne, Size
 from palimpsest.models.backbone import Backbone
 from palimpsest.models.layers import RMSNorm, SigmaEmbedding, modulate, zero_linear
 from palimpsest.models.mamba import BiMamba
@@ -72,10 +73,10 @@ class DiMamba(Backbone):
     def __init__(
         self,
         vocab_size: int,
-        hidden_size: int,
-        cond_dim: int,
-        n_blocks: int,
-        dropout: float = 0.1,
+        hidden_size: Size,
+        cond_dim: Size,
+        n_blocks: Size,
+        dropout: BelowOne = 0.1,
         time_conditioning: bool = False,
         mask_padding: bool = True,
     ) -> None:

@@ -7,11 +7,13 @@ Shape suffixes: B batch, L length, N selected positions, V vocabulary, D width, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from palimpsest.common.values import FREE, BelowOne, Size
 from palimpsest.models.attention import head_width, resolve_backend, rotary_angles
 from palimpsest.models.backbone import Backbone
 from palimpsest.models.blocks import BlockStreams, TwoStreams
@@ -71,14 +73,14 @@ class DiT(BlockStreams, Recomputing, Backbone):
     def __init__(
         self,
         vocab_size: int,
-        hidden_size: int,
-        cond_dim: int,
-        n_blocks: int,
-        n_heads: int,
-        dropout: float = 0.1,
+        hidden_size: Size,
+        cond_dim: Size,
+        n_blocks: Size,
+        n_heads: Size,
+        dropout: BelowOne = 0.1,
         time_conditioning: bool = False,
         mask_padding: bool = True,
-        attn_backend: str = "sdpa",
+        attn_backend: Annotated[Literal["sdpa", "flash_attn", "flex"], FREE] = "sdpa",
         num_classes: int = 0,
     ) -> None:
         super().__init__()

@@ -11,11 +11,13 @@ from __future__ import annotations
 import copy
 import inspect
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
 
+from palimpsest.common.values import FREE, BelowOne, FilePath, Length, Size
 from palimpsest.models import hf_published as published
 from palimpsest.models.backbone import Backbone
 from palimpsest.models.checkpoints import Checkpoint
@@ -195,17 +197,17 @@ class HFCausal(Backbone):
 
 def hf_causal(
     vocab_size: int,
-    length: int,
-    name_or_path: str | None = None,
+    length: Length,
+    name_or_path: FilePath | None = None,
     from_scratch: bool = False,
-    checkpoint_path: str | None = None,
-    resumed: str | None = None,
-    from_pretrained: str | None = None,
-    hidden_size: int | None = None,
-    n_blocks: int | None = None,
-    n_heads: int | None = None,
-    dropout: float | None = None,
-    attn_backend: str = "sdpa",
+    checkpoint_path: FilePath | None = None,
+    resumed: Annotated[FilePath, FREE] | None = None,
+    from_pretrained: FilePath | None = None,
+    hidden_size: Size | None = None,
+    n_blocks: Size | None = None,
+    n_heads: Size | None = None,
+    dropout: BelowOne | None = None,
+    attn_backend: Annotated[Literal["sdpa", "flash_attn", "flex"], FREE] = "sdpa",
 ) -> HFCausal:
     """The architecture of a causal language model with random weights; `HFCausal.pretrained` has those to start from.
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Annotated, Literal
 
+from palimpsest.common.values import FREE, BelowOne, FilePath, Length, Size
 from palimpsest.models.checkpoints import Checkpoint, read_settings
 from palimpsest.models.dit import DiT
 from palimpsest.models.hub import BLOCK_MODEL_TYPE
@@ -13,18 +15,18 @@ _SIZES = ("model.hidden_size", "model.cond_dim", "model.n_blocks", "model.n_head
 
 def hf_dit(
     vocab_size: int,
-    length: int,
-    checkpoint_path: str | None = None,
-    resumed: str | None = None,
-    from_pretrained: str | None = None,
-    hidden_size: int | None = None,
-    cond_dim: int | None = None,
-    n_blocks: int | None = None,
-    n_heads: int | None = None,
+    length: Length,
+    checkpoint_path: FilePath | None = None,
+    resumed: Annotated[FilePath, FREE] | None = None,
+    from_pretrained: FilePath | None = None,
+    hidden_size: Size | None = None,
+    cond_dim: Size | None = None,
+    n_blocks: Size | None = None,
+    n_heads: Size | None = None,
     time_conditioning: bool | None = None,
-    dropout: float | None = None,
+    dropout: BelowOne | None = None,
     mask_padding: bool | None = None,
-    attn_backend: str = "sdpa",
+    attn_backend: Annotated[Literal["sdpa", "flash_attn", "flex"], FREE] = "sdpa",
 ) -> DiT:
     """A DiT with random weights and the sizes of a Hub-layout directory, a model on the Hub or a `.ckpt` of our own.
 

@@ -12,12 +12,13 @@ from __future__ import annotations
 import copy
 import inspect
 from pathlib import Path
-from typing import NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel
 
+from palimpsest.common.values import FREE, LATER, BelowOne, FilePath, Length, Name, Size
 from palimpsest.models import hf_published as published
 from palimpsest.models.backbone import Backbone
 from palimpsest.models.checkpoints import Checkpoint
@@ -223,19 +224,20 @@ def first_position(model: PreTrainedModel) -> int | None:
 
 def hf_mlm(
     vocab_size: int,
-    length: int,
-    name_or_path: str | None = None,
-    config: str | None = None,
+    length: Length,
+    name_or_path: FilePath | None = None,
+    config: Name | None = None,
     from_scratch: bool = False,
     new_head: bool = False,
-    checkpoint_path: str | None = None,
-    resumed: str | None = None,
-    from_pretrained: str | None = None,
-    hidden_size: int | None = None,
-    n_blocks: int | None = None,
-    n_heads: int | None = None,
-    dropout: float | None = None,
-    attn_backend: str = "sdpa",
+    checkpoint_path: FilePath | None = None,
+    resumed: Annotated[FilePath, FREE] | None = None,
+    from_pretrained: FilePath | None = None,
+    hidden_size: Size | None = None,
+    n_blocks: Size | None = None,
+    n_heads: Size | None = None,
+    dropout: BelowOne | None = None,
+    mask_padding: Annotated[bool, LATER] | None = None,
+    attn_backend: Annotated[Literal["sdpa", "flash_attn", "flex"], FREE] = "sdpa",
 ) -> HFMaskedLM:
     """The architecture of a masked language model with random weights; `HFMaskedLM.pretrained` has those to start from.
 
@@ -250,6 +252,8 @@ def hf_mlm(
         ValueError: no model is named, or it contradicts the data or what was typed.
     """
     published.check_name(name_or_path, "roberta-base")
+    if mask_padding is False:
+        raise ValueError("model.mask_padding=false: backbone=hf_mlm always hides padding; leave it out")
     _check_flags(name_or_path, config, from_scratch, new_head)
     files = {"eval.checkpoint_path": checkpoint_path, "checkpointing.resume_ckpt_path": resumed,
              "training.from_pretrained": from_pretrained}  # fmt: skip

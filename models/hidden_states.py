@@ -9,12 +9,13 @@ import hashlib
 import importlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import numpy as np
 import torch
 from torch import nn
 
+from palimpsest.common.values import FREE, AtLeastOne, FilePath
 from palimpsest.models.checkpoints import Checkpoint, read_checkpoint
 from palimpsest.models.hf_dit import build
 
@@ -49,9 +50,13 @@ class HiddenStates:
     fits, informed = False, False
 
     def __init__(
-        self, checkpoint_path: str | None, dim: int | None = 64, tokens: int = 1, disable_ema: bool = False,
-        batch_size: int = 64,
-    ) -> None:  # fmt: skip
+        self,
+        checkpoint_path: FilePath | None,
+        dim: AtLeastOne | None = 64,
+        tokens: AtLeastOne = 1,
+        disable_ema: bool = False,
+        batch_size: Annotated[AtLeastOne, FREE] = 64,
+    ) -> None:
         if not checkpoint_path:
             raise ValueError(f"latents=self needs a trained model: {KEY}=outputs/.../last.ckpt")
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:

@@ -10,11 +10,13 @@ token.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from palimpsest.common.values import FREE, BelowOne, Size
 from palimpsest.models.attention import head_width, resolve_backend, rotary_angles
 from palimpsest.models.backbone import Backbone
 from palimpsest.models.class_conditioning import ClassEmbedding, untold, with_class
@@ -59,17 +61,17 @@ class MMDiT(Recomputing, Backbone):
     def __init__(
         self,
         vocab_size: int,
-        hidden_size: int,
-        cond_dim: int,
-        n_blocks: int,
-        n_heads: int,
+        hidden_size: Size,
+        cond_dim: Size,
+        n_blocks: Size,
+        n_heads: Size,
         latent_shape: tuple[int, int] | None = None,
-        latent_size: int | None = None,
-        dropout: float = 0.1,
+        latent_size: Size | None = None,
+        dropout: BelowOne = 0.1,
         time_conditioning: bool = True,
         mask_padding: bool = True,
         text_as_dit: bool = False,
-        attn_backend: str = "sdpa",
+        attn_backend: Annotated[Literal["sdpa", "flash_attn", "flex"], FREE] = "sdpa",
         num_classes: int = 0,
     ) -> None:
         super().__init__()

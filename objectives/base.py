@@ -55,6 +55,7 @@ class Objective(ABC):
     """A training objective: it defines the loss and what the network's output means.
 
     Attributes:
+        name: as it is typed: parameterization=<name>; the class's own name in lower case, unless it has another.
         processes: the forward processes that it can be trained on; `process` is the one in use.
         binds_to: the class that `model` returns, which says which denoiser the objective offers (denoisers.py).
         exact: the loss is -log p itself, not a Monte Carlo draw of a bound.
@@ -65,6 +66,11 @@ class Objective(ABC):
         clean_text_costs_nothing: the integrand of the bound is 0 for a text without a corrupted token.
         independent_unmasking: the schedule alone decides when a token is unmasked, not the network.
         reads_segments: it uses the ends of a text's segments (`segment_ends` of a batch).
+        reads_latents: it is of texts and their latents.
+        needs_time: the network must be shown the time.
+        masks_special: special tokens are corrupted too, unless the data say otherwise.
+        limits_rates: training may leave mask rates out (noise=clipped).
+        change_of_variables: the network is shown log(1 - alpha) instead of sigma.
         T: number of time steps; 0 for continuous time.
         noising: how t and masks are drawn; None if nothing is drawn.
         sampling_eps: the range of mask rates in training, if it changes during the training.
@@ -72,17 +78,22 @@ class Objective(ABC):
         loss_name: name of the mean loss in logs.
     """
 
+    name: str
     processes: tuple[type[Process], ...] = (Absorbing,)
     binds_to: type[BoundTo]
     process: Process
-    exact = causal = first_given = independent_unmasking = reads_segments = False
-    clean_text_costs_nothing = True
+    exact = causal = first_given = independent_unmasking = reads_segments = reads_latents = False
+    needs_time = limits_rates = change_of_variables = False
+    clean_text_costs_nothing = masks_special = True
     encodes = streams = 1
     T = 0
     noising: Noising | None = None
     sampling_eps: tuple[float, float] | None = None
     search: object | None = None
     loss_name = "nll"
+
+    def __init_subclass__(cls) -> None:
+        cls.name = vars(cls).get("name", cls.__name__.lower())
 
     @abstractmethod
     def loss(self, backbone: Backbone, batch: Batch, generator: KeyedNoise | None = None) -> TokenLoss:
@@ -167,6 +178,8 @@ class TokenDiffusion(Objective):
         self.T = T
         self.trained_schedule = schedule.whole
         self.noising = Bernoulli(T=T) if noising is None else noising
+        self._refuse_limits(schedule, noising, T)
+        self._check_training()
         self._check_noising()
 
     @property
@@ -196,6 +209,25 @@ class TokenDiffusion(Objective):
                 "of the bound only; set estimator.noising.sampling_eps=0, or use eval.estimator=auto"
             )
         return other
+
+    def _check_training(self) -> None:
+        """Refuse what the noising of a training says and this objective makes nothing of."""
+        noising = self.noising
+        if noising.discrete and not self.T:
+            raise ValueError(f"T={noising.T} means nothing to parameterization={self.name}; leave it out")
+        if noising.changes_variables and not self.change_of_variables:
+            raise ValueError(
+                f"training.change_of_variables=true means nothing to parameterization={self.name}; leave it out"
+            )
+
+    def _refuse_limits(self, schedule: NoiseSchedule, noising: Noising | None, T: int) -> None:  # noqa: N803
+        """Refuse a schedule that leaves mask rates out where that would do nothing."""
+        drawn = noising is None or isinstance(noising, Bernoulli)
+        if schedule is not schedule.whole and not (self.limits_rates and drawn and not T):
+            raise ValueError(
+                "noise=clipped limits the mask rates of parameterization=subs training.masking=bernoulli T=0; with "
+                f"parameterization={self.name}, T={T} and these masks it would do nothing"
+            )
 
     def _check_noising(self) -> None:
         if self.noising.counts and not self.clean_text_costs_nothing:

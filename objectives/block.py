@@ -9,11 +9,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from palimpsest.common.randomness import KeyedNoise
+from palimpsest.common.values import COPY, LATER, Length, Share
 from palimpsest.denoisers import BlockDenoiser
 from palimpsest.noise_schedule import Clipped
 from palimpsest.objectives.base import (
@@ -73,8 +75,13 @@ class BlockDiffusion(Containing):
         ignore_bos: the first token of a text is given, as context.
         sampling_eps_min, sampling_eps_max: mask rates that training draws from (section 5). See `clip`.
         search: how these are chosen again at every validation; None: they are not.
+        length: tokens of a row, which whole blocks must fill; None where that is not asked.
+
+    Raises:
+        ValueError: a setting that would do nothing, or blocks that do not fill a row.
     """
 
+    name = "bd3lm"
     binds_to = BlockModel
     reads_segments = True
     streams = 2  # noised and clean
@@ -83,26 +90,46 @@ class BlockDiffusion(Containing):
         self,
         process: Absorbing,
         within: Callable[..., TokenDiffusion],
-        block_size: int,
-        ignore_bos: bool = True,
-        sampling_eps_min: float = WHOLE[0],
-        sampling_eps_max: float = WHOLE[1],
+        block_size: Annotated[Length, LATER],
+        ignore_bos: Annotated[bool, COPY] = True,
+        sampling_eps_min: Annotated[Share, COPY] = WHOLE[0],
+        sampling_eps_max: Annotated[Share, COPY] = WHOLE[1],
         search: ClipSearch | None = None,
+        length: Annotated[Length, LATER] | None = None,
     ) -> None:
-        if block_size < 1:
-            raise ValueError(f"block_size={block_size} must be at least 1")
-        if not isinstance(ignore_bos, bool):
-            raise ValueError(f"algo.ignore_bos={ignore_bos} must be true or false")
+        if length is not None and length % block_size:
+            raise ValueError(
+                f"block_size={block_size} must divide model.length={length} into whole blocks; the nearest that do: "
+                f"{_nearest_divisors(block_size, length)}"
+            )
         self.process = process
         self.block_size = block_size
         self.first_given = ignore_bos
         self.within = within(process=process)
         self._schedule = self.within.schedule
         self.sampling_eps = WHOLE
+        limited = (sampling_eps_min, sampling_eps_max) != WHOLE or (search is not None and search.candidates)
+        self._check_drawing(limited)
         if self.exact:
             self.within.noising = ExactCount()  # one token of one
         self.clip(sampling_eps_min, sampling_eps_max)
         self.search = search
+
+    def _check_drawing(self, limited: bool) -> None:
+        """Refuse settings of a training's draws that would do nothing."""
+        noising, T = self.within.noising, self.within.T  # noqa: N806
+        bernoulli = isinstance(noising, Bernoulli) and not T
+        if limited and not bernoulli:
+            raise ValueError(
+                "training.sampling_eps_min, sampling_eps_max and clip_search_widths limit the mask rates of "
+                f"training.masking=bernoulli T=0; with masks by {noising.label}, T={T} they would do nothing"
+            )
+        drawn = not bernoulli or noising.importance_sampling or noising.resample
+        if self.exact and (limited or drawn):
+            raise ValueError(
+                f"block_size=1 leaves nothing to draw (the only token of a block is masked), so masks by "
+                f"{noising.label}, T={T}, training.resample and limits of mask rates would do nothing; leave them out"
+            )
 
     @property
     def inner(self) -> TokenDiffusion:
@@ -311,3 +338,9 @@ class _BehindEarlier:
         for tokens_BW, here_BW in self.earlier:
             self.backbone.remember_segment(tokens_BW[row], here_BW[row], cache, **told)
         return cache
+
+
+def _nearest_divisors(size: int, length: int) -> str:
+    divisors = [k for k in range(1, length + 1) if length % k == 0]
+    below, above = [k for k in divisors if k < size], [k for k in divisors if k > size]
+    return " and ".join(str(k) for k in (*below[-1:], *above[:1]))

@@ -7,9 +7,12 @@ Shape suffixes: R blocks, C candidates.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 from torch import Tensor
+
+from palimpsest.common.values import COPY, list_of, real
 
 WHOLE = (1e-3, 1.0)  # mask rates of training that leave the schedule as it is
 
@@ -28,12 +31,17 @@ class ClipSearch:
     """
 
     def __init__(
-        self, widths: Sequence[float] = (), delta: float = 0.05, fixed: bool = False, num_batches: int = 100
+        self,
+        widths: Annotated[Sequence[float], list_of(real("(0, 1]"), 0, "[0.5,0.6,0.7]"), COPY] = (),
+        delta: Annotated[float, real("[0.001, 1]"), COPY] = 0.05,
+        fixed: Annotated[bool, COPY] = False,
+        num_batches: int = 100,
     ) -> None:
-        if not all(0 < width <= 1 for width in widths):
-            raise ValueError(f"training.clip_search_widths={list(widths)} must lie in (0, 1], e.g. [0.5,0.6,0.7]")
-        if not 1e-3 <= delta <= 1:  # finer ones hold next to no blocks each
-            raise ValueError(f"training.clip_search_delta={delta} must lie in [0.001, 1]")
+        if fixed and not widths:
+            raise ValueError(
+                "training.fix_clipping=true measures the intervals of training.clip_search_widths=[], "
+                "which are none; name some, e.g. [0.5,0.6,0.7]"
+            )
         self.fixed, self.num_batches = fixed, num_batches
         starts = [index * delta for index in range(int(1 / delta + 1e-9) + 1)]
         found = [(a, min(a + w, 1.0)) for w in widths for a in starts if a + w <= 1 + 1e-9]

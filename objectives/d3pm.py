@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from palimpsest.common.values import Natural
 from palimpsest.noise_schedule import EndsMasked, NoiseSchedule
 from palimpsest.objectives.base import (
     Backbone,
@@ -42,11 +43,12 @@ class D3PM(TokenDiffusion):
         schedule: NoiseSchedule,
         process: Absorbing,
         noising: Noising | None = None,
-        T: int = 1000,  # noqa: N803
+        T: Natural = 1000,  # noqa: N803
         subs_masking: bool = False,
     ) -> None:
         if T < 1:
             raise ValueError(f"parameterization=d3pm with T={T}: its loss has discrete time steps; set e.g. T=1000")
+        self._refuse_limits(schedule, noising, T)
         super().__init__(EndsMasked(schedule.whole), process, noising, T)
         self.noise_shown = schedule.whole  # sigma of the rescaled schedule is infinite at t = 1
         self.banned_id = process.mask_id if subs_masking else None

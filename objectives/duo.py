@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
 from palimpsest.common.randomness import KeyedNoise
+from palimpsest.common.values import Natural, real
 from palimpsest.noise_schedule import NoiseSchedule
 from palimpsest.objectives.base import Backbone, Batch, scored_mask
 from palimpsest.objectives.noising import Noised, Noising
@@ -37,9 +39,9 @@ class Duo(UDLM):
         schedule: NoiseSchedule,
         process: Uniform,
         noising: Noising | None = None,
-        curriculum_end: int = 1000,
-        gumbel_tau_log10_start: float = -1.0,
-        gumbel_tau_log10_end: float = -2.0,
+        curriculum_end: Natural = 1000,
+        gumbel_tau_log10_start: Annotated[float, real("[-12, 12]")] = -1.0,
+        gumbel_tau_log10_end: Annotated[float, real("[-12, 12]")] = -2.0,
     ) -> None:
         super().__init__(schedule, process, noising)
         if curriculum_end < 0:

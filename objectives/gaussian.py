@@ -6,12 +6,14 @@ Shape suffixes: B batch, K latent tokens, D numbers of each.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from palimpsest.common.randomness import KeyedNoise
+from palimpsest.common.values import NotNegative
 from palimpsest.gaussian_process import LatentPrediction, cosine_level, noise_latent, read_prediction, velocity
 
 TARGETS, LOSSES = ("v", "x0", "eps"), ("mse", "huber", "cosine", "mse_cosine")
@@ -53,7 +55,12 @@ class GaussianDiffusion:
         ValueError: a choice that does not exist, or `cosine` of an output whose length matters.
     """
 
-    def __init__(self, target: str = "v", loss: str = "mse", cosine_weight: float = 1.0) -> None:
+    def __init__(
+        self,
+        target: Literal["v", "x0", "eps"] = "v",
+        loss: Literal["mse", "huber", "mse_cosine", "cosine"] = "mse",
+        cosine_weight: NotNegative = 1.0,
+    ) -> None:
         for key, value, known in (("latent_target", target, TARGETS), ("latent_loss", loss, LOSSES)):
             if value not in known:
                 raise ValueError(f"training.{key}={value} is unknown; choose one of: {', '.join(known)}")

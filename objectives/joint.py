@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from palimpsest.common.randomness import KeyedNoise
+from palimpsest.common.values import Length, NotNegative
 from palimpsest.denoisers import JointDenoiser
 from palimpsest.gaussian_process import LatentPrediction
 from palimpsest.objectives.base import (
@@ -92,7 +93,9 @@ class JointDiffusion(Containing):
         ValueError: weights that are none.
     """
 
+    name = "mmldlm"
     binds_to = JointModel
+    reads_latents = True
     loss_weight = "elbo"
 
     def __init__(
@@ -100,10 +103,10 @@ class JointDiffusion(Containing):
         process: Absorbing,
         text: Callable[..., Subs],
         latent: GaussianDiffusion,
-        modes: Mapping[str, float] | None = None,
-        text_weight: float = 1.0,
-        latent_weight: float = 1.0,
-        latent_tokens: int = 1,
+        modes: Mapping[str, NotNegative] | None = None,
+        text_weight: NotNegative = 1.0,
+        latent_weight: NotNegative = 1.0,
+        latent_tokens: Length = 1,
     ) -> None:
         self.process = process
         self.text = text(process=process)

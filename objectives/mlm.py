@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
 from palimpsest.common.randomness import KeyedNoise
+from palimpsest.common.values import COPY, RATES, Natural, Share, refuse_wrong
 from palimpsest.noise_schedule import NoiseSchedule
 from palimpsest.objectives.base import Backbone, Batch, TokenDiffusion, scored_mask
 from palimpsest.objectives.noising import Noised, Noising, order_statistic, shuffled, weighted
@@ -25,17 +27,26 @@ from palimpsest.process import Absorbing
 CONTINUOUS = "continuous"
 
 
-def masked_lm(
-    schedule: NoiseSchedule,
-    process: Absorbing,
-    noising: Noising | None = None,
-    T: int = 0,  # noqa: N803 - the key as users type it
-    loss_weight: str = "uniform",
-    change_of_variables: bool = False,
-) -> Subs:
-    """SUBS as algo=mlm trains it: the plain cross-entropy of the masked tokens, under rates of one's choice. These
-    weights are measured and sampled as any of parameterization=subs, and those as these."""
-    return Subs(schedule, process, noising, T, loss_weight, change_of_variables)
+class MaskedLM(Subs):
+    """SUBS as algo=mlm trains it: the plain cross-entropy of the masked tokens, under rates of one's choice. Special
+    tokens are never masked.
+
+    These weights are measured and sampled as any of parameterization=subs, and those as these.
+    """
+
+    name = "subs"
+    masks_special = False
+
+    def __init__(
+        self,
+        schedule: NoiseSchedule,
+        process: Absorbing,
+        noising: Noising | None = None,
+        T: Natural = 0,  # noqa: N803 - the key as users type it
+        loss_weight: Literal["elbo", "uniform"] = "uniform",
+        change_of_variables: bool = False,
+    ) -> None:
+        super().__init__(schedule, process, noising, T, loss_weight, change_of_variables)
 
 
 class Rates:
@@ -55,23 +66,28 @@ class Rates:
 
     passes = 1
     discrete = False
+    changes_variables = False
     all_rates = True
     counts = True
 
     def __init__(
         self,
-        rates: Sequence[float] | str = CONTINUOUS,
-        rate_min: float = 0.1,
-        rate_max: float = 1.0,
-        per: str = "sample",
+        rates: Annotated[Sequence[float], RATES, COPY] | Literal["continuous"] = CONTINUOUS,
+        rate_min: Annotated[Share, COPY] = 0.1,
+        rate_max: Annotated[Share, COPY] = 1.0,
+        per: Annotated[Literal["sample", "batch"], COPY] = "sample",
         antithetic_sampling: bool = True,
     ) -> None:
-        if per not in ("sample", "batch"):
-            raise ValueError(f"training.masking_rate_per={per} is unknown; choose sample or batch")
+        refuse_wrong(type(self), {"per": per}, "training.masking_rate_")
         self.per, self.antithetic_sampling, self.rates = per, antithetic_sampling, None
         self.low, self.high = rate_min, rate_max
         if isinstance(rates, str):
             self._check_limits(rates)
+        elif (rate_min, rate_max) != (0.1, 1.0):
+            raise ValueError(
+                f"training.masking_rate_min={rate_min} training.masking_rate_max={rate_max} limit "
+                "training.masking_rates=continuous, and they are a list; leave one of them out"
+            )
         else:
             self.rates = torch.tensor(_checked(rates), dtype=torch.float64)
 

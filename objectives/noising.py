@@ -8,12 +8,13 @@ Shape suffixes: B batch, L length.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import torch
 from torch import Tensor
 
 from palimpsest.common.randomness import KeyedNoise
+from palimpsest.common.values import IF_SET, BelowOne, Natural
 from palimpsest.noise_schedule import NoiseSchedule
 from palimpsest.process import Absorbing, Process
 
@@ -37,6 +38,7 @@ class Noising(Protocol):
     discrete: bool  # gives times of the grid 1/T, ..., 1
     all_rates: bool  # covers every share of masks, if the schedule does
     of_the_bound: bool  # the mean of its draws is the bound; else it is for training by another weight only
+    changes_variables: bool  # the network is to be shown what t is drawn by
     counts: bool  # draws a number of masks, never 0: for integrands that are 0 on clean texts
 
     def __call__(
@@ -67,14 +69,20 @@ class Bernoulli:
     def __init__(
         self,
         antithetic_sampling: bool = True,
-        sampling_eps: float = 0.0,
+        sampling_eps: BelowOne = 0.0,
         importance_sampling: bool = False,
         change_of_variables: bool = False,
-        T: int = 0,  # noqa: N803 - the key as users type it
-        resample: bool = False,
+        T: Natural = 0,  # noqa: N803 - the key as users type it
+        resample: Annotated[bool, IF_SET] = False,
     ) -> None:
         if not 0.0 <= sampling_eps < 1.0:
             raise ValueError(f"training.sampling_eps={sampling_eps} must lie in [0, 1)")
+        if importance_sampling and change_of_variables:
+            raise ValueError(
+                "training.importance_sampling=true and training.change_of_variables=true are two forms of the same "
+                "change; keep one"
+            )
+        self.changes_variables = change_of_variables
         importance_sampling = importance_sampling or change_of_variables
         if importance_sampling and T:
             raise ValueError(
@@ -155,6 +163,7 @@ class ExactCount:
 
     passes = 1
     discrete = False
+    changes_variables = False
     all_rates = True
     of_the_bound = True
     counts = True
@@ -178,6 +187,7 @@ class TiltedCount:
 
     passes = 1
     discrete = False
+    changes_variables = False
     all_rates = True
     of_the_bound = True
     counts = True
@@ -210,6 +220,7 @@ class Complementary:
 
     passes = 2
     discrete = False
+    changes_variables = False
     all_rates = True
     of_the_bound = True
     counts = True

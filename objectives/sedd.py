@@ -31,7 +31,10 @@ from palimpsest.process import Absorbing
 
 class SEDD(TokenDiffusion):
     """At a masked position the score of token y is p_t(x with y) / p_t(x), parameterised as
-    exp(logit_y) / ((e^sigma - 1) (V - 1)) (appendix C)."""
+    exp(logit_y) / ((e^sigma - 1) (V - 1)) (appendix C). The scale of the scores is a function of t, which the network
+    must see."""
+
+    needs_time = True
 
     def __init__(self, schedule: NoiseSchedule, process: Absorbing, noising: Noising | None = None) -> None:
         super().__init__(schedule, process, noising)

@@ -5,8 +5,11 @@ Shape suffixes: B batch, L length, N masked positions, V vocabulary.
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor
 
+from palimpsest.common.values import Natural
 from palimpsest.noise_schedule import NoiseSchedule
 from palimpsest.objectives.base import (
     Backbone,
@@ -32,15 +35,15 @@ class Subs(TokenDiffusion):
     network log(1 - alpha), rescaled to [0, 1], instead of sigma (VDM, arXiv 2107.00630, appendix I).
     """
 
-    independent_unmasking = True
+    independent_unmasking = limits_rates = True
 
     def __init__(
         self,
         schedule: NoiseSchedule,
         process: Absorbing,
         noising: Noising | None = None,
-        T: int = 0,  # noqa: N803
-        loss_weight: str = "elbo",
+        T: Natural = 0,  # noqa: N803
+        loss_weight: Literal["elbo", "uniform"] = "elbo",
         change_of_variables: bool = False,
     ) -> None:
         if loss_weight not in ("elbo", "uniform"):

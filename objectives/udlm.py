@@ -44,6 +44,8 @@ class LeaveOneOut(TokenDiffusion):
     clean_text_costs_nothing = False
 
     def __init__(self, schedule: NoiseSchedule, process: Resampling, noising: Noising | None = None) -> None:
+        if isinstance(noising, Bernoulli) and noising.resample:
+            raise ValueError(f"training.resample=true means nothing to parameterization={self.name}; leave it out")
         super().__init__(schedule, process, noising)  # in continuous time only
 
     @property

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from transformers import PreTrainedTokenizerBase
+
 from palimpsest.common.metrics import Estimate, Share
 from palimpsest.evaluation.completions import Completed, Completions
 from palimpsest.report.denoising import Sample
@@ -22,7 +24,7 @@ def _metric(name: str, found: Share, note: str = "") -> Metric:
     )
 
 
-def completions_report(report: Report, found: Completions, tokenizer: object, number: int) -> None:
+def completions_report(report: Report, found: Completions, tokenizer: PreTrainedTokenizerBase, number: int) -> None:
     """Write the sections of `found`, with `number` right and as many wrong completions."""
     answers, beside = found.answers, found.beside
     report.section("Answers", _ABOUT)
@@ -53,7 +55,7 @@ def _percent(found: Estimate | None) -> Metric | None:
     return None if found is None else Metric("", 100 * found.value, 100 * found.se)
 
 
-def _examples(report: Report, tokenizer: object, drawn: Sequence[Completed], number: int) -> None:
+def _examples(report: Report, tokenizer: PreTrainedTokenizerBase, drawn: Sequence[Completed], number: int) -> None:
     """Add right and wrong ones with their denoising, and the references beside them."""
     right = [c for c in drawn if c.verdicts[0].right][:number]
     wrong = [c for c in drawn if not c.verdicts[0].right][:number]
@@ -65,7 +67,7 @@ def _examples(report: Report, tokenizer: object, drawn: Sequence[Completed], num
             report.table(["problem", "answer", "wanted", "reference"], rows)
 
 
-def _sample(completed: Completed, tokenizer: object) -> Sample:
+def _sample(completed: Completed, tokenizer: PreTrainedTokenizerBase) -> Sample:
     text, verdict = completed.drawn[0], completed.verdicts[0]
     said = "no answer" if verdict.answer is None else f"answer {verdict.answer[:40]}"
     title = f"problem {completed.text_id} · {said}, wanted {(verdict.wanted or '–')[:40]}"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from transformers import PreTrainedTokenizerBase
+
 from palimpsest.common.metrics import Estimate, Share
 from palimpsest.data.tokenizers import token_strings
 from palimpsest.evaluation.directions import VARIANTS, Joint, Outcome
@@ -32,7 +34,9 @@ def _cell(value: object) -> object:
     return Metric("", value.value, value.se) if isinstance(value, Estimate) else value
 
 
-def direction_report(report: Report, found: Outcome, samples: Sequence[Sample], tokenizer: object) -> None:
+def direction_report(
+    report: Report, found: Outcome, samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase
+) -> None:
     """Write the sections of `found`, with the texts of `samples`."""
     number = max(len(samples), 1)
     write = {"l2t": _texts_from_latents, "t2l": _latents_from_texts, "joint": _both, "edit": _edits}
@@ -58,7 +62,7 @@ def titled(found: Outcome, samples: Sequence[Sample]) -> list[Sample]:
             for sample, row in zip(samples, found.rows, strict=False)]  # fmt: skip
 
 
-def _texts_from_latents(report: Report, found: Outcome, number: int, tokenizer: object) -> None:
+def _texts_from_latents(report: Report, found: Outcome, number: int, tokenizer: PreTrainedTokenizerBase) -> None:
     more = {title: {name: found.results[name][key] for name in VARIANTS}
             for title, key in (("token F1", "token_f1"), ("BLEU", "bleu"))}  # fmt: skip
     _agreement(report, found.agreement, more, found.results["encoder_missing"])
@@ -66,20 +70,20 @@ def _texts_from_latents(report: Report, found: Outcome, number: int, tokenizer: 
               [(row["reference"], *(row[name] for name in VARIANTS)) for row in found.rows[:number]])  # fmt: skip
 
 
-def _latents_from_texts(report: Report, found: Outcome, number: int, tokenizer: object) -> None:
+def _latents_from_texts(report: Report, found: Outcome, number: int, tokenizer: PreTrainedTokenizerBase) -> None:
     moments = found.results["moments"]
     _agreement(report, found.agreement, {}, None)
     cells = [(side, *values.values()) for side, values in moments.items()]
     report.table(["latents", *moments["real"]], cells, "Standardised numbers; norms in the encoder's own scale.")
 
 
-def _both(report: Report, found: Joint, number: int, tokenizer: object) -> None:
+def _both(report: Report, found: Joint, number: int, tokenizer: PreTrainedTokenizerBase) -> None:
     comparison_section(report, found.comparison)
     _agreement(report, found.agreement, {}, found.results["encoder_missing"])
     _examples(report, ["texts"], [(row["text"],) for row in found.rows[:number]])
 
 
-def _edits(report: Report, found: Edit, number: int, tokenizer: object) -> None:
+def _edits(report: Report, found: Edit, number: int, tokenizer: PreTrainedTokenizerBase) -> None:
     edited, ways = found.edited, found.ways
     report.section("Editing", _ABOUT_EDITS.format(found.judge.name, 100 * found.before.value))
     report.metrics([Metric("tokens masked", 100 * found.masked.value, 100 * found.masked.se, "%")])
@@ -157,7 +161,7 @@ def _examples(report: Report, header: Sequence[str], rows: Sequence[Sequence[str
     report.table(list(header), rows)
 
 
-def marked(tokenizer: object, source: Sequence[int], edited: Sequence[int]) -> tuple[str, str]:
+def marked(tokenizer: PreTrainedTokenizerBase, source: Sequence[int], edited: Sequence[int]) -> tuple[str, str]:
     """Return both texts, with what differs between ⟦ and ⟧; special tokens left out."""
     kept = [i for i, token in enumerate(source) if token not in tokenizer.all_special_ids]
     texts = []

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from palimpsest.data.tokenizers import token_strings
+from palimpsest.dataloader import TextData
 from palimpsest.report.formatting import format_number
 from palimpsest.report.plain_text import inline, split_lead
 
@@ -72,7 +73,7 @@ class _Word:
 
 
 def shown_evidence(
-    data: object, split: str, chosen: Mapping[int, tuple[str, int, int]], nats: Sequence[np.ndarray]
+    data: TextData, split: str, chosen: Mapping[int, tuple[str, int, int]], nats: Sequence[np.ndarray]
 ) -> list[Evidence]:
     """Return texts as the report colours them.
 

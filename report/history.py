@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from palimpsest.data.tokenizers import token_strings, unshown
 from palimpsest.evaluation.drawing import Drawn
@@ -82,7 +83,7 @@ class Course:
                 ids_L[change.places_N] = change.ids_N
         return ids_L.tolist()
 
-    def past(self, tokenizer: object) -> dict[int, list[Visit]]:
+    def past(self, tokenizer: PreTrainedTokenizerBase) -> dict[int, list[Visit]]:
         """Return for each place of the row what stood there before its last token, in order."""
         ended, standing = dict[int, list[Visit]](), dict[int, tuple[int, int, float]]()
         for change in self.changes:
@@ -124,12 +125,14 @@ class Recorder:
         return self._courses
 
 
-def piece(tokenizer: object, token: int, blank_id: int) -> str:
+def piece(tokenizer: PreTrainedTokenizerBase, token: int, blank_id: int) -> str:
     """Return a token as it shows behind another one, whatever that is."""
     return token_strings(tokenizer, [blank_id, token])[1]
 
 
-def sample_of(text: Drawn, tokenizer: object, title: str, history: Course | None = None, facts: str = "") -> Sample:
+def sample_of(
+    text: Drawn, tokenizer: PreTrainedTokenizerBase, title: str, history: Course | None = None, facts: str = ""
+) -> Sample:
     """Return a text as pages show it, special tokens left out; with the course of its row, if there is one."""
     hidden = unshown(tokenizer)
     kept = [i for i, token in enumerate(text.ids) if token not in hidden]
@@ -141,7 +144,9 @@ def sample_of(text: Drawn, tokenizer: object, title: str, history: Course | None
                   [text.confidence[i] for i in kept], before, facts)  # fmt: skip
 
 
-def samples_of(drawn: Sequence[Drawn], tokenizer: object, histories: Sequence[Course] = ()) -> list[Sample]:
+def samples_of(
+    drawn: Sequence[Drawn], tokenizer: PreTrainedTokenizerBase, histories: Sequence[Course] = ()
+) -> list[Sample]:
     """Return texts as reports show them, the first ones with their courses."""
     known = [*histories[: len(drawn)], *[None] * (len(drawn) - len(histories))]
     return [sample_of(text, tokenizer, f"Text {i + 1}", known[i], f"{text.evaluations:,} network evaluations")

@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from statistics import median
 
+from transformers import PreTrainedTokenizerBase
+
 from palimpsest.data.tokenizers import token_strings, unshown
+from palimpsest.dataloader import TextData
 from palimpsest.diffusion import Diffusion
 from palimpsest.evaluation.drawing import Drawing
 from palimpsest.report.history import Course, piece
@@ -45,7 +48,12 @@ class Standing:
     """
 
     def __init__(
-        self, tokenizer: object, blank_id: int, num_texts: int, blank: str = " ····", end_id: int | None = None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        blank_id: int,
+        num_texts: int,
+        blank: str = " ····",
+        end_id: int | None = None,
     ) -> None:
         self._tokenizer, self._blank_id, self._num_texts = tokenizer, blank_id, num_texts
         self._blank, self._end_id = blank, end_id
@@ -55,7 +63,7 @@ class Standing:
         self.step, self.evaluations, self.left, self.total = 0, 0, 0, 0
 
     @classmethod
-    def of(cls, num_texts: int, diffusion: Diffusion, data: object, drawing: Drawing) -> Standing:
+    def of(cls, num_texts: int, diffusion: Diffusion, data: TextData, drawing: Drawing) -> Standing:
         """For the first `num_texts` texts of a drawing."""
         ends = (diffusion.objective.causal and not data.wrap) or data.fill or drawing.var_length
         end_id = data.vocabulary.eos_id if ends and not data.segments else None
@@ -92,7 +100,7 @@ class Standing:
             begun = begun or bool(string.lstrip())
 
 
-def blank_of(data: object) -> str:
+def blank_of(data: TextData) -> str:
     """What stands for a mask: dots, as many as a typical token of the data has letters."""
     rows = data.split("validation" if data.prompted else "train")
     hidden = unshown(data.tokenizer)

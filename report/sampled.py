@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from palimpsest.dataloader import TextData
 from palimpsest.evaluation.completions import Completions
 from palimpsest.evaluation.directions import Outcome
 from palimpsest.evaluation.drawing import Sampled
@@ -16,7 +17,7 @@ from palimpsest.report.report import Report
 
 
 def sampled_report(
-    found: Sampled, data: object, samples: Sequence[Sample], how: str, command: str, facts: Mapping[str, object]
+    found: Sampled, data: TextData, samples: Sequence[Sample], how: str, command: str, facts: Mapping[str, object]
 ) -> Report:
     """Return the report of `found`. samples: the texts to show. how: the sampler, in a line."""
     if isinstance(found, Completions):

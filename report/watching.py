@@ -10,13 +10,17 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Annotated
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console, Group
 from rich.live import Live
 from rich.style import Style
 from rich.text import Text
+from transformers import PreTrainedTokenizerBase
 
+from palimpsest.common.values import real
+from palimpsest.dataloader import TextData
 from palimpsest.diffusion import Diffusion
 from palimpsest.evaluation.drawing import Drawing, Drawn
 from palimpsest.report.denoising import Sample, write_denoising
@@ -43,7 +47,7 @@ class Views:
     """
 
     show: bool = False
-    show_delay: float = 0.0
+    show_delay: Annotated[float, real("[0, 3600]")] = 0.0
     html: bool = True
     gif: bool = False
 
@@ -51,7 +55,7 @@ class Views:
         if not 0 <= self.show_delay < math.inf:
             raise ValueError(f"sampling.show_delay={self.show_delay} must be 0 seconds or more")
 
-    def watcher(self, num_texts: int, diffusion: Diffusion, data: object, drawing: Drawing) -> Watching:
+    def watcher(self, num_texts: int, diffusion: Diffusion, data: TextData, drawing: Drawing) -> Watching:
         """Who watches the sampler: a context, and a watcher inside it."""
         show = None
         if self.show and rank_zero_only.rank == 0:
@@ -92,7 +96,7 @@ class Watching:
         """How many texts whoever reads the standard output has before his eyes already."""
         return self._show.on_screen if self._show is not None and sys.stdout.isatty() else 0
 
-    def samples(self, drawn: Sequence[Drawn], tokenizer: object) -> list[Sample]:
+    def samples(self, drawn: Sequence[Drawn], tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
         """`drawn`, the first texts of the batch, with the courses of those that were recorded."""
         return samples_of(drawn, tokenizer, self._recorder.histories())
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from palimpsest.common.randomness import KeyedNoise
+from palimpsest.common.values import Count
 from palimpsest.denoisers import Denoiser
 from palimpsest.process import Absorbing
 from palimpsest.samplers.base import Asked, Step, TokenChoice, sampler_of, time_grid
@@ -30,7 +31,7 @@ class Analytic(Step):
         trace: Trace,
         noise: KeyedNoise,
         *,
-        steps: int,
+        steps: Count,
         choice: TokenChoice = TokenChoice(),  # noqa: B008 - frozen
         noise_removal: bool = True,
         eps: float = 1e-5,

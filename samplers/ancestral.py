@@ -15,6 +15,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from palimpsest.common.randomness import KeyedNoise
+from palimpsest.common.values import Count
 from palimpsest.denoisers import Denoiser
 from palimpsest.process import Absorbing, unmask_step
 from palimpsest.samplers import analytic
@@ -67,7 +68,7 @@ def sample(
     x_BL: Tensor,
     generator: KeyedNoise,
     *,
-    steps: int,
+    steps: Count,
     skip_idle: bool,
     choice: TokenChoice = TokenChoice(),  # noqa: B008 - frozen
     noise_removal: bool = True,

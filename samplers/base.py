@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from palimpsest.common.randomness import KeyedNoise
+from palimpsest.common.values import AboveZeroShare, AtLeastOne, NotNegative
 from palimpsest.denoisers import Denoiser, mismatch
 from palimpsest.process import Process, draw_categorical
 from palimpsest.samplers.trace import Trace, Watcher
@@ -90,8 +91,8 @@ def run(step: Step, denoiser: Denoiser, trace: Trace, cond: dict[str, Tensor]) -
     return trace
 
 
-def sampler(*processes: type[Process]) -> Callable[[Callable], Callable]:
-    """Declare the forward processes that a sampler inverts.
+def sampler(*processes: type[Process], lengthens: bool = False) -> Callable[[Callable], Callable]:
+    """Declare the forward processes that a sampler inverts, and whether its texts are longer than what it is given.
 
     The type of the sampler's first argument is the denoiser that it needs. It is checked when the sampler is called.
     """
@@ -108,6 +109,7 @@ def sampler(*processes: type[Process]) -> Callable[[Callable], Callable]:
 
         checked.processes = processes
         checked.denoiser = needed
+        checked.lengthens = lengthens
         return checked
 
     return declared
@@ -147,9 +149,9 @@ class TokenChoice:
     fewest tokens whose probabilities sum to p or more (Holtzman et al., arXiv 1904.09751).
     """
 
-    temperature: float = 1.0
-    top_k: int | None = None
-    nucleus_p: float = 1.0
+    temperature: NotNegative = 1.0
+    top_k: AtLeastOne | None = None
+    nucleus_p: AboveZeroShare = 1.0
 
     def __post_init__(self) -> None:
         if self.temperature < 0:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from palimpsest.common.randomness import KeyedNoise
+from palimpsest.common.values import AtLeastOne, Count, NotNegative
 from palimpsest.denoisers import BlockDenoiser
 from palimpsest.process import Absorbing
 from palimpsest.samplers import ancestral, segments
@@ -52,12 +53,12 @@ class Ending:
         return len(ids_S) - self.last if unigram_entropy(ids_S[-self.last :]) < self.min_entropy else None
 
 
-def ending(var_length: bool, min_entropy: float | None) -> Ending | None:
+def ending(var_length: bool, min_entropy: NotNegative | None) -> Ending | None:
     """The configuration's way to say it: None unless texts are of variable length."""
     return Ending(min_entropy) if var_length else None
 
 
-def within(first_hitting: bool, steps: int, choice: TokenChoice) -> Callable[..., Trace]:
+def within(first_hitting: bool, steps: Count, choice: TokenChoice) -> Callable[..., Trace]:
     """Return what fills a block: mask by mask, which is exact, or on a grid of `steps` times in each block, which is an
     approximation (samplers/ancestral.py)."""
     if first_hitting:
@@ -79,7 +80,7 @@ def sample(
     *,
     inner: Callable[..., Trace],
     kv_cache: bool = True,
-    context: int | None = None,
+    context: AtLeastOne | None = None,
     ending: Ending | None = None,
     stop_id: int | None = None,
     watch: Watcher | None = None,

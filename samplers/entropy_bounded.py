@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from palimpsest.common.randomness import KeyedNoise
+from palimpsest.common.values import NotNegative
 from palimpsest.denoisers import Denoiser
 from palimpsest.process import Absorbing
 from palimpsest.samplers.base import TokenChoice, sampler_of
@@ -48,7 +49,7 @@ class EntropyBounded(AtEveryMask):
         trace: Trace,
         noise: KeyedNoise,
         *,
-        gamma: float,
+        gamma: NotNegative,
         choice: TokenChoice = TokenChoice(),  # noqa: B008 - frozen
     ) -> None:
         if not gamma >= 0:

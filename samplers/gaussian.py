@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from palimpsest.common.randomness import KeyedNoise
+from palimpsest.common.values import Count, NotNegative, Share
 from palimpsest.denoisers import JointDenoiser
 from palimpsest.gaussian_process import LatentPrediction, cosine_level
 
@@ -26,9 +27,9 @@ class LatentSteps:
         ValueError: numbers that mean nothing.
     """
 
-    steps: int = 50
-    eta: float = 0.0
-    guidance: float = 1.0
+    steps: Count = 50
+    eta: Share = 0.0
+    guidance: NotNegative = 1.0
 
     def __post_init__(self) -> None:
         if self.steps < 1:

@@ -8,11 +8,13 @@ Shape suffixes: B batch, L length, N masked positions, V vocabulary, R rows eval
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from palimpsest.common.randomness import KeyedNoise
+from palimpsest.common.values import AtLeastOne
 from palimpsest.denoisers import Denoiser
 from palimpsest.process import Absorbing
 from palimpsest.samplers.base import Asked, Step, TokenChoice, sampler_of
@@ -94,8 +96,8 @@ class Ordered(AtEveryMask):
         trace: Trace,
         noise: KeyedNoise,
         *,
-        order: str,
-        tokens_per_step: int = 1,
+        order: Literal["left_to_right", "confidence", "margin", "entropy"],
+        tokens_per_step: AtLeastOne = 1,
         choice: TokenChoice = TokenChoice(),  # noqa: B008 - frozen
     ) -> None:
         check(order, tokens_per_step)

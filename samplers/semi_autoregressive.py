@@ -8,11 +8,13 @@ Shape suffixes: B batch, L length of the window, W length of everything.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from palimpsest.common.randomness import KeyedNoise
+from palimpsest.common.values import COUNT, AtLeastOne, whole
 from palimpsest.denoisers import Denoiser
 from palimpsest.process import Absorbing
 from palimpsest.samplers.base import sampler
@@ -21,15 +23,15 @@ from palimpsest.samplers.trace import Trace, Watcher
 _MOST_TOKENS = 2**20  # of a text, behind the first window
 
 
-@sampler(Absorbing)
+@sampler(Absorbing, lengthens=True)
 def sample(
     model: Denoiser,
     x_BL: Tensor,
     generator: KeyedNoise,
     *,
     inner: Callable[..., Trace],
-    stride_length: int,
-    num_strides: int,
+    stride_length: AtLeastOne,
+    num_strides: Annotated[int, whole(0, COUNT)],
     watch: Watcher | None = None,
     **cond: Tensor,
 ) -> Trace:

@@ -11,10 +11,13 @@ Shape suffixes: B batch, L length, R rows evaluated, N positions drawn, V vocabu
 
 from __future__ import annotations
 
+from typing import Annotated, Literal
+
 import torch
 from torch import Tensor
 
 from palimpsest.common.randomness import KeyedNoise
+from palimpsest.common.values import COUNT, AtLeastOne, Count, whole
 from palimpsest.denoisers import Denoiser
 from palimpsest.process import Hybrid, Uniform
 from palimpsest.samplers.base import Asked, Step, TokenChoice, sampler_of, time_grid
@@ -47,14 +50,14 @@ class Resample(Step):
         trace: Trace,
         noise: KeyedNoise,
         *,
-        steps: int,
+        steps: Count,
         choice: TokenChoice = TokenChoice(),  # noqa: B008 - frozen
         noise_removal: bool = True,
         eps: float = 1e-5,
-        corrector_steps: int = 0,
-        corrector_tokens: int = 1,
-        corrector: str = "random",
-        self_correction_steps: int = 0,
+        corrector_steps: Annotated[int, whole(0, COUNT)] = 0,
+        corrector_tokens: AtLeastOne = 1,
+        corrector: Literal["random", "informed"] = "random",
+        self_correction_steps: Annotated[int, whole(0, COUNT)] = 0,
     ) -> None:
         if min(corrector_steps, self_correction_steps) < 0:
             raise ValueError(

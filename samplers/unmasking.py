@@ -17,11 +17,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from palimpsest.common.randomness import KeyedNoise
+from palimpsest.common.values import AboveZeroShare, Count, Share, refuse_wrong
 from palimpsest.denoisers import Denoiser
 from palimpsest.process import Absorbing
 from palimpsest.samplers import ordered
@@ -49,26 +51,29 @@ class Unmasking:
     remask_eta: most chance that remdm masks a written token again at a step.
 
     Raises:
-        ValueError: a name that does not exist, a number out of range, a threshold where ReMDM's chances decide.
+        ValueError: two settings that decide the same thing.
     """
 
-    schedule: str = "linear"
-    order: str = "random"
-    threshold: float | None = None
-    remask: str = "none"
-    remask_eta: float = 0.02
+    schedule: Literal["linear", "cosine", "exponential"] = "linear"
+    order: Literal["left_to_right", "confidence", "margin", "entropy", "random"] = "random"
+    threshold: AboveZeroShare | None = None
+    remask: Literal["none", "low_confidence", "remdm"] = "none"
+    remask_eta: Share = 0.02
 
     def __post_init__(self) -> None:
-        for key, known in (("schedule", SCHEDULES), ("order", ORDERS), ("remask", REMASKS)):
-            if getattr(self, key) not in known:
-                raise ValueError(f"sampling.{key}={getattr(self, key)} is unknown; choose one of: {', '.join(known)}")
-        if self.threshold is not None and not 0 < self.threshold <= 1:
+        refuse_wrong(type(self), vars(self), "sampling.")
+        by_confidence = {"threshold": self.threshold is not None, "remask": self.remask == "low_confidence"}
+        for key, chosen in by_confidence.items():
+            if chosen and self.order in ("random", "left_to_right", "entropy"):
+                raise ValueError(
+                    f"sampling.{key}={getattr(self, key)} goes by confidence, and sampling.order={self.order} does "
+                    "not; leave one of them out"
+                )
+        if self.threshold is not None and self.schedule != "linear":
             raise ValueError(
-                f"sampling.threshold={self.threshold} must lie in (0, 1], or be null for so many tokens a step as "
-                "sampling.schedule says"
+                f"sampling.threshold={self.threshold} says how many tokens a step writes, and so does "
+                f"sampling.schedule={self.schedule}; leave one of them out"
             )
-        if not 0 <= self.remask_eta <= 1:
-            raise ValueError(f"sampling.remask_eta={self.remask_eta} must lie in [0, 1]")
         if self.threshold is not None and self.remask == "remdm":
             raise ValueError(
                 f"sampling.threshold={self.threshold} contradicts sampling.remask=remdm, whose chances say how many "
@@ -156,7 +161,7 @@ class Unmask(Step):
         trace: Trace,
         noise: KeyedNoise,
         *,
-        steps: int,
+        steps: Count,
         how: Unmasking = Unmasking(),  # noqa: B008 - frozen
         choice: TokenChoice = TokenChoice(),  # noqa: B008 - frozen
     ) -> None:

@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 CODE = ("modeling_mdlm.py", "dit.py", "class_conditioning.py", "transformer.py", "layers.py", "attention.py",
         "backbone.py", "recompute.py", "blocks.py", "block_attention.py", "segment_attention.py",
-        "kv_cache.py")  # fmt: skip
+        "kv_cache.py", "values.py")  # fmt: skip
 # What files of other programs may keep to themselves, as the reference has it.
 ASSUMED = {"model.length": 1024, "model.dropout": 0.1, "time_conditioning": False}
 
@@ -64,9 +64,10 @@ def export(checkpoint_path: str, output: Path, tokenizer_name: str | None = None
     state = {f"backbone.{name}": tensor.contiguous() for name, tensor in net.state_dict().items()}
     save_file(state, partial / WEIGHT_FILES[0], metadata={"format": "pt"})
     for name in CODE:
-        source = (ROOT / "models" / name).read_text(encoding="utf-8")
+        room = "models" if (ROOT / "models" / name).exists() else "common"
+        source = (ROOT / room / name).read_text(encoding="utf-8")
         (partial / name).write_text(
-            re.sub(r"^from palimpsest\.models\.", "from .", source, flags=re.M), encoding="utf-8"
+            re.sub(r"^from palimpsest\.(models|common)\.", "from .", source, flags=re.M), encoding="utf-8"
         )
     fingerprint = vocabulary(tokenizer).fingerprint if tokenizer else checkpoint.identity.get("tokenizer")
     config = _config({**settings, **net.settings}, fingerprint)

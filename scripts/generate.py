@@ -18,11 +18,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from palimpsest.common.files import is_remote, place
-from palimpsest.models.checkpoints import read_settings
+from palimpsest.common.output import guard_output
+from palimpsest.experiment.carried import carried, checkpoint_path
 from palimpsest.settings import command_line
 from palimpsest.settings.identity import overrides, word
-from palimpsest.training.logs import guard_output
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -74,8 +73,8 @@ def arguments(args: argparse.Namespace) -> list[str]:
         ValueError: options that contradict each other or the model; a checkpoint that does not say what it is of.
         FileNotFoundError: there is no checkpoint.
     """
-    path = checkpoint_path(args.checkpoint)
-    known = carried(path)
+    path = checkpoint_path(args.checkpoint, "--checkpoint")
+    known = carried(path, "--checkpoint")
     configuration = known["configuration"]
     asked = {
         "mode": "sample_eval", "eval.checkpoint_path": str(path), "checkpointing.save_dir": args.out,
@@ -98,33 +97,11 @@ def arguments(args: argparse.Namespace) -> list[str]:
     return [*(said for said in ours if said.partition("=")[0].lstrip("+") not in own), *args.overrides]
 
 
-def carried(path: object) -> dict[str, object]:
-    """What a checkpoint says of its training: `configuration`, `label` and `tokenizer`.
-
-    Raises:
-        ValueError: it says nothing.
-    """
-    known = read_settings(path, "--checkpoint").identity
-    if "configuration" not in known:
-        raise ValueError(
-            f"--checkpoint {path} does not carry the configuration of its training, as ours do; say it: python main.py "
-            f"mode=sample_eval eval.checkpoint_path={path} data=... model=... parameterization=... backbone=..."
-        )
-    return known
-
-
 def quoted(key: str, value: object) -> str:
     """As Hydra reads it; texts are taken letter by letter, elsewhere "null" and "true" are words."""
     if key in command_line.TEXTS:
         return command_line.in_quotes(value)
     return value if value in ("null", "true") else word(value)
-
-
-def checkpoint_path(typed: str) -> object:
-    """The file that is meant, where the folder of a run is named."""
-    path = place(typed, "--checkpoint")
-    last = None if is_remote(path) else path / "checkpoints" / "last.ckpt"
-    return last if last is not None and last.exists() else path
 
 
 # Models whose texts are not written by taking masks away.

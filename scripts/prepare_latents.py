@@ -33,11 +33,11 @@ import torch
 from palimpsest.data.cache import fingerprint
 from palimpsest.data.tokenizers import encode
 from palimpsest.dataloader import TextData
+from palimpsest.experiment.experiment import Experiment
 from palimpsest.latents.attributes import Attributes, known_texts
 from palimpsest.latents.gate import LEAST_PROBED, LEAST_RETRIEVED, probe, retrieval
 from palimpsest.latents.preparing import Plan, Preparation
 from palimpsest.latents.shards import SPLITS, Shards
-from palimpsest.main import Experiment
 from palimpsest.settings.command_line import clear_errors, compose_config
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ def texts_of(overrides: list[str]) -> TextData:
     Raises:
         ValueError: there is none, or rows are not parts of single texts.
     """
-    data = Experiment(compose_config(overrides), "scripts/prepare_latents.py").data()
+    data = Experiment(compose_config(overrides), "scripts/prepare_latents.py").build.data()
     if data.latents is None:
         raise ValueError("--encoder is missing: give lsa, hf, self or synthetic")
     return data

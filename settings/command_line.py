@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-import lightning
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -21,10 +20,9 @@ from hydra.errors import HydraException, InstantiationException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from palimpsest.settings.instantiation import located
-from palimpsest.settings.values import PATH, Setting, setting_of
+from palimpsest.settings.declared import CONFIGS, is_path, takes_lists, takes_numbers, takes_texts
+from palimpsest.settings.wiring import WIRING
 
-CONFIGS = Path(__file__).parents[1] / "configs"
 _ABSENT = object()
 _SETS_VARIABLE: list[bool] = []  # not empty within `clear_errors`, where HYDRA_FULL_ERROR is not the user's
 
@@ -51,16 +49,14 @@ SPELLINGS = {"algo": ("parameterization", {"mdlm": "subs", "duo_base": "udlm", *
 TEXTS = ("sampling.prefix", "sampling.template", "latents.prompt", "data.mask_token")
 _QUOTED = re.compile(r"""(["'])(?:(?!\1)[^\\]|\\.)*\1""", re.DOTALL)
 _ENTRY = re.compile(r"""(?:"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|[^,])+""", re.DOTALL)  # between the commas of a list
-_FOLDERS_OF_HYDRA = {"hydra.run.dir": PATH, "hydra.sweep.dir": PATH, "hydra.sweep.subdir": PATH}
+_FOLDERS_OF_HYDRA = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir")
 # Keys that no file in configs/ has, and that are read all the same where they are added.
 _READ_IF_ADDED = ("data.train_splits",)
 # Arguments of what is instantiated that the code gives itself; and groups whose entries are anybody's.
 _GIVEN = ("num_classes", "latent_shape", "stop_id", "watch", "begin_B", "last_epoch")
 _OPEN_GROUPS = ("callbacks", "logger")
-# Arguments of lightning.Trainer that are not for the user: training/trainer.py sets them.
-_SET_BY_US = ("strategy", "logger", "callbacks", "max_epochs", "check_val_every_n_epoch", "enable_checkpointing",
-              "enable_progress_bar", "enable_model_summary", "inference_mode", "use_distributed_sampler",
-              "plugins", "barebones")  # fmt: skip
+# Settings that are mappings of values, with keys of their own.
+_MAPPINGS = ("joint_modes", "modes", "files", "hub_splits", "sizes")
 
 
 def translate(arguments: list[str]) -> list[str]:
@@ -83,11 +79,10 @@ def translate(arguments: list[str]) -> list[str]:
         if key == "algo.mdlm_loss_scale":  # the log-linear schedule of mdlm, or exactly alpha = 1 - t
             key, value = "noise.eps", "0.001" if value.lower() == "true" else "0"
         key = key if started and key == "hydra.run.dir" else ALIASES.get(key, key)
-        setting = _FOLDERS_OF_HYDRA.get(key) or setting_of(key.lstrip("+"))
         if key in TEXTS and value not in ("", "null") and not _QUOTED.fullmatch(value):
             value = in_quotes(value)
-        elif setting and setting.typed:
-            value = _name(value, setting, sweeps)
+        elif equals and not _is_plain(value) and not (CONFIGS / key.lstrip("+")).is_dir():
+            value = _name(value, key.lstrip("+"), sweeps)
         out.append(f"{key}{equals}{value}")
     return _semi_ar(out)
 
@@ -120,27 +115,48 @@ def _check_groups(arguments: list[str]) -> None:
         raise ValueError(f"experiment= takes one study, not {len(experiments)}: {', '.join(experiments)}")
 
 
-def _name(typed: str, setting: Setting, sweeps: bool) -> str:
+def _is_plain(value: str) -> bool:
+    """Return True if Hydra reads the value as the same text, or if it is a switch or empty."""
+    word = re.fullmatch(r"[A-Za-z_/.][\w/.-]*", value, re.ASCII)
+    return value in ("", "true", "false", "null") or (word is not None and value.lower() not in ("nan", "inf"))
+
+
+def _name(typed: str, key: str, sweeps: bool) -> str:
     """A path or a name (or a list of them) for the right side of an argument.
 
     It is quoted, and so taken letter by letter, where Hydra does not read it as a text. ~ becomes the home folder. In a
-    command that sweeps, commas separate the values to run with.
+    command that sweeps, commas separate the values to run with. What is neither path nor name stays as it is.
     """
-    value = os.path.expanduser(typed) if setting.typed == "path" else typed
+    path = key in _FOLDERS_OF_HYDRA or is_path(key)
+    if not (path or takes_texts(key)):
+        return typed
+    value = os.path.expanduser(typed) if path else typed
     try:
         read = OverridesParser.create().parse_override(f"key={value}")
-        fits = sweeps if read.is_sweep_override() else _is_text(read.value()) or setting.accepts(read.value())
+        fits = sweeps if read.is_sweep_override() else _is_text(read.value()) or _is_other(read.value(), key)
         fits = fits and value == value.strip()  # Hydra would take the blanks away
     except HydraException:
         fits = False
     if fits:
         return value
-    entry = partial(_name, setting=setting, sweeps=False)
-    if value[:1] == "[" and value[-1:] == "]" and setting.accepts(["name"]):
+    entry = partial(_name, key=key, sweeps=False)
+    if value[:1] == "[" and value[-1:] == "]" and takes_lists(key):
         return f"[{','.join(entry(part.strip()) for part in _ENTRY.findall(value[1:-1]))}]"
     if sweeps and len(parts := _ENTRY.findall(value)) > 1:
         return ",".join(map(entry, parts))
     return QuotedString(value, Quote.double).with_quotes()
+
+
+def _is_other(value: object, key: str) -> bool:
+    """Return True if the setting also takes values of this other type."""
+    if isinstance(value, list):
+        return takes_lists(key) and all(map(_is_text, value))
+    return type(value) is int and takes_numbers(key)
+
+
+def key_of(word: str) -> str:
+    """Return the key that a command-line argument sets."""
+    return word.lstrip("+~").partition("=")[0].partition("@")[0]
 
 
 def _is_text(value: object) -> bool:
@@ -248,11 +264,11 @@ def _is_read(key: str, cfg: DictConfig, without: DictConfig) -> bool:
         above, name = ".".join(parts[:end]), parts[end]
         there = OmegaConf.select(without, above, default=_ABSENT)
         if there is not _ABSENT and (not OmegaConf.is_dict(there) or not there) and above not in _OPEN_GROUPS:
-            return setting_of(f"{above}.*") is not None  # a value before, which may be such as training.joint_modes
+            return parts[end - 1] in _MAPPINGS  # a value before, which may be a mapping
         node = OmegaConf.select(cfg, above)
         entry = end == 2 and parts[0] in _OPEN_GROUPS
         if above == "trainer":
-            return name in inspect.signature(lightning.Trainer).parameters and name not in _SET_BY_US
+            return key in {*WIRING["palimpsest.training.trainer.Arguments"].values()}
         if OmegaConf.is_dict(node) and "_target_" in node and (there is not _ABSENT or entry):
             own = ("_target_", "_partial_", "_convert_") if there is _ABSENT else there
             return name in own or _takes(node._target_, name, entry)
@@ -261,6 +277,8 @@ def _is_read(key: str, cfg: DictConfig, without: DictConfig) -> bool:
 
 def _takes(target: str, name: str, entry: bool) -> bool:
     """Whether what is instantiated has an argument of that name which the code does not give itself."""
+    from palimpsest.settings.instantiation import located  # imports what it names, and torch with it
+
     parameters = inspect.signature(located(target)).parameters
     if name in parameters:
         return parameters[name].default is not inspect.Parameter.empty and name not in _GIVEN

@@ -9,52 +9,69 @@ from collections.abc import Mapping
 from omegaconf import DictConfig, OmegaConf
 
 from palimpsest.common.messages import plain
-from palimpsest.settings.command_line import CONFIGS, compose_config, in_quotes
-from palimpsest.settings.contradictions import law
-from palimpsest.settings.names import lasting
+from palimpsest.settings.command_line import compose_config, in_quotes
+from palimpsest.settings.declared import CONFIGS, marks
+from palimpsest.settings.instantiation import made_class
+from palimpsest.settings.names import current, lasting
 
-# Budgets, devices and bookkeeping are left out: they may change at a resume.
+# What a training depends on. Single settings of it are left out where their declarations say so (common/values.py).
 IDENTITY = ("data", "latents", "model", "backbone", "parameterization", "noise", "masking", "T", "subs_masking",
             "time_conditioning", "optim", "lr_scheduler", "plateau", "training", "seed", "loader.global_batch_size",
             "loader.batch_ramp", "trainer.gradient_clip_val", "process.word_share")  # fmt: skip
-NOT_IDENTITY = ("data.label", "data.cache_dir", "model.attn_backend", "backbone.attn_backend",
-                "lr_scheduler.num_training_steps", "data.max_valid_texts", "data.max_test_texts",
-                "backbone.resumed", "training.max_skipped_steps", "training.gradient_checkpointing",
-                "training.sampling_eps_min", "training.sampling_eps_max", "training.clip_search_widths",
-                "training.clip_search_delta", "training.fix_clipping", "training.masking_rates",
-                "training.masking_rate_min", "training.masking_rate_max", "training.masking_rate_per",
-                "parameterization.block_size",
-                "data.judge._target_", "data.judge._partial_", "data.judge.kind", "latents.batch_size")  # fmt: skip
-# Of the keys of training that NOT_IDENTITY has, parameterization=bd3lm and masking=rates have their own copies.
-IDENTITY_IF_SET = ("process.word_share", "training.from_pretrained", "training.freeze", "training.prefix_length",
-                   "training.start_from_counts", "training.ignore_bos", "loader.batch_ramp", "training.resample",
-                   "masking.resample", "parameterization.noising.resample", "data.fill", "data.mask_token",
-                   "data.segments", "data.prompt_column", "data.protocol", "data.num_proc",
-                   "data.source.prompt_column")  # fmt: skip
-# Of texts that only classify.pretrain reads.
-IDENTITY_IF_PRETRAINED = ("data.source.files.unsupervised", "data.source.hub_splits.unsupervised",
-                          "data.source.unlabelled")  # fmt: skip
+# Judges of completions are no part of a training.
+_NO_PART = ("data.judge",)
+# Where fingerprints have always had settings that are left out elsewhere while they are empty.
+_ALWAYS = ("parameterization.within.", "parameterization.text.")
+_ABSENT = object()
 
 
 def identity(cfg: DictConfig) -> dict[str, object]:
-    """The part of the configuration that determines the weights, flat: key as typed -> value."""
+    """Return the part of the configuration that determines the weights, flat: key as typed -> value."""
     flat: dict[str, object] = {}
-    pretrained = cfg.classify.pretrain or cfg.data.get("train_splits")
-    left_out = NOT_IDENTITY if pretrained else (*NOT_IDENTITY, *IDENTITY_IF_PRETRAINED)
-    objective = law(cfg)
-    left_out = (*left_out, "training.ignore_bos") if objective == "bd3lm" else left_out  # it has its own copy
-    left_out = left_out if cfg.data.get("segments") else (*left_out, "data.segment_room")
+    present = _targets(cfg)
 
-    def visit(prefix: str, node: object) -> None:
+    def visit(key: str, node: object, target: str | None) -> None:
         if isinstance(node, dict):
+            own = node.get("_target_")
             for name, child in node.items():
-                visit(f"{prefix}.{name}", child)
-        elif prefix not in left_out and (node or prefix not in IDENTITY_IF_SET):
-            flat[prefix] = lasting(node) if prefix.endswith("._target_") else node
+                visit(f"{key}.{name}", child, own if not name.startswith("_") else None)
+        elif not key.startswith(_NO_PART) and (_belongs(marks(key, target, present), node) or key.startswith(_ALWAYS)):
+            flat[key] = lasting(node) if key.endswith("._target_") else node
 
     for key in IDENTITY:
-        node = OmegaConf.select(cfg, key)
-        visit(key, OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node)
+        node = OmegaConf.select(cfg, key, default=_ABSENT)
+        if node is _ABSENT:
+            continue
+        group = OmegaConf.select(cfg, key.rpartition(".")[0]) if "." in key else None
+        own = group.get("_target_") if group is not None else None
+        visit(key, OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node, own)
+    objective = made_class(cfg.parameterization).name
+    return {**_with_conditions(flat, cfg, objective), "parameterization": objective}
+
+
+def _belongs(marked: frozenset[str], value: object) -> bool:
+    return not marked & {"FREE", "COPY"} and ("IF_SET" not in marked or bool(value))
+
+
+def _targets(cfg: DictConfig) -> frozenset[str]:
+    """Return the names of all components of a configuration."""
+    found, open_ = set(), [OmegaConf.to_container(cfg)]
+    while open_:
+        node = open_.pop()
+        if isinstance(node, dict):
+            found |= {current(node["_target_"])} if isinstance(node.get("_target_"), str) else set()
+            open_ += node.values()
+    return frozenset(found)
+
+
+def _with_conditions(flat: dict[str, object], cfg: DictConfig, objective: str) -> dict[str, object]:
+    """Return `flat` with what belongs to a training under some conditions only."""
+    if not (cfg.classify.pretrain or cfg.data.get("train_splits")):  # what has no labels is read by nothing else
+        apart = cfg.data.source.get("unlabelled") or ()
+        names = [f"data.source.{kind}.{split}" for kind in ("files", "hub_splits") for split in apart]
+        flat = {key: value for key, value in flat.items() if key not in (*names, "data.source.unlabelled")}
+    if not cfg.data.get("segments"):
+        flat.pop("data.segment_room", None)
     if cfg.data.streaming and cfg.data.get("max_train_texts") is None:
         flat |= {f"streaming.{key}": value for key, value in cfg.streaming.items() if key != "_target_"}
     if cfg.classify.sharing == "conditional":
@@ -65,7 +82,7 @@ def identity(cfg: DictConfig) -> dict[str, object]:
     if flat.get("data.score_special", ...) is None:  # what null means hangs on data.wrap
         flat |= {} if cfg.data.wrap or cfg.data.get("protocol") else {"data.score_special": False}
         flat = {key: value for key, value in flat.items() if key != "data.score_special" or value is not None}
-    return {**flat, "parameterization": objective}
+    return flat
 
 
 # What of it says how a model was trained, and nothing of what it is.
@@ -74,7 +91,6 @@ _OF_TRAINING = ("optim.", "lr_scheduler.", "plateau.", "loader.", "trainer.", "s
 _GROUPS = ("data", "model", "backbone", "parameterization", "noise", "masking", "latents")
 _CARRIED = (*IDENTITY, "classify.sharing", "classify.label_dropout", "block_size")
 _KEY = re.compile(r"\w+(\.\w+)*", re.ASCII)
-_ABSENT = object()
 _FIRST = ("data.", "model.", "noise.", "training.", "classify.", "T", "block_size", "subs_masking", "time_conditioning")
 
 
@@ -91,7 +107,7 @@ def overrides(known: Mapping[str, object]) -> list[str]:
     known = {
         key: value
         for key, value in known.items()
-        if not (key.startswith(_OF_TRAINING) or (key in NOT_IDENTITY and "._" not in key) or _is_found(key, value))
+        if not (key.startswith(_OF_TRAINING) or _is_free(key) or _is_found(key, value))
     }
     for key, value in known.items():
         if not _may_be_carried(key, value):
@@ -102,7 +118,12 @@ def overrides(known: Mapping[str, object]) -> list[str]:
     for first in (_FIRST, ("",)):  # what others follow, then what is left
         cfg = compose_config(words)
         ours = identity(cfg)
-        unset = {key: _unset(value) for key, value in ours.items() if key in IDENTITY_IF_SET and key not in known}
+        present = _targets(cfg)
+        unset = {
+            key: _unset(value)
+            for key, value in ours.items()
+            if "IF_SET" in marks(key, _target_around(cfg, key), present) and key not in known
+        }
         new = {**{key: known[key] for key in _different(known, ours)}, **unset}
         new = {key: value for key, value in new.items() if key.startswith(first) and not key.startswith(_OF_TRAINING)}
         for key, value in new.items():
@@ -111,6 +132,17 @@ def overrides(known: Mapping[str, object]) -> list[str]:
         there = {key for key in new if OmegaConf.select(cfg, key, default=_ABSENT) is not _ABSENT}
         words += [f"{'' if key in there else '++'}{key}={word(value)}" for key, value in new.items()]
     return words
+
+
+def _target_around(cfg: DictConfig, key: str) -> str | None:
+    """Return the component that a setting is an argument of."""
+    group = OmegaConf.select(cfg, key.rpartition(".")[0]) if "." in key else None
+    return group.get("_target_") if OmegaConf.is_dict(group) else None
+
+
+def _is_free(key: str) -> bool:
+    """Return True if the setting is not part of an identity."""
+    return "FREE" in marks(key, None, ()) and "._" not in key
 
 
 def _is_found(key: str, value: object) -> bool:

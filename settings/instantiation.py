@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
+from typing import get_type_hints
 
 import hydra.utils
 from lightning.pytorch import Callback
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from palimpsest.settings.names import PACKAGE, current
+from palimpsest.settings.wiring import WIRING
 
+_ABSENT = object()
 ROOT = Path(__file__).resolve().parents[1]
 # What configs/ names of libraries, beside callbacks of Lightning. All else is a module of ours, or is refused.
 OF_LIBRARIES = frozenset({
     "builtins.str", "lightning.pytorch.loggers.CSVLogger", "lightning.pytorch.loggers.TensorBoardLogger",
-    "transformers.get_constant_schedule_with_warmup", "transformers.get_cosine_schedule_with_warmup",
 })  # fmt: skip
 CALLBACKS = "lightning.pytorch.callbacks."
 
@@ -31,11 +33,28 @@ def instantiate(node: object, **arguments: object) -> object:
     return hydra.utils.instantiate(_located_in(node), **arguments)
 
 
+def wired(cfg: DictConfig, target: str, **given: object) -> object:
+    """Build what the code builds itself, from the keys that settings/wiring.py hands on to it and the `given` ones."""
+    found = {name: OmegaConf.select(cfg, key, default=_ABSENT) for name, key in WIRING[target].items()}
+    plain = {
+        name: OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+        for name, value in found.items()
+        if value is not _ABSENT
+    }
+    return located(target)(**{**plain, **given})
+
+
+def made_class(node: DictConfig) -> type:
+    """Return the class of what a configuration's `_target_` makes."""
+    build = located(node._target_)
+    return build if isinstance(build, type) else get_type_hints(build)["return"]
+
+
 def located(target: object) -> object:
     """Return the class or function at the path `target`.
 
     Raises:
-        ValueError: it is none of what may be built (`instantiate`), or it cannot be imported.
+        ValueError: it may not be built (see `instantiate`), or it cannot be imported.
     """
     refusal = ValueError(
         f"_target_={target!s:.200} is refused: a configuration builds only what the project defines. Put your module "

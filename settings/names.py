@@ -1,4 +1,4 @@
-"""Names of what is built: where a thing is now, and the name that it keeps in fingerprints when its module moves."""
+"""Import paths of components: the current one, and the one that fingerprints keep when a module moves."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ MOVED = {
     "tasks.guidance": "evaluation.guidance",
     "tasks.watching": "report.watching",
     "lr_schedules": "training.lr_schedules",
+    "objectives.mlm.masked_lm": "objectives.mlm.MaskedLM",
     "optimizers": "training.optimizers",
     "text.exact_denoiser": "corpora.exact_denoiser",
     "text.grammar": "corpora.grammar",
@@ -24,8 +25,11 @@ MOVED = {
     "text.latent_shards": "latents.shards",
     "text.review_attributes": "corpora.review_attributes",
     "text.reviews": "corpora.reviews",
+    "text.sources.GeneratedReviews": "corpora.reviews.GeneratedReviews",
     "text.text8": "corpora.text8",
     "text": "data",
+    "transformers.get_constant_schedule_with_warmup": "training.lr_schedules.constant",
+    "transformers.get_cosine_schedule_with_warmup": "training.lr_schedules.cosine_to_zero",
 }
 _BACK = {new: old for old, new in MOVED.items()}
 # Rooms and modules that were importable by these names before there was a package.

@@ -4,55 +4,45 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
 
-import lightning
 import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from palimpsest.common.files import Place, write_whole
+from palimpsest.common.files import write_whole
 from palimpsest.common.metrics import Estimate
-from palimpsest.corpora.judging import Judge
-from palimpsest.diffusion import Diffusion, Provenance
-from palimpsest.estimators.base import Estimator
-from palimpsest.evaluation.drawing import Drawing
-from palimpsest.evaluation.likelihood import GroundTruth, Precision
+from palimpsest.diffusion import Provenance
+from palimpsest.evaluation.experiment import Experiment
 from palimpsest.report.report import Report
 
 
-class Experiment(Protocol):
-    """Builds what the configuration names, when it is asked for. `label` None means the configuration's own choice."""
+@dataclass(frozen=True)
+class Mode:
+    """Properties of a task that other parts must fit.
 
-    seed: int
-    command: str
-    settings: str  # the resolved configuration as YAML
-    facts: Mapping[str, object]
-    protocol: Mapping[str, object]  # which law, weights and random numbers a result belongs to
-    drawing: Drawing
-    estimator: Estimator
-    precision: Precision
-    truth: GroundTruth | None
-    judge: Judge  # of completed prompts
-    conditional: bool  # one network is told the class, else one model per class
-    start_from_counts: bool  # new weights begin at token frequencies
-    pretraining: Experiment | None  # the training of the weights that the models of all classes start from
+    Attributes:
+        trains: it trains models, or may.
+        compares: it compares classes.
+        writes: it samples texts.
+        measures: it uses trained weights; the settings of a published model come from its file.
+    """
 
-    def folder(self, label: int | None = None) -> Path: ...
-    def checkpoints(self, label: int | None = None) -> Place: ...
-    def data(self, label: int | None = None) -> object: ...
-    def diffusion(self, data: object) -> Diffusion: ...
-    def start_from_pretrained(self, diffusion: Diffusion, data: object, shared: Place | None) -> Place | None: ...
-    def alone(self, label: int | None = None) -> AbstractContextManager[None]: ...
-    def patience(self, label: int | None = None) -> int | None: ...
-    def finished(self, label: int | None = None) -> Place | None: ...
-    def model_path(self, label: int | None = None) -> Place: ...
-    def trained(self, data: object, checkpoint_path: str, disable_ema: bool) -> Diffusion: ...
-    def trainer(self, title: str, label: int | None = None) -> lightning.Trainer: ...
-    def resume_path(self, label: int | None = None) -> Place | None: ...
+    trains: bool = False
+    compares: bool = False
+    writes: bool = False
+    measures: bool = False
+
+
+def mode(**properties: bool) -> Callable[[Callable], Callable]:
+    """Declare the properties of a task (`Mode`), as `task.mode`."""
+
+    def declared(task: Callable) -> Callable:
+        task.mode = Mode(**properties)
+        return task
+
+    return declared
 
 
 @rank_zero_only
@@ -79,7 +69,7 @@ def write_latents(path: Path, latents: np.ndarray) -> None:
 
 def write_report(experiment: Experiment, report: Report, folder: Path) -> Path:
     """Write report.html, with the configuration at its end; returns its path."""
-    report.code(experiment.settings, "configuration")
+    report.code(experiment.build.settings, "configuration")
     report.write(folder / "report.html")
     return folder / "report.html"
 

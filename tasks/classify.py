@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated, Literal
 
 import numpy as np
 
@@ -12,42 +13,57 @@ from palimpsest.classification.methods import Beside
 from palimpsest.classification.models import class_models, labelled_data
 from palimpsest.classification.scoring import Race
 from palimpsest.classification.verdicts import find_verdicts
+from palimpsest.common.values import COUNT, FilePath, Name, list_of, real, whole
 from palimpsest.evaluation.drawing import draw
+from palimpsest.evaluation.experiment import Experiment
 from palimpsest.evaluation.likelihood import protocol
 from palimpsest.report.classification import classification_lines, classification_report
 from palimpsest.report.history import samples_of
 from palimpsest.report.report import Report
-from palimpsest.tasks.base import Experiment, write_report, write_results
+from palimpsest.tasks.base import mode, write_report, write_results
 
 
+@mode(trains=True, compares=True, measures=True)
 def classify(
-    experiment: Experiment, *, checkpoint_path: str, split: str, race: Race, prior: str | Sequence[float],
-    beside: Beside, num_samples: int, num_examples: int, disable_ema: bool,
-) -> dict[str, object]:  # fmt: skip
+    experiment: Experiment,
+    *,
+    checkpoint_path: FilePath | None,
+    split: Name,
+    race: Race,
+    prior: Literal["uniform", "empirical"] | Annotated[Sequence[float], list_of(real("[0, 1]"), 2, "[0.3,0.7]")],
+    beside: Beside,
+    num_samples: Annotated[int, whole(0, COUNT)],
+    num_examples: Annotated[int, whole(0, COUNT)],
+    disable_ema: bool,
+) -> dict[str, object]:
     """Score `split` under every class with the same masks, apply Bayes' rule, hold it against other methods.
 
     The models are those of `checkpoint_path`, with {label} for the number of the class where there is one per class;
     where it is empty, those of this configuration, and the missing ones are trained. Writes results.json,
     predictions.parquet and report.html into `classify/<split>`.
     """
-    data, estimator, seed = labelled_data(experiment, split), experiment.estimator, experiment.seed
+    data = labelled_data(experiment, split)
+    estimator = experiment.build.estimator
     # Mistakes are looked for before the training, which may take days.
     race.check(estimator)
     others = beside.files(split)
     counts_C = np.bincount(np.asarray(data.texts("train")["label"][:]), minlength=len(data.label_names))
-    log_prior_C, folder = log_prior(prior, counts_C), experiment.folder() / "classify" / split
+    log_prior_C = log_prior(prior, counts_C)
+    folder = experiment.runs.folder() / "classify" / split
     models = class_models(experiment, data, checkpoint_path, disable_ema)
     verdicts = find_verdicts(experiment, models, data, split, race, log_prior_C, beside, others, folder)
-    results, known = verdicts.results(race, models), protocol(experiment.protocol, data, split, verdicts.scores)
+    results = verdicts.results(race, models)
+    known = protocol(experiment.protocol, data, split, verdicts.scores)
     write_results(folder, {**results, "protocol": known, "command": experiment.command})
     samples = []
     for label, model in enumerate(models):
-        ask = (experiment.drawing, num_samples, num_samples, seed, model.class_id)
-        drawn = draw(model.diffusion, experiment.data(label), *ask) if num_samples else []
+        ask = (experiment.build.drawing(), num_samples, num_samples, experiment.seed, model.class_id)
+        drawn = draw(model.diffusion, experiment.build.data(label), *ask) if num_samples else []
         samples.append(samples_of(drawn, data.tokenizer))
-    examples = explain(models, verdicts, estimator, race, num_examples, seed)
+    examples = explain(models, verdicts, estimator, race, num_examples, experiment.seed)
     report = Report("Generative classification", f"{data.name}, {split} split", experiment.command, experiment.facts)
-    folders = [experiment.folder()] if verdicts.unconditional else [experiment.folder(k) for k in range(len(models))]
+    labels = [None] if verdicts.unconditional else range(len(models))
+    folders = [experiment.runs.folder(label) for label in labels]
     classification_report(report, verdicts, race, examples, samples, folders)
     path = write_report(experiment, report, folder)
     print(f"\n{classification_lines(verdicts, samples)}", path, sep="\n")

@@ -4,28 +4,34 @@ from __future__ import annotations
 
 import math
 
+from palimpsest.common.values import FilePath, Name
+from palimpsest.evaluation.experiment import Experiment
 from palimpsest.evaluation.latent_gain import latent_gain
 from palimpsest.evaluation.likelihood import likelihood, protocol, score
 from palimpsest.objectives.base import latent_hidden
 from palimpsest.report.likelihood import gain_section, likelihood_lines, likelihood_section, untrained_marginal
 from palimpsest.report.report import Report
-from palimpsest.tasks.base import Experiment, write_report, write_results
+from palimpsest.tasks.base import mode, write_report, write_results
 
 
-def ppl_eval(experiment: Experiment, *, checkpoint_path: str, disable_ema: bool, split: str) -> dict[str, object]:
+@mode(measures=True)
+def ppl_eval(
+    experiment: Experiment, *, checkpoint_path: FilePath | None, disable_ema: bool, split: Name
+) -> dict[str, object]:
     """Score every text of `split`; write results.json and report.html.
 
     The likelihood that is reported is p(text); for texts with latents it stands beside p(text | latent).
     """
-    data = experiment.data()
-    diffusion = experiment.trained(data, checkpoint_path, disable_ema)
-    trainer, how = experiment.trainer("ppl_eval"), (experiment.estimator, experiment.precision, experiment.seed)
+    data = experiment.build.data()
+    diffusion = experiment.weights.trained(data, checkpoint_path, disable_ema)
+    trainer = experiment.trainer("ppl_eval")
+    how = (experiment.build.estimator, experiment.build.precision, experiment.seed)
     scores = score(trainer, diffusion, data.eval_dataloader(split, trainer=trainer), *how, latent_hidden)
     gain = None if data.latents is None else latent_gain(trainer, diffusion, data, split, *how, scores)
-    measured = likelihood(data, split, scores, experiment.truth)
+    measured = likelihood(data, split, scores, experiment.build.truth)
     # Numbers of different kinds and splits never overwrite one another.
     kind = "" if scores.kind == "NELBO" else f"-{scores.label.split(',')[0].replace(' ', '_').lower()}"
-    folder = experiment.folder() / "ppl_eval" / f"{split}{kind}"
+    folder = experiment.runs.folder() / "ppl_eval" / f"{split}{kind}"
     results = {
         **measured.results(), "monte_carlo_se": scores.monte_carlo_se,
         "bits_per_token": measured.model.scaled(1 / math.log(2)), "texts": len(scores.tokens_M),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from functools import partial
 
+from palimpsest.common.values import AtLeastOne, Count, FilePath, Name, Natural, PresentPath
 from palimpsest.evaluation.directions import Directed, Outcome
 from palimpsest.evaluation.drawing import Setting
+from palimpsest.evaluation.experiment import Experiment
 from palimpsest.evaluation.free_texts import WriteFreely
 from palimpsest.evaluation.generative_perplexity import CausalScorer
 from palimpsest.evaluation.guidance import Guidance
@@ -13,15 +15,27 @@ from palimpsest.evaluation.requests import request
 from palimpsest.report.directions import titled
 from palimpsest.report.sampled import sampled_lines, sampled_report
 from palimpsest.report.watching import Views, described
-from palimpsest.tasks.base import Experiment, write_latents, write_report, write_results, write_rows
+from palimpsest.tasks.base import mode, write_latents, write_report, write_results, write_rows
 
 
+@mode(writes=True, measures=True)
 def sample_eval(
-    experiment: Experiment, *, checkpoint_path: str, disable_ema: bool, num_batches: int | None,
-    num_samples: int | None, num_shown: int, split: str | None, samples_per_prompt: int,
-    compute_generative_perplexity: bool, scorer_name: str, perplexity_batch_size: int, views: Views, directed: Directed,
+    experiment: Experiment,
+    *,
+    checkpoint_path: FilePath | None,
+    disable_ema: bool,
+    num_batches: Count | None,
+    num_samples: Count | None,
+    num_shown: Natural,
+    split: Name | None,
+    samples_per_prompt: Count,
+    compute_generative_perplexity: bool,
+    scorer_name: PresentPath,
+    perplexity_batch_size: AtLeastOne,
+    views: Views,
+    directed: Directed,
     guided: Guidance,
-) -> dict[str, object]:  # fmt: skip
+) -> dict[str, object]:
     """Draw texts; write samples.jsonl, results.json, report.html and what `views` asks for of the first `num_shown`.
 
     `num_samples` texts (None: `num_batches` batches) are held against as many real ones of `split` (None: against
@@ -32,22 +46,33 @@ def sample_eval(
         directed: for texts with latents: what is drawn from what.
         guided: the class that free texts are guided to.
     """
-    data, drawing = experiment.data(), experiment.drawing
+    data = experiment.build.data()
     class_id = guided.number(data)
     scorer = partial(CausalScorer.load, scorer_name, perplexity_batch_size) if compute_generative_perplexity else None
     asked = request(
-        data, drawing, experiment.judge, experiment.truth, directed, class_id, split=split, num_samples=num_samples,
-        num_batches=num_batches, samples_per_prompt=samples_per_prompt, load_scorer=scorer,
-    )  # fmt: skip
-    diffusion = experiment.trained(data, checkpoint_path, disable_ema).eval()
+        data,
+        experiment.build.drawing().given,
+        experiment.build.judge,
+        experiment.build.truth,
+        directed,
+        class_id,
+        split=split,
+        num_samples=num_samples,
+        num_batches=num_batches,
+        samples_per_prompt=samples_per_prompt,
+        load_scorer=scorer,
+    )
+    diffusion = experiment.weights.trained(data, checkpoint_path, disable_ema).eval()
+    drawing = experiment.build.drawing(diffusion.provenance.length)
     if isinstance(asked, WriteFreely) and class_id is not None:
-        drawing, data = guided.of(drawing, diffusion, data), experiment.data(class_id)
-    folder, shown = experiment.folder() / "sample_eval" / asked.folder, max(num_shown, 1)
+        drawing = guided.of(drawing, diffusion, data)
+        data = experiment.build.data(class_id)
+    folder = experiment.runs.folder() / "sample_eval" / asked.folder
+    shown = max(num_shown, 1)
+    trainer = experiment.trainer("sample_eval")
     keep = partial(write_rows, folder / "samples.jsonl")
     with views.watcher(shown, diffusion, data, drawing) as watching:
-        found = asked(
-            Setting(experiment.trainer("sample_eval"), diffusion, data, drawing, experiment.seed, watching, keep)
-        )
+        found = asked(Setting(trainer, diffusion, data, drawing, experiment.seed, watching, keep))
     known = {**experiment.protocol, **drawing.protocol, **found.protocol}
     write_results(folder, {**found.results, "protocol": known, "command": experiment.command})
     how, samples = described(drawing.protocol), titled(found, watching.samples(found.drawn[:shown], data.tokenizer))

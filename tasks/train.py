@@ -2,31 +2,41 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from palimpsest.common.values import COUNT, whole
 from palimpsest.evaluation.drawing import draw
+from palimpsest.evaluation.experiment import Experiment
 from palimpsest.evaluation.likelihood import likelihood, protocol, score
 from palimpsest.objectives.base import latent_hidden
 from palimpsest.report.history import samples_of
 from palimpsest.report.likelihood import untrained_marginal
 from palimpsest.report.report import Report
 from palimpsest.report.training import training_lines, training_report
-from palimpsest.tasks.base import Experiment, write_report, write_results
-from palimpsest.training.fitting import fit
+from palimpsest.tasks.base import mode, write_report, write_results
 
 
-def train(experiment: Experiment, *, num_samples: int, generate_samples: bool) -> dict[str, object]:
+@mode(trains=True)
+def train(
+    experiment: Experiment, *, num_samples: Annotated[int, whole(0, COUNT)], generate_samples: bool
+) -> dict[str, object]:
     """Fit, then write results.json and report.html on the validation split."""
-    checkpoint = fit(experiment)
-    data, folder, seed = experiment.data(), experiment.folder(), experiment.seed
-    diffusion = experiment.trained(data, str(checkpoint), disable_ema=False)
+    checkpoint = experiment.fit()
+    data = experiment.build.data()
+    folder = experiment.runs.folder()
+    seed = experiment.seed
+    diffusion = experiment.weights.trained(data, str(checkpoint), disable_ema=False)
     trainer = experiment.trainer("validate")
     loader = data.eval_dataloader("validation", trainer=trainer)
-    scores = score(trainer, diffusion, loader, experiment.estimator, experiment.precision, seed, latent_hidden)
-    measured = likelihood(data, "validation", scores, experiment.truth)
+    scores = score(
+        trainer, diffusion, loader, experiment.build.estimator, experiment.build.precision, seed, latent_hidden
+    )
+    measured = likelihood(data, "validation", scores, experiment.build.truth)
     results = {**measured.results(), "checkpoint": checkpoint}
     known = protocol(experiment.protocol, data, "validation", scores)
     write_results(folder, {**results, "protocol": known, "command": experiment.command})
     number = num_samples if generate_samples else 0
-    drawn = draw(diffusion, data, experiment.drawing, number, number, seed) if number else []
+    drawn = draw(diffusion, data, experiment.build.drawing(), number, number, seed) if number else []
     remark = untrained_marginal(diffusion.objective)
     report = Report("Training run", data.name, experiment.command, experiment.facts)
     training_report(report, folder, measured, samples_of(drawn, data.tokenizer), remark)

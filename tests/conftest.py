@@ -2,18 +2,58 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed
+from tokenizers import Tokenizer
 
 import main  # noqa: F401 - makes the folder of this checkout the package, wherever another one is installed
+from palimpsest.data.built_tokenizers import BUILDERS
+from palimpsest.data.cache import texts_fingerprint
 from palimpsest.models.dit import DiT
+from tests.helpers.commands import ROOT, TINY, experiment
+from tests.helpers.composing import compositions_are_remembered
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = ROOT / "tests/golden"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def processes_import_this_checkout(tmp_path_factory):
+    """Processes that a test starts have the package from here too, wherever another one is installed."""
+    folder = tmp_path_factory.mktemp("packages")
+    (folder / "palimpsest").symlink_to(ROOT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def files_of_the_configuration_are_composed_once():
+    with compositions_are_remembered():
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def vocabularies_are_built_once():
+    """Most tests train on one corpus in a folder of their own; building its vocabulary takes longer than training."""
+    build, built = BUILDERS["word"], {}
+
+    def once(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+        texts = list(texts)
+        key = texts_fingerprint(texts), vocab_size
+        if key not in built:
+            built[key] = build(texts, vocab_size).to_str()
+        return Tokenizer.from_str(built[key])
+
+    BUILDERS["word"] = once
+    yield
+    BUILDERS["word"] = build
 
 
 @pytest.fixture(autouse=True)
@@ -52,3 +92,38 @@ def random_dit():
         return net.eval()
 
     return build
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of tokenizers and rows for the tests of one module."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def untrained(tmp_path, monkeypatch, cache):
+    """An untrained model on a few reviews, built from overrides."""
+    monkeypatch.chdir(tmp_path)
+
+    def build(*overrides: str):
+        built = experiment(*TINY, f"data.cache_dir={cache}", *overrides)
+        data = built.build.data()
+        diffusion = built.build.diffusion(data).eval()
+        torch.nn.init.normal_(diffusion.backbone.head.weight, generator=torch.Generator().manual_seed(0))
+        return built, data, diffusion
+
+    return build
+
+
+@pytest.fixture
+def gsm8k(tmp_path, monkeypatch):
+    """Forty small problems of the same form as the real ones, and twelve to answer."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DATA_DIR", str(tmp_path))
+    (tmp_path / "gsm8k").mkdir()
+    for split, numbers in (("train", range(40)), ("test", range(12, 24))):
+        rows = [{"question": f"Ann has {n} pens and buys {n % 7} more{' pens' * (n % 3)}. How many are there?",
+                 "answer": f"There are <<{n}+{n % 7}={n + n % 7}>>{n + n % 7} pens.\n#### {n + n % 7}"}
+                for n in numbers]  # fmt: skip
+        (tmp_path / "gsm8k" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path

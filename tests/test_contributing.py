@@ -6,11 +6,8 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
-from tests.test_configs import TINY
-
-ROOT = Path(__file__).parents[1]
+from tests.helpers.commands import ROOT, TINY
 
 
 def test_the_worked_examples_run(tmp_path):
@@ -21,21 +18,22 @@ def test_the_worked_examples_run(tmp_path):
     shutil.copytree(ROOT, copy, ignore=skipped)
     blocks = re.findall(r"```(?:python|yaml)\n# (\S+)\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S)
     assert [name for name, _ in blocks] == [
-        "samplers/left_to_right.py", "configs/sampler/left_to_right.yaml", "tests/test_left_to_right.py",
-        "objectives/plain.py", "configs/parameterization/plain.yaml", "tests/test_plain.py",
+        "samplers/left_to_right.py", "configs/sampler/left_to_right.yaml", "tests/samplers/test_left_to_right.py",
+        "objectives/plain.py", "configs/parameterization/plain.yaml", "tests/objectives/test_plain.py",
     ]  # fmt: skip
     for name, text in blocks:
         (copy / name).write_text(text)
     # One process for all commands: starting it takes longer than each of them.
     sampled = ["mode=sample_eval", "sampling.predictor=left_to_right", "loader.eval_batch_size=2", *TINY]
     plain = ["algo=plain", *TINY]
-    tests = ["-q", "-p", "no:cacheprovider", "-k", "left_to_right or plain", "tests/test_left_to_right.py",
-             "tests/test_plain.py",
+    tests = ["-q", "-p", "no:cacheprovider", "-k", "left_to_right or plain", "tests/samplers/test_left_to_right.py",
+             "tests/objectives/test_plain.py",
              "tests/test_architecture.py"]  # fmt: skip
     commands = (
-        "import main, pytest; from command_line import compose_config\n"
+        "import main, pytest\n"  # the package is the folder of this main.py
+        "from tests.helpers.commands import TINY, run, trained\n"
         f"assert pytest.main({tests}) == 0\n"
-        f"for typed in {[TINY, sampled, plain]}: main.run(compose_config(typed), 'a test')"
+        f"trained(*TINY), run(*{sampled}), run(*{plain})"
     )
     done = subprocess.run([sys.executable, "-c", commands], cwd=copy, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,10 +1,8 @@
 """The stream of training samples is exact, evaluation sees every row once, padding is neither token nor
 mask."""
 
-import inspect
 import logging
 import os
-from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
@@ -16,8 +14,10 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from palimpsest.data.order import draws_at, epoch_order, evaluation_batches, rows_at
-from palimpsest.dataloader import Loading, PositionBatchSampler, TextData, batch_arithmetic, with_texts
+from palimpsest.dataloader import Loading, PositionBatchSampler, batch_arithmetic, with_texts
 from palimpsest.settings.command_line import compose_config
+from tests.helpers.commands import ROOT
+from tests.helpers.texts import SETTINGS, text_data
 
 N = 37
 
@@ -43,7 +43,7 @@ def data(tmp_path, source=None, *, rank=0, world=1, **settings):
         "seed": 5, "eval_batch_size": 4,
     }  # fmt: skip
     loading = Loading(num_workers=settings.pop("num_workers", 0))
-    module = TextData(source or Listed(), loading=loading, **(defaults | settings))
+    module = text_data(source or Listed(), loading=loading, **(defaults | settings))
     if world > 1:
         module.trainer = SimpleNamespace(global_rank=rank, world_size=world, max_steps=10, global_step=0)
     return module
@@ -353,14 +353,14 @@ def test_bad_settings(settings, message, tmp_path):
 
 # -------------------------------------------------------------------------------- configs/data
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs" / "data").glob("*.yaml"))
+CONFIGS = sorted((ROOT / "configs" / "data").glob("*.yaml"))
 
 
 def configured(path, tmp_path, changes=(), **settings):
     data = compose_config([f"data={path.stem}", *(f"data.{change}" for change in changes)]).data
-    known = set(inspect.signature(TextData).parameters) - {"source", "cache_dir"}
+    known = SETTINGS - {"cache_dir"}
     values = {key: value for key, value in data.items() if key in known}
-    return TextData(instantiate(data.source), cache_dir=tmp_path, **(values | settings))
+    return text_data(instantiate(data.source), cache_dir=tmp_path, **(values | settings))
 
 
 def test_every_config_is_there():

@@ -19,13 +19,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from palimpsest import main
 from palimpsest.app import runs
 from palimpsest.data.files import Columns, read_files
 from palimpsest.data.tokenizers import encode, load_tokenizer, vocabulary
+from palimpsest.experiment import running
+from palimpsest.experiment.experiment import Experiment
 from palimpsest.latents.shards import _arrays
 from palimpsest.models import torch_archive
 from palimpsest.models.checkpoints import READ_ERRORS, load_inert, read_checkpoint, read_progress, read_settings
@@ -34,12 +36,11 @@ from palimpsest.scripts import generate
 from palimpsest.settings.command_line import compose_config
 from palimpsest.settings.identity import identity, overrides
 from palimpsest.settings.instantiation import OF_LIBRARIES, instantiate, located
-from palimpsest.settings.values import check_numbers
+from palimpsest.settings.reading import Readers
 from palimpsest.training.recovery import newest_good
 from palimpsest.training.storage import AtomicCheckpointIO
-from tests.test_configs import TINY
+from tests.helpers.commands import ROOT, TINY, run
 
-ROOT = Path(__file__).parents[1]
 SETTINGS = identity(compose_config(["model=tiny"]))
 
 
@@ -131,7 +132,7 @@ def test_torchscript_never_runs_wherever_a_checkpoint_is_looked_at(here, program
                   ["checkpointing.resume_ckpt_path=x.ckpt"],
                   ["parameterization=subs", "backbone=hf_dit", "eval.checkpoint_path=x.ckpt"]):  # fmt: skip
         with pytest.raises(Exception, match="TorchScript program"):
-            main.run(compose_config([*TINY, "data.cache_dir=cache", *typed]), "a test")
+            run(*TINY, "data.cache_dir=cache", *typed)
     last.write_bytes(program)
     with pytest.raises(FileNotFoundError, match="no trained network"):
         runs.find([])
@@ -202,7 +203,7 @@ def test_a_file_beside_a_checkpoint_is_not_run(here, group):
     with pytest.raises(ValueError, match=f"{group}=.*no file in configs/ names"):
         words = generate.arguments(generate.parser().parse_args(["--checkpoint", str(path), *TINY]))
         cfg = compose_config(words)
-        main.instantiate(cfg[group])  # as main.run and Diffusion do
+        instantiate(cfg[group])  # as main.run and Diffusion do
 
 
 @pytest.mark.parametrize(("key", "value"), [
@@ -238,31 +239,31 @@ def test_what_is_built_is_the_projects(here):
     cfg = compose_config([*TINY, "data.cache_dir=cache"])
     for place, build in PLACES.items():
         changed = cfg.copy()
-        main.OmegaConf.update(changed, place, sympify, merge=False, force_add=True)
+        OmegaConf.update(changed, place, sympify, merge=False, force_add=True)
         with pytest.raises(ValueError, match=r"sympy\.sympify is refused"):
             build(changed)
 
 
 PLACES = {
-    "lr_scheduler": lambda cfg: main.run(cfg, "a test"),
-    "latents": lambda cfg: main.Experiment(cfg, "a test"),
-    "sampler": lambda cfg: main.Experiment(cfg, "a test").drawing,
-    "sampler.choice": lambda cfg: main.Experiment(cfg, "a test").drawing,
-    "estimator": lambda cfg: main.Experiment(cfg, "a test").estimator,
-    "data.truth": lambda cfg: main.Experiment(cfg, "a test").truth,
-    "data.judge": lambda cfg: main.Experiment(cfg, "a test").judge,
-    "data.source": lambda cfg: main.Experiment(cfg, "a test").data(),
-    "streaming": lambda cfg: main.Experiment(cfg, "a test").data(),
-    "callbacks.x": lambda cfg: main.Experiment(cfg, "a test").trainer("train"),
-    "logger.csv": lambda cfg: main.Experiment(cfg, "a test").trainer("train"),
-    "strategy": lambda cfg: main.Experiment(cfg, "a test").trainer("train"),
+    "lr_scheduler": lambda cfg: running.run(cfg, "a test"),
+    "latents": lambda cfg: Experiment(cfg, "a test").build.data(),
+    "sampler": lambda cfg: Experiment(cfg, "a test").build.drawing(),
+    "sampler.choice": lambda cfg: Experiment(cfg, "a test").build.drawing(),
+    "estimator": lambda cfg: Experiment(cfg, "a test").build.estimator,
+    "data.truth": lambda cfg: Experiment(cfg, "a test").build.truth,
+    "data.judge": lambda cfg: Experiment(cfg, "a test").build.judge,
+    "data.source": lambda cfg: Experiment(cfg, "a test").build.data(),
+    "streaming": lambda cfg: Experiment(cfg, "a test").build.data(),
+    "callbacks.x": lambda cfg: Experiment(cfg, "a test").trainer("train"),
+    "logger.csv": lambda cfg: Experiment(cfg, "a test").trainer("train"),
+    "strategy": lambda cfg: Experiment(cfg, "a test").trainer("train"),
 }
 
 
 def test_every_target_in_configs_may_be_built_and_nobody_goes_another_way():
     found = set()
     for path in (ROOT / "configs").rglob("*.yaml"):
-        content = main.OmegaConf.to_container(main.OmegaConf.load(path))
+        content = OmegaConf.to_container(OmegaConf.load(path))
         waiting = [content]
         while waiting:
             node = waiting.pop()
@@ -274,7 +275,7 @@ def test_every_target_in_configs_may_be_built_and_nobody_goes_another_way():
     sources = [path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0] not in ("tests", ".venv")]
     for path in sources:
         text = path.read_text()
-        assert path.name == "settings/instantiation.py" or "hydra.utils" not in text, path
+        assert path == ROOT / "settings" / "instantiation.py" or "hydra.utils" not in text, path
         for word in ("torch.load(", "jit.load(", "pickle.loads(", "allow_pickle=True", "joblib",
                      "use_safetensors=False", "yaml.load(", "yaml.unsafe"):  # fmt: skip
             assert word not in text.replace("torch.save(torch.load(path, weights_only=True), path)", ""), (path, word)
@@ -530,9 +531,9 @@ def test_a_checkpoint_chooses_no_folder(tmp_path):
     for key in ("data.name", "model.name"):
         cfg = compose_config(TINY)
         for name in ("../../x", "/tmp/x", "..", "a\\b", "x" * 201, "\x1b[2J"):
-            main.OmegaConf.update(cfg, key, name)
+            OmegaConf.update(cfg, key, name)
             with pytest.raises(ValueError, match=rf"{key}=.* must be a name of at most 200"):
-                check_numbers(cfg)
+                Readers(cfg).refuse_wrong()
 
 
 @pytest.mark.parametrize(("key", "value"), [("hidden_size", 65536), ("n_blocks", 65536), ("cond_dim", 9999)])

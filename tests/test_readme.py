@@ -5,15 +5,14 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import time
 from pathlib import Path
 
 import pytest
 
-from palimpsest import main
 from palimpsest.settings.command_line import compose_config
-from tests.test_configs import TINY
+from tests.helpers.commands import ROOT, TINY, run, trained
 
-ROOT = Path(__file__).parents[1]
 LINES = re.findall(r"^(?:DATA_DIR=\S+ )?python main\.py.*$", (ROOT / "README.md").read_text(), re.M)
 COMMANDS = [shlex.split(line.split("#")[0]) for line in LINES]
 COMMANDS = [words[words.index("main.py") + 1 :] for words in COMMANDS if "--help" not in words]
@@ -25,9 +24,22 @@ def test_the_readme_has_commands():
     assert len(COMMANDS) >= 8
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """One folder for all commands, so that one finds what another has trained, as a reader's does."""
+    folder = tmp_path_factory.mktemp("readme")
+    reviews = [
+        f"the plot of part {i} is dull but actor {i * i % 97} is brilliant in scene {i * 7 % 31}" for i in range(600)
+    ]
+    (folder / "notes.txt").write_text("\n".join(reviews))
+    rows = "\n".join(f'"{text}",{"bug" if i % 2 else "wish"}' for i, text in enumerate(reviews))
+    (folder / "tickets.csv").write_text(f"text,label\n{rows}\n")
+    return folder
+
+
 @pytest.mark.parametrize("arguments", COMMANDS, ids=" ".join)
-def test_command(tmp_path, monkeypatch, arguments):
-    monkeypatch.chdir(tmp_path)
+def test_command(folder, monkeypatch, arguments):
+    monkeypatch.chdir(folder)
     if any(
         word.startswith(("backbone.name_or_path=", "classify.compare=", "eval.checkpoint_path=")) for word in arguments
     ):
@@ -44,13 +56,7 @@ def test_command(tmp_path, monkeypatch, arguments):
         pytest.skip(
             "needs real texts: set DATA_DIR to a folder with imdb/, ag_news/, wikitext2/, gsm8k/ and gpt2_tokenizer/"
         )
-    reviews = [
-        f"the plot of part {i} is dull but actor {i * i % 97} is brilliant in scene {i * 7 % 31}" for i in range(600)
-    ]
-    (tmp_path / "notes.txt").write_text("\n".join(reviews))
-    rows = "\n".join(f'"{text}",{"bug" if i % 2 else "wish"}' for i, text in enumerate(reviews))
-    (tmp_path / "tickets.csv").write_text(f"text,label\n{rows}\n")
-    few = ["data.max_train_texts=64", "data.max_valid_texts=16", "data.max_test_texts=16"]
+    few = ["data.max_train_texts=32", "data.max_valid_texts=8", "data.max_test_texts=8"]
     limits = [] if any(word.startswith("data.path=") for word in arguments) else few
     if real and any(
         word.startswith("experiment=") for word in arguments
@@ -62,7 +68,8 @@ def test_command(tmp_path, monkeypatch, arguments):
         limits += ["sampling.first_hitting=false", "sampling.steps=2", "loader.eval_batch_size=2"]
     typed = [word for word in arguments if word != "model=small"]
     if "mode=ppl_eval" in arguments or "mode=sample_eval" in arguments:
-        trained = [word for word in typed if not word.startswith(("mode=", "eval.", "sampling.", "loader.eval_"))]
-        main.run(compose_config([*trained, *SMALL, *limits]), "what these measure")
-    results = main.run(compose_config([*typed, *SMALL, *limits]), "a test")
-    assert results and list(tmp_path.rglob("report.html"))
+        training = [word for word in typed if not word.startswith(("mode=", "eval.", "sampling.", "loader.eval_"))]
+        trained(*training, *SMALL, *limits)
+    begun = time.time()
+    assert run(*typed, *SMALL, *limits)
+    assert [path for path in folder.rglob("report.html") if path.stat().st_mtime > begun - 1]

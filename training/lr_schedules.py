@@ -11,9 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Annotated, Literal
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
+
+from palimpsest.common.values import FREE, AboveZeroShare, AtLeastOne, Natural, Positive, Share, list_of, whole
 
 _DECAYS: dict[str, Callable[[float], float]] = {
     "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
@@ -22,7 +26,27 @@ _DECAYS: dict[str, Callable[[float], float]] = {
 }
 
 
-def cosine(optimizer: Optimizer, num_training_steps: int, num_warmup_steps: int, min_ratio: float = 0.1) -> LambdaLR:
+def constant(optimizer: Optimizer, num_warmup_steps: Natural) -> LambdaLR:
+    """The full rate, after a linear warm-up."""
+    return get_constant_schedule_with_warmup(optimizer, num_warmup_steps)
+
+
+def cosine_to_zero(
+    optimizer: Optimizer,
+    num_warmup_steps: Natural,
+    num_training_steps: Annotated[AtLeastOne, FREE],
+    num_cycles: Positive = 0.5,
+) -> LambdaLR:
+    """A linear warm-up, then `num_cycles` of a cosine: half of one ends at nothing."""
+    return get_cosine_schedule_with_warmup(optimizer, num_warmup_steps, num_training_steps, num_cycles)
+
+
+def cosine(
+    optimizer: Optimizer,
+    num_training_steps: Annotated[AtLeastOne, FREE],
+    num_warmup_steps: Natural,
+    min_ratio: Share = 0.1,
+) -> LambdaLR:
     """Linear warm-up, then half a cosine (Loshchilov & Hutter 2017, arXiv 1608.03983, eq. 5) down to `min_ratio`.
 
     Raises:
@@ -35,9 +59,13 @@ def cosine(optimizer: Optimizer, num_training_steps: int, num_warmup_steps: int,
 
 
 def wsd(
-    optimizer: Optimizer, num_training_steps: int, num_warmup_steps: int, decay_share: float = 0.2,
-    decay: str = "1-sqrt", min_ratio: float = 0.1,
-) -> LambdaLR:  # fmt: skip
+    optimizer: Optimizer,
+    num_training_steps: Annotated[AtLeastOne, FREE],
+    num_warmup_steps: Natural,
+    decay_share: AboveZeroShare = 0.2,
+    decay: Literal["1-sqrt", "linear", "cosine"] = "1-sqrt",
+    min_ratio: Share = 0.1,
+) -> LambdaLR:
     """Warm-up, stable, decay (Hägele et al. 2024, arXiv 2405.18392): the full rate until the last `decay_share` of the
     steps, in which it falls to `min_ratio`. Before the decay the curve does not hang on the number of steps, so that
     a training can be prolonged from there.
@@ -66,9 +94,14 @@ def wsd(
 
 
 def restarts(
-    optimizer: Optimizer, num_training_steps: int, num_warmup_steps: int, periods: Sequence[int],
-    num_rewarmup_steps: int, peak_decay: float = 0.7, min_ratio: float = 0.1,
-) -> LambdaLR:  # fmt: skip
+    optimizer: Optimizer,
+    num_training_steps: Annotated[AtLeastOne, FREE],
+    num_warmup_steps: Natural,
+    periods: Annotated[Sequence[int], list_of(whole(1), 1, "[10000,20000]")],
+    num_rewarmup_steps: AtLeastOne,
+    peak_decay: Share = 0.7,
+    min_ratio: Share = 0.1,
+) -> LambdaLR:
     """Cosine decays one after the other (Loshchilov & Hutter 2017, arXiv 1608.03983), but each after a short linear
     warm-up from where the rate stands, and up to a peak that is `peak_decay` times the one before: a rate that jumps to
     its full height at once costs the weights what they had learned.

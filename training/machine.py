@@ -1,37 +1,60 @@
-"""What a configuration says of the machine: devices, precision, and how batches are cut for them."""
+"""Devices of a run, and the batch size of each."""
 
 from __future__ import annotations
 
-import torch
-from omegaconf import DictConfig, OmegaConf
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
-from palimpsest.dataloader import batch_arithmetic
+import torch
+
+from palimpsest.common.values import IF_SET, AtLeastOne, BatchRamp, Size
+from palimpsest.data.stream import batch_arithmetic
 from palimpsest.training.processes import local_device, processes_per_node
 
+Precision = Literal["32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true", "32", "16", "64", "bf16",
+                    16, 32, 64]  # fmt: skip
 
+
+@dataclass(frozen=True)
 class Machine:
-    """The devices of a run, and what each of them takes at once."""
+    """Devices and precision of a run, and how batches are divided among the devices.
 
-    def __init__(self, cfg: DictConfig) -> None:
-        self._loader, self._trainer = cfg.loader, cfg.trainer
+    Attributes:
+        devices_per_node: processes of a node; "auto" for one per GPU.
+        typed_precision: as Lightning names it; None for the one that suits the device.
+        batch_size, eval_batch_size: samples that a device takes at once; None: the global batch shared out.
+        accumulate_grad_batches: micro-batches of an optimizer step; None: as many as it takes.
+        ramp: sizes of smaller optimizer steps at the beginning (data/stream.py).
+    """
+
+    accelerator: Literal["auto", "cpu", "gpu", "cuda"]
+    devices_per_node: Literal["auto"] | Size
+    num_nodes: Size
+    typed_precision: Precision | None
+    accumulate_grad_batches: AtLeastOne | None
+    batch_size: AtLeastOne | None
+    eval_batch_size: AtLeastOne | None
+    global_batch_size: AtLeastOne
+    eval_global_batch_size: AtLeastOne
+    ramp: Annotated[BatchRamp, IF_SET] | None
 
     @property
     def device(self) -> torch.device:
-        """That of this process.
+        """The device of this process.
 
         Raises:
-            ValueError: a GPU is asked for, and there is none.
+            ValueError: a GPU is requested, but there is none.
         """
-        if self._trainer.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        if self.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
             raise ValueError(
-                f"trainer.accelerator={self._trainer.accelerator}: torch finds no GPU on this machine; use auto or cpu"
+                f"trainer.accelerator={self.accelerator}: torch finds no GPU on this machine; use auto or cpu"
             )
-        gpu = self._trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+        gpu = self.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
         return torch.device("cuda", local_device()) if gpu else torch.device("cpu")
 
     @property
     def name(self) -> str:
-        """As reports say it."""
+        """The name of the hardware in reports."""
         if torch.cuda.is_available():
             return f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
         threads = torch.get_num_threads()
@@ -39,19 +62,13 @@ class Machine:
 
     @property
     def precision(self) -> str:
-        return self._trainer.precision or ("bf16-mixed" if self.device.type == "cuda" else "32-true")
+        return self.typed_precision or ("bf16-mixed" if self.device.type == "cuda" else "32-true")
 
     @property
     def devices(self) -> int:
-        """Of a node."""
+        """Number of processes per node."""
         available = torch.cuda.device_count() if self.device.type == "cuda" else 1
-        return processes_per_node(self._trainer.devices, available)
-
-    @property
-    def ramp(self) -> list[list[int]] | None:
-        """`loader.batch_ramp`, in lists."""
-        ramp = self._loader.batch_ramp
-        return OmegaConf.to_container(ramp) if OmegaConf.is_config(ramp) else ramp
+        return processes_per_node(self.devices_per_node, available)
 
     @property
     def micro_batch(self) -> int:
@@ -66,11 +83,15 @@ class Machine:
     @property
     def eval_batch(self) -> int:
         """Samples that a device takes at once in evaluation."""
-        devices = self.devices * self._trainer.num_nodes
-        return self._loader.eval_batch_size or -(-self._loader.eval_global_batch_size // devices)
+        devices = self.devices * self.num_nodes
+        return self.eval_batch_size or -(-self.eval_global_batch_size // devices)
 
     def _cut(self) -> tuple[int, int]:
         return batch_arithmetic(
-            self._loader.global_batch_size, self._loader.batch_size, self.devices, self._trainer.num_nodes,
-            accumulate=self._trainer.accumulate_grad_batches, ramp=self.ramp,
-        )  # fmt: skip
+            self.global_batch_size,
+            self.batch_size,
+            self.devices,
+            self.num_nodes,
+            accumulate=self.accumulate_grad_batches,
+            ramp=self.ramp,
+        )

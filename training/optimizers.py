@@ -9,12 +9,14 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate
 
+from palimpsest.common.values import BelowOne, NotNegative
+
 # A weight matrix of one of a backbone's repeated blocks.
 _BLOCK_MATRIX = re.compile(r"(^|\.)(blocks|layers?)\.\d+\..*\.weight$")
 
 
 def adamw(
-    backbone: nn.Module, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float
+    backbone: nn.Module, lr: NotNegative, beta1: BelowOne, beta2: BelowOne, eps: NotNegative, weight_decay: NotNegative
 ) -> torch.optim.AdamW:
     """AdamW (arXiv 1711.05101) over all parameters, in torch's fused kernel."""
     parameters = [p for p in backbone.parameters() if p.requires_grad]
@@ -74,7 +76,13 @@ def _together(tensor: DTensor) -> DTensor:
 
 
 def muon(
-    backbone: nn.Module, lr: float, matrix_lr: float, beta1: float, beta2: float, eps: float, weight_decay: float
+    backbone: nn.Module,
+    lr: NotNegative,
+    matrix_lr: NotNegative,
+    beta1: BelowOne,
+    beta2: BelowOne,
+    eps: NotNegative,
+    weight_decay: NotNegative,
 ) -> torch.optim.Optimizer:
     """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) with `matrix_lr` on the blocks' weight matrices,
     AdamW with `lr` on everything else: embedding, head, norms, biases and the modulation of adaLN."""

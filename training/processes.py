@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from datetime import timedelta
+from typing import Annotated
 
 import lightning
 import torch
@@ -15,6 +16,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasti
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch.optim import Optimizer
 
+from palimpsest.common.values import real
 from palimpsest.models.sharding import load_shared, shared_like, whole
 
 MINUTES = 30.0
@@ -37,7 +39,9 @@ def timeout(minutes: float) -> timedelta:
     return timedelta(minutes=minutes)
 
 
-def ddp(timeout_minutes: float = MINUTES, find_unused_parameters: bool = False) -> DDPStrategy:
+def ddp(
+    timeout_minutes: Annotated[float, real("[0.01, 10080]")] = MINUTES, find_unused_parameters: bool = False
+) -> DDPStrategy:
     """Whole weights in every process, averaged gradients. Buffers are constants here and not sent around; gradients lie
     in the buckets that are sent."""
     return DDPStrategy(
@@ -54,7 +58,7 @@ class FullySharded(ModelParallelStrategy):
     since keeping them until the last would take the memory of the whole model that sharing out saves.
     """
 
-    def __init__(self, timeout_minutes: float = MINUTES) -> None:
+    def __init__(self, timeout_minutes: Annotated[float, real("[0.01, 10080]")] = MINUTES) -> None:
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False, timeout=timeout(timeout_minutes))
 
     @property

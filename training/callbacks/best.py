@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from typing import Annotated, Literal
 
 import lightning
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
 
 from palimpsest.common.files import Place, alias, below, exists, folder_of, name_of, place
+from palimpsest.common.values import AtLeastOne, Name, Natural, Positive, PresentPath, whole
 from palimpsest.training.callbacks.retention import LAST, clear, keep, step_file
 
 
@@ -28,11 +30,11 @@ class LastCheckpoint(Checkpoint):
 
     def __init__(
         self,
-        dirpath: Place,
-        every_n_train_steps: int | None = 500,
-        every_minutes: float | None = 15,
-        keep_last: int = 3,
-        milestone_every: int | None = None,
+        dirpath: PresentPath,
+        every_n_train_steps: Natural | None = 500,
+        every_minutes: Positive | None = 15,
+        keep_last: AtLeastOne = 3,
+        milestone_every: AtLeastOne | None = None,
     ) -> None:
         whole = {"callbacks.checkpoint_every_n_steps.every_n_train_steps": every_n_train_steps or None,
                  "checkpointing.milestone_every": milestone_every}  # fmt: skip
@@ -129,6 +131,26 @@ class BestCheckpoint(ModelCheckpoint):
     """A ModelCheckpoint that knows the best value so far also after its folder was moved or copied; Lightning's own
     forgets it there, and writes worse weights over the best. It holds no weights for the best that it could not write,
     or that are gone."""
+
+    def __init__(
+        self,
+        dirpath: PresentPath,
+        monitor: Name,
+        mode: Literal["min", "max"] = "min",
+        save_top_k: Annotated[int, whole(-1)] = 1,
+        save_last: bool | Literal["link"] | None = None,
+        filename: Name | None = None,
+        **settings: object,
+    ) -> None:
+        super().__init__(
+            dirpath=dirpath,
+            monitor=monitor,
+            mode=mode,
+            save_top_k=save_top_k,
+            save_last=save_last,
+            filename=filename,
+            **settings,
+        )
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         before = {**self.state_dict(), "best_k_models": dict(self.best_k_models)}

@@ -8,6 +8,8 @@ import lightning
 import torch
 from torch import Tensor
 
+from palimpsest.common.values import AtLeastOne
+
 log = logging.getLogger(__name__)
 
 
@@ -20,7 +22,7 @@ class GradientShares(lightning.Callback):
     each as a share of the sum of both, and train/grad_cosine, that of the angle between them.
     """
 
-    def __init__(self, every_n_steps: int = 100) -> None:
+    def __init__(self, every_n_steps: AtLeastOne = 100) -> None:
         if isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int) or every_n_steps < 1:
             raise ValueError(
                 f"callbacks.gradient_shares.every_n_steps={every_n_steps} must be a whole number of at least 1"
@@ -53,7 +55,7 @@ class GradientShares(lightning.Callback):
         self._values = _shares(text, latent)
 
     def interval_metrics(self) -> dict[str, float]:
-        """What training/callbacks/metrics.py logs."""
+        """Return the values that training/callbacks/metrics.py logs."""
         values, self._values = {name: float(value) for name, value in self._values.items()}, {}
         return values
 

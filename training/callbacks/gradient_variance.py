@@ -6,6 +6,8 @@ import lightning
 import torch
 from torch import Tensor
 
+from palimpsest.common.values import AtLeastOne
+
 
 class GradientVariance(lightning.Callback):
     """Every `every_n_steps` optimizer steps, the gradients g1, g2 of one micro-batch of the first device under two
@@ -17,7 +19,7 @@ class GradientVariance(lightning.Callback):
     variance over that squared length.
     """
 
-    def __init__(self, every_n_steps: int = 100) -> None:
+    def __init__(self, every_n_steps: AtLeastOne = 100) -> None:
         if every_n_steps < 1:
             raise ValueError(f"callbacks.gradient_variance.every_n_steps={every_n_steps} must be at least 1")
         self.every_n_steps = every_n_steps
@@ -44,7 +46,7 @@ class GradientVariance(lightning.Callback):
         self._values = {"train/gradient_variance": variance, "train/gradient_noise": variance / common.clamp(min=1e-30)}
 
     def interval_metrics(self) -> dict[str, float]:
-        """What training/callbacks/metrics.py logs."""
+        """Return the values that training/callbacks/metrics.py logs."""
         values, self._values = {name: float(value) for name, value in self._values.items()}, {}
         return values
 

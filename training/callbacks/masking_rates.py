@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import lightning
 import torch
+
+from palimpsest.common.values import Rates
 
 
 class MaskingRates(lightning.Callback):
@@ -18,7 +18,7 @@ class MaskingRates(lightning.Callback):
         ValueError: something is no rate, or the objective does not fill masks anywhere in a text.
     """
 
-    def __init__(self, rates: Sequence[float] = (1.0, 0.5, 0.1)) -> None:
+    def __init__(self, rates: Rates = (1.0, 0.5, 0.1)) -> None:
         wrong = [r for r in rates if isinstance(r, bool) or not isinstance(r, int | float) or not 0 < r <= 1]
         if wrong or not rates or len(set(rates)) < len(rates):
             raise ValueError(

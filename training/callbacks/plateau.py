@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 import lightning
 from torch.optim.lr_scheduler import LambdaLR
 
+from palimpsest.common.values import AtLeastOne, InsideOne, Natural, NotNegative
+
 log = logging.getLogger(__name__)
 
 
@@ -38,7 +40,12 @@ class Plateau(lightning.Callback):
     """
 
     def __init__(
-        self, patience: int = 5, factor: float = 0.5, cooldown: int = 1, floor: float = 0.01, min_delta: float = 0.0
+        self,
+        patience: AtLeastOne = 5,
+        factor: InsideOne = 0.5,
+        cooldown: Natural = 1,
+        floor: InsideOne = 0.01,
+        min_delta: NotNegative = 0.0,
     ) -> None:
         for key, value, least in (("patience", patience, 1), ("cooldown", cooldown, 0), ("min_delta", min_delta, 0)):
             if value < least:

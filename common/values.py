@@ -1,0 +1,223 @@
+"""Types of settings, for use in signatures: `rate: Share`, `order: Literal["random", "margin"]`.
+
+A plain type says most: bool, int, float, str, `Literal`, `X | None`, a sequence. `Annotated` with a `Setting` says the
+rest. `setting_of` reads a type; `hints` reads a signature.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Annotated, Literal, Union, get_args, get_origin
+
+LARGEST = 2**31 - 1  # of whole numbers that have no closer limit
+COUNT = 10**6  # of numbers of which as many entries are made: a slip of the finger must not fill the memory
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The values that a setting takes.
+
+    said: completes the message "KEY=VALUE must be ...".
+    """
+
+    said: str
+    accepts: Callable[[object], bool]
+
+
+def shown(value: object) -> str:
+    """Return a value as it is typed, cut where it is long."""
+    if isinstance(value, list):
+        text = f"[{','.join(map(shown, value))}]"
+    elif value is None:
+        text = "null"
+    else:
+        text = str(value).lower() if isinstance(value, bool) else str(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def whole(least: int = 0, most: int = LARGEST) -> Setting:
+    """Return the whole numbers from `least` to `most`."""
+    return Setting(f"a whole number from {least} to {most}", lambda v: type(v) is int and least <= v <= most)
+
+
+def real(interval: str) -> Setting:
+    """Return the numbers in an interval such as "[0, 1)"; never nan or infinite."""
+    low, high = map(float, interval[1:-1].split(","))
+
+    def accepts(value: object) -> bool:
+        if type(value) not in (int, float) or not math.isfinite(value):
+            return False
+        above = value >= low if interval[0] == "[" else value > low
+        return above and (value <= high if interval[-1] == "]" else value < high)
+
+    return Setting("a number" if interval == "(-inf, inf)" else f"a number in {interval}", accepts)
+
+
+def one_of(*names: object) -> Setting:
+    """Return the values themselves; True is not 1."""
+    known = [(type(name), name) for name in names]
+    return Setting(f"one of: {', '.join(map(shown, names))}", lambda v: (type(v), v) in known)
+
+
+def list_of(entry: Setting, least: int = 0, example: str = "") -> Setting:
+    """Return the lists of at least `least` entries."""
+    said = f"a list{' of at least one entry' if least else ''} such as {example}; each entry {entry.said}"
+    return Setting(said, lambda v: isinstance(v, list) and len(v) >= least and all(map(entry.accepts, v)))
+
+
+def either(*settings: Setting) -> Setting:
+    """Return what any of them takes."""
+    return Setting(" or ".join(s.said for s in settings), lambda v: any(s.accepts(v) for s in settings))
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and value.strip() != ""
+
+
+def _is_folder(value: object) -> bool:
+    plain = isinstance(value, str) and value.strip(" .") != "" and len(value) <= 200 and value.isprintable()
+    return plain and not any(letter in value for letter in "/\\")
+
+
+NULL = Setting("null", lambda v: v is None)
+FLAG = Setting("true or false", lambda v: type(v) is bool)
+TEXT = Setting("a text", lambda v: isinstance(v, str))
+NAME = Setting("a name", _is_name)
+FOLDER = Setting(
+    "a name of at most 200 characters without / and \\, and not .. (a run's folder is called so)", _is_folder
+)
+PATH = Setting("a path or a name", lambda v: isinstance(v, str))
+PRESENT_PATH = Setting("a path or a name", _is_name)
+GROUP = Setting("a group of settings; set one of its keys", lambda v: isinstance(v, dict))
+RATES = list_of(real("(0, 1]"), 1, "[1.0,0.5,0.1]")
+
+Share = Annotated[float, real("[0, 1]")]
+BelowOne = Annotated[float, real("[0, 1)")]
+InsideOne = Annotated[float, real("(0, 1)")]
+AboveZeroShare = Annotated[float, real("(0, 1]")]
+NotNegative = Annotated[float, real("[0, inf)")]
+Positive = Annotated[float, real("(0, inf)")]
+Natural = Annotated[int, whole(0)]
+AtLeastOne = Annotated[int, whole(1)]
+Count = Annotated[int, whole(1, COUNT)]
+Seed = Annotated[int, whole(0, 2**32 - 1)]
+Size = Annotated[int, whole(1, 2**16)]
+Length = Annotated[int, whole(1, 2**20)]
+Name = Annotated[str, NAME]
+FolderName = Annotated[str, FOLDER]
+FilePath = Annotated[str, PATH]
+PresentPath = Annotated[str, PRESENT_PATH]
+Rates = Annotated[Sequence[float], RATES]
+BatchRamp = Annotated[Sequence[Sequence[int]], list_of(list_of(whole(0), 2, "[1000,256]"), 1, "[[0,64],[1000,256]]")]
+
+# Marks of settings beside the values they take, read by settings/identity.py: what a fingerprint makes of them. Any
+# setting that a training depends on is part of its fingerprint unless it is marked.
+FREE = "may change when a training resumes"
+IF_SET = "left out of the fingerprint while it is empty, since there were trainings before it"
+LATER = "was added to trainings that have it not; the key that it is copied from stands in the fingerprint"
+COPY = "stands in the fingerprint as this argument, not as the key that it is copied from"
+
+_PLAIN = {bool: FLAG, int: whole(-LARGEST), float: real("(-inf, inf)"), str: TEXT, type(None): NULL}
+
+
+@cache
+def setting_of(hint: object) -> Setting | None:
+    """Return the values of a type; None for what is built from a group of settings or is anything."""
+    if get_origin(hint) is Annotated:
+        own = next((mark for mark in hint.__metadata__ if isinstance(mark, Setting)), None)
+        return own or setting_of(hint.__origin__)
+    if get_origin(hint) is Literal:
+        return one_of(*get_args(hint))
+    if get_origin(hint) in (Union, types.UnionType):
+        parts = [setting_of(part) for part in get_args(hint)]
+        literals = [value for part in get_args(hint) if get_origin(part) is Literal for value in get_args(part)]
+        if literals and len(parts) == 2 and NULL in parts:
+            return one_of(*literals, None)
+        return None if None in parts else either(*parts)
+    return _PLAIN.get(hint)
+
+
+def entry_of(hint: object) -> object | None:
+    """Return the type of the values of a mapping; None for any other type."""
+    for part in (hint, *get_args(hint)):
+        if get_origin(part) is Mapping:
+            return get_args(part)[1]
+    return None
+
+
+def maybe_group(hint: object) -> Setting | None:
+    """Return the values that stand for something of ours that is built: a group of settings, or null where that is
+    allowed; None for any other type."""
+    parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    built = [part for part in parts if part is not type(None)]
+    if not all(
+        get_origin(part) is Callable or getattr(part, "__module__", "").startswith("palimpsest") for part in built
+    ):
+        return None
+    return either(GROUP, NULL) if type(None) in parts else GROUP
+
+
+def marks(hint: object) -> frozenset[str]:
+    """Return the marks of a type: FREE, IF_SET, LATER, COPY."""
+    if get_origin(hint) is Annotated:
+        return frozenset(m for m in hint.__metadata__ if isinstance(m, str)) | marks(hint.__origin__)
+    if get_origin(hint) in (Union, types.UnionType):
+        return frozenset().union(*(marks(part) for part in get_args(hint)))
+    return frozenset()
+
+
+@cache
+def hints(build: Callable) -> Mapping[str, object]:
+    """Return the arguments that a class or function can be given by name, with their types.
+
+    What it hands on as **arguments is looked up in the next class that has an `__init__`.
+    """
+    if dataclasses.is_dataclass(build):
+        known = typing.get_type_hints(build, include_extras=True)
+        return {field.name: known[field.name] for field in dataclasses.fields(build) if field.init}
+    inits = [build]
+    if inspect.isclass(build):
+        inits = [cls.__dict__["__init__"] for cls in build.__mro__ if "__init__" in cls.__dict__]
+    found: dict[str, object] = {}
+    for init in inits:
+        known = _annotations(init)
+        parameters = inspect.signature(init).parameters.values()
+        for parameter in parameters:
+            if parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD) and parameter.name != "self":
+                written = parameter.annotation  # as text, or, of samplers made of steps, as the type itself
+                found.setdefault(parameter.name, known.get(parameter.name, object) if _is_text(written) else written)
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            break
+    return found
+
+
+def refuse_wrong(build: Callable, values: Mapping[str, object], prefix: str = "") -> None:
+    """Raise ValueError for the first value that its argument of `build` does not take; for use in a constructor."""
+    for name, value in values.items():
+        setting = setting_of(hints(build).get(name, object))
+        plain = list(value) if isinstance(value, tuple) else value
+        if setting is not None and not setting.accepts(plain):
+            raise ValueError(f"{prefix}{name}={shown(plain)} must be {setting.said}")
+
+
+def _annotations(function: Callable) -> dict[str, object]:
+    """Return the types of a function's arguments; nothing where they name what is imported for type checkers only."""
+    try:
+        return typing.get_type_hints(function, include_extras=True)
+    except NameError:
+        return {}
+
+
+def _is_text(annotation: object) -> bool:
+    return isinstance(annotation, str)
+
+
+def _is_ours(hint: object) -> bool:
+    return inspect.isclass(hint) and hint.__module__.startswith("palimpsest")

@@ -1,0 +1,104 @@
+"""An experiment: what a configuration builds, where its runs lie, and the weights of its models."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import lightning
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from palimpsest.classification.models import pretraining_splits
+from palimpsest.common.files import Place, below
+from palimpsest.experiment.building import Builder, with_changes
+from palimpsest.experiment.fitting import fit
+from palimpsest.experiment.runs import Runs
+from palimpsest.experiment.weights import Weights
+from palimpsest.settings.identity import identity
+from palimpsest.settings.instantiation import located, wired
+
+
+class Experiment:
+    """An experiment, as a task receives it.
+
+    Attributes:
+        build: builds data, networks, samplers and trainers (building.py).
+        runs: the folders of the trainings, and what of them is there (runs.py).
+        weights: makes a checkpoint into a ready model (weights.py).
+        command: what was typed.
+    """
+
+    def __init__(self, cfg: DictConfig, command: str, shared: bool = False) -> None:
+        self.command, self.seed = command, cfg.seed
+        always_waits = shared or cfg.classify.sharing == "conditional"
+        self.runs: Runs = wired(
+            cfg, "palimpsest.experiment.runs.Runs", identity=identity(cfg), always_waits=always_waits
+        )
+        self.build = Builder(cfg, self.runs)
+        writes = located(cfg.mode._target_).mode.writes
+        self.weights: Weights = wired(
+            cfg, "palimpsest.experiment.weights.Weights", build=self.build, runs=self.runs, writes=writes
+        )
+        self._cfg = cfg
+
+    @cached_property
+    def pretraining(self) -> Experiment | None:
+        """The training of the weights that the models of all classes start from; None without classify.pretrain."""
+        pretrain = self.build.choices.pretrain
+        if not pretrain:
+            return None
+        changes = {
+            "data.train_splits": pretraining_splits(pretrain, self.build.data().splits),
+            "data.label": None,
+            "trainer.max_steps": self.build.choices.pretrain_steps,
+            "classify.pretrain": None,
+            "training.freeze": None,
+            "checkpointing.save_dir": str(below(self.runs.kept_in, "pretrained")),
+            "checkpointing.resume_ckpt_path": None,
+        }
+        return Experiment(with_changes(self._cfg, changes), self.command, shared=True)
+
+    @property
+    def facts(self) -> dict[str, object]:
+        """The facts at the top of a report: data, tokenizer, network, device."""
+        cfg, data = self._cfg, self.build.data()
+        prefix = cfg.training.prefix_length
+        with torch.device("meta"):
+            network = self.build.backbone(data, self.build.process(data).vocab_size)
+            parameters = sum(p.numel() for p in network.parameters())
+        return {
+            "data": cfg.data.name,
+            "tokenizer": f"{cfg.data.tokenizer_name_or_path}, {data.vocabulary.size} types",
+            "network": f"{cfg.model.name}, {parameters:,} parameters",
+            "length": cfg.model.length,
+            "seed": self.seed,
+            "device": self.build.machine.name,
+            **({"given": f"the first {prefix} tokens of each text"} if prefix else {}),
+        }
+
+    @property
+    def protocol(self) -> dict[str, object]:
+        """The protocol of a measurement: objective, weights and random numbers."""
+        keys = (
+            "T",
+            "subs_masking",
+            "time_conditioning",
+            "training.ignore_bos",
+            "trainer.precision",
+            "seed",
+            "eval.checkpoint_path",
+            "eval.disable_ema",
+        )
+        settings = {key: OmegaConf.select(self._cfg, key) for key in keys}
+        if self.build.law == "bd3lm":
+            keys = ("block_size", "parameterization.ignore_bos", "data.segments")
+            settings |= {key: OmegaConf.select(self._cfg, key) for key in keys}
+        return {"parameterization": self.build.law, "noise": self._cfg.noise._target_, **settings}
+
+    def fit(self, label: int | None = None) -> Place:
+        """Return the weights of a complete training, after training what is missing (fitting.py)."""
+        return fit(self, label)
+
+    def trainer(self, title: str, label: int | None = None) -> lightning.Trainer:
+        """Return a Trainer for a run of this experiment (`Builder.trainer`)."""
+        return self.build.trainer(title, self.command, label)

@@ -1,0 +1,72 @@
+"""Training one model to its end: reuse what is complete, go on with what is not, else begin.
+
+Shape suffixes: C classes, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from palimpsest.common.files import Place
+from palimpsest.data.unigram import token_counts
+from palimpsest.dataloader import TextData
+from palimpsest.diffusion import Diffusion
+from palimpsest.training.callbacks.best import save_last
+
+if TYPE_CHECKING:
+    from palimpsest.experiment.experiment import Experiment
+
+
+def fit(experiment: Experiment, label: int | None = None) -> Place:
+    """Train on one class (or, with None, on what the configuration says), up to trainer.max_steps or until the
+    experiment's patience ends. What is complete already is left as it is; where the model starts from shared weights
+    (classify.pretrain) that do not exist yet, they are trained first.
+
+    Where another process trains in the same folder, wait for it.
+
+    Returns the path of the weights to use: with a patience the best ones by validation, else the last.
+
+    Raises:
+        ValueError: the folder holds a training with other settings.
+    """
+    if path := experiment.runs.finished(experiment.build.data(label), label):
+        print(f"complete: {path}")
+        return path
+    with experiment.runs.alone(label):
+        # Another process may have trained it while this one waited.
+        return experiment.runs.finished(experiment.build.data(label), label) or _fit(experiment, label)
+
+
+def _fit(experiment: Experiment, label: int | None) -> Place:
+    resume = experiment.runs.resume_path(label)
+    shared = fit(experiment.pretraining) if experiment.pretraining and not resume else None
+    data = experiment.build.data(label)
+    title = "train" if data.label is None else f"train label={data.label}"
+    trainer = experiment.trainer(title if data.train_splits is None else "train the shared start", label)
+    diffusion = experiment.build.diffusion(data)
+    if resume:
+        print(f"resuming from {resume}")
+    else:
+        begin(experiment, diffusion, data, shared)
+    trainer.fit(diffusion, datamodule=data, ckpt_path=resume)
+    if not trainer.interrupted:
+        save_last(trainer, experiment.runs.checkpoints(label))
+    if trainer.should_stop:
+        print(f"stopped at step {trainer.global_step}: {experiment.runs.patience(label)} validations were not better")
+    return experiment.runs.model_path(label)
+
+
+def begin(experiment: Experiment, diffusion: Diffusion, data: TextData, shared: Place | None) -> None:
+    """Give a new training the weights that it starts from: those of `shared` or of the file that the configuration
+    names, if any, and the token frequencies of its texts, if the configuration says so."""
+    if start := experiment.weights.start(diffusion, data, shared):
+        print(f"starting from the weights of {start}")
+    if experiment.build.choices.start_from_counts:
+        causal = diffusion.objective.causal
+        by_class = bool(diffusion.backbone.num_classes) and data.train_splits is None
+        counts_CV = torch.from_numpy(token_counts(data, causal, by_class))
+        before = experiment.pretraining.build.data() if shared else None
+        before_V = None if before is None else torch.from_numpy(token_counts(before, causal)[0])
+        diffusion.start_from_counts(counts_CV, before_V)

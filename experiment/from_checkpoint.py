@@ -1,0 +1,115 @@
+"""The settings of a model, taken from the file that eval.checkpoint_path names, so that nobody has to type them.
+
+It holds for `.ckpt` files of the reference projects and for the Hub's layout. Only numbers, switches and the choices
+listed here are taken: a file may be anybody's.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+
+from palimpsest.models.belonging import refuse_unsupported
+from palimpsest.models.checkpoints import Checkpoint, read_settings
+from palimpsest.models.reference_settings import NETWORKS, NOISES, OBJECTIVES
+from palimpsest.settings.command_line import compose_config
+from palimpsest.settings.instantiation import located, made_class
+
+_CHOICES = {"parameterization": OBJECTIVES, "backbone": NETWORKS, "noise": NOISES}
+_COUNTS = ("model.hidden_size", "model.cond_dim", "model.n_blocks", "model.n_heads", "model.length", "block_size", "T")
+_NUMBERS = ("noise.eps", "noise.sigma_min", "noise.sigma_max")
+_SWITCHES = ("model.mask_padding", "time_conditioning", "subs_masking", "training.ignore_bos",
+             "training.change_of_variables")  # fmt: skip
+# A model may be measured with other values of these: what is reported says which.
+_FREE = ("model.length", "model.mask_padding", "T")
+_MOST = 2**24  # of any count; no network is larger
+
+
+def complete(arguments: list[str]) -> list[str]:
+    """Return `arguments` with the settings of the model that eval.checkpoint_path names and they leave out.
+
+    A group that is typed (`model=tiny`) types its members. Trainings, files of our own, which are held against the
+    whole configuration, and sweeps over several files stay as they are.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is unreadable, its model does not exist here, or typed settings differ from its own.
+    """
+    overrides = [word for word in arguments if not word.startswith("-") and ("=" in word or word.startswith("~"))]
+    typed = dict(word.lstrip("+").split("=", 1) for word in overrides if not word.startswith("~"))
+    if "eval.checkpoint_path" not in typed:
+        return arguments
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    cfg = compose_config([override.input_line for override in parsed if not override.is_sweep_override()])
+    path = (cfg.eval.checkpoint_path or "").replace("{label}", "0")
+    if not path or not located(cfg.mode._target_).mode.measures:
+        return arguments
+    checkpoint = read_settings(path)
+    if "configuration" in checkpoint.identity:
+        return arguments
+    refuse_unsupported(checkpoint)
+    known = _checked(checkpoint)
+    _refuse_differences(checkpoint, known, typed, cfg)
+    new = [f"{key}={_word(value)}" for key, value in known.items() if not _is_typed(key, typed)]
+    print(f"from {checkpoint.path}: {' '.join(new)}", file=sys.stderr)
+    return [*arguments, *new]
+
+
+def _checked(checkpoint: Checkpoint) -> dict[str, object]:
+    """The settings of the file that may be taken. Raises ValueError for a value that is none of its key."""
+    known = {}
+    for key in (*_CHOICES, *_COUNTS, *_NUMBERS, *_SWITCHES):
+        value = checkpoint.settings.get(key)
+        if value is None:
+            continue
+        if key in _CHOICES:
+            fits = value in _CHOICES[key].values()
+        elif key in _SWITCHES:
+            fits = isinstance(value, bool)
+        elif key in _COUNTS:
+            fits = type(value) is int and (key == "T" or value > 0) and 0 <= value <= _MOST
+        else:
+            fits = type(value) in (int, float) and math.isfinite(value)
+        if not fits:
+            raise ValueError(
+                f"{checkpoint.path} says {key}={str(value)[:50]}, which is no value of it; use another checkpoint"
+            )
+        known[key] = value
+    return known
+
+
+def _is_typed(key: str, typed: dict[str, str]) -> bool:
+    group = key.partition(".")[0]
+    return key in typed or (group in ("model", "noise") and group in typed)
+
+
+def _refuse_differences(
+    checkpoint: Checkpoint, known: dict[str, object], typed: dict[str, str], cfg: DictConfig
+) -> None:
+    """Raises ValueError with every typed setting that is not the file's."""
+    here = {key: OmegaConf.select(cfg, key) for key in known} | {
+        "parameterization": made_class(cfg.parameterization).name
+    }
+    here |= {key: _CHOICES[key].get(typed[key], typed[key]) for key in ("backbone", "noise") if key in typed}
+    free = _FREE if known.get("time_conditioning") else (*_FREE, "noise", *_NUMBERS)  # a network that sees no noise
+    differing = [key for key in known if key not in free and _is_typed(key, typed) and here[key] not in
+                 (None, known[key])]  # fmt: skip
+    if not differing:
+        return
+    settings = checkpoint.settings
+    there, size = settings.get("data.tokenizer_name_or_path"), settings.get("vocab_size")
+    tokenizer = f"{'' if there is None else f'{there}, '}{size} ids with the mask"
+    words = dict.fromkeys(key if key in typed else f"{key.partition('.')[0]}=" for key in differing)
+    raise ValueError(
+        f"{checkpoint.path} was trained with other settings; leave {', '.join(words)} out, "
+        f"or type: {' '.join(f'{key}={_word(known[key])}' for key in differing)}\n"
+        f"It was trained with: {' '.join(f'{key}={_word(value)}' for key, value in known.items())}; its tokenizer: "
+        f"{tokenizer} (here data.tokenizer_name_or_path={cfg.data.tokenizer_name_or_path})"
+    )
+
+
+def _word(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

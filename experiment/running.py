@@ -1,0 +1,65 @@
+"""Run one command: check the settings, build the experiment, run the task of its mode."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from palimpsest.common.files import is_remote
+from palimpsest.common.output import guard_output
+from palimpsest.experiment.experiment import Experiment
+from palimpsest.settings import command_line
+from palimpsest.settings.instantiation import instantiate
+from palimpsest.settings.reading import Readers
+from palimpsest.training.processes import first_process
+from palimpsest.training.signals import SIGNALS
+
+
+def checked(cfg: DictConfig, command: str, words: Sequence[str] = ()) -> Experiment:
+    """Check a configuration as far as possible without reading data, and return its experiment.
+
+    words: what was typed of it; each must be read by something.
+
+    Raises:
+        ValueError, OSError: a setting is invalid, contradicts another one or is read by nothing; or a file is
+            missing.
+    """
+    readers = Readers(cfg)
+    readers.refuse_wrong()
+    readers.refuse_unread(words)
+    experiment = Experiment(cfg, command)
+    experiment.build.check()
+    return experiment
+
+
+def run(cfg: DictConfig, command: str, words: Sequence[str] = ()) -> dict[str, object]:
+    """Build the experiment and run the task that `mode` names; return its results."""
+    experiment = checked(cfg, command, words)
+    torch.set_float32_matmul_precision("high")
+    if is_remote(experiment.runs.checkpoints()):
+        print(
+            f"checkpoints: {experiment.runs.checkpoints()}; logs, reports and results, here: {experiment.runs.folder()}"
+        )
+    return instantiate(cfg.mode)(experiment)
+
+
+def job(cfg: DictConfig) -> None:
+    """Do what a process started by hand, by SLURM or by a launcher of Hydra does: one command, ended by signals."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="lightning")
+    if not first_process():
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - until the end: what is said is said once
+    guard_output()
+    with command_line.clear_errors():  # here, before Hydra tells of them in its own words
+        words = list(HydraConfig.get().overrides.task)
+        command_line.refuse_unknown_additions(cfg, words)
+        command = " ".join(["python main.py", *words])
+        with SIGNALS.listening():
+            run(cfg, command, words)

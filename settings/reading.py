@@ -1,0 +1,213 @@
+"""Checks of settings against the arguments that read them: invalid values and unread settings are refused.
+
+Readers are the arguments of what is built: of every component that the configuration names with `_target_`, and of what
+the code builds itself, with the keys that it hands on (`Wiring`). The types of the arguments say what they take
+(common/values.py).
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from palimpsest.common.values import GROUP, entry_of, hints, maybe_group, setting_of, shown
+from palimpsest.settings.command_line import key_of
+from palimpsest.settings.declared import CONFIGS, REFERENCE, absolute, readers
+from palimpsest.settings.instantiation import located, made_class
+from palimpsest.settings.wiring import ROOTS, WIRING
+
+log = logging.getLogger(__name__)
+
+
+_TARGET = re.compile(r"\w+(\.\w+)+")
+_CIRCLE = "Recursive interpolation detected"
+_OF_HYDRA = ("_target_", "_partial_", "_convert_", "_args_", "_recursive_")
+# Sizes that a kind of network has not are no mistake: one command is tried with several kinds.
+_ANY_NETWORK = "model."
+
+
+@dataclass(frozen=True)
+class Argument:
+    """An argument of what is built, and the setting that it gets.
+
+    at: where the configuration holds the value. key: where it was typed, if that is somewhere else. hint: its type.
+    """
+
+    at: str
+    key: str
+    hint: object
+
+
+class Readers:
+    """The readers of a composed configuration: what the code builds itself, and what that refers to."""
+
+    def __init__(self, cfg: DictConfig) -> None:
+        self._cfg, self._raw = cfg, OmegaConf.to_container(cfg)
+
+    @cached_property
+    def arguments(self) -> list[Argument]:
+        """Every argument of every component that is built."""
+        found: list[Argument] = []
+        seen: set[str] = set()
+        open_ = [*ROOTS]
+        while open_:
+            place = open_.pop(0)
+            if place in seen:
+                continue
+            seen.add(place)
+            for argument in self._of(place, _at(self._raw, place)):
+                found.append(argument)
+                open_ += [argument.key] if argument.key != argument.at else []
+        for target, keys in WIRING.items():
+            known = hints(located(target))
+            found += [Argument(key, key, known[name]) for name, key in keys.items() if _has(self._raw, key)]
+        return found
+
+    def _of(self, place: str, node: object) -> Iterator[Argument]:
+        if isinstance(node, str) and (reference := REFERENCE.fullmatch(node)):
+            yield Argument(place, absolute(place, reference[1]), object)
+        if not isinstance(node, dict):
+            return
+        known = hints(located(node["_target_"])) if "_target_" in node else {}
+        for name, value in node.items():
+            at = f"{place}.{name}"
+            if name in _OF_HYDRA:
+                continue
+            hint = known.get(name, object)
+            for reference in REFERENCE.findall(value) if isinstance(value, str) else ():
+                whole = REFERENCE.fullmatch(value) is not None
+                yield Argument(at, absolute(at, reference), hint if whole else object)
+            if isinstance(value, dict):
+                yield from self._of(at, value)
+            yield Argument(at, at, hint) if not _is_reference(value) else Argument(at, at, object)
+
+    def refuse_wrong(self) -> None:
+        """Raise ValueError for the first value that its reader does not take, with key, value and what is possible."""
+        for key, value in self._values().items():
+            if key.endswith("_target_") and not (isinstance(value, str) and _TARGET.fullmatch(value)):
+                raise ValueError(f"{key}={shown(value)} must be the dotted name of a class or function, as in configs/")
+        for group in dict.fromkeys(
+            key.partition(".")[0] for keys in WIRING.values() for key in keys.values() if "." in key
+        ):
+            if not isinstance(self._raw.get(group), dict):
+                raise ValueError(f"{group}={shown(self._raw.get(group))} must be {GROUP.said}")
+        self._refuse_broken()
+        for argument in self.arguments:
+            _refuse(argument.key, argument.hint, _plain(OmegaConf.select(self._cfg, argument.at)))
+
+    def _values(self) -> dict[str, object]:
+        return dict(leaves(self._raw))
+
+    def _refuse_broken(self) -> None:
+        """Refuse references to what does not exist, where they begin: what refers to them fails too."""
+        failed = {}
+        refers = {key: value for key, value in self._values().items() if _is_reference(value)}
+        for key in refers:
+            try:
+                OmegaConf.select(self._cfg, key)
+            except (OmegaConfBaseException, RecursionError) as error:
+                failed[key] = str(error).splitlines()[0]
+        for key in failed:
+            if not any(f"${{{other}}}" in refers[key] for other in failed if failed[other] == failed[key] != _CIRCLE):
+                raise ValueError(f"{key}={refers[key]} must be a value, or refer to a key that exists: {failed[key]}")
+
+    def refuse_unread(self, words: Sequence[str]) -> None:
+        """Raise ValueError for a setting among the typed `words` that nothing reads, with what would read it."""
+        read = {argument.key for argument in self.arguments} | {argument.at for argument in self.arguments}
+        read |= {*ROOTS, *_of_every_mode()}
+        for word in words:
+            key = key_of(word)
+            value = OmegaConf.select(self._cfg, key, default=None)
+            usual = _at(_defaults(), key)
+            if key in _of_every_mode():
+                _refuse_wrong_unread(key, _plain(value))
+            if key.startswith("hydra.") or _is_read(key, read) or (type(value), value) == (type(usual), usual):
+                continue
+            _refuse_wrong_unread(key, _plain(value))
+            said = _unread(key, word, self._cfg)
+            if not key.startswith(_ANY_NETWORK):
+                raise ValueError(said)
+            log.warning(said)
+
+
+def leaves(node: dict[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Yield keys and values, interpolations as they are written."""
+    for name, value in node.items():
+        if isinstance(value, dict) and value:
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _refuse(key: str, hint: object, value: object) -> None:
+    """Raise ValueError for a value that its type does not allow; an object to be built is a group of settings."""
+    if entry := entry_of(hint):
+        for name, one in value.items() if isinstance(value, dict) else ():
+            _refuse(f"{key}.{name}", entry, one)
+    setting = setting_of(hint) or (None if hint is object else maybe_group(hint))
+    if setting is not None and not setting.accepts(value):
+        raise ValueError(f"{key}={shown(value)} must be {setting.said}")
+
+
+def _is_reference(value: object) -> bool:
+    return isinstance(value, str) and "${" in value
+
+
+def _has(node: object, key: str) -> bool:
+    group, _, name = key.rpartition(".")
+    around = _at(node, group) if group else node
+    return isinstance(around, dict) and name in around
+
+
+def _at(node: object, place: str) -> object:
+    for part in place.split("."):
+        node = node.get(part) if isinstance(node, dict) else None
+    return node
+
+
+def _plain(value: object) -> object:
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
+def _is_read(key: str, read: set[str]) -> bool:
+    """Return True if the key, a group around it or a setting in it is read."""
+    parts = key.split(".")
+    around = any(".".join(parts[:end]) in read for end in range(1, len(parts) + 1))
+    return around or any(other.startswith(f"{key}.") for other in read)
+
+
+@cache
+def _defaults() -> dict[str, object]:
+    return OmegaConf.to_container(OmegaConf.load(CONFIGS / "config.yaml"))
+
+
+@cache
+def _of_every_mode() -> frozenset[str]:
+    """Return the keys that a mode reads: one command is given with several modes."""
+    files = (CONFIGS / "mode").glob("*.yaml")
+    return frozenset(key for path in files for key in REFERENCE.findall(path.read_text(encoding="utf-8")))
+
+
+def _refuse_wrong_unread(key: str, value: object) -> None:
+    """Refuse a value that no reader of the setting would take."""
+    known = [hints(located(target)).get(argument, object) for target, argument in readers(key)]
+    settings = [setting for hint in known if (setting := setting_of(hint)) is not None]
+    if settings and not any(setting.accepts(value) for setting in settings):
+        raise ValueError(f"{key}={shown(value)} must be {settings[0].said}")
+
+
+def _unread(key: str, word: str, cfg: DictConfig) -> str:
+    """Say that nothing reads a setting, and what would."""
+    naming = re.compile(rf"\$\{{{re.escape(key)}\}}")
+    files = [path for path in sorted(CONFIGS.glob("*/*.yaml")) if naming.search(path.read_text(encoding="utf-8"))]
+    groups = dict.fromkeys(path.parent.name for path in files)
+    choices = {group: "|".join(path.stem for path in files if path.parent.name == group) for group in groups}
+    said = ", ".join(f"{group}={names}" for group, names in choices.items())
+    remedy = f"it is read by {said}; choose one of these, or leave it out" if said else "leave it out"
+    return f"{word} means nothing to parameterization={made_class(cfg.parameterization).name}: {remedy}"

@@ -1,0 +1,126 @@
+"""What tasks make of measurements: baselines, errors, Bayes' rule, the batch-independence of a likelihood."""
+
+from __future__ import annotations
+
+import json
+import math
+from types import SimpleNamespace
+
+import datasets
+import numpy as np
+import pytest
+import torch
+
+from palimpsest.common.metrics import Estimate, NLLMeter
+from palimpsest.data.collate import Collate
+from palimpsest.data.unigram import unigram_nll
+from palimpsest.estimators.nelbo import Nelbo
+from palimpsest.evaluation.likelihood import Precision, row_numbers, score
+from palimpsest.experiment.experiment import Experiment
+from palimpsest.objectives.noising import Bernoulli
+from palimpsest.settings.command_line import compose_config
+from palimpsest.tasks.base import write_results
+from tests.helpers.commands import TINY, run
+
+
+def test_the_ratio_estimate_and_its_error():
+    """Against the delta method written out, and the same however the texts are batched."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(5, 50, 400)
+    nll = tokens * rng.normal(2.0, 0.3, 400)
+    whole, parts = NLLMeter(), NLLMeter()
+    columns = {"sample_id": torch.arange(400), "text_id": torch.arange(400)}
+    whole.update(torch.from_numpy(nll), torch.from_numpy(tokens), columns)
+    for i in range(0, 400, 7):
+        here = slice(i, i + 7)
+        batch = {name: column[here] for name, column in columns.items()}
+        parts.update(torch.from_numpy(nll[here]), torch.from_numpy(tokens[here]), batch)
+    ratio = nll.sum() / tokens.sum()
+    residual = nll - ratio * tokens
+    se = residual.std(ddof=1) / math.sqrt(400) / tokens.mean()
+    assert whole.estimate().value == pytest.approx(ratio) == pytest.approx(parts.estimate().value)
+    assert whole.estimate().se == pytest.approx(se, rel=1e-6) == pytest.approx(parts.estimate().se, rel=1e-6)
+    assert whole.estimate().exp().se == pytest.approx(math.exp(ratio) * se, rel=1e-6)
+
+
+def test_nothing_measured_is_an_error():
+    with pytest.raises(ValueError, match="empty"):
+        NLLMeter().estimate()
+
+
+def test_unigram_baseline_leaves_given_tokens_out():
+    """Ids 0 and 1 are BOS and EOS; of the other two, one is three times as frequent (plus one each)."""
+    texts = {"train": [[0, 2, 2, 2, 1], [0, 3, 1]], "test": [[0, 2, 3, 1]]}
+    rows = {split: datasets.Dataset.from_dict({"input_ids": ids}) for split, ids in texts.items()}
+    data = SimpleNamespace(
+        collate=Collate(5, 1, (0, 1)),
+        fill=None,
+        vocabulary=SimpleNamespace(size=4),
+        split=rows.__getitem__,
+    )
+    assert unigram_nll(data, "test") == pytest.approx([-math.log(4 / 6) - math.log(2 / 6)])
+
+
+def test_row_numbers_follow_sample_ids_in_any_order():
+    assert row_numbers({"sample_id": [30, 10, 20]}, np.array([10, 20, 30])).tolist() == [1, 2, 0]
+
+
+def test_a_likelihood_does_not_depend_on_the_batch_and_mask_rates_add_up(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    measured = []
+    for size in (3, 8):
+        experiment = Experiment(compose_config([*TINY, f"loader.eval_batch_size={size}"]), "a test")
+        data = experiment.build.data()
+        diffusion = experiment.build.diffusion(data).eval()
+        torch.nn.init.normal_(diffusion.backbone.head.weight, generator=torch.Generator().manual_seed(0))
+        loader = data.eval_dataloader("validation")
+        measured.append(score(experiment.trainer("test"), diffusion, loader, Nelbo(Bernoulli()), Precision(4), seed=0))
+    np.testing.assert_allclose(measured[0].nll_MK, measured[1].nll_MK, rtol=1e-4)
+    np.testing.assert_array_equal(measured[0].num_masked_MP, measured[1].num_masked_MP)
+    rate, nats = measured[0].by_mask_rate()
+    assert ((rate >= 0) & (rate <= 1)).all() and all(one.value > 0 for one in nats) and (np.diff(rate) > 0).all()
+
+
+def test_rounds_go_on_until_the_monte_carlo_error_is_small_enough(tmp_path, monkeypatch):
+    """Four times the draws halve the error: the stopping rule must use about as many as that says."""
+    monkeypatch.chdir(tmp_path)
+    experiment = Experiment(compose_config(TINY), "a test")
+    data = experiment.build.data()
+    diffusion = experiment.build.diffusion(data).eval()
+    torch.nn.init.normal_(diffusion.backbone.head.weight, generator=torch.Generator().manual_seed(0))
+    ask = lambda *limits: score(  # noqa: E731
+        experiment.trainer("test"), diffusion, data.eval_dataloader("validation"), Nelbo(Bernoulli()),
+        Precision(4, *limits), seed=0,
+    )  # fmt: skip
+    eight = ask(1e-9, 32)
+    assert eight.evaluations_M.tolist() == [32] * 8 and eight.round_K.max() == 7
+    wanted = eight.monte_carlo_se * 1.3
+    enough = ask(wanted, 1024)
+    assert enough.monte_carlo_se <= wanted and enough.round_K.max() < 7
+    assert len(np.unique(enough.nll_MK)) == enough.nll_MK.size, "every round draws anew"
+    with pytest.raises(ValueError, match="eval.target_se=0"):
+        Precision(4, 0.0)
+
+
+def test_results_are_json_without_nan(tmp_path):
+    write_results(tmp_path, {"x": Estimate(1.0, math.nan), "y": [math.inf, 2.0]})
+    text = (tmp_path / "results.json").read_text()
+    assert json.loads(text) == {"x": {"value": 1.0, "se": None}, "y": [None, 2.0]} and "NaN" not in text
+
+
+def test_kinds_of_likelihood_do_not_overwrite_one_another_and_say_what_they_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ask = [*TINY, "data.max_valid_texts=3", "eval.num_draws=1"]
+    run(*ask)
+    for more in ([], ["eval.estimator=duel"], ["eval.estimator=importance_weighted"], ["eval.split=test"]):
+        run(*ask, "mode=ppl_eval", *more)
+    found = {
+        path.parent.name: json.loads(path.read_text())["protocol"] for path in tmp_path.rglob("ppl_eval/*/results.json")
+    }
+    assert {name: known["kind"] for name, known in found.items()} == {
+        "validation": "NELBO", "test": "NELBO", "validation-duel": "exact likelihood of the ordered sampler (DUEL)",
+        "validation-importance-weighted_any-order_bound": "importance-weighted any-order bound",
+    }  # fmt: skip
+    results = json.loads(next(tmp_path.rglob("ppl_eval/test/results.json")).read_text())
+    assert (results["units"], results["num_units"]) == ("texts", results["texts"])
+    assert found["validation"]["parameterization"] == "subs" and found["validation"]["seed"] == 1

@@ -1,0 +1,154 @@
+# ruff: noqa: E501 - command lines are kept whole
+"""Names and paths are taken letter by letter; what + adds is read by something, or refused like any unknown key."""
+
+from __future__ import annotations
+
+import os
+import re
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
+from palimpsest.settings.command_line import compose_config, explain, translate
+from palimpsest.settings.declared import takes_texts
+from palimpsest.settings.reading import Readers
+
+NAMES = ("李明.txt", "заметки.txt", "o'brien.txt", "notes (1).txt", "a,b.txt", "#1 ~ {best} [of] 50%.txt", "v=2/tok", "1e3",
+         'the "old" one', "a & b; c", "Größe/été.ckpt", "{label}/last.ckpt", "nan", "back\\slash's", "tab\tand <this> | !")  # fmt: skip
+KEYS = ("data.path", "output_dir", "checkpointing.save_dir", "checkpointing.resume_ckpt_path", "eval.checkpoint_path",
+        "data.tokenizer_name_or_path", "data.cache_dir", "eval.gen_ppl_eval_model_name_or_path", "wandb.name",
+        "training.from_pretrained", "data.text_column", "backbone.name_or_path", "latents.path", "hydra.sweep.dir",
+        "+data.source.hub_config")  # fmt: skip
+
+
+def read(argument: str, *beside: str) -> object:
+    """The value of an argument as Hydra reads it."""
+    words = translate([argument, *beside])
+    assert translate(words) == words, "a process that is started with them translates them again"
+    return OverridesParser.create().parse_override(words[0]).value()
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_names_are_taken_letter_by_letter(key):
+    for name in NAMES:
+        assert read(f"{key}={name}") == name
+
+
+def test_what_hydra_reads_as_a_text_stays_hydras():
+    for typed, meant in [("null", None), ("'quoted, name'", "quoted, name"), ("${output_dir}/x", "${output_dir}/x"),
+                         ("a\\,b", "a,b"), ("${output_dir}/李", "${output_dir}/李"), ("s3://bucket/run", "s3://bucket/run")]:  # fmt: skip
+        assert read(f"checkpointing.save_dir={typed}") == meant
+
+
+def test_the_home_folder_is_written_out_in_paths_alone(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/李")
+    assert read("data.path=~/a b.txt") == "/home/李/a b.txt" == os.path.expanduser("~/a b.txt")
+    assert read("wandb.name=~") == "~" and read("data.path=~") == "/home/李"
+
+
+def test_lists_keep_their_commas_and_their_entries_are_names():
+    assert read('classify.compare=[outputs/a b,李/x=1,"q,r",o\'b]') == ["outputs/a b", "李/x=1", "q,r", "o'b"]
+    assert read("data.label_names=[плохо,хорошо]") == ["плохо", "хорошо"]
+    assert read("classify.compare=[]") == [] and read("wandb.tags=[a,b]") == ["a", "b"]
+    assert read("sampling.edit_class=7") == 7
+
+
+@pytest.mark.parametrize("flag", ["--multirun", "-m", "hydra.mode=MULTIRUN"])
+def test_commas_sweep_where_the_command_sweeps(flag):
+    typed = {"data.path=a.txt,b.txt": "data.path=a.txt,b.txt", "data.path=李.txt,b.txt": 'data.path="李.txt",b.txt',
+             "data.path='a,b.txt'": "data.path='a,b.txt'", "seed=1,2": "seed=1,2",
+             "output_dir=choice(a,b)": "output_dir=choice(a,b)", 'data.path="a,1",ü': 'data.path="a,1","ü"'}  # fmt: skip
+    assert translate([*typed, flag])[: len(typed)] == list(typed.values())
+
+
+def test_every_key_of_a_path_or_a_name_is_among_them():
+    cfg = compose_config(["data=text", "data.path=李.txt", "output_dir=結果", "wandb.name=заметки", "data.cache_dir=été #1",
+                          "checkpointing.save_dir=a (b)", "classify.compare=[x=1]", "hydra.run.dir=a (b)"])  # fmt: skip
+    assert (cfg.data.path, cfg.output_dir, cfg.wandb.name, cfg.data.cache_dir) == (
+        "李.txt",
+        "結果",
+        "заметки",
+        "été #1",
+    )
+    assert cfg.checkpointing.save_dir == "a (b)" and cfg.classify.compare == ["x=1"]
+    for key in (
+        "logger.csv.save_dir",
+        "callbacks.checkpoint_monitor.dirpath",
+        "data.validation_path",
+        "latents.prompt",
+    ):
+        assert takes_texts(key)
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    (["+trainer.max_stpes=3"], "trainer.max_stpes. Did you mean trainer.max_steps"),
+    (["++optim.learning_rate=1"], "optim.learning_rate.\n  what optim has: .*lr"),
+    (["+trainer.max_epochs=3"], "trainer.max_epochs"),  # Lightning has it, and it is set here
+    (["++trainer={gpus: 2}"], "trainer.gpus"),
+    (["+backbone.num_classes=3"], "backbone.num_classes"),  # given by the code
+    (["+modle.length=3"], "modle.length"),
+    (["+seed.x=1"], "seed.x"),
+    (["+data.segments=true"], "data.segments. It is a key of data=gsm8k, gsm8k_plan"),
+    (["+noise.base.epps=0"], "noise.base.epps"),
+    (["+latents.dim=3"], "latents.dim. It is a key of latents="),
+    (["+callbacks.extra.monitor=x"], "callbacks.extra.monitor"),
+    (["+sampler.watch=1"], "sampler.watch"),
+])  # fmt: skip
+def test_what_nothing_reads_is_not_added(arguments, said):
+    with pytest.raises(ValueError, match=f"(?s)there is no key {said}"):
+        compose_config(arguments)
+
+
+def test_the_keys_that_are_listed_are_those_of_what_was_chosen(monkeypatch):
+    typed = ["sampling.predictor=entropy_bounded", "sampler.gama=1"]
+    monkeypatch.setattr("sys.argv", ["main.py", *typed])
+    with pytest.raises(HydraException) as caught:
+        compose_config(typed)
+    said = explain(caught.value)
+    assert "Did you mean sampler.gamma?" in said and "skip_idle" not in said
+
+
+def test_arguments_that_are_there_are_added():
+    cfg = compose_config([
+        "data=imdb", "logger=wandb", "+trainer.deterministic=true", "++optim.lr=3", "+lr_scheduler.num_cycles=0.5",
+        "+callbacks.learning_rate_monitor.log_weight_decay=true", "+data.source.seed=3", "+logger.wandb.entity=us",
+        "+callbacks.timer._target_=lightning.pytorch.callbacks.Timer", "+callbacks.timer.interval=step",
+        "+data.source.files.extra=extra.parquet", "lr_scheduler=cosine_decay_warmup",
+    ])  # fmt: skip
+    assert cfg.trainer.deterministic and cfg.optim.lr == 3 and cfg.data.source.files.extra == "extra.parquet"
+
+
+def test_what_can_not_be_read_says_how_to_quote_it():
+    with pytest.raises(Exception, match="李") as caught:
+        compose_config(["seed=李"])
+    assert "seed='\"李\"'" in explain(caught.value)
+
+
+@pytest.mark.parametrize(("argument", "said"), [
+    ("experiment=imdb_clasifier_cpu", "did you mean experiment=imdb_classifier_cpu"), ("logger=null", "csv_tensorboard"),
+    ("model=null", "choose one of: medium"), ("+data=1", "choose one of: ag_news"), ("sampling.predictor=3", "ddpm"),
+    ("experiment=imdb_classifier,none", "is unknown"), ("~seed", "would remove a key"), ("~data.path", "would remove"),
+])  # fmt: skip
+def test_what_chooses_no_file_of_a_group_is_refused(argument, said):
+    with pytest.raises(ValueError, match=re.escape(argument) + f".*{said}"):
+        translate([argument])
+
+
+def test_one_study_at_a_time():
+    with pytest.raises(ValueError, match="takes one study, not 2"):
+        translate(["experiment=imdb_classifier", "experiment=roberta_wikitext2"])
+    assert translate(["experiment=null"]) == ["experiment=null"]
+
+
+def test_blanks_around_a_path_stay():
+    assert compose_config(["data=text", "data.path= lead/t.txt"]).data.path == " lead/t.txt"
+
+
+@pytest.mark.parametrize("argument", [
+    "+trainer.detect_anomaly=7", "+trainer.benchmark=foo", "+trainer.deterministic=foo", "+trainer.sync_batchnorm=x",
+    "+trainer.min_steps=-3", "+trainer.profiler=x", "+trainer.gradient_clip_algorithm=x", "+trainer.overfit_batches=-1",
+])  # fmt: skip
+def test_arguments_of_the_trainer_are_checked_as_ours_are(argument):
+    with pytest.raises(ValueError, match=argument.lstrip("+") + " must be"):
+        Readers(compose_config([argument])).refuse_wrong()

@@ -1,0 +1,127 @@
+"""Each value of each configuration is accepted and means something, or is refused in one message; nothing else."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from palimpsest.common.values import shown
+from palimpsest.experiment import running
+from palimpsest.settings.command_line import compose_config, explain
+from tests.helpers.commands import ROOT
+
+CONFIGS = ROOT / "configs"
+NONSENSE = ("nonsense", math.nan, math.inf, -1, 0, 1.5, 10**30, 2**63, True, None, [], {}, "", "${nowhere}", "结果",
+            ["x"])  # fmt: skip
+EVERY = 3  # each leaf meets every third value; which ones, goes round
+# What a choice needs beside it.
+BESIDE = {"process=hybrid": ["parameterization=gidd"], "sampler=uniform": ["parameterization=udlm"],
+    "latents": ["algo=mmldlm"], "backbone=mmdit": ["algo=mmldlm", "latents=lsa"], "backbone=ar": ["algo=ar"],
+    "parameterization=mmldlm": ["latents=lsa"], "backbone=hf_causal": ["algo=ar"], "backbone=hf_mlm": ["algo=mlm"],
+    "sampler=ar": ["algo=ar"], "sampler=block": ["algo=bd3lm"], "sampler=block_unmask": ["algo=bd3lm"],
+    "latents=hf": ["latents.name_or_path=some-encoder"], "latents=self": ["latents.checkpoint_path=x.ckpt"],
+    "latents=file": ["latents.path=shards"], "callbacks=gradient_shares": ["algo=mmldlm", "latents=lsa"],
+    "masking=rates": ["algo=mlm"],
+}  # fmt: skip
+
+
+def leaves(node: object, prefix: str) -> list[str]:
+    """Keys of the values in a yaml, except the words of Hydra."""
+    if not isinstance(node, dict) or not node:
+        return [prefix]
+    found = []
+    for name, child in node.items():
+        if not name.startswith("_") and name not in ("defaults", "hydra"):
+            found += leaves(child, f"{prefix}.{name}".lstrip("."))
+    return found
+
+
+def written() -> dict[str, list[str]]:
+    """Choice -> the keys that its file has and no file before it."""
+    seen, found = set(), {}
+    for path in [CONFIGS / "config.yaml", *sorted(CONFIGS.glob("*/*.yaml"))]:
+        group = path.parent.name if path.parent.name != "texts" else "data"  # which every data set has in it
+        whole = group == "configs" or "# @package _global_" in path.read_text()
+        content = OmegaConf.to_container(OmegaConf.load(path))
+        keys = [key for key in leaves(content, "" if whole else group) if key not in seen | {""}]
+        seen |= set(keys)
+        choice = f"{group}={path.stem if path.parent.name == group else 'reviews'}" if group != "configs" else "seed=1"
+        if keys and not re.fullmatch(rf"{group}", " ".join(keys)):
+            found.setdefault(choice, []).extend(keys)
+    return found
+
+
+WRITTEN = written()
+
+
+def refusal(cfg, *typed: str) -> str | None:
+    """The message with which a configuration is refused, of which something was typed; None where it is accepted."""
+    try:
+        running.checked(cfg, "a test", typed)
+    except (HydraException, OmegaConfBaseException, ValueError, OSError, FloatingPointError) as error:
+        return explain(error)
+    return None
+
+
+def sensible(key: str, value: object, usual: object) -> bool:
+    """Whether a value can mean something where `usual` stands."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return False
+    if isinstance(value, dict) or isinstance(usual, dict):
+        return value == usual or (value is None and "noising" in key)
+    if isinstance(value, int) and value >= 2**63 and isinstance(usual, str | bool):
+        return False
+    if value is None or usual is None:
+        return True
+    kinds = {bool: bool, int: int | float, float: int | float, str: str | int | list, list: list | str}
+    return isinstance(value, kinds[type(usual)]) and (isinstance(usual, bool) or not isinstance(value, bool))
+
+
+def complaint(key: str, value: object, usual: object, said: str | None) -> str | None:
+    """What is wrong with the answer to key=value; None where nothing is."""
+    if said is None:
+        return None if sensible(key, value, usual) else "accepted"
+    typed = {None: "null", True: "true", False: "false"}.get(value, value) if isinstance(value, bool | None) else value
+    value_said = str(typed) in said or (not value and f"{key}=" in said) or isinstance(value, list)
+    last = key.rpartition(".")[2]
+    remedy = re.search(r"must|;|choose|use|leave|need|may|add|write", said)
+    return None if (key in said or f"{last}={typed}" in said) and value_said and remedy and len(said) < 700 else said
+
+
+@pytest.mark.parametrize("choice", WRITTEN)
+def test_nonsense_is_refused_in_one_message(choice, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "metadata.json").write_text("{}")
+    group, _, name = choice.partition("=")
+    asked = f"callbacks=[checkpoint_every_n_steps,checkpoint_monitor,{name}]" if group == "callbacks" else choice
+    cfg = compose_config([*BESIDE.get(group, []), *BESIDE.get(choice, []), asked])
+    assert refusal(cfg) is None
+    wrong = []
+    for number, key in enumerate(WRITTEN[choice]):
+        above, _, last = key.rpartition(".")
+        parent = OmegaConf.select(cfg, above) if above else cfg
+        usual = OmegaConf.to_container(parent)[last]
+        resolved = OmegaConf.select(cfg, key)
+        resolved = OmegaConf.to_container(resolved) if OmegaConf.is_config(resolved) else resolved
+        for value in NONSENSE[number % EVERY :: EVERY]:
+            if value == {} and isinstance(resolved, dict):
+                continue  # the group as it is
+            OmegaConf.update(cfg, key, value, merge=False)
+            what = complaint(key, value, resolved, refusal(cfg, f"{key}={shown(value)}"))
+            wrong += [f"{key}={value}: {what}"] if what else []
+            OmegaConf.update(cfg, key, usual, merge=False)
+    assert not wrong, "\n".join(wrong)
+
+
+def test_what_is_typed_comes_to_the_same_check():
+    for typed in ("eval.disable_ema=x", "subs_masking=1e999", "data.insert_train_special=nan", "classify.prior=nan",
+                  "training.ema=-1", "trainer.max_steps=1e999", "sampling.order=up", "model.hidden_size=null",
+                  "loader=null", "noise._target_=null", "optim.lr='1e-3'"):  # fmt: skip
+        said = refusal(compose_config([typed]), typed)
+        assert said and typed.partition("=")[0] in said and "must" in said

@@ -1,0 +1,138 @@
+"""The plateau factor: one cut after its patience, none while validation falls, the same after a resume."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from palimpsest.diffusion import Diffusion
+from palimpsest.experiment.experiment import Experiment
+from palimpsest.experiment.fitting import fit
+from palimpsest.models.checkpoints import load_inert
+from palimpsest.settings.command_line import compose_config
+from palimpsest.settings.identity import identity
+from palimpsest.training.callbacks.plateau import Plateau
+from palimpsest.training.lr_schedules import cosine
+from tests.helpers.commands import TINY, run
+
+NAN = math.nan
+
+
+@pytest.mark.parametrize(("settings", "values", "cuts"), [
+    ({"patience": 3}, [5, 4, 3, 2, 1, 0.5], []),
+    ({"patience": 3}, [5, 5, 5, 5], [3]),
+    ({"patience": 3, "cooldown": 0}, [5] * 8, [3, 6]),
+    ({"patience": 3, "cooldown": 2}, [5] * 9, [3, 8]),
+    ({"patience": 2}, [5, 6, 4, 6, 3, 6], []),
+    ({"patience": 2, "cooldown": 0}, [5, NAN, NAN, 4], [2]),
+    ({"patience": 2, "cooldown": 0, "min_delta": 0.1}, [5, 4.95, 4.92, 4.8], [2]),
+    ({"patience": 1, "cooldown": 0, "factor": 0.5, "floor": 0.25}, [5] * 6, [1, 2]),
+    ({"patience": 1, "cooldown": 2}, [5, 5, 4, 5, 5], [1, 4]),
+])  # fmt: skip
+def test_when_it_cuts(settings, values, cuts):
+    plateau = Plateau(**settings)
+    assert [place for place, value in enumerate(values) if plateau.see(value)] == cuts
+    assert plateau.state.factor == pytest.approx(0.5 ** len(cuts))
+
+
+def test_the_floor_holds():
+    plateau = Plateau(patience=1, cooldown=0, factor=0.3, floor=0.2)
+    factors = [plateau.state.factor for _ in range(6) if plateau.see(1.0) or True]
+    assert factors == pytest.approx([1.0, 0.3, 0.2, 0.2, 0.2, 0.2])
+
+
+def fitted(values: list[float], plateau: Plateau) -> list[float]:
+    """The rates of 20 steps under a cosine, with a validation after each of the first ones that gives `values`."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=2.0)
+    scheduler = cosine(optimizer, 20, 2)
+    trainer = SimpleNamespace(
+        sanity_checking=False, callback_metrics={}, global_step=0, strategy=SimpleNamespace(broadcast=lambda x: x),
+        lr_scheduler_configs=[SimpleNamespace(scheduler=scheduler)],
+    )  # fmt: skip
+    rates = []
+    for step in range(20):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+        if step < len(values):
+            trainer.callback_metrics["val/nll"] = torch.tensor(values[step])
+            plateau.on_validation_end(trainer, None)
+    return rates
+
+
+def test_a_cut_scales_every_step_to_come_and_only_those():
+    plain, cut = fitted([5, 4, 3, 2], Plateau(patience=2)), fitted([5, 5, 5, 4], Plateau(patience=2))
+    assert cut[:3] == plain[:3]
+    assert cut[3:] == pytest.approx([0.5 * rate for rate in plain[3:]])
+
+
+def test_every_rank_hears_the_value_of_rank_0():
+    plateau, heard = Plateau(patience=1), []
+    strategy = SimpleNamespace(broadcast=lambda value: heard.append(value) or 3.0)
+    trainer = SimpleNamespace(sanity_checking=False, callback_metrics={"val/nll": 7.0}, strategy=strategy)
+    plateau.on_validation_end(trainer, None)
+    assert heard == [7.0] and plateau.state.best == 3.0
+
+
+# Rates far too high, so that val/nll rises: cuts are certain.
+RISING = [*TINY, "plateau=cut", "plateau.patience=1", "plateau.cooldown=0", "lr_scheduler=cosine", "optim=adamw",
+          "optim.lr=0.3", "trainer.max_steps=12", "trainer.val_check_interval=2", "sampling.num_sample_log=0",
+          "callbacks.checkpoint_every_n_steps.every_n_train_steps=2", "training.ema=0",
+          *(f"data.source.num_{split}_per_class=20" for split in ("train", "validation", "test"))]  # fmt: skip
+
+
+def train(folder: str) -> None:
+    fit(Experiment(compose_config([*RISING, f"checkpointing.save_dir={folder}"]), "a test"))
+
+
+def test_a_resumed_run_has_the_same_rates_counts_and_weights(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train("whole")
+    step = Diffusion.training_step
+
+    def killed(self, batch, batch_idx):
+        if self.global_step == 9:
+            raise KeyboardInterrupt
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(Diffusion, "training_step", killed)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        train("killed")
+    assert load_inert(tmp_path / "killed/checkpoints/last.ckpt")["global_step"] == 8
+    monkeypatch.setattr(Diffusion, "training_step", step)
+    train("killed")
+    whole, resumed = (load_inert(tmp_path / f"{name}/checkpoints/last.ckpt") for name in ("whole", "killed"))
+    assert whole["callbacks"]["Plateau"] == resumed["callbacks"]["Plateau"]
+    assert whole["callbacks"]["Plateau"]["factor"] < 0.6, "there was no cut to resume"
+    assert whole["lr_schedulers"] == resumed["lr_schedulers"]
+    for name, tensor in whole["state_dict"].items():
+        assert torch.equal(tensor, resumed["state_dict"][name])
+
+
+def test_the_plateau_is_part_of_what_determines_the_weights():
+    plain, cut = (identity(compose_config(given)) for given in ([], ["plateau=cut"]))
+    assert not any(key.startswith("plateau") for key in plain) and cut["plateau.patience"] == 5
+
+
+@pytest.mark.parametrize(("setting", "said"), [
+    ({"patience": 0}, "plateau.patience=0 must be at least 1"), ({"cooldown": -1}, "plateau.cooldown=-1"),
+    ({"factor": 1}, "plateau.factor=1 must lie between 0 and 1"), ({"floor": 0}, "plateau.floor=0"),
+    ({"min_delta": -1}, "plateau.min_delta=-1"),
+])  # fmt: skip
+def test_nonsense_is_refused(setting, said):
+    with pytest.raises(ValueError, match=said):
+        Plateau(**setting)
+
+
+def test_it_needs_validations_and_a_schedule_that_it_can_scale():
+    with pytest.raises(ValueError, match="trainer.limit_val_batches=0 leaves none"):
+        Plateau().on_fit_start(SimpleNamespace(limit_val_batches=0), None)
+    other = torch.optim.lr_scheduler.CosineAnnealingLR(torch.optim.SGD([torch.zeros(1)]), 10)
+    configs = [SimpleNamespace(scheduler=other)]
+    with pytest.raises(ValueError, match="lr_scheduler is a CosineAnnealingLR"):
+        Plateau().on_fit_start(SimpleNamespace(limit_val_batches=1.0, lr_scheduler_configs=configs), None)
+    with pytest.raises(ValueError, match="plateau.patience=long must be a whole number"):
+        run(*TINY, "plateau=cut", "plateau.patience=long")
