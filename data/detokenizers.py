@@ -103,5 +103,5 @@ PUBLISHED = {"wikitext": "published_wikitext", "scientific_papers": "published_s
 def detokenizer(name: str) -> Callable[[str], str]:
     """The function of that name. Raises ValueError listing the names there are."""
     if name not in DETOKENIZERS:
-        raise ValueError(f"data.source.detokenizer={name} is none of {', '.join(DETOKENIZERS)}; or null for none")
+        raise ValueError(f"detokenizer={name} is none of {', '.join(DETOKENIZERS)}; or null for none")
     return DETOKENIZERS[name]

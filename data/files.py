@@ -65,6 +65,7 @@ class Columns:
         texts: each value must be a text.
         label: each value must be a word or a whole number. It is read as a word, without blanks around it.
         label_names: the classes, where they are known; a label must be one of them, or the number of one.
+        indexed: labels are the numbers of `label_names`, even where these are numbers themselves.
         numbered: whether labels must be numbers (True) or must not (False), where that is known.
         settings: column -> the setting that names it, for messages.
     """
@@ -72,6 +73,7 @@ class Columns:
     texts: tuple[str, ...] = ("text",)
     label: str | None = None
     label_names: tuple[str, ...] | None = None
+    indexed: bool = False
     numbered: bool | None = None
     settings: Mapping[str, str] = field(default_factory=dict)
 
@@ -305,9 +307,11 @@ def _label_fault(word: str, columns: Columns, numbers: Mapping[str, int]) -> str
     """What is wrong with a label. numbers: those of `label_names`."""
     numbered = bool(NUMBER.fullmatch(word))
     if not word or (numbered and len(word.lstrip("-")) > _DIGITS and word not in numbers):
-        return "; labels must be whole numbers from 0 on, or words, throughout"
-    if columns.label_names is not None and label_number(word, numbers) is None:
-        return f", which is none of {classes(columns.label_names)}; correct the file, or give data.label_names"
+        return "; labels must be whole numbers, or words, throughout"
+    label = int(word) if numbered and columns.indexed else word
+    if columns.label_names is not None and label_number(label, numbers) is None:
+        said = classes(columns.label_names)
+        return f", which is none of {said}; correct the file, or name all classes in data.label_names"
     if columns.numbered not in (None, numbered):
         usual = "numbers" if columns.numbered else "words"
         return f", and most labels are {usual}; correct it, or give data.label_names"
@@ -316,11 +320,16 @@ def _label_fault(word: str, columns: Columns, numbers: Mapping[str, int]) -> str
 
 def label_number(label: object, numbers: Mapping[str, int]) -> int | None:
     """Return the number of a class that is given by its name (a key of `numbers`) or by its number, None if there is no
-    such class."""
-    if isinstance(label, str) and label in numbers:
-        return numbers[label]
-    number = int(label) if isinstance(label, str) and NUMBER.fullmatch(label) else label
-    return number if type(number) is int and 0 <= number < len(numbers) else None
+    such class. A word that is a number is a name where names are numbers themselves; an int never is."""
+    if isinstance(label, str):
+        if label in numbers:
+            return numbers[label]
+        if not NUMBER.fullmatch(label):
+            return None
+        if any(NUMBER.fullmatch(name) for name in numbers):
+            return numbers.get(str(int(label)))
+        label = int(label)
+    return label if type(label) is int and 0 <= label < len(numbers) else None
 
 
 def classes(names: Sequence[str]) -> str:

@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from palimpsest.common.messages import listed
 from palimpsest.common.values import IF_SET, NAME, BelowOne, FilePath, Name, list_of
+from palimpsest.data.detokenizers import detokenizer as detokenizer_named
 from palimpsest.data.files import KINDS, NUMBER, Columns, class_names, kind_of, read_files, readable_files
 from palimpsest.data.rows import (
     as_labels,
@@ -28,14 +29,17 @@ from palimpsest.data.rows import (
 )
 from palimpsest.data.shards import FilePieces, Shards, listing, share_of
 
+_MANY = 20  # so few classes may have one text each
+
 
 class UserFiles:
     """The user's own files, of the formats of data/files.py; a file, a folder or a glob.
 
-    label_column: None = texts without labels. Labels are whole numbers from 0 on, or words (numbered in sorted order);
-    those of `path` are all there are. `label_names` names the numbers, or fixes which words there are and their order;
-    without it the names of a ClassLabel hold, which Parquet files may have.
+    label_column: None = texts without labels. Labels are whole numbers or words; the classes are those of `path`, in
+    sorted order. `label_names` names the numbers from 0 on, or fixes which words there are and their order; without it
+    the names of a ClassLabel hold, which Parquet files may have.
     prompt_column: what each text is given as its beginning, followed by a line feed.
+    detokenizer: a name in data/detokenizers.py, for texts that were cut into tokens; of texts without prompts.
     validation_path, test_path: files of their own; without them shares of `path` are held out, chosen by
     `seed` (of a stream by a hash of each text, since their number is not known).
     Raises FileNotFoundError for absent files, ValueError for absent columns, bad rows, empty splits.
@@ -48,6 +52,7 @@ class UserFiles:
         label_column: Name | None = None,
         label_names: Annotated[Sequence[str], list_of(NAME, 1, "[negative,positive]")] | None = None,
         prompt_column: Annotated[Name, IF_SET] | None = None,
+        detokenizer: Annotated[Name, IF_SET] | None = None,
         validation_path: FilePath | None = None,
         test_path: FilePath | None = None,
         validation_share: BelowOne = 0.05,
@@ -58,7 +63,17 @@ class UserFiles:
             raise ValueError(f"data.path is not set: give a file, a folder or a glob ({', '.join(KINDS)})")
         self.paths = {"train": path, "validation": validation_path, "test": test_path}
         self.keys = {"train": "data.path", "validation": "data.validation_path", "test": "data.test_path"}
-        self.text_column, self.label_column, self.prompt_column = text_column, label_column, prompt_column
+        self.text_column = text_column
+        self.label_column = label_column
+        self.prompt_column = prompt_column
+        self._detokenizer = detokenizer
+        if detokenizer:
+            detokenizer_named(detokenizer)  # refuses another name
+            if prompt_column:
+                raise ValueError(
+                    f"data.detokenizer={detokenizer} applies to whole texts, and data.prompt_column={prompt_column} "
+                    "puts prompts in front of them; set one of them to null"
+                )
         if label_column and label_column in (text_column, prompt_column):
             raise ValueError(f"data.label_column={label_column} is a column of the texts; name that of the labels")
         self.given_names = tuple(str(name).strip() for name in label_names) if label_names else None
@@ -76,6 +91,10 @@ class UserFiles:
     @property
     def splits(self) -> tuple[str, ...]:
         return ("train", "validation", "test")
+
+    def detokenizer_of(self, split: str) -> str | None:
+        """Return the name of the detokenizer of a split's texts; None without one."""
+        return self._detokenizer
 
     @property
     def prompted(self) -> bool:
@@ -119,7 +138,9 @@ class UserFiles:
     @cached_property
     def _loaded(self) -> tuple[dict[str, datasets.Dataset], tuple[str, ...] | None]:
         """All splits at once, as label names are common to them."""
-        rows, names, lines = {}, self.given_names if self.label_column else None, False
+        rows = {}
+        names = self.given_names if self.label_column else None
+        lines = indexed = False
         for split, path in self.paths.items():  # train first
             if not path:
                 continue
@@ -127,22 +148,23 @@ class UserFiles:
             lines = lines or _has_lines(files)
             if self.label_column and names is None:
                 names = class_names(files, self.keys[split], self.label_column)
-            table = not_empty(read_files(files, self.keys[split], self._columns(names)), path)
+                indexed = names is not None
+            table = not_empty(read_files(files, self.keys[split], self._columns(names, indexed)), path)
             if self.label_column and names is None:
                 names = self._names(table, files)
-            rows[split] = self._made(table, names)
+            rows[split] = self._made(table, names, indexed)
         if lines and not self.label_column:
             rows = {split: with_documents(part, None) for split, part in rows.items()}
         return {**rows, **carve(rows["train"], self.shares, self.seed)}, names
 
-    def _columns(self, names: Sequence[str] | None = None) -> Columns:
+    def _columns(self, names: Sequence[str] | None = None, indexed: bool = False) -> Columns:
         settings = {self.text_column: "data.text_column"}
         if self.prompted:
             settings[self.prompt_column] = "data.prompt_column"
         texts = tuple(settings)
         if self.label_column:
             settings[self.label_column] = "data.label_column"
-        return Columns(texts, self.label_column, names and tuple(names), settings=settings)
+        return Columns(texts, self.label_column, names and tuple(names), indexed, settings=settings)
 
     def _names(self, table: pa.Table, files: Sequence[Path]) -> tuple[str, ...]:
         """The classes that the labels of the train split name."""
@@ -154,18 +176,30 @@ class UserFiles:
             numbered = sum(counts[word] for word in numbers) >= sum(counts[word] for word in words)
             read_files(files, self.keys["train"], replace(self._columns(), numbered=numbered))
         names = tuple(words) or tuple(map(str, sorted(set(map(int, numbers)))))
-        if numbers and names != tuple(map(str, range(len(names)))):
-            raise ValueError(f"{key}: the labels are {listed(names)}; number them from 0 without gaps, or give "
-                             f"data.label_names, or use words")  # fmt: skip
+        if len(names) > _MANY and 2 * len(names) > len(table):
+            raise ValueError(
+                f"{key}: there are {len(names)} labels ({listed(names)}) for {len(table)} texts; name the "
+                "column of the classes"
+            )
+        if numbers and names[0].startswith("-"):
+            raise ValueError(
+                f"{key}: the labels are {listed(names)}; a negative one usually means that a text has no label: leave "
+                f"these texts out, or, if it is a class, give data.label_names=[{','.join(names)}]"
+            )
         if len(names) < 2:
             raise ValueError(f"{key}: there is one label only ({names[0]}); for texts without labels use data=text")
         _check_different(names, key)
         return names
 
-    def _made(self, table: pa.Table, names: Sequence[str] | None = None) -> datasets.Dataset:
-        texts, labels, ends = table.column(self.text_column), None, None
+    def _made(self, table: pa.Table, names: Sequence[str] | None = None, indexed: bool = False) -> datasets.Dataset:
+        texts = table.column(self.text_column)
+        labels = ends = None
+        if self._detokenizer:
+            clean = detokenizer_named(self._detokenizer)
+            texts = pa.chunked_array([pa.array([clean(text) for text in texts.to_pylist()], pa.large_string())])
         if names is not None:
-            labels = as_labels(table.column(self.label_column).to_pylist(), names, str(self.paths["train"]))
+            words = table.column(self.label_column).to_pylist()
+            labels = as_labels(list(map(int, words)) if indexed else words, names, str(self.paths["train"]))
         if self.prompted:
             prompts = table.column(self.prompt_column)
             pairs = zip(prompts.to_pylist(), texts.to_pylist(), strict=True)

@@ -281,7 +281,7 @@ def labelled(tmp_path, values, name="a.jsonl", **settings):
     ([0, 1.0], r"line 2, row 1 of column 'label' is 1\.0; labels must be"),
     ([0, []], r"row 1 of column 'label' is \[\]; labels must be"),
     (["  ", "a"], r"row 0 of column 'label' is '  '; labels must be"),
-    ([i * 2 for i in range(3000)], r"the labels are 0, 2, 4, .*\(3000 in all\); number them"),
+    ([i * 2 for i in range(3000)], r"there are 3000 labels \(0, 2, 4, .* in all\)\) for .* texts; name the column"),
 ])  # fmt: skip
 def test_labels_that_are_refused(values, expected, tmp_path):
     with pytest.raises(ValueError, match=expected) as error:
@@ -302,6 +302,43 @@ def test_label_names_fix_what_a_label_is(tmp_path):
         labelled(tmp_path, [0, 1], label_names=["a", "a "])
     with pytest.raises(ValueError, match=r"data\.label_column=text is a column of the texts"):
         UserFiles("a.csv", label_column="text")
+
+
+def test_any_whole_numbers_name_classes(tmp_path):
+    source, labels = labelled(tmp_path, [1, 2, 3, 4, 5] * 10)
+    assert source.label_names == ("1", "2", "3", "4", "5") and [labels[i] for i in range(5)] == [0, 1, 2, 3, 4]
+    source, labels = labelled(tmp_path, ["10", "2", "02"] * 10)
+    assert source.label_names == ("2", "10") and [labels[i] for i in range(3)] == [1, 0, 0]
+    source, labels = labelled(tmp_path, [1, 2] * 10, label_names=["1", "2"])
+    assert [labels[i] for i in range(2)] == [0, 1]
+    (tmp_path / "test.jsonl").write_text('{"text": "a text", "label": 1}\n')
+    held_out = {"label_column": "label", "validation_share": 0.1, "test_path": str(tmp_path / "test.jsonl")}
+    assert labelled(tmp_path, [0, 2] * 10)[0].label_names == ("0", "2")
+    source = UserFiles(str(tmp_path / "a.jsonl"), **held_out)
+    with pytest.raises(
+        ValueError, match=r"label' is 1, which is none of 0 \(0\), 1 \(2\); .*name all classes in data.lab"
+    ):
+        source.load("test")
+    with pytest.raises(ValueError, match=r"a negative one usually means .* give data\.label_names=\[-1,0,1\]"):
+        labelled(tmp_path, [-1, 0, 1] * 10)
+
+
+def test_the_classes_of_a_parquet_file_may_be_named_by_other_numbers(tmp_path):
+    with_classes(tmp_path / "a.parquet", ["1", "2", "3"], [0, 1, 2] * 10)
+    source = UserFiles(str(tmp_path / "a.parquet"), label_column="label", validation_share=0.1, test_share=0.1)
+    assert source.label_names == ("1", "2", "3") and set(source.load("train")["label"]) == {0, 1, 2}
+
+
+def test_texts_cut_into_tokens_are_joined(tmp_path):
+    (tmp_path / "a.txt").write_text("".join(f"it is @-@ said , {k} .\n" for k in range(40)))
+    source = UserFiles(str(tmp_path / "a.txt"), detokenizer="wikitext")
+    assert source.load("train")["text"][0].startswith("it is-said, ") and source.detokenizer_of("train") == "wikitext"
+    with pytest.raises(ValueError, match="detokenizer=gpt9 is none of wikitext, ptb"):
+        UserFiles(str(tmp_path / "a.txt"), detokenizer="gpt9")
+    with pytest.raises(
+        ValueError, match="data.detokenizer=ptb applies to whole texts, and data.prompt_column=question"
+    ):
+        UserFiles(str(tmp_path / "a.csv"), detokenizer="ptb", prompt_column="question")
 
 
 def with_classes(path, names, labels):
