@@ -103,12 +103,14 @@ def _check_groups(arguments: list[str]) -> None:
             continue
         known = [path.stem for path in sorted(folder.glob("*.yaml"))]
         is_study = key == "experiment"  # of which Hydra says nothing where there is none
-        unknown = is_study and not set(value.split(",")) <= {*known, "null"}
+        several = is_study or value.startswith("[")
+        asked = re.findall(r"[^\s,\[\]]+", value) if several else []
+        unknown = [name for name in asked if name not in (*known, "null")]
         is_no_name = re.fullmatch(r"null|~|true|false|[-+]?[\d.]+|", value) and not (is_study and value == "null")
         if unknown or is_no_name:
-            guess = difflib.get_close_matches(value, known, n=1)
+            guess = difflib.get_close_matches(unknown[0] if unknown else value, known, n=1)
             raise ValueError(
-                f"{argument} is unknown;{f' did you mean {key}={guess[0]}?' if guess else ''} choose one of: "
+                f"{argument} is unknown;{f' did you mean {guess[0]}?' if guess else ''} choose one of: "
                 f"{', '.join(known)}"
             )
     if len(set(experiments)) > 1:

@@ -49,7 +49,11 @@ def mode(**properties: bool) -> Callable[[Callable], Callable]:
 def write_results(folder: Path, results: Mapping[str, object]) -> None:
     """Write results.json: what was measured and under which protocol, for programs to read."""
     plain = json.loads(json.dumps(results, default=_plain), parse_constant=lambda name: None)  # JSON has no NaN
-    write_whole(folder / "results.json", (json.dumps(plain, indent=2) + "\n").encode())
+    path = folder / "results.json"
+    before = json.loads(path.read_text(encoding="utf-8")).get("command") if path.exists() else None
+    if before not in (None, plain.get("command")):
+        print(f"{path} held the results of: {before}")
+    write_whole(path, (json.dumps(plain, indent=2) + "\n").encode())
 
 
 @rank_zero_only

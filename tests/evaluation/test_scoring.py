@@ -108,6 +108,14 @@ def test_results_are_json_without_nan(tmp_path):
     assert json.loads(text) == {"x": {"value": 1.0, "se": None}, "y": [None, 2.0]} and "NaN" not in text
 
 
+def test_results_that_are_replaced_are_named(tmp_path, capsys):
+    write_results(tmp_path, {"command": "sampling.predictor=ddpm"})
+    write_results(tmp_path, {"command": "sampling.predictor=ddpm"})
+    assert not capsys.readouterr().out
+    write_results(tmp_path, {"command": "sampling.predictor=block"})
+    assert "held the results of: sampling.predictor=ddpm" in capsys.readouterr().out
+
+
 def test_kinds_of_likelihood_do_not_overwrite_one_another_and_say_what_they_are(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ask = [*TINY, "data.max_valid_texts=3", "eval.num_draws=1"]

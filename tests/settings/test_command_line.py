@@ -126,9 +126,10 @@ def test_what_can_not_be_read_says_how_to_quote_it():
 
 
 @pytest.mark.parametrize(("argument", "said"), [
-    ("experiment=imdb_clasifier_cpu", "did you mean experiment=imdb_classifier_cpu"), ("logger=null", "csv_tensorboard"),
+    ("experiment=imdb_clasifier_cpu", "did you mean imdb_classifier_cpu"), ("logger=null", "csv_tensorboard"),
     ("model=null", "choose one of: medium"), ("+data=1", "choose one of: ag_news"), ("sampling.predictor=3", "ddpm"),
-    ("experiment=imdb_classifier,none", "is unknown"), ("~seed", "would remove a key"), ("~data.path", "would remove"),
+    ("experiment=imdb_classifier,none", "is unknown"), ("~seed", "would remove a key"),
+    ("callbacks=[checkpoint_monitor,gradient_share]", "did you mean gradient_shares"), ("~data.path", "would remove"),
 ])  # fmt: skip
 def test_what_chooses_no_file_of_a_group_is_refused(argument, said):
     with pytest.raises(ValueError, match=re.escape(argument) + f".*{said}"):
