@@ -15,15 +15,23 @@ import importlib
 __version__ = "0.1.0"
 
 _HOMES = {
-    "experiment.library": ("TextLikelihoods", "TrainedModel", "classify", "load", "log_likelihood", "sample"),
+    "experiment.library": (
+        "SampledText",
+        "TextLikelihoods",
+        "TrainedModel",
+        "classify",
+        "load",
+        "log_likelihood",
+        "sample",
+        "train",
+    ),
+    "experiment.classifier": ("Predictions", "TrainedClassifier", "load_classifier"),
     "experiment.running": ("run",),
     "settings.command_line": ("compose_config",),
     "process": ("Absorbing", "Hybrid", "Uniform"),
     "noise_schedule": ("Cosine", "CosineSquared", "Geometric", "Linear", "LogLinear"),
     "objectives.subs": ("Subs",),
     "objectives.block": ("BlockDiffusion",),
-    "objectives.sedd": ("SEDD",),
-    "objectives.d3pm": ("D3PM",),
     "objectives.udlm": ("UDLM",),
     "models.dit": ("DiT",),
     "samplers.base": ("TokenChoice",),

@@ -13,6 +13,7 @@ from palimpsest.app.runs import Classifier
 from palimpsest.classification.bayes import log_prior, posterior_interval
 from palimpsest.classification.evidence import token_evidence
 from palimpsest.classification.scoring import ClassScores, Race, score_classes
+from palimpsest.classification.typical import UNLIKE, Typical
 from palimpsest.dataloader import with_texts
 from palimpsest.estimators.nelbo import comparison_noising
 from palimpsest.report.evidence import shown_evidence
@@ -63,8 +64,10 @@ def classify(networks: Networks, classifier: Classifier, question: Question, sho
             counts_C = np.bincount(np.asarray(data.texts("train")["label"]), minlength=len(data.label_names))
         log_prior_C = log_prior(question.prior, counts_C)
 
+        typical = Typical.read(classifier.folder / "classify")
+
         def so_far(scores: ClassScores) -> str:
-            return _shown(scores, log_prior_C, data.label_names, race)
+            return _shown(scores, log_prior_C, data.label_names, race, typical)
 
         scores = score_classes(
             experiment.trainer, models, data, _SPLIT, experiment.build.estimator, race, experiment.seed, log_prior_C,
@@ -73,7 +76,9 @@ def classify(networks: Networks, classifier: Classifier, question: Question, sho
         return Judged(so_far(scores), _evidence(judges, data, scores, log_prior_C, race), tuple(heard))
 
 
-def _shown(scores: ClassScores, log_prior_C: np.ndarray, names: tuple[str, ...], race: Race) -> str:
+def _shown(
+    scores: ClassScores, log_prior_C: np.ndarray, names: tuple[str, ...], race: Race, typical: Typical | None
+) -> str:
     posterior_C, (first, second) = scores.posterior(log_prior_C)[0], _pair(scores, log_prior_C)
     low_C, high_C = posterior_C, posterior_C
     if not scores.exact:
@@ -85,9 +90,10 @@ def _shown(scores: ClassScores, log_prior_C: np.ndarray, names: tuple[str, ...],
     )  # fmt: skip
     margin = format_measurement(float(scores.margin_M[0]), float(scores.margin_se_M[0]))
     spent = f"{scores.evaluations_M[0]:,} network evaluations, {scores.seconds:.1f} s"
-    return verdict(
-        shares, (drawn, f"{margin} nats between the first two", spent, f"{int(scores.tokens_M[0]):,} tokens")
-    )
+    facts = [drawn, f"{margin} nats between the first two", spent, f"{int(scores.tokens_M[0]):,} tokens"]
+    if typical is not None and typical.unlike(scores, log_prior_C)[0]:
+        facts.insert(0, UNLIKE)
+    return verdict(shares, facts)
 
 
 def _pair(scores: ClassScores, log_prior_C: np.ndarray) -> tuple[int, int]:

@@ -7,8 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from palimpsest.app.runs import Classifier, Network
-from palimpsest.classification.models import ClassModel, check_classes, one_per_class, told_the_class
+from palimpsest.classification.models import ClassModel
+from palimpsest.dataloader import TextData
 from palimpsest.diffusion import Diffusion
+from palimpsest.experiment.classifier import read_classes
 from palimpsest.experiment.experiment import Experiment
 from palimpsest.experiment.running import checked
 from palimpsest.scripts.generate import quoted
@@ -70,17 +72,8 @@ class Networks:
         settings = {"mode": "classify", "checkpointing.save_dir": str(classifier.folder), **asked}
         experiment = self._experiment(classifier.networks[0], settings)
 
-        def read() -> tuple[object, list[ClassModel]]:
-            data = experiment.build.data()
-            check_classes(data)
-            names, there = data.label_names, classifier.networks
-            if there[0].conditional:
-                return data, told_the_class(experiment, data, str(there[0].path), disable_ema=False)
-            if len(there) != len(names):
-                raise ValueError(f"{classifier.folder} has models of {len(there)} of the {len(names)} classes of data="
-                                 f"{data.name}; train the others (python main.py mode=classify ...)")  # fmt: skip
-            paths = [experiment.runs.model_path(label) for label in range(len(names))]
-            return data, one_per_class(experiment, list(map(str, paths)), disable_ema=False)
+        def read() -> tuple[TextData, list[ClassModel]]:
+            return read_classes(experiment, classifier.folder, classifier.networks[0].conditional)
 
         version = " ".join(network.version for network in classifier.networks)
         data, models = self._once("judges", version, read)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from palimpsest.classification import typical
 from palimpsest.classification.measures import Measures, measure
 from palimpsest.classification.methods import Beside, Method, calibrated, compared, fit
 from palimpsest.classification.models import ClassModel
@@ -78,6 +79,7 @@ class Verdicts:
                 for k, name in enumerate(names)
             },
             "confusion": m.confusion_CC,
+            typical.KEY: typical.quantiles(scores, self.log_prior_C),
             "prior": dict(zip(names, np.exp(self.log_prior_C), strict=True)),
             "nll_without_class_nats_per_token": self.unconditional.model if self.unconditional else None,
             "margin_monte_carlo_se_nats": _finite_mean(scores.margin_se_M),

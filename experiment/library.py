@@ -1,14 +1,14 @@
-"""Trained models in a notebook: `palimpsest.load(path)`, then likelihoods, texts and classes in a line each.
+"""Models in a notebook: `palimpsest.load(path)` or `palimpsest.train(...)`, then likelihoods, texts and classes.
 
-The settings of a model are those that its checkpoint carries, as scripts/generate.py and the page take them.
+The settings of a model are those that its checkpoint carries. Shape suffixes: M texts, C classes, K draws.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import datasets
@@ -16,21 +16,23 @@ import numpy as np
 import torch
 
 from palimpsest.classification.bayes import averaged_posterior, log_prior
-from palimpsest.data.tokenizers import of_record, vocabulary
+from palimpsest.data.tokenizers import of_record, token_strings, vocabulary
 from palimpsest.dataloader import TextData, with_texts
 from palimpsest.diffusion import Diffusion
 from palimpsest.estimators.base import Estimator
 from palimpsest.estimators.nelbo import Nelbo, comparison_noising
-from palimpsest.evaluation.drawing import decoded, draw
+from palimpsest.evaluation.drawing import Drawn, decoded, draw
 from palimpsest.evaluation.sampling_inputs import Template
-from palimpsest.experiment.carried import carried, checkpoint_path
+from palimpsest.experiment.carried import checkpoint_path
 from palimpsest.experiment.experiment import Experiment
-from palimpsest.experiment.running import checked
-from palimpsest.models.checkpoints import read_contents
-from palimpsest.settings.command_line import compose_config, in_quotes
+from palimpsest.experiment.from_checkpoint import complete
+from palimpsest.experiment.running import checked, composed, run
+from palimpsest.models.checkpoints import read_contents, read_settings
+from palimpsest.settings.command_line import in_quotes
 from palimpsest.settings.identity import overrides
 
 _SPLIT = "given"  # the name of a user's texts among the splits
+_PUBLISHED = ("data=openwebtext", "data.wrap=false")  # what the models of the reference projects were trained on
 
 
 @dataclass(frozen=True)
@@ -57,17 +59,54 @@ class TextLikelihoods:
         return float(-self.log_p.sum() / self.tokens.sum())
 
 
+class SampledText(str):
+    """A sampled text: a string that knows how it was written.
+
+    Attributes:
+        tokens: its tokens as strings, special tokens among them.
+        steps: the step that wrote each token; 0 for tokens that were given.
+        confidence: the model's probability of each token when it was written; 1 for tokens that were given.
+        evaluations: network evaluations spent.
+    """
+
+    tokens: list[str]
+    steps: list[int]
+    confidence: list[float]
+    evaluations: int
+
+    @classmethod
+    def of(cls, text: str, drawn: Drawn, tokenizer: object) -> SampledText:
+        """Return `text` with the trace of `drawn`."""
+        found = cls(text)
+        found.tokens = token_strings(tokenizer, drawn.ids)
+        found.steps = drawn.steps
+        found.confidence = drawn.confidence
+        found.evaluations = drawn.evaluations
+        return found
+
+
 class TrainedModel:
     """A trained model with its tokenizer, ready to measure and to write.
 
     Attributes:
+        path: the checkpoint.
         diffusion: the objective bound to the network; `diffusion.model` is what samplers and estimators take.
         data: how texts become rows; its texts are read only where they are needed.
         label: the class whose texts it was trained on; None for all.
     """
 
-    def __init__(self, experiment: Experiment, data: TextData, diffusion: Diffusion, label: int | None) -> None:
+    def __init__(
+        self,
+        path: str,
+        words: Sequence[str],
+        experiment: Experiment,
+        data: TextData,
+        diffusion: Diffusion,
+        label: int | None,
+    ) -> None:
+        self.path = path
         self.experiment = experiment
+        self._words = list(words)
         self.data = data
         self.diffusion = diffusion
         self.label = label
@@ -76,35 +115,43 @@ class TrainedModel:
     def tokenizer(self) -> object:
         return self.data.tokenizer
 
-    def log_likelihood(self, texts: Sequence[str], num_draws: int = 64, seed: int = 1) -> TextLikelihoods:
-        """Estimate log p(text) of each text; a causal model's is exact.
+    def log_likelihood(
+        self, texts: Sequence[str], draws: int = 64, estimator: str | None = None, seed: int = 1
+    ) -> TextLikelihoods:
+        """Estimate log p(text) of each text; that of a causal model is exact.
 
         Args:
-            num_draws: network evaluations per text, over which a bound is averaged.
+            draws: network evaluations per text, over which a bound is averaged.
+            estimator: a choice of `eval.estimator`; None for that of the model's settings.
 
         Raises:
-            ValueError: a text is longer than the rows of the model.
+            ValueError: a text is longer than the rows of the model, or the estimator does not fit the model.
         """
-        estimator, model = self.experiment.build.estimator, self.diffusion.model
-        nats_MK, tokens_M, evaluations_M, _ = self._measured(texts, estimator, seed, num_draws)
-        exact, draws = estimator.exact(model), nats_MK.shape[1]
+        how = self._with([f"eval.estimator={estimator}"] if estimator else []).build.estimator
+        model = self.diffusion.model
+        nats_MK, tokens_M, evaluations_M = self._measured(texts, how, seed, draws)
+        exact = how.exact(model)
+        number = nats_MK.shape[1]
         se_M = np.zeros(len(texts)) if exact else np.full(len(texts), np.nan)
-        if not exact and draws > 1:
-            se_M = nats_MK.std(axis=1, ddof=1) / np.sqrt(draws)
-        kind = estimator.label(model, num_draws)
-        return TextLikelihoods(-nats_MK.mean(axis=1), se_M, tokens_M, evaluations_M, kind)
+        if not exact and number > 1:
+            se_M = nats_MK.std(axis=1, ddof=1) / np.sqrt(number)
+        return TextLikelihoods(-nats_MK.mean(axis=1), se_M, tokens_M, evaluations_M, how.label(model, draws))
+
+    def _with(self, typed: Sequence[str]) -> Experiment:
+        """Return the experiment with further settings."""
+        return checked(composed([*self._words, *typed]), "palimpsest.load") if typed else self.experiment
 
     def _measured(
-        self, texts: Sequence[str], estimator: Estimator, seed: int, num_draws: int
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Return nats (M, K), tokens (M,), evaluations (M,) and numbers (M,) of texts, windows added up."""
+        self, texts: Sequence[str], estimator: Estimator, seed: int, draws: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return nats (M, K), tokens (M,) and evaluations (M,) of texts, windows added up."""
         data = with_texts(self.data, _SPLIT, list(texts))
         device = next(self.diffusion.backbone.parameters()).device
         found = {name: [] for name in ("nats", "tokens", "evaluations", "text")}
         with torch.inference_mode():
             for batch in data.eval_dataloader(_SPLIT):
                 batch = {name: value.to(device) for name, value in batch.items()}
-                one = estimator(self.diffusion.model, batch, seed, num_draws)
+                one = estimator(self.diffusion.model, batch, seed, draws)
                 found["nats"].append(one.nll_BK.double().cpu().numpy())
                 found["tokens"].append(one.tokens_B.cpu().numpy())
                 found["evaluations"].append(one.evaluations_B.cpu().numpy())
@@ -116,72 +163,104 @@ class TrainedModel:
             total = np.zeros((len(texts), *rows.shape[1:]), dtype=rows.dtype)
             np.add.at(total, text_R, rows)
             summed.append(total)
-        return (*summed, text_R)
+        return tuple(summed)
 
-    def sample(self, number: int = 1, prefix: str | None = None, length: int | None = None, seed: int = 1) -> list[str]:
+    def sample(
+        self,
+        number: int = 1,
+        prompt: str | None = None,
+        template: str | None = None,
+        sampler: str | None = None,
+        steps: int | None = None,
+        length: int | None = None,
+        seed: int = 1,
+    ) -> list[SampledText]:
         """Draw texts.
 
         Args:
-            prefix: how every text begins.
+            prompt: how every text begins.
+            template: a text with gaps, such as "The [MASK] was {{5}} ."; {{5}} stands for five tokens.
+            sampler: a choice of `sampling.predictor`; None for that of the model's settings.
+            steps: sampling steps, `sampling.steps`.
             length: tokens of a text. None: a padded model's texts are as long as training texts picked at random, for
                 which those are read; others have the length of the model's rows, or end where they choose to.
 
         Raises:
-            ValueError: the prefix does not fit.
+            ValueError: the prompt or the template does not fit, or the sampler does not fit the model.
             FileNotFoundError: the training texts are not there; name a length.
         """
-        drawing = self.experiment.build.drawing(self.diffusion.provenance.length)
-        drawing = type(drawing)(drawing.sampler, Template(prefix), drawing.protocol, drawing.var_length)
+        typed = [f"sampling.predictor={sampler}"] if sampler else []
+        typed += [f"sampling.steps={steps}"] if steps is not None else []
+        drawing = self._with(typed).build.drawing(self.diffusion.provenance.length)
+        drawing = replace(drawing, given=Template(prompt, template))
         data = self.data if length is None else _with_row(self.data, length)
         size = self.experiment.build.machine.eval_batch
         drawn = draw(self.diffusion, data, drawing, number, size, seed)
-        return [decoded(one, drawing.given, self.tokenizer) for one in drawn]
+        return [SampledText.of(decoded(one, drawing.given, self.tokenizer), one, self.tokenizer) for one in drawn]
 
 
 def load(path: str | Path, *typed: str) -> TrainedModel:
-    """Load a trained model: the folder of a run, or a `.ckpt` file that a training here wrote.
+    """Load a trained model.
 
-    typed: settings as on the command line, such as "sampling.predictor=ddpm_cache" or "eval.disable_ema=true".
+    Args:
+        path: the folder of a run, a `.ckpt` file, or a published model of the reference projects (a `.ckpt` file, a
+            folder in the Hub's layout or a Hub id); its texts become rows as `data=openwebtext data.wrap=false` says,
+            unless other data are typed.
+        typed: settings as on the command line, such as "sampling.predictor=ddpm_cache" or "eval.disable_ema=true".
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no checkpoint of ours, or a setting does not fit it.
+        ValueError: the file is no checkpoint, or a setting does not fit it.
     """
     warnings.filterwarnings("ignore", module="lightning")  # its warnings are about trainers, and none is used here
     file = checkpoint_path(path)
-    known = carried(file)
-    words = [
-        *overrides(known["configuration"]),
-        "mode=sample_eval",
-        f"eval.checkpoint_path={in_quotes(str(file))}",
-        *typed,
-    ]
-    experiment = checked(compose_config(words), "palimpsest.load")
+    known = read_settings(file, "path").identity
+    words = ["mode=sample_eval", f"eval.checkpoint_path={in_quotes(str(file))}", *typed]
+    ours = "configuration" in known
+    words = [*overrides(known["configuration"]), *words] if ours else complete([*_PUBLISHED, *words])
+    experiment = checked(composed(words), "palimpsest.load")
     label = known.get("label")
     data = experiment.build.data(label)
-    record = (read_contents(file).get("run") or {}).get("tokenizer")
+    record = (read_contents(file).get("run") or {}).get("tokenizer") if ours else None
     if record is not None:
         tokenizer = of_record(record)
         if tokenizer is not None and vocabulary(tokenizer).fingerprint == known.get("tokenizer"):
             data.tokenizer = tokenizer  # else it is built again from the training texts
     diffusion = experiment.weights.trained(data, str(file), "eval.disable_ema=true" in typed)
-    return TrainedModel(experiment, data, diffusion, label)
+    return TrainedModel(str(file), words, experiment, data, diffusion, label)
 
 
-def log_likelihood(path: str | Path, texts: Sequence[str], num_draws: int = 64, seed: int = 1) -> TextLikelihoods:
+def train(*typed: str, **settings: object) -> TrainedModel:
+    """Train a model, or go on with a training that is not complete, and load it; what `mode=train` does.
+
+    Args:
+        typed: settings as on the command line: `train("data=text", "data.path=notes.txt")`.
+        settings: the same by keyword; a dict holds the keys below one: `train(data="reviews", trainer={"max_steps":
+            500})`.
+
+    Raises:
+        ValueError, OSError: as the command line would refuse it.
+    """
+    words = ["mode=train", *typed, *_words(settings)]
+    cfg = composed(words)
+    results = run(cfg, " ".join(["palimpsest.train", *words]), words)
+    return load(str(results["checkpoint"]))
+
+
+def log_likelihood(path: str | Path, texts: Sequence[str], draws: int = 64, seed: int = 1) -> TextLikelihoods:
     """Estimate log p(text) of each text under the model at `path` (see `TrainedModel.log_likelihood`)."""
-    return load(path).log_likelihood(texts, num_draws, seed)
+    return load(path).log_likelihood(texts, draws, seed=seed)
 
 
-def sample(path: str | Path, number: int = 1, prefix: str | None = None, seed: int = 1) -> list[str]:
+def sample(path: str | Path, number: int = 1, prompt: str | None = None, seed: int = 1) -> list[SampledText]:
     """Draw texts from the model at `path` (see `TrainedModel.sample`)."""
-    return load(path).sample(number, prefix, seed=seed)
+    return load(path).sample(number, prompt, seed=seed)
 
 
 def classify(
     models: Sequence[TrainedModel | str | Path],
     texts: Sequence[str],
-    num_draws: int = 64,
+    draws: int = 64,
     seed: int = 1,
     prior: str | Sequence[float] = "uniform",
 ) -> np.ndarray:
@@ -197,8 +276,21 @@ def classify(
     estimator = loaded[0].experiment.build.estimator
     if isinstance(estimator, Nelbo):  # masks that all models see alike
         estimator = Nelbo(comparison_noising(estimator, loaded[0].diffusion.objective))
-    nats_MCK = np.stack([one._measured(texts, estimator, seed, num_draws)[0] for one in loaded], axis=1)
+    nats_MCK = np.stack([one._measured(texts, estimator, seed, draws)[0] for one in loaded], axis=1)
     return averaged_posterior(nats_MCK, log_prior(prior, np.zeros(len(loaded))))
+
+
+def _words(settings: Mapping[str, object], above: str = "") -> Iterator[str]:
+    """Yield settings as on the command line."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _words(value, f"{above}{name}.")
+        elif value is None or isinstance(value, bool):
+            yield f"{above}{name}={'null' if value is None else str(value).lower()}"
+        elif isinstance(value, list | tuple):
+            yield f"{above}{name}=[{','.join(map(str, value))}]"
+        else:
+            yield f"{above}{name}={value}"
 
 
 def _with_row(data: TextData, length: int) -> TextData:

@@ -10,7 +10,9 @@ from collections.abc import Sequence
 
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 from palimpsest.common.files import is_remote
 from palimpsest.common.output import guard_output
@@ -37,6 +39,18 @@ def checked(cfg: DictConfig, command: str, words: Sequence[str] = ()) -> Experim
     experiment = Experiment(cfg, command)
     experiment.build.check()
     return experiment
+
+
+def composed(words: Sequence[str]) -> DictConfig:
+    """Compose a configuration from words of a command line.
+
+    Raises:
+        ValueError: a word names what does not exist.
+    """
+    try:
+        return command_line.compose_config(list(words))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(command_line.explain(error, words)) from None
 
 
 def run(cfg: DictConfig, command: str, words: Sequence[str] = ()) -> dict[str, object]:

@@ -7,7 +7,7 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -315,8 +315,8 @@ def _lacks_shared_memory(error: BaseException) -> bool:
     return re.search(said, str(error)) is not None
 
 
-def explain(error: BaseException) -> str:
-    """One message that names the key, the value and the remedy."""
+def explain(error: BaseException, words: Sequence[str] | None = None) -> str:
+    """Return one message that names the key, the value and the remedy. words: what was typed; None: by the shell."""
     if _lacks_shared_memory(error):
         return (
             "the worker processes that load data had too little shared memory (/dev/shm), or too little memory: set "
@@ -326,12 +326,12 @@ def explain(error: BaseException) -> str:
     if isinstance(error, InstantiationException) and error.__cause__ is not None:
         built = re.search(r"full_key: (\S+)", str(error))
         place = f"{built[1]}: " if built and isinstance(error.__cause__, TypeError) else ""
-        return place + explain(error.__cause__)
+        return place + explain(error.__cause__, words)
     chain: BaseException | None = error
     while chain is not None:
         unknown = getattr(chain, "full_key", None)
         if unknown and "not in struct" in str(chain):
-            return _unknown_key(unknown, compose_config(_choices_typed()))
+            return _unknown_key(unknown, compose_config(_choices_typed(sys.argv[1:] if words is None else words)))
         if isinstance(chain, OverrideParseException):
             key, _, value = chain.override.partition("=")
             return (f"{chain.override} can not be read ({str(chain).splitlines()[0]}); if {value} is a text, put it in "
@@ -340,10 +340,10 @@ def explain(error: BaseException) -> str:
     return str(error)
 
 
-def _choices_typed() -> list[str]:
-    """Return the group choices on the command line, which decide the keys of the configuration."""
+def _choices_typed(words: Sequence[str]) -> list[str]:
+    """Return the group choices among `words`, which decide the keys of the configuration."""
     try:
-        return [word for word in translate(sys.argv[1:]) if "=" in word and _is_choice(word)]
+        return [word for word in translate(words) if "=" in word and _is_choice(word)]
     except ValueError:
         return []
 

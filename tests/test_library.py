@@ -45,10 +45,10 @@ def test_likelihoods_are_those_of_the_command(folder, model, monkeypatch):
     monkeypatch.chdir(folder)
     results = run(*RUN, "mode=ppl_eval", "data.label=1", "checkpointing.save_dir=run", "eval.num_draws=8")
     texts = model.data.texts("validation")["text"][:]
-    measured = model.log_likelihood(texts, num_draws=8)
+    measured = model.log_likelihood(texts, draws=8)
     assert measured.nats_per_token == pytest.approx(results["nll_nats_per_token"].value, rel=0.05)
     assert (measured.evaluations == 8).all() and (measured.se > 0).all() and measured.tokens.sum() > len(texts)
-    again = model.log_likelihood(texts, num_draws=8)
+    again = model.log_likelihood(texts, draws=8)
     assert (again.log_p == measured.log_p).all(), "a function of the seed"
 
 
@@ -56,16 +56,65 @@ def test_texts_are_written(model):
     texts = model.sample(3)
     assert len(texts) == 3 and all(texts) and texts == model.sample(3)
     assert model.sample(1, seed=2) != texts[:1]
-    assert all(text.startswith("the film") for text in model.sample(2, prefix="the film", length=12))
+    assert all(text.startswith("the film") for text in model.sample(2, prompt="the film", length=12))
+
+
+def test_texts_bring_their_traces(model):
+    (text,) = model.sample(1, template="the [MASK] was {{3}} .", sampler="first_hitting", seed=3)
+    assert isinstance(text, str) and text.startswith("the ") and text.endswith(".")
+    assert len(text.tokens) == len(text.steps) == len(text.confidence) and text.evaluations > 1
+    written = [step for step in text.steps if step]
+    assert len(written) == 4 and len(set(written)) == 4, "first hitting writes one token a step"
+    assert len({step for step in model.sample(1, steps=2, seed=3)[0].steps if step}) <= 3
+    with pytest.raises(ValueError, match="nonsense"):
+        model.sample(1, sampler="nonsense")
+
+
+def test_other_estimators(model):
+    bound = model.log_likelihood(TEXTS, draws=16)
+    exact = model.log_likelihood(TEXTS, estimator="duel")
+    assert "DUEL" in exact.kind and "DUEL" not in bound.kind and (exact.se == 0).all()
+
+
+def test_a_notebook_trains(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    words = [word for word in RUN if not word.startswith(("trainer.max_steps", "mode="))]
+    model = palimpsest.train(*words, trainer={"max_steps": 2}, checkpointing={"save_dir": "trained"}, data="reviews")
+    assert model.path.startswith("trained/checkpoints") and model.sample(1, length=6)
+    with pytest.raises(ValueError, match="training.ema=2"):
+        palimpsest.train(training={"ema": 2})
+    with pytest.raises(ValueError, match="what data has: .*path"):
+        palimpsest.train(data="labelled", **{"data.pth": "x"})
+
+
+def test_a_classifier_says_what_it_knows(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    classifier = palimpsest.load_classifier("run")
+    found = classifier.predict(TEXTS, draws=8, confidence=1.0, attributions=True)
+    assert found.classes == classifier.classes and found.label[0] in found.classes and found.unlike is None
+    assert np.allclose(found.probability.sum(1), 1)
+    assert (found.low <= found.probability).all() and (found.probability <= found.high).all()
+    for m in range(2):
+        parts_CL = found.attributions[m]
+        assert parts_CL.shape == (2, len(found.tokens[m]))
+        assert np.allclose(np.nansum(parts_CL, axis=1), found.log_p[m]), "tokens add up to the text"
+    run(*RUN, "mode=classify", "checkpointing.save_dir=run", "classify.num_draws=4", "classify.baselines=false")
+    strange = "wonderful wonderful the dull was is the and and plot plot plot"
+    later = palimpsest.load_classifier("run").predict([*TEXTS, strange], draws=4)
+    assert later.unlike is not None and later.unlike.shape == (3,)
+    with pytest.raises(FileNotFoundError, match="holds no classifier"):
+        palimpsest.load_classifier("cache")
+    with pytest.raises(FileNotFoundError, match="holds no classifier"):
+        palimpsest.load_classifier("run/label=7")
 
 
 def test_classes_by_bayes_rule(folder, monkeypatch):
     monkeypatch.chdir(folder)
-    p = palimpsest.classify(["run/label=0", "run/label=1"], TEXTS, num_draws=4)
+    p = palimpsest.classify(["run/label=0", "run/label=1"], TEXTS, draws=4)
     assert p.shape == (2, 2) and np.allclose(p.sum(1), 1)
-    same = palimpsest.classify(["run/label=1", "run/label=1"], TEXTS, num_draws=4)
+    same = palimpsest.classify(["run/label=1", "run/label=1"], TEXTS, draws=4)
     assert np.allclose(same, 0.5), "one model against itself, under the same masks"
-    skewed = palimpsest.classify(["run/label=1", "run/label=1"], TEXTS, num_draws=4, prior=[0.9, 0.1])
+    skewed = palimpsest.classify(["run/label=1", "run/label=1"], TEXTS, draws=4, prior=[0.9, 0.1])
     assert np.allclose(skewed[:, 0], 0.9)
 
 
@@ -75,4 +124,4 @@ def test_what_does_not_fit_is_refused(folder, model, monkeypatch):
         palimpsest.load("run/label=7")
     with pytest.raises(ValueError, match="longer than model.length"):
         model.log_likelihood(["word " * 500])
-    assert math.isfinite(model.log_likelihood(TEXTS, num_draws=1).log_p.sum())
+    assert math.isfinite(model.log_likelihood(TEXTS, draws=1).log_p.sum())

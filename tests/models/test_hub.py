@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import palimpsest
 from palimpsest.experiment.experiment import Experiment
 from palimpsest.models.checkpoints import load_inert, read_checkpoint, read_settings
 from palimpsest.models.dit import DiT
@@ -252,6 +253,13 @@ def test_a_reference_checkpoint_is_measured_and_sampled(toy, fixtures_dir):
         nll[raw] = run("mode=ppl_eval", *ask)["nll_nats_per_token"].value
         assert run("mode=sample_eval", *ask)
     assert nll["true"] != nll["false"] and all(2 < value < 30 for value in nll.values())
+
+
+def test_a_notebook_loads_a_reference_checkpoint(toy, fixtures_dir):
+    words = [word for word in toy if not word.startswith("model.")]
+    model = palimpsest.load(fixtures_dir / "mdlm_subs" / "mdlm.ckpt", *TEXT, "data.wrap=false", *words)
+    found = model.log_likelihood(["some words"], draws=4)
+    assert model.data.length == 32 and found.log_p[0] < 0 < found.tokens[0] and len(model.sample(1, length=6)) == 1
 
 
 def test_the_weights_that_are_measured_are_the_references(toy, fixtures_dir):

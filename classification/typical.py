@@ -1,0 +1,54 @@
+"""Which texts are typical of the data: their log p(text) per token, and a text that lies far in the tail.
+
+A classifier compares classes; it says nothing about texts that none of them could have written. p(text) does.
+Shape suffixes: M texts, C classes.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from scipy.special import logsumexp
+
+from palimpsest.classification.scoring import ClassScores
+
+_TAIL = 0.999
+UNLIKE = "unlike the texts of the data: less likely, per token, than 99.9 % of them; the interval covers the masks only"
+KEY = "nats_per_token_quantiles"
+
+
+def nats_per_token(scores: ClassScores, log_prior_C: np.ndarray) -> np.ndarray:
+    """Return -log p(text) per token, (M,), where p(text) is the mixture of the classes."""
+    return -logsumexp(scores.log_p_MC + log_prior_C, axis=1) / np.maximum(scores.tokens_M, 1)
+
+
+def quantiles(scores: ClassScores, log_prior_C: np.ndarray) -> dict[str, float]:
+    """Return the quantiles of `nats_per_token` over the texts, for results.json."""
+    values_M = nats_per_token(scores, log_prior_C)
+    return {str(share): float(np.quantile(values_M, share)) for share in (0.5, 0.99, _TAIL)}
+
+
+@dataclass(frozen=True)
+class Typical:
+    """The least likely of the texts that a classifier was evaluated on.
+
+    Attributes:
+        end: nats per token that 99.9 % of these texts stay below.
+    """
+
+    end: float
+
+    @classmethod
+    def read(cls, folder: Path) -> Typical | None:
+        """Return what the evaluations below `folder` found, the latest if there are several; None if there is none."""
+        files = sorted(folder.glob("*/results.json"), key=lambda path: path.stat().st_mtime)
+        found = [json.loads(path.read_text(encoding="utf-8")).get(KEY) for path in files]
+        known = [one for one in found if one]
+        return cls(known[-1][str(_TAIL)]) if known else None
+
+    def unlike(self, scores: ClassScores, log_prior_C: np.ndarray) -> np.ndarray:
+        """Return True for each text that is less likely, per token, than 99.9 % of the texts known, (M,)."""
+        return nats_per_token(scores, log_prior_C) > self.end
