@@ -1,7 +1,6 @@
 """python main.py [mode=train|ppl_eval|sample_eval|classify] [data=...] [key=value ...]
 
-The Hydra entry: composes the configuration and hands it on. What it needs is imported when there is something to do, so
-that `--help` and `--cfg job` answer at once.
+The Hydra entry. Modules are imported when they are needed, so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -9,6 +8,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+import time
+from importlib import import_module as late
 from pathlib import Path
 
 FOLDER = os.fspath(Path(__file__).resolve().parent)
@@ -16,11 +17,10 @@ FOLDER = os.fspath(Path(__file__).resolve().parent)
 
 def _be_the_package(folder: str = FOLDER) -> None:
     """Make the folder of this file the package, installed or not, unless it is imported already."""
-    if "palimpsest" in sys.modules:
-        return
-    spec = importlib.util.spec_from_file_location("palimpsest", f"{folder}/__init__.py")
-    sys.modules["palimpsest"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["palimpsest"])
+    if "palimpsest" not in sys.modules:
+        spec = importlib.util.spec_from_file_location("palimpsest", f"{folder}/__init__.py")
+        sys.modules["palimpsest"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules["palimpsest"])
 
 
 _be_the_package()
@@ -35,21 +35,23 @@ from palimpsest.settings import command_line  # noqa: E402
 @hydra.main(version_base="1.3", config_path=f"{FOLDER}/configs", config_name="config")
 def _hydra_main(cfg: DictConfig) -> None:
     _be_the_package()  # a launcher (submitit) sends this function to a process that knows nothing else
-    from palimpsest.experiment.running import job
-
-    job(cfg)
+    late("palimpsest.experiment.running").job(cfg)
 
 
 def main() -> None:
     guard_output()
+    if sys.argv[1:2] == ["compare"]:
+        late("palimpsest.scripts.compare").main(sys.argv[2:])
+        return
+    begun = time.time()
     with command_line.clear_errors():
         words = command_line.translate(sys.argv[1:])
         if any(word.lstrip("+").startswith("eval.checkpoint_path=") for word in words):
-            from palimpsest.experiment.from_checkpoint import complete
-
-            words = complete(words)
+            words = late("palimpsest.experiment.from_checkpoint").complete(words)
         sys.argv[1:] = words
         _hydra_main()
+    if {"-m", "--multirun"} & set(sys.argv):
+        late("palimpsest.scripts.compare").say_how(begun)
     if signals := sys.modules.get("palimpsest.training.signals"):
         signals.SIGNALS.finished()
 

@@ -76,6 +76,16 @@ class Scores:
         """Nats per token of the split, with its standard error over the units."""
         return ratio(self.nll_M, self.tokens_M, self.units)
 
+    def columns(self) -> dict[str, np.ndarray]:
+        """Return the nats and tokens of each text, with the units of the errors, (M,) each."""
+        return {
+            "sample_id": self.sample_id_M,
+            "nats": self.nll_M,
+            "tokens": self.tokens_M,
+            "unit_first": self.units.first_M,
+            "unit_last": self.units.last_M,
+        }
+
     def by_mask_rate(self) -> tuple[np.ndarray, list[Estimate]]:
         """Return the shares of masked tokens, and the cross-entropy there in nats per masked token."""
         rate_MP = self.num_masked_MP / np.maximum(self.maskable_M[:, None], 1)

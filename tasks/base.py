@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from palimpsest.common.files import write_whole
@@ -61,6 +63,14 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     """Write one JSON object a line."""
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_whole(path, text.encode("utf-8"))
+
+
+@rank_zero_only
+def write_columns(path: Path, columns: Mapping[str, np.ndarray]) -> None:
+    """Write a Parquet file."""
+    table = pa.BufferOutputStream()
+    pq.write_table(pa.table(dict(columns)), table)
+    write_whole(path, table.getvalue())
 
 
 @rank_zero_only

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 
 from palimpsest.common.values import FilePath, Name
+from palimpsest.evaluation.comparison import LIKELIHOODS
 from palimpsest.evaluation.experiment import Experiment
 from palimpsest.evaluation.latent_gain import latent_gain
 from palimpsest.evaluation.likelihood import likelihood, protocol, score
 from palimpsest.objectives.base import latent_hidden
 from palimpsest.report.likelihood import gain_section, likelihood_lines, likelihood_section, untrained_marginal
 from palimpsest.report.report import Report
-from palimpsest.tasks.base import mode, write_report, write_results
+from palimpsest.tasks.base import mode, write_columns, write_report, write_results
 
 
 @mode(measures=True)
@@ -39,6 +40,7 @@ def ppl_eval(
         **(gain.results() if gain else {}),
     }  # fmt: skip
     known = protocol(experiment.protocol, data, split, scores) | {"trained_length": diffusion.provenance.length}
+    write_columns(folder / LIKELIHOODS, scores.columns())
     write_results(folder, {**results, "protocol": known, "command": experiment.command})
     remark = untrained_marginal(diffusion.objective)
     report = Report("Perplexity", f"{data.name}, {split} split", experiment.command, experiment.facts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from palimpsest.common.values import COUNT, whole
+from palimpsest.evaluation.comparison import LIKELIHOODS
 from palimpsest.evaluation.drawing import draw
 from palimpsest.evaluation.experiment import Experiment
 from palimpsest.evaluation.likelihood import likelihood, protocol, score
@@ -13,7 +14,7 @@ from palimpsest.report.history import samples_of
 from palimpsest.report.likelihood import untrained_marginal
 from palimpsest.report.report import Report
 from palimpsest.report.training import training_lines, training_report
-from palimpsest.tasks.base import mode, write_report, write_results
+from palimpsest.tasks.base import mode, write_columns, write_report, write_results
 
 
 @mode(trains=True)
@@ -34,6 +35,7 @@ def train(
     measured = likelihood(data, "validation", scores, experiment.build.truth)
     results = {**measured.results(), "checkpoint": checkpoint}
     known = protocol(experiment.protocol, data, "validation", scores)
+    write_columns(folder / LIKELIHOODS, scores.columns())
     write_results(folder, {**results, "protocol": known, "command": experiment.command})
     number = num_samples if generate_samples else 0
     drawn = draw(diffusion, data, experiment.build.drawing(), number, number, seed) if number else []
