@@ -195,7 +195,6 @@ def test_identity_and_commands():
 @pytest.mark.parametrize(("encoder", "settings", "said"), [
     (LSA, {"dim": 0}, "latents.dim=0 must"), (LSA, {"fit_rows": True}, "latents.fit_rows=True"),
     (HiddenStates, {"checkpoint_path": None}, "latents.checkpoint_path="),
-    (HiddenStates, {"checkpoint_path": "x", "batch_size": 0}, "latents.batch_size=0"),
     (Pretrained, {"name_or_path": None}, "latents.name_or_path="),
     (Pretrained, {"name_or_path": "x", "pooling": "max"}, "latents.pooling=max is none of None, mean, cls, last"),
     (Pretrained, {"name_or_path": "x", "long_texts": "drop"}, "latents.long_texts=drop is none of error, cut"),

@@ -125,3 +125,32 @@ def test_what_is_typed_comes_to_the_same_check():
                   "loader=null", "noise._target_=null", "optim.lr='1e-3'"):  # fmt: skip
         said = refusal(compose_config([typed]), typed)
         assert said and typed.partition("=")[0] in said and "must" in said
+
+
+JOINT, CAUSAL, MASKED = "algo=mmldlm backbone=mmdit latents=", "algo=ar backbone=hf_causal", "algo=mlm backbone=hf_mlm"
+BELOW_ONE, SHARE, NOT_NEGATIVE = "a number in [0, 1)", "a number in [0, 1]", "a number in [0, inf)"
+NATURAL, POSITIVE = "a whole number from 0", "a whole number from 1"
+# What is typed beside it, what is refused, and what it must be.
+OUT_OF_RANGE = [
+    ("", "training.ema=1", BELOW_ONE),
+    ("", "model.attn_backend=magic", "one of: sdpa, flash_attn, flex"),
+    ("algo=ar", "model.attn_backend=magic", "one of: sdpa, flash_attn, flex"),
+    ("", "training.freeze=text", "a list of at least one entry such as [embeddings,blocks]"),
+    ("", "training.freeze=true", "a list of at least one entry such as [embeddings,blocks]"),
+    (CAUSAL, "model.attn_backend=magic", "one of: sdpa, flash_attn, flex"),
+    (CAUSAL, "model.dropout=1.5", f"{BELOW_ONE} or null"),
+    (CAUSAL, "model.dropout=high", f"{BELOW_ONE} or null"),
+    (CAUSAL, "backbone.name_or_path=", "a path or a name or null"),
+    (MASKED, "model.dropout=-0.1", f"{BELOW_ONE} or null"),
+    (MASKED, "backbone.from_scratch=no-no", "true or false"),
+    (MASKED, "backbone.new_head=3", "true or false"),
+    (f"{JOINT}lsa", "model.latent_size=0", POSITIVE),
+    (f"{JOINT}lsa", "backbone.text_as_dit=3", "true or false"),
+    (f"{JOINT}self latents.checkpoint_path=x", "latents.batch_size=0", POSITIVE),
+]
+
+
+@pytest.mark.parametrize(("beside", "wrong", "said"), OUT_OF_RANGE)
+def test_values_out_of_range_are_refused(beside, wrong, said):
+    typed = [*beside.split(), wrong]
+    assert (refusal(compose_config(typed), *typed) or "").startswith(f"{wrong} must be {said}")
