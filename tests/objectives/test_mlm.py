@@ -270,9 +270,8 @@ def test_validation_by_rate_sees_the_same_masks_every_time(untrained):
 
 
 def test_validation_by_rate_is_refused_where_it_means_nothing(untrained):
-    for rates in ([], [0.5, 0.5], [0], ["half"]):
-        with pytest.raises(ValueError, match="callbacks.masking_rates.rates="):
-            MaskingRates(rates)
+    with pytest.raises(ValueError, match=r"callbacks.masking_rates.rates=\[0.5, 0.5\] names a rate twice"):
+        MaskingRates([0.5, 0.5])
     for law in ("parameterization=ar", "T=4"):
         with pytest.raises(ValueError, match="callbacks=masking_rates masks any tokens of a text"):
             MaskingRates().on_fit_start(lightning.Trainer(accelerator="cpu", logger=False), untrained(*FEW, law)[2])

@@ -128,29 +128,61 @@ def test_what_is_typed_comes_to_the_same_check():
 
 
 JOINT, CAUSAL, MASKED = "algo=mmldlm backbone=mmdit latents=", "algo=ar backbone=hf_causal", "algo=mlm backbone=hf_mlm"
-BELOW_ONE, SHARE, NOT_NEGATIVE = "a number in [0, 1)", "a number in [0, 1]", "a number in [0, inf)"
-NATURAL, POSITIVE = "a whole number from 0", "a whole number from 1"
-# What is typed beside it, what is refused, and what it must be.
+BELOW_ONE, INSIDE_ONE, SHARE = "a number in [0, 1)", "a number in (0, 1)", "a number in [0, 1]"
+NOT_NEGATIVE, POSITIVE = "a number in [0, inf)", "a number in (0, inf)"
+FROM_0, FROM_1, OR_NULL = "a whole number from 0 to", "a whole number from 1 to", "2147483647 or null"
+BACKENDS, FLAG, LIST = "one of: sdpa, flash_attn, flex", "true or false", "a list of at least one entry such as"
+# What is chosen, a key, values that it does not take, and what they must be.
 OUT_OF_RANGE = [
-    ("", "training.ema=1", BELOW_ONE),
-    ("", "model.attn_backend=magic", "one of: sdpa, flash_attn, flex"),
-    ("algo=ar", "model.attn_backend=magic", "one of: sdpa, flash_attn, flex"),
-    ("", "training.freeze=text", "a list of at least one entry such as [embeddings,blocks]"),
-    ("", "training.freeze=true", "a list of at least one entry such as [embeddings,blocks]"),
-    (CAUSAL, "model.attn_backend=magic", "one of: sdpa, flash_attn, flex"),
-    (CAUSAL, "model.dropout=1.5", f"{BELOW_ONE} or null"),
-    (CAUSAL, "model.dropout=high", f"{BELOW_ONE} or null"),
-    (CAUSAL, "backbone.name_or_path=", "a path or a name or null"),
-    (MASKED, "model.dropout=-0.1", f"{BELOW_ONE} or null"),
-    (MASKED, "backbone.from_scratch=no-no", "true or false"),
-    (MASKED, "backbone.new_head=3", "true or false"),
-    (f"{JOINT}lsa", "model.latent_size=0", POSITIVE),
-    (f"{JOINT}lsa", "backbone.text_as_dit=3", "true or false"),
-    (f"{JOINT}self latents.checkpoint_path=x", "latents.batch_size=0", POSITIVE),
+    ("", "model.attn_backend", "magic", BACKENDS),
+    ("algo=ar", "model.attn_backend", "magic", BACKENDS),
+    (CAUSAL, "model.attn_backend", "magic", BACKENDS),
+    (CAUSAL, "model.dropout", "1.5 -0.1 high", f"{BELOW_ONE} or null"),
+    (CAUSAL, "backbone.name_or_path", "", "a path or a name or null"),
+    (MASKED, "model.dropout", "1.5 -0.1 high", f"{BELOW_ONE} or null"),
+    (MASKED, "backbone.from_scratch", "none 3", FLAG),
+    (MASKED, "backbone.new_head", "none 3", FLAG),
+    (f"{JOINT}lsa", "model.latent_size", "0 true", f"{FROM_1} 65536 or null"),
+    (f"{JOINT}lsa", "backbone.text_as_dit", "none 3", FLAG),
+    (f"{JOINT}self", "latents.batch_size", "0 1.5 true", FROM_1),
+    ("", "training.ema", "1 -0.1 true", BELOW_ONE),
+    ("", "training.freeze", "text true 3", f"{LIST} [embeddings,blocks]"),
+    ("", "training.max_skipped_steps", "0 2.5 true many", FROM_1),
+    ("", "trainer.devices", "0 -1 1.5 true many", f"one of: auto or {FROM_1}"),
+    ("strategy=ddp", "strategy.timeout_minutes", "0 10081 0.001 true soon null", "a number in [0.01, 10080]"),
+    ("strategy=fsdp", "strategy.timeout_minutes", "0 10081 0.001 true soon null", "a number in [0.01, 10080]"),
+    ("", "checkpointing.keep_last", "0 true few", FROM_1),
+    ("", "checkpointing.milestone_every", "-5 0 1.5", f"{FROM_1} {OR_NULL}"),
+    ("", "checkpointing.every_minutes", "0 true", f"{POSITIVE} or null"),
+    ("", "checkpointing.max_failed_saves", "0 1.5 true", f"{FROM_1} {OR_NULL}"),
+    ("", "callbacks.checkpoint_every_n_steps.every_n_train_steps", "-1 1.5 true", f"{FROM_0} {OR_NULL}"),
+    ("callbacks=[gradient_variance]", "callbacks.gradient_variance.every_n_steps", "0", FROM_1),
+    (f"{JOINT}lsa callbacks=[gradient_shares]", "callbacks.gradient_shares.every_n_steps", "0 1.5 true", FROM_1),
+    ("algo=mlm callbacks=[masking_rates]", "callbacks.masking_rates.rates", "[] [0] [1.5] [true] [half]", LIST),
+    ("plateau=cut", "plateau.patience", "0 long", FROM_1),
+    ("plateau=cut", "plateau.cooldown", "-1", FROM_0),
+    ("plateau=cut", "plateau.factor", "0 1", INSIDE_ONE),
+    ("plateau=cut", "plateau.floor", "0 1", INSIDE_ONE),
+    ("plateau=cut", "plateau.min_delta", "-1", NOT_NEGATIVE),
+    ("lr_scheduler=cosine", "lr_scheduler.num_warmup_steps", "-1", FROM_0),
+    ("lr_scheduler=cosine", "lr_scheduler.min_ratio", "-1 1.5", SHARE),
+    ("lr_scheduler=wsd", "lr_scheduler.min_ratio", "-1 1.5", SHARE),
+    ("lr_scheduler=wsd", "lr_scheduler.decay", "steep", "one of: 1-sqrt, linear, cosine"),
+    ("lr_scheduler=wsd", "lr_scheduler.decay_share", "0 1.5", "a number in (0, 1]"),
+    ("lr_scheduler=restarts", "lr_scheduler.num_rewarmup_steps", "0", FROM_1),
+    ("lr_scheduler=restarts", "lr_scheduler.peak_decay", "-1 2", SHARE),
+    ("lr_scheduler=restarts", "lr_scheduler.periods", "5 [] [0] [1.5] [true]", f"{LIST} [10000,20000]"),
 ]
 
 
-@pytest.mark.parametrize(("beside", "wrong", "said"), OUT_OF_RANGE)
-def test_values_out_of_range_are_refused(beside, wrong, said):
-    typed = [*beside.split(), wrong]
-    assert (refusal(compose_config(typed), *typed) or "").startswith(f"{wrong} must be {said}")
+@pytest.mark.parametrize(("chosen", "key", "wrong", "said"), OUT_OF_RANGE)
+def test_values_out_of_range_are_refused(chosen, key, wrong, said):
+    for value in wrong.split(" "):
+        typed = [*chosen.split(), f"{key}={value}"]
+        found = refusal(compose_config(typed), *typed) or "it is accepted"
+        assert found.startswith(f"{key}={value} must be {said}"), found
+
+
+def test_numbers_that_no_float_holds_are_refused():
+    typed = f"strategy.timeout_minutes=1{'0' * 400}"
+    assert "must be a number in" in refusal(compose_config(["strategy=ddp", typed]), typed)
