@@ -198,15 +198,6 @@ def hints(build: Callable) -> Mapping[str, object]:
     return found
 
 
-def refuse_wrong(build: Callable, values: Mapping[str, object], prefix: str = "") -> None:
-    """Raise ValueError for the first value that its argument of `build` does not take; for use in a constructor."""
-    for name, value in values.items():
-        setting = setting_of(hints(build).get(name, object))
-        plain = list(value) if isinstance(value, tuple) else value
-        if setting is not None and not setting.accepts(plain):
-            raise ValueError(f"{prefix}{name}={shown(plain)} must be {setting.said}")
-
-
 def _annotations(function: Callable) -> dict[str, object]:
     """Return the types of a function's arguments; nothing where they name what is imported for type checkers only."""
     try:
@@ -217,7 +208,3 @@ def _annotations(function: Callable) -> dict[str, object]:
 
 def _is_text(annotation: object) -> bool:
     return isinstance(annotation, str)
-
-
-def _is_ours(hint: object) -> bool:
-    return inspect.isclass(hint) and hint.__module__.startswith("palimpsest")

@@ -132,6 +132,7 @@ BELOW_ONE, INSIDE_ONE, SHARE = "a number in [0, 1)", "a number in (0, 1)", "a nu
 NOT_NEGATIVE, POSITIVE = "a number in [0, inf)", "a number in (0, inf)"
 FROM_0, FROM_1, OR_NULL = "a whole number from 0 to", "a whole number from 1 to", "2147483647 or null"
 BACKENDS, FLAG, LIST = "one of: sdpa, flash_attn, flex", "true or false", "a list of at least one entry such as"
+ORDERS = "left_to_right, confidence, margin, entropy"
 # What is chosen, a key, values that it does not take, and what they must be.
 OUT_OF_RANGE = [
     ("", "model.attn_backend", "magic", BACKENDS),
@@ -192,6 +193,48 @@ OUT_OF_RANGE = [
     (f"{JOINT}lsa", "training.latent_cosine_weight", "-1 .inf", NOT_NEGATIVE),
     (f"{JOINT}lsa", "training.text_weight", "-1 .nan", NOT_NEGATIVE),
     (f"{JOINT}lsa", "training.latent_weight", "-1 .nan heavy", NOT_NEGATIVE),
+    ("", "sampling.steps", "0", FROM_1),
+    ("", "sampling.temperature", "-1", NOT_NEGATIVE),
+    ("", "sampling.top_k", "0", f"{FROM_1} {OR_NULL}"),
+    ("", "sampling.nucleus_p", "0 1.5", "a number in (0, 1]"),
+    ("sampling.predictor=analytic", "sampling.steps", "0", FROM_1),
+    ("sampling.predictor=unmask", "sampling.steps", "0", FROM_1),
+    ("sampling.predictor=unmask", "sampling.schedule", "sine", "one of: linear, cosine, exponential"),
+    ("sampling.predictor=unmask", "sampling.order", "alphabet", f"one of: {ORDERS}, random"),
+    ("sampling.predictor=unmask", "sampling.threshold", "0 1.5", "a number in (0, 1] or null"),
+    ("sampling.predictor=unmask", "sampling.remask", "all", "one of: none, low_confidence, remdm"),
+    ("sampling.predictor=unmask", "sampling.remask_eta", "-1 1.5", SHARE),
+    ("sampling.predictor=ordered", "sampling.order", "up random", f"one of: {ORDERS}"),
+    ("sampling.predictor=ordered", "sampling.tokens_per_step", "0", FROM_1),
+    ("eval.estimator=duel", "sampling.order", "up random", f"one of: {ORDERS}"),
+    ("eval.estimator=duel", "sampling.tokens_per_step", "0", FROM_1),
+    ("sampling.predictor=entropy_bounded", "sampling.gamma", "-1", NOT_NEGATIVE),
+    ("sampling.semi_ar=true", "sampling.stride_length", "0 -1", FROM_1),
+    ("sampling.semi_ar=true", "sampling.num_strides", "-1", FROM_0),
+    ("algo=bd3lm", "sampling.min_entropy", "-1", f"{NOT_NEGATIVE} or null"),
+    ("algo=udlm", "sampling.steps", "0", FROM_1),
+    ("algo=udlm", "sampling.corrector", "best", "one of: random, informed"),
+    ("algo=udlm", "sampling.corrector_steps", "-1", FROM_0),
+    ("algo=udlm", "sampling.corrector_tokens", "0", FROM_1),
+    ("algo=udlm", "sampling.self_correction_steps", "-1", FROM_0),
+    (f"mode=sample_eval {JOINT}lsa", "sampling.latent_steps", "0", FROM_1),
+    (f"mode=sample_eval {JOINT}lsa", "sampling.latent_eta", "-1 1.5", SHARE),
+    (f"mode=sample_eval {JOINT}lsa", "sampling.joint_order", "up", "one of: simultaneous, latent_first"),
+    (f"mode=sample_eval {JOINT}lsa", "sampling.edit_positions", "best", "one of: random, entropy, suffix, contrast"),
+    (f"mode=sample_eval {JOINT}lsa", "sampling.edit_rate", "-1 1.5", SHARE),
+    (f"mode=sample_eval {JOINT}lsa", "sampling.edit_target", "up", "one of: shift, centroid, neighbour, slerp"),
+    (f"mode=sample_eval {JOINT}lsa", "sampling.edit_path", "1", "a whole number from 2 to"),
+    ("mode=sample_eval", "sampling.guidance", "-1 .inf", NOT_NEGATIVE),
+    ("mode=sample_eval", "sampling.guidance_by", "magic", "one of: network, unigrams"),
+    ("mode=sample_eval", "sampling.samples_per_prompt", "0", FROM_1),
+    ("mode=sample_eval", "sampling.num_sample_batches", "0", f"{FROM_1} 1000000 or null"),
+    ("mode=sample_eval", "sampling.show_delay", "-1 .inf", "a number in [0, 3600]"),
+    ("mode=sample_eval", "eval.perplexity_batch_size", "0", FROM_1),
+    ("mode=ppl_eval", "eval.num_draws", "0 1.5", FROM_1),
+    ("mode=ppl_eval", "eval.target_se", "0 -1", f"{POSITIVE} or null"),
+    ("mode=classify", "classify.num_draws", "0", FROM_1),
+    ("mode=classify", "classify.confidence", "0.5 1.1", "a number in (0.5, 1]"),
+    ("mode=classify", "classify.masks", "own", "one of: common, independent"),
 ]
 
 
