@@ -91,7 +91,7 @@ def test_principal_components_dead_numbers_and_parts():
     residual = np.square(two.vectors(latent) - vectors).sum(1).mean()
     assert residual == pytest.approx(0.01 + 1 + 0.25, rel=0.1), "what two components leave out"
     mistakes = {(7, 1): "latents.dim=7 is more", (6, 1): "5 directions", (5, 2): "latents.tokens=2",
-                (None, 2): "latents.tokens=2", (0, 1): "latents.dim=0", (2, True): "tokens=True"}  # fmt: skip
+                (None, 2): "latents.tokens=2"}  # fmt: skip
     for (dim, tokens), said in mistakes.items():
         with pytest.raises(ValueError, match=said):
             fit_space(Listed(vectors), dim, tokens, "x")
