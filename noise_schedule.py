@@ -63,17 +63,11 @@ class NoiseSchedule(ABC):
         return EndsMasked(self.whole)
 
 
-def _unit_interval(name: str, value: float) -> float:
-    if not 0.0 <= value < 1.0:
-        raise ValueError(f"{name}={value} must lie in [0, 1)")
-    return value
-
-
 class LogLinear(NoiseSchedule):
     """alpha = 1 - (1 - eps) t, the schedule of MDLM; sigma is its log, hence the name."""
 
     def __init__(self, eps: BelowOne = 1e-3) -> None:
-        self.eps = _unit_interval("noise.eps", eps)
+        self.eps = eps
 
     def __call__(self, t: Tensor) -> NoiseLevel:
         return NoiseLevel(1 - (1 - self.eps) * t, torch.full_like(t, -(1 - self.eps)))
@@ -86,7 +80,7 @@ class Cosine(NoiseSchedule):
     """alpha = eps + (1 - eps) cos(pi t / 2)."""
 
     def __init__(self, eps: BelowOne = 1e-3) -> None:
-        self.eps = _unit_interval("noise.eps", eps)
+        self.eps = eps
 
     def __call__(self, t: Tensor) -> NoiseLevel:
         angle = math.pi / 2 * t
@@ -100,7 +94,7 @@ class CosineSquared(NoiseSchedule):
     """alpha = eps + (1 - eps) cos^2(pi t / 2)."""
 
     def __init__(self, eps: BelowOne = 1e-3) -> None:
-        self.eps = _unit_interval("noise.eps", eps)
+        self.eps = eps
 
     def __call__(self, t: Tensor) -> NoiseLevel:
         angle = math.pi / 2 * t
@@ -113,8 +107,8 @@ class CosineSquared(NoiseSchedule):
 
 
 def _sigma_range(sigma_min: float, sigma_max: float) -> tuple[float, float]:
-    if not 0.0 < sigma_min < sigma_max:
-        raise ValueError(f"noise.sigma_min={sigma_min} and noise.sigma_max={sigma_max} must satisfy 0 < min < max")
+    if sigma_min >= sigma_max:
+        raise ValueError(f"noise.sigma_min={sigma_min} must be below noise.sigma_max={sigma_max}")
     return sigma_min, sigma_max
 
 

@@ -186,9 +186,7 @@ class Hybrid(Resampling):
         word_share: probability of a random word at alpha = 1/2, where it is largest; the paper's p_u, in (0, 1).
     """
 
-    def __init__(self, mask_id: int, vocab_size: int, word_share: float = 0.1) -> None:
-        if not 0 < word_share < 1:
-            raise ValueError(f"process.word_share={word_share} must lie in (0, 1); for masks alone use algo=mdlm")
+    def __init__(self, mask_id: int, vocab_size: int, word_share: InsideOne = 0.1) -> None:
         self.mask_id = self.blank_id = mask_id
         self.vocab_size, self._scale = vocab_size, 2 * word_share / (1 - word_share)
 

@@ -42,17 +42,6 @@ class Race:
     confidence: Annotated[float, real("(0.5, 1]")] = 1.0
     masks: Literal["common", "independent"] = "common"
 
-    def __post_init__(self) -> None:
-        if self.num_draws < 1:
-            raise ValueError(f"classify.num_draws={self.num_draws} must be at least 1")
-        if not 0.5 < self.confidence <= 1:
-            raise ValueError(
-                f"classify.confidence={self.confidence} must lie above 0.5 and at most at 1, which draws "
-                "classify.num_draws for every text"
-            )
-        if self.masks not in ("common", "independent"):
-            raise ValueError(f"classify.masks={self.masks} is unknown; choose common or independent")
-
     def check(self, estimator: Estimator) -> None:
         """Raises ValueError for an estimator whose draws can not be taken a few at a time."""
         if self.confidence < 1 and not estimator.in_parts:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import math
+import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -52,7 +52,7 @@ def real(interval: str) -> Setting:
     low, high = map(float, interval[1:-1].split(","))
 
     def accepts(value: object) -> bool:
-        if type(value) not in (int, float) or not math.isfinite(value):
+        if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
             return False
         above = value >= low if interval[0] == "[" else value > low
         return above and (value <= high if interval[-1] == "]" else value < high)
@@ -86,6 +86,10 @@ def _is_folder(value: object) -> bool:
     return plain and not any(letter in value for letter in "/\\")
 
 
+def _is_stage(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(whole(0).accepts, value))
+
+
 NULL = Setting("null", lambda v: v is None)
 FLAG = Setting("true or false", lambda v: type(v) is bool)
 TEXT = Setting("a text", lambda v: isinstance(v, str))
@@ -97,6 +101,7 @@ PATH = Setting("a path or a name", lambda v: isinstance(v, str))
 PRESENT_PATH = Setting("a path or a name", _is_name)
 GROUP = Setting("a group of settings; set one of its keys", lambda v: isinstance(v, dict))
 RATES = list_of(real("(0, 1]"), 1, "[1.0,0.5,0.1]")
+STAGE = Setting("a pair: an optimizer step, and the samples per step from there on", _is_stage)
 
 Share = Annotated[float, real("[0, 1]")]
 BelowOne = Annotated[float, real("[0, 1)")]
@@ -115,7 +120,7 @@ FolderName = Annotated[str, FOLDER]
 FilePath = Annotated[str, PATH]
 PresentPath = Annotated[str, PRESENT_PATH]
 Rates = Annotated[Sequence[float], RATES]
-BatchRamp = Annotated[Sequence[Sequence[int]], list_of(list_of(whole(0), 2, "[1000,256]"), 1, "[[0,64],[1000,256]]")]
+BatchRamp = Annotated[Sequence[Sequence[int]], list_of(STAGE, 1, "[[0,64],[1000,256]]")]
 
 # Marks of settings beside the values they take, read by settings/identity.py: what a fingerprint makes of them. Any
 # setting that a training depends on is part of its fingerprint unless it is marked.
@@ -198,15 +203,6 @@ def hints(build: Callable) -> Mapping[str, object]:
     return found
 
 
-def refuse_wrong(build: Callable, values: Mapping[str, object], prefix: str = "") -> None:
-    """Raise ValueError for the first value that its argument of `build` does not take; for use in a constructor."""
-    for name, value in values.items():
-        setting = setting_of(hints(build).get(name, object))
-        plain = list(value) if isinstance(value, tuple) else value
-        if setting is not None and not setting.accepts(plain):
-            raise ValueError(f"{prefix}{name}={shown(plain)} must be {setting.said}")
-
-
 def _annotations(function: Callable) -> dict[str, object]:
     """Return the types of a function's arguments; nothing where they name what is imported for type checkers only."""
     try:
@@ -217,7 +213,3 @@ def _annotations(function: Callable) -> dict[str, object]:
 
 def _is_text(annotation: object) -> bool:
     return isinstance(annotation, str)
-
-
-def _is_ours(hint: object) -> bool:
-    return inspect.isclass(hint) and hint.__module__.startswith("palimpsest")

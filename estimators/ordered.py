@@ -15,7 +15,7 @@ from palimpsest.common.values import AtLeastOne
 from palimpsest.estimators.base import Measured, refuse_causal
 from palimpsest.objectives.base import Batch, Model, context, counted_mask, scored_mask, spread
 from palimpsest.samplers.base import row_chunks
-from palimpsest.samplers.ordered import check, next_positions, preference, time_of
+from palimpsest.samplers.ordered import next_positions, preference, time_of
 
 
 class Ordered:
@@ -30,10 +30,9 @@ class Ordered:
 
     def __init__(
         self,
-        order: Literal["left_to_right", "confidence", "margin", "entropy", "random"] = "margin",
+        order: Literal["left_to_right", "confidence", "margin", "entropy"] = "margin",
         tokens_per_step: AtLeastOne = 1,
     ) -> None:
-        check(order, tokens_per_step)
         self.order, self.tokens_per_step = order, tokens_per_step
 
     def label(self, model: Model, num_draws: int) -> str:

@@ -31,7 +31,7 @@ class Asked:
     of each.
 
     Raises:
-        ValueError: there is no split to take prompts from, or nothing is asked for.
+        ValueError: there is no split to take prompts from.
     """
 
     split: str | None
@@ -42,8 +42,6 @@ class Asked:
     def __post_init__(self) -> None:
         if self.split is None:
             raise ValueError("eval.split=null: prompts are those of a split; choose test or validation")
-        if self.samples_per_prompt < 1:
-            raise ValueError(f"sampling.samples_per_prompt={self.samples_per_prompt} must be at least 1")
 
     @property
     def folder(self) -> str:

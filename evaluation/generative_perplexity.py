@@ -107,15 +107,16 @@ class CausalScorer:
         batch_size: windows scored at once; it changes speed and memory, not the scores.
 
     Raises:
-        ValueError: a batch size below one; a tokenizer that is not the model's; a model that sees what it predicts.
+        ValueError: a tokenizer that is not the model's; a model that sees what it predicts.
     """
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, batch_size: int = 8
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"eval.perplexity_batch_size={batch_size} must be at least 1")
-        self.model, self.tokenizer, self.name, self.batch_size = model.eval(), tokenizer, name, batch_size
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.name = name
+        self.batch_size = batch_size
         self.context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self._vocab_size = model.get_input_embeddings().weight.shape[0]
         tokenizer.model_max_length = _ALL  # long texts are windowed here; the tokenizer's own limit only warns

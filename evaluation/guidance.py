@@ -20,8 +20,6 @@ from palimpsest.evaluation.editing import class_number
 from palimpsest.evaluation.likelihood import GroundTruth
 from palimpsest.samplers.trace import Trace
 
-BY = ("network", "unigrams")
-
 
 @dataclass(frozen=True)
 class Guidance:
@@ -32,20 +30,11 @@ class Guidance:
         weight: 1 samples the conditional distribution, 0 the unconditional one; more goes beyond the conditional one.
         by: `network` conditions the network on the class (classifier-free guidance, D-CFG). `unigrams` uses naive Bayes
             on the tokens (classifier-based guidance, D-CBG), for networks without class conditioning.
-
-    Raises:
-        ValueError: the weight is negative or infinite, or `by` is unknown.
     """
 
     to_class: Natural | Name | None = None
     weight: NotNegative = 1.0
     by: Literal["network", "unigrams"] = "network"
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.weight < math.inf:
-            raise ValueError(f"sampling.guidance={self.weight} must be 0 or more; 1 is the model's own distribution")
-        if self.by not in BY:
-            raise ValueError(f"sampling.guidance_by={self.by} is unknown; choose one of: {', '.join(BY)}")
 
     def number(self, data: TextData) -> int | None:
         """Return the number of the class in `data`, or None.

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from palimpsest.common.metrics import UNIT_COLUMNS, Estimate, Units, ratio, ratios_by_rate
 from palimpsest.common.randomness import hash_seed
+from palimpsest.common.values import AtLeastOne, Count, Positive
 from palimpsest.data.unigram import unigram_nll
 from palimpsest.dataloader import TextData
 from palimpsest.diffusion import Diffusion
@@ -98,15 +99,11 @@ class Precision:
     of the split, from the draws alone: `Scores.monte_carlo_se`) rounds go on until it is reached, or `max_draws` are
     spent. The error over texts, which more draws cannot bring below that of exact likelihoods, plays no part."""
 
-    num_draws: int
-    target_se: float | None = None
-    max_draws: int = 1024
+    num_draws: Count
+    target_se: Positive | None = None
+    max_draws: AtLeastOne = 1024
 
     def __post_init__(self) -> None:
-        if self.num_draws < 1:
-            raise ValueError(f"eval.num_draws={self.num_draws} must be at least 1")
-        if self.target_se is not None and self.target_se <= 0:
-            raise ValueError(f"eval.target_se={self.target_se} must be positive, or null for one round of draws")
         if self.target_se is not None and self.max_draws < self.num_draws:
             raise ValueError(f"eval.max_draws={self.max_draws} must be at least eval.num_draws={self.num_draws}")
 

@@ -42,8 +42,6 @@ def request(
     Raises:
         ValueError: something is asked for that these data cannot give.
     """
-    if num_batches is not None and num_batches < 1:
-        raise ValueError(f"sampling.num_sample_batches={num_batches} must be at least 1")
     number = num_samples or (num_batches and num_batches * data.eval_batch_size)
     if data.prompted:
         asked = Asked(split, number, samples_per_prompt, judge)

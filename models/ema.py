@@ -19,9 +19,8 @@ class EMA:
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], decay: float) -> None:
-        if not 0.0 <= decay < 1.0:
-            raise ValueError(f"training.ema={decay} must lie in [0, 1); 0 switches the average off")
-        self.decay, self.num_updates = decay, 0
+        self.decay = decay
+        self.num_updates = 0
         self.shadow_params = [p.detach().clone() for p in parameters]
 
     @torch.no_grad()

@@ -18,9 +18,6 @@ def freeze(backbone: Backbone, names: Sequence[str] | None) -> None:
     """
     if names is None:
         return
-    if isinstance(names, str | bool | int | float):
-        part = "blocks" if isinstance(names, bool) else names
-        raise ValueError(f"training.freeze={names} must be a list: training.freeze=[{part}]")
     if not backbone.parts:
         raise ValueError(f"training.freeze: {type(backbone).__name__} names no parts to freeze; leave it out")
     parts = {name: [p for module in modules for p in module.parameters()] for name, modules in backbone.parts.items()}

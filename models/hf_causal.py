@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
 
-from palimpsest.common.values import FREE, BelowOne, FilePath, Length, Size
+from palimpsest.common.values import FREE, BelowOne, FilePath, Length, PresentPath, Size
 from palimpsest.models import hf_published as published
 from palimpsest.models.backbone import Backbone
 from palimpsest.models.checkpoints import Checkpoint
@@ -198,7 +198,7 @@ class HFCausal(Backbone):
 def hf_causal(
     vocab_size: int,
     length: Length,
-    name_or_path: FilePath | None = None,
+    name_or_path: PresentPath | None = None,
     from_scratch: bool = False,
     checkpoint_path: FilePath | None = None,
     resumed: Annotated[FilePath, FREE] | None = None,
@@ -220,7 +220,6 @@ def hf_causal(
         FileNotFoundError: a file or the model is not there.
         ValueError: no model is named, or it contradicts the data or what was typed.
     """
-    published.check_name(name_or_path, "gpt2")
     files = {"eval.checkpoint_path": checkpoint_path, "checkpointing.resume_ckpt_path": resumed,
              "training.from_pretrained": from_pretrained}  # fmt: skip
     named = f"{KEY}={name_or_path}"

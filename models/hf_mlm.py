@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel
 
-from palimpsest.common.values import FREE, LATER, BelowOne, FilePath, Length, Name, Size
+from palimpsest.common.values import FREE, LATER, BelowOne, FilePath, Length, Name, PresentPath, Size
 from palimpsest.models import hf_published as published
 from palimpsest.models.backbone import Backbone
 from palimpsest.models.checkpoints import Checkpoint
@@ -225,7 +225,7 @@ def first_position(model: PreTrainedModel) -> int | None:
 def hf_mlm(
     vocab_size: int,
     length: Length,
-    name_or_path: FilePath | None = None,
+    name_or_path: PresentPath | None = None,
     config: Name | None = None,
     from_scratch: bool = False,
     new_head: bool = False,
@@ -251,7 +251,6 @@ def hf_mlm(
         FileNotFoundError: a file or the model is not there.
         ValueError: no model is named, or it contradicts the data or what was typed.
     """
-    published.check_name(name_or_path, "roberta-base")
     if mask_padding is False:
         raise ValueError("model.mask_padding=false: backbone=hf_mlm always hides padding; leave it out")
     _check_flags(name_or_path, config, from_scratch, new_head)
@@ -280,10 +279,7 @@ def hf_mlm(
 
 
 def _check_flags(name: str | None, config: str | None, from_scratch: bool, new_head: bool) -> None:
-    """Raises ValueError for settings that can not all be meant."""
-    for key, value in {"backbone.from_scratch": from_scratch, NEW_HEAD: new_head}.items():
-        if not isinstance(value, bool):
-            raise ValueError(f"{key}={value} must be true or false")
+    """Raise ValueError for settings that can not all be meant."""
     if config is not None and (name is not None or not from_scratch):
         other = f"{KEY}={name}" if name is not None else "backbone.from_scratch=false"
         raise ValueError(

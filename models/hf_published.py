@@ -153,10 +153,8 @@ def set_dropout(config: PretrainedConfig, rate: float) -> None:
     """Put `rate` in place of every dropout rate of the config.
 
     Raises:
-        ValueError: it is no rate, or the model has no dropout to set.
+        ValueError: the model has no dropout to set.
     """
-    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < 1:
-        raise ValueError(f"model.dropout={rate} must lie in [0, 1)")
     inner = config.get_text_config()
     names = [
         name
@@ -180,12 +178,6 @@ def with_rows(tensor: Tensor, rows: int) -> Tensor:
         return tensor[:rows]
     mean = tensor.mean(0, keepdim=True)
     return torch.cat([tensor, mean.expand(rows - len(tensor), *mean.shape[1:])])
-
-
-def check_name(name: object, example: str) -> None:
-    """Raises ValueError for a name that is none."""
-    if name is not None and not (isinstance(name, str) and name):
-        raise ValueError(f"{KEY}={name!r}: give a folder or a name on the Hub, such as {example}")
 
 
 def load_config(kind: Kind, name: str) -> PretrainedConfig:

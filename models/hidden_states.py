@@ -59,10 +59,11 @@ class HiddenStates:
     ) -> None:
         if not checkpoint_path:
             raise ValueError(f"latents=self needs a trained model: {KEY}=outputs/.../last.ckpt")
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"latents.batch_size={batch_size} must be a whole number, at least 1")
-        self.path, self.dim, self.tokens = checkpoint_path, dim, tokens
-        self.use_ema, self.batch_size = not disable_ema, batch_size
+        self.path = checkpoint_path
+        self.dim = dim
+        self.tokens = tokens
+        self.use_ema = not disable_ema
+        self.batch_size = batch_size
         self._vocab_size: int | None = None
 
     @cached_property

@@ -75,7 +75,7 @@ class MMDiT(Recomputing, Backbone):
         num_classes: int = 0,
     ) -> None:
         super().__init__()
-        _check(latent_shape, latent_size, text_as_dit)
+        _check(latent_shape)
         head_dim, backend = head_width(hidden_size, n_heads), resolve_backend(attn_backend)
         self.latent_shape, self.latent_size = tuple(latent_shape), latent_size or hidden_size
         self.time_conditioning, self.mask_padding, self.text_as_dit = time_conditioning, mask_padding, text_as_dit
@@ -225,7 +225,7 @@ class MMDiT(Recomputing, Backbone):
         return self.head(self.encode(tokens_BL, sigma_B, attention_mask))
 
 
-def _check(latent_shape: tuple[int, int] | None, latent_size: int | None, text_as_dit: bool) -> None:
+def _check(latent_shape: tuple[int, int] | None) -> None:
     if latent_shape is None:
         raise ValueError(
             "backbone=mmdit is a network of texts and their latents, and there are none; choose latents= and add "
@@ -233,7 +233,3 @@ def _check(latent_shape: tuple[int, int] | None, latent_size: int | None, text_a
         )
     if min(latent_shape) < 1 or len(latent_shape) != 2:
         raise ValueError(f"latents of shape {tuple(latent_shape)} must be K >= 1 tokens of D >= 1 numbers")
-    if latent_size is not None and (isinstance(latent_size, bool) or not latent_size >= 1):
-        raise ValueError(f"model.latent_size={latent_size} must be at least 1, or null for model.hidden_size")
-    if not isinstance(text_as_dit, bool):
-        raise ValueError(f"backbone.text_as_dit={text_as_dit} must be true or false")

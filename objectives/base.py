@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from palimpsest.common.randomness import KeyedNoise
+from palimpsest.common.values import Natural
 from palimpsest.denoisers import Denoiser
 from palimpsest.models.backbone import Backbone
 from palimpsest.noise_schedule import NoiseSchedule
@@ -169,10 +170,8 @@ class TokenDiffusion(Objective):
         schedule: NoiseSchedule,
         process: Process,
         noising: Noising | None = None,
-        T: int = 0,  # noqa: N803
+        T: Natural = 0,  # noqa: N803
     ) -> None:
-        if T < 0 or not float(T).is_integer():
-            raise ValueError(f"T={T} must be 0 (continuous time) or a whole number of steps")
         self.schedule = schedule
         self.process = process
         self.T = T

@@ -44,8 +44,6 @@ class Duo(UDLM):
         gumbel_tau_log10_end: Annotated[float, real("[-12, 12]")] = -2.0,
     ) -> None:
         super().__init__(schedule, process, noising)
-        if curriculum_end < 0:
-            raise ValueError(f"algo.curriculum_end={curriculum_end} must be 0 or more steps")
         self.curriculum_end = curriculum_end
         self.tau_log10 = (gumbel_tau_log10_start, gumbel_tau_log10_end)
         self._signal_S, self._alpha_S = signal_table(process.vocab_size)

@@ -9,7 +9,6 @@ Shape suffixes: B batch, L length.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
@@ -17,14 +16,12 @@ import torch
 from torch import Tensor
 
 from palimpsest.common.randomness import KeyedNoise
-from palimpsest.common.values import COPY, RATES, Natural, Share, refuse_wrong
+from palimpsest.common.values import COPY, RATES, Natural, Share
 from palimpsest.noise_schedule import NoiseSchedule
 from palimpsest.objectives.base import Backbone, Batch, TokenDiffusion, scored_mask
 from palimpsest.objectives.noising import Noised, Noising, order_statistic, shuffled, weighted
 from palimpsest.objectives.subs import Subs
 from palimpsest.process import Absorbing
-
-CONTINUOUS = "continuous"
 
 
 class MaskedLM(Subs):
@@ -61,7 +58,7 @@ class Rates:
     Only continuous rates from 0 to 1 draw from the whole integral of the bound, so only they can train by its weights.
 
     Raises:
-        ValueError: what is no rate, or no such choice.
+        ValueError: limits that are none, or that no continuous rates have.
     """
 
     passes = 1
@@ -72,33 +69,25 @@ class Rates:
 
     def __init__(
         self,
-        rates: Annotated[Sequence[float], RATES, COPY] | Literal["continuous"] = CONTINUOUS,
+        rates: Annotated[Sequence[float], RATES, COPY] | Literal["continuous"] = "continuous",
         rate_min: Annotated[Share, COPY] = 0.1,
         rate_max: Annotated[Share, COPY] = 1.0,
         per: Annotated[Literal["sample", "batch"], COPY] = "sample",
         antithetic_sampling: bool = True,
     ) -> None:
-        refuse_wrong(type(self), {"per": per}, "training.masking_rate_")
-        self.per, self.antithetic_sampling, self.rates = per, antithetic_sampling, None
-        self.low, self.high = rate_min, rate_max
-        if isinstance(rates, str):
-            self._check_limits(rates)
-        elif (rate_min, rate_max) != (0.1, 1.0):
+        continuous = isinstance(rates, str)
+        if continuous and rate_min >= rate_max:
+            raise ValueError(f"training.masking_rate_min={rate_min} must be below training.masking_rate_max={rate_max}")
+        if not continuous and (rate_min, rate_max) != (0.1, 1.0):
             raise ValueError(
                 f"training.masking_rate_min={rate_min} training.masking_rate_max={rate_max} limit "
                 "training.masking_rates=continuous, and they are a list; leave one of them out"
             )
-        else:
-            self.rates = torch.tensor(_checked(rates), dtype=torch.float64)
-
-    def _check_limits(self, rates: str) -> None:
-        if rates != CONTINUOUS:
-            raise ValueError(f"training.masking_rates={rates} must be a list such as [1.0,0.5,0.1], or {CONTINUOUS}")
-        if not (_is_number(self.low) and _is_number(self.high) and 0 <= self.low < self.high <= 1):
-            raise ValueError(
-                f"training.masking_rate_min={self.low} training.masking_rate_max={self.high} must satisfy "
-                "0 <= min < max <= 1"
-            )
+        self.per = per
+        self.antithetic_sampling = antithetic_sampling
+        self.rates = None if continuous else torch.tensor(list(rates), dtype=torch.float64)
+        self.low = rate_min
+        self.high = rate_max
 
     @property
     def label(self) -> str:
@@ -146,17 +135,3 @@ def cross_entropy_at(
     (look,) = Rates([rate])(objective.schedule, batch["input_ids"], scored_mask(batch), objective.process, noise)
     logs = objective.loss_at(backbone, batch, look.xt_BL, look.t_B).logs
     return logs["cross_entropy"].double().sum(), logs["num_masked"].sum()
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _checked(rates: Sequence[float]) -> list[float]:
-    rates = list(rates)
-    wrong = [rate for rate in rates if not _is_number(rate) or not 0 < rate <= 1]
-    if wrong or not rates:
-        raise ValueError(
-            f"training.masking_rates={rates} must be shares of the tokens, above 0 and at most 1, such as [1.0,0.5,0.1]"
-        )
-    return [float(rate) for rate in rates]

@@ -75,8 +75,6 @@ class Bernoulli:
         T: Natural = 0,  # noqa: N803 - the key as users type it
         resample: Annotated[bool, IF_SET] = False,
     ) -> None:
-        if not 0.0 <= sampling_eps < 1.0:
-            raise ValueError(f"training.sampling_eps={sampling_eps} must lie in [0, 1)")
         if importance_sampling and change_of_variables:
             raise ValueError(
                 "training.importance_sampling=true and training.change_of_variables=true are two forms of the same "

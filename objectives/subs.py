@@ -46,8 +46,6 @@ class Subs(TokenDiffusion):
         loss_weight: Literal["elbo", "uniform"] = "elbo",
         change_of_variables: bool = False,
     ) -> None:
-        if loss_weight not in ("elbo", "uniform"):
-            raise ValueError(f"training.loss_weight={loss_weight} is unknown; choose elbo or uniform")
         self.loss_weight, self.change_of_variables = loss_weight, change_of_variables
         super().__init__(schedule, process, noising, T)
 

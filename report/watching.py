@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -41,19 +40,12 @@ _FEW = ("blue", "cyan", "green", "yellow")  # where a terminal has no more
 class Views:
     """How the denoising of the first texts is shown. show: in the terminal, as it happens. show_delay: seconds that a
     step takes there at least. html, gif: denoising.html and denoising.gif beside the report.
-
-    Raises:
-        ValueError: a negative delay.
     """
 
     show: bool = False
     show_delay: Annotated[float, real("[0, 3600]")] = 0.0
     html: bool = True
     gif: bool = False
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.show_delay < math.inf:
-            raise ValueError(f"sampling.show_delay={self.show_delay} must be 0 seconds or more")
 
     def watcher(self, num_texts: int, diffusion: Diffusion, data: TextData, drawing: Drawing) -> Watching:
         """Who watches the sampler: a context, and a watcher inside it."""

@@ -39,10 +39,6 @@ class Ending:
     min_entropy: float | None = 4.0
     last: int = 256
 
-    def __post_init__(self) -> None:
-        if self.min_entropy is not None and self.min_entropy < 0:
-            raise ValueError(f"sampling.min_entropy={self.min_entropy} must be 0 or more, or null for no limit")
-
     def length(self, ids_S: Tensor, written_S: Tensor, stop_id: int | None) -> int | None:
         """Tokens of a text that ends with what is there, None for one that goes on. `written_S`: not given."""
         ended = ((ids_S == stop_id) & written_S).nonzero() if stop_id is not None else ids_S[:0]

@@ -38,9 +38,6 @@ class EntropyBounded(AtEveryMask):
 
     Args:
         gamma: bound in nats. 0 unmasks one token per step, and with it all whose entropy is 0.
-
-    Raises:
-        ValueError: gamma is negative.
     """
 
     def __init__(
@@ -52,8 +49,6 @@ class EntropyBounded(AtEveryMask):
         gamma: NotNegative,
         choice: TokenChoice = TokenChoice(),  # noqa: B008 - frozen
     ) -> None:
-        if not gamma >= 0:
-            raise ValueError(f"sampling.gamma={gamma} must be 0 or more")
         super().__init__(model, trace, noise, choice)
         self.gamma = gamma
 

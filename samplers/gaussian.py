@@ -5,7 +5,6 @@ Shape suffixes: B batch, L length, K latent tokens, D numbers of each, S times o
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -22,22 +21,11 @@ class LatentSteps:
     """How latents are drawn. steps: from noise to data, evenly in t. eta: 0 is DDIM, which is deterministic given its
     noise, 1 ancestral, between them a part of the noise. guidance: w of v_u + w (v_c - v_u), where v_u is what the
     network says without the text; 1 is the model's own law, 0 the marginal.
-
-    Raises:
-        ValueError: numbers that mean nothing.
     """
 
     steps: Count = 50
     eta: Share = 0.0
     guidance: NotNegative = 1.0
-
-    def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"sampling.latent_steps={self.steps} must be at least 1")
-        if not 0 <= self.eta <= 1:
-            raise ValueError(f"sampling.latent_eta={self.eta} must lie in [0, 1]: 0 is DDIM, 1 ancestral")
-        if not 0 <= self.guidance < math.inf:
-            raise ValueError(f"sampling.guidance={self.guidance} must be 0 or more; 1 is the model's own law")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from palimpsest.denoisers import Denoiser
 from palimpsest.samplers.base import row_chunks, rows_of
 from palimpsest.samplers.ordered import next_positions
 
-POSITIONS = ("random", "entropy", "suffix", "contrast")
 _PAIRS = 4
 
 
@@ -41,14 +40,7 @@ def select(
     the token is likelier given the latent of the text, `source` (B, K, D), than given the one that it is to get,
     `target`. Both look at every token while it and about half of the others are masked, in complementary halves:
     a network of masks has learned to predict masked tokens, and says nothing of those that it sees.
-
-    Raises:
-        ValueError: an unknown rule, or a rate outside [0, 1].
     """
-    if positions not in POSITIONS:
-        raise ValueError(f"sampling.edit_positions={positions} is unknown; choose one of: {', '.join(POSITIONS)}")
-    if not 0 <= rate <= 1:
-        raise ValueError(f"sampling.edit_rate={rate} must lie in [0, 1]")
     n_B = eligible_BL.sum(-1)
     count_B = (rate * n_B + 1e-9).long()
     score_BL, passes = generator.uniform(x_BL.shape[1]), 0

@@ -42,11 +42,8 @@ def sample(
         ValueError: the stride does not fit the window, texts would be too long, or rows are padded.
     """
     length = x_BL.shape[1]
-    if not 0 < stride_length <= length or num_strides < 0:
-        raise ValueError(
-            f"sampling.stride_length={stride_length} must lie in 1..{length} (model.length) and "
-            f"sampling.num_strides={num_strides} must be 0 or more"
-        )
+    if stride_length > length:
+        raise ValueError(f"sampling.stride_length={stride_length} must be at most model.length={length}")
     if stride_length * num_strides > _MOST_TOKENS:
         raise ValueError(
             f"sampling.stride_length={stride_length} x sampling.num_strides={num_strides} asks for texts of more than "

@@ -24,8 +24,6 @@ from palimpsest.samplers.base import Asked, Step, TokenChoice, sampler_of, time_
 from palimpsest.samplers.ordered import at_positions, first_positions
 from palimpsest.samplers.trace import Trace
 
-CORRECTORS = ("random", "informed")
-
 
 class Resample(Step):
     """Redraw every open position at each step, from pure noise to a clean text.
@@ -39,9 +37,6 @@ class Resample(Step):
             `informed` chooses the tokens that are least likely given all others, which is a heuristic.
         self_correction_steps: maximum number of evaluations at the end. Each replaces, in every text, the one token
             whose context is surest of another one (GIDD, arXiv 2503.04482, section 5), which is a heuristic.
-
-    Raises:
-        ValueError: a number is too small, or the corrector does not exist.
     """
 
     def __init__(
@@ -59,15 +54,6 @@ class Resample(Step):
         corrector: Literal["random", "informed"] = "random",
         self_correction_steps: Annotated[int, whole(0, COUNT)] = 0,
     ) -> None:
-        if min(corrector_steps, self_correction_steps) < 0:
-            raise ValueError(
-                f"sampling.corrector_steps={corrector_steps} and sampling.self_correction_steps="
-                f"{self_correction_steps} must be at least 0"
-            )
-        if corrector_tokens < 1:
-            raise ValueError(f"sampling.corrector_tokens={corrector_tokens} must be at least 1")
-        if corrector not in CORRECTORS:
-            raise ValueError(f"sampling.corrector={corrector} is unknown; choose one of: {', '.join(CORRECTORS)}")
         self.model = model
         self.trace = trace
         self.noise = noise

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from palimpsest.common.randomness import KeyedNoise
-from palimpsest.common.values import AboveZeroShare, Count, Share, refuse_wrong
+from palimpsest.common.values import AboveZeroShare, Count, Share
 from palimpsest.denoisers import Denoiser
 from palimpsest.process import Absorbing
 from palimpsest.samplers import ordered
@@ -61,7 +61,6 @@ class Unmasking:
     remask_eta: Share = 0.02
 
     def __post_init__(self) -> None:
-        refuse_wrong(type(self), vars(self), "sampling.")
         by_confidence = {"threshold": self.threshold is not None, "remask": self.remask == "low_confidence"}
         for key, chosen in by_confidence.items():
             if chosen and self.order in ("random", "left_to_right", "entropy"):
@@ -165,8 +164,6 @@ class Unmask(Step):
         how: Unmasking = Unmasking(),  # noqa: B008 - frozen
         choice: TokenChoice = TokenChoice(),  # noqa: B008 - frozen
     ) -> None:
-        if steps < 1:
-            raise ValueError(f"sampling.steps={steps} must be at least 1")
         self.model = model
         self.how = how
         self.choice = choice

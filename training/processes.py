@@ -19,24 +19,9 @@ from torch.optim import Optimizer
 from palimpsest.common.values import real
 from palimpsest.models.sharding import load_shared, shared_like, whole
 
+# How long a process waits for the others in a collective operation before it gives up and ends with an error. In less
+# there is no time to meet; a week is the most, because some of what torch waits with counts milliseconds in 32 bits.
 MINUTES = 30.0
-# Below the first there is no time to meet, and some of what torch waits with counts milliseconds in 32 bits.
-LEAST_MINUTES, MOST_MINUTES = 0.01, 7 * 24 * 60
-
-
-def timeout(minutes: float) -> timedelta:
-    """How long a process waits for the others in a collective operation before it gives up and ends with an error.
-
-    Raises:
-        ValueError: no number between half a second and a week.
-    """
-    number = isinstance(minutes, int | float) and not isinstance(minutes, bool)
-    if not number or not LEAST_MINUTES <= minutes <= MOST_MINUTES:
-        raise ValueError(
-            f"strategy.timeout_minutes={minutes} must be a number of minutes, at least {LEAST_MINUTES} and at most "
-            f"{MOST_MINUTES} (a week); leave it out for {MINUTES:g}"
-        )
-    return timedelta(minutes=minutes)
 
 
 def ddp(
@@ -45,9 +30,11 @@ def ddp(
     """Whole weights in every process, averaged gradients. Buffers are constants here and not sent around; gradients lie
     in the buckets that are sent."""
     return DDPStrategy(
-        timeout=timeout(timeout_minutes), find_unused_parameters=find_unused_parameters, broadcast_buffers=False,
+        timeout=timedelta(minutes=timeout_minutes),
+        find_unused_parameters=find_unused_parameters,
+        broadcast_buffers=False,
         gradient_as_bucket_view=True,
-    )  # fmt: skip
+    )
 
 
 class FullySharded(ModelParallelStrategy):
@@ -59,7 +46,9 @@ class FullySharded(ModelParallelStrategy):
     """
 
     def __init__(self, timeout_minutes: Annotated[float, real("[0.01, 10080]")] = MINUTES) -> None:
-        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False, timeout=timeout(timeout_minutes))
+        super().__init__(
+            tensor_parallel_size=1, save_distributed_checkpoint=False, timeout=timedelta(minutes=timeout_minutes)
+        )
 
     @property
     def lightning_restore_optimizer(self) -> bool:
@@ -125,14 +114,8 @@ def started_beside_others() -> bool:
 
 
 def processes_per_node(devices: int | str, available: int) -> int:
-    """How many processes run on each node: `devices`, or for "auto" those that torchrun or srun started, else one for
-    each of the `available` devices.
-
-    Raises:
-        ValueError: `devices` is no number. Whether it is the one that was started is for training/slurm.py to check.
-    """
-    if devices != "auto" and (isinstance(devices, bool) or not isinstance(devices, int) or devices < 1):
-        raise ValueError(f"trainer.devices={devices} must be auto or a whole number of at least 1")
+    """Return how many processes run on each node: `devices`, or for "auto" those that torchrun or srun started, else
+    one for each of the `available` devices. Whether so many were started is for training/slurm.py to check."""
     if devices != "auto":
         return devices
     return launched_per_node() or available

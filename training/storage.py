@@ -30,21 +30,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     `error` says why the latest was not, and None that it was. `max_failures` of them in a row end the training (None:
     no number does), lest days of it exist in memory only. Where the disk is full, older ones of the last checkpoints
     make room first. `written` is called with the content of each that is whole and in its place.
-
-    Raises:
-        ValueError: `max_failures` is no number of failures.
     """
 
     def __init__(
         self, max_failures: int | None = None, written: Callable[[Mapping[str, object]], None] = lambda content: None
     ) -> None:
-        if max_failures is not None and (
-            isinstance(max_failures, bool) or not isinstance(max_failures, int) or max_failures < 1
-        ):
-            raise ValueError(
-                f"checkpointing.max_failed_saves={max_failures} must be a whole number, at least 1; null: never stop"
-            )
-        self.max_failures, self.failures, self.error, self._tell = max_failures, 0, None, written
+        self.max_failures = max_failures
+        self.failures = 0
+        self.error = None
+        self._tell = written
 
     def save_checkpoint(self, checkpoint: dict, path: str | os.PathLike, storage_options: object = None) -> None:
         if storage_options is not None:

@@ -150,8 +150,6 @@ def test_what_can_not_be_used_says_why(folder, tmp_path):
         CausalScorer.load(str(tmp_path / "typo"))
     with pytest.raises(ValueError, match="eval.gen_ppl_eval_model_name_or_path=''"):
         CausalScorer.load("")
-    with pytest.raises(ValueError, match="eval.perplexity_batch_size=0"):
-        CausalScorer.load(str(folder), 0)
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(ValueError, match="holds no causal language model .* it needs config.json"):

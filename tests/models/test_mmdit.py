@@ -220,7 +220,6 @@ def test_a_text_only_network_can_not_start_a_stream_that_norms():
 
 @pytest.mark.parametrize(("settings", "said"), [
     ({"latent_shape": None}, "choose latents= and add algo=mmldlm"), ({"latent_shape": (0, 5)}, "K >= 1"),
-    ({"latent_size": 0}, "model.latent_size=0"), ({"text_as_dit": "yes"}, "text_as_dit=yes"),
     ({"n_heads": 5}, "model.n_heads"),
 ])  # fmt: skip
 def test_what_can_not_be_built_is_refused(settings, said):

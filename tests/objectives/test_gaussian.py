@@ -7,7 +7,7 @@ import torch
 
 from palimpsest.common.randomness import KeyedNoise
 from palimpsest.gaussian_process import cosine_level, noise_latent, read_prediction, velocity
-from palimpsest.objectives.gaussian import EARLIEST, LATEST, LOSSES, GaussianDiffusion
+from palimpsest.objectives.gaussian import EARLIEST, LATEST, GaussianDiffusion
 
 ROWS = 5
 torch.manual_seed(0)
@@ -94,7 +94,6 @@ def test_every_loss_is_its_formula():
         torch.testing.assert_close(found.mse_B, (said - X0).square().mean((1, 2)))
     of_x0 = GaussianDiffusion("x0", "cosine").loss(said, noised)
     torch.testing.assert_close(of_x0.loss_B, 1 - cosine)
-    assert set(wanted) | {"cosine"} == set(LOSSES)
     by_target = [GaussianDiffusion(target).loss(output, noised).loss_B for target in ("v", "x0", "eps")]
     assert all(not torch.allclose(a, b) for a, b in zip(by_target, by_target[1:], strict=False))
 
@@ -110,8 +109,6 @@ def test_all_of_it_is_in_float32_under_autocast():
 
 
 @pytest.mark.parametrize(("settings", "said"), [
-    ({"target": "noise"}, "latent_target=noise is unknown; choose one of: v, x0, eps"),
-    ({"loss": "l1"}, "latent_loss=l1 is unknown"), ({"cosine_weight": -1}, "latent_cosine_weight=-1"),
     ({"loss": "cosine"}, "latent_loss=cosine with training.latent_target=v: a cosine says nothing of the length"),
     ({"loss": "cosine", "target": "eps"}, "latent_target=x0 .directions only., or training.latent_loss=mse_cosine"),
 ])  # fmt: skip

@@ -158,12 +158,6 @@ def test_the_sampler_draws_the_law_of_its_chain():
     assert_follows(out.ids_BL, law)
 
 
-@pytest.mark.parametrize("share", [0.0, 1.0, -1.0])
-def test_a_share_of_words_that_is_none_is_refused(share):
-    with pytest.raises(ValueError, match=r"process.word_share=.* must lie in \(0, 1\)"):
-        Hybrid(MASK, V, share)
-
-
 def test_an_objective_brings_its_process():
     for typed in (["process=uniform"], ["algo=gidd", "process=absorbing"], ["algo=udlm", "process=hybrid"]):
         with pytest.raises(ValueError, match="process=.* is not that of parameterization=.*leave process= out"):

@@ -257,8 +257,7 @@ def test_given_tokens_stay_and_are_not_scored():
 
 @pytest.mark.parametrize(("settings", "said"), [
     ({"modes": {"l2x": 1}}, "l2x is unknown; choose among joint, l2t, t2l, text, latent"),
-    ({"modes": {"l2t": -1}}, "joint_modes.l2t=-1"), ({"modes": {"l2t": 0}}, "at least one of the modes"),
-    ({"text_weight": -1}, "training.text_weight=-1"), ({"latent_weight": float("nan")}, "training.latent_weight=nan"),
+    ({"modes": {"l2t": 0}}, "at least one of the modes"),
     ({"modes": {"l2t": 1}, "text_weight": 0}, "nothing is trained"),
     ({"modes": {"t2l": 1}, "latent_weight": 0.0}, "nothing is trained"),
 ])  # fmt: skip

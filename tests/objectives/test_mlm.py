@@ -96,16 +96,9 @@ def test_one_rate_for_a_whole_step_whichever_device_and_micro_batch():
     assert torch.equal(shared.parts(3).shared(), shared.shared()[:1].expand(24))
 
 
-@pytest.mark.parametrize(("typed", "said"), [
-    ({"rates": []}, r"masking_rates=\[\]"), ({"rates": [0.5, 0.0]}, "above 0 and at most 1"),
-    ({"rates": [1.2]}, "above 0 and at most 1"), ({"rates": ["a"]}, "shares of the tokens"),
-    ({"rates": "all"}, "masking_rates=all must be a list"),
-    ({"rate_min": 0.8, "rate_max": 0.2}, "masking_rate_min=0.8"),
-    ({"rate_max": 1.5}, "masking_rate_max=1.5"), ({"per": "token"}, "masking_rate_per=token"),
-])  # fmt: skip
-def test_rates_that_are_none_are_refused(typed, said):
-    with pytest.raises(ValueError, match=said):
-        Rates(**typed)
+def test_limits_that_leave_no_rate_are_refused():
+    with pytest.raises(ValueError, match="masking_rate_min=0.8 must be below training.masking_rate_max=0.2"):
+        Rates(rate_min=0.8, rate_max=0.2)
 
 
 # -------------------------------------------------------------------------------- the bound
@@ -270,9 +263,8 @@ def test_validation_by_rate_sees_the_same_masks_every_time(untrained):
 
 
 def test_validation_by_rate_is_refused_where_it_means_nothing(untrained):
-    for rates in ([], [0.5, 0.5], [0], ["half"]):
-        with pytest.raises(ValueError, match="callbacks.masking_rates.rates="):
-            MaskingRates(rates)
+    with pytest.raises(ValueError, match=r"callbacks.masking_rates.rates=\[0.5, 0.5\] names a rate twice"):
+        MaskingRates([0.5, 0.5])
     for law in ("parameterization=ar", "T=4"):
         with pytest.raises(ValueError, match="callbacks=masking_rates masks any tokens of a text"):
             MaskingRates().on_fit_start(lightning.Trainer(accelerator="cpu", logger=False), untrained(*FEW, law)[2])
@@ -292,7 +284,7 @@ def test_the_figure_labels_its_lines():
     ("data.score_special=true contradicts algo=mlm", ["algo=mlm", "data.score_special=true"]),
     ("data.fill=eos lets a model write", ["algo=mlm", "data.fill=eos"]),
     ("T=7", ["algo=mlm", "T=7"]), ("training.prefix_length=-1", ["training.prefix_length=-1"]),
-    ("training.prefix_length=72 must be 0 or more, and leave", ["training.prefix_length=72"]),
+    ("training.prefix_length=72 must leave something of model.length=72", ["training.prefix_length=72"]),
     ("training.prefix_length=few must be a whole", ["training.prefix_length=few"]),
     ("means nothing to parameterization=ar", ["algo=ar", "training.masking=rates"]),
     ("resample=true means nothing .* masking=bernoulli", ["algo=mlm", "training.resample=true"]),

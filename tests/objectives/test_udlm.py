@@ -238,15 +238,6 @@ def test_an_informed_corrector_draws_the_least_likely_token_again():
     assert where.tolist() == [False, True] and ids.tolist() == [0]
 
 
-@pytest.mark.parametrize("typed", ["corrector_steps=-1", "corrector_tokens=0", "corrector=best"])
-def test_what_no_corrector_is_is_refused(typed):
-    key, _, value = typed.partition("=")
-    settings = {key: value if key == "corrector" else int(value)}
-    model = Model(BayesUDLM(None, LogLinear()), NO_NETWORK)
-    with pytest.raises(ValueError, match=f"sampling.{typed}"):
-        uniform.sample(model, torch.full((1, L), -1), KeyedNoise(0, torch.arange(1)), steps=2, **settings)
-
-
 def test_self_correction_puts_one_token_right_at_a_time_and_stops():
     law = torch.full((V**L,), 1e-9).double()
     law[0], law[-1] = 1.0, 1.0  # the texts 0 0 and 2 2

@@ -6,13 +6,12 @@ import io
 import re
 import time
 
-import pytest
 import torch
 from rich.console import Console
 
 from palimpsest.report.history import Recorder
 from palimpsest.report.live import Standing
-from palimpsest.report.watching import Show, Views, Watching, described
+from palimpsest.report.watching import Show, Watching, described
 from palimpsest.samplers.trace import Trace
 from tests.helpers import exact
 
@@ -158,11 +157,6 @@ def test_what_watches_records_too():
         for one in WALK:
             watching(one)
     assert watching.read == 0 and recorder.histories()[0].ids_at(2) == [2, 3, MASK, 5, 0]
-
-
-def test_a_delay_that_is_none_is_refused():
-    with pytest.raises(ValueError, match=r"sampling.show_delay=-1"):
-        Views(show_delay=-1)
 
 
 def test_how_texts_were_drawn_in_a_line():

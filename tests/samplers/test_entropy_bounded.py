@@ -56,8 +56,3 @@ def test_tokens_of_a_step_are_independent_draws_from_the_prediction():
     out = sample(EvenAmong(), X[:1].expand(4000, -1), KeyedNoise(0, torch.arange(4000)), gamma=100)
     pair = out.ids_BL[:, 1] * 2 + out.ids_BL[:, 5]  # two positions of two tokens each: four pairs, 1000 of each
     assert (pair.bincount(minlength=4) - 1000).abs().max() < 5 * math.sqrt(4000 * 3 / 16)
-
-
-def test_a_bound_below_zero_is_refused():
-    with pytest.raises(ValueError, match="gamma=-1"):
-        sample(EvenAmong(), X, KeyedNoise(0, torch.arange(2)), gamma=-1)

@@ -152,15 +152,6 @@ def test_temperature_top_k_and_nucleus(choice, wanted):
     assert share[[1, 3, 0, 2]].tolist() == pytest.approx(wanted, abs=2e-4)
 
 
-@pytest.mark.parametrize(("settings", "said"), [
-    ({"temperature": -1.0}, "sampling.temperature=-1"), ({"top_k": 0}, "sampling.top_k=0"),
-    ({"nucleus_p": 0.0}, "sampling.nucleus_p=0"),
-])  # fmt: skip
-def test_impossible_choices_are_refused(settings, said):
-    with pytest.raises(ValueError, match=said):
-        TokenChoice(**settings)
-
-
 def test_skipping_idle_rows_changes_nothing_but_the_cost(random_dit):
     net, x = random_dit(VOCAB), torch.full((6, 12), MASK)
     plain, cached = (draw(net, LogLinear(), x, steps=64, skip_idle=skip) for skip in (False, True))
@@ -205,8 +196,3 @@ def test_categorical_draws_reach_probabilities_that_float32_gumbel_can_not():
 def test_a_token_without_mass_is_never_drawn():
     log_p = torch.tensor([[-torch.inf, 0.0, -torch.inf]]).expand(3, 3)
     assert draw_categorical(log_p, torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)).tolist() == [1, 1, 1]
-
-
-def test_too_few_steps_are_refused():
-    with pytest.raises(ValueError, match="sampling.steps=0"):
-        time_grid(0, 1e-5)

@@ -10,7 +10,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from palimpsest.common.values import shown
+from palimpsest.common.values import real, shown, whole
 from palimpsest.experiment import running
 from palimpsest.settings.command_line import compose_config, explain
 from tests.helpers.commands import ROOT
@@ -125,3 +125,177 @@ def test_what_is_typed_comes_to_the_same_check():
                   "loader=null", "noise._target_=null", "optim.lr='1e-3'"):  # fmt: skip
         said = refusal(compose_config([typed]), typed)
         assert said and typed.partition("=")[0] in said and "must" in said
+
+
+JOINT, CAUSAL, MASKED = "algo=mmldlm backbone=mmdit latents=", "algo=ar backbone=hf_causal", "algo=mlm backbone=hf_mlm"
+BELOW_ONE, INSIDE_ONE, SHARE = "a number in [0, 1)", "a number in (0, 1)", "a number in [0, 1]"
+NOT_NEGATIVE, POSITIVE = "a number in [0, inf)", "a number in (0, inf)"
+FROM_0, FROM_1, OR_NULL = "a whole number from 0 to", "a whole number from 1 to", "2147483647 or null"
+BACKENDS, FLAG, LIST = "one of: sdpa, flash_attn, flex", "true or false", "a list of at least one entry such as"
+ORDERS = "left_to_right, confidence, margin, entropy"
+# What is chosen, a key, values that it does not take, and what they must be.
+OUT_OF_RANGE = [
+    ("", "model.attn_backend", "magic", BACKENDS),
+    ("algo=ar", "model.attn_backend", "magic", BACKENDS),
+    (CAUSAL, "model.attn_backend", "magic", BACKENDS),
+    (CAUSAL, "model.dropout", "1.5", f"{BELOW_ONE} or null"),
+    (CAUSAL, "backbone.name_or_path", "", "a path or a name or null"),
+    (MASKED, "model.dropout", "1.5", f"{BELOW_ONE} or null"),
+    (MASKED, "backbone.from_scratch", "none", FLAG),
+    (MASKED, "backbone.new_head", "none", FLAG),
+    (f"{JOINT}lsa", "model.latent_size", "0", f"{FROM_1} 65536 or null"),
+    (f"{JOINT}lsa", "backbone.text_as_dit", "none", FLAG),
+    (f"{JOINT}self", "latents.batch_size", "0", FROM_1),
+    ("", "training.ema", "1", BELOW_ONE),
+    ("", "training.freeze", "text true 3", f"{LIST} [embeddings,blocks]"),
+    ("", "training.max_skipped_steps", "0", FROM_1),
+    ("", "trainer.devices", "0 -1 1.5 true many", f"one of: auto or {FROM_1}"),
+    ("strategy=ddp", "strategy.timeout_minutes", "0 10081 0.001 true soon null", "a number in [0.01, 10080]"),
+    ("strategy=fsdp", "strategy.timeout_minutes", "0 10081 0.001 true soon null", "a number in [0.01, 10080]"),
+    ("", "checkpointing.keep_last", "0", FROM_1),
+    ("", "checkpointing.milestone_every", "-5", f"{FROM_1} {OR_NULL}"),
+    ("", "checkpointing.every_minutes", "0", f"{POSITIVE} or null"),
+    ("", "checkpointing.max_failed_saves", "0", f"{FROM_1} {OR_NULL}"),
+    ("", "callbacks.checkpoint_every_n_steps.every_n_train_steps", "-1", f"{FROM_0} {OR_NULL}"),
+    ("callbacks=[gradient_variance]", "callbacks.gradient_variance.every_n_steps", "0", FROM_1),
+    (f"{JOINT}lsa callbacks=[gradient_shares]", "callbacks.gradient_shares.every_n_steps", "0", FROM_1),
+    ("algo=mlm callbacks=[masking_rates]", "callbacks.masking_rates.rates", "[] [0] [1.5] [true] [half]", LIST),
+    ("plateau=cut", "plateau.patience", "0", FROM_1),
+    ("plateau=cut", "plateau.cooldown", "-1", FROM_0),
+    ("plateau=cut", "plateau.factor", "0", INSIDE_ONE),
+    ("plateau=cut", "plateau.floor", "0", INSIDE_ONE),
+    ("plateau=cut", "plateau.min_delta", "-1", NOT_NEGATIVE),
+    ("lr_scheduler=cosine", "lr_scheduler.num_warmup_steps", "-1", FROM_0),
+    ("lr_scheduler=cosine", "lr_scheduler.min_ratio", "-1", SHARE),
+    ("lr_scheduler=wsd", "lr_scheduler.min_ratio", "-1", SHARE),
+    ("lr_scheduler=wsd", "lr_scheduler.decay", "steep", "one of: 1-sqrt, linear, cosine"),
+    ("lr_scheduler=wsd", "lr_scheduler.decay_share", "0", "a number in (0, 1]"),
+    ("lr_scheduler=restarts", "lr_scheduler.num_rewarmup_steps", "0", FROM_1),
+    ("lr_scheduler=restarts", "lr_scheduler.peak_decay", "-1", SHARE),
+    ("lr_scheduler=restarts", "lr_scheduler.periods", "5 [] [0] [1.5] [true]", f"{LIST} [10000,20000]"),
+    ("noise=loglinear", "noise.eps", "-0.1", BELOW_ONE),
+    ("noise=cosine", "noise.eps", "-0.1", BELOW_ONE),
+    ("noise=cosinesqr", "noise.eps", "-0.1", BELOW_ONE),
+    ("noise=linear", "noise.sigma_min", "0", POSITIVE),
+    ("noise=geometric", "noise.sigma_min", "0", POSITIVE),
+    ("algo=gidd", "process.word_share", "0", INSIDE_ONE),
+    ("", "T", "-1", FROM_0),
+    ("algo=d3pm", "T", "-1", FROM_0),
+    ("", "training.loss_weight", "elbow", "one of: elbo, uniform"),
+    ("", "training.sampling_eps", "1", BELOW_ONE),
+    ("algo=mlm", "training.masking_rates", "all [] [0] [1.5] [true] [half]", LIST),
+    ("algo=mlm", "training.masking_rate_min", "-1", SHARE),
+    ("algo=mlm", "training.masking_rate_max", "1.5", SHARE),
+    ("algo=mlm", "training.masking_rate_per", "token", "one of: sample, batch"),
+    ("algo=duo", "parameterization.curriculum_end", "-1", FROM_0),
+    (f"{JOINT}lsa", "training.latent_target", "noise", "one of: v, x0, eps"),
+    (f"{JOINT}lsa", "training.latent_loss", "l1", "one of: mse, huber, mse_cosine, cosine"),
+    (f"{JOINT}lsa", "training.latent_cosine_weight", "-1", NOT_NEGATIVE),
+    (f"{JOINT}lsa", "training.text_weight", "-1", NOT_NEGATIVE),
+    (f"{JOINT}lsa", "training.latent_weight", "-1", NOT_NEGATIVE),
+    ("", "sampling.steps", "0", FROM_1),
+    ("", "sampling.temperature", "-1", NOT_NEGATIVE),
+    ("", "sampling.top_k", "0", f"{FROM_1} {OR_NULL}"),
+    ("", "sampling.nucleus_p", "0", "a number in (0, 1]"),
+    ("sampling.predictor=analytic", "sampling.steps", "0", FROM_1),
+    ("sampling.predictor=unmask", "sampling.steps", "0", FROM_1),
+    ("sampling.predictor=unmask", "sampling.schedule", "sine", "one of: linear, cosine, exponential"),
+    ("sampling.predictor=unmask", "sampling.order", "alphabet", f"one of: {ORDERS}, random"),
+    ("sampling.predictor=unmask", "sampling.threshold", "0", "a number in (0, 1] or null"),
+    ("sampling.predictor=unmask", "sampling.remask", "all", "one of: none, low_confidence, remdm"),
+    ("sampling.predictor=unmask", "sampling.remask_eta", "-1", SHARE),
+    ("sampling.predictor=ordered", "sampling.order", "up random", f"one of: {ORDERS}"),
+    ("sampling.predictor=ordered", "sampling.tokens_per_step", "0", FROM_1),
+    ("eval.estimator=duel", "sampling.order", "up random", f"one of: {ORDERS}"),
+    ("eval.estimator=duel", "sampling.tokens_per_step", "0", FROM_1),
+    ("sampling.predictor=entropy_bounded", "sampling.gamma", "-1", NOT_NEGATIVE),
+    ("sampling.semi_ar=true", "sampling.stride_length", "0", FROM_1),
+    ("sampling.semi_ar=true", "sampling.num_strides", "-1", FROM_0),
+    ("algo=bd3lm", "sampling.min_entropy", "-1", f"{NOT_NEGATIVE} or null"),
+    ("algo=udlm", "sampling.steps", "0", FROM_1),
+    ("algo=udlm", "sampling.corrector", "best", "one of: random, informed"),
+    ("algo=udlm", "sampling.corrector_steps", "-1", FROM_0),
+    ("algo=udlm", "sampling.corrector_tokens", "0", FROM_1),
+    ("algo=udlm", "sampling.self_correction_steps", "-1", FROM_0),
+    (f"mode=sample_eval {JOINT}lsa", "sampling.latent_steps", "0", FROM_1),
+    (f"mode=sample_eval {JOINT}lsa", "sampling.latent_eta", "-1", SHARE),
+    (f"mode=sample_eval {JOINT}lsa", "sampling.joint_order", "up", "one of: simultaneous, latent_first"),
+    (f"mode=sample_eval {JOINT}lsa", "sampling.edit_positions", "best", "one of: random, entropy, suffix, contrast"),
+    (f"mode=sample_eval {JOINT}lsa", "sampling.edit_rate", "-1", SHARE),
+    (f"mode=sample_eval {JOINT}lsa", "sampling.edit_target", "up", "one of: shift, centroid, neighbour, slerp"),
+    (f"mode=sample_eval {JOINT}lsa", "sampling.edit_path", "1", "a whole number from 2 to"),
+    ("mode=sample_eval", "sampling.guidance", "-1", NOT_NEGATIVE),
+    ("mode=sample_eval", "sampling.guidance_by", "magic", "one of: network, unigrams"),
+    ("mode=sample_eval", "sampling.samples_per_prompt", "0", FROM_1),
+    ("mode=sample_eval", "sampling.num_sample_batches", "0", f"{FROM_1} 1000000 or null"),
+    ("mode=sample_eval", "sampling.show_delay", "-1", "a number in [0, 3600]"),
+    ("mode=sample_eval", "eval.perplexity_batch_size", "0", FROM_1),
+    ("mode=ppl_eval", "eval.num_draws", "0", FROM_1),
+    ("mode=ppl_eval", "eval.target_se", "0", f"{POSITIVE} or null"),
+    ("mode=classify", "classify.num_draws", "0", FROM_1),
+    ("mode=classify", "classify.confidence", "0.5", "a number in (0.5, 1]"),
+    ("mode=classify", "classify.masks", "own", "one of: common, independent"),
+    (f"{JOINT}lsa", "latents.dim", "0", FROM_1),
+    (f"{JOINT}lsa", "latents.tokens", "0", FROM_1),
+    (f"{JOINT}lsa", "latents.fit_rows", "0", FROM_1),
+    (f"{JOINT}synthetic", "latents.attributes", "class", f"{LIST} [negative,positive]"),
+    (f"{JOINT}synthetic", "latents.noise", "-1", BELOW_ONE),
+    (f"{JOINT}synthetic", "latents.seed", "-1", FROM_0),
+    (f"{JOINT}hf", "latents.pooling", "max", "one of: mean, cls, last, null"),
+    (f"{JOINT}hf", "latents.long_texts", "drop", "one of: error, cut"),
+    (f"{JOINT}hf", "latents.normalize", "none", f"{FLAG} or null"),
+    (f"{JOINT}hf", "latents.window", "0", f"{FROM_1} {OR_NULL}"),
+    (f"{JOINT}hf", "latents.batch_size", "0", FROM_1),
+    (f"{JOINT}file", "latents.max_overlap", "-1", SHARE),
+    (f"{JOINT}file", "latents.dim", "0", f"{FROM_1} {OR_NULL}"),
+    ("", "model.length", "0", FROM_1),
+    ("", "training.prefix_length", "-1", FROM_0),
+    ("", "data.score_special", "3", f"{FLAG} or null"),
+    ("", "data.long_texts", "cut", "one of: truncate, windows, drop, error"),
+    ("", "data.max_train_texts", "0", f"{FROM_1} {OR_NULL}"),
+    ("", "data.max_valid_texts", "0", f"{FROM_1} {OR_NULL}"),
+    ("", "data.max_test_texts", "0", f"{FROM_1} {OR_NULL}"),
+    ("data=gsm8k", "data.fill", "pad", "one of: eos or null"),
+    ("data=gsm8k_plan", "data.segments", "none", FLAG),
+    ("data=gsm8k_plan", "data.segment_room", "1", "a whole number from 2 to"),
+    ("data=gsm8k_plan", "data.source.plan", "wild", "one of: operations, operators"),
+    ("data=gsm8k", "data.source.validation_share", "0 1 -1", f"{INSIDE_ONE} or null"),
+    ("data=text8", "data.source.chunk", "0", FROM_1),
+    ("data=wikitext2", "+data.protocol", "mdlm", "one of: reference or null"),
+    ("data=wikitext2", "+data.num_proc", "0", f"{FROM_1} {OR_NULL}"),
+    ("data=text", "data.validation_share", "1", BELOW_ONE),
+    ("data.streaming=true", "streaming.lanes", "0", FROM_1),
+    ("data.streaming=true", "streaming.shuffle_buffer", "0", FROM_1),
+    ("data.streaming=true", "streaming.sample_texts", "0", FROM_1),
+    ("", "loader.num_workers", "-1", f"{FROM_0} {OR_NULL}"),
+    ("", "loader.prefetch_factor", "0", FROM_1),
+    ("", "loader.batch_size", "0", f"{FROM_1} {OR_NULL}"),
+    ("", "loader.eval_batch_size", "0", f"{FROM_1} {OR_NULL}"),
+    ("", "loader.global_batch_size", "0", FROM_1),
+    (
+        "",
+        "loader.batch_ramp",
+        "8 [] [8,64] [[0,1.5]] [[0,8,9]] [[0]]",
+        f"{LIST} [[0,64],[1000,256]]; each entry a pair",
+    ),
+    ("", "trainer.accumulate_grad_batches", "0", f"{FROM_1} {OR_NULL}"),
+    ("", "trainer.num_nodes", "0", FROM_1),
+    ("", "trainer.max_steps", "0", FROM_1),
+]
+
+
+@pytest.mark.parametrize(("chosen", "key", "wrong", "said"), OUT_OF_RANGE)
+def test_values_out_of_range_are_refused(chosen, key, wrong, said):
+    for value in wrong.split(" "):
+        typed = [*chosen.split(), f"{key}={value}"]
+        found = refusal(compose_config(typed), *typed) or "it is accepted"
+        assert found.startswith(f"{key.lstrip('+')}={value} must be {said}"), found
+
+
+def test_types_take_their_numbers_and_nothing_else():
+    for kind, taken, refused in (
+        (whole(1, 9), [1, 9], [0, 10, -1, 1.5, 2.0, True, "2", None]),
+        (real("[0, 1)"), [0, 0.5], [1, -0.1, True, "0.5", None, math.nan]),
+        (real("(0, inf)"), [1, 1e300], [0, -1, math.inf, math.nan, 10**400]),
+    ):
+        assert all(map(kind.accepts, taken)) and not any(map(kind.accepts, refused))

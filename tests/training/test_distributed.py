@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -204,17 +202,7 @@ def test_strategies(monkeypatch):
     kwargs = ddp()._ddp_kwargs
     assert kwargs["gradient_as_bucket_view"] and not kwargs["broadcast_buffers"]
     assert not kwargs["find_unused_parameters"]
-    for wrong in (0, -1, "soon", True, None, math.nan, math.inf, 1e300, 10**400, 10081, 1e-9):
-        for strategy in (ddp, FullySharded):
-            with pytest.raises(
-                ValueError,
-                match=f"strategy.timeout_minutes={re.escape(str(wrong))} must be a .*at most 10080.*leave it",
-            ):
-                strategy(wrong)
     assert ddp(10080)._timeout.days == 7
-    for wrong in (0, "many", 1.5, True):
-        with pytest.raises(ValueError, match=f"trainer.devices={wrong} must be auto or a whole number"):
-            processes_per_node(wrong, 1)
 
 
 def test_lightnings_own_arguments_for_its_processes_are_not_the_users():

@@ -194,11 +194,8 @@ def test_poison_changes_no_finite_gradient():
     assert torch.equal(*gradients)
 
 
-def test_the_limit_is_checked_and_is_no_part_of_what_a_training_is(tmp_path):
+def test_the_limit_is_no_part_of_what_a_training_is():
     assert identity(compose_config([])) == identity(compose_config(["training.max_skipped_steps=3"]))
-    for value in (0, -1, 2.5, True, "many"):
-        with pytest.raises(ValueError, match=f"training.max_skipped_steps={value} must be a whole number"):
-            Guard(value, tmp_path)
 
 
 def test_a_spike_is_told_once_and_noise_never():

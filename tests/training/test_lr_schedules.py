@@ -90,17 +90,12 @@ def test_wsd_is_prolonged_as_if_it_had_been_asked_for():
 
 
 @pytest.mark.parametrize(("name", "setting", "said"), [
-    ("cosine", "num_warmup_steps=100", "lr_scheduler.num_warmup_steps=100 must be at least 0 and below"),
-    ("cosine", "min_ratio=1.5", "lr_scheduler.min_ratio=1.5"),
-    ("wsd", "decay=steep", "lr_scheduler.decay=steep is none of cosine, linear, 1-sqrt"),
-    ("wsd", "decay_share=0", "lr_scheduler.decay_share=0"),
+    ("cosine", "num_warmup_steps=100", "lr_scheduler.num_warmup_steps=100 must be below trainer.max_steps=100"),
     ("wsd", "decay_share=0.95", "do not fit into trainer.max_steps=100"),
-    ("restarts", "periods=[]", "lr_scheduler.periods=[]"),
     ("restarts", "periods=[10]", "a period of 10 steps leaves none after its warm-up"),
-    ("restarts", "num_rewarmup_steps=0", "lr_scheduler.num_rewarmup_steps=0"),
     ("restarts", "peak_decay=0.05", "lr_scheduler.peak_decay=0.05"),
 ])  # fmt: skip
-def test_nonsense_is_refused(name, setting, said):
+def test_what_does_not_fit_together_is_refused(name, setting, said):
     with pytest.raises(Exception) as caught:  # noqa: B017, PT011 - Hydra wraps it
         build(name, setting)
     assert said in explain(caught.value)

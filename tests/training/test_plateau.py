@@ -16,7 +16,7 @@ from palimpsest.settings.command_line import compose_config
 from palimpsest.settings.identity import identity
 from palimpsest.training.callbacks.plateau import Plateau
 from palimpsest.training.lr_schedules import cosine
-from tests.helpers.commands import TINY, run
+from tests.helpers.commands import TINY
 
 NAN = math.nan
 
@@ -117,16 +117,6 @@ def test_the_plateau_is_part_of_what_determines_the_weights():
     assert not any(key.startswith("plateau") for key in plain) and cut["plateau.patience"] == 5
 
 
-@pytest.mark.parametrize(("setting", "said"), [
-    ({"patience": 0}, "plateau.patience=0 must be at least 1"), ({"cooldown": -1}, "plateau.cooldown=-1"),
-    ({"factor": 1}, "plateau.factor=1 must lie between 0 and 1"), ({"floor": 0}, "plateau.floor=0"),
-    ({"min_delta": -1}, "plateau.min_delta=-1"),
-])  # fmt: skip
-def test_nonsense_is_refused(setting, said):
-    with pytest.raises(ValueError, match=said):
-        Plateau(**setting)
-
-
 def test_it_needs_validations_and_a_schedule_that_it_can_scale():
     with pytest.raises(ValueError, match="trainer.limit_val_batches=0 leaves none"):
         Plateau().on_fit_start(SimpleNamespace(limit_val_batches=0), None)
@@ -134,5 +124,3 @@ def test_it_needs_validations_and_a_schedule_that_it_can_scale():
     configs = [SimpleNamespace(scheduler=other)]
     with pytest.raises(ValueError, match="lr_scheduler is a CosineAnnealingLR"):
         Plateau().on_fit_start(SimpleNamespace(limit_val_batches=1.0, lr_scheduler_configs=configs), None)
-    with pytest.raises(ValueError, match="plateau.patience=long must be a whole number"):
-        run(*TINY, "plateau=cut", "plateau.patience=long")

@@ -23,9 +23,6 @@ class LastCheckpoint(Checkpoint):
     It waits for a validation due at the same step. Saved before it, the file would know nothing of its result, and a
     training resumed from there does not repeat it: the best value and the count of patience would be lost. So it has
     to stand behind the callbacks whose state it saves. In the middle of a step's micro-batches it saves nothing.
-
-    Raises:
-        ValueError: a number that makes no sense.
     """
 
     def __init__(
@@ -36,16 +33,6 @@ class LastCheckpoint(Checkpoint):
         keep_last: AtLeastOne = 3,
         milestone_every: AtLeastOne | None = None,
     ) -> None:
-        whole = {"callbacks.checkpoint_every_n_steps.every_n_train_steps": every_n_train_steps or None,
-                 "checkpointing.milestone_every": milestone_every}  # fmt: skip
-        for key, value in whole.items():
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"{key}={value} must be a whole number of steps, at least 1; null: never")
-        if isinstance(keep_last, bool) or not isinstance(keep_last, int) or keep_last < 1:
-            raise ValueError(f"checkpointing.keep_last={keep_last} must be a whole number, at least 1")
-        numeric = isinstance(every_minutes, int | float) and not isinstance(every_minutes, bool)
-        if every_minutes is not None and not (numeric and every_minutes > 0):
-            raise ValueError(f"checkpointing.every_minutes={every_minutes} must be a number above 0; null: never")
         self.dirpath, self.keep_last = place(dirpath), keep_last
         self.every_n_train_steps, self.milestone_every = every_n_train_steps, milestone_every
         self.every_minutes = every_minutes

@@ -23,10 +23,6 @@ class GradientShares(lightning.Callback):
     """
 
     def __init__(self, every_n_steps: AtLeastOne = 100) -> None:
-        if isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int) or every_n_steps < 1:
-            raise ValueError(
-                f"callbacks.gradient_shares.every_n_steps={every_n_steps} must be a whole number of at least 1"
-            )
         self.every_n_steps = every_n_steps
         self._measured, self._values = -1, dict[str, Tensor]()
 

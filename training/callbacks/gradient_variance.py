@@ -20,8 +20,6 @@ class GradientVariance(lightning.Callback):
     """
 
     def __init__(self, every_n_steps: AtLeastOne = 100) -> None:
-        if every_n_steps < 1:
-            raise ValueError(f"callbacks.gradient_variance.every_n_steps={every_n_steps} must be at least 1")
         self.every_n_steps = every_n_steps
         self._measured, self._values = -1, dict[str, Tensor]()
 

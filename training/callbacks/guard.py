@@ -44,17 +44,13 @@ class Guard(Callback):
         settings: the configuration, saved with them.
 
     Raises:
-        ValueError: max_skipped_steps is no whole number of at least 1.
         FloatingPointError: the training has been ended.
     """
 
     def __init__(self, max_skipped_steps: int, folder: Path, settings: str = "") -> None:
-        if isinstance(max_skipped_steps, bool) or not isinstance(max_skipped_steps, int) or max_skipped_steps < 1:
-            raise ValueError(
-                f"training.max_skipped_steps={max_skipped_steps} must be a whole number of at least 1: so many updates "
-                "in a row may be left out for a loss or gradient that is not finite (20 is the default)"
-            )
-        self.max_skipped_steps, self.folder, self.settings = max_skipped_steps, Path(folder), settings
+        self.max_skipped_steps = max_skipped_steps
+        self.folder = Path(folder)
+        self.settings = settings
         self.skipped, self.in_a_row = 0, 0
         self._running, self._unjudged, self._updates, self._at_once = _Step(0), None, None, False
 
