@@ -1,4 +1,4 @@
-"""Every command of the README composes and does its job (with a network and a budget small enough for a test)."""
+"""Every command of README.md and docs/ composes; those of the guides also do their job, small enough for a test."""
 
 from __future__ import annotations
 
@@ -6,22 +6,61 @@ import os
 import re
 import shlex
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from palimpsest.settings.command_line import compose_config
+from palimpsest.settings.command_line import compose_config, translate
+from palimpsest.settings.reading import Readers
 from tests.helpers.commands import ROOT, TINY, run, trained
 
-LINES = re.findall(r"^(?:DATA_DIR=\S+ )?python main\.py.*$", (ROOT / "README.md").read_text(), re.M)
-COMMANDS = [shlex.split(line.split("#")[0]) for line in LINES]
-COMMANDS = [words[words.index("main.py") + 1 :] for words in COMMANDS if "--help" not in words]
+# Pages whose commands are run. Those of all others are composed and checked, which takes a fraction of a second each.
+GUIDES = ("README.md", "docs/quickstart.md", "docs/classification.md", "docs/blocks.md", "docs/unmasking.md",
+          "docs/latents.md")  # fmt: skip
+PAGES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md") if path.name != "log.md")
 # Small enough for a test; the README's own settings come after and win, but for sizes and budgets.
 SMALL = [setting for setting in TINY if not setting.startswith(("sampling.steps", "data.max_"))]
 
 
-def test_the_readme_has_commands():
-    assert len(COMMANDS) >= 8
+def commands_of(pages: Sequence[str], launcher: str = r".*") -> list[list[str]]:
+    """Return the arguments of every `main.py` command in code blocks of these pages, each once.
+
+    launcher: regular expression of what stands before main.py.
+    """
+    found = {}
+    for page in pages:
+        text = (ROOT / page).read_text(encoding="utf-8").replace("\\\n", " ")
+        for block in re.findall(r"^```(?:bash|sh)\n(.*?)^```", text, re.M | re.S):
+            for line in re.findall(rf"^(?!#){launcher}main\.py\b.*$", block, re.M):
+                words = shlex.split(line, comments=True)
+                if "main.py" in words and "--help" not in words:
+                    arguments = words[words.index("main.py") + 1 :]
+                    found[" ".join(arguments)] = arguments
+    return list(found.values())
+
+
+def composable(arguments: Sequence[str]) -> list[str]:
+    """Return one point of a sweep, without what is for Hydra's launchers and without options of its command line."""
+    kept = [word for word in arguments if not word.startswith(("-", "hydra/", "hydra."))]
+    return [re.sub(r"^([\w.]+=[^\[{,'\"]*),.*", r"\1", word) for word in kept]
+
+
+COMMANDS = commands_of(GUIDES, r"(?:DATA_DIR=\S+ )?python ")
+OTHERS = [arguments for arguments in commands_of(PAGES) if arguments not in COMMANDS]
+
+
+def test_the_pages_have_commands():
+    assert len(commands_of(["README.md"])) >= 4 and len(COMMANDS) >= 20 and len(OTHERS) >= 5
+
+
+@pytest.mark.parametrize("arguments", OTHERS, ids=" ".join)
+def test_command_of_another_page(arguments):
+    words = composable(arguments)
+    readers = Readers(compose_config(words))
+    readers.refuse_wrong()
+    if not any(word.startswith("eval.checkpoint_path=") for word in words):  # what is read depends on the file
+        readers.refuse_unread(translate(words))
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,58 @@
+"""Hooks of mkdocs for `make docs`: the site needs no network, and the API reference finds the package.
+
+Equations become MathML, which browsers show without a script. The one script that the theme fetches, which makes the
+search work from disk, is served from docs/javascripts.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / ".cache" / "docs" / "palimpsest"
+_SCRIPT = re.compile(r'src="https://[^"]*/iframe-worker/shim"')
+_EQUATION = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.S)
+
+
+def on_startup(**_: object) -> None:
+    """Copy the package to a folder of its own name, which a clone need not have; mkdocstrings reads it there."""
+    shutil.rmtree(PACKAGE, ignore_errors=True)
+    PACKAGE.mkdir(parents=True)
+    for path in ROOT.iterdir():
+        if path.suffix == ".py":
+            shutil.copy(path, PACKAGE)
+        elif (path / "__init__.py").exists() and path.name not in ("tests", "benchmarks"):
+            shutil.copytree(path, PACKAGE / path.name, ignore=shutil.ignore_patterns("__pycache__"))
+
+
+def on_page_content(content: str, **_: object) -> str:
+    """Replace the equations of a page, which pymdownx.arithmatex has marked, by MathML."""
+    from latex2mathml.converter import convert
+
+    def mathml(found: re.Match) -> str:
+        tag, bracket, latex = found.groups()
+        display = "block" if bracket == "[" else "inline"
+        return f'<{tag} class="equation">{convert(html.unescape(latex), display=display)}</{tag}>'
+
+    return _EQUATION.sub(mathml, content)
+
+
+def on_post_page(output: str, page: Page, **_: object) -> str:
+    """Let a page take the search's script from the site itself."""
+    return _with_own_script(output, "../" * page.url.count("/"))
+
+
+def on_post_template(output_content: str, template_name: str, **_: object) -> str:
+    """As `on_post_page`, for 404.html."""
+    return _with_own_script(output_content, "") if template_name.endswith(".html") else output_content
+
+
+def _with_own_script(page: str, root: str) -> str:
+    return _SCRIPT.sub(f'src="{root}javascripts/iframe-worker.js"', page)
