@@ -19,6 +19,8 @@ from palimpsest.data.packing import Packing, pack
 from palimpsest.data.rows import in_parts, parts_of, text_rows
 from palimpsest.data.tokenizers import encode, encode_after, load_tokenizer, vocabulary
 from palimpsest.data.unigram import token_counts, unigram_nll
+from palimpsest.dataloader import TextData
+from palimpsest.diffusion import Diffusion, Provenance
 from palimpsest.estimators.any_order import AnyOrder
 from palimpsest.estimators.nelbo import Nelbo
 from palimpsest.estimators.ordered import Ordered
@@ -311,7 +313,12 @@ def test_a_sampler_that_knows_the_answers_is_right_and_one_does_not_depend_on_th
     (["data.source.parts=null"], "say in data.source.parts"),
 ])  # fmt: skip
 def test_mistakes_are_explained(gsm8k, monkeypatch, arguments, said):
-    monkeypatch.setattr(Weights, "trained", lambda self, data, *_: self._build.diffusion(data))
+    def untrained(self: Weights, data: TextData, *_: object) -> Diffusion:
+        diffusion = self._build.diffusion(data)
+        diffusion.provenance = Provenance("nowhere", None, averaged=False)
+        return diffusion
+
+    monkeypatch.setattr(Weights, "trained", untrained)
     with pytest.raises(Exception) as caught:  # noqa: B017, PT011 - explain() is what is tested
         run(*arguments)
     assert caught.match(said) or said in explain(caught.value)

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from hydra.errors import InstantiationException
 
-from palimpsest.benchmarks.joint_toy import directions
 from palimpsest.data.passages import special_ids
-from palimpsest.evaluation import editing
+from palimpsest.evaluation import directions, editing
 from palimpsest.evaluation.drawing import Setting
 from palimpsest.experiment.experiment import Experiment
 from palimpsest.scripts import generate
