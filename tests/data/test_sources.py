@@ -166,8 +166,6 @@ def test_absent_files(tmp_path):
         UserFiles(write(tmp_path, "txt"), test_path="absent").load("train")
     with pytest.raises(ValueError, match=r"data\.path is not set"):
         UserFiles(None)
-    with pytest.raises(ValueError, match=r"data\.validation_share=1\.5"):
-        UserFiles("x", validation_share=1.5)
 
 
 # -------------------------------------------------------------------------------- named data sets
