@@ -9,6 +9,8 @@ DOCS_VENV := .cache/docs-venv
 # The extra `docs` of pyproject.toml, without the package itself and its torch.
 DOCS_PINS := $(shell sed -n 's/^docs = \[\(.*\)\].*/\1/p' pyproject.toml | tr -d ',')
 
+OWN_TEST = $(wildcard $(dir tests/$(FILE))test_$(notdir $(FILE)))
+
 .PHONY: demo test docs lint check clean
 
 demo: $(VENV)/installed
@@ -38,7 +40,8 @@ $(VENV)/installed: requirements.txt pyproject.toml
 check: $(VENV)/installed
 	$(BIN)/python -m ruff check $(FILE)
 	$(BIN)/python -m ruff format --check $(FILE)
-	$(BIN)/python -m pytest tests/test_architecture.py -k "$(FILE)" $(wildcard $(dir tests/$(FILE))test_$(notdir $(FILE)))
+	$(BIN)/python -m pytest -q tests/test_architecture.py -k "$(FILE)"
+	$(if $(OWN_TEST),$(BIN)/python -m pytest -q $(OWN_TEST))
 
 clean:
 	rm -rf $(VENV) outputs .cache site

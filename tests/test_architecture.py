@@ -22,7 +22,7 @@ FLOORS = (
     {"report"},
     {"tasks"},
     {"experiment"},
-    {"scripts", "main"},
+    {"scripts", "main", "new"},
     {"app"},
 )
 # Two rooms of one floor that do: the first may import the second.
