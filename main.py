@@ -33,9 +33,9 @@ from palimpsest.settings import command_line  # noqa: E402
 
 
 @hydra.main(version_base="1.3", config_path=f"{FOLDER}/configs", config_name="config")
-def _hydra_main(cfg: DictConfig) -> None:
+def _hydra_main(cfg: DictConfig) -> float | None:
     _be_the_package()  # a launcher (submitit) sends this function to a process that knows nothing else
-    late("palimpsest.experiment.running").job(cfg)
+    return late("palimpsest.experiment.running").job(cfg)
 
 
 def main() -> None:

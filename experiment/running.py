@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from hydra.core.hydra_config import HydraConfig
@@ -64,8 +64,19 @@ def run(cfg: DictConfig, command: str, words: Sequence[str] = ()) -> dict[str, o
     return instantiate(cfg.mode)(experiment)
 
 
-def job(cfg: DictConfig) -> None:
-    """Do what a process started by hand, by SLURM or by a launcher of Hydra does: one command, ended by signals."""
+def objective_value(results: Mapping[str, object]) -> float | None:
+    """Return the number that a sweeper minimises: the log loss of a classification, else the nats per token; None for
+    samples."""
+    found = results.get("log_loss_nats") or results.get("nll_nats_per_token")
+    return None if found is None else float(found.value)
+
+
+def job(cfg: DictConfig) -> float | None:
+    """Do what a process started by hand, by SLURM or by a launcher of Hydra does: one command, ended by signals.
+
+    Returns:
+        What a sweeper of Hydra minimises.
+    """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
     if not first_process():
@@ -76,4 +87,4 @@ def job(cfg: DictConfig) -> None:
         command_line.refuse_unknown_additions(cfg, words)
         command = " ".join(["python main.py", *words])
         with SIGNALS.listening():
-            run(cfg, command, words)
+            return objective_value(run(cfg, command, words))

@@ -14,11 +14,14 @@ from tests.helpers.commands import ROOT, TINY, run, run_main
 
 GROUPS = sorted(path.parent.name for path in (ROOT / "configs").glob("*/*.yaml"))
 CHOICES = sorted({(path.parent.name, path.stem) for path in (ROOT / "configs").glob("*/*.yaml")})
+OPTUNA = "needs Optuna: pip install hydra-optuna-sweeper==1.3.0"
 BUILDS = {"data": ["reviews"], "mode": [], "optim": ["adamw"]}
 
 
 @pytest.mark.parametrize(("group", "choice"), [c for c in CHOICES if c[0] != "texts"], ids=lambda v: v)
 def test_every_choice_composes(group, choice):
+    if choice == "optuna_reviews":
+        pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason=OPTUNA)
     value = f"[{choice}]" if group == "callbacks" else choice
     cfg = compose_config([f"{group}={value}"])
     assert cfg.seed == 1
