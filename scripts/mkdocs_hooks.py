@@ -6,13 +6,17 @@ search work from disk, is served from docs/javascripts.
 
 from __future__ import annotations
 
+import base64
 import html
+import json
 import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from mkdocs.config.defaults import MkDocsConfig
+    from mkdocs.structure.files import Files
     from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,6 +34,39 @@ def on_startup(**_: object) -> None:
             shutil.copy(path, PACKAGE)
         elif (path / "__init__.py").exists() and path.name not in ("tests", "benchmarks"):
             shutil.copytree(path, PACKAGE / path.name, ignore=shutil.ignore_patterns("__pycache__"))
+
+
+def on_files(files: Files, config: MkDocsConfig, **_: object) -> Files:
+    """Make a page of each notebook, with what its cells gave when it was last run."""
+    from mkdocs.structure.files import File
+
+    for path in sorted((ROOT / "docs" / "notebooks").glob("*.ipynb")):
+        text, pictures = notebook_page(json.loads(path.read_text(encoding="utf-8")), path.stem)
+        files.append(File.generated(config, f"notebooks/{path.stem}.md", content=text))
+        for name, content in pictures.items():
+            files.append(File.generated(config, f"notebooks/{name}", content=content))
+    return files
+
+
+def notebook_page(notebook: dict, name: str) -> tuple[str, dict[str, bytes]]:
+    """Return a notebook as Markdown, and the pictures that it shows, by file name."""
+    parts = []
+    pictures = {}
+    for cell in notebook["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            if "image/png" in data:
+                picture = f"{name}-{len(pictures) + 1}.png"
+                pictures[picture] = base64.b64decode(data["image/png"])
+                parts.append(f"![output of the cell above]({picture})")
+                continue
+            text = "".join(output.get("text", data.get("text/plain", "")))
+            if text.strip() and output.get("name") != "stderr":
+                parts.append(f"```text\n{text.rstrip()}\n```")
+    parts.append(f"The notebook itself is `docs/notebooks/{name}.ipynb`.")
+    return "\n\n".join(parts) + "\n", pictures
 
 
 def on_page_content(content: str, **_: object) -> str:
