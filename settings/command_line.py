@@ -57,6 +57,9 @@ _GIVEN = ("num_classes", "latent_shape", "stop_id", "watch", "begin_B", "last_ep
 _OPEN_GROUPS = ("callbacks", "logger")
 # Settings that are mappings of values, with keys of their own.
 _MAPPINGS = ("joint_modes", "modes", "files", "hub_splits", "sizes")
+# Flags of Hydra that take a value: the next word, which `--info` may lack.
+_WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd",
+               "--experimental-rerun", "--info", "-i")  # fmt: skip
 
 
 def translate(arguments: list[str]) -> list[str]:
@@ -65,11 +68,12 @@ def translate(arguments: list[str]) -> list[str]:
     Raises:
         ValueError: a spelling that has no meaning here, or two that contradict each other.
     """
+    arguments, flags = _overrides_and_flags(arguments)
     _check_groups(arguments)
     out = []
     # Lightning starts its other processes with the first one's hydra.run.dir, which is not the user's.
     started = any(argument.startswith("hydra.job.name=train_ddp_process_") for argument in arguments)
-    sweeps = any(argument.lower() in ("--multirun", "-m", "hydra.mode=multirun") for argument in arguments)
+    sweeps = any(argument.lower() in ("--multirun", "-m", "hydra.mode=multirun") for argument in (*arguments, *flags))
     for argument in _algo(arguments):
         key, equals, value = argument.partition("=")
         if SETTLED.get(key) == value.lower():
@@ -84,7 +88,29 @@ def translate(arguments: list[str]) -> list[str]:
         elif equals and not _is_plain(value) and not (CONFIGS / key.lstrip("+")).is_dir():
             value = _name(value, key.lstrip("+"), sweeps)
         out.append(f"{key}{equals}{value}")
-    return _semi_ar(out)
+    return [*_semi_ar(out), *flags]
+
+
+def flags_last(arguments: list[str]) -> list[str]:
+    """Return `arguments` with Hydra's flags (`-m`, `--cfg job`) behind the overrides, which Hydra reads as one run."""
+    overrides, flags = _overrides_and_flags(arguments)
+    return [*overrides, *flags]
+
+
+def _overrides_and_flags(arguments: list[str]) -> tuple[list[str], list[str]]:
+    overrides, flags, flag = [], [], ""
+    for word in arguments:
+        is_value = _takes_value(flag) and not (flag in ("--info", "-i") and "=" in word)
+        is_flag = word.startswith("-") and not is_value
+        (flags if is_flag or is_value else overrides).append(word)
+        flag = word if is_flag else ""
+    return overrides, flags
+
+
+def _takes_value(flag: str) -> bool:
+    """Whether the next word belongs to the flag, which may be shortened as argparse allows."""
+    shortened = flag.startswith("--") and flag != "--" and any(known.startswith(flag) for known in _WITH_VALUE)
+    return flag in _WITH_VALUE or shortened
 
 
 def _check_groups(arguments: list[str]) -> None:

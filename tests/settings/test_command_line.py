@@ -7,6 +7,7 @@ import os
 import re
 
 import pytest
+from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
@@ -60,6 +61,19 @@ def test_commas_sweep_where_the_command_sweeps(flag):
              "data.path='a,b.txt'": "data.path='a,b.txt'", "seed=1,2": "seed=1,2",
              "output_dir=choice(a,b)": "output_dir=choice(a,b)", 'data.path="a,1",ü': 'data.path="a,1","ü"'}  # fmt: skip
     assert translate([*typed, flag])[: len(typed)] == list(typed.values())
+
+
+@pytest.mark.parametrize("line", [
+    "algo=bd3lm block_size=8 --cfg job", "seed=1 -m optim.lr=1e-3,1e-2", "--multirun seed=1,2 T=0", "-c job seed=1 T=3",
+    "seed=1 --package data algo=ar --cfg=job T=2", "T=1 --info config seed=1", "T=1 --pack data a=1",
+    "--config-name x sampling.semi_ar=true -p data seed=1 --resolve", "seed=1 --config-dir a=b T=1", "seed=1 -h",
+])  # fmt: skip
+def test_flags_stand_anywhere(line):
+    words, parser = line.split(), get_args_parser()
+    meant = parser.parse_intermixed_args(words)
+    read = parser.parse_args(translate(words))
+    assert sorted(read.overrides) == sorted(translate(meant.overrides)) and len(read.overrides) > 0
+    assert {**vars(read), "overrides": None} == {**vars(meant), "overrides": None}
 
 
 def test_every_key_of_a_path_or_a_name_is_among_them():
