@@ -144,10 +144,59 @@ def test_what_can_not_be_read_says_how_to_quote_it():
     ("model=null", "choose one of: medium"), ("+data=1", "choose one of: ag_news"), ("sampling.predictor=3", "ddpm"),
     ("experiment=imdb_classifier,none", "is unknown"), ("~seed", "would remove a key"),
     ("callbacks=[checkpoint_monitor,gradient_share]", "did you mean gradient_shares"), ("~data.path", "would remove"),
+    ("sampling.predictor=first_hiting", "did you mean first_hitting"), ("data=cifar10", "choose one of: ag_news"),
+    ("model=tiny,smal", "smal is unknown; did you mean small"), ("algo=mdlm,bd4lm", "is unknown; what exists"),
 ])  # fmt: skip
 def test_what_chooses_no_file_of_a_group_is_refused(argument, said):
     with pytest.raises(ValueError, match=re.escape(argument) + f".*{said}"):
         translate([argument])
+
+
+@pytest.mark.parametrize("line", [
+    "model=choice(tiny,small) -m", "model=tiny,small -m", "model='tiny'", "data=reviews.yaml", "data=${other}",
+    "--config-dir mine model=mine", "hydra.searchpath=[mine] model=mine",
+])  # fmt: skip
+def test_choices_that_hydra_knows_are_left_to_it(line):
+    assert sorted(translate(line.split())) == sorted(line.split())
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [
+    ("algo=duo algo.curriculum.end=5 algo.curriculum.start=0", "training.curriculum_end=5 parameterization=duo"),
+    ("algo.curriculum.gumbel_tau_log10_start=-3.0", "training.gumbel_tau_log10_start=-3.0"),
+    ("algo.curriculum.gumbel_tau_log10_end=-3.0", "training.gumbel_tau_log10_end=-3.0"),
+    ("noise=log-linear prior=none sampling.use_float64=True", "noise=loglinear"),
+    ("sampling.p_nucleus=0.9 training.finetune_path=x.ckpt", "sampling.nucleus_p=0.9 training.from_pretrained=x.ckpt"),
+    ("sampling.predictor=ancestral sampling.noise_removal=greedy", "sampler=ddpm sampling.noise_removal=true"),
+    ("sampling.predictor=ancestral_cache sampling.noise_removal=none", "sampler=ddpm_cache sampling.noise_removal=false"),
+    ("sampling.predictor=ancestral,analytic -m", "sampler=ddpm,analytic -m"),
+    ("sampling.noise_removal=ancestral", "sampling.noise_removal=true"),
+    ("algo=duo_base sampling.predictor=ancestral sampling.noise_removal=ancestral",
+     "sampler=uniform sampling.noise_removal=false parameterization=udlm"),
+    ("algo=ar sampling.predictor=ancestral", "sampler=ar parameterization=ar"),
+    ("algo=mdlm,sedd -m", "parameterization=subs,sedd -m"),
+])  # fmt: skip
+def test_spellings_of_duo_are_ours(theirs, ours):
+    assert translate(theirs.split()) == ours.split() == translate(ours.split())
+
+
+@pytest.mark.parametrize(("line", "said"), [
+    ("sampling.use_float64=false", "sampling.use_float64=false: here it is always true"), ("prior=image", "always none"),
+    ("algo=sedd sampling.noise_removal=greedy", "noise_removal=greedy .*parameterization=sedd.*noise_removal=true"),
+    ("sampling.predictor=analytic sampling.noise_removal=greedy", "predictor=analytic draws it"),
+])  # fmt: skip
+def test_spellings_of_duo_without_a_meaning_are_refused(line, said):
+    with pytest.raises(ValueError, match=said):
+        translate(line.split())
+
+
+@pytest.mark.parametrize(("line", "said"), [
+    ("algo.curriculum.ends=3", "no key algo.curriculum.ends. Did you mean algo.curriculum.end?"),
+    ("algo.foo=3", "no key algo.foo.\n  what algo has: T, backbone"), ("prior.width=3", "no key prior.width."),
+])  # fmt: skip
+def test_an_unknown_key_is_named_whole(line, said):
+    with pytest.raises(HydraException) as caught:
+        compose_config(line.split())
+    assert said in explain(caught.value, line.split())
 
 
 def test_one_study_at_a_time():
