@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -30,6 +31,8 @@ _CIRCLE = "Recursive interpolation detected"
 _OF_HYDRA = ("_target_", "_partial_", "_convert_", "_args_", "_recursive_")
 # Sizes that a kind of network has not are no mistake: one command is tried with several kinds.
 _ANY_NETWORK = "model."
+# Read by logger=wandb alone. Published commands name it whatever they log to.
+_WANDB = "wandb"
 
 
 @dataclass(frozen=True)
@@ -121,19 +124,30 @@ class Readers:
         """Raise ValueError for a setting among the typed `words` that nothing reads, with what would read it."""
         read = {argument.key for argument in self.arguments} | {argument.at for argument in self.arguments}
         read |= {*ROOTS, *_of_every_mode()}
+        unused = []
         for word in words:
             key = key_of(word)
             value = OmegaConf.select(self._cfg, key, default=None)
-            usual = _at(_defaults(), key)
+            usual = self._resolved(key, _at(_defaults(), key))
             if key in _of_every_mode():
                 _refuse_wrong_unread(key, _plain(value))
             if key.startswith("hydra.") or _is_read(key, read) or (type(value), value) == (type(usual), usual):
                 continue
             _refuse_wrong_unread(key, _plain(value))
+            if key.partition(".")[0] == _WANDB:
+                unused.append(word)
+                continue
             said = _unread(key, word, self._cfg)
             if not key.startswith(_ANY_NETWORK):
                 raise ValueError(said)
             log.warning(said)
+        if unused:
+            print(f"{' '.join(unused)}: wandb is not used; logger=wandb uses it", file=sys.stderr)
+
+    def _resolved(self, key: str, value: object) -> object:
+        """Return the value that a default refers to, such as `block_size: ${model.length}`."""
+        reference = REFERENCE.fullmatch(value) if isinstance(value, str) else None
+        return OmegaConf.select(self._cfg, absolute(key, reference[1])) if reference else value
 
 
 def leaves(node: dict[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
