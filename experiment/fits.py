@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from omegaconf import DictConfig
 
@@ -13,6 +13,8 @@ from palimpsest.estimators.nelbo import Nelbo, comparison_noising
 from palimpsest.experiment.directions import check_direction
 from palimpsest.objectives.base import Objective
 from palimpsest.process import Process, Resampling
+from palimpsest.samplers.unmasking import not_by_confidence
+from palimpsest.settings.command_line import key_of
 from palimpsest.settings.instantiation import located
 from palimpsest.tasks.base import Mode
 
@@ -57,6 +59,22 @@ def check_parts(
             f"trainer.precision={cfg.trainer.precision} keeps weights in 16 bits, where most updates of a training are "
             f"rounded away; use trainer.precision={cfg.trainer.precision.replace('true', 'mixed')}"
         )
+
+
+def check_typed(cfg: DictConfig, words: Sequence[str]) -> None:
+    """Refuse a typed value that is the default of a setting, which nothing would follow.
+
+    Raises:
+        ValueError: sampling.order=margin with positions that go by confidence.
+    """
+    how = cfg.sampler.get("how") or (cfg.sampler.get("inner") or {}).get("how")
+    typed = any(key_of(word) == "sampling.order" for word in words)
+    if how is None or not typed or how.order == "confidence" or "order" in cfg.estimator:
+        return
+    by_confidence = {"threshold": how.threshold is not None, "remask": how.remask == "low_confidence"}
+    for key, chosen in by_confidence.items():
+        if chosen:
+            raise ValueError(not_by_confidence(key, how[key], how.order))
 
 
 def _check_comparing(cfg: DictConfig) -> None:

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from palimpsest.models.belonging import refuse_unsupported
 from palimpsest.models.checkpoints import Checkpoint, read_settings
 from palimpsest.models.reference_settings import NETWORKS, NOISES, OBJECTIVES
-from palimpsest.settings.command_line import compose_config
+from palimpsest.settings.command_line import compose_config, flags_last
 from palimpsest.settings.instantiation import located, made_class
 
 _CHOICES = {"parameterization": OBJECTIVES, "backbone": NETWORKS, "noise": NOISES}
@@ -55,7 +55,7 @@ def complete(arguments: list[str]) -> list[str]:
     _refuse_differences(checkpoint, known, typed, cfg)
     new = [f"{key}={_word(value)}" for key, value in known.items() if not _is_typed(key, typed)]
     print(f"from {checkpoint.path}: {' '.join(new)}", file=sys.stderr)
-    return [*arguments, *new]
+    return flags_last([*arguments, *new])
 
 
 def _checked(checkpoint: Checkpoint) -> dict[str, object]:

@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from palimpsest.common.files import is_remote
 from palimpsest.common.output import guard_output
 from palimpsest.experiment.experiment import Experiment
+from palimpsest.experiment.fits import check_typed
 from palimpsest.settings import command_line
 from palimpsest.settings.instantiation import instantiate
 from palimpsest.settings.reading import Readers
@@ -36,6 +37,7 @@ def checked(cfg: DictConfig, command: str, words: Sequence[str] = ()) -> Experim
     readers = Readers(cfg)
     readers.refuse_wrong()
     readers.refuse_unread(words)
+    check_typed(cfg, words)
     experiment = Experiment(cfg, command)
     experiment.build.check()
     return experiment

@@ -36,6 +36,11 @@ ORDERS = ("random", *ordered.ORDERS)
 REMASKS = ("none", "low_confidence", "remdm")
 
 
+def not_by_confidence(key: str, value: object, order: str) -> str:
+    """Return the message for an order that contradicts a setting of the confidence."""
+    return f"sampling.{key}={value} goes by confidence, and sampling.order={order} does not; leave one of them out"
+
+
 @dataclass(frozen=True)
 class Unmasking:
     """How many positions a step writes, which, and what it takes back.
@@ -64,10 +69,7 @@ class Unmasking:
         by_confidence = {"threshold": self.threshold is not None, "remask": self.remask == "low_confidence"}
         for key, chosen in by_confidence.items():
             if chosen and self.order in ("random", "left_to_right", "entropy"):
-                raise ValueError(
-                    f"sampling.{key}={getattr(self, key)} goes by confidence, and sampling.order={self.order} does "
-                    "not; leave one of them out"
-                )
+                raise ValueError(not_by_confidence(key, getattr(self, key), self.order))
         if self.threshold is not None and self.schedule != "linear":
             raise ValueError(
                 f"sampling.threshold={self.threshold} says how many tokens a step writes, and so does "

@@ -33,13 +33,17 @@ ALIASES = {"sampling.predictor": "sampler", "training.masking": "masking", "eval
            "algo.time_conditioning": "time_conditioning", "algo.ignore_bos": "training.ignore_bos",
            **{f"algo.{key}": f"training.{key}" for key in
               ("curriculum_end", "gumbel_tau_log10_start", "gumbel_tau_log10_end")},
+           "algo.curriculum.end": "training.curriculum_end",
+           **{f"algo.curriculum.{key}": f"training.{key}" for key in
+              ("gumbel_tau_log10_start", "gumbel_tau_log10_end")},
+           "sampling.p_nucleus": "sampling.nucleus_p", "training.finetune_path": "training.from_pretrained",
            "algo.clip_search_widths": "training.clip_search_widths",
            "algo.clip_search_delta": "training.clip_search_delta", "algo.fix_clipping": "training.fix_clipping",
            **{f"+data.insert_{split}_{what}": f"data.insert_{split}_{what}"
               for split in ("train", "valid") for what in ("special", "eos")}}  # fmt: skip
-# Settings of kuleshov-group/bd3lms that have one value here, under which they say nothing.
+# Settings of kuleshov-group/bd3lms and s-sahoo/duo that have one value here, under which they say nothing.
 SETTLED = {"algo.sampler": "semi_ar", "algo.cross_attn": "true", "algo.var_min": "true", "training.eval_nll": "true",
-           "algo.T": "0"}  # fmt: skip
+           "algo.T": "0", "algo.curriculum.start": "0", "sampling.use_float64": "true", "prior": "none"}  # fmt: skip
 # Groups that kuleshov-group/bd3lms spells otherwise: its key -> (our group, its choices in our words).
 _BACKBONES = tuple(path.stem for path in sorted((CONFIGS / "backbone").glob("*.yaml")))
 _OBJECTIVES = {path.stem: path.stem for path in sorted((CONFIGS / "parameterization").glob("*.yaml"))}
@@ -57,6 +61,9 @@ _GIVEN = ("num_classes", "latent_shape", "stop_id", "watch", "begin_B", "last_ep
 _OPEN_GROUPS = ("callbacks", "logger")
 # Settings that are mappings of values, with keys of their own.
 _MAPPINGS = ("joint_modes", "modes", "files", "hub_splits", "sizes")
+# Flags of Hydra that take a value: the next word, which `--info` may lack.
+_WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd",
+               "--experimental-rerun", "--info", "-i")  # fmt: skip
 
 
 def translate(arguments: list[str]) -> list[str]:
@@ -65,12 +72,14 @@ def translate(arguments: list[str]) -> list[str]:
     Raises:
         ValueError: a spelling that has no meaning here, or two that contradict each other.
     """
-    _check_groups(arguments)
+    arguments, flags = _overrides_and_flags(arguments)
+    arguments = _of_duo(_algo(arguments))
+    _check_groups(arguments, {"--config-dir", "-cd"} & set(flags) != set())
     out = []
     # Lightning starts its other processes with the first one's hydra.run.dir, which is not the user's.
     started = any(argument.startswith("hydra.job.name=train_ddp_process_") for argument in arguments)
-    sweeps = any(argument.lower() in ("--multirun", "-m", "hydra.mode=multirun") for argument in arguments)
-    for argument in _algo(arguments):
+    sweeps = any(argument.lower() in ("--multirun", "-m", "hydra.mode=multirun") for argument in (*arguments, *flags))
+    for argument in arguments:
         key, equals, value = argument.partition("=")
         if SETTLED.get(key) == value.lower():
             continue
@@ -84,16 +93,41 @@ def translate(arguments: list[str]) -> list[str]:
         elif equals and not _is_plain(value) and not (CONFIGS / key.lstrip("+")).is_dir():
             value = _name(value, key.lstrip("+"), sweeps)
         out.append(f"{key}{equals}{value}")
-    return _semi_ar(out)
+    return [*_semi_ar(out), *flags]
 
 
-def _check_groups(arguments: list[str]) -> None:
+def flags_last(arguments: list[str]) -> list[str]:
+    """Return `arguments` with Hydra's flags (`-m`, `--cfg job`) behind the overrides, which Hydra reads as one run."""
+    overrides, flags = _overrides_and_flags(arguments)
+    return [*overrides, *flags]
+
+
+def _overrides_and_flags(arguments: list[str]) -> tuple[list[str], list[str]]:
+    overrides, flags, flag = [], [], ""
+    for word in arguments:
+        is_value = _takes_value(flag) and not (flag in ("--info", "-i") and "=" in word)
+        is_flag = word.startswith("-") and not is_value
+        (flags if is_flag or is_value else overrides).append(word)
+        flag = word if is_flag else ""
+    return overrides, flags
+
+
+def _takes_value(flag: str) -> bool:
+    """Whether the next word belongs to the flag, which may be shortened as argparse allows."""
+    shortened = flag.startswith("--") and flag != "--" and any(known.startswith(flag) for known in _WITH_VALUE)
+    return flag in _WITH_VALUE or shortened
+
+
+def _check_groups(arguments: list[str], more_folders: bool) -> None:
     """Refuse what chooses no file of a group, which Hydra would ignore or answer in its own words.
+
+    more_folders: a flag of Hydra adds a folder of configurations, which may hold other choices.
 
     Raises:
         ValueError: names the group and its choices.
     """
     experiments = [argument.partition("=")[2] for argument in arguments if argument.startswith("experiment=")]
+    more_folders = more_folders or any(argument.lstrip("+").startswith("hydra.searchpath=") for argument in arguments)
     for argument in arguments:
         key, equals, value = argument.lstrip("+").partition("=")
         if argument.startswith("~") and not (CONFIGS / argument[1:].partition("=")[0].partition("@")[0]).is_dir():
@@ -102,19 +136,24 @@ def _check_groups(arguments: list[str]) -> None:
         if not equals or "/" in key or not folder.is_dir():
             continue
         known = [path.stem for path in sorted(folder.glob("*.yaml"))]
-        is_study = key == "experiment"  # of which Hydra says nothing where there is none
-        several = is_study or value.startswith("[")
-        asked = re.findall(r"[^\s,\[\]]+", value) if several else []
-        unknown = [name for name in asked if name not in (*known, "null")]
-        is_no_name = re.fullmatch(r"null|~|true|false|[-+]?[\d.]+|", value) and not (is_study and value == "null")
+        unknown = [] if more_folders else _unknown_choices(value, known)
+        is_no_name = re.fullmatch(r"null|~|true|false|[-+]?[\d.]+|", value) and (key, value) != ("experiment", "null")
         if unknown or is_no_name:
             guess = difflib.get_close_matches(unknown[0] if unknown else value, known, n=1)
+            wrong = f"{argument}: {unknown[0]}" if unknown and unknown[0] != value else argument
             raise ValueError(
-                f"{argument} is unknown;{f' did you mean {guess[0]}?' if guess else ''} choose one of: "
-                f"{', '.join(known)}"
+                f"{wrong} is unknown;{f' did you mean {guess[0]}?' if guess else ''} choose one of: {', '.join(known)}"
             )
     if len(set(experiments)) > 1:
         raise ValueError(f"experiment= takes one study, not {len(experiments)}: {', '.join(experiments)}")
+
+
+def _unknown_choices(value: str, known: list[str]) -> list[str]:
+    """Return the names in the value of a group, a list or the values of a sweep, that are not among the `known`."""
+    if re.search(r"\$\{|\(", value):  # an interpolation, or a function of Hydra's sweeps
+        return []
+    names = re.findall(r"[^\s,\[\]'\"]+", value)
+    return [name for name in names if name.removesuffix(".yaml") not in (*known, "null")]
 
 
 def _is_plain(value: str) -> bool:
@@ -181,19 +220,60 @@ def _algo(arguments: list[str]) -> list[str]:
         typed = [argument for argument in arguments if argument.startswith(f"{theirs}=")]
         if not typed:
             continue
+        values = {argument: argument.partition("=")[2].split(",") for argument in typed}  # several in a sweep
         for argument in typed:
-            if argument.partition("=")[2] not in choices:
+            if not set(values[argument]) <= set(choices):
                 known = ", ".join(f"{theirs}={name}" for name in choices)
                 raise ValueError(f"{argument} is unknown; what exists: {known} (the same as {ours}=)")
         own = [argument for argument in arguments if argument.startswith(f"{ours}=")]
-        meant = {f"{ours}={choices[argument.partition('=')[2]]}" for argument in typed}
+        ours_of = {argument: f"{ours}={','.join(choices[name] for name in values[argument])}" for argument in typed}
+        meant = set(ours_of.values())
         if len(meant | set(own)) > 1:
             raise ValueError(
                 f"{' '.join([*typed, *own])} contradict each other: {theirs}= is another spelling of {ours}= "
-                f"({typed[0]} means {ours}={choices[typed[0].partition('=')[2]]}); keep one of them"
+                f"({typed[0]} means {ours_of[typed[0]]}); keep one of them"
             )
         arguments = [*(argument for argument in arguments if argument not in (*typed, *own)), *meant]
     return arguments
+
+
+def _of_duo(arguments: list[str]) -> list[str]:
+    """The values that s-sahoo/duo spells otherwise in our words.
+
+    Raises:
+        ValueError: sampling.noise_removal=greedy with a sampler that draws the last tokens.
+    """
+    laws = _values_of("parameterization", arguments)
+    resampled = bool(laws) and laws <= {"udlm", "duo", "gidd"}
+    own = next((name for name, fits in (("uniform", resampled), ("ar", laws == {"ar"})) if fits), None)
+    predictors = {"ancestral": own or "ddpm", "ancestral_cache": own or "ddpm_cache"}
+    words = {
+        "noise": {"log-linear": "loglinear"},
+        "sampler": predictors,
+        "sampling.predictor": predictors,
+        "sampling.noise_removal": {"greedy": "true", "none": "false", "ancestral": str(not resampled).lower()},
+    }
+    samplers = _values_of("sampling.predictor", arguments) | _values_of("sampler", arguments)
+    draws_last = laws & {"sedd", "d3pm"} or "analytic" in samplers
+    if draws_last and "greedy" in _values_of("sampling.noise_removal", arguments):
+        raise ValueError(
+            "sampling.noise_removal=greedy writes the most likely token wherever a mask is left, and the sampler of "
+            f"{'parameterization=' + min(laws) if laws else 'sampling.predictor=analytic'} draws it; use "
+            "sampling.noise_removal=true"
+        )
+    out = []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if key in words:
+            value = ",".join(words[key].get(name, name) for name in value.split(","))
+        out.append(f"{key}{equals}{value}")
+    return out
+
+
+def _values_of(key: str, arguments: list[str]) -> set[str]:
+    """Return what is typed for a key; several values in a sweep."""
+    typed = [argument.partition("=")[2] for argument in arguments if argument.startswith(f"{key}=")]
+    return {value for values in typed for value in values.split(",")}
 
 
 def _semi_ar(arguments: list[str]) -> list[str]:
@@ -331,7 +411,10 @@ def explain(error: BaseException, words: Sequence[str] | None = None) -> str:
     while chain is not None:
         unknown = getattr(chain, "full_key", None)
         if unknown and "not in struct" in str(chain):
-            return _unknown_key(unknown, compose_config(_choices_typed(sys.argv[1:] if words is None else words)))
+            typed = sys.argv[1:] if words is None else words
+            keys = (key_of(word) for word in typed)  # of which Hydra says the beginning only
+            return _unknown_key(next((key for key in keys if key.startswith(f"{unknown.rstrip('.')}.")), unknown),
+                                compose_config(_choices_typed(typed)))  # fmt: skip
         if isinstance(chain, OverrideParseException):
             key, _, value = chain.override.partition("=")
             return (f"{chain.override} can not be read ({str(chain).splitlines()[0]}); if {value} is a text, put it in "
@@ -360,6 +443,10 @@ def _unknown_key(key: str, cfg: DictConfig) -> str:
         parent, _, name = parent.rpartition(".")
     node = OmegaConf.select(cfg, parent) if parent else cfg
     existing = sorted(str(k) for k in node if not str(k).startswith("_"))
+    above = key.partition(".")[0]
+    spelled = sorted(alias.removeprefix("algo.") for alias in (*ALIASES, *SPELLINGS) if alias.startswith("algo."))
+    if above == "algo":
+        parent, name, existing = above, key.removeprefix("algo."), spelled
     close = difflib.get_close_matches(name, existing, n=1)
     prefix = f"{parent}." if parent else ""
     guess = f" Did you mean {prefix}{close[0]}?" if close else ""

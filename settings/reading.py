@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -30,6 +31,10 @@ _CIRCLE = "Recursive interpolation detected"
 _OF_HYDRA = ("_target_", "_partial_", "_convert_", "_args_", "_recursive_")
 # Sizes that a kind of network has not are no mistake: one command is tried with several kinds.
 _ANY_NETWORK = "model."
+# Arguments of mode=sample_eval that only sampling.direction= brings into use.
+_DIRECTED = "mode.directed."
+# Read by logger=wandb alone. Published commands name it whatever they log to.
+_WANDB = "wandb"
 
 
 @dataclass(frozen=True)
@@ -119,21 +124,38 @@ class Readers:
 
     def refuse_unread(self, words: Sequence[str]) -> None:
         """Raise ValueError for a setting among the typed `words` that nothing reads, with what would read it."""
-        read = {argument.key for argument in self.arguments} | {argument.at for argument in self.arguments}
-        read |= {*ROOTS, *_of_every_mode()}
+        read = {*ROOTS, *self._read()}
+        unused = []
         for word in words:
             key = key_of(word)
             value = OmegaConf.select(self._cfg, key, default=None)
-            usual = _at(_defaults(), key)
+            usual = self._resolved(key, _at(_defaults(), key))
             if key in _of_every_mode():
                 _refuse_wrong_unread(key, _plain(value))
             if key.startswith("hydra.") or _is_read(key, read) or (type(value), value) == (type(usual), usual):
                 continue
             _refuse_wrong_unread(key, _plain(value))
+            if key.partition(".")[0] == _WANDB:
+                unused.append(word)
+                continue
             said = _unread(key, word, self._cfg)
             if not key.startswith(_ANY_NETWORK):
                 raise ValueError(said)
             log.warning(said)
+        if unused:
+            print(f"{' '.join(unused)}: wandb is not used; logger=wandb uses it", file=sys.stderr)
+
+    def _read(self) -> set[str]:
+        """Return the keys that something reads, or would in another mode: one command is given with several."""
+        directed = OmegaConf.select(self._cfg, "sampling.direction") is not None
+        read = [argument for argument in self.arguments if directed or not argument.at.startswith(_DIRECTED)]
+        of_modes = _of_every_mode() - (frozenset() if directed else _of_samplers())
+        return {argument.key for argument in read} | {argument.at for argument in read} | of_modes
+
+    def _resolved(self, key: str, value: object) -> object:
+        """Return the value that a default refers to, such as `block_size: ${model.length}`."""
+        reference = REFERENCE.fullmatch(value) if isinstance(value, str) else None
+        return OmegaConf.select(self._cfg, absolute(key, reference[1])) if reference else value
 
 
 def leaves(node: dict[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
@@ -187,10 +209,19 @@ def _defaults() -> dict[str, object]:
     return OmegaConf.to_container(OmegaConf.load(CONFIGS / "config.yaml"))
 
 
-@cache
 def _of_every_mode() -> frozenset[str]:
-    """Return the keys that a mode reads: one command is given with several modes."""
-    files = (CONFIGS / "mode").glob("*.yaml")
+    """Return the keys that a mode reads."""
+    return _referred_in("mode")
+
+
+def _of_samplers() -> frozenset[str]:
+    """Return the keys that a sampler reads."""
+    return _referred_in("sampler")
+
+
+@cache
+def _referred_in(group: str) -> frozenset[str]:
+    files = (CONFIGS / group).glob("*.yaml")
     return frozenset(key for path in files for key in REFERENCE.findall(path.read_text(encoding="utf-8")))
 
 
@@ -207,7 +238,20 @@ def _unread(key: str, word: str, cfg: DictConfig) -> str:
     naming = re.compile(rf"\$\{{{re.escape(key)}\}}")
     files = [path for path in sorted(CONFIGS.glob("*/*.yaml")) if naming.search(path.read_text(encoding="utf-8"))]
     groups = dict.fromkeys(path.parent.name for path in files)
+    if "sampler" in groups:
+        groups.pop("mode", None)  # which reads it with sampling.direction= only
     choices = {group: "|".join(path.stem for path in files if path.parent.name == group) for group in groups}
     said = ", ".join(f"{group}={names}" for group, names in choices.items())
     remedy = f"it is read by {said}; choose one of these, or leave it out" if said else "leave it out"
-    return f"{word} means nothing to parameterization={made_class(cfg.parameterization).name}: {remedy}"
+    sampler = f" with sampling.predictor={_sampler(cfg.sampler)}" if "sampler" in groups else ""
+    return f"{word} means nothing to parameterization={made_class(cfg.parameterization).name}{sampler}: {remedy}"
+
+
+def _sampler(node: DictConfig) -> str:
+    """Return the choice of sampler, as it is typed; its path if it is none of configs/."""
+
+    def kind(node: DictConfig) -> tuple[object, ...]:
+        return node._target_, node.get("skip_idle"), OmegaConf.select(node, "inner._target_")
+
+    files = sorted((CONFIGS / "sampler").glob("*.yaml"))
+    return next((path.stem for path in files if kind(OmegaConf.load(path)) == kind(node)), node._target_)

@@ -7,6 +7,7 @@ import os
 import re
 
 import pytest
+from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
@@ -60,6 +61,19 @@ def test_commas_sweep_where_the_command_sweeps(flag):
              "data.path='a,b.txt'": "data.path='a,b.txt'", "seed=1,2": "seed=1,2",
              "output_dir=choice(a,b)": "output_dir=choice(a,b)", 'data.path="a,1",ü': 'data.path="a,1","ü"'}  # fmt: skip
     assert translate([*typed, flag])[: len(typed)] == list(typed.values())
+
+
+@pytest.mark.parametrize("line", [
+    "algo=bd3lm block_size=8 --cfg job", "seed=1 -m optim.lr=1e-3,1e-2", "--multirun seed=1,2 T=0", "-c job seed=1 T=3",
+    "seed=1 --package data algo=ar --cfg=job T=2", "T=1 --info config seed=1", "T=1 --pack data a=1",
+    "--config-name x sampling.semi_ar=true -p data seed=1 --resolve", "seed=1 --config-dir a=b T=1", "seed=1 -h",
+])  # fmt: skip
+def test_flags_stand_anywhere(line):
+    words, parser = line.split(), get_args_parser()
+    meant = parser.parse_intermixed_args(words)
+    read = parser.parse_args(translate(words))
+    assert sorted(read.overrides) == sorted(translate(meant.overrides)) and len(read.overrides) > 0
+    assert {**vars(read), "overrides": None} == {**vars(meant), "overrides": None}
 
 
 def test_every_key_of_a_path_or_a_name_is_among_them():
@@ -130,10 +144,59 @@ def test_what_can_not_be_read_says_how_to_quote_it():
     ("model=null", "choose one of: medium"), ("+data=1", "choose one of: ag_news"), ("sampling.predictor=3", "ddpm"),
     ("experiment=imdb_classifier,none", "is unknown"), ("~seed", "would remove a key"),
     ("callbacks=[checkpoint_monitor,gradient_share]", "did you mean gradient_shares"), ("~data.path", "would remove"),
+    ("sampling.predictor=first_hiting", "did you mean first_hitting"), ("data=cifar10", "choose one of: ag_news"),
+    ("model=tiny,smal", "smal is unknown; did you mean small"), ("algo=mdlm,bd4lm", "is unknown; what exists"),
 ])  # fmt: skip
 def test_what_chooses_no_file_of_a_group_is_refused(argument, said):
     with pytest.raises(ValueError, match=re.escape(argument) + f".*{said}"):
         translate([argument])
+
+
+@pytest.mark.parametrize("line", [
+    "model=choice(tiny,small) -m", "model=tiny,small -m", "model='tiny'", "data=reviews.yaml", "data=${other}",
+    "--config-dir mine model=mine", "hydra.searchpath=[mine] model=mine",
+])  # fmt: skip
+def test_choices_that_hydra_knows_are_left_to_it(line):
+    assert sorted(translate(line.split())) == sorted(line.split())
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [
+    ("algo=duo algo.curriculum.end=5 algo.curriculum.start=0", "training.curriculum_end=5 parameterization=duo"),
+    ("algo.curriculum.gumbel_tau_log10_start=-3.0", "training.gumbel_tau_log10_start=-3.0"),
+    ("algo.curriculum.gumbel_tau_log10_end=-3.0", "training.gumbel_tau_log10_end=-3.0"),
+    ("noise=log-linear prior=none sampling.use_float64=True", "noise=loglinear"),
+    ("sampling.p_nucleus=0.9 training.finetune_path=x.ckpt", "sampling.nucleus_p=0.9 training.from_pretrained=x.ckpt"),
+    ("sampling.predictor=ancestral sampling.noise_removal=greedy", "sampler=ddpm sampling.noise_removal=true"),
+    ("sampling.predictor=ancestral_cache sampling.noise_removal=none", "sampler=ddpm_cache sampling.noise_removal=false"),
+    ("sampling.predictor=ancestral,analytic -m", "sampler=ddpm,analytic -m"),
+    ("sampling.noise_removal=ancestral", "sampling.noise_removal=true"),
+    ("algo=duo_base sampling.predictor=ancestral sampling.noise_removal=ancestral",
+     "sampler=uniform sampling.noise_removal=false parameterization=udlm"),
+    ("algo=ar sampling.predictor=ancestral", "sampler=ar parameterization=ar"),
+    ("algo=mdlm,sedd -m", "parameterization=subs,sedd -m"),
+])  # fmt: skip
+def test_spellings_of_duo_are_ours(theirs, ours):
+    assert translate(theirs.split()) == ours.split() == translate(ours.split())
+
+
+@pytest.mark.parametrize(("line", "said"), [
+    ("sampling.use_float64=false", "sampling.use_float64=false: here it is always true"), ("prior=image", "always none"),
+    ("algo=sedd sampling.noise_removal=greedy", "noise_removal=greedy .*parameterization=sedd.*noise_removal=true"),
+    ("sampling.predictor=analytic sampling.noise_removal=greedy", "predictor=analytic draws it"),
+])  # fmt: skip
+def test_spellings_of_duo_without_a_meaning_are_refused(line, said):
+    with pytest.raises(ValueError, match=said):
+        translate(line.split())
+
+
+@pytest.mark.parametrize(("line", "said"), [
+    ("algo.curriculum.ends=3", "no key algo.curriculum.ends. Did you mean algo.curriculum.end?"),
+    ("algo.foo=3", "no key algo.foo.\n  what algo has: T, backbone"), ("prior.width=3", "no key prior.width."),
+])  # fmt: skip
+def test_an_unknown_key_is_named_whole(line, said):
+    with pytest.raises(HydraException) as caught:
+        compose_config(line.split())
+    assert said in explain(caught.value, line.split())
 
 
 def test_one_study_at_a_time():

@@ -1,3 +1,4 @@
+# ruff: noqa: E501 - command lines are kept whole
 """Each value of each configuration is accepted and means something, or is refused in one message; nothing else."""
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from palimpsest.common.values import real, shown, whole
 from palimpsest.experiment import running
-from palimpsest.settings.command_line import compose_config, explain
+from palimpsest.settings.command_line import compose_config, explain, translate
+from palimpsest.settings.identity import identity
 from tests.helpers.commands import ROOT
 
 CONFIGS = ROOT / "configs"
@@ -290,6 +292,46 @@ def test_values_out_of_range_are_refused(chosen, key, wrong, said):
         typed = [*chosen.split(), f"{key}={value}"]
         found = refusal(compose_config(typed), *typed) or "it is accepted"
         assert found.startswith(f"{key.lstrip('+')}={value} must be {said}"), found
+
+
+@pytest.mark.parametrize("line", [
+    "wandb=null", "wandb.name=mdlm wandb.tags=[a,b] +wandb.offline=true", "block_size=128 model.length=128",
+    "block_size=1024 data=openwebtext-split model.length=1024 wandb=null",
+])  # fmt: skip
+def test_published_settings_without_an_effect_are_accepted(line, capsys):
+    words = translate(line.split())
+    cfg = compose_config(line.split())
+    assert refusal(cfg, *words) is None
+    of_wandb = " ".join(word for word in words if word.startswith("wandb"))
+    said = f"{of_wandb}: wandb is not used; logger=wandb uses it\n" if of_wandb else ""
+    assert capsys.readouterr().err == said
+    others = [word for word in words if not word.startswith(("wandb", "block_size"))]
+    assert identity(cfg) == identity(compose_config(others))
+
+
+@pytest.mark.parametrize(("line", "said"), [
+    ("wandb.offline=7", "wandb.offline=7 must be true or false"), ("wandb=null logger=wandb", "wandb"),
+    ("block_size=64 model.length=128", "block_size=64 means nothing to parameterization=subs"),
+    ("algo=bd3lm sampling.noise_removal=false", "noise_removal=false means nothing to parameterization=bd3lm with sampling.predictor=block: it is read by sampler=analytic|ddpm"),
+    ("algo=ar sampling.steps=4", "sampling.steps=4 means nothing to parameterization=ar with sampling.predictor=ar"),
+    ("mode=sample_eval sampling.predictor=first_hitting sampling.steps=4", "with sampling.predictor=first_hitting: it is"),
+    ("sampling.predictor=first_hitting sampling.gamma=1", "with sampling.predictor=first_hitting: it is read by sampler="),
+    ("sampling.predictor=unmask sampling.order=margin sampling.threshold=0.9", "threshold=0.9 goes by confidence, and sampling.order=margin"),
+    ("sampling.predictor=unmask sampling.order=margin sampling.remask=low_confidence", "remask=low_confidence goes by confidence"),
+    ("algo=bd3lm sampling.predictor=block_unmask sampling.order=margin sampling.threshold=0.9", "leave one of them out"),
+])  # fmt: skip
+def test_settings_that_would_mean_something_else_are_refused(line, said):
+    assert said in refusal(compose_config(line.split()), *translate(line.split()))
+
+
+@pytest.mark.parametrize("line", [
+    "mode=classify sampling.steps=4", "algo=bd3lm sampling.steps=4", "sampling.predictor=unmask sampling.order=margin",
+    "mode=sample_eval algo=mmldlm latents=lsa sampling.direction=joint sampling.steps=4 sampling.noise_removal=false",
+    "sampling.predictor=unmask sampling.threshold=0.9", "sampling.predictor=unmask sampling.order=confidence sampling.threshold=0.9",
+    "sampling.predictor=unmask eval.estimator=duel sampling.order=margin sampling.threshold=0.9",
+])  # fmt: skip
+def test_settings_of_a_sampler_that_reads_them_are_accepted(line):
+    assert refusal(compose_config(line.split()), *translate(line.split())) is None
 
 
 def test_types_take_their_numbers_and_nothing_else():
