@@ -15,7 +15,7 @@ from palimpsest.corpora.review_attributes import ATTRIBUTES, UNREAD, read_attrib
 from palimpsest.corpora.reviews import GeneratedReviews, ReviewGrammar, generate_split
 from palimpsest.latents.attributes import Attributes
 from palimpsest.latents.hf import Pretrained, pool
-from palimpsest.models.hidden_states import HiddenStates
+from palimpsest.latents.hidden_states import HiddenStates
 from tests.helpers.commands import TINY, run
 from tests.helpers.latent_data import WORDS, data_with
 
@@ -126,10 +126,10 @@ def test_what_a_folder_does_not_say_or_asks_too_much_is_refused(bert, tmp_path, 
     dense = sentence_folder(tmp_path / "dense", bert, {"pooling_mode": "mean"}, True)
     modules = (dense / "modules.json").read_text().replace("Normalize", "Dense")
     (dense / "modules.json").write_text(modules)
-    with pytest.raises(ValueError, match="is made of Transformer, Pooling, Dense"):
+    with pytest.raises(ValueError, match="consists of Transformer, Pooling, Dense"):
         assert Pretrained(str(dense)).settings
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="holds no encoder that can be read"):
+    with pytest.raises(ValueError, match="has no readable encoder"):
         assert Pretrained(str(tmp_path / "empty"), pooling="mean").settings
     with pytest.raises(FileNotFoundError, match=r"no-such-encoder was not found: .*or install a package"):
         assert Pretrained("no-such-encoder").folder

@@ -83,7 +83,7 @@ def test_latents_of_nothing_and_of_the_wrong_texts_are_refused(tmp_path):
     refused(r"validation_data.jsonl, line 8: its vector is all zeros", "zero", zero)
     zero["validation"][7] = np.nan
     refused(r"line 8: its vector is not finite", "nan", zero)
-    refused("100.0% of the texts of the validation split stand in train too", "same", None,
+    refused("100.0% of the texts of the validation split are in train too", "same", None,
             {"train": TEXTS["train"], "validation": TEXTS["train"][:20]})  # fmt: skip
     refused("1 documents have parts in train and in the validation split", "straddling", None, None,
             documents={"train": [f"d{i // 2}" for i in range(50)], "validation": ["v", "d24", "d24"]})  # fmt: skip
@@ -161,7 +161,7 @@ def test_two_processes_and_a_kill_make_the_same_bytes_as_one(tmp_path):
     again.finish({"length": 24})
     assert contents(tmp_path / "killed") == contents(tmp_path / "one")
     assert (tmp_path / "killed" / "latent_shards" / "shard_0000.npy").stat().st_mtime_ns == kept, "made once"
-    with pytest.raises(ValueError, match="holds latents of other texts, or by other settings"):
+    with pytest.raises(ValueError, match="has latents of other texts, or by other settings"):
         work(tmp_path / "one", tmp_path, LSA(dim=5))[0].begin()
 
 
@@ -241,7 +241,7 @@ def test_shards_are_read_by_their_numbers_and_damage_is_named(tmp_path):
     (shards / "shard_3.npy").rename(shards / "shard_33.npy")
     with pytest.raises(ValueError, match="without a gap; shard_4.npy is not"):
         _ = Shards(folder).paths
-    for content, said in (("{", "metadata.json is damaged"), ("[1]", "metadata.json holds no object")):
+    for content, said in (("{", "metadata.json is damaged"), ("[1]", "metadata.json is not an object")):
         (folder / "metadata.json").write_text(content)
         with pytest.raises(ValueError, match=said):
             _ = Shards(folder).paths

@@ -11,14 +11,14 @@ import torch
 
 from palimpsest.data.tokenizers import encode
 from palimpsest.latents.attributes import Attributes
-from palimpsest.latents.gate import drop_words, probe, retrieval
 from palimpsest.latents.hf import Pretrained
+from palimpsest.latents.hidden_states import HiddenStates
 from palimpsest.latents.lsa import LSA
+from palimpsest.latents.quality import drop_words, probe, retrieval
 from palimpsest.latents.shards import Shards
 from palimpsest.latents.space import Mapped, Sharded, fit_space
-from palimpsest.models.belonging import check_belongs
 from palimpsest.models.checkpoints import Checkpoint
-from palimpsest.models.hidden_states import HiddenStates
+from palimpsest.models.compatibility import check_compatible
 from palimpsest.settings.command_line import compose_config
 from palimpsest.settings.identity import identity
 from tests.helpers.commands import refused
@@ -167,14 +167,14 @@ def test_a_checkpoint_knows_its_latents(tmp_path):
     data, other = data_with(Unit(), tmp_path), data_with(Unit(16), tmp_path)
     checkpoint = Checkpoint(tmp_path / "x.ckpt", {}, identity={"latents": data.latents.facts})
     assert data.latents.facts["shape"] == [1, 32] and data.latents.facts["encoder"] == "unit"
-    check_belongs(checkpoint, {}, (), data)
-    check_belongs(Checkpoint(tmp_path / "texts_alone.ckpt", {}), {}, (), data)
+    check_compatible(checkpoint, {}, (), data)
+    check_compatible(Checkpoint(tmp_path / "texts_alone.ckpt", {}), {}, (), data)
     for wrong in (other, data_with(None, tmp_path)):
         with pytest.raises(ValueError, match="other latents"):
-            check_belongs(checkpoint, {}, (), wrong)
+            check_compatible(checkpoint, {}, (), wrong)
     moved = {**data.latents.facts, "mean": (data.latents.mean + data.latents.std).tolist()}
-    with pytest.raises(ValueError, match="come out otherwise"):
-        check_belongs(Checkpoint(tmp_path / "x.ckpt", {}, identity={"latents": moved}), {}, (), data)
+    with pytest.raises(ValueError, match="have other values here"):
+        check_compatible(Checkpoint(tmp_path / "x.ckpt", {}, identity={"latents": moved}), {}, (), data)
 
 
 def test_identity_and_commands():
