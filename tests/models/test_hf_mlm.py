@@ -147,7 +147,7 @@ def test_a_body_gets_a_new_head_only_where_that_is_said(tmp_path):
     ({"config": "roberta"}, "backbone.config=roberta is an architecture without weights, which backbone.name_or_path="),
     ({"name_or_path": None, "config": "roberta"}, "backbone.from_scratch=false contradicts"),
     ({"name_or_path": None, "config": "robberta", "from_scratch": True}, "backbone.config=robberta is no architecture"),
-    ({"name_or_path": None, "config": "gpt2", "from_scratch": True}, "can not build a gpt2"),
+    ({"name_or_path": None, "config": "gpt2", "from_scratch": True}, "cannot build a gpt2"),
     ({"name_or_path": None, "config": "fnet", "from_scratch": True}, "fnet model: it has no attention"),
     ({"name_or_path": None, "config": "bart", "from_scratch": True}, "bart model: it reads with one part"),
     ({"from_scratch": True, "n_heads": 3}, "model.hidden_size=16 is no multiple of model.n_heads=3"),
@@ -160,11 +160,11 @@ def test_what_can_not_be_meant_is_refused(tmp_path, typed, said):
 
 
 def test_networks_that_do_not_fit_are_refused(monkeypatch):
-    with pytest.raises(ValueError, match="can not use a bert model: it does not see what stands on the right"):
+    with pytest.raises(ValueError, match="cannot use a bert model: it does not see what stands on the right"):
         HFMaskedLM(BertConfig(**SMALL, is_decoder=True), V)
     honest = BertOnlyMLMHead.forward
     monkeypatch.setattr(BertOnlyMLMHead, "forward", lambda self, hidden: 0.5 * honest(self, hidden))
-    with pytest.raises(ValueError, match="can not use a bert model: its logits are not its linear head's"):
+    with pytest.raises(ValueError, match="cannot use a bert model: its logits are not its linear head's"):
         HFMaskedLM(BertConfig(**SMALL), V)
 
 
