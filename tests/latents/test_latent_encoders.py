@@ -49,7 +49,7 @@ def bert(tmp_path_factory) -> Path:
     return folder
 
 
-def sentence_folder(folder: Path, bert: Path, pooling: dict[str, object], normalize: bool, **said: object) -> Path:
+def sentence_folder(folder: Path, bert: Path, pooling: dict[str, object], normalize: bool, **message: object) -> Path:
     """The same network in the layout of sentence-transformers."""
     folder.mkdir()
     for file in bert.iterdir():
@@ -58,7 +58,7 @@ def sentence_folder(folder: Path, bert: Path, pooling: dict[str, object], normal
     modules = [{"idx": i, "path": path, "type": f"sentence_transformers.models.{kind}"}
                for i, (path, kind) in enumerate(kinds.items())]  # fmt: skip
     (folder / "1_Pooling").mkdir()
-    for name, content in {"modules.json": modules, "1_Pooling/config.json": pooling, **said}.items():
+    for name, content in {"modules.json": modules, "1_Pooling/config.json": pooling, **message}.items():
         (folder / name).write_text(json.dumps(content))
     return folder
 
@@ -89,8 +89,8 @@ def test_a_folder_of_sentence_transformers_says_how_it_is_used(bert, tmp_path):
              "config_sentence_transformers.json": prompts}  # fmt: skip
     folder = sentence_folder(tmp_path / "a", bert, flags, True, **files)
     encoder = Pretrained(str(folder))
-    said = {"pooling": "cls", "normalize": True, "window": 9, "prompt": "sea ", "long_texts": "error"}
-    assert encoder.settings == said and encoder.metadata["pooling"] == "cls"
+    message = {"pooling": "cls", "normalize": True, "window": 9, "prompt": "sea ", "long_texts": "error"}
+    assert encoder.settings == message and encoder.metadata["pooling"] == "cls"
     vector = encoder.encode(Spelt(["The FILM"]))
     plain = Pretrained(str(bert), pooling="cls").encode(Spelt(["sea the film"]))
     np.testing.assert_allclose(vector, plain / np.linalg.norm(plain), atol=1e-6)

@@ -92,8 +92,8 @@ def test_principal_components_dead_numbers_and_parts():
     assert residual == pytest.approx(0.01 + 1 + 0.25, rel=0.1), "what two components leave out"
     mistakes = {(7, 1): "latents.dim=7 is more", (6, 1): "5 directions", (5, 2): "latents.tokens=2",
                 (None, 2): "latents.tokens=2"}  # fmt: skip
-    for (dim, tokens), said in mistakes.items():
-        with pytest.raises(ValueError, match=said):
+    for (dim, tokens), message in mistakes.items():
+        with pytest.raises(ValueError, match=message):
             fit_space(Listed(vectors), dim, tokens, "x")
 
 
@@ -155,8 +155,8 @@ def test_the_gate_tells_latents_of_the_text_from_others(tmp_path):
     assert drop_words("a b c", 1.0, np.random.default_rng(0)) in ("a", "b", "c")
     rng = np.random.default_rng(0)
     known, noise = rng.integers(0, 3, (400, 1)), rng.normal(size=(400, 1, 5))
-    told = noise + 9 * (known[..., None] == np.arange(5))
-    assert probe(told[:300], known[:300], told[300:], known[300:])[0] > 0.99
+    informative = noise + 9 * (known[..., None] == np.arange(5))
+    assert probe(informative[:300], known[:300], informative[300:], known[300:])[0] > 0.99
     assert probe(noise[:300], known[:300], noise[300:], known[300:])[0] < 0.6
 
 
@@ -191,12 +191,12 @@ def test_identity_and_commands():
     )
 
 
-@pytest.mark.parametrize(("encoder", "settings", "said"), [
+@pytest.mark.parametrize(("encoder", "settings", "message"), [
     (HiddenStates, {"checkpoint_path": None}, "latents.checkpoint_path="),
     (Pretrained, {"name_or_path": None}, "latents.name_or_path="),
     (Attributes, {"attributes": ["mood"]}, r"latents.attributes=\[mood\] must be some of class"),
     (Shards, {"path": None}, "latents.path="), (Shards, {"path": "nowhere"}, "no metadata.json"),
 ], ids=str)  # fmt: skip
-def test_mistakes_name_the_key_and_the_value(encoder, settings, said):
-    with pytest.raises((ValueError, FileNotFoundError), match=said):
+def test_mistakes_name_the_key_and_the_value(encoder, settings, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
         encoder(**settings)

@@ -1,4 +1,4 @@
-"""Networks that are told a class: what they are told arrives, what they are not told leaves no trace."""
+"""Class-conditional networks: the class changes the output, and no class leaves it unchanged."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ ZERO = torch.zeros(2)
 @pytest.mark.parametrize("net", [dit(), ar()], ids=["dit", "ar"])
 def test_each_class_gives_another_law_and_silence_is_no_class(net):
     logits = [net.head(net.encode(TOKENS, ZERO, class_id=torch.full((2,), k))) for k in (UNCONDITIONAL, 0, 1, 2)]
-    assert torch.equal(logits[0], net(TOKENS, ZERO)), "not told is the class that label dropout leaves"
+    assert torch.equal(logits[0], net(TOKENS, ZERO)), "no class_id is the class that label dropout assigns"
     for a in range(4):
         for b in range(a):
             assert not torch.allclose(logits[a], logits[b], atol=1e-3)
@@ -72,10 +72,10 @@ def test_a_network_that_knows_no_classes_has_the_shapes_of_one_that_never_will()
 
 
 def test_the_loss_and_the_sampler_hand_the_class_on():
-    law, net = Subs(LogLinear(), Absorbing(MASK)), dit()
+    objective, net = Subs(LogLinear(), Absorbing(MASK)), dit()
     clean = TOKENS.clamp(max=5)
     noise = lambda: evaluation_noise(0, torch.arange(2))  # noqa: E731
-    nll = [law.loss(net, {"input_ids": clean, "class_id": torch.full((2,), k)}, noise()).nll_BL for k in (0, 1)]
+    nll = [objective.loss(net, {"input_ids": clean, "class_id": torch.full((2,), k)}, noise()).nll_BL for k in (0, 1)]
     assert not torch.allclose(*nll)
     model, start = ARLaw(Absorbing(MASK)).model(ar()), torch.tensor([[0, MASK, MASK, MASK, MASK, MASK]]).expand(8, -1)
     draws = {
