@@ -89,16 +89,14 @@ class ExactDenoiser(nn.Module):
         at_BL: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Return the log-probabilities, bounded below, at the N positions of `at_BL`, float64 (N, V), or everywhere,
-        (B, L, V).
-        """
+        (B, L, V)."""
         chosen_BL = torch.ones_like(tokens_BL, dtype=torch.bool) if at_BL is None else at_BL
         log_p_NV = self.denoise(tokens_BL, None, chosen_BL, attention_mask).clamp(min=_IMPOSSIBLE)
         return log_p_NV.unflatten(0, tokens_BL.shape) if at_BL is None else log_p_NV
 
     def denoise(self, x_BL: Tensor, t_B: Tensor | None, at_BL: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Return log p(token | visible tokens) at the N positions of `at_BL`, float64 (N, V): uniform over all words at
-        special tokens, and if no text of the corpus has the visible tokens.
-        """
+        special tokens, and if no text of the corpus has the visible tokens."""
         inside_BL = self._is_word_V[x_BL] | (x_BL == self.mask_id)
         if attention_mask is not None:
             inside_BL &= attention_mask.bool()
@@ -145,8 +143,7 @@ class ExactDenoiser(nn.Module):
 
     def _forward(self, x_Bn: Tensor, likelihood: Likelihood) -> list[Tensor]:
         """Return the probability of each state and of the noised tokens so far, before each position and after the
-        last, (S, B), scaled to sum to 1; all 0 if that is impossible.
-        """
+        last, (S, B), scaled to sum to 1; all 0 if that is impossible."""
         forward = [torch.full((self._num_grammars, len(x_Bn)), 1 / self._num_grammars, dtype=torch.float64)]
         for position, step in enumerate(self._steps[: x_Bn.shape[1]]):
             p_AB = step.p_A[:, None] * forward[-1].index_select(0, step.source_A)

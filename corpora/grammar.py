@@ -219,8 +219,7 @@ class FiniteStateGrammar:
     def log_prob(self, texts: Sequence[Sequence[str]]) -> np.ndarray:
         """Return log p(text), (N,) nats, summed over every derivation; -inf for an impossible text. The forward
         algorithm runs on all texts at once and keeps only the states that a text can be in (a few of thousands), as
-        parallel arrays: `text` and `state` of each entry, and its probability given the tokens so far.
-        """
+        parallel arrays: `text` and `state` of each entry, and its probability given the tokens so far."""
         arcs, num_states, num_types = self.arcs, len(self.arcs.first) - 1, len(self.token_ids)
         lengths = np.array([len(text) for text in texts], dtype=np.int64)
         tokens_NT = np.full((len(lengths), min(lengths.max(initial=0), self.max_tokens) + 1), END)

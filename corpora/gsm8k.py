@@ -32,8 +32,7 @@ _LONGEST = 120  # characters of an expression, which bounds the cost of a genera
 
 def number(text: str) -> Fraction | None:
     """Return the number at the start of a text, with sign, $, thousands separators and decimals; the rest (%, a full
-    stop, a unit) is ignored. None if there is no number.
-    """
+    stop, a unit) is ignored. None if there is no number."""
     match = _NUMBER.match(text)
     if match is None:
         return None
@@ -133,8 +132,7 @@ def annotations(text: str) -> list[str]:
 
 def annotation_is_right(annotation: str) -> bool | None:
     """Return whether `48/2=24` holds: all sides equal the last, which may be rounded if it has decimals (`1/3=0.33`).
-    None if it is not a calculation.
-    """
+    None if it is not a calculation."""
     sides = annotation.split("=")
     values = [calculate(side) for side in sides]
     if len(values) < 2 or None in values:
@@ -167,8 +165,7 @@ def check_answer(completion: str, reference: str) -> CheckedAnswer:
 
 def plan(solution: str, kind: str = "operations") -> str:
     """Return the plan of a solution from its annotations: the operations, `48/2=24 ; 48+24=72`, or only the operators,
-    `/ ; +`; "none" without annotations.
-    """
+    `/ ; +`; "none" without annotations."""
     found = annotations(solution)
     if kind == "operators":
         found = [" ".join(re.findall(r"//|[-+*/]", annotation.partition("=")[0])) for annotation in found]
@@ -179,8 +176,7 @@ def check_planned_answer(
     completion: str, reference: str, kind: Literal["operations", "operators"] = "operations"
 ) -> CheckedAnswer:
     """Check an answer as `check_answer`, and the plan (see `Planned`): whether it is that of the reference, whether its
-    calculations are right (for plans of operations), and whether the execution follows it in order.
-    """
+    calculations are right (for plans of operations), and whether the execution follows it in order."""
     found, wanted = written_plan(completion), written_plan(reference)
     executed = _without_spaces(plan(completion.partition(EXECUTION)[2], kind))
     findings = {"plan as the reference's": found == wanted, "plan carried out": found is not None and found == executed}

@@ -39,8 +39,7 @@ _AGREES = {"story_sentiment": reviews.P_ASPECT_AGREES, "music_sentiment": review
 def read_attributes(texts: Sequence[str], labels: Sequence[int] | None = None) -> np.ndarray:
     """Return the value of each of ATTRIBUTES, (N, A) int64, UNREAD if none or several sentences of a text can be the
     part that shows it. The class is the label if labels are given, else the one preferred by the grammar's posterior
-    given the polarities that could be read.
-    """
+    given the polarities that could be read."""
     found_NA = np.full((len(texts), len(ATTRIBUTES)), UNREAD)
     sentences = [_sentences(text) for text in texts]
     distinct = sorted({sentence for row in sentences for sentence in row})

@@ -125,8 +125,7 @@ def _clause(groups: tuple[tuple[str, str], ...], polarity: int, end: str) -> Exp
 
 def judgement(groups: tuple[tuple[str, str], ...], polarity: int) -> Expression:
     """Return a judgement of some groups of aspects, a choice between the forms of JUDGEMENTS: one clause, or two of
-    opposite polarity on two groups. `polarity` is that of the main one.
-    """
+    opposite polarity on two groups. `polarity` is that of the main one."""
     listed = _nouns(groups, lambda noun, plural: chain("The", words(noun), _pair(polarity, plural), "."))
     firsts, seconds = (weighted(*((1.0, words(listing)) for listing in group)) for group in groups)
     felt = weighted(
@@ -194,8 +193,7 @@ def _generator(seed: int, *stream: int) -> np.random.Generator:
 
 class ReviewGrammar:
     """The two distributions p(text | class), sampled and computed exactly, with probabilities in nats. `vocabulary` has
-    the distinct tokens of both classes, sorted.
-    """
+    the distinct tokens of both classes, sorted."""
 
     label_names: tuple[str, ...] = ("negative", "positive")
 
@@ -230,8 +228,7 @@ class ReviewGrammar:
 
     def entropy(self, label: int, given_length: bool = True) -> float:
         """Return the exact entropy of a review of the class in nats per text, given its length unless `given_length` is
-        false. The derivation of a review follows from its text, so that this is the entropy of the derivations.
-        """
+        false. The derivation of a review follows from its text, so that this is the entropy of the derivations."""
         log_p = self._grammar(label).log_prob_length(np.arange(MAX_TOKENS + 1))
         of_length = -float(sum(np.exp(x) * x for x in log_p[np.isfinite(log_p)]))
         return self._grammar(label).derivation_entropy() - given_length * of_length
@@ -250,8 +247,7 @@ class ReviewGrammar:
 
 def generate_split(split: str, num_texts_per_class: int, seed: int) -> dict[str, list]:
     """Return {"text": N strings, "label": N ints} with N = 2 * num_texts_per_class, both classes shuffled together.
-    Every split and every seed has its own random stream. Raises ValueError for a split not in SPLITS.
-    """
+    Every split and every seed has its own random stream. Raises ValueError for a split not in SPLITS."""
     if split not in SPLITS:
         raise ValueError(f"split={split!r} is not a split of the reviews: choose one of {', '.join(SPLITS)}")
     grammar, stream = ReviewGrammar(), 1 + SPLITS.index(split)

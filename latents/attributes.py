@@ -64,11 +64,7 @@ class Attributes(Encoder):
         return {"attributes": list(self.names), "noise": self.noise, "seed": self.seed}
 
     def encode(self, passages: Passages) -> np.ndarray:
-        """Return vectors (N, W), float32.
-
-        Raises:
-            ValueError: the grammar cannot write a text.
-        """
+        """Return vectors (N, W), float32. Raises ValueError if the grammar cannot write a text."""
         texts = known_texts(passages)
         attributes_NA = self.attributes(texts, passages.labels)
         unread = np.flatnonzero((attributes_NA == UNREAD).any(1))
@@ -104,7 +100,6 @@ class Attributes(Encoder):
 
 def known_texts(passages: Passages) -> list[str]:
     """Return the source texts of whole rows, whose words a tokenizer may not know, and the decoded text of
-    the others.
-    """
+    the others."""
     sources = passages.sources or [None] * len(passages)
     return [decoded if source is None else source for source, decoded in zip(sources, passages.texts, strict=True)]

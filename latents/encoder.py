@@ -34,9 +34,5 @@ class Encoder:
         """Load the result of `arrays`."""
 
     def encode(self, passages: Passages) -> np.ndarray:
-        """Return vectors (N, W), float32.
-
-        Raises:
-            ValueError: a text cannot be encoded.
-        """
+        """Return vectors (N, W), float32. Raises ValueError if a text cannot be encoded."""
         raise NotImplementedError

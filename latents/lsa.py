@@ -53,11 +53,7 @@ class LSA(Encoder):
         self._size = vocabulary.size
 
     def fit(self, train: PackedTexts) -> None:
-        """Fit idf and directions on the train split.
-
-        Raises:
-            ValueError: its texts have fewer directions.
-        """
+        """Fit idf and directions on the train split. Raises ValueError if its texts have fewer directions."""
         chosen = np.arange(len(train))
         if len(train) > self.fit_rows:
             chosen = np.sort(np.random.default_rng(0).permutation(len(train))[: self.fit_rows])

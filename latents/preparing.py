@@ -83,11 +83,8 @@ class Preparation:
         self.max_skipped, self.changed = max_skipped, changed
 
     def begin(self) -> bool:
-        """Make the folder, or continue an earlier start; return whether anything is left to do.
-
-        Raises:
-            ValueError: the folder has other content, or is done and has been damaged.
-        """
+        """Make the folder, or continue an earlier start; return whether anything is left to do. Raises ValueError if
+        the folder has other content, or is done and has been damaged."""
         done = self.out / METADATA
         begun = done if done.is_file() else self.out / _PROGRESS / "plan.json"
         if begun.is_file():
@@ -164,11 +161,8 @@ class Preparation:
             return False
 
     def finish(self, further: Mapping[str, object]) -> dict[str, object]:
-        """Write the lists of texts and, last, metadata.json with the entries of `further`; return its content.
-
-        Raises:
-            ValueError: more texts were left out than allowed, over all shards.
-        """
+        """Write the lists of texts and, last, metadata.json with the entries of `further`; return its content. Raises
+        ValueError if more texts were left out than allowed, over all shards."""
         records = {part: json.loads(self._record(part).read_text()) for part in self.plan.parts}
         skipped = {part: record["skipped"] for part, record in records.items()}
         self._check_all(skipped)
@@ -246,8 +240,7 @@ class Preparation:
 
 def _encode(encoder: Encoder, passages: Passages) -> tuple[np.ndarray, dict[int, str]]:
     """Return the vectors (float32) of the rows that have one, and the faults of the others, number -> reason. If the
-    encoder refuses the rows together, they are encoded one by one.
-    """
+    encoder refuses the rows together, they are encoded one by one."""
     try:
         vectors_NW, failed = encoder.encode(passages), {}
     except ValueError:

@@ -38,8 +38,7 @@ def retrieval(
     latents: Callable[[Sequence[str]], np.ndarray], texts: Sequence[str], share: float = WORDS_DROPPED, seed: int = 0
 ) -> Retrieval:
     """Measure retrieval by `latents`, texts -> (N, K, D) standardised. Duplicate texts are removed, since nothing could
-    distinguish them.
-    """
+    distinguish them."""
     texts = [text for text in dict.fromkeys(texts) if text.split()]
     rng = np.random.default_rng(seed)
     whole_ND, part_ND = _unit(latents(texts)), _unit(latents([drop_words(text, share, rng) for text in texts]))
@@ -55,8 +54,7 @@ def _unit(latents_NKD: np.ndarray) -> np.ndarray:
 
 def probe(train_NKD: np.ndarray, train_NA: np.ndarray, test_NKD: np.ndarray, test_NA: np.ndarray) -> tuple[float, ...]:
     """Return the accuracy per attribute of the least-squares linear map from train latents to one-hot attributes, on
-    test.
-    """
+    test."""
 
     def design(latents_NKD: np.ndarray) -> np.ndarray:
         flat_ND = latents_NKD.reshape(len(latents_NKD), -1)

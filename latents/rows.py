@@ -65,11 +65,7 @@ class TextLatents:
 
     @cached_property
     def encoder(self) -> Encoder | Shards:
-        """Return the encoder, not yet fitted (see `space`).
-
-        Raises:
-            ValueError: it does not fit the data.
-        """
+        """Return the encoder, not yet fitted (see `space`). Raises ValueError if it does not fit the data."""
         self._encoder.check(self._data.vocabulary, self._data.length)
         return self._encoder
 
@@ -99,8 +95,7 @@ class TextLatents:
     @cached_property
     def settings(self) -> dict[str, object]:
         """Return everything that the space depends on: the encoder and its training data, but no computed numbers,
-        whose last digits differ between machines.
-        """
+        whose last digits differ between machines."""
         encoder = self.encoder
         kept = {"code": _CODE_VERSION, "dim": encoder.dim, "tokens": encoder.tokens, "encoder": encoder.identity}
         if isinstance(encoder, Shards):
@@ -124,11 +119,8 @@ class TextLatents:
 
     @cached_property
     def space(self) -> Space:
-        """Return the map from vectors to latents.
-
-        Raises:
-            ValueError: the vectors of train do not define a space (latents/space.py).
-        """
+        """Return the map from vectors to latents. Raises ValueError if the vectors of train do not define a space
+        (latents/space.py)."""
         encoder, files = self.encoder, {}
         if isinstance(encoder, Shards):
             files = {"path": str(encoder.path.resolve()), "files": encoder.signature}
@@ -182,8 +174,7 @@ class TextLatents:
 
     def restore(self, latent: Any) -> Any:
         """Return latents (..., K, D), array or tensor, in the numbers of the encoder, or in its principal
-        components.
-        """
+        components."""
         return self.space.restore(latent)
 
     def vectors(self, latent_NKD: np.ndarray) -> np.ndarray:
@@ -192,10 +183,7 @@ class TextLatents:
 
     def encode(self, rows: Sequence[Sequence[int]], labels: Sequence[int] | None = None) -> np.ndarray:
         """Return latents (N, K, D), float32, of any token ids, such as sampled ones; padding at the end is ignored.
-
-        Raises:
-            ValueError: a row has no latent; the encoder of a folder is not known.
-        """
+        Raises ValueError if a row has no latent, or the encoder of a folder is not known."""
         space, vocabulary = self.space, self._data.vocabulary
         ids = [trimmed(row, vocabulary) for row in rows]
         labels = None if labels is None else np.asarray(labels)
@@ -207,11 +195,7 @@ class TextLatents:
         return space.standardise(vectors_NW)
 
     def of(self, split: str) -> Latents:
-        """Return the latents of a split, indexed by row number.
-
-        Raises:
-            ValueError: a row has none.
-        """
+        """Return the latents of a split, indexed by row number. Raises ValueError if a row has none."""
         if split not in self._of:
             space, rows = self.space, self.packed(split)
             if isinstance(self.encoder, Shards):

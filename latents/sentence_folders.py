@@ -28,11 +28,8 @@ class SentenceFolder:
 
 
 def read_folder(folder: Path) -> SentenceFolder:
-    """Read the settings of `folder`; without modules.json it is the folder of the network itself.
-
-    Raises:
-        ValueError: it needs something that is not implemented here, so that the vectors would differ from its own.
-    """
+    """Read the settings of `folder`; without modules.json it is the folder of the network itself. Raises ValueError if
+    it needs something that is not implemented here, so that the vectors would differ from its own."""
     if not (folder / "modules.json").is_file():
         return SentenceFolder(folder)
     kinds = [(str(module["type"]).rpartition(".")[2], folder / module["path"])

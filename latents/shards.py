@@ -49,8 +49,7 @@ def _opened(path: Path) -> np.ndarray:
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:
     """Read the arrays of an uncompressed np.savez file. Raises ValueError for a compressed one, which might grow when
-    read.
-    """
+    read."""
     try:
         with zipfile.ZipFile(path) as archive:
             infos = archive.infolist()
@@ -171,8 +170,7 @@ class Shards:
 
     def content(self, cache_dir: str | Path) -> str:
         """Return a hex digest of the vectors of train. If metadata.json has an identity, that is used, because vectors
-        computed again elsewhere differ in their last digits; else it is that of the texts and vectors.
-        """
+        computed again elsewhere differ in their last digits; else it is that of the texts and vectors."""
         if "identity" in self.description:
             return str(self.description["identity"])
 
@@ -229,11 +227,8 @@ class Shards:
             )
 
     def train(self, cache_dir: str | Path) -> Sharded:
-        """Return all vectors of train, also those not trained on, for mean and scale.
-
-        Raises:
-            ValueError: metadata.json has another mean or scale.
-        """
+        """Return all vectors of train, also those not trained on, for mean and scale. Raises ValueError if
+        metadata.json has another mean or scale."""
         store = self._vectors(self.listing("train", cache_dir))
         if "mean" in self.description and "std" in self.description:
             mean_W, std_W = moments(store)
@@ -293,11 +288,7 @@ class Shards:
 
     @cached_property
     def encoder(self) -> object:
-        """Return the encoder of the vectors, for further texts.
-
-        Raises:
-            ValueError: it is not known here.
-        """
+        """Return the encoder of the vectors, for further texts. Raises ValueError if it is not known here."""
         from palimpsest.latents.attributes import Attributes
         from palimpsest.latents.hf import Pretrained
         from palimpsest.latents.lsa import LSA

@@ -48,8 +48,7 @@ class Mapped:
 
 class Sharded:
     """(N, W) float32 vectors in several .npy files of shape (n, W) or (n, K, D) with K * D = W. Row i is row `place[i]`
-    of file `shard[i]`, both arrays int64 (N,).
-    """
+    of file `shard[i]`, both arrays int64 (N,)."""
 
     def __init__(self, paths: Sequence[Path], width: int, shard_N: np.ndarray, place_N: np.ndarray) -> None:
         self.paths, self.width, self.shard_N, self.place_N = tuple(paths), width, shard_N, place_N
@@ -86,8 +85,7 @@ def chunks(store: Store) -> Iterator[np.ndarray]:
 
 def faults(vectors_NW: np.ndarray) -> dict[int, str]:
     """Return the rows without a valid vector and what is wrong: numbers that are not finite, or only zeros, which come
-    from a failure of the encoder.
-    """
+    from a failure of the encoder."""
     infinite_N, zero_N = ~np.isfinite(vectors_NW).all(1), ~vectors_NW.any(1)
     found = {int(row): "its vector is not finite" for row in np.flatnonzero(infinite_N)}
     return found | {int(row): "its vector is all zeros" for row in np.flatnonzero(zero_N)}
@@ -96,8 +94,7 @@ def faults(vectors_NW: np.ndarray) -> dict[int, str]:
 @dataclass(frozen=True, eq=False)
 class Space:
     """The map from an encoder's vectors to latents: the numbers that vary, or principal components, standardised by the
-    mean and scale of the train split. All arrays are float64.
-    """
+    mean and scale of the train split. All arrays are float64."""
 
     mean_KD: np.ndarray  # of the kept numbers over the train split
     std_KD: np.ndarray
@@ -117,8 +114,7 @@ class Space:
 
     def restore(self, latent: np.ndarray | Tensor) -> np.ndarray | Tensor:
         """Return standardised latents (..., K, D) with the mean and scale of the train split put back; arrays as
-        arrays, tensors as tensors on their device.
-        """
+        arrays, tensors as tensors on their device."""
         if isinstance(latent, Tensor):
             mean, std = (as_tensor(x, dtype=latent.dtype, device=latent.device) for x in (self.mean_KD, self.std_KD))
             return latent * std + mean
@@ -126,8 +122,7 @@ class Space:
 
     def vectors(self, latent_NKD: np.ndarray) -> np.ndarray:
         """Return the encoder's vectors (N, W), float32, of latents. Numbers or directions that were left out are at
-        their mean.
-        """
+        their mean."""
         numbers_NC = (latent_NKD * self.std_KD + self.mean_KD).reshape(len(latent_NKD), -1)
         if self.axes_WC is not None:
             return (numbers_NC @ self.axes_WC.T + self.center_W).astype(np.float32)
@@ -150,11 +145,8 @@ class Space:
 
 def fit_space(train: Store, dim: int | None, tokens: int, origin: str) -> Space:
     """Fit the space to the vectors of the train split: the `dim` principal components (None: all numbers that vary), in
-    `tokens` equal parts.
-
-    Raises:
-        ValueError: there are too few numbers, they do not divide into the parts, or some components do not vary.
-    """
+    `tokens` equal parts. Raises ValueError if there are too few numbers, they do not divide into the parts, or some
+    components do not vary."""
     if dim and dim > min(train.width, len(train) - 1):
         raise ValueError(
             f"latents.dim={dim} is more than {len(train)} vectors of {train.width} numbers give ({origin}); lower it"
@@ -183,8 +175,7 @@ def fit_space(train: Store, dim: int | None, tokens: int, origin: str) -> Space:
 
 def moments(train: Store) -> tuple[np.ndarray, np.ndarray]:
     """Return mean and standard deviation of each number, (W,) float64, in two passes, since the difference of two large
-    sums would lose the digits of a small spread.
-    """
+    sums would lose the digits of a small spread."""
     mean_W = sum(x_NW.sum(0) for x_NW in chunks(train)) / len(train)
     squares_W = sum(np.square(x_NW - mean_W).sum(0) for x_NW in chunks(train))
     return mean_W, np.sqrt(squares_W / len(train))
@@ -192,8 +183,7 @@ def moments(train: Store) -> tuple[np.ndarray, np.ndarray]:
 
 def _principal(train: Store, center_W: np.ndarray, dim: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the `dim` largest variances (C,) and their axes (W, C), each with its largest number positive, so that
-    they do not depend on the machine.
-    """
+    they do not depend on the machine."""
     covariance_WW = sum((x_NW - center_W).T @ (x_NW - center_W) for x_NW in chunks(train)) / len(train)
     variance_C, axes_WC = (x[..., ::-1][..., :dim] for x in np.linalg.eigh(covariance_WW))
     signs_C = np.sign(axes_WC[np.abs(axes_WC).argmax(0), np.arange(dim)])

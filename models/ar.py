@@ -9,14 +9,13 @@ from __future__ import annotations
 from functools import partial
 from typing import Annotated, Literal
 
-import torch
 from torch import Tensor, nn
 
 from palimpsest.common.values import FREE, BelowOne, Size
 from palimpsest.models.attention import head_width, resolve_backend, rotary_angles
 from palimpsest.models.backbone import Backbone
 from palimpsest.models.class_conditioning import ClassEmbedding, unconditional, with_class
-from palimpsest.models.kv_cache import KVCache
+from palimpsest.models.kv_cache import KVCache, cache_format
 from palimpsest.models.layers import RotaryFrequencies, TokenEmbedding
 from palimpsest.models.recompute import Recomputing
 from palimpsest.models.transformer import CacheAppend, Head, Rotary, TransformerBlock
@@ -75,11 +74,7 @@ class AR(Recomputing, Backbone):
 
     def new_cache(self, batch_size: int, length: int) -> KVCache:
         """Return an empty cache for `length` positions, in the precision of the attention."""
-        embedding = self.vocab_embed.embedding
-        device = embedding.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else embedding.dtype
-        head_dim = embedding.shape[1] // self.n_heads
-        return KVCache(len(self.blocks), batch_size, length, self.n_heads, head_dim, embedding.device, dtype)
+        return KVCache(len(self.blocks), batch_size, length, *cache_format(self.vocab_embed.embedding, self.n_heads))
 
     def encode(
         self,

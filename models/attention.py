@@ -14,11 +14,7 @@ from torch import Tensor
 
 
 def resolve_backend(name: str) -> str:
-    """Return `name` if that backend is installed.
-
-    Raises:
-        ValueError: its package is missing.
-    """
+    """Return `name` if that backend is installed. Raises ValueError if its package is missing."""
     if name == "flash_attn" and importlib.util.find_spec("flash_attn") is None:
         raise ValueError(
             "model.attn_backend=flash_attn needs the package flash-attn (a CUDA build); "
@@ -28,11 +24,8 @@ def resolve_backend(name: str) -> str:
 
 
 def head_width(hidden_size: int, n_heads: int) -> int:
-    """Return the number of dimensions of an attention head.
-
-    Raises:
-        ValueError: `hidden_size` does not divide into heads of an even width.
-    """
+    """Return the number of dimensions of an attention head. Raises ValueError if `hidden_size` does not divide into
+    heads of an even width."""
     if hidden_size % (2 * n_heads):
         raise ValueError(
             f"model.hidden_size={hidden_size} must be a multiple of 2 * model.n_heads={2 * n_heads}: "
@@ -74,8 +67,7 @@ def sdpa(q_BQHD: Tensor, k_BKHD: Tensor, v_BKHD: Tensor, mask: Tensor | None, ca
 
 def rotary_angles(inv_freq: Tensor, length: int, start: int | Tensor = 0) -> tuple[Tensor, Tensor]:
     """Return cos and sin of position * frequency for `length` positions (RoFormer, arXiv 2104.09864, eq. 34): (L, D/2),
-    or (B, L, D/2) if `start` is (B,), the first position of each row.
-    """
+    or (B, L, D/2) if `start` is (B,), the first position of each row."""
     position_L = torch.arange(length, device=inv_freq.device)
     position = position_L + (start[:, None] if isinstance(start, Tensor) else start)
     angle = position.to(inv_freq.dtype)[..., None] * inv_freq

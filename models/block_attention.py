@@ -45,8 +45,7 @@ def attend_blocks(
     noised: QKV, clean: QKV, size: int, key_mask_BL: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor | None]:
     """Return the attention of the noised queries and of the clean ones (if any), each (B, its length, H, D). The clean
-    stream may lack the last block, which no query sees. `key_mask_BL` is False on padding.
-    """
+    stream may lack the last block, which no query sees. `key_mask_BL` is False on padding."""
     if backend == "flex" and clean.k.shape[1]:
         return _flex(noised, clean, size, key_mask_BL)
     attended = torch.cat([_noised_chunk(noised, clean, size, key_mask_BL, backend, rows)
@@ -61,8 +60,7 @@ def attend_up_to(
     window: int | None = None,
 ) -> Tensor:  # fmt: skip
     """Return clean attention, (B, Q, H, D): each query sees the keys of all blocks up to its own. The queries are the
-    last of the positions of the keys. With `window` each query sees that many blocks, its own included.
-    """
+    last of the positions of the keys. With `window` each query sees that many blocks, its own included."""
     start = k_BKHD.shape[1] - q_BQHD.shape[1]
     if size == 1 and start == 0 and window is None and key_mask_BK is None:
         return attend(q_BQHD, k_BKHD, v_BKHD, None, backend, causal=True)
@@ -113,8 +111,7 @@ def _slice(mask_BL: Tensor | None, start: int, stop: int) -> Tensor | None:
 @lru_cache(maxsize=512)
 def _noised_mask(start: int, stop: int, earlier: int, size: int, device: torch.device) -> Tensor | None:
     """Return `visible` for the noised queries start..stop over the clean keys ..earlier and the noised keys
-    start..stop; None if every query sees every key.
-    """
+    start..stop; None if every query sees every key."""
     query, key = torch.arange(start, stop, device=device), torch.arange(earlier, device=device)
     key_block, noised = torch.cat([key, query]) // size, torch.arange(earlier + len(query), device=device) >= earlier
     mask_QK = visible(query[:, None] // size, key_block, torch.ones_like(query, dtype=torch.bool)[:, None], noised)
@@ -135,8 +132,7 @@ def _clean_mask(start: int, stop: int, low: int, size: int, window: int | None, 
 def _flash(q_BQHD: Tensor, k_BKHD: Tensor, v_BKHD: Tensor, mask_QK: Tensor, key_mask_BK: Tensor | None) -> Tensor:
     """Run flash-attn under a mask, which it does not take, by encoding the mask as extra dimensions of the heads. Keys
     with the same column of the mask form a kind. Each kind gets a dimension: 1 in its keys, and `_FORBIDDEN` in the
-    queries that may not see it. Their inner product adds exactly 0, or a score too low for any probability.
-    """
+    queries that may not see it. Their inner product adds exactly 0, or a score too low for any probability."""
     kinds_NQ, kind_K = _kinds(mask_QK)
     if key_mask_BK is not None:
         kinds_NQ = torch.cat([kinds_NQ, torch.zeros_like(kinds_NQ[:1])])  # padding, hidden from all queries
@@ -184,11 +180,8 @@ def _flex(noised: QKV, clean: QKV, size: int, key_mask_BL: Tensor | None) -> tup
 def flex_attend(
     q_BQHD: Tensor, k_BKHD: Tensor, v_BKHD: Tensor, block_mask: object, score_mod: Callable | None = None
 ) -> Tensor:
-    """Run flex attention under a mask of `create_block_mask`, (B, Q, H, D).
-
-    Raises:
-        ValueError: gradients are needed on a CPU.
-    """
+    """Run flex attention under a mask of `create_block_mask`, (B, Q, H, D). Raises ValueError if gradients are needed
+    on a CPU."""
     if q_BQHD.requires_grad and q_BQHD.device.type == "cpu":
         raise ValueError(
             "model.attn_backend=flex can measure and sample on a CPU but not train there (torch has no CPU backward "

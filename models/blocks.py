@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from palimpsest.models.attention import apply_rotary, attend, rotary_angles
 from palimpsest.models.block_attention import QKV, attend_blocks, attend_up_to
 from palimpsest.models.class_conditioning import unconditional, with_class
-from palimpsest.models.kv_cache import MOST_AT_ONCE, BlockCache, SegmentCache
+from palimpsest.models.kv_cache import MOST_AT_ONCE, BlockCache, SegmentCache, cache_format
 from palimpsest.models.layers import modulate, over_positions
 from palimpsest.models.segment_attention import SegmentMasks, segment_masks
 
@@ -71,8 +71,7 @@ class TwoStreams:
 
 class BlockStreams:
     """The methods of a DiT for block diffusion. The clean stream is conditioned on noise level 0 and the noised one on
-    the level of each block, so that clean tokens are encoded the same whatever follows them.
-    """
+    the level of each block, so that clean tokens are encoded the same whatever follows them."""
 
     def encode_blocks(
         self,
@@ -112,20 +111,16 @@ class BlockStreams:
 
     def new_block_cache(self, batch_size: int, length: int, window: int | None = None) -> BlockCache:
         """Return an empty cache for texts of `length` tokens, of which the last `window` clean ones are seen (None:
-        all).
-        """
-        return BlockCache(len(self.order), batch_size, length, window, *self._cache_format())
+        all)."""
+        return BlockCache(len(self.order), batch_size, length, window, *self._cache_format)
 
     def new_segment_cache(self, batch_size: int) -> SegmentCache:
         """Return an empty cache for texts in segments."""
-        return SegmentCache(len(self.order), batch_size, *self._cache_format())
+        return SegmentCache(len(self.order), batch_size, *self._cache_format)
 
+    @property
     def _cache_format(self) -> tuple[int, int, torch.device, torch.dtype]:
-        """Return heads, head width, device and precision of the cached keys and values."""
-        embedding, device = self.vocab_embed.embedding, self.vocab_embed.embedding.device
-        autocast = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if autocast else embedding.dtype
-        return self.n_heads, embedding.shape[1] // self.n_heads, device, dtype
+        return cache_format(self.vocab_embed.embedding, self.n_heads)
 
     def remember(self, clean_BL: Tensor, block_size: int, cache: BlockCache, class_id: Tensor | None = None) -> None:
         """Append whole clean blocks, which follow those in `cache`, to it."""
@@ -142,8 +137,7 @@ class BlockStreams:
         self, clean_BW: Tensor, here_BW: Tensor, cache: SegmentCache, class_id: Tensor | None = None
     ) -> None:
         """Append the clean segment that follows those in `cache` to it; `here_BW` is True on its tokens, the first of
-        each row.
-        """
+        each row."""
         key_mask_BK = torch.cat([cache.key_mask(), here_BW], dim=1)
         self._read(clean_BW, cache, partial(attend, key_mask_BK=key_mask_BK), class_id)
         cache.advance(here_BW)
@@ -176,8 +170,7 @@ class BlockStreams:
     ) -> Tensor:
         """Return hidden states of one noised block that follows the clean tokens of `cache`, as `encode_blocks` gives
         them: (R, k, D) or (N, D). `rows` are rows of the cache (None: all). `attention_mask` is False behind the tokens
-        of a row.
-        """
+        of a row."""
         length = noised_Rk.shape[1]
         class_id = unconditional(noised_Rk) if class_id is None and self.num_classes else class_id
         c = self._conditioned(sigma_R[:, None], length, length, class_id)

@@ -68,11 +68,8 @@ class Checkpoint:
     tokens: dict[str, int] | None = None  # token -> id of the tokenizer in the file
 
     def load_into(self, backbone: nn.Module, use_ema: bool = True) -> None:
-        """Copy the weights into `backbone`, the averaged ones if there are any and `use_ema`.
-
-        Raises:
-            ValueError: names or shapes differ; nothing has been changed then.
-        """
+        """Copy the weights into `backbone`, the averaged ones if there are any and `use_ema`. Raises ValueError if
+        names or shapes differ; nothing has been changed then."""
         ours = {name: tuple(tensor.shape) for name, tensor in backbone.state_dict().items()}
         theirs = {name: tuple(tensor.shape) for name, tensor in self.state.items()}
         problems = [
@@ -112,8 +109,7 @@ def read_checkpoint(path: str | Path, key: str = "eval.checkpoint_path") -> Chec
 
 def read_settings(path: str | Path, key: str = "eval.checkpoint_path") -> Checkpoint:
     """Read the checkpoint without its weights (`state` and `ema` are empty), which is quick. Raises as
-    `read_checkpoint`.
-    """
+    `read_checkpoint`."""
     path = locate(path, key)
     if not is_remote(path) and path.is_dir():
         return _hub_checkpoint(path, {})
@@ -134,8 +130,7 @@ class Progress:
 
 def read_progress(path: Place) -> Progress:
     """Read the progress without the weights. Raises ValueError for a corrupt file, or one that is not our
-    checkpoint.
-    """
+    checkpoint."""
     return _read_progress(str(path), version(path))
 
 
@@ -168,10 +163,7 @@ def _read_lightning_file(path: Place, weights: bool = True) -> Checkpoint:
 
 def read_contents(path: Place, weights: bool = True) -> dict[str, object]:
     """Return the whole content of a Lightning file, read by `load_inert`, after checking the types of its main parts.
-
-    Raises:
-        ValueError: it cannot be read, or is not a Lightning checkpoint.
-    """
+    Raises ValueError if it cannot be read, or is not a Lightning checkpoint."""
     content = load_inert(path, weights)
     if not isinstance(content, dict) or "state_dict" not in content:
         raise ValueError(f"{path} is not a Lightning checkpoint: it has no state_dict")
@@ -252,8 +244,7 @@ def _hub_checkpoint(path: Path, state: dict[str, Tensor]) -> Checkpoint:
 
 def _reference(content: Mapping[str, object]) -> tuple[dict[str, object], str, dict[str, int] | None]:
     """Return settings, reason and tokens (see `Checkpoint`) of the configuration and tokenizer pickled in a reference
-    checkpoint.
-    """
+    checkpoint."""
     parameters = content.get("hyper_parameters")
     parameters = parameters if isinstance(parameters, dict) else {}
     config = parameters.get("config")
@@ -263,8 +254,7 @@ def _reference(content: Mapping[str, object]) -> tuple[dict[str, object], str, d
 
 def _omegaconf_value(node: object, key: str) -> object:
     """Return the value at a.b.c of a pickled omegaconf tree, or of plain dicts; None if there is none. An interpolation
-    `${a.b}` is resolved.
-    """
+    `${a.b}` is resolved."""
     for _ in range(3):
         value = node
         for name in key.split("."):

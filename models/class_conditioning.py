@@ -25,8 +25,7 @@ class ClassEmbedding(nn.Module):
 
 def with_class(hidden_BLD: Tensor, class_id_B: Tensor, num_classes: int) -> Tensor:
     """Append the class as one-hot columns to hidden states, (B, L, D + C); without classes, return them unchanged. The
-    head's last C columns are then the output biases of the classes.
-    """
+    head's last C columns are then the output biases of the classes."""
     if not num_classes:
         return hidden_BLD
     one_hot_BC = (class_id_B[:, None] == torch.arange(num_classes, device=class_id_B.device)).to(hidden_BLD.dtype)

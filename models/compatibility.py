@@ -23,11 +23,7 @@ READ_FROM_FILES = ("model.", "time_conditioning", "backbone.config")
 
 def check_same_settings(path: Path, progress: Progress, ours: dict[str, object]) -> None:
     """Check that the training at `path` has our settings (key as typed -> value). Settings left open here are not
-    compared.
-
-    Raises:
-        ValueError: they differ; the message lists every difference.
-    """
+    compared. Raises ValueError if they differ; the message lists every difference."""
     known = {"data.label": progress.identity.get("label"), "tokenizer": progress.identity.get("tokenizer"),
              "latents": (progress.identity.get("latents") or {}).get("fingerprint")}  # fmt: skip
     theirs = {**progress.identity.get("configuration", {}), **known}
@@ -42,11 +38,8 @@ def check_same_settings(path: Path, progress: Progress, ours: dict[str, object])
 
 
 def check_compatible(checkpoint: Checkpoint, ours: Mapping[str, object], shape: Sequence[str], data: object) -> None:
-    """Check that the network settings (the keys `shape`), tokenizer and latents of a file agree with ours.
-
-    Raises:
-        ValueError: they differ; the message says which settings to type.
-    """
+    """Check that the network settings (the keys `shape`), tokenizer and latents of a file agree with ours. Raises
+    ValueError if they differ; the message says which settings to type."""
     refuse_unsupported(checkpoint)
     theirs = {**(DEFAULTS if "configuration" in checkpoint.identity else {}), **checkpoint.settings}
     ours = {**DEFAULTS, **ours}
@@ -91,8 +84,7 @@ def _uses(theirs: Mapping[str, object], key: str) -> bool:
 
 def _other_tokens(checkpoint: Checkpoint, data: object) -> bool:
     """Return whether ids mean other tokens in the file than in the data. Files of other projects may have only a
-    vocabulary, to which a project may have added padding.
-    """
+    vocabulary, to which a project may have added padding."""
     known = checkpoint.identity.get("tokenizer")
     size = checkpoint.settings.get("vocab_size", data.vocabulary.size)
     if known not in (None, data.vocabulary.fingerprint) or size not in (data.vocabulary.size, data.vocabulary.own_size):
@@ -137,12 +129,9 @@ def _check_latents(checkpoint: Checkpoint, ours: Mapping[str, object], latents: 
 
 
 def check_data_compatible(data: object, objective: object, backbone: Backbone) -> None:
-    """Check that an objective and a network can read these data (dataloader.TextData).
-
-    Raises:
-        ValueError: the data have segments that the objective does not use, or a published masked language model would
-            read a mask other than that of its own tokenizer.
-    """
+    """Check that an objective and a network can read these data (dataloader.TextData). Raises ValueError if the data
+    have segments that the objective does not use, or a published masked language model would read a mask other than
+    that of its own tokenizer."""
     if data.segments and not objective.reads_segments:
         raise ValueError(
             f"data.segments=true gives the ends of the parts of a text, which {type(objective).__name__} does not use; "

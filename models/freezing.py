@@ -14,11 +14,8 @@ from palimpsest.models.backbone import Backbone
 
 
 def freeze(backbone: Backbone, names: Sequence[str] | None) -> None:
-    """Freeze the parts of `backbone` (its `parts`) with these names.
-
-    Raises:
-        ValueError: a part does not exist or is empty, or nothing is left to train.
-    """
+    """Freeze the parts of `backbone` (its `parts`) with these names. Raises ValueError if a part does not exist or is
+    empty, or nothing is left to train."""
     if names is None:
         return
     if not backbone.parts:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
@@ -19,7 +18,6 @@ from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, P
 
 from palimpsest.common.values import FREE, BelowOne, FilePath, Length, PresentPath, Size
 from palimpsest.models import hf_published as published
-from palimpsest.models.checkpoints import Checkpoint
 from palimpsest.models.hf_published import KEY
 from palimpsest.models.kv_cache import CacheCapacity
 
@@ -85,38 +83,12 @@ class HFCausal(published.PublishedBackbone):
     @property
     def parts(self) -> dict[str, list[nn.Module]]:
         """Return the modules that training.freeze can name. If embedding and head are one matrix, both are frozen with
-        either.
-        """
+        either."""
         return {"embeddings": [self.model.get_input_embeddings()], "blocks": self.blocks, "head": [self.head]}
 
-    def pretrained(self) -> Checkpoint | None:
-        """Return the weights that a new training starts from; None if it starts from random ones. Rows that the
-        published model lacks are the mean of its rows; rows beyond the ids of the data are left out.
-
-        Raises:
-            FileNotFoundError: the model is not found.
-            ValueError: it cannot be used.
-        """
-        if self.name is None:
-            return None
-        loaded = published.load_weights(_KIND, self.name)
-        published.refuse_missing(_KIND, self.name, loaded.missing)
-        rows = loaded.model.config.get_text_config().vocab_size
-        ours = self.model.state_dict()
-        state = {
-            f"model.{name}": published.resize_rows(tensor, self.vocab_size)
-            if name in ours and tensor.shape != ours[name].shape and tensor.shape[:1] == (rows,)
-            else tensor
-            for name, tensor in loaded.model.state_dict().items()
-        }
-        return Checkpoint(Path(self.name), state)
-
     def new_cache(self, batch_size: int, length: int) -> TrunkCache:
-        """Return an empty cache for `length` positions.
-
-        Raises:
-            ValueError: the architecture keeps something other than keys and values.
-        """
+        """Return an empty cache for `length` positions. Raises ValueError if the architecture keeps something other
+        than keys and values."""
         if "past_key_values" not in inspect.signature(self.model.base_model.forward).parameters:
             raise ValueError(
                 f"a {self.model.config.model_type} model has no cache of keys and values: use sampling.kv_cache=false"
@@ -149,8 +121,7 @@ class HFCausal(published.PublishedBackbone):
     @torch.no_grad()
     def _check_contract(self) -> None:
         """Check on two tokens that the model's logits are `head(encode(x))`, and that a prediction does not depend on
-        later tokens. An encoder (bert) builds without an error and would see the answers.
-        """
+        later tokens. An encoder (bert) builds without an error and would see the answers."""
         kind = self.model.config.model_type
         if not isinstance(self.head, nn.Linear) or self.model.base_model is self.model:
             raise ValueError(f"backbone=hf_causal: a {kind} model has no linear head on a trunk; choose another")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
 import torch
@@ -20,7 +19,6 @@ from transformers import AutoConfig, AutoModelForMaskedLM, PretrainedConfig, Pre
 
 from palimpsest.common.values import FREE, LATER, BelowOne, FilePath, Length, Name, PresentPath, Size
 from palimpsest.models import hf_published as published
-from palimpsest.models.checkpoints import Checkpoint
 from palimpsest.models.hf_published import KEY
 
 CONFIG, NEW_HEAD = "backbone.config", "backbone.new_head"
@@ -102,29 +100,11 @@ class HFMaskedLM(published.PublishedBackbone):
         largest = max(lists, key=lambda parts: sum(p.numel() for p in parts.parameters()), default=())
         return list(largest)
 
-    def pretrained(self) -> Checkpoint | None:
-        """Return the weights that a new training starts from; None if it starts from random ones. Rows beyond the ids
-        of the data are left out. With `new_head` the head keeps its random weights.
+    def _name_here(self, name: str) -> str:
+        head = f"{self._head_path}."
+        return f"head.{name.removeprefix(head)}" if name.startswith(head) else f"model.{name}"
 
-        Raises:
-            FileNotFoundError: the model is not found.
-            ValueError: it cannot be used, or `new_head` does not agree with the weights.
-        """
-        if self.name is None:
-            return None
-        loaded = published.load_weights(_KIND, self.name)
-        self._check_head(loaded)
-        ours, rows = self.state_dict(), loaded.model.config.vocab_size
-        state: dict[str, Tensor] = {}
-        for theirs, tensor in loaded.model.state_dict().items():
-            of_head = theirs.startswith(f"{self._head_path}.")
-            name = f"head.{theirs.removeprefix(f'{self._head_path}.')}" if of_head else f"model.{theirs}"
-            if name in ours and tensor.shape != ours[name].shape and tensor.shape[:1] == (rows,):
-                tensor = published.resize_rows(tensor, self.vocab_size)
-            state[name] = ours[name].clone() if theirs in loaded.missing else tensor
-        return Checkpoint(Path(self.name), state)
-
-    def _check_head(self, loaded: published.Loaded) -> None:
+    def _check_missing(self, loaded: published.Loaded) -> None:
         body = f"{loaded.model.base_model_prefix}."
         published.refuse_missing(_KIND, self.name, tuple(name for name in loaded.missing if name.startswith(body)))
         if loaded.missing and not self.new_head:
@@ -138,8 +118,7 @@ class HFMaskedLM(published.PublishedBackbone):
 
     def encode(self, tokens_BL: Tensor, sigma_B: Tensor | None = None, attention_mask: Tensor | None = None) -> Tensor:
         """Return hidden states (B, L, D), ready for `head`. Padding, on the right and False in `attention_mask`, is
-        hidden.
-        """
+        hidden."""
         inputs: dict[str, Tensor] = {}
         if attention_mask is not None:
             inputs["attention_mask"] = attention_mask.long()
@@ -154,11 +133,8 @@ class HFMaskedLM(published.PublishedBackbone):
         return torch.tensor([[first, second, first], [first, second, second]])
 
     def _head_input(self, head: nn.Linear) -> Tensor | None:
-        """Return the input of the head of the unchanged model for the probe; None on the meta device.
-
-        Raises:
-            ValueError: the logits are not the output of the head.
-        """
+        """Return the input of the head of the unchanged model for the probe; None on the meta device. Raises ValueError
+        if the logits are not the output of the head."""
         if head.weight.is_meta:
             return None
         ids_BL = self._probe()
@@ -174,8 +150,7 @@ class HFMaskedLM(published.PublishedBackbone):
     @torch.no_grad()
     def _check_encode(self, input_BLD: Tensor) -> None:
         """Check that `encode` gives the input of the head, and that tokens on the right are seen unless they are
-        padding.
-        """
+        padding."""
         ids_BL = self._probe()
         hidden_BLD = self.encode(ids_BL)
         if not published.close(hidden_BLD, input_BLD):
@@ -195,8 +170,7 @@ def _refuse(config: PretrainedConfig, reason: str) -> NoReturn:
 
 def first_position(model: PreTrainedModel) -> int | None:
     """Return the position of a row's first token in models that start after the position of padding (roberta); else
-    None.
-    """
+    None."""
     tables = (getattr(module, "position_embeddings", None) for module in model.base_model.modules())
     padding = (table.padding_idx for table in tables if isinstance(table, nn.Embedding))
     return next((index + 1 for index in padding if index is not None), None)
@@ -281,8 +255,7 @@ def _architecture(name: str) -> PretrainedConfig:
 
 def _sized(config: PretrainedConfig, typed: dict[str, int | None], vocab_size: int, length: int) -> PretrainedConfig:
     """Set the sizes that were typed, positions for `length` tokens and a row for each id of the data. The MLP keeps its
-    ratio to the width.
-    """
+    ratio to the width."""
     if not hasattr(config, "num_attention_heads"):
         _refuse(config, "it has no attention")
     width, heads = typed["model.hidden_size"] or config.hidden_size, typed["model.n_heads"]

@@ -18,7 +18,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from palimpsest.common.files import check_regular
 from palimpsest.models.attention import resolve_backend
 from palimpsest.models.backbone import Backbone
-from palimpsest.models.checkpoints import read_settings
+from palimpsest.models.checkpoints import Checkpoint, read_settings
 
 KEY = "backbone.name_or_path"
 FILES = "config.json and model.safetensors"
@@ -69,12 +69,37 @@ class PublishedBackbone(Backbone):
         """Return the constructor arguments, by their keys on the command line."""
         return {**sizes(self.model.config.get_text_config()), self.kind.config_key: self._config_json}
 
-    def recompute_blocks(self) -> None:
-        """Switch gradient checkpointing on, by the library's own switch (models/recompute.py).
+    def pretrained(self) -> Checkpoint | None:
+        """Return the weights that a new training starts from; None if it starts from random ones.
+
+        Rows that the published model lacks are the mean of its rows; rows beyond the ids of the data are left out.
 
         Raises:
-            ValueError: the architecture has none.
+            FileNotFoundError: the model is not found.
+            ValueError: it cannot be used.
         """
+        if self.name is None:
+            return None
+        loaded = load_weights(self.kind, self.name)
+        self._check_missing(loaded)
+        ours, rows = self.state_dict(), loaded.model.config.get_text_config().vocab_size
+        state: dict[str, Tensor] = {}
+        for theirs, tensor in loaded.model.state_dict().items():
+            name = self._name_here(theirs)
+            if name in ours and tensor.shape != ours[name].shape and tensor.shape[:1] == (rows,):
+                tensor = resize_rows(tensor, self.vocab_size)
+            state[name] = ours[name].clone() if theirs in loaded.missing else tensor
+        return Checkpoint(Path(self.name), state)
+
+    def _check_missing(self, loaded: Loaded) -> None:
+        refuse_missing(self.kind, self.name, loaded.missing)
+
+    def _name_here(self, name: str) -> str:
+        return f"model.{name}"
+
+    def recompute_blocks(self) -> None:
+        """Switch gradient checkpointing on, by the library's own switch (models/recompute.py). Raises ValueError if the
+        architecture has none."""
         if not self.model.supports_gradient_checkpointing:
             raise ValueError(
                 f"training.gradient_checkpointing=true: a {self.model.config.model_type} model of transformers does "
@@ -84,11 +109,8 @@ class PublishedBackbone(Backbone):
 
 
 def build(kind: Kind, config: PretrainedConfig, attn_backend: str) -> PreTrainedModel:
-    """Build the architecture with random weights, in float32.
-
-    Raises:
-        ValueError: there is no such architecture of this kind, or its sizes do not fit together.
-    """
+    """Build the architecture with random weights, in float32. Raises ValueError if there is no such architecture of
+    this kind, or its sizes do not fit together."""
     attention = _ATTENTION[resolve_backend(attn_backend)]
     try:
         return kind.model_class.from_config(
@@ -176,8 +198,7 @@ def sizes(config: PretrainedConfig) -> dict[str, int | None]:
 
 def clear_padding_id(model: PreTrainedModel) -> None:
     """Remove the padding id of the model. The data choose which id pads rows, possibly a learned token such
-    as the end.
-    """
+    as the end."""
     model.config.pad_token_id = None
     embedding = model.get_input_embeddings()
     if isinstance(embedding, nn.Embedding):
@@ -185,11 +206,7 @@ def clear_padding_id(model: PreTrainedModel) -> None:
 
 
 def set_dropout(config: PretrainedConfig, rate: float) -> None:
-    """Replace every dropout rate of the config by `rate`.
-
-    Raises:
-        ValueError: the model has no dropout.
-    """
+    """Replace every dropout rate of the config by `rate`. Raises ValueError if the model has no dropout."""
     inner = config.get_text_config()
     names = [
         name

@@ -36,11 +36,8 @@ _FILES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
 
 
 def locate(path: str | Path, key: str) -> Place:
-    """Return the local path or URL of a model; a name such as `org/name` is downloaded from the Hub.
-
-    Raises:
-        FileNotFoundError: it is not found; `key` is the setting that named it.
-    """
+    """Return the local path or URL of a model; a name such as `org/name` is downloaded from the Hub. Raises
+    FileNotFoundError if it is not found; `key` is the setting that named it."""
     where = place(path, key)
     if exists(where):
         return where if is_remote(where) else _model_at(where, key)
@@ -61,8 +58,7 @@ def locate(path: str | Path, key: str) -> Place:
 def _model_at(path: Path, key: str) -> Path:
     """Return the checkpoint file or Hub-layout directory that a local path means. A weight file of the Hub's layout
     means its folder. A folder without config.json means its last.ckpt (also in checkpoints/ below it), or the only
-    `.ckpt` in it.
-    """
+    `.ckpt` in it."""
     if path.is_file():
         return path.parent if path.name in WEIGHT_FILES else path
     if (path / CONFIG_FILE).exists():

@@ -61,8 +61,7 @@ def load(file: BinaryIO, size: int, storage: Callable[[object], Tensor]) -> obje
 
 class _Machine:
     """The stack, the marks in it and the memo of a pickle that is being read. `left` counts elements and characters
-    that may still be copied; each has taken a byte of the file before.
-    """
+    that may still be copied; each has taken a byte of the file before."""
 
     def __init__(self, storage: Callable[[object], Tensor], size: int) -> None:
         self.stack: list[object] = []
@@ -183,8 +182,7 @@ class _Machine:
 
 def _key(key: object) -> object:
     """Return `key` if its type excludes chosen hash collisions, which would take quadratic time: texts, whose hashes
-    differ between processes, tuples of them, whole numbers below 2^60, and `Inert` objects.
-    """
+    differ between processes, tuples of them, whole numbers below 2^60, and `Inert` objects."""
     parts = key if type(key) is tuple and len(key) <= _MOST_IN_A_KEY else (key,)
     if type(key) is tuple and all(part is None or isinstance(part, str | bytes) for part in parts):
         return key

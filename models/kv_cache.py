@@ -11,6 +11,13 @@ from torch import Tensor
 MOST_AT_ONCE = 512  # clean tokens that one pass reads into a `BlockCache`
 
 
+def cache_format(embedding: Tensor, n_heads: int) -> tuple[int, int, torch.device, torch.dtype]:
+    """Return heads, head width, device and precision of the keys and values of a network with this embedding."""
+    device = embedding.device
+    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else embedding.dtype
+    return n_heads, embedding.shape[1] // n_heads, device, dtype
+
+
 class CacheCapacity:
     """A cache with `length` of `capacity` positions filled, for batches of `batch_size` rows."""
 
@@ -19,11 +26,7 @@ class CacheCapacity:
     length: int
 
     def check_capacity(self, tokens_BL: Tensor) -> None:
-        """Check that new tokens fit.
-
-        Raises:
-            ValueError: there are fewer free positions, or the batch size differs.
-        """
+        """Check that new tokens fit. Raises ValueError if there are fewer free positions, or the batch size differs."""
         assert not torch.is_grad_enabled(), "no gradient flows through a KV cache: use it under torch.no_grad()"
         batch_size, new = tokens_BL.shape
         if self.length + new > self.capacity:
@@ -105,11 +108,8 @@ class BlockCache:
         self.values_NBLHD[block, :, self._filled : stop] = v_BLHD
 
     def make_room(self, new: int) -> None:
-        """Drop tokens that no later token sees, if `new` tokens do not fit.
-
-        Raises:
-            ValueError: they still do not fit.
-        """
+        """Drop tokens that no later token sees, if `new` tokens do not fit. Raises ValueError if they still
+        do not fit."""
         if self._filled + new <= self.capacity:
             return
         kept = self._filled if self.window is None else min(self._filled, self.window)

@@ -45,8 +45,7 @@ class RMSNorm(nn.Module):
 
 class TokenEmbedding(nn.Module):
     """A table of token vectors (V, D), a bare parameter as in the reference checkpoints. Inputs are ids (B, L), or
-    mixtures of tokens (B, L, V) as weights.
-    """
+    mixtures of tokens (B, L, V) as weights."""
 
     def __init__(self, vocab_size: int, dim: int) -> None:
         super().__init__()
@@ -87,8 +86,7 @@ class SigmaEmbedding(nn.Module):
 
 def modulate(x_BLD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
     """Return x (1 + scale) + shift (adaLN; DiT, arXiv 2212.09748, section 3.2). Shift and scale may also be given per
-    position, with as many dimensions as x.
-    """
+    position, with as many dimensions as x."""
     return x_BLD * (1 + over_positions(scale_BD, x_BLD)) + over_positions(shift_BD, x_BLD)
 
 

@@ -20,8 +20,7 @@ _STEP_RANGE = (1e-3, 1e-1)  # of softplus(dt_proj.bias) at the start, log-unifor
 class Mamba(nn.Module):
     """Gated short convolution and selective scan, from left to right: (B, L, D) -> (B, L, D). Neither the convolution
     nor the state sees the input where `padding_BL` is True, so that the outputs are those of the text without padding
-    before or after it.
-    """
+    before or after it."""
 
     def __init__(self, dim: int, state_size: int = 16, conv_width: int = 4, expand: int = 2) -> None:
         super().__init__()
@@ -60,8 +59,7 @@ def _absent(x_BLE: Tensor, padding_BL: Tensor | None) -> Tensor:
 
 class BiMamba(nn.Module):
     """The sum of two mixers, from the left and from the right, with shared projections, computed once (Caduceus, arXiv
-    2403.03234, section 3.1).
-    """
+    2403.03234, section 3.1)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()

@@ -135,11 +135,7 @@ class MMDiT(Recomputing, Backbone):
 
     def part_of(self, state: Mapping[str, Tensor]) -> nn.Module:
         """Return the part that the weights `state` belong to: the network, or the text stream for those of a text-only
-        model.
-
-        Raises:
-            ValueError: they are of a text-only model, and the text stream computes another function.
-        """
+        model. Raises ValueError if they are of a text-only model, and the text stream computes another function."""
         if any(name.startswith(_LATENT_PARAMETERS) for name in state):
             return self
         if not self.text_as_dit:

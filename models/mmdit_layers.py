@@ -101,8 +101,7 @@ class JointBlock(TransformerBlock):
         both: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
         """Return the text, (B, L, D) or (B, Q, D) at the positions `at_BQ` only, and the latents, None
-        unless `both`.
-        """
+        unless `both`."""
         shift_att, scale_att, gate_att, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c_BC).chunk(6, dim=-1)
         by_z = self.latent.adaLN_modulation(e_BC).chunk(6, dim=-1)
         text = self._text(modulate(self.norm1(x_BLD), shift_att, scale_att), rotary, at_BQ)
@@ -130,8 +129,7 @@ class JointBlock(TransformerBlock):
         self, text: tuple[Tensor, ...], latent: tuple[Tensor, ...], key_mask_BL: Tensor | None, both: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Apply one softmax over the keys of both streams; return the text's output (B, Q, H, W) and the latents', (B,
-        K, H, W).
-        """
+        K, H, W)."""
         (q, k, v), (q_z, k_z, v_z) = text, latent
         mask = None if key_mask_BL is None else F.pad(key_mask_BL.bool(), (0, k_z.shape[1]), value=True)
         queries = torch.cat([q, q_z], dim=1) if both else q
@@ -156,8 +154,7 @@ class Times(nn.Module):
 class LatentInput(nn.Module):
     """Latent tokens to the width of their stream, (B, K, S) -> (B, K, E), float32 under autocast: an MLP of the normed
     numbers, plus a linear map of the raw ones, because the norm of a noised latent shows its share of signal. With
-    several tokens each has a learned vector that identifies it, as they are parts of one ordered latent.
-    """
+    several tokens each has a learned vector that identifies it, as they are parts of one ordered latent."""
 
     def __init__(self, numbers: int, dim: int, tokens: int = 1) -> None:
         super().__init__()

@@ -18,8 +18,7 @@ from palimpsest.models.layers import SigmaEmbedding, sinusoid_frequencies
 
 class MDLMConfig(PretrainedConfig):
     """Sizes under the names of kuleshov-group/mdlm-owt, with two additions: `mask_padding` hides padding from
-    attention, `attn_backend` is sdpa or flash_attn.
-    """
+    attention, `attn_backend` is sdpa or flash_attn."""
 
     model_type = "mdlm"
 
@@ -60,8 +59,7 @@ class MDLM(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Recompute the buffer that no file has, since from_pretrained builds the network without memory. Parameters
-        keep the values of their constructors.
-        """
+        keep the values of their constructors."""
         if isinstance(module, SigmaEmbedding):
             module.frequencies.copy_(sinusoid_frequencies(len(module.frequencies)))
 

@@ -1,6 +1,5 @@
 """Gradient checkpointing (Chen et al., arXiv 1604.06174): only the input of each block is kept, and the block is
-computed again in the backward pass, with the same dropout.
-"""
+computed again in the backward pass, with the same dropout."""
 
 from __future__ import annotations
 
@@ -13,11 +12,8 @@ from palimpsest.models.backbone import Backbone
 
 
 def recompute_blocks(backbone: Backbone) -> None:
-    """Switch gradient checkpointing on for the training of `backbone`.
-
-    Raises:
-        ValueError: the network does not support it.
-    """
+    """Switch gradient checkpointing on for the training of `backbone`. Raises ValueError if the network does not
+    support it."""
     if not backbone.recomputes:
         raise ValueError(
             f"training.gradient_checkpointing=true: {type(backbone).__name__} does not support it; leave it out"

@@ -22,8 +22,7 @@ _AS_HERE = ("data.tokenizer_name_or_path", "model.hidden_size", "model.cond_dim"
 
 def settings_of_reference(read: Read) -> tuple[dict[str, object], str]:
     """Return the settings of a reference's `.ckpt`, and the reason why no model here can use it ("" if one can). Keys
-    are those of the command line; settings that the file lacks or its network does not use are left out.
-    """
+    are those of the command line; settings that the file lacks or its network does not use are left out."""
     grouped = read("algo.name") is not None  # bd3lms and duo
     blocks = read("block_size") is not None  # bd3lms
     of_algo = (lambda key: read(f"algo.{key}")) if grouped else read
@@ -53,8 +52,7 @@ def settings_of_reference(read: Read) -> tuple[dict[str, object], str]:
 
 def _noise(read: Read, grouped: bool, blocks: bool) -> dict[str, object]:
     """Return the schedule. That of bd3lms runs to alpha = 0 and caps the network's input at -log 0.001, the end of
-    ours.
-    """
+    ours."""
     choice = NOISES.get(str(read("noise.type")))
     if choice in ("linear", "geometric"):
         return {"noise": choice, **{key: read(key) for key in ("noise.sigma_min", "noise.sigma_max")}}

@@ -24,8 +24,7 @@ def gated_scan(
     delta_bias_E: Tensor,
 ) -> Tensor:  # fmt: skip
     """Return (y + D u) silu(z), (B, L, E), where y is the selective scan of u with steps softplus(delta + delta_bias).
-    It is computed in float32 (at least) under any autocast, and returned in the precision of `u_BLE`.
-    """
+    It is computed in float32 (at least) under any autocast, and returned in the precision of `u_BLE`."""
     scan = kernel_scan if u_BLE.is_cuda and kernel_available() else torch_scan
     return scan(u_BLE, delta_BLE, A_EN, B_BLN, C_BLN, D_E, z_BLE, delta_bias_E)
 
@@ -72,8 +71,7 @@ def torch_scan(
 
 def selective_scan(u_BLE: Tensor, delta_BLE: Tensor, A_EN: Tensor, B_BLN: Tensor, C_BLN: Tensor) -> Tensor:
     """Return y_t = C_t . h_t, (B, L, E), with h_t = exp(delta_t A) h_{t-1} + delta_t u_t B_t, h_0 = 0, per channel of
-    E.
-    """
+    E."""
     u, delta, b, c = (x.transpose(0, 1).contiguous() for x in (u_BLE, delta_BLE, B_BLN, C_BLN))
     return _Scan.apply(u, delta, A_EN.T.contiguous(), b, c).transpose(0, 1)
 
@@ -88,8 +86,7 @@ def _advance(h_BNE, delta_BE, A_NE, b_BN, du_BE, decay_BNE, out_BNE):  # noqa: A
 class _Scan(torch.autograd.Function):
     """The recurrence, whose backward pass is the reverse recurrence, without an autograd graph per step. Only the state
     at the start of each of about sqrt(L) segments is kept; the backward pass recomputes the states of a segment from
-    it. The tensors of a step thus stay in cache, and memory grows with sqrt(L) states.
-    """
+    it. The tensors of a step thus stay in cache, and memory grows with sqrt(L) states."""
 
     @staticmethod
     def forward(ctx, u_LBE, delta_LBE, A_NE, b_LBN, c_LBN):  # noqa: ANN001, ANN205

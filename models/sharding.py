@@ -36,8 +36,7 @@ def shard(module: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh, forw
 
 def sharded_like(tensor: Tensor, like: Tensor) -> Tensor:
     """Shard a whole tensor, which every device has, as `like` is; return it unchanged if `like` is not sharded. Nothing
-    is sent.
-    """
+    is sent."""
     if not isinstance(like, DTensor) or isinstance(tensor, DTensor):
         return tensor
     mesh = like.device_mesh
@@ -46,8 +45,7 @@ def sharded_like(tensor: Tensor, like: Tensor) -> Tensor:
 
 def gather(state: object) -> object:
     """Return `state` (tensors in dicts, lists and tuples) with each sharded tensor gathered, on the CPU of the first
-    process. The other processes get None in its place; all must call it, in the same order.
-    """
+    process. The other processes get None in its place; all must call it, in the same order."""
     if isinstance(state, DTensor):
         together = state.full_tensor()
         return together.cpu() if torch.distributed.get_rank() == 0 else None
@@ -59,11 +57,8 @@ def gather(state: object) -> object:
 
 
 def load_sharded(module: nn.Module, state: dict[str, Tensor]) -> None:
-    """Load a state of whole tensors into a module with sharded parameters.
-
-    Raises:
-        RuntimeError: names or shapes differ.
-    """
+    """Load a state of whole tensors into a module with sharded parameters. Raises RuntimeError if names or shapes
+    differ."""
     ours = module.state_dict()
     shared = {name: sharded_like(tensor, ours[name]) if name in ours else tensor for name, tensor in state.items()}
     with torch.no_grad():

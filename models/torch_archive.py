@@ -27,11 +27,8 @@ _MOST_PICKLED = 1 << 29  # bytes besides the tensors, such as the vocabulary of 
 
 def read(file: BinaryIO, weights: bool = True) -> object:
     """Return the object that was given to torch.save. Without `weights` its tensors have shapes only (device "meta").
-
-    Raises:
-        ValueError, pickle.UnpicklingError, zipfile.BadZipFile and others: the archive is corrupt, compressed or
-            TorchScript, or asks for something that models/inert_pickle.py refuses.
-    """
+    Raises ValueError, pickle.UnpicklingError, zipfile.BadZipFile and others if the archive is corrupt, compressed or
+    TorchScript, or asks for something that models/inert_pickle.py refuses."""
     zipped = file.read(len(_START)) == _START
     size = file.seek(0, io.SEEK_END)
     file.seek(0)

@@ -22,8 +22,7 @@ CacheAppend = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 def query_positions(at_BL: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """Return the True positions of each row, (B, Q) with Q the largest count of any row, and which of them are real;
-    (None, None), which stands for all positions, without a mask.
-    """
+    (None, None), which stands for all positions, without a mask."""
     if at_BL is None:
         return None, None
     count_B = at_BL.sum(-1)
@@ -95,8 +94,7 @@ class TransformerBlock(nn.Module):
 
 class Head(nn.Module):
     """Norm and vocabulary projection, called separately: `normed`, then `linear`. With classes the projection has one
-    more column for each (models/class_conditioning.py).
-    """
+    more column for each (models/class_conditioning.py)."""
 
     def __init__(self, dim: int, vocab_size: int, num_classes: int = 0) -> None:
         super().__init__()
