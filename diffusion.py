@@ -21,10 +21,10 @@ from palimpsest.common.randomness import KeyedNoise, evaluation_noise, hash_seed
 from palimpsest.common.values import BelowOne, Seed, Share
 from palimpsest.denoisers import BlockDenoiser, Denoiser, JointDenoiser
 from palimpsest.models.checkpoints import Checkpoint
-from palimpsest.models.class_conditioning import UNTOLD, start_from_counts
+from palimpsest.models.class_conditioning import UNCONDITIONAL, start_from_counts
 from palimpsest.models.ema import EMA
 from palimpsest.models.freezing import refuse_frozen
-from palimpsest.models.sharding import share_out
+from palimpsest.models.sharding import shard
 from palimpsest.objectives.base import Batch, BoundTo, Objective, TokenLoss, scored_mask
 from palimpsest.objectives.mlm import cross_entropy_at
 from palimpsest.objectives.reduction import StepLoss, scale_gradients
@@ -168,7 +168,7 @@ class Diffusion(lightning.LightningModule):
         """`batch` with the class of each text, where the backbone takes it and the texts have one."""
         if not self.backbone.num_classes or "label" not in batch:
             return batch
-        class_id = batch["label"] if dropped_B is None else batch["label"].masked_fill(dropped_B, UNTOLD)
+        class_id = batch["label"] if dropped_B is None else batch["label"].masked_fill(dropped_B, UNCONDITIONAL)
         return {**batch, "class_id": class_id}
 
     def on_validation_epoch_start(self) -> None:
@@ -272,9 +272,9 @@ class Diffusion(lightning.LightningModule):
         """Share the weights and their average out over devices, where the strategy says so (strategy=fsdp)."""
         if self.device_mesh is None:
             return
-        share_out(self, self.backbone.blocks, self.device_mesh["data_parallel"], ENTRANCES)
+        shard(self, self.backbone.blocks, self.device_mesh["data_parallel"], ENTRANCES)
         if self.ema:
-            self.ema.share_out(self.backbone.parameters())
+            self.ema.shard(self.backbone.parameters())
 
     def configure_optimizers(self) -> dict[str, object]:
         optimizer = self.build_optimizer(self.backbone)

@@ -1,9 +1,8 @@
 """Attributes of a review, such as its sentiment: the choices of the grammar (corpora/reviews.py), parsed from the text.
 
-A review has four sentences: an opening, a judgement on story and acting, one on music and look, a verdict. The
-grammar itself says which form and which polarity each has: the sentence is one that this form with this polarity can
-write, and no other. So texts of the corpus are read without error, and of a text that a model wrote all is read that is
-well-formed.
+A review has four sentences: an opening, a judgement of story and acting, one of music and look, a verdict. A sentence
+has a form and polarity if the grammar can write it with them, which identifies both. Texts of the corpus are thus
+parsed without error, and of generated texts all that is well-formed.
 
 Shape suffixes: N texts, A attributes.
 """
@@ -23,26 +22,24 @@ SENTIMENTS = reviews.ReviewGrammar.label_names
 _TOPICS = tuple(word for _, word in (*reviews.KINDS.options, *reviews.COMPANY.options))
 _SUBJECTS = tuple(tuple(" ".join(word for group in groups for word in group).split()) for groups in reviews.GROUPS)
 
-# Attribute -> the names of its values. `class` is the label; a polarity is that of the main judgement; a subject is the
-# aspect that is judged (first); the topic is the kind of film, or who chose it.
+# Attribute -> names of its values. `class` is the label; a sentiment is that of the main judgement; a subject is the
+# (first) aspect that is judged; the topic is the kind of film, or the person who chose it.
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "class": SENTIMENTS, "opening": reviews.OPENINGS, "topic": _TOPICS,
     "story_sentiment": SENTIMENTS, "story_form": reviews.JUDGEMENTS, "story_subject": _SUBJECTS[0],
     "music_sentiment": SENTIMENTS, "music_form": reviews.JUDGEMENTS, "music_subject": _SUBJECTS[1],
     "verdict_sentiment": SENTIMENTS, "verdict_form": reviews.VERDICT_FORMS,
 }  # fmt: skip
-_PLACES = {name: place for place, name in enumerate(ATTRIBUTES)}
-# Log odds of the class that a sentence's polarity speaks for.
-_SAYS = {"story_sentiment": reviews.P_ASPECT_AGREES, "music_sentiment": reviews.P_ASPECT_AGREES,
+_COLUMNS = {name: column for column, name in enumerate(ATTRIBUTES)}
+# Probability that the polarity of a sentence agrees with the class.
+_AGREES = {"story_sentiment": reviews.P_ASPECT_AGREES, "music_sentiment": reviews.P_ASPECT_AGREES,
          "verdict_sentiment": reviews.P_VERDICT_AGREES}  # fmt: skip
 
 
 def read_attributes(texts: Sequence[str], labels: Sequence[int] | None = None) -> np.ndarray:
-    """(N, A) int64: the value of each of ATTRIBUTES, UNREAD where no sentence of a text, or more than one, can be the
-    part of a review that shows it.
-
-    The class of a text is its label where labels are given. Without them it is the one that the grammar's posterior
-    prefers, which is a function of the three polarities; of those that could be read."""
+    """Return the value of each of ATTRIBUTES, (N, A) int64, UNREAD if none or several sentences of a text can be the
+    part that shows it. The class is the label if labels are given, else the one preferred by the grammar's posterior
+    given the polarities that could be read."""
     found_NA = np.full((len(texts), len(ATTRIBUTES)), UNREAD)
     sentences = [_sentences(text) for text in texts]
     distinct = sorted({sentence for row in sentences for sentence in row})
@@ -53,8 +50,8 @@ def read_attributes(texts: Sequence[str], labels: Sequence[int] | None = None) -
             fitting = [number[sentence] for sentence in row if number[sentence] in read]
             if len(fitting) == 1:
                 for name, value in _values(part, distinct[fitting[0]], *read[fitting[0]]).items():
-                    found_NA[text, _PLACES[name]] = value
-    found_NA[:, _PLACES["class"]] = _classes(found_NA) if labels is None else labels
+                    found_NA[text, _COLUMNS[name]] = value
+    found_NA[:, _COLUMNS["class"]] = _classes(found_NA) if labels is None else labels
     return found_NA
 
 
@@ -70,7 +67,7 @@ def _sentences(text: str) -> list[tuple[str, ...]]:
 
 @lru_cache(maxsize=1)
 def _grammars() -> dict[str, dict[tuple[int | None, int], FiniteStateGrammar]]:
-    """Part of a review -> (polarity, form) -> the sentences that have them."""
+    """Return part of a review -> (polarity, form) -> the grammar of its sentences."""
 
     def forms(choice: Choice, polarity: int | None = None) -> dict[tuple[int | None, int], FiniteStateGrammar]:
         return {(polarity, form): FiniteStateGrammar(option) for form, (_, option) in enumerate(choice.options)}
@@ -84,7 +81,7 @@ def _grammars() -> dict[str, dict[tuple[int | None, int], FiniteStateGrammar]]:
 def _read(
     sentences: Sequence[tuple[str, ...]], forms: dict[tuple[int | None, int], FiniteStateGrammar]
 ) -> dict[int, tuple[int | None, int]]:
-    """Number of a sentence -> its polarity and form, for those that have one."""
+    """Return number of a sentence -> its polarity and form, for sentences that have them."""
     words = frozenset().union(*(grammar.vocabulary for grammar in forms.values()))
     left = [i for i, sentence in enumerate(sentences) if words.issuperset(sentence)]
     found: dict[int, tuple[int | None, int]] = {}
@@ -110,8 +107,8 @@ def _values(part: str, sentence: tuple[str, ...], polarity: int | None, form: in
 
 def _classes(found_NA: np.ndarray) -> np.ndarray:
     odds_N = np.zeros(len(found_NA))
-    for name, agrees in _SAYS.items():
-        sentiment_N = found_NA[:, _PLACES[name]]
+    for name, agrees in _AGREES.items():
+        sentiment_N = found_NA[:, _COLUMNS[name]]
         sign_N = np.where(sentiment_N == UNREAD, 0, 2 * sentiment_N - 1)
         odds_N += sign_N * np.log(agrees / (1 - agrees))
     return np.where(np.abs(odds_N) < 1e-9, UNREAD, (odds_N > 0).astype(np.int64))

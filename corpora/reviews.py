@@ -1,13 +1,13 @@
-"""The embedded corpus (`data=reviews`): short film reviews in two classes from a grammar of our own.
+"""The embedded corpus (`data=reviews`): short film reviews in two classes, from a grammar of our own.
 
 A review introduces a film, judges two groups of aspects, and closes with a verdict. Verbs agree with their subject
-across whatever stands between ("the songs in places feel"). Each judgement has a latent sentiment that agrees with
-the class most of the time; it is told plainly ("feels truly dull") or by negating its opposite ("never feels
-clever"), and contrasts ("..., but ...") hold one judgement of each kind. So single words say little about the class,
-clauses nearly all.
+across the words between ("the songs in places feel"). Each judgement has a latent sentiment that agrees with the class
+most of the time. It is expressed directly ("feels truly dull") or by negating its opposite ("never feels clever"), and
+contrasts ("..., but ...") have one judgement of each kind. Single words thus say little about the class, clauses nearly
+all.
 
-Every clause is CLAUSE_TOKENS long (words and punctuation), a review four to six of them. So a text's length tells
-where its clauses begin, and what is left to learn is their words.
+Every clause has CLAUSE_TOKENS tokens (words and punctuation), a review four to six clauses. The length of a text thus
+determines where its clauses begin, and only the words remain to be learned.
 
 Swapping the two polarities maps one class onto the other word for word; hence lengths say nothing about the class.
 """
@@ -86,8 +86,8 @@ BE = ("is", "are")
 TAILS = words("overall throughout though instead")
 
 
-def _told(polarity: int, plain: Expression, negation: Expression, opposites: tuple[str, str]) -> Expression:
-    """`plain` and a word of the polarity meant, or `negation` and a word of the other one."""
+def _stated(polarity: int, plain: Expression, negation: Expression, opposites: tuple[str, str]) -> Expression:
+    """Return `plain` with a word of the polarity, or `negation` with a word of the opposite one."""
     return weighted(
         (1 - P_NEGATED, chain(plain, words(opposites[polarity]))),
         (P_NEGATED, chain(negation, words(opposites[1 - polarity]))),
@@ -95,37 +95,37 @@ def _told(polarity: int, plain: Expression, negation: Expression, opposites: tup
 
 
 def _predicate(polarity: int, plural: int) -> Expression:
-    """Three tokens: "feels truly dull", "is never clever", "hardly seems clever"."""
+    """Return three tokens: "feels truly dull", "is never clever", "hardly seems clever"."""
     plain = chain(weighted((0.4, BE[plural]), (0.6, LINKING[plural])), ADVERBS)
     negation = weighted((0.5, chain(BE[plural], NOT)), (0.5, chain(NEVER, LINKING[plural])))
-    return _told(polarity, plain, negation, ADJECTIVES)
+    return _stated(polarity, plain, negation, ADJECTIVES)
 
 
 def _nouns(groups: tuple[tuple[str, str], ...], form: Callable[[str, int], Expression]) -> Expression:
-    """`form` of the subjects of some groups, singular (0) or plural (1)."""
+    """Return `form` applied to the subjects of some groups, singular (0) or plural (1)."""
     return weighted(
         *((weight, form(group[plural], plural)) for group in groups for plural, weight in enumerate((0.6, 0.4)))
     )
 
 
 def _pair(polarity: int, plural: int) -> Expression:
-    """Five tokens, two words of one polarity: "is truly dull and shallow", "is never dull or shallow"."""
+    """Return five tokens with two words of one polarity: "is truly dull and shallow", "is never dull or shallow"."""
     halves = [" ".join(listing.split()[:8]) for listing in ADJECTIVES]
     others = [" ".join(listing.split()[8:]) for listing in ADJECTIVES]
-    told = chain(BE[plural], ADVERBS, words(halves[polarity]), "and", words(others[polarity]))
+    plain = chain(BE[plural], ADVERBS, words(halves[polarity]), "and", words(others[polarity]))
     negated = chain(BE[plural], NOT, words(halves[1 - polarity]), "or", words(others[1 - polarity]))
-    return weighted((1 - P_NEGATED, told), (P_NEGATED, negated))
+    return weighted((1 - P_NEGATED, plain), (P_NEGATED, negated))
 
 
 def _clause(groups: tuple[tuple[str, str], ...], polarity: int, end: str) -> Expression:
-    """A judgement whose verb agrees with the subject, not with the nouns of the place between them."""
+    """Return a judgement whose verb agrees with the subject, not with the nouns between them."""
     place = weighted((1.0, "in places"), (1.0, "at times"), (1.0, "in parts"), (1.0, "on screen"))
     return _nouns(groups, lambda noun, plural: chain("The", words(noun), place, _predicate(polarity, plural), end))
 
 
 def judgement(groups: tuple[tuple[str, str], ...], polarity: int) -> Expression:
-    """One clause on one of two groups of aspects, or two of opposite polarity on both; `polarity` is the main one's. A
-    choice between the forms of JUDGEMENTS."""
+    """Return a judgement of some groups of aspects, a choice between the forms of JUDGEMENTS: one clause, or two of
+    opposite polarity on two groups. `polarity` is that of the main one."""
     listed = _nouns(groups, lambda noun, plural: chain("The", words(noun), _pair(polarity, plural), "."))
     firsts, seconds = (weighted(*((1.0, words(listing)) for listing in group)) for group in groups)
     felt = weighted(
@@ -143,7 +143,7 @@ def judgement(groups: tuple[tuple[str, str], ...], polarity: int) -> Expression:
 
 
 def opening() -> Expression:
-    """How a review begins, as a choice between the forms of OPENINGS."""
+    """Return the start of a review, a choice between the forms of OPENINGS."""
     return weighted(
         (0.45, chain(words("I We"), words("watched saw rented caught"), "this", KINDS, FILM, "last", SEASONS, ".")),
         (0.30, chain("My", COMPANY, words("chose picked rented found"), "this", FILM, "last", SEASONS, ".")),
@@ -152,32 +152,20 @@ def opening() -> Expression:
 
 
 def verdict(polarity: int) -> Expression:
-    """How a review ends, as a choice between the forms of VERDICT_FORMS."""
+    """Return the end of a review, a choice between the forms of VERDICT_FORMS."""
     sure = words("truly really simply clearly certainly")
+    found = _stated(polarity, chain(sure, "found the", FILM, "a"), chain(NEVER, "found the", FILM, "a"), VERDICTS)
+    advice = _stated(polarity, sure, words("never"), ADVICE)
+    worth = _stated(polarity, chain(sure, "a", FILM, "worth"), chain(NOT, "a", FILM, "worth"), WORTH)
     return weighted(
-        (
-            0.35,
-            chain(
-                "I",
-                _told(polarity, chain(sure, "found the", FILM, "a"), chain(NEVER, "found the", FILM, "a"), VERDICTS),
-                ".",
-            ),
-        ),
-        (
-            0.35,
-            chain("So", _told(polarity, sure, words("never"), ADVICE), "this", FILM, words("this next"), SEASONS, "."),
-        ),
-        (
-            0.30,
-            chain(
-                "It is", _told(polarity, chain(sure, "a", FILM, "worth"), chain(NOT, "a", FILM, "worth"), WORTH), "."
-            ),
-        ),
+        (0.35, chain("I", found, ".")),
+        (0.35, chain("So", advice, "this", FILM, words("this next"), SEASONS, ".")),
+        (0.30, chain("It is", worth, ".")),
     )
 
 
 def _review(label: int) -> Expression:
-    """Opening, a judgement on each of the GROUPS, verdict."""
+    """Return an opening, a judgement of each of the GROUPS, and a verdict."""
 
     def agreeing(p_agrees: float, expressions: list[Expression]) -> Expression:
         return weighted((p_agrees, expressions[label]), (1 - p_agrees, expressions[1 - label]))
@@ -189,25 +177,23 @@ def _review(label: int) -> Expression:
 
 
 def tokens(text: str) -> list[str]:
-    """The words and punctuation marks of a text, in order."""
+    """Return the words and punctuation marks of a text, in order."""
     return TOKEN.findall(text)
 
 
 def detokenize(tokens: Sequence[str]) -> str:
-    """Tokens as prose, with no space before punctuation. The inverse of `tokens` on the corpus."""
+    """Return tokens as prose, without a space before punctuation: the inverse of `tokens` on the corpus."""
     return re.sub(r" (?=[.,!?;:])", "", " ".join(tokens))
 
 
 def _generator(seed: int, *stream: int) -> np.random.Generator:
-    # As a spawn key, because a seed's trailing zeros are dropped: [seed, 1] and [seed, 1, 0] are one stream.
+    # A spawn key, because a list as seed loses its trailing zeros: [seed, 1] and [seed, 1, 0] are one stream.
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=stream)))
 
 
 class ReviewGrammar:
-    """The two laws p(text | class), sampled and computed exactly. Probabilities in nats.
-
-    vocabulary: the distinct tokens of both classes, sorted.
-    """
+    """The two distributions p(text | class), sampled and computed exactly, with probabilities in nats. `vocabulary` has
+    the distinct tokens of both classes, sorted."""
 
     label_names: tuple[str, ...] = ("negative", "positive")
 
@@ -215,11 +201,8 @@ class ReviewGrammar:
         self.grammars = tuple(FiniteStateGrammar(_review(label)) for label in range(len(self.label_names)))
         self.vocabulary = tuple(sorted({token for grammar in self.grammars for token in grammar.vocabulary}))
 
-    def sample(self, num_texts: int, label: int, seed: int) -> list[str]:
-        """`num_texts` independent reviews of a class; those of a smaller draw come first in a larger one."""
-        return self._sample(num_texts, label, seed, stream=0)
-
-    def _sample(self, num_texts: int, label: int, seed: int, stream: int) -> list[str]:
+    def sample(self, num_texts: int, label: int, seed: int, stream: int = 0) -> list[str]:
+        """Draw `num_texts` independent reviews of a class; those of a smaller draw come first in a larger one."""
         rng = _generator(seed, stream, label)
         return [detokenize(text) for text in self._grammar(label).sample(num_texts, rng)]
 
@@ -229,35 +212,33 @@ class ReviewGrammar:
         return self.grammars[label]
 
     def log_prob(self, texts: Sequence[str], label: int) -> np.ndarray:
-        """(N,) log p(text | class), nats; -inf for a text the grammar cannot write. Spacing is free."""
-        # Characters that are neither words nor punctuation would vanish from the tokens: not a text of ours.
+        """Return log p(text | class), (N,) nats; -inf for an impossible text. White space is ignored."""
+        # Texts with other characters than words and punctuation, which `tokens` would drop, are impossible.
         split = [tokens(text) if not TOKEN.sub("", text).strip() else [text] for text in texts]
         return self._grammar(label).log_prob(split)
 
     def log_prob_length(self, num_tokens: Sequence[int], label: int) -> np.ndarray:
-        """(N,) log p(number of tokens | class), nats; the same for both classes."""
+        """Return log p(number of tokens | class), (N,) nats; the same for both classes."""
         return self._grammar(label).log_prob_length(num_tokens)
 
     def mean_tokens(self, label: int) -> float:
-        """Expected length of a review, in tokens."""
+        """Return the expected length of a review, in tokens."""
         lengths = np.arange(MAX_TOKENS + 1)
         return float(lengths @ np.exp(self.log_prob_length(lengths, label)))
 
     def entropy(self, label: int, given_length: bool = True) -> float:
-        """Exact entropy of a review of the class, nats per text; without the length's share unless asked for.
-
-        The derivation of a review can be read off its text, so that this is the entropy of the derivations.
-        """
+        """Return the exact entropy of a review of the class in nats per text, given its length unless `given_length` is
+        false. The derivation of a review follows from its text, so that this is the entropy of the derivations."""
         log_p = self._grammar(label).log_prob_length(np.arange(MAX_TOKENS + 1))
         of_length = -float(sum(np.exp(x) * x for x in log_p[np.isfinite(log_p)]))
         return self._grammar(label).derivation_entropy() - given_length * of_length
 
     def entropy_per_token(self, label: int) -> float:
-        """Exact entropy given the length, in nats per token: the least loss a model can reach."""
+        """Return the exact entropy given the length, in nats per token: the smallest loss that a model can reach."""
         return self.entropy(label) / self.mean_tokens(label)
 
     def posterior(self, texts: Sequence[str], prior: Sequence[float] = (0.5, 0.5)) -> np.ndarray:
-        """(N, 2) p(class | text) by Bayes' rule; nan for a text that neither class can write."""
+        """Return p(class | text) by Bayes' rule, (N, 2); nan for a text that is impossible in both classes."""
         with np.errstate(divide="ignore", invalid="ignore"):
             joint = np.stack([self.log_prob(texts, label) for label in (0, 1)], axis=1) + np.log(prior)
             p = np.exp(joint - joint.max(axis=1, keepdims=True))
@@ -265,41 +246,36 @@ class ReviewGrammar:
 
 
 def generate_split(split: str, num_texts_per_class: int, seed: int) -> dict[str, list]:
-    """{"text": N strings, "label": N ints} with N = 2 * num_texts_per_class, the classes shuffled together.
-
-    Every split draws from its own random stream, as does every seed. ValueError for a split not in SPLITS.
-    """
+    """Return {"text": N strings, "label": N ints} with N = 2 * num_texts_per_class, both classes shuffled together.
+    Every split and every seed has its own random stream. Raises ValueError for a split not in SPLITS."""
     if split not in SPLITS:
         raise ValueError(f"split={split!r} is not a split of the reviews: choose one of {', '.join(SPLITS)}")
     grammar, stream = ReviewGrammar(), 1 + SPLITS.index(split)
     classes = range(len(grammar.label_names))
-    rows = [(text, label) for label in classes for text in grammar._sample(num_texts_per_class, label, seed, stream)]
+    rows = [(text, label) for label in classes for text in grammar.sample(num_texts_per_class, label, seed, stream)]
     order = _generator(seed, stream, len(classes)).permutation(len(rows))
     return {"text": [rows[i][0] for i in order], "label": [rows[i][1] for i in order]}
 
 
 class GeneratedReviews:
-    """The embedded corpus as a source (data/sources.py): as many texts per class as asked, the two classes
-    shuffled together."""
+    """The embedded corpus as a source (data/sources.py), with a given number of texts per class in random order."""
 
-    splits = ("train", "validation", "test")
+    splits = SPLITS
     label_names = ReviewGrammar.label_names
 
     def __init__(
         self, num_train_per_class: Count, num_validation_per_class: Count, num_test_per_class: Count, seed: Seed = 0
     ) -> None:
-        self.sizes = dict(
-            zip(self.splits, (num_train_per_class, num_validation_per_class, num_test_per_class), strict=True)
-        )
-        self.seed = seed
+        sizes = (num_train_per_class, num_validation_per_class, num_test_per_class)
+        self.sizes, self.seed = dict(zip(self.splits, sizes, strict=True)), seed
 
     def load(self, split: str) -> datasets.Dataset:
-        """The split's rows. Raises ValueError for a split that does not exist."""
+        """Return the rows of a split. Raises ValueError if it does not exist."""
         check_split(split, self.splits)
         return _generated(split, self.sizes[split], self.seed)
 
 
-@lru_cache(maxsize=8)  # half a second for each of many readers
+@lru_cache(maxsize=8)  # generating takes half a second
 def _generated(split: str, num_texts_per_class: int, seed: int) -> datasets.Dataset:
     rows = generate_split(split, num_texts_per_class, seed)
     return text_rows(rows["text"], rows["label"])

@@ -13,25 +13,19 @@ from palimpsest.data.sources import Source
 
 
 class Text8:
-    """Texts of `chunk` characters each, in their order; the last one of a split may be shorter.
+    """Texts of `chunk` characters each, in order; the last one of a split may be shorter.
 
-    parts: a source whose splits are one long text each (HubOrFolder). Where `$DATA_DIR/<folder>` has the original,
-    `text8` or `text8.zip`, that is cut instead. sizes: characters of train, validation and test, in this order in the
-    original (90, 5 and 5 million: Tran et al., 2019, and all published figures). Raises ValueError for other sizes.
+    Args:
+        parts: a source whose splits are one long text each (HubOrFolder). If `$DATA_DIR/<folder>` has the original,
+            `text8` or `text8.zip`, that is used instead.
+        sizes: characters of train, validation and test, in this order in the original (90, 5 and 5 million: Tran et
+            al., 2019, and all published figures).
     """
 
     label_names = None
 
-    def __init__(
-        self,
-        parts: Source,
-        folder: PresentPath,
-        chunk: Length,
-        sizes: Mapping[str, int],
-    ) -> None:
-        self.parts = parts
-        self.folder = folder
-        self.chunk = chunk
+    def __init__(self, parts: Source, folder: PresentPath, chunk: Length, sizes: Mapping[str, int]) -> None:
+        self.parts, self.folder, self.chunk = parts, folder, chunk
         self.sizes = dict(sizes)
         self._drop_last = False
 
@@ -46,7 +40,7 @@ class Text8:
         return other
 
     def load(self, split: str) -> datasets.Dataset:
-        """The split's rows. Raises ValueError for a split that does not exist or has another size than it should."""
+        """Return the rows of a split. Raises ValueError if it does not exist or has the wrong size."""
         check_split(split, self.splits)
         text = self._original(split)
         if text is None:
@@ -57,7 +51,7 @@ class Text8:
         return with_documents(text_rows([text[at : at + self.chunk] for at in range(0, end, self.chunk)]), None)
 
     def _original(self, split: str) -> str | None:
-        """The split's part of the original, where there is one. Bytes are characters, as all are ASCII."""
+        """Return the split's part of the original, if there is one. Bytes are characters, since all are ASCII."""
         folder = local_folder(self.folder)
         if folder is None:
             return None

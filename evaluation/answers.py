@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from palimpsest.common.metrics import Estimate, Share, ratio, share
-from palimpsest.corpora.judging import Verdict
+from palimpsest.corpora.answer_checking import CheckedAnswer
 
 _STEPS = ((0, 2), (3, 3), (4, 5), (6, None))  # steps of a reference: first and last of each group
 _NUM_GROUPS = 4
 
 
-def majority_is_right(verdicts: Sequence[Verdict]) -> bool:
+def majority_is_right(verdicts: Sequence[CheckedAnswer]) -> bool:
     """Whether the most frequent answer to one prompt is right, the first of equals; no answer has no vote."""
     answers = Counter(verdict.answer for verdict in verdicts if verdict.answer is not None)
     return bool(answers) and answers.most_common(1)[0][0] == verdicts[0].wanted
@@ -55,7 +55,7 @@ class Answers:
     by_length: list[Group]
 
 
-def measure(verdicts: Sequence[Sequence[Verdict]], ended_MK: np.ndarray, prompt_tokens_M: np.ndarray) -> Answers:
+def measure(verdicts: Sequence[Sequence[CheckedAnswer]], ended_MK: np.ndarray, prompt_tokens_M: np.ndarray) -> Answers:
     """Count the verdicts of M prompts, K each."""
     right_MK = np.array([[verdict.right for verdict in row] for row in verdicts])
     silent_MK = np.array([[verdict.answer is None for verdict in row] for row in verdicts])
@@ -83,14 +83,14 @@ def check_shares(checks: Sequence[Mapping[str, int]]) -> tuple[int, dict[str, Es
     return int(total_M.sum()), {name: ratio(count_M, total_M) for name, count_M in counts_M.items()}
 
 
-def _findings(verdicts: Sequence[Sequence[Verdict]]) -> dict[str, Share]:
+def _findings(verdicts: Sequence[Sequence[CheckedAnswer]]) -> dict[str, Share]:
     names = dict.fromkeys(name for row in verdicts for verdict in row for name in verdict.findings)
     told = {name: [row for row in verdicts if all(name in verdict.findings for verdict in row)] for name in names}
     return {name: share(np.array([[verdict.findings[name] for verdict in row] for row in rows]))
             for name, rows in told.items() if rows}  # fmt: skip
 
 
-def _by_steps(verdicts: Sequence[Sequence[Verdict]], right_MK: np.ndarray) -> list[Group]:
+def _by_steps(verdicts: Sequence[Sequence[CheckedAnswer]], right_MK: np.ndarray) -> list[Group]:
     if any(row[0].steps is None for row in verdicts):
         return []
     steps_M, groups = np.array([row[0].steps for row in verdicts]), []

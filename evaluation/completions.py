@@ -13,7 +13,7 @@ import torch
 
 from palimpsest.common.metrics import Estimate, Share, share
 from palimpsest.common.randomness import KeyedNoise
-from palimpsest.corpora.judging import Judge, Verdict, same_text
+from palimpsest.corpora.answer_checking import AnswerChecker, CheckedAnswer, check_same_text
 from palimpsest.data.rows import parts_of
 from palimpsest.data.tokenizers import decode, encode
 from palimpsest.dataloader import TextData
@@ -37,7 +37,7 @@ class Asked:
     split: str | None
     num_prompts: int | None
     samples_per_prompt: int
-    judge: Judge = same_text
+    judge: AnswerChecker = check_same_text
 
     def __post_init__(self) -> None:
         if self.split is None:
@@ -90,7 +90,7 @@ class Completed:
     drawn: list[Drawn]
     completions: list[str]
     ended: list[bool]
-    verdicts: list[Verdict]
+    verdicts: list[CheckedAnswer]
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ class Beside:
     constant_answer: str | None
 
 
-def _beside(data: TextData, judge: Judge, done: Sequence[Completed]) -> Beside:
+def _beside(data: TextData, judge: AnswerChecker, done: Sequence[Completed]) -> Beside:
     checks = check_shares([judge(c.reference, c.reference).checks for c in done])[1]
     if "train" not in data.splits:
         return Beside(checks, None, None)

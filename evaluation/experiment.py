@@ -9,7 +9,7 @@ from typing import Protocol
 import lightning
 
 from palimpsest.common.files import Place
-from palimpsest.corpora.judging import Judge
+from palimpsest.corpora.answer_checking import AnswerChecker
 from palimpsest.dataloader import TextData
 from palimpsest.diffusion import Diffusion
 from palimpsest.estimators.base import Estimator
@@ -43,7 +43,7 @@ class Builds(Protocol):
     estimator: Estimator
     precision: Precision
     truth: GroundTruth | None
-    judge: Judge
+    judge: AnswerChecker
 
     def data(self, label: int | None = None) -> TextData: ...
 

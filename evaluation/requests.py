@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from palimpsest.corpora.judging import Judge
+from palimpsest.corpora.answer_checking import AnswerChecker
 from palimpsest.dataloader import TextData
 from palimpsest.evaluation.completions import Asked
 from palimpsest.evaluation.directions import Directed, Direction, both, l2t, t2l
@@ -20,7 +20,7 @@ _FIND = {"joint": both, "l2t": l2t, "t2l": t2l, "edit": edit}
 def request(
     data: TextData,
     given: Template,
-    judge: Judge,
+    judge: AnswerChecker,
     truth: GroundTruth | None,
     directed: Directed,
     class_id: int | None,

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from palimpsest.common.files import Place, folder_of
 from palimpsest.common.values import FREE, IF_SET, NAME, AtLeastOne, FilePath, Name, list_of
-from palimpsest.corpora.judging import Judge, same_text
+from palimpsest.corpora.answer_checking import AnswerChecker, check_same_text
 from palimpsest.data.stream import BatchPlan
 from palimpsest.dataloader import TextData
 from palimpsest.diffusion import Diffusion
@@ -22,7 +22,7 @@ from palimpsest.evaluation.drawing import Drawing
 from palimpsest.evaluation.likelihood import Precision
 from palimpsest.experiment.fits import check_parts
 from palimpsest.experiment.runs import Runs
-from palimpsest.models.belonging import check_together
+from palimpsest.models.compatibility import check_data_compatible
 from palimpsest.models.freezing import freeze
 from palimpsest.models.recompute import recompute_blocks
 from palimpsest.objectives.base import Objective
@@ -115,9 +115,9 @@ class Builder:
         return instantiate(data.get("truth")) if comparable else None
 
     @property
-    def judge(self) -> Judge:
+    def judge(self) -> AnswerChecker:
         """The judge of completed prompts: that of the data set, or a comparison with the reference text."""
-        return instantiate(self.cfg.data.get("judge")) or same_text
+        return instantiate(self.cfg.data.get("judge")) or check_same_text
 
     def drawing(self, trained_length: int | None = None) -> Drawing:
         """Build the sampler with what is given of each text.
@@ -188,7 +188,7 @@ class Builder:
         process = self.process(data)
         objective: Objective = instantiate(self.cfg.parameterization, process=process)
         backbone = self.backbone(data, process.vocab_size)
-        check_together(data, objective, backbone)
+        check_data_compatible(data, objective, backbone)
         freeze(backbone, self.choices.freeze)
         if self.choices.gradient_checkpointing:
             recompute_blocks(backbone)

@@ -12,8 +12,8 @@ import sys
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from palimpsest.models.belonging import refuse_unsupported
 from palimpsest.models.checkpoints import Checkpoint, read_settings
+from palimpsest.models.compatibility import refuse_unsupported
 from palimpsest.models.reference_settings import NETWORKS, NOISES, OBJECTIVES
 from palimpsest.settings.command_line import compose_config, flags_last
 from palimpsest.settings.instantiation import located, made_class

@@ -12,8 +12,8 @@ from typing import Annotated
 from palimpsest.common.files import Place, below, exists, is_remote, place
 from palimpsest.common.values import FREE, AtLeastOne, FilePath, FolderName, Natural, PresentPath
 from palimpsest.dataloader import TextData
-from palimpsest.models.belonging import check_same
 from palimpsest.models.checkpoints import Progress, read_progress
+from palimpsest.models.compatibility import check_same_settings
 from palimpsest.training.processes import first_process, started_beside_others
 from palimpsest.training.recovery import newest_good
 from palimpsest.training.run_lock import alone_in
@@ -104,12 +104,12 @@ class Runs:
             "tokenizer": data.vocabulary.fingerprint,
             "latents": data.latents and data.latents.fingerprint,
         }
-        check_same(last, progress, ours)
+        check_same_settings(last, progress, ours)
         return self.model_path(label) if self._is_done(progress, label) else None
 
     def _is_done(self, progress: Progress, label: int | None) -> bool:
         patience = self.patience(label)
-        stopped = patience is not None and progress.fruitless >= patience
+        stopped = patience is not None and progress.validations_without_improvement >= patience
         if not stopped and progress.step > self._max_steps:
             print(
                 f"{self.folder(label)}: {progress.step} steps are there; {self._max_steps} were asked for "

@@ -11,8 +11,8 @@ from palimpsest.dataloader import TextData
 from palimpsest.diffusion import Diffusion, Provenance
 from palimpsest.experiment.building import Builder, of_class
 from palimpsest.experiment.runs import Runs
-from palimpsest.models.belonging import FUNCTION, check_belongs
 from palimpsest.models.checkpoints import Checkpoint, read_checkpoint
+from palimpsest.models.compatibility import FUNCTION, check_compatible
 from palimpsest.models.freezing import refuse_frozen, summary
 from palimpsest.settings.identity import identity
 
@@ -63,7 +63,7 @@ class Weights:
         self._check_length(checkpoint)
         shape = (*FUNCTION, "model.mask_padding", "block_size", "data.segments", "data.segment_room")
         shape += ("model.length",) if "configuration" in checkpoint.identity and not self._any_length(data) else ()
-        check_belongs(checkpoint, identity(self._build.cfg), (*shape, "parameterization"), data)
+        check_compatible(checkpoint, identity(self._build.cfg), (*shape, "parameterization"), data)
         diffusion = self._build.diffusion(data)
         checkpoint.load_into(diffusion.backbone, use_ema=not disable_ema)
         diffusion.ema = None
@@ -109,7 +109,7 @@ class Weights:
         key = next((key for key, path in named.items() if path), None)
         if key is not None:
             checkpoint = read_checkpoint(named[key], key)
-            check_belongs(checkpoint, diffusion.identity["configuration"], FUNCTION, data)
+            check_compatible(checkpoint, diffusion.identity["configuration"], FUNCTION, data)
         else:
             checkpoint = diffusion.backbone.pretrained()
         if checkpoint is None:

@@ -1,4 +1,4 @@
-"""latents=synthetic: vectors that say what is known of a text, for checks that have a right answer.
+"""latents=synthetic: vectors of the known attributes of a text, for checks with a known answer.
 
 Shape suffixes: N rows, A attributes, W numbers of a vector: one for each value of each attribute.
 """
@@ -6,7 +6,7 @@ Shape suffixes: N rows, A attributes, W numbers of a vector: one for each value 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated
 
 import numpy as np
@@ -14,20 +14,22 @@ import numpy as np
 from palimpsest.common.values import NAME, BelowOne, Seed, list_of
 from palimpsest.corpora.review_attributes import ATTRIBUTES, UNREAD, read_attributes
 from palimpsest.data.passages import Passages
-from palimpsest.data.tokenizers import Vocabulary
+from palimpsest.latents.encoder import Encoder
 
-_CODE_VERSION = 1  # raise it whenever a change here or in corpora/review_attributes.py gives other vectors
+_CODE_VERSION = 1  # increase it whenever a change here or in corpora/review_attributes.py gives other vectors
 
 
-class Attributes:
-    """A text of the embedded corpus -> its attributes (corpora/review_attributes.py), each as a one-hot vector, all of
-    them turned by one random rotation, and a little noise.
+class Attributes(Encoder):
+    """The attributes of a text of the embedded corpus (corpora/review_attributes.py) as one-hot vectors, rotated by one
+    random rotation, with a little noise.
 
-    attributes: which; None: all of ATTRIBUTES. noise: standard deviation of the noise, where the ones are 1; a function
-    of the text and `seed`, so that a text has one vector. seed: also of the rotation.
+    Args:
+        attributes: some of ATTRIBUTES; None: all.
+        noise: standard deviation of the noise, which depends on the text and `seed`, so that a text has one vector.
+        seed: also of the rotation.
     """
 
-    fits, informed, dim, tokens = False, True, None, 1
+    informed = True
 
     def __init__(
         self,
@@ -49,27 +51,20 @@ class Attributes:
 
     @property
     def identity(self) -> dict[str, object]:
-        """What its vectors hang on."""
+        """Return everything that the vectors depend on."""
         return {"encoder": "synthetic", "code": _CODE_VERSION, **self._settings}
 
     @property
     def metadata(self) -> dict[str, object]:
-        """For reports and files."""
+        """Return the settings, for reports and files."""
         return {"encoder": "synthetic", "pooling": "attributes", "settings": self._settings}
 
     @property
     def _settings(self) -> dict[str, object]:
         return {"attributes": list(self.names), "noise": self.noise, "seed": self.seed}
 
-    def check(self, vocabulary: Vocabulary, length: int) -> None:
-        """Any vocabulary that spells the texts will do; other texts than the corpus's are refused when they come."""
-
     def encode(self, passages: Passages) -> np.ndarray:
-        """(N, W) float32.
-
-        Raises:
-            ValueError: a text is none that the grammar can write.
-        """
+        """Return vectors (N, W), float32. Raises ValueError if the grammar cannot write a text."""
         texts = known_texts(passages)
         attributes_NA = self.attributes(texts, passages.labels)
         unread = np.flatnonzero((attributes_NA == UNREAD).any(1))
@@ -81,30 +76,18 @@ class Attributes:
         noise_NW = np.stack([self._noise(text) for text in texts])
         return (self.compose(attributes_NA) + noise_NW).astype(np.float32)
 
-    def fit(self, train: object) -> None:
-        """There is nothing to fit."""
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """Nothing was fitted."""
-        return {}
-
-    def load(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Nothing was fitted."""
-
     def attributes(self, texts: Sequence[str], labels: Sequence[int] | None = None) -> np.ndarray:
-        """(N, A) what each text shows of the attributes that are chosen; UNREAD where that can not be read."""
-        places = [list(ATTRIBUTES).index(name) for name in self.names]
-        return read_attributes(texts, labels)[:, places]
+        """Return the chosen attributes of each text, (N, A), UNREAD where one cannot be read."""
+        return read_attributes(texts, labels)[:, [list(ATTRIBUTES).index(name) for name in self.names]]
 
     def compose(self, attributes_NA: np.ndarray) -> np.ndarray:
-        """(N, W) the vectors of these attributes, without noise: targets for editing."""
+        """Return the vectors (N, W) of attributes, without noise: targets for editing."""
         one_hot_NW = np.zeros((len(attributes_NA), self.width))
         np.put_along_axis(one_hot_NW, attributes_NA + self._starts[:-1], 1.0, axis=1)
         return one_hot_NW @ self._rotation_WW.T
 
     def read(self, vectors_NW: np.ndarray) -> np.ndarray:
-        """(N, A) the attributes that vectors (as `compose` and `encode` give them) say: of each the value with the
-        largest number."""
+        """Return the attributes (N, A) of vectors from `compose` or `encode`: the value with the largest number."""
         turned_back_NW = np.asarray(vectors_NW, dtype=np.float64).reshape(-1, self.width) @ self._rotation_WW
         parts = np.split(turned_back_NW, self._starts[1:-1], axis=1)
         return np.stack([part.argmax(1) for part in parts], axis=1)
@@ -116,6 +99,7 @@ class Attributes:
 
 
 def known_texts(passages: Passages) -> list[str]:
-    """The source texts of whole rows, whose words a tokenizer may not know, and what the others spell."""
+    """Return the source texts of whole rows, whose words a tokenizer may not know, and the decoded text of
+    the others."""
     sources = passages.sources or [None] * len(passages)
-    return [spelt if source is None else source for source, spelt in zip(sources, passages.texts, strict=True)]
+    return [decoded if source is None else source for source, decoded in zip(sources, passages.texts, strict=True)]

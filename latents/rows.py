@@ -1,10 +1,9 @@
-"""Latents of texts: for every packed row of every split one vector that says what the row is about, standardised.
+"""Latents of texts: a standardised vector of the content of every packed row of every split.
 
-An encoder makes vectors (latent_lsa.py, latent_hf.py, latent_attributes.py; models/hidden_states.py), or a folder has
-them (latent_shards.py). What is fitted (an encoder, principal components, mean and scale) is fitted on the train split
-alone: all of its classes, up to data.max_train_texts, whatever data.label is, so that the models of all classes share
-one space. Vectors are made once and kept in the cache as a float32 memory map, by the content of the rows; batches are
-standardised as they are read.
+Vectors come from an encoder (latents/lsa.py, hf.py, attributes.py, hidden_states.py) or a folder (latents/shards.py).
+Everything that is fitted (encoder, principal components, mean and scale) is fitted on the train split with all of its
+classes, up to data.max_train_texts, so that the models of all classes share one space. Vectors are computed once and
+kept in the cache as a float32 memory map, by the content of the rows; batches are standardised when they are read.
 
 Shape suffixes: N rows, B rows at once, W numbers of a vector, K latent tokens, D numbers of each.
 """
@@ -26,37 +25,17 @@ from palimpsest.data.packing import Packing
 from palimpsest.data.passages import PackedTexts, Passages, special_ids, trimmed
 from palimpsest.data.sources import Source
 from palimpsest.data.tokenizers import Vocabulary
+from palimpsest.latents.encoder import Encoder
 from palimpsest.latents.shards import Shards
 from palimpsest.latents.space import Mapped, Space, Store, faults, fit_space
 
 log = logging.getLogger(__name__)
 
-_CODE_VERSION = 1  # raise it whenever a change below gives other latents
-
-
-class Encoder(Protocol):
-    """Rows -> vectors. fits: is itself fitted on train. informed: is told labels and source texts. dim: how
-    many principal components of its vectors are kept, None: all numbers. tokens: K. identity: what its vectors hang on,
-    beside what it was fitted on; metadata: the same for people (encoder, pooling, settings). `check` comes first and
-    raises ValueError where it can not read rows of such tokens; `fit` sees the train split; `arrays` and `load` keep
-    what was fitted."""
-
-    fits: bool
-    informed: bool
-    dim: int | None
-    tokens: int
-    identity: Mapping[str, object]
-    metadata: Mapping[str, object]
-
-    def check(self, vocabulary: Vocabulary, length: int) -> None: ...
-    def fit(self, train: PackedTexts) -> None: ...
-    def arrays(self) -> dict[str, np.ndarray]: ...
-    def load(self, arrays: Mapping[str, np.ndarray]) -> None: ...
-    def encode(self, passages: Passages) -> np.ndarray: ...
+_CODE_VERSION = 1  # increase it whenever a change below gives other latents
 
 
 class Splits(Protocol):
-    """What is asked of the data (dataloader.TextData)."""
+    """The part of the data (dataloader.TextData) that latents need."""
 
     length: int
     source: Source
@@ -72,9 +51,12 @@ class Splits(Protocol):
 
 
 class TextLatents:
-    """The latents of some data. Nothing is read or computed before it is asked for.
+    """The latents of some data, read or computed at the first use.
 
-    shape: (K, D). mean, std: (K, D) float64, of the train split. space: how vectors become latents.
+    Attributes:
+        shape: (K, D).
+        mean, std: (K, D) float64, of the train split.
+        space: the map from vectors to latents.
     """
 
     def __init__(self, encoder: Encoder | Shards, data: Splits) -> None:
@@ -83,11 +65,7 @@ class TextLatents:
 
     @cached_property
     def encoder(self) -> Encoder | Shards:
-        """Ready to encode, but for what is fitted (`space`).
-
-        Raises:
-            ValueError: it does not go together with the data.
-        """
+        """Return the encoder, not yet fitted (see `space`). Raises ValueError if it does not fit the data."""
         self._encoder.check(self._data.vocabulary, self._data.length)
         return self._encoder
 
@@ -96,29 +74,28 @@ class TextLatents:
         return self._packed("train", self._data.whole_train())
 
     def packed(self, split: str) -> PackedTexts:
-        """The rows of a split as encoders take them."""
+        """Return the rows of a split as input of encoders."""
         return self._packed(split, self._data.split(split))
 
     def _packed(self, split: str, rows: datasets.Dataset) -> PackedTexts:
         sources, data = None, self._data
         if self.encoder.informed and data.train_splits is None and not data.packing(split).wrap:
-            texts = data.source.load(split)["text"][:]
-            whole = self._whole(split, rows[:])
+            texts, whole = data.source.load(split)["text"][:], self._whole(split, rows[:])
             sources = [
-                texts[int(i)] if all_of_it else None for i, all_of_it in zip(rows["text_id"][:], whole, strict=True)
+                texts[int(i)] if is_whole else None for i, is_whole in zip(rows["text_id"][:], whole, strict=True)
             ]
         return PackedTexts(rows, data.tokenizer, data.vocabulary, sources)
 
     def _whole(self, split: str, columns: Mapping[str, Any]) -> list[bool]:
-        """Which of these rows are all of their text."""
+        """Return which of these rows contain all of their text."""
         packing, eos_id = self._data.packing(split), self._data.vocabulary.eos_id
         return [number < 2**32 and (len(ids) < packing.length or (packing.eos and ids[-1] == eos_id))
                 for number, ids in zip(columns["sample_id"], columns["input_ids"], strict=True)]  # fmt: skip
 
     @cached_property
     def settings(self) -> dict[str, object]:
-        """What the space hangs on: the encoder and what it and the space are fitted on, never numbers that were
-        computed, whose last digits differ between machines."""
+        """Return everything that the space depends on: the encoder and its training data, but no computed numbers,
+        whose last digits differ between machines."""
         encoder = self.encoder
         kept = {"code": _CODE_VERSION, "dim": encoder.dim, "tokens": encoder.tokens, "encoder": encoder.identity}
         if isinstance(encoder, Shards):
@@ -128,7 +105,7 @@ class TextLatents:
                 "tokenizer": self._data.vocabulary.fingerprint}  # fmt: skip
 
     def fit_encoder(self) -> None:
-        """Fit the encoder alone on train, or take what was fitted from the cache; for those who want its vectors."""
+        """Fit the encoder alone on train, or load it from the cache, for users of its vectors."""
         if isinstance(self.encoder, Shards):
             return
 
@@ -142,11 +119,8 @@ class TextLatents:
 
     @cached_property
     def space(self) -> Space:
-        """How vectors become latents.
-
-        Raises:
-            ValueError: the vectors of train do not make a space (latents/space.py).
-        """
+        """Return the map from vectors to latents. Raises ValueError if the vectors of train do not define a space
+        (latents/space.py)."""
         encoder, files = self.encoder, {}
         if isinstance(encoder, Shards):
             files = {"path": str(encoder.path.resolve()), "files": encoder.signature}
@@ -182,38 +156,34 @@ class TextLatents:
 
     @property
     def metadata(self) -> Mapping[str, object]:
-        """The encoder, how it pools, its settings."""
+        """Return the encoder, its pooling and its settings."""
         return self.encoder.metadata
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hex digest; equal ones mean the same latents for the same rows."""
-        folder = isinstance(self.encoder, Shards)
-        numbers = [self.encoder.content(self._data.cache_dir)] if folder else []  # of others nothing is computed
+        """Return a hex digest; equal digests mean the same latents for the same rows."""
+        in_folder = isinstance(self.encoder, Shards)
+        numbers = [self.encoder.content(self._data.cache_dir)] if in_folder else []
         return fingerprint({**self.settings, "numbers": numbers})
 
     @property
     def facts(self) -> dict[str, object]:
-        """What a checkpoint keeps of the latents that its model was trained with, in plain values."""
+        """Return the description of the latents for a checkpoint, in plain values."""
         return {"fingerprint": self.fingerprint, "shape": list(self.shape), "mean": self.mean.tolist(),
                 "std": self.std.tolist(), **self.metadata}  # fmt: skip
 
     def restore(self, latent: Any) -> Any:
-        """Latents (..., K, D), array or tensor, with mean and scale of train put back: numbers of the encoder, or its
-        principal components where those are kept."""
+        """Return latents (..., K, D), array or tensor, in the numbers of the encoder, or in its principal
+        components."""
         return self.space.restore(latent)
 
     def vectors(self, latent_NKD: np.ndarray) -> np.ndarray:
-        """(N, W) float32: the encoder's vectors that latents (N, K, D) stand for, for cosines in its own space."""
+        """Return the encoder's vectors (N, W), float32, of latents (N, K, D), for cosines in its own space."""
         return self.space.vectors(latent_NKD)
 
     def encode(self, rows: Sequence[Sequence[int]], labels: Sequence[int] | None = None) -> np.ndarray:
-        """(N, K, D) float32: the latents of any token ids, such as a model has written; padding and fill behind them
-        count for nothing.
-
-        Raises:
-            ValueError: a row has no latent; the encoder of a folder is not known.
-        """
+        """Return latents (N, K, D), float32, of any token ids, such as sampled ones; padding at the end is ignored.
+        Raises ValueError if a row has no latent, or the encoder of a folder is not known."""
         space, vocabulary = self.space, self._data.vocabulary
         ids = [trimmed(row, vocabulary) for row in rows]
         labels = None if labels is None else np.asarray(labels)
@@ -225,11 +195,7 @@ class TextLatents:
         return space.standardise(vectors_NW)
 
     def of(self, split: str) -> Latents:
-        """The latents of a split's rows, to be read by row number.
-
-        Raises:
-            ValueError: a row has none.
-        """
+        """Return the latents of a split, indexed by row number. Raises ValueError if a row has none."""
         if split not in self._of:
             space, rows = self.space, self.packed(split)
             if isinstance(self.encoder, Shards):
@@ -240,17 +206,17 @@ class TextLatents:
         return self._of[split]
 
     def _texts_of_whole(self, split: str, some: np.ndarray) -> dict[int, str]:
-        """The source texts of those of these rows that are all of a text: row -> text."""
+        """Return the source texts of those of these rows that contain all of a text: row -> text."""
         if self._data.packing(split).wrap:
             return {}
         columns, texts = self._data.split(split)[some], self._data.texts(split)
         place = {int(text_id): number for number, text_id in enumerate(texts["text_id"][:])}
         column, whole = texts.select_columns("text"), self._whole(split, columns)
-        return {int(row): column[place[int(text_id)]]["text"] for row, text_id, all_of_it in
-                zip(some, columns["text_id"], whole, strict=True) if all_of_it}  # fmt: skip
+        return {int(row): column[place[int(text_id)]]["text"] for row, text_id, is_whole in
+                zip(some, columns["text_id"], whole, strict=True) if is_whole}  # fmt: skip
 
     def _encoded(self, rows: PackedTexts, name: str) -> Mapped:
-        """The vectors of rows, out of the cache or made and put there. Raises ValueError where one fails."""
+        """Return the vectors of rows, from the cache or computed. Raises ValueError if one fails."""
         settings = {"code": _CODE_VERSION, "encoder": self.encoder.identity, "rows": rows.fingerprint,
                     "train": self._train.fingerprint if self.encoder.fits else None,
                     "known": rows.known_fingerprint if self.encoder.informed else None,
@@ -289,7 +255,7 @@ class Latents:
 
 
 class RowsWithLatents:
-    """Packed rows with the column `latent`, (B, K, D), beside their own."""
+    """Packed rows with an additional column `latent`, (B, K, D)."""
 
     def __init__(self, rows: datasets.Dataset, latents: Latents) -> None:
         self.rows, self.latents = rows, latents

@@ -1,6 +1,6 @@
-"""What a folder of sentence-transformers says of its encoder: where the network lies, how tokens become one vector.
+"""The settings of an encoder in a folder of sentence-transformers: where its network is, and how it pools tokens.
 
-Read are `modules.json` and the configurations that it names; no code of a folder is ever run.
+Only `modules.json` and the configurations that it names are read; code of a folder is never run.
 """
 
 from __future__ import annotations
@@ -10,31 +10,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 POOLINGS = ("mean", "cls", "last")
-# The names of the library, as flags and as words.
+# The library's names, as flags and as words.
 _POOLING = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_lasttoken": "last",
             "mean": "mean", "cls": "cls", "lasttoken": "last"}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class SentenceFolder:
-    """network: the folder of the transformer. pooling: one of POOLINGS. normalize: vectors have norm 1. window: most
-    tokens, special ones included. lower: texts are put into small letters first. prompt: what stands before each text.
-    None, False or "" where the folder does not say."""
+    """The settings of a folder; None, False or "" if it does not have them."""
 
-    network: Path
-    pooling: str | None = None
-    normalize: bool = False
-    window: int | None = None
-    lower: bool = False
-    prompt: str = ""
+    network: Path  # folder of the transformer
+    pooling: str | None = None  # one of POOLINGS
+    normalize: bool = False  # vectors have norm 1
+    window: int | None = None  # largest number of tokens, special ones included
+    lower: bool = False  # texts are lowercased first
+    prompt: str = ""  # text before each text
 
 
 def read_folder(folder: Path) -> SentenceFolder:
-    """What `folder` says; of one without modules.json only that it is the network's.
-
-    Raises:
-        ValueError: it asks for something that is not done here, so that its vectors would be others than its own.
-    """
+    """Read the settings of `folder`; without modules.json it is the folder of the network itself. Raises ValueError if
+    it needs something that is not implemented here, so that the vectors would differ from its own."""
     if not (folder / "modules.json").is_file():
         return SentenceFolder(folder)
     kinds = [(str(module["type"]).rpartition(".")[2], folder / module["path"])
@@ -42,24 +37,24 @@ def read_folder(folder: Path) -> SentenceFolder:
     names = [name for name, _ in kinds]
     if names not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
         raise ValueError(
-            f"latents.name_or_path={folder} is made of {', '.join(names)}; only Transformer, Pooling and Normalize are "
-            "known here, so choose another encoder, or give its vectors with latents=file"
+            f"latents.name_or_path={folder} consists of {', '.join(names)}; only Transformer, Pooling and Normalize "
+            "are known here; choose another encoder, or give its vectors with latents=file"
         )
     network = kinds[0][1]
-    said = _read(network / "sentence_bert_config.json", {})
-    whole = _read(folder / "config_sentence_transformers.json", {})
-    prompt = (whole.get("prompts") or {}).get(whole.get("default_prompt_name"), "")
+    transformer = _read(network / "sentence_bert_config.json", {})
+    top = _read(folder / "config_sentence_transformers.json", {})
+    prompt = (top.get("prompts") or {}).get(top.get("default_prompt_name"), "")
     pooling = _read(kinds[1][1] / "config.json")
     if prompt and pooling.get("include_prompt", True) is False:
-        raise ValueError(f"latents.name_or_path={folder} leaves its prompt {prompt!r} out when it pools, which is not "
-                         "done here; choose another encoder, or give its vectors with latents=file")  # fmt: skip
-    return SentenceFolder(network, _pooling(pooling, folder), "Normalize" in names, said.get("max_seq_length"),
-                          bool(said.get("do_lower_case")), prompt or "")  # fmt: skip
+        raise ValueError(f"latents.name_or_path={folder} excludes its prompt {prompt!r} from pooling, which is not "
+                         "possible here; choose another encoder, or give its vectors with latents=file")  # fmt: skip
+    return SentenceFolder(network, _pooling(pooling, folder), "Normalize" in names, transformer.get("max_seq_length"),
+                          bool(transformer.get("do_lower_case")), prompt or "")  # fmt: skip
 
 
-def _pooling(said: dict[str, object], folder: Path) -> str:
-    modes = [name for name, on in said.items() if name.startswith("pooling_mode_") and on is True]
-    word = said.get("pooling_mode")
+def _pooling(config: dict[str, object], folder: Path) -> str:
+    modes = [name for name, on in config.items() if name.startswith("pooling_mode_") and on is True]
+    word = config.get("pooling_mode")
     modes = modes or ([word] if isinstance(word, str) else list(word or []))
     if len(modes) != 1 or modes[0] not in _POOLING:
         raise ValueError(f"latents.name_or_path={folder} pools by {', '.join(map(str, modes)) or 'nothing'}, and only "

@@ -1,10 +1,10 @@
-"""latents=file: vectors that lie beside their texts, as scripts/prepare_latents.py writes them or anyone else.
+"""latents=file: vectors stored with their texts, as scripts/prepare_latents.py or any other program writes them.
 
     FOLDER/metadata.json                  latent_dim, counts, encoder, sha256 of files ... (only latent_dim is needed)
-    FOLDER/<split>_data.jsonl             a line a text: text, shard, idx; document where a text is part of one
+    FOLDER/<split>_data.jsonl             a line per text: text, shard, idx; document if the text is part of one
     FOLDER/latent_shards/shard_0000.npy   float32 (n, W), or (n, K, D) for K latent tokens
 
-A row of the data has the vector of the line of its split with the same text.
+A row of the data gets the vector of the line in its split with the same text.
 
 Shape suffixes: N rows, W numbers of a vector, K latent tokens, D numbers of each.
 """
@@ -31,11 +31,11 @@ from palimpsest.latents.space import Sharded, chunks, faults, moments
 KEY = "latents.path"
 SHARDS, METADATA, FITTED = "latent_shards", "metadata.json", "encoder.npz"
 SPLITS = ("train", "validation", "test")
-_CODE_VERSION = 1  # raise it whenever a change below gives another index
+_CODE_VERSION = 1  # increase it whenever a change below gives another index
 
 
 def _number(path: Path) -> int:
-    """Of a shard; -1 where its name has none."""
+    """Return the number of a shard; -1 if its name has none."""
     number = path.stem.removeprefix("shard_")
     return int(number) if number.isdecimal() else -1
 
@@ -48,7 +48,8 @@ def _opened(path: Path) -> np.ndarray:
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:
-    """The arrays that np.savez wrote, by name. Raises ValueError for others, which might grow when they are read."""
+    """Read the arrays of an uncompressed np.savez file. Raises ValueError for a compressed one, which might grow when
+    read."""
     try:
         with zipfile.ZipFile(path) as archive:
             infos = archive.infolist()
@@ -62,21 +63,22 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
 
 @dataclass(frozen=True)
 class Listing:
-    """The lines of a split. text, document: (N,) uint64 digests, document 0 where a line names none; shard, place: (N,)
-    int64."""
+    """The lines of a split."""
 
-    text: np.ndarray
-    document: np.ndarray
-    shard: np.ndarray
-    place: np.ndarray
+    text: np.ndarray  # (N,) uint64 digests
+    document: np.ndarray  # (N,) uint64 digests, 0 if a line has none
+    shard: np.ndarray  # (N,) int64
+    place: np.ndarray  # (N,) int64, row of the shard
 
 
 class Shards:
-    """A folder of vectors and the texts they are of.
+    """A folder of vectors and their texts.
 
-    path: the folder. dim: principal components that are kept, fitted on train; None: all numbers. max_overlap: largest
-    share of the texts of a held-out split that may stand in train too; a held-out split that is (mostly) train measures
-    nothing, and real ones share some short texts.
+    Args:
+        path: the folder.
+        dim: principal components that are kept, fitted on train; None: all numbers.
+        max_overlap: largest share of the texts of a held-out split that may also be in train. Real splits share some
+            short texts; a split that is mostly train measures nothing.
     """
 
     informed = False
@@ -84,34 +86,32 @@ class Shards:
     def __init__(self, path: FilePath | None, dim: AtLeastOne | None = None, max_overlap: Share = 0.01) -> None:
         if not path:
             raise ValueError(f"latents=file needs {KEY}=: a folder that scripts/prepare_latents.py has written")
-        self.path = Path(path).expanduser()
-        self.dim = dim
-        self.max_overlap = max_overlap
+        self.path, self.dim, self.max_overlap = Path(path).expanduser(), dim, max_overlap
         if not (self.path / METADATA).is_file():
             raise FileNotFoundError(f"{KEY}={path}: there is no {METADATA} in it; scripts/prepare_latents.py writes it "
                                     "last, so let that finish")  # fmt: skip
 
     @cached_property
-    def said(self) -> dict[str, Any]:
-        """What metadata.json says."""
+    def description(self) -> dict[str, Any]:
+        """Return the content of metadata.json."""
         try:
-            said = json.loads((self.path / METADATA).read_text(encoding="utf-8"))
+            content = json.loads((self.path / METADATA).read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{KEY}={self.path}: {METADATA} is damaged ({error}); make the folder again") from error
-        if not isinstance(said, dict):
-            raise ValueError(f"{KEY}={self.path}: {METADATA} holds no object; make the folder again")
-        return said
+        if not isinstance(content, dict):
+            raise ValueError(f"{KEY}={self.path}: {METADATA} is not an object; make the folder again")
+        return content
 
     @property
     def metadata(self) -> dict[str, object]:
-        """For reports: the encoder, as the folder names it."""
-        return {key: self.said.get(key) for key in ("encoder", "pooling", "settings") if key in self.said}
+        """Return the encoder as the folder names it, for reports."""
+        return {key: self.description.get(key) for key in ("encoder", "pooling", "settings") if key in self.description}
 
     @cached_property
     def paths(self) -> list[Path]:
-        """The shards, by number."""
+        """Return the shards, by number."""
         found = sorted((self.path / SHARDS).glob("shard_*.npy"), key=lambda path: (_number(path), path.name))
-        number = self.said.get("num_shards", len(found))
+        number = self.description.get("num_shards", len(found))
         if len(found) != number or not found:
             raise ValueError(f"{KEY}={self.path}: {len(found)} shards, and {METADATA} counts {number}; make them again")
         if [_number(path) for path in found] != list(range(len(found))):
@@ -121,36 +121,35 @@ class Shards:
 
     @cached_property
     def shape(self) -> tuple[int, int]:
-        """(K, D) of a vector. Raises ValueError where shards differ or are not float32."""
-        kinds = {(vectors.dtype.name, *vectors.shape[1:]) for vectors in
-                 (_opened(path) for path in self.paths)}  # fmt: skip
-        if len(kinds) > 1 or next(iter(kinds))[0] != "float32" or len(next(iter(kinds))) not in (2, 3):
+        """Return (K, D) of a vector. Raises ValueError if shards differ or are not float32."""
+        kinds = {(vectors.dtype.name, *vectors.shape[1:]) for vectors in map(_opened, self.paths)}
+        dtype, *shape = next(iter(kinds))
+        if len(kinds) > 1 or dtype != "float32" or len(shape) not in (1, 2):
             raise ValueError(
                 f"{KEY}={self.path}: shards must be float32 arrays (n, D) or (n, K, D), all alike; these are "
                 f"{', '.join(map(str, sorted(kinds)))}"
             )
-        shape = next(iter(kinds))[1:]
-        shape = shape if len(shape) == 2 else (1, *shape)
-        said = self.said.get("latent_dim", shape[1])
-        if said != shape[1]:
+        tokens, numbers = (1, *shape)[-2:]
+        claimed = self.description.get("latent_dim", numbers)
+        if claimed != numbers:
             raise ValueError(
-                f"{KEY}={self.path}: {METADATA} says latent_dim={said}, the shards hold {shape[1]} numbers; correct it"
+                f"{KEY}={self.path}: {METADATA} says latent_dim={claimed}, the shards have {numbers}; correct it"
             )
-        return shape
+        return tokens, numbers
 
     @property
     def width(self) -> int:
-        """Numbers of a vector, K * D."""
+        """Return the numbers of a vector, K * D."""
         return self.shape[0] * self.shape[1]
 
     @property
     def tokens(self) -> int:
-        """K; 1 for principal components."""
+        """Return K; 1 for principal components."""
         return self.shape[0] if self.dim is None else 1
 
     @cached_property
     def signature(self) -> list[list[object]]:
-        """What shows that a file has changed."""
+        """Return name, size and time of all files, which show changes."""
         files = [self.path / METADATA, *self.path.glob(FITTED), *sorted(self.path.glob("*_data.jsonl")), *self.paths]
         return [[str(file.relative_to(self.path)), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
@@ -159,10 +158,10 @@ class Shards:
         return {"code": _CODE_VERSION, "path": str(self.path.resolve()), "files": self.signature}
 
     def _check_files(self, cache_dir: str | Path) -> None:
-        """Raises ValueError where a file is not the one that metadata.json has the digest of; looked at once."""
+        """Raise ValueError if a file does not have its digest in metadata.json; checked once."""
 
         def build(_: Path) -> None:
-            if wrong := changed_files(self.path, self.said):
+            if wrong := changed_files(self.path, self.description):
                 raise ValueError(f"{KEY}={self.path}: {wrong[0]} is not the file that {METADATA} was written for; make "
                                  "the folder again, or leave sha256 and identity out of it where that was "
                                  "meant")  # fmt: skip
@@ -170,27 +169,27 @@ class Shards:
         cached_folder(cache_dir, "latent-files", self._settings, build)
 
     def content(self, cache_dir: str | Path) -> str:
-        """Hex digest of what the vectors of train are. Where metadata.json says what made them, it is that: made again
-        elsewhere they differ in their last digits. Otherwise it is that of the texts and vectors themselves."""
-        if "identity" in self.said:
-            return str(self.said["identity"])
+        """Return a hex digest of the vectors of train. If metadata.json has an identity, that is used, because vectors
+        computed again elsewhere differ in their last digits; else it is that of the texts and vectors."""
+        if "identity" in self.description:
+            return str(self.description["identity"])
 
         def build(_: Path) -> dict[str, str]:
             found = self.listing("train", cache_dir)
             digest = hashlib.sha256(found.text.tobytes())
-            for vectors_NW in chunks(Sharded(self.paths, self.width, found.shard, found.place)):
+            for vectors_NW in chunks(self._vectors(found)):
                 digest.update(vectors_NW.tobytes())
             return {"content": digest.hexdigest()}
 
         return cached_folder(cache_dir, "latent-content", self._settings, build)[1]["content"]
 
     def listing(self, split: str, cache_dir: str | Path) -> Listing:
-        """The lines of a split, read once and kept in the cache.
+        """Return the lines of a split, read once and kept in the cache.
 
         Raises:
-            FileNotFoundError: there are none for this split.
-            ValueError: a file has changed; a line is none, names a vector that is not there or is no vector; a
-                held-out split is (mostly) train, or has parts of a document of train.
+            FileNotFoundError: the split has no lines.
+            ValueError: a file has changed; a line is malformed or has no valid vector; a held-out split overlaps with
+                train or shares documents with it.
         """
         file = self.path / f"{split}_data.jsonl"
         if not file.is_file():
@@ -201,7 +200,7 @@ class Shards:
 
         def build(folder: Path) -> None:
             found = _listing(file, [len(_opened(path)) for path in self.paths])
-            _check_vectors(file, Sharded(self.paths, self.width, found.shard, found.place))
+            _check_vectors(file, self._vectors(found))
             if split != "train" and (self.path / "train_data.jsonl").is_file():
                 self._check_apart(split, found, self.listing("train", cache_dir))
             np.savez(folder / "listing.npz", **found.__dict__)
@@ -210,13 +209,15 @@ class Shards:
         with np.load(folder / "listing.npz") as arrays:
             return Listing(**{name: arrays[name] for name in arrays})
 
+    def _vectors(self, lines: Listing) -> Sharded:
+        return Sharded(self.paths, self.width, lines.shard, lines.place)
+
     def _check_apart(self, split: str, found: Listing, train: Listing) -> None:
         share = float(np.isin(found.text, train.text).mean())
         if share > self.max_overlap:
             raise ValueError(
-                f"{KEY}={self.path}: {share:.1%} of the texts of the {split} split stand in train too, so that it "
-                "would measure what was learned by heart; split the texts anew, or raise "
-                f"latents.max_overlap={self.max_overlap}"
+                f"{KEY}={self.path}: {share:.1%} of the texts of the {split} split are in train too, so that it would "
+                f"measure memorisation; split the texts anew, or raise latents.max_overlap={self.max_overlap}"
             )
         shared = np.intersect1d(found.document[found.document > 0], train.document[train.document > 0])
         if len(shared):
@@ -226,16 +227,12 @@ class Shards:
             )
 
     def train(self, cache_dir: str | Path) -> Sharded:
-        """The vectors of train, whichever of them are trained on, for mean and scale.
-
-        Raises:
-            ValueError: metadata.json says another mean or scale.
-        """
-        found = self.listing("train", cache_dir)
-        store = Sharded(self.paths, self.width, found.shard, found.place)
-        if "mean" in self.said and "std" in self.said:
+        """Return all vectors of train, also those not trained on, for mean and scale. Raises ValueError if
+        metadata.json has another mean or scale."""
+        store = self._vectors(self.listing("train", cache_dir))
+        if "mean" in self.description and "std" in self.description:
             mean_W, std_W = moments(store)
-            theirs = [np.asarray(self.said[key], dtype=np.float64).ravel() for key in ("mean", "std")]
+            theirs = [np.asarray(self.description[key], dtype=np.float64).ravel() for key in ("mean", "std")]
             if not (np.abs(theirs[0] - mean_W) <= 0.01 * std_W).all() or not np.allclose(theirs[1], std_W, rtol=0.01):
                 raise ValueError(
                     f"{KEY}={self.path}: mean and std in {METADATA} are not those of the vectors of train; make the "
@@ -246,11 +243,14 @@ class Shards:
     def store(
         self, split: str, rows: PackedTexts, whole: Callable[[np.ndarray], Mapping[int, str]], cache_dir: str | Path
     ) -> Sharded:
-        """The vectors of packed rows. `whole` gives the source texts of those rows, of some, that were not cut: a
-        tokenizer may spell a text otherwise.
+        """Return the vectors of packed rows.
+
+        Args:
+            whole: rows -> the source texts of those that are whole texts, since a tokenizer may decode a text
+                differently.
 
         Raises:
-            ValueError: a row has none.
+            ValueError: a row has no vector.
         """
         settings = {**self._settings, "split": split, "rows": rows.fingerprint, "max_overlap": self.max_overlap}
 
@@ -261,8 +261,8 @@ class Shards:
             missing = np.flatnonzero(line_N < 0)
             if len(missing):
                 texts = whole(missing)
-                rest = np.array(sorted(texts), dtype=np.int64)
-                line_N[rest] = _lines(found.text, order, digests([texts[i] for i in rest]))
+                known = np.array(sorted(texts), dtype=np.int64)
+                line_N[known] = _lines(found.text, order, digests([texts[i] for i in known]))
             missing = np.flatnonzero(line_N < 0)
             if len(missing):
                 raise ValueError(
@@ -279,28 +279,24 @@ class Shards:
 
     @property
     def identity(self) -> dict[str, object]:
-        """What its vectors hang on, as far as the folder says; `content` comes on top of it."""
+        """Return everything known in the folder that the vectors depend on; `content` is added to it."""
         return {"encoder": "file", "code": _CODE_VERSION, **self.metadata, "shape": list(self.shape)}
 
     def check(self, vocabulary: Vocabulary, length: int) -> None:
-        """Any vocabulary that spells the texts will do."""
+        """Accept any vocabulary that spells the texts."""
         self._vocabulary, self._length = vocabulary, length
 
     @cached_property
     def encoder(self) -> object:
-        """What made the vectors, to make those of further texts.
-
-        Raises:
-            ValueError: it is not known here.
-        """
+        """Return the encoder of the vectors, for further texts. Raises ValueError if it is not known here."""
         from palimpsest.latents.attributes import Attributes
         from palimpsest.latents.hf import Pretrained
         from palimpsest.latents.lsa import LSA
 
         kinds = {"lsa": LSA, "hf": Pretrained, "synthetic": Attributes}
-        name, settings = self.said.get("encoder"), self.said.get("settings")
+        name, settings = self.description.get("encoder"), self.description.get("settings")
         if name not in kinds or not isinstance(settings, dict):
-            raise ValueError(f"{KEY}={self.path} was made by {name}, which can not be run again from there, so that "
+            raise ValueError(f"{KEY}={self.path} was made by {name}, which cannot be run again from there, so that "
                              "further texts have no latents; use latents=lsa, hf or self for that")  # fmt: skip
         encoder = kinds[name](**settings)
         encoder.check(self._vocabulary, self._length)
@@ -309,24 +305,24 @@ class Shards:
         return encoder
 
     def encode(self, passages: Passages) -> np.ndarray:
-        """(N, W) float32, by the encoder that made the folder, where that is known."""
+        """Return vectors (N, W), float32, by the encoder that made the folder, if it is known."""
         return self.encoder.encode(passages)
 
 
-def changed_files(folder: Path, said: Mapping[str, Any]) -> list[str]:
-    """Those of the files which metadata.json (`said`) has the digest of that are gone or have another."""
-    return [name for name, digest in said.get("sha256", {}).items()
+def changed_files(folder: Path, metadata: Mapping[str, Any]) -> list[str]:
+    """Return the files with a digest in metadata.json (`metadata`) that are missing or have another digest."""
+    return [name for name, digest in metadata.get("sha256", {}).items()
             if not (folder / name).is_file() or file_digest(folder / name) != digest]  # fmt: skip
 
 
 def digests(texts: Sequence[str]) -> list[int]:
-    """A 64-bit name of each text. Two of ten million texts share one with a probability of 3 in a million."""
+    """Return 64-bit digests of texts. Among ten million texts, two share one with a probability of 3 in a million."""
     raw = (hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest() for text in texts)
     return [int.from_bytes(digest, "little") for digest in raw]
 
 
 def _lines(text_N: np.ndarray, order: np.ndarray, wanted: Sequence[int]) -> np.ndarray:
-    """The first line with each of these texts, -1 where there is none."""
+    """Return the first line with each of these texts, -1 if there is none."""
     wanted = np.asarray(wanted, dtype=np.uint64)
     place = np.searchsorted(text_N, wanted, sorter=order).clip(max=len(order) - 1)
     line = order[place]
@@ -334,7 +330,7 @@ def _lines(text_N: np.ndarray, order: np.ndarray, wanted: Sequence[int]) -> np.n
 
 
 def _check_vectors(file: Path, vectors: Sharded) -> None:
-    """Those of the lines of `file`, in their order."""
+    """Check the vectors of the lines of `file`, in order."""
     line = 1
     for vectors_NW in chunks(vectors):
         if wrong := faults(vectors_NW):

@@ -1,4 +1,5 @@
-"""Vectors of texts on disk, and the space in which a model meets them: projected if asked for, and standardised.
+"""Vectors of texts on disk, and the space of latents that a model sees: vectors, optionally projected, and
+standardised.
 
 Shape suffixes: N rows, W numbers of an encoder's vector, C of them that are kept, or its principal components, K latent
 tokens, D numbers of each (K * D = C).
@@ -11,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from torch import Tensor, as_tensor
@@ -19,21 +19,11 @@ from torch import Tensor, as_tensor
 log = logging.getLogger(__name__)
 
 CHUNK = 4096  # rows read at once
-_CONSTANT = 1e-6  # of the largest standard deviation: what varies less is taken to be rounding
-
-
-class Store(Protocol):
-    """(N, W) float32 vectors that lie on disk."""
-
-    width: int
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, rows: np.ndarray) -> np.ndarray: ...
+_CONSTANT = 1e-6  # share of the largest standard deviation below which a variation is rounding
 
 
 class Mapped:
-    """(N, W) float32 vectors in a .npy file, memory-mapped by each process when it first reads them."""
+    """(N, W) float32 vectors in a .npy file, memory-mapped by each process at its first read."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -53,12 +43,12 @@ class Mapped:
         return np.asarray(self._vectors_NW[rows])
 
     def __getstate__(self) -> dict[str, object]:
-        return {"path": self.path}  # a memory map would be sent to a worker as its whole content
+        return {"path": self.path}  # pickling a memory map would send all of its content to a worker
 
 
 class Sharded:
-    """(N, W) float32 vectors that lie in several .npy files, of shape (n, W) or (n, K, D) with K * D = W, which other
-    rows may share. Row i is row `place[i]` of file `shard[i]`, both arrays int64 (N,)."""
+    """(N, W) float32 vectors in several .npy files of shape (n, W) or (n, K, D) with K * D = W. Row i is row `place[i]`
+    of file `shard[i]`, both arrays int64 (N,)."""
 
     def __init__(self, paths: Sequence[Path], width: int, shard_N: np.ndarray, place_N: np.ndarray) -> None:
         self.paths, self.width, self.shard_N, self.place_N = tuple(paths), width, shard_N, place_N
@@ -84,35 +74,33 @@ class Sharded:
         return {**self.__dict__, "_open": {}}
 
 
+Store = Mapped | Sharded
+
+
 def chunks(store: Store) -> Iterator[np.ndarray]:
-    """All vectors in their order, some at a time, float64."""
+    """Yield all vectors in order, CHUNK at a time, in float64."""
     for start in range(0, len(store), CHUNK):
         yield store[np.arange(start, min(start + CHUNK, len(store)))].astype(np.float64)
 
 
 def faults(vectors_NW: np.ndarray) -> dict[int, str]:
-    """What is wrong with which rows: numbers that are not finite, and vectors of zeros, which are what a failure leaves
-    behind and no text's meaning."""
-    finite_N = np.isfinite(vectors_NW).all(1)
-    zero_N = ~vectors_NW.any(1)
-    found = {int(row): "its vector is not finite" for row in np.flatnonzero(~finite_N)}
+    """Return the rows without a valid vector and what is wrong: numbers that are not finite, or only zeros, which come
+    from a failure of the encoder."""
+    infinite_N, zero_N = ~np.isfinite(vectors_NW).all(1), ~vectors_NW.any(1)
+    found = {int(row): "its vector is not finite" for row in np.flatnonzero(infinite_N)}
     return found | {int(row): "its vector is all zeros" for row in np.flatnonzero(zero_N)}
 
 
 @dataclass(frozen=True, eq=False)
 class Space:
-    """What training sees of an encoder's vectors: those numbers that vary, or their principal components, with the mean
-    and the scale of the train split taken out. All float64.
+    """The map from an encoder's vectors to latents: the numbers that vary, or principal components, standardised by the
+    mean and scale of the train split. All arrays are float64."""
 
-    mean_KD, std_KD: of these numbers over the train split. center_W: mean of the vectors themselves. axes_WC: their
-    principal axes, else kept_C: which numbers vary.
-    """
-
-    mean_KD: np.ndarray
+    mean_KD: np.ndarray  # of the kept numbers over the train split
     std_KD: np.ndarray
-    center_W: np.ndarray
-    axes_WC: np.ndarray | None = None
-    kept_C: np.ndarray | None = None
+    center_W: np.ndarray  # mean of the vectors themselves
+    axes_WC: np.ndarray | None = None  # principal axes of the vectors, or None
+    kept_C: np.ndarray | None = None  # without axes: the numbers that vary
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -120,21 +108,21 @@ class Space:
         return self.mean_KD.shape
 
     def standardise(self, vectors_NW: np.ndarray) -> np.ndarray:
-        """(N, K, D) float32 with mean 0 and standard deviation 1 over the train split."""
+        """Return latents (N, K, D), float32, with mean 0 and standard deviation 1 over the train split."""
         projected_NC = self._projected(vectors_NW.astype(np.float64))
         return ((projected_NC.reshape(-1, *self.shape) - self.mean_KD) / self.std_KD).astype(np.float32)
 
     def restore(self, latent: np.ndarray | Tensor) -> np.ndarray | Tensor:
-        """(..., K, D) standardised -> the same with the train split's mean and scale put back; arrays as arrays,
-        tensors as tensors on their device."""
+        """Return standardised latents (..., K, D) with the mean and scale of the train split put back; arrays as
+        arrays, tensors as tensors on their device."""
         if isinstance(latent, Tensor):
             mean, std = (as_tensor(x, dtype=latent.dtype, device=latent.device) for x in (self.mean_KD, self.std_KD))
             return latent * std + mean
         return (latent * self.std_KD + self.mean_KD).astype(np.float32)
 
     def vectors(self, latent_NKD: np.ndarray) -> np.ndarray:
-        """(N, W) float32: the encoder's vectors that such latents stand for. What was left out, numbers that do not
-        vary or the directions of least variance, is at its mean."""
+        """Return the encoder's vectors (N, W), float32, of latents. Numbers or directions that were left out are at
+        their mean."""
         numbers_NC = (latent_NKD * self.std_KD + self.mean_KD).reshape(len(latent_NKD), -1)
         if self.axes_WC is not None:
             return (numbers_NC @ self.axes_WC.T + self.center_W).astype(np.float32)
@@ -143,12 +131,12 @@ class Space:
         return out_NW.astype(np.float32)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """For a file; `from_arrays` reads them."""
+        """Return the arrays for a file; `from_arrays` reads them."""
         return {name: value for name, value in self.__dict__.items() if value is not None}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Space:
-        """What `arrays` gave, among other arrays or alone."""
+        """Build the space from the result of `arrays`, which may contain other arrays too."""
         return cls(**{name: arrays[name] for name in cls.__dataclass_fields__ if name in arrays})
 
     def _projected(self, vectors_NW: np.ndarray) -> np.ndarray:
@@ -156,12 +144,9 @@ class Space:
 
 
 def fit_space(train: Store, dim: int | None, tokens: int, origin: str) -> Space:
-    """The space of these vectors of the train split: its `dim` principal components (None: all numbers that vary; some
-    encoders have dead ones), in `tokens` equal parts.
-
-    Raises:
-        ValueError: the numbers do not suffice, do not divide into the parts, or some of the components do not vary.
-    """
+    """Fit the space to the vectors of the train split: the `dim` principal components (None: all numbers that vary), in
+    `tokens` equal parts. Raises ValueError if there are too few numbers, they do not divide into the parts, or some
+    components do not vary."""
     if dim and dim > min(train.width, len(train) - 1):
         raise ValueError(
             f"latents.dim={dim} is more than {len(train)} vectors of {train.width} numbers give ({origin}); lower it"
@@ -189,16 +174,16 @@ def fit_space(train: Store, dim: int | None, tokens: int, origin: str) -> Space:
 
 
 def moments(train: Store) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of each number, (W,) float64 each. In two passes: the difference of two large sums
-    would lose the digits of a small spread."""
+    """Return mean and standard deviation of each number, (W,) float64, in two passes, since the difference of two large
+    sums would lose the digits of a small spread."""
     mean_W = sum(x_NW.sum(0) for x_NW in chunks(train)) / len(train)
     squares_W = sum(np.square(x_NW - mean_W).sum(0) for x_NW in chunks(train))
     return mean_W, np.sqrt(squares_W / len(train))
 
 
 def _principal(train: Store, center_W: np.ndarray, dim: int) -> tuple[np.ndarray, np.ndarray]:
-    """The `dim` largest variances (C,) and their axes (W, C), each with its largest number positive, so that they are
-    the same wherever they are computed."""
+    """Return the `dim` largest variances (C,) and their axes (W, C), each with its largest number positive, so that
+    they do not depend on the machine."""
     covariance_WW = sum((x_NW - center_W).T @ (x_NW - center_W) for x_NW in chunks(train)) / len(train)
     variance_C, axes_WC = (x[..., ::-1][..., :dim] for x in np.linalg.eigh(covariance_WW))
     signs_C = np.sign(axes_WC[np.abs(axes_WC).argmax(0), np.arange(dim)])

@@ -1,4 +1,4 @@
-"""Attention behind one call: `attend(q, k, v, ...)`, whichever kernel runs it.
+"""Attention behind one call, `attend(q, k, v, ...)`, for all kernels.
 
 Shape suffixes: B batch, L length, Q queries, K keys, H heads, D head width.
 """
@@ -14,11 +14,7 @@ from torch import Tensor
 
 
 def resolve_backend(name: str) -> str:
-    """Return `name` if it can run here.
-
-    Raises:
-        ValueError: its package is not installed.
-    """
+    """Return `name` if that backend is installed. Raises ValueError if its package is missing."""
     if name == "flash_attn" and importlib.util.find_spec("flash_attn") is None:
         raise ValueError(
             "model.attn_backend=flash_attn needs the package flash-attn (a CUDA build); "
@@ -28,11 +24,8 @@ def resolve_backend(name: str) -> str:
 
 
 def head_width(hidden_size: int, n_heads: int) -> int:
-    """Dimensions of one attention head.
-
-    Raises:
-        ValueError: the heads do not share `hidden_size` evenly, or their dimensions do not pair up.
-    """
+    """Return the number of dimensions of an attention head. Raises ValueError if `hidden_size` does not divide into
+    heads of an even width."""
     if hidden_size % (2 * n_heads):
         raise ValueError(
             f"model.hidden_size={hidden_size} must be a multiple of 2 * model.n_heads={2 * n_heads}: "
@@ -44,32 +37,37 @@ def head_width(hidden_size: int, n_heads: int) -> int:
 def attend(
     q_BQHD: Tensor, k_BKHD: Tensor, v_BKHD: Tensor, key_mask_BK: Tensor | None, backend: str, causal: bool = False
 ) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v, of shape (B, Q, H, D).
+    """Return softmax(q k^T / sqrt(D)) v, (B, Q, H, D).
 
-    `key_mask_BK` is True where a position may be attended to; None means everywhere. A key mask always runs
-    on SDPA: the padded flash-attn kernels take none. So does flex, which earns its keep where a mask has empty tiles
-    (models/block_attention.py). `causal`: the queries are the last Q of the K positions, and
-    each sees the keys up to its own.
+    Args:
+        key_mask_BK: True where a position may be attended to; None for everywhere. With a key mask SDPA is used,
+            because the padded flash-attn kernels take none.
+        backend: sdpa, flash_attn or flex. Flex also means SDPA here; it pays where a mask has empty tiles
+            (models/block_attention.py).
+        causal: the queries are the last Q of the K positions, and each attends to the keys up to its own.
     """
     if backend == "flash_attn" and key_mask_BK is None:
-        # Not an import statement: transformers would ask users of an exported model to install whatever those name.
+        # Not an import statement: transformers asks users of an exported model to install every imported package.
         return importlib.import_module("flash_attn").flash_attn_func(q_BQHD, k_BKHD, v_BKHD, causal=causal)
     queries, keys = q_BQHD.shape[1], k_BKHD.shape[1]
     mask = None if key_mask_BK is None else key_mask_BK[:, None, None, :]
-    # SDPA's own causal flag counts the queries from the first key and goes with no mask; a single query sees all keys.
+    # SDPA's causal flag aligns the first query with the first key and excludes a mask; a single query sees all keys.
     plain_causal = causal and queries == keys and mask is None
     if causal and not plain_causal and queries > 1:
         earlier_QK = torch.ones(queries, keys, dtype=torch.bool, device=q_BQHD.device).tril(keys - queries)
         mask = earlier_QK if mask is None else mask & earlier_QK
-    out_BHQD = F.scaled_dot_product_attention(
-        q_BQHD.transpose(1, 2), k_BKHD.transpose(1, 2), v_BKHD.transpose(1, 2), attn_mask=mask, is_causal=plain_causal
-    )
-    return out_BHQD.transpose(1, 2)
+    return sdpa(q_BQHD, k_BKHD, v_BKHD, mask, plain_causal)
+
+
+def sdpa(q_BQHD: Tensor, k_BKHD: Tensor, v_BKHD: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
+    """Run torch's scaled dot-product attention on tensors with the length before the heads, (B, Q, H, D)."""
+    q, k, v = (x.transpose(1, 2) for x in (q_BQHD, k_BKHD, v_BKHD))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal).transpose(1, 2)
 
 
 def rotary_angles(inv_freq: Tensor, length: int, start: int | Tensor = 0) -> tuple[Tensor, Tensor]:
-    """cos and sin of position * frequency, each (L, D/2), for the `length` positions from `start` on
-    (RoFormer, arXiv 2104.09864, eq. 34); (B, L, D/2) where each row starts at a place of its own, (B,)."""
+    """Return cos and sin of position * frequency for `length` positions (RoFormer, arXiv 2104.09864, eq. 34): (L, D/2),
+    or (B, L, D/2) if `start` is (B,), the first position of each row."""
     position_L = torch.arange(length, device=inv_freq.device)
     position = position_L + (start[:, None] if isinstance(start, Tensor) else start)
     angle = position.to(inv_freq.dtype)[..., None] * inv_freq
@@ -77,8 +75,7 @@ def rotary_angles(inv_freq: Tensor, length: int, start: int | Tensor = 0) -> tup
 
 
 def apply_rotary(x_BLHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the two halves of each head (GPT-NeoX layout, not interleaved). The tables are (L, D/2), or (B, L, D/2)
-    where every row has positions of its own."""
+    """Rotate the two halves of each head (GPT-NeoX layout, not interleaved) by tables (L, D/2) or (B, L, D/2)."""
     cos, sin = (table.unsqueeze(-2).to(x_BLHD.dtype) for table in (cos, sin))
     first, second = x_BLHD.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

@@ -11,10 +11,10 @@ class Backbone(nn.Module):
     """A network in two parts, `encode` and `head`, so that logits are computed only where they are needed.
 
     A subclass has `head`, a linear layer, and encode(tokens_BL, sigma_B, attention_mask) -> hidden states (B, L, D). It
-    declares everything else that it can do by these attributes.
+    declares its other abilities by these attributes.
 
     Attributes:
-        causal: each position attends to the left only; the network has `new_cache`, and `encode` takes `cache`.
+        causal: each position attends only to the left; the network has `new_cache`, and `encode` takes `cache`.
         encodes_positions: `encode` takes `at_BL` and returns the hidden states of those positions only.
         takes_classes: the constructor takes `num_classes`, and `encode` then takes `class_id`.
         num_classes: number of classes that it was built for; 0 for none.
@@ -36,6 +36,14 @@ class Backbone(nn.Module):
     blocks: Iterable[nn.Module]
     parts: Mapping[str, Iterable[nn.Module]] = {}
     settings: Mapping[str, object] = {}
+
+    @property
+    def vocab_size(self) -> int:
+        return self.head.out_features
+
+    def forward(self, tokens_BL: Tensor, sigma_B: Tensor | None = None, attention_mask: Tensor | None = None) -> Tensor:
+        """Return logits (B, L, V)."""
+        return self.head(self.encode(tokens_BL, sigma_B, attention_mask))
 
     def pretrained(self) -> object | None:
         """Return the published weights that a new training starts from, or None."""

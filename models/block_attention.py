@@ -1,8 +1,7 @@
-"""Attention of block diffusion (BD3-LM, Arriola et al., arXiv 2503.09573), without the work that its mask
-throws away.
+"""Attention of block diffusion (BD3-LM, Arriola et al., arXiv 2503.09573), without computing what its mask excludes.
 
-Two streams of one text: noised queries see their own noised block and the clean blocks before it; clean queries see the
-clean blocks up to their own. As one matrix over both streams three quarters of that are never seen.
+Each text has two streams. Noised queries attend to their own noised block and the clean blocks before it; clean queries
+attend to the clean blocks up to their own. As one matrix over both streams, three quarters would be masked.
 Shape suffixes: B batch, L length, Q queries, K keys, H heads, D head width.
 """
 
@@ -17,17 +16,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from palimpsest.models.attention import attend
+from palimpsest.models.attention import attend, sdpa
 
-# Queries that share one call of a kernel: few enough that little of their diagonal is wasted, enough to fill it.
+# Queries of one kernel call: few enough that little of the diagonal is wasted, enough to fill the kernel.
 _CHUNK = 128
 _FLASH_BLOCKS = 32
-_FORBIDDEN = -(2.0**14)  # added to a score by flash-attn's extra dimensions; finite in every precision
+_FORBIDDEN = -(2.0**14)  # added to a score by extra dimensions of the heads in flash-attn; finite in every precision
 
 
 @dataclass(frozen=True)
 class QKV:
-    """Queries, keys (both rotated) and values of one stream, (B, L, H, D); q None where nobody asks."""
+    """Queries, keys (both rotated) and values of one stream, (B, L, H, D); q is None if there are no queries."""
 
     q: Tensor | None
     k: Tensor
@@ -35,7 +34,7 @@ class QKV:
 
 
 def visible(query_block: Tensor, key_block: Tensor, query_noised: Tensor, key_noised: Tensor) -> Tensor:
-    """The mask, as a predicate on block numbers and streams: may the query see the key?"""
+    """Return whether the query may attend to the key: the mask as a predicate on block numbers and streams."""
     own = query_noised & key_noised & (query_block == key_block)
     before = query_noised & ~key_noised & (key_block < query_block)
     clean = ~query_noised & ~key_noised & (key_block <= query_block)
@@ -45,25 +44,23 @@ def visible(query_block: Tensor, key_block: Tensor, query_noised: Tensor, key_no
 def attend_blocks(
     noised: QKV, clean: QKV, size: int, key_mask_BL: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor | None]:
-    """What the noised queries and, if they are asked, the clean ones attend to: each (B, its length, H, D).
-
-    The clean stream need not have the last block, which nobody looks at. `key_mask_BL` is False on padding.
-    """
+    """Return the attention of the noised queries and of the clean ones (if any), each (B, its length, H, D). The clean
+    stream may lack the last block, which no query sees. `key_mask_BL` is False on padding."""
     if backend == "flex" and clean.k.shape[1]:
         return _flex(noised, clean, size, key_mask_BL)
     attended = torch.cat([_noised_chunk(noised, clean, size, key_mask_BL, backend, rows)
                           for rows in _chunks(noised.q.shape[1], size, backend)], dim=1)  # fmt: skip
     if clean.q is None or not clean.k.shape[1]:
         return attended, clean.q
-    return attended, attend_up_to(clean.q, clean.k, clean.v, size, _cut(key_mask_BL, 0, clean.k.shape[1]), backend)
+    return attended, attend_up_to(clean.q, clean.k, clean.v, size, _slice(key_mask_BL, 0, clean.k.shape[1]), backend)
 
 
 def attend_up_to(
     q_BQHD: Tensor, k_BKHD: Tensor, v_BKHD: Tensor, size: int, key_mask_BK: Tensor | None, backend: str,
     window: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """Clean attention: each query sees the keys of all blocks up to its own, (B, Q, H, D). The queries are the last of
-    the positions of the keys. With `window` it sees only its own and the `window` - 1 blocks before."""
+    """Return clean attention, (B, Q, H, D): each query sees the keys of all blocks up to its own. The queries are the
+    last of the positions of the keys. With `window` each query sees that many blocks, its own included."""
     start = k_BKHD.shape[1] - q_BQHD.shape[1]
     if size == 1 and start == 0 and window is None and key_mask_BK is None:
         return attend(q_BQHD, k_BKHD, v_BKHD, None, backend, causal=True)
@@ -72,29 +69,25 @@ def attend_up_to(
         low = 0 if window is None else max(0, (start + rows.start) // size - window + 1) * size
         high = min(start + rows.stop, k_BKHD.shape[1])
         mask_QK = _clean_mask(start + rows.start, high, low, size, window, q_BQHD.device)
-        parts.append(
-            _one(
-                q_BQHD[:, rows], k_BKHD[:, low:high], v_BKHD[:, low:high], mask_QK,
-                _cut(key_mask_BK, low, high), backend,
-            )
-        )  # fmt: skip
+        key_mask = _slice(key_mask_BK, low, high)
+        parts.append(_attend(q_BQHD[:, rows], k_BKHD[:, low:high], v_BKHD[:, low:high], mask_QK, key_mask, backend))
     return torch.cat(parts, dim=1)
 
 
 def _noised_chunk(noised: QKV, clean: QKV, size: int, key_mask_BL: Tensor | None, backend: str, rows: slice) -> Tensor:
-    """Some blocks of noised queries: their own noised keys, and the clean ones before the last of them."""
+    """Return the attention of some noised queries to their own noised keys and the clean keys before the last block."""
     earlier = (rows.stop - 1) // size * size
     k, v = noised.k[:, rows], noised.v[:, rows]
     if earlier:
         k, v = torch.cat([clean.k[:, :earlier], k], dim=1), torch.cat([clean.v[:, :earlier], v], dim=1)
     mask_QK = _noised_mask(rows.start, rows.stop, earlier, size, k.device)
-    key_mask = _cut(key_mask_BL, rows.start, rows.stop)
+    key_mask = _slice(key_mask_BL, rows.start, rows.stop)
     if key_mask is not None and earlier:
         key_mask = torch.cat([key_mask_BL[:, :earlier], key_mask], dim=1)
-    return _one(noised.q[:, rows], k, v, mask_QK, key_mask, backend)
+    return _attend(noised.q[:, rows], k, v, mask_QK, key_mask, backend)
 
 
-def _one(
+def _attend(
     q_BQHD: Tensor, k_BKHD: Tensor, v_BKHD: Tensor, mask_QK: Tensor | None, key_mask_BK: Tensor | None, backend: str
 ) -> Tensor:
     if mask_QK is None:
@@ -102,26 +95,23 @@ def _one(
     if backend == "flash_attn":
         return _flash(q_BQHD, k_BKHD, v_BKHD, mask_QK, key_mask_BK)
     mask = mask_QK if key_mask_BK is None else mask_QK & key_mask_BK[:, None, None]
-    out_BHQD = F.scaled_dot_product_attention(
-        q_BQHD.transpose(1, 2), k_BKHD.transpose(1, 2), v_BKHD.transpose(1, 2), attn_mask=mask
-    )
-    return out_BHQD.transpose(1, 2)
+    return sdpa(q_BQHD, k_BKHD, v_BKHD, mask)
 
 
 def _chunks(length: int, size: int, backend: str) -> Iterator[slice]:
-    """Runs of whole blocks."""
+    """Return slices of whole blocks."""
     blocks = max(1, min(_CHUNK // size, _FLASH_BLOCKS if backend == "flash_attn" else _CHUNK))
     return (slice(start, min(start + blocks * size, length)) for start in range(0, length, blocks * size))
 
 
-def _cut(mask_BL: Tensor | None, start: int, stop: int) -> Tensor | None:
+def _slice(mask_BL: Tensor | None, start: int, stop: int) -> Tensor | None:
     return None if mask_BL is None else mask_BL[:, start:stop].bool()
 
 
 @lru_cache(maxsize=512)
 def _noised_mask(start: int, stop: int, earlier: int, size: int, device: torch.device) -> Tensor | None:
-    """`visible` for the noised queries start..stop, over the clean keys ..earlier and the noised keys start..stop;
-    None where all is seen."""
+    """Return `visible` for the noised queries start..stop over the clean keys ..earlier and the noised keys
+    start..stop; None if every query sees every key."""
     query, key = torch.arange(start, stop, device=device), torch.arange(earlier, device=device)
     key_block, noised = torch.cat([key, query]) // size, torch.arange(earlier + len(query), device=device) >= earlier
     mask_QK = visible(query[:, None] // size, key_block, torch.ones_like(query, dtype=torch.bool)[:, None], noised)
@@ -130,11 +120,9 @@ def _noised_mask(start: int, stop: int, earlier: int, size: int, device: torch.d
 
 @lru_cache(maxsize=512)
 def _clean_mask(start: int, stop: int, low: int, size: int, window: int | None, device: torch.device) -> Tensor | None:
-    """`visible` for the clean queries start..stop over the clean keys low..stop; None where all is seen."""
-    query, key = (
-        torch.arange(start, stop, device=device)[:, None] // size,
-        torch.arange(low, stop, device=device) // size,
-    )
+    """Return `visible` for the clean queries start..stop over the clean keys low..stop; None if nothing is masked."""
+    query = torch.arange(start, stop, device=device)[:, None] // size
+    key = torch.arange(low, stop, device=device) // size
     no = torch.zeros((), dtype=torch.bool, device=device)
     mask_QK = visible(query, key, no, no)
     mask_QK = mask_QK if window is None else mask_QK & (key > query - window)
@@ -142,12 +130,12 @@ def _clean_mask(start: int, stop: int, low: int, size: int, window: int | None, 
 
 
 def _flash(q_BQHD: Tensor, k_BKHD: Tensor, v_BKHD: Tensor, mask_QK: Tensor, key_mask_BK: Tensor | None) -> Tensor:
-    """The mask as dimensions of the heads, since flash-attn takes none: keys that no query differs on need nothing;
-    every other kind of key (a column of the mask) gets a dimension, 1 in its keys and `_FORBIDDEN` in the queries that
-    may not see it. Their inner product adds exactly 0 or what no probability survives."""
+    """Run flash-attn under a mask, which it does not take, by encoding the mask as extra dimensions of the heads. Keys
+    with the same column of the mask form a kind. Each kind gets a dimension: 1 in its keys, and `_FORBIDDEN` in the
+    queries that may not see it. Their inner product adds exactly 0, or a score too low for any probability."""
     kinds_NQ, kind_K = _kinds(mask_QK)
     if key_mask_BK is not None:
-        kinds_NQ = torch.cat([kinds_NQ, torch.zeros_like(kinds_NQ[:1])])  # hidden from all
+        kinds_NQ = torch.cat([kinds_NQ, torch.zeros_like(kinds_NQ[:1])])  # padding, hidden from all queries
     extra = -(-len(kinds_NQ) // 8) * 8
     ban_QN = F.pad((~kinds_NQ.T).to(q_BQHD.dtype) * _FORBIDDEN, (0, extra - len(kinds_NQ)))
     is_KN = F.one_hot(kind_K, extra).to(k_BKHD.dtype)
@@ -164,7 +152,7 @@ def _flash(q_BQHD: Tensor, k_BKHD: Tensor, v_BKHD: Tensor, mask_QK: Tensor, key_
 
 @lru_cache(maxsize=512)
 def _kinds(mask_QK: Tensor) -> tuple[Tensor, Tensor]:
-    """The different columns of a (cached) mask, and which each key has."""
+    """Return the distinct columns of a (cached) mask, and the column of each key."""
     return mask_QK.T.unique(dim=0, return_inverse=True)
 
 
@@ -173,7 +161,7 @@ def _flash_kernel(q_BQHD: Tensor, k_BKHD: Tensor, v_BKHD: Tensor, scale: float) 
 
 
 def _flex(noised: QKV, clean: QKV, size: int, key_mask_BL: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Both streams in one call of a kernel compiled for the predicate; tiles in which nothing is seen are skipped."""
+    """Run both streams in one call of a kernel compiled for the predicate, which skips tiles without visible keys."""
     length, earlier = noised.k.shape[1], clean.k.shape[1]
     queries = noised.q if clean.q is None else torch.cat([noised.q, clean.q], dim=1)
     k, v = torch.cat([noised.k, clean.k], dim=1), torch.cat([noised.v, clean.v], dim=1)
@@ -192,15 +180,12 @@ def _flex(noised: QKV, clean: QKV, size: int, key_mask_BL: Tensor | None) -> tup
 def flex_attend(
     q_BQHD: Tensor, k_BKHD: Tensor, v_BKHD: Tensor, block_mask: object, score_mod: Callable | None = None
 ) -> Tensor:
-    """Attention by flex's kernel under a mask that `create_block_mask` made, (B, Q, H, D).
-
-    Raises:
-        ValueError: gradients are wanted on a CPU.
-    """
+    """Run flex attention under a mask of `create_block_mask`, (B, Q, H, D). Raises ValueError if gradients are needed
+    on a CPU."""
     if q_BQHD.requires_grad and q_BQHD.device.type == "cpu":
         raise ValueError(
-            "model.attn_backend=flex can measure and sample on a CPU but not train there (torch has no backward pass "
-            "of it for CPUs); use model.attn_backend=sdpa"
+            "model.attn_backend=flex can measure and sample on a CPU but not train there (torch has no CPU backward "
+            "pass for it); use model.attn_backend=sdpa"
         )
     q, k, v = (x.transpose(1, 2) for x in (q_BQHD, k_BKHD, v_BKHD))
     return _flex_kernel()(q, k, v, score_mod=score_mod, block_mask=block_mask).transpose(1, 2)
@@ -208,7 +193,7 @@ def flex_attend(
 
 @lru_cache(maxsize=32)
 def _flex_mask(queries: int, length: int, earlier: int, size: int, device: torch.device) -> object:
-    """The predicate on indices into [noised ; clean], built once."""
+    """Return the predicate on indices into [noised ; clean], built once."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     def predicate(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:

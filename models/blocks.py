@@ -1,8 +1,9 @@
-"""The DiT on texts in blocks (BD3-LM, Arriola et al., arXiv 2503.09573): noised blocks that see the clean ones before.
+"""The DiT on texts in blocks (BD3-LM, Arriola et al., arXiv 2503.09573): noised blocks attend to the clean blocks
+before.
 
-The parameters are those of the DiT: any of its checkpoints is one of a block diffusion model, of whatever block size.
-Shape suffixes: B batch, L length, R rows, N selected positions, D width, C conditioning width, H heads, K keys,
-b blocks of a text, k tokens of such a block, W those of the longest segment (a block of any length). A block of the
+The parameters are those of the DiT, so that any of its checkpoints is one of a block diffusion model of any block size.
+Shape suffixes: B batch, L length, R rows, N selected positions, D width, C conditioning width, H heads, K keys, b
+blocks of a text, k tokens of such a block, W tokens of the longest segment (a block of any length). A block of the
 network is called a layer here.
 """
 
@@ -10,21 +11,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from palimpsest.models.attention import apply_rotary, attend, rotary_angles
 from palimpsest.models.block_attention import QKV, attend_blocks, attend_up_to
-from palimpsest.models.class_conditioning import untold, with_class
-from palimpsest.models.kv_cache import MOST_AT_ONCE, BlockCache, SegmentCache
+from palimpsest.models.class_conditioning import unconditional, with_class
+from palimpsest.models.kv_cache import MOST_AT_ONCE, BlockCache, SegmentCache, cache_format
 from palimpsest.models.layers import modulate, over_positions
 from palimpsest.models.segment_attention import SegmentMasks, segment_masks
 
 
 @dataclass(frozen=True)
 class _Modulation:
-    """What adaLN does in a layer; each (1, D) for all positions, (B, D) by row, (B, L, D) or (N, D) by position."""
+    """The adaLN output for a layer, each (1, D) for all positions, (B, D) by row, (B, L, D) or (N, D) by position."""
 
     shift_att: Tensor
     scale_att: Tensor
@@ -35,9 +37,9 @@ class _Modulation:
 
 
 class TwoStreams:
-    """What a layer of the DiT does to texts in blocks; it has the layer's own weights."""
+    """The computation of a DiT layer on the noised and the clean stream, with the layer's own weights."""
 
-    entrances = ("two_streams",)  # beside `forward`: see models/sharding.py
+    forward_methods = ("two_streams",)  # besides `forward`: see models/sharding.py
 
     def two_streams(
         self,
@@ -51,11 +53,12 @@ class TwoStreams:
         last: bool = False,
         at_BL: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """The noised stream `x_BLD` and the clean one `z_BLD`, which may lack the last block, one layer on. The last
-        layer has nobody who asks for the clean stream, None, and gives the noised one at `at_BL` only, (N, D)."""
+        """Apply the layer to the noised stream `x_BLD` and to the clean one `z_BLD`, which may lack the last block. The
+        last layer returns None for the clean stream, which nothing reads, and the noised one at `at_BL` only, (N, D).
+        """
         rotary_clean = tuple(table[: z_BLD.shape[1]] for table in rotary)
         by, by_clean = _modulation(self, c_noised), _modulation(self, c_clean)
-        noised, clean = _qkv(self, x_BLD, by, rotary), _qkv(self, z_BLD, by_clean, rotary_clean, asks=not last)
+        noised, clean = _qkv(self, x_BLD, by, rotary), _qkv(self, z_BLD, by_clean, rotary_clean, with_queries=not last)
         if isinstance(blocks, int):
             attended, attended_clean = attend_blocks(noised, clean, blocks, key_mask_BL, self.attn_backend)
         else:
@@ -67,8 +70,8 @@ class TwoStreams:
 
 
 class BlockStreams:
-    """What a DiT offers to block diffusion. Of the conditioning the clean stream sees noise level 0 and the noised one
-    that of each block, so that clean tokens are read the same whatever is being written behind them."""
+    """The methods of a DiT for block diffusion. The clean stream is conditioned on noise level 0 and the noised one on
+    the level of each block, so that clean tokens are encoded the same whatever follows them."""
 
     def encode_blocks(
         self,
@@ -80,15 +83,17 @@ class BlockStreams:
         attention_mask: Tensor | None = None,
         class_id: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states of the noised tokens, each block given the clean tokens before it, in one pass: (B, L, D), or
-        only those of the N positions of `at_BL`, (N, D), ready for `head`. `blocks`: tokens of each; or (B, L), the
-        number of the block that a token belongs to, in order, for blocks of any lengths, which differ from row to row.
+        """Return hidden states of the noised tokens, each block given the clean tokens before it, in one pass: (B, L,
+        D), or (N, D) for the positions of `at_BL`, ready for `head`.
 
-        Work that nobody looks at is left out: the clean stream's last block (where it begins at one place in all rows),
-        its last layer but keys and values, and what the last layer does to noised positions that are not asked for.
+        Unused work is skipped: the last block of the clean stream (if it starts at one position in all rows), its last
+        layer except keys and values, and the last layer at noised positions that are not requested.
+
+        Args:
+            blocks: tokens of each block; or (B, L), the number of each token's block, for blocks of any length.
         """
         length = noised_BL.shape[1]
-        class_id = untold(noised_BL) if class_id is None and self.num_classes else class_id
+        class_id = unconditional(noised_BL) if class_id is None and self.num_classes else class_id
         c_noised, c_clean = self._conditioned(sigma_Bb, blocks, length, class_id), self._clean(noised_BL, class_id)
         rotary = rotary_angles(self.rotary_emb.inv_freq, length)
         key_mask_BL, earlier = attention_mask if self.mask_padding else None, length
@@ -105,63 +110,53 @@ class BlockStreams:
         return self._last_hidden(x, c_noised, class_id, at_BL)
 
     def new_block_cache(self, batch_size: int, length: int, window: int | None = None) -> BlockCache:
-        """An empty cache for texts of `length` tokens, in the precision in which attention will run; `window`: how many
-        clean tokens are seen at most."""
-        return BlockCache(len(self.order), batch_size, length, window, *self._kept())
+        """Return an empty cache for texts of `length` tokens, of which the last `window` clean ones are seen (None:
+        all)."""
+        return BlockCache(len(self.order), batch_size, length, window, *self._cache_format)
 
     def new_segment_cache(self, batch_size: int) -> SegmentCache:
-        """As `new_block_cache`, for texts in segments."""
-        return SegmentCache(len(self.order), batch_size, *self._kept())
+        """Return an empty cache for texts in segments."""
+        return SegmentCache(len(self.order), batch_size, *self._cache_format)
 
-    def _kept(self) -> tuple[int, int, torch.device, torch.dtype]:
-        """What a cache keeps for a token: heads, their width; where, and how precisely."""
-        embedding, device = self.vocab_embed.embedding, self.vocab_embed.embedding.device
-        autocast = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if autocast else embedding.dtype
-        return self.n_heads, embedding.shape[1] // self.n_heads, device, dtype
+    @property
+    def _cache_format(self) -> tuple[int, int, torch.device, torch.dtype]:
+        return cache_format(self.vocab_embed.embedding, self.n_heads)
 
     def remember(self, clean_BL: Tensor, block_size: int, cache: BlockCache, class_id: Tensor | None = None) -> None:
-        """Read whole clean blocks that follow what `cache` holds, into it."""
+        """Append whole clean blocks, which follow those in `cache`, to it."""
         most = max(1, MOST_AT_ONCE // block_size) * block_size
+        window = None if cache.window is None else cache.window // block_size + 1
+        attention = partial(attend_up_to, size=block_size, key_mask_BK=None, window=window)
         for start in range(0, clean_BL.shape[1], most):
             new_BL = clean_BL[:, start : start + most]
             cache.make_room(new_BL.shape[1])
-            window = None if cache.window is None else cache.window // block_size + 1
-
-            def attention(q: Tensor, k: Tensor, v: Tensor, backend: str, window: int | None = window) -> Tensor:
-                return attend_up_to(q, k, v, block_size, None, backend, window)
-
             self._read(new_BL, cache, attention, class_id)
             cache.advance(new_BL.shape[1])
 
     def remember_segment(
         self, clean_BW: Tensor, here_BW: Tensor, cache: SegmentCache, class_id: Tensor | None = None
     ) -> None:
-        """Read the clean segment that follows what `cache` holds, into it; `here_BW` is True on its tokens, which are
-        the first ones of each row."""
+        """Append the clean segment that follows those in `cache` to it; `here_BW` is True on its tokens, the first of
+        each row."""
         key_mask_BK = torch.cat([cache.key_mask(), here_BW], dim=1)
-
-        def attention(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
-            return attend(q, k, v, key_mask_BK, backend)
-
-        self._read(clean_BW, cache, attention, class_id)
+        self._read(clean_BW, cache, partial(attend, key_mask_BK=key_mask_BK), class_id)
         cache.advance(here_BW)
 
     def _read(
         self, clean_BL: Tensor, cache: BlockCache | SegmentCache, attention: Callable, class_id: Tensor | None
     ) -> None:
-        """Store keys and values of clean tokens behind those of `cache`; attention(q, k, v, backend) is theirs."""
-        class_id = untold(clean_BL) if class_id is None and self.num_classes else class_id
+        """Store keys and values of clean tokens behind those of `cache`; `attention` takes q, k, v and the backend."""
+        class_id = unconditional(clean_BL) if class_id is None and self.num_classes else class_id
         angles = rotary_angles(self.rotary_emb.inv_freq, clean_BL.shape[1], cache.next_position())
         c, z_BLD = self._clean(clean_BL, class_id), self.vocab_embed(clean_BL)
         for number, layer in enumerate(self.order):
             last, by = number == len(self.order) - 1, _modulation(layer, c)
-            own = _qkv(layer, z_BLD, by, angles, asks=not last)
+            own = _qkv(layer, z_BLD, by, angles, with_queries=not last)
             k, v = cache.seen(number)
             cache.store(number, own.k, own.v)
             if not last:
                 k, v = torch.cat([k.to(own.k.dtype), own.k], dim=1), torch.cat([v.to(own.v.dtype), own.v], dim=1)
-                z_BLD = _after_attention(layer, z_BLD, attention(own.q, k, v, layer.attn_backend), by)
+                z_BLD = _after_attention(layer, z_BLD, attention(own.q, k, v, backend=layer.attn_backend), by)
 
     def encode_after(
         self,
@@ -173,13 +168,14 @@ class BlockStreams:
         attention_mask: Tensor | None = None,
         class_id: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states of one noised block behind the clean ones of `cache`, of which `rows` (None: all) are meant:
-        what `encode_blocks` gives there, (R, k, D) or (N, D). `attention_mask` is False behind the tokens of a row."""
+        """Return hidden states of one noised block that follows the clean tokens of `cache`, as `encode_blocks` gives
+        them: (R, k, D) or (N, D). `rows` are rows of the cache (None: all). `attention_mask` is False behind the tokens
+        of a row."""
         length = noised_Rk.shape[1]
-        class_id = untold(noised_Rk) if class_id is None and self.num_classes else class_id
+        class_id = unconditional(noised_Rk) if class_id is None and self.num_classes else class_id
         c = self._conditioned(sigma_R[:, None], length, length, class_id)
         angles = rotary_angles(self.rotary_emb.inv_freq, length, cache.next_position(rows))
-        key_mask = self._seen_after(cache, rows, noised_Rk, attention_mask)
+        key_mask = self._key_mask_after(cache, rows, noised_Rk, attention_mask)
         x_RkD = self.vocab_embed(noised_Rk)
         for number, layer in enumerate(self.order):
             by = _modulation(layer, c)
@@ -191,10 +187,10 @@ class BlockStreams:
             x_RkD = _after_attention(layer, x_RkD, attended, by)
         return self._last_hidden(x_RkD, c, class_id, at_BL)
 
-    def _seen_after(
+    def _key_mask_after(
         self, cache: BlockCache | SegmentCache, rows: Tensor | None, own_Rk: Tensor, here_Rk: Tensor | None
     ) -> Tensor | None:
-        """The keys that tokens `own_Rk` behind `cache` see, (R, K + k); None for all."""
+        """Return the keys that tokens `own_Rk` behind `cache` see, (R, K + k); None for all."""
         earlier_RK = cache.key_mask(rows)
         if earlier_RK is None and (here_Rk is None or not self.mask_padding or bool(here_Rk.all())):
             return None
@@ -204,12 +200,12 @@ class BlockStreams:
         return torch.cat([earlier_RK, here_Rk], dim=1)
 
     def _clean(self, tokens_BL: Tensor, class_id: Tensor | None) -> Tensor:
-        """The conditioning of clean tokens, (1, C), or (B, C) with classes."""
+        """Return the conditioning of clean tokens, (1, C), or (B, C) with classes."""
         rows = 1 if class_id is None else len(tokens_BL)
         return self.conditioning(torch.zeros(rows, device=tokens_BL.device), class_id)
 
     def _conditioned(self, sigma_Bb: Tensor, blocks: int | Tensor, length: int, class_id: Tensor | None) -> Tensor:
-        """The conditioning of noised tokens: (B, L, C), or as `_clean` if the network sees no noise level."""
+        """Return the conditioning of noised tokens: (B, L, C), or as `_clean` if the network sees no noise level."""
         if not self.time_conditioning:
             return self._clean(sigma_Bb, class_id)
         of_block = None if class_id is None else class_id.repeat_interleave(sigma_Bb.shape[1])
@@ -219,12 +215,11 @@ class BlockStreams:
         return c_BbC.repeat_interleave(blocks, dim=1)[:, :length]
 
     def _last_hidden(self, x: Tensor, c: Tensor, class_id: Tensor | None, at_BL: Tensor | None) -> Tensor:
-        hidden = self.output_layer.normed(x, c if at_BL is None else _at(c, at_BL))
-        if not self.num_classes:
-            return hidden
         if at_BL is None:
-            return with_class(hidden, class_id, self.num_classes)
-        return with_class(hidden[:, None], class_id[at_BL.nonzero()[:, 0]], self.num_classes)[:, 0]
+            return with_class(self.output_layer.normed(x, c), class_id, self.num_classes)
+        hidden = self.output_layer.normed(x, _at(c, at_BL))
+        of_rows = None if class_id is None else class_id[at_BL.nonzero()[:, 0]]
+        return with_class(hidden[:, None], of_rows, self.num_classes)[:, 0]
 
 
 def _modulation(layer: nn.Module, c: Tensor) -> _Modulation:
@@ -232,22 +227,24 @@ def _modulation(layer: nn.Module, c: Tensor) -> _Modulation:
 
 
 def _at(c: Tensor, at_BL: Tensor) -> Tensor:
-    """The conditioning of the N positions of `at_BL`, (N, C); (1, C) if it is the same everywhere."""
+    """Return the conditioning of the N positions of `at_BL`, (N, C); (1, C) if it is the same everywhere."""
     if c.ndim == 3:
         return c[at_BL]
     return c if len(c) == 1 else c[at_BL.nonzero()[:, 0]]
 
 
-def _qkv(layer: nn.Module, x_BLD: Tensor, by: _Modulation, angles: tuple[Tensor, Tensor], asks: bool = True) -> QKV:
+def _qkv(
+    layer: nn.Module, x_BLD: Tensor, by: _Modulation, angles: tuple[Tensor, Tensor], with_queries: bool = True
+) -> QKV:
     normed_BLD = modulate(layer.norm1(x_BLD), by.shift_att, by.scale_att)
-    if not asks:
+    if not with_queries:
         k, v = layer.keys_and_values(normed_BLD)
         return QKV(None, apply_rotary(k, *angles), v)
-    q, k, v = layer.attn_qkv(normed_BLD).unflatten(-1, (3, layer.n_heads, -1)).unbind(dim=2)
+    q, k, v = layer.queries_keys_values(normed_BLD)
     return QKV(apply_rotary(q, *angles), apply_rotary(k, *angles), v)
 
 
 def _after_attention(layer: nn.Module, x: Tensor, attended: Tensor, by: _Modulation) -> Tensor:
-    """The layer's two residual steps, for whole rows (B, L, D) or selected positions (N, D)."""
+    """Apply the two residual steps of the layer, to whole rows (B, L, D) or selected positions (N, D)."""
     x = x + over_positions(by.gate_att, x) * layer.project(attended)
     return x + over_positions(by.gate_mlp, x) * layer.transform(modulate(layer.norm2(x), by.shift_mlp, by.scale_mlp))

@@ -1,7 +1,7 @@
-"""Checkpoint files: read without executing anything, checked before a single weight is changed.
+"""Checkpoint files, read without running code from them, and checked before any weight is changed.
 
-Three layouts are read: ours, the Lightning `.ckpt` of the reference projects (with configuration and tokenizer objects
-pickled inside), and the Hub's `config.json` + `model.safetensors` or `pytorch_model.bin`.
+Three layouts are read: ours, the Lightning `.ckpt` of the reference projects (with pickled configuration and tokenizer
+objects), and the Hub's `config.json` + `model.safetensors` or `pytorch_model.bin`.
 """
 
 from __future__ import annotations
@@ -50,37 +50,26 @@ from palimpsest.models.reference_settings import settings_of_reference
 
 BACKBONE_PREFIX = "backbone."
 _CHARACTERS_OF_A_VALUE = 100
-_MOST_VALUES, _DEEPEST = 1_000_000, 10  # of an identity; the moments of latents are the most of it
+_MOST_VALUES, _DEEPEST = 1_000_000, 10  # limits of an identity, which consists mostly of the moments of latents
 
 
 @dataclass
 class Checkpoint:
-    """Weights with what is known about them.
-
-    state: backbone parameter name -> tensor, without prefix. ema: the average, as `EMA.state_dict` gives it.
-    identity: what Palimpsest saved beside the weights (empty for foreign files). config: a Hub `config.json`.
-    settings: what the file says of its network, whatever its layout: keys as typed (`model.hidden_size`,
-    `time_conditioning`, and `vocab_size`) -> values; what it does not say is left out. step: optimizer steps of its
-    training, None where it does not say. unsupported: the reason why none of our models is that of the file, "" if one
-    is. tokens: token -> id of the tokenizer that the file holds, None if it holds none.
-    """
+    """Weights and what their file says about them."""
 
     path: Place
-    state: dict[str, Tensor]
-    ema: dict[str, object] | None = None
-    identity: dict[str, object] = field(default_factory=dict)
-    config: dict[str, object] = field(default_factory=dict)
-    settings: dict[str, object] = field(default_factory=dict)
-    step: int | None = None
-    unsupported: str = ""
-    tokens: dict[str, int] | None = None
+    state: dict[str, Tensor]  # backbone parameter name -> tensor, without prefix
+    ema: dict[str, object] | None = None  # the average, as `EMA.state_dict` gives it
+    identity: dict[str, object] = field(default_factory=dict)  # saved by Palimpsest; empty for files of other projects
+    config: dict[str, object] = field(default_factory=dict)  # a Hub `config.json`
+    settings: dict[str, object] = field(default_factory=dict)  # of the network, by key as typed, and `vocab_size`
+    step: int | None = None  # optimizer steps of the training
+    unsupported: str = ""  # the reason why no network here can use the file
+    tokens: dict[str, int] | None = None  # token -> id of the tokenizer in the file
 
     def load_into(self, backbone: nn.Module, use_ema: bool = True) -> None:
-        """Copy the weights, the averaged ones where there are any and `use_ema`, into `backbone`.
-
-        Raises:
-            ValueError: names or shapes differ; nothing has been changed then.
-        """
+        """Copy the weights into `backbone`, the averaged ones if there are any and `use_ema`. Raises ValueError if
+        names or shapes differ; nothing has been changed then."""
         ours = {name: tuple(tensor.shape) for name, tensor in backbone.state_dict().items()}
         theirs = {name: tuple(tensor.shape) for name, tensor in self.state.items()}
         problems = [
@@ -105,13 +94,13 @@ class Checkpoint:
 
 
 def read_checkpoint(path: str | Path, key: str = "eval.checkpoint_path") -> Checkpoint:
-    """Read a `.ckpt` file, here or at an address (common/files.py), a Hub-layout directory, or the model of that name
-    on the Hub.
+    """Read a `.ckpt` file (a path or URL), a Hub-layout directory, or the model of that name on the Hub.
 
-    `key` is the setting that named it, for messages.
+    Args:
+        key: the setting that named it, for messages.
 
     Raises:
-        FileNotFoundError: nothing at `path`, here or on the Hub.
+        FileNotFoundError: nothing at `path`, neither here nor on the Hub.
         ValueError: it is truncated, corrupt, or not a checkpoint of a known layout.
     """
     path = locate(path, key)
@@ -119,10 +108,8 @@ def read_checkpoint(path: str | Path, key: str = "eval.checkpoint_path") -> Chec
 
 
 def read_settings(path: str | Path, key: str = "eval.checkpoint_path") -> Checkpoint:
-    """The checkpoint without its weights: `state` and `ema` are empty. Quick, whatever the size of the file.
-
-    Raises: as `read_checkpoint`.
-    """
+    """Read the checkpoint without its weights (`state` and `ema` are empty), which is quick. Raises as
+    `read_checkpoint`."""
     path = locate(path, key)
     if not is_remote(path) and path.is_dir():
         return _hub_checkpoint(path, {})
@@ -133,20 +120,17 @@ def read_settings(path: str | Path, key: str = "eval.checkpoint_path") -> Checkp
 
 @dataclass(frozen=True)
 class Progress:
-    """How far the training behind a checkpoint of ours has come.
+    """The progress of the training behind one of our checkpoints."""
 
-    step: optimizer steps done. fruitless: validations since the best one, 0 where that is not counted. best: the
-    checkpoint of the best validation, beside this one; None where there was none. identity: as in `Checkpoint`.
-    """
-
-    step: int
-    fruitless: int
-    best: Place | None
-    identity: dict[str, object]
+    step: int  # optimizer steps done
+    validations_without_improvement: int  # since the best one, 0 if they are not counted
+    best: Place | None  # the checkpoint of the best validation, in the same folder
+    identity: dict[str, object]  # as in `Checkpoint`
 
 
 def read_progress(path: Place) -> Progress:
-    """Read it without the weights. Raises ValueError for a file that is corrupt or no checkpoint of ours."""
+    """Read the progress without the weights. Raises ValueError for a corrupt file, or one that is not our
+    checkpoint."""
     return _read_progress(str(path), version(path))
 
 
@@ -158,10 +142,10 @@ def _read_progress(path: str, version: str) -> Progress:
     if not isinstance(callbacks, dict) or "global_step" not in content:
         raise ValueError(f"{path} is not a checkpoint of a training; delete it, or use another checkpointing.save_dir")
     states = [state for state in callbacks.values() if isinstance(state, dict)]
-    fruitless = next((int(state["wait_count"]) for state in states if "wait_count" in state), 0)
+    waited = next((int(state["wait_count"]) for state in states if "wait_count" in state), 0)
     best = next((state["best_model_path"] for state in states if state.get("monitor") == "val/nll"), None)
     best_path = below(folder_of(path), name_of(place(best))) if best else None
-    return Progress(int(content["global_step"]), fruitless, best_path, content.get("identity") or {})
+    return Progress(int(content["global_step"]), waited, best_path, content.get("identity") or {})
 
 
 def _read_lightning_file(path: Place, weights: bool = True) -> Checkpoint:
@@ -178,18 +162,15 @@ def _read_lightning_file(path: Place, weights: bool = True) -> Checkpoint:
 
 
 def read_contents(path: Place, weights: bool = True) -> dict[str, object]:
-    """Return the whole content of a Lightning file, read as by `load_inert`, its main parts of the right kinds.
-
-    Raises:
-        ValueError: it cannot be read, or is no Lightning checkpoint.
-    """
+    """Return the whole content of a Lightning file, read by `load_inert`, after checking the types of its main parts.
+    Raises ValueError if it cannot be read, or is not a Lightning checkpoint."""
     content = load_inert(path, weights)
     if not isinstance(content, dict) or "state_dict" not in content:
         raise ValueError(f"{path} is not a Lightning checkpoint: it has no state_dict")
     _tensors(content["state_dict"], path)
     identity = content.get("identity", {})
     if not isinstance(identity, dict) or not isinstance(identity.get("configuration", {}), dict):
-        raise ValueError(f"{path} is not one of our checkpoints: its identity is of the wrong kind")
+        raise ValueError(f"{path} is not one of our checkpoints: its identity has the wrong type")
     if not _is_plain(identity):
         raise ValueError(f"{path} is not one of our checkpoints: its identity holds more than texts and numbers")
     _check_sizes(identity.get("configuration", {}), content["state_dict"], path)
@@ -197,23 +178,22 @@ def read_contents(path: Place, weights: bool = True) -> dict[str, object]:
     if ema is not None:
         parts = {"shadow_params": list, "decay": int | float, "num_updates": int}
         if not isinstance(ema, dict) or not all(isinstance(ema.get(name), kind) for name, kind in parts.items()):
-            raise ValueError(f"{path} is not a checkpoint of a training: its ema is of the wrong kind")
+            raise ValueError(f"{path} is not a checkpoint of a training: its ema has the wrong type")
         _tensors(dict(enumerate(ema["shadow_params"])), path, "ema", int)
     if type(step) is not int:
-        raise ValueError(f"{path} is not a Lightning checkpoint: its global_step is of the wrong kind")
+        raise ValueError(f"{path} is not a Lightning checkpoint: its global_step has the wrong type")
     return content
 
 
 def _tensors(state: object, path: Place, name: str = "state_dict", kind: type = str) -> dict[str, Tensor]:
-    """`state`, if it maps names to tensors. Raises ValueError."""
-    mapped = isinstance(state, dict) and all(isinstance(k, kind) and isinstance(v, Tensor) for k, v in state.items())
-    if not mapped:
+    """Return `state` if it maps names to tensors, else raise ValueError."""
+    if not isinstance(state, dict) or not all(isinstance(k, kind) and isinstance(v, Tensor) for k, v in state.items()):
         raise ValueError(f"{path} is not a checkpoint of a known layout: its {name} does not map names to tensors")
     return state
 
 
 def _check_sizes(configuration: Mapping[str, object], state: Mapping[str, Tensor], path: Place) -> None:
-    """Raise ValueError if a configuration claims a larger network than its own tensors are."""
+    """Raise ValueError if a configuration claims a larger network than its own tensors."""
     widest = max((length for tensor in state.values() for length in tensor.shape), default=0)
     for key, most in (("hidden_size", widest), ("cond_dim", widest), ("n_heads", widest), ("n_blocks", len(state))):
         claimed = configuration.get(f"model.{key}")
@@ -223,7 +203,7 @@ def _check_sizes(configuration: Mapping[str, object], state: Mapping[str, Tensor
 
 
 def _is_plain(value: object) -> bool:
-    """Whether it is made of texts, numbers, lists and mappings, of no more than can be shown in a message."""
+    """Return whether a value consists of texts, numbers, lists and mappings, and is small enough."""
     waiting, seen = [(value, 0)], 0
     while waiting:
         part, depth = waiting.pop()
@@ -243,10 +223,10 @@ def _is_plain(value: object) -> bool:
 
 def _read_hub_directory(path: Path) -> Checkpoint:
     if not (path / CONFIG_FILE).exists():
-        raise FileNotFoundError(f"{path} holds no {CONFIG_FILE}: it is not a model in the Hub's layout")
+        raise FileNotFoundError(f"{path} has no {CONFIG_FILE}: it is not a model in the Hub's layout")
     weights = next((path / name for name in WEIGHT_FILES if (path / name).exists()), None)
     if weights is None:
-        raise FileNotFoundError(f"{path} holds neither {' nor '.join(WEIGHT_FILES)}")
+        raise FileNotFoundError(f"{path} has neither {' nor '.join(WEIGHT_FILES)}")
     check_regular(path)
     try:
         state = load_file(weights) if weights.suffix == ".safetensors" else load_inert(weights)
@@ -263,7 +243,8 @@ def _hub_checkpoint(path: Path, state: dict[str, Tensor]) -> Checkpoint:
 
 
 def _reference(content: Mapping[str, object]) -> tuple[dict[str, object], str, dict[str, int] | None]:
-    """What the configuration and the tokenizer pickled in a reference checkpoint say; see `Checkpoint`."""
+    """Return settings, reason and tokens (see `Checkpoint`) of the configuration and tokenizer pickled in a reference
+    checkpoint."""
     parameters = content.get("hyper_parameters")
     parameters = parameters if isinstance(parameters, dict) else {}
     config = parameters.get("config")
@@ -272,8 +253,8 @@ def _reference(content: Mapping[str, object]) -> tuple[dict[str, object], str, d
 
 
 def _omegaconf_value(node: object, key: str) -> object:
-    """The value at a.b.c of a pickled omegaconf tree, or of plain dicts; None if there is none. A value that only
-    refers to another one, `${a.b}`, is that one."""
+    """Return the value at a.b.c of a pickled omegaconf tree, or of plain dicts; None if there is none. An interpolation
+    `${a.b}` is resolved."""
     for _ in range(3):
         value = node
         for name in key.split("."):
@@ -288,9 +269,9 @@ def _omegaconf_value(node: object, key: str) -> object:
 
 
 def _tokens(tokenizer: object) -> dict[str, int] | None:
-    """Token -> id of a pickled tokenizer of transformers, None where it does not say."""
+    """Return token -> id of a pickled tokenizer of transformers, None if it has none."""
     inner = _state(tokenizer).get("_tokenizer") if isinstance(tokenizer, Inert) else None
-    serialised = getattr(inner, "state", None)
+    serialised = inner.state if isinstance(inner, Inert) else None
     if not isinstance(serialised, bytes):
         return None
     try:
@@ -304,22 +285,16 @@ def _tokens(tokenizer: object) -> dict[str, int] | None:
 
 
 def _state(shell: Inert) -> dict[str, object]:
-    state = getattr(shell, "state", None)
-    return state if isinstance(state, dict) else {}
+    return shell.state if isinstance(shell.state, dict) else {}
 
 
 def _strip(state: Mapping[str, Tensor], path: Place) -> dict[str, Tensor]:
-    """Backbone entries without `backbone.` and without the `_orig_mod.` that torch.compile leaves in names."""
+    """Return the backbone entries without `backbone.` and without the `_orig_mod.` of torch.compile."""
     names = {name: name.replace("_orig_mod.", "") for name in state}
-    kept = {
-        clean.removeprefix(BACKBONE_PREFIX): state[name]
-        for name, clean in names.items()
-        if clean.startswith(BACKBONE_PREFIX)
-    }
+    prefix = BACKBONE_PREFIX
+    kept = {name.removeprefix(prefix): state[old] for old, name in names.items() if name.startswith(prefix)}
     if not kept:
-        raise ValueError(
-            f"{path} holds no parameter named {BACKBONE_PREFIX}*: it is not one of our or the references' models"
-        )
+        raise ValueError(f"{path} has no parameter named {prefix}*: it is not one of our or the references' models")
     return kept
 
 
@@ -330,18 +305,20 @@ def _unreadable(path: Place, error: Exception) -> ValueError:
     )
 
 
-# What a damaged archive may raise.
+# Errors that reading a damaged archive may raise.
 READ_ERRORS = (pickle.UnpicklingError, zipfile.BadZipFile, struct.error, EOFError, RuntimeError, LookupError,
                ValueError, AttributeError, TypeError, OverflowError, MemoryError, OSError)  # fmt: skip
 
 
 def load_inert(path: str | Path, weights: bool = True) -> object:
-    """Return what torch.save wrote, without running code of the file: objects of foreign classes become empty shells
-    that hold their state. Sealed content (common/files.py) is checked first. Without `weights` it is not, and tensors
-    have shapes, but no content.
+    """Return the object that torch.save wrote, without running code of the file: objects of unknown classes become
+    `Inert`.
+
+    Args:
+        weights: read the content of tensors and check the seal (common/files.py); without, tensors have only shapes.
 
     Raises:
-        ValueError: the file is truncated or corrupt, larger than it may be, or asks for a function beyond tensors and
+        ValueError: the file is truncated, corrupt or too large, or asks for a function other than those of tensors and
             plain containers.
     """
     path = place(path)

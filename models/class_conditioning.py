@@ -1,4 +1,4 @@
-"""How a network is told the class of a text: an embedding for its trunk, an output bias of its own for its head.
+"""Class-conditional networks: an embedding of the class for the trunk, an output bias for each class in the head.
 
 Shape suffixes: B batch, L length, V vocabulary, D width, C classes, E embedding width.
 """
@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-UNTOLD = -1
+UNCONDITIONAL = -1
 
 
 class ClassEmbedding(nn.Module):
-    """class_id (B,) -> (B, E); zero for UNTOLD, the class that label dropout leaves."""
+    """class_id (B,) -> (B, E); zero for UNCONDITIONAL, which label dropout assigns."""
 
     def __init__(self, num_classes: int, dim: int) -> None:
         super().__init__()
@@ -24,32 +24,34 @@ class ClassEmbedding(nn.Module):
 
 
 def with_class(hidden_BLD: Tensor, class_id_B: Tensor, num_classes: int) -> Tensor:
-    """Hidden states with the class as one-hot columns, (B, L, D + C): the head's last C columns then are the classes'
-    own output biases, and whatever projects the hidden states needs to know nothing of classes."""
+    """Append the class as one-hot columns to hidden states, (B, L, D + C); without classes, return them unchanged. The
+    head's last C columns are then the output biases of the classes."""
+    if not num_classes:
+        return hidden_BLD
     one_hot_BC = (class_id_B[:, None] == torch.arange(num_classes, device=class_id_B.device)).to(hidden_BLD.dtype)
     return torch.cat([hidden_BLD, one_hot_BC[:, None].expand(-1, hidden_BLD.shape[1], -1)], dim=-1)
 
 
-def untold(tokens_BL: Tensor) -> Tensor:
-    """class_id of rows whose class is not said, (B,)."""
-    return torch.full((len(tokens_BL),), UNTOLD, device=tokens_BL.device)
+def unconditional(tokens_BL: Tensor) -> Tensor:
+    """Return the class_id (B,) of rows without a class."""
+    return torch.full((len(tokens_BL),), UNCONDITIONAL, device=tokens_BL.device)
 
 
 @torch.no_grad()
 def start_from_counts(head: nn.Linear, counts_CV: Tensor, before_V: Tensor | None = None) -> None:
-    """Begin a training at token frequencies: an output layer that starts at zero then predicts the unigram law of its
-    training texts (of each class, where the head has their columns) instead of having to learn it first.
+    """Set the output layer so that training starts from the unigram distribution of its texts (of each class).
 
-    counts_CV: tokens of the training texts, by class (one row where there are none). before_V: those of the texts that
-    the weights were trained on already, whose law is exchanged for the new one; None for new weights. Frequencies are
-    smoothed by adding one.
+    Args:
+        counts_CV: tokens of the training texts by class; one row without classes.
+        before_V: tokens of the texts that the weights were trained on before; their distribution is replaced. None for
+            new weights. Frequencies are smoothed by adding one.
     """
 
-    def log_law(counts: Tensor) -> Tensor:
+    def log_frequencies(counts: Tensor) -> Tensor:
         smoothed = counts.double() + 1
         return smoothed.log() - smoothed.sum(-1, keepdim=True).log()
 
-    all_V = log_law(counts_CV.sum(0))
-    head.bias += (all_V if before_V is None else all_V - log_law(before_V)).to(head.bias)
+    all_V = log_frequencies(counts_CV.sum(0))
+    head.bias += (all_V if before_V is None else all_V - log_frequencies(before_V)).to(head.bias)
     if len(counts_CV) > 1:
-        head.weight[:, -len(counts_CV) :] = (log_law(counts_CV) - all_V).T.to(head.weight)
+        head.weight[:, -len(counts_CV) :] = (log_frequencies(counts_CV) - all_V).T.to(head.weight)

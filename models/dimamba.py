@@ -1,8 +1,8 @@
-"""The Mamba backbone of MDLM: bidirectional state-space mixers with adaLN conditioning, no attention.
+"""The Mamba backbone of MDLM: bidirectional state-space mixers with adaLN conditioning, without attention.
 
-Parameter names and shapes were read from the source of kuleshov-group/mdlm (models/dimamba.py with
-`temb_strategy: adaln`); no checkpoint of this backbone was at hand to load.
-Shape suffixes: B batch, L length, V vocabulary, D width, C conditioning width.
+Parameter names and shapes follow the source of kuleshov-group/mdlm (models/dimamba.py with `temb_strategy: adaln`); no
+published checkpoint of this backbone was available for a test. Shape suffixes: B batch, L length, V vocabulary, D
+width, C conditioning width.
 """
 
 from __future__ import annotations
@@ -59,13 +59,12 @@ class Trunk(Recomputing):
 
 
 class DiMamba(Backbone):
-    """tokens, sigma -> logits, in two steps like the DiT: `encode(tokens_BL, sigma_B)`, then `head(hidden)`.
+    """A bidirectional Mamba, used like the DiT: `encode(tokens_BL, sigma_B)`, then `head(hidden)`.
 
-    Without `time_conditioning` sigma is replaced by zero, not skipped. `mask_padding` keeps padding out of both
-    directions of the scan, so that an output does not depend on how far its batch was padded; in the reference the
-    scan from the right reads the padding first, and `mask_padding=False` reproduces that.
-
-    On a GPU the scan runs on mamba_ssm's kernel where that is installed.
+    Without `time_conditioning` sigma is replaced by zero, not skipped. `mask_padding` excludes padding from both
+    directions of the scan, so that an output does not depend on how far its batch was padded. In the reference the scan
+    from the right reads the padding first, which `mask_padding=False` reproduces. On a GPU the scan uses the kernel of
+    mamba_ssm if it is installed.
     """
 
     recomputes = True
@@ -84,48 +83,37 @@ class DiMamba(Backbone):
         self.time_conditioning, self.mask_padding = time_conditioning, mask_padding
         self.sigma_map = SigmaEmbedding(cond_dim)
         trunk = Trunk(vocab_size, hidden_size, cond_dim, n_blocks, dropout)
-        # The nesting is the references' (a Hub model within a Hub model): it is in the parameters' names.
-        self.model = nn.ModuleDict(
-            {
-                "bimamba": nn.ModuleDict({"backbone": trunk}),
-                "lm_head": nn.Linear(hidden_size, vocab_size, bias=False),
-            }
-        )
-
-    @property
-    def vocab_size(self) -> int:
-        return self.head.out_features
+        # Nested as in the references (a Hub model within a Hub model), because parameter names contain the nesting.
+        head = nn.Linear(hidden_size, vocab_size, bias=False)
+        self.model = nn.ModuleDict({"bimamba": nn.ModuleDict({"backbone": trunk}), "lm_head": head})
 
     @property
     def head(self) -> nn.Linear:
-        """The vocabulary projection, without bias: hidden (..., D) -> logits (..., V)."""
+        """Return the vocabulary projection, without bias: hidden (..., D) -> logits (..., V)."""
         return self.model["lm_head"]
 
     @property
+    def trunk(self) -> Trunk:
+        return self.model["bimamba"]["backbone"]
+
+    @property
     def blocks(self) -> nn.ModuleList:
-        """The repeated part of the network."""
-        return self.model["bimamba"]["backbone"].layers
+        return self.trunk.layers
 
     @property
     def parts(self) -> dict[str, list[nn.Module]]:
-        """What training.freeze can name."""
-        trunk = self.model["bimamba"]["backbone"]
-        return {"embeddings": [trunk.embeddings], "conditioning": [self.sigma_map], "blocks": [trunk.layers],
-                "head": [trunk.norm_f, trunk.adaLN_modulation_final, self.head]}  # fmt: skip
+        """Return the modules that training.freeze can name."""
+        head = [self.trunk.norm_f, self.trunk.adaLN_modulation_final, self.head]
+        embeddings = [self.trunk.embeddings]
+        return {"embeddings": embeddings, "conditioning": [self.sigma_map], "blocks": [self.blocks], "head": head}
 
     def recompute_blocks(self) -> None:
-        """Gradient checkpointing (models/recompute.py)."""
-        self.model["bimamba"]["backbone"].recompute_blocks()
+        """Switch gradient checkpointing on (models/recompute.py)."""
+        self.trunk.recompute_blocks()
 
     def encode(self, tokens_BL: Tensor, sigma_B: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Hidden states (B, L, D), ready for `head`. `attention_mask` (B, L) is False on padding."""
+        """Return hidden states (B, L, D), ready for `head`. `attention_mask` (B, L) is False on padding."""
         padding_BL = ~attention_mask.bool() if attention_mask is not None and self.mask_padding else None
-        return self.model["bimamba"]["backbone"](tokens_BL, self.conditioning(sigma_B), padding_BL)
-
-    def conditioning(self, sigma_B: Tensor) -> Tensor:
-        """What adaLN sees: silu of the embedded sigma, (B, C)."""
-        return F.silu(self.sigma_map(sigma_B if self.time_conditioning else torch.zeros_like(sigma_B)))
-
-    def forward(self, tokens_BL: Tensor, sigma_B: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Logits (B, L, V)."""
-        return self.head(self.encode(tokens_BL, sigma_B, attention_mask))
+        # The input of adaLN: silu of the embedded sigma.
+        c_BC = F.silu(self.sigma_map(sigma_B if self.time_conditioning else torch.zeros_like(sigma_B)))
+        return self.trunk(tokens_BL, c_BC, padding_BL)

@@ -8,14 +8,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from palimpsest.models.sharding import shared_like, whole
+from palimpsest.models.sharding import gather, sharded_like
 
 
 class EMA:
     """Shadow copies s of parameters p: after the n-th update s -= (1 - d)(s - p), d = min(decay, (1 + n) / (10 + n)).
 
-    The ramp on d lets short runs forget their initialisation. Frozen parameters are their own average, bit for bit, so
-    that the file does not depend on what was frozen.
+    The ramp on d lets short runs forget their initialisation. Frozen parameters are averaged too, so that the file does
+    not depend on what was frozen; they equal their average bit for bit.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], decay: float) -> None:
@@ -31,7 +31,7 @@ class EMA:
 
     @contextmanager
     def swapped(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-        """Within the context the parameters hold their averages; afterwards, whatever happens, their own values."""
+        """Give the parameters their averages within the context, and their own values after it."""
         current = self._matched(parameters)
         saved = [p.detach().clone() for p in current]
         self.copy_to(current)
@@ -44,23 +44,24 @@ class EMA:
         _copy(self.shadow_params, self._matched(parameters))
 
     def restart(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Average from here on: the shadows become the parameters, the count zero."""
+        """Restart the average at the current parameters, with count zero."""
         self.num_updates = 0
         _copy(self._matched(parameters), self.shadow_params)
 
     def to(self, device: torch.device) -> None:
         self.shadow_params = [s.to(device) for s in self.shadow_params]
 
-    def share_out(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Share the averages out over devices as the parameters are (models/sharding.py)."""
-        self.shadow_params = [shared_like(s, p) for s, p in zip(self.shadow_params, self._matched(parameters))]
+    def shard(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Shard the averages over devices as the parameters are (models/sharding.py)."""
+        self.shadow_params = [sharded_like(s, p) for s, p in zip(self.shadow_params, self._matched(parameters))]
 
     def state_dict(self) -> dict[str, object]:
-        """Where the averages are shared out, all devices must call it together: it holds them whole."""
-        return {"decay": self.decay, "num_updates": self.num_updates, "shadow_params": whole(self.shadow_params)}
+        """Return the averages as whole tensors. If they are sharded, all devices must call it together."""
+        return {"decay": self.decay, "num_updates": self.num_updates, "shadow_params": gather(self.shadow_params)}
 
     def load_state_dict(self, state: dict[str, object]) -> None:
-        """Take over a saved average, its decay and count included; refuses one of other shapes before changing any."""
+        """Load a saved average with its decay and count. Raises ValueError if shapes differ; nothing has been changed
+        then."""
         loaded: list[Tensor] = state["shadow_params"]
         ours, theirs = [tuple(s.shape) for s in self.shadow_params], [tuple(s.shape) for s in loaded]
         if ours != theirs:
@@ -68,7 +69,7 @@ class EMA:
                 f"the checkpoint's EMA holds {len(theirs)} tensors that do not fit the model's {len(ours)} parameters"
             )
         self.decay, self.num_updates = float(state["decay"]), int(state["num_updates"])
-        _copy([shared_like(t, s) for t, s in zip(loaded, self.shadow_params)], self.shadow_params)
+        _copy([sharded_like(t, s) for t, s in zip(loaded, self.shadow_params)], self.shadow_params)
 
     def _matched(self, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
         parameters = list(parameters)

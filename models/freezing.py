@@ -1,5 +1,8 @@
-"""Parts of a network that a training leaves as it found them (training.freeze). It is decided once, before optimizer,
-average and strategy are built: a parameter that is frozen or released later gets other gradients on every device."""
+"""Parts of a network that training leaves unchanged (training.freeze).
+
+They are frozen once, before optimizer, average and strategy are built: a parameter that is frozen or released later
+would get different gradients on different devices.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,8 @@ from palimpsest.models.backbone import Backbone
 
 
 def freeze(backbone: Backbone, names: Sequence[str] | None) -> None:
-    """Freeze the parts of `backbone` (its `parts`) of these names.
-
-    Raises:
-        ValueError: there is no such part, nothing in it, or nothing left to train.
-    """
+    """Freeze the parts of `backbone` (its `parts`) with these names. Raises ValueError if a part does not exist or is
+    empty, or nothing is left to train."""
     if names is None:
         return
     if not backbone.parts:
@@ -32,7 +32,7 @@ def freeze(backbone: Backbone, names: Sequence[str] | None) -> None:
 
 
 def refuse_frozen(backbone: nn.Module, new: Mapping[str, nn.Parameter]) -> None:
-    """Raises ValueError where parameters of `new`, which have random values, are frozen: so they would stay."""
+    """Raise ValueError if parameters of `new`, which have random values, are frozen and would stay random."""
     frozen = {name: p for name, p in new.items() if not p.requires_grad}
     if frozen:
         raise ValueError(
@@ -42,7 +42,7 @@ def refuse_frozen(backbone: nn.Module, new: Mapping[str, nn.Parameter]) -> None:
 
 
 def summary(parameters: Mapping[str, nn.Parameter]) -> str:
-    """Parameters by the module that they are in, numbers of blocks left out."""
+    """List parameters by the module that they belong to, without block numbers."""
     groups: dict[str, int] = {}
     for name, parameter in parameters.items():
         words = name.split(".")

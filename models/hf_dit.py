@@ -1,4 +1,4 @@
-"""backbone=hf_dit: the DiT that a file describes, so that nobody types the sizes of a published model."""
+"""backbone=hf_dit: a DiT whose sizes come from a file of a published model."""
 
 from __future__ import annotations
 
@@ -28,23 +28,24 @@ def hf_dit(
     mask_padding: bool | None = None,
     attn_backend: Annotated[Literal["sdpa", "flash_attn", "flex"], FREE] = "sdpa",
 ) -> DiT:
-    """A DiT with random weights and the sizes of a Hub-layout directory, a model on the Hub or a `.ckpt` of our own.
+    """Build a DiT with random weights and the sizes of a Hub-layout directory, a model on the Hub or a `.ckpt` of our
+    own.
 
-    The file is the first that is given of `checkpoint_path`, `resumed` (the run's own checkpoint, which outlives the
-    file it was started from) and `from_pretrained`. Sizes are None unless typed; typed ones must be the file's.
+    The file is the first that is set of `checkpoint_path`, `resumed` (the run's own checkpoint, which outlives the file
+    that it started from) and `from_pretrained`. Sizes are None unless typed; typed ones must be those of the file.
     `dropout` and `mask_padding` may differ from it. `vocab_size` and `length` are those of the data.
 
     Raises:
-        FileNotFoundError: the file is not there.
-        ValueError: no file is named, it does not say the sizes, or they contradict the data or what was typed.
+        FileNotFoundError: the file is not found.
+        ValueError: no file is named, it lacks sizes, or they contradict the data or typed settings.
     """
     files = {"eval.checkpoint_path": checkpoint_path, "checkpointing.resume_ckpt_path": resumed,
              "training.from_pretrained": from_pretrained}  # fmt: skip
     key = next((key for key, path in files.items() if path), None)
     if key is None:
         raise ValueError(
-            "backbone=hf_dit is the network that a file describes: name a Hub-layout directory, a Hub id or a .ckpt of "
-            "your own with eval.checkpoint_path= or training.from_pretrained=, or use backbone=dit with model.* sizes"
+            "backbone=hf_dit takes its sizes from a file: name a Hub-layout directory, a Hub id or a .ckpt of your own "
+            "with eval.checkpoint_path= or training.from_pretrained=, or use backbone=dit with model.* sizes"
         )
     known = _described(read_settings(files[key], key), key)
     typed = {"model.hidden_size": hidden_size, "model.cond_dim": cond_dim, "model.n_blocks": n_blocks,
@@ -55,7 +56,7 @@ def hf_dit(
 
 
 def build(settings: Mapping[str, object], attn_backend: str = "sdpa") -> DiT:
-    """The network that `Checkpoint.settings` describes, with random weights."""
+    """Build the network that `Checkpoint.settings` describes, with random weights."""
     return DiT(
         settings["vocab_size"], settings["model.hidden_size"], settings["model.cond_dim"], settings["model.n_blocks"],
         settings["model.n_heads"], settings["model.dropout"], settings["time_conditioning"],
@@ -64,14 +65,12 @@ def build(settings: Mapping[str, object], attn_backend: str = "sdpa") -> DiT:
 
 
 def _described(checkpoint: Checkpoint, key: str) -> dict[str, object]:
-    """The settings a file gives, all sizes among them."""
+    """Return the settings of a file, and check that all sizes are there."""
     path, known = checkpoint.path, checkpoint.settings
     if checkpoint.unsupported:
         raise ValueError(f"{key}={path}: {checkpoint.unsupported}; choose another model")
-    missing = [
-        name for name in ("vocab_size", *_SIZES, "model.dropout") if not isinstance(known.get(name), int | float)
-    ]
-    if missing:
+    sizes = ("vocab_size", *_SIZES, "model.dropout")
+    if missing := [name for name in sizes if not isinstance(known.get(name), int | float)]:
         raise ValueError(f"{key}={path} gives no number for {', '.join(missing)}; use backbone=dit and type it")
     return known
 
@@ -88,7 +87,7 @@ def _refuse_contradictions(
             f"the data have vocab_size={vocab_size}, but {name} has vocab_size={known['vocab_size']}: set "
             "data.tokenizer_name_or_path to the tokenizer that it was trained with"
         )
-    longest = known.get("model.length")  # block models go on behind a window, or main.py objects
+    longest = known.get("model.length")  # block models continue with a window, which main.py checks
     if longest and length > longest and known.get("parameterization") != BLOCK_MODEL_TYPE:
         raise ValueError(
             f"model.length={length} is longer than the {longest} tokens that {name} was trained on; set "

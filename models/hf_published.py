@@ -1,6 +1,6 @@
-"""What backbone=hf_causal and hf_mlm share: models of the transformers library, read as configurations and weights.
+"""Models of the transformers library as backbones, shared by backbone=hf_causal and backbone=hf_mlm.
 
-Weights come from safetensors files alone, and no code comes with them.
+Weights are read from safetensors files only, and no code of a model is run.
 """
 
 from __future__ import annotations
@@ -17,44 +17,100 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from palimpsest.common.files import check_regular
 from palimpsest.models.attention import resolve_backend
-from palimpsest.models.checkpoints import read_settings
+from palimpsest.models.backbone import Backbone
+from palimpsest.models.checkpoints import Checkpoint, read_settings
 
 KEY = "backbone.name_or_path"
 FILES = "config.json and model.safetensors"
-_MOST_UNUSED = 1024  # rows of the network beyond the data's ids: rounding up to a multiple stays far below
+_MOST_UNUSED = 1024  # rows of the network beyond the ids of the data, such as those from rounding up to a multiple
 _DROPOUT = re.compile(r"(dropout|pdrop)(_prob)?$")
-_NOT_OURS = re.compile(r"classifier|summary")  # rates of other heads
-# attn_backend -> the library's name; None: its own choice, sdpa where the model has it.
+_OTHER_HEADS = re.compile(r"classifier|summary")
+# attn_backend -> the library's name; None: the default of the library, sdpa where the model has it.
 _ATTENTION = {"sdpa": None, "flash_attn": "flash_attention_2"}
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of published model. backbone: as typed. model_class: the library's class that builds and loads it. words:
-    what it is, for messages. config_key: where a checkpoint of ours keeps the config.json it was built from, which
-    outlives the folder. added: ids of the data that may lie beyond the network's, such as a new mask's."""
+    """A kind of published model."""
 
-    backbone: str
-    model_class: type
-    words: str
-    config_key: str
-    added: int
+    backbone: str  # name on the command line
+    model_class: type  # class of the library that builds and loads it
+    words: str  # description in messages
+    config_key: str  # key under which our checkpoints keep the config.json that it was built from
+    added: int  # largest number of data ids beyond those of the network, such as a new mask
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A published model, and the names of the weights that its files lack and that therefore are random."""
+    """A published model, and the names of the weights that its files lack and that are therefore random."""
 
     model: PreTrainedModel
     missing: tuple[str, ...]
 
 
-def build(kind: Kind, config: PretrainedConfig, attn_backend: str) -> PreTrainedModel:
-    """The architecture with random weights, float32.
+class PublishedBackbone(Backbone):
+    """A network of the transformers library, in `model`.
 
-    Raises:
-        ValueError: there is no such architecture of this kind, or its sizes do not fit together.
+    Args:
+        config: config.json of the published model.
+        name: name or path of the pretrained weights, as typed; None for a network without.
     """
+
+    recomputes = True
+    kind: Kind
+    model: PreTrainedModel
+
+    def __init__(self, config: PretrainedConfig, name: str | None) -> None:
+        super().__init__()
+        self.name, self._config_json = name, config.to_json_string(use_diff=False)
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """Return the constructor arguments, by their keys on the command line."""
+        return {**sizes(self.model.config.get_text_config()), self.kind.config_key: self._config_json}
+
+    def pretrained(self) -> Checkpoint | None:
+        """Return the weights that a new training starts from; None if it starts from random ones.
+
+        Rows that the published model lacks are the mean of its rows; rows beyond the ids of the data are left out.
+
+        Raises:
+            FileNotFoundError: the model is not found.
+            ValueError: it cannot be used.
+        """
+        if self.name is None:
+            return None
+        loaded = load_weights(self.kind, self.name)
+        self._check_missing(loaded)
+        ours, rows = self.state_dict(), loaded.model.config.get_text_config().vocab_size
+        state: dict[str, Tensor] = {}
+        for theirs, tensor in loaded.model.state_dict().items():
+            name = self._name_here(theirs)
+            if name in ours and tensor.shape != ours[name].shape and tensor.shape[:1] == (rows,):
+                tensor = resize_rows(tensor, self.vocab_size)
+            state[name] = ours[name].clone() if theirs in loaded.missing else tensor
+        return Checkpoint(Path(self.name), state)
+
+    def _check_missing(self, loaded: Loaded) -> None:
+        refuse_missing(self.kind, self.name, loaded.missing)
+
+    def _name_here(self, name: str) -> str:
+        return f"model.{name}"
+
+    def recompute_blocks(self) -> None:
+        """Switch gradient checkpointing on, by the library's own switch (models/recompute.py). Raises ValueError if the
+        architecture has none."""
+        if not self.model.supports_gradient_checkpointing:
+            raise ValueError(
+                f"training.gradient_checkpointing=true: a {self.model.config.model_type} model of transformers does "
+                "not support it; leave it out"
+            )
+        self.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+
+
+def build(kind: Kind, config: PretrainedConfig, attn_backend: str) -> PreTrainedModel:
+    """Build the architecture with random weights, in float32. Raises ValueError if there is no such architecture of
+    this kind, or its sizes do not fit together."""
     attention = _ATTENTION[resolve_backend(attn_backend)]
     try:
         return kind.model_class.from_config(
@@ -62,32 +118,31 @@ def build(kind: Kind, config: PretrainedConfig, attn_backend: str) -> PreTrained
         )
     except (ValueError, ImportError, AssertionError, TypeError, RuntimeError) as error:
         raise ValueError(
-            f"backbone={kind.backbone} can not build a {config.model_type} ({first_line(error)})"
+            f"backbone={kind.backbone} cannot build a {config.model_type} ({first_line(error)})"
         ) from error
 
 
-def recompute_blocks(model: PreTrainedModel) -> None:
-    """Gradient checkpointing (models/recompute.py), by the library's own switch.
-
-    Raises:
-        ValueError: the architecture has none.
-    """
-    if not model.supports_gradient_checkpointing:
-        raise ValueError(
-            f"training.gradient_checkpointing=true: a {model.config.model_type} model of transformers can not "
-            "compute its blocks again; leave it out"
-        )
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+@torch.no_grad()
+def head_input(model: PreTrainedModel, head: nn.Linear, ids_BL: Tensor, **inputs: object) -> Tensor | None:
+    """Return the input of the head in a forward pass of `model`; None if the logits are not the output of the head."""
+    seen: list[Tensor] = []
+    output_BLV = torch.linspace(-100, 100, ids_BL.numel() * head.out_features).view(*ids_BL.shape, -1)
+    hook = head.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]) or output_BLV)
+    logits_BLV = model(input_ids=ids_BL, **inputs).logits
+    hook.remove()
+    return seen[0] if len(seen) == 1 and torch.equal(logits_BLV, output_BLV) else None
 
 
-def kept_config(
+def saved_config(
     kind: Kind, files: dict[str, str | None], typed: dict[str, str | None]
 ) -> tuple[PretrainedConfig, str] | None:
-    """The config that the first of `files` (key -> path) with one was saved with, and what says so; `typed` keys name
-    where it came from, and must be those of the file where they are not None.
+    """Return the config that the first of `files` (key -> path) with one was saved with, and the file as typed.
+
+    Args:
+        typed: keys that name the origin of the config; values that are not None must be those of the file.
 
     Raises:
-        ValueError: they are others.
+        ValueError: they differ.
     """
     for key, path in files.items():
         known = read_settings(path, key).settings if path else {}
@@ -109,40 +164,41 @@ def kept_config(
 
 
 def refuse_contradictions(
-    kind: Kind, config: PretrainedConfig, typed: dict[str, int | None], vocab_size: int, said_by: str
+    kind: Kind, config: PretrainedConfig, typed: dict[str, int | None], vocab_size: int, source: str
 ) -> None:
-    """Raises ValueError for typed sizes that are not the model's, and for data with another vocabulary."""
+    """Raise ValueError if typed sizes are not those of the model, or the data have another vocabulary."""
     known = sizes(config)
     differing = [f"{key}={value}" for key, value in typed.items() if value not in (None, known[key])]
     if differing:
         says = " ".join(f"{key}={value}" for key, value in known.items())
-        raise ValueError(f"{' '.join(differing)} contradicts {said_by}, which has {says}; leave it out")
+        raise ValueError(f"{' '.join(differing)} contradicts {source}, which has {says}; leave it out")
     rows = config.vocab_size
     if vocab_size > rows + kind.added or vocab_size < rows - max(_MOST_UNUSED, rows // 20):
         raise ValueError(
-            f"the data have {vocab_size} token ids (the mask included), but {said_by} has {rows}, so they do not "
+            f"the data have {vocab_size} token ids (the mask included), but {source} has {rows}, so they do not "
             "belong together: set data.tokenizer_name_or_path to the tokenizer of that model"
         )
 
 
-def refuse_length(length: int, longest: int | None, said_by: str) -> None:
-    """Raises ValueError where the model has positions for fewer tokens."""
+def refuse_length(length: int, longest: int | None, source: str) -> None:
+    """Raise ValueError if the model has fewer positions than `length`."""
     if longest and length > longest:
         raise ValueError(
-            f"model.length={length} is longer than the {longest} positions of {said_by}; set model.length={longest} "
+            f"model.length={length} is longer than the {longest} positions of {source}; set model.length={longest} "
             "or less"
         )
 
 
 def sizes(config: PretrainedConfig) -> dict[str, int | None]:
-    """Under our keys."""
+    """Return the sizes of a network, by our keys."""
     names = {"model.hidden_size": "hidden_size", "model.n_blocks": "num_hidden_layers",
              "model.n_heads": "num_attention_heads"}  # fmt: skip
     return {ours: getattr(config, theirs, None) for ours, theirs in names.items()}
 
 
-def forget_padding(model: PreTrainedModel) -> None:
-    """Which id pads rows is the data's affair: here it may be that of a token which is learned, such as the end."""
+def clear_padding_id(model: PreTrainedModel) -> None:
+    """Remove the padding id of the model. The data choose which id pads rows, possibly a learned token such
+    as the end."""
     model.config.pad_token_id = None
     embedding = model.get_input_embeddings()
     if isinstance(embedding, nn.Embedding):
@@ -150,16 +206,12 @@ def forget_padding(model: PreTrainedModel) -> None:
 
 
 def set_dropout(config: PretrainedConfig, rate: float) -> None:
-    """Put `rate` in place of every dropout rate of the config.
-
-    Raises:
-        ValueError: the model has no dropout to set.
-    """
+    """Replace every dropout rate of the config by `rate`. Raises ValueError if the model has no dropout."""
     inner = config.get_text_config()
     names = [
         name
         for name, value in inner.to_dict().items()
-        if _DROPOUT.search(name) and not _NOT_OURS.search(name) and isinstance(value, int | float)
+        if _DROPOUT.search(name) and not _OTHER_HEADS.search(name) and isinstance(value, int | float)
     ]
     if rate and not names:
         raise ValueError(f"model.dropout={rate}: a {config.model_type} model has no dropout; leave it out")
@@ -168,12 +220,12 @@ def set_dropout(config: PretrainedConfig, rate: float) -> None:
 
 
 def close(a: Tensor, b: Tensor) -> bool:
-    """Equal but for rounding."""
+    """Return whether two tensors are equal except for rounding."""
     return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
-def with_rows(tensor: Tensor, rows: int) -> Tensor:
-    """The first `rows` rows, with the mean of all of them where there are fewer."""
+def resize_rows(tensor: Tensor, rows: int) -> Tensor:
+    """Return the first `rows` rows; rows that are missing are the mean of all."""
     if rows <= len(tensor):
         return tensor[:rows]
     mean = tensor.mean(0, keepdim=True)
@@ -181,11 +233,11 @@ def with_rows(tensor: Tensor, rows: int) -> Tensor:
 
 
 def load_config(kind: Kind, name: str) -> PretrainedConfig:
-    """The model's config.json.
+    """Read the model's config.json.
 
     Raises:
-        FileNotFoundError: the model is nowhere.
-        ValueError: what is there can not be used.
+        FileNotFoundError: the model is not found.
+        ValueError: it cannot be used.
     """
     source, local = _source(name)
     try:
@@ -195,10 +247,7 @@ def load_config(kind: Kind, name: str) -> PretrainedConfig:
 
 
 def load_weights(kind: Kind, name: str) -> Loaded:
-    """The model with its weights.
-
-    Raises: as `load_config`.
-    """
+    """Load the model with its weights. Raises as `load_config`."""
     source, local = _source(name)
     try:
         model, info = kind.model_class.from_pretrained(
@@ -211,7 +260,7 @@ def load_weights(kind: Kind, name: str) -> Loaded:
 
 
 def refuse_missing(kind: Kind, name: str, missing: tuple[str, ...]) -> None:
-    """Raises ValueError where a file of weights lacks some."""
+    """Raise ValueError if a file lacks weights."""
     if missing:
         raise ValueError(
             f"{KEY}={name}: its file of weights lacks {', '.join(missing[:3])} ({len(missing)} in all), which would be "
@@ -220,7 +269,7 @@ def refuse_missing(kind: Kind, name: str, missing: tuple[str, ...]) -> None:
 
 
 def _source(name: str) -> tuple[str, bool]:
-    """What the library is to open, and whether that is a folder here."""
+    """Return the folder or Hub name for the library to open, and whether it is a local folder."""
     root = os.environ.get("DATA_DIR")
     folders = ([Path(root) / name] if root else []) + [Path(name).expanduser()]
     found = next((folder for folder in folders if folder.is_dir()), None)
@@ -244,5 +293,5 @@ def _unusable(kind: Kind, name: str, source: str, local: bool, error: Exception)
 
 
 def first_line(error: Exception) -> str:
-    """The kind of an error and the beginning of what it says."""
+    """Return the type of an error and the first line of its message."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:200]

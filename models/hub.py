@@ -1,6 +1,6 @@
-"""The Hub's layout of a model: where a named one lies, and its config.json in the words of our command line.
+"""Models in the Hub's layout: finding them, and reading config.json in the keys of our command line.
 
-A directory holds `config.json` and `model.safetensors` or `pytorch_model.bin`. Code that lies beside them is never run.
+A directory has `config.json` and `model.safetensors` or `pytorch_model.bin`. Code in it is never run.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ MODEL_TYPE = "mdlm"
 BLOCK_MODEL_TYPE = "bd3lm"  # the same network, read in blocks
 UNIFORM_MODEL_TYPE = "DUO"
 
-# config.json's names -> ours. What kuleshov-group/mdlm-owt has; mask_padding is added by our own exports.
+# config.json's names -> ours, as in kuleshov-group/mdlm-owt; mask_padding is added by our own exports.
 CONFIG_KEYS = {"vocab_size": "vocab_size", "model_length": "model.length", "hidden_dim": "model.hidden_size",
                "cond_dim": "model.cond_dim", "n_blocks": "model.n_blocks", "n_heads": "model.n_heads",
                "dropout": "model.dropout", "time_conditioning": "time_conditioning",
                "mask_padding": "model.mask_padding"}  # fmt: skip
-# Of the reference's configuration class: a file may leave out what has its default there.
+# Defaults of the reference's configuration class, which a file may leave out.
 _DEFAULTS = {"model.cond_dim": 129, "model.dropout": 0.1, "time_conditioning": False}
 
 _MOST_CONFIG = 1 << 24  # bytes
@@ -36,12 +36,8 @@ _FILES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
 
 
 def locate(path: str | Path, key: str) -> Place:
-    """Where `path` lies: itself, here or at an address, or, if it is only a name such as `org/name`, a copy from the
-    Hub.
-
-    Raises:
-        FileNotFoundError: it is neither here nor to be had; `key` is the setting that named it.
-    """
+    """Return the local path or URL of a model; a name such as `org/name` is downloaded from the Hub. Raises
+    FileNotFoundError if it is not found; `key` is the setting that named it."""
     where = place(path, key)
     if exists(where):
         return where if is_remote(where) else _model_at(where, key)
@@ -60,11 +56,9 @@ def locate(path: str | Path, key: str) -> Place:
 
 
 def _model_at(path: Path, key: str) -> Path:
-    """The checkpoint file or Hub-layout directory that a local path means.
-
-    A weight file of the Hub's layout means its folder. A folder without config.json means its last.ckpt (also in
-    checkpoints/ below it), or the only `.ckpt` in it.
-    """
+    """Return the checkpoint file or Hub-layout directory that a local path means. A weight file of the Hub's layout
+    means its folder. A folder without config.json means its last.ckpt (also in checkpoints/ below it), or the only
+    `.ckpt` in it."""
     if path.is_file():
         return path.parent if path.name in WEIGHT_FILES else path
     if (path / CONFIG_FILE).exists():
@@ -79,7 +73,7 @@ def _model_at(path: Path, key: str) -> Path:
 
 
 def _snapshot(name: str) -> Path:
-    """Configuration and weights of a model on the Hub, the safe format first; its code is left there."""
+    """Download configuration and weights of a model on the Hub, preferably safetensors, without its code."""
     from huggingface_hub import snapshot_download
 
     folder = Path(snapshot_download(name, allow_patterns=[CONFIG_FILE, "*.safetensors"]))
@@ -89,15 +83,15 @@ def _snapshot(name: str) -> Path:
 
 
 def read_config(folder: Path) -> dict[str, object]:
-    """The `config.json` of a Hub-layout directory.
+    """Read the `config.json` of a Hub-layout directory.
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is no JSON object, too large or too deep.
+        ValueError: it is not a JSON object, too large or too deep.
     """
     path = folder / CONFIG_FILE
     if not path.exists():
-        raise FileNotFoundError(f"{folder} holds no {CONFIG_FILE}: it is not a model in the Hub's layout")
+        raise FileNotFoundError(f"{folder} has no {CONFIG_FILE}: it is not a model in the Hub's layout")
     with open_to_read(path) as file:
         content = file.read(_MOST_CONFIG + 1)
     if len(content) > _MOST_CONFIG:
@@ -111,38 +105,35 @@ def read_config(folder: Path) -> dict[str, object]:
     return config
 
 
-# What config.json of a block model may say of its network, and what a DiT is.
+# Settings in config.json of a block model, with the values of a DiT.
 _AS_A_DIT = {"causal": False, "adaln": True, "cross_attn": True}
 
 
 def settings_of_config(config: Mapping[str, object]) -> dict[str, object]:
-    """What a `config.json` says of the network, by silence too, under our keys."""
+    """Return the settings of the network in a `config.json`, including defaults, by our keys."""
     found = {**_DEFAULTS, **{ours: config[theirs] for theirs, ours in CONFIG_KEYS.items() if theirs in config}}
     kind = str(config.get("model_type", MODEL_TYPE))
     if kind == BLOCK_MODEL_TYPE and "block_size" in config:
         found["block_size"] = config["block_size"]
-    if kind == UNIFORM_MODEL_TYPE:  # its trainings show the network the time, unless a file says otherwise
+    if kind == UNIFORM_MODEL_TYPE:  # time-conditioned by default
         found["time_conditioning"] = config.get("time_conditioning", True)
-    law = OBJECTIVES.get(kind.lower())
-    return {**found, **({"parameterization": law, "backbone": "dit"} if law else {})}
+    objective = OBJECTIVES.get(kind.lower())
+    return {**found, **({"parameterization": objective, "backbone": "dit"} if objective else {})}
 
 
 def unsupported(config: Mapping[str, object]) -> str:
-    """The reason why the model of a `config.json` is none of ours; "" if it is one."""
+    """Return the reason why the model of a `config.json` cannot be used here; "" if it can."""
     kind = config.get("model_type", MODEL_TYPE)
     if kind not in (MODEL_TYPE, BLOCK_MODEL_TYPE, UNIFORM_MODEL_TYPE):
         return f"it is a model of type {kind}"
     differing = [f"{key}={config[key]}" for key, ours in _AS_A_DIT.items() if config.get(key, ours) != ours]
     if kind == BLOCK_MODEL_TYPE and differing:
-        return (
-            f"it has {', '.join(differing)} in its config.json, which is another network than a diffusion transformer "
-            "read in blocks"
-        )
+        return f"it has {', '.join(differing)} in its config.json, which no diffusion transformer read in blocks has"
     return ""
 
 
 def settings_of_tensors(state: Mapping[str, Tensor]) -> dict[str, object]:
-    """What the names and shapes of a DiT's tensors give away of its settings, under our keys."""
+    """Return the settings of a DiT that follow from the names and shapes of its tensors, by our keys."""
     shape = {name: tuple(tensor.shape) for name, tensor in state.items()}
     found: dict[str, object] = {}
     if "vocab_embed.embedding" in shape:

@@ -1,7 +1,7 @@
 """Pickles read as data: nothing that they name is imported, called or changed.
 
-`pickletools.genops` of the standard library takes the stream apart; `load` puts together plain containers, tensors, and
-empty shells in place of objects of other classes. Memory and time are in proportion to the length of the stream.
+`pickletools.genops` of the standard library splits the stream into operations. `load` builds plain containers, tensors,
+and `Inert` objects in place of other classes. Memory and time are proportional to the length of the stream.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ _LONGEST_NAME = 200
 
 
 class Inert:
-    """Stands where a pickled object of a foreign class stood: accepts any construction and state, does nothing."""
+    """A stand-in for a pickled object of an unknown class: it accepts any construction and state, and does nothing."""
+
+    state: object = None
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         self.args, self.kwargs = args, kwargs
@@ -33,18 +35,20 @@ class Inert:
         self.__dict__.setdefault("items", {})[key] = value
 
     def extend(self, values: list) -> None:
-        """Keep what a list of its class would hold."""
+        """Keep the elements of a list of its class."""
         self.__dict__.setdefault("elements", []).extend(values)
 
 
 def load(file: BinaryIO, size: int, storage: Callable[[object], Tensor]) -> object:
-    """Return the object that the pickle at the place of `file` describes, and leave the file behind it.
+    """Return the object of the pickle at the position of `file`, and leave the file behind it.
 
-    size: bytes of the file. storage: gives the flat tensor of a persistent id.
+    Args:
+        size: bytes of the file.
+        storage: returns the flat tensor of a persistent id.
 
     Raises:
-        UnpicklingError: it asks for a class or function beyond tensors, plain containers and `_FOREIGN` modules, or for
-            more memory than the file has bytes.
+        UnpicklingError: it asks for a class or function other than tensors, plain containers and `_FOREIGN` modules, or
+            for more memory than the file has bytes.
         ValueError, TypeError, IndexError, KeyError, RuntimeError: it is corrupt.
     """
     machine = _Machine(storage, size)
@@ -56,10 +60,8 @@ def load(file: BinaryIO, size: int, storage: Callable[[object], Tensor]) -> obje
 
 
 class _Machine:
-    """The stack, the marks in it and the memo of a pickle that is read.
-
-    left: elements and characters that may still be copied. Each has taken a byte of the file before.
-    """
+    """The stack, the marks in it and the memo of a pickle that is being read. `left` counts elements and characters
+    that may still be copied; each has taken a byte of the file before."""
 
     def __init__(self, storage: Callable[[object], Tensor], size: int) -> None:
         self.stack: list[object] = []
@@ -68,7 +70,7 @@ class _Machine:
         self.storage, self.left, self.shells = storage, size, dict[tuple[str, str], type]()
 
     def step(self, name: str, argument: object) -> None:
-        """Do one operation."""
+        """Execute one operation."""
         if name in _LITERALS:
             if isinstance(argument, int) and argument.bit_length() > _MOST_BITS:
                 raise UnpicklingError(f"it holds a whole number of {argument.bit_length():,} bits: refused")
@@ -81,16 +83,16 @@ class _Machine:
             raise UnpicklingError(f"its pickle has the operation {name}, which torch.save does not write: refused")
 
     def push(self, thing: object) -> None:
-        """Put it on the stack."""
+        """Push onto the stack."""
         self.stack.append(thing)
 
     def marked(self) -> list[object]:
-        """Pop what lies above the last mark."""
+        """Pop all values above the last mark."""
         above, self.stack = self.stack, self.below.pop()
         return above
 
     def spend(self, container: object) -> None:
-        """Take note that the elements of `container` are copied."""
+        """Count the elements of `container` as copied."""
         self.left -= len(container)
         if self.left < 0:
             raise UnpicklingError("its pickle copies more than it holds: refused")
@@ -133,7 +135,7 @@ class _Machine:
             target[_key(key)] = value
 
     def named(self, module: str, name: str) -> None:
-        """Push what a pickle names: a shell's class for what is foreign."""
+        """Push the object of that name; a subclass of `Inert` for an unknown class."""
         if module == "__builtin__":
             module, name = "builtins", _PYTHON_2.get(name, name)
         if (module, name) in _NAMES:
@@ -143,7 +145,7 @@ class _Machine:
             what = shown(f"{module}.{name}")[1:-1]
             raise UnpicklingError(f"the file asks to run {what}, which no checkpoint needs: refused")
         if not name.isidentifier() or len(name) > _LONGEST_NAME or len(module) > _LONGEST_NAME:
-            raise UnpicklingError("it names a class that can be none: refused")
+            raise UnpicklingError("it names a class by an invalid name: refused")
         if (module, name) not in self.shells:
             if len(self.shells) == _MOST_SHELLS:
                 raise UnpicklingError(f"it names more than {_MOST_SHELLS:,} classes: refused")
@@ -153,7 +155,7 @@ class _Machine:
     def stack_global(self, _: object) -> None:
         name, module = self.stack.pop(), self.stack.pop()
         if not isinstance(module, str) or not isinstance(name, str):
-            raise UnpicklingError("it names something by what is not a text")
+            raise UnpicklingError("it uses a name that is not a text")
         self.named(module, name)
 
     def call(self, arguments: object, keywords: object = None) -> None:
@@ -179,8 +181,8 @@ class _Machine:
 
 
 def _key(key: object) -> object:
-    """`key`, if nobody can choose keys of one hash, which would take quadratic time: texts, whose hashes differ from
-    process to process, tuples of them, whole numbers below 2^60, and shells."""
+    """Return `key` if its type excludes chosen hash collisions, which would take quadratic time: texts, whose hashes
+    differ between processes, tuples of them, whole numbers below 2^60, and `Inert` objects."""
     parts = key if type(key) is tuple and len(key) <= _MOST_IN_A_KEY else (key,)
     if type(key) is tuple and all(part is None or isinstance(part, str | bytes) for part in parts):
         return key
@@ -191,14 +193,14 @@ def _key(key: object) -> object:
     raise UnpicklingError(f"it has a key of the type {type(key).__name__}, or too large a key: refused")
 
 
-# -------------------------------------------------------------------------------- what may be called
+# -------------------------------------------------------------------------------- allowed calls
 
 
 def _tensor(
     machine: _Machine, storage: Tensor, offset: int, size: tuple, stride: tuple, requires_grad: bool = False,
     *unused: object,
 ) -> Tensor:  # fmt: skip
-    """A view of `storage` that lies within it. torch's own function enlarges the storage where it does not."""
+    """Return a view of `storage` that lies within it. torch's own function would enlarge the storage instead."""
     if not all(isinstance(one, tuple) and len(one) <= _MOST_DIMENSIONS for one in (size, stride)):
         raise UnpicklingError("the size of a tensor is none")
     numbers = (offset, *size, *stride)
@@ -275,7 +277,7 @@ def _bytes(kind: type) -> Callable:
 def _of_numbers(kind: type) -> Callable:
     def build(machine: _Machine, *numbers: float | None) -> object:
         if not all(number is None or isinstance(number, int | float) for number in numbers):
-            raise UnpicklingError(f"it makes a {kind.__name__} of other things than numbers")
+            raise UnpicklingError(f"it makes a {kind.__name__} of values that are not numbers")
         return kind(*numbers)
 
     return build
@@ -307,7 +309,7 @@ _NAMES: dict[tuple[str, str], object] = {
     **{("torch", name): value for name, value in vars(torch).items() if isinstance(value, torch.dtype)},
 }  # fmt: skip
 _PYTHON_2 = {"long": "int", "unicode": "str", "xrange": "range"}  # names in pickles of protocol 2
-# Modules of which a checkpoint may hold instances; they are replaced by shells, never imported.
+# Modules of which a checkpoint may contain instances; those become `Inert`, and the modules are never imported.
 _FOREIGN = ("omegaconf", "tokenizers", "transformers", "typing", "lightning", "pytorch_lightning", "torchmetrics",
             "functools", "pathlib", "enum", "torch.optim", "transformers_modules")  # fmt: skip
 
@@ -345,7 +347,7 @@ _OPERATIONS: dict[str, Callable[[_Machine, object], object]] = {
     "SETITEM": lambda m, _: m.set_items([m.stack.pop(-2), m.stack.pop()]),
     "SETITEMS": lambda m, _: m.set_items(m.marked()),
     "ADDITEMS": _Machine.add,
-    "GLOBAL": lambda m, said: m.named(*said.split(" ", 1)),
+    "GLOBAL": lambda m, names: m.named(*names.split(" ", 1)),
     "STACK_GLOBAL": _Machine.stack_global,
     "REDUCE": lambda m, _: m.call(m.stack.pop()),
     "NEWOBJ": lambda m, _: m.call(m.stack.pop()),

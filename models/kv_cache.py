@@ -1,4 +1,4 @@
-"""Keys and values of the positions a causal network has seen, so that each token is computed once.
+"""Caches of keys and values, so that sampling computes each token once.
 
 Shape suffixes: B batch, R rows, L length, W tokens of the longest segment, K keys, H heads, D head width, N blocks.
 """
@@ -11,19 +11,22 @@ from torch import Tensor
 MOST_AT_ONCE = 512  # clean tokens that one pass reads into a `BlockCache`
 
 
-class Room:
-    """What every cache counts: `length` of `capacity` positions are filled, in batches of `batch_size` rows."""
+def cache_format(embedding: Tensor, n_heads: int) -> tuple[int, int, torch.device, torch.dtype]:
+    """Return heads, head width, device and precision of the keys and values of a network with this embedding."""
+    device = embedding.device
+    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else embedding.dtype
+    return n_heads, embedding.shape[1] // n_heads, device, dtype
+
+
+class CacheCapacity:
+    """A cache with `length` of `capacity` positions filled, for batches of `batch_size` rows."""
 
     batch_size: int
     capacity: int
     length: int
 
-    def check_room(self, tokens_BL: Tensor) -> None:
-        """Refuse tokens that do not fit.
-
-        Raises:
-            ValueError: more positions than are left, or another batch size.
-        """
+    def check_capacity(self, tokens_BL: Tensor) -> None:
+        """Check that new tokens fit. Raises ValueError if there are fewer free positions, or the batch size differs."""
         assert not torch.is_grad_enabled(), "no gradient flows through a KV cache: use it under torch.no_grad()"
         batch_size, new = tokens_BL.shape
         if self.length + new > self.capacity:
@@ -38,11 +41,11 @@ class Room:
             )
 
 
-class KVCache(Room):
-    """Keys (rotated, at their positions) and values of all blocks, preallocated for `capacity` positions.
+class KVCache(CacheCapacity):
+    """Keys (rotated) and values of all blocks, preallocated for `capacity` positions.
 
-    `length` positions are filled. A forward pass calls `append` once per block and then `advance`; appending without
-    advancing is a look ahead, which the next pass overwrites. For sampling, under `torch.no_grad()`.
+    A forward pass calls `append` once per block and then `advance`. Appending without advancing is a lookahead, which
+    the next pass overwrites. For sampling, under `torch.no_grad()`.
     """
 
     def __init__(
@@ -55,7 +58,7 @@ class KVCache(Room):
         self.batch_size, self.capacity, self.length = batch_size, capacity, 0
 
     def append(self, block: int, k_BLHD: Tensor, v_BLHD: Tensor) -> tuple[Tensor, Tensor]:
-        """Store a block's new keys and values behind the filled positions; all of them, the new ones included."""
+        """Store new keys and values of a block, and return all of its keys and values."""
         end = self.length + k_BLHD.shape[1]
         self.keys_NBLHD[block, :, self.length : end] = k_BLHD
         self.values_NBLHD[block, :, self.length : end] = v_BLHD
@@ -67,12 +70,11 @@ class KVCache(Room):
 
 
 class BlockCache:
-    """Keys (rotated, at their positions) and values of the clean blocks of a text that is written block by block.
+    """Keys (rotated) and values of the clean blocks of a text that is sampled block by block.
 
-    `position` tokens went before; the keys and values of the last `window` of them are there (None: of all). Rotary
-    attention sees distances only, so what is kept needs no rotating again when the oldest blocks are dropped, and a
-    window is exactly attention to the last `window` tokens, in every block of the network. Rows whose text has ended
-    are dropped with `keep`. For sampling, under `torch.no_grad()`.
+    `position` tokens came before; the keys and values of the last `window` of them are kept (None: of all). Rotary
+    attention depends on distances only, so the kept keys need no new rotation when the oldest blocks are dropped. Rows
+    whose text has ended are dropped with `keep`. For sampling, under `torch.no_grad()`.
     """
 
     def __init__(
@@ -80,37 +82,34 @@ class BlockCache:
         device: torch.device, dtype: torch.dtype,
     ) -> None:  # fmt: skip
         self.window, self.position, self._filled = window, 0, 0
-        # Room for as much again, so that dropping what is too old is rare.
+        # Twice the window, so that old blocks are rarely dropped.
         self.capacity = length if window is None else min(length, 2 * window + MOST_AT_ONCE)
         shape = (n_blocks, batch_size, self.capacity, n_heads, head_dim)
         self.keys_NBLHD = torch.zeros(shape, device=device, dtype=dtype)
         self.values_NBLHD = torch.zeros(shape, device=device, dtype=dtype)
 
     def next_position(self, rows: Tensor | None = None) -> int:
-        """Where the next token stands, the same in all rows."""
+        """Return the position of the next token, which is the same in all rows."""
         return self.position
 
     def key_mask(self, rows: Tensor | None = None) -> None:
-        """Of what is kept every row sees everything."""
+        """Return None: every row sees all that is kept."""
 
     def seen(self, block: int, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Keys and values of a block of the network that the next tokens see, of some rows."""
+        """Return the keys and values of a network block that the next tokens of some rows see."""
         start = 0 if self.window is None else max(0, self._filled - self.window)
         k, v = (kept[block, :, start : self._filled] for kept in (self.keys_NBLHD, self.values_NBLHD))
         return (k, v) if rows is None or len(rows) == k.shape[0] else (k[rows], v[rows])
 
     def store(self, block: int, k_BLHD: Tensor, v_BLHD: Tensor) -> None:
-        """Keys and values of new clean tokens, block by block of the network; then `advance`."""
+        """Store keys and values of new clean tokens, for each block of the network; then call `advance`."""
         stop = self._filled + k_BLHD.shape[1]
         self.keys_NBLHD[block, :, self._filled : stop] = k_BLHD
         self.values_NBLHD[block, :, self._filled : stop] = v_BLHD
 
     def make_room(self, new: int) -> None:
-        """Drop what no later token sees, if `new` tokens do not fit.
-
-        Raises:
-            ValueError: they do not fit even so.
-        """
+        """Drop tokens that no later token sees, if `new` tokens do not fit. Raises ValueError if they still
+        do not fit."""
         if self._filled + new <= self.capacity:
             return
         kept = self._filled if self.window is None else min(self._filled, self.window)
@@ -125,17 +124,17 @@ class BlockCache:
         self._filled, self.position = self._filled + new, self.position + new
 
     def keep(self, rows_R: Tensor) -> None:
-        """Go on with these rows only, (R,) indices or (B,) flags."""
+        """Keep only these rows, (R,) indices or (B,) flags."""
         if rows_R.dtype == torch.bool and bool(rows_R.all()):
             return
         self.keys_NBLHD, self.values_NBLHD = self.keys_NBLHD[:, rows_R], self.values_NBLHD[:, rows_R]
 
 
 class SegmentCache:
-    """Keys (rotated, at their positions) and values of the clean segments of texts that are written segment by segment.
+    """Keys (rotated) and values of the clean segments of texts that are sampled segment by segment.
 
-    A segment is as long in one row as it likes: each takes the room of the longest, and where a row has no token its
-    keys are hidden. For sampling, under `torch.no_grad()`.
+    Segment lengths differ between rows: each segment takes the space of the longest, and unused keys are hidden. For
+    sampling, under `torch.no_grad()`.
     """
 
     def __init__(
@@ -147,24 +146,24 @@ class SegmentCache:
         self._new: list[tuple[Tensor, Tensor]] = []
 
     def next_position(self, rows: Tensor | None = None) -> Tensor:
-        """Where the next token of each row stands, (R,): behind all that it has."""
+        """Return the position of the next token of each row, (R,)."""
         return self.key_mask(rows).sum(-1)
 
     def key_mask(self, rows: Tensor | None = None) -> Tensor:
-        """True where a row has a token, (R, K)."""
+        """Return True where a row has a token, (R, K)."""
         return self.here_BK if rows is None else self.here_BK[rows]
 
     def seen(self, block: int, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Keys and values of a block of the network, of some rows; `key_mask` says which are theirs."""
+        """Return keys and values of a network block for some rows; `key_mask` tells which are in use."""
         k, v = self.keys_NBKHD[block], self.values_NBKHD[block]
         return (k, v) if rows is None else (k[rows], v[rows])
 
     def store(self, block: int, k_BWHD: Tensor, v_BWHD: Tensor) -> None:
-        """Keys and values of a new segment, block by block of the network in their order; then `advance`."""
+        """Store keys and values of a new segment, for each block of the network in order; then call `advance`."""
         self._new.append((k_BWHD.to(self.keys_NBKHD.dtype), v_BWHD.to(self.values_NBKHD.dtype)))
 
     def advance(self, here_BW: Tensor) -> None:
-        """Count what was stored as read: the tokens where `here_BW` is True."""
+        """Add what was stored to the cache; `here_BW` is True on tokens."""
         k, v = (torch.stack(new) for new in zip(*self._new, strict=True))
         self.keys_NBKHD = torch.cat([self.keys_NBKHD, k], dim=2)
         self.values_NBKHD = torch.cat([self.values_NBKHD, v], dim=2)

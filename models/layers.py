@@ -1,7 +1,7 @@
-"""Building blocks of the transformers: norm, rotary frequencies, time embedding, adaLN modulation, heads.
+"""Building blocks of the transformers: norms, rotary frequencies, time embedding, adaLN modulation, MLP.
 
-Shape suffixes: B batch, L length, D width, C conditioning width, V vocabulary. Attribute names are the parameter
-names of the reference checkpoints and must not change.
+Shape suffixes: B batch, L length, D width, C conditioning width, V vocabulary. Attribute names are the parameter names
+of the reference checkpoints and must not change.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """`x` with half precision widened and float64 kept."""
+    """Return `x` in float32, or in float64 if it has that precision."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -44,10 +44,8 @@ class RMSNorm(nn.Module):
 
 
 class TokenEmbedding(nn.Module):
-    """A table of token vectors (V, D), a bare parameter as in the reference checkpoints.
-
-    Tokens are ids (B, L), or mixtures of tokens (B, L, V): the weights of their vectors.
-    """
+    """A table of token vectors (V, D), a bare parameter as in the reference checkpoints. Inputs are ids (B, L), or
+    mixtures of tokens (B, L, V) as weights."""
 
     def __init__(self, vocab_size: int, dim: int) -> None:
         super().__init__()
@@ -61,7 +59,7 @@ class TokenEmbedding(nn.Module):
 
 
 class RotaryFrequencies(nn.Module):
-    """Inverse frequencies 10000^(-2i/D) of the rotary embedding: a buffer that reference checkpoints carry."""
+    """Inverse frequencies 10000^(-2i/D) of the rotary embedding, a buffer of the reference checkpoints."""
 
     def __init__(self, head_dim: int, base: float = 10_000.0) -> None:
         super().__init__()
@@ -69,12 +67,12 @@ class RotaryFrequencies(nn.Module):
 
 
 def sinusoid_frequencies(number: int, max_period: float = 10_000.0) -> Tensor:
-    """`number` frequencies from 1 down to almost 1 / max_period, evenly spaced in their logarithm."""
+    """Return `number` frequencies from 1 down to almost 1 / max_period, evenly spaced in their logarithm."""
     return torch.exp(-math.log(max_period) * torch.arange(number).float() / number)
 
 
 class SigmaEmbedding(nn.Module):
-    """Sinusoidal features of the total noise sigma, then an MLP: (B,) -> (B, C)."""
+    """Sinusoidal features of the total noise sigma followed by an MLP: (B,) -> (B, C)."""
 
     def __init__(self, dim: int, num_features: int = 256, max_period: float = 10_000.0) -> None:
         super().__init__()
@@ -87,18 +85,18 @@ class SigmaEmbedding(nn.Module):
 
 
 def modulate(x_BLD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
-    """adaLN: x (1 + scale) + shift (DiT, arXiv 2212.09748, section 3.2); shift and scale may also be given for every
+    """Return x (1 + scale) + shift (adaLN; DiT, arXiv 2212.09748, section 3.2). Shift and scale may also be given per
     position, with as many dimensions as x."""
     return x_BLD * (1 + over_positions(scale_BD, x_BLD)) + over_positions(shift_BD, x_BLD)
 
 
 def over_positions(value_BD: Tensor, x_BLD: Tensor) -> Tensor:
-    """(B, 1, D), one value for all positions of a row, unless every position of x has its own already."""
+    """Return (B, 1, D), one value for all positions of a row; unchanged if every position of x has its own."""
     return value_BD if value_BD.ndim == x_BLD.ndim else value_BD[:, None]
 
 
 def zero_linear(in_features: int, out_features: int) -> nn.Linear:
-    """A linear layer that starts at zero, so that a fresh residual branch is the identity."""
+    """Return a linear layer initialised to zero, so that a new residual branch is the identity."""
     layer = nn.Linear(in_features, out_features)
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
@@ -106,5 +104,5 @@ def zero_linear(in_features: int, out_features: int) -> nn.Linear:
 
 
 def feed_forward(dim: int, ratio: int = 4) -> nn.Sequential:
-    """Linear, GELU (tanh form), Linear."""
+    """Return Linear, GELU (tanh form), Linear."""
     return nn.Sequential(nn.Linear(dim, ratio * dim), nn.GELU(approximate="tanh"), nn.Linear(ratio * dim, dim))

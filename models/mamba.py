@@ -18,11 +18,9 @@ _STEP_RANGE = (1e-3, 1e-1)  # of softplus(dt_proj.bias) at the start, log-unifor
 
 
 class Mamba(nn.Module):
-    """Gated short convolution and selective scan, from left to right: (B, L, D) -> (B, L, D).
-
-    Where `padding_BL` is True the input is taken as absent: neither the convolution nor the state sees it, so that the
-    outputs elsewhere are those of the text without it, when it stands before or after the text.
-    """
+    """Gated short convolution and selective scan, from left to right: (B, L, D) -> (B, L, D). Neither the convolution
+    nor the state sees the input where `padding_BL` is True, so that the outputs are those of the text without padding
+    before or after it."""
 
     def __init__(self, dim: int, state_size: int = 16, conv_width: int = 4, expand: int = 2) -> None:
         super().__init__()
@@ -45,10 +43,10 @@ class Mamba(nn.Module):
         return self.out_proj(self.mix(self.in_proj(x_BLD), padding_BL))
 
     def mix(self, projected_BLEE: Tensor, padding_BL: Tensor | None = None) -> Tensor:
-        """What lies between the two projections: (B, L, 2E) -> (B, L, E)."""
+        """Apply everything between the two projections: (B, L, 2E) -> (B, L, E)."""
         x_BLE, z_BLE = projected_BLEE.chunk(2, dim=-1)
         convolved_BEL = self.conv1d(_absent(x_BLE, padding_BL).transpose(1, 2))[..., : x_BLE.shape[1]]
-        # The convolution writes into the padding, through its bias and its width: taken out again before the scan.
+        # The convolution writes into the padding, through its bias and its width; remove that before the scan.
         u_BLE = _absent(F.silu(convolved_BEL).transpose(1, 2), padding_BL)
         delta, b_BLN, c_BLN = self.x_proj(u_BLE).split([self.dt_rank, self.state_size, self.state_size], dim=-1)
         delta_BLE = F.linear(delta, self.dt_proj.weight)
@@ -60,8 +58,8 @@ def _absent(x_BLE: Tensor, padding_BL: Tensor | None) -> Tensor:
 
 
 class BiMamba(nn.Module):
-    """The sum of two mixers, one reading from the left and one from the right, that share their projections
-    (Caduceus, arXiv 2403.03234, section 3.1). What is shared is computed once."""
+    """The sum of two mixers, from the left and from the right, with shared projections, computed once (Caduceus, arXiv
+    2403.03234, section 3.1)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Layers of the MMDiT: the block of both streams, the times, the latent stream's two ends.
+"""Layers of the MMDiT: the block of both streams, the embedding of the times, input and output of the latent stream.
 
 Shape suffixes: B batch, L length, Q queried positions, D width of the text stream, K latent tokens, E width of the
 latent stream, C conditioning width, H heads, W width of a head, S numbers of a latent token.
@@ -11,15 +11,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from palimpsest.models.attention import apply_rotary, attend
-from palimpsest.models.layers import LayerNorm, RMSNorm, SigmaEmbedding, feed_forward, modulate, zero_linear
-from palimpsest.models.transformer import Rotary, TransformerBlock, rows_at
+from palimpsest.models.layers import (
+    LayerNorm,
+    RMSNorm,
+    SigmaEmbedding,
+    at_least_float32,
+    feed_forward,
+    modulate,
+    zero_linear,
+)
+from palimpsest.models.transformer import Rotary, TransformerBlock, rotary_at, take_positions
 
-# Sinusoids of models/layers.py tell times of 0 to 1000 apart; those of 0 to 1 all look alike to them.
+# The sinusoids of models/layers.py resolve times from 0 to 1000; times from 0 to 1 would all look alike.
 TIME_SCALE = 1000.0
 
 
 class HeadNorm(RMSNorm):
-    """RMS norm of each head's W numbers, with a gain for each of them in each head: (..., H, W) -> the same."""
+    """RMS norm of the W numbers of each head, with a gain per head and number: (..., H, W) -> the same."""
 
     def __init__(self, n_heads: int, width: int) -> None:
         super().__init__(n_heads * width)
@@ -27,13 +35,13 @@ class HeadNorm(RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            wide = x.to(torch.promote_types(x.dtype, torch.float32))
-            normed = F.rms_norm(wide, x.shape[-1:], eps=self.eps) * self.weight.unflatten(0, (self.n_heads, -1))
+            gain = self.weight.unflatten(0, (self.n_heads, -1))
+            normed = F.rms_norm(at_least_float32(x), x.shape[-1:], eps=self.eps) * gain
         return normed.to(x.dtype)
 
 
 class LatentLayers(nn.Module):
-    """What a block has for latent tokens. Queries, keys and values are as wide as the text's."""
+    """The layers of a block for latent tokens. Queries, keys and values are as wide as those of the text."""
 
     def __init__(self, dim: int, text_dim: int, cond_dim: int, n_heads: int, dropout: float) -> None:
         super().__init__()
@@ -47,25 +55,26 @@ class LatentLayers(nn.Module):
         self.adaLN_modulation = zero_linear(cond_dim, 6 * dim)
 
     def queries_keys_values(self, normed_BKE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, K, H, W) each."""
+        """Return normed queries, normed keys and values, (B, K, H, W) each."""
         q, k, v = self.attn_qkv(normed_BKE).unflatten(-1, (3, self.n_heads, -1)).unbind(dim=2)
         return self.q_norm(q), self.k_norm(k), v
 
     def project(self, attended: Tensor) -> Tensor:
-        """What the heads (B, K, H, W) attended to, in the stream's width."""
+        """Project the attention output (B, K, H, W) to the width of the stream."""
         return F.dropout(self.attn_out(attended.flatten(-2)), self.dropout, self.training)
 
     def transform(self, x_BKE: Tensor) -> Tensor:
-        """The MLP of normed `x_BKE`."""
+        """Apply the MLP to normed `x_BKE`."""
         return F.dropout(self.mlp(x_BKE), self.dropout, self.training)
 
 
 class JointBlock(TransformerBlock):
-    """A block of the DiT, with layers for latents beside it and one attention over both. Every branch is gated into its
-    stream by adaLN that starts at zero, so that a new block changes nothing.
+    """A block of the DiT with further layers for latents and one attention over both streams. adaLN gates every branch
+    into its stream, starting at zero, so that a new block changes nothing.
 
-    gated: the text's attention is that over the text alone, plus what the latents change in it times a gate for each
-    head that starts at zero; its queries and keys are not normed (models/mmdit.py: `text_as_dit`).
+    Args:
+        gated: the attention of the text is that over the text alone, plus the change due to the latents times a gate
+            for each head that starts at zero; its queries and keys are not normed (`text_as_dit` in models/mmdit.py).
     """
 
     def __init__(
@@ -91,8 +100,8 @@ class JointBlock(TransformerBlock):
         at_BQ: Tensor | None = None,
         both: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
-        """Both streams one block on: text (B, L, D), or at the positions `at_BQ` only, (B, Q, D), and latents, None
-        unless `both` are asked for."""
+        """Return the text, (B, L, D) or (B, Q, D) at the positions `at_BQ` only, and the latents, None
+        unless `both`."""
         shift_att, scale_att, gate_att, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c_BC).chunk(6, dim=-1)
         by_z = self.latent.adaLN_modulation(e_BC).chunk(6, dim=-1)
         text = self._text(modulate(self.norm1(x_BLD), shift_att, scale_att), rotary, at_BQ)
@@ -101,8 +110,7 @@ class JointBlock(TransformerBlock):
         if self.gated:
             alone = attend(*text, key_mask_BL, self.attn_backend)
             attended = alone + self.adaLN_gate(c_BC)[:, None, :, None] * (attended - alone)
-        x_BQD = x_BLD if at_BQ is None else rows_at(x_BLD, at_BQ)
-        x_BQD = x_BQD + gate_att[:, None] * self.project(attended)
+        x_BQD = take_positions(x_BLD, at_BQ) + gate_att[:, None] * self.project(attended)
         x_BQD = x_BQD + gate_mlp[:, None] * self.transform(modulate(self.norm2(x_BQD), shift_mlp, scale_mlp))
         if not both:
             return x_BQD, None
@@ -111,23 +119,17 @@ class JointBlock(TransformerBlock):
         return x_BQD, z_BKE + by_z[5][:, None] * self.latent.transform(normed_BKE)
 
     def _text(self, normed_BLD: Tensor, rotary: Rotary, at_BQ: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """The text's queries (B, Q, H, W), keys and values (B, L, H, W), turned by their places."""
-        angles = rotary
-        if at_BQ is None:
-            q, k, v = self.attn_qkv(normed_BLD).unflatten(-1, (3, self.n_heads, -1)).unbind(dim=2)
-        else:
-            angles = tuple(table[at_BQ] for table in rotary)
-            of_queries = self.attn_qkv.weight[: normed_BLD.shape[-1]]
-            q = F.linear(rows_at(normed_BLD, at_BQ), of_queries).unflatten(-1, (self.n_heads, -1))
-            k, v = self.keys_and_values(normed_BLD)
+        """Return the rotated queries (B, Q, H, W), rotated keys and values (B, L, H, W) of the text."""
+        q, k, v = self.queries_keys_values(normed_BLD, at_BQ)
         if not self.gated:
             q, k = self.q_norm(q), self.k_norm(k)
-        return apply_rotary(q, *angles), apply_rotary(k, *rotary), v
+        return apply_rotary(q, *rotary_at(rotary, at_BQ)), apply_rotary(k, *rotary), v
 
     def _attend(
         self, text: tuple[Tensor, ...], latent: tuple[Tensor, ...], key_mask_BL: Tensor | None, both: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """One softmax over the keys of both streams: what text sees (B, Q, H, W), what latents, (B, K, H, W)."""
+        """Apply one softmax over the keys of both streams; return the text's output (B, Q, H, W) and the latents', (B,
+        K, H, W)."""
         (q, k, v), (q_z, k_z, v_z) = text, latent
         mask = None if key_mask_BL is None else F.pad(key_mask_BL.bool(), (0, k_z.shape[1]), value=True)
         queries = torch.cat([q, q_z], dim=1) if both else q
@@ -136,7 +138,7 @@ class JointBlock(TransformerBlock):
 
 
 class Times(nn.Module):
-    """The times of both modalities, from 0 to 1, (B,) each -> one vector (B, C) of the two together."""
+    """The times of both modalities, from 0 to 1, (B,) each -> one vector (B, C)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -150,9 +152,9 @@ class Times(nn.Module):
 
 
 class LatentInput(nn.Module):
-    """Latent tokens into their stream, (B, K, S) -> (B, K, E): an MLP of the normed numbers, and beside it a linear map
-    of them as they are, because the norm of a noised latent says how much of it is signal. Of several tokens each has a
-    vector of its own that says which it is: they are parts of one ordered latent. float32 under autocast."""
+    """Latent tokens to the width of their stream, (B, K, S) -> (B, K, E), float32 under autocast: an MLP of the normed
+    numbers, plus a linear map of the raw ones, because the norm of a noised latent shows its share of signal. With
+    several tokens each has a learned vector that identifies it, as they are parts of one ordered latent."""
 
     def __init__(self, numbers: int, dim: int, tokens: int = 1) -> None:
         super().__init__()
@@ -163,13 +165,12 @@ class LatentInput(nn.Module):
 
     def forward(self, latent_BKS: Tensor) -> Tensor:
         with torch.autocast(latent_BKS.device.type, enabled=False):
-            said_BKE = self.mlp(self.norm(latent_BKS)) + self.skip(latent_BKS)
-            return said_BKE if self.which_KE is None else said_BKE + self.which_KE
+            out_BKE = self.mlp(self.norm(latent_BKS)) + self.skip(latent_BKS)
+            return out_BKE if self.which_KE is None else out_BKE + self.which_KE
 
 
 class LatentOutput(nn.Module):
-    """Latent tokens out of their stream, (B, K, E) -> (B, K, S), by an MLP that starts at zero; float32 under
-    autocast."""
+    """Stream to latent tokens, (B, K, E) -> (B, K, S), by an MLP that starts at zero; float32 under autocast."""
 
     def __init__(self, dim: int, numbers: int, cond_dim: int, dropout: float) -> None:
         super().__init__()

@@ -1,9 +1,8 @@
-"""Our DiT as transformers knows models. scripts/export_hf.py puts this file, and what it imports, beside weights:
+"""Our DiT as a model of transformers. scripts/export_hf.py writes this file, and its imports, next to the weights:
 
     AutoModelForMaskedLM.from_pretrained(DIRECTORY, trust_remote_code=True)
 
-Weights are float32; for lower precision run it under torch.autocast.
-Shape suffixes: B batch, L length, V vocabulary.
+Weights are float32; use torch.autocast for lower precision. Shape suffixes: B batch, L length, V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ from palimpsest.models.layers import SigmaEmbedding, sinusoid_frequencies
 
 
 class MDLMConfig(PretrainedConfig):
-    """Sizes under the names of kuleshov-group/mdlm-owt, and what our network can do beyond that: `mask_padding` hides
-    padding from attention, `attn_backend` is sdpa or flash_attn."""
+    """Sizes under the names of kuleshov-group/mdlm-owt, with two additions: `mask_padding` hides padding from
+    attention, `attn_backend` is sdpa or flash_attn."""
 
     model_type = "mdlm"
 
@@ -59,18 +58,20 @@ class MDLM(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Parameters keep what their constructors gave them. A buffer that no file holds must be computed again, since
-        from_pretrained builds the network without memory."""
+        """Recompute the buffer that no file has, since from_pretrained builds the network without memory. Parameters
+        keep the values of their constructors."""
         if isinstance(module, SigmaEmbedding):
             module.frequencies.copy_(sinusoid_frequencies(len(module.frequencies)))
 
     def forward(
         self, input_ids: Tensor, timesteps: Tensor | None = None, attention_mask: Tensor | None = None
     ) -> MaskedLMOutput:
-        """Raw logits (B, L, V): the mask's own is among them, visible tokens are predicted too.
+        """Return raw logits (B, L, V), including that of the mask, also at visible tokens.
 
-        input_ids: (B, L), masks included. timesteps: (B,), the total noise sigma = -log P(a token is kept), seen by
-        time-conditioned models alone. attention_mask: (B, L), 0 on padding.
+        Args:
+            input_ids: (B, L), masks included.
+            timesteps: (B,), the total noise sigma = -log P(a token is kept); used by time-conditioned models only.
+            attention_mask: (B, L), 0 on padding.
 
         Raises:
             ValueError: a time-conditioned model without timesteps.

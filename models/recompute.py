@@ -1,5 +1,5 @@
-"""Gradient checkpointing: memory for time. Of each of a network's repeated blocks only the input is kept, and the block
-is computed again in the backward pass (Chen et al., arXiv 1604.06174), with the same dropout."""
+"""Gradient checkpointing (Chen et al., arXiv 1604.06174): only the input of each block is kept, and the block is
+computed again in the backward pass, with the same dropout."""
 
 from __future__ import annotations
 
@@ -12,21 +12,17 @@ from palimpsest.models.backbone import Backbone
 
 
 def recompute_blocks(backbone: Backbone) -> None:
-    """Let `backbone` do so from now on, in training only.
-
-    Raises:
-        ValueError: it can not.
-    """
+    """Switch gradient checkpointing on for the training of `backbone`. Raises ValueError if the network does not
+    support it."""
     if not backbone.recomputes:
         raise ValueError(
-            f"training.gradient_checkpointing=true: {type(backbone).__name__} can not compute its blocks again; leave "
-            "it out"
+            f"training.gradient_checkpointing=true: {type(backbone).__name__} does not support it; leave it out"
         )
     backbone.recompute_blocks()
 
 
 class Recomputing(nn.Module):
-    """What networks with repeated blocks inherit: the switch, and `through`, which runs a block under it."""
+    """A network whose blocks can be run under gradient checkpointing."""
 
     recomputes = True
     recomputing = False
@@ -35,7 +31,7 @@ class Recomputing(nn.Module):
         self.recomputing = True
 
     def through(self, block: Callable, *args: object) -> object:
-        """block(*args), whose inner activations are not kept where the switch is on and gradients are wanted."""
+        """Return block(*args), under gradient checkpointing if it is switched on and the network is training."""
         if self.recomputing and self.training:
             return checkpoint(block, *args, use_reentrant=False)
         return block(*args)

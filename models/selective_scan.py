@@ -1,7 +1,7 @@
-"""The selective scan of Mamba (arXiv 2312.00752, algorithm 2): on mamba_ssm's kernel where that runs, else in PyTorch.
+"""The selective scan of Mamba (arXiv 2312.00752, algorithm 2), by mamba_ssm's kernel where that runs, else in PyTorch.
 
-Shape suffixes: B batch, L length, E inner width, N state size, S segments. Time comes first inside the PyTorch scan, so
-that a step's slice is contiguous, and the width last, so that its operations vectorise.
+Shape suffixes: B batch, L length, E inner width, N state size, S segments. In the PyTorch scan time comes first, so
+that the slice of a step is contiguous, and the width last, so that its operations vectorise.
 """
 
 from __future__ import annotations
@@ -20,27 +20,18 @@ from palimpsest.models.layers import at_least_float32
 
 
 def gated_scan(
-    u_BLE: Tensor,
-    delta_BLE: Tensor,
-    A_EN: Tensor,
-    B_BLN: Tensor,
-    C_BLN: Tensor,
-    D_E: Tensor,
-    z_BLE: Tensor,
+    u_BLE: Tensor, delta_BLE: Tensor, A_EN: Tensor, B_BLN: Tensor, C_BLN: Tensor, D_E: Tensor, z_BLE: Tensor,
     delta_bias_E: Tensor,
-) -> Tensor:
-    """(y + D u) silu(z), (B, L, E), where y is the selective scan of u with steps softplus(delta + delta_bias).
-
-    Computed in float32 (at least) and returned in the precision of `u_BLE`, under any autocast.
-    """
-    if u_BLE.is_cuda and kernel_available():
-        return kernel_scan(u_BLE, delta_BLE, A_EN, B_BLN, C_BLN, D_E, z_BLE, delta_bias_E)
-    return torch_scan(u_BLE, delta_BLE, A_EN, B_BLN, C_BLN, D_E, z_BLE, delta_bias_E)
+) -> Tensor:  # fmt: skip
+    """Return (y + D u) silu(z), (B, L, E), where y is the selective scan of u with steps softplus(delta + delta_bias).
+    It is computed in float32 (at least) under any autocast, and returned in the precision of `u_BLE`."""
+    scan = kernel_scan if u_BLE.is_cuda and kernel_available() else torch_scan
+    return scan(u_BLE, delta_BLE, A_EN, B_BLN, C_BLN, D_E, z_BLE, delta_bias_E)
 
 
 @cache
 def kernel_available() -> bool:
-    """Whether mamba_ssm is installed; asked where it could run, so that its absence is said, once."""
+    """Return whether mamba_ssm is installed, and warn once if it is not."""
     found = importlib.util.find_spec("mamba_ssm") is not None
     if not found:
         warnings.warn(
@@ -55,7 +46,7 @@ def kernel_scan(
     u_BLE: Tensor, delta_BLE: Tensor, A_EN: Tensor, B_BLN: Tensor, C_BLN: Tensor, D_E: Tensor, z_BLE: Tensor,
     delta_bias_E: Tensor,
 ) -> Tensor:  # fmt: skip
-    """`gated_scan` on mamba_ssm's CUDA kernel, which wants one precision and the length last."""
+    """Run `gated_scan` on mamba_ssm's CUDA kernel, which needs one precision and the length last."""
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
     u, delta, b, c, z = (
@@ -71,7 +62,7 @@ def torch_scan(
     u_BLE: Tensor, delta_BLE: Tensor, A_EN: Tensor, B_BLN: Tensor, C_BLN: Tensor, D_E: Tensor, z_BLE: Tensor,
     delta_bias_E: Tensor,
 ) -> Tensor:  # fmt: skip
-    """`gated_scan` in PyTorch, on any device."""
+    """Run `gated_scan` in PyTorch, on any device."""
     with torch.autocast(u_BLE.device.type, enabled=False):
         u, delta, b, c, z = (at_least_float32(x) for x in (u_BLE, delta_BLE, B_BLN, C_BLN, z_BLE))
         y = selective_scan(u, F.softplus(delta + delta_bias_E), A_EN, b, c)
@@ -79,24 +70,23 @@ def torch_scan(
 
 
 def selective_scan(u_BLE: Tensor, delta_BLE: Tensor, A_EN: Tensor, B_BLN: Tensor, C_BLN: Tensor) -> Tensor:
-    """y_t = C_t . h_t, (B, L, E), with h_t = exp(delta_t A) h_{t-1} + delta_t u_t B_t and h_0 = 0, per channel of E."""
+    """Return y_t = C_t . h_t, (B, L, E), with h_t = exp(delta_t A) h_{t-1} + delta_t u_t B_t, h_0 = 0, per channel of
+    E."""
     u, delta, b, c = (x.transpose(0, 1).contiguous() for x in (u_BLE, delta_BLE, B_BLN, C_BLN))
     return _Scan.apply(u, delta, A_EN.T.contiguous(), b, c).transpose(0, 1)
 
 
 def _advance(h_BNE, delta_BE, A_NE, b_BN, du_BE, decay_BNE, out_BNE):  # noqa: ANN001, ANN202
-    """One step of the recurrence into `out_BNE`, which may be `h_BNE`; leaves exp(delta A) in `decay_BNE`."""
+    """Write one step of the recurrence into `out_BNE`, which may be `h_BNE`; leave exp(delta A) in `decay_BNE`."""
     torch.mul(delta_BE[:, None], A_NE, out=decay_BNE).exp_()
     torch.mul(decay_BNE, h_BNE, out=out_BNE)
     out_BNE.addcmul_(b_BN[:, :, None], du_BE[:, None])
 
 
 class _Scan(torch.autograd.Function):
-    """The recurrence, with the reverse recurrence as its backward pass: no autograd graph per step.
-
-    Kept between the passes is the state at the start of each of about sqrt(L) segments; the backward pass recomputes
-    a segment's states from it. So a step's tensors stay in cache, and memory grows with sqrt(L) states.
-    """
+    """The recurrence, whose backward pass is the reverse recurrence, without an autograd graph per step. Only the state
+    at the start of each of about sqrt(L) segments is kept; the backward pass recomputes the states of a segment from
+    it. The tensors of a step thus stay in cache, and memory grows with sqrt(L) states."""
 
     @staticmethod
     def forward(ctx, u_LBE, delta_LBE, A_NE, b_LBN, c_LBN):  # noqa: ANN001, ANN205

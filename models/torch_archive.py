@@ -1,8 +1,8 @@
-"""The zip archives that torch.save writes, read record by record, so that nothing in them can run or grow.
+"""The zip archives of torch.save, read record by record, so that nothing in them can run or grow.
 
-`torch.load` decides by a file's content what it is: it hands TorchScript to torch.jit.load, which runs its code, past
-any restricted unpickler. Therefore it is never called: one parser (`zipfile`) finds the records, and what it found is
-what is read.
+`torch.load` detects the type of a file by its content: it gives TorchScript to torch.jit.load, which runs its code and
+bypasses any restricted unpickler. It is therefore never called: a single parser (`zipfile`) finds the records, and only
+these are read.
 """
 
 from __future__ import annotations
@@ -20,18 +20,15 @@ from torch.serialization import MAGIC_NUMBER
 from palimpsest.models import inert_pickle
 
 _START = b"PK\x03\x04"
-_LOCAL = struct.Struct("<4s22x2H")  # a record's own header: its signature; the lengths of its name and of what is extra
+_LOCAL = struct.Struct("<4s22x2H")  # local header of a record: signature; lengths of the name and of the extra field
 _COUNT, _VERSION = struct.Struct("<q"), 1001  # of the older format
-_MOST_PICKLED = 1 << 29  # bytes beside the tensors; a tokenizer's vocabulary is among them
+_MOST_PICKLED = 1 << 29  # bytes besides the tensors, such as the vocabulary of a tokenizer
 
 
 def read(file: BinaryIO, weights: bool = True) -> object:
-    """Return what was given to torch.save. Without `weights` its tensors have shapes and no content (device "meta").
-
-    Raises:
-        ValueError, pickle.UnpicklingError, zipfile.BadZipFile and others: the archive is corrupt, compressed or
-            TorchScript, or asks for what models/inert_pickle.py refuses.
-    """
+    """Return the object that was given to torch.save. Without `weights` its tensors have shapes only (device "meta").
+    Raises ValueError, pickle.UnpicklingError, zipfile.BadZipFile and others if the archive is corrupt, compressed or
+    TorchScript, or asks for something that models/inert_pickle.py refuses."""
     zipped = file.read(len(_START)) == _START
     size = file.seek(0, io.SEEK_END)
     file.seek(0)
@@ -61,7 +58,7 @@ def _read_zip(file: BinaryIO, size: int, weights: bool) -> object:
 
 
 def _read_old(file: BinaryIO, size: int, weights: bool) -> object:
-    """Read what torch.save wrote before version 1.6: five pickles, then each storage's length and content."""
+    """Read the format from before torch 1.6: five pickles, then length and content of each storage."""
     storages: dict[str, Tensor] = {}
     left, pickled = size, _Bounded(file, size)
 
@@ -92,7 +89,7 @@ def _read_old(file: BinaryIO, size: int, weights: bool) -> object:
 
 
 class _Bounded:
-    """A file of which no more bytes are asked for than it has: `read` makes room for what it is asked for."""
+    """A file whose `read` refuses to allocate more bytes than the file has."""
 
     def __init__(self, file: BinaryIO, size: int) -> None:
         self._file = file
@@ -107,7 +104,7 @@ class _Bounded:
 
 
 def _storage(known: object) -> tuple[torch.dtype, str, int]:
-    """The type, name and length of the storage that a persistent id stands for."""
+    """Return type, name and length of the storage of a persistent id."""
     if type(known) is not tuple or not 5 <= len(known) <= 6:
         raise ValueError("it refers to something that is no storage")
     kind, dtype, key, _, count, *views = known
@@ -132,7 +129,7 @@ def _check_byteorder(little: bool) -> None:
 
 
 def _records(file: BinaryIO, size: int) -> dict[str, zipfile.ZipInfo]:
-    """The archive's records by their names within its one folder. Together they are no larger than the file."""
+    """Return the archive's records by their names within its one folder. Together they are no larger than the file."""
     infos = zipfile.ZipFile(file).infolist()
     folder = infos[0].filename.partition("/")[0]
     records = {info.filename.removeprefix(f"{folder}/"): info for info in infos}
@@ -154,7 +151,7 @@ def _content(file: BinaryIO, info: zipfile.ZipInfo, most: int) -> bytes:
 
 
 def _read_into(file: BinaryIO, info: zipfile.ZipInfo, buffer: memoryview) -> None:
-    """Fill `buffer`, which is as long as the record."""
+    """Read a record into `buffer`, which has its length."""
     file.seek(info.header_offset)
     signature, *lengths = _LOCAL.unpack(file.read(_LOCAL.size))
     if signature != _START:

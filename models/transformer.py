@@ -1,8 +1,7 @@
-"""What the transformers share: a block's two halves, the vocabulary head. How a half enters the residual stream, and
-what it is modulated by, is each network's own law.
+"""Parts shared by the transformers: attention and MLP of a block, and the vocabulary head.
 
-Shape suffixes: B batch, L length, D width, H heads. Attribute names are the parameter names of the reference
-checkpoints and must not change.
+Shape suffixes: B batch, L length, Q queried positions, D width, H heads. Attribute names are the parameter names of the
+reference checkpoints and must not change.
 """
 
 from __future__ import annotations
@@ -17,24 +16,32 @@ from palimpsest.models.attention import apply_rotary, attend
 from palimpsest.models.layers import LayerNorm, feed_forward, zero_linear
 
 Rotary = tuple[Tensor, Tensor]
-# Stores new keys and values, gives back all that may be attended to.
-Remember = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+# Appends new keys and values to a cache and returns all that may be attended to.
+CacheAppend = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def queried(at_BL: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the True positions of each row are, (B, Q) with Q the most of any row, and which of these are meant."""
+def query_positions(at_BL: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Return the True positions of each row, (B, Q) with Q the largest count of any row, and which of them are real;
+    (None, None), which stands for all positions, without a mask."""
+    if at_BL is None:
+        return None, None
     count_B = at_BL.sum(-1)
     at_BQ = at_BL.long().argsort(dim=-1, descending=True, stable=True)[:, : max(1, int(count_B.max()))]
     return at_BQ, torch.arange(at_BQ.shape[1], device=at_BQ.device) < count_B[:, None]
 
 
-def rows_at(x_BLD: Tensor, at_BQ: Tensor) -> Tensor:
-    """x at some positions of each row, (B, Q, D)."""
-    return x_BLD.gather(1, at_BQ[..., None].expand(-1, -1, x_BLD.shape[-1]))
+def take_positions(x_BLD: Tensor, at_BQ: Tensor | None) -> Tensor:
+    """Return x at some positions of each row, (B, Q, D); all of it for `at_BQ` None."""
+    return x_BLD if at_BQ is None else x_BLD.gather(1, at_BQ[..., None].expand(-1, -1, x_BLD.shape[-1]))
+
+
+def rotary_at(rotary: Rotary, at_BQ: Tensor | None) -> Rotary:
+    """Return the rotary tables at some positions of each row, (B, Q, D / 2); the whole tables for `at_BQ` None."""
+    return rotary if at_BQ is None else (rotary[0][at_BQ], rotary[1][at_BQ])
 
 
 class TransformerBlock(nn.Module):
-    """The layers of a block and its two halves, `attention` and `transform`, each dropped out and without residual."""
+    """The layers of a block. `attention` and `transform` apply dropout and leave the residual to the caller."""
 
     def __init__(self, dim: int, n_heads: int, dropout: float, attn_backend: str, causal: bool = False) -> None:
         super().__init__()
@@ -45,35 +52,40 @@ class TransformerBlock(nn.Module):
         self.norm2 = LayerNorm(dim)
         self.mlp = feed_forward(dim)
 
-    def attention_at(self, x_BLD: Tensor, rotary: Rotary, key_mask_BL: Tensor | None, at_BQ: Tensor) -> Tensor:
-        """What `attention` gives at the positions `at_BQ` of each row, (B, Q, D), at the cost of their queries only."""
-        dim = x_BLD.shape[-1]
-        q = F.linear(rows_at(x_BLD, at_BQ), self.attn_qkv.weight[:dim]).unflatten(-1, (self.n_heads, -1))
-        k, v = self.keys_and_values(x_BLD)
-        q, k = apply_rotary(q, *(table[at_BQ] for table in rotary)), apply_rotary(k, *rotary)
-        return self.project(attend(q, k, v, key_mask_BL, self.attn_backend))
+    def queries_keys_values(self, x_BLD: Tensor, at_BQ: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries (at `at_BQ` only), keys and values of normed `x_BLD`, not rotated, (B, L, H, D / H) each."""
+        if at_BQ is None:
+            return self.attn_qkv(x_BLD).unflatten(-1, (3, self.n_heads, -1)).unbind(dim=2)
+        of_queries = self.attn_qkv.weight[: x_BLD.shape[-1]]
+        q = F.linear(take_positions(x_BLD, at_BQ), of_queries).unflatten(-1, (self.n_heads, -1))
+        return q, *self.keys_and_values(x_BLD)
 
     def keys_and_values(self, x_BLD: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys (not rotated) and values of normed `x_BLD`, (B, L, H, D / H) each, without its queries."""
+        """Return keys (not rotated) and values of normed `x_BLD`, (B, L, H, D / H) each."""
         kv = F.linear(x_BLD, self.attn_qkv.weight[x_BLD.shape[-1] :])
         return kv.unflatten(-1, (2, self.n_heads, -1)).unbind(dim=2)
 
     def project(self, attended: Tensor) -> Tensor:
-        """What the heads (..., H, D / H) attended to, projected into the residual stream's width."""
+        """Project the attention output (..., H, D / H) to the width of the residual stream."""
         return self._drop(self.attn_out(attended.flatten(-2)))
 
     def attention(
-        self, x_BLD: Tensor, rotary: Rotary, key_mask_BL: Tensor | None = None, remember: Remember | None = None
+        self,
+        x_BLD: Tensor,
+        rotary: Rotary,
+        key_mask_BL: Tensor | None = None,
+        at_BQ: Tensor | None = None,
+        append: CacheAppend | None = None,
     ) -> Tensor:
-        """Self-attention of normed `x_BLD`, over what `remember` adds to it as well."""
-        q, k, v = self.attn_qkv(x_BLD).unflatten(-1, (3, self.n_heads, -1)).unbind(dim=2)
-        q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
-        if remember is not None:
-            k, v = remember(k, v)
+        """Apply self-attention to normed `x_BLD`, at the positions `at_BQ` only, over the cached tokens too."""
+        q, k, v = self.queries_keys_values(x_BLD, at_BQ)
+        q, k = apply_rotary(q, *rotary_at(rotary, at_BQ)), apply_rotary(k, *rotary)
+        if append is not None:
+            k, v = append(k, v)
         return self.project(attend(q, k, v, key_mask_BL, self.attn_backend, self.causal))
 
     def transform(self, x_BLD: Tensor) -> Tensor:
-        """The MLP of normed `x_BLD`."""
+        """Apply the MLP to normed `x_BLD`."""
         return self._drop(self.mlp(x_BLD))
 
     def _drop(self, x: Tensor) -> Tensor:
@@ -81,8 +93,8 @@ class TransformerBlock(nn.Module):
 
 
 class Head(nn.Module):
-    """Norm and vocabulary projection; the two halves are called apart (`normed`, then `linear`). With classes the
-    projection has one more column for each (models/class_conditioning.py)."""
+    """Norm and vocabulary projection, called separately: `normed`, then `linear`. With classes the projection has one
+    more column for each (models/class_conditioning.py)."""
 
     def __init__(self, dim: int, vocab_size: int, num_classes: int = 0) -> None:
         super().__init__()

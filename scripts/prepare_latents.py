@@ -35,8 +35,8 @@ from palimpsest.data.tokenizers import encode
 from palimpsest.dataloader import TextData
 from palimpsest.experiment.experiment import Experiment
 from palimpsest.latents.attributes import Attributes, known_texts
-from palimpsest.latents.gate import LEAST_PROBED, LEAST_RETRIEVED, probe, retrieval
 from palimpsest.latents.preparing import Plan, Preparation
+from palimpsest.latents.quality import LEAST_PROBED, LEAST_RETRIEVED, probe, retrieval
 from palimpsest.latents.shards import SPLITS, Shards
 from palimpsest.settings.command_line import clear_errors, compose_config
 from palimpsest.settings.reading import Readers

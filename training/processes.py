@@ -17,7 +17,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Str
 from torch.optim import Optimizer
 
 from palimpsest.common.values import real
-from palimpsest.models.sharding import load_shared, shared_like, whole
+from palimpsest.models.sharding import gather, load_sharded, sharded_like
 
 # How long a process waits for the others in a collective operation before it gives up and ends with an error. In less
 # there is no time to meet; a week is the most, because some of what torch waits with counts milliseconds in 32 bits.
@@ -60,13 +60,13 @@ class FullySharded(ModelParallelStrategy):
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, object]:
         """The optimizer's own state with whole tensors (models/sharding.py)."""
-        return whole(getattr(optimizer, "_optimizer", optimizer).state_dict())
+        return gather(getattr(optimizer, "_optimizer", optimizer).state_dict())
 
     def load_checkpoint(self, checkpoint_path: str | os.PathLike, weights_only: bool | None = None) -> dict:
         return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, object], strict: bool = True) -> None:
-        load_shared(self.lightning_module, checkpoint["state_dict"])
+        load_sharded(self.lightning_module, checkpoint["state_dict"])
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, object]) -> None:
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
@@ -83,7 +83,7 @@ def _shared_state(optimizer: Optimizer, state: Mapping[str, object]) -> dict[str
     numbers = [number for group in state["param_groups"] for number in group["params"]]
     shared = {
         number: {
-            name: shared_like(value, p) if torch.is_tensor(value) and value.shape == p.shape else value
+            name: sharded_like(value, p) if torch.is_tensor(value) and value.shape == p.shape else value
             for name, value in state["state"].get(number, {}).items()
         }
         for number, p in zip(numbers, parameters, strict=True)

@@ -21,7 +21,7 @@ from palimpsest.experiment.experiment import Experiment
 from palimpsest.experiment.fitting import begin, fit
 from palimpsest.experiment.weights import Weights
 from palimpsest.models.checkpoints import load_inert, read_checkpoint, read_progress
-from palimpsest.models.class_conditioning import UNTOLD
+from palimpsest.models.class_conditioning import UNCONDITIONAL
 from palimpsest.settings.command_line import compose_config
 from palimpsest.settings.identity import identity
 from tests.helpers.commands import TINY, run
@@ -81,7 +81,7 @@ def test_a_conditional_network_is_told_all_but_the_asked_share(monkeypatch):
     exp = experiment("classify.sharing=conditional", "classify.label_dropout=0.25", "loader.global_batch_size=64")
     models = class_models(exp, exp.build.data(), "", False)
     label, class_id, position = (torch.cat(parts) for parts in zip(*told, strict=True))
-    untold = class_id == UNTOLD
+    untold = class_id == UNCONDITIONAL
     assert len(label) == 256 and abs(float(untold.float().mean()) - 0.25) < 4 * (0.25 * 0.75 / 256) ** 0.5
     assert torch.equal(class_id[~untold], label[~untold])
     assert torch.equal(untold, KeyedNoise(1, position, draw=-4).uniform() < 0.25), "keyed by place in the stream"
@@ -288,7 +288,7 @@ def by_class(data) -> dict[int | None, np.ndarray]:
     rows = data.split("train")
     ids, label = list(rows["input_ids"]), np.asarray(rows["label"])
     counts = {k: slow_counts(data, [row for row, of in zip(ids, label, strict=True) if of == k]) for k in (0, 1)}
-    return {**counts, UNTOLD: counts[0] + counts[1]}
+    return {**counts, UNCONDITIONAL: counts[0] + counts[1]}
 
 
 def test_a_conditional_network_begins_at_the_law_of_each_class_and_untold_at_that_of_all():
@@ -345,7 +345,7 @@ def test_training_stops_without_a_better_validation_and_the_best_weights_are_the
 def test_a_resume_goes_on_counting_and_keeps_the_best_also_where_the_folder_was_moved(monkeypatch):
     left = forced_nll(monkeypatch, [2.0, 2.5, 2.4, 1.0])
     fit(experiment(*PATIENT, "trainer.max_steps=4", "classify.patience=3"))
-    assert read_progress(Path("run/label=0/checkpoints/last.ckpt")).fruitless == 1
+    assert read_progress(Path("run/label=0/checkpoints/last.ckpt")).validations_without_improvement == 1
     shutil.move("run", "moved")
     moved = ["checkpointing.save_dir=moved"]
     path = fit(experiment(*PATIENT, *moved))
@@ -374,7 +374,7 @@ def test_killed_while_it_validates_it_validates_again(monkeypatch):
     with pytest.raises(IndexError):
         fit(experiment(*often))  # the third validation finds nothing
     last = read_progress(Path("run/label=0/checkpoints/last.ckpt"))
-    assert (last.step, last.fruitless) == (5, 1)
+    assert (last.step, last.validations_without_improvement) == (5, 1)
     left = forced_nll(monkeypatch, [2.6, 1.0])
     path = fit(experiment(*often))
     assert left == [1.0]
@@ -396,7 +396,7 @@ def test_killed_anywhere_it_counts_every_validation_once(monkeypatch, step):
     with pytest.raises(RuntimeError, match="killed"):
         fit(experiment(*often))
     last = read_progress(Path("run/label=0/checkpoints/last.ckpt"))
-    assert last.step == step // 2 * 2 and last.fruitless == (step >= 4) and last.best is not None
+    assert last.step == step // 2 * 2 and last.validations_without_improvement == (step >= 4) and last.best is not None
     monkeypatch.setattr(Diffusion, "training_step", real)
     path = fit(experiment(*often))
     assert left == [1.0] and load_inert(path)["global_step"] == 2

@@ -48,19 +48,19 @@ def test_the_posterior_of_a_small_mixture_is_that_of_its_enumerated_texts():
     second = FiniteStateGrammar(weighted((1, "b a"), (1, "a b"), (2, "c c b")))
     ids, mask, size = {"a": 1, "b": 3, "c": 4}, 2, 6
     denoiser = ExactDenoiser([first, second], ids, mask, size)
-    law: dict[tuple, float] = {}
+    distribution: dict[tuple, float] = {}
     for length in range(1, 5):
         for words in itertools.product("abc", repeat=length):
             p = sum(np.exp(grammar.log_prob([list(words)])[0]) for grammar in (first, second)) / 2
             if p:
-                law[tuple(ids[word] for word in words)] = p
-    for text in list(law)[::3]:
+                distribution[tuple(ids[word] for word in words)] = p
+    for text in list(distribution)[::3]:
         for pattern in itertools.product([False, True], repeat=len(text)):
             seen = [mask if hidden else token for token, hidden in zip(text, pattern, strict=True)]
             x = torch.tensor([[0, *seen, 5]])
             at = torch.tensor([[False, *pattern, False]])
             found = denoiser.denoise(x, None, at).exp()
-            like = {other: p for other, p in law.items() if len(other) == len(text) and all(
+            like = {other: p for other, p in distribution.items() if len(other) == len(text) and all(
                 hidden or a == b for a, b, hidden in zip(text, other, pattern, strict=True))}  # fmt: skip
             wanted = torch.zeros(len(text), size, dtype=torch.float64)
             for other, p in like.items():
@@ -121,11 +121,11 @@ def test_the_bound_of_the_exact_leave_one_out_posterior_is_the_truth(reviews, te
     size = reviews.vocab_size
     process = Uniform(size) if kind == "uniform" else Hybrid(MASK, size, 0.2)
     network = ExactLeaveOneOut(reviews.grammar.grammars, reviews.id_of_token, MASK, size, process)
-    law = (UDLM if kind == "uniform" else GIDD)(LogLinear(), process)
+    objective = (UDLM if kind == "uniform" else GIDD)(LogLinear(), process)
     row = reviews.batch(texts[:1])
     inside = ~row["given"]
     inner = {"input_ids": row["input_ids"][inside][None], "sample_id": torch.arange(1)}  # the text alone: all is noised
-    value, se = _mean(law.model(network), None, inner, draws=128)
+    value, se = _mean(objective.model(network), None, inner, draws=128)
     assert abs(value - reviews.nats(texts[:1])[0]) < 5 * se and se < 1.5
 
 

@@ -14,9 +14,9 @@ from palimpsest.corpora.gsm8k import (
     annotations,
     calculate,
     check_annotations,
+    check_answer,
+    check_planned_answer,
     final_answer,
-    judge,
-    judge_planned,
     plan,
     planned,
 )
@@ -84,30 +84,33 @@ def test_planned_problems_have_three_parts():
 
 def test_plans_that_were_written_are_compared_checked_and_followed():
     reference = "".join(planned("Why?", SOLUTION)[1:])
-    same = judge_planned(reference, reference)
+    same = check_planned_answer(reference, reference)
     assert same.right and set(same.findings.values()) == {True} and len(same.findings) == 3
-    spaced = judge_planned(reference.replace("48/2", " 48 / 2 "), reference)
+    spaced = check_planned_answer(reference.replace("48/2", " 48 / 2 "), reference)
     assert spaced.findings == same.findings, "white space is the tokenizer's"
-    other = judge_planned(reference.replace("48/2=24 ; 48+24=72", "50-2=48"), reference).findings
+    other = check_planned_answer(reference.replace("48/2=24 ; 48+24=72", "50-2=48"), reference).findings
     assert other == {"plan as the reference's": False, "plan carried out": False, "plan's calculations right": True}
-    wrong = judge_planned(reference.replace("48+24=72", "48+24=73"), reference).findings
+    wrong = check_planned_answer(reference.replace("48+24=72", "48+24=73"), reference).findings
     assert wrong == {"plan as the reference's": False, "plan carried out": True, "plan's calculations right": False}
-    silent = judge_planned("", reference)
+    silent = check_planned_answer("", reference)
     assert silent.answer is None and set(silent.findings.values()) == {False} and len(silent.findings) == 3
     reference = "".join(planned("Why?", SOLUTION, "operators")[1:])
-    assert judge_planned(reference, reference, "operators").findings == {
+    assert check_planned_answer(reference, reference, "operators").findings == {
         "plan as the reference's": True, "plan carried out": True,
     }  # fmt: skip
     reference = "".join(planned("Why?", "So it is.\n#### 1")[1:])
-    assert judge_planned(reference, reference).findings == {"plan as the reference's": True, "plan carried out": True}
+    assert check_planned_answer(reference, reference).findings == {
+        "plan as the reference's": True,
+        "plan carried out": True,
+    }
 
 
 def test_verdicts_compare_numbers():
-    verdict = judge("So <<2*36=72>>72.\n#### 72.00", SOLUTION)
+    verdict = check_answer("So <<2*36=72>>72.\n#### 72.00", SOLUTION)
     assert verdict.right and verdict.steps == 2
     assert verdict.checks == {"calculations right": 1, "calculations wrong": 0, "calculations malformed": 0}
-    assert not judge("#### 71", SOLUTION).right and judge("72", SOLUTION).answer is None
-    assert not judge("72", "no mark").right, "no answer is never right"
+    assert not check_answer("#### 71", SOLUTION).right and check_answer("72", SOLUTION).answer is None
+    assert not check_answer("72", "no mark").right, "no answer is never right"
 
 
 @pytest.mark.parametrize(("split", "problems", "calculations"), [("train", 7473, 23716), ("test", 1319, 4282)])
@@ -118,7 +121,7 @@ def test_the_real_solutions(data_dir, split, problems, calculations):
     found = Counter(annotation_is_right(a) for solution in solutions for a in annotations(solution))
     assert found == {True: calculations}
     plain = [row["answer"].rsplit("#### ")[1].replace(",", "") for row in rows]
-    assert [judge(solution, solution).answer for solution in solutions] == plain
+    assert [check_answer(solution, solution).answer for solution in solutions] == plain
 
 
 def test_parts_of_real_problems_have_the_tokens_of_the_whole(data_dir):

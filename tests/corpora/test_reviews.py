@@ -60,20 +60,21 @@ def enumerate_derivations(expression) -> dict[tuple[str, ...], float]:
     if hasattr(expression, "options"):
         drawn = [(p * q, text) for p, option in expression.options for text, q in enumerate_derivations(option).items()]
     else:
-        laws = [enumerate_derivations(part).items() for part in expression.parts]
+        distributions = [enumerate_derivations(part).items() for part in expression.parts]
         drawn = [
-            (math.prod(q for _, q in parts), sum((text for text, _ in parts), ())) for parts in itertools.product(*laws)
+            (math.prod(q for _, q in parts), sum((text for text, _ in parts), ()))
+            for parts in itertools.product(*distributions)
         ]
-    law: dict[tuple[str, ...], float] = {}
+    distribution: dict[tuple[str, ...], float] = {}
     for p, text in drawn:
-        law[text] = law.get(text, 0.0) + p
-    return law
+        distribution[text] = distribution.get(text, 0.0) + p
+    return distribution
 
 
 def test_forward_algorithm_is_enumeration():
-    law, tiny = enumerate_derivations(TINY), FiniteStateGrammar(TINY)
-    assert len(law) == 8
-    np.testing.assert_allclose(tiny.log_prob(list(law)), np.log(list(law.values())), atol=1e-12)
+    distribution, tiny = enumerate_derivations(TINY), FiniteStateGrammar(TINY)
+    assert len(distribution) == 8
+    np.testing.assert_allclose(tiny.log_prob(list(distribution)), np.log(list(distribution.values())), atol=1e-12)
 
 
 def test_all_strings_of_a_tiny_grammar_sum_to_one():
@@ -84,14 +85,14 @@ def test_all_strings_of_a_tiny_grammar_sum_to_one():
 
 
 def test_tiny_length_law_and_samples_are_enumeration():
-    law, tiny = enumerate_derivations(TINY), FiniteStateGrammar(TINY)
+    distribution, tiny = enumerate_derivations(TINY), FiniteStateGrammar(TINY)
     for length in range(-1, 7):
-        expected = sum(p for text, p in law.items() if len(text) == length)
+        expected = sum(p for text, p in distribution.items() if len(text) == length)
         assert math.exp(tiny.log_prob_length([length])[0]) == pytest.approx(expected, abs=1e-12)
     draws = [tuple(text) for text in tiny.sample(20_000, np.random.default_rng(0))]
-    chi_square = sum((draws.count(text) - 20_000 * p) ** 2 / (20_000 * p) for text, p in law.items())
+    chi_square = sum((draws.count(text) - 20_000 * p) ** 2 / (20_000 * p) for text, p in distribution.items())
     # 7 degrees of freedom: one false alarm in 10,000 seeds.
-    assert set(draws) <= set(law) and chi_square < 29.9
+    assert set(draws) <= set(distribution) and chi_square < 29.9
 
 
 def test_entropy_of_a_tiny_grammar():

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from palimpsest.common.metrics import share, wilson_interval
-from palimpsest.corpora.gsm8k import judge
-from palimpsest.corpora.judging import Verdict, same_text
+from palimpsest.corpora.answer_checking import CheckedAnswer, check_same_text
+from palimpsest.corpora.gsm8k import check_answer
 from palimpsest.data.collate import Collate
 from palimpsest.data.packing import Packing, pack
 from palimpsest.data.rows import in_parts, parts_of, text_rows
@@ -210,10 +210,10 @@ def test_shares_votes_and_groups():
     assert several.low == pytest.approx(wilson_interval(1.5, 3).low), "two completions are not two prompts"
     alike = np.repeat(np.arange(100) < 30, 4).reshape(100, 4)
     assert share(alike).low == pytest.approx(wilson_interval(30, 100).low, abs=2e-3)
-    verdicts = [Verdict(answer, "5") for answer in (None, None, None, "5", "4", "5")]
+    verdicts = [CheckedAnswer(answer, "5") for answer in (None, None, None, "5", "4", "5")]
     assert majority_is_right(verdicts) and not majority_is_right(verdicts[:3])
-    assert not majority_is_right([Verdict("4", "5"), Verdict("5", "5")]), "the first of equals"
-    table = [[Verdict("1" if m % 2 else None, "1", steps=m % 8)] for m in range(40)]
+    assert not majority_is_right([CheckedAnswer("4", "5"), CheckedAnswer("5", "5")]), "the first of equals"
+    table = [[CheckedAnswer("1" if m % 2 else None, "1", steps=m % 8)] for m in range(40)]
     found = measure(table, np.ones((40, 1), dtype=bool), np.arange(40))
     for groups in (found.by_steps, found.by_length):
         assert sum(group.right.texts for group in groups) == 40
@@ -225,7 +225,7 @@ def test_shares_votes_and_groups():
     )
     total, shares = check_shares([{"right": 3, "wrong": 0}, {"right": 0, "wrong": 1}, {}])
     assert total == 4 and shares["right"].value == 0.75 and shares["wrong"].value == 0.25
-    assert same_text(" a b\n", "a b").right and same_text("", "a").answer is None
+    assert check_same_text(" a b\n", "a b").right and check_same_text("", "a").answer is None
 
 
 # -------------------------------------------------------------------------------- the whole program
@@ -276,18 +276,18 @@ def test_a_sampler_that_knows_the_answers_is_right_and_one_does_not_depend_on_th
 
     MASK_ID = diffusion.objective.process.mask_id  # noqa: N806
     trainer = experiment.trainer("sample_eval")
-    done = complete(Setting(trainer, diffusion, data, Drawing(oracle), 1), Asked("test", None, 1, judge))
+    done = complete(Setting(trainer, diffusion, data, Drawing(oracle), 1), Asked("test", None, 1, check_answer))
     assert len(done) == 12 and all(c.verdicts[0].right and c.ended[0] for c in done)
     assert [c.completions[0].strip() for c in done] == [c.reference.strip() for c in done]
     assert len(set(noises)) == 12
     drawing = experiment.build.drawing()
-    every = complete(Setting(trainer, diffusion, data, drawing, 1), Asked("test", None, 2, judge))
-    some = complete(Setting(trainer, diffusion, data, drawing, 1), Asked("test", 3, 1, judge))
+    every = complete(Setting(trainer, diffusion, data, drawing, 1), Asked("test", None, 2, check_answer))
+    some = complete(Setting(trainer, diffusion, data, drawing, 1), Asked("test", 3, 1, check_answer))
     texts = {c.text_id: c.completions for c in every}
     assert len(some) == 3 and all(texts[c.text_id][0] == c.completions[0] for c in some)
     assert any(first != second for first, second in texts.values())
     short = Experiment(compose_config([*FEW_PROBLEMS, "model.length=22", "data.long_texts=drop"]), "a test")
-    none = complete(Setting(trainer, diffusion, short.build.data(), drawing, 1), Asked("test", None, 1, judge))
+    none = complete(Setting(trainer, diffusion, short.build.data(), drawing, 1), Asked("test", None, 1, check_answer))
     unfit = [c for c in none if not c.drawn]
     assert 0 < len(unfit) < len(none) and not any(c.verdicts[0].right or c.ended[0] for c in unfit)
 
@@ -303,7 +303,7 @@ def test_a_sampler_that_knows_the_answers_is_right_and_one_does_not_depend_on_th
     (["data=reviews", "mode=sample_eval", "sampling.num_sample_batches=null"], "data=reviews have none"),
     (["data=reviews", "mode=classify", "data.fill=eos"], "data.fill=eos: mode=classify"),
     (["data=reviews", "mode=classify", "data.long_texts=drop"], "data.long_texts=drop: mode=classify"),
-    (["data.segments=true"], "data.segments=true hands on .* Subs makes no use of it"),
+    (["data.segments=true"], "data.segments=true gives .* Subs does not use"),
     (["data.streaming=true", "data.long_texts=truncate"], "a prompt that fills its row"),
     (["data.fill=pad"], "data.fill=pad must be one of: eos"),
     (["data.insert_train_eos=false"], "data.fill=eos fills the row of each text behind its EOS"),

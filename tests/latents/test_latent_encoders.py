@@ -15,7 +15,7 @@ from palimpsest.corpora.review_attributes import ATTRIBUTES, UNREAD, read_attrib
 from palimpsest.corpora.reviews import GeneratedReviews, ReviewGrammar, generate_split
 from palimpsest.latents.attributes import Attributes
 from palimpsest.latents.hf import Pretrained, pool
-from palimpsest.models.hidden_states import HiddenStates
+from palimpsest.latents.hidden_states import HiddenStates
 from tests.helpers.commands import TINY, run
 from tests.helpers.latent_data import WORDS, data_with
 
@@ -49,7 +49,7 @@ def bert(tmp_path_factory) -> Path:
     return folder
 
 
-def sentence_folder(folder: Path, bert: Path, pooling: dict[str, object], normalize: bool, **said: object) -> Path:
+def sentence_folder(folder: Path, bert: Path, pooling: dict[str, object], normalize: bool, **message: object) -> Path:
     """The same network in the layout of sentence-transformers."""
     folder.mkdir()
     for file in bert.iterdir():
@@ -58,7 +58,7 @@ def sentence_folder(folder: Path, bert: Path, pooling: dict[str, object], normal
     modules = [{"idx": i, "path": path, "type": f"sentence_transformers.models.{kind}"}
                for i, (path, kind) in enumerate(kinds.items())]  # fmt: skip
     (folder / "1_Pooling").mkdir()
-    for name, content in {"modules.json": modules, "1_Pooling/config.json": pooling, **said}.items():
+    for name, content in {"modules.json": modules, "1_Pooling/config.json": pooling, **message}.items():
         (folder / name).write_text(json.dumps(content))
     return folder
 
@@ -89,8 +89,8 @@ def test_a_folder_of_sentence_transformers_says_how_it_is_used(bert, tmp_path):
              "config_sentence_transformers.json": prompts}  # fmt: skip
     folder = sentence_folder(tmp_path / "a", bert, flags, True, **files)
     encoder = Pretrained(str(folder))
-    said = {"pooling": "cls", "normalize": True, "window": 9, "prompt": "sea ", "long_texts": "error"}
-    assert encoder.settings == said and encoder.metadata["pooling"] == "cls"
+    message = {"pooling": "cls", "normalize": True, "window": 9, "prompt": "sea ", "long_texts": "error"}
+    assert encoder.settings == message and encoder.metadata["pooling"] == "cls"
     vector = encoder.encode(Spelt(["The FILM"]))
     plain = Pretrained(str(bert), pooling="cls").encode(Spelt(["sea the film"]))
     np.testing.assert_allclose(vector, plain / np.linalg.norm(plain), atol=1e-6)
@@ -126,10 +126,10 @@ def test_what_a_folder_does_not_say_or_asks_too_much_is_refused(bert, tmp_path, 
     dense = sentence_folder(tmp_path / "dense", bert, {"pooling_mode": "mean"}, True)
     modules = (dense / "modules.json").read_text().replace("Normalize", "Dense")
     (dense / "modules.json").write_text(modules)
-    with pytest.raises(ValueError, match="is made of Transformer, Pooling, Dense"):
+    with pytest.raises(ValueError, match="consists of Transformer, Pooling, Dense"):
         assert Pretrained(str(dense)).settings
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="holds no encoder that can be read"):
+    with pytest.raises(ValueError, match="has no readable encoder"):
         assert Pretrained(str(tmp_path / "empty"), pooling="mean").settings
     with pytest.raises(FileNotFoundError, match=r"no-such-encoder was not found: .*or install a package"):
         assert Pretrained("no-such-encoder").folder

@@ -73,9 +73,9 @@ def test_a_text_that_its_tokens_do_not_spell_is_found_by_itself(tmp_path):
 
 
 def test_latents_of_nothing_and_of_the_wrong_texts_are_refused(tmp_path):
-    def refused(said: str, name: str, given: dict | None = None, texts: dict | None = None, **more: object) -> None:
+    def refused(message: str, name: str, given: dict | None = None, texts: dict | None = None, **more: object) -> None:
         folder = write_folder(tmp_path / name, given or vectors(), texts or TEXTS, **more)
-        with pytest.raises((ValueError, FileNotFoundError), match=said):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
             latents_of(folder, tmp_path / f"{name}-cache", Given(**(texts or TEXTS)))
 
     zero = vectors()
@@ -83,7 +83,7 @@ def test_latents_of_nothing_and_of_the_wrong_texts_are_refused(tmp_path):
     refused(r"validation_data.jsonl, line 8: its vector is all zeros", "zero", zero)
     zero["validation"][7] = np.nan
     refused(r"line 8: its vector is not finite", "nan", zero)
-    refused("100.0% of the texts of the validation split stand in train too", "same", None,
+    refused("100.0% of the texts of the validation split are in train too", "same", None,
             {"train": TEXTS["train"], "validation": TEXTS["train"][:20]})  # fmt: skip
     refused("1 documents have parts in train and in the validation split", "straddling", None, None,
             documents={"train": [f"d{i // 2}" for i in range(50)], "validation": ["v", "d24", "d24"]})  # fmt: skip
@@ -161,7 +161,7 @@ def test_two_processes_and_a_kill_make_the_same_bytes_as_one(tmp_path):
     again.finish({"length": 24})
     assert contents(tmp_path / "killed") == contents(tmp_path / "one")
     assert (tmp_path / "killed" / "latent_shards" / "shard_0000.npy").stat().st_mtime_ns == kept, "made once"
-    with pytest.raises(ValueError, match="holds latents of other texts, or by other settings"):
+    with pytest.raises(ValueError, match="has latents of other texts, or by other settings"):
         work(tmp_path / "one", tmp_path, LSA(dim=5))[0].begin()
 
 
@@ -215,8 +215,8 @@ def test_other_vectors_are_other_latents(tmp_path):
     differ in their last digits, are the same latents."""
     theirs = vectors()
 
-    def named(train: np.ndarray, name: str, **said: object) -> str:
-        folder = write_folder(tmp_path / name, {**theirs, "train": train}, TEXTS, **said)
+    def named(train: np.ndarray, name: str, **message: object) -> str:
+        folder = write_folder(tmp_path / name, {**theirs, "train": train}, TEXTS, **message)
         return data_with(Shards(str(folder)), tmp_path / "cache", Given(**TEXTS)).latents.fingerprint
 
     first, turned = named(theirs["train"], "first"), named(theirs["train"][::-1].copy(), "turned")
@@ -241,9 +241,9 @@ def test_shards_are_read_by_their_numbers_and_damage_is_named(tmp_path):
     (shards / "shard_3.npy").rename(shards / "shard_33.npy")
     with pytest.raises(ValueError, match="without a gap; shard_4.npy is not"):
         _ = Shards(folder).paths
-    for content, said in (("{", "metadata.json is damaged"), ("[1]", "metadata.json holds no object")):
+    for content, message in (("{", "metadata.json is damaged"), ("[1]", "metadata.json is not an object")):
         (folder / "metadata.json").write_text(content)
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             _ = Shards(folder).paths
 
 
@@ -336,9 +336,9 @@ def test_the_command_prepares_what_training_reads(tmp_path, monkeypatch):
     assert batch["latent"].shape == (len(batch["input_ids"]), 1, 4)
     checked = prepare_latents.check(typed, overrides)
     assert 0 < checked["retrieval_top1"] <= 1 and checked["texts"] <= 40 and checked["split"] == "validation"
-    for change, said in [
+    for change, message in [
         (["latents=lsa", "latents.dim=4", "data.wrap=true", "data.long_texts=error"], "data.wrap=true"),
         (["latents=none"], "--encoder is missing"), (["latents=file", "latents.path=out"], "made already"),
     ]:  # fmt: skip
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             prepare_latents.prepare(typed, [*texts, *change])

@@ -11,14 +11,14 @@ import torch
 
 from palimpsest.data.tokenizers import encode
 from palimpsest.latents.attributes import Attributes
-from palimpsest.latents.gate import drop_words, probe, retrieval
 from palimpsest.latents.hf import Pretrained
+from palimpsest.latents.hidden_states import HiddenStates
 from palimpsest.latents.lsa import LSA
+from palimpsest.latents.quality import drop_words, probe, retrieval
 from palimpsest.latents.shards import Shards
 from palimpsest.latents.space import Mapped, Sharded, fit_space
-from palimpsest.models.belonging import check_belongs
 from palimpsest.models.checkpoints import Checkpoint
-from palimpsest.models.hidden_states import HiddenStates
+from palimpsest.models.compatibility import check_compatible
 from palimpsest.settings.command_line import compose_config
 from palimpsest.settings.identity import identity
 from tests.helpers.commands import refused
@@ -92,8 +92,8 @@ def test_principal_components_dead_numbers_and_parts():
     assert residual == pytest.approx(0.01 + 1 + 0.25, rel=0.1), "what two components leave out"
     mistakes = {(7, 1): "latents.dim=7 is more", (6, 1): "5 directions", (5, 2): "latents.tokens=2",
                 (None, 2): "latents.tokens=2"}  # fmt: skip
-    for (dim, tokens), said in mistakes.items():
-        with pytest.raises(ValueError, match=said):
+    for (dim, tokens), message in mistakes.items():
+        with pytest.raises(ValueError, match=message):
             fit_space(Listed(vectors), dim, tokens, "x")
 
 
@@ -155,8 +155,8 @@ def test_the_gate_tells_latents_of_the_text_from_others(tmp_path):
     assert drop_words("a b c", 1.0, np.random.default_rng(0)) in ("a", "b", "c")
     rng = np.random.default_rng(0)
     known, noise = rng.integers(0, 3, (400, 1)), rng.normal(size=(400, 1, 5))
-    told = noise + 9 * (known[..., None] == np.arange(5))
-    assert probe(told[:300], known[:300], told[300:], known[300:])[0] > 0.99
+    informative = noise + 9 * (known[..., None] == np.arange(5))
+    assert probe(informative[:300], known[:300], informative[300:], known[300:])[0] > 0.99
     assert probe(noise[:300], known[:300], noise[300:], known[300:])[0] < 0.6
 
 
@@ -167,14 +167,14 @@ def test_a_checkpoint_knows_its_latents(tmp_path):
     data, other = data_with(Unit(), tmp_path), data_with(Unit(16), tmp_path)
     checkpoint = Checkpoint(tmp_path / "x.ckpt", {}, identity={"latents": data.latents.facts})
     assert data.latents.facts["shape"] == [1, 32] and data.latents.facts["encoder"] == "unit"
-    check_belongs(checkpoint, {}, (), data)
-    check_belongs(Checkpoint(tmp_path / "texts_alone.ckpt", {}), {}, (), data)
+    check_compatible(checkpoint, {}, (), data)
+    check_compatible(Checkpoint(tmp_path / "texts_alone.ckpt", {}), {}, (), data)
     for wrong in (other, data_with(None, tmp_path)):
         with pytest.raises(ValueError, match="other latents"):
-            check_belongs(checkpoint, {}, (), wrong)
+            check_compatible(checkpoint, {}, (), wrong)
     moved = {**data.latents.facts, "mean": (data.latents.mean + data.latents.std).tolist()}
-    with pytest.raises(ValueError, match="come out otherwise"):
-        check_belongs(Checkpoint(tmp_path / "x.ckpt", {}, identity={"latents": moved}), {}, (), data)
+    with pytest.raises(ValueError, match="have other values here"):
+        check_compatible(Checkpoint(tmp_path / "x.ckpt", {}, identity={"latents": moved}), {}, (), data)
 
 
 def test_identity_and_commands():
@@ -191,12 +191,12 @@ def test_identity_and_commands():
     )
 
 
-@pytest.mark.parametrize(("encoder", "settings", "said"), [
+@pytest.mark.parametrize(("encoder", "settings", "message"), [
     (HiddenStates, {"checkpoint_path": None}, "latents.checkpoint_path="),
     (Pretrained, {"name_or_path": None}, "latents.name_or_path="),
     (Attributes, {"attributes": ["mood"]}, r"latents.attributes=\[mood\] must be some of class"),
     (Shards, {"path": None}, "latents.path="), (Shards, {"path": "nowhere"}, "no metadata.json"),
 ], ids=str)  # fmt: skip
-def test_mistakes_name_the_key_and_the_value(encoder, settings, said):
-    with pytest.raises((ValueError, FileNotFoundError), match=said):
+def test_mistakes_name_the_key_and_the_value(encoder, settings, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
         encoder(**settings)

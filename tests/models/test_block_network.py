@@ -140,13 +140,13 @@ def masked(x0: Tensor, seed: int = 0) -> Tensor:
     return torch.where(torch.rand(x0.shape) < 0.5, VOCAB - 1, x0)
 
 
-@pytest.mark.parametrize("told", [{}, {"time_conditioning": True}, {"num_classes": 2}, {"mask_padding": False}])
+@pytest.mark.parametrize("settings", [{}, {"time_conditioning": True}, {"num_classes": 2}, {"mask_padding": False}])
 @pytest.mark.parametrize("size", [1, 4, 10])
-def test_cached_blocks_are_those_of_the_full_pass(random_dit, size, told):
-    net = random_dit(VOCAB, **told)
+def test_cached_blocks_are_those_of_the_full_pass(random_dit, size, settings):
+    net = random_dit(VOCAB, **settings)
     x0 = torch.randint(VOCAB - 1, (3, 10))
     xt, sigma = masked(x0), torch.rand(3, -(-10 // size), dtype=torch.float64)
-    cond = {"class_id": torch.tensor([0, 1, -1])} if "num_classes" in told else {}
+    cond = {"class_id": torch.tensor([0, 1, -1])} if "num_classes" in settings else {}
     full = net.encode_blocks(xt, x0, size, sigma, **cond)
     at = torch.rand(xt.shape) < 0.5
     torch.testing.assert_close(net.encode_blocks(xt, x0, size, sigma, at, **cond), full[at])

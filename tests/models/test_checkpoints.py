@@ -73,13 +73,13 @@ def test_a_pickle_can_not_change_what_it_names(tmp_path, thing):
     assert not hasattr(real, "changed")
 
 
-@pytest.mark.parametrize(("content", "said"), [
+@pytest.mark.parametrize(("content", "message"), [
     ({"state_dict": [1]}, "state_dict"), ({"state_dict": {"backbone.x": "text"}}, "state_dict"),
     ({"state_dict": {"backbone.x": torch.zeros(1)}, "identity": 3}, "identity"),
 ])  # fmt: skip
-def test_files_of_other_kinds_are_refused(tmp_path, content, said):
+def test_files_of_other_kinds_are_refused(tmp_path, content, message):
     torch.save(content, tmp_path / "x.ckpt")
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         read_checkpoint(tmp_path / "x.ckpt")
 
 
@@ -117,15 +117,15 @@ def test_corrupted_safetensors_and_missing_files(tmp_path):
         read_checkpoint(tmp_path / "nothing.ckpt")
 
 
-@pytest.mark.parametrize(("other", "said"), [
+@pytest.mark.parametrize(("other", "message"), [
     (small(vocab_size=6), r"vocab_embed.embedding: checkpoint \(6, 8\), model \(5, 8\)"),
     (small(hidden_size=12), r"checkpoint \(12, 8\), model|differences"),
     (DiT(5, 8, cond_dim=4, n_blocks=2, n_heads=2), "blocks.1.*not in the model"),
 ])  # fmt: skip
-def test_weights_of_another_model_are_refused_before_anything_changes(tmp_path, other, said):
+def test_weights_of_another_model_are_refused_before_anything_changes(tmp_path, other, message):
     net = small()
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         read_checkpoint(saved(tmp_path / "x.ckpt", other)).load_into(net)
     assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
 

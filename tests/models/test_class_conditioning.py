@@ -1,4 +1,4 @@
-"""Networks that are told a class: what they are told arrives, what they are not told leaves no trace."""
+"""Class-conditional networks: the class changes the output, and no class leaves it unchanged."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 
 from palimpsest.common.randomness import KeyedNoise, evaluation_noise
 from palimpsest.models.ar import AR
-from palimpsest.models.class_conditioning import UNTOLD, start_from_counts, with_class
+from palimpsest.models.class_conditioning import UNCONDITIONAL, start_from_counts, with_class
 from palimpsest.models.dit import DiT
 from palimpsest.noise_schedule import LogLinear
 from palimpsest.objectives.ar import AR as ARLaw  # noqa: N811
@@ -40,20 +40,22 @@ ZERO = torch.zeros(2)
 
 @pytest.mark.parametrize("net", [dit(), ar()], ids=["dit", "ar"])
 def test_each_class_gives_another_law_and_silence_is_no_class(net):
-    logits = [net.head(net.encode(TOKENS, ZERO, class_id=torch.full((2,), k))) for k in (UNTOLD, 0, 1, 2)]
-    assert torch.equal(logits[0], net(TOKENS, ZERO)), "not told is the class that label dropout leaves"
+    logits = [net.head(net.encode(TOKENS, ZERO, class_id=torch.full((2,), k))) for k in (UNCONDITIONAL, 0, 1, 2)]
+    assert torch.equal(logits[0], net(TOKENS, ZERO)), "no class_id is the class that label dropout assigns"
     for a in range(4):
         for b in range(a):
             assert not torch.allclose(logits[a], logits[b], atol=1e-3)
-    mixed = net.head(net.encode(TOKENS, ZERO, class_id=torch.tensor([2, UNTOLD])))
+    mixed = net.head(net.encode(TOKENS, ZERO, class_id=torch.tensor([2, UNCONDITIONAL])))
     torch.testing.assert_close(mixed, torch.stack([logits[3][0], logits[0][1]]))
 
 
 def test_without_a_class_embedding_only_the_bias_of_the_class_is_left():
     net = dit()
     torch.nn.init.zeros_(net.class_embed.embedding)
-    told, untold = (net.head(net.encode(TOKENS, ZERO, class_id=torch.full((2,), k))) for k in (1, UNTOLD))
-    torch.testing.assert_close(told - untold, net.head.weight[:, 16 + 1].expand_as(told))
+    conditional, unconditional = (
+        net.head(net.encode(TOKENS, ZERO, class_id=torch.full((2,), k))) for k in (1, UNCONDITIONAL)
+    )
+    torch.testing.assert_close(conditional - unconditional, net.head.weight[:, 16 + 1].expand_as(conditional))
 
 
 def test_chosen_positions_are_those_of_the_whole_row():
@@ -66,14 +68,14 @@ def test_chosen_positions_are_those_of_the_whole_row():
 
 def test_a_network_that_knows_no_classes_has_the_shapes_of_one_that_never_will():
     assert "class_embed.embedding" not in dit(0).state_dict() and dit(0).head.in_features == 16
-    assert with_class(torch.zeros(2, 5, 4), torch.tensor([1, UNTOLD]), 3)[..., 4:].sum((1, 2)).tolist() == [5, 0]
+    assert with_class(torch.zeros(2, 5, 4), torch.tensor([1, UNCONDITIONAL]), 3)[..., 4:].sum((1, 2)).tolist() == [5, 0]
 
 
 def test_the_loss_and_the_sampler_hand_the_class_on():
-    law, net = Subs(LogLinear(), Absorbing(MASK)), dit()
+    objective, net = Subs(LogLinear(), Absorbing(MASK)), dit()
     clean = TOKENS.clamp(max=5)
     noise = lambda: evaluation_noise(0, torch.arange(2))  # noqa: E731
-    nll = [law.loss(net, {"input_ids": clean, "class_id": torch.full((2,), k)}, noise()).nll_BL for k in (0, 1)]
+    nll = [objective.loss(net, {"input_ids": clean, "class_id": torch.full((2,), k)}, noise()).nll_BL for k in (0, 1)]
     assert not torch.allclose(*nll)
     model, start = ARLaw(Absorbing(MASK)).model(ar()), torch.tensor([[0, MASK, MASK, MASK, MASK, MASK]]).expand(8, -1)
     draws = {

@@ -37,9 +37,9 @@ def test_every_network_names_its_parts(name):
 
 def test_what_is_no_part_is_refused():
     net = network()
-    for names, said in ((["tail"], "MMDiT has no part tail; what exists: blocks, conditioning, embeddings, head,"),
+    for names, message in ((["tail"], "MMDiT has no part tail; what exists: blocks, conditioning, embeddings, head,"),
                         (["text", "latent"], "leaves nothing to train")):  # fmt: skip
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             freeze(net, names)
     with pytest.raises(ValueError, match="Backbone names no parts to freeze"):
         freeze(Backbone(), ["head"])
@@ -73,7 +73,7 @@ def test_frozen_tensors_are_the_same_bits_after_training(tmp_path, monkeypatch, 
         assert kept == f"backbone.{name}".startswith(inside) == torch.equal(average[name], start[name]), name
     learned = {id(p) for group in seen[0].param_groups for p in group["params"]}
     assert len(learned) == sum(not f"backbone.{name}".startswith(inside) for name in start)
-    # Evaluation does not have to be told what was frozen: weights and average are a whole network's.
+    # Evaluation needs no setting of what was frozen: weights and average are those of the whole network.
     running.run(
         compose_config([*settings, "mode=ppl_eval", "eval.checkpoint_path=second/checkpoints/last.ckpt"]), "a test"
     )

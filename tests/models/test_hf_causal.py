@@ -203,7 +203,7 @@ def test_muon_works_or_says_why(folder):
 # -------------------------------------------------------------------------------- refusals
 
 
-@pytest.mark.parametrize(("typed", "said"), [
+@pytest.mark.parametrize(("typed", "message"), [
     ({"length": 33}, "model.length=33 is longer than the 32 positions of backbone.name_or_path=.*model.length=32 or"),
     ({"vocab_size": 3000}, "3000 token ids.* has 40.*data.tokenizer_name_or_path"),
     ({"hidden_size": 16}, "model.hidden_size=16 contradicts backbone.name_or_path=.*model.n_heads=2; leave it out"),
@@ -212,9 +212,9 @@ def test_muon_works_or_says_why(folder):
     ({"name_or_path": "no-such-model-anywhere"}, r"put config.json and model.safetensors into \$DATA_DIR/no-such"),
     ({"checkpoint_path": "nowhere.ckpt"}, "eval.checkpoint_path=nowhere.ckpt"),
 ])  # fmt: skip
-def test_what_can_not_be_meant_is_refused(tmp_path, typed, said):
+def test_what_can_not_be_meant_is_refused(tmp_path, typed, message):
     folder = save_model(tmp_path / "m", config_of("gpt2", 40))
-    with pytest.raises((ValueError, FileNotFoundError), match=said):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
         hf_causal(**{"vocab_size": 41, "length": LENGTH, "name_or_path": str(folder), **typed})
 
 
@@ -225,15 +225,15 @@ def test_a_foreign_small_vocabulary_is_refused(tmp_path):
         hf_causal(300, LENGTH, str(folder))
 
 
-@pytest.mark.parametrize(("config", "said"), [
+@pytest.mark.parametrize(("config", "message"), [
     (BertConfig(**SMALL, intermediate_size=48, vocab_size=40), "bert model is no causal language model"),
     (BertConfig(**SMALL, intermediate_size=48, vocab_size=40, is_decoder=True), "bert model are not its linear head"),
     (Gemma2Config(**SMALL, intermediate_size=48, vocab_size=40, num_key_value_heads=1, head_dim=16),
      "gemma2 model are not its linear head's"),
 ], ids=["encoder", "transformed", "capped"])  # fmt: skip
-def test_networks_that_do_not_fit_are_refused(tmp_path, config, said):
+def test_networks_that_do_not_fit_are_refused(tmp_path, config, message):
     config.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         hf_causal(41, 16, str(tmp_path))
 
 
@@ -277,8 +277,8 @@ def run(*arguments: str) -> dict[str, object]:
     return commands.run(*FEW, *arguments)
 
 
-def refused(said: str, *arguments: str) -> None:
-    commands.refused(said, *FEW, *arguments)
+def refused(message: str, *arguments: str) -> None:
+    commands.refused(message, *FEW, *arguments)
 
 
 @pytest.fixture

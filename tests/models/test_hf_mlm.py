@@ -139,7 +139,7 @@ def test_a_body_gets_a_new_head_only_where_that_is_said(tmp_path):
         hf_mlm(V, LENGTH, str(body), new_head=True).pretrained()
 
 
-@pytest.mark.parametrize(("typed", "said"), [
+@pytest.mark.parametrize(("typed", "message"), [
     ({"length": 17}, "model.length=17 is longer than the 16 positions of backbone.name_or_path="),
     ({"vocab_size": V + 1}, "41 token ids.* has 40.*data.tokenizer_name_or_path"),
     ({"hidden_size": 32}, "model.hidden_size=32 contradicts backbone.name_or_path="),
@@ -147,24 +147,24 @@ def test_a_body_gets_a_new_head_only_where_that_is_said(tmp_path):
     ({"config": "roberta"}, "backbone.config=roberta is an architecture without weights, which backbone.name_or_path="),
     ({"name_or_path": None, "config": "roberta"}, "backbone.from_scratch=false contradicts"),
     ({"name_or_path": None, "config": "robberta", "from_scratch": True}, "backbone.config=robberta is no architecture"),
-    ({"name_or_path": None, "config": "gpt2", "from_scratch": True}, "can not build a gpt2"),
+    ({"name_or_path": None, "config": "gpt2", "from_scratch": True}, "cannot build a gpt2"),
     ({"name_or_path": None, "config": "fnet", "from_scratch": True}, "fnet model: it has no attention"),
     ({"name_or_path": None, "config": "bart", "from_scratch": True}, "bart model: it reads with one part"),
     ({"from_scratch": True, "n_heads": 3}, "model.hidden_size=16 is no multiple of model.n_heads=3"),
     ({"from_scratch": True, "new_head": True}, "backbone.new_head=true with backbone.from_scratch=true"),
 ])  # fmt: skip
-def test_what_can_not_be_meant_is_refused(tmp_path, typed, said):
+def test_what_can_not_be_meant_is_refused(tmp_path, typed, message):
     CONFIGS["bert"]().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         hf_mlm(**{"vocab_size": V, "length": LENGTH, "name_or_path": str(tmp_path), **typed})
 
 
 def test_networks_that_do_not_fit_are_refused(monkeypatch):
-    with pytest.raises(ValueError, match="can not use a bert model: it does not see what stands on the right"):
+    with pytest.raises(ValueError, match="cannot use a bert model: it does not see what stands on the right"):
         HFMaskedLM(BertConfig(**SMALL, is_decoder=True), V)
     honest = BertOnlyMLMHead.forward
     monkeypatch.setattr(BertOnlyMLMHead, "forward", lambda self, hidden: 0.5 * honest(self, hidden))
-    with pytest.raises(ValueError, match="can not use a bert model: its logits are not its linear head's"):
+    with pytest.raises(ValueError, match="cannot use a bert model: its logits are not its linear head's"):
         HFMaskedLM(BertConfig(**SMALL), V)
 
 
@@ -200,13 +200,13 @@ def test_fine_tuned_measured_sampled_and_then_the_folder_is_gone(tmp_path, toy, 
     named = [f"eval.checkpoint_path={last}", toy[1]]
     assert run(*named, "mode=ppl_eval")["nll_nats_per_token"] == measured, "the checkpoint says what it is"
     other = ["algo=mdlm", *named, "mode=ppl_eval", *(a for a in FEW if not a.startswith("algo="))]
-    assert commands.run(*other)["nll_nats_per_token"] == measured, "the law is that of subs"
+    assert commands.run(*other)["nll_nats_per_token"] == measured, "the objective is that of subs"
     assert run(*toy, "trainer.max_steps=3"), "a resume needs no weights of the folder"
     commands.refused("holds no masked language model that can be read", *FEW, *toy, "seed=2")
 
 
 def test_what_does_not_go_together(toy):
-    refused = lambda said, *arguments: commands.refused(said, *FEW, *arguments)  # noqa: E731
+    refused = lambda message, *arguments: commands.refused(message, *FEW, *arguments)  # noqa: E731
     refused(
         "time_conditioning=true means nothing to parameterization=subs: it is read by backbone=",
         *toy,

@@ -164,7 +164,7 @@ def test_typed_settings_of_hf_dit(tmp_path):
         assert build().head.weight.is_meta
 
 
-@pytest.mark.parametrize(("arguments", "config", "said"), [
+@pytest.mark.parametrize(("arguments", "config", "message"), [
     ({"vocab_size": 6}, {}, "vocab_size=6, but eval.checkpoint_path=.* vocab_size=5: set data.tokenizer_name_"),
     ({"length": 73}, {}, "model.length=73 is longer than the 72 .*set model.length=72 or less"),
     ({}, {"model_type": "bert"}, "type bert"),
@@ -173,11 +173,11 @@ def test_typed_settings_of_hf_dit(tmp_path):
     ({"checkpoint_path": ""}, {}, "eval.checkpoint_path= or training.from_pretrained="),
     ({"checkpoint_path": "nowhere.ckpt"}, {}, "eval.checkpoint_path=nowhere.ckpt"),
 ])  # fmt: skip
-def test_hf_dit_refuses(tmp_path, arguments, config, said):
+def test_hf_dit_refuses(tmp_path, arguments, config, message):
     folder = hub_directory(tmp_path / "m", random_net(5), **config)
     stored = {k: v for k, v in json.loads((folder / "config.json").read_text()).items() if v is not None}
     (folder / "config.json").write_text(json.dumps(stored))
-    with pytest.raises((ValueError, FileNotFoundError), match=said):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
         hf_dit(**{"vocab_size": 5, "length": 72, "checkpoint_path": str(folder), **arguments})
 
 
@@ -188,9 +188,9 @@ def test_hf_dit_of_a_lightning_file_of_elsewhere(fixtures_dir):
 
 def test_a_broken_config_is_one_clear_error(tmp_path):
     folder = hub_directory(tmp_path / "m", random_net(5))
-    for content, said in (("{", "no JSON"), ("[]", "no JSON object")):
+    for content, message in (("{", "no JSON"), ("[]", "no JSON object")):
         (folder / "config.json").write_text(content)
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             read_settings(folder)
 
 
@@ -215,15 +215,15 @@ def test_what_a_foreign_file_knows_of_its_network_is_held_against_the_configurat
     assert read_settings(fixtures_dir / "mdlm_subs_tc" / "mdlm.ckpt").settings == known
     published = read_checkpoint(fixtures_dir / "hf_mdlm").settings
     assert published == {key: known[key] for key in published} | {"time_conditioning": False}
-    laws = {
+    objectives = {
         "mdlm_sedd": "sedd",
         "mdlm_d3pm": "d3pm",
         "mdlm_ar": "ar",
         "bd3lms_mdlm": "subs",
         "bd3lms_bd3lm_bs4": "bd3lm",
     }
-    for folder, law in laws.items():
-        assert read_settings(next((fixtures_dir / folder).glob("*.ckpt"))).settings["parameterization"] == law
+    for folder, objective in objectives.items():
+        assert read_settings(next((fixtures_dir / folder).glob("*.ckpt"))).settings["parameterization"] == objective
     assert read_checkpoint(fixtures_dir / "hf_bd3lm_bs4").settings["parameterization"] == "bd3lm"
 
 
@@ -294,8 +294,8 @@ def test_reference_checkpoints_classify_one_per_class(tmp_path, toy, fixtures_di
     for label, value in enumerate(own):
         measured = run(*alone, f"data.label={label}", "eval.checkpoint_path=class={label}/x.ckpt")
         assert measured["nll_nats_per_token"].value == pytest.approx(value, rel=1e-5), "each class has its own model"
-    said = r"eval.checkpoint_path=class=0/x.ckpt is one model.*2 classes.*\{label\}"
-    refused(said, *ask, "eval.checkpoint_path=class=0/x.ckpt")
+    message = r"eval.checkpoint_path=class=0/x.ckpt is one model.*2 classes.*\{label\}"
+    refused(message, *ask, "eval.checkpoint_path=class=0/x.ckpt")
 
 
 def test_a_reference_checkpoint_of_other_settings_is_refused(toy, fixtures_dir):
@@ -372,8 +372,8 @@ def test_the_file_is_not_needed_any_more_once_the_run_has_its_own(tmp_path, voca
         for evaluate in (["mode=ppl_eval"], ["mode=ppl_eval", f"eval.checkpoint_path={lasts[0]}"]):
             assert run(*[word for word in ask if not word.startswith("mode=")], *evaluate)["texts"] == 4
         assert run(*CHAR, *DIT, "mode=ppl_eval", f"eval.checkpoint_path={lasts[0]}")["texts"] == 4
-        said = read_checkpoint(lasts[0]).identity["configuration"]
-        assert said["model.hidden_size"] == 16, "the sizes that were found are saved"
+        message = read_checkpoint(lasts[0]).identity["configuration"]
+        assert message["model.hidden_size"] == 16, "the sizes that were found are saved"
     refused("training.from_pretrained=.*no such", *ask, "checkpointing.resume_from_ckpt=false")
 
 

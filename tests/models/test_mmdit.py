@@ -93,9 +93,9 @@ def test_the_network_is_what_it_says():
 def test_latent_tokens_are_told_apart():
     """They are parts of one ordered vector: without a sign of which is which, most of it is lost."""
     net = network()
-    hidden, said = both(net)
+    hidden, message = both(net)
     turned, said_turned = both(net, latent=LATENT.flip(1))
-    assert not torch.allclose(hidden, turned, atol=1e-2) and not torch.allclose(said.flip(1), said_turned, atol=1e-2)
+    assert not torch.allclose(hidden, turned, atol=1e-2) and not torch.allclose(message.flip(1), said_turned, atol=1e-2)
     same, said_same = both(net, latent=LATENT[:, :1].expand_as(LATENT))
     assert (said_same[:, 0] - said_same[:, 1]).abs().max() > 0.01
     assert "latent_input.which_KE" not in dict(MMDiT(7, 16, 8, 1, 2, latent_shape=(1, 5)).named_parameters())
@@ -104,11 +104,11 @@ def test_latent_tokens_are_told_apart():
 def test_latents_have_no_place_in_the_text_and_are_not_averaged():
     net = network()
     net.latent_input.which_KE.data.zero_()
-    hidden, said = both(net)
+    hidden, message = both(net)
     turned, said_turned = both(net, latent=LATENT.flip(1))
     torch.testing.assert_close(hidden, turned)
-    torch.testing.assert_close(said.flip(1), said_turned)
-    assert (said[:, 0] - said[:, 1]).abs().max() > 0.01
+    torch.testing.assert_close(message.flip(1), said_turned)
+    assert (message[:, 0] - message[:, 1]).abs().max() > 0.01
     assert not torch.allclose(hidden, both(net, latent=LATENT[:, :1].expand_as(LATENT))[0], atol=1e-3)
     moved = both(net, tokens=X.roll(1, 1), mask=torch.ones_like(PADDED))[1]
     assert not torch.allclose(moved, both(net, mask=torch.ones_like(PADDED))[1], atol=1e-3), "the text has places"
@@ -117,9 +117,9 @@ def test_latents_have_no_place_in_the_text_and_are_not_averaged():
 def test_padding_changes_nothing_in_either_stream():
     net = network()
     longer, mask = F.pad(X, (0, 4), value=MASK), F.pad(PADDED, (0, 4))
-    hidden, said = both(net, tokens=longer, mask=mask)
+    hidden, message = both(net, tokens=longer, mask=mask)
     torch.testing.assert_close(hidden[:, :LENGTH][PADDED], both(net)[0][PADDED], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(said, both(net)[1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(message, both(net)[1], rtol=1e-4, atol=1e-4)
 
 
 def test_a_latent_of_which_nothing_is_known_is_no_latent():
@@ -176,9 +176,9 @@ def test_the_norm_of_a_noised_latent_is_not_erased():
 @torch.no_grad()
 def test_a_new_network_begins_with_blocks_that_change_nothing_and_latents_that_say_nothing():
     net = MMDiT(VOCAB, 16, 8, 2, 2, latent_shape=SHAPE, dropout=0.0)
-    hidden, said = both(net)
+    hidden, message = both(net)
     c, _ = net.conditioning(SIGMA, HALF)
-    assert torch.equal(hidden, net.output_layer.normed(net.vocab_embed(X), c)) and not said.any()
+    assert torch.equal(hidden, net.output_layer.normed(net.vocab_embed(X), c)) and not message.any()
     for layer in (block.adaLN_modulation for block in net.blocks):
         assert torch.equal(modulate(hidden, *layer(c).chunk(6, -1)[:2]), hidden)
 
@@ -202,14 +202,14 @@ def test_the_text_stream_begins_as_a_text_only_network_bit_by_bit(settings):
     assert {name: p.shape for name, p in ours.items()} == {name: p.shape for name, p in theirs.items()}
     assert all(net.get_parameter(name) is p for name, p in ours.items())
     net.part_of(dit.state_dict()).load_state_dict(dit.state_dict())
-    told = {"class_id": torch.tensor([0, 1, -1, 0])} if settings else {}
+    cond = {"class_id": torch.tensor([0, 1, -1, 0])} if settings else {}
     for at in (None, X < 3):
-        wanted = dit.encode(X, SIGMA, PADDED, at, **told)
+        wanted = dit.encode(X, SIGMA, PADDED, at, **cond)
         for latent, time in ((LATENT, HALF), (LATENT, None), (None, None)):
-            assert torch.equal(net.encode(X, SIGMA, PADDED, at_BL=at, latent=latent, latent_t=time, **told), wanted)
+            assert torch.equal(net.encode(X, SIGMA, PADDED, at_BL=at, latent=latent, latent_t=time, **cond), wanted)
     for block in net.blocks:
         torch.nn.init.ones_(block.adaLN_gate.bias)
-    assert not torch.allclose(net.encode(X, SIGMA, PADDED, latent=LATENT, **told), dit.encode(X, SIGMA, PADDED, **told))
+    assert not torch.allclose(net.encode(X, SIGMA, PADDED, latent=LATENT, **cond), dit.encode(X, SIGMA, PADDED, **cond))
     assert net.part_of(net.state_dict()) is net
 
 
@@ -218,12 +218,12 @@ def test_a_text_only_network_can_not_start_a_stream_that_norms():
         network().part_of(a_dit().state_dict())
 
 
-@pytest.mark.parametrize(("settings", "said"), [
+@pytest.mark.parametrize(("settings", "message"), [
     ({"latent_shape": None}, "choose latents= and add algo=mmldlm"), ({"latent_shape": (0, 5)}, "K >= 1"),
     ({"n_heads": 5}, "model.n_heads"),
 ])  # fmt: skip
-def test_what_can_not_be_built_is_refused(settings, said):
-    with pytest.raises(ValueError, match=said):
+def test_what_can_not_be_built_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
         MMDiT(
             VOCAB, **{"hidden_size": 16, "cond_dim": 8, "n_blocks": 1, "n_heads": 2, "latent_shape": SHAPE, **settings}
         )
@@ -244,6 +244,6 @@ def test_sizes_are_those_of_the_specification(size, millions):
 def test_latents_stay_in_float32_under_autocast():
     net = network()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        hidden, said = both(net)
-    assert said.dtype == torch.float32
-    torch.testing.assert_close(said, both(net)[1], rtol=0.1, atol=0.1)
+        hidden, message = both(net)
+    assert message.dtype == torch.float32
+    torch.testing.assert_close(message, both(net)[1], rtol=0.1, atol=0.1)

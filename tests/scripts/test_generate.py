@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from palimpsest.models.belonging import check_belongs
 from palimpsest.models.checkpoints import Checkpoint, read_settings
+from palimpsest.models.compatibility import check_compatible
 from palimpsest.scripts import generate
 from palimpsest.settings.command_line import compose_config
 from palimpsest.settings.identity import identity, overrides
@@ -162,7 +162,7 @@ def test_a_mask_token_is_typed_as_it_is_and_kept_by_checkpoints():
     data = SimpleNamespace(vocabulary=SimpleNamespace(fingerprint="ours", size=9, own_size=9), latents=None)
     checkpoint = Checkpoint("x.ckpt", {}, identity={"configuration": named, "tokenizer": "theirs"}, settings=named)
     with pytest.raises(ValueError, match=r"another mask token; add: 'data\.mask_token=\[MASK\]'"):
-        check_belongs(checkpoint, plain, (), data)
+        check_compatible(checkpoint, plain, (), data)
 
 
 @pytest.mark.parametrize(("law", "sampler"), [

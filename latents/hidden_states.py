@@ -1,4 +1,4 @@
-"""latents=self: what a model of our own makes of a text, as one vector of its hidden states.
+"""latents=self: the mean hidden state of a text in a model of our own.
 
 Shape suffixes: B rows at once, N rows, L length, W width of the hidden states.
 """
@@ -7,47 +7,35 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
-from typing import Annotated, Protocol
+from typing import Annotated
 
 import numpy as np
 import torch
 from torch import nn
 
 from palimpsest.common.values import FREE, AtLeastOne, FilePath
+from palimpsest.data.passages import Passages
+from palimpsest.data.tokenizers import Vocabulary
+from palimpsest.latents.encoder import Encoder
 from palimpsest.models.checkpoints import Checkpoint, read_checkpoint
 from palimpsest.models.hf_dit import build
 
 KEY = "latents.checkpoint_path"
-_CODE_VERSION = 1  # raise it whenever a change below gives other vectors
+_CODE_VERSION = 1  # increase it whenever a change below gives other vectors
 
 
-class Rows(Protocol):
-    """Rows of token ids without padding."""
+class HiddenStates(Encoder):
+    """Rows -> (N, W): the mean over a row's tokens, without padding, of the hidden states of the clean text (t = 0).
 
-    ids: Sequence[np.ndarray]
-
-    def __len__(self) -> int: ...
-
-
-class Vocabulary(Protocol):
-    """What is asked of that of the data."""
-
-    size: int
-    fingerprint: str
-
-
-class HiddenStates:
-    """Rows -> (N, W): the mean over a row's tokens, never its padding, of the hidden states that the network of a
-    checkpoint gives the clean text (t = 0).
-
-    checkpoint_path: a `.ckpt` of our own or a model in the Hub's layout. disable_ema: its last weights instead of their
-    average. dim: principal components that are kept, fitted on train; None: all. tokens: equal parts in which a vector
-    is handed on. batch_size: rows at once.
+    Args:
+        checkpoint_path: a `.ckpt` of our own or a model in the Hub's layout.
+        dim: principal components that are kept, fitted on train; None: all.
+        tokens: equal parts into which a vector is divided.
+        disable_ema: use the last weights instead of their average.
+        batch_size: rows at once.
     """
-
-    fits, informed = False, False
 
     def __init__(
         self,
@@ -59,11 +47,8 @@ class HiddenStates:
     ) -> None:
         if not checkpoint_path:
             raise ValueError(f"latents=self needs a trained model: {KEY}=outputs/.../last.ckpt")
-        self.path = checkpoint_path
-        self.dim = dim
-        self.tokens = tokens
-        self.use_ema = not disable_ema
-        self.batch_size = batch_size
+        self.path, self.use_ema, self.batch_size = checkpoint_path, not disable_ema, batch_size
+        self.dim, self.tokens = dim, tokens
         self._vocab_size: int | None = None
 
     @cached_property
@@ -72,7 +57,7 @@ class HiddenStates:
 
     @cached_property
     def identity(self) -> dict[str, object]:
-        """What its vectors hang on: the weights that are used."""
+        """Return everything that the vectors depend on: the weights in use."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.network.state_dict().items()):
             digest.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
@@ -80,12 +65,12 @@ class HiddenStates:
 
     @property
     def metadata(self) -> dict[str, object]:
-        """For reports and files."""
+        """Return the settings, for reports and files."""
         settings = {"checkpoint_path": self.path, "disable_ema": not self.use_ema}
         return {"encoder": "self", "pooling": "mean", "settings": settings}
 
     def check(self, vocabulary: Vocabulary, length: int) -> None:
-        """Raises ValueError where the model was trained on other tokens, or on shorter rows."""
+        """Raise ValueError if the model was trained on other tokens, or on shorter rows."""
         known, tokenizer = self._checkpoint.settings, self._checkpoint.identity.get("tokenizer")
         if tokenizer not in (None, vocabulary.fingerprint):
             raise ValueError(f"{KEY}={self.path} was trained with another tokenizer than the data have, so that it "
@@ -101,16 +86,16 @@ class HiddenStates:
 
     @cached_property
     def network(self) -> nn.Module:
-        """With its weights, on the GPU where there is one."""
+        """Return the network with its weights, on the GPU if there is one."""
         network = _network(self._checkpoint, self.path, self._vocab_size)
         self._checkpoint.load_into(network, self.use_ema)
         return network.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
-    def encode(self, passages: Rows) -> np.ndarray:
-        """(N, W) float32. Rows of like length are read together."""
+    def encode(self, passages: Passages) -> np.ndarray:
+        """Return vectors (N, W), float32. Rows of similar length are read together."""
         lengths = np.array([len(ids) for ids in passages.ids])
         order = np.argsort(lengths, kind="stable")
-        # A network that looks at padding would see how long the others are.
+        # A network that attends to padding would see the length of the other rows.
         sees_padding = not self.network.mask_padding and not self.network.causal
         groups = np.split(order, np.flatnonzero(np.diff(lengths[order])) + 1) if sees_padding else [order]
         batches = [group[start : start + self.batch_size]
@@ -127,34 +112,24 @@ class HiddenStates:
         hidden_BLW = self.network.encode(padded.to(device), sigma_B, mask_BL).float()
         return ((hidden_BLW * mask_BL[..., None]).sum(1) / lengths_B[:, None]).cpu().numpy()
 
-    def fit(self, train: object) -> None:
-        """There is nothing to fit."""
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """Nothing was fitted."""
-        return {}
-
-    def load(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Nothing was fitted."""
-
 
 def _network(checkpoint: Checkpoint, path: str, vocab_size: int) -> nn.Module:
-    """The network that a checkpoint describes, with random weights."""
+    """Build the network that a checkpoint describes, with random weights."""
     known, prefix = checkpoint.settings, "backbone."
     settings = {name.removeprefix(prefix): value for name, value in known.items() if name.startswith(prefix)}
     module, _, name = str(settings.pop("_target_", "models.dit.")).rpartition(".")
     if not module.startswith("models.") or not module.replace(".", "").replace("_", "").isalnum():
-        raise ValueError(f"{KEY}={path} names a network {module}.{name} that is not ours; use another checkpoint")
+        raise ValueError(f"{KEY}={path} names a network {module}.{name} of another project; use another checkpoint")
     if not name:
         sizes = ("vocab_size", "model.hidden_size", "model.cond_dim", "model.n_blocks", "model.n_heads")
         if missing := [key for key in sizes if key not in known]:
             raise ValueError(f"{KEY}={path} does not say {', '.join(missing)}; use a checkpoint trained here")
         return build({"model.dropout": 0.0, "time_conditioning": False, **known})
-    kind = getattr(importlib.import_module(module), name, None)
+    kind = getattr(importlib.import_module(f"palimpsest.{module}"), name, None)
     is_network = isinstance(kind, type) and issubclass(kind, nn.Module)
-    if not is_network and name != module.rpartition(".")[2]:  # a file may name anything; this is all that it may run
+    if not is_network and name != module.rpartition(".")[2]:  # a file may name anything, so allow nothing else
         raise ValueError(f"{KEY}={path} names {module}.{name}, which is no network; use another checkpoint")
-    if not is_network:  # hf_dit, hf_causal: what a file describes
+    if not is_network:  # hf_dit, hf_causal: networks that a file describes
         settings |= {"checkpoint_path": path, "resumed": None, "from_pretrained": None}
     if "class_embed.embedding" in checkpoint.state:
         settings["num_classes"] = len(checkpoint.state["class_embed.embedding"])

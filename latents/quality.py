@@ -1,5 +1,5 @@
-"""Whether latents are worth training on: does a text's latent find the text again when some of its words are gone, and
-can what is known of a text be read off its latent?
+"""Tests of whether latents are worth training on: text retrieval after dropping words, and a linear probe of
+attributes.
 
 Shape suffixes: N texts, K latent tokens, D numbers of each, A attributes.
 """
@@ -17,17 +17,16 @@ LEAST_RETRIEVED, LEAST_PROBED = 0.9, 0.99
 
 @dataclass(frozen=True)
 class Retrieval:
-    """share: of the texts whose own latent is the nearest one, by cosine, to that of the text with words dropped.
-    se: its standard error. texts: how many there were to choose from. chance: the share of a guess."""
+    """Retrieval of texts by the latents of their shortened versions."""
 
-    share: float
-    se: float
-    texts: int
-    chance: float
+    share: float  # of texts whose own latent is the nearest, by cosine, to that of the text with words dropped
+    se: float  # standard error of `share`
+    texts: int  # to choose from
+    chance: float  # share of a random guess
 
 
 def drop_words(text: str, share: float, rng: np.random.Generator) -> str:
-    """The text without each word with probability `share`; one word is always left."""
+    """Drop each word with probability `share`; one word is always kept."""
     words = text.split()
     kept = rng.random(len(words)) >= share
     if not kept.any():
@@ -38,8 +37,8 @@ def drop_words(text: str, share: float, rng: np.random.Generator) -> str:
 def retrieval(
     latents: Callable[[Sequence[str]], np.ndarray], texts: Sequence[str], share: float = WORDS_DROPPED, seed: int = 0
 ) -> Retrieval:
-    """How well `latents`, texts -> (N, K, D) standardised, tells texts apart when words are dropped. Texts that come
-    twice are taken once, since nothing could tell them apart."""
+    """Measure retrieval by `latents`, texts -> (N, K, D) standardised. Duplicate texts are removed, since nothing could
+    distinguish them."""
     texts = [text for text in dict.fromkeys(texts) if text.split()]
     rng = np.random.default_rng(seed)
     whole_ND, part_ND = _unit(latents(texts)), _unit(latents([drop_words(text, share, rng) for text in texts]))
@@ -54,8 +53,8 @@ def _unit(latents_NKD: np.ndarray) -> np.ndarray:
 
 
 def probe(train_NKD: np.ndarray, train_NA: np.ndarray, test_NKD: np.ndarray, test_NA: np.ndarray) -> tuple[float, ...]:
-    """Accuracy, attribute by attribute, with which the least-squares linear map from train latents to the one-hot
-    attributes tells those of the test latents."""
+    """Return the accuracy per attribute of the least-squares linear map from train latents to one-hot attributes, on
+    test."""
 
     def design(latents_NKD: np.ndarray) -> np.ndarray:
         flat_ND = latents_NKD.reshape(len(latents_NKD), -1)
@@ -66,6 +65,6 @@ def probe(train_NKD: np.ndarray, train_NA: np.ndarray, test_NKD: np.ndarray, tes
         values = np.unique(train_NA[:, attribute])
         one_hot = (train_NA[:, attribute, None] == values).astype(np.float64)
         map_, *_ = np.linalg.lstsq(design(train_NKD), one_hot, rcond=None)
-        guessed = values[(design(test_NKD) @ map_).argmax(1)]
-        accuracies.append(float((guessed == test_NA[:, attribute]).mean()))
+        predicted = values[(design(test_NKD) @ map_).argmax(1)]
+        accuracies.append(float((predicted == test_NA[:, attribute]).mean()))
     return tuple(accuracies)

@@ -1,4 +1,4 @@
-"""Whether weights in a file belong to what is asked of them: same settings, same network, same tokenizer."""
+"""Compatibility of a checkpoint with a run: same settings, same network, same tokenizer, same latents."""
 
 from __future__ import annotations
 
@@ -10,49 +10,42 @@ import numpy as np
 from palimpsest.models.backbone import Backbone
 from palimpsest.models.checkpoints import Checkpoint, Progress
 
-# Settings that change what a network computes. A file may lack some of them.
+# Settings that change the function of a network. A file may lack some of them.
 FUNCTION = ("model.hidden_size", "model.cond_dim", "model.n_blocks", "model.n_heads", "time_conditioning")
-# What a network has learned to tell from what; a mode that a file does not name was never trained.
+# Modes that a joint network was trained for; others were never trained.
 MODES = "training.joint_modes"
 MASK = "data.mask_token"
-# What our own files leave unsaid, being so.
-UNSAID = {"data.segments": False}
-# What a configuration may leave to the file that a network comes from.
-FOUND_IN_FILES = ("model.", "time_conditioning", "backbone.config")
+# Defaults of our checkpoints from before these settings existed.
+DEFAULTS = {"data.segments": False}
+# Settings that a configuration may leave to the file of the network.
+READ_FROM_FILES = ("model.", "time_conditioning", "backbone.config")
 
 
-def check_same(path: Path, progress: Progress, ours: dict[str, object]) -> None:
-    """That the training at `path` has our settings, key as typed -> value. Sizes left open here were found in a file:
-    no difference.
-
-    Raises:
-        ValueError: with every difference.
-    """
+def check_same_settings(path: Path, progress: Progress, ours: dict[str, object]) -> None:
+    """Check that the training at `path` has our settings (key as typed -> value). Settings left open here are not
+    compared. Raises ValueError if they differ; the message lists every difference."""
     known = {"data.label": progress.identity.get("label"), "tokenizer": progress.identity.get("tokenizer"),
              "latents": (progress.identity.get("latents") or {}).get("fingerprint")}  # fmt: skip
     theirs = {**progress.identity.get("configuration", {}), **known}
-    left_open = [key for key in {*theirs, *ours} if ours.get(key) is None and key.startswith(FOUND_IN_FILES)]
+    left_open = [key for key in {*theirs, *ours} if ours.get(key) is None and key.startswith(READ_FROM_FILES)]
     keys = [key for key in sorted({*theirs, *ours}) if key not in left_open and theirs.get(key) != ours.get(key)]
     if keys:
         listing = "".join(f"\n  {key}: there {theirs.get(key)}, here {ours.get(key)}" for key in keys)
         raise ValueError(
             f"{path} was trained with other settings:{listing}\nUse another checkpointing.save_dir for these settings, "
-            "or the old settings to go on there"
+            "or the old settings to continue there"
         )
 
 
-def check_belongs(checkpoint: Checkpoint, ours: Mapping[str, object], shape: Sequence[str], data: object) -> None:
-    """That what the file knows of its network (the keys `shape`), of its tokenizer and of its latents is so here.
-
-    Raises:
-        ValueError: it is not; with what to type.
-    """
+def check_compatible(checkpoint: Checkpoint, ours: Mapping[str, object], shape: Sequence[str], data: object) -> None:
+    """Check that the network settings (the keys `shape`), tokenizer and latents of a file agree with ours. Raises
+    ValueError if they differ; the message says which settings to type."""
     refuse_unsupported(checkpoint)
-    theirs = {**(UNSAID if "configuration" in checkpoint.identity else {}), **checkpoint.settings}
-    ours = {**UNSAID, **ours}
+    theirs = {**(DEFAULTS if "configuration" in checkpoint.identity else {}), **checkpoint.settings}
+    ours = {**DEFAULTS, **ours}
     differing = [f"{key}={theirs[key]}" for key in shape
-                 if key in theirs and _reads(theirs, key) and ours.get(key) not in (None, theirs[key])]  # fmt: skip
-    if theirs.get("data.segments") and not ours["data.segments"]:  # which say what the blocks are
+                 if key in theirs and _uses(theirs, key) and ours.get(key) not in (None, theirs[key])]  # fmt: skip
+    if theirs.get("data.segments") and not ours["data.segments"]:  # segments defined the blocks of its training
         differing = [setting for setting in differing if not setting.startswith("block_size=")]
     evaluated = "parameterization" in shape and "configuration" in checkpoint.identity
     if evaluated and _under(MODES, theirs) != _under(MODES, ours):
@@ -66,7 +59,7 @@ def check_belongs(checkpoint: Checkpoint, ours: Mapping[str, object], shape: Seq
         problems.append(
             f"was trained with another tokenizer than "
             f"data.tokenizer_name_or_path={ours.get('data.tokenizer_name_or_path')} gives here: "
-            f"{_name_of_tokenizer(theirs)}; its token ids would mean other words; set "
+            f"{_tokenizer_name(theirs)}; its token ids would mean other words; set "
             "data.tokenizer_name_or_path to the tokenizer of its training"
         )
     if problems:
@@ -83,15 +76,15 @@ def refuse_unsupported(checkpoint: Checkpoint) -> None:
         )
 
 
-def _reads(theirs: Mapping[str, object], key: str) -> bool:
-    """Whether the network of a file of ours reads a setting at all: AR has no cond_dim."""
+def _uses(theirs: Mapping[str, object], key: str) -> bool:
+    """Return whether the network of one of our files uses a setting; AR has no cond_dim, for example."""
     of_network = key in (*FUNCTION, "model.mask_padding") and any(name.startswith("backbone.") for name in theirs)
     return not of_network or f"backbone.{key.removeprefix('model.')}" in theirs
 
 
 def _other_tokens(checkpoint: Checkpoint, data: object) -> bool:
-    """Whether ids mean other tokens in the file than in the data. Files of elsewhere may hold their vocabulary only, to
-    which a project may have added padding."""
+    """Return whether ids mean other tokens in the file than in the data. Files of other projects may have only a
+    vocabulary, to which a project may have added padding."""
     known = checkpoint.identity.get("tokenizer")
     size = checkpoint.settings.get("vocab_size", data.vocabulary.size)
     if known not in (None, data.vocabulary.fingerprint) or size not in (data.vocabulary.size, data.vocabulary.own_size):
@@ -102,7 +95,7 @@ def _other_tokens(checkpoint: Checkpoint, data: object) -> bool:
     return any(ours.get(number, token) != token for token, number in checkpoint.tokens.items())
 
 
-def _name_of_tokenizer(theirs: Mapping[str, object]) -> str:
+def _tokenizer_name(theirs: Mapping[str, object]) -> str:
     name, size = theirs.get("data.tokenizer_name_or_path", "one"), theirs.get("vocab_size")
     ids = f" with vocab_size={size}, the mask included" if size else ""
     data = f" of data={theirs['data.name']}" if "data.name" in theirs else ""
@@ -114,15 +107,14 @@ def _under(group: str, settings: Mapping[str, object]) -> dict[str, object]:
 
 
 def _check_latents(checkpoint: Checkpoint, ours: Mapping[str, object], latents: object | None) -> None:
-    """That the data have the latents that the model was trained with, on the same scale. A model of texts alone may be
-    given any."""
+    """Check that the data have the latents of the training, on the same scale. A text-only model accepts any."""
     theirs, settings = checkpoint.identity.get("latents"), checkpoint.settings
     if theirs is None:
         return
     if latents is None or latents.fingerprint != theirs["fingerprint"]:
         keys = [key for key in sorted({*settings, *ours}) if key.startswith(("latents.", "data."))]
         differing = [f"{key}: there {settings.get(key)}, here {ours.get(key)}" for key in keys
-                     if settings.get(key, UNSAID.get(key)) != ours.get(key)]  # fmt: skip
+                     if settings.get(key, DEFAULTS.get(key)) != ours.get(key)]  # fmt: skip
         listing = "\n  ".join(differing or ["the texts themselves, or what made their latents"])
         raise ValueError(
             f"{checkpoint.path} was trained with other latents, and would misread these; what differs:\n  {listing}"
@@ -130,23 +122,20 @@ def _check_latents(checkpoint: Checkpoint, ours: Mapping[str, object], latents: 
     mean, std = (np.asarray(theirs[key]) for key in ("mean", "std"))
     if np.abs(latents.mean - mean).max() > 0.05 * std.min() or not np.allclose(latents.std, std, rtol=0.05):
         raise ValueError(
-            f"{checkpoint.path} was trained with the same settings of latents, but they come out otherwise here "
+            f"{checkpoint.path} was trained with the same settings of latents, but they have other values here "
             "(another machine, another version of a library): keep the folder data.cache_dir with the checkpoint, or "
             "make the latents once with scripts/prepare_latents.py and use latents=file"
         )
 
 
-def check_together(data: object, objective: object, backbone: Backbone) -> None:
-    """That an objective and a network can read these data (dataloader.TextData).
-
-    Raises:
-        ValueError: the parts of texts are handed on to an objective that makes nothing of them; a published masked
-            language model, which knows the one mask of its own tokenizer, is to read another's.
-    """
+def check_data_compatible(data: object, objective: object, backbone: Backbone) -> None:
+    """Check that an objective and a network can read these data (dataloader.TextData). Raises ValueError if the data
+    have segments that the objective does not use, or a published masked language model would read a mask other than
+    that of its own tokenizer."""
     if data.segments and not objective.reads_segments:
         raise ValueError(
-            "data.segments=true hands on where the parts of a text end, and "
-            f"{type(objective).__name__} makes no use of it; set it to false, or add algo=bd3lm"
+            f"data.segments=true gives the ends of the parts of a text, which {type(objective).__name__} does not use; "
+            "set it to false, or add algo=bd3lm"
         )
     if backbone.knows_its_mask and data.tokenizer.mask_token_id is None:
         raise ValueError(

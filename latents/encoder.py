@@ -1,0 +1,38 @@
+"""The interface of encoders, which make vectors of texts, with the defaults of those that have nothing to fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from palimpsest.data.passages import PackedTexts, Passages
+from palimpsest.data.tokenizers import Vocabulary
+
+
+class Encoder:
+    """A map from rows to vectors."""
+
+    fits = False  # it is fitted on train
+    informed = False  # it reads labels and source texts
+    dim: int | None = None  # number of principal components that are kept; None: all numbers
+    tokens = 1  # latent tokens K, equal parts into which a vector is divided
+    identity: Mapping[str, object]  # everything that its vectors depend on, except the texts that it was fitted on
+    metadata: Mapping[str, object]  # the same for reports and files: encoder, pooling, settings
+
+    def check(self, vocabulary: Vocabulary, length: int) -> None:
+        """Raise ValueError if it cannot read rows of such tokens. Called first."""
+
+    def fit(self, train: PackedTexts) -> None:
+        """Fit the encoder on the train split."""
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return what was fitted."""
+        return {}
+
+    def load(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Load the result of `arrays`."""
+
+    def encode(self, passages: Passages) -> np.ndarray:
+        """Return vectors (N, W), float32. Raises ValueError if a text cannot be encoded."""
+        raise NotImplementedError
