@@ -86,6 +86,10 @@ def _is_folder(value: object) -> bool:
     return plain and not any(letter in value for letter in "/\\")
 
 
+def _is_stage(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(whole(0).accepts, value))
+
+
 NULL = Setting("null", lambda v: v is None)
 FLAG = Setting("true or false", lambda v: type(v) is bool)
 TEXT = Setting("a text", lambda v: isinstance(v, str))
@@ -97,6 +101,7 @@ PATH = Setting("a path or a name", lambda v: isinstance(v, str))
 PRESENT_PATH = Setting("a path or a name", _is_name)
 GROUP = Setting("a group of settings; set one of its keys", lambda v: isinstance(v, dict))
 RATES = list_of(real("(0, 1]"), 1, "[1.0,0.5,0.1]")
+STAGE = Setting("a pair: an optimizer step, and the samples per step from there on", _is_stage)
 
 Share = Annotated[float, real("[0, 1]")]
 BelowOne = Annotated[float, real("[0, 1)")]
@@ -115,7 +120,7 @@ FolderName = Annotated[str, FOLDER]
 FilePath = Annotated[str, PATH]
 PresentPath = Annotated[str, PRESENT_PATH]
 Rates = Annotated[Sequence[float], RATES]
-BatchRamp = Annotated[Sequence[Sequence[int]], list_of(list_of(whole(0), 2, "[1000,256]"), 1, "[[0,64],[1000,256]]")]
+BatchRamp = Annotated[Sequence[Sequence[int]], list_of(STAGE, 1, "[[0,64],[1000,256]]")]
 
 # Marks of settings beside the values they take, read by settings/identity.py: what a fingerprint makes of them. Any
 # setting that a training depends on is part of its fingerprint unless it is marked.

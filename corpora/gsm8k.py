@@ -19,7 +19,6 @@ from palimpsest.data.rows import in_parts, parts_of, text_rows
 from palimpsest.data.sources import Source
 
 PLAN, EXECUTION, ANSWER = "[PLAN]", "[EXECUTION]", "[ANSWER]"
-PLANS = ("operations", "operators")
 
 _FINAL = re.compile(r"####|\[ANSWER\]")
 _NUMBER = re.compile(r"\s*([-+\u2212]?)\s*\$?\s*([-\u2212]?)(\d[\d,]*(?:\.\d+)?|\.\d+)")
@@ -214,14 +213,12 @@ class Planned:
     """Problems of `source`, whose texts have two parts (question, solution), as question | plan | execution, with the
     markers [PLAN], [EXECUTION] and [ANSWER]. The question is the prompt.
 
-    plan: operations or operators (see `plan`). Raises ValueError for another one.
+    plan: operations or operators (see `plan`).
     """
 
     label_names, prompted = None, True
 
     def __init__(self, source: Source, plan: Literal["operations", "operators"] = "operations") -> None:
-        if plan not in PLANS:
-            raise ValueError(f"data.source.plan={plan} is unknown; choose one of: {', '.join(PLANS)}")
         self.source, self.plan = source, plan
 
     @property

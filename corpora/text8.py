@@ -29,10 +29,11 @@ class Text8:
         chunk: Length,
         sizes: Mapping[str, int],
     ) -> None:
-        self.parts, self.folder, self.chunk, self.sizes = parts, folder, chunk, dict(sizes)
+        self.parts = parts
+        self.folder = folder
+        self.chunk = chunk
+        self.sizes = dict(sizes)
         self._drop_last = False
-        if chunk < 1:
-            raise ValueError(f"data.source.chunk={chunk} must be at least 1")
 
     @property
     def splits(self) -> tuple[str, ...]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from palimpsest.data.splits import limit_key
-
 
 def _check_names(known: Iterable[str | None], train: str | None, valid: str | None) -> None:
     """data.train and data.valid (keys of the reference projects) name the data set, or one of those that it joins;
@@ -21,7 +19,7 @@ def check_settings(data: object, names: Iterable[str | None], train: str | None,
     """Refuse contradictory settings of texts before anything is read. names, train, valid: of data sets.
 
     Raises:
-        ValueError: settings that contradict one another, or mean nothing.
+        ValueError: settings that contradict one another.
     """
     _check_names(names, train, valid)
     packing = data.packings["train"]
@@ -29,27 +27,17 @@ def check_settings(data: object, names: Iterable[str | None], train: str | None,
         raise ValueError("data.random_crop=true cuts stretches out of wrapped text, without a begin or an end; "
                          "set data.wrap=true and data.insert_train_special=false")  # fmt: skip
     _check_parts(data)
-    if data.score_special not in (True, False):
-        raise ValueError(f"data.score_special={data.score_special} must be true, false or null")
-    if not 0 <= data.prefix_length < data.length:
-        raise ValueError(f"training.prefix_length={data.prefix_length} must be 0 or more, and leave something of "
-                         f"model.length={data.length} to learn")  # fmt: skip
+    if data.prefix_length >= data.length:
+        raise ValueError(f"training.prefix_length={data.prefix_length} must leave something of model.length="
+                         f"{data.length} to learn")  # fmt: skip
     if data.latents is not None and (data.endless or data.random_crop):
         key = "data.streaming=true without data.max_train_texts" if data.endless else "data.random_crop=true"
         raise ValueError(f"{key} makes rows as it goes, and latents are those of rows that lie still; leave it out, or "
                          "set latents=none")  # fmt: skip
-    least = {
-        "loader.eval_batch_size": (data.eval_batch_size, 1),
-        "trainer.max_steps": (data.max_steps, 1),
-    }
-    limits = {limit_key(split): (n, 1) for split, n in data.limits.items()}
-    for key, (value, lowest) in {**least, **limits}.items():
-        if value is not None and value < lowest:
-            raise ValueError(f"{key}={value} must be at least {lowest}")
 
 
 def check_protocol(protocol: str | None, num_proc: int | None, streaming: bool, random_crop: bool) -> None:
-    """Refuse a data.protocol that does not exist, and settings that do not go together with it.
+    """Refuse settings that do not go together with data.protocol.
 
     Raises:
         ValueError: the setting, its value and what to set instead.
@@ -58,23 +46,15 @@ def check_protocol(protocol: str | None, num_proc: int | None, streaming: bool, 
         if num_proc is not None:
             raise ValueError(f"data.num_proc={num_proc} belongs to data.protocol=reference; add that, or leave it out")
         return
-    if protocol != "reference":
-        raise ValueError(f"data.protocol={protocol} is unknown; choose reference, or null")
-    if num_proc is not None and (isinstance(num_proc, bool) or not isinstance(num_proc, int) or num_proc < 1):
-        raise ValueError(f"data.num_proc={num_proc} must be a whole number of processes, 1 or more")
     for key, value in (("data.streaming", streaming), ("data.random_crop", random_crop)):
         if value:
             raise ValueError(f"data.protocol=reference cuts whole splits into fixed rows; set {key}=false")
 
 
 def _check_parts(data: object) -> None:
-    if data.fill not in (None, "eos"):
-        raise ValueError(f"data.fill={data.fill} is unknown; choose eos, or null")
     if data.fill and (data.wrap or not all(packing.eos for packing in data.packings.values())):
         raise ValueError("data.fill=eos fills the row of each text behind its EOS; set data.wrap=false and "
                          "data.insert_train_eos=data.insert_valid_eos=true, or data.fill=null")  # fmt: skip
-    if not isinstance(data.segments, bool):
-        raise ValueError(f"data.segments={data.segments} must be true or false")
     if data.segments and not data.prompted:
         raise ValueError(f"data.segments=true: the texts of data={data.name} have no parts; set it to false")
     room = data.packings["train"].room

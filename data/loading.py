@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from palimpsest.common.values import AtLeastOne, Natural
+
 log = logging.getLogger(__name__)
 
 MOST_WORKERS = 8
@@ -27,21 +29,12 @@ class Loading:
     (reading rows that are tokenised ahead takes less time than handing them from one process to another).
     prefetch_factor: batches that each worker keeps ready. pin_memory: copy batches to where a GPU fetches them faster.
     persistent_workers: those of a validation are kept for the next one.
-
-    Raises:
-        ValueError: a number is out of range.
     """
 
-    num_workers: int | None = None
-    prefetch_factor: int = 4
+    num_workers: Natural | None = None
+    prefetch_factor: AtLeastOne = 4
     pin_memory: bool = True
     persistent_workers: bool = True
-
-    def __post_init__(self) -> None:
-        for key, lowest in (("num_workers", 0), ("prefetch_factor", 1)):
-            value = getattr(self, key)
-            if value is not None and value < lowest:
-                raise ValueError(f"loader.{key}={value} must be at least {lowest}")
 
     def workers(self, streamed: bool, devices: int) -> int:
         """The number of processes; what null stands for is logged. devices: processes of this training per machine."""

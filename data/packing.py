@@ -32,7 +32,6 @@ from palimpsest.data.tokenizers import Vocabulary, encode, encode_after
 
 _CODE_VERSION = 2  # raise it whenever a change below gives other rows for the same texts and settings
 _TEXTS_AT_ONCE = 1000  # bounds memory; the rows do not depend on it
-_LONG_TEXTS = ("truncate", "windows", "drop", "error")
 _WINDOW = 2**32
 
 
@@ -67,10 +66,6 @@ class Packing:
         shortest = 3 if self.wrap and self.chunk_special else 1
         if self.length < shortest:
             raise ValueError(f"model.length={self.length} is too short; give at least {shortest}")
-        if self.long_texts not in _LONG_TEXTS:
-            raise ValueError(f"data.long_texts={self.long_texts} is none of {', '.join(_LONG_TEXTS)}")
-        if self.room is not None and self.room < 2:
-            raise ValueError(f"data.segment_room={self.room} must be at least 2: a token and an EOS")
 
     @property
     def settings(self) -> dict[str, Any]:

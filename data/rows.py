@@ -200,12 +200,6 @@ def check_split(split: str, splits: Sequence[str]) -> None:
         raise ValueError(f"there is no split {split!r}; there are {', '.join(splits)}")
 
 
-def check_share(key: str, share: float) -> None:
-    """Raises ValueError for a share of the rows that leaves none on one side."""
-    if not 0 < share < 1:
-        raise ValueError(f"{key}={share} must lie between 0 and 1")
-
-
 def check_parts(parts: Sequence[str] | None, text_columns: Sequence[str]) -> None:
     """Raises ValueError for templates that are missing, or ask for other columns than those of the text."""
     columns = ", ".join(text_columns)

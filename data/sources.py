@@ -28,7 +28,7 @@ from typing import Annotated, Protocol
 import datasets
 import pyarrow as pa
 
-from palimpsest.common.values import NAME, TEXT, BelowOne, Name, PresentPath, list_of
+from palimpsest.common.values import NAME, TEXT, InsideOne, Name, PresentPath, list_of
 from palimpsest.data.detokenizers import PUBLISHED, VERSION, detokenizer
 from palimpsest.data.files import Columns, kind_of, matching_files, read_files
 from palimpsest.data.hub import both_ways, local_folder, quick_when_offline
@@ -36,7 +36,6 @@ from palimpsest.data.rows import (
     as_labels,
     carve,
     check_parts,
-    check_share,
     check_split,
     from_table,
     in_parts,
@@ -99,7 +98,7 @@ class HubOrFolder:
         label_names: Annotated[Sequence[str], list_of(NAME, 1, "[negative,positive]")] | None = None,
         drop_blank: bool = False,
         detokenizer: Name | None = None,
-        validation_share: BelowOne | None = None,
+        validation_share: InsideOne | None = None,
         shuffle: bool = False,
         seed: int = 0,
         unlabelled: Annotated[Sequence[str], list_of(NAME, 0, "[unsupervised]")] = (),
@@ -120,8 +119,6 @@ class HubOrFolder:
         check_parts(self.parts, self.text_columns)
         if detokenizer is not None:
             _check_detokenizer(detokenizer, self.text_columns, self.parts)
-        if validation_share is not None:
-            check_share("data.source.validation_share", validation_share)
 
     @property
     def splits(self) -> tuple[str, ...]:

@@ -37,11 +37,6 @@ def batch_arithmetic(
     plan = BatchPlan.of(global_batch_size, ramp)
     world = devices * num_nodes
     names = f"trainer.devices={devices} x trainer.num_nodes={num_nodes}"
-    given = {"loader.batch_size": batch_size, "trainer.devices": devices, "trainer.num_nodes": num_nodes,
-             "trainer.accumulate_grad_batches": accumulate}  # fmt: skip
-    for key, value in given.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{key}={value} must be at least 1")
     if global_batch_size % world:
         raise ValueError(
             f"loader.global_batch_size={global_batch_size} is not a multiple of the {world} devices "
@@ -117,20 +112,11 @@ class BatchPlan:
         """From loader.global_batch_size and loader.batch_ramp, [[step, samples], ...], the last of which is global.
 
         Raises:
-            ValueError: a size below 1, or stages that are no ramp from step 0 up to the global batch.
+            ValueError: the stages are no ramp from step 0 up to the global batch.
         """
-        if global_batch_size < 1:
-            raise ValueError(f"loader.global_batch_size={global_batch_size} must be at least 1")
         if ramp is None:
             return cls((Stage(0, global_batch_size, 0),))
-        lists = [ramp, *ramp] if isinstance(ramp, list | tuple) else [ramp]
-        pairs = ramp if all(isinstance(part, list | tuple) for part in lists) else []
-        if not pairs or not all(len(pair) == 2 and all(type(n) is int for n in pair) for pair in pairs):
-            raise ValueError(
-                f"loader.batch_ramp={ramp} must be pairs of an optimizer step and the samples per step from there on, "
-                f"such as [[0,{max(1, global_batch_size // 4)}],[1000,{global_batch_size}]]"
-            )
-        steps, sizes = zip(*pairs, strict=True)
+        steps, sizes = zip(*ramp, strict=True)
         if steps[0] != 0 or list(steps) != sorted(set(steps)) or min(sizes) < 1:
             raise ValueError(
                 f"loader.batch_ramp={ramp}: the first step must be 0, each later one larger than that before it, and a "
@@ -149,7 +135,7 @@ class BatchPlan:
                 f"{global_batch_size}; make them equal"
             )
         stages = [Stage(0, sizes[0], 0)]
-        for step, size in pairs[1:]:
+        for step, size in ramp[1:]:
             before = stages[-1]
             stages.append(Stage(step, size, before.position + (step - before.step) * before.size))
         return cls(tuple(stages))

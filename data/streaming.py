@@ -24,7 +24,7 @@ positions share a lane both read it; they share none where their micro-batches a
 import hashlib
 import itertools
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
@@ -49,19 +49,11 @@ class Order:
     that are shuffled together; with 1 neither they nor rows are. sample_texts: the first texts of the train split, kept
     for what needs a split that lies still: tokenizers built here, the unigram baseline, training.start_from_counts,
     the lengths of samples.
-
-    Raises:
-        ValueError: a number is below 1.
     """
 
     lanes: AtLeastOne = 16
     shuffle_buffer: AtLeastOne = 1000
     sample_texts: AtLeastOne = 10000
-
-    def __post_init__(self) -> None:
-        for key, value in asdict(self).items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"streaming.{key}={value} must be a whole number, at least 1")
 
     def lanes_of(self, global_batch_size: int) -> int:
         """K."""

@@ -311,8 +311,6 @@ def _set_mask(tokenizer: PreTrainedTokenizerBase, token: str, name: str) -> None
     """Make `token` the mask. Raises ValueError where it is not in the vocabulary, has another role, or is a word of
     texts: a mask in clean text would be a lie to every loss."""
     setting, known = f"data.mask_token={token}", tokenizer.get_vocab()
-    if not isinstance(token, str):
-        raise ValueError(f"{setting} must be a token of {_KEY}={name}, or null")
     if tokenizer.mask_token not in (None, token):
         raise ValueError(f"{setting}: the mask of {_KEY}={name} is {tokenizer.mask_token}; leave data.mask_token null")
     if token not in known:

@@ -18,7 +18,6 @@ from palimpsest.data.files import KINDS, NUMBER, Columns, class_names, kind_of, 
 from palimpsest.data.rows import (
     as_labels,
     carve,
-    check_share,
     check_split,
     in_parts,
     not_empty,
@@ -67,7 +66,8 @@ class UserFiles:
         shares = {"validation": validation_share, "test": test_share}
         self.shares = {split: share for split, share in shares.items() if not self.paths[split]}
         for split, share in self.shares.items():
-            check_share(f"data.{split}_share", share)
+            if not share:
+                raise ValueError(f"data.{split}_share=0 holds out no text; raise it, or set data.{split}_path")
         if sum(self.shares.values()) >= 1:
             raise ValueError(
                 f"data.validation_share + data.test_share = {sum(self.shares.values())}: no train split is left"

@@ -35,17 +35,11 @@ class Attributes:
         noise: BelowOne = 0.05,
         seed: Seed = 0,
     ) -> None:
-        if isinstance(attributes, str):
-            raise ValueError(f"latents.attributes={attributes} must be a list: latents.attributes=[{attributes}]")
         self.names = tuple(ATTRIBUTES if attributes is None else attributes)
         unknown = [name for name in self.names if name not in ATTRIBUTES]
-        if unknown or not self.names or len(set(self.names)) < len(self.names):
+        if unknown or len(set(self.names)) < len(self.names):
             raise ValueError(f"latents.attributes=[{', '.join(self.names)}] must be some of {', '.join(ATTRIBUTES)}, "
                              "each once")  # fmt: skip
-        if isinstance(noise, bool) or not 0 <= noise < 1:
-            raise ValueError(f"latents.noise={noise} must lie in [0, 1); more would drown the attributes")
-        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-            raise ValueError(f"latents.seed={seed} must be a whole number, at least 0")
         self.noise, self.seed = float(noise), seed
         self.sizes = tuple(len(ATTRIBUTES[name]) for name in self.names)
         self.width = sum(self.sizes)

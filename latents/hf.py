@@ -60,18 +60,12 @@ class Pretrained:
         tokens: AtLeastOne = 1,
         batch_size: Annotated[AtLeastOne, FREE] = 32,
     ) -> None:
-        if not name_or_path or not isinstance(name_or_path, str):
+        if not name_or_path:
             raise ValueError(f"latents=hf needs {KEY}=: a folder of transformers or sentence-transformers, an "
                              "installed package that has one, or a name on the Hub")  # fmt: skip
-        choices_of = {"pooling": (None, *POOLINGS), "long_texts": ("error", "cut"), "normalize": (None, True, False)}
-        for key, value in (("pooling", pooling), ("long_texts", long_texts), ("normalize", normalize)):
-            choices = choices_of[key]
-            if value not in choices:
-                raise ValueError(f"latents.{key}={value} is none of {', '.join(map(str, choices))}")
-        for key, value in (("window", window), ("batch_size", batch_size)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"latents.{key}={value} must be a whole number, at least 1")
-        self.name, self.long_texts, self.batch_size = name_or_path, long_texts, batch_size
+        self.name = name_or_path
+        self.long_texts = long_texts
+        self.batch_size = batch_size
         self.dim, self.tokens = dim, tokens
         self._typed = {"pooling": pooling, "normalize": normalize, "window": window, "prompt": prompt}
         self.cut = 0

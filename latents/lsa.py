@@ -31,10 +31,10 @@ class LSA:
     fits, informed = True, False
 
     def __init__(self, dim: AtLeastOne = 64, tokens: AtLeastOne = 1, fit_rows: AtLeastOne = 100_000) -> None:
-        for key, value in (("dim", dim), ("fit_rows", fit_rows)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"latents.{key}={value} must be a whole number, at least 1")
-        self.width, self.dim, self.tokens, self.fit_rows = dim, None, tokens, fit_rows
+        self.width = dim
+        self.dim = None
+        self.tokens = tokens
+        self.fit_rows = fit_rows
         self._idf_V: np.ndarray | None = None
         self._axes_VD: np.ndarray | None = None
 

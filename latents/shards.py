@@ -84,9 +84,9 @@ class Shards:
     def __init__(self, path: FilePath | None, dim: AtLeastOne | None = None, max_overlap: Share = 0.01) -> None:
         if not path:
             raise ValueError(f"latents=file needs {KEY}=: a folder that scripts/prepare_latents.py has written")
-        if isinstance(max_overlap, bool) or not 0 <= max_overlap <= 1:
-            raise ValueError(f"latents.max_overlap={max_overlap} must lie in [0, 1]")
-        self.path, self.dim, self.max_overlap = Path(path).expanduser(), dim, max_overlap
+        self.path = Path(path).expanduser()
+        self.dim = dim
+        self.max_overlap = max_overlap
         if not (self.path / METADATA).is_file():
             raise FileNotFoundError(f"{KEY}={path}: there is no {METADATA} in it; scripts/prepare_latents.py writes it "
                                     "last, so let that finish")  # fmt: skip

@@ -162,9 +162,6 @@ def fit_space(train: Store, dim: int | None, tokens: int, origin: str) -> Space:
     Raises:
         ValueError: the numbers do not suffice, do not divide into the parts, or some of the components do not vary.
     """
-    for key, value in (("dim", dim), ("tokens", tokens)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"latents.{key}={value} must be a whole number, at least 1")
     if dim and dim > min(train.width, len(train) - 1):
         raise ValueError(
             f"latents.dim={dim} is more than {len(train)} vectors of {train.width} numbers give ({origin}); lower it"

@@ -39,6 +39,7 @@ from palimpsest.latents.gate import LEAST_PROBED, LEAST_RETRIEVED, probe, retrie
 from palimpsest.latents.preparing import Plan, Preparation
 from palimpsest.latents.shards import SPLITS, Shards
 from palimpsest.settings.command_line import clear_errors, compose_config
+from palimpsest.settings.reading import Readers
 
 log = logging.getLogger(__name__)
 
@@ -47,9 +48,11 @@ def texts_of(overrides: list[str]) -> TextData:
     """The data that these arguments of main.py name, with their encoder.
 
     Raises:
-        ValueError: there is none, or rows are not parts of single texts.
+        ValueError: there is none, or a setting is invalid.
     """
-    data = Experiment(compose_config(overrides), "scripts/prepare_latents.py").build.data()
+    composed = compose_config(overrides)
+    Readers(composed).refuse_wrong()
+    data = Experiment(composed, "scripts/prepare_latents.py").build.data()
     if data.latents is None:
         raise ValueError("--encoder is missing: give lsa, hf, self or synthetic")
     return data

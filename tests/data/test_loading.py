@@ -97,12 +97,6 @@ def test_workers_settings_are_given_only_to_workers(monkeypatch):
     assert not Loading().arguments(0, again=True)["pin_memory"]
     for workers in (0, 1):
         list(TimedLoader(TensorDataset(torch.arange(3)), **Loading(pin_memory=False).arguments(workers, again=False)))
-    for settings, said in (
-        ({"num_workers": -1}, "loader.num_workers=-1"),
-        ({"prefetch_factor": 0}, "prefetch_factor=0"),
-    ):
-        with pytest.raises(ValueError, match=said):
-            Loading(**settings)
 
 
 class Slow(TensorDataset):

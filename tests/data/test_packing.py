@@ -174,8 +174,6 @@ def test_settings_and_tokens_that_do_not_go_together(tokenizer, tmp_path):
         Packing(2, True, chunk_special=True)
     with pytest.raises(ValueError, match=r"model\.length=0"):
         Packing(0, False)
-    with pytest.raises(ValueError, match=r"data\.long_texts=cut is none of truncate, windows, drop, error"):
-        Packing(4, False, long_texts="cut")
     poor = Vocabulary(261, 4, 0, None, None, "x")
     with pytest.raises(ValueError, match=r"no end \(EOS or SEP\) token.*insert_\*_eos=false"):
         pack(rows_of(["a"]), tokenizer, poor, Packing(4, True), tmp_path)

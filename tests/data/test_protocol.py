@@ -141,9 +141,7 @@ def test_ours_and_theirs_differ(bert, folder):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"protocol": "mdlm"}, "data.protocol=mdlm.*reference"),
         ({"num_proc": 4}, "data.num_proc=4.*data.protocol=reference"),
-        ({"protocol": "reference", "num_proc": 0}, "data.num_proc=0"),
         ({"protocol": "reference", "streaming": True}, "data.streaming=false"),
         ({"protocol": "reference", "random_crop": True}, "data.random_crop=false"),
     ],

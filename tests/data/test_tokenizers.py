@@ -293,7 +293,6 @@ def test_a_token_is_the_mask_that_its_tokenizer_does_not_declare(special, tmp_pa
         ("<eos>", "already the eos_token"),
         ("the", "a word that texts may hold"),
         ("", "not in the vocabulary"),
-        (3, "must be a token"),
     ],
 )
 def test_a_mask_token_that_cannot_be_one_is_refused(token, said, tmp_path):

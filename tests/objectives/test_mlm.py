@@ -284,7 +284,7 @@ def test_the_figure_labels_its_lines():
     ("data.score_special=true contradicts algo=mlm", ["algo=mlm", "data.score_special=true"]),
     ("data.fill=eos lets a model write", ["algo=mlm", "data.fill=eos"]),
     ("T=7", ["algo=mlm", "T=7"]), ("training.prefix_length=-1", ["training.prefix_length=-1"]),
-    ("training.prefix_length=72 must be 0 or more, and leave", ["training.prefix_length=72"]),
+    ("training.prefix_length=72 must leave something of model.length=72", ["training.prefix_length=72"]),
     ("training.prefix_length=few must be a whole", ["training.prefix_length=few"]),
     ("means nothing to parameterization=ar", ["algo=ar", "training.masking=rates"]),
     ("resample=true means nothing .* masking=bernoulli", ["algo=mlm", "training.resample=true"]),

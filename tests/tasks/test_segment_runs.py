@@ -86,8 +86,6 @@ def test_rooms_that_do_not_hold_their_part_or_all_parts(words, tmp_path):
         rows_of(words, tmp_path, length=needed - 1, long_texts="error")
     with pytest.raises(ValueError, match="or have parts longer than data.segment_room=2; raise either"):
         rows_of(words, tmp_path, room=2)
-    with pytest.raises(ValueError, match="data.segment_room=1 must be at least 2"):
-        rows_of(words, tmp_path, room=1)
     with pytest.raises(ValueError, match="have 3 parts, and where one ends .*data.segment_room"):
         segment_ends(np.array([4]), 2, None)
     assert segment_ends(np.array([4, 7]), 1, None).tolist() == [[4], [7]]
