@@ -13,7 +13,7 @@ from torch import Tensor
 
 from palimpsest.common.randomness import KeyedNoise
 from palimpsest.estimators.base import Measured, refuse_causal
-from palimpsest.objectives.base import Batch, Model, context, counted_mask, scored_mask
+from palimpsest.objectives.base import Batch, Model, Objective, context, counted_mask, scored_mask
 
 
 class AnyOrder:
@@ -28,6 +28,10 @@ class AnyOrder:
 
     in_parts = False
     kind = "importance-weighted any-order bound"
+
+    def check(self, objective: Objective) -> None:
+        refuse_causal(objective.process, objective.binds_to, "importance_weighted")
+        _refuse_dependent(objective.independent_unmasking)
 
     def label(self, model: Model, num_draws: int) -> str:
         return f"importance-weighted any-order bound, {num_draws} orders"
@@ -46,13 +50,8 @@ class AnyOrder:
         Raises:
             ValueError: the model is causal, or its network decides when a mask goes.
         """
-        refuse_causal(model, "importance_weighted")
-        if not model.independent_unmasking:
-            raise ValueError(
-                "eval.estimator=importance_weighted averages over orders that do not depend on the network, and with "
-                "parameterization=sedd or d3pm the network also decides when a mask goes: its NELBO is no mean over "
-                "orders; use eval.estimator=auto"
-            )
+        refuse_causal(model.process, type(model), "importance_weighted")
+        _refuse_dependent(model.independent_unmasking)
         orders = [self._one_order(model, batch, KeyedNoise(seed, batch["sample_id"], draw=k)) for k in range(num_draws)]
         tokens_B, scored_B = counted_mask(batch).sum(-1), scored_mask(batch).sum(-1)
         nll_B1 = math.log(num_draws) - torch.stack(orders, dim=1).logsumexp(1, keepdim=True)
@@ -75,3 +74,12 @@ class AnyOrder:
             log_p_RV = model.denoise(x_RL, t_R, now_RL, **cond)
             log_p_B[rows_R] += log_p_RV.gather(1, x0_RL[now_RL][:, None]).squeeze(1).double()
         return log_p_B
+
+
+def _refuse_dependent(independent_unmasking: bool) -> None:
+    if not independent_unmasking:
+        raise ValueError(
+            "eval.estimator=importance_weighted averages over orders that do not depend on the network, and with "
+            "parameterization=sedd or d3pm the network also decides when a mask goes: its NELBO is no mean over "
+            "orders; use eval.estimator=auto"
+        )

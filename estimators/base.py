@@ -11,8 +11,8 @@ from typing import Protocol
 from torch import Tensor
 
 from palimpsest.denoisers import BlockDenoiser, CausalDenoiser
-from palimpsest.objectives.base import Batch, BoundTo
-from palimpsest.process import Absorbing
+from palimpsest.objectives.base import Batch, BoundTo, Objective
+from palimpsest.process import Absorbing, Process
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,9 @@ class Estimator(Protocol):
     kind: str
     in_parts: bool
 
+    def check(self, objective: Objective) -> None:
+        """Raise ValueError if the objective cannot be measured so."""
+
     def label(self, model: BoundTo, num_draws: int) -> str:
         """For the protocol of a result."""
 
@@ -54,16 +57,16 @@ class Estimator(Protocol):
         """`num_draws` network evaluations of each row, from number `start` of the `of` (None: just these) on."""
 
 
-def refuse_causal(model: BoundTo, name: str) -> None:
-    """Raises ValueError for models that can not fill in anywhere."""
-    if not isinstance(model.process, Absorbing):
+def refuse_causal(process: Process, kind: type, name: str) -> None:
+    """Raise ValueError for models of the class `kind` on `process` that cannot fill in anywhere."""
+    if not isinstance(process, Absorbing):
         raise ValueError(f"eval.estimator={name} fills masks, and here any token may be noise; use eval.estimator=auto")
-    if isinstance(model, CausalDenoiser):
+    if issubclass(kind, CausalDenoiser):
         raise ValueError(
             f"eval.estimator={name} fills masks in many orders, and parameterization=ar knows one, with an exact "
             "likelihood; use eval.estimator=auto"
         )
-    if isinstance(model, BlockDenoiser):
+    if issubclass(kind, BlockDenoiser):
         raise ValueError(
             f"eval.estimator={name} fills masks anywhere in a text, and parameterization=bd3lm block after block; use "
             "eval.estimator=auto"

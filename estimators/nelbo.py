@@ -24,6 +24,9 @@ class Nelbo:
     def __init__(self, noising: Noising | None = None) -> None:
         self.noising = noising
 
+    def check(self, objective: Objective) -> None:
+        objective.bound(self.noising)
+
     def label(self, model: BoundTo, num_draws: int) -> str:
         objective = model.objective.bound(self.noising)
         return "exact" if objective.exact else f"NELBO, {objective.noising.label}"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from palimpsest.common.values import AtLeastOne
 from palimpsest.estimators.base import Measured, refuse_causal
-from palimpsest.objectives.base import Batch, Model, context, counted_mask, scored_mask, spread
+from palimpsest.objectives.base import Batch, Model, Objective, context, counted_mask, scored_mask, spread
 from palimpsest.samplers.base import row_chunks
 from palimpsest.samplers.ordered import next_positions, preference, time_of
 
@@ -35,6 +35,9 @@ class Ordered:
     ) -> None:
         self.order, self.tokens_per_step = order, tokens_per_step
 
+    def check(self, objective: Objective) -> None:
+        refuse_causal(objective.process, objective.binds_to, "duel")
+
     def label(self, model: Model, num_draws: int) -> str:
         return f"DUEL, order by {self.order}, {self.tokens_per_step} a step"
 
@@ -48,7 +51,7 @@ class Ordered:
         self, model: Model, batch: Batch, seed: int, num_draws: int, start: int = 0, of: int | None = None
     ) -> Measured:
         """Exact: neither noise nor the number of draws plays a part."""
-        refuse_causal(model, "duel")
+        refuse_causal(model.process, type(model), "duel")
         x0_BL, scored_BL = batch["input_ids"], scored_mask(batch)
         x_BL = model.process.mask(x0_BL, scored_BL)
         tokens_B, nll_BL = (

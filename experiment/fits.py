@@ -7,12 +7,14 @@ from collections.abc import Callable, Sequence
 
 from omegaconf import DictConfig
 
-from palimpsest.denoisers import BlockDenoiser, mismatch
+from palimpsest.denoisers import BlockDenoiser, ClassGuided, mismatch
 from palimpsest.estimators.base import Estimator
 from palimpsest.estimators.nelbo import Nelbo, comparison_noising
 from palimpsest.experiment.directions import check_direction
 from palimpsest.objectives.base import Objective
 from palimpsest.process import Process, Resampling
+from palimpsest.samplers.first_hitting import UNFIT
+from palimpsest.samplers.semi_autoregressive import UNFULL
 from palimpsest.samplers.unmasking import not_by_confidence
 from palimpsest.settings.command_line import key_of
 from palimpsest.settings.instantiation import located
@@ -32,8 +34,11 @@ def check_parts(
     mode = located(cfg.mode._target_).mode
     _check_process(objective, process)
     _check_sampler(cfg, objective, process, sampler)
+    _check_guidance(cfg, objective, sampler, mode)
     _check_measuring(objective, estimator, mode.compares)
     _check_network(cfg, objective, network)
+    if mode.trains:
+        objective.check_network(network)
     _check_blocks(cfg, objective)
     if cfg.latents and not objective.reads_latents:
         raise ValueError(
@@ -123,6 +128,8 @@ def _check_sampler(cfg: DictConfig, objective: Objective, process: Process, samp
         )
     if not issubclass(objective.binds_to, sample.denoiser):
         raise ValueError(mismatch(sample.__module__, objective.binds_to, sample.denoiser))
+    if sample.independent and not objective.independent_unmasking:
+        raise ValueError(UNFIT)
     length = cfg.sampling.max_length
     if length is not None and not 1 <= length <= cfg.model.length:
         raise ValueError(f"sampling.max_length={length} must lie in 1..{cfg.model.length} (model.length)")
@@ -131,14 +138,36 @@ def _check_sampler(cfg: DictConfig, objective: Objective, process: Process, samp
             f"sampling.max_length={length} contradicts sampling.predictor=semi_ar, whose texts have model.length + "
             "sampling.stride_length x sampling.num_strides tokens; leave it out"
         )
+    full_rows = cfg.data.wrap or cfg.data.get("fill") or cfg.sampling.template is not None
+    if sample.lengthens and _writes(cfg) and not full_rows:
+        raise ValueError(UNFULL)
+
+
+def _writes(cfg: DictConfig) -> bool:
+    """Return True if the command samples texts."""
+    mode = located(cfg.mode._target_).mode
+    shows = mode.trains and cfg.sampling.num_sample_log > 0 and (mode.compares or cfg.eval.generate_samples)
+    return mode.writes or shows
+
+
+def _check_guidance(cfg: DictConfig, objective: Objective, sample: Callable, mode: Mode) -> None:
+    """Refuse guidance for a sampler that needs more of a model than a guided one has."""
+    to_class = cfg.classify["class"]
+    if to_class is None or not mode.writes or issubclass(ClassGuided, sample.denoiser):
+        return
+    order = "from left to right" if objective.causal else "block after block"
+    anywhere = "" if objective.causal else ", or block_size=model.length sampling.predictor=ddpm_cache"
+    raise ValueError(
+        f"classify.class={to_class} guides models that write anywhere in a text, and parameterization={objective.name} "
+        f"writes {order}; leave it out, and use data.label= for the model of one class{anywhere}"
+    )
 
 
 def _check_measuring(objective: Objective, estimator: Estimator, compares: bool) -> None:
     """Refuse an objective that eval.estimator cannot measure. compares: classes are compared."""
-    if isinstance(estimator, Nelbo):
-        objective.bound(estimator.noising)
-        if compares:
-            objective.bound(comparison_noising(estimator, objective))
+    estimator.check(objective)
+    if compares and isinstance(estimator, Nelbo):
+        objective.bound(comparison_noising(estimator, objective))
 
 
 def _check_network(cfg: DictConfig, objective: Objective, network: type) -> None:

@@ -72,7 +72,7 @@ def refuse_unsupported(checkpoint: Checkpoint) -> None:
     if checkpoint.unsupported:
         raise ValueError(
             f"{checkpoint.path} cannot be used: {checkpoint.unsupported}; choose a checkpoint of mdlm, bd3lms or duo "
-            "with the objective subs (mdlm), bd3lm, sedd, d3pm or ar"
+            "with the objective subs (mdlm), bd3lm, sedd, d3pm, udlm (duo) or ar"
         )
 
 

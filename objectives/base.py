@@ -113,6 +113,9 @@ class Objective(ABC):
         noising: how t and masks are drawn; None for the choice with the least variance.
         """
 
+    def check_network(self, network: type[Backbone]) -> None:  # noqa: B027 - most take any
+        """Raise ValueError if a network of this class cannot be trained on the objective."""
+
     def model(self, backbone: Backbone) -> BoundTo:
         """Bind the objective to a network, for samplers and estimators."""
         return self.binds_to(self, backbone)

@@ -37,6 +37,7 @@ class D3PM(TokenDiffusion):
     """
 
     encodes = 2
+    clean_text_costs_nothing = False  # L_0
 
     def __init__(
         self,

@@ -53,6 +53,10 @@ class Duo(UDLM):
         start, end = self.tau_log10
         return 10 ** (start + (end - start) * step / self.curriculum_end)
 
+    def check_network(self, network: type[Backbone]) -> None:
+        if self.curriculum_end and not network.reads_mixtures:
+            raise ValueError(_no_mixtures(network))
+
     def network_input(
         self, backbone: Backbone, batch: Batch, look: Noised, noise: KeyedNoise
     ) -> tuple[Backbone, Tensor]:
@@ -60,10 +64,7 @@ class Duo(UDLM):
         if step >= self.curriculum_end:
             return backbone, look.xt_BL
         if not backbone.reads_mixtures:
-            raise ValueError(
-                f"algo=duo needs a network that reads mixtures of tokens, and {type(backbone).__name__} does not; use "
-                "backbone=dit, or algo.curriculum_end=0"
-            )
+            raise ValueError(_no_mixtures(type(backbone)))
         x0_BL, scored_BL = batch["input_ids"], scored_mask(batch)
         signal_B = self._signal(self.schedule(look.t_B).alpha)
         weight_BLV = gaussian_draw(x0_BL, signal_B, self.process.vocab_size, noise.part(1))
@@ -79,6 +80,13 @@ class Duo(UDLM):
         share_B = ((alpha_B.cpu() - low_B) / (high_B - low_B)).clamp(0, 1)
         signal_B = self._signal_S[place_B - 1] + share_B * (self._signal_S[place_B] - self._signal_S[place_B - 1])
         return signal_B.to(alpha_B.device)
+
+
+def _no_mixtures(network: type) -> str:
+    return (
+        f"algo=duo needs a network that reads mixtures of tokens, and {network.__name__} does not; use "
+        "backbone=dit, or algo.curriculum_end=0"
+    )
 
 
 def gaussian_draw(x0_BL: Tensor, signal_B: Tensor, vocab_size: int, noise: KeyedNoise) -> Tensor:

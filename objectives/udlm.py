@@ -42,6 +42,7 @@ class LeaveOneOut(TokenDiffusion):
     """
 
     clean_text_costs_nothing = False
+    needs_time = True
 
     def __init__(self, schedule: NoiseSchedule, process: Resampling, noising: Noising | None = None) -> None:
         if isinstance(noising, Bernoulli) and noising.resample:

@@ -91,8 +91,11 @@ def run(step: Step, denoiser: Denoiser, trace: Trace, cond: dict[str, Tensor]) -
     return trace
 
 
-def sampler(*processes: type[Process], lengthens: bool = False) -> Callable[[Callable], Callable]:
+def sampler(
+    *processes: type[Process], lengthens: bool = False, independent: bool = False
+) -> Callable[[Callable], Callable]:
     """Declare the forward processes that a sampler inverts, and whether its texts are longer than what it is given.
+    independent: it needs a model whose schedule alone decides when a token is unmasked.
 
     The type of the sampler's first argument is the denoiser that it needs. It is checked when the sampler is called.
     """
@@ -110,12 +113,13 @@ def sampler(*processes: type[Process], lengthens: bool = False) -> Callable[[Cal
         checked.processes = processes
         checked.denoiser = needed
         checked.lengthens = lengthens
+        checked.independent = independent
         return checked
 
     return declared
 
 
-def sampler_of(step: type[Step], *processes: type[Process]) -> Callable[..., Trace]:
+def sampler_of(step: type[Step], *processes: type[Process], independent: bool = False) -> Callable[..., Trace]:
     """Return the sampler that runs a step class.
 
     The keyword arguments of the class's constructor, which also takes the model, the trace and the noise, are the
@@ -137,7 +141,7 @@ def sampler_of(step: type[Step], *processes: type[Process]) -> Callable[..., Tra
     sample.__signature__ = plain.replace(parameters=[model, *others[:2], *settings, *others[2:]])
     sample.__module__ = step.__module__
     sample.__doc__ = step.__doc__
-    return sampler(*processes)(sample)
+    return sampler(*processes, independent=independent)(sample)
 
 
 @dataclass(frozen=True)

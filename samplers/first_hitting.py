@@ -18,6 +18,11 @@ from palimpsest.process import Absorbing
 from palimpsest.samplers.base import Asked, Step, TokenChoice, sampler_of
 from palimpsest.samplers.trace import Trace
 
+UNFIT = (
+    "sampling.predictor=first_hitting draws all unmasking times before the network runs, which is right where the "
+    "schedule alone decides them (subs, mlm, mmldlm and the blocks of bd3lm); use sampling.predictor=analytic"
+)
+
 
 class FirstHitting(Step):
     """Unmask the positions of each row one at a time, at times that are drawn in advance.
@@ -35,10 +40,7 @@ class FirstHitting(Step):
         choice: TokenChoice = TokenChoice(),  # noqa: B008
     ) -> None:
         if not model.independent_unmasking:
-            raise ValueError(
-                "sampling.predictor=first_hitting draws all unmasking times before the network runs, which is right "
-                "for parameterization=subs only; use sampling.predictor=analytic"
-            )
+            raise ValueError(UNFIT)
         open_BL = trace.open_BL
         start = model.schedule(torch.ones((), dtype=torch.float64, device=open_BL.device)).move_chance
         self.level_BL = (noise.uniform(open_BL.shape[1]) * start).masked_fill(~open_BL, -1.0)
@@ -61,4 +63,4 @@ class FirstHitting(Step):
         return self.choice.draw(log_p_NV, self.u_BL[rows_R][at_RL]), None
 
 
-sample = sampler_of(FirstHitting, Absorbing)
+sample = sampler_of(FirstHitting, Absorbing, independent=True)

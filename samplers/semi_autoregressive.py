@@ -21,6 +21,10 @@ from palimpsest.samplers.base import sampler
 from palimpsest.samplers.trace import Trace, Watcher
 
 _MOST_TOKENS = 2**20  # of a text, behind the first window
+UNFULL = (
+    "sampling.predictor=semi_ar (also typed as sampling.semi_ar=true) goes on behind full rows, and rows of "
+    "data.wrap=false are padded; use wrapped data (data.wrap=true)"
+)
 
 
 @sampler(Absorbing, lengthens=True)
@@ -50,7 +54,7 @@ def sample(
             f"{_MOST_TOKENS:,} tokens; lower one of them"
         )
     if "attention_mask" in cond and not bool(cond["attention_mask"].all()):
-        raise ValueError("sampling.semi_ar=true goes on behind full rows; use wrapped data (data.wrap=true)")
+        raise ValueError(UNFULL)
     blank_BW = torch.full((len(x_BL), stride_length * num_strides), model.process.mask_id, device=x_BL.device)
     trace = Trace(torch.cat([x_BL, blank_BW], dim=1), model.process, watch)
     for start in range(0, stride_length * num_strides + 1, stride_length):

@@ -24,6 +24,13 @@ from tests.helpers.networks import close, reference_dit
 VOCAB, MASK = 5, 4
 
 
+@pytest.mark.parametrize("law", [Subs, SEDD, D3PM])
+def test_a_clean_text_costs_nothing_where_it_is_said(random_dit, law):
+    net, x_BL = random_dit(5).float(), torch.randint(4, (2, 6))
+    loss = law(LogLinear(), Absorbing(4)).loss_at(net, {"input_ids": x_BL}, x_BL, torch.tensor([0.3, 0.7]).double())
+    assert bool(loss.nll_BL.any()) != law.clean_text_costs_nothing
+
+
 class Scripted(torch.nn.Module):
     """A backbone that answers the logits it was given, whatever it sees; the vocabulary is its hidden width."""
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import os
 import re
+from types import SimpleNamespace
 
 import pytest
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
+from palimpsest.models.belonging import refuse_unsupported
+from palimpsest.models.reference_settings import OBJECTIVES
 from palimpsest.settings.command_line import compose_config, explain, translate
-from palimpsest.settings.declared import takes_texts
+from palimpsest.settings.declared import CONFIGS, takes_texts
 from palimpsest.settings.reading import Readers
 
 NAMES = ("李明.txt", "заметки.txt", "o'brien.txt", "notes (1).txt", "a,b.txt", "#1 ~ {best} [of] 50%.txt", "v=2/tok", "1e3",
@@ -197,6 +200,18 @@ def test_an_unknown_key_is_named_whole(line, said):
     with pytest.raises(HydraException) as caught:
         compose_config(line.split())
     assert said in explain(caught.value, line.split())
+
+
+def test_lists_of_objectives_are_whole():
+    text = (CONFIGS / "config.yaml").read_text(encoding="utf-8")
+    objectives = {path.stem for path in (CONFIGS / "parameterization").glob("*.yaml")} - {"subs"} | {"mdlm", "duo_base"}
+    comment = re.search(r"- parameterization:.*?\n  - ", text, re.DOTALL)[0]
+    assert objectives <= set(re.findall(r"\w+", comment))
+    assert objectives == set(re.search(r"algo=(\S+\|\S+)\.", text)[1].split("|"))
+    file = SimpleNamespace(path="x.ckpt", unsupported="distillation")
+    with pytest.raises(ValueError, match="choose a checkpoint") as caught:
+        refuse_unsupported(file)
+    assert set(OBJECTIVES.values()) <= set(re.findall(r"\w+", str(caught.value)))
 
 
 def test_one_study_at_a_time():

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 
 import pytest
 from hydra.errors import HydraException
@@ -28,7 +29,7 @@ BESIDE = {"process=hybrid": ["parameterization=gidd"], "sampler=uniform": ["para
     "sampler=ar": ["algo=ar"], "sampler=block": ["algo=bd3lm"], "sampler=block_unmask": ["algo=bd3lm"],
     "latents=hf": ["latents.name_or_path=some-encoder"], "latents=self": ["latents.checkpoint_path=x.ckpt"],
     "latents=file": ["latents.path=shards"], "callbacks=gradient_shares": ["algo=mmldlm", "latents=lsa"],
-    "masking=rates": ["algo=mlm"],
+    "masking=rates": ["algo=mlm"], "sampler=semi_ar": ["data.wrap=true"],
 }  # fmt: skip
 
 
@@ -322,6 +323,42 @@ def test_published_settings_without_an_effect_are_accepted(line, capsys):
 ])  # fmt: skip
 def test_settings_that_would_mean_something_else_are_refused(line, said):
     assert said in refusal(compose_config(line.split()), *translate(line.split()))
+
+
+@pytest.mark.parametrize(("line", "said"), [
+    ("algo=udlm eval.estimator=duel", "any token may be noise; use eval.estimator=auto"),
+    ("algo=gidd eval.estimator=importance_weighted", "any token may be noise; use eval.estimator=auto"),
+    ("algo=bd3lm eval.estimator=duel", "block after block; use eval.estimator=auto"),
+    ("algo=ar eval.estimator=duel", "with an exact likelihood; use eval.estimator=auto"),
+    ("algo=sedd eval.estimator=importance_weighted", "no mean over orders; use eval.estimator=auto"),
+    ("algo=d3pm eval.estimator=importance_weighted", "no mean over orders; use eval.estimator=auto"),
+    ("algo=sedd sampling.predictor=first_hitting", "(subs, mlm, mmldlm and the blocks of bd3lm); use sampling.predictor=analytic"),
+    ("algo=d3pm sampling.predictor=first_hitting", "use sampling.predictor=analytic"),
+    ("algo=udlm time_conditioning=false", "parameterization=udlm with time_conditioning=false"),
+    ("algo=gidd time_conditioning=false", "parameterization=gidd with time_conditioning=false"),
+    ("algo=duo time_conditioning=false", "parameterization=duo with time_conditioning=false"),
+    ("algo=duo backbone=dimamba", "algo=duo needs a network that reads mixtures of tokens, and DiMamba does not"),
+    ("mode=sample_eval sampling.predictor=semi_ar", "sampling.predictor=semi_ar (also typed as sampling.semi_ar=true)"),
+    ("sampling.semi_ar=true", "use wrapped data (data.wrap=true)"),
+    ("mode=sample_eval algo=ar classify.sharing=conditional classify.class=0", "writes from left to right; leave it out, and use data.label="),
+    ("mode=sample_eval algo=bd3lm classify.sharing=conditional classify.class=0", "writes block after block; leave it out, and use data.label="),
+])  # fmt: skip
+def test_parts_that_do_not_fit_are_refused_before_anything_is_trained(line, said):
+    assert said in (refusal(compose_config(line.split()), *translate(line.split())) or "accepted")
+
+
+@pytest.mark.parametrize("line", [
+    "eval.estimator=importance_weighted", "algo=mlm eval.estimator=duel", "algo=mlm sampling.predictor=first_hitting",
+    "algo=mmldlm latents=lsa sampling.predictor=first_hitting", "mode=ppl_eval algo=duo backbone=dimamba", "algo=duo",
+    "algo=duo backbone=dimamba algo.curriculum_end=0", "mode=ppl_eval sampling.semi_ar=true", "sampling.semi_ar=true data.wrap=true",
+    "sampling.semi_ar=true eval.generate_samples=false", "mode=sample_eval algo=udlm classify.sharing=conditional classify.class=0",
+    "mode=sample_eval algo=bd3lm block_size=128 model.length=128 sampling.predictor=ddpm_cache classify.sharing=conditional classify.class=0",
+    "algo=ar classify.sharing=conditional classify.class=0",
+    "mode=sample_eval sampling.semi_ar=true 'sampling.template=The [MASK] .'",
+])  # fmt: skip
+def test_parts_that_fit_are_accepted(line):
+    words = shlex.split(line)
+    assert refusal(compose_config(words), *translate(words)) is None
 
 
 @pytest.mark.parametrize("line", [
