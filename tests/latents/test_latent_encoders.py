@@ -1,4 +1,4 @@
-"""The encoders behind latents=hf, self and synthetic: what a vector is of, and what it is not of."""
+"""The encoders behind latents=hf, self and synthetic: their vectors and refusals."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_texts_beyond_the_window_are_refused_or_cut(bert):
         cutting.encode(Spelt(["the", " "]))
 
 
-def test_what_a_folder_does_not_say_or_asks_too_much_is_refused(bert, tmp_path, monkeypatch):
+def test_folders_with_missing_or_unsupported_settings_are_refused(bert, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"does not say how it pools.*latents.pooling=mean\|cls\|last"):
         Pretrained(str(bert)).check(None, 9)
     for name, flags in (("max", {"pooling_mode_max_tokens": True}), ("two", {"pooling_mode": ["mean", "cls"]})):

@@ -153,7 +153,7 @@ def test_a_body_gets_a_new_head_only_where_that_is_said(tmp_path):
     ({"from_scratch": True, "n_heads": 3}, "model.hidden_size=16 is no multiple of model.n_heads=3"),
     ({"from_scratch": True, "new_head": True}, "backbone.new_head=true with backbone.from_scratch=true"),
 ])  # fmt: skip
-def test_what_can_not_be_meant_is_refused(tmp_path, typed, message):
+def test_contradictory_settings_are_refused(tmp_path, typed, message):
     CONFIGS["bert"]().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=message):
         hf_mlm(**{"vocab_size": V, "length": LENGTH, "name_or_path": str(tmp_path), **typed})
@@ -205,7 +205,7 @@ def test_fine_tuned_measured_sampled_and_then_the_folder_is_gone(tmp_path, toy, 
     commands.refused("holds no masked language model that can be read", *FEW, *toy, "seed=2")
 
 
-def test_what_does_not_go_together(toy):
+def test_incompatible_settings(toy):
     refused = lambda message, *arguments: commands.refused(message, *FEW, *arguments)  # noqa: E731
     refused(
         "time_conditioning=true means nothing to parameterization=subs: it is read by backbone=",
