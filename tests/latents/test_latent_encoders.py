@@ -173,7 +173,7 @@ def test_latents_of_a_model_of_our_own(tmp_path, monkeypatch):
     latent = data.latents.of("train")[np.arange(80)]
     row, pad, eos = rows.ids[0].tolist(), data.vocabulary.pad_id, data.vocabulary.eos_id
     behind = data.latents.encode([row, [*row, pad, pad], [*row, eos, eos, eos]])
-    np.testing.assert_allclose(behind, np.repeat(latent[:1], 3, axis=0), atol=1e-4)  # padding and fill say nothing
+    np.testing.assert_allclose(behind, np.repeat(latent[:1], 3, axis=0), atol=1e-4)  # padding has no effect
     assert latent.shape == (80, 1, 6) and np.abs(latent.mean(0)).max() < 0.02 and np.abs(latent.std(0) - 1).max() < 0.02
     with pytest.raises(ValueError, match="another tokenizer"):
         assert data_with(HiddenStates(path), tmp_path).latents.shape
@@ -186,7 +186,7 @@ def test_latents_of_a_model_of_our_own(tmp_path, monkeypatch):
         foreign = HiddenStates(path)
         foreign.check(data.vocabulary, 72)
         foreign._checkpoint.settings["backbone._target_"] = named
-        with pytest.raises(ValueError, match="is not ours|is no network"):
+        with pytest.raises(ValueError, match="of another project|is no network"):
             assert foreign.network
 
 
