@@ -122,7 +122,7 @@ def test_sizes_of_ones_own_and_the_usual_switches():
 
 def test_a_body_gets_a_new_head_only_where_that_is_said(tmp_path):
     body = save(tmp_path / "body", CONFIGS["bert"](), AutoModel)
-    with pytest.raises(ValueError, match=r"body without a head.*lacks cls.predictions.*backbone.new_head=true"):
+    with pytest.raises(ValueError, match=r"has no head for masked tokens.*lacks cls.predictions.*backbone.new_head=true"):
         hf_mlm(V, LENGTH, str(body)).pretrained()
     net, theirs = started(body, new_head=True), AutoModel.from_pretrained(body, dtype=torch.float32).eval()
     x = torch.randint(V, (2, 7))
@@ -149,7 +149,7 @@ def test_a_body_gets_a_new_head_only_where_that_is_said(tmp_path):
     ({"name_or_path": None, "config": "robberta", "from_scratch": True}, "backbone.config=robberta is no architecture"),
     ({"name_or_path": None, "config": "gpt2", "from_scratch": True}, "cannot build a gpt2"),
     ({"name_or_path": None, "config": "fnet", "from_scratch": True}, "fnet model: it has no attention"),
-    ({"name_or_path": None, "config": "bart", "from_scratch": True}, "bart model: it reads with one part"),
+    ({"name_or_path": None, "config": "bart", "from_scratch": True}, "bart model: it is an encoder with a decoder"),
     ({"from_scratch": True, "n_heads": 3}, "model.hidden_size=16 is no multiple of model.n_heads=3"),
     ({"from_scratch": True, "new_head": True}, "backbone.new_head=true with backbone.from_scratch=true"),
 ])  # fmt: skip
