@@ -54,7 +54,8 @@ class ExactDenoiser(nn.Module):
         self, grammars: Sequence[FiniteStateGrammar], id_of_token: Mapping[str, int], mask_id: int, vocab_size: int
     ) -> None:
         super().__init__()
-        self.mask_id, self.vocab_size, self.parts = mask_id, vocab_size, {}
+        self.mask_id, self.vocab_size = mask_id, vocab_size
+        self.parts = {}
         self.head = nn.Linear(vocab_size, vocab_size, bias=False, dtype=torch.float64).requires_grad_(False)
         nn.init.eye_(self.head.weight)
         self._is_word_V = torch.zeros(vocab_size, dtype=torch.bool)

@@ -220,7 +220,8 @@ class FiniteStateGrammar:
         """Return log p(text), (N,) nats, summed over every derivation; -inf for an impossible text. The forward
         algorithm runs on all texts at once and keeps only the states that a text can be in (a few of thousands), as
         parallel arrays: `text` and `state` of each entry, and its probability given the tokens so far."""
-        arcs, num_states, num_types = self.arcs, len(self.arcs.first) - 1, len(self.token_ids)
+        arcs, num_states = self.arcs, len(self.arcs.first) - 1
+        num_types = len(self.token_ids)
         lengths = np.array([len(text) for text in texts], dtype=np.int64)
         tokens_NT = np.full((len(lengths), min(lengths.max(initial=0), self.max_tokens) + 1), END)
         log_p_N = np.where(lengths > self.max_tokens, -np.inf, 0.0)

@@ -25,7 +25,8 @@ class Text8:
     label_names = None
 
     def __init__(self, parts: Source, folder: PresentPath, chunk: Length, sizes: Mapping[str, int]) -> None:
-        self.parts, self.folder, self.chunk = parts, folder, chunk
+        self.parts, self.folder = parts, folder
+        self.chunk = chunk
         self.sizes = dict(sizes)
         self._drop_last = False
 

@@ -69,7 +69,8 @@ class Pretrained(Encoder):
         if not name_or_path:
             raise ValueError(f"latents=hf needs {KEY}=: a folder of transformers or sentence-transformers, an "
                              "installed package that has one, or a name on the Hub")  # fmt: skip
-        self.name, self.long_texts, self.batch_size = name_or_path, long_texts, batch_size
+        self.name, self.long_texts = name_or_path, long_texts
+        self.batch_size = batch_size
         self.dim, self.tokens = dim, tokens
         self._typed = {"pooling": pooling, "normalize": normalize, "window": window, "prompt": prompt}
         self.cut = 0

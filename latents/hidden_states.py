@@ -47,7 +47,8 @@ class HiddenStates(Encoder):
     ) -> None:
         if not checkpoint_path:
             raise ValueError(f"latents=self needs a trained model: {KEY}=outputs/.../last.ckpt")
-        self.path, self.use_ema, self.batch_size = checkpoint_path, not disable_ema, batch_size
+        self.path, self.use_ema = checkpoint_path, not disable_ema
+        self.batch_size = batch_size
         self.dim, self.tokens = dim, tokens
         self._vocab_size: int | None = None
 

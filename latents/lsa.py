@@ -34,7 +34,8 @@ class LSA(Encoder):
     fits = True
 
     def __init__(self, dim: AtLeastOne = 64, tokens: AtLeastOne = 1, fit_rows: AtLeastOne = 100_000) -> None:
-        self.width, self.tokens, self.fit_rows = dim, tokens, fit_rows
+        self.width, self.tokens = dim, tokens
+        self.fit_rows = fit_rows
         self._idf_V: np.ndarray | None = None
         self._axes_VD: np.ndarray | None = None
 

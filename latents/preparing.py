@@ -79,7 +79,8 @@ class Preparation:
         self, out: Path, plan: Plan, texts: Mapping[str, PackedTexts], encoder: Encoder, max_skipped: int = 0,
         changed: Callable[[], bool] = lambda: False,
     ) -> None:  # fmt: skip
-        self.out, self.plan, self.texts, self.encoder = out, plan, texts, encoder
+        self.out, self.plan = out, plan
+        self.texts, self.encoder = texts, encoder
         self.max_skipped, self.changed = max_skipped, changed
 
     def begin(self) -> bool:
@@ -118,7 +119,8 @@ class Preparation:
 
     def _write_shard(self, part: Part) -> None:
         rows = self.texts[part.split]
-        groups, skipped, cut = [], {}, getattr(self.encoder, "cut", 0)
+        groups, skipped = [], {}
+        cut = getattr(self.encoder, "cut", 0)
         for first, passages in rows.chunks(part.start, part.stop):
             good_NW, failed = _encode(self.encoder, passages)
             skipped |= {str(first + number): why for number, why in failed.items()}
@@ -191,7 +193,8 @@ class Preparation:
 
     def _write_list(self, split: str, skipped: Mapping[Part, Mapping[str, str]]) -> Listing:
         """Write the list of a split's texts, and return it as numbers."""
-        text, shard, place = [], [], []
+        text, shard = [], []
+        place = []
         with whole_file(self.out / f"{split}_data.jsonl") as file:
             for part in (part for part in self.plan.parts if part.split == split):
                 for line in self._lines(part, skipped[part]):

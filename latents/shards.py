@@ -86,7 +86,8 @@ class Shards:
     def __init__(self, path: FilePath | None, dim: AtLeastOne | None = None, max_overlap: Share = 0.01) -> None:
         if not path:
             raise ValueError(f"latents=file needs {KEY}=: a folder that scripts/prepare_latents.py has written")
-        self.path, self.dim, self.max_overlap = Path(path).expanduser(), dim, max_overlap
+        self.path, self.dim = Path(path).expanduser(), dim
+        self.max_overlap = max_overlap
         if not (self.path / METADATA).is_file():
             raise FileNotFoundError(f"{KEY}={path}: there is no {METADATA} in it; scripts/prepare_latents.py writes it "
                                     "last, so let that finish")  # fmt: skip
@@ -346,7 +347,8 @@ def _listing(file: Path, sizes: Sequence[int]) -> Listing:
         for number, line in enumerate(lines, start=1):
             try:
                 entry = json.loads(line)
-                text, shard, place = entry["text"], entry["shard"], entry["idx"]
+                text, shard = entry["text"], entry["shard"]
+                place = entry["idx"]
                 found = isinstance(text, str) and 0 <= shard < len(sizes) and 0 <= place < sizes[shard]
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{file}, line {number} has no text, shard and idx ({error!r})") from error

@@ -51,7 +51,8 @@ class Sharded:
     of file `shard[i]`, both arrays int64 (N,)."""
 
     def __init__(self, paths: Sequence[Path], width: int, shard_N: np.ndarray, place_N: np.ndarray) -> None:
-        self.paths, self.width, self.shard_N, self.place_N = tuple(paths), width, shard_N, place_N
+        self.paths, self.width = tuple(paths), width
+        self.shard_N, self.place_N = shard_N, place_N
         self._open: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:

@@ -50,7 +50,8 @@ class AR(Recomputing, Backbone):
         num_classes: int = 0,
     ) -> None:
         super().__init__()
-        self.n_heads, head_dim, backend = n_heads, head_width(hidden_size, n_heads), resolve_backend(attn_backend)
+        self.n_heads, head_dim = n_heads, head_width(hidden_size, n_heads)
+        backend = resolve_backend(attn_backend)
         self.num_classes = num_classes
         self.vocab_embed = TokenEmbedding(vocab_size, hidden_size)
         self.rotary_emb = RotaryFrequencies(head_dim)

@@ -64,7 +64,8 @@ class TwoStreams:
         else:
             attended, attended_clean = blocks.attend(noised, clean)
         if at_BL is not None:
-            attended, x_BLD, by = attended[at_BL], x_BLD[at_BL], _modulation(self, _at(c_noised, at_BL))
+            attended, x_BLD = attended[at_BL], x_BLD[at_BL]
+            by = _modulation(self, _at(c_noised, at_BL))
         x = _after_attention(self, x_BLD, attended, by)
         return x, None if last else _after_attention(self, z_BLD, attended_clean, by_clean)
 
@@ -183,7 +184,8 @@ class BlockStreams:
             k, v = torch.cat([k.to(own.k.dtype), own.k], dim=1), torch.cat([v.to(own.v.dtype), own.v], dim=1)
             attended = attend(own.q, k, v, key_mask, layer.attn_backend)
             if at_BL is not None and number == len(self.order) - 1:
-                attended, x_RkD, by = attended[at_BL], x_RkD[at_BL], _modulation(layer, _at(c, at_BL))
+                attended, x_RkD = attended[at_BL], x_RkD[at_BL]
+                by = _modulation(layer, _at(c, at_BL))
             x_RkD = _after_attention(layer, x_RkD, attended, by)
         return self._last_hidden(x_RkD, c, class_id, at_BL)
 

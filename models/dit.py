@@ -80,7 +80,8 @@ class DiT(BlockStreams, Recomputing, Backbone):
         super().__init__()
         head_dim, backend = head_width(hidden_size, n_heads), resolve_backend(attn_backend)
         self.time_conditioning, self.mask_padding = time_conditioning, mask_padding
-        self.cond_dim, self.n_heads, self.dropout, self.num_classes = cond_dim, n_heads, dropout, num_classes
+        self.cond_dim, self.n_heads = cond_dim, n_heads
+        self.dropout, self.num_classes = dropout, num_classes
         self.vocab_embed = TokenEmbedding(vocab_size, hidden_size)
         self.sigma_map = SigmaEmbedding(cond_dim)
         self.rotary_emb = RotaryFrequencies(head_dim)

@@ -29,7 +29,8 @@ class TrunkCache(CacheCapacity):
 
     def __init__(self, config: PretrainedConfig, batch_size: int, capacity: int) -> None:
         self.past = DynamicCache(config=config)
-        self.batch_size, self.capacity, self.length = batch_size, capacity, 0
+        self.batch_size, self.capacity = batch_size, capacity
+        self.length = 0
 
 
 class HFCausal(published.PublishedBackbone):

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from palimpsest.common.messages import shown
 
 MOST_OPERATIONS = 10_000_000  # a model of 10,000 tensors, with its average and optimizer, takes about 3 million
-_MOST_SHELLS, _MOST_BITS, _MOST_IN_A_KEY, _MOST_DIMENSIONS = 10_000, 1024, 1000, 64
+_MOST_SHELLS, _MOST_BITS = 10_000, 1024
+_MOST_IN_A_KEY, _MOST_DIMENSIONS = 1000, 64
 _LONGEST_NAME = 200
 
 
@@ -67,7 +68,8 @@ class _Machine:
         self.stack: list[object] = []
         self.below: list[list[object]] = []  # the stacks below the marks
         self.memo: dict[int, object] = {}
-        self.storage, self.left, self.shells = storage, size, dict[tuple[str, str], type]()
+        self.storage, self.left = storage, size
+        self.shells = dict[tuple[str, str], type]()
 
     def step(self, name: str, argument: object) -> None:
         """Execute one operation."""

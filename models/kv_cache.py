@@ -55,7 +55,8 @@ class KVCache(CacheCapacity):
         shape = (n_blocks, batch_size, capacity, n_heads, head_dim)
         self.keys_NBLHD = torch.zeros(shape, device=device, dtype=dtype)
         self.values_NBLHD = torch.zeros(shape, device=device, dtype=dtype)
-        self.batch_size, self.capacity, self.length = batch_size, capacity, 0
+        self.batch_size, self.capacity = batch_size, capacity
+        self.length = 0
 
     def append(self, block: int, k_BLHD: Tensor, v_BLHD: Tensor) -> tuple[Tensor, Tensor]:
         """Store new keys and values of a block, and return all of its keys and values."""
@@ -81,7 +82,8 @@ class BlockCache:
         self, n_blocks: int, batch_size: int, length: int, window: int | None, n_heads: int, head_dim: int,
         device: torch.device, dtype: torch.dtype,
     ) -> None:  # fmt: skip
-        self.window, self.position, self._filled = window, 0, 0
+        self.window, self.position = window, 0
+        self._filled = 0
         # Twice the window, so that old blocks are rarely dropped.
         self.capacity = length if window is None else min(length, 2 * window + MOST_AT_ONCE)
         shape = (n_blocks, batch_size, self.capacity, n_heads, head_dim)

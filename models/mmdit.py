@@ -76,8 +76,10 @@ class MMDiT(Recomputing, Backbone):
         _check(latent_shape)
         head_dim, backend = head_width(hidden_size, n_heads), resolve_backend(attn_backend)
         self.latent_shape, self.latent_size = tuple(latent_shape), latent_size or hidden_size
-        self.time_conditioning, self.mask_padding, self.text_as_dit = time_conditioning, mask_padding, text_as_dit
-        self.cond_dim, self.n_heads, self.dropout, self.num_classes = cond_dim, n_heads, dropout, num_classes
+        self.time_conditioning, self.mask_padding = time_conditioning, mask_padding
+        self.text_as_dit = text_as_dit
+        self.cond_dim, self.n_heads = cond_dim, n_heads
+        self.dropout, self.num_classes = dropout, num_classes
         self.vocab_embed = TokenEmbedding(vocab_size, hidden_size)
         self.sigma_map = SigmaEmbedding(cond_dim)
         self.rotary_emb = RotaryFrequencies(head_dim)

@@ -38,7 +38,8 @@ class MDLMConfig(PretrainedConfig):
     ) -> None:
         super().__init__(**kwargs)
         self.vocab_size, self.model_length = vocab_size, model_length
-        self.hidden_dim, self.cond_dim, self.n_blocks, self.n_heads = hidden_dim, cond_dim, n_blocks, n_heads
+        self.hidden_dim, self.cond_dim = hidden_dim, cond_dim
+        self.n_blocks, self.n_heads = n_blocks, n_heads
         self.dropout, self.time_conditioning = dropout, time_conditioning
         self.mask_padding, self.attn_backend = mask_padding, attn_backend
 

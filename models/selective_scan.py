@@ -108,7 +108,8 @@ class _Scan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_LBE):  # noqa: ANN001, ANN205
         u_LBE, delta_LBE, A_NE, b_LBN, c_LBN, starts = ctx.saved_tensors
-        length, grad_LBE, du_LBE = len(u_LBE), grad_LBE.contiguous(), delta_LBE * u_LBE
+        length, grad_LBE = len(u_LBE), grad_LBE.contiguous()
+        du_LBE = delta_LBE * u_LBE
         grad_delta, grad_du, grad_b, grad_c = (torch.empty_like(x) for x in (delta_LBE, u_LBE, b_LBN, c_LBN))
         states = starts.new_empty(ctx.segment + 1, *starts.shape[1:])
         decays, scratch = torch.empty_like(states[1:]), torch.empty_like(states[0])

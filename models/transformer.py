@@ -45,7 +45,8 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, dim: int, n_heads: int, dropout: float, attn_backend: str, causal: bool = False) -> None:
         super().__init__()
-        self.n_heads, self.dropout, self.attn_backend, self.causal = n_heads, dropout, attn_backend, causal
+        self.n_heads, self.dropout = n_heads, dropout
+        self.attn_backend, self.causal = attn_backend, causal
         self.norm1 = LayerNorm(dim)
         self.attn_qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.attn_out = nn.Linear(dim, dim, bias=False)

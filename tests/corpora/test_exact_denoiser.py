@@ -68,7 +68,7 @@ def test_the_posterior_of_a_small_mixture_is_that_of_its_enumerated_texts():
             torch.testing.assert_close(found, wanted[list(pattern)])
 
 
-def test_what_belongs_to_no_text_is_answered_by_any_word():
+def test_impossible_texts_are_predicted_uniformly():
     denoiser = ExactDenoiser([FiniteStateGrammar(weighted((1, "a b"), (1, "b a")))], {"a": 0, "b": 1}, 2, 4)
     x = torch.tensor([[0, 2], [2, 2], [2, 2]])
     x[2, 1] = 3  # a special token: a text of one token, of which there is none

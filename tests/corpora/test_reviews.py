@@ -116,7 +116,7 @@ def test_every_review_has_a_probability(grammar, test_texts):
             assert np.isfinite(grammar.log_prob(test_texts[label], scored_as)).all()
 
 
-def test_what_the_grammar_cannot_write_has_none(grammar):
+def test_impossible_texts_have_no_probability(grammar):
     text = grammar.sample(1, 1, seed=0)[0]
     broken = [
         "",

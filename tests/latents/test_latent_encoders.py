@@ -1,4 +1,4 @@
-"""The encoders behind latents=hf, self and synthetic: what a vector is of, and what it is not of."""
+"""The encoders behind latents=hf, self and synthetic: their vectors and refusals."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_texts_beyond_the_window_are_refused_or_cut(bert):
         cutting.encode(Spelt(["the", " "]))
 
 
-def test_what_a_folder_does_not_say_or_asks_too_much_is_refused(bert, tmp_path, monkeypatch):
+def test_folders_with_missing_or_unsupported_settings_are_refused(bert, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"does not say how it pools.*latents.pooling=mean\|cls\|last"):
         Pretrained(str(bert)).check(None, 9)
     for name, flags in (("max", {"pooling_mode_max_tokens": True}), ("two", {"pooling_mode": ["mean", "cls"]})):
@@ -173,7 +173,7 @@ def test_latents_of_a_model_of_our_own(tmp_path, monkeypatch):
     latent = data.latents.of("train")[np.arange(80)]
     row, pad, eos = rows.ids[0].tolist(), data.vocabulary.pad_id, data.vocabulary.eos_id
     behind = data.latents.encode([row, [*row, pad, pad], [*row, eos, eos, eos]])
-    np.testing.assert_allclose(behind, np.repeat(latent[:1], 3, axis=0), atol=1e-4)  # padding and fill say nothing
+    np.testing.assert_allclose(behind, np.repeat(latent[:1], 3, axis=0), atol=1e-4)  # padding has no effect
     assert latent.shape == (80, 1, 6) and np.abs(latent.mean(0)).max() < 0.02 and np.abs(latent.std(0) - 1).max() < 0.02
     with pytest.raises(ValueError, match="another tokenizer"):
         assert data_with(HiddenStates(path), tmp_path).latents.shape
@@ -186,7 +186,7 @@ def test_latents_of_a_model_of_our_own(tmp_path, monkeypatch):
         foreign = HiddenStates(path)
         foreign.check(data.vocabulary, 72)
         foreign._checkpoint.settings["backbone._target_"] = named
-        with pytest.raises(ValueError, match="is not ours|is no network"):
+        with pytest.raises(ValueError, match="of another project|is no network"):
             assert foreign.network
 
 

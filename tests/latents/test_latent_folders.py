@@ -1,5 +1,4 @@
-"""Folders of latents: what latents=file reads, and how they are written: in any number of processes, over any number of
-kills, the same bytes."""
+"""Folders of latents for latents=file: reading, and writing of the same bytes by any number of processes and kills."""
 
 from __future__ import annotations
 
@@ -115,6 +114,12 @@ def work(
     return Preparation(out, plan, texts, data.latents.encoder, **settings), data
 
 
+def complete(made: Preparation) -> dict[str, object]:
+    made.begin()
+    made.write(made.missing())
+    return made.finish({})
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
@@ -171,11 +176,8 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(raw)
 
 
-def test_what_is_damaged_while_a_folder_is_made_is_made_again(tmp_path):
-    whole, _ = work(tmp_path / "whole", tmp_path)
-    whole.begin()
-    whole.write(whole.missing())
-    whole.finish({})
+def test_shards_damaged_during_the_work_are_made_again(tmp_path):
+    complete(work(tmp_path / "whole", tmp_path)[0])
     hurt, _ = work(tmp_path / "hurt", tmp_path)
     hurt.begin()
     hurt.write(range(6))
@@ -196,10 +198,7 @@ def test_what_is_damaged_while_a_folder_is_made_is_made_again(tmp_path):
 @pytest.mark.parametrize("name", ["latent_shards/shard_0008.npy", "train_data.jsonl", "encoder.npz"])
 def test_a_finished_folder_that_has_changed_is_neither_done_nor_read(tmp_path, name):
     out = tmp_path / "out"
-    made, _ = work(out, tmp_path)
-    made.begin()
-    made.write(made.missing())
-    made.finish({})
+    complete(work(out, tmp_path)[0])
     assert latents_of(out, tmp_path).shape == (20, 1, 4)
     flip_a_bit(out / name)
     with pytest.raises(
@@ -260,11 +259,9 @@ def test_a_file_is_there_when_all_of_it_is(tmp_path):
     assert path.read_bytes() == b"all of it"
 
 
-def test_what_was_prepared_is_what_is_computed(tmp_path):
+def test_prepared_latents_equal_computed_ones(tmp_path):
     prepared, data = work(tmp_path / "out", tmp_path, LSA(dim=4))
-    prepared.begin()
-    prepared.write(prepared.missing())
-    prepared.finish({})
+    complete(prepared)
     read = data_with(Shards(str(tmp_path / "out")), tmp_path, Given(**TEXTS), insert_train_special=True)
     for split in TEXTS:
         rows = np.arange(len(TEXTS[split]))
@@ -280,10 +277,7 @@ def test_what_was_prepared_is_what_is_computed(tmp_path):
 
 
 def test_a_folder_of_a_held_out_split_alone_keeps_what_was_fitted_on_train(tmp_path):
-    prepared, _ = work(tmp_path / "out", tmp_path, splits=("validation",))
-    prepared.begin()
-    prepared.write(prepared.missing())
-    metadata = prepared.finish({})
+    metadata = complete(work(tmp_path / "out", tmp_path, splits=("validation",))[0])
     with np.load(tmp_path / "out" / "encoder.npz") as kept:
         assert set(kept) == {"idf", "components"} and "mean" not in metadata
 

@@ -61,7 +61,7 @@ def test_latents_of_train_have_mean_0_and_scale_1(tmp_path, encoder):
     np.testing.assert_allclose(data.latents.vectors(latent.numpy()), raw, atol=1e-6)
 
 
-def test_what_is_fitted_is_fitted_on_train_alone(tmp_path):
+def test_everything_is_fitted_on_train_alone(tmp_path):
     def fitted(**settings):
         latents = data_with(LSA(dim=8), tmp_path, **settings).latents
         return latents.fingerprint, latents.mean, latents.encoder.arrays()["components"]

@@ -41,7 +41,7 @@ def test_parameter_names_and_shapes_of_the_reference_small_model(fixtures_dir):
     assert sum(p.numel() for p in net.parameters()) == 162_246_482
 
 
-def test_what_a_position_sees_ends_with_its_own_token():
+def test_a_position_sees_no_later_token():
     net, x = random_ar(), torch.randint(7, (2, 9))
     changed = x.clone()
     changed[:, 4] = (x[:, 4] + 1) % 7
@@ -85,7 +85,7 @@ def test_the_cache_may_be_longer_than_the_text_and_its_unused_part_is_never_read
 
 
 @torch.no_grad()
-def test_what_does_not_fit_the_cache_is_refused_and_changes_nothing():
+def test_tokens_beyond_the_cache_are_refused_and_change_nothing():
     net, x = random_ar(), torch.randint(7, (2, 6))
     cache = net.new_cache(2, 5)
     net.encode(x[:, :4], cache=cache)

@@ -1,4 +1,4 @@
-"""Parts of a network that a training leaves as it found them."""
+"""Parts of a network that training leaves unchanged."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_every_network_names_its_parts(name):
         assert parts["text"] == {id(p) for p in net.text_stream.parameters()}, "gates are the latent's: they open"
 
 
-def test_what_is_no_part_is_refused():
+def test_unknown_parts_are_refused():
     net = network()
     for names, message in ((["tail"], "MMDiT has no part tail; what exists: blocks, conditioning, embeddings, head,"),
                         (["text", "latent"], "leaves nothing to train")):  # fmt: skip

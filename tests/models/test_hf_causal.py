@@ -212,7 +212,7 @@ def test_muon_works_or_says_why(folder):
     ({"name_or_path": "no-such-model-anywhere"}, r"put config.json and model.safetensors into \$DATA_DIR/no-such"),
     ({"checkpoint_path": "nowhere.ckpt"}, "eval.checkpoint_path=nowhere.ckpt"),
 ])  # fmt: skip
-def test_what_can_not_be_meant_is_refused(tmp_path, typed, message):
+def test_contradictory_settings_are_refused(tmp_path, typed, message):
     folder = save_model(tmp_path / "m", config_of("gpt2", 40))
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         hf_causal(**{"vocab_size": 41, "length": LENGTH, "name_or_path": str(folder), **typed})
@@ -354,7 +354,7 @@ def test_a_learning_rate_of_zero_measures_the_model_as_it_was_published(tmp_path
     assert measured == pytest.approx(nats / count, rel=1e-5)
 
 
-def test_what_determines_the_weights_is_in_the_fingerprint(toy):
+def test_the_fingerprint_contains_everything_that_determines_the_weights(toy):
     folders = {
         str(Experiment(compose_config([*FEW, *toy, *more]), "a test").runs.folder())
         for more in ([], ["backbone.name_or_path=other"], ["backbone.from_scratch=true"], ["model.dropout=0.3"])
@@ -371,7 +371,7 @@ def test_a_trained_model_is_a_start_too(tmp_path, toy):
     assert run(toy[1], start) and set(tmp_path.rglob("last.ckpt")) > before
 
 
-def test_what_does_not_go_together_from_the_command_line(toy):
+def test_incompatible_settings_from_the_command_line(toy):
     refused("model.length=40 is longer than the 32 positions", *toy, "model.length=40")
     refused("parameterization=ar backbone=ar", *toy, "parameterization=subs", "sampling.predictor=ddpm")
     refused("belong together: set data.tokenizer_name_or_path", toy[0], "data.tokenizer_name_or_path=byte")

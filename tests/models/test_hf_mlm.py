@@ -122,7 +122,7 @@ def test_sizes_of_ones_own_and_the_usual_switches():
 
 def test_a_body_gets_a_new_head_only_where_that_is_said(tmp_path):
     body = save(tmp_path / "body", CONFIGS["bert"](), AutoModel)
-    with pytest.raises(ValueError, match=r"body without a head.*lacks cls.predictions.*backbone.new_head=true"):
+    with pytest.raises(ValueError, match=r"has no head for masked.*lacks cls.predictions.*backbone.new_head=true"):
         hf_mlm(V, LENGTH, str(body)).pretrained()
     net, theirs = started(body, new_head=True), AutoModel.from_pretrained(body, dtype=torch.float32).eval()
     x = torch.randint(V, (2, 7))
@@ -149,11 +149,11 @@ def test_a_body_gets_a_new_head_only_where_that_is_said(tmp_path):
     ({"name_or_path": None, "config": "robberta", "from_scratch": True}, "backbone.config=robberta is no architecture"),
     ({"name_or_path": None, "config": "gpt2", "from_scratch": True}, "cannot build a gpt2"),
     ({"name_or_path": None, "config": "fnet", "from_scratch": True}, "fnet model: it has no attention"),
-    ({"name_or_path": None, "config": "bart", "from_scratch": True}, "bart model: it reads with one part"),
+    ({"name_or_path": None, "config": "bart", "from_scratch": True}, "bart model: it is an encoder with a decoder"),
     ({"from_scratch": True, "n_heads": 3}, "model.hidden_size=16 is no multiple of model.n_heads=3"),
     ({"from_scratch": True, "new_head": True}, "backbone.new_head=true with backbone.from_scratch=true"),
 ])  # fmt: skip
-def test_what_can_not_be_meant_is_refused(tmp_path, typed, message):
+def test_contradictory_settings_are_refused(tmp_path, typed, message):
     CONFIGS["bert"]().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=message):
         hf_mlm(**{"vocab_size": V, "length": LENGTH, "name_or_path": str(tmp_path), **typed})
@@ -205,7 +205,7 @@ def test_fine_tuned_measured_sampled_and_then_the_folder_is_gone(tmp_path, toy, 
     commands.refused("holds no masked language model that can be read", *FEW, *toy, "seed=2")
 
 
-def test_what_does_not_go_together(toy):
+def test_incompatible_settings(toy):
     refused = lambda message, *arguments: commands.refused(message, *FEW, *arguments)  # noqa: E731
     refused(
         "time_conditioning=true means nothing to parameterization=subs: it is read by backbone=",

@@ -55,7 +55,7 @@ def cache(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def vocab_size(tmp_path, monkeypatch, cache) -> int:
-    """Of data=reviews. The working directory is empty but for a link to a shared cache."""
+    """The vocabulary size of data=reviews. The working directory is empty except for a link to a shared cache."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / ".cache").symlink_to(cache)
     return Experiment(compose_config([]), "a test").build.data().vocabulary.size
@@ -137,7 +137,7 @@ def test_hf_dit_computes_what_the_reference_computes(tmp_path, fixtures_dir, wei
     assert ((logits - golden["logits"]).abs() <= 1e-4 * (1 + golden["logits"].abs())).all()
 
 
-def test_what_a_file_leaves_out_has_the_references_default(tmp_path):
+def test_missing_settings_have_the_references_defaults(tmp_path):
     net = DiT(5, 16, cond_dim=129, n_blocks=1, n_heads=2)
     folder = hub_directory(tmp_path / "m", net)
     config = json.loads((folder / "config.json").read_text())
@@ -204,7 +204,7 @@ def test_no_model_sizes_need_to_be_typed_but_contradictions_are_refused(tmp_path
     refused(f"another tokenizer.*vocab_size={vocab_size}.*set data.tokenizer_name_or_path", *ask, *byte)
 
 
-def test_what_a_foreign_file_knows_of_its_network_is_held_against_the_configuration(fixtures_dir):
+def test_settings_of_a_foreign_file_are_compared_with_the_configuration(fixtures_dir):
     known = read_checkpoint(fixtures_dir / "mdlm_subs_tc" / "mdlm.ckpt").settings
     assert known == {
         "vocab_size": 40, "model.hidden_size": 64, "model.cond_dim": 32, "model.n_blocks": 2, "model.n_heads": 2,

@@ -1,5 +1,4 @@
-"""The MMDiT: its text stream is a DiT, its latents have no place, both see each other, and nothing it was promised is
-missing."""
+"""The MMDiT: its text stream is a DiT, its latents have no position, and both streams attend to each other."""
 
 from __future__ import annotations
 
@@ -134,7 +133,7 @@ def test_a_latent_of_which_nothing_is_known_is_no_latent():
 
 
 def features(net: MMDiT, sigma: torch.Tensor, latent_t: torch.Tensor) -> list[torch.Tensor]:
-    """What the two time embedders make of the times before their first layer."""
+    """The features of the times in the two time embedders, before their first layer."""
     seen = []
     embedders = (net.times.of_text, net.times.of_latent)
     hooks = [one.mlp[0].register_forward_pre_hook(lambda _, x: seen.append(x[0])) for one in embedders]
@@ -222,7 +221,7 @@ def test_a_text_only_network_can_not_start_a_stream_that_norms():
     ({"latent_shape": None}, "choose latents= and add algo=mmldlm"), ({"latent_shape": (0, 5)}, "K >= 1"),
     ({"n_heads": 5}, "model.n_heads"),
 ])  # fmt: skip
-def test_what_can_not_be_built_is_refused(settings, message):
+def test_impossible_networks_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         MMDiT(
             VOCAB, **{"hidden_size": 16, "cond_dim": 8, "n_blocks": 1, "n_heads": 2, "latent_shape": SHAPE, **settings}
