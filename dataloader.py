@@ -60,7 +60,7 @@ from palimpsest.data.checks import check_protocol, check_settings
 from palimpsest.data.collate import Collate, Rows, segment_ends
 from palimpsest.data.loading import Loading, TimedLoader
 from palimpsest.data.order import evaluation_batches
-from palimpsest.data.packing import Packing, check_prompts, framed, pack
+from palimpsest.data.packing import Packing, check_prompts, pack, with_special_tokens
 from palimpsest.data.rows import text_rows
 from palimpsest.data.sources import Source
 from palimpsest.data.splits import SplitTexts
@@ -200,9 +200,9 @@ class TextData(LightningDataModule):
             room=texts.segment_room if texts.segments else None,
             num_proc=(texts.num_proc or 1) if texts.protocol else None,
         )
-        measured = framed(plain, texts.insert_valid_special, texts.insert_valid_eos)
+        measured = with_special_tokens(plain, texts.insert_valid_special, texts.insert_valid_eos)
         self.packings = dict.fromkeys(("validation", "test"), measured)
-        self.packings["train"] = framed(plain, texts.insert_train_special, texts.insert_train_eos)
+        self.packings["train"] = with_special_tokens(plain, texts.insert_train_special, texts.insert_train_eos)
         self.limits = {
             "train": texts.max_train_texts,
             "validation": texts.max_valid_texts,

@@ -37,7 +37,7 @@ from typing import TextIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from palimpsest.common.messages import listed, shown
+from palimpsest.common.messages import listed, short_repr
 
 log = logging.getLogger(__name__)
 
@@ -86,9 +86,9 @@ class Columns:
         for name in self.names:
             if name not in present:
                 setting = f" ({self.settings[name]}={name})" if name in self.settings else ""
-                raise ValueError(f"there is no column {shown(name)}{setting}; it has {listed(present)}")
+                raise ValueError(f"there is no column {short_repr(name)}{setting}; it has {listed(present)}")
             if present.count(name) > 1:
-                raise ValueError(f"{present.count(name)} columns are called {shown(name)}; rename all but one")
+                raise ValueError(f"{present.count(name)} columns are called {short_repr(name)}; rename all but one")
         return [present.index(name) for name in self.names]
 
 
@@ -282,11 +282,11 @@ def _texts(values: Sequence[object] | pa.Array, column: str, place: Callable[[in
         if not isinstance(value, str):
             remedy = _JSON_FORM if isinstance(value, list | dict) else "make it a text, or leave the row out"
             raise ValueError(  # noqa: TRY004
-                f"{place(number)} of column {column!r} is {shown(value)}, not a text; {remedy}"
+                f"{place(number)} of column {column!r} is {short_repr(value)}, not a text; {remedy}"
             )
         if re.search("[\ud800-\udfff]", value):
             raise ValueError(f"{place(number)} of column {column!r} holds half a character (a lone surrogate, as where "
-                             f"an emoji was cut): {shown(value)}; remove it")  # fmt: skip
+                             f"an emoji was cut): {short_repr(value)}; remove it")  # fmt: skip
     raise AssertionError("all are texts")
 
 
@@ -298,7 +298,7 @@ def _labels(values: Sequence[object], columns: Columns, place: Callable[[int], s
         word = word.strip() if isinstance(word, str) else ""
         fault = _label_fault(word, columns, numbers)
         if fault:
-            raise ValueError(f"{place(number)} of column {columns.label!r} is {shown(value)}{fault}")
+            raise ValueError(f"{place(number)} of column {columns.label!r} is {short_repr(value)}{fault}")
         labels.append(word)
     return labels
 
@@ -342,7 +342,7 @@ def _tell_blanks(values: Sequence[object], labels: Sequence[str], origin: str, p
     for number, (value, label) in enumerate(zip(values, labels, strict=True)):
         if isinstance(value, str) and value != label:
             log.warning("%s%s: the label %s is read as %r; blanks around labels are left out", origin, place(number),
-                        shown(value), label)  # fmt: skip
+                        short_repr(value), label)  # fmt: skip
             return True
     return False
 
@@ -486,7 +486,7 @@ def _parsed(content: str, line: int, hook: Callable[[list[tuple[str, object]]], 
     except json.JSONDecodeError as error:
         bad = content.split("\n")[error.lineno - 1]
         raise ValueError(f"line {line + error.lineno - 1} is not JSON ({error.msg} at character {error.colno}): "
-                         f"{shown(bad)}; {_JSON_FORM}") from error  # fmt: skip
+                         f"{short_repr(bad)}; {_JSON_FORM}") from error  # fmt: skip
     except RecursionError as error:
         raise ValueError(f"line {line} has too many brackets within brackets") from error
     except ValueError as error:  # a repeated column, or a number of thousands of digits
@@ -499,13 +499,15 @@ def _without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
     if len(made) < len(pairs):
         names = [name for name, _ in pairs]
         repeated = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"an object has {names.count(repeated)} values called {shown(repeated)}; rename all but one")
+        raise ValueError(
+            f"an object has {names.count(repeated)} values called {short_repr(repeated)}; rename all but one"
+        )
     return made
 
 
 def _cells(row: object, columns: Columns, place: str) -> list[object]:
     if not isinstance(row, dict):
-        raise ValueError(f"{place} is {shown(row)}, not an object with columns; {_JSON_FORM}")  # noqa: TRY004
+        raise ValueError(f"{place} is {short_repr(row)}, not an object with columns; {_JSON_FORM}")  # noqa: TRY004
     try:
         return [row[name] for name in columns.names]
     except KeyError:

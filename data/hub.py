@@ -23,7 +23,7 @@ def local_folder(folder: str | None) -> Path | None:
     return path if path.is_dir() else None
 
 
-def both_ways(key: str, hub_name: str, folder: str | None) -> str:
+def not_found_message(key: str, hub_name: str, folder: str | None) -> str:
     """The sentence that tells a user how to get `hub_name` with and without a network."""
     root = os.environ.get("DATA_DIR")
     state = f"DATA_DIR={root} has no {folder!r}" if root else "DATA_DIR is not set"

@@ -73,7 +73,7 @@ class Packing:
         return {key: value for key, value in asdict(self).items() if key not in ("room", "num_proc") or value}
 
 
-def framed(packing: Packing, special: bool, eos: bool) -> Packing:
+def with_special_tokens(packing: Packing, special: bool, eos: bool) -> Packing:
     """With the tokens that data.insert_*_special and insert_*_eos put around the texts, or the chunks, of a split."""
     return replace(packing, eos=eos, bos=special and not packing.wrap, chunk_special=special and packing.wrap)
 

@@ -113,7 +113,7 @@ def special_ids(vocabulary: Vocabulary) -> frozenset[int]:
     return frozenset(i for i in found if i is not None)
 
 
-def trimmed(ids: Sequence[int], vocabulary: Vocabulary) -> np.ndarray:
+def without_padding(ids: Sequence[int], vocabulary: Vocabulary) -> np.ndarray:
     """A row without the padding or fill behind it: of the end tokens that it ends with, one."""
     row = [int(i) for i in ids]
     tail = list(itertools.takewhile(lambda i: i in (vocabulary.pad_id, vocabulary.eos_id), reversed(row)))

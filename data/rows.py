@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from palimpsest.common.messages import listed, shown
+from palimpsest.common.messages import listed, short_repr
 from palimpsest.data.files import classes, label_number
 
 log = logging.getLogger(__name__)
@@ -171,7 +171,7 @@ def text_column(table: pa.Table, column: str, origin: str) -> pa.ChunkedArray:
     if not is_text or texts.null_count:
         for row, text in enumerate(texts.to_pylist()):
             if not isinstance(text, str):
-                raise ValueError(f"{origin}: row {row} of column {column!r} is {shown(text)}, not a text")
+                raise ValueError(f"{origin}: row {row} of column {column!r} is {short_repr(text)}, not a text")
     return texts.cast(pa.large_string())
 
 
@@ -182,8 +182,10 @@ def as_labels(values: Sequence[object], names: Sequence[str], origin: str) -> li
     labels = [label_number(value, numbers) for value in values]
     if None in labels:
         row = labels.index(None)
-        raise ValueError(f"{origin}: row {row} has the label {shown(values[row])}, which is none of {classes(names)}; "
-                         f"correct the file, or give data.label_names")  # fmt: skip
+        raise ValueError(
+            f"{origin}: row {row} has the label {short_repr(values[row])}, which is none of {classes(names)}; "
+            "correct the file, or give data.label_names"
+        )
     return labels
 
 

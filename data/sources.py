@@ -31,7 +31,7 @@ import pyarrow as pa
 from palimpsest.common.values import NAME, TEXT, InsideOne, Name, PresentPath, list_of
 from palimpsest.data.detokenizers import PUBLISHED, VERSION, detokenizer
 from palimpsest.data.files import Columns, kind_of, matching_files, read_files
-from palimpsest.data.hub import both_ways, local_folder, quick_when_offline
+from palimpsest.data.hub import local_folder, not_found_message, quick_when_offline
 from palimpsest.data.rows import (
     as_labels,
     carve,
@@ -311,7 +311,7 @@ class HubOrFolder:
         except Exception as error:  # the Hub libraries raise many types, none of them for users
             place = f"{self.folder}/{self.files.get(split, '')}"
             reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-            raise FileNotFoundError(f"{both_ways('data', self.hub_id, place)} ({reason})") from error
+            raise FileNotFoundError(f"{not_found_message('data', self.hub_id, place)} ({reason})") from error
 
 
 class Combined:

@@ -16,7 +16,7 @@ from torch.utils.data import IterableDataset, Sampler, get_worker_info
 
 from palimpsest.data.loading import TimedLoader
 from palimpsest.data.packing import Figures
-from palimpsest.data.streaming import Corpus, Helping, Place
+from palimpsest.data.streaming import Corpus, LaneChunk, LaneCursor
 
 log = logging.getLogger(__name__)
 
@@ -34,24 +34,24 @@ class _Row:
 
 @dataclass(frozen=True)
 class _Part:
-    """What one worker has of a batch: rows and their places in it, and the helpings it has begun for them."""
+    """What one worker has of a batch: rows and their places in it, and the chunks it has begun for them."""
 
     places: list[int]
     rows: list[_Row]
-    begun: list[tuple[int, Place]]
+    begun: list[tuple[int, LaneCursor]]
     figures: list[Figures]
 
 
 class _Lane:
     """Rows of a lane by number, each one later than the one before."""
 
-    def __init__(self, helpings: Iterator[Helping]) -> None:
-        self.helpings, self.now = helpings, next(helpings)
+    def __init__(self, chunks: Iterator[LaneChunk]) -> None:
+        self.chunks, self.now = chunks, next(chunks)
         self.news = [self.now]
 
     def row(self, number: int) -> _Row:
         while number >= self.now.after.rows:
-            self.now = next(self.helpings)
+            self.now = next(self.chunks)
             self.news.append(self.now)
         row, now = number - self.now.place.rows, self.now
         assert row >= 0, "rows of a lane are asked for in their order"
@@ -64,7 +64,7 @@ class _Parts(IterableDataset):
     """This worker's part of every batch, in their order."""
 
     def __init__(
-        self, corpus: Corpus, batches: Sampler[list[int]], places: Mapping[int, Place], num_workers: int
+        self, corpus: Corpus, batches: Sampler[list[int]], places: Mapping[int, LaneCursor], num_workers: int
     ) -> None:
         self.corpus, self.batches, self.places, self.num_workers = corpus, batches, places, max(1, num_workers)
 
@@ -79,12 +79,12 @@ class _Parts(IterableDataset):
                 if owners.setdefault(lane, len(owners) % self.num_workers) != own:
                     continue
                 if lane not in lanes:
-                    lanes[lane] = _Lane(self.corpus.helpings(lane, self.places.get(lane, Place())))
+                    lanes[lane] = _Lane(self.corpus.chunks(lane, self.places.get(lane, LaneCursor())))
                 part.places.append(place)
                 part.rows.append(lanes[lane].row(row))
             for number, lane in lanes.items():
-                part.begun.extend((number, helping.place) for helping in lane.news)
-                part.figures.extend(helping.figures for helping in lane.news)
+                part.begun.extend((number, chunk.place) for chunk in lane.news)
+                part.figures.extend(chunk.figures for chunk in lane.news)
                 lane.news = []
             yield part
 
@@ -109,7 +109,7 @@ class StreamLoader(TimedLoader):
             if before != value:
                 raise ValueError(f"{name}={value}, but the stream of the run to be resumed was begun with {before}; "
                                  f"resume it with that, or start a new run")  # fmt: skip
-        places = {int(lane): Place.from_plain(plain) for lane, plain in (state or {}).get("places", {}).items()}
+        places = {int(lane): LaneCursor.from_plain(plain) for lane, plain in (state or {}).get("places", {}).items()}
         settings = dict(arguments)
         self.pinned, workers = settings.pop("pin_memory"), settings["num_workers"]
         super().__init__(

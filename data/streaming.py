@@ -9,11 +9,11 @@ steps.
      all pieces epoch by epoch, in an order by (seed, epoch); lane l takes its entries l, l + K, l + 2K, ... Hence
      each text comes once in each epoch of the list; lanes whose pieces are shorter are a little ahead of the others.
   2. Blocks. `shuffle_buffer` texts, as they follow in a file, are shuffled by (seed, epoch, piece, block).
-  3. Helpings. As many of them as have HELPING characters are tokenised and packed by data/packing.py (what does not
-     fill a row waits for the next helping), and their rows shuffled by (seed, lane, row).
-Where a lane stands before a helping is a few numbers and the waiting tokens (`Place`). A checkpoint holds one for
+  3. Chunks. As many texts as have CHUNK_CHARACTERS characters are tokenised and packed by data/packing.py (what does
+     not fill a row waits for the next chunk), and their rows shuffled by (seed, lane, row).
+Where a lane stands before a chunk is a few numbers and the waiting tokens (`LaneCursor`). A checkpoint holds one for
 each lane, whichever process read it. A resume reads again, without tokenising, what the present pieces had given,
-tokenises one helping of each lane, and goes on with the very next row. A lane without a place is read from its
+tokenises one chunk of each lane, and goes on with the very next row. A lane without a place is read from its
 beginning: that is slow, and gives the same rows.
 
 What it costs: the rows of a batch come from K places of the corpus, each shuffled over a buffer, not from all of it.
@@ -37,7 +37,7 @@ from palimpsest.data.packing import Figures, Packing, check_tokens, cut_chunks, 
 from palimpsest.data.shards import Shards, SharedReading
 from palimpsest.data.tokenizers import Vocabulary
 
-HELPING = 2**16  # characters; another number is another order for every stream
+CHUNK_CHARACTERS = 2**16  # characters; another number is another order for every stream
 _PIECES, _TEXTS, _ROWS = range(3)  # what an order is of, so that no two orders share their numbers
 
 
@@ -61,12 +61,12 @@ class Order:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a lane stands before a helping.
+class LaneCursor:
+    """Where a lane stands before a chunk.
 
     piece: entries of its list that lie behind it. block: blocks of the present one that do. used: texts of the present
     block that do. mark: a digest of that block, which shows whether the corpus has changed. rows: what the lane has
-    given so far. rest: int32 tokens that wait for the next helping.
+    given so far. rest: int32 tokens that wait for the next chunk.
     """
 
     piece: int = 0
@@ -81,18 +81,18 @@ class Place:
         return {**self.__dict__, "rest": torch.from_numpy(self.rest.copy())}
 
     @classmethod
-    def from_plain(cls, plain: dict[str, object]) -> "Place":
+    def from_plain(cls, plain: dict[str, object]) -> "LaneCursor":
         """What `plain` made."""
         return cls(**{**plain, "rest": plain["rest"].numpy()})
 
 
 @dataclass(frozen=True)
-class Helping:
+class LaneChunk:
     """Some rows of a lane in their order, with the places before and behind them. label, part_ends (data/packing.py):
     one for each row, None where there is none. figures: what packing did."""
 
-    place: Place
-    after: Place
+    place: LaneCursor
+    after: LaneCursor
     ids: list[np.ndarray]
     label: np.ndarray | None
     part_ends: list[list[int]] | None
@@ -154,7 +154,7 @@ class Corpus:
         turns, place = divmod(position, self.lanes * self.unit)
         return turns * self.unit + min(self.unit, max(0, place - lane * self.unit))
 
-    def helpings(self, lane: int, place: Place) -> Iterator[Helping]:
+    def chunks(self, lane: int, place: LaneCursor) -> Iterator[LaneChunk]:
         """The lane from a place on, without end.
 
         Raises:
@@ -163,10 +163,10 @@ class Corpus:
         barren = 0
         while True:
             barren += 1
-            for helping in self._piece(lane, place):
-                place = helping.after
-                if helping.ids:
-                    yield helping
+            for chunk in self._piece(lane, place):
+                place = chunk.after
+                if chunk.ids:
+                    yield chunk
                     barren = 0
             place = replace(place, piece=place.piece + 1, block=0, used=0, mark="")
             if barren > 2 * self.pieces + 2:
@@ -179,8 +179,8 @@ class Corpus:
                     "data.streaming=false"
                 )
 
-    def _piece(self, lane: int, place: Place) -> Iterator[Helping]:
-        """The helpings of the piece in which a place lies, from there on; they may be without rows."""
+    def _piece(self, lane: int, place: LaneCursor) -> Iterator[LaneChunk]:
+        """The chunks of the piece in which a place lies, from there on; they may be without rows."""
         epoch, entry = divmod(lane + place.piece * self.lanes, self.pieces)
         piece = int(shuffled(self.pieces, self.seed, _PIECES, epoch)[entry])
         changed = ValueError(f"{self.shards.origin}: these are not the texts that the run to be resumed has read; "
@@ -192,9 +192,9 @@ class Corpus:
             unread = False
             place = replace(place, mark=block.mark)
             while place.used < len(block.texts):
-                helping = self._helping(lane, place, block)
-                yield helping
-                place = helping.after
+                chunk = self._next_chunk(lane, place, block)
+                yield chunk
+                place = chunk.after
             place = replace(place, block=place.block + 1, used=0, mark="")
         if unread:
             raise changed
@@ -224,9 +224,9 @@ class Corpus:
                 None if ends is None else [ends[i] for i in chosen], mark,
             )  # fmt: skip
 
-    def _helping(self, lane: int, place: Place, block: _Block) -> Helping:
+    def _next_chunk(self, lane: int, place: LaneCursor, block: _Block) -> LaneChunk:
         stop, characters = place.used, 0
-        while stop < len(block.texts) and characters < HELPING:
+        while stop < len(block.texts) and characters < CHUNK_CHARACTERS:
             characters += len(block.texts[stop])
             stop += 1
         columns = {"text": block.texts, "label": block.label, "ends": block.ends}
@@ -250,4 +250,4 @@ class Corpus:
         figures.rows, figures.tokens = len(rows), sum(len(row) for row in rows)
         after = replace(place, used=stop, rows=place.rows + len(rows), rest=rest)
         label = None if label is None else label[order]
-        return Helping(place, after, rows, label, part_ends and [part_ends[i] for i in order], figures)
+        return LaneChunk(place, after, rows, label, part_ends and [part_ends[i] for i in order], figures)

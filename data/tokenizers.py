@@ -25,7 +25,7 @@ from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase, 
 from palimpsest.common.files import check_regular
 from palimpsest.data.built_tokenizers import BUILDERS, SPECIALS, text8
 from palimpsest.data.cache import cached_folder, texts_fingerprint
-from palimpsest.data.hub import both_ways, local_folder, quick_when_offline
+from palimpsest.data.hub import local_folder, not_found_message, quick_when_offline
 
 MASK_SYMBOL = "▢"
 ILLEGAL_SYMBOL = "\N{REPLACEMENT CHARACTER}"
@@ -214,7 +214,7 @@ def _load_pretrained(name: str, folder: str | None) -> PreTrainedTokenizerBase:
         if path is not None:
             reason = f"cannot be read ({_first_line(error)})"
             raise ValueError(f"{_KEY}={name}: the tokenizer in {path} {reason}; {_expected(path)}") from error
-        raise FileNotFoundError(f"{both_ways(_KEY, name, folder)} ({_first_line(error)})") from error
+        raise FileNotFoundError(f"{not_found_message(_KEY, name, folder)} ({_first_line(error)})") from error
     check_not_empty(tokenizer, f"{_KEY}={name}", path)
     return tokenizer
 
@@ -425,7 +425,7 @@ def token_strings(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int], *, ski
     return [piece for pieces, _ in _runs(tokenizer, ids, skip_special) for piece in pieces]
 
 
-def unshown(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def hidden_special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Ids of the special tokens that stand for no piece of text: all but the unknown word."""
     ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
     return frozenset(tokenizer.all_special_ids) - ({tokenizer.unk_token_id} - set(ends))
@@ -514,7 +514,7 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, run: list[int], anchor: list[int
     return pieces
 
 
-def of_record(record: Mapping[str, object]) -> PreTrainedTokenizerBase | None:
+def tokenizer_from_record(record: Mapping[str, object]) -> PreTrainedTokenizerBase | None:
     """Return the tokenizer that a checkpoint carries (training/record.py); None where it carries its tokens only."""
     content = record.get("tokenizer.json")
     if not isinstance(content, str):

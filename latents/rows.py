@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from palimpsest.data.cache import cached_folder, fingerprint
 from palimpsest.data.packing import Packing
-from palimpsest.data.passages import PackedTexts, Passages, special_ids, trimmed
+from palimpsest.data.passages import PackedTexts, Passages, special_ids, without_padding
 from palimpsest.data.sources import Source
 from palimpsest.data.tokenizers import Vocabulary
 from palimpsest.latents.shards import Shards
@@ -215,7 +215,7 @@ class TextLatents:
             ValueError: a row has no latent; the encoder of a folder is not known.
         """
         space, vocabulary = self.space, self._data.vocabulary
-        ids = [trimmed(row, vocabulary) for row in rows]
+        ids = [without_padding(row, vocabulary) for row in rows]
         labels = None if labels is None else np.asarray(labels)
         passages = Passages(ids, labels, self._data.tokenizer, special_ids(vocabulary))
         vectors_NW = self.encoder.encode(passages)

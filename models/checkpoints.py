@@ -21,16 +21,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from palimpsest.common.files import (
-    Place,
-    below,
+    PathOrUrl,
+    basename,
     check_content,
     check_regular,
     check_seal,
-    folder_of,
     is_remote,
-    name_of,
-    open_to_read,
-    place,
+    join_path,
+    open_regular,
+    parent_folder,
+    path_or_url,
     version,
 )
 from palimpsest.common.messages import excerpt
@@ -65,7 +65,7 @@ class Checkpoint:
     is. tokens: token -> id of the tokenizer that the file holds, None if it holds none.
     """
 
-    path: Place
+    path: PathOrUrl
     state: dict[str, Tensor]
     ema: dict[str, object] | None = None
     identity: dict[str, object] = field(default_factory=dict)
@@ -141,18 +141,18 @@ class Progress:
 
     step: int
     fruitless: int
-    best: Place | None
+    best: PathOrUrl | None
     identity: dict[str, object]
 
 
-def read_progress(path: Place) -> Progress:
+def read_progress(path: PathOrUrl) -> Progress:
     """Read it without the weights. Raises ValueError for a file that is corrupt or no checkpoint of ours."""
     return _read_progress(str(path), version(path))
 
 
 @lru_cache(maxsize=64)
 def _read_progress(path: str, version: str) -> Progress:
-    path = place(path)
+    path = path_or_url(path)
     content = read_contents(path, weights=False)
     callbacks = content.get("callbacks")
     if not isinstance(callbacks, dict) or "global_step" not in content:
@@ -160,11 +160,11 @@ def _read_progress(path: str, version: str) -> Progress:
     states = [state for state in callbacks.values() if isinstance(state, dict)]
     fruitless = next((int(state["wait_count"]) for state in states if "wait_count" in state), 0)
     best = next((state["best_model_path"] for state in states if state.get("monitor") == "val/nll"), None)
-    best_path = below(folder_of(path), name_of(place(best))) if best else None
+    best_path = join_path(parent_folder(path), basename(path_or_url(best))) if best else None
     return Progress(int(content["global_step"]), fruitless, best_path, content.get("identity") or {})
 
 
-def _read_lightning_file(path: Place, weights: bool = True) -> Checkpoint:
+def _read_lightning_file(path: PathOrUrl, weights: bool = True) -> Checkpoint:
     content = read_contents(path, weights)
     identity = content.get("identity", {})
     state = _strip(content["state_dict"], path)
@@ -177,7 +177,7 @@ def _read_lightning_file(path: Place, weights: bool = True) -> Checkpoint:
     return found
 
 
-def read_contents(path: Place, weights: bool = True) -> dict[str, object]:
+def read_contents(path: PathOrUrl, weights: bool = True) -> dict[str, object]:
     """Return the whole content of a Lightning file, read as by `load_inert`, its main parts of the right kinds.
 
     Raises:
@@ -204,7 +204,7 @@ def read_contents(path: Place, weights: bool = True) -> dict[str, object]:
     return content
 
 
-def _tensors(state: object, path: Place, name: str = "state_dict", kind: type = str) -> dict[str, Tensor]:
+def _tensors(state: object, path: PathOrUrl, name: str = "state_dict", kind: type = str) -> dict[str, Tensor]:
     """`state`, if it maps names to tensors. Raises ValueError."""
     mapped = isinstance(state, dict) and all(isinstance(k, kind) and isinstance(v, Tensor) for k, v in state.items())
     if not mapped:
@@ -212,7 +212,7 @@ def _tensors(state: object, path: Place, name: str = "state_dict", kind: type = 
     return state
 
 
-def _check_sizes(configuration: Mapping[str, object], state: Mapping[str, Tensor], path: Place) -> None:
+def _check_sizes(configuration: Mapping[str, object], state: Mapping[str, Tensor], path: PathOrUrl) -> None:
     """Raise ValueError if a configuration claims a larger network than its own tensors are."""
     widest = max((length for tensor in state.values() for length in tensor.shape), default=0)
     for key, most in (("hidden_size", widest), ("cond_dim", widest), ("n_heads", widest), ("n_blocks", len(state))):
@@ -308,7 +308,7 @@ def _state(shell: Inert) -> dict[str, object]:
     return state if isinstance(state, dict) else {}
 
 
-def _strip(state: Mapping[str, Tensor], path: Place) -> dict[str, Tensor]:
+def _strip(state: Mapping[str, Tensor], path: PathOrUrl) -> dict[str, Tensor]:
     """Backbone entries without `backbone.` and without the `_orig_mod.` that torch.compile leaves in names."""
     names = {name: name.replace("_orig_mod.", "") for name in state}
     kept = {
@@ -323,7 +323,7 @@ def _strip(state: Mapping[str, Tensor], path: Place) -> dict[str, Tensor]:
     return kept
 
 
-def _unreadable(path: Place, error: Exception) -> ValueError:
+def _unreadable(path: PathOrUrl, error: Exception) -> ValueError:
     return ValueError(
         f"{path} cannot be read ({type(error).__name__}: {excerpt(error)}); it is truncated, corrupt or unsafe. "
         "Use an earlier checkpoint, or delete it to start afresh"
@@ -344,11 +344,11 @@ def load_inert(path: str | Path, weights: bool = True) -> object:
         ValueError: the file is truncated or corrupt, larger than it may be, or asks for a function beyond tensors and
             plain containers.
     """
-    path = place(path)
+    path = path_or_url(path)
     try:
         if weights and not is_remote(path):
             check_seal(path)
-        with open_to_read(path) as file:
+        with open_regular(path) as file:
             if is_remote(path):
                 check_content(file, path)
             return torch_archive.read(file, weights)

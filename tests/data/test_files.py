@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from palimpsest.common.messages import listed, shown
+from palimpsest.common.messages import listed, short_repr
 from palimpsest.data.files import Columns, read_files, readable_files
 from palimpsest.data.shards import FilePieces, Shards
 from palimpsest.data.user_files import UserFiles
@@ -365,11 +365,11 @@ def test_parquet_files_tell_the_names_of_their_classes(tmp_path):
 
 
 def test_messages_stay_short():
-    assert shown(None) == "null" and shown("a") == "'a'"
+    assert short_repr(None) == "null" and short_repr("a") == "'a'"
     deep = []
     for _ in range(5000):
         deep = [deep]
     for value in ("x" * 10**6, ["x" * 10**6] * 100, {"a": deep}, 10**4000, deep):
-        assert len(shown(value)) < 500
-    assert listed(["a", " b", "", "x" * 99]) == "a, ' b', '', " + shown("x" * 99)
+        assert len(short_repr(value)) < 500
+    assert listed(["a", " b", "", "x" * 99]) == "a, ' b', '', " + short_repr("x" * 99)
     assert listed(list(range(99))).endswith("11, ... (99 in all)")

@@ -18,7 +18,7 @@ from palimpsest.data import streaming
 from palimpsest.data.loading import Loading
 from palimpsest.data.shards import share_of
 from palimpsest.data.sources import HubOrFolder
-from palimpsest.data.streaming import Order, Place
+from palimpsest.data.streaming import LaneCursor, Order
 from palimpsest.data.user_files import UserFiles
 from palimpsest.diffusion import Diffusion
 from palimpsest.experiment.experiment import Experiment
@@ -33,9 +33,9 @@ G, STEPS, N = 12, 8, 90
 
 
 @pytest.fixture(autouse=True)
-def small_helpings(monkeypatch):
-    """So that a few texts are many helpings."""
-    monkeypatch.setattr(streaming, "HELPING", 150)
+def small_chunks(monkeypatch):
+    """So that a few texts are many chunks."""
+    monkeypatch.setattr(streaming, "CHUNK_CHARACTERS", 150)
 
 
 def texts(number=N, start=0):
@@ -162,11 +162,11 @@ def epochs_of(module, count):
     corpus = module.train_dataloader().corpus
     found = [[] for _ in range(count)]
     for lane in range(corpus.lanes):
-        for helping in corpus.helpings(lane, Place()):
-            epoch = (lane + helping.place.piece * corpus.lanes) // corpus.pieces
+        for chunk in corpus.chunks(lane, LaneCursor()):
+            epoch = (lane + chunk.place.piece * corpus.lanes) // corpus.pieces
             if epoch >= count:
                 break
-            found[epoch] += [module.tokenizer.decode(ids) for ids in helping.ids]
+            found[epoch] += [module.tokenizer.decode(ids) for ids in chunk.ids]
     return found
 
 
@@ -231,7 +231,7 @@ def test_a_resume_of_a_resume(tmp_path):
     assert rows(module) == {position: ids for position, ids in whole.items() if position >= 6 * G}
 
 
-def test_a_resume_tokenises_a_helping_for_each_lane_and_no_more(tmp_path, monkeypatch):
+def test_a_resume_tokenises_a_chunk_for_each_lane_and_no_more(tmp_path, monkeypatch):
     before = data(tmp_path)
     list(before.train_dataloader())
     state = saved([before], STEPS - 1)
