@@ -33,7 +33,7 @@ from transformers import PreTrainedTokenizerBase
 
 from palimpsest.common.values import AtLeastOne
 from palimpsest.data.order import shuffled
-from palimpsest.data.packing import Figures, Packing, check_tokens, cut_chunks, pad_rows, tokenised
+from palimpsest.data.packing import Figures, Packer, Packing, check_tokens
 from palimpsest.data.shards import Shards, SharedReading
 from palimpsest.data.tokenizers import Vocabulary
 
@@ -224,30 +224,28 @@ class Corpus:
                 None if ends is None else [ends[i] for i in chosen], mark,
             )  # fmt: skip
 
-    def _next_chunk(self, lane: int, place: LaneCursor, block: _Block) -> LaneChunk:
-        stop, characters = place.used, 0
+    def _next_chunk(self, lane: int, cursor: LaneCursor, block: _Block) -> LaneChunk:
+        stop, characters = cursor.used, 0
         while stop < len(block.texts) and characters < CHUNK_CHARACTERS:
             characters += len(block.texts[stop])
             stop += 1
         columns = {"text": block.texts, "label": block.label, "ends": block.ends}
-        batch = {name: values[place.used : stop] for name, values in columns.items() if values is not None}
-        batch, ids = tokenised(self.tokenizer, {**batch, "text_id": range(place.used, stop)})
-        figures = Figures(texts=len(ids))
-        unk_id = self.tokenizer.unk_token_id
-        if unk_id is not None and unk_id != self.vocabulary.eos_id:
-            figures.unknown = sum(row.count(unk_id) for row in ids)
+        batch = {name: values[cursor.used : stop] for name, values in columns.items() if values is not None}
+        packer = Packer(self.tokenizer, self.vocabulary, self.packing, self.shards.origin)
+        batch, ids = packer.tokenise({**batch, "text_id": range(cursor.used, stop)})
         if self.packing.wrap:
-            chunks, rest = cut_chunks(place.rest, ids, self.vocabulary, self.packing)
+            chunks, rest = packer.cut_chunks(cursor.rest, ids)
             rows, label, part_ends = list(chunks), None, None
             if "label" in batch:
                 label = np.full(len(chunks), self.label)
         else:
-            packed = pad_rows(batch, ids, self.vocabulary, self.packing, figures, self.shards.origin)
+            packed = packer.pad_rows(batch, ids)
             rows = [] if packed is None else np.split(packed.ids, np.cumsum(packed.lengths)[:-1])
-            rest, label, part_ends = place.rest, packed and packed.label, packed and packed.part_ends
-        order = shuffled(len(rows), self.seed, _ROWS, lane, place.rows) if self.buffer > 1 else np.arange(len(rows))
+            rest, label, part_ends = cursor.rest, packed and packed.label, packed and packed.part_ends
+        order = shuffled(len(rows), self.seed, _ROWS, lane, cursor.rows) if self.buffer > 1 else np.arange(len(rows))
         rows = [rows[i] for i in order]
-        figures.rows, figures.tokens = len(rows), sum(len(row) for row in rows)
-        after = replace(place, used=stop, rows=place.rows + len(rows), rest=rest)
+        packer.figures.rows, packer.figures.tokens = len(rows), sum(len(row) for row in rows)
+        after = replace(cursor, used=stop, rows=cursor.rows + len(rows), rest=rest)
         label = None if label is None else label[order]
-        return LaneChunk(place, after, rows, label, part_ends and [part_ends[i] for i in order], figures)
+        part_ends = part_ends and [part_ends[i] for i in order]
+        return LaneChunk(cursor, after, rows, label, part_ends, packer.figures)

@@ -238,8 +238,8 @@ def test_a_resume_tokenises_a_chunk_for_each_lane_and_no_more(tmp_path, monkeypa
     after = data(tmp_path, step=STEPS - 1)
     after.load_state_dict(state)
     asked = []
-    real = streaming.tokenised
-    monkeypatch.setattr(streaming, "tokenised", lambda tokenizer, some: asked.append(some) or real(tokenizer, some))
+    real = streaming.Packer.tokenise
+    monkeypatch.setattr(streaming.Packer, "tokenise", lambda self, some: asked.append(some) or real(self, some))
     next(iter(after.train_dataloader()))
     assert len(asked) <= 2 * 4 and len(before.train_dataloader().places) == 0
     # Without its places it is the same stream, read from the beginning.
