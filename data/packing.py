@@ -15,7 +15,7 @@ A packed split is a `datasets.Dataset` (numpy format) with the columns
 import itertools
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -217,15 +217,15 @@ class PackedRows:
 _Tokenised = tuple[dict[str, Any], list[list[int]]]  # columns of some texts, and their token ids
 
 
+@dataclass
 class Packer:
     """Packs texts into rows and counts in `figures` what it did. `name`: the split, for messages."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary, packing: Packing, name: str) -> None:
-        self.tokenizer = tokenizer
-        self.vocabulary = vocabulary
-        self.packing = packing
-        self.name = name
-        self.figures = Figures()
+    tokenizer: PreTrainedTokenizerBase
+    vocabulary: Vocabulary
+    packing: Packing
+    name: str
+    figures: Figures = field(default_factory=Figures)
 
     def write(self, path: Path, rows: datasets.Dataset) -> dict[str, int]:
         """Pack all rows into an Arrow stream at `path` and return the figures."""
@@ -397,7 +397,8 @@ class Packer:
             ValueError: a part does not fit, unless such texts are dropped.
         """
         room = self.packing.room
-        rows, ends, unfilled = [], [], []
+        rows, ends = [], []
+        unfilled = []
         for row, old_ends, text_id in zip(ids, part_ends, text_ids, strict=True):
             middle = [[*row[start:end], self.vocabulary.eos_id] for start, end in itertools.pairwise(old_ends)]
             longest = max(map(len, middle), default=0)
@@ -413,7 +414,8 @@ class Packer:
         return rows, ends, unfilled
 
     def _check_figures(self) -> None:
-        figures, packing, length = self.figures, self.packing, self.packing.length
+        figures, packing = self.figures, self.packing
+        length = packing.length
         if figures.long and not packing.wrap and packing.long_texts == "error":
             raise ValueError(
                 f"{self.name}: {figures.long} of {figures.texts} texts are longer than model.length={length} tokens "
@@ -448,7 +450,8 @@ class _DocumentNumbers:
 
     def __init__(self, packing: Packing) -> None:
         self._packing = packing
-        self._rest, self._number, self._newest = np.zeros(0, dtype=np.int64), -1, None
+        self._rest = np.zeros(0, dtype=np.int64)
+        self._number, self._newest = -1, None
 
     def drop_rest(self) -> None:
         """Forget the tokens that have not filled a row."""

@@ -1,5 +1,5 @@
-"""The reader of rows: what every format gives, and one message with file, line and remedy for what does not fit. Each
-file is read whole and streamed, and the two must agree."""
+"""File readers: the rows of every format, and one message with file, line and remedy for bad rows. Each file is read
+whole and streamed, with equal results."""
 
 import bz2
 import gzip
@@ -21,7 +21,7 @@ LABELLED = Columns(label="label")
 
 
 def outcome(path, columns=LABELLED):
-    """Rows as tuples, or the message of the error; the same for a file read whole and streamed."""
+    """Return rows as tuples, or the error message; the same for a file read whole and streamed."""
     found = []
     for streamed in (False, True):
         try:
@@ -221,7 +221,7 @@ PACKERS = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst":
 @pytest.mark.parametrize("ending", PACKERS)
 @pytest.mark.parametrize("kind", ["txt", "csv", "tsv", "jsonl", "json"])
 def test_folders_of_packed_files(ending, kind, tmp_path):
-    """Also where a packed file is several, one after the other, and beside files that are not packed."""
+    """Covers concatenated compressed files, and uncompressed files next to them."""
     halves = {
         "txt": ("a\n", "b\n"),
         "csv": ("text\na\n", "b\n"),
