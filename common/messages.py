@@ -4,7 +4,10 @@ import reprlib
 from collections.abc import Sequence
 
 _SHORT = reprlib.Repr()
-_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxlong, _SHORT.maxother = 3, 60, 40, 60
+_SHORT.maxlevel = 3
+_SHORT.maxstring = 60
+_SHORT.maxlong = 40
+_SHORT.maxother = 60
 _MOST_NAMES = 12
 _LONGEST_NAME = 40
 _LONGEST_MESSAGE = 500

@@ -147,7 +147,8 @@ class KeyedNoise:
 
     def _with(self, state_B: Tensor, time_B: Tensor | None, shared_B: Tensor | None, depth: int) -> KeyedNoise:
         other = copy.copy(self)
-        other._state_B, other._time_B, other._shared_B, other._depth = state_B, time_B, shared_B, depth
+        other._state_B, other._depth = state_B, depth
+        other._time_B, other._shared_B = time_B, shared_B
         return other
 
 
