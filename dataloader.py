@@ -1,32 +1,30 @@
-"""Text -> batches.
+"""Data module: texts to batches.
 
 The batch contract. Every batch is a dict of CPU tensors (B rows, L tokens):
   input_ids       int64 (B, L)
-  attention_mask  bool  (B, L)  False on padding; absent when nothing is padded (wrapped data)
-  given           bool  (B, L)  True on context (prompts, prefixes, BOS, EOS): seen, never masked, not scored; absent
-                                when there is none
-  fill            bool  (B, L)  True behind a text's own EOS where EOS fills its row (data.fill=eos): masked and scored
-                                where a model finds the length by it, never counted as tokens
-  segment_ends    int64 (B, S - 1)  with data.segments=true only, where texts have S segments: the tokens before which
-                                each but the last ends
-  sample_id       int64 (B,)    lasting name of the row: evaluation noise is keyed by it; of a stream the position
-  position        int64 (B,)    place in the run's stream of training samples; training batches only
-  label           int64 (B,)    where the texts have labels
-  class_id        int64 (B,)    class that a conditional network is told, -1 for none; set where it is known, not here
-  text_id         int64 (B,)    source text of the row, where a row is (part of) one text; not of a stream
-  first_document, last_document  int64 (B,)  documents of the row's first and last token, where they are known
-                                (data/packing.py): errors are over documents; not in training batches
-  latent          float32 (B, K, D)  what the row is about, standardised (latents/rows.py); with `latents=` only
-L is `model.length` for wrapped and filled data; padded batches are as long as their longest row, rounded up to
+  attention_mask  bool  (B, L)  False on padding; absent if nothing is padded (wrapped data)
+  given           bool  (B, L)  True on observed tokens (prompts, prefixes, BOS, EOS): never masked, not scored; absent
+                                if there are none
+  fill            bool  (B, L)  True on EOS padding after a text's own EOS (data.fill=eos): masked and scored if a model
+                                determines the length by it, never counted as tokens
+  segment_ends    int64 (B, S - 1)  only with data.segments=true, for texts of S segments: the end of each but the last
+  sample_id       int64 (B,)    permanent id of the row, which keys evaluation noise; in a stream the position
+  position        int64 (B,)    position in the run's stream of training samples; training batches only
+  label           int64 (B,)    if the texts have labels
+  class_id        int64 (B,)    class for a conditional network, -1 for none; not set here
+  text_id         int64 (B,)    source text, if a row is (part of) one text; not in a stream
+  first_document, last_document  int64 (B,)  documents of the row's first and last token, if known (data/packing.py):
+                                errors are over documents; not in training batches
+  latent          float32 (B, K, D)  standardised latent of the row (latents/rows.py); only with `latents=`
+L is `model.length` for wrapped and EOS-padded data; otherwise batches are as long as their longest row, rounded up to
 PAD_MULTIPLE.
 
-Training data is ONE stream. Position p of the run is row order(seed, p // n)[p % n] of the n rows; optimizer
-step s takes the positions [s * G, (s + 1) * G), G = loader.global_batch_size, for any number of devices and
-any size of the micro-batches (with loader.batch_ramp G depends on s, and a step begins where that before it
-ends). The place in the stream is a function of the step alone: a checkpoint holds one number, workers none. With
-data.random_crop a row is twice as long, and what is seen of it at position p is a function of (seed, p). With
-data.streaming and no limit on the training texts the rows are those of data/streaming.py, which says in what order they
-come; there a checkpoint also holds where the corpus is being read.
+Training data is ONE stream. Position p of the run is row order(seed, p // n)[p % n] of the n rows. Optimizer step s
+takes the positions [s * G, (s + 1) * G), G = loader.global_batch_size, for any number of devices and any size of the
+micro-batches. With loader.batch_ramp G depends on s, and a step begins where the previous one ends. The position in the
+stream is a function of the step alone: a checkpoint contains one number, workers none. With data.random_crop a row is
+twice as long, and the crop at position p is a function of (seed, p). With data.streaming and unlimited training texts
+the rows and their order are those of data/streaming.py, and a checkpoint also contains the reading positions.
 """
 
 import logging
@@ -60,7 +58,7 @@ from palimpsest.data.checks import check_protocol, check_settings
 from palimpsest.data.collate import Collate, Rows, segment_ends
 from palimpsest.data.loading import Loading, TimedLoader
 from palimpsest.data.order import evaluation_batches
-from palimpsest.data.packing import Packing, check_prompts, framed, pack
+from palimpsest.data.packing import Packing, check_prompts, pack, with_special_tokens
 from palimpsest.data.rows import text_rows
 from palimpsest.data.sources import Source
 from palimpsest.data.splits import SplitTexts
@@ -72,36 +70,36 @@ from palimpsest.latents.rows import Encoder, RowsWithLatents, TextLatents
 
 log = logging.getLogger(__name__)
 
-MOST_UNKNOWN = 0.9  # share of a split's tokens that its tokenizer may not know
+MOST_UNKNOWN = 0.9  # largest share of unknown tokens in a split
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Settings by which the texts of a source become rows: the keys of `data`, and keys of other groups about rows.
+    """Settings that turn the texts of a source into rows: the keys of `data`, and keys of other groups about rows.
 
     Attributes:
         length: tokens of a row (model.length).
         insert_train_special, insert_valid_special: BOS and EOS around the chunks of wrapped data, BOS before padded
             texts, in the train split and in the others.
-        insert_train_eos, insert_valid_eos: EOS behind each text.
-        score_special: false makes special tokens given; None: BOS and EOS of padded rows, nothing of wrapped ones.
-        prefix_length: so many tokens of each row are given (training.prefix_length).
-        first_given: the first token is given (training.ignore_bos).
-        fill: "eos" fills padded rows up to `length` with EOS, so that their length is not shown: the distribution of a
-            row then is p(text, EOS, the fill | prompt), and a model decides where a text ends.
-        segments: batches say where the parts of each text end; those between the first and the last end with EOS and
-            are filled up to `segment_room` tokens.
+        insert_train_eos, insert_valid_eos: EOS after each text.
+        score_special: False observes special tokens; None: BOS and EOS of padded rows, none of wrapped ones.
+        prefix_length: number of observed tokens at the beginning of each row (training.prefix_length).
+        first_given: the first token is observed (training.ignore_bos).
+        fill: "eos" pads rows with EOS up to `length`, which hides their length: the distribution of a row then is
+            p(text, EOS, padding | prompt), and a model decides where a text ends.
+        segments: batches contain the ends of each text's parts; parts between the first and the last end with EOS and
+            are padded to `segment_room` tokens.
         label: keep the texts of one class. Tokenizers are trained on the whole train split, whatever `label` and the
             limits are, so that the models of all classes share one vocabulary.
-        max_train_texts, max_valid_texts, max_test_texts: limits for quick runs: a fixed random choice where there are
+        max_train_texts, max_valid_texts, max_test_texts: limits for quick runs: a fixed random choice if there are
             labels, else the first ones.
-        streaming: read no more of a split than its limit (tokenizers too); without `max_train_texts` training reads on
-            and on, in the order that `stream` says, and keeps only its `sample_texts`.
-        random_crop: train on random stretches of wrapped rows twice as long; evaluation has fixed rows.
-        train_splits: train on these splits together, without labels (validation has none then either) and without
-            texts of the held-out splits.
+        streaming: read no more of a split than its limit (tokenizers too). Without `max_train_texts` training reads
+            without end, in the order of `stream`, and keeps only its `sample_texts`.
+        random_crop: train on random crops of wrapped rows twice as long; evaluation has fixed rows.
+        train_splits: train on these splits together, without labels (validation has none then either) and without texts
+            of the held-out splits.
         protocol: "reference" makes rows as kuleshov-group's mdlm does, with `num_proc` processes (None: 1).
-        latents: what makes the vectors of `latents=`.
+        latents: the encoder of `latents=`.
     """
 
     length: Length
@@ -141,11 +139,11 @@ class Texts:
 
 @dataclass(frozen=True)
 class Batches:
-    """Settings by which rows become batches: the keys of `loader`.
+    """Settings that turn rows into batches: the keys of `loader`.
 
     Attributes:
-        batch_size, eval_batch_size: rows that a device takes at once; None divides `global_batch_size`.
-        global_batch_size: samples of an optimizer step.
+        batch_size, eval_batch_size: rows per device and micro-batch; None divides `global_batch_size`.
+        global_batch_size: samples per optimizer step.
         batch_ramp: smaller steps first (data/stream.py).
         max_steps: optimizer steps of the whole run.
         seed: of the order of the training stream.
@@ -161,10 +159,7 @@ class Batches:
 
 
 class TextData(LightningDataModule):
-    """A source, a tokenizer and a way of packing, as splits and loaders.
-
-    Nothing is read before it is asked for.
-    """
+    """A source, a tokenizer and a packing, as splits and loaders. Nothing is read before it is needed."""
 
     def __init__(self, source: Source, texts: Texts, batches: Batches) -> None:
         super().__init__()
@@ -176,8 +171,8 @@ class TextData(LightningDataModule):
         self.first_given = texts.first_given
         check_protocol(texts.protocol, texts.num_proc, texts.streaming, texts.random_crop)
         source = source if texts.protocol is None else source.published()
-        unsaid = texts.wrap or texts.protocol is not None
-        self.score_special = unsaid if texts.score_special is None else texts.score_special
+        default = texts.wrap or texts.protocol is not None
+        self.score_special = default if texts.score_special is None else texts.score_special
         self.source = source
         self.length = texts.length
         self.label = texts.label
@@ -200,9 +195,9 @@ class TextData(LightningDataModule):
             room=texts.segment_room if texts.segments else None,
             num_proc=(texts.num_proc or 1) if texts.protocol else None,
         )
-        measured = framed(plain, texts.insert_valid_special, texts.insert_valid_eos)
+        measured = with_special_tokens(plain, texts.insert_valid_special, texts.insert_valid_eos)
         self.packings = dict.fromkeys(("validation", "test"), measured)
-        self.packings["train"] = framed(plain, texts.insert_train_special, texts.insert_train_eos)
+        self.packings["train"] = with_special_tokens(plain, texts.insert_train_special, texts.insert_train_eos)
         self.limits = {
             "train": texts.max_train_texts,
             "validation": texts.max_valid_texts,
@@ -213,23 +208,25 @@ class TextData(LightningDataModule):
         self.batch_size, self.eval_batch_size = batches.batch_size, batches.eval_batch_size
         self.max_steps, self.global_batch_size = batches.max_steps, batches.global_batch_size
         self.plan = BatchPlan.of(batches.global_batch_size, batches.batch_ramp)
-        sampled = self.stream.sample_texts
-        self._texts = SplitTexts(source, self.limits, self.streaming, sampled, self.label, self.train_splits)
-        self.figures, self._splits, self._streamed = dict[str, dict[str, int]](), dict[str, datasets.Dataset](), None
-        self._resumed = dict[str, Any]()
+        self._texts = self._split_texts(self.label, self.train_splits)
+        self.figures: dict[str, dict[str, int]] = {}
+        self._splits: dict[str, datasets.Dataset] = {}
+        self._streamed: StreamLoader | None = None
+        self._resumed: dict[str, Any] = {}
         self.latents = None if texts.latents is None else TextLatents(texts.latents, self)
         check_settings(self, {texts.name, *getattr(source, "sources", ())}, texts.train, texts.valid)
 
+    def _split_texts(self, label: int | None, train_splits: Sequence[str] | None) -> SplitTexts:
+        return SplitTexts(self.source, self.limits, self.streaming, self.stream.sample_texts, label, train_splits)
+
     @property
     def prompted(self) -> bool:
-        """Whether texts begin with a prompt, which is given."""
+        """Return True if texts begin with a prompt, which is observed."""
         return getattr(self.source, "prompted", False)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        settings = {key: value for key, value in self.tokenizer_settings.items() if key != "name_or_path"}
-        name = self.tokenizer_settings["name_or_path"]
-        return load_tokenizer(name, texts=lambda: self._texts.read("train")["text"][:], **settings)
+        return load_tokenizer(**self.tokenizer_settings, texts=lambda: self._texts.read("train")["text"][:])
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
@@ -244,36 +241,37 @@ class TextData(LightningDataModule):
         return self.source.splits
 
     def detokenizer(self, split: str) -> str | None:
-        """Return the name of a split's detokenizer (data/detokenizers.py); None if its texts are used as they are."""
+        """Return the name of a split's detokenizer (data/detokenizers.py); None if its texts are unchanged."""
         return self.source.detokenizer_of(split) if hasattr(self.source, "detokenizer_of") else None
 
     def packing(self, split: str) -> Packing:
-        """How the texts of a split become rows."""
+        """Return the packing of a split."""
         return self.packings.get(split, self.packings["test"])
 
     def texts(self, split: str) -> datasets.Dataset:
-        """The split's texts as they are: columns text, text_id (number in the whole split), label and ends
-        (data/sources.py) where there are such.
+        """Return the split's texts: columns text, text_id (number in the whole split), label and ends (data/sources.py)
+        if present.
 
-        Raises ValueError for an unknown split, an unknown label, an empty split.
+        Raises:
+            ValueError: an unknown split, an unknown label, an empty split.
         """
         return self._texts.of(split)
 
     def split(self, name: str) -> datasets.Dataset:
-        """The split's packed rows (columns: data/packing.py). `figures[name]` says what packing did.
+        """Return the split's packed rows (columns: data/packing.py); `figures[name]` says what packing did.
 
-        Raises ValueError for texts, lengths and tokenizers that do not go together.
+        Raises:
+            ValueError: texts, lengths and tokenizer do not fit together.
         """
         if name not in self._splits:
             self._splits[name] = self._pack(name, self.packing(name))
         return self._splits[name]
 
     def whole_train(self) -> datasets.Dataset:
-        """The packed train split of the source whatever `label` and `train_splits` are: what latents are fitted on."""
+        """Return the packed train split for any `label` and `train_splits`, which latents are fitted on."""
         if self.label is None and self.train_splits is None:
             return self.split("train")
-        whole = SplitTexts(self.source, self.limits, self.streaming, self.stream.sample_texts, None, None)
-        return self._pack("train", self.packings["train"], whole)
+        return self._pack("train", self.packings["train"], self._split_texts(None, None))
 
     def _pack(self, name: str, packing: Packing, of: SplitTexts | None = None) -> datasets.Dataset:
         texts = (of or self._texts).of(name)
@@ -293,18 +291,16 @@ class TextData(LightningDataModule):
         return rows if self.latents is None else RowsWithLatents(rows, self.latents.of(name))
 
     def train_dataloader(self) -> DataLoader:
-        """This rank's micro-batches of the whole run, from the place that a loaded checkpoint has reached.
+        """Return this rank's micro-batches of the whole run, from the position of a loaded checkpoint on.
 
-        Raises ValueError where the batch sizes do not divide or the trainer would run on past the stream.
+        Raises:
+            ValueError: batch sizes do not divide, or the trainer would continue past the stream.
         """
         rank, world = self._rank()
         limit = None if self.trainer is None else self.trainer.max_steps
         if limit is not None and not 0 < limit <= self.max_steps:
-            raise ValueError(
-                f"trainer.max_steps={limit}, but the data were set up for {self.max_steps} "
-                f"steps; "
-                f"give both one positive number"
-            )
+            expected = f"the data were set up for {self.max_steps} steps"
+            raise ValueError(f"trainer.max_steps={limit}, but {expected}; give both one positive number")
         size, _ = batch_arithmetic(self.global_batch_size, self.batch_size, world, ramp=self.plan.ramp)
         sampler = PositionBatchSampler(
             self.global_batch_size, size, self.max_steps, rank, world, self._consumed(), self.plan.ramp
@@ -333,8 +329,11 @@ class TextData(LightningDataModule):
         return self.eval_dataloader("test")
 
     def eval_dataloader(self, split: str, only: np.ndarray | None = None, trainer: Trainer | None = None) -> DataLoader:
-        """Every row of the split (or of `only`) once over all ranks of the trainer that reads it (None: of the fit);
-        padded rows longest first, to waste least."""
+        """Return every row of the split (or of `only`) once over all ranks of the trainer that reads it (None: of the
+        fit).
+
+        Padded rows come longest first, which wastes least.
+        """
         rows = self.split(split)
         order = np.arange(len(rows)) if only is None else only
         if not self.wrap:
@@ -344,11 +343,11 @@ class TextData(LightningDataModule):
 
     @property
     def collate(self) -> Collate:
-        """Columns of rows of a split -> a batch."""
+        """Return the function that turns columns of a split's rows into a batch."""
         return _collate(self)
 
     def segment_ends(self, prompt_tokens_B: np.ndarray) -> np.ndarray | None:
-        """`segment_ends` of rows with prompts of so many tokens, as batches say them; None without segments."""
+        """Return `segment_ends` of rows with prompts of these lengths, as in batches; None without segments."""
         if not self.segments:
             return None
         number = len(self.texts(self.splits[0])["ends"][0])
@@ -363,19 +362,18 @@ class TextData(LightningDataModule):
         return (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
 
     def state_dict(self) -> dict[str, Any]:
-        """Samples that finished steps have taken from the stream, and what else the order hangs on; of a corpus that is
-        read as it goes, how far that has come."""
+        """Return the samples that finished steps have taken, the order's settings, and the stream's cursors."""
         state = {"consumed_samples": self._taken(), **self._order}
         reading = self._resumed.get("stream") if self._streamed is None else self._streamed.state()
         return state if reading is None else {**state, "stream": reading}
 
     @property
     def _order(self) -> dict[str, Any]:
-        """What the order of the training samples hangs on, beside the data."""
+        """Return what the order of the training samples depends on besides the data."""
         return {"global_batch_size": self.global_batch_size, "batch_ramp": self.plan.ramp, "seed": self.seed}
 
     def _taken(self) -> int:
-        """Samples that finished steps have taken from the stream."""
+        """Return the number of samples that finished steps have taken from the stream."""
         steps = None if self.trainer is None else self.trainer.global_step
         return self._resumed.get("consumed_samples", 0) if steps is None else self.plan.start(steps)
 
@@ -383,12 +381,12 @@ class TextData(LightningDataModule):
         self._resumed = dict(state_dict)
 
     def _consumed(self) -> int:
-        """Where training goes on. Raises ValueError for a checkpoint of a run with another stream."""
+        """Return the position where training continues. Raises ValueError for a checkpoint of another stream."""
         if self._resumed and self.endless != ("stream" in self._resumed):
             was, now = ("false", "true") if self.endless else ("true", "false")
             raise ValueError(
-                f"data.streaming={now} (of all texts), but the run to be resumed was begun with {was}; "
-                f"resume it with that, or start a new run"
+                f"data.streaming={now} (of all texts), but the run to be resumed was begun with {was}; resume it with "
+                "that, or start a new run"
             )
         return consumed_before(self._resumed, self._order)
 
@@ -408,10 +406,12 @@ def _collate(data: TextData) -> Collate:
 
 
 def with_texts(data: TextData, split: str, texts: Sequence[str]) -> TextData:
-    """`data` with a further split of texts from elsewhere, of no known class (label -1), as those of the test split
-    become rows; nothing of them is kept on disk.
+    """Return `data` with an additional split of other texts, packed like the test split; nothing is stored on disk.
 
-    Raises ValueError for texts that do not go together with these settings, and where texts have prompts.
+    Their class is unknown (label -1).
+
+    Raises:
+        ValueError: the texts do not fit these settings, or the data set has prompts.
     """
     if data.prompted:
         raise ValueError(f"the texts of data={data.name} have prompts, and texts from elsewhere have none")
@@ -426,53 +426,40 @@ def with_texts(data: TextData, split: str, texts: Sequence[str]) -> TextData:
 def _report(name: str, figures: dict[str, int], longest: int | None) -> None:
     log.info("%s: %d texts -> %d rows, %d tokens", name, figures["texts"], figures["rows"], figures["tokens"])
     if figures["long"] and longest is not None:
-        log.warning(
-            "%s: %d of %d texts are longer than model.length=%d; tokens left out: %d",
-            name,
-            figures["long"],
-            figures["texts"],
-            longest,
-            figures["cut"],
-        )
+        long = f"{figures['long']} of {figures['texts']} texts are longer than model.length={longest}"
+        log.warning("%s: %s; tokens left out: %d", name, long, figures["cut"])
     if figures["unknown"]:
         log.warning("%s: %d of %d tokens are unknown to the tokenizer", name, figures["unknown"], _encoded(figures))
 
 
 def _check_known(name: str, figures: dict[str, int], tokenizer: str) -> None:
-    """Raises ValueError where nearly all tokens are the unknown one: a model of them says nothing of the texts."""
+    """Raise ValueError if nearly all tokens are unknown: a model of them says nothing about the texts."""
     if figures["unknown"] > MOST_UNKNOWN * _encoded(figures):
         raise ValueError(
             f"data.tokenizer_name_or_path={tokenizer} does not know {figures['unknown']} of {_encoded(figures)} tokens "
-            f"of the {name} split: it is a tokenizer of other texts, or its vocabulary is incomplete; choose another"
+            f"of the {name} split; choose a tokenizer with a fitting vocabulary"
         )
 
 
 def _encoded(figures: dict[str, int]) -> int:
-    """Tokens of the texts; older cache entries know those of the rows alone."""
+    """Return the tokens of the texts; older cache entries only have those of the rows."""
     return figures.get("encoded", figures["tokens"])
 
 
 def _corpus(data: TextData) -> Corpus:
-    """The train split as a stream. Raises ValueError for settings that need texts that lie still."""
+    """Return the train split as a stream. Raises ValueError for settings that need stored texts."""
     for key, value in (("data.random_crop", data.random_crop), ("classify.pretrain", data.train_splits)):
         if value:
             raise ValueError(
-                f"{key}={value} needs texts that lie still, and data.streaming=true without a limit keeps "
-                f"none; set data.max_train_texts, or data.streaming=false"
+                f"{key}={value} needs stored texts, and data.streaming=true without a limit keeps none; set "
+                "data.max_train_texts, or data.streaming=false"
             )
     if data.label is not None:
-        data.texts("train")  # refuses a class that does not exist
+        data.texts("train")  # raises for an unknown class
     if not hasattr(data.source, "open"):
         raise ValueError("data.streaming=true: these texts are made or cut as a whole; set it to false")
     if data.prompted:
         check_prompts(data.packings["train"], "train stream")
-    return Corpus(
-        data.source.open("train"),
-        data.tokenizer,
-        data.vocabulary,
-        data.packings["train"],
-        data.stream,
-        data.global_batch_size,
-        data.seed,
-        data.label,
-    )
+    shards, packing = data.source.open("train"), data.packings["train"]
+    order = (data.stream, data.global_batch_size, data.seed, data.label)
+    return Corpus(shards, data.tokenizer, data.vocabulary, packing, *order)

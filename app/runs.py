@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from palimpsest.common.files import Place, is_remote, place, version
+from palimpsest.common.files import PathOrUrl, is_remote, path_or_url, version
 from palimpsest.experiment.carried import carried
 from palimpsest.scripts import generate
 from palimpsest.settings.command_line import CONFIGS
@@ -27,7 +27,7 @@ class Network:
     """A trained network: where its checkpoint lies, the configuration that this carries, the class it was trained on
     (None: all)."""
 
-    path: Place
+    path: PathOrUrl
     configuration: Mapping[str, object]
     label: int | None
 
@@ -112,8 +112,8 @@ def classifiers(networks: Sequence[Network]) -> list[Classifier]:
     return found
 
 
-def _checkpoints(typed: str) -> list[Place]:
-    path = place(typed, "--checkpoint")
+def _checkpoints(typed: str) -> list[PathOrUrl]:
+    path = path_or_url(typed, "--checkpoint")
     if is_remote(path) or not path.is_dir():
         return [path]
     below = sorted(path.rglob("/".join(_LAST)))
@@ -125,6 +125,6 @@ def _checkpoints(typed: str) -> list[Place]:
     return below
 
 
-def _network(path: Place) -> Network:
+def _network(path: PathOrUrl) -> Network:
     known = carried(path, "--checkpoint")
     return Network(path, known["configuration"], known.get("label"))

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from palimpsest.classification.scoring import ClassScores
-from palimpsest.common.files import write_whole
+from palimpsest.common.files import write_atomically
 
 FILE = "predictions.parquet"
 
@@ -44,7 +44,7 @@ def write_predictions(
         columns |= {f"{name}_{k}": values_MC[:, k] for k in range(values_MC.shape[1])}
     table = pa.BufferOutputStream()
     pq.write_table(pa.table(columns), table)
-    write_whole(folder / FILE, table.getvalue())
+    write_atomically(folder / FILE, table.getvalue())
     return folder / FILE
 
 

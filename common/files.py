@@ -1,9 +1,9 @@
-"""Files by path or by address, and whether they still are what was written.
+"""File operations on local paths and remote URLs, and checksums inside checkpoint files.
 
-A place is a path of this machine (`Path`) or an address as fsspec spells them (`s3://bucket/run`, `memory://run`).
+A location is a local path (`Path`) or a URL in the notation of fsspec (`s3://bucket/run`, `memory://run`).
 
-A sealed file carries the SHA-256 of its content inside itself, so that no kill can part the two: a checkpoint is a zip
-archive, and the digest is the archive's comment, which every reader of zip archives skips.
+A sealed file carries the SHA-256 of its content inside itself, so that no interruption can separate the two. A
+checkpoint is a zip archive, and its digest is the archive's comment, which every reader of zip archives skips.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 from fsspec.utils import get_protocol
 
-Place = Path | str
+PathOrUrl = Path | str
 PARTIAL = ".partial"  # ends the name of a file that is still being written
 
 _MARK = b"palimpsest sha256 "
@@ -35,14 +35,14 @@ _END_SIGNATURE = b"PK\x05\x06"
 _CHUNK = 1 << 22
 
 
-# -------------------------------------------------------------------------------- places
+# -------------------------------------------------------------------------------- paths and URLs
 
 
-def place(path: str | Path, key: str = "checkpointing.save_dir") -> Place:
-    """The place that was typed under `key`; file:///x is the path /x.
+def path_or_url(path: str | Path, key: str = "checkpointing.save_dir") -> PathOrUrl:
+    """Return the path or URL that was typed under `key`; file:///x is the path /x.
 
     Raises:
-        ValueError: an address of a kind that fsspec does not know, or whose package is missing.
+        ValueError: fsspec does not know this kind of URL, or its package is not installed.
     """
     text = str(path)
     if "://" not in text:
@@ -53,72 +53,75 @@ def place(path: str | Path, key: str = "checkpointing.save_dir") -> Place:
         url_to_fs(text)
     except (ImportError, ValueError) as error:
         raise ValueError(
-            f"{key}={text}: {error}. Addresses are those of fsspec (s3:// needs the package s3fs, gs:// gcsfs); "
-            "install what is missing, or name a folder of this machine"
+            f"{key}={text}: {error}. URLs are those of fsspec (s3:// needs the package s3fs, gs:// gcsfs); "
+            "install the missing package, or name a local folder"
         ) from error
     return text.rstrip("/")
 
 
-def is_remote(where: Place) -> bool:
-    """Whether it is an address, not a path of this machine."""
+def is_remote(where: PathOrUrl) -> bool:
+    """Return True for a URL, False for a local path."""
     return isinstance(where, str)
 
 
-def below(folder: Place, *names: str) -> Place:
-    """The place of that name in `folder`."""
+def join_path(folder: PathOrUrl, *names: str) -> PathOrUrl:
+    """Append names to a path or URL."""
     return "/".join([folder, *names]) if is_remote(folder) else folder.joinpath(*names)
 
 
-def name_of(where: Place) -> str:
-    """The last part of a place."""
+def basename(where: PathOrUrl) -> str:
+    """Return the last part of a path or URL."""
     return str(where).rpartition("/")[2] if is_remote(where) else where.name
 
 
-def folder_of(where: Place) -> Place:
-    """What a place lies in."""
+def parent_folder(where: PathOrUrl) -> PathOrUrl:
+    """Return the folder that contains a path or URL."""
     return where.rpartition("/")[0] if is_remote(where) else where.parent
 
 
 def filesystem(address: str) -> AbstractFileSystem:
-    """Who keeps `address`, with nothing remembered of what lay there earlier."""
+    """Return the fsspec file system of a URL, with its directory cache emptied."""
     fs = url_to_fs(address)[0]
     fs.invalidate_cache()
     return fs
 
 
-def exists(where: Place) -> bool:
-    """Whether there is anything at a place."""
+def exists(where: PathOrUrl) -> bool:
+    """Return True if there is a file or folder at this path or URL."""
     return filesystem(where).exists(where) if is_remote(where) else where.exists()
 
 
-def newest_first(folder: Place, ending: str = "") -> list[Place]:
-    """The files in `folder` with that ending, the latest written first; of one time, the last by name."""
+def newest_first(folder: PathOrUrl, ending: str = "") -> list[PathOrUrl]:
+    """Return the files in `folder` with that ending, newest first; files of equal age in reverse order of name."""
     found: list[tuple[float, str]] = []
     if is_remote(folder):
         fs = filesystem(folder)
         paths = fs.ls(folder, detail=False) if fs.exists(folder) else []
-        found = [(fs.modified(path).timestamp(), name_of(path)) for path in paths if path.endswith(ending)]
+        found = [(fs.modified(path).timestamp(), basename(path)) for path in paths if path.endswith(ending)]
     else:
         for path in folder.glob(f"*{ending}"):
-            with suppress(FileNotFoundError):  # a training that runs lets go of old files
+            with suppress(FileNotFoundError):  # a running training deletes old checkpoints
                 found.append((path.stat().st_mtime_ns, path.name))
-    return [below(folder, name) for _, name in sorted(found, reverse=True)]
+    return [join_path(folder, name) for _, name in sorted(found, reverse=True)]
 
 
-def remove(where: Place) -> None:
-    """Delete a file; what is gone already stays so."""
+def remove(where: PathOrUrl) -> None:
+    """Delete a file if it exists."""
     with suppress(FileNotFoundError):
         filesystem(where).rm_file(where) if is_remote(where) else where.unlink()
 
 
-def rename(source: Place, target: Place) -> None:
-    """Give a file another name."""
+def rename(source: PathOrUrl, target: PathOrUrl) -> None:
+    """Rename a file."""
     filesystem(source).mv(source, target) if is_remote(source) else os.replace(source, target)
 
 
-def alias(source: Place, target: Place) -> None:
-    """`target` becomes the content of `source`, at once: a second name of the same file where the file system has
-    such, else a copy. Raises OSError; `target` is what it was then."""
+def link_or_copy(source: PathOrUrl, target: PathOrUrl) -> None:
+    """Atomically replace `target` by a hard link to `source`, or by a copy where the file system has no hard links.
+
+    Raises:
+        OSError: the link and the copy failed; `target` is unchanged.
+    """
     if is_remote(source):
         filesystem(source).copy(source, target)
         return
@@ -132,12 +135,12 @@ def alias(source: Place, target: Place) -> None:
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
         os.replace(partial, target)
-    finally:  # also where both were names of one file already: rename does nothing then
+    finally:  # also needed if both already named one file, because os.replace does nothing then
         partial.unlink(missing_ok=True)
-    sync_folder(target.parent)
+    fsync_folder(target.parent)
 
 
-def write_whole(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes) -> None:
     """Write `data` to `path` atomically: readers see the old file or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
@@ -151,8 +154,8 @@ def write_whole(path: Path, data: bytes) -> None:
         partial.unlink(missing_ok=True)
 
 
-def sync_folder(folder: Path) -> None:
-    """Have the names in `folder` on the disk too, where its file system knows how."""
+def fsync_folder(folder: Path) -> None:
+    """Flush the directory entries of `folder` to disk, if its file system supports that."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -163,16 +166,16 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def open_to_read(where: Place) -> BinaryIO:
-    """The file at a place. From an address all of it is fetched first.
+def open_regular(where: PathOrUrl) -> BinaryIO:
+    """Open the file at a path or URL for reading. A remote file is downloaded completely first.
 
     Raises:
-        ValueError: it is a pipe, a device or a folder. Reading some of them would never end.
+        ValueError: it is a pipe, a device or a folder. Reading some of these would never end.
         OSError: it cannot be opened.
     """
     if is_remote(where):
         return io.BytesIO(filesystem(where).cat_file(where))
-    handle = os.open(where, os.O_RDONLY | os.O_NONBLOCK)  # without waiting for somebody who writes into a pipe
+    handle = os.open(where, os.O_RDONLY | os.O_NONBLOCK)  # do not wait for the writer of a pipe
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
         raise ValueError(f"{where} is not a file, but a folder, a pipe or a device; name the file itself")
@@ -180,18 +183,18 @@ def open_to_read(where: Place) -> BinaryIO:
 
 
 def check_regular(folder: Path) -> None:
-    """Check that what lies in a folder, links followed, are files and folders.
+    """Check that `folder` contains only files and folders, after following links.
 
     Raises:
-        ValueError: something is a pipe or a device, which a library would read without end.
+        ValueError: it contains a pipe or a device, which a library would read without end.
     """
     for path in sorted(folder.iterdir()):
         if path.exists() and not path.is_file() and not path.is_dir():
             raise ValueError(f"{path} is not a file, but a pipe or a device; remove it")
 
 
-def version(where: Place) -> str:
-    """A word that changes when the file at a place is written anew."""
+def version(where: PathOrUrl) -> str:
+    """Return a string that changes whenever the file at a path or URL is rewritten."""
     if is_remote(where):
         return str(filesystem(where).ukey(url_to_fs(where)[1]))
     status = where.stat()
@@ -202,10 +205,10 @@ def version(where: Place) -> str:
 
 
 class Seal:
-    """A stream to write a zip archive to: hashes what passes on to `file`, and `close` ends it with the digest.
+    """Output stream for a zip archive that hashes what it passes on to `file`; `close` appends the digest.
 
-    What goes wrong in `file` is kept in `error`, and the rest is swallowed: an error in the middle would be raised
-    within the C++ of torch.save, whose own clean-up then writes, and fails, once more.
+    An error of `file` is kept in `error`, and later writes are ignored. An exception raised within the C++ code of
+    torch.save would make its clean-up write, and fail, once more.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -225,10 +228,10 @@ class Seal:
         return len(data)
 
     def flush(self) -> None:
-        """What is held back has to wait."""
+        """Do nothing: the last two bytes have to wait for `close`."""
 
     def close(self) -> None:
-        """Say the length of the comment, then the comment. Raises OSError for what went wrong on the way."""
+        """Write the length of the comment and the comment. Raises OSError if an earlier write failed."""
         assert self._held == b"\0\0", "the archive has a comment already"
         self._pass(_COMMENT.to_bytes(2, "little") + _MARK)
         self._pass(self._hash.hexdigest().encode())
@@ -245,11 +248,11 @@ class Seal:
             self.error = error
 
 
-def check_seal(where: Place) -> bool:
-    """Whether the file is sealed, after its content was held against the seal; False for files that have none.
+def check_seal(where: PathOrUrl) -> bool:
+    """Return True if the file is sealed and its content agrees with the seal; False if it has no seal.
 
     Raises:
-        ValueError: the content is not what was sealed, or the seal itself is damaged.
+        ValueError: the content differs from what was sealed, or the seal itself is damaged.
         OSError: it cannot be read.
     """
     return _check_once(str(where), version(where))
@@ -257,13 +260,13 @@ def check_seal(where: Place) -> bool:
 
 @lru_cache(maxsize=256)
 def _check_once(where: str, version: str) -> bool:
-    """A version of a file that is intact stays so."""
-    with open_to_read(place(where)) as file:
+    """Check one version of a file; an intact version stays intact, so the result is cached."""
+    with open_regular(path_or_url(where)) as file:
         return check_content(file, where)
 
 
 def check_content(file: BinaryIO, name: str) -> bool:
-    """`check_seal` of an open file, which is called `name` in messages; it is left at its beginning."""
+    """Check the seal of an open file, called `name` in messages, and rewind it to its beginning."""
     size = file.seek(0, io.SEEK_END)
     file.seek(max(0, size - _COMMENT - _END.size))
     tail = file.read()
@@ -287,7 +290,7 @@ def check_content(file: BinaryIO, name: str) -> bool:
 
 
 def _announces_seal(tail: bytes) -> bool:
-    """Whether an archive ends there with a comment of the length of a seal, though no seal is in its place."""
+    """Return True if the archive ends with a comment as long as a seal, although there is no valid seal."""
     start = tail.rfind(_END_SIGNATURE)
     if start < 0 or len(tail) - start < _END.size:
         return False

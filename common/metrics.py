@@ -1,6 +1,6 @@
-"""Numbers with their errors: estimates, the independent units that errors are over, and the meter of validation.
+"""Estimates with standard errors, the independent units that errors are computed over, and the validation metric.
 
-Shape suffixes: B rows of a batch, M rows (texts), K trials of a text, U units.
+Shape suffixes: B rows of a batch, M rows (texts), K trials of a text, P passes over a text.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-_LARGEST_EXPONENT = 700  # exp of more is no float
+_LARGEST_EXPONENT = 700  # exp of a larger number overflows
 _Z95 = 1.959964  # standard errors of a 95 % interval
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its standard error (nan where it can not be known, e.g. from a single text)."""
+    """A value with its standard error, which is nan if it is unknown, e.g. for a single text."""
 
     value: float
     se: float
 
     def exp(self) -> Estimate:
-        """exp of the value; the error by the delta method."""
+        """Return exp of the value, with the error by the delta method."""
         value = math.inf if self.value >= _LARGEST_EXPONENT else math.exp(self.value)  # nan stays nan
         return Estimate(value, value * self.se)
 
@@ -40,13 +40,13 @@ class Estimate:
         return f"{self.value:,.{decimals}f} ± {self.se:,.{decimals}f}"
 
 
-UNIT_COLUMNS = ("first_document", "last_document", "text_id")  # what says of which units rows are, where it is known
+UNIT_COLUMNS = ("first_document", "last_document", "text_id")  # columns that name a row's units, if they are known
 
 
 @dataclass(frozen=True)
 class Units:
-    """The independent units that M rows belong to: row m holds parts of the units first_M[m] to last_M[m]. Rows depend
-    on each other only where they share a unit. name: what the units are, in the plural."""
+    """The independent units, named by a plural noun, that M rows belong to: row m contains parts of units first_M[m]
+    to last_M[m]. Rows depend on each other only if they share a unit."""
 
     name: str
     first_M: np.ndarray
@@ -54,10 +54,10 @@ class Units:
 
     @classmethod
     def of(cls, columns: Mapping[str, ArrayLike]) -> Units:
-        """The units of rows of a data set, by their columns (or those of a batch).
+        """Return the units of rows, given the columns of their data set or batch.
 
-        Documents where they are known, and there are two at least; else the texts that rows are cut from; else runs of
-        about sqrt(M) rows that follow one another.
+        Units are documents if at least two are known; else the texts that rows are cut from; else runs of about sqrt(M)
+        consecutive rows.
         """
         if "first_document" in columns:
             first_M, last_M = (np.asarray(columns[name]) for name in ("first_document", "last_document"))
@@ -71,31 +71,31 @@ class Units:
 
     @classmethod
     def each(cls, text_M: ArrayLike) -> Units:
-        """Texts, by their numbers: rows with the same number are of one text."""
+        """Return units given by text numbers: rows with the same number belong to one text."""
         return cls("texts", np.asarray(text_M), np.asarray(text_M))
 
     def __len__(self) -> int:
-        """How many units there are."""
+        """Return the number of units."""
         if (self.first_M == self.last_M).all():
             return len(np.unique(self.first_M))
         spans = zip(self.first_M, self.last_M, strict=True)
         return len(np.unique(np.concatenate([np.arange(first, last + 1) for first, last in spans])))
 
     def __getitem__(self, index_M: np.ndarray) -> Units:
-        """Those of some rows."""
+        """Return the units of some rows."""
         return Units(self.name, self.first_M[index_M], self.last_M[index_M])
 
     def __str__(self) -> str:
         return f"{len(self):,} {self.name}"
 
     def variance(self, influence_M: np.ndarray) -> float:
-        """The variance of an estimate to which row m contributes the deviation influence_M[m]; they sum to zero. nan
-        where all rows depend on one another.
+        """Return the variance of an estimate to which row m contributes the deviation influence_M[m].
 
-        Sums the products of all pairs of rows that share a unit, as in a cluster-robust variance (Liang & Zeger,
-        Biometrika 73, 1986), also where a row holds parts of several units. As deviations are from the mean of the
-        sample, the sum is scaled by 1 / (1 - the share of all pairs that it has), which is n / (n - 1) for independent
-        rows. Where it is not positive, as can happen by chance with few documents, it is that of independent rows.
+        Deviations sum to zero. The result is nan if all rows depend on one another. Products of all pairs of rows that
+        share a unit are summed, as in a cluster-robust variance (Liang & Zeger, Biometrika 73, 1986), also where a row
+        contains parts of several units. Because deviations are from the sample mean, the sum is divided by one minus
+        its share of all pairs, which gives n / (n - 1) for independent rows. If the sum is not positive, which happens
+        by chance with few documents, the variance for independent rows is returned.
         """
         order_M = np.lexsort((self.last_M, self.first_M))
         value_M, first_M, last_M = (column[order_M] for column in (influence_M, self.first_M, self.last_M))
@@ -109,10 +109,10 @@ class Units:
 
 
 def ratio(part_M: ArrayLike, whole_M: ArrayLike, units: Units | None = None) -> Estimate:
-    """Sum of the parts over the sum of the wholes, such as nats over tokens, with the standard error of that ratio over
-    the units (None: each row is one), by linearisation (Cochran, Sampling Techniques, eq. 6.12).
+    """Return the sum of the parts over the sum of the wholes, such as nats over tokens, with its standard error.
 
-    It covers both the choice of texts and the Monte Carlo draws, as far as these differ from unit to unit.
+    The error is that of a ratio by linearisation (Cochran, Sampling Techniques, eq. 6.12), over the units (None: each
+    row is one). It covers the choice of texts, and the Monte Carlo draws as far as they differ between units.
 
     Raises:
         ValueError: nothing was measured.
@@ -129,9 +129,9 @@ def ratio(part_M: ArrayLike, whole_M: ArrayLike, units: Units | None = None) -> 
 def ratios_by_rate(
     rate_MP: np.ndarray, part_MP: np.ndarray, whole_MP: np.ndarray, units: Units | None = None, num_bins: int = 10
 ) -> tuple[np.ndarray, list[Estimate]]:
-    """Return the mean rate and the ratio of part to whole in each bin of a rate in [0, 1] that has a whole.
+    """Return the mean rate and the ratio of part to whole in each non-empty bin of a rate in [0, 1].
 
-    P passes of a text are summed first, as they are not independent.
+    The P passes of a text are summed first, because they are not independent.
     """
     bin_MP = np.minimum(np.nan_to_num(rate_MP) * num_bins, num_bins - 1).astype(int)
     rates, found = [], []
@@ -146,13 +146,13 @@ def ratios_by_rate(
 
 
 def mean(value_M: ArrayLike, units: Units | None = None) -> Estimate:
-    """The mean with its standard error over the units (None: each value is one); nan without any."""
+    """Return the mean with its standard error over the units (None: each value is one); nan for no values."""
     return ratio(value_M, np.ones(len(value_M)), units) if len(value_M) else Estimate(math.nan, math.nan)
 
 
 @dataclass(frozen=True)
 class Interval:
-    """Both ends of a 95 % interval."""
+    """The ends of a 95 % interval."""
 
     low: float
     high: float
@@ -161,8 +161,7 @@ class Interval:
 def wilson_interval(successes: float, trials: float) -> Interval:
     """Return the 95 % score interval of a proportion (Wilson 1927); nan without trials.
 
-    For trials that depend on one another, give the number of independent ones that are worth as much; it need not be
-    whole.
+    For dependent trials, give the effective number of independent ones, which need not be whole.
     """
     if trials == 0:
         return Interval(math.nan, math.nan)
@@ -173,10 +172,8 @@ def wilson_interval(successes: float, trials: float) -> Interval:
 
 @dataclass(frozen=True)
 class Share:
-    """A share of texts with its standard error and Wilson's 95 % interval.
-
-    texts: how many it rests on. chance: the share that a guess would reach, nan if there is no such number.
-    """
+    """A share of `texts` texts with its standard error and Wilson's 95 % interval. `chance`: what a random guess
+    reaches, or nan."""
 
     value: float
     se: float
@@ -187,24 +184,24 @@ class Share:
 
     @property
     def estimate(self) -> Estimate:
-        """The value with its standard error."""
+        """Return the value with its standard error."""
         return Estimate(self.value, self.se)
 
 
 def share(hit_MK: np.ndarray, chance: float = math.nan) -> Share:
     """Return the share of hits of M texts with K trials each, (M,) or (M, K).
 
-    Hits are numbers in [0, 1]; they need not be whole where a tie was cut. The trials of one text depend on one
-    another, so the interval is that of as many independent trials as have the same standard error.
+    Hits are numbers in [0, 1]; they are fractional where ties were shared. The trials of a text are dependent, so the
+    interval is that of the number of independent trials with the same standard error.
 
     Raises:
-        ValueError: there is nothing to count.
+        ValueError: there are no hits to count.
     """
     if not hit_MK.size:
-        raise ValueError("there is no verdict to count")
+        raise ValueError("there are no predictions to count")
     texts, value = len(hit_MK), float(hit_MK.mean())
     hit_MK = hit_MK.reshape(texts, -1)
-    se = math.sqrt(value * (1 - value) / texts)  # as if the trials of a text were all alike
+    se = math.sqrt(value * (1 - value) / texts)  # as if all trials of a text agreed
     independent = texts
     if texts > 1 and hit_MK.shape[1] > 1:
         se = min(se, float(hit_MK.mean(1).std(ddof=1) / math.sqrt(texts)))
@@ -214,10 +211,10 @@ def share(hit_MK: np.ndarray, chance: float = math.nan) -> Share:
 
 
 class NLLMeter(Metric):
-    """Nats per token over a data set that is measured batch by batch, with the error of `ratio` over its units. All
-    rows are kept (five numbers each), so batch size, order and number of devices do not matter.
+    """Metric of nats per token over a data set, with the error of `ratio` over its units.
 
-    over_devices: every process meters texts of its own, and all together ask for the estimate; else each has the whole.
+    All rows are kept (five numbers each), so the result does not depend on batch size, order or number of devices. Set
+    `over_devices` if each process measures different texts; otherwise each has all of them.
     """
 
     full_state_update = False
@@ -228,23 +225,23 @@ class NLLMeter(Metric):
         self.units: tuple[str, ...] = ()
 
     def reset(self) -> None:
-        """Forget all rows. An empty one is kept, so that a process without any has something to exchange."""
+        """Forget all rows. An empty tensor is kept, so that a process without rows can take part in the exchange."""
         super().reset()
         self.rows = [torch.zeros(0, 5, dtype=torch.float64, device=self.device)]
 
     def update(self, nll_B: Tensor, tokens_B: Tensor, batch: Mapping[str, Tensor]) -> None:
-        """Add rows. batch: what says of which units they are (`Units.of`)."""
+        """Add rows. `batch` names their units (`Units.of`)."""
         found = ("first_document", "last_document") if "first_document" in batch else ("text_id",) * 2
         self.units = found if found[0] in batch else ("sample_id",) * 2
         columns = (nll_B, tokens_B, batch["sample_id"], *(batch[name] for name in self.units))
         self.rows.append(torch.stack([column.double() for column in columns], dim=1))
 
     def estimate(self) -> Estimate:
-        """Nats per token."""
+        """Return nats per token."""
         return Estimate(*self.compute().tolist())
 
     def compute(self) -> Tensor:
-        """(value, standard error), float64.
+        """Return the value and its standard error as float64.
 
         Raises:
             ValueError: nothing was measured.
@@ -255,5 +252,5 @@ class NLLMeter(Metric):
         return torch.tensor([found.value, found.se], dtype=torch.float64)
 
     def set_dtype(self, dst_type: torch.dtype) -> NLLMeter:
-        """The sums stay float64 whatever the model's precision."""
+        """Keep the sums in float64 whatever the model's precision."""
         return self

@@ -1,4 +1,4 @@
-"""Output that neither a full disk nor a closed terminal ends a run by."""
+"""Output streams whose failure (a full disk, a closed terminal) does not end a run."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
-_NOBODY_READS = (errno.EIO, errno.EPIPE)  # a terminal that was closed; `| tee log` that went with it
+_READER_LEFT = (errno.EIO, errno.EPIPE)  # a closed terminal, or a closed pipe such as `| tee log`
 
 
 class SafeStream:
-    """A text stream whose failures end nothing: a run has a checkpoint to write, whoever still reads its output.
+    """A text stream that drops output instead of failing, because a run must still write its checkpoint.
 
-    What cannot be written (closed terminal or pipe, full disk) is left out. Characters that the stream's encoding lacks
-    are shown as question marks. told: the stream that is told once that output is lost, unless its reader just left.
+    Characters that the encoding lacks become question marks. Lost output is reported once on `report_to`, unless the
+    reader has just left.
     """
 
-    def __init__(self, stream: TextIO, told: TextIO | None = None) -> None:
-        self._stream, self._told = stream, told
+    def __init__(self, stream: TextIO, report_to: TextIO | None = None) -> None:
+        self._stream, self._report_to = stream, report_to
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._stream, name)
@@ -46,23 +46,26 @@ class SafeStream:
     def _losing(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, ValueError) as error:  # ValueError: somebody closed it
-            told, self._told = self._told, None
-            if told is not None and getattr(error, "errno", None) not in _NOBODY_READS:
-                print(f"the output cannot be written ({error}): the run goes on without it", file=told)
+        except (OSError, ValueError) as error:  # ValueError: the stream was closed
+            report_to, self._report_to = self._report_to, None
+            if report_to is not None and getattr(error, "errno", None) not in _READER_LEFT:
+                print(f"the output cannot be written ({error}): the run goes on without it", file=report_to)
 
 
 def guard_output() -> None:
-    """Make sys.stdout and sys.stderr safe streams. Descriptors below 3 that are closed are opened on /dev/null first:
-    else a file of the run would get such a number, and what other programs print would go into it."""
+    """Make sys.stdout and sys.stderr safe streams.
+
+    Closed descriptors below 3 are opened on /dev/null first. Otherwise a file of the run would get such a number and
+    receive what other programs print.
+    """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
     if not isinstance(sys.stderr, SafeStream):
-        sys.stderr = SafeStream(sys.stderr or _nowhere())
+        sys.stderr = SafeStream(sys.stderr or _null_stream())
     if not isinstance(sys.stdout, SafeStream):
-        sys.stdout = SafeStream(sys.stdout or _nowhere(), told=sys.stderr)
+        sys.stdout = SafeStream(sys.stdout or _null_stream(), report_to=sys.stderr)
 
 
-def _nowhere() -> TextIO:
+def _null_stream() -> TextIO:
     return open(os.devnull, "w", encoding="utf-8")

@@ -1,11 +1,11 @@
-"""Random numbers addressed by name: each depends on (seed, key of its row, draw, call, place) and on nothing else.
+"""Random numbers that depend only on an address: (seed, key of the row, draw, call, place).
 
-A torch.Generator hands out numbers in order, so what a sample receives depends on its batch, its rank and every
-draw before it. Here the numbers are hashes of their address (SplitMix64; Steele, Lea & Flood, OOPSLA 2014), the same
-integers on every device. Hence masks do not depend on batch size, number of devices, workers or a resume, and
-two models can be given exactly the same masks.
+A torch.Generator produces numbers in order, so a sample's numbers depend on its batch, its rank and all earlier draws.
+Here each number is a hash of its address (SplitMix64; Steele, Lea & Flood, OOPSLA 2014), the same integer on every
+device. Masks therefore do not depend on batch size, number of devices, workers or a resume, and two models can be given
+exactly the same masks.
 
-Shape suffixes: B batch.
+Shape suffixes: B batch, R selected rows.
 """
 
 from __future__ import annotations
@@ -24,18 +24,19 @@ _GOLDEN_RATIO_CONJUGATE = 0.6180339887498949
 
 
 def _signed(value: int) -> int:
-    """The int64 with the same 64 bits; torch has no unsigned 64-bit arithmetic, but its int64 wraps around."""
+    """Return the int64 with the same 64 bits, because torch has no unsigned 64-bit arithmetic but its int64 wraps
+    around."""
     value &= _BITS
     return value - (1 << 64) if value >> 63 else value
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
-    """Logical (not sign-extending) right shift."""
+    """Shift right logically, without sign extension."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def _mix(x: Tensor) -> Tensor:
-    """The finaliser of SplitMix64, a bijection of the 64-bit integers."""
+    """Apply the finaliser of SplitMix64, a bijection of the 64-bit integers."""
     x = x + _signed(_GOLDEN)
     x = (x ^ _shift(x, 30)) * _signed(_MULTIPLIERS[0])
     x = (x ^ _shift(x, 27)) * _signed(_MULTIPLIERS[1])
@@ -43,9 +44,9 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def hash_seed(*keys: int) -> int:
-    """A 63-bit seed from integers, for generators that take one number."""
+    """Return a 63-bit seed computed from integers, for generators that take one number."""
     state = 0
-    for key in keys:  # `_mix` in Python's integers: a tensor of one number costs a hundred times as much
+    for key in keys:  # `_mix` in Python integers, a hundred times faster than a tensor of one number
         state = ((state ^ key) + _GOLDEN) & _BITS
         state = (state ^ state >> 30) * _MULTIPLIERS[0] & _BITS
         state = (state ^ state >> 27) * _MULTIPLIERS[1] & _BITS
@@ -54,21 +55,23 @@ def hash_seed(*keys: int) -> int:
 
 
 def seed_generator_of(device: torch.device, seed: int) -> None:
-    """Seed torch's own generators of the CPU and of `device`, with the numbers that torch.manual_seed gives. That one
-    also asks every kind of accelerator, and where none is in use keeps a stack trace for each: milliseconds a call."""
+    """Seed torch's generators of the CPU and of `device` with the numbers that torch.manual_seed gives.
+
+    torch.manual_seed takes milliseconds: it queries every kind of accelerator and keeps a stack trace for unused ones.
+    """
     torch.default_generator.manual_seed(seed)
     if device.type != "cpu":
         getattr(torch, device.type).manual_seed(seed)
 
 
 class KeyedNoise:
-    """Uniform numbers for a batch of rows, each row addressed by (seed, key, draw).
+    """Uniform random numbers for a batch of rows, each row addressed by (seed, key, draw).
 
     Args:
-        seed: of the run.
-        key_B: int64 (B,), what a row is: its sample id, or its position in the training stream.
-        draw: which of several independent draws for the same rows.
-        time_B: float64 (B,) in [0, 1), the numbers that `time` returns: a low-discrepancy set, where one is wanted.
+        seed: the run's seed.
+        key_B: int64 (B,), the row's identity: its sample id, or its position in the training stream.
+        draw: number of the draw, if rows have several independent ones.
+        time_B: float64 (B,) in [0, 1), the numbers that `time` returns, e.g. a low-discrepancy set.
         shared_B: float64 (B,) in [0, 1), what `shared` returns: equal for rows that are drawn together.
     """
 
@@ -80,9 +83,9 @@ class KeyedNoise:
         self._time_B, self._shared_B = time_B, shared_B
 
     def uniform(self, *shape: int) -> Tensor:
-        """float64 (B, *shape) in [0, 1); a later call gives new numbers.
+        """Return float64 (B, *shape) in [0, 1); each call gives new numbers.
 
-        The number at a place does not depend on `shape`, so padding a row further changes nothing before it.
+        A number does not depend on `shape`, so further padding of a row leaves the numbers before it unchanged.
         """
         self._calls += 1
         stream_B = _mix(self._state_B ^ hash_seed(self._calls))
@@ -92,25 +95,27 @@ class KeyedNoise:
         return (_shift(bits, 11).double() * 2.0**-53).reshape(len(stream_B), *size)
 
     def normal(self, *shape: int) -> Tensor:
-        """Standard normal float64 (B, *shape), by inversion; a later call gives new numbers."""
+        """Return standard normal float64 (B, *shape) by inversion; each call gives new numbers."""
         return torch.special.ndtri(self.uniform(*shape) * (1 - 2.0**-53) + 2.0**-54)  # off the infinite ends
 
     def time(self) -> Tensor:
-        """float64 (B,) in [0, 1): `time_B` if it was given, else plain uniform numbers."""
+        """Return float64 (B,) in [0, 1): `time_B` if it was given, else uniform numbers."""
         return self.uniform() if self._time_B is None else self._time_B
 
     def shared(self) -> Tensor:
-        """float64 (B,) in [0, 1): one number for all rows of an optimizer step, whichever device and micro-batch they
-        fall into; of a draw, where rows are measured. A row of which nothing is known has a number of its own."""
+        """Return float64 (B,) in [0, 1), one number for all rows of an optimizer step, on every device and micro-batch.
+
+        Rows of an evaluation draw share a number too. Rows created without `shared_B` have separate numbers.
+        """
         return self.uniform() if self._shared_B is None else self._shared_B
 
     def parts(self, number: int) -> KeyedNoise:
-        """Noise for rows that fall into `number` parts, each part (in row-major order) a row of its own.
+        """Return noise for rows that are split into `number` parts; each part, in row-major order, becomes a row.
 
-        The first part has the row's own numbers, and no part's depend on how many there are. The times of a row's parts
-        are its own time shifted along a Kronecker sequence: spread evenly over the row, and those of each part over
-        the rows (or draws) as the rows' own are. Parts of parts have numbers of their own: part 2 of part 1 is another
-        one than part 1 of part 2.
+        The first part has the row's own numbers, and no part's numbers depend on how many there are. The times of a
+        row's parts are its own time shifted along a Kronecker sequence. They are therefore spread evenly over the row,
+        and the times of each part are spread over rows (or draws) as the rows' times are. Parts of parts have different
+        numbers: part 2 of part 1 differs from part 1 of part 2.
         """
         part_b = torch.arange(number, device=self._state_B.device)
         time = None if self._time_B is None else (self._time_B[:, None] + part_b.double() * self._time_shift) % 1.0
@@ -119,57 +124,60 @@ class KeyedNoise:
         return self._with(state_b, None if time is None else time.flatten(), shared_B, self._depth + 1)
 
     def part(self, number: int) -> KeyedNoise:
-        """Noise for one part of every row, as in `parts`."""
+        """Return noise for one part of every row, as in `parts`."""
         state_B = self._part_state(self._state_B, torch.tensor(number, device=self._state_B.device))
         time_B = None if self._time_B is None else (self._time_B + number * self._time_shift) % 1.0
         return self._with(state_B, time_B, self._shared_B, self._depth + 1)
 
     def _part_state(self, state: Tensor, part: Tensor) -> Tensor:
-        """The state of a part. XOR alone commutes and undoes itself, so the parts of parts are mixed as well."""
+        """Return the state of a part. XOR alone commutes and cancels, so the parts of parts are mixed as well."""
         if self._depth == 0:
             return torch.where(part > 0, state ^ _mix(part), state)
         return torch.where(part > 0, _mix(state ^ _mix(part ^ hash_seed(self._depth))), state)
 
     @property
     def _time_shift(self) -> float:
-        """By how much the times of neighbouring parts differ. No shift is a multiple of that of another depth."""
+        """Return the time difference between neighbouring parts. No depth's shift is a multiple of another's."""
         return math.exp(self._depth) % 1.0 if self._depth else _GOLDEN_RATIO_CONJUGATE
 
     def rows(self, index_R: Tensor) -> KeyedNoise:
-        """The noise of some rows."""
+        """Return the noise of selected rows."""
         of_rows = (None if known_B is None else known_B[index_R] for known_B in (self._time_B, self._shared_B))
         return self._with(self._state_B[index_R], *of_rows, self._depth)
 
     def _with(self, state_B: Tensor, time_B: Tensor | None, shared_B: Tensor | None, depth: int) -> KeyedNoise:
         other = copy.copy(self)
-        other._state_B, other._time_B, other._shared_B, other._depth = state_B, time_B, shared_B, depth
+        other._state_B, other._depth = state_B, depth
+        other._time_B, other._shared_B = time_B, shared_B
         return other
 
 
 def training_noise(
     seed: int, position_B: Tensor, global_batch_size: int | Tensor, place_B: Tensor | None = None
 ) -> KeyedNoise:
-    """Noise keyed by the place of a sample in the training stream.
+    """Return noise keyed by the positions of samples in the training stream.
 
-    Times are antithetic over the *global* batch: each of its samples gets a stratum of its own
-    (Kingma et al., arXiv 2107.00630, appendix I.1), whichever device and micro-batch it falls into. `place_B`: which
-    sample of its global batch each is, where these are not all of one size from the start of the stream on.
+    Times are antithetic over the *global* batch: each of its samples has a separate stratum (Kingma et al., arXiv
+    2107.00630, appendix I.1), on whichever device and micro-batch it is.
+
+    Args:
+        place_B: index of each sample within its global batch; needed if batch sizes change during the stream.
     """
     place_B = position_B % global_batch_size if place_B is None else place_B
     jitter_B = KeyedNoise(seed, position_B, draw=-1).uniform()
-    shared_B = KeyedNoise(seed, position_B - place_B, draw=-6).uniform()  # a step is named by its first sample
+    shared_B = KeyedNoise(seed, position_B - place_B, draw=-6).uniform()  # keyed by the step's first sample
     return KeyedNoise(seed, position_B, time_B=(place_B + jitter_B) / global_batch_size, shared_B=shared_B)
 
 
 def evaluation_noise(
     seed: int, sample_id_B: Tensor, draw: int = 0, num_draws: int = 1, group_B: Tensor | None = None
 ) -> KeyedNoise:
-    """Noise of one of `num_draws` draws for each sample, keyed by (seed, sample id, draw).
+    """Return the noise of one of `num_draws` draws for each sample, keyed by (seed, sample id, draw).
 
-    Each draw takes its time from a stratum of its own of num_draws. They are visited in an order that spreads the first
-    few draws out, from a random place for each sample, so that any number of first draws is a fair sample by itself.
-    Within the stratum the samples follow a Kronecker sequence with a random start: uniform for every single sample,
-    evenly spread over the data set. Samples of one group (the windows of a text) share their times.
+    Each draw takes its time from a different one of `num_draws` strata. The strata are visited in an order that spreads
+    the first few draws out, from a random start for each sample, so that any number of first draws is a fair sample.
+    Within a stratum the samples follow a Kronecker sequence with a random start: uniform for each sample, evenly spread
+    over the data set. Samples of one group, such as the windows of a text, share their times.
     """
     group_B = sample_id_B if group_B is None else group_B
     start = KeyedNoise(seed, torch.tensor([draw], device=group_B.device), draw=-2).uniform()
@@ -181,7 +189,7 @@ def evaluation_noise(
 
 @lru_cache
 def _spread_order(num: int) -> list[int]:
-    """0, ..., num - 1 in the order of van der Corput's sequence: the first few lie far apart."""
+    """Return the ranks of 0, ..., num - 1 in van der Corput's sequence, whose first few members are far apart."""
     digits = max(1, (num - 1).bit_length())
     reversed_bits = [int(f"{k:0{digits}b}"[::-1], 2) for k in range(num)]
     by_value = sorted(range(num), key=reversed_bits.__getitem__)

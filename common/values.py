@@ -1,7 +1,7 @@
 """Types of settings, for use in signatures: `rate: Share`, `order: Literal["random", "margin"]`.
 
-A plain type says most: bool, int, float, str, `Literal`, `X | None`, a sequence. `Annotated` with a `Setting` says the
-rest. `setting_of` reads a type; `hints` reads a signature.
+Most settings have a plain type: bool, int, float, str, `Literal`, `X | None`, a sequence. `Annotated` with a `Setting`
+describes the others. `setting_of` reads a type; `hints` reads a signature.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Literal, Union, get_args, get_origin
 
-LARGEST = 2**31 - 1  # of whole numbers that have no closer limit
-COUNT = 10**6  # of numbers of which as many entries are made: a slip of the finger must not fill the memory
+LARGEST = 2**31 - 1  # largest whole number, unless a setting has a smaller limit
+COUNT = 10**6  # largest number of entries to allocate, so that a typing error cannot fill the memory
 
 
 @dataclass(frozen=True)
 class Setting:
-    """The values that a setting takes.
+    """The values that a setting accepts.
 
-    said: completes the message "KEY=VALUE must be ...".
+    Attributes:
+        said: description that completes the message "KEY=VALUE must be ...".
     """
 
     said: str
@@ -32,7 +33,7 @@ class Setting:
 
 
 def shown(value: object) -> str:
-    """Return a value as it is typed, cut where it is long."""
+    """Return a value as a user types it, shortened if it is long."""
     if isinstance(value, list):
         text = f"[{','.join(map(shown, value))}]"
     elif value is None:
@@ -43,12 +44,12 @@ def shown(value: object) -> str:
 
 
 def whole(least: int = 0, most: int = LARGEST) -> Setting:
-    """Return the whole numbers from `least` to `most`."""
+    """Accept the whole numbers from `least` to `most`."""
     return Setting(f"a whole number from {least} to {most}", lambda v: type(v) is int and least <= v <= most)
 
 
 def real(interval: str) -> Setting:
-    """Return the numbers in an interval such as "[0, 1)"; never nan or infinite."""
+    """Accept the finite numbers in an interval such as "[0, 1)"."""
     low, high = map(float, interval[1:-1].split(","))
 
     def accepts(value: object) -> bool:
@@ -61,19 +62,19 @@ def real(interval: str) -> Setting:
 
 
 def one_of(*names: object) -> Setting:
-    """Return the values themselves; True is not 1."""
+    """Accept exactly these values; True is not 1."""
     known = [(type(name), name) for name in names]
     return Setting(f"one of: {', '.join(map(shown, names))}", lambda v: (type(v), v) in known)
 
 
 def list_of(entry: Setting, least: int = 0, example: str = "") -> Setting:
-    """Return the lists of at least `least` entries."""
+    """Accept lists of at least `least` entries."""
     said = f"a list{' of at least one entry' if least else ''} such as {example}; each entry {entry.said}"
     return Setting(said, lambda v: isinstance(v, list) and len(v) >= least and all(map(entry.accepts, v)))
 
 
 def either(*settings: Setting) -> Setting:
-    """Return what any of them takes."""
+    """Accept what any of these settings accepts."""
     return Setting(" or ".join(s.said for s in settings), lambda v: any(s.accepts(v) for s in settings))
 
 
@@ -86,22 +87,19 @@ def _is_folder(value: object) -> bool:
     return plain and not any(letter in value for letter in "/\\")
 
 
-def _is_stage(value: object) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(map(whole(0).accepts, value))
-
-
 NULL = Setting("null", lambda v: v is None)
 FLAG = Setting("true or false", lambda v: type(v) is bool)
 TEXT = Setting("a text", lambda v: isinstance(v, str))
 NAME = Setting("a name", _is_name)
-FOLDER = Setting(
-    "a name of at most 200 characters without / and \\, and not .. (a run's folder is called so)", _is_folder
-)
+FOLDER = Setting("a name of at most 200 characters without / and \\, and not ..", _is_folder)
 PATH = Setting("a path or a name", lambda v: isinstance(v, str))
 PRESENT_PATH = Setting("a path or a name", _is_name)
 GROUP = Setting("a group of settings; set one of its keys", lambda v: isinstance(v, dict))
 RATES = list_of(real("(0, 1]"), 1, "[1.0,0.5,0.1]")
-STAGE = Setting("a pair: an optimizer step, and the samples per step from there on", _is_stage)
+STAGE = Setting(
+    "a pair: an optimizer step, and the samples per step from there on",
+    lambda v: isinstance(v, list) and len(v) == 2 and all(map(whole(0).accepts, v)),
+)
 
 Share = Annotated[float, real("[0, 1]")]
 BelowOne = Annotated[float, real("[0, 1)")]
@@ -122,19 +120,18 @@ PresentPath = Annotated[str, PRESENT_PATH]
 Rates = Annotated[Sequence[float], RATES]
 BatchRamp = Annotated[Sequence[Sequence[int]], list_of(STAGE, 1, "[[0,64],[1000,256]]")]
 
-# Marks of settings beside the values they take, read by settings/identity.py: what a fingerprint makes of them. Any
-# setting that a training depends on is part of its fingerprint unless it is marked.
-FREE = "may change when a training resumes"
-IF_SET = "left out of the fingerprint while it is empty, since there were trainings before it"
-LATER = "was added to trainings that have it not; the key that it is copied from stands in the fingerprint"
-COPY = "stands in the fingerprint as this argument, not as the key that it is copied from"
+# Marks of settings, for settings/identity.py. A setting that a training depends on is in its fingerprint unless marked.
+FREE = "not in the fingerprint: it may change when a training resumes"
+IF_SET = "not in the fingerprint while it is empty, because it is newer than some trainings"
+LATER = "not in the fingerprint: it was added later, and the key that it is copied from is in the fingerprint"
+COPY = "in the fingerprint as this argument, not as the key that it is copied from"
 
 _PLAIN = {bool: FLAG, int: whole(-LARGEST), float: real("(-inf, inf)"), str: TEXT, type(None): NULL}
 
 
 @cache
 def setting_of(hint: object) -> Setting | None:
-    """Return the values of a type; None for what is built from a group of settings or is anything."""
+    """Return the values that a type accepts; None for a group of settings or an unrestricted type."""
     if get_origin(hint) is Annotated:
         own = next((mark for mark in hint.__metadata__ if isinstance(mark, Setting)), None)
         return own or setting_of(hint.__origin__)
@@ -150,7 +147,7 @@ def setting_of(hint: object) -> Setting | None:
 
 
 def entry_of(hint: object) -> object | None:
-    """Return the type of the values of a mapping; None for any other type."""
+    """Return the value type of a mapping; None for other types."""
     for part in (hint, *get_args(hint)):
         if get_origin(part) is Mapping:
             return get_args(part)[1]
@@ -158,8 +155,7 @@ def entry_of(hint: object) -> object | None:
 
 
 def maybe_group(hint: object) -> Setting | None:
-    """Return the values that stand for something of ours that is built: a group of settings, or null where that is
-    allowed; None for any other type."""
+    """Return the values that stand for one of our components (a group, or null if allowed); None for other types."""
     parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     built = [part for part in parts if part is not type(None)]
     if not all(
@@ -180,36 +176,32 @@ def marks(hint: object) -> frozenset[str]:
 
 @cache
 def hints(build: Callable) -> Mapping[str, object]:
-    """Return the arguments that a class or function can be given by name, with their types.
+    """Return the arguments that a class or function accepts by name, with their types.
 
-    What it hands on as **arguments is looked up in the next class that has an `__init__`.
+    If it passes on **arguments, they are looked up in the next class that has an `__init__`.
     """
     if dataclasses.is_dataclass(build):
         known = typing.get_type_hints(build, include_extras=True)
         return {field.name: known[field.name] for field in dataclasses.fields(build) if field.init}
-    inits = [build]
-    if inspect.isclass(build):
-        inits = [cls.__dict__["__init__"] for cls in build.__mro__ if "__init__" in cls.__dict__]
+    is_class = inspect.isclass(build)
+    inits = [cls.__dict__["__init__"] for cls in build.__mro__ if "__init__" in cls.__dict__] if is_class else [build]
     found: dict[str, object] = {}
     for init in inits:
         known = _annotations(init)
         parameters = inspect.signature(init).parameters.values()
         for parameter in parameters:
             if parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD) and parameter.name != "self":
-                written = parameter.annotation  # as text, or, of samplers made of steps, as the type itself
-                found.setdefault(parameter.name, known.get(parameter.name, object) if _is_text(written) else written)
+                hint = parameter.annotation  # text, or the type itself for samplers made from steps
+                hint = known.get(parameter.name, object) if isinstance(hint, str) else hint
+                found.setdefault(parameter.name, hint)
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
             break
     return found
 
 
 def _annotations(function: Callable) -> dict[str, object]:
-    """Return the types of a function's arguments; nothing where they name what is imported for type checkers only."""
+    """Return the types of a function's arguments; nothing if they name imports for type checkers only."""
     try:
         return typing.get_type_hints(function, include_extras=True)
     except NameError:
         return {}
-
-
-def _is_text(annotation: object) -> bool:
-    return isinstance(annotation, str)

@@ -1,7 +1,8 @@
-"""Tokenizers made here: from texts (char, word, bpe), from the bytes (byte), from an alphabet (text8)."""
+"""Tokenizers built here: from texts (char, word, bpe), from bytes (byte), from an alphabet (text8)."""
 
 import string
 from collections.abc import Callable, Iterable
+from functools import partial
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -13,7 +14,7 @@ SPECIALS = {
     "eos_token": "[EOS]",
     "mask_token": "[MASK]",
 }
-# A word or sign takes the one space before it along, so that spacing survives; other white space is alone.
+# A word or sign includes one space before it, so that spacing survives; other white space is a separate token.
 _WORDS = r" ?[\p{L}\p{M}]+(?:['\x{2019}][\p{L}\p{M}]+)*| ?\p{N}+| ?[^\s\p{L}\p{M}\p{N}]|\s"
 _ANY_CHARACTER = r"[\s\S]"
 
@@ -29,12 +30,8 @@ def _word_level(texts: Iterable[str], vocab_size: int, pattern: str) -> Tokenize
     return tokenizer
 
 
-def _build_char(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    return _word_level(texts, vocab_size, _ANY_CHARACTER)
-
-
 def _build_word(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """The first word gets a space too, lest every word have a second id for the start of a text."""
+    """Prepend a space to the text, so that its first word has the same id as elsewhere."""
     tokenizer = _word_level((f" {text}" for text in texts if text), vocab_size, _WORDS)
     tokenizer.normalizer = normalizers.Prepend(" ")
     tokenizer.decoder = decoders.Sequence([decoders.Fuse(), decoders.Strip(" ", 1, 0)])
@@ -54,21 +51,28 @@ def _build_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=list(SPECIALS.values()), show_progress=False,
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIALS.values()),
+        show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-    )  # fmt: skip
+    )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
 
 BUILDERS: dict[str, Callable[[Iterable[str], int], Tokenizer]] = {
-    "char": _build_char, "byte": _build_byte, "word": _build_word, "bpe": _build_bpe,
-}  # fmt: skip
+    "char": partial(_word_level, pattern=_ANY_CHARACTER),
+    "byte": _build_byte,
+    "word": _build_word,
+    "bpe": _build_bpe,
+}
 
 
 def text8() -> PreTrainedTokenizerFast:
-    """The 35 entries of the reference project's text8 tokenizer, in its order: 8 special ones, the mask among them
-    (id 4), a to z, the space. Capitals become small; any other character is unknown."""
+    """Return the reference project's text8 tokenizer: 8 special tokens (the mask has id 4), a to z, the space.
+
+    Capitals are lower-cased; any other character is unknown.
+    """
     special = ("[CLS]", "[SEP]", "[BOS]", "[EOS]", "[MASK]", "[PAD]", "[RESERVED]", "[UNK]")
     alphabet = {token: i for i, token in enumerate([*special, *string.ascii_lowercase, " "])}
     tokenizer = Tokenizer(models.WordLevel(alphabet, unk_token=SPECIALS["unk_token"]))

@@ -1,9 +1,8 @@
-"""On-disk cache folders keyed by content: written whole or not at all, one writer at a time, rebuilt when
-damaged.
+"""On-disk cache folders keyed by content: written atomically, by one writer at a time, and rebuilt when damaged.
 
-Layout: `<cache_dir>/<kind>-<key>/` with the files of the entry and `entry.json`, which repeats the settings
-that made the key and holds the size and checksum of every file. The folder appears by one rename, so a killed
-process leaves nothing that a later one could mistake for an entry.
+Layout: `<cache_dir>/<kind>-<key>/` with the files of the entry and `entry.json`, which repeats the settings that made
+the key and records the size and checksum of every file. The folder appears by one rename, so a killed process leaves no
+partial entry.
 """
 
 import contextlib
@@ -22,22 +21,22 @@ from filelock import FileLock
 log = logging.getLogger(__name__)
 
 _ENTRY = "entry.json"
-_CHECKSUM_LIMIT = 256 * 2**20  # bytes; larger files are checked by their size, as reading them would cost minutes
+_CHECKSUM_LIMIT = 256 * 2**20  # bytes; larger files are checked by size only, because reading them takes minutes
 
 
 def fingerprint(settings: dict[str, Any]) -> str:
-    """Hex digest of plain settings (JSON values); the same in every process and on every machine."""
+    """Return a hex digest of plain JSON settings, the same in every process and on every machine."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def file_digest(path: Path) -> str:
-    """Hex SHA-256 of a file."""
+    """Return the hex SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def texts_fingerprint(texts: Iterable[str]) -> str:
-    """Hex digest of the texts in their order. Lengths are hashed too, so moving a boundary changes it."""
+    """Return a hex digest of the texts in order. Lengths are hashed too, so moving a boundary changes it."""
     digest = hashlib.sha256()
     for text in texts:
         raw = text.encode("utf-8", errors="surrogatepass")
@@ -49,11 +48,13 @@ def texts_fingerprint(texts: Iterable[str]) -> str:
 def cached_folder(
     cache_dir: str | Path, kind: str, settings: dict[str, Any], build: Callable[[Path], dict[str, Any] | None]
 ) -> tuple[Path, dict[str, Any]]:
-    """The folder of the entry with these settings, built by `build(folder)` unless a sound one is there.
+    """Return the entry's folder and figures, after `build(folder)` if there is no intact entry.
 
-    `build` may return JSON-able figures about the entry; they come back as the second value, now and later.
-    What `build` raises passes through and leaves no entry. Raises ValueError where `cache_dir` cannot be
-    written.
+    `build` may return JSON-serialisable figures, which are stored with the entry. An exception in `build` leaves no
+    entry.
+
+    Raises:
+        ValueError: `cache_dir` cannot be written.
     """
     cache_dir = Path(cache_dir).expanduser().absolute()
     folder = cache_dir / f"{kind}-{fingerprint(settings)[:32]}"
@@ -83,45 +84,43 @@ def _build(
     entry = {"settings": settings, "figures": figures, "files": files}
     (temporary / _ENTRY).write_text(json.dumps(entry, indent=1, sort_keys=True))
     temporary.chmod(0o755)
-    if folder.exists():  # unsound, else it would have been used
+    if folder.exists():  # damaged, otherwise it would have been used
         log.warning("the cache entry %s is damaged and was built again", folder)
         with tempfile.TemporaryDirectory(prefix=".damaged-", dir=folder.parent, ignore_cleanup_errors=True) as aside:
             os.replace(folder, Path(aside) / "entry")
     try:
         os.replace(temporary, folder)
     except OSError:
-        if _read_entry(folder, settings) is None:  # not the work of a second writer
+        if _read_entry(folder, settings) is None:  # a second writer has not built it either
             raise
     return figures
 
 
 def _file_record(path: Path) -> dict[str, Any]:
     size = path.stat().st_size
-    if size > _CHECKSUM_LIMIT:
-        return {"bytes": size}
-    return {"bytes": size, "sha256": file_digest(path)}
+    return {"bytes": size} | ({"sha256": file_digest(path)} if size <= _CHECKSUM_LIMIT else {})
 
 
 def _read_entry(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """The figures of a sound entry, None for an absent or damaged one."""
+    """Return the figures of an intact entry; None for an absent or damaged one."""
     try:
         entry = json.loads((folder / _ENTRY).read_text())
         plain = json.loads(json.dumps(settings))
-        sound = entry["settings"] == plain and all(
+        intact = entry["settings"] == plain and all(
             _file_record(folder / name) == record for name, record in entry["files"].items()
         )
-        return entry["figures"] if sound else None
+        return entry["figures"] if intact else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
 @contextlib.contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    """Hold the entry's lock; on a file system without locks go on without, as the rename alone is safe."""
+    """Hold the entry's lock. File systems without locks go unlocked, because the rename alone is safe."""
     lock = FileLock(folder.parent / f".{folder.name}.lock")
     try:
         lock.acquire()
-    except (OSError, NotImplementedError) as error:  # the latter is what filelock raises where locks do not exist
+    except (OSError, NotImplementedError) as error:  # filelock raises the latter if locks do not exist
         log.debug("no lock for %s: %s", folder, error)
         yield
         return

@@ -1,72 +1,63 @@
-"""What data may not be: settings that contradict one another, or mean nothing to the texts they are of."""
+"""Checks of data settings that contradict one another or do not apply to the chosen texts."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 
-def _check_names(known: Iterable[str | None], train: str | None, valid: str | None) -> None:
-    """data.train and data.valid (keys of the reference projects) name the data set, or one of those that it joins;
-    other values would do nothing."""
-    names = [name for name in known if name is not None]
-    for key, value in (("data.train", train), ("data.valid", valid)):
-        if value is not None and names and value not in names:
-            raise ValueError(f"{key}={value}: a data set is trained and measured on its own splits; choose it with "
-                             f"data={value}, or leave {key} as it is ({', '.join(sorted(names))})")  # fmt: skip
-
-
 def check_settings(data: object, names: Iterable[str | None], train: str | None, valid: str | None) -> None:
-    """Refuse contradictory settings of texts before anything is read. names, train, valid: of data sets.
+    """Refuse contradictory settings of `data`, a TextData, before anything is read.
+
+    data.train and data.valid (keys of the reference projects) may only name one of `names`: the data set itself, or
+    those that it joins.
 
     Raises:
-        ValueError: settings that contradict one another.
+        ValueError: names the settings and the remedy.
     """
-    _check_names(names, train, valid)
+    known = sorted(name for name in names if name is not None)
+    for key, value in (("data.train", train), ("data.valid", valid)):
+        if value is not None and known and value not in known:
+            remedy = f"set data={value}, or leave {key} as it is ({', '.join(known)})"
+            raise ValueError(f"{key}={value}: a data set is trained and measured on its own splits; {remedy}")
     packing = data.packings["train"]
-    if data.random_crop and (not data.wrap or packing.chunk_special):
-        raise ValueError("data.random_crop=true cuts stretches out of wrapped text, without a begin or an end; "
-                         "set data.wrap=true and data.insert_train_special=false")  # fmt: skip
-    _check_parts(data)
-    if data.prefix_length >= data.length:
-        raise ValueError(f"training.prefix_length={data.prefix_length} must leave something of model.length="
-                         f"{data.length} to learn")  # fmt: skip
-    if data.latents is not None and (data.endless or data.random_crop):
-        key = "data.streaming=true without data.max_train_texts" if data.endless else "data.random_crop=true"
-        raise ValueError(f"{key} makes rows as it goes, and latents are those of rows that lie still; leave it out, or "
-                         "set latents=none")  # fmt: skip
+    truncates, room = packing.long_texts == "truncate", packing.room
+    has_all_eos = all(split.eos for split in data.packings.values())
+    row_by_row = "data.streaming=true without data.max_train_texts" if data.endless else "data.random_crop=true"
+    mistakes = [
+        (data.random_crop and (not data.wrap or packing.chunk_special),
+         "data.random_crop=true crops wrapped text without special tokens; set data.wrap=true and "
+         "data.insert_train_special=false"),
+        (data.fill and (data.wrap or not has_all_eos),
+         "data.fill=eos pads each text's row with EOS; set data.wrap=false and "
+         "data.insert_train_eos=data.insert_valid_eos=true, or data.fill=null"),
+        (data.segments and not data.prompted,
+         f"data.segments=true: the texts of data={data.name} have no parts; set it to false"),
+        (room is not None and room >= data.length,
+         f"data.segment_room={room} leaves no tokens of model.length={data.length} for other parts; lower it"),
+        (data.segments and not data.fill,
+         "data.segments=true with data.fill=null would show how long each part is; set data.fill=eos"),
+        (data.segments and truncates,
+         "data.long_texts=truncate might cut a part that others rest on, with data.segments=true; set drop or error"),
+        (data.streaming and data.prompted and truncates,
+         "data.long_texts=truncate with data.streaming=true: a prompt that fills its row would end the run; set drop"),
+        (data.prefix_length >= data.length,
+         f"training.prefix_length={data.prefix_length} must leave something of model.length={data.length} to learn"),
+        (data.latents is not None and (data.endless or data.random_crop),
+         f"{row_by_row} makes rows while training, and latents need stored rows; leave it out, or set latents=none"),
+    ]  # fmt: skip
+    for is_mistake, message in mistakes:
+        if is_mistake:
+            raise ValueError(message)
 
 
 def check_protocol(protocol: str | None, num_proc: int | None, streaming: bool, random_crop: bool) -> None:
-    """Refuse settings that do not go together with data.protocol.
+    """Refuse settings that contradict data.protocol.
 
     Raises:
-        ValueError: the setting, its value and what to set instead.
+        ValueError: names the setting, its value and the remedy.
     """
-    if protocol is None:
-        if num_proc is not None:
-            raise ValueError(f"data.num_proc={num_proc} belongs to data.protocol=reference; add that, or leave it out")
-        return
+    if protocol is None and num_proc is not None:
+        raise ValueError(f"data.num_proc={num_proc} belongs to data.protocol=reference; add that, or leave it out")
     for key, value in (("data.streaming", streaming), ("data.random_crop", random_crop)):
-        if value:
+        if protocol is not None and value:
             raise ValueError(f"data.protocol=reference cuts whole splits into fixed rows; set {key}=false")
-
-
-def _check_parts(data: object) -> None:
-    if data.fill and (data.wrap or not all(packing.eos for packing in data.packings.values())):
-        raise ValueError("data.fill=eos fills the row of each text behind its EOS; set data.wrap=false and "
-                         "data.insert_train_eos=data.insert_valid_eos=true, or data.fill=null")  # fmt: skip
-    if data.segments and not data.prompted:
-        raise ValueError(f"data.segments=true: the texts of data={data.name} have no parts; set it to false")
-    room = data.packings["train"].room
-    if room is not None and room >= data.length:
-        raise ValueError(f"data.segment_room={room} leaves a row of model.length={data.length} nothing for its other "
-                         "parts; lower it")  # fmt: skip
-    if data.segments and not data.fill:
-        raise ValueError("data.segments=true with data.fill=null would show how long each part is, which a prompt does "
-                         "not tell; set data.fill=eos")  # fmt: skip
-    if data.segments and data.packings["train"].long_texts == "truncate":
-        raise ValueError("data.long_texts=truncate might cut a part that others rest on, with data.segments=true; set "
-                         "drop or error")  # fmt: skip
-    if data.streaming and data.prompted and data.packings["train"].long_texts == "truncate":
-        raise ValueError("data.long_texts=truncate with data.streaming=true: a prompt that fills its row may come "
-                         "at any time and would end the run; set drop")  # fmt: skip

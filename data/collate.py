@@ -1,6 +1,7 @@
-"""Rows -> batches (the batch contract is the header of dataloader.py)."""
+"""Rows to batches; the batch contract is in the header of dataloader.py."""
 
 from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any
 
 import datasets
@@ -11,11 +12,11 @@ from torch.utils.data import Dataset
 PAD_MULTIPLE = 8
 
 
+@dataclass(eq=False)
 class Rows(Dataset):
-    """Row numbers -> columns of these rows."""
+    """A torch data set that maps row numbers to the columns of these rows."""
 
-    def __init__(self, rows: datasets.Dataset) -> None:
-        self.rows = rows
+    rows: datasets.Dataset
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -24,23 +25,32 @@ class Rows(Dataset):
         return self.rows[indices]
 
 
+@dataclass(eq=False)
 class Collate:
-    """Columns of some rows -> a batch (the contract of dataloader.py). pad_id None: the rows are of equal length.
-    `frame_ids`: tokens that are given where they begin or end a padded row, and anywhere in a row of equal length.
-    `prefix`: so many tokens at the beginning of each row are given, behind a `bos_id` if it begins with that.
-    `first_given`: at least the first token of each row is given. `fill`: rows are filled up to `length` with the pad,
-    which is EOS then, and only their beginning is given. `segments`: batches say where the parts of each text end;
-    those between the first and the last are filled up to `room` tokens.
+    """Turns columns of rows into a batch with the contract of dataloader.py.
+
+    Args:
+        pad_id: None if rows have equal length.
+        frame_ids: tokens that are observed at the ends of padded rows, and anywhere in rows of equal length.
+        fill: pad rows to `length` with EOS, the `pad_id` then; only frame tokens at the beginning are observed.
+        segments: put the ends of each text's parts into the batch; parts between the first and the last get `room`
+            tokens.
+        prefix: number of observed tokens at the beginning of each row, after a leading `bos_id`.
+        first_given: observe at least the first token of each row.
     """
 
-    def __init__(
-        self, length: int, pad_id: int | None, frame_ids: Collection[int] = (), fill: bool = False,
-        segments: bool = False, room: int | None = None, prefix: int = 0,
-        bos_id: int | None = None, first_given: bool = False,
-    ) -> None:  # fmt: skip
-        self.length, self.pad_id, self.frame_ids = length, pad_id, np.array(sorted(frame_ids), dtype=np.int64)
-        self.fill, self.segments, self.room = fill, segments, room
-        self.prefix, self.bos_id, self.first_given = prefix, bos_id, first_given
+    length: int
+    pad_id: int | None
+    frame_ids: Collection[int] = ()
+    fill: bool = False
+    segments: bool = False
+    room: int | None = None
+    prefix: int = 0
+    bos_id: int | None = None
+    first_given: bool = False
+
+    def __post_init__(self) -> None:
+        self.frame_ids = np.array(sorted(self.frame_ids), dtype=np.int64)
 
     def __call__(self, columns: dict[str, Any]) -> dict[str, torch.Tensor]:
         columns = dict(columns)
@@ -57,7 +67,7 @@ class Collate:
         mask = place < lengths[:, None]
         if self.segments:
             segments = segment_ends(part_ends[:, 0], part_ends.shape[1], self.room)
-            mask = _in_rooms(place, lengths, part_ends, segments)
+            mask = _token_positions(place, lengths, part_ends, segments)
             batch["segment_ends"] = torch.from_numpy(segments)
         ids = np.full(mask.shape, self.pad_id, dtype=np.int64)
         ids[mask] = np.concatenate(list(rows))
@@ -73,7 +83,7 @@ class Collate:
         return batch
 
     def _wrapped(self, ids: np.ndarray) -> dict[str, torch.Tensor]:
-        """Rows of equal length, each from somewhere in a text to somewhere in another."""
+        """Return the batch of equally long rows, which begin and end anywhere in a text."""
         if not len(self.frame_ids) and not self.prefix and not self.first_given:
             return {"input_ids": torch.from_numpy(ids)}
         given = np.isin(ids, self.frame_ids) | self._in_prefix(ids)
@@ -83,30 +93,29 @@ class Collate:
         return np.arange(ids.shape[1]) < self.leading(ids[:, 0])[:, None]
 
     def leading(self, first_ids: np.ndarray) -> np.ndarray:
-        """Number of given tokens at the beginning of rows with these first tokens, BOS among them, (B,)."""
+        """Return how many tokens are observed at the beginning of rows with these first tokens, BOS included, (B,)."""
         in_prefix_B = (self.prefix + (first_ids == self.bos_id)) * (self.prefix > 0)
         return np.maximum(in_prefix_B, int(self.first_given))
 
 
 def segment_ends(prompt_tokens_B: np.ndarray, number: int, room: int | None) -> np.ndarray:
-    """The tokens before which each of a text's segments but the last ends, (B, number): the prompt's, and behind it
-    `room` for each.
+    """Return the end of each segment but the last, in tokens, (B, number): the prompt's, then one every `room` tokens.
 
     Raises:
-        ValueError: there are several, and no room is said.
+        ValueError: there are several segments and `room` is None.
     """
     if number > 1 and room is None:
         raise ValueError(
-            f"data.segments=true: these texts have {number + 1} parts, and where one ends that is yet to be written is "
-            "not known; give data.segment_room, the tokens that each between the first and the last may take up"
+            f"data.segments=true: the texts have {number + 1} parts, and where one ends is unknown before it is "
+            "written; set data.segment_room, the tokens reserved for each part between the first and the last"
         )
     return prompt_tokens_B[:, None].astype(np.int64) + (room or 0) * np.arange(number)
 
 
-def _in_rooms(
+def _token_positions(
     place_L: np.ndarray, lengths_B: np.ndarray, part_ends: np.ndarray, segment_ends: np.ndarray
 ) -> np.ndarray:
-    """Where a row has a token of its own, (B, L), if each part stands at the beginning of its segment."""
+    """Return where a row has a token, (B, L), if each part stands at the beginning of its segment."""
     edges = np.concatenate([np.zeros_like(part_ends[:, :1]), part_ends, lengths_B[:, None]], axis=1)
     starts = np.concatenate([np.zeros_like(segment_ends[:, :1]), segment_ends], axis=1)[..., None]
     return ((place_L >= starts) & (place_L < starts + np.diff(edges)[..., None])).any(1)

@@ -1,7 +1,7 @@
-"""Detokenisers: text that a data set keeps cut into tokens -> text as people write it. Pure functions str -> str.
+"""Detokenizers: pure functions that turn tokenised text back into natural text.
 
-They follow the conventions of the published zero-shot perplexities (kuleshov-group/mdlm; they go back to GPT-2),
-oddities included: a perplexity is comparable only on the same characters. Where ours differ, the function says so.
+They follow the conventions of the published zero-shot perplexities (kuleshov-group/mdlm; they go back to GPT-2), errors
+included, because perplexities are comparable only on the same characters. Functions say where they differ.
 """
 
 import re
@@ -9,20 +9,20 @@ from collections.abc import Callable
 
 VERSION = 1  # raise it whenever a change below gives other characters for the same text
 
-_NUMERAL = " 1 "  # what stands for PTB's N, "some number"
+_NUMERAL = " 1 "  # replaces PTB's N, "some number"
 
 
 def wikitext(text: str) -> str:
-    """WikiText (Merity et al., 2016): ` @-@ ` within words, spaces around every sign, ` = = Heading = = `.
+    """Detokenise WikiText (Merity et al., 2016): ` @-@ ` in words, spaces around signs, ` = = Heading = = `.
 
-    Differs from the published convention in two places: blanks at the end of the text go, as they do at a line end, and
-    `/' 5/` stays as it is (`published_wikitext`).
+    Differs from the published convention twice: blanks at the end of the text are removed, as at the end of a line, and
+    `/' 5/` is unchanged (see `published_wikitext`).
     """
     return _wikitext(text).rstrip(" ")
 
 
 def published_wikitext(text: str) -> str:
-    """Detokenise WikiText as the reference projects do, oddities included (data.protocol=reference)."""
+    """Detokenise WikiText as the reference projects do, errors included (data.protocol=reference)."""
     return _wikitext(re.sub("/' [0-9]/", "/'[0-9]/", text))
 
 
@@ -39,9 +39,9 @@ def _wikitext(text: str) -> str:
 
 
 def ptb(text: str) -> str:
-    """Penn Treebank as language models use it (Mikolov et al., 2010): lower case, N for numbers, <unk> for rare words.
+    """Detokenise Penn Treebank for language models (Mikolov et al., 2010): lower case, N for numbers, <unk>.
 
-    Blanks around the text go too: Mikolov's files have them, the Hub has not.
+    Blanks around the text are removed too, because Mikolov's files have them and the Hub does not.
     """
     text = text.strip().replace(" 's", "'s").replace("s ' ", "s' ").replace(" n't", "n't")
     text = text.replace(" \n ", "\n").replace("\\/", "/")
@@ -50,7 +50,7 @@ def ptb(text: str) -> str:
 
 
 def lm1b(text: str) -> str:
-    """One Billion Words (Chelba et al., 2013): a sentence with a space before every sign."""
+    """Detokenise One Billion Words (Chelba et al., 2013): a sentence with a space before every sign."""
     text = re.sub(r"(https?) : / / ", r"\1://", text)
     text = re.sub(r" '(\w+)", r"'\1", text)
     text = re.sub(r" (\w+) \. ", r" \1. ", text)
@@ -64,12 +64,12 @@ def lm1b(text: str) -> str:
 
 
 def lambada(text: str) -> str:
-    """LAMBADA (Paperno et al., 2016) in OpenAI's version: straight quotation marks, a line of its own."""
+    """Detokenise OpenAI's version of LAMBADA (Paperno et al., 2016): straight quotation marks, a leading line feed."""
     return "\n" + text.replace("“", '"').replace("”", '"').strip()
 
 
 def scientific_papers(text: str) -> str:
-    """arXiv and PubMed articles (Cohan et al., 2018), cut into lower-case tokens: `wikitext`, then `lm1b`."""
+    """Detokenise lower-case arXiv and PubMed articles (Cohan et al., 2018): `wikitext`, then `lm1b`."""
     return lm1b(wikitext(text))
 
 
@@ -79,14 +79,14 @@ def published_scientific_papers(text: str) -> str:
 
 
 def _join_to_the_left(text: str, signs: str) -> str:
-    """Signs that stand alone move to the word before them."""
+    """Attach free-standing signs to the word before them."""
     for sign in signs:
         text = text.replace(f" {sign} ", f"{sign} ")
     return text
 
 
 def _tighten(text: str, pair: str, any_space: bool) -> str:
-    """White space just inside a pair of signs goes; any_space false: only where one blank stands on either side."""
+    """Remove white space inside a pair of signs; without any_space only single blanks on both sides."""
     first, last = (re.escape(sign) for sign in pair)
     if any_space:
         return re.sub(rf"{first}\s*([^{last}]*?)\s*{last}", lambda m: f"{pair[0]}{m[1]}{pair[1]}", text)
@@ -101,7 +101,7 @@ PUBLISHED = {"wikitext": "published_wikitext", "scientific_papers": "published_s
 
 
 def detokenizer(name: str) -> Callable[[str], str]:
-    """The function of that name. Raises ValueError listing the names there are."""
+    """Return the function of that name. Raises ValueError with the names that exist."""
     if name not in DETOKENIZERS:
         raise ValueError(f"detokenizer={name} is none of {', '.join(DETOKENIZERS)}; or null for none")
     return DETOKENIZERS[name]

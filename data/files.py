@@ -1,17 +1,17 @@
-"""Read the rows of text files of any usual format, as they are: nothing is guessed to be missing, a number or a date.
+"""Readers for the rows of text files in common formats. No missing value, number or date is ever guessed.
 
-Each format has one reader, for files that are read whole and for files that are streamed. Only the columns that are
-asked for are read. A row that does not fit its file is an error with file, line and row; rows are counted from 0.
+Each format has one reader, for files that are read whole and for streamed files. Only the requested columns are read. A
+row that does not fit its file is an error with file, line and row; rows are counted from 0.
 
   txt            one text per line that is not blank
   csv            as Python's csv module reads it, strictly; every row has as many fields as the header
-  tsv            a row is a line, with as many fields as the header. A field that is wholly in quotation marks is read
-                 without them and may hold tabs; it may hold line breaks if it holds no tab and there are several
-                 columns. Any other quotation mark is a character of the text.
-  json, jsonl    one object per line, or one list of objects (which is read whole, also when it is streamed)
+  tsv            one row per line, with as many fields as the header. A field enclosed in quotation marks is read
+      without them and may contain tabs; it may contain line breaks if it has no tab and there are several columns. Any
+      other quotation mark is part of the text.
+  json, jsonl    one object per line, or one list of objects, which is read whole even when streamed
   parquet        row group by row group
 
-All but Parquet may be packed by gzip, bzip2, xz or zstd (a further ending, as in `part.jsonl.gz`). The text is UTF-8.
+All but Parquet may be compressed by gzip, bzip2, xz or zstd, with a second ending as in `part.jsonl.gz`. Text is UTF-8.
 """
 
 import bz2
@@ -30,6 +30,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import TextIO
@@ -37,14 +38,14 @@ from typing import TextIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from palimpsest.common.messages import listed, shown
+from palimpsest.common.messages import listed, short_repr
 
 log = logging.getLogger(__name__)
 
 NUMBER = re.compile(r"-?[0-9]+")
-_DIGITS = 9  # of the longest number that can be a label
+_DIGITS = 9  # digits of the longest label that is a number
 _AT_ONCE = 1000  # rows in a table
-_CHARACTERS = 1 << 24  # in a table, about
+_CHARACTERS = 1 << 24  # in a table, approximately
 _OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _PACKED = (*_OPENERS, ".zst")
 _FAULTS = (ValueError, OSError, EOFError, csv.Error, pa.ArrowException, lzma.LZMAError, zlib.error)
@@ -53,7 +54,7 @@ _JSON_FORM = (
     "orient='records', lines=True)"
 )
 
-_LONGEST_LINE = 1 << 28  # characters: a packed file of a few megabytes may hold a line that no memory does
+_LONGEST_LINE = 1 << 28  # characters: a small compressed file may contain a line that exceeds the memory
 csv.field_size_limit(_LONGEST_LINE)  # the library's own limit is below the length of long documents
 
 
@@ -62,11 +63,11 @@ class Columns:
     """The columns to read.
 
     Args:
-        texts: each value must be a text.
-        label: each value must be a word or a whole number. It is read as a word, without blanks around it.
-        label_names: the classes, where they are known; a label must be one of them, or the number of one.
-        indexed: labels are the numbers of `label_names`, even where these are numbers themselves.
-        numbered: whether labels must be numbers (True) or must not (False), where that is known.
+        texts: columns whose values must be texts.
+        label: column whose values must be words or whole numbers. They are read as words, without blanks around them.
+        label_names: the classes, if known; a label must be one of them, or the number of one.
+        indexed: labels are indices into `label_names`, even if these are numbers themselves.
+        numbered: whether labels must be numbers (True) or words (False), if known.
         settings: column -> the setting that names it, for messages.
     """
 
@@ -82,19 +83,20 @@ class Columns:
         return self.texts if self.label is None else (*self.texts, self.label)
 
     def positions(self, present: Sequence[str]) -> list[int]:
-        """Return where the columns stand among those of a file. Raises ValueError for an absent or a repeated one."""
+        """Return the positions of the columns among those of a file. Raises ValueError for an absent or repeated
+        one."""
         for name in self.names:
             if name not in present:
                 setting = f" ({self.settings[name]}={name})" if name in self.settings else ""
-                raise ValueError(f"there is no column {shown(name)}{setting}; it has {listed(present)}")
+                raise ValueError(f"there is no column {short_repr(name)}{setting}; it has {listed(present)}")
             if present.count(name) > 1:
-                raise ValueError(f"{present.count(name)} columns are called {shown(name)}; rename all but one")
+                raise ValueError(f"{present.count(name)} columns are called {short_repr(name)}; rename all but one")
         return [present.index(name) for name in self.names]
 
 
-# A row of a file: its line (None where lines say nothing) and its values in the order of Columns.names.
+# A row of a file: its line (None in formats without lines) and its values in the order of Columns.names.
 _Row = tuple[int | None, Sequence[object]]
-# Rows that follow one another: the number of the first, their lines (none of Parquet files), column -> values.
+# Consecutive rows: the number of the first, their lines (empty for Parquet files), column -> values.
 _Batch = tuple[int, Sequence[int | None], Mapping[str, Sequence[object] | pa.Array]]
 
 
@@ -102,12 +104,13 @@ _Batch = tuple[int, Sequence[int | None], Mapping[str, Sequence[object] | pa.Arr
 
 
 def readable_files(path: str, key: str) -> list[Path]:
-    """Return a file, every readable file in a folder, or those of a glob, in sorted order; `key` is the setting that
-    gave `path`. Nothing is opened.
+    """Return a file, every readable file in a folder, or those of a glob, sorted, without opening any.
+
+    `key` is the setting that gave `path`.
 
     Raises:
         FileNotFoundError: there is no file.
-        ValueError: one of them is a pipe, a device or the like; the folder was written by `save_to_disk`.
+        ValueError: one of them is a pipe or device; the folder was written by `save_to_disk`.
     """
     place = Path(path).expanduser()
     if place.is_dir():
@@ -125,8 +128,7 @@ def readable_files(path: str, key: str) -> list[Path]:
 
 
 def matching_files(paths: Iterable[Path], key: str) -> list[Path]:
-    """Return those that are not folders. Raises ValueError for one that is no file either: reading a pipe or a device
-    might never end."""
+    """Return the paths that are not folders. Raises ValueError for pipes and devices, whose reading might never end."""
     found = [path for path in paths if not path.is_dir()]
     for path in found:
         if not path.is_file():
@@ -136,7 +138,7 @@ def matching_files(paths: Iterable[Path], key: str) -> list[Path]:
 
 
 def kind_of(path: Path) -> str:
-    """Return the ending that says what a file is, without that of its packing: jsonl for part.jsonl.gz."""
+    """Return the ending that names a file's format, without the compression's: jsonl for part.jsonl.gz."""
     name = path.name.lower()
     for ending in _PACKED:
         name = name.removesuffix(ending)
@@ -165,13 +167,10 @@ def read_files(files: Sequence[Path], key: str, columns: Columns) -> pa.Table:
 
 
 def read_tables(path: Path, key: str, columns: Columns, row_group: int | None = None) -> Iterator[pa.Table]:
-    """Read a file piece by piece, of a Parquet file perhaps one row group only.
-
-    Yields:
-        Tables of the columns, as large_string and without nulls.
+    """Yield the rows of a file, or of one Parquet row group, in tables of large_string columns without nulls.
 
     Raises:
-        ValueError: the file, one of its rows, or its kind cannot be read; names file, line and remedy.
+        ValueError: the file or a row cannot be read, or its format is unknown; names file, line and remedy.
     """
     with reading(path, key):
         if kind_of(path) == "parquet":
@@ -182,7 +181,7 @@ def read_tables(path: Path, key: str, columns: Columns, row_group: int | None = 
 
 @contextmanager
 def reading(path: Path, key: str) -> Iterator[None]:
-    """Turn what goes wrong with a file into a ValueError that names the file and the setting that gave it."""
+    """Turn errors of reading a file into a ValueError that names the file and the setting that gave it."""
     try:
         yield
     except UnicodeDecodeError as error:
@@ -203,7 +202,7 @@ def _reader(path: Path) -> Callable[[Path, Columns], Iterator[_Row]]:
 
 
 def _open(path: Path, newline: str | None = None, errors: str = "strict") -> TextIO:
-    """The unpacked text of a file. A packed file that ends too early is an error in all formats."""
+    """Open the uncompressed text of a file. A compressed file that ends too early is an error in all formats."""
     settings = {"encoding": "utf-8-sig", "newline": newline, "errors": errors}
     if path.suffix.lower() == ".zst":
         return io.TextIOWrapper(pa.input_stream(str(path), compression="zstd"), **settings)
@@ -211,7 +210,7 @@ def _open(path: Path, newline: str | None = None, errors: str = "strict") -> Tex
 
 
 def _not_utf8(path: Path) -> str:
-    """Which line is not UTF-8, and what to do about it."""
+    """Say which line is not UTF-8, and how to convert the file."""
     with _open(path, errors="surrogateescape") as file:
         for number, line in enumerate(file, 1):
             found = re.search("[\udc80-\udcff]", line)
@@ -224,7 +223,7 @@ def _not_utf8(path: Path) -> str:
 
 
 def _tables(batches: Iterable[_Batch], columns: Columns, path: Path) -> Iterator[pa.Table]:
-    told = False
+    has_warned = False
     for first, lines, cells in batches:
 
         def place(number: int, lines: Sequence[int | None] = lines, first: int = first) -> str:
@@ -234,20 +233,22 @@ def _tables(batches: Iterable[_Batch], columns: Columns, path: Path) -> Iterator
         if columns.label is not None:
             values = cells[columns.label]
             labels = _labels(values, columns, place)
-            told = told or _tell_blanks(values, labels, f"{path}: ", place)
+            has_warned = has_warned or _warn_of_blanks(values, labels, f"{path}: ", place)
             table[columns.label] = pa.array(labels, pa.large_string())
         yield pa.table(table)
 
 
 def _batches(rows: Iterable[_Row], columns: Columns) -> Iterator[_Batch]:
-    first, batch, characters = 0, [], 0
+    first, characters = 0, 0
+    batch: list[_Row] = []
     for row in rows:
         batch.append(row)
         text = row[1][0]
         characters += len(text) if isinstance(text, str) else 0
         if len(batch) == _AT_ONCE or characters > _CHARACTERS:
             yield _batch(first, batch, columns)
-            first, batch, characters = first + len(batch), [], 0
+            first += len(batch)
+            batch, characters = [], 0
     if batch:
         yield _batch(first, batch, columns)
 
@@ -264,12 +265,16 @@ def _place(line: int | None, row: int) -> str:
 # -------------------------------------------------------------------------------- values
 
 
+def is_text(kind: pa.DataType) -> bool:
+    """Return True for the Arrow types of texts."""
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
 def _texts(values: Sequence[object] | pa.Array, column: str, place: Callable[[int], str]) -> pa.Array:
-    """A column of texts. Raises ValueError for the first value that is none."""
+    """Return a column of texts as large_string. Raises ValueError for the first other value."""
     if isinstance(values, pa.Array):
         kind = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
-        is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-        if is_text and not values.null_count:
+        if is_text(kind) and not values.null_count:
             return values.cast(kind).cast(pa.large_string())
         values = values.to_pylist()
     try:
@@ -282,29 +287,29 @@ def _texts(values: Sequence[object] | pa.Array, column: str, place: Callable[[in
         if not isinstance(value, str):
             remedy = _JSON_FORM if isinstance(value, list | dict) else "make it a text, or leave the row out"
             raise ValueError(  # noqa: TRY004
-                f"{place(number)} of column {column!r} is {shown(value)}, not a text; {remedy}"
+                f"{place(number)} of column {column!r} is {short_repr(value)}, not a text; {remedy}"
             )
         if re.search("[\ud800-\udfff]", value):
             raise ValueError(f"{place(number)} of column {column!r} holds half a character (a lone surrogate, as where "
-                             f"an emoji was cut): {shown(value)}; remove it")  # fmt: skip
+                             f"an emoji was cut): {short_repr(value)}; remove it")  # fmt: skip
     raise AssertionError("all are texts")
 
 
 def _labels(values: Sequence[object], columns: Columns, place: Callable[[int], str]) -> list[str]:
-    """Labels as words without blanks around them, whole numbers too."""
+    """Return labels, including whole numbers, as words without blanks around them."""
     labels, numbers = [], {name: number for number, name in enumerate(columns.label_names or ())}
     for number, value in enumerate(values):
         word = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
         word = word.strip() if isinstance(word, str) else ""
         fault = _label_fault(word, columns, numbers)
         if fault:
-            raise ValueError(f"{place(number)} of column {columns.label!r} is {shown(value)}{fault}")
+            raise ValueError(f"{place(number)} of column {columns.label!r} is {short_repr(value)}{fault}")
         labels.append(word)
     return labels
 
 
 def _label_fault(word: str, columns: Columns, numbers: Mapping[str, int]) -> str | None:
-    """What is wrong with a label. numbers: those of `label_names`."""
+    """Return what is wrong with a label, or None. numbers: class name -> index."""
     numbered = bool(NUMBER.fullmatch(word))
     if not word or (numbered and len(word.lstrip("-")) > _DIGITS and word not in numbers):
         return "; labels must be whole numbers, or words, throughout"
@@ -319,8 +324,10 @@ def _label_fault(word: str, columns: Columns, numbers: Mapping[str, int]) -> str
 
 
 def label_number(label: object, numbers: Mapping[str, int]) -> int | None:
-    """Return the number of a class that is given by its name (a key of `numbers`) or by its number, None if there is no
-    such class. A word that is a number is a name where names are numbers themselves; an int never is."""
+    """Return the index of a class given by its name (a key of `numbers`) or index; None if there is none.
+
+    A word that is a number is a name if names are numbers themselves; an int is always an index.
+    """
     if isinstance(label, str):
         if label in numbers:
             return numbers[label]
@@ -333,16 +340,16 @@ def label_number(label: object, numbers: Mapping[str, int]) -> int | None:
 
 
 def classes(names: Sequence[str]) -> str:
-    """Return the classes with their numbers, for a message."""
+    """Return the classes with their indices, for a message."""
     return listed([f"{number} ({name})" for number, name in enumerate(names)])
 
 
-def _tell_blanks(values: Sequence[object], labels: Sequence[str], origin: str, place: Callable[[int], str]) -> bool:
-    """Say which label had blanks around it; whether there was one."""
+def _warn_of_blanks(values: Sequence[object], labels: Sequence[str], origin: str, place: Callable[[int], str]) -> bool:
+    """Warn of the first label with blanks around it; return True if there is one."""
     for number, (value, label) in enumerate(zip(values, labels, strict=True)):
         if isinstance(value, str) and value != label:
             log.warning("%s%s: the label %s is read as %r; blanks around labels are left out", origin, place(number),
-                        shown(value), label)  # fmt: skip
+                        short_repr(value), label)  # fmt: skip
             return True
     return False
 
@@ -351,7 +358,7 @@ def _tell_blanks(values: Sequence[object], labels: Sequence[str], origin: str, p
 
 
 def _numbered_lines(file: TextIO) -> Iterator[tuple[int, str]]:
-    """The lines of a file with their numbers, from 1. Raises ValueError for one that is too long to be a line."""
+    """Yield the lines of a file with their numbers from 1. Raises ValueError for one that is too long."""
     for number in count(1):
         line = file.readline(_LONGEST_LINE)
         if not line:
@@ -369,13 +376,13 @@ def _txt_rows(path: Path, columns: Columns) -> Iterator[_Row]:
                 yield number, (line.removesuffix("\n"),)
 
 
-def _csv_rows(path: Path, columns: Columns) -> Iterator[_Row]:
+def _separated_rows(path: Path, columns: Columns, tabs: bool) -> Iterator[_Row]:
     with _open(path, newline="") as file:
-        yield from _separated(_csv_records(file), columns, "commas")
+        yield from _separated(_tsv_records(file) if tabs else _csv_records(file), columns, "tabs" if tabs else "commas")
 
 
 def _csv_records(file: TextIO) -> Iterator[tuple[int, list[str]]]:
-    """The line that each row begins at, and its fields."""
+    """Yield the line on which each row begins, and its fields."""
     reader, end = csv.reader(file, strict=True), 0
     try:
         for fields in reader:
@@ -387,14 +394,10 @@ def _csv_records(file: TextIO) -> Iterator[tuple[int, list[str]]]:
                          "those within it are doubled") from error  # fmt: skip
 
 
-def _tsv_rows(path: Path, columns: Columns) -> Iterator[_Row]:
-    with _open(path, newline="") as file:
-        yield from _separated(_tsv_records(file), columns, "tabs")
-
-
 def _tsv_records(file: TextIO) -> Iterator[tuple[int, list[str]]]:
-    """As `_csv_records`; the head of this module has the rules of quotation marks."""
-    ahead, number, tabs = deque[str](), 0, None
+    """Do the same for TSV; the header of this module has the rules of quotation marks."""
+    ahead = deque[str]()
+    number, tabs = 0, None
     while True:
         line = ahead.popleft() if ahead else next(file, None)
         if line is None:
@@ -418,8 +421,10 @@ def _tsv_records(file: TextIO) -> Iterator[tuple[int, list[str]]]:
 
 
 def _unquoted(line: str, tabs: int, ahead: deque[str], file: TextIO, taken: list[str]) -> list[str] | None:
-    """The fields of a row whose quotation marks are in pairs, None for others. The lines that it runs on to go into
-    `taken`; with them it has no more tabs than the header."""
+    """Return the fields of a row whose quotation marks are paired, else None.
+
+    Further lines of the row are appended to `taken`; together they have no more tabs than the header.
+    """
 
     def lines() -> Iterator[str]:
         yield line
@@ -441,7 +446,7 @@ def _unquoted(line: str, tabs: int, ahead: deque[str], file: TextIO, taken: list
 
 
 def _separated(records: Iterator[tuple[int, list[str]]], columns: Columns, separators: str) -> Iterator[_Row]:
-    """The rows of a file whose first one is the header. Raises ValueError for a row with more or fewer fields."""
+    """Yield the rows of a file after its header. Raises ValueError for a row with more or fewer fields."""
     line, header = next(records, (0, None))
     if header is None:
         raise ValueError("it is empty; its first line must name the columns")
@@ -480,13 +485,13 @@ def _json_rows(path: Path, columns: Columns) -> Iterator[_Row]:
 
 
 def _parsed(content: str, line: int, hook: Callable[[list[tuple[str, object]]], dict] | None) -> object:
-    """JSON that begins in a line of a file."""
+    """Parse JSON that begins on a line of a file."""
     try:
         return json.loads(content, object_pairs_hook=hook)
     except json.JSONDecodeError as error:
         bad = content.split("\n")[error.lineno - 1]
         raise ValueError(f"line {line + error.lineno - 1} is not JSON ({error.msg} at character {error.colno}): "
-                         f"{shown(bad)}; {_JSON_FORM}") from error  # fmt: skip
+                         f"{short_repr(bad)}; {_JSON_FORM}") from error  # fmt: skip
     except RecursionError as error:
         raise ValueError(f"line {line} has too many brackets within brackets") from error
     except ValueError as error:  # a repeated column, or a number of thousands of digits
@@ -494,18 +499,20 @@ def _parsed(content: str, line: int, hook: Callable[[list[tuple[str, object]]], 
 
 
 def _without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """An object of JSON whose names differ."""
+    """Build a JSON object from pairs with different names."""
     made = dict(pairs)
     if len(made) < len(pairs):
         names = [name for name, _ in pairs]
         repeated = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"an object has {names.count(repeated)} values called {shown(repeated)}; rename all but one")
+        raise ValueError(
+            f"an object has {names.count(repeated)} values called {short_repr(repeated)}; rename all but one"
+        )
     return made
 
 
 def _cells(row: object, columns: Columns, place: str) -> list[object]:
     if not isinstance(row, dict):
-        raise ValueError(f"{place} is {shown(row)}, not an object with columns; {_JSON_FORM}")  # noqa: TRY004
+        raise ValueError(f"{place} is {short_repr(row)}, not an object with columns; {_JSON_FORM}")  # noqa: TRY004
     try:
         return [row[name] for name in columns.names]
     except KeyError:
@@ -535,7 +542,7 @@ def _parquet_batches(path: Path, columns: Columns, row_group: int | None) -> Ite
 
 
 def class_names(files: Sequence[Path], key: str, column: str) -> tuple[str, ...] | None:
-    """Return the names of classes that the library datasets keeps in Parquet files (its ClassLabel), if there are any.
+    """Return the class names that the library datasets stores in Parquet files (ClassLabel), or None.
 
     Raises:
         ValueError: two files have different ones; a file cannot be read.
@@ -558,8 +565,8 @@ def class_names(files: Sequence[Path], key: str, column: str) -> tuple[str, ...]
 
 _READERS: dict[str, Callable[[Path, Columns], Iterator[_Row]]] = {
     "txt": _txt_rows,
-    "csv": _csv_rows,
-    "tsv": _tsv_rows,
+    "csv": partial(_separated_rows, tabs=False),
+    "tsv": partial(_separated_rows, tabs=True),
     "json": _json_rows,
     "jsonl": _json_rows,
 }

@@ -1,4 +1,4 @@
-"""Where named data lies: `$DATA_DIR/<folder>`, or the Hugging Face Hub."""
+"""Locations of named data sets: `$DATA_DIR/<folder>`, or the Hugging Face Hub."""
 
 import contextlib
 import os
@@ -10,9 +10,10 @@ from urllib.parse import urlsplit
 
 
 def local_folder(folder: str | None) -> Path | None:
-    """`$DATA_DIR/<folder>` where DATA_DIR is set and has it, else None.
+    """Return `$DATA_DIR/<folder>` if DATA_DIR is set and contains it, else None.
 
-    Raises FileNotFoundError where DATA_DIR itself is set to something that is no directory.
+    Raises:
+        FileNotFoundError: DATA_DIR is not a directory.
     """
     root = os.environ.get("DATA_DIR")
     if not root or not folder:
@@ -23,8 +24,8 @@ def local_folder(folder: str | None) -> Path | None:
     return path if path.is_dir() else None
 
 
-def both_ways(key: str, hub_name: str, folder: str | None) -> str:
-    """The sentence that tells a user how to get `hub_name` with and without a network."""
+def not_found_message(key: str, hub_name: str, folder: str | None) -> str:
+    """Return a sentence that tells how to get `hub_name` with and without a network."""
     root = os.environ.get("DATA_DIR")
     state = f"DATA_DIR={root} has no {folder!r}" if root else "DATA_DIR is not set"
     local = f"put it into $DATA_DIR/{folder} ({state}), or " if folder else ""
@@ -33,9 +34,9 @@ def both_ways(key: str, hub_name: str, folder: str | None) -> str:
 
 @contextlib.contextmanager
 def quick_when_offline() -> Iterator[None]:
-    """Inside, the Hub libraries use their own caches at once where the Hub has no address.
+    """Make the Hub libraries use their caches at once if the Hub's address cannot be resolved.
 
-    Without it they try for most of a minute before they say that there is no network.
+    Otherwise they retry for most of a minute before they report that there is no network.
     """
     if _hub_has_address():
         yield

@@ -1,5 +1,4 @@
-"""Which rows come when: the order of an epoch in training, the shares of the ranks in evaluation. Pure
-functions."""
+"""Order of rows: epochs of training, and the shares of the ranks in evaluation. Pure functions."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -9,8 +8,10 @@ import numpy as np
 
 @lru_cache(maxsize=2)
 def epoch_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
-    """(n,) int64: the permutation of the rows in an epoch. Rows sorted by a hash (splitmix64) of (seed,
-    epoch, row), so that the order does not hang on the version of a library."""
+    """Return the permutation of the rows in an epoch, (n,) int64.
+
+    Rows are sorted by a hash (splitmix64) of (seed, epoch, row), so the order does not depend on a library's version.
+    """
     key = _mix(np.array([seed % 2**64, epoch], dtype=np.uint64))
     salt = _mix(key[0] ^ _mix(key[1:] + np.uint64(0x9E3779B97F4A7C15)))
     order = np.argsort(_mix(np.arange(num_rows, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + salt), kind="stable")
@@ -19,7 +20,7 @@ def epoch_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def shuffled(num: int, *keys: int) -> np.ndarray:
-    """(n,) int64: a permutation of 0, ..., num - 1 named by the keys, by the same hash."""
+    """Return the permutation of 0, ..., num - 1 that the keys name, (n,) int64, by the same hash."""
     salt = np.zeros(1, dtype=np.uint64)
     for key in keys:
         salt = _mix(salt * np.uint64(0x9E3779B97F4A7C15) + np.array([key % 2**64], dtype=np.uint64))
@@ -28,7 +29,7 @@ def shuffled(num: int, *keys: int) -> np.ndarray:
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """The output function of splitmix64 (Steele, Lea & Flood 2014), elementwise, modulo 2**64."""
+    """Apply the output function of splitmix64 (Steele, Lea & Flood 2014) elementwise, modulo 2**64."""
     with np.errstate(over="ignore"):
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -36,7 +37,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def rows_at(positions: Sequence[int], num_rows: int, seed: int) -> np.ndarray:
-    """(P,) int64: the row at each position of the stream."""
+    """Return the row at each position of the stream, (P,) int64."""
     epochs, places = np.divmod(np.asarray(positions, dtype=np.int64), num_rows)
     rows = np.empty_like(places)
     for epoch in np.unique(epochs):
@@ -45,16 +46,20 @@ def rows_at(positions: Sequence[int], num_rows: int, seed: int) -> np.ndarray:
 
 
 def draws_at(positions: Sequence[int], counts: Sequence[int] | np.ndarray, seed: int) -> np.ndarray:
-    """(P,) int64: for each position of the stream a number in [0, counts[p]), by a hash of (seed, position), so
-    that it does not hang on batches, devices or a resume."""
+    """Return a number in [0, counts[p]) for each position of the stream, (P,) int64.
+
+    It is a hash of (seed, position), so it does not depend on batches, devices or a resume.
+    """
     key = _mix(_mix(np.array([seed % 2**64], dtype=np.uint64)) ^ np.uint64(0xD1B54A32D192ED03))
     drawn = _mix(key ^ _mix(np.asarray(positions, dtype=np.uint64)))
     return (drawn % np.asarray(counts).astype(np.uint64)).astype(np.int64)
 
 
 def evaluation_batches(order: np.ndarray, batch_size: int, rank: int = 0, world: int = 1) -> list[list[int]]:
-    """Rank r's batches of `order[r::world]`; over all ranks every row once. Ranks get equally many batches
-    wherever each has rows enough, as sharded models (FSDP) need."""
+    """Return the batches of one rank, which takes `order[rank::world]`; all ranks together take every row once.
+
+    Ranks get equally many batches if each has enough rows, as sharded models (FSDP) need.
+    """
     mine = order[rank::world]
     count = -(-len(order[::world]) // batch_size)
     if -(-len(mine) // batch_size) < count <= len(mine):

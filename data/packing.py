@@ -1,23 +1,21 @@
-"""Texts -> rows of token ids, kept on disk: `wrap` concatenates and cuts, `pad` gives each text its own
-row(s).
+"""Pack texts into rows of token ids that are kept on disk.
 
 A packed split is a `datasets.Dataset` (numpy format) with the columns
-  input_ids  list of int32, unpadded        length     int32, number of ids
-  sample_id  int64, the row's lasting name  text_id    int64, the source text it is from (`pad` only)
-  label      int64, where the texts have one
-  first_document, last_document  int64, the documents of which the row's first and last token are: numbers in the order
-             of the split. Of wrapped rows, and of padded ones whose texts are pieces of documents; absent where
-             documents are not known (data/sources.py)
-  part_ends  list of int32, where the texts have parts: the tokens before which each part but the last ends; BOS
-             belongs to the first part, EOS to the last; with a `room` the parts between have an EOS too
-`sample_id` of a padded row is window * 2**32 + text_id: it stays the same when other texts or classes are
-left out.
+  input_ids  list of int32, without padding  length     int32, number of ids
+  sample_id  int64, permanent id of the row  text_id    int64, the source text (padded rows only)
+  label      int64, if the texts have labels
+  first_document, last_document  int64, the documents of the row's first and last token, numbered in the order of the
+             split; for wrapped rows, and for padded rows whose texts are pieces of documents; absent if documents are
+             unknown (data/sources.py)
+  part_ends  list of int32, if the texts have parts: the end of each part but the last, in tokens. BOS belongs to the
+             first part, EOS to the last; with `room` each part in between ends with EOS too
+`sample_id` of a padded row is window * 2**32 + text_id, so it does not change when other texts or classes are left out.
 """
 
 import itertools
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,25 +29,27 @@ from palimpsest.data.rows import parts_of
 from palimpsest.data.tokenizers import Vocabulary, encode, encode_after
 
 _CODE_VERSION = 2  # raise it whenever a change below gives other rows for the same texts and settings
-_TEXTS_AT_ONCE = 1000  # bounds memory; the rows do not depend on it
+_TEXTS_AT_ONCE = 1000  # limits memory; the rows do not depend on it
 _WINDOW = 2**32
 
 
 @dataclass(frozen=True)
 class Packing:
-    """How texts become rows. Every field is part of the cache key.
+    """The settings that turn texts into rows; every field is part of the cache key.
 
-    length: most tokens of a row. wrap: concatenate all texts and cut, else one text per row.
-    bos, eos: for padded rows, put the begin token in front and the end token behind each text; for wrapped
-    ones `eos` ends each text, and `chunk_special` cuts `length - 2` tokens and puts both around each chunk.
-    long_texts: what a padded text beyond `length` becomes: its beginning, several rows, nothing, or an error.
-    drop_empty: leave out texts without tokens (behind their prompt) instead of refusing them (padded rows; wrapped ones
-    always do).
-    num_proc: None for our way. Else the texts are cut as kuleshov-group's mdlm does with so many processes
-    (data.protocol=reference): each joins a thousand texts at a time and drops what does not fill a row, an empty text
-    leaves its end token, special tokens are read out of the text, and a padded text that is cut keeps its end token.
-    room: tokens that each part between a text's first and last will take up, whatever it has: where a part ends that is
-    yet to be written is not known before. None: parts follow one another.
+    Attributes:
+        length: maximum tokens of a row.
+        wrap: concatenate all texts and cut, instead of one text per row.
+        eos: append the end token to each text.
+        bos: prepend the begin token to each text (padded rows).
+        chunk_special: cut chunks of `length - 2` tokens and put both special tokens around each (wrapped rows).
+        long_texts: how to treat a text longer than `length`: truncate, windows (several rows), drop or error.
+        drop_empty: drop texts without tokens after their prompt instead of refusing them. Wrapped rows always do.
+        room: tokens reserved for each part between the first and the last, since a model cannot know the length of a
+            part that it has yet to write; None: parts are adjacent.
+        num_proc: None for our packing. A number cuts texts as kuleshov-group's mdlm does with that many processes
+            (data.protocol=reference): each joins a thousand texts at a time and drops the rest that does not fill a
+            row, empty texts leave an end token, special tokens in texts are parsed, and truncated texts keep theirs.
     """
 
     length: int
@@ -69,77 +69,86 @@ class Packing:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What rows depend on: all fields; room and num_proc where they are set."""
+        """Return the fields for the cache key; room and num_proc only if they are set."""
         return {key: value for key, value in asdict(self).items() if key not in ("room", "num_proc") or value}
 
+    @property
+    def content_length(self) -> int:
+        """Return the tokens of a wrapped row without the special tokens around it."""
+        return self.length - 2 if self.chunk_special else self.length
 
-def framed(packing: Packing, special: bool, eos: bool) -> Packing:
-    """With the tokens that data.insert_*_special and insert_*_eos put around the texts, or the chunks, of a split."""
+
+def with_special_tokens(packing: Packing, special: bool, eos: bool) -> Packing:
+    """Return `packing` with the special tokens of data.insert_*_special and data.insert_*_eos."""
     return replace(packing, eos=eos, bos=special and not packing.wrap, chunk_special=special and packing.wrap)
 
 
 def pack(
-    rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary, packing: Packing,
-    cache_dir: str | Path | None, name: str = "these texts",
-) -> tuple[datasets.Dataset, dict[str, int]]:  # fmt: skip
-    """The packed split of `rows` (columns text, text_id, label?, ends?), read from the cache or built into it (None: in
-    memory, kept nowhere), and figures: texts, rows, tokens, empty, long (texts cut, windowed or dropped), cut (tokens
-    left out), encoded (tokens of all texts), unknown (of them, unknown ones).
+    rows: datasets.Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    vocabulary: Vocabulary,
+    packing: Packing,
+    cache_dir: str | Path | None,
+    name: str = "these texts",
+) -> tuple[datasets.Dataset, dict[str, int]]:
+    """Pack `rows` (columns text, text_id, label?, ends?, document?), or read the packed split from the cache.
 
-    `name` says in messages which split it is. Raises ValueError for empty or over-long texts (as `packing`
-    says), for a tokenizer without the begin or end token that is needed, for too little text to fill one
-    chunk, and for prompts that leave no room or can not be kept.
+    Args:
+        cache_dir: None packs in memory.
+        name: the split, for messages.
+
+    Returns:
+        The packed split and the fields of `Figures`.
+
+    Raises:
+        ValueError: empty or over-long texts (see `packing`), a missing begin or end token, too little text to fill a
+            chunk, or prompts that cannot be kept.
     """
     check_tokens(vocabulary, packing, name)
-    has_label, has_parts = "label" in rows.column_names, "ends" in rows.column_names
-    if has_parts:
+    if "ends" in rows.column_names:
         check_prompts(packing, name)
+    packer = Packer(tokenizer, vocabulary, packing, name)
     if cache_dir is None:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "rows.arrow"
-            figures = _write(path, rows, tokenizer, vocabulary, packing, name)
+            figures = packer.write(path, rows)
             return datasets.Dataset.from_file(str(path), in_memory=True).with_format("numpy"), figures
     settings = {
-        "code": _CODE_VERSION, "texts": texts_fingerprint(_each_text(rows)), "tokenizer": vocabulary.fingerprint,
-        "text_id": _digest(rows, "text_id"), "label": _digest(rows, "label") if has_label else None,
-        "packing": packing.settings, "eos_id": vocabulary.eos_id, "bos_id": vocabulary.bos_id,
-        **({"ends": _digest(rows, "ends")} if has_parts else {}),
-        **({"document": _digest(rows, "document")} if "document" in rows.column_names else {}),
-    }  # fmt: skip
-    folder, figures = cached_folder(
-        cache_dir, "wrapped" if packing.wrap else "rows", settings,
-        lambda folder: _write(folder / "rows.arrow", rows, tokenizer, vocabulary, packing, name),
-    )  # fmt: skip
+        "code": _CODE_VERSION,
+        "texts": texts_fingerprint(_each_text(rows)),
+        "tokenizer": vocabulary.fingerprint,
+        "packing": packing.settings,
+        "eos_id": vocabulary.eos_id,
+        "bos_id": vocabulary.bos_id,
+        "label": None,
+        **{key: _digest(rows, key) for key in ("text_id", "label", "ends", "document") if key in rows.column_names},
+    }
+    kind = "wrapped" if packing.wrap else "rows"
+    folder, figures = cached_folder(cache_dir, kind, settings, lambda f: packer.write(f / "rows.arrow", rows))
     return datasets.Dataset.from_file(str(folder / "rows.arrow")).with_format("numpy"), figures
 
 
 def check_tokens(vocabulary: Vocabulary, packing: Packing, name: str) -> None:
-    """Raises ValueError for a tokenizer without the begin or end token that the rows need."""
+    """Raise ValueError if the tokenizer lacks a begin or end token that the rows need."""
     needs_eos = packing.eos or (packing.wrap and packing.chunk_special)
     needs_bos = packing.chunk_special if packing.wrap else packing.bos
-    for needed, token_id, token, key in (
-        (
-            needs_eos,
-            vocabulary.eos_id,
-            "end (EOS or SEP)",
-            "insert_*_eos=false and data.insert_*_special=false",
-        ),
-        (needs_bos, vocabulary.bos_id, "begin (BOS or CLS)", "insert_*_special=false"),
+    for needed, token_id, token, remedy in (
+        (needs_eos, vocabulary.eos_id, "end (EOS or SEP)", "data.insert_*_eos=false and data.insert_*_special=false"),
+        (needs_bos, vocabulary.bos_id, "begin (BOS or CLS)", "data.insert_*_special=false"),
     ):
         if needed and token_id is None:
-            raise ValueError(f"{name}: the tokenizer has no {token} token, which these rows need; choose "
-                             f"another "
-                             f"data.tokenizer_name_or_path, or set data.{key}")  # fmt: skip
+            other = "choose another data.tokenizer_name_or_path"
+            raise ValueError(f"{name}: the tokenizer has no {token} token; {other}, or set {remedy}")
 
 
 def check_prompts(packing: Packing, name: str) -> None:
-    """Raises ValueError for ways of packing that would part texts from their prompts."""
+    """Raise ValueError for packings that separate texts from their prompts."""
     if packing.wrap:
-        raise ValueError(f"{name}: data.wrap=true joins texts and cuts them anywhere, so that their prompts could not "
-                         f"be given; set data.wrap=false, or choose data without prompts")  # fmt: skip
+        raise ValueError(f"{name}: data.wrap=true joins texts and would hide their prompts; set data.wrap=false")
     if packing.long_texts == "windows":
-        raise ValueError(f"{name}: data.long_texts=windows would part texts from their prompts; choose truncate, drop "
-                         f"or error")  # fmt: skip
+        raise ValueError(
+            f"{name}: data.long_texts=windows would part texts from their prompts; set truncate, drop or error"
+        )
 
 
 def _each_text(rows: datasets.Dataset) -> Iterator[str]:
@@ -154,7 +163,13 @@ def _digest(rows: datasets.Dataset, column: str) -> str:
 
 @dataclass
 class Figures:
-    """What packing did: counts of texts, rows and tokens; `pack` says which."""
+    """Counts of what packing did.
+
+    Attributes:
+        long: texts that were truncated, split into windows or dropped; `longest` in tokens.
+        cut: tokens left out.
+        encoded, unknown: tokens of all texts, and the unknown ones among them.
+    """
 
     texts: int = 0
     rows: int = 0
@@ -169,7 +184,10 @@ class Figures:
 
 @dataclass
 class PackedRows:
-    """Rows on their way to a file or a batch: one flat array of ids and the length of each row."""
+    """Packed rows before they are written: a flat array of ids, the length of each row, and further columns.
+
+    `documents`: those of the first and of the last token of each row.
+    """
 
     ids: np.ndarray
     lengths: np.ndarray
@@ -177,43 +195,249 @@ class PackedRows:
     text_id: np.ndarray | None
     label: np.ndarray | None
     part_ends: list[list[int]] | None = None
-    documents: tuple[np.ndarray, np.ndarray] | None = None  # of the first and the last token of each row
+    documents: tuple[np.ndarray, np.ndarray] | None = None
+
+    def arrow(self) -> pa.RecordBatch:
+        """Return the columns that are present as an Arrow table."""
+        offsets = np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int32)
+        columns = {
+            "input_ids": pa.ListArray.from_arrays(pa.array(offsets), pa.array(self.ids.astype(np.int32))),
+            "length": pa.array(self.lengths.astype(np.int32)),
+        }
+        names = ("sample_id", "text_id", "label", "first_document", "last_document")
+        values = (self.sample_id, self.text_id, self.label, *(self.documents or (None, None)))
+        for column, value in zip(names, values, strict=True):
+            if value is not None:
+                columns[column] = pa.array(np.asarray(value, dtype=np.int64))
+        if self.part_ends is not None:
+            columns["part_ends"] = pa.array(self.part_ends, pa.list_(pa.int32()))
+        return pa.RecordBatch.from_pydict(columns)
 
 
-def _write(
-    path: Path, rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary,
-    packing: Packing, name: str,
-) -> dict[str, int]:  # fmt: skip
-    """Pack everything into an Arrow stream at `path` and return the figures."""
-    figures = Figures(texts=len(rows))
-    unk_id = tokenizer.unk_token_id if tokenizer.unk_token_id != vocabulary.eos_id else None
-
-    def tokens() -> Iterator[tuple[dict[str, Any], list[list[int]]]]:
-        for start, stop in _stretches(len(rows), packing.num_proc or 1):
-            batch, ids = tokenised(tokenizer, rows[start:stop], special_from_text=packing.num_proc is not None)
-            if packing.num_proc is not None:
-                _refuse_masks(ids, vocabulary.mask_id, name)
-            figures.unknown += sum(row.count(unk_id) for row in ids) if unk_id is not None else 0
-            figures.encoded += sum(map(len, ids))
-            yield batch, ids
-
-    packer: Callable[..., Iterator[PackedRows]] = _wrap if packing.wrap else _pad
-    writer = None
-    with path.open("wb") as file:
-        for part in packer(tokens(), vocabulary, packing, figures, name):
-            table = _arrow_batch(part)
-            writer = writer or pa.ipc.new_stream(file, table.schema)
-            writer.write_batch(table)
-            figures.rows += len(part.lengths)
-            figures.tokens += int(part.lengths.sum())
-        if writer is not None:
-            writer.close()
-    _check_figures(figures, packing, name)
-    return asdict(figures)
+_Tokenised = tuple[dict[str, Any], list[list[int]]]  # columns of some texts, and their token ids
 
 
-def _stretches(number: int, parts: int) -> Iterator[tuple[int, int]]:
-    """Bounds of at most a thousand texts each, for each of `parts` contiguous parts as `datasets` shards them."""
+@dataclass
+class Packer:
+    """Packs texts into rows and counts in `figures` what it did. `name`: the split, for messages."""
+
+    tokenizer: PreTrainedTokenizerBase
+    vocabulary: Vocabulary
+    packing: Packing
+    name: str
+    figures: Figures = field(default_factory=Figures)
+
+    def write(self, path: Path, rows: datasets.Dataset) -> dict[str, int]:
+        """Pack all rows into an Arrow stream at `path` and return the figures."""
+        bounds = _batch_bounds(len(rows), self.packing.num_proc or 1)
+        batches = (self.tokenise(rows[start:stop]) for start, stop in bounds)
+        parts = self._wrap(batches) if self.packing.wrap else (self.pad_rows(*batch) for batch in batches)
+        writer = None
+        with path.open("wb") as file:
+            for part in filter(None, parts):
+                table = part.arrow()
+                writer = writer or pa.ipc.new_stream(file, table.schema)
+                writer.write_batch(table)
+                self.figures.rows += len(part.lengths)
+                self.figures.tokens += int(part.lengths.sum())
+            if writer is not None:
+                writer.close()
+        self._check_figures()
+        return asdict(self.figures)
+
+    def tokenise(self, batch: dict[str, Any]) -> _Tokenised:
+        """Return the columns of some texts and their token ids.
+
+        Each part of a text is encoded separately, because a prompt must have the same tokens when nothing follows it.
+        The column `part_ends` then holds the end of each part but the last, in tokens.
+        """
+        from_text = self.packing.num_proc is not None  # read special tokens out of the text
+        if "ends" in batch:
+            texts = [parts_of(text, ends) for text, ends in zip(batch["text"], batch["ends"], strict=True)]
+            first, *others = zip(*texts, strict=True)
+            columns = [encode(self.tokenizer, first), *(encode_after(self.tokenizer, column) for column in others)]
+            encoded = list(zip(*columns, strict=True))
+            batch = {**batch, "part_ends": [list(itertools.accumulate(map(len, row[:-1]))) for row in encoded]}
+            ids = [[i for part in row for i in part] for row in encoded]
+        else:
+            ids = encode(self.tokenizer, batch["text"], special_from_text=from_text)
+        if from_text and any(self.vocabulary.mask_id in row for row in ids):
+            raise ValueError(
+                f"{self.name}: a text contains the mask token, which data.protocol=reference reads as a mask; correct "
+                "the text, or leave out data.protocol"
+            )
+        unk_id = self.tokenizer.unk_token_id
+        self.figures.texts += len(ids)
+        self.figures.encoded += sum(map(len, ids))
+        if unk_id is not None and unk_id != self.vocabulary.eos_id:
+            self.figures.unknown += sum(row.count(unk_id) for row in ids)
+        return batch, ids
+
+    def _wrap(self, batches: Iterable[_Tokenised]) -> Iterator[PackedRows]:
+        """Yield chunks of one stream over the whole split; only its last, unfilled chunk is left out."""
+        rest = np.zeros(0, dtype=np.int32)
+        done = 0
+        label = None
+        documents = _DocumentNumbers(self.packing)
+        for batch, ids in batches:
+            if self.packing.num_proc is not None:
+                self.figures.cut += len(rest)
+                rest = rest[:0]
+                documents.drop_rest()
+            self.figures.empty += sum(not row for row in ids)
+            if "label" in batch:
+                label = self._one_label(batch["label"], label)
+            chunks, rest = self.cut_chunks(rest, ids)
+            count = len(chunks)
+            of_rows = documents.of_rows(batch, ids, count, len(rest))
+            if count:
+                sample_id = np.arange(done, done + count)
+                labels = None if label is None else np.full(count, label)
+                lengths = np.full(count, self.packing.length)
+                yield PackedRows(chunks.reshape(-1), lengths, sample_id, None, labels, documents=of_rows)
+            done += count
+        self.figures.cut += len(rest)
+
+    def cut_chunks(self, rest: np.ndarray, ids: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+        """Wrap the remaining tokens `rest` and further texts; return chunks (C, length) and the new remainder.
+
+        Texts without tokens leave no end token either, except in the references' rows.
+        """
+        inner = self.packing.content_length
+        end = [self.vocabulary.eos_id] if self.packing.eos else []
+        texts = (np.asarray(row + end, dtype=np.int32) for row in ids if row or self.packing.num_proc)
+        stream = np.concatenate([rest, *texts])
+        count = len(stream) // inner
+        chunks, rest = stream[: count * inner].reshape(count, inner), stream[count * inner :]
+        if self.packing.chunk_special:
+            chunks = np.pad(chunks, ((0, 0), (1, 1)))
+            chunks[:, 0], chunks[:, -1] = self.vocabulary.bos_id, self.vocabulary.eos_id
+        return chunks, rest
+
+    def _one_label(self, labels: list[int], label: int | None) -> int:
+        found = {*labels, *([] if label is None else [label])}
+        if len(found) != 1:
+            raise ValueError(
+                f"{self.name}: data.wrap=true joins texts of several classes; choose one class with data.label, or set "
+                "data.wrap=false"
+            )
+        return found.pop()
+
+    def pad_rows(self, batch: dict[str, Any], ids: list[list[int]]) -> PackedRows | None:
+        """Return each text's row, or its windows; None if there is no row.
+
+        A truncated text has no end token, because it has not ended.
+
+        Raises:
+            ValueError: a text has no tokens after its prompt, unless packing.drop_empty; a prompt would fill its row.
+        """
+        parts, unfilled = batch.get("part_ends"), [0] * len(ids)
+        if parts and self.packing.room:
+            ids, parts, unfilled = self._fill_segments(ids, parts, batch["text_id"])
+        windows = list(self._windows(batch, ids, parts, unfilled))
+        if not windows:
+            return None
+        place = np.array([p for _, p, _ in windows])
+        text_id = np.asarray(batch["text_id"])[place]
+        sample_id = np.array([w for _, _, w in windows]) * _WINDOW + text_id
+        label = np.asarray(batch["label"])[place] if "label" in batch else None
+        flat = np.concatenate([np.asarray(w, dtype=np.int32) for w, _, _ in windows])
+        part_ends = [[self.packing.bos + end for end in parts[p]] for p in place] if parts else None
+        documents = None
+        if min(batch.get("document", [-1])) >= 0:
+            documents = (np.asarray(batch["document"])[place],) * 2
+        lengths = np.array([len(w) for w, _, _ in windows])
+        return PackedRows(flat, lengths, sample_id, text_id, label, part_ends, documents)
+
+    def _windows(
+        self, batch: dict[str, Any], ids: list[list[int]], parts: list[list[int]] | None, unfilled: list[int]
+    ) -> Iterator[tuple[list[int], int, int]]:
+        """Yield each row's ids, the index of its text in the batch, and the number of the window."""
+        packing, figures = self.packing, self.figures
+        head, tail = [self.vocabulary.bos_id] * packing.bos, [self.vocabulary.eos_id] * packing.eos
+        for place, row in enumerate(ids):
+            prompt, text_id = parts[place][0] if parts else 0, batch["text_id"][place]
+            if len(row) == prompt + (len(parts[place]) - 1 if parts and packing.room else 0):
+                figures.empty += 1
+                if not packing.drop_empty and packing.num_proc is None:
+                    text = f"text {text_id} ({batch['text'][place]!r:.40}) has no tokens"
+                    where = " behind its prompt" if parts else ""
+                    raise ValueError(f"{self.name}: {text}{where}; correct it, or set data.drop_empty=true")
+                if packing.num_proc is None:
+                    continue
+            whole = head + row + tail
+            needed = len(whole) + unfilled[place]
+            figures.longest = max(figures.longest, needed)
+            figures.long += needed > packing.length
+            if needed > packing.length and packing.long_texts == "drop":
+                figures.cut += len(whole)
+                continue
+            if parts and packing.long_texts == "truncate" and len(head) + prompt >= packing.length:
+                raise ValueError(
+                    f"{self.name}: the prompt of text {text_id} has {prompt} tokens and leaves no room in "
+                    f"model.length={packing.length}; raise it, or set data.long_texts=drop"
+                )
+            if packing.num_proc and needed > packing.length:
+                whole = whole[: packing.length - len(tail)] + tail
+            starts = range(0, len(whole), packing.length) if packing.long_texts == "windows" else [0]
+            for window, start in enumerate(starts):
+                yield whole[start : start + packing.length], place, window
+            figures.cut += max(needed - packing.length, 0) if packing.long_texts != "windows" else 0
+
+    def _fill_segments(
+        self, ids: list[list[int]], part_ends: list[list[int]], text_ids: list[int]
+    ) -> tuple[list[list[int]], list[list[int]], list[int]]:
+        """Append EOS to every part between the first and the last.
+
+        Returns:
+            The tokens of each text, its new part ends, and the number of unused tokens in its rooms, which exceeds a
+            row if a part does not fit, so that the text is dropped.
+
+        Raises:
+            ValueError: a part does not fit, unless such texts are dropped.
+        """
+        room = self.packing.room
+        rows, ends = [], []
+        unfilled = []
+        for row, old_ends, text_id in zip(ids, part_ends, text_ids, strict=True):
+            middle = [[*row[start:end], self.vocabulary.eos_id] for start, end in itertools.pairwise(old_ends)]
+            longest = max(map(len, middle), default=0)
+            if longest > room and self.packing.long_texts != "drop":
+                raise ValueError(
+                    f"{self.name}: a part of text {text_id} has {longest} tokens with its EOS, more than "
+                    f"data.segment_room={room}; raise it, or set data.long_texts=drop"
+                )
+            rows.append([*row[: old_ends[0]], *itertools.chain(*middle), *row[old_ends[-1] :]])
+            ends.append(list(itertools.accumulate(map(len, middle), initial=old_ends[0])))
+            left = sum(room - len(part) for part in middle)
+            unfilled.append(left if longest <= room else self.packing.length + 1)
+        return rows, ends, unfilled
+
+    def _check_figures(self) -> None:
+        figures, packing = self.figures, self.packing
+        length = packing.length
+        if figures.long and not packing.wrap and packing.long_texts == "error":
+            raise ValueError(
+                f"{self.name}: {figures.long} of {figures.texts} texts are longer than model.length={length} tokens "
+                f"(the longest has {figures.longest}); raise it, or set data.long_texts=truncate, windows or drop"
+            )
+        if figures.rows:
+            return
+        if packing.wrap and figures.empty < figures.texts:
+            remedy = "lower it, give more text, or set data.wrap=false"
+            raise ValueError(
+                f"{self.name}: {figures.cut} tokens do not fill one chunk of model.length={length}; {remedy}"
+            )
+        if figures.long:
+            limits = f"model.length={length}"
+            if packing.room:
+                limits += f" or have parts longer than data.segment_room={packing.room}; raise either"
+            raise ValueError(f"{self.name}: data.long_texts=drop leaves no text: all are longer than {limits}")
+        raise ValueError(f"{self.name}: there is no text with any token in it; give other texts")
+
+
+def _batch_bounds(number: int, parts: int) -> Iterator[tuple[int, int]]:
+    """Yield the bounds of batches of texts, for each of `parts` contiguous shards as `datasets` makes them."""
     share, larger = divmod(number, parts)
     edges = [share * part + min(part, larger) for part in range(parts + 1)]
     for first, last in itertools.pairwise(edges):
@@ -221,236 +445,37 @@ def _stretches(number: int, parts: int) -> Iterator[tuple[int, int]]:
             yield start, min(start + _TEXTS_AT_ONCE, last)
 
 
-def _refuse_masks(ids: list[list[int]], mask_id: int, name: str) -> None:
-    if any(mask_id in row for row in ids):
-        raise ValueError(f"{name}: a text names the mask token, which data.protocol=reference reads as a mask; correct "
-                         "the text, or leave out data.protocol")  # fmt: skip
-
-
-def tokenised(
-    tokenizer: PreTrainedTokenizerBase, batch: dict[str, Any], special_from_text: bool = False
-) -> tuple[dict[str, Any], list[list[int]]]:
-    """Texts (columns text, ends?) and their token ids, as `pad_rows` takes them. Each part of a text is encoded by
-    itself, as a prompt must have the same tokens when there is nothing behind it yet; `part_ends` then are the tokens
-    before which each part but the last ends."""
-    if "ends" not in batch:
-        return batch, encode(tokenizer, batch["text"], special_from_text=special_from_text)
-    texts = [parts_of(text, ends) for text, ends in zip(batch["text"], batch["ends"], strict=True)]
-    pieces = [(encode if place == 0 else encode_after)(tokenizer, column)
-              for place, column in enumerate(zip(*texts, strict=True))]  # fmt: skip
-    encoded = list(zip(*pieces, strict=True))
-    part_ends = [list(itertools.accumulate(map(len, row[:-1]))) for row in encoded]
-    return {**batch, "part_ends": part_ends}, [[i for piece in row for i in piece] for row in encoded]
-
-
-def _check_figures(figures: Figures, packing: Packing, name: str) -> None:
-    if figures.long and not packing.wrap and packing.long_texts == "error":
-        raise ValueError(
-            f"{name}: {figures.long} of {figures.texts} texts are longer than "
-            f"model.length={packing.length} tokens (the "
-            f"longest has {figures.longest}); raise model.length, or set data.long_texts=truncate, windows or drop"
-        )
-    if figures.rows:
-        return
-    if packing.wrap and figures.empty < figures.texts:
-        raise ValueError(
-            f"{name}: {figures.cut} tokens do not fill one chunk of model.length={packing.length}; "
-            f"lower model.length, give more text, or set data.wrap=false"
-        )
-    if figures.long:
-        room = f" or have parts longer than data.segment_room={packing.room}" if packing.room else ""
-        raise ValueError(f"{name}: data.long_texts=drop leaves no text, as all are longer than model.length="
-                         f"{packing.length} tokens{room}; raise {'either' if room else 'model.length'}")  # fmt: skip
-    raise ValueError(f"{name}: there is no text with any token in it; give other texts")
-
-
-def _arrow_batch(rows: PackedRows) -> pa.RecordBatch:
-    offsets = np.concatenate([[0], np.cumsum(rows.lengths)]).astype(np.int32)
-    columns = {
-        "input_ids": pa.ListArray.from_arrays(pa.array(offsets), pa.array(rows.ids.astype(np.int32))),
-        "length": pa.array(rows.lengths.astype(np.int32)),
-        "sample_id": pa.array(rows.sample_id.astype(np.int64)),
-    }
-    first, last = rows.documents or (None, None)
-    for column, values in (("text_id", rows.text_id), ("label", rows.label), ("first_document", first),
-                           ("last_document", last)):  # fmt: skip
-        if values is not None:
-            columns[column] = pa.array(np.asarray(values, dtype=np.int64))
-    if rows.part_ends is not None:
-        columns["part_ends"] = pa.array(rows.part_ends, pa.list_(pa.int32()))
-    return pa.RecordBatch.from_pydict(columns)
-
-
-def _wrap(
-    batches: Iterator[tuple[dict[str, Any], list[list[int]]]], vocabulary: Vocabulary, packing: Packing,
-    figures: Figures, name: str,
-) -> Iterator[PackedRows]:  # fmt: skip
-    """Chunks of one stream over the whole split; only the last, unfilled chunk of the split is left out."""
-    nothing = np.zeros(0, dtype=np.int32)
-    rest, done, label, documents = nothing, 0, None, _Documents(packing)
-    for batch, ids in batches:
-        if packing.num_proc is not None:
-            figures.cut += len(rest)
-            rest = nothing
-            documents.drop_rest()
-        figures.empty += sum(not row for row in ids)
-        if "label" in batch:
-            label = _one_label(batch["label"], label, name)
-        chunks, rest = cut_chunks(rest, ids, vocabulary, packing)
-        count = len(chunks)
-        of_rows = documents.of_rows(batch, ids, count, len(rest))
-        if not count:
-            continue
-        labels = None if label is None else np.full(count, label)
-        yield PackedRows(
-            chunks.reshape(-1), np.full(count, packing.length), np.arange(done, done + count), None, labels,
-            documents=of_rows,
-        )  # fmt: skip
-        done += count
-    figures.cut += len(rest)
-
-
-class _Documents:
-    """Keeps account of which documents the tokens of a wrapped stream are of."""
+class _DocumentNumbers:
+    """Tracks which documents the tokens of a wrapped stream belong to."""
 
     def __init__(self, packing: Packing) -> None:
-        self._inner = packing.length - 2 if packing.chunk_special else packing.length
-        self._end = int(packing.eos)
-        self._every_text = packing.num_proc is not None
-        self._rest, self._number, self._newest = np.zeros(0, dtype=np.int64), -1, None
+        self._packing = packing
+        self._rest = np.zeros(0, dtype=np.int64)
+        self._number, self._newest = -1, None
 
     def drop_rest(self) -> None:
-        """Forget the tokens that wait for more."""
+        """Forget the tokens that have not filled a row."""
         self._rest = self._rest[:0]
 
     def of_rows(
         self, batch: dict[str, Any], ids: list[list[int]], count: int, left: int
     ) -> tuple[np.ndarray, np.ndarray] | None:
-        """The documents of the first and the last token of the next `count` rows, behind which `left` tokens wait for
-        more; None where documents are not known."""
-        named = batch.get("document", batch["text_id"])
-        if min(named, default=0) < 0:
+        """Return the documents of the first and the last token of the next `count` rows, which leave `left` tokens.
+
+        None if documents are unknown.
+        """
+        names = batch.get("document", batch["text_id"])
+        if min(names, default=0) < 0:
             return None
         numbers = []
-        for name, row in zip(named, ids, strict=True):
-            if row or self._every_text:
+        for name, row in zip(names, ids, strict=True):
+            if row or self._packing.num_proc is not None:
                 self._number += name != self._newest
                 self._newest = name
-                numbers.append(np.full(len(row) + self._end, self._number, dtype=np.int64))
+                numbers.append(np.full(len(row) + self._packing.eos, self._number, dtype=np.int64))
         stream = np.concatenate([self._rest, *numbers])
-        used = count * self._inner
-        assert len(stream) == used + left, "each text leaves its tokens and its end in the stream"
+        used = count * self._packing.content_length
+        assert len(stream) == used + left, "each text leaves its tokens and its end token in the stream"
         self._rest = stream[used:]
-        rows = stream[:used].reshape(count, self._inner)
+        rows = stream[:used].reshape(count, self._packing.content_length)
         return rows[:, 0], rows[:, -1]
-
-
-def cut_chunks(
-    rest: np.ndarray, ids: list[list[int]], vocabulary: Vocabulary, packing: Packing
-) -> tuple[np.ndarray, np.ndarray]:
-    """Wrapped rows of `rest` (what the texts before have left) and further texts: chunks (C, length), and what is left
-    now. Texts without tokens leave no end token either, unless the rows are the references'."""
-    inner = packing.length - 2 if packing.chunk_special else packing.length
-    end = [vocabulary.eos_id] if packing.eos else []
-    stream = np.concatenate([rest, *(np.asarray(row + end, dtype=np.int32) for row in ids if row or packing.num_proc)])
-    count = len(stream) // inner
-    chunks, rest = stream[: count * inner].reshape(count, inner), stream[count * inner :]
-    if packing.chunk_special:
-        chunks = np.pad(chunks, ((0, 0), (1, 1)))
-        chunks[:, 0], chunks[:, -1] = vocabulary.bos_id, vocabulary.eos_id
-    return chunks, rest
-
-
-def _one_label(labels: list[int], label: int | None, name: str) -> int:
-    found = {*labels, *([] if label is None else [label])}
-    if len(found) != 1:
-        raise ValueError(f"{name}: data.wrap=true joins texts, so rows cannot have labels of their own; "
-                         f"choose one "
-                         f"class with data.label, or set data.wrap=false")  # fmt: skip
-    return found.pop()
-
-
-def _pad(
-    batches: Iterator[tuple[dict[str, Any], list[list[int]]]], vocabulary: Vocabulary, packing: Packing,
-    figures: Figures, name: str,
-) -> Iterator[PackedRows]:  # fmt: skip
-    for batch, ids in batches:
-        rows = pad_rows(batch, ids, vocabulary, packing, figures, name)
-        if rows is not None:
-            yield rows
-
-
-def pad_rows(
-    batch: dict[str, Any], ids: list[list[int]], vocabulary: Vocabulary, packing: Packing, figures: Figures, name: str
-) -> PackedRows | None:
-    """Each text's row, or its windows; a text that is cut ends without the end token, as it has not ended. None where
-    no text has any token, or all are dropped. `figures` are added to.
-
-    Raises ValueError for a text without tokens (behind its prompt), unless packing.drop_empty, and for a prompt that
-    would fill its row.
-    """
-    head = [vocabulary.bos_id] if packing.bos else []
-    tail = [vocabulary.eos_id] if packing.eos else []
-    windows: list[tuple[list[int], int, int]] = []  # ids, place in the batch, window
-    parts, unfilled = batch.get("part_ends"), [0] * len(ids)
-    if parts and packing.room:
-        ids, parts, unfilled = _with_rooms(ids, parts, vocabulary.eos_id, packing, batch["text_id"], name)
-    for place, row in enumerate(ids):
-        prompt, text_id = parts[place][0] if parts else 0, batch["text_id"][place]
-        if len(row) == prompt + (len(parts[place]) - 1 if parts and packing.room else 0):
-            figures.empty += 1
-            if not packing.drop_empty and packing.num_proc is None:
-                where = " behind its prompt" if parts else ""
-                raise ValueError(f"{name}: text {text_id} ({batch['text'][place]!r:.40}) has no tokens{where}; correct "
-                                 f"it, or set data.drop_empty=true")  # fmt: skip
-            if packing.num_proc is None:
-                continue
-        whole = head + row + tail
-        needed = len(whole) + unfilled[place]
-        figures.longest = max(figures.longest, needed)
-        figures.long += needed > packing.length
-        if needed > packing.length and packing.long_texts == "drop":
-            figures.cut += len(whole)
-            continue
-        if parts and packing.long_texts == "truncate" and len(head) + prompt >= packing.length:
-            raise ValueError(f"{name}: the prompt of text {text_id} has {prompt} tokens and leaves no room in "
-                             f"model.length={packing.length}; raise it, or set data.long_texts=drop")  # fmt: skip
-        if packing.num_proc and needed > packing.length:
-            whole = whole[: packing.length - len(tail)] + tail
-        starts = range(0, len(whole), packing.length) if packing.long_texts == "windows" else [0]
-        windows += [(whole[s : s + packing.length], place, w) for w, s in enumerate(starts)]
-        figures.cut += max(needed - packing.length, 0) if packing.long_texts != "windows" else 0
-    if not windows:
-        return None
-    place = np.array([p for _, p, _ in windows])
-    text_id = np.asarray(batch["text_id"])[place]
-    sample_id = np.array([w for _, _, w in windows]) * _WINDOW + text_id
-    label = np.asarray(batch["label"])[place] if "label" in batch else None
-    flat = np.concatenate([np.asarray(w, dtype=np.int32) for w, _, _ in windows])
-    part_ends = [[len(head) + end for end in parts[p]] for p in place] if parts else None
-    document = np.asarray(batch["document"])[place] if min(batch.get("document", [-1])) >= 0 else None
-    documents = None if document is None else (document, document)
-    lengths = np.array([len(w) for w, _, _ in windows])
-    return PackedRows(flat, lengths, sample_id, text_id, label, part_ends, documents)
-
-
-def _with_rooms(
-    ids: list[list[int]], part_ends: list[list[int]], eos_id: int, packing: Packing, text_ids: Sequence[int], name: str
-) -> tuple[list[list[int]], list[list[int]], list[int]]:
-    """Each text's tokens with EOS behind every part between the first and the last, the new ends, and how many tokens
-    of the rooms are left; more than a row has where a part does not fit, so that its text is dropped.
-
-    Raises ValueError for a part that does not fit, unless such texts are dropped.
-    """
-    rows, ends, unfilled = [], [], []
-    for row, cuts, text_id in zip(ids, part_ends, text_ids, strict=True):
-        middle = [[*row[start:end], eos_id] for start, end in itertools.pairwise(cuts)]
-        longest = max(map(len, middle), default=0)
-        if longest > packing.room and packing.long_texts != "drop":
-            raise ValueError(f"{name}: a part of text {text_id} has {longest} tokens with its EOS, more than "
-                             f"data.segment_room={packing.room}; raise it, or set data.long_texts=drop")  # fmt: skip
-        rows.append([*row[: cuts[0]], *itertools.chain(*middle), *row[cuts[-1] :]])
-        ends.append(list(itertools.accumulate(map(len, middle), initial=cuts[0])))
-        left = sum(packing.room - len(part) for part in middle)
-        unfilled.append(left if longest <= packing.room else packing.length + 1)
-    return rows, ends, unfilled

@@ -1,4 +1,4 @@
-"""Packed rows as encoders of whole texts take them: their token ids, the text these spell, their labels."""
+"""Packed rows as input for encoders of whole texts: token ids, decoded text, labels."""
 
 from __future__ import annotations
 
@@ -16,13 +16,18 @@ from palimpsest.data.cache import texts_fingerprint
 from palimpsest.data.rows import to_table
 from palimpsest.data.tokenizers import Vocabulary
 
-CHUNK = 1024  # rows that are encoded in one go; what a vector is may hang on it in its last digits
+CHUNK = 1024  # rows that are encoded at once; the last digits of a vector may depend on it
 
 
 @dataclass(frozen=True, eq=False)
 class Passages:
-    """Some rows. ids: as a network sees them, without padding. labels: (N,) int64, None where there are none. sources:
-    the texts that whole rows are of, None for the others, where encoders are told (latents.Encoder)."""
+    """Some packed rows.
+
+    Attributes:
+        ids: token ids as a network sees them, without padding.
+        labels: (N,) int64, None if there are none.
+        sources: original texts of the rows that are whole texts, None for other rows (latents.Encoder).
+    """
 
     ids: list[np.ndarray]
     labels: np.ndarray | None
@@ -35,13 +40,13 @@ class Passages:
 
     @cached_property
     def content(self) -> list[np.ndarray]:
-        """Token ids without begin, end, padding and mask."""
+        """Return the token ids without begin, end, padding and mask."""
         special = np.array(sorted(self.special))
         return [row[~np.isin(row, special)] for row in self.ids]
 
     @cached_property
     def texts(self) -> list[str]:
-        """What the rows spell; special tokens part lines."""
+        """Return the decoded rows; special tokens separate lines."""
         special, runs = np.array(sorted(self.special)), []
         for number, row in enumerate(self.ids):
             edges = np.flatnonzero(np.isin(row, special))
@@ -54,22 +59,28 @@ class Passages:
         return ["\n".join(lines) for lines in whole]
 
     def only(self, number: int) -> Passages:
-        """One of them."""
+        """Return the passage at index `number`."""
         one = slice(number, number + 1)
         labels, sources = (None if known is None else known[one] for known in (self.labels, self.sources))
         return Passages(self.ids[one], labels, self.tokenizer, self.special, sources)
 
 
+@dataclass(eq=False)
 class PackedTexts:
-    """The packed rows of a split (data/packing.py), to be read some at a time. A window that holds no more of its text
-    than the end token is read as the window before it: that is what it is the end of. sources: as in Passages, of all
-    rows."""
+    """The packed rows of a split (data/packing.py), read in pieces.
 
-    def __init__(
-        self, rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary,
-        sources: Sequence[str | None] | None = None,
-    ) -> None:  # fmt: skip
-        self.rows, self.tokenizer, self.special, self.sources = rows, tokenizer, special_ids(vocabulary), sources
+    A window that contains only the end token of its text is read as the window before it, whose end it is. `sources`:
+    as in Passages, for all rows.
+    """
+
+    rows: datasets.Dataset
+    tokenizer: PreTrainedTokenizerBase
+    vocabulary: Vocabulary
+    sources: Sequence[str | None] | None = None
+
+    @cached_property
+    def special(self) -> frozenset[int]:
+        return special_ids(self.vocabulary)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -87,14 +98,14 @@ class PackedTexts:
         return Passages(ids, labels, self.tokenizer, self.special, sources)
 
     def chunks(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, Passages]]:
-        """Rows from `start` to `stop`, CHUNK at a time: (number of the first, the rows)."""
+        """Yield the rows from `start` to `stop`, CHUNK at a time, as (index of the first, rows)."""
         stop = len(self) if stop is None else stop
         for first in range(start, stop, CHUNK):
             yield first, self[first : min(first + CHUNK, stop)]
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hex digest of the tokens of all rows, and where each row ends."""
+        """Return a hex digest of the tokens and lengths of all rows."""
         digest = hashlib.sha256(np.asarray(self.rows["length"][:], dtype=np.int64).tobytes())
         for chunk in to_table(self.rows.select_columns("input_ids"))["input_ids"].chunks:
             digest.update(chunk.flatten().to_numpy(zero_copy_only=False).astype(np.int32).tobytes())
@@ -102,19 +113,19 @@ class PackedTexts:
 
     @cached_property
     def known_fingerprint(self) -> str:
-        """Hex digest of what is known of the rows beside their tokens: labels and sources."""
+        """Return a hex digest of the rows' labels and sources."""
         labels = np.asarray(self.rows["label"][:], dtype=np.int64) if "label" in self.rows.column_names else np.zeros(0)
         return texts_fingerprint([labels.tobytes().hex(), *(source or "" for source in self.sources or ())])
 
 
 def special_ids(vocabulary: Vocabulary) -> frozenset[int]:
-    """Begin, end, padding and mask."""
+    """Return the ids of begin, end, padding and mask."""
     found = (vocabulary.bos_id, vocabulary.eos_id, vocabulary.pad_id, vocabulary.mask_id)
     return frozenset(i for i in found if i is not None)
 
 
-def trimmed(ids: Sequence[int], vocabulary: Vocabulary) -> np.ndarray:
-    """A row without the padding or fill behind it: of the end tokens that it ends with, one."""
+def without_padding(ids: Sequence[int], vocabulary: Vocabulary) -> np.ndarray:
+    """Return a row without its padding; trailing end tokens are reduced to one."""
     row = [int(i) for i in ids]
     tail = list(itertools.takewhile(lambda i: i in (vocabulary.pad_id, vocabulary.eos_id), reversed(row)))
     ended = [vocabulary.eos_id] if vocabulary.eos_id in tail else []

@@ -1,14 +1,12 @@
-"""Corpora read from their beginning, piece by piece, and kept nowhere: files, or a data set of the Hub, by the
-streaming of `datasets`."""
+"""Corpora that are read from their beginning in pieces and never stored: files, or a streamed data set of the Hub."""
 
 import hashlib
 import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
 
 import datasets
 import numpy as np
@@ -21,22 +19,9 @@ from palimpsest.data.rows import from_table, need_columns, to_table
 _AT_ONCE = 1000  # rows
 
 
-class Pieces(Protocol):
-    """A corpus in pieces that can be read independently, in an order that does not change."""
-
-    @property
-    def num_shards(self) -> int: ...
-
-    def tables(self, shard: int) -> Iterator[pa.Table]:
-        """Raw rows of a piece, some at a time."""
-
-    def reshard(self) -> "Pieces":
-        """The same rows in more pieces, if there can be more."""
-
-
 @dataclass(frozen=True)
 class FilePieces:
-    """Files as pieces (data/files.py), Parquet files by their row groups. key: the setting that gave them."""
+    """Files as pieces (data/files.py), Parquet files by row groups. `key`: the setting that named them."""
 
     shards: tuple[tuple[Path, int | None], ...]
     key: str
@@ -44,7 +29,7 @@ class FilePieces:
 
     @classmethod
     def of(cls, files: Sequence[Path], key: str, columns: Columns) -> "FilePieces":
-        """Raises ValueError for a Parquet file that cannot be read."""
+        """Build the pieces of files. Raises ValueError for a Parquet file that cannot be read."""
         return cls(tuple((path, group) for path in files for group in _groups(path, key)), key, columns)
 
     @property
@@ -52,7 +37,7 @@ class FilePieces:
         return len(self.shards)
 
     def tables(self, shard: int) -> Iterator[pa.Table]:
-        """Raises ValueError for rows that cannot be read."""
+        """Yield the rows of a piece. Raises ValueError for rows that cannot be read."""
         path, group = self.shards[shard]
         return read_tables(path, self.key, self.columns, group)
 
@@ -69,7 +54,7 @@ def _groups(path: Path, key: str) -> Sequence[int | None]:
 
 @dataclass(frozen=True)
 class HubPieces:
-    """A split on the Hub, by the streaming of `datasets`. origin: where from, for messages."""
+    """A streamed split of a data set on the Hub. `origin`: where it is from, for messages."""
 
     rows: datasets.IterableDataset
     columns: tuple[str, ...]
@@ -80,7 +65,7 @@ class HubPieces:
         return self.rows.num_shards
 
     def tables(self, shard: int) -> Iterator[pa.Table]:
-        """Raises ValueError where a column is missing."""
+        """Yield the rows of a piece. Raises ValueError if a column is missing."""
         piece = self.rows.shard(num_shards=self.num_shards, index=shard).with_format("arrow")
         for table in piece.iter(batch_size=_AT_ONCE):
             need_columns(table.column_names, self.columns, self.origin)
@@ -92,14 +77,17 @@ class HubPieces:
 
 @dataclass(frozen=True)
 class Shards:
-    """A split of a corpus as the pieces that its files make.
+    """A split of a corpus in the pieces given by its files.
 
-    rows: raw rows, streamed. prepare: a table of raw rows -> texts (columns as in data/sources.py), perhaps fewer.
-    start, stop: the raw rows that belong to the split. origin: where from, for messages. files: name and size of each,
-    where they lie in a folder: what tells that a corpus has changed.
+    Attributes:
+        rows: raw rows, streamed.
+        prepare: turns a table of raw rows into texts (columns as in data/sources.py), perhaps fewer.
+        origin: where they are from, for messages.
+        start, stop: bounds of the raw rows that belong to the split.
+        files: name and size of each file in a folder, which reveal a changed corpus.
     """
 
-    rows: Pieces
+    rows: FilePieces | HubPieces
     prepare: Callable[[pa.Table], datasets.Dataset]
     origin: str
     start: int = 0
@@ -108,8 +96,10 @@ class Shards:
 
     @cached_property
     def ranges(self) -> list[tuple[int, int, int | None]]:
-        """(shard, first row, row to stop before) of each shard that has a part in the split. Rows are counted only as
-        far as `start` and `stop` reach."""
+        """Return (shard, first row, end row) of each shard that overlaps the split.
+
+        Rows are counted only as far as `start` and `stop` reach.
+        """
         found, begin = [], 0
         for shard in range(self.rows.num_shards):
             if self.stop is not None and begin >= self.stop:
@@ -126,7 +116,7 @@ class Shards:
         return found
 
     def _count(self, shard: int, reach: int) -> int:
-        """Rows of a shard, at most `reach`."""
+        """Return the number of rows of a shard, at most `reach`."""
         seen = 0
         for table in self.rows.tables(shard):
             seen += table.num_rows
@@ -135,8 +125,10 @@ class Shards:
         return seen
 
     def blocks(self, number: int, size: int, skip: int = 0) -> Iterator[pa.Table]:
-        """The raw rows of a piece in tables of `size` (the last one may be smaller), without the first `skip` tables.
-        These are read, as few formats can be entered in the middle, but nothing is done with them."""
+        """Yield the raw rows of a piece in tables of `size` rows (the last may be smaller), without the first `skip`.
+
+        Skipped tables are read but not processed, because few formats can be entered in the middle.
+        """
         shard, first, end = self.ranges[number]
         first += skip * size
         held: list[pa.Table] = []
@@ -159,16 +151,13 @@ class Shards:
             yield pa.concat_tables(held, promote_options="permissive")
 
     def texts(self) -> Iterator[datasets.Dataset]:
-        """All texts in the order of the files, a few at a time."""
+        """Yield all texts in the order of the files, in small data sets."""
         for number in range(len(self.ranges)):
             for table in self.blocks(number, _AT_ONCE):
                 yield self.prepare(table)
 
     def first(self, limit: int) -> datasets.Dataset:
-        """The first `limit` texts (all there are, if they are fewer), in memory.
-
-        Raises ValueError where there is none.
-        """
+        """Return the first `limit` texts, or all if there are fewer, in memory. Raises ValueError if there are none."""
         found, count = [], 0
         for rows in self.texts():
             found.append(to_table(rows))
@@ -181,53 +170,58 @@ class Shards:
 
     @property
     def fingerprint(self) -> dict[str, object]:
-        """What a resumed run compares: plain values."""
+        """Return plain values that a resumed run compares."""
         listing = hashlib.sha256(repr(self.files).encode()).hexdigest()[:16]
         return {"pieces": len(self.ranges), "files": listing if self.files else None}
 
 
-class SharedReading:
-    """Blocks of pieces by number, for readers that follow one another closely: what one has decoded the others get.
+@dataclass
+class SharedBlocks:
+    """Blocks of `size` rows by number, decoded once for at most `readers` readers that follow one another closely.
 
-    size: rows of a block. keep: blocks held for the others. readers: at most so many go through the pieces at a time.
+    The last `keep` blocks are kept for other readers.
     """
 
-    def __init__(self, shards: Shards, size: int, keep: int, readers: int) -> None:
-        self.shards, self.size, self.keep, self.readers = shards, size, keep, readers
-        self._held = OrderedDict[tuple[int, int], pa.Table | None]()
-        self._ahead = OrderedDict[tuple[int, int], Iterator[pa.Table]]()  # by the block that comes next
+    shards: Shards
+    size: int
+    keep: int
+    readers: int
+    _decoded: OrderedDict[tuple[int, int], pa.Table | None] = field(default_factory=OrderedDict)
+    _ahead: OrderedDict[tuple[int, int], Iterator[pa.Table]] = field(default_factory=OrderedDict)  # by their next block
 
     def block(self, piece: int, number: int) -> pa.Table | None:
-        """None: the piece ends before it."""
+        """Return a block; None if the piece ends before it."""
         key = (piece, number)
-        if key in self._held:
-            return self._held[key]
+        if key in self._decoded:
+            return self._decoded[key]
         blocks = self._ahead.pop(key, None) or self.shards.blocks(piece, self.size, number)
         table = next(blocks, None)
         if table is not None:
             self._ahead[piece, number + 1] = blocks
-        self._held[key] = table
-        for some, most in ((self._held, self.keep), (self._ahead, self.readers)):
+        self._decoded[key] = table
+        for some, most in ((self._decoded, self.keep), (self._ahead, self.readers)):
             while len(some) > most:
                 some.popitem(last=False)
         return table
 
 
 def num_rows(files: Sequence[Path]) -> int | None:
-    """Rows in Parquet files, by their footers; None for other kinds, which would have to be read."""
+    """Return the number of rows in Parquet files by their footers; None for other kinds."""
     if any(kind_of(path) != "parquet" for path in files):
         return None
     return sum(pq.read_metadata(path).num_rows for path in files)
 
 
 def listing(files: Sequence[Path]) -> tuple[tuple[str, int], ...]:
-    """Name and size of each file."""
+    """Return the name and size of each file."""
     return tuple((path.name, path.stat().st_size) for path in files)
 
 
 def share_of(texts: Sequence[str], seed: int, shares: Mapping[str, float]) -> np.ndarray:
-    """(n,) the split of each text, `train` or a name in `shares`, by a hash of the text and the seed: it can be told
-    from a text alone, and equal texts are always in the same one."""
+    """Return the split of each text, `train` or a name in `shares`, (n,), by a hash of the text and the seed.
+
+    The split depends on the text alone, so equal texts are always in the same one.
+    """
     bounds = list(itertools.accumulate(shares.values()))
     names = np.array([*shares, "train"])
     key = seed.to_bytes(8, "little", signed=True)

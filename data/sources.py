@@ -1,19 +1,22 @@
-"""Where text comes from: named data sets (a local folder or the Hub), several of them joined, the embedded corpus;
-data/user_files.py has the user's own files.
+"""Sources of text: named data sets in a local folder or on the Hub, and several of them joined.
 
-Every source has `splits` (names it can load), `label_names` (None where texts have no labels) and
-`load(split) -> datasets.Dataset` with the columns `text` (str), where there are labels `label` (int64), and where texts
-have parts `ends` (list of int64, as many for every text): the characters before which each part but the last ends.
-Where texts are pieces of longer documents, such as lines, there is `document` (int64): its number, or -1 throughout
-where the documents are not known. Without that column each text is a document of its own.
-`load` gives the same rows in the same order every time, in every process. Split names are `train`,
-`validation`, `test`. A source may also have
+data/user_files.py has the user's files. Every source has `splits` (names that it can load), `label_names` (None if
+texts have no labels) and `load(split) -> datasets.Dataset` with the columns
+  text      str
+  label     int64, if there are labels
+  ends      list of int64, if texts have parts, equally many in every text: the end of each part but the last, in
+      characters
+  document  int64, if texts are pieces of longer documents, such as lines: the document's number, or -1 throughout if
+      documents are unknown. Without this column each text is a document.
+`load` gives the same rows in the same order every time, in every process. Split names are `train`, `validation`,
+`test`. A source may also have
   stream(split, limit)    the first rows of a split without reading the rest (data.streaming=true)
-  open(split)             the split as pieces to be read one after the other (data/shards.py), for training on a stream
-  detokenizer_of(split)   the name of what undid a tokenisation of its texts (data/detokenizers.py), or None
-  sources                 names of the data sets that it joins: what data.train and data.valid may be
+  open(split)             the split in pieces that are read one after the other (data/shards.py), for training on a
+      stream
+  detokenizer_of(split)   the name of the detokenizer that was applied to its texts (data/detokenizers.py), or None
+  sources                 names of the data sets that it joins, which data.train and data.valid may name
   published()             the source as the reference projects read it (data.protocol=reference)
-  prompted                texts have parts, of which the first is a prompt: seen, never masked nor scored
+  prompted                True if the first part of each text is a prompt: observed, never masked nor scored
 """
 
 import contextlib
@@ -29,9 +32,10 @@ import datasets
 import pyarrow as pa
 
 from palimpsest.common.values import NAME, TEXT, InsideOne, Name, PresentPath, list_of
-from palimpsest.data.detokenizers import PUBLISHED, VERSION, detokenizer
+from palimpsest.data.detokenizers import PUBLISHED, VERSION
+from palimpsest.data.detokenizers import detokenizer as find_detokenizer
 from palimpsest.data.files import Columns, kind_of, matching_files, read_files
-from palimpsest.data.hub import both_ways, local_folder, quick_when_offline
+from palimpsest.data.hub import local_folder, not_found_message, quick_when_offline
 from palimpsest.data.rows import (
     as_labels,
     carve,
@@ -51,12 +55,12 @@ from palimpsest.data.rows import (
 )
 from palimpsest.data.shards import FilePieces, HubPieces, Shards, listing, num_rows
 
-# Data sets whose rows on the Hub are lines with their line feed, empty lines included.
+# Data sets whose rows on the Hub are lines with line feeds, including empty lines.
 _LINES_WITH_ENDS = ("Salesforce/wikitext",)
 
 
 class Source(Protocol):
-    """What TextData asks of a source."""
+    """The interface that TextData requires of a source."""
 
     @property
     def splits(self) -> tuple[str, ...]: ...
@@ -68,20 +72,26 @@ class Source(Protocol):
 
 
 class HubOrFolder:
-    """A named data set: `$DATA_DIR/<folder>/<files[split]>` where that exists, else `hub_id` on the Hub.
+    r"""A named data set: `$DATA_DIR/<folder>/<files[split]>` if that exists, else `hub_id` on the Hub.
 
-    files: split -> file name or pattern. hub_splits: split -> split expression of the Hub, at `hub_revision`
-    (None: the current one). Either may end in a slice, `train[:-1000]`.
-    text_columns: the column of the texts, or several from which `parts` makes them, "Question: {question}\nAnswer:" and
-    " {answer}"; the first of several parts is a prompt, which a model is given. drop_blank: leave out texts of white
-    space and strip the line end that the Hub keeps (data sets of one text per line). detokenizer: a name in
-    data/detokenizers.py. unlabelled: splits whose texts have no labels, whatever the files say.
-    document_start: pattern of the texts with which a document begins, where texts are lines of documents; None where
-    nothing tells them apart; "": each text is a document of its own.
-    A data set without a validation split has `validation_share` of its train split held out, chosen by
-    `seed`; texts that also occur in the held-out part are dropped from the train part. shuffle: put rows
-    into an order fixed by `seed` (for files sorted by label).
-    Raises FileNotFoundError naming both ways where neither the folder nor the Hub has it.
+    Args:
+        files: split -> file name or pattern; may end in a slice, `train[:-1000]`.
+        hub_splits: split -> split expression of the Hub at `hub_revision` (None: the current one); may end in a slice
+            too.
+        text_columns: the column of the texts, or several that `parts` combines.
+        parts: templates such as "Question: {question}\nAnswer:" and " {answer}". The first of several is a prompt.
+        unlabelled: splits without labels, whatever the files say.
+        drop_blank: drop texts of white space, and strip the line end that the Hub keeps (data sets of one text per
+            line).
+        detokenizer: a name in data/detokenizers.py.
+        document_start: pattern of the texts that begin a document, if texts are lines of documents; None if these are
+            unknown; "" if each text is a document.
+        validation_share: share of the train split that is held out by `seed` if there is no validation split. Texts
+            that also occur in the held-out part are dropped from the train split.
+        shuffle: put rows into an order fixed by `seed`, for files sorted by label.
+
+    Raises:
+        FileNotFoundError: neither the folder nor the Hub has it; names both ways.
     """
 
     def __init__(
@@ -105,7 +115,8 @@ class HubOrFolder:
         document_start: str | None = "",
     ) -> None:
         self.document_start = document_start
-        self.hub_id, self.hub_config, self.hub_revision, self.folder = hub_id, hub_config, hub_revision, folder
+        self.hub_id, self.folder = hub_id, folder
+        self.hub_config, self.hub_revision = hub_config, hub_revision
         self.files, self.hub_splits = dict(files), dict(hub_splits)
         self.text_columns = [text_columns] if isinstance(text_columns, str) else list(text_columns)
         self.parts, self.drop_blank = None if parts is None else tuple(parts), drop_blank
@@ -118,41 +129,53 @@ class HubOrFolder:
             raise ValueError(f"data.source.label_column={label_column} needs data.source.label_names")
         check_parts(self.parts, self.text_columns)
         if detokenizer is not None:
-            _check_detokenizer(detokenizer, self.text_columns, self.parts)
+            find_detokenizer(detokenizer)  # raises for an unknown name
+            if parts is not None:
+                columns = ", ".join(self.text_columns)
+                raise ValueError(
+                    f"data.source.detokenizer={detokenizer} applies to whole texts, and data.source.parts combines "
+                    f"{columns}; set one of them to null"
+                )
 
     @property
     def splits(self) -> tuple[str, ...]:
-        carved = ("validation",) if self.validation_share is not None else ()
-        return _ordered({*self.files, *carved})
+        found = {*self.files} | ({"validation"} if self.validation_share is not None else set())
+        usual = ("train", "validation", "test")
+        return (*(split for split in usual if split in found), *sorted(found.difference(usual)))
 
     @property
     def prompted(self) -> bool:
-        """Whether texts begin with a prompt."""
+        """Return True if texts begin with a prompt."""
         return self.parts is not None and len(self.parts) > 1
 
     def detokenizer_of(self, split: str) -> str | None:
-        """Its name, None where the texts are as people write them."""
+        """Return the name of the detokenizer; None if texts are natural."""
         return self.detokenizer
 
     def published(self) -> "HubOrFolder":
-        """Return this data set as the reference projects read it: every row that the Hub has, in the Hub's order, empty
-        ones included, with the line ends that the Hub keeps and the published detokeniser."""
+        """Return this data set as the reference projects read it.
+
+        It has every row of the Hub in the Hub's order, including empty ones, with their line ends and the published
+        detokenizer.
+        """
         other = copy.copy(self)
-        other._as_published, other.drop_blank, other.shuffle = True, False, False
+        other._as_published = True
+        other.drop_blank = other.shuffle = False
         other.detokenizer = PUBLISHED.get(self.detokenizer, self.detokenizer)
         return other
 
     def load(self, split: str) -> datasets.Dataset:
-        """The split's rows. Raises ValueError for a split that does not exist or that holds bad rows."""
+        """Return the split's rows. Raises ValueError for an unknown split or bad rows."""
         check_split(split, self.splits)
         if self.validation_share is None or split not in ("train", "validation"):
             return self._rows(split)
         return self._carved[split]
 
     def stream(self, split: str, limit: int) -> datasets.Dataset:
-        """The first `limit` rows of the split; of the Hub no more is downloaded than they need.
+        """Return the first `limit` rows of the split, downloading no more than they need.
 
-        Raises ValueError where the rows of the split are known only when all of it has been read.
+        Raises:
+            ValueError: the rows of the split are only known after reading all of it.
         """
         self._check_streaming(split)
         if self._files(split):
@@ -161,8 +184,12 @@ class HubOrFolder:
         return self._with_documents(rows if len(rows) <= limit else take_rows(rows, range(limit)))
 
     def open(self, split: str) -> Shards:
-        """The split, to be read piece by piece. Raises ValueError where its rows are known only when all of it, or
-        its end, has been read; FileNotFoundError where it lies neither in the folder nor on the Hub."""
+        """Return the split, to be read in pieces.
+
+        Raises:
+            ValueError: its rows are only known after reading all of it, or its end.
+            FileNotFoundError: neither the folder nor the Hub has it.
+        """
         self._check_streaming(split)
         files, expression = self._files(split), self.files.get(split, "")
         if files:
@@ -172,19 +199,21 @@ class HubOrFolder:
             expression = self.hub_splits[split]
             origin = f"{self.hub_id} ({expression})"
             rows = HubPieces(self._hub_stream(split), tuple(self._columns(split)), origin)
-        prepare = partial(self._cooked, origin=origin)
+        prepare = partial(self._prepared_table, origin=origin)
         start, stop = self._bounds(expression, num_rows(files) if files else None)
         return Shards(rows, prepare, origin, start, stop, listing(files))
 
     def _bounds(self, expression: str, total: int | None) -> tuple[int, int | None]:
-        """The rows that an expression names, of `total` ones (None: not known)."""
+        """Return the rows that an expression names, of `total` rows (None: unknown)."""
         _, start, stop = _sliced(expression)
         if total is not None:
             first, last, _ = slice(start, stop).indices(total)
             return first, last if stop is not None else None
         if min(start or 0, stop or 0) < 0:
-            raise ValueError(f"data.streaming=true: {self.hub_id} is read from its beginning, so {expression}, which "
-                             f"counts from the end, cannot be cut off it; set it to false")  # fmt: skip
+            raise ValueError(
+                f"data.streaming=true reads {self.hub_id} from its beginning, so it cannot cut {expression}, which "
+                "counts from the end; set it to false"
+            )
         return start or 0, stop
 
     def _check_streaming(self, split: str) -> None:
@@ -195,7 +224,7 @@ class HubOrFolder:
             raise ValueError(f"data.streaming=true: the {split} split of {self.hub_id} {why}; set it to false")
 
     def _files(self, split: str) -> list[Path]:
-        """The split's files in the folder, if it has any."""
+        """Return the split's files in the folder, if it has any."""
         name, folder = _sliced(self.files.get(split, ""))[0], local_folder(self.folder)
         return matching_files(sorted(folder.glob(name)), "DATA_DIR") if folder and name else []
 
@@ -226,29 +255,29 @@ class HubOrFolder:
         return rows if self.document_start == "" else with_documents(rows, self.document_start)
 
     def _prepared(self, rows: datasets.Dataset, origin: str) -> datasets.Dataset:
-        """Raw columns -> text, label, ends."""
+        """Turn raw columns into text, label and ends."""
         table = to_table(rows)
         texts = [text_column(table, column, origin) for column in self.text_columns]
-        if self.detokenizer is not None:  # kept on disk by `datasets` where the rows lie on disk
+        if self.detokenizer is not None:  # `datasets` caches the result on disk if the rows are on disk
             settings = {"name": self.detokenizer, "version": VERSION, "column": self.text_columns[0]}
             rows = rows.map(_detokenized, batched=True, features=rows.features, fn_kwargs=settings, desc="detokenising")
             texts = [text_column(to_table(rows), self.text_columns[0], origin)]
         return not_empty(self._made(table, texts, origin), origin)
 
-    def _cooked(self, table: pa.Table, origin: str) -> datasets.Dataset:
-        """The same for some rows of a stream, of which nothing is kept."""
+    def _prepared_table(self, table: pa.Table, origin: str) -> datasets.Dataset:
+        """Do the same for some rows of a stream, without caching."""
         texts = [text_column(table, column, origin) for column in self.text_columns]
         if self.detokenizer is not None:
-            cooked = [detokenizer(self.detokenizer)(text) for text in texts[0].to_pylist()]
-            texts = [pa.chunked_array([pa.array(cooked, pa.large_string())])]
+            clean = [find_detokenizer(self.detokenizer)(text) for text in texts[0].to_pylist()]
+            texts = [pa.chunked_array([pa.array(clean, pa.large_string())])]
         return self._made(table, texts, origin)
 
     def _made(self, table: pa.Table, texts: list[pa.ChunkedArray], origin: str) -> datasets.Dataset:
         ends = None
         if self.parts is not None:
-            columns = [dict(zip(self.text_columns, row, strict=True)) for row in
-                       zip(*(t.to_pylist() for t in texts), strict=True)]  # fmt: skip
-            whole, ends = in_parts([[part.format(**row) for part in self.parts] for row in columns])
+            values = zip(*(column.to_pylist() for column in texts), strict=True)
+            rows = [dict(zip(self.text_columns, row, strict=True)) for row in values]
+            whole, ends = in_parts([[part.format(**row) for part in self.parts] for row in rows])
             texts = [pa.chunked_array([pa.array(whole, pa.large_string())])]
         labels = None
         if self.label_column in table.column_names:
@@ -257,7 +286,7 @@ class HubOrFolder:
         return without_blanks(made) if self.drop_blank else made
 
     def _local(self, split: str) -> tuple[datasets.Dataset, str] | None:
-        """The raw columns in the folder, if it has them, and where they are from (for messages)."""
+        """Return the raw columns in the folder and their origin for messages; None if the folder has none."""
         files = self._files(split)
         if not files:
             return None
@@ -271,14 +300,14 @@ class HubOrFolder:
         return rows, str(local_folder(self.folder) / self.files[split])
 
     def _lines(self, files: Sequence[Path]) -> pa.Table:
-        """Return every line of txt files as the Hub has it: a blank line is an empty text."""
+        """Return every line of txt files as the Hub has it; a blank line is an empty text."""
         ends = self.hub_id in _LINES_WITH_ENDS
-        lines = [line if ends and line.strip() else line.strip()
-                 for path in files for line in path.open(encoding="utf-8-sig")]  # fmt: skip
+        read = (line for path in files for line in path.open(encoding="utf-8-sig"))
+        lines = [line if ends and line.strip() else line.strip() for line in read]
         return pa.table({self.text_columns[0]: pa.array(lines, pa.large_string())})
 
     def _hub(self, split: str) -> tuple[datasets.Dataset, str]:
-        """The raw columns on the Hub."""
+        """Return the raw columns on the Hub and their origin for messages."""
         expression = self.hub_splits[split]
         with self._hub_errors(split):
             rows = datasets.load_dataset(self.hub_id, self.hub_config, split=expression, revision=self.hub_revision)
@@ -287,7 +316,7 @@ class HubOrFolder:
         return rows.select_columns(self._columns(split)), origin
 
     def _beginning(self, split: str, limit: int) -> tuple[datasets.Dataset, str]:
-        """The raw columns of the first `limit` texts on the Hub."""
+        """Return the raw columns of the first `limit` texts on the Hub and their origin."""
         expression = self.hub_splits[split]
         start, stop = self._bounds(expression, None)
         stream = self._hub_stream(split)
@@ -311,14 +340,18 @@ class HubOrFolder:
         except Exception as error:  # the Hub libraries raise many types, none of them for users
             place = f"{self.folder}/{self.files.get(split, '')}"
             reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-            raise FileNotFoundError(f"{both_ways('data', self.hub_id, place)} ({reason})") from error
+            raise FileNotFoundError(f"{not_found_message('data', self.hub_id, place)} ({reason})") from error
 
 
 class Combined:
-    """Splits of several data sets under one name: trained on one, measured on another.
+    """Splits of several data sets under one name: trained on one, measured on another. Texts have no labels.
 
-    sources: name -> source. train, validation, test: the name of the one that gives the split (data.train, and
-    data.valid for the other two). Texts have no labels. Raises ValueError for a name that is not there.
+    Args:
+        sources: name -> source.
+        train, validation, test: the name of the source of each split (data.train; data.valid for the other two).
+
+    Raises:
+        ValueError: a name is not in `sources`.
     """
 
     label_names = None
@@ -336,7 +369,7 @@ class Combined:
         return tuple(split for split, name in self.choice.items() if split in self.sources[name].splits)
 
     def detokenizer_of(self, split: str) -> str | None:
-        """That of the data set which gives the split."""
+        """Return the detokenizer of the split's data set."""
         return self.sources[self.choice[split]].detokenizer_of(split)
 
     def published(self) -> "Combined":
@@ -347,10 +380,10 @@ class Combined:
 
     @property
     def prompted(self) -> bool:
-        """Whether texts begin with a prompt.
+        """Return True if texts begin with a prompt.
 
         Raises:
-            ValueError: those of some data sets do and of others do not.
+            ValueError: only some of the data sets have prompts.
         """
         kinds = {name: getattr(self.sources[name], "prompted", False) for name in self.choice.values()}
         if len(set(kinds.values())) > 1:
@@ -360,43 +393,27 @@ class Combined:
         return next(iter(kinds.values()))
 
     def load(self, split: str) -> datasets.Dataset:
-        """The split's rows. Raises ValueError for a split that does not exist."""
+        """Return the split's rows. Raises ValueError for an unknown split."""
         check_split(split, self.splits)
         return self.sources[self.choice[split]].load(split)
 
     def stream(self, split: str, limit: int) -> datasets.Dataset:
-        """The first `limit` rows of the split (HubOrFolder.stream)."""
+        """Return the first `limit` rows of the split (HubOrFolder.stream)."""
         check_split(split, self.splits)
         return self.sources[self.choice[split]].stream(split, limit)
 
     def open(self, split: str) -> Shards:
-        """The split, to be read piece by piece (HubOrFolder.open)."""
+        """Return the split, to be read in pieces (HubOrFolder.open)."""
         check_split(split, self.splits)
         return self.sources[self.choice[split]].open(split)
 
 
 def _detokenized(batch: dict[str, list], *, name: str, version: int, column: str) -> dict[str, list]:
-    """A batch of `datasets` with its column detokenised. `version` only makes what is kept on disk change with it."""
-    return {column: [detokenizer(name)(text) for text in batch[column]]}
-
-
-def _check_detokenizer(name: str, text_columns: Sequence[str], parts: Sequence[str] | None) -> None:
-    detokenizer(name)
-    if parts is not None:
-        columns = ", ".join(text_columns)
-        raise ValueError(
-            f"data.source.detokenizer={name} applies to whole texts, and data.source.parts makes them out of "
-            f"{columns}; set one of them to null"
-        )
+    """Detokenise a column of a batch of `datasets`. `version` makes the cached result change with the code."""
+    return {column: [find_detokenizer(name)(text) for text in batch[column]]}
 
 
 def _sliced(expression: str) -> tuple[str, int | None, int | None]:
-    """`name[start:stop]`, either bound absent -> (name, start, stop)."""
-    match = re.fullmatch(r"(.*?)(?:\[(-?\d*):(-?\d*)\])?", expression)
-    name, start, stop = match.groups()
+    """Split `name[start:stop]`, with either bound absent, into (name, start, stop)."""
+    name, start, stop = re.fullmatch(r"(.*?)(?:\[(-?\d*):(-?\d*)\])?", expression).groups()
     return name, int(start) if start else None, int(stop) if stop else None
-
-
-def _ordered(splits: set[str]) -> tuple[str, ...]:
-    usual = ("train", "validation", "test")
-    return (*(s for s in usual if s in splits), *sorted(splits.difference(usual)))

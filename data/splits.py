@@ -1,6 +1,7 @@
-"""A source's splits as the texts that are asked for: one class, a limit, several splits joined, a stream's first."""
+"""The texts that a run asks for: one class, a limit, several splits joined, the beginning of a stream."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import datasets
 import numpy as np
@@ -11,38 +12,43 @@ from palimpsest.data.sources import Source
 SPLITS = ("train", "validation", "test")
 
 
+@dataclass(eq=False)
 class SplitTexts:
-    """The texts of the splits of a source; each is read once.
+    """The texts of a source's splits; each split is read once.
 
-    limits: split -> data.max_*_texts, None for all. streaming: read no more of a split than its limit; of train, if it
-    has none, `sample_texts`. label: only the texts of this class. train_splits: these together are the train split.
+    Args:
+        limits: split -> data.max_*_texts, None for all.
+        streaming: read no more of a split than its limit; for an unlimited train split, `sample_texts`.
+        label: keep only texts of this class.
+        train_splits: splits that together form the train split.
     """
 
-    def __init__(
-        self, source: Source, limits: Mapping[str, int | None], streaming: bool, sample_texts: int, label: int | None,
-        train_splits: Sequence[str] | None,
-    ) -> None:  # fmt: skip
-        self.source, self.limits, self.label, self.train_splits = source, dict(limits), label, train_splits
-        self.streaming, self.sample_texts = streaming, sample_texts
-        self._texts: dict[str, datasets.Dataset] = {}
+    source: Source
+    limits: Mapping[str, int | None]
+    streaming: bool
+    sample_texts: int
+    label: int | None
+    train_splits: Sequence[str] | None
+    _texts: dict[str, datasets.Dataset] = field(default_factory=dict)
 
     def read(self, split: str) -> datasets.Dataset:
-        """The split's rows from the source, when streaming no more of them than the limit."""
+        """Return the split's rows from the source; when streaming, no more of them than the limit."""
         if not self.streaming:
             return self.source.load(split)
         limit = self._limit(split)
         limit = self.sample_texts if split == "train" and limit is None else limit
         if limit is None:
-            raise ValueError(f"data.streaming=true reads a split up to its limit, and {split} has none: "
-                             f"set {limit_key(split)}, or data.streaming=false")  # fmt: skip
+            remedy = f"set {limit_key(split)}, or data.streaming=false"
+            raise ValueError(f"data.streaming=true reads a split up to its limit, and {split} has none: {remedy}")
         if not hasattr(self.source, "stream"):
             raise ValueError("data.streaming=true: these texts are made or cut as a whole; set it to false")
         return self.source.stream(split, limit)
 
     def of(self, split: str) -> datasets.Dataset:
-        """Columns text, text_id (number in the whole split), label and ends (data/sources.py) where there are such.
+        """Return columns text, text_id (number in the whole split), and label and ends (data/sources.py) if present.
 
-        Raises ValueError for an unknown split, an unknown label, an empty split.
+        Raises:
+            ValueError: an unknown split, an unknown label, an empty split.
         """
         if split not in self._texts:
             parts = self.train_splits if split == "train" and self.train_splits else (split,)
@@ -68,5 +74,5 @@ class SplitTexts:
 
 
 def limit_key(split: str) -> str:
-    """The key that limits a split."""
+    """Return the key that limits a split."""
     return f"data.max_{ {'validation': 'valid', 'test': 'test'}.get(split, 'train') }_texts"

@@ -1,4 +1,4 @@
-"""The stream of training samples: how many rows a device takes at once, which positions, and what stands there."""
+"""The stream of training samples: batch sizes, the positions of each batch, and the rows at these positions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, Sampler
 
 from palimpsest.data.order import draws_at, rows_at
 
-_MOST_CHOICES = 12  # divisors that a message lists; of more, those next to what was typed
+_MOST_CHOICES = 12  # divisors that a message lists; of more, only those next to the typed value
 
 
 def batch_arithmetic(
@@ -26,13 +26,15 @@ def batch_arithmetic(
     accumulate: int | None = None,
     ramp: Sequence[Sequence[int]] | None = None,
 ) -> tuple[int, int]:
-    """(rows per device and micro-batch, micro-batches per optimizer step); their product over all devices is
-    global.
+    """Return (rows per device and micro-batch, micro-batches per optimizer step).
 
-    batch_size None: what `accumulate` leaves, without it the largest that divides a device's share, at most
-    `max_batch_size` where that is given. ramp: as `BatchPlan.of` takes it; its smaller steps have as many
-    micro-batches, of fewer rows.
-    Raises ValueError naming the settings that do not divide, and the nearest that do.
+    Args:
+        batch_size: None uses `accumulate` if given, else the largest divisor of a device's share, at most
+            `max_batch_size`.
+        ramp: as in `BatchPlan.of`; its smaller steps have as many micro-batches, with fewer rows.
+
+    Raises:
+        ValueError: sizes do not divide; names the settings and the nearest sizes that do.
     """
     plan = BatchPlan.of(global_batch_size, ramp)
     world = devices * num_nodes
@@ -69,12 +71,12 @@ def batch_arithmetic(
 
 
 def _multiples(number: int, of: int) -> str:
-    """The multiples next to a number that is none."""
+    """Name the multiples next to a number that is not one."""
     return f"{of * max(1, number // of)} or {of * (number // of + 1)}"
 
 
 def _divisors(number: int, near: int) -> str:
-    """The divisors of `number`, or where they are many those next to `near`."""
+    """Name the divisors of `number`, or only those next to `near` if there are many."""
     found = [size for size in range(1, number + 1) if number % size == 0]
     if len(found) > _MOST_CHOICES:
         found = [max(size for size in found if size <= near)] + [size for size in found if size > near][:1]
@@ -93,7 +95,8 @@ def _check_stages(plan: BatchPlan, parts: int, names: str) -> None:
 
 @dataclass(frozen=True)
 class Stage:
-    """From optimizer step `step` on, a step takes `size` samples; `position` is the first of them in the stream."""
+    """A stage of a batch ramp: from optimizer step `step` and stream position `position` on, steps take `size`
+    samples."""
 
     step: int
     size: int
@@ -102,25 +105,27 @@ class Stage:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How many samples each optimizer step takes from the stream, over all devices and micro-batches: a function of
-    the step alone, and so is where it begins. The stages are in order, the first from step 0, the last without end."""
+    """The number of samples that each optimizer step takes from the stream, over all devices and micro-batches.
+
+    It depends on the step alone, and so does the position at which a step begins. The stages are in order; the first
+    begins at step 0, the last has no end.
+    """
 
     stages: tuple[Stage, ...]
 
     @classmethod
     def of(cls, global_batch_size: int, ramp: Sequence[Sequence[int]] | None = None) -> BatchPlan:
-        """From loader.global_batch_size and loader.batch_ramp, [[step, samples], ...], the last of which is global.
+        """Build the plan of loader.global_batch_size and loader.batch_ramp, [[step, samples], ...].
 
         Raises:
-            ValueError: the stages are no ramp from step 0 up to the global batch.
+            ValueError: the stages do not grow from step 0 up to the global batch.
         """
         if ramp is None:
             return cls((Stage(0, global_batch_size, 0),))
         steps, sizes = zip(*ramp, strict=True)
         if steps[0] != 0 or list(steps) != sorted(set(steps)) or min(sizes) < 1:
             raise ValueError(
-                f"loader.batch_ramp={ramp}: the first step must be 0, each later one larger than that before it, and a "
-                "step takes at least 1 sample"
+                f"loader.batch_ramp={ramp}: the first step must be 0, steps must grow, and each takes at least 1 sample"
             )
         if list(sizes) != sorted(sizes):
             grown = [[step, min(max(sizes[: i + 1]), global_batch_size)] for i, step in enumerate(steps)]
@@ -141,8 +146,7 @@ class BatchPlan:
         return cls(tuple(stages))
 
     def check_reached(self, steps: int, key: str = "trainer.max_steps") -> None:
-        """Raises ValueError where a training of so many steps, which `key` says, ends before the last stage begins: the
-        global batch that was asked for would never be taken."""
+        """Raise ValueError if a training of `steps`, which `key` sets, ends before the last stage begins."""
         begins, size = self.stages[-1].step, self.stages[-1].size
         if begins and begins >= steps:
             raise ValueError(
@@ -153,20 +157,20 @@ class BatchPlan:
 
     @property
     def ramp(self) -> list[list[int]] | None:
-        """As `of` takes it; None for steps of one size."""
+        """Return the argument of `of`; None if all steps have one size."""
         return [[stage.step, stage.size] for stage in self.stages] if len(self.stages) > 1 else None
 
     def size(self, step: int) -> int:
-        """Samples of an optimizer step."""
+        """Return the number of samples of an optimizer step."""
         return next(stage.size for stage in reversed(self.stages) if stage.step <= step)
 
     def start(self, step: int) -> int:
-        """Position of the step's first sample: how many the steps before it have taken."""
+        """Return the stream position of a step's first sample."""
         stage = next(stage for stage in reversed(self.stages) if stage.step <= step)
         return stage.position + (step - stage.step) * stage.size
 
     def step_after(self, consumed: int) -> int:
-        """The step that follows so many samples. Raises ValueError where they are no whole number of steps."""
+        """Return the step that follows `consumed` samples. Raises ValueError if that is within a step."""
         stage = next((stage for stage in reversed(self.stages) if stage.position <= consumed), None)
         if stage is None or (consumed - stage.position) % stage.size:
             raise ValueError(
@@ -176,7 +180,7 @@ class BatchPlan:
         return stage.step + (consumed - stage.position) // stage.size
 
     def place(self, position_B: Tensor) -> tuple[Tensor, Tensor]:
-        """(which of its step's samples each position is, how many that step has), both (B,)."""
+        """Return each position's index within its step, and the size of that step, both (B,)."""
         size_B, place_B = torch.zeros_like(position_B), torch.zeros_like(position_B)
         for stage in self.stages:
             later_B = position_B >= stage.position
@@ -189,10 +193,10 @@ class BatchPlan:
 
 
 def consumed_before(saved: Mapping[str, Any], stream: Mapping[str, Any]) -> int:
-    """Samples that the training behind a checkpoint has taken, 0 without one.
+    """Return the number of samples that the training of a checkpoint has taken, 0 without a checkpoint.
 
     Raises:
-        ValueError: it was a training of another stream than `stream` (keys as in TextData.state_dict).
+        ValueError: that training had another stream than `stream` (keys as in TextData.state_dict).
     """
     for key, value in stream.items() if saved else ():
         before = saved.get(key, None if key == "batch_ramp" else value)
@@ -208,10 +212,10 @@ def consumed_before(saved: Mapping[str, Any], stream: Mapping[str, Any]) -> int:
 class PositionBatchSampler(Sampler[list[int]]):
     """This rank's micro-batches of stream positions, for the whole run.
 
-    A step of G samples is A micro-batches on each of the ranks, of b = G / (A world) rows; micro-batch m of the step
-    whose samples begin at position p holds, on rank r, those from p + (m * world + r) * b on.
-    Iteration begins with the step that follows `consumed` samples, but `len` counts from position 0:
-    Lightning compares it with the number of batches since the start of the run.
+    A step of G samples is A micro-batches on each of the ranks, of b = G / (A world) rows. On rank r, micro-batch m of
+    the step that begins at position p contains the positions from p + (m * world + r) * b on. Iteration begins with the
+    step that follows `consumed` samples, but `len` counts from position 0, because Lightning compares it with the
+    number of batches since the start of the run.
     """
 
     def __init__(
@@ -225,7 +229,9 @@ class PositionBatchSampler(Sampler[list[int]]):
         ramp: Sequence[Sequence[int]] | None = None,
     ) -> None:
         _, self.accumulate = batch_arithmetic(global_batch_size, batch_size, world, ramp=ramp)
-        self.plan, self.max_steps, self.rank, self.world = BatchPlan.of(global_batch_size, ramp), max_steps, rank, world
+        self.plan = BatchPlan.of(global_batch_size, ramp)
+        self.max_steps = max_steps
+        self.rank, self.world = rank, world
         self.plan.check_reached(max_steps)
         self.first_step = self.plan.step_after(consumed)
 
@@ -240,18 +246,20 @@ class PositionBatchSampler(Sampler[list[int]]):
                 yield list(range(start, start + rows))
 
 
+@dataclass(eq=False)
 class TrainingStream(Dataset):
-    """The endless stream: positions -> columns of the rows there.
+    """The endless stream, which maps positions to the columns of the rows there.
 
-    crop: of each (longer) row this many tokens, from a start that is drawn anew whenever the row comes up.
+    crop: number of tokens to take from each (longer) row, from a start that is drawn anew at each visit.
     """
 
-    def __init__(self, rows: datasets.Dataset, seed: int, crop: int | None = None) -> None:
-        self.rows, self.seed, self.crop = rows, seed, crop
+    rows: datasets.Dataset
+    seed: int
+    crop: int | None = None
 
     def __getitems__(self, positions: list[int]) -> dict[str, Any]:
         columns = {**self.rows[rows_at(positions, len(self.rows), self.seed)], "position": np.asarray(positions)}
-        for name in ("first_document", "last_document"):  # errors are measured on held-out texts
+        for name in ("first_document", "last_document"):  # only held-out texts need them
             columns.pop(name, None)
         if self.crop is not None:
             starts = draws_at(positions, columns["length"] - self.crop + 1, self.seed)

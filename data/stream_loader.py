@@ -1,5 +1,7 @@
-"""Batches of a stream (data/streaming.py): every worker process reads lanes of its own, and what each has of a batch is
-put together in the training process."""
+"""Batches of a stream (data/streaming.py).
+
+Every worker process reads different lanes; the training process joins their parts of each batch.
+"""
 
 import logging
 import os
@@ -16,16 +18,16 @@ from torch.utils.data import IterableDataset, Sampler, get_worker_info
 
 from palimpsest.data.loading import TimedLoader
 from palimpsest.data.packing import Figures
-from palimpsest.data.streaming import Corpus, Helping, Place
+from palimpsest.data.streaming import Corpus, LaneChunk, LaneCursor
 
 log = logging.getLogger(__name__)
 
-_OFTEN = 64  # batches between two looks at what can be forgotten
+_INTERVAL = 64  # batches between two removals of old cursors
 
 
 @dataclass(frozen=True)
 class _Row:
-    """label, part_ends (data/packing.py): None where the texts have none."""
+    """A row; label and part_ends (data/packing.py) are None if the texts have none."""
 
     ids: np.ndarray
     label: int | None
@@ -34,93 +36,105 @@ class _Row:
 
 @dataclass(frozen=True)
 class _Part:
-    """What one worker has of a batch: rows and their places in it, and the helpings it has begun for them."""
+    """A worker's part of a batch: rows, their places in the batch, and the chunks begun for them."""
 
     places: list[int]
     rows: list[_Row]
-    begun: list[tuple[int, Place]]
+    begun: list[tuple[int, LaneCursor]]
     figures: list[Figures]
 
 
 class _Lane:
-    """Rows of a lane by number, each one later than the one before."""
+    """The rows of a lane by increasing number."""
 
-    def __init__(self, helpings: Iterator[Helping]) -> None:
-        self.helpings, self.now = helpings, next(helpings)
-        self.news = [self.now]
+    def __init__(self, chunks: Iterator[LaneChunk]) -> None:
+        self.chunks, self.now = chunks, next(chunks)
+        self.new_chunks = [self.now]
 
     def row(self, number: int) -> _Row:
         while number >= self.now.after.rows:
-            self.now = next(self.helpings)
-            self.news.append(self.now)
-        row, now = number - self.now.place.rows, self.now
-        assert row >= 0, "rows of a lane are asked for in their order"
+            self.now = next(self.chunks)
+            self.new_chunks.append(self.now)
+        row, now = number - self.now.before.rows, self.now
+        assert row >= 0, "rows of a lane must be requested in order"
         return _Row(
             now.ids[row], None if now.label is None else int(now.label[row]), now.part_ends and now.part_ends[row]
         )
 
 
 class _Parts(IterableDataset):
-    """This worker's part of every batch, in their order."""
+    """This worker's part of every batch, in order."""
 
     def __init__(
-        self, corpus: Corpus, batches: Sampler[list[int]], places: Mapping[int, Place], num_workers: int
+        self, corpus: Corpus, batches: Sampler[list[int]], places: Mapping[int, LaneCursor], num_workers: int
     ) -> None:
-        self.corpus, self.batches, self.places, self.num_workers = corpus, batches, places, max(1, num_workers)
+        self.corpus, self.batches = corpus, batches
+        self.places, self.num_workers = places, max(1, num_workers)
 
     def __iter__(self) -> Iterator[_Part]:
         info = get_worker_info()
-        own, lanes, owners = info.id if info else 0, dict[int, _Lane](), dict[int, int]()
+        own = info.id if info else 0
+        lanes: dict[int, _Lane] = {}
+        owners: dict[int, int] = {}
         for positions in self.batches:
             part = _Part([], [], [], [])
             for place, position in enumerate(positions):
                 lane, row = self.corpus.locate(position)
-                # Lanes are dealt out as they come up, the same in every worker, so that each has as many.
+                # Lanes are assigned in order of appearance, equally in every worker, so that each has as many.
                 if owners.setdefault(lane, len(owners) % self.num_workers) != own:
                     continue
                 if lane not in lanes:
-                    lanes[lane] = _Lane(self.corpus.helpings(lane, self.places.get(lane, Place())))
+                    lanes[lane] = _Lane(self.corpus.chunks(lane, self.places.get(lane, LaneCursor())))
                 part.places.append(place)
                 part.rows.append(lanes[lane].row(row))
             for number, lane in lanes.items():
-                part.begun.extend((number, helping.place) for helping in lane.news)
-                part.figures.extend(helping.figures for helping in lane.news)
-                lane.news = []
+                part.begun.extend((number, chunk.before) for chunk in lane.new_chunks)
+                part.figures.extend(chunk.figures for chunk in lane.new_chunks)
+                lane.new_chunks = []
             yield part
 
 
 class StreamLoader(TimedLoader):
     """This rank's micro-batches of a stream.
 
-    batches: the positions of each. collate: columns of rows -> a batch. arguments: further ones of DataLoader. state:
-    what `state` gave for the checkpoint that is resumed. consumed: how many positions finished steps have taken; places
-    before that are forgotten.
+    Args:
+        batches: the positions of each batch.
+        collate: turns columns of rows into a batch.
+        arguments: further arguments of DataLoader.
+        state: result of `state` in the checkpoint that is resumed.
+        consumed: returns how many positions finished steps have taken; cursors before that are forgotten.
 
     Raises:
         ValueError: the run to be resumed had another stream.
     """
 
     def __init__(
-        self, corpus: Corpus, batches: Sampler[list[int]], collate: Callable[[dict[str, Any]], dict[str, torch.Tensor]],
-        arguments: Mapping[str, Any], state: Mapping[str, Any] | None, consumed: Callable[[], int],
-    ) -> None:  # fmt: skip
+        self,
+        corpus: Corpus,
+        batches: Sampler[list[int]],
+        collate: Callable[[dict[str, Any]], dict[str, torch.Tensor]],
+        arguments: Mapping[str, Any],
+        state: Mapping[str, Any] | None,
+        consumed: Callable[[], int],
+    ) -> None:
         for name, value in corpus.settings.items():
             before = (state or {}).get("settings", {}).get(name, value)
             if before != value:
-                raise ValueError(f"{name}={value}, but the stream of the run to be resumed was begun with {before}; "
-                                 f"resume it with that, or start a new run")  # fmt: skip
-        places = {int(lane): Place.from_plain(plain) for lane, plain in (state or {}).get("places", {}).items()}
+                raise ValueError(
+                    f"{name}={value}, but the stream of the run to be resumed was begun with {before}; resume it with "
+                    "that, or start a new run"
+                )
+        places = {int(lane): LaneCursor.from_plain(plain) for lane, plain in (state or {}).get("places", {}).items()}
         settings = dict(arguments)
         self.pinned, workers = settings.pop("pin_memory"), settings["num_workers"]
-        super().__init__(
-            _Parts(corpus, batches, places, workers), batch_size=None, collate_fn=_as_it_is,
-            worker_init_fn=_begin_worker, **settings,
-        )  # fmt: skip
-        self.corpus, self.positions, self.assemble, self.consumed = corpus, batches, collate, consumed
+        parts = _Parts(corpus, batches, places, workers)
+        super().__init__(parts, batch_size=None, collate_fn=_unchanged, worker_init_fn=_begin_worker, **settings)
+        self.corpus, self.positions = corpus, batches
+        self.assemble, self.consumed = collate, consumed
         self.places = {lane: deque([place]) for lane, place in places.items()}
-        self.figures, self.told = Figures(), False
-        log.info("train stream: %d pieces of %s in %d lanes, %d workers", corpus.pieces, corpus.shards.origin,
-                 corpus.lanes, workers)  # fmt: skip
+        self.figures, self.has_warned = Figures(), False
+        sizes = f"{corpus.pieces} pieces of {corpus.shards.origin} in {corpus.lanes} lanes, {workers} workers"
+        log.info("train stream: %s", sizes)
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -131,9 +145,9 @@ class StreamLoader(TimedLoader):
             together = [next(parts) for _ in range(max(1, self.num_workers))]
             for part in together:
                 self._note(part)
-            if number % _OFTEN == 0:
+            if number % _INTERVAL == 0:
                 self._forget(self.consumed())
-                self._tell()
+                self._warn()
             batch = self.assemble(_columns(positions, together))
             yield {name: values.pin_memory() for name, values in batch.items()} if self.pinned else batch
 
@@ -144,22 +158,24 @@ class StreamLoader(TimedLoader):
             self.figures = Figures(**{key: n + getattr(self.figures, key) for key, n in asdict(figures).items()})
 
     def _forget(self, consumed: int) -> None:
-        """Keep, of every lane, the last place at or before its first row that no finished step has taken."""
+        """Keep each lane's last cursor at or before the first row that no finished step has taken, and later ones."""
         for lane, places in self.places.items():
             while len(places) > 1 and places[1].rows <= self.corpus.rows_before(consumed, lane):
                 places.popleft()
 
-    def _tell(self) -> None:
-        """Say once that texts are cut; of a stream it is not known before."""
+    def _warn(self) -> None:
+        """Warn once that texts are cut, which is not known of a stream before."""
         packing, figures = self.corpus.packing, self.figures
-        if figures.cut and not packing.wrap and not self.told:
-            self.told = True
-            log.warning("train stream: %d of the first %d texts are longer than model.length=%d; tokens left out: %d",
-                        figures.long, figures.texts, packing.length, figures.cut)  # fmt: skip
+        if figures.cut and not packing.wrap and not self.has_warned:
+            self.has_warned = True
+            long = f"{figures.long} of the first {figures.texts} texts are longer than model.length={packing.length}"
+            log.warning("train stream: %s; tokens left out: %d", long, figures.cut)
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint: the settings of the stream, and where each lane stands, of all ranks together. Every rank
-        has to call this."""
+        """Return the settings of the stream and the cursor of each lane, for a checkpoint.
+
+        Every rank must call this, because it gathers the lanes of all ranks.
+        """
         self._forget(self.consumed())
         mine = {lane: places[0].plain() for lane, places in self.places.items()}
         ranks = [mine]
@@ -174,7 +190,7 @@ class StreamLoader(TimedLoader):
 
 
 def _columns(positions: Sequence[int], parts: Sequence[_Part]) -> dict[str, Any]:
-    """The rows of a batch in their order, as columns."""
+    """Return the rows of a batch in order, as columns."""
     at = {place: row for part in parts for place, row in zip(part.places, part.rows, strict=True)}
     rows = [at[place] for place in range(len(positions))]
     columns = {"input_ids": [row.ids for row in rows], "length": np.array([len(row.ids) for row in rows])}
@@ -186,11 +202,11 @@ def _columns(positions: Sequence[int], parts: Sequence[_Part]) -> dict[str, Any]
     return columns
 
 
-def _as_it_is(part: _Part) -> _Part:
+def _unchanged(part: _Part) -> _Part:
     return part
 
 
 def _begin_worker(_: int) -> None:
-    """In a forked process: a file system of its own, and no threads of the tokenizer, which do not survive a fork."""
+    """Prepare a forked process: a separate file system, and no tokenizer threads, which do not survive a fork."""
     fsspec.asyn.reset_lock()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

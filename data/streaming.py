@@ -1,24 +1,24 @@
-"""Training on a corpus that is kept nowhere, but read, shuffled, tokenised and packed as it goes: the order.
+"""The order of training on a corpus that is read, shuffled, tokenised and packed while training, and never stored.
 
 The order of the rows is a function of the corpus and the settings, never of the number of processes. The stream is
-dealt to K lanes: position p belongs to lane (p // u) % K with u = G / K, G = loader.global_batch_size. So every step
-takes u rows of each lane, and a lane is a sequence of its own that any process can read. Its rows come about in three
+divided into K lanes: position p belongs to lane (p // u) % K with u = G / K, G = loader.global_batch_size. Every step
+therefore takes u rows of each lane, and a lane is a sequence that any process can read. Its rows are made in three
 steps.
-  1. Pieces. The corpus is made of P pieces: its files (row groups of Parquet files), each of them dealt out among
-     lanes where there are fewer files than lanes, so that every text is in one piece. An endless list goes through
-     all pieces epoch by epoch, in an order by (seed, epoch); lane l takes its entries l, l + K, l + 2K, ... Hence
-     each text comes once in each epoch of the list; lanes whose pieces are shorter are a little ahead of the others.
-  2. Blocks. `shuffle_buffer` texts, as they follow in a file, are shuffled by (seed, epoch, piece, block).
-  3. Helpings. As many of them as have HELPING characters are tokenised and packed by data/packing.py (what does not
-     fill a row waits for the next helping), and their rows shuffled by (seed, lane, row).
-Where a lane stands before a helping is a few numbers and the waiting tokens (`Place`). A checkpoint holds one for
-each lane, whichever process read it. A resume reads again, without tokenising, what the present pieces had given,
-tokenises one helping of each lane, and goes on with the very next row. A lane without a place is read from its
-beginning: that is slow, and gives the same rows.
+  1. Pieces. The corpus has P pieces: its files (row groups of Parquet files). With fewer files than lanes each file is
+      divided among lanes, so that every text is in one piece. An endless list goes through all pieces in each epoch, in
+      an order by (seed, epoch); lane l takes its entries l, l + K, l + 2K, ... Each text therefore comes once in each
+      epoch of the list; lanes with shorter pieces are a little ahead of the others.
+  2. Blocks. `shuffle_buffer` consecutive texts of a file are shuffled by (seed, epoch, piece, block).
+  3. Chunks. Texts of CHUNK_CHARACTERS characters are tokenised and packed by data/packing.py, and their rows are
+      shuffled by (seed, lane, row). Tokens that do not fill a row wait for the next chunk.
+The position of a lane before a chunk is a few numbers and the waiting tokens (`LaneCursor`). A checkpoint contains one
+for each lane, whichever process read it. A resume reads again, without tokenising, what the present pieces have
+produced, tokenises one chunk of each lane, and continues with the very next row. A lane without a cursor is read from
+its beginning, which is slow and gives the same rows.
 
-What it costs: the rows of a batch come from K places of the corpus, each shuffled over a buffer, not from all of it.
-Lanes that share a file make every process decode all of it (once), and tokenise its own part. Processes whose
-positions share a lane both read it; they share none where their micro-batches are multiples of u.
+The cost: the rows of a batch come from K places of the corpus, each shuffled over a buffer, not from all of it. If
+lanes share a file, every process decodes all of it (once) and tokenises its part. Processes whose positions share a
+lane both read it; they share none if their micro-batches are multiples of u.
 """
 
 import hashlib
@@ -33,22 +33,26 @@ from transformers import PreTrainedTokenizerBase
 
 from palimpsest.common.values import AtLeastOne
 from palimpsest.data.order import shuffled
-from palimpsest.data.packing import Figures, Packing, check_tokens, cut_chunks, pad_rows, tokenised
-from palimpsest.data.shards import Shards, SharedReading
+from palimpsest.data.packing import Figures, Packer, Packing, check_tokens
+from palimpsest.data.shards import Shards, SharedBlocks
 from palimpsest.data.tokenizers import Vocabulary
 
-HELPING = 2**16  # characters; another number is another order for every stream
-_PIECES, _TEXTS, _ROWS = range(3)  # what an order is of, so that no two orders share their numbers
+CHUNK_CHARACTERS = 2**16  # changing this number changes the order of every stream
+# First key of each kind of permutation, so that no two kinds use the same random numbers.
+_PIECES = 0
+_TEXTS = 1
+_ROWS = 2
 
 
 @dataclass(frozen=True)
 class Order:
-    """The keys of `streaming`: what the order of a stream hangs on, beside the corpus and the seed.
+    """The keys of `streaming`, which determine the order of a stream together with the corpus and the seed.
 
-    lanes: the largest divisor of loader.global_batch_size that is not above it is K. shuffle_buffer: texts of a lane
-    that are shuffled together; with 1 neither they nor rows are. sample_texts: the first texts of the train split, kept
-    for what needs a split that lies still: tokenizers built here, the unigram baseline, training.start_from_counts,
-    the lengths of samples.
+    Attributes:
+        lanes: K is the largest divisor of loader.global_batch_size up to this number.
+        shuffle_buffer: texts of a lane that are shuffled together; 1 shuffles neither texts nor rows.
+        sample_texts: first texts of the train split that are kept for whatever needs stored texts: tokenizers built
+            here, the unigram baseline, training.start_from_counts, the lengths of samples.
     """
 
     lanes: AtLeastOne = 16
@@ -56,17 +60,21 @@ class Order:
     sample_texts: AtLeastOne = 10000
 
     def lanes_of(self, global_batch_size: int) -> int:
-        """K."""
+        """Return K."""
         return max(k for k in range(1, min(self.lanes, global_batch_size) + 1) if global_batch_size % k == 0)
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a lane stands before a helping.
+class LaneCursor:
+    """The position of a lane before a chunk.
 
-    piece: entries of its list that lie behind it. block: blocks of the present one that do. used: texts of the present
-    block that do. mark: a digest of that block, which shows whether the corpus has changed. rows: what the lane has
-    given so far. rest: int32 tokens that wait for the next helping.
+    Attributes:
+        piece: entries of the lane's list that are finished.
+        block: finished blocks of the present piece.
+        used: used texts of the present block.
+        mark: a digest of that block, which reveals a changed corpus.
+        rows: rows that the lane has produced.
+        rest: int32 tokens that wait for the next chunk.
     """
 
     piece: int = 0
@@ -77,22 +85,24 @@ class Place:
     rest: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
 
     def plain(self) -> dict[str, object]:
-        """For a checkpoint: numbers, a word and a tensor."""
+        """Return numbers, a string and a tensor, for a checkpoint."""
         return {**self.__dict__, "rest": torch.from_numpy(self.rest.copy())}
 
     @classmethod
-    def from_plain(cls, plain: dict[str, object]) -> "Place":
-        """What `plain` made."""
+    def from_plain(cls, plain: dict[str, object]) -> "LaneCursor":
+        """Rebuild a cursor from the result of `plain`."""
         return cls(**{**plain, "rest": plain["rest"].numpy()})
 
 
 @dataclass(frozen=True)
-class Helping:
-    """Some rows of a lane in their order, with the places before and behind them. label, part_ends (data/packing.py):
-    one for each row, None where there is none. figures: what packing did."""
+class LaneChunk:
+    """Consecutive rows of a lane, with the cursors before and after them.
 
-    place: Place
-    after: Place
+    label and part_ends (data/packing.py) have one entry per row; None if there are none.
+    """
+
+    before: LaneCursor
+    after: LaneCursor
     ids: list[np.ndarray]
     label: np.ndarray | None
     part_ends: list[list[int]] | None
@@ -101,7 +111,7 @@ class Helping:
 
 @dataclass(frozen=True)
 class _Block:
-    """Texts in the order in which they are taken. ends: of their parts, where they have such (data/sources.py)."""
+    """Shuffled texts, with the ends of their parts if they have parts (data/sources.py)."""
 
     texts: list[str]
     label: np.ndarray | None
@@ -110,97 +120,106 @@ class _Block:
 
 
 class Corpus:
-    """What is streamed, and in which order. `label`: only the texts of this class.
+    """A corpus and the order in which it is streamed. `label`: only the texts of this class.
 
     Raises:
-        ValueError: texts could turn out too long; the tokenizer lacks a token that the rows need; there is no text.
+        ValueError: a text might be too long; the tokenizer lacks a token that the rows need; there is no text.
     """
 
     def __init__(
-        self, shards: Shards, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary, packing: Packing,
-        order: Order, global_batch_size: int, seed: int, label: int | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        shards: Shards,
+        tokenizer: PreTrainedTokenizerBase,
+        vocabulary: Vocabulary,
+        packing: Packing,
+        order: Order,
+        global_batch_size: int,
+        seed: int,
+        label: int | None = None,
+    ) -> None:
         check_tokens(vocabulary, packing, "train stream")
         if not packing.wrap and packing.long_texts == "error":
-            raise ValueError("data.long_texts=error can not hold for data.streaming=true, as a text that is too long "
-                             "may come at any time; set data.long_texts=truncate, windows or drop")  # fmt: skip
+            raise ValueError(
+                "data.long_texts=error cannot be kept with data.streaming=true, because a longer text may come at any "
+                "time; set data.long_texts=truncate, windows or drop"
+            )
         self.lanes = order.lanes_of(global_batch_size)
         self.unit = global_batch_size // self.lanes
         if shards.rows.num_shards < self.lanes:
             shards = replace(shards, rows=shards.rows.reshard())
-        self.shards, self.tokenizer, self.vocabulary, self.packing = shards, tokenizer, vocabulary, packing
-        self.buffer, self.seed, self.label = order.shuffle_buffer, seed, label
+        self.shards, self.packing = shards, packing
+        self.tokenizer, self.vocabulary = tokenizer, vocabulary
+        self.buffer = order.shuffle_buffer
+        self.seed, self.label = seed, label
         if not shards.ranges:
             raise ValueError(f"{shards.origin} holds no text; give another file")
         self.parts = -(-self.lanes // len(shards.ranges))
         self.pieces = len(shards.ranges) * self.parts
-        # Lanes that share a file are seldom more than a block apart.
+        # Lanes that share a file are rarely more than a block apart.
         keep = 2 * len(shards.ranges) if self.parts > 1 else 0
-        self.reading = SharedReading(shards, self.buffer * self.parts, keep, readers=2 * self.lanes)
+        self.reading = SharedBlocks(shards, self.buffer * self.parts, keep, readers=2 * self.lanes)
 
     @property
     def settings(self) -> dict[str, object]:
-        """What a resumed run must have in common with its beginning, by name."""
+        """Return the settings that a resumed run must share with its beginning, by name."""
         corpus = {f"the corpus ({name})": value for name, value in self.shards.fingerprint.items()}
         return {"streaming.lanes": self.lanes, "streaming.shuffle_buffer": self.buffer, **corpus}
 
     def locate(self, position: int) -> tuple[int, int]:
-        """(lane, row of that lane) of a position of the stream."""
+        """Return (lane, row of that lane) of a position of the stream."""
         turn, place = divmod(position, self.lanes * self.unit)
         return place // self.unit, turn * self.unit + place % self.unit
 
     def rows_before(self, position: int, lane: int) -> int:
-        """How many rows of a lane stand before a position."""
+        """Return the number of rows of a lane before a position."""
         turns, place = divmod(position, self.lanes * self.unit)
         return turns * self.unit + min(self.unit, max(0, place - lane * self.unit))
 
-    def helpings(self, lane: int, place: Place) -> Iterator[Helping]:
-        """The lane from a place on, without end.
+    def chunks(self, lane: int, cursor: LaneCursor) -> Iterator[LaneChunk]:
+        """Yield the lane's chunks from a cursor on, without end.
 
         Raises:
-            ValueError: texts that packing refuses; a corpus that has changed; no text in all pieces.
+            ValueError: packing refuses a text; the corpus has changed; no piece has a row.
         """
-        barren = 0
+        without_rows = 0
         while True:
-            barren += 1
-            for helping in self._piece(lane, place):
-                place = helping.after
-                if helping.ids:
-                    yield helping
-                    barren = 0
-            place = replace(place, piece=place.piece + 1, block=0, used=0, mark="")
-            if barren > 2 * self.pieces + 2:
-                dropping = not self.packing.wrap and self.packing.long_texts == "drop"
-                why = ("it has no text, or none that is short enough: lower streaming.lanes, raise model.length"
-                       if dropping else
-                       "there are too few texts for so many lanes: lower streaming.lanes or model.length")  # fmt: skip
+            without_rows += 1
+            for chunk in self._piece(lane, cursor):
+                cursor = chunk.after
+                if chunk.ids:
+                    yield chunk
+                    without_rows = 0
+            cursor = replace(cursor, piece=cursor.piece + 1, block=0, used=0, mark="")
+            if without_rows > 2 * self.pieces + 2:
+                drops = not self.packing.wrap and self.packing.long_texts == "drop"
+                none = "it has no text, or none that is short enough: lower streaming.lanes, raise model.length"
+                few = "there are too few texts for so many lanes: lower streaming.lanes or model.length"
                 raise ValueError(
-                    f"{self.shards.origin}: lane {lane} of the stream found no row in {barren} pieces; {why}, or set "
-                    "data.streaming=false"
+                    f"{self.shards.origin}: lane {lane} of the stream found no row in {without_rows} pieces; "
+                    f"{none if drops else few}, or set data.streaming=false"
                 )
 
-    def _piece(self, lane: int, place: Place) -> Iterator[Helping]:
-        """The helpings of the piece in which a place lies, from there on; they may be without rows."""
-        epoch, entry = divmod(lane + place.piece * self.lanes, self.pieces)
+    def _piece(self, lane: int, cursor: LaneCursor) -> Iterator[LaneChunk]:
+        """Yield the chunks of the cursor's piece from there on; they may have no rows."""
+        epoch, entry = divmod(lane + cursor.piece * self.lanes, self.pieces)
         piece = int(shuffled(self.pieces, self.seed, _PIECES, epoch)[entry])
-        changed = ValueError(f"{self.shards.origin}: these are not the texts that the run to be resumed has read; "
-                             "restore them, or start a new run")  # fmt: skip
-        unread = bool(place.mark)
-        for block in self._blocks(epoch, piece, place.block):
-            if place.mark not in ("", block.mark):
-                raise changed
+        changed = f"{self.shards.origin}: these are not the texts that the run to be resumed has read"
+        unread = bool(cursor.mark)
+        for block in self._blocks(epoch, piece, cursor.block):
+            if cursor.mark not in ("", block.mark):
+                raise ValueError(f"{changed}; restore them, or start a new run")
             unread = False
-            place = replace(place, mark=block.mark)
-            while place.used < len(block.texts):
-                helping = self._helping(lane, place, block)
-                yield helping
-                place = helping.after
-            place = replace(place, block=place.block + 1, used=0, mark="")
+            cursor = replace(cursor, mark=block.mark)
+            while cursor.used < len(block.texts):
+                chunk = self._next_chunk(lane, cursor, block)
+                yield chunk
+                cursor = chunk.after
+            cursor = replace(cursor, block=cursor.block + 1, used=0, mark="")
         if unread:
-            raise changed
+            raise ValueError(f"{changed}; restore them, or start a new run")
 
     def _blocks(self, epoch: int, piece: int, skip: int) -> Iterator[_Block]:
-        """The texts of a piece, without the first `skip` blocks."""
+        """Yield the blocks of a piece, without the first `skip`."""
         number, part = divmod(piece, self.parts)
         for block in itertools.count(skip):
             table = self.reading.block(number, block)
@@ -219,35 +238,31 @@ class Corpus:
                 chosen = chosen[label[chosen] == self.label]
             keep_label = label is not None and (self.label is not None or not self.packing.wrap)
             mark = hashlib.blake2b("\0".join(texts).encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
-            yield _Block(
-                [texts[i] for i in chosen], label[chosen] if keep_label else None,
-                None if ends is None else [ends[i] for i in chosen], mark,
-            )  # fmt: skip
+            chosen_ends = None if ends is None else [ends[i] for i in chosen]
+            yield _Block([texts[i] for i in chosen], label[chosen] if keep_label else None, chosen_ends, mark)
 
-    def _helping(self, lane: int, place: Place, block: _Block) -> Helping:
-        stop, characters = place.used, 0
-        while stop < len(block.texts) and characters < HELPING:
+    def _next_chunk(self, lane: int, cursor: LaneCursor, block: _Block) -> LaneChunk:
+        stop, characters = cursor.used, 0
+        while stop < len(block.texts) and characters < CHUNK_CHARACTERS:
             characters += len(block.texts[stop])
             stop += 1
         columns = {"text": block.texts, "label": block.label, "ends": block.ends}
-        batch = {name: values[place.used : stop] for name, values in columns.items() if values is not None}
-        batch, ids = tokenised(self.tokenizer, {**batch, "text_id": range(place.used, stop)})
-        figures = Figures(texts=len(ids))
-        unk_id = self.tokenizer.unk_token_id
-        if unk_id is not None and unk_id != self.vocabulary.eos_id:
-            figures.unknown = sum(row.count(unk_id) for row in ids)
+        batch = {name: values[cursor.used : stop] for name, values in columns.items() if values is not None}
+        packer = Packer(self.tokenizer, self.vocabulary, self.packing, self.shards.origin)
+        batch, ids = packer.tokenise({**batch, "text_id": range(cursor.used, stop)})
         if self.packing.wrap:
-            chunks, rest = cut_chunks(place.rest, ids, self.vocabulary, self.packing)
-            rows, label, part_ends = list(chunks), None, None
-            if "label" in batch:
-                label = np.full(len(chunks), self.label)
+            chunks, rest = packer.cut_chunks(cursor.rest, ids)
+            rows, part_ends = list(chunks), None
+            label = np.full(len(chunks), self.label) if "label" in batch else None
         else:
-            packed = pad_rows(batch, ids, self.vocabulary, self.packing, figures, self.shards.origin)
+            packed = packer.pad_rows(batch, ids)
             rows = [] if packed is None else np.split(packed.ids, np.cumsum(packed.lengths)[:-1])
-            rest, label, part_ends = place.rest, packed and packed.label, packed and packed.part_ends
-        order = shuffled(len(rows), self.seed, _ROWS, lane, place.rows) if self.buffer > 1 else np.arange(len(rows))
+            rest = cursor.rest
+            label, part_ends = (packed.label, packed.part_ends) if packed else (None, None)
+        order = shuffled(len(rows), self.seed, _ROWS, lane, cursor.rows) if self.buffer > 1 else np.arange(len(rows))
         rows = [rows[i] for i in order]
-        figures.rows, figures.tokens = len(rows), sum(len(row) for row in rows)
-        after = replace(place, used=stop, rows=place.rows + len(rows), rest=rest)
+        packer.figures.rows, packer.figures.tokens = len(rows), sum(len(row) for row in rows)
+        after = replace(cursor, used=stop, rows=cursor.rows + len(rows), rest=rest)
         label = None if label is None else label[order]
-        return Helping(place, after, rows, label, part_ends and [part_ends[i] for i in order], figures)
+        part_ends = part_ends and [part_ends[i] for i in order]
+        return LaneChunk(cursor, after, rows, label, part_ends, packer.figures)

@@ -1,9 +1,7 @@
-"""Tokenizers: loaded from a folder or the Hub, or built from the train split; what a model must know of one;
-ids back to text.
+"""Tokenizers: loading or building them, what a model needs to know of one, and decoding ids.
 
-`Vocabulary` is all that networks, objectives and samplers see. Texts are encoded with `encode`, which reads
-special tokens that a text happens to contain ("[MASK]", "<|endoftext|>") as ordinary characters: a mask in
-clean text would be a lie to every loss.
+Networks, objectives and samplers only see `Vocabulary`. `encode` reads the names of special tokens in a text ("[MASK]",
+"<|endoftext|>") as ordinary characters, because a mask in clean text would corrupt every loss.
 """
 
 import difflib
@@ -23,40 +21,39 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from palimpsest.common.files import check_regular
+from palimpsest.common.messages import excerpt
 from palimpsest.data.built_tokenizers import BUILDERS, SPECIALS, text8
 from palimpsest.data.cache import cached_folder, texts_fingerprint
-from palimpsest.data.hub import both_ways, local_folder, quick_when_offline
+from palimpsest.data.hub import local_folder, not_found_message, quick_when_offline
 
 MASK_SYMBOL = "▢"
 ILLEGAL_SYMBOL = "\N{REPLACEMENT CHARACTER}"
 
 _KEY = "data.tokenizer_name_or_path"
 _CODE_VERSION = 1  # raise it whenever a build below gives another tokenizer for the same texts
-_FOLDERS = {
-    "gpt2": "gpt2_tokenizer",
-    "bert-base-uncased": "bert_tokenizer",
-    "roberta-base": "roberta_tokenizer",
-}
+_FOLDERS = {"gpt2": "gpt2_tokenizer", "bert-base-uncased": "bert_tokenizer", "roberta-base": "roberta_tokenizer"}
 _FILES = "tokenizer.json (or vocab.txt, or vocab.json with merges.txt) and tokenizer_config.json"
-_LFS = b"version https://git-lfs"  # how a file begins that was cloned without its content
+_LFS = b"version https://git-lfs"  # the beginning of a file that was cloned without its content
 _ALL = 2**31
-_MOST_GROWTH = 100  # times the length of a text, by replacements
-_MOST_GAPS = 1024  # ids without a token that any vocabulary may have
+_MOST_GROWTH = 100  # factor by which replacements may lengthen a text
+_MOST_GAPS = 1024  # ids without a token that every vocabulary may have
 # Processor time that texts may take. The slowest tokenizers take 1e-5 seconds a character on a loaded machine.
 _SECONDS, _SECONDS_PER_CHARACTER = 60.0, 1e-3
 _HAVE_PATTERNS: WeakKeyDictionary[PreTrainedTokenizerBase, bool] = WeakKeyDictionary()
-_BEFORE = ":"  # a sign that tokenizers keep apart from the words behind it
+_BEFORE = ":"  # a sign that tokenizers separate from the following word
 
 
 @dataclass(frozen=True)
 class Vocabulary:
     """What a model must know of a tokenizer.
 
-    size: number of ids a network must score, the mask included; every id of the data is below it.
-    mask_id, pad_id: always there, never equal. bos_id, eos_id: None where the tokenizer has no such token.
-    special_ids: what frames or fills texts (begin, end, classifier, separator, padding); an unknown token is text.
-    fingerprint: hex SHA-256 of the whole serialised tokenizer; equal fingerprints give equal ids for every
-    text. mask_added: the mask is no token of the tokenizer, but the last id.
+    Attributes:
+        size: number of ids that a network scores, including the mask; every id of the data is below it.
+        mask_id, pad_id: always present, never equal.
+        bos_id, eos_id: None if the tokenizer has no such token.
+        special_ids: begin, end, classifier, separator and padding tokens; an unknown token counts as text.
+        fingerprint: hex SHA-256 of the serialised tokenizer; equal fingerprints give equal ids for every text.
+        mask_added: the mask is the last id, not a token of the tokenizer.
     """
 
     size: int
@@ -70,16 +67,18 @@ class Vocabulary:
 
     @property
     def own_size(self) -> int:
-        """Number of ids that the tokenizer itself has, for networks that need no mask."""
+        """Return the number of ids of the tokenizer itself, for networks without a mask."""
         return self.size - self.mask_added
 
 
 def vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
-    """The vocabulary under the rule of the reference projects: a tokenizer without a mask gets one id more.
+    """Return the vocabulary by the rule of the reference projects: a tokenizer without a mask gets one more id.
 
-    Ids above `tokenizer.vocab_size` (tokens added later) enlarge the vocabulary, so the extra mask never
-    lands on one of them. The pad is never the mask: without a pad of its own (gpt2) rows are padded with the
-    end token. Raises ValueError where no token can serve as the pad.
+    Ids above `tokenizer.vocab_size` (tokens added later) enlarge the vocabulary, so the added mask never collides with
+    one. The pad is never the mask: without a pad token (gpt2) rows are padded with the end token.
+
+    Raises:
+        ValueError: no token can serve as the pad.
     """
     _check_ids(tokenizer)
     top = max([tokenizer.vocab_size - 1, *tokenizer.get_vocab().values()])
@@ -91,11 +90,10 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
     eos_id = _first_id(tokenizer.eos_token_id, tokenizer.sep_token_id, unlike=mask_id)
     pad_id = _first_id(tokenizer.pad_token_id, eos_id, bos_id, unlike=mask_id)
     if pad_id is None:
+        name = tokenizer.name_or_path or type(tokenizer).__name__
         raise ValueError(
-            f"{_KEY}={tokenizer.name_or_path or type(tokenizer).__name__} has no padding token and no "
-            f"end, separator "
-            f"or begin token to pad with; set pad_token in its tokenizer_config.json, or choose another "
-            f"tokenizer"
+            f"{_KEY}={name} has no padding token, nor an end, separator or begin token to pad with; set pad_token in "
+            "its tokenizer_config.json, or choose another tokenizer"
         )
     framing = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id, pad_id)
     special_ids = frozenset(framing) - {None, mask_id}
@@ -105,7 +103,7 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
 
 
 def _check_growth(described: Mapping[str, object], name: str) -> None:
-    """Raise ValueError if the replacements in a tokenizer.json, one after the other, make texts far longer."""
+    """Raise ValueError if consecutive replacements in a tokenizer.json make texts far longer."""
     growth, waiting = 1.0, [described.get(part) for part in ("normalizer", "pre_tokenizer", "decoder")]
     while waiting:
         node = waiting.pop()
@@ -122,7 +120,7 @@ def _check_growth(described: Mapping[str, object], name: str) -> None:
 
 
 def _check_ids(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises ValueError where ids are far higher than the tokens are many; the library itself counts up to them."""
+    """Raise ValueError if ids far exceed the number of tokens, because the library allocates up to the largest id."""
     ids = tokenizer.get_vocab().values()
     top = max(ids, default=0)
     if top >= 2 * len(ids) + _MOST_GAPS:
@@ -137,16 +135,9 @@ def _first_id(*ids: int | None, unlike: int) -> int | None:
 
 
 def _fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Truncation and padding are left out: they are settings of the last call, not of the tokenizer."""
-    specials = [
-        tokenizer.bos_token_id,
-        tokenizer.eos_token_id,
-        tokenizer.cls_token_id,
-        tokenizer.sep_token_id,
-        tokenizer.pad_token_id,
-        tokenizer.mask_token_id,
-        tokenizer.unk_token_id,
-    ]
+    """Return a digest of the tokenizer without truncation and padding, which are settings of its last call."""
+    roles = ("bos", "eos", "cls", "sep", "pad", "mask", "unk")
+    specials = [getattr(tokenizer, f"{role}_token_id") for role in roles]
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if isinstance(backend, Tokenizer):
         content = json.loads(backend.to_str())
@@ -170,14 +161,20 @@ def load_tokenizer(
     cache_dir: str | Path = ".cache",
     mask_token: str | None = None,
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer named on the command line.
+    """Return the tokenizer named on the command line.
 
-    `char`, `word`, `bpe` are built from `texts()` (the train split), `byte` from nothing; kept under
-    `cache_dir`. `text8` is that data set's alphabet. Any other name is looked for as `$DATA_DIR/<folder>`, as a
-    path, then on the Hub.
-    `vocab_size` counts all ids, special ones included: needed for `bpe`, optional for `word` (None = every
-    word). `mask_token` names the token that is the mask where the tokenizer does not say it (None: a new one).
-    Raises ValueError for a setting that does not apply, FileNotFoundError where nothing is found.
+    Args:
+        name_or_path: `char`, `word` and `bpe` are built from `texts()`, `byte` from nothing; they are kept under
+            `cache_dir`. `text8` is that data set's alphabet. Any other name is looked for as `$DATA_DIR/<folder>`, as a
+            path, and on the Hub.
+        texts: returns the train split.
+        vocab_size: number of all ids, special ones included; required for `bpe`, optional for `word` (None: every
+            word).
+        mask_token: the token that is the mask, if the tokenizer does not declare one (None: add one).
+
+    Raises:
+        ValueError: a setting does not apply.
+        FileNotFoundError: nothing is found.
     """
     if not name_or_path or not isinstance(name_or_path, str):
         raise ValueError(f"{_KEY}={name_or_path!r}: give {', '.join(BUILDERS)}, text8, a folder, or a name on the Hub")
@@ -193,7 +190,7 @@ def load_tokenizer(
         tokenizer = _load_pretrained(name_or_path, folder or _FOLDERS.get(name_or_path))
     if mask_token is not None:
         _set_mask(tokenizer, mask_token, name_or_path)
-    tokenizer.model_max_length = _ALL  # the limit is model.length; the tokenizer's own only causes warnings
+    tokenizer.model_max_length = _ALL  # the limit is model.length; the tokenizer's own one only causes warnings
     return tokenizer
 
 
@@ -207,20 +204,22 @@ def _load_pretrained(name: str, folder: str | None) -> PreTrainedTokenizerBase:
         else:
             with quick_when_offline():
                 tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        encode(tokenizer, ["a"])  # some vocabularies show only here that they cannot be read
+        encode(tokenizer, ["a"])  # some invalid vocabularies only fail here
     except Exception as error:  # transformers raises many types, none of them for users
         if "custom code" in str(error) or "trust_remote_code" in str(error):
             raise ValueError(_custom_code(name)) from error
         if path is not None:
-            reason = f"cannot be read ({_first_line(error)})"
+            reason = f"cannot be read ({type(error).__name__}: {excerpt(error)})"
             raise ValueError(f"{_KEY}={name}: the tokenizer in {path} {reason}; {_expected(path)}") from error
-        raise FileNotFoundError(f"{both_ways(_KEY, name, folder)} ({_first_line(error)})") from error
+        raise FileNotFoundError(
+            f"{not_found_message(_KEY, name, folder)} ({type(error).__name__}: {excerpt(error)})"
+        ) from error
     check_not_empty(tokenizer, f"{_KEY}={name}", path)
     return tokenizer
 
 
 def _located(name: str, folder: str | None) -> Path | None:
-    """The folder on this machine, None for a name on the Hub. Raises FileNotFoundError, ValueError for a file."""
+    """Return the local folder, or None for a name on the Hub. Raises FileNotFoundError, or ValueError for a file."""
     path = local_folder(folder)
     if path is None and Path(name).expanduser().exists():
         path = Path(name).expanduser()
@@ -235,8 +234,12 @@ def _located(name: str, folder: str | None) -> Path | None:
 
 
 def check_not_empty(tokenizer: PreTrainedTokenizerBase, setting: str, path: Path | None) -> None:
-    """Refuse a tokenizer without words: transformers makes one, without a warning, of a model's folder that has no
-    vocabulary file. `setting` is what was typed, `path` the folder, None on the Hub.
+    """Refuse a tokenizer without words, which transformers makes, without a warning, of a model's folder that has no
+    vocabulary file.
+
+    Args:
+        setting: what was typed.
+        path: the folder, None on the Hub.
 
     Raises:
         ValueError: fewer than two of its tokens are ordinary ones.
@@ -266,7 +269,7 @@ def _custom_code(name: str) -> str:
 
 
 def _expected(path: Path | None) -> str:
-    """The files that a folder needs, and those that it has."""
+    """Say which files a folder needs, and which it has."""
     if path is None:
         return f"its place on the Hub needs {_FILES}"
     names = sorted(file.name for file in path.iterdir())
@@ -276,10 +279,6 @@ def _expected(path: Path | None) -> str:
                 return f"{file.name} is only a pointer of Git LFS: fetch the file itself (git lfs pull)"
     there = f"{', '.join(names[:8])}{' and others' if len(names) > 8 else ''}" if names else "nothing"
     return f"a folder needs {_FILES}; {path} has {there}"
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:200]
 
 
 def _load_built(
@@ -308,8 +307,7 @@ def _load_built(
 
 
 def _set_mask(tokenizer: PreTrainedTokenizerBase, token: str, name: str) -> None:
-    """Make `token` the mask. Raises ValueError where it is not in the vocabulary, has another role, or is a word of
-    texts: a mask in clean text would be a lie to every loss."""
+    """Make `token` the mask. Raises ValueError if it is not in the vocabulary, has another role, or is a word."""
     setting, known = f"data.mask_token={token}", tokenizer.get_vocab()
     if tokenizer.mask_token not in (None, token):
         raise ValueError(f"{setting}: the mask of {_KEY}={name} is {tokenizer.mask_token}; leave data.mask_token null")
@@ -329,16 +327,21 @@ def _set_mask(tokenizer: PreTrainedTokenizerBase, token: str, name: str) -> None
         raise ValueError(f"{setting} is a word that texts may hold; name a special token, or null")
 
 
-# -------------------------------------------------------------------------------- text <-> ids
+# -------------------------------------------------------------------------------- encoding and decoding
 
 
 def published_frame(tokenizer: PreTrainedTokenizerBase, known: Vocabulary) -> Vocabulary:
-    """Return `known` with the begin and end token that the reference projects put into wrapped text: the first id of
-    each token's own encoding. A tokenizer that frames every text (bert) then ends texts with [CLS]."""
+    """Return `known` with the begin and end token that the reference projects put into wrapped text.
+
+    They are the first id of each token's own encoding, so a tokenizer that frames every text (bert) ends texts with
+    [CLS].
+    """
     names = (tokenizer.bos_token or tokenizer.cls_token, tokenizer.eos_token or tokenizer.sep_token)
     if None in names:
-        raise ValueError(f"data.protocol=reference: {_KEY}={tokenizer.name_or_path} lacks a begin or an end token; "
-                         "choose another tokenizer, or leave out data.protocol")  # fmt: skip
+        raise ValueError(
+            f"data.protocol=reference: {_KEY}={tokenizer.name_or_path} lacks a begin or an end token; choose another "
+            "tokenizer, or leave out data.protocol"
+        )
     bos_id, eos_id = (tokenizer.encode(name)[0] for name in names)
     return replace(known, bos_id=bos_id, eos_id=eos_id)
 
@@ -346,19 +349,18 @@ def published_frame(tokenizer: PreTrainedTokenizerBase, known: Vocabulary) -> Vo
 def encode(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, special_from_text: bool = False
 ) -> list[list[int]]:
-    """Return the token ids of each text, without begin or end token. The names of special tokens in a text are ordinary
-    characters, unless `special_from_text`."""
+    """Return the token ids of each text, without begin or end token.
+
+    The names of special tokens in a text are ordinary characters, unless `special_from_text`.
+    """
     if not texts:
         return []
-    return tokenized(
-        tokenizer, list(texts), add_special_tokens=False, split_special_tokens=not special_from_text,
-        return_attention_mask=False, return_token_type_ids=False,
-    )["input_ids"]  # fmt: skip
+    settings = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
+    return tokenized(tokenizer, list(texts), split_special_tokens=not special_from_text, **settings)["input_ids"]
 
 
 def tokenized(tokenizer: PreTrainedTokenizerBase, texts: list[str], **settings: object) -> BatchEncoding:
-    """Return tokenizer(texts, **settings). Where tokenizer.json has regular expressions, which may take longer than
-    any text is worth, the time is limited.
+    """Return tokenizer(texts, **settings), with a time limit if its tokenizer.json has regular expressions.
 
     Raises:
         ValueError: an expression gave up, or the texts took more processor time than the limit.
@@ -377,11 +379,11 @@ def tokenized(tokenizer: PreTrainedTokenizerBase, texts: list[str], **settings: 
     def work() -> None:
         try:
             outcome.append(tokenizer(texts, **settings))
-        except BaseException as error:  # a panic of the library is no Exception
+        except BaseException as error:  # a panic of the library is not an Exception
             outcome.append(error)
 
     limit = time.process_time() + _SECONDS + _SECONDS_PER_CHARACTER * sum(map(len, texts))
-    thread = threading.Thread(target=work, daemon=True)  # nothing can end it, and the program does not wait for it
+    thread = threading.Thread(target=work, daemon=True)  # it cannot be stopped, and the program does not wait for it
     thread.start()
     while thread.is_alive() and time.process_time() < limit:
         thread.join(1.0)
@@ -396,9 +398,11 @@ def tokenized(tokenizer: PreTrainedTokenizerBase, texts: list[str], **settings: 
 
 
 def encode_after(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of texts that go on behind another one: without the space that some tokenizers (word, sentencepiece)
-    put in front of a text's first word. No token reaches across the seam, so what stands before has the ids that it
-    has alone."""
+    """Return the token ids of texts that continue another text.
+
+    Some tokenizers (word, sentencepiece) prepend a space to a text's first word, which is left out here. No token spans
+    the boundary, so the preceding text has the same ids as on its own.
+    """
     before = encode(tokenizer, [_BEFORE])[0]
     alone, continued = encode(tokenizer, texts), encode(tokenizer, [_BEFORE + text for text in texts])
     return [
@@ -408,8 +412,7 @@ def encode_after(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int], *, skip_special: bool = False) -> str:
-    """Text of the ids; a mask shows as MASK_SYMBOL, an id outside the vocabulary as the replacement
-    character.
+    """Return the text of ids; a mask shows as MASK_SYMBOL, an id outside the vocabulary as the replacement character.
 
     Other special tokens (begin, end, padding) show by name, or are left out with `skip_special`.
     """
@@ -417,25 +420,28 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int], *, skip_speci
 
 
 def token_strings(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int], *, skip_special: bool = False) -> list[str]:
-    """One string per id; joined they give `decode` of the ids (but for what a tokenizer's clean-up joins,
-    bert's "' s").
+    """Return one string per id, which together form `decode` of the ids (except for bert's clean-up of "' s").
 
-    A character of several tokens stands at its last one, the others get "".
+    A character made of several tokens is at the last one; the others are empty.
     """
     return [piece for pieces, _ in _runs(tokenizer, ids, skip_special) for piece in pieces]
 
 
-def unshown(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Ids of the special tokens that stand for no piece of text: all but the unknown word."""
+def hidden_special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Return the ids of the special tokens that do not stand for text: all but the unknown word."""
     ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
     return frozenset(tokenizer.all_special_ids) - ({tokenizer.unk_token_id} - set(ends))
 
 
 @dataclass(frozen=True)
 class _Display:
-    """What showing ids needs. known, special: ids; special includes the mask. anchor: an ordinary token to
-    decode a run after, as decoders treat the start of a text differently. gap: what stands between words, a
-    space or nothing."""
+    """What is needed to show ids.
+
+    Attributes:
+        known, special: ids; `special` includes the mask.
+        anchor: an ordinary token to decode a run after, because decoders treat the start of a text differently.
+        gap: what separates words, a space or nothing.
+    """
 
     known: frozenset[int]
     special: frozenset[int]
@@ -463,7 +469,7 @@ def _display(tokenizer: PreTrainedTokenizerBase) -> _Display:
 def _runs(
     tokenizer: PreTrainedTokenizerBase, ids: Iterable[int], skip_special: bool
 ) -> Iterable[tuple[list[str], str]]:
-    """Maximal runs of ordinary ids, and single special ids between them: (strings of the ids, whole text)."""
+    """Yield maximal runs of ordinary ids, and single special ids between them, as (strings of the ids, whole text)."""
     display = _display(tokenizer)
     run: list[int] = []
     before: list[int] = []  # empty at the start of the text
@@ -483,7 +489,7 @@ def _runs(
 
 
 def _symbol(tokenizer: PreTrainedTokenizerBase, display: _Display, i: int) -> tuple[str, bool]:
-    """How an id outside the ordinary ones shows, and whether it stands for a piece of text."""
+    """Return how a special id is shown, and whether it stands for text."""
     if i == display.mask_id:
         return MASK_SYMBOL, True
     if i not in display.known:
@@ -493,12 +499,12 @@ def _symbol(tokenizer: PreTrainedTokenizerBase, display: _Display, i: int) -> tu
 
 
 def _continued(tokenizer: PreTrainedTokenizerBase, before: list[int], ids: list[int]) -> str:
-    """Text that `ids` add after `before`."""
+    """Return the text that `ids` add after `before`."""
     return tokenizer.decode(before + ids).removeprefix(tokenizer.decode(before) if before else "")
 
 
 def _pieces(tokenizer: PreTrainedTokenizerBase, run: list[int], anchor: list[int]) -> list[str]:
-    """Text of each id of the run in its place. A few ids before each one suffice as its context."""
+    """Return the text of each id of a run. A few ids before each one suffice as its context."""
     pieces: list[str] = []
     context, waiting = anchor, []
     for i in run:
@@ -514,8 +520,8 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, run: list[int], anchor: list[int
     return pieces
 
 
-def of_record(record: Mapping[str, object]) -> PreTrainedTokenizerBase | None:
-    """Return the tokenizer that a checkpoint carries (training/record.py); None where it carries its tokens only."""
+def tokenizer_from_record(record: Mapping[str, object]) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer in a checkpoint (training/record.py); None if it only has the tokens."""
     content = record.get("tokenizer.json")
     if not isinstance(content, str):
         return None

@@ -13,8 +13,10 @@ import pyarrow.compute as pc
 
 
 def unigram_nll(data: object, split: str, causal: bool = False) -> np.ndarray:
-    """Nats per row under the training split's token frequencies (add-one smoothed), (M,). Left out is what is given:
-    for a `causal` model the beginning, else BOS and EOS too where they are; fill is no part of it."""
+    """Return nats per row under the token frequencies (add-one smoothed) of the training split, (M,).
+
+    Observed tokens are left out: the beginning for a `causal` model, else BOS and EOS too. EOS padding does not count.
+    """
     context = _Context.of(data, causal)
     counts_V = 1.0 + token_counts(data, causal)[0]
     counts_V[context.ids] = 0
@@ -27,8 +29,13 @@ def unigram_nll(data: object, split: str, causal: bool = False) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Context:
-    """What of a row a model is given. ids: tokens that are given wherever they stand, BOS and EOS of padded rows.
-    first: whether the first token is; prompts are in any case, and the prefix (its length by the first tokens)."""
+    """The observed tokens of a row.
+
+    Attributes:
+        ids: tokens that are observed anywhere: BOS and EOS of padded rows.
+        first: whether the first token is observed; prompts always are.
+        prefix: length of the observed prefix as a function of the first tokens.
+    """
 
     ids: np.ndarray
     first: bool
@@ -36,14 +43,15 @@ class _Context:
 
     @classmethod
     def of(cls, data: object, causal: bool) -> _Context:
-        """Of a causal model, which has the first token, or of one that is shown what the batches say."""
+        """Return the context of a causal model, which has the first token, or of a model that uses the batches'
+        `given`."""
         collate = data.collate
-        if causal or data.fill:  # an ending is scored; BOS may have the id of EOS, so that its place decides
+        if causal or data.fill:  # the end is scored; BOS may have the id of EOS, so its position decides
             return cls(np.zeros(0, dtype=np.int64), causal or len(collate.frame_ids) > 0, collate.leading)
         return cls(collate.frame_ids, False, collate.leading)
 
     def leading(self, rows: object) -> np.ndarray:
-        """Given tokens at the beginning of each row, (M,)."""
+        """Return the number of observed tokens at the beginning of each row, (M,)."""
         ids = rows.select_columns("input_ids").with_format("arrow")[:]["input_ids"]
         prefix_M = np.maximum(self.prefix(pc.list_element(ids, 0).to_numpy()), self.first)
         if "part_ends" in rows.column_names:
@@ -52,8 +60,10 @@ class _Context:
 
 
 def token_counts(data: object, causal: bool = False, by_class: bool = False) -> np.ndarray:
-    """How often each token stands in the training rows, (1, V), or `by_class` in those of each class, (C, V). Given
-    tokens are left out (see `unigram_nll`), but for the first one of a causal model's rows without prompts."""
+    """Return the count of each token in the training rows, (1, V), or `by_class` in each class, (C, V).
+
+    Observed tokens (see `unigram_nll`) are left out, except the first one of a causal model's rows without prompts.
+    """
     rows, size = data.split("train"), data.vocabulary.size
     column = rows.select_columns("input_ids").with_format("arrow")[:]["input_ids"]
     counts_CV = np.zeros((len(data.label_names) if by_class else 1, size), dtype=np.int64)
@@ -62,7 +72,7 @@ def token_counts(data: object, causal: bool = False, by_class: bool = False) -> 
     everything = causal and "part_ends" not in rows.column_names
     leading_M = np.zeros(len(rows), dtype=np.int64) if everything else context.leading(rows)
     start = 0
-    for chunk in column.chunks:  # of the file: the ids of a large split are never in memory at once
+    for chunk in column.chunks:  # one at a time, because the ids of a large split may not fit into memory
         here, lengths = slice(start, start + len(chunk)), chunk.value_lengths().to_numpy()
         place = np.arange(lengths.sum()) - np.repeat(lengths.cumsum() - lengths, lengths)
         counted = place >= np.repeat(leading_M[here], lengths)

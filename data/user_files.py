@@ -1,4 +1,4 @@
-"""The user's own files as a source (data/sources.py says what a source is)."""
+"""The user's files as a source (see data/sources.py)."""
 
 import unicodedata
 from collections import Counter
@@ -28,20 +28,26 @@ from palimpsest.data.rows import (
 )
 from palimpsest.data.shards import FilePieces, Shards, listing, share_of
 
-_MANY = 20  # so few classes may have one text each
+_MANY = 20  # more labels than this must have two texts each on average
 
 
 class UserFiles:
-    """The user's own files, of the formats of data/files.py; a file, a folder or a glob.
+    """The user's files in the formats of data/files.py: a file, a folder or a glob.
 
-    label_column: None = texts without labels. Labels are whole numbers or words; the classes are those of `path`, in
-    sorted order. `label_names` names the numbers from 0 on, or fixes which words there are and their order; without it
-    the names of a ClassLabel hold, which Parquet files may have.
-    prompt_column: what each text is given as its beginning, followed by a line feed.
-    detokenizer: a name in data/detokenizers.py, for texts that were cut into tokens; of texts without prompts.
-    validation_path, test_path: files of their own; without them shares of `path` are held out, chosen by
-    `seed` (of a stream by a hash of each text, since their number is not known).
-    Raises FileNotFoundError for absent files, ValueError for absent columns, bad rows, empty splits.
+    Labels are whole numbers or words; the classes are those of `path`, sorted.
+
+    Args:
+        label_column: None for texts without labels.
+        label_names: names for the numbers from 0 on, or the allowed words in order; None uses the ClassLabel that
+            Parquet files may have, else the values found.
+        prompt_column: the column that each text begins with, followed by a line feed.
+        detokenizer: a name in data/detokenizers.py, for tokenised texts without prompts.
+        validation_path, test_path: separate files; without them shares of `path` are held out, chosen by `seed` (in a
+            stream by a hash of each text, because their number is unknown).
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: absent columns, bad rows, empty splits.
     """
 
     def __init__(
@@ -84,21 +90,20 @@ class UserFiles:
             if not share:
                 raise ValueError(f"data.{split}_share=0 holds out no text; raise it, or set data.{split}_path")
         if sum(self.shares.values()) >= 1:
-            raise ValueError(
-                f"data.validation_share + data.test_share = {sum(self.shares.values())}: no train split is left"
-            )
+            total = sum(self.shares.values())
+            raise ValueError(f"data.validation_share + data.test_share = {total}: no train split is left; lower them")
 
     @property
     def splits(self) -> tuple[str, ...]:
         return ("train", "validation", "test")
 
     def detokenizer_of(self, split: str) -> str | None:
-        """Return the name of the detokenizer of a split's texts; None without one."""
+        """Return the name of the detokenizer of a split's texts, or None."""
         return self._detokenizer
 
     @property
     def prompted(self) -> bool:
-        """Whether texts begin with a prompt."""
+        """Return True if texts begin with a prompt."""
         return self.prompt_column is not None
 
     @property
@@ -106,22 +111,23 @@ class UserFiles:
         return self._loaded[1] if self.label_column else None
 
     def load(self, split: str) -> datasets.Dataset:
-        """The split's rows. Raises ValueError for a split that does not exist."""
+        """Return the split's rows. Raises ValueError for an unknown split."""
         check_split(split, self.splits)
         return self._loaded[0][split]
 
     def stream(self, split: str, limit: int) -> datasets.Dataset:
-        """The first `limit` rows of the split, without reading on."""
+        """Return the first `limit` rows of the split, without reading on."""
         rows, own = self.open(split).first(limit), split if self.paths[split] else "train"
         return with_documents(rows, None) if _has_lines(readable_files(self.paths[own], self.keys[own])) else rows
 
     def open(self, split: str) -> Shards:
-        """The split, to be read piece by piece. Raises ValueError for labelled texts, whose names all files together
-        give."""
+        """Return the split, to be read in pieces. Raises ValueError for labelled texts."""
         check_split(split, self.splits)
         if self.label_column:
-            raise ValueError(f"data.streaming=true reads texts without labels, and data.label_column="
-                             f"{self.label_column} names some; use data=text, or set data.streaming=false")  # fmt: skip
+            raise ValueError(
+                f"data.streaming=true reads texts without labels, but data.label_column={self.label_column}; use "
+                "data=text, or set data.streaming=false"
+            )
         own = split if self.paths[split] else "train"
         files = readable_files(self.paths[own], self.keys[own])
         held_out = self.shares if own == "train" else {}
@@ -137,7 +143,7 @@ class UserFiles:
 
     @cached_property
     def _loaded(self) -> tuple[dict[str, datasets.Dataset], tuple[str, ...] | None]:
-        """All splits at once, as label names are common to them."""
+        """Return all splits at once, because they share the label names, and these names."""
         rows = {}
         names = self.given_names if self.label_column else None
         lines = indexed = False
@@ -167,24 +173,22 @@ class UserFiles:
         return Columns(texts, self.label_column, names and tuple(names), indexed, settings=settings)
 
     def _names(self, table: pa.Table, files: Sequence[Path]) -> tuple[str, ...]:
-        """The classes that the labels of the train split name."""
+        """Return the classes in the labels of the train split."""
         key = f"data.label_column={self.label_column}"
         counts = Counter(table.column(self.label_column).to_pylist())
         numbers = [word for word in counts if NUMBER.fullmatch(word)]
         words = sorted(counts.keys() - set(numbers))
-        if numbers and words:  # the reader names the first of those that are fewer, as only it knows where they stand
+        if numbers and words:  # the reader reports the first of the rarer kind, with its line
             numbered = sum(counts[word] for word in numbers) >= sum(counts[word] for word in words)
             read_files(files, self.keys["train"], replace(self._columns(), numbered=numbered))
         names = tuple(words) or tuple(map(str, sorted(set(map(int, numbers)))))
         if len(names) > _MANY and 2 * len(names) > len(table):
-            raise ValueError(
-                f"{key}: there are {len(names)} labels ({listed(names)}) for {len(table)} texts; name the "
-                "column of the classes"
-            )
+            found = f"there are {len(names)} labels ({listed(names)}) for {len(table)} texts"
+            raise ValueError(f"{key}: {found}; name the column of the classes")
         if numbers and names[0].startswith("-"):
             raise ValueError(
-                f"{key}: the labels are {listed(names)}; a negative one usually means that a text has no label: leave "
-                f"these texts out, or, if it is a class, give data.label_names=[{','.join(names)}]"
+                f"{key}: the labels are {listed(names)}; a negative one usually means that a text has no label: remove "
+                f"these texts, or, if it is a class, give data.label_names=[{','.join(names)}]"
             )
         if len(names) < 2:
             raise ValueError(f"{key}: there is one label only ({names[0]}); for texts without labels use data=text")
@@ -208,12 +212,12 @@ class UserFiles:
 
 
 def _has_lines(files: Sequence[Path]) -> bool:
-    """Whether texts are lines of longer documents, of which nothing is known."""
+    """Return True if texts are lines of longer documents, which are unknown."""
     return "txt" in map(kind_of, files)
 
 
 def _check_different(names: Sequence[str], key: str) -> None:
-    """Raises ValueError for two names of classes that look the same: repeated, or other characters for one letter."""
+    """Raise ValueError for two class names that look the same: repeated, or with look-alike characters."""
     seen: dict[str, str] = {}
     for name in names:
         look = "".join(c for c in unicodedata.normalize("NFKC", name) if unicodedata.category(c) != "Cf")

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import lightning
 
-from palimpsest.common.files import Place
+from palimpsest.common.files import PathOrUrl
 from palimpsest.corpora.answer_checking import AnswerChecker
 from palimpsest.dataloader import TextData
 from palimpsest.diffusion import Diffusion
@@ -79,6 +79,6 @@ class Experiment(Protocol):
     facts: Mapping[str, object]
     protocol: Mapping[str, object]
 
-    def fit(self, label: int | None = None) -> Place: ...
+    def fit(self, label: int | None = None) -> PathOrUrl: ...
 
     def trainer(self, title: str, label: int | None = None) -> lightning.Trainer: ...

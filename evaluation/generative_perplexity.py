@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from palimpsest.common.files import check_regular
 from palimpsest.common.metrics import Estimate, Units, ratio
-from palimpsest.data.hub import both_ways, local_folder, quick_when_offline
+from palimpsest.data.hub import local_folder, not_found_message, quick_when_offline
 from palimpsest.data.tokenizers import check_not_empty, encode
 from palimpsest.training.callbacks.progress import Meter
 
@@ -268,7 +268,7 @@ def _load(name: str, path: Path | None, dtype: torch.dtype) -> tuple[PreTrainedM
     except Exception as error:  # transformers raises many types, none of them for users
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:200]
         if path is None:
-            raise FileNotFoundError(f"{both_ways(KEY, name, name)} ({reason})") from error
+            raise FileNotFoundError(f"{not_found_message(KEY, name, name)} ({reason})") from error
         raise ValueError(
             f"{KEY}={name}: the folder {path} holds no causal language model that can be read ({reason}); "
             "it needs config.json, model.safetensors, tokenizer.json and tokenizer_config.json"

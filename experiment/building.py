@@ -11,7 +11,7 @@ import lightning
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from palimpsest.common.files import Place, folder_of
+from palimpsest.common.files import PathOrUrl, parent_folder
 from palimpsest.common.values import FREE, IF_SET, NAME, AtLeastOne, FilePath, Name, list_of
 from palimpsest.corpora.answer_checking import AnswerChecker, check_same_text
 from palimpsest.data.stream import BatchPlan
@@ -229,7 +229,7 @@ class Builder:
         """Return a Trainer that logs and saves in the run's folders; with a title that begins with "train" it fits."""
         fitting, machine = title.startswith("train"), self.machine
         folder, checkpoints = self._runs.folder(label), self._runs.checkpoints(label)
-        saving, logging_ = self._saving_in(folder_of(checkpoints)), self._saving_in(folder)
+        saving, logging_ = self._saving_in(parent_folder(checkpoints)), self._saving_in(folder)
         loggers = (logging_.get("logger") or {}).values() if fitting else []
         run = Run(
             title,
@@ -252,7 +252,7 @@ class Builder:
         told = {name: self.cfg.trainer[name] for name in names if name in self.cfg.trainer}
         return build_trainer(run, {"accelerator": machine.accelerator, "num_nodes": machine.num_nodes, **told})
 
-    def _saving_in(self, folder: Place) -> DictConfig:
+    def _saving_in(self, folder: PathOrUrl) -> DictConfig:
         """Return the configuration in which callbacks and loggers find the folder that is meant."""
         return with_changes(self.cfg, {"checkpointing.save_dir": str(folder)})
 

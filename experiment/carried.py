@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from palimpsest.common.files import Place, is_remote, place
+from palimpsest.common.files import PathOrUrl, is_remote, path_or_url
 from palimpsest.models.checkpoints import read_settings
 
 
-def checkpoint_path(typed: str | Path, key: str = "path") -> Place:
+def checkpoint_path(typed: str | Path, key: str = "path") -> PathOrUrl:
     """Return the checkpoint that is meant, where the folder of a run is named."""
-    path = place(str(typed), key)
+    path = path_or_url(str(typed), key)
     last = None if is_remote(path) else path / "checkpoints" / "last.ckpt"
     return last if last is not None and last.exists() else path
 
 
-def carried(path: Place, key: str = "path") -> dict[str, object]:
+def carried(path: PathOrUrl, key: str = "path") -> dict[str, object]:
     """Return what a checkpoint says of its training: `configuration`, `label` and `tokenizer`.
 
     Raises:

@@ -9,7 +9,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from palimpsest.classification.models import pretraining_splits
-from palimpsest.common.files import Place, below
+from palimpsest.common.files import PathOrUrl, join_path
 from palimpsest.experiment.building import Builder, with_changes
 from palimpsest.experiment.fitting import fit
 from palimpsest.experiment.runs import Runs
@@ -53,7 +53,7 @@ class Experiment:
             "trainer.max_steps": self.build.choices.pretrain_steps,
             "classify.pretrain": None,
             "training.freeze": None,
-            "checkpointing.save_dir": str(below(self.runs.kept_in, "pretrained")),
+            "checkpointing.save_dir": str(join_path(self.runs.kept_in, "pretrained")),
             "checkpointing.resume_ckpt_path": None,
         }
         return Experiment(with_changes(self._cfg, changes), self.command, shared=True)
@@ -95,7 +95,7 @@ class Experiment:
             settings |= {key: OmegaConf.select(self._cfg, key) for key in keys}
         return {"parameterization": self.build.law, "noise": self._cfg.noise._target_, **settings}
 
-    def fit(self, label: int | None = None) -> Place:
+    def fit(self, label: int | None = None) -> PathOrUrl:
         """Return the weights of a complete training, after training what is missing (fitting.py)."""
         return fit(self, label)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from palimpsest.common.files import Place
+from palimpsest.common.files import PathOrUrl
 from palimpsest.data.unigram import token_counts
 from palimpsest.dataloader import TextData
 from palimpsest.diffusion import Diffusion
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from palimpsest.experiment.experiment import Experiment
 
 
-def fit(experiment: Experiment, label: int | None = None) -> Place:
+def fit(experiment: Experiment, label: int | None = None) -> PathOrUrl:
     """Train on one class (or, with None, on what the configuration says), up to trainer.max_steps or until the
     experiment's patience ends. What is complete already is left as it is; where the model starts from shared weights
     (classify.pretrain) that do not exist yet, they are trained first.
@@ -39,7 +39,7 @@ def fit(experiment: Experiment, label: int | None = None) -> Place:
         return experiment.runs.finished(experiment.build.data(label), label) or _fit(experiment, label)
 
 
-def _fit(experiment: Experiment, label: int | None) -> Place:
+def _fit(experiment: Experiment, label: int | None) -> PathOrUrl:
     resume = experiment.runs.resume_path(label)
     shared = fit(experiment.pretraining) if experiment.pretraining and not resume else None
     data = experiment.build.data(label)
@@ -58,7 +58,7 @@ def _fit(experiment: Experiment, label: int | None) -> Place:
     return experiment.runs.model_path(label)
 
 
-def begin(experiment: Experiment, diffusion: Diffusion, data: TextData, shared: Place | None) -> None:
+def begin(experiment: Experiment, diffusion: Diffusion, data: TextData, shared: PathOrUrl | None) -> None:
     """Give a new training the weights that it starts from: those of `shared` or of the file that the configuration
     names, if any, and the token frequencies of its texts, if the configuration says so."""
     if start := experiment.weights.start(diffusion, data, shared):

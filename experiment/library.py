@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from palimpsest.classification.bayes import averaged_posterior, log_prior
-from palimpsest.data.tokenizers import of_record, token_strings, vocabulary
+from palimpsest.data.tokenizers import token_strings, tokenizer_from_record, vocabulary
 from palimpsest.dataloader import TextData, with_texts
 from palimpsest.diffusion import Diffusion
 from palimpsest.estimators.base import Estimator
@@ -223,7 +223,7 @@ def load(path: str | Path, *typed: str) -> TrainedModel:
     data = experiment.build.data(label)
     record = (read_contents(file).get("run") or {}).get("tokenizer") if ours else None
     if record is not None:
-        tokenizer = of_record(record)
+        tokenizer = tokenizer_from_record(record)
         if tokenizer is not None and vocabulary(tokenizer).fingerprint == known.get("tokenizer"):
             data.tokenizer = tokenizer  # else it is built again from the training texts
     diffusion = experiment.weights.trained(data, str(file), "eval.disable_ema=true" in typed)

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated
 
-from palimpsest.common.files import Place, below, exists, is_remote, place
+from palimpsest.common.files import PathOrUrl, exists, is_remote, join_path, path_or_url
 from palimpsest.common.values import FREE, AtLeastOne, FilePath, FolderName, Natural, PresentPath
 from palimpsest.dataloader import TextData
 from palimpsest.models.checkpoints import Progress, read_progress
@@ -53,7 +53,7 @@ class Runs:
         self._class_patience, self._always_waits = class_patience, always_waits
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         own = Path(output_dir) / data_name / f"{model_name}-{digest[:8]}"
-        self.kept_in = place(save_dir or own)  # checkpoints; all else is written on this machine
+        self.kept_in = path_or_url(save_dir or own)  # checkpoints; all else is written on this machine
         self._save_dir = own if is_remote(self.kept_in) else self.kept_in
 
     def folder(self, label: int | None = None) -> Path:
@@ -61,10 +61,10 @@ class Runs:
         label = self._label if label is None else label
         return self._save_dir if label is None else self._save_dir / f"label={label}"
 
-    def checkpoints(self, label: int | None = None) -> Place:
+    def checkpoints(self, label: int | None = None) -> PathOrUrl:
         """Return where the checkpoints of a run are: in its folder, or below the address checkpointing.save_dir."""
         below_it = self.folder(label).relative_to(self._save_dir).parts
-        return below(self.kept_in, *below_it, "checkpoints")
+        return join_path(self.kept_in, *below_it, "checkpoints")
 
     def alone(self, label: int | None = None) -> AbstractContextManager[None]:
         """Return a context in which no other process trains in the run's folder (training/run_lock.py). The first of
@@ -79,14 +79,14 @@ class Runs:
         ordinary = self.folder(label) == self._save_dir and not self._always_waits
         return None if ordinary else self._class_patience
 
-    def resume_path(self, label: int | None = None) -> Place | None:
+    def resume_path(self, label: int | None = None) -> PathOrUrl | None:
         """Return the checkpoint to go on from, if there is one and checkpointing.resume_from_ckpt allows it."""
-        path = place(self._typed, "checkpointing.resume_ckpt_path") if self._typed else None
+        path = path_or_url(self._typed, "checkpointing.resume_ckpt_path") if self._typed else None
         if path and not exists(path):
             raise FileNotFoundError(f"checkpointing.resume_ckpt_path={self._typed}: there is no such file")
         return (path or newest_good(self.checkpoints(label))) if self._resume else None
 
-    def finished(self, data: TextData, label: int | None = None) -> Place | None:
+    def finished(self, data: TextData, label: int | None = None) -> PathOrUrl | None:
         """Return the weights of a training that is complete; None where there is something left to do.
 
         Raises:
@@ -117,9 +117,9 @@ class Runs:
             )
         return stopped or progress.step >= self._max_steps
 
-    def model_path(self, label: int | None = None) -> Place:
+    def model_path(self, label: int | None = None) -> PathOrUrl:
         """Return the checkpoint of the trained model: with a patience the best by validation, if one ran, else the
         last."""
         last = newest_good(self.checkpoints(label))
         best = read_progress(last).best if self.patience(label) is not None and last else None
-        return best if best and exists(best) else last or below(self.checkpoints(label), "last.ckpt")
+        return best if best and exists(best) else last or join_path(self.checkpoints(label), "last.ckpt")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Annotated
 
-from palimpsest.common.files import Place, exists
+from palimpsest.common.files import PathOrUrl, exists
 from palimpsest.common.values import IF_SET, FilePath, Length
 from palimpsest.dataloader import TextData
 from palimpsest.diffusion import Diffusion, Provenance
@@ -94,7 +94,7 @@ class Weights:
                 longest,
             )
 
-    def start(self, diffusion: Diffusion, data: TextData, shared: Place | None) -> Place | None:
+    def start(self, diffusion: Diffusion, data: TextData, shared: PathOrUrl | None) -> PathOrUrl | None:
         """Give a new training the averaged weights of `shared`, those of training.from_pretrained, of the file that
         backbone=hf_dit was built from, or those that the backbone itself names (hf_causal, hf_mlm).
 

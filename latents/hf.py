@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, 
 from palimpsest.common.files import check_regular
 from palimpsest.common.values import FREE, AtLeastOne, FilePath
 from palimpsest.data.cache import file_digest
-from palimpsest.data.hub import both_ways, quick_when_offline
+from palimpsest.data.hub import not_found_message, quick_when_offline
 from palimpsest.data.passages import Passages
 from palimpsest.data.tokenizers import Vocabulary, check_not_empty, tokenized
 from palimpsest.latents.encoder import Encoder
@@ -228,8 +228,9 @@ def _located(name: str) -> Path:
         with quick_when_offline():
             return Path(snapshot_download(name, allow_patterns=list(_FILES)))
     except Exception as error:  # the Hub's client raises many types, none of them for users
-        raise FileNotFoundError(f"{both_ways(KEY, name, name)}, or install a package of that name that holds it "
-                                f"({type(error).__name__})") from error  # fmt: skip
+        absent = not_found_message(KEY, name, name)
+        reason = type(error).__name__
+        raise FileNotFoundError(f"{absent}, or install a package of that name that holds it ({reason})") from error
 
 
 def _of_a_package(name: str) -> Path | None:

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from palimpsest.data.cache import cached_folder, fingerprint
 from palimpsest.data.packing import Packing
-from palimpsest.data.passages import PackedTexts, Passages, special_ids, trimmed
+from palimpsest.data.passages import PackedTexts, Passages, special_ids, without_padding
 from palimpsest.data.sources import Source
 from palimpsest.data.tokenizers import Vocabulary
 from palimpsest.latents.encoder import Encoder
@@ -185,7 +185,7 @@ class TextLatents:
         """Return latents (N, K, D), float32, of any token ids, such as sampled ones; padding at the end is ignored.
         Raises ValueError if a row has no latent, or the encoder of a folder is not known."""
         space, vocabulary = self.space, self._data.vocabulary
-        ids = [trimmed(row, vocabulary) for row in rows]
+        ids = [without_padding(row, vocabulary) for row in rows]
         labels = None if labels is None else np.asarray(labels)
         passages = Passages(ids, labels, self._data.tokenizer, special_ids(vocabulary))
         vectors_NW = self.encoder.encode(passages)

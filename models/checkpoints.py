@@ -21,16 +21,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from palimpsest.common.files import (
-    Place,
-    below,
+    PathOrUrl,
+    basename,
     check_content,
     check_regular,
     check_seal,
-    folder_of,
     is_remote,
-    name_of,
-    open_to_read,
-    place,
+    join_path,
+    open_regular,
+    parent_folder,
+    path_or_url,
     version,
 )
 from palimpsest.common.messages import excerpt
@@ -57,7 +57,7 @@ _MOST_VALUES, _DEEPEST = 1_000_000, 10  # limits of an identity, which consists 
 class Checkpoint:
     """Weights and what their file says about them."""
 
-    path: Place
+    path: PathOrUrl
     state: dict[str, Tensor]  # backbone parameter name -> tensor, without prefix
     ema: dict[str, object] | None = None  # the average, as `EMA.state_dict` gives it
     identity: dict[str, object] = field(default_factory=dict)  # saved by Palimpsest; empty for files of other projects
@@ -124,11 +124,11 @@ class Progress:
 
     step: int  # optimizer steps done
     validations_without_improvement: int  # since the best one, 0 if they are not counted
-    best: Place | None  # the checkpoint of the best validation, in the same folder
+    best: PathOrUrl | None  # the checkpoint of the best validation, in the same folder
     identity: dict[str, object]  # as in `Checkpoint`
 
 
-def read_progress(path: Place) -> Progress:
+def read_progress(path: PathOrUrl) -> Progress:
     """Read the progress without the weights. Raises ValueError for a corrupt file, or one that is not our
     checkpoint."""
     return _read_progress(str(path), version(path))
@@ -136,7 +136,7 @@ def read_progress(path: Place) -> Progress:
 
 @lru_cache(maxsize=64)
 def _read_progress(path: str, version: str) -> Progress:
-    path = place(path)
+    path = path_or_url(path)
     content = read_contents(path, weights=False)
     callbacks = content.get("callbacks")
     if not isinstance(callbacks, dict) or "global_step" not in content:
@@ -144,11 +144,11 @@ def _read_progress(path: str, version: str) -> Progress:
     states = [state for state in callbacks.values() if isinstance(state, dict)]
     waited = next((int(state["wait_count"]) for state in states if "wait_count" in state), 0)
     best = next((state["best_model_path"] for state in states if state.get("monitor") == "val/nll"), None)
-    best_path = below(folder_of(path), name_of(place(best))) if best else None
+    best_path = join_path(parent_folder(path), basename(path_or_url(best))) if best else None
     return Progress(int(content["global_step"]), waited, best_path, content.get("identity") or {})
 
 
-def _read_lightning_file(path: Place, weights: bool = True) -> Checkpoint:
+def _read_lightning_file(path: PathOrUrl, weights: bool = True) -> Checkpoint:
     content = read_contents(path, weights)
     identity = content.get("identity", {})
     state = _strip(content["state_dict"], path)
@@ -161,7 +161,7 @@ def _read_lightning_file(path: Place, weights: bool = True) -> Checkpoint:
     return found
 
 
-def read_contents(path: Place, weights: bool = True) -> dict[str, object]:
+def read_contents(path: PathOrUrl, weights: bool = True) -> dict[str, object]:
     """Return the whole content of a Lightning file, read by `load_inert`, after checking the types of its main parts.
     Raises ValueError if it cannot be read, or is not a Lightning checkpoint."""
     content = load_inert(path, weights)
@@ -185,14 +185,14 @@ def read_contents(path: Place, weights: bool = True) -> dict[str, object]:
     return content
 
 
-def _tensors(state: object, path: Place, name: str = "state_dict", kind: type = str) -> dict[str, Tensor]:
+def _tensors(state: object, path: PathOrUrl, name: str = "state_dict", kind: type = str) -> dict[str, Tensor]:
     """Return `state` if it maps names to tensors, else raise ValueError."""
     if not isinstance(state, dict) or not all(isinstance(k, kind) and isinstance(v, Tensor) for k, v in state.items()):
         raise ValueError(f"{path} is not a checkpoint of a known layout: its {name} does not map names to tensors")
     return state
 
 
-def _check_sizes(configuration: Mapping[str, object], state: Mapping[str, Tensor], path: Place) -> None:
+def _check_sizes(configuration: Mapping[str, object], state: Mapping[str, Tensor], path: PathOrUrl) -> None:
     """Raise ValueError if a configuration claims a larger network than its own tensors."""
     widest = max((length for tensor in state.values() for length in tensor.shape), default=0)
     for key, most in (("hidden_size", widest), ("cond_dim", widest), ("n_heads", widest), ("n_blocks", len(state))):
@@ -288,7 +288,7 @@ def _state(shell: Inert) -> dict[str, object]:
     return shell.state if isinstance(shell.state, dict) else {}
 
 
-def _strip(state: Mapping[str, Tensor], path: Place) -> dict[str, Tensor]:
+def _strip(state: Mapping[str, Tensor], path: PathOrUrl) -> dict[str, Tensor]:
     """Return the backbone entries without `backbone.` and without the `_orig_mod.` of torch.compile."""
     names = {name: name.replace("_orig_mod.", "") for name in state}
     prefix = BACKBONE_PREFIX
@@ -298,7 +298,7 @@ def _strip(state: Mapping[str, Tensor], path: Place) -> dict[str, Tensor]:
     return kept
 
 
-def _unreadable(path: Place, error: Exception) -> ValueError:
+def _unreadable(path: PathOrUrl, error: Exception) -> ValueError:
     return ValueError(
         f"{path} cannot be read ({type(error).__name__}: {excerpt(error)}); it is truncated, corrupt or unsafe. "
         "Use an earlier checkpoint, or delete it to start afresh"
@@ -321,11 +321,11 @@ def load_inert(path: str | Path, weights: bool = True) -> object:
         ValueError: the file is truncated, corrupt or too large, or asks for a function other than those of tensors and
             plain containers.
     """
-    path = place(path)
+    path = path_or_url(path)
     try:
         if weights and not is_remote(path):
             check_seal(path)
-        with open_to_read(path) as file:
+        with open_regular(path) as file:
             if is_remote(path):
                 check_content(file, path)
             return torch_archive.read(file, weights)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from palimpsest.common.files import Place, exists, is_remote, open_to_read, place
+from palimpsest.common.files import PathOrUrl, exists, is_remote, open_regular, path_or_url
 from palimpsest.models.reference_settings import OBJECTIVES
 
 CONFIG_FILE = "config.json"
@@ -35,10 +35,10 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*")
 _FILES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
 
 
-def locate(path: str | Path, key: str) -> Place:
+def locate(path: str | Path, key: str) -> PathOrUrl:
     """Return the local path or URL of a model; a name such as `org/name` is downloaded from the Hub. Raises
     FileNotFoundError if it is not found; `key` is the setting that named it."""
-    where = place(path, key)
+    where = path_or_url(path, key)
     if exists(where):
         return where if is_remote(where) else _model_at(where, key)
     name = str(path)
@@ -92,7 +92,7 @@ def read_config(folder: Path) -> dict[str, object]:
     path = folder / CONFIG_FILE
     if not path.exists():
         raise FileNotFoundError(f"{folder} has no {CONFIG_FILE}: it is not a model in the Hub's layout")
-    with open_to_read(path) as file:
+    with open_regular(path) as file:
         content = file.read(_MOST_CONFIG + 1)
     if len(content) > _MOST_CONFIG:
         raise ValueError(f"{path} has more than {_MOST_CONFIG:,} bytes; download or export the model again")

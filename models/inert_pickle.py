@@ -16,7 +16,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor, nn
 
-from palimpsest.common.messages import shown
+from palimpsest.common.messages import short_repr
 
 MOST_OPERATIONS = 10_000_000  # a model of 10,000 tensors, with its average and optimizer, takes about 3 million
 _MOST_SHELLS, _MOST_BITS = 10_000, 1024
@@ -144,7 +144,7 @@ class _Machine:
             self.push(_NAMES[module, name])
             return
         if module.split(".")[0] not in _FOREIGN and module not in _FOREIGN and (module, name) != ("builtins", "range"):
-            what = shown(f"{module}.{name}")[1:-1]
+            what = short_repr(f"{module}.{name}")[1:-1]
             raise UnpicklingError(f"the file asks to run {what}, which no checkpoint needs: refused")
         if not name.isidentifier() or len(name) > _LONGEST_NAME or len(module) > _LONGEST_NAME:
             raise UnpicklingError("it names a class by an invalid name: refused")

@@ -7,7 +7,7 @@ import io
 import math
 from pathlib import Path
 
-from palimpsest.common.files import write_whole
+from palimpsest.common.files import write_atomically
 from palimpsest.common.metrics import Estimate
 from palimpsest.evaluation.comparison import Comparison
 from palimpsest.report.formatting import Metric, format_measurement, format_number
@@ -88,7 +88,7 @@ def write_comparison(found: Comparison, folder: Path, command: str) -> list[Path
     writer.writerow([one for i, title in enumerate(titles) for one in _spread(title, [line[i] for line in lines])])
     for line in lines:
         writer.writerow([one for i, cell in enumerate(line) for one in _values(cell, [other[i] for other in lines])])
-    write_whole(folder / "comparison.csv", table.getvalue().encode())
+    write_atomically(folder / "comparison.csv", table.getvalue().encode())
     return [page, folder / "comparison.csv"]
 
 

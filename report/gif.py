@@ -12,7 +12,7 @@ import matplotlib
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from PIL import Image, ImageDraw, ImageFont
 
-from palimpsest.common.files import write_whole
+from palimpsest.common.files import write_atomically
 from palimpsest.report.denoising import Sample, Shown
 from palimpsest.report.palette import age, ink, wash
 from palimpsest.report.plain_text import split_lead
@@ -60,7 +60,7 @@ def write_gif(path: Path, sample: Sample, num_frames: int = 60) -> None:
         data, "GIF", save_all=True, append_images=frames[1:], loop=0, disposal=1,
         duration=[each] * (len(frames) - 1) + [round(1000 * _HOLD)],
     )  # fmt: skip
-    write_whole(path, data.getvalue())
+    write_atomically(path, data.getvalue())
 
 
 def _steps(sample: Sample, num_frames: int) -> list[int]:

@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from palimpsest.data.tokenizers import token_strings, unshown
+from palimpsest.data.tokenizers import hidden_special_ids, token_strings
 from palimpsest.evaluation.drawing import Drawn
 from palimpsest.report.denoising import Sample, Visit
 from palimpsest.samplers.trace import Trace
@@ -134,7 +134,7 @@ def sample_of(
     text: Drawn, tokenizer: PreTrainedTokenizerBase, title: str, history: Course | None = None, facts: str = ""
 ) -> Sample:
     """Return a text as pages show it, special tokens left out; with the course of its row, if there is one."""
-    hidden = unshown(tokenizer)
+    hidden = hidden_special_ids(tokenizer)
     kept = [i for i, token in enumerate(text.ids) if token not in hidden]
     strings = token_strings(tokenizer, [text.ids[i] for i in kept])
     past = {} if history is None else history.past(tokenizer)

@@ -13,7 +13,7 @@ from statistics import median
 
 from transformers import PreTrainedTokenizerBase
 
-from palimpsest.data.tokenizers import token_strings, unshown
+from palimpsest.data.tokenizers import hidden_special_ids, token_strings
 from palimpsest.dataloader import TextData
 from palimpsest.diffusion import Diffusion
 from palimpsest.evaluation.drawing import Drawing
@@ -57,7 +57,7 @@ class Standing:
     ) -> None:
         self._tokenizer, self._blank_id, self._num_texts = tokenizer, blank_id, num_texts
         self._blank, self._end_id = blank, end_id
-        self._hidden = unshown(tokenizer) - {blank_id}
+        self._hidden = hidden_special_ids(tokenizer) - {blank_id}
         self._strings = lru_cache(maxsize=None)(lambda token: visible(piece(tokenizer, token, blank_id)))
         self.rows: list[Course] = []
         self.step, self.evaluations, self.left, self.total = 0, 0, 0, 0
@@ -103,7 +103,7 @@ class Standing:
 def blank_of(data: TextData) -> str:
     """What stands for a mask: dots, as many as a typical token of the data has letters."""
     rows = data.split("validation" if data.prompted else "train")
-    hidden = unshown(data.tokenizer)
+    hidden = hidden_special_ids(data.tokenizer)
     ids = [token for token in rows[0]["input_ids"] if token not in hidden][:200]
     pieces = [split_lead(string) for string in token_strings(data.tokenizer, ids)]
     leads = sorted(lead for lead, _ in pieces[1:])

@@ -11,7 +11,7 @@ from typing import Any
 import jinja2
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from palimpsest.common.files import write_whole
+from palimpsest.common.files import write_atomically
 from palimpsest.report.palette import FIRST_HUE, LAST_HUE
 
 
@@ -34,7 +34,7 @@ def render(template: str, **content: Any) -> str:
 def write_page(path: Path, page: str) -> None:
     """Write `page` to `path`, in the first process. Lone surrogates (torn bytes of a byte-level tokenizer) must not
     cost a finished run its report."""
-    write_whole(path, page.encode("utf-8", errors="replace"))
+    write_atomically(path, page.encode("utf-8", errors="replace"))
 
 
 def _content_hash(text: str) -> str:

@@ -1,4 +1,4 @@
-"""The command line: the references' spellings translated, mistakes explained in one message."""
+"""The command line: translates the references' spellings and explains mistakes in one message."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from palimpsest.settings.declared import CONFIGS, is_path, takes_lists, takes_nu
 from palimpsest.settings.wiring import WIRING
 
 _ABSENT = object()
-_SETS_VARIABLE: list[bool] = []  # not empty within `clear_errors`, where HYDRA_FULL_ERROR is not the user's
+_SETS_VARIABLE: list[bool] = []  # not empty within `clear_errors`, which sets HYDRA_FULL_ERROR itself
 
 # Keys of the references under their names here. What names a choice is a group: its members are files in configs/.
 ALIASES = {"sampling.predictor": "sampler", "training.masking": "masking", "eval.estimator": "estimator",
@@ -67,10 +67,10 @@ _WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--conf
 
 
 def translate(arguments: list[str]) -> list[str]:
-    """Command-line arguments with the references' spellings replaced by ours, and paths quoted where Hydra needs it.
+    """Return the arguments with the references' spellings replaced by ours, and paths quoted if Hydra needs it.
 
     Raises:
-        ValueError: a spelling that has no meaning here, or two that contradict each other.
+        ValueError: a spelling has no meaning here, or two contradict each other.
     """
     arguments, flags = _overrides_and_flags(arguments)
     arguments = _of_duo(_algo(arguments))
@@ -157,16 +157,16 @@ def _unknown_choices(value: str, known: list[str]) -> list[str]:
 
 
 def _is_plain(value: str) -> bool:
-    """Return True if Hydra reads the value as the same text, or if it is a switch or empty."""
+    """Return True if Hydra reads the value as the same text, or if it is a bool or empty."""
     word = re.fullmatch(r"[A-Za-z_/.][\w/.-]*", value, re.ASCII)
     return value in ("", "true", "false", "null") or (word is not None and value.lower() not in ("nan", "inf"))
 
 
 def _name(typed: str, key: str, sweeps: bool) -> str:
-    """A path or a name (or a list of them) for the right side of an argument.
+    """Return a path or name (or a list of them) in Hydra's notation.
 
-    It is quoted, and so taken letter by letter, where Hydra does not read it as a text. ~ becomes the home folder. In a
-    command that sweeps, commas separate the values to run with. What is neither path nor name stays as it is.
+    It is quoted, and so taken literally, if Hydra would not read it as a text. ~ becomes the home folder. In a sweep,
+    commas separate the values. Settings that are neither path nor name stay unchanged.
     """
     path = key in _FOLDERS_OF_HYDRA or is_path(key)
     if not (path or takes_texts(key)):
@@ -205,16 +205,16 @@ def _is_text(value: object) -> bool:
 
 
 def in_quotes(text: str) -> str:
-    """`text` for the right side of an argument, taken letter by letter: no quote, backslash or ${} of it is Hydra's."""
+    """Return `text` quoted for Hydra, so that no quote, backslash or ${} in it has a meaning."""
     text = re.sub(r"(\\*)\$\{", lambda slashes: slashes[1] * 2 + "\\${", text)
     return QuotedString(text, Quote.double).with_quotes()
 
 
 def _algo(arguments: list[str]) -> list[str]:
-    """`algo=mdlm` and `algo.backbone=dit` as `parameterization=subs` and `backbone=dit`.
+    """Replace `algo=mdlm` and `algo.backbone=dit` by `parameterization=subs` and `backbone=dit`.
 
     Raises:
-        ValueError: a choice that does not exist, or another one under our own key.
+        ValueError: an unknown choice, or a different one under our own key.
     """
     for theirs, (ours, choices) in SPELLINGS.items():
         typed = [argument for argument in arguments if argument.startswith(f"{theirs}=")]
@@ -277,10 +277,10 @@ def _values_of(key: str, arguments: list[str]) -> set[str]:
 
 
 def _semi_ar(arguments: list[str]) -> list[str]:
-    """The references' flag sampling.semi_ar is a sampler here; its windows are filled by ancestral sampling.
+    """Replace the references' flag sampling.semi_ar by the sampler of that name.
 
     Raises:
-        ValueError: it is neither true nor false, or another sampler is chosen beside it.
+        ValueError: it is neither true nor false, or another sampler is chosen too.
     """
     flags = [a.partition("=")[2].lower() for a in arguments if a.startswith("sampling.semi_ar=")]
     rest = [a for a in arguments if not a.startswith("sampling.semi_ar=")]
@@ -298,7 +298,7 @@ def _semi_ar(arguments: list[str]) -> list[str]:
 
 
 def compose_config(overrides: list[str]) -> DictConfig:
-    """The configuration that these arguments make, without running anything."""
+    """Return the configuration of these arguments, without running anything."""
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         words = translate(overrides)
@@ -308,7 +308,7 @@ def compose_config(overrides: list[str]) -> DictConfig:
 
 
 def refuse_unknown_additions(cfg: DictConfig, words: list[str]) -> None:
-    """Refuse what + or ++ adds to the configuration and nothing reads. To be called where Hydra composes.
+    """Refuse keys that + or ++ adds to the configuration and nothing reads; call it where Hydra composes.
 
     Raises:
         ValueError: there is no such key.
@@ -323,13 +323,13 @@ def refuse_unknown_additions(cfg: DictConfig, words: list[str]) -> None:
 
 
 def _is_choice(word: str) -> bool:
-    """Whether it chooses a file of a group."""
+    """Return True if the argument chooses a file of a group."""
     key = word.lstrip("+").partition("=")[0].partition("@")[0]
     return (CONFIGS / key).is_dir() or key.startswith("hydra/")
 
 
 def _keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
-    """The keys of all values. What an interpolation refers to has its keys elsewhere."""
+    """Yield the keys of all values; the target of an interpolation has separate keys."""
     for name in node:
         child = node._get_node(name)
         if OmegaConf.is_dict(child) and not child._is_none() and not child._is_interpolation():
@@ -339,8 +339,10 @@ def _keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
 
 
 def _is_read(key: str, cfg: DictConfig, without: DictConfig) -> bool:
-    """Whether anything reads a key that `cfg` has and `without` lacks: it lies in a value that was there, or is an
-    argument of what is instantiated."""
+    """Return True if anything reads a key that `cfg` has and `without` lacks.
+
+    It is inside a value that existed, or is an argument of an instantiated component.
+    """
     parts = key.split(".")
     for end in range(len(parts) - 1, 0, -1):
         above, name = ".".join(parts[:end]), parts[end]
@@ -358,7 +360,7 @@ def _is_read(key: str, cfg: DictConfig, without: DictConfig) -> bool:
 
 
 def _takes(target: str, name: str, entry: bool) -> bool:
-    """Whether what is instantiated has an argument of that name which the code does not give itself."""
+    """Return True if the component has an argument of that name that the code does not set itself."""
     from palimpsest.settings.instantiation import located  # imports what it names, and torch with it
 
     parameters = inspect.signature(located(target)).parameters
@@ -390,7 +392,7 @@ def clear_errors() -> Iterator[None]:
 
 
 def _lacks_shared_memory(error: BaseException) -> bool:
-    """Whether a worker process had no room in /dev/shm to hand on its batch, or was ended for it, as torch says it."""
+    """Return True for torch's errors of a worker without shared memory, or one that was killed for memory."""
     said = r"shared memory ?\(shm\)|shared memory object|DataLoader worker .*(exited unexpectedly|killed by signal)"
     return re.search(said, str(error)) is not None
 
@@ -432,7 +434,7 @@ def _choices_typed(words: Sequence[str]) -> list[str]:
 
 
 def _part(path: Path, group: str) -> DictConfig:
-    """What a choice's file says of its own group."""
+    """Return what a choice's file says about its own group."""
     loaded = OmegaConf.load(path)
     return loaded.get(group, loaded)
 

@@ -1,7 +1,7 @@
-"""Types of settings, read from the source text of signatures: fast, because nothing is imported.
+"""Types of settings, read from the source text of signatures, which is fast because nothing is imported.
 
-Once the components are imported, `common/values.py` reads their types instead. A mark must stand in the signature
-itself, because an alias that contains it is not looked up here.
+Once the components are imported, `common/values.py` reads their types instead. A mark must be in the signature itself,
+because an alias that contains it is not resolved here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 
 @cache
 def annotation(target: str, argument: str) -> str:
-    """Return the type of an argument of the class or function at the path `target`, as it is written; "" for none."""
+    """Return the source text of the type of an argument of the component `target`; "" if there is none."""
     node = _definition(current(target))
     if isinstance(node, ast.ClassDef):
         inits = [part for part in node.body if isinstance(part, ast.FunctionDef) and part.name == "__init__"]
@@ -43,34 +43,40 @@ def annotation(target: str, argument: str) -> str:
 
 @cache
 def readers(key: str) -> tuple[tuple[str, str], ...]:
-    """Return the arguments that a file in configs/ or the code hands a setting to: (target, argument)."""
-    return _index().get(key, ())
+    """Return the arguments that receive a setting from configs/ or the code: (target, argument)."""
+    return tuple(dict.fromkeys(_scanned()[0].get(key, ())))
 
 
 def is_path(key: str) -> bool:
-    """Return True if a setting is a path: ~ in it is the home folder."""
+    """Return True if a setting is a path, in which ~ is the home folder."""
     return any(re.search(r"\b(FilePath|PresentPath)\b", text) for text in _annotations(key))
 
 
 def takes_texts(key: str) -> bool:
-    """Return True if a setting takes texts of any letters, or lists of such."""
+    """Return True if a setting accepts arbitrary texts, or lists of them."""
     texts = r"\b(FilePath|PresentPath|FolderName|Name|str)\b"
     return any(re.search(texts, re.sub(r"Mapping\[.*?\]", "", text)) for text in _annotations(key))
 
 
 def takes_lists(key: str) -> bool:
-    """Return True if a setting takes a list."""
+    """Return True if a setting accepts a list."""
     return any("Sequence[" in text for text in _annotations(key))
 
 
 def takes_numbers(key: str) -> bool:
-    """Return True if a setting takes whole numbers."""
+    """Return True if a setting accepts whole numbers."""
     return any(re.search(r"\b(int|Natural|AtLeastOne|Count)\b", text) for text in _annotations(key))
 
 
 def marks(at: str, target: str | None, present: Collection[str]) -> frozenset[str]:
-    """Return the marks (common/values.py) of a setting: those of the argument that stands at `at`, of the component
-    `target`, or of the arguments that it is handed to, if there are any among the components `present`."""
+    """Return the marks (common/values.py) of a setting.
+
+    Args:
+        at: key of the setting.
+        target: component whose argument it is; None for a setting of no component, which takes the marks of the
+            arguments that receive it.
+        present: components of the configuration; if some of them receive it, others do not count.
+    """
     if target is not None:
         own = _marks_in(annotation(target, at.rpartition(".")[2])) - {"COPY"}
         return own - {"LATER"} | {"FREE"} if "LATER" in own else own
@@ -90,16 +96,17 @@ def _marks_in(text: str) -> frozenset[str]:
 def _annotations(key: str) -> list[str]:
     found = [annotation(*reader) for reader in readers(key)]
     group, _, name = key.rpartition(".")
-    own = [annotation(target, name) for target in _targets().get(group, ())]
+    own = [annotation(target, name) for target in _scanned()[1].get(group, ())]
     own += [text for other in _scanned()[2].get(key, ()) for text in _annotations(other)]
     return [text for text in (*found, *own) if text]
 
 
 @cache
 def _scanned() -> tuple[dict[str, list[tuple[str, str]]], dict[str, list[str]], dict[str, list[str]]]:
+    """Return, for each key of configs/, its readers, its components, and the keys that it refers to."""
     keys: dict[str, list[tuple[str, str]]] = {}
-    refers: dict[str, list[str]] = {}
     targets: dict[str, list[str]] = {}
+    refers: dict[str, list[str]] = {}
     for path in sorted(CONFIGS.rglob("*.yaml")):
         text = path.read_text(encoding="utf-8")
         content = _Loader(text).get_single_data() or {}
@@ -117,18 +124,8 @@ def _scanned() -> tuple[dict[str, list[tuple[str, str]]], dict[str, list[str]], 
     return keys, targets, refers
 
 
-@cache
-def _index() -> dict[str, tuple[tuple[str, str], ...]]:
-    return {key: tuple(dict.fromkeys(found)) for key, found in _scanned()[0].items()}
-
-
-def _targets() -> dict[str, list[str]]:
-    """Return the components that stand at a place of the configuration."""
-    return _scanned()[1]
-
-
 def absolute(at: str, reference: str) -> str:
-    """Return the key that an interpolation at `at` means; a dot at its beginning is the group that it stands in."""
+    """Return the key that an interpolation at `at` refers to; leading dots are relative to its group."""
     dots = len(reference) - len(reference.lstrip("."))
     return ".".join([*at.split(".")[:-dots], reference[dots:]]) if dots else reference
 
@@ -143,14 +140,14 @@ def _components(node: object, place: str) -> Iterator[tuple[str, str, dict[str, 
 
 
 def _definition(target: str) -> ast.ClassDef | ast.FunctionDef | None:
-    """Return the source of a class, function or method of ours; of a sampler made of a step, that of the step."""
+    """Return the source of one of our classes, functions or methods; for a sampler made from a step, the step's."""
     if not target.startswith(PACKAGE):
         return None
     parts = target.removeprefix(PACKAGE).split(".")
     for end in range(len(parts) - 1, 0, -1):
         file = ROOT.joinpath(*parts[:end]).with_suffix(".py")
         if file.is_file():
-            return _within(_tree(file), parts[end:])
+            return _definition_in(_tree(file), parts[end:])
     return None
 
 
@@ -159,8 +156,7 @@ def _tree(file: Path) -> ast.Module:
     return ast.parse(file.read_text(encoding="utf-8"))
 
 
-def _within(tree: ast.Module, names: list[str]) -> ast.ClassDef | ast.FunctionDef | None:
-    node = tree
+def _definition_in(node: ast.Module, names: list[str]) -> ast.ClassDef | ast.FunctionDef | None:
     for name in names:
         found = [part for part in node.body if isinstance(part, ast.ClassDef | ast.FunctionDef) and part.name == name]
         assigned = [part for part in node.body if isinstance(part, ast.Assign)]

@@ -1,5 +1,7 @@
-"""What makes two trainings the same one: the part of the configuration that determines the weights; and the command
-line that a checkpoint's own part asks for."""
+"""The identity of a training: the part of the configuration that determines the weights.
+
+Also the command line that rebuilds the identity stored in a checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +16,11 @@ from palimpsest.settings.declared import CONFIGS, marks
 from palimpsest.settings.instantiation import made_class
 from palimpsest.settings.names import current, lasting
 
-# What a training depends on. Single settings of it are left out where their declarations say so (common/values.py).
+# Groups and keys that a training depends on, except settings that are marked otherwise (common/values.py).
 IDENTITY = ("data", "latents", "model", "backbone", "parameterization", "noise", "masking", "T", "subs_masking",
             "time_conditioning", "optim", "lr_scheduler", "plateau", "training", "seed", "loader.global_batch_size",
             "loader.batch_ramp", "trainer.gradient_clip_val", "process.word_share")  # fmt: skip
-# Judges of completions are no part of a training.
-_NO_PART = ("data.judge",)
-# Where fingerprints have always had settings that are left out elsewhere while they are empty.
+# Groups whose fingerprints have always contained settings that are left out elsewhere while they are empty.
 _ALWAYS = ("parameterization.within.", "parameterization.text.")
 _ABSENT = object()
 
@@ -35,26 +35,27 @@ def identity(cfg: DictConfig) -> dict[str, object]:
             own = node.get("_target_")
             for name, child in node.items():
                 visit(f"{key}.{name}", child, own if not name.startswith("_") else None)
-        elif not key.startswith(_NO_PART) and (_belongs(marks(key, target, present), node) or key.startswith(_ALWAYS)):
+        elif not key.startswith("data.judge") and (
+            _is_part(marks(key, target, present), node) or key.startswith(_ALWAYS)
+        ):
             flat[key] = lasting(node) if key.endswith("._target_") else node
 
     for key in IDENTITY:
         node = OmegaConf.select(cfg, key, default=_ABSENT)
         if node is _ABSENT:
             continue
-        group = OmegaConf.select(cfg, key.rpartition(".")[0]) if "." in key else None
-        own = group.get("_target_") if group is not None else None
+        own = _target_around(cfg, key)
         visit(key, OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node, own)
     objective = made_class(cfg.parameterization).name
     return {**_with_conditions(flat, cfg, objective), "parameterization": objective}
 
 
-def _belongs(marked: frozenset[str], value: object) -> bool:
+def _is_part(marked: frozenset[str], value: object) -> bool:
     return not marked & {"FREE", "COPY"} and ("IF_SET" not in marked or bool(value))
 
 
 def _targets(cfg: DictConfig) -> frozenset[str]:
-    """Return the names of all components of a configuration."""
+    """Return the paths of all components of a configuration."""
     found, open_ = set(), [OmegaConf.to_container(cfg)]
     while open_:
         node = open_.pop()
@@ -65,8 +66,8 @@ def _targets(cfg: DictConfig) -> frozenset[str]:
 
 
 def _with_conditions(flat: dict[str, object], cfg: DictConfig, objective: str) -> dict[str, object]:
-    """Return `flat` with what belongs to a training under some conditions only."""
-    if not (cfg.classify.pretrain or cfg.data.get("train_splits")):  # what has no labels is read by nothing else
+    """Add and remove the settings that a training depends on only under some conditions."""
+    if not (cfg.classify.pretrain or cfg.data.get("train_splits")):  # nothing else reads texts without labels
         apart = cfg.data.source.get("unlabelled") or ()
         names = [f"data.source.{kind}.{split}" for kind in ("files", "hub_splits") for split in apart]
         flat = {key: value for key, value in flat.items() if key not in (*names, "data.source.unlabelled")}
@@ -79,13 +80,13 @@ def _with_conditions(flat: dict[str, object], cfg: DictConfig, objective: str) -
     if cfg.classify.pretrain:
         flat |= {f"classify.{key}": cfg.classify[key] for key in ("pretrain", "pretrain_steps")}
     flat |= {"block_size": cfg.block_size} if objective == "bd3lm" else {}
-    if flat.get("data.score_special", ...) is None:  # what null means hangs on data.wrap
+    if flat.get("data.score_special", ...) is None:  # the meaning of null depends on data.wrap
         flat |= {} if cfg.data.wrap or cfg.data.get("protocol") else {"data.score_special": False}
         flat = {key: value for key, value in flat.items() if key != "data.score_special" or value is not None}
     return flat
 
 
-# What of it says how a model was trained, and nothing of what it is.
+# Settings that describe how a model was trained, not what it is.
 _OF_TRAINING = ("optim.", "lr_scheduler.", "plateau.", "loader.", "trainer.", "streaming.", "seed", "classify.pretrain",
                 "training.from_pretrained", "training.start_from_counts")  # fmt: skip
 _GROUPS = ("data", "model", "backbone", "parameterization", "noise", "masking", "latents")
@@ -95,11 +96,10 @@ _FIRST = ("data.", "model.", "noise.", "training.", "classify.", "T", "block_siz
 
 
 def overrides(known: Mapping[str, object]) -> list[str]:
-    """The words of a command line that make the configuration whose `identity` a checkpoint carries as `known`, as far
-    as a model can be used with them: those of its training are left out.
+    """Return the command line that makes the configuration whose `identity` is `known`, without settings of training.
 
-    The checkpoint may be anybody's. Only plain values of keys that exist are taken from it; what is instantiated,
-    and every choice of a group, is named by a file in configs/.
+    The checkpoint may come from anybody. Only plain values of existing keys are taken from it; every component and
+    every choice of a group is named by a file in configs/.
 
     Raises:
         ValueError: it names something else.
@@ -115,7 +115,7 @@ def overrides(known: Mapping[str, object]) -> list[str]:
     words: list[str] = []
     for group in _GROUPS:
         words += _choice(group, known, words)
-    for first in (_FIRST, ("",)):  # what others follow, then what is left
+    for first in (_FIRST, ("",)):  # first the settings that others refer to, then the rest
         cfg = compose_config(words)
         ours = identity(cfg)
         present = _targets(cfg)
@@ -146,12 +146,12 @@ def _is_free(key: str) -> bool:
 
 
 def _is_found(key: str, value: object) -> bool:
-    """Whether it is the config.json of a published network, which the network finds in the checkpoint itself."""
+    """Return True for the config.json of a published network, which is read from the checkpoint itself."""
     return key.startswith("backbone.config") and str(value).startswith("{")
 
 
 def _unset(value: object) -> object:
-    """What a setting is that an identity leaves out, where another one is `value`."""
+    """Return the value of a setting that an identity leaves out, given another value of it."""
     return False if isinstance(value, bool) else 0 if isinstance(value, int) else None
 
 
@@ -160,7 +160,8 @@ def _different(known: Mapping[str, object], ours: Mapping[str, object]) -> list[
 
 
 def _choice(group: str, known: Mapping[str, object], words: list[str]) -> list[str]:
-    """`group=choice` for the file of that name or target that agrees best with what is known; nothing without one."""
+    """Return `group=choice` for the file that has this name or target and agrees best with `known`; nothing if there
+    is none."""
     fitting = []
     for path in sorted((CONFIGS / group).glob("*.yaml")):
         content = OmegaConf.load(path)
@@ -176,13 +177,13 @@ def _choice(group: str, known: Mapping[str, object], words: list[str]) -> list[s
 
 def _unknown(key: str, value: object) -> ValueError:
     return ValueError(
-        f"the checkpoint was trained with {plain(key)}={plain(value)}, which no file in configs/ names: it is of "
-        "another version, or of a configuration that is not here; add its yaml"
+        f"the checkpoint was trained with {plain(key)}={plain(value)}, which no file in configs/ names: it is from "
+        "another version or configuration; add its yaml"
     )
 
 
 def _may_be_carried(key: str, value: object) -> bool:
-    """Whether an identity has such keys and values: keys of settings, not the choice of a group; plain values."""
+    """Return True for a key and value that an identity may have: a setting with a plain value, no choice of a group."""
     if not _KEY.fullmatch(key) or not any(key == name or key.startswith(f"{name}.") for name in _CARRIED):
         return False
     if key == "parameterization":  # the name of the objective
@@ -191,26 +192,26 @@ def _may_be_carried(key: str, value: object) -> bool:
 
 
 def _is_setting(key: str, cfg: DictConfig, unset: bool) -> bool:
-    """Whether `key` is that of a value in `cfg`; with `unset` also that of a mapping of values."""
+    """Return True if `key` is a value in `cfg`; with `unset` also if it is a mapping of values."""
     parts = key.split(".")
     if any(part.startswith("_") for part in parts) or (CONFIGS / key).is_dir():
         return False
     node = OmegaConf.select(cfg, key, default=_ABSENT)
-    if node is _ABSENT:  # mappings of settings, such as training.joint_modes, have keys of their own
+    if node is _ABSENT:  # mappings of settings, such as training.joint_modes, have free keys
         parent = OmegaConf.select(cfg, ".".join(parts[:-1]), default=_ABSENT) if len(parts) > 2 else _ABSENT
         return parent is None or (OmegaConf.is_dict(parent) and "_target_" not in parent)
     return not OmegaConf.is_dict(node) or (unset and "_target_" not in node)
 
 
 def _is_plain(value: object) -> bool:
-    """Whether it is a text without interpolation, a number, a switch, or a list of such."""
+    """Return True for a text without interpolation, a number, a bool, null, or a list of these."""
     if isinstance(value, list | tuple):
         return all(map(_is_plain, value))
     return value is None or isinstance(value, bool | int | float) or (isinstance(value, str) and "${" not in value)
 
 
 def word(value: object) -> str:
-    """A value as Hydra reads it on a command line."""
+    """Return a value in the notation of Hydra's command line."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, list | tuple):

@@ -1,9 +1,9 @@
-"""Import paths of components: the current one, and the one that fingerprints keep when a module moves."""
+"""Import paths of components: the current path, and the stable one that fingerprints keep when a module moves."""
 
 from __future__ import annotations
 
 PACKAGE = "palimpsest."
-# Modules that lie elsewhere now: the name under which runs, checkpoints and users' files know them -> where they are.
+# Moved modules: the path that runs, checkpoints and users' files know -> the current path.
 MOVED = {
     "callbacks": "training.callbacks",
     "engine": "training",
@@ -33,21 +33,19 @@ MOVED = {
     "transformers.get_cosine_schedule_with_warmup": "training.lr_schedules.cosine_to_zero",
 }
 _BACK = {new: old for old, new in MOVED.items()}
-# Rooms and modules that were importable by these names before there was a package.
-_STAYED = frozenset({"app", "classification", "dataloader", "diffusion", "estimators", "models", "noise_schedule",
-                     "objectives", "process", "samplers", "tasks"})  # fmt: skip
+# Modules that were top-level before there was a package.
+_UNMOVED = frozenset({"app", "classification", "dataloader", "diffusion", "estimators", "models", "noise_schedule",
+                      "objectives", "process", "samplers", "tasks"})  # fmt: skip
 
 
 def current(name: str) -> str:
-    """Return the path of what `name` names, which may be the name of an earlier version."""
-    found = _longest(name, MOVED)
-    if found is not None:
-        return PACKAGE + found
-    return PACKAGE + name if name.partition(".")[0] in _STAYED else name
+    """Return the current path of a component, given its current path or one of an earlier version."""
+    found = _longest(name, MOVED) or (name if name.partition(".")[0] in _UNMOVED else None)
+    return name if found is None else PACKAGE + found
 
 
 def lasting(name: str) -> str:
-    """Return the name of `name` that fingerprints and checkpoints hold, which no move changes."""
+    """Return the path that fingerprints and checkpoints contain, which no move changes."""
     if not name.startswith(PACKAGE):
         return name
     name = name.removeprefix(PACKAGE)
@@ -55,9 +53,9 @@ def lasting(name: str) -> str:
 
 
 def _longest(name: str, table: dict[str, str]) -> str | None:
-    """Return `name` with its longest beginning that `table` knows replaced; None where it knows none."""
+    """Return `name` with its longest prefix in `table` replaced; None if there is none."""
     parts = name.split(".")
     for end in range(len(parts), 0, -1):
-        if (beginning := ".".join(parts[:end])) in table:
-            return ".".join([table[beginning], *parts[end:]])
+        if (prefix := ".".join(parts[:end])) in table:
+            return ".".join([table[prefix], *parts[end:]])
     return None

@@ -1,8 +1,7 @@
 """Checks of settings against the arguments that read them: invalid values and unread settings are refused.
 
-Readers are the arguments of what is built: of every component that the configuration names with `_target_`, and of what
-the code builds itself, with the keys that it hands on (`Wiring`). The types of the arguments say what they take
-(common/values.py).
+Readers are the arguments of components that the configuration names with `_target_`, and of objects that the code
+builds from keys (settings/wiring.py). The types of the arguments define their values (common/values.py).
 """
 
 from __future__ import annotations
@@ -39,9 +38,12 @@ _WANDB = "wandb"
 
 @dataclass(frozen=True)
 class Argument:
-    """An argument of what is built, and the setting that it gets.
+    """An argument of a component, and the setting that it receives.
 
-    at: where the configuration holds the value. key: where it was typed, if that is somewhere else. hint: its type.
+    Attributes:
+        at: key at which the configuration has the value.
+        key: key at which it was typed.
+        hint: type of the argument.
     """
 
     at: str
@@ -50,14 +52,14 @@ class Argument:
 
 
 class Readers:
-    """The readers of a composed configuration: what the code builds itself, and what that refers to."""
+    """The readers of a composed configuration: objects that the code builds, and components that these refer to."""
 
     def __init__(self, cfg: DictConfig) -> None:
         self._cfg, self._raw = cfg, OmegaConf.to_container(cfg)
 
     @cached_property
     def arguments(self) -> list[Argument]:
-        """Every argument of every component that is built."""
+        """Return every argument of every component that is built."""
         found: list[Argument] = []
         seen: set[str] = set()
         open_ = [*ROOTS]
@@ -93,7 +95,7 @@ class Readers:
             yield Argument(at, at, hint) if not _is_reference(value) else Argument(at, at, object)
 
     def refuse_wrong(self) -> None:
-        """Raise ValueError for the first value that its reader does not take, with key, value and what is possible."""
+        """Raise ValueError for the first value that its reader does not accept."""
         for key, value in self._values().items():
             if key.endswith("_target_") and not (isinstance(value, str) and _TARGET.fullmatch(value)):
                 raise ValueError(f"{key}={shown(value)} must be the dotted name of a class or function, as in configs/")
@@ -110,7 +112,7 @@ class Readers:
         return dict(leaves(self._raw))
 
     def _refuse_broken(self) -> None:
-        """Refuse references to what does not exist, where they begin: what refers to them fails too."""
+        """Refuse references to absent keys at their origin, because whatever refers to them fails too."""
         failed = {}
         refers = {key: value for key, value in self._values().items() if _is_reference(value)}
         for key in refers:
@@ -159,7 +161,7 @@ class Readers:
 
 
 def leaves(node: dict[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Yield keys and values, interpolations as they are written."""
+    """Yield keys and values, with interpolations unresolved."""
     for name, value in node.items():
         if isinstance(value, dict) and value:
             yield from leaves(value, f"{prefix}{name}.")
@@ -168,7 +170,7 @@ def leaves(node: dict[str, object], prefix: str = "") -> Iterator[tuple[str, obj
 
 
 def _refuse(key: str, hint: object, value: object) -> None:
-    """Raise ValueError for a value that its type does not allow; an object to be built is a group of settings."""
+    """Raise ValueError for a value that its type does not accept; a component to be built is a group of settings."""
     if entry := entry_of(hint):
         for name, one in value.items() if isinstance(value, dict) else ():
             _refuse(f"{key}.{name}", entry, one)
@@ -226,7 +228,7 @@ def _referred_in(group: str) -> frozenset[str]:
 
 
 def _refuse_wrong_unread(key: str, value: object) -> None:
-    """Refuse a value that no reader of the setting would take."""
+    """Refuse a value that no reader of the setting would accept."""
     known = [hints(located(target)).get(argument, object) for target, argument in readers(key)]
     settings = [setting for hint in known if (setting := setting_of(hint)) is not None]
     if settings and not any(setting.accepts(value) for setting in settings):
@@ -234,7 +236,7 @@ def _refuse_wrong_unread(key: str, value: object) -> None:
 
 
 def _unread(key: str, word: str, cfg: DictConfig) -> str:
-    """Say that nothing reads a setting, and what would."""
+    """Return the message that nothing reads a setting, and what would."""
     naming = re.compile(rf"\$\{{{re.escape(key)}\}}")
     files = [path for path in sorted(CONFIGS.glob("*/*.yaml")) if naming.search(path.read_text(encoding="utf-8"))]
     groups = dict.fromkeys(path.parent.name for path in files)

@@ -1,6 +1,6 @@
-"""Arguments of objects that the code builds without a `_target_`, and the configuration keys that they come from.
+"""Arguments of objects that the code builds without a `_target_`, and the configuration keys they come from.
 
-All other objects are named by a `_target_` in configs/, beside their arguments.
+All other objects are named by a `_target_` in configs/, next to their arguments.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ WIRING: dict[str, dict[str, str]] = {
         "checkpoint_path": "eval.checkpoint_path",
     },
 }
-# Groups whose components the code builds itself; others are built where one of these refers to them.
+# Groups whose components the code builds directly; others are built if one of these refers to them.
 ROOTS = ("mode", "backbone", "parameterization", "process", "sampler", "estimator", "optim", "lr_scheduler",
          "strategy", "callbacks", "logger", "plateau", "latents", "streaming", "data.source", "data.truth",
          "data.judge")  # fmt: skip

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from palimpsest.common.files import write_whole
+from palimpsest.common.files import write_atomically
 from palimpsest.common.metrics import Estimate
 from palimpsest.diffusion import Provenance
 from palimpsest.evaluation.experiment import Experiment
@@ -55,14 +55,14 @@ def write_results(folder: Path, results: Mapping[str, object]) -> None:
     before = json.loads(path.read_text(encoding="utf-8")).get("command") if path.exists() else None
     if before not in (None, plain.get("command")):
         print(f"{path} held the results of: {before}")
-    write_whole(path, (json.dumps(plain, indent=2) + "\n").encode())
+    write_atomically(path, (json.dumps(plain, indent=2) + "\n").encode())
 
 
 @rank_zero_only
 def write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     """Write one JSON object a line."""
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_whole(path, text.encode("utf-8"))
+    write_atomically(path, text.encode("utf-8"))
 
 
 @rank_zero_only
@@ -70,7 +70,7 @@ def write_columns(path: Path, columns: Mapping[str, np.ndarray]) -> None:
     """Write a Parquet file."""
     table = pa.BufferOutputStream()
     pq.write_table(pa.table(dict(columns)), table)
-    write_whole(path, table.getvalue())
+    write_atomically(path, table.getvalue())
 
 
 @rank_zero_only
@@ -78,7 +78,7 @@ def write_latents(path: Path, latents: np.ndarray) -> None:
     """Write latents as a file of numpy."""
     content = io.BytesIO()
     np.save(content, latents.astype(np.float32))
-    write_whole(path, content.getvalue())
+    write_atomically(path, content.getvalue())
 
 
 def write_report(experiment: Experiment, report: Report, folder: Path) -> Path:

@@ -8,7 +8,7 @@ from functools import lru_cache
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from palimpsest.common.files import Place, below, check_seal, exists, name_of, newest_first, rename
+from palimpsest.common.files import PathOrUrl, basename, check_seal, exists, join_path, newest_first, rename
 from palimpsest.models.checkpoints import load_inert
 from palimpsest.training.callbacks.retention import BEST, LAST
 
@@ -17,15 +17,15 @@ log = logging.getLogger(__name__)
 _CORRUPT = ".corrupt"
 
 
-def newest_good(folder: Place) -> Place | None:
+def newest_good(folder: PathOrUrl) -> PathOrUrl | None:
     """last.ckpt of `folder`, or, where that is damaged, the latest written of the others that is not, best.ckpt after
     all others; None where there is no last.ckpt. What is damaged, best.ckpt too, is set aside as *.corrupt.
 
     Raises:
         ValueError: there were checkpoints, and all are damaged.
     """
-    last, best = below(folder, LAST), below(folder, BEST)
-    if not exists(last) and not any(name_of(path).startswith(f"{LAST}{_CORRUPT}") for path in newest_first(folder)):
+    last, best = join_path(folder, LAST), join_path(folder, BEST)
+    if not exists(last) and not any(basename(path).startswith(f"{LAST}{_CORRUPT}") for path in newest_first(folder)):
         return None
     best_is_good = exists(best) and _good(best)
     if _good(last):
@@ -43,13 +43,13 @@ def newest_good(folder: Place) -> Place | None:
 
 
 @lru_cache  # it is said once
-def _instead(path: Place) -> Place:
+def _instead(path: PathOrUrl) -> PathOrUrl:
     if rank_zero_only.rank == 0:
         log.error("%s WAS DAMAGED: %s is used in its place", LAST, path)
     return path
 
 
-def _good(path: Place) -> bool:
+def _good(path: PathOrUrl) -> bool:
     """Whether it is what was written, or, without a seal, can be read; if not, it is set aside."""
     try:
         if not check_seal(path):
@@ -64,7 +64,7 @@ def _good(path: Place) -> bool:
     return True
 
 
-def _set_aside(path: Place, error: Exception) -> None:
+def _set_aside(path: PathOrUrl, error: Exception) -> None:
     """Rename it, on the one process that writes. The others come to the same verdict by themselves."""
     if rank_zero_only.rank != 0:
         return

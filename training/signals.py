@@ -27,7 +27,7 @@ from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from palimpsest.common.files import Place, below
+from palimpsest.common.files import PathOrUrl, join_path
 from palimpsest.training.callbacks.best import save_last
 from palimpsest.training.callbacks.retention import LAST
 from palimpsest.training.slurm import requeue
@@ -179,7 +179,7 @@ class StopAtSignal(Checkpoint):
     A step with a validation is over when that is (training/callbacks/best.py says why).
     """
 
-    def __init__(self, folder: Place) -> None:
+    def __init__(self, folder: PathOrUrl) -> None:
         self.folder, self._stop = folder, 0
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -225,7 +225,7 @@ class StopAtSignal(Checkpoint):
         self._stop = number
         save_last(trainer, self.folder)
         name, step = signal.Signals(number).name, trainer.global_step
-        say(f"{name}: step {step} is saved in {below(self.folder, LAST)}; the same command goes on from there")
+        say(f"{name}: step {step} is saved in {join_path(self.folder, LAST)}; the same command goes on from there")
 
     def _told(self, trainer: lightning.Trainer, ask: bool) -> int:
         """The signal that some process got, 0 for none: the same answer on all of them."""

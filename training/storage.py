@@ -13,7 +13,16 @@ from pathlib import Path
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
-from palimpsest.common.files import PARTIAL, Place, Seal, filesystem, folder_of, is_remote, place, sync_folder
+from palimpsest.common.files import (
+    PARTIAL,
+    PathOrUrl,
+    Seal,
+    filesystem,
+    fsync_folder,
+    is_remote,
+    parent_folder,
+    path_or_url,
+)
 from palimpsest.models.checkpoints import read_contents
 from palimpsest.training.callbacks.retention import make_room
 from palimpsest.training.logs import FULL
@@ -43,7 +52,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict, path: str | os.PathLike, storage_options: object = None) -> None:
         if storage_options is not None:
             raise TypeError("storage_options are not used: fsspec reads its own configuration")
-        where = place(path)
+        where = path_or_url(path)
         try:
             self._write(checkpoint, where)
         except OSError as error:
@@ -54,15 +63,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self.failures, self.error = 0, None
         self._tell(checkpoint)
 
-    def _write(self, checkpoint: dict, where: Place) -> None:
+    def _write(self, checkpoint: dict, where: PathOrUrl) -> None:
         while True:
             try:
                 return write_checkpoint(checkpoint, where)
             except OSError as error:
-                if is_remote(where) or error.errno not in FULL or not make_room(folder_of(where)):
+                if is_remote(where) or error.errno not in FULL or not make_room(parent_folder(where)):
                     raise
 
-    def failed(self, where: Place, error: OSError) -> None:
+    def failed(self, where: PathOrUrl, error: OSError) -> None:
         """Take note that `where` could not be written. Raises OSError when it is once too often."""
         self.failures += 1
         self.error = OSError(
@@ -80,10 +89,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: str | os.PathLike, map_location: object = None, weights_only: bool | None = None
     ) -> dict:
-        return read_contents(place(path))
+        return read_contents(path_or_url(path))
 
 
-def write_checkpoint(checkpoint: Mapping[str, object], where: Place) -> None:
+def write_checkpoint(checkpoint: Mapping[str, object], where: PathOrUrl) -> None:
     """Write a sealed file (common/files.py) in one piece: at an address by an upload that counts only when it is
     complete, on a disk beside the target, which is then renamed. Contents, then names, are on the disk at return.
 
@@ -95,7 +104,7 @@ def write_checkpoint(checkpoint: Mapping[str, object], where: Place) -> None:
         _seal(checkpoint, content)
         try:
             fs = filesystem(where)
-            fs.makedirs(folder_of(where), exist_ok=True)
+            fs.makedirs(parent_folder(where), exist_ok=True)
             with fs.transaction, fs.open(where, "wb") as file:
                 file.write(content.getbuffer())
         except Exception as error:  # every store has exceptions of its own
@@ -113,7 +122,7 @@ def write_checkpoint(checkpoint: Mapping[str, object], where: Place) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    sync_folder(where.parent)
+    fsync_folder(where.parent)
 
 
 def _seal(checkpoint: Mapping[str, object], file: io.IOBase) -> None:

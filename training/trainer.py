@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from palimpsest.common.files import Place
+from palimpsest.common.files import PathOrUrl
 from palimpsest.common.values import FREE, AtLeastOne, FilePath, Name, Natural, NotNegative, Share, whole
 from palimpsest.training.callbacks.batches import BatchArithmetic
 from palimpsest.training.callbacks.best import LastCheckpoint, Patience
@@ -79,7 +79,7 @@ class Run:
     max_skipped_steps: int
     max_failed_saves: int | None
     folder: Path
-    checkpoints: Place
+    checkpoints: PathOrUrl
     command: str
     settings: str
     callbacks: Sequence[Callback]

@@ -1,4 +1,4 @@
-"""Addressed noise: uniform, independent of batch, padding and order."""
+"""Keyed noise: uniform, independent of batch, padding and order."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_every_part_of_the_address_matters():
         assert not torch.equal(base, other.uniform(8))
 
 
-def test_rows_do_not_know_their_batch_nor_their_padding():
+def test_rows_do_not_depend_on_their_batch_or_padding():
     whole = KeyedNoise(1, torch.arange(10)).uniform(16)
     part = KeyedNoise(1, torch.arange(4, 10)).uniform(24)
     assert torch.equal(whole[4:], part[:, :16])
@@ -69,7 +69,7 @@ def test_the_first_draws_of_a_design_are_a_fair_and_spread_out_sample():
 
 
 def test_parts_of_parts_have_numbers_of_their_own():
-    """Addresses of up to three parts, each below six: equal only where they differ by parts 0, the row's own."""
+    """Addresses of up to three parts below six are equal only if they differ by trailing zeros, the row itself."""
 
     def at(address: tuple[int, ...]) -> KeyedNoise:
         noise = evaluation_noise(0, torch.arange(2))

@@ -1,5 +1,5 @@
-"""Every public data set: its configuration asks the Hub for the right thing, reads the same from a small local folder
-in the layout that it names, streams no further than its limit, and trains."""
+"""Public data sets: each configuration requests the right Hub data, reads the same texts from a local folder in the
+documented layout, streams no further than its limit, and trains."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TEXT8 = ("afmck/text8", None, None)
 
 @dataclass
 class Asked:
-    """What a configuration asks of the Hub, and what its texts are made of there."""
+    """The Hub request of a configuration, and examples of its raw and detokenised texts."""
 
     repository: tuple[str, str | None, str | None]  # id, configuration, revision
     splits: dict[str, str]
@@ -96,7 +96,7 @@ def source_of(name, *overrides):
 
 
 def shrunk(name):
-    """Overrides that make the fixed slices fit 40 rows."""
+    """Return overrides that make the fixed slices fit 40 rows."""
     if name.startswith("lm1b"):
         files = {"train": "train*.*[10:]", "validation": "train*.*[:10]"}
     elif name == "openwebtext-split":
@@ -107,7 +107,7 @@ def shrunk(name):
 
 
 def write_folder(root, name, kind="parquet"):
-    """The 40 rows of each split in the layout that the configuration's header names."""
+    """Write the 40 rows of each split in the layout of the configuration's header."""
     asked, source = ASKED[name], compose_config([f"data={name}"]).data.source
     source = source.sources.openwebtext if "sources" in source else source
     folder = root / source.folder
@@ -178,7 +178,7 @@ LAYOUTS = {  # where the repositories keep their files: converted by the Hub, pl
 
 
 def write_repository(root, name):
-    """A folder laid out as the repository on the Hub, which `datasets` reads by the same rules."""
+    """Write a folder with the layout of the Hub repository, which `datasets` reads by the same rules."""
     asked = ASKED[name]
     for split in {expression.partition("[")[0] for expression in asked.splits.values()}:
         path = root / LAYOUTS[name].format(split)
@@ -194,7 +194,7 @@ def write_repository(root, name):
 
 @pytest.mark.parametrize("name", sorted(LAYOUTS))
 def test_the_real_library_reads_such_a_repository(name, tmp_path, monkeypatch):
-    """Split expressions, configurations, streaming and the detokenised copy on disk, without a stand-in."""
+    """Covers split expressions, configurations, streaming and the detokenised copy on disk, without a stand-in."""
     monkeypatch.setattr(datasets, "load_dataset", datasets.load.load_dataset)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "kept")
     asked = ASKED[name]
@@ -457,8 +457,8 @@ def test_text8_of_another_size_is_refused(tmp_path, monkeypatch):
         source_of("text8", *SIZES).load("train")
 
 
-def test_crops_are_stretches_of_double_rows(tmp_path, monkeypatch):
-    """Each visit sees another stretch of its own, whatever the batches, the devices and a resume."""
+def test_each_visit_crops_a_double_row_anew(tmp_path, monkeypatch):
+    """Each visit sees a different crop, which does not depend on batches, devices or a resume."""
     write_text8(tmp_path, "original")
     monkeypatch.setenv("DATA_DIR", str(tmp_path))
     settings = {"global_batch_size": 6, "max_steps": 30, "seed": 3}
@@ -471,11 +471,11 @@ def test_crops_are_stretches_of_double_rows(tmp_path, monkeypatch):
             rows.setdefault(int(row), set()).add(seen[int(position)])
     assert set(rows) == set(range(600 // 32))
     starts = set()
-    for row, stretches in rows.items():
+    for row, crops in rows.items():
         text = WHOLE[32 * row : 32 * row + 32]
-        assert len(stretches) > 5, "another stretch at every visit"
-        assert all(stretch in text for stretch in stretches)
-        starts |= {text.index(stretch) for stretch in stretches}
+        assert len(crops) > 5, "a different crop at each visit"
+        assert all(crop in text for crop in crops)
+        starts |= {text.index(crop) for crop in crops}
     assert starts == set(range(17)), "from the first start to the last"
 
     small = module("text8-crop", tmp_path, *SIZES, **settings, batch_size=2)

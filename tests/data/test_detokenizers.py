@@ -1,4 +1,4 @@
-"""Detokenisers: what they make of each convention, on examples and on real lines; text of people stays as it is."""
+"""Detokenizers: each convention on examples and on real lines; natural text is unchanged."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EXAMPLES = {
         ("It is . It was ; it will : be ? Yes ! No , thanks", "It is. It was; it will: be? Yes! No, thanks"),
         ("the dogs ' tails", "the dogs' tails"),
         ("the dog 's tail", "the dog's tail"),
-        ("the dogs ' and the cats ' tails", "the dogs'and the cats' tails"),  # an oddity of the convention: quotes
+        ("the dogs ' and the cats ' tails", "the dogs'and the cats' tails"),  # an error of the convention: quotes
         ("see [ 1 ] and { 2 }", "see [1] and {2}"),
         ("at 30 ° C", "at 30°C"),
         ("first line \n second line ", "first line\nsecond line"),
@@ -39,10 +39,7 @@ EXAMPLES = {
         ("See http : / / example.org and / or [ 1 ]", "See http://example.org and/or [1]"),
         ("' a word ' , twice", "'a word', twice"),
     ],
-    "lambada": [
-        ("“ yes , ” he said .  ", '\n" yes , " he said .'),
-        ("\nalready", "\nalready"),
-    ],
+    "lambada": [("“ yes , ” he said .  ", '\n" yes , " he said .'), ("\nalready", "\nalready")],
     "published_wikitext": [
         (" = Robert Boulter = \n", " = Robert Boulter =\n"),
         ("it ends with a blank ", "it ends with a blank "),
@@ -86,7 +83,7 @@ def lines(data_dir, name="valid"):
 
 
 def test_real_wikitext(data_dir):
-    """Letters and digits survive in their order, the marks of the tokenisation go."""
+    """Letters and digits keep their order; the marks of the tokenisation disappear."""
     found = [detokenizer("wikitext")(line) for line in lines(data_dir)]
     for before, after in zip(lines(data_dir), found, strict=True):
         assert re.findall(r"\w", after.replace("N", "1")) == re.findall(r"\w", before.replace("N", "1"))
@@ -103,7 +100,7 @@ def test_real_wikitext(data_dir):
 
 @pytest.mark.parametrize("name", ["wikitext", "ptb", "lambada"])
 def test_applied_twice_changes_nothing_more(data_dir, name):
-    """But for signs in a row, of which the published convention moves every other one."""
+    """Except for consecutive signs, of which the published convention moves every other one."""
     plain = [line for line in lines(data_dir) if not re.search(r"([:;.!?,'\"] ){2}", line)]
     assert len(plain) > 1000
     function = detokenizer(name)

@@ -1,5 +1,5 @@
-"""The reader of rows: what every format gives, and one message with file, line and remedy for what does not fit. Each
-file is read whole and streamed, and the two must agree."""
+"""File readers: the rows of every format, and one message with file, line and remedy for bad rows. Each file is read
+whole and streamed, with equal results."""
 
 import bz2
 import gzip
@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from palimpsest.common.messages import listed, shown
+from palimpsest.common.messages import listed, short_repr
 from palimpsest.data.files import Columns, read_files, readable_files
 from palimpsest.data.shards import FilePieces, Shards
 from palimpsest.data.user_files import UserFiles
@@ -21,7 +21,7 @@ LABELLED = Columns(label="label")
 
 
 def outcome(path, columns=LABELLED):
-    """Rows as tuples, or the message of the error; the same for a file read whole and streamed."""
+    """Return rows as tuples, or the error message; the same for a file read whole and streamed."""
     found = []
     for streamed in (False, True):
         try:
@@ -221,7 +221,7 @@ PACKERS = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst":
 @pytest.mark.parametrize("ending", PACKERS)
 @pytest.mark.parametrize("kind", ["txt", "csv", "tsv", "jsonl", "json"])
 def test_folders_of_packed_files(ending, kind, tmp_path):
-    """Also where a packed file is several, one after the other, and beside files that are not packed."""
+    """Covers concatenated compressed files, and uncompressed files next to them."""
     halves = {
         "txt": ("a\n", "b\n"),
         "csv": ("text\na\n", "b\n"),
@@ -365,11 +365,11 @@ def test_parquet_files_tell_the_names_of_their_classes(tmp_path):
 
 
 def test_messages_stay_short():
-    assert shown(None) == "null" and shown("a") == "'a'"
+    assert short_repr(None) == "null" and short_repr("a") == "'a'"
     deep = []
     for _ in range(5000):
         deep = [deep]
     for value in ("x" * 10**6, ["x" * 10**6] * 100, {"a": deep}, 10**4000, deep):
-        assert len(shown(value)) < 500
-    assert listed(["a", " b", "", "x" * 99]) == "a, ' b', '', " + shown("x" * 99)
+        assert len(short_repr(value)) < 500
+    assert listed(["a", " b", "", "x" * 99]) == "a, ' b', '', " + short_repr("x" * 99)
     assert listed(list(range(99))).endswith("11, ... (99 in all)")

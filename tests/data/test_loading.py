@@ -1,4 +1,4 @@
-"""How many workers, and how long training waits for them."""
+"""The number of workers, and how long training waits for them."""
 
 from __future__ import annotations
 

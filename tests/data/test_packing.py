@@ -1,4 +1,4 @@
-"""Packing: nothing lost, nothing cut in silence, and a cache that a changed setting never meets."""
+"""Packing: nothing is lost or truncated silently, and every setting has a separate cache entry."""
 
 import multiprocessing
 from dataclasses import replace
@@ -56,7 +56,7 @@ def test_wrap_is_one_stream_over_the_whole_split(chunk_special, tokenizer, vocab
 
 
 def test_rows_know_the_documents_of_their_ends(tokenizer, vocab, tmp_path, monkeypatch):
-    """Texts of 1, 2, 3, ... characters and an EOS each, however they are read; lines of documents; unknown ones."""
+    """Uses texts of 1, 2, 3, ... characters and an EOS each, lines of documents, and unknown documents."""
     monkeypatch.setattr(packing_module, "_TEXTS_AT_ONCE", 2)
     texts = ["a" * n for n in (1, 2, 0, 3, 4, 5)]
     of_token = np.repeat([0, 1, 2, 3, 4], [2, 3, 4, 5, 6])
@@ -123,7 +123,7 @@ def test_padded_rows_hold_their_text(bos, eos, tokenizer, vocab, tmp_path):
 LONG = ["abcdefghij", "abc", "abcd"]  # with EOS 11, 4, 5 tokens
 
 
-def test_long_texts_are_an_error_unless_told(tokenizer, vocab, tmp_path):
+def test_long_texts_are_an_error_by_default(tokenizer, vocab, tmp_path):
     message = r"test split: 2 of 3 texts are longer than model\.length=4 .* has 11\).*data\.long_texts"
     with pytest.raises(ValueError, match=message):
         pack(rows_of(LONG), tokenizer, vocab, Packing(4, False), tmp_path, "test split")
@@ -139,14 +139,7 @@ def test_long_texts_cut(tokenizer, vocab, tmp_path):
 def test_long_texts_in_windows(tokenizer, vocab, tmp_path):
     packing = Packing(4, False, long_texts="windows")
     rows, figures = pack(rows_of(LONG), tokenizer, vocab, packing, tmp_path)
-    assert [decode(tokenizer, ids) for ids in ids_of(rows)] == [
-        "abcd",
-        "efgh",
-        "ij[EOS]",
-        "abc[EOS]",
-        "abcd",
-        "[EOS]",
-    ]
+    assert [decode(tokenizer, ids) for ids in ids_of(rows)] == ["abcd", "efgh", "ij[EOS]", "abc[EOS]", "abcd", "[EOS]"]
     assert rows["text_id"][:].tolist() == [0, 0, 0, 1, 2, 2] and figures["cut"] == 0
     names = rows["sample_id"][:].tolist()
     assert len(set(names)) == 6
@@ -254,7 +247,7 @@ def test_processes_at_once(tmp_path):
 
 
 def test_a_second_writer_does_no_harm(tmp_path):
-    """Two builders without a lock (a file system that has none): the later one finds the work done."""
+    """Two builders without a lock, as on a file system that has none: the later one finds the entry built."""
 
     def slow(folder):
         monkey = cached_folder(tmp_path, "x", {"a": 1}, lambda f: (f / "data").write_text("1") and {"n": 1})

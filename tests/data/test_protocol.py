@@ -1,4 +1,4 @@
-"""data.protocol=reference makes the rows of kuleshov-group's mdlm; its steps are redone here with `datasets`."""
+"""data.protocol=reference makes the rows of kuleshov-group's mdlm, whose steps are repeated here with `datasets`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "=", "\n", *(f"w{i}" for 
 
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory):
-    """A tokenizer that frames each text like BERT and knows the line feed."""
+    """Return the folder of a tokenizer that frames each text like BERT and has a line feed token."""
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
     inner.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
     inner.post_processor = processors.TemplateProcessing(
@@ -35,7 +35,7 @@ def bert(tmp_path_factory):
 
 
 def lines(number: int) -> list[str]:
-    """What the Hub has of a file like WikiText's: headings, paragraphs, empty lines, each with its line feed."""
+    """Return a Hub file like WikiText's: headings, paragraphs, empty lines, each with its line feed."""
     made = []
     for i in range(number):
         words = " ".join(f"w{(7 * i + 3 * j) % 40}" for j in range(i % 11))
@@ -44,7 +44,7 @@ def lines(number: int) -> list[str]:
 
 
 def theirs(rows: list[str], tokenizer, num_proc: int) -> list[list[int]]:
-    """kuleshov-group/mdlm's preprocess_and_tokenize and _group_texts, as two maps over contiguous shards."""
+    """Apply kuleshov-group/mdlm's preprocess_and_tokenize and _group_texts to contiguous shards."""
     end, begin = tokenizer.encode("[SEP]")[0], tokenizer.encode("[CLS]")[0]
     data, out = datasets.Dataset.from_dict({"text": rows}), []
     for number in range(num_proc):

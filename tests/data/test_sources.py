@@ -1,5 +1,4 @@
-"""Sources: every file format, splits that are disjoint and fixed, labels, and one clear error for each bad
-input."""
+"""Sources: every file format, disjoint and fixed splits, labels, and one clear error for each bad input."""
 
 import json
 import os
@@ -256,7 +255,7 @@ def test_generated_reviews(monkeypatch):
 
 
 def configured(name):
-    """The source of configs/data/<name>.yaml."""
+    """Return the source of configs/data/<name>.yaml."""
     settings = yaml.safe_load((ROOT / "configs" / "data" / f"{name}.yaml").read_text())["source"]
     assert settings.pop("_target_") == "palimpsest.data.sources.HubOrFolder"
     return HubOrFolder(**settings)

@@ -1,4 +1,4 @@
-"""A stream has one order, whoever reads it: rows as packing makes them, every text once per epoch, exact resumes."""
+"""Streams have one order for any readers: packed rows, every text once per epoch, exact resumes."""
 
 import gzip
 import io
@@ -18,7 +18,7 @@ from palimpsest.data import streaming
 from palimpsest.data.loading import Loading
 from palimpsest.data.shards import share_of
 from palimpsest.data.sources import HubOrFolder
-from palimpsest.data.streaming import Order, Place
+from palimpsest.data.streaming import LaneCursor, Order
 from palimpsest.data.user_files import UserFiles
 from palimpsest.diffusion import Diffusion
 from palimpsest.experiment.experiment import Experiment
@@ -33,9 +33,9 @@ G, STEPS, N = 12, 8, 90
 
 
 @pytest.fixture(autouse=True)
-def small_helpings(monkeypatch):
-    """So that a few texts are many helpings."""
-    monkeypatch.setattr(streaming, "HELPING", 150)
+def small_chunks(monkeypatch):
+    """Make many chunks of a few texts."""
+    monkeypatch.setattr(streaming, "CHUNK_CHARACTERS", 150)
 
 
 def texts(number=N, start=0):
@@ -43,7 +43,7 @@ def texts(number=N, start=0):
 
 
 def write(folder, kind="jsonl", files=3, number=N):
-    """`files` files of this kind, with `number` texts in all; returns a glob of them."""
+    """Write `files` files of this kind, with `number` texts in all; return a glob of them."""
     folder.mkdir(exist_ok=True)
     for part, rows in enumerate(np.array_split(np.array(texts(number), dtype=object), files)):
         path, rows = folder / f"part{part}.{kind}", list(rows)
@@ -60,7 +60,7 @@ def write(folder, kind="jsonl", files=3, number=N):
 
 
 def data(tmp_path, path=None, *, rank=0, world=1, step=0, order=None, num_workers=0, **settings):
-    """TextData on all texts of `path`, whose held-out splits are files of their own."""
+    """Return TextData on all texts of `path`, with separate files for the held-out splits."""
     path = path or (write(tmp_path / "corpus") if not (tmp_path / "corpus").exists() else str(tmp_path / "corpus/*"))
     held_out = write(tmp_path / "held_out", "txt", files=1, number=5)
     source = UserFiles(path, validation_path=held_out, test_path=held_out)
@@ -73,7 +73,7 @@ def data(tmp_path, path=None, *, rank=0, world=1, step=0, order=None, num_worker
 
 
 def rows(*modules) -> dict[int, list[int]]:
-    """position -> tokens, of everything that these ranks see."""
+    """Return position -> tokens for all batches of these ranks."""
     seen = {}
     for module in modules:
         for batch in module.train_dataloader():
@@ -85,7 +85,7 @@ def rows(*modules) -> dict[int, list[int]]:
 
 
 def saved(modules, step):
-    """The state of the ranks after `step` steps, as it comes out of a checkpoint."""
+    """Return the state of the ranks after `step` steps, as loaded from a checkpoint."""
     states = []
     for module in modules:
         module.trainer.global_step = step
@@ -158,15 +158,15 @@ def test_a_batch_follows_the_contract(tmp_path):
 
 
 def epochs_of(module, count):
-    """The texts of the first epochs of the list of pieces, each as all lanes together give them, in that order."""
+    """Return the texts of the first epochs of the list of pieces, joined over all lanes in order."""
     corpus = module.train_dataloader().corpus
     found = [[] for _ in range(count)]
     for lane in range(corpus.lanes):
-        for helping in corpus.helpings(lane, Place()):
-            epoch = (lane + helping.place.piece * corpus.lanes) // corpus.pieces
+        for chunk in corpus.chunks(lane, LaneCursor()):
+            epoch = (lane + chunk.before.piece * corpus.lanes) // corpus.pieces
             if epoch >= count:
                 break
-            found[epoch] += [module.tokenizer.decode(ids) for ids in helping.ids]
+            found[epoch] += [module.tokenizer.decode(ids) for ids in chunk.ids]
     return found
 
 
@@ -183,7 +183,7 @@ def test_every_text_comes_once_in_every_epoch(files, lanes, tmp_path):
 
 
 def test_texts_run_on_from_piece_to_piece(tmp_path):
-    """One lane, wrapped: nothing is lost between blocks, pieces and epochs."""
+    """With one lane, nothing is lost between blocks, pieces and epochs of wrapped texts."""
     module = data(tmp_path, order={"lanes": 1, "shuffle_buffer": 1}, max_steps=STEPS)
     flat = [i for ids in rows(module).values() for i in ids]
     eos = module.vocabulary.eos_id
@@ -231,15 +231,15 @@ def test_a_resume_of_a_resume(tmp_path):
     assert rows(module) == {position: ids for position, ids in whole.items() if position >= 6 * G}
 
 
-def test_a_resume_tokenises_a_helping_for_each_lane_and_no_more(tmp_path, monkeypatch):
+def test_a_resume_tokenises_a_chunk_for_each_lane_and_no_more(tmp_path, monkeypatch):
     before = data(tmp_path)
     list(before.train_dataloader())
     state = saved([before], STEPS - 1)
     after = data(tmp_path, step=STEPS - 1)
     after.load_state_dict(state)
     asked = []
-    real = streaming.tokenised
-    monkeypatch.setattr(streaming, "tokenised", lambda tokenizer, some: asked.append(some) or real(tokenizer, some))
+    real = streaming.Packer.tokenise
+    monkeypatch.setattr(streaming.Packer, "tokenise", lambda self, some: asked.append(some) or real(self, some))
     next(iter(after.train_dataloader()))
     assert len(asked) <= 2 * 4 and len(before.train_dataloader().places) == 0
     # Without its places it is the same stream, read from the beginning.
@@ -252,7 +252,7 @@ def test_a_resume_tokenises_a_helping_for_each_lane_and_no_more(tmp_path, monkey
     assert first == {position: ids for position, ids in rows(data(tmp_path)).items() if position >= (STEPS - 1) * G}
 
 
-def test_places_do_not_pile_up(tmp_path):
+def test_old_cursors_are_forgotten(tmp_path):
     module = data(tmp_path, max_steps=100, batch_size=1)
     loader = module.train_dataloader()
     for number, _ in enumerate(loader):
@@ -308,7 +308,7 @@ def test_every_rank_saves_the_places_of_all(tmp_path, monkeypatch):
 # -------------------------------------------------------------------------------- splits
 
 
-def test_held_out_texts_are_told_by_their_hash(tmp_path):
+def test_held_out_texts_are_chosen_by_hash(tmp_path):
     path = write(tmp_path / "corpus", files=2, number=300)
     with (tmp_path / "corpus/part0.jsonl").open("a") as file:  # every text twice
         file.write((tmp_path / "corpus/part1.jsonl").read_text() + (tmp_path / "corpus/part0.jsonl").read_text())
@@ -357,7 +357,7 @@ def test_labels_come_along_and_choose(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["own files", "a named set"])
-def test_prompts_stay_given_also_after_a_resume(kind, tmp_path, monkeypatch):
+def test_prompts_are_observed_also_after_a_resume(kind, tmp_path, monkeypatch):
     monkeypatch.setenv("DATA_DIR", str(tmp_path))
     path = tmp_path / "mine" / "train.jsonl"
     path.parent.mkdir()
@@ -400,7 +400,7 @@ def test_prompts_stay_given_also_after_a_resume(kind, tmp_path, monkeypatch):
             batches(**settings)
 
 
-def test_what_lies_still_is_the_beginning(tmp_path):
+def test_stored_texts_are_the_first_ones(tmp_path):
     module = data(tmp_path, order={"sample_texts": 7}, tokenizer_name_or_path="word")
     assert module.texts("train")["text"][:] == texts(7)
     assert len(module.split("train")) > 0 and len(list(module.val_dataloader())) == 1
@@ -410,12 +410,9 @@ def test_what_lies_still_is_the_beginning(tmp_path):
 
 
 @pytest.mark.parametrize(("settings", "said"), [
-    ({"order": {"lanes": 0}}, r"streaming\.lanes=0"),
-    ({"order": {"shuffle_buffer": 2.5}}, r"streaming\.shuffle_buffer=2\.5"),
-    ({"order": {"sample_texts": -1}}, r"streaming\.sample_texts=-1"),
-    ({"wrap": False}, r"data\.long_texts=error can not hold"),
-    ({"random_crop": True}, r"data\.random_crop=True needs texts that lie still"),
-    ({"train_splits": ["train", "test"]}, r"classify\.pretrain=\['train', 'test'\] needs texts that lie still"),
+    ({"wrap": False}, r"data\.long_texts=error cannot be kept"),
+    ({"random_crop": True}, r"data\.random_crop=True needs stored texts"),
+    ({"train_splits": ["train", "test"]}, r"classify\.pretrain=\['train', 'test'\] needs stored texts"),
     ({"label": 0}, r"data\.label=0: these texts have no labels"),
     ({"max_valid_texts": None, "max_test_texts": None}, r"validation has none: set data\.max_valid_texts"),
     ({"length": 100000}, r"lane 0 of the stream found no row in 15 pieces"),
@@ -436,7 +433,7 @@ def test_files_of_two_kinds_are_read_as_without_streaming(tmp_path):
     assert source.open("train").first(1000)["text"][:] == source.load("train")["text"][:]
 
 
-def test_texts_that_are_cut_are_told(tmp_path, caplog):
+def test_truncated_texts_are_reported(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         list(data(tmp_path, max_steps=20, batch_size=2, **PADDED | {"length": 16}).train_dataloader())
     assert "texts are longer than model.length=16" in caplog.text

@@ -1,5 +1,4 @@
-"""Tokenizers: the vocabulary rule of the references, lossless round trips, caching by content, clear
-errors."""
+"""Tokenizers: the vocabulary rule of the references, lossless round trips, caching by content, clear errors."""
 
 import json
 import os
@@ -21,12 +20,7 @@ ENGLISH = (
     " a leading space, and a trailing one ",
     "x",
 )
-HOSTILE = (
-    "[MASK] [EOS] [PAD] <|endoftext|> <mask> </s> <unk>",
-    "日本語 🙂 \u2581\u0120",
-    "\x00\x01\r\n",
-    "a" * 5000,
-)
+HOSTILE = ("[MASK] [EOS] [PAD] <|endoftext|> <mask> </s> <unk>", "日本語 🙂 \u2581\u0120", "\x00\x01\r\n", "a" * 5000)
 
 
 def build(kind, tmp_path, texts=ENGLISH, vocab_size=None):
@@ -96,7 +90,7 @@ def test_a_character_of_several_bytes_shows_once(tmp_path):
 
 
 def test_a_mask_outside_the_tokenizer_shows(tmp_path):
-    """As with gpt2: no mask token, so the mask is the id after the last."""
+    """Without a mask token, as in gpt2, the mask is the id after the last one."""
     tokenizer = bare({"a": 0, "b": 1, "<eos>": 2}, eos_token="<eos>")
     v = vocabulary(tokenizer)
     assert (v.mask_id, v.size, v.pad_id) == (3, 4, 2)
@@ -210,7 +204,7 @@ def test_a_folder_that_holds_no_tokenizer(tmp_path):
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2", "roberta", "t5", "xlm-roberta", "qwen2", "opt"])
 def test_a_model_folder_without_tokenizer_files_is_refused(kind, tmp_path):
-    """transformers makes a tokenizer of it that knows no word."""
+    """transformers would build a tokenizer without words."""
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
     said = r"data\.tokenizer_name_or_path=.* is empty.*needs tokenizer\.json.*has config\.json"
     with pytest.raises(ValueError, match=said):
@@ -347,13 +341,7 @@ def test_the_rule_of_the_references(tmp_path):
     bert = vocabulary(load_tokenizer("bert-base-uncased", cache_dir=tmp_path))
     assert (bert.mask_id, bert.size, bert.bos_id, bert.eos_id, bert.pad_id) == (103, 30522, 101, 102, 0)
     roberta = vocabulary(load_tokenizer("roberta-base", cache_dir=tmp_path))
-    assert (roberta.mask_id, roberta.size, roberta.bos_id, roberta.eos_id, roberta.pad_id) == (
-        50264,
-        50265,
-        0,
-        2,
-        1,
-    )
+    assert (roberta.mask_id, roberta.size, roberta.bos_id, roberta.eos_id, roberta.pad_id) == (50264, 50265, 0, 2, 1)
 
 
 @needs_data

@@ -1,5 +1,5 @@
 # ruff: noqa: E501 - command lines are kept whole
-"""Names and paths are taken letter by letter; what + adds is read by something, or refused like any unknown key."""
+"""Names and paths are taken literally; a key that + adds must be read by something, or it is refused as unknown."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from palimpsest.models.belonging import refuse_unsupported
+from palimpsest.models.compatibility import refuse_unsupported
 from palimpsest.models.reference_settings import OBJECTIVES
 from palimpsest.settings.command_line import compose_config, explain, translate
 from palimpsest.settings.declared import CONFIGS, takes_texts
@@ -27,14 +27,14 @@ KEYS = ("data.path", "output_dir", "checkpointing.save_dir", "checkpointing.resu
 
 
 def read(argument: str, *beside: str) -> object:
-    """The value of an argument as Hydra reads it."""
+    """Return the value of an argument as Hydra reads it."""
     words = translate([argument, *beside])
     assert translate(words) == words, "a process that is started with them translates them again"
     return OverridesParser.create().parse_override(words[0]).value()
 
 
 @pytest.mark.parametrize("key", KEYS)
-def test_names_are_taken_letter_by_letter(key):
+def test_names_are_taken_literally(key):
     for name in NAMES:
         assert read(f"{key}={name}") == name
 

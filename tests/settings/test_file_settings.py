@@ -1,4 +1,4 @@
-"""The settings of a published model come from its file: all are read, compared, and taken where they are not typed."""
+"""Settings of a published model come from its file: all are read, compared, and used unless typed."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ MDLM = {"parameterization": "subs", "backbone": "dit", "time_conditioning": Fals
 
 
 def reference_file(path: Path, config: dict[str, object], **changes: object) -> Path:
-    """A `.ckpt` of a reference project with another `algo.X` (algo_X=...) or top-level setting."""
+    """Write a `.ckpt` of a reference project with another `algo.X` (algo_X=...) or top-level setting."""
     config = json.loads(json.dumps(config))
     for key, value in changes.items():
         group, _, name = key.partition("_") if key.startswith("algo_") else ("", "", key)

@@ -1,4 +1,4 @@
-"""Fingerprints of trainings outlive every change of names and schema: old runs are found again and go on."""
+"""Fingerprints survive changes of names and schema, so that old runs are found again and resumed."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ WRITTEN = written()
 
 
 def refusal(cfg, *typed: str) -> str | None:
-    """The message with which a configuration is refused, of which something was typed; None where it is accepted."""
+    """Return the message that refuses a configuration and its typed words; None if it is accepted."""
     try:
         running.checked(cfg, "a test", typed)
     except (HydraException, OmegaConfBaseException, ValueError, OSError, FloatingPointError) as error:
@@ -72,7 +72,7 @@ def refusal(cfg, *typed: str) -> str | None:
 
 
 def sensible(key: str, value: object, usual: object) -> bool:
-    """Whether a value can mean something where `usual` stands."""
+    """Return True if a value is plausible instead of `usual`."""
     if isinstance(value, float) and not math.isfinite(value):
         return False
     if isinstance(value, dict) or isinstance(usual, dict):
@@ -86,7 +86,7 @@ def sensible(key: str, value: object, usual: object) -> bool:
 
 
 def complaint(key: str, value: object, usual: object, said: str | None) -> str | None:
-    """What is wrong with the answer to key=value; None where nothing is."""
+    """Return what is wrong with the message about key=value; None if nothing is."""
     if said is None:
         return None if sensible(key, value, usual) else "accepted"
     typed = {None: "null", True: "true", False: "false"}.get(value, value) if isinstance(value, bool | None) else value

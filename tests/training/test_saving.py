@@ -18,7 +18,7 @@ import yaml
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from palimpsest.common.files import alias, check_content, check_seal, newest_first, place
+from palimpsest.common.files import check_content, check_seal, link_or_copy, newest_first, path_or_url
 from palimpsest.experiment import running
 from palimpsest.experiment.experiment import Experiment
 from palimpsest.experiment.fitting import fit
@@ -195,7 +195,7 @@ def test_where_files_have_one_name_only_a_copy_is_made(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "link", refused)
     write_checkpoint(CONTENT, tmp_path / "a.ckpt")
-    alias(tmp_path / "a.ckpt", tmp_path / "b.ckpt")
+    link_or_copy(tmp_path / "a.ckpt", tmp_path / "b.ckpt")
     assert check_seal(tmp_path / "b.ckpt") and len(list(tmp_path.iterdir())) == 2
 
 
@@ -360,7 +360,7 @@ def test_reports_and_logs_of_a_run_at_an_address_lie_here_and_that_is_said(addre
 def test_an_address_that_can_not_be_reached_says_what_is_missing():
     with pytest.raises(ValueError, match=r"checkpointing.save_dir=nowhere://x/y: .*nowhere.*fsspec"):
         experiment("checkpointing.save_dir=nowhere://x/y")
-    assert place("file:///a/b") == Path("/a/b") and place("a/b") == Path("a/b")
+    assert path_or_url("file:///a/b") == Path("/a/b") and path_or_url("a/b") == Path("a/b")
 
 
 def test_an_upload_that_fails_leaves_what_was_there(address, monkeypatch):

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import lightning
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
 
-from palimpsest.common.files import Place, alias, below, exists, folder_of, name_of, place
+from palimpsest.common.files import PathOrUrl, basename, exists, join_path, link_or_copy, parent_folder, path_or_url
 from palimpsest.common.values import AtLeastOne, Name, Natural, Positive, PresentPath, whole
 from palimpsest.training.callbacks.retention import LAST, clear, keep, step_file
 
@@ -33,7 +33,7 @@ class LastCheckpoint(Checkpoint):
         keep_last: AtLeastOne = 3,
         milestone_every: AtLeastOne | None = None,
     ) -> None:
-        self.dirpath, self.keep_last = place(dirpath), keep_last
+        self.dirpath, self.keep_last = path_or_url(dirpath), keep_last
         self.every_n_train_steps, self.milestone_every = every_n_train_steps, milestone_every
         self.every_minutes = every_minutes
         self.saved: int | None = None  # the step whose checkpoint is last.ckpt, if this training has written one
@@ -44,9 +44,9 @@ class LastCheckpoint(Checkpoint):
         if not trainer.is_global_zero:
             return
         clear(self.dirpath, trainer.global_step, self.keep_last)
-        resumed, last = trainer.ckpt_path and place(trainer.ckpt_path), below(self.dirpath, LAST)
-        if resumed and folder_of(resumed) == self.dirpath and not exists(last):  # the last one was corrupt
-            alias(resumed, last)
+        resumed, last = trainer.ckpt_path and path_or_url(trainer.ckpt_path), join_path(self.dirpath, LAST)
+        if resumed and parent_folder(resumed) == self.dirpath and not exists(last):  # the last one was corrupt
+            link_or_copy(resumed, last)
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: object, batch: object,
@@ -88,7 +88,7 @@ class LastCheckpoint(Checkpoint):
             try:
                 keep(self.dirpath, step, self.keep_last, bool(self.milestone_every) and not step % self.milestone_every)
             except OSError as error:
-                storage.failed(below(self.dirpath, LAST), error)
+                storage.failed(join_path(self.dirpath, LAST), error)
         written = _written(trainer)
         self.saved = step if written else self.saved
         return written
@@ -99,7 +99,7 @@ def _written(trainer: lightning.Trainer) -> bool:
     return trainer.strategy.broadcast(trainer.strategy.checkpoint_io.error is None)
 
 
-def save_last(trainer: lightning.Trainer, folder: Place) -> None:
+def save_last(trainer: lightning.Trainer, folder: PathOrUrl) -> None:
     """Have in `folder` what the training has reached as last.ckpt, whatever callbacks there are.
 
     Raises:
@@ -109,7 +109,7 @@ def save_last(trainer: lightning.Trainer, folder: Place) -> None:
     if callback:
         callback.save(trainer)
     else:
-        trainer.save_checkpoint(below(folder, LAST), weights_only=False)
+        trainer.save_checkpoint(join_path(folder, LAST), weights_only=False)
     if trainer.strategy.checkpoint_io.error is not None:
         raise trainer.strategy.checkpoint_io.error
 
@@ -149,9 +149,9 @@ class BestCheckpoint(ModelCheckpoint):
 
     def load_state_dict(self, state_dict: Mapping[str, object]) -> None:
         def moved(path: str) -> str:
-            return str(below(place(self.dirpath), name_of(place(path)))) if path else path
+            return str(join_path(path_or_url(self.dirpath), basename(path_or_url(path)))) if path else path
 
-        if not all(exists(place(moved(path))) for path in state_dict["best_k_models"]):
+        if not all(exists(path_or_url(moved(path))) for path in state_dict["best_k_models"]):
             return
         paths = {name: moved(state_dict[name]) for name in ("best_model_path", "kth_best_model_path")}
         values = {moved(path): value for path, value in state_dict["best_k_models"].items()}

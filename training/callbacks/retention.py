@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 
-from palimpsest.common.files import PARTIAL, Place, alias, below, name_of, newest_first, remove
+from palimpsest.common.files import PARTIAL, PathOrUrl, basename, join_path, link_or_copy, newest_first, remove
 
 log = logging.getLogger(__name__)
 
@@ -17,39 +17,39 @@ BEST = "best.ckpt"
 _STEP = "step-"
 
 
-def step_file(folder: Place, step: int) -> Place:
+def step_file(folder: PathOrUrl, step: int) -> PathOrUrl:
     """Where the checkpoint of optimizer step `step` lies while it is among the last ones."""
-    return below(folder, f"{_STEP}{step:08d}.ckpt")
+    return join_path(folder, f"{_STEP}{step:08d}.ckpt")
 
 
-def milestone_file(folder: Place, step: int) -> Place:
+def milestone_file(folder: PathOrUrl, step: int) -> PathOrUrl:
     """Where the checkpoint of a step that is kept for ever lies."""
-    return below(folder, f"milestone-{step:08d}.ckpt")
+    return join_path(folder, f"milestone-{step:08d}.ckpt")
 
 
-def _steps(folder: Place) -> dict[int, Place]:
+def _steps(folder: PathOrUrl) -> dict[int, PathOrUrl]:
     """The last checkpoints by their steps, ascending."""
-    numbers = {path: name_of(path).removeprefix(_STEP).removesuffix(".ckpt") for path in newest_first(folder, ".ckpt")}
-    found = {int(n): path for path, n in numbers.items() if name_of(path).startswith(_STEP) and n.isdecimal()}
+    numbers = {path: basename(path).removeprefix(_STEP).removesuffix(".ckpt") for path in newest_first(folder, ".ckpt")}
+    found = {int(n): path for path, n in numbers.items() if basename(path).startswith(_STEP) and n.isdecimal()}
     return dict(sorted(found.items()))
 
 
-def keep(folder: Place, step: int, keep_last: int, milestone: bool) -> None:
+def keep(folder: PathOrUrl, step: int, keep_last: int, milestone: bool) -> None:
     """Make the checkpoint of `step` a milestone, if it is one, and the last one, then let go of the oldest beyond
     `keep_last`. Those of later steps stay: a training that was taken back to `step` has not written them."""
     if milestone:  # first, because a training that is killed here goes on from the last one
-        alias(step_file(folder, step), milestone_file(folder, step))
-    alias(step_file(folder, step), below(folder, LAST))
+        link_or_copy(step_file(folder, step), milestone_file(folder, step))
+    link_or_copy(step_file(folder, step), join_path(folder, LAST))
     _let_go(folder, step, keep_last)
 
 
-def _let_go(folder: Place, step: int, keep_last: int) -> None:
+def _let_go(folder: PathOrUrl, step: int, keep_last: int) -> None:
     earlier = [path for number, path in _steps(folder).items() if number <= step]
     for path in earlier[:-keep_last]:
         remove(path)
 
 
-def make_room(folder: Place) -> bool:
+def make_room(folder: PathOrUrl) -> bool:
     """Let go of the oldest of the last checkpoints, if there is another; whether it did."""
     oldest, *others = [*_steps(folder).values()] or [None]
     if not others:
@@ -59,7 +59,7 @@ def make_room(folder: Place) -> bool:
     return True
 
 
-def clear(folder: Place, step: int, keep_last: int) -> None:
+def clear(folder: PathOrUrl, step: int, keep_last: int) -> None:
     """Remove what a kill in the save of `step` or before it has left: a file half-written, an old one not removed."""
     for path in newest_first(folder, f".ckpt{PARTIAL}"):
         remove(path)
