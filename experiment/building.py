@@ -227,16 +227,14 @@ class Builder:
 
     def trainer(self, title: str, command: str, label: int | None = None) -> lightning.Trainer:
         """Return a Trainer that logs and saves in the run's folders; with a title that begins with "train" it fits."""
-        fitting, machine = title.startswith("train"), self.machine
+        fitting = title.startswith("train")
         folder, checkpoints = self._runs.folder(label), self._runs.checkpoints(label)
         saving, logging_ = self._saving_in(folder_of(checkpoints)), self._saving_in(folder)
         loggers = (logging_.get("logger") or {}).values() if fitting else []
         run = Run(
             title,
             fitting,
-            devices=machine.devices,
-            accumulate=machine.accumulate,
-            precision=machine.precision,
+            self.machine,
             patience=self._runs.patience(label) if fitting else None,
             max_skipped_steps=self.choices.max_skipped_steps,
             max_failed_saves=self.choices.max_failed_saves,
@@ -250,7 +248,7 @@ class Builder:
         )
         names = WIRING["palimpsest.training.trainer.Arguments"]
         told = {name: self.cfg.trainer[name] for name in names if name in self.cfg.trainer}
-        return build_trainer(run, {"accelerator": machine.accelerator, "num_nodes": machine.num_nodes, **told})
+        return build_trainer(run, told)
 
     def _saving_in(self, folder: Place) -> DictConfig:
         """Return the configuration in which callbacks and loggers find the folder that is meant."""

@@ -14,9 +14,9 @@ from palimpsest.common.values import FREE, AtLeastOne, FilePath, FolderName, Nat
 from palimpsest.dataloader import TextData
 from palimpsest.models.belonging import check_same
 from palimpsest.models.checkpoints import Progress, read_progress
-from palimpsest.training.processes import first_process, started_beside_others
+from palimpsest.training.processes import first_process, several_launched
 from palimpsest.training.recovery import newest_good
-from palimpsest.training.run_lock import alone_in
+from palimpsest.training.run_lock import training_lock
 
 
 class Runs:
@@ -71,7 +71,7 @@ class Runs:
         several processes sees to it; where others were started beside it, it cannot let them wait."""
         if not first_process():
             return nullcontext()
-        return alone_in(self.folder(label), wait=not started_beside_others())
+        return training_lock(self.folder(label), wait=not several_launched())
 
     def patience(self, label: int | None = None) -> int | None:
         """Return how many validations without a better one end a training, whose best weights then are the model; None

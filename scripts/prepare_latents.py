@@ -50,9 +50,9 @@ def texts_of(overrides: list[str]) -> TextData:
     Raises:
         ValueError: there is none, or a setting is invalid.
     """
-    cfg = compose_config(overrides)
-    Readers(cfg).refuse_wrong()
-    data = Experiment(cfg, "scripts/prepare_latents.py").build.data()
+    configuration = compose_config(overrides)
+    Readers(configuration).refuse_wrong()
+    data = Experiment(configuration, "scripts/prepare_latents.py").build.data()
     if data.latents is None:
         raise ValueError("--encoder is missing: give lsa, hf, self or synthetic")
     return data

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from palimpsest.training.callbacks.run_state import process_began, process_table
+from palimpsest.common.process_identity import process_status, process_table
 from tests.helpers.commands import ROOT
 
 SCRIPT = ROOT / "scripts" / "monitor.py"
@@ -31,9 +31,10 @@ def run_in(folder: Path, age: float = 1.0, **known) -> Path:
                "memory/peak_gib": 7.25, "train/skipped_steps": 0}  # fmt: skip
     defaults = {
         "title": "train", "state": "training", "error": None, "pid": os.getpid(), "host": socket.gethostname(),
-        "process_began": process_began(os.getpid()), "began": now - age - 100, "updated": now - age, "first_step": 100,
-        "step": 300, "max_steps": 1000, "metrics": metrics, "curve": [[10, 9.0], [20, 5.0], [30, 3.25]],
-        "validation": {"step": 300, "val/nll": 3.5}, "checkpoint": {"step": 250, "time": now - 60},
+        "process_began": process_status(os.getpid())[1], "began": now - age - 100, "updated": now - age,
+        "first_step": 100, "step": 300, "max_steps": 1000, "metrics": metrics,
+        "curve": [[10, 9.0], [20, 5.0], [30, 3.25]], "validation": {"step": 300, "val/nll": 3.5},
+        "checkpoint": {"step": 250, "time": now - 60},
     }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "run.json").write_text(json.dumps({**defaults, **known}))
@@ -69,17 +70,17 @@ def test_a_living_training_with_all_its_numbers(tmp_path):
 
 @pytest.mark.parametrize(("known", "age", "state", "note"), [
     ({}, 30, "training", ""),
-    ({}, 400, "silent", "has said nothing for 6m"),
+    ({}, 400, "silent", "has not reported for 6m"),
     ({"metrics": {"seconds_per_step": 60.0}}, 400, "training", ""),
     ({"pid": None}, 30, "dead", "is gone, last seen 30s ago while training"),
     ({"pid": None}, 0, "dead", "is gone, last seen 0s ago while training"),
     ({"process_began": 1}, 0, "dead", "is gone"),
     ({"process_began": None}, 0, "training", ""),
     ({"pid": None, "process_table": "another container"}, 30, "training", ""),
-    ({"pid": None, "process_table": "another container"}, 400, "dead", "no word from"),
+    ({"pid": None, "process_table": "another container"}, 400, "dead", "no report from"),
     ({"process_table": process_table(), "pid": None}, 0, "dead", "is gone"),
     ({"host": "elsewhere"}, 30, "training", ""),
-    ({"host": "elsewhere"}, 400, "dead", "no word from elsewhere for 6m"),
+    ({"host": "elsewhere"}, 400, "dead", "no report from elsewhere for 6m"),
     ({"state": "finished", "pid": None}, 9999, "finished", ""),
     ({"state": "stopped", "pid": None}, 9999, "stopped", ""),
     ({"state": "failed", "error": "ValueError: no"}, 9999, "failed", "ValueError: no"),
@@ -99,8 +100,7 @@ def test_a_killed_training_is_dead_at_once_though_nobody_has_looked_after_it(tmp
     process = subprocess.Popen([sys.executable, "-c", "print(flush=True); input()"], stdin=subprocess.PIPE,
                                stdout=subprocess.PIPE)  # fmt: skip
     process.stdout.readline()
-    run_in(tmp_path, 0, pid=process.pid, process_began=process_began(process.pid), process_table=process_table())
-    assert monitor._process_table() == process_table() is not None
+    run_in(tmp_path, 0, pid=process.pid, process_began=process_status(process.pid)[1], process_table=process_table())
     assert monitor.rows(tmp_path, 300.0)[0].state == "training"
     process.kill()
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
@@ -111,13 +111,13 @@ def test_a_killed_training_is_dead_at_once_though_nobody_has_looked_after_it(tmp
 
 
 def test_one_that_ended_in_order_between_two_looks_is_not_called_dead(tmp_path, monkeypatch):
-    folder, lives = run_in(tmp_path, 0, pid=gone()), monitor._lives
+    folder, is_alive = run_in(tmp_path, 0, pid=gone()), monitor._is_alive
 
     def ends_now(known):
         run_in(folder, 0, pid=known["pid"], state="finished")
-        return lives(known)
+        return is_alive(known)
 
-    monkeypatch.setattr(monitor, "_lives", ends_now)
+    monkeypatch.setattr(monitor, "_is_alive", ends_now)
     assert monitor.rows(tmp_path, 300.0)[0].state == "finished"
 
 

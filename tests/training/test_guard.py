@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from palimpsest.experiment.experiment import Experiment
 from palimpsest.settings.command_line import compose_config
 from palimpsest.settings.identity import identity
-from palimpsest.training.callbacks.guard import Guard, SpikeWatch
+from palimpsest.training.callbacks.guard import Guard, SpikeDetector
 from palimpsest.training.updates import Updates
 from tests.helpers.commands import TINY
 
@@ -112,7 +112,7 @@ def test_too_many_in_a_row_end_the_training_and_leave_the_batch(tmp_path, monkey
 def test_judged_a_step_late_as_on_a_gpu_the_verdict_and_the_batch_are_those_of_the_step(tmp_path, monkeypatch):
     class Late(lightning.Callback):
         def on_train_start(self, trainer, pl_module):
-            next(c for c in trainer.callbacks if isinstance(c, Guard))._at_once = False
+            next(c for c in trainer.callbacks if isinstance(c, Guard))._check_at_once = False
 
     monkeypatch.chdir(tmp_path)
     for limit, last in ((1, 2), (3, 4)):
@@ -181,7 +181,7 @@ def test_of_a_gradient_that_is_not_finite_the_culprits_are_named(build):
     updates.prepare(optimizer, 1.0)
     optimizer.step()
     assert not updates.made() and torch.equal(net.weight, before)
-    assert updates.culprits(net.named_parameters()) == ["weight"]
+    assert updates.nonfinite_gradients(net.named_parameters()) == ["weight"]
 
 
 def test_poison_changes_no_finite_gradient():
@@ -201,9 +201,9 @@ def test_the_limit_is_no_part_of_what_a_training_is():
 def test_a_spike_is_told_once_and_noise_never():
     noise = torch.Generator().manual_seed(0)
     falling = [5 * 0.99**i + 0.1 * float(torch.randn((), generator=noise)) for i in range(200)]
-    watch = SpikeWatch()
-    assert not any(watch.is_new(value) for value in falling)
+    watch = SpikeDetector()
+    assert not any(watch.begins(value) for value in falling)
     spike = [falling[-1] + 3, falling[-1] + 4, falling[-1] + 2.5, falling[-1], falling[-1], falling[-1] + 3]
-    assert [watch.is_new(value) for value in spike] == [True, False, False, False, False, True]
-    flat = SpikeWatch()
-    assert not any(flat.is_new(value) for value in [1.0] * 20 + [1.001, math.nan])
+    assert [watch.begins(value) for value in spike] == [True, False, False, False, False, True]
+    flat = SpikeDetector()
+    assert not any(flat.begins(value) for value in [1.0] * 20 + [1.001, math.nan])

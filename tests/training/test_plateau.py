@@ -34,13 +34,13 @@ NAN = math.nan
 ])  # fmt: skip
 def test_when_it_cuts(settings, values, cuts):
     plateau = Plateau(**settings)
-    assert [place for place, value in enumerate(values) if plateau.see(value)] == cuts
+    assert [place for place, value in enumerate(values) if plateau.update(value)] == cuts
     assert plateau.state.factor == pytest.approx(0.5 ** len(cuts))
 
 
 def test_the_floor_holds():
     plateau = Plateau(patience=1, cooldown=0, factor=0.3, floor=0.2)
-    factors = [plateau.state.factor for _ in range(6) if plateau.see(1.0) or True]
+    factors = [plateau.state.factor for _ in range(6) if plateau.update(1.0) or True]
     assert factors == pytest.approx([1.0, 0.3, 0.2, 0.2, 0.2, 0.2])
 
 

@@ -17,7 +17,7 @@ from palimpsest.experiment import runs
 from palimpsest.experiment.experiment import Experiment
 from palimpsest.experiment.fitting import fit
 from palimpsest.settings.command_line import compose_config
-from palimpsest.training.run_lock import FILE, alone_in
+from palimpsest.training.run_lock import FILE, training_lock
 
 
 @contextmanager
@@ -27,7 +27,7 @@ def training_elsewhere(folder, until=lambda: time.sleep(600)):
     child = os.fork()
     if child == 0:  # no test runs on here
         try:
-            with alone_in(folder, wait=False):
+            with training_lock(folder, wait=False):
                 os.write(write, b"x")
                 until()
         finally:
@@ -44,7 +44,7 @@ def training_elsewhere(folder, until=lambda: time.sleep(600)):
 
 def test_a_second_training_waits_and_says_for_whom(tmp_path, caplog):
     with training_elsewhere(tmp_path / "run", until=lambda: time.sleep(0.3)) as other:
-        with alone_in(tmp_path / "run", wait=True, seconds=0.01):
+        with training_lock(tmp_path / "run", wait=True, seconds=0.01):
             assert (tmp_path / "run" / FILE).read_text() == f"process {os.getpid()} on {socket.gethostname()}"
         (said,) = caplog.messages
     assert f"{tmp_path / 'run'} is being trained by another process (process {other} on {socket.gethostname()})" in said
@@ -54,15 +54,15 @@ def test_a_second_training_waits_and_says_for_whom(tmp_path, caplog):
 def test_where_it_cannot_wait_it_is_refused_with_a_remedy(tmp_path):
     with training_elsewhere(tmp_path) as other:
         said = rf"{tmp_path} is being trained .* \(process {other} on .*checkpointing\.save_dir.*delete "
-        with pytest.raises(ValueError, match=said), alone_in(tmp_path, wait=False):
+        with pytest.raises(ValueError, match=said), training_lock(tmp_path, wait=False):
             raise AssertionError
         (tmp_path / FILE).unlink()
-        with alone_in(tmp_path, wait=False):
+        with training_lock(tmp_path, wait=False):
             pass
 
 
 def test_other_folders_and_readers_are_not_held_up(tmp_path):
-    with training_elsewhere(tmp_path / "run"), alone_in(tmp_path / "other", wait=False):
+    with training_elsewhere(tmp_path / "run"), training_lock(tmp_path / "other", wait=False):
         assert (tmp_path / "run" / FILE).read_text().startswith("process")
 
 
@@ -79,7 +79,7 @@ def test_a_killed_training_holds_nothing_up_though_its_workers_live_on(tmp_path)
     with training_elsewhere(tmp_path, with_a_worker) as other:
         worker = int(os.read(workers, 20))
         os.kill(other, signal.SIGKILL)
-        with alone_in(tmp_path, wait=True, seconds=0.01):
+        with training_lock(tmp_path, wait=True, seconds=0.01):
             os.kill(worker, 0)  # it is there
             os.kill(worker, signal.SIGKILL)
 
@@ -90,13 +90,13 @@ def test_a_file_system_without_locks_is_used_without(tmp_path, monkeypatch, numb
         raise OSError(number, "no locks here")
 
     monkeypatch.setattr(fcntl, "lockf", refused)
-    with alone_in(tmp_path, wait=False):
+    with training_lock(tmp_path, wait=False):
         pass
 
 
 def test_a_folder_that_cannot_be_made_is_for_others_to_complain_of(tmp_path):
     (tmp_path / "file").write_text("")
-    with alone_in(tmp_path / "file" / "run", wait=False):
+    with training_lock(tmp_path / "file" / "run", wait=False):
         pass
 
 
@@ -115,7 +115,7 @@ def test_a_training_that_another_process_finished_meanwhile_is_complete():
 ])  # fmt: skip
 def test_processes_that_were_started_together_do_not_wait(environ, waits, monkeypatch, tmp_path):
     asked = []
-    monkeypatch.setattr(runs, "alone_in", lambda folder, wait: asked.append((folder, wait)) or nullcontext())
+    monkeypatch.setattr(runs, "training_lock", lambda folder, wait: asked.append((folder, wait)) or nullcontext())
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
     experiment = Experiment(compose_config([f"checkpointing.save_dir={tmp_path}"]), "a test")

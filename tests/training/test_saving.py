@@ -278,9 +278,9 @@ def test_other_processes_than_the_first_set_nothing_aside(tmp_path, monkeypatch)
         write_checkpoint(CONTENT, step_file(tmp_path, step))
         keep(tmp_path, step, keep_last=2, milestone=False)
     flip(tmp_path / "last.ckpt", 500)
-    monkeypatch.setattr("palimpsest.training.recovery.rank_zero_only", SimpleNamespace(rank=1))
+    monkeypatch.setattr("palimpsest.training.recovery.first_process", lambda: False)
     assert newest_good(tmp_path) == step_file(tmp_path, 1) and (tmp_path / "last.ckpt").exists()
-    monkeypatch.setattr("palimpsest.training.recovery.rank_zero_only", SimpleNamespace(rank=0))
+    monkeypatch.setattr("palimpsest.training.recovery.first_process", lambda: True)
     assert newest_good(tmp_path) == step_file(tmp_path, 1) and not (tmp_path / "last.ckpt").exists()
 
 

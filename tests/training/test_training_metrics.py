@@ -23,7 +23,7 @@ from palimpsest.models.dit import DiT
 from palimpsest.report.training import history
 from palimpsest.settings.command_line import compose_config, explain
 from palimpsest.training import storage
-from palimpsest.training.callbacks.hardware import Arithmetic, compute_dtype, matmul_rate, memory
+from palimpsest.training.callbacks.hardware import TrainingFlops, compute_dtype, matmul_rate, memory
 from palimpsest.training.callbacks.metrics import BUCKETS, TrainingMetrics, _Interval
 from palimpsest.training.callbacks.progress import TextProgressBar
 from palimpsest.training.callbacks.run_state import RunState, thinned
@@ -180,7 +180,7 @@ def test_arithmetic_by_formula_is_what_torch_counts(kind):
     net = DiT(50, cond_dim=2, **size) if kind == "dit" else AR(50, **size)
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    found, counter = Arithmetic.of(net), FlopCounterMode(display=False)
+    found, counter = TrainingFlops.of(net), FlopCounterMode(display=False)
     assert found.block_weights == 3 * 12 * 32**2 and found.attention_layers == 3
     with counter, sdpa_kernel(SDPBackend.MATH):
         hidden = net.encode(torch.ones(2, 64, dtype=torch.long), torch.zeros(2))
