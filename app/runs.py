@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from palimpsest.common.files import Place, is_remote, place, version
-from palimpsest.experiment.carried import carried
+from palimpsest.experiment.checkpoint_identity import training_identity
 from palimpsest.scripts import generate
 from palimpsest.settings.command_line import CONFIGS
 from palimpsest.settings.identity import overrides
@@ -124,5 +124,5 @@ def _checkpoints(typed: str) -> list[Place]:
 
 
 def _network(path: Place) -> Network:
-    known = carried(path, "--checkpoint")
+    known = training_identity(path, "--checkpoint")
     return Network(path, known["configuration"], known.get("label"))

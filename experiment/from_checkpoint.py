@@ -1,7 +1,7 @@
-"""The settings of a model, taken from the file that eval.checkpoint_path names, so that nobody has to type them.
+"""Model settings read from the file of eval.checkpoint_path, so that they need not be typed.
 
-It holds for `.ckpt` files of the reference projects and for the Hub's layout. Only numbers, switches and the choices
-listed here are taken: a file may be anybody's.
+They are read from `.ckpt` files of the reference projects and from the Hub's layout. Only numbers, switches and the
+choices listed here are accepted, because a file may come from anyone.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ _COUNTS = ("model.hidden_size", "model.cond_dim", "model.n_blocks", "model.n_hea
 _NUMBERS = ("noise.eps", "noise.sigma_min", "noise.sigma_max")
 _SWITCHES = ("model.mask_padding", "time_conditioning", "subs_masking", "training.ignore_bos",
              "training.change_of_variables")  # fmt: skip
-# A model may be measured with other values of these: what is reported says which.
+# A model may be measured with other values of these; reports show the values.
 _FREE = ("model.length", "model.mask_padding", "T")
-_MOST = 2**24  # of any count; no network is larger
+_MAX_COUNT = 2**24  # no network is larger
 
 
 def complete(arguments: list[str]) -> list[str]:
-    """Return `arguments` with the settings of the model that eval.checkpoint_path names and they leave out.
+    """Return `arguments` completed by the settings of the model in eval.checkpoint_path.
 
-    A group that is typed (`model=tiny`) types its members. Trainings, files of our own, which are held against the
-    whole configuration, and sweeps over several files stay as they are.
+    A typed group (`model=tiny`) counts for all its members. Arguments of trainings, of checkpoints of this project
+    (which are compared with the whole configuration) and of sweeps over several files are unchanged.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -59,7 +59,7 @@ def complete(arguments: list[str]) -> list[str]:
 
 
 def _checked(checkpoint: Checkpoint) -> dict[str, object]:
-    """The settings of the file that may be taken. Raises ValueError for a value that is none of its key."""
+    """Return the accepted settings of the file; raise ValueError for an invalid value."""
     known = {}
     for key in (*_CHOICES, *_COUNTS, *_NUMBERS, *_SWITCHES):
         value = checkpoint.settings.get(key)
@@ -70,12 +70,12 @@ def _checked(checkpoint: Checkpoint) -> dict[str, object]:
         elif key in _SWITCHES:
             fits = isinstance(value, bool)
         elif key in _COUNTS:
-            fits = type(value) is int and (key == "T" or value > 0) and 0 <= value <= _MOST
+            fits = type(value) is int and (key == "T" or value > 0) and 0 <= value <= _MAX_COUNT
         else:
             fits = type(value) in (int, float) and math.isfinite(value)
         if not fits:
             raise ValueError(
-                f"{checkpoint.path} says {key}={str(value)[:50]}, which is no value of it; use another checkpoint"
+                f"{checkpoint.path} says {key}={str(value)[:50]}, which is not a valid value; use another checkpoint"
             )
         known[key] = value
     return known
@@ -89,12 +89,14 @@ def _is_typed(key: str, typed: dict[str, str]) -> bool:
 def _refuse_differences(
     checkpoint: Checkpoint, known: dict[str, object], typed: dict[str, str], cfg: DictConfig
 ) -> None:
-    """Raises ValueError with every typed setting that is not the file's."""
+    """Raise ValueError if typed settings differ from the file's, naming all of them."""
     here = {key: OmegaConf.select(cfg, key) for key in known} | {
         "parameterization": made_class(cfg.parameterization).name
     }
     here |= {key: _CHOICES[key].get(typed[key], typed[key]) for key in ("backbone", "noise") if key in typed}
-    free = _FREE if known.get("time_conditioning") else (*_FREE, "noise", *_NUMBERS)  # a network that sees no noise
+    free = (
+        _FREE if known.get("time_conditioning") else (*_FREE, "noise", *_NUMBERS)
+    )  # the noise is irrelevant without time conditioning
     differing = [key for key in known if key not in free and _is_typed(key, typed) and here[key] not in
                  (None, known[key])]  # fmt: skip
     if not differing:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from palimpsest.common.output import guard_output
-from palimpsest.experiment.carried import carried, checkpoint_path
+from palimpsest.experiment.checkpoint_identity import checkpoint_path, training_identity
 from palimpsest.settings import command_line
 from palimpsest.settings.identity import overrides, word
 
@@ -74,7 +74,7 @@ def arguments(args: argparse.Namespace) -> list[str]:
         FileNotFoundError: there is no checkpoint.
     """
     path = checkpoint_path(args.checkpoint, "--checkpoint")
-    known = carried(path, "--checkpoint")
+    known = training_identity(path, "--checkpoint")
     configuration = known["configuration"]
     asked = {
         "mode": "sample_eval", "eval.checkpoint_path": str(path), "checkpointing.save_dir": args.out,

@@ -102,7 +102,7 @@ def test_a_folder_that_cannot_be_made_is_for_others_to_complain_of(tmp_path):
 
 def test_a_training_that_another_process_finished_meanwhile_is_complete():
     answers = [None, "last.ckpt"]
-    found = SimpleNamespace(finished=lambda data, label: answers.pop(0), alone=lambda label: nullcontext())
+    found = SimpleNamespace(finished=lambda data, label: answers.pop(0), lock=lambda label: nullcontext())
     experiment = SimpleNamespace(runs=found, build=SimpleNamespace(data=lambda label: None))
     assert fit(experiment) == "last.ckpt"
 
@@ -119,8 +119,8 @@ def test_processes_that_were_started_together_do_not_wait(environ, waits, monkey
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
     experiment = Experiment(compose_config([f"checkpointing.save_dir={tmp_path}"]), "a test")
-    with experiment.runs.alone(1):
+    with experiment.runs.lock(1):
         assert asked == [(tmp_path / "label=1", waits)]
     monkeypatch.setattr(runs, "first_process", lambda: False)
-    with experiment.runs.alone():
+    with experiment.runs.lock():
         assert len(asked) == 1, "one process of a training holds the lock"
