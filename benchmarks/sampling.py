@@ -1,9 +1,8 @@
-"""Seconds per batch of samples, choosing positions first against projecting every position at every step.
+"""Seconds per batch of samples, with positions chosen first, against projection of every position at every step.
 
-The plain loop is what the reference implementations run: network and vocabulary projection over (B, L, V) at every
-step, the posterior of every position, Gumbel noise over all of it. The two alternate in one process on the same
-weights; ratios are taken pair by pair. The trunk alone, once per step, is the floor under any sampler that evaluates
-the network at every step.
+The plain loop is that of the reference implementations: network and vocabulary projection over (B, L, V) at every step,
+the posterior of every position, Gumbel noise over all of it. Both alternate in one process on the same weights; ratios
+are of pairs. The trunk alone, once per step, is the minimum for any sampler that evaluates the network at every step.
 
     python benchmarks/sampling.py                      # hidden 256, 6 blocks, 4 heads, L 256, V 50258, batch 4
 """
