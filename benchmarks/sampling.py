@@ -34,8 +34,10 @@ LENGTH, VOCAB, BATCH, MASK = 256, 50_258, 4, 50_257
 
 @torch.no_grad()
 def plain(net: DiT, steps: int, timed: int) -> int:
-    """Project everything at every step; the posterior's categorical by float32 Gumbel noise. Every step costs the same,
-    so that the first `timed` of them tell what all would take."""
+    """Project everything at every step, with float32 Gumbel noise for the posterior.
+
+    All steps cost the same, so the first `timed` of them give the total.
+    """
     x = torch.full((BATCH, LENGTH), MASK)
     for t, s in list(itertools.pairwise(time_grid(steps, 1e-5)))[:timed]:
         logits = net(x, torch.zeros(BATCH))

@@ -98,14 +98,15 @@ def test_options_that_contradict_each_other_are_refused(trained, typed, said):
         arguments("--checkpoint", str(trained), *typed)
 
 
-@pytest.mark.parametrize(("objective", "sampler"), [
+@pytest.mark.parametrize(("model", "sampler"), [
     ({"parameterization": "subs"}, "unmask"), ({"parameterization": "ar"}, "ar"),
+    ({"parameterization": "udlm"}, "uniform"), ({"parameterization": "gidd"}, "uniform"),
     ({"parameterization": "bd3lm", "block_size": 4, "model.length": 8}, "block_unmask"),
     ({"parameterization": "bd3lm", "block_size": 8, "model.length": 8}, "unmask"),
     ({"parameterization": "bd3lm", "block_size": 8, "model.length": 8, "data.segments": True}, "block_unmask"),
 ])  # fmt: skip
-def test_the_sampler_fits_the_model(objective, sampler):
-    assert generate.predictor(objective) == sampler
+def test_the_sampler_fits_the_model(model, sampler):
+    assert generate.predictor(model) == sampler
 
 
 def test_for_a_foreign_checkpoint_the_message_names_what_is_missing(tmp_path, monkeypatch, capsys):
@@ -138,7 +139,7 @@ def test_what_main_refuses_is_one_message(trained, monkeypatch, capsys):
 
 def test_texts_from_a_checkpoint(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for name in ("argv", "stdout", "stderr"):  # main.py has its own way with them
+    for name in ("argv", "stdout", "stderr"):  # main.py replaces them
         monkeypatch.setattr(sys, name, getattr(sys, name))
     generate.generate([
         "--checkpoint", str(trained), "--prefix", "the plot is", "--sampling", "topk", "--top-k", "20", "--temperature",
@@ -165,10 +166,3 @@ def test_a_mask_token_is_typed_as_it_is_and_kept_by_checkpoints():
     checkpoint = Checkpoint("x.ckpt", {}, identity={"configuration": named, "tokenizer": "theirs"}, settings=named)
     with pytest.raises(ValueError, match=r"another mask token; add: 'data\.mask_token=\[MASK\]'"):
         check_belongs(checkpoint, plain, (), data)
-
-
-@pytest.mark.parametrize(("objective", "sampler"), [
-    ("udlm", "uniform"), ("gidd", "uniform"), ("ar", "ar"), ("subs", "unmask"),
-])  # fmt: skip
-def test_each_model_has_the_sampler_of_its_process(law, sampler):
-    assert generate.predictor({"parameterization": law, "block_size": 8, "model.length": 8}) == sampler

@@ -1,4 +1,4 @@
-"""Two trainings in one folder take turns; a process that was killed holds nothing up."""
+"""Two trainings in one folder take turns; a killed process does not keep the lock."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from palimpsest.training.run_lock import FILE, training_lock
 
 @contextmanager
 def training_elsewhere(folder, until=lambda: time.sleep(600)):
-    """Another process holds the lock of `folder`, from before the context until it returns from `until`."""
+    """Let another process hold the lock of `folder` until `until` returns."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:  # no test runs on here
@@ -42,7 +42,7 @@ def training_elsewhere(folder, until=lambda: time.sleep(600)):
         os.close(write)
 
 
-def test_a_second_training_waits_and_says_for_whom(tmp_path, caplog):
+def test_a_second_training_waits_and_names_the_holder(tmp_path, caplog):
     with training_elsewhere(tmp_path / "run", until=lambda: time.sleep(0.3)) as other:
         with training_lock(tmp_path / "run", wait=True, seconds=0.01):
             assert (tmp_path / "run" / FILE).read_text() == f"process {os.getpid()} on {socket.gethostname()}"
@@ -51,7 +51,7 @@ def test_a_second_training_waits_and_says_for_whom(tmp_path, caplog):
     assert str(tmp_path / "run" / FILE) in said
 
 
-def test_where_it_cannot_wait_it_is_refused_with_a_remedy(tmp_path):
+def test_without_waiting_it_is_refused_with_a_remedy(tmp_path):
     with training_elsewhere(tmp_path) as other:
         said = rf"{tmp_path} is being trained .* \(process {other} on .*checkpointing\.save_dir.*delete "
         with pytest.raises(ValueError, match=said), training_lock(tmp_path, wait=False):
@@ -61,19 +61,19 @@ def test_where_it_cannot_wait_it_is_refused_with_a_remedy(tmp_path):
             pass
 
 
-def test_other_folders_and_readers_are_not_held_up(tmp_path):
+def test_other_folders_and_readers_are_not_blocked(tmp_path):
     with training_elsewhere(tmp_path / "run"), training_lock(tmp_path / "other", wait=False):
         assert (tmp_path / "run" / FILE).read_text().startswith("process")
 
 
-def test_a_killed_training_holds_nothing_up_though_its_workers_live_on(tmp_path):
-    workers, told = os.pipe()
+def test_a_killed_training_releases_the_lock_though_its_workers_live_on(tmp_path):
+    workers, pipe = os.pipe()
 
     def with_a_worker():
         worker = os.fork()
         if worker == 0:
             time.sleep(600)
-        os.write(told, str(worker).encode())
+        os.write(pipe, str(worker).encode())
         time.sleep(600)
 
     with training_elsewhere(tmp_path, with_a_worker) as other:
@@ -85,7 +85,7 @@ def test_a_killed_training_holds_nothing_up_though_its_workers_live_on(tmp_path)
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
-def test_a_file_system_without_locks_is_used_without(tmp_path, monkeypatch, number):
+def test_a_file_system_without_locks_is_used(tmp_path, monkeypatch, number):
     def refused(*_):
         raise OSError(number, "no locks here")
 
@@ -94,13 +94,13 @@ def test_a_file_system_without_locks_is_used_without(tmp_path, monkeypatch, numb
         pass
 
 
-def test_a_folder_that_cannot_be_made_is_for_others_to_complain_of(tmp_path):
+def test_a_folder_that_cannot_be_created_is_no_error_of_the_lock(tmp_path):
     (tmp_path / "file").write_text("")
     with training_lock(tmp_path / "file" / "run", wait=False):
         pass
 
 
-def test_a_training_that_another_process_finished_meanwhile_is_complete():
+def test_a_training_finished_by_another_process_while_waiting_is_complete():
     answers = [None, "last.ckpt"]
     found = SimpleNamespace(finished=lambda data, label: answers.pop(0), lock=lambda label: nullcontext())
     experiment = SimpleNamespace(runs=found, build=SimpleNamespace(data=lambda label: None))
@@ -113,7 +113,7 @@ def test_a_training_that_another_process_finished_meanwhile_is_complete():
     ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_JOB_NAME": "train", "SLURM_PROCID": "0"}, False),
     ({"TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "1", "WORLD_SIZE": "2"}, False),
 ])  # fmt: skip
-def test_processes_that_were_started_together_do_not_wait(environ, waits, monkeypatch, tmp_path):
+def test_processes_launched_together_do_not_wait(environ, waits, monkeypatch, tmp_path):
     asked = []
     monkeypatch.setattr(runs, "training_lock", lambda folder, wait: asked.append((folder, wait)) or nullcontext())
     for name, value in environ.items():
@@ -123,4 +123,4 @@ def test_processes_that_were_started_together_do_not_wait(environ, waits, monkey
         assert asked == [(tmp_path / "label=1", waits)]
     monkeypatch.setattr(runs, "first_process", lambda: False)
     with experiment.runs.lock():
-        assert len(asked) == 1, "one process of a training holds the lock"
+        assert len(asked) == 1, "only one process of a training takes the lock"
