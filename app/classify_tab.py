@@ -35,7 +35,7 @@ class ClassifyTab:
                 titles = list(self._classifiers)
                 self.models = gr.Dropdown(titles, value=titles[0], label="Models of the classes", elem_id="models")
                 self.text = gr.Textbox(label="Text", lines=4, elem_id="classified", elem_classes="serif",
-                                       placeholder="a text whose class is asked for")  # fmt: skip
+                                       placeholder="a text to classify")  # fmt: skip
                 with gr.Row():
                     self.go = gr.Button("Classify", variant="primary", elem_id="classify", scale=0)
                     self.stop = gr.Button("Stop", interactive=False, elem_id="stop-classifying", scale=0)
@@ -69,8 +69,8 @@ class ClassifyTab:
                self.status: message("reading the networks …"), self.prediction: "", self.attributions: ""}  # fmt: skip
         idle = {self.go: gr.Button(interactive=True), self.stop: gr.Button(interactive=False)}
         draws, confidence, seed = (value if values[field] is None else values[field] for field, value in self._defaults)
-        asked = ClassifyRequest(values[self.text], draws, confidence, values[self.prior], seed)
-        work = partial(classify, self._loaded, self._classifiers[values[self.models]], asked)
+        question = ClassifyRequest(values[self.text], draws, confidence, values[self.prior], seed)
+        work = partial(classify, self._loaded, self._classifiers[values[self.models]], question)
         running = self._jobs.run(request.session_hash, work)
         try:
             while True:

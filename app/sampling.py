@@ -27,20 +27,13 @@ _FRAME_SECONDS = 0.05
 
 @dataclass(frozen=True)
 class SamplingRequest:
-    """Texts to sample.
+    """Texts to sample."""
 
-    Attributes:
-        text: the beginning of each text, or a template with gaps.
-        settings: values of the keys `sampling.*`, `sampler` and `seed`.
-        class_id: the class that a conditional network is conditioned on.
-        pause: minimum seconds per step.
-    """
-
-    text: str
+    text: str  # the beginning of each text, or a template with gaps
     num_texts: int
-    settings: Mapping[str, object]
-    class_id: int | None = None
-    pause: float = 0.0
+    settings: Mapping[str, object]  # values of the keys `sampling.*`, `sampler` and `seed`
+    class_id: int | None = None  # the class to condition on
+    pause: float = 0.0  # minimum seconds per step
 
 
 @dataclass(frozen=True)
@@ -55,23 +48,15 @@ class Frame:
 
 @dataclass(frozen=True)
 class SamplingResult:
-    """Sampled texts.
-
-    Attributes:
-        player: a page that replays their denoising.
-        sampler: the sampler in a line.
-        evaluations: of the network, mean per text.
-        seconds: of sampling, without pauses.
-        command: the same in a terminal, if possible.
-    """
+    """Sampled texts."""
 
     texts: list[str]
-    player: str
-    sampler: str
-    evaluations: float
-    seconds: float
+    player: str  # a page that replays their denoising
+    sampler: str  # in one line
+    evaluations: float  # of the network, mean per text
+    seconds: float  # without pauses
     warnings: list[str]
-    command: str | None
+    command: str | None  # the same in a terminal, if possible
 
 
 def sample(networks: Networks, network: Network, request: SamplingRequest, show: Callable[..., None]) -> SamplingResult:

@@ -16,6 +16,7 @@ from palimpsest.models.belonging import refuse_unsupported
 from palimpsest.models.checkpoints import Checkpoint, read_settings
 from palimpsest.models.reference_settings import NETWORKS, NOISES, OBJECTIVES
 from palimpsest.settings.command_line import compose_config
+from palimpsest.settings.identity import word
 from palimpsest.settings.instantiation import located, made_class
 
 _CHOICES = {"parameterization": OBJECTIVES, "backbone": NETWORKS, "noise": NOISES}
@@ -38,8 +39,8 @@ def complete(arguments: list[str]) -> list[str]:
         FileNotFoundError: there is no such file.
         ValueError: the file is unreadable, its model does not exist here, or typed settings differ from its own.
     """
-    overrides = [word for word in arguments if not word.startswith("-") and ("=" in word or word.startswith("~"))]
-    typed = dict(word.lstrip("+").split("=", 1) for word in overrides if not word.startswith("~"))
+    overrides = [arg for arg in arguments if not arg.startswith("-") and ("=" in arg or arg.startswith("~"))]
+    typed = dict(arg.lstrip("+").split("=", 1) for arg in overrides if not arg.startswith("~"))
     if "eval.checkpoint_path" not in typed:
         return arguments
     parsed = OverridesParser.create().parse_overrides(overrides)
@@ -53,7 +54,7 @@ def complete(arguments: list[str]) -> list[str]:
     refuse_unsupported(checkpoint)
     known = _checked(checkpoint)
     _refuse_differences(checkpoint, known, typed, cfg)
-    new = [f"{key}={_word(value)}" for key, value in known.items() if not _is_typed(key, typed)]
+    new = [f"{key}={word(value)}" for key, value in known.items() if not _is_typed(key, typed)]
     print(f"from {checkpoint.path}: {' '.join(new)}", file=sys.stderr)
     return [*arguments, *new]
 
@@ -94,11 +95,10 @@ def _refuse_differences(
         "parameterization": made_class(cfg.parameterization).name
     }
     here |= {key: _CHOICES[key].get(typed[key], typed[key]) for key in ("backbone", "noise") if key in typed}
-    free = (
-        _FREE if known.get("time_conditioning") else (*_FREE, "noise", *_NUMBERS)
-    )  # the noise is irrelevant without time conditioning
-    differing = [key for key in known if key not in free and _is_typed(key, typed) and here[key] not in
-                 (None, known[key])]  # fmt: skip
+    # Without time conditioning the noise schedule is irrelevant to the network.
+    free = _FREE if known.get("time_conditioning") else (*_FREE, "noise", *_NUMBERS)
+    compared = [key for key in known if key not in free and _is_typed(key, typed)]
+    differing = [key for key in compared if here[key] not in (None, known[key])]
     if not differing:
         return
     settings = checkpoint.settings
@@ -107,11 +107,7 @@ def _refuse_differences(
     words = dict.fromkeys(key if key in typed else f"{key.partition('.')[0]}=" for key in differing)
     raise ValueError(
         f"{checkpoint.path} was trained with other settings; leave {', '.join(words)} out, "
-        f"or type: {' '.join(f'{key}={_word(known[key])}' for key in differing)}\n"
-        f"It was trained with: {' '.join(f'{key}={_word(value)}' for key, value in known.items())}; its tokenizer: "
+        f"or type: {' '.join(f'{key}={word(known[key])}' for key in differing)}\n"
+        f"It was trained with: {' '.join(f'{key}={word(value)}' for key, value in known.items())}; its tokenizer: "
         f"{tokenizer} (here data.tokenizer_name_or_path={cfg.data.tokenizer_name_or_path})"
     )
-
-
-def _word(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -76,24 +76,25 @@ def arguments(args: argparse.Namespace) -> list[str]:
     path = checkpoint_path(args.checkpoint, "--checkpoint")
     known = training_identity(path, "--checkpoint")
     configuration = known["configuration"]
-    asked = {
+    sampler = predictor(configuration)
+    settings = {
         "mode": "sample_eval", "eval.checkpoint_path": str(path), "checkpointing.save_dir": args.out,
         "eval.split": "null", "sampling.num_samples": args.num_samples,
         "sampling.num_sample_log": min(args.num_samples, MAX_PRINTED),
-        "sampler": predictor(configuration), **token_choice(args),
+        "sampler": sampler, **token_choice(args),
     }  # fmt: skip
     typed = {name: getattr(args, name) for name in (*UNMASKING, *TEXTS) if getattr(args, name) is not None}
-    unused = [name for name in typed if name in UNMASKING and not (name == "steps" and asked["sampler"] == "uniform")]
-    if asked["sampler"] in _OTHER_SAMPLERS.values() and unused:
-        how = "from left to right, a token at a time" if asked["sampler"] == "ar" else "by changing any token"
+    unused = [name for name in typed if name in UNMASKING and (name, sampler) != ("steps", "uniform")]
+    if sampler in _OTHER_SAMPLERS.values() and unused:
+        how = "from left to right, a token at a time" if sampler == "ar" else "by changing any token"
         raise ValueError(f"--{unused[0]} {typed[unused[0]]}: this model writes {how}; leave it out")
-    asked |= {{**UNMASKING, **TEXTS}[name]: value for name, value in typed.items()}
-    asked |= {key: "true" for key in ("sampling.show", "sampling.gif") if getattr(args, key.partition(".")[2])}
-    asked |= {key: value for key, value in (("seed", args.seed), ("data.label", known.get("label")))
-              if value is not None}  # fmt: skip
+    settings |= {{**UNMASKING, **TEXTS}[name]: value for name, value in typed.items()}
+    settings |= {key: "true" for key in ("sampling.show", "sampling.gif") if getattr(args, key.partition(".")[2])}
+    optional = {"seed": args.seed, "data.label": known.get("label")}
+    settings |= {key: value for key, value in optional.items() if value is not None}
     keys = [argument.partition("=")[0].lstrip("+") for argument in args.overrides]
     replaced = {command_line.ALIASES.get(key, key) for key in keys}
-    ours = [*overrides(configuration), *(f"{key}={quoted(key, value)}" for key, value in asked.items())]
+    ours = [*overrides(configuration), *(f"{key}={quoted(key, value)}" for key, value in settings.items())]
     return [*(argument for argument in ours if argument.partition("=")[0].lstrip("+") not in replaced), *args.overrides]
 
 

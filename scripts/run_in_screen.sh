@@ -60,13 +60,13 @@ list() {
 }
 
 stop() {
-  local name="$1" pid told=""
+  local name="$1" pid signalled=""
   [[ -n "$(session_of "$name")" ]] || die "no run named $name; --list shows what there is"
   echo "stopping $name after its optimizer step ..."
   while [[ -n "$(session_of "$name")" ]]; do
-    if [[ -z "$told" ]] && pid="$(process_of "$name")"; then
+    if [[ -z "$signalled" ]] && pid="$(process_of "$name")"; then
       kill -TERM "$pid"
-      told=yes
+      signalled=yes
     fi
     sleep 1
   done

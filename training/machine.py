@@ -17,26 +17,18 @@ Precision = Literal["32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true",
 
 @dataclass(frozen=True)
 class Machine:
-    """Devices and precision of a run, and the division of batches among the devices.
-
-    Attributes:
-        devices_per_node: processes per node; "auto" for one per GPU.
-        typed_precision: Lightning's name; None for the one that suits the device.
-        batch_size, eval_batch_size: samples per device at once; None for an equal share of the global batch.
-        accumulate_grad_batches: micro-batches per optimizer step; None for the number that follows.
-        ramp: sizes of smaller optimizer steps at the beginning (data/stream.py).
-    """
+    """Devices and precision of a run, and the division of batches among the devices."""
 
     accelerator: Literal["auto", "cpu", "gpu", "cuda"]
-    devices_per_node: Literal["auto"] | Size
+    devices_per_node: Literal["auto"] | Size  # processes; "auto" for one per GPU
     num_nodes: Size
-    typed_precision: Precision | None
-    accumulate_grad_batches: AtLeastOne | None
-    batch_size: AtLeastOne | None
+    typed_precision: Precision | None  # None for the one that suits the device
+    accumulate_grad_batches: AtLeastOne | None  # micro-batches per optimizer step; None for the number that follows
+    batch_size: AtLeastOne | None  # samples per device at once; None for an equal share of the global batch
     eval_batch_size: AtLeastOne | None
     global_batch_size: AtLeastOne
     eval_global_batch_size: AtLeastOne
-    ramp: Annotated[BatchRamp, IF_SET] | None
+    ramp: Annotated[BatchRamp, IF_SET] | None  # smaller optimizer steps at the beginning (data/stream.py)
 
     @property
     def device(self) -> torch.device:

@@ -53,21 +53,17 @@ class Phase(Enum):
 
 
 class Signals:
-    """The signals of this process; its one instance is `SIGNALS`.
-
-    Attributes:
-        received: number of the first signal, 0 before one arrives.
-        phase: the state of the process, which decides what a signal does.
-        progress: this start has made optimizer steps, so another start would get further.
-        launchers: Lightning's, whose processes end with this one.
-        launched: Lightning launched this process. It must exit with status 0, or Lightning kills the first process,
-            whose status is the one that counts.
-    """
+    """The signals of this process; its one instance is `SIGNALS`."""
 
     def __init__(self) -> None:
-        self.received, self.phase = 0, Phase.IDLE
-        self.progress = self.launched = False
-        self.launchers, self._process = [], os.getpid()
+        self.received = 0  # number of the first signal
+        self.phase = Phase.IDLE
+        self.progress = False  # this start has made optimizer steps, so another start would get further
+        self.launchers = []  # Lightning's, whose processes end with this one
+        # Lightning launched this process: it must exit with status 0, or Lightning kills the first process, whose
+        # status is the one that counts.
+        self.launched = False
+        self._process = os.getpid()
 
     @contextmanager
     def listening(self) -> Iterator[None]:

@@ -28,7 +28,7 @@ def requeue(environ: Mapping[str, str] = os.environ) -> str:
     return f"SLURM job {job} is back in the queue"
 
 
-def check_processes(devices: object, num_nodes: int, environ: Mapping[str, str] = os.environ) -> None:
+def check_processes(devices: int, num_nodes: int, environ: Mapping[str, str] = os.environ) -> None:
     """Check that srun or torchrun launched as many processes as the training needs.
 
     Otherwise they would wait for each other forever, or each would train alone into the same folder.
@@ -36,8 +36,6 @@ def check_processes(devices: object, num_nodes: int, environ: Mapping[str, str] 
     Raises:
         ValueError: the numbers differ.
     """
-    if not isinstance(devices, int):
-        return
     wanted = f"trainer.devices={devices} trainer.num_nodes={num_nodes}"
     if "TORCHELASTIC_RUN_ID" in environ:
         world, here = int(environ["WORLD_SIZE"]), int(environ["LOCAL_WORLD_SIZE"])
@@ -50,14 +48,14 @@ def check_processes(devices: object, num_nodes: int, environ: Mapping[str, str] 
         return
     if "SLURM_NTASKS" not in environ or environ.get("SLURM_JOB_NAME") in _INTERACTIVE:
         return
-    asked = f"--nodes={num_nodes} --ntasks-per-node={devices}"
+    request = f"--nodes={num_nodes} --ntasks-per-node={devices}"
     tasks = int(environ.get("SLURM_STEP_NUM_TASKS", environ["SLURM_NTASKS"]))
     nodes = int(environ.get("SLURM_STEP_NUM_NODES", environ.get("SLURM_NNODES", "1")))
     if (tasks, nodes) != (devices * num_nodes, num_nodes):
         raise ValueError(
             f"SLURM has {tasks} tasks on {nodes} nodes for this command, and {wanted} (auto: the GPUs that a process "
             f"sees) means {devices} on each of {num_nodes}: set trainer.devices={tasks // nodes} "
-            f"trainer.num_nodes={nodes}, or ask SLURM for {asked}"
+            f"trainer.num_nodes={nodes}, or ask SLURM for {request}"
         )
     if tasks > 1 and "SLURM_STEP_ID" not in environ:
         raise ValueError(
@@ -65,6 +63,5 @@ def check_processes(devices: object, num_nodes: int, environ: Mapping[str, str] 
         )
     if tasks > 1 and environ.get("SLURM_NTASKS_PER_NODE") != str(devices):
         raise ValueError(
-            f"SLURM was not told --ntasks-per-node={devices}, which Lightning reads: ask for {asked} "
-            "instead of --ntasks"
+            f"SLURM lacks --ntasks-per-node={devices}, which Lightning reads: ask for {request} instead of --ntasks"
         )

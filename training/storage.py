@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
+from torch.utils._pytree import tree_leaves
 
 from palimpsest.common.files import PARTIAL, Place, Seal, filesystem, folder_of, is_remote, place, sync_folder
 from palimpsest.models.checkpoints import read_contents
@@ -47,8 +48,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self._on_written = on_written
 
     def save_checkpoint(self, checkpoint: dict, path: str | os.PathLike, storage_options: object = None) -> None:
-        if storage_options is not None:
-            raise TypeError("storage_options are not used: fsspec reads its own configuration")
         where = place(path)
         try:
             self._write(checkpoint, where)
@@ -109,7 +108,7 @@ def write_checkpoint(checkpoint: Mapping[str, object], where: Place) -> None:
             raise OSError(f"{type(error).__name__}: {error}") from error
         return
     where.parent.mkdir(parents=True, exist_ok=True)
-    _check_space(where.parent, _size(checkpoint, set()) + _SPARE)
+    _check_space(where.parent, _size(checkpoint) + _SPARE)
     partial = where.with_name(where.name + PARTIAL)
     try:
         with partial.open("wb") as file:
@@ -135,17 +134,9 @@ def _check_space(folder: Path, needed: int) -> None:
         raise OSError(errno.ENOSPC, f"{free / 1e6:,.1f} MB are free, and the file needs about {needed / 1e6:,.1f} MB")
 
 
-def _size(content: object, counted: set[int]) -> int:
+def _size(content: object) -> int:
     """Return the bytes of the tensors and texts in nested containers, each storage once."""
-    if isinstance(content, torch.Tensor):
-        storage = content.untyped_storage()
-        new = storage.data_ptr() not in counted
-        counted.add(storage.data_ptr())
-        return storage.nbytes() if new else 0
-    if isinstance(content, str | bytes):
-        return len(content)
-    if isinstance(content, Mapping):
-        content = content.values()
-    elif not isinstance(content, list | tuple | set):
-        return 0
-    return sum(_size(part, counted) for part in content)
+    leaves = tree_leaves(content)
+    storages = [leaf.untyped_storage() for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    tensors = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    return sum(tensors.values()) + sum(len(leaf) for leaf in leaves if isinstance(leaf, str | bytes))

@@ -61,29 +61,18 @@ class Arguments:
 
 @dataclass(frozen=True)
 class Run:
-    """One fit or evaluation.
+    """One fit or evaluation."""
 
-    Attributes:
-        title: of its progress bar.
-        fitting: it trains.
-        patience: validations without improvement that end it; None for no limit.
-        max_skipped_steps: updates in a row, skipped because they are not finite, that end it.
-        max_failed_saves: failed checkpoints in a row that end it; None for no limit.
-        folder, checkpoints: of the run, and of its checkpoints.
-        command, settings: the command line and the resolved configuration.
-        callbacks, loggers, strategy: as configured.
-    """
-
-    title: str
-    fitting: bool
+    title: str  # of its progress bar
+    fitting: bool  # True for a training
     machine: Machine
-    patience: int | None
-    max_skipped_steps: int
-    max_failed_saves: int | None
+    patience: int | None  # validations without improvement that end it; None for no limit
+    max_skipped_steps: int  # updates in a row, skipped because they are not finite, that end it
+    max_failed_saves: int | None  # failed checkpoints in a row that end it; None for no limit
     folder: Path
     checkpoints: Place
     command: str
-    settings: str
+    settings: str  # the resolved configuration
     callbacks: Sequence[Callback]
     loggers: Sequence[Logger]
     strategy: Strategy | str

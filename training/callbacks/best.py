@@ -134,15 +134,7 @@ class BestCheckpoint(ModelCheckpoint):
         filename: Name | None = None,
         **settings: object,
     ) -> None:
-        super().__init__(
-            dirpath=dirpath,
-            monitor=monitor,
-            mode=mode,
-            save_top_k=save_top_k,
-            save_last=save_last,
-            filename=filename,
-            **settings,
-        )
+        super().__init__(dirpath, filename, monitor, save_last=save_last, save_top_k=save_top_k, mode=mode, **settings)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         before = {**self.state_dict(), "best_k_models": dict(self.best_k_models)}

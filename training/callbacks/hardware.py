@@ -27,14 +27,9 @@ class TrainingFlops:
     for attention, and 6 · width · V for each position that is projected onto the vocabulary: only the masked ones are.
     Not counted: the modulation of adaLN and the latent stream of an MMDiT (once per row), norms, the scan of a
     state-space layer, anything recomputed.
-
-    Attributes:
-        block_weights: N.
-        attention_layers: 0 without attention.
-        width, vocab_size: of the head.
     """
 
-    block_weights: int
+    block_weights: int  # N
     attention_layers: int
     width: int
     vocab_size: int

@@ -115,18 +115,12 @@ class _Interval:
 
 @dataclass(frozen=True)
 class _Totals:
-    """The totals of an interval over all ranks.
+    """The totals of an interval over all ranks."""
 
-    Attributes:
-        sums: by name; and nats (0 ... K - 1) and masked tokens (K ... 2 K - 1) by mask rate.
-        means: the objective's own.
-        memory: of the rank with the most.
-    """
-
-    sums: Mapping[str | int, float]
-    means: Mapping[str, float]
+    sums: Mapping[str | int, float]  # by name; and nats (0 ... K - 1), masked tokens (K ... 2 K - 1) by mask rate
+    means: Mapping[str, float]  # the objective's own
     largest_norm: float
-    memory: Mapping[str, float]
+    memory: Mapping[str, float]  # of the rank with the most
     ranks: int
     steps: int
     seconds: float

@@ -18,19 +18,12 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class PlateauState:
-    """The state of a `Plateau`, as checkpoints keep it.
+    """The state of a `Plateau`, under the names that checkpoints use."""
 
-    Attributes:
-        best: lowest val/nll so far.
-        fruitless: validations since then without improvement.
-        cooling: validations to come that do not count.
-        factor: product of all cuts.
-    """
-
-    best: float = math.inf
-    fruitless: int = 0
-    cooling: int = 0
-    factor: float = 1.0
+    best: float = math.inf  # lowest val/nll so far
+    fruitless: int = 0  # validations since then without improvement
+    cooling: int = 0  # coming validations that do not count
+    factor: float = 1.0  # product of all cuts
 
 
 class Plateau(Callback):
