@@ -88,13 +88,13 @@ def test_a_typed_key_overrides_an_option(trained):
     assert "sampler" not in keys and keys["sampling.predictor"] == "first_hitting" and keys["sampling.steps"] == "9"
 
 
-@pytest.mark.parametrize(("typed", "said"), [
+@pytest.mark.parametrize(("typed", "message"), [
     (["--sampling", "greedy", "--top-k", "5"], "--top-k 5 belongs to --sampling topk"),
     (["--sampling", "greedy", "--temperature", "0.5"], "means nothing to --sampling greedy"),
     (["--sampling", "topk", "--top-p", "0.5"], "--top-p 0.5 belongs to --sampling nucleus"),
 ])  # fmt: skip
-def test_options_that_contradict_each_other_are_refused(trained, typed, said):
-    with pytest.raises(ValueError, match=said):
+def test_options_that_contradict_each_other_are_refused(trained, typed, message):
+    with pytest.raises(ValueError, match=message):
         arguments("--checkpoint", str(trained), *typed)
 
 
@@ -113,8 +113,8 @@ def test_for_a_foreign_checkpoint_the_message_names_what_is_missing(tmp_path, mo
     torch.save({"state_dict": {"backbone.x": torch.zeros(1)}}, tmp_path / "theirs.ckpt")
     with pytest.raises(SystemExit) as ended:
         generate.generate(["--checkpoint", str(tmp_path / "theirs.ckpt")])
-    said = capsys.readouterr().err
-    assert ended.value.code == 2 and "does not carry the configuration" in said and "mode=sample_eval" in said
+    output = capsys.readouterr().err
+    assert ended.value.code == 2 and "does not carry the configuration" in output and "mode=sample_eval" in output
 
 
 @pytest.mark.parametrize("text", [
@@ -132,8 +132,8 @@ def test_what_main_refuses_is_one_message(trained, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["generate.py"])
     with pytest.raises(SystemExit) as ended:
         generate.generate(["--checkpoint", str(trained), "--template", "the {{-3}} and [MASK]"])
-    said = capsys.readouterr().err
-    assert ended.value.code == 2 and "where no gap follows" in said and "Traceback" not in said
+    output = capsys.readouterr().err
+    assert ended.value.code == 2 and "where no gap follows" in output and "Traceback" not in output
     assert "HYDRA_FULL_ERROR" not in os.environ
 
 

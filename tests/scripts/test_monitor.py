@@ -158,9 +158,9 @@ def test_as_a_user_starts_it(tmp_path):
         "import sys, runpy; folder, script = sys.argv[1:]; sys.argv[1:] = [folder]; "
         "runpy.run_path(script, run_name='__main__'); assert not {'torch', 'numpy', 'rich'} & set(sys.modules)"
     )
-    said = subprocess.run([sys.executable, "-c", check, tmp_path, SCRIPT], capture_output=True, text=True)
-    assert said.returncode == 0, said.stderr
-    first, second = said.stdout.splitlines()
+    done = subprocess.run([sys.executable, "-c", check, tmp_path, SCRIPT], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()
     assert first.startswith("one  training  step 300/1,000  left ") and second.startswith("two  finished  ")
     nowhere = subprocess.run([sys.executable, SCRIPT, tmp_path / "nowhere"], capture_output=True, text=True)
     assert nowhere.returncode == 1 and "there is no folder" in nowhere.stderr

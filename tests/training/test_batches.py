@@ -136,9 +136,9 @@ def test_a_ramp_continues_in_its_stage_after_a_resume(tmp_path, monkeypatch, cap
             "lr_scheduler=constant_warmup", "lr_scheduler.num_warmup_steps=1", "checkpointing.keep_last=9",
             "callbacks.checkpoint_every_n_steps.every_n_train_steps=1"]  # fmt: skip
     whole = trained("whole", *ramp, "trainer.max_steps=5")
-    said = capsys.readouterr().out
-    assert "each optimizer step: 2 samples = 1 process(es) x 2 micro-batch(es) x 1 (ramp: 2 from step 0, 4 from" in said
-    assert "from step 2 on each optimizer step: 4 samples" in said
+    out = capsys.readouterr().out
+    assert "each optimizer step: 2 samples = 1 process(es) x 2 micro-batch(es) x 1 (ramp: 2 from step 0, 4 from" in out
+    assert "from step 2 on each optimizer step: 4 samples" in out
     assert history(Path("whole"))["train/batch_samples"][:, 1].tolist() == [2, 2, 4, 4, 4]
     assert load_inert(whole)["TextData"]["consumed_samples"] == 2 * 2 + 3 * 4
     after_one_step = f"checkpointing.resume_ckpt_path={whole.with_name('step-00000001.ckpt')}"
@@ -149,16 +149,16 @@ def test_a_ramp_continues_in_its_stage_after_a_resume(tmp_path, monkeypatch, cap
         trained("parts", *other)
 
 
-@pytest.mark.parametrize(("more", "said"), [
+@pytest.mark.parametrize(("more", "message"), [
     (["trainer.max_steps=2"], r"batch_ramp=\[\[0, 2\], \[2, 4\]\] reaches .*=4 at step 2, and trainer.max_steps=2 "
                               r"ends.* set trainer.max_steps to more than 2, .*batch_ramp=null"),
     (["mode=classify", "classify.pretrain=all", "classify.pretrain_steps=1"], "set classify.pretrain_steps to more"),
 ])  # fmt: skip
-def test_a_ramp_beyond_the_end_of_the_training_is_refused_before_data_are_read(tmp_path, monkeypatch, more, said):
+def test_a_ramp_beyond_the_end_of_the_training_is_refused_before_data_are_read(tmp_path, monkeypatch, more, message):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(TextData, "split", lambda *_: pytest.fail("it read data"))
     ramp = [*FIT, "loader.batch_ramp=[[0,2],[2,4]]", "checkpointing.save_dir=run"]
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         run(*ramp, *more)
     with pytest.raises(ValueError, match="trainer.max_steps=2 ends"):
         PositionBatchSampler(4, 4, 2, ramp=[[0, 2], [2, 4]])

@@ -74,7 +74,7 @@ def runs(tmp_path_factory) -> Path:
         seconds = time.time() - float(Path("hung").read_text())
         end = {"returncode": done.returncode, "stderr": done.stderr, "seconds": seconds}
         Path("end").write_text(json.dumps(end))
-        Path("said").write_text(done.stdout)
+        Path("output").write_text(done.stdout)
         fit(Experiment(compose_config([*SAME, *TRAIN, save_dir("to_be_ended"), "loader.batch_size=4"]), "a test"))
     finally:
         os.chdir(before)
@@ -133,8 +133,8 @@ def test_two_processes_sample_the_texts_of_one(runs):
 
 
 def test_only_the_first_process_prints_and_writes(runs):
-    said = (runs / "said").read_text()
-    assert said.count("= 2 process(es) x 2 micro-batch(es) x 2\n") == 1 and said.count("perplexity 2") == 1
+    output = (runs / "output").read_text()
+    assert output.count("= 2 process(es) x 2 micro-batch(es) x 2\n") == 1 and output.count("perplexity 2") == 1
     assert sorted(path.name for path in (runs / "ddp_adamw/csv").iterdir()) == ["version_0"]
     with open(runs / "ddp_adamw/csv/version_0/metrics.csv") as file:
         logged = [row["step"] for row in csv.DictReader(file) if row["train/nll"]]
@@ -153,11 +153,11 @@ def test_a_process_that_dies_ends_the_job(tmp_path):
     """Started by Lightning, as `python main.py trainer.devices=2` is."""
     settings = [*SAME, save_dir("run"), "trainer.max_steps=100000", "trainer.devices=2",
                 "trainer.val_check_interval=100000"]  # fmt: skip
-    with open(tmp_path / "said", "w") as said:
-        job = start_main(*settings, cwd=tmp_path, stdout=said, stderr=said, start_new_session=True,
+    with open(tmp_path / "output", "w") as output:
+        job = start_main(*settings, cwd=tmp_path, stdout=output, stderr=output, start_new_session=True,
                          env={**ENVIRON, "OMP_NUM_THREADS": "1"})  # fmt: skip
     try:
-        wait_for(lambda: "each optimizer step" in (tmp_path / "said").read_text() or job.poll() is not None)
+        wait_for(lambda: "each optimizer step" in (tmp_path / "output").read_text() or job.poll() is not None)
         (other,) = children(job.pid)
         os.kill(other, signal.SIGKILL)
         assert job.wait(timeout=60) != 0

@@ -89,29 +89,29 @@ def test_an_extended_wsd_equals_a_longer_one():
     assert short == long
 
 
-@pytest.mark.parametrize(("name", "setting", "said"), [
+@pytest.mark.parametrize(("name", "setting", "message"), [
     ("cosine", "num_warmup_steps=100", "lr_scheduler.num_warmup_steps=100 must be below trainer.max_steps=100"),
     ("wsd", "decay_share=0.95", "do not fit into trainer.max_steps=100"),
     ("restarts", "periods=[10]", "a period of 10 steps leaves none after its warm-up"),
     ("restarts", "peak_decay=0.05", "lr_scheduler.peak_decay=0.05"),
 ])  # fmt: skip
-def test_settings_that_do_not_fit_are_refused(name, setting, said):
+def test_settings_that_do_not_fit_are_refused(name, setting, message):
     with pytest.raises(Exception) as caught:  # noqa: B017, PT011 - Hydra wraps it
         build(name, setting)
-    assert said in explain(caught.value)
+    assert message in explain(caught.value)
 
 
-@pytest.mark.parametrize(("arguments", "said"), [
+@pytest.mark.parametrize(("arguments", "message"), [
     (["lr_scheduler=cosine", "lr_scheduler.num_warmup_steps=2"], "lr_scheduler.num_warmup_steps=2"),
     (["lr_scheduler=cosine", "lr_scheduler.min_ratio=low"], "lr_scheduler.min_ratio=low must be a number"),
     (["lr_scheduler=wsd", "lr_scheduler.num_training_steps=7"], "contradicts trainer.max_steps=2"),
     (["lr_scheduler=constant", "lr_scheduler.num_warmup_steps=-1"], "lr_scheduler.num_warmup_steps=-1"),
 ])  # fmt: skip
-def test_settings_are_refused_before_data_are_read(monkeypatch, arguments, said):
+def test_settings_are_refused_before_data_are_read(monkeypatch, arguments, message):
     monkeypatch.setattr(Builder, "data", lambda *_: pytest.fail("it went on"))
     with pytest.raises(Exception) as caught:  # noqa: B017, PT011 - explain() is what is tested
         run(*TINY, *arguments)
-    assert said in explain(caught.value)
+    assert message in explain(caught.value)
 
 
 def test_a_training_of_warm_up_only_gets_a_warning_with_its_remedy(caplog):

@@ -95,15 +95,15 @@ def test_no_file_gets_the_descriptor_of_a_closed_output(tmp_path):
     assert int((tmp_path / "kept").read_text()) > 2
 
 
-@pytest.mark.parametrize("said", [
+@pytest.mark.parametrize("message", [
     "unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)",
     "Caught RuntimeError in DataLoader worker process 0.\nunable to write to file: unable to open shared memory object",
     "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are out of ...",
     "DataLoader worker (pid(s) 18164, 18165) exited unexpectedly",
 ])  # fmt: skip
-def test_too_little_shared_memory_has_a_remedy(said, capsys):
+def test_too_little_shared_memory_has_a_remedy(message, capsys):
     with pytest.raises(SystemExit) as stop, clear_errors():
-        raise RuntimeError(said)
+        raise RuntimeError(message)
     assert stop.value.code == 2 and "loader.num_workers=0" in capsys.readouterr().err
     with pytest.raises(RuntimeError, match="another"), clear_errors():
         raise RuntimeError("another")

@@ -34,8 +34,8 @@ def test_kill_9_and_start_again_gives_the_weights_of_an_uninterrupted_run(tmp_pa
     process.wait()
     assert load_inert(last)["global_step"] < 24, "it was killed too late to test anything"
     process = start_main(*RUN, f"checkpointing.save_dir={folder}", cwd=tmp_path, stdout=subprocess.PIPE)
-    said = process.communicate()[0].decode()
-    assert process.returncode == 0 and "resuming from" in said
+    output = process.communicate()[0].decode()
+    assert process.returncode == 0 and "resuming from" in output
     assert same_weights(last, uninterrupted)
 
 

@@ -46,15 +46,16 @@ def test_a_second_training_waits_and_names_the_holder(tmp_path, caplog):
     with training_elsewhere(tmp_path / "run", until=lambda: time.sleep(0.3)) as other:
         with training_lock(tmp_path / "run", wait=True, seconds=0.01):
             assert (tmp_path / "run" / FILE).read_text() == f"process {os.getpid()} on {socket.gethostname()}"
-        (said,) = caplog.messages
-    assert f"{tmp_path / 'run'} is being trained by another process (process {other} on {socket.gethostname()})" in said
-    assert str(tmp_path / "run" / FILE) in said
+        (message,) = caplog.messages
+    holder = f"process {other} on {socket.gethostname()}"
+    assert f"{tmp_path / 'run'} is being trained by another process ({holder})" in message
+    assert str(tmp_path / "run" / FILE) in message
 
 
 def test_without_waiting_it_is_refused_with_a_remedy(tmp_path):
     with training_elsewhere(tmp_path) as other:
-        said = rf"{tmp_path} is being trained .* \(process {other} on .*checkpointing\.save_dir.*delete "
-        with pytest.raises(ValueError, match=said), training_lock(tmp_path, wait=False):
+        message = rf"{tmp_path} is being trained .* \(process {other} on .*checkpointing\.save_dir.*delete "
+        with pytest.raises(ValueError, match=message), training_lock(tmp_path, wait=False):
             raise AssertionError
         (tmp_path / FILE).unlink()
         with training_lock(tmp_path, wait=False):

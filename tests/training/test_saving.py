@@ -291,11 +291,11 @@ def test_only_the_first_process_sets_files_aside(tmp_path, monkeypatch):
 
 def test_a_checkpoint_contains_its_configuration_tokenizer_and_versions():
     built = train(1, "checkpointing.save_dir=run")
-    said = load_inert("run/checkpoints/last.ckpt")["run"]
-    assert yaml.safe_load(said["configuration"])["model"]["hidden_size"] == 16 and said["command"] == "a test"
-    assert said["versions"]["torch"] == torch.__version__ and set(said["versions"]) >= {"palimpsest", "lightning"}
+    record = load_inert("run/checkpoints/last.ckpt")["run"]
+    assert yaml.safe_load(record["configuration"])["model"]["hidden_size"] == 16 and record["command"] == "a test"
+    assert record["versions"]["torch"] == torch.__version__ and set(record["versions"]) >= {"palimpsest", "lightning"}
     tokenizer = built.build.data().tokenizer
-    kept = said["tokenizer"]
+    kept = record["tokenizer"]
     again = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(kept["tokenizer.json"]), **kept["special"])
     text = built.build.data().texts("validation")["text"][0]
     assert again(text)["input_ids"] == tokenizer(text)["input_ids"] and again.mask_token_id == tokenizer.mask_token_id

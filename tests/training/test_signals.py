@@ -156,8 +156,8 @@ def test_a_signal_in_a_class_model_ends_the_command_and_the_next_start_resumes_t
     signal_in(monkeypatch, signal.SIGTERM, Mapper, "test_step", 0)
     with pytest.raises(Interrupted):
         command(*classify)
-    said = capsys.readouterr().out
-    assert "complete: run/label=0" in said and "resuming from run/label=1" in said
+    output = capsys.readouterr().out
+    assert "complete: run/label=0" in output and "resuming from run/label=1" in output
     assert read_progress(second / "checkpoints/last.ckpt").step == 4
 
 
@@ -267,9 +267,9 @@ def test_two_processes_of_torchrun_stop_together_though_one_got_the_signal(tmp_p
     )
     os.kill(int(second), signal.SIGUSR1)
     assert process.wait(600) != 0, "it claims to be complete"
-    said = (tmp_path / "log").read_text()
+    output = (tmp_path / "log").read_text()
     saved = load_inert(last)["global_step"]
-    assert f"SIGUSR1: step {saved} is saved" in said and "not a SLURM job" in said
+    assert f"SIGUSR1: step {saved} is saved" in output and "not a SLURM job" in output
 
 
 LONG = [*TINY, *FEW, "trainer.max_steps=1000000", "callbacks.checkpoint_every_n_steps.every_n_train_steps=2",
@@ -319,8 +319,8 @@ def test_a_closed_terminal_ends_a_training_after_a_save_unless_nohup(tmp_path):
             wait_for(lambda: step() > hung_up + 4, process)
             process.send_signal(signal.SIGTERM)
             assert process.wait(600) == 128 + signal.SIGTERM
-    said = (tmp_path / "log").read_text()
-    assert "resuming from run/checkpoints/last.ckpt" in said and "SIGHUP" not in said
+    output = (tmp_path / "log").read_text()
+    assert "resuming from run/checkpoints/last.ckpt" in output and "SIGHUP" not in output
 
 
 def read_to_the_end(terminal: int, end: threading.Event) -> None:
@@ -359,7 +359,7 @@ def test_the_requested_number_of_processes_is_accepted():
     check_processes(4, 1, {"SLURM_JOB_ID": "1"})  # a batch script that asked for no tasks
 
 
-@pytest.mark.parametrize(("devices", "nodes", "environ", "said"), [
+@pytest.mark.parametrize(("devices", "nodes", "environ", "message"), [
     (1, 1, STEP, "4 tasks on 2 nodes .*trainer.devices=1 trainer.num_nodes=1.*: set trainer.devices=2 "
                  "trainer.num_nodes=2, or ask SLURM for --nodes=1 --ntasks-per-node=1"),
     (4, 1, {"SLURM_NTASKS": "1"}, "1 tasks on 1 nodes.*--ntasks-per-node=4"),
@@ -369,8 +369,8 @@ def test_the_requested_number_of_processes_is_accepted():
     (1, 1, TORCHRUN, "torchrun started 4 processes, 2 on this node, and trainer.devices=1 trainer.num_nodes=1.*"
                      "trainer.devices=2 trainer.num_nodes=2, or torchrun --nproc_per_node=1 --nnodes=1"),
 ])  # fmt: skip
-def test_another_number_of_processes_is_refused_with_the_difference(devices, nodes, environ, said):
-    with pytest.raises(ValueError, match=said):
+def test_another_number_of_processes_is_refused_with_the_difference(devices, nodes, environ, message):
+    with pytest.raises(ValueError, match=message):
         check_processes(devices, nodes, environ)
 
 

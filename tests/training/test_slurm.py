@@ -72,8 +72,8 @@ def test_a_signalled_job_saves_is_requeued_resumes_and_ends_with_the_same_weight
         slurm("scancel", "--signal=USR1", job)
         wait(lambda: state(job) == "PENDING", job)
         stopped = read_progress(last).step
-        said = logs(job)
-        assert stopped < 600 and f"SIGUSR1: step {stopped} is saved" in said and f"{job} is back in the queue" in said
+        log = logs(job)
+        assert stopped < 600 and f"SIGUSR1: step {stopped} is saved" in log and f"{job} is back in the queue" in log
         slurm("scontrol", "update", f"JobId={job}", "StartTime=now")  # otherwise SLURM waits for two minutes
         experiment = Experiment(compose_config([*settings, "seed=3", f"checkpointing.save_dir={tmp_path}"]), "")
         fit(experiment)  # meanwhile, without interruption
