@@ -32,6 +32,7 @@ COLOURS = {"dead": "bold red", "failed": "bold red", "silent": "yellow", "stoppe
 _BARS = "▁▂▃▄▅▆▇█"
 _NOT_RUNS = {"csv", "tensorboard", "wandb", CHECKPOINTS, "nonfinite"}
 _STEP_IN_NAME = re.compile(r"step[=_-]?(\d+)")
+_INCOMPLETE = re.compile(r"^\.|\.partial|\.corrupt")  # names of checkpoints that are partial or damaged
 
 
 @dataclass(frozen=True)
@@ -148,18 +149,13 @@ def _left(known: dict, now: float) -> str:
     return duration(max(0.0, pace * (known["max_steps"] - known["step"]) - (now - known["updated"])))
 
 
-def _is_complete(name: str) -> bool:
-    """Return True if a checkpoint is neither partial nor damaged."""
-    return not name.startswith(".") and not any(part in name for part in (".partial", ".corrupt"))
-
-
 def _checkpoint(folder: Path, known: dict, now: float) -> str:
     """Return the step and age of the newest file (or folder) in checkpoints/."""
     newest, when = None, 0.0
     try:
         for entry in os.scandir(folder / CHECKPOINTS):
             changed = entry.stat().st_mtime
-            if changed > when and _is_complete(entry.name):
+            if changed > when and not _INCOMPLETE.search(entry.name):
                 newest, when = entry.name, changed
     except OSError:  # no folder yet, or a file that has just been replaced
         pass

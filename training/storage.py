@@ -108,7 +108,9 @@ def write_checkpoint(checkpoint: Mapping[str, object], where: Place) -> None:
             raise OSError(f"{type(error).__name__}: {error}") from error
         return
     where.parent.mkdir(parents=True, exist_ok=True)
-    _check_space(where.parent, _size(checkpoint) + _SPARE)
+    free, needed = shutil.disk_usage(where.parent).free, _size(checkpoint) + _SPARE
+    if free < needed:
+        raise OSError(errno.ENOSPC, f"{free / 1e6:,.1f} MB are free, and the file needs about {needed / 1e6:,.1f} MB")
     partial = where.with_name(where.name + PARTIAL)
     try:
         with partial.open("wb") as file:
@@ -126,12 +128,6 @@ def _seal(checkpoint: Mapping[str, object], file: io.IOBase) -> None:
     seal = Seal(file)
     torch.save(checkpoint, seal)
     seal.close()
-
-
-def _check_space(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OSError(errno.ENOSPC, f"{free / 1e6:,.1f} MB are free, and the file needs about {needed / 1e6:,.1f} MB")
 
 
 def _size(content: object) -> int:
