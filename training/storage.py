@@ -8,7 +8,6 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
