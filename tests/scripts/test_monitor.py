@@ -1,4 +1,4 @@
-"""The monitor: what it says of trainings in every state, from their files alone, quickly, disturbing nothing."""
+"""The monitor: trainings in every state, read from their files only, quickly and without side effects."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SPEC.loader.exec_module(monitor)
 
 
 def run_in(folder: Path, age: float = 1.0, **known) -> Path:
-    """A training that was last heard of `age` seconds ago; by default one that lives in this process."""
+    """Write the run.json of a training, `age` seconds old; by default its process is this one."""
     now = time.time()
     metrics = {"loss": 3.25, "seconds_per_step": 0.5, "train/tokens_per_s": 12345.6, "train/mfu": 0.415,
                "memory/peak_gib": 7.25, "train/skipped_steps": 0}  # fmt: skip
@@ -46,13 +46,13 @@ def look(folder: Path, silent: float = 300.0) -> dict[str, object]:
 
 
 def gone() -> int:
-    """The number of a process that has ended."""
+    """Return the number of a process that has ended."""
     process = subprocess.Popen(["true"])
     process.wait()
     return process.pid
 
 
-def test_a_living_training_with_all_its_numbers(tmp_path):
+def test_a_running_training_with_all_its_numbers(tmp_path):
     run_in(tmp_path / "a" / "b")
     checkpoints = tmp_path / "a/b/checkpoints"
     checkpoints.mkdir()
@@ -95,8 +95,8 @@ def test_states(tmp_path, known, age, state, note):
     assert row.line() and "None" not in row.line()
 
 
-def test_a_killed_training_is_dead_at_once_though_nobody_has_looked_after_it(tmp_path):
-    """Killed, it stays a zombie until its parent asks for its status; the monitor is asked before that."""
+def test_a_killed_training_is_dead_while_it_is_a_zombie(tmp_path):
+    """A killed process stays a zombie until its parent asks for its status."""
     process = subprocess.Popen([sys.executable, "-c", "print(flush=True); input()"], stdin=subprocess.PIPE,
                                stdout=subprocess.PIPE)  # fmt: skip
     process.stdout.readline()
@@ -110,7 +110,7 @@ def test_a_killed_training_is_dead_at_once_though_nobody_has_looked_after_it(tmp
         process.communicate()
 
 
-def test_one_that_ended_in_order_between_two_looks_is_not_called_dead(tmp_path, monkeypatch):
+def test_a_training_that_finishes_during_the_check_is_not_dead(tmp_path, monkeypatch):
     folder, is_alive = run_in(tmp_path, 0, pid=gone()), monitor._is_alive
 
     def ends_now(known):
@@ -129,7 +129,7 @@ def test_a_curve_of_few_many_and_broken_values():
     assert [monitor.duration(s) for s in (5, 65, 3 * 3600 + 420, 200_000)] == ["5s", "1m", "3h07", "2d07h"]
 
 
-def test_half_a_file_costs_one_line_not_the_table(tmp_path):
+def test_a_damaged_file_affects_one_row_only(tmp_path):
     run_in(tmp_path / "whole")
     for name, text in (("half", '{"state": "trai'), ("other", "[1, 2]"), ("old", '{"state": "training"}')):
         run_in(tmp_path / name)
@@ -150,8 +150,7 @@ def test_fifty_trainings_within_half_a_second_and_nothing_is_written(tmp_path):
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
 
 
-def test_as_a_user_starts_it(tmp_path):
-    """Piped: a plain line each, once; heavy packages are not even imported."""
+def test_piped_it_prints_plain_lines_once_without_heavy_imports(tmp_path):
     run_in(tmp_path / "one")
     run_in(tmp_path / "two", state="finished")
     check = (

@@ -45,14 +45,14 @@ class Snapshots(lightning.Callback):
             )
 
 
-def spoilt(monkeypatch, experiment, how: str, steps: set[int]):
+def with_bad_losses(monkeypatch, experiment, how: str, steps: set[int]):
     """Return a training whose loss or gradient is not finite in the second micro-batch of the given steps."""
     data = experiment.build.data()
     diffusion = experiment.build.diffusion(data)
-    honest = diffusion.objective.loss
+    original = diffusion.objective.loss
 
     def loss(backbone, batch, noise):
-        out = honest(backbone, batch, noise)
+        out = original(backbone, batch, noise)
         trained = diffusion.training and diffusion.global_step in steps
         bad = trained and int(batch["position"][0]) % 4 == 2  # the second micro-batch
         if bad and how == "gradient":
@@ -72,7 +72,7 @@ def test_a_skipped_update_changes_nothing_bit_for_bit_and_training_continues(
 ):
     monkeypatch.chdir(tmp_path)
     experiment = Experiment(compose_config([*RUN, f"optim={optimizer}", "checkpointing.save_dir=run"]), "a test")
-    diffusion, data = spoilt(monkeypatch, experiment, how, {0, 3})
+    diffusion, data = with_bad_losses(monkeypatch, experiment, how, {0, 3})
     trainer, snapshots = experiment.trainer("train"), Snapshots()
     trainer.callbacks.append(snapshots)
     trainer.fit(diffusion, datamodule=data)
@@ -93,7 +93,7 @@ def test_too_many_in_a_row_end_the_training_and_save_the_batch(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     overrides = [*RUN, f"optim={optimizer}", "training.max_skipped_steps=3", "checkpointing.save_dir=run"]
     experiment = Experiment(compose_config(overrides), "a test")
-    diffusion, data = spoilt(monkeypatch, experiment, how, {2, 3, 4})
+    diffusion, data = with_bad_losses(monkeypatch, experiment, how, {2, 3, 4})
     before = [p.detach().clone() for p in diffusion.backbone.parameters()]
     snapshots, trainer = Snapshots(), experiment.trainer("train")
     trainer.callbacks.append(snapshots)
@@ -118,7 +118,7 @@ def test_a_check_one_step_late_as_on_a_gpu_refers_to_the_right_step(tmp_path, mo
     for limit, last in ((1, 2), (3, 4)):
         overrides = [*RUN, "optim=adamw", f"training.max_skipped_steps={limit}", f"checkpointing.save_dir=run{limit}"]
         experiment = Experiment(compose_config(overrides), "a test")
-        diffusion, data = spoilt(monkeypatch, experiment, "loss", {2, 3, 4})
+        diffusion, data = with_bad_losses(monkeypatch, experiment, "loss", {2, 3, 4})
         trainer = experiment.trainer("train")
         trainer.callbacks.append(Late())
         with pytest.raises(FloatingPointError, match=f"step {last}: {limit} updates in a row"):

@@ -40,14 +40,14 @@ def trained(*overrides: str) -> tuple[lightning.Trainer, list[dict], list[float]
     experiment = Experiment(compose_config([*RUN, *overrides]), "a test")
     data = experiment.build.data()
     diffusion, seen, norms = experiment.build.diffusion(data), [], []
-    honest, prepare = diffusion.objective.loss, diffusion.updates.prepare
+    original, prepare = diffusion.objective.loss, diffusion.updates.prepare
 
     def loss(backbone, batch, noise):
-        out = honest(backbone, batch, noise)
+        out = original(backbone, batch, noise)
         tokens = int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel()
-        given_B = (batch["attention_mask"] & ~batch["given"]).sum(-1) if "given" in batch else None
+        scored_B = (batch["attention_mask"] & ~batch["given"]).sum(-1) if "given" in batch else None
         seen.append({"nll": out.nll_BL.double().sum().item(), "scored": int(out.mask_BL.sum()), "tokens": tokens,
-                     "rows": len(out.nll_BL), "scored_B": given_B, **out.logs})  # fmt: skip
+                     "rows": len(out.nll_BL), "scored_B": scored_B, **out.logs})  # fmt: skip
         return out
 
     def measured(optimizer, max_norm):
