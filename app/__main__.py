@@ -1,11 +1,11 @@
-"""A page in the browser: type a beginning or a template and watch it being written; classify a text.
+"""A page in the browser that samples texts from a beginning or a template, and classifies texts.
 
 python -m app                                                      the runs of ./outputs, the newest chosen
 python -m app --checkpoint outputs/reviews/micro-0123abcd          a run, or all runs of a folder; may be repeated
 python -m app --checkpoint last.ckpt --port 7861 data.cache_dir=/scratch
 
-It prints its address, which ends with ?token=...; it is served to this machine alone, and only with that token. What
-it has no option for is typed as for main.py: key=value.
+It prints its address, which ends with ?token=...; it serves this machine only, and only with that token. Other settings
+are typed as for main.py: key=value.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ PORT = 7860
 
 
 def parser() -> argparse.ArgumentParser:
-    """What can be typed."""
+    """Return the parser of the command line."""
     out = argparse.ArgumentParser(
         prog="python -m app", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     out.add_argument("--checkpoint", action="append", default=[], metavar="PATH",
                      help="a .ckpt file of a training here, or a folder with runs; may be repeated")  # fmt: skip
-    out.add_argument("--port", type=int, default=PORT, help=f"of 127.0.0.1 ({PORT}); 0: any that is free")
+    out.add_argument("--port", type=int, default=PORT, help=f"on 127.0.0.1 ({PORT}); 0: any free port")
     out.add_argument("overrides", nargs="*", metavar="key=value", help="anything else that main.py takes")
     return out
 
@@ -46,7 +46,7 @@ def main() -> None:
         sys.exit(f"error: python -m app needs gradio, which is not installed here: pip install {needed}")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     from palimpsest.app.guard import new_token
-    from palimpsest.app.page import page  # late: gradio may be missing, and reads the environment
+    from palimpsest.app.page import page  # late, because gradio may be missing and reads the environment
     from palimpsest.app.runs import find
     from palimpsest.app.server import HOST, listen, serve
 

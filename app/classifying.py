@@ -1,4 +1,4 @@
-"""A text for the page, classified: by the scorer of mode=classify, watched while it draws, with what its words say."""
+"""Classification of a text in the app, by the scorer of mode=classify, with live views and token attributions."""
 
 from __future__ import annotations
 
@@ -7,26 +7,27 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from palimpsest.app.job import check_text, warnings
-from palimpsest.app.networks import Judges, Networks
+from palimpsest.app.job import check_text, collected_warnings
+from palimpsest.app.networks import Networks
 from palimpsest.app.runs import Classifier
 from palimpsest.classification.bayes import log_prior, posterior_interval
 from palimpsest.classification.evidence import token_evidence
 from palimpsest.classification.scoring import ClassScores, Race, score_classes
 from palimpsest.classification.typical import UNLIKE, Typical
-from palimpsest.dataloader import with_texts
+from palimpsest.dataloader import TextData, with_texts
 from palimpsest.estimators.nelbo import comparison_noising
+from palimpsest.experiment.classifier import TrainedClassifier
 from palimpsest.report.evidence import shown_evidence
 from palimpsest.report.formatting import format_measurement
 from palimpsest.report.report import Report
 from palimpsest.report.verdict import ClassShare, verdict
 
-_SPLIT = "the text"  # its name among the splits
+_SPLIT = "the text"  # the name of the typed text among the splits
 
 
 @dataclass(frozen=True)
-class Question:
-    """A text, and how to judge it: as the keys of `classify` and `seed`."""
+class ClassifyRequest:
+    """A text to classify, with the keys of `classify` and `seed`."""
 
     text: str
     num_draws: int
@@ -36,51 +37,54 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Judged:
-    """How a text is judged so far, as HTML, and, in the end, the page that shows what its words say."""
+class ClassifyResult:
+    """The prediction so far, as HTML; at the end also the page of token attributions."""
 
     html: str
-    evidence: str = ""
+    attributions: str = ""
     warnings: tuple[str, ...] = ()
 
 
-def classify(networks: Networks, classifier: Classifier, question: Question, show: Callable[..., None]) -> Judged:
-    """p(class | text), and `show` what is known of it after each round of draws.
+def classify(
+    networks: Networks, classifier: Classifier, request: ClassifyRequest, show: Callable[..., None]
+) -> ClassifyResult:
+    """Return p(class | text), after a call of `show` with the result so far at each round of draws.
 
     Raises:
-        ValueError: as main.py would refuse it; or a longer text than the page takes.
+        ValueError: a setting that main.py would refuse, or a text that is too long for the app.
     """
-    check_text(question.text)
-    asked = {"seed": question.seed, "classify.num_draws": question.num_draws,
-             "classify.confidence": question.confidence}  # fmt: skip
-    with warnings() as heard:
-        race = Race(question.num_draws, question.confidence)
-        judges = networks.judges(classifier, asked)
-        experiment, models = judges.experiment, judges.models
+    check_text(request.text)
+    settings = {"seed": request.seed, "classify.num_draws": request.num_draws,
+                "classify.confidence": request.confidence}  # fmt: skip
+    with collected_warnings() as warnings:
+        race = Race(request.num_draws, request.confidence)
+        trained = networks.classifier(classifier, settings)
+        experiment = trained.experiment
         race.check(experiment.build.estimator)
-        data = with_texts(judges.data, _SPLIT, [question.text])
+        data = with_texts(trained.data, _SPLIT, [request.text])
         counts_C = np.zeros(len(data.label_names))
-        if question.prior == "empirical":
+        if request.prior == "empirical":
             counts_C = np.bincount(np.asarray(data.texts("train")["label"]), minlength=len(data.label_names))
-        log_prior_C = log_prior(question.prior, counts_C)
-
+        log_prior_C = log_prior(request.prior, counts_C)
         typical = Typical.read(classifier.folder / "classify")
 
-        def so_far(scores: ClassScores) -> str:
-            return _shown(scores, log_prior_C, data.label_names, race, typical)
+        def prediction(scores: ClassScores) -> str:
+            return _prediction(scores, log_prior_C, data.label_names, race, typical)
 
         scores = score_classes(
-            experiment.trainer, models, data, _SPLIT, experiment.build.estimator, race, experiment.seed, log_prior_C,
-            lambda scores: show(Judged(so_far(scores))),
+            experiment.trainer, trained.models, data, _SPLIT, experiment.build.estimator, race, experiment.seed,
+            log_prior_C, lambda scores: show(ClassifyResult(prediction(scores))),
         )  # fmt: skip
-        return Judged(so_far(scores), _evidence(judges, data, scores, log_prior_C, race), tuple(heard))
+        return ClassifyResult(
+            prediction(scores), _attributions(trained, data, scores, log_prior_C, race), tuple(warnings)
+        )
 
 
-def _shown(
+def _prediction(
     scores: ClassScores, log_prior_C: np.ndarray, names: tuple[str, ...], race: Race, typical: Typical | None
 ) -> str:
     posterior_C, (first, second) = scores.posterior(log_prior_C)[0], _pair(scores, log_prior_C)
-    low_C, high_C = posterior_C, posterior_C
+    low_C = high_C = posterior_C
     if not scores.exact:
         low_C, high_C = (ends_MC[0] for ends_MC in posterior_interval(scores.nats_MCK, log_prior_C))
     columns = zip(names, posterior_C, low_C, high_C, scores.log_p_MC[0], scores.se_MC[0], strict=True)
@@ -97,19 +101,21 @@ def _shown(
 
 
 def _pair(scores: ClassScores, log_prior_C: np.ndarray) -> tuple[int, int]:
-    """The classes that are held against each other: the only two, in their order, or the winner and the runner-up."""
+    """Return the two compared classes: the only two in order, or the winner and the runner-up."""
     first, second = (scores.log_p_MC[0] + log_prior_C).argsort()[::-1][:2].tolist()
     return (0, 1) if len(log_prior_C) == 2 else (first, second)
 
 
-def _evidence(judges: Judges, data: object, scores: ClassScores, log_prior_C: np.ndarray, race: Race) -> str:
-    """The rows of the text, coloured by what they say for one class against another."""
-    experiment, models = judges.experiment, judges.models
+def _attributions(
+    trained: TrainedClassifier, data: TextData, scores: ClassScores, log_prior_C: np.ndarray, race: Race
+) -> str:
+    """Return a page with the text, each token coloured by its contribution to one class against another."""
+    experiment = trained.experiment
     first, second = _pair(scores, log_prior_C)
     rows = range(len(data.split(_SPLIT)))
-    noising = comparison_noising(experiment.build.estimator, models[0].diffusion.objective)
+    noising = comparison_noising(experiment.build.estimator, trained.models[0].diffusion.objective)
     draws = dict.fromkeys(rows, int(scores.draws_M[0]))
-    nats = token_evidence(models, data, _SPLIT, draws, race.num_draws, noising, experiment.seed)
+    nats = token_evidence(trained.models, data, _SPLIT, draws, race.num_draws, noising, experiment.seed)
     titles = [f"Part {row + 1} of {len(rows)}" if len(rows) > 1 else "Which words spoke" for row in rows]
     report = Report("")
     report.evidence(shown_evidence(data, _SPLIT, {row: (titles[row], first, second) for row in rows}, nats))

@@ -1,4 +1,4 @@
-"""Work that a page watches: on a thread of its own, showing how far it is, to be stopped at any time."""
+"""Background work of the app: on its own thread, with live views, and stoppable at any time."""
 
 from __future__ import annotations
 
@@ -12,59 +12,63 @@ from typing import TypeVar
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 Result = TypeVar("Result")
-MOST_CHARACTERS = 100_000  # of a text that is typed
+Work = Callable[[Callable[..., None]], Result]  # work(show) -> result
+MAX_CHARACTERS = 100_000  # of a text that is typed
 
 
 def check_text(text: str) -> None:
-    """Raise ValueError if a typed text is longer than the page takes."""
-    if len(text) > MOST_CHARACTERS:
-        raise ValueError(f"the text has {len(text):,} characters, and this page takes at most {MOST_CHARACTERS:,}")
+    """Raise ValueError if a typed text is too long for the app."""
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(f"the text has {len(text):,} characters, and this page takes at most {MAX_CHARACTERS:,}")
 
 
 class Stopped(Exception):
-    """The work was stopped before it was done."""
+    """The end of work that was stopped before it was done."""
 
 
 class Job:
-    """One piece of work. `show`, which is handed to it, hands a picture of it on and lets so many seconds pass."""
+    """One piece of work, which calls `show` with views of its progress."""
 
     def __init__(self) -> None:
-        self._told, self._stopped, self._picture = threading.Event(), threading.Event(), None
+        self._changed, self._stopped = threading.Event(), threading.Event()
+        self._view = None
 
     def stop(self) -> None:
-        """Have the work end at its next picture, or before the next layer of a network."""
+        """End the work at its next view, or before the next layer of a network."""
         self._stopped.set()
 
-    def show(self, picture: object, seconds: float = 0.0) -> None:
-        """Replaces a picture that nobody has looked at yet; None leaves it. Raises Stopped."""
-        if picture is not None:
-            self._picture = picture
-            self._told.set()
+    def show(self, view: object, seconds: float = 0.0) -> None:
+        """Replace the view, unless it is None, and wait; raise Stopped after `stop`."""
+        if view is not None:
+            self._view = view
+            self._changed.set()
         if self._stopped.wait(seconds):
             raise Stopped
 
-    def pictures(self, work: Callable[[Callable[..., None]], Result]) -> Generator[object, None, Result]:
-        """Does `work(show)` and yields its newest picture whenever there is one; returns what it returns, raises what
-        it raises. The work ends where nobody asks for pictures any more."""
+    def views(self, work: Work) -> Generator[object, None, Result]:
+        """Run `work(show)` and yield each latest view; return its result and raise its errors.
+
+        The work ends if the generator is closed.
+        """
         with ThreadPoolExecutor(1, "job") as pool:
-            future = pool.submit(self._work, work)
-            future.add_done_callback(lambda _: self._told.set())
+            future = pool.submit(self._run, work)
+            future.add_done_callback(lambda _: self._changed.set())
             try:
                 while not future.done():
-                    self._told.wait()
-                    self._told.clear()
-                    picture, self._picture = self._picture, None
-                    if picture is not None:
-                        yield picture
+                    self._changed.wait()
+                    self._changed.clear()
+                    view, self._view = self._view, None
+                    if view is not None:
+                        yield view
             finally:
                 self.stop()
         return future.result()
 
-    def _work(self, work: Callable[[Callable[..., None]], Result]) -> Result:
-        """`work(self.show)`, which ends in any layer of a network too: pictures may be minutes apart."""
-        here = threading.get_ident()
+    def _run(self, work: Work) -> Result:
+        """Run the work so that it can also be stopped within a network, because views may be minutes apart."""
+        thread = threading.get_ident()
         hook = register_module_forward_pre_hook(
-            lambda module, inputs: self.show(None) if threading.get_ident() == here else None
+            lambda module, inputs: self.show(None) if threading.get_ident() == thread else None
         )
         try:
             return work(self.show)
@@ -73,38 +77,34 @@ class Job:
 
 
 class Jobs:
-    """The job of each window of a browser."""
+    """The running job of each browser window."""
 
     def __init__(self) -> None:
         self._jobs: dict[str, Job] = {}
 
-    def run(self, window: str, work: Callable[[Callable[..., None]], Result]) -> Generator[object, None, Result]:
-        """`Job.pictures` of a new job of `window`."""
+    def run(self, window: str, work: Work) -> Generator[object, None, Result]:
+        """Return `Job.views` of a new job of `window`."""
         job = self._jobs[window] = Job()
         try:
-            return (yield from job.pictures(work))
+            return (yield from job.views(work))
         finally:
             self._jobs.pop(window, None)
 
     def stop(self, window: str) -> None:
-        """Stop what runs for `window`, if anything does."""
+        """Stop the job of `window`, if there is one."""
         if job := self._jobs.get(window):
             job.stop()
 
 
 @contextmanager
-def warnings() -> Iterator[list[str]]:
-    """What the framework warns of within the context."""
-    heard: list[str] = []
-
-    class Ear(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            if record.name.startswith("palimpsest."):
-                heard.append(record.getMessage())
-
-    ear = Ear(logging.WARNING)
-    logging.getLogger().addHandler(ear)
+def collected_warnings() -> Iterator[list[str]]:
+    """Collect the warnings that the framework logs within the context."""
+    messages: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.addFilter(lambda record: record.name.startswith("palimpsest."))
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logging.getLogger().addHandler(handler)
     try:
-        yield heard
+        yield messages
     finally:
-        logging.getLogger().removeHandler(ear)
+        logging.getLogger().removeHandler(handler)

@@ -1,96 +1,73 @@
-"""Networks in memory, and the experiments (main.py) that they are used with."""
+"""Networks in memory, and the experiments (as of main.py) that use them."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 from palimpsest.app.runs import Classifier, Network
-from palimpsest.classification.models import ClassModel
 from palimpsest.dataloader import TextData
 from palimpsest.diffusion import Diffusion
-from palimpsest.experiment.classifier import read_classes
+from palimpsest.experiment.classifier import TrainedClassifier, read_classes
 from palimpsest.experiment.experiment import Experiment
 from palimpsest.experiment.running import checked
 from palimpsest.scripts.generate import quoted
 from palimpsest.settings.command_line import compose_config
 
 
-@dataclass(frozen=True)
-class Writer:
-    """A network that writes, with its data and what it is asked for this time."""
-
-    diffusion: Diffusion
-    data: object
-    experiment: Experiment
-
-
-@dataclass(frozen=True)
-class Judges:
-    """The networks of all classes, with their data and what they are asked for this time."""
-
-    models: list[ClassModel]
-    data: object
-    experiment: Experiment
-
-
 class Networks:
-    """Reads networks when they are first used, and keeps the last that wrote and the last that classified.
+    """Loader of networks on first use, which keeps the last that sampled and the last that classified.
 
-    extra: words of the command line (key=value) that every experiment is told.
+    Args:
+        extra: words of the command line (key=value) for every experiment.
     """
 
     def __init__(self, extra: Sequence[str] = ()) -> None:
         self._extra, self._composing = list(extra), threading.Lock()
         self._kept: dict[str, tuple[object, object, object]] = {}
 
-    def writer(self, network: Network, asked: Mapping[str, object]) -> Writer:
-        """`network` with the settings `asked`, keys as main.py takes them.
+    def sampler(self, network: Network, settings: Mapping[str, object]) -> tuple[Experiment, TextData, Diffusion]:
+        """Return the experiment, data and model of `network` for sampling with `settings`, keys of main.py.
 
         Raises:
             ValueError: settings that contradict each other or the network.
         """
         settings = {"mode": "sample_eval", "eval.checkpoint_path": str(network.path), "eval.split": "null",
-                    **({} if network.label is None else {"data.label": network.label}), **asked}  # fmt: skip
+                    **({} if network.label is None else {"data.label": network.label}), **settings}  # fmt: skip
         experiment = self._experiment(network, settings)
-        experiment.build.drawing()  # noqa: B018 - what it refuses, before anything is read
+        experiment.build.drawing()  # noqa: B018 - raises for invalid settings before anything is read
 
-        def read() -> tuple[object, Diffusion]:
+        def read() -> tuple[TextData, Diffusion]:
             data = experiment.build.data()
             return data, experiment.weights.trained(data, str(network.path), disable_ema=False)
 
-        data, diffusion = self._once("writer", network.version, read)
-        return Writer(diffusion, data, experiment)
+        return experiment, *self._once("sampler", network.version, read)
 
-    def judges(self, classifier: Classifier, asked: Mapping[str, object]) -> Judges:
-        """The models of the classes with the settings `asked`: those that mode=classify would use.
+    def classifier(self, classifier: Classifier, settings: Mapping[str, object]) -> TrainedClassifier:
+        """Return the class models that mode=classify would use, with `settings`.
 
         Raises:
             ValueError: settings that contradict each other or the networks; data without classes.
         """
-        settings = {"mode": "classify", "checkpointing.save_dir": str(classifier.folder), **asked}
-        experiment = self._experiment(classifier.networks[0], settings)
-
-        def read() -> tuple[TextData, list[ClassModel]]:
-            return read_classes(experiment, classifier.folder, classifier.networks[0].conditional)
-
+        first = classifier.networks[0]
+        settings = {"mode": "classify", "checkpointing.save_dir": str(classifier.folder), **settings}
+        experiment = self._experiment(first, settings)
         version = " ".join(network.version for network in classifier.networks)
-        data, models = self._once("judges", version, read)
-        return Judges(models, data, experiment)
+        read = lambda: read_classes(experiment, classifier.folder, first.conditional)  # noqa: E731
+        return TrainedClassifier(experiment, *self._once("classifier", version, read))
 
     def classes(self, network: Network) -> list[str]:
-        """Names of the classes that a network can be told."""
+        """Return the names of the classes that a network can be conditioned on."""
         return list(self._experiment(network, {}).data().label_names) if network.conditional else []
 
-    def _experiment(self, network: Network, asked: Mapping[str, object]) -> Experiment:
+    def _experiment(self, network: Network, settings: Mapping[str, object]) -> Experiment:
         with self._composing:  # Hydra composes one configuration at a time
-            words = [*network.words, *(f"{key}={quoted(key, value)}" for key, value in asked.items()), *self._extra]
+            words = [*network.words, *(f"{key}={quoted(key, value)}" for key, value in settings.items()), *self._extra]
             configuration = compose_config(words)
         return checked(configuration, "python -m app", words)
 
     def _once(self, kind: str, version: str, read: Callable[[], tuple[object, object]]) -> tuple[object, object]:
         if self._kept.get(kind, ("",))[0] != version:
-            self._kept.pop(kind, None)  # before another takes its room
+            self._kept.pop(kind, None)  # free its memory first
             self._kept[kind] = (version, *read())
         return self._kept[kind][1:]

@@ -1,4 +1,4 @@
-"""The page: a tab that writes, and one that classifies."""
+"""The page: a tab that samples texts, and one that classifies."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _HEADER = '<h1 class="name">Palimpsest</h1><p class="motto">A page scraped clean
 
 
 def page(networks: Sequence[Network], extra: Sequence[str] = ()) -> gr.Blocks:
-    """The page for `networks`. extra: words of the command line (key=value) that all they do is told."""
+    """Return the page for `networks`; extra: words of the command line (key=value) for every experiment."""
     loaded, jobs = Networks(extra), Jobs()
     with gr.Blocks(title="Palimpsest", analytics_enabled=False, fill_width=True) as blocks:
         gr.HTML(_HEADER, apply_default_css=False, padding=False)
@@ -27,21 +27,20 @@ def page(networks: Sequence[Network], extra: Sequence[str] = ()) -> gr.Blocks:
         with gr.Tab("Classify"):
             ClassifyTab(classifiers(networks), loaded, jobs)
 
-        def leave(request: gr.Request) -> None:  # the window was closed
+        def stop(request: gr.Request) -> None:
             jobs.stop(request.session_hash)
 
-        blocks.unload(leave)
+        blocks.unload(stop)  # when a window is closed
     return blocks
 
 
 def head() -> str:
-    """Of the page: its style, in the colours of the reports. Gradio rewrites what it is handed as CSS, and loses what
-    is said of the dark."""
+    """Return the page's style sheet in the colours of the reports, as HTML, because Gradio drops dark mode from CSS."""
     return f"<style>\n{colours()}\n{Path(__file__).with_name('page.css').read_text(encoding='utf-8')}</style>"
 
 
 def theme() -> gr.themes.Base:
-    """Gradio's own parts in the colours and typefaces of the reports; nothing is fetched for it."""
+    """Return a Gradio theme in the colours and local typefaces of the reports."""
     base = gr.themes.Base(font=["system-ui", "Segoe UI", "Roboto", "Noto Sans", "Liberation Sans", "sans-serif"],
                           font_mono=["ui-monospace", "Menlo", "Consolas", "Liberation Mono", "monospace"],
                           radius_size=gr.themes.sizes.radius_sm)  # fmt: skip

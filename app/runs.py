@@ -1,4 +1,4 @@
-"""Which trained networks there are: those named, or the runs of ./outputs, and which of them classify together."""
+"""Discovery of trained networks and classifiers in named folders or in ./outputs."""
 
 from __future__ import annotations
 
@@ -9,23 +9,22 @@ from functools import cached_property
 from pathlib import Path
 
 from palimpsest.common.files import PathOrUrl, is_remote, path_or_url, version
-from palimpsest.experiment.carried import carried
+from palimpsest.experiment.checkpoint_identity import training_identity
 from palimpsest.scripts import generate
 from palimpsest.settings.command_line import CONFIGS
 from palimpsest.settings.identity import overrides
 
 OUTPUTS = Path("outputs")
 _LAST = ("checkpoints", "last.ckpt")
-# Decoders of models that write in blocks, or from the left; and one that goes on behind full rows, by keys of its own.
-_OF_BLOCKS, _FROM_THE_LEFT, _BEHIND_ROWS = ("block_unmask", "block"), ("ar",), ("semi_ar",)
+_BLOCK_SAMPLERS, _CAUSAL_SAMPLERS = ("block_unmask", "block"), ("ar",)
+_OTHER_KEYS = ("semi_ar",)  # a sampler with keys that the app does not offer
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Network:
-    """A trained network: where its checkpoint lies, the configuration that this carries, the class it was trained on
-    (None: all)."""
+    """A trained network: its checkpoint, its configuration, and the class it was trained on (None for all)."""
 
     path: PathOrUrl
     configuration: Mapping[str, object]
@@ -33,52 +32,51 @@ class Network:
 
     @property
     def title(self) -> str:
-        """The folder of its run; of another file than last.ckpt its path."""
+        """Folder of its run; for a file other than last.ckpt its path."""
         text = str(self.path)
         return text.removesuffix("/".join(_LAST)).rstrip("/") or text
 
     @property
     def version(self) -> str:
-        """Changes when the checkpoint is written anew."""
+        """Identifier that changes when the checkpoint is rewritten."""
         return f"{self.path} {version(self.path)}"
 
     @cached_property
     def words(self) -> list[str]:
-        """Of a command line, for its data, network and objective."""
+        """Words of a command line for its data, network and objective."""
         return overrides(self.configuration)
 
     @property
     def conditional(self) -> bool:
-        """Whether it can be told a class."""
+        """True if it can be conditioned on a class."""
         return self.configuration.get("classify.sharing") == "conditional"
 
     @property
     def decoders(self) -> list[str]:
-        """Choices of sampling.predictor, the first as scripts/generate.py chooses it."""
+        """Choices of sampling.predictor; the first is the default of scripts/generate.py."""
         first = generate.predictor(self.configuration)
-        for some in (_FROM_THE_LEFT, _OF_BLOCKS):
-            if first in some:
-                return list(some)
-        others = [path.stem for path in sorted((CONFIGS / "sampler").glob("*.yaml"))]
-        return [first, *(name for name in others if name not in (first, *_FROM_THE_LEFT, *_OF_BLOCKS, *_BEHIND_ROWS))]
+        for group in (_CAUSAL_SAMPLERS, _BLOCK_SAMPLERS):
+            if first in group:
+                return list(group)
+        excluded = (first, *_CAUSAL_SAMPLERS, *_BLOCK_SAMPLERS, *_OTHER_KEYS)
+        names = [path.stem for path in sorted((CONFIGS / "sampler").glob("*.yaml"))]
+        return [first, *(name for name in names if name not in excluded)]
 
 
 @dataclass(frozen=True)
 class Classifier:
-    """Networks that classify: one for each class, in the order of the classes, or one that is told the class. folder:
-    of the run."""
+    """The networks of a classifying run in `folder`: one per class in order, or one conditioned on the class."""
 
     folder: Path
     networks: tuple[Network, ...]
 
 
 def find(typed: Sequence[str]) -> list[Network]:
-    """The networks of the checkpoints, and of the folders with runs, that were typed; without any those below
-    ./outputs, the newest first.
+    """Return the networks of the given checkpoints and folders, by default those below ./outputs, newest first.
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: what was typed is no checkpoint of ours.
+        ValueError: a file is not a checkpoint of this project.
     """
     if typed:
         return [_network(path) for name in typed for path in _checkpoints(name)]
@@ -87,7 +85,7 @@ def find(typed: Sequence[str]) -> list[Network]:
     for path in paths:
         try:
             found.append(_network(path))
-        except (ValueError, OSError) as error:  # one that is damaged, or being written
+        except (ValueError, OSError) as error:  # damaged, or being written
             log.warning("left out: %s", error)
     if not found:
         raise FileNotFoundError(
@@ -98,13 +96,13 @@ def find(typed: Sequence[str]) -> list[Network]:
 
 
 def classifiers(networks: Sequence[Network]) -> list[Classifier]:
-    """Those that classify: networks of the classes 0, 1, ... of one run, and networks that are told the class."""
+    """Return the classifiers: networks of classes 0, 1, ... of one run, and networks conditioned on the class."""
     found = [Classifier(network.path.parents[1], (network,)) for network in networks
              if network.conditional and not is_remote(network.path)]  # fmt: skip
     by_folder: dict[Path, dict[int, Network]] = {}
     for network in networks:
-        here = not is_remote(network.path) and network.path.parts[-3:] == (f"label={network.label}", *_LAST)
-        if here and network.label is not None:
+        per_class = not is_remote(network.path) and network.path.parts[-3:] == (f"label={network.label}", *_LAST)
+        if per_class and network.label is not None:
             by_folder.setdefault(network.path.parents[2], {})[network.label] = network
     for folder, classes in by_folder.items():
         if len(classes) > 1 and sorted(classes) == list(range(len(classes))):
@@ -116,15 +114,15 @@ def _checkpoints(typed: str) -> list[PathOrUrl]:
     path = path_or_url(typed, "--checkpoint")
     if is_remote(path) or not path.is_dir():
         return [path]
-    below = sorted(path.rglob("/".join(_LAST)))
-    if not below:
+    found = sorted(path.rglob("/".join(_LAST)))
+    if not found:
         raise FileNotFoundError(
             f"--checkpoint {typed}: no run in this folder has a {'/'.join(_LAST)}; name the folder of a run, or a "
             ".ckpt file"
         )
-    return below
+    return found
 
 
 def _network(path: PathOrUrl) -> Network:
-    known = carried(path, "--checkpoint")
+    known = training_identity(path, "--checkpoint")
     return Network(path, known["configuration"], known.get("label"))

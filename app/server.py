@@ -1,4 +1,4 @@
-"""Serving the page to this machine alone."""
+"""A server of the page for this machine only."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ HOST = "127.0.0.1"
 
 
 def listen(port: int) -> socket.socket:
-    """A socket of this machine alone; of `port` 0 the system chooses one.
+    """Return a listening socket on the loopback address; the system chooses a port for 0.
 
     Raises:
-        ValueError: the port is none, or taken.
+        ValueError: the port is invalid or in use.
     """
     if not 0 <= port < 2**16:
         raise ValueError(f"--port {port} must lie in 0..{2**16 - 1}; 0: any that is free")
@@ -30,16 +30,16 @@ def listen(port: int) -> socket.socket:
         listening.bind((HOST, port))
     except OSError as error:
         listening.close()
-        raise ValueError(f"--port {port} can not be had ({error.strerror}); name another, or 0 for any") from error
+        raise ValueError(f"--port {port} cannot be used ({error.strerror}); name another, or 0 for any") from error
     listening.listen()
     return listening
 
 
 def serve(blocks: gr.Blocks, listening: socket.socket, token: str) -> None:
-    """Serve the page, to those who have the token, until the process is interrupted."""
+    """Serve the page to holders of the token until the process is interrupted."""
     config = uvicorn.Config(guarded(blocks, listening.getsockname()[1], token), log_level="warning",
                             timeout_graceful_shutdown=1)  # fmt: skip
-    with suppress(KeyboardInterrupt):  # which uvicorn hands on once it has ended
+    with suppress(KeyboardInterrupt):  # uvicorn raises it again after its shutdown
         uvicorn.Server(config).run(sockets=[listening])
 
 
@@ -47,7 +47,9 @@ def guarded(blocks: gr.Blocks, port: int, token: str) -> FastAPI:
     """Return the application that serves the page."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(Guard, token=token, port=port)
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])  # not under a name that points here
+    app.add_middleware(
+        TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"]
+    )  # refuses other names that resolve here
     return gr.mount_gradio_app(
         app, blocks, path="/", server_name=HOST, server_port=port, footer_links=[],
         run_history=False, ssr_mode=False, pwa=False, mcp_server=False, enable_monitoring=False, theme=theme(),

@@ -1,8 +1,7 @@
-"""Seconds per batch of autoregressive samples, with the KV cache against running the whole prefix for every token.
+"""Seconds per batch of autoregressive samples, with a KV cache and with the whole prefix at every token.
 
-Both project only the last position and draw from it with the same numbers; what differs is what the network runs on:
-the newest token, or all tokens so far, as the reference implementations do. The two alternate in one process on the
-same weights; ratios are taken pair by pair.
+Both project only the last position and draw with the same numbers. The network reads the latest token, or all tokens so
+far, as in the reference implementations. Both alternate in one process on the same weights; ratios are of pairs.
 
     python benchmarks/ar_sampling.py                   # hidden 256, 6 blocks, 4 heads, L 256, V 50258, batch 4
 """
@@ -28,7 +27,7 @@ LENGTH, VOCAB, BATCH, MASK, BOS = 256, 50_258, 4, 50_257, 50_256
 
 @torch.no_grad()
 def generate(net: AR, cached: bool) -> Tensor:
-    """BOS and `LENGTH` drawn tokens, (BATCH, LENGTH + 1)."""
+    """Return BOS and `LENGTH` drawn tokens, (BATCH, LENGTH + 1)."""
     u_BL = KeyedNoise(0, torch.arange(BATCH)).uniform(LENGTH)
     x_BL = torch.full((BATCH, LENGTH + 1), BOS)
     cache = net.new_cache(BATCH, LENGTH) if cached else None

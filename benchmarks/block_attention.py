@@ -1,9 +1,9 @@
-"""A training step of block diffusion against its plain form, and sampling with against without the KV cache.
+"""Speed of a training step of block diffusion against its plain form, and of sampling with and without a KV cache.
 
 The plain form is that of the reference: [x_t ; x_0] in one pass of 2 L tokens under one dense mask (SDPA), the
-vocabulary projected at all 2 L positions, log-softmax over (B, L, V). Each side runs in a process of its own; the two
-alternate, and ratios are taken pair by pair. With --vocab 1000 the vocabulary costs next to nothing: what the layout of
-the trunk alone is worth. Sampling is timed for blocks at five places of the text and summed up between them.
+vocabulary projected at all 2 L positions, log-softmax over (B, L, V). Each form runs in its own process; both
+alternate, and ratios are of pairs. With --vocab 1000 the vocabulary is cheap, which shows the gain from the trunk
+alone. Sampling is timed for blocks at five positions of the text and interpolated between them.
 
     python benchmarks/block_attention.py train         # hidden 256, 6 blocks, 4 heads, L 256, V 50258, batch 8, fp32
     python benchmarks/block_attention.py sample        # the same network, L 1024, batch 4, first hitting
@@ -42,7 +42,7 @@ LAWS = ("ours", "plain")
 
 
 def plain_hidden(net: DiT, xt_BL: Tensor, x0_BL: Tensor, seen: Tensor) -> Tensor:
-    """The network on [x_t ; x_0] under a dense mask, (B, 2 L, D)."""
+    """Return the hidden states of the network on [x_t ; x_0] under a dense mask, (B, 2 L, D)."""
     length = xt_BL.shape[1]
     angles = tuple(torch.cat([table, table]) for table in rotary_angles(net.rotary_emb.inv_freq, length))
     c_BC, x = net.conditioning(torch.zeros(len(xt_BL))), net.vocab_embed(torch.cat([xt_BL, x0_BL], dim=1))
@@ -138,7 +138,7 @@ def sample(sizes: list[int], length: int, batch: int) -> None:
                 earlier = x_BL[:, :start]
                 if cached:
                     earlier = model.new_block_cache(batch, length)
-                    model.remember(x_BL[:, :start], earlier)  # done bit by bit while the text grew: not timed
+                    model.remember(x_BL[:, :start], earlier)  # done step by step while the text grew: not timed
                 begin = time.perf_counter()
                 blank = torch.full((batch, size), VOCAB - 1)
                 noise = KeyedNoise(0, torch.arange(batch))

@@ -1,7 +1,7 @@
-"""Validation likelihood against block size at one budget: every size the same network, steps and tokens.
+"""Validation likelihood against block size, with the same network, steps and tokens for each size.
 
 Each row is a training run of main.py (an interrupted one resumes). Size 1 is measured exactly, the others by exact mask
-counts; on `reviews` the corpus knows its entropy, and no bound may fall below it.
+counts. The entropy of `reviews` is known, and no bound may fall below it.
 
     python benchmarks/block_sizes.py                       # reviews
     DATA_DIR=/path/to/data python benchmarks/block_sizes.py --data wikitext2

@@ -1,10 +1,10 @@
-"""What float32 Gumbel noise does to samples, against the float64 inversion used here.
+"""Errors of samples by float32 Gumbel noise, compared with the float64 inversion used here.
 
 One step of a sampler at t = 1 with S steps unmasks a position with probability 1/S and then draws a token. The
-references draw both at once, as the argmax over tokens and mask of p / -log u with u in float32: there tokens of
-probability below 2^-24 S are hardly ever reached, so fewer positions go than should, and those get the frequent tokens.
-Measured on a Zipf law over 50,257 tokens: how many positions go, the mean surprise of the drawn tokens (the entropy of
-the law, if all is right), and the temperature at which the law would explain them best.
+references draw both at once, as the argmax over tokens and mask of p / -log u with u in float32. Tokens of
+probability below 2^-24 S are then almost never drawn, so too few positions are unmasked, with too frequent tokens.
+Measured on a Zipf distribution over 50,257 tokens: the number of unmasked positions, the mean surprise of their tokens
+(ideally the entropy), and the temperature of the distribution that fits them best.
 
     python benchmarks/categorical.py                   # until 150 positions should have gone, at 128 and 1000 steps
 """
@@ -29,7 +29,7 @@ def zipf() -> torch.Tensor:
 
 
 def gumbel(p_V: torch.Tensor, steps: int, draws: int, generator: torch.Generator) -> torch.Tensor:
-    """Tokens of the positions that go, by the references' draw over tokens and mask in float32."""
+    """Return the tokens of unmasked positions, by the references' draw over tokens and mask in float32."""
     q = torch.cat([p_V / steps, torch.tensor([1 - 1 / steps])]).float()
     drawn = [
         (q / (1e-10 - (torch.rand(CHUNK, VOCAB + 1, generator=generator) + 1e-10).log())).argmax(-1)
@@ -40,14 +40,14 @@ def gumbel(p_V: torch.Tensor, steps: int, draws: int, generator: torch.Generator
 
 
 def inversion(p_V: torch.Tensor, steps: int, draws: int) -> torch.Tensor:
-    """Tokens of the positions that go, by the draws of samplers/ancestral.py: the position first, then its token."""
+    """Return the tokens of unmasked positions, drawn as in samplers/ancestral.py: the position, then its token."""
     noise = KeyedNoise(0, torch.arange(draws))
     goes, u = noise.uniform() < 1 / steps, noise.uniform()
     return TokenChoice().draw(p_V.log().expand(int(goes.sum()), VOCAB), u[goes])
 
 
 def temperature(p_V: torch.Tensor, ids: torch.Tensor) -> float:
-    """The temperature of maximum likelihood for tokens drawn from p^(1/T)."""
+    """Return the maximum-likelihood temperature T of tokens drawn from p^(1/T)."""
     log_p = p_V.log()
     cost = lambda t: -float((log_p[ids] / t).mean() - torch.logsumexp(log_p / t, 0))  # noqa: E731
     return float(minimize_scalar(cost, bounds=(0.2, 3.0), method="bounded").x)

@@ -1,8 +1,8 @@
-"""Why the method decides: accuracy by {common, independent} masks x {1, 4, 16, 64} draws x {sum, per-token mean} of log
-p(text | class), for trained class models; and the recipe of a known earlier attempt (own masks for every class, one
-independent t, mean over tokens).
+"""Ablation of classification: {common, independent} masks x {1, 4, 16, 64} draws x {sum, per-token mean} of log p.
 
-One JSON per line, key `accuracy`: the mean over all disjoint groups of so many draws, its error over texts.
+It also measures the recipe of an earlier attempt (own masks for each class, one independent t, mean over tokens). The
+class models are trained before. It prints one JSON per line; `accuracy` is the mean over all disjoint groups of that
+many draws, and its error is over texts.
 
     DATA_DIR=/path/to/data python benchmarks/classification.py --texts 400 --output benchmarks/results/x.jsonl \\
         experiment=imdb_classifier_cpu          # any configuration of mode=classify, its models trained before

@@ -1,8 +1,7 @@
-"""What loading costs: tokens per second by number of workers, for texts that are tokenised ahead and for the same texts
-streamed; and the first batch of a stream that is begun, resumed by its places, and resumed without them.
+"""Cost of data loading: tokens per second by number of workers, for texts tokenised ahead and for streamed texts.
 
-Needs real files of texts (Parquet, jsonl, csv, txt; one, or a glob). Printed are the median of the repetitions and
-their range.
+It also measures the time to the first batch of a new stream, and of one resumed with and without saved positions. It
+needs real files of texts (Parquet, jsonl, csv, txt; one, or a glob), and prints medians and ranges of the repetitions.
 
     python benchmarks/data_loading.py --path "$DATA_DIR/imdb/unsupervised.parquet" --tokenizer gpt2
 """
@@ -33,7 +32,7 @@ def build(args: argparse.Namespace, workers: int, streaming: bool, step: int = 0
 
 
 def speed(args: argparse.Namespace, workers: int, streaming: bool) -> float:
-    """Tokens per second after the first batches, with nothing between them."""
+    """Return the tokens per second after the first batches, without other work."""
     batches = iter(build(args, workers, streaming).train_dataloader())
     next(itertools.islice(batches, 8, 8), None)
     began = time.perf_counter()
@@ -42,7 +41,7 @@ def speed(args: argparse.Namespace, workers: int, streaming: bool) -> float:
 
 
 def resumes(args: argparse.Namespace) -> dict[str, float]:
-    """Seconds to the first batch: of a new stream, and of one resumed after `steps` steps."""
+    """Return the seconds to the first batch of a new stream, and of one resumed after `steps` steps."""
     data, began = build(args, 0, True), time.perf_counter()
     batches = iter(data.train_dataloader())
     next(batches)

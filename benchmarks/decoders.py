@@ -1,9 +1,8 @@
-"""One network, many decoders: what each one's texts are worth under a scorer, how diverse they are, what they cost.
+"""Comparison of decoders of one network: perplexity of their texts under a scorer, diversity, and cost.
 
-Generative perplexity alone says nothing, since repetition lowers it: read it beside the entropy, distinct-n and the
-last lines, which are of as many real texts and of as many with their tokens drawn one by one from the training texts'
-frequencies (behind sampling.prefix, where one is given). Drawn texts are kept below --output, so that another scorer,
-or an interrupted table, draws nothing again.
+Repetition lowers generative perplexity, so compare it together with entropy, distinct-n and the last two lines. They
+are of as many real texts, and of texts with tokens drawn independently from the training frequencies (after
+sampling.prefix, if set). Sampled texts are kept below --output for another scorer or an interrupted table.
 
     python benchmarks/decoders.py --checkpoint outputs/reviews/micro-0123abcd/checkpoints/last.ckpt
     DATA_DIR=/path/to/data python benchmarks/decoders.py --checkpoint last.ckpt --scorer gpt2 data=wikitext2 model=tiny
@@ -58,7 +57,7 @@ NO_BUDGET = ("first-hitting", "blocks, first-hitting")  # as many steps as masks
 
 
 def decoders(blocks: bool, steps: list[int]) -> dict[str, list[str]]:
-    """Name -> overrides, for each budget where there is one."""
+    """Return overrides by name of the decoder, for each budget if it has one."""
     predictor = "block_unmask" if blocks else "unmask"
     every = {**(BLOCK if blocks else PLAIN),
              **{name: f"sampling.predictor={predictor} {how}" for name, how in UNMASK.items()}}  # fmt: skip
@@ -71,7 +70,7 @@ def decoders(blocks: bool, steps: list[int]) -> dict[str, list[str]]:
 
 
 class Table:
-    """Draws with one network and keeps what it drew. texts: how many of each decoder."""
+    """Sampled texts of one network, kept on disk; texts: number per decoder."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.overrides, self.folder, self.texts, self.show = args.overrides, args.output, args.texts, args.show
@@ -91,7 +90,7 @@ class Table:
         return KneserNey(self.data.tokenizer, self.data.texts("train")["text"][:], self.data.vocabulary.size)
 
     def drawn(self, name: str, how: list[str]) -> dict[str, object]:
-        """ids, evaluations and seconds per text of a decoder, from the last time if it was drawn before."""
+        """Return ids, evaluations and seconds per text of a decoder, from disk if they exist."""
         drawing, source = self._experiment(how).drawing, self.network.provenance
         weights = [str(Path(source.checkpoint).resolve()), source.steps]
         key = [2, dict(drawing.protocol), self.texts, self.experiment.seed, self.data.name, self.data.length, *weights]
@@ -99,7 +98,7 @@ class Table:
         if file.exists():
             return json.loads(file.read_text())
         size = min(self.texts, self.data.eval_batch_size)
-        draw(self.network, self.data, drawing, 1, 1, self.experiment.seed)  # what the first call alone pays for
+        draw(self.network, self.data, drawing, 1, 1, self.experiment.seed)  # the first call has extra costs
         start = time.perf_counter()
         texts = draw(self.network, self.data, drawing, self.texts, size, self.experiment.seed)
         kept = {"name": name, "key": key, "batch": size, "ids": [text.ids for text in texts],
@@ -114,8 +113,7 @@ class Table:
         self, name: str, rows: list[list[int]], evaluations: float | None = None, seconds: float | None = None,
         units: Units | None = None,
     ) -> dict[str, object]:  # fmt: skip
-        """Prints a line, and the first texts if they are asked for; returns the line for the JSON. units: what errors
-        are over (None: texts)."""
+        """Print a line, and the first texts if requested; return the line. units: the units of errors (None: texts)."""
         quality = measure(rows, self.data, self.scorer, units)
         columns = {"generative_perplexity": quality.likelihood.perplexity,
                    "unigram_entropy_nats": quality.diversity.unigram_entropy,
@@ -128,7 +126,7 @@ class Table:
         return {"decoder": name, **known, "network_evaluations": evaluations, "seconds_per_text": seconds}
 
     def unigrams(self, like: dict[str, object]) -> list[list[int]]:
-        """The texts `like` with every token that was not given drawn from the frequencies of the training texts."""
+        """Return the texts `like` with every sampled token redrawn from the training frequencies."""
         counts_V = token_counts(self.data)[0]
         rng, p_V = np.random.default_rng(self.experiment.seed), counts_V / counts_V.sum()
         drawn = [rng.choice(len(p_V), len(ids), p=p_V).tolist() for ids in like["ids"]]

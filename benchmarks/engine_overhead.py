@@ -1,9 +1,9 @@
-"""What the engine costs: step time of a training with all default callbacks and loggers, against a bare loop.
+"""Overhead of the engine: step time of a training with all default callbacks and loggers, against a bare loop.
 
 The bare loop has the same batches, objective, gradient clipping, optimizer, learning-rate schedule and weight average,
-and nothing else: no Lightning, no guard, no metrics, no logs, no seeds for dropout. Both run in one process and take
-turns, one step each, so that whatever else the machine does meets both alike; ratios are taken step by step. On a CPU
-the processor time of the process is told beside the wall time: a busy machine stretches the one and not the other.
+but no Lightning, guard, metrics, logs or seeds for dropout. Both alternate step by step in one process, so other load
+affects both; ratios are of pairs of steps. On a CPU the processor time is also reported, because a busy machine
+stretches only the wall time.
 
     python benchmarks/engine_overhead.py                           # hidden 128, 8 blocks, batch 32
     python benchmarks/engine_overhead.py --steps 200 model.hidden_size=64 trainer.log_every_n_steps=1
@@ -35,13 +35,13 @@ WARM_UP = 5
 
 
 def now(device: torch.device) -> tuple[float, float]:
-    """(wall, processor) seconds, after the device has done what it was given."""
+    """Return (wall, processor) seconds after the device has finished its work."""
     synchronize(device)
     return time.perf_counter(), time.process_time()
 
 
 class TakingTurns(lightning.Callback):
-    """After each step of the training one of the bare loop; milliseconds of both, (wall, processor) each."""
+    """One step of the bare loop after each training step; milliseconds of both as (wall, processor)."""
 
     def __init__(self, bare: Iterator[None]) -> None:
         self.bare, self.engine_ms, self.bare_ms, self._end = bare, [], [], None
@@ -56,7 +56,7 @@ class TakingTurns(lightning.Callback):
 
 
 def bare_steps(experiment: Experiment, device: torch.device) -> Iterator[None]:
-    """The same training by hand."""
+    """Yield after each step of the same training in a bare loop."""
     data = experiment.build.data()
     model = experiment.build.diffusion(data).train().to(device)
     optimizer = model.build_optimizer(model.backbone)

@@ -1,7 +1,7 @@
 """Standard error of one text's -log p against network evaluations, for every estimator of the NELBO on one model.
 
-The error is measured, not modelled: the standard deviation over independent repetitions, pooled over texts. The model
-is the MDLM of benchmarks/objectives.py. The two sharper likelihoods of the same weights are measured beside it.
+The error is the standard deviation over independent repetitions, pooled over texts. The model is the MDLM of
+benchmarks/objectives.py. Two sharper likelihoods of the same weights are also measured.
 
     DATA_DIR=/path/to/data python benchmarks/estimators.py --checkpoint outputs/objectives/mdlm/checkpoints/last.ckpt
 """
@@ -35,7 +35,7 @@ ESTIMATORS = {
 
 @torch.inference_mode()
 def errors(model: Model, batch: Batch, evaluations: int, repetitions: int) -> dict[str, tuple[float, float]]:
-    """Mean (nats per token) and pooled standard error (nats per text) of every estimator at a number of evaluations."""
+    """Return mean [nats per token] and pooled standard error [nats per text] of each estimator by evaluations."""
     found = {}
     for name, estimator in ESTIMATORS.items():
         nll_RB = torch.stack([estimator(model, batch, seed, evaluations).nll_BK.mean(1) for seed in range(repetitions)])
@@ -46,7 +46,7 @@ def errors(model: Model, batch: Batch, evaluations: int, repetitions: int) -> di
 
 @torch.inference_mode()
 def sharper(model: Model, batch: Batch, orders: int) -> dict[str, float]:
-    """Nats per token under the likelihoods that are no NELBO."""
+    """Return nats per token under the likelihoods that are not the NELBO."""
     tokens = batch["input_ids"].numel()
     out = {f"any order, {k} orders": AnyOrder()(model, batch, 0, k).nll_BK.sum() / tokens for k in (1, orders)}
     out |= {f"duel, {order}": Ordered(order)(model, batch, 0, 1).nll_BK.sum() / tokens for order in ORDERS}

@@ -1,9 +1,9 @@
 """Every estimator of the NELBO with the exact Bayes denoiser, against the exact -log p of the same texts.
 
-With exact conditionals the continuous-time bound is tight for each text, so its mean above the truth is 0 within its
-error; with T steps it is above, by the nats that steps cost which unmask several tokens. Below 0 would be a bound that
-is none. The error is that of the mean over texts and draws; the noise is that of one text and draw. All lines share
-their random numbers, so their deviations are not independent.
+With exact conditionals the continuous-time bound is tight for each text, so its mean gap is 0 within its error. With T
+steps the gap is positive, because steps that unmask several tokens cost nats. A negative gap would refute the bound.
+The error is of the mean over texts and draws; the noise is of one text and draw. All lines share their random numbers,
+so their deviations are not independent.
 
     python benchmarks/exact_bounds.py                  # 64 texts, 64 network evaluations each
 """
@@ -37,7 +37,7 @@ STEPS = (1, 4, 16, 64, 1000)
 
 
 def nats(grammar: ReviewGrammar, texts: list[str]) -> np.ndarray:
-    """-log p(text | its length) under both classes with equal weights, (M,)."""
+    """Return -log p(text | its length) under both classes with equal weights, (M,)."""
     lengths = [len(tokens(text)) for text in texts]
     joint = np.logaddexp.reduce([grammar.log_prob(texts, label) for label in (0, 1)])
     return np.logaddexp.reduce([grammar.log_prob_length(lengths, label) for label in (0, 1)]) - joint

@@ -1,11 +1,10 @@
-"""What the Monte Carlo error costs a classification: the embedded corpus under its own exact denoisers.
+"""Cost of the Monte Carlo error in classification: the embedded corpus under its exact denoisers.
 
 python -m benchmarks.exact_classification 2000
 
-The exact p(token | the tokens that are not masked, class) comes from the forward-backward algorithm on each class's
-grammar, so the only error is that of the masks. They are those of mode=classify, and so is the sequential test. It
-prints for each confidence the mean draws and by how much the log loss of a posterior exceeds that of the exact one: as
-the Kullback-Leibler divergence from it, which is the same in the mean and less noisy.
+The exact p(token | unmasked tokens, class) comes from the forward-backward algorithm on each class's grammar, so the
+masks are the only source of error. Masks and sequential test are those of mode=classify. For each confidence it prints
+the mean draws and the Kullback-Leibler divergence from the exact posterior, which equals the mean excess log loss.
 
 Shape suffixes: M texts, C classes, K draws, L length, S states.
 """
@@ -65,7 +64,7 @@ class Denoiser:
 
 
 def measured(corpus: ReviewGrammar, texts: list[list[str]]) -> np.ndarray:
-    """-log p(text | class, length), one estimate per draw, nats (M, C, K)."""
+    """Return -log p(text | class, length), one estimate per draw, nats (M, C, K)."""
     lengths, ids_M = np.array([len(text) for text in texts]), torch.arange(len(texts))
     scored_ML = torch.arange(int(lengths.max())) < torch.from_numpy(lengths)[:, None]
     denoisers, nats_MCK = [Denoiser(grammar) for grammar in corpus.grammars], np.empty((len(texts), 2, DRAWS))

@@ -1,8 +1,7 @@
-"""Guidance towards a class with exact denoisers: the share of texts of the class, and of possible ones, against the
-weight.
+"""Guidance towards a class with exact denoisers: the share of texts of the class, and of possible texts, by weight.
 
-The networks are perfect, so whatever is wrong with a text is the guidance's or the sampler's. Classes and possible
-texts are judged by the corpus's own distribution. Errors are binomial.
+The networks are exact, so all errors come from guidance or the sampler. The corpus's own distribution decides the class
+and whether a text is possible. Errors are binomial.
 
     python benchmarks/exact_guidance.py --plot guidance.png      # 1,000 texts each, about 15 minutes on one core
 """

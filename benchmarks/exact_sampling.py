@@ -1,8 +1,7 @@
-"""Share of sampled texts that are possible at all, against network evaluations, with the exact Bayes denoiser.
+"""Share of possible texts among samples of the exact Bayes denoiser, against network evaluations.
 
-The network is perfect, so whatever is wrong with a text is the sampler's: tokens that one step writes together are
-drawn independently of each other. A text is possible if the grammar of the embedded corpus can write it. Rows have the
-lengths of the corpus. Errors are binomial.
+The network is exact, so all errors come from the sampler, which draws the tokens of one step independently. A text is
+possible if the grammar of the embedded corpus can generate it. Rows have the corpus's lengths. Errors are binomial.
 
     python benchmarks/exact_sampling.py                # 2,000 texts each, about 20 minutes on one core
     python benchmarks/exact_sampling.py --only uniform --plot possible.png

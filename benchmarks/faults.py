@@ -1,17 +1,16 @@
-"""Kill a training, damage its files, fill its disk: does it still end with the weights of one that was left alone?
+"""Test that a training that is killed, whose files are damaged or whose disk is full, ends with the same weights.
 
     python benchmarks/faults.py --kills 60 --damages 24 --disks 4
 
-A small model (dropout, micro-batches, validations, patience) saves every one to three steps. Each training is started
-again by the same call until it is complete; after every fault all checkpoints in its folder must be whole, last.ckpt
-must be there and not have gone back, and milestones must be there. At the end weights, average, optimizer, schedule,
-counts of the callbacks and the best weights must equal those of the undisturbed training, bit for bit.
+A small model (dropout, micro-batches, validations, patience) saves every one to three steps. Each training is restarted
+by the same call until it is complete. After each fault all checkpoints must be intact, milestones must exist, and
+last.ckpt must exist and not be older than before. At the end weights, average, optimizer, schedule, callback counts and
+best weights must equal those of the undisturbed training, bit for bit.
 
 kills: SIGKILL, SIGTERM, SIGUSR1 at random moments, and SIGKILL before or after a random operation of a save (fsync,
 rename, link, removal). damages: a flipped byte, a truncation, an empty file, in a random checkpoint.
-disks: a small tmpfs that is full for a while, for good, or too small for all that is to be kept (needs the right to
-mount). One process imports torch and forks every training. Ends with one line of JSON; exit status 1 if anything was
-not as it must be.
+disks: a small tmpfs that is full for a while, for good, or too small for all files (needs the right to mount).
+One process imports torch and forks every training. The last line is JSON; the exit status is 1 after any failure.
 """
 
 from __future__ import annotations
@@ -49,12 +48,12 @@ OVERRIDES = ["model.hidden_size=16", "model.cond_dim=8", "model.n_blocks=1", "mo
              "data.source.num_train_per_class=64", "data.source.num_validation_per_class=16",
              "classify.patience=50", f"trainer.max_steps={STEPS}", "trainer.val_check_interval=10",
              f"checkpointing.keep_last={KEEP}", f"checkpointing.milestone_every={MILESTONE}"]  # fmt: skip
-OPERATIONS = 9  # of a save that the kills aimed at saves choose from; more than there are is no kill
+OPERATIONS = 9  # of a save, among which a kill is placed; a number beyond the last is no kill
 
 
 @dataclass
 class Campaign:
-    """What was done and what was seen."""
+    """Counts and failures of the campaign."""
 
     folder: Path
     chance: random.Random
@@ -67,12 +66,12 @@ class Campaign:
             print(f"FAULT: {what}", file=sys.stderr, flush=True)
 
 
-# -------------------------------------------------------------------------------- trainings in processes of their own
+# -------------------------------------------------------------------------------- trainings in their own processes
 
 
 @dataclass
 class Training:
-    """A process that trains; `started` when its first step is about to begin."""
+    """A training in its own process."""
 
     pid: int
     log: Path
@@ -82,7 +81,7 @@ class Training:
         os.read(self.pipe, 1)  # or the end of the process
 
     def wait(self, timeout: float = 120.0) -> int:
-        """Its exit status (negative: the signal that ended it); it is killed after `timeout` seconds."""
+        """Return the exit status (negative: the signal that ended it), after a kill at `timeout` seconds."""
         until = time.monotonic() + timeout
         while time.monotonic() < until:
             if (ended := os.waitpid(self.pid, os.WNOHANG))[0]:
@@ -97,7 +96,7 @@ class Training:
 
 
 def start(folder: Path, every: int, *more: str, prepare: Callable[[], None] = lambda: None) -> Training:
-    """Fork a training in `folder` that saves `every` steps; `prepare` is called in it before it begins."""
+    """Fork a training in `folder` that saves every `every` steps and calls `prepare` before its first step."""
     cfg = compose_config([*OVERRIDES, f"checkpointing.save_dir={folder}", f"data.cache_dir={folder.parent / 'cache'}",
                           f"callbacks.checkpoint_every_n_steps.every_n_train_steps={every}", *more])  # fmt: skip
     folder.mkdir(exist_ok=True)
@@ -129,7 +128,7 @@ def start(folder: Path, every: int, *more: str, prepare: Callable[[], None] = la
 
 
 def killed_in_a_save(operation: int, after: bool) -> None:
-    """Have this process end by SIGKILL before (or `after`) the given operation of its saves."""
+    """Make this process kill itself before (or `after`) the given operation of its saves."""
     count = 0
 
     def fatal(real: Callable) -> Callable:
@@ -149,11 +148,11 @@ def killed_in_a_save(operation: int, after: bool) -> None:
         setattr(owner, name, fatal(getattr(owner, name)))
 
 
-# -------------------------------------------------------------------------------- what must be so
+# -------------------------------------------------------------------------------- checks
 
 
 def inspect(campaign: Campaign, folder: Path, reached: int, milestones: bool = True) -> int:
-    """Everything in the folder is whole; returns the step of last.ckpt, which is not below `reached`."""
+    """Check that all files are intact and last.ckpt is not below `reached`; return its step."""
     kept = folder / "checkpoints"
     for path in kept.glob("*.ckpt"):
         try:
@@ -166,13 +165,13 @@ def inspect(campaign: Campaign, folder: Path, reached: int, milestones: bool = T
     steps = sorted(int(path.stem.removeprefix("step-")) for path in kept.glob("step-*.ckpt"))
     campaign.expect(len(steps) <= KEEP + 1, f"{kept} keeps {steps}")
     for milestone in range(MILESTONE, step + 1, MILESTONE) if milestones else ():
-        there = any(kept.glob(f"milestone-{milestone:08d}.ckpt*"))  # or a damaged one, set aside
+        there = any(kept.glob(f"milestone-{milestone:08d}.ckpt*"))  # or a damaged one that was renamed
         campaign.expect(there, f"{kept}: no milestone of {milestone}")
     return step
 
 
 def tensors_and_counts(path: Path) -> tuple[list[torch.Tensor], str]:
-    """Every tensor of a checkpoint in a fixed order, and its other content that has to be the same."""
+    """Return all tensors of a checkpoint in a fixed order, and its other content to compare."""
     content, tensors, rest = load_inert(path), [], []
 
     def visit(name: str, node: object) -> None:
@@ -196,13 +195,13 @@ def tensors_and_counts(path: Path) -> tuple[list[torch.Tensor], str]:
 
 
 def same(a: Path, b: Path) -> bool:
-    """Whether two checkpoints hold the same training, bit for bit."""
+    """Return True if two checkpoints are the same training, bit for bit."""
     (x, of_x), (y, of_y) = tensors_and_counts(a), tensors_and_counts(b)
     return of_x == of_y and len(x) == len(y) and all(torch.equal(p, q) for p, q in zip(x, y, strict=True))
 
 
 def complete(campaign: Campaign, folder: Path, whole: Path, status: int) -> None:
-    """A training that has ended by itself has the results of the undisturbed one."""
+    """Check that a finished training has the results of the undisturbed one."""
     campaign.counts["trainings"] += 1
     campaign.expect(status == 0, f"{folder} ended with status {status}: see log.txt there")
     reached = inspect(campaign, folder / "label=0", 0, milestones="disk" not in folder.name)
@@ -220,7 +219,7 @@ def complete(campaign: Campaign, folder: Path, whole: Path, status: int) -> None
 
 
 def kill_once(campaign: Campaign, folder: Path, every: int, seconds: float) -> int | None:
-    """Start or go on with a training and kill it; its exit status where it was complete before that."""
+    """Start or resume a training and kill it; return its exit status if it finished first."""
     chance, kind = campaign.chance, campaign.chance.choice(["SIGKILL", "in a save", "SIGTERM", "SIGUSR1", "in a save"])
     if kind == "in a save":
         operation, after = chance.randint(1, OPERATIONS * 6), chance.random() < 0.5
@@ -244,7 +243,7 @@ def kill_once(campaign: Campaign, folder: Path, every: int, seconds: float) -> i
 
 
 def kills(campaign: Campaign, whole: Path, number: int, seconds: float) -> None:
-    """Trainings that are killed and started again until they are complete, `number` kills in all."""
+    """Kill and restart trainings until they are complete, with `number` kills in all."""
     while campaign.counts["kills"] < number:
         folder, every, reached = (
             campaign.folder / f"kills-{campaign.counts['trainings']}",
@@ -260,7 +259,7 @@ def kills(campaign: Campaign, whole: Path, number: int, seconds: float) -> None:
 
 
 def damage(campaign: Campaign, path: Path) -> str:
-    """Flip a byte of a file, cut it short, or empty it, in place: as a disk does, under all its names."""
+    """Flip a byte of a file, truncate it, or empty it, in place, so under all its names."""
     content, chance = bytearray(path.read_bytes()), campaign.chance
     kind = chance.choice(["flipped byte", "flipped byte", "truncation", "empty file"])
     if kind == "flipped byte":
@@ -275,13 +274,13 @@ def damage(campaign: Campaign, path: Path) -> str:
 
 
 def damages(campaign: Campaign, whole: Path, number: int) -> None:
-    """Trainings that are killed, and go on although some of their checkpoints are no longer what was written."""
+    """Kill trainings, damage some of their checkpoints, and resume them."""
     for trial in range(number):
         folder, kept = campaign.folder / f"damage-{trial}", campaign.folder / f"damage-{trial}/label=0/checkpoints"
         step = campaign.chance.randint(4, STEPS - 1)
         start(folder, 1, prepare=lambda step=step: killed_in_a_save(OPERATIONS * step, True)).wait()
         reached = inspect(campaign, folder / "label=0", 0)
-        # last.ckpt, and one of the others where there is a third to go on from.
+        # last.ckpt, and another one if a third remains to resume from.
         others = sorted(path for path in kept.glob("*.ckpt") if path.stat().st_nlink == 1)
         chosen = {kept / "last.ckpt", *([campaign.chance.choice(others)] if len(others) > 1 else [])}
         told = [(path, damage(campaign, path)) for path in chosen if path.exists()]
@@ -298,7 +297,7 @@ def damages(campaign: Campaign, whole: Path, number: int) -> None:
 
 
 def all_damaged(campaign: Campaign) -> None:
-    """Where nothing is left to go on from, that is said, twice, and nothing is begun anew behind one's back."""
+    """Check that a training without an intact checkpoint is refused, twice, and does not start over."""
     folder = campaign.folder / "all"
     start(folder, 1, prepare=lambda: killed_in_a_save(OPERATIONS * 5, True)).wait()
     for path in (folder / "label=0/checkpoints").glob("*.ckpt"):
@@ -312,13 +311,13 @@ def all_damaged(campaign: Campaign) -> None:
 
 
 def disks(campaign: Campaign, whole: Path, number: int, size: int) -> str | None:
-    """Trainings whose checkpoints and logs lie on a disk that is too small. Why they were left out, or None."""
+    """Run trainings on a disk that is too small; return the reason if they were left out, else None."""
     for trial in range(number):
         folder = campaign.folder / f"disk-{trial}"
         kept = folder / "label=0/checkpoints"
         kept.parent.mkdir(parents=True)
         kind = ("full for a while", "full for good", "room for few")[trial % 3]
-        # Milestones are kept whatever happens: 3 of them, last, best, and a new one take 6 files; 2 more are the last.
+        # Milestones are always kept: 3 of them, last, best, and a new one take 6 files; 2 more are the latest.
         room = {"room for few": 6.7}.get(kind, 12)
         mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={int(room * size)}", "tmpfs", str(kept.parent)],
                                  capture_output=True, text=True)  # fmt: skip
@@ -338,7 +337,7 @@ def _fill(campaign: Campaign, folder: Path, kept: Path, whole: Path, kind: str) 
     limit = ["checkpointing.max_failed_saves=4"] if kind == "full for good" else ["checkpointing.max_failed_saves=null"]
 
     def at_steps() -> None:
-        """Fill the disk after a random step, and empty it again a few steps later, or never."""
+        """Fill the disk after a random step, and empty it a few steps later, or never."""
         real, first = LastCheckpoint.on_train_batch_end, campaign.chance.randint(3, 10)
 
         def step_by_step(self: LastCheckpoint, trainer: object, *args: object) -> None:
@@ -369,7 +368,7 @@ def _fill(campaign: Campaign, folder: Path, kept: Path, whole: Path, kind: str) 
 
 
 def run(arguments: argparse.Namespace, folder: Path) -> tuple[Campaign, dict[str, object]]:
-    """The whole campaign below `folder`."""
+    """Run the whole campaign below `folder`."""
     torch.set_num_threads(1)
     began, campaign = time.monotonic(), Campaign(folder, random.Random(arguments.seed))
     whole = folder / "whole"

@@ -1,7 +1,7 @@
-"""Peak memory and time of a training step with training.gradient_checkpointing, against the same step without.
+"""Peak memory and time of a training step with and without training.gradient_checkpointing.
 
-Each side runs in a process of its own, so that peak memory is its own; the two alternate, and ratios are taken pair by
-pair. On a CPU the peak is the process's resident memory less what it had before the network was built.
+Each runs in its own process, so that peak memory is its own; both alternate, and ratios are of pairs. On a CPU the peak
+is the process's resident memory minus that before the network was built.
 
     python benchmarks/gradient_checkpointing.py        # hidden 256, 8 blocks, 4 heads, L 512, V 2048, batch 8, fp32
 """

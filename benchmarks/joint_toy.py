@@ -1,14 +1,13 @@
-"""Whether the joint objective learns both directions, on made-up texts whose latent is known: a minute of one core.
+"""Test of both directions of the joint objective on synthetic texts with known latents: a minute of one core.
 
-A text has four attributes of three values; each writes three tokens, drawn from two words of that value. Its latent is
-the attributes, one-hot, turned by a fixed orthogonal map, with noise, standardised. l2t: texts are sampled given true
-latents, given those of other texts, and given none; the share of tokens that show the latent's attributes. t2l: latents
-are sampled by DDIM given texts, given others, and given masks; how often the nearest of the 81 latents is the text's.
-The likelihood is that of the text given its latent, another one and none; the true entropies are beside it.
+A text has four attributes of three values; each contributes three tokens, drawn from two words of that value. Its
+latent is the one-hot attributes under a fixed orthogonal map, with noise, standardised. l2t samples texts given true,
+other and no latents; reported is the share of tokens that show the latent's attributes. t2l samples latents by DDIM
+given true, other and masked texts; reported is how often the nearest of the 81 latents is the text's. The likelihood is
+that of the text given its latent, another one and none, with the true entropies.
 
-With --independent the latents are those of other texts, and say nothing: what a second stream costs the text. Beside
-each network stands one that was trained on texts alone, for as many steps as this one was on texts in all, from the
-same seeds.
+With --independent the latents are those of other texts, which measures the cost of an uninformative second stream. Each
+network is compared with one trained on texts alone, for as many text steps, from the same seeds.
 
     python benchmarks/joint_toy.py
     python benchmarks/joint_toy.py --independent 5
@@ -42,7 +41,7 @@ LENGTH, WIDTH = ATTRIBUTES * TOKENS, 16
 
 
 def texts(rows: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Attributes (rows, ATTRIBUTES) and tokens (rows, LENGTH)."""
+    """Return attributes (rows, ATTRIBUTES) and tokens (rows, LENGTH)."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.randint(VALUES, (rows, ATTRIBUTES), generator=generator)
     word = torch.randint(WORDS, (rows, LENGTH), generator=generator)
@@ -51,7 +50,7 @@ def texts(rows: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def latents(values: Tensor, noise: float = 0.0) -> Tensor:
-    """(rows, 1, WIDTH), every number of variance near 1."""
+    """Return latents (rows, 1, WIDTH) with variances near 1."""
     one_hot = torch.nn.functional.one_hot(values, VALUES).flatten(1).double() - 1 / VALUES
     turn = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(0)).double())[0]
     clean = one_hot @ turn[: one_hot.shape[1]]
@@ -86,7 +85,7 @@ def train(
 
 @torch.no_grad()
 def to_text(net: MMDiT, law: JointDiffusion, values: Tensor, latent: Tensor | None) -> float:
-    """Share of the sampled tokens that are a word of the attribute's value."""
+    """Return the share of sampled tokens that are a word of the attribute's value."""
     masks = torch.full((len(values), LENGTH), MASK)
     told = {} if latent is None else {"latent": latent}
     model = law.bound(None).model(net)
@@ -97,7 +96,7 @@ def to_text(net: MMDiT, law: JointDiffusion, values: Tensor, latent: Tensor | No
 
 @torch.no_grad()
 def to_latent(net: MMDiT, law: JointDiffusion, values: Tensor, x: Tensor, t: float, steps: int = 50) -> float:
-    """How often the nearest latent of all is that of the attributes, by deterministic DDIM."""
+    """Return how often the nearest latent is that of the attributes, by deterministic DDIM."""
     z = KeyedNoise(8, torch.arange(len(x))).normal(1, WIDTH).float()
     grid = torch.linspace(LATEST, 0.0, steps + 1, dtype=torch.float64).expand(len(x), -1)
     text_t = torch.full((len(x),), t, dtype=torch.float64)
@@ -111,13 +110,13 @@ def to_latent(net: MMDiT, law: JointDiffusion, values: Tensor, x: Tensor, t: flo
 
 @torch.no_grad()
 def nats(net: MMDiT, law: JointDiffusion, x: Tensor, **told: Tensor) -> Tensor:
-    """The bound of each text, nats per token, (M,)."""
+    """Return the bound of each text, nats per token, (M,)."""
     batch = {"input_ids": x, "sample_id": torch.arange(len(x)), **told}
     return Nelbo()(law.bound(None).model(net), batch, 0, 8).nll_BK.mean(1) / LENGTH
 
 
 def independent(settings: argparse.Namespace) -> None:
-    """Prints what a text's bound is by networks that saw latents which say nothing, and by ones that saw none."""
+    """Print the bounds of texts by networks trained with uninformative latents, and by networks without latents."""
     x, reads_text = texts(512, 0)[1], 1 - sum(SHARES[name] for name in ("t2l", "latent"))
     hidden = {"latent": torch.zeros(len(x), 1, WIDTH), "latent_t": torch.ones(len(x), dtype=torch.float64)}
     table = []
@@ -151,7 +150,7 @@ def main() -> None:
 
 
 def directions(settings: argparse.Namespace) -> None:
-    """Prints what a network makes of texts and their own latents, in every direction."""
+    """Print the measurements of a network trained on texts and their latents, in all directions."""
     start = time.process_time()
     net, law, last = train(settings.steps, settings)
     seconds = time.process_time() - start

@@ -1,4 +1,4 @@
-"""An n-gram model with interpolated Kneser-Ney smoothing: a scorer of texts where no causal network is at hand."""
+"""An n-gram model with interpolated Kneser-Ney smoothing: a scorer of texts without a causal network."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from palimpsest.common.metrics import Units
 from palimpsest.data.tokenizers import encode
 from palimpsest.evaluation.generative_perplexity import GenerativePerplexity, TextScores
 
-_BEGIN = -1  # stands before a text
+_BEGIN = -1  # before a text
 
 
 class KneserNey:
-    """p(w | h) = max(c(hw) - d, 0) / c(h) + d N(h) / c(h) p(w | h without its first token), where N(h) is the number of
-    different tokens seen behind h; below the highest order c(hw) counts the different tokens seen before hw; below
-    order 1 all `vocab_size` tokens are equal (Kneser & Ney 1995; Chen & Goodman 1998, section 2.7, one discount d for
-    all orders).
+    """An interpolated n-gram model (Kneser & Ney 1995; Chen & Goodman 1998, section 2.7) with one discount d.
+
+    p(w | h) = max(c(hw) - d, 0) / c(h) + d N(h) / c(h) p(w | h without its first token). N(h) is the number of
+    different tokens after h. Below the highest order c(hw) counts the different tokens before hw. Below order 1 all
+    `vocab_size` tokens are equally likely.
     """
 
     def __init__(
@@ -46,11 +47,11 @@ class KneserNey:
 
     @property
     def protocol(self) -> dict[str, object]:
-        """What must be equal for two numbers to be comparable."""
+        """Settings that must be equal for two numbers to be comparable."""
         return {"scorer": f"{self.order}-gram, Kneser-Ney", "discount": self.discount, "trained_on": self.trained_on}
 
     def probability(self, token: int, before: Sequence[int]) -> float:
-        """p(token | the tokens before it)."""
+        """Return p(token | the tokens before it)."""
         p = 1 / self.vocab_size
         for n in range(self.order):
             context = tuple(before[len(before) - n :])
@@ -61,7 +62,7 @@ class KneserNey:
         return p
 
     def perplexity(self, texts: Sequence[str], units: Units | None = None) -> GenerativePerplexity:
-        """As of a `CausalScorer`: the tokens of each text, an end not among them."""
+        """Score as a `CausalScorer`: the tokens of each text, without an end token."""
         rows = encode(self.tokenizer, list(texts))
         nats = [
             -sum(np.log(self.probability(token, ([_BEGIN] * (self.order - 1) + ids)[i : i + self.order - 1]))

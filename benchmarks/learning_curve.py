@@ -1,7 +1,6 @@
-"""What training is worth: accuracy of a classification by its budget, each budget a training of its own from step 0,
-with its own learning-rate schedule.
+"""Accuracy of a classification by training budget; each budget is a training of its own with its own schedule.
 
-One JSON per line, key `accuracy`.
+It prints one JSON per line, with the key `accuracy`.
 
     DATA_DIR=/path/to/data python benchmarks/learning_curve.py --steps 150 600 --output benchmarks/results/x.jsonl \\
         experiment=imdb_classifier_cpu data.max_test_texts=1000     # any configuration of mode=classify
@@ -26,7 +25,7 @@ def main() -> None:
     given = parser.parse_args()
     save_dir = next((o.partition("=")[2] for o in given.overrides if o.startswith("checkpointing.save_dir=")), None)
     for steps in given.steps:
-        # A budget is no part of a run's identity, so each needs a folder of its own.
+        # A budget is not part of a run's identity, so each needs its own folder.
         folder = Path(save_dir or "outputs/learning_curve") / f"steps={steps}"
         overrides = [o for o in given.overrides if not o.startswith("checkpointing.save_dir=")]
         budget = [f"trainer.max_steps={steps}", f"checkpointing.save_dir={folder}", "mode=classify"]

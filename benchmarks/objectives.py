@@ -1,4 +1,4 @@
-"""Validation likelihood of every objective and backbone at one budget: WikiText-2, the same tokens, about one size.
+"""Validation likelihood of every objective and backbone at one budget: WikiText-2, the same tokens, similar sizes.
 
 Each row is a training run of main.py (an interrupted one resumes), measured by the sharpest estimator of its objective.
 

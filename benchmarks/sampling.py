@@ -1,9 +1,8 @@
-"""Seconds per batch of samples, choosing positions first against projecting every position at every step.
+"""Seconds per batch of samples, with positions chosen first, against projection of every position at every step.
 
-The plain loop is what the reference implementations run: network and vocabulary projection over (B, L, V) at every
-step, the posterior of every position, Gumbel noise over all of it. The two alternate in one process on the same
-weights; ratios are taken pair by pair. The trunk alone, once per step, is the floor under any sampler that evaluates
-the network at every step.
+The plain loop is that of the reference implementations: network and vocabulary projection over (B, L, V) at every step,
+the posterior of every position, Gumbel noise over all of it. Both alternate in one process on the same weights; ratios
+are of pairs. The trunk alone, once per step, is the minimum for any sampler that evaluates the network at every step.
 
     python benchmarks/sampling.py                      # hidden 256, 6 blocks, 4 heads, L 256, V 50258, batch 4
 """
@@ -35,8 +34,10 @@ LENGTH, VOCAB, BATCH, MASK = 256, 50_258, 4, 50_257
 
 @torch.no_grad()
 def plain(net: DiT, steps: int, timed: int) -> int:
-    """Project everything at every step; the posterior's categorical by float32 Gumbel noise. Every step costs the same,
-    so that the first `timed` of them tell what all would take."""
+    """Project everything at every step, with float32 Gumbel noise for the posterior.
+
+    All steps cost the same, so the first `timed` of them give the total.
+    """
     x = torch.full((BATCH, LENGTH), MASK)
     for t, s in list(itertools.pairwise(time_grid(steps, 1e-5)))[:timed]:
         logits = net(x, torch.zeros(BATCH))

@@ -1,14 +1,13 @@
-"""A time limit on a real SLURM: is the training that went back into the queue the one that was left alone, bit for bit?
+"""Test on a real SLURM that a training requeued at its time limit equals an undisturbed one, bit for bit.
 
     python benchmarks/slurm_requeue.py --minutes 4 --steps 2500 > benchmarks/results/slurm_requeue.log
 
-Submits scripts/train_seeds_array.sh with a time limit that is shorter than the training, so that SLURM warns it, it
-saves and goes back into the queue, as often as it takes; then runs the same command without SLURM, undisturbed, into
-another folder, and compares the two last.ckpt: weights, their average, the optimizer's moments, schedule, counts, place
-in the data. Prints what SLURM and the job wrote, the comparison, and one line of JSON; exit status 1 if the job was
-never requeued, did not finish or ended with anything else than the undisturbed training.
+It submits scripts/train_seeds_array.sh with a time limit shorter than the training, so the job saves and is requeued
+until it is done. Then it runs the same command without SLURM in another folder and compares the two last.ckpt: weights,
+their average, the optimizer's moments, schedule, counts, position in the data. It prints the output of SLURM and the
+job, the comparison, and one line of JSON. The exit status is 1 if the job was never requeued, failed or differs.
 
-To be run where sbatch is, CPU only. Its limit needs room for the start of python, and SLURM warns up to a minute early.
+It needs sbatch and CPUs only. The limit must allow for the start of Python, and SLURM warns up to a minute early.
 """
 
 from __future__ import annotations
@@ -40,34 +39,33 @@ ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEM
 
 
 def told(*command: str) -> str:
-    """What a command says, run from the project's folder; `python` is the one that runs this."""
+    """Return the output of a command run in the project's folder with this interpreter as `python`."""
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True).stdout
 
 
 def state(job: str) -> str:
-    """As squeue has it; nothing for a job that it has forgotten."""
+    """Return the state from squeue; empty for a job that it no longer lists."""
     known = ["squeue", "-h", "-j", job, "-t", "all", "-o", "%T"]
     return subprocess.run(known, capture_output=True, text=True).stdout.strip()
 
 
 def follow(job: str) -> int:
-    """How often the job went back into the queue, once it has ended. There it is started at once, not after SLURM's two
-    minutes."""
+    """Return how often the job was requeued, after its end; it is restarted at once, without SLURM's two minutes."""
     requeued, before = 0, "PENDING"
     while (now := state(job)) not in ENDED:
         if now == "PENDING" and before != "PENDING":
             requeued += 1
         if now == "PENDING":
             asked = ["scontrol", "update", f"JobId={job}", "StartTime=now"]
-            subprocess.run(asked, capture_output=True)  # refused while the job is being taken from its node
+            subprocess.run(asked, capture_output=True)  # refused while the job is being removed from its node
         before = now
         time.sleep(1)
     return requeued
 
 
 def digest(tensors: list[torch.Tensor]) -> str:
-    """SHA-256 of all bytes of all tensors."""
+    """Return the SHA-256 of all bytes of all tensors."""
     sha = hashlib.sha256()
     for tensor in tensors:
         sha.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -76,7 +74,7 @@ def digest(tensors: list[torch.Tensor]) -> str:
 
 
 def compared(ours: Path, theirs: Path) -> dict[str, object]:
-    """Two checkpoints, said in words and returned as facts."""
+    """Compare two checkpoints; print the result and return it as facts."""
     (of_job, rest_of_job), (undisturbed, rest) = tensors_and_counts(ours), tensors_and_counts(theirs)
     facts = {"tensors": len(of_job), "numbers": sum(tensor.numel() for tensor in of_job), "sha256": digest(of_job),
              "sha256_undisturbed": digest(undisturbed), "counts_equal": rest_of_job == rest}  # fmt: skip
@@ -89,7 +87,7 @@ def compared(ours: Path, theirs: Path) -> dict[str, object]:
 
 
 def what_slurm_wrote(array: str) -> str:
-    """The lines of its own log about the job, where that may be read."""
+    """Return the lines of SLURM's log about the job, if it is readable."""
     found = re.search(r"SlurmctldLogFile\s*=\s*(\S+)", told("scontrol", "show", "config"))
     log = Path(found[1]) if found else Path()
     if not log.is_file() or not os.access(log, os.R_OK):
@@ -99,12 +97,12 @@ def what_slurm_wrote(array: str) -> str:
 
 
 def shown(text: str) -> str:
-    """Without the name of this machine."""
+    """Return the text without the name of this machine."""
     return re.sub(rf"\b{re.escape(socket.gethostname().partition('.')[0])}\b", "node", text)
 
 
 def run(minutes: int, steps: int) -> dict[str, object]:
-    """The whole comparison; everything but its last line is printed on the way."""
+    """Run the comparison and print everything but its last line."""
     shutil.rmtree(ROOT / WORK, ignore_errors=True)
     settings = [*SETTINGS, f"trainer.max_steps={steps}"]
     submit = [f"--array={SEED}", "--gres=none", "--cpus-per-task=1", f"--time={minutes}", "--signal=USR1@60",

@@ -1,8 +1,8 @@
-"""Tokens per second and peak memory of one training step, against the plain law on the same trunk and optimizer.
+"""Tokens per second and peak memory of a training step, against the plain objective on the same trunk and optimizer.
 
-The plain law projects every position, takes a log-softmax over (B, L, V), gathers and weights: what the reference
-implementations do. Each side runs in a process of its own, so that peak memory is its own; the two alternate, and
-ratios are taken pair by pair.
+The plain objective is that of the reference implementations: it projects every position, takes a log-softmax over
+(B, L, V), gathers and weights. Each runs in its own process, so that peak memory is its own; both alternate, and ratios
+are of pairs.
 
     python benchmarks/train_step.py                    # hidden 256, 6 blocks, 4 heads, L 256, V 50258, batch 8, fp32
 """
@@ -32,7 +32,7 @@ LENGTH, VOCAB, BATCH = 256, 50_258, 8
 
 
 class PlainSubs(Subs):
-    """The same law as the references compute it."""
+    """The same objective as the references compute it."""
 
     def loss_at(self, backbone: nn.Module, batch: dict, xt_BL: torch.Tensor, t_B: torch.Tensor) -> TokenLoss:
         level = self.schedule(t_B)
@@ -47,7 +47,7 @@ class PlainSubs(Subs):
 
 
 class NoVocabulary(Subs):
-    """The trunk and nothing else: the floor under both."""
+    """The trunk alone: the minimum for both."""
 
     def loss_at(self, backbone: nn.Module, batch: dict, xt_BL: torch.Tensor, t_B: torch.Tensor) -> TokenLoss:
         hidden_BLD = backbone.encode(xt_BL, self.schedule(t_B).sigma.float())
@@ -100,7 +100,7 @@ def main() -> None:
     pairs = list(zip(runs["ours"], runs["plain"], runs["trunk"], strict=True))
     speedup = [a["tokens_per_s"] / b["tokens_per_s"] for a, b, _ in pairs]
     memory = [a["peak_mib"] / b["peak_mib"] for a, b, _ in pairs]
-    # Trunk and optimizer measured, plus half of what the vocabulary costs the plain law's matrix products at best.
+    # Measured trunk and optimizer, plus half of the vocabulary's minimal cost in the plain objective.
     share = [a["tokens_per_s"] / c["tokens_per_s"] for a, _, c in pairs]
     print(json.dumps({
         "benchmark": "train_step", "device": "cpu", "threads": torch.get_num_threads(), "pairs": args.pairs,

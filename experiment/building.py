@@ -1,4 +1,4 @@
-"""Building what a configuration names: data, networks, objectives, samplers, estimators, trainers."""
+"""Builder of what a configuration names: data, networks, objectives, samplers, estimators, trainers."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Choices:
 
 
 class Builder:
-    """Builder of the objects that a configuration names; each is built when it is asked for."""
+    """Builder of the objects that a configuration names, each on demand."""
 
     def __init__(self, cfg: DictConfig, runs: Runs) -> None:
         self.cfg, self._runs = cfg, runs
@@ -65,7 +65,7 @@ class Builder:
         self._data: dict[int | None, TextData] = {}
 
     def check(self) -> None:
-        """Refuse parts that do not fit together, before data are read.
+        """Check that the parts fit together, before data are read.
 
         Raises:
             ValueError, OSError: settings contradict each other, or name what does not exist.
@@ -73,29 +73,19 @@ class Builder:
         process = instantiate(self.cfg.process, vocab_size=2, own_size=1, mask_id=0)
         objective = instantiate(self.cfg.parameterization, process=process)
         schedule = instantiate(self.cfg.lr_scheduler)
-        schedule(torch.optim.SGD([torch.zeros(1)]))  # what it refuses
+        schedule(torch.optim.SGD([torch.zeros(1)]))  # raises for invalid settings
         sampler = located(self.cfg.sampler._target_)
-        self.drawing()  # what it refuses
+        self.drawing()  # raises for invalid settings
         check_parts(self.cfg, objective, process, made_class(self.cfg.backbone), sampler, self.estimator)
         check_processes(self.machine.devices, self.machine.num_nodes)
-        self._check_ramp()
-
-    def _check_ramp(self) -> None:
-        """Refuse a training that would end before its batch ramp does."""
         plan = BatchPlan.of(self.machine.global_batch_size, self.machine.ramp)
-        if self.trains:
+        if located(self.cfg.mode._target_).mode.trains:
             plan.check_reached(self.cfg.trainer.max_steps)
             if self.choices.pretrain:
                 plan.check_reached(self.choices.pretrain_steps, "classify.pretrain_steps")
 
     @property
-    def trains(self) -> bool:
-        """Return True if the command trains, or may."""
-        return located(self.cfg.mode._target_).mode.trains
-
-    @property
-    def law(self) -> str:
-        """The name of the objective."""
+    def objective_name(self) -> str:
         return made_class(self.cfg.parameterization).name
 
     @property
@@ -108,7 +98,7 @@ class Builder:
 
     @cached_property
     def truth(self) -> object | None:
-        """The distribution of the corpus, if it has one and rows are its texts token by token, so that they compare."""
+        """The exact distribution of the corpus, if it is known and rows are whole texts."""
         data = self.cfg.data
         whole = not data.wrap and not self.cfg.training.prefix_length
         comparable = whole and not data.get("score_special") and data.tokenizer_name_or_path == "word"
@@ -116,54 +106,45 @@ class Builder:
 
     @property
     def judge(self) -> AnswerChecker:
-        """The judge of completed prompts: that of the data set, or a comparison with the reference text."""
+        """The answer checker of completed prompts: that of the data set, or comparison with the reference."""
         return instantiate(self.cfg.data.get("judge")) or check_same_text
 
     def drawing(self, trained_length: int | None = None) -> Drawing:
-        """Build the sampler with what is given of each text.
+        """Return the sampler with its prompt or template.
 
-        trained_length: tokens of the model's training rows; longer texts are written with a window of attention.
+        Args:
+            trained_length: tokens of the model's training rows; longer texts are sampled with an attention window.
         """
-        given = wired(self.cfg, "palimpsest.evaluation.sampling_inputs.Template")
-        node = self.cfg.sampler
-        context = self._context(trained_length)
-        if context is not None:
-            node = OmegaConf.merge(node, {"context": context})
-        settings = OmegaConf.to_container(self.cfg.sampler, resolve=True)
-        protocol = {"sampler": settings.pop("_target_"), **settings, **asdict(given)}
-        protocol |= {} if context is None else {"context": context}
-        return Drawing(instantiate(node), given, protocol, self.cfg.sampling.var_length)
-
-    def _context(self, trained_length: int | None) -> int | None:
-        """Return the tokens that a token sees where block diffusion writes on behind the length of its training."""
-        cfg = self.cfg
+        prompt = wired(self.cfg, "palimpsest.evaluation.sampling_inputs.Template")
+        cfg, node = self.cfg, self.cfg.sampler
         longer = trained_length is not None and cfg.model.length > trained_length
-        if not longer or self.law != "bd3lm" or cfg.sampler.get("context", 0) is not None:
-            return None
-        return trained_length // cfg.block_size * cfg.block_size
-
-    def label(self, label: int | None) -> int | None:
-        """Return the class whose texts are meant: `label`, or that of the configuration."""
-        return self.cfg.data.label if label is None else label
+        if longer and self.objective_name == "bd3lm" and node.get("context", 0) is None:
+            # Block diffusion continues beyond its training length with a window of whole blocks.
+            node = OmegaConf.merge(node, {"context": trained_length // cfg.block_size * cfg.block_size})
+        settings = OmegaConf.to_container(node, resolve=True)
+        protocol = {"sampler": settings.pop("_target_"), **settings, **asdict(prompt)}
+        return Drawing(instantiate(node), prompt, protocol, cfg.sampling.var_length)
 
     @cached_property
     def _encoder(self) -> object | None:
-        """The encoder that makes latents of texts; None without one."""
+        """The encoder that computes latents of texts, if any."""
         return instantiate(self.cfg.latents) if self.cfg.latents else None
 
     def data(self, label: int | None = None) -> TextData:
-        label = self.label(label)
+        """Return the texts of class `label`, by default those of the configuration."""
+        label = self.cfg.data.label if label is None else label
         if label not in self._data:
-            special = {}
-            if self.cfg.data.get("score_special") is None and not made_class(self.cfg.parameterization).masks_special:
-                special = {"score_special": False}
+            special, objective = {}, self.cfg.parameterization
+            if self.cfg.data.get("score_special") is None and not made_class(objective).masks_special:
+                special["score_special"] = False
+            if objective.get("ignore_bos") is not None:  # block diffusion has its own setting for the first token
+                special["first_given"] = objective.ignore_bos
             texts = wired(
                 self.cfg,
                 "palimpsest.dataloader.Texts",
                 label=label,
                 stream=instantiate(self.cfg.streaming),
                 latents=self._encoder,
-                **self._first_given(),
                 **special,
             )
             loading = wired(self.cfg, "palimpsest.data.loading.Loading")
@@ -177,13 +158,8 @@ class Builder:
             self._data[label] = TextData(instantiate(self.cfg.data.source), texts, batches)
         return self._data[label]
 
-    def _first_given(self) -> dict[str, bool]:
-        """Block diffusion says itself whether the first token is given."""
-        own = self.cfg.parameterization.get("ignore_bos")
-        return {} if own is None else {"first_given": own}
-
     def diffusion(self, data: TextData) -> Diffusion:
-        """The model with new weights."""
+        """Return the model with new weights."""
         lightning.seed_everything(self.seed, verbose=False)
         process = self.process(data)
         objective: Objective = instantiate(self.cfg.parameterization, process=process)
@@ -192,7 +168,7 @@ class Builder:
         freeze(backbone, self.choices.freeze)
         if self.choices.gradient_checkpointing:
             recompute_blocks(backbone)
-        # backbone=hf_* leaves sizes open in the configuration; what is saved says those that were found.
+        # backbone=hf_* leaves sizes open in the configuration; checkpoints save the sizes that were found.
         settings = identity(self.cfg)
         settings |= {k: v for k, v in backbone.settings.items() if settings.get(k) is None}
         known = {"configuration": settings, "tokenizer": data.vocabulary.fingerprint, "label": data.label}
@@ -213,30 +189,32 @@ class Builder:
         return instantiate(self.cfg.process, vocab_size=known.size, own_size=known.own_size, mask_id=known.mask_id)
 
     def backbone(self, data: TextData, vocab_size: int) -> torch.nn.Module:
-        """The network, with new weights. backbone=hf_* find their sizes in the file of a class's model."""
-        told = {"num_classes": len(data.label_names or ())} if self.choices.conditional else {}
+        """Return the network with new weights; backbone=hf_* read their sizes from a class model's checkpoint."""
+        conditioning = {"num_classes": len(data.label_names or ())} if self.choices.conditional else {}
         node = self.cfg.backbone
         if data.latents is not None and "latent_size" in node:
-            told["latent_shape"] = data.latents.shape
+            conditioning["latent_shape"] = data.latents.shape
         resumed = self._runs.resume_path(data.label) or (self._runs.resume_path(0) if data.label is None else None)
         files = {
-            "checkpoint_path": of_class(self.choices.checkpoint_path, data.label or 0),
+            "checkpoint_path": with_label(self.choices.checkpoint_path, data.label or 0),
             "resumed": str(resumed) if resumed else None,
         }
-        return instantiate(node, vocab_size=vocab_size, **told, **{k: v for k, v in files.items() if k in node})
+        return instantiate(node, vocab_size=vocab_size, **conditioning, **{k: v for k, v in files.items() if k in node})
 
     def trainer(self, title: str, command: str, label: int | None = None) -> lightning.Trainer:
-        """Return a Trainer that logs and saves in the run's folders; with a title that begins with "train" it fits."""
-        fitting, machine = title.startswith("train"), self.machine
+        """Return a Trainer that logs and saves in the run's folders; it fits if `title` begins with "train"."""
+        fitting = title.startswith("train")
         folder, checkpoints = self._runs.folder(label), self._runs.checkpoints(label)
         saving, logging_ = self._saving_in(parent_folder(checkpoints)), self._saving_in(folder)
-        loggers = (logging_.get("logger") or {}).values() if fitting else []
+        loggers, callbacks = [], []
+        if fitting:
+            plateau = [saving.plateau] if saving.plateau else []
+            callbacks = [instantiate(node) for node in [*(saving.get("callbacks") or {}).values(), *plateau]]
+            loggers = [instantiate(node) for node in (logging_.get("logger") or {}).values()]
         run = Run(
             title,
             fitting,
-            devices=machine.devices,
-            accumulate=machine.accumulate,
-            precision=machine.precision,
+            self.machine,
             patience=self._runs.patience(label) if fitting else None,
             max_skipped_steps=self.choices.max_skipped_steps,
             max_failed_saves=self.choices.max_failed_saves,
@@ -244,16 +222,15 @@ class Builder:
             checkpoints=checkpoints,
             command=command,
             settings=self.settings,
-            callbacks=[instantiate(node) for node in _callbacks(saving)] if fitting else [],
-            loggers=[instantiate(node) for node in loggers],
+            callbacks=callbacks,
+            loggers=loggers,
             strategy=instantiate(self.cfg.strategy),
         )
         names = WIRING["palimpsest.training.trainer.Arguments"]
-        told = {name: self.cfg.trainer[name] for name in names if name in self.cfg.trainer}
-        return build_trainer(run, {"accelerator": machine.accelerator, "num_nodes": machine.num_nodes, **told})
+        return build_trainer(run, {name: self.cfg.trainer[name] for name in names if name in self.cfg.trainer})
 
     def _saving_in(self, folder: PathOrUrl) -> DictConfig:
-        """Return the configuration in which callbacks and loggers find the folder that is meant."""
+        """Return the configuration with another folder for callbacks and loggers."""
         return with_changes(self.cfg, {"checkpointing.save_dir": str(folder)})
 
     @property
@@ -263,18 +240,13 @@ class Builder:
 
 
 def with_changes(cfg: DictConfig, changes: Mapping[str, object]) -> DictConfig:
-    """Return a configuration that differs from `cfg` in these keys."""
+    """Return a copy of `cfg` with these keys changed."""
     cfg = cfg.copy()
     for key, value in changes.items():
         OmegaConf.update(cfg, key, value, force_add=True)
     return cfg
 
 
-def of_class(path: str | None, label: int | None) -> str:
-    """Return `path` with the number of the class in place of {label}."""
+def with_label(path: str | None, label: int | None) -> str:
+    """Return `path` with {label} replaced by the number of the class."""
     return (path or "").replace("{label}", "{label}" if label is None else str(label))
-
-
-def _callbacks(cfg: DictConfig) -> list[DictConfig]:
-    """Return the callbacks of a fit: the group `callbacks`, and `plateau` if it is chosen."""
-    return [*(cfg.get("callbacks") or {}).values(), *([cfg.plateau] if cfg.plateau else [])]

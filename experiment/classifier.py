@@ -19,7 +19,7 @@ from palimpsest.classification.typical import Typical
 from palimpsest.data.tokenizers import token_strings
 from palimpsest.dataloader import TextData, with_texts
 from palimpsest.estimators.nelbo import comparison_noising
-from palimpsest.experiment.carried import carried
+from palimpsest.experiment.checkpoint_identity import training_identity
 from palimpsest.experiment.experiment import Experiment
 from palimpsest.experiment.running import checked, composed
 from palimpsest.settings.command_line import in_quotes
@@ -181,7 +181,7 @@ def load_classifier(folder: str | Path, *typed: str) -> TrainedClassifier:
             f"{folder} holds no classifier: there is neither {files[0].relative_to(folder)} nor "
             f"{files[1].relative_to(folder)}; name the folder of a run of mode=classify"
         )
-    known = carried(file)["configuration"]
+    known = training_identity(file)["configuration"]
     conditional = known.get("classify.sharing") == "conditional"
     if file == files[1] and not conditional:
         raise ValueError(f"{folder} holds one model, which is not conditioned on a class; use palimpsest.load")

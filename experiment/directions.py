@@ -1,4 +1,4 @@
-"""Checks of sampling.direction (texts from latents, latents from texts, both) against the other parts."""
+"""Checks of sampling.direction, the direction of conditional generation, against the other settings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from palimpsest.settings.instantiation import located
 
 log = logging.getLogger(__name__)
 
-# What a direction asks of the network, each by the modes (training.joint_modes) any of which trains it.
+# The abilities that a direction needs, each as the set of modes (training.joint_modes) that train it.
 _TRAINED_BY = {
     "l2t": [{"l2t", "joint"}],
     "edit": [{"l2t", "joint"}],
@@ -23,7 +23,7 @@ _TRAINED_BY = {
 
 
 def check_direction(cfg: DictConfig, objective: Objective) -> None:
-    """Refuse a direction that the other parts do not allow.
+    """Check a direction against the other settings.
 
     Raises:
         ValueError: with the setting, its value and the remedy.
@@ -31,15 +31,15 @@ def check_direction(cfg: DictConfig, objective: Objective) -> None:
     direction, to_class, guidance = cfg.sampling.direction, cfg.classify["class"], cfg.sampling.guidance
     if guidance != 1 and not direction and to_class is None:
         raise ValueError(
-            f"sampling.guidance={guidance} guides towards a class or a latent, and none is named; add classify.class= "
+            f"sampling.guidance={guidance} guides towards a class or a latent, but none is given; add classify.class= "
             "(or, with algo=mmldlm, sampling.direction=)"
         )
     if not direction:
         return
     if not objective.reads_latents:
         raise ValueError(
-            f"sampling.direction={direction} is of texts and their latents, and parameterization={objective.name} "
-            "knows texts alone; add algo=mmldlm, or leave it out"
+            f"sampling.direction={direction} needs latents, and parameterization={objective.name} "
+            "has texts only; add algo=mmldlm, or leave it out"
         )
     if direction == "edit" and cfg.data.label is not None:
         raise ValueError(
@@ -53,38 +53,34 @@ def check_direction(cfg: DictConfig, objective: Objective) -> None:
         )
     if to_class is not None:
         raise ValueError(f"classify.class={to_class} means nothing to sampling.direction={direction}; leave it out")
-    _check_given(cfg, direction)
+    prompts = [key for key in ("prefix", "template") if cfg.sampling[key]]
+    if direction in ("l2t", "t2l", "edit") and prompts:
+        raise ValueError(
+            f"sampling.{prompts[0]}={cfg.sampling[prompts[0]]}: with sampling.direction={direction} texts are given by "
+            "their latents, or are those of the split; leave it out"
+        )
     _check_modes(cfg, direction)
     at_once = direction == "joint" and cfg.sampling.joint_order == "simultaneous"
     if (direction == "edit" or at_once) and located(cfg.sampler._target_) is not ancestral.sample:
-        why = "begins at texts that are masked in part" if direction == "edit" else "has one grid for text and latent"
+        why = "starts from partially masked texts" if direction == "edit" else "has one time grid for text and latent"
         raise ValueError(
-            f"sampling.direction={direction} {why}, and {cfg.sampler._target_} has steps of its own; use "
+            f"sampling.direction={direction} {why}, but {cfg.sampler._target_} has its own steps; use "
             "sampling.predictor=ddpm or ddpm_cache"
         )
 
 
-def _check_given(cfg: DictConfig, direction: str) -> None:
-    given = [key for key in ("prefix", "template") if cfg.sampling[key]]
-    if direction in ("l2t", "t2l", "edit") and given:
-        raise ValueError(
-            f"sampling.{given[0]}={cfg.sampling[given[0]]}: with sampling.direction={direction} texts are given by "
-            "their latents, or are those of the split; leave it out"
-        )
-
-
 def _check_modes(cfg: DictConfig, direction: str) -> None:
-    """Refuse a direction that the network is not trained for."""
+    """Check that the network is trained for a direction."""
     modes = cfg.training.get("joint_modes")
     if not OmegaConf.is_dict(modes):
         return
     trained = {mode for mode, weight in modes.items() if weight}
     marginal = "latent" if direction == "t2l" else "text"
-    for enough in _TRAINED_BY.get(cfg.sampling.joint_order if direction == "joint" else direction, []):
-        if not trained & enough:
+    for sufficient in _TRAINED_BY.get(cfg.sampling.joint_order if direction == "joint" else direction, []):
+        if not trained & sufficient:
             raise ValueError(
-                f"sampling.direction={direction}: training.joint_modes={modes} trains nothing of the kind; it needs "
-                f"{' or '.join(sorted(enough))}"
+                f"sampling.direction={direction}: training.joint_modes={modes} does not train it; it needs "
+                f"{' or '.join(sorted(sufficient))}"
             )
     if cfg.sampling.guidance != 1 and marginal not in trained:
         raise ValueError(
@@ -92,4 +88,4 @@ def _check_modes(cfg: DictConfig, direction: str) -> None:
             f"never trains; use 1, or give {marginal} a weight"
         )
     if marginal not in trained and direction != "joint":
-        log.warning("training.joint_modes=%s never trains the marginal: what is told nothing is no fair control", modes)
+        log.warning("training.joint_modes=%s never trains the marginal, so the unconditional control is unfair", modes)

@@ -1,4 +1,4 @@
-"""An experiment: what a configuration builds, where its runs lie, and the weights of its models."""
+"""An experiment: the objects that a configuration builds, its run folders, and the weights of its models."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Experiment:
     """An experiment, as a task receives it.
 
     Attributes:
-        build: builds data, networks, samplers and trainers (building.py).
-        runs: the folders of the trainings, and what of them is there (runs.py).
-        weights: makes a checkpoint into a ready model (weights.py).
-        command: what was typed.
+        build: builder of data, networks, samplers and trainers (building.py).
+        runs: the folders of the trainings and their checkpoints (runs.py).
+        weights: loader of checkpoints (weights.py).
+        command: the command line.
     """
 
     def __init__(self, cfg: DictConfig, command: str, shared: bool = False) -> None:
@@ -43,7 +43,7 @@ class Experiment:
 
     @cached_property
     def pretraining(self) -> Experiment | None:
-        """The training of the weights that the models of all classes start from; None without classify.pretrain."""
+        """The training of the shared weights that all class models start from; None without classify.pretrain."""
         pretrain = self.build.choices.pretrain
         if not pretrain:
             return None
@@ -53,14 +53,14 @@ class Experiment:
             "trainer.max_steps": self.build.choices.pretrain_steps,
             "classify.pretrain": None,
             "training.freeze": None,
-            "checkpointing.save_dir": str(join_path(self.runs.kept_in, "pretrained")),
+            "checkpointing.save_dir": str(join_path(self.runs.checkpoint_root, "pretrained")),
             "checkpointing.resume_ckpt_path": None,
         }
         return Experiment(with_changes(self._cfg, changes), self.command, shared=True)
 
     @property
     def facts(self) -> dict[str, object]:
-        """The facts at the top of a report: data, tokenizer, network, device."""
+        """Facts at the top of a report: data, tokenizer, network, device."""
         cfg, data = self._cfg, self.build.data()
         prefix = cfg.training.prefix_length
         with torch.device("meta"):
@@ -78,7 +78,7 @@ class Experiment:
 
     @property
     def protocol(self) -> dict[str, object]:
-        """The protocol of a measurement: objective, weights and random numbers."""
+        """Protocol of a measurement: objective, weights and random numbers."""
         keys = (
             "T",
             "subs_masking",
@@ -90,10 +90,10 @@ class Experiment:
             "eval.disable_ema",
         )
         settings = {key: OmegaConf.select(self._cfg, key) for key in keys}
-        if self.build.law == "bd3lm":
+        if self.build.objective_name == "bd3lm":
             keys = ("block_size", "parameterization.ignore_bos", "data.segments")
             settings |= {key: OmegaConf.select(self._cfg, key) for key in keys}
-        return {"parameterization": self.build.law, "noise": self._cfg.noise._target_, **settings}
+        return {"parameterization": self.build.objective_name, "noise": self._cfg.noise._target_, **settings}
 
     def fit(self, label: int | None = None) -> PathOrUrl:
         """Return the weights of a complete training, after training what is missing (fitting.py)."""

@@ -1,4 +1,4 @@
-"""Training one model to its end: reuse what is complete, go on with what is not, else begin.
+"""Training of one model to its end: reuse a complete training, resume an unfinished one, or start.
 
 Shape suffixes: C classes, V vocabulary.
 """
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 
 def fit(experiment: Experiment, label: int | None = None) -> PathOrUrl:
-    """Train on one class (or, with None, on what the configuration says), up to trainer.max_steps or until the
-    experiment's patience ends. What is complete already is left as it is; where the model starts from shared weights
-    (classify.pretrain) that do not exist yet, they are trained first.
+    """Train on one class, by default that of the configuration, up to trainer.max_steps or the end of patience.
 
-    Where another process trains in the same folder, wait for it.
+    A complete training is left as it is. Shared weights (classify.pretrain) that do not exist yet are trained first. If
+    another process trains in the same folder, wait for it.
 
-    Returns the path of the weights to use: with a patience the best ones by validation, else the last.
+    Returns:
+        Path of the weights to use: the best by validation if there is patience, else the last.
 
     Raises:
         ValueError: the folder holds a training with other settings.
@@ -34,7 +34,7 @@ def fit(experiment: Experiment, label: int | None = None) -> PathOrUrl:
     if path := experiment.runs.finished(experiment.build.data(label), label):
         print(f"complete: {path}")
         return path
-    with experiment.runs.alone(label):
+    with experiment.runs.lock(label):
         # Another process may have trained it while this one waited.
         return experiment.runs.finished(experiment.build.data(label), label) or _fit(experiment, label)
 
@@ -59,8 +59,10 @@ def _fit(experiment: Experiment, label: int | None) -> PathOrUrl:
 
 
 def begin(experiment: Experiment, diffusion: Diffusion, data: TextData, shared: PathOrUrl | None) -> None:
-    """Give a new training the weights that it starts from: those of `shared` or of the file that the configuration
-    names, if any, and the token frequencies of its texts, if the configuration says so."""
+    """Set the initial weights of a new training: those of `shared` or of the configured file, if any.
+
+    If the configuration says so, the output layer then starts from the token frequencies of the texts.
+    """
     if start := experiment.weights.start(diffusion, data, shared):
         print(f"starting from the weights of {start}")
     if experiment.build.choices.start_from_counts:

@@ -1,7 +1,7 @@
-"""The settings of a model, taken from the file that eval.checkpoint_path names, so that nobody has to type them.
+"""Model settings read from the file of eval.checkpoint_path, so that they need not be typed.
 
-It holds for `.ckpt` files of the reference projects and for the Hub's layout. Only numbers, switches and the choices
-listed here are taken: a file may be anybody's.
+They are read from `.ckpt` files of the reference projects and from the Hub's layout. Only numbers, switches and the
+choices listed here are accepted, because a file may come from anyone.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from palimpsest.models.checkpoints import Checkpoint, read_settings
 from palimpsest.models.compatibility import refuse_unsupported
 from palimpsest.models.reference_settings import NETWORKS, NOISES, OBJECTIVES
 from palimpsest.settings.command_line import compose_config, flags_last
+from palimpsest.settings.identity import word
 from palimpsest.settings.instantiation import located, made_class
 
 _CHOICES = {"parameterization": OBJECTIVES, "backbone": NETWORKS, "noise": NOISES}
@@ -23,23 +24,23 @@ _COUNTS = ("model.hidden_size", "model.cond_dim", "model.n_blocks", "model.n_hea
 _NUMBERS = ("noise.eps", "noise.sigma_min", "noise.sigma_max")
 _SWITCHES = ("model.mask_padding", "time_conditioning", "subs_masking", "training.ignore_bos",
              "training.change_of_variables")  # fmt: skip
-# A model may be measured with other values of these: what is reported says which.
+# A model may be measured with other values of these; reports show the values.
 _FREE = ("model.length", "model.mask_padding", "T")
-_MOST = 2**24  # of any count; no network is larger
+_MAX_COUNT = 2**24  # no network is larger
 
 
 def complete(arguments: list[str]) -> list[str]:
-    """Return `arguments` with the settings of the model that eval.checkpoint_path names and they leave out.
+    """Return `arguments` completed by the settings of the model in eval.checkpoint_path.
 
-    A group that is typed (`model=tiny`) types its members. Trainings, files of our own, which are held against the
-    whole configuration, and sweeps over several files stay as they are.
+    A typed group (`model=tiny`) counts for all its members. Arguments of trainings, of checkpoints of this project
+    (which are compared with the whole configuration) and of sweeps over several files are unchanged.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is unreadable, its model does not exist here, or typed settings differ from its own.
     """
-    overrides = [word for word in arguments if not word.startswith("-") and ("=" in word or word.startswith("~"))]
-    typed = dict(word.lstrip("+").split("=", 1) for word in overrides if not word.startswith("~"))
+    overrides = [arg for arg in arguments if not arg.startswith("-") and ("=" in arg or arg.startswith("~"))]
+    typed = dict(arg.lstrip("+").split("=", 1) for arg in overrides if not arg.startswith("~"))
     if "eval.checkpoint_path" not in typed:
         return arguments
     parsed = OverridesParser.create().parse_overrides(overrides)
@@ -53,13 +54,13 @@ def complete(arguments: list[str]) -> list[str]:
     refuse_unsupported(checkpoint)
     known = _checked(checkpoint)
     _refuse_differences(checkpoint, known, typed, cfg)
-    new = [f"{key}={_word(value)}" for key, value in known.items() if not _is_typed(key, typed)]
+    new = [f"{key}={word(value)}" for key, value in known.items() if not _is_typed(key, typed)]
     print(f"from {checkpoint.path}: {' '.join(new)}", file=sys.stderr)
     return flags_last([*arguments, *new])
 
 
 def _checked(checkpoint: Checkpoint) -> dict[str, object]:
-    """The settings of the file that may be taken. Raises ValueError for a value that is none of its key."""
+    """Return the accepted settings of the file; raise ValueError for an invalid value."""
     known = {}
     for key in (*_CHOICES, *_COUNTS, *_NUMBERS, *_SWITCHES):
         value = checkpoint.settings.get(key)
@@ -70,12 +71,12 @@ def _checked(checkpoint: Checkpoint) -> dict[str, object]:
         elif key in _SWITCHES:
             fits = isinstance(value, bool)
         elif key in _COUNTS:
-            fits = type(value) is int and (key == "T" or value > 0) and 0 <= value <= _MOST
+            fits = type(value) is int and (key == "T" or value > 0) and 0 <= value <= _MAX_COUNT
         else:
             fits = type(value) in (int, float) and math.isfinite(value)
         if not fits:
             raise ValueError(
-                f"{checkpoint.path} says {key}={str(value)[:50]}, which is no value of it; use another checkpoint"
+                f"{checkpoint.path} says {key}={str(value)[:50]}, which is not a valid value; use another checkpoint"
             )
         known[key] = value
     return known
@@ -89,14 +90,15 @@ def _is_typed(key: str, typed: dict[str, str]) -> bool:
 def _refuse_differences(
     checkpoint: Checkpoint, known: dict[str, object], typed: dict[str, str], cfg: DictConfig
 ) -> None:
-    """Raises ValueError with every typed setting that is not the file's."""
+    """Raise ValueError if typed settings differ from the file's, naming all of them."""
     here = {key: OmegaConf.select(cfg, key) for key in known} | {
         "parameterization": made_class(cfg.parameterization).name
     }
     here |= {key: _CHOICES[key].get(typed[key], typed[key]) for key in ("backbone", "noise") if key in typed}
-    free = _FREE if known.get("time_conditioning") else (*_FREE, "noise", *_NUMBERS)  # a network that sees no noise
-    differing = [key for key in known if key not in free and _is_typed(key, typed) and here[key] not in
-                 (None, known[key])]  # fmt: skip
+    # Without time conditioning the noise schedule is irrelevant to the network.
+    free = _FREE if known.get("time_conditioning") else (*_FREE, "noise", *_NUMBERS)
+    compared = [key for key in known if key not in free and _is_typed(key, typed)]
+    differing = [key for key in compared if here[key] not in (None, known[key])]
     if not differing:
         return
     settings = checkpoint.settings
@@ -105,11 +107,7 @@ def _refuse_differences(
     words = dict.fromkeys(key if key in typed else f"{key.partition('.')[0]}=" for key in differing)
     raise ValueError(
         f"{checkpoint.path} was trained with other settings; leave {', '.join(words)} out, "
-        f"or type: {' '.join(f'{key}={_word(known[key])}' for key in differing)}\n"
-        f"It was trained with: {' '.join(f'{key}={_word(value)}' for key, value in known.items())}; its tokenizer: "
+        f"or type: {' '.join(f'{key}={word(known[key])}' for key in differing)}\n"
+        f"It was trained with: {' '.join(f'{key}={word(value)}' for key, value in known.items())}; its tokenizer: "
         f"{tokenizer} (here data.tokenizer_name_or_path={cfg.data.tokenizer_name_or_path})"
     )
-
-
-def _word(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)

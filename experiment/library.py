@@ -23,7 +23,7 @@ from palimpsest.estimators.base import Estimator
 from palimpsest.estimators.nelbo import Nelbo, comparison_noising
 from palimpsest.evaluation.drawing import Drawn, decoded, draw
 from palimpsest.evaluation.sampling_inputs import Template
-from palimpsest.experiment.carried import checkpoint_path
+from palimpsest.experiment.checkpoint_identity import checkpoint_path
 from palimpsest.experiment.experiment import Experiment
 from palimpsest.experiment.from_checkpoint import complete
 from palimpsest.experiment.running import checked, composed, run

@@ -28,11 +28,11 @@ from palimpsest.training.signals import SIGNALS
 def checked(cfg: DictConfig, command: str, words: Sequence[str] = ()) -> Experiment:
     """Check a configuration as far as possible without reading data, and return its experiment.
 
-    words: what was typed of it; each must be read by something.
+    Args:
+        words: typed settings, each of which must be used by something.
 
     Raises:
-        ValueError, OSError: a setting is invalid, contradicts another one or is read by nothing; or a file is
-            missing.
+        ValueError, OSError: a setting is invalid, unused or contradicts another, or a file is missing.
     """
     readers = Readers(cfg)
     readers.refuse_wrong()
@@ -47,7 +47,7 @@ def composed(words: Sequence[str]) -> DictConfig:
     """Compose a configuration from words of a command line.
 
     Raises:
-        ValueError: a word names what does not exist.
+        ValueError: a word names an unknown setting or choice.
     """
     try:
         return command_line.compose_config(list(words))
@@ -60,9 +60,8 @@ def run(cfg: DictConfig, command: str, words: Sequence[str] = ()) -> dict[str, o
     experiment = checked(cfg, command, words)
     torch.set_float32_matmul_precision("high")
     if is_remote(experiment.runs.checkpoints()):
-        print(
-            f"checkpoints: {experiment.runs.checkpoints()}; logs, reports and results, here: {experiment.runs.folder()}"
-        )
+        runs = experiment.runs
+        print(f"checkpoints: {runs.checkpoints()}; logs, reports and results, here: {runs.folder()}")
     return instantiate(cfg.mode)(experiment)
 
 
@@ -82,9 +81,9 @@ def job(cfg: DictConfig) -> float | None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
     if not first_process():
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - until the end: what is said is said once
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - only the first process prints
     guard_output()
-    with command_line.clear_errors():  # here, before Hydra tells of them in its own words
+    with command_line.clear_errors():  # before Hydra reports them in its own words
         words = list(HydraConfig.get().overrides.task)
         command_line.refuse_unknown_additions(cfg, words)
         command = " ".join(["python main.py", *words])

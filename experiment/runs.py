@@ -1,4 +1,4 @@
-"""Folders of trainings: where they are, which checkpoint to resume from, and whether a training is complete."""
+"""Folders of trainings: their paths, the checkpoint to resume from, and whether a training is complete."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from palimpsest.common.values import FREE, AtLeastOne, FilePath, FolderName, Nat
 from palimpsest.dataloader import TextData
 from palimpsest.models.checkpoints import Progress, read_progress
 from palimpsest.models.compatibility import check_same_settings
-from palimpsest.training.processes import first_process, started_beside_others
+from palimpsest.training.processes import first_process, several_launched
 from palimpsest.training.recovery import newest_good
-from palimpsest.training.run_lock import alone_in
+from palimpsest.training.run_lock import training_lock
 
 
 class Runs:
-    """The folders of a configuration's trainings: one, or one per class below it.
+    """The folders of a configuration's trainings: one, or one subfolder per class.
 
     Args:
-        identity: what the weights depend on (settings/identity.py).
-        save_dir: a folder, or an address that the checkpoints lie at; None for one that is named by the identity.
+        identity: the settings that the weights depend on (settings/identity.py).
+        save_dir: a folder, or a URL for the checkpoints; None for a folder named by the identity.
         label: the class of `data.label`, if one is chosen.
-        resume: go on from what lies there.
-        resume_path_typed: the file to go on from.
-        class_patience: validations without a better one that end the training of a class's model, or of one that
-            `always_waits`.
+        resume: resume from an existing checkpoint.
+        resume_path_typed: the file to resume from.
+        class_patience: validations without improvement that end the training of a class model.
+        always_waits: apply `class_patience` to every training.
     """
 
     def __init__(
@@ -52,45 +52,49 @@ class Runs:
         self._resume, self._typed = resume, resume_path_typed
         self._class_patience, self._always_waits = class_patience, always_waits
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-        own = Path(output_dir) / data_name / f"{model_name}-{digest[:8]}"
-        self.kept_in = path_or_url(save_dir or own)  # checkpoints; all else is written on this machine
-        self._save_dir = own if is_remote(self.kept_in) else self.kept_in
+        default = Path(output_dir) / data_name / f"{model_name}-{digest[:8]}"
+        self.checkpoint_root = path_or_url(save_dir or default)
+        self._save_dir = default if is_remote(self.checkpoint_root) else self.checkpoint_root
 
     def folder(self, label: int | None = None) -> Path:
-        """Return where a run and its results live: its own folder, or that of one class's model below it."""
+        """Return the folder of a run and its results, on this machine; with `label` that of a class model."""
         label = self._label if label is None else label
         return self._save_dir if label is None else self._save_dir / f"label={label}"
 
     def checkpoints(self, label: int | None = None) -> PathOrUrl:
-        """Return where the checkpoints of a run are: in its folder, or below the address checkpointing.save_dir."""
-        below_it = self.folder(label).relative_to(self._save_dir).parts
-        return join_path(self.kept_in, *below_it, "checkpoints")
+        """Return the folder or URL of a run's checkpoints."""
+        parts = self.folder(label).relative_to(self._save_dir).parts
+        return join_path(self.checkpoint_root, *parts, "checkpoints")
 
-    def alone(self, label: int | None = None) -> AbstractContextManager[None]:
-        """Return a context in which no other process trains in the run's folder (training/run_lock.py). The first of
-        several processes sees to it; where others were started beside it, it cannot let them wait."""
+    def lock(self, label: int | None = None) -> AbstractContextManager[None]:
+        """Return a context in which no other command trains in the run's folder (training/run_lock.py).
+
+        The first process of a command takes the lock. It does not wait for it if others were launched with it.
+        """
         if not first_process():
             return nullcontext()
-        return alone_in(self.folder(label), wait=not started_beside_others())
+        return training_lock(self.folder(label), wait=not several_launched())
 
     def patience(self, label: int | None = None) -> int | None:
-        """Return how many validations without a better one end a training, whose best weights then are the model; None
-        for one that runs up to trainer.max_steps and ends with its last weights."""
+        """Return the validations without improvement that end a training, whose best weights are then the model.
+
+        None for a training that runs up to trainer.max_steps and ends with its last weights.
+        """
         ordinary = self.folder(label) == self._save_dir and not self._always_waits
         return None if ordinary else self._class_patience
 
     def resume_path(self, label: int | None = None) -> PathOrUrl | None:
-        """Return the checkpoint to go on from, if there is one and checkpointing.resume_from_ckpt allows it."""
+        """Return the checkpoint to resume from, if there is one and checkpointing.resume_from_ckpt allows it."""
         path = path_or_url(self._typed, "checkpointing.resume_ckpt_path") if self._typed else None
         if path and not exists(path):
             raise FileNotFoundError(f"checkpointing.resume_ckpt_path={self._typed}: there is no such file")
         return (path or newest_good(self.checkpoints(label))) if self._resume else None
 
     def finished(self, data: TextData, label: int | None = None) -> PathOrUrl | None:
-        """Return the weights of a training that is complete; None where there is something left to do.
+        """Return the weights of a complete training; None if it is unfinished.
 
         Raises:
-            ValueError: the training in the folder has other settings or another tokenizer, or went on for longer.
+            ValueError: the training in the folder has other settings or another tokenizer.
         """
         if self._typed or not self._resume:
             return None
@@ -112,14 +116,13 @@ class Runs:
         stopped = patience is not None and progress.validations_without_improvement >= patience
         if not stopped and progress.step > self._max_steps:
             print(
-                f"{self.folder(label)}: {progress.step} steps are there; {self._max_steps} were asked for "
-                "(trainer.max_steps). Another checkpointing.save_dir= begins anew"
+                f"{self.folder(label)}: {progress.step} steps are complete; {self._max_steps} were requested "
+                "(trainer.max_steps). Another checkpointing.save_dir= starts a new training"
             )
         return stopped or progress.step >= self._max_steps
 
     def model_path(self, label: int | None = None) -> PathOrUrl:
-        """Return the checkpoint of the trained model: with a patience the best by validation, if one ran, else the
-        last."""
+        """Return the checkpoint of the trained model: the best by validation if there is patience, else the last."""
         last = newest_good(self.checkpoints(label))
         best = read_progress(last).best if self.patience(label) is not None and last else None
         return best if best and exists(best) else last or join_path(self.checkpoints(label), "last.ckpt")

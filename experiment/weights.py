@@ -1,4 +1,4 @@
-"""Load checkpoints into models, and choose the weights that a training starts from."""
+"""Loading of checkpoints into models, and the initial weights of a training."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from palimpsest.common.files import PathOrUrl, exists
 from palimpsest.common.values import IF_SET, FilePath, Length
 from palimpsest.dataloader import TextData
 from palimpsest.diffusion import Diffusion, Provenance
-from palimpsest.experiment.building import Builder, of_class
+from palimpsest.experiment.building import Builder, with_label
 from palimpsest.experiment.runs import Runs
 from palimpsest.models.checkpoints import Checkpoint, read_checkpoint
 from palimpsest.models.compatibility import FUNCTION, check_compatible
@@ -23,10 +23,10 @@ class Weights:
     """Loader of the weights of a configuration's models.
 
     Args:
-        writes: texts are sampled, so that block diffusion may write on behind the length of its training.
-        length: tokens of a row.
-        from_pretrained: whose weights a new training starts from.
-        disable_ema: take the weights as trained instead of their average.
+        writes: texts are sampled, so block diffusion may exceed the length of its training.
+        length: tokens per row.
+        from_pretrained: the checkpoint that a new training starts from.
+        disable_ema: use the raw weights instead of their average.
     """
 
     def __init__(
@@ -46,14 +46,13 @@ class Weights:
         self._disable_ema = disable_ema
 
     def trained(self, data: TextData, checkpoint_path: str, disable_ema: bool) -> Diffusion:
-        """Return the model with the weights of `checkpoint_path`, or of this configuration's own last checkpoint if
-        that is empty; on the device it will run on.
+        """Return the model on its device with the weights of `checkpoint_path`, by default those of its own training.
 
         Raises:
             FileNotFoundError: there is no checkpoint.
-            ValueError: it belongs to something else.
+            ValueError: the checkpoint is incompatible.
         """
-        path = of_class(checkpoint_path, data.label) or self._runs.model_path()
+        path = with_label(checkpoint_path, data.label) or self._runs.model_path()
         if not checkpoint_path and not exists(path):
             raise FileNotFoundError(
                 f"this configuration has no trained model at {path}: train it (the same command with mode=train), "
@@ -62,7 +61,7 @@ class Weights:
         checkpoint = read_checkpoint(path)
         self._check_length(checkpoint)
         shape = (*FUNCTION, "model.mask_padding", "block_size", "data.segments", "data.segment_room")
-        shape += ("model.length",) if "configuration" in checkpoint.identity and not self._any_length(data) else ()
+        shape += ("model.length",) if "configuration" in checkpoint.identity and not self._any_length() else ()
         check_compatible(checkpoint, identity(self._build.cfg), (*shape, "parameterization"), data)
         diffusion = self._build.diffusion(data)
         checkpoint.load_into(diffusion.backbone, use_ema=not disable_ema)
@@ -72,35 +71,34 @@ class Weights:
         diffusion.provenance = Provenance(str(path), checkpoint.step, averaged, length)
         return diffusion.eval().to(self._build.machine.device)
 
-    def _any_length(self, data: TextData) -> bool:
-        """Return True if texts may be longer than in training: block diffusion continues with a window of attention."""
-        return self._build.law == "bd3lm" and self._writes and not data.segments
+    def _any_length(self) -> bool:
+        """Return True if texts may be longer than in training: block diffusion samples with an attention window."""
+        return self._build.objective_name == "bd3lm" and self._writes and not self._build.cfg.data.get("segments")
 
     def _check_length(self, checkpoint: Checkpoint) -> None:
-        """Refuse texts that are too long to be measured; warn of others than those of the training."""
-        longest, segments = checkpoint.settings.get("model.length"), self._build.cfg.data.get("segments")
-        writes_on = self._writes and not segments
-        if self._build.law == "bd3lm" and longest and self._length > longest and not writes_on:
+        """Refuse texts that are too long for a measurement, and warn if the length differs from the training."""
+        longest, block_diffusion = checkpoint.settings.get("model.length"), self._build.objective_name == "bd3lm"
+        if block_diffusion and longest and self._length > longest and not self._any_length():
             raise ValueError(
                 f"model.length={self._length} is longer than the {longest} tokens that {checkpoint.path} was trained "
-                "on; texts can be written on behind a window (mode=sample_eval), but not measured, nor can segments"
+                "on; longer texts can be sampled with a window (mode=sample_eval), but not measured, nor can segments"
             )
         if longest not in (None, self._length):
             log.warning(
-                "model.length=%d: %s was trained on texts of %d tokens, and is used on others; leave model.length out "
-                "for the length of its training",
+                "model.length=%d: %s was trained on texts of %d tokens; leave model.length out to use that length",
                 self._length,
                 checkpoint.path,
                 longest,
             )
 
     def start(self, diffusion: Diffusion, data: TextData, shared: PathOrUrl | None) -> PathOrUrl | None:
-        """Give a new training the averaged weights of `shared`, those of training.from_pretrained, of the file that
-        backbone=hf_dit was built from, or those that the backbone itself names (hf_causal, hf_mlm).
+        """Load the initial weights of a new training; return their path, None if there are none.
 
-        Returns where they lie, None for none. Refuses weights that belong to something else, before anything changes.
+        They are the averaged weights of `shared`, or those of training.from_pretrained, of the file that
+        backbone=hf_dit was built from, or of the backbone's own source (hf_causal, hf_mlm). Incompatible weights are
+        refused before anything changes.
         """
-        of_network = of_class(self._build.cfg.backbone.get("checkpoint_path"), data.label)
+        of_network = with_label(self._build.cfg.backbone.get("checkpoint_path"), data.label)
         named = {
             "classify.pretrain": shared,
             "training.from_pretrained": self._from_pretrained,
@@ -117,5 +115,5 @@ class Weights:
             return None
         new = diffusion.start_from(checkpoint, use_ema=shared is not None or not self._disable_ema)
         if new:
-            print(f"not in {checkpoint.path}, so begun anew: {summary(new)}")
+            print(f"not in {checkpoint.path}, so initialized: {summary(new)}")
         return checkpoint.path

@@ -1,8 +1,8 @@
-"""Draw the rooms of the code and which imports from which: docs/rooms.svg.
+"""Draw the rooms of the code and their imports: docs/rooms.svg.
 
     python scripts/draw_rooms.py docs/rooms.svg
 
-A room stands above all that it imports from, and a line leads down to it, unless one follows from others.
+Each room is above the rooms that it imports from. A line that follows from others is left out.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from matplotlib import rcParams
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
-_APART = {"tests", "benchmarks", "outputs", "build", "__init__.py"}
+_EXCLUDED = {"tests", "benchmarks", "outputs", "build", "__init__.py"}
 
 
 def imports() -> dict[str, set[str]]:
-    """Return for every room (a folder, or a module at the top) the rooms that it imports from."""
+    """Return the rooms that each room (a folder, or a top-level module) imports from."""
     found: dict[str, set[str]] = {}
     for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("[a-z]*/**/*.py")]):
         top = path.relative_to(ROOT).parts[0]
-        if top in _APART:
+        if top in _EXCLUDED:
             continue
         room = top.removesuffix(".py")
         here = found.setdefault(room, set())
@@ -36,10 +36,10 @@ def imports() -> dict[str, set[str]]:
 
 
 def floors(rooms: Mapping[str, set[str]]) -> dict[str, int]:
-    """Return how high each room stands: above all that it imports from.
+    """Return the level of each room, which is above those that it imports from.
 
     Raises:
-        ValueError: rooms import from each other in a circle.
+        ValueError: imports are circular.
     """
     height: dict[str, int] = {}
     while len(height) < len(rooms):
@@ -52,7 +52,7 @@ def floors(rooms: Mapping[str, set[str]]) -> dict[str, int]:
 
 
 def needed(rooms: Mapping[str, set[str]]) -> dict[str, set[str]]:
-    """Return the arrows that do not follow from others."""
+    """Return the imports that do not follow from others."""
     below: dict[str, set[str]] = {}
     for room in sorted(rooms, key=floors(rooms).get):
         below[room] = rooms[room].union(*(below[other] for other in rooms[room]))

@@ -5,7 +5,7 @@
     AutoModelForMaskedLM.from_pretrained("my-model", trust_remote_code=True)      # there
     python main.py mode=ppl_eval backbone=hf_dit eval.checkpoint_path=my-model    # here, without running its code
 
-The code beside the weights is ours: models/modeling_mdlm.py and what it imports, with relative imports.
+The exported code is ours: models/modeling_mdlm.py and what it imports, with relative imports.
 """
 
 from __future__ import annotations
@@ -31,28 +31,28 @@ ROOT = Path(__file__).resolve().parents[1]
 CODE = ("modeling_mdlm.py", "dit.py", "class_conditioning.py", "transformer.py", "layers.py", "attention.py",
         "backbone.py", "recompute.py", "blocks.py", "block_attention.py", "segment_attention.py",
         "kv_cache.py", "values.py")  # fmt: skip
-# What files of other programs may keep to themselves, as the reference has it.
+# Defaults of the reference for settings that checkpoints of other programs may lack.
 ASSUMED = {"model.length": 1024, "model.dropout": 0.1, "time_conditioning": False}
 
 
 def export(checkpoint_path: str, output: Path, tokenizer_name: str | None = None, raw: bool = False) -> list[str]:
-    """Write the model of `checkpoint_path` (whatever layout) into the new directory `output`.
+    """Write the model of `checkpoint_path` (any layout) into the new directory `output`; return assumed settings.
 
-    The weights are the averaged ones where there are any and not `raw`. Returns what had to be assumed, `key=value`.
+    The weights are the averaged ones if there are any, unless `raw`. Assumed settings are returned as `key=value`.
 
     Raises:
-        FileNotFoundError: no checkpoint or tokenizer of that name.
-        ValueError: `output` holds something, the file is no DiT, or the tokenizer is another than the model's.
+        FileNotFoundError: the checkpoint or tokenizer does not exist.
+        ValueError: `output` is not empty, the model is not a DiT, or the tokenizer is not the model's.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"--output={output} exists and is not an empty directory; choose a new one")
     checkpoint = read_checkpoint(checkpoint_path, "--checkpoint")
     settings = {**ASSUMED, **checkpoint.settings}
-    law = settings.get("parameterization", "subs")
-    if law != "subs":
+    objective = settings.get("parameterization", "subs")
+    if objective != "subs":
         raise ValueError(
-            f"--checkpoint={checkpoint_path} was trained with parameterization={law}; the layout is that of MDLM "
-            "(subs), whose users would read its logits as something else"
+            f"--checkpoint={checkpoint_path} was trained with parameterization={objective}; the layout is that of MDLM "
+            "(subs), whose users would misread its logits"
         )
     net = _network(checkpoint, settings, raw)
     tokenizer = _tokenizer(tokenizer_name, checkpoint, settings) if tokenizer_name else None
@@ -80,7 +80,9 @@ def _network(checkpoint: Checkpoint, settings: dict[str, object], raw: bool) -> 
     sizes = ("vocab_size", "model.hidden_size", "model.cond_dim", "model.n_blocks", "model.n_heads")
     missing = [key for key in sizes if key not in settings_of_tensors(checkpoint.state)]
     if missing:
-        raise ValueError(f"--checkpoint={checkpoint.path} is no DiT: its tensors do not tell {', '.join(missing)}")
+        raise ValueError(
+            f"--checkpoint={checkpoint.path} is not a DiT: its tensors do not determine {', '.join(missing)}"
+        )
     net = build(settings)
     checkpoint.load_into(net, use_ema=not raw)
     return net
@@ -91,15 +93,15 @@ def _tokenizer(name: str, checkpoint: Checkpoint, settings: dict[str, object]) -
     known = vocabulary(tokenizer)
     if known.size != settings["vocab_size"]:
         raise ValueError(
-            f"--tokenizer={name} has {known.size} ids (the mask included), the model {settings['vocab_size']}; give "
-            "the tokenizer that it was trained with"
+            f"--tokenizer={name} has {known.size} ids (with the mask), but the model has {settings['vocab_size']}; "
+            "give the tokenizer of its training"
         )
     if checkpoint.identity.get("tokenizer") not in (None, known.fingerprint):
         raise ValueError(
-            f"--tokenizer={name} is not the one that the model was trained with; its ids would mean other words"
+            f"--tokenizer={name} is not the one of the training; its ids would mean other words; give that one"
         )
     tokenizer.model_max_length = settings["model.length"]
-    for key in ("is_local", "local_files_only"):  # how it was loaded here, which transformers would save
+    for key in ("is_local", "local_files_only"):  # how it was loaded, which transformers would save
         tokenizer.init_kwargs.pop(key, None)
     return tokenizer
 
@@ -119,16 +121,16 @@ def _config(settings: dict[str, object], fingerprint: str | None) -> dict[str, o
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help=".ckpt file, Hub-layout directory or Hub id")
-    parser.add_argument("--output", required=True, type=Path, help="the directory to write; must not exist or be empty")
-    parser.add_argument("--tokenizer", help="what data.tokenizer_name_or_path was: a folder or a Hub name")
-    parser.add_argument("--raw", action="store_true", help="the weights as trained instead of their average")
+    parser.add_argument("--output", required=True, type=Path, help="the directory to write; it must be new or empty")
+    parser.add_argument("--tokenizer", help="as data.tokenizer_name_or_path: a folder or a Hub name")
+    parser.add_argument("--raw", action="store_true", help="the raw weights instead of their average")
     typed = parser.parse_args()
     with clear_errors():
         assumed = export(typed.checkpoint, typed.output, typed.tokenizer, typed.raw)
     print(f"{typed.output}: load it with AutoModelForMaskedLM.from_pretrained({str(typed.output)!r}, ", end="")
     print("trust_remote_code=True), or here with backbone=hf_dit")
     if assumed:
-        print(f"assumed, as the checkpoint does not say: {', '.join(assumed)}; correct config.json if it is not so")
+        print(f"assumed, because the checkpoint does not say: {', '.join(assumed)}; correct config.json if wrong")
     if not typed.tokenizer:
         print("no tokenizer was written; --tokenizer names one")
 

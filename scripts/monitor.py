@@ -1,16 +1,13 @@
-"""What trainings are doing, from another terminal: step, time left, loss, speed, memory, checkpoint, alive or dead.
+"""Monitor trainings from another terminal: step, time left, loss, speed, memory, checkpoint, alive or dead.
 
     python scripts/monitor.py outputs                     # every training below a folder, live
     python scripts/monitor.py outputs/reviews/micro-0123abcd --once
 
-Reads the run.json that every training keeps in its folder (training/callbacks/run_state.py says what is in it) and the
-times of
-its checkpoint files, and writes nothing. Piped, it prints plain lines, once, or every `--interval` seconds if that is
-given.
+It reads the run.json of each training (described in training/callbacks/run_state.py) and the times of its checkpoint
+files, and writes nothing. Piped, it prints plain lines, once, or every `--interval` seconds if that is given.
 
-A training is dead if its run.json says that it runs and its process does not: on this machine at once when there is no
-such process (any more), on another, or in another container, when run.json is older than both `--silent` seconds and
-20 steps.
+A training is dead if its run.json says that it runs but its process does not exist. On another machine, or in another
+container, it is dead if run.json is older than both `--silent` seconds and 20 steps.
 """
 
 from __future__ import annotations
@@ -27,17 +24,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from palimpsest.common.process_identity import process_status, process_table
+
 FILE, CHECKPOINTS = "run.json", "checkpoints"
 RUNNING = ("starting", "training", "validating")
 COLOURS = {"dead": "bold red", "failed": "bold red", "silent": "yellow", "stopped": "yellow", "finished": "green"}
 _BARS = "▁▂▃▄▅▆▇█"
 _NOT_RUNS = {"csv", "tensorboard", "wandb", CHECKPOINTS, "nonfinite"}
 _STEP_IN_NAME = re.compile(r"step[=_-]?(\d+)")
+_INCOMPLETE = re.compile(r"^\.|\.partial|\.corrupt")  # names of checkpoints that are partial or damaged
 
 
 @dataclass(frozen=True)
 class Row:
-    """One training as it is shown; texts are empty where nothing is known."""
+    """One training as it is displayed; unknown values are empty."""
 
     name: str
     state: str
@@ -52,10 +52,10 @@ class Row:
     note: str
 
     def line(self) -> str:
-        """One plain line without a curve."""
-        said = {"step": self.step, "left": self.left, "loss": self.loss, "val": self.validation, "speed": self.speed,
+        """Return one plain line without the curve."""
+        known = {"step": self.step, "left": self.left, "loss": self.loss, "val": self.validation, "speed": self.speed,
                 "memory": self.memory, "checkpoint": self.checkpoint}  # fmt: skip
-        facts = "  ".join(f"{name} {value}" for name, value in said.items() if value)
+        facts = "  ".join(f"{name} {value}" for name, value in known.items() if value)
         return f"{self.name}  {self.state}  {facts}{'  ' if self.note else ''}{self.note}"
 
 
@@ -64,7 +64,7 @@ LEAST_FIRST = ("memory", "validation", "curve", "checkpoint", "speed")
 
 
 def runs_below(folder: Path) -> Iterator[Path]:
-    """Folders with a run.json, `folder` itself included; those that hold logs and checkpoints are not looked into."""
+    """Yield the folders with a run.json, including `folder`; those of logs and checkpoints are skipped."""
     for path, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if name not in _NOT_RUNS and not name.startswith("."))
         if FILE in files:
@@ -72,13 +72,19 @@ def runs_below(folder: Path) -> Iterator[Path]:
 
 
 def row(folder: Path, name: str, now: float, silent: float) -> Row:
-    """The training in `folder` at the time `now`."""
+    """Return the training in `folder` at the time `now`."""
     try:
         known = json.loads((folder / FILE).read_text())
-        if known["state"] in RUNNING and _here(known) and not _lives(known):
-            known = json.loads((folder / FILE).read_text())  # it may have ended in order since, and said so
+        if known["state"] in RUNNING and _is_local(known) and not _is_alive(known):
+            known = json.loads((folder / FILE).read_text())  # it may have ended normally since
         return _shown(known, folder, name, now, silent)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:  # half a copy, or gone meanwhile
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+    ) as error:  # a partial copy, or deleted
         return Row(name, "unreadable", *[""] * 8, note=f"{FILE}: {type(error).__name__}: {error}")
 
 
@@ -99,54 +105,43 @@ def _shown(known: dict, folder: Path, name: str, now: float, silent: float) -> R
 
 
 def _state(known: dict, now: float, silent: float) -> tuple[str, str]:
-    """The state, which may be dead or silent, and why."""
+    """Return the state, which may be dead or silent, and the reason."""
     if known["state"] not in RUNNING:
         return known["state"], known["error"] or ""
     age = now - known["updated"]
     patience = max(silent, 20 * (known["metrics"].get("seconds_per_step") or 0.0))
-    here = _here(known)
-    if here and not _lives(known):
+    local = _is_local(known)
+    if local and not _is_alive(known):
         return "dead", f"process {known['pid']} is gone, last seen {duration(age)} ago while {known['state']}"
     if age <= patience:
         return known["state"], ""
-    if here:
-        return "silent", f"process {known['pid']} lives and has said nothing for {duration(age)}"
-    return "dead", f"no word from {known['host']} for {duration(age)}"
+    if local:
+        return "silent", f"process {known['pid']} is alive and has not reported for {duration(age)}"
+    return "dead", f"no report from {known['host']} for {duration(age)}"
 
 
-def _here(known: dict) -> bool:
-    """Whether the process, if it is there, can be seen from here. Containers may have the name of their machine, and
-    each counts its own processes (training/callbacks/run_state.py); where that was not noted the name decides."""
-    ours = _process_table()
+def _is_local(known: dict) -> bool:
+    """Return True if the process belongs to this machine and container; without its table, the host name decides."""
+    ours = process_table()
     return known["host"] == socket.gethostname() and known.get("process_table", ours) == ours
 
 
-def _process_table() -> str | None:
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return None
-
-
-def _lives(known: dict) -> bool:
-    """Whether the process is there, still runs (one that has ended stays as a zombie until its parent looks), and is
-    the one that wrote: a later one may have been given its number."""
+def _is_alive(known: dict) -> bool:
+    """Return True if the process exists, is no zombie, and is the one that wrote and not a later one of its number."""
     try:
         os.kill(known["pid"], 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # somebody else's, and there
+    except PermissionError:  # it exists and belongs to another user
         pass
-    try:
-        fields = Path(f"/proc/{known['pid']}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
+    status = process_status(known["pid"])
+    if status is None:
         return not Path("/proc/self/stat").exists()
-    return fields[0] not in "ZX" and known.get("process_began") in (None, int(fields[19]))
+    return status[0] not in "ZX" and known.get("process_began") in (None, status[1])
 
 
 def _left(known: dict, now: float) -> str:
-    """Time left at the pace of this start, validations and pauses included."""
+    """Return the time left at the pace of this start, validations and pauses included."""
     done = known["step"] - known["first_step"]
     if done <= 0:
         return ""
@@ -154,22 +149,17 @@ def _left(known: dict, now: float) -> str:
     return duration(max(0.0, pace * (known["max_steps"] - known["step"]) - (now - known["updated"])))
 
 
-def _whole(name: str) -> bool:
-    """Neither half-written nor set aside as damaged."""
-    return not name.startswith(".") and not any(part in name for part in (".partial", ".corrupt"))
-
-
 def _checkpoint(folder: Path, known: dict, now: float) -> str:
-    """Step and age of the newest file (or folder) of checkpoints/."""
+    """Return the step and age of the newest file (or folder) in checkpoints/."""
     newest, when = None, 0.0
     try:
         for entry in os.scandir(folder / CHECKPOINTS):
             changed = entry.stat().st_mtime
-            if changed > when and _whole(entry.name):
+            if changed > when and not _INCOMPLETE.search(entry.name):
                 newest, when = entry.name, changed
-    except OSError:  # none yet, or one that has just been replaced
+    except OSError:  # no folder yet, or a file that has just been replaced
         pass
-    if newest is None:  # there is none, or it is kept elsewhere (checkpointing.save_dir=s3://...)
+    if newest is None:  # none, or at a URL (checkpointing.save_dir=s3://...)
         saved = known["checkpoint"]
         return f"{duration(now - saved['time'])} ago, step {saved['step']:,}" if saved else ""
     found = _STEP_IN_NAME.search(newest)
@@ -179,8 +169,10 @@ def _checkpoint(folder: Path, known: dict, now: float) -> str:
 
 
 def sparkline(values: Sequence[float | None], width: int = 24) -> str:
-    """`values` as a row of at most `width` bars; a blank where there is no number. The scale leaves out the highest
-    tenth, so that the first steps do not flatten all that follows."""
+    """Return `values` as a row of at most `width` bars, with a blank for each missing number.
+
+    The scale ignores the highest tenth, so that the first steps do not flatten the rest.
+    """
     if not values:
         return ""
     count = min(width, len(values))
@@ -196,7 +188,7 @@ def sparkline(values: Sequence[float | None], width: int = 24) -> str:
 
 
 def duration(seconds: float) -> str:
-    """12s, 5m, 3h07, 2d04h."""
+    """Format a duration as 12s, 5m, 3h07 or 2d04h."""
     seconds = max(0, int(seconds))
     days, hours, minutes = seconds // 86400, seconds // 3600 % 24, seconds // 60 % 60
     if days:
@@ -211,7 +203,7 @@ def _number(value: float | None) -> str:
 
 
 def rows(folder: Path, silent: float) -> list[Row]:
-    """All trainings below `folder`, those that run first."""
+    """Return all trainings below `folder`, running ones first."""
     now, found = time.time(), []
     for path in runs_below(folder):
         name = str(path.relative_to(folder)) if path != folder else path.name
@@ -220,13 +212,13 @@ def rows(folder: Path, silent: float) -> list[Row]:
 
 
 def table(shown: Sequence[Row], title: str, width: int) -> object:
-    """A rich table; where `width` characters are too few, the columns that matter least are left out."""
+    """Return a rich table of at most `width` characters, without the least important columns if necessary."""
     from rich.table import Table
     from rich.text import Text
 
     wide = {name: max((len(getattr(one, name)) for one in shown), default=0) for name in HEADER}
     kept = {name: max(size, len(name)) + 2 for name, size in wide.items() if size}
-    kept |= {name: min(kept[name], 32) for name in ("name", "note") if name in kept}  # these may be folded
+    kept |= {name: min(kept[name], 32) for name in ("name", "note") if name in kept}  # these wrap
     for name in LEAST_FIRST:
         if sum(kept.values()) > width:
             kept.pop(name, None)
@@ -244,26 +236,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", default=Path("outputs"))
     parser.add_argument("--once", action="store_true", help="print once and end")
-    parser.add_argument("--interval", type=float, help="seconds between looks (2; where piped: one look)")
-    parser.add_argument("--silent", type=float, default=300.0, help="seconds without a word that are too many (300)")
+    parser.add_argument("--interval", type=float, help="seconds between updates (default: 2; once if piped)")
+    parser.add_argument("--silent", type=float, default=300.0, help="seconds without a report that are too many (300)")
     args = parser.parse_args()
     if not args.folder.is_dir():
         sys.exit(f"error: there is no folder {args.folder}")
-    sys.stdout.reconfigure(errors="replace")  # a terminal may lack the signs of a name or a curve
+    sys.stdout.reconfigure(errors="replace")  # a terminal may lack the characters of a name or a curve
     piped = not sys.stdout.isatty()
-    interval = (
-        None if args.once or (piped and args.interval is None) else 2.0 if args.interval is None else args.interval
-    )
+    interval = args.interval if args.interval is not None or piped else 2.0
+    interval = None if args.once else interval
     if interval is not None and not interval > 0:
         sys.exit(f"error: --interval {args.interval} must be more than 0 seconds")
     try:
         watch(args.folder, args.silent, interval, piped)
     except (KeyboardInterrupt, BrokenPipeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads what is still buffered
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # discard what is still buffered
 
 
 def watch(folder: Path, silent: float, interval: float | None, plain: bool) -> None:
-    """Show once, or again every `interval` seconds."""
+    """Show the trainings once, or every `interval` seconds."""
     if plain or interval is None:
         while True:
             _print(rows(folder, silent), folder, plain)

@@ -1,18 +1,18 @@
-"""Make the latents of a data set's texts once, into a folder that latents=file reads; or check that latents are good.
+"""Compute the latents of a data set's texts into a folder that latents=file reads, or check their quality.
 
     python scripts/prepare_latents.py --out latents/imdb --data imdb --encoder lsa --processes 2 model.length=256
     python scripts/prepare_latents.py --out latents/news --data ag_news --encoder hf latents.name_or_path=FOLDER \\
         data.long_texts=windows model.length=128
     python scripts/prepare_latents.py --check --data imdb --encoder lsa model.length=256
 
-Everything else is typed as for main.py: data=, model.length, data.tokenizer_name_or_path, data.long_texts, latents.*. A
-text that data.long_texts=windows cuts into chunks has them all in one split, since texts are split before they are cut.
-Train then with the same data settings: python main.py algo=mmldlm backbone=mmdit ... latents=file latents.path=FOLDER
+Other settings are typed as for main.py: data=, model.length, data.tokenizer_name_or_path, data.long_texts, latents.*.
+All windows of a text (data.long_texts=windows) are in the same split. Then train with the same data settings:
+python main.py algo=mmldlm backbone=mmdit ... latents=file latents.path=FOLDER
 
-A start that was killed is gone on with by the same command. The bytes do not depend on --processes; metadata.json has
-the digest of every file, and one that is no longer as it was written is refused.
+The same command resumes a killed run. The bytes do not depend on --processes. metadata.json has the digest of every
+file; a changed file is refused.
 --check prints one line of JSON: how often the latent of a text with 20 % of its words dropped is nearest to its own
-among --texts texts (latents=synthetic: with what accuracy a linear map reads each attribute); exit status 1 where that
+among --texts texts (latents=synthetic: the accuracy of a linear map for each attribute). The exit status is 1 if that
 is less than 0.9 (0.99).
 """
 
@@ -45,32 +45,31 @@ log = logging.getLogger(__name__)
 
 
 def texts_of(overrides: list[str]) -> TextData:
-    """The data that these arguments of main.py name, with their encoder.
+    """Return the data that these arguments of main.py name, with their encoder.
 
     Raises:
-        ValueError: there is none, or a setting is invalid.
+        ValueError: there is no encoder, or a setting is invalid.
     """
-    composed = compose_config(overrides)
-    Readers(composed).refuse_wrong()
-    data = Experiment(composed, "scripts/prepare_latents.py").build.data()
+    configuration = compose_config(overrides)
+    Readers(configuration).refuse_wrong()
+    data = Experiment(configuration, "scripts/prepare_latents.py").build.data()
     if data.latents is None:
         raise ValueError("--encoder is missing: give lsa, hf, self or synthetic")
     return data
 
 
 def preparation(typed: argparse.Namespace, data: TextData, parent: int | None = None) -> Preparation:
-    """The work that the command line asks for, with the encoder fitted; of a further process where `parent` started
-    it."""
+    """Return the requested work with a fitted encoder; `parent` is the process that started this one, if any."""
     latents = data.latents
     if isinstance(latents.encoder, Shards):
-        raise ValueError("--encoder=file: those latents are made already; give lsa, hf, self or synthetic")
+        raise ValueError("--encoder=file: those latents exist already; give lsa, hf, self or synthetic")
     if data.wrap:
-        raise ValueError("data.wrap=true joins texts and cuts them anywhere, so that a row is not of one text; set "
-                         "data.wrap=false, with data.long_texts=windows for the chunks of long ones")  # fmt: skip
+        raise ValueError("data.wrap=true joins texts and cuts them anywhere, so a row is not one text; set "
+                         "data.wrap=false, with data.long_texts=windows for long texts")  # fmt: skip
     if latents.encoder.dim is not None:
         dim = latents.encoder.dim
-        raise ValueError(f"latents.dim={dim}: the folder keeps all numbers of the encoder; set latents.dim=null here, "
-                         f"and latents=file latents.dim={dim} in training")  # fmt: skip
+        raise ValueError(f"latents.dim={dim}: the folder keeps all dimensions of the encoder; set latents.dim=null "
+                         f"here, and latents=file latents.dim={dim} in training")  # fmt: skip
     unknown = [split for split in typed.splits or () if split not in data.splits]
     if unknown:
         raise ValueError(f"--splits: there is no {', '.join(unknown)}; there are {', '.join(data.splits)}")
@@ -86,10 +85,10 @@ def preparation(typed: argparse.Namespace, data: TextData, parent: int | None = 
 
 
 def prepare(typed: argparse.Namespace, overrides: list[str]) -> dict[str, object]:
-    """Make the folder; returns what its metadata.json says.
+    """Write the folder; return the content of its metadata.json.
 
     Raises:
-        ValueError: it can not be made, or a process has failed.
+        ValueError: it cannot be written, or a process failed.
     """
     data = texts_of(overrides)
     work = preparation(typed, data)
@@ -120,8 +119,8 @@ def _write_in_processes(typed: argparse.Namespace, overrides: list[str]) -> None
             process.terminate()
         process.join()
     if failed:
-        raise ValueError(f"a process has ended with status {failed[0]} (above is why, unless it was killed); the same "
-                         "command goes on with what is there")  # fmt: skip
+        raise ValueError(f"a process has ended with status {failed[0]} (the reason is above, unless it was killed); "
+                         "the same command resumes")  # fmt: skip
 
 
 def _write_share(typed: argparse.Namespace, overrides: list[str], number: int, parent: int) -> None:
@@ -132,16 +131,16 @@ def _write_share(typed: argparse.Namespace, overrides: list[str], number: int, p
 
 
 def check(typed: argparse.Namespace, overrides: list[str]) -> dict[str, object]:
-    """What --check prints."""
+    """Return the output of --check."""
     data = texts_of(overrides)
     latents = data.latents
     held_out = next(split for split in ("validation", "test", "train") if split in data.splits)
-    said = {"check": str(latents.metadata.get("encoder")), "data": data.name, "split": held_out,
+    facts = {"check": str(latents.metadata.get("encoder")), "data": data.name, "split": held_out,
             "shape": list(latents.shape), "length": data.length}  # fmt: skip
     rows = data.split(held_out)
     chosen = np.sort(np.random.default_rng(0).permutation(len(rows))[: typed.texts])
     if isinstance(latents.encoder, Attributes):
-        return {**said, **_probe(typed, data, held_out, chosen)}
+        return {**facts, **_probe(typed, data, held_out, chosen)}
     packing, vocabulary = data.packing(held_out), data.vocabulary
     head, tail = ([i] if put else [] for i, put in ((vocabulary.bos_id, packing.bos), (vocabulary.eos_id, packing.eos)))
 
@@ -151,7 +150,7 @@ def check(typed: argparse.Namespace, overrides: list[str]) -> dict[str, object]:
         return np.concatenate(parts)
 
     found = retrieval(standardised, latents.packed(held_out)[chosen].texts)
-    return {**said, "retrieval_top1": round(found.share, 4), "se": round(found.se, 4), "texts": found.texts,
+    return {**facts, "retrieval_top1": round(found.share, 4), "se": round(found.se, 4), "texts": found.texts,
             "chance": found.chance, "passed": found.share >= LEAST_RETRIEVED}  # fmt: skip
 
 
@@ -168,21 +167,25 @@ def _probe(typed: argparse.Namespace, data: TextData, held_out: str, chosen: np.
 
 def _quiet(typed: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    # As many in every process, whatever --processes says: sums over threads differ in their last digits.
+    # The same number for any --processes, because sums over threads differ in their last digits.
     torch.set_num_threads(typed.threads)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="folder to write, or to go on with")
+    parser.add_argument("--out", type=Path, help="folder to write or resume")
     parser.add_argument("--data", help="the same as data=")
     parser.add_argument("--encoder", help="lsa | hf | self | synthetic: the same as latents=")
     parser.add_argument("--splits", type=lambda names: names.split(","), metavar="A,B",
-                        help="default: those of train, validation, test that there are")  # fmt: skip
-    parser.add_argument("--shard-size", type=int, default=10_000, help="texts of a shard; a kill costs one at most")
+                        help="default: those of train, validation, test that exist")  # fmt: skip
+    parser.add_argument(
+        "--shard-size", type=int, default=10_000, help="texts per shard; a kill loses at most one shard"
+    )
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=1, help="of each process")
-    parser.add_argument("--max-skipped", type=int, default=0, help="texts without a latent that are left out, at most")
+    parser.add_argument("--threads", type=int, default=1, help="per process")
+    parser.add_argument(
+        "--max-skipped", type=int, default=0, help="maximum number of texts without a latent, which are left out"
+    )
     parser.add_argument("--check", action="store_true", help="measure the latents instead of writing them")
     parser.add_argument("--texts", type=int, default=1000, help="of --check")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for main.py")
@@ -200,14 +203,14 @@ def main() -> None:
         if typed.max_skipped < 0:
             raise ValueError(f"--max-skipped={typed.max_skipped} must be 0 or more")
         if typed.check:
-            said = check(typed, [*named, *typed.overrides])
+            facts = check(typed, [*named, *typed.overrides])
         elif typed.out is None:
             raise ValueError("--out is missing: the folder to write")
         else:
-            said = prepare(typed, [*named, *typed.overrides])
-            said = {key: value for key, value in said.items() if key not in ("mean", "std", "plan")}
-    print(json.dumps(said))
-    sys.exit(0 if said.get("passed", True) else 1)
+            facts = prepare(typed, [*named, *typed.overrides])
+            facts = {key: value for key, value in facts.items() if key not in ("mean", "std", "plan")}
+    print(json.dumps(facts))
+    sys.exit(0 if facts.get("passed", True) else 1)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# A training that outlives your terminal, in GNU screen:
+# Run a training in GNU screen, so that it outlives your terminal:
 #   scripts/run_in_screen.sh [--name NAME] data=imdb model=small ...    start it; NAME is `run` if you give none
 #   scripts/run_in_screen.sh --list                                     what is running
 #   scripts/run_in_screen.sh --stop NAME                                save a checkpoint, end it, wait until it is gone
-# Its output is appended to outputs/screen/NAME.log. Start it again with the same words and it goes on.
+# Its output is appended to outputs/screen/NAME.log. The same command resumes it.
 # `mode=train` alone starts the default training. PYTHON=... names another interpreter than the `python` of your shell.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -14,10 +14,10 @@ die() { echo "error: $*" >&2; exit 2; }
 
 need_screen() { command -v screen >/dev/null || die "GNU screen is not installed (Debian and Ubuntu: apt-get install screen)"; }
 
-# The session's screen name, as in `screen -r`; nothing if there is none.
+# Print the screen name of a session, as in `screen -r`, if it exists.
 session_of() { screen -ls | awk -v name="palimpsest-$1" '!/Dead/ { id = $1; if (sub(/^[0-9]+\./, "", $1) && $1 == name) print id }'; }
 
-# The process that trains, if it still does: a number alone may be another process by now.
+# Print the number of the training process if it still runs; the number may belong to another process by now.
 process_of() {
   local pid
   pid="$(cat "$folder/$1.pid" 2>/dev/null)" || return 1
@@ -40,11 +40,11 @@ started $name
 TEXT
 }
 
-inside() { # what runs in the session
+inside() { # run in the session
   local name="$1" log="$folder/$1.log" status
   shift
   {
-    trap : INT HUP # Ctrl-C and the end of the session are for the training, which saves first
+    trap : INT HUP # the training handles Ctrl-C and the end of the session, and saves first
     echo "[$(date '+%F %T')] ${PYTHON:-python} main.py $*"
     (echo "$BASHPID" >"$folder/$name.pid" && exec "${PYTHON:-python}" -u main.py "$@") && status=0 || status=$?
     echo "[$(date '+%F %T')] ended with status $status"
@@ -60,13 +60,13 @@ list() {
 }
 
 stop() {
-  local name="$1" pid told=""
+  local name="$1" pid signalled=""
   [[ -n "$(session_of "$name")" ]] || die "no run named $name; --list shows what there is"
   echo "stopping $name after its optimizer step ..."
   while [[ -n "$(session_of "$name")" ]]; do
-    if [[ -z "$told" ]] && pid="$(process_of "$name")"; then
+    if [[ -z "$signalled" ]] && pid="$(process_of "$name")"; then
       kill -TERM "$pid"
-      told=yes
+      signalled=yes
     fi
     sleep 1
   done

@@ -1,4 +1,4 @@
-"""Loggers of a run that a full disk does not end."""
+"""Loggers that survive a full disk, and the identity of a run at Weights & Biases."""
 
 from __future__ import annotations
 
@@ -12,35 +12,37 @@ from pathlib import Path
 from typing import Annotated
 
 from lightning.pytorch.loggers import Logger, WandbLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from palimpsest.common.files import write_atomically
 from palimpsest.common.values import NAME, FilePath, Name, list_of
+from palimpsest.training.processes import first_process
 
 log = logging.getLogger(__name__)
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-def outlives_full_disks(logger: Logger) -> Logger:
-    """The same logger; what it has no room for is left out, and that is said once."""
-    told: list[str] = []
+def tolerate_full_disk(logger: Logger) -> Logger:
+    """Make a logger drop what it has no room for, with one error message; return it."""
+    failed = False
 
-    def forgiving(method: Callable) -> Callable:
+    def tolerant(method: Callable) -> Callable:
         @wraps(method)
         def call(*args: object, **kwargs: object) -> object:
+            nonlocal failed
             try:
                 return method(*args, **kwargs)
-            except (OSError, ValueError) as error:  # TensorBoard's says something else, and this is its cause
+            except (OSError, ValueError) as error:  # TensorBoard raises a ValueError with the OSError as its cause
                 if not _is_full(error):
                     raise
-                if not told:
-                    log.error("%s CAN NOT LOG (%s): the training goes on without", type(logger).__name__, error)
-                told.append(str(error))
+                if not failed:
+                    log.error("%s CANNOT LOG (%s): the training continues without it", type(logger).__name__, error)
+                failed = True
 
         return call
 
     for name in ("log_metrics", "log_hyperparams", "save", "finalize"):
-        setattr(logger, name, forgiving(getattr(logger, name)))
+        setattr(logger, name, tolerant(getattr(logger, name)))
     return logger
 
 
@@ -57,36 +59,33 @@ def wandb_logger(
     offline: bool = False,
     **settings: object,
 ) -> WandbLogger:
-    """Weights & Biases; `settings` are further ones of WandbLogger. All starts of a training are one run there, and
-    every training of a process has its own.
+    """Return a logger for Weights & Biases in which all starts of a training are one run.
 
-    id: of that run; None: what the environment says (WANDB_RUN_ID), else one that is drawn at the first start and kept
-    in `save_dir`. goes_on: whether the training may go on with what lies there; if not, another id is drawn.
+    Args:
+        id: of that run; None for WANDB_RUN_ID, else for a random one, kept in `save_dir`.
+        goes_on: the training may resume from `save_dir`; if not, a new id is drawn.
+        settings: further arguments of WandbLogger.
+
     Raises:
         ModuleNotFoundError: wandb is not installed.
     """
-    first = rank_zero_only.rank == 0  # the only process that logs
-    id = id or os.environ.get("WANDB_RUN_ID") or (_run_id(Path(save_dir), goes_on) if first else None)
-    told = {"project": project, "notes": notes, "group": group, "job_type": job_type, "name": name, "tags": tags}
-    logger = WandbLogger(save_dir=save_dir, id=id, offline=offline, **told, **settings)
+    id = id or os.environ.get("WANDB_RUN_ID") or (_run_id(Path(save_dir), goes_on) if first_process() else None)
+    described = {"project": project, "notes": notes, "group": group, "job_type": job_type, "name": name, "tags": tags}
+    logger = WandbLogger(save_dir=save_dir, id=id, offline=offline, **described, **settings)
     import wandb
 
-    if wandb.run is not None:  # of the training before; Lightning would take it for this one
+    if wandb.run is not None:  # of an earlier training in this process; Lightning would reuse it
         wandb.finish()
     return logger
 
 
 def _run_id(folder: Path, goes_on: bool) -> str:
-    """The id that is kept in `folder`. A name alone would not do: two people who give the same command would log into
-    the same run."""
-    kept = folder / "wandb" / "run-id"
-    known = kept.read_text().strip() if goes_on and kept.exists() else ""
+    """Return the id kept in `folder`, random so that two users of the same command do not share a run."""
+    file = folder / "wandb" / "run-id"
+    known = file.read_text().strip() if goes_on and file.exists() else ""
     if not known:
         known = secrets.token_hex(4)
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        partial = kept.with_name(f".{kept.name}")
-        partial.write_text(known)
-        os.replace(partial, kept)
+        write_atomically(file, known.encode())
     return known
 
 

@@ -1,9 +1,8 @@
-"""Learning-rate schedules as configuration names them: each builder takes the optimizer and gives a scheduler that is
-stepped once per optimizer step. `lr_scheduler=constant`, `constant_warmup` and `cosine_decay_warmup`, which have the
-references' meaning, are those of transformers.
+"""Learning-rate schedules: each builder takes the optimizer and returns a scheduler, stepped once per optimizer step.
 
-A schedule is a factor on the optimizer's own rates, and a function of the step alone, so that a resume goes on along
-the same curve. Here the factor of the first step is 1 / num_warmup_steps, not 0, and that of the last is min_ratio.
+A schedule is a factor on the optimizer's own rates. It is a function of the step alone, so a resume continues the same
+curve. `constant` and `cosine_to_zero` are those of transformers. In the others the factor of the first step is
+1 / num_warmup_steps, not 0, and that of the last is min_ratio.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ _DECAYS: dict[str, Callable[[float], float]] = {
 
 
 def constant(optimizer: Optimizer, num_warmup_steps: Natural) -> LambdaLR:
-    """The full rate, after a linear warm-up."""
+    """Return the full rate after a linear warm-up."""
     return get_constant_schedule_with_warmup(optimizer, num_warmup_steps)
 
 
@@ -37,7 +36,7 @@ def cosine_to_zero(
     num_training_steps: Annotated[AtLeastOne, FREE],
     num_cycles: Positive = 0.5,
 ) -> LambdaLR:
-    """A linear warm-up, then `num_cycles` of a cosine: half of one ends at nothing."""
+    """Return a linear warm-up, then `num_cycles` of a cosine; half a cycle ends at 0."""
     return get_cosine_schedule_with_warmup(optimizer, num_warmup_steps, num_training_steps, num_cycles)
 
 
@@ -47,10 +46,10 @@ def cosine(
     num_warmup_steps: Natural,
     min_ratio: Share = 0.1,
 ) -> LambdaLR:
-    """Linear warm-up, then half a cosine (Loshchilov & Hutter 2017, arXiv 1608.03983, eq. 5) down to `min_ratio`.
+    """Return a warm-up, then half a cosine down to `min_ratio` (Loshchilov & Hutter 2017, arXiv 1608.03983, eq. 5).
 
     Raises:
-        ValueError: the warm-up leaves no step to decay in.
+        ValueError: the warm-up leaves no step for the decay.
     """
     _check_warmup(num_warmup_steps, num_training_steps)
     decay_steps = num_training_steps - num_warmup_steps
@@ -65,9 +64,10 @@ def wsd(
     decay: Literal["1-sqrt", "linear", "cosine"] = "1-sqrt",
     min_ratio: Share = 0.1,
 ) -> LambdaLR:
-    """Warm-up, stable, decay (Hägele et al. 2024, arXiv 2405.18392): the full rate until the last `decay_share` of the
-    steps, in which it falls to `min_ratio`. Before the decay the curve does not hang on the number of steps, so that
-    a training can be prolonged from there.
+    """Return a warm-up, the full rate, and a decay to `min_ratio` (WSD, Hägele et al. 2024, arXiv 2405.18392).
+
+    The decay takes the last `decay_share` of the steps. Before it the curve does not depend on the number of steps, so
+    a training can be extended from there.
 
     Raises:
         ValueError: warm-up and decay do not fit into the steps.
@@ -96,26 +96,28 @@ def restarts(
     peak_decay: Share = 0.7,
     min_ratio: Share = 0.1,
 ) -> LambdaLR:
-    """Cosine decays one after the other (Loshchilov & Hutter 2017, arXiv 1608.03983), but each after a short linear
-    warm-up from where the rate stands, and up to a peak that is `peak_decay` times the one before: a rate that jumps to
-    its full height at once costs the weights what they had learned.
+    """Return a sequence of cosine decays with falling peaks (after Loshchilov & Hutter 2017, arXiv 1608.03983).
 
-    periods: steps of each decay with its warm-up; the last one is repeated until `num_training_steps`. min_ratio is
-    relative to the optimizer's rate, so every decay ends at the same one; a period that the end cuts off does not.
+    Each decay follows a short linear warm-up from the current rate, because a sudden jump to the peak undoes learning.
+
+    Args:
+        periods: steps of each decay with its warm-up; the last one is repeated until `num_training_steps`.
+        peak_decay: ratio of a peak to the one before.
+        min_ratio: the rate at the end of each decay, relative to the optimizer's; the last period may be cut short.
 
     Raises:
-        ValueError: a period has no room for its warm-up, or the second peak would be a low.
+        ValueError: a period has no room for its warm-up, or the second peak would not be above `min_ratio`.
     """
     _check_warmup(num_warmup_steps, num_training_steps)
     if peak_decay <= min_ratio:
         raise ValueError(
-            f"lr_scheduler.peak_decay={peak_decay} is not above lr_scheduler.min_ratio={min_ratio}, so that the second "
+            f"lr_scheduler.peak_decay={peak_decay} must be above lr_scheduler.min_ratio={min_ratio}, or the second "
             "peak would be a low; raise it"
         )
     repeats = max(0, -(-(num_training_steps - sum(periods)) // periods[-1]))
     stages = []
-    for place, period in enumerate([*periods, *[periods[-1]] * repeats]):
-        key, warmup = ("num_rewarmup_steps", num_rewarmup_steps) if place else ("num_warmup_steps", num_warmup_steps)
+    for number, period in enumerate([*periods, *[periods[-1]] * repeats]):
+        key, warmup = ("num_rewarmup_steps", num_rewarmup_steps) if number else ("num_warmup_steps", num_warmup_steps)
         if period <= warmup:
             raise ValueError(
                 f"lr_scheduler.periods={list(periods)}: a period of {period} steps leaves none after its warm-up "
@@ -126,8 +128,10 @@ def restarts(
 
 
 def _stages(step: int, *, stages: Sequence[tuple[int, int]], floor: float, peak_decay: float = 1.0) -> float:
-    """The factor of a step in stages of (steps of linear warm-up, steps of cosine decay). The first one warms up from
-    0, the others from the floor."""
+    """Return the factor of a step in stages of (steps of linear warm-up, steps of cosine decay).
+
+    The first stage warms up from 0, the others from the floor.
+    """
     peak = 1.0
     for number, (warmup, decay) in enumerate(stages):
         last = number == len(stages) - 1
@@ -155,5 +159,5 @@ def _check_warmup(num_warmup_steps: int, num_training_steps: int) -> None:
     if num_warmup_steps >= num_training_steps:
         raise ValueError(
             f"lr_scheduler.num_warmup_steps={num_warmup_steps} must be below trainer.max_steps={num_training_steps}, "
-            "or the rate never comes to its decay; lower it"
+            "or the rate never decays; lower it"
         )

@@ -1,4 +1,4 @@
-"""Devices of a run, and the batch size of each."""
+"""Devices of a run, and their batch sizes."""
 
 from __future__ import annotations
 
@@ -17,30 +17,22 @@ Precision = Literal["32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true",
 
 @dataclass(frozen=True)
 class Machine:
-    """Devices and precision of a run, and how batches are divided among the devices.
-
-    Attributes:
-        devices_per_node: processes of a node; "auto" for one per GPU.
-        typed_precision: as Lightning names it; None for the one that suits the device.
-        batch_size, eval_batch_size: samples that a device takes at once; None: the global batch shared out.
-        accumulate_grad_batches: micro-batches of an optimizer step; None: as many as it takes.
-        ramp: sizes of smaller optimizer steps at the beginning (data/stream.py).
-    """
+    """Devices and precision of a run, and the division of batches among the devices."""
 
     accelerator: Literal["auto", "cpu", "gpu", "cuda"]
-    devices_per_node: Literal["auto"] | Size
+    devices_per_node: Literal["auto"] | Size  # processes; "auto" for one per GPU
     num_nodes: Size
-    typed_precision: Precision | None
-    accumulate_grad_batches: AtLeastOne | None
-    batch_size: AtLeastOne | None
+    typed_precision: Precision | None  # None for the one that suits the device
+    accumulate_grad_batches: AtLeastOne | None  # micro-batches per optimizer step; None for the number that follows
+    batch_size: AtLeastOne | None  # samples per device at once; None for an equal share of the global batch
     eval_batch_size: AtLeastOne | None
     global_batch_size: AtLeastOne
     eval_global_batch_size: AtLeastOne
-    ramp: Annotated[BatchRamp, IF_SET] | None
+    ramp: Annotated[BatchRamp, IF_SET] | None  # smaller optimizer steps at the beginning (data/stream.py)
 
     @property
     def device(self) -> torch.device:
-        """The device of this process.
+        """Device of this process.
 
         Raises:
             ValueError: a GPU is requested, but there is none.
@@ -54,7 +46,7 @@ class Machine:
 
     @property
     def name(self) -> str:
-        """The name of the hardware in reports."""
+        """Name of the hardware in reports."""
         if torch.cuda.is_available():
             return f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
         threads = torch.get_num_threads()
@@ -72,21 +64,21 @@ class Machine:
 
     @property
     def micro_batch(self) -> int:
-        """Samples that a device takes at once in training."""
-        return self._cut()[0]
+        """Samples per device at once in training."""
+        return self._division()[0]
 
     @property
     def accumulate(self) -> int:
         """Micro-batches per optimizer step."""
-        return self._cut()[1]
+        return self._division()[1]
 
     @property
     def eval_batch(self) -> int:
-        """Samples that a device takes at once in evaluation."""
+        """Samples per device at once in evaluation."""
         devices = self.devices * self.num_nodes
         return self.eval_batch_size or -(-self.eval_global_batch_size // devices)
 
-    def _cut(self) -> tuple[int, int]:
+    def _division(self) -> tuple[int, int]:
         return batch_arithmetic(
             self.global_batch_size,
             self.batch_size,

@@ -1,4 +1,4 @@
-"""Optimizers as configuration names them: each builder takes the backbone and gives one torch optimizer."""
+"""Optimizers: each builder takes the backbone and returns one torch optimizer."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ _BLOCK_MATRIX = re.compile(r"(^|\.)(blocks|layers?)\.\d+\..*\.weight$")
 def adamw(
     backbone: nn.Module, lr: NotNegative, beta1: BelowOne, beta2: BelowOne, eps: NotNegative, weight_decay: NotNegative
 ) -> torch.optim.AdamW:
-    """AdamW (arXiv 1711.05101) over all parameters, in torch's fused kernel."""
+    """Return AdamW (arXiv 1711.05101) over all parameters, with torch's fused kernel."""
     parameters = [p for p in backbone.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         parameters, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay, fused=True
     )
-    # Else Lightning refuses to clip gradients under mixed precision: the fused kernel offers to unscale them itself.
+    # Otherwise Lightning refuses to clip gradients under mixed precision, because the fused kernel can unscale them.
     optimizer._step_supports_amp_scaling = False
     return optimizer
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
-    """Several optimizers, each over its own parameters, that step as one."""
+    """Several optimizers over disjoint parameters, stepped together."""
 
     def __init__(self, *parts: torch.optim.Optimizer) -> None:
         self.parts = parts
-        # The groups stay the parts' own dicts, so that a learning-rate scheduler reaches them.
+        # The groups are the parts' own dicts, so a learning-rate scheduler changes them.
         super().__init__([group for part in parts for group in part.param_groups], {})
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
@@ -55,23 +55,25 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
 
 class _Muon(torch.optim.Muon):
-    """Muon also for matrices that are shared out over devices: its step needs them whole, so gradients and momenta are
-    put together for it on every device, and the momenta shared out again."""
+    """Muon for matrices that may be sharded over devices.
+
+    Its step needs whole matrices, so gradients and momenta are gathered on every device and the momenta sharded again.
+    """
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        shared = [p for group in self.param_groups for p in group["params"] if isinstance(p, DTensor)]
-        for p in shared:
+        sharded = [p for group in self.param_groups for p in group["params"] if isinstance(p, DTensor)]
+        for p in sharded:
             if p.grad is not None:
-                p.grad = _together(p.grad)
-                self.state[p].update({name: _together(value) for name, value in self.state[p].items()})
+                p.grad = _gathered(p.grad)
+                self.state[p].update({name: _gathered(value) for name, value in self.state[p].items()})
         loss = super().step(closure)
-        for p in shared:
+        for p in sharded:
             state = self.state[p]
             state.update({name: value.redistribute(placements=p.placements) for name, value in state.items()})
         return loss
 
 
-def _together(tensor: DTensor) -> DTensor:
+def _gathered(tensor: DTensor) -> DTensor:
     return tensor.redistribute(placements=[Replicate()] * tensor.device_mesh.ndim)
 
 
@@ -84,8 +86,11 @@ def muon(
     eps: NotNegative,
     weight_decay: NotNegative,
 ) -> torch.optim.Optimizer:
-    """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) with `matrix_lr` on the blocks' weight matrices,
-    AdamW with `lr` on everything else: embedding, head, norms, biases and the modulation of adaLN."""
+    """Return Muon with `matrix_lr` on the blocks' weight matrices, and AdamW with `lr` on all other parameters.
+
+    Muon is that of Jordan et al. 2024 (kellerjordan.github.io/posts/muon). The others are embedding, head, norms,
+    biases and the modulation of adaLN.
+    """
     named = [(name, p) for name, p in backbone.named_parameters() if p.requires_grad]
     matrices = [p for name, p in named if p.ndim == 2 and _BLOCK_MATRIX.search(name) and "adaLN" not in name]
     chosen = {id(p) for p in matrices}

@@ -1,6 +1,6 @@
-"""Several processes: who started them, how they find each other, and how the weights lie in them.
+"""Distributed training: who launched the processes, and how they share the weights.
 
-Three ways to start them: Lightning itself (one command on one machine; it starts the others), torchrun, srun.
+Processes are launched by Lightning (one command on one machine), by torchrun or by srun.
 """
 
 from __future__ import annotations
@@ -10,25 +10,25 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import Annotated
 
-import lightning
 import torch
 from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.optim import Optimizer
 
 from palimpsest.common.values import real
-from palimpsest.models.sharding import gather, load_sharded, sharded_like
+from palimpsest.models.sharding import load_sharded, sharded_like
 
-# How long a process waits for the others in a collective operation before it gives up and ends with an error. In less
-# there is no time to meet; a week is the most, because some of what torch waits with counts milliseconds in 32 bits.
-MINUTES = 30.0
+# Timeout of collective operations. At most a week, because torch counts some milliseconds in 32 bits.
+Minutes = Annotated[float, real("[0.01, 10080]")]
+_DEFAULT_MINUTES = 30.0
 
 
-def ddp(
-    timeout_minutes: Annotated[float, real("[0.01, 10080]")] = MINUTES, find_unused_parameters: bool = False
-) -> DDPStrategy:
-    """Whole weights in every process, averaged gradients. Buffers are constants here and not sent around; gradients lie
-    in the buckets that are sent."""
+def ddp(timeout_minutes: Minutes = _DEFAULT_MINUTES, find_unused_parameters: bool = False) -> DDPStrategy:
+    """Return the strategy with whole weights in every process and averaged gradients.
+
+    Buffers are constants here, so they are not broadcast. Gradients are views of the buckets that are reduced.
+    """
     return DDPStrategy(
         timeout=timedelta(minutes=timeout_minutes),
         find_unused_parameters=find_unused_parameters,
@@ -38,14 +38,14 @@ def ddp(
 
 
 class FullySharded(ModelParallelStrategy):
-    """Weights, gradients, averages and optimizer states shared out over all processes (FSDP2), on GPUs or CPUs.
+    """Weights, gradients, averages and optimizer states sharded over all processes (FSDP2), on GPUs or CPUs.
 
-    The module shares itself out in `configure_model` (models/sharding.py). Checkpoints are those of any other strategy:
-    one file of whole tensors, read by each process, written by the first. Gradients are summed after every micro-batch,
-    since keeping them until the last would take the memory of the whole model that sharing out saves.
+    The module shards itself in `configure_model` (models/sharding.py). Checkpoints are those of any other strategy:
+    one file of whole tensors, read by each process, written by the first. Gradients are reduced after every
+    micro-batch, because keeping them would take the memory that sharding saves.
     """
 
-    def __init__(self, timeout_minutes: Annotated[float, real("[0.01, 10080]")] = MINUTES) -> None:
+    def __init__(self, timeout_minutes: Minutes = _DEFAULT_MINUTES) -> None:
         super().__init__(
             tensor_parallel_size=1, save_distributed_checkpoint=False, timeout=timedelta(minutes=timeout_minutes)
         )
@@ -59,7 +59,7 @@ class FullySharded(ModelParallelStrategy):
         super().setup_environment()
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, object]:
-        """The optimizer's own state with whole tensors (models/sharding.py)."""
+        """Return the optimizer's own state with whole tensors (models/sharding.py)."""
         return gather(getattr(optimizer, "_optimizer", optimizer).state_dict())
 
     def load_checkpoint(self, checkpoint_path: str | os.PathLike, weights_only: bool | None = None) -> dict:
@@ -74,8 +74,10 @@ class FullySharded(ModelParallelStrategy):
 
 
 def _shared_state(optimizer: Optimizer, state: Mapping[str, object]) -> dict[str, object]:
-    """An optimizer's state of whole tensors with those of a parameter's shape shared out as the parameter is. What is
-    made of several optimizers has a state of as many `parts`."""
+    """Return an optimizer's state of whole tensors with each tensor of a parameter's shape sharded like the parameter.
+
+    An optimizer made of several has a state with one entry of `parts` for each.
+    """
     parts = getattr(optimizer, "parts", None)
     if parts is not None:
         return {"parts": [_shared_state(*pair) for pair in zip(parts, state["parts"], strict=True)]}
@@ -92,15 +94,17 @@ def _shared_state(optimizer: Optimizer, state: Mapping[str, object]) -> dict[str
 
 
 def strategy_for(chosen: Strategy | str, processes: int, fitting: bool) -> Strategy | str:
-    """The strategy of a trainer: ours where "auto" is chosen and there are several processes. Measurements hold the
-    whole weights in every process, and share out the texts."""
+    """Return the strategy of a trainer: `ddp` if "auto" is chosen and there are several processes.
+
+    A measurement keeps the whole weights in every process and divides the texts.
+    """
     if isinstance(chosen, FullySharded) and not fitting:
         return ddp(chosen._timeout.total_seconds() / 60)
     return ddp() if chosen == "auto" and processes > 1 else chosen
 
 
 def launched_per_node() -> int | None:
-    """How many processes torchrun or srun started on each node; None where Lightning starts them, or there is one."""
+    """Return the number of processes per node that torchrun or srun launched; None without them."""
     if TorchElasticEnvironment.detect():
         return int(os.environ["LOCAL_WORLD_SIZE"])
     if SLURMEnvironment.detect():
@@ -108,25 +112,28 @@ def launched_per_node() -> int | None:
     return None
 
 
-def started_beside_others() -> bool:
-    """Whether torchrun or srun started several processes, which meet later than they begin."""
+def several_launched() -> bool:
+    """Return True if torchrun or srun launched several processes."""
     return (launched_per_node() or 1) > 1 or int(os.environ.get("SLURM_NNODES", os.environ.get("WORLD_SIZE", "1"))) > 1
 
 
 def processes_per_node(devices: int | str, available: int) -> int:
-    """Return how many processes run on each node: `devices`, or for "auto" those that torchrun or srun started, else
-    one for each of the `available` devices. Whether so many were started is for training/slurm.py to check."""
+    """Return the number of processes per node.
+
+    It is `devices`, or for "auto" the number that torchrun or srun launched, else one per `available` device.
+    training/slurm.py checks that so many were launched.
+    """
     if devices != "auto":
         return devices
     return launched_per_node() or available
 
 
 def first_process() -> bool:
-    """Whether this is the process that writes files and speaks. Known from the start, before they have met."""
-    return lightning.pytorch.utilities.rank_zero.rank_zero_only.rank == 0
+    """Return True in the process that prints and writes files; it works before the processes have connected."""
+    return rank_zero_only.rank == 0
 
 
 def local_device() -> int:
-    """The number of this process's GPU on its node."""
+    """Return the index of this process's GPU on its node."""
     rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
     return rank % max(1, torch.cuda.device_count())

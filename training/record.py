@@ -1,12 +1,11 @@
-"""What a checkpoint says of its run beside the weights, and how a run goes on at the step it was left at.
+"""The record of a run in its checkpoints: configuration, tokenizer and versions.
 
-Weights, their average, optimizer, schedule, the counts of the callbacks and the place in the data are Lightning's and
-the modules' own parts of the file. Here are added the resolved configuration, the tokenizer, and the versions, so that
-a file alone suffices to build its model again.
+They suffice to rebuild the model from the file alone. Weights, their average, optimizer, schedule, counts of the
+callbacks and the position in the data are saved by Lightning and by the modules.
 
-No state of a random generator is saved, because nothing depends on one: masks, times and the order of the data are
-functions of (seed, place in the stream), and the global generator, which only dropout draws from, is seeded anew from
-(seed, step, micro-batch, device) before each micro-batch. Hence the same file serves every rank.
+No state of a random generator is saved, because nothing depends on one. Masks, times and the order of the data are
+functions of (seed, position in the stream). Only dropout draws from the global generator, which is seeded from (seed,
+step, micro-batch, device) before each micro-batch. So the same file serves every rank.
 """
 
 from __future__ import annotations
@@ -21,17 +20,18 @@ import lightning
 import tokenizers
 import torch
 import transformers
+from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 log = logging.getLogger(__name__)
 
 _PROJECT = Path(__file__).parents[1] / "pyproject.toml"
-# What arithmetic hangs on: with another version a resume is right, but not to the bit.
+# Arithmetic depends on these: with another version a resume is right, but not to the bit.
 _ARITHMETIC = ("torch", "device")
 
 
 def versions() -> dict[str, str]:
-    """What runs here, by name."""
+    """Return the versions of the software, and the device, by name."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     project = tomllib.loads(_PROJECT.read_text())["project"]["version"]
     return {"palimpsest": project, "python": platform.python_version(), "device": device,
@@ -40,8 +40,7 @@ def versions() -> dict[str, str]:
 
 
 def tokenizer_record(tokenizer: transformers.PreTrainedTokenizerBase) -> dict[str, object]:
-    """What it takes to build the tokenizer again: the text of its tokenizer.json, or, where it has none, its
-    vocabulary; and its special tokens by their roles."""
+    """Return what rebuilds the tokenizer: its tokenizer.json, else its vocabulary, and its special tokens by role."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = {"tokenizer.json": backend.to_str()} if backend is not None else {"vocabulary": tokenizer.get_vocab()}
     special = {role: str(token) for role, token in tokenizer.special_tokens_map.items()}
@@ -50,26 +49,23 @@ def tokenizer_record(tokenizer: transformers.PreTrainedTokenizerBase) -> dict[st
 
 
 class RunRecord(Callback):
-    """Puts `record` (such as the configuration), the tokenizer of the trainer's data and the versions into every
-    checkpoint under `run`. Of a checkpoint that is gone on from it says when results may differ in rounding."""
+    """Writer of `record`, the tokenizer and the versions into every checkpoint, under `run`.
+
+    On a resume it warns if results may differ in rounding.
+    """
 
     def __init__(self, record: Mapping[str, object]) -> None:
         self.record, self._tokenizer = dict(record), None
 
-    def on_save_checkpoint(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, object]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, object]) -> None:
         tokenizer = getattr(trainer.datamodule, "tokenizer", None)
         if self._tokenizer is None and tokenizer is not None:
             self._tokenizer = tokenizer_record(tokenizer)
         checkpoint["run"] = {**self.record, "tokenizer": self._tokenizer, "versions": versions()}
 
-    def on_load_checkpoint(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, object]
-    ) -> None:
-        theirs, ours = checkpoint.get("run", {}).get("versions", {}), versions()
-        differing = [f"{name} {theirs[name]}, now {ours[name]}" for name in _ARITHMETIC if name in theirs
-                     and theirs[name] != ours[name]]  # fmt: skip
-        if differing and trainer.is_global_zero:
-            log.warning("the run was begun with %s: what follows is the same training up to rounding, not to the bit",
-                        ", ".join(differing))  # fmt: skip
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, object]) -> None:
+        saved, now = checkpoint.get("run", {}).get("versions", {}), versions()
+        changed = [name for name in _ARITHMETIC if name in saved and saved[name] != now[name]]
+        if changed and trainer.is_global_zero:
+            differences = ", ".join(f"{name} {saved[name]}, now {now[name]}" for name in changed)
+            log.warning("the run was begun with %s: the rest is the same training up to rounding", differences)

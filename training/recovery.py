@@ -1,4 +1,4 @@
-"""Which checkpoint a training goes on from: the last one that still is what was written."""
+"""The checkpoint that a training resumes from: the latest that is intact."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import errno
 import logging
 from functools import lru_cache
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
-
 from palimpsest.common.files import PathOrUrl, basename, check_seal, exists, join_path, newest_first, rename
 from palimpsest.models.checkpoints import load_inert
 from palimpsest.training.callbacks.retention import BEST, LAST
+from palimpsest.training.processes import first_process
 
 log = logging.getLogger(__name__)
 
@@ -18,8 +17,9 @@ _CORRUPT = ".corrupt"
 
 
 def newest_good(folder: PathOrUrl) -> PathOrUrl | None:
-    """last.ckpt of `folder`, or, where that is damaged, the latest written of the others that is not, best.ckpt after
-    all others; None where there is no last.ckpt. What is damaged, best.ckpt too, is set aside as *.corrupt.
+    """Return last.ckpt of `folder`, or if it is damaged the latest intact checkpoint; None if there is no last.ckpt.
+
+    best.ckpt is the last choice. Damaged files are renamed to *.corrupt.
 
     Raises:
         ValueError: there were checkpoints, and all are damaged.
@@ -32,25 +32,25 @@ def newest_good(folder: PathOrUrl) -> PathOrUrl | None:
         return last
     for path in newest_first(folder, ".ckpt"):
         if path not in (last, best) and _good(path):
-            return _instead(path)
+            return _substitute(path)
     if best_is_good:
-        return _instead(best)
+        return _substitute(best)
     raise ValueError(
-        f"no checkpoint in {folder} can be read: {LAST} and all others are damaged, and lie there as *{_CORRUPT}. "
-        f"Restore one of them from a backup as {LAST}, or begin anew with checkpointing.resume_from_ckpt=false (or "
+        f"no checkpoint in {folder} can be read: {LAST} and all others are damaged, and are kept as *{_CORRUPT}. "
+        f"Restore one of them from a backup as {LAST}, or start over with checkpointing.resume_from_ckpt=false (or "
         "another checkpointing.save_dir)"
     )
 
 
-@lru_cache  # it is said once
-def _instead(path: PathOrUrl) -> PathOrUrl:
-    if rank_zero_only.rank == 0:
+@lru_cache  # one message per file
+def _substitute(path: PathOrUrl) -> PathOrUrl:
+    if first_process():
         log.error("%s WAS DAMAGED: %s is used in its place", LAST, path)
     return path
 
 
 def _good(path: PathOrUrl) -> bool:
-    """Whether it is what was written, or, without a seal, can be read; if not, it is set aside."""
+    """Return True if a file matches its seal, or can be read if it has none; otherwise set it aside."""
     try:
         if not check_seal(path):
             load_inert(path, weights=False)
@@ -65,8 +65,8 @@ def _good(path: PathOrUrl) -> bool:
 
 
 def _set_aside(path: PathOrUrl, error: Exception) -> None:
-    """Rename it, on the one process that writes. The others come to the same verdict by themselves."""
-    if rank_zero_only.rank != 0:
+    """Rename a damaged file, in the first process; the others reach the same conclusion by themselves."""
+    if not first_process():
         return
     number = 1
     while exists(aside := type(path)(f"{path}{_CORRUPT}{f'-{number}' if number > 1 else ''}")):
@@ -74,6 +74,6 @@ def _set_aside(path: PathOrUrl, error: Exception) -> None:
     try:
         rename(path, aside)
     except OSError as reason:
-        log.error("%s\nIt could not be set aside (%s) and is passed over", error, reason)
+        log.error("%s\nIt could not be set aside (%s) and is skipped", error, reason)
         return
     log.error("%s\nIt was set aside as %s", error, aside)

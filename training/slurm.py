@@ -1,4 +1,4 @@
-"""SLURM and torchrun: whether they started as many processes as the training has, and the way back into the queue."""
+"""SLURM and torchrun: requeueing of a job, and a check of the number of processes."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ _INTERACTIVE = ("bash", "interactive")  # job names under which Lightning starts
 
 
 def requeue(environ: Mapping[str, str] = os.environ) -> str:
-    """Put this process's SLURM job back into the queue, from where it starts again with the same number and the same
-    command; returns what became of that, for the user. SLURM ends the job within seconds of saying yes."""
+    """Requeue this process's SLURM job, which keeps its number and its command; return a message for the user.
+
+    SLURM ends the job within seconds of accepting.
+    """
     if "SLURM_JOB_ID" not in environ:
-        return "not a SLURM job, so it starts again when you do it"
+        return "not a SLURM job, so it has to be restarted by hand"
     array = environ.get("SLURM_ARRAY_JOB_ID")
-    # One task of an array has the number of the whole array as its own: requeueing that would take all of them.
+    # SLURM_JOB_ID of an array task may be the number of the whole array, which must not be requeued.
     job = f"{array}_{environ['SLURM_ARRAY_TASK_ID']}" if array else environ["SLURM_JOB_ID"]
     try:
         done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
@@ -26,11 +28,14 @@ def requeue(environ: Mapping[str, str] = os.environ) -> str:
     return f"SLURM job {job} is back in the queue"
 
 
-def check_processes(devices: object, num_nodes: int, environ: Mapping[str, str] = os.environ) -> None:
-    """Raises ValueError where srun or torchrun started another number of processes than the training is to have:
-    processes would wait for each other for ever, or each would train alone into the same folder."""
-    if not isinstance(devices, int):
-        return
+def check_processes(devices: int, num_nodes: int, environ: Mapping[str, str] = os.environ) -> None:
+    """Check that srun or torchrun launched as many processes as the training needs.
+
+    Otherwise they would wait for each other forever, or each would train alone into the same folder.
+
+    Raises:
+        ValueError: the numbers differ.
+    """
     wanted = f"trainer.devices={devices} trainer.num_nodes={num_nodes}"
     if "TORCHELASTIC_RUN_ID" in environ:
         world, here = int(environ["WORLD_SIZE"]), int(environ["LOCAL_WORLD_SIZE"])
@@ -43,14 +48,14 @@ def check_processes(devices: object, num_nodes: int, environ: Mapping[str, str] 
         return
     if "SLURM_NTASKS" not in environ or environ.get("SLURM_JOB_NAME") in _INTERACTIVE:
         return
-    asked = f"--nodes={num_nodes} --ntasks-per-node={devices}"
+    request = f"--nodes={num_nodes} --ntasks-per-node={devices}"
     tasks = int(environ.get("SLURM_STEP_NUM_TASKS", environ["SLURM_NTASKS"]))
     nodes = int(environ.get("SLURM_STEP_NUM_NODES", environ.get("SLURM_NNODES", "1")))
     if (tasks, nodes) != (devices * num_nodes, num_nodes):
         raise ValueError(
             f"SLURM has {tasks} tasks on {nodes} nodes for this command, and {wanted} (auto: the GPUs that a process "
             f"sees) means {devices} on each of {num_nodes}: set trainer.devices={tasks // nodes} "
-            f"trainer.num_nodes={nodes}, or ask SLURM for {asked}"
+            f"trainer.num_nodes={nodes}, or ask SLURM for {request}"
         )
     if tasks > 1 and "SLURM_STEP_ID" not in environ:
         raise ValueError(
@@ -58,6 +63,5 @@ def check_processes(devices: object, num_nodes: int, environ: Mapping[str, str] 
         )
     if tasks > 1 and environ.get("SLURM_NTASKS_PER_NODE") != str(devices):
         raise ValueError(
-            f"SLURM was not told --ntasks-per-node={devices}, which Lightning reads: ask for {asked} "
-            "instead of --ntasks"
+            f"SLURM lacks --ntasks-per-node={devices}, which Lightning reads: ask for {request} instead of --ntasks"
         )

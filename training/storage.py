@@ -1,4 +1,4 @@
-"""Checkpoint files, written so that no interruption leaves half of one and no full disk ends a training."""
+"""Writing of checkpoint files: atomic, and without ending the training if the disk is full."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
+from torch.utils._pytree import tree_leaves
 
 from palimpsest.common.files import (
     PARTIAL,
@@ -29,29 +29,33 @@ from palimpsest.training.logs import FULL
 
 log = logging.getLogger(__name__)
 
-_SPARE = 1 << 16  # bytes of a file beside its tensors and texts
+_SPARE = 1 << 16  # bytes of a file besides its tensors and texts
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Whole files or none (`write_checkpoint`), read without running what is in them.
+    """Checkpoint files that are complete or absent, read without executing their content.
 
-    One that cannot be written is skipped, loudly, because the earlier ones are intact and the training can go on:
-    `error` says why the latest was not, and None that it was. `max_failures` of them in a row end the training (None:
-    no number does), lest days of it exist in memory only. Where the disk is full, older ones of the last checkpoints
-    make room first. `written` is called with the content of each that is whole and in its place.
+    A checkpoint that cannot be written is skipped with an error message, because the earlier ones are intact. On a full
+    disk, older checkpoints are removed first (training/callbacks/retention.py).
+
+    Args:
+        max_failures: failures in a row that end the training, so that days of it do not exist in memory only; None
+            for no limit.
+        on_written: called with the content of each complete checkpoint.
+
+    Attributes:
+        error: why the latest checkpoint was not written; None if it was.
     """
 
     def __init__(
-        self, max_failures: int | None = None, written: Callable[[Mapping[str, object]], None] = lambda content: None
+        self, max_failures: int | None = None, on_written: Callable[[Mapping[str, object]], None] = lambda content: None
     ) -> None:
         self.max_failures = max_failures
         self.failures = 0
         self.error = None
-        self._tell = written
+        self._on_written = on_written
 
     def save_checkpoint(self, checkpoint: dict, path: str | os.PathLike, storage_options: object = None) -> None:
-        if storage_options is not None:
-            raise TypeError("storage_options are not used: fsspec reads its own configuration")
         where = path_or_url(path)
         try:
             self._write(checkpoint, where)
@@ -61,7 +65,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if self.failures:
             log.warning("checkpoints are written again: %s", where)
         self.failures, self.error = 0, None
-        self._tell(checkpoint)
+        self._on_written(checkpoint)
 
     def _write(self, checkpoint: dict, where: PathOrUrl) -> None:
         while True:
@@ -72,11 +76,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                     raise
 
     def failed(self, where: PathOrUrl, error: OSError) -> None:
-        """Take note that `where` could not be written. Raises OSError when it is once too often."""
+        """Record that `where` could not be written; raise OSError after `max_failures` in a row."""
         self.failures += 1
         self.error = OSError(
             f"THE CHECKPOINT {where} COULD NOT BE WRITTEN ({error}). The earlier ones are intact. Free some space "
-            "there, or end this run and give the same command with another checkpointing.save_dir and "
+            "there, or end this run and repeat the command with another checkpointing.save_dir and "
             "checkpointing.resume_ckpt_path=<the last one written>"
         )
         if self.failures == self.max_failures:
@@ -84,7 +88,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 f"{self.error}\n{self.failures} in a row (checkpointing.max_failed_saves): the training ends here"
             ) from error
         limit = f" of {self.max_failures} that end the training" if self.max_failures else ""
-        log.error("%s\nThe training goes on; failure %d in a row%s", self.error, self.failures, limit)
+        log.error("%s\nThe training continues; failure %d in a row%s", self.error, self.failures, limit)
 
     def load_checkpoint(
         self, path: str | os.PathLike, map_location: object = None, weights_only: bool | None = None
@@ -93,11 +97,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def write_checkpoint(checkpoint: Mapping[str, object], where: PathOrUrl) -> None:
-    """Write a sealed file (common/files.py) in one piece: at an address by an upload that counts only when it is
-    complete, on a disk beside the target, which is then renamed. Contents, then names, are on the disk at return.
+    """Write a sealed file (common/files.py) atomically, by one transaction at a URL and by a rename on a disk.
+
+    On a disk, contents and names are synced before it returns.
 
     Raises:
-        OSError: it could not be written; what was there is whole.
+        OSError: it could not be written; an earlier file is intact.
     """
     if is_remote(where):
         content = io.BytesIO()
@@ -107,11 +112,13 @@ def write_checkpoint(checkpoint: Mapping[str, object], where: PathOrUrl) -> None
             fs.makedirs(parent_folder(where), exist_ok=True)
             with fs.transaction, fs.open(where, "wb") as file:
                 file.write(content.getbuffer())
-        except Exception as error:  # every store has exceptions of its own
+        except Exception as error:  # every store has its own exceptions
             raise OSError(f"{type(error).__name__}: {error}") from error
         return
     where.parent.mkdir(parents=True, exist_ok=True)
-    _check_space(where.parent, _size(checkpoint, set()) + _SPARE)
+    free, needed = shutil.disk_usage(where.parent).free, _size(checkpoint) + _SPARE
+    if free < needed:
+        raise OSError(errno.ENOSPC, f"{free / 1e6:,.1f} MB are free, and the file needs about {needed / 1e6:,.1f} MB")
     partial = where.with_name(where.name + PARTIAL)
     try:
         with partial.open("wb") as file:
@@ -131,23 +138,9 @@ def _seal(checkpoint: Mapping[str, object], file: io.IOBase) -> None:
     seal.close()
 
 
-def _check_space(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OSError(errno.ENOSPC, f"{free / 1e6:,.1f} MB are free, and the file needs about {needed / 1e6:,.1f} MB")
-
-
-def _size(content: object, counted: set[int]) -> int:
-    """Bytes of the tensors and texts in nested containers, each storage once."""
-    if isinstance(content, torch.Tensor):
-        storage = content.untyped_storage()
-        new = storage.data_ptr() not in counted
-        counted.add(storage.data_ptr())
-        return storage.nbytes() if new else 0
-    if isinstance(content, str | bytes):
-        return len(content)
-    if isinstance(content, Mapping):
-        content = content.values()
-    elif not isinstance(content, list | tuple | set):
-        return 0
-    return sum(_size(part, counted) for part in content)
+def _size(content: object) -> int:
+    """Return the bytes of the tensors and texts in nested containers, each storage once."""
+    leaves = tree_leaves(content)
+    storages = [leaf.untyped_storage() for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    tensors = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    return sum(tensors.values()) + sum(len(leaf) for leaf in leaves if isinstance(leaf, str | bytes))

@@ -1,4 +1,4 @@
-"""The Lightning trainer of a run, with what Palimpsest puts under it: how it saves, shows itself and ends."""
+"""The Lightning trainer of a run, with Palimpsest's saving, logging and signal handling."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ from palimpsest.training.callbacks.guard import Guard
 from palimpsest.training.callbacks.metrics import TrainingMetrics
 from palimpsest.training.callbacks.progress import TextProgressBar
 from palimpsest.training.callbacks.run_state import RunState
-from palimpsest.training.logs import outlives_full_disks
+from palimpsest.training.logs import tolerate_full_disk
+from palimpsest.training.machine import Machine
 from palimpsest.training.processes import strategy_for
 from palimpsest.training.record import RunRecord
-from palimpsest.training.signals import StopAtSignal, take_over
+from palimpsest.training.signals import StopAtSignal, disable_lightning_signals
 from palimpsest.training.storage import AtomicCheckpointIO
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Types of the arguments of lightning.Trainer that a user sets; `build_trainer` sets the others."""
+    """Arguments of lightning.Trainer that a user sets, with their types; `build_trainer` sets the others."""
 
     num_sanity_val_steps: Annotated[int, whole(-1)] = 0
     max_steps: Annotated[AtLeastOne, FREE] = 1_000_000
@@ -60,39 +61,30 @@ class Arguments:
 
 @dataclass(frozen=True)
 class Run:
-    """What one fit or evaluation is given.
+    """One fit or evaluation."""
 
-    title: what its progress bar says. fitting: it trains. devices: processes per node. accumulate: micro-batches per
-    optimizer step. precision: as Lightning names it. patience: validations without a better one that end it; None:
-    none does. max_skipped_steps: updates in a row left out for what is not finite that end it. max_failed_saves:
-    checkpoints in a row that could not be written and end it; None: no number does. folder: where it lives.
-    checkpoints: where its checkpoints are. command, settings: what was typed and the configuration that it makes.
-    callbacks, loggers, strategy: as configured.
-    """
-
-    title: str
-    fitting: bool
-    devices: int
-    accumulate: int
-    precision: str
-    patience: int | None
-    max_skipped_steps: int
-    max_failed_saves: int | None
+    title: str  # of its progress bar
+    fitting: bool  # True for a training
+    machine: Machine
+    patience: int | None  # validations without improvement that end it; None for no limit
+    max_skipped_steps: int  # updates in a row, skipped because they are not finite, that end it
+    max_failed_saves: int | None  # failed checkpoints in a row that end it; None for no limit
     folder: Path
     checkpoints: PathOrUrl
     command: str
-    settings: str
+    settings: str  # the resolved configuration
     callbacks: Sequence[Callback]
     loggers: Sequence[Logger]
     strategy: Strategy | str
 
 
 def build_trainer(run: Run, settings: Mapping[str, object]) -> lightning.Trainer:
-    """A trainer with the further arguments `settings` of lightning.Trainer.
+    """Return a trainer with the further arguments `settings` of lightning.Trainer.
 
     Raises:
-        ValueError: there is a patience, and no callback keeps the best weights; Lightning refuses a setting.
+        ValueError: patience is set but no callback keeps the best weights, or Lightning refuses a setting.
     """
+    machine = run.machine
     callbacks = list(run.callbacks)
     if run.patience is not None:
         if not any(getattr(callback, "monitor", None) == "val/nll" for callback in callbacks):
@@ -112,22 +104,22 @@ def build_trainer(run: Run, settings: Mapping[str, object]) -> lightning.Trainer
         guard = Guard(run.max_skipped_steps, run.folder, run.settings)
         record = RunRecord({"command": run.command, "configuration": run.settings})
         state = RunState(run.folder, run.title, metrics)
-        storage = AtomicCheckpointIO(run.max_failed_saves, written=state.saved)
+        storage = AtomicCheckpointIO(run.max_failed_saves, on_written=state.checkpoint_written)
         callbacks = [guard, metrics, state, record, *callbacks, StopAtSignal(run.checkpoints)]
-    settings = dict(settings)
-    if isinstance(settings.get("val_check_interval"), int):  # of optimizer steps; Lightning counts micro-batches
-        settings["val_check_interval"] *= run.accumulate
-    strategy = strategy_for(run.strategy, run.devices * settings.get("num_nodes", 1), run.fitting)
-    loggers = [outlives_full_disks(logger) for logger in run.loggers]
+    settings = {"accelerator": machine.accelerator, "num_nodes": machine.num_nodes, **settings}
+    if isinstance(settings.get("val_check_interval"), int):  # optimizer steps here, micro-batches in Lightning
+        settings["val_check_interval"] *= machine.accumulate
+    strategy = strategy_for(run.strategy, machine.devices * machine.num_nodes, run.fitting)
+    loggers = [tolerate_full_disk(logger) for logger in run.loggers]
     try:
         trainer = lightning.Trainer(
-            **settings, devices=run.devices, accumulate_grad_batches=run.accumulate, precision=run.precision,
-            callbacks=[TextProgressBar(run.title, metrics=metrics), *callbacks], logger=loggers or False,
-            strategy=strategy, plugins=[storage], use_distributed_sampler=False, check_val_every_n_epoch=None,
+            **settings, devices=machine.devices, accumulate_grad_batches=machine.accumulate, strategy=strategy,
+            callbacks=[TextProgressBar(run.title, metrics), *callbacks], logger=loggers or False,
+            precision=machine.precision, plugins=[storage], use_distributed_sampler=False, check_val_every_n_epoch=None,
             max_epochs=-1, enable_model_summary=False, enable_checkpointing=run.fitting, inference_mode=True,
         )  # fmt: skip
     except (MisconfigurationException, TypeError) as error:
         typed = " ".join(f"trainer.{key}={value}" for key, value in settings.items())
         raise ValueError(f"lightning.Trainer refuses {typed}: {error}; change what it names") from error
-    take_over(trainer)
+    disable_lightning_signals(trainer)
     return trainer

@@ -1,11 +1,11 @@
-"""Optimizer updates that are made only where the gradient is finite, decided without the host waiting for the device.
+"""Optimizer updates that are skipped if the gradient is not finite, without the host waiting for the device.
 
-Leaving an update out has to leave everything as it was, bit for bit: weights, moments, the optimizer's own step count
-(a zero gradient would not: weight decay and the decay of the moments go on). Two ways do:
-  fused optimizers      are given `found_inf`, torch's own convention (that of GradScaler): the kernel reads it on the
-                        device. Nobody waits.
-  all others (Muon)     get no gradients; torch's optimizers pass over parameters without one. The host has to read the
-                        verdict before the update, which on a CPU costs nothing and on a GPU one wait a step.
+A skipped update must leave weights, moments and the optimizer's step count unchanged, bit for bit. A zero gradient
+would not, because of weight decay and the decay of the moments. There are two ways:
+  fused optimizers      receive `found_inf`, torch's convention (that of GradScaler), which the kernel reads on the
+                        device. Nothing waits.
+  all others (Muon)     receive no gradients, so they skip the parameters. The host must read the check before the
+                        update, which costs nothing on a CPU and one wait per step on a GPU.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 
-class Later:
-    """A scalar on a device, under way to the host: read a step later it is there, and reading waits for nothing."""
+class DeferredCheck:
+    """A scalar on its way from the device to the host; reading it one step later waits for nothing."""
 
     def __init__(self, value: Tensor) -> None:
         self._event = None
@@ -35,26 +35,26 @@ class Later:
 
 
 class Updates:
-    """Clips gradients, keeps their norm, and withholds from the optimizer those that are not finite.
+    """Clipping of gradients, and withholding of those that are not finite from the optimizer.
 
-    All ranks decide alike and need no word about it: the norm is that of the gradient after its reduction over ranks
-    (of sharded gradients: over their shards), the same number everywhere.
+    All ranks decide alike without communication: the norm is that of the gradient after its reduction over ranks (of
+    sharded gradients: over their shards), so it is the same number everywhere.
     """
 
     def __init__(self) -> None:
-        self.norm: Tensor | None = None  # of the newest update's gradient before clipping, float32 on its device
-        self._finite: Later | None = None
+        self.norm: Tensor | None = None  # of the latest gradient before clipping, float32 on its device
+        self._finite: DeferredCheck | None = None
         self._withheld: dict[Tensor, Tensor] = {}
 
     def prepare(self, optimizer: torch.optim.Optimizer, max_norm: float | None) -> None:
-        """To be called between backward pass and update, at every step."""
+        """Check and clip the gradients; call it at every step between backward pass and update."""
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in parameters])
         self.norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         finite = self.norm.isfinite()
-        self._finite, self._withheld = Later(finite), {}
+        self._finite, self._withheld = DeferredCheck(finite), {}
         if max_norm:
-            # A gradient that is not finite stays as it is, for whoever wants to see where.
+            # A gradient that is not finite stays as it is, so that it can be inspected.
             nn.utils.clip_grads_with_norm_(parameters, max_norm, torch.where(finite, self.norm, 0.0))
         if all(group.get("fused") for group in optimizer.param_groups):
             optimizer.found_inf = (~finite).float()
@@ -64,17 +64,19 @@ class Updates:
                 p.grad = None
 
     def made(self) -> bool:
-        """Whether the newest update was made; waits for the device unless it has reached the next step's update."""
+        """Return True if the latest update was made; waits for the device unless it has reached the next update."""
         return self._finite is not None and bool(self._finite.read())
 
-    def culprits(self, named: Iterable[tuple[str, nn.Parameter]]) -> list[str]:
-        """Names of parameters whose newest gradient is not finite; waits for the device."""
-        gradients: list[tuple[str, Tensor | None]] = [(name, self._withheld.get(p, p.grad)) for name, p in named]
+    def nonfinite_gradients(self, named: Iterable[tuple[str, nn.Parameter]]) -> list[str]:
+        """Return the names of parameters whose latest gradient is not finite; waits for the device."""
+        gradients = [(name, self._withheld.get(p, p.grad)) for name, p in named]
         return [name for name, grad in gradients if grad is not None and not grad.isfinite().all()]
 
     @staticmethod
     def poison(loss: Tensor) -> None:
-        """Make every gradient of `loss` nan where the loss itself is not finite, whatever its backward pass would say;
-        that of a finite one is multiplied by one. So the reduction of the gradients tells every rank."""
+        """Make every gradient of a loss that is not finite NaN, so that the reduction informs every rank.
+
+        The gradient of a finite loss is multiplied by one.
+        """
         unity = loss.detach() * 0 + 1
         loss.register_hook(lambda grad: grad * unity)

@@ -1,4 +1,4 @@
-"""python -m app: what stands behind the page is what main.py does, and the page itself, in a browser without a head."""
+"""python -m app: the same results as main.py, and the page itself in a headless browser."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ import torch
 from scipy.special import expit
 
 from palimpsest.app import __main__ as command
-from palimpsest.app import classifying, writing
+from palimpsest.app.classifying import ClassifyRequest, classify
+from palimpsest.app.html import error_message
 from palimpsest.app.job import Job, Stopped
 from palimpsest.app.networks import Networks
 from palimpsest.app.runs import classifiers, find
-from palimpsest.app.said import refused
+from palimpsest.app.sampling import SamplingRequest, sample
 from palimpsest.classification.bayes import posterior_interval
 from palimpsest.classification.scoring import Race, score_classes
 from palimpsest.dataloader import with_texts
@@ -48,12 +49,11 @@ def trained(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def extra(trained) -> list[str]:
-    """What the page is told of this machine."""
+    """Settings for this machine."""
     return [f"data.cache_dir={trained.parent / 'cache'}", "trainer.accelerator=cpu"]
 
 
-# ---------------------------------------------------------------------------------------------- behind the page
-def test_runs_are_found_and_put_together(trained, tmp_path, monkeypatch):
+def test_runs_are_found_and_grouped_into_classifiers(trained, tmp_path, monkeypatch):
     first, second = networks = find([str(trained)])
     assert [network.label for network in networks] == [0, 1] and first.title == str(trained / "label=0")
     assert [found.networks for found in classifiers(networks)] == [(first, second)]
@@ -75,31 +75,26 @@ def test_runs_are_found_and_put_together(trained, tmp_path, monkeypatch):
 
 
 def test_texts_are_those_that_main_draws(trained, extra):
-    network, pictures = find([str(trained)])[1], []
-    settings = {
-        "sampler": "unmask",
-        "sampling.steps": 4,
-        "sampling.order": "random",
-        "sampling.remask": "remdm",
-        "seed": 5,
-    }
-    wish = writing.Wish("the plot {{2}} is [MASK] .", 3, settings)
-    done = writing.write(Networks(extra), network, wish, lambda picture, seconds: pictures.append(picture))
+    network, frames = find([str(trained)])[1], []
+    settings = {"sampler": "unmask", "sampling.steps": 4, "sampling.order": "random", "sampling.remask": "remdm",
+                "seed": 5}  # fmt: skip
+    request = SamplingRequest("the plot {{2}} is [MASK] .", 3, settings)
+    done = sample(Networks(extra), network, request, lambda frame, seconds: frames.append(frame))
     words = [f"{'sampling.predictor' if key == 'sampler' else key}={value}" for key, value in settings.items()]
     e = Experiment(compose_config([*network.words, "data.label=1", *words, *extra]), "a test")
     diffusion = e.weights.trained(e.build.data(), str(network.path), False)
-    given = Template(template=wish.text)
-    drawing = type(e.build.drawing())(e.build.drawing().sampler, given)
+    prompt = Template(template=request.text)
+    drawing = type(e.build.drawing())(e.build.drawing().sampler, prompt)
     drawn = draw(diffusion, e.build.data(), drawing, 3, 2, e.seed)
-    assert done.texts == [decoded(text, given, e.build.data().tokenizer) for text in drawn]
-    assert all(text.endswith(".") for text in done.texts), "a full stop behind a gap is a word that is known"
-    assert done.evaluations == np.mean([text.evaluations for text in drawn]) and "remask remdm" in done.how
-    shown = [picture for picture in pictures if picture is not None]
+    assert done.texts == [decoded(text, prompt, e.build.data().tokenizer) for text in drawn]
+    assert all(text.endswith(".") for text in done.texts), "a full stop after a gap is a known token"
+    assert done.evaluations == np.mean([text.evaluations for text in drawn]) and "remask remdm" in done.sampler
+    shown = [frame for frame in frames if frame is not None]
     assert shown[0].step == 0 and shown[0].html.count('class="m"') == 9 and 'class="g"' in shown[0].html
     assert "--seed 5 --template 'the plot {{2}} is [MASK] .' sampling.predictor=unmask" in done.command
 
 
-def test_a_text_of_ones_own_becomes_the_row_that_a_test_text_becomes(trained, extra):
+def test_a_typed_text_is_encoded_like_a_test_text(trained, extra):
     e = Experiment(compose_config([*find([str(trained)])[0].words, *extra, "data.max_test_texts=3"]), "a test")
     data = e.build.data()
     typed = with_texts(data, "typed", data.texts("test")["text"])
@@ -110,7 +105,7 @@ def test_a_text_of_ones_own_becomes_the_row_that_a_test_text_becomes(trained, ex
         with_texts(data, "typed", [""])
 
 
-def test_who_watches_a_classification_sees_every_look_and_changes_nothing():
+def test_live_views_of_a_classification_show_every_round_and_change_nothing():
     e = Experiment(compose_config(TINY), "a test")
     seen, ask = [], (e.trainer, two_models(e), e.build.data(), "test", Nelbo(), Race(8, 1.0), 3, EVEN)
     watched, alone = score_classes(*ask, seen.append), score_classes(*ask)
@@ -119,7 +114,7 @@ def test_who_watches_a_classification_sees_every_look_and_changes_nothing():
     np.testing.assert_array_equal(watched.nats_MCP, seen[-1].nats_MCP)
 
 
-def test_the_interval_of_a_probability_is_that_of_the_log_odds():
+def test_the_interval_of_a_probability_follows_the_log_odds():
     noise_CK = np.random.default_rng(0).normal(size=(3, 50)) * np.array([[1.0], [1.0], [4.0]])
     nats_CK = noise_CK + np.array([[0.0], [0.5], [8.0]])
     two = nats_CK[:2]
@@ -129,7 +124,7 @@ def test_the_interval_of_a_probability_is_that_of_the_log_odds():
     np.testing.assert_allclose([low_C[1], high_C[1]], [1 - high_C[0], 1 - low_C[0]])
     prior_C = np.log([0.2, 0.3, 0.5])
     low_C, high_C = (ends_MC[0] for ends_MC in posterior_interval(nats_CK[None], prior_C))
-    # the spread of the posterior over resampled draws, brute force
+    # the quantiles of the posterior over resampled draws
     take = np.random.default_rng(1).integers(50, size=(4000, 50))
     joint = prior_C - nats_CK[:, take].mean(-1).T
     p = np.exp(joint - np.logaddexp.reduce(joint, axis=1)[:, None])
@@ -138,7 +133,7 @@ def test_the_interval_of_a_probability_is_that_of_the_log_odds():
     assert posterior_interval(nats_CK[None, :, :1], prior_C)[1].tolist() == [[1, 1, 1]]
 
 
-def test_a_job_shows_the_newest_and_ends_when_told():
+def test_a_job_shows_the_latest_view_and_can_be_stopped():
     job, shown = Job(), []
 
     def work(show):
@@ -146,21 +141,20 @@ def test_a_job_shows_the_newest_and_ends_when_told():
             show(step, 0.001)
 
     with pytest.raises(Stopped):
-        for step in job.pictures(work):
+        for step in job.views(work):
             shown.append(step)
             if len(shown) == 5:
                 job.stop()
     assert shown == sorted(shown) and len(shown) <= 7
-    left = Job()
-    pictures = left.pictures(work)
-    next(pictures)
-    pictures.close()  # nobody looks on: the thread has ended, or this would not return
+    views = Job().views(work)
+    next(views)
+    views.close()  # it returns only after the thread has ended
     with pytest.raises(ZeroDivisionError):
-        list(Job().pictures(lambda show: 1 / 0))
+        list(Job().views(lambda show: 1 / 0))
 
 
-def test_a_job_ends_within_the_network_too():
-    """Between two pictures a network may work for minutes."""
+def test_a_job_can_be_stopped_within_a_network():
+    """Between two views a network may run for minutes."""
     job, layer, seen = Job(), torch.nn.Linear(2, 2), []
 
     def work(show):
@@ -169,47 +163,47 @@ def test_a_job_ends_within_the_network_too():
             seen.append(step)
             layer(torch.zeros(2))
 
-    pictures = job.pictures(work)
-    assert next(pictures) == "begun"
-    pictures.close()  # would not return
-    layer(torch.zeros(2))  # others go on
+    views = job.views(work)
+    assert next(views) == "begun"
+    views.close()  # it returns only after the thread has ended
+    layer(torch.zeros(2))  # other threads are not affected
     assert len(seen) < 10**7
 
 
-def test_numbers_that_are_typed_are_bounded_before_they_are_used(trained, extra):
+def test_typed_numbers_are_checked_before_use(trained, extra):
     first, *_ = found = find([str(trained)])
     networks = Networks(extra)
 
     def refusal(text: str, number: int = 1, steps: int = 4) -> str:
-        wish = writing.Wish(text, number, {"sampler": "unmask", "sampling.steps": steps})
+        request = SamplingRequest(text, number, {"sampler": "unmask", "sampling.steps": steps})
         with pytest.raises(ValueError) as error:
-            writing.write(networks, first, wish, lambda *_: None)
+            sample(networks, first, request, lambda *_: None)
         return str(error.value)
 
     assert "asks for 999,999,999 tokens in its gaps: too many for model.length=" in refusal("a {{999999999}} b")
     assert "sampling.num_samples=17: this page writes 1 to 16" in refusal("a", 17)
     assert "sampling.num_samples=0" in refusal("a", 0) and "100,001 characters" in refusal("a" * 100_001)
     assert "sampling.steps=1000000000 must be a whole number from 1 to 1000000" in refusal("a", steps=10**9)
-    draws = classifying.Question("a text", 10**9, 0.9, "uniform", 1)
+    draws = ClassifyRequest("a text", 10**9, 0.9, "uniform", 1)
     with pytest.raises(ValueError, match=r"classify.num_draws=1000000000 must be a whole number from 1 to 1000000"):
-        classifying.classify(networks, classifiers(found)[0], draws, lambda *_: None)
+        classify(networks, classifiers(found)[0], draws, lambda *_: None)
 
 
-def test_without_gradio_it_says_what_to_install(monkeypatch):
+def test_without_gradio_the_message_names_the_package(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["app"])
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match=r"needs gradio, .* pip install gradio==\d"):
         command.main()
 
 
-def test_a_refusal_is_text():
-    assert refused(ValueError("<script>alert(1)</script>")).count("<script>") == 0
+def test_an_error_message_is_escaped():
+    assert error_message(ValueError("<script>alert(1)</script>")).count("<script>") == 0
 
 
 # ------------------------------------------------------------------------------------------------------- in a browser
 @pytest.fixture
 def served(trained):
-    """The address of a page that is served by a process of its own."""
+    """The address of a page served by another process."""
     pytest.importorskip("gradio", reason="needs gradio: pip install gradio")
     words = [sys.executable, "-m", "palimpsest.app", "--port", "0", "--checkpoint", str(trained),
              f"data.cache_dir={trained.parent / 'cache'}", "trainer.accelerator=cpu"]  # fmt: skip
@@ -224,7 +218,7 @@ def served(trained):
 
 @pytest.fixture
 def asked() -> list[str]:
-    """Addresses that the browser has asked for."""
+    """Addresses that the browser requested."""
     return []
 
 
@@ -246,7 +240,7 @@ def window(served, asked):
 
 
 def write(window, text: str, pace: str = "", **fields: str) -> None:
-    """Type, and press the button."""
+    """Fill in the fields and press the button."""
     window.fill("#given textarea", text)
     if pace:
         window.click("#pace input")
@@ -257,12 +251,12 @@ def write(window, text: str, pace: str = "", **fields: str) -> None:
 
 
 def written(window) -> str:
-    """The plain text, when it is there."""
+    """Return the sampled text when it is complete."""
     window.wait_for_selector("#page iframe")
     return window.input_value("#plain textarea")
 
 
-def a_text_is_written_before_ones_eyes_and_played(window):
+def a_text_is_shown_live_and_replayed(window):
     write(window, "The  plot is", "slow", steps="8")
     window.wait_for_selector("#page .page .m")
     assert window.inner_text("#page .page .g >> nth=0") == "The" and "masks left" in window.inner_text("#written-said")
@@ -279,7 +273,7 @@ def a_text_is_written_before_ones_eyes_and_played(window):
     assert height > 150, "the frame is as high as what it frames"
 
 
-def what_is_refused_is_said_and_the_page_goes_on(window):
+def an_error_is_shown_and_the_page_works_on(window):
     write(window, "The [MASK] is {{3}} .", "full", temperature="-1")
     message = window.wait_for_selector("#written-said [role=alert]").inner_text()
     assert message.startswith("sampling.temperature=-1") and "must be a number in [0, inf)" in message
@@ -291,7 +285,7 @@ def what_is_refused_is_said_and_the_page_goes_on(window):
     assert "[MASK]" not in " ".join(texts) and "▢" not in " ".join(texts)
 
 
-def writing_can_be_stopped(window):
+def sampling_can_be_stopped(window):
     write(window, "The plot", "very slow", texts="1", steps="8")
     window.wait_for_selector("#page .page .m")
     window.click("#stop-writing")
@@ -299,7 +293,7 @@ def writing_can_be_stopped(window):
     assert window.is_enabled("#write") and window.locator("#page .page .m").count() > 0
 
 
-def a_text_is_classified_with_evidence(window):
+def a_text_is_classified_with_attributions(window):
     window.get_by_role("tab", name="Classify").click()
     window.fill("#classified textarea", "the plot is dull and I truly loved the acting .")
     window.fill("#draws input", "8")
@@ -317,7 +311,7 @@ def a_text_is_classified_with_evidence(window):
     window.wait_for_selector("#classified-said [role=alert]:has-text('classify.confidence=0.2')")
 
 
-def only_this_machine_can_reach_it_and_the_browser_reaches_nothing_else(served, window, asked):
+def only_this_machine_has_access_and_the_browser_contacts_nothing_else(served, window, asked):
     root = served.partition("?")[0]
     port = int(root.rpartition(":")[2].rstrip("/"))
     heard = [line.split()[1] for name in ("tcp", "tcp6") if (table := Path("/proc/net") / name).exists()
@@ -334,8 +328,8 @@ def only_this_machine_can_reach_it_and_the_browser_reaches_nothing_else(served, 
         assert window.request.get(root, headers=foreign).status == 403
 
 
-def who_leaves_stops_the_work(served, window):
-    """Another window gets its turn, long before the text of the one that was closed would have been written."""
+def a_closed_window_stops_its_work(served, window):
+    """Another window gets its turn long before the closed window's text would have been complete."""
     leaving = window.context.browser.new_page()
     leaving.goto(served)
     leaving.wait_for_selector("#write")
@@ -349,10 +343,10 @@ def who_leaves_stops_the_work(served, window):
 
 
 def test_the_page(served, window, asked):
-    """One page for all, since it takes its time to come up."""
-    a_text_is_written_before_ones_eyes_and_played(window)
-    what_is_refused_is_said_and_the_page_goes_on(window)
-    writing_can_be_stopped(window)
-    who_leaves_stops_the_work(served, window)
-    a_text_is_classified_with_evidence(window)
-    only_this_machine_can_reach_it_and_the_browser_reaches_nothing_else(served, window, asked)
+    """One page for all checks, because it starts slowly."""
+    a_text_is_shown_live_and_replayed(window)
+    an_error_is_shown_and_the_page_works_on(window)
+    sampling_can_be_stopped(window)
+    a_closed_window_stops_its_work(served, window)
+    a_text_is_classified_with_attributions(window)
+    only_this_machine_has_access_and_the_browser_contacts_nothing_else(served, window, asked)

@@ -1,4 +1,4 @@
-"""The page's guard: the token, where requests come from, and the few routes that are open."""
+"""Access control of the page: the token, the origin of requests, and the open routes."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ WRONG = ("", f"palimpsest-{PORT}=", f"palimpsest-{PORT}={TOKEN[:-1]}", f"palimps
 
 @pytest.fixture
 def reached() -> list[str]:
-    """Paths of the requests that came through."""
+    """Paths of the requests that passed."""
     return []
 
 
 @pytest.fixture
 def ask(reached):
-    """Sends a request to the guard: (method, path, headers) -> response."""
+    """Function that sends a request to the guard: (method, path, headers) -> response."""
 
     async def app(scope, receive, send):
         reached.append(scope["path"])
@@ -65,7 +65,7 @@ def test_the_token_opens_the_page_and_becomes_a_cookie(ask):
 
 
 @pytest.mark.parametrize("cookie", WRONG)
-def test_nothing_opens_without_it(ask, reached, cookie):
+def test_nothing_opens_without_the_token(ask, reached, cookie):
     for method, path in EVERY:
         refused = ask(method, path, **({"cookie": cookie.encode()} if cookie else {}))
         assert refused.status_code == 403 and "?token=" in refused.text and not reached
@@ -73,7 +73,7 @@ def test_nothing_opens_without_it(ask, reached, cookie):
         assert ask(method, f"{path}?token=", cookie=cookie.encode()).status_code == 403
 
 
-def test_what_the_page_asks_for_passes_and_other_routes_are_closed(ask, reached):
+def test_routes_of_the_page_pass_and_others_are_closed(ask, reached):
     own = {"cookie": COOKIE, "origin": ROOT, "sec_fetch_site": "same-origin"}
     for method, path in ROUTES:
         assert ask(method, path, **own).text == "in" and ask(method, path, cookie=COOKIE).text == "in"
@@ -88,7 +88,7 @@ def test_what_the_page_asks_for_passes_and_other_routes_are_closed(ask, reached)
     {"sec_fetch_site": "cross-site"}, {"sec_fetch_site": "same-site"},
     {"origin": ROOT, "sec_fetch_site": "cross-site"},
 ])  # fmt: skip
-def test_other_web_sites_are_refused_though_the_browser_has_the_cookie(ask, reached, headers):
+def test_other_web_sites_are_refused_even_with_the_cookie(ask, reached, headers):
     for method, path in EVERY:
         assert ask(method, path, cookie=COOKIE, **headers).status_code == 403 and not reached
 

@@ -11,9 +11,9 @@ from matplotlib._pylab_helpers import Gcf
 from matplotlib.figure import Figure
 
 from palimpsest.common.metrics import wilson_interval
-from palimpsest.report.report import Report
 from palimpsest.report import classification_plots as figures
 from palimpsest.report.classification_plots import Curve, Point
+from palimpsest.report.report import Report
 from palimpsest.report.style import THEME
 
 NAN = float("nan")

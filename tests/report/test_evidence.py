@@ -9,10 +9,9 @@ import re
 import numpy as np
 import pytest
 
-from palimpsest.report.evidence import Evidence
 from palimpsest.report import Interval
+from palimpsest.report.evidence import Evidence, evidence_block, signed
 from palimpsest.report.report import Report
-from palimpsest.report.evidence import evidence_block, signed
 from palimpsest.report.style import spread
 
 CLASSES = ("positive", "negative")

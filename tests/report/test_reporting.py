@@ -19,12 +19,10 @@ from matplotlib._pylab_helpers import Gcf
 from matplotlib.figure import Figure
 
 from palimpsest.report import classification_plots, plots
-from palimpsest.report.evidence import Evidence
-from palimpsest.report.formatting import Metric
-from palimpsest.report.report import Report
 from palimpsest.report.denoising import Sample
-from palimpsest.report.formatting import format_measurement
-from palimpsest.report.formatting import format_number
+from palimpsest.report.evidence import Evidence
+from palimpsest.report.formatting import Metric, format_measurement, format_number
+from palimpsest.report.report import Report
 from palimpsest.report.style import BLUE, THEME
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)> & \"quoted\" 'text'"

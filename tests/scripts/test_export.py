@@ -32,8 +32,8 @@ RUN = ["model.hidden_size=16", "model.cond_dim=8", "model.n_blocks=2", "model.n_
        "data.max_train_texts=32", "data.max_valid_texts=8", "eval.num_draws=1", "sampling.num_sample_log=0",
        "loader.eval_batch_size=8", "checkpointing.save_dir=run", "data.cache_dir=cache"]  # fmt: skip
 
-# What a stranger does with an export. Runs isolated: no module of this project can be imported.
-STRANGER = """
+# The use of an export without this project, in an isolated interpreter.
+EXTERNAL_USE = """
 import sys, torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMaskedLM, AutoTokenizer
@@ -63,7 +63,7 @@ def run(*arguments: str) -> dict[str, object]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """A folder with a trained run: run/checkpoints/last.ckpt, and its tokenizer."""
+    """A folder with a trained run and its tokenizer."""
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -94,7 +94,7 @@ def test_transformers_computes_what_we_compute_bit_for_bit(tmp_path, trained, ex
     save_file(asked, tmp_path / "asked")
     arguments = [str(exported), str(tmp_path / "again"), str(tmp_path / "asked"), str(tmp_path / "answered")]
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "HF_HOME": str(tmp_path / "home")}
-    done = subprocess.run([sys.executable, "-I", "-c", STRANGER, *arguments], cwd=tmp_path, capture_output=True,
+    done = subprocess.run([sys.executable, "-I", "-c", EXTERNAL_USE, *arguments], cwd=tmp_path, capture_output=True,
                           text=True, env={**os.environ, **threads})  # fmt: skip
     assert done.returncode == 0, done.stderr
     answers = load_file(tmp_path / "answered")
@@ -103,7 +103,7 @@ def test_transformers_computes_what_we_compute_bit_for_bit(tmp_path, trained, ex
         whole = net(asked["ids"], asked["sigma"])
     for name in ("first", "again"):
         assert torch.equal(answers[name], wanted) and torch.equal(answers[f"{name}_whole"], whole), name
-    assert not torch.equal(wanted, whole), "the mask of the padding is seen"
+    assert not torch.equal(wanted, whole), "the padding mask has an effect"
     tokenizer = load_tokenizer(str(trained / "tokenizer"))
     assert answers["ids"].tolist() == tokenizer("the plot is brilliant", add_special_tokens=False)["input_ids"]
     for folder in (exported, tmp_path / "again"):
@@ -111,7 +111,7 @@ def test_transformers_computes_what_we_compute_bit_for_bit(tmp_path, trained, ex
         assert all(torch.equal(restored[name], tensor) for name, tensor in net.state_dict().items())
 
 
-def test_the_average_is_exported_unless_raw_is_asked_for(tmp_path, trained, exported):
+def test_the_average_is_exported_unless_raw_is_set(tmp_path, trained, exported):
     last = trained / "run/checkpoints/last.ckpt"
     export(str(last), tmp_path / "raw", raw=True)
     states = {}
@@ -123,7 +123,7 @@ def test_the_average_is_exported_unless_raw_is_asked_for(tmp_path, trained, expo
     assert not torch.equal(states["ema"][name], states["raw"][name])
 
 
-def test_the_code_is_ours_and_asks_for_no_optional_package(exported):
+def test_the_code_is_ours_and_needs_no_optional_package(exported):
     imported = set()
     for name in CODE:
         text = (exported / name).read_text()
@@ -138,7 +138,7 @@ def test_the_code_is_ours_and_asks_for_no_optional_package(exported):
                                                     "tokenizer_config.json"}  # fmt: skip
 
 
-def test_an_export_is_measured_here_like_the_checkpoint_it_came_from(trained, exported, monkeypatch):
+def test_an_export_has_the_likelihood_of_its_checkpoint(trained, exported, monkeypatch):
     monkeypatch.chdir(trained)
     before = run("mode=ppl_eval")["nll_nats_per_token"].value
     own = [word for word in RUN if not word.startswith(("model.", "time_conditioning"))]
@@ -173,7 +173,7 @@ def test_reference_checkpoints_export_to_the_references_layout(tmp_path, fixture
     assert all(torch.equal(twice[name], tensor) for name, tensor in load_file(published / "model.safetensors").items())
 
 
-def test_sizes_are_read_off_the_tensors_where_a_file_says_nothing(tmp_path):
+def test_sizes_are_read_off_the_tensors_if_a_file_has_no_settings(tmp_path):
     torch.manual_seed(0)
     net = DiT(7, hidden_size=24, cond_dim=6, n_blocks=3, n_heads=4)
     torch.save({"state_dict": {f"backbone.{k}": v for k, v in net.state_dict().items()}}, tmp_path / "x.ckpt")
@@ -182,7 +182,7 @@ def test_sizes_are_read_off_the_tensors_where_a_file_says_nothing(tmp_path):
     assert build(read_checkpoint(tmp_path / "out").settings).settings == net.settings
 
 
-def test_mistakes(tmp_path, trained, fixtures_dir):
+def test_invalid_arguments_are_refused(tmp_path, trained, fixtures_dir):
     last, out = str(trained / "run/checkpoints/last.ckpt"), tmp_path / "out"
     with pytest.raises(FileNotFoundError, match="--checkpoint=nowhere.ckpt"):
         export("nowhere.ckpt", out)
@@ -210,6 +210,6 @@ def test_a_time_conditioned_model_needs_timesteps_and_a_fresh_one_starts_as_ours
     ids = torch.randint(5, (2, 6))
     model = MDLM(config).eval()
     assert torch.equal(model(ids).logits, model(ids, torch.ones(2)).logits)
-    assert (model.backbone.head.weight == 0).all(), "transformers' own initialisation is kept away"
+    assert (model.backbone.head.weight == 0).all(), "transformers does not initialise the weights"
     with pytest.raises(ValueError, match="timesteps=None"):
         MDLM(MDLMConfig(**{**config.to_dict(), "time_conditioning": True}))(ids)

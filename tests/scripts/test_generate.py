@@ -1,4 +1,4 @@
-"""scripts/generate.py: what a checkpoint says of itself, what options come to, and texts at the end of it."""
+"""scripts/generate.py: the settings that a checkpoint carries, the keys of options, and sampled texts."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def trained(tmp_path_factory):
     return folder / "run" / "label=1"
 
 
-def told(*typed: str) -> dict[str, str]:
-    """What main.py would be told."""
+def arguments(*typed: str) -> dict[str, str]:
+    """The arguments of main.py as a dictionary."""
     args = generate.parser().parse_intermixed_args(list(typed))
     return dict(word.split("=", 1) for word in generate.arguments(args))
 
@@ -44,7 +44,7 @@ def told(*typed: str) -> dict[str, str]:
      "training.joint_modes={l2t: 1, text: 2}"],
     ["algo=mmldlm", "latents=hf", "latents.name_or_path=some-encoder", "latents.dim=8", "model=mmdit-toy"],
 ], ids=["d3pm", "bd3lm", "ar", "mlm", "mmldlm synthetic", "mmldlm hf"])  # fmt: skip
-def test_a_configuration_is_found_again_from_its_identity(typed):
+def test_a_configuration_is_restored_from_its_identity(typed):
     known = json.loads(json.dumps(identity(compose_config(typed))))
     found = identity(compose_config(overrides(known)))
     assert not {key for key in set(found) - set(known) if key.startswith(("training.", "data."))}, "unset stays unset"
@@ -53,14 +53,14 @@ def test_a_configuration_is_found_again_from_its_identity(typed):
     }
 
 
-def test_what_a_published_network_finds_in_the_checkpoint_is_not_typed():
+def test_settings_found_in_a_published_network_are_not_repeated():
     known = identity(compose_config(["algo=mlm", "backbone=hf_mlm", "backbone.name_or_path=tiny", "data=reviews"]))
     words = overrides({**known, "backbone.config_json": '{"model_type": "bert"}'})
     assert "backbone=hf_mlm" in words and not any("config_json" in word for word in words)
     assert compose_config(words).backbone.name_or_path == "tiny"
 
 
-def test_a_checkpoint_names_nothing_that_is_run():
+def test_a_checkpoint_cannot_name_code_to_run():
     known = identity(compose_config([]))
     for key, value in (("backbone._target_", "os.system"), ("data.source._target_", "subprocess.run"),
                        ("noise.eps", "${oc.env:HOME}")):  # fmt: skip
@@ -69,7 +69,7 @@ def test_a_checkpoint_names_nothing_that_is_run():
 
 
 def test_options_become_keys(trained):
-    keys = told("--checkpoint", str(trained), "--prefix", "the plot", "--sampling", "topk", "--temperature", "0.7",
+    keys = arguments("--checkpoint", str(trained), "--prefix", "the plot", "--sampling", "topk", "--temperature", "0.7",
                 "--schedule", "cosine", "--order", "entropy", "--steps", "64", "--num-samples", "3", "--max-length",
                 "48", "--remask", "remdm", "--seed", "5", "--show", "sampling.show_delay=0")  # fmt: skip
     assert keys["sampler"] == "unmask" and keys["noise"] == "cosine" and keys["data.label"] == "1"
@@ -81,37 +81,40 @@ def test_options_become_keys(trained):
     compose_config([f"{key}={value}" for key, value in keys.items()])
 
 
-def test_what_is_typed_as_a_key_wins(trained):
-    keys = told("--checkpoint", str(trained), "--steps", "4", "sampling.predictor=first_hitting", "sampling.steps=9")
+def test_a_typed_key_overrides_an_option(trained):
+    keys = arguments(
+        "--checkpoint", str(trained), "--steps", "4", "sampling.predictor=first_hitting", "sampling.steps=9"
+    )
     assert "sampler" not in keys and keys["sampling.predictor"] == "first_hitting" and keys["sampling.steps"] == "9"
 
 
-@pytest.mark.parametrize(("typed", "said"), [
+@pytest.mark.parametrize(("typed", "message"), [
     (["--sampling", "greedy", "--top-k", "5"], "--top-k 5 belongs to --sampling topk"),
     (["--sampling", "greedy", "--temperature", "0.5"], "means nothing to --sampling greedy"),
     (["--sampling", "topk", "--top-p", "0.5"], "--top-p 0.5 belongs to --sampling nucleus"),
 ])  # fmt: skip
-def test_options_that_contradict_each_other_are_refused(trained, typed, said):
-    with pytest.raises(ValueError, match=said):
-        told("--checkpoint", str(trained), *typed)
+def test_options_that_contradict_each_other_are_refused(trained, typed, message):
+    with pytest.raises(ValueError, match=message):
+        arguments("--checkpoint", str(trained), *typed)
 
 
-@pytest.mark.parametrize(("law", "sampler"), [
+@pytest.mark.parametrize(("model", "sampler"), [
     ({"parameterization": "subs"}, "unmask"), ({"parameterization": "ar"}, "ar"),
+    ({"parameterization": "udlm"}, "uniform"), ({"parameterization": "gidd"}, "uniform"),
     ({"parameterization": "bd3lm", "block_size": 4, "model.length": 8}, "block_unmask"),
     ({"parameterization": "bd3lm", "block_size": 8, "model.length": 8}, "unmask"),
     ({"parameterization": "bd3lm", "block_size": 8, "model.length": 8, "data.segments": True}, "block_unmask"),
 ])  # fmt: skip
-def test_the_decoder_fits_the_model(law, sampler):
-    assert generate.predictor(law) == sampler
+def test_the_sampler_fits_the_model(model, sampler):
+    assert generate.predictor(model) == sampler
 
 
-def test_a_foreign_checkpoint_is_told_what_is_missing(tmp_path, monkeypatch, capsys):
+def test_for_a_foreign_checkpoint_the_message_names_what_is_missing(tmp_path, monkeypatch, capsys):
     torch.save({"state_dict": {"backbone.x": torch.zeros(1)}}, tmp_path / "theirs.ckpt")
     with pytest.raises(SystemExit) as ended:
         generate.generate(["--checkpoint", str(tmp_path / "theirs.ckpt")])
-    said = capsys.readouterr().err
-    assert ended.value.code == 2 and "does not carry the configuration" in said and "mode=sample_eval" in said
+    output = capsys.readouterr().err
+    assert ended.value.code == 2 and "does not carry the configuration" in output and "mode=sample_eval" in output
 
 
 @pytest.mark.parametrize("text", [
@@ -129,14 +132,14 @@ def test_what_main_refuses_is_one_message(trained, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["generate.py"])
     with pytest.raises(SystemExit) as ended:
         generate.generate(["--checkpoint", str(trained), "--template", "the {{-3}} and [MASK]"])
-    said = capsys.readouterr().err
-    assert ended.value.code == 2 and "where no gap follows" in said and "Traceback" not in said
+    output = capsys.readouterr().err
+    assert ended.value.code == 2 and "where no gap follows" in output and "Traceback" not in output
     assert "HYDRA_FULL_ERROR" not in os.environ
 
 
 def test_texts_from_a_checkpoint(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for name in ("argv", "stdout", "stderr"):  # main.py has its own way with them
+    for name in ("argv", "stdout", "stderr"):  # main.py replaces them
         monkeypatch.setattr(sys, name, getattr(sys, name))
     generate.generate([
         "--checkpoint", str(trained), "--prefix", "the plot is", "--sampling", "topk", "--top-k", "20", "--temperature",

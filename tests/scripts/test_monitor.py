@@ -1,4 +1,4 @@
-"""The monitor: what it says of trainings in every state, from their files alone, quickly, disturbing nothing."""
+"""The monitor: trainings in every state, read from their files only, quickly and without side effects."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from palimpsest.training.callbacks.run_state import process_began, process_table
+from palimpsest.common.process_identity import process_status, process_table
 from tests.helpers.commands import ROOT
 
 SCRIPT = ROOT / "scripts" / "monitor.py"
@@ -25,15 +25,16 @@ _SPEC.loader.exec_module(monitor)
 
 
 def run_in(folder: Path, age: float = 1.0, **known) -> Path:
-    """A training that was last heard of `age` seconds ago; by default one that lives in this process."""
+    """Write the run.json of a training, `age` seconds old; by default its process is this one."""
     now = time.time()
     metrics = {"loss": 3.25, "seconds_per_step": 0.5, "train/tokens_per_s": 12345.6, "train/mfu": 0.415,
                "memory/peak_gib": 7.25, "train/skipped_steps": 0}  # fmt: skip
     defaults = {
         "title": "train", "state": "training", "error": None, "pid": os.getpid(), "host": socket.gethostname(),
-        "process_began": process_began(os.getpid()), "began": now - age - 100, "updated": now - age, "first_step": 100,
-        "step": 300, "max_steps": 1000, "metrics": metrics, "curve": [[10, 9.0], [20, 5.0], [30, 3.25]],
-        "validation": {"step": 300, "val/nll": 3.5}, "checkpoint": {"step": 250, "time": now - 60},
+        "process_began": process_status(os.getpid())[1], "began": now - age - 100, "updated": now - age,
+        "first_step": 100, "step": 300, "max_steps": 1000, "metrics": metrics,
+        "curve": [[10, 9.0], [20, 5.0], [30, 3.25]], "validation": {"step": 300, "val/nll": 3.5},
+        "checkpoint": {"step": 250, "time": now - 60},
     }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "run.json").write_text(json.dumps({**defaults, **known}))
@@ -45,13 +46,13 @@ def look(folder: Path, silent: float = 300.0) -> dict[str, object]:
 
 
 def gone() -> int:
-    """The number of a process that has ended."""
+    """Return the number of a process that has ended."""
     process = subprocess.Popen(["true"])
     process.wait()
     return process.pid
 
 
-def test_a_living_training_with_all_its_numbers(tmp_path):
+def test_a_running_training_with_all_its_numbers(tmp_path):
     run_in(tmp_path / "a" / "b")
     checkpoints = tmp_path / "a/b/checkpoints"
     checkpoints.mkdir()
@@ -69,17 +70,17 @@ def test_a_living_training_with_all_its_numbers(tmp_path):
 
 @pytest.mark.parametrize(("known", "age", "state", "note"), [
     ({}, 30, "training", ""),
-    ({}, 400, "silent", "has said nothing for 6m"),
+    ({}, 400, "silent", "has not reported for 6m"),
     ({"metrics": {"seconds_per_step": 60.0}}, 400, "training", ""),
     ({"pid": None}, 30, "dead", "is gone, last seen 30s ago while training"),
     ({"pid": None}, 0, "dead", "is gone, last seen 0s ago while training"),
     ({"process_began": 1}, 0, "dead", "is gone"),
     ({"process_began": None}, 0, "training", ""),
     ({"pid": None, "process_table": "another container"}, 30, "training", ""),
-    ({"pid": None, "process_table": "another container"}, 400, "dead", "no word from"),
+    ({"pid": None, "process_table": "another container"}, 400, "dead", "no report from"),
     ({"process_table": process_table(), "pid": None}, 0, "dead", "is gone"),
     ({"host": "elsewhere"}, 30, "training", ""),
-    ({"host": "elsewhere"}, 400, "dead", "no word from elsewhere for 6m"),
+    ({"host": "elsewhere"}, 400, "dead", "no report from elsewhere for 6m"),
     ({"state": "finished", "pid": None}, 9999, "finished", ""),
     ({"state": "stopped", "pid": None}, 9999, "stopped", ""),
     ({"state": "failed", "error": "ValueError: no"}, 9999, "failed", "ValueError: no"),
@@ -94,13 +95,12 @@ def test_states(tmp_path, known, age, state, note):
     assert row.line() and "None" not in row.line()
 
 
-def test_a_killed_training_is_dead_at_once_though_nobody_has_looked_after_it(tmp_path):
-    """Killed, it stays a zombie until its parent asks for its status; the monitor is asked before that."""
+def test_a_killed_training_is_dead_while_it_is_a_zombie(tmp_path):
+    """A killed process stays a zombie until its parent asks for its status."""
     process = subprocess.Popen([sys.executable, "-c", "print(flush=True); input()"], stdin=subprocess.PIPE,
                                stdout=subprocess.PIPE)  # fmt: skip
     process.stdout.readline()
-    run_in(tmp_path, 0, pid=process.pid, process_began=process_began(process.pid), process_table=process_table())
-    assert monitor._process_table() == process_table() is not None
+    run_in(tmp_path, 0, pid=process.pid, process_began=process_status(process.pid)[1], process_table=process_table())
     assert monitor.rows(tmp_path, 300.0)[0].state == "training"
     process.kill()
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
@@ -110,14 +110,14 @@ def test_a_killed_training_is_dead_at_once_though_nobody_has_looked_after_it(tmp
         process.communicate()
 
 
-def test_one_that_ended_in_order_between_two_looks_is_not_called_dead(tmp_path, monkeypatch):
-    folder, lives = run_in(tmp_path, 0, pid=gone()), monitor._lives
+def test_a_training_that_finishes_during_the_check_is_not_dead(tmp_path, monkeypatch):
+    folder, is_alive = run_in(tmp_path, 0, pid=gone()), monitor._is_alive
 
     def ends_now(known):
         run_in(folder, 0, pid=known["pid"], state="finished")
-        return lives(known)
+        return is_alive(known)
 
-    monkeypatch.setattr(monitor, "_lives", ends_now)
+    monkeypatch.setattr(monitor, "_is_alive", ends_now)
     assert monitor.rows(tmp_path, 300.0)[0].state == "finished"
 
 
@@ -129,7 +129,7 @@ def test_a_curve_of_few_many_and_broken_values():
     assert [monitor.duration(s) for s in (5, 65, 3 * 3600 + 420, 200_000)] == ["5s", "1m", "3h07", "2d07h"]
 
 
-def test_half_a_file_costs_one_line_not_the_table(tmp_path):
+def test_a_damaged_file_affects_one_row_only(tmp_path):
     run_in(tmp_path / "whole")
     for name, text in (("half", '{"state": "trai'), ("other", "[1, 2]"), ("old", '{"state": "training"}')):
         run_in(tmp_path / name)
@@ -150,17 +150,16 @@ def test_fifty_trainings_within_half_a_second_and_nothing_is_written(tmp_path):
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
 
 
-def test_as_a_user_starts_it(tmp_path):
-    """Piped: a plain line each, once; heavy packages are not even imported."""
+def test_piped_it_prints_plain_lines_once_without_heavy_imports(tmp_path):
     run_in(tmp_path / "one")
     run_in(tmp_path / "two", state="finished")
     check = (
         "import sys, runpy; folder, script = sys.argv[1:]; sys.argv[1:] = [folder]; "
         "runpy.run_path(script, run_name='__main__'); assert not {'torch', 'numpy', 'rich'} & set(sys.modules)"
     )
-    said = subprocess.run([sys.executable, "-c", check, tmp_path, SCRIPT], capture_output=True, text=True)
-    assert said.returncode == 0, said.stderr
-    first, second = said.stdout.splitlines()
+    done = subprocess.run([sys.executable, "-c", check, tmp_path, SCRIPT], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()
     assert first.startswith("one  training  step 300/1,000  left ") and second.startswith("two  finished  ")
     nowhere = subprocess.run([sys.executable, SCRIPT, tmp_path / "nowhere"], capture_output=True, text=True)
     assert nowhere.returncode == 1 and "there is no folder" in nowhere.stderr

@@ -1,4 +1,4 @@
-"""scripts/run_in_screen.sh: a run that lives on in GNU screen, is found again, and saves when it is stopped."""
+"""scripts/run_in_screen.sh: a run in GNU screen is listed, saves when it is stopped, and resumes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from palimpsest.models.checkpoints import read_progress
 from tests.helpers.commands import FEW, ROOT, TINY, wait_for
 
 
-def test_a_run_is_started_refused_twice_listed_quit_resumed_stopped_with_a_checkpoint_and_gone(tmp_path):
+def test_a_run_is_started_listed_quit_resumed_and_stopped_with_a_checkpoint(tmp_path):
     if not shutil.which("screen"):
         pytest.skip("needs GNU screen: apt-get install screen")
     name = f"test-{os.getpid()}"
@@ -58,15 +58,14 @@ def test_a_run_is_started_refused_twice_listed_quit_resumed_stopped_with_a_check
         log.unlink(missing_ok=True)
 
 
-def test_names_that_are_no_file_names_and_words_that_mean_nothing_are_refused():
+def test_invalid_names_and_options_are_refused():
     for arguments in (["--name", "a/b"], ["--name"], ["--stop"], ["--help"]):
         done = subprocess.run([ROOT / "scripts/run_in_screen.sh", *arguments], capture_output=True, text=True)
         assert done.returncode == 2
 
 
 @pytest.mark.parametrize("arguments", [[], ["--name", "a-run"]], ids=["nothing", "a name only"])
-def test_nothing_to_run_starts_nothing_and_says_how_it_is_used(tmp_path, arguments):
-    """Not the default training: whoever types the name of a script wants to know what it does."""
+def test_without_a_command_it_starts_nothing_and_prints_its_usage(tmp_path, arguments):
     screen = tmp_path / "screen"
     screen.write_text(f"#!/bin/sh\ntouch {tmp_path}/asked\n")
     screen.chmod(0o755)

@@ -166,8 +166,8 @@ def test_names_of_duo_and_mdlm(tmp_path):
     (BD3LMS, {"algo_cross_attn": True}, "network has cross_attn=True"),
     (BD3LMS, {"algo_name": "bd3lm"}, "network has cross_attn=False"),
     (BD3LMS, {"algo_causal_attention": True}, "network has causal_attention=True"),
-    (BD3LMS, {"model": {**MODEL, "length": 10**12}}, "model.length=1000000000000, which is no value"),
-    (BD3LMS, {"model": {**MODEL, "length": True}}, "model.length=True, which is no value"),
+    (BD3LMS, {"model": {**MODEL, "length": 10**12}}, "model.length=1000000000000, which is not a valid value"),
+    (BD3LMS, {"model": {**MODEL, "length": True}}, "model.length=True, which is not a valid value"),
 ])  # fmt: skip
 def test_what_does_not_exist_here_is_refused_by_name(tmp_path, config, changes, said):
     path = reference_file(tmp_path / "x.ckpt", config, **changes)

@@ -58,4 +58,4 @@ def test_fewer_steps_than_are_there_is_said(tmp_path, monkeypatch, capsys):
     folder.mkdir(parents=True)
     shutil.copy(ROOT / "tests/golden/before_package/last.ckpt", folder)
     fit(Experiment(compose_config([*OLD[:-3], "trainer.max_steps=2", *OLD[-2:]]), "a test"))
-    assert "6 steps are there; 2 were asked for" in capsys.readouterr().out
+    assert "6 steps are complete; 2 were requested" in capsys.readouterr().out

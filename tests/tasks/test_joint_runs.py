@@ -137,7 +137,7 @@ def test_a_text_only_model_starts_the_text_stream_and_loses_nothing(here, monkey
     data = joint.build.data()
     diffusion = joint.build.diffusion(data)
     joint.weights.start(diffusion, data, None)
-    assert "so begun anew: blocks.*.latent" in capsys.readouterr().out
+    assert "so initialized: blocks.*.latent" in capsys.readouterr().out
     names = texts["sample_id"]
     with torch.no_grad(), diffusion.averaged():
         wanted = text_only.objective.bound(None).loss(text_only.backbone, texts, evaluation_noise(1, names)).nll_BL

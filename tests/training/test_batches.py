@@ -1,4 +1,4 @@
-"""The global batch: its arithmetic, its ramp, and that no cut into micro-batches changes what a step learns."""
+"""The global batch: its arithmetic and its ramp; the size of micro-batches does not change a step."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.helpers.networks import assert_close_weights, networks, same_weights
 
 
 def trained(folder: str, *overrides: str) -> Path:
-    """last.ckpt of a training with these settings."""
+    """Return last.ckpt of a training with these settings."""
     return fit(Experiment(compose_config([*FIT, *overrides, f"checkpointing.save_dir={folder}"]), "a test"))
 
 
@@ -50,12 +50,12 @@ def trained(folder: str, *overrides: str) -> Path:
     ],
     ids=lambda v: v if isinstance(v, str) else "",
 )  # fmt: skip
-def test_what_does_not_divide_is_refused_with_the_nearest_that_does(given, settings, message):
+def test_a_size_that_does_not_divide_is_refused_with_the_nearest_that_does(given, settings, message):
     with pytest.raises(ValueError, match=message):
         batch_arithmetic(*given, **settings)
 
 
-def test_an_accumulation_that_is_typed_is_the_one_that_is_made():
+def test_a_typed_accumulation_is_used():
     assert batch_arithmetic(64, None, 2, accumulate=4) == (8, 4)
     assert batch_arithmetic(64, 8, 2, accumulate=4, ramp=[[0, 16], [5, 64]]) == (8, 4)
 
@@ -83,10 +83,10 @@ def test_micro_batches_of_a_ramp_take_every_position_once(world):
     assert sorted(p for sampler in samplers for batch in sampler for p in batch) == list(range(10, 30))
 
 
-# -------------------------------------------------------------------------------- one step, however it is cut
+# -------------------------------------------------------------------------------- sizes of micro-batches
 
 
-def test_a_step_weighs_every_token_alike():
+def test_a_step_weights_every_token_equally():
     """Rows of 1, 2 and 5 scored tokens: the gradient of three micro-batches is that of one batch."""
     weight = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
     tokens = torch.arange(15, dtype=torch.float64).view(3, 5) + 1
@@ -113,7 +113,7 @@ def test_no_size_of_micro_batches_changes_the_weights_on_padded_data(tmp_path, m
             assert name not in logged[0] or curve[name] == pytest.approx(logged[0][name], rel=1e-6)
 
 
-def test_the_optimizer_is_given_the_gradient_of_the_mean_over_the_tokens(tmp_path, monkeypatch):
+def test_the_optimizer_receives_the_gradient_of_the_mean_over_tokens(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found, same = [], ["trainer.max_steps=1", "trainer.gradient_clip_val=0"]
 
@@ -123,24 +123,22 @@ def test_the_optimizer_is_given_the_gradient_of_the_mean_over_the_tokens(tmp_pat
     monkeypatch.setattr(Diffusion, "on_before_optimizer_step", spy)
     trained("run", *same, "loader.batch_size=1")
     experiment = Experiment(compose_config([*FIT, *same]), "a test")
-    diffusion, batch = (
-        experiment.build.diffusion(experiment.build.data()),
-        next(iter(experiment.build.data().train_dataloader())),
-    )
+    data = experiment.build.data()
+    diffusion, batch = experiment.build.diffusion(data), next(iter(data.train_dataloader()))
     diffusion.objective.loss(diffusion.backbone, batch, training_noise(1, batch["position"], 4)).mean().backward()
     for ours, expected in zip(found, diffusion.backbone.parameters(), strict=True):
         torch.testing.assert_close(ours, expected.grad, rtol=1e-4, atol=1e-7)
 
 
-def test_a_ramp_goes_on_in_its_stage_after_a_resume(tmp_path, monkeypatch, capsys):
+def test_a_ramp_continues_in_its_stage_after_a_resume(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     ramp = ["loader.batch_ramp=[[0,2],[2,4]]", "loader.batch_size=2", "trainer.val_check_interval=100",
             "lr_scheduler=constant_warmup", "lr_scheduler.num_warmup_steps=1", "checkpointing.keep_last=9",
             "callbacks.checkpoint_every_n_steps.every_n_train_steps=1"]  # fmt: skip
     whole = trained("whole", *ramp, "trainer.max_steps=5")
-    said = capsys.readouterr().out
-    assert "each optimizer step: 2 samples = 1 process(es) x 2 micro-batch(es) x 1 (ramp: 2 from step 0, 4 from" in said
-    assert "from step 2 on each optimizer step: 4 samples" in said
+    out = capsys.readouterr().out
+    assert "each optimizer step: 2 samples = 1 process(es) x 2 micro-batch(es) x 1 (ramp: 2 from step 0, 4 from" in out
+    assert "from step 2 on each optimizer step: 4 samples" in out
     assert history(Path("whole"))["train/batch_samples"][:, 1].tolist() == [2, 2, 4, 4, 4]
     assert load_inert(whole)["TextData"]["consumed_samples"] == 2 * 2 + 3 * 4
     after_one_step = f"checkpointing.resume_ckpt_path={whole.with_name('step-00000001.ckpt')}"
@@ -151,27 +149,25 @@ def test_a_ramp_goes_on_in_its_stage_after_a_resume(tmp_path, monkeypatch, capsy
         trained("parts", *other)
 
 
-@pytest.mark.parametrize(("more", "said"), [
+@pytest.mark.parametrize(("more", "message"), [
     (["trainer.max_steps=2"], r"batch_ramp=\[\[0, 2\], \[2, 4\]\] reaches .*=4 at step 2, and trainer.max_steps=2 "
                               r"ends.* set trainer.max_steps to more than 2, .*batch_ramp=null"),
     (["mode=classify", "classify.pretrain=all", "classify.pretrain_steps=1"], "set classify.pretrain_steps to more"),
 ])  # fmt: skip
-def test_a_ramp_that_the_training_does_not_reach_the_end_of_is_refused_before_any_data_are_read(
-    tmp_path, monkeypatch, more, said
-):
+def test_a_ramp_beyond_the_end_of_the_training_is_refused_before_data_are_read(tmp_path, monkeypatch, more, message):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(TextData, "split", lambda *_: pytest.fail("it read data"))
     ramp = [*FIT, "loader.batch_ramp=[[0,2],[2,4]]", "checkpointing.save_dir=run"]
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         run(*ramp, *more)
     with pytest.raises(ValueError, match="trainer.max_steps=2 ends"):
         PositionBatchSampler(4, 4, 2, ramp=[[0, 2], [2, 4]])
-    with pytest.raises(FileNotFoundError, match="no trained model"):  # a measurement trains nothing
+    with pytest.raises(FileNotFoundError, match="no trained model"):  # a measurement does not train
         run(*ramp, "mode=ppl_eval", "trainer.max_steps=2")
 
 
-def test_a_run_goes_on_with_other_micro_batches(tmp_path, monkeypatch):
-    """3 steps of one micro-batch, then of four: Lightning counts these, and would step in the middle of a batch."""
+def test_a_run_resumes_with_other_micro_batches(tmp_path, monkeypatch):
+    """3 steps of one micro-batch, then of four; with Lightning's own counts a step would be smaller."""
     monkeypatch.chdir(tmp_path)
     same = ["optim=adamw", "lr_scheduler=constant_warmup", "lr_scheduler.num_warmup_steps=1"]
     trained("parts", *same, "trainer.max_steps=3", "loader.batch_size=4")
@@ -184,7 +180,7 @@ def test_a_run_goes_on_with_other_micro_batches(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["dit", "ar", "dimamba", "hf_causal"])
-def test_checkpointing_keeps_less_and_changes_neither_loss_nor_gradient(name):
+def test_checkpointing_saves_memory_and_changes_neither_loss_nor_gradient(name):
     torch.manual_seed(0)
     net = networks()[name]
     for parameter in net.parameters():
@@ -206,18 +202,18 @@ def test_checkpointing_keeps_less_and_changes_neither_loss_nor_gradient(name):
         net(x, torch.zeros(2)).sum().backward()
         net.train()
         hook.remove()
-        assert len(calls) == 1, "in evaluation nothing is computed twice"
+        assert len(calls) == 1, "evaluation computes nothing twice"
     (loss, grads, kept), (loss_again, grads_again, kept_again) = found
     assert torch.equal(loss, loss_again) and all(torch.equal(a, b) for a, b in zip(grads, grads_again, strict=True))
     assert kept_again < 0.6 * kept
 
 
-def test_a_network_that_can_not_is_refused():
+def test_a_network_without_support_is_refused():
     with pytest.raises(ValueError, match="gradient_checkpointing=true: Backbone can not"):
         recompute_blocks(Backbone())
 
 
-# -------------------------------------------------------------------------------- one graph
+# -------------------------------------------------------------------------------- all parameters in the loss
 
 
 @pytest.mark.parametrize("overrides", [
@@ -225,8 +221,8 @@ def test_a_network_that_can_not_is_refused():
     ["training.masking=complementary"], ["classify.sharing=conditional"], ["training.loss_weight=uniform"],
     ["parameterization=ar", "classify.sharing=conditional"],
 ], ids=" ".join)  # fmt: skip
-def test_every_parameter_has_a_part_in_every_loss(tmp_path, monkeypatch, overrides):
-    """What DistributedDataParallel needs without find_unused_parameters, also where no class is told."""
+def test_every_parameter_contributes_to_every_loss(tmp_path, monkeypatch, overrides):
+    """DistributedDataParallel needs it without find_unused_parameters, also for unconditional batches."""
     monkeypatch.chdir(tmp_path)
     experiment = Experiment(compose_config([*TINY, *FEW, *overrides]), "a test")
     data = experiment.build.data()

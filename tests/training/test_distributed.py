@@ -1,4 +1,4 @@
-"""Two processes over gloo: what they learn and measure is what one process does; the death of one ends the other."""
+"""Two processes over gloo learn and measure the same as one; the death of one ends the other."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from palimpsest.training.processes import FullySharded, ddp, processes_per_node,
 from tests.helpers.commands import FIT, ROOT, run, start_main, wait_for
 from tests.helpers.networks import assert_close_weights
 
-# As it was before any test: a strategy=ddp in this very process leaves its port there, and still listens on it.
+# The environment before any test; strategy=ddp in this process leaves its port there and still listens on it.
 ENVIRON = dict(os.environ)
-# Of weights; Muon orthogonalises in bfloat16, where the rounding of another order of sums can grow.
+# Tolerance of weights; Muon orthogonalises in bfloat16, which amplifies the rounding of another order of sums.
 ATOL, ATOL_MUON = 1e-6, 5e-4
 SAME = [*FIT, "loader.global_batch_size=8", "data.max_test_texts=9", "data.max_valid_texts=9",
         "lr_scheduler=constant_warmup", "lr_scheduler.num_warmup_steps=1", "data.cache_dir=cache"]  # fmt: skip
@@ -42,7 +42,7 @@ def save_dir(name: str) -> str:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    """A folder with trainings and measurements by one process, and beside them the same by two."""
+    """A folder with trainings and measurements by one process, and the same by two."""
     folder, before = tmp_path_factory.mktemp("runs"), Path.cwd()
     os.chdir(folder)
     try:
@@ -66,20 +66,15 @@ def runs(tmp_path_factory) -> Path:
         ]
         lines = [" ".join([kind, name, *SAME, *more]) for kind, name, *more in jobs]
         Path("jobs").write_text("\n".join(lines))
-        command = [
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node=2",
-            ROOT / "tests/training/two_processes.py",
-        ]
-        done = subprocess.run([sys.executable, *command, "jobs"], capture_output=True, text=True, timeout=280,
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        script = ROOT / "tests/training/two_processes.py"
+        done = subprocess.run([*torchrun, script, "jobs"], capture_output=True, text=True, timeout=280,
                               env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
         assert "hang checkpoint" in done.stdout, done.stdout[-2000:] + done.stderr[-6000:]
         seconds = time.time() - float(Path("hung").read_text())
         end = {"returncode": done.returncode, "stderr": done.stderr, "seconds": seconds}
         Path("end").write_text(json.dumps(end))
-        Path("said").write_text(done.stdout)
+        Path("output").write_text(done.stdout)
         fit(Experiment(compose_config([*SAME, *TRAIN, save_dir("to_be_ended"), "loader.batch_size=4"]), "a test"))
     finally:
         os.chdir(before)
@@ -94,7 +89,7 @@ def last(folder: Path) -> Path:
     ("adamw", "ddp_adamw", ATOL), ("muon", "fsdp_muon", ATOL_MUON), ("adamw", "begun", ATOL),
     ("adamw", "to_be_ended", ATOL),
 ], ids=["ddp", "fsdp, muon, recomputing", "one process, then fsdp", "fsdp, then one process"])  # fmt: skip
-def test_two_processes_learn_what_one_does(runs, one, two, atol):
+def test_two_processes_learn_the_same_as_one(runs, one, two, atol):
     """Weights, averages and the layout of the file; validation, and the loss of every step."""
     assert_close_weights(last(runs / one), last(runs / two), atol)
     a, b = load_inert(last(runs / one)), load_inert(last(runs / two))
@@ -105,7 +100,7 @@ def test_two_processes_learn_what_one_does(runs, one, two, atol):
 
 
 def shapes(state: object) -> object:
-    """A state with the shape of every tensor in its place."""
+    """Return a state with every tensor replaced by its shape."""
     if torch.is_tensor(state):
         return (type(state), tuple(state.shape))
     if isinstance(state, dict):
@@ -125,21 +120,21 @@ def test_two_processes_measure_every_text_once(runs, one, two):
 
 
 def flat(node: object, prefix: str = "") -> dict[str, object]:
-    """The leaves of a tree by their path."""
+    """Return the leaves of a tree by their path."""
     if isinstance(node, dict | list):
         pairs = node.items() if isinstance(node, dict) else enumerate(node)
         return {path: leaf for key, child in pairs for path, leaf in flat(child, f"{prefix}/{key}").items()}
     return {prefix: node}
 
 
-def test_two_processes_draw_the_texts_of_one(runs):
+def test_two_processes_sample_the_texts_of_one(runs):
     files = [(runs / folder / "sample_eval/samples.jsonl").read_text() for folder in ("adamw", "measured")]
     assert files[0] == files[1] and files[0].count("\n") == 9
 
 
-def test_the_first_process_alone_speaks_and_writes(runs):
-    said = (runs / "said").read_text()
-    assert said.count("= 2 process(es) x 2 micro-batch(es) x 2\n") == 1 and said.count("perplexity 2") == 1
+def test_only_the_first_process_prints_and_writes(runs):
+    output = (runs / "output").read_text()
+    assert output.count("= 2 process(es) x 2 micro-batch(es) x 2\n") == 1 and output.count("perplexity 2") == 1
     assert sorted(path.name for path in (runs / "ddp_adamw/csv").iterdir()) == ["version_0"]
     with open(runs / "ddp_adamw/csv/version_0/metrics.csv") as file:
         logged = [row["step"] for row in csv.DictReader(file) if row["train/nll"]]
@@ -148,21 +143,21 @@ def test_the_first_process_alone_speaks_and_writes(runs):
 
 
 def test_a_process_that_hangs_ends_the_job_within_the_timeout(runs):
-    """The second process never comes to the second step, and the timeout is 9 seconds."""
+    """The second process never reaches the second step; the timeout is 9 seconds."""
     end = json.loads((runs / "end").read_text())
     assert end["returncode"] != 0 and "9000ms" in end["stderr"], end["stderr"][-3000:]
-    assert end["seconds"] < 90, "half an hour is the default"
+    assert end["seconds"] < 90, "the default is half an hour"
 
 
 def test_a_process_that_dies_ends_the_job(tmp_path):
     """Started by Lightning, as `python main.py trainer.devices=2` is."""
     settings = [*SAME, save_dir("run"), "trainer.max_steps=100000", "trainer.devices=2",
                 "trainer.val_check_interval=100000"]  # fmt: skip
-    with open(tmp_path / "said", "w") as said:
-        job = start_main(*settings, cwd=tmp_path, stdout=said, stderr=said, start_new_session=True,
+    with open(tmp_path / "output", "w") as output:
+        job = start_main(*settings, cwd=tmp_path, stdout=output, stderr=output, start_new_session=True,
                          env={**ENVIRON, "OMP_NUM_THREADS": "1"})  # fmt: skip
     try:
-        wait_for(lambda: "each optimizer step" in (tmp_path / "said").read_text() or job.poll() is not None)
+        wait_for(lambda: "each optimizer step" in (tmp_path / "output").read_text() or job.poll() is not None)
         (other,) = children(job.pid)
         os.kill(other, signal.SIGKILL)
         assert job.wait(timeout=60) != 0
@@ -171,16 +166,16 @@ def test_a_process_that_dies_ends_the_job(tmp_path):
 
 
 def children(pid: int) -> list[int]:
-    stats = [
-        path.read_text().rpartition(")")[2].split() + [path.parent.name] for path in Path("/proc").glob("[0-9]*/stat")
-    ]
-    return [int(stat[-1]) for stat in stats if int(stat[1]) == pid]
+    stats = {
+        path.parent.name: path.read_text().rpartition(")")[2].split() for path in Path("/proc").glob("[0-9]*/stat")
+    }
+    return [int(child) for child, stat in stats.items() if int(stat[1]) == pid]
 
 
-# -------------------------------------------------------------------------------- who starts how many
+# -------------------------------------------------------------------------------- launched processes
 
 
-def test_the_processes_that_were_started_are_those_that_are_used(monkeypatch):
+def test_the_launched_processes_are_used(monkeypatch):
     assert processes_per_node("auto", 3) == 3 and processes_per_node(2, 8) == 2
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     monkeypatch.setenv("WORLD_SIZE", "8")
@@ -205,7 +200,7 @@ def test_strategies(monkeypatch):
     assert ddp(10080)._timeout.days == 7
 
 
-def test_lightnings_own_arguments_for_its_processes_are_not_the_users():
+def test_arguments_that_lightning_passes_to_its_processes_are_not_the_users():
     user = ["hydra.run.dir=runs/a", "seed=2"]
     assert translate(user) == ["checkpointing.save_dir=runs/a", "seed=2"]
     assert (

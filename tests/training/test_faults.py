@@ -1,4 +1,4 @@
-"""A little of the fault campaign (benchmarks/faults.py): kills, a damaged file, a full disk."""
+"""A small part of the fault campaign (benchmarks/faults.py): kills, a damaged file, a full disk."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import pytest
 from tests.helpers.commands import ROOT
 
 
-def test_killed_damaged_and_on_a_full_disk_a_training_ends_as_if_left_alone(tmp_path):
+def test_a_training_survives_kills_damaged_files_and_a_full_disk(tmp_path):
     command = [sys.executable, str(ROOT / "benchmarks" / "faults.py"), "--kills", "4", "--damages", "1", "--disks", "1"]
     done = subprocess.run([*command, "--keep", str(tmp_path)], capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout.splitlines()[-1])
     assert facts["ok"] and facts["kills"] == 4 and facts["set aside"] >= 1
-    # Each training that was killed, damaged or short of space has the last and the best weights of the undisturbed one.
+    # Each disturbed training has the last and the best weights of the undisturbed one.
     assert facts["identical"] == 2 * facts["trainings"] >= 4
     if facts["disks_left_out"]:
         pytest.skip(f"all but the full disk was seen: {facts['disks_left_out']}")

@@ -1,4 +1,4 @@
-"""The guard: an update left out leaves everything as it was, all ranks leave it out alike, too many end the run."""
+"""The guard: a skipped update changes nothing, all ranks skip it alike, and too many end the run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from palimpsest.experiment.experiment import Experiment
 from palimpsest.settings.command_line import compose_config
 from palimpsest.settings.identity import identity
-from palimpsest.training.callbacks.guard import Guard, SpikeWatch
+from palimpsest.training.callbacks.guard import Guard, SpikeDetector
 from palimpsest.training.updates import Updates
 from tests.helpers.commands import TINY
 
@@ -24,7 +24,7 @@ RUN = [*TINY, "trainer.max_steps=6", "loader.batch_size=2", "sampling.num_sample
 
 
 class Snapshots(lightning.Callback):
-    """Copies of all that an update changes, after every optimizer step."""
+    """Copies of everything that an update changes, after every optimizer step."""
 
     def __init__(self) -> None:
         self.taken: list[dict] = []
@@ -45,21 +45,21 @@ class Snapshots(lightning.Callback):
             )
 
 
-def spoilt(monkeypatch, experiment, how: str, steps: set[int]):
-    """A training whose loss, or gradient, is not finite in the second micro-batch of the given steps."""
+def with_bad_losses(monkeypatch, experiment, how: str, steps: set[int]):
+    """Return a training whose loss or gradient is not finite in the second micro-batch of the given steps."""
     data = experiment.build.data()
     diffusion = experiment.build.diffusion(data)
-    honest = diffusion.objective.loss
+    original = diffusion.objective.loss
 
     def loss(backbone, batch, noise):
-        out = honest(backbone, batch, noise)
+        out = original(backbone, batch, noise)
         trained = diffusion.training and diffusion.global_step in steps
         bad = trained and int(batch["position"][0]) % 4 == 2  # the second micro-batch
         if bad and how == "gradient":
             nll_BL = out.nll_BL.clone()
             nll_BL.register_hook(lambda grad: grad * math.inf)
             return replace(out, nll_BL=nll_BL)
-        # The derivative of x + inf is 1: backward alone would not notice.
+        # The derivative of x + inf is 1, so the backward pass alone would not notice.
         return replace(out, nll_BL=out.nll_BL + math.inf) if bad else out
 
     monkeypatch.setattr(diffusion.objective, "loss", loss)
@@ -67,12 +67,12 @@ def spoilt(monkeypatch, experiment, how: str, steps: set[int]):
 
 
 @pytest.mark.parametrize(("optimizer", "how"), [("adamw", "loss"), ("muon", "gradient")])
-def test_an_update_left_out_leaves_everything_bit_for_bit_and_training_goes_on(
+def test_a_skipped_update_changes_nothing_bit_for_bit_and_training_continues(
     tmp_path, monkeypatch, caplog, optimizer, how
 ):
     monkeypatch.chdir(tmp_path)
     experiment = Experiment(compose_config([*RUN, f"optim={optimizer}", "checkpointing.save_dir=run"]), "a test")
-    diffusion, data = spoilt(monkeypatch, experiment, how, {0, 3})
+    diffusion, data = with_bad_losses(monkeypatch, experiment, how, {0, 3})
     trainer, snapshots = experiment.trainer("train"), Snapshots()
     trainer.callbacks.append(snapshots)
     trainer.fit(diffusion, datamodule=data)
@@ -82,18 +82,18 @@ def test_an_update_left_out_leaves_everything_bit_for_bit_and_training_goes_on(
         assert not all(torch.equal(a, b) for a, b in zip(skipped[name], after[name], strict=True)), name
         assert all(torch.isfinite(a).all() for a in after[name])
     assert [taken["updates"] for taken in snapshots.taken] == [0, 1, 2, 2, 3, 4]
-    assert [taken["schedule"] for taken in snapshots.taken] == [1, 2, 3, 4, 5, 6], "the learning rate goes on"
+    assert [taken["schedule"] for taken in snapshots.taken] == [1, 2, 3, 4, 5, 6], "the learning rate advances"
     guard = next(c for c in trainer.callbacks if isinstance(c, Guard))
     assert (guard.skipped, guard.in_a_row) == (2, 0) == tuple(guard.state_dict().values())
     assert f"step 3: the {how} " in caplog.text and ("micro-batch 2 of 2" in caplog.text) == (how == "loss")
 
 
 @pytest.mark.parametrize(("optimizer", "how"), [("adamw", "gradient"), ("muon", "loss")])
-def test_too_many_in_a_row_end_the_training_and_leave_the_batch(tmp_path, monkeypatch, optimizer, how):
+def test_too_many_in_a_row_end_the_training_and_save_the_batch(tmp_path, monkeypatch, optimizer, how):
     monkeypatch.chdir(tmp_path)
     overrides = [*RUN, f"optim={optimizer}", "training.max_skipped_steps=3", "checkpointing.save_dir=run"]
     experiment = Experiment(compose_config(overrides), "a test")
-    diffusion, data = spoilt(monkeypatch, experiment, how, {2, 3, 4})
+    diffusion, data = with_bad_losses(monkeypatch, experiment, how, {2, 3, 4})
     before = [p.detach().clone() for p in diffusion.backbone.parameters()]
     snapshots, trainer = Snapshots(), experiment.trainer("train")
     trainer.callbacks.append(snapshots)
@@ -109,16 +109,16 @@ def test_too_many_in_a_row_end_the_training_and_leave_the_batch(tmp_path, monkey
     assert '"state": "failed"' in (tmp_path / "run/run.json").read_text()
 
 
-def test_judged_a_step_late_as_on_a_gpu_the_verdict_and_the_batch_are_those_of_the_step(tmp_path, monkeypatch):
+def test_a_check_one_step_late_as_on_a_gpu_refers_to_the_right_step(tmp_path, monkeypatch):
     class Late(lightning.Callback):
         def on_train_start(self, trainer, pl_module):
-            next(c for c in trainer.callbacks if isinstance(c, Guard))._at_once = False
+            next(c for c in trainer.callbacks if isinstance(c, Guard))._check_at_once = False
 
     monkeypatch.chdir(tmp_path)
     for limit, last in ((1, 2), (3, 4)):
         overrides = [*RUN, "optim=adamw", f"training.max_skipped_steps={limit}", f"checkpointing.save_dir=run{limit}"]
         experiment = Experiment(compose_config(overrides), "a test")
-        diffusion, data = spoilt(monkeypatch, experiment, "loss", {2, 3, 4})
+        diffusion, data = with_bad_losses(monkeypatch, experiment, "loss", {2, 3, 4})
         trainer = experiment.trainer("train")
         trainer.callbacks.append(Late())
         with pytest.raises(FloatingPointError, match=f"step {last}: {limit} updates in a row"):
@@ -148,7 +148,7 @@ def _rank(rank: int, folder: str) -> None:
     torch.save(weights, f"{folder}/rank{rank}.pt")
 
 
-def test_one_rank_with_a_bad_loss_is_enough_for_all_to_leave_the_update_out(tmp_path):
+def test_a_bad_loss_on_one_rank_skips_the_update_on_all(tmp_path):
     mp.start_processes(_rank, (str(tmp_path),), nprocs=2, start_method="fork")
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
     for (a, made_a), (b, made_b) in zip(first, second, strict=True):
@@ -173,7 +173,7 @@ def test_clipping_is_that_of_torch():
 @pytest.mark.parametrize("build", [
     lambda p: torch.optim.AdamW(p, weight_decay=0.5, fused=True), lambda p: torch.optim.SGD(p, weight_decay=0.5),
 ], ids=["fused", "any other"])  # fmt: skip
-def test_of_a_gradient_that_is_not_finite_the_culprits_are_named(build):
+def test_parameters_with_a_gradient_that_is_not_finite_are_named(build):
     net = torch.nn.Linear(4, 4)
     optimizer, updates, before = build(net.parameters()), Updates(), net.weight.detach().clone()
     net(torch.ones(1, 4)).sum().backward()
@@ -181,7 +181,7 @@ def test_of_a_gradient_that_is_not_finite_the_culprits_are_named(build):
     updates.prepare(optimizer, 1.0)
     optimizer.step()
     assert not updates.made() and torch.equal(net.weight, before)
-    assert updates.culprits(net.named_parameters()) == ["weight"]
+    assert updates.nonfinite_gradients(net.named_parameters()) == ["weight"]
 
 
 def test_poison_changes_no_finite_gradient():
@@ -194,16 +194,16 @@ def test_poison_changes_no_finite_gradient():
     assert torch.equal(*gradients)
 
 
-def test_the_limit_is_no_part_of_what_a_training_is():
+def test_the_limit_is_not_part_of_the_identity_of_a_training():
     assert identity(compose_config([])) == identity(compose_config(["training.max_skipped_steps=3"]))
 
 
-def test_a_spike_is_told_once_and_noise_never():
+def test_a_spike_is_reported_once_and_noise_never():
     noise = torch.Generator().manual_seed(0)
     falling = [5 * 0.99**i + 0.1 * float(torch.randn((), generator=noise)) for i in range(200)]
-    watch = SpikeWatch()
-    assert not any(watch.is_new(value) for value in falling)
+    watch = SpikeDetector()
+    assert not any(watch.begins(value) for value in falling)
     spike = [falling[-1] + 3, falling[-1] + 4, falling[-1] + 2.5, falling[-1], falling[-1], falling[-1] + 3]
-    assert [watch.is_new(value) for value in spike] == [True, False, False, False, False, True]
-    flat = SpikeWatch()
-    assert not any(flat.is_new(value) for value in [1.0] * 20 + [1.001, math.nan])
+    assert [watch.begins(value) for value in spike] == [True, False, False, False, False, True]
+    flat = SpikeDetector()
+    assert not any(flat.begins(value) for value in [1.0] * 20 + [1.001, math.nan])

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: values at the steps that matter, the same curve after a resume, nonsense refused."""
+"""Learning-rate schedules: values at selected steps, the same curve after a resume, invalid settings refused."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OWN = ("cosine", "wsd", "restarts")
 
 
 def build(name: str, *settings: str, steps: int = STEPS):
-    """(optimizer with the rates 1 and 10, scheduler), as configured; 10 steps of warm-up unless `settings` say else."""
+    """Return an optimizer with rates 1 and 10 and its scheduler; 10 steps of warm-up unless `settings` differ."""
     file = OmegaConf.load(CONFIGS / "lr_scheduler" / f"{name}.yaml")
     typed = OmegaConf.from_dotlist(["num_warmup_steps=10", *settings])
     cfg = OmegaConf.create({"lr_scheduler": OmegaConf.merge(file, typed), "trainer": {"max_steps": steps}})
@@ -30,7 +30,7 @@ def build(name: str, *settings: str, steps: int = STEPS):
 
 
 def curve(optimizer, scheduler, steps: int) -> list[float]:
-    """The rate that each of the next steps takes; that of the second group is always ten times it."""
+    """Return the rate of each of the next steps; that of the second group is always ten times it."""
     rates = []
     for _ in range(steps):
         rates.append(optimizer.param_groups[0]["lr"])
@@ -44,7 +44,7 @@ PERIODS = ["periods=[40,30]", "num_rewarmup_steps=5", "peak_decay=0.5"]
 
 
 @pytest.mark.parametrize(("name", "settings", "expected"), [
-    # step -> rate, by hand. The two with the references' meaning begin at 0; half of 100 steps after the warm-up is 55.
+    # step -> rate, by hand. The two schedules of the references begin at 0; half of 100 steps after the warm-up is 55.
     ("constant", ["num_warmup_steps=0"], {0: 1, 1: 1, 50: 1, 99: 1}),
     ("constant_warmup", [], {0: 0, 5: 0.5, 9: 0.9, 10: 1, 55: 1, 99: 1}),
     ("cosine_decay_warmup", [], {0: 0, 5: 0.5, 10: 1, 55: 0.5, 99: 0.5 * (1 + -0.99939083)}),
@@ -62,7 +62,7 @@ def test_values(name, settings, expected):
 
 
 @pytest.mark.parametrize("name", OWN)
-def test_ours_move_from_the_first_step_on_and_never_jump(name):
+def test_our_schedules_move_from_the_first_step_on_and_never_jump(name):
     rates = curve(*build(name, *(PERIODS if name == "restarts" else [])), STEPS)
     assert min(rates) >= 0.1 - 1e-12 and max(rates) == pytest.approx(1)
     assert max(abs(b - a) for a, b in zip(rates, rates[1:], strict=False)) < 0.21
@@ -71,7 +71,7 @@ def test_ours_move_from_the_first_step_on_and_never_jump(name):
 
 
 @pytest.mark.parametrize("name", ["constant", "constant_warmup", "cosine_decay_warmup", *OWN])
-def test_a_resume_goes_on_along_the_same_curve(name):
+def test_a_resume_continues_the_same_curve(name):
     settings = PERIODS if name == "restarts" else []
     whole = curve(*build(name, *settings), STEPS)
     for stop in (1, 7, 47, 85):
@@ -84,37 +84,37 @@ def test_a_resume_goes_on_along_the_same_curve(name):
         assert curve(optimizer, scheduler, STEPS - stop) == whole[stop:]
 
 
-def test_wsd_is_prolonged_as_if_it_had_been_asked_for():
+def test_an_extended_wsd_equals_a_longer_one():
     short, long = (curve(*build("wsd", steps=steps), 80) for steps in (100, 400))
     assert short == long
 
 
-@pytest.mark.parametrize(("name", "setting", "said"), [
+@pytest.mark.parametrize(("name", "setting", "message"), [
     ("cosine", "num_warmup_steps=100", "lr_scheduler.num_warmup_steps=100 must be below trainer.max_steps=100"),
     ("wsd", "decay_share=0.95", "do not fit into trainer.max_steps=100"),
     ("restarts", "periods=[10]", "a period of 10 steps leaves none after its warm-up"),
     ("restarts", "peak_decay=0.05", "lr_scheduler.peak_decay=0.05"),
 ])  # fmt: skip
-def test_what_does_not_fit_together_is_refused(name, setting, said):
+def test_settings_that_do_not_fit_are_refused(name, setting, message):
     with pytest.raises(Exception) as caught:  # noqa: B017, PT011 - Hydra wraps it
         build(name, setting)
-    assert said in explain(caught.value)
+    assert message in explain(caught.value)
 
 
-@pytest.mark.parametrize(("arguments", "said"), [
+@pytest.mark.parametrize(("arguments", "message"), [
     (["lr_scheduler=cosine", "lr_scheduler.num_warmup_steps=2"], "lr_scheduler.num_warmup_steps=2"),
     (["lr_scheduler=cosine", "lr_scheduler.min_ratio=low"], "lr_scheduler.min_ratio=low must be a number"),
     (["lr_scheduler=wsd", "lr_scheduler.num_training_steps=7"], "contradicts trainer.max_steps=2"),
     (["lr_scheduler=constant", "lr_scheduler.num_warmup_steps=-1"], "lr_scheduler.num_warmup_steps=-1"),
 ])  # fmt: skip
-def test_it_is_refused_before_any_data_are_read(monkeypatch, arguments, said):
+def test_settings_are_refused_before_data_are_read(monkeypatch, arguments, message):
     monkeypatch.setattr(Builder, "data", lambda *_: pytest.fail("it went on"))
     with pytest.raises(Exception) as caught:  # noqa: B017, PT011 - explain() is what is tested
         run(*TINY, *arguments)
-    assert said in explain(caught.value)
+    assert message in explain(caught.value)
 
 
-def test_a_training_that_is_all_warm_up_is_a_warning_with_its_remedy(caplog):
+def test_a_training_of_warm_up_only_gets_a_warning_with_its_remedy(caplog):
     with caplog.at_level(logging.WARNING):
         checked(compose_config(["data=wikitext2", "trainer.max_steps=500"]), "a test")
     assert "num_warmup_steps=2500 is not below trainer.max_steps=500" in caplog.text

@@ -1,4 +1,4 @@
-"""What a run says cannot end it: closed, full and narrow outputs lose text, and nothing else."""
+"""Output cannot end a run: closed, full and narrow streams lose text, and nothing else."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from palimpsest.common.output import SafeStream, guard_output
 from palimpsest.settings.command_line import clear_errors
 
 
-def test_a_pipe_that_nobody_reads_ends_nothing_and_is_not_mentioned():
+def test_a_closed_pipe_is_ignored_silently():
     read, write = os.pipe()
     os.close(read)
     with pytest.raises(BrokenPipeError), open(write, "w", closefd=False) as plain:
         print("lost", file=plain, flush=True)
-    told = io.StringIO()
-    safe = SafeStream(open(write, "w"), told)  # noqa: SIM115
+    log = io.StringIO()
+    safe = SafeStream(open(write, "w"), log)  # noqa: SIM115
     print("lost", file=safe, flush=True)
-    assert safe.writable() and safe.fileno() == write and not told.getvalue()
+    assert safe.writable() and safe.fileno() == write and not log.getvalue()
 
 
-def test_a_full_disk_ends_nothing_and_is_mentioned_once():
-    told = io.StringIO()
+def test_a_full_disk_is_reported_once():
+    log = io.StringIO()
     with pytest.raises(OSError, match="No space left"), open("/dev/full", "w") as plain:
         print("lost", file=plain, flush=True)
-    safe = SafeStream(open("/dev/full", "w"), told)  # noqa: SIM115
+    safe = SafeStream(open("/dev/full", "w"), log)  # noqa: SIM115
     for _ in range(3):
         print("lost", file=safe, flush=True)
-    assert told.getvalue().count("No space left on device") == 1
+    assert log.getvalue().count("No space left on device") == 1
 
 
-def test_a_closed_stream_and_one_that_only_reads_end_nothing(tmp_path):
+def test_closed_and_read_only_streams_are_ignored(tmp_path):
     closed = open(tmp_path / "file", "w")  # noqa: SIM115
     closed.close()
     print("lost", file=SafeStream(closed), flush=True)
@@ -47,7 +47,7 @@ def test_a_closed_stream_and_one_that_only_reads_end_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("encoding", "shown"), [("ascii", "a?b ?"), ("latin-1", "a\xb1b ?"), ("utf-8", "a\xb1b \u4e2d")]
 )
-def test_what_an_encoding_lacks_is_shown_as_question_marks(encoding, shown):
+def test_characters_outside_the_encoding_become_question_marks(encoding, shown):
     raw = io.BytesIO()
     safe = SafeStream(io.TextIOWrapper(raw, encoding=encoding, write_through=True))
     print("a\xb1b \u4e2d", file=safe, end="")
@@ -67,7 +67,7 @@ def test_live_displays_and_logs_write_through_it():
     assert raw.getvalue().decode("latin-1") == "? ?\n?\n"
 
 
-def test_streams_that_were_closed_before_the_start_are_replaced(monkeypatch):
+def test_streams_closed_before_the_start_are_replaced(monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
     monkeypatch.setattr(sys, "stderr", None)
     guard_output()
@@ -78,8 +78,8 @@ def test_streams_that_were_closed_before_the_start_are_replaced(monkeypatch):
     assert sys.stdout is out, "guarded twice"
 
 
-def test_no_file_gets_the_number_of_a_closed_output(tmp_path):
-    """A checkpoint under descriptor 1 or 2 would hold what libraries and child processes print."""
+def test_no_file_gets_the_descriptor_of_a_closed_output(tmp_path):
+    """A checkpoint with descriptor 1 or 2 would receive the output of libraries and child processes."""
     child = os.fork()
     if child == 0:  # no test runs on here
         try:
@@ -95,15 +95,15 @@ def test_no_file_gets_the_number_of_a_closed_output(tmp_path):
     assert int((tmp_path / "kept").read_text()) > 2
 
 
-@pytest.mark.parametrize("said", [
+@pytest.mark.parametrize("message", [
     "unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)",
     "Caught RuntimeError in DataLoader worker process 0.\nunable to write to file: unable to open shared memory object",
     "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are out of ...",
     "DataLoader worker (pid(s) 18164, 18165) exited unexpectedly",
 ])  # fmt: skip
-def test_too_little_shared_memory_has_a_remedy(said, capsys):
+def test_too_little_shared_memory_has_a_remedy(message, capsys):
     with pytest.raises(SystemExit) as stop, clear_errors():
-        raise RuntimeError(said)
+        raise RuntimeError(message)
     assert stop.value.code == 2 and "loader.num_workers=0" in capsys.readouterr().err
     with pytest.raises(RuntimeError, match="another"), clear_errors():
         raise RuntimeError("another")

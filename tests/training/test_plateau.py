@@ -1,4 +1,4 @@
-"""The plateau factor: one cut after its patience, none while validation falls, the same after a resume."""
+"""The plateau factor: a cut after its patience, none while validation improves, the same after a resume."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ NAN = math.nan
 ])  # fmt: skip
 def test_when_it_cuts(settings, values, cuts):
     plateau = Plateau(**settings)
-    assert [place for place, value in enumerate(values) if plateau.see(value)] == cuts
+    assert [place for place, value in enumerate(values) if plateau.update(value)] == cuts
     assert plateau.state.factor == pytest.approx(0.5 ** len(cuts))
 
 
 def test_the_floor_holds():
     plateau = Plateau(patience=1, cooldown=0, factor=0.3, floor=0.2)
-    factors = [plateau.state.factor for _ in range(6) if plateau.see(1.0) or True]
+    factors = [plateau.state.factor for _ in range(6) if plateau.update(1.0) or True]
     assert factors == pytest.approx([1.0, 0.3, 0.2, 0.2, 0.2, 0.2])
 
 
 def fitted(values: list[float], plateau: Plateau) -> list[float]:
-    """The rates of 20 steps under a cosine, with a validation after each of the first ones that gives `values`."""
+    """Return the rates of 20 steps under a cosine; the first steps are followed by validations with `values`."""
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=2.0)
     scheduler = cosine(optimizer, 20, 2)
     trainer = SimpleNamespace(
@@ -63,21 +63,21 @@ def fitted(values: list[float], plateau: Plateau) -> list[float]:
     return rates
 
 
-def test_a_cut_scales_every_step_to_come_and_only_those():
+def test_a_cut_scales_all_later_steps_and_only_those():
     plain, cut = fitted([5, 4, 3, 2], Plateau(patience=2)), fitted([5, 5, 5, 4], Plateau(patience=2))
     assert cut[:3] == plain[:3]
     assert cut[3:] == pytest.approx([0.5 * rate for rate in plain[3:]])
 
 
-def test_every_rank_hears_the_value_of_rank_0():
-    plateau, heard = Plateau(patience=1), []
-    strategy = SimpleNamespace(broadcast=lambda value: heard.append(value) or 3.0)
+def test_every_rank_uses_the_value_of_rank_0():
+    plateau, sent = Plateau(patience=1), []
+    strategy = SimpleNamespace(broadcast=lambda value: sent.append(value) or 3.0)
     trainer = SimpleNamespace(sanity_checking=False, callback_metrics={"val/nll": 7.0}, strategy=strategy)
     plateau.on_validation_end(trainer, None)
-    assert heard == [7.0] and plateau.state.best == 3.0
+    assert sent == [7.0] and plateau.state.best == 3.0
 
 
-# Rates far too high, so that val/nll rises: cuts are certain.
+# The rate is far too high, so val/nll rises and cuts are certain.
 RISING = [*TINY, "plateau=cut", "plateau.patience=1", "plateau.cooldown=0", "lr_scheduler=cosine", "optim=adamw",
           "optim.lr=0.3", "trainer.max_steps=12", "trainer.val_check_interval=2", "sampling.num_sample_log=0",
           "callbacks.checkpoint_every_n_steps.every_n_train_steps=2", "training.ema=0",
@@ -106,18 +106,18 @@ def test_a_resumed_run_has_the_same_rates_counts_and_weights(tmp_path, monkeypat
     train("killed")
     whole, resumed = (load_inert(tmp_path / f"{name}/checkpoints/last.ckpt") for name in ("whole", "killed"))
     assert whole["callbacks"]["Plateau"] == resumed["callbacks"]["Plateau"]
-    assert whole["callbacks"]["Plateau"]["factor"] < 0.6, "there was no cut to resume"
+    assert whole["callbacks"]["Plateau"]["factor"] < 0.6, "there was no cut"
     assert whole["lr_schedulers"] == resumed["lr_schedulers"]
     for name, tensor in whole["state_dict"].items():
         assert torch.equal(tensor, resumed["state_dict"][name])
 
 
-def test_the_plateau_is_part_of_what_determines_the_weights():
+def test_the_plateau_is_part_of_the_identity():
     plain, cut = (identity(compose_config(given)) for given in ([], ["plateau=cut"]))
     assert not any(key.startswith("plateau") for key in plain) and cut["plateau.patience"] == 5
 
 
-def test_it_needs_validations_and_a_schedule_that_it_can_scale():
+def test_it_needs_validations_and_a_scalable_schedule():
     with pytest.raises(ValueError, match="trainer.limit_val_batches=0 leaves none"):
         Plateau().on_fit_start(SimpleNamespace(limit_val_batches=0), None)
     other = torch.optim.lr_scheduler.CosineAnnealingLR(torch.optim.SGD([torch.zeros(1)]), 10)

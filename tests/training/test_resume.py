@@ -1,4 +1,4 @@
-"""The engine, by killing it: a run that was killed and started again ends with the weights of one that never was."""
+"""Resuming: a killed and restarted run ends with the weights of an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def uninterrupted(tmp_path_factory) -> Path:
 
 
 def test_kill_9_and_start_again_gives_the_weights_of_an_uninterrupted_run(tmp_path, uninterrupted):
-    """By the command itself; tests/training/test_faults.py does it several times."""
+    """As a user does it; tests/training/test_faults.py repeats it."""
     folder = tmp_path / "run"
     last = folder / "checkpoints" / "last.ckpt"
     process = start_main(*RUN, f"checkpointing.save_dir={folder}", cwd=tmp_path, stdout=subprocess.PIPE)
@@ -34,12 +34,12 @@ def test_kill_9_and_start_again_gives_the_weights_of_an_uninterrupted_run(tmp_pa
     process.wait()
     assert load_inert(last)["global_step"] < 24, "it was killed too late to test anything"
     process = start_main(*RUN, f"checkpointing.save_dir={folder}", cwd=tmp_path, stdout=subprocess.PIPE)
-    said = process.communicate()[0].decode()
-    assert process.returncode == 0 and "resuming from" in said
+    output = process.communicate()[0].decode()
+    assert process.returncode == 0 and "resuming from" in output
     assert same_weights(last, uninterrupted)
 
 
-def test_a_finished_run_is_left_as_it_is(tmp_path, monkeypatch, capsys):
+def test_a_finished_run_is_not_changed(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     few = [*RUN, "checkpointing.save_dir=run", "trainer.max_steps=4"]
     trained(*few)
@@ -57,20 +57,9 @@ def test_the_same_seed_gives_the_same_losses_and_another_seed_others(tmp_path, m
     assert not same_weights(trained(*RUN, "checkpointing.save_dir=other", "seed=2"), uninterrupted)
 
 
-def test_going_on_with_more_steps_equals_having_asked_for_them(tmp_path, monkeypatch):
+def test_resuming_with_more_steps_equals_a_longer_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     constant = [*RUN, "lr_scheduler=constant_warmup", "lr_scheduler.num_warmup_steps=1"]
     trained(*constant, "checkpointing.save_dir=a", "trainer.max_steps=7")
     in_parts = trained(*constant, "checkpointing.save_dir=a", "trainer.max_steps=12")
     assert same_weights(in_parts, trained(*constant, "checkpointing.save_dir=b", "trainer.max_steps=12"))
-
-
-def test_micro_batches_do_not_change_the_run_but_for_rounding(tmp_path, monkeypatch):
-    """Noise and order are keyed by place in the stream, so the size of a micro-batch is invisible (without dropout).
-    Micro-batches weigh their tokens alike only where they hold equally many, hence the wrapped data."""
-    monkeypatch.chdir(tmp_path)
-    same = [*RUN, "model.dropout=0", "trainer.max_steps=6", "data.wrap=true", "data.max_train_texts=500", "optim=adamw"]
-    cut = (trained(*same, f"loader.batch_size={size}", f"checkpointing.save_dir=b{size}") for size in (4, 1))
-    a, b = (load_inert(path)["state_dict"] for path in cut)
-    for name, tensor in a.items():
-        torch.testing.assert_close(tensor, b[name], rtol=1e-3, atol=1e-5, msg=name)

@@ -1,5 +1,7 @@
-"""Signals: a training saves after its optimizer step and leaves with the status that says why; all else leaves at once;
-the next start goes on as if nothing had happened."""
+"""Signals: a training saves after its optimizer step and exits with the signal's status; all else exits at once.
+
+The next start resumes as if there had been no interruption.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,7 @@ CORPUS = functools.cache(reviews.generate_split)
 
 
 @pytest.fixture(autouse=True)
-def handlers_as_they_were():
+def restored_handlers():
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
     before = {number: signal.getsignal(number) for number in numbers}
     yield
@@ -54,32 +56,32 @@ def handlers_as_they_were():
 
 @pytest.fixture(autouse=True)
 def one_corpus(monkeypatch):
-    """Written once instead of at every start, which is most of what these tests compute."""
+    """Generate the corpus once, because its generation would dominate these tests."""
     monkeypatch.setattr(reviews, "generate_split", CORPUS)
 
 
 @pytest.fixture
 def requeued(monkeypatch) -> list[str]:
-    """What would have been asked of SLURM."""
+    """The requests to SLURM."""
     asked = []
     monkeypatch.setattr(signals, "requeue", lambda: asked.append("requeue") or "asked")
     return asked
 
 
 def command(*settings: str) -> None:
-    """A command as main.py runs it."""
+    """Run a command as main.py does."""
     with SIGNALS.listening():
         running.run(compose_config(list(settings)), "a test")
 
 
 def training(*settings: str) -> None:
-    """The training of such a command alone, without the measurements and the report after it."""
+    """Run only the training of such a command, without measurements and report."""
     with SIGNALS.listening():
         fit(Experiment(compose_config(list(settings)), "a test"))
 
 
 def signal_in(monkeypatch, number: int, where: type, method: str, batch: int, when: object = lambda: True) -> None:
-    """`number` arrives while `method` works on `batch`."""
+    """Send `number` while `method` processes `batch`."""
     original = getattr(where, method)
 
     def interrupted(self, *arguments):
@@ -90,7 +92,7 @@ def signal_in(monkeypatch, number: int, where: type, method: str, batch: int, wh
     monkeypatch.setattr(where, method, interrupted)
 
 
-def test_three_signals_on_the_way_do_not_change_the_weights(tmp_path, monkeypatch, requeued):
+def test_three_interruptions_do_not_change_the_weights(tmp_path, monkeypatch, requeued):
     monkeypatch.chdir(tmp_path)
     training(*RUN, "checkpointing.save_dir=whole")
     last = tmp_path / "parts/checkpoints/last.ckpt"
@@ -101,17 +103,17 @@ def test_three_signals_on_the_way_do_not_change_the_weights(tmp_path, monkeypatc
             with pytest.raises(Interrupted) as stop:
                 training(*RUN, "checkpointing.save_dir=parts")
         assert stop.value.code == 128 + number
-        assert load_inert(last)["global_step"] == step, "the optimizer step was not finished, or another one begun"
+        assert load_inert(last)["global_step"] == step, "the optimizer step is unfinished, or another has begun"
         assert not list(tmp_path.glob("parts/**/*hpc*"))
         if step == 10:
-            assert known_best(last) == known_best(last.with_name("best.ckpt")), "the validation at this step was lost"
-    assert requeued == ["requeue"], "SIGUSR1 asks for another start, and nothing else does"
+            assert known_best(last) == known_best(last.with_name("best.ckpt")), "the validation at this step is lost"
+    assert requeued == ["requeue"], "only SIGUSR1 requeues"
     training(*RUN, "checkpointing.save_dir=parts")
     assert same_weights(last, tmp_path / "whole/checkpoints/last.ckpt")
 
 
 def known_best(path: Path) -> float:
-    """The lowest val/nll of which a checkpoint knows."""
+    """Return the lowest val/nll in a checkpoint."""
     states = load_inert(path)["callbacks"]
     return float(next(state["best_model_score"] for name, state in states.items() if name.startswith("BestCheckpoint")))
 
@@ -127,22 +129,22 @@ def test_a_signal_at_the_last_step_ends_the_command_with_the_model_complete(tmp_
     assert "complete: " in capsys.readouterr().out
 
 
-def test_while_evaluating_a_signal_ends_the_command_at_once(tmp_path, monkeypatch, requeued):
+def test_during_evaluation_a_signal_ends_the_command_at_once(tmp_path, monkeypatch, requeued):
     monkeypatch.chdir(tmp_path)
     few = [*TINY, "checkpointing.save_dir=run", "loader.eval_batch_size=2"]
     signal_in(monkeypatch, signal.SIGUSR1, Mapper, "test_step", 0)
     with pytest.raises(Interrupted) as stop:
         command(*few)
-    assert stop.value.code == 128 + signal.SIGUSR1 and requeued == ["requeue"], "it has trained: another start gets on"
+    assert stop.value.code == 128 + signal.SIGUSR1 and requeued == ["requeue"], (
+        "it has trained, so another start gets further"
+    )
     with pytest.raises(Interrupted):
         command(*few, "mode=ppl_eval")
-    assert requeued == ["requeue"], "it would be requeued for ever without getting further"
+    assert requeued == ["requeue"], "it would be requeued forever without progress"
     assert read_progress(tmp_path / "run/checkpoints/last.ckpt").step == 2
 
 
-def test_a_signal_in_one_class_model_ends_the_whole_command_and_the_next_start_goes_on_there(
-    tmp_path, monkeypatch, capsys
-):
+def test_a_signal_in_a_class_model_ends_the_command_and_the_next_start_resumes_there(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     classify = [*TINY, "mode=classify", "checkpointing.save_dir=run", "trainer.max_steps=4", "classify.baselines=false"]
     second = tmp_path / "run/label=1"
@@ -154,13 +156,13 @@ def test_a_signal_in_one_class_model_ends_the_whole_command_and_the_next_start_g
     signal_in(monkeypatch, signal.SIGTERM, Mapper, "test_step", 0)
     with pytest.raises(Interrupted):
         command(*classify)
-    said = capsys.readouterr().out
-    assert "complete: run/label=0" in said and "resuming from run/label=1" in said
+    output = capsys.readouterr().out
+    assert "complete: run/label=0" in output and "resuming from run/label=1" in output
     assert read_progress(second / "checkpoints/last.ckpt").step == 4
 
 
 def in_a_fork(work: object) -> int:
-    """How a process ended that ran `work` (negative: of which signal)."""
+    """Return the exit status of a process that ran `work` (negative: the signal that ended it)."""
     process = multiprocessing.get_context("fork").Process(target=work)
     process.start()
     process.join(300)
@@ -168,19 +170,19 @@ def in_a_fork(work: object) -> int:
     return process.exitcode
 
 
-def test_a_second_interrupt_leaves_at_once():
+def test_a_second_interrupt_exits_at_once():
     def twice() -> None:
         with SIGNALS.listening():
             SIGNALS.phase = Phase.TRAINING
             os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGTERM)  # it is leaving already
+            os.kill(os.getpid(), signal.SIGTERM)  # ignored, it is exiting already
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(300)
 
     assert in_a_fork(twice) == -signal.SIGINT
 
 
-def test_a_warning_after_all_is_done_does_not_change_the_status():
+def test_a_warning_after_the_end_does_not_change_the_status():
     def done() -> None:
         with SIGNALS.listening():
             pass
@@ -190,7 +192,7 @@ def test_a_warning_after_all_is_done_does_not_change_the_status():
     assert in_a_fork(done) == 0
 
 
-def test_data_loading_processes_outlive_what_the_training_survives_and_end_when_it_ends_them():
+def test_data_loading_processes_ignore_signals_except_sigterm():
     def worker() -> None:
         for number in (signal.SIGUSR1, signal.SIGINT, signal.SIGINT):
             os.kill(os.getpid(), number)
@@ -202,8 +204,8 @@ def test_data_loading_processes_outlive_what_the_training_survives_and_end_when_
         assert in_a_fork(worker) == -signal.SIGTERM
 
 
-def test_who_handled_the_signal_before_gets_it_when_all_is_saved(requeued):
-    """submitit, which keeps count of its restarts."""
+def test_an_earlier_handler_is_called_after_the_save(requeued):
+    """As that of submitit, which counts its restarts."""
     got = []
     signal.signal(signal.SIGUSR1, lambda number, _: got.append((number, SIGNALS.phase)))
     with pytest.raises(Interrupted), SIGNALS.listening():
@@ -212,7 +214,7 @@ def test_who_handled_the_signal_before_gets_it_when_all_is_saved(requeued):
 
 
 class TwoProcesses:
-    """A trainer of two processes, of which the other one does `rate` steps per second and got `other`."""
+    """A trainer of two processes; the other one makes `rate` steps per second and received the signal `other`."""
 
     world_size, global_step, val_check_batch, num_val_batches = 2, 0, None, [0]
 
@@ -232,7 +234,7 @@ class TwoProcesses:
         self.saved_at.append(self.global_step)
 
 
-def test_all_processes_stop_after_the_same_step_and_ask_each_other_once_a_second(monkeypatch):
+def test_all_processes_stop_after_the_same_step_and_communicate_once_a_second(monkeypatch):
     monkeypatch.setattr(signals.time, "monotonic", iter(range(10**6)).__next__)  # one step a second here
     trainer, callback = TwoProcesses(), StopAtSignal(Path("checkpoints"))
     callback.on_train_start(trainer, None)
@@ -243,7 +245,7 @@ def test_all_processes_stop_after_the_same_step_and_ask_each_other_once_a_second
         callback.on_train_batch_end(trainer, None, None, None, batch)
         if trainer.saved_at:
             break
-    # The first time after one step, from then on every 100: the faster process's pace, which both are told.
+    # First after one step, then every 100 steps, the pace of the faster process.
     assert trainer.asked_at == [1, 101, 201, 301] and trainer.saved_at == [301]
     with pytest.raises(Interrupted) as stop:
         callback.on_train_batch_start(trainer, None, None, 0)
@@ -264,10 +266,10 @@ def test_two_processes_of_torchrun_stop_together_though_one_got_the_signal(tmp_p
         pid for pid in children.read_text().split() if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()
     )
     os.kill(int(second), signal.SIGUSR1)
-    assert process.wait(600) != 0, "it says that it has trained to its end"
-    said = (tmp_path / "log").read_text()
+    assert process.wait(600) != 0, "it claims to be complete"
+    output = (tmp_path / "log").read_text()
     saved = load_inert(last)["global_step"]
-    assert f"SIGUSR1: step {saved} is saved" in said and "not a SLURM job" in said
+    assert f"SIGUSR1: step {saved} is saved" in output and "not a SLURM job" in output
 
 
 LONG = [*TINY, *FEW, "trainer.max_steps=1000000", "callbacks.checkpoint_every_n_steps.every_n_train_steps=2",
@@ -276,7 +278,7 @@ LONG = [*TINY, *FEW, "trainer.max_steps=1000000", "callbacks.checkpoint_every_n_
 
 @contextmanager
 def started(folder: Path, *before: str, **how: object) -> Iterator[subprocess.Popen]:
-    """A long training as a user starts it, in `folder`."""
+    """Start a long training in `folder` as a user does."""
     with start_main(*LONG, cwd=folder, before=before, **how) as process:
         try:
             yield process
@@ -284,18 +286,18 @@ def started(folder: Path, *before: str, **how: object) -> Iterator[subprocess.Po
             process.kill()
 
 
-def on_its_terminal() -> None:
-    """What a login does in its process: its standard input is the terminal that it is told of, and a hangup ends it."""
+def take_terminal() -> None:
+    """Make standard input the controlling terminal, and let a hangup end the process, as a login does."""
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
-def test_a_terminal_that_is_closed_ends_a_training_with_all_saved_and_nohup_keeps_it_going(tmp_path):
+def test_a_closed_terminal_ends_a_training_after_a_save_unless_nohup(tmp_path):
     last = tmp_path / "run/checkpoints/last.ckpt"
     step = lambda: last.exists() and load_inert(last)["global_step"]  # noqa: E731
     ours, theirs = pty.openpty()
     on_it = {"stdin": theirs, "stdout": theirs, "stderr": theirs, "start_new_session": True}
-    with started(tmp_path, preexec_fn=on_its_terminal, **on_it) as process:
+    with started(tmp_path, preexec_fn=take_terminal, **on_it) as process:
         os.close(theirs)
         reader = threading.Thread(target=read_to_the_end, args=(ours, closed := threading.Event()))
         reader.start()
@@ -304,7 +306,7 @@ def test_a_terminal_that_is_closed_ends_a_training_with_all_saved_and_nohup_keep
         finally:
             closed.set()
             reader.join()
-            os.close(ours)  # the kernel sends SIGHUP, and whatever is written from now on is an error
+            os.close(ours)  # the kernel sends SIGHUP, and further output is an error
         assert process.wait(600) == 128 + signal.SIGHUP
     saved, state = step(), json.loads((tmp_path / "run/run.json").read_text())
     assert state["state"] == "stopped" and state["step"] == saved == state["checkpoint"]["step"]
@@ -317,18 +319,18 @@ def test_a_terminal_that_is_closed_ends_a_training_with_all_saved_and_nohup_keep
             wait_for(lambda: step() > hung_up + 4, process)
             process.send_signal(signal.SIGTERM)
             assert process.wait(600) == 128 + signal.SIGTERM
-    said = (tmp_path / "log").read_text()
-    assert "resuming from run/checkpoints/last.ckpt" in said and "SIGHUP" not in said
+    output = (tmp_path / "log").read_text()
+    assert "resuming from run/checkpoints/last.ckpt" in output and "SIGHUP" not in output
 
 
 def read_to_the_end(terminal: int, end: threading.Event) -> None:
-    """What a terminal does with what is written to it, until it is closed."""
+    """Read the output as a terminal does, until `end`."""
     while not end.is_set():
         if select.select([terminal], [], [], 0.1)[0]:
             os.read(terminal, 1 << 16)
 
 
-def test_only_the_task_of_an_array_is_requeued_not_the_array(tmp_path, monkeypatch):
+def test_the_task_of_an_array_is_requeued_and_not_the_array(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert "not a SLURM job" in requeue({})
     assert "could not be put back" in requeue({"SLURM_JOB_ID": "7"})
@@ -347,7 +349,7 @@ STEP = {"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4", "SLURM_NNODES": "2", "
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
 
 
-def test_processes_that_were_started_as_asked_are_fine():
+def test_the_requested_number_of_processes_is_accepted():
     check_processes(1, 1, {})
     check_processes(8, 2, {})  # Lightning starts them
     check_processes(2, 2, STEP)
@@ -357,7 +359,7 @@ def test_processes_that_were_started_as_asked_are_fine():
     check_processes(4, 1, {"SLURM_JOB_ID": "1"})  # a batch script that asked for no tasks
 
 
-@pytest.mark.parametrize(("devices", "nodes", "environ", "said"), [
+@pytest.mark.parametrize(("devices", "nodes", "environ", "message"), [
     (1, 1, STEP, "4 tasks on 2 nodes .*trainer.devices=1 trainer.num_nodes=1.*: set trainer.devices=2 "
                  "trainer.num_nodes=2, or ask SLURM for --nodes=1 --ntasks-per-node=1"),
     (4, 1, {"SLURM_NTASKS": "1"}, "1 tasks on 1 nodes.*--ntasks-per-node=4"),
@@ -367,13 +369,13 @@ def test_processes_that_were_started_as_asked_are_fine():
     (1, 1, TORCHRUN, "torchrun started 4 processes, 2 on this node, and trainer.devices=1 trainer.num_nodes=1.*"
                      "trainer.devices=2 trainer.num_nodes=2, or torchrun --nproc_per_node=1 --nnodes=1"),
 ])  # fmt: skip
-def test_another_number_of_processes_is_refused_with_what_differs(devices, nodes, environ, said):
-    with pytest.raises(ValueError, match=said):
+def test_another_number_of_processes_is_refused_with_the_difference(devices, nodes, environ, message):
+    with pytest.raises(ValueError, match=message):
         check_processes(devices, nodes, environ)
 
 
-def test_lightning_still_has_the_two_places_that_are_taken_over():
-    """They are private: another version of Lightning may have moved them, and would end with status 0 again."""
+def test_lightning_still_has_the_two_methods_that_are_replaced():
+    """They are private, so another version of Lightning may rename them and end with status 0 again."""
     trainer = lightning.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     assert callable(type(trainer._signal_connector).register_signal_handlers)
     assert callable(type(trainer.fit_loop.epoch_loop)._broadcast_sigterm_tensor)

@@ -1,4 +1,4 @@
-"""On a real SLURM: a job that is told its time is nearly over saves, goes back into the queue, resumes, finishes."""
+"""On a real SLURM: a job that is warned of its time limit saves, is requeued, resumes and finishes."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from tests.helpers.networks import same_weights
 
 SCRIPTS = sorted([*(ROOT / "scripts").rglob("*.sh"), *(ROOT / "scripts").rglob("*.sbatch")])
 JOBS = [path for path in SCRIPTS if "#SBATCH" in path.read_text()]
-PATIENCE = 600  # seconds for any one thing, on a machine that has other work
+PATIENCE = 600  # seconds per event, on a busy machine
 
 
 def slurm(*command: object, check: bool = True, cwd: Path = ROOT) -> str:
-    """What a command of SLURM says; python is the one that runs the tests."""
+    """Return the output of a SLURM command, with this interpreter as `python`."""
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1",
            "DATA_DIR": "", "HF_HUB_OFFLINE": "1"}  # fmt: skip
     return subprocess.run(
@@ -39,15 +39,12 @@ def slurm(*command: object, check: bool = True, cwd: Path = ROOT) -> str:
 
 @pytest.fixture
 def cluster():
-    needed = os.environ.get("PALIMPSEST_TEST_SLURM") == "1"
-    answers = False
+    needed, works = os.environ.get("PALIMPSEST_TEST_SLURM") == "1", False
     if shutil.which("sbatch"):
-        answers = bool(re.search("idle|mix|alloc", slurm("sinfo", "-h", "-o", "%t", check=False)))
-    assert answers or not needed, (
-        "PALIMPSEST_TEST_SLURM=1 says that there is a SLURM, and sinfo shows no node that works"
-    )
-    if not answers:
-        pytest.skip("needs a SLURM that answers: sinfo, sbatch")
+        works = bool(re.search("idle|mix|alloc", slurm("sinfo", "-h", "-o", "%t", check=False)))
+    assert works or not needed, "PALIMPSEST_TEST_SLURM=1 needs a SLURM, and sinfo shows no working node"
+    if not works:
+        pytest.skip("needs a working SLURM: sinfo, sbatch")
 
 
 def state(job: str) -> str:
@@ -62,9 +59,7 @@ def logs(job: str) -> str:
     return "".join(path.read_text() for path in (ROOT / "watch_folder").glob(f"*_{job}.*"))
 
 
-def test_a_job_that_is_signalled_saves_goes_back_into_the_queue_resumes_and_ends_with_the_same_weights(
-    cluster, tmp_path
-):
+def test_a_signalled_job_saves_is_requeued_resumes_and_ends_with_the_same_weights(cluster, tmp_path):
     settings = [*TINY, *FEW, "model.dropout=0.2", "trainer.max_steps=600", "trainer.val_check_interval=400",
                 "callbacks.checkpoint_every_n_steps.every_n_train_steps=10", "sampling.num_sample_log=0"]  # fmt: skip
     here = {"--array": "3", "--gres": "none", "--cpus-per-task": "1", "--time": "10"}
@@ -77,14 +72,14 @@ def test_a_job_that_is_signalled_saves_goes_back_into_the_queue_resumes_and_ends
         slurm("scancel", "--signal=USR1", job)
         wait(lambda: state(job) == "PENDING", job)
         stopped = read_progress(last).step
-        said = logs(job)
-        assert stopped < 600 and f"SIGUSR1: step {stopped} is saved" in said and f"{job} is back in the queue" in said
-        slurm("scontrol", "update", f"JobId={job}", "StartTime=now")  # SLURM waits for two minutes otherwise
+        log = logs(job)
+        assert stopped < 600 and f"SIGUSR1: step {stopped} is saved" in log and f"{job} is back in the queue" in log
+        slurm("scontrol", "update", f"JobId={job}", "StartTime=now")  # otherwise SLURM waits for two minutes
         experiment = Experiment(compose_config([*settings, "seed=3", f"checkpointing.save_dir={tmp_path}"]), "")
-        fit(experiment)  # in the meantime, and never disturbed
+        fit(experiment)  # meanwhile, without interruption
         wait(lambda: state(job) in ("COMPLETED", "FAILED", ""), job)
         assert state(job) in ("COMPLETED", ""), logs(job)
-        assert "resuming from" in logs(job) and "validation NLL" in logs(job), "the log was not appended to"
+        assert "resuming from" in logs(job) and "validation NLL" in logs(job), "the log was overwritten"
         assert same_weights(last, tmp_path / "checkpoints/last.ckpt")
     finally:
         slurm("scancel", array, check=False)
@@ -92,20 +87,20 @@ def test_a_job_that_is_signalled_saves_goes_back_into_the_queue_resumes_and_ends
             path.unlink()
 
 
-def test_the_benchmark_of_requeueing_says_whether_two_trainings_are_the_same(tmp_path, capsys):
+def test_the_benchmark_of_requeueing_compares_two_trainings(tmp_path, capsys):
     content = {"state_dict": {"w": torch.arange(6.0).reshape(2, 3)}, "ema": {"num_updates": 3}, "callbacks": {},
                "optimizer_states": [{"state": {0: {"step": torch.tensor(3.0)}}}], "lr_schedulers": [],
                "global_step": 3, "TextData": {"consumed_samples": 12}}  # fmt: skip
     changed = {"state_dict": {"w": torch.arange(6.0).reshape(2, 3).nextafter(torch.tensor(9.0))}, "global_step": 4}
     torch.save(content, tmp_path / "job.ckpt")
-    for key, verdict in (("", "EQUAL, bit for bit"), ("state_dict", "NOT EQUAL"), ("global_step", "NOT EQUAL")):
+    for key, result in (("", "EQUAL, bit for bit"), ("state_dict", "NOT EQUAL"), ("global_step", "NOT EQUAL")):
         torch.save({**content, **({key: changed[key]} if key else {})}, tmp_path / "undisturbed.ckpt")
         facts = compared(tmp_path / "job.ckpt", tmp_path / "undisturbed.ckpt")
         assert facts["equal"] == (not key) and facts["tensors"] == 2 and facts["numbers"] == 7
-        assert f"are {verdict}" in capsys.readouterr().out
+        assert f"are {result}" in capsys.readouterr().out
 
 
-def test_what_srun_started_is_compared_with_what_the_training_is_to_have(cluster):
+def test_the_processes_of_srun_are_compared_with_those_of_the_training(cluster):
     def two_tasks(devices: int) -> subprocess.CompletedProcess:
         code = f"from palimpsest.training.slurm import check_processes; check_processes({devices}, 1)"
         srun = ["srun", "--ntasks=2", "--ntasks-per-node=2", sys.executable, "-c", code]
@@ -118,7 +113,7 @@ def test_what_srun_started_is_compared_with_what_the_training_is_to_have(cluster
 
 
 def test_a_launcher_can_send_the_command_to_another_process(monkeypatch):
-    """submitit pickles the function that Hydra calls: where main.py is the program, with all that it mentions."""
+    """submitit pickles the function that Hydra calls; if main.py is the program, with everything it refers to."""
     cloudpickle = pytest.importorskip("cloudpickle")
     function = main._hydra_main.__wrapped__
     program = FunctionType(function.__code__, {**vars(main), "__name__": "__main__"}, function.__name__)
@@ -130,15 +125,15 @@ def test_a_launcher_can_send_the_command_to_another_process(monkeypatch):
 
 
 @pytest.mark.parametrize("path", JOBS, ids=lambda path: path.name)
-def test_every_job_can_be_taken_from_its_node_and_started_again(path):
+def test_every_job_can_be_requeued(path):
     text = path.read_text()
     asked = set(re.findall(r"^#SBATCH (--.*)$", text, re.M))
     assert {"--requeue", "--open-mode=append"} <= asked
     name = "%x_%A_%a" if "--array" in text else "%x_%j"
     assert {f"--output=watch_folder/{name}.out", f"--error=watch_folder/{name}.err"} <= asked
-    assert (ROOT / "watch_folder/.gitignore").exists(), "sbatch does not make the folder of the logs"
+    assert (ROOT / "watch_folder/.gitignore").exists(), "sbatch does not create the folder of the logs"
     assert any(option.startswith("--signal=USR1@") for option in asked) == path.name.startswith("train_")
     launch = text.splitlines()[-1]
     assert "srun" in launch and ("python -u main.py" in launch or "train_imdb_classifier.sh" in launch)
     tasks, devices = re.search(r"--ntasks-per-node=(\d+)", text), re.search(r"trainer\.devices=(\d+)", text)
-    assert int(devices[1] if devices else 1) == int(tasks[1] if tasks else 1), "it would refuse itself"
+    assert int(devices[1] if devices else 1) == int(tasks[1] if tasks else 1), "its own check would refuse it"

@@ -1,4 +1,4 @@
-"""What a training tells of itself: the logged numbers against sums by hand, and nothing read between intervals."""
+"""Metrics of a training: the logged numbers against sums by hand, and no reads between intervals."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from palimpsest.models.dit import DiT
 from palimpsest.report.training import history
 from palimpsest.settings.command_line import compose_config, explain
 from palimpsest.training import storage
-from palimpsest.training.callbacks.hardware import Arithmetic, compute_dtype, matmul_rate, memory
+from palimpsest.training.callbacks.hardware import TrainingFlops, compute_dtype, matmul_rate, memory
 from palimpsest.training.callbacks.metrics import BUCKETS, TrainingMetrics, _Interval
 from palimpsest.training.callbacks.progress import TextProgressBar
 from palimpsest.training.callbacks.run_state import RunState, thinned
@@ -36,18 +36,18 @@ RUN = [*TINY, "trainer.max_steps=7", "loader.batch_size=2", "trainer.log_every_n
 
 
 def trained(*overrides: str) -> tuple[lightning.Trainer, list[dict], list[float]]:
-    """A short training, what its objective gave to each micro-batch, and the gradient norm of each step."""
+    """Return a short training, the outputs of its objective by micro-batch, and the gradient norm of each step."""
     experiment = Experiment(compose_config([*RUN, *overrides]), "a test")
     data = experiment.build.data()
     diffusion, seen, norms = experiment.build.diffusion(data), [], []
-    honest, prepare = diffusion.objective.loss, diffusion.updates.prepare
+    original, prepare = diffusion.objective.loss, diffusion.updates.prepare
 
     def loss(backbone, batch, noise):
-        out = honest(backbone, batch, noise)
+        out = original(backbone, batch, noise)
         tokens = int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel()
-        given_B = (batch["attention_mask"] & ~batch["given"]).sum(-1) if "given" in batch else None
+        scored_B = (batch["attention_mask"] & ~batch["given"]).sum(-1) if "given" in batch else None
         seen.append({"nll": out.nll_BL.double().sum().item(), "scored": int(out.mask_BL.sum()), "tokens": tokens,
-                     "rows": len(out.nll_BL), "scored_B": given_B, **out.logs})  # fmt: skip
+                     "rows": len(out.nll_BL), "scored_B": scored_B, **out.logs})  # fmt: skip
         return out
 
     def measured(optimizer, max_norm):
@@ -61,9 +61,8 @@ def trained(*overrides: str) -> tuple[lightning.Trainer, list[dict], list[float]
     return trainer, [one for one in seen if one["rows"] == 2], norms
 
 
-def test_logged_numbers_are_those_by_hand(tmp_path, monkeypatch):
-    """Seven steps of two micro-batches of two passes, told after steps 3, 6 and, what is left, 7; the validation at
-    step 4 has other rows and is not among them."""
+def test_logged_numbers_equal_sums_by_hand(tmp_path, monkeypatch):
+    """Seven steps of two micro-batches of two passes, logged after 3, 6 and 7, without the validation at step 4."""
     monkeypatch.chdir(tmp_path)
     trainer, seen, norms = trained("training.masking=complementary", "optim=adamw")
     logged = history(tmp_path / "run")
@@ -107,16 +106,16 @@ def test_logged_numbers_are_those_by_hand(tmp_path, monkeypatch):
     (["optim=adamw", "+callbacks.learning_rate_monitor.log_weight_decay=true"],
      {"lr-AdamW", "lr-AdamW-weight_decay"}),
 ], ids=["rates that differ", "weight decay asked for"])  # fmt: skip
-def test_lightnings_rates_are_logged_where_they_say_more_and_equal_ours(tmp_path, monkeypatch, settings, columns):
+def test_rates_of_groups_are_logged_if_they_add_information_and_equal_ours(tmp_path, monkeypatch, settings, columns):
     monkeypatch.chdir(tmp_path)
     trained(*settings)
     logged = history(tmp_path / "run")
     assert {name for name in logged if name.startswith("lr-")} == columns
     ours, first = dict(logged["train/lr"]), dict(logged[min(columns)])
-    assert all(ours[step] == pytest.approx(first[step]) for step in (3, 6)), "the rate that the step was made with"
+    assert all(ours[step] == pytest.approx(first[step]) for step in (3, 6)), "the rate of the step"
 
 
-def test_a_causal_model_has_no_mask_rates_and_tensorboard_the_same_numbers(tmp_path, monkeypatch):
+def test_a_causal_model_has_no_mask_rates_and_tensorboard_has_the_same_numbers(tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.chdir(tmp_path)
@@ -130,8 +129,8 @@ def test_a_causal_model_has_no_mask_rates_and_tensorboard_the_same_numbers(tmp_p
         assert [event.value for event in events.Scalars(name)] == pytest.approx(logged[name][:, 1], rel=1e-6)
 
 
-class NothingIsRead(TorchDispatchMode):
-    """Raises where a tensor's value reaches the host, or decides a shape."""
+class NoReads(TorchDispatchMode):
+    """A mode that raises if a tensor's value reaches the host or decides a shape."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         assert func.overloadpacket.__name__ not in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero")
@@ -143,9 +142,9 @@ def test_between_intervals_the_host_reads_nothing():
     optimizer, updates = torch.optim.AdamW(net.parameters(), fused=True), Updates()
     interval = _Interval(torch.device("cpu"))
     batch = {"input_ids": torch.ones(2, 3, dtype=torch.long), "attention_mask": torch.ones(2, 3, dtype=torch.bool)}
-    with pytest.raises(AssertionError), NothingIsRead():
+    with pytest.raises(AssertionError), NoReads():
         torch.ones(()).item()
-    with NothingIsRead():
+    with NoReads():
         loss = net(torch.ones(1, 3)).sum()
         updates.poison(loss)
         loss.backward()
@@ -161,7 +160,7 @@ def test_between_intervals_the_host_reads_nothing():
     assert totals.sums["tokens"] == 12 and totals.sums[2] == 2.0 and totals.sums[BUCKETS + 4] == 0, "nan is left out"
 
 
-def test_totals_are_sums_over_ranks_and_memory_that_of_the_fullest():
+def test_totals_are_sums_over_ranks_and_the_maximum_of_memory():
     interval = _Interval(torch.device("cpu"))
     interval.sums_S[:] = 2.0
     interval.rows, interval.steps, interval.largest_norm = 4, 2, torch.tensor(3.0, dtype=torch.float64)
@@ -174,13 +173,13 @@ def test_totals_are_sums_over_ranks_and_memory_that_of_the_fullest():
 
 
 @pytest.mark.parametrize("kind", ["dit", "ar"])
-def test_arithmetic_by_formula_is_what_torch_counts(kind):
+def test_flops_by_formula_equal_those_counted_by_torch(kind):
     """Forward and backward of a row; the formula leaves out adaLN, which is once per row."""
     size = {"hidden_size": 32, "n_blocks": 3, "n_heads": 2, "dropout": 0.0}
     net = DiT(50, cond_dim=2, **size) if kind == "dit" else AR(50, **size)
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    found, counter = Arithmetic.of(net), FlopCounterMode(display=False)
+    found, counter = TrainingFlops.of(net), FlopCounterMode(display=False)
     assert found.block_weights == 3 * 12 * 32**2 and found.attention_layers == 3
     with counter, sdpa_kernel(SDPBackend.MATH):
         hidden = net.encode(torch.ones(2, 64, dtype=torch.long), torch.zeros(2))
@@ -215,11 +214,11 @@ def test_a_metric_of_another_callback_is_logged_with_the_rest(tmp_path, monkeypa
     assert json.loads(state.path.read_text())["state"] == "stopped"
     state.on_exception(trainer, None, RuntimeError("out of memory\nmore"))
     assert json.loads(state.path.read_text())["error"] == "RuntimeError: out of memory"
-    state.path = Path("/proc/nowhere/run.json")  # no place to write ends no training
+    state.path = Path("/proc/nowhere/run.json")  # a failed write does not end a training
     state.on_exception(trainer, None, RuntimeError("again"))
 
 
-def test_run_json_names_a_checkpoint_once_it_is_written_and_never_one_that_was_not(tmp_path, monkeypatch):
+def test_run_json_names_only_checkpoints_that_were_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write, named = storage.write_checkpoint, []
     known = lambda: json.loads((tmp_path / "run/run.json").read_text())["checkpoint"]  # noqa: E731
@@ -235,7 +234,7 @@ def test_run_json_names_a_checkpoint_once_it_is_written_and_never_one_that_was_n
     assert named == [None, 1, 1] and known()["step"] == 3
 
 
-def test_the_history_of_a_killed_run_leaves_out_the_line_that_was_cut_off(tmp_path):
+def test_the_history_of_a_killed_run_leaves_out_the_truncated_line(tmp_path):
     for version, text in enumerate(("step,train/nll,val/nll\n0,5.0,\n1,4.75,\n2,4.", "step,train/nll\n1,4.5\n")):
         (tmp_path / f"csv/version_{version}").mkdir(parents=True)
         (tmp_path / f"csv/version_{version}/metrics.csv").write_text(text)
@@ -254,7 +253,7 @@ WANDB = [*RUN, *FEW, "logger=wandb", "wandb.offline=true", "trainer.log_every_n_
          "callbacks.checkpoint_every_n_steps.every_n_train_steps=1"]  # fmt: skip
 
 
-def test_without_wandb_the_message_says_what_to_install(tmp_path, monkeypatch):
+def test_without_wandb_the_message_names_the_package(tmp_path, monkeypatch):
     if importlib.util.find_spec("wandb"):
         pytest.skip("wandb is installed")
     monkeypatch.chdir(tmp_path)
@@ -263,7 +262,7 @@ def test_without_wandb_the_message_says_what_to_install(tmp_path, monkeypatch):
     assert "pip install -U 'wandb" in explain(error.value)
 
 
-def test_a_run_that_is_killed_and_started_again_is_one_run_of_wandb(tmp_path, monkeypatch, capsys):
+def test_a_killed_and_restarted_run_is_one_run_of_wandb(tmp_path, monkeypatch, capsys):
     pytest.importorskip("wandb", reason="needs Weights & Biases: pip install wandb")
     last = tmp_path / "run/checkpoints/last.ckpt"
     ids = lambda: [path.name.split("-")[-1] for path in sorted(tmp_path.glob("run/wandb/offline-run-*"))]  # noqa: E731
@@ -277,10 +276,10 @@ def test_a_run_that_is_killed_and_started_again_is_one_run_of_wandb(tmp_path, mo
     first, second = ids()
     assert first == second == (tmp_path / "run/wandb/run-id").read_text()
     run(*WANDB, "checkpointing.resume_from_ckpt=false")
-    assert ids()[:2] == [first, first] and ids()[2] != first, "begun anew, it is another run"
+    assert ids()[:2] == [first, first] and ids()[2] != first, "a new training is another run"
 
 
-def test_the_trainings_of_one_command_are_runs_of_their_own_in_wandb(tmp_path, monkeypatch):
+def test_the_trainings_of_one_command_are_separate_runs_of_wandb(tmp_path, monkeypatch):
     pytest.importorskip("wandb", reason="needs Weights & Biases: pip install wandb")
     monkeypatch.chdir(tmp_path)
     run(*WANDB, "mode=classify", "trainer.max_steps=2", "classify.baselines=false")
@@ -289,9 +288,9 @@ def test_the_trainings_of_one_command_are_runs_of_their_own_in_wandb(tmp_path, m
     assert found == kept and kept[0] != kept[1]
 
 
-def test_the_id_of_a_run_is_drawn_once_unless_it_begins_anew(tmp_path):
+def test_the_id_of_a_run_is_drawn_once_unless_it_starts_over(tmp_path):
     first = _run_id(tmp_path / "a", goes_on=True)
     assert _run_id(tmp_path / "a", goes_on=True) == first != _run_id(tmp_path / "b", goes_on=True)
-    (tmp_path / "a/wandb/run-id").write_text("")  # nobody's: an id has letters
+    (tmp_path / "a/wandb/run-id").write_text("")  # invalid: an id has letters
     second = _run_id(tmp_path / "a", goes_on=False)
     assert second and second != first and _run_id(tmp_path / "a", goes_on=True) == second

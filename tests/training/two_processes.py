@@ -1,7 +1,7 @@
-"""What test_distributed.py runs in two processes, started by torchrun: `two_processes.py <file of jobs>`.
+"""The jobs of test_distributed.py in two processes of torchrun: `two_processes.py <file of jobs>`.
 
-A line of the file is the kind of a job and its settings. fit: training alone. run: all that main.py does. hang: a
-training, in processes that meet anew, in whose second step the second process falls asleep.
+Each line of the file is the kind of a job and its settings. fit: a training. run: a whole command. hang: a training in
+a new process group, in whose second step the second process sleeps.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from palimpsest.training.processes import first_process
 
 
 def fall_asleep(diffusion: Diffusion, optimizer: object) -> None:
-    """In place of a hook that every process calls before every step."""
+    """Replacement of a hook that every process calls before every step."""
     if diffusion.global_step == 1 and not first_process():
         Path("hung").write_text(str(time.time()))
         time.sleep(600)
@@ -38,7 +38,7 @@ if __name__ == "__main__":
         if kind == "hang":
             torch.distributed.barrier()
             torch.distributed.destroy_process_group()
-            # Else they would find in torchrun's own store where they stood the first time.
+            # Otherwise torchrun's store would return the state of the first group.
             os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
             os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
             Diffusion.on_before_optimizer_step = fall_asleep

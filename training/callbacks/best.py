@@ -1,4 +1,4 @@
-"""Which weights are kept: the last ones, the best by validation, and when to stop waiting for better ones."""
+"""Callbacks that save the last and the best weights, and that end a training without improvement."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
-import lightning
+from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
 
 from palimpsest.common.files import PathOrUrl, basename, exists, join_path, link_or_copy, parent_folder, path_or_url
@@ -15,14 +15,15 @@ from palimpsest.training.callbacks.retention import LAST, clear, keep, step_file
 
 
 class LastCheckpoint(Checkpoint):
-    """Saves every `every_n_train_steps` optimizer steps, every `milestone_every` of them, and when `every_minutes`
-    have passed since it last did; keeps the last `keep_last` of these and every milestone
-    (training/callbacks/retention.py).
-    None: not for this reason. With several devices the clock is looked at when the losses are logged.
+    """Regular saves, of which the last `keep_last` and every milestone are kept (training/callbacks/retention.py).
 
-    It waits for a validation due at the same step. Saved before it, the file would know nothing of its result, and a
-    training resumed from there does not repeat it: the best value and the count of patience would be lost. So it has
-    to stand behind the callbacks whose state it saves. In the middle of a step's micro-batches it saves nothing.
+    It saves every `every_n_train_steps` and every `milestone_every` optimizer steps, and when `every_minutes` have
+    passed since the last save; None switches a condition off. With several devices the time is checked at the steps
+    that log. Nothing is saved between the micro-batches of a step.
+
+    If a validation is due at the same step, the save waits for it. A file without its result would lose the best value
+    and the count of patience, because a resume does not repeat the validation. So this callback must come after those
+    whose state it saves.
     """
 
     def __init__(
@@ -36,36 +37,35 @@ class LastCheckpoint(Checkpoint):
         self.dirpath, self.keep_last = path_or_url(dirpath), keep_last
         self.every_n_train_steps, self.milestone_every = every_n_train_steps, milestone_every
         self.every_minutes = every_minutes
-        self.saved: int | None = None  # the step whose checkpoint is last.ckpt, if this training has written one
-        self._seen, self._waits, self._clock = 0, False, time.monotonic()
+        self.saved: int | None = None  # the step of last.ckpt, if this process has written it
+        self._step, self._waits = 0, False
+        self._clock = time.monotonic()
 
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self._seen, self._clock = trainer.global_step, time.monotonic()
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._step, self._clock = trainer.global_step, time.monotonic()
         if not trainer.is_global_zero:
             return
         clear(self.dirpath, trainer.global_step, self.keep_last)
         resumed, last = trainer.ckpt_path and path_or_url(trainer.ckpt_path), join_path(self.dirpath, LAST)
-        if resumed and parent_folder(resumed) == self.dirpath and not exists(last):  # the last one was corrupt
+        if resumed and parent_folder(resumed) == self.dirpath and not exists(last):  # last.ckpt was damaged
             link_or_copy(resumed, last)
 
     def on_train_batch_end(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: object, batch: object,
-        batch_idx: int,
-    ) -> None:  # fmt: skip
-        if trainer.global_step == self._seen:
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self._step:
             return
-        self._seen = trainer.global_step
-        interval = trainer.val_check_batch if sum(trainer.num_val_batches) else None
-        self._waits = bool(interval) and not (batch_idx + 1) % interval
+        self._step = trainer.global_step
+        self._waits = validation_due(trainer, batch_idx)
         if not self._waits and self._due(trainer):
             self.save(trainer)
 
-    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._waits and self._due(trainer):
             self.save(trainer)
         self._waits = False
 
-    def _due(self, trainer: lightning.Trainer) -> bool:
+    def _due(self, trainer: Trainer) -> bool:
         step = trainer.global_step
         if trainer.fast_dev_run:
             return False
@@ -75,12 +75,11 @@ class LastCheckpoint(Checkpoint):
             return False
         return trainer.strategy.broadcast(time.monotonic() - self._clock >= 60 * self.every_minutes)
 
-    def save(self, trainer: lightning.Trainer) -> bool:
-        """Make what the training has reached its last checkpoint, on all devices together; whether it could be
-        written. It does nothing where that is so already."""
-        if trainer.global_step == self.saved:
-            return True
+    def save(self, trainer: Trainer) -> None:
+        """Write the last checkpoint on all devices together, unless this step is saved already."""
         step = trainer.global_step
+        if step == self.saved:
+            return
         trainer.save_checkpoint(step_file(self.dirpath, step), weights_only=False)
         self._clock = time.monotonic()
         storage = trainer.strategy.checkpoint_io
@@ -89,18 +88,23 @@ class LastCheckpoint(Checkpoint):
                 keep(self.dirpath, step, self.keep_last, bool(self.milestone_every) and not step % self.milestone_every)
             except OSError as error:
                 storage.failed(join_path(self.dirpath, LAST), error)
-        written = _written(trainer)
-        self.saved = step if written else self.saved
-        return written
+        if _written(trainer):
+            self.saved = step
 
 
-def _written(trainer: lightning.Trainer) -> bool:
-    """Whether the process that writes could write the latest checkpoint; the same answer on every device."""
+def validation_due(trainer: Trainer, batch_idx: int) -> bool:
+    """Return True if Lightning validates after this micro-batch."""
+    interval = trainer.val_check_batch if sum(trainer.num_val_batches) else None
+    return bool(interval) and not (batch_idx + 1) % interval
+
+
+def _written(trainer: Trainer) -> bool:
+    """Return True on every device if the latest checkpoint was written."""
     return trainer.strategy.broadcast(trainer.strategy.checkpoint_io.error is None)
 
 
-def save_last(trainer: lightning.Trainer, folder: PathOrUrl) -> None:
-    """Have in `folder` what the training has reached as last.ckpt, whatever callbacks there are.
+def save_last(trainer: Trainer, folder: PathOrUrl) -> None:
+    """Save the current step as last.ckpt in `folder`, with or without a LastCheckpoint.
 
     Raises:
         OSError: it cannot be written; the earlier one is intact.
@@ -115,9 +119,10 @@ def save_last(trainer: lightning.Trainer, folder: PathOrUrl) -> None:
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """A ModelCheckpoint that knows the best value so far also after its folder was moved or copied; Lightning's own
-    forgets it there, and writes worse weights over the best. It holds no weights for the best that it could not write,
-    or that are gone."""
+    """A ModelCheckpoint that keeps the best value when its folder is moved, or when a file cannot be written.
+
+    Lightning's own forgets the value of a moved folder and then overwrites the best weights with worse ones.
+    """
 
     def __init__(
         self,
@@ -129,17 +134,9 @@ class BestCheckpoint(ModelCheckpoint):
         filename: Name | None = None,
         **settings: object,
     ) -> None:
-        super().__init__(
-            dirpath=dirpath,
-            monitor=monitor,
-            mode=mode,
-            save_top_k=save_top_k,
-            save_last=save_last,
-            filename=filename,
-            **settings,
-        )
+        super().__init__(dirpath, filename, monitor, save_last=save_last, save_top_k=save_top_k, mode=mode, **settings)
 
-    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         before = {**self.state_dict(), "best_k_models": dict(self.best_k_models)}
         super().on_validation_end(trainer, pl_module)
         if self.current_score is not before["current_score"] and not _written(trainer):
@@ -159,8 +156,10 @@ class BestCheckpoint(ModelCheckpoint):
 
 
 class Patience(EarlyStopping):
-    """Ends a training after `patience` validations in a row without a lower val/nll (one that is not a number is
-    none). Its count is saved in every checkpoint; the patience itself is what is set now."""
+    """End of a training after `patience` validations in a row without a lower val/nll; NaN counts as not lower.
+
+    Checkpoints keep the count, but not the patience itself.
+    """
 
     def __init__(self, patience: int) -> None:
         super().__init__("val/nll", patience=patience, check_finite=False, check_on_train_epoch_end=False)

@@ -1,56 +1,66 @@
-"""How noisy the gradient is: what the draws of times and masks add to it."""
+"""The noise of the gradient that the random times and masks cause."""
 
 from __future__ import annotations
 
-import lightning
 import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from palimpsest.common.values import AtLeastOne
 
 
-class GradientVariance(lightning.Callback):
-    """Every `every_n_steps` optimizer steps, the gradients g1, g2 of one micro-batch of the first device under two
-    independent draws of times and masks (and the same dropout): |g1 - g2|^2 / 2 is an unbiased estimate of the
-    variance, summed over the weights, that those draws cause; g1 . g2 of the squared length of what they have in
-    common. Two more passes forth and back each time.
+class GradientProbe(Callback):
+    """A measurement of the gradient, every `every_n_steps` optimizer steps on one micro-batch of the first device.
 
-    Logged with the interval in which they were measured: train/gradient_variance, and train/gradient_noise, that
-    variance over that squared length.
+    It runs before the step and leaves the step's noise and dropout as they are. The values are logged at the end of
+    the interval. A subclass implements `_measure`; an empty result keeps the earlier values.
     """
 
     def __init__(self, every_n_steps: AtLeastOne = 100) -> None:
         self.every_n_steps = every_n_steps
         self._measured, self._values = -1, dict[str, Tensor]()
 
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        if pl_module.device_mesh is not None:
-            raise ValueError(
-                "callbacks.gradient_variance and strategy=fsdp contradict each other: no device has the whole "
-                "gradient; use strategy=ddp"
-            )
-
-    def on_train_batch_start(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: dict, batch_idx: int
-    ) -> None:
-        """Measure before the step, whose own noise and dropout this leaves as they are."""
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: dict, batch_idx: int) -> None:
         step = trainer.global_step
-        if step % self.every_n_steps or step == self._measured or not trainer.is_global_zero:
+        skipped = step % self.every_n_steps or step == self._measured
+        if skipped or not trainer.is_global_zero or pl_module.device_mesh is not None:
             return
         self._measured = step
-        first, second = (self._gradient(trainer, pl_module, batch, draw) for draw in (1, 2))
-        variance = sum((a - b).double().square().sum() for a, b in zip(first, second, strict=True)) / 2
-        common = sum((a.double() * b.double()).sum() for a, b in zip(first, second, strict=True))
-        self._values = {"train/gradient_variance": variance, "train/gradient_noise": variance / common.clamp(min=1e-30)}
+        self._values = self._measure(trainer, pl_module, batch) or self._values
+
+    def _measure(self, trainer: Trainer, pl_module: LightningModule, batch: dict) -> dict[str, Tensor]:
+        raise NotImplementedError
 
     def interval_metrics(self) -> dict[str, float]:
         """Return the values that training/callbacks/metrics.py logs."""
         values, self._values = {name: float(value) for name, value in self._values.items()}, {}
         return values
 
-    def _gradient(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: dict, draw: int
-    ) -> list[Tensor]:
+
+class GradientVariance(GradientProbe):
+    """Variance of the gradient over the draws of times and masks; it costs two more forward and backward passes.
+
+    g1, g2 are gradients of one micro-batch under two independent draws and the same dropout. |g1 - g2|^2 / 2 is an
+    unbiased estimate of the variance, summed over the weights. g1 . g2 estimates the squared length of the mean.
+    Logged are train/gradient_variance, and train/gradient_noise, which is their ratio.
+    """
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if pl_module.device_mesh is not None:
+            raise ValueError(
+                "callbacks.gradient_variance and strategy=fsdp contradict each other: no device has the whole "
+                "gradient; use strategy=ddp"
+            )
+
+    def _measure(self, trainer: Trainer, pl_module: LightningModule, batch: dict) -> dict[str, Tensor]:
+        first, second = (self._gradient(trainer, pl_module, batch, draw) for draw in (1, 2))
+        variance = sum((a - b).double().square().sum() for a, b in zip(first, second, strict=True)) / 2
+        common = sum((a.double() * b.double()).sum() for a, b in zip(first, second, strict=True))
+        return {"train/gradient_variance": variance, "train/gradient_noise": variance / common.clamp(min=1e-30)}
+
+    @staticmethod
+    def _gradient(trainer: Trainer, pl_module: LightningModule, batch: dict, draw: int) -> list[Tensor]:
         torch.manual_seed(trainer.global_step)  # of dropout; each training step sets its own
         learned = [p for p in pl_module.backbone.parameters() if p.requires_grad]
         with trainer.precision_plugin.train_step_context():

@@ -1,4 +1,4 @@
-"""What a training asks of its device: arithmetic, as a share of what the device was measured to do, and memory."""
+"""The load of a training on its device: arithmetic as a share of the measured speed, and memory."""
 
 from __future__ import annotations
 
@@ -15,37 +15,36 @@ from torch import nn
 
 _GIB = 2**30
 # A weight of one of a backbone's repeated blocks (ours, and transformers' names).
-_OF_A_BLOCK = re.compile(r"(^|\.)(blocks|layers?|h)\.(?P<block>\d+)\..*\.?weight$")
+_BLOCK_WEIGHT = re.compile(r"(^|\.)(blocks|layers?|h)\.(?P<block>\d+)\..*\.?weight$")
 _ATTENTION = re.compile(r"attn|attention")
 
 
 @dataclass(frozen=True)
-class Arithmetic:
-    """The multiplications and additions of a training, by formula (Chowdhery et al., arXiv 2204.02311, appendix B):
+class TrainingFlops:
+    """Floating point operations of a training, by formula (Chowdhery et al., arXiv 2204.02311, appendix B).
+
     6 N per token for the N weights of the blocks' matrices (forward 2, backward 4), 12 · layers · width · L per token
     for attention, and 6 · width · V for each position that is projected onto the vocabulary: only the masked ones are.
     Not counted: the modulation of adaLN and the latent stream of an MMDiT (once per row), norms, the scan of a
     state-space layer, anything recomputed.
-
-    block_weights: N. attention_layers: 0 where there is no attention. width, vocab_size: of the head.
     """
 
-    block_weights: int
+    block_weights: int  # N
     attention_layers: int
     width: int
     vocab_size: int
 
     @classmethod
-    def of(cls, backbone: nn.Module) -> Arithmetic:
-        """Read off the parameters of a backbone and their names."""
+    def of(cls, backbone: nn.Module) -> TrainingFlops:
+        """Read the sizes off the parameters of a backbone and their names."""
         found = [(name, match["block"], p) for name, p in backbone.named_parameters()
-                 if p.ndim >= 2 and (match := _OF_A_BLOCK.search(name))
+                 if p.ndim >= 2 and (match := _BLOCK_WEIGHT.search(name))
                  and "adaLN" not in name and ".latent." not in name]  # fmt: skip
         attention = {block for name, block, _ in found if _ATTENTION.search(name)}
         return cls(sum(p.numel() for *_, p in found), len(attention), *reversed(backbone.head.weight.shape))
 
     def of_blocks(self, rows: int, length: int) -> float:
-        """FLOPs of a training pass over (rows, length) tokens, padding included, without the projection."""
+        """Return the FLOPs of a training pass over (rows, length) tokens with padding, without the projection."""
         return rows * length * (6.0 * self.block_weights + 12.0 * self.attention_layers * self.width * length)
 
     def of_projection(self, positions: float) -> float:
@@ -54,8 +53,10 @@ class Arithmetic:
 
 @lru_cache
 def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.25) -> float:
-    """FLOP/s of the fastest square matrix product of `dtype` on `device`, measured once per process. float32 is
-    multiplied as torch.set_float32_matmul_precision says, as in the training."""
+    """Return the FLOP/s of the fastest square matrix product on a device, measured once per process.
+
+    float32 is multiplied as torch.set_float32_matmul_precision says, as in the training.
+    """
     size = 4096 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best, end = float("inf"), time.perf_counter() + seconds
@@ -71,19 +72,19 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.25)
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def compute_dtype(precision: str) -> torch.dtype:
-    """What the matrix products of a Lightning `precision` ("bf16-mixed", "32-true", ...) are computed in."""
+    """Return the type of matrix products under a Lightning `precision` ("bf16-mixed", "32-true", ...)."""
     narrow = {"bf16": torch.bfloat16, "16": torch.float16, "64": torch.float64}
     return narrow.get(precision.split("-")[0], torch.float32)
 
 
 def memory(device: torch.device) -> dict[str, float]:
-    """GiB, now and at the most: on a GPU of torch's tensors since the last call, elsewhere of the process so far."""
+    """Return current and peak memory in GiB: of torch's tensors since the last call on a GPU, else of the process."""
     if device.type == "cuda":
         values = {"allocated": torch.cuda.memory_allocated(device), "reserved": torch.cuda.memory_reserved(device),
                   "peak": torch.cuda.max_memory_allocated(device)}  # fmt: skip

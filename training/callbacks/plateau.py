@@ -1,4 +1,4 @@
-"""A factor on top of the learning-rate schedule that falls when validation stops to improve."""
+"""A factor on top of the learning-rate schedule that falls when validation stops improving."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-import lightning
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
 from torch.optim.lr_scheduler import LambdaLR
 
 from palimpsest.common.values import AtLeastOne, InsideOne, Natural, NotNegative
@@ -17,26 +18,25 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class PlateauState:
-    """What has been seen: the lowest value, how many since were not lower, how many more are not counted, and the
-    product of all cuts."""
+    """The state of a `Plateau`, under the names that checkpoints use."""
 
-    best: float = math.inf
-    fruitless: int = 0
-    cooling: int = 0
-    factor: float = 1.0
+    best: float = math.inf  # lowest val/nll so far
+    fruitless: int = 0  # validations since then without improvement
+    cooling: int = 0  # coming validations that do not count
+    factor: float = 1.0  # product of all cuts
 
 
-class Plateau(lightning.Callback):
-    """Multiplies the learning rate by `factor` after `patience` validations in a row whose val/nll is not lower than
-    the best by more than `min_delta`; then `cooldown` validations are not counted. The product of all cuts stays at or
-    above `floor`.
+class Plateau(Callback):
+    """Cuts of the learning rate by `factor` after `patience` validations in a row without improvement.
 
-    The cut goes into the base rates of the schedule, which multiplies by it at every step to come (torch's own
-    ReduceLROnPlateau writes the rate itself, which the schedule overwrites one step later). Both are saved in every
-    checkpoint. Every rank sees the value of rank 0.
+    val/nll improves if it falls below the best by more than `min_delta`. After a cut, `cooldown` validations do not
+    count. The product of all cuts stays at or above `floor`.
+
+    A cut changes the base rates of the schedule, so it holds for all later steps. (torch's ReduceLROnPlateau writes
+    the rate itself, which the schedule overwrites one step later.) Every rank uses the value of rank 0.
 
     Raises:
-        ValueError: validation does not run; the schedule is not one of this project's.
+        ValueError: validation does not run, or the schedule is not one of this project's.
     """
 
     def __init__(
@@ -54,10 +54,10 @@ class Plateau(lightning.Callback):
         self.min_delta = min_delta
         self.state = PlateauState()
 
-    def see(self, value: float) -> bool:
-        """Take note of one validation; True where it is time for a cut, which then is part of `state.factor`."""
+    def update(self, value: float) -> bool:
+        """Record one validation; return True if it is time for a cut, which `state.factor` then includes."""
         state = self.state
-        if value < state.best - self.min_delta:  # False for a value that is not a number
+        if value < state.best - self.min_delta:  # False for NaN
             state.best, state.fruitless = value, 0
             state.cooling = max(0, state.cooling - 1)
             return False
@@ -71,7 +71,7 @@ class Plateau(lightning.Callback):
         state.fruitless, state.cooling = 0, self.cooldown
         return True
 
-    def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.limit_val_batches:
             raise ValueError(
                 "plateau=cut watches val/nll, and trainer.limit_val_batches=0 leaves none; use plateau=none"
@@ -83,12 +83,12 @@ class Plateau(lightning.Callback):
                     f"{type(config.scheduler).__name__}; use one of configs/lr_scheduler/, or plateau=none"
                 )
 
-    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or "val/nll" not in trainer.callback_metrics:
             return
         before = self.state.factor
         value = trainer.strategy.broadcast(float(trainer.callback_metrics["val/nll"]))
-        if not self.see(value):
+        if not self.update(value):
             return
         log.info("step %d: val/nll was not below %.4f for %d validations; the learning rate is now %.3g times what the "
                  "schedule says", trainer.global_step, self.state.best, self.patience, self.state.factor)  # fmt: skip
@@ -103,7 +103,7 @@ class Plateau(lightning.Callback):
 
 
 def _scale(scheduler: LambdaLR, ratio: float) -> None:
-    """Every rate of the schedule, that of the coming step included, times `ratio`."""
+    """Multiply every rate of the schedule by `ratio`, including the rate of the coming step."""
     scheduler.base_lrs = [base * ratio for base in scheduler.base_lrs]
     groups = scheduler.optimizer.param_groups
     for group, base, factor in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):

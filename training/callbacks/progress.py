@@ -1,6 +1,6 @@
-"""A progress bar that says what one wants to know of a long run: step, loss, tokens per second, time left.
+"""A progress bar with step, loss, tokens per second and time left.
 
-On a terminal it is a live rich bar; in a log file (SLURM) one plain line every `log_seconds`.
+On a terminal it is a live rich bar; in a log file (SLURM) it is one plain line every 15 seconds.
 """
 
 from __future__ import annotations
@@ -10,18 +10,19 @@ import time
 from functools import lru_cache
 from typing import TextIO
 
-import lightning
+from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from palimpsest.training.callbacks.metrics import TrainingMetrics
+from palimpsest.training.processes import first_process
+
+_LOG_SECONDS = 15.0  # between lines in a log file
 
 
 def terminal() -> Console:
-    """Where progress is shown, on standard error: one console for all that is live, so that it stands one below the
-    other."""
+    """Return the console on standard error that all live displays share, so that they stack."""
     return _console_on(getattr(sys.stderr, "rich_proxied_file", sys.stderr))  # a live display replaces sys.stderr
 
 
@@ -33,9 +34,10 @@ def _console_on(stream: TextIO) -> Console:
 class Meter:
     """One line of progress: a live bar on a terminal, timed lines elsewhere."""
 
-    def __init__(self, title: str, total: int, start: int = 0, log_seconds: float = 15.0, enabled: bool = True) -> None:
-        self.title, self.total, self.start, self.done = title, total, start, start
-        self.log_seconds, self.enabled = log_seconds, enabled and rank_zero_only.rank == 0
+    def __init__(self, title: str, total: int, start: int = 0, enabled: bool = True) -> None:
+        self.title, self.total = title, total
+        self.start = self.done = start
+        self.enabled = enabled and first_process()
         self.began = self.last_line = time.monotonic()
         console = terminal()
         self._live = None
@@ -57,7 +59,7 @@ class Meter:
         self.done = done
         if self._live:
             self._live.update(self._task, completed=done, facts=facts)
-        elif self.enabled and time.monotonic() - self.last_line >= self.log_seconds:
+        elif self.enabled and time.monotonic() - self.last_line >= _LOG_SECONDS:
             self.last_line = time.monotonic()
             print(f"{self.title} {done}/{self.total}  {facts}  {self._time_left()} left", file=sys.stderr, flush=True)
 
@@ -73,11 +75,11 @@ class Meter:
 
 
 class TextProgressBar(ProgressBar):
-    """Lightning's progress hooks on a `Meter`; what it says of a training is what `metrics` measured last."""
+    """Lightning's progress hooks on a `Meter`, which shows the latest values of `metrics`."""
 
-    def __init__(self, title: str = "train", log_seconds: float = 15.0, metrics: TrainingMetrics | None = None) -> None:
+    def __init__(self, title: str, metrics: TrainingMetrics | None) -> None:
         super().__init__()
-        self.title, self.log_seconds, self.metrics = title, log_seconds, metrics
+        self.title, self.metrics = title, metrics
         self._enabled, self._meter = True, None
 
     def disable(self) -> None:
@@ -86,33 +88,35 @@ class TextProgressBar(ProgressBar):
     def enable(self) -> None:
         self._enabled = True
 
-    def _open(self, title: str, total: int, start: int = 0) -> None:
-        self._meter = Meter(title, total, start, self.log_seconds, self._enabled and self.trainer.is_global_zero)
+    def _open(self, total: int, start: int = 0) -> None:
+        self._meter = Meter(self.title, total, start, self._enabled and self.trainer.is_global_zero)
 
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self._open(self.title, trainer.max_steps, trainer.global_step)
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._open(trainer.max_steps, trainer.global_step)
         self._shown = time.monotonic()
 
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:  # noqa: ANN001
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         if time.monotonic() - self._shown >= 1.0:
             self._shown, latest = time.monotonic(), self.metrics.latest if self.metrics else {}
             loss = pl_module.objective.loss_name.replace("_", " ")
             facts = f"{loss} {latest['loss']:.3f}  {latest['train/tokens_per_s']:,.0f} tokens/s" if latest else ""
             self._meter.update(trainer.global_step, facts)
 
-    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._meter.update(trainer.global_step)
         self._meter.close()
 
-    def on_exception(self, trainer, pl_module, exception) -> None:  # noqa: ANN001
+    def on_exception(self, *_: object) -> None:
         if self._meter:
             self._meter.close()
 
-    def on_test_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self._open(self.title, int(trainer.num_test_batches[0]))
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._open(int(trainer.num_test_batches[0]))
 
-    def on_test_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:  # noqa: ANN001
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int, *_: object
+    ) -> None:
         self._meter.update(batch_idx + 1)
 
-    def on_test_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_test_end(self, *_: object) -> None:
         self._meter.close()
