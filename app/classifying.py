@@ -15,7 +15,7 @@ from palimpsest.classification.evidence import token_evidence
 from palimpsest.classification.scoring import ClassScores, Race, score_classes
 from palimpsest.classification.typical import UNLIKE, Typical
 from palimpsest.dataloader import with_texts
-from palimpsest.estimators.nelbo import comparison_noising
+from palimpsest.estimators.nelbo import comparison_mask_sampler
 from palimpsest.report.evidence import shown_evidence
 from palimpsest.report.formatting import format_measurement
 from palimpsest.report.report import Report
@@ -107,7 +107,7 @@ def _evidence(judges: Judges, data: object, scores: ClassScores, log_prior_C: np
     experiment, models = judges.experiment, judges.models
     first, second = _pair(scores, log_prior_C)
     rows = range(len(data.split(_SPLIT)))
-    noising = comparison_noising(experiment.build.estimator, models[0].diffusion.objective)
+    noising = comparison_mask_sampler(experiment.build.estimator, models[0].diffusion.objective)
     draws = dict.fromkeys(rows, int(scores.draws_M[0]))
     nats = token_evidence(models, data, _SPLIT, draws, race.num_draws, noising, experiment.seed)
     titles = [f"Part {row + 1} of {len(rows)}" if len(rows) > 1 else "Which words spoke" for row in rows]

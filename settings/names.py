@@ -14,6 +14,7 @@ MOVED = {
     "tasks.watching": "report.watching",
     "lr_schedules": "training.lr_schedules",
     "objectives.mlm.masked_lm": "objectives.mlm.MaskedLM",
+    "objectives.noising": "objectives.mask_sampling",
     "optimizers": "training.optimizers",
     "text.exact_denoiser": "corpora.exact_denoiser",
     "text.grammar": "corpora.grammar",

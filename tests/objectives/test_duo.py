@@ -52,9 +52,9 @@ def test_a_low_temperature_is_the_plain_loss_on_the_argmax_and_the_curriculum_en
     assert torch.equal(hard.loss(net, batch, noise()).nll_BL, plain), "measured, it is UDLM"
     assert torch.equal(hard.loss(net, {**batch, "step": torch.tensor(10)}, noise()).nll_BL, plain)
     early = {**batch, "step": torch.tensor(3)}
-    (look,) = hard.noising(hard.schedule, batch["input_ids"], ~batch["given"], hard.process, noise())
+    (look,) = hard.mask_sampler(hard.schedule, batch["input_ids"], ~batch["given"], hard.process, noise())
     same = noise()
-    hard.noising(hard.schedule, batch["input_ids"], ~batch["given"], hard.process, same)
+    hard.mask_sampler(hard.schedule, batch["input_ids"], ~batch["given"], hard.process, same)
     network, xt = hard.network_input(net, early, look, same)
     assert torch.equal(xt[:, 0], batch["input_ids"][:, 0])
     found = hard.loss_at(network, batch, xt, look.t_B).nll_BL

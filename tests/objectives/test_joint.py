@@ -13,8 +13,8 @@ from palimpsest.common.randomness import KeyedNoise, evaluation_noise, training_
 from palimpsest.gaussian_process import cosine_level
 from palimpsest.noise_schedule import LogLinear
 from palimpsest.objectives.gaussian import EARLIEST, LATEST, GaussianDiffusion
-from palimpsest.objectives.joint import DIRECTIONS, SHARES, JointDiffusion
-from palimpsest.objectives.noising import Complementary, ExactCount
+from palimpsest.objectives.joint import MODES, SHARES, JointDiffusion
+from palimpsest.objectives.mask_sampling import Complementary, ExactCount
 from palimpsest.objectives.reduction import StepLoss
 from palimpsest.objectives.subs import Subs
 from palimpsest.process import Absorbing
@@ -22,7 +22,7 @@ from palimpsest.samplers.ancestral import sample
 from tests.helpers.joint import LENGTH, MASK, SHAPE, batch, network, noise, objective
 
 ROWS = 64
-NAMES = tuple(DIRECTIONS)
+NAMES = tuple(MODES)
 UNIFORM = dict.fromkeys(NAMES, 1.0)
 
 
@@ -52,7 +52,7 @@ def test_each_direction_shows_and_scores_what_it_is_meant_to(name):
     assert not (masked & padding).any(), "padding is never masked"
     assert torch.equal(torch.where(masked, x0, pass_["tokens"]), x0)
     nats_B, row_B = loss.nll_BL.detach().sum(-1), loss.row_B.detach()
-    direction = DIRECTIONS[name]
+    direction = MODES[name]
     if direction.text == "told":
         assert not masked.any() and not pass_["sigma"].any() and not nats_B.any()
     if direction.text == "hidden":
@@ -228,20 +228,20 @@ def test_every_parameter_has_a_part_in_every_direction(name):
     net = network().train()
     objective({name: 1.0}).loss(net, batch(2), noise(2)).mean().backward()
     assert [name for name, p in net.named_parameters() if p.grad is None] == []
-    other = net.head.weight if DIRECTIONS[name].text != "learned" else net.latent_output.mlp[-1].weight
-    assert (DIRECTIONS[name].text == DIRECTIONS[name].latent == "learned") == bool(other.grad.any())
+    other = net.head.weight if MODES[name].text != "learned" else net.latent_output.mlp[-1].weight
+    assert (MODES[name].text == MODES[name].latent == "learned") == bool(other.grad.any())
 
 
-@pytest.mark.parametrize("noising", [ExactCount(), Complementary()], ids=["exact_count", "complementary"])
+@pytest.mark.parametrize("mask_sampler", [ExactCount(), Complementary()], ids=["exact_count", "complementary"])
 @torch.no_grad()
-def test_other_ways_to_draw_masks_go_with_it(noising):
-    texts, text = batch(ROWS), partial(Subs, LogLinear(), noising=noising)
+def test_other_ways_to_draw_masks_go_with_it(mask_sampler):
+    texts, text = batch(ROWS), partial(Subs, LogLinear(), noising=mask_sampler)
     law = JointDiffusion(Absorbing(MASK), text, GaussianDiffusion(), UNIFORM, latent_tokens=LENGTH)
     loss = law.loss(network(), texts, noise(ROWS))
-    assert loss.nll_BL.isfinite().all() and loss.logs["num_masked"].shape == (ROWS, noising.passes)
+    assert loss.nll_BL.isfinite().all() and loss.logs["num_masked"].shape == (ROWS, mask_sampler.passes)
     alone = JointDiffusion(Absorbing(MASK), text, GaussianDiffusion(), {"text": 1.0})
     plain = {name: texts[name] for name in ("input_ids", "attention_mask")}
-    wanted = Subs(LogLinear(), Absorbing(MASK), noising).loss(network(), plain, noise(ROWS)).nll_BL
+    wanted = Subs(LogLinear(), Absorbing(MASK), mask_sampler).loss(network(), plain, noise(ROWS)).nll_BL
     torch.testing.assert_close(alone.loss(network(), texts, noise(ROWS)).nll_BL, wanted)
 
 

@@ -22,8 +22,8 @@ from palimpsest.experiment.experiment import Experiment
 from palimpsest.models.hf_mlm import HFMaskedLM
 from palimpsest.noise_schedule import LogLinear
 from palimpsest.objectives.base import Model, scored_mask
+from palimpsest.objectives.mask_sampling import ExactCount
 from palimpsest.objectives.mlm import MaskedLM, Rates, cross_entropy_at
-from palimpsest.objectives.noising import ExactCount
 from palimpsest.objectives.sedd import SEDD
 from palimpsest.objectives.subs import Subs
 from palimpsest.process import Absorbing
@@ -39,11 +39,13 @@ VOCAB, MASK = 5, 4
 SCHEDULE = LogLinear(eps=0.0)
 
 
-def looked(noising: Rates, rows: int, length: int = 12, step: int = 0, scored: torch.Tensor | None = None):
+def looked(mask_sampler: Rates, rows: int, length: int = 12, step: int = 0, scored: torch.Tensor | None = None):
     """(x_t, t, scale) of an optimizer step of so many rows of zeros."""
     x0 = torch.zeros(rows, length, dtype=torch.long)
     scored = torch.ones_like(x0, dtype=torch.bool) if scored is None else scored
-    return noising(SCHEDULE, x0, scored, Absorbing(MASK), training_noise(3, torch.arange(rows) + step * rows, rows))[0]
+    return mask_sampler(
+        SCHEDULE, x0, scored, Absorbing(MASK), training_noise(3, torch.arange(rows) + step * rows, rows)
+    )[0]
 
 
 # -------------------------------------------------------------------------------- mask rates
@@ -79,16 +81,15 @@ def test_a_row_has_a_mask_wherever_it_can_have_one():
 
 
 def test_one_rate_for_a_whole_step_whichever_device_and_micro_batch():
-    noising = Rates("continuous", 0.0, 1.0, per="batch")
-    noising.high = 0.99  # rates below 1 are told as they are
-    steps = [looked(noising, 8, step=step).t_B for step in range(20)]
+    mask_sampler = Rates("continuous", 0.0, 0.99, per="batch")
+    steps = [looked(mask_sampler, 8, step=step).t_B for step in range(20)]
     assert all(len(t.unique()) == 1 for t in steps) and len(torch.stack(steps)[:, 0].unique()) == 20
     place = torch.arange(8)
     rows = torch.zeros(8, 12, dtype=torch.long)
-    parts = [noising(SCHEDULE, rows[at], rows[at] == 0, Absorbing(MASK),
+    parts = [mask_sampler(SCHEDULE, rows[at], rows[at] == 0, Absorbing(MASK),
                      training_noise(3, 16 + place[at], torch.full((4,), 8), place[at]))[0]
              for at in (slice(0, 4), slice(4, 8))]  # fmt: skip
-    whole = looked(noising, 8, step=2)
+    whole = looked(mask_sampler, 8, step=2)
     assert torch.equal(torch.cat([part.t_B for part in parts]), whole.t_B)
     assert torch.equal(torch.cat([part.xt_BL for part in parts]), whole.xt_BL)
     shared = training_noise(3, torch.arange(8), 8)
@@ -117,14 +118,14 @@ def test_rates_from_0_to_1_train_by_the_bound(random_dit, time, per):
 
 
 @pytest.mark.parametrize("build", [
-    lambda noising: Subs(SCHEDULE, Absorbing(MASK), noising), lambda noising: SEDD(SCHEDULE, Absorbing(MASK), noising),
-    lambda noising: MaskedLM(SCHEDULE, Absorbing(MASK), noising, loss_weight="elbo"),
+    partial(Subs, SCHEDULE, Absorbing(MASK)), partial(SEDD, SCHEDULE, Absorbing(MASK)),
+    partial(MaskedLM, SCHEDULE, Absorbing(MASK), loss_weight="elbo"),
 ], ids=["mdlm", "sedd", "mlm"])  # fmt: skip
 def test_rates_that_do_not_cover_the_bound_are_refused(build):
     build(Rates("continuous", 0, 1))
-    for noising in (Rates([1.0, 0.5]), Rates("continuous", 0.1, 1.0)):
+    for mask_sampler in (Rates([1.0, 0.5]), Rates("continuous", 0.1, 1.0)):
         with pytest.raises(ValueError, match="training.loss_weight=elbo with training.masking=rates.*do not cover"):
-            build(noising)
+            build(mask_sampler)
 
 
 def test_what_is_measured_of_a_masked_lm_is_the_bound_by_enumeration():
@@ -158,7 +159,7 @@ def test_the_loss_is_the_mean_over_the_masked_tokens(random_dit):
         partial(training_noise, 0, torch.arange(6), 6),
     )
     loss = objective.loss(net, batch_of(x0), noise())
-    xt = objective.noising(SCHEDULE, x0, torch.ones_like(x0, dtype=torch.bool), Absorbing(MASK), noise())[0].xt_BL
+    xt = objective.mask_sampler(SCHEDULE, x0, torch.ones_like(x0, dtype=torch.bool), Absorbing(MASK), noise())[0].xt_BL
     log_p = net(xt, torch.zeros(6)).double()
     log_p[..., MASK] = -torch.inf
     wanted = -log_p.log_softmax(-1).gather(-1, x0[..., None]).squeeze(-1)[xt == MASK]
@@ -202,7 +203,7 @@ def test_a_batch_masks_nothing_that_is_given_and_a_sample_keeps_it(untrained, ov
     begun = (batch["input_ids"][:, 0] == data.vocabulary.bos_id).int()
     if diffusion.fills_masks:
         noise, scored = training_noise(1, batch["position"], 4), scored_mask(batch)
-        look = diffusion.objective.noising(
+        look = diffusion.objective.mask_sampler(
             SCHEDULE, batch["input_ids"], scored, Absorbing(data.vocabulary.mask_id), noise
         )[0]
         masked = look.xt_BL == data.vocabulary.mask_id

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from palimpsest.models.checkpoints import read_checkpoint
-from palimpsest.noise_schedule import Cosine, EndsMasked, LogLinear
+from palimpsest.noise_schedule import Cosine, FullRange, LogLinear
 from palimpsest.objectives.base import Model
 from palimpsest.objectives.d3pm import D3PM
-from palimpsest.objectives.noising import Bernoulli, Complementary, ExactCount
+from palimpsest.objectives.mask_sampling import Bernoulli, Complementary, ExactCount
 from palimpsest.objectives.sedd import SEDD
 from palimpsest.objectives.subs import Subs
 from palimpsest.process import Absorbing
@@ -86,7 +86,7 @@ def test_d3pm_step_is_the_kl_of_its_own_reverse_step(random_dit):
     stays = torch.where(chance < 1, (1 - chance) * ((1 - chance).log() - log_q[:, MASK]), 0.0)
     kl = chance * (chance.log() - log_q.gather(1, x0[at][:, None]).squeeze(1)) + stays
     loss = objective.loss_at(net, batch_of(x0), xt, t).nll_BL
-    log_p0 = objective.answer(net, x0, torch.zeros_like(t)).gather(-1, x0[..., None]).squeeze(-1)
+    log_p0 = objective.network_log_probs(net, x0, torch.zeros_like(t)).gather(-1, x0[..., None]).squeeze(-1)
     torch.testing.assert_close((loss.double() + log_p0)[at] / T, kl, rtol=1e-4, atol=1e-5)
 
 
@@ -107,9 +107,9 @@ def test_reverse_steps_are_distributions_and_denoise_knows_no_mask(random_dit, b
 
 def test_a_rescaled_schedule_ends_in_masks_and_loglinear_becomes_the_papers_own():
     t = torch.linspace(0, 1, 9, dtype=torch.float64)
-    torch.testing.assert_close(EndsMasked(LogLinear())(t).alpha, 1 - t)
+    torch.testing.assert_close(FullRange(LogLinear())(t).alpha, 1 - t)
     for base in (Cosine(), LogLinear()):
-        schedule = EndsMasked(base)
+        schedule = FullRange(base)
         assert schedule(t).alpha[[0, -1]].tolist() == pytest.approx([1, 0], abs=1e-12)
         torch.testing.assert_close(schedule.t_from_alpha(schedule(t).alpha), t, atol=1e-6, rtol=0)
 
@@ -146,7 +146,7 @@ def test_golden_d3pm(fixtures_dir, variant, weights):
     t = golden[f"{weights}.t_effective"]
     reference = golden[f"{weights}.model_output"]
     likely = reference > -1e5
-    assert close(objective.answer(net, golden["xt"], t)[likely], reference[likely])
+    assert close(objective.network_log_probs(net, golden["xt"], t)[likely], reference[likely])
     loss = objective.loss_at(net, batch, golden["xt"], t.double())
     assert close(loss.nll_BL, golden[f"{weights}.nlls"])
     assert close(loss.mean(), golden[f"{weights}.token_nll"])
@@ -239,7 +239,7 @@ def test_golden_prediction_of_d3pm_in_its_posteriors(fixtures_dir):
     at = x == model.process.mask_id
     for step in told["steps"]:
         t = torch.full((len(x),), step["t"], dtype=torch.float64)
-        p = model.objective.answer(model.backbone, x, t, at).exp() * (1 - step["s"] / step["t"])
+        p = model.objective.network_log_probs(model.backbone, x, t, at).exp() * (1 - step["s"] / step["t"])
         reference = golden[f"raw.{step['index']}.ddpm_posterior"][at]
         assert close(p[:, :-1], reference[:, :-1])
 

@@ -15,7 +15,7 @@ from palimpsest.models.segment_attention import segment_masks
 from palimpsest.noise_schedule import LogLinear
 from palimpsest.objectives.base import Model
 from palimpsest.objectives.block import BlockDiffusion
-from palimpsest.objectives.noising import Bernoulli, ExactCount, TiltedCount
+from palimpsest.objectives.mask_sampling import Bernoulli, ExactCount, TiltedCount
 from palimpsest.objectives.subs import Subs
 from palimpsest.process import Absorbing
 from palimpsest.samplers import ancestral, block, first_hitting
@@ -38,10 +38,10 @@ def in_segments(x0: torch.Tensor, ends: torch.Tensor, **more: torch.Tensor) -> d
 # -------------------------------------------------------------------------------- identities
 
 
-@pytest.mark.parametrize(("noising", "told", "padding"), [
+@pytest.mark.parametrize(("mask_sampler", "told", "padding"), [
     (Bernoulli(), {"time_conditioning": True}, 0), (ExactCount(), {}, 2), (TiltedCount(), {"num_classes": 2}, 0),
 ], ids=["bernoulli, time", "exact_count, padding", "tilted_count, classes"])  # fmt: skip
-def test_segments_of_k_tokens_are_blocks_of_k(random_dit, noising, told, padding):
+def test_segments_of_k_tokens_are_blocks_of_k(random_dit, mask_sampler, told, padding):
     """Number for number: loss, what is logged, gradients; the last of ten tokens are fewer."""
     net, x0, k = random_dit(VOCAB, **told), torch.randint(MASK, (4, 10)), 4
     net.train()
@@ -51,7 +51,7 @@ def test_segments_of_k_tokens_are_blocks_of_k(random_dit, noising, told, padding
     batch |= {"class_id": torch.tensor([0, 1, -1, 0])} if "num_classes" in told else {}
     cut = {**batch, "segment_ends": torch.tensor([[4, 8]]).expand(4, -1)}
     found = []
-    for objective, rows in ((objective_of(k, noising), batch), (objective_of(10, noising), cut)):
+    for objective, rows in ((objective_of(k, mask_sampler), batch), (objective_of(10, mask_sampler), cut)):
         loss = objective.loss(net, rows, training_noise(0, torch.arange(4), 4))
         net.zero_grad()
         loss.mean().backward()
@@ -66,7 +66,7 @@ def test_segments_of_k_tokens_are_blocks_of_k(random_dit, noising, told, padding
         torch.testing.assert_close(gradient, theirs)
     ours, plain = (
         o.block_losses(net, b, training_noise(0, torch.arange(4), 4))
-        for o, b in ((objective_of(10, noising), cut), (objective_of(k, noising), batch))
+        for o, b in ((objective_of(10, mask_sampler), cut), (objective_of(k, mask_sampler), batch))
     )
     for one, other in zip(ours, plain, strict=True):
         torch.testing.assert_close(one, other)
@@ -176,7 +176,7 @@ def test_the_law_sums_to_one_and_samples_follow_it(random_dit):
     law = dict(zip(map(tuple, every.tolist()), p.tolist(), strict=True))
     out = run(model_of(net), torch.full((8000, 4), MASK), torch.tensor([ends]))
     assert_follows(out.ids_BL, law)
-    with pytest.raises(ValueError, match="data.segments=true answers block after block"):
+    with pytest.raises(ValueError, match="data.segments=true predicts block after block"):
         objective_of().denoise(net, torch.tensor([[0, MASK, 1, MASK]]), torch.ones(1),
                                torch.tensor([[False, False, False, True]]), torch.tensor([[1, 3]]))  # fmt: skip
 

@@ -15,7 +15,7 @@ from palimpsest.common.randomness import KeyedNoise, evaluation_noise
 from palimpsest.models.checkpoints import read_checkpoint
 from palimpsest.models.dit import DiT
 from palimpsest.noise_schedule import Cosine, Linear, LogLinear
-from palimpsest.objectives.noising import Bernoulli
+from palimpsest.objectives.mask_sampling import Bernoulli
 from palimpsest.objectives.projection import cross_entropy
 from palimpsest.objectives.subs import Subs
 from palimpsest.process import Absorbing

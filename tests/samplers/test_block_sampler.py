@@ -191,7 +191,7 @@ def test_given_text_behind_a_gap_is_refused(random_dit):
     x[:, 7] = 1
     run(model_of(random_dit(VOCAB), 2), x)  # the end of the text may be given
     x[0, 4] = 1
-    with pytest.raises(ValueError, match="sampling.prefix in place of sampling.template"):
+    with pytest.raises(ValueError, match="sampling.prefix instead of sampling.template"):
         run(model_of(random_dit(VOCAB), 2), x)
     run(model_of(random_dit(VOCAB), 8), x)
 

@@ -60,7 +60,7 @@ class Words(Denoiser):
     def _model(self, class_id) -> Model:
         p_CM, p_M = laws()
         known = p_M if class_id is None else p_CM[int(class_id[0])]
-        return Model(BayesUDLM(Bayes(known), LogLinear().complete), NO_NETWORK)
+        return Model(BayesUDLM(Bayes(known), LogLinear().full_range), NO_NETWORK)
 
     def denoise(self, x_BL, t_B, at_BL=None, class_id=None):
         return self._model(class_id).denoise(x_BL, t_B, at_BL)

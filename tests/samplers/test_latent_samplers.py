@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from palimpsest.common.randomness import KeyedNoise
-from palimpsest.denoisers import Barred, JointDenoiser, LatentGuided
+from palimpsest.denoisers import JointDenoiser, LatentGuided, WithoutTokens
 from palimpsest.gaussian_process import LatentPrediction, cosine_level
 from palimpsest.noise_schedule import LogLinear
 from palimpsest.objectives.joint import JointModel
@@ -123,7 +123,7 @@ def test_guidance_of_latents_goes_from_the_marginal_to_the_text_and_beyond():
     net, x, hidden = model(), texts(), torch.full((ROWS, LENGTH), MASK)
     draw = lambda w, x=x, **more: (
         gaussian.sample(  # noqa: E731
-            net, x, noise(), LatentSteps(4, guidance=w), hidden_BL=hidden, **more
+            net, x, noise(), LatentSteps(4, guidance=w), masked_BL=hidden, **more
         ).latent_BKD
     )
     assert torch.equal(draw(1.0), gaussian.sample(net, x, noise(), LatentSteps(4)).latent_BKD)
@@ -131,7 +131,7 @@ def test_guidance_of_latents_goes_from_the_marginal_to_the_text_and_beyond():
     z, t, s = noise().normal(*SHAPE), torch.ones(ROWS).double(), torch.zeros(ROWS).double()
     told, untold = net.predict_latent(z, t, x, s), net.predict_latent(z, t, hidden, t)
     torch.testing.assert_close(
-        gaussian.sample(net, x, noise(), LatentSteps(1, guidance=3.0), hidden_BL=hidden).latent_BKD,
+        gaussian.sample(net, x, noise(), LatentSteps(1, guidance=3.0), masked_BL=hidden).latent_BKD,
         (untold.x0_BKD + 3 * (told.x0_BKD - untold.x0_BKD)).float(),
     )
     with pytest.raises(ValueError, match="sampling.guidance=2"):
@@ -140,7 +140,7 @@ def test_guidance_of_latents_goes_from_the_marginal_to_the_text_and_beyond():
 
 def test_the_marginal_is_asked_with_masks_at_time_1_and_the_text_clean_at_0():
     spied, x, hidden = Spied(model()), texts(), torch.full((ROWS, LENGTH), MASK)
-    out = gaussian.sample(spied, x, noise(), LatentSteps(3, guidance=2.0), hidden_BL=hidden)
+    out = gaussian.sample(spied, x, noise(), LatentSteps(3, guidance=2.0), masked_BL=hidden)
     assert out.evaluations_B.tolist() == [6] * ROWS
     for asked, t_B, _, _ in spied.asked:
         assert torch.equal(asked, x) and (t_B == 0).all() or torch.equal(asked, hidden) and (t_B == 1).all()
@@ -191,7 +191,7 @@ def test_a_row_does_not_depend_on_its_batch():
     chosen = {"positions": "contrast", "rate": 0.5, "eligible_BL": torch.ones_like(x, dtype=torch.bool)}
     pairs = [
         [DDPM(net, masks[i], key, latent=z[i]).ids_BL for i, key in ((slice(None), every), (some, few))],
-        [gaussian.sample(net, x[i], key, steps, hidden_BL=masks[i]).latent_BKD
+        [gaussian.sample(net, x[i], key, steps, masked_BL=masks[i]).latent_BKD
          for i, key in ((slice(None), noise()), (some, KeyedNoise(3, some)))],
         [joint.sample(net, masks[i], key, steps=4, eta=1.0).latent_BKD
          for i, key in ((slice(None), noise()), (some, KeyedNoise(3, some)))],
@@ -270,7 +270,7 @@ def test_positions_are_chosen_by_rule_within_the_budget_and_never_special_tokens
 def test_tokens_that_are_barred_are_never_written_and_the_rest_keeps_its_odds():
     x, t = torch.full((ROWS, 5), model().process.mask_id), torch.full((ROWS,), 0.5, dtype=torch.float64)
     at, told = torch.ones_like(x, dtype=torch.bool), {"latent": latents(), "latent_t": torch.zeros(ROWS)}
-    free, barred = (found.denoise(x, t, at, **told).exp() for found in (model(), Barred(model(), (0, 2))))
+    free, barred = (found.denoise(x, t, at, **told).exp() for found in (model(), WithoutTokens(model(), (0, 2))))
     assert (barred[:, [0, 2]] == 0).all() and (free[:, [0, 2]] > 0).all()
     free[:, [0, 2]] = 0
     torch.testing.assert_close(barred, free / free.sum(-1, keepdim=True))

@@ -24,7 +24,7 @@ from palimpsest.objectives.subs import Subs
 from palimpsest.process import Absorbing
 from palimpsest.samplers import block, semi_autoregressive
 from palimpsest.samplers.base import TokenChoice
-from palimpsest.samplers.unmasking import ORDERS, REMASKS, SCHEDULES, Unmasking, masks_left, remdm_chances, sample
+from palimpsest.samplers.unmasking import ORDERS, REMASKS, SCHEDULES, Unmasking, masks_left, remdm_probs, sample
 from palimpsest.settings.command_line import compose_config
 from tests.helpers.decoders import CHOICES, Toy, Watched, assert_sound, blank, unmask
 from tests.helpers.laws import assert_follows
@@ -83,11 +83,11 @@ def test_remdm_keeps_the_share_of_masks_whatever_eta():
     alpha = torch.linspace(0, 1, 9, dtype=torch.float64)
     for eta in (0.0, 0.1, 1.0):
         now, then = alpha[:-1], alpha[1:]
-        chances = remdm_chances(now, then, eta)
-        assert torch.allclose(now * chances.erase_B + (1 - now) * (1 - chances.write_B), 1 - then)
-        for chance in (chances.write_B, chances.erase_B):
-            assert (chance >= -1e-12).all() and (chance <= 1 + 1e-12).all()
-        assert chances.write_B[-1] == 1 and chances.erase_B[-1] == 0
+        probs = remdm_probs(now, then, eta)
+        assert torch.allclose(now * probs.remask_B + (1 - now) * (1 - probs.unmask_B), 1 - then)
+        for p in (probs.unmask_B, probs.remask_B):
+            assert (p >= -1e-12).all() and (p <= 1 + 1e-12).all()
+        assert probs.unmask_B[-1] == 1 and probs.remask_B[-1] == 0
 
 
 def test_low_confidence_keeps_what_was_drawn_with_most_probability():
