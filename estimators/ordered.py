@@ -17,7 +17,7 @@ from palimpsest.estimators.base import LikelihoodEstimate, require_mask_filling
 from palimpsest.objectives.base import Batch, Model, context, counted_mask, scored_mask
 from palimpsest.process import scatter_positions
 from palimpsest.samplers.base import row_chunks, select_rows
-from palimpsest.samplers.ordered import next_positions, preference, time_of
+from palimpsest.samplers.ordered import first_positions, preference, time_of
 
 
 class Ordered:
@@ -77,7 +77,7 @@ class Ordered:
         left_R, tokens_R = at_RL.sum(-1), scored_BL[rows_R].sum(-1)
         cond = select_rows(context(batch), rows_R)
         log_p_NV = model.denoise(x_RL, time_of(model, left_R, tokens_R), at_RL, **cond)
-        now_RL = next_positions(preference(log_p_NV, at_RL, self.order), left_R, self.tokens_per_step)
+        now_RL = first_positions(preference(log_p_NV, at_RL, self.order), left_R.clamp(max=self.tokens_per_step))
         nats_N = -log_p_NV.gather(1, x0_RL[at_RL][:, None]).squeeze(1).double()
         nll_BL[rows_R] += scatter_positions(nats_N, at_RL) * now_RL
         x_BL[rows_R] = torch.where(now_RL, x0_RL, x_RL)

@@ -280,6 +280,15 @@ class TokenDiffusion(Objective):
         log_p_NV = self.denoise(backbone, x_BL, t_B, at_BL, **cond)
         return self.process.posterior(x_BL[at_BL], log_p_NV, alpha_t_N, alpha_s_N)
 
+    def encode_at(self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, at_BL: Tensor | None, **cond: Tensor) -> Tensor:
+        """Return the hidden states at the N positions of `at_BL` in row-major order (None: all B * L), (N, D)."""
+        sigma_B = self.conditioning(t_B)
+        if at_BL is None:
+            return backbone.encode(x_BL, sigma_B, **cond).flatten(0, 1)
+        if backbone.encodes_positions:
+            return backbone.encode(x_BL, sigma_B, at_BL=at_BL, **cond)
+        return backbone.encode(x_BL, sigma_B, **cond)[at_BL]
+
     def conditioning(self, t_B: Tensor) -> Tensor:
         """Return the total noise that a time-conditioned network is shown, float32 (B,).
 
@@ -287,37 +296,6 @@ class TokenDiffusion(Objective):
         """
         low, high = self.trained_schedule(torch.tensor([0.0, 1.0], dtype=torch.float64)).sigma.tolist()
         return self.schedule(t_B).sigma.clamp(low, min(high, MAX_SIGMA)).float()
-
-
-class WrapperObjective(Objective):
-    """An objective that trains another one, `inner`, on blocks of a text or on a text with its latent."""
-
-    inner: TokenDiffusion
-
-    @property
-    def T(self) -> int:  # noqa: N802
-        return self.inner.T
-
-    @property
-    def mask_sampler(self) -> MaskSampler:
-        return self.inner.mask_sampler
-
-    @property
-    def schedule(self) -> NoiseSchedule:
-        return self.inner.schedule
-
-    @property
-    def independent_unmasking(self) -> bool:
-        return self.inner.independent_unmasking
-
-
-def encode_at(backbone: Backbone, x_BL: Tensor, sigma_B: Tensor, at_BL: Tensor | None, **cond: Tensor) -> Tensor:
-    """Return the hidden states at the N positions of `at_BL` in row-major order (None: all B * L), (N, D)."""
-    if at_BL is None:
-        return backbone.encode(x_BL, sigma_B, **cond).flatten(0, 1)
-    if backbone.encodes_positions:
-        return backbone.encode(x_BL, sigma_B, at_BL=at_BL, **cond)
-    return backbone.encode(x_BL, sigma_B, **cond)[at_BL]
 
 
 def context(batch: Batch) -> dict[str, Tensor]:
@@ -331,11 +309,6 @@ def drop_latent(batch: Batch) -> Batch:
         return batch
     latent = batch["latent"]
     return {**batch, "latent_t": torch.ones(len(latent), dtype=torch.float64, device=latent.device)}
-
-
-def masked_positions(batch: Batch, xt_BL: Tensor, process: Absorbing) -> Tensor:
-    """Return True where a scored token is masked in x_t, (B, L)."""
-    return process.is_corrupted(xt_BL) & scored_mask(batch)
 
 
 def scored_mask(batch: Batch) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated
 
 import torch
@@ -17,21 +17,13 @@ from torch import Tensor
 from palimpsest.common.randomness import KeyedNoise
 from palimpsest.common.values import COPY, LATER, Length, Share
 from palimpsest.denoisers import BlockDenoiser
+from palimpsest.models.backbone import Backbone
 from palimpsest.noise_schedule import Clipped
-from palimpsest.objectives.base import (
-    Backbone,
-    Batch,
-    Model,
-    TokenDiffusion,
-    TokenLoss,
-    WrapperObjective,
-    context,
-    fresh_noise,
-    scored_mask,
-)
+from palimpsest.objectives.base import Batch, Model, TokenDiffusion, TokenLoss, context, fresh_noise, scored_mask
 from palimpsest.objectives.block_layout import BlockLayout, EqualBlocks, SegmentBlocks
 from palimpsest.objectives.clipping import WHOLE, ClipSearch
 from palimpsest.objectives.mask_sampling import Bernoulli, ExactCount, MaskSampler
+from palimpsest.objectives.wrapping import BackboneView, WrapperObjective
 from palimpsest.process import Absorbing
 
 _LOGS_BY_BLOCK = ("num_masked", "cross_entropy", "num_scored")  # from which losses by mask rate are computed
@@ -283,19 +275,13 @@ class BlockDiffusion(WrapperObjective):
         return _AllBlocks(backbone, x_BL, layout, cond)
 
 
-@dataclass(frozen=True)
-class _AllBlocks:
+@dataclass
+class _AllBlocks(BackboneView):
     """A backbone that reads all blocks of its texts in one pass, each after the clean blocks before it."""
 
-    backbone: Backbone
     clean_BL: Tensor
     layout: BlockLayout
     cond: dict[str, Tensor]
-    encodes_positions: bool = field(default=True, init=False)
-
-    @property
-    def head(self) -> torch.nn.Linear:
-        return self.backbone.head
 
     def encode(self, tokens_Rk: Tensor, sigma_R: Tensor, at_BL: Tensor) -> Tensor:
         """Return hidden states at the positions of `at_BL` (R, k), (N, D)."""
@@ -305,20 +291,14 @@ class _AllBlocks:
         return self.backbone.encode_blocks(noised_BL, self.clean_BL, layout.blocks, sigma_Bb, at_BL, **self.cond)
 
 
-@dataclass(frozen=True)
-class _NextBlock:
+@dataclass
+class _NextBlock(BackboneView):
     """A backbone that reads one block after `earlier`: a cache, or clean tokens, which it reads at every call."""
 
-    backbone: Backbone
     earlier: object
     block_size: int
     window: int | None
     cond: dict[str, Tensor]
-    encodes_positions: bool = field(default=True, init=False)
-
-    @property
-    def head(self) -> torch.nn.Linear:
-        return self.backbone.head
 
     def encode(
         self, tokens_Rk: Tensor, sigma_R: Tensor, row: Tensor, at_BL: Tensor | None = None, **cond: Tensor

@@ -11,18 +11,9 @@ import torch
 from torch import Tensor
 
 from palimpsest.common.values import Natural
+from palimpsest.models.backbone import Backbone
 from palimpsest.noise_schedule import FullRange, NoiseSchedule
-from palimpsest.objectives.base import (
-    Backbone,
-    Batch,
-    TokenDiffusion,
-    TokenLoss,
-    context,
-    counted_mask,
-    encode_at,
-    masked_positions,
-    scored_mask,
-)
+from palimpsest.objectives.base import Batch, TokenDiffusion, TokenLoss, context, counted_mask, scored_mask
 from palimpsest.objectives.mask_sampling import MaskSampler
 from palimpsest.objectives.projection import log_probs, picked_logits
 from palimpsest.process import Absorbing, per_position, scatter_positions, unmask_prob
@@ -58,7 +49,7 @@ class D3PM(TokenDiffusion):
     def loss_at(self, backbone: Backbone, batch: Batch, xt_BL: Tensor, t_B: Tensor) -> TokenLoss:
         """Return T times the KL term of a step (eq. 1, L_t-1) plus the reconstruction term L_0 of the clean text."""
         x0_BL, scored_BL = batch["input_ids"], scored_mask(batch)
-        masked_BL = masked_positions(batch, xt_BL, self.process)
+        masked_BL = self.process.is_corrupted(xt_BL) & scored_BL
         hidden_BLD = backbone.encode(xt_BL, self.conditioning(t_B), **context(batch))
         log_p_N, log_m_N = self._log_p_and_m(hidden_BLD[masked_BL], backbone, x0_BL[masked_BL])
         alpha_t_B = self.schedule(t_B).alpha
@@ -87,7 +78,7 @@ class D3PM(TokenDiffusion):
         self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, at_BL: Tensor | None = None, **cond: Tensor
     ) -> Tensor:
         """Return the network's log-probabilities, including that of [MASK], (B, L, V) or (N, V)."""
-        hidden_ND = encode_at(backbone, x_BL, self.conditioning(t_B), at_BL, **cond)
+        hidden_ND = self.encode_at(backbone, x_BL, t_B, at_BL, **cond)
         log_p_NV = log_probs(hidden_ND, backbone.head, self._banned_id)
         return log_p_NV.unflatten(0, x_BL.shape) if at_BL is None else log_p_NV
 

@@ -9,7 +9,7 @@ Shape suffixes: B batch, L length, V vocabulary, S points of a table.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated
 
 import torch
@@ -21,6 +21,7 @@ from palimpsest.noise_schedule import NoiseSchedule
 from palimpsest.objectives.base import Backbone, Batch, scored_mask
 from palimpsest.objectives.mask_sampling import Draw, MaskSampler
 from palimpsest.objectives.udlm import UDLM
+from palimpsest.objectives.wrapping import BackboneView
 from palimpsest.process import Uniform
 
 
@@ -103,17 +104,11 @@ def signal_table(vocab_size: int, points: int = 2000) -> tuple[Tensor, Tensor]:
     return signal_S, alpha_S.cummax(0).values
 
 
-@dataclass(frozen=True)
-class _MixtureInput:
+@dataclass
+class _MixtureInput(BackboneView):
     """A network that reads a mixture of tokens instead of its input tokens."""
 
-    backbone: Backbone
     mixture_BLV: Tensor
-    encodes_positions: bool = field(default=True, init=False)
-
-    @property
-    def head(self) -> nn.Linear:
-        return self.backbone.head
 
     def encode(self, tokens_BL: Tensor, sigma_B: Tensor, at_BL: Tensor, **cond: Tensor) -> Tensor:
         return self.backbone.encode(self.mixture_BLV, sigma_B, at_BL=at_BL, **cond)

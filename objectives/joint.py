@@ -12,25 +12,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from palimpsest.common.randomness import KeyedNoise
 from palimpsest.common.values import Length, NotNegative
 from palimpsest.denoisers import JointDenoiser
 from palimpsest.gaussian_process import LatentPrediction
-from palimpsest.objectives.base import (
-    Backbone,
-    Batch,
-    Model,
-    TokenLoss,
-    WrapperObjective,
-    counted_mask,
-    fresh_noise,
-    scored_mask,
-)
+from palimpsest.models.backbone import Backbone
+from palimpsest.objectives.base import Batch, Model, TokenLoss, counted_mask, fresh_noise, scored_mask
 from palimpsest.objectives.gaussian import EARLIEST, LATEST, GaussianDiffusion, LatentLoss
 from palimpsest.objectives.mask_sampling import MaskSampler
 from palimpsest.objectives.subs import Subs
+from palimpsest.objectives.wrapping import BackboneView, WrapperObjective
 from palimpsest.process import Absorbing
 
 
@@ -286,16 +279,10 @@ def _means(loss: TokenLoss, text: TokenLoss, latent: LatentLoss, rows: Mapping[s
 
 
 @dataclass
-class _TextNetwork:
+class _TextNetwork(BackboneView):
     """A backbone of texts and latents as the text's objective sees it; it keeps the outputs for the latents."""
 
-    backbone: Backbone
     outputs: list[Tensor] = field(default_factory=list, init=False)
-    encodes_positions: bool = field(default=True, init=False)
-
-    @property
-    def head(self) -> nn.Linear:
-        return self.backbone.head
 
     def encode(self, tokens_BL: Tensor, sigma_B: Tensor, at_BL: Tensor, **cond: Tensor) -> Tensor:
         """Return hidden states at the positions of `at_BL`, (N, D)."""
@@ -308,7 +295,6 @@ class _TextNetwork:
 class _TrainedTextNetwork(_TextNetwork):
     """A text network that reads conditioning texts clean and dropped texts as masks, with the time of each."""
 
-    backbone: Backbone = field(kw_only=False)
     process: Absorbing
     clean_B: Tensor
     dropped_B: Tensor

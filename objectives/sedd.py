@@ -10,18 +10,9 @@ import math
 import torch
 from torch import Tensor
 
+from palimpsest.models.backbone import Backbone
 from palimpsest.noise_schedule import NoiseSchedule
-from palimpsest.objectives.base import (
-    MAX_SIGMA,
-    Backbone,
-    Batch,
-    TokenDiffusion,
-    TokenLoss,
-    context,
-    counted_mask,
-    encode_at,
-    masked_positions,
-)
+from palimpsest.objectives.base import MAX_SIGMA, Batch, TokenDiffusion, TokenLoss, context, counted_mask, scored_mask
 from palimpsest.objectives.mask_sampling import MaskSampler
 from palimpsest.objectives.projection import logits, picked_logits
 from palimpsest.process import Absorbing, per_position, scatter_positions
@@ -44,7 +35,7 @@ class SEDD(TokenDiffusion):
 
         It is sigma' (sum_y s_y - q log s_x0 + q (log q - 1)) with the target q = p_t(x_0) / p_t(mask).
         """
-        x0_BL, masked_BL = batch["input_ids"], masked_positions(batch, xt_BL, self.process)
+        x0_BL, masked_BL = batch["input_ids"], self.process.is_corrupted(xt_BL) & scored_mask(batch)
         hidden_BLD = backbone.encode(xt_BL, self.conditioning(t_B), **context(batch))
         log_z_N, logit_N1 = picked_logits(
             hidden_BLD[masked_BL], backbone.head, x0_BL[masked_BL][:, None], self.process.mask_id
@@ -66,7 +57,7 @@ class SEDD(TokenDiffusion):
 
     def log_score(self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, at_BL: Tensor, **cond: Tensor) -> Tensor:
         """Return log s(x_t) at the N masked positions of `at_BL`, float64 (N, V); -inf at the mask."""
-        hidden_ND = encode_at(backbone, x_BL, self.conditioning(t_B), at_BL, **cond)
+        hidden_ND = self.encode_at(backbone, x_BL, t_B, at_BL, **cond)
         logits_NV = logits(hidden_ND, backbone.head, self.process.mask_id).double()
         return logits_NV - per_position(self._log_shift(t_B, backbone.head.out_features), at_BL)[:, None]
 

@@ -10,17 +10,9 @@ from typing import Literal
 from torch import Tensor
 
 from palimpsest.common.values import Natural
+from palimpsest.models.backbone import Backbone
 from palimpsest.noise_schedule import NoiseSchedule
-from palimpsest.objectives.base import (
-    Backbone,
-    Batch,
-    TokenDiffusion,
-    TokenLoss,
-    context,
-    counted_mask,
-    encode_at,
-    masked_positions,
-)
+from palimpsest.objectives.base import Batch, TokenDiffusion, TokenLoss, context, counted_mask, scored_mask
 from palimpsest.objectives.mask_sampling import MaskSampler, log_move_range
 from palimpsest.objectives.projection import cross_entropy, log_probs
 from palimpsest.process import Absorbing, scatter_positions, unmask_prob
@@ -53,8 +45,8 @@ class Subs(TokenDiffusion):
         super().__init__(schedule, process, noising, T)
 
     def loss_at(self, backbone: Backbone, batch: Batch, xt_BL: Tensor, t_B: Tensor) -> TokenLoss:
-        x0_BL, masked_BL = batch["input_ids"], masked_positions(batch, xt_BL, self.process)
-        hidden_ND = encode_at(backbone, xt_BL, self.conditioning(t_B), masked_BL, **context(batch))
+        x0_BL, masked_BL = batch["input_ids"], self.process.is_corrupted(xt_BL) & scored_mask(batch)
+        hidden_ND = self.encode_at(backbone, xt_BL, t_B, masked_BL, **context(batch))
         ce_N = cross_entropy(hidden_ND, backbone.head, x0_BL[masked_BL], self.process.mask_id)
         ce_BL = scatter_positions(ce_N, masked_BL)
         logs = {"cross_entropy": ce_BL.detach().sum(-1), "num_masked": masked_BL.sum(-1)}
@@ -77,7 +69,7 @@ class Subs(TokenDiffusion):
     def denoise(
         self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, at_BL: Tensor | None = None, **cond: Tensor
     ) -> Tensor:
-        hidden_ND = encode_at(backbone, x_BL, self.conditioning(t_B), at_BL, **cond)
+        hidden_ND = self.encode_at(backbone, x_BL, t_B, at_BL, **cond)
         x_N = x_BL.flatten() if at_BL is None else x_BL[at_BL]
         log_p_NV = self.process.keep_visible(log_probs(hidden_ND, backbone.head, self.process.mask_id), x_N)
         return log_p_NV.unflatten(0, x_BL.shape) if at_BL is None else log_p_NV

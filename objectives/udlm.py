@@ -10,17 +10,9 @@ from abc import abstractmethod
 import torch
 from torch import Tensor, nn
 
+from palimpsest.models.backbone import Backbone
 from palimpsest.noise_schedule import NoiseSchedule
-from palimpsest.objectives.base import (
-    Backbone,
-    Batch,
-    TokenDiffusion,
-    TokenLoss,
-    context,
-    counted_mask,
-    encode_at,
-    scored_mask,
-)
+from palimpsest.objectives.base import Batch, TokenDiffusion, TokenLoss, context, counted_mask, scored_mask
 from palimpsest.objectives.mask_sampling import Bernoulli, MaskSampler
 from palimpsest.objectives.projection import chunked, log_probs
 from palimpsest.process import Resampling, Uniform, per_position, scatter_positions
@@ -52,7 +44,7 @@ class LeaveOneOut(TokenDiffusion):
 
     def loss_at(self, backbone: Backbone, batch: Batch, xt_BL: Tensor, t_B: Tensor) -> TokenLoss:
         x0_BL, scored_BL = batch["input_ids"], scored_mask(batch)
-        hidden_ND = encode_at(backbone, xt_BL, self.conditioning(t_B), scored_BL, **context(batch))
+        hidden_ND = self.encode_at(backbone, xt_BL, t_B, scored_BL, **context(batch))
         level = self.schedule(t_B)
         ids_N2 = torch.stack([x0_BL[scored_BL], xt_BL[scored_BL]], dim=1)
         integrand_N = self.integrand(hidden_ND, backbone.head, ids_N2, per_position(level.alpha, scored_BL))
@@ -65,7 +57,7 @@ class LeaveOneOut(TokenDiffusion):
 
     def leave_one_out(self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, at_BL: Tensor, **cond: Tensor) -> Tensor:
         """Return the network's prediction at the N positions of `at_BL`, (N, V)."""
-        hidden_ND = encode_at(backbone, x_BL, self.conditioning(t_B), at_BL, **cond)
+        hidden_ND = self.encode_at(backbone, x_BL, t_B, at_BL, **cond)
         return log_probs(hidden_ND, backbone.head, self.banned_id)
 
     def denoise(

@@ -49,11 +49,6 @@ def first_positions(preference_BL: Tensor, count_B: Tensor) -> Tensor:
     return ranks_BL < count_B[:, None]
 
 
-def next_positions(preference_BL: Tensor, left_B: Tensor, tokens_per_step: int) -> Tensor:
-    """Return True at the `tokens_per_step` preferred positions of each row, or at all `left_B`, (B, L)."""
-    return first_positions(preference_BL, left_B.clamp(max=tokens_per_step))
-
-
 class AtEveryMask(Step):
     """Predict every masked position, then unmask those that `chosen` selects."""
 
@@ -97,7 +92,8 @@ class Ordered(AtEveryMask):
         self.tokens_per_step = tokens_per_step
 
     def chosen(self, log_p_NV: Tensor, at_RL: Tensor) -> Tensor:
-        return next_positions(preference(log_p_NV, at_RL, self.order), at_RL.sum(-1), self.tokens_per_step)
+        count_R = at_RL.sum(-1).clamp(max=self.tokens_per_step)
+        return first_positions(preference(log_p_NV, at_RL, self.order), count_R)
 
 
 sample = sampler_of(Ordered, Absorbing)

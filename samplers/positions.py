@@ -16,7 +16,7 @@ from palimpsest.common.randomness import KeyedNoise
 from palimpsest.denoisers import Denoiser
 from palimpsest.process import scatter_positions
 from palimpsest.samplers.base import row_chunks, select_rows
-from palimpsest.samplers.ordered import next_positions
+from palimpsest.samplers.ordered import first_positions
 
 _PAIRS = 4  # pairs of complementary masks
 
@@ -65,7 +65,7 @@ def select(
         cond = {**cond, "source": source, "target": target}
         score_BL = _masked_scores(_contrast, model, x_BL, eligible_BL, generator, cond)
         passes = 4 * _PAIRS
-    masked_BL = next_positions(score_BL.masked_fill(~eligible_BL, -torch.inf), count_B, x_BL.shape[1])
+    masked_BL = first_positions(score_BL.masked_fill(~eligible_BL, -torch.inf), count_B)
     return Selection(masked_BL, count_B.double() / n_B.clamp(min=1), torch.full_like(n_B, passes))
 
 

@@ -37,9 +37,6 @@ class Fixed:
         return self.looks
 
 
-# -------------------------------------------------------------------------------- the reference's numbers
-
-
 @pytest.mark.parametrize("size", [1, 4, 8])
 @pytest.mark.parametrize("weights", ["raw", "ema"])
 def test_losses_are_the_references(fixtures_dir, size, weights):
@@ -85,9 +82,6 @@ def test_antithetic_times_of_blocks_are_spread_as_the_references(fixtures_dir):
         rate = schedule((1 - eps) * u + eps).move_chance.repeat_interleave(4, dim=1)
         wanted = torch.tensor(golden[f"antithetic_eps{name}"], dtype=torch.float64)
         torch.testing.assert_close(rate, wanted, rtol=1e-4, atol=1e-4)
-
-
-# -------------------------------------------------------------------------------- identities
 
 
 @pytest.mark.parametrize(("mask_sampler", "told"), [
@@ -159,9 +153,6 @@ def test_the_bound_is_unbiased_and_above_the_likelihood(random_dit, size):
             nll_B = measured.loss(net, batch_of(many), evaluation_noise(1, torch.arange(len(many)))).nll_BL.sum(-1)
         draws = nll_B.reshape(2000, 2).double()
         assert ((draws.mean(0) - wanted).abs() < 5 * draws.std(0) / math.sqrt(2000)).all()  # 1 in 10^6 false alarms
-
-
-# -------------------------------------------------------------------------------- noise
 
 
 def test_padding_further_changes_no_number(random_dit):

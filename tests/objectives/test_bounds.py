@@ -155,8 +155,6 @@ def test_draws_that_leave_mask_rates_out_are_not_the_bound():
             Subs(LogLinear(), Absorbing(MASK)).bound(mask_sampler)
 
 
-# ------------------------------------------------------------------------------------ the time that is shown
-
 TIMED = {**MASK_SAMPLERS, "rates": lambda: Rates("continuous", 0.0, 1.0)}
 
 

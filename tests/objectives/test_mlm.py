@@ -48,9 +48,6 @@ def looked(mask_sampler: Rates, rows: int, length: int = 12, step: int = 0, scor
     )[0]
 
 
-# -------------------------------------------------------------------------------- mask rates
-
-
 def test_rates_of_a_list_are_equally_likely_and_masks_follow_them():
     rates = [1.0, 0.6, 0.1]
     look = looked(Rates(rates), 6000, 40)
@@ -100,9 +97,6 @@ def test_one_rate_for_a_whole_step_whichever_device_and_micro_batch():
 def test_limits_that_leave_no_rate_are_refused():
     with pytest.raises(ValueError, match="masking_rate_min=0.8 must be below training.masking_rate_max=0.2"):
         Rates(rate_min=0.8, rate_max=0.2)
-
-
-# -------------------------------------------------------------------------------- the bound
 
 
 @pytest.mark.parametrize(("time", "per"), [(False, "sample"), (True, "batch")])
@@ -174,9 +168,6 @@ def everything(net, x0: torch.Tensor) -> float:
     return -float(log_p.log_softmax(-1).gather(-1, x0[..., None]).sum())
 
 
-# -------------------------------------------------------------------------------- what is given
-
-
 def test_prefix_and_special_tokens_are_given_in_wrapped_and_in_padded_rows():
     bos, eos, unk = 1, 2, 3
     rows = [np.array([bos, 9, 8, 7, eos, 6, unk, eos]), np.array([9, 8, bos, 7, 6, 5, 9, unk])]
@@ -227,9 +218,6 @@ def test_the_unigram_baseline_is_of_the_same_tokens(untrained):
     counts[[data.vocabulary.bos_id, data.vocabulary.eos_id]] = 0
     ids = rows["input_ids"][0]
     assert nats[0] == pytest.approx(-np.log(counts[ids[4:-1]] / counts.sum()).sum())
-
-
-# -------------------------------------------------------------------------------- from the command line
 
 
 def test_trains_measures_and_classifies_and_says_what_it_is(tmp_path, monkeypatch):

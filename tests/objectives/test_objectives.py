@@ -126,9 +126,6 @@ def test_contradictions_are_refused(build, said):
         build()
 
 
-# ------------------------------------------------------------------------------------ the reference's numbers
-
-
 def golden_of(fixtures_dir, variant, weights):
     folder = fixtures_dir / variant
     meta = json.loads((folder / "golden.json").read_text())

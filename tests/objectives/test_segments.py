@@ -35,9 +35,6 @@ def in_segments(x0: torch.Tensor, ends: torch.Tensor, **more: torch.Tensor) -> d
     return {**batch_of(x0), "segment_ends": ends.expand(len(x0), -1), **more}
 
 
-# -------------------------------------------------------------------------------- identities
-
-
 @pytest.mark.parametrize(("mask_sampler", "told", "padding"), [
     (Bernoulli(), {"time_conditioning": True}, 0), (ExactCount(), {}, 2), (TiltedCount(), {"num_classes": 2}, 0),
 ], ids=["bernoulli, time", "exact_count, padding", "tilted_count, classes"])  # fmt: skip
@@ -102,9 +99,6 @@ def test_in_a_network_of_one_layer_a_given_segment_is_a_given_prefix(random_dit)
     torch.testing.assert_close(objective_of().loss(net, segments, noise()).nll_BL, torch.cat(list(losses())))
 
 
-# -------------------------------------------------------------------------------- who sees whom
-
-
 def test_the_mask_is_the_predicate_token_by_token():
     key_mask = torch.ones(4, 9, dtype=torch.bool)
     key_mask[1, 7:] = False
@@ -143,9 +137,6 @@ def test_no_segment_learns_from_a_later_one_and_all_from_earlier_ones(random_dit
     assert (loss_of(other)[:, execution] != before[:, execution]).any()
     changed = loss_of(planned) != before
     assert not changed[:, :2].any() and changed[:, execution].any()
-
-
-# -------------------------------------------------------------------------------- the law, by enumeration
 
 
 def law_of(net, x: torch.Tensor, ends: list[int]) -> torch.Tensor:
@@ -208,9 +199,6 @@ def test_the_bound_is_unbiased_and_above_the_likelihood(random_dit):
     nll_B = objective_of(noising=ExactCount(), schedule=LogLinear(eps=0.0)).loss(net, batch, noise).nll_BL.sum(-1)
     draws = nll_B.reshape(many, 2).double()
     assert ((draws.mean(0) - wanted).abs() < 5 * draws.std(0) / math.sqrt(many)).all()
-
-
-# -------------------------------------------------------------------------------- sampling
 
 
 def model_of(net) -> Model:

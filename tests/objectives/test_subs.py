@@ -162,9 +162,6 @@ def test_the_generator_is_the_only_randomness(random_dit):
     assert torch.equal(state, torch.get_rng_state())
 
 
-# ------------------------------------------------------------------------------------ the reference's numbers
-
-
 @pytest.mark.parametrize("weights", ["raw", "ema"])
 @pytest.mark.parametrize("variant", ["mdlm_subs", "mdlm_subs_tc", "mdlm_subs_midmask"])
 def test_golden_numbers(fixtures_dir, variant, weights):

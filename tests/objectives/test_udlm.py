@@ -88,9 +88,6 @@ def test_golden_duo_without_a_setting_typed(fixtures_dir, weights):
     torch.testing.assert_close(nll, golden[f"{weights}.nll_per_token"], rtol=1e-4, atol=1e-4)
 
 
-# -------------------------------------------------------------------------------- by enumeration
-
-
 @pytest.mark.parametrize("schedule", [LogLinear(eps=0.0), Cosine(eps=0.0)], ids=["loglinear", "cosine"])
 def test_the_bound_of_the_exact_network_is_the_entropy(schedule):
     torch.manual_seed(3)
@@ -178,9 +175,6 @@ def test_the_chunked_projection_has_the_plain_gradients(random_dit, monkeypatch)
         found.append([loss.detach(), *(parameter.grad.clone() for parameter in net.parameters())])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
-
-
-# -------------------------------------------------------------------------------- correctors
 
 
 def test_one_token_drawn_again_given_the_others_keeps_the_distribution():

@@ -102,9 +102,6 @@ def test_a_window_is_the_law_up_to_its_width_and_the_same_with_and_without_cache
         run(model, blank(2, 30), context=7)
 
 
-# -------------------------------------------------------------------------------- endings
-
-
 END = 2
 
 

@@ -82,9 +82,6 @@ class NormalLatents:
         return LatentPrediction(x0_BKD, eps_BKD, alpha * eps_BKD - sigma * x0_BKD)
 
 
-# -------------------------------------------------------------------------------- latents
-
-
 def test_the_law_of_normal_latents_comes_out():
     """DDIM carries each noise to the latent of its quantile; ancestral steps end in the same law."""
     rows, x = 2000, torch.zeros(2000, 1, dtype=torch.long)
@@ -146,9 +143,6 @@ def test_the_marginal_is_asked_with_masks_at_time_1_and_the_text_clean_at_0():
         assert torch.equal(asked, x) and (t_B == 0).all() or torch.equal(asked, hidden) and (t_B == 1).all()
 
 
-# -------------------------------------------------------------------------------- texts
-
-
 def test_guidance_of_texts_goes_from_the_marginal_to_the_latent_and_beyond():
     net, z = model(), latents()
     x, at = torch.full((ROWS, LENGTH), MASK), torch.ones(ROWS, LENGTH, dtype=torch.bool)
@@ -203,9 +197,6 @@ def test_a_row_does_not_depend_on_its_batch():
     ]  # fmt: skip
     for whole, part in pairs:
         torch.testing.assert_close(whole[some], part)
-
-
-# -------------------------------------------------------------------------------- edits
 
 
 def test_a_text_that_is_masked_in_part_is_filled_from_its_own_time():

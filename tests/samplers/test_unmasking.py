@@ -127,9 +127,6 @@ def test_schedules_write_something_at_every_step_and_all_in_time():
     assert [int(masks_left(s, 5, 10, torch.tensor([100]))) for s in SCHEDULES] == [50, 70, 90]
 
 
-# -------------------------------------------------------------------------------- every combination
-
-
 def test_every_combination_ends_and_says_what_it_did():
     toy, mask = Toy(2, 6), 2
     x = torch.tensor([[mask] * 6, [0, mask, mask, 1, mask, mask], [0, 1, 0, 1, 1, 0]])
@@ -138,9 +135,6 @@ def test_every_combination_ends_and_says_what_it_did():
             continue  # it goes by confidence
         how, frames = Unmasking(schedule, order, None, remask, 0.5), Watched()
         assert_sound(toy, x, unmask(toy, x, how, 4, choice=choice, watch=frames), frames, 4)
-
-
-# -------------------------------------------------------------------------------- other models, other samplers
 
 
 @pytest.mark.parametrize("objective", [
