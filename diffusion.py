@@ -213,12 +213,9 @@ class Diffusion(lightning.LightningModule):
             log.info("mask rates from here on: %.3g to %.3g", low, high)
 
     def start_from(self, checkpoint: Checkpoint, use_ema: bool = True) -> dict[str, nn.Parameter]:
-        """Start a new training, and its average, from the weights of `checkpoint`.
+        """Start a new training, and its average, from the (averaged, if `use_ema`) weights of `checkpoint`.
 
-        The averaged weights are used if there are any and `use_ema` is set.
-
-        Returns:
-            The parameters that the checkpoint lacks, which is allowed for a model of a part of the backbone.
+        Returns the parameters that the checkpoint lacks, which may be the model of a part of the backbone.
 
         Raises:
             ValueError: the weights do not fit the backbone, or a missing parameter is frozen. Nothing is changed then.
@@ -274,10 +271,7 @@ class Diffusion(lightning.LightningModule):
         self._average_due = self.ema is not None
 
     def update_average(self) -> None:
-        """Add the newest weights to the average, if their update was made.
-
-        It is called just before the next update, when the device has finished, or when the average is needed.
-        """
+        """Add the newest weights to the average, if their update was made; called before the next update or use."""
         if self._average_due and self.updates.made():
             self.ema.update(self.backbone.parameters())
         self._average_due = False
@@ -321,16 +315,10 @@ class Diffusion(lightning.LightningModule):
 
 @torch.no_grad()
 def _counts(loss: TokenLoss, batch: Batch, encodes: int) -> dict[str, Tensor]:
-    """Return the counts of a micro-batch that training/callbacks/metrics.py adds up.
+    """Return the sums of a micro-batch: its nats, counted, projected and scored tokens, and the means of the loss.
 
-    Returns:
-        nll: nats of the micro-batch.
-        tokens: number of counted tokens.
-        projected: number of positions projected onto the vocabulary.
-        scored_B: scored tokens of each row.
-        means: those of the loss.
-        num_masked, cross_entropy: of masking objectives, per row and network pass, (B, P). Objectives whose rows have
-            parts with their own mask rates add the same by part, and `num_scored` of each.
+    Masking objectives add `num_masked` and `cross_entropy` per row and pass, (B, P), and the same by part with
+    `num_scored` for rows whose parts have their own mask rates.
     """
     logs = {name: value for name, value in loss.logs.items() if name.startswith(("num_", "cross_entropy"))}
     scored_B, tokens = scored_mask(batch).sum(-1), loss.mask_BL.sum()

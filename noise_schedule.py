@@ -58,10 +58,7 @@ class NoiseSchedule(ABC):
 
     @property
     def full_range(self) -> NoiseSchedule:
-        """The unclipped schedule rescaled to alpha = 1 at t = 0 and alpha = 0 at t = 1, for evaluation and sampling.
-
-        A schedule that ends at alpha = 0.001 leaves out the mask rates of the first sampling steps.
-        """
+        """The unclipped schedule rescaled to alpha = 1 at t = 0 and alpha = 0 at t = 1, for evaluation and sampling."""
         return FullRange(self.unclipped)
 
 
@@ -142,10 +139,7 @@ class Geometric(_BySigma):
 
 
 class Clipped(NoiseSchedule):
-    """The part of `base` with mask rates in [sampling_eps_min, sampling_eps_max] (BD3-LM, arXiv 2503.09573, section 5).
-
-    It is for training only. Evaluation needs the whole bound and uses `full_range`.
-    """
+    """The part of `base` with mask rates in a range, for training only (BD3-LM, arXiv 2503.09573, section 5)."""
 
     def __init__(self, base: NoiseSchedule, sampling_eps_min: Share, sampling_eps_max: Share) -> None:
         if not 0.0 <= sampling_eps_min < sampling_eps_max <= 1.0:

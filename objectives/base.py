@@ -290,10 +290,7 @@ class TokenDiffusion(Objective):
         return backbone.encode(x_BL, sigma_B, **cond)[at_BL]
 
     def conditioning(self, t_B: Tensor) -> Tensor:
-        """Return the total noise that a time-conditioned network is shown, float32 (B,).
-
-        It is the noise of the mask rate at t, finite and within the range of the training schedule.
-        """
+        """Return the total noise that a network is shown, float32 (B,), within the range of the training schedule."""
         low, high = self.trained_schedule(torch.tensor([0.0, 1.0], dtype=torch.float64)).sigma.tolist()
         return self.schedule(t_B).sigma.clamp(low, min(high, MAX_SIGMA)).float()
 
@@ -312,20 +309,14 @@ def drop_latent(batch: Batch) -> Batch:
 
 
 def scored_mask(batch: Batch) -> Tensor:
-    """Return True where a token is masked and scored, (B, L): everywhere except padding and prompt tokens.
-
-    EOS padding is scored, because a model of masks learns from it where a text ends.
-    """
+    """Return True where a token is masked and scored, (B, L): also on EOS padding, not on padding and prompt tokens."""
     mask_BL = batch.get("attention_mask")
     scored_BL = torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask_BL is None else mask_BL.bool()
     return scored_BL & ~batch["given"] if "given" in batch else scored_BL
 
 
 def counted_mask(batch: Batch) -> Tensor:
-    """Return True where a scored token counts as a token of its text, (B, L): not on EOS padding.
-
-    Its nats belong to the row's likelihood, but would make a likelihood per token look better on longer rows.
-    """
+    """Return True where a scored token counts as a token of its text, (B, L): not on EOS padding."""
     return scored_mask(batch) & ~batch["fill"] if "fill" in batch else scored_mask(batch)
 
 

@@ -223,8 +223,6 @@ class BlockDiffusion(WrapperObjective):
     ) -> Tensor:
         """Return log p(x_0^b | x_t^b, x^<b): (B, L, V), or (N, V) at the positions of `at_BL`.
 
-        Each text must be clean up to the block that is predicted. `segment_ends`: as in a batch.
-
         Raises:
             ValueError: a prediction is requested after a block with masks.
         """
@@ -252,10 +250,7 @@ class BlockDiffusion(WrapperObjective):
         return self.inner.reverse(network, layout.split(x_BL), t_R, s_R, layout.split(at_BL))
 
     def after(self, backbone: Backbone, earlier: object, window: int | None = None, **cond: Tensor) -> Model:
-        """Return the model of the block that follows `earlier` (see `BlockDenoiser.after`).
-
-        Its predictions take `row` (R,): the rows of `earlier` that the blocks follow.
-        """
+        """Return the model of the next block; its predictions take `row` (R,), the rows of `earlier` they follow."""
         return self.inner.model(_NextBlock(backbone, earlier, self.block_size, window, cond))
 
     def _network(

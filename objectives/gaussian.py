@@ -32,13 +32,7 @@ class NoisedLatent:
 
 @dataclass(frozen=True)
 class LatentLoss:
-    """Means over the K D numbers of each row.
-
-    Attributes:
-        loss_B: the training loss.
-        mse_B: squared error of the predicted latent, detached.
-        cosine_B: cosine of the predicted and the true latent over the D numbers, detached.
-    """
+    """The training loss, and detached squared error and cosine of the predicted latent; row means over K D numbers."""
 
     loss_B: Tensor
     mse_B: Tensor

@@ -136,10 +136,7 @@ class JointDiffusion(WrapperObjective):
     def denoise(
         self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, at_BL: Tensor | None = None, **cond: Tensor
     ) -> Tensor:
-        """Return log p(x_0 | x_t, latent), (B, L, V), or (N, V) at `at_BL`.
-
-        `cond` may have the latent, `latent` (B, K, D), and its time, `latent_t` (B,); otherwise it is the marginal.
-        """
+        """Return log p(x_0 | x_t, latent) for `latent` (B, K, D) and `latent_t` (B,) in `cond`, or the marginal."""
         return self.inner.denoise(backbone, x_BL, t_B, at_BL, **cond)
 
     def reverse(
@@ -151,11 +148,7 @@ class JointDiffusion(WrapperObjective):
     def predict_latent(
         self, backbone: Backbone, latent_BKD: Tensor, latent_t_B: Tensor, x_BL: Tensor, t_B: Tensor, **cond: Tensor
     ) -> LatentPrediction:
-        """Return the prediction for the noised latent, in standardised units, given the text x_BL at its time t_B.
-
-        The text is clean at time 0 and all masks at time 1 (the marginal). Latent times are clamped to those of the
-        training.
-        """
+        """Return the prediction for the standardised, noised latent given the text at time t_B (1: the marginal)."""
         latent_t_B = latent_t_B.double().clamp(EARLIEST, LATEST)
         nowhere_BL = torch.zeros_like(x_BL, dtype=torch.bool)
         cond = {**cond, "latent": latent_BKD, "latent_t": latent_t_B, "at_BL": nowhere_BL}
@@ -254,10 +247,7 @@ def _averaged(parts: list[LatentLoss]) -> LatentLoss:
 
 @torch.no_grad()
 def _means(loss: TokenLoss, text: TokenLoss, latent: LatentLoss, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return what is logged: the weighted and unweighted terms, the latent errors, and terms and shares by mode.
-
-    The weighted terms add up to the loss; the unweighted ones are nats per token and the latent loss per row.
-    """
+    """Return what is logged: weighted terms (which sum to the loss), unweighted ones, and those and shares by mode."""
     text_B, latent_B = (_any(rows, modality, "denoised") for modality in ("text", "latent"))
     tokens, nats_B, tokens_B = loss.mask_BL.sum(), text.nll_BL.double().sum(-1), loss.mask_BL.sum(-1)
     found = {"text_term": (loss.nll_BL.double().sum(), tokens), "latent_term": (loss.row_B.double().sum(), tokens)}

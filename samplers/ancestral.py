@@ -56,10 +56,10 @@ class Ancestral(Step):
         self.greedy = number == self.grid_BS.shape[1]
         return Request(self.write_at_BL == number - 1, self.grid_BS[:, number - 1], every_row=self.idle)
 
-    def tokens(self, log_p_NV: Tensor, at_RL: Tensor, rows_R: Tensor) -> tuple[Tensor, None]:
+    def tokens(self, log_p_NV: Tensor, at_RL: Tensor, rows_R: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.greedy:
             return log_p_NV.argmax(-1), None
-        return self.choice.draw(log_p_NV, self.u_BL[rows_R][at_RL]), None
+        return super().tokens(log_p_NV, at_RL, rows_R)
 
 
 @sampler(Absorbing)

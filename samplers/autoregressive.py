@@ -36,9 +36,6 @@ class LeftToRight(Step):
         at_BL[:, place] = trace.open_BL[:, place] & ~self.ended_B
         return Request(at_BL, None)
 
-    def tokens(self, log_p_NV: Tensor, at_RL: Tensor, rows_R: Tensor) -> tuple[Tensor, None]:
-        return self.choice.draw(log_p_NV, self.u_BL[rows_R][at_RL]), None
-
 
 class _OnePosition(Denoiser):
     """A causal model that predicts one position of each row; with a cache it reads every token once."""

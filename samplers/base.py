@@ -45,17 +45,22 @@ class Request:
 class Step(ABC):
     """The choices of a sampler at each step: first the positions, then the tokens."""
 
+    choice: TokenChoice
+    u_BL: Tensor
+
     @abstractmethod
     def positions(self, number: int, trace: Trace) -> Request | None:
         """Return the request of step `number`, counted from 1; None ends the sampling."""
 
-    @abstractmethod
     def tokens(self, log_p_NV: Tensor, at_RL: Tensor, rows_R: Tensor) -> tuple[Tensor, Tensor | None]:
         """Choose tokens from the prediction at the N positions of `at_RL`, in the rows `rows_R` of the batch.
+
+        By default each is drawn by `self.choice` with the uniform numbers `self.u_BL`.
 
         Returns:
             The tokens, (M,), and a mask (N,) of the M positions that they are written to; None for all of them.
         """
+        return self.choice.draw(log_p_NV, self.u_BL[rows_R][at_RL]), None
 
 
 def run(step: Step, denoiser: Denoiser, trace: Trace, cond: dict[str, Tensor]) -> Trace:

@@ -10,7 +10,6 @@ Shape suffixes: B batch, L length, R rows evaluated, N positions drawn.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from palimpsest.common.randomness import KeyedNoise
 from palimpsest.denoisers import Denoiser
@@ -56,9 +55,6 @@ class FirstHitting(Step):
         at_BL = torch.zeros_like(self.level_BL, dtype=torch.bool).scatter(1, place_B1, True)
         t_B = self.model.schedule.t_from_alpha(1 - self.level_BL.gather(1, place_B1).squeeze(1)).clamp(0.0, 1.0)
         return Request(at_BL & (self.count_B >= number)[:, None], t_B)
-
-    def tokens(self, log_p_NV: Tensor, at_RL: Tensor, rows_R: Tensor) -> tuple[Tensor, None]:
-        return self.choice.draw(log_p_NV, self.u_BL[rows_R][at_RL]), None
 
 
 sample = sampler_of(FirstHitting, Absorbing)

@@ -93,10 +93,7 @@ class Unmasking:
         )
 
     def chosen(self, log_p_NV: Tensor, drawn_N: Tensor | None, masked_RL: Tensor, count_R: Tensor) -> Tensor:
-        """Return `count_R` positions of each row, or more by the threshold, by the prediction at all masks, (R, L).
-
-        `drawn_N` are the tokens that remask=low_confidence has drawn there.
-        """
+        """Return `count_R` positions of each row, or more by the threshold, (R, L); `drawn_N` are the drawn tokens."""
         if drawn_N is not None:
             p_N = log_p_NV.gather(-1, drawn_N[:, None]).squeeze(-1).double().exp()
             score_RL = scatter_positions(p_N, masked_RL, -torch.inf)
