@@ -104,9 +104,9 @@ def test_counts_have_no_noise_of_their_own(mask_sampler, length):
     """Where every masked token costs one nat, every single draw is exactly the length."""
     x0 = torch.zeros(500, length, dtype=torch.long)
     schedule, scored = LogLinear(), torch.ones_like(x0, dtype=torch.bool)
-    looks = mask_sampler(schedule, x0, scored, Absorbing(MASK), evaluation_noise(0, torch.arange(500)))
-    nats = sum(look.scale_B * schedule(look.t_B).elbo_weight * (look.xt_BL == MASK).sum(-1) for look in looks)
-    torch.testing.assert_close(nats / len(looks), torch.full((500,), float(length), dtype=torch.float64))
+    draws = mask_sampler(schedule, x0, scored, Absorbing(MASK), evaluation_noise(0, torch.arange(500)))
+    nats = sum(draw.scale_B * schedule(draw.t_B).elbo_weight * (draw.xt_BL == MASK).sum(-1) for draw in draws)
+    torch.testing.assert_close(nats / len(draws), torch.full((500,), float(length), dtype=torch.float64))
 
 
 @pytest.mark.parametrize("schedule", [Cosine(), CosineSquared(), LogLinear(eps=0.0), Linear(1e-4, 20.0)])

@@ -26,15 +26,15 @@ from tests.helpers.laws import batch_of, exact_bound, texts
 
 
 class Fixed:
-    """A mask_sampler whose draws are given."""
+    """A mask sampler with fixed draws."""
 
     label, passes, discrete, covers_all_rates, estimates_bound = "fixed", 1, False, False, True
 
     def __init__(self, xt_Rk, t_R):
-        self.looks = [Draw(xt_Rk, t_R, torch.ones_like(t_R))]
+        self.draws = [Draw(xt_Rk, t_R, torch.ones_like(t_R))]
 
     def __call__(self, *args):
-        return self.looks
+        return self.draws
 
 
 @pytest.mark.parametrize("size", [1, 4, 8])
@@ -84,14 +84,14 @@ def test_antithetic_times_of_blocks_are_spread_as_the_references(fixtures_dir):
         torch.testing.assert_close(rate, wanted, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("mask_sampler", "told"), [
+@pytest.mark.parametrize(("mask_sampler", "settings"), [
     (Bernoulli(), {"time_conditioning": True}), (ExactCount(), {}), (TiltedCount(), {"num_classes": 2}),
     (Complementary(), {}),
 ], ids=lambda value: getattr(value, "label", ""))  # fmt: skip
-def test_one_block_is_masked_diffusion_number_for_number(random_dit, mask_sampler, told):
-    net, x0 = random_dit(VOCAB, **told), torch.randint(MASK, (5, 6))
+def test_one_block_is_masked_diffusion_number_for_number(random_dit, mask_sampler, settings):
+    net, x0 = random_dit(VOCAB, **settings), torch.randint(MASK, (5, 6))
     batch = batch_of(x0, padding=2)
-    batch |= {"class_id": torch.tensor([0, 1, -1, 0, 1])} if "num_classes" in told else {}
+    batch |= {"class_id": torch.tensor([0, 1, -1, 0, 1])} if "num_classes" in settings else {}
     for schedule in (LogLinear(), Cosine()):
         one, other = block(6, schedule, mask_sampler), Subs(schedule, Absorbing(MASK), mask_sampler)
         noise = partial(training_noise, 0, torch.arange(5), 5)
@@ -190,11 +190,11 @@ def test_given_tokens_are_neither_masked_nor_scored_nor_hidden(random_dit):
 def test_resampled_shares_lie_within_the_limits_and_follow_their_law(limits):
     x0, mask_sampler = torch.zeros(20000, 8, dtype=torch.long), Bernoulli(resample=True, antithetic_sampling=False)
     schedule, scored = Clipped(LogLinear(0.0), *limits), torch.ones_like(x0, dtype=torch.bool)
-    (look,) = mask_sampler(schedule, x0, scored, Absorbing(1), KeyedNoise(0, torch.arange(20000)))
-    share = (look.xt_BL == 1).double().mean(-1)
+    (draw,) = mask_sampler(schedule, x0, scored, Absorbing(1), KeyedNoise(0, torch.arange(20000)))
+    share = (draw.xt_BL == 1).double().mean(-1)
     assert (share >= limits[0] - 1e-9).all() and (share <= limits[1] + 1e-9).all()
     for t, k in [(0.5, 4), (0.75, 6)]:
-        near = (schedule(look.t_B).move_chance - t).abs() < 0.01
+        near = (schedule(draw.t_B).move_chance - t).abs() < 0.01
         inside = [n for n in range(9) if limits[0] * 8 - 1e-9 <= n <= limits[1] * 8 + 1e-9]
         if k in inside and near.sum() > 200:
             law = {n: math.comb(8, n) * t**n * (1 - t) ** (8 - n) for n in inside}
@@ -203,16 +203,16 @@ def test_resampled_shares_lie_within_the_limits_and_follow_their_law(limits):
                 abs(float((share[near] * 8 == k).double().mean()) - p)
                 < 5 * math.sqrt(p * (1 - p) / int(near.sum())) + 0.02
             )
-    assert ((look.xt_BL == 1).double().mean(0) - share.mean()).abs().max() < 0.02, "every place alike"
+    assert ((draw.xt_BL == 1).double().mean(0) - share.mean()).abs().max() < 0.02, "every place alike"
 
 
 def test_limits_that_no_number_of_masks_meets_take_the_nearest():
     x0, noise = torch.zeros(500, 4, dtype=torch.long), KeyedNoise(0, torch.arange(500))
-    draw, scored = Bernoulli(resample=True), torch.ones_like(x0, dtype=torch.bool)
-    (look,) = draw(Clipped(LogLinear(0.0), 0.3, 0.4), x0, scored, Absorbing(1), noise)
-    assert ((look.xt_BL == 1).sum(-1) <= 2).all(), "no share of four lies between 0.3 and 0.4"
-    (look,) = draw(LogLinear(), x0, scored, Absorbing(1), noise)
-    assert set((look.xt_BL == 1).sum(-1).tolist()) == {0, 1, 2, 3, 4}, "nothing is enforced at the ends"
+    sampler, scored = Bernoulli(resample=True), torch.ones_like(x0, dtype=torch.bool)
+    (draw,) = sampler(Clipped(LogLinear(0.0), 0.3, 0.4), x0, scored, Absorbing(1), noise)
+    assert ((draw.xt_BL == 1).sum(-1) <= 2).all(), "no share of four lies between 0.3 and 0.4"
+    (draw,) = sampler(LogLinear(), x0, scored, Absorbing(1), noise)
+    assert set((draw.xt_BL == 1).sum(-1).tolist()) == {0, 1, 2, 3, 4}, "nothing is enforced at the ends"
 
 
 def test_clipping_trains_on_a_part_and_measures_the_whole(random_dit):

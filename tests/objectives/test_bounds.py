@@ -84,11 +84,11 @@ def expected_nats(objective: object, within: TokenDiffusion, length: int, networ
         u_B = torch.cat([low_B, 1 - low_B])
         weight_B = torch.full_like(u_B, width / 4000)
     x_BL = torch.full((len(u_B), length), 3)
-    (*_, look) = mask_sampler(
+    (*_, draw) = mask_sampler(
         within.schedule, x_BL, torch.ones_like(x_BL, dtype=torch.bool), Absorbing(MASK), Grid(u_B)
     )
     if isinstance(mask_sampler, Bernoulli):  # the others draw how many are masked, and that all are is among it
-        weight_B = weight_B * within.schedule(look.t_B).move_chance ** length
+        weight_B = weight_B * within.schedule(draw.t_B).move_chance ** length
     batch = {"input_ids": x_BL, "sample_id": torch.arange(len(u_B))}
     return float((objective.loss(network, batch, Grid(u_B)).nll_BL.double().sum(-1) * weight_B).sum())
 
@@ -162,10 +162,10 @@ TIMED = {**MASK_SAMPLERS, "rates": lambda: Rates("continuous", 0.0, 1.0)}
 def test_the_mask_rate_of_the_time_given_the_count_follows_its_beta(mask_sampler):
     """Weighted as the bound weighs them, k masks of n have the rate Beta(k, n - k + 1) and the weight 1 / k. 5 standard
     errors for each of k's weight, mean and mean square: a false alarm once in 1.7 million seeds each."""
-    n, rows, draw = 5, 40_000, TIMED[mask_sampler]()
+    n, rows, sampler = 5, 40_000, TIMED[mask_sampler]()
     schedule = LogLinear(eps=0.0)
     x_BL = torch.zeros(rows, n, dtype=torch.long)
-    looks = draw(
+    draws = sampler(
         schedule,
         x_BL,
         torch.ones_like(x_BL, dtype=torch.bool),
@@ -174,9 +174,9 @@ def test_the_mask_rate_of_the_time_given_the_count_follows_its_beta(mask_sampler
     )
     for k in range(1, n + 1):
         weight, first, second = 0.0, 0.0, 0.0
-        for look in looks:
-            rate_B, here_B = schedule(look.t_B).move_chance, (look.xt_BL == MASK).sum(-1) == k
-            weight_B = torch.where(here_B, look.scale_B * schedule(look.t_B).elbo_weight, 0.0) / len(looks)
+        for draw in draws:
+            rate_B, here_B = schedule(draw.t_B).move_chance, (draw.xt_BL == MASK).sum(-1) == k
+            weight_B = torch.where(here_B, draw.scale_B * schedule(draw.t_B).elbo_weight, 0.0) / len(draws)
             weight, first, second = weight + weight_B, first + weight_B * rate_B, second + weight_B * rate_B**2
         mean, square = k / (n + 1), k * (k + 1) / ((n + 1) * (n + 2))
         for found_B, wanted in ((weight, 1 / k), (first - mean * weight, 0.0), (second - square * weight, 0.0)):
@@ -194,10 +194,10 @@ def test_a_network_is_shown_the_noise_of_the_mask_rate_within_what_it_was_traine
     )
     x_BL = torch.full((500, 6), 3)
     noise = lambda: evaluation_noise(1, torch.arange(500))  # noqa: E731
-    looks = bound.mask_sampler(bound.schedule, x_BL, torch.ones_like(x_BL, dtype=torch.bool), Absorbing(MASK), noise())
+    draws = bound.mask_sampler(bound.schedule, x_BL, torch.ones_like(x_BL, dtype=torch.bool), Absorbing(MASK), noise())
     bound.loss(network, {"input_ids": x_BL}, noise())
-    for look, shown_B in zip(looks, network.noise_shown, strict=True):
-        rate_B = bound.schedule(look.t_B).move_chance
+    for draw, shown_B in zip(draws, network.noise_shown, strict=True):
+        rate_B = bound.schedule(draw.t_B).move_chance
         torch.testing.assert_close(shown_B.double(), (-torch.log1p(-rate_B)).clamp(low, high), rtol=1e-5, atol=1e-6)
 
 

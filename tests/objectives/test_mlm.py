@@ -39,7 +39,7 @@ VOCAB, MASK = 5, 4
 SCHEDULE = LogLinear(eps=0.0)
 
 
-def looked(mask_sampler: Rates, rows: int, length: int = 12, step: int = 0, scored: torch.Tensor | None = None):
+def draw_masks(mask_sampler: Rates, rows: int, length: int = 12, step: int = 0, scored: torch.Tensor | None = None):
     """(x_t, t, scale) of an optimizer step of so many rows of zeros."""
     x0 = torch.zeros(rows, length, dtype=torch.long)
     scored = torch.ones_like(x0, dtype=torch.bool) if scored is None else scored
@@ -50,20 +50,20 @@ def looked(mask_sampler: Rates, rows: int, length: int = 12, step: int = 0, scor
 
 def test_rates_of_a_list_are_equally_likely_and_masks_follow_them():
     rates = [1.0, 0.6, 0.1]
-    look = looked(Rates(rates), 6000, 40)
-    counts = [int(((look.t_B - rate).abs() < 1e-9).sum()) for rate in rates]
+    drawn = draw_masks(Rates(rates), 6000, 40)
+    counts = [int(((drawn.t_B - rate).abs() < 1e-9).sum()) for rate in rates]
     assert counts == [2000] * 3, "spread evenly over the rows of a step"
-    share = (look.xt_BL == MASK).double().mean(-1)
+    share = (drawn.xt_BL == MASK).double().mean(-1)
     for rate in rates:
-        here = share[(look.t_B - rate).abs() < 1e-9]
+        here = share[(drawn.t_B - rate).abs() < 1e-9]
         se = math.sqrt(rate * (1 - rate) / 40 / len(here))
         assert abs(here.mean() - rate) <= 5 * se + 40 * (1 - rate) ** 40 / 40
-    alone = looked(Rates(rates, antithetic_sampling=False), 6000)
+    alone = draw_masks(Rates(rates, antithetic_sampling=False), 6000)
     assert 0 < abs(int((alone.t_B == 1).sum()) - 2000) < 200
 
 
 def test_continuous_rates_fill_their_interval_evenly():
-    t = looked(Rates("continuous", 0.2, 0.7), 5000).t_B.sort().values
+    t = draw_masks(Rates("continuous", 0.2, 0.7), 5000).t_B.sort().values
     assert t[0] > 0.2 and t[-1] <= 0.7
     assert (t - torch.linspace(0.2, 0.7, 5000)).abs().max() < 1e-3
 
@@ -71,7 +71,7 @@ def test_continuous_rates_fill_their_interval_evenly():
 def test_a_row_has_a_mask_wherever_it_can_have_one():
     scored = torch.zeros(300, 12, dtype=torch.bool)
     scored[:200, 3:7] = True
-    xt = looked(Rates([0.01]), 300, scored=scored).xt_BL
+    xt = draw_masks(Rates([0.01]), 300, scored=scored).xt_BL
     counts = (xt == MASK).sum(-1)
     assert (counts[:200] >= 1).all() and (counts[:200] == 1).sum() > 190 and not counts[200:].any()
     assert not (xt == MASK)[~scored].any() and len((xt[:200] == MASK).double().argmax(-1).unique()) == 4
@@ -79,14 +79,14 @@ def test_a_row_has_a_mask_wherever_it_can_have_one():
 
 def test_one_rate_for_a_whole_step_whichever_device_and_micro_batch():
     mask_sampler = Rates("continuous", 0.0, 0.99, per="batch")
-    steps = [looked(mask_sampler, 8, step=step).t_B for step in range(20)]
+    steps = [draw_masks(mask_sampler, 8, step=step).t_B for step in range(20)]
     assert all(len(t.unique()) == 1 for t in steps) and len(torch.stack(steps)[:, 0].unique()) == 20
     place = torch.arange(8)
     rows = torch.zeros(8, 12, dtype=torch.long)
     parts = [mask_sampler(SCHEDULE, rows[at], rows[at] == 0, Absorbing(MASK),
                      training_noise(3, 16 + place[at], torch.full((4,), 8), place[at]))[0]
              for at in (slice(0, 4), slice(4, 8))]  # fmt: skip
-    whole = looked(mask_sampler, 8, step=2)
+    whole = draw_masks(mask_sampler, 8, step=2)
     assert torch.equal(torch.cat([part.t_B for part in parts]), whole.t_B)
     assert torch.equal(torch.cat([part.xt_BL for part in parts]), whole.xt_BL)
     shared = training_noise(3, torch.arange(8), 8)
@@ -194,10 +194,10 @@ def test_a_batch_masks_nothing_that_is_given_and_a_sample_keeps_it(untrained, ov
     begun = (batch["input_ids"][:, 0] == data.vocabulary.bos_id).int()
     if diffusion.fills_masks:
         noise, scored = training_noise(1, batch["position"], 4), scored_mask(batch)
-        look = diffusion.objective.mask_sampler(
+        drawn = diffusion.objective.mask_sampler(
             SCHEDULE, batch["input_ids"], scored, Absorbing(data.vocabulary.mask_id), noise
         )[0]
-        masked = look.xt_BL == data.vocabulary.mask_id
+        masked = drawn.xt_BL == data.vocabulary.mask_id
         assert masked.any(-1).all() and not (masked & special).any()
         assert all(not masked[row, : 5 + begun[row]].any() for row in range(4))
     texts = draw(diffusion, data, built[0].build.drawing(), 3, 3, seed=1)

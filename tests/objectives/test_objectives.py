@@ -203,18 +203,18 @@ def test_golden_gradients(fixtures_dir, variant):
 
 def golden_sampler(fixtures_dir, variant):
     meta, _, net = golden_of(fixtures_dir, variant, "raw")
-    told = json.loads((fixtures_dir / variant / "sampler.json").read_text())
+    known = json.loads((fixtures_dir / variant / "sampler.json").read_text())
     law = {"mdlm_sedd": SEDD, "mdlm_d3pm": lambda s, m: D3PM(s, m, T=meta["T"])}.get(variant, Subs)
     model = Model(law(LogLinear(), Absorbing(meta["mask_index"])), net)
-    return told, load_file(fixtures_dir / variant / "sampler.safetensors"), model
+    return known, load_file(fixtures_dir / variant / "sampler.safetensors"), model
 
 
 @pytest.mark.parametrize("variant", ["mdlm_subs", "mdlm_subs_tc", "mdlm_sedd"])
 def test_golden_one_step_posteriors(fixtures_dir, variant):
-    told, golden, model = golden_sampler(fixtures_dir, variant)
+    known, golden, model = golden_sampler(fixtures_dir, variant)
     x, compared = golden["x_t"], 0
     at = x == model.process.mask_id
-    for step in told["steps"]:
+    for step in known["steps"]:
         t, s = (torch.full((len(x),), step[name], dtype=torch.float64) for name in ("t", "s"))
         for kind in ("ddpm_posterior", "analytic_probs"):
             if (name := f"raw.{step['index']}.{kind}") in golden:
@@ -231,10 +231,10 @@ def test_golden_one_step_posteriors(fixtures_dir, variant):
 def test_golden_prediction_of_d3pm_in_its_posteriors(fixtures_dir):
     """The reference unmasks by the schedule alone; ours by the reverse step that the loss trains, which p([MASK])
     slows down. The prediction inside is the same."""
-    told, golden, model = golden_sampler(fixtures_dir, "mdlm_d3pm")
+    known, golden, model = golden_sampler(fixtures_dir, "mdlm_d3pm")
     x = golden["x_t"]
     at = x == model.process.mask_id
-    for step in told["steps"]:
+    for step in known["steps"]:
         t = torch.full((len(x),), step["t"], dtype=torch.float64)
         p = model.objective.network_log_probs(model.backbone, x, t, at).exp() * (1 - step["s"] / step["t"])
         reference = golden[f"raw.{step['index']}.ddpm_posterior"][at]
@@ -246,9 +246,9 @@ def test_golden_prediction_of_d3pm_in_its_posteriors(fixtures_dir):
     ("mdlm_sedd", "analytic"),
 ])  # fmt: skip
 def test_golden_trajectories_are_those_of_our_steps_under_the_recorded_numbers(fixtures_dir, variant, sampler):
-    told, golden, model = golden_sampler(fixtures_dir, variant)
+    known, golden, model = golden_sampler(fixtures_dir, variant)
     path, uniforms = golden[f"traj.{sampler}.x"], golden[f"traj.{sampler}.uniforms"]
-    times = torch.linspace(1, 1e-5, told[f"traj.{sampler}"]["num_steps"] + 1, dtype=torch.float64)
+    times = torch.linspace(1, 1e-5, known[f"traj.{sampler}"]["num_steps"] + 1, dtype=torch.float64)
     changed = 0
     for i, (t, s) in enumerate(itertools.pairwise(times)):
         x, after = path[i], path[i + 1]

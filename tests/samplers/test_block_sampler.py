@@ -58,13 +58,13 @@ def test_a_fine_grid_of_times_samples_the_same_law(random_dit):
     assert (few.evaluations_B <= 2 * 2 + 1).all(), "one step per block, one look at what is left, one block remembered"
 
 
-@pytest.mark.parametrize("told", [{}, {"time_conditioning": True}, {"num_classes": 2}])
+@pytest.mark.parametrize("settings", [{}, {"time_conditioning": True}, {"num_classes": 2}])
 @pytest.mark.parametrize("inner", [first_hitting.sample, partial(ancestral.sample, steps=3, skip_idle=True)])
 @pytest.mark.parametrize("size", [1, 4])
-def test_the_cache_changes_no_token(random_dit, size, inner, told):
-    model, x = model_of(random_dit(VOCAB, **told), size), blank(6, 12)
+def test_the_cache_changes_no_token(random_dit, size, inner, settings):
+    model, x = model_of(random_dit(VOCAB, **settings), size), blank(6, 12)
     x[0, :5], x[1, 0], x[2, 11] = 1, 2, 0
-    cond = {"class_id": torch.tensor([0, 1, -1, 0, 1, 0])} if "num_classes" in told else {}
+    cond = {"class_id": torch.tensor([0, 1, -1, 0, 1, 0])} if "num_classes" in settings else {}
     mask = torch.ones(6, 12, dtype=torch.bool)
     mask[3, 9:], mask[4, 4:] = False, False
     x[~mask] = 0

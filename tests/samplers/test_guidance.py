@@ -33,7 +33,7 @@ def laws() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class Masks(Denoiser):
-    """The exact denoiser of masks, told a class or none."""
+    """The exact denoiser of masks, with or without a class."""
 
     process = Absorbing(MASK)
     schedule = LogLinear()
@@ -50,7 +50,7 @@ class Masks(Denoiser):
 
 
 class Words(Denoiser):
-    """The exact denoiser of random tokens, told a class or none."""
+    """The exact denoiser of random tokens, with or without a class."""
 
     process = Uniform(V)
     schedule = LogLinear()

@@ -126,10 +126,10 @@ def test_guidance_of_latents_goes_from_the_marginal_to_the_text_and_beyond():
     assert torch.equal(draw(1.0), gaussian.sample(net, x, noise(), LatentSteps(4)).latent_BKD)
     assert torch.equal(draw(0.0), draw(0.0, x=x.flip(0))) and not torch.equal(draw(1.0), draw(1.0, x=x.flip(0)))
     z, t, s = noise().normal(*SHAPE), torch.ones(ROWS).double(), torch.zeros(ROWS).double()
-    told, untold = net.predict_latent(z, t, x, s), net.predict_latent(z, t, hidden, t)
+    conditional, unconditional = net.predict_latent(z, t, x, s), net.predict_latent(z, t, hidden, t)
     torch.testing.assert_close(
         gaussian.sample(net, x, noise(), LatentSteps(1, guidance=3.0), masked_BL=hidden).latent_BKD,
-        (untold.x0_BKD + 3 * (told.x0_BKD - untold.x0_BKD)).float(),
+        (unconditional.x0_BKD + 3 * (conditional.x0_BKD - unconditional.x0_BKD)).float(),
     )
     with pytest.raises(ValueError, match="sampling.guidance=2"):
         gaussian.sample(net, x, noise(), LatentSteps(4, guidance=2.0))
@@ -147,13 +147,13 @@ def test_guidance_of_texts_goes_from_the_marginal_to_the_latent_and_beyond():
     net, z = model(), latents()
     x, at = torch.full((ROWS, LENGTH), MASK), torch.ones(ROWS, LENGTH, dtype=torch.bool)
     half = torch.full((ROWS,), 0.5).double()
-    told, untold = net.denoise(x, half, at, latent=z), net.denoise(x, half, at)
-    assert not torch.allclose(told, untold)
-    torch.testing.assert_close(LatentGuided(net, 1.0).denoise(x, half, at, latent=z), told)
-    torch.testing.assert_close(LatentGuided(net, 0.0).denoise(x, half, at, latent=z), untold)
+    conditional, unconditional = net.denoise(x, half, at, latent=z), net.denoise(x, half, at)
+    assert not torch.allclose(conditional, unconditional)
+    torch.testing.assert_close(LatentGuided(net, 1.0).denoise(x, half, at, latent=z), conditional)
+    torch.testing.assert_close(LatentGuided(net, 0.0).denoise(x, half, at, latent=z), unconditional)
     beyond = LatentGuided(net, 3.0).denoise(x, half, at, latent=z)
     tokens = [token for token in range(VOCAB) if token != MASK]
-    wanted = (untold.double() + 3 * (told.double() - untold.double()))[:, tokens].log_softmax(-1)
+    wanted = (unconditional.double() + 3 * (conditional.double() - unconditional.double()))[:, tokens].log_softmax(-1)
     torch.testing.assert_close(beyond[:, tokens], wanted)
     assert beyond[:, MASK].isneginf().all() and with_guidance(DDPM, 1.0) is DDPM
     plain = DDPM(net, x, noise(), latent=z)
@@ -260,8 +260,8 @@ def test_positions_are_chosen_by_rule_within_the_budget_and_never_special_tokens
 
 def test_tokens_that_are_barred_are_never_written_and_the_rest_keeps_its_odds():
     x, t = torch.full((ROWS, 5), model().process.mask_id), torch.full((ROWS,), 0.5, dtype=torch.float64)
-    at, told = torch.ones_like(x, dtype=torch.bool), {"latent": latents(), "latent_t": torch.zeros(ROWS)}
-    free, barred = (found.denoise(x, t, at, **told).exp() for found in (model(), WithoutTokens(model(), (0, 2))))
+    at, cond = torch.ones_like(x, dtype=torch.bool), {"latent": latents(), "latent_t": torch.zeros(ROWS)}
+    free, barred = (found.denoise(x, t, at, **cond).exp() for found in (model(), WithoutTokens(model(), (0, 2))))
     assert (barred[:, [0, 2]] == 0).all() and (free[:, [0, 2]] > 0).all()
     free[:, [0, 2]] = 0
     torch.testing.assert_close(barred, free / free.sum(-1, keepdim=True))
