@@ -264,8 +264,8 @@ class BlockDiffusion(WrapperObjective):
             if bool((layout.split(at_BL).any(-1).unflatten(0, by_text) & after_masks_Bb).any()):
                 key = f"block_size={self.block_size}" if isinstance(layout.blocks, int) else "data.segments=true"
                 raise ValueError(
-                    f"parameterization=bd3lm with {key} predicts block after block, and was asked behind a block with "
-                    "masks; use sampling.predictor=block, or block_size=model.length and no segments"
+                    f"parameterization=bd3lm with {key} predicts block after block and cannot predict behind a block "
+                    "with masks; use sampling.predictor=block, or block_size=model.length and no segments"
                 )
         return _AllBlocks(backbone, x_BL, layout, cond)
 

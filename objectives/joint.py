@@ -249,7 +249,8 @@ def _averaged(parts: list[LatentLoss]) -> LatentLoss:
 def _means(loss: TokenLoss, text: TokenLoss, latent: LatentLoss, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return what is logged: weighted terms (which sum to the loss), unweighted ones, and those and shares by mode."""
     text_B, latent_B = (_any(rows, modality, "denoised") for modality in ("text", "latent"))
-    tokens, nats_B, tokens_B = loss.mask_BL.sum(), text.nll_BL.double().sum(-1), loss.mask_BL.sum(-1)
+    nats_B, tokens_B = text.nll_BL.double().sum(-1), loss.mask_BL.sum(-1)
+    tokens = loss.mask_BL.sum()
     found = {"text_term": (loss.nll_BL.double().sum(), tokens), "latent_term": (loss.row_B.double().sum(), tokens)}
 
     def over(name: str, value_B: Tensor, weight_B: Tensor, here_B: Tensor) -> None:

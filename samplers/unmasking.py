@@ -75,8 +75,8 @@ class Unmasking:
             )
         if self.threshold is not None and self.remask == "remdm":
             raise ValueError(
-                f"sampling.threshold={self.threshold} contradicts sampling.remask=remdm, whose chances say how many "
-                "tokens a step writes; leave one of them out"
+                f"sampling.threshold={self.threshold} contradicts sampling.remask=remdm, whose probabilities "
+                "decide how many tokens a step writes; leave one of them out"
             )
 
     @property
