@@ -13,7 +13,7 @@ from palimpsest.common.randomness import KeyedNoise, evaluation_noise, training_
 from palimpsest.gaussian_process import cosine_level
 from palimpsest.noise_schedule import LogLinear
 from palimpsest.objectives.gaussian import EARLIEST, LATEST, GaussianDiffusion
-from palimpsest.objectives.joint import MODES, SHARES, JointDiffusion
+from palimpsest.objectives.joint import MODES, MODE_SHARES, JointDiffusion
 from palimpsest.objectives.mask_sampling import Complementary, ExactCount
 from palimpsest.objectives.reduction import StepLoss
 from palimpsest.objectives.subs import Subs
@@ -96,7 +96,11 @@ def test_every_row_draws_its_own_direction_whatever_batch_it_is_in():
 
 
 def test_the_default_covers_every_direction():
-    assert set(SHARES) == set(NAMES) and min(SHARES.values()) > 0 and sum(SHARES.values()) == pytest.approx(1)
+    assert (
+        set(MODE_SHARES) == set(NAMES)
+        and min(MODE_SHARES.values()) > 0
+        and sum(MODE_SHARES.values()) == pytest.approx(1)
+    )
     assert objective({"l2t": 3, "t2l": 1, "joint": 0}).shares == {"l2t": 0.75, "t2l": 0.25}
 
 
