@@ -13,7 +13,7 @@ from palimpsest.common.randomness import KeyedNoise, evaluation_noise, training_
 from palimpsest.gaussian_process import cosine_level
 from palimpsest.noise_schedule import LogLinear
 from palimpsest.objectives.gaussian import EARLIEST, LATEST, GaussianDiffusion
-from palimpsest.objectives.joint import MODES, MODE_SHARES, JointDiffusion
+from palimpsest.objectives.joint import MODE_SHARES, MODES, JointDiffusion
 from palimpsest.objectives.mask_sampling import Complementary, ExactCount
 from palimpsest.objectives.reduction import StepLoss
 from palimpsest.objectives.subs import Subs
