@@ -1,7 +1,7 @@
 """Denoisers: the four interfaces between models and samplers, and denoisers that wrap another one.
 
-A sampler names the interface that it needs as the type of its first argument. An objective names the one that it offers
-as `binds_to`. The two are compared before data are read.
+The type of a sampler's first argument is the interface that it needs, and `model_class` of an objective is the one that
+it offers. The two are compared before data are read.
 
 Shape suffixes: B batch, L length, N selected positions, V vocabulary, C classes, K latent tokens, D numbers of each.
 """
@@ -16,15 +16,15 @@ from torch import Tensor
 
 from palimpsest.gaussian_process import LatentPrediction
 from palimpsest.noise_schedule import NoiseSchedule
-from palimpsest.process import Process
+from palimpsest.process import Process, per_position
 
 
 class Denoiser(ABC):
     """A network's prediction of the clean text from a noised one.
 
     Attributes:
-        process: how texts are noised.
-        schedule: how much noise there is at time t.
+        process: how tokens are corrupted.
+        schedule: amount of noise at time t.
         vocab_size: number of tokens that a prediction scores, V.
         independent_unmasking: True if the schedule alone decides when a token is unmasked, not the network.
         evaluations: network evaluations of one prediction.
@@ -42,7 +42,7 @@ class Denoiser(ABC):
 
     def reverse(self, x_BL: Tensor, t_B: Tensor, s_B: Tensor, at_BL: Tensor, **cond: Tensor) -> Tensor:
         """Return log p(x_s | x_t) for s < t at the N positions of `at_BL`, (N, V)."""
-        alpha_t_N, alpha_s_N = (self.schedule(t).alpha[:, None].expand(at_BL.shape)[at_BL] for t in (t_B, s_B))
+        alpha_t_N, alpha_s_N = (per_position(self.schedule(t).alpha, at_BL) for t in (t_B, s_B))
         log_p_NV = self.denoise(x_BL, t_B, at_BL, **cond).double()
         return self.process.posterior(x_BL[at_BL], log_p_NV, alpha_t_N, alpha_s_N)
 
@@ -81,21 +81,21 @@ class BlockDenoiser(Denoiser):
     block_size: int
 
     @abstractmethod
-    def after(self, earlier: object, window: int | None = None, **told: Tensor) -> Denoiser:
+    def after(self, earlier: object, window: int | None = None, **cond: Tensor) -> Denoiser:
         """Return the denoiser of the block that follows `earlier`.
 
         Args:
             earlier: the clean tokens before the block, (B, S), or a cache of them. For segments, a list of the
-                arguments of `remember_segment`, or a cache.
+                (tokens, mask) arguments of `remember_segment`, or a cache.
             window: number of clean tokens that the block attends to; None for all.
         """
 
     @abstractmethod
     def new_block_cache(self, batch_size: int, length: int, window: int | None = None) -> object:
-        """Return an empty cache for clean blocks; `window` limits how many tokens are attended to (None: all)."""
+        """Return an empty cache for clean blocks; `window` is the number of tokens to attend to (None: all)."""
 
     @abstractmethod
-    def remember(self, clean_BL: Tensor, cache: object, **told: Tensor) -> None:
+    def remember(self, clean_BL: Tensor, cache: object, **cond: Tensor) -> None:
         """Read clean blocks into the cache."""
 
     @abstractmethod
@@ -103,7 +103,7 @@ class BlockDenoiser(Denoiser):
         """Return an empty cache for clean segments."""
 
     @abstractmethod
-    def remember_segment(self, clean_BW: Tensor, here_BW: Tensor, cache: object, **told: Tensor) -> None:
+    def remember_segment(self, clean_BW: Tensor, here_BW: Tensor, cache: object, **cond: Tensor) -> None:
         """Read the next segment into the cache; `here_BW` is True on its tokens and False on padding."""
 
 
@@ -147,7 +147,7 @@ def mismatch(module: str, offered: type, needed: type) -> str:
     )
 
 
-class Wrapped(Denoiser):
+class WrappedDenoiser(Denoiser):
     """The base of denoisers that change the predictions of another one, `inner`."""
 
     def __init__(self, inner: Denoiser) -> None:
@@ -159,8 +159,8 @@ class Wrapped(Denoiser):
         self.evaluations = inner.evaluations
 
 
-class Barred(Wrapped):
-    """A denoiser that gives the tokens `ids` no probability, such as an end token inside a text."""
+class WithoutTokens(WrappedDenoiser):
+    """A denoiser that gives the tokens `ids` no probability, such as EOS inside a text."""
 
     def __init__(self, inner: Denoiser, ids: tuple[int, ...]) -> None:
         super().__init__(inner)
@@ -171,7 +171,7 @@ class Barred(Wrapped):
         return log_p_NV.index_fill(-1, torch.tensor(self.ids, device=log_p_NV.device), -torch.inf).log_softmax(-1)
 
 
-class Guided(Wrapped):
+class Guided(WrappedDenoiser):
     """The base of guidance: log p_u + weight (log p_c - log p_u), normalised, from two predictions.
 
     Weight 1 gives the conditional prediction p_c, weight 0 the unconditional one p_u; each then needs one evaluation.
@@ -202,7 +202,7 @@ class Guided(Wrapped):
 
 
 class LatentGuided(Guided):
-    """Guidance towards a latent; the unconditional prediction hides it (its time is 1)."""
+    """Guidance towards a latent; the unconditional prediction drops it (time 1)."""
 
     def conditions(self, x_BL: Tensor, cond: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         return cond, {**cond, "latent_t": torch.ones(len(x_BL), dtype=torch.float64, device=x_BL.device)}
@@ -211,8 +211,8 @@ class LatentGuided(Guided):
 class ClassGuided(Guided):
     """Classifier-free guidance towards a class (D-CFG, Schiff et al., arXiv 2412.10193, section 3.3).
 
-    It mixes predictions of the clean tokens if the schedule alone decides when a token is unmasked, so that this stays
-    so; otherwise it mixes the distributions of one reverse step.
+    If the schedule alone decides when a token is unmasked, predictions of the clean tokens are mixed, which keeps this
+    property. Otherwise the distributions of one reverse step are mixed.
     """
 
     def __init__(self, inner: Denoiser, class_id: int, weight: float) -> None:
@@ -228,10 +228,10 @@ class ClassGuided(Guided):
         return self._mixed(self.inner.reverse, x_BL, cond, t_B, s_B, at_BL)
 
 
-class ClassifierGuided(Wrapped):
+class ClassifierGuided(WrappedDenoiser):
     """Classifier-based guidance towards a class, to first order (D-CBG, arXiv 2412.10193, section 3.4).
 
-    It adds `weight` times the change of log p(class | text) that each token makes. The classifier is naive Bayes on the
+    It adds `weight` times the change of log p(class | text) due to each token. The classifier is naive Bayes on the
     tokens that are not blank, so it needs no training and fits any network.
 
     Args:
@@ -247,19 +247,19 @@ class ClassifierGuided(Wrapped):
         self.log_prior_C = log_prior_C.double()
 
     def denoise(self, x_BL: Tensor, t_B: Tensor | None, at_BL: Tensor | None = None, **cond: Tensor) -> Tensor:
-        return self._tilted(self.inner.denoise(x_BL, t_B, at_BL, **cond), x_BL, at_BL)
+        return self._guided(self.inner.denoise(x_BL, t_B, at_BL, **cond), x_BL, at_BL)
 
     def reverse(self, x_BL: Tensor, t_B: Tensor, s_B: Tensor, at_BL: Tensor, **cond: Tensor) -> Tensor:
         if self.independent_unmasking:
             return super().reverse(x_BL, t_B, s_B, at_BL, **cond)
-        return self._tilted(self.inner.reverse(x_BL, t_B, s_B, at_BL, **cond), x_BL, at_BL)
+        return self._guided(self.inner.reverse(x_BL, t_B, s_B, at_BL, **cond), x_BL, at_BL)
 
-    def _tilted(self, log_p: Tensor, x_BL: Tensor, at_BL: Tensor | None) -> Tensor:
+    def _guided(self, log_p: Tensor, x_BL: Tensor, at_BL: Tensor | None) -> Tensor:
         """Add the gradient of log p(class | text) with respect to each token's one-hot vector, and normalise."""
         if self.weight == 0:
             return log_p
-        written_BL = x_BL != self.process.blank_id
-        log_p_CBL = self.log_p_CV[:, x_BL.clamp(min=0)] * written_BL
+        visible_BL = x_BL != self.process.blank_id
+        log_p_CBL = self.log_p_CV[:, x_BL.clamp(min=0)] * visible_BL
         p_BC = (log_p_CBL.sum(-1).T + self.log_prior_C).softmax(-1)
         gain_BV = self.log_p_CV[self.class_id] - p_BC @ self.log_p_CV
         gain = gain_BV[:, None].expand(*x_BL.shape, -1) if at_BL is None else gain_BV[at_BL.nonzero()[:, 0]]

@@ -1,4 +1,4 @@
-"""The Lightning module: wiring only. The objective owns the mathematics, the task owns the report.
+"""The Lightning module, which connects backbone, objective, optimizer and parameter average.
 
 Shape suffixes: B batch, L length.
 """
@@ -25,7 +25,7 @@ from palimpsest.models.class_conditioning import UNCONDITIONAL, start_from_count
 from palimpsest.models.ema import EMA
 from palimpsest.models.freezing import refuse_frozen
 from palimpsest.models.sharding import shard
-from palimpsest.objectives.base import Batch, BoundTo, Objective, TokenLoss, scored_mask
+from palimpsest.objectives.base import Batch, BoundModel, Objective, TokenLoss, scored_mask
 from palimpsest.objectives.mlm import cross_entropy_at
 from palimpsest.objectives.reduction import StepLoss, scale_gradients
 from palimpsest.process import Absorbing
@@ -33,14 +33,13 @@ from palimpsest.training.updates import Updates
 
 log = logging.getLogger(__name__)
 MASK_RATES = ("sampling_eps_min", "sampling_eps_max")
-_NEAR_ZERO = 0.03  # spread of the matrices that networks of the transformers library begin with: 0.02
-ENTRANCES = ("training_step", "validation_step", "cross_entropy_at")  # methods that need whole weights
+_NEAR_ZERO = 0.03  # above 0.02, the standard deviation of new matrices of the transformers library
+_FORWARD_METHODS = ("training_step", "validation_step", "cross_entropy_at")  # methods that need unsharded weights
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where weights come from. steps: optimizer steps of their training. length: tokens of its rows. None if the file
-    does not say."""
+    """The origin of weights: checkpoint, optimizer steps of its training, and tokens of its rows (None if unknown)."""
 
     checkpoint: str
     steps: int | None
@@ -49,7 +48,7 @@ class Provenance:
 
 
 class BatchPlan(Protocol):
-    """Map from positions in the training stream to optimizer steps (data/stream.py)."""
+    """A map from positions in the training stream to optimizer steps (data/stream.py)."""
 
     def place(self, position_B: Tensor) -> tuple[Tensor, Tensor]: ...
 
@@ -58,15 +57,15 @@ class Diffusion(lightning.LightningModule):
     """A backbone trained by an objective.
 
     Args:
-        backbone: tokens in, hidden states out, with a `head`.
-        objective: the training law.
+        backbone: network from tokens to hidden states, with a `head`.
+        objective: the training objective.
         optimizer: backbone -> optimizer.
         lr_scheduler: optimizer -> learning-rate scheduler, stepped once per optimizer step.
         ema: decay of the parameter average that evaluation uses; 0 for none.
-        seed: of the training and validation noise.
-        plan: which positions of the stream each optimizer step takes; None only where nothing is trained.
-        identity: what the weights belong to (configuration, tokenizer), saved beside them in every checkpoint.
-        label_dropout: share of the training texts whose class a conditional backbone is not told.
+        seed: seed of the training and validation noise.
+        plan: positions of the stream that each optimizer step takes; None only if nothing is trained.
+        identity: what the weights belong to (configuration, tokenizer), saved in every checkpoint.
+        label_dropout: share of the training texts whose class is dropped for a conditional backbone.
     """
 
     def __init__(
@@ -85,87 +84,93 @@ class Diffusion(lightning.LightningModule):
         if objective.causal != backbone.causal:
             raise ValueError(
                 f"the objective {type(objective).__name__} and the backbone {type(backbone).__name__} do not fit: "
-                "left-to-right likelihoods need a causal backbone and masked diffusion one that sees both sides; use "
+                "left-to-right likelihoods need a causal backbone and masked diffusion a bidirectional one; use "
                 "parameterization=ar backbone=ar (or hf_causal), or neither"
             )
-        if issubclass(objective.binds_to, BlockDenoiser) and not backbone.reads_blocks:
+        if issubclass(objective.model_class, BlockDenoiser) and not backbone.reads_blocks:
             raise ValueError(
                 f"parameterization=bd3lm needs a network that reads texts in blocks, and {type(backbone).__name__} "
                 "does not; use backbone=dit or hf_dit"
             )
-        if issubclass(objective.binds_to, JointDenoiser) and not backbone.reads_latents:
+        if issubclass(objective.model_class, JointDenoiser) and not backbone.reads_latents:
             raise ValueError(
                 f"algo=mmldlm needs a network that reads texts and latents, and {type(backbone).__name__} does not; "
                 "use backbone=mmdit"
             )
-        self.backbone, self.objective = backbone, objective
-        self.build_optimizer, self.build_lr_scheduler = optimizer, lr_scheduler
+        self.backbone = backbone
+        self.objective = objective
+        self.build_optimizer = optimizer
+        self.build_lr_scheduler = lr_scheduler
         self.ema = EMA(self.backbone.parameters(), ema) if ema else None
-        self.seed, self.plan, self.step_loss = seed, plan, StepLoss()
+        self.seed = seed
+        self.plan = plan
+        self.step_loss = StepLoss()
         self.identity = dict(identity or {})
         self.label_dropout = label_dropout
         self.valid_nll = NLLMeter(over_devices=True)
         self.provenance: Provenance | None = None
-        self.updates, self._average_due = Updates(), False
+        self.updates = Updates()
+        self._average_due = False
 
     @property
-    def model(self) -> BoundTo:
-        """What samplers and estimators are given: the law to measure, whatever training weighs, with this backbone."""
+    def model(self) -> BoundModel:
+        """The model for samplers and estimators: the unweighted bound of the objective with this backbone."""
         return self.objective.bound(None).model(self.backbone)
 
     @property
     def fills_masks(self) -> bool:
-        """Return True if the model predicts any masked tokens from all unmasked ones."""
-        kind, absorbing = self.objective.binds_to, isinstance(self.objective.process, Absorbing)
+        """True if the model predicts any masked tokens from all unmasked ones."""
+        kind, absorbing = self.objective.model_class, isinstance(self.objective.process, Absorbing)
         return absorbing and issubclass(kind, Denoiser) and not issubclass(kind, BlockDenoiser)
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """The loss, and beside it what training/callbacks/metrics.py keeps account of."""
-        # Dropout is the one random thing that no generator reaches: seed it by place, so that a resumed run repeats it.
+        """Return the loss and the counts that training/callbacks/metrics.py adds up."""
+        # Dropout uses torch's global generator; seed it for every micro-batch, so that a resumed run repeats it.
         micro_batch = batch_idx % self.trainer.accumulate_grad_batches
         seed_generator_of(self.device, hash_seed(self.seed, self.global_step, micro_batch, self.global_rank))
         if micro_batch == 0:
             self.step_loss = StepLoss()
         loss = self.training_loss(batch)
-        return {"loss": self.step_loss.add(loss), **_account(loss, batch, self.objective.encodes)}
+        return {"loss": self.step_loss.add(loss), **_counts(loss, batch, self.objective.encodes)}
 
     def on_after_backward(self) -> None:
-        """With the last micro-batch of a step its gradient becomes that of the mean over all scored tokens of the
-        global batch, on all devices."""
+        """Scale the gradient after the last micro-batch of a step to that of the mean over all scored tokens."""
         if self.step_loss.micro_batches < self.trainer.accumulate_grad_batches:
             return
         rows_per_token = self.step_loss.rows_per_token(partial(self.trainer.strategy.reduce, reduce_op="sum"))
         scale_gradients(self.backbone.parameters(), rows_per_token)
 
     def training_loss(self, batch: Batch, draw: int = 0) -> TokenLoss:
-        """The loss of a training batch, under the noise of this training (draw 0) or under other noise."""
+        """Return the loss of a training batch, with the noise of this training (draw 0) or other noise."""
         place_B, size_B = self.plan.place(batch["position"])
         seed = hash_seed(self.seed, draw) if draw else self.seed
         noise = training_noise(seed, batch["position"], size_B, place_B)
         dropped_B = None
         if self.backbone.num_classes:
             dropped_B = KeyedNoise(self.seed, batch["position"], draw=-4).uniform() < self.label_dropout
-        told = {**self.told(batch, dropped_B), "step": torch.tensor(self.global_step)}
-        return self.objective.loss(self.backbone, told, noise)
+        batch = {**self.with_conditioning(batch, dropped_B), "step": torch.tensor(self.global_step)}
+        return self.objective.loss(self.backbone, batch, noise)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        batch = self.with_conditioning(batch)
         noise = evaluation_noise(self.seed, batch["sample_id"])
-        loss = self.objective.bound(None).loss(self.backbone, self.told(batch), noise)
+        loss = self.objective.bound(None).loss(self.backbone, batch, noise)
         self.valid_nll.update(loss.nll_BL.sum(-1), loss.mask_BL.sum(-1), batch)
         if self._search and batch_idx < self._search.num_batches:
             noise = evaluation_noise(hash_seed(self.seed, self.global_step), batch["sample_id"])
-            self._clip_sums = self._clip_sums + self._search.sums(
-                *self.objective.block_losses(self.backbone, self.told(batch), noise)
-            )
+            losses = self.objective.block_losses(self.backbone, batch, noise)
+            self._clip_sums = self._clip_sums + self._search.sums(*losses)
 
     def cross_entropy_at(self, batch: Batch, rate: float) -> tuple[Tensor, Tensor]:
-        """Of an evaluation batch with each token masked with chance `rate`, always the same ones: the summed
-        cross-entropy of the masked tokens [nats], and their number (training/callbacks/masking_rates.py)."""
-        noise = KeyedNoise(self.seed, batch["sample_id"], draw=-8)
-        return cross_entropy_at(self.model.objective, self.backbone, self.told(batch), rate, noise)
+        """Return the summed cross-entropy [nats] and the number of masked tokens of an evaluation batch.
 
-    def told(self, batch: Batch, dropped_B: Tensor | None = None) -> Batch:
-        """`batch` with the class of each text, where the backbone takes it and the texts have one."""
+        Each token is masked with probability `rate`, always the same ones (training/callbacks/masking_rates.py).
+        """
+        noise = KeyedNoise(self.seed, batch["sample_id"], draw=-8)
+        return cross_entropy_at(self.model.objective, self.backbone, self.with_conditioning(batch), rate, noise)
+
+    def with_conditioning(self, batch: Batch, dropped_B: Tensor | None = None) -> Batch:
+        """Return `batch` with the class of each text, if the backbone reads classes and the texts have them."""
         if not self.backbone.num_classes or "label" not in batch:
             return batch
         class_id = batch["label"] if dropped_B is None else batch["label"].masked_fill(dropped_B, UNCONDITIONAL)
@@ -187,30 +192,33 @@ class Diffusion(lightning.LightningModule):
 
     @property
     def _search(self) -> object | None:
-        """How the objective's mask rates are chosen, where there is something to choose from."""
+        """The search for the objective's mask rates, if there are candidates."""
         search = self.objective.search
         return search if search and search.candidates else None
 
     def _choose_mask_rates(self, sums_C3: Tensor) -> None:
-        """Train on from here with the mask rates at which the loss of a block varies least."""
+        """Continue training with the mask rates at which the loss of a block varies least."""
         now, variances_C = self.objective.sampling_eps, self._search.variances(sums_C3)
         if not self._search.fixed:
             self.objective.clip(*self._search.best(sums_C3))
         low, high = self.objective.sampling_eps
-        values = {"val/sampling_eps_min": low, "val/sampling_eps_max": high, "val/block_loss_variance": variances_C[0],
-                  "val/block_loss_variance_best": variances_C.min()}  # fmt: skip
+        values = {
+            "val/sampling_eps_min": low,
+            "val/sampling_eps_max": high,
+            "val/block_loss_variance": variances_C[0],
+            "val/block_loss_variance_best": variances_C.min(),
+        }
         self.log_dict({name: torch.as_tensor(value, dtype=torch.float64) for name, value in values.items()})
         if self.objective.sampling_eps != now:
             log.info("mask rates from here on: %.3g to %.3g", low, high)
 
     def start_from(self, checkpoint: Checkpoint, use_ema: bool = True) -> dict[str, nn.Parameter]:
-        """Take over the weights of `checkpoint` (the averaged ones where there are any and `use_ema`) as those a new
-        training begins with; its own average begins with them too. Returns the parameters that the checkpoint knows
-        nothing of, which it may where it is the model of a part of the backbone.
+        """Start a new training, and its average, from the (averaged, if `use_ema`) weights of `checkpoint`.
+
+        Returns the parameters that the checkpoint lacks, which may be the model of a part of the backbone.
 
         Raises:
-            ValueError: they do not fit the backbone, or a parameter that they do not have is frozen; nothing has been
-                changed then.
+            ValueError: the weights do not fit the backbone, or a missing parameter is frozen. Nothing is changed then.
         """
         part = self.backbone.part_of(checkpoint.state)
         known = {id(p) for p in part.parameters()}
@@ -222,19 +230,18 @@ class Diffusion(lightning.LightningModule):
         return new
 
     def start_from_counts(self, counts_CV: Tensor, before_V: Tensor | None = None) -> None:
-        """Begin a new training at token frequencies (models/class_conditioning.py), and its average too.
+        """Start a new training, and its average, at token frequencies (models/class_conditioning.py).
 
         Raises:
-            ValueError: the network's output layer has no bias or, for new weights (without `before_V`), does not start
-                at zero, or as near to it as one that shares its matrix with the embedding, so that its outputs would
-                not be those frequencies.
+            ValueError: the output layer has no bias or, without `before_V`, does not start near zero, so that its
+                outputs would not be those frequencies.
         """
         head = self.backbone.head
         if head.bias is None or (before_V is None and (head.weight.std() > _NEAR_ZERO or head.bias.any())):
             why = "has no bias" if head.bias is None else "has learned something else"
             raise ValueError(
-                f"training.start_from_counts=true: the output layer of {type(self.backbone).__name__} {why}, so it can "
-                "not begin at token frequencies; leave it out, or use new weights"
+                f"training.start_from_counts=true: the output layer of {type(self.backbone).__name__} {why}, so it "
+                "cannot start at token frequencies; leave it out, or use new weights"
             )
         start_from_counts(head, counts_CV, before_V)
         if self.ema:
@@ -242,16 +249,18 @@ class Diffusion(lightning.LightningModule):
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Within the context the backbone has its averaged weights, if it keeps an average."""
-        self.settle_average()
+        """Give the backbone its averaged weights, if any, within the context."""
+        self.update_average()
         with self.ema.swapped(self.backbone.parameters()) if self.ema else nullcontext():
             yield
 
     def configure_gradient_clipping(
-        self, optimizer: torch.optim.Optimizer, gradient_clip_val: float | None = None,
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
-    ) -> None:  # fmt: skip
-        self.settle_average()
+    ) -> None:
+        self.update_average()
         by_value = gradient_clip_algorithm == "value"
         self.updates.prepare(optimizer, None if by_value else gradient_clip_val)
         if by_value:
@@ -261,18 +270,17 @@ class Diffusion(lightning.LightningModule):
         super().optimizer_step(*args, **kwargs)
         self._average_due = self.ema is not None
 
-    def settle_average(self) -> None:
-        """Take the newest weights into the average, if their update was made. That is asked just before the next
-        update, when the device has long answered, or where the average is wanted."""
+    def update_average(self) -> None:
+        """Add the newest weights to the average, if their update was made; called before the next update or use."""
         if self._average_due and self.updates.made():
             self.ema.update(self.backbone.parameters())
         self._average_due = False
 
     def configure_model(self) -> None:
-        """Share the weights and their average out over devices, where the strategy says so (strategy=fsdp)."""
+        """Shard the weights and their average over devices for strategy=fsdp."""
         if self.device_mesh is None:
             return
-        shard(self, self.backbone.blocks, self.device_mesh["data_parallel"], ENTRANCES)
+        shard(self, self.backbone.blocks, self.device_mesh["data_parallel"], _FORWARD_METHODS)
         if self.ema:
             self.ema.shard(self.backbone.parameters())
 
@@ -286,12 +294,12 @@ class Diffusion(lightning.LightningModule):
             self.ema.to(self.device)
 
     def on_train_end(self) -> None:
-        self.settle_average()
+        self.update_average()
 
     def on_save_checkpoint(self, checkpoint: dict[str, object]) -> None:
-        self.settle_average()
+        self.update_average()
         checkpoint["identity"] = self.identity
-        if self.objective.sampling_eps is not None:  # by the names of the reference's buffers
+        if self.objective.sampling_eps is not None:  # named as in the reference
             for name, value in zip(MASK_RATES, self.objective.sampling_eps, strict=True):
                 checkpoint["state_dict"][name] = torch.tensor(value, dtype=torch.float64)
         if self.ema:
@@ -306,14 +314,21 @@ class Diffusion(lightning.LightningModule):
 
 
 @torch.no_grad()
-def _account(loss: TokenLoss, batch: Batch, encodes: int) -> dict[str, Tensor]:
-    """What a micro-batch leaves to add up, on its device: `nll` in nats and the `tokens` it is the sum over, how many
-    positions were `projected` onto the vocabulary, per row the `scored_B` tokens, and the objective's own `means`. Of
-    objectives that mask also, per row and network pass, `num_masked` and `cross_entropy`, (B, P); where rows have parts
-    with mask rates of their own, the same by part, with `num_scored` of each."""
+def _counts(loss: TokenLoss, batch: Batch, encodes: int) -> dict[str, Tensor]:
+    """Return the sums of a micro-batch: its nats, counted, projected and scored tokens, and the means of the loss.
+
+    Masking objectives add `num_masked` and `cross_entropy` per row and pass, (B, P), and the same by part with
+    `num_scored` for rows whose parts have their own mask rates.
+    """
     logs = {name: value for name, value in loss.logs.items() if name.startswith(("num_", "cross_entropy"))}
     scored_B, tokens = scored_mask(batch).sum(-1), loss.mask_BL.sum()
-    # A second encoding of a pass is that of the clean text, projected everywhere (objectives/d3pm.py).
+    # The second encoding of a pass reads the clean text and projects all of it (objectives/d3pm.py).
     projected = logs["num_masked"].sum() + (encodes - 1) * scored_B.sum() if logs else tokens
-    return {"nll": loss.total().detach(), "tokens": tokens, "projected": projected,
-            "scored_B": scored_B, "means": loss.means, **logs}  # fmt: skip
+    return {
+        "nll": loss.total().detach(),
+        "tokens": tokens,
+        "projected": projected,
+        "scored_B": scored_B,
+        "means": loss.means,
+        **logs,
+    }

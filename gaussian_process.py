@@ -1,4 +1,4 @@
-"""The Gaussian forward process of latents: noise levels, noising, and the three forms of a prediction.
+"""The Gaussian forward process of latents: noise levels, noised latents, and the three forms of a prediction.
 
 Shape suffixes: B batch, K latent tokens, D numbers of each.
 """
@@ -13,35 +13,35 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class GaussianLevel:
-    """x_t = alpha x_0 + sigma eps, with alpha^2 + sigma^2 = 1."""
+    """The noise level of x_t = alpha x_0 + sigma eps, with alpha^2 + sigma^2 = 1."""
 
     alpha: Tensor
     sigma: Tensor
 
     @property
     def snr(self) -> Tensor:
-        """alpha^2 / sigma^2, of latents whose numbers have variance 1."""
+        """Signal-to-noise ratio alpha^2 / sigma^2 of latents with variance 1."""
         return (self.alpha / self.sigma) ** 2
 
     def like(self, x_BKD: Tensor) -> GaussianLevel:
-        """Each row's level for all numbers of the row, (B, 1, 1) in the precision of `x_BKD`."""
+        """Return the level as (B, 1, 1) in the precision of `x_BKD`."""
         return GaussianLevel(*(value.to(x_BKD.dtype)[:, None, None] for value in (self.alpha, self.sigma)))
 
 
 def cosine_level(t: Tensor) -> GaussianLevel:
-    """The cosine schedule in continuous time, alpha = cos(pi t / 2) (Nichol & Dhariwal, arXiv 2102.09672, without the
-    offset): a function of each row's own t, which starts clean and ends with no signal at all."""
+    """Return the level of the cosine schedule, alpha = cos(pi t / 2) (Nichol & Dhariwal, arXiv 2102.09672, without the
+    offset)."""
     angle = math.pi / 2 * t.double()
     return GaussianLevel(angle.cos(), angle.sin())
 
 
 def noise_latent(x0_BKD: Tensor, eps_BKD: Tensor, level: GaussianLevel) -> Tensor:
-    """x_t of x_0 and the noise `eps_BKD`."""
+    """Return x_t from x_0 and the noise `eps_BKD`."""
     return level.alpha * x0_BKD + level.sigma * eps_BKD
 
 
 def velocity(x0_BKD: Tensor, eps_BKD: Tensor, level: GaussianLevel) -> Tensor:
-    """v = alpha eps - sigma x_0 (Salimans & Ho, arXiv 2202.00512, appendix D)."""
+    """Return v = alpha eps - sigma x_0 (Salimans & Ho, arXiv 2202.00512, appendix D)."""
     return level.alpha * eps_BKD - level.sigma * x0_BKD
 
 
@@ -55,8 +55,10 @@ class LatentPrediction:
 
 
 def read_prediction(kind: str, output_BKD: Tensor, xt_BKD: Tensor, level: GaussianLevel) -> LatentPrediction:
-    """The prediction of a network whose output is `kind`, v, x0 or eps. x0 is the one of the three that loses its noise
-    as t goes to 0 (from it eps and v divide by sigma), eps as t goes to 1 (division by alpha); v divides by neither."""
+    """Return the prediction of a network whose output is `kind`: v, x0 or eps.
+
+    From x0 the others divide by sigma, which vanishes at t = 0; from eps by alpha, which vanishes at t = 1.
+    """
     alpha, sigma = level.alpha, level.sigma
     if kind == "v":
         return LatentPrediction(alpha * xt_BKD - sigma * output_BKD, sigma * xt_BKD + alpha * output_BKD, output_BKD)

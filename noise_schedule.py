@@ -1,7 +1,7 @@
 """Noise schedules: t -> NoiseLevel. t = 0 is clean, t = 1 is all masked, alpha(t) = P(token kept).
 
-One class per schedule, each with alpha, its derivative and its inverse; what the references call sigma, dsigma and
-move chance follow from these. Values agree with kuleshov-group/mdlm `noise_schedule.py`.
+Each schedule has alpha, its derivative and its inverse; sigma, dsigma and move chance of the references follow from
+these. Values agree with kuleshov-group/mdlm `noise_schedule.py`.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from palimpsest.common.values import BelowOne, Positive, Share
 
 @dataclass(frozen=True)
 class NoiseLevel:
-    """alpha = P(token kept) and dalpha = d alpha / dt at the times asked for, of their shape."""
+    """alpha = P(token kept) and dalpha = d alpha / dt at given times, in their shape."""
 
     alpha: Tensor
     dalpha: Tensor
 
     @property
     def sigma(self) -> Tensor:
-        """Total noise, -log alpha: what a time-conditioned network sees."""
+        """Total noise, -log alpha, which time-conditioned networks read."""
         return -torch.log(self.alpha)
 
     @property
@@ -35,8 +35,8 @@ class NoiseLevel:
 
     @property
     def elbo_weight(self) -> Tensor:
-        """-alpha' / (1 - alpha): the weight of a masked token's cross-entropy in the continuous-time NELBO
-        (MDLM, arXiv 2406.07524, eq. 11); positive."""
+        """-alpha' / (1 - alpha), the weight of a masked token in the continuous-time NELBO (MDLM, arXiv 2406.07524,
+        eq. 11)."""
         return -self.dalpha / (1 - self.alpha)
 
 
@@ -45,29 +45,32 @@ class NoiseSchedule(ABC):
 
     @abstractmethod
     def __call__(self, t: Tensor) -> NoiseLevel:
-        """alpha and its derivative at t."""
+        """Return alpha and its derivative at t."""
 
     @abstractmethod
     def t_from_alpha(self, alpha: Tensor) -> Tensor:
-        """The inverse of alpha. An alpha that the schedule does not reach gives a t outside [0, 1], or its end."""
+        """Return the t of alpha. An alpha out of range gives a t outside [0, 1], or an end of it."""
 
     @property
-    def whole(self) -> NoiseSchedule:
+    def unclipped(self) -> NoiseSchedule:
         """The schedule without the limits of `Clipped`."""
         return self
 
     @property
-    def complete(self) -> NoiseSchedule:
-        """The whole schedule rescaled to go from clean (alpha = 1) to all masked (alpha = 0): the one to measure and
-        sample with. A schedule that stops at alpha = 0.001 leaves out the mask rates at which a text begins."""
-        return EndsMasked(self.whole)
+    def full_range(self) -> NoiseSchedule:
+        """The unclipped schedule rescaled to alpha = 1 at t = 0 and alpha = 0 at t = 1, for evaluation and sampling."""
+        return FullRange(self.unclipped)
 
 
-class LogLinear(NoiseSchedule):
-    """alpha = 1 - (1 - eps) t, the schedule of MDLM; sigma is its log, hence the name."""
+class _WithEps(NoiseSchedule):
+    """A schedule that ends at alpha = eps."""
 
     def __init__(self, eps: BelowOne = 1e-3) -> None:
         self.eps = eps
+
+
+class LogLinear(_WithEps):
+    """alpha = 1 - (1 - eps) t, the schedule of MDLM, whose sigma is the logarithm of a linear function."""
 
     def __call__(self, t: Tensor) -> NoiseLevel:
         return NoiseLevel(1 - (1 - self.eps) * t, torch.full_like(t, -(1 - self.eps)))
@@ -76,11 +79,8 @@ class LogLinear(NoiseSchedule):
         return (1 - alpha) / (1 - self.eps)
 
 
-class Cosine(NoiseSchedule):
+class Cosine(_WithEps):
     """alpha = eps + (1 - eps) cos(pi t / 2)."""
-
-    def __init__(self, eps: BelowOne = 1e-3) -> None:
-        self.eps = eps
 
     def __call__(self, t: Tensor) -> NoiseLevel:
         angle = math.pi / 2 * t
@@ -90,11 +90,8 @@ class Cosine(NoiseSchedule):
         return torch.acos(((alpha - self.eps) / (1 - self.eps)).clamp(0.0, 1.0)) / (math.pi / 2)
 
 
-class CosineSquared(NoiseSchedule):
+class CosineSquared(_WithEps):
     """alpha = eps + (1 - eps) cos^2(pi t / 2)."""
-
-    def __init__(self, eps: BelowOne = 1e-3) -> None:
-        self.eps = eps
 
     def __call__(self, t: Tensor) -> NoiseLevel:
         angle = math.pi / 2 * t
@@ -106,17 +103,18 @@ class CosineSquared(NoiseSchedule):
         return torch.acos(((alpha - self.eps) / (1 - self.eps)).clamp(0.0, 1.0).sqrt()) / (math.pi / 2)
 
 
-def _sigma_range(sigma_min: float, sigma_max: float) -> tuple[float, float]:
-    if sigma_min >= sigma_max:
-        raise ValueError(f"noise.sigma_min={sigma_min} must be below noise.sigma_max={sigma_max}")
-    return sigma_min, sigma_max
-
-
-class Linear(NoiseSchedule):
-    """sigma = sigma_min + t (sigma_max - sigma_min): linear in the total noise."""
+class _BySigma(NoiseSchedule):
+    """A schedule of the total noise sigma, from sigma_min to sigma_max."""
 
     def __init__(self, sigma_min: Positive, sigma_max: Positive) -> None:
-        self.sigma_min, self.sigma_max = _sigma_range(sigma_min, sigma_max)
+        if sigma_min >= sigma_max:
+            raise ValueError(f"noise.sigma_min={sigma_min} must be below noise.sigma_max={sigma_max}")
+        self.sigma_min = sigma_min
+        self.sigma_max = sigma_max
+
+
+class Linear(_BySigma):
+    """sigma = sigma_min + t (sigma_max - sigma_min)."""
 
     def __call__(self, t: Tensor) -> NoiseLevel:
         rate = self.sigma_max - self.sigma_min
@@ -127,11 +125,8 @@ class Linear(NoiseSchedule):
         return (-torch.log(alpha) - self.sigma_min) / (self.sigma_max - self.sigma_min)
 
 
-class Geometric(NoiseSchedule):
+class Geometric(_BySigma):
     """sigma = sigma_min^(1 - t) sigma_max^t (SEDD, arXiv 2310.16834, section 5.1)."""
-
-    def __init__(self, sigma_min: Positive, sigma_max: Positive) -> None:
-        self.sigma_min, self.sigma_max = _sigma_range(sigma_min, sigma_max)
 
     def __call__(self, t: Tensor) -> NoiseLevel:
         sigma = self.sigma_min ** (1 - t) * self.sigma_max**t
@@ -144,8 +139,7 @@ class Geometric(NoiseSchedule):
 
 
 class Clipped(NoiseSchedule):
-    """The part of `base` whose mask rates lie in [sampling_eps_min, sampling_eps_max]: noise levels worth training on
-    (BD3-LM, arXiv 2503.09573, section 5). It covers a part of the bound only, so measuring uses `complete`."""
+    """The part of `base` with mask rates in a range, for training only (BD3-LM, arXiv 2503.09573, section 5)."""
 
     def __init__(self, base: NoiseSchedule, sampling_eps_min: Share, sampling_eps_max: Share) -> None:
         if not 0.0 <= sampling_eps_min < sampling_eps_max <= 1.0:
@@ -156,7 +150,8 @@ class Clipped(NoiseSchedule):
         self.base = base
         ends = 1 - torch.tensor([sampling_eps_min, sampling_eps_max], dtype=torch.float64)
         first, last = base.t_from_alpha(ends).clamp(0.0, 1.0).tolist()
-        self._first, self._span = first, last - first
+        self._first = first
+        self._span = last - first
 
     def __call__(self, t: Tensor) -> NoiseLevel:
         level = self.base(self._first + self._span * t)
@@ -166,26 +161,27 @@ class Clipped(NoiseSchedule):
         return (self.base.t_from_alpha(alpha) - self._first) / self._span
 
     @property
-    def whole(self) -> NoiseSchedule:
-        return self.base.whole
+    def unclipped(self) -> NoiseSchedule:
+        return self.base.unclipped
 
 
-class EndsMasked(NoiseSchedule):
-    """`base` with alpha rescaled to 1 at t = 0 and 0 at t = 1, for chains that must start clean and end in masks."""
+class FullRange(NoiseSchedule):
+    """The schedule `base` with alpha rescaled to 1 at t = 0 and 0 at t = 1."""
 
     def __init__(self, base: NoiseSchedule) -> None:
         self.base = base
         first, last = base(torch.tensor([0.0, 1.0], dtype=torch.float64)).alpha.tolist()
-        self._last, self._range = last, first - last
+        self._last = last
+        self._range = first - last
 
     def __call__(self, t: Tensor) -> NoiseLevel:
         level = self.base(t)
-        # Rounding may lead beyond the ends, where there is no noise level.
+        # Rounding may lead beyond the ends.
         return NoiseLevel(((level.alpha - self._last) / self._range).clamp(0.0, 1.0), level.dalpha / self._range)
 
     def t_from_alpha(self, alpha: Tensor) -> Tensor:
         return self.base.t_from_alpha(self._last + self._range * alpha)
 
     @property
-    def complete(self) -> NoiseSchedule:
+    def full_range(self) -> NoiseSchedule:
         return self

@@ -15,7 +15,7 @@ from palimpsest.classification.evidence import token_evidence
 from palimpsest.classification.scoring import ClassScores, Race, score_classes
 from palimpsest.classification.typical import UNLIKE, Typical
 from palimpsest.dataloader import TextData, with_texts
-from palimpsest.estimators.nelbo import comparison_noising
+from palimpsest.estimators.nelbo import comparison_mask_sampler
 from palimpsest.experiment.classifier import TrainedClassifier
 from palimpsest.report.evidence import shown_evidence
 from palimpsest.report.formatting import format_measurement
@@ -113,7 +113,7 @@ def _attributions(
     experiment = trained.experiment
     first, second = _pair(scores, log_prior_C)
     rows = range(len(data.split(_SPLIT)))
-    noising = comparison_noising(experiment.build.estimator, trained.models[0].diffusion.objective)
+    noising = comparison_mask_sampler(experiment.build.estimator, trained.models[0].diffusion.objective)
     draws = dict.fromkeys(rows, int(scores.draws_M[0]))
     nats = token_evidence(trained.models, data, _SPLIT, draws, race.num_draws, noising, experiment.seed)
     titles = [f"Part {row + 1} of {len(rows)}" if len(rows) > 1 else "Which words spoke" for row in rows]

@@ -31,7 +31,7 @@ from palimpsest.models.dit import DiT
 from palimpsest.models.layers import modulate, over_positions
 from palimpsest.noise_schedule import LogLinear
 from palimpsest.objectives.block import BlockDiffusion
-from palimpsest.objectives.noising import Bernoulli
+from palimpsest.objectives.mask_sampling import Bernoulli
 from palimpsest.objectives.subs import Subs
 from palimpsest.process import Absorbing
 from palimpsest.samplers import first_hitting

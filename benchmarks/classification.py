@@ -23,7 +23,7 @@ from palimpsest.classification.models import class_models
 from palimpsest.classification.scoring import ClassScores, Race, score_classes
 from palimpsest.estimators.nelbo import Nelbo
 from palimpsest.experiment.experiment import Experiment
-from palimpsest.objectives.noising import Bernoulli, ExactCount
+from palimpsest.objectives.mask_sampling import Bernoulli, ExactCount
 from palimpsest.settings.command_line import compose_config
 
 DRAWS = (1, 4, 16, 64)

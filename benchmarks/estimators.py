@@ -20,7 +20,7 @@ from palimpsest.estimators.nelbo import Nelbo
 from palimpsest.estimators.ordered import Ordered
 from palimpsest.experiment.experiment import Experiment
 from palimpsest.objectives.base import Batch, Model
-from palimpsest.objectives.noising import Bernoulli, Complementary, ExactCount
+from palimpsest.objectives.mask_sampling import Bernoulli, Complementary, ExactCount
 from palimpsest.samplers.ordered import ORDERS
 from palimpsest.settings.command_line import compose_config
 

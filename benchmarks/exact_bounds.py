@@ -22,13 +22,13 @@ from palimpsest.corpora.reviews import ReviewGrammar, tokens
 from palimpsest.estimators.nelbo import Nelbo
 from palimpsest.noise_schedule import Cosine, Geometric, LogLinear, NoiseSchedule
 from palimpsest.objectives.base import Model
-from palimpsest.objectives.noising import Bernoulli, Complementary, ExactCount, Noising, TiltedCount
+from palimpsest.objectives.mask_sampling import Bernoulli, Complementary, ExactCount, MaskSampler, TiltedCount
 from palimpsest.objectives.subs import Subs
 from palimpsest.process import Absorbing
 
 MASK, PAD, FIRST = 0, 1, 2
 SCHEDULES: dict[str, NoiseSchedule] = {"loglinear": LogLinear(), "cosine": Cosine(), "geometric": Geometric(1e-4, 20.0)}
-CONTINUOUS: dict[str, Noising] = {
+CONTINUOUS: dict[str, MaskSampler] = {
     "uniform": Bernoulli(antithetic_sampling=False), "stratified": Bernoulli(),
     "importance-sampled": Bernoulli(importance_sampling=True), "exact_count": ExactCount(),
     "tilted_count": TiltedCount(), "complementary": Complementary(),

@@ -27,7 +27,7 @@ from palimpsest.common.randomness import evaluation_noise
 from palimpsest.corpora.grammar import END, FiniteStateGrammar
 from palimpsest.corpora.reviews import ReviewGrammar, generate_split, tokens
 from palimpsest.noise_schedule import LogLinear
-from palimpsest.objectives.noising import TiltedCount
+from palimpsest.objectives.mask_sampling import TiltedCount
 from palimpsest.process import Absorbing
 
 DRAWS, LOOKS, MASK, SEED = 64, (4, 6, 8, 12, 16, 24, 32, 48, 64), 1, 1

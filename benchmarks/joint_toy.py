@@ -30,7 +30,7 @@ from palimpsest.gaussian_process import cosine_level
 from palimpsest.models.mmdit import MMDiT
 from palimpsest.noise_schedule import LogLinear
 from palimpsest.objectives.gaussian import LATEST, GaussianDiffusion
-from palimpsest.objectives.joint import SHARES, JointDiffusion
+from palimpsest.objectives.joint import MODE_SHARES, JointDiffusion
 from palimpsest.objectives.subs import Subs
 from palimpsest.process import Absorbing
 from palimpsest.samplers.ancestral import sample
@@ -117,7 +117,7 @@ def nats(net: MMDiT, law: JointDiffusion, x: Tensor, **told: Tensor) -> Tensor:
 
 def independent(settings: argparse.Namespace) -> None:
     """Print the bounds of texts by networks trained with uninformative latents, and by networks without latents."""
-    x, reads_text = texts(512, 0)[1], 1 - sum(SHARES[name] for name in ("t2l", "latent"))
+    x, reads_text = texts(512, 0)[1], 1 - sum(MODE_SHARES[name] for name in ("t2l", "latent"))
     hidden = {"latent": torch.zeros(len(x), 1, WIDTH), "latent_t": torch.ones(len(x), dtype=torch.float64)}
     table = []
     for seed in range(settings.independent):

@@ -17,8 +17,8 @@ from palimpsest.classification.verdicts import Verdicts
 from palimpsest.common.randomness import evaluation_noise
 from palimpsest.dataloader import TextData
 from palimpsest.estimators.base import Estimator
-from palimpsest.estimators.nelbo import comparison_noising
-from palimpsest.objectives.noising import Noising
+from palimpsest.estimators.nelbo import comparison_mask_sampler
+from palimpsest.objectives.mask_sampling import MaskSampler
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def explain(
     row_text_R, sample_R = np.asarray(rows["text_id"][:]), np.asarray(rows["sample_id"][:])
     windows = [np.flatnonzero(row_text_R == scores.text_id_M[m]) for m in surest]
     first = [int(mine[sample_R[mine].argmin()]) for mine in windows]
-    noising = comparison_noising(estimator, models[0].diffusion.objective)
+    noising = comparison_mask_sampler(estimator, models[0].diffusion.objective)
     draws = {row: int(scores.draws_M[m]) for row, m in zip(first, surest, strict=True)}
     nats = token_evidence(models, data, split, draws, race.num_draws, noising, seed)
     two = len(data.label_names) == 2
@@ -63,7 +63,7 @@ def explain(
 @torch.inference_mode()
 def token_evidence(
     models: Sequence[ClassModel], data: TextData, split: str, draws: Mapping[int, int], of: int,
-    noising: Noising | None, seed: int,
+    noising: MaskSampler | None, seed: int,
 ) -> list[np.ndarray]:  # fmt: skip
     """Return the nats of each token in -log p(row | class), float64 (C, L) for each row.
 
@@ -80,7 +80,7 @@ def token_evidence(
         for model in models:
             told, network = model.with_conditioning(batch), model.diffusion
             objective = network.objective.bound(noising)
-            passes = 1 if objective.exact else objective.noising.passes
+            passes = 1 if objective.exact else objective.mask_sampler.passes
             numbers = range(1 if objective.exact else max(taken // passes, 1))
             ids_B, group_B = batch["sample_id"], batch.get("text_id")
             noises = [evaluation_noise(seed, ids_B, k, of // passes, group_B) for k in numbers]

@@ -13,7 +13,7 @@ import torch
 from palimpsest.dataloader import TextData
 from palimpsest.diffusion import Diffusion
 from palimpsest.evaluation.experiment import Experiment
-from palimpsest.objectives.base import Batch, latent_hidden
+from palimpsest.objectives.base import Batch, drop_latent
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class ClassModel:
     def with_conditioning(self, batch: Batch) -> Batch:
         """Return `batch` conditioned on this class, if the model takes that, without its latents, which may say as
         much."""
-        batch = latent_hidden(batch)
+        batch = drop_latent(batch)
         if self.class_id is None:
             return batch
         return {**batch, "class_id": torch.full_like(batch["input_ids"][:, 0], self.class_id)}

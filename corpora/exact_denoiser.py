@@ -182,7 +182,7 @@ class ExactLeaveOneOut(ExactDenoiser):
 
     def leave_one_out(self, x_BL: Tensor, alpha_B: Tensor, at_BL: Tensor, inside_BL: Tensor) -> Tensor:
         """Return log p(x_0 | the other tokens of x_t) at the N positions of `at_BL`, float64 (N, V)."""
-        kept_B, noise_BV = self.process.kept(alpha_B), self.process.noise(alpha_B)
+        kept_B, noise_BV = self.process.keep_prob(alpha_B), self.process.noise_prob(alpha_B)
 
         def likelihood(x_B: Tensor, id_A: Tensor) -> Tensor:
             return noise_BV.gather(1, x_B[:, None]).T + kept_B * (x_B == id_A[:, None])

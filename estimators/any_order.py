@@ -1,5 +1,5 @@
-"""The importance-weighted any-order bound (Eso-LM, Sahoo et al., arXiv 2506.01928, theorem 3.1): tighter than the
-continuous-time NELBO of the same weights.
+"""The importance-weighted any-order bound (Eso-LM, Sahoo et al., arXiv 2506.01928, theorem 3.1), which is tighter than
+the continuous-time NELBO of the same weights.
 
 Shape suffixes: B batch, L length, V vocabulary, K orders.
 """
@@ -12,25 +12,27 @@ import torch
 from torch import Tensor
 
 from palimpsest.common.randomness import KeyedNoise
-from palimpsest.estimators.base import Measured, refuse_causal
+from palimpsest.estimators.base import LikelihoodEstimate, require_mask_filling
 from palimpsest.objectives.base import Batch, Model, Objective, context, counted_mask, scored_mask
+from palimpsest.samplers.base import select_rows
 
 
 class AnyOrder:
-    """-log of the mean over K random orders of prod over i of p(x_(i-th) | those before): an upper bound of -log p(x)
-    in expectation, equal to the NELBO (T = 0) at K = 1 and falling to -log p(x) as K grows (Burda et al., arXiv
-    1509.00519).
+    """Estimator of -log of the mean over K random orders of prod over i of p(x_(i-th) | those before).
 
-    A network that is shown the time is shown the times at which the tokens are unmasked, drawn together with the order:
-    n uniform mask rates, the largest first, as in samplers/first_hitting.py. With k masks left the rate then is
-    Beta(k, n - k + 1), as in the NELBO, so both statements hold with time conditioning too.
+    In expectation it is an upper bound of -log p(x). It equals the NELBO (T = 0) at K = 1 and falls to -log p(x) as K
+    grows (Burda et al., arXiv 1509.00519).
+
+    Time-conditioned networks are shown the unmasking times, drawn together with the order: n uniform mask rates, the
+    largest first, as in samplers/first_hitting.py. With k masks left the rate is Beta(k, n - k + 1), as in the NELBO,
+    so both statements also hold with time conditioning.
     """
 
     in_parts = False
     kind = "importance-weighted any-order bound"
 
     def check(self, objective: Objective) -> None:
-        refuse_causal(objective.process, objective.binds_to, "importance_weighted")
+        require_mask_filling(objective.process, objective.model_class, "importance_weighted")
         _refuse_dependent(objective.independent_unmasking)
 
     def label(self, model: Model, num_draws: int) -> str:
@@ -44,24 +46,24 @@ class AnyOrder:
 
     def __call__(
         self, model: Model, batch: Batch, seed: int, num_draws: int, start: int = 0, of: int | None = None
-    ) -> Measured:
-        """One value per row from `num_draws` orders, each of which takes a network evaluation per scored token.
+    ) -> LikelihoodEstimate:
+        """Return one value per row from `num_draws` orders, with one network evaluation per order and scored token.
 
         Raises:
-            ValueError: the model is causal, or its network decides when a mask goes.
+            ValueError: the model cannot unmask tokens in any order, or its network decides when a token is unmasked.
         """
-        refuse_causal(model.process, type(model), "importance_weighted")
+        require_mask_filling(model.process, type(model), "importance_weighted")
         _refuse_dependent(model.independent_unmasking)
         orders = [self._one_order(model, batch, KeyedNoise(seed, batch["sample_id"], draw=k)) for k in range(num_draws)]
         tokens_B, scored_B = counted_mask(batch).sum(-1), scored_mask(batch).sum(-1)
         nll_B1 = math.log(num_draws) - torch.stack(orders, dim=1).logsumexp(1, keepdim=True)
-        return Measured(nll_B1, tokens_B, scored_B * num_draws)
+        return LikelihoodEstimate(nll_B1, tokens_B, scored_B * num_draws)
 
     def _one_order(self, model: Model, batch: Batch, noise: KeyedNoise) -> Tensor:
-        """log of the product of the conditional probabilities along one random order, float64 (B,)."""
+        """Return the log-probability of each row along one random order, float64 (B,)."""
         x0_BL, scored_BL = batch["input_ids"], scored_mask(batch)
         tokens_B = scored_BL.sum(-1)
-        alpha_BL = noise.uniform(x0_BL.shape[1])  # at which each token is unmasked
+        alpha_BL = noise.uniform(x0_BL.shape[1])  # alpha at the time when each token is unmasked
         rank_BL = alpha_BL.masked_fill(~scored_BL, torch.inf).argsort(-1).argsort(-1)
         log_p_B = torch.zeros(len(x0_BL), dtype=torch.float64, device=x0_BL.device)
         for step in range(int(tokens_B.max())):
@@ -69,7 +71,7 @@ class AnyOrder:
             rank_RL, x0_RL = rank_BL[rows_R], x0_BL[rows_R]
             x_RL = model.process.mask(x0_RL, (rank_RL >= step) & scored_BL[rows_R])
             now_RL = rank_RL == step
-            cond = {name: told[rows_R] for name, told in context(batch).items()}
+            cond = select_rows(context(batch), rows_R)
             t_R = model.schedule.t_from_alpha(alpha_BL[rows_R][now_RL]).clamp(0.0, 1.0)
             log_p_RV = model.denoise(x_RL, t_R, now_RL, **cond)
             log_p_B[rows_R] += log_p_RV.gather(1, x0_RL[now_RL][:, None]).squeeze(1).double()

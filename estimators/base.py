@@ -1,6 +1,6 @@
-"""What an estimator of the likelihood is, and what it gives.
+"""The interface of likelihood estimators and the type of their results.
 
-Shape suffixes: B batch, K independent draws, P network passes that masked something.
+Shape suffixes: B batch, K independent draws, P network passes with masks.
 """
 
 from __future__ import annotations
@@ -11,19 +11,20 @@ from typing import Protocol
 from torch import Tensor
 
 from palimpsest.denoisers import BlockDenoiser, CausalDenoiser
-from palimpsest.objectives.base import Batch, BoundTo, Objective
+from palimpsest.objectives.base import Batch, BoundModel, Objective
 from palimpsest.process import Absorbing, Process
 
 
 @dataclass(frozen=True)
-class Measured:
+class LikelihoodEstimate:
     """-log p of a batch of rows, in nats.
 
-    nll_BK: float64, one column per draw; their mean is the estimate (the draws are strata of one another).
-    tokens_B: scored tokens, fill left out.
-    evaluations_B: network evaluations spent on each row. logs: for every pass, where there were masks, cross_entropy
-    and num_masked (B, P), summed over the masked tokens (nats) and their number, and nats (B, P), what the pass alone
-    says of -log p: their mean is the estimate.
+    Attributes:
+        nll_BK: float64, one column per draw; their mean is the estimate. The draws are strata of one another.
+        tokens_B: scored tokens, without EOS padding.
+        evaluations_B: network evaluations spent on each row.
+        logs: for every pass with masks, (B, P): `cross_entropy` (nats) and `num_masked`, summed over the masked tokens,
+            and `nats`, the estimate of -log p from that pass alone.
     """
 
     nll_BK: Tensor
@@ -33,41 +34,47 @@ class Measured:
 
 
 class Estimator(Protocol):
-    """Measures rows. `kind` says what is estimated: numbers of different kinds are never compared. `in_parts`: the
-    draws may be taken a few at a time; the estimate is the mean of what the parts give."""
+    """An estimator of the likelihood of rows.
+
+    Attributes:
+        kind: what is estimated; numbers of different kinds are never compared.
+        in_parts: the draws may be taken a few at a time; the estimate is the mean of the parts.
+    """
 
     kind: str
     in_parts: bool
 
     def check(self, objective: Objective) -> None:
-        """Raise ValueError if the objective cannot be measured so."""
+        """Raise ValueError if the estimator does not fit the objective."""
 
-    def label(self, model: BoundTo, num_draws: int) -> str:
-        """For the protocol of a result."""
+    def label(self, model: BoundModel, num_draws: int) -> str:
+        """Return the name of the estimate for the results."""
 
-    def exact(self, model: BoundTo) -> bool:
-        """Whether a measurement has no Monte Carlo error."""
+    def exact(self, model: BoundModel) -> bool:
+        """Return True if the estimate has no Monte Carlo error."""
 
-    def passes(self, model: BoundTo) -> int:
-        """Network evaluations of a single draw."""
+    def passes(self, model: BoundModel) -> int:
+        """Return the network evaluations of one draw."""
 
     def __call__(
-        self, model: BoundTo, batch: Batch, seed: int, num_draws: int, start: int = 0, of: int | None = None
-    ) -> Measured:
-        """`num_draws` network evaluations of each row, from number `start` of the `of` (None: just these) on."""
+        self, model: BoundModel, batch: Batch, seed: int, num_draws: int, start: int = 0, of: int | None = None
+    ) -> LikelihoodEstimate:
+        """Estimate by the draws `start` to `start + num_draws` of `of` (None: of `num_draws`), one evaluation each."""
 
 
-def refuse_causal(process: Process, kind: type, name: str) -> None:
-    """Raise ValueError for models of the class `kind` on `process` that cannot fill in anywhere."""
+def require_mask_filling(process: Process, kind: type, name: str) -> None:
+    """Raise ValueError for models of the class `kind` on `process` that cannot unmask tokens in any order."""
     if not isinstance(process, Absorbing):
-        raise ValueError(f"eval.estimator={name} fills masks, and here any token may be noise; use eval.estimator=auto")
+        raise ValueError(
+            f"eval.estimator={name} unmasks tokens, and here any token may be noise; use eval.estimator=auto"
+        )
     if issubclass(kind, CausalDenoiser):
         raise ValueError(
-            f"eval.estimator={name} fills masks in many orders, and parameterization=ar knows one, with an exact "
+            f"eval.estimator={name} unmasks tokens in many orders, and parameterization=ar has one, with an exact "
             "likelihood; use eval.estimator=auto"
         )
     if issubclass(kind, BlockDenoiser):
         raise ValueError(
-            f"eval.estimator={name} fills masks anywhere in a text, and parameterization=bd3lm block after block; use "
-            "eval.estimator=auto"
+            f"eval.estimator={name} unmasks tokens anywhere in a text, and parameterization=bd3lm block after block; "
+            "use eval.estimator=auto"
         )

@@ -267,7 +267,7 @@ def latents_of(
         hidden_BL, _ = padded([blanks[m] for m in text_M[here]], pad_id)
         noise = KeyedNoise(setting.seed, torch.from_numpy(names_M[here]).to(device)).part(1)
         told = {name: value.to(device) for name, value in cond.items()}
-        out = gaussian.sample(model, x_BL.to(device), noise, how, hidden_BL=hidden_BL.to(device), **told)
+        out = gaussian.sample(model, x_BL.to(device), noise, how, masked_BL=hidden_BL.to(device), **told)
         return list(out.latent_BKD.cpu().numpy())
 
     return np.stack(setting.in_batches(draw_from, len(names_M)))
@@ -329,7 +329,7 @@ def _both(directed: Directed, sampler: Callable[..., Trace], kept: list[Tensor])
         model: object, x_BL: Tensor, noise: KeyedNoise, watch: Watcher | None = None, **cond: Tensor
     ) -> Trace:
         marginal = replace(how, guidance=0.0)
-        drawn = gaussian.sample(model, x_BL, noise.part(1), marginal, hidden_BL=x_BL, **cond)
+        drawn = gaussian.sample(model, x_BL, noise.part(1), marginal, masked_BL=x_BL, **cond)
         kept.append(drawn.latent_BKD)
         out = sampler(model, x_BL, noise, watch=watch, **cond, latent=drawn.latent_BKD)
         out.evaluations_B += drawn.evaluations_B

@@ -17,7 +17,7 @@ from palimpsest.common.metrics import Estimate, Share, mean, share
 from palimpsest.common.randomness import KeyedNoise
 from palimpsest.data.passages import special_ids
 from palimpsest.dataloader import TextData
-from palimpsest.denoisers import Barred
+from palimpsest.denoisers import WithoutTokens
 from palimpsest.evaluation.centroids import Centroids, Nearest, fit_centroids, slerp
 from palimpsest.evaluation.directions import (
     VARIANTS,
@@ -188,7 +188,7 @@ class Editor:
         special = tuple(sorted(special_ids(self.setting.data.vocabulary)))
         begin_M = schedule.t_from_alpha(1 - torch.from_numpy(self.share_M[some])).clamp(0.0, 1.0)
         told = {**told, "begin_B": begin_M}
-        return self.setting.written(rows, chosen.names_M[some], told, lambda model: Barred(model, special), seen)
+        return self.setting.written(rows, chosen.names_M[some], told, lambda model: WithoutTokens(model, special), seen)
 
 
 def _untouched(ids: list[int]) -> Drawn:

@@ -15,7 +15,7 @@ import torch
 from palimpsest.common.metrics import Estimate, Units, ratio
 from palimpsest.dataloader import TextData
 from palimpsest.diffusion import Diffusion
-from palimpsest.estimators.base import Estimator, Measured
+from palimpsest.estimators.base import Estimator, LikelihoodEstimate
 from palimpsest.evaluation.latent_measures import partners
 from palimpsest.evaluation.likelihood import Precision, Scores, row_numbers, score
 from palimpsest.objectives.base import Batch, Model
@@ -84,7 +84,7 @@ class Shuffling:
 
     def __call__(
         self, model: Model, batch: Batch, seed: int, num_draws: int, start: int = 0, of: int | None = None
-    ) -> Measured:
+    ) -> LikelihoodEstimate:
         """As of `estimator`."""
         passes = self.passes(model)
         if not self.in_parts or self.exact(model) or num_draws % passes:
@@ -93,7 +93,7 @@ class Shuffling:
                  for k in range(num_draws // passes)]  # fmt: skip
         logs = {name: torch.cat([part.logs[name] for part in found], dim=1) for name in found[0].logs}
         nll_BK = torch.cat([part.nll_BK for part in found], dim=1)
-        return Measured(nll_BK, found[0].tokens_B, sum(part.evaluations_B for part in found), logs)
+        return LikelihoodEstimate(nll_BK, found[0].tokens_B, sum(part.evaluations_B for part in found), logs)
 
     def _told(self, batch: Batch, draw: int) -> Batch:
         own_B = row_numbers(self.rows, batch["sample_id"].cpu().numpy())

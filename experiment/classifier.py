@@ -18,7 +18,7 @@ from palimpsest.classification.scoring import ClassScores, Race, score_classes
 from palimpsest.classification.typical import Typical
 from palimpsest.data.tokenizers import token_strings
 from palimpsest.dataloader import TextData, with_texts
-from palimpsest.estimators.nelbo import comparison_noising
+from palimpsest.estimators.nelbo import comparison_mask_sampler
 from palimpsest.experiment.checkpoint_identity import training_identity
 from palimpsest.experiment.experiment import Experiment
 from palimpsest.experiment.running import checked, composed
@@ -136,7 +136,7 @@ class TrainedClassifier:
     def _attributions(
         self, data: TextData, scores: ClassScores, rows_M: list[list[int]], num_draws: int, seed: int
     ) -> list[np.ndarray]:
-        noising = comparison_noising(self.experiment.build.estimator, self.models[0].diffusion.objective)
+        noising = comparison_mask_sampler(self.experiment.build.estimator, self.models[0].diffusion.objective)
         draws = {row: int(scores.draws_M[m]) for m, rows in enumerate(rows_M) for row in rows}
         nats = dict(zip(draws, token_evidence(self.models, data, SPLIT, draws, num_draws, noising, seed), strict=True))
         return [-np.concatenate([nats[row][:, : len(_ids(data, row))] for row in rows], axis=1) for rows in rows_M]

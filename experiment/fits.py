@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 
 from palimpsest.denoisers import BlockDenoiser, ClassGuided, mismatch
 from palimpsest.estimators.base import Estimator
-from palimpsest.estimators.nelbo import Nelbo, comparison_noising
+from palimpsest.estimators.nelbo import Nelbo, comparison_mask_sampler
 from palimpsest.experiment.directions import check_direction
 from palimpsest.objectives.base import Objective
 from palimpsest.process import Process, Resampling
@@ -126,8 +126,8 @@ def _check_sampler(cfg: DictConfig, objective: Objective, process: Process, samp
             f"sampling.predictor={name.split('.')[-2]} writes texts of the process {sample.processes[0].__name__}, and "
             f"parameterization={objective.name} is of {kind.__name__}; use sampling.predictor={fitting}"
         )
-    if not issubclass(objective.binds_to, sample.denoiser):
-        raise ValueError(mismatch(sample.__module__, objective.binds_to, sample.denoiser))
+    if not issubclass(objective.model_class, sample.denoiser):
+        raise ValueError(mismatch(sample.__module__, objective.model_class, sample.denoiser))
     if sample.independent and not objective.independent_unmasking:
         raise ValueError(UNFIT)
     length = cfg.sampling.max_length
@@ -167,7 +167,7 @@ def _check_measuring(objective: Objective, estimator: Estimator, compares: bool)
     """Refuse an objective that eval.estimator cannot measure. compares: classes are compared."""
     estimator.check(objective)
     if compares and isinstance(estimator, Nelbo):
-        objective.bound(comparison_noising(estimator, objective))
+        objective.bound(comparison_mask_sampler(estimator, objective))
 
 
 def _check_network(cfg: DictConfig, objective: Objective, network: type) -> None:
@@ -193,7 +193,7 @@ def _check_network(cfg: DictConfig, objective: Objective, network: type) -> None
 
 def _check_blocks(cfg: DictConfig, objective: Objective) -> None:
     """Refuse a sampler or rows that do not fit block diffusion."""
-    if not issubclass(objective.binds_to, BlockDenoiser):
+    if not issubclass(objective.model_class, BlockDenoiser):
         return
     sampler, size = located(cfg.sampler._target_), cfg.block_size
     by_blocks = issubclass(sampler.denoiser, BlockDenoiser)

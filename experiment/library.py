@@ -20,7 +20,7 @@ from palimpsest.data.tokenizers import token_strings, tokenizer_from_record, voc
 from palimpsest.dataloader import TextData, with_texts
 from palimpsest.diffusion import Diffusion
 from palimpsest.estimators.base import Estimator
-from palimpsest.estimators.nelbo import Nelbo, comparison_noising
+from palimpsest.estimators.nelbo import Nelbo, comparison_mask_sampler
 from palimpsest.evaluation.drawing import Drawn, decoded, draw
 from palimpsest.evaluation.sampling_inputs import Template
 from palimpsest.experiment.checkpoint_identity import checkpoint_path
@@ -275,7 +275,7 @@ def classify(
     loaded = [one if isinstance(one, TrainedModel) else load(one) for one in models]
     estimator = loaded[0].experiment.build.estimator
     if isinstance(estimator, Nelbo):  # masks that all models see alike
-        estimator = Nelbo(comparison_noising(estimator, loaded[0].diffusion.objective))
+        estimator = Nelbo(comparison_mask_sampler(estimator, loaded[0].diffusion.objective))
     nats_MCK = np.stack([one._measured(texts, estimator, seed, draws)[0] for one in loaded], axis=1)
     return averaged_posterior(nats_MCK, log_prior(prior, np.zeros(len(loaded))))
 

@@ -1,4 +1,4 @@
-"""The autoregressive likelihood: the baseline that every bound is held against.
+"""The autoregressive likelihood: the exact baseline for every bound.
 
 Shape suffixes: B batch, L length, N selected positions, V vocabulary, n new tokens.
 """
@@ -10,13 +10,13 @@ from torch import Tensor
 
 from palimpsest.common.randomness import KeyedNoise
 from palimpsest.denoisers import CausalDenoiser
-from palimpsest.objectives.base import Backbone, Batch, BoundTo, Objective, TokenLoss, context, spread
-from palimpsest.objectives.noising import Noising
+from palimpsest.objectives.base import Backbone, Batch, BoundModel, Objective, TokenLoss, context
+from palimpsest.objectives.mask_sampling import MaskSampler
 from palimpsest.objectives.projection import cross_entropy, log_probs
-from palimpsest.process import Absorbing
+from palimpsest.process import Absorbing, scatter_positions
 
 
-class CausalModel(BoundTo, CausalDenoiser):
+class CausalModel(BoundModel, CausalDenoiser):
     """The autoregressive objective bound to a causal network."""
 
     def new_cache(self, batch_size: int, length: int) -> object:
@@ -27,26 +27,28 @@ class CausalModel(BoundTo, CausalDenoiser):
 
 
 class AR(Objective):
-    """-log p(x) = -sum over i of log p(x_i | x_<i), exact. The first token of a row (BOS) and a given beginning (a
-    prompt) are context, not scored; an EOS is scored, since a causal network can not have seen it, and the fill behind
-    it is not, since the text has ended there. The mask token has no mass."""
+    """The exact autoregressive loss, -log p(x) = -sum over i of log p(x_i | x_<i).
 
-    binds_to = CausalModel
+    The first token of a row (BOS) and a prompt are context and not scored. The EOS of a text is scored, and EOS padding
+    after it is not. The mask token has no mass.
+    """
+
+    model_class = CausalModel
     exact = causal = first_given = True
-    clean_text_costs_nothing = False
+    zero_loss_on_clean_text = False
 
     def __init__(self, process: Absorbing) -> None:
         self.process = process
 
-    def bound(self, noising: Noising | None) -> AR:
-        """Itself: there is nothing to draw.
+    def bound(self, mask_sampler: MaskSampler | None) -> AR:
+        """Return the objective itself, which is exact.
 
         Raises:
-            ValueError: a noising is asked for.
+            ValueError: a mask sampler is given.
         """
-        if noising is not None:
+        if mask_sampler is not None:
             raise ValueError(
-                f"eval.estimator with masks by {noising.label} and parameterization=ar contradict each other: its "
+                f"eval.estimator with masks by {mask_sampler.label} and parameterization=ar contradict each other: its "
                 "likelihood is exact; use eval.estimator=auto"
             )
         return self
@@ -62,12 +64,12 @@ class AR(Objective):
         before_BL = scored_BL.roll(-1, dims=1)  # True where the next token is scored
         hidden_BLD = backbone.encode(x_BL, torch.zeros(len(x_BL), device=x_BL.device), **context(batch))
         nll_N = cross_entropy(hidden_BLD[before_BL], backbone.head, x_BL[scored_BL], self.process.mask_id)
-        return TokenLoss(spread(nll_N, scored_BL), scored_BL)
+        return TokenLoss(scatter_positions(nll_N, scored_BL), scored_BL)
 
     def denoise(
         self, backbone: Backbone, x_BL: Tensor, t_B: Tensor | None = None, at_BL: Tensor | None = None, **cond: Tensor
     ) -> Tensor:
-        """log p(x_i | x_<i): (B, L - 1, V) for i = 1, ..., L - 1, or (N, V) at the positions of `at_BL`."""
+        """Return log p(x_i | x_<i): (B, L - 1, V) for i = 1, ..., L - 1, or (N, V) at the positions of `at_BL`."""
         hidden_BLD = backbone.encode(x_BL, torch.zeros(len(x_BL), device=x_BL.device), **cond)
         if at_BL is not None:
             assert not at_BL[:, 0].any(), "the first token has nothing before it"
@@ -76,6 +78,6 @@ class AR(Objective):
         return flat_NV.unflatten(0, (len(x_BL), x_BL.shape[1] - 1))
 
     def next_token(self, backbone: Backbone, new_Bn: Tensor, cache: object, **cond: Tensor) -> Tensor:
-        """log p of the token after `new_Bn`, which continue what `cache` holds, (B, V)."""
+        """Append `new_Bn` to the cache and return log p of the next token, (B, V)."""
         hidden_BnD = backbone.encode(new_Bn, None, cache=cache, **cond)
         return log_probs(hidden_BnD[:, -1], backbone.head, self.process.mask_id)

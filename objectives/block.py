@@ -1,14 +1,14 @@
 """Block diffusion: BD3-LM (Arriola et al., arXiv 2503.09573).
 
-Shape suffixes: B batch, L length, R rows, N selected positions, b blocks of a text, k tokens of a block, V vocabulary,
-D width.
+Shape suffixes: B batch, L length, R rows (blocks), N selected positions, b blocks of a text, k tokens of a block, V
+vocabulary, D width.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated
 
 import torch
@@ -17,24 +17,16 @@ from torch import Tensor
 from palimpsest.common.randomness import KeyedNoise
 from palimpsest.common.values import COPY, LATER, Length, Share
 from palimpsest.denoisers import BlockDenoiser
+from palimpsest.models.backbone import Backbone
 from palimpsest.noise_schedule import Clipped
-from palimpsest.objectives.base import (
-    Backbone,
-    Batch,
-    Containing,
-    Model,
-    TokenDiffusion,
-    TokenLoss,
-    context,
-    fresh_noise,
-    scored_mask,
-)
+from palimpsest.objectives.base import Batch, Model, TokenDiffusion, TokenLoss, context, fresh_noise, scored_mask
+from palimpsest.objectives.block_layout import BlockLayout, EqualBlocks, SegmentBlocks
 from palimpsest.objectives.clipping import WHOLE, ClipSearch
-from palimpsest.objectives.cuts import Cut, Segments, Stretches
-from palimpsest.objectives.noising import Bernoulli, ExactCount, Noising
+from palimpsest.objectives.mask_sampling import Bernoulli, ExactCount, MaskSampler
+from palimpsest.objectives.wrapping import BackboneView, WrapperObjective
 from palimpsest.process import Absorbing
 
-MASK_RATES = ("num_masked", "cross_entropy", "num_scored")  # what the losses by mask rate are made of
+_LOGS_BY_BLOCK = ("num_masked", "cross_entropy", "num_scored")  # from which losses by mask rate are computed
 
 
 class BlockModel(Model, BlockDenoiser):
@@ -44,45 +36,45 @@ class BlockModel(Model, BlockDenoiser):
     def block_size(self) -> int:
         return self.objective.block_size
 
-    def after(self, earlier: object, window: int | None = None, **told: Tensor) -> Model:
-        return self.objective.after(self.backbone, earlier, window, **told)
+    def after(self, earlier: object, window: int | None = None, **cond: Tensor) -> Model:
+        return self.objective.after(self.backbone, earlier, window, **cond)
 
     def new_block_cache(self, batch_size: int, length: int, window: int | None = None) -> object:
         return self.backbone.new_block_cache(batch_size, length, window)
 
-    def remember(self, clean_BL: Tensor, cache: object, **told: Tensor) -> None:
-        self.backbone.remember(clean_BL, self.block_size, cache, **told)
+    def remember(self, clean_BL: Tensor, cache: object, **cond: Tensor) -> None:
+        self.backbone.remember(clean_BL, self.block_size, cache, **cond)
 
     def new_segment_cache(self, batch_size: int) -> object:
         return self.backbone.new_segment_cache(batch_size)
 
-    def remember_segment(self, clean_BW: Tensor, here_BW: Tensor, cache: object, **told: Tensor) -> None:
-        self.backbone.remember_segment(clean_BW, here_BW, cache, **told)
+    def remember_segment(self, clean_BW: Tensor, here_BW: Tensor, cache: object, **cond: Tensor) -> None:
+        self.backbone.remember_segment(clean_BW, here_BW, cache, **cond)
 
 
-class BlockDiffusion(Containing):
-    """-log p(x) = sum over blocks b of -log p(x^b | x^<b), each bounded by the loss of masked diffusion within the
-    block (eq. 3 and 7). With one block that is masked diffusion; with blocks of one token there is nothing left to
-    draw: the block is masked, and the loss is -log p(x_i | x_<i) itself.
+class BlockDiffusion(WrapperObjective):
+    """Block diffusion: -log p(x) = sum over blocks b of -log p(x^b | x^<b), each bounded as masked diffusion (eq. 3).
 
-    Where a batch says where the segments of its texts end (`segment_ends`), these are the blocks, whatever their
-    lengths: a noised token sees its own noised segment and the clean ones before, a clean token the clean ones up to
-    its own.
+    With one block this is masked diffusion. With blocks of one token nothing is drawn: the block is masked, and the
+    loss is -log p(x_i | x_<i) itself.
+
+    If a batch has `segment_ends`, the segments of each text are its blocks, whatever their lengths. A noised token then
+    attends to its own noised segment and the clean ones before it, a clean token to the clean ones up to its own.
 
     Args:
         within: process -> the objective of a block, which is one row to it.
-        block_size: tokens of a block; the last one of a text may be shorter. Of segments it says nothing.
-        ignore_bos: the first token of a text is given, as context.
+        block_size: tokens of a block; the last one of a text may be shorter. Segments ignore it.
+        ignore_bos: the first token of a text is context, neither masked nor scored.
         sampling_eps_min, sampling_eps_max: mask rates that training draws from (section 5). See `clip`.
-        search: how these are chosen again at every validation; None: they are not.
-        length: tokens of a row, which whole blocks must fill; None where that is not asked.
+        search: how these rates are chosen again at every validation; None keeps them.
+        length: tokens of a row, which whole blocks must fill; None skips that check.
 
     Raises:
-        ValueError: a setting that would do nothing, or blocks that do not fill a row.
+        ValueError: a setting that would have no effect, or blocks that do not fill a row.
     """
 
     name = "bd3lm"
-    binds_to = BlockModel
+    model_class = BlockModel
     reads_segments = True
     streams = 2  # noised and clean
 
@@ -105,57 +97,54 @@ class BlockDiffusion(Containing):
         self.process = process
         self.block_size = block_size
         self.first_given = ignore_bos
-        self.within = within(process=process)
-        self._schedule = self.within.schedule
+        self.inner = within(process=process)
+        self._schedule = self.inner.schedule
         self.sampling_eps = WHOLE
         limited = (sampling_eps_min, sampling_eps_max) != WHOLE or (search is not None and search.candidates)
-        self._check_drawing(limited)
+        self._check_draws(limited)
         if self.exact:
-            self.within.noising = ExactCount()  # one token of one
+            self.inner.mask_sampler = ExactCount()  # one token of one
         self.clip(sampling_eps_min, sampling_eps_max)
         self.search = search
 
-    def _check_drawing(self, limited: bool) -> None:
-        """Refuse settings of a training's draws that would do nothing."""
-        noising, T = self.within.noising, self.within.T  # noqa: N806
-        bernoulli = isinstance(noising, Bernoulli) and not T
+    def _check_draws(self, limited: bool) -> None:
+        """Refuse settings of mask sampling that would have no effect."""
+        mask_sampler, T = self.inner.mask_sampler, self.inner.T  # noqa: N806
+        bernoulli = isinstance(mask_sampler, Bernoulli) and not T
         if limited and not bernoulli:
             raise ValueError(
                 "training.sampling_eps_min, sampling_eps_max and clip_search_widths limit the mask rates of "
-                f"training.masking=bernoulli T=0; with masks by {noising.label}, T={T} they would do nothing"
+                f"training.masking=bernoulli T=0; with masks by {mask_sampler.label}, T={T} they would do nothing"
             )
-        drawn = not bernoulli or noising.importance_sampling or noising.resample
+        drawn = not bernoulli or mask_sampler.importance_sampling or mask_sampler.resample
         if self.exact and (limited or drawn):
             raise ValueError(
-                f"block_size=1 leaves nothing to draw (the only token of a block is masked), so masks by "
-                f"{noising.label}, T={T}, training.resample and limits of mask rates would do nothing; leave them out"
+                "block_size=1 leaves nothing to draw (the only token of a block is masked), so masks by "
+                f"{mask_sampler.label}, T={T}, training.resample and limits of mask rates would do nothing; leave them "
+                "out"
             )
-
-    @property
-    def inner(self) -> TokenDiffusion:
-        return self.within
 
     @property
     def exact(self) -> bool:
         return self.block_size == 1
 
     @property
-    def clean_text_costs_nothing(self) -> bool:
-        return self.within.clean_text_costs_nothing and not self.exact
+    def zero_loss_on_clean_text(self) -> bool:
+        return self.inner.zero_loss_on_clean_text and not self.exact
 
     @property
     def encodes(self) -> int:
-        return self.within.encodes
+        return self.inner.encodes
 
     @property
     def loss_name(self) -> str:
-        return self.within.loss_name
+        return self.inner.loss_name
 
     def clip(self, low: float, high: float) -> None:
-        """Train on mask rates from `low` to `high` only, from now on; measuring always uses all of them.
+        """Train on mask rates from `low` to `high` only, from now on; evaluation always uses all of them.
 
         Raises:
-            ValueError: they do not satisfy 0 <= low < high <= 1, or blocks have one token, which has one mask rate.
+            ValueError: not 0 <= low < high <= 1, or blocks of one token, which have one mask rate.
         """
         if not 0 <= low < high <= 1:
             raise ValueError(
@@ -167,61 +156,61 @@ class BlockDiffusion(Containing):
                 "of a block is always masked; leave them out"
             )
         self.sampling_eps = (low, high)
-        self.within.schedule = self._schedule if (low, high) == WHOLE else Clipped(self._schedule.whole, low, high)
+        self.inner.schedule = self._schedule if (low, high) == WHOLE else Clipped(self._schedule.unclipped, low, high)
 
-    def bound(self, noising: Noising | None) -> BlockDiffusion:
-        """As of `TokenDiffusion`; blocks of one token are exact, so nothing may be chosen.
+    def bound(self, mask_sampler: MaskSampler | None) -> BlockDiffusion:
+        """Return the objective for evaluation, as in `TokenDiffusion`.
 
         Raises:
-            ValueError: a noising is asked for all the same.
+            ValueError: a mask sampler is given for blocks of one token, whose likelihood is exact.
         """
-        if self.exact and noising is not None:
+        if self.exact and mask_sampler is not None:
             raise ValueError(
-                f"eval.estimator with masks by {noising.label} and block_size=1 contradict each other: its likelihood "
-                "is exact; use eval.estimator=auto"
+                f"eval.estimator with masks by {mask_sampler.label} and block_size=1 contradict each other: its "
+                "likelihood is exact; use eval.estimator=auto"
             )
         other = copy.copy(self)
-        other.within = self.within.bound(noising)
+        other.inner = self.inner.bound(mask_sampler)
         return other
 
     def loss(self, backbone: Backbone, batch: Batch, generator: KeyedNoise | None = None) -> TokenLoss:
-        """The sum over blocks: every block is a row of its own, with noise of its own, behind its clean past."""
-        cut, blocks = self._blocks(batch)
-        noise = (generator or fresh_noise(batch["input_ids"])).parts(cut.number)
-        loss = self.within.loss(_BehindClean(backbone, batch["input_ids"], cut, context(batch)), blocks, noise)
-        by_block = {name: value.unflatten(0, (-1, cut.number)) for name, value in loss.logs.items()}
+        """Return the sum over blocks; each is a row with its own noise, conditioned on the clean blocks before it."""
+        layout, blocks = self._blocks(batch)
+        noise = (generator or fresh_noise(batch["input_ids"])).parts(layout.num_blocks)
+        loss = self.inner.loss(_AllBlocks(backbone, batch["input_ids"], layout, context(batch)), blocks, noise)
+        by_block = {name: value.unflatten(0, (-1, layout.num_blocks)) for name, value in loss.logs.items()}
         logs = {name: value.sum(1) for name, value in by_block.items()}
-        if "num_masked" in logs:  # mask rates are those of blocks
+        if "num_masked" in logs:  # each block has its own mask rate
             shape = by_block["num_masked"].shape
             by_block["num_scored"] = (~blocks["given"]).sum(-1).view(*shape[:2], 1).expand(shape)
-            logs |= {f"{name}_by_part": by_block[name].flatten(1) for name in MASK_RATES}
-        return TokenLoss(cut.together(loss.nll_BL), cut.together(loss.mask_BL), logs)
+            logs |= {f"{name}_by_part": by_block[name].flatten(1) for name in _LOGS_BY_BLOCK}
+        return TokenLoss(layout.merge(loss.nll_BL), layout.merge(loss.mask_BL), logs)
 
-    def _cut(self, x_BL: Tensor, segment_ends: Tensor | None) -> Cut:
+    def _layout(self, x_BL: Tensor, segment_ends: Tensor | None) -> BlockLayout:
         if segment_ends is None:
-            return Stretches(*x_BL.shape, self.block_size)
-        return Segments(segment_ends, x_BL.shape[1])
+            return EqualBlocks(*x_BL.shape, self.block_size)
+        return SegmentBlocks(segment_ends, x_BL.shape[1])
 
-    def _blocks(self, batch: Batch) -> tuple[Cut, Batch]:
-        """The blocks of a batch of texts as a batch of their own."""
+    def _blocks(self, batch: Batch) -> tuple[BlockLayout, Batch]:
+        """Return the blocks of a batch of texts as a batch."""
         x0_BL, scored_BL = batch["input_ids"], scored_mask(batch)
         if self.first_given:
             scored_BL = scored_BL & (torch.arange(x0_BL.shape[1], device=x0_BL.device) > 0)
-        cut = self._cut(x0_BL, batch.get("segment_ends"))
-        blocks = {"input_ids": cut.apart(x0_BL), "given": ~cut.apart(scored_BL)}
-        return cut, blocks | ({"fill": cut.apart(batch["fill"])} if "fill" in batch else {})
+        layout = self._layout(x0_BL, batch.get("segment_ends"))
+        blocks = {"input_ids": layout.split(x0_BL), "given": ~layout.split(scored_BL)}
+        return layout, blocks | ({"fill": layout.split(batch["fill"])} if "fill" in batch else {})
 
     def block_losses(self, backbone: Backbone, batch: Batch, generator: KeyedNoise) -> tuple[Tensor, Tensor]:
-        """One draw of t in (0, 1) for every block that has scored tokens: (mask rate, nats per scored token), (R,)."""
-        cut, blocks = self._blocks(batch)
-        plain, scored_Rk = self.bound(Bernoulli()).within, ~blocks["given"]
-        noise = generator.parts(cut.number)
-        (look,) = plain.noising(plain.schedule, blocks["input_ids"], scored_Rk, self.process, noise)
-        behind = _BehindClean(backbone, batch["input_ids"], cut, context(batch))
-        nats_R = plain.loss_at(behind, blocks, look.xt_BL, look.t_B).nll_BL.double().sum(-1)
-        rate_R, count_R = plain.schedule(look.t_B).move_chance, scored_Rk.sum(-1)
-        real_R = count_R > 0
-        return rate_R[real_R], nats_R[real_R] / count_R[real_R]
+        """Return mask rate and nats per scored token of every block with scored tokens, (R,) each, for one draw."""
+        layout, blocks = self._blocks(batch)
+        bound, scored_Rk = self.bound(Bernoulli()).inner, ~blocks["given"]
+        noise = generator.parts(layout.num_blocks)
+        (draw,) = bound.mask_sampler(bound.schedule, blocks["input_ids"], scored_Rk, self.process, noise)
+        network = _AllBlocks(backbone, batch["input_ids"], layout, context(batch))
+        nats_R = bound.loss_at(network, blocks, draw.xt_BL, draw.t_B).nll_BL.double().sum(-1)
+        rate_R, count_R = bound.schedule(draw.t_B).move_chance, scored_Rk.sum(-1)
+        scored_R = count_R > 0
+        return rate_R[scored_R], nats_R[scored_R] / count_R[scored_R]
 
     def denoise(
         self,
@@ -232,17 +221,17 @@ class BlockDiffusion(Containing):
         segment_ends: Tensor | None = None,
         **cond: Tensor,
     ) -> Tensor:
-        """log p(x_0^b | x_t^b, x^<b): (B, L, V), or (N, V) at the positions of `at_BL`. Each text is clean up to some
-        block, of which the answers are; behind it there are none. `segment_ends`: as in a batch.
+        """Return log p(x_0^b | x_t^b, x^<b): (B, L, V), or (N, V) at the positions of `at_BL`.
 
         Raises:
-            ValueError: an answer is asked for behind a block with masks.
+            ValueError: a prediction is requested after a block with masks.
         """
-        cut = self._cut(x_BL, segment_ends)
-        behind = self._behind_itself(backbone, x_BL, at_BL, cut, cond)
-        everywhere_BL = torch.ones_like(x_BL, dtype=torch.bool) if at_BL is None else at_BL
-        answer_NV = self.within.denoise(behind, cut.apart(x_BL), cut.of_blocks(t_B), cut.apart(everywhere_BL))
-        return answer_NV.unflatten(0, x_BL.shape) if at_BL is None else answer_NV
+        layout = self._layout(x_BL, segment_ends)
+        network = self._network(backbone, x_BL, at_BL, layout, cond)
+        selected_BL = torch.ones_like(x_BL, dtype=torch.bool) if at_BL is None else at_BL
+        t_R = t_B.repeat_interleave(layout.num_blocks)
+        log_p_NV = self.inner.denoise(network, layout.split(x_BL), t_R, layout.split(selected_BL))
+        return log_p_NV.unflatten(0, x_BL.shape) if at_BL is None else log_p_NV
 
     def reverse(
         self,
@@ -254,89 +243,77 @@ class BlockDiffusion(Containing):
         segment_ends: Tensor | None = None,
         **cond: Tensor,
     ) -> Tensor:
-        """log p(x_s^b | x_t^b, x^<b), (N, V); as `denoise`."""
-        cut = self._cut(x_BL, segment_ends)
-        behind = self._behind_itself(backbone, x_BL, at_BL, cut, cond)
-        t_R, s_R = cut.of_blocks(t_B), cut.of_blocks(s_B)
-        return self.within.reverse(behind, cut.apart(x_BL), t_R, s_R, cut.apart(at_BL))
+        """Return log p(x_s^b | x_t^b, x^<b), (N, V); as `denoise`."""
+        layout = self._layout(x_BL, segment_ends)
+        network = self._network(backbone, x_BL, at_BL, layout, cond)
+        t_R, s_R = (time_B.repeat_interleave(layout.num_blocks) for time_B in (t_B, s_B))
+        return self.inner.reverse(network, layout.split(x_BL), t_R, s_R, layout.split(at_BL))
 
-    def after(self, backbone: Backbone, earlier: object, window: int | None = None, **told: Tensor) -> Model:
-        """The law of one block behind `earlier`: clean tokens (B, S), read anew for every answer, or a cache of them.
-        Of segments the tokens are a list: of each its tokens, and where a row has any, (B, W). Answers are asked with
-        `row` (R,), the rows behind which they stand."""
-        return self.within.model(_BehindEarlier(backbone, earlier, self.block_size, window, told))
+    def after(self, backbone: Backbone, earlier: object, window: int | None = None, **cond: Tensor) -> Model:
+        """Return the model of the next block; its predictions take `row` (R,), the rows of `earlier` they follow."""
+        return self.inner.model(_NextBlock(backbone, earlier, self.block_size, window, cond))
 
-    def _behind_itself(
-        self, backbone: Backbone, x_BL: Tensor, at_BL: Tensor | None, cut: Cut, cond: dict
-    ) -> _BehindClean:
-        masked_BL = self.process.is_corrupted(x_BL)
+    def _network(
+        self, backbone: Backbone, x_BL: Tensor, at_BL: Tensor | None, layout: BlockLayout, cond: dict
+    ) -> _AllBlocks:
         if at_BL is not None:
-            before_Bb = cut.apart(masked_BL).any(-1).unflatten(0, (-1, cut.number)).cumsum(-1).roll(1, dims=1)
-            before_Bb[:, 0] = 0
-            if bool((cut.apart(at_BL).any(-1).unflatten(0, (-1, cut.number)) & (before_Bb > 0)).any()):
-                key = f"block_size={self.block_size}" if isinstance(cut.blocks, int) else "data.segments=true"
+            by_text = (-1, layout.num_blocks)
+            masked_Bb = layout.split(self.process.is_corrupted(x_BL)).any(-1).unflatten(0, by_text)
+            after_masks_Bb = masked_Bb.cumsum(-1).roll(1, dims=1) > 0
+            after_masks_Bb[:, 0] = False
+            if bool((layout.split(at_BL).any(-1).unflatten(0, by_text) & after_masks_Bb).any()):
+                key = f"block_size={self.block_size}" if isinstance(layout.blocks, int) else "data.segments=true"
                 raise ValueError(
-                    f"parameterization=bd3lm with {key} answers block after block, and was asked behind a block with "
-                    "masks; use sampling.predictor=block, or block_size=model.length and no segments"
+                    f"parameterization=bd3lm with {key} predicts block after block and cannot predict behind a block "
+                    "with masks; use sampling.predictor=block, or block_size=model.length and no segments"
                 )
-        return _BehindClean(backbone, x_BL, cut, cond)
+        return _AllBlocks(backbone, x_BL, layout, cond)
 
 
-@dataclass(frozen=True)
-class _BehindClean:
-    """A backbone of blocks, each behind the clean blocks before it: all in one pass over their texts."""
+@dataclass
+class _AllBlocks(BackboneView):
+    """A backbone that reads all blocks of its texts in one pass, each after the clean blocks before it."""
 
-    backbone: Backbone
     clean_BL: Tensor
-    cut: Cut
-    told: dict[str, Tensor]
-    encodes_positions: bool = field(default=True, init=False)
-
-    @property
-    def head(self) -> torch.nn.Linear:
-        return self.backbone.head
+    layout: BlockLayout
+    cond: dict[str, Tensor]
 
     def encode(self, tokens_Rk: Tensor, sigma_R: Tensor, at_BL: Tensor) -> Tensor:
-        """(N, D), at the positions of `at_BL` (R, k)."""
-        sigma_Bb, at_BL = sigma_R.unflatten(0, (-1, self.cut.number)), self.cut.together(at_BL)
-        noised_BL = self.cut.together(tokens_Rk)
-        return self.backbone.encode_blocks(noised_BL, self.clean_BL, self.cut.blocks, sigma_Bb, at_BL, **self.told)
+        """Return hidden states at the positions of `at_BL` (R, k), (N, D)."""
+        layout = self.layout
+        sigma_Bb, at_BL = sigma_R.unflatten(0, (-1, layout.num_blocks)), layout.merge(at_BL)
+        noised_BL = layout.merge(tokens_Rk)
+        return self.backbone.encode_blocks(noised_BL, self.clean_BL, layout.blocks, sigma_Bb, at_BL, **self.cond)
 
 
-@dataclass(frozen=True)
-class _BehindEarlier:
-    """A backbone of one block behind clean tokens: those a cache has read, or those given, (B, S), read every time; of
-    segments those given are a list of what `remember_segment` reads."""
+@dataclass
+class _NextBlock(BackboneView):
+    """A backbone that reads one block after `earlier`: a cache, or clean tokens, which it reads at every call."""
 
-    backbone: Backbone
     earlier: object
     block_size: int
     window: int | None
-    told: dict[str, Tensor]
-    encodes_positions: bool = field(default=True, init=False)
-
-    @property
-    def head(self) -> torch.nn.Linear:
-        return self.backbone.head
+    cond: dict[str, Tensor]
 
     def encode(
         self, tokens_Rk: Tensor, sigma_R: Tensor, row: Tensor, at_BL: Tensor | None = None, **cond: Tensor
     ) -> Tensor:
-        """`row`: which of the rows behind `earlier` these are."""
-        told = {name: value[row] for name, value in self.told.items()}
-        read = isinstance(self.earlier, Tensor | list)
-        cache, rows = (self._read(row, told), None) if read else (self.earlier, row)
-        return self.backbone.encode_after(tokens_Rk, sigma_R, cache, rows, at_BL, **told, **cond)
+        """Return hidden states; `row` (R,) says which rows of `earlier` the blocks follow."""
+        cond = {name: value[row] for name, value in self.cond.items()} | cond
+        uncached = isinstance(self.earlier, Tensor | list)
+        cache, rows = (self._read(row), None) if uncached else (self.earlier, row)
+        return self.backbone.encode_after(tokens_Rk, sigma_R, cache, rows, at_BL, **cond)
 
-    def _read(self, row: Tensor, told: dict[str, Tensor]) -> object:
-        """A cache of what is there before the block, of some rows."""
+    def _read(self, row: Tensor) -> object:
+        """Return a cache of the clean tokens of some rows."""
+        cond = {name: value[row] for name, value in self.cond.items()}
         if isinstance(self.earlier, Tensor):
             cache = self.backbone.new_block_cache(len(row), self.earlier.shape[1], self.window)
-            self.backbone.remember(self.earlier[row], self.block_size, cache, **told)
+            self.backbone.remember(self.earlier[row], self.block_size, cache, **cond)
             return cache
         cache = self.backbone.new_segment_cache(len(row))
         for tokens_BW, here_BW in self.earlier:
-            self.backbone.remember_segment(tokens_BW[row], here_BW[row], cache, **told)
+            self.backbone.remember_segment(tokens_BW[row], here_BW[row], cache, **cond)
         return cache
 
 

@@ -1,6 +1,6 @@
 """DUO's curriculum for uniform-state diffusion (Sahoo et al., arXiv 2506.10892, section 4.1).
 
-The uniform-state process is the argmax of a Gaussian diffusion of one-hot vectors. Early in training the network gets
+The uniform-state process is the argmax of a Gaussian diffusion of one-hot vectors. Early in training the network reads
 the softmax of the Gaussian instead of its argmax.
 
 Shape suffixes: B batch, L length, V vocabulary, S points of a table.
@@ -9,7 +9,7 @@ Shape suffixes: B batch, L length, V vocabulary, S points of a table.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated
 
 import torch
@@ -19,8 +19,9 @@ from palimpsest.common.randomness import KeyedNoise
 from palimpsest.common.values import Natural, real
 from palimpsest.noise_schedule import NoiseSchedule
 from palimpsest.objectives.base import Backbone, Batch, scored_mask
-from palimpsest.objectives.noising import Noised, Noising
+from palimpsest.objectives.mask_sampling import Draw, MaskSampler
 from palimpsest.objectives.udlm import UDLM
+from palimpsest.objectives.wrapping import BackboneView
 from palimpsest.process import Uniform
 
 
@@ -38,7 +39,7 @@ class Duo(UDLM):
         self,
         schedule: NoiseSchedule,
         process: Uniform,
-        noising: Noising | None = None,
+        noising: MaskSampler | None = None,
         curriculum_end: Natural = 1000,
         gumbel_tau_log10_start: Annotated[float, real("[-12, 12]")] = -1.0,
         gumbel_tau_log10_end: Annotated[float, real("[-12, 12]")] = -2.0,
@@ -57,28 +58,26 @@ class Duo(UDLM):
         if self.curriculum_end and not network.reads_mixtures:
             raise ValueError(_no_mixtures(network))
 
-    def network_input(
-        self, backbone: Backbone, batch: Batch, look: Noised, noise: KeyedNoise
-    ) -> tuple[Backbone, Tensor]:
+    def network_input(self, backbone: Backbone, batch: Batch, draw: Draw, noise: KeyedNoise) -> tuple[Backbone, Tensor]:
         step = int(batch["step"]) if "step" in batch else self.curriculum_end
         if step >= self.curriculum_end:
-            return backbone, look.xt_BL
+            return backbone, draw.xt_BL
         if not backbone.reads_mixtures:
             raise ValueError(_no_mixtures(type(backbone)))
         x0_BL, scored_BL = batch["input_ids"], scored_mask(batch)
-        signal_B = self._signal(self.schedule(look.t_B).alpha)
+        signal_B = self._signal(self.schedule(draw.t_B).alpha)
         weight_BLV = gaussian_draw(x0_BL, signal_B, self.process.vocab_size, noise.part(1))
         xt_BL = torch.where(scored_BL, weight_BLV.argmax(-1), x0_BL)
         soft_BLV = (weight_BLV / self.temperature(step)).softmax(-1).float()
-        whole_BLV = nn.functional.one_hot(x0_BL, self.process.vocab_size).float()
-        return _Softened(backbone, torch.where(scored_BL[..., None], soft_BLV, whole_BLV)), xt_BL
+        clean_BLV = nn.functional.one_hot(x0_BL, self.process.vocab_size).float()
+        return _MixtureInput(backbone, torch.where(scored_BL[..., None], soft_BLV, clean_BLV)), xt_BL
 
     def _signal(self, alpha_B: Tensor) -> Tensor:
         """Return the signal-to-noise ratio at which the argmax keeps a token as often as the process does, (B,)."""
         place_B = torch.searchsorted(self._alpha_S, alpha_B.cpu()).clamp(1, len(self._alpha_S) - 1)
         low_B, high_B = self._alpha_S[place_B - 1], self._alpha_S[place_B]
-        share_B = ((alpha_B.cpu() - low_B) / (high_B - low_B)).clamp(0, 1)
-        signal_B = self._signal_S[place_B - 1] + share_B * (self._signal_S[place_B] - self._signal_S[place_B - 1])
+        fraction_B = ((alpha_B.cpu() - low_B) / (high_B - low_B)).clamp(0, 1)
+        signal_B = self._signal_S[place_B - 1] + fraction_B * (self._signal_S[place_B] - self._signal_S[place_B - 1])
         return signal_B.to(alpha_B.device)
 
 
@@ -113,17 +112,11 @@ def signal_table(vocab_size: int, points: int = 2000) -> tuple[Tensor, Tensor]:
     return signal_S, alpha_S.cummax(0).values
 
 
-@dataclass(frozen=True)
-class _Softened:
+@dataclass
+class _MixtureInput(BackboneView):
     """A network that reads a mixture of tokens instead of its input tokens."""
 
-    backbone: Backbone
     mixture_BLV: Tensor
-    encodes_positions: bool = field(default=True, init=False)
-
-    @property
-    def head(self) -> nn.Linear:
-        return self.backbone.head
 
     def encode(self, tokens_BL: Tensor, sigma_B: Tensor, at_BL: Tensor, **cond: Tensor) -> Tensor:
         return self.backbone.encode(self.mixture_BLV, sigma_B, at_BL=at_BL, **cond)

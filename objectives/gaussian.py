@@ -1,4 +1,4 @@
-"""Gaussian diffusion of latents: how they are noised in training, what the network is to predict, what a miss costs.
+"""Gaussian diffusion of latents: noising in training, prediction targets, and losses.
 
 Shape suffixes: B batch, K latent tokens, D numbers of each.
 """
@@ -16,13 +16,13 @@ from palimpsest.common.randomness import KeyedNoise
 from palimpsest.common.values import NotNegative
 from palimpsest.gaussian_process import LatentPrediction, cosine_level, noise_latent, read_prediction, velocity
 
-# Times that are trained on. At the ends there is nothing to learn, and x0 and eps can not be told from each other.
+# Range of training times. At t = 0 and 1 nothing can be learned, because x0 or eps cannot be recovered from x_t.
 EARLIEST, LATEST = 1e-3, 1 - 1e-3
 
 
 @dataclass(frozen=True)
 class NoisedLatent:
-    """A latent, its noise and what they make at the time t_B, float64 (B,); (B, K, D) in float32 or more."""
+    """A latent, its noise, and the noised latent, (B, K, D) in float32 or more, at the time t_B, float64 (B,)."""
 
     x0_BKD: Tensor
     eps_BKD: Tensor
@@ -32,8 +32,7 @@ class NoisedLatent:
 
 @dataclass(frozen=True)
 class LatentLoss:
-    """Per row, means over its K D numbers. loss_B: what is trained. mse_B: squared error of the latent that the
-    prediction amounts to, detached; cosine_B: its cosine with the true one over the D numbers, detached."""
+    """The training loss, and detached squared error and cosine of the predicted latent; row means over K D numbers."""
 
     loss_B: Tensor
     mse_B: Tensor
@@ -41,17 +40,19 @@ class LatentLoss:
 
 
 class GaussianDiffusion:
-    """Variance-preserving diffusion in continuous time with the cosine schedule, on latents standardised to mean 0 and
-    variance 1: the schedule's signal-to-noise ratio is that of such numbers. All of it in float32, under any autocast.
+    """Variance-preserving diffusion in continuous time with the cosine schedule.
+
+    Latents are standardised to mean 0 and variance 1, as the schedule's signal-to-noise ratio assumes. Everything is
+    computed in float32, under any autocast.
 
     Args:
-        target: what the network's output is: v, x0, eps.
-        loss: mse or huber on the target; mse_cosine adds `cosine_weight` times one minus the cosine between the true
-            latent and that which the output amounts to; cosine is that alone, of the output itself.
-        cosine_weight: of mse_cosine.
+        target: the meaning of the network's output: v, x0 or eps.
+        loss: mse or huber on the target. mse_cosine adds `cosine_weight` times one minus the cosine of the true and the
+            predicted latent. cosine is that term alone.
+        cosine_weight: weight of that term in mse_cosine.
 
     Raises:
-        ValueError: `cosine` of an output whose length matters.
+        ValueError: loss=cosine without target=x0.
     """
 
     def __init__(
@@ -62,44 +63,44 @@ class GaussianDiffusion:
     ) -> None:
         if loss == "cosine" and target != "x0":
             raise ValueError(
-                f"training.latent_loss=cosine with training.latent_target={target}: a cosine says nothing of the "
-                f"length of what is predicted, and without it no sampler can step by {target}; use "
-                "training.latent_target=x0 (directions only), or training.latent_loss=mse_cosine"
+                f"training.latent_loss=cosine with training.latent_target={target}: a cosine ignores the length of the "
+                f"prediction, which a sampler needs to step by {target}; use training.latent_target=x0 (directions "
+                "only), or training.latent_loss=mse_cosine"
             )
         self.target = target
         self.form = loss
         self.cosine_weight = cosine_weight
 
     def draw(self, x0_BKD: Tensor, noise: KeyedNoise) -> NoisedLatent:
-        """Every row noised at a time of its own, uniform from EARLIEST to LATEST; numbers keyed by row."""
+        """Noise every row at its own time, uniform from EARLIEST to LATEST."""
         t_B = EARLIEST + (LATEST - EARLIEST) * noise.uniform()
         return self.at(x0_BKD, noise.normal(*x0_BKD.shape[1:]), t_B)
 
     def at(self, x0_BKD: Tensor, eps_BKD: Tensor, t_B: Tensor) -> NoisedLatent:
-        """`x0_BKD` with the noise `eps_BKD` at time t_B, whatever their precision."""
+        """Return `x0_BKD` with the noise `eps_BKD` at time t_B, in at least float32."""
         x0_BKD = _precise(x0_BKD)
         eps_BKD = eps_BKD.to(x0_BKD.dtype)
         return NoisedLatent(x0_BKD, eps_BKD, noise_latent(x0_BKD, eps_BKD, cosine_level(t_B).like(x0_BKD)), t_B)
 
     def read(self, output_BKD: Tensor, xt_BKD: Tensor, t_B: Tensor) -> LatentPrediction:
-        """What the network's output says of x_t."""
+        """Return the prediction for x_t that the network's output stands for."""
         xt_BKD = _precise(xt_BKD)
         return read_prediction(self.target, output_BKD.to(xt_BKD.dtype), xt_BKD, cosine_level(t_B).like(xt_BKD))
 
     def loss(self, output_BKD: Tensor, noised: NoisedLatent) -> LatentLoss:
-        """The loss of the network's output for `noised`."""
+        """Return the loss of the network's output for `noised`."""
         with torch.autocast(output_BKD.device.type, enabled=False):
             x0_BKD, output_BKD = noised.x0_BKD, output_BKD.to(noised.x0_BKD.dtype)
-            said_BKD = self.read(output_BKD, noised.xt_BKD, noised.t_B).x0_BKD
-            cosine_B = F.cosine_similarity(said_BKD, x0_BKD, dim=-1).mean(-1)
+            predicted_BKD = self.read(output_BKD, noised.xt_BKD, noised.t_B).x0_BKD
+            cosine_B = F.cosine_similarity(predicted_BKD, x0_BKD, dim=-1).mean(-1)
             if self.form == "cosine":
                 loss_B = 1 - cosine_B
             else:
-                miss = F.huber_loss if self.form == "huber" else F.mse_loss
-                loss_B = miss(output_BKD, self._target(noised), reduction="none").mean((-2, -1))
+                error = F.huber_loss if self.form == "huber" else F.mse_loss
+                loss_B = error(output_BKD, self._target(noised), reduction="none").mean((-2, -1))
                 if self.form == "mse_cosine":
                     loss_B = loss_B + self.cosine_weight * (1 - cosine_B)
-            mse_B = (said_BKD - x0_BKD).detach().square().mean((-2, -1))
+            mse_B = (predicted_BKD - x0_BKD).detach().square().mean((-2, -1))
         return LatentLoss(loss_B, mse_B, cosine_B.detach())
 
     def _target(self, noised: NoisedLatent) -> Tensor:

@@ -1,25 +1,14 @@
 """Diffusion with masks and random words: GIDD (von Rütte et al., arXiv 2503.04482).
 
-Shape suffixes: B batch, L length, N scored positions, C positions of a chunk, V vocabulary.
+Shape suffixes: B batch, L length, N scored positions, C positions of a chunk, V vocabulary, D width.
 """
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from palimpsest.objectives.base import (
-    Backbone,
-    Batch,
-    TokenLoss,
-    context,
-    counted_mask,
-    encode_at,
-    per_position,
-    scored_mask,
-    spread,
-)
-from palimpsest.objectives.projection import chunked, log_probs
+from palimpsest.objectives.projection import chunked
 from palimpsest.objectives.udlm import LeaveOneOut
 from palimpsest.process import Hybrid
 
@@ -27,40 +16,35 @@ _SMALLEST = 1e-20  # probability of one random word, by which the bound divides
 
 
 class GIDD(LeaveOneOut):
-    """Diffusion whose noise is the mask or a random word; the network's output has no mass on the mask."""
+    """Diffusion whose noise is the mask or a random word; the network gives the mask no probability."""
 
     processes = (Hybrid,)
     process: Hybrid
 
-    def leave_one_out(self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, at_BL: Tensor, **cond: Tensor) -> Tensor:
-        hidden_ND = encode_at(backbone, x_BL, self.conditioning(t_B), at_BL, **cond)
-        return log_probs(hidden_ND, backbone.head, self.process.mask_id)
+    @property
+    def banned_id(self) -> int:
+        return self.process.mask_id
 
-    def loss_at(self, backbone: Backbone, batch: Batch, xt_BL: Tensor, t_B: Tensor) -> TokenLoss:
-        """The integrand of the continuous-time NELBO (GIDD, theorem 3.5)."""
-        x0_BL, scored_BL = batch["input_ids"], scored_mask(batch)
-        hidden_ND = encode_at(backbone, xt_BL, self.conditioning(t_B), scored_BL, **context(batch))
-        level = self.schedule(t_B)
-        alpha_N = per_position(level.alpha, scored_BL)
-        ids_N2 = torch.stack([x0_BL[scored_BL], xt_BL[scored_BL]], dim=1)
+    def integrand(self, hidden_ND: Tensor, head: nn.Linear, ids_N2: Tensor, alpha_N: Tensor) -> Tensor:
+        """Return the integrand of the continuous-time NELBO (GIDD, theorem 3.5)."""
         kept_N, word_N = self._kept_and_word(alpha_N)
-        mask_id = self.process.mask_id
-        picked_N3 = chunked(
-            _picked_and_summed, hidden_ND, backbone.head, ids_N2, kept_N / word_N, banned_id=mask_id
-        ).double()
-        rate_N = -per_position(level.dalpha, scored_BL) * self.divergence(picked_N3, ids_N2, alpha_N)
-        return TokenLoss(spread(rate_N.float(), scored_BL), counted_mask(batch), {})
+        odds_N = kept_N / word_N
+        picked_N3 = chunked(_picked_and_summed, hidden_ND, head, ids_N2, odds_N, banned_id=self.banned_id)
+        return self.divergence(picked_N3.double(), ids_N2, alpha_N)
 
     def _kept_and_word(self, alpha_N: Tensor) -> tuple[Tensor, Tensor]:
-        """The probability that a token is kept, and that of each single word as noise, (N,) each."""
+        """Return the probability that a token is kept, and that of each single word as noise, (N,) each."""
         level = self.process.level(alpha_N)
         return level.kept, (level.word / (self.process.vocab_size - 1)).clamp(min=_SMALLEST)
 
     def divergence(self, picked_N3: Tensor, ids_N2: Tensor, alpha_N: Tensor) -> Tensor:
-        """The integrand per unit of -alpha: the rate at which tokens become x_t over q(x_t | x_0), times the sum of the
-        Kullback-Leibler divergence between q(. | x_0) and q(. | prediction) and the Itakura-Saito divergence at x_t.
+        """Return the integrand per unit of -alpha.
 
-        picked_N3: of the prediction log p(x_0), log p(x_t), and the sum over the words v of log(1 + kept p(v) / word).
+        It is the rate at which tokens become x_t over q(x_t | x_0), times the sum of two divergences: the
+        Kullback-Leibler divergence between q(. | x_0) and q(. | prediction), and the Itakura-Saito divergence at x_t.
+
+        Args:
+            picked_N3: the prediction's log p(x_0), log p(x_t), and sum over the words v of log(1 + kept p(v) / word).
         """
         level, (kept_N, word_N) = self.process.level(alpha_N), self._kept_and_word(alpha_N)
         log_p0_N, log_pt_N, log_sum_N = picked_N3.unbind(1)
@@ -76,7 +60,7 @@ class GIDD(LeaveOneOut):
 
 
 def _picked_and_summed(logits_CV: Tensor, ids_C2: Tensor, odds_C: Tensor) -> Tensor:
-    """(C, 3): log p of x_0 and of x_t, and the sum over the vocabulary of log(1 + odds p)."""
+    """Return log p of x_0 and of x_t, and the sum over the vocabulary of log(1 + odds p), (C, 3)."""
     log_p_CV = logits_CV.log_softmax(-1)
     grown_CV = (odds_C.to(logits_CV.dtype)[:, None] * log_p_CV.exp()).log1p()
     return torch.cat([log_p_CV.gather(1, ids_C2), grown_CV.sum(-1, keepdim=True)], dim=1)

@@ -1,8 +1,8 @@
-"""algo=mlm: a masked language model trained over all mask rates, which makes it one that writes text.
+"""algo=mlm: a masked language model trained over all mask rates, so that it can generate texts.
 
-BERT is trained with one rate. With rates up to 1 the same cross-entropy is the objective of masked diffusion but for
-its weights (Mask-Predict, Ghazvininejad et al., arXiv 1904.09324; MDLM, Sahoo et al., arXiv 2406.07524,
-eq. 11). So the law is SUBS, and what is measured is always its bound.
+BERT is trained with one rate. With rates up to 1 the same cross-entropy is the objective of masked diffusion except
+for its weights (Mask-Predict, Ghazvininejad et al., arXiv 1904.09324; MDLM, Sahoo et al., arXiv 2406.07524, eq. 11).
+So the model is that of SUBS, and evaluation always uses its bound.
 
 Shape suffixes: B batch, L length.
 """
@@ -19,16 +19,15 @@ from palimpsest.common.randomness import KeyedNoise
 from palimpsest.common.values import COPY, RATES, Natural, Share
 from palimpsest.noise_schedule import NoiseSchedule
 from palimpsest.objectives.base import Backbone, Batch, TokenDiffusion, scored_mask
-from palimpsest.objectives.noising import Noised, Noising, order_statistic, shuffled, weighted
+from palimpsest.objectives.mask_sampling import Draw, MaskSampler, order_statistic, shuffle_keys, weighted
 from palimpsest.objectives.subs import Subs
 from palimpsest.process import Absorbing
 
 
 class MaskedLM(Subs):
-    """SUBS as algo=mlm trains it: the plain cross-entropy of the masked tokens, under rates of one's choice. Special
-    tokens are never masked.
+    """SUBS trained by the plain cross-entropy of the masked tokens; special tokens are never masked.
 
-    These weights are measured and sampled as any of parameterization=subs, and those as these.
+    Its weights are evaluated and sampled exactly like those of parameterization=subs.
     """
 
     name = "subs"
@@ -38,34 +37,28 @@ class MaskedLM(Subs):
         self,
         schedule: NoiseSchedule,
         process: Absorbing,
-        noising: Noising | None = None,
-        T: Natural = 0,  # noqa: N803 - the key as users type it
+        noising: MaskSampler | None = None,
+        T: Natural = 0,  # noqa: N803
         loss_weight: Literal["elbo", "uniform"] = "uniform",
         change_of_variables: bool = False,
     ) -> None:
         super().__init__(schedule, process, noising, T, loss_weight, change_of_variables)
 
 
-class Rates:
-    """A mask rate first, then each scored token masked with that chance; at least one, where a row has any.
+class Rates(MaskSampler):
+    """Draw a mask rate first, then mask each scored token with that probability; at least one per row, if it has any.
+
+    Only continuous rates from 0 to 1 cover the integral of the bound, so only they can train with its weights.
 
     Args:
-        rates: to choose from, each as likely as the others; or "continuous" for all between `rate_min` and `rate_max`.
-        rate_min, rate_max: limits of the continuous rates; of a list they say nothing.
-        per: "sample", a rate of its own for each row; "batch", one for all rows of an optimizer step.
-        antithetic_sampling: the rows of an optimizer step take rates spread evenly, else independent ones.
-
-    Only continuous rates from 0 to 1 draw from the whole integral of the bound, so only they can train by its weights.
+        rates: a list to choose from uniformly, or "continuous" for all rates between `rate_min` and `rate_max`.
+        rate_min, rate_max: limits of continuous rates.
+        per: "sample" for a rate per row, "batch" for one rate for all rows of an optimizer step.
+        antithetic_sampling: spread the rates of an optimizer step evenly; otherwise they are independent.
 
     Raises:
-        ValueError: limits that are none, or that no continuous rates have.
+        ValueError: invalid limits, or limits with a list of rates.
     """
-
-    passes = 1
-    discrete = False
-    changes_variables = False
-    all_rates = True
-    counts = True
 
     def __init__(
         self,
@@ -88,39 +81,29 @@ class Rates:
         self.rates = None if continuous else torch.tensor(list(rates), dtype=torch.float64)
         self.low = rate_min
         self.high = rate_max
-
-    @property
-    def label(self) -> str:
-        """For messages."""
-        if self.rates is None:
-            return f"mask rates from {self.low:g} to {self.high:g}"
-        return f"{len(self.rates)} mask rates"
-
-    @property
-    def of_the_bound(self) -> bool:
-        """Whether the mean of the draws is the bound."""
-        return self.rates is None and (self.low, self.high) == (0, 1)
+        self.estimates_bound = continuous and (rate_min, rate_max) == (0, 1)
+        self.label = f"mask rates from {rate_min:g} to {rate_max:g}" if continuous else f"{len(rates)} mask rates"
 
     def __call__(
         self, schedule: NoiseSchedule, x0_BL: Tensor, scored_BL: Tensor, process: Absorbing, noise: KeyedNoise
-    ) -> list[Noised]:
-        spread = noise.time if self.antithetic_sampling else noise.uniform
-        u_B = noise.shared() if self.per == "batch" else spread()
+    ) -> list[Draw]:
+        row_times = noise.time if self.antithetic_sampling else noise.uniform
+        u_B = noise.shared() if self.per == "batch" else row_times()
         rate_B, u_BL = self._rate(u_B), noise.uniform(x0_BL.shape[1]).masked_fill(~scored_BL, torch.inf)
         least_B1 = u_BL.min(-1, keepdim=True).values
         masked_BL = ((u_BL < rate_B[:, None]) | (u_BL == least_B1)) & scored_BL
         xt_BL = process.mask(x0_BL, masked_BL)
-        if not self.of_the_bound:
+        if not self.estimates_bound:
             return [weighted(schedule, xt_BL, rate_B, 1 / rate_B)]
-        # 1 / rate has no finite variance. It is replaced by its mean over the rates that give this mask, k of n tokens,
-        # and the rate by a draw of its distribution given k under the weight 1 / rate, which is Beta(k, n - k + 1) as
-        # in `ExactCount`. A mask that is there only because a row needs one weighs nothing.
+        # 1 / rate has no finite variance. It is replaced by its mean over the rates that give k of n masks. The rate is
+        # drawn from its distribution given k under the weight 1 / rate: Beta(k, n - k + 1), as in `ExactCount`.
+        # A mask that exists only because every row needs one has weight 0.
         n_B, k_B = scored_BL.sum(-1), masked_BL.sum(-1).clamp(min=1)
         factor_B = torch.where(least_B1.squeeze(1) < rate_B, (n_B + 1) / k_B, 0.0)
-        return [weighted(schedule, xt_BL, order_statistic(shuffled(noise, scored_BL), k_B), factor_B)]
+        return [weighted(schedule, xt_BL, order_statistic(shuffle_keys(noise, scored_BL), k_B), factor_B)]
 
     def _rate(self, u_B: Tensor) -> Tensor:
-        """Rates from uniform numbers: above `low`, up to `high`, float64 (B,)."""
+        """Return rates above `low` and up to `high` from uniform numbers, float64 (B,)."""
         if self.rates is None:
             return self.high - u_B * (self.high - self.low)
         rates_R = self.rates.to(u_B.device)
@@ -130,8 +113,7 @@ class Rates:
 def cross_entropy_at(
     objective: TokenDiffusion, backbone: Backbone, batch: Batch, rate: float, noise: KeyedNoise
 ) -> tuple[Tensor, Tensor]:
-    """Of a batch with each scored token masked with chance `rate`: the summed cross-entropy of the masked ones [nats],
-    float64, and their number."""
-    (look,) = Rates([rate])(objective.schedule, batch["input_ids"], scored_mask(batch), objective.process, noise)
-    logs = objective.loss_at(backbone, batch, look.xt_BL, look.t_B).logs
+    """Return the summed cross-entropy [nats, float64] and the number of masked tokens at a mask rate of `rate`."""
+    (draw,) = Rates([rate])(objective.schedule, batch["input_ids"], scored_mask(batch), objective.process, noise)
+    logs = objective.loss_at(backbone, batch, draw.xt_BL, draw.t_B).logs
     return logs["cross_entropy"].double().sum(), logs["num_masked"].sum()

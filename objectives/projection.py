@@ -1,4 +1,4 @@
-"""The vocabulary projection at selected positions, never holding more than one chunk of its logits.
+"""The vocabulary projection at selected positions, which holds one chunk of logits at a time.
 
 Shape suffixes: N selected positions, K entries picked per position, C positions of a chunk, V vocabulary, D width.
 """
@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# Rows of a chunk are chosen so that a chunk's float32 logits stay near this size.
+# Approximate size of the float32 logits of a chunk.
 _CHUNK_BYTES = 32 * 2**20
-# So few rows are a matter of reading the weights once, which BLAS does up to 3 times faster when these come first.
+# For so few rows, reading the weights dominates; BLAS is up to 3 times faster if they are the first operand.
 _FEW_ROWS = 8
 
 
@@ -35,8 +35,10 @@ def _logits(hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, banned_
 
 
 class _PickedLogits(torch.autograd.Function):
-    """(logsumexp of the logits, the logits at the ids asked for) per row, with the logits recomputed chunk by chunk in
-    the backward pass (the memory argument of Wijmans et al., "Cut your losses", arXiv 2411.09009)."""
+    """Logsumexp of the logits, and the logits at given ids, of each row.
+
+    The backward pass computes the logits again, chunk by chunk (Wijmans et al., "Cut your losses", arXiv 2411.09009).
+    """
 
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, bias_V, ids_NK, banned_id):  # noqa: ANN001, ANN205
@@ -72,8 +74,7 @@ class _PickedLogits(torch.autograd.Function):
 
 
 def _operands(hidden_ND: Tensor, head: nn.Linear) -> list[Tensor | None]:
-    """Hidden states, weight and bias (if any) as autocast would hand them to the head; custom functions are left alone
-    by it."""
+    """Return hidden states, weight and bias (if any) in autocast's precision, which skips custom functions."""
     device = hidden_ND.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
     return [None if tensor is None else tensor.to(dtype) for tensor in (hidden_ND, head.weight, head.bias)]
@@ -82,8 +83,7 @@ def _operands(hidden_ND: Tensor, head: nn.Linear) -> list[Tensor | None]:
 def picked_logits(
     hidden_ND: Tensor, head: nn.Linear, ids_NK: Tensor, banned_id: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """log sum exp of head(hidden) without `banned_id`, (N,), and the logits at `ids_NK`, (N, K); float32,
-    differentiable."""
+    """Return logsumexp of head(hidden) without `banned_id`, (N,), and the logits at `ids_NK`, (N, K), in float32."""
     return _PickedLogits.apply(*_operands(hidden_ND, head), ids_NK, banned_id)
 
 
@@ -92,7 +92,7 @@ def chunked(
 ) -> Tensor:
     """Return `reduce(logits_CV, *rows_C)` for all N positions, (N, ...), holding one chunk of logits at a time.
 
-    `reduce` maps the float32 logits of some positions, and their parts of `rows`, to a few numbers per position. The
+    `reduce` maps the float32 logits of some positions, and their rows of `rows`, to a few numbers per position. The
     backward pass computes the logits again.
     """
     hidden_ND, weight_VD, bias_V = _operands(hidden_ND, head)
@@ -106,16 +106,16 @@ def chunked(
 
 
 def cross_entropy(hidden_ND: Tensor, head: nn.Linear, target_N: Tensor, banned_id: int | None) -> Tensor:
-    """-log p(target) under softmax(head(hidden)) without `banned_id`, float32 (N,), differentiable."""
+    """Return -log p(target) under softmax(head(hidden)) without `banned_id`, float32 (N,)."""
     log_z_N, picked_N1 = picked_logits(hidden_ND, head, target_N[:, None], banned_id)
     return log_z_N - picked_N1.squeeze(1)
 
 
 def logits(hidden_ND: Tensor, head: nn.Linear, banned_id: int | None) -> Tensor:
-    """head(hidden), float32 (N, V), with -inf at `banned_id`."""
+    """Return head(hidden), float32 (N, V), with -inf at `banned_id`."""
     return _logits(*_operands(hidden_ND, head), banned_id)
 
 
 def log_probs(hidden_ND: Tensor, head: nn.Linear, banned_id: int | None) -> Tensor:
-    """log softmax(head(hidden)) without `banned_id`, float32 (N, V)."""
+    """Return log softmax(head(hidden)) without `banned_id`, float32 (N, V)."""
     return logits(hidden_ND, head, banned_id).log_softmax(-1)

@@ -10,39 +10,32 @@ import math
 import torch
 from torch import Tensor
 
+from palimpsest.models.backbone import Backbone
 from palimpsest.noise_schedule import NoiseSchedule
-from palimpsest.objectives.base import (
-    MAX_SIGMA,
-    Backbone,
-    Batch,
-    TokenDiffusion,
-    TokenLoss,
-    context,
-    counted_mask,
-    encode_at,
-    masked_positions,
-    per_position,
-    spread,
-)
-from palimpsest.objectives.noising import Noising
+from palimpsest.objectives.base import MAX_SIGMA, Batch, TokenDiffusion, TokenLoss, context, counted_mask, scored_mask
+from palimpsest.objectives.mask_sampling import MaskSampler
 from palimpsest.objectives.projection import logits, picked_logits
-from palimpsest.process import Absorbing
+from palimpsest.process import Absorbing, per_position, scatter_positions
 
 
 class SEDD(TokenDiffusion):
-    """At a masked position the score of token y is p_t(x with y) / p_t(x), parameterised as
-    exp(logit_y) / ((e^sigma - 1) (V - 1)) (appendix C). The scale of the scores is a function of t, which the network
-    must see."""
+    """Score entropy: at a masked position the network gives the score of token y, p_t(x with y) / p_t(x).
+
+    It is parameterised as exp(logit_y) / ((e^sigma - 1) (V - 1)) (appendix C). The scale of the scores depends on t,
+    which the network must see.
+    """
 
     needs_time = True
 
-    def __init__(self, schedule: NoiseSchedule, process: Absorbing, noising: Noising | None = None) -> None:
-        super().__init__(schedule, process, noising)
+    def __init__(self, schedule: NoiseSchedule, process: Absorbing, noising: MaskSampler | None = None) -> None:
+        super().__init__(schedule, process, noising)  # in continuous time only
 
     def loss_at(self, backbone: Backbone, batch: Batch, xt_BL: Tensor, t_B: Tensor) -> TokenLoss:
-        """The denoising score entropy (theorem 3.4, weighed as in theorem 3.6), sigma' (sum_y s_y - q log s_x0 +
-        q (log q - 1)), with the target q = p_t(x_0) / p_t(mask)."""
-        x0_BL, masked_BL = batch["input_ids"], masked_positions(batch, xt_BL, self.process)
+        """Return the denoising score entropy (theorem 3.4, weighted as in theorem 3.6).
+
+        It is sigma' (sum_y s_y - q log s_x0 + q (log q - 1)) with the target q = p_t(x_0) / p_t(mask).
+        """
+        x0_BL, masked_BL = batch["input_ids"], self.process.is_corrupted(xt_BL) & scored_mask(batch)
         hidden_BLD = backbone.encode(xt_BL, self.conditioning(t_B), **context(batch))
         log_z_N, logit_N1 = picked_logits(
             hidden_BLD[masked_BL], backbone.head, x0_BL[masked_BL][:, None], self.process.mask_id
@@ -50,26 +43,28 @@ class SEDD(TokenDiffusion):
         level = self.schedule(t_B)
         shift_N = per_position(self._log_shift(t_B, backbone.head.out_features), masked_BL)
         log_q_N = per_position(_log_ratio(level.alpha), masked_BL)
-        q_N, log_total_N, log_s_N = log_q_N.exp(), log_z_N - shift_N, logit_N1.squeeze(1) - shift_N
-        entropy_N = log_total_N.exp() - q_N * log_s_N + q_N * (log_q_N - 1)
+        q_N, log_s_N = log_q_N.exp(), logit_N1.squeeze(1) - shift_N
+        entropy_N = (log_z_N - shift_N).exp() - q_N * log_s_N + q_N * (log_q_N - 1)
         rate_B = -level.dalpha / level.alpha.clamp(min=math.exp(-MAX_SIGMA))
         cross_entropy_N = (log_z_N - logit_N1.squeeze(1)).detach()
-        logs = {"cross_entropy": spread(cross_entropy_N, masked_BL).sum(-1), "num_masked": masked_BL.sum(-1)}
-        return TokenLoss(rate_B.float()[:, None] * spread(entropy_N.float(), masked_BL), counted_mask(batch), logs)
+        logs = {"cross_entropy": scatter_positions(cross_entropy_N, masked_BL).sum(-1), "num_masked": masked_BL.sum(-1)}
+        return TokenLoss(
+            rate_B.float()[:, None] * scatter_positions(entropy_N.float(), masked_BL), counted_mask(batch), logs
+        )
 
     def _log_shift(self, t_B: Tensor, vocab_size: int) -> Tensor:
         return -_log_ratio(self.schedule(t_B).alpha) + math.log(vocab_size - 1)
 
     def log_score(self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, at_BL: Tensor, **cond: Tensor) -> Tensor:
-        """log s(x_t) at the N masked positions of `at_BL`, float64 (N, V); -inf at the mask."""
-        hidden_ND = encode_at(backbone, x_BL, self.conditioning(t_B), at_BL, **cond)
+        """Return log s(x_t) at the N masked positions of `at_BL`, float64 (N, V); -inf at the mask."""
+        hidden_ND = self.encode_at(backbone, x_BL, t_B, at_BL, **cond)
         logits_NV = logits(hidden_ND, backbone.head, self.process.mask_id).double()
         return logits_NV - per_position(self._log_shift(t_B, backbone.head.out_features), at_BL)[:, None]
 
     def denoise(
         self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, at_BL: Tensor | None = None, **cond: Tensor
     ) -> Tensor:
-        """The scores as probabilities: s_y is proportional to p(x_0 = y | x_t). Visible tokens are copied."""
+        """Return the scores as probabilities: s_y is proportional to p(x_0 = y | x_t); unmasked tokens are copied."""
         chosen_BL = torch.ones_like(x_BL, dtype=torch.bool) if at_BL is None else at_BL
         log_p_NV = self.log_score(backbone, x_BL, t_B, chosen_BL, **cond).log_softmax(-1)
         log_p_NV = self.process.keep_visible(log_p_NV, x_BL[chosen_BL])
@@ -78,18 +73,18 @@ class SEDD(TokenDiffusion):
     def reverse(
         self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, s_B: Tensor, at_BL: Tensor, **cond: Tensor
     ) -> Tensor:
-        """The analytic (Tweedie) step of theorem 4.1: P(y) = (e^(sigma_t - sigma_s) - 1) s_y, the rest stays masked."""
+        """Return the analytic (Tweedie) step of theorem 4.1: P(y) = (e^(sigma_t - sigma_s) - 1) s_y, else the mask."""
         log_s_NV = self.log_score(backbone, x_BL, t_B, at_BL, **cond)
         growth_B = self.schedule(s_B).alpha / self.schedule(t_B).alpha.clamp(min=math.exp(-MAX_SIGMA)) - 1
         log_q_NV = log_s_NV + per_position(growth_B.log(), at_BL)[:, None]
         leaving_N = log_q_NV.exp().sum(-1)
-        # A network's scores need not fit the step: where they sum to more than everything, nothing stays masked.
+        # Scores of a network may sum to more than 1; then they are normalised, and nothing stays masked.
         log_q_NV = log_q_NV - leaving_N.clamp(min=1).log()[:, None]
         log_q_NV[:, self.process.mask_id] = torch.log1p(-leaving_N.clamp(max=1))
         return log_q_NV
 
 
 def _log_ratio(alpha: Tensor) -> Tensor:
-    """log of alpha / (1 - alpha), which is log 1 / (e^sigma - 1)."""
+    """Return log(alpha / (1 - alpha)), which is -log(e^sigma - 1)."""
     alpha = alpha.clamp(min=math.exp(-MAX_SIGMA))
     return torch.log(alpha) - torch.log1p(-alpha)

@@ -10,29 +10,23 @@ from typing import Literal
 from torch import Tensor
 
 from palimpsest.common.values import Natural
+from palimpsest.models.backbone import Backbone
 from palimpsest.noise_schedule import NoiseSchedule
-from palimpsest.objectives.base import (
-    Backbone,
-    Batch,
-    TokenDiffusion,
-    TokenLoss,
-    context,
-    counted_mask,
-    encode_at,
-    masked_positions,
-    spread,
-)
-from palimpsest.objectives.noising import Noising, log_move_range
+from palimpsest.objectives.base import Batch, TokenDiffusion, TokenLoss, context, counted_mask, scored_mask
+from palimpsest.objectives.mask_sampling import MaskSampler, log_move_range
 from palimpsest.objectives.projection import cross_entropy, log_probs
-from palimpsest.process import Absorbing, unmask_chance
+from palimpsest.process import Absorbing, scatter_positions, unmask_prob
 
 
 class Subs(TokenDiffusion):
-    """Substitution parameterisation (section 3.2.3): the network's distribution has no mass on [MASK] ("zero masking
-    probabilities") and visible tokens are copied ("carry-over unmasking").
+    """The substitution parameterisation (section 3.2.3): zero masking probabilities and carry-over unmasking.
 
-    loss_weight: "elbo", or "uniform" for the plain cross-entropy of the masked tokens. change_of_variables: show the
-    network log(1 - alpha), rescaled to [0, 1], instead of sigma (VDM, arXiv 2107.00630, appendix I).
+    The network gives [MASK] no probability, and unmasked tokens are copied.
+
+    Args:
+        loss_weight: "elbo", or "uniform" for the plain cross-entropy of the masked tokens.
+        change_of_variables: show the network log(1 - alpha), rescaled to [0, 1], instead of sigma (VDM, arXiv
+            2107.00630, appendix I).
     """
 
     independent_unmasking = limits_rates = True
@@ -41,28 +35,29 @@ class Subs(TokenDiffusion):
         self,
         schedule: NoiseSchedule,
         process: Absorbing,
-        noising: Noising | None = None,
+        noising: MaskSampler | None = None,
         T: Natural = 0,  # noqa: N803
         loss_weight: Literal["elbo", "uniform"] = "elbo",
         change_of_variables: bool = False,
     ) -> None:
-        self.loss_weight, self.change_of_variables = loss_weight, change_of_variables
+        self.loss_weight = loss_weight
+        self.change_of_variables = change_of_variables
         super().__init__(schedule, process, noising, T)
 
     def loss_at(self, backbone: Backbone, batch: Batch, xt_BL: Tensor, t_B: Tensor) -> TokenLoss:
-        x0_BL, masked_BL = batch["input_ids"], masked_positions(batch, xt_BL, self.process)
-        hidden_ND = encode_at(backbone, xt_BL, self.conditioning(t_B), masked_BL, **context(batch))
+        x0_BL, masked_BL = batch["input_ids"], self.process.is_corrupted(xt_BL) & scored_mask(batch)
+        hidden_ND = self.encode_at(backbone, xt_BL, t_B, masked_BL, **context(batch))
         ce_N = cross_entropy(hidden_ND, backbone.head, x0_BL[masked_BL], self.process.mask_id)
-        ce_BL = spread(ce_N, masked_BL)
+        ce_BL = scatter_positions(ce_N, masked_BL)
         logs = {"cross_entropy": ce_BL.detach().sum(-1), "num_masked": masked_BL.sum(-1)}
         if self.loss_weight == "uniform":
             return TokenLoss(ce_BL, masked_BL, logs)
         return TokenLoss(self.weight(t_B).float()[:, None] * ce_BL, counted_mask(batch), logs)
 
     def weight(self, t_B: Tensor) -> Tensor:
-        """Of a masked token's cross-entropy: in continuous time (eq. 11), or with T steps, float64 (B,)."""
+        """Return the weight of a masked token in continuous time (eq. 11) or with T steps, float64 (B,)."""
         if self.T:
-            return self.T * unmask_chance(self.schedule(t_B).alpha, self.schedule(t_B - 1 / self.T).alpha)
+            return self.T * unmask_prob(self.schedule(t_B).alpha, self.schedule(t_B - 1 / self.T).alpha)
         return self.schedule(t_B).elbo_weight
 
     def conditioning(self, t_B: Tensor) -> Tensor:
@@ -74,7 +69,7 @@ class Subs(TokenDiffusion):
     def denoise(
         self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, at_BL: Tensor | None = None, **cond: Tensor
     ) -> Tensor:
-        hidden_ND = encode_at(backbone, x_BL, self.conditioning(t_B), at_BL, **cond)
+        hidden_ND = self.encode_at(backbone, x_BL, t_B, at_BL, **cond)
         x_N = x_BL.flatten() if at_BL is None else x_BL[at_BL]
         log_p_NV = self.process.keep_visible(log_probs(hidden_ND, backbone.head, self.process.mask_id), x_N)
         return log_p_NV.unflatten(0, x_BL.shape) if at_BL is None else log_p_NV

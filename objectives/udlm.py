@@ -1,5 +1,4 @@
-"""Uniform-state diffusion: UDLM (Schiff et al., arXiv 2412.10193), whose bound DUO (Sahoo et al., arXiv 2506.10892)
-shares.
+"""Uniform-state diffusion: UDLM (Schiff et al., arXiv 2412.10193); DUO (arXiv 2506.10892) has the same bound.
 
 Shape suffixes: B batch, L length, N scored positions, C positions of a chunk, V vocabulary.
 """
@@ -9,24 +8,14 @@ from __future__ import annotations
 from abc import abstractmethod
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from palimpsest.models.backbone import Backbone
 from palimpsest.noise_schedule import NoiseSchedule
-from palimpsest.objectives.base import (
-    Backbone,
-    Batch,
-    TokenDiffusion,
-    TokenLoss,
-    context,
-    counted_mask,
-    encode_at,
-    per_position,
-    scored_mask,
-    spread,
-)
-from palimpsest.objectives.noising import Bernoulli, Noising
+from palimpsest.objectives.base import Batch, TokenDiffusion, TokenLoss, context, counted_mask, scored_mask
+from palimpsest.objectives.mask_sampling import Bernoulli, MaskSampler
 from palimpsest.objectives.projection import chunked, log_probs
-from palimpsest.process import Resampling, Uniform
+from palimpsest.process import Resampling, Uniform, per_position, scatter_positions
 
 _SMALLEST = 1e-12  # alpha, by which the weight divides; the integrand vanishes with it
 
@@ -37,25 +26,40 @@ class LeaveOneOut(TokenDiffusion):
     The network predicts each clean token from the other tokens of x_t, log p(x_0 at a position | the others): the
     leave-one-out posterior (arXiv 2605.22765). The reverse step adds the position's own token by Bayes' rule.
 
-    Any token may be noise, so the loss is over all positions. A step projects each of them onto the vocabulary, where a
-    masked one projects half on average.
+    The loss is over all positions. A training step projects each of them onto the vocabulary; a masked objective
+    projects half of them on average.
     """
 
-    clean_text_costs_nothing = False
+    zero_loss_on_clean_text = False
     needs_time = True
+    banned_id: int | None = None  # token that the network gives no probability
 
-    def __init__(self, schedule: NoiseSchedule, process: Resampling, noising: Noising | None = None) -> None:
+    def __init__(self, schedule: NoiseSchedule, process: Resampling, noising: MaskSampler | None = None) -> None:
         if isinstance(noising, Bernoulli) and noising.resample:
             raise ValueError(f"training.resample=true means nothing to parameterization={self.name}; leave it out")
         super().__init__(schedule, process, noising)  # in continuous time only
 
     @property
-    def sharpest(self) -> Noising:
+    def best_mask_sampler(self) -> MaskSampler:
         return Bernoulli()
 
+    def loss_at(self, backbone: Backbone, batch: Batch, xt_BL: Tensor, t_B: Tensor) -> TokenLoss:
+        x0_BL, scored_BL = batch["input_ids"], scored_mask(batch)
+        hidden_ND = self.encode_at(backbone, xt_BL, t_B, scored_BL, **context(batch))
+        level = self.schedule(t_B)
+        ids_N2 = torch.stack([x0_BL[scored_BL], xt_BL[scored_BL]], dim=1)
+        integrand_N = self.integrand(hidden_ND, backbone.head, ids_N2, per_position(level.alpha, scored_BL))
+        rate_N = -per_position(level.dalpha, scored_BL) * integrand_N
+        return TokenLoss(scatter_positions(rate_N.float(), scored_BL), counted_mask(batch), {})
+
     @abstractmethod
+    def integrand(self, hidden_ND: Tensor, head: nn.Linear, ids_N2: Tensor, alpha_N: Tensor) -> Tensor:
+        """Return the integrand of the NELBO per unit of -alpha, float64 (N,); `ids_N2` are x_0 and x_t."""
+
     def leave_one_out(self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, at_BL: Tensor, **cond: Tensor) -> Tensor:
-        """Return the network's output at the N positions of `at_BL`, (N, V)."""
+        """Return the network's prediction at the N positions of `at_BL`, (N, V)."""
+        hidden_ND = self.encode_at(backbone, x_BL, t_B, at_BL, **cond)
+        return log_probs(hidden_ND, backbone.head, self.banned_id)
 
     def denoise(
         self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, at_BL: Tensor | None = None, **cond: Tensor
@@ -73,29 +77,18 @@ class UDLM(LeaveOneOut):
     processes = (Uniform,)
     process: Uniform
 
-    def loss_at(self, backbone: Backbone, batch: Batch, xt_BL: Tensor, t_B: Tensor) -> TokenLoss:
-        """The integrand of the continuous-time NELBO (UDLM, eq. 16): the rate of the KL divergence between the reverse
-        step given x_0 and the predicted one."""
-        x0_BL, scored_BL = batch["input_ids"], scored_mask(batch)
-        hidden_ND = encode_at(backbone, xt_BL, self.conditioning(t_B), scored_BL, **context(batch))
-        level = self.schedule(t_B)
-        alpha_N = per_position(level.alpha, scored_BL).clamp(min=_SMALLEST)
-        ids_N2 = torch.stack([x0_BL[scored_BL], xt_BL[scored_BL]], dim=1)
-        picked_N3 = chunked(_picked_and_summed, hidden_ND, backbone.head, ids_N2, alpha_N)
-        rate_N = -per_position(level.dalpha, scored_BL) * _divergence(
-            picked_N3.double(), ids_N2, alpha_N, self.process.vocab_size
-        )
-        return TokenLoss(spread(rate_N.float(), scored_BL), counted_mask(batch), {})
-
-    def leave_one_out(self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, at_BL: Tensor, **cond: Tensor) -> Tensor:
-        return log_probs(encode_at(backbone, x_BL, self.conditioning(t_B), at_BL, **cond), backbone.head, None)
+    def integrand(self, hidden_ND: Tensor, head: nn.Linear, ids_N2: Tensor, alpha_N: Tensor) -> Tensor:
+        """Return the rate of the KL divergence between the reverse step given x_0 and the predicted one (eq. 16)."""
+        alpha_N = alpha_N.clamp(min=_SMALLEST)
+        picked_N3 = chunked(_picked_and_summed, hidden_ND, head, ids_N2, alpha_N)
+        return _divergence(picked_N3.double(), ids_N2, alpha_N, self.process.vocab_size)
 
 
 def _picked_and_summed(logits_CV: Tensor, ids_C2: Tensor, alpha_C: Tensor) -> Tensor:
-    """(C, 3): log p of x_0 and of x_t, and the sum over the vocabulary of log(1 + alpha (V p - 1)).
+    """Return log p of x_0 and of x_t, and the sum over the vocabulary of log(1 + alpha (V p - 1)), (C, 3).
 
-    The last is the log of V q(x_t = v), summed: it needs every probability, but only its sum leaves the chunk. At
-    alpha = 1 in float32 it would be -inf where p = 0; there its weight 1 - alpha is 0.
+    The summands of the last are the logs of V q(x_t = v). At alpha = 1 in float32 they would be -inf where p = 0; there
+    the weight 1 - alpha is 0.
     """
     log_p_CV, alpha_C1 = logits_CV.log_softmax(-1), alpha_C.to(logits_CV.dtype)[:, None]
     excess_CV = (alpha_C1 * (logits_CV.shape[1] * log_p_CV.exp() - 1)).clamp(min=-(1 - 1e-7))
@@ -103,11 +96,13 @@ def _picked_and_summed(logits_CV: Tensor, ids_C2: Tensor, alpha_C: Tensor) -> Te
 
 
 def _divergence(picked_N3: Tensor, ids_N2: Tensor, alpha_N: Tensor, size: int) -> Tensor:
-    """The bracket of eq. 16 divided by -V alpha, with true(v) = V q(x_t = v | x_0), found(v) that of the prediction:
+    """Return the bracket of eq. 16 divided by -V alpha.
+
+    With true(v) = V q(x_t = v | x_0) and found(v) the same for the prediction it is
 
     sum over v of true(v) / true(x_t) log(found(x_t) true(v) / (found(v) true(x_t))) - V / true(x_t) + V / found(x_t)
 
-    Its terms of first order in alpha cancel, so each is a difference from 1: log1p, never log.
+    Its terms of first order in alpha cancel, so each is computed as a difference from 1, with log1p.
     """
     log_p0_N, log_pt_N, log_found_sum_N = picked_N3.unbind(1)
     same_N = (ids_N2[:, 0] == ids_N2[:, 1]).double()

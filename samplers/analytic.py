@@ -1,6 +1,7 @@
-"""Step by step through p(x_s | x_t) of any masked-diffusion objective: for SEDD the analytic (Tweedie) sampler
-(arXiv 2310.16834, theorem 4.1), for D3PM its reverse chain, for SUBS ancestral sampling the plain way. Draws the law of
-the chain that these steps define.
+"""Sampling by p(x_s | x_t) on a grid of times, for any masked-diffusion objective.
+
+For SEDD this is the analytic (Tweedie) sampler (arXiv 2310.16834, theorem 4.1), for D3PM its reverse chain, for SUBS
+plain ancestral sampling. It draws exactly from the distribution of the chain of these steps.
 
 Shape suffixes: B batch, L length, R rows evaluated, N masked positions, V vocabulary.
 """
@@ -14,7 +15,7 @@ from palimpsest.common.randomness import KeyedNoise
 from palimpsest.common.values import Count
 from palimpsest.denoisers import Denoiser
 from palimpsest.process import Absorbing
-from palimpsest.samplers.base import Asked, Step, TokenChoice, sampler_of, time_grid
+from palimpsest.samplers.base import Request, Step, TokenChoice, sampler_of, time_grid
 from palimpsest.samplers.trace import Trace
 
 
@@ -22,7 +23,7 @@ class Analytic(Step):
     """Draw from p(x_s | x_t) at every mask, which decides both whether it is unmasked and which token it becomes.
 
     Args:
-        noise_removal: after the last step draw a token for every mask that is left, as SEDD's denoiser does.
+        noise_removal: after the last step draw a token for every remaining mask, as SEDD's denoiser does.
     """
 
     def __init__(
@@ -43,24 +44,24 @@ class Analytic(Step):
         self.steps = steps
         self.noise_removal = noise_removal
 
-    def positions(self, number: int, trace: Trace) -> Asked | None:
+    def positions(self, number: int, trace: Trace) -> Request | None:
         if number > self.steps + self.noise_removal:
             return None
         batch, length = trace.ids_BL.shape
-        self.goes_BL = self.noise.uniform(length)
+        self.unmask_BL = self.noise.uniform(length)
         self.u_BL = self.noise.uniform(length)
         self.last = number > self.steps
         t = self.grid[number - 1]
         s = t / 2 if self.last else self.grid[number]  # the last draw unmasks every mask, whatever s is
-        return Asked(trace.masked_BL, t.expand(batch), s.expand(batch))
+        return Request(trace.masked_BL, t.expand(batch), s.expand(batch))
 
     def tokens(self, log_p_NV: Tensor, at_RL: Tensor, rows_R: Tensor) -> tuple[Tensor, Tensor]:
         mask_id = self.process.mask_id
-        leaves_N = self.goes_BL[rows_R][at_RL] < -torch.expm1(log_p_NV[:, mask_id])
-        leaves_N |= self.last
-        log_p_NV[:, mask_id] = -torch.inf  # in place: the confidence is that of the token, given that the mask goes
+        unmasked_N = self.unmask_BL[rows_R][at_RL] < -torch.expm1(log_p_NV[:, mask_id])
+        unmasked_N |= self.last
+        log_p_NV[:, mask_id] = -torch.inf  # in place, so that the confidence is conditional on unmasking
         log_p_NV.copy_(log_p_NV.log_softmax(-1))
-        return self.choice.draw(log_p_NV, self.u_BL[rows_R][at_RL])[leaves_N], leaves_N
+        return self.choice.draw(log_p_NV, self.u_BL[rows_R][at_RL])[unmasked_N], unmasked_N
 
 
 sample = sampler_of(Analytic, Absorbing)

@@ -1,11 +1,11 @@
 """Ancestral sampling of masked diffusion on a grid of times (MDLM, arXiv 2406.07524, section 3.2 and algorithm 1).
 
-An approximation: the tokens that one step writes are drawn independently of each other. It tends to the model's
-distribution as the steps become many more than the tokens (docs/sampling.md). samplers/first_hitting.py draws exactly
-from it, with one network evaluation for each token.
+An approximation: the tokens of one step are drawn independently of each other. It tends to the model's distribution as
+the steps become many more than the tokens (docs/sampling.md). samplers/first_hitting.py draws exactly from it, with one
+network evaluation for each token.
 
-Positions first, tokens second: which positions a step unmasks does not depend on their tokens, so it is drawn before
-the network runs. The network then projects those positions only, and rows with none need no evaluation at all.
+Which positions a step unmasks does not depend on the tokens, so it is drawn before the network runs. The network then
+projects those positions only, and rows without any need no evaluation.
 
 Shape suffixes: B batch, L length, R rows evaluated, N positions drawn, S times of a grid.
 """
@@ -19,7 +19,7 @@ from palimpsest.common.values import Count
 from palimpsest.denoisers import Denoiser
 from palimpsest.process import Absorbing, unmask_step
 from palimpsest.samplers import analytic
-from palimpsest.samplers.base import Asked, Step, TokenChoice, run, sampler, time_grid
+from palimpsest.samplers.base import Request, Step, TokenChoice, run, sampler, time_grid
 from palimpsest.samplers.trace import Trace, Watcher
 
 
@@ -27,9 +27,9 @@ class Ancestral(Step):
     """Unmask each position at a time of the grid, drawn before the network is evaluated.
 
     Args:
-        alpha: of the times in `grid`, (S,), or (B, S) if each row has its own times.
+        alpha: alpha at the times of `grid`, (S,), or (B, S) if each row has its own times.
         last: number of steps.
-        idle: evaluate rows in which nothing is unmasked too.
+        idle: also evaluate rows in which nothing is unmasked.
     """
 
     def __init__(
@@ -50,16 +50,16 @@ class Ancestral(Step):
         self.last = last
         self.idle = idle
 
-    def positions(self, number: int, trace: Trace) -> Asked | None:
+    def positions(self, number: int, trace: Trace) -> Request | None:
         if number > self.last:
             return None
         self.greedy = number == self.grid_BS.shape[1]
-        return Asked(self.write_at_BL == number - 1, self.grid_BS[:, number - 1], every_row=self.idle)
+        return Request(self.write_at_BL == number - 1, self.grid_BS[:, number - 1], every_row=self.idle)
 
-    def tokens(self, log_p_NV: Tensor, at_RL: Tensor, rows_R: Tensor) -> tuple[Tensor, None]:
+    def tokens(self, log_p_NV: Tensor, at_RL: Tensor, rows_R: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.greedy:
             return log_p_NV.argmax(-1), None
-        return self.choice.draw(log_p_NV, self.u_BL[rows_R][at_RL]), None
+        return super().tokens(log_p_NV, at_RL, rows_R)
 
 
 @sampler(Absorbing)
@@ -77,24 +77,24 @@ def sample(
     begin_B: Tensor | None = None,
     **cond: Tensor,
 ) -> Trace:
-    """Fill the masked positions of `x_BL`; its other tokens are given and never change.
+    """Fill the masked positions of `x_BL`; its other tokens never change.
 
-    Where the network itself decides when a mask goes (D3PM, SEDD) the steps are those of samplers/analytic.py.
+    If the network decides when a token is unmasked (D3PM, SEDD), the steps are those of samplers/analytic.py.
 
     Args:
-        skip_idle: evaluate only the rows that have a position to draw. Exact, also with time conditioning, since the
-            network's answer for the other rows would not be used; False keeps every step's shapes alike.
+        skip_idle: evaluate only rows with a position to draw. The result is the same, also with time conditioning;
+            False keeps the shapes of all steps equal.
         cond: passed on to the model, row by row (B, ...).
-        begin_B: the time of each row, float64, where that is not 1: of a text that is masked in part only (editing).
-        noise_removal: after the last step write the most likely token wherever a mask is left. Otherwise masks stay.
+        begin_B: start time of each row, float64, for partly masked texts (editing); None for 1.
+        noise_removal: after the last step write the most likely token at every remaining mask; otherwise masks stay.
     """
     if not model.independent_unmasking and begin_B is not None:
-        raise ValueError("texts that are masked in part are filled by a sampler whose steps are the schedule's alone")
+        raise ValueError("partly masked texts need a model whose schedule alone decides when a token is unmasked")
     if not model.independent_unmasking:
         settings = {"steps": steps, "choice": choice, "noise_removal": noise_removal, "eps": eps}
         return analytic.sample(model, x_BL, generator, **settings, watch=watch, **cond)
     grid = time_grid(steps, eps, x_BL.device)  # (S,) for all rows, or (B, S)
-    if begin_B is not None:  # from there in as many steps
+    if begin_B is not None:  # the same number of steps from there
         grid = eps + (grid - eps) * (begin_B[:, None].clamp(min=eps) - eps) / (1 - eps)
     trace, alpha = Trace(x_BL, model.process, watch), model.schedule(grid).alpha
     step = Ancestral(trace.open_BL, alpha, grid, generator, choice, steps + noise_removal, not skip_idle)

@@ -1,4 +1,4 @@
-"""Left to right, one token at a time, with a KV cache: draws the law of a causal model.
+"""Sampling from left to right, one token at a time, with a KV cache: exact for a causal model.
 
 Shape suffixes: B batch, L length, N positions drawn, V vocabulary.
 """
@@ -11,7 +11,7 @@ from torch import Tensor
 from palimpsest.common.randomness import KeyedNoise
 from palimpsest.denoisers import CausalDenoiser, Denoiser
 from palimpsest.process import Absorbing
-from palimpsest.samplers.base import Asked, Step, TokenChoice, rows_of, run, sampler
+from palimpsest.samplers.base import Request, Step, TokenChoice, run, sampler, select_rows
 from palimpsest.samplers.trace import Trace, Watcher
 
 
@@ -26,7 +26,7 @@ class LeftToRight(Step):
         self.first = int(open_BL.any(0).nonzero()[0]) if bool(open_BL.any()) else length
         self.ended_B = torch.zeros_like(open_BL[:, 0])
 
-    def positions(self, number: int, trace: Trace) -> Asked | None:
+    def positions(self, number: int, trace: Trace) -> Request | None:
         place = self.first + number - 1
         if number > 1 and self.stop_id is not None:
             self.ended_B |= trace.ids_BL[:, place - 1] == self.stop_id
@@ -34,13 +34,10 @@ class LeftToRight(Step):
             return None
         at_BL = torch.zeros_like(trace.open_BL)
         at_BL[:, place] = trace.open_BL[:, place] & ~self.ended_B
-        return Asked(at_BL, None)
-
-    def tokens(self, log_p_NV: Tensor, at_RL: Tensor, rows_R: Tensor) -> tuple[Tensor, None]:
-        return self.choice.draw(log_p_NV, self.u_BL[rows_R][at_RL]), None
+        return Request(at_BL, None)
 
 
-class _AtOnePlace(Denoiser):
+class _OnePosition(Denoiser):
     """A causal model that predicts one position of each row; with a cache it reads every token once."""
 
     def __init__(self, model: CausalDenoiser, trace: Trace, cond: dict[str, Tensor], kv_cache: bool) -> None:
@@ -54,7 +51,7 @@ class _AtOnePlace(Denoiser):
     def denoise(self, x_BL: Tensor, t_B: None, at_BL: Tensor | None = None, *, row: Tensor) -> Tensor:
         place = int(at_BL[0].nonzero())
         if self._cache is None:
-            cond = rows_of(self._cond, row)
+            cond = select_rows(self._cond, row)
             return self._model.denoise(x_BL[:, : place + 1], None, at_BL[:, : place + 1], **cond)
         if place > self._read:
             new_Bn = self._trace.ids_BL[:, self._read : place]
@@ -75,15 +72,14 @@ def sample(
     watch: Watcher | None = None,
     **cond: Tensor,
 ) -> Trace:
-    """Fill the masked positions of `x_BL` from the left; its other tokens are given and never change.
+    """Fill the masked positions of `x_BL` from the left; its other tokens never change.
 
     Args:
-        stop_id: a row ends with this token behind its first; what is left of it stays masked.
-        kv_cache: keep keys and values of the prefix; False reads the whole prefix again for every token, to the same
-            result.
+        stop_id: a row ends with the first token `stop_id` after its start; the rest of it stays masked.
+        kv_cache: keep keys and values of the prefix; False reads the prefix again for every token, with equal results.
 
     Raises:
-        ValueError: the model is not causal, a row begins with a mask, or has given tokens behind one.
+        ValueError: the model is not causal, a row begins with a mask, or a mask is followed by a prompt token.
     """
     trace = Trace(x_BL, model.process, watch)
     if bool(trace.open_BL[:, 0].any()):
@@ -91,8 +87,8 @@ def sample(
             "a causal model needs a first token to start from: give one, or data.insert_train_special=true"
         )
     if bool(((trace.open_BL.cumsum(-1) > 0) & ~trace.open_BL).any()):
-        raise ValueError("a causal model can not fill in before given text: use sampling.prefix, not sampling.template")
-    cond.pop("attention_mask", None)  # a causal model does not attend to padding, which is on the right
-    denoiser = _AtOnePlace(model, trace, cond, kv_cache)
+        raise ValueError("a causal model cannot fill in before given text: use sampling.prefix, not sampling.template")
+    cond.pop("attention_mask", None)  # padding is on the right, where no token attends to it
+    denoiser = _OnePosition(model, trace, cond, kv_cache)
     step = LeftToRight(trace.open_BL, generator, choice, stop_id)
     return run(step, denoiser, trace, {"row": torch.arange(len(x_BL), device=x_BL.device)})

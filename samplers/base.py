@@ -24,14 +24,14 @@ from palimpsest.samplers.trace import Trace, Watcher
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A request of a step to the denoiser.
+class Request:
+    """The predictions that a step needs from the denoiser.
 
     Attributes:
         at_BL: the positions to predict.
         t_B: the time of each row; None for a causal model.
         s_B: the time to step to, for log p(x_s | x_t); None for log p(x_0 | x_t).
-        every_row: evaluate rows without positions too, so that all steps have the same shape.
+        every_row: also evaluate rows without positions, so that all steps have the same shape.
         erase_BL: tokens that become blank again after the step.
     """
 
@@ -45,59 +45,65 @@ class Asked:
 class Step(ABC):
     """The choices of a sampler at each step: first the positions, then the tokens."""
 
-    @abstractmethod
-    def positions(self, number: int, trace: Trace) -> Asked | None:
-        """Return the request of step `number`, counted from 1; None ends the sampling."""
+    choice: TokenChoice
+    u_BL: Tensor
 
     @abstractmethod
+    def positions(self, number: int, trace: Trace) -> Request | None:
+        """Return the request of step `number`, counted from 1; None ends the sampling."""
+
     def tokens(self, log_p_NV: Tensor, at_RL: Tensor, rows_R: Tensor) -> tuple[Tensor, Tensor | None]:
         """Choose tokens from the prediction at the N positions of `at_RL`, in the rows `rows_R` of the batch.
+
+        By default each is drawn by `self.choice` with the uniform numbers `self.u_BL`.
 
         Returns:
             The tokens, (M,), and a mask (N,) of the M positions that they are written to; None for all of them.
         """
+        return self.choice.draw(log_p_NV, self.u_BL[rows_R][at_RL]), None
 
 
 def run(step: Step, denoiser: Denoiser, trace: Trace, cond: dict[str, Tensor]) -> Trace:
-    """Take steps until there are no more, and return the trace.
+    """Take all steps and return the trace.
 
     Only rows with requested positions are evaluated, and only these positions are projected onto the vocabulary, in
     chunks of a bounded size.
 
     Args:
-        cond: conditioning that is passed to the denoiser, one row per text (B, ...).
+        cond: conditioning that is passed to the denoiser, row by row (B, ...).
     """
     every_R = torch.arange(len(trace.ids_BL), device=trace.ids_BL.device)
-    while (asked := step.positions(trace.num_steps + 1, trace)) is not None:
-        count_B = asked.at_BL.sum(-1)
-        rows_R = every_R if asked.every_row else count_B.nonzero().squeeze(-1)
+    while (request := step.positions(trace.num_steps + 1, trace)) is not None:
+        count_B = request.at_BL.sum(-1)
+        rows_R = every_R if request.every_row else count_B.nonzero().squeeze(-1)
         for some_R in row_chunks(rows_R, count_B[rows_R], denoiser.vocab_size):
-            at_RL = asked.at_BL[some_R]
-            t_R = None if asked.t_B is None else asked.t_B[some_R]
-            given = rows_of(cond, some_R)
-            if asked.s_B is None:
-                log_p_NV = denoiser.denoise(trace.ids_BL[some_R], t_R, at_RL, **given)
+            at_RL = request.at_BL[some_R]
+            t_R = None if request.t_B is None else request.t_B[some_R]
+            row_cond = select_rows(cond, some_R)
+            if request.s_B is None:
+                log_p_NV = denoiser.denoise(trace.ids_BL[some_R], t_R, at_RL, **row_cond)
             else:
-                log_p_NV = denoiser.reverse(trace.ids_BL[some_R], t_R, asked.s_B[some_R], at_RL, **given)
+                log_p_NV = denoiser.reverse(trace.ids_BL[some_R], t_R, request.s_B[some_R], at_RL, **row_cond)
             ids_M, chosen_N = step.tokens(log_p_NV, at_RL, some_R)
             if chosen_N is not None:
                 at_RL = torch.zeros_like(at_RL).masked_scatter(at_RL, chosen_N)
                 log_p_NV = log_p_NV[chosen_N]
             trace.write(at_RL, ids_M, log_p_NV, some_R)
         trace.evaluations_B[rows_R] += denoiser.evaluations
-        if asked.erase_BL is not None:
-            trace.erase(asked.erase_BL)
-        trace.end_step(shown=len(rows_R) > 0 or asked.erase_BL is not None)
+        if request.erase_BL is not None:
+            trace.erase(request.erase_BL)
+        trace.end_step(shown=len(rows_R) > 0 or request.erase_BL is not None)
     return trace
 
 
 def sampler(
     *processes: type[Process], lengthens: bool = False, independent: bool = False
 ) -> Callable[[Callable], Callable]:
-    """Declare the forward processes that a sampler inverts, and whether its texts are longer than what it is given.
+    """Declare the forward processes that a sampler inverts, and whether it lengthens its texts.
+
     independent: it needs a model whose schedule alone decides when a token is unmasked.
 
-    The type of the sampler's first argument is the denoiser that it needs. It is checked when the sampler is called.
+    The type of the sampler's first argument is the denoiser that it needs, which is checked at every call.
     """
 
     def declared(sample: Callable) -> Callable:
@@ -122,8 +128,8 @@ def sampler(
 def sampler_of(step: type[Step], *processes: type[Process], independent: bool = False) -> Callable[..., Trace]:
     """Return the sampler that runs a step class.
 
-    The keyword arguments of the class's constructor, which also takes the model, the trace and the noise, are the
-    settings of the sampler.
+    The constructor of the class takes the model, the trace and the noise; its keyword arguments are the settings of the
+    sampler.
     """
     parameters = list(inspect.signature(step.__init__, eval_str=True).parameters.values())[1:]
     settings = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
@@ -146,11 +152,14 @@ def sampler_of(step: type[Step], *processes: type[Process], independent: bool = 
 
 @dataclass(frozen=True)
 class TokenChoice:
-    """How a token is drawn from the model's distribution. The defaults draw from it as it is; all else is a heuristic
-    that samples a sharper law.
+    """The rule by which a token is drawn from the model's distribution.
 
-    temperature: of the softmax, 0 for the most likely token. top_k: keep the k most likely tokens. nucleus_p: keep the
-    fewest tokens whose probabilities sum to p or more (Holtzman et al., arXiv 1904.09751).
+    The defaults draw from the distribution itself; all else samples a sharper one.
+
+    Args:
+        temperature: of the softmax; 0 for the most likely token.
+        top_k: keep the k most likely tokens; None for all.
+        nucleus_p: keep the fewest tokens whose probabilities sum to p or more (Holtzman et al., arXiv 1904.09751).
     """
 
     temperature: NotNegative = 1.0
@@ -158,13 +167,13 @@ class TokenChoice:
     nucleus_p: AboveZeroShare = 1.0
 
     def draw(self, log_p_NV: Tensor, u_N: Tensor) -> Tensor:
-        """One token id per row, (N,), from uniform numbers `u_N`."""
+        """Draw one token id per row, (N,), from uniform numbers `u_N`."""
         if self.temperature == 0:
             return log_p_NV.argmax(-1)
         return draw_categorical(self.adjusted(log_p_NV), u_N)
 
     def adjusted(self, log_p_NV: Tensor) -> Tensor:
-        """Logarithms, up to a constant per row, of the distribution that `draw` draws from."""
+        """Return the logarithm of the distribution that `draw` samples, up to a constant per row."""
         log_p_NV = log_p_NV if self.temperature == 1 else (log_p_NV.double() / self.temperature).log_softmax(-1)
         if self.top_k is not None and self.top_k < log_p_NV.shape[-1]:
             weakest_N1 = log_p_NV.topk(self.top_k, dim=-1).values[:, -1:]
@@ -182,23 +191,22 @@ def time_grid(num_steps: int, eps: float, device: torch.device | None = None) ->
     return torch.linspace(1.0, eps, num_steps + 1, dtype=torch.float64, device=device)
 
 
-# Positions whose whole vocabulary is looked at together hold at most this many float64 numbers.
-_CHUNK_NUMBERS = 2**25
+_CHUNK_NUMBERS = 2**25  # maximum of log-probabilities that are held at once
 
 
 def row_chunks(rows_R: Tensor, positions_R: Tensor, vocab_size: int) -> Iterator[Tensor]:
-    """`rows_R` in runs that have few enough positions to project at once, one row at least."""
-    together, numbers = [], 0
+    """Yield `rows_R` in chunks with few enough positions to project at once, one row at least."""
+    chunk, numbers = [], 0
     for row, count in zip(rows_R, (positions_R * vocab_size).tolist(), strict=True):
-        if together and numbers + count > _CHUNK_NUMBERS:
-            yield torch.stack(together)
-            together, numbers = [], 0
-        together.append(row)
+        if chunk and numbers + count > _CHUNK_NUMBERS:
+            yield torch.stack(chunk)
+            chunk, numbers = [], 0
+        chunk.append(row)
         numbers += count
-    if together:
-        yield torch.stack(together)
+    if chunk:
+        yield torch.stack(chunk)
 
 
-def rows_of(cond: dict[str, Tensor], rows_R: Tensor) -> dict[str, Tensor]:
-    """The conditions of some rows; what is no tensor holds for all."""
+def select_rows(cond: dict[str, Tensor], rows_R: Tensor) -> dict[str, Tensor]:
+    """Return the conditioning of some rows; values that are not tensors hold for all rows."""
     return {name: value[rows_R] if isinstance(value, Tensor) else value for name, value in cond.items()}

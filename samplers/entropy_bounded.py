@@ -1,4 +1,4 @@
-"""The entropy-bounded sampler: unmask as many positions per step as are nearly certain together (EB-Sampler, Ben-Hamu
+"""The entropy-bounded sampler: each step unmasks as many positions as are nearly certain together (EB-Sampler, Ben-Hamu
 et al., arXiv 2505.24857).
 
 A heuristic with a distribution of its own: the tokens of one step are drawn independently, and the order depends on the
@@ -28,7 +28,7 @@ def bounded(log_p_NV: Tensor, at_RL: Tensor, gamma: float) -> Tensor:
     """
     preference_RL = preference(log_p_NV, at_RL, "entropy")
     entropy_RL = (-preference_RL).clamp(min=0.0).sort(dim=-1).values
-    # In this order the largest is the last, so what counts is the sum of those before it.
+    # In this order the largest is the last, so the bound is on the sum of those before it.
     before_RL = torch.cat([torch.zeros_like(entropy_RL[:, :1]), entropy_RL[:, :-1].cumsum(-1)], dim=-1)
     return first_positions(preference_RL, torch.minimum((before_RL <= gamma).sum(-1), at_RL.sum(-1)))
 
@@ -37,7 +37,7 @@ class EntropyBounded(AtEveryMask):
     """Unmask the positions with the least entropy, as many as `gamma` allows.
 
     Args:
-        gamma: bound in nats. 0 unmasks one token per step, and with it all whose entropy is 0.
+        gamma: bound in nats. 0 unmasks one token per step, and all tokens with entropy 0.
     """
 
     def __init__(

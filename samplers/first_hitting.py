@@ -1,8 +1,8 @@
-"""The first-hitting sampler (Zheng et al., arXiv 2409.02908): the continuous-time limit of ancestral
-sampling, simulated event by event. It draws exactly from the model's distribution, without any time grid.
+"""The first-hitting sampler (Zheng et al., arXiv 2409.02908): ancestral sampling in the limit of continuous time.
 
-Each mask goes at a time of its own, at which 1 - alpha is uniform; almost surely no two go together. So the masks of a
-row are filled one at a time, in the order of those times: as many network evaluations as masks, rows side by side.
+It is exact and needs no grid of times. The time at which a token is unmasked has uniform 1 - alpha, and almost surely
+no two are equal. So the masks of a row are filled one at a time in the order of these times, with as many network
+evaluations as masks.
 
 Shape suffixes: B batch, L length, R rows evaluated, N positions drawn.
 """
@@ -10,12 +10,11 @@ Shape suffixes: B batch, L length, R rows evaluated, N positions drawn.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from palimpsest.common.randomness import KeyedNoise
 from palimpsest.denoisers import Denoiser
 from palimpsest.process import Absorbing
-from palimpsest.samplers.base import Asked, Step, TokenChoice, sampler_of
+from palimpsest.samplers.base import Request, Step, TokenChoice, sampler_of
 from palimpsest.samplers.trace import Trace
 
 UNFIT = (
@@ -51,16 +50,13 @@ class FirstHitting(Step):
         self.choice = choice
         self.num_steps = int(self.count_B.max())
 
-    def positions(self, number: int, trace: Trace) -> Asked | None:
+    def positions(self, number: int, trace: Trace) -> Request | None:
         if number > self.num_steps:
             return None
         place_B1 = self.order_BL[:, number - 1 : number]
         at_BL = torch.zeros_like(self.level_BL, dtype=torch.bool).scatter(1, place_B1, True)
         t_B = self.model.schedule.t_from_alpha(1 - self.level_BL.gather(1, place_B1).squeeze(1)).clamp(0.0, 1.0)
-        return Asked(at_BL & (self.count_B >= number)[:, None], t_B)
-
-    def tokens(self, log_p_NV: Tensor, at_RL: Tensor, rows_R: Tensor) -> tuple[Tensor, None]:
-        return self.choice.draw(log_p_NV, self.u_BL[rows_R][at_RL]), None
+        return Request(at_BL & (self.count_B >= number)[:, None], t_B)
 
 
 sample = sampler_of(FirstHitting, Absorbing, independent=True)

@@ -1,4 +1,4 @@
-"""Texts and latents together, and texts steered by latents: both at once, and guidance against the marginal.
+"""Joint sampling of texts and latents, and guidance of texts towards a latent.
 
 Shape suffixes: B batch, L length, N selected positions, V vocabulary, K latent tokens, D numbers of each, S times.
 """
@@ -15,12 +15,12 @@ from palimpsest.common.randomness import KeyedNoise
 from palimpsest.denoisers import Denoiser, JointDenoiser, LatentGuided
 from palimpsest.process import Absorbing, unmask_step
 from palimpsest.samplers.base import TokenChoice, sampler, time_grid
-from palimpsest.samplers.gaussian import first_noise, step
+from palimpsest.samplers.gaussian import step
 from palimpsest.samplers.trace import Trace, Watcher
 
 
 def with_guidance(sampler: Callable[..., Trace], weight: float) -> Callable[..., Trace]:
-    """`sampler`, drawing from the guided model."""
+    """Return `sampler` with guidance of `weight` towards the latent."""
     if weight == 1:
         return sampler
 
@@ -32,7 +32,7 @@ def with_guidance(sampler: Callable[..., Trace], weight: float) -> Callable[...,
 
 @dataclass(frozen=True)
 class JointGeneration:
-    """A text and the latent that was drawn with it, standardised, float32 (B, K, D)."""
+    """Texts and the latents that were drawn with them, standardised, float32 (B, K, D)."""
 
     text: Trace
     latent_BKD: Tensor
@@ -40,31 +40,39 @@ class JointGeneration:
 
 @sampler(Absorbing)
 def sample(
-    model: JointDenoiser, x_BL: Tensor, generator: KeyedNoise, *, steps: int, eta: float = 0.0,
+    model: JointDenoiser,
+    x_BL: Tensor,
+    generator: KeyedNoise,
+    *,
+    steps: int,
+    eta: float = 0.0,
     choice: TokenChoice = TokenChoice(),  # noqa: B008 - frozen
     noise_removal: bool = True,
-    eps: float = 1e-5, watch: Watcher | None = None, **cond: Tensor,
-) -> JointGeneration:  # fmt: skip
-    """Fill the masked positions of `x_BL` and draw a latent, both times on one grid from 1 to 0: each of the `steps`
-    evaluations of the network is ancestral for the text (samplers/ancestral.py) and DDIM, or with eta > 0 partly
-    ancestral, for the latent (samplers/gaussian.py). With `noise_removal` one more writes what is still masked then.
+    eps: float = 1e-5,
+    watch: Watcher | None = None,
+    **cond: Tensor,
+) -> JointGeneration:
+    """Fill the masked positions of `x_BL` and draw a latent, both on one grid of times from 1 to 0.
 
-    The text's numbers are the row's own, the latent's those of its part 1.
+    Each of the `steps` evaluations is an ancestral step of the text (samplers/ancestral.py) and a DDIM step of the
+    latent, partly ancestral if eta > 0 (samplers/gaussian.py). `noise_removal` adds one that writes the most likely
+    tokens at the remaining masks. The text uses the row's own random numbers, the latent those of its part 1.
     """
-    grid_S, latents = time_grid(steps, eps, x_BL.device), generator.part(1)
+    grid_S, latent_noise = time_grid(steps, eps, x_BL.device), generator.part(1)
     trace = Trace(x_BL, model.process, watch)
     write_at_BL = unmask_step(generator.uniform(x_BL.shape[1]), model.schedule(grid_S).alpha)
     write_at_BL = write_at_BL.masked_fill(~trace.masked_BL, -1)
     u_BL = generator.uniform(x_BL.shape[1])
-    latent_BKD = first_noise(latents, model.latent_shape)
+    latent_BKD = latent_noise.normal(*model.latent_shape)  # x_1, float64
     ends_S = torch.cat([grid_S[1:-1], grid_S.new_zeros(1)])
     for number in range(steps):
-        now_BL, t_B, s_B = write_at_BL == number, *(g[number].expand(len(x_BL)) for g in (grid_S, ends_S))
-        log_p_NV, said = model.denoise_both(trace.ids_BL, t_B, now_BL, latent_BKD, t_B, **cond)
+        now_BL = write_at_BL == number
+        t_B, s_B = grid_S[number].expand(len(x_BL)), ends_S[number].expand(len(x_BL))
+        log_p_NV, prediction = model.denoise_both(trace.ids_BL, t_B, now_BL, latent_BKD, t_B, **cond)
         trace.write(now_BL, choice.draw(log_p_NV, u_BL[now_BL]), log_p_NV)
         trace.evaluations_B += 1
         trace.end_step()
-        latent_BKD = step(said, latent_BKD, t_B, s_B, eta, latents)
+        latent_BKD = step(prediction, latent_BKD, t_B, s_B, eta, latent_noise)
     left_BL = trace.masked_BL & noise_removal
     if left_BL.any():
         latent = {"latent": latent_BKD, "latent_t": torch.zeros_like(latent_BKD[:, 0, 0])}

@@ -1,6 +1,7 @@
-"""One position after another in an order that the network's own prediction decides: left to right, or first where it is
-surest. Not the law of the diffusion model but one of its own, which estimators/ordered.py computes exactly
-(DUEL, Turok et al., arXiv 2603.01367).
+"""Sampling in an order that the network's own prediction decides: left to right, or the most certain position first.
+
+It has its own distribution, not that of the diffusion model; estimators/ordered.py computes its exact likelihood (DUEL,
+Turok et al., arXiv 2603.01367).
 
 Shape suffixes: B batch, L length, N masked positions, V vocabulary, R rows evaluated.
 """
@@ -16,19 +17,18 @@ from torch import Tensor
 from palimpsest.common.randomness import KeyedNoise
 from palimpsest.common.values import AtLeastOne
 from palimpsest.denoisers import Denoiser
-from palimpsest.process import Absorbing
-from palimpsest.samplers.base import Asked, Step, TokenChoice, sampler_of
+from palimpsest.process import Absorbing, scatter_positions
+from palimpsest.samplers.base import Request, Step, TokenChoice, sampler_of
 from palimpsest.samplers.trace import Trace
 
 ORDERS = ("left_to_right", "confidence", "margin", "entropy")
 
 
 def preference(log_p_NV: Tensor, at_BL: Tensor, order: str) -> Tensor:
-    """How much each position of `at_BL` should be filled next, float64 (B, L), -inf elsewhere. A function of the
-    prediction alone, never of the token that will stand there.
+    """Return the preference for unmasking each position of `at_BL` next, float64 (B, L), -inf elsewhere.
 
-    confidence: the largest probability; margin: its distance to the second (Kim et al., arXiv 2502.06768);
-    entropy: the least entropy.
+    It depends on the prediction only, never on the token that is written. confidence: the largest probability. margin:
+    its distance to the second (Kim et al., arXiv 2502.06768). entropy: minus the entropy.
     """
     if order == "left_to_right":
         return torch.where(at_BL, -torch.arange(at_BL.shape[1], device=at_BL.device).double(), -torch.inf)
@@ -40,28 +40,17 @@ def preference(log_p_NV: Tensor, at_BL: Tensor, order: str) -> Tensor:
         value_N = first_N - second_N
     else:
         value_N = (p_NV * log_p_NV.double().masked_fill(p_NV == 0, 0.0)).sum(-1)
-    return at_positions(value_N, at_BL)
-
-
-def at_positions(value_N: Tensor, at_BL: Tensor) -> Tensor:
-    """Return (B, L) with the values at the N positions of `at_BL` and -inf elsewhere."""
-    everywhere_BL = torch.full(at_BL.shape, -torch.inf, dtype=value_N.dtype, device=at_BL.device)
-    return everywhere_BL.masked_scatter(at_BL, value_N)
+    return scatter_positions(value_N, at_BL, -torch.inf)
 
 
 def first_positions(preference_BL: Tensor, count_B: Tensor) -> Tensor:
-    """True at the `count_B` preferred positions of each row, (B, L). Ties go left."""
+    """Return True at the `count_B` preferred positions of each row, (B, L); ties go left."""
     ranks_BL = preference_BL.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
     return ranks_BL < count_B[:, None]
 
 
-def next_positions(preference_BL: Tensor, left_B: Tensor, tokens_per_step: int) -> Tensor:
-    """True at the `tokens_per_step` preferred positions of each row that still has so many, (B, L). Ties go left."""
-    return first_positions(preference_BL, left_B.clamp(max=tokens_per_step))
-
-
 class AtEveryMask(Step):
-    """Ask for every masked position, then unmask those that `chosen` selects."""
+    """Predict every masked position, then unmask those that `chosen` selects."""
 
     def __init__(self, model: Denoiser, trace: Trace, noise: KeyedNoise, choice: TokenChoice) -> None:
         self.u_BL = noise.uniform(trace.ids_BL.shape[1])
@@ -71,13 +60,13 @@ class AtEveryMask(Step):
 
     @abstractmethod
     def chosen(self, log_p_NV: Tensor, at_RL: Tensor) -> Tensor:
-        """Return the positions of `at_RL` to unmask, (R, L); at least one in each row that has any."""
+        """Return the positions of `at_RL` to unmask, (R, L), at least one in each row with masks."""
 
-    def positions(self, number: int, trace: Trace) -> Asked | None:
+    def positions(self, number: int, trace: Trace) -> Request | None:
         masked_BL = trace.masked_BL
         if not bool(masked_BL.any()):
             return None
-        return Asked(masked_BL, time_of(self.model, masked_BL.sum(-1), self.maskable_B))
+        return Request(masked_BL, time_of(self.model, masked_BL.sum(-1), self.maskable_B))
 
     def tokens(self, log_p_NV: Tensor, at_RL: Tensor, rows_R: Tensor) -> tuple[Tensor, Tensor]:
         now_RL = self.chosen(log_p_NV, at_RL)
@@ -103,13 +92,14 @@ class Ordered(AtEveryMask):
         self.tokens_per_step = tokens_per_step
 
     def chosen(self, log_p_NV: Tensor, at_RL: Tensor) -> Tensor:
-        return next_positions(preference(log_p_NV, at_RL, self.order), at_RL.sum(-1), self.tokens_per_step)
+        count_R = at_RL.sum(-1).clamp(max=self.tokens_per_step)
+        return first_positions(preference(log_p_NV, at_RL, self.order), count_R)
 
 
 sample = sampler_of(Ordered, Absorbing)
 
 
 def time_of(model: Denoiser, masked_B: Tensor, maskable_B: Tensor) -> Tensor:
-    """The time at which this share of masks is expected, for networks that are shown one, float64 (B,)."""
+    """Return the time at which this share of masks is expected, for time-conditioned networks, float64 (B,)."""
     share_B = masked_B.double() / maskable_B.clamp(min=1)
     return model.schedule.t_from_alpha(1 - share_B).clamp(0.0, 1.0)

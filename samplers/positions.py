@@ -1,11 +1,12 @@
-"""Which tokens of a text an edit may rewrite: at random, at the end, where the text is least certain, or where the new
-latent explains it worst.
+"""Choice of the tokens that an edit rewrites: random ones, the last ones, the least certain ones, or those that the new
+latent explains worst.
 
 Shape suffixes: B batch, L length, R rows at once, N selected positions, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,16 +14,16 @@ from torch import Tensor
 
 from palimpsest.common.randomness import KeyedNoise
 from palimpsest.denoisers import Denoiser
-from palimpsest.samplers.base import row_chunks, rows_of
-from palimpsest.samplers.ordered import next_positions
+from palimpsest.process import scatter_positions
+from palimpsest.samplers.base import row_chunks, select_rows
+from palimpsest.samplers.ordered import first_positions
 
-_PAIRS = 4
+_PAIRS = 4  # pairs of complementary masks
 
 
 @dataclass(frozen=True)
 class Selection:
-    """masked_BL: what is to be rewritten. share_B: of the tokens that may be, float64. evaluations_B: network
-    evaluations spent on the choice."""
+    """The tokens to rewrite, their share of the eligible ones (float64), and the network evaluations of the choice."""
 
     masked_BL: Tensor
     share_B: Tensor
@@ -31,32 +32,52 @@ class Selection:
 
 @torch.no_grad()
 def select(
-    model: Denoiser, x_BL: Tensor, eligible_BL: Tensor, generator: KeyedNoise, *, positions: str, rate: float,
-    source: Tensor, target: Tensor, **cond: Tensor,
-) -> Selection:  # fmt: skip
-    """The floor(rate * n) of the n eligible tokens of each text that come first by `positions`.
+    model: Denoiser,
+    x_BL: Tensor,
+    eligible_BL: Tensor,
+    generator: KeyedNoise,
+    *,
+    positions: str,
+    rate: float,
+    source: Tensor,
+    target: Tensor,
+    **cond: Tensor,
+) -> Selection:
+    """Select the floor(rate * n) of the n eligible tokens of each text that rank first by `positions`.
 
-    random. suffix: the last ones. entropy: where the text alone, without any latent, leaves most open. contrast: where
-    the token is likelier given the latent of the text, `source` (B, K, D), than given the one that it is to get,
-    `target`. Both look at every token while it and about half of the others are masked, in complementary halves:
-    a network of masks has learned to predict masked tokens, and says nothing of those that it sees.
+    Args:
+        positions: random; suffix: the last tokens; entropy: the largest entropy without any latent; contrast: the
+            largest log-ratio of the token's probabilities given `source` and given `target`. For the last two, each
+            token is predicted with about half of the others masked, because a network of masks predicts masked tokens
+            only.
+        source: latent of the text, (B, K, D).
+        target: latent that the edited text should have, (B, K, D).
     """
     n_B = eligible_BL.sum(-1)
     count_B = (rate * n_B + 1e-9).long()
     score_BL, passes = generator.uniform(x_BL.shape[1]), 0
     if positions == "suffix":
         score_BL = torch.arange(x_BL.shape[1], device=x_BL.device).double().expand(x_BL.shape)
-    elif positions != "random":
-        score_BL, passes = _looked_at(model, x_BL, eligible_BL, generator, positions, source, target, cond)
-    masked_BL = next_positions(score_BL.masked_fill(~eligible_BL, -torch.inf), count_B, x_BL.shape[1])
+    elif positions == "entropy":
+        score_BL = _masked_scores(_entropy, model, x_BL, eligible_BL, generator, cond)
+        passes = 2 * _PAIRS
+    elif positions == "contrast":
+        cond = {**cond, "source": source, "target": target}
+        score_BL = _masked_scores(_contrast, model, x_BL, eligible_BL, generator, cond)
+        passes = 4 * _PAIRS
+    masked_BL = first_positions(score_BL.masked_fill(~eligible_BL, -torch.inf), count_B)
     return Selection(masked_BL, count_B.double() / n_B.clamp(min=1), torch.full_like(n_B, passes))
 
 
-def _looked_at(
-    model: Denoiser, x_BL: Tensor, eligible_BL: Tensor, generator: KeyedNoise, positions: str, source: Tensor,
-    target: Tensor, cond: dict[str, Tensor],
-) -> tuple[Tensor, int]:  # fmt: skip
-    """What `positions` ranks by, summed over the passes, float64 (B, L), and how many there were for each text."""
+def _masked_scores(
+    score: Callable[..., Tensor],
+    model: Denoiser,
+    x_BL: Tensor,
+    eligible_BL: Tensor,
+    generator: KeyedNoise,
+    cond: dict[str, Tensor],
+) -> Tensor:
+    """Return the sum of `score` over `_PAIRS` pairs of complementary masks, float64 (B, L)."""
     score_BL = torch.zeros(x_BL.shape, dtype=torch.float64, device=x_BL.device)
     half = model.schedule.t_from_alpha(torch.tensor(0.5, dtype=torch.float64, device=x_BL.device))
     every_R = torch.arange(len(x_BL), device=x_BL.device)
@@ -65,14 +86,21 @@ def _looked_at(
         for at_BL in (first_BL & eligible_BL, ~first_BL & eligible_BL):
             for rows_R in row_chunks(every_R, at_BL.sum(-1), model.vocab_size):
                 at_RL, t_R = at_BL[rows_R], half.expand(len(rows_R))
-                seen_RL, given = model.process.mask(x_BL[rows_R], at_RL), rows_of(cond, rows_R)
-                if positions == "entropy":
-                    log_p_NV = model.denoise(seen_RL, t_R, at_RL, **given).double()
-                    found_N = -(log_p_NV.exp() * log_p_NV.masked_fill(log_p_NV.isneginf(), 0.0)).sum(-1)
-                else:
-                    token_N1 = x_BL[rows_R][at_RL][:, None]
-                    old_N, new_N = (model.denoise(seen_RL, t_R, at_RL, latent=latent[rows_R], **given).double()
-                                    .gather(1, token_N1)[:, 0] for latent in (source, target))  # fmt: skip
-                    found_N = old_N - new_N
-                score_BL[rows_R] += torch.zeros_like(score_BL[rows_R]).masked_scatter(at_RL, found_N)
-    return score_BL, 2 * _PAIRS * (1 if positions == "entropy" else 2)
+                score_N = score(model, x_BL[rows_R], t_R, at_RL, **select_rows(cond, rows_R))
+                score_BL[rows_R] += scatter_positions(score_N, at_RL)
+    return score_BL
+
+
+def _entropy(model: Denoiser, x_RL: Tensor, t_R: Tensor, at_RL: Tensor, **cond: Tensor) -> Tensor:
+    """Return the entropy of the predictions at the N positions of `at_RL`, (N,)."""
+    log_p_NV = model.denoise(model.process.mask(x_RL, at_RL), t_R, at_RL, **cond).double()
+    return -(log_p_NV.exp() * log_p_NV.masked_fill(log_p_NV.isneginf(), 0.0)).sum(-1)
+
+
+def _contrast(
+    model: Denoiser, x_RL: Tensor, t_R: Tensor, at_RL: Tensor, source: Tensor, target: Tensor, **cond: Tensor
+) -> Tensor:
+    """Return the log-ratio of the tokens' probabilities given `source` and given `target`, (N,)."""
+    masked_RL, token_N1 = model.process.mask(x_RL, at_RL), x_RL[at_RL][:, None]
+    old_NV, new_NV = (model.denoise(masked_RL, t_R, at_RL, latent=z, **cond).double() for z in (source, target))
+    return (old_NV.gather(1, token_N1) - new_NV.gather(1, token_N1))[:, 0]

@@ -1,7 +1,7 @@
-"""Segment after segment: as samplers/block.py block after block, where blocks are segments of any lengths, which differ
-from row to row. Each is sampled by masked diffusion behind the clean segments before it, whose keys and values are
-computed once. It draws from the model's distribution as exactly as `inner` does within a segment: exactly by first
-hitting, approximately on a grid of times.
+"""Sampling segment after segment: as samplers/block.py, for blocks of any lengths, which differ from row to row.
+
+Each segment attends to the earlier clean ones, whose keys and values are computed once. The sampler is exact if `inner`
+is exact within a segment (first hitting), and approximate on a grid of times.
 
 Shape suffixes: B batch, L length, S segments, W tokens of the longest row of a segment.
 """
@@ -32,32 +32,33 @@ def sample(
     watch: Watcher | None = None,
     **cond: Tensor,
 ) -> Trace:
-    """Fill the masked positions of `x_BL`; its other tokens are given and never change.
+    """Fill the masked positions of `x_BL`; its other tokens never change.
 
     Args:
-        segment_ends: the tokens before which each segment but the last ends, (B, S - 1).
+        segment_ends: end (exclusive) of each segment except the last, (B, S - 1).
         inner: fills the masks of one segment.
-        kv_cache: keep keys and values of the clean segments; else they are read for every evaluation, to equal result.
+        kv_cache: keep keys and values of the clean segments; otherwise they are read at every evaluation, with equal
+            results.
 
     Raises:
-        ValueError: tokens are given behind a segment with masks.
+        ValueError: prompt tokens follow a segment with masks.
     """
     place_L = torch.arange(x_BL.shape[1], device=x_BL.device)
     segment_BL = (place_L >= segment_ends[..., None]).sum(1)
-    _refuse_gaps(model.process.is_corrupted(x_BL), segment_BL)
+    _check_no_gaps(model.process.is_corrupted(x_BL), segment_BL)
     trace, rows_B = Trace(x_BL, model.process, watch), torch.arange(len(x_BL), device=x_BL.device)
     earlier: object = model.new_segment_cache(len(x_BL)) if kv_cache else []
-    number = segment_ends.shape[1] + 1
-    for segment in range(number):
+    last = segment_ends.shape[1]
+    for segment in range(last + 1):
         at_BL = segment_BL == segment
-        tokens_BW, here_BW = _to_the_front(trace.ids_BL, at_BL, filler=int(model.process.mask_id == 0))
+        tokens_BW, here_BW = _left_aligned(trace.ids_BL, at_BL, filler=int(model.process.mask_id == 0))
         if bool((model.process.is_corrupted(tokens_BW)).any()):
-            law, noise = model.after(earlier, **cond), generator.part(segment)
-            watched = trace.inset(at_BL, here_BW)
-            out = inner(law, tokens_BW, noise, watch=watched, row=rows_B, attention_mask=here_BW)
-            trace.paste(out, at_BL, here_BW)
+            segment_model, noise = model.after(earlier, **cond), generator.part(segment)
+            watch_part = trace.part_watcher(at_BL, here_BW)
+            out = inner(segment_model, tokens_BW, noise, watch=watch_part, row=rows_B, attention_mask=here_BW)
+            trace.merge_part(out, at_BL, here_BW)
             tokens_BW = out.ids_BL
-        if segment == number - 1:
+        if segment == last:
             break
         if kv_cache:
             model.remember_segment(tokens_BW, here_BW, earlier, **cond)
@@ -67,8 +68,8 @@ def sample(
     return trace
 
 
-def _to_the_front(x_BL: Tensor, at_BL: Tensor, filler: int) -> tuple[Tensor, Tensor]:
-    """The tokens of one segment at the front of rows of their own, and where these rows have any, (B, W) each."""
+def _left_aligned(x_BL: Tensor, at_BL: Tensor, filler: int) -> tuple[Tensor, Tensor]:
+    """Return the tokens of one segment as left-aligned rows, and a mask of these tokens, (B, W) each."""
     count_B = at_BL.sum(-1)
     here_BW = torch.arange(int(count_B.max()), device=x_BL.device) < count_B[:, None]
     tokens_BW = torch.full(here_BW.shape, filler, dtype=x_BL.dtype, device=x_BL.device)
@@ -76,11 +77,11 @@ def _to_the_front(x_BL: Tensor, at_BL: Tensor, filler: int) -> tuple[Tensor, Ten
     return tokens_BW, here_BW
 
 
-def _refuse_gaps(masked_BL: Tensor, segment_BL: Tensor) -> None:
-    """Given tokens behind a gap are seen by their own segment only."""
+def _check_no_gaps(masked_BL: Tensor, segment_BL: Tensor) -> None:
+    """Raise ValueError if prompt tokens follow a gap, because only their own segment would attend to them."""
     first_gap_B1 = torch.where(masked_BL, segment_BL, masked_BL.shape[1]).min(-1, keepdim=True).values
     if bool((~masked_BL & (segment_BL > first_gap_B1)).any()):
         raise ValueError(
-            "data.segments=true: segments are written from the first to the last, not knowing what is given behind "
-            "them; give the beginning of a text only"
+            "data.segments=true: segments are written from the first to the last, without attending to tokens given "
+            "behind them; give the beginning of a text only"
         )

@@ -1,8 +1,9 @@
-"""Semi-autoregressive generation (MDLM, arXiv 2406.07524): texts longer than the network's
-window, a stride at a time. It has a distribution of its own: in each window that of the inner sampler (ancestral, so
-an approximation of the model's), and what stands before the window is not seen.
+"""Semi-autoregressive generation (MDLM, arXiv 2406.07524) of texts longer than the network's window.
 
-Shape suffixes: B batch, L length of the window, W length of everything.
+It has its own distribution: each window is drawn by the inner sampler (ancestral, so an approximation), and the tokens
+before the window are not seen.
+
+Shape suffixes: B batch, L length of the window, W length of the text.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from palimpsest.process import Absorbing
 from palimpsest.samplers.base import sampler
 from palimpsest.samplers.trace import Trace, Watcher
 
-_MOST_TOKENS = 2**20  # of a text, behind the first window
+_MOST_TOKENS = 2**20  # after the first window of a text
 UNFULL = (
-    "sampling.predictor=semi_ar (also typed as sampling.semi_ar=true) goes on behind full rows, and rows of "
-    "data.wrap=false are padded; use wrapped data (data.wrap=true)"
+    "sampling.predictor=semi_ar (also typed as sampling.semi_ar=true) continues full rows, and rows of data.wrap=false "
+    "are padded; use wrapped data (data.wrap=true)"
 )
 
 
@@ -39,11 +40,12 @@ def sample(
     watch: Watcher | None = None,
     **cond: Tensor,
 ) -> Trace:
-    """The window `x_BL` filled by `inner`, then `num_strides` times `stride_length` tokens more, each time behind the
-    last L - stride_length tokens of what is there, which stay as they are: (B, L + stride_length * num_strides).
+    """Fill the window `x_BL` by `inner`, then append `stride_length` tokens `num_strides` times.
+
+    Each stride is conditioned on the last L - stride_length tokens. Returns (B, L + stride_length * num_strides).
 
     Raises:
-        ValueError: the stride does not fit the window, texts would be too long, or rows are padded.
+        ValueError: the stride is longer than the window, texts would be too long, or rows are padded.
     """
     length = x_BL.shape[1]
     if stride_length > length:
@@ -59,9 +61,9 @@ def sample(
     trace = Trace(torch.cat([x_BL, blank_BW], dim=1), model.process, watch)
     for start in range(0, stride_length * num_strides + 1, stride_length):
         window_BL = trace.ids_BL[:, start : start + length].clone()  # the trace changes while it is watched
-        new = length if start == 0 else stride_length  # of the window's tokens, the last ones
+        new = length if start == 0 else stride_length  # number of tokens to write, at the end of the window
         at_BW, here_BL = torch.zeros_like(trace.masked_BL), torch.zeros_like(x_BL, dtype=torch.bool)
         at_BW[:, start + length - new : start + length], here_BL[:, length - new :] = True, True
-        out = inner(model, window_BL, generator, watch=trace.inset(at_BW, here_BL), **cond)
-        trace.paste(out, at_BW, here_BL)
+        out = inner(model, window_BL, generator, watch=trace.part_watcher(at_BW, here_BL), **cond)
+        trace.merge_part(out, at_BW, here_BL)
     return trace

@@ -1,6 +1,6 @@
 """The trace of a batch of texts during sampling: tokens, steps, confidences, network evaluations.
 
-Shape suffixes: B batch, L length, R rows written to, W length of an inset, N written positions, V vocabulary.
+Shape suffixes: B batch, L length, R rows written to, W length of a part, N written positions, V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from palimpsest.process import Process
 class Trace:
     """A batch of texts during and after sampling.
 
-    A watcher gets the trace itself after each step. It must copy what it keeps, because the sampler goes on writing.
+    A watcher gets the trace itself after each step. It must copy what it keeps, because the sampler continues writing.
 
     Attributes:
         ids_BL: the tokens, some of them blank.
-        step_BL: the step, counted from 1, that wrote each token; 0 for given tokens and blanks.
-        confidence_BL: the model's probability of each token when it was written, before temperature and cuts, float32;
-            1 for given tokens, 0 for blanks.
+        step_BL: the step, counted from 1, that wrote each token; 0 for prompt tokens and blanks.
+        confidence_BL: the model's probability of each token when it was written, before temperature and truncation,
+            float32; 1 for prompt tokens, 0 for blanks.
         num_steps: number of steps so far.
         evaluations_B: network evaluations of each row.
         open_BL: True at the positions to be generated.
@@ -43,16 +43,18 @@ class Trace:
 
     @property
     def masked_BL(self) -> Tensor:
-        """True at blanks."""
+        """True at blank positions."""
         return self.ids_BL == self._blank_id
 
     def write(self, at_RL: Tensor, ids_N: Tensor, log_p_NV: Tensor, rows_R: Tensor | None = None) -> None:
         """Write `ids_N` to the N positions of `at_RL`, in the rows `rows_R` (None: all), as step `num_steps` + 1.
 
-        log_p_NV: the model's prediction there, before temperature and cuts.
+        log_p_NV: the model's prediction there, before temperature and truncation.
         """
-        where = self._places(at_RL, rows_R)
-        self.ids_BL[where], self.step_BL[where] = ids_N, self.num_steps + 1
+        row_N, place_N = at_RL.nonzero(as_tuple=True)
+        where = (row_N if rows_R is None else rows_R[row_N]), place_N
+        self.ids_BL[where] = ids_N
+        self.step_BL[where] = self.num_steps + 1
         self.confidence_BL[where] = log_p_NV.gather(-1, ids_N[:, None]).squeeze(-1).exp().float()
 
     def erase(self, at_BL: Tensor) -> None:
@@ -67,7 +69,7 @@ class Trace:
         if shown and self._watch is not None:
             self._watch(self)
 
-    def inset(self, at_BL: Tensor, here_RW: Tensor, rows_R: Tensor | None = None) -> Watcher | None:
+    def part_watcher(self, at_BL: Tensor, here_RW: Tensor, rows_R: Tensor | None = None) -> Watcher | None:
         """Return a watcher for a sampler that writes a part of these texts.
 
         Args:
@@ -89,18 +91,14 @@ class Trace:
 
         return show
 
-    def paste(self, part: Trace, at_BL: Tensor, here_RW: Tensor, rows_R: Tensor | None = None) -> None:
-        """Copy the tokens, steps and evaluations of a part into this trace; the arguments are those of `inset`."""
+    def merge_part(self, part: Trace, at_BL: Tensor, here_RW: Tensor, rows_R: Tensor | None = None) -> None:
+        """Copy the tokens, steps and evaluations of a part into this trace; arguments as in `part_watcher`."""
         step_N, written_N = part.step_BL[here_RW], part.step_BL[here_RW] > 0
         self.ids_BL[at_BL] = part.ids_BL[here_RW]
         self.step_BL[at_BL] = torch.where(written_N, step_N + self.num_steps, self.step_BL[at_BL])
         self.confidence_BL[at_BL] = torch.where(written_N, part.confidence_BL[here_RW], self.confidence_BL[at_BL])
         self.evaluations_B[slice(None) if rows_R is None else rows_R] += part.evaluations_B
         self.num_steps += part.num_steps
-
-    def _places(self, at_RL: Tensor, rows_R: Tensor | None) -> tuple[Tensor, Tensor]:
-        row_N, place_N = at_RL.nonzero(as_tuple=True)
-        return (row_N if rows_R is None else rows_R[row_N]), place_N
 
 
 # A sampler calls its watcher (`watch=`) after each step that may have written a token.

@@ -19,24 +19,22 @@ from torch import Tensor
 from palimpsest.common.randomness import KeyedNoise
 from palimpsest.common.values import COUNT, AtLeastOne, Count, whole
 from palimpsest.denoisers import Denoiser
-from palimpsest.process import Hybrid, Uniform
-from palimpsest.samplers.base import Asked, Step, TokenChoice, sampler_of, time_grid
-from palimpsest.samplers.ordered import at_positions, first_positions
+from palimpsest.process import Hybrid, Uniform, scatter_positions
+from palimpsest.samplers.base import Request, Step, TokenChoice, sampler_of, time_grid
+from palimpsest.samplers.ordered import first_positions
 from palimpsest.samplers.trace import Trace
 
 
 class Resample(Step):
-    """Redraw every open position at each step, from pure noise to a clean text.
-
-    Any open token may change at any step; given tokens never do.
+    """Redraw every open position at each step, from pure noise to a clean text; prompt tokens never change.
 
     Args:
         noise_removal: end with the most likely token at every position ("greedy tail", DUO, 2506.10892).
         corrector_steps: corrector evaluations after each step; each redraws `corrector_tokens` tokens.
         corrector: `random` chooses these tokens at random, which keeps the distribution if it is one token at a time.
             `informed` chooses the tokens that are least likely given all others, which is a heuristic.
-        self_correction_steps: maximum number of evaluations at the end. Each replaces, in every text, the one token
-            whose context is surest of another one (GIDD, arXiv 2503.04482, section 5), which is a heuristic.
+        self_correction_steps: maximum number of evaluations at the end. Each replaces, in every text, the token whose
+            context most strongly predicts another one (GIDD, arXiv 2503.04482, section 5), which is a heuristic.
     """
 
     def __init__(
@@ -61,17 +59,17 @@ class Resample(Step):
         self.corrector = corrector
         self.corrector_tokens = corrector_tokens
         self.grid = time_grid(steps, eps, trace.ids_BL.device)
-        # The action of each step, and the place of its time in the grid.
+        # The action of each step, and the index of its time in the grid.
         self.plan: list[tuple[str, int]] = []
         for place in range(steps):
             self.plan += [("predict", place), *[("correct", place + 1)] * corrector_steps]
         self.plan += [("tail", steps)] * noise_removal
-        self.written = len(self.plan)
+        self.last_draw = len(self.plan)
         self.plan += [("self-correct", steps)] * self_correction_steps
         self.wrong_B = trace.open_BL.any(-1)  # rows in which self-correction may still change a token
         trace.ids_BL = model.process.prior(trace.ids_BL, noise, trace.open_BL)
 
-    def positions(self, number: int, trace: Trace) -> Asked | None:
+    def positions(self, number: int, trace: Trace) -> Request | None:
         if number > len(self.plan):
             return None
         batch, length = trace.ids_BL.shape
@@ -81,7 +79,7 @@ class Resample(Step):
         self.alpha = self.model.schedule(self.grid[place]).alpha
         at_BL = trace.open_BL
         if self.action == "predict":
-            return Asked(at_BL, self.grid[place].expand(batch), self.grid[place + 1].expand(batch))
+            return Request(at_BL, self.grid[place].expand(batch), self.grid[place + 1].expand(batch))
         if self.action == "correct" and self.corrector == "random":
             score_BL = self.noise.uniform(length).masked_fill(~at_BL, -torch.inf)
             at_BL = first_positions(score_BL, at_BL.sum(-1).clamp(max=self.corrector_tokens))
@@ -89,42 +87,44 @@ class Resample(Step):
             at_BL = at_BL & self.wrong_B[:, None]
             if not bool(at_BL.any()):
                 return None
-        return Asked(at_BL, self.grid[place].expand(batch))
+        return Request(at_BL, self.grid[place].expand(batch))
 
     def tokens(self, log_p_NV: Tensor, at_RL: Tensor, rows_R: Tensor) -> tuple[Tensor, Tensor]:
-        here_N = self.trace.ids_BL[rows_R][at_RL]
+        current_N = self.trace.ids_BL[rows_R][at_RL]
         u_N = self.u_BL[rows_R][at_RL]
         if self.action == "predict":
             drawn_N = self.choice.draw(log_p_NV, u_N)
         elif self.action == "correct":
-            drawn_N = self._corrected(log_p_NV, here_N, u_N, at_RL)
+            drawn_N = self._corrected(log_p_NV, current_N, u_N, at_RL)
         elif self.action == "tail":
             drawn_N = log_p_NV.argmax(-1)
         else:
-            drawn_N = self._self_corrected(log_p_NV, here_N, at_RL, rows_R)
-        new_N = drawn_N != here_N
-        if self.number == self.written:  # a token may still be the noise that it started as
+            drawn_N = self._self_corrected(log_p_NV, current_N, at_RL, rows_R)
+        new_N = drawn_N != current_N
+        if self.number == self.last_draw:  # a token may still be the noise that it started as
             new_N |= self.trace.step_BL[rows_R][at_RL] == 0
         return drawn_N[new_N], new_N
 
-    def _corrected(self, log_p_NV: Tensor, here_N: Tensor, u_N: Tensor, at_RL: Tensor) -> Tensor:
-        """Return the tokens with those that the corrector chooses redrawn, each given all others."""
-        log_q_NV = self.model.process.conditional(here_N, log_p_NV, self.alpha.expand(len(here_N)))
+    def _corrected(self, log_p_NV: Tensor, current_N: Tensor, u_N: Tensor, at_RL: Tensor) -> Tensor:
+        """Return the tokens after the corrector redraws those it chooses, each given all others."""
+        log_q_NV = self.model.process.conditional(current_N, log_p_NV, self.alpha.expand(len(current_N)))
         drawn_N = self.choice.draw(log_q_NV, u_N)
         if self.corrector == "random":
             return drawn_N
-        surprise_N = -log_q_NV.gather(1, here_N[:, None]).squeeze(1)
-        chosen_RL = first_positions(at_positions(surprise_N, at_RL), at_RL.sum(-1).clamp(max=self.corrector_tokens))
-        return torch.where(chosen_RL[at_RL], drawn_N, here_N)
+        surprise_N = -log_q_NV.gather(1, current_N[:, None]).squeeze(1)
+        chosen_RL = first_positions(
+            scatter_positions(surprise_N, at_RL, -torch.inf), at_RL.sum(-1).clamp(max=self.corrector_tokens)
+        )
+        return torch.where(chosen_RL[at_RL], drawn_N, current_N)
 
-    def _self_corrected(self, log_p_NV: Tensor, here_N: Tensor, at_RL: Tensor, rows_R: Tensor) -> Tensor:
-        """Return the tokens with one replaced in each row: the one whose context is surest of another token."""
-        log_others_NV = self.model.process.without_own_token(here_N, log_p_NV, self.alpha.expand(len(here_N)))
+    def _self_corrected(self, log_p_NV: Tensor, current_N: Tensor, at_RL: Tensor, rows_R: Tensor) -> Tensor:
+        """Return the tokens with one replaced per row: the one whose context most strongly predicts another token."""
+        log_others_NV = self.model.process.without_own_token(current_N, log_p_NV, self.alpha.expand(len(current_N)))
         log_best_N, best_N = log_others_NV.max(-1)
-        score_RL = at_positions(log_best_N.masked_fill(best_N == here_N, -torch.inf), at_RL)
+        score_RL = scatter_positions(log_best_N.masked_fill(best_N == current_N, -torch.inf), at_RL, -torch.inf)
         self.wrong_B[rows_R] = ~score_RL.isneginf().all(-1)
         chosen_RL = first_positions(score_RL, self.wrong_B[rows_R].long())
-        return torch.where(chosen_RL[at_RL], best_N, here_N)
+        return torch.where(chosen_RL[at_RL], best_N, current_N)
 
 
 sample = sampler_of(Resample, Uniform, Hybrid)

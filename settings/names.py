@@ -15,6 +15,7 @@ MOVED = {
     "lr_schedules": "training.lr_schedules",
     "models.hidden_states": "latents.hidden_states",
     "objectives.mlm.masked_lm": "objectives.mlm.MaskedLM",
+    "objectives.noising": "objectives.mask_sampling",
     "optimizers": "training.optimizers",
     "text.exact_denoiser": "corpora.exact_denoiser",
     "text.grammar": "corpora.grammar",

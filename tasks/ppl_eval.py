@@ -9,7 +9,7 @@ from palimpsest.evaluation.comparison import LIKELIHOODS
 from palimpsest.evaluation.experiment import Experiment
 from palimpsest.evaluation.latent_gain import latent_gain
 from palimpsest.evaluation.likelihood import likelihood, protocol, score
-from palimpsest.objectives.base import latent_hidden
+from palimpsest.objectives.base import drop_latent
 from palimpsest.report.likelihood import gain_section, likelihood_lines, likelihood_section, untrained_marginal
 from palimpsest.report.report import Report
 from palimpsest.tasks.base import mode, write_columns, write_report, write_results
@@ -27,7 +27,7 @@ def ppl_eval(
     diffusion = experiment.weights.trained(data, checkpoint_path, disable_ema)
     trainer = experiment.trainer("ppl_eval")
     how = (experiment.build.estimator, experiment.build.precision, experiment.seed)
-    scores = score(trainer, diffusion, data.eval_dataloader(split, trainer=trainer), *how, latent_hidden)
+    scores = score(trainer, diffusion, data.eval_dataloader(split, trainer=trainer), *how, drop_latent)
     gain = None if data.latents is None else latent_gain(trainer, diffusion, data, split, *how, scores)
     measured = likelihood(data, split, scores, experiment.build.truth)
     # Numbers of different kinds and splits never overwrite one another.

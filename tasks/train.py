@@ -9,7 +9,7 @@ from palimpsest.evaluation.comparison import LIKELIHOODS
 from palimpsest.evaluation.drawing import draw
 from palimpsest.evaluation.experiment import Experiment
 from palimpsest.evaluation.likelihood import likelihood, protocol, score
-from palimpsest.objectives.base import latent_hidden
+from palimpsest.objectives.base import drop_latent
 from palimpsest.report.history import samples_of
 from palimpsest.report.likelihood import untrained_marginal
 from palimpsest.report.report import Report
@@ -30,7 +30,7 @@ def train(
     trainer = experiment.trainer("validate")
     loader = data.eval_dataloader("validation", trainer=trainer)
     scores = score(
-        trainer, diffusion, loader, experiment.build.estimator, experiment.build.precision, seed, latent_hidden
+        trainer, diffusion, loader, experiment.build.estimator, experiment.build.precision, seed, drop_latent
     )
     measured = likelihood(data, "validation", scores, experiment.build.truth)
     results = {**measured.results(), "checkpoint": checkpoint}

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.optim import Optimizer
 
 from palimpsest.common.values import real
-from palimpsest.models.sharding import load_sharded, sharded_like
+from palimpsest.models.sharding import gather, load_sharded, sharded_like
 
 # Timeout of collective operations. At most a week, because torch counts some milliseconds in 32 bits.
 Minutes = Annotated[float, real("[0.01, 10080]")]

@@ -17,7 +17,7 @@ from palimpsest.classification.predictions import predictions_file, read_posteri
 from palimpsest.classification.scoring import ClassScores, Race, score_classes
 from palimpsest.estimators.nelbo import Nelbo, for_comparison
 from palimpsest.experiment.experiment import Experiment
-from palimpsest.objectives.noising import Bernoulli, ExactCount, TiltedCount
+from palimpsest.objectives.mask_sampling import Bernoulli, ExactCount, TiltedCount
 from palimpsest.settings.command_line import compose_config
 from tests.helpers.commands import TINY, run
 from tests.helpers.networks import EVEN, random_network, two_models
@@ -97,8 +97,8 @@ def test_looks_take_whole_pairs_and_end_with_the_budget():
 def test_comparison_draws_small_counts_more_often_unless_something_else_was_chosen():
     e = experiment()
     model = random_network(e, 0).model
-    assert isinstance(for_comparison(Nelbo(), model).noising, TiltedCount)
-    assert isinstance(for_comparison(Nelbo(Bernoulli()), model).noising, Bernoulli)
+    assert isinstance(for_comparison(Nelbo(), model).mask_sampler, TiltedCount)
+    assert isinstance(for_comparison(Nelbo(Bernoulli()), model).mask_sampler, Bernoulli)
 
 
 def test_evidence_of_the_tokens_adds_up_to_the_ratio():

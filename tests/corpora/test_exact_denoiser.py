@@ -19,7 +19,7 @@ from palimpsest.noise_schedule import Cosine, LogLinear
 from palimpsest.objectives.base import Model
 from palimpsest.objectives.d3pm import D3PM
 from palimpsest.objectives.gidd import GIDD
-from palimpsest.objectives.noising import Bernoulli, Complementary, ExactCount, TiltedCount
+from palimpsest.objectives.mask_sampling import Bernoulli, Complementary, ExactCount, TiltedCount
 from palimpsest.objectives.sedd import SEDD
 from palimpsest.objectives.subs import Subs
 from palimpsest.objectives.udlm import UDLM

@@ -14,7 +14,7 @@ from palimpsest.estimators.ordered import Ordered
 from palimpsest.noise_schedule import Clipped, Cosine, CosineSquared, Linear, LogLinear
 from palimpsest.objectives.base import Model
 from palimpsest.objectives.d3pm import D3PM
-from palimpsest.objectives.noising import Bernoulli, Complementary, ExactCount, TiltedCount
+from palimpsest.objectives.mask_sampling import Bernoulli, Complementary, ExactCount, TiltedCount
 from palimpsest.objectives.sedd import SEDD
 from palimpsest.objectives.subs import Subs
 from palimpsest.process import Absorbing
@@ -41,7 +41,7 @@ def mean_loss(objective, net, x0=X0, draws=1, rows=6000):
     return float(nll.mean()), float(nll.std() / math.sqrt(rows))
 
 
-NOISINGS = {
+MASK_SAMPLERS = {
     "uniform": Bernoulli(antithetic_sampling=False),
     "stratified": Bernoulli(),
     "importance": Bernoulli(importance_sampling=True),
@@ -50,20 +50,20 @@ NOISINGS = {
     "complementary": Complementary(),
 }
 LAWS = {
-    "subs": (lambda noising: Subs(LogLinear(eps=0.0), Absorbing(MASK), noising), False),
-    "subs_time": (lambda noising: Subs(LogLinear(eps=0.0), Absorbing(MASK), noising), True),
-    "subs_cosine_time": (lambda noising: Subs(Cosine(eps=0.0), Absorbing(MASK), noising), True),
-    "sedd": (lambda noising: SEDD(LogLinear(eps=0.0), Absorbing(MASK), noising), True),
+    "subs": (lambda mask_sampler: Subs(LogLinear(eps=0.0), Absorbing(MASK), mask_sampler), False),
+    "subs_time": (lambda mask_sampler: Subs(LogLinear(eps=0.0), Absorbing(MASK), mask_sampler), True),
+    "subs_cosine_time": (lambda mask_sampler: Subs(Cosine(eps=0.0), Absorbing(MASK), mask_sampler), True),
+    "sedd": (lambda mask_sampler: SEDD(LogLinear(eps=0.0), Absorbing(MASK), mask_sampler), True),
 }
 
 
 @pytest.mark.parametrize("law", LAWS)
-@pytest.mark.parametrize("noising", NOISINGS)
-def test_every_noising_is_unbiased(random_dit, law, noising):
+@pytest.mark.parametrize("mask_sampler", MASK_SAMPLERS)
+def test_every_noising_is_unbiased(random_dit, law, mask_sampler):
     """5 standard errors: a false alarm once in 1.7 million seeds."""
     build, time_conditioning = LAWS[law]
     net = random_dit(VOCAB, time_conditioning=time_conditioning)
-    objective = build(NOISINGS[noising])
+    objective = build(MASK_SAMPLERS[mask_sampler])
     value, se = mean_loss(objective, net)
     assert abs(value - exact_bound(objective, net, X0)) < 5 * se
 
@@ -72,8 +72,8 @@ def test_every_noising_is_unbiased(random_dit, law, noising):
 @pytest.mark.parametrize("length", [1, 2, 3])
 def test_counts_are_unbiased_for_every_length_and_number_of_draws(random_dit, length, draws):
     net, x0 = random_dit(VOCAB), X0[:, :length]
-    for noising in (ExactCount(), TiltedCount(), Complementary()):
-        objective = Subs(LogLinear(eps=0.0), Absorbing(MASK), noising)
+    for mask_sampler in (ExactCount(), TiltedCount(), Complementary()):
+        objective = Subs(LogLinear(eps=0.0), Absorbing(MASK), mask_sampler)
         value, se = mean_loss(objective, net, x0, draws=draws)
         assert abs(value - exact_bound(objective, net, x0)) < 5 * se + 1e-6
 
@@ -98,15 +98,15 @@ def test_every_token_is_masked_once_in_a_complementary_pair(random_dit):
     assert len(set(masked[0].sum(-1).tolist())) == 3, "the smaller half has 0, 1 or 2 of 5"
 
 
-@pytest.mark.parametrize("noising", [ExactCount(), Complementary()])
+@pytest.mark.parametrize("mask_sampler", [ExactCount(), Complementary()])
 @pytest.mark.parametrize("length", [1, 2, 7, 8])
-def test_counts_have_no_noise_of_their_own(noising, length):
+def test_counts_have_no_noise_of_their_own(mask_sampler, length):
     """Where every masked token costs one nat, every single draw is exactly the length."""
     x0 = torch.zeros(500, length, dtype=torch.long)
     schedule, scored = LogLinear(), torch.ones_like(x0, dtype=torch.bool)
-    looks = noising(schedule, x0, scored, Absorbing(MASK), evaluation_noise(0, torch.arange(500)))
-    nats = sum(look.scale_B * schedule(look.t_B).elbo_weight * (look.xt_BL == MASK).sum(-1) for look in looks)
-    torch.testing.assert_close(nats / len(looks), torch.full((500,), float(length), dtype=torch.float64))
+    draws = mask_sampler(schedule, x0, scored, Absorbing(MASK), evaluation_noise(0, torch.arange(500)))
+    nats = sum(draw.scale_B * schedule(draw.t_B).elbo_weight * (draw.xt_BL == MASK).sum(-1) for draw in draws)
+    torch.testing.assert_close(nats / len(draws), torch.full((500,), float(length), dtype=torch.float64))
 
 
 @pytest.mark.parametrize("schedule", [Cosine(), CosineSquared(), LogLinear(eps=0.0), Linear(1e-4, 20.0)])
@@ -120,22 +120,23 @@ def test_every_estimator_is_finite_under_every_schedule(random_dit, schedule):
 
 
 @pytest.mark.parametrize("schedule", [Linear(1.0, 20.0), Linear(1e-4, 1.0), LogLinear(eps=0.5)])
-@pytest.mark.parametrize("noising", [None, Bernoulli()], ids=["counts", "t"])
-def test_the_bound_covers_the_mask_rates_that_a_schedule_leaves_out(random_dit, schedule, noising):
+@pytest.mark.parametrize("mask_sampler", [None, Bernoulli()], ids=["counts", "t"])
+def test_the_bound_covers_the_mask_rates_that_a_schedule_leaves_out(random_dit, schedule, mask_sampler):
     values = [
-        mean_loss(Subs(s, Absorbing(MASK)).bound(noising), random_dit(VOCAB)) for s in (schedule, LogLinear(eps=0.0))
+        mean_loss(Subs(s, Absorbing(MASK)).bound(mask_sampler), random_dit(VOCAB))
+        for s in (schedule, LogLinear(eps=0.0))
     ]
-    if noising is None:
+    if mask_sampler is None:
         assert values[0][0] == pytest.approx(values[1][0], rel=1e-6)
     assert abs(values[0][0] - values[1][0]) < 5 * (values[0][1] + values[1][1])
 
 
-@pytest.mark.parametrize("noising", [ExactCount(), TiltedCount(), Complementary(), Bernoulli()])
-def test_rows_without_a_scored_token_cost_nothing_and_break_nothing(random_dit, noising):
+@pytest.mark.parametrize("mask_sampler", [ExactCount(), TiltedCount(), Complementary(), Bernoulli()])
+def test_rows_without_a_scored_token_cost_nothing_and_break_nothing(random_dit, mask_sampler):
     batch = batch_of(torch.randint(MASK, (3, 4)))
     batch["given"] = torch.zeros(3, 4, dtype=torch.bool)
     batch["given"][1] = True
-    loss = Subs(LogLinear(), Absorbing(MASK), noising).loss(
+    loss = Subs(LogLinear(), Absorbing(MASK), mask_sampler).loss(
         random_dit(VOCAB), batch, evaluation_noise(0, torch.arange(3))
     )
     assert torch.isfinite(loss.nll_BL).all() and (loss.nll_BL[1] == 0).all()

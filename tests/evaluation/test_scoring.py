@@ -17,7 +17,7 @@ from palimpsest.data.unigram import unigram_nll
 from palimpsest.estimators.nelbo import Nelbo
 from palimpsest.evaluation.likelihood import Precision, row_numbers, score
 from palimpsest.experiment.experiment import Experiment
-from palimpsest.objectives.noising import Bernoulli
+from palimpsest.objectives.mask_sampling import Bernoulli
 from palimpsest.settings.command_line import compose_config
 from palimpsest.tasks.base import write_results
 from tests.helpers.commands import TINY, run

@@ -12,7 +12,7 @@ from torch.nn.functional import one_hot
 
 from palimpsest.objectives.base import Model, TokenDiffusion
 from palimpsest.samplers.base import time_grid
-from palimpsest.samplers.ordered import next_positions, preference, time_of
+from palimpsest.samplers.ordered import first_positions, preference, time_of
 
 FALSE_ALARM = 1e-4  # of each chi-square test; seeds are fixed, so a test that passes keeps passing
 
@@ -95,7 +95,7 @@ def ordered_law(model: Model, length: int, vocab: int, order: str, tokens_per_st
         x = torch.tensor(list(law))
         at = x == model.process.mask_id
         t = time_of(model, at.sum(-1), torch.full((len(x),), length))
-        chosen = next_positions(preference(model.denoise(x, t, at), at, order), at.sum(-1), tokens_per_step)
+        chosen = first_positions(preference(model.denoise(x, t, at), at, order), at.sum(-1).clamp(max=tokens_per_step))
         together: dict[tuple, dict] = {}  # states that are filled at the same places
         for state, places in zip(law, chosen, strict=True):
             together.setdefault(tuple(places.nonzero().squeeze(-1).tolist()), {})[state] = law[state]

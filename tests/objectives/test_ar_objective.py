@@ -17,7 +17,7 @@ from palimpsest.models.ar import AR as Causal
 from palimpsest.models.checkpoints import read_checkpoint
 from palimpsest.objectives.ar import AR
 from palimpsest.objectives.base import Model
-from palimpsest.objectives.noising import Complementary
+from palimpsest.objectives.mask_sampling import Complementary
 from palimpsest.process import Absorbing
 from palimpsest.samplers import autoregressive
 from palimpsest.samplers.base import TokenChoice

@@ -17,7 +17,7 @@ from palimpsest.estimators.ordered import Ordered
 from palimpsest.models.checkpoints import read_checkpoint
 from palimpsest.models.dit import DiT
 from palimpsest.noise_schedule import Clipped, Cosine, LogLinear
-from palimpsest.objectives.noising import Bernoulli, Complementary, ExactCount, Noised, TiltedCount
+from palimpsest.objectives.mask_sampling import Bernoulli, Complementary, Draw, ExactCount, TiltedCount
 from palimpsest.objectives.subs import Subs
 from palimpsest.process import Absorbing
 from palimpsest.training.callbacks.metrics import BUCKETS, _Interval
@@ -26,18 +26,15 @@ from tests.helpers.laws import batch_of, exact_bound, texts
 
 
 class Fixed:
-    """A noising whose draws are given."""
+    """A mask sampler with fixed draws."""
 
-    label, passes, discrete, all_rates, of_the_bound = "fixed", 1, False, False, True
+    label, passes, discrete, covers_all_rates, estimates_bound = "fixed", 1, False, False, True
 
     def __init__(self, xt_Rk, t_R):
-        self.looks = [Noised(xt_Rk, t_R, torch.ones_like(t_R))]
+        self.draws = [Draw(xt_Rk, t_R, torch.ones_like(t_R))]
 
     def __call__(self, *args):
-        return self.looks
-
-
-# -------------------------------------------------------------------------------- the reference's numbers
+        return self.draws
 
 
 @pytest.mark.parametrize("size", [1, 4, 8])
@@ -51,7 +48,7 @@ def test_losses_are_the_references(fixtures_dir, size, weights):
     t_R = golden["t"].double()[:, ::size].flatten()
     fixed = Fixed(golden["raw.xt_used"].reshape(-1, size), t_R)
     objective = block(size, LogLinear(eps=0.0), mask_id=mask_id, ignore_bos=True)
-    objective.within.noising = fixed
+    objective.inner.mask_sampler = fixed
     batch = {"input_ids": x0}
     with torch.no_grad():
         loss = objective.loss(net, batch, KeyedNoise(0, torch.arange(len(x0))))
@@ -61,11 +58,11 @@ def test_losses_are_the_references(fixtures_dir, size, weights):
         scored = golden[f"{weights}.eval_token_mask"]
         nats = (loss.nll_BL * scored).sum() / scored.sum()
         torch.testing.assert_close(nats, golden[f"{weights}.eval_token_nll"], **near)
-        objective.within.loss_weight = "uniform"
+        objective.inner.loss_weight = "uniform"
         loss = objective.loss(net, batch, KeyedNoise(0, torch.arange(len(x0))))
         torch.testing.assert_close(loss.nll_BL, golden[f"{weights}.loss_per_token_epsmin_0.6"], **near)
         eps = block(size, LogLinear(eps=1e-3), mask_id=mask_id, ignore_bos=True)
-        eps.within.noising = fixed
+        eps.inner.mask_sampler = fixed
         loss = eps.loss(net, batch, KeyedNoise(0, torch.arange(len(x0))))
         if f"{weights}.mdlm_loss_scale_loss_per_token" in golden:
             torch.testing.assert_close(loss.nll_BL, golden[f"{weights}.mdlm_loss_scale_loss_per_token"], **near)
@@ -87,19 +84,16 @@ def test_antithetic_times_of_blocks_are_spread_as_the_references(fixtures_dir):
         torch.testing.assert_close(rate, wanted, rtol=1e-4, atol=1e-4)
 
 
-# -------------------------------------------------------------------------------- identities
-
-
-@pytest.mark.parametrize(("noising", "told"), [
+@pytest.mark.parametrize(("mask_sampler", "settings"), [
     (Bernoulli(), {"time_conditioning": True}), (ExactCount(), {}), (TiltedCount(), {"num_classes": 2}),
     (Complementary(), {}),
 ], ids=lambda value: getattr(value, "label", ""))  # fmt: skip
-def test_one_block_is_masked_diffusion_number_for_number(random_dit, noising, told):
-    net, x0 = random_dit(VOCAB, **told), torch.randint(MASK, (5, 6))
+def test_one_block_is_masked_diffusion_number_for_number(random_dit, mask_sampler, settings):
+    net, x0 = random_dit(VOCAB, **settings), torch.randint(MASK, (5, 6))
     batch = batch_of(x0, padding=2)
-    batch |= {"class_id": torch.tensor([0, 1, -1, 0, 1])} if "num_classes" in told else {}
+    batch |= {"class_id": torch.tensor([0, 1, -1, 0, 1])} if "num_classes" in settings else {}
     for schedule in (LogLinear(), Cosine()):
-        one, other = block(6, schedule, noising), Subs(schedule, Absorbing(MASK), noising)
+        one, other = block(6, schedule, mask_sampler), Subs(schedule, Absorbing(MASK), mask_sampler)
         noise = partial(training_noise, 0, torch.arange(5), 5)
         ours, plain = one.loss(net, batch, noise()), other.loss(net, batch, noise())
         torch.testing.assert_close(ours.nll_BL, plain.nll_BL)
@@ -153,15 +147,12 @@ def test_the_bound_is_unbiased_and_above_the_likelihood(random_dit, size):
     wanted = torch.tensor(wanted, dtype=torch.float64)
     assert (wanted >= -log_p[[5, 40]] - 1e-6).all()
     many = x0.repeat(2000, 1)
-    for noising in (ExactCount(), Bernoulli(sampling_eps=0.0)):
-        measured = block(size, LogLinear(eps=0.0), noising)
+    for mask_sampler in (ExactCount(), Bernoulli(sampling_eps=0.0)):
+        measured = block(size, LogLinear(eps=0.0), mask_sampler)
         with torch.no_grad():
             nll_B = measured.loss(net, batch_of(many), evaluation_noise(1, torch.arange(len(many)))).nll_BL.sum(-1)
         draws = nll_B.reshape(2000, 2).double()
         assert ((draws.mean(0) - wanted).abs() < 5 * draws.std(0) / math.sqrt(2000)).all()  # 1 in 10^6 false alarms
-
-
-# -------------------------------------------------------------------------------- noise
 
 
 def test_padding_further_changes_no_number(random_dit):
@@ -197,13 +188,13 @@ def test_given_tokens_are_neither_masked_nor_scored_nor_hidden(random_dit):
 
 @pytest.mark.parametrize("limits", [(0.3, 0.8), (0.5, 1.0), (0.45, 0.55)])
 def test_resampled_shares_lie_within_the_limits_and_follow_their_law(limits):
-    x0, noising = torch.zeros(20000, 8, dtype=torch.long), Bernoulli(resample=True, antithetic_sampling=False)
+    x0, mask_sampler = torch.zeros(20000, 8, dtype=torch.long), Bernoulli(resample=True, antithetic_sampling=False)
     schedule, scored = Clipped(LogLinear(0.0), *limits), torch.ones_like(x0, dtype=torch.bool)
-    (look,) = noising(schedule, x0, scored, Absorbing(1), KeyedNoise(0, torch.arange(20000)))
-    share = (look.xt_BL == 1).double().mean(-1)
+    (draw,) = mask_sampler(schedule, x0, scored, Absorbing(1), KeyedNoise(0, torch.arange(20000)))
+    share = (draw.xt_BL == 1).double().mean(-1)
     assert (share >= limits[0] - 1e-9).all() and (share <= limits[1] + 1e-9).all()
     for t, k in [(0.5, 4), (0.75, 6)]:
-        near = (schedule(look.t_B).move_chance - t).abs() < 0.01
+        near = (schedule(draw.t_B).move_chance - t).abs() < 0.01
         inside = [n for n in range(9) if limits[0] * 8 - 1e-9 <= n <= limits[1] * 8 + 1e-9]
         if k in inside and near.sum() > 200:
             law = {n: math.comb(8, n) * t**n * (1 - t) ** (8 - n) for n in inside}
@@ -212,16 +203,16 @@ def test_resampled_shares_lie_within_the_limits_and_follow_their_law(limits):
                 abs(float((share[near] * 8 == k).double().mean()) - p)
                 < 5 * math.sqrt(p * (1 - p) / int(near.sum())) + 0.02
             )
-    assert ((look.xt_BL == 1).double().mean(0) - share.mean()).abs().max() < 0.02, "every place alike"
+    assert ((draw.xt_BL == 1).double().mean(0) - share.mean()).abs().max() < 0.02, "every place alike"
 
 
 def test_limits_that_no_number_of_masks_meets_take_the_nearest():
     x0, noise = torch.zeros(500, 4, dtype=torch.long), KeyedNoise(0, torch.arange(500))
-    draw, scored = Bernoulli(resample=True), torch.ones_like(x0, dtype=torch.bool)
-    (look,) = draw(Clipped(LogLinear(0.0), 0.3, 0.4), x0, scored, Absorbing(1), noise)
-    assert ((look.xt_BL == 1).sum(-1) <= 2).all(), "no share of four lies between 0.3 and 0.4"
-    (look,) = draw(LogLinear(), x0, scored, Absorbing(1), noise)
-    assert set((look.xt_BL == 1).sum(-1).tolist()) == {0, 1, 2, 3, 4}, "nothing is enforced at the ends"
+    sampler, scored = Bernoulli(resample=True), torch.ones_like(x0, dtype=torch.bool)
+    (draw,) = sampler(Clipped(LogLinear(0.0), 0.3, 0.4), x0, scored, Absorbing(1), noise)
+    assert ((draw.xt_BL == 1).sum(-1) <= 2).all(), "no share of four lies between 0.3 and 0.4"
+    (draw,) = sampler(LogLinear(), x0, scored, Absorbing(1), noise)
+    assert set((draw.xt_BL == 1).sum(-1).tolist()) == {0, 1, 2, 3, 4}, "nothing is enforced at the ends"
 
 
 def test_clipping_trains_on_a_part_and_measures_the_whole(random_dit):
@@ -246,13 +237,13 @@ def test_clipping_trains_on_a_part_and_measures_the_whole(random_dit):
 def test_whoever_asks_behind_masks_is_told(random_dit):
     x = torch.tensor([[0, MASK, MASK, MASK]])
     at = torch.tensor([[False, False, True, False]])
-    with pytest.raises(ValueError, match="block_size=2 answers block after block.*sampling.predictor=block"):
+    with pytest.raises(ValueError, match="block_size=2 predicts block after block.*sampling.predictor=block"):
         block(2).denoise(random_dit(VOCAB), x, torch.ones(1), at)
 
 
 @pytest.mark.parametrize("estimator", [Ordered("margin"), AnyOrder()], ids=["duel", "importance_weighted"])
 def test_estimators_that_fill_in_anywhere_are_refused(random_dit, estimator):
-    with pytest.raises(ValueError, match="fills masks anywhere in a text.*block after block.*eval.estimator=auto"):
+    with pytest.raises(ValueError, match="unmasks tokens anywhere in a text.*block after block.*eval.estimator=auto"):
         estimator(block(2).model(random_dit(VOCAB)), batch_of(torch.zeros(1, 4, dtype=torch.long)), 0, 4)
 
 

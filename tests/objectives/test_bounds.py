@@ -22,8 +22,8 @@ from palimpsest.objectives.block import BlockDiffusion
 from palimpsest.objectives.d3pm import D3PM
 from palimpsest.objectives.gaussian import GaussianDiffusion
 from palimpsest.objectives.joint import JointDiffusion
+from palimpsest.objectives.mask_sampling import Bernoulli, Complementary, ExactCount, TiltedCount
 from palimpsest.objectives.mlm import Rates
-from palimpsest.objectives.noising import Bernoulli, Complementary, ExactCount, TiltedCount
 from palimpsest.objectives.sedd import SEDD
 from palimpsest.objectives.subs import Subs
 from palimpsest.process import Absorbing
@@ -35,7 +35,7 @@ SCHEDULES = {
     "loglinear": LogLinear(), "cosine": Cosine(), "cosinesqr": CosineSquared(), "linear": Linear(1e-4, 20.0),
     "geometric": Geometric(1e-4, 20.0), "clipped": Clipped(LogLinear(), 0.3, 0.8), "half": LogLinear(eps=0.5),
 }  # fmt: skip
-NOISINGS = {
+MASK_SAMPLERS = {
     "auto": lambda: None, "uniform": lambda: Bernoulli(antithetic_sampling=False), "stratified": lambda: Bernoulli(),
     "importance": lambda: Bernoulli(importance_sampling=True), "exact_count": ExactCount, "tilted_count": TiltedCount,
     "complementary": Complementary,
@@ -72,11 +72,11 @@ def quadrature(panels: int = 16, points: int = 32) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def expected_nats(objective: object, within: TokenDiffusion, length: int, network: Copies | None = None) -> float:
     """The expectation of the loss of a text of copies, nats."""
-    noising, network = within.noising, network or Copies(WORDS, MASK)
+    mask_sampler, network = within.mask_sampler, network or Copies(WORDS, MASK)
     if within.T:
         u_B = (torch.arange(within.T, dtype=torch.float64) + 0.5) / within.T
         weight_B = torch.full_like(u_B, 1 / within.T)
-    elif isinstance(noising, Bernoulli):
+    elif isinstance(mask_sampler, Bernoulli):
         u_B, weight_B = quadrature()
     else:  # every token is masked at one end of the numbers that choose the count
         width = min(0.5, 2 / length)
@@ -84,19 +84,23 @@ def expected_nats(objective: object, within: TokenDiffusion, length: int, networ
         u_B = torch.cat([low_B, 1 - low_B])
         weight_B = torch.full_like(u_B, width / 4000)
     x_BL = torch.full((len(u_B), length), 3)
-    (*_, look) = noising(within.schedule, x_BL, torch.ones_like(x_BL, dtype=torch.bool), Absorbing(MASK), Grid(u_B))
-    if isinstance(noising, Bernoulli):  # the others draw how many are masked, and that all are is among it
-        weight_B = weight_B * within.schedule(look.t_B).move_chance ** length
+    (*_, draw) = mask_sampler(
+        within.schedule, x_BL, torch.ones_like(x_BL, dtype=torch.bool), Absorbing(MASK), Grid(u_B)
+    )
+    if isinstance(mask_sampler, Bernoulli):  # the others draw how many are masked, and that all are is among it
+        weight_B = weight_B * within.schedule(draw.t_B).move_chance ** length
     batch = {"input_ids": x_BL, "sample_id": torch.arange(len(u_B))}
     return float((objective.loss(network, batch, Grid(u_B)).nll_BL.double().sum(-1) * weight_B).sum())
 
 
 @pytest.mark.parametrize("length", [1, 64])
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("noising", NOISINGS)
-def test_the_bound_of_copies_is_their_entropy_under_every_schedule_and_estimator(noising, schedule, length):
-    bound = Subs(SCHEDULES[schedule], Absorbing(MASK)).bound(NOISINGS[noising]())
-    assert expected_nats(bound, bound, length) == pytest.approx(TRUTH, rel=4e-3 if noising == "tilted_count" else 1e-5)
+@pytest.mark.parametrize("mask_sampler", MASK_SAMPLERS)
+def test_the_bound_of_copies_is_their_entropy_under_every_schedule_and_estimator(mask_sampler, schedule, length):
+    bound = Subs(SCHEDULES[schedule], Absorbing(MASK)).bound(MASK_SAMPLERS[mask_sampler]())
+    assert expected_nats(bound, bound, length) == pytest.approx(
+        TRUTH, rel=4e-3 if mask_sampler == "tilted_count" else 1e-5
+    )
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -107,9 +111,9 @@ def test_a_thousand_copies_cost_no_less(schedule):
 
 
 @pytest.mark.parametrize("schedule", ["loglinear", "cosine", "geometric"])
-@pytest.mark.parametrize("noising", ["auto", "uniform", "importance"])
-def test_the_score_entropy_of_exact_scores_is_the_entropy(noising, schedule):
-    bound = SEDD(SCHEDULES[schedule], Absorbing(MASK)).bound(NOISINGS[noising]())
+@pytest.mark.parametrize("mask_sampler", ["auto", "uniform", "importance"])
+def test_the_score_entropy_of_exact_scores_is_the_entropy(mask_sampler, schedule):
+    bound = SEDD(SCHEDULES[schedule], Absorbing(MASK)).bound(MASK_SAMPLERS[mask_sampler]())
     found = expected_nats(bound, bound, 64, for_sedd(Copies(WORDS, MASK)))
     assert found == pytest.approx(TRUTH, rel=1e-4)
 
@@ -128,12 +132,12 @@ def test_steps_cost_what_they_unmask_together_and_no_step_is_left_out(build, T, 
     assert m[[0, -1]].tolist() == [0, 1]
 
 
-@pytest.mark.parametrize("noising", ["auto", "stratified", "complementary"])
-def test_blocks_and_texts_with_latents_measure_the_same_bound(noising):
+@pytest.mark.parametrize("mask_sampler", ["auto", "stratified", "complementary"])
+def test_blocks_and_texts_with_latents_measure_the_same_bound(mask_sampler):
     text = partial(Subs, LogLinear())
-    block = BlockDiffusion(Absorbing(MASK), text, block_size=16, ignore_bos=False).bound(NOISINGS[noising]())
-    joint = JointDiffusion(Absorbing(MASK), text, GaussianDiffusion()).bound(NOISINGS[noising]())
-    for objective, within in ((block, block.within), (joint, joint.text)):
+    block = BlockDiffusion(Absorbing(MASK), text, block_size=16, ignore_bos=False).bound(MASK_SAMPLERS[mask_sampler]())
+    joint = JointDiffusion(Absorbing(MASK), text, GaussianDiffusion()).bound(MASK_SAMPLERS[mask_sampler]())
+    for objective, within in ((block, block.inner), (joint, joint.inner)):
         assert expected_nats(objective, within, 16) == pytest.approx(TRUTH, rel=1e-5)
 
 
@@ -146,24 +150,22 @@ def test_training_on_all_mask_rates_with_the_weights_of_the_bound_is_the_bound()
 
 
 def test_draws_that_leave_mask_rates_out_are_not_the_bound():
-    for noising in (Bernoulli(sampling_eps=1e-3), Bernoulli(resample=True)):
+    for mask_sampler in (Bernoulli(sampling_eps=1e-3), Bernoulli(resample=True)):
         with pytest.raises(ValueError, match="part of the bound only.*eval.estimator=auto"):
-            Subs(LogLinear(), Absorbing(MASK)).bound(noising)
+            Subs(LogLinear(), Absorbing(MASK)).bound(mask_sampler)
 
 
-# ------------------------------------------------------------------------------------ the time that is shown
-
-TIMED = {**NOISINGS, "rates": lambda: Rates("continuous", 0.0, 1.0)}
+TIMED = {**MASK_SAMPLERS, "rates": lambda: Rates("continuous", 0.0, 1.0)}
 
 
-@pytest.mark.parametrize("noising", [name for name in TIMED if name != "auto"])
-def test_the_mask_rate_of_the_time_given_the_count_follows_its_beta(noising):
+@pytest.mark.parametrize("mask_sampler", [name for name in TIMED if name != "auto"])
+def test_the_mask_rate_of_the_time_given_the_count_follows_its_beta(mask_sampler):
     """Weighted as the bound weighs them, k masks of n have the rate Beta(k, n - k + 1) and the weight 1 / k. 5 standard
     errors for each of k's weight, mean and mean square: a false alarm once in 1.7 million seeds each."""
-    n, rows, draw = 5, 40_000, TIMED[noising]()
+    n, rows, sampler = 5, 40_000, TIMED[mask_sampler]()
     schedule = LogLinear(eps=0.0)
     x_BL = torch.zeros(rows, n, dtype=torch.long)
-    looks = draw(
+    draws = sampler(
         schedule,
         x_BL,
         torch.ones_like(x_BL, dtype=torch.bool),
@@ -172,9 +174,9 @@ def test_the_mask_rate_of_the_time_given_the_count_follows_its_beta(noising):
     )
     for k in range(1, n + 1):
         weight, first, second = 0.0, 0.0, 0.0
-        for look in looks:
-            rate_B, here_B = schedule(look.t_B).move_chance, (look.xt_BL == MASK).sum(-1) == k
-            weight_B = torch.where(here_B, look.scale_B * schedule(look.t_B).elbo_weight, 0.0) / len(looks)
+        for draw in draws:
+            rate_B, here_B = schedule(draw.t_B).move_chance, (draw.xt_BL == MASK).sum(-1) == k
+            weight_B = torch.where(here_B, draw.scale_B * schedule(draw.t_B).elbo_weight, 0.0) / len(draws)
             weight, first, second = weight + weight_B, first + weight_B * rate_B, second + weight_B * rate_B**2
         mean, square = k / (n + 1), k * (k + 1) / ((n + 1) * (n + 2))
         for found_B, wanted in ((weight, 1 / k), (first - mean * weight, 0.0), (second - square * weight, 0.0)):
@@ -182,17 +184,20 @@ def test_the_mask_rate_of_the_time_given_the_count_follows_its_beta(noising):
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("noising", NOISINGS)
-def test_a_network_is_shown_the_noise_of_the_mask_rate_within_what_it_was_trained_on(noising, schedule):
-    trained = SCHEDULES[schedule].whole
+@pytest.mark.parametrize("mask_sampler", MASK_SAMPLERS)
+def test_a_network_is_shown_the_noise_of_the_mask_rate_within_what_it_was_trained_on(mask_sampler, schedule):
+    trained = SCHEDULES[schedule].unclipped
     low, high = trained(torch.tensor([0.0, 1.0], dtype=torch.float64)).sigma.tolist()
-    network, bound = Copies(WORDS, MASK), Subs(SCHEDULES[schedule], Absorbing(MASK)).bound(NOISINGS[noising]())
+    network, bound = (
+        Copies(WORDS, MASK),
+        Subs(SCHEDULES[schedule], Absorbing(MASK)).bound(MASK_SAMPLERS[mask_sampler]()),
+    )
     x_BL = torch.full((500, 6), 3)
     noise = lambda: evaluation_noise(1, torch.arange(500))  # noqa: E731
-    looks = bound.noising(bound.schedule, x_BL, torch.ones_like(x_BL, dtype=torch.bool), Absorbing(MASK), noise())
+    draws = bound.mask_sampler(bound.schedule, x_BL, torch.ones_like(x_BL, dtype=torch.bool), Absorbing(MASK), noise())
     bound.loss(network, {"input_ids": x_BL}, noise())
-    for look, shown_B in zip(looks, network.noise_shown, strict=True):
-        rate_B = bound.schedule(look.t_B).move_chance
+    for draw, shown_B in zip(draws, network.noise_shown, strict=True):
+        rate_B = bound.schedule(draw.t_B).move_chance
         torch.testing.assert_close(shown_B.double(), (-torch.log1p(-rate_B)).clamp(low, high), rtol=1e-5, atol=1e-6)
 
 

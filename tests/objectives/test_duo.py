@@ -52,16 +52,16 @@ def test_a_low_temperature_is_the_plain_loss_on_the_argmax_and_the_curriculum_en
     assert torch.equal(hard.loss(net, batch, noise()).nll_BL, plain), "measured, it is UDLM"
     assert torch.equal(hard.loss(net, {**batch, "step": torch.tensor(10)}, noise()).nll_BL, plain)
     early = {**batch, "step": torch.tensor(3)}
-    (look,) = hard.noising(hard.schedule, batch["input_ids"], ~batch["given"], hard.process, noise())
+    (draw,) = hard.mask_sampler(hard.schedule, batch["input_ids"], ~batch["given"], hard.process, noise())
     same = noise()
-    hard.noising(hard.schedule, batch["input_ids"], ~batch["given"], hard.process, same)
-    network, xt = hard.network_input(net, early, look, same)
+    hard.mask_sampler(hard.schedule, batch["input_ids"], ~batch["given"], hard.process, same)
+    network, xt = hard.network_input(net, early, draw, same)
     assert torch.equal(xt[:, 0], batch["input_ids"][:, 0])
-    found = hard.loss_at(network, batch, xt, look.t_B).nll_BL
-    torch.testing.assert_close(found, hard.loss_at(net, batch, xt, look.t_B).nll_BL, rtol=1e-4, atol=1e-5)
+    found = hard.loss_at(network, batch, xt, draw.t_B).nll_BL
+    torch.testing.assert_close(found, hard.loss_at(net, batch, xt, draw.t_B).nll_BL, rtol=1e-4, atol=1e-5)
     soft = Duo(LogLinear(), Uniform(V), None, 10, 0.0, 0.0)
-    network, _ = soft.network_input(net, early, look, same)
-    assert not torch.allclose(soft.loss_at(network, batch, xt, look.t_B).nll_BL, found, rtol=1e-2)
+    network, _ = soft.network_input(net, early, draw, same)
+    assert not torch.allclose(soft.loss_at(network, batch, xt, draw.t_B).nll_BL, found, rtol=1e-2)
     assert [Duo(LogLinear(), Uniform(V), None, 10).temperature(k) for k in (0, 5, 10)] == pytest.approx(
         [0.1, 10**-1.5, 0.01]
     )

@@ -109,7 +109,7 @@ def test_all_of_it_is_in_float32_under_autocast():
 
 
 @pytest.mark.parametrize(("settings", "said"), [
-    ({"loss": "cosine"}, "latent_loss=cosine with training.latent_target=v: a cosine says nothing of the length"),
+    ({"loss": "cosine"}, "latent_loss=cosine with training.latent_target=v: a cosine ignores the length"),
     ({"loss": "cosine", "target": "eps"}, "latent_target=x0 .directions only., or training.latent_loss=mse_cosine"),
 ])  # fmt: skip
 def test_what_means_nothing_is_refused(settings, said):

@@ -143,7 +143,7 @@ def test_hardly_any_words_are_masked_diffusion(random_dit):
 
 
 def test_the_sampler_draws_the_law_of_its_chain():
-    model = Model(BayesGIDD(some_law(), LogLinear().complete, 0.3), NO_NETWORK)
+    model = Model(BayesGIDD(some_law(), LogLinear().full_range, 0.3), NO_NETWORK)
     start, rows = (2, MASK), 20_000
     out = uniform.sample(model, torch.tensor([start]).expand(rows, -1), KeyedNoise(7, torch.arange(rows)), steps=4,
                          noise_removal=False)  # fmt: skip

@@ -13,8 +13,8 @@ from palimpsest.common.randomness import KeyedNoise, evaluation_noise, training_
 from palimpsest.gaussian_process import cosine_level
 from palimpsest.noise_schedule import LogLinear
 from palimpsest.objectives.gaussian import EARLIEST, LATEST, GaussianDiffusion
-from palimpsest.objectives.joint import DIRECTIONS, SHARES, JointDiffusion
-from palimpsest.objectives.noising import Complementary, ExactCount
+from palimpsest.objectives.joint import MODE_SHARES, MODES, JointDiffusion
+from palimpsest.objectives.mask_sampling import Complementary, ExactCount
 from palimpsest.objectives.reduction import StepLoss
 from palimpsest.objectives.subs import Subs
 from palimpsest.process import Absorbing
@@ -22,7 +22,7 @@ from palimpsest.samplers.ancestral import sample
 from tests.helpers.joint import LENGTH, MASK, SHAPE, batch, network, noise, objective
 
 ROWS = 64
-NAMES = tuple(DIRECTIONS)
+NAMES = tuple(MODES)
 UNIFORM = dict.fromkeys(NAMES, 1.0)
 
 
@@ -32,9 +32,9 @@ class Seen:
     def __init__(self, net) -> None:
         self.net, self.head, self.encodes_positions, self.shown = net, net.head, True, []
 
-    def encode_both(self, tokens_BL, sigma_B, **told):
-        self.shown.append({"tokens": tokens_BL, "sigma": sigma_B, **told})
-        return self.net.encode_both(tokens_BL, sigma_B, **told)
+    def encode_both(self, tokens_BL, sigma_B, **cond):
+        self.shown.append({"tokens": tokens_BL, "sigma": sigma_B, **cond})
+        return self.net.encode_both(tokens_BL, sigma_B, **cond)
 
 
 def shown(modes, rows: int = ROWS, **settings):
@@ -52,21 +52,21 @@ def test_each_direction_shows_and_scores_what_it_is_meant_to(name):
     assert not (masked & padding).any(), "padding is never masked"
     assert torch.equal(torch.where(masked, x0, pass_["tokens"]), x0)
     nats_B, row_B = loss.nll_BL.detach().sum(-1), loss.row_B.detach()
-    direction = DIRECTIONS[name]
-    if direction.text == "told":
+    mode = MODES[name]
+    if mode.text == "conditioning":
         assert not masked.any() and not pass_["sigma"].any() and not nats_B.any()
-    if direction.text == "hidden":
+    if mode.text == "dropped":
         assert (masked | padding).all() and (text_t > 0.99).all() and not nats_B.any()
-    if direction.text == "learned":
+    if mode.text == "denoised":
         assert text_t.min() < 0.1 and text_t.max() > 0.9, "not always all masked"
         share = masked.sum(-1) / (~padding).sum(-1)
         assert torch.corrcoef(torch.stack([share, text_t]))[0, 1] > 0.8
         assert torch.equal(loss.nll_BL != 0, masked) and (nats_B > 0).sum() > 50
-    if direction.latent == "told":
+    if mode.latent == "conditioning":
         assert not pass_["latent_t"].any() and torch.equal(pass_["latent"], latent) and not row_B.any()
-    if direction.latent == "hidden":
+    if mode.latent == "dropped":
         assert (pass_["latent_t"] == 1).all() and not row_B.any()
-    if direction.latent == "learned":
+    if mode.latent == "denoised":
         t_B = pass_["latent_t"]
         assert EARLIEST <= t_B.min() < 0.1 and 0.9 < t_B.max() <= LATEST and (row_B > 0).all()
         level = cosine_level(t_B).like(latent)
@@ -96,7 +96,11 @@ def test_every_row_draws_its_own_direction_whatever_batch_it_is_in():
 
 
 def test_the_default_covers_every_direction():
-    assert set(SHARES) == set(NAMES) and min(SHARES.values()) > 0 and sum(SHARES.values()) == pytest.approx(1)
+    assert (
+        set(MODE_SHARES) == set(NAMES)
+        and min(MODE_SHARES.values()) > 0
+        and sum(MODE_SHARES.values()) == pytest.approx(1)
+    )
     assert objective({"l2t": 3, "t2l": 1, "joint": 0}).shares == {"l2t": 0.75, "t2l": 0.25}
 
 
@@ -160,8 +164,8 @@ def test_samplers_write_texts_given_a_latent():
     net, texts = network(), batch()
     write = partial(sample, objective().bound(None).model(net), steps=4, skip_idle=True)
     masks = torch.where(texts["attention_mask"], MASK, 0)
-    told = {name: texts[name] for name in ("attention_mask", "latent")}
-    out = write(masks, KeyedNoise(0, torch.arange(8)), **told).ids_BL
+    cond = {name: texts[name] for name in ("attention_mask", "latent")}
+    out = write(masks, KeyedNoise(0, torch.arange(8)), **cond).ids_BL
     assert not (out == MASK).any() and torch.equal(out[~texts["attention_mask"]], masks[~texts["attention_mask"]])
     other = write(masks, KeyedNoise(0, torch.arange(8)), attention_mask=texts["attention_mask"]).ids_BL
     assert not torch.equal(out, other)
@@ -224,24 +228,24 @@ def test_what_is_logged_adds_up():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_parameter_has_a_part_in_every_direction(name):
-    """What DistributedDataParallel needs: no direction leaves the head of the other modality out of the graph."""
+    """What DistributedDataParallel needs: no mode leaves the head of the other modality out of the graph."""
     net = network().train()
     objective({name: 1.0}).loss(net, batch(2), noise(2)).mean().backward()
     assert [name for name, p in net.named_parameters() if p.grad is None] == []
-    other = net.head.weight if DIRECTIONS[name].text != "learned" else net.latent_output.mlp[-1].weight
-    assert (DIRECTIONS[name].text == DIRECTIONS[name].latent == "learned") == bool(other.grad.any())
+    other = net.head.weight if MODES[name].text != "denoised" else net.latent_output.mlp[-1].weight
+    assert (MODES[name].text == MODES[name].latent == "denoised") == bool(other.grad.any())
 
 
-@pytest.mark.parametrize("noising", [ExactCount(), Complementary()], ids=["exact_count", "complementary"])
+@pytest.mark.parametrize("mask_sampler", [ExactCount(), Complementary()], ids=["exact_count", "complementary"])
 @torch.no_grad()
-def test_other_ways_to_draw_masks_go_with_it(noising):
-    texts, text = batch(ROWS), partial(Subs, LogLinear(), noising=noising)
+def test_other_ways_to_draw_masks_go_with_it(mask_sampler):
+    texts, text = batch(ROWS), partial(Subs, LogLinear(), noising=mask_sampler)
     law = JointDiffusion(Absorbing(MASK), text, GaussianDiffusion(), UNIFORM, latent_tokens=LENGTH)
     loss = law.loss(network(), texts, noise(ROWS))
-    assert loss.nll_BL.isfinite().all() and loss.logs["num_masked"].shape == (ROWS, noising.passes)
+    assert loss.nll_BL.isfinite().all() and loss.logs["num_masked"].shape == (ROWS, mask_sampler.passes)
     alone = JointDiffusion(Absorbing(MASK), text, GaussianDiffusion(), {"text": 1.0})
     plain = {name: texts[name] for name in ("input_ids", "attention_mask")}
-    wanted = Subs(LogLinear(), Absorbing(MASK), noising).loss(network(), plain, noise(ROWS)).nll_BL
+    wanted = Subs(LogLinear(), Absorbing(MASK), mask_sampler).loss(network(), plain, noise(ROWS)).nll_BL
     torch.testing.assert_close(alone.loss(network(), texts, noise(ROWS)).nll_BL, wanted)
 
 

@@ -22,8 +22,8 @@ from palimpsest.experiment.experiment import Experiment
 from palimpsest.models.hf_mlm import HFMaskedLM
 from palimpsest.noise_schedule import LogLinear
 from palimpsest.objectives.base import Model, scored_mask
+from palimpsest.objectives.mask_sampling import ExactCount
 from palimpsest.objectives.mlm import MaskedLM, Rates, cross_entropy_at
-from palimpsest.objectives.noising import ExactCount
 from palimpsest.objectives.sedd import SEDD
 from palimpsest.objectives.subs import Subs
 from palimpsest.process import Absorbing
@@ -39,32 +39,31 @@ VOCAB, MASK = 5, 4
 SCHEDULE = LogLinear(eps=0.0)
 
 
-def looked(noising: Rates, rows: int, length: int = 12, step: int = 0, scored: torch.Tensor | None = None):
+def draw_masks(mask_sampler: Rates, rows: int, length: int = 12, step: int = 0, scored: torch.Tensor | None = None):
     """(x_t, t, scale) of an optimizer step of so many rows of zeros."""
     x0 = torch.zeros(rows, length, dtype=torch.long)
     scored = torch.ones_like(x0, dtype=torch.bool) if scored is None else scored
-    return noising(SCHEDULE, x0, scored, Absorbing(MASK), training_noise(3, torch.arange(rows) + step * rows, rows))[0]
-
-
-# -------------------------------------------------------------------------------- mask rates
+    return mask_sampler(
+        SCHEDULE, x0, scored, Absorbing(MASK), training_noise(3, torch.arange(rows) + step * rows, rows)
+    )[0]
 
 
 def test_rates_of_a_list_are_equally_likely_and_masks_follow_them():
     rates = [1.0, 0.6, 0.1]
-    look = looked(Rates(rates), 6000, 40)
-    counts = [int(((look.t_B - rate).abs() < 1e-9).sum()) for rate in rates]
+    drawn = draw_masks(Rates(rates), 6000, 40)
+    counts = [int(((drawn.t_B - rate).abs() < 1e-9).sum()) for rate in rates]
     assert counts == [2000] * 3, "spread evenly over the rows of a step"
-    share = (look.xt_BL == MASK).double().mean(-1)
+    share = (drawn.xt_BL == MASK).double().mean(-1)
     for rate in rates:
-        here = share[(look.t_B - rate).abs() < 1e-9]
+        here = share[(drawn.t_B - rate).abs() < 1e-9]
         se = math.sqrt(rate * (1 - rate) / 40 / len(here))
         assert abs(here.mean() - rate) <= 5 * se + 40 * (1 - rate) ** 40 / 40
-    alone = looked(Rates(rates, antithetic_sampling=False), 6000)
+    alone = draw_masks(Rates(rates, antithetic_sampling=False), 6000)
     assert 0 < abs(int((alone.t_B == 1).sum()) - 2000) < 200
 
 
 def test_continuous_rates_fill_their_interval_evenly():
-    t = looked(Rates("continuous", 0.2, 0.7), 5000).t_B.sort().values
+    t = draw_masks(Rates("continuous", 0.2, 0.7), 5000).t_B.sort().values
     assert t[0] > 0.2 and t[-1] <= 0.7
     assert (t - torch.linspace(0.2, 0.7, 5000)).abs().max() < 1e-3
 
@@ -72,23 +71,22 @@ def test_continuous_rates_fill_their_interval_evenly():
 def test_a_row_has_a_mask_wherever_it_can_have_one():
     scored = torch.zeros(300, 12, dtype=torch.bool)
     scored[:200, 3:7] = True
-    xt = looked(Rates([0.01]), 300, scored=scored).xt_BL
+    xt = draw_masks(Rates([0.01]), 300, scored=scored).xt_BL
     counts = (xt == MASK).sum(-1)
     assert (counts[:200] >= 1).all() and (counts[:200] == 1).sum() > 190 and not counts[200:].any()
     assert not (xt == MASK)[~scored].any() and len((xt[:200] == MASK).double().argmax(-1).unique()) == 4
 
 
 def test_one_rate_for_a_whole_step_whichever_device_and_micro_batch():
-    noising = Rates("continuous", 0.0, 1.0, per="batch")
-    noising.high = 0.99  # rates below 1 are told as they are
-    steps = [looked(noising, 8, step=step).t_B for step in range(20)]
+    mask_sampler = Rates("continuous", 0.0, 0.99, per="batch")
+    steps = [draw_masks(mask_sampler, 8, step=step).t_B for step in range(20)]
     assert all(len(t.unique()) == 1 for t in steps) and len(torch.stack(steps)[:, 0].unique()) == 20
     place = torch.arange(8)
     rows = torch.zeros(8, 12, dtype=torch.long)
-    parts = [noising(SCHEDULE, rows[at], rows[at] == 0, Absorbing(MASK),
+    parts = [mask_sampler(SCHEDULE, rows[at], rows[at] == 0, Absorbing(MASK),
                      training_noise(3, 16 + place[at], torch.full((4,), 8), place[at]))[0]
              for at in (slice(0, 4), slice(4, 8))]  # fmt: skip
-    whole = looked(noising, 8, step=2)
+    whole = draw_masks(mask_sampler, 8, step=2)
     assert torch.equal(torch.cat([part.t_B for part in parts]), whole.t_B)
     assert torch.equal(torch.cat([part.xt_BL for part in parts]), whole.xt_BL)
     shared = training_noise(3, torch.arange(8), 8)
@@ -99,9 +97,6 @@ def test_one_rate_for_a_whole_step_whichever_device_and_micro_batch():
 def test_limits_that_leave_no_rate_are_refused():
     with pytest.raises(ValueError, match="masking_rate_min=0.8 must be below training.masking_rate_max=0.2"):
         Rates(rate_min=0.8, rate_max=0.2)
-
-
-# -------------------------------------------------------------------------------- the bound
 
 
 @pytest.mark.parametrize(("time", "per"), [(False, "sample"), (True, "batch")])
@@ -117,14 +112,14 @@ def test_rates_from_0_to_1_train_by_the_bound(random_dit, time, per):
 
 
 @pytest.mark.parametrize("build", [
-    lambda noising: Subs(SCHEDULE, Absorbing(MASK), noising), lambda noising: SEDD(SCHEDULE, Absorbing(MASK), noising),
-    lambda noising: MaskedLM(SCHEDULE, Absorbing(MASK), noising, loss_weight="elbo"),
+    partial(Subs, SCHEDULE, Absorbing(MASK)), partial(SEDD, SCHEDULE, Absorbing(MASK)),
+    partial(MaskedLM, SCHEDULE, Absorbing(MASK), loss_weight="elbo"),
 ], ids=["mdlm", "sedd", "mlm"])  # fmt: skip
 def test_rates_that_do_not_cover_the_bound_are_refused(build):
     build(Rates("continuous", 0, 1))
-    for noising in (Rates([1.0, 0.5]), Rates("continuous", 0.1, 1.0)):
+    for mask_sampler in (Rates([1.0, 0.5]), Rates("continuous", 0.1, 1.0)):
         with pytest.raises(ValueError, match="training.loss_weight=elbo with training.masking=rates.*do not cover"):
-            build(noising)
+            build(mask_sampler)
 
 
 def test_what_is_measured_of_a_masked_lm_is_the_bound_by_enumeration():
@@ -158,7 +153,7 @@ def test_the_loss_is_the_mean_over_the_masked_tokens(random_dit):
         partial(training_noise, 0, torch.arange(6), 6),
     )
     loss = objective.loss(net, batch_of(x0), noise())
-    xt = objective.noising(SCHEDULE, x0, torch.ones_like(x0, dtype=torch.bool), Absorbing(MASK), noise())[0].xt_BL
+    xt = objective.mask_sampler(SCHEDULE, x0, torch.ones_like(x0, dtype=torch.bool), Absorbing(MASK), noise())[0].xt_BL
     log_p = net(xt, torch.zeros(6)).double()
     log_p[..., MASK] = -torch.inf
     wanted = -log_p.log_softmax(-1).gather(-1, x0[..., None]).squeeze(-1)[xt == MASK]
@@ -171,9 +166,6 @@ def everything(net, x0: torch.Tensor) -> float:
     log_p = net(torch.full_like(x0, MASK), torch.zeros(len(x0))).double()
     log_p[..., MASK] = -torch.inf
     return -float(log_p.log_softmax(-1).gather(-1, x0[..., None]).sum())
-
-
-# -------------------------------------------------------------------------------- what is given
 
 
 def test_prefix_and_special_tokens_are_given_in_wrapped_and_in_padded_rows():
@@ -202,10 +194,10 @@ def test_a_batch_masks_nothing_that_is_given_and_a_sample_keeps_it(untrained, ov
     begun = (batch["input_ids"][:, 0] == data.vocabulary.bos_id).int()
     if diffusion.fills_masks:
         noise, scored = training_noise(1, batch["position"], 4), scored_mask(batch)
-        look = diffusion.objective.noising(
+        drawn = diffusion.objective.mask_sampler(
             SCHEDULE, batch["input_ids"], scored, Absorbing(data.vocabulary.mask_id), noise
         )[0]
-        masked = look.xt_BL == data.vocabulary.mask_id
+        masked = drawn.xt_BL == data.vocabulary.mask_id
         assert masked.any(-1).all() and not (masked & special).any()
         assert all(not masked[row, : 5 + begun[row]].any() for row in range(4))
     texts = draw(diffusion, data, built[0].build.drawing(), 3, 3, seed=1)
@@ -226,9 +218,6 @@ def test_the_unigram_baseline_is_of_the_same_tokens(untrained):
     counts[[data.vocabulary.bos_id, data.vocabulary.eos_id]] = 0
     ids = rows["input_ids"][0]
     assert nats[0] == pytest.approx(-np.log(counts[ids[4:-1]] / counts.sum()).sum())
-
-
-# -------------------------------------------------------------------------------- from the command line
 
 
 def test_trains_measures_and_classifies_and_says_what_it_is(tmp_path, monkeypatch):

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from palimpsest.models.checkpoints import read_checkpoint
-from palimpsest.noise_schedule import Cosine, EndsMasked, LogLinear
+from palimpsest.noise_schedule import Cosine, FullRange, LogLinear
 from palimpsest.objectives.base import Model
 from palimpsest.objectives.d3pm import D3PM
-from palimpsest.objectives.noising import Bernoulli, Complementary, ExactCount
+from palimpsest.objectives.mask_sampling import Bernoulli, Complementary, ExactCount
 from palimpsest.objectives.sedd import SEDD
 from palimpsest.objectives.subs import Subs
 from palimpsest.process import Absorbing
@@ -28,7 +28,7 @@ VOCAB, MASK = 5, 4
 def test_a_clean_text_costs_nothing_where_it_is_said(random_dit, law):
     net, x_BL = random_dit(5).float(), torch.randint(4, (2, 6))
     loss = law(LogLinear(), Absorbing(4)).loss_at(net, {"input_ids": x_BL}, x_BL, torch.tensor([0.3, 0.7]).double())
-    assert bool(loss.nll_BL.any()) != law.clean_text_costs_nothing
+    assert bool(loss.nll_BL.any()) != law.zero_loss_on_clean_text
 
 
 class Scripted(torch.nn.Module):
@@ -93,7 +93,7 @@ def test_d3pm_step_is_the_kl_of_its_own_reverse_step(random_dit):
     stays = torch.where(chance < 1, (1 - chance) * ((1 - chance).log() - log_q[:, MASK]), 0.0)
     kl = chance * (chance.log() - log_q.gather(1, x0[at][:, None]).squeeze(1)) + stays
     loss = objective.loss_at(net, batch_of(x0), xt, t).nll_BL
-    log_p0 = objective.answer(net, x0, torch.zeros_like(t)).gather(-1, x0[..., None]).squeeze(-1)
+    log_p0 = objective.network_log_probs(net, x0, torch.zeros_like(t)).gather(-1, x0[..., None]).squeeze(-1)
     torch.testing.assert_close((loss.double() + log_p0)[at] / T, kl, rtol=1e-4, atol=1e-5)
 
 
@@ -114,9 +114,9 @@ def test_reverse_steps_are_distributions_and_denoise_knows_no_mask(random_dit, b
 
 def test_a_rescaled_schedule_ends_in_masks_and_loglinear_becomes_the_papers_own():
     t = torch.linspace(0, 1, 9, dtype=torch.float64)
-    torch.testing.assert_close(EndsMasked(LogLinear())(t).alpha, 1 - t)
+    torch.testing.assert_close(FullRange(LogLinear())(t).alpha, 1 - t)
     for base in (Cosine(), LogLinear()):
-        schedule = EndsMasked(base)
+        schedule = FullRange(base)
         assert schedule(t).alpha[[0, -1]].tolist() == pytest.approx([1, 0], abs=1e-12)
         torch.testing.assert_close(schedule.t_from_alpha(schedule(t).alpha), t, atol=1e-6, rtol=0)
 
@@ -131,9 +131,6 @@ def test_a_rescaled_schedule_ends_in_masks_and_loglinear_becomes_the_papers_own(
 def test_contradictions_are_refused(build, said):
     with pytest.raises(ValueError, match=said):
         build()
-
-
-# ------------------------------------------------------------------------------------ the reference's numbers
 
 
 def golden_of(fixtures_dir, variant, weights):
@@ -153,7 +150,7 @@ def test_golden_d3pm(fixtures_dir, variant, weights):
     t = golden[f"{weights}.t_effective"]
     reference = golden[f"{weights}.model_output"]
     likely = reference > -1e5
-    assert close(objective.answer(net, golden["xt"], t)[likely], reference[likely])
+    assert close(objective.network_log_probs(net, golden["xt"], t)[likely], reference[likely])
     loss = objective.loss_at(net, batch, golden["xt"], t.double())
     assert close(loss.nll_BL, golden[f"{weights}.nlls"])
     assert close(loss.mean(), golden[f"{weights}.token_nll"])
@@ -213,18 +210,18 @@ def test_golden_gradients(fixtures_dir, variant):
 
 def golden_sampler(fixtures_dir, variant):
     meta, _, net = golden_of(fixtures_dir, variant, "raw")
-    told = json.loads((fixtures_dir / variant / "sampler.json").read_text())
+    known = json.loads((fixtures_dir / variant / "sampler.json").read_text())
     law = {"mdlm_sedd": SEDD, "mdlm_d3pm": lambda s, m: D3PM(s, m, T=meta["T"])}.get(variant, Subs)
     model = Model(law(LogLinear(), Absorbing(meta["mask_index"])), net)
-    return told, load_file(fixtures_dir / variant / "sampler.safetensors"), model
+    return known, load_file(fixtures_dir / variant / "sampler.safetensors"), model
 
 
 @pytest.mark.parametrize("variant", ["mdlm_subs", "mdlm_subs_tc", "mdlm_sedd"])
 def test_golden_one_step_posteriors(fixtures_dir, variant):
-    told, golden, model = golden_sampler(fixtures_dir, variant)
+    known, golden, model = golden_sampler(fixtures_dir, variant)
     x, compared = golden["x_t"], 0
     at = x == model.process.mask_id
-    for step in told["steps"]:
+    for step in known["steps"]:
         t, s = (torch.full((len(x),), step[name], dtype=torch.float64) for name in ("t", "s"))
         for kind in ("ddpm_posterior", "analytic_probs"):
             if (name := f"raw.{step['index']}.{kind}") in golden:
@@ -241,12 +238,12 @@ def test_golden_one_step_posteriors(fixtures_dir, variant):
 def test_golden_prediction_of_d3pm_in_its_posteriors(fixtures_dir):
     """The reference unmasks by the schedule alone; ours by the reverse step that the loss trains, which p([MASK])
     slows down. The prediction inside is the same."""
-    told, golden, model = golden_sampler(fixtures_dir, "mdlm_d3pm")
+    known, golden, model = golden_sampler(fixtures_dir, "mdlm_d3pm")
     x = golden["x_t"]
     at = x == model.process.mask_id
-    for step in told["steps"]:
+    for step in known["steps"]:
         t = torch.full((len(x),), step["t"], dtype=torch.float64)
-        p = model.objective.answer(model.backbone, x, t, at).exp() * (1 - step["s"] / step["t"])
+        p = model.objective.network_log_probs(model.backbone, x, t, at).exp() * (1 - step["s"] / step["t"])
         reference = golden[f"raw.{step['index']}.ddpm_posterior"][at]
         assert close(p[:, :-1], reference[:, :-1])
 
@@ -256,9 +253,9 @@ def test_golden_prediction_of_d3pm_in_its_posteriors(fixtures_dir):
     ("mdlm_sedd", "analytic"),
 ])  # fmt: skip
 def test_golden_trajectories_are_those_of_our_steps_under_the_recorded_numbers(fixtures_dir, variant, sampler):
-    told, golden, model = golden_sampler(fixtures_dir, variant)
+    known, golden, model = golden_sampler(fixtures_dir, variant)
     path, uniforms = golden[f"traj.{sampler}.x"], golden[f"traj.{sampler}.uniforms"]
-    times = torch.linspace(1, 1e-5, told[f"traj.{sampler}"]["num_steps"] + 1, dtype=torch.float64)
+    times = torch.linspace(1, 1e-5, known[f"traj.{sampler}"]["num_steps"] + 1, dtype=torch.float64)
     changed = 0
     for i, (t, s) in enumerate(itertools.pairwise(times)):
         x, after = path[i], path[i + 1]

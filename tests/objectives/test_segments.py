@@ -15,7 +15,7 @@ from palimpsest.models.segment_attention import segment_masks
 from palimpsest.noise_schedule import LogLinear
 from palimpsest.objectives.base import Model
 from palimpsest.objectives.block import BlockDiffusion
-from palimpsest.objectives.noising import Bernoulli, ExactCount, TiltedCount
+from palimpsest.objectives.mask_sampling import Bernoulli, ExactCount, TiltedCount
 from palimpsest.objectives.subs import Subs
 from palimpsest.process import Absorbing
 from palimpsest.samplers import ancestral, block, first_hitting
@@ -35,23 +35,20 @@ def in_segments(x0: torch.Tensor, ends: torch.Tensor, **more: torch.Tensor) -> d
     return {**batch_of(x0), "segment_ends": ends.expand(len(x0), -1), **more}
 
 
-# -------------------------------------------------------------------------------- identities
-
-
-@pytest.mark.parametrize(("noising", "told", "padding"), [
+@pytest.mark.parametrize(("mask_sampler", "settings", "padding"), [
     (Bernoulli(), {"time_conditioning": True}, 0), (ExactCount(), {}, 2), (TiltedCount(), {"num_classes": 2}, 0),
 ], ids=["bernoulli, time", "exact_count, padding", "tilted_count, classes"])  # fmt: skip
-def test_segments_of_k_tokens_are_blocks_of_k(random_dit, noising, told, padding):
+def test_segments_of_k_tokens_are_blocks_of_k(random_dit, mask_sampler, settings, padding):
     """Number for number: loss, what is logged, gradients; the last of ten tokens are fewer."""
-    net, x0, k = random_dit(VOCAB, **told), torch.randint(MASK, (4, 10)), 4
+    net, x0, k = random_dit(VOCAB, **settings), torch.randint(MASK, (4, 10)), 4
     net.train()
     given = torch.zeros(4, 10, dtype=torch.bool)
     given[:, :k], given[1, 6] = True, True
     batch = {**batch_of(x0, padding), "given": given}
-    batch |= {"class_id": torch.tensor([0, 1, -1, 0])} if "num_classes" in told else {}
+    batch |= {"class_id": torch.tensor([0, 1, -1, 0])} if "num_classes" in settings else {}
     cut = {**batch, "segment_ends": torch.tensor([[4, 8]]).expand(4, -1)}
     found = []
-    for objective, rows in ((objective_of(k, noising), batch), (objective_of(10, noising), cut)):
+    for objective, rows in ((objective_of(k, mask_sampler), batch), (objective_of(10, mask_sampler), cut)):
         loss = objective.loss(net, rows, training_noise(0, torch.arange(4), 4))
         net.zero_grad()
         loss.mean().backward()
@@ -66,7 +63,7 @@ def test_segments_of_k_tokens_are_blocks_of_k(random_dit, noising, told, padding
         torch.testing.assert_close(gradient, theirs)
     ours, plain = (
         o.block_losses(net, b, training_noise(0, torch.arange(4), 4))
-        for o, b in ((objective_of(10, noising), cut), (objective_of(k, noising), batch))
+        for o, b in ((objective_of(10, mask_sampler), cut), (objective_of(k, mask_sampler), batch))
     )
     for one, other in zip(ours, plain, strict=True):
         torch.testing.assert_close(one, other)
@@ -92,17 +89,14 @@ def test_in_a_network_of_one_layer_a_given_segment_is_a_given_prefix(random_dit)
             end = int(ENDS[row, 1])
             own, every = x0[row : row + 1, end:], torch.ones(1, 9 - end, dtype=torch.bool)
             noise_here = training_noise(0, torch.arange(4), 4).part(1).rows(torch.tensor([row]))
-            (look,) = Bernoulli()(LogLinear(), own, every, Absorbing(MASK), noise_here)
-            xt = torch.cat([x0[row : row + 1, :end], look.xt_BL], dim=1)
+            (draw,) = Bernoulli()(LogLinear(), own, every, Absorbing(MASK), noise_here)
+            xt = torch.cat([x0[row : row + 1, :end], draw.xt_BL], dim=1)
             rows = {name: value[row : row + 1] for name, value in {**batch_of(x0), "given": given}.items()}
-            yield Subs(LogLinear(), Absorbing(MASK)).loss_at(net, rows, xt, look.t_B).nll_BL
+            yield Subs(LogLinear(), Absorbing(MASK)).loss_at(net, rows, xt, draw.t_B).nll_BL
 
     assert (torch.cat(list(losses())) - objective_of().loss(net, segments, noise()).nll_BL).abs().max() > 1e-3
     net.blocks = net.blocks[:1]
     torch.testing.assert_close(objective_of().loss(net, segments, noise()).nll_BL, torch.cat(list(losses())))
-
-
-# -------------------------------------------------------------------------------- who sees whom
 
 
 def test_the_mask_is_the_predicate_token_by_token():
@@ -145,9 +139,6 @@ def test_no_segment_learns_from_a_later_one_and_all_from_earlier_ones(random_dit
     assert not changed[:, :2].any() and changed[:, execution].any()
 
 
-# -------------------------------------------------------------------------------- the law, by enumeration
-
-
 def law_of(net, x: torch.Tensor, ends: list[int]) -> torch.Tensor:
     """log p(x) of the any-order sampler within each segment, by enumeration of the orders, (R,)."""
     objective, total, cuts = objective_of(), torch.zeros(len(x), dtype=torch.float64), [0, *ends, x.shape[1]]
@@ -176,7 +167,7 @@ def test_the_law_sums_to_one_and_samples_follow_it(random_dit):
     law = dict(zip(map(tuple, every.tolist()), p.tolist(), strict=True))
     out = run(model_of(net), torch.full((8000, 4), MASK), torch.tensor([ends]))
     assert_follows(out.ids_BL, law)
-    with pytest.raises(ValueError, match="data.segments=true answers block after block"):
+    with pytest.raises(ValueError, match="data.segments=true predicts block after block"):
         objective_of().denoise(net, torch.tensor([[0, MASK, 1, MASK]]), torch.ones(1),
                                torch.tensor([[False, False, False, True]]), torch.tensor([[1, 3]]))  # fmt: skip
 
@@ -210,9 +201,6 @@ def test_the_bound_is_unbiased_and_above_the_likelihood(random_dit):
     assert ((draws.mean(0) - wanted).abs() < 5 * draws.std(0) / math.sqrt(many)).all()
 
 
-# -------------------------------------------------------------------------------- sampling
-
-
 def model_of(net) -> Model:
     return objective_of().model(net)
 
@@ -229,12 +217,12 @@ def prompted(rows: int = 4) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    "told", [{}, {"time_conditioning": True}, {"num_classes": 2}, {"mask_padding": False}], ids=str
+    "settings", [{}, {"time_conditioning": True}, {"num_classes": 2}, {"mask_padding": False}], ids=str
 )
 @pytest.mark.parametrize("inner", [first_hitting.sample, partial(ancestral.sample, steps=3, skip_idle=True)])
-def test_the_cache_changes_no_token_and_a_text_does_not_depend_on_its_batch(random_dit, inner, told):
-    model, x = model_of(random_dit(VOCAB, **told)), prompted()
-    cond = {"class_id": torch.tensor([0, 1, -1, 0])} if "num_classes" in told else {}
+def test_the_cache_changes_no_token_and_a_text_does_not_depend_on_its_batch(random_dit, inner, settings):
+    model, x = model_of(random_dit(VOCAB, **settings)), prompted()
+    cond = {"class_id": torch.tensor([0, 1, -1, 0])} if "num_classes" in settings else {}
     cached, read = (run(model, x, ENDS, inner=inner, kv_cache=kv, **cond) for kv in (True, False))
     assert torch.equal(cached.ids_BL, read.ids_BL) and torch.equal(cached.step_BL, read.step_BL)
     assert not (cached.ids_BL == MASK).any() and torch.equal(cached.ids_BL[x != MASK], x[x != MASK])

@@ -15,7 +15,7 @@ from palimpsest.common.randomness import KeyedNoise, evaluation_noise
 from palimpsest.models.checkpoints import read_checkpoint
 from palimpsest.models.dit import DiT
 from palimpsest.noise_schedule import Cosine, Linear, LogLinear
-from palimpsest.objectives.noising import Bernoulli
+from palimpsest.objectives.mask_sampling import Bernoulli
 from palimpsest.objectives.projection import cross_entropy
 from palimpsest.objectives.subs import Subs
 from palimpsest.process import Absorbing
@@ -160,9 +160,6 @@ def test_the_generator_is_the_only_randomness(random_dit):
     state = torch.get_rng_state()
     assert torch.equal(first, subs.loss(net, batch, evaluation_noise(0, batch["sample_id"])).nll_BL)
     assert torch.equal(state, torch.get_rng_state())
-
-
-# ------------------------------------------------------------------------------------ the reference's numbers
 
 
 @pytest.mark.parametrize("weights", ["raw", "ema"])

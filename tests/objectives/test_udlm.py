@@ -15,8 +15,8 @@ from palimpsest.experiment.from_checkpoint import complete
 from palimpsest.models.checkpoints import read_checkpoint
 from palimpsest.noise_schedule import Cosine, LogLinear
 from palimpsest.objectives.base import Model
+from palimpsest.objectives.mask_sampling import Bernoulli, Complementary, ExactCount, TiltedCount
 from palimpsest.objectives.mlm import Rates
-from palimpsest.objectives.noising import Bernoulli, Complementary, ExactCount, TiltedCount
 from palimpsest.objectives.udlm import UDLM
 from palimpsest.process import Uniform
 from palimpsest.samplers import uniform
@@ -88,9 +88,6 @@ def test_golden_duo_without_a_setting_typed(fixtures_dir, weights):
     torch.testing.assert_close(nll, golden[f"{weights}.nll_per_token"], rtol=1e-4, atol=1e-4)
 
 
-# -------------------------------------------------------------------------------- by enumeration
-
-
 @pytest.mark.parametrize("schedule", [LogLinear(eps=0.0), Cosine(eps=0.0)], ids=["loglinear", "cosine"])
 def test_the_bound_of_the_exact_network_is_the_entropy(schedule):
     torch.manual_seed(3)
@@ -120,7 +117,7 @@ def test_the_bound_of_the_exact_network_is_the_entropy(schedule):
 def test_the_sampler_draws_the_law_of_its_chain(start):
     torch.manual_seed(5)
     p_M = torch.rand(V**L).double() ** 3
-    model = Model(BayesUDLM(Bayes(p_M / p_M.sum()), LogLinear().complete), NO_NETWORK)
+    model = Model(BayesUDLM(Bayes(p_M / p_M.sum()), LogLinear().full_range), NO_NETWORK)
     rows = 20_000
     out = uniform.sample(model, torch.tensor([start]).expand(rows, -1), KeyedNoise(7, torch.arange(rows)), steps=4,
                          noise_removal=False)  # fmt: skip
@@ -134,7 +131,7 @@ def test_many_steps_of_the_exact_network_draw_the_data():
     torch.manual_seed(6)
     p_M = torch.rand(V**L).double() ** 3
     p_M /= p_M.sum()
-    model = Model(BayesUDLM(Bayes(p_M), LogLinear().complete), NO_NETWORK)
+    model = Model(BayesUDLM(Bayes(p_M), LogLinear().full_range), NO_NETWORK)
     law = chain(model, 400, (-1, -1))
     found = torch.tensor([law[tuple(text)] for text in texts(V, L).tolist()])
     assert (
@@ -150,7 +147,7 @@ def test_given_tokens_and_padding_are_neither_noised_nor_scored(random_dit):
     given = torch.zeros_like(x0, dtype=torch.bool)
     given[:, :2] = True
     seen = []
-    objective.noising = lambda *args: seen.extend(Bernoulli()(*args)) or seen
+    objective.mask_sampler = lambda *args: seen.extend(Bernoulli()(*args)) or seen
     batch = {"input_ids": x0, "given": given, "attention_mask": torch.arange(6).expand(4, -1) < 5}
     loss = objective.loss(net, batch, evaluation_noise(0, torch.arange(4)))
     kept = given | (torch.arange(6) == 5)
@@ -159,12 +156,12 @@ def test_given_tokens_and_padding_are_neither_noised_nor_scored(random_dit):
     assert torch.equal(loss.mask_BL, ~kept)
 
 
-@pytest.mark.parametrize("noising", [ExactCount(), TiltedCount(), Complementary(), Rates([0.5])])
-def test_draws_that_need_masks_are_refused(noising):
+@pytest.mark.parametrize("mask_sampler", [ExactCount(), TiltedCount(), Complementary(), Rates([0.5])])
+def test_draws_that_need_masks_are_refused(mask_sampler):
     with pytest.raises(ValueError, match=r"do not fit UDLM.*training.masking=bernoulli"):
-        UDLM(LogLinear(), Uniform(V), noising)
+        UDLM(LogLinear(), Uniform(V), mask_sampler)
     with pytest.raises(ValueError, match="do not fit UDLM"):
-        UDLM(LogLinear(), Uniform(V)).bound(noising)
+        UDLM(LogLinear(), Uniform(V)).bound(mask_sampler)
 
 
 def test_the_chunked_projection_has_the_plain_gradients(random_dit, monkeypatch):
@@ -178,9 +175,6 @@ def test_the_chunked_projection_has_the_plain_gradients(random_dit, monkeypatch)
         found.append([loss.detach(), *(parameter.grad.clone() for parameter in net.parameters())])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
-
-
-# -------------------------------------------------------------------------------- correctors
 
 
 def test_one_token_drawn_again_given_the_others_keeps_the_distribution():
@@ -211,7 +205,7 @@ def test_a_corrector_mends_what_few_steps_get_wrong():
     torch.manual_seed(6)
     p_M = torch.rand(V**L).double() ** 3
     p_M /= p_M.sum()
-    model, rows = Model(BayesUDLM(Bayes(p_M), LogLinear().complete), NO_NETWORK), 20_000
+    model, rows = Model(BayesUDLM(Bayes(p_M), LogLinear().full_range), NO_NETWORK), 20_000
     draw = partial(uniform.sample, model, torch.full((rows, L), -1), steps=2, noise_removal=False)
     plain = draw(KeyedNoise(2, torch.arange(rows)))
     corrected = draw(KeyedNoise(2, torch.arange(rows)), corrector_steps=30)
@@ -229,7 +223,7 @@ def test_a_corrector_mends_what_few_steps_get_wrong():
 def test_an_informed_corrector_draws_the_least_likely_token_again():
     law = torch.full((V**L,), 1e-9).double()
     law[0] = 1.0  # the text of zeros and hardly anything else
-    model = Model(BayesUDLM(Bayes(law / law.sum()), LogLinear().complete), NO_NETWORK)
+    model = Model(BayesUDLM(Bayes(law / law.sum()), LogLinear().full_range), NO_NETWORK)
     trace, noise = Trace(torch.full((1, L), -1), model.process), KeyedNoise(0, torch.arange(1))
     step = uniform.Resample(model, trace, noise, steps=1, corrector_steps=1, corrector="informed")
     step.trace.ids_BL = torch.tensor([[0, 1]])
@@ -241,7 +235,7 @@ def test_an_informed_corrector_draws_the_least_likely_token_again():
 def test_self_correction_puts_one_token_right_at_a_time_and_stops():
     law = torch.full((V**L,), 1e-9).double()
     law[0], law[-1] = 1.0, 1.0  # the texts 0 0 and 2 2
-    model = Model(BayesUDLM(Bayes(law / law.sum()), LogLinear().complete), NO_NETWORK)
+    model = Model(BayesUDLM(Bayes(law / law.sum()), LogLinear().full_range), NO_NETWORK)
     blank = torch.full((400, L), -1)
     settings = {"steps": 1, "noise_removal": False}
     plain = uniform.sample(model, blank, KeyedNoise(3, torch.arange(400)), **settings)

@@ -58,13 +58,13 @@ def test_a_fine_grid_of_times_samples_the_same_law(random_dit):
     assert (few.evaluations_B <= 2 * 2 + 1).all(), "one step per block, one look at what is left, one block remembered"
 
 
-@pytest.mark.parametrize("told", [{}, {"time_conditioning": True}, {"num_classes": 2}])
+@pytest.mark.parametrize("settings", [{}, {"time_conditioning": True}, {"num_classes": 2}])
 @pytest.mark.parametrize("inner", [first_hitting.sample, partial(ancestral.sample, steps=3, skip_idle=True)])
 @pytest.mark.parametrize("size", [1, 4])
-def test_the_cache_changes_no_token(random_dit, size, inner, told):
-    model, x = model_of(random_dit(VOCAB, **told), size), blank(6, 12)
+def test_the_cache_changes_no_token(random_dit, size, inner, settings):
+    model, x = model_of(random_dit(VOCAB, **settings), size), blank(6, 12)
     x[0, :5], x[1, 0], x[2, 11] = 1, 2, 0
-    cond = {"class_id": torch.tensor([0, 1, -1, 0, 1, 0])} if "num_classes" in told else {}
+    cond = {"class_id": torch.tensor([0, 1, -1, 0, 1, 0])} if "num_classes" in settings else {}
     mask = torch.ones(6, 12, dtype=torch.bool)
     mask[3, 9:], mask[4, 4:] = False, False
     x[~mask] = 0
@@ -100,9 +100,6 @@ def test_a_window_is_the_law_up_to_its_width_and_the_same_with_and_without_cache
         assert torch.equal(window.ids_BL, run(model, blank(40, 30), context=8).ids_BL)
     with pytest.raises(ValueError, match="sampling.context=7 must be a multiple of block_size=2"):
         run(model, blank(2, 30), context=7)
-
-
-# -------------------------------------------------------------------------------- endings
 
 
 END = 2
@@ -191,7 +188,7 @@ def test_given_text_behind_a_gap_is_refused(random_dit):
     x[:, 7] = 1
     run(model_of(random_dit(VOCAB), 2), x)  # the end of the text may be given
     x[0, 4] = 1
-    with pytest.raises(ValueError, match="sampling.prefix in place of sampling.template"):
+    with pytest.raises(ValueError, match="sampling.prefix instead of sampling.template"):
         run(model_of(random_dit(VOCAB), 2), x)
     run(model_of(random_dit(VOCAB), 8), x)
 

@@ -33,7 +33,7 @@ def laws() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class Masks(Denoiser):
-    """The exact denoiser of masks, told a class or none."""
+    """The exact denoiser of masks, with or without a class."""
 
     process = Absorbing(MASK)
     schedule = LogLinear()
@@ -50,7 +50,7 @@ class Masks(Denoiser):
 
 
 class Words(Denoiser):
-    """The exact denoiser of random tokens, told a class or none."""
+    """The exact denoiser of random tokens, with or without a class."""
 
     process = Uniform(V)
     schedule = LogLinear()
@@ -60,7 +60,7 @@ class Words(Denoiser):
     def _model(self, class_id) -> Model:
         p_CM, p_M = laws()
         known = p_M if class_id is None else p_CM[int(class_id[0])]
-        return Model(BayesUDLM(Bayes(known), LogLinear().complete), NO_NETWORK)
+        return Model(BayesUDLM(Bayes(known), LogLinear().full_range), NO_NETWORK)
 
     def denoise(self, x_BL, t_B, at_BL=None, class_id=None):
         return self._model(class_id).denoise(x_BL, t_B, at_BL)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from palimpsest.common.randomness import KeyedNoise
-from palimpsest.denoisers import Barred, JointDenoiser, LatentGuided
+from palimpsest.denoisers import JointDenoiser, LatentGuided, WithoutTokens
 from palimpsest.gaussian_process import LatentPrediction, cosine_level
 from palimpsest.noise_schedule import LogLinear
 from palimpsest.objectives.joint import JointModel
@@ -82,9 +82,6 @@ class NormalLatents:
         return LatentPrediction(x0_BKD, eps_BKD, alpha * eps_BKD - sigma * x0_BKD)
 
 
-# -------------------------------------------------------------------------------- latents
-
-
 def test_the_law_of_normal_latents_comes_out():
     """DDIM carries each noise to the latent of its quantile; ancestral steps end in the same law."""
     rows, x = 2000, torch.zeros(2000, 1, dtype=torch.long)
@@ -123,16 +120,16 @@ def test_guidance_of_latents_goes_from_the_marginal_to_the_text_and_beyond():
     net, x, hidden = model(), texts(), torch.full((ROWS, LENGTH), MASK)
     draw = lambda w, x=x, **more: (
         gaussian.sample(  # noqa: E731
-            net, x, noise(), LatentSteps(4, guidance=w), hidden_BL=hidden, **more
+            net, x, noise(), LatentSteps(4, guidance=w), masked_BL=hidden, **more
         ).latent_BKD
     )
     assert torch.equal(draw(1.0), gaussian.sample(net, x, noise(), LatentSteps(4)).latent_BKD)
     assert torch.equal(draw(0.0), draw(0.0, x=x.flip(0))) and not torch.equal(draw(1.0), draw(1.0, x=x.flip(0)))
     z, t, s = noise().normal(*SHAPE), torch.ones(ROWS).double(), torch.zeros(ROWS).double()
-    told, untold = net.predict_latent(z, t, x, s), net.predict_latent(z, t, hidden, t)
+    conditional, unconditional = net.predict_latent(z, t, x, s), net.predict_latent(z, t, hidden, t)
     torch.testing.assert_close(
-        gaussian.sample(net, x, noise(), LatentSteps(1, guidance=3.0), hidden_BL=hidden).latent_BKD,
-        (untold.x0_BKD + 3 * (told.x0_BKD - untold.x0_BKD)).float(),
+        gaussian.sample(net, x, noise(), LatentSteps(1, guidance=3.0), masked_BL=hidden).latent_BKD,
+        (unconditional.x0_BKD + 3 * (conditional.x0_BKD - unconditional.x0_BKD)).float(),
     )
     with pytest.raises(ValueError, match="sampling.guidance=2"):
         gaussian.sample(net, x, noise(), LatentSteps(4, guidance=2.0))
@@ -140,26 +137,23 @@ def test_guidance_of_latents_goes_from_the_marginal_to_the_text_and_beyond():
 
 def test_the_marginal_is_asked_with_masks_at_time_1_and_the_text_clean_at_0():
     spied, x, hidden = Spied(model()), texts(), torch.full((ROWS, LENGTH), MASK)
-    out = gaussian.sample(spied, x, noise(), LatentSteps(3, guidance=2.0), hidden_BL=hidden)
+    out = gaussian.sample(spied, x, noise(), LatentSteps(3, guidance=2.0), masked_BL=hidden)
     assert out.evaluations_B.tolist() == [6] * ROWS
     for asked, t_B, _, _ in spied.asked:
         assert torch.equal(asked, x) and (t_B == 0).all() or torch.equal(asked, hidden) and (t_B == 1).all()
-
-
-# -------------------------------------------------------------------------------- texts
 
 
 def test_guidance_of_texts_goes_from_the_marginal_to_the_latent_and_beyond():
     net, z = model(), latents()
     x, at = torch.full((ROWS, LENGTH), MASK), torch.ones(ROWS, LENGTH, dtype=torch.bool)
     half = torch.full((ROWS,), 0.5).double()
-    told, untold = net.denoise(x, half, at, latent=z), net.denoise(x, half, at)
-    assert not torch.allclose(told, untold)
-    torch.testing.assert_close(LatentGuided(net, 1.0).denoise(x, half, at, latent=z), told)
-    torch.testing.assert_close(LatentGuided(net, 0.0).denoise(x, half, at, latent=z), untold)
+    conditional, unconditional = net.denoise(x, half, at, latent=z), net.denoise(x, half, at)
+    assert not torch.allclose(conditional, unconditional)
+    torch.testing.assert_close(LatentGuided(net, 1.0).denoise(x, half, at, latent=z), conditional)
+    torch.testing.assert_close(LatentGuided(net, 0.0).denoise(x, half, at, latent=z), unconditional)
     beyond = LatentGuided(net, 3.0).denoise(x, half, at, latent=z)
     tokens = [token for token in range(VOCAB) if token != MASK]
-    wanted = (untold.double() + 3 * (told.double() - untold.double()))[:, tokens].log_softmax(-1)
+    wanted = (unconditional.double() + 3 * (conditional.double() - unconditional.double()))[:, tokens].log_softmax(-1)
     torch.testing.assert_close(beyond[:, tokens], wanted)
     assert beyond[:, MASK].isneginf().all() and with_guidance(DDPM, 1.0) is DDPM
     plain = DDPM(net, x, noise(), latent=z)
@@ -191,7 +185,7 @@ def test_a_row_does_not_depend_on_its_batch():
     chosen = {"positions": "contrast", "rate": 0.5, "eligible_BL": torch.ones_like(x, dtype=torch.bool)}
     pairs = [
         [DDPM(net, masks[i], key, latent=z[i]).ids_BL for i, key in ((slice(None), every), (some, few))],
-        [gaussian.sample(net, x[i], key, steps, hidden_BL=masks[i]).latent_BKD
+        [gaussian.sample(net, x[i], key, steps, masked_BL=masks[i]).latent_BKD
          for i, key in ((slice(None), noise()), (some, KeyedNoise(3, some)))],
         [joint.sample(net, masks[i], key, steps=4, eta=1.0).latent_BKD
          for i, key in ((slice(None), noise()), (some, KeyedNoise(3, some)))],
@@ -203,9 +197,6 @@ def test_a_row_does_not_depend_on_its_batch():
     ]  # fmt: skip
     for whole, part in pairs:
         torch.testing.assert_close(whole[some], part)
-
-
-# -------------------------------------------------------------------------------- edits
 
 
 def test_a_text_that_is_masked_in_part_is_filled_from_its_own_time():
@@ -269,8 +260,8 @@ def test_positions_are_chosen_by_rule_within_the_budget_and_never_special_tokens
 
 def test_tokens_that_are_barred_are_never_written_and_the_rest_keeps_its_odds():
     x, t = torch.full((ROWS, 5), model().process.mask_id), torch.full((ROWS,), 0.5, dtype=torch.float64)
-    at, told = torch.ones_like(x, dtype=torch.bool), {"latent": latents(), "latent_t": torch.zeros(ROWS)}
-    free, barred = (found.denoise(x, t, at, **told).exp() for found in (model(), Barred(model(), (0, 2))))
+    at, cond = torch.ones_like(x, dtype=torch.bool), {"latent": latents(), "latent_t": torch.zeros(ROWS)}
+    free, barred = (found.denoise(x, t, at, **cond).exp() for found in (model(), WithoutTokens(model(), (0, 2))))
     assert (barred[:, [0, 2]] == 0).all() and (free[:, [0, 2]] > 0).all()
     free[:, [0, 2]] = 0
     torch.testing.assert_close(barred, free / free.sum(-1, keepdim=True))

@@ -24,7 +24,7 @@ from palimpsest.objectives.subs import Subs
 from palimpsest.process import Absorbing
 from palimpsest.samplers import block, semi_autoregressive
 from palimpsest.samplers.base import TokenChoice
-from palimpsest.samplers.unmasking import ORDERS, REMASKS, SCHEDULES, Unmasking, masks_left, remdm_chances, sample
+from palimpsest.samplers.unmasking import ORDERS, REMASKS, SCHEDULES, Unmasking, masks_left, remdm_probs, sample
 from palimpsest.settings.command_line import compose_config
 from tests.helpers.decoders import CHOICES, Toy, Watched, assert_sound, blank, unmask
 from tests.helpers.laws import assert_follows
@@ -83,11 +83,11 @@ def test_remdm_keeps_the_share_of_masks_whatever_eta():
     alpha = torch.linspace(0, 1, 9, dtype=torch.float64)
     for eta in (0.0, 0.1, 1.0):
         now, then = alpha[:-1], alpha[1:]
-        chances = remdm_chances(now, then, eta)
-        assert torch.allclose(now * chances.erase_B + (1 - now) * (1 - chances.write_B), 1 - then)
-        for chance in (chances.write_B, chances.erase_B):
-            assert (chance >= -1e-12).all() and (chance <= 1 + 1e-12).all()
-        assert chances.write_B[-1] == 1 and chances.erase_B[-1] == 0
+        probs = remdm_probs(now, then, eta)
+        assert torch.allclose(now * probs.remask_B + (1 - now) * (1 - probs.unmask_B), 1 - then)
+        for p in (probs.unmask_B, probs.remask_B):
+            assert (p >= -1e-12).all() and (p <= 1 + 1e-12).all()
+        assert probs.unmask_B[-1] == 1 and probs.remask_B[-1] == 0
 
 
 def test_low_confidence_keeps_what_was_drawn_with_most_probability():
@@ -127,9 +127,6 @@ def test_schedules_write_something_at_every_step_and_all_in_time():
     assert [int(masks_left(s, 5, 10, torch.tensor([100]))) for s in SCHEDULES] == [50, 70, 90]
 
 
-# -------------------------------------------------------------------------------- every combination
-
-
 def test_every_combination_ends_and_says_what_it_did():
     toy, mask = Toy(2, 6), 2
     x = torch.tensor([[mask] * 6, [0, mask, mask, 1, mask, mask], [0, 1, 0, 1, 1, 0]])
@@ -138,9 +135,6 @@ def test_every_combination_ends_and_says_what_it_did():
             continue  # it goes by confidence
         how, frames = Unmasking(schedule, order, None, remask, 0.5), Watched()
         assert_sound(toy, x, unmask(toy, x, how, 4, choice=choice, watch=frames), frames, 4)
-
-
-# -------------------------------------------------------------------------------- other models, other samplers
 
 
 @pytest.mark.parametrize("objective", [

@@ -135,8 +135,8 @@ def test_an_edit_touches_nothing_but_its_masks(here, target):
 
 
 def test_an_edit_begins_at_the_share_that_is_masked_and_is_told_where_to_go(here, monkeypatch):
-    seen, fill, barred, bar = [], Setting.fill, set(), editing.Barred
-    monkeypatch.setattr(editing, "Barred", lambda model, ids: (barred.add(ids), bar(model, ids))[1])
+    seen, fill, barred, bar = [], Setting.fill, set(), editing.WithoutTokens
+    monkeypatch.setattr(editing, "WithoutTokens", lambda model, ids: (barred.add(ids), bar(model, ids))[1])
     monkeypatch.setattr(Setting, "fill", lambda *args: (seen.append(args[3]), fill(*args))[1])
     run(*SAMPLE, "sampling.direction=edit", "sampling.edit_rate=0.33", "sampling.edit_alpha=2")
     rows, (true, shuffled, none, *_) = samples(here, "edit"), seen
@@ -181,7 +181,7 @@ def test_latents_are_drawn_from_own_other_and_no_texts_and_written_as_the_encode
     (["sampling.direction=joint", "training.joint_modes={l2t: 1, latent: 1}"], "needs joint"),
     (["sampling.direction=joint", "sampling.joint_order=latent_first", "training.joint_modes={l2t: 1, text: 1}"],
      "it needs joint or latent"),
-    (["training.joint_modes=joint"], "training.joint_modes=joint must say how often"),
+    (["training.joint_modes=joint"], "training.joint_modes=joint must have weights"),
     (["training.freeze=true"], "training.freeze=true must be a list"),
     (["latents.attributes=class"], "latents.attributes=class must be a list"),
 ], ids=lambda value: "" if isinstance(value, str) else " ".join(value))  # fmt: skip

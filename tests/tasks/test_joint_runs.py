@@ -16,7 +16,7 @@ from palimpsest.experiment import building
 from palimpsest.experiment.experiment import Experiment
 from palimpsest.experiment.fitting import fit
 from palimpsest.models.checkpoints import load_inert, read_checkpoint
-from palimpsest.objectives.joint import SHARES
+from palimpsest.objectives.joint import MODE_SHARES
 from palimpsest.process import Absorbing
 from palimpsest.report import training
 from palimpsest.report.training import history
@@ -54,7 +54,7 @@ def test_a_training_tells_both_terms_and_calls_neither_a_likelihood(here):
     assert 0 < results["nll_nats_per_token"].value < 20
     logged = history(here / "run")
     assert "train/loss" in logged and "train/nll" not in logged and "val/nll" in logged
-    assert {f"train/share_{mode}" for mode in SHARES} <= logged.keys()
+    assert {f"train/share_{mode}" for mode in MODE_SHARES} <= logged.keys()
     for step in range(2):
         value = {name: points[step, 1] for name, points in logged.items() if len(points) == 2}
         assert value["train/text_term"] + value["train/latent_term"] == pytest.approx(value["train/loss"], rel=1e-5)

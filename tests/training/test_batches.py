@@ -231,5 +231,5 @@ def test_every_parameter_contributes_to_every_loss(tmp_path, monkeypatch, overri
     noise = training_noise(1, batch["position"], 4)
     for told in (batch, {name: column for name, column in batch.items() if name != "label"}):
         diffusion.zero_grad()
-        diffusion.objective.loss(diffusion.backbone, diffusion.told(told), noise).mean().backward()
+        diffusion.objective.loss(diffusion.backbone, diffusion.with_conditioning(told), noise).mean().backward()
         assert [name for name, p in diffusion.named_parameters() if p.grad is None] == []

@@ -31,7 +31,7 @@ class Snapshots(lightning.Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if trainer.global_step == len(self.taken) + 1:
-            pl_module.settle_average()
+            pl_module.update_average()
             states = [p.state_dict()["state"] for p in getattr(trainer.optimizers[0], "parts", trainer.optimizers)]
             moments = [v.clone() for s in states for one in s.values() for v in one.values()]
             self.taken.append(

@@ -1,0 +1,264 @@
+"""Mask sampling: how a Monte Carlo draw of the bound chooses t and the masked positions, and how it is weighted.
+
+The bound is an integral over t of an expectation over masks. Every class here draws (x_t, t, scale) such that the
+expectation of scale * integrand(x_t, t) is that integral. The classes differ in variance and in cost.
+Shape suffixes: B batch, L length, M mask counts.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from torch import Tensor
+
+from palimpsest.common.randomness import KeyedNoise
+from palimpsest.common.values import IF_SET, BelowOne, Natural
+from palimpsest.noise_schedule import NoiseSchedule
+from palimpsest.process import Absorbing, Process
+
+_EARLIEST = 1e-6  # the smallest t at which mask rate and weight are exact to four digits under every schedule
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One Monte Carlo draw: the noised tokens, their times (float64), and the factor of the integrand (float64)."""
+
+    xt_BL: Tensor
+    t_B: Tensor
+    scale_B: Tensor
+
+
+class MaskSampler(ABC):
+    """A way to draw masks; the mean over its draws estimates the bound.
+
+    Attributes:
+        label: its name in messages and results.
+        passes: network evaluations, and so `Draw`s, of one call.
+        discrete: t lies on the grid 1/T, ..., 1.
+        covers_all_rates: all mask rates of the schedule are drawn.
+        estimates_bound: the expectation is the bound; otherwise the draws are for training with another weight.
+        changes_variables: the network is shown log(1 - alpha), by which t is drawn.
+        always_masks: at least one token is masked, which needs an integrand that is 0 on clean texts.
+    """
+
+    label: str
+    passes = 1
+    discrete = changes_variables = False
+    covers_all_rates = estimates_bound = always_masks = True
+
+    @abstractmethod
+    def __call__(
+        self, schedule: NoiseSchedule, x0_BL: Tensor, scored_BL: Tensor, process: Process, noise: KeyedNoise
+    ) -> list[Draw]:
+        """Return one `Draw` for each network pass; only tokens at the True positions of `scored_BL` are noised."""
+
+
+class Bernoulli(MaskSampler):
+    """Draw t first, then mask each token with probability 1 - alpha(t), as the references do.
+
+    Args:
+        antithetic_sampling: use the evenly spread times of the noise; otherwise independent times.
+        sampling_eps: smallest t in training. Smaller t mask almost nothing and only add variance. Evaluation needs all
+            mask rates, so 0.
+        importance_sampling: draw log(1 - alpha) uniformly instead of t, so that every masked token has the same weight
+            (VDM, arXiv 2107.00630, appendix I).
+        change_of_variables: the same choice, for a network that is shown log(1 - alpha) (objectives/subs.py).
+        T: > 0 for times of the grid 1/T, 2/T, ..., 1.
+        resample: keep the share of masks of every row (block) within the rates of the schedule (BD3-LM, arXiv
+            2503.09573, section 5.2). A training heuristic: the draws are not quite from the process of the bound.
+    """
+
+    always_masks = False
+
+    def __init__(
+        self,
+        antithetic_sampling: bool = True,
+        sampling_eps: BelowOne = 0.0,
+        importance_sampling: bool = False,
+        change_of_variables: bool = False,
+        T: Natural = 0,  # noqa: N803 - the configuration key
+        resample: Annotated[bool, IF_SET] = False,
+    ) -> None:
+        if importance_sampling and change_of_variables:
+            raise ValueError(
+                "training.importance_sampling=true and training.change_of_variables=true are two forms of the same "
+                "change; keep one"
+            )
+        self.changes_variables = change_of_variables
+        self.importance_sampling = importance_sampling or change_of_variables
+        if self.importance_sampling and T:
+            raise ValueError(
+                f"training.importance_sampling or training.change_of_variables with T={T}: they draw t from a "
+                "continuum, and T > 0 has a grid; set T=0 or switch them off"
+            )
+        self.antithetic_sampling = antithetic_sampling
+        self.sampling_eps = sampling_eps
+        self.T = T
+        self.resample = resample
+        self.discrete = T > 0
+        self.covers_all_rates = not resample and (self.discrete or sampling_eps == 0)
+        times = "stratified t" if antithetic_sampling else "independent t"
+        self.label = f"{times}, importance-sampled" if self.importance_sampling else times
+
+    def __call__(
+        self, schedule: NoiseSchedule, x0_BL: Tensor, scored_BL: Tensor, process: Process, noise: KeyedNoise
+    ) -> list[Draw]:
+        u_B = noise.time() if self.antithetic_sampling else noise.uniform()
+        t_B, scale_B = self._log_uniform(schedule, u_B) if self.importance_sampling else self._uniform(u_B)
+        level = schedule(t_B)
+        if not self.resample:
+            return [Draw(process.corrupt(x0_BL, level.alpha, noise, scored_BL), t_B, scale_B)]
+        u_BL = noise.uniform(x0_BL.shape[1])
+        limits = schedule(torch.tensor([0.0, 1.0], dtype=torch.float64, device=t_B.device)).move_chance
+        count_B = _limited_count(noise.uniform(), level.move_chance, scored_BL, limits)
+        masked_BL = _lowest(u_BL, scored_BL, count_B)
+        return [Draw(process.mask(x0_BL, masked_BL), t_B, scale_B)]
+
+    def _uniform(self, u_B: Tensor) -> tuple[Tensor, Tensor]:
+        if self.T:
+            return (torch.floor(u_B * self.T) + 1) / self.T, torch.ones_like(u_B)
+        return ((1 - self.sampling_eps) * u_B + self.sampling_eps).clamp(min=_EARLIEST), torch.ones_like(u_B)
+
+    def _log_uniform(self, schedule: NoiseSchedule, u_B: Tensor) -> tuple[Tensor, Tensor]:
+        low, high = log_move_range(schedule, u_B, self.sampling_eps)
+        t_B = schedule.t_from_alpha(-torch.expm1(low + u_B * (high - low)))
+        # The density of t is elbo_weight / (high - low); that of `_uniform` is 1 / (1 - sampling_eps).
+        return t_B, (high - low) / ((1 - self.sampling_eps) * schedule(t_B).elbo_weight)
+
+
+def _limited_count(u_B: Tensor, rate_B: Tensor, scored_BL: Tensor, limits_2: Tensor) -> Tensor:
+    """Draw how many of the n scored positions of each row are masked, by inversion of `u_B`.
+
+    The count is binomial with `rate_B`, conditioned on a share within the limits. If no count lies within them, it is
+    the count nearest to the rate.
+    """
+    n_B, most = scored_BL.sum(-1), scored_BL.shape[1]
+    k_M = torch.arange(most + 1, dtype=torch.float64, device=u_B.device)
+    rest_BM, rate_B1 = (n_B[:, None] - k_M).clamp(min=0), rate_B.clamp(1e-12, 1 - 1e-12)[:, None]
+    choose_BM = torch.lgamma(n_B[:, None] + 1.0) - torch.lgamma(k_M + 1) - torch.lgamma(rest_BM + 1)
+    log_p_BM = choose_BM + k_M * rate_B1.log() + rest_BM * torch.log1p(-rate_B1)
+    # Limits near 0 or 1 are ignored, because a block of few tokens may have no mask, or masks only.
+    low, high = torch.where(limits_2[0] > 2e-3, limits_2[0], 0.0), torch.where(limits_2[1] < 1 - 2e-3, limits_2[1], 1.0)
+    inside_BM = (k_M >= low * n_B[:, None] - 1e-9) & (k_M <= high * n_B[:, None] + 1e-9)
+    nearest_B = torch.round(rate_B * n_B)
+    inside_BM = torch.where(inside_BM.any(-1, keepdim=True), inside_BM, k_M == nearest_B[:, None])
+    p_BM = log_p_BM.masked_fill(~inside_BM | (k_M > n_B[:, None]), -torch.inf).softmax(-1)
+    return (p_BM.cumsum(-1) <= u_B[:, None]).sum(-1).clamp(max=most).minimum(n_B)
+
+
+def log_move_range(schedule: NoiseSchedule, like: Tensor, sampling_eps: float = 1e-3) -> tuple[Tensor, Tensor]:
+    """Return log(1 - alpha) at t = sampling_eps and at t = 1, float64 scalars on the device of `like`."""
+    ends = schedule(torch.tensor([sampling_eps, 1.0], dtype=torch.float64, device=like.device))
+    return ends.move_chance.clamp(min=_EARLIEST**2).log().unbind()
+
+
+class ExactCount(MaskSampler):
+    """Mask exactly k of n tokens, k uniform in 1..n, with the integral over t done in closed form.
+
+    Under any schedule from alpha = 1 to alpha = 0 a mask of k given positions has the weight
+    int elbo_weight (1 - alpha)^k alpha^(n - k) dt = 1 / (k C(n, k)), so uniform k with factor n / k is unbiased and has
+    no variance from t (RADD, arXiv 2406.03736; LLaDA, arXiv 2502.09992). Networks that see t get a draw of t given k:
+    1 - alpha is Beta(k, n - k + 1), the distribution of the k-th of n sorted uniform numbers.
+    """
+
+    label = "exact mask counts"
+
+    def __call__(
+        self, schedule: NoiseSchedule, x0_BL: Tensor, scored_BL: Tensor, process: Absorbing, noise: KeyedNoise
+    ) -> list[Draw]:
+        u_BL, n_B = shuffle_keys(noise, scored_BL), scored_BL.sum(-1)
+        k_B = 1 + torch.floor(noise.time() * n_B).long()
+        return [_with_masks(schedule, x0_BL, scored_BL, process, u_BL, k_B, n_B / k_B)]
+
+
+class TiltedCount(MaskSampler):
+    """As `ExactCount`, with small k drawn more often: for the difference of two likelihoods of one text.
+
+    With k of n tokens masked, n / k times their sum has a variance proportional to (n - k) / k (a sample drawn without
+    replacement). Its square root is the best density of k / n, which is Beta(1/2, 3/2). Half of the draws keep uniform
+    k, so no draw has more than twice its weight in `ExactCount`.
+    """
+
+    label = "exact mask counts, small ones more often"
+
+    def __call__(
+        self, schedule: NoiseSchedule, x0_BL: Tensor, scored_BL: Tensor, process: Absorbing, noise: KeyedNoise
+    ) -> list[Draw]:
+        u_BL, n_B = shuffle_keys(noise, scored_BL), scored_BL.sum(-1)
+        place_L = torch.arange(1, x0_BL.shape[1] + 1, dtype=torch.float64, device=x0_BL.device)
+        cdf_BL = _tilted_cdf((place_L / n_B.clamp(min=1)[:, None]).clamp(max=1.0))
+        k_B = (1 + (cdf_BL <= noise.time()[:, None]).sum(-1)).minimum(n_B.clamp(min=1))
+        p_B = _tilted_cdf(k_B / n_B.clamp(min=1)) - _tilted_cdf((k_B - 1) / n_B.clamp(min=1))
+        return [_with_masks(schedule, x0_BL, scored_BL, process, u_BL, k_B, 1 / (k_B * p_B))]
+
+
+def _tilted_cdf(rate: Tensor) -> Tensor:
+    """Return the distribution function of the even mixture of the uniform distribution and Beta(1/2, 3/2)."""
+    rate = rate.double()
+    return 0.5 * rate + (rate.sqrt().asin() + (rate * (1 - rate)).sqrt()) / torch.pi
+
+
+class Complementary(MaskSampler):
+    """Mask k tokens in one pass and the other n - k in a second one, so that their errors partly cancel.
+
+    k is uniform in 1..n as in `ExactCount`, and so is n - k unless k = n. In that case the complement is empty, and the
+    full mask counts for both passes.
+    """
+
+    passes = 2
+    label = "exact mask counts in complementary pairs"
+
+    def __call__(
+        self, schedule: NoiseSchedule, x0_BL: Tensor, scored_BL: Tensor, process: Absorbing, noise: KeyedNoise
+    ) -> list[Draw]:
+        u_BL, n_B = shuffle_keys(noise, scored_BL), scored_BL.sum(-1)
+        # The smaller count of the pair {k, n - k}, with 0 for k = n: uniform k on a circle of n, folded.
+        few_B = torch.floor(noise.time() * 0.5 * n_B + 0.5).long()
+        first_BL = _lowest(u_BL, scored_BL, few_B)
+        pair = []
+        for masked_BL, k_B in ((first_BL, few_B), (scored_BL & ~first_BL, n_B - few_B)):
+            factor_B = torch.where(k_B > 0, n_B / k_B.clamp(min=1), 0.0) * torch.where(few_B > 0, 1.0, 2.0)
+            xt_BL = process.mask(x0_BL, masked_BL)
+            pair.append(weighted(schedule, xt_BL, order_statistic(u_BL, k_B), factor_B))
+        return pair
+
+
+def shuffle_keys(noise: KeyedNoise, scored_BL: Tensor) -> Tensor:
+    """Return uniform numbers whose order shuffles the scored positions; +inf elsewhere."""
+    return noise.uniform(scored_BL.shape[1]).masked_fill(~scored_BL, torch.inf)
+
+
+def order_statistic(u_BL: Tensor, k_B: Tensor) -> Tensor:
+    """Return the k-th smallest number of each row, (B,), or 1/2 (a harmless level) if there is none."""
+    chosen_B = u_BL.sort(-1).values.gather(1, (k_B - 1).clamp(0, u_BL.shape[1] - 1)[:, None]).squeeze(1)
+    return torch.where((k_B > 0) & chosen_B.isfinite(), chosen_B, 0.5)
+
+
+def _lowest(u_BL: Tensor, scored_BL: Tensor, k_B: Tensor) -> Tensor:
+    """Return True at the k scored positions of each row with the smallest numbers, (B, L)."""
+    level_B = order_statistic(u_BL.masked_fill(~scored_BL, torch.inf), k_B)
+    return (u_BL <= level_B[:, None]) & scored_BL & (k_B > 0)[:, None]
+
+
+def _with_masks(
+    schedule: NoiseSchedule,
+    x0_BL: Tensor,
+    scored_BL: Tensor,
+    process: Absorbing,
+    u_BL: Tensor,
+    k_B: Tensor,
+    factor_B: Tensor,
+) -> Draw:
+    """Mask the k scored positions with the smallest numbers, each weighted by `factor_B`."""
+    xt_BL = process.mask(x0_BL, _lowest(u_BL, scored_BL, k_B))
+    return weighted(schedule, xt_BL, order_statistic(u_BL, k_B), factor_B)
+
+
+def weighted(schedule: NoiseSchedule, xt_BL: Tensor, move_chance_B: Tensor, factor_B: Tensor) -> Draw:
+    """Return a draw whose masked tokens have the weight `factor_B`, whatever the integrand's weight at its t."""
+    # At t = 0 alpha' may be 0, and a weight of 0 cannot be rescaled: stay off the end.
+    t_B = schedule.t_from_alpha(1 - move_chance_B).clamp(_EARLIEST, 1.0)
+    return Draw(xt_BL, t_B, factor_B / schedule(t_B).elbo_weight)

@@ -1,0 +1,46 @@
+"""Objectives that train another objective, and the views of a backbone that they show it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from palimpsest.models.backbone import Backbone
+from palimpsest.noise_schedule import NoiseSchedule
+from palimpsest.objectives.base import Objective, TokenDiffusion
+from palimpsest.objectives.mask_sampling import MaskSampler
+
+
+class WrapperObjective(Objective):
+    """An objective that trains another one, `inner`, on blocks of a text or on a text with its latent."""
+
+    inner: TokenDiffusion
+
+    @property
+    def T(self) -> int:  # noqa: N802
+        return self.inner.T
+
+    @property
+    def mask_sampler(self) -> MaskSampler:
+        return self.inner.mask_sampler
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        return self.inner.schedule
+
+    @property
+    def independent_unmasking(self) -> bool:
+        return self.inner.independent_unmasking
+
+
+@dataclass
+class BackboneView:
+    """A backbone whose `encode` a subclass replaces."""
+
+    backbone: Backbone
+    encodes_positions = True
+
+    @property
+    def head(self) -> nn.Linear:
+        return self.backbone.head
