@@ -1,4 +1,4 @@
-"""Choose what is to be sampled: free texts, completions of prompts, or a direction between texts and latents."""
+"""Choose what is sampled: free texts, completions of prompts, or conditional generation with latents."""
 
 from __future__ import annotations
 
@@ -6,23 +6,29 @@ from collections.abc import Callable
 
 from palimpsest.corpora.judging import Judge
 from palimpsest.dataloader import TextData
-from palimpsest.evaluation.completions import Asked
-from palimpsest.evaluation.directions import Directed, Direction, both, l2t, t2l
+from palimpsest.evaluation.completions import CompletionRequest
+from palimpsest.evaluation.conditional_generation import (
+    ConditionalRequest,
+    ConditionalSettings,
+    generate_jointly,
+    latent_to_text,
+    text_to_latent,
+)
 from palimpsest.evaluation.editing import edit
-from palimpsest.evaluation.free_texts import WriteFreely
+from palimpsest.evaluation.free_texts import FreeTextRequest
 from palimpsest.evaluation.generative_perplexity import CausalScorer
 from palimpsest.evaluation.likelihood import GroundTruth
 from palimpsest.evaluation.sampling_inputs import Template
 
-_FIND = {"joint": both, "l2t": l2t, "t2l": t2l, "edit": edit}
+_GENERATORS = {"joint": generate_jointly, "l2t": latent_to_text, "t2l": text_to_latent, "edit": edit}
 
 
 def request(
     data: TextData,
-    given: Template,
+    template: Template,
     judge: Judge,
     truth: GroundTruth | None,
-    directed: Directed,
+    conditional: ConditionalSettings,
     class_id: int | None,
     *,
     split: str | None,
@@ -30,26 +36,22 @@ def request(
     num_batches: int | None,
     samples_per_prompt: int,
     load_scorer: Callable[[], CausalScorer] | None,
-) -> WriteFreely | Asked | Direction:
-    """Return the request for `num_samples` texts, or `num_batches` batches; called with a `Setting` it draws them.
+) -> FreeTextRequest | CompletionRequest | ConditionalRequest:
+    """Return the request for `num_samples` texts, or `num_batches` batches; called with a context it samples them.
 
-    What can be missing is looked for here, before the sampling, which may take hours.
-
-    Args:
-        truth: the exact distribution of the corpus, if it is known.
-        load_scorer: loads the scorer of the generative perplexity; None if that is not wanted.
+    Settings are checked here, before sampling, which may take hours. load_scorer: None without generative perplexity.
 
     Raises:
-        ValueError: something is asked for that these data cannot give.
+        ValueError: these data do not allow what the settings ask for.
     """
     number = num_samples or (num_batches and num_batches * data.eval_batch_size)
     if data.prompted:
-        asked = Asked(split, number, samples_per_prompt, judge)
-        asked.check(data, given, load_scorer is not None)
-        return asked
+        completion = CompletionRequest(split, number, samples_per_prompt, judge)
+        completion.check(data, template, load_scorer is not None)
+        return completion
     if number is None or samples_per_prompt != 1:
         key = f"samples_per_prompt={samples_per_prompt}" if number else "num_sample_batches=null"
         raise ValueError(f"sampling.{key} is for texts with prompts, and those of data={data.name} have none")
-    if directed.direction:
-        return Direction(directed, split, number, truth, _FIND[directed.direction])
-    return WriteFreely(number, split, load_scorer and load_scorer(), truth, class_id)
+    if conditional.direction:
+        return ConditionalRequest(conditional, split, number, truth, _GENERATORS[conditional.direction])
+    return FreeTextRequest(number, split, load_scorer and load_scorer(), truth, class_id)

@@ -23,8 +23,8 @@ from palimpsest.estimators.any_order import AnyOrder
 from palimpsest.estimators.nelbo import Nelbo
 from palimpsest.estimators.ordered import Ordered
 from palimpsest.evaluation.answers import check_shares, majority_is_right, measure
-from palimpsest.evaluation.completions import Asked, complete
-from palimpsest.evaluation.drawing import Drawing, Setting, draw
+from palimpsest.evaluation.completions import CompletionRequest, complete
+from palimpsest.evaluation.drawing import Drawing, SamplingContext, draw
 from palimpsest.experiment.experiment import Experiment
 from palimpsest.experiment.weights import Weights
 from palimpsest.noise_schedule import LogLinear
@@ -274,19 +274,23 @@ def test_a_sampler_that_knows_the_answers_is_right_and_one_does_not_depend_on_th
 
     MASK_ID = diffusion.objective.process.mask_id  # noqa: N806
     trainer = experiment.trainer("sample_eval")
-    done = complete(Setting(trainer, diffusion, data, Drawing(oracle), 1), Asked("test", None, 1, judge))
+    done = complete(
+        SamplingContext(trainer, diffusion, data, Drawing(oracle), 1), CompletionRequest("test", None, 1, judge)
+    )
     assert len(done) == 12 and all(c.verdicts[0].right and c.ended[0] for c in done)
     assert [c.completions[0].strip() for c in done] == [c.reference.strip() for c in done]
     assert len(set(noises)) == 12
     drawing = experiment.build.drawing()
-    every = complete(Setting(trainer, diffusion, data, drawing, 1), Asked("test", None, 2, judge))
-    some = complete(Setting(trainer, diffusion, data, drawing, 1), Asked("test", 3, 1, judge))
+    every = complete(SamplingContext(trainer, diffusion, data, drawing, 1), CompletionRequest("test", None, 2, judge))
+    some = complete(SamplingContext(trainer, diffusion, data, drawing, 1), CompletionRequest("test", 3, 1, judge))
     texts = {c.text_id: c.completions for c in every}
     assert len(some) == 3 and all(texts[c.text_id][0] == c.completions[0] for c in some)
     assert any(first != second for first, second in texts.values())
     short = Experiment(compose_config([*FEW_PROBLEMS, "model.length=22", "data.long_texts=drop"]), "a test")
-    none = complete(Setting(trainer, diffusion, short.build.data(), drawing, 1), Asked("test", None, 1, judge))
-    unfit = [c for c in none if not c.drawn]
+    none = complete(
+        SamplingContext(trainer, diffusion, short.build.data(), drawing, 1), CompletionRequest("test", None, 1, judge)
+    )
+    unfit = [c for c in none if not c.sampled]
     assert 0 < len(unfit) < len(none) and not any(c.verdicts[0].right or c.ended[0] for c in unfit)
 
 
@@ -338,12 +342,12 @@ def test_what_a_training_shows_are_completed_prompts(gsm8k):
     for law in ([], ["parameterization=ar"]):
         experiment = Experiment(compose_config([*FEW_PROBLEMS, *law]), "a test")
         data = experiment.build.data()
-        drawn = draw(
+        sampled = draw(
             experiment.build.diffusion(data).eval(), data, Drawing(experiment.build.drawing().sampler), 3, 3, seed=1
         )
         prompts = [encode(data.tokenizer, [parts_of(text, ends)[0]])[0]
                    for text, ends in zip(*(data.texts("validation")[name] for name in ("text", "ends")), strict=True)]  # fmt: skip # noqa: E501
-        for text in drawn:
+        for text in sampled:
             given = text.steps.count(0)
             assert text.ids[1:given] in prompts and text.ids[0] == data.vocabulary.bos_id
 
