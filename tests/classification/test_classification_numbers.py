@@ -14,7 +14,7 @@ from sklearn import metrics as sk
 from palimpsest.classification.bayes import averaged_posterior, log_prior, posterior, posterior_interval
 from palimpsest.classification.calibration import RateWeights, fit_rate_weights, fit_temperature
 from palimpsest.classification.measures import macro_f1, measure, reliability
-from palimpsest.classification.sequential_test import still_racing
+from palimpsest.classification.sequential_test import undecided
 from palimpsest.common.metrics import wilson_interval
 
 
@@ -51,7 +51,7 @@ def raced(nats_MCK: np.ndarray, confidence: float) -> np.ndarray:
     """What the sequential test draws of these draws."""
     looks, even_C = (4, 6, 8, 12, 16, 24, 32, 48, 64), np.zeros(nats_MCK.shape[1])
     for here, there in pairwise(looks):
-        nats_MCK[~still_racing(nats_MCK[:, :, :here], even_C, confidence), :, here:there] = np.nan
+        nats_MCK[~undecided(nats_MCK[:, :, :here], even_C, confidence), :, here:there] = np.nan
     return nats_MCK
 
 

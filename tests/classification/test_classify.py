@@ -11,10 +11,10 @@ import pytest
 import torch
 from hydra.errors import InstantiationException
 
-from palimpsest.classification.evidence import token_evidence
+from palimpsest.classification.attributions import token_attributions
 from palimpsest.classification.models import ClassModel
 from palimpsest.classification.predictions import predictions_file, read_posterior, write_predictions
-from palimpsest.classification.scoring import ClassScores, Race, score_classes
+from palimpsest.classification.scoring import ClassScores, SequentialTest, score_classes
 from palimpsest.estimators.nelbo import Nelbo, for_comparison
 from palimpsest.experiment.experiment import Experiment
 from palimpsest.objectives.noising import Bernoulli, ExactCount, TiltedCount
@@ -29,7 +29,7 @@ def experiment(*overrides: str) -> Experiment:
     return Experiment(compose_config([*TINY, *overrides]), "a test")
 
 
-def scores_of(e: Experiment, models: list[ClassModel], race: Race, estimator: object = None) -> ClassScores:
+def scores_of(e: Experiment, models: list[ClassModel], race: SequentialTest, estimator: object = None) -> ClassScores:
     return score_classes(e.trainer, models, e.build.data(), "test", estimator or Nelbo(), race, 3, EVEN)
 
 
@@ -41,7 +41,7 @@ def _in_a_folder_of_its_own(tmp_path, monkeypatch):
 def test_each_class_is_measured_as_its_model_alone_would_be():
     e = experiment()
     models = two_models(e)
-    found = scores_of(e, models, Race(4), Nelbo(ExactCount()))
+    found = scores_of(e, models, SequentialTest(4), Nelbo(ExactCount()))
     by_hand = []
     for batch in e.build.data().eval_dataloader("test"):
         order = batch["text_id"]
@@ -55,7 +55,9 @@ def test_common_masks_cancel_and_independent_ones_do_not():
     """Two classes with one model: its likelihood ratio is 1, whatever the masks, if they are the same."""
     e = experiment()
     same = [ClassModel(random_network(e, 0))] * 2
-    common, independent = (scores_of(e, same, Race(4, masks=masks)).log_p_MC for masks in ("common", "independent"))
+    common, independent = (
+        scores_of(e, same, SequentialTest(4, masks=masks)).log_p_MC for masks in ("common", "independent")
+    )
     assert (common[:, 0] == common[:, 1]).all()
     assert (independent[:, 0] != independent[:, 1]).all() and (independent[:, 0] == common[:, 0]).sum() == 0
 
@@ -64,7 +66,7 @@ def test_windows_of_a_text_are_summed_and_masked_alike():
     e = experiment(*WINDOWS)
     rows = e.build.data().split("test")
     assert len(rows) > 8, "the texts have several windows"
-    found = scores_of(e, two_models(e), Race(8), Nelbo(ExactCount()))
+    found = scores_of(e, two_models(e), SequentialTest(8), Nelbo(ExactCount()))
     tokens = np.zeros(8)
     np.add.at(tokens, np.searchsorted(found.text_id_M, rows["text_id"]), np.array(rows["length"][:]) - 0)
     assert len(found.text_id_M) == 8 and (found.tokens_M <= tokens).all() and (found.tokens_M > 24).any()
@@ -76,7 +78,7 @@ def test_windows_of_a_text_are_summed_and_masked_alike():
 def test_texts_that_race_on_get_the_numbers_of_the_fixed_design():
     e = experiment("data.max_test_texts=8")
     models = two_models(e)
-    fixed, raced = scores_of(e, models, Race(16)), scores_of(e, models, Race(16, confidence=0.9))
+    fixed, raced = scores_of(e, models, SequentialTest(16)), scores_of(e, models, SequentialTest(16, confidence=0.9))
     taken = np.isfinite(raced.nats_MCP)
     same = fixed.nats_MCP[:, :, : taken.shape[2]]
     np.testing.assert_allclose(raced.nats_MCP[taken], same[taken], rtol=1e-4)
@@ -86,12 +88,14 @@ def test_texts_that_race_on_get_the_numbers_of_the_fixed_design():
     partly = pytest.raises(ValueError, match="limit_test_batches")
     limited = experiment("data.max_test_texts=8", "trainer.limit_test_batches=1", "loader.eval_batch_size=3")
     with partly:
-        scores_of(limited, models, Race(4))
+        scores_of(limited, models, SequentialTest(4))
 
 
 def test_looks_take_whole_pairs_and_end_with_the_budget():
-    assert Race(64, 0.99).looks(2) == [4, 6, 8, 12, 16, 24, 32, 48, 64] and Race(10, 0.99).looks(1) == [4, 6, 8, 10]
-    assert Race(64).looks(2) == [64]
+    assert SequentialTest(64, 0.99).looks(2) == [4, 6, 8, 12, 16, 24, 32, 48, 64] and SequentialTest(10, 0.99).looks(
+        1
+    ) == [4, 6, 8, 10]
+    assert SequentialTest(64).looks(2) == [64]
 
 
 def test_comparison_draws_small_counts_more_often_unless_something_else_was_chosen():
@@ -105,11 +109,11 @@ def test_evidence_of_the_tokens_adds_up_to_the_ratio():
     e = experiment()
     models = two_models(e)
     rows = [5, 0, 3]
-    race = Race(8, confidence=0.9)
+    race = SequentialTest(8, confidence=0.9)
     found = scores_of(e, models, race)
     place = [found.text_id_M.tolist().index(e.build.data().split("test")[r]["text_id"]) for r in rows]
     draws = {row: int(found.draws_M[m]) for row, m in zip(rows, place, strict=True)}
-    nats = token_evidence(models, e.build.data(), "test", draws, 8, TiltedCount(), 3)
+    nats = token_attributions(models, e.build.data(), "test", draws, 8, TiltedCount(), 3)
     for m, nats_CL in zip(place, nats, strict=True):
         np.testing.assert_allclose(-np.nansum(nats_CL, axis=1), found.log_p_MC[m], rtol=1e-4)
         assert np.isnan(nats_CL[:, 0]).all(), "a given BOS is not weighed"
@@ -119,9 +123,9 @@ def test_a_network_that_is_told_the_class_serves_all_of_them():
     e = experiment("classify.sharing=conditional")
     diffusion = random_network(e, 0)
     torch.nn.init.normal_(diffusion.backbone.blocks[0].adaLN_modulation.weight)
-    found = scores_of(e, [ClassModel(diffusion, k) for k in range(2)], Race(4))
+    found = scores_of(e, [ClassModel(diffusion, k) for k in range(2)], SequentialTest(4))
     assert (found.log_p_MC[:, 0] != found.log_p_MC[:, 1]).all()
-    untold = scores_of(e, [ClassModel(diffusion, -1), ClassModel(diffusion)], Race(4))
+    untold = scores_of(e, [ClassModel(diffusion, -1), ClassModel(diffusion)], SequentialTest(4))
     assert (untold.log_p_MC[:, 0] == untold.log_p_MC[:, 1]).all()
 
 

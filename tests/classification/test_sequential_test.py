@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import t as student_t
 
-from palimpsest.classification.sequential_test import certainty, still_racing
+from palimpsest.classification.sequential_test import certainty, undecided
 
 LOOKS = (4, 6, 8, 12, 16, 24, 32, 48, 64)
 
@@ -22,9 +22,9 @@ def race(true_MC, noise_MCK, confidence):
     """Draw in rounds as the looks say. (errors of the stopped, number of stopped, mean draws)."""
     nats_MCK, log_prior_C = true_MC[:, :, None] + noise_MCK, np.zeros(true_MC.shape[1])
     for here, there in zip(LOOKS, LOOKS[1:], strict=False):
-        stopped_M = ~still_racing(nats_MCK[:, :, :here], log_prior_C, confidence)
+        stopped_M = ~undecided(nats_MCK[:, :, :here], log_prior_C, confidence)
         nats_MCK[stopped_M, :, here:there] = np.nan
-    stopped_M = ~still_racing(nats_MCK, log_prior_C, confidence)
+    stopped_M = ~undecided(nats_MCK, log_prior_C, confidence)
     wrong_M = np.nanmean(nats_MCK, axis=2).argmin(1) != true_MC.argmin(1)
     return int(wrong_M[stopped_M].sum()), int(stopped_M.sum()), float((~np.isnan(nats_MCK[:, 0])).sum(1).mean())
 
@@ -89,15 +89,15 @@ def test_nothing_is_certain_after_one_draw_and_everything_when_exact(rng):
 
 def test_confidence_one_never_stops_and_stopped_texts_stay_stopped(rng):
     nats_MCK = np.stack([np.zeros((30, 8)), 1e6 + rng.normal(size=(30, 8))], axis=1)
-    assert still_racing(nats_MCK, np.zeros(2), 1.0).all()
-    assert not still_racing(nats_MCK, np.zeros(2), 0.99).any()
+    assert undecided(nats_MCK, np.zeros(2), 1.0).all()
+    assert not undecided(nats_MCK, np.zeros(2), 0.99).any()
     nats_MCK[:, 1] = rng.normal(size=(30, 8))
     nats_MCK[3, :, 6:] = np.nan
-    racing_M = still_racing(nats_MCK, np.zeros(2), 0.999)
+    racing_M = undecided(nats_MCK, np.zeros(2), 0.999)
     assert not racing_M[3] and racing_M.sum() > 20
     for confidence in (0.5, 0.0, 1.01, math.nan):
         with pytest.raises(ValueError, match="classify.confidence"):
-            still_racing(nats_MCK, np.zeros(2), confidence)
+            undecided(nats_MCK, np.zeros(2), confidence)
     nats_MCK[4, 1, 2] = np.nan
     with pytest.raises(ValueError, match="each class"):
-        still_racing(nats_MCK, np.zeros(2), 0.9)
+        undecided(nats_MCK, np.zeros(2), 0.9)
