@@ -10,16 +10,16 @@ import numpy as np
 from palimpsest.app.job import check_text, warnings
 from palimpsest.app.networks import Judges, Networks
 from palimpsest.app.runs import Classifier
+from palimpsest.classification.attributions import token_attributions
 from palimpsest.classification.bayes import log_prior, posterior_interval
-from palimpsest.classification.evidence import token_evidence
-from palimpsest.classification.scoring import ClassScores, Race, score_classes
+from palimpsest.classification.scoring import ClassScores, SequentialTest, score_classes
 from palimpsest.classification.typical import UNLIKE, Typical
 from palimpsest.dataloader import with_texts
 from palimpsest.estimators.nelbo import comparison_noising
 from palimpsest.report.evidence import shown_evidence
 from palimpsest.report.formatting import format_measurement
+from palimpsest.report.prediction import ClassProbability, prediction_html
 from palimpsest.report.report import Report
-from palimpsest.report.verdict import ClassShare, verdict
 
 _SPLIT = "the text"  # its name among the splits
 
@@ -54,7 +54,7 @@ def classify(networks: Networks, classifier: Classifier, question: Question, sho
     asked = {"seed": question.seed, "classify.num_draws": question.num_draws,
              "classify.confidence": question.confidence}  # fmt: skip
     with warnings() as heard:
-        race = Race(question.num_draws, question.confidence)
+        race = SequentialTest(question.num_draws, question.confidence)
         judges = networks.judges(classifier, asked)
         experiment, models = judges.experiment, judges.models
         race.check(experiment.build.estimator)
@@ -77,14 +77,14 @@ def classify(networks: Networks, classifier: Classifier, question: Question, sho
 
 
 def _shown(
-    scores: ClassScores, log_prior_C: np.ndarray, names: tuple[str, ...], race: Race, typical: Typical | None
+    scores: ClassScores, log_prior_C: np.ndarray, names: tuple[str, ...], race: SequentialTest, typical: Typical | None
 ) -> str:
     posterior_C, (first, second) = scores.posterior(log_prior_C)[0], _pair(scores, log_prior_C)
     low_C, high_C = posterior_C, posterior_C
     if not scores.exact:
         low_C, high_C = (ends_MC[0] for ends_MC in posterior_interval(scores.nats_MCK, log_prior_C))
     columns = zip(names, posterior_C, low_C, high_C, scores.log_p_MC[0], scores.se_MC[0], strict=True)
-    shares = [ClassShare(*column, {first: "p", second: "n"}.get(k, "")) for k, column in enumerate(columns)]
+    shares = [ClassProbability(*column, {first: "p", second: "n"}.get(k, "")) for k, column in enumerate(columns)]
     drawn = "the likelihood is exact" if scores.exact else (
         f"{scores.draws_M[0]} of at most {race.num_draws} masks under every class"
     )  # fmt: skip
@@ -93,7 +93,7 @@ def _shown(
     facts = [drawn, f"{margin} nats between the first two", spent, f"{int(scores.tokens_M[0]):,} tokens"]
     if typical is not None and typical.unlike(scores, log_prior_C)[0]:
         facts.insert(0, UNLIKE)
-    return verdict(shares, facts)
+    return prediction_html(shares, facts)
 
 
 def _pair(scores: ClassScores, log_prior_C: np.ndarray) -> tuple[int, int]:
@@ -102,14 +102,14 @@ def _pair(scores: ClassScores, log_prior_C: np.ndarray) -> tuple[int, int]:
     return (0, 1) if len(log_prior_C) == 2 else (first, second)
 
 
-def _evidence(judges: Judges, data: object, scores: ClassScores, log_prior_C: np.ndarray, race: Race) -> str:
+def _evidence(judges: Judges, data: object, scores: ClassScores, log_prior_C: np.ndarray, race: SequentialTest) -> str:
     """The rows of the text, coloured by what they say for one class against another."""
     experiment, models = judges.experiment, judges.models
     first, second = _pair(scores, log_prior_C)
     rows = range(len(data.split(_SPLIT)))
     noising = comparison_noising(experiment.build.estimator, models[0].diffusion.objective)
     draws = dict.fromkeys(rows, int(scores.draws_M[0]))
-    nats = token_evidence(models, data, _SPLIT, draws, race.num_draws, noising, experiment.seed)
+    nats = token_attributions(models, data, _SPLIT, draws, race.num_draws, noising, experiment.seed)
     titles = [f"Part {row + 1} of {len(rows)}" if len(rows) > 1 else "Which words spoke" for row in rows]
     report = Report("")
     report.evidence(shown_evidence(data, _SPLIT, {row: (titles[row], first, second) for row in rows}, nats))

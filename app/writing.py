@@ -16,8 +16,8 @@ from palimpsest.evaluation.drawing import decoded, draw
 from palimpsest.evaluation.sampling_inputs import Template
 from palimpsest.report.denoising import denoising_page
 from palimpsest.report.history import Recorder, samples_of
-from palimpsest.report.live import Standing, live_texts
-from palimpsest.report.watching import described
+from palimpsest.report.live import LiveView, live_texts
+from palimpsest.report.views import described
 from palimpsest.samplers.trace import Trace
 from palimpsest.settings.declared import CONFIGS
 
@@ -85,7 +85,7 @@ def write(networks: Networks, network: Network, wish: Wish, show: Callable[..., 
         drawing = replace(drawing, given=given)
         number = wish.num_texts  # a single batch: only the first is watched
         recorder = Recorder(number, diffusion.objective.process.blank_id)
-        watch = _Watch(recorder, Standing.of(number, diffusion, data, drawing), show, wish.pause)
+        watch = _Watch(recorder, LiveView.of(number, diffusion, data, drawing), show, wish.pause)
         start = time.perf_counter()
         drawn = draw(diffusion, data, drawing, number, number, writer.experiment.seed, wish.class_id, watch)
         seconds = time.perf_counter() - start - watch.waited
@@ -107,17 +107,17 @@ def keys_of(decoder: str) -> frozenset[str]:
 class _Watch:
     """Records what is written, and shows it."""
 
-    def __init__(self, recorder: Recorder, texts: Standing, show: Callable[..., None], pause: float) -> None:
+    def __init__(self, recorder: Recorder, texts: LiveView, show: Callable[..., None], pause: float) -> None:
         self.recorder, self._texts, self._show, self._pause = recorder, texts, show, pause
         self._shown_at = self.waited = 0.0  # waited: seconds, in all, for the sake of those who watch
 
     def __call__(self, trace: Trace) -> None:
         self.recorder(trace)
-        changed, now = self._texts.take(trace), time.monotonic()
+        changed, now = self._texts.update(trace), time.monotonic()
         picture, wait = None, 0.0
         if changed and now - self._shown_at >= min(_PICTURE_SECONDS, self._pause or _PICTURE_SECONDS):
             texts = self._texts
-            html = live_texts([list(texts.pieces(row)) for row in texts.rows])
+            html = live_texts([list(texts.tokens(row)) for row in texts.rows])
             picture = Picture(html, texts.step, texts.left, texts.evaluations)
             wait, self._shown_at = max(0.0, self._pause - (time.monotonic() - now)), now
         self.waited += wait

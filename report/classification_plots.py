@@ -1,7 +1,7 @@
-"""Figures of a classification: how often it is right, how sure it is, and what its draws buy.
+"""Figures of a classification: accuracy, calibration, and accuracy by draws.
 
-Like `report.plots`: each function returns a new figure in the colours of `THEME`, bars and bands are 95% intervals
-and say so, and values that are not finite are counted aloud. Shapes: K classes or bins, M texts, N points.
+Like `report.plots`: each function returns a new figure in the colours of `THEME`, bars and bands are 95% intervals and
+labelled so, and values that are not finite are counted. Shapes: K classes or bins, M texts, N points.
 """
 
 from __future__ import annotations
@@ -50,32 +50,31 @@ _MOST_BARS = 64
 
 @dataclass(frozen=True)
 class Curve:
-    """Accuracy of one method at growing cost, all N: `evaluations` of the network per text and class, `accuracy` as a
-    share in [0, 1], `se` its standard error (NaN where unknown)."""
+    """Accuracy of one method at growing cost, all N."""
 
-    evaluations: ArrayLike
-    accuracy: ArrayLike
-    se: ArrayLike
+    evaluations: ArrayLike  # of the network, per text and class
+    accuracy: ArrayLike  # share in [0, 1]
+    se: ArrayLike  # standard error; NaN if unknown
 
 
 @dataclass(frozen=True)
 class Point:
-    """One method at one cost; the fields are those of `Curve`, and `se` may be None where unknown."""
+    """One method at one cost, as in `Curve`."""
 
     evaluations: float
     accuracy: float
-    se: float | None = None
+    se: float | None = None  # None if unknown
 
 
 def accuracy_ladder(rows: Sequence[Row], highlight: str | None = None) -> Figure:
-    """Accuracies as shares in [0, 1], one dot with its 95% interval per (name, value, standard error)."""
+    """Plot accuracies as shares in [0, 1], one dot with its 95% interval per (name, value, standard error)."""
     figure, axes = dot_rows(rows, highlight, scale=100.0)
     axes.set_xlabel("accuracy (% of texts); bars: 95%; further right is better")
     return figure
 
 
 def confusion_matrix(counts_KK: ArrayLike, label_names: Sequence[str]) -> Figure:
-    """Counts [K, K], true class in rows and predicted in columns, with their share of each row."""
+    """Plot counts [K, K], true class in rows and predicted in columns, with their share of each row."""
     counts = np.asarray(counts_KK, dtype=np.int64)
     size = len(label_names)
     if counts.shape != (size, size):
@@ -105,7 +104,8 @@ def confusion_matrix(counts_KK: ArrayLike, label_names: Sequence[str]) -> Figure
 
 
 def calibration(confidence_K: ArrayLike, right_K: ArrayLike, count_K: ArrayLike, ece: float) -> Figure:
-    """Reliability diagram (Wilson 95% bars) over a histogram of the confidences, from K equal-width bins of [0, 1].
+    """Plot a reliability diagram (Wilson 95% bars) over a histogram of the confidences, from K equal-width bins of [0,
+    1].
 
     Each bin gives its mean confidence, the share of right answers and the number of texts; empty bins may hold NaN.
     `ece` is the expected calibration error in [0, 1]. Raises ValueError if the lengths differ.
@@ -145,8 +145,7 @@ def calibration(confidence_K: ArrayLike, right_K: ArrayLike, count_K: ArrayLike,
 
 
 def llr_histogram(margin_by_label: Mapping[str, ArrayLike], num_bins: int = 40) -> Figure:
-    """How the margin log p(x | second class) − log p(x | first) [nats] is spread over the texts [N] of each true class,
-    the two in this order."""
+    """Plot log p(x | second class) − log p(x | first) [nats] of the texts [N] of each class, in this order."""
     figure = new_figure(3.0)
     kept = {str(name): finite(values, values) for name, values in margin_by_label.items()}
     dropped = sum(count for _, count in kept.values())
@@ -171,7 +170,7 @@ def llr_histogram(margin_by_label: Mapping[str, ArrayLike], num_bins: int = 40) 
 
 
 def _label_histograms(axes: Axes, margins: Mapping[str, Floats]) -> None:
-    """Names each class above its median, one line further up where names would collide."""
+    """Name each class above its median, one line further up if names would collide."""
     low, high = axes.get_xlim()
     ends = [-1.0]
     items = [(float(np.median(v)), i, name) for i, (name, v) in enumerate(margins.items()) if v.size]
@@ -191,20 +190,20 @@ def accuracy_against_draws(
     references: Mapping[str, float] | None = None,
     points: Mapping[str, Point] | None = None,
 ) -> Figure:
-    """Accuracy [share] with its 95% band against network evaluations per text and class, one named curve per method.
+    """Plot accuracy [share] with its 95% band against network evaluations per text and class, one curve per method.
 
-    `references` are accuracies that cost no evaluations (naive Bayes): dashed lines. `points` are single marks, e.g. a
-    sequential test at its mean number of draws.
+    `references` are accuracies without evaluations (naive Bayes), drawn as dashed lines. `points` are single marks,
+    such as a sequential test at its mean number of draws.
     """
     figure = new_figure(3.4)
     bands = "; bands: 95%" if curves else ""
     axes = style_axes(figure.add_subplot(), f"network evaluations per text and class{bands}", "accuracy (% of texts)")
-    labels, notes, dropped, drawn = [], [], 0, []
+    labels, notes, dropped, sampled = [], [], 0, []
     for i, (name, curve) in enumerate(curves.items()):
         (x, y, se), bad = _cleaned(curve.evaluations, curve.accuracy, curve.se)
         dropped += bad
         if x.size:
-            drawn.append(x)
+            sampled.append(x)
             colour = SERIES[i % len(SERIES)]
             half = Z95 * np.nan_to_num(se, nan=0.0, posinf=0.0)
             axes.fill_between(x, y - half, y + half, color=colour, alpha=0.18, linewidth=0)
@@ -214,7 +213,7 @@ def accuracy_against_draws(
         (x, y, _), bad = _cleaned([point.evaluations], [point.accuracy], [0.0])
         dropped += bad
         if x.size:
-            drawn.append(x)
+            sampled.append(x)
             colour = SERIES[i % len(SERIES)]
             axes.errorbar(x, y, half_width(point.se), fmt="D", color=colour, markersize=6, elinewidth=1.4, zorder=5)
             notes.append((float(x[0]), float(y[0]), f"{name}, {format_number(float(x[0]), 3)}", colour))
@@ -228,7 +227,7 @@ def accuracy_against_draws(
         return empty_figure(new_figure(3.4), f"no finite value among {dropped:,}" if dropped else "nothing to draw")
     axes.yaxis.set_major_formatter(PERCENT)
     axes.margins(x=0.04, y=0.12)
-    _log2_axis(axes, np.concatenate(drawn) if drawn else np.ones(1))
+    _log2_axis(axes, np.concatenate(sampled) if sampled else np.ones(1))
     end_labels(axes, labels)
     for x, y, text, colour in notes:
         # Curves rise, so there is room above a mark, and to its left unless it is among the cheapest.
@@ -240,7 +239,7 @@ def accuracy_against_draws(
 
 
 def _cleaned(evaluations: ArrayLike, accuracy: ArrayLike, se: ArrayLike) -> tuple[list[Floats], int]:
-    """The points that a logarithmic axis can hold, in order of the evaluations; how many it cannot."""
+    """Return the points that a logarithmic axis can show, by evaluations; and how many it cannot."""
     x = np.asarray(evaluations, dtype=np.float64)
     columns, dropped = finite(np.where(x > 0, x, np.nan), accuracy, se)
     order = np.argsort(columns[0], kind="stable")
@@ -248,7 +247,7 @@ def _cleaned(evaluations: ArrayLike, accuracy: ArrayLike, se: ArrayLike) -> tupl
 
 
 def _log2_axis(axes: Axes, x: Floats) -> None:
-    """Ticks at the powers of two from the smallest to the largest of `x`."""
+    """Set ticks at the powers of two from the smallest to the largest of `x`."""
     axes.set_xscale("log", base=2)
     low, high = np.floor(np.log2(x.min())), np.ceil(np.log2(x.max()))
     step = max(1, round((high - low) / 9))
@@ -259,16 +258,16 @@ def _log2_axis(axes: Axes, x: Floats) -> None:
 
 
 def accuracy_against_mask_rate(rate: ArrayLike, accuracy: ArrayLike, se: ArrayLike | None = None) -> Figure:
-    """What one draw is worth: accuracy [share] of its verdict against the share of masked tokens in [0, 1]; all N."""
+    """Plot the accuracy [share] of a single draw against the share of masked tokens in [0, 1]; all N."""
     figure, axes = by_mask_rate(rate, accuracy, se, "accuracy of one draw (%)")
     axes.yaxis.set_major_formatter(PERCENT)
     return figure
 
 
 def draws_histogram(draws_M: ArrayLike, total: int) -> Figure:
-    """How many draws of at most `total` a sequential test spent on each of M texts.
+    """Plot how many draws of at most `total` a sequential test used for each of M texts.
 
-    Raises ValueError if `total` is no positive number or a text spent less than nothing or more than `total`.
+    Raises ValueError if `total` is not positive or a text used less than 0 or more than `total`.
     """
     (draws, _), dropped = finite(draws_M, draws_M)
     if total < 1 or draws.min(initial=0) < 0 or draws.max(initial=0) > total:

@@ -1,4 +1,4 @@
-"""The verdict on one text: the probability of each class with the interval that the draws leave, as HTML."""
+"""The prediction for one text as HTML: class probabilities with the intervals that the draws leave."""
 
 from __future__ import annotations
 
@@ -10,34 +10,32 @@ from palimpsest.report.page import render
 
 
 @dataclass(frozen=True)
-class ClassShare:
-    """What is known of a class. probability: of it, given the text, with the ends of its 95 % interval. log_p: of the
-    text, given the class, nats, with its Monte Carlo error (NaN: unknown). side: "p" or "n", its colour where evidence
-    is shown (report/evidence.py); "" for none."""
+class ClassProbability:
+    """Probability and likelihood of a class."""
 
     name: str
-    probability: float
-    low: float
+    probability: float  # p(class | text)
+    low: float  # 95 % interval, to `high`
     high: float
-    log_p: float
-    se: float
-    side: str = ""
+    log_p: float  # of the text given the class, nats
+    se: float  # Monte Carlo error; NaN if unknown
+    side: str = ""  # colour of its attributions (report/evidence.py): "p", "n", or none
 
 
-def verdict(shares: Sequence[ClassShare], facts: Sequence[str]) -> str:
-    """The classes, the likeliest first; `facts` are said below them."""
-    ranked = sorted(shares, key=lambda share: -share.probability)
+def prediction_html(classes: Sequence[ClassProbability], facts: Sequence[str]) -> str:
+    """Return the classes, the most probable first, with `facts` below them."""
+    ranked = sorted(classes, key=lambda one: -one.probability)
     rows = [{
-        "name": share.name, "probability": _percent(share.probability), "width": f"{100 * share.probability:.2f}",
-        "low": f"{100 * share.low:.2f}", "span": f"{100 * (share.high - share.low):.2f}",
-        "interval": f"{_percent(share.low)} to {_percent(share.high)}",
-        "side": share.side, "log_p": format_measurement(share.log_p, share.se if share.se > 0 else None),
-    } for share in ranked]  # fmt: skip
-    return render("verdict.html.j2", rows=rows, facts=facts)
+        "name": one.name, "probability": _percent(one.probability), "width": f"{100 * one.probability:.2f}",
+        "low": f"{100 * one.low:.2f}", "span": f"{100 * (one.high - one.low):.2f}",
+        "interval": f"{_percent(one.low)} to {_percent(one.high)}",
+        "side": one.side, "log_p": format_measurement(one.log_p, one.se if one.se > 0 else None),
+    } for one in ranked]  # fmt: skip
+    return render("prediction.html.j2", rows=rows, facts=facts)
 
 
 def _percent(share: float) -> str:
-    """Digits enough to tell a probability from 0 and 1."""
+    """Format a probability with enough digits to distinguish it from 0 and 1."""
     rest = min(share, 1 - share)
     decimals = 0 if rest >= 0.1 else 1 if rest >= 0.01 else 2
     text = f"{100 * share:.{decimals}f}"

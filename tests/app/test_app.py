@@ -25,7 +25,7 @@ from palimpsest.app.networks import Networks
 from palimpsest.app.runs import classifiers, find
 from palimpsest.app.said import refused
 from palimpsest.classification.bayes import posterior_interval
-from palimpsest.classification.scoring import Race, score_classes
+from palimpsest.classification.scoring import SequentialTest, score_classes
 from palimpsest.dataloader import with_texts
 from palimpsest.estimators.nelbo import Nelbo
 from palimpsest.evaluation.drawing import decoded, draw
@@ -112,7 +112,7 @@ def test_a_text_of_ones_own_becomes_the_row_that_a_test_text_becomes(trained, ex
 
 def test_who_watches_a_classification_sees_every_look_and_changes_nothing():
     e = Experiment(compose_config(TINY), "a test")
-    seen, ask = [], (e.trainer, two_models(e), e.build.data(), "test", Nelbo(), Race(8, 1.0), 3, EVEN)
+    seen, ask = [], (e.trainer, two_models(e), e.build.data(), "test", Nelbo(), SequentialTest(8, 1.0), 3, EVEN)
     watched, alone = score_classes(*ask, seen.append), score_classes(*ask)
     assert [scores.nats_MCP.shape[-1] for scores in seen] == [4, 6, 8]
     np.testing.assert_allclose(watched.nats_MCP, alone.nats_MCP, rtol=1e-6)

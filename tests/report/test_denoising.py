@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageChops
 
 from palimpsest.experiment.experiment import Experiment
-from palimpsest.report.denoising import Sample, Visit, write_denoising
+from palimpsest.report.denoising import PastToken, Sample, write_denoising
 from palimpsest.report.gif import _layout, _picture, write_gif
 from palimpsest.report.history import Recorder, sample_of
 from palimpsest.report.palette import ink
@@ -29,7 +29,8 @@ TOKENS = ["Once", " upon", HOSTILE, " a", " time", ",", " there", " was", "\n\na
 SAMPLE = Sample(
     TOKENS, [0, 0, 3, 8, 1, 9, 12, 5, 5, 7, 12], 12, "A <b>title</b>",
     [1, 1, 0.31, 0.9, 0.99, 0.5, 0.05, 0.8, 0.7, 1e-9, 1.0],
-    (Visit(6, " where", 2, 4, 0.25), Visit(6, HOSTILE, 6, 12, 0.5), Visit(3, " the", 1, 8, 0.125)), "12 evaluations",
+    (PastToken(6, " where", 2, 4, 0.25), PastToken(6, HOSTILE, 6, 12, 0.5), PastToken(3, " the", 1, 8, 0.125)),
+    "12 evaluations",
 )  # fmt: skip
 
 
@@ -88,14 +89,14 @@ def test_frames_replay_to_what_was_drawn(experiment, overrides):
         recorder(frame)
         spent.append(frame.evaluations_B.tolist())
 
-    drawn = draw(diffusion, data, drawing, 4, 4, seed=1, watch=watch)
+    sampled = draw(diffusion, data, drawing, 4, 4, seed=1, watch=watch)
     histories = recorder.histories()
     assert len(histories) == 3
     assert all(a <= b for before, after in zip(spent, spent[1:], strict=False)
                for a, b in zip(before, after, strict=True))  # fmt: skip
-    assert spent[-1] == [text.evaluations for text in drawn]
+    assert spent[-1] == [text.evaluations for text in sampled]
     taken_back = 0
-    for text, history in zip(drawn, histories, strict=False):
+    for text, history in zip(sampled, histories, strict=False):
         last = history.ids_at(10**9)
         assert [last[place] for place in text.places] == text.ids
         sample = sample_of(text, data.tokenizer, "", history)
@@ -144,8 +145,9 @@ def test_what_stands_after_a_step():
 
 
 @pytest.mark.parametrize("past", [
-    [Visit(2, "x", 1, 5, 0.5)], [Visit(2, "x", 2, 1, 0.5)], [Visit(0, "x", 1, 2, 0.5)], [Visit(11, "x", 1, 2, 0.5)],
-    [Visit(6, "x", 1, 5, 0.5), Visit(6, "y", 4, 6, 0.5)],
+    [PastToken(2, "x", 1, 5, 0.5)], [PastToken(2, "x", 2, 1, 0.5)], [PastToken(0, "x", 1, 2, 0.5)],
+    [PastToken(11, "x", 1, 2, 0.5)],
+    [PastToken(6, "x", 1, 5, 0.5), PastToken(6, "y", 4, 6, 0.5)],
 ])  # fmt: skip
 def test_a_past_out_of_order_is_refused(past):
     with pytest.raises(ValueError, match="the past of place"):

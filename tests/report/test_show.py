@@ -10,8 +10,8 @@ import torch
 from rich.console import Console
 
 from palimpsest.report.history import Recorder
-from palimpsest.report.live import Standing
-from palimpsest.report.watching import Show, Watching, described
+from palimpsest.report.live import LiveView
+from palimpsest.report.views import TerminalView, TraceWatcher, described
 from palimpsest.samplers.trace import Trace
 from tests.helpers import exact
 
@@ -54,22 +54,22 @@ WALK = [
 ]
 
 
-def watched(walk: list[Trace], terminal: bool = True, **settings: object) -> tuple[Show, str]:
+def watched(walk: list[Trace], terminal: bool = True, **settings: object) -> tuple[TerminalView, str]:
     """The display after `walk`, and all that it wrote."""
     colours = "truecolor" if terminal else None
     console = Console(file=io.StringIO(), force_terminal=terminal, width=80, height=24, color_system=colours)
-    with Show(Standing(Words(), MASK, 2, **settings), 0.0, console) as show:
+    with TerminalView(LiveView(Words(), MASK, 2, **settings), 0.0, console) as show:
         for one in walk:
             show(one)
     return show, console.file.getvalue()
 
 
-def plain(show: Show) -> str:
+def plain(show: TerminalView) -> str:
     """The first text."""
     return show._text(show.texts.rows[0]).plain
 
 
-def styles(show: Show) -> dict[str, str]:
+def styles(show: TerminalView) -> dict[str, str]:
     """How each word of the first text looks."""
     text = show._text(show.texts.rows[0])
     return {text.plain[span.start : span.end].strip(): str(span.style) for span in text.spans}
@@ -101,7 +101,7 @@ def test_a_token_can_not_command_the_terminal():
 
 def test_the_status_counts():
     show, written = watched(WALK)
-    assert show.on_screen == 1
+    assert show.num_printed == 1
     last = re.sub(r"\x1b\[[?0-9;]*[A-Za-z]", "", written).splitlines()[-1]
     assert re.search(r"step 4 +0 masks left +4 network evaluations +[\d,]+ tokens/s", last)
     assert "\x1b[?25h" in written, "the cursor is back"
@@ -137,13 +137,13 @@ def test_a_step_takes_its_time_and_pictures_are_not_too_many(monkeypatch):
 
     def pictures(delay: float) -> int:
         console = Console(file=io.StringIO(), force_terminal=True, width=80, height=24)
-        with Show(Standing(Words(), MASK, 1), delay, console) as show:
-            drawn = []
-            show.picture = lambda whole=False, made=show.picture: drawn.append(clock[0]) or made(whole)
+        with TerminalView(LiveView(Words(), MASK, 1), delay, console) as show:
+            sampled = []
+            show.picture = lambda whole=False, made=show.picture: sampled.append(clock[0]) or made(whole)
             for step in range(40):
                 clock[0] += 0.01
                 show(frame(step, [GIVEN] + [(3, 0.5)] * step + [M] * (40 - step)))
-        return len(drawn)
+        return len(sampled)
 
     clock[0] = 100.0
     assert pictures(0.0) < 40 * 0.01 / 0.05 + 3
@@ -153,10 +153,10 @@ def test_a_step_takes_its_time_and_pictures_are_not_too_many(monkeypatch):
 
 def test_what_watches_records_too():
     recorder = Recorder(1, MASK)
-    with Watching(recorder, None) as watching:
+    with TraceWatcher(recorder, None) as watching:
         for one in WALK:
             watching(one)
-    assert watching.read == 0 and recorder.histories()[0].ids_at(2) == [2, 3, MASK, 5, 0]
+    assert watching.num_printed == 0 and recorder.histories()[0].ids_at(2) == [2, 3, MASK, 5, 0]
 
 
 def test_how_texts_were_drawn_in_a_line():
