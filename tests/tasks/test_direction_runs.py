@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 from hydra.errors import InstantiationException
 
-from palimpsest.benchmarks.joint_toy import directions
 from palimpsest.data.passages import special_ids
-from palimpsest.evaluation import editing
-from palimpsest.evaluation.drawing import Setting
+from palimpsest.evaluation import conditional_generation, editing
+from palimpsest.evaluation.drawing import SamplingContext
 from palimpsest.experiment.experiment import Experiment
 from palimpsest.scripts import generate
 from palimpsest.settings.command_line import compose_config
@@ -110,7 +109,7 @@ def test_centroids_have_the_length_of_the_encoder_s_vectors(here):
         data.latents.of("train")[np.arange(len(data.split("train")))],
         np.asarray(data.split("train")["label"]),
     )
-    vectors, rules = data.latents.vectors(latents), directions.EditRules(target="centroid")
+    vectors, rules = data.latents.vectors(latents), conditional_generation.EditRules(target="centroid")
     found = editing.new_latents(rules, latents[:2], label[:2], np.array([1, 0]), data)
     mean = np.stack([vectors[label == k].mean(0) for k in (1, 0)])
     wanted = mean / np.linalg.norm(mean, axis=1, keepdims=True) * np.linalg.norm(vectors, axis=1).mean()
@@ -136,9 +135,9 @@ def test_an_edit_touches_nothing_but_its_masks(here, target):
 
 
 def test_an_edit_begins_at_the_share_that_is_masked_and_is_told_where_to_go(here, monkeypatch):
-    seen, fill, barred, bar = [], Setting.fill, set(), editing.Barred
+    seen, fill, barred, bar = [], SamplingContext.sample, set(), editing.Barred
     monkeypatch.setattr(editing, "Barred", lambda model, ids: (barred.add(ids), bar(model, ids))[1])
-    monkeypatch.setattr(Setting, "fill", lambda *args: (seen.append(args[3]), fill(*args))[1])
+    monkeypatch.setattr(SamplingContext, "sample", lambda *args: (seen.append(args[3]), fill(*args))[1])
     run(*SAMPLE, "sampling.direction=edit", "sampling.edit_rate=0.33", "sampling.edit_alpha=2")
     rows, (true, shuffled, none, *_) = samples(here, "edit"), seen
     shares = [len(row["masked"]) / (len(row["ids"]) - 2) for row in rows]  # begin and end are never masked
@@ -165,7 +164,7 @@ def test_latents_are_drawn_from_own_other_and_no_texts_and_written_as_the_encode
         asked.append((names_M.tolist(), text_M.tolist(), how.guidance)),
         np.zeros((len(names_M), *setting.data.latents.shape)),
     )[1]
-    monkeypatch.setattr(directions, "latents_of", nothing)
+    monkeypatch.setattr(conditional_generation, "latents_of", nothing)
     run(*SAMPLE, "sampling.direction=t2l", "sampling.guidance=2")
     (own, true, strong), (_, shuffled, as_strong), (_, _, silent) = asked
     assert all(names == own for names, _, _ in asked), "the same noise whatever is told"

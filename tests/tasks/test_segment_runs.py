@@ -16,8 +16,8 @@ from palimpsest.data.packing import Packing, pack
 from palimpsest.data.rows import in_parts, text_rows
 from palimpsest.data.tokenizers import encode, encode_after, load_tokenizer, vocabulary
 from palimpsest.data.unigram import token_counts
-from palimpsest.evaluation.completions import Asked, complete
-from palimpsest.evaluation.drawing import Setting, _own, draw
+from palimpsest.evaluation.completions import CompletionRequest, complete
+from palimpsest.evaluation.drawing import SamplingContext, _own, draw
 from palimpsest.experiment import running
 from palimpsest.experiment.experiment import Experiment
 from palimpsest.models.belonging import check_belongs
@@ -158,18 +158,18 @@ def test_completions_are_judged_part_by_part(gsm8k):  # noqa: F811
                 row[ends[0] :] = torch.where(row[ends[0] :] == eos_id, row[ends[0] + 1], row[ends[0] :])
         return written(x_BL, out, mask_id)
 
-    trainer, asked = experiment.trainer("sample_eval"), Asked("test", None, 1, experiment.build.judge)
-    done = complete(Setting(trainer, diffusion, data, oracle_drawing(oracle), 1), asked)
+    trainer, asked = experiment.trainer("sample_eval"), CompletionRequest("test", None, 1, experiment.build.judge)
+    done = complete(SamplingContext(trainer, diffusion, data, oracle_drawing(oracle), 1), asked)
     assert len(done) == 12 and [c.ended[0] for c in done] == [False] + [True] * 11
     for c, row in zip(done[1:], rows.select(range(1, 12)), strict=True):
         assert c.verdicts[0].right and set(c.verdicts[0].findings.values()) == {True}
-        assert c.completions[0].split() == c.reference.split() and c.drawn[0].ids == row["input_ids"].tolist()
+        assert c.completions[0].split() == c.reference.split() and c.sampled[0].ids == row["input_ids"].tolist()
         assert c.verdicts[0] == judge_planned(c.reference, c.reference)
-        assert len(c.drawn[0].steps) == len(c.drawn[0].ids)
+        assert len(c.sampled[0].steps) == len(c.sampled[0].ids)
     longest = max(c.prompt_tokens for c in done)
     short = Experiment(compose_config([*SEGMENTS, f"model.length={longest + 16}"]), "a test")
-    none = complete(Setting(trainer, diffusion, short.build.data(), experiment.build.drawing(), 1), asked)
-    assert {c.prompt_tokens == longest for c in none if not c.drawn} == {True} and any(c.drawn for c in none)
+    none = complete(SamplingContext(trainer, diffusion, short.build.data(), experiment.build.drawing(), 1), asked)
+    assert {c.prompt_tokens == longest for c in none if not c.sampled} == {True} and any(c.sampled for c in none)
     shown = draw(diffusion, data, experiment.build.drawing(), 3, 3, seed=1)
     assert all(text.ids[: text.steps.count(0)][0] == data.vocabulary.bos_id for text in shown)
 
