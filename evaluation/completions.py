@@ -179,9 +179,8 @@ def _rows(c: CompletedPrompt) -> list[dict[str, object]]:
         rows.append({"text_id": c.text_id, "completion": number, "prompt": c.prompt, "reference": c.reference,
                      "text": text, "right": verdict.right, "answer": verdict.answer, "wanted": verdict.wanted,
                      "ended": ended, "steps_of_reference": verdict.steps, "checks": dict(verdict.checks),
-                     "findings": dict(verdict.findings), "prompt_tokens": c.prompt_tokens, "ids": sampled.ids,
-                     "steps": sampled.steps, "confidence": [round(p, 4) for p in sampled.confidence],
-                     "evaluations": sampled.evaluations})  # fmt: skip
+                     "findings": dict(verdict.findings), "prompt_tokens": c.prompt_tokens,
+                     **sampled.columns()})  # fmt: skip
     return rows
 
 

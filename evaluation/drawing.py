@@ -37,6 +37,11 @@ class SampledTokens:
     num_steps: int
     evaluations: int  # of the network
 
+    def columns(self) -> dict[str, object]:
+        """Return the columns of samples.jsonl."""
+        confidence = [round(p, 4) for p in self.confidence]
+        return {"ids": self.ids, "steps": self.steps, "confidence": confidence, "evaluations": self.evaluations}
+
 
 def decoded(sampled: SampledTokens, given: Template, tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the text of a sample without special tokens; a prefix is exactly as typed, whatever the tokenizer."""

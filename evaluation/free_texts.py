@@ -40,8 +40,7 @@ class FreeTextRequest:
         masked_rows = rows_to_fill(context.diffusion, data, drawing.given, self.number, context.seed)
         sampled = context.sample(masked_rows, np.arange(self.number))
         texts = [decoded(text, drawing.given, data.tokenizer) for text in sampled]
-        rows = [{"sample": index, "text": text, "ids": one.ids, "steps": one.steps,
-                 "confidence": [round(p, 4) for p in one.confidence], "evaluations": one.evaluations}
+        rows = [{"sample": index, "text": text, **one.columns()}
                 for index, (text, one) in enumerate(zip(texts, sampled, strict=True))]  # fmt: skip
         context.save_rows(rows)
         if self.scorer:

@@ -24,13 +24,9 @@ from palimpsest.report.training import add_loss_curve
 
 
 def classification_report(
-    report: Report,
-    result: ClassificationResult,
-    test: SequentialTest,
-    examples: Sequence[ExplainedText],
-    samples: Sequence[Sequence[Sample]],
-    folders: Sequence[Path],
-) -> None:
+    report: Report, result: ClassificationResult, test: SequentialTest, examples: Sequence[ExplainedText],
+    samples: Sequence[Sequence[Sample]], folders: Sequence[Path],
+) -> None:  # fmt: skip
     """Write all sections of a classification.
 
     Args:

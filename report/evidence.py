@@ -129,7 +129,7 @@ def _text(item: Evidence, end: float) -> dict[str, Any]:
                     for weight, s in zip(weights, (1, -1), strict=True)],
         "sides": [[_listing(word) for word in side] for side in sides],
         "unweighed": len(item.nats) - len(item._finite),
-        "long": _is_long(item),
+        "long": sum(map(len, item.tokens)) > _LONGEST_UNFOLDED,
         "num_tokens": len(item.tokens),
     }  # fmt: skip
 
@@ -166,10 +166,6 @@ def _listing(word: _Word) -> dict[str, str]:
         "nats": signed(word.nats),
         "times": f"({word.count} ×)" if word.count > 1 else "",
     }
-
-
-def _is_long(item: Evidence) -> bool:
-    return sum(map(len, item.tokens)) > _LONGEST_UNFOLDED
 
 
 def _round_up(largest: float) -> float:

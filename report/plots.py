@@ -69,8 +69,7 @@ def loss_curve(
         style_axes(axes, "optimiser step")
         labels = _draw_losses(axes, train, points, truth, start)
         axes.margins(x=0.03, y=0.07)
-        axes.xaxis.set_major_formatter(FuncFormatter(thousands))
-        axes.xaxis.set_major_locator(MaxNLocator(4 if zoom else 6, integer=True, steps=TICK_STEPS))
+        _step_axis(axes, 4 if zoom else 6)
     panels[0].set_ylabel("loss (nats per token)")
     if zoom:
         panels[0].set_title("whole run", color=MUTED, fontsize=TEXT, loc="left")
@@ -106,8 +105,7 @@ def _draw_train(axes: Axes, steps: Floats, nll: Floats, start: float) -> float:
     # The range of each chunk keeps every spike of a long run; a thinned line would lose them.
     starts = np.arange(0, steps.size, -(-steps.size // _MOST_RAW_POINTS))
     if starts.size < steps.size:
-        low, high = np.minimum.reduceat(nll, starts), np.maximum.reduceat(nll, starts)
-        axes.fill_between(steps[starts], low, high, color=BLUE, alpha=0.28, linewidth=0)
+        axes.fill_between(*_thinned(steps, nll, nll), color=BLUE, alpha=0.28, linewidth=0)
     elif window > 1:
         axes.plot(steps, nll, color=BLUE, alpha=0.4, linewidth=0.7)
     marker = "o" if steps.size == 1 else None

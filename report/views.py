@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -66,15 +65,16 @@ class TraceWatcher:
     """Records a batch, and shows it in the terminal if requested, while the context lasts."""
 
     def __init__(self, recorder: Recorder, show: TerminalView | None) -> None:
-        self._recorder, self._show, self._stack = recorder, show, ExitStack()
+        self._recorder, self._show = recorder, show
 
     def __enter__(self) -> TraceWatcher:
         if self._show is not None:
-            self._stack.enter_context(self._show)
+            self._show.__enter__()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._stack.close()
+        if self._show is not None:
+            self._show.__exit__(*exception)
 
     def __call__(self, trace: Trace) -> None:
         self._recorder(trace)

@@ -1,5 +1,4 @@
-"""Classification in numbers: Bayes' rule, measures against scikit-learn and by hand, calibration that finds what was
-planted."""
+"""Classification in numbers: Bayes' rule, measures against scikit-learn and by hand, calibration on planted parameters."""
 
 from __future__ import annotations
 
@@ -47,7 +46,7 @@ def excess(nats_MCK: np.ndarray, true_MC: np.ndarray) -> tuple[float, float]:
     return tuple(float((np.exp(exact_MC) * (exact_MC - np.log(np.maximum(p, 1e-300)))).sum(1).mean()) for p in found)
 
 
-def raced(nats_MCK: np.ndarray, confidence: float) -> np.ndarray:
+def sequentially_drawn(nats_MCK: np.ndarray, confidence: float) -> np.ndarray:
     """What the sequential test draws of these draws."""
     looks, even_C = (4, 6, 8, 12, 16, 24, 32, 48, 64), np.zeros(nats_MCK.shape[1])
     for here, there in pairwise(looks):
@@ -62,7 +61,7 @@ def test_the_averaged_posterior_is_nearer_to_the_exact_one(spread, num_classes, 
     noise_MCK = rng.normal(size=(300, num_classes, 64)) * rng.uniform(15, 60, 300)[:, None, None]
     noise_MCK[:, 0] = 0
     for confidence in (0.9, 1):
-        nats_MCK = raced(noise_MCK - true_MC[:, :, None], confidence)
+        nats_MCK = sequentially_drawn(noise_MCK - true_MC[:, :, None], confidence)
         averaged, plain = excess(nats_MCK, true_MC)
         assert averaged < 0.7 * plain and averaged < 0.32
         same_M = averaged_posterior(nats_MCK, np.zeros(num_classes)).argmax(1) == np.nanmean(nats_MCK, 2).argmin(1)
@@ -80,7 +79,7 @@ def test_exact_models_lose_little_by_the_draws(rng):
     rank_MKL = rng.random((300, 64, length)).argsort(-1)
     nats_MCK = np.einsum("mcl,mkl->mck", nats_MCL, rank_MKL < masked_MK[..., None], optimize=True)
     nats_MCK *= (length / masked_MK)[:, None]
-    averaged, plain = excess(raced(nats_MCK, 0.9), -nats_MCL.sum(-1))
+    averaged, plain = excess(sequentially_drawn(nats_MCK, 0.9), -nats_MCL.sum(-1))
     assert averaged < 0.03 and averaged < 0.75 * plain
 
 

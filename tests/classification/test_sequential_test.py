@@ -1,4 +1,4 @@
-"""The race: it stops in error no more often than it may, and only where draws tell something."""
+"""The sequential test: its error rate is as promised, and it stops only where draws carry information."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(0)
 
 
-def race(true_MC, noise_MCK, confidence):
-    """Draw in rounds as the looks say. (errors of the stopped, number of stopped, mean draws)."""
+def run_test(true_MC, noise_MCK, confidence):
+    """Draw in rounds up to the looks; return errors among the stopped texts, their number, and mean draws."""
     nats_MCK, log_prior_C = true_MC[:, :, None] + noise_MCK, np.zeros(true_MC.shape[1])
     for here, there in zip(LOOKS, LOOKS[1:], strict=False):
         stopped_M = ~undecided(nats_MCK[:, :, :here], log_prior_C, confidence)
@@ -32,7 +32,7 @@ def race(true_MC, noise_MCK, confidence):
 @pytest.mark.parametrize("draws", ["gauss", "t3", "lognormal"])
 @pytest.mark.parametrize(("spread", "num_classes", "confidence"),
                          [(20, 2, 0.8), (20, 2, 0.95), (20, 2, 0.99), (10, 2, 0.95), (20, 4, 0.9)])  # fmt: skip
-def test_the_race_stops_in_error_no_more_often_than_it_may(draws, spread, num_classes, confidence, rng):
+def test_it_stops_in_error_no_more_often_than_it_may(draws, spread, num_classes, confidence, rng):
     num_texts = 1500
     true_MC = np.concatenate([np.zeros((num_texts, 1)), rng.normal(size=(num_texts, num_classes - 1)) * spread], axis=1)
     shape = (num_texts, num_classes, LOOKS[-1])
@@ -43,7 +43,7 @@ def test_the_race_stops_in_error_no_more_often_than_it_may(draws, spread, num_cl
     }[draws]()
     noise_MCK[:, 0] = 0  # what is left of the noise once the common part is gone
     noise_MCK *= rng.uniform(15, 60, num_texts)[:, None, None]
-    wrong, stopped, mean_draws = race(true_MC, noise_MCK, confidence)
+    wrong, stopped, mean_draws = run_test(true_MC, noise_MCK, confidence)
     allowed = 1 - confidence
     assert wrong <= allowed * stopped + 3 * math.sqrt(allowed * confidence * stopped)
     assert stopped > 0.3 * num_texts and mean_draws < 0.92 * LOOKS[-1]
@@ -93,8 +93,8 @@ def test_confidence_one_never_stops_and_stopped_texts_stay_stopped(rng):
     assert not undecided(nats_MCK, np.zeros(2), 0.99).any()
     nats_MCK[:, 1] = rng.normal(size=(30, 8))
     nats_MCK[3, :, 6:] = np.nan
-    racing_M = undecided(nats_MCK, np.zeros(2), 0.999)
-    assert not racing_M[3] and racing_M.sum() > 20
+    active_M = undecided(nats_MCK, np.zeros(2), 0.999)
+    assert not active_M[3] and active_M.sum() > 20
     for confidence in (0.5, 0.0, 1.01, math.nan):
         with pytest.raises(ValueError, match="classify.confidence"):
             undecided(nats_MCK, np.zeros(2), confidence)

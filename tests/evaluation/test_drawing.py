@@ -1,4 +1,4 @@
-"""Texts out of masks through the whole program: prefixes, templates, seeds, strides, and what every row was given."""
+"""Sampling through the whole program: prefixes, templates, seeds, strides, and observed tokens."""
 
 from __future__ import annotations
 

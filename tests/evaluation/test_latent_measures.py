@@ -1,4 +1,4 @@
-"""Numbers that say how texts and latents find each other: worked by hand, and at chance where they should be."""
+"""Agreement of texts and latents: worked by hand, and at chance for uninformative latents."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Texts with prompts: given tokens, rows filled with EOS, likelihoods per token of the answer, prompts completed."""
+"""Texts with prompts: observed tokens, EOS padding, likelihoods per answer token, completed prompts."""
 
 from __future__ import annotations
 
@@ -274,11 +274,11 @@ def test_a_sampler_that_knows_the_answers_is_right_and_one_does_not_depend_on_th
 
     MASK_ID = diffusion.objective.process.mask_id  # noqa: N806
     trainer = experiment.trainer("sample_eval")
-    done = complete(
+    completed = complete(
         SamplingContext(trainer, diffusion, data, Drawing(oracle), 1), CompletionRequest("test", None, 1, judge)
     )
-    assert len(done) == 12 and all(c.verdicts[0].right and c.ended[0] for c in done)
-    assert [c.completions[0].strip() for c in done] == [c.reference.strip() for c in done]
+    assert len(completed) == 12 and all(c.verdicts[0].right and c.ended[0] for c in completed)
+    assert [c.completions[0].strip() for c in completed] == [c.reference.strip() for c in completed]
     assert len(set(noises)) == 12
     drawing = experiment.build.drawing()
     every = complete(SamplingContext(trainer, diffusion, data, drawing, 1), CompletionRequest("test", None, 2, judge))

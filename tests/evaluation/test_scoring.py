@@ -1,4 +1,4 @@
-"""What tasks make of measurements: baselines, errors, Bayes' rule, the batch-independence of a likelihood."""
+"""Tasks on measurements: baselines, errors, Bayes' rule, independence of the batch."""
 
 from __future__ import annotations
 

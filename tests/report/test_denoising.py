@@ -1,4 +1,4 @@
-"""The course of a text: what was recorded replays to what was drawn, the page and its player show it, and the GIF."""
+"""Denoising histories: recordings replay to the samples, and page, player and GIF show them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image, ImageChops
 
+from palimpsest.evaluation.drawing import draw
 from palimpsest.experiment.experiment import Experiment
 from palimpsest.report.denoising import PastToken, Sample, write_denoising
 from palimpsest.report.gif import _layout, _picture, write_gif
@@ -21,8 +22,9 @@ from palimpsest.report.history import Recorder, sample_of
 from palimpsest.report.palette import ink
 from palimpsest.report.report import Report
 from palimpsest.samplers.trace import Trace
+from palimpsest.settings.command_line import compose_config
 from tests.helpers import exact
-from tests.helpers.commands import CHROMIUM
+from tests.helpers.commands import CHROMIUM, TINY
 
 HOSTILE = " <script>alert(1)</script>'\"&"
 TOKENS = ["Once", " upon", HOSTILE, " a", " time", ",", " there", " was", "\n\nan", " end", "."]
@@ -81,8 +83,6 @@ def test_a_row_that_grows_is_recorded():
 ], ids=["remdm", "ar", "block", "semi_ar"])  # fmt: skip
 def test_frames_replay_to_what_was_drawn(experiment, overrides):
     _, data, diffusion, drawing = experiment(*overrides)
-    from palimpsest.evaluation.drawing import draw  # here, where the fixture has set the folder
-
     recorder, spent = Recorder(3, data.vocabulary.mask_id), []
 
     def watch(frame):
@@ -117,9 +117,6 @@ def test_frames_replay_to_what_was_drawn(experiment, overrides):
 @pytest.fixture
 def experiment(tmp_path, monkeypatch):
     """An untrained model on a few reviews, with its drawing."""
-    from palimpsest.settings.command_line import compose_config
-    from tests.helpers.commands import TINY
-
     monkeypatch.chdir(tmp_path)
 
     def build(*overrides: str):

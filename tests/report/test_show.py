@@ -1,4 +1,4 @@
-"""Texts being written, in a terminal and where there is none."""
+"""The live view of sampling, in a terminal and without one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Directions from the command line to the files: every one runs, edits keep what they may not touch, controls tell."""
+"""Conditional generation from the command line to the files: all modes run, edits keep what they must, controls differ."""
 
 from __future__ import annotations
 
