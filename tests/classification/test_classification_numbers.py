@@ -1,4 +1,4 @@
-"""Classification in numbers: Bayes' rule, measures against scikit-learn and by hand, calibration on planted parameters."""
+"""Classification in numbers: Bayes' rule, measures against scikit-learn and by hand, planted calibration."""
 
 from __future__ import annotations
 

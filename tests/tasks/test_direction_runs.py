@@ -1,4 +1,4 @@
-"""Conditional generation from the command line to the files: all modes run, edits keep what they must, controls differ."""
+"""Conditional generation from the command line: all modes run, edits keep what they must, controls differ."""
 
 from __future__ import annotations
 
