@@ -33,10 +33,6 @@ class Labelled:
     ids: Sequence[np.ndarray]  # token ids without padding
     label_M: np.ndarray  # classes 0 .. C-1
 
-    def __post_init__(self) -> None:
-        if not len(self.texts) == len(self.ids) == len(self.label_M):
-            raise ValueError(f"{len(self.texts)} texts, {len(self.ids)} rows of ids, {len(self.label_M)} labels")
-
 
 @dataclass(frozen=True)
 class Baseline:

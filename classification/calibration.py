@@ -18,6 +18,7 @@ from scipy.special import logsumexp, softmax
 # Limits; validation texts without a single error would give temperature 0.
 _TEMPERATURES = (0.1, 1e4)
 _FOLDS = 5
+_NUM_BINS = 5  # of the masked share
 # Per text, for weights in units of the common value. inf: the common value only, which is a temperature.
 _RIDGES = (np.inf, 10.0, 1.0, 0.1, 0.01, 0.001, 0.0001)
 
@@ -64,7 +65,7 @@ class RateWeights:
 
 
 def fit_rate_weights(
-    nats_MCP: np.ndarray, rate_MP: np.ndarray, label_M: np.ndarray, log_prior_C: np.ndarray, num_bins: int = 5
+    nats_MCP: np.ndarray, rate_MP: np.ndarray, label_M: np.ndarray, log_prior_C: np.ndarray
 ) -> RateWeights:
     """Fit non-negative weights by the likelihood of the labels, with a ridge towards their common value.
 
@@ -73,13 +74,11 @@ def fit_rate_weights(
     keeps the common value. Arguments as for `RateWeights.log_p`.
 
     Raises:
-        ValueError: as `RateWeights.log_p` and `fit_temperature`; num_bins is not positive.
+        ValueError: as `RateWeights.log_p` and `fit_temperature`.
     """
-    if num_bins < 1:
-        raise ValueError(f"num_bins={num_bins} must be at least 1")
     nats_MCP, taken_MP = _passes(nats_MCP, rate_MP)
-    bin_MP = _bins(rate_MP, taken_MP, num_bins)
-    in_bin_MPB = (bin_MP[:, :, None] == np.arange(num_bins)) / taken_MP.sum(axis=1)[:, None, None]
+    bin_MP = _bins(rate_MP, taken_MP, _NUM_BINS)
+    in_bin_MPB = (bin_MP[:, :, None] == np.arange(_NUM_BINS)) / taken_MP.sum(axis=1)[:, None, None]
     evidence_MCB = -(nats_MCP @ in_bin_MPB)
     # The common part cancels in the posterior; numbers without it are small.
     evidence_MCB -= evidence_MCB.mean(axis=1, keepdims=True)

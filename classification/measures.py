@@ -142,7 +142,7 @@ def macro_f1(confusion_CC: np.ndarray) -> Estimate:
     return Estimate(float(score_R(count_N[None])[0]), se)
 
 
-def reliability(confidence_M: np.ndarray, right_M: np.ndarray, num_bins: int = _NUM_BINS) -> Reliability:
+def reliability(confidence_M: np.ndarray, right_M: np.ndarray) -> Reliability:
     """Compute the reliability of M predictions with `confidence_M`, of which `right_M` are right.
 
     Raises:
@@ -154,11 +154,11 @@ def reliability(confidence_M: np.ndarray, right_M: np.ndarray, num_bins: int = _
         raise ValueError(f"{confidence_M.size} confidences but {right_M.size} answers")
     if not ((confidence_M >= 0) & (confidence_M <= 1 + 1e-6)).all():
         raise ValueError("confidences must lie in [0, 1]: pass probabilities, not logits")
-    edges = np.linspace(0, 1, num_bins + 1)
+    edges = np.linspace(0, 1, _NUM_BINS + 1)
     bin_M = np.digitize(confidence_M, edges[1:-1], right=True)
-    counts_B, right_B = (np.bincount(bin_M, weight, num_bins).astype(np.int64) for weight in (None, right_M))
+    counts_B, right_B = (np.bincount(bin_M, weight, _NUM_BINS).astype(np.int64) for weight in (None, right_M))
     with np.errstate(invalid="ignore"):
-        mean_B = np.bincount(bin_M, confidence_M, num_bins) / counts_B
+        mean_B = np.bincount(bin_M, confidence_M, _NUM_BINS) / counts_B
         accuracy_B = right_B / counts_B
     intervals = [wilson_interval(int(k), int(n)) for k, n in zip(right_B, counts_B, strict=True)]
     low_B, high_B = np.array([i.low for i in intervals]), np.array([i.high for i in intervals])

@@ -35,9 +35,7 @@ _EM_STEPS = 100
 _NULL_TEXTS = 10.0
 
 
-def certainty(
-    nats_MCK: np.ndarray, log_prior_C: np.ndarray, exact: bool = False, tokens_M: np.ndarray | None = None
-) -> np.ndarray:
+def certainty(nats_MCK: np.ndarray, log_prior_C: np.ndarray, tokens_M: np.ndarray | None = None) -> np.ndarray:
     """Return the probability (M,) that the class that leads now would lead after infinitely many draws.
 
     A text with a single draw has certainty 0.
@@ -46,7 +44,6 @@ def certainty(
         nats_MCK: estimates of -log p(x | c), draw k of every class with the same masks. Draws must be independent: if
             those of a round are stratified, use the mean of each round as one draw. nan, for all classes, for stopped
             texts; include them, because the mixture is fitted to all texts.
-        exact: the nats are exact, so the leader is certain.
         tokens_M: lengths of the texts. The noise of a draw grows with their square root, the unit of comparison.
 
     Raises:
@@ -54,7 +51,7 @@ def certainty(
     """
     nats_MCK = np.asarray(nats_MCK, dtype=np.float64)
     num_texts, num_classes, _ = nats_MCK.shape
-    if exact or num_texts == 0 or num_classes < 2:
+    if num_texts == 0 or num_classes < 2:
         return np.ones(num_texts)
     absent_MK = np.isnan(nats_MCK).all(axis=1)
     if (np.isnan(nats_MCK) != absent_MK[:, None]).any() or absent_MK.all(axis=1).any():

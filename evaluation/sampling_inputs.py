@@ -127,10 +127,12 @@ def rows_to_fill(
     rows = []
     for length_row in (u * len(train)).long().tolist():
         row_ids = builder.shortened(masked_row(data, train[[length_row]], blank_id, causal, keep_observed=not fixed))
+        source_ids = train[length_row]["input_ids"]
         if diffusion.objective.first_given:
-            row_ids[0] = train[length_row]["input_ids"][0]
-        start = int(row_ids[0] != blank_id or (bool(fixed) and _begins_with_bos(data, train[length_row])))
-        row_ids[:start] = train[length_row]["input_ids"][:start]
+            row_ids[0] = source_ids[0]
+        has_bos = data.vocabulary.bos_id is not None and int(source_ids[0]) == data.vocabulary.bos_id
+        start = int(row_ids[0] != blank_id or (bool(fixed) and has_bos))
+        row_ids[:start] = source_ids[:start]
         rows.append(builder.with_template(row_ids, fixed, start))
     return rows
 
@@ -165,10 +167,6 @@ def masked_row(
         ends = (position == 0) | (position == len(row) - 1)
         row[~(ends & np.isin(row, data.collate.frame_ids))] = blank_id
     return row
-
-
-def _begins_with_bos(data: TextData, row: Mapping[str, list]) -> bool:
-    return data.vocabulary.bos_id is not None and int(row["input_ids"][0]) == data.vocabulary.bos_id
 
 
 def _warn_of_unknown(fixed: Sequence[int], given: Template, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -144,7 +144,7 @@ def calibration(confidence_K: ArrayLike, right_K: ArrayLike, count_K: ArrayLike,
     return figure
 
 
-def llr_histogram(margin_by_label: Mapping[str, ArrayLike], num_bins: int = 40) -> Figure:
+def llr_histogram(margin_by_label: Mapping[str, ArrayLike]) -> Figure:
     """Plot log p(x | second class) − log p(x | first) [nats] of the texts [N] of each class, in this order."""
     figure = new_figure(3.0)
     kept = {str(name): finite(values, values) for name, values in margin_by_label.items()}
@@ -155,7 +155,7 @@ def llr_histogram(margin_by_label: Mapping[str, ArrayLike], num_bins: int = 40) 
     first, second = (*margins, "", "")[:2]
     axes = style_axes(figure.add_subplot(), f"log p(x | {second}) − log p(x | {first})  (nats)", "texts per bin")
     pooled = np.concatenate(list(margins.values()))
-    edges = np.histogram_bin_edges(pooled, bins=min(num_bins, max(5, 2 * round(pooled.size**0.5))))
+    edges = np.histogram_bin_edges(pooled, bins=min(40, max(5, 2 * round(pooled.size**0.5))))
     for i, values in enumerate(margins.values()):
         colour = SERIES[i % len(SERIES)]
         counts, _ = np.histogram(values, edges)

@@ -64,8 +64,8 @@ class Sample:
         outside = [step for step in self.reveal_step if not 0 <= step <= self.num_steps]
         if outside:
             raise ValueError(f"reveal step {outside[0]} is not in 0..num_steps = {self.num_steps}")
-        for place, past_tokens in self._past_by_place().items():
-            times = [time for past_token in past_tokens for time in (past_token.written, past_token.erased)]
+        for place, past in self._past_by_place().items():
+            times = [time for old in past for time in (old.written, old.erased)]
             times.append(self.reveal_step[place] if 0 <= place < len(self.tokens) else -1)
             if not (times[0] >= 1 and all(a <= b for a, b in pairwise(times))):
                 raise ValueError(f"the past of place {place} is not in order: steps {times}, of {len(self.tokens)} "
@@ -85,13 +85,13 @@ class Sample:
         if self.reveal_step[place] <= step:
             confidence = None if self.confidence is None else self.confidence[place]
             return TokenState(self.tokens[place], self.reveal_step[place], confidence)
-        now = [past_token for past_token in past if past_token.written <= step < past_token.erased]
+        now = [old for old in past if old.written <= step < old.erased]
         return TokenState(now[0].token, now[0].written, now[0].confidence) if now else None
 
     def _past_by_place(self) -> dict[int, list[PastToken]]:
         past: dict[int, list[PastToken]] = {}
-        for past_token in sorted(self.past, key=lambda past_token: past_token.written):
-            past.setdefault(past_token.place, []).append(past_token)
+        for old in sorted(self.past, key=lambda old: old.written):
+            past.setdefault(old.place, []).append(old)
         return past
 
 
@@ -139,8 +139,8 @@ def _sample(sample: Sample) -> dict[str, Any]:
         "pieces": pieces,
         "steps": " ".join(map(str, sample.reveal_step)),
         "confidence": None if sample.confidence is None else " ".join(map(_short, sample.confidence)),
-        "past": [[past_token.place, past_token.written, past_token.erased, split_lead(past_token.token)[1],
-                  float(_short(past_token.confidence))] for past_token in sample.past],
+        "past": [[old.place, old.written, old.erased, split_lead(old.token)[1],
+                  float(_short(old.confidence))] for old in sample.past],
         "bars": _bars(sample),
         "num_steps": sample.num_steps,
         "window": _window(sample),
@@ -160,10 +160,10 @@ def _bars(sample: Sample) -> dict[str, Any]:
         return {"up": [], "down": []}
     count = min(_MOST_BARS, steps)
     up, down = [0] * count, [0] * count
-    for step in (*(s for s in sample.reveal_step if s), *(past_token.written for past_token in sample.past)):
+    for step in (*(s for s in sample.reveal_step if s), *(old.written for old in sample.past)):
         up[(step - 1) * count // steps] += 1
-    for past_token in sample.past:
-        down[(past_token.erased - 1) * count // steps] += 1
+    for old in sample.past:
+        down[(old.erased - 1) * count // steps] += 1
     tallest = max(*up, *down, 1)
 
     def bars(heights: list[int]) -> list[dict[str, str]]:

@@ -21,7 +21,7 @@ _PAPER, _INK, _MUTED, _MASK, _AGAIN = (255, 254, 252), (31, 35, 40), (106, 111, 
 _MARGIN, _LEADING = 30, 1.75  # pixels; lines of text per font size
 _MOST_LINES = 36
 _SECONDS, _HOLD = 7.0, 4.0  # of the whole animation, and of the text at its end
-_AGES, _CONFIDENCES = 23, 4  # shades in a picture: all pictures share 256 colours
+_AGES, _LEVELS = 23, 4  # shades in a picture: all pictures share 256 colours
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,7 @@ def _steps(sample: Sample, num_frames: int) -> list[int]:
     """Return the steps to draw: 0, the last, and evenly between them those with a change."""
     if num_frames < 2:
         raise ValueError(f"num_frames={num_frames} must be at least 2: masks and the text")
-    changes = {
-        *sample.reveal_step,
-        *(time for past_token in sample.past for time in (past_token.written, past_token.erased)),
-    }
+    changes = {*sample.reveal_step, *(time for old in sample.past for time in (old.written, old.erased))}
     steps = sorted({0, *changes})
     count = min(num_frames, len(steps))
     return sorted({steps[round(i * (len(steps) - 1) / max(1, count - 1))] for i in range(count)})
@@ -123,7 +120,7 @@ def _picture(sample: Sample, layout: _Layout, step: int, fresh: int) -> Image.Im
     size = (round(layout.columns * width) + 2 * _MARGIN, layout.lines * height + 2 * _MARGIN + 30)
     picture = Image.new("RGB", size, _PAPER)
     draw = ImageDraw.Draw(picture)
-    begun = {past_token.place for past_token in sample.past if past_token.written <= step}
+    begun = {old.place for old in sample.past if old.written <= step}
     for place, (now, pieces) in enumerate(zip(sample.at(step), layout.pieces, strict=True)):
         for piece in pieces:
             x, y = _MARGIN + piece.column * width, _MARGIN + piece.line * height
@@ -145,7 +142,7 @@ def _ground(now: TokenState, num_steps: int) -> tuple[int, int, int]:
     if now.written == 0:
         return _PAPER
     sure = 1.0 if now.confidence is None else now.confidence
-    return wash(round(_AGES * age(now.written, num_steps)) / _AGES, round(_CONFIDENCES * sure) / _CONFIDENCES, _PAPER)
+    return wash(round(_AGES * age(now.written, num_steps)) / _AGES, round(_LEVELS * sure) / _LEVELS, _PAPER)
 
 
 def _cut(token: str, room: int) -> str:

@@ -29,7 +29,7 @@ def likelihood_figure(report: Report, measured: Likelihood, alt: str, more: str 
     if measured.unigram:
         rows.insert(0, ("unigram", measured.unigram.value, measured.unigram.se))
     truth = measured.truth.value if measured.truth else None
-    report.figure(plots.likelihood_against_truth(rows, truth, "nats/token"),
+    report.figure(plots.likelihood_against_truth(rows, truth),
                   f"Nats per token with 95% intervals over {measured.scores.units.name}{more}", alt)  # fmt: skip
 
 

@@ -129,6 +129,6 @@ def colours() -> str:
 def _token_style(token: LiveToken) -> dict[str, str]:
     lead, body = split_lead(token.text)
     kind = "m" if token.masked else "g" if token.age is None else "new" if token.new else ""
-    sampled = not token.masked and token.age is not None
-    style = f"--a:{token.age:.3f};--c:{token.confidence:.3f}" if sampled else ""
+    coloured = not token.masked and token.age is not None
+    style = f"--a:{token.age:.3f};--c:{token.confidence:.3f}" if coloured else ""
     return {"lead": lead, "body": body, "kind": kind, "style": style}

@@ -22,7 +22,8 @@ def age(step: int, num_steps: int) -> float:
 def ink(at: float, confidence: float = 1.0) -> str:
     """Return the colour of letters of age `at` in [0, 1], #rrggbb, greyer for low `confidence`."""
     lightness, chroma = _INK
-    return _hex(_rgb(lightness, (0.25 + 0.75 * strength(confidence)) * chroma, _hue(at)))
+    rgb = _rgb(lightness, (0.25 + 0.75 * strength(confidence)) * chroma, _hue(at))
+    return "#{:02x}{:02x}{:02x}".format(*rgb)
 
 
 def wash(at: float, confidence: float, paper: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -57,7 +58,3 @@ def _rgb(lightness: float, chroma: float, hue: float) -> tuple[int, int, int]:
 
 def _gamma(value: float) -> float:
     return 12.92 * value if value <= 0.0031308 else 1.055 * value ** (1 / 2.4) - 0.055
-
-
-def _hex(rgb: tuple[int, int, int]) -> str:
-    return "#{:02x}{:02x}{:02x}".format(*rgb)

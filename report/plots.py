@@ -236,12 +236,10 @@ def nll_by_mask_rate(rate: ArrayLike, nll: ArrayLike, se: ArrayLike | None = Non
 
 
 # ------------------------------------------------------------------------------------------- rows of dots
-def likelihood_against_truth(
-    rows: Sequence[Row], truth: float | None = None, unit: str = "nats/token", highlight: str | None = None
-) -> Figure:
+def likelihood_against_truth(rows: Sequence[Row], truth: float | None = None) -> Figure:
     """Plot one dot with its 95% interval per (name, value, standard error), and the true entropy as a line."""
-    figure, axes = dot_rows(rows, highlight, scale=1.0, marks=() if truth is None else (truth,))
-    axes.set_xlabel(f"negative log-likelihood ({unit}); bars: 95%; further left is better")
+    figure, axes = dot_rows(rows, None, scale=1.0, marks=() if truth is None else (truth,))
+    axes.set_xlabel("negative log-likelihood (nats/token); bars: 95%; further left is better")
     if truth is not None and np.isfinite(truth):
         axes.axvline(truth, color=INK, linewidth=1, linestyle=(0, (4, 3)))
         label = f"true entropy {format_number(truth)}"

@@ -31,8 +31,8 @@ from palimpsest.training.callbacks.progress import terminal
 
 _FRAME_SECONDS = 0.05  # at most twenty pictures a second
 _BOLD = 0.9  # confidence from which a token is bold
-_AGES, _CONFIDENCES = 31, 7  # colours that can be told apart: by age, by confidence
-_BASIC_COLOURS = ("blue", "cyan", "green", "yellow")  # where a terminal has no more
+_AGES, _LEVELS = 31, 7  # colours that can be told apart: by age, by confidence
+_ANSI = ("blue", "cyan", "green", "yellow")  # where a terminal has no more
 
 
 @dataclass(frozen=True)
@@ -104,11 +104,11 @@ def described(protocol: Mapping[str, object]) -> str:
 
     visit(protocol)
     defaults = {"temperature": 1, "nucleus_p": 1, "remask": "none"}
-    shown_settings = {key: value for key, value in settings.items()
+    shown = {key: value for key, value in settings.items()
             if value is not None and not isinstance(value, bool) and value != defaults.get(key)}  # fmt: skip
-    hidden = {"remask_eta"} if shown_settings.get("remask") != "remdm" else set()
-    hidden |= {"order"} if "threshold" in shown_settings or shown_settings.get("remask") == "low_confidence" else set()
-    facts = [f"{key.replace('_', ' ')} {value}" for key, value in shown_settings.items() if key not in hidden]
+    hidden = {"remask_eta"} if shown.get("remask") != "remdm" else set()
+    hidden |= {"order"} if "threshold" in shown or shown.get("remask") == "low_confidence" else set()
+    facts = [f"{key.replace('_', ' ')} {value}" for key, value in shown.items() if key not in hidden]
     return " · ".join([str(protocol["sampler"]).split(".")[-2].replace("_", " "), *facts])
 
 
@@ -177,9 +177,9 @@ class TerminalView:
 
     def _text(self, row: RowHistory, upto: int | None = None) -> Text:
         """Return a row, or its first `upto` places."""
-        text, basic_colours = Text(), self._console.color_system == "standard"
+        text, ansi = Text(), self._console.color_system == "standard"
         for token in self.texts.tokens(row, upto):
-            text.append(token.text, _style(token, basic_colours))
+            text.append(token.text, _style(token, ansi))
         return text
 
     def _status(self) -> Text:
@@ -202,29 +202,21 @@ class TerminalView:
         if quarter < self._quarter:
             return
         self._quarter = quarter + 1
-        status = (
-            f"step {self.texts.step}, {self.texts.left:,} masks left, {self.texts.evaluations:,} network evaluations"
-        )
-        self._console.print(Text(status), soft_wrap=True)
+        line = f"step {self.texts.step}, {self.texts.left:,} masks left, {self.texts.evaluations:,} network evaluations"
+        self._console.print(Text(line), soft_wrap=True)
         for row in self.texts.rows:
             self._console.print(Text("  " + " ".join(self._text(row).plain.split())), soft_wrap=True)
 
 
-def _style(token: LiveToken, basic_colours: bool) -> Style:
+def _style(token: LiveToken, ansi: bool) -> Style:
     if token.masked:
         return Style(dim=True)
     if token.age is None:
         return Style()
-    return _shade(
-        round(_AGES * token.age), round(_CONFIDENCES * token.confidence), token.confidence >= _BOLD, basic_colours
-    )
+    return _shade(round(_AGES * token.age), round(_LEVELS * token.confidence), token.confidence >= _BOLD, ansi)
 
 
 @lru_cache(maxsize=1024)
-def _shade(age: int, confidence: int, bold: bool, basic_colours: bool) -> Style:
-    colour = (
-        _BASIC_COLOURS[age * len(_BASIC_COLOURS) // (_AGES + 1)]
-        if basic_colours
-        else ink(age / _AGES, confidence / _CONFIDENCES)
-    )
+def _shade(age: int, confidence: int, bold: bool, ansi: bool) -> Style:
+    colour = _ANSI[age * len(_ANSI) // (_AGES + 1)] if ansi else ink(age / _AGES, confidence / _LEVELS)
     return Style(color=colour, bold=bold or None)

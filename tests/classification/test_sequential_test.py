@@ -75,10 +75,9 @@ def test_the_prior_can_change_the_leader():
     assert (against > even).all()
 
 
-def test_nothing_is_certain_after_one_draw_and_everything_when_exact(rng):
+def test_nothing_is_certain_after_one_draw(rng):
     nats_MCK = rng.normal(size=(5, 2, 3))
     assert (certainty(nats_MCK[:, :, :1], np.zeros(2)) == 0).all()
-    assert (certainty(nats_MCK[:, :, :1], np.zeros(2), exact=True) == 1).all()
     nats_MCK[0, :, 1:] = np.nan
     found = certainty(nats_MCK, np.zeros(2))
     assert found[0] == 0 and (found[1:] > 0).all()

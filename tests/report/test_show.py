@@ -138,12 +138,12 @@ def test_a_step_takes_its_time_and_pictures_are_not_too_many(monkeypatch):
     def pictures(delay: float) -> int:
         console = Console(file=io.StringIO(), force_terminal=True, width=80, height=24)
         with TerminalView(LiveView(Words(), MASK, 1), delay, console) as show:
-            sampled = []
-            show.picture = lambda whole=False, made=show.picture: sampled.append(clock[0]) or made(whole)
+            drawn = []
+            show.picture = lambda whole=False, made=show.picture: drawn.append(clock[0]) or made(whole)
             for step in range(40):
                 clock[0] += 0.01
                 show(frame(step, [GIVEN] + [(3, 0.5)] * step + [M] * (40 - step)))
-        return len(sampled)
+        return len(drawn)
 
     clock[0] = 100.0
     assert pictures(0.0) < 40 * 0.01 / 0.05 + 3
