@@ -36,7 +36,7 @@ def explain(
     models: Sequence[ClassModel],
     result: ClassificationResult,
     estimator: Estimator,
-    race: SequentialTest,
+    test: SequentialTest,
     number: int,
     seed: int,
 ) -> list[ExplainedText]:
@@ -55,7 +55,7 @@ def explain(
     first = [int(text_rows[sample_R[text_rows].argmin()]) for text_rows in windows]
     noising = comparison_noising(estimator, models[0].diffusion.objective)
     draws = {row: int(scores.draws_M[m]) for row, m in zip(first, surest, strict=True)}
-    nats = token_attributions(models, data, split, draws, race.num_draws, noising, seed)
+    nats = token_attributions(models, data, split, draws, test.num_draws, noising, seed)
     two = len(data.label_names) == 2
     return [ExplainedText(int(m), row, len(text_rows), (0, 1) if two else tuple(ranked_MC[m, :2].tolist()), nats_CL)
             for m, row, text_rows, nats_CL in zip(surest, first, windows, nats, strict=True)]  # fmt: skip

@@ -30,7 +30,7 @@ _NAMES = {"temperature": "this model, temperature fitted", "rates": "this model,
 
 @dataclass(frozen=True)
 class ComparedMethods:
-    """What Bayes' rule is compared with."""
+    """Methods that Bayes' rule is compared with."""
 
     calibrate: bool = False  # with a temperature and weights per mask rate, fitted on the validation split
     baselines: bool = True  # with naive Bayes and logistic regressions, and with the nearest centroid of latents

@@ -33,7 +33,7 @@ _LOOKS = (4, 6, 8, 12, 16, 24, 32, 48)
 
 @dataclass(frozen=True)
 class SequentialTest:
-    """How many draws a text gets, and when they stop."""
+    """Number of draws of a text, and the rule that stops them."""
 
     num_draws: Count  # maximum network evaluations per text and class
     confidence: Annotated[float, real("(0.5, 1]")] = 1.0  # at which a text stops; 1: never

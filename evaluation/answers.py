@@ -19,10 +19,10 @@ _STEPS = ((0, 2), (3, 3), (4, 5), (6, None))  # steps of a reference: first and 
 _NUM_GROUPS = 4
 
 
-def majority_is_right(verdicts: Sequence[Verdict]) -> bool:
+def majority_is_right(answers: Sequence[Verdict]) -> bool:
     """Return True if the most frequent answer to a prompt, the first of equals, is right; None has no vote."""
-    answers = Counter(verdict.answer for verdict in verdicts if verdict.answer is not None)
-    return bool(answers) and answers.most_common(1)[0][0] == verdicts[0].wanted
+    votes = Counter(checked.answer for checked in answers if checked.answer is not None)
+    return bool(votes) and votes.most_common(1)[0][0] == answers[0].wanted
 
 
 @dataclass(frozen=True)
@@ -49,17 +49,17 @@ class Answers:
     by_length: list[Group]  # exact match by tokens of the prompt
 
 
-def measure(verdicts: Sequence[Sequence[Verdict]], ended_MK: np.ndarray, prompt_tokens_M: np.ndarray) -> Answers:
+def measure(answers: Sequence[Sequence[Verdict]], ended_MK: np.ndarray, prompt_tokens_M: np.ndarray) -> Answers:
     """Summarise the checked answers of M prompts, K each."""
-    right_MK = np.array([[verdict.right for verdict in row] for row in verdicts])
-    no_answer_MK = np.array([[verdict.answer is None for verdict in row] for row in verdicts])
+    right_MK = np.array([[checked.right for checked in row] for row in answers])
+    no_answer_MK = np.array([[checked.answer is None for checked in row] for row in answers])
     many = right_MK.shape[1] > 1
-    majority_M = np.array([majority_is_right(row) for row in verdicts])
-    num_checks, checks = check_shares([_summed([verdict.checks for verdict in row]) for row in verdicts])
+    majority_M = np.array([majority_is_right(row) for row in answers])
+    num_checks, checks = check_shares([_summed([checked.checks for checked in row]) for row in answers])
     return Answers(
         share(right_MK), share(no_answer_MK), share(~ended_MK), share(majority_M) if many else None,
-        share(right_MK.any(1)) if many else None, checks, num_checks, _findings(verdicts),
-        _by_steps(verdicts, right_MK), _by_length(prompt_tokens_M, right_MK),
+        share(right_MK.any(1)) if many else None, checks, num_checks, _findings(answers),
+        _by_steps(answers, right_MK), _by_length(prompt_tokens_M, right_MK),
     )  # fmt: skip
 
 
@@ -77,17 +77,17 @@ def check_shares(checks: Sequence[Mapping[str, int]]) -> tuple[int, dict[str, Es
     return int(total_M.sum()), {name: ratio(count_M, total_M) for name, count_M in counts_M.items()}
 
 
-def _findings(verdicts: Sequence[Sequence[Verdict]]) -> dict[str, Share]:
-    names = dict.fromkeys(name for row in verdicts for verdict in row for name in verdict.findings)
-    rows_of = {name: [row for row in verdicts if all(name in verdict.findings for verdict in row)] for name in names}
-    return {name: share(np.array([[verdict.findings[name] for verdict in row] for row in rows]))
+def _findings(answers: Sequence[Sequence[Verdict]]) -> dict[str, Share]:
+    names = dict.fromkeys(name for row in answers for checked in row for name in checked.findings)
+    rows_of = {name: [row for row in answers if all(name in checked.findings for checked in row)] for name in names}
+    return {name: share(np.array([[checked.findings[name] for checked in row] for row in rows]))
             for name, rows in rows_of.items() if rows}  # fmt: skip
 
 
-def _by_steps(verdicts: Sequence[Sequence[Verdict]], right_MK: np.ndarray) -> list[Group]:
-    if any(row[0].steps is None for row in verdicts):
+def _by_steps(answers: Sequence[Sequence[Verdict]], right_MK: np.ndarray) -> list[Group]:
+    if any(row[0].steps is None for row in answers):
         return []
-    steps_M, groups = np.array([row[0].steps for row in verdicts]), []
+    steps_M, groups = np.array([row[0].steps for row in answers]), []
     for first, last in _STEPS:
         here_M = (steps_M >= first) & (steps_M <= (math.inf if last is None else last))
         name = f"{first} or more" if last is None else f"{first}" if first == last else f"{first} to {last}"

@@ -67,7 +67,7 @@ class CompletionRequest:
         completed = complete(context, self)
         rows = [row for one in completed for row in _rows(one)]
         context.save_rows(rows)
-        answers = measure([c.verdicts for c in completed], np.array([c.ended for c in completed]),
+        answers = measure([c.answers for c in completed], np.array([c.ended for c in completed]),
                           np.array([c.prompt_tokens for c in completed]))  # fmt: skip
         baselines, sampled = _baselines(data, self.judge, completed), [text for c in completed for text in c.sampled]
         evaluations = float(np.mean([text.evaluations for text in sampled])) if sampled else 0.0
@@ -91,7 +91,7 @@ class CompletedPrompt:
     sampled: list[SampledTokens]  # empty if the prompt leaves no space for a completion
     completions: list[str]
     ended: list[bool]
-    verdicts: list[Verdict]
+    answers: list[Verdict]
 
 
 @dataclass(frozen=True)
@@ -141,9 +141,9 @@ def complete(context: SamplingContext, request: CompletionRequest) -> list[Compl
         endings = [text.ids[len(prompt_ids) :] for text in samples] or [[] for _ in repeats]
         completions = [decode(data.tokenizer, ids, skip_special=True) for ids in endings]
         ended = [ids[-1:] == [data.vocabulary.eos_id] for ids in endings]
-        verdicts = [request.judge(completion, reference) for completion in completions]
+        answers = [request.judge(completion, reference) for completion in completions]
         completed.append(
-            CompletedPrompt(int(ids_M[m]), prompt, reference, len(prompt_ids), samples, completions, ended, verdicts)
+            CompletedPrompt(int(ids_M[m]), prompt, reference, len(prompt_ids), samples, completions, ended, answers)
         )
     return completed
 
@@ -168,18 +168,18 @@ def _baselines(data: TextData, judge: Judge, completed: Sequence[CompletedPrompt
     if not len(answers_seen):
         return CompletionBaselines(checks, None, None)
     answer = str(answers_seen[counts.argmax()])
-    return CompletionBaselines(checks, share(np.array([c.verdicts[0].wanted == answer for c in completed])), answer)
+    return CompletionBaselines(checks, share(np.array([c.answers[0].wanted == answer for c in completed])), answer)
 
 
 def _rows(c: CompletedPrompt) -> list[dict[str, object]]:
     """Return the lines of samples.jsonl, one for each completion."""
     rows = []
-    for number, (text, ended, verdict) in enumerate(zip(c.completions, c.ended, c.verdicts, strict=True)):
+    for number, (text, ended, checked) in enumerate(zip(c.completions, c.ended, c.answers, strict=True)):
         sampled = c.sampled[number] if c.sampled else SampledTokens([], [], [], [], 0, 0)
         rows.append({"text_id": c.text_id, "completion": number, "prompt": c.prompt, "reference": c.reference,
-                     "text": text, "right": verdict.right, "answer": verdict.answer, "wanted": verdict.wanted,
-                     "ended": ended, "steps_of_reference": verdict.steps, "checks": dict(verdict.checks),
-                     "findings": dict(verdict.findings), "prompt_tokens": c.prompt_tokens,
+                     "text": text, "right": checked.right, "answer": checked.answer, "wanted": checked.wanted,
+                     "ended": ended, "steps_of_reference": checked.steps, "checks": dict(checked.checks),
+                     "findings": dict(checked.findings), "prompt_tokens": c.prompt_tokens,
                      **sampled.columns()})  # fmt: skip
     return rows
 

@@ -35,7 +35,7 @@ VARIANTS = ("true", "shuffled", "none")  # condition: the true latent (or text),
 
 @dataclass(frozen=True)
 class EditRules:
-    """How texts are edited (evaluation/editing.py).
+    """Rules of editing (evaluation/editing.py).
 
     Raises:
         ValueError: target=slerp and `alpha` is outside [0, 1].

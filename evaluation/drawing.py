@@ -58,7 +58,7 @@ def decoded(sampled: SampledTokens, given: Template, tokenizer: PreTrainedTokeni
 
 @dataclass(frozen=True)
 class Drawing:
-    """How texts are sampled."""
+    """Sampler, observed tokens and protocol of a sampling run."""
 
     sampler: Callable
     given: Template = Template()  # the observed tokens of each text
@@ -68,7 +68,7 @@ class Drawing:
 
 @dataclass(frozen=True)
 class SamplingContext:
-    """What sampling needs.
+    """Inputs of sampling.
 
     The tokens of a row depend on the seed and the row's key only, not on the batch or the number of devices.
     """

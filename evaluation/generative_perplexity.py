@@ -211,7 +211,7 @@ class CausalScorer:
         if missing or unused > max(_MOST_UNUSED, self._vocab_size // 20):
             raise ValueError(
                 f"{KEY}={self.name}: its tokenizer has {known} ids and its network {self._vocab_size}, which "
-                "is not compatible; put the tokenizer files of this very model beside its weights"
+                "do not match; put the tokenizer files of this very model beside its weights"
             )
 
     def _check_ids(self, rows: Sequence[Sequence[int]]) -> None:

@@ -59,20 +59,20 @@ def _examples(
     report: Report, tokenizer: PreTrainedTokenizerBase, sampled: Sequence[CompletedPrompt], number: int
 ) -> None:
     """Add right and wrong completions with their denoising, and the references."""
-    right = [c for c in sampled if c.verdicts[0].right][:number]
-    wrong = [c for c in sampled if not c.verdicts[0].right][:number]
+    right = [c for c in sampled if c.answers[0].right][:number]
+    wrong = [c for c in sampled if not c.answers[0].right][:number]
     for heading, chosen in (("Right ones", right), ("Wrong ones", wrong)):
         if chosen:
             report.section(heading)
             report.samples([_sample(c, tokenizer) for c in chosen])
-            rows = [(c.text_id, c.verdicts[0].answer, c.verdicts[0].wanted, c.reference.strip()) for c in chosen]
+            rows = [(c.text_id, c.answers[0].answer, c.answers[0].wanted, c.reference.strip()) for c in chosen]
             report.table(["problem", "answer", "wanted", "reference"], rows)
 
 
 def _sample(completed: CompletedPrompt, tokenizer: PreTrainedTokenizerBase) -> Sample:
-    text, verdict = completed.sampled[0], completed.verdicts[0]
-    said = "no answer" if verdict.answer is None else f"answer {verdict.answer[:40]}"
-    title = f"problem {completed.text_id} · {said}, wanted {(verdict.wanted or '–')[:40]}"
+    text, checked = completed.sampled[0], completed.answers[0]
+    answer = "no answer" if checked.answer is None else f"answer {checked.answer[:40]}"
+    title = f"problem {completed.text_id} · {answer}, wanted {(checked.wanted or '–')[:40]}"
     return sample_of(text, tokenizer, title)
 
 

@@ -23,7 +23,7 @@ _TOGETHER = 128  # steps kept on the device before they are fetched and compared
 
 @dataclass(frozen=True)
 class Change:
-    """What a step changed in a row: `places_N` now hold `ids_N`, which may be masks."""
+    """Changes of a step in a row: `places_N` now hold `ids_N`, which may be masks."""
 
     step: int
     places_N: np.ndarray

@@ -31,13 +31,13 @@ from palimpsest.training.callbacks.progress import terminal
 
 _FRAME_SECONDS = 0.05  # at most twenty pictures a second
 _BOLD = 0.9  # confidence from which a token is bold
-_AGES, _LEVELS = 31, 7  # colours that can be told apart: by age, by confidence
+_AGES, _LEVELS = 31, 7  # distinguishable colours, by age and by confidence
 _ANSI = ("blue", "cyan", "green", "yellow")  # where a terminal has no more
 
 
 @dataclass(frozen=True)
 class Views:
-    """How the denoising of the first texts is shown."""
+    """Settings of the views of the first texts."""
 
     show: bool = False  # in the terminal, during sampling
     show_delay: Annotated[float, real("[0, 3600]")] = 0.0  # minimum seconds of a step there

@@ -208,8 +208,8 @@ def test_shares_votes_and_groups():
     assert several.low == pytest.approx(wilson_interval(1.5, 3).low), "two completions are not two prompts"
     alike = np.repeat(np.arange(100) < 30, 4).reshape(100, 4)
     assert share(alike).low == pytest.approx(wilson_interval(30, 100).low, abs=2e-3)
-    verdicts = [Verdict(answer, "5") for answer in (None, None, None, "5", "4", "5")]
-    assert majority_is_right(verdicts) and not majority_is_right(verdicts[:3])
+    answers = [Verdict(answer, "5") for answer in (None, None, None, "5", "4", "5")]
+    assert majority_is_right(answers) and not majority_is_right(answers[:3])
     assert not majority_is_right([Verdict("4", "5"), Verdict("5", "5")]), "the first of equals"
     table = [[Verdict("1" if m % 2 else None, "1", steps=m % 8)] for m in range(40)]
     found = measure(table, np.ones((40, 1), dtype=bool), np.arange(40))
@@ -277,7 +277,7 @@ def test_a_sampler_that_knows_the_answers_is_right_and_one_does_not_depend_on_th
     completed = complete(
         SamplingContext(trainer, diffusion, data, Drawing(oracle), 1), CompletionRequest("test", None, 1, judge)
     )
-    assert len(completed) == 12 and all(c.verdicts[0].right and c.ended[0] for c in completed)
+    assert len(completed) == 12 and all(c.answers[0].right and c.ended[0] for c in completed)
     assert [c.completions[0].strip() for c in completed] == [c.reference.strip() for c in completed]
     assert len(set(noises)) == 12
     drawing = experiment.build.drawing()
@@ -291,7 +291,7 @@ def test_a_sampler_that_knows_the_answers_is_right_and_one_does_not_depend_on_th
         SamplingContext(trainer, diffusion, short.build.data(), drawing, 1), CompletionRequest("test", None, 1, judge)
     )
     unfit = [c for c in none if not c.sampled]
-    assert 0 < len(unfit) < len(none) and not any(c.verdicts[0].right or c.ended[0] for c in unfit)
+    assert 0 < len(unfit) < len(none) and not any(c.answers[0].right or c.ended[0] for c in unfit)
 
 
 @pytest.mark.parametrize(("arguments", "said"), [

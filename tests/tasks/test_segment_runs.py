@@ -164,9 +164,9 @@ def test_completions_are_judged_part_by_part(gsm8k):  # noqa: F811
     completed = complete(SamplingContext(trainer, diffusion, data, Drawing(oracle), 1), request)
     assert len(completed) == 12 and [c.ended[0] for c in completed] == [False] + [True] * 11
     for c, row in zip(completed[1:], rows.select(range(1, 12)), strict=True):
-        assert c.verdicts[0].right and set(c.verdicts[0].findings.values()) == {True}
+        assert c.answers[0].right and set(c.answers[0].findings.values()) == {True}
         assert c.completions[0].split() == c.reference.split() and c.sampled[0].ids == row["input_ids"].tolist()
-        assert c.verdicts[0] == judge_planned(c.reference, c.reference)
+        assert c.answers[0] == judge_planned(c.reference, c.reference)
         assert len(c.sampled[0].steps) == len(c.sampled[0].ids)
     longest = max(c.prompt_tokens for c in completed)
     short = Experiment(compose_config([*SEGMENTS, f"model.length={longest + 16}"]), "a test")
