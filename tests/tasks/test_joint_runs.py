@@ -73,14 +73,14 @@ def test_a_training_from_latents_alone_says_that_it_did_not_learn_texts_alone(he
 
 
 @pytest.mark.parametrize(("name", "drawn"), [("train/nll", 1.5), ("train/text_loss", None)])
-def test_the_entropy_of_texts_alone_is_no_line_beside_texts_with_latents(monkeypatch, name, sampled):
+def test_the_entropy_of_texts_alone_is_no_line_beside_texts_with_latents(monkeypatch, name, drawn):
     logged = {name: np.array([[1, 2.0], [2, 1.9]]), "val/nll": np.array([[2, 1.2]]), "val/nll_se": np.array([[2, 0.1]])}
     monkeypatch.setattr(training, "history", lambda folder: logged)
     monkeypatch.setattr(training.plots, "loss_curve", lambda *points: points)
     report = Mock()
     training.add_loss_curve(report, Path(), 1.5)
     (_, _, truth), caption, _ = report.figure.call_args.args
-    assert truth == sampled and ("texts alone" in caption) == (sampled is None)
+    assert truth == drawn and ("texts alone" in caption) == (drawn is None)
 
 
 def test_no_size_of_micro_batches_changes_the_weights_or_the_means(here):
