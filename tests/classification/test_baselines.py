@@ -1,4 +1,4 @@
-"""The bag-of-words baselines: naive Bayes by hand and against scikit-learn, and what all of them must learn."""
+"""The bag-of-words baselines: naive Bayes against scikit-learn and by hand, and what all of them must learn."""
 
 from __future__ import annotations
 

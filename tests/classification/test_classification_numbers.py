@@ -33,7 +33,7 @@ def test_priors_by_hand():
 
 @pytest.mark.parametrize("prior", ["flat", "empirical", (0.5, 0.6), (1.0, 0.0), (0.2, 0.3, 0.5), None, ("a", "b"),
                                    (math.nan, 1.0)])  # fmt: skip
-def test_a_prior_that_is_none_is_refused(prior):
+def test_an_invalid_prior_is_refused(prior):
     with pytest.raises(ValueError, match="classify.prior"):
         log_prior(prior, np.array([0, 4]))
 
@@ -167,7 +167,7 @@ def test_absent_classes_and_single_texts():
     assert found.macro_f1.value == 1 and found.support_C.tolist() == [1, 0, 0]
     posterior_MC = np.array([[0.5, 0.3, 0.2], [0.3, 0.6, 0.1], [0.6, 0.3, 0.1]])
     assert measure(posterior_MC, np.array([0, 1, 1])).roc_auc == pytest.approx((1 / 2 + 3 / 4) / 2)
-    # class 2 has neither text nor verdict: the mean is over the other two, 2/3 and 1/2 of whose F1 are hits
+    # class 2 has neither text nor prediction: the mean is over the other two, 2/3 and 1/2 of whose F1 are hits
     assert macro_f1(np.array([[1, 1, 0], [0, 2, 0], [0, 0, 0]])).value == pytest.approx((2 / 3 + 4 / 5) / 2)
 
 
@@ -176,7 +176,7 @@ def test_absent_classes_and_single_texts():
     [([[0.5, 0.6]], [0], "sum 1"), ([[math.nan, 1.0]], [0], "sum 1"), ([[0.5, 0.5]], [2], "label"),
      ([[0.5, 0.5]], [0, 1], "belong"), (np.zeros((0, 2)), [], "nothing")],
 )  # fmt: skip
-def test_what_can_not_be_measured(posterior_MC, label_M, message):
+def test_invalid_predictions_are_refused(posterior_MC, label_M, message):
     with pytest.raises(ValueError, match=message):
         measure(np.array(posterior_MC), np.array(label_M))
 
@@ -267,7 +267,7 @@ def test_few_texts_give_one_weight_and_empty_bins_the_common_one(rng):
     assert found.weight_B[4] == pytest.approx(1 / temperature, rel=1e-3)
 
 
-def test_what_can_not_be_weighted(rng):
+def test_invalid_passes_are_refused(rng):
     nats_MCP, rate_MP, label_M, log_prior_C = passes(10, [1.0] * 5, rng)
     nats_MCP[0, 1, 3] = np.nan
     with pytest.raises(ValueError, match="same passes"):

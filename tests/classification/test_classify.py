@@ -122,14 +122,14 @@ def test_token_attributions_add_up_to_the_log_likelihood_ratio():
         assert np.isnan(nats_CL[:, 0]).all(), "a given BOS is not weighed"
 
 
-def test_a_network_that_is_told_the_class_serves_all_of_them():
+def test_a_conditional_network_serves_all_classes():
     e = experiment("classify.sharing=conditional")
     diffusion = random_network(e, 0)
     torch.nn.init.normal_(diffusion.backbone.blocks[0].adaLN_modulation.weight)
     found = scores_of(e, [ClassModel(diffusion, k) for k in range(2)], SequentialTest(4))
     assert (found.log_p_MC[:, 0] != found.log_p_MC[:, 1]).all()
-    untold = scores_of(e, [ClassModel(diffusion, -1), ClassModel(diffusion)], SequentialTest(4))
-    assert (untold.log_p_MC[:, 0] == untold.log_p_MC[:, 1]).all()
+    unconditional = scores_of(e, [ClassModel(diffusion, -1), ClassModel(diffusion)], SequentialTest(4))
+    assert (unconditional.log_p_MC[:, 0] == unconditional.log_p_MC[:, 1]).all()
 
 
 def fake_scores() -> ClassScores:

@@ -82,7 +82,7 @@ def test_nothing_is_certain_after_one_draw(rng):
     found = certainty(nats_MCK, np.zeros(2))
     assert found[0] == 0 and (found[1:] > 0).all()
     still = np.zeros((20, 2, 3))
-    still[10:, 1] = 5.0  # draws without noise: a difference is certain, none is a coin
+    still[10:, 1] = 5.0  # draws without noise: a difference is certain, a tie is not
     assert certainty(still, np.zeros(2)) == pytest.approx([0.5] * 10 + [1.0] * 10)
 
 

@@ -77,7 +77,7 @@ def test_causal_texts_end_where_the_model_ends_them(untrained):
     (["sampling.max_length=2"], "sampling.max_length=2 leaves no token to write"),
     (["sampling.max_length=4", "sampling.prefix=the plot is"], "too many for sampling.max_length=4"),
 ])  # fmt: skip
-def test_what_can_not_be_drawn_is_refused(untrained, overrides, said):
+def test_what_cannot_be_sampled_is_refused(untrained, overrides, said):
     built = untrained(*overrides)
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - explain() is what is tested
         sampled(*built, number=16, size=16)
@@ -108,7 +108,7 @@ def test_templates_are_read_as_they_are_written():
 @pytest.mark.parametrize(("text", "said"), [
     ("no gap", "has no gap"), ("an empty {{0}} one", "of no tokens"), ("two {{...}} and {{…}}", "several gaps"),
 ])  # fmt: skip
-def test_templates_that_leave_nothing_or_not_enough_to_go_by_are_refused(text, said):
+def test_malformed_templates_are_refused(text, said):
     with pytest.raises(ValueError, match=said):
         Template(template=text)
 
@@ -117,7 +117,7 @@ UNMASK = ["sampling.predictor=unmask", "sampling.steps=3"]
 
 
 @pytest.mark.parametrize("overrides", [[], WRAPPED], ids=["padded", "wrapped"])
-def test_a_gap_that_stretches_takes_what_room_there_is(untrained, overrides):
+def test_a_gap_of_free_length_takes_the_remaining_length(untrained, overrides):
     _, data, _ = built = untrained("sampling.template=the plot {{...}} and dull", *UNMASK, *overrides)
     before, after = (encode(data.tokenizer, [text])[0] for text in ("the plot", "and dull"))
     lengths = [len(text.ids) for text in sampled(*built)]
@@ -182,7 +182,7 @@ def test_a_prefix_stands_in_the_text_letter_by_letter(request, tmp_path, monkeyp
             assert len(text) <= len(typed) + len(more) + 8, text
 
 
-def test_so_many_samples_as_were_asked_for(tmp_path, monkeypatch):
+def test_the_requested_number_of_samples_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ask = [*TINY, *UNMASK, "sampling.prefix=The plot", "sampling.num_samples=3", "loader.eval_batch_size=2"]
     run(*ask, "mode=train")
@@ -202,5 +202,5 @@ def test_semi_autoregressive_samples_are_written_whole(tmp_path, monkeypatch):
     assert [len(row["ids"]) for row in rows] == [32 + 24] * 2 and all(len(row["steps"]) == 56 for row in rows)
 
 
-def test_drawing_without_anything_given_is_the_default():
+def test_sampling_without_observed_tokens_is_the_default():
     assert Drawing(sampler=None).given == Template()

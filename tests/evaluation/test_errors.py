@@ -1,9 +1,9 @@
-"""Every error that is reported, replicated: the estimate is made anew from many data sets of one law, and the root mean
-square of its reported errors must be its true deviation, within 10 %.
+"""Replications of every reported error: estimates from many data sets of one distribution.
 
-False-alarm rates: with R replications of a normal estimate the ratio of a right error has a spread of at most
-sqrt((1 + 1 / u) / (2 R)), where the error is worth that of u independent units. For R = 800 and u >= 20 the 10 % are
-3.9 times that: 1e-4, two-sided. Seeds are fixed, so a failure repeats.
+The root mean square of the reported errors must be the true deviation, within 10 %. False-alarm rates: with R
+replications of a normal estimate the ratio of a right error has a spread of at most sqrt((1 + 1 / u) / (2 R)), where
+the error is worth that of u independent units. For R = 800 and u >= 20 the 10 % are 3.9 times that: 1e-4, two-sided.
+Seeds are fixed, so a failure repeats.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def calibration(estimate: Callable[[np.random.Generator], Estimate], replication
 
 
 def wrapped(rng: np.random.Generator, documents: int, row: int, spread: float = 0.3) -> tuple[np.ndarray, ...]:
-    """Documents of 20 to 300 tokens, each with a rate of its own, cut into rows: nats, tokens and ends of each row."""
+    """Return nats, tokens and document ends of rows; documents of 20 to 300 tokens have their own rates."""
     tokens_D = rng.integers(20, 300, documents)
     of_token = np.repeat(np.arange(documents), tokens_D)
     nats = np.repeat(rng.normal(3.0, spread, documents), tokens_D) + rng.normal(0, 1.0, len(of_token))
@@ -134,7 +134,7 @@ def test_the_loss_by_mask_rate_sums_a_text_first():
 
 
 def test_the_monte_carlo_error_sums_the_windows_of_a_text_first():
-    """Windows share their times: their draws err together. The texts are given, only the draws are new."""
+    """Windows share their times, so their draws err together. Texts are fixed, only the draws are new."""
     texts = np.repeat(np.arange(40), 3)
 
     def one(rng: np.random.Generator) -> Estimate:
@@ -147,9 +147,8 @@ def test_the_monte_carlo_error_sums_the_windows_of_a_text_first():
 
 @pytest.mark.parametrize("draws", [1, 4, 16])
 @pytest.mark.parametrize("giving", [-1.0, 0.0, 1.0])
-def test_the_latent_gain_counts_each_text_as_scored_and_as_giver(draws, giving):
-    """What a text gains when it is told another's latent, and what its latent does to others: opposite, unrelated, or
-    alike."""
+def test_the_latent_gain_counts_each_text_as_scored_and_as_donor(draws, giving):
+    """Effects of a text as scored text and as donor: opposite, unrelated, or alike."""
     shuffling = ShuffledLatents(_Estimator(), range(150), None, 0)
     donor_MK = np.stack([shuffling.donor_M(k) for k in range(draws)], axis=1)
     tokens_M, units = np.full(150, 10), Units.each(np.arange(150))
@@ -174,7 +173,7 @@ def test_over_scored_texts_alone_the_error_of_the_latent_gain_was_several_times_
     assert calibration(one, 200) > 4
 
 
-def test_partners_are_never_told_each_others_latents():
+def test_partners_never_get_each_others_latents():
     for rows in (2, 3, 7, 50):
         shuffling = ShuffledLatents(_Estimator(), range(rows), None, 0)
         givers = [shuffling.donor_M(k) for k in range(40)]

@@ -226,7 +226,7 @@ def test_the_error_of_distinct_n_is_the_spread_over_corpora():
     assert np.mean([estimate.se for estimate in found]) == pytest.approx(spread, rel=0.2)
 
 
-# ------------------------------------------------------------------------------------------- samples beside real text
+# ------------------------------------------------------------------------------------------- samples and real text
 @pytest.fixture
 def letters(tmp_path) -> FastTokenizer:
     save_tokenizer(tmp_path / "letters", **SPECIALS, mask_token="[MASK]")

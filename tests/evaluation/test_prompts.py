@@ -84,7 +84,7 @@ def test_prompts_are_counted_in_tokens(words, tmp_path):
     ({"length": 4, "long_texts": "drop"}, "data.long_texts=drop leaves no text"),
     ({"length": 8}, r"longer than model.length=8 .*data.long_texts=truncate, windows or drop"),
 ])  # fmt: skip
-def test_prompts_that_can_not_be_kept_are_refused(words, tmp_path, settings, said):
+def test_prompts_that_cannot_be_kept_are_refused(words, tmp_path, settings, said):
     with pytest.raises(ValueError, match=said):
         pack(problems(), words, vocabulary(words), Packing(**{"length": 16, "wrap": False, **settings}), tmp_path)
 
@@ -105,7 +105,7 @@ COLUMNS = {"input_ids": [np.array([BOS, 5, 6, 7, EOS]), np.array([BOS, 5, 6, 4, 
            "sample_id": [0, 1], "part_ends": [np.array([3, 4]), np.array([2, 5])]}  # fmt: skip
 
 
-def test_batches_say_what_is_given_and_what_is_fill():
+def test_batches_mark_observed_tokens_and_padding():
     padded = Collate(12, PAD, (BOS, EOS))(COLUMNS)
     assert padded["given"].int().tolist() == [[1, 1, 1, 0, 1, 0, 0, 0], [1, 1, 0, 0, 0, 0, 1, 0]]
     assert padded["attention_mask"].sum(-1).tolist() == [5, 7] and "fill" not in padded
@@ -132,7 +132,7 @@ def uniform_network(vocab_size, causal=False):
     )  # fmt: skip
 
 
-def test_the_fill_costs_nats_but_counts_no_tokens():
+def test_eos_padding_costs_nats_but_counts_no_tokens():
     """Under a uniform network every scored token costs log(V - 1): the denominators and nothing else differ."""
     batch, nats = Collate(12, EOS, (BOS,), fill=True)(COLUMNS), math.log(8 - 1)
     model = Model(Subs(LogLinear(), Absorbing(MASK)), uniform_network(8))
@@ -163,7 +163,7 @@ def test_a_causal_model_scores_answer_and_eos_filled_or_padded():
     torch.testing.assert_close(losses[0].nll_BL[0].sum(), -log_p[0, 7] - log_p[1, EOS])
 
 
-def test_the_unigram_baseline_leaves_prompts_and_fill_out():
+def test_the_unigram_baseline_leaves_prompts_and_padding_out():
     import datasets
 
     columns = {"input_ids": [ids.tolist() for ids in COLUMNS["input_ids"]],
@@ -193,7 +193,7 @@ def test_a_filled_bound_stays_above_the_entropy_with_the_length(tmp_path, monkey
     assert results["true_nats_per_token"].value == pytest.approx(nats.sum() / sum(tokens)), "p(text), its length too"
 
 
-# -------------------------------------------------------------------------------- verdicts
+# -------------------------------------------------------------------------------- answers
 
 
 def test_shares_votes_and_groups():

@@ -38,7 +38,7 @@ SAMPLE = Sample(
 
 # ------------------------------------------------------------------------------------------- what is recorded
 def _frames(rows: int, length: int, steps: int, mask_id: int, seed: int) -> list[Trace]:
-    """A walk in which tokens are written, taken back, replaced, and written anew as what they were."""
+    """Return a run in which tokens are written, masked again, replaced, and rewritten."""
     draw, frames = np.random.default_rng(seed), []
     ids, sure = np.full((rows, length), mask_id), np.zeros((rows, length), dtype=np.float32)
     ids[:, 0], sure[:, 0] = 1, 1.0
@@ -130,7 +130,7 @@ def experiment(tmp_path, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------ samples
-def test_what_stands_after_a_step():
+def test_the_tokens_after_a_step():
     def said(step: int) -> list[str | None]:
         return [now and now.token for now in SAMPLE.at(step)]
 
@@ -205,7 +205,7 @@ def test_the_page_is_whole_loads_nothing_and_runs_its_own_script_alone(tmp_path)
     assert policy.startswith("default-src 'none'") and "script-src 'sha256-" in policy
 
 
-def test_the_page_holds_the_whole_course(tmp_path):
+def test_the_page_holds_the_whole_history(tmp_path):
     tree = _parsed(_page(tmp_path, SAMPLE))
     told = tree.pages[0]
     assert list(map(int, told["data-steps"].split())) == SAMPLE.reveal_step
@@ -228,7 +228,7 @@ def test_the_report_has_the_same_player(tmp_path):
 # ------------------------------------------------------------------------------------------------ the player
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs a browser: chromium or google-chrome on the PATH")
 
-# What somebody does with the page, and what it then shows. Runs after the page's own script.
+# Actions of a user, and what the page then shows. Runs after the page's own script.
 SOMEBODY = """
 window.requestAnimationFrame = draw => setTimeout(() => draw(performance.now()), 16);  // without a screen, few frames
 const seen = [], output = document.querySelector('output'), page = document.querySelector('.page');

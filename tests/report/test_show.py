@@ -55,7 +55,7 @@ WALK = [
 
 
 def watched(walk: list[Trace], terminal: bool = True, **settings: object) -> tuple[TerminalView, str]:
-    """The display after `walk`, and all that it wrote."""
+    """Return the display after `walk`, and its output."""
     colours = "truecolor" if terminal else None
     console = Console(file=io.StringIO(), force_terminal=terminal, width=80, height=24, color_system=colours)
     with TerminalView(LiveView(Words(), MASK, 2, **settings), 0.0, console) as show:
@@ -94,7 +94,7 @@ def test_tokens_go_and_come_back():
     assert [texts[n][:14] for n in (1, 2, 3)] == ["red green ····", "red ···· blue ", "red green blue"]
 
 
-def test_a_token_can_not_command_the_terminal():
+def test_a_token_cannot_command_the_terminal():
     _, written = watched(WALK)
     assert "\x1b[2J" not in written and "\x9b" not in written and "\ufffd[2J" in written
 
@@ -107,7 +107,7 @@ def test_the_status_counts():
     assert "\x1b[?25h" in written, "the cursor is back"
 
 
-def test_what_stands_behind_the_end_is_not_shown():
+def test_nothing_is_shown_after_the_end():
     ended = [frame(0, [GIVEN, M, M, M]), frame(1, [GIVEN, (3, 0.5), M, M]), frame(2, [GIVEN, (3, 0.5), (1, 0.5), M])]
     assert plain(watched(ended, end_id=1)[0]) == "red green"
     assert plain(watched(ended)[0]) == "red green ····"
@@ -159,7 +159,7 @@ def test_what_watches_records_too():
     assert watching.num_printed == 0 and recorder.histories()[0].ids_at(2) == [2, 3, MASK, 5, 0]
 
 
-def test_how_texts_were_drawn_in_a_line():
+def test_the_sampler_is_described_in_a_line():
     how = {"schedule": "cosine", "order": "margin", "threshold": None, "remask": "none", "remask_eta": 0.02}
     protocol = {"sampler": "palimpsest.samplers.unmasking.sample", "_partial_": True, "steps": 8, "how": how,
                 "choice": {"_target_": "x", "temperature": 0.7, "top_k": None, "nucleus_p": 1.0},

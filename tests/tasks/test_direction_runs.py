@@ -134,7 +134,7 @@ def test_an_edit_touches_nothing_but_its_masks(here, target):
         assert [row["ids"] for row in samples(here, "edit")] == [row["ids"] for row in rows]
 
 
-def test_an_edit_begins_at_the_share_that_is_masked_and_is_told_where_to_go(here, monkeypatch):
+def test_an_edit_starts_at_the_masked_share_and_is_conditioned_on_the_target(here, monkeypatch):
     seen, fill, barred, bar = [], SamplingContext.sample, set(), editing.Barred
     monkeypatch.setattr(editing, "Barred", lambda model, ids: (barred.add(ids), bar(model, ids))[1])
     monkeypatch.setattr(SamplingContext, "sample", lambda *args: (seen.append(args[3]), fill(*args))[1])
@@ -202,7 +202,7 @@ def test_an_edit_of_nothing_is_the_text(here):
     assert found["true"]["control"]["value"] == found["judged_wanted_before"]["value"]
 
 
-def test_classes_are_told_by_the_latents_of_texts_too(here):
+def test_classification_by_latents(here):
     found = run(*JOINT, "mode=classify", "classify.sharing=conditional", "classify.patience=null",
                 "sampling.num_sample_log=0", "classify.num_examples=0", "checkpointing.save_dir=told")  # fmt: skip
     method = found["methods"]["nearest class centroid of the text's latent"]

@@ -47,7 +47,7 @@ def rows_of(words, tmp_path, **settings):
     return pack(rows, words, vocabulary(words), packing, tmp_path)
 
 
-# -------------------------------------------------------------------------------- rooms
+# -------------------------------------------------------------------------------- segments
 
 
 def test_parts_between_end_with_eos_and_stand_in_rooms(words, tmp_path):
@@ -138,8 +138,8 @@ def test_a_question_and_its_answer_are_segments_too(gsm8k):  # noqa: F811
     assert data.segment_ends(np.array([5, 6])).tolist() == [[5], [6]]
 
 
-def test_completions_are_judged_part_by_part(gsm8k):  # noqa: F811
-    """By a sampler that knows the answers: what it writes comes back without the fill of either part."""
+def test_answers_are_checked_part_by_part(gsm8k):  # noqa: F811
+    """A sampler that knows the answers: its text comes back without the padding of either part."""
     experiment = Experiment(compose_config([*SEGMENTS, "data.max_test_texts=null"]), "a test")
     data = experiment.build.data()
     diffusion = experiment.build.diffusion(data).eval()
@@ -177,7 +177,7 @@ def test_completions_are_judged_part_by_part(gsm8k):  # noqa: F811
 
 
 def test_baselines_count_what_a_text_has(gsm8k):  # noqa: F811
-    """The plan's EOS, and no fill."""
+    """The EOS of the plan counts, padding does not."""
     plain, segments = (
         Experiment(compose_config([*SEGMENTS, *more]), "a test").build.data() for more in (["data.segments=false"], [])
     )
