@@ -174,7 +174,7 @@ def test_absent_classes_and_single_texts():
 @pytest.mark.parametrize(
     ("posterior_MC", "label_M", "message"),
     [([[0.5, 0.6]], [0], "sum 1"), ([[math.nan, 1.0]], [0], "sum 1"), ([[0.5, 0.5]], [2], "label"),
-     ([[0.5, 0.5]], [0, 1], "belong"), (np.zeros((0, 2)), [], "nothing")],
+     ([[0.5, 0.5]], [0, 1], "agree"), (np.zeros((0, 2)), [], "nothing")],
 )  # fmt: skip
 def test_invalid_predictions_are_refused(posterior_MC, label_M, message):
     with pytest.raises(ValueError, match=message):

@@ -15,16 +15,14 @@ import torch
 from PIL import Image, ImageChops
 
 from palimpsest.evaluation.drawing import draw
-from palimpsest.experiment.experiment import Experiment
 from palimpsest.report.denoising import PastToken, Sample, write_denoising
 from palimpsest.report.gif import _layout, _picture, write_gif
 from palimpsest.report.history import Recorder, sample_of
 from palimpsest.report.palette import ink
 from palimpsest.report.report import Report
 from palimpsest.samplers.trace import Trace
-from palimpsest.settings.command_line import compose_config
 from tests.helpers import exact
-from tests.helpers.commands import CHROMIUM, TINY
+from tests.helpers.commands import CHROMIUM
 
 HOSTILE = " <script>alert(1)</script>'\"&"
 TOKENS = ["Once", " upon", HOSTILE, " a", " time", ",", " there", " was", "\n\nan", " end", "."]
@@ -81,15 +79,15 @@ def test_a_row_that_grows_is_recorded():
     ["data.wrap=true", "model.length=16", "sampling.semi_ar=true", "sampling.stride_length=8",
      "sampling.num_strides=2"],
 ], ids=["remdm", "ar", "block", "semi_ar"])  # fmt: skip
-def test_frames_replay_to_what_was_drawn(experiment, overrides):
-    _, data, diffusion, drawing = experiment(*overrides)
+def test_frames_replay_to_what_was_drawn(untrained, overrides):
+    experiment, data, diffusion = untrained("sampling.steps=9", *overrides)
     recorder, spent = Recorder(3, data.vocabulary.mask_id), []
 
     def watch(frame):
         recorder(frame)
         spent.append(frame.evaluations_B.tolist())
 
-    sampled = draw(diffusion, data, drawing, 4, 4, seed=1, watch=watch)
+    sampled = draw(diffusion, data, experiment.build.drawing(), 4, 4, seed=1, watch=watch)
     histories = recorder.histories()
     assert len(histories) == 3
     assert all(a <= b for before, after in zip(spent, spent[1:], strict=False)
@@ -112,21 +110,6 @@ def test_frames_replay_to_what_was_drawn(experiment, overrides):
             masked = [now is None for now in sample.at(step)]
             assert masked == [there[place] == data.vocabulary.mask_id for place in kept]
     assert bool(taken_back) == ("sampling.remask=remdm" in overrides)
-
-
-@pytest.fixture
-def experiment(tmp_path, monkeypatch):
-    """An untrained model on a few reviews, with its drawing."""
-    monkeypatch.chdir(tmp_path)
-
-    def build(*overrides: str):
-        made = Experiment(compose_config([*TINY, "data.cache_dir=cache", "sampling.steps=9", *overrides]), "a test")
-        data = made.build.data()
-        diffusion = made.build.diffusion(data).eval()
-        torch.nn.init.normal_(diffusion.backbone.head.weight, generator=torch.Generator().manual_seed(0))
-        return made, data, diffusion, made.build.drawing()
-
-    return build
 
 
 # ------------------------------------------------------------------------------------------------ samples
