@@ -41,7 +41,8 @@ def explain(
     seed: int,
 ) -> list[ExplainedText]:
     """Return the `number` surest right predictions and as many of the surest wrong ones, with token attributions."""
-    scores, data, split = result.scores, result.data, result.split
+    scores = result.scores
+    data, split = result.data, result.split
     log_odds_MC = scores.log_p_MC + result.log_prior_C
     ranked_MC = log_odds_MC.argsort(axis=1)[:, ::-1]
     first_M, second_M = np.take_along_axis(log_odds_MC, ranked_MC[:, :2], 1).T

@@ -58,7 +58,8 @@ class ClassificationResult:
 
     def results(self, test: SequentialTest, models: Sequence[ClassModel]) -> dict[str, object]:
         """Return the numbers for results.json."""
-        scores, names, m = self.scores, self.data.label_names, self.plain.measures
+        scores, m = self.scores, self.plain.measures
+        names = self.data.label_names
         return {
             **_measured(m), "texts": len(scores.label_M),
             "models": list(dict.fromkeys(model.diffusion.provenance for model in models)),

@@ -146,7 +146,8 @@ def score_classes(
     row_text_R = np.asarray(rows["text_id"])
     text_id_M, first_M, text_R = np.unique(row_text_R, return_index=True, return_inverse=True)
     active_M = np.ones(len(text_id_M), dtype=bool)
-    nats, rates, tokens_M, evaluations_M = [], [], None, np.zeros(len(text_id_M), dtype=int)
+    nats, rates = [], []
+    tokens_M, evaluations_M = None, np.zeros(len(text_id_M), dtype=int)
     start, done = time.perf_counter(), 0
     for look in [test.num_draws] if exact else test.looks(passes, watch is not None and estimator.in_parts):
         title = f"score {active_M.sum():,} of {len(active_M):,} texts, evaluations {done + 1}–{look}"

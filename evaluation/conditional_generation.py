@@ -274,8 +274,8 @@ def _moments(data: TextData, latent_MKD: np.ndarray) -> dict[str, float]:
 
 def generate_jointly(context: ConditionalContext) -> ConditionalResult:
     """Sample texts with their latents unconditionally; compare them with real texts and with each other."""
-    data, drawing, seed = context.data, context.drawing, context.seed
-    reader = Reader(data)
+    data, drawing = context.data, context.drawing
+    seed, reader = context.seed, Reader(data)
     rows = rows_to_fill(context.diffusion, data, drawing.given, context.number, seed)
     key_M = np.arange(len(rows))
 

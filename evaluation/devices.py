@@ -19,7 +19,8 @@ class Mapper(lightning.LightningModule):
 
     def __init__(self, network: nn.Module, function: Callable[[object], object]) -> None:
         super().__init__()
-        self.network, self.function, self.results = network, function, []
+        self.network, self.function = network, function
+        self.results: list[object] = []
 
     def test_step(self, batch: object, batch_idx: int) -> None:
         self.results.append(self.function(batch))

@@ -163,8 +163,9 @@ class Editor:
         self.share_M, self.selection_evaluations = np.array(shares), float(np.mean(evaluations))
 
     def _select(self, part: slice) -> list[tuple[np.ndarray, float, int]]:
-        context, rows, device = self.context, self.chosen.rows[part], self.context.diffusion.device
-        rules, chosen = context.settings.edit, self.chosen
+        context, chosen = self.context, self.chosen
+        rules, device = context.settings.edit, context.diffusion.device
+        rows = chosen.rows[part]
         x_BL, cond = padded(rows, context.data.vocabulary.pad_id)
         eligible_BL, _ = padded([eligible.astype(np.int64) for eligible in self.eligible[part]], 0)
         noise = KeyedNoise(context.seed, torch.from_numpy(chosen.key_M[part]).to(device)).part(2)

@@ -66,9 +66,11 @@ class ShuffledLatents:
     """An estimator that gives each row the latent of another row, a different one for every draw if possible."""
 
     def __init__(self, estimator: Estimator, rows: object, latents: object, seed: int) -> None:
-        self.estimator, self.rows, self.latents = estimator, rows, latents
+        self.estimator = estimator
+        self.rows, self.latents = rows, latents
         self.kind, self.in_parts = estimator.kind, estimator.in_parts
-        self.label, self.exact, self.passes = estimator.label, estimator.exact, estimator.passes
+        self.label, self.exact = estimator.label, estimator.exact
+        self.passes = estimator.passes
         self._donors = [partners(len(rows), seed)]
 
     def donor_M(self, draw: int) -> np.ndarray:

@@ -77,7 +77,8 @@ class Template:
         """
         if self.prefix:
             return encode(tokenizer, [self.prefix])[0]
-        ids, end, text = [], 0, self.template or ""
+        ids, end = [], 0
+        text = self.template or ""
         gaps = list(_GAP.finditer(text))
         wanted = sum(_size(gap) for gap in gaps)
         if wanted > limit:  # before a list of that many is made

@@ -46,7 +46,8 @@ def classification_report(
 
 
 def _accuracy(report: Report, result: ClassificationResult, test: SequentialTest) -> None:
-    m, names, scores = result.plain.measures, result.data.label_names, result.scores
+    m, scores = result.plain.measures, result.scores
+    names = result.data.label_names
     report.section("Accuracy", _METHOD + (_COMMON if test.masks == "common" and scores.has_masks else "")
                    + (_AVERAGED if scores.nats_MCK.shape[2] > 1 else ""))  # fmt: skip
     report.metrics(
@@ -130,7 +131,8 @@ def _draws(report: Report, result: ClassificationResult, test: SequentialTest) -
 
 
 def _title(result: ClassificationResult, example: ExplainedText) -> str:
-    scores, names, m = result.scores, result.data.label_names, example.text
+    scores, m = result.scores, example.text
+    names = result.data.label_names
     predicted = int((scores.log_p_MC[m] + result.log_prior_C).argmax())
     outcome = "right" if predicted == scores.label_M[m] else f"wrong, it is {names[scores.label_M[m]]}"
     title = (

@@ -198,12 +198,13 @@ def accuracy_against_draws(
     figure = new_figure(3.4)
     bands = "; bands: 95%" if curves else ""
     axes = style_axes(figure.add_subplot(), f"network evaluations per text and class{bands}", "accuracy (% of texts)")
-    labels, notes, dropped, sampled = [], [], 0, []
+    labels, notes = [], []
+    drawn, dropped = [], 0
     for i, (name, curve) in enumerate(curves.items()):
         (x, y, se), bad = _cleaned(curve.evaluations, curve.accuracy, curve.se)
         dropped += bad
         if x.size:
-            sampled.append(x)
+            drawn.append(x)
             colour = SERIES[i % len(SERIES)]
             half = Z95 * np.nan_to_num(se, nan=0.0, posinf=0.0)
             axes.fill_between(x, y - half, y + half, color=colour, alpha=0.18, linewidth=0)
@@ -213,7 +214,7 @@ def accuracy_against_draws(
         (x, y, _), bad = _cleaned([point.evaluations], [point.accuracy], [0.0])
         dropped += bad
         if x.size:
-            sampled.append(x)
+            drawn.append(x)
             colour = SERIES[i % len(SERIES)]
             axes.errorbar(x, y, half_width(point.se), fmt="D", color=colour, markersize=6, elinewidth=1.4, zorder=5)
             notes.append((float(x[0]), float(y[0]), f"{name}, {format_number(float(x[0]), 3)}", colour))
@@ -227,7 +228,7 @@ def accuracy_against_draws(
         return empty_figure(new_figure(3.4), f"no finite value among {dropped:,}" if dropped else "nothing to draw")
     axes.yaxis.set_major_formatter(PERCENT)
     axes.margins(x=0.04, y=0.12)
-    _log2_axis(axes, np.concatenate(sampled) if sampled else np.ones(1))
+    _log2_axis(axes, np.concatenate(drawn) if drawn else np.ones(1))
     end_labels(axes, labels)
     for x, y, text, colour in notes:
         # Curves rise, so there is room above a mark, and to its left unless it is among the cheapest.

@@ -152,7 +152,8 @@ def _cut(token: str, room: int) -> str:
 
 def _progress_bar(draw: ImageDraw.ImageDraw, size: tuple[int, int], sample: Sample, step: int) -> None:
     """Draw a progress bar in the colours of the steps, and the step in words."""
-    label, font, y = f"step {step} of {sample.num_steps}", _font(14), size[1] - _MARGIN
+    label = f"step {step} of {sample.num_steps}"
+    font, y = _font(14), size[1] - _MARGIN
     left, right = _MARGIN, size[0] - _MARGIN - font.getlength(f"step {sample.num_steps} of {sample.num_steps}") - 16
     for i in range(_AGES + 1):
         begin, end = (left + (right - left) * edge / (_AGES + 1) for edge in (i, i + 1))

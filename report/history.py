@@ -42,9 +42,11 @@ class RowHistory:
     """
 
     def __init__(self, blank_id: int) -> None:
-        self._blank_id, self._most, self._age = blank_id, 0, math.nan
-        self.ids_L, self.confidence_L, self.age_L = np.zeros(0, dtype=np.int64), np.zeros(0), np.zeros(0)
-        self.new_L, self.changes = np.zeros(0, dtype=bool), list[Change]()
+        self._blank_id = blank_id
+        self._most, self._age = 0, math.nan
+        self.ids_L, self.new_L = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=bool)
+        self.confidence_L, self.age_L = np.zeros(0), np.zeros(0)
+        self.changes: list[Change] = []
 
     @property
     def num_masks(self) -> int:
@@ -67,7 +69,8 @@ class RowHistory:
         if not changed_L.any() and not more:
             return False
         age_L[changed_L] = self._age
-        self.ids_L, self.confidence_L, self.age_L = ids_L.copy(), confidence_L.copy(), age_L
+        self.ids_L, self.age_L = ids_L.copy(), age_L
+        self.confidence_L = confidence_L.copy()
         if changed_L.any():
             self.changes.append(Change(step, changed_L.nonzero()[0], ids_L[changed_L], confidence_L[changed_L]))
         self._most = max(self._most, self.num_masks)

@@ -53,12 +53,13 @@ class LiveView:
         blank: str = " ····",
         end_id: int | None = None,
     ) -> None:
-        self._tokenizer, self._blank_id, self._num_texts = tokenizer, blank_id, num_texts
-        self._blank, self._end_id = blank, end_id
+        self._tokenizer, self._num_texts = tokenizer, num_texts
+        self._blank_id, self._end_id = blank_id, end_id
+        self._blank = blank
         self._hidden = unshown(tokenizer) - {blank_id}
         self._strings = lru_cache(maxsize=None)(lambda token: visible(token_text(tokenizer, token, blank_id)))
         self.rows: list[RowHistory] = []
-        self.step, self.evaluations, self.left, self.total = 0, 0, 0, 0
+        self.step = self.evaluations = self.left = self.total = 0
 
     @classmethod
     def of(cls, num_texts: int, diffusion: Diffusion, data: TextData, drawing: Drawing) -> LiveView:

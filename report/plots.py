@@ -82,7 +82,7 @@ def loss_curve(
 def _draw_losses(
     axes: Axes, train: list[Floats], validation: list[Floats], truth: float | None, start: float
 ) -> list[tuple[float, str, str]]:
-    """Draws the run from step `start` on; returns direct labels (height [nats/token], text, colour)."""
+    """Draw the run from step `start` on; return direct labels (height [nats/token], text, colour)."""
     labels: list[tuple[float, str, str]] = []
     if train[0].size:
         labels.append((_draw_train(axes, train[0], train[1], start), "training", BLUE))

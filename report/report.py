@@ -35,7 +35,8 @@ class Report:
     def __init__(
         self, title: str, subtitle: str = "", command: str = "", facts: Mapping[str, object] | None = None
     ) -> None:
-        self.title, self.subtitle, self.command = title, subtitle, command
+        self.title, self.subtitle = title, subtitle
+        self.command = command
         self.facts = {str(key): _cell(value) for key, value in (facts or {}).items()}
         self._sections: list[dict[str, Any]] = []
         self._counts = {"figure": 0, "table": 0}

@@ -121,7 +121,8 @@ class TerminalView:
     """
 
     def __init__(self, texts: LiveView, delay: float, console: Console | None = None) -> None:
-        self.texts, self._delay, self._console = texts, delay, console or terminal()
+        self.texts, self._delay = texts, delay
+        self._console = console or terminal()
         self._live: Live | None = None
         self._quarter = 0
         self._busy = self._drawn_at = self._waited_at = self._woke = 0.0
