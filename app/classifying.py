@@ -10,17 +10,17 @@ import numpy as np
 from palimpsest.app.job import check_text, collected_warnings
 from palimpsest.app.networks import Networks
 from palimpsest.app.runs import Classifier
+from palimpsest.classification.attributions import token_attributions
 from palimpsest.classification.bayes import log_prior, posterior_interval
-from palimpsest.classification.evidence import token_evidence
-from palimpsest.classification.scoring import ClassScores, Race, score_classes
+from palimpsest.classification.scoring import ClassScores, SequentialTest, score_classes
 from palimpsest.classification.typical import UNLIKE, Typical
 from palimpsest.dataloader import TextData, with_texts
 from palimpsest.estimators.nelbo import comparison_mask_sampler
 from palimpsest.experiment.classifier import TrainedClassifier
 from palimpsest.report.evidence import shown_evidence
 from palimpsest.report.formatting import format_measurement
+from palimpsest.report.prediction import ClassProbability, prediction_html
 from palimpsest.report.report import Report
-from palimpsest.report.verdict import ClassShare, verdict
 
 _SPLIT = "the text"  # the name of the typed text among the splits
 
@@ -57,7 +57,7 @@ def classify(
     settings = {"seed": request.seed, "classify.num_draws": request.num_draws,
                 "classify.confidence": request.confidence}  # fmt: skip
     with collected_warnings() as warnings:
-        race = Race(request.num_draws, request.confidence)
+        race = SequentialTest(request.num_draws, request.confidence)
         trained = networks.classifier(classifier, settings)
         experiment = trained.experiment
         race.check(experiment.build.estimator)
@@ -81,14 +81,14 @@ def classify(
 
 
 def _prediction(
-    scores: ClassScores, log_prior_C: np.ndarray, names: tuple[str, ...], race: Race, typical: Typical | None
+    scores: ClassScores, log_prior_C: np.ndarray, names: tuple[str, ...], race: SequentialTest, typical: Typical | None
 ) -> str:
     posterior_C, (first, second) = scores.posterior(log_prior_C)[0], _pair(scores, log_prior_C)
     low_C = high_C = posterior_C
     if not scores.exact:
         low_C, high_C = (ends_MC[0] for ends_MC in posterior_interval(scores.nats_MCK, log_prior_C))
     columns = zip(names, posterior_C, low_C, high_C, scores.log_p_MC[0], scores.se_MC[0], strict=True)
-    shares = [ClassShare(*column, {first: "p", second: "n"}.get(k, "")) for k, column in enumerate(columns)]
+    shares = [ClassProbability(*column, {first: "p", second: "n"}.get(k, "")) for k, column in enumerate(columns)]
     drawn = "the likelihood is exact" if scores.exact else (
         f"{scores.draws_M[0]} of at most {race.num_draws} masks under every class"
     )  # fmt: skip
@@ -97,7 +97,7 @@ def _prediction(
     facts = [drawn, f"{margin} nats between the first two", spent, f"{int(scores.tokens_M[0]):,} tokens"]
     if typical is not None and typical.unlike(scores, log_prior_C)[0]:
         facts.insert(0, UNLIKE)
-    return verdict(shares, facts)
+    return prediction_html(shares, facts)
 
 
 def _pair(scores: ClassScores, log_prior_C: np.ndarray) -> tuple[int, int]:
@@ -107,7 +107,7 @@ def _pair(scores: ClassScores, log_prior_C: np.ndarray) -> tuple[int, int]:
 
 
 def _attributions(
-    trained: TrainedClassifier, data: TextData, scores: ClassScores, log_prior_C: np.ndarray, race: Race
+    trained: TrainedClassifier, data: TextData, scores: ClassScores, log_prior_C: np.ndarray, race: SequentialTest
 ) -> str:
     """Return a page with the text, each token coloured by its contribution to one class against another."""
     experiment = trained.experiment
@@ -115,7 +115,7 @@ def _attributions(
     rows = range(len(data.split(_SPLIT)))
     noising = comparison_mask_sampler(experiment.build.estimator, trained.models[0].diffusion.objective)
     draws = dict.fromkeys(rows, int(scores.draws_M[0]))
-    nats = token_evidence(trained.models, data, _SPLIT, draws, race.num_draws, noising, experiment.seed)
+    nats = token_attributions(trained.models, data, _SPLIT, draws, race.num_draws, noising, experiment.seed)
     titles = [f"Part {row + 1} of {len(rows)}" if len(rows) > 1 else "Which words spoke" for row in rows]
     report = Report("")
     report.evidence(shown_evidence(data, _SPLIT, {row: (titles[row], first, second) for row in rows}, nats))

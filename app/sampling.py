@@ -16,8 +16,8 @@ from palimpsest.evaluation.drawing import decoded, draw
 from palimpsest.evaluation.sampling_inputs import Template
 from palimpsest.report.denoising import denoising_page
 from palimpsest.report.history import Recorder, samples_of
-from palimpsest.report.live import Standing, live_texts
-from palimpsest.report.watching import described
+from palimpsest.report.live import LiveView, live_texts
+from palimpsest.report.views import described
 from palimpsest.samplers.trace import Trace
 from palimpsest.settings.declared import CONFIGS
 
@@ -78,7 +78,7 @@ def sample(networks: Networks, network: Network, request: SamplingRequest, show:
         prompt = replace(drawing.given, prefix=prompt.prefix, template=prompt.template)
         drawing = replace(drawing, given=prompt)
         recorder = Recorder(number, diffusion.objective.process.blank_id)
-        view = _LiveView(recorder, Standing.of(number, diffusion, data, drawing), show, request.pause)
+        view = _LiveView(recorder, LiveView.of(number, diffusion, data, drawing), show, request.pause)
         start = time.perf_counter()
         # A single batch, because only the first is recorded.
         drawn = draw(diffusion, data, drawing, number, number, experiment.seed, request.class_id, view)
@@ -101,18 +101,18 @@ def keys_of(decoder: str) -> frozenset[str]:
 class _LiveView:
     """A watcher of the sampler that records the trace and shows frames of it."""
 
-    def __init__(self, recorder: Recorder, texts: Standing, show: Callable[..., None], pause: float) -> None:
+    def __init__(self, recorder: Recorder, texts: LiveView, show: Callable[..., None], pause: float) -> None:
         self._recorder, self._texts = recorder, texts
         self._show, self._pause = show, pause
         self._shown_at = self.waited = 0.0  # waited: total seconds of pauses
 
     def __call__(self, trace: Trace) -> None:
         self._recorder(trace)
-        changed, now = self._texts.take(trace), time.monotonic()
+        changed, now = self._texts.update(trace), time.monotonic()
         frame, wait = None, 0.0
         if changed and now - self._shown_at >= min(_FRAME_SECONDS, self._pause or _FRAME_SECONDS):
             texts = self._texts
-            html = live_texts([list(texts.pieces(row)) for row in texts.rows])
+            html = live_texts([list(texts.tokens(row)) for row in texts.rows])
             frame = Frame(html, texts.step, texts.left, texts.evaluations)
             wait, self._shown_at = max(0.0, self._pause - (time.monotonic() - now)), now
         self.waited += wait

@@ -20,7 +20,7 @@ import numpy as np
 from palimpsest.classification.bayes import posterior
 from palimpsest.classification.measures import measure
 from palimpsest.classification.models import class_models
-from palimpsest.classification.scoring import ClassScores, Race, score_classes
+from palimpsest.classification.scoring import ClassScores, SequentialTest, score_classes
 from palimpsest.estimators.nelbo import Nelbo
 from palimpsest.experiment.experiment import Experiment
 from palimpsest.objectives.mask_sampling import Bernoulli, ExactCount
@@ -61,11 +61,13 @@ def main() -> None:
     models = class_models(experiment, data, cfg.eval.checkpoint_path, cfg.eval.disable_ema)
     log_prior_C = np.full(len(data.label_names), -np.log(len(data.label_names)))
     studies = [
-        ("exact mask counts", Nelbo(ExactCount()), Race(max(DRAWS), masks=masks), DRAWS)
+        ("exact mask counts", Nelbo(ExactCount()), SequentialTest(max(DRAWS), masks=masks), DRAWS)
         for masks in ("common", "independent")
     ]
     recipe = Nelbo(Bernoulli(antithetic_sampling=False))
-    studies.append(("independent t: the earlier attempt's recipe", recipe, Race(1, masks="independent"), (1,)))
+    studies.append(
+        ("independent t: the earlier attempt's recipe", recipe, SequentialTest(1, masks="independent"), (1,))
+    )
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with args.output.open("w") as file:
         for name, estimator, race, draws in studies:

@@ -21,7 +21,7 @@ from scipy.sparse import csr_matrix
 from scipy.special import log_softmax
 
 from palimpsest.classification.bayes import averaged_posterior, posterior
-from palimpsest.classification.sequential_test import still_racing
+from palimpsest.classification.sequential_test import undecided
 from palimpsest.common.metrics import Estimate
 from palimpsest.common.randomness import evaluation_noise
 from palimpsest.corpora.grammar import END, FiniteStateGrammar
@@ -86,7 +86,7 @@ def main() -> None:
     for confidence in (0.8, 0.9, 0.95, 1.0):
         drawn_MCK = nats_MCK.copy()
         for here, there in pairwise(LOOKS):
-            racing_M = still_racing(drawn_MCK[:, :, :here], even_C, confidence, np.array(lengths))
+            racing_M = undecided(drawn_MCK[:, :, :here], even_C, confidence, np.array(lengths))
             drawn_MCK[~racing_M, :, here:there] = np.nan
         by_name = {"Bayes' rule": posterior(-np.nanmean(drawn_MCK, axis=2), even_C),
                    "averaged": averaged_posterior(drawn_MCK, even_C)}  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a classifier must beat: four bag-of-words baselines, trained in minutes on the same split.
+"""Baseline classifiers: four bag-of-words models, trained in minutes on the same split.
 
 Shape suffixes: M texts, C classes, F features.
 """
@@ -27,33 +27,29 @@ Predict = Callable[[csr_matrix], np.ndarray]
 
 @dataclass(frozen=True)
 class Labelled:
-    """Texts with their classes. ids: the token ids of each text, without padding. label_M: classes 0 .. C-1."""
+    """Texts with their classes."""
 
     texts: Sequence[str]
-    ids: Sequence[np.ndarray]
-    label_M: np.ndarray
-
-    def __post_init__(self) -> None:
-        if not len(self.texts) == len(self.ids) == len(self.label_M):
-            raise ValueError(f"{len(self.texts)} texts, {len(self.ids)} rows of ids, {len(self.label_M)} labels")
+    ids: Sequence[np.ndarray]  # token ids without padding
+    label_M: np.ndarray  # classes 0 .. C-1
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """A baseline's p(class | text) for every test text."""
+    """Predictions of a baseline."""
 
     name: str
-    posterior_MC: np.ndarray
+    posterior_MC: np.ndarray  # p(class | text) of the test texts
 
 
 def baselines(train: Labelled, validation: Labelled, test: Labelled, vocab_size: int) -> list[Baseline]:
-    """Train every baseline on `train`, choose the strength of the regularisation on `validation`, classify `test`.
+    """Train every baseline on `train`, choose its regularisation on `validation`, and classify `test`.
 
-    Naive Bayes (add-one smoothing, the training shares as prior) sees the model's own tokens; so does the NB-scaled
-    regression; TF-IDF sees the words of the raw text.
+    Naive Bayes (add-one smoothing, training frequencies as prior) and the NB-weighted regression use the model's own
+    tokens; TF-IDF uses the words of the raw text.
 
     Raises:
-        ValueError: a split has no text; a class has no training text; there is one class only; an id lies outside the
+        ValueError: a split has no text; a class has no training text; there is only one class; an id lies outside the
             vocabulary.
     """
     num_classes = _num_classes(train, validation, test)
@@ -65,7 +61,7 @@ def baselines(train: Labelled, validation: Labelled, test: Labelled, vocab_size:
     found.append(Baseline("naive Bayes, uni- and bigrams", bigrams.predict_proba(test_MF)))
     found.append(Baseline("TF-IDF logistic regression", _tfidf(train, validation, test)))
     for counts_MF in (train_MF, validation_MF, test_MF):
-        counts_MF.data[:] = 1  # from here on only whether a text has the gram
+        counts_MF.data[:] = 1  # presence instead of counts from here on
     fits = (_nb_logistic(train_MF, train.label_M, num_classes, strength) for strength in _NB_STRENGTHS)
     chosen = _best(fits, validation_MF, validation.label_M)
     found.append(Baseline("NB-weighted logistic regression", chosen(test_MF)))
@@ -83,12 +79,12 @@ def _num_classes(train: Labelled, validation: Labelled, test: Labelled) -> int:
             f"no training text of class {absent}: the baselines need some of each of {num_classes} classes"
         )
     if num_classes < 2:
-        raise ValueError("all texts are of one class: there is nothing to tell apart")
+        raise ValueError("all texts are of one class: there is nothing to classify")
     return num_classes
 
 
 def _best(fits: Iterable[Predict], validation_MF: csr_matrix, label_M: np.ndarray) -> Predict:
-    """The fit with the lowest log loss on the validation texts, which few texts tell better than the accuracy."""
+    """Return the fit with the lowest log loss on the validation texts, finer than the accuracy of few texts."""
 
     def merit(predict: Predict) -> float:
         p_true_M = predict(validation_MF)[np.arange(len(label_M)), label_M]
@@ -98,11 +94,11 @@ def _best(fits: Iterable[Predict], validation_MF: csr_matrix, label_M: np.ndarra
 
 
 def _tfidf(train: Labelled, validation: Labelled, test: Labelled) -> np.ndarray:
-    """p(class | text) (M, C) by multinomial logistic regression on sublinear TF-IDF of word uni- and bigrams."""
+    """Return p(class | text) (M, C) by multinomial logistic regression on sublinear TF-IDF of word uni- and bigrams."""
     vectorizer = _vectorizer(2)
     try:
         train_MF = vectorizer.fit_transform(train.texts)
-    except ValueError:  # no word stands in two texts of a tiny training set
+    except ValueError:  # no word occurs in two texts of a tiny training set
         vectorizer = _vectorizer(1)
         train_MF = vectorizer.fit_transform(train.texts)
     fits = (_logistic(strength).fit(train_MF, train.label_M).predict_proba for strength in _TFIDF_STRENGTHS)
@@ -122,8 +118,10 @@ def _logistic(strength: float) -> LogisticRegression:
 
 
 def _nb_logistic(binary_MF: csr_matrix, label_M: np.ndarray, num_classes: int, strength: float) -> Predict:
-    """Logistic regression on grams scaled by the naive Bayes log-count ratio (Wang & Manning 2012, eq. 2, whose SVM it
-    replaces; strength does what their interpolation did): each class against the rest, probabilities normalised."""
+    """Fit logistic regression to grams scaled by the naive Bayes log-count ratio (Wang & Manning 2012, eq. 2).
+
+    It replaces their SVM, and `strength` their interpolation: each class against the rest, probabilities normalised.
+    """
     weights, biases = [], []
     for k in [1] if num_classes == 2 else range(num_classes):
         inside_M = label_M == k

@@ -1,6 +1,6 @@
-"""Bayes' rule: what the classes are worth before a text is read, and after.
+"""Bayes' rule: priors, posteriors, and their Monte Carlo errors.
 
-Shape suffixes: M texts, C classes, K draws; N log-odds of all texts and classes, G places, Q nodes.
+Shape suffixes: M texts, C classes, K draws; N log-odds of all texts and classes, G grid points, Q nodes.
 """
 
 from __future__ import annotations
@@ -12,20 +12,21 @@ from scipy.special import expit, logsumexp, softmax
 from scipy.stats import t as student_t
 
 _SUM_TOLERANCE = 1e-6
-# A text's variance is a weighted mean of its own and the pooled one, which counts as so many degrees of freedom.
+# Degrees of freedom of the pooled variance, which a text's own variance is averaged with.
 PRIOR_DEGREES = 4.0
 _NODES = np.linspace(-6, 6, 97)  # standard deviations
-_PLACES, _EM_STEPS, _FLAT_ODDS, _MOST_ODDS = 201, 30, 10.0, 20_000
+_GRID_POINTS, _EM_STEPS, _FLAT_ODDS, _MOST_ODDS = 201, 30, 10.0, 20_000
 
 
 def log_prior(prior: str | Sequence[float], label_counts_C: np.ndarray) -> np.ndarray:
-    """log p(class), nats (C,).
+    """Return log p(class), nats (C,).
 
-    prior: "uniform"; "empirical", the shares of the training texts; or C positive numbers that sum to 1.
-    label_counts_C: training texts of each class.
+    Args:
+        prior: "uniform"; "empirical", the training frequencies; or C positive numbers that sum to 1.
+        label_counts_C: training texts of each class.
 
     Raises:
-        ValueError: `prior` is none of these, or a class would have probability zero.
+        ValueError: `prior` is invalid, or a class would have probability zero.
     """
     counts_C = np.asarray(label_counts_C, dtype=np.float64)
     num_classes = len(counts_C)
@@ -57,22 +58,21 @@ def log_prior(prior: str | Sequence[float], label_counts_C: np.ndarray) -> np.nd
 
 
 def posterior(log_p_MC: np.ndarray, log_prior_C: np.ndarray) -> np.ndarray:
-    """p(class | text) (M, C) from log p(text | class) and log p(class), both in nats."""
+    """Return p(class | text) (M, C) from log p(text | class) and log p(class), both in nats."""
     return softmax(log_p_MC + log_prior_C, axis=1)
 
 
 def averaged_posterior(nats_MCK: np.ndarray, log_prior_C: np.ndarray) -> np.ndarray:
-    """p(class | text) (M, C), averaged over the Monte Carlo error of the log-odds of each class against all others.
+    """Return p(class | text) (M, C), averaged over the Monte Carlo error of the log-odds of each class against all
+    others.
 
-    Bayes' rule on noisy log-likelihoods is overconfident: odds of exp(8) from a margin of 8 +- 4 nats are not to be
-    had. So for each class the probability expit(log-odds) is averaged over a normal distribution of the true log-odds
-    around their estimate, weighted by how often such log-odds occur among these texts and classes. This density is
-    learnt from all of them (`_density_of_odds`); of a single text little is known, and it is nearly flat. The
-    variances are moderated as in classification/sequential_test.py. The C probabilities are scaled to sum to 1. Of two
-    classes the more probable one stays the same.
+    Bayes' rule on noisy log-likelihoods is overconfident. So for each class the probability expit(log-odds) is averaged
+    over a normal distribution of the true log-odds around their estimate, weighted by the density of log-odds among
+    these texts and classes (`_density_of_odds`). Variances are moderated as in classification/sequential_test.py. The C
+    probabilities are scaled to sum to 1. Of two classes, the more probable one stays the same.
 
-    nats_MCK: estimates of -log p(text | class), draw k of every class with the same masks; nan where a text was no
-    longer drawn. Where no text has two draws, or a class cannot have written a text, this is `posterior` of the mean.
+    nats_MCK: estimates of -log p(text | class), draw k of every class with the same masks; nan for draws not taken. If
+    no text has two draws, or a class cannot have produced a text, this is `posterior` of the mean.
     """
     plain_MC = posterior(-np.nanmean(nats_MCK, axis=2), log_prior_C)
     draws_M = (~np.isnan(nats_MCK).all(axis=1)).sum(axis=1)
@@ -88,10 +88,12 @@ def averaged_posterior(nats_MCK: np.ndarray, log_prior_C: np.ndarray) -> np.ndar
 
 
 def log_odds(nats_MCK: np.ndarray, log_prior_C: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the log-odds of each class against all others (M, C), the sum of the squared deviations of a text's draws
-    from them (M, C), and how many draws these are (M, 1).
+    """Return the log-odds of each class against all others, and the spread of the draws.
 
-    The deviations are those of the linearisation in the log-likelihoods; of two classes it is exact.
+    The deviations are linearised in the log-likelihoods, which is exact for two classes.
+
+    Returns:
+        log-odds (M, C), sums of the squared deviations of a text's draws from them (M, C), numbers of draws (M, 1).
     """
     joint_MC = log_prior_C - np.nanmean(nats_MCK, axis=2)
     odds_MC, squares_MC = np.empty_like(joint_MC), np.empty_like(joint_MC)
@@ -105,39 +107,40 @@ def log_odds(nats_MCK: np.ndarray, log_prior_C: np.ndarray) -> tuple[np.ndarray,
 
 
 def _averaged(odds_MC: np.ndarray, error_MC: np.ndarray) -> np.ndarray:
-    """Means (M, C) of expit over the normal distributions, weighted by the density of true log-odds."""
-    place_G, density_G = _density_of_odds(odds_MC.ravel(), error_MC.ravel())
+    """Return the means of expit over the normal distributions, weighted by the density of true log-odds, (M, C)."""
+    grid_G, density_G = _density_of_odds(odds_MC.ravel(), error_MC.ravel())
     true_MCQ = odds_MC[..., None] + error_MC[..., None] * _NODES
-    weight_MCQ = np.exp(-0.5 * _NODES**2) * np.interp(true_MCQ, place_G, density_G)
+    weight_MCQ = np.exp(-0.5 * _NODES**2) * np.interp(true_MCQ, grid_G, density_G)
     return (weight_MCQ * expit(true_MCQ)).sum(axis=-1) / weight_MCQ.sum(axis=-1)
 
 
 def _density_of_odds(odds_N: np.ndarray, error_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return places (G,) and there the density of the true log-odds that the noisy ones suggest (G,).
+    """Return a grid (G,) and the estimated density of the true log-odds there (G,).
 
-    The nonparametric maximum likelihood by expectation-maximisation (Kiefer & Wolfowitz 1956; Laird 1978), ended early
-    and with pseudo-counts of a flat density, so that few texts do not pass for all there are.
+    Nonparametric maximum likelihood by expectation-maximisation (Kiefer & Wolfowitz 1956; Laird 1978), regularised by
+    early stopping and pseudo-counts of a flat density.
     """
     widest = np.abs(odds_N).max() + 1
-    place_G = np.sinh(np.linspace(-1, 1, _PLACES) * np.arcsinh(widest))  # the finest where probabilities change
-    width_G = np.gradient(place_G)
+    grid_G = np.sinh(np.linspace(-1, 1, _GRID_POINTS) * np.arcsinh(widest))  # finest where probabilities change
+    width_G = np.gradient(grid_G)
     some = slice(None, None, 1 + len(odds_N) // _MOST_ODDS)
-    error_N1 = np.maximum(error_N[some], np.interp(odds_N[some], place_G, width_G))[:, None]
-    likelihood_NG = np.exp(-0.5 * ((odds_N[some][:, None] - place_G) / error_N1) ** 2)
+    error_N1 = np.maximum(error_N[some], np.interp(odds_N[some], grid_G, width_G))[:, None]
+    likelihood_NG = np.exp(-0.5 * ((odds_N[some][:, None] - grid_G) / error_N1) ** 2)
     flat_G = width_G / width_G.sum()
     share_G = flat_G
     for _ in range(_EM_STEPS):
         member_NG = likelihood_NG * share_G
         member_G = (member_NG / member_NG.sum(axis=1, keepdims=True)).sum(axis=0)
         share_G = (member_G + _FLAT_ODDS * flat_G) / (len(likelihood_NG) + _FLAT_ODDS)
-    return place_G, share_G / width_G
+    return grid_G, share_G / width_G
 
 
 def posterior_interval(nats_MCK: np.ndarray, log_prior_C: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Ends of the 95 % interval that the draws leave for p(class | text), each (M, C).
+    """Return the ends of the 95 % interval that the draws leave for p(class | text), each (M, C).
 
-    nats_MCK: as in `averaged_posterior`, finite or nan. The interval is Student's, with one degree of freedom less than
-    there are draws, for the log-odds of a class against all others (`log_odds`). From a single draw: 0 and 1.
+    The interval is Student's, for the log-odds of a class against all others (`log_odds`). From a single draw: 0 and 1.
+
+    nats_MCK: as in `averaged_posterior`, finite or nan.
     """
     odds_MC, squares_MC, draws_M1 = log_odds(nats_MCK, log_prior_C)
     degrees_M1 = np.maximum(draws_M1 - 1, 1)

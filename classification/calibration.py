@@ -1,8 +1,8 @@
-"""Corrections of Bayes' rule that are fitted on validation texts: a temperature, and weights by the share of masks.
+"""Calibration on validation texts: a temperature, and weights by the share of masks.
 
-An estimated likelihood is a bound with noise, so differences between classes come out too large or too small, and
-draws at some mask shares say more about the class than others. Neither correction is Bayes' rule any more: what they
-give is reported apart from it, and nothing is ever fitted on the texts that are reported.
+Estimated likelihoods are noisy bounds, so differences between classes come out too large or too small, and some mask
+shares are more informative than others. Calibrated results are no longer Bayes' rule and are reported separately.
+Nothing is fitted on the texts that are reported.
 
 Shape suffixes: M texts, C classes, P network passes, B bins of the masked share.
 """
@@ -15,17 +15,18 @@ import numpy as np
 from scipy.optimize import minimize, minimize_scalar
 from scipy.special import logsumexp, softmax
 
-# Validation texts without a single error would ask for temperature 0; noise only ever asks for more than 1.
+# Limits; validation texts without a single error would give temperature 0.
 _TEMPERATURES = (0.1, 1e4)
 _FOLDS = 5
-# Per text, for weights in units of the common value. infinity: the common value alone, that is a temperature.
+_NUM_BINS = 5  # of the masked share
+# Per text, for weights in units of the common value. inf: the common value only, which is a temperature.
 _RIDGES = (np.inf, 10.0, 1.0, 0.1, 0.01, 0.001, 0.0001)
 
 
 def fit_temperature(log_p_MC: np.ndarray, label_M: np.ndarray, log_prior_C: np.ndarray) -> float:
-    """The T > 0 for which softmax(log prior + log p / T) gives the labels the highest likelihood (Guo et al. 2017,
-    sect. 4.2, with the prior left as it is). The log loss is convex in 1 / T, so there is one optimum; T stays within
-    [0.1, 10000], whose ends stand for validation texts without an error, and for evidence without any worth.
+    """Return the temperature T > 0 that maximises the likelihood of the labels under softmax(log prior + log p / T).
+
+    Guo et al. 2017, sect. 4.2, with the prior unchanged. The log loss is convex in 1 / T. T is limited to [0.1, 10000].
 
     Raises:
         ValueError: there is no text, a number is not finite, or a label is no class.
@@ -42,24 +43,21 @@ def fit_temperature(log_p_MC: np.ndarray, label_M: np.ndarray, log_prior_C: np.n
 
 @dataclass(frozen=True)
 class RateWeights:
-    """Weights of the passes by the share of tokens that they masked.
+    """Weights of the passes by the share of tokens that they masked."""
 
-    weight_B: of equal-width bins [low, high) of the share in [0, 1], the last one with 1. ridge: what cross-validation
-    chose (inf: one weight for all bins).
-    """
-
-    weight_B: np.ndarray
-    ridge: float
+    weight_B: np.ndarray  # of equal-width bins [low, high) of the share in [0, 1]; the last includes 1
+    ridge: float  # as cross-validation chose it; inf: one weight for all bins
 
     def log_p(self, nats_MCP: np.ndarray, rate_MP: np.ndarray) -> np.ndarray:
-        """- mean over a text's passes of weight · nats, (M, C); weights 1 are the plain estimate of log p(x | c).
+        """Return minus the mean over a text's passes of weight · nats, (M, C); weights 1 give the plain log p(x | c).
 
-        nats_MCP: each pass's estimate of -log p(x | c); nan, for all classes, where a pass was not taken.
-        rate_MP: its share of masked tokens.
+        Args:
+            nats_MCP: each pass's estimate of -log p(x | c); nan, for all classes, for passes not taken.
+            rate_MP: the share of masked tokens of each pass.
 
         Raises:
-            ValueError: shapes do not agree; a text has no pass, or passes for some classes only; a share of masks lies
-                outside [0, 1].
+            ValueError: shapes do not agree; a text has no pass, or passes for some classes only; a share lies outside
+                [0, 1].
         """
         nats_MCP, taken_MP = _passes(nats_MCP, rate_MP)
         weight_MP = self.weight_B[_bins(rate_MP, taken_MP, len(self.weight_B))]
@@ -67,24 +65,22 @@ class RateWeights:
 
 
 def fit_rate_weights(
-    nats_MCP: np.ndarray, rate_MP: np.ndarray, label_M: np.ndarray, log_prior_C: np.ndarray, num_bins: int = 5
+    nats_MCP: np.ndarray, rate_MP: np.ndarray, label_M: np.ndarray, log_prior_C: np.ndarray
 ) -> RateWeights:
-    """Non-negative weights of the labels' highest likelihood, drawn to their common value by a ridge.
+    """Fit non-negative weights by the likelihood of the labels, with a ridge towards their common value.
 
-    The common value is 1 / T of `fit_temperature`; the penalty is ridge / 2 · Σ_b (w_b T - 1)² per text, and 5-fold
-    cross-validation of the log loss within these texts chooses the ridge, of equals the strongest. A bin without
-    passes keeps the common value. Arguments as for `RateWeights.log_p`.
+    The common value is 1 / T of `fit_temperature`; the penalty is ridge / 2 · Σ_b (w_b T - 1)² per text. The ridge is
+    chosen by 5-fold cross-validation of the log loss within these texts; of equals, the strongest. A bin without passes
+    keeps the common value. Arguments as for `RateWeights.log_p`.
 
     Raises:
-        ValueError: as `RateWeights.log_p` and `fit_temperature`; num_bins is not positive.
+        ValueError: as `RateWeights.log_p` and `fit_temperature`.
     """
-    if num_bins < 1:
-        raise ValueError(f"num_bins={num_bins} must be at least 1")
     nats_MCP, taken_MP = _passes(nats_MCP, rate_MP)
-    bin_MP = _bins(rate_MP, taken_MP, num_bins)
-    here_MPB = (bin_MP[:, :, None] == np.arange(num_bins)) / taken_MP.sum(axis=1)[:, None, None]
-    evidence_MCB = -(nats_MCP @ here_MPB)
-    # What all classes share cancels in the posterior; without it the numbers are small.
+    bin_MP = _bins(rate_MP, taken_MP, _NUM_BINS)
+    in_bin_MPB = (bin_MP[:, :, None] == np.arange(_NUM_BINS)) / taken_MP.sum(axis=1)[:, None, None]
+    evidence_MCB = -(nats_MCP @ in_bin_MPB)
+    # The common part cancels in the posterior; numbers without it are small.
     evidence_MCB -= evidence_MCB.mean(axis=1, keepdims=True)
     label_M = np.asarray(label_M)
     fold_M = np.empty(len(label_M), dtype=int)
@@ -94,11 +90,11 @@ def fit_rate_weights(
     if len(label_M) >= _FOLDS:
         losses = np.zeros(len(_RIDGES))
         for fold in range(_FOLDS):
-            rest_M, held_M = fold_M != fold, fold_M == fold
+            training_M, validation_M = fold_M != fold, fold_M == fold
             for i, candidate in enumerate(_RIDGES):
-                weight_B = _fit(evidence_MCB[rest_M], label_M[rest_M], log_prior_C, candidate)
-                loss = _log_loss(evidence_MCB[held_M] @ weight_B, label_M[held_M], log_prior_C)
-                losses[i] += loss * held_M.sum()
+                weight_B = _fit(evidence_MCB[training_M], label_M[training_M], log_prior_C, candidate)
+                loss = _log_loss(evidence_MCB[validation_M] @ weight_B, label_M[validation_M], log_prior_C)
+                losses[i] += loss * validation_M.sum()
         ridge = _RIDGES[int(losses.argmin())]
     return RateWeights(_fit(evidence_MCB, label_M, log_prior_C, ridge), ridge)
 
@@ -112,7 +108,7 @@ def _fit(evidence_MCB: np.ndarray, label_M: np.ndarray, log_prior_C: np.ndarray,
     truth_MC = np.eye(len(log_prior_C))[label_M]
 
     def objective(unit_B: np.ndarray) -> tuple[float, np.ndarray]:
-        """In units of the common value, with its gradient."""
+        """Return the penalised loss and its gradient; weights are in units of the common value."""
         log_odds_MC = scaled_MCB @ unit_B
         error_MC = softmax(log_odds_MC + log_prior_C, axis=1) - truth_MC
         slope_B = np.einsum("mc,mcb->b", error_MC, scaled_MCB) / len(label_M)
@@ -125,7 +121,7 @@ def _fit(evidence_MCB: np.ndarray, label_M: np.ndarray, log_prior_C: np.ndarray,
 
 
 def _log_loss(log_p_MC: np.ndarray, label_M: np.ndarray, log_prior_C: np.ndarray) -> float:
-    """Mean of -log p(true class | text), nats."""
+    """Return the mean of -log p(true class | text), nats."""
     joint_MC = log_p_MC + log_prior_C
     return float((logsumexp(joint_MC, axis=1) - joint_MC[np.arange(len(label_M)), label_M]).mean())
 
@@ -136,14 +132,14 @@ def _check(log_p_MC: np.ndarray, label_M: np.ndarray) -> None:
     if len(label_M) != len(log_p_MC) or not np.isin(label_M, np.arange(log_p_MC.shape[1])).all():
         raise ValueError(f"calibration needs a label in 0..{log_p_MC.shape[1] - 1} for each of {len(log_p_MC)} texts")
     if not np.isfinite(log_p_MC).all():
-        raise ValueError("a likelihood is not finite: calibration has nothing to go by")
+        raise ValueError("a likelihood is not finite: calibration is impossible")
 
 
 def _passes(nats_MCP: np.ndarray, rate_MP: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The nats with 0 for the passes that were not taken, and which were (M, P)."""
+    """Return the nats with 0 for the passes not taken, and which were taken (M, P)."""
     nats_MCP = np.asarray(nats_MCP, dtype=np.float64)
     if nats_MCP.ndim != 3 or np.shape(rate_MP) != nats_MCP[:, 0].shape:
-        raise ValueError(f"passes {nats_MCP.shape} and masked shares {np.shape(rate_MP)} do not belong together")
+        raise ValueError(f"passes {nats_MCP.shape} and masked shares {np.shape(rate_MP)} do not agree")
     absent_MCP = np.isnan(nats_MCP)
     absent_MP = absent_MCP.all(axis=1)
     if (absent_MCP != absent_MP[:, None]).any():

@@ -1,4 +1,4 @@
-"""Classification through latents: the class whose centroid is nearest to the latent that a network draws for a text.
+"""Classification by latents: the class whose centroid is nearest to the latent sampled for a text.
 
 Shape suffixes: R rows of a split, M texts, K latent tokens, D numbers of each, C classes.
 """
@@ -13,8 +13,8 @@ from palimpsest.classification.models import ClassModel
 from palimpsest.classification.scoring import ClassScores
 from palimpsest.dataloader import TextData
 from palimpsest.evaluation.centroids import fit_centroids
-from palimpsest.evaluation.directions import choose, latents_of
-from palimpsest.evaluation.drawing import Setting
+from palimpsest.evaluation.conditional_generation import choose, latents_of
+from palimpsest.evaluation.drawing import SamplingContext
 from palimpsest.evaluation.editing import labelled_latents
 from palimpsest.evaluation.experiment import Experiment
 from palimpsest.evaluation.latent_measures import flat
@@ -25,18 +25,20 @@ def nearest_centroid(
     experiment: Experiment, models: Sequence[ClassModel], data: TextData, split: str, scores: ClassScores,
     log_prior_C: np.ndarray, how: LatentSteps,
 ) -> tuple[np.ndarray, float]:  # fmt: skip
-    """Return p(class | text) (M, C) by latents that networks draw for the texts, and the network evaluations per text.
+    """Return p(class | text) (M, C) by latents sampled for the texts, and the network evaluations per text.
 
-    The latents are drawn without class conditioning and averaged over a text's windows and over the networks, where
-    each class has one. They are held against the centroids of the train split's own latents.
+    Latents are sampled without class conditioning, averaged over a text's windows and over the networks, and compared
+    with the class centroids of the train split's own latents.
     """
     networks = list(dict.fromkeys(model.diffusion for model in models))
     table = data.split(split)
     chosen = choose(data, split, len(table), experiment.seed, networks[0].objective.process.blank_id)
     trainer, every_R = experiment.trainer("latents of texts"), np.arange(len(table))
-    settings = [Setting(trainer, network, data, experiment.build.drawing(), experiment.seed) for network in networks]
-    drawn = [latents_of(setting, chosen.rows, chosen.blanks, chosen.names_M, every_R, how) for setting in settings]
-    latent_RF = flat(np.mean(drawn, axis=0))
+    contexts = [
+        SamplingContext(trainer, network, data, experiment.build.drawing(), experiment.seed) for network in networks
+    ]
+    sampled = [latents_of(context, chosen.rows, chosen.blanks, chosen.key_M, every_R, how) for context in contexts]
+    latent_RF = flat(np.mean(sampled, axis=0))
     row_M = np.searchsorted(scores.text_id_M, np.asarray(table["text_id"]))
     windows_M = np.bincount(row_M, minlength=len(scores.text_id_M))
     latent_MF = np.zeros((len(windows_M), latent_RF.shape[1]))

@@ -1,4 +1,4 @@
-"""How good verdicts are, and how honest their probabilities: every number with its error.
+"""Quality of predictions and calibration of their probabilities, with errors.
 
 Shape suffixes: M texts, C classes, B bins of the confidence, R resamples, N cells of the confusion matrix with a text.
 """
@@ -15,29 +15,24 @@ from palimpsest.common.metrics import Estimate, Interval, mean, wilson_interval
 
 _NUM_BINS = 10
 _RESAMPLES = 1000
-_BOOTSTRAP_SEED = 0  # fixed, so that the same verdicts always have the same error
+_BOOTSTRAP_SEED = 0  # fixed, so that the same predictions always have the same error
 _SMALLEST = np.nextafter(0.0, 1.0)  # 4.9e-324, whose log is -744.4
 
 
 @dataclass(frozen=True)
 class Reliability:
-    """How often verdicts of a given confidence are right, in equal-width bins (low, high] of the confidence in [0, 1].
+    """Accuracy by confidence, in equal-width bins (low, high] of [0, 1]; values of empty bins are nan."""
 
-    edges (B + 1,). counts_B: texts. confidence_B: their mean confidence. accuracy_B: the share that is right, with its
-    95 % Wilson interval low_B, high_B. All but the counts are nan in an empty bin.
-    """
-
-    edges: np.ndarray
-    counts_B: np.ndarray
-    confidence_B: np.ndarray
+    edges: np.ndarray  # (B + 1,)
+    counts_B: np.ndarray  # texts
+    confidence_B: np.ndarray  # mean
     accuracy_B: np.ndarray
-    low_B: np.ndarray
+    low_B: np.ndarray  # 95 % Wilson interval of the accuracy
     high_B: np.ndarray
 
     @property
     def ece(self) -> float:
-        """Expected calibration error: mean over texts of |accuracy - confidence| of their bin (Guo et al. 2017, eq. 3);
-        nan without texts."""
+        """Expected calibration error, weighted by texts (Guo et al. 2017, eq. 3); nan without texts."""
         gaps_B = np.nan_to_num(np.abs(self.accuracy_B - self.confidence_B))
         total = self.counts_B.sum()
         return float(self.counts_B @ gaps_B / total) if total else math.nan
@@ -45,30 +40,20 @@ class Reliability:
 
 @dataclass(frozen=True)
 class Measures:
-    """What M verdicts are worth.
+    """Quality of M predictions."""
 
-    accuracy: with its binomial standard error; accuracy_interval: Wilson's, 95 %. macro_f1: mean of the classes' F1 (of
-    those with a text or a verdict), its error by the bootstrap over texts. precision_C, recall_C, f1_C: 0 where the
-    denominator is 0. support_C: texts of each class. confusion_CC: texts, true class in rows, verdict in columns.
-    roc_auc: of class 1 where there are two classes, else the mean, over the classes that have a text, of each against
-    the rest; None where only one class has texts. log_loss: mean of -log p(true class | text), nats; a probability
-    that underflowed to 0 counts as 744 nats. brier: mean over texts of the squared error of the probabilities summed
-    over ALL classes, in [0, 2] (Brier 1950; twice the one-sided score of two classes). reliability: of the top class's
-    probability.
-    """
-
-    accuracy: Estimate
-    accuracy_interval: Interval
-    macro_f1: Estimate
-    precision_C: np.ndarray
+    accuracy: Estimate  # with its binomial standard error
+    accuracy_interval: Interval  # Wilson's, 95 %
+    macro_f1: Estimate  # over the classes with a text or a prediction; its error by the bootstrap over texts
+    precision_C: np.ndarray  # 0 if the denominator is 0, as the next two
     recall_C: np.ndarray
     f1_C: np.ndarray
-    support_C: np.ndarray
-    confusion_CC: np.ndarray
-    roc_auc: float | None
-    log_loss: Estimate
-    brier: Estimate
-    reliability: Reliability
+    support_C: np.ndarray  # texts of each class
+    confusion_CC: np.ndarray  # true class in rows, prediction in columns
+    roc_auc: float | None  # of class 1 of two, else the mean of one against the rest; None if only one class has texts
+    log_loss: Estimate  # mean of -log p(true class | text), nats; at most 744 for a text
+    brier: Estimate  # squared error summed over ALL classes, in [0, 2] (Brier 1950; twice the one-sided score of two)
+    reliability: Reliability  # of the top class's probability
 
     @property
     def ece(self) -> float:
@@ -77,18 +62,18 @@ class Measures:
 
 
 def measure(posterior_MC: np.ndarray, label_M: np.ndarray) -> Measures:
-    """Measure verdicts (the most probable class; the first of equals) and probabilities against the true classes.
+    """Measure predictions (the most probable class, the first of equals) and probabilities against the true classes.
 
     Raises:
         ValueError: there is no text; shapes do not agree; a label is no class; rows are no probabilities.
     """
     posterior_MC, label_M = _checked(posterior_MC, label_M)
     num_texts, num_classes = posterior_MC.shape
-    verdict_M = posterior_MC.argmax(axis=1)
-    right_M = verdict_M == label_M
-    confusion_CC = confusion_matrix(label_M, verdict_M, labels=range(num_classes))
+    prediction_M = posterior_MC.argmax(axis=1)
+    right_M = prediction_M == label_M
+    confusion_CC = confusion_matrix(label_M, prediction_M, labels=range(num_classes))
     precision_C, recall_C, f1_C, support_C = precision_recall_fscore_support(
-        label_M, verdict_M, labels=range(num_classes), zero_division=0
+        label_M, prediction_M, labels=range(num_classes), zero_division=0
     )
     share = float(right_M.mean())
     p_true_M = posterior_MC[np.arange(num_texts), label_M]
@@ -113,7 +98,7 @@ def measure(posterior_MC: np.ndarray, label_M: np.ndarray) -> Measures:
 def _checked(posterior_MC: np.ndarray, label_M: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     posterior_MC, label_M = np.asarray(posterior_MC, dtype=np.float64), np.asarray(label_M)
     if posterior_MC.ndim != 2 or label_M.shape != posterior_MC.shape[:1]:
-        raise ValueError(f"posterior {posterior_MC.shape} and labels {label_M.shape} do not belong together")
+        raise ValueError(f"posterior {posterior_MC.shape} and labels {label_M.shape} do not agree")
     if not posterior_MC.size:
         raise ValueError("there is nothing to measure: no text was classified")
     if not (np.isin(label_M, np.arange(posterior_MC.shape[1]))).all():
@@ -124,7 +109,7 @@ def _checked(posterior_MC: np.ndarray, label_M: np.ndarray) -> tuple[np.ndarray,
 
 
 def _roc_auc(posterior_MC: np.ndarray, label_M: np.ndarray) -> float:
-    """Texts are ranked by the log odds: the probability itself rounds to 1 from 37 nats on, and would tie."""
+    """Rank texts by log-odds: the probability itself rounds to 1 from 37 nats on, which would make ties."""
     num_classes = posterior_MC.shape[1]
     areas = []
     for k in [1] if num_classes == 2 else np.unique(label_M):
@@ -135,17 +120,20 @@ def _roc_auc(posterior_MC: np.ndarray, label_M: np.ndarray) -> float:
 
 
 def macro_f1(confusion_CC: np.ndarray) -> Estimate:
-    """Mean F1 of the classes that have a text or a verdict; its error by 1,000 bootstrap resamples of the texts (nan
-    from one text). To resample texts is to draw the cells of the confusion matrix from a multinomial."""
+    """Return the mean F1 of the classes with a text or a prediction; its error by 1,000 bootstrap resamples of the
+    texts.
+
+    Resampling texts means drawing the cells of the confusion matrix from a multinomial. The error is nan for one text.
+    """
     row_N, column_N = np.nonzero(confusion_CC)
     count_N = confusion_CC[row_N, column_N]
     total = int(count_N.sum())
     eye_CC = np.eye(len(confusion_CC))
-    true_NC, verdict_NC = eye_CC[row_N], eye_CC[column_N]
+    true_NC, prediction_NC = eye_CC[row_N], eye_CC[column_N]
 
     def score_R(count_RN: np.ndarray) -> np.ndarray:
-        hits_RC = count_RN @ (true_NC * verdict_NC)
-        either_RC = count_RN @ (true_NC + verdict_NC)
+        hits_RC = count_RN @ (true_NC * prediction_NC)
+        either_RC = count_RN @ (true_NC + prediction_NC)
         f1_RC = 2 * hits_RC / np.maximum(either_RC, 1)
         return f1_RC.sum(axis=1) / (either_RC > 0).sum(axis=1)
 
@@ -154,8 +142,8 @@ def macro_f1(confusion_CC: np.ndarray) -> Estimate:
     return Estimate(float(score_R(count_N[None])[0]), se)
 
 
-def reliability(confidence_M: np.ndarray, right_M: np.ndarray, num_bins: int = _NUM_BINS) -> Reliability:
-    """Reliability of M answers given with `confidence_M`, of which `right_M` are right (bool or 0 and 1).
+def reliability(confidence_M: np.ndarray, right_M: np.ndarray) -> Reliability:
+    """Compute the reliability of M predictions with `confidence_M`, of which `right_M` are right.
 
     Raises:
         ValueError: the lengths differ, or a confidence lies outside [0, 1].
@@ -166,11 +154,11 @@ def reliability(confidence_M: np.ndarray, right_M: np.ndarray, num_bins: int = _
         raise ValueError(f"{confidence_M.size} confidences but {right_M.size} answers")
     if not ((confidence_M >= 0) & (confidence_M <= 1 + 1e-6)).all():
         raise ValueError("confidences must lie in [0, 1]: pass probabilities, not logits")
-    edges = np.linspace(0, 1, num_bins + 1)
+    edges = np.linspace(0, 1, _NUM_BINS + 1)
     bin_M = np.digitize(confidence_M, edges[1:-1], right=True)
-    counts_B, right_B = (np.bincount(bin_M, weight, num_bins).astype(np.int64) for weight in (None, right_M))
+    counts_B, right_B = (np.bincount(bin_M, weight, _NUM_BINS).astype(np.int64) for weight in (None, right_M))
     with np.errstate(invalid="ignore"):
-        mean_B = np.bincount(bin_M, confidence_M, num_bins) / counts_B
+        mean_B = np.bincount(bin_M, confidence_M, _NUM_BINS) / counts_B
         accuracy_B = right_B / counts_B
     intervals = [wilson_interval(int(k), int(n)) for k, n in zip(right_B, counts_B, strict=True)]
     low_B, high_B = np.array([i.low for i in intervals]), np.array([i.high for i in intervals])

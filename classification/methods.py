@@ -1,4 +1,4 @@
-"""The ways to classify a split: the plain rule, its calibrations, and what they are compared with.
+"""Classification methods: Bayes' rule, its calibrations, and the methods it is compared with.
 
 Shape suffixes: M texts, C classes, R rows of the split.
 """
@@ -29,19 +29,17 @@ _NAMES = {"temperature": "this model, temperature fitted", "rates": "this model,
 
 
 @dataclass(frozen=True)
-class Beside:
-    """What is reported beside the plain rule. calibrate: also with a temperature and weights per mask rate, fitted on
-    the validation split. baselines: naive Bayes and logistic regressions on the same texts, and of texts with latents
-    the nearest class centroid, by latents drawn as `latent` says. compare: folders of other classifications of the same
-    split."""
+class ComparedMethods:
+    """Methods that Bayes' rule is compared with."""
 
-    calibrate: bool = False
-    baselines: bool = True
+    calibrate: bool = False  # with a temperature and weights per mask rate, fitted on the validation split
+    baselines: bool = True  # with naive Bayes and logistic regressions, and with the nearest centroid of latents
+    # Folders of other classifications of the same split.
     compare: Annotated[Sequence[str], list_of(PATH, 0, "[outputs/.../classify/test]")] = ()
-    latent: LatentSteps = LatentSteps()
+    latent: LatentSteps = LatentSteps()  # how latents are sampled for the nearest centroid
 
     def files(self, split: str) -> dict[str, Path]:
-        """Return the predictions to compare with, by the names of their folders.
+        """Return the predictions to compare with, by folder name.
 
         Raises:
             ValueError: calibration would be fitted on the split that is reported.
@@ -57,17 +55,16 @@ class Beside:
 
 @dataclass(frozen=True)
 class Method:
-    """One way to classify the split. posterior_MC: p(class | text). evaluations: of a network, per text and over all
-    classes; None for what has no network."""
+    """A classification method with its predictions."""
 
     name: str
-    posterior_MC: np.ndarray
+    posterior_MC: np.ndarray  # p(class | text)
     measures: Measures
-    evaluations: float | None = None
+    evaluations: float | None = None  # of a network, per text over all classes; None without a network
 
     @classmethod
     def of_network(cls, name: str, posterior_MC: np.ndarray, scores: ClassScores) -> Method:
-        """Measure what was decided from `scores`."""
+        """Measure predictions from `scores`."""
         return cls(name, posterior_MC, measure(posterior_MC, scores.label_M), float(scores.evaluations_M.mean()))
 
 
@@ -80,24 +77,25 @@ def fit(scores: ClassScores, log_prior_C: np.ndarray) -> dict[str, object]:
 
 
 def calibrated(fitted: Mapping[str, object], scores: ClassScores, log_prior_C: np.ndarray) -> dict[str, np.ndarray]:
-    """Return p(class | text) (M, C) with what was fitted, by name."""
+    """Return the calibrated p(class | text) (M, C), by name."""
     if not fitted:
         return {}
-    found = {"temperature": posterior(scores.log_p_MC / fitted["temperature"], log_prior_C)}
+    posteriors = {"temperature": posterior(scores.log_p_MC / fitted["temperature"], log_prior_C)}
     weights = fitted.get("rate_weights")
     if isinstance(weights, RateWeights):
-        found["rates"] = posterior(weights.log_p(scores.nats_MCP, scores.rate_MP), log_prior_C)
-    return found
+        posteriors["rates"] = posterior(weights.log_p(scores.nats_MCP, scores.rate_MP), log_prior_C)
+    return posteriors
 
 
 def compared(
     experiment: Experiment, models: Sequence[ClassModel], data: TextData, split: str, scores: ClassScores,
-    posteriors: Mapping[str, np.ndarray], others: Mapping[str, np.ndarray], beside: Beside, log_prior_C: np.ndarray,
+    posteriors: Mapping[str, np.ndarray], others: Mapping[str, np.ndarray], compared_with: ComparedMethods,
+    log_prior_C: np.ndarray,
 ) -> list[Method]:  # fmt: skip
-    """Measure the methods that stand beside the plain rule, on the same texts.
+    """Measure the compared methods on the same texts.
 
     Args:
-        posteriors: p(class | text) (M, C) with what calibration fitted, by name.
+        posteriors: calibrated p(class | text) (M, C), by name.
         others: p(class | text) of other runs, by name.
     """
 
@@ -107,12 +105,12 @@ def compared(
     methods = [Method.of_network(_NAMES[name], p_MC, scores) for name, p_MC in posteriors.items()]
     for path, posterior_MC in others.items():
         add(path, posterior_MC)
-    if beside.baselines:
+    if compared_with.baselines:
         parts = [_texts(data, name) for name in ("train", "validation", split)]
         for baseline in baselines(*parts, data.vocabulary.size):
             add(baseline.name, baseline.posterior_MC)
         if data.latents is not None:
-            found = nearest_centroid(experiment, models, data, split, scores, log_prior_C, beside.latent)
+            found = nearest_centroid(experiment, models, data, split, scores, log_prior_C, compared_with.latent)
             add("nearest class centroid of the text's latent", *found)
     if experiment.build.truth is not None:
         text = _text_of_id(data, split)
@@ -121,7 +119,7 @@ def compared(
 
 
 def _texts(data: TextData, split: str) -> Labelled:
-    """Return a split's texts in order of their ids, each with the tokens of all its windows."""
+    """Return the texts of a split in order of their ids, each with the tokens of all its windows."""
     rows, text = data.split(split).with_format("numpy")[:], _text_of_id(data, split)
     order_R = np.lexsort((rows["sample_id"], rows["text_id"]))
     text_id_M, first_M = np.unique(rows["text_id"][order_R], return_index=True)

@@ -1,4 +1,4 @@
-"""The models of generative classification: one per class, or one that is told the class; what is missing is trained.
+"""Class models: one model per class, or one conditioned on the class; missing ones are trained.
 
 Shape suffixes: B batch.
 """
@@ -18,14 +18,13 @@ from palimpsest.objectives.base import Batch, drop_latent
 
 @dataclass(frozen=True)
 class ClassModel:
-    """The model of texts of one class: one of its own, or one of all classes that is conditioned on `class_id`."""
+    """The model of one class: its own, or one of all classes conditioned on `class_id`."""
 
     diffusion: Diffusion
     class_id: int | None = None
 
     def with_conditioning(self, batch: Batch) -> Batch:
-        """Return `batch` conditioned on this class, if the model takes that, without its latents, which may say as
-        much."""
+        """Return `batch` conditioned on this class if the model is conditional; without latents, which reveal it."""
         batch = drop_latent(batch)
         if self.class_id is None:
             return batch
@@ -33,7 +32,7 @@ class ClassModel:
 
 
 def labelled_data(experiment: Experiment, split: str) -> TextData:
-    """Return the data, with every split that will be read already read.
+    """Return the data, with every split read that will be needed.
 
     Raises:
         ValueError: there is no such split, or a class without texts.
@@ -61,30 +60,32 @@ def check_classes(data: TextData) -> None:
 
 
 def class_models(experiment: Experiment, data: TextData, checkpoint_path: str, disable_ema: bool) -> list[ClassModel]:
-    """Return the models of the classes, in their order, trained and ready to measure.
+    """Return the trained models of the classes, in order.
 
-    data: all classes. checkpoint_path: files with {label} for the number of the class (one file for a conditional
-    model); empty: this configuration's own models, of which the missing ones are trained.
+    Args:
+        data: all classes.
+        checkpoint_path: files with {label} for the number of the class (one file for a conditional model); empty: this
+            configuration's own models, of which missing ones are trained.
 
     Raises:
-        ValueError: `checkpoint_path` is one file where there are models per class, or {label} where there is one.
+        ValueError: `checkpoint_path` is one file for several models, or has {label} for one model.
     """
     classes = range(len(data.label_names))
     if checkpoint_path and experiment.build.choices.conditional == ("{label}" in checkpoint_path):
         raise ValueError(_wrong_number(checkpoint_path, experiment.build.choices.conditional, len(classes)))
     if experiment.build.choices.conditional:
-        return told_the_class(experiment, data, checkpoint_path or str(experiment.fit()), disable_ema)
+        return conditional_models(experiment, data, checkpoint_path or str(experiment.fit()), disable_ema)
     return one_per_class(experiment, [checkpoint_path or str(experiment.fit(label)) for label in classes], disable_ema)
 
 
 def one_per_class(experiment: Experiment, paths: Sequence[str], disable_ema: bool) -> list[ClassModel]:
-    """Return the model of each class, at `paths` in the order of the classes."""
+    """Load the model of each class from `paths`, in the order of the classes."""
     return [ClassModel(experiment.weights.trained(experiment.build.data(label), path, disable_ema))
             for label, path in enumerate(paths)]  # fmt: skip
 
 
-def told_the_class(experiment: Experiment, data: TextData, path: str, disable_ema: bool) -> list[ClassModel]:
-    """Return the one model at `path` as that of each class, on which it is conditioned."""
+def conditional_models(experiment: Experiment, data: TextData, path: str, disable_ema: bool) -> list[ClassModel]:
+    """Load the one model at `path`, conditioned on each class."""
     diffusion = experiment.weights.trained(data, path, disable_ema)
     return [ClassModel(diffusion, label) for label in range(len(data.label_names))]
 
@@ -92,8 +93,8 @@ def told_the_class(experiment: Experiment, data: TextData, path: str, disable_em
 def _wrong_number(checkpoint_path: str, conditional: bool, num_classes: int) -> str:
     if conditional:
         return (
-            f"eval.checkpoint_path={checkpoint_path} is one model per class, and classify.sharing=conditional is one "
-            "for all: name its file, or set classify.sharing=per_class"
+            f"eval.checkpoint_path={checkpoint_path} is one model per class, but classify.sharing=conditional needs "
+            "one for all: name its file, or set classify.sharing=per_class"
         )
     return (
         f"eval.checkpoint_path={checkpoint_path} is one model, but mode=classify needs one for each of the "
@@ -107,7 +108,7 @@ def pretraining_splits(pretrain: str, splits: Sequence[str]) -> list[str]:
     """Return the splits of the source whose texts classify.pretrain names: all, <split>, or all+<split>.
 
     Raises:
-        ValueError: it is none of these, or a split that is not there or that results are measured on.
+        ValueError: it is none of these, or a split that does not exist or that results are measured on.
     """
     others = [split for split in splits if split not in ("train", "validation", "test")]
     names = str(pretrain).split("+")

@@ -1,10 +1,9 @@
-"""predictions.parquet: what was said of every text, for other programs and for later reports on the same split.
+"""predictions.parquet: the predictions for every text, for other programs and for later comparisons.
 
 Columns: text_id, label, prediction, draws (masks per class), margin (log p of the winner over the runner-up, nats) and
 margin_se (its Monte Carlo error), and for every class k: posterior_k, log_p_k (nats), se_k (its Monte Carlo error, most
 of which is common to the classes). posterior_k is averaged over the Monte Carlo error (classification/bayes.py,
-`averaged_posterior`), so it is less extreme than softmax of log_p_k. Where verdicts were calibrated,
-calibrated_<method>_k beside posterior_k.
+`averaged_posterior`), so it is less extreme than softmax of log_p_k. Calibrated predictions have calibrated_<method>_k.
 Shape suffixes: M texts, C classes.
 """
 
@@ -27,9 +26,8 @@ FILE = "predictions.parquet"
 @rank_zero_only
 def write_predictions(
     folder: Path, scores: ClassScores, posterior_MC: np.ndarray, calibrated: Mapping[str, np.ndarray]
-) -> Path | None:
-    """Write the file into `folder`, atomically; returns its path, None on all processes but the first. calibrated:
-    name -> posterior (M, C)."""
+) -> None:
+    """Write the file into `folder`, atomically, in the first process. calibrated: name -> posterior (M, C)."""
     columns = {
         "text_id": scores.text_id_M,
         "label": scores.label_M,
@@ -45,7 +43,6 @@ def write_predictions(
     table = pa.BufferOutputStream()
     pq.write_table(pa.table(columns), table)
     write_atomically(folder / FILE, table.getvalue())
-    return folder / FILE
 
 
 def predictions_file(path: str | Path) -> Path:
@@ -69,14 +66,14 @@ def read_posterior(path: Path, text_id_M: np.ndarray, label_M: np.ndarray) -> np
         ValueError: the file is about other texts.
     """
     table = pq.read_table(path).to_pydict()
-    place = {text: row for row, text in enumerate(table["text_id"])}
-    missing = [text for text in text_id_M.tolist() if text not in place]
+    row_of = {text: row for row, text in enumerate(table["text_id"])}
+    missing = [text for text in text_id_M.tolist() if text not in row_of]
     if missing:
         raise ValueError(
             f"classify.compare: {path} lacks {len(missing)} of the {len(text_id_M)} texts classified here (such as "
             f"number {missing[0]}); classify the same split there, with no smaller data.max_test_texts"
         )
-    rows_M = np.array([place[text] for text in text_id_M.tolist()])
+    rows_M = np.array([row_of[text] for text in text_id_M.tolist()])
     names = sorted((n for n in table if n.startswith("posterior_")), key=lambda n: int(n.rpartition("_")[2]))
     if (np.asarray(table["label"])[rows_M] != label_M).any():
         raise ValueError(f"classify.compare: {path} has other labels for these texts; it is about another data set")

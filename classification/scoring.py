@@ -1,5 +1,4 @@
-"""Likelihood of every text of a split under every class, with the same masks for all of them, until the winner of each
-text is certain.
+"""Likelihood of every text of a split under every class, with common masks, until each prediction is certain.
 
 Shape suffixes: B rows of a batch, M texts, C classes, K draws, P network passes, R rows.
 """
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from palimpsest.classification.bayes import averaged_posterior
 from palimpsest.classification.models import ClassModel
-from palimpsest.classification.sequential_test import still_racing
+from palimpsest.classification.sequential_test import undecided
 from palimpsest.common.randomness import hash_seed
 from palimpsest.common.values import Count, real
 from palimpsest.dataloader import TextData
@@ -28,31 +27,28 @@ from palimpsest.evaluation.devices import map_over_devices
 from palimpsest.evaluation.likelihood import row_numbers
 from palimpsest.objectives.base import Batch
 
-# Network evaluations per text and class after which the sequential test looks.
+# Network evaluations per text and class after which the sequential test is applied.
 _LOOKS = (4, 6, 8, 12, 16, 24, 32, 48)
 
 
 @dataclass(frozen=True)
-class Race:
-    """How much is drawn: at most `num_draws` network evaluations per text and class, fewer for a text whose winner is
-    certain at `confidence` (1: never). masks: "common" to the classes, or "independent" ones for each, which is worse
-    and there to be compared."""
+class SequentialTest:
+    """Number of draws of a text, and the rule that stops them."""
 
-    num_draws: Count
-    confidence: Annotated[float, real("(0.5, 1]")] = 1.0
-    masks: Literal["common", "independent"] = "common"
+    num_draws: Count  # maximum network evaluations per text and class
+    confidence: Annotated[float, real("(0.5, 1]")] = 1.0  # at which a text stops; 1: never
+    masks: Literal["common", "independent"] = "common"  # independent masks per class are less accurate
 
     def check(self, estimator: Estimator) -> None:
-        """Raises ValueError for an estimator whose draws can not be taken a few at a time."""
+        """Raise ValueError for an estimator whose draws cannot be taken a few at a time."""
         if self.confidence < 1 and not estimator.in_parts:
             raise ValueError(
                 f"classify.confidence={self.confidence} stops drawing early, but the value of the {estimator.kind} "
-                "hangs on the number of draws; set classify.confidence=1 or another eval.estimator"
+                "depends on the number of draws; set classify.confidence=1 or another eval.estimator"
             )
 
     def looks(self, passes: int, watched: bool = False) -> list[int]:
-        """After how many evaluations it is decided who goes on; whole draws of `passes` evaluations, the last is
-        `num_draws`. watched: also where nothing is to be decided, for somebody looks on."""
+        """Return after how many evaluations to test, in whole draws of `passes`; if `watched`, also without a test."""
         if self.confidence == 1 and not watched:
             return [self.num_draws]
         whole = [look for look in _LOOKS if look % passes == 0 and look < self.num_draws]
@@ -61,29 +57,23 @@ class Race:
 
 @dataclass(frozen=True)
 class ClassScores:
-    """What was measured, one row per text.
-
-    text_id_M, label_M: which text, its true class. nats_MCP: what each network pass alone says of -log p(text | class),
-    in nats; their mean is the estimate. rate_MP: share of the text's tokens that were masked in it; both are nan where
-    a text had been decided before. passes: of a draw. tokens_M: scored tokens. evaluations_M: network evaluations spent
-    on a text, over all classes. seconds: of the whole measurement. kind, label, exact: as in evaluation/likelihood.py.
-    """
+    """Measurements, one row per text."""
 
     text_id_M: np.ndarray
-    label_M: np.ndarray
-    nats_MCP: np.ndarray
-    rate_MP: np.ndarray
-    passes: int
-    tokens_M: np.ndarray
-    evaluations_M: np.ndarray
-    seconds: float
-    kind: str
+    label_M: np.ndarray  # the true class
+    nats_MCP: np.ndarray  # each pass's estimate of -log p(text | class); nan if the text had stopped
+    rate_MP: np.ndarray  # share of tokens masked; nan as above
+    passes: int  # of a draw
+    tokens_M: np.ndarray  # scored tokens
+    evaluations_M: np.ndarray  # of the network, over all classes
+    seconds: float  # of the whole measurement
+    kind: str  # this and the next two: as in evaluation/likelihood.py
     label: str
     exact: bool
 
     @property
     def nats_MCK(self) -> np.ndarray:
-        """By draw."""
+        """Nats by draw."""
         return self.nats_MCP.reshape(*self.nats_MCP.shape[:2], -1, self.passes).mean(-1)
 
     @property
@@ -92,18 +82,17 @@ class ClassScores:
         return -np.nanmean(self.nats_MCP, axis=2)
 
     def posterior(self, log_prior_C: np.ndarray, draws: int | None = None) -> np.ndarray:
-        """p(class | text) (M, C), averaged over the Monte Carlo error; of the first `draws` draws, if given."""
+        """Return p(class | text) (M, C), averaged over the Monte Carlo error; of the first `draws` draws, if given."""
         return averaged_posterior(self.nats_MCK[:, :, :draws], log_prior_C)
 
     @property
     def se_MC(self) -> np.ndarray:
-        """Monte Carlo error of `log_p_MC`; 0 where the likelihood is exact, nan from a single draw. Most of it is
-        common to the classes: what a verdict hangs on is `margin_se_M`."""
+        """Monte Carlo error of `log_p_MC`, mostly common to the classes (see `margin_se_M`); nan from a single draw."""
         return self._error(self.nats_MCK)
 
     @property
     def margin_M(self) -> np.ndarray:
-        """log p(text | winner) - log p(text | runner-up), nats; priors are left out."""
+        """log p(text | winner) - log p(text | runner-up), nats, without priors."""
         ranked_MC = np.sort(self.log_p_MC, axis=1)
         return ranked_MC[:, -1] - ranked_MC[:, -2]
 
@@ -115,7 +104,7 @@ class ClassScores:
         return self._error((self.nats_MCK[rows_M, second_M] - self.nats_MCK[rows_M, first_M])[:, None])[:, 0]
 
     def _error(self, draws_MCK: np.ndarray) -> np.ndarray:
-        """Standard error of the mean over draws, (M, C)."""
+        """Return the standard error of the mean over draws, (M, C); 0 if the likelihood is exact."""
         if self.exact:
             return np.zeros(draws_MCK.shape[:2])
         count_M1 = np.isfinite(draws_MCK[:, 0]).sum(-1)[:, None]
@@ -126,24 +115,28 @@ class ClassScores:
 
     @property
     def has_masks(self) -> bool:
-        """Whether the passes looked at different shares of masked tokens."""
+        """Whether the passes masked tokens."""
         return bool(np.nanmax(self.rate_MP, initial=0.0) > 0)
 
     @property
     def draws_M(self) -> np.ndarray:
-        """Masks per class that each text took; network evaluations but for objectives that need several a mask."""
+        """Network passes per class that each text took."""
         return np.isfinite(self.nats_MCP[:, 0]).sum(-1)
 
 
 def score_classes(
     trainer: Callable[[str], lightning.Trainer], models: Sequence[ClassModel], data: TextData, split: str,
-    estimator: Estimator, race: Race, seed: int, log_prior_C: np.ndarray,
+    estimator: Estimator, test: SequentialTest, seed: int, log_prior_C: np.ndarray,
     watch: Callable[[ClassScores], None] | None = None,
 ) -> ClassScores:  # fmt: skip
     """Measure every text of `split` (a text's windows together) under every class.
 
-    trainer: title -> Trainer, for a round of draws. watch: is shown after each round what was measured so far. Raises
-    ValueError where the draws do not fit the estimator.
+    Args:
+        trainer: title -> Trainer, for a round of draws.
+        watch: receives the scores so far after each round.
+
+    Raises:
+        ValueError: the draws do not fit the estimator.
     """
     model = models[0].diffusion.model
     estimator = for_comparison(estimator, model)
@@ -152,17 +145,18 @@ def score_classes(
     rows = data.split(split)
     row_text_R = np.asarray(rows["text_id"])
     text_id_M, first_M, text_R = np.unique(row_text_R, return_index=True, return_inverse=True)
-    racing_M = np.ones(len(text_id_M), dtype=bool)
-    nats, rates, tokens_M, evaluations_M = [], [], None, np.zeros(len(text_id_M), dtype=int)
+    active_M = np.ones(len(text_id_M), dtype=bool)
+    nats, rates = [], []
+    tokens_M, evaluations_M = None, np.zeros(len(text_id_M), dtype=int)
     start, done = time.perf_counter(), 0
-    for look in [race.num_draws] if exact else race.looks(passes, watch is not None and estimator.in_parts):
-        title = f"score {racing_M.sum():,} of {len(racing_M):,} texts, evaluations {done + 1}–{look}"
-        round_trainer, draws = trainer(title), _draws(models, estimator, seed, race, range(done, look))
-        loader = data.eval_dataloader(split, np.flatnonzero(racing_M[text_R]), round_trainer)
+    for look in [test.num_draws] if exact else test.looks(passes, watch is not None and estimator.in_parts):
+        title = f"score {active_M.sum():,} of {len(active_M):,} texts, evaluations {done + 1}–{look}"
+        round_trainer, draws = trainer(title), _draws(models, estimator, seed, test, range(done, look))
+        loader = data.eval_dataloader(split, np.flatnonzero(active_M[text_R]), round_trainer)
         found = map_over_devices(round_trainer, networks, draws, loader)
-        if len(found["sample_id"]) != racing_M[text_R].sum():
+        if len(found["sample_id"]) != active_M[text_R].sum():
             raise ValueError(
-                f"of {racing_M[text_R].sum()} rows only {len(found['sample_id'])} were scored, and mode=classify "
+                f"of {active_M[text_R].sum()} rows only {len(found['sample_id'])} were scored, and mode=classify "
                 "scores every text: set trainer.limit_test_batches=1.0, and limit the texts with data.max_test_texts"
             )
         text_of = text_R[row_numbers(rows, found["sample_id"])]
@@ -170,32 +164,32 @@ def score_classes(
         tokens_M = tokens if tokens_M is None else tokens_M
         np.add.at(evaluations_M, text_of, found["evaluations"])
         for gathered, new in ((nats, nats_MCP), (rates, rate_MP)):
-            new[~racing_M] = np.nan
+            new[~active_M] = np.nan
             gathered.append(new)
         done = look
         scores = ClassScores(
             text_id_M, np.asarray(rows["label"])[first_M], np.concatenate(nats, axis=2), np.concatenate(rates, axis=1),
             passes if not exact else 1, tokens_M, evaluations_M, time.perf_counter() - start, estimator.kind,
-            estimator.label(model, race.num_draws), exact,
+            estimator.label(model, test.num_draws), exact,
         )  # fmt: skip
         if watch is not None:
             watch(scores)
-        if look < race.num_draws and not exact:
-            racing_M = still_racing(scores.nats_MCK, log_prior_C, race.confidence, tokens_M)
-        if not racing_M.any():
+        if look < test.num_draws and not exact:
+            active_M = undecided(scores.nats_MCK, log_prior_C, test.confidence, tokens_M)
+        if not active_M.any():
             break
     return scores
 
 
 def _draws(
-    models: Sequence[ClassModel], estimator: Estimator, seed: int, race: Race, part: range
+    models: Sequence[ClassModel], estimator: Estimator, seed: int, test: SequentialTest, part: range
 ) -> Callable[[Batch], dict[str, Tensor]]:
-    """Return what measures a batch under every class: the evaluations `part` of a design of `race.num_draws`."""
-    seeds = [seed if race.masks == "common" else hash_seed(seed, number) for number in range(len(models))]
+    """Return a function that measures a batch under every class: the evaluations `part` of `num_draws`."""
+    seeds = [seed if test.masks == "common" else hash_seed(seed, number) for number in range(len(models))]
 
     def measure(batch: Batch) -> dict[str, Tensor]:
         found = [
-            estimator(m.diffusion.model, m.with_conditioning(batch), seed, len(part), part.start, race.num_draws)
+            estimator(m.diffusion.model, m.with_conditioning(batch), seed, len(part), part.start, test.num_draws)
             for m, seed in zip(models, seeds, strict=True)
         ]
         nats_BCP = torch.stack([f.logs.get("nats", f.nll_BK).double() for f in found], dim=1)
@@ -209,7 +203,7 @@ def _draws(
 def _by_text(
     found: dict[str, np.ndarray], text_of: np.ndarray, num_texts: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Sums over the rows of each text: nats (M, C, P), share of masked tokens (M, P), tokens (M,)."""
+    """Sum over the rows of each text: nats (M, C, P), share of masked tokens (M, P), tokens (M,)."""
     nats = np.zeros((num_texts, *found["nats"].shape[1:]))
     masked = np.zeros((num_texts, found["num_masked"].shape[1]))
     tokens_M = np.zeros(num_texts)

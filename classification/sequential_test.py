@@ -1,23 +1,23 @@
-"""When to stop drawing masks for a text: as soon as more draws would hardly change the verdict.
+"""Sequential test: stop drawing masks for a text as soon as more draws would hardly change the prediction.
 
-The draws of all classes use the same masks, so only the differences between the leading class and another matter.
-Of each such difference a text has a mean and a variance over its few draws, and
+The draws of all classes use the same masks, so only differences between the leading class and the others matter. Each
+such difference has a mean and a variance over its few draws:
 
-1. its variance is moderated: a weighted mean of its own sample variance and that pooled over all texts, as if the pool
-   had `PRIOR_DEGREES` degrees of freedom (Smyth 2004: an inverse-gamma prior). Four draws of which none was unusual
-   would otherwise look certain. The degrees are fixed and few: as many as a text's own after five draws.
-2. the moderated t becomes the normal deviate of the same tail probability, and so a standard error (Lu & Stephens
-   2019).
-3. the probability that the true difference has the other sign uses how large true differences are in these texts: a
-   mixture of normal laws centred at 0, with weights fitted to all texts (Stephens 2017, the local false sign rate).
-   The t alone is not careful enough: every further look is a further chance to stop in error. With noise of 15 to 60
-   nats per draw and nine looks after 4 to 64 draws, confidence 0.95 let it stop 4 % in error where true differences
-   are N(0, 20²), but 8 % at N(0, 10²); the rule with 3. stops 1 % in error in both (36 and 53 draws in the mean). A
-   posterior probability does not mind how often it was looked at, as long as texts are compared with all texts.
+1. The variance is moderated: a weighted mean of its own sample variance and that pooled over all texts, as if the pool
+   had `PRIOR_DEGREES` degrees of freedom (Smyth 2004: an inverse-gamma prior). Otherwise four draws that happen to
+       agree
+   would look certain. The degrees are fixed and few: as many as a text's own after five draws.
+2. The moderated t is converted to the normal deviate of the same tail probability, and so to a standard error (Lu &
+   Stephens 2019).
+3. The probability that the true difference has the other sign takes into account how large true differences are: a
+   mixture of normal distributions centred at 0, with weights fitted to all texts (Stephens 2017, the local false sign
+       rate). The t alone is not careful enough, because every look is a further chance to stop in error. With noise of
+       15 to 60 nats per draw and nine looks after 4 to 64 draws, confidence 0.95 let it stop 4 % in error for true
+       differences N(0, 20²), but 8 % for N(0, 10²); the rule with 3. stops 1 % in error for both (36 and 53 draws on
+       average).
 
-What it can not see: draws so skewed that the difference lies in masks not drawn yet.
-
-With more than two classes the chances of all rivals add up (Bonferroni's bound).
+It cannot detect draws so skewed that the difference lies in masks not drawn yet. With more than two classes the error
+probabilities of all rivals add up (Bonferroni's bound).
 
 Shape suffixes: M texts, C classes, K draws, G members of the mixture.
 """
@@ -31,27 +31,27 @@ from scipy.stats import t as student_t
 from palimpsest.classification.bayes import PRIOR_DEGREES
 
 _EM_STEPS = 100
-# Pseudo-texts whose classes hardly differ: with few texts to learn from, differences are taken to be small.
+# Pseudo-texts whose classes hardly differ, so that few texts imply small differences.
 _NULL_TEXTS = 10.0
 
 
-def certainty(
-    nats_MCK: np.ndarray, log_prior_C: np.ndarray, exact: bool = False, tokens_M: np.ndarray | None = None
-) -> np.ndarray:
-    """Probability (M,) that the class that leads now would lead after infinitely many draws.
+def certainty(nats_MCK: np.ndarray, log_prior_C: np.ndarray, tokens_M: np.ndarray | None = None) -> np.ndarray:
+    """Return the probability (M,) that the class that leads now would lead after infinitely many draws.
 
-    nats_MCK: estimates of -log p(x | c), draw k of every class with the same masks; the estimate is their mean. Draws
-    must be independent: where those of a round are stratified, the mean of each round is one draw. nan, for all
-    classes, where a text was no longer drawn; hand those texts over too, for all texts are what a text is compared
-    with. exact: the nats are no estimates, so the leader is certain. tokens_M: how long the texts are; the noise of a
-    draw grows with the root of it, and texts are compared in these units. A text with a single draw has certainty 0.
+    A text with a single draw has certainty 0.
+
+    Args:
+        nats_MCK: estimates of -log p(x | c), draw k of every class with the same masks. Draws must be independent: if
+            those of a round are stratified, use the mean of each round as one draw. nan, for all classes, for stopped
+            texts; include them, because the mixture is fitted to all texts.
+        tokens_M: lengths of the texts. The noise of a draw grows with their square root, the unit of comparison.
 
     Raises:
         ValueError: nan for some classes of a draw only, or a text without a draw.
     """
     nats_MCK = np.asarray(nats_MCK, dtype=np.float64)
     num_texts, num_classes, _ = nats_MCK.shape
-    if exact or num_texts == 0 or num_classes < 2:
+    if num_texts == 0 or num_classes < 2:
         return np.ones(num_texts)
     absent_MK = np.isnan(nats_MCK).all(axis=1)
     if (np.isnan(nats_MCK) != absent_MK[:, None]).any() or absent_MK.all(axis=1).any():
@@ -74,11 +74,12 @@ def certainty(
     return found_M
 
 
-def still_racing(
+def undecided(
     nats_MCK: np.ndarray, log_prior_C: np.ndarray, confidence: float, tokens_M: np.ndarray | None = None
 ) -> np.ndarray:
-    """Which texts (M,) need further draws: those whose certainty is below `confidence`; all of them where it is 1. A
-    text that was stopped (its last draw is nan) stays so.
+    """Return which texts (M,) need further draws: those whose certainty is below `confidence`, or all if it is 1.
+
+    A text that was stopped (its last draw is nan) stays stopped.
 
     Raises:
         ValueError: confidence is not in (0.5, 1]; as `certainty`.
@@ -86,19 +87,18 @@ def still_racing(
     if not 0.5 < confidence <= 1:
         raise ValueError(
             f"classify.confidence={confidence} must lie above 0.5 and not above 1: 0.95 stops a text when its "
-            "verdict is 95 % sure to last, 1 takes every draw for every text"
+            "prediction is 95 % certain, 1 takes every draw for every text"
         )
-    racing_M = ~np.isnan(nats_MCK[:, 0, -1])
+    active_M = ~np.isnan(nats_MCK[:, 0, -1])
     if confidence == 1:
-        return racing_M
-    return racing_M & (certainty(nats_MCK, log_prior_C, tokens_M=tokens_M) < confidence)
+        return active_M
+    return active_M & (certainty(nats_MCK, log_prior_C, tokens_M=tokens_M) < confidence)
 
 
 def _standard_errors(
     difference_MCK: np.ndarray, margin_MC: np.ndarray, draws_M: np.ndarray, rival_MC: np.ndarray
 ) -> np.ndarray:
-    """Standard errors (M, C), nats, such that margin / error, taken for a normal deviate, has the tail probability of
-    the moderated t."""
+    """Return standard errors (M, C), nats, with which margin / error has the tail probability of the moderated t."""
     own_MC = np.nanvar(difference_MCK, axis=2, ddof=1)
     own_degrees_M1 = (draws_M - 1)[:, None]
     pooled = np.average(own_MC, weights=own_degrees_M1 * rival_MC)
@@ -112,11 +112,13 @@ def _standard_errors(
 
 
 def _false_sign_rate(margin_MC: np.ndarray, se_MC: np.ndarray, rival_MC: np.ndarray) -> np.ndarray:
-    """Probability (M, C) that the true margin is negative. The mixture is learnt from the margins over the runner-up
-    alone: they are the smallest, so for the other rivals it errs on the side of caution."""
+    """Return the probability (M, C) that the true margin is negative.
+
+    The mixture is fitted to the margins over the runner-up, the smallest ones, so it is conservative for other rivals.
+    """
     largest = float(margin_MC[rival_MC].max())
-    se_MC = np.maximum(se_MC, 1e-12 * max(largest, 1.0))  # draws without any noise
-    smallest = float(se_MC[rival_MC].min()) / 2  # as good as no difference
+    se_MC = np.maximum(se_MC, 1e-12 * max(largest, 1.0))  # noise-free draws
+    smallest = float(se_MC[rival_MC].min()) / 2  # practically no difference
     num_scales = 2 + int(np.ceil(np.log2(max(2 * largest / smallest, 2))))
     scale_G = smallest * 2.0 ** np.arange(num_scales)
     runner_M = np.where(rival_MC, margin_MC, np.inf).argmin(axis=1)[:, None]
@@ -136,7 +138,7 @@ def _false_sign_rate(margin_MC: np.ndarray, se_MC: np.ndarray, rival_MC: np.ndar
 
 
 def _likelihood(margin: np.ndarray, se: np.ndarray, scale_G: np.ndarray) -> np.ndarray:
-    """Density of each margin under each member (..., G), up to a factor per margin."""
+    """Return the density of each margin under each member (..., G), up to a factor per margin."""
     log_density = norm.logpdf(margin[..., None], scale=np.hypot(scale_G, se[..., None]))
     return np.exp(log_density - log_density.max(axis=-1, keepdims=True))
 

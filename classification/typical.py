@@ -1,7 +1,7 @@
-"""Which texts are typical of the data: their log p(text) per token, and a text that lies far in the tail.
+"""Typicality: log p(text) per token, to recognise texts unlike the data.
 
-A classifier compares classes; it says nothing about texts that none of them could have written. p(text) does.
-Shape suffixes: M texts, C classes.
+A classifier compares classes, but does not recognise texts that none of them could have produced; p(text) does. Shape
+suffixes: M texts, C classes.
 """
 
 from __future__ import annotations
@@ -33,22 +33,18 @@ def quantiles(scores: ClassScores, log_prior_C: np.ndarray) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Typical:
-    """The least likely of the texts that a classifier was evaluated on.
+    """The least likely of the texts that a classifier was evaluated on."""
 
-    Attributes:
-        end: nats per token that 99.9 % of these texts stay below.
-    """
-
-    end: float
+    end: float  # nats per token that 99.9 % of these texts stay below
 
     @classmethod
     def read(cls, folder: Path) -> Typical | None:
-        """Return what the evaluations below `folder` found, the latest if there are several; None if there is none."""
+        """Return the latest evaluation below `folder`; None if there is none."""
         files = sorted(folder.glob("*/results.json"), key=lambda path: path.stat().st_mtime)
         found = [json.loads(path.read_text(encoding="utf-8")).get(KEY) for path in files]
         known = [one for one in found if one]
         return cls(known[-1][str(_TAIL)]) if known else None
 
     def unlike(self, scores: ClassScores, log_prior_C: np.ndarray) -> np.ndarray:
-        """Return True for each text that is less likely, per token, than 99.9 % of the texts known, (M,)."""
+        """Return True for each text that is less likely, per token, than 99.9 % of the evaluated texts, (M,)."""
         return nats_per_token(scores, log_prior_C) > self.end

@@ -1,6 +1,6 @@
-"""Where the latents of a class lie: their mean and spread, the nearest of a class, the way from one latent to another.
+"""Geometry of the latents of a class: centroids, nearest neighbours, spherical interpolation.
 
-Shape suffixes: M texts, C classes, D numbers of a latent, all of its tokens in one row.
+Shape suffixes: M, N texts, C classes, D numbers of a latent (all of its tokens in one row).
 """
 
 from __future__ import annotations
@@ -14,32 +14,30 @@ from scipy.special import logsumexp
 
 @dataclass(frozen=True)
 class Centroids:
-    """mean_CD: of the latents of each class. variance: within the classes, per number. norm: mean length of a latent.
-    All float64."""
+    """Means of the latents of each class, float64."""
 
     mean_CD: np.ndarray
-    variance: float
-    norm: float
+    variance: float  # within the classes, per number
+    norm: float  # mean length of a latent
 
     @property
     def rescaled_CD(self) -> np.ndarray:
-        """The centroids with the mean length of a latent. A mean of vectors that point apart is shorter than each."""
+        """Centroids rescaled to the mean length of a latent; a mean is shorter than its vectors."""
         length_C1 = np.linalg.norm(self.mean_CD, axis=1, keepdims=True)
         return self.mean_CD * self.norm / np.where(length_C1 > 0, length_C1, 1.0)
 
     def posterior(self, latent_MD: np.ndarray, log_prior_C: np.ndarray) -> np.ndarray:
-        """p(class | latent), (M, C), of normal laws around the centroids with the common variance: with a uniform prior
-        the verdict is the nearest centroid."""
+        """Return p(class | latent), (M, C), under normal distributions around the centroids of common variance."""
         square_MC = ((latent_MD[:, None, :].astype(np.float64) - self.mean_CD) ** 2).sum(-1)
         joint_MC = log_prior_C - square_MC / (2 * max(self.variance, np.finfo(float).tiny))
         return np.exp(joint_MC - logsumexp(joint_MC, axis=1, keepdims=True))
 
 
 def fit_centroids(chunks: Iterable[tuple[np.ndarray, np.ndarray]], num_classes: int) -> Centroids:
-    """Of labelled latents that come some at a time: ((M, D), (M,)).
+    """Fit centroids to labelled latents that come in chunks ((M, D), (M,)).
 
     Raises:
-        ValueError: a class has none.
+        ValueError: a class has no latents.
     """
     count_C, sum_CD, squares, lengths = np.zeros(num_classes), 0.0, 0.0, 0.0
     for latent_MD, label_M in chunks:
@@ -54,8 +52,8 @@ def fit_centroids(chunks: Iterable[tuple[np.ndarray, np.ndarray]], num_classes: 
 
 
 @dataclass
-class Nearest:
-    """For each of M latents the nearest one, by cosine, of those seen that are of the class it is to get."""
+class NearestOfClass:
+    """The nearest latents by cosine among those of a wanted class, for M latents."""
 
     latent_MD: np.ndarray
     wanted_M: np.ndarray
@@ -64,8 +62,8 @@ class Nearest:
         self.found_MD = np.zeros_like(self.latent_MD)
         self._cosine_M = np.full(len(self.latent_MD), -np.inf)
 
-    def see(self, latent_ND: np.ndarray, label_N: np.ndarray) -> None:
-        """Some more to choose from."""
+    def update(self, latent_ND: np.ndarray, label_N: np.ndarray) -> None:
+        """Consider more candidates."""
         cosine_MN = unit(self.latent_MD) @ unit(latent_ND).T
         cosine_MN[self.wanted_M[:, None] != label_N[None]] = -np.inf
         best_M = cosine_MN.argmax(1)
@@ -75,8 +73,7 @@ class Nearest:
 
 
 def slerp(from_MD: np.ndarray, to_MD: np.ndarray, share: float) -> np.ndarray:
-    """(M, D) the latents that lie `share` of the way on the great circle from one direction to the other, with lengths
-    interpolated between theirs; on the straight line where the directions are one, or opposite."""
+    """Interpolate along the great circle, lengths linearly, (M, D); (anti)parallel vectors on a straight line."""
     cosine_M1 = (unit(from_MD) * unit(to_MD)).sum(-1, keepdims=True).clip(-1, 1)
     angle_M1, sine_M1 = np.arccos(cosine_M1), np.sqrt(1 - cosine_M1**2)
     safe_M1 = np.where(sine_M1 > 1e-6, sine_M1, 1.0)
@@ -88,7 +85,7 @@ def slerp(from_MD: np.ndarray, to_MD: np.ndarray, share: float) -> np.ndarray:
 
 
 def unit(latent_MD: np.ndarray) -> np.ndarray:
-    """Of length 1, float64; zeros stay."""
+    """Return vectors scaled to length 1, float64; zero vectors stay."""
     latent_MD = latent_MD.astype(np.float64)
     length_M1 = np.linalg.norm(latent_MD, axis=-1, keepdims=True)
     return latent_MD / np.where(length_M1 > 0, length_M1, 1.0)

@@ -1,4 +1,4 @@
-"""Apply a function to many batches, shared out over all devices of a Lightning Trainer.
+"""Apply a function to many batches on all devices of a Lightning Trainer.
 
 Shape suffix: M rows.
 """
@@ -15,27 +15,27 @@ from torch import Tensor, nn
 
 
 class Mapper(lightning.LightningModule):
-    """A module without training: a Trainer, which brings devices, precision and progress, calls `function`."""
+    """A module that is not trained: a Trainer calls `function` on each batch and provides devices and precision."""
 
     def __init__(self, network: nn.Module, function: Callable[[object], object]) -> None:
         super().__init__()
-        self.network, self.function, self.found = network, function, []
+        self.network, self.function = network, function
+        self.results: list[object] = []
 
     def test_step(self, batch: object, batch_idx: int) -> None:
-        self.found.append(self.function(batch))
+        self.results.append(self.function(batch))
 
-    def predict_step(self, batch: object, batch_idx: int) -> None:
-        self.found.append(self.function(batch))
+    predict_step = test_step
 
 
 def map_over_devices(
     trainer: lightning.Trainer, network: nn.Module, function: Callable[[dict], dict[str, Tensor]], loader: object
 ) -> dict[str, np.ndarray]:
-    """Return the columns that `function` gives for the batches of `loader`, from all devices, sorted by sample id.
+    """Return the columns that `function` computes for the batches of `loader`, from all devices, sorted by sample id.
 
     Args:
         network: the module that `function` evaluates; it is moved to the device of each process, and back.
-        function: batch -> columns of its rows, `sample_id` among them.
+        function: batch -> columns of its rows, including `sample_id`.
 
     Raises:
         ValueError: there are no rows, or a number is not finite.
@@ -60,12 +60,12 @@ def gather(
     trainer: lightning.Trainer, network: nn.Module, function: Callable[[object], object],
     run: Callable[[Mapper], object],
 ) -> list[list]:  # fmt: skip
-    """Return the results of `function` for the batches of each process, while `run` has the trainer go through them."""
+    """Return the results of `function` for the batches of each process. `run` starts the trainer's loop."""
     mapper, device = Mapper(network, function), next(network.parameters()).device
     run(mapper)
     mapper.to(device)  # a trainer leaves a module on the CPU
     if trainer.world_size == 1:
-        return [mapper.found]
+        return [mapper.results]
     parts: list = [None] * trainer.world_size
-    torch.distributed.all_gather_object(parts, mapper.found)
+    torch.distributed.all_gather_object(parts, mapper.results)
     return parts

@@ -1,4 +1,4 @@
-"""Diversity of a set of texts: what a low generative perplexity may have been bought with.
+"""Diversity of a set of texts, which low generative perplexity may come at the expense of.
 
 Shape suffixes: M texts.
 """
@@ -21,36 +21,32 @@ ORDERS = (1, 2, 3)
 
 @dataclass(frozen=True)
 class Diversity:
-    """unigram_entropy: nats per text. distinct: n -> distinct-n of the texts together, for n in ORDERS."""
+    """unigram_entropy: nats per text. distinct: n -> distinct-n of all texts together, for n in ORDERS."""
 
     unigram_entropy: Estimate
     distinct: dict[int, Estimate]
 
 
 def diversity(rows: Sequence[Sequence[int]], units: Units | None = None) -> Diversity:
-    """Return all measures of M texts given as token ids, with errors over `units` (None: each text is one).
+    """Measure the diversity of M texts given as token ids, with errors over `units` (None: each text is one).
 
-    They depend on the lengths, distinct-n also on M: compare sets of as many texts of like length.
+    The measures depend on the lengths, and distinct-n also on M: compare sets of equally many texts of similar length.
     """
     return Diversity(unigram_entropy(rows, units), {n: distinct(rows, n, units) for n in ORDERS})
 
 
 def unigram_entropy(rows: Sequence[Sequence[int]], units: Units | None = None) -> Estimate:
-    """Return the entropy of the token frequencies within one text, in nats, averaged over the texts.
-
-    It is low where texts repeat themselves.
-    """
+    """Return the entropy of the token frequencies within a text, in nats, averaged over the texts."""
     return mean([text_entropy(torch.as_tensor(ids)) for ids in rows], units)
 
 
 def distinct(rows: Sequence[Sequence[int]], n: int, units: Units | None = None) -> Estimate:
-    """Return distinct-n: different n-grams / all n-grams, over all texts together.
+    """Return distinct-n: different n-grams / all n-grams, over all texts together (Li et al., arXiv 1510.03055, section
+    5).
 
-    It is low where texts repeat themselves or each other (Li et al., arXiv 1510.03055, section 5).
-
-    The standard error is the jackknife over texts (Efron & Stein, Ann. Statist. 9, 1981): exact counts with each text
-    left out in turn. A bootstrap would count the n-grams of a text drawn twice as repeated. nan where no text, or a
-    single one, has an n-gram.
+    Repetition within or between texts lowers it. The standard error is the jackknife over texts (Efron & Stein, Ann.
+    Statist. 9, 1981); a bootstrap would count the n-grams of a text drawn twice as repeated. nan unless at least two
+    texts have an n-gram.
     """
     grams_M = [set(zip(*(ids[k:] for k in range(n)), strict=False)) for ids in rows]
     total_M = np.array([max(len(ids) - n + 1, 0) for ids in rows])

@@ -1,6 +1,6 @@
-"""Editing by latents: some tokens of a text are masked and written anew under another latent, the rest stays as it is.
+"""Editing by latents: some tokens of a text are masked and resampled conditioned on another latent.
 
-Shape suffixes: M texts, K latent tokens, D numbers of each, C classes, P points of a way.
+Shape suffixes: M texts, K latent tokens, D numbers of each, C classes, P points of a path.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from palimpsest.common.randomness import KeyedNoise
 from palimpsest.data.passages import special_ids
 from palimpsest.dataloader import TextData
 from palimpsest.denoisers import WithoutTokens
-from palimpsest.evaluation.centroids import Centroids, Nearest, fit_centroids, slerp
-from palimpsest.evaluation.directions import (
+from palimpsest.evaluation.centroids import Centroids, NearestOfClass, fit_centroids, slerp
+from palimpsest.evaluation.conditional_generation import (
     VARIANTS,
-    Chosen,
-    DirectedSetting,
+    ChosenRows,
+    ConditionalContext,
+    ConditionalResult,
     EditRules,
-    Outcome,
-    hidden,
-    latents_told,
+    latent_conditions,
+    unconditional,
 )
-from palimpsest.evaluation.drawing import Drawn
+from palimpsest.evaluation.drawing import SampledTokens
 from palimpsest.evaluation.latent_measures import Reader, cosines, edits, flat, partners
 from palimpsest.evaluation.naive_bayes import naive_bayes
 from palimpsest.evaluation.sampling_inputs import padded
 from palimpsest.samplers.positions import Selection, select
 
 _CHUNK = 4096
-_WAY_TEXTS = 64  # SSS and MTS look at so many texts, each at every point of its way
+_PATH_TEXTS = 64  # SSS and MTS use so many texts, each at every point of its path
 
 
 def labelled_latents(data: TextData) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Latents of the train split with their labels, some at a time: ((N, K, D), (N,))."""
+    """Yield latents of the train split with their labels, in chunks: ((N, K, D), (N,))."""
     latents, label_M = data.latents.of("train"), np.asarray(data.split("train")["label"])
     for start in range(0, len(label_M), _CHUNK):
         rows = np.arange(start, min(start + _CHUNK, len(label_M)))
@@ -49,15 +49,17 @@ def labelled_latents(data: TextData) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 def new_latents(
     rules: EditRules, source_MKD: np.ndarray, label_M: np.ndarray, wanted_M: np.ndarray, data: TextData
 ) -> np.ndarray:
-    """(M, K, D) float32: the latent that each text is to get, found among the encoder's own vectors. Standardised ones
-    have no mean: a centroid of them that is rescaled to their length would be nothing but what sets its class apart,
-    three times as strong as in any text."""
+    """Return the target latent of each text, (M, K, D) float32.
+
+    Targets are found among the encoder's own vectors: standardised vectors have no mean, so a rescaled class centroid
+    of them would exaggerate the class about threefold.
+    """
     vectors, source_MW = data.latents.vectors, data.latents.vectors(source_MKD)
     train = ((vectors(latent_NKD), label_N) for latent_NKD, label_N in labelled_latents(data))
     if rules.target == "neighbour":
-        nearest = Nearest(source_MW, wanted_M)
+        nearest = NearestOfClass(source_MW, wanted_M)
         for vector_NW, label_N in train:
-            nearest.see(vector_NW, label_N)
+            nearest.update(vector_NW, label_N)
         found_MW = nearest.found_MD
     else:
         found_MW = _by_centroids(rules, source_MW, label_M, wanted_M, fit_centroids(train, len(data.label_names)))
@@ -74,205 +76,217 @@ def _by_centroids(
 
 
 def class_number(to_class: int | str | None, names: Sequence[str], key: str = "sampling.edit_class") -> int | None:
-    """Of the class that is named, None where none is.
+    """Return the number of a class given by number or name; None for None.
 
     Raises:
         ValueError: there is no such class.
     """
-    known = {None: None, **{str(k): k for k in range(len(names))}, **{name: k for k, name in enumerate(names)}}
+    numbers = {None: None, **{str(k): k for k in range(len(names))}, **{name: k for k, name in enumerate(names)}}
     typed = None if to_class is None else str(to_class)
-    if typed not in known:
+    if typed not in numbers:
         raise ValueError(f"{key}={to_class} is none of the classes of these texts: {', '.join(names)}")
-    return known[typed]
+    return numbers[typed]
 
 
 @dataclass(frozen=True)
-class Judging:
-    """What says of which class a text is. posterior: token ids -> p(class | text), (M, C); zeros for a text that no
-    class could have. readable: whether it can tell such texts."""
+class TextClassifier:
+    """Classifies edited texts."""
 
     name: str
-    posterior: Callable[[Sequence[Sequence[int]]], np.ndarray]
-    readable: bool
+    posterior: Callable[[Sequence[Sequence[int]]], np.ndarray]  # ids -> p(class | text), (M, C); 0 if impossible
+    readable: bool  # whether it recognises impossible texts
 
 
-def judging(setting: DirectedSetting, reader: Reader) -> Judging:
-    """The corpus's own exact posterior where it has one, else naive Bayes on the training texts."""
-    data, truth = setting.data, setting.truth
+def text_classifier(context: ConditionalContext, reader: Reader) -> TextClassifier:
+    """Return the exact posterior of the corpus if it is known, else naive Bayes on the training texts."""
+    data, truth = context.data, context.truth
     if truth is not None:
 
         def exact(rows: Sequence[Sequence[int]]) -> np.ndarray:
             return np.nan_to_num(truth.posterior([reader.text(row) for row in rows]))
 
-        return Judging("the corpus's exact posterior", exact, True)
+        return TextClassifier("the corpus's exact posterior", exact, True)
     train = data.split("train")
     ids = [np.asarray(reader.content(row)) for row in train["input_ids"]]
     predict = naive_bayes(ids, np.asarray(train["label"]), data.vocabulary.size)
-    return Judging("naive Bayes, uni- and bigrams",
+    return TextClassifier("naive Bayes, uni- and bigrams",
                    lambda rows: predict([np.asarray(reader.content(row)) for row in rows]), False)  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Edited:
-    """What an edit amounts to. control: texts that are judged to be of the wanted class; of_read: of those that the
-    judge can read, None where it can read any, or none. changed: share of a text's tokens that are other ones.
-    distance: of edit, in tokens. unread: share of texts that the judge can not read, None where it can read any.
-    toward: cosine of the edited text's latent with the wanted one, None without an encoder."""
+class EditMeasures:
+    """Measures of edited texts."""
 
-    control: Share
-    of_read: Share | None
-    changed: Estimate
-    distance: Estimate
-    unread: float | None
-    toward: Estimate | None
+    control: Share  # texts classified as the target class
+    of_read: Share | None  # the same among possible texts; None if unknown
+    changed: Estimate  # share of a text's tokens
+    distance: Estimate  # edit distance in tokens
+    unread: float | None  # share of impossible texts; None if unknown
+    toward: Estimate | None  # cosine of the edited text's latent with the target; None without an encoder
 
 
 @dataclass(frozen=True)
-class Way:
-    """Texts at points of the great circle between a text's latent and the wanted one. sss: mean cosine of the latents
-    of neighbouring texts, of those that both have one; None without an encoder, or any such. seen: the share of
-    neighbours that do. mts: share of steps on which p(wanted class) strictly rises."""
+class LatentPath:
+    """Measures of texts along the great circle from a text's latent to the target latent."""
 
-    sss: Estimate | None
-    seen: float
-    mts: Estimate
+    sss: Estimate | None  # mean cosine of neighbouring latents; None without an encoder or such latents
+    seen: float  # share of neighbours that both have a latent
+    mts: Estimate  # share of steps on which p(target class) strictly rises
 
 
 @dataclass(frozen=True)
-class Edit(Outcome):
-    """Texts that were edited. edited, ways: by what was told. before: the share of texts that were judged to be of the
-    wanted class already. masked: the share of their tokens that was masked."""
+class EditResult(ConditionalResult):
+    """Edited texts."""
 
-    edited: Mapping[str, Edited] = field(default_factory=dict)
-    ways: Mapping[str, Way] = field(default_factory=dict)
-    before: Share | None = None
-    judge: Judging | None = None
-    masked: Estimate | None = None
+    edited: Mapping[str, EditMeasures] = field(default_factory=dict)  # by condition
+    paths: Mapping[str, LatentPath] = field(default_factory=dict)  # by condition
+    before: Share | None = None  # texts classified as the target class before
+    classifier: TextClassifier | None = None
+    masked: Estimate | None = None  # share of the tokens of a text
 
 
 class Editor:
-    """Edits of some rows, all with the same masks and the same noise, whatever latent they are told."""
+    """Edits rows with the same masks and the same noise, whatever the conditioning."""
 
-    def __init__(self, setting: DirectedSetting, chosen: Chosen, target_MKD: np.ndarray) -> None:
-        self.setting, self.chosen, self.target_MKD = setting, chosen, target_MKD
-        eligible = special_ids(setting.data.vocabulary)
-        self.eligible = [(blank != row) & ~np.isin(row, list(eligible))
+    def __init__(
+        self, context: ConditionalContext, chosen: ChosenRows, target_MKD: np.ndarray, wanted_M: np.ndarray
+    ) -> None:
+        self.context, self.chosen = context, chosen
+        self.target_MKD, self.wanted_M = target_MKD, wanted_M
+        self.reader = Reader(context.data)
+        self.classifier = text_classifier(context, self.reader)
+        special = list(special_ids(context.data.vocabulary))
+        self.eligible = [(blank != row) & ~np.isin(row, special)
                          for blank, row in zip(chosen.blanks, chosen.rows, strict=True)]  # fmt: skip
-        found = setting.in_batches(self._select, len(chosen.rows))
-        self.masked, shares, evaluations = (list(column) for column in zip(*found, strict=True))
-        self.share_M, self.selecting = np.array(shares), float(np.mean(evaluations))
+        selected = context.in_batches(self._select, len(chosen.rows))
+        self.masked, shares, evaluations = (list(column) for column in zip(*selected, strict=True))
+        self.share_M, self.selection_evaluations = np.array(shares), float(np.mean(evaluations))
 
-    def _select(self, here: slice) -> list[tuple[np.ndarray, float, int]]:
-        setting, rows, device = self.setting, self.chosen.rows[here], self.setting.diffusion.device
-        rules, chosen = setting.directed.edit, self.chosen
-        x_BL, cond = padded(rows, setting.data.vocabulary.pad_id)
-        may_BL, _ = padded([may.astype(np.int64) for may in self.eligible[here]], 0)
-        noise = KeyedNoise(setting.seed, torch.from_numpy(chosen.names_M[here]).to(device)).part(2)
-        source, target = (torch.from_numpy(z_MKD[here]).to(device) for z_MKD in (chosen.latent_MKD, self.target_MKD))
+    def _select(self, part: slice) -> list[tuple[np.ndarray, float, int]]:
+        context, chosen = self.context, self.chosen
+        rules, device = context.settings.edit, context.diffusion.device
+        rows = chosen.rows[part]
+        x_BL, cond = padded(rows, context.data.vocabulary.pad_id)
+        eligible_BL, _ = padded([eligible.astype(np.int64) for eligible in self.eligible[part]], 0)
+        noise = KeyedNoise(context.seed, torch.from_numpy(chosen.key_M[part]).to(device)).part(2)
+        source, target = (torch.from_numpy(z_MKD[part]).to(device) for z_MKD in (chosen.latent_MKD, self.target_MKD))
         cond = {name: value.to(device) for name, value in cond.items()}
-        found: Selection = select(
-            setting.diffusion.model, x_BL.to(device), may_BL.bool().to(device), noise, positions=rules.positions,
+        selected: Selection = select(
+            context.diffusion.model, x_BL.to(device), eligible_BL.bool().to(device), noise, positions=rules.positions,
             rate=rules.rate, source=source, target=target, **cond,
         )  # fmt: skip
-        masked_BL, share_B, spent_B = found.masked_BL.cpu(), found.share_B.tolist(), found.evaluations_B.tolist()
-        return [(masked_BL[i, : len(row)].numpy(), share_B[i], spent_B[i]) for i, row in enumerate(rows)]
+        masked_BL = selected.masked_BL.cpu()
+        share_B, evaluations_B = selected.share_B.tolist(), selected.evaluations_B.tolist()
+        return [(masked_BL[i, : len(row)].numpy(), share_B[i], evaluations_B[i]) for i, row in enumerate(rows)]
 
-    def write(self, told: Mapping[str, Tensor], some: np.ndarray | None = None, seen: bool = False) -> list[Drawn]:
-        """The texts (or `some` of them), each told what `told` says of it. What is not masked stays; the sampler begins
-        at the time at which the share that is masked is expected."""
+    def write(
+        self, conditioning: Mapping[str, Tensor], some: np.ndarray | None = None, watched: bool = False
+    ) -> list[SampledTokens]:
+        """Edit the texts (or `some`), from the time at which the masked share is expected; unmasked tokens stay."""
         chosen, some = self.chosen, np.arange(len(self.chosen.rows)) if some is None else some
-        blank_id, schedule = self.setting.blank_id, self.setting.diffusion.model.schedule
+        blank_id, schedule = self.context.blank_id, self.context.diffusion.model.schedule
         rows = [np.where(self.masked[m], blank_id, chosen.rows[m]) for m in some]
         if not any(self.masked[m].any() for m in some):
-            return [_untouched(chosen.ids[m].tolist()) for m in some]
-        special = tuple(sorted(special_ids(self.setting.data.vocabulary)))
+            return [_unchanged(chosen.ids[m].tolist()) for m in some]
+        special = tuple(sorted(special_ids(self.context.data.vocabulary)))
         begin_M = schedule.t_from_alpha(1 - torch.from_numpy(self.share_M[some])).clamp(0.0, 1.0)
-        told = {**told, "begin_B": begin_M}
-        return self.setting.written(rows, chosen.names_M[some], told, lambda model: WithoutTokens(model, special), seen)
+        conditioning = {**conditioning, "begin_B": begin_M}
+        return self.context.sample_masked(
+            rows, chosen.key_M[some], conditioning, lambda model: WithoutTokens(model, special), watched
+        )
+
+    def measure(self, sampled: Sequence[SampledTokens]) -> EditMeasures:
+        """Compare edited texts with the original ones."""
+        ids, reader = [text.ids for text in sampled], self.reader
+        posterior_MC = self.classifier.posterior(ids)
+        changed_M = np.array([(old != np.array(new)).sum() / max(eligible.sum(), 1) for old, new, eligible in
+                              zip(self.chosen.ids, ids, self.eligible, strict=True)])  # fmt: skip
+        old, new = ([reader.content(row) for row in rows] for rows in (self.chosen.ids, ids))
+        read_M = posterior_MC.sum(1) > 0
+        right_M = (posterior_MC.argmax(1) == self.wanted_M) & read_M
+        of_read = share(right_M[read_M]) if self.classifier.readable and read_M.any() else None
+        unread = float((~read_M).mean()) if self.classifier.readable else None
+        toward = None if reader.missing else mean(cosines(reader.latents(ids), self.target_MKD))
+        return EditMeasures(share(right_M), of_read, mean(changed_M), mean(edits(new, old)), unread, toward)
+
+    def path(self, conditioning: Mapping[str, Tensor], some: np.ndarray) -> LatentPath:
+        """Measure the path of `some` texts from their own latent to that of `conditioning`."""
+        encoder, latents = self.context.data.latents, []
+        ends = [encoder.vectors(end_MKD[some]) for end_MKD in (self.chosen.latent_MKD, conditioning["latent"].numpy())]
+        p_MP = []
+        for point in np.linspace(0.0, 1.0, self.context.settings.edit.path):
+            latent_MKD = encoder.space.standardise(slerp(*ends, point))
+            here = unconditional(latent_MKD) if "latent_t" in conditioning else {"latent": torch.from_numpy(latent_MKD)}
+            ids = [text.ids for text in self.write(here, some)]
+            p_MP.append(self.classifier.posterior(ids)[np.arange(len(some)), self.wanted_M[some]])
+            latents += [] if self.reader.missing else [self.reader.latents(ids)]
+        return smoothness(latents, np.stack(p_MP, axis=1))
 
 
-def _untouched(ids: list[int]) -> Drawn:
-    given = len(ids)
-    return Drawn(ids, [0] * given, [1.0] * given, list(range(given)), 0, 0)
+def _unchanged(ids: list[int]) -> SampledTokens:
+    length = len(ids)
+    return SampledTokens(ids, [0] * length, [1.0] * length, list(range(length)), 0, 0)
 
 
-def edit(setting: DirectedSetting) -> Outcome:
-    """Texts written over towards another class, beside the same told the latent of some other text, and none.
+def edit(context: ConditionalContext) -> ConditionalResult:
+    """Edit texts towards another class; compare with edits under the latent of another text, and under none.
 
     Raises:
-        ValueError: there are no classes to go to, or not two texts that are of another.
+        ValueError: the data have no classes, or fewer than two texts of other classes.
     """
-    data, rules, reader = setting.data, setting.directed.edit, Reader(setting.data)
+    data, rules = context.data, context.settings.edit
     if data.label_names is None:
-        raise ValueError(f"sampling.direction=edit takes texts to another class, and those of data={data.name} have "
-                         "none; choose data with labels")  # fmt: skip
+        raise ValueError(f"sampling.direction=edit needs classes, and the texts of data={data.name} have none; "
+                         "choose data with labels")  # fmt: skip
     to_class = class_number(rules.to_class, data.label_names)
-    chosen = setting.chosen(unlike=to_class)
+    chosen = context.chosen(unlike=to_class)
     label_M = chosen.label_M
     wanted_M = (label_M + 1) % len(data.label_names) if to_class is None else np.full_like(label_M, to_class)
-    other_MKD = chosen.latent_MKD[partners(len(chosen.ids), setting.seed)]
+    other_MKD = chosen.latent_MKD[partners(len(chosen.ids), context.seed)]
     target_MKD = new_latents(rules, chosen.latent_MKD, label_M, wanted_M, data)
-    editor, judge = Editor(setting, chosen, target_MKD), judging(setting, reader)
-    told = latents_told(target_MKD, other_MKD)
-    drawn = {name: editor.write(told[name], seen=name == "true") for name in VARIANTS}
-    found = {name: _edited(drawn[name], editor, wanted_M, reader, judge) for name in VARIANTS}
-    before = share(judge.posterior(chosen.ids).argmax(1) == wanted_M)
-    some = np.arange(min(_WAY_TEXTS, len(chosen.ids)))
-    ways = {name: _way(told[name], editor, some, wanted_M, reader, judge) for name in VARIANTS}
-    masked, names = mean(editor.share_M), data.label_names
-    rows = [{"sample_id": int(chosen.names_M[m]), "class": names[chosen.label_M[m]], "wanted": names[wanted_M[m]],
+    editor = Editor(context, chosen, target_MKD, wanted_M)
+    classifier, reader = editor.classifier, editor.reader
+    conditioning = latent_conditions(target_MKD, other_MKD)
+    sampled = {name: editor.write(conditioning[name], watched=name == "true") for name in VARIANTS}
+    measures = {name: editor.measure(sampled[name]) for name in VARIANTS}
+    before = share(classifier.posterior(chosen.ids).argmax(1) == wanted_M)
+    some = np.arange(min(_PATH_TEXTS, len(chosen.ids)))
+    paths = {name: editor.path(conditioning[name], some) for name in VARIANTS}
+    names = data.label_names
+    rows = [{"sample_id": int(chosen.key_M[m]), "class": names[chosen.label_M[m]], "wanted": names[wanted_M[m]],
              "source": reader.text(chosen.ids[m]), "masked": np.flatnonzero(editor.masked[m]).tolist(),
-             **{name: reader.text(drawn[name][m].ids) for name in VARIANTS}, "ids": drawn["true"][m].ids,
+             **{name: reader.text(sampled[name][m].ids) for name in VARIANTS}, "ids": sampled["true"][m].ids,
              "source_ids": chosen.ids[m].tolist()} for m in range(len(chosen.ids))]  # fmt: skip
     results = {
-        "texts": len(rows), "judge": judge.name, "judged_wanted_before": asdict(before),
-        "masked": masked, "network_evaluations_for_positions": editor.selecting,
-        "network_evaluations_per_sample": float(np.mean([text.evaluations for text in drawn["true"]])),
-        **{name: {**asdict(found[name]), "way": asdict(ways[name])} for name in VARIANTS}, "way_texts": len(some),
+        "texts": len(rows), "judge": classifier.name, "judged_wanted_before": asdict(before),
+        "masked": mean(editor.share_M), "network_evaluations_for_positions": editor.selection_evaluations,
+        "network_evaluations_per_sample": float(np.mean([text.evaluations for text in sampled["true"]])),
+        **{name: {**asdict(measures[name]), "way": asdict(paths[name])} for name in VARIANTS}, "way_texts": len(some),
     }  # fmt: skip
-    return Edit(results, rows, drawn["true"], {}, edited=found, ways=ways, before=before, judge=judge, masked=masked)
+    return EditResult(
+        results,
+        rows,
+        sampled["true"],
+        {},
+        edited=measures,
+        paths=paths,
+        before=before,
+        classifier=classifier,
+        masked=results["masked"],
+    )
 
 
-def _edited(drawn: Sequence[Drawn], editor: Editor, wanted_M: np.ndarray, reader: Reader, judge: Judging) -> Edited:
-    ids = [text.ids for text in drawn]
-    posterior_MC = judge.posterior(ids)
-    changed_M = np.array([(old != np.array(new)).sum() / max(may.sum(), 1) for old, new, may in
-                          zip(editor.chosen.ids, ids, editor.eligible, strict=True)])  # fmt: skip
-    old, new = ([reader.content(row) for row in rows] for rows in (editor.chosen.ids, ids))
-    read_M = posterior_MC.sum(1) > 0
-    right_M = (posterior_MC.argmax(1) == wanted_M) & read_M
-    of_read = share(right_M[read_M]) if judge.readable and read_M.any() else None
-    unread = float((~read_M).mean()) if judge.readable else None
-    toward = None if reader.missing else mean(cosines(reader.latents(ids), editor.target_MKD))
-    return Edited(share(right_M), of_read, mean(changed_M), mean(edits(new, old)), unread, toward)
+def smoothness(latents: Sequence[np.ndarray], p_MP: np.ndarray) -> LatentPath:
+    """Return SSS and MTS of texts along a path of P points. MTS counts strict rises, so that constant texts score 0.
 
-
-def _way(
-    told: Mapping[str, Tensor], editor: Editor, some: np.ndarray, wanted_M: np.ndarray, reader: Reader, judge: Judging
-) -> Way:
-    """Of `some` texts, from their own latent to that of `told`, or nowhere where that is hidden."""
-    known, latents = editor.setting.data.latents, []
-    ends = [known.vectors(end_MKD[some]) for end_MKD in (editor.chosen.latent_MKD, told["latent"].numpy())]
-    p_MP = []
-    for point in np.linspace(0.0, 1.0, editor.setting.directed.edit.path):
-        latent_MKD = known.space.standardise(slerp(*ends, point))
-        now = hidden(latent_MKD) if "latent_t" in told else {"latent": torch.from_numpy(latent_MKD)}
-        ids = [text.ids for text in editor.write(now, some)]
-        p_MP.append(judge.posterior(ids)[np.arange(len(some)), wanted_M[some]])
-        latents += [] if reader.missing else [reader.latents(ids)]
-    return smoothness(latents, np.stack(p_MP, axis=1))
-
-
-def smoothness(latents: Sequence[np.ndarray], p_MP: np.ndarray) -> Way:
-    """SSS and MTS of texts along a way. latents: (M, K, D) for each of P points, zeros for a text that has none, or
-    nothing at all. p_MP: p(wanted class). Both are 1 for texts that move nowhere if a step that stays counts as a rise;
-    here it does not."""
+    latents: (M, K, D) for each point, zeros for a text without one; empty without an encoder. p_MP: p(target class).
+    """
     mts = mean((np.diff(p_MP, axis=1) > 0).mean(1))
     if not latents:
-        return Way(None, 0.0, mts)
+        return LatentPath(None, 0.0, mts)
     has_MP = np.stack([flat(latent_MKD).any(1) for latent_MKD in latents], axis=1)
     cosine_MS = np.stack([cosines(a, b) for a, b in itertools.pairwise(latents)], axis=1)
     seen_MS = has_MP[:, 1:] & has_MP[:, :-1]
     some_M = seen_MS.any(1)
     sss_M = ((cosine_MS * seen_MS).sum(1)[some_M] / seen_MS.sum(1)[some_M]).round(12)  # 1 is exactly 1
-    return Way(mean(sss_M) if some_M.any() else None, float(seen_MS.mean()), mts)
+    return LatentPath(mean(sss_M) if some_M.any() else None, float(seen_MS.mean()), mts)

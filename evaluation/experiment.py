@@ -1,4 +1,4 @@
-"""What measuring, classifying and the tasks are handed: an experiment."""
+"""Protocols: the parts of an experiment that evaluation, classification and tasks use."""
 
 from __future__ import annotations
 
@@ -18,24 +18,22 @@ from palimpsest.evaluation.likelihood import GroundTruth, Precision
 
 
 class Choices(Protocol):
-    """What a configuration chooses that is no object of its own.
-
-    Attributes:
-        conditional: one network is conditioned on the class; else there is one model per class.
+    """Configuration choices that are not objects. conditional: one network is conditioned on the class; else one model
+    per class.
     """
 
     conditional: bool
 
 
 class Builds(Protocol):
-    """Builds what the configuration names (experiment/building.py).
+    """Builds the objects that the configuration names (experiment/building.py).
 
-    `label` None means the class that the configuration chooses, or all.
+    `label` None means the configured class, or all classes.
 
     Attributes:
         settings: the resolved configuration as YAML.
         truth: the exact distribution of the corpus, if it is known.
-        judge: of completed prompts.
+        judge: checks the answers to completed prompts.
     """
 
     choices: Choices
@@ -51,13 +49,13 @@ class Builds(Protocol):
 
 
 class Folders(Protocol):
-    """Knows where runs are (experiment/runs.py)."""
+    """The folders of runs (experiment/runs.py)."""
 
     def folder(self, label: int | None = None) -> Path: ...
 
 
 class Loads(Protocol):
-    """Makes a checkpoint into a ready model (experiment/weights.py)."""
+    """Loads checkpoints as ready models (experiment/weights.py)."""
 
     def trained(self, data: TextData, checkpoint_path: str, disable_ema: bool) -> Diffusion: ...
 
@@ -66,9 +64,9 @@ class Experiment(Protocol):
     """An experiment (experiment/experiment.py).
 
     Attributes:
-        command: what was typed.
-        facts: what stands at the top of a report.
-        protocol: which distribution, weights and random numbers a result belongs to.
+        command: the command line.
+        facts: the table at the top of a report.
+        protocol: the distribution, weights and random numbers that a result belongs to.
     """
 
     build: Builds

@@ -1,4 +1,4 @@
-"""Draw texts out of masks, and hold them against as many real ones."""
+"""Sample texts without prompts, and compare them with as many real texts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from palimpsest.evaluation.drawing import Sampled, Setting, decoded
+from palimpsest.evaluation.drawing import SamplingContext, SamplingResult, decoded
 from palimpsest.evaluation.generative_perplexity import CausalScorer
 from palimpsest.evaluation.guidance import class_shares
 from palimpsest.evaluation.likelihood import GroundTruth
@@ -15,44 +15,39 @@ from palimpsest.evaluation.sampling_inputs import rows_to_fill
 
 
 @dataclass(frozen=True)
-class FreeTexts(Sampled):
-    """Texts out of masks. texts: as strings. comparison: their quality beside that of real texts."""
+class FreeTexts(SamplingResult):
+    """Texts sampled without prompts."""
 
     texts: list[str]
-    comparison: Comparison
+    comparison: Comparison  # quality of these and of real texts
 
 
 @dataclass(frozen=True)
-class WriteFreely:
-    """The request for `number` texts, to be held against as many real ones of `split` (None: against nothing).
-
-    scorer: of their generative perplexity, if that is wanted. truth: the exact distribution of the corpus, if it is
-    known. class_id: the class that the texts are guided to.
-    """
+class FreeTextRequest:
+    """A request for `number` texts, to be compared with as many real ones."""
 
     number: int
-    split: str | None
-    scorer: CausalScorer | None
-    truth: GroundTruth | None
-    class_id: int | None
+    split: str | None  # of the real texts; None for no comparison
+    scorer: CausalScorer | None  # of the generative perplexity, if wanted
+    truth: GroundTruth | None  # the exact distribution of the corpus, if known
+    class_id: int | None  # the class that the texts are guided to
     folder = ""
 
-    def __call__(self, setting: Setting) -> FreeTexts:
-        """Draw the texts and measure them."""
-        data, drawing = setting.data, setting.drawing
-        real = real_texts(data, self.split, self.number, setting.seed)
-        blanks = rows_to_fill(setting.diffusion, data, drawing.given, self.number, setting.seed)
-        drawn = setting.fill(blanks, np.arange(self.number))
-        texts = [decoded(text, drawing.given, data.tokenizer) for text in drawn]
-        rows = [{"sample": index, "text": text, "ids": one.ids, "steps": one.steps,
-                 "confidence": [round(p, 4) for p in one.confidence], "evaluations": one.evaluations}
-                for index, (text, one) in enumerate(zip(texts, drawn, strict=True))]  # fmt: skip
-        setting.keep(rows)
+    def __call__(self, context: SamplingContext) -> FreeTexts:
+        """Sample the texts and measure them."""
+        data, drawing = context.data, context.drawing
+        real = real_texts(data, self.split, self.number, context.seed)
+        masked_rows = rows_to_fill(context.diffusion, data, drawing.given, self.number, context.seed)
+        sampled = context.sample(masked_rows, np.arange(self.number))
+        texts = [decoded(text, drawing.given, data.tokenizer) for text in sampled]
+        rows = [{"sample": index, "text": text, **one.columns()}
+                for index, (text, one) in enumerate(zip(texts, sampled, strict=True))]  # fmt: skip
+        context.save_rows(rows)
         if self.scorer:
-            self.scorer.to(setting.diffusion.device)
-        comparison = compare([text.ids for text in drawn], real, data, self.scorer)
-        evaluations = float(np.mean([text.evaluations for text in drawn]))
+            self.scorer.to(context.diffusion.device)
+        comparison = compare([text.ids for text in sampled], real, data, self.scorer)
+        evaluations = float(np.mean([text.evaluations for text in sampled]))
         results = {**comparison.results(), "network_evaluations_per_sample": evaluations}
         if self.class_id is not None:
             results |= class_shares(self.truth, texts, self.class_id)
-        return FreeTexts(results, rows, drawn, {}, texts, comparison)
+        return FreeTexts(results, rows, sampled, {}, texts, comparison)

@@ -1,7 +1,7 @@
-"""Generative perplexity: what another, causal language model thinks of texts.
+"""Generative perplexity: the perplexity of texts under another, causal language model.
 
-The texts are re-tokenised with that model's own tokenizer, so a token here is one of its tokens. The number falls when
-texts repeat themselves; evaluation/sample_quality.py never reports it alone.
+The texts are re-tokenised with the scorer's own tokenizer, so tokens here are the scorer's. Repetition lowers the
+number, so evaluation/sample_quality.py always reports diversity too.
 
 Shape suffixes: B batch of windows, L length, V the scorer's vocabulary, M texts.
 """
@@ -26,12 +26,12 @@ from palimpsest.training.callbacks.progress import Meter
 
 KEY = "eval.gen_ppl_eval_model_name_or_path"
 _ALL = 2**31
-_MOST_UNUSED = 1024  # rows of an embedding beyond the tokenizer's ids: padding to a round number stays far below
+_MOST_UNUSED = 1024  # rows of an embedding beyond the tokenizer's ids, which round its size up
 
 
 @dataclass(frozen=True)
 class Window:
-    """Tokens [start, stop) of a text are shown to the network together; those from `first` on are scored."""
+    """Tokens [start, stop) of a text, evaluated together; those from `first` on are scored."""
 
     start: int
     stop: int
@@ -39,10 +39,10 @@ class Window:
 
 
 def windows(num_tokens: int, context: int | None) -> list[Window]:
-    """Windows of at most `context` tokens (None: no limit), each half a context on from the last.
+    """Return windows of at most `context` tokens (None: no limit), each half a context after the last.
 
-    Every token but the very first is scored once, in the first window that holds it; in a later window at least half a
-    context stands before it.
+    Every token but the first of the text is scored once, in the first window that holds it. In later windows at least
+    half a context precedes it.
 
     Raises:
         ValueError: a context of fewer than two tokens.
@@ -51,26 +51,22 @@ def windows(num_tokens: int, context: int | None) -> list[Window]:
         raise ValueError(f"a context of {context} tokens leaves nothing to predict from")
     if context is None or num_tokens <= context:
         return [Window(0, num_tokens, 1)]
-    cut = [Window(0, context, 1)]
-    while cut[-1].stop < num_tokens:
-        start = cut[-1].start + context // 2
-        cut.append(Window(start, min(start + context, num_tokens), cut[-1].stop))
-    return cut
+    found = [Window(0, context, 1)]
+    while found[-1].stop < num_tokens:
+        start = found[-1].start + context // 2
+        found.append(Window(start, min(start + context, num_tokens), found[-1].stop))
+    return found
 
 
 @dataclass(frozen=True)
 class GenerativePerplexity:
-    """nats_per_token: over all scored tokens, with its standard error over texts; nan where there was no token.
+    """Generative perplexity of a set of texts."""
 
-    texts, tokens: how many were scored. left_out: texts without a token to score, such as empty ones. protocol: what
-    must be equal for two such numbers to be comparable.
-    """
-
-    nats_per_token: Estimate
-    texts: int
-    tokens: int
-    left_out: int
-    protocol: dict[str, object]
+    nats_per_token: Estimate  # error over texts; nan without scored tokens
+    texts: int  # scored texts
+    tokens: int  # scored tokens
+    left_out: int  # texts without a token to score, such as empty ones
+    protocol: dict[str, object]  # must be equal for two such numbers to be comparable
 
     @property
     def perplexity(self) -> Estimate:
@@ -80,14 +76,13 @@ class GenerativePerplexity:
 
 @dataclass(frozen=True)
 class TextScores:
-    """nats_M: -log p(text), float64. tokens_M: how many of the scorer's tokens that covers; 0 for an empty text."""
+    """nats_M: -log p(text), float64. tokens_M: scored tokens of each text; 0 for an empty text."""
 
     nats_M: np.ndarray
     tokens_M: np.ndarray
 
     def summary(self, protocol: dict[str, object], units: Units | None = None) -> GenerativePerplexity:
-        """Nats per token over the texts that have a scored token, with its error over `units` (None: each text is
-        one)."""
+        """Return nats per token of the texts with scored tokens; errors are over `units` (None: each text)."""
         scored_M = self.tokens_M > 0
         units = Units.each(np.arange(len(scored_M))) if units is None else units
         nats = Estimate(float("nan"), float("nan"))
@@ -98,7 +93,7 @@ class TextScores:
 
 
 class CausalScorer:
-    """A causal language model with its tokenizer, loaded once, that scores texts.
+    """A causal language model with its tokenizer, which scores texts.
 
     Args:
         model: predicts token i + 1 from the tokens up to i.
@@ -107,7 +102,7 @@ class CausalScorer:
         batch_size: windows scored at once; it changes speed and memory, not the scores.
 
     Raises:
-        ValueError: a tokenizer that is not the model's; a model that sees what it predicts.
+        ValueError: the tokenizer is not the model's, or the model sees the tokens that it predicts.
     """
 
     def __init__(
@@ -117,6 +112,7 @@ class CausalScorer:
         self.tokenizer = tokenizer
         self.name = name
         self.batch_size = batch_size
+        self._bos: int | None = tokenizer.bos_token_id
         self.context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self._vocab_size = model.get_input_embeddings().weight.shape[0]
         tokenizer.model_max_length = _ALL  # long texts are windowed here; the tokenizer's own limit only warns
@@ -128,12 +124,13 @@ class CausalScorer:
         cls, name_or_path: str, batch_size: int = 8, device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> CausalScorer:  # fmt: skip
-        """The scorer named on the command line: `$DATA_DIR/<name>` where that exists, else a folder, else the Hub.
+        """Load the scorer `$DATA_DIR/<name>` if that exists, else from a folder, else from the Hub.
 
-        Weights come from safetensors alone and no code comes with them.
+        Loads weights from safetensors only, and no code.
 
         Raises:
-            FileNotFoundError: it is nowhere. ValueError: what is there can not be used, or the class's own checks fail.
+            FileNotFoundError: there is no such model.
+            ValueError: the model cannot be used, or the class's own checks fail.
         """
         if not name_or_path or not isinstance(name_or_path, str):
             raise ValueError(f"{KEY}={name_or_path!r}: give a folder or a name on the Hub, such as gpt2-large")
@@ -141,13 +138,13 @@ class CausalScorer:
         return cls(model.to(device), tokenizer, name_or_path, batch_size)
 
     def to(self, device: torch.device) -> CausalScorer:
-        """Move the network; returns itself."""
+        """Move the network; return the scorer."""
         self.model.to(device)
         return self
 
     @property
     def protocol(self) -> dict[str, object]:
-        """What must be equal for two generative perplexities to be comparable."""
+        """Settings that must be equal for two generative perplexities to be comparable."""
         first = "not scored: the scorer has no begin token" if self._bos is None else "scored after the begin token"
         return {
             "scorer": self.name, "revision": getattr(self.model.config, "_commit_hash", None),
@@ -157,9 +154,10 @@ class CausalScorer:
 
     @torch.inference_mode()
     def score(self, texts: Sequence[str]) -> TextScores:
-        """-log p of each text in nats. The first token is predicted from the scorer's begin token (BOS); where it has
-        none, the first token is given. No end token is added, and special tokens spelled out in a text are read as
-        characters.
+        """Return -log p of each text in nats.
+
+        The first token is predicted from the scorer's begin token (BOS); without one, it is not scored. No end token is
+        added, and special tokens spelled out in a text are read as characters.
 
         Raises:
             ValueError: a text has token ids that the network does not know.
@@ -181,12 +179,11 @@ class CausalScorer:
         return TextScores(nats_M, np.array([max(len(ids) - 1, 0) for ids in rows], dtype=np.int64))
 
     def perplexity(self, texts: Sequence[str], units: Units | None = None) -> GenerativePerplexity:
-        """The generative perplexity of `texts`, its error over `units` (None: each text is one)."""
+        """Return the generative perplexity of `texts`; errors are over `units` (None: each text)."""
         return self.score(texts).summary(self.protocol, units)
 
     def _nats(self, batch: Sequence[tuple[list[int], int]]) -> list[float]:
-        """Nats of each row's tokens from its second entry on, given those before; rows are padded on the right,
-        where a causal network can not see."""
+        """Return the nats of each row's tokens from its second entry on; padding on the right has no effect."""
         width = max(len(ids) for ids, _ in batch)
         ids_BL = torch.zeros(len(batch), width, dtype=torch.int64)
         mask_BL = torch.zeros_like(ids_BL)
@@ -206,19 +203,15 @@ class CausalScorer:
     def _logits(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
         return self.model(input_ids=ids_BL, attention_mask=mask_BL, use_cache=False).logits
 
-    @property
-    def _bos(self) -> int | None:
-        return self.tokenizer.bos_token_id
-
     def _check_tokenizer(self) -> None:
-        """Its regular ids must exist in the network, and the network's in it, but for rows that round a size up."""
+        """Check that tokenizer and network have the same ids, except for unused rows of the embedding."""
         known = max(self.tokenizer.get_vocab().values()) + 1
         missing = [i for i in (self.tokenizer.vocab_size - 1, self._bos) if i is not None and i >= self._vocab_size]
         unused = self._vocab_size - known
         if missing or unused > max(_MOST_UNUSED, self._vocab_size // 20):
             raise ValueError(
-                f"{KEY}={self.name}: its tokenizer has {known} ids and its network {self._vocab_size}, so they do not "
-                "belong together; put the tokenizer files of this very model beside its weights"
+                f"{KEY}={self.name}: its tokenizer has {known} ids and its network {self._vocab_size}, which "
+                "do not match; put the tokenizer files of this very model beside its weights"
             )
 
     def _check_ids(self, rows: Sequence[Sequence[int]]) -> None:
@@ -232,20 +225,19 @@ class CausalScorer:
 
     @torch.inference_mode()
     def _check_causal(self) -> None:
-        """Change the last token and see whether predictions before it change: an encoder (bert) loads without a
-        complaint and would be given the answers."""
+        """Check that no prediction depends on later tokens: encoders (bert) load as well, and would see the answers."""
         ids_BL = torch.zeros(2, 4, dtype=torch.int64, device=self.model.device)
         ids_BL[1, -1] = 1
         logits_BLV = self._logits(ids_BL, torch.ones_like(ids_BL))[:, :-1].double()
         if not torch.allclose(logits_BLV[0], logits_BLV[1], rtol=1e-3, atol=1e-3):
             raise ValueError(
-                f"{KEY}={self.name} is no causal language model: what it predicts for a token depends on that token; "
-                "choose one that reads from left to right, such as gpt2-large"
+                f"{KEY}={self.name} is no causal language model: its prediction of a token depends on that token; "
+                "choose a causal one, such as gpt2-large"
             )
 
 
 def _folder(name: str) -> Path | None:
-    """The local folder of that name; None where it must be the Hub's."""
+    """Return the local folder of that name; None if it must be the Hub's."""
     path = local_folder(name)
     if path is None and Path(name).expanduser().is_dir():
         path = Path(name).expanduser()

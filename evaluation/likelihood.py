@@ -1,4 +1,4 @@
-"""Likelihood of a split: measured by an estimator to a wanted precision, beside a unigram model and the truth.
+"""Likelihood of a split to a given precision, with the unigram likelihood and the true entropy to compare.
 
 Shape suffixes: B batch, M texts of the split, K draws, P network passes, R rounds.
 """
@@ -26,29 +26,21 @@ from palimpsest.objectives.base import Batch, scored_mask
 
 @dataclass(frozen=True)
 class Scores:
-    """What was measured, one row per text (of wrapped data, per row), sorted by sample id.
+    """Likelihood estimates, one row per text (of wrapped data: per row), sorted by sample id."""
 
-    kind: what the numbers estimate. label: how. exact: without Monte Carlo error. causal: the first token of a row is
-    context, and its ending is scored. nll_MK: nats, one column per draw, of which the mean is the estimate. round_K:
-    the round of draws each column belongs to. tokens_M: tokens that count. maskable_M: those that can be masked, the
-    fill behind a text among them. evaluations_M: network evaluations spent.
-    cross_entropy_MP, num_masked_MP: summed cross-entropy (nats) of the masked tokens of a pass, and their number.
-    units: what the errors are over.
-    """
-
-    kind: str
-    label: str
-    exact: bool
-    causal: bool
+    kind: str  # the estimated quantity
+    label: str  # the method
+    exact: bool  # without Monte Carlo error
+    causal: bool  # the first token of a row is context, and its end is scored
     sample_id_M: np.ndarray
-    nll_MK: np.ndarray
-    round_K: np.ndarray
-    tokens_M: np.ndarray
-    maskable_M: np.ndarray
-    evaluations_M: np.ndarray
-    cross_entropy_MP: np.ndarray
-    num_masked_MP: np.ndarray
-    units: Units
+    nll_MK: np.ndarray  # nats; the mean over draws is the estimate
+    round_K: np.ndarray  # the round of each draw
+    tokens_M: np.ndarray  # counted tokens
+    maskable_M: np.ndarray  # tokens that can be masked, including EOS padding
+    evaluations_M: np.ndarray  # of the network
+    cross_entropy_MP: np.ndarray  # summed over the masked tokens of a pass, nats
+    num_masked_MP: np.ndarray  # tokens masked in a pass
+    units: Units  # independent units that errors are over
 
     @property
     def nll_M(self) -> np.ndarray:
@@ -57,10 +49,12 @@ class Scores:
 
     @property
     def monte_carlo_se(self) -> float:
-        """Standard error of the nats per token of the split that comes from the draws alone, the texts being given; 0
-        for exact likelihoods, nan from a single draw. From the rounds where there are several, else from the draws of
-        the one round, which is conservative: they are stratified, and this ignores it. The windows of a text share
-        their times, so a text's draws are summed over its windows first."""
+        """Standard error of the nats per token from the draws alone; 0 for exact likelihoods, nan from a single draw.
+
+        Computed from rounds if there are several, else from the draws of the one round, which is conservative because
+        they
+        are stratified. The windows of a text share their times, so draws are summed over windows first.
+        """
         means_MK = self.nll_MK
         if self.units.name == "texts":
             text_M = np.unique(self.units.first_M, return_inverse=True)[1]
@@ -74,11 +68,11 @@ class Scores:
         return float(np.sqrt(means_MK.var(axis=1, ddof=1).sum() / draws) / self.tokens_M.sum())
 
     def per_token(self) -> Estimate:
-        """Nats per token of the split, with its standard error over the units."""
+        """Return the nats per token of the split, with its standard error over the units."""
         return ratio(self.nll_M, self.tokens_M, self.units)
 
     def columns(self) -> dict[str, np.ndarray]:
-        """Return the nats and tokens of each text, with the units of the errors, (M,) each."""
+        """Return the nats and tokens of each text, with its units, (M,) each."""
         return {
             "sample_id": self.sample_id_M,
             "nats": self.nll_M,
@@ -88,16 +82,17 @@ class Scores:
         }
 
     def by_mask_rate(self) -> tuple[np.ndarray, list[Estimate]]:
-        """Return the shares of masked tokens, and the cross-entropy there in nats per masked token."""
+        """Return shares of masked tokens, and the cross-entropy there in nats per masked token."""
         rate_MP = self.num_masked_MP / np.maximum(self.maskable_M[:, None], 1)
         return ratios_by_rate(rate_MP, self.cross_entropy_MP, self.num_masked_MP, self.units)
 
 
 @dataclass(frozen=True)
 class Precision:
-    """When to stop drawing. A round takes `num_draws` network evaluations per text; with a `target_se` (nats per token
-    of the split, from the draws alone: `Scores.monte_carlo_se`) rounds go on until it is reached, or `max_draws` are
-    spent. The error over texts, which more draws cannot bring below that of exact likelihoods, plays no part."""
+    """Stopping rule of the draws: rounds of `num_draws` network evaluations per text.
+
+    With a `target_se` (nats per token, `Scores.monte_carlo_se`), rounds are added until it or `max_draws` is reached.
+    """
 
     num_draws: Count
     target_se: Positive | None = None
@@ -109,7 +104,7 @@ class Precision:
 
     @property
     def rounds(self) -> int:
-        """At most so many."""
+        """Maximum number of rounds."""
         return 1 if self.target_se is None else self.max_draws // self.num_draws
 
 
@@ -117,17 +112,17 @@ def score(
     trainer: lightning.Trainer, diffusion: Diffusion, loader: object, estimator: Estimator, precision: Precision,
     seed: int, conditioned: Callable[[Batch], Batch] = lambda batch: batch, rounds: int | None = None,
 ) -> Scores:  # fmt: skip
-    """Measure every text that `loader` yields, on all of the trainer's devices.
+    """Measure every text of `loader` on all of the trainer's devices.
 
     Args:
-        conditioned: batch -> the batch with the conditioning that the network gets beside the tokens.
-        rounds: this many rounds of draws whatever the precision, to be paired with another measurement of as many.
+        conditioned: adds conditioning to a batch.
+        rounds: a fixed number of rounds, to be paired with another measurement.
     """
-    found: list[Scores] = []
+    measured: list[Scores] = []
     for number in range(rounds or precision.rounds):
-        found.append(_round(trainer, diffusion, loader, estimator, precision.num_draws, hash_seed(seed, number),
+        measured.append(_round(trainer, diffusion, loader, estimator, precision.num_draws, hash_seed(seed, number),
                             conditioned))  # fmt: skip
-        scores = _joined(found)
+        scores = _concatenated(measured)
         if rounds is None and (precision.target_se is None or scores.monte_carlo_se <= precision.target_se):
             return scores
     if rounds is None:
@@ -138,8 +133,8 @@ def score(
     return scores
 
 
-def _joined(rounds: list[Scores]) -> Scores:
-    """Return the draws of several rounds over the same texts as one measurement."""
+def _concatenated(rounds: list[Scores]) -> Scores:
+    """Concatenate the draws of several rounds over the same texts."""
     first = rounds[0]
     assert all((part.sample_id_M == first.sample_id_M).all() for part in rounds)
     columns = {name: np.concatenate([getattr(part, name) for part in rounds], axis=1)
@@ -155,16 +150,16 @@ def _round(
     model = diffusion.model
 
     def measure(batch: Batch) -> dict[str, Tensor]:
-        found = estimator(model, conditioned(batch), seed, num_draws)
-        none = found.nll_BK.new_zeros((len(found.nll_BK), 0))
+        estimate = estimator(model, conditioned(batch), seed, num_draws)
+        no_masks = estimate.nll_BK.new_zeros((len(estimate.nll_BK), 0))
         return {
             "sample_id": batch["sample_id"],
-            "nll": found.nll_BK.double(),
-            "tokens": found.tokens_B,
+            "nll": estimate.nll_BK.double(),
+            "tokens": estimate.tokens_B,
             "maskable": scored_mask(batch).sum(-1),
-            "evaluations": found.evaluations_B,
-            "cross_entropy": found.logs.get("cross_entropy", none).double(),
-            "num_masked": found.logs.get("num_masked", none),
+            "evaluations": estimate.evaluations_B,
+            "cross_entropy": estimate.logs.get("cross_entropy", no_masks).double(),
+            "num_masked": estimate.logs.get("num_masked", no_masks),
             **{name: batch[name] for name in UNIT_COLUMNS if name in batch},
         }
 
@@ -177,7 +172,7 @@ def _round(
 
 
 class GroundTruth(Protocol):
-    """A corpus that knows its own probabilities; natural logarithms."""
+    """A corpus with known probabilities; natural logarithms."""
 
     def log_prob(self, texts: Sequence[str], label: int) -> np.ndarray: ...
 
@@ -188,18 +183,13 @@ class GroundTruth(Protocol):
 
 @dataclass(frozen=True)
 class Likelihood:
-    """The likelihood of a split, with what to hold it against, all in nats per scored token.
-
-    truth: the corpus's own entropy on the same texts, where it is known. gap: model minus truth, text by text, so its
-    error is far smaller than that of either. unigram: the same texts under training-set token frequencies, None for
-    data without a train split.
-    """
+    """The likelihood of a split and its baselines, in nats per scored token."""
 
     scores: Scores
     model: Estimate
-    unigram: Estimate | None
-    truth: Estimate | None = None
-    gap: Estimate | None = None
+    unigram: Estimate | None  # of training-set token frequencies; None without a train split
+    truth: Estimate | None = None  # entropy of the corpus on the same texts, if known
+    gap: Estimate | None = None  # model minus truth, paired by text
 
     def results(self) -> dict[str, object]:
         """Return the numbers for results.json."""
@@ -211,7 +201,7 @@ class Likelihood:
 
 
 def likelihood(data: TextData, split: str, scores: Scores, truth: GroundTruth | None) -> Likelihood:
-    """Hold measured scores of `split` against a unigram model and, where the corpus knows it, the true entropy."""
+    """Compare the scores of `split` with the unigram likelihood and, if known, the true entropy."""
     rows_M = row_numbers(data.split(split), scores.sample_id_M)
     unigram = None
     if "train" in data.splits:
@@ -230,7 +220,7 @@ def likelihood(data: TextData, split: str, scores: Scores, truth: GroundTruth | 
 
 
 def row_numbers(rows: Mapping[str, Sequence[int]], sample_id_M: np.ndarray) -> np.ndarray:
-    """Where in a packed split the samples stand, (M,)."""
+    """Return the row of each sample in a packed split, (M,)."""
     ids = np.asarray(rows["sample_id"])
     order = ids.argsort()
     return order[np.searchsorted(ids, sample_id_M, sorter=order)]
@@ -239,9 +229,9 @@ def row_numbers(rows: Mapping[str, Sequence[int]], sample_id_M: np.ndarray) -> n
 def true_nll(
     data: TextData, split: str, rows_M: np.ndarray, tokens_M: np.ndarray | None, truth: GroundTruth
 ) -> np.ndarray:
-    """-log p(text) of rows of a split under the corpus's own law, in nats (M,); given its length if `tokens_M` are
-    said, because a padded row shows a model how long its text is. With all classes in the data the law is their
-    mixture.
+    """Return -log p(text) of rows of a split under the exact distribution of the corpus, in nats (M,).
+
+    tokens_M: condition on these lengths, which padded rows show to the model. Data of all classes are their mixture.
     """
     every = data.texts(split)["text"]
     texts = [every[int(i)] for i in rows_M]
@@ -252,28 +242,29 @@ def true_nll(
     return np.logaddexp.reduce([truth.log_prob_length(tokens_M, k) for k in labels]) - joint
 
 
-def protocol(known: Mapping[str, object], data: TextData, split: str, scores: Scores) -> dict[str, object]:
-    """Return what must be equal for two perplexities to be comparable, and what they are of. known: the protocol of
-    the experiment."""
+def protocol(
+    experiment_protocol: Mapping[str, object], data: TextData, split: str, scores: Scores
+) -> dict[str, object]:
+    """Add to the experiment's protocol the settings that must be equal for two perplexities to be comparable."""
     return {
-        **known, "kind": "exact likelihood" if scores.label == "exact" else scores.kind,
+        **experiment_protocol, "kind": "exact likelihood" if scores.label == "exact" else scores.kind,
         "data": data.name, "data_protocol": data.protocol or "ours", "split": split,
         "label": data.label, "tokenizer": data.vocabulary.fingerprint,
         "detokenizer": data.detokenizer(split), "length": data.length, "wrap": data.wrap,
         "packing": asdict(data.packing(split)), "prompted": data.prompted, "fill": data.fill, "estimator": scores.label,
         "prefix_length": data.prefix_length, "score_special": data.score_special,
-        "law": _law(data, causal=known["parameterization"] == "ar"),
+        "law": _definition(data, causal=experiment_protocol["parameterization"] == "ar"),
         "network_evaluations_per_text": float(scores.evaluations_M.mean()),
         "latents": data.latents and data.latents.fingerprint,
     }  # fmt: skip
 
 
-def _law(data: TextData, causal: bool) -> str:
-    """What a likelihood of these rows is of: what is scored, and what is given beside the beginning of a row."""
+def _definition(data: TextData, causal: bool) -> str:
+    """Return the likelihood's definition: what is scored, and what is observed."""
     endings = not causal and not data.fill and not data.score_special
-    given = {"prompt": data.prompted, "first token": data.first_given,
+    conditions = {"prompt": data.prompted, "first token": data.first_given,
              f"first {data.prefix_length} tokens": data.prefix_length,
              "where its special tokens stand": endings}  # fmt: skip
-    said = ", ".join(name for name, is_so in given.items() if is_so)
+    listed = ", ".join(name for name, is_so in conditions.items() if is_so)
     beginning = data.prompted or data.first_given or data.prefix_length
-    return f"p({'rest' if beginning else 'text'}{' | ' if said else ''}{said})"
+    return f"p({'rest' if beginning else 'text'}{' | ' if listed else ''}{listed})"

@@ -1,7 +1,7 @@
-"""Sampled texts held against real ones: generative perplexity never without the diversity it may have been bought with.
+"""Quality of sampled and real texts: generative perplexity and diversity.
 
-Any of these numbers alone can be made as good as one likes by a sampler that repeats itself or rambles, so samples
-and as many real texts go through the same measures, and both stand side by side wherever one is shown.
+A sampler can improve each of these numbers alone by repetition or rambling. So samples and as many real texts are
+always measured in the same way and reported side by side.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from palimpsest.evaluation.diversity import Diversity, diversity
 from palimpsest.evaluation.generative_perplexity import CausalScorer, GenerativePerplexity
 
 _TEXT = "from the begin token to the first end token, special tokens left out"
-_MOST_TEXTS = 50_000  # a split is read and tokenised whole; beyond this it takes minutes, for a reference alone
+_MOST_TEXTS = 50_000  # larger splits take minutes to tokenise, for a reference only
 
 
 @dataclass(frozen=True)
 class Quality:
-    """What was measured of one set of texts. likelihood: None where no scorer was asked for."""
+    """Quality of a set of texts."""
 
     diversity: Diversity
-    likelihood: GenerativePerplexity | None
+    likelihood: GenerativePerplexity | None  # None without a scorer
     texts: int
 
     def results(self) -> dict[str, object]:
@@ -49,23 +49,22 @@ class Quality:
 
 @dataclass(frozen=True)
 class RealTexts:
-    """Token ids of real texts, as rows of `split`; `missing` says why there are none. units: what errors of
-    theirs are over (None: each row is one)."""
+    """Token ids of real texts, as rows of `split`."""
 
     rows: list[list[int]]
     split: str | None
-    missing: str = ""
-    units: Units | None = field(default=None, compare=False)
+    missing: str = ""  # why there are none
+    units: Units | None = field(default=None, compare=False)  # of errors; None: each row
 
 
 def real_texts(data: TextData, split: str | None, num_texts: int, seed: int) -> RealTexts:
-    """`num_texts` rows of a split (all, if it has fewer), a random choice that depends on the seed alone.
+    """Choose `num_texts` random rows of a split (at most all); the choice depends on the seed only.
 
-    Rows and not whole documents, since diversity depends on the length. They are only a reference: where the data are
-    absent or large, the samples are measured without them.
+    Rows are used instead of whole documents because diversity depends on the length. If the data are absent or large,
+    there is no reference.
 
     Raises:
-        ValueError: the data are there, but not such a split or not as rows of the model's length.
+        ValueError: the data exist, but not this split, or not as rows of the model's length.
     """
     if split is None:
         return RealTexts([], split, "eval.split=null")
@@ -80,16 +79,17 @@ def real_texts(data: TextData, split: str | None, num_texts: int, seed: int) -> 
     except ValueError as error:
         raise ValueError(f"{error} (eval.split={split}; null samples without reading real texts)") from error
     order = KeyedNoise(seed, torch.arange(len(rows)), draw=-7).uniform().argsort()[:num_texts].numpy()
-    known = {name: np.asarray(rows[name])[order] for name in ("sample_id", *UNIT_COLUMNS) if name in rows.column_names}
+    columns = {
+        name: np.asarray(rows[name])[order] for name in ("sample_id", *UNIT_COLUMNS) if name in rows.column_names
+    }
     ids = [list(map(int, rows[i]["input_ids"])) for i in order.tolist()]
-    return RealTexts(ids, split, units=Units.of(known))
+    return RealTexts(ids, split, units=Units.of(columns))
 
 
 def text_of(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -> str:
-    """The text a scorer reads: from the begin token in front, if there is one, to the first end token.
+    """Return the text a scorer reads: from the begin token, if there is one, to the first end token.
 
-    Special tokens are left out. A mask that the sampler left is not: it stays a character, so that unfinished text
-    does not pass for finished.
+    Special tokens are left out, except masks, so that unfinished text does not pass for finished.
     """
     ids = list(ids)[1:] if len(ids) and ids[0] == vocabulary.bos_id else list(ids)
     end = ids.index(vocabulary.eos_id) if vocabulary.eos_id in ids else len(ids)
@@ -99,15 +99,17 @@ def text_of(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, vocabulary: 
 def measure(
     rows: Sequence[Sequence[int]], data: TextData, scorer: CausalScorer | None, units: Units | None = None
 ) -> Quality:
-    """Quality of texts given as token ids. Diversity is that of whole rows, special tokens included, as in published
-    numbers; the likelihood that of `text_of` them. Errors are over `units` (None: each text is one)."""
+    """Measure texts given as token ids; errors are over `units` (None: each text).
+
+    Diversity is that of whole rows with special tokens, as in published numbers; the likelihood is that of `text_of`.
+    """
     likelihood = scorer and scorer.perplexity([text_of(ids, data.tokenizer, data.vocabulary) for ids in rows], units)
     return Quality(diversity(rows, units), likelihood, len(rows))
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Samples and, where they could be had, real texts under the same measures."""
+    """Quality of samples, and of real texts if there are any."""
 
     samples: Quality
     real: Quality | None
@@ -115,7 +117,7 @@ class Comparison:
 
     @property
     def units(self) -> Units:
-        """What the errors of the real texts are over."""
+        """Independent units that errors of the real texts are over."""
         return Units.each(range(len(self.reference.rows))) if self.reference.units is None else self.reference.units
 
     @property
@@ -124,18 +126,18 @@ class Comparison:
         return self.samples.likelihood and {**self.samples.likelihood.protocol, "text": _TEXT}
 
     def results(self) -> dict[str, object]:
-        """Return the numbers for results.json: those of the samples, and those of real texts below "real"."""
+        """Return the numbers for results.json, those of real texts under "real"."""
         units = self.units
         real = self.real and {"split": self.reference.split, "units": units.name, "num_units": len(units),
                               **self.real.results()}  # fmt: skip
-        own = self.samples.results()
-        return {"samples": own.pop("texts"), **own, "generative_protocol": self.protocol, "real": real,
+        samples = self.samples.results()
+        return {"samples": samples.pop("texts"), **samples, "generative_protocol": self.protocol, "real": real,
                 "real_missing": self.reference.missing or None}  # fmt: skip
 
 
 def compare(
     samples: Sequence[Sequence[int]], real: RealTexts, data: TextData, scorer: CausalScorer | None
 ) -> Comparison:
-    """Measure the samples, and the real texts if there are any, by the same means."""
-    beside = measure(real.rows, data, scorer, real.units) if real.rows else None
-    return Comparison(measure(samples, data, scorer), beside, real)
+    """Measure the samples, and the real texts if there are any."""
+    real_quality = measure(real.rows, data, scorer, real.units) if real.rows else None
+    return Comparison(measure(samples, data, scorer), real_quality, real)

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
+from palimpsest.classification.attributions import token_attributions
 from palimpsest.classification.bayes import log_prior, posterior_interval
-from palimpsest.classification.evidence import token_evidence
-from palimpsest.classification.models import ClassModel, check_classes, one_per_class, told_the_class
-from palimpsest.classification.scoring import ClassScores, Race, score_classes
+from palimpsest.classification.models import ClassModel, check_classes, conditional_models, one_per_class
+from palimpsest.classification.scoring import ClassScores, SequentialTest, score_classes
 from palimpsest.classification.typical import Typical
 from palimpsest.data.tokenizers import token_strings
 from palimpsest.dataloader import TextData, with_texts
@@ -101,7 +101,7 @@ class TrainedClassifier:
         Raises:
             ValueError: there are no texts, or a setting does not fit.
         """
-        race = Race(draws, confidence)
+        race = SequentialTest(draws, confidence)
         estimator = self.experiment.build.estimator
         race.check(estimator)
         data = with_texts(self.data, SPLIT, list(texts))
@@ -138,7 +138,9 @@ class TrainedClassifier:
     ) -> list[np.ndarray]:
         noising = comparison_mask_sampler(self.experiment.build.estimator, self.models[0].diffusion.objective)
         draws = {row: int(scores.draws_M[m]) for m, rows in enumerate(rows_M) for row in rows}
-        nats = dict(zip(draws, token_evidence(self.models, data, SPLIT, draws, num_draws, noising, seed), strict=True))
+        nats = dict(
+            zip(draws, token_attributions(self.models, data, SPLIT, draws, num_draws, noising, seed), strict=True)
+        )
         return [-np.concatenate([nats[row][:, : len(_ids(data, row))] for row in rows], axis=1) for rows in rows_M]
 
 
@@ -152,7 +154,7 @@ def read_classes(experiment: Experiment, folder: Path, conditional: bool) -> tup
     check_classes(data)
     paths = [experiment.runs.model_path(label) for label in range(len(data.label_names))]
     if conditional:
-        return data, told_the_class(experiment, data, str(experiment.runs.model_path()), disable_ema=False)
+        return data, conditional_models(experiment, data, str(experiment.runs.model_path()), disable_ema=False)
     missing = [str(path) for path in paths if not path.exists()]
     if missing:
         raise ValueError(

@@ -21,7 +21,7 @@ from palimpsest.dataloader import TextData, with_texts
 from palimpsest.diffusion import Diffusion
 from palimpsest.estimators.base import Estimator
 from palimpsest.estimators.nelbo import Nelbo, comparison_mask_sampler
-from palimpsest.evaluation.drawing import Drawn, decoded, draw
+from palimpsest.evaluation.drawing import SampledTokens, decoded, draw
 from palimpsest.evaluation.sampling_inputs import Template
 from palimpsest.experiment.checkpoint_identity import checkpoint_path
 from palimpsest.experiment.experiment import Experiment
@@ -75,7 +75,7 @@ class SampledText(str):
     evaluations: int
 
     @classmethod
-    def of(cls, text: str, drawn: Drawn, tokenizer: object) -> SampledText:
+    def of(cls, text: str, drawn: SampledTokens, tokenizer: object) -> SampledText:
         """Return `text` with the trace of `drawn`."""
         found = cls(text)
         found.tokens = token_strings(tokenizer, drawn.ids)

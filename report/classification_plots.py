@@ -1,7 +1,7 @@
-"""Figures of a classification: how often it is right, how sure it is, and what its draws buy.
+"""Figures of a classification: accuracy, calibration, and accuracy by draws.
 
-Like `report.plots`: each function returns a new figure in the colours of `THEME`, bars and bands are 95% intervals
-and say so, and values that are not finite are counted aloud. Shapes: K classes or bins, M texts, N points.
+Like `report.plots`: each function returns a new figure in the colours of `THEME`, bars and bands are 95% intervals and
+labelled so, and values that are not finite are counted. Shapes: K classes or bins, M texts, N points.
 """
 
 from __future__ import annotations
@@ -50,32 +50,31 @@ _MOST_BARS = 64
 
 @dataclass(frozen=True)
 class Curve:
-    """Accuracy of one method at growing cost, all N: `evaluations` of the network per text and class, `accuracy` as a
-    share in [0, 1], `se` its standard error (NaN where unknown)."""
+    """Accuracy of one method at growing cost, all N."""
 
-    evaluations: ArrayLike
-    accuracy: ArrayLike
-    se: ArrayLike
+    evaluations: ArrayLike  # of the network, per text and class
+    accuracy: ArrayLike  # share in [0, 1]
+    se: ArrayLike  # standard error; NaN if unknown
 
 
 @dataclass(frozen=True)
 class Point:
-    """One method at one cost; the fields are those of `Curve`, and `se` may be None where unknown."""
+    """One method at one cost, as in `Curve`."""
 
     evaluations: float
     accuracy: float
-    se: float | None = None
+    se: float | None = None  # None if unknown
 
 
 def accuracy_ladder(rows: Sequence[Row], highlight: str | None = None) -> Figure:
-    """Accuracies as shares in [0, 1], one dot with its 95% interval per (name, value, standard error)."""
+    """Plot accuracies as shares in [0, 1], one dot with its 95% interval per (name, value, standard error)."""
     figure, axes = dot_rows(rows, highlight, scale=100.0)
     axes.set_xlabel("accuracy (% of texts); bars: 95%; further right is better")
     return figure
 
 
 def confusion_matrix(counts_KK: ArrayLike, label_names: Sequence[str]) -> Figure:
-    """Counts [K, K], true class in rows and predicted in columns, with their share of each row."""
+    """Plot counts [K, K], true class in rows and predicted in columns, with their share of each row."""
     counts = np.asarray(counts_KK, dtype=np.int64)
     size = len(label_names)
     if counts.shape != (size, size):
@@ -105,7 +104,8 @@ def confusion_matrix(counts_KK: ArrayLike, label_names: Sequence[str]) -> Figure
 
 
 def calibration(confidence_K: ArrayLike, right_K: ArrayLike, count_K: ArrayLike, ece: float) -> Figure:
-    """Reliability diagram (Wilson 95% bars) over a histogram of the confidences, from K equal-width bins of [0, 1].
+    """Plot a reliability diagram (Wilson 95% bars) over a histogram of the confidences, from K equal-width bins of [0,
+    1].
 
     Each bin gives its mean confidence, the share of right answers and the number of texts; empty bins may hold NaN.
     `ece` is the expected calibration error in [0, 1]. Raises ValueError if the lengths differ.
@@ -144,9 +144,8 @@ def calibration(confidence_K: ArrayLike, right_K: ArrayLike, count_K: ArrayLike,
     return figure
 
 
-def llr_histogram(margin_by_label: Mapping[str, ArrayLike], num_bins: int = 40) -> Figure:
-    """How the margin log p(x | second class) − log p(x | first) [nats] is spread over the texts [N] of each true class,
-    the two in this order."""
+def llr_histogram(margin_by_label: Mapping[str, ArrayLike]) -> Figure:
+    """Plot log p(x | second class) − log p(x | first) [nats] of the texts [N] of each class, in this order."""
     figure = new_figure(3.0)
     kept = {str(name): finite(values, values) for name, values in margin_by_label.items()}
     dropped = sum(count for _, count in kept.values())
@@ -156,7 +155,7 @@ def llr_histogram(margin_by_label: Mapping[str, ArrayLike], num_bins: int = 40) 
     first, second = (*margins, "", "")[:2]
     axes = style_axes(figure.add_subplot(), f"log p(x | {second}) − log p(x | {first})  (nats)", "texts per bin")
     pooled = np.concatenate(list(margins.values()))
-    edges = np.histogram_bin_edges(pooled, bins=min(num_bins, max(5, 2 * round(pooled.size**0.5))))
+    edges = np.histogram_bin_edges(pooled, bins=min(40, max(5, 2 * round(pooled.size**0.5))))
     for i, values in enumerate(margins.values()):
         colour = SERIES[i % len(SERIES)]
         counts, _ = np.histogram(values, edges)
@@ -171,7 +170,7 @@ def llr_histogram(margin_by_label: Mapping[str, ArrayLike], num_bins: int = 40) 
 
 
 def _label_histograms(axes: Axes, margins: Mapping[str, Floats]) -> None:
-    """Names each class above its median, one line further up where names would collide."""
+    """Name each class above its median, one line further up if names would collide."""
     low, high = axes.get_xlim()
     ends = [-1.0]
     items = [(float(np.median(v)), i, name) for i, (name, v) in enumerate(margins.items()) if v.size]
@@ -191,15 +190,16 @@ def accuracy_against_draws(
     references: Mapping[str, float] | None = None,
     points: Mapping[str, Point] | None = None,
 ) -> Figure:
-    """Accuracy [share] with its 95% band against network evaluations per text and class, one named curve per method.
+    """Plot accuracy [share] with its 95% band against network evaluations per text and class, one curve per method.
 
-    `references` are accuracies that cost no evaluations (naive Bayes): dashed lines. `points` are single marks, e.g. a
-    sequential test at its mean number of draws.
+    `references` are accuracies without evaluations (naive Bayes), drawn as dashed lines. `points` are single marks,
+    such as a sequential test at its mean number of draws.
     """
     figure = new_figure(3.4)
     bands = "; bands: 95%" if curves else ""
     axes = style_axes(figure.add_subplot(), f"network evaluations per text and class{bands}", "accuracy (% of texts)")
-    labels, notes, dropped, drawn = [], [], 0, []
+    labels, notes = [], []
+    drawn, dropped = [], 0
     for i, (name, curve) in enumerate(curves.items()):
         (x, y, se), bad = _cleaned(curve.evaluations, curve.accuracy, curve.se)
         dropped += bad
@@ -240,7 +240,7 @@ def accuracy_against_draws(
 
 
 def _cleaned(evaluations: ArrayLike, accuracy: ArrayLike, se: ArrayLike) -> tuple[list[Floats], int]:
-    """The points that a logarithmic axis can hold, in order of the evaluations; how many it cannot."""
+    """Return the points that a logarithmic axis can show, by evaluations; and how many it cannot."""
     x = np.asarray(evaluations, dtype=np.float64)
     columns, dropped = finite(np.where(x > 0, x, np.nan), accuracy, se)
     order = np.argsort(columns[0], kind="stable")
@@ -248,7 +248,7 @@ def _cleaned(evaluations: ArrayLike, accuracy: ArrayLike, se: ArrayLike) -> tupl
 
 
 def _log2_axis(axes: Axes, x: Floats) -> None:
-    """Ticks at the powers of two from the smallest to the largest of `x`."""
+    """Set ticks at the powers of two from the smallest to the largest of `x`."""
     axes.set_xscale("log", base=2)
     low, high = np.floor(np.log2(x.min())), np.ceil(np.log2(x.max()))
     step = max(1, round((high - low) / 9))
@@ -259,16 +259,16 @@ def _log2_axis(axes: Axes, x: Floats) -> None:
 
 
 def accuracy_against_mask_rate(rate: ArrayLike, accuracy: ArrayLike, se: ArrayLike | None = None) -> Figure:
-    """What one draw is worth: accuracy [share] of its verdict against the share of masked tokens in [0, 1]; all N."""
+    """Plot the accuracy [share] of a single draw against the share of masked tokens in [0, 1]; all N."""
     figure, axes = by_mask_rate(rate, accuracy, se, "accuracy of one draw (%)")
     axes.yaxis.set_major_formatter(PERCENT)
     return figure
 
 
 def draws_histogram(draws_M: ArrayLike, total: int) -> Figure:
-    """How many draws of at most `total` a sequential test spent on each of M texts.
+    """Plot how many draws of at most `total` a sequential test used for each of M texts.
 
-    Raises ValueError if `total` is no positive number or a text spent less than nothing or more than `total`.
+    Raises ValueError if `total` is not positive or a text used less than 0 or more than `total`.
     """
     (draws, _), dropped = finite(draws_M, draws_M)
     if total < 1 or draws.min(initial=0) < 0 or draws.max(initial=0) > total:

@@ -1,4 +1,4 @@
-"""Show completed prompts: how many answers are right, beside what they are to be held against."""
+"""Report of completed prompts: how many answers are right, and the baselines."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from palimpsest.common.metrics import Estimate, Share
-from palimpsest.evaluation.completions import Completed, Completions
+from palimpsest.evaluation.completions import CompletedPrompt, Completions
 from palimpsest.report.denoising import Sample
 from palimpsest.report.formatting import Interval, Metric
 from palimpsest.report.history import sample_of
@@ -26,20 +26,20 @@ def _metric(name: str, found: Share, note: str = "") -> Metric:
 
 def completions_report(report: Report, found: Completions, tokenizer: PreTrainedTokenizerBase, number: int) -> None:
     """Write the sections of `found`, with `number` right and as many wrong completions."""
-    answers, beside = found.answers, found.beside
+    answers, baselines = found.answers, found.baselines
     report.section("Answers", _ABOUT)
     metrics = [_metric("exact match", answers.exact_match), _metric("no answer", answers.no_answer),
                _metric("unfinished", answers.unfinished)]  # fmt: skip
     if answers.majority and answers.any_right:
         metrics += [_metric("majority vote", answers.majority), _metric("any right", answers.any_right)]
-    if beside.constant:
-        note = f"; always {beside.constant_answer[:20]}, the most frequent of the training texts"
-        metrics.append(_metric("one answer for all", beside.constant, note))
+    if baselines.constant:
+        note = f"; always {baselines.constant_answer[:20]}, the most frequent of the training texts"
+        metrics.append(_metric("one answer for all", baselines.constant, note))
     metrics += [_metric(name, share) for name, share in answers.findings.items()]
     report.metrics([*metrics, Metric("network evaluations", found.evaluations, None, "per completion")])
     if answers.checks:
-        rows = [(name, _percent(share), _percent(beside.checks.get(name))) for name, share in answers.checks.items()]
-        caption = f"{answers.num_checks} in all completions, with the error over prompts; beside them the references'."
+        rows = [(name, _percent(share), _percent(baselines.checks.get(name))) for name, share in answers.checks.items()]
+        caption = f"{answers.num_checks} in all completions, with the error over prompts, and in the references."
         report.table(["", "completions, %", "references, %"], rows, caption)
     for header, groups, caption in (
         ("steps of the reference", answers.by_steps, "Exact match by how many calculations the reference takes."),
@@ -48,35 +48,37 @@ def completions_report(report: Report, found: Completions, tokenizer: PreTrained
         if groups:
             rows = [(group.name, group.right.texts, _interval(group.right)) for group in groups]
             report.table([header, "prompts", "right, % [95 % interval]"], rows, caption)
-    _examples(report, tokenizer, [one for one in found.completed if one.drawn], number)
+    _examples(report, tokenizer, [one for one in found.completed if one.sampled], number)
 
 
 def _percent(found: Estimate | None) -> Metric | None:
     return None if found is None else Metric("", 100 * found.value, 100 * found.se)
 
 
-def _examples(report: Report, tokenizer: PreTrainedTokenizerBase, drawn: Sequence[Completed], number: int) -> None:
-    """Add right and wrong ones with their denoising, and the references beside them."""
-    right = [c for c in drawn if c.verdicts[0].right][:number]
-    wrong = [c for c in drawn if not c.verdicts[0].right][:number]
+def _examples(
+    report: Report, tokenizer: PreTrainedTokenizerBase, sampled: Sequence[CompletedPrompt], number: int
+) -> None:
+    """Add right and wrong completions with their denoising, and the references."""
+    right = [c for c in sampled if c.answers[0].right][:number]
+    wrong = [c for c in sampled if not c.answers[0].right][:number]
     for heading, chosen in (("Right ones", right), ("Wrong ones", wrong)):
         if chosen:
             report.section(heading)
             report.samples([_sample(c, tokenizer) for c in chosen])
-            rows = [(c.text_id, c.verdicts[0].answer, c.verdicts[0].wanted, c.reference.strip()) for c in chosen]
+            rows = [(c.text_id, c.answers[0].answer, c.answers[0].wanted, c.reference.strip()) for c in chosen]
             report.table(["problem", "answer", "wanted", "reference"], rows)
 
 
-def _sample(completed: Completed, tokenizer: PreTrainedTokenizerBase) -> Sample:
-    text, verdict = completed.drawn[0], completed.verdicts[0]
-    said = "no answer" if verdict.answer is None else f"answer {verdict.answer[:40]}"
-    title = f"problem {completed.text_id} · {said}, wanted {(verdict.wanted or '–')[:40]}"
+def _sample(completed: CompletedPrompt, tokenizer: PreTrainedTokenizerBase) -> Sample:
+    text, checked = completed.sampled[0], completed.answers[0]
+    answer = "no answer" if checked.answer is None else f"answer {checked.answer[:40]}"
+    title = f"problem {completed.text_id} · {answer}, wanted {(checked.wanted or '–')[:40]}"
     return sample_of(text, tokenizer, title)
 
 
 def completions_lines(found: Completions) -> str:
     """Return the lines for a terminal."""
-    answers, beside = found.answers, found.beside
+    answers, baselines = found.answers, found.baselines
 
     def line(name: str, share: Share) -> str:
         return f"{name} {_interval(share)} %"
@@ -86,8 +88,8 @@ def completions_lines(found: Completions) -> str:
              line("unfinished", answers.unfinished)]  # fmt: skip
     if answers.majority and answers.any_right:
         lines += [line("majority vote", answers.majority), line(f"pass@{found.samples_per_prompt}", answers.any_right)]
-    if beside.constant:
-        lines.append(line(f"always {beside.constant_answer[:20]}", beside.constant))
+    if baselines.constant:
+        lines.append(line(f"always {baselines.constant_answer[:20]}", baselines.constant))
     lines += [line(name, share) for name, share in answers.findings.items()]
     lines += [f"{name} {100 * share.value:.1f} ± {100 * share.se:.1f} % of {answers.num_checks}"
               for name, share in answers.checks.items()]  # fmt: skip
@@ -97,7 +99,6 @@ def completions_lines(found: Completions) -> str:
 
 _ABOUT = (
     "Each prompt was completed and the completion's answer compared with the reference's. Intervals are 95 % intervals "
-    "over prompts. A completion without an answer is wrong; an unfinished one filled its room without an end. "
-    "Answers that are always the same, the most frequent one of the training texts, say what a model without "
-    "understanding reaches."
+    "over prompts. A completion without an answer is wrong; an unfinished one has no end of text. "
+    "The baseline always gives the most frequent answer of the training texts."
 )

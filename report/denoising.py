@@ -1,4 +1,4 @@
-"""Texts with the course of their denoising: what stood where after each step, and the page that plays it.
+"""Texts with their denoising trace: the token at each place after each step, and the page that plays it.
 
 Shape suffix: L tokens of a text.
 """
@@ -20,46 +20,41 @@ _DIGITS = 3  # of a confidence in the page
 
 
 @dataclass(frozen=True)
-class Visit:
-    """A token that stood at the place `place` of a text (an index of its tokens) for a while: from the step `written`
-    until the step `erased`, which masked it again or put another one there. confidence: the model's probability of it
-    when it was written."""
+class PastToken:
+    """A token that was replaced or masked again."""
 
-    place: int
+    place: int  # index of its place among the tokens
     token: str
-    written: int
-    erased: int
-    confidence: float
+    written: int  # step that wrote it
+    erased: int  # step that replaced or masked it
+    confidence: float  # the model's probability of it when it was written
 
 
 @dataclass(frozen=True)
-class Shown:
-    """A token as it stands in a text after some step. confidence: None where it is not known."""
+class TokenState:
+    """A token as it is after some step."""
 
     token: str
     written: int
-    confidence: float | None
+    confidence: float | None  # None if unknown
 
 
 @dataclass(frozen=True)
 class Sample:
     """A generated text of L tokens and the sampler step at which each appeared.
 
-    `reveal_step[i]` is in 1..`num_steps`, or 0 for a token that was given (prefix, context). Tokens carry
-    their own spacing: concatenated they are the text. confidence: the model's probability of each token when it was
-    written, where that is known. past: what stood in their places before, if anything did. facts: what else is to be
-    said of the text, in a few words.
+    Tokens carry their own spacing: concatenated they are the text.
 
-    Raises ValueError where these disagree.
+    Raises ValueError if the fields disagree.
     """
 
     tokens: list[str]
-    reveal_step: list[int]
+    reveal_step: list[int]  # in 1..num_steps, or 0 for a prompt token
     num_steps: int
     title: str = ""
-    confidence: list[float] | None = None
-    past: Sequence[Visit] = ()
-    facts: str = ""
+    confidence: list[float] | None = None  # of each token when it was written, if known
+    past: Sequence[PastToken] = ()  # earlier tokens at the same places
+    facts: str = ""  # a short note
 
     def __post_init__(self) -> None:
         if len(self.tokens) != len(self.reveal_step):
@@ -69,8 +64,8 @@ class Sample:
         outside = [step for step in self.reveal_step if not 0 <= step <= self.num_steps]
         if outside:
             raise ValueError(f"reveal step {outside[0]} is not in 0..num_steps = {self.num_steps}")
-        for place, visits in self._past_by_place().items():
-            times = [time for visit in visits for time in (visit.written, visit.erased)]
+        for place, past in self._past_by_place().items():
+            times = [time for old in past for time in (old.written, old.erased)]
             times.append(self.reveal_step[place] if 0 <= place < len(self.tokens) else -1)
             if not (times[0] >= 1 and all(a <= b for a, b in pairwise(times))):
                 raise ValueError(f"the past of place {place} is not in order: steps {times}, of {len(self.tokens)} "
@@ -81,27 +76,27 @@ class Sample:
         """The final text."""
         return "".join(self.tokens)
 
-    def at(self, step: int) -> list[Shown | None]:
-        """What stands at each place after `step` (0: what was given), None for a mask."""
+    def at(self, step: int) -> list[TokenState | None]:
+        """Return the token at each place after `step` (0: the prompt), None for a mask."""
         past = self._past_by_place()
         return [self._at(place, step, past.get(place, [])) for place in range(len(self.tokens))]
 
-    def _at(self, place: int, step: int, past: list[Visit]) -> Shown | None:
+    def _at(self, place: int, step: int, past: list[PastToken]) -> TokenState | None:
         if self.reveal_step[place] <= step:
             confidence = None if self.confidence is None else self.confidence[place]
-            return Shown(self.tokens[place], self.reveal_step[place], confidence)
-        now = [visit for visit in past if visit.written <= step < visit.erased]
-        return Shown(now[0].token, now[0].written, now[0].confidence) if now else None
+            return TokenState(self.tokens[place], self.reveal_step[place], confidence)
+        now = [old for old in past if old.written <= step < old.erased]
+        return TokenState(now[0].token, now[0].written, now[0].confidence) if now else None
 
-    def _past_by_place(self) -> dict[int, list[Visit]]:
-        past: dict[int, list[Visit]] = {}
-        for visit in sorted(self.past, key=lambda visit: visit.written):
-            past.setdefault(visit.place, []).append(visit)
+    def _past_by_place(self) -> dict[int, list[PastToken]]:
+        past: dict[int, list[PastToken]] = {}
+        for old in sorted(self.past, key=lambda old: old.written):
+            past.setdefault(old.place, []).append(old)
         return past
 
 
 def samples_block(samples: Sequence[Sample]) -> dict[str, Any]:
-    """What the template and the player need to show `samples`."""
+    """Return the content of the template and the player for `samples`."""
     return {
         "samples": [_sample(sample) for sample in samples],
         "given": any(0 in sample.reveal_step for sample in samples),
@@ -114,20 +109,19 @@ def samples_block(samples: Sequence[Sample]) -> dict[str, Any]:
 def write_denoising(
     path: Path, samples: Sequence[Sample], title: str = "Denoising", subtitle: str = "", command: str = ""
 ) -> None:
-    """`denoising.html`: the texts with a player of their denoising, in one file that opens from disk, loads nothing and
-    shows the final texts where no script runs."""
+    """Write denoising.html: the texts with a player, in one file that needs no network; texts are readable without
+    scripts."""
     write_page(path, denoising_page(samples, title, subtitle, command))
 
 
 def denoising_page(samples: Sequence[Sample], title: str = "", subtitle: str = "", command: str = "") -> str:
-    """The same as HTML. Without a title it is to be framed by another page: texts and player alone, which wait at the
-    end."""
+    """Return the page as HTML; without a title, to be framed by another page, it has only texts and player."""
     block = samples_block(samples)
     return render("denoising.html.j2", title=title, subtitle=inline(subtitle), command=command, block=block)
 
 
 def _window(sample: Sample) -> int:
-    """How many steps count as just written."""
+    """Return how many steps count as just written."""
     return max(1, -(-sample.num_steps // 64))
 
 
@@ -145,8 +139,8 @@ def _sample(sample: Sample) -> dict[str, Any]:
         "pieces": pieces,
         "steps": " ".join(map(str, sample.reveal_step)),
         "confidence": None if sample.confidence is None else " ".join(map(_short, sample.confidence)),
-        "past": [[visit.place, visit.written, visit.erased, split_lead(visit.token)[1],
-                  float(_short(visit.confidence))] for visit in sample.past],
+        "past": [[old.place, old.written, old.erased, split_lead(old.token)[1],
+                  float(_short(old.confidence))] for old in sample.past],
         "bars": _bars(sample),
         "num_steps": sample.num_steps,
         "window": _window(sample),
@@ -160,17 +154,16 @@ def _short(value: float) -> str:
 
 
 def _bars(sample: Sample) -> dict[str, Any]:
-    """How many tokens were written, and how many masked again, along the steps: bars of a figure 100 wide, the tallest
-    100 tall."""
+    """Return how many tokens were written and remasked along the steps, as bars of a figure 100 by 100."""
     steps = sample.num_steps
     if not steps:
         return {"up": [], "down": []}
     count = min(_MOST_BARS, steps)
     up, down = [0] * count, [0] * count
-    for step in (*(s for s in sample.reveal_step if s), *(visit.written for visit in sample.past)):
+    for step in (*(s for s in sample.reveal_step if s), *(old.written for old in sample.past)):
         up[(step - 1) * count // steps] += 1
-    for visit in sample.past:
-        down[(visit.erased - 1) * count // steps] += 1
+    for old in sample.past:
+        down[(old.erased - 1) * count // steps] += 1
     tallest = max(*up, *down, 1)
 
     def bars(heights: list[int]) -> list[dict[str, str]]:

@@ -1,4 +1,4 @@
-"""What each token of a text says for one class against another, as the report shows it.
+"""Token attributions of a text for one class against another, as the report shows them.
 
 Shape suffixes: L tokens, C classes.
 """
@@ -26,14 +26,14 @@ _ROUND_ENDS = (1.0, 1.2, 1.6, 2.0, 2.4, 3.2, 4.0, 6.0, 8.0, 10.0)
 
 @dataclass(frozen=True)
 class Evidence:
-    """One text of L tokens and how each moves the verdict between two classes.
+    """A text of L tokens with its token attributions for two classes.
 
-    nats[l] is the share of token l in log p(text | classes[0]) − log p(text | classes[1]): above zero it speaks for the
-    first class, and the shares of a text add up to its log-likelihood ratio. A token that is not weighed may hold NaN:
-    it stays plain, is counted aloud and left out of the sum. `tokens` carry their own spacing: joined they are the
-    text. In a task of two classes, the same order in every text keeps the meaning of the colours.
+    nats[l] is the share of token l in log p(text | classes[0]) − log p(text | classes[1]); the shares add up to the
+    log-likelihood ratio. An unscored token may have NaN: it is not coloured, is counted, and left out of the sum.
+    Tokens carry their own spacing. With two classes, use the same order in every text to keep the meaning of the
+    colours.
 
-    Raises ValueError if there are not as many numbers as tokens or not two different classes.
+    Raises ValueError unless there are as many numbers as tokens and two different classes.
     """
 
     title: str
@@ -55,7 +55,7 @@ class Evidence:
 
     @property
     def largest(self) -> float:
-        """The largest |nats| of a token; 0 where nothing is weighed."""
+        """The largest |nats| of a token; 0 without scored tokens."""
         return max(map(abs, self._finite), default=0.0)
 
     @property
@@ -65,7 +65,7 @@ class Evidence:
 
 @dataclass(frozen=True)
 class _Word:
-    """A token as it is listed: its occurrences summed."""
+    """A token as it is listed, with its occurrences summed."""
 
     body: str
     nats: float
@@ -77,7 +77,7 @@ def shown_evidence(
 ) -> list[Evidence]:
     """Return texts as the report colours them.
 
-    chosen: row number in the split -> (title, class spoken for, class spoken against). nats: of `token_evidence`.
+    chosen: row number in the split -> (title, first class, second class). nats: of `token_attributions`.
     """
     shown = []
     for (row, (title, winner, rival)), nats_CL in zip(chosen.items(), nats, strict=True):
@@ -89,10 +89,10 @@ def shown_evidence(
 
 
 def evidence_block(evidence: Sequence[Evidence]) -> dict[str, Any]:
-    """What the template needs to show the texts with one scale for all.
+    """Return the content of the template for the texts, with one scale for all.
 
-    The strength of a token's colour is sqrt(|nats| / end of the scale), in [0, 1]: the eye sees weak evidence too, and
-    one outlier does not fade all others.
+    The strength of a token's colour is sqrt(|nats| / end of the scale), in [0, 1], so that weak attributions are
+    visible and one outlier does not fade all others.
     """
     end = _round_up(max((item.largest for item in evidence), default=0.0))
     pairs = {item.classes for item in evidence}
@@ -104,7 +104,7 @@ def evidence_block(evidence: Sequence[Evidence]) -> dict[str, Any]:
 
 
 def signed(nats: float, decimals: int = 2) -> str:
-    """`nats` with its sign, and with none where the digits shown are all zero: +1.25, −0.40, 0.00."""
+    """Return `nats` with its sign, or without if all digits shown are zero: +1.25, −0.40, 0.00."""
     text = f"{nats:+,.{decimals}f}"
     return text.replace("-", "−") if any(digit in "123456789" for digit in text) else text[1:]
 
@@ -129,13 +129,13 @@ def _text(item: Evidence, end: float) -> dict[str, Any]:
                     for weight, s in zip(weights, (1, -1), strict=True)],
         "sides": [[_listing(word) for word in side] for side in sides],
         "unweighed": len(item.nats) - len(item._finite),
-        "long": _is_long(item),
+        "long": sum(map(len, item.tokens)) > _LONGEST_UNFOLDED,
         "num_tokens": len(item.tokens),
     }  # fmt: skip
 
 
 def _piece(token: str, nats: float, end: float, listed: set[str]) -> dict[str, str]:
-    """One token: its leading space, itself, and how it is coloured."""
+    """Return one token: its leading space, itself, and its colour."""
     lead, body = split_lead(token)
     if not math.isfinite(nats):
         return {"lead": lead, "body": body, "side": "", "strength": "", "nats": "not weighed"}
@@ -153,7 +153,7 @@ def _words(item: Evidence) -> list[_Word]:
 
 
 def _heaviest(words: Sequence[_Word], sign: int) -> list[_Word]:
-    """The words that speak most for the class of `sign`, the heaviest first, without those of hardly any weight."""
+    """Return the words with the largest attributions of `sign`, largest first, without negligible ones."""
     lightest = _LIGHTEST_LISTED * max((abs(word.nats) for word in words), default=0.0)
     kept = [word for word in words if sign * word.nats > 0 and abs(word.nats) >= lightest]
     return sorted(kept, key=lambda word: -abs(word.nats))[:_LISTED_PER_SIDE]
@@ -168,12 +168,8 @@ def _listing(word: _Word) -> dict[str, str]:
     }
 
 
-def _is_long(item: Evidence) -> bool:
-    return sum(map(len, item.tokens)) > _LONGEST_UNFOLDED
-
-
 def _round_up(largest: float) -> float:
-    """The end of the scale: the next round number at or above `largest`; 0 for 0."""
+    """Return the end of the scale: the next round number at or above `largest`; 0 for 0."""
     if not largest:
         return 0.0
     power = 10.0 ** math.floor(math.log10(largest))

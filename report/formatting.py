@@ -1,4 +1,4 @@
-"""Numbers as text: digits follow the standard error, and nothing is hidden (NaN says NaN)."""
+"""Numbers as text: digits follow the standard error, and NaN is shown."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Interval:
 
 
 def format_number(value: float, digits: int = 4, strip: bool = True) -> str:
-    """`value` with `digits` significant digits (integers in full); `strip` drops trailing zeros."""
+    """Return `value` with `digits` significant digits (integers in full); `strip` drops trailing zeros."""
     if isinstance(value, numbers.Integral) and abs(int(value)) < _LARGEST_PLAIN_INTEGER:
         return _minus(f"{int(value):,}")
     value = float(value)
@@ -75,10 +75,10 @@ def format_number(value: float, digits: int = 4, strip: bool = True) -> str:
 
 
 def format_measurement(value: float, se: float | None = None) -> str:
-    """`value ± se`, both cut at the last digit that the standard error leaves meaningful.
+    """Return `value ± se`, both cut at the last digit that the standard error leaves meaningful.
 
-    The error keeps two digits when they are 10..35 and one otherwise (the rule of the Particle Data
-    Group). A standard error that is not a number, infinite or negative is shown as `?`.
+    The error keeps two digits when they are 10..35 and one otherwise (the rule of the Particle Data Group). A standard
+    error that is not a number, infinite or negative is shown as `?`.
     """
     if se is None:
         return format_number(value)
@@ -103,7 +103,7 @@ def format_measurement(value: float, se: float | None = None) -> str:
 
 
 def _decimals(se: float) -> int:
-    """Decimals at which `se > 0` shows one or two significant digits; negative left of the point."""
+    """Return the decimals at which `se > 0` has one or two significant digits; negative left of the point."""
     mantissa, _, exponent = f"{se:.1e}".partition("e")
     digits = 2 if float(mantissa) <= 3.5 else 1
     return digits - 1 - int(exponent)

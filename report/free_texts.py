@@ -1,4 +1,4 @@
-"""Show free texts: their quality beside that of real texts, and the texts themselves."""
+"""Report of free texts: their quality, that of real texts, and the texts themselves."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from palimpsest.report.report import Report
 
 def free_texts_report(report: Report, found: FreeTexts, samples: Sequence[Sample], how: str) -> None:
     """Write the sections of `found`. how: the sampler, in a line."""
-    beside = [Metric("network evaluations", found.evaluations, None, "per sample")]
+    metrics = [Metric("network evaluations", found.evaluations, None, "per sample")]
     if "possible" in found.results:
         possible, of_the_class = (100 * found.results[name] for name in ("possible", "of_the_class"))
-        beside.append(Metric("possible texts", possible, None, "%", "by the corpus itself"))
-        beside.append(Metric("of the class", of_the_class, None, "%", "of these, by exact posterior"))
-    comparison_section(report, found.comparison, beside)
+        metrics.append(Metric("possible texts", possible, None, "%", "by the corpus itself"))
+        metrics.append(Metric("of the class", of_the_class, None, "%", "of these, by exact posterior"))
+    comparison_section(report, found.comparison, metrics)
     report.section("Texts", f"Drawn by {how}.")
     report.samples(samples)
 
 
 def free_texts_lines(found: FreeTexts, texts: Sequence[str], how: str) -> str:
-    """Return the lines for a terminal: `texts` of those that were drawn, then the numbers."""
+    """Return the lines for a terminal: `texts`, then the numbers."""
     lines = comparison_lines(found.comparison)
     lines += f"\ndrawn by {how}, {found.evaluations:.1f} network evaluations per sample"
     if "possible" in found.results:
@@ -34,10 +34,10 @@ def free_texts_lines(found: FreeTexts, texts: Sequence[str], how: str) -> str:
 
 
 def comparison_section(report: Report, comparison: Comparison, more: Sequence[Metric] = ()) -> None:
-    """Write the section that shows the samples' numbers, `more` of them, and the comparison with real texts."""
+    """Write the section with the numbers of the samples, `more` of them, and the comparison with real texts."""
     text = _ABOUT if comparison.protocol is None else f"{_ABOUT}\n\n{_ABOUT_SCORER}"
     if comparison.real is None:
-        text += f"\n\nThere are no real texts beside them: {comparison.reference.missing}."
+        text += f"\n\nThere are no real texts to compare with: {comparison.reference.missing}."
     report.section("What was measured", text)
     report.metrics([*_metrics(comparison.samples), *more])
     if comparison.real:
@@ -54,7 +54,7 @@ def comparison_lines(comparison: Comparison) -> str:
     rows += [(name, *(getattr(v, "measurement", f"{v}") for v in values)) for name, *values in _rows(comparison)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    missing = [] if comparison.real else [f"no real texts beside them: {comparison.reference.missing}"]
+    missing = [] if comparison.real else [f"no real texts to compare with: {comparison.reference.missing}"]
     return "\n".join([*lines, *missing])
 
 
@@ -73,7 +73,7 @@ def _metrics(quality: Quality) -> list[Metric]:
 
 
 def _counts(quality: Quality) -> list[tuple[str, int]]:
-    """Return how much text the numbers rest on."""
+    """Return how much text the numbers are based on."""
     scored = quality.likelihood
     if scored is None:
         return [("texts", quality.texts)]
@@ -94,7 +94,6 @@ _ABOUT = (
     "on length and on the number of texts: compare them with those of as many real texts."
 )
 _ABOUT_SCORER = (
-    "Generative perplexity is that of another language model on the samples. Repetition lowers it, so a low one says "
-    "something only where the diversity is that of real text, and text that scores better than real text is not "
-    "better text."
+    "Generative perplexity is that of another language model on the samples. Repetition lowers it, so compare it only "
+    "at the diversity of real text; text that scores better than real text is not better text."
 )

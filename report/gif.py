@@ -1,4 +1,4 @@
-"""The denoising of a text as a moving picture, for where a page can not be played: slides, messages, a README."""
+"""The denoising of a text as an animated GIF, for slides, messages or a README."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from PIL import Image, ImageDraw, ImageFont
 
 from palimpsest.common.files import write_atomically
-from palimpsest.report.denoising import Sample, Shown
+from palimpsest.report.denoising import Sample, TokenState
 from palimpsest.report.palette import age, ink, wash
 from palimpsest.report.plain_text import split_lead
 
 _PAPER, _INK, _MUTED, _MASK, _AGAIN = (255, 254, 252), (31, 35, 40), (106, 111, 118), (232, 228, 218), (245, 220, 206)
 _MARGIN, _LEADING = 30, 1.75  # pixels; lines of text per font size
 _MOST_LINES = 36
-_SECONDS, _HOLD = 7.0, 4.0  # of the whole walk, and of the text at its end
-_AGES, _SURES = 23, 4  # shades in a picture: all pictures share 256 colours
+_SECONDS, _HOLD = 7.0, 4.0  # of the whole animation, and of the text at its end
+_AGES, _LEVELS = 23, 4  # shades in a picture: all pictures share 256 colours
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """Room of a token, or of a part of one that is broken over lines: from `column` of `line` on, `text` there."""
+class _TokenPart:
+    """A token, or a part of one broken over lines, from `column` of `line` on."""
 
     line: int
     column: int
@@ -35,10 +35,9 @@ class _Piece:
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where the final tokens stand: lines never jump. pieces: of each token; none where it has no width, or would stand
-    below the last line that is drawn."""
+    """Positions of the final tokens; lines never jump."""
 
-    pieces: list[list[_Piece]]
+    pieces: list[list[_TokenPart]]  # of each token; none if it has no width or lies below the last line
     lines: int
     columns: int
     size: int  # of the font, pixels
@@ -46,13 +45,15 @@ class _Layout:
 
 @rank_zero_only
 def write_gif(path: Path, sample: Sample, num_frames: int = 60) -> None:
-    """`sample` from masks to text in at most `num_frames` pictures, one for each step where there are fewer; the last
-    one is the final text, and stays for some seconds. A text of more than some thirty lines is cut."""
+    """Write `sample` from masks to text in at most `num_frames` pictures, at most one for each step.
+
+    The last picture is the final text and stays for some seconds. Texts of more than about thirty lines are cut.
+    """
     steps = _steps(sample, num_frames)
     layout = _layout(sample)
     pictures = [_picture(sample, layout, step, step - before) for before, step in pairwise([0, *steps])]
     pictures[-1] = _picture(sample, layout, steps[-1], 0)
-    palette = _together([pictures[0], pictures[len(pictures) // 2], pictures[-1]]).quantize(256, dither=0)
+    palette = _stacked([pictures[0], pictures[len(pictures) // 2], pictures[-1]]).quantize(256, dither=0)
     frames = [picture.quantize(palette=palette, dither=0) for picture in pictures]
     each = max(40, min(250, round(1000 * _SECONDS / len(frames))))
     data = io.BytesIO()
@@ -64,10 +65,10 @@ def write_gif(path: Path, sample: Sample, num_frames: int = 60) -> None:
 
 
 def _steps(sample: Sample, num_frames: int) -> list[int]:
-    """Steps to draw: 0, the last, and evenly between them those at which something changed."""
+    """Return the steps to draw: 0, the last, and evenly between them those with a change."""
     if num_frames < 2:
         raise ValueError(f"num_frames={num_frames} must be at least 2: masks and the text")
-    changes = {*sample.reveal_step, *(time for visit in sample.past for time in (visit.written, visit.erased))}
+    changes = {*sample.reveal_step, *(time for old in sample.past for time in (old.written, old.erased))}
     steps = sorted({0, *changes})
     count = min(num_frames, len(steps))
     return sorted({steps[round(i * (len(steps) - 1) / max(1, count - 1))] for i in range(count)})
@@ -76,7 +77,7 @@ def _steps(sample: Sample, num_frames: int) -> list[int]:
 def _layout(sample: Sample) -> _Layout:
     characters = len(sample.text)
     columns, size = (60, 20) if characters <= 60 * 14 else (92, 14)
-    pieces: list[list[_Piece]] = []
+    pieces: list[list[_TokenPart]] = []
     line, column = 0, 0
     for index, token in enumerate(sample.tokens):
         lead, body = split_lead(token)
@@ -84,20 +85,20 @@ def _layout(sample: Sample) -> _Layout:
             lead, body = lead + body, ""
         line += lead.count("\n")
         column = 0 if "\n" in lead else column + (len(lead) if column else 0)
-        if column + len(body) + _glued(sample, index) > columns and column and lead:
+        if column + len(body) + _joined_letters(sample, index) > columns and column and lead:
             line, column = line + 1, 0
         parts = []
         while body:
             if column >= columns:
                 line, column = line + 1, 0
-            parts.append(_Piece(line, column, body[: columns - column].expandtabs(1)))
+            parts.append(_TokenPart(line, column, body[: columns - column].expandtabs(1)))
             column, body = column + len(parts[-1].text), body[columns - column :]
         pieces.append([part for part in parts if part.line < _MOST_LINES])
     return _Layout(pieces, min(line + 1, _MOST_LINES), columns, size)
 
 
-def _glued(sample: Sample, index: int) -> int:
-    """Letters that follow on token `index` without a space, which stay on its line."""
+def _joined_letters(sample: Sample, index: int) -> int:
+    """Return how many letters follow token `index` without a space; they stay on its line."""
     letters = 0
     for token in sample.tokens[index + 1 : index + 12]:
         lead, body = split_lead(token)
@@ -113,13 +114,13 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 
 
 def _picture(sample: Sample, layout: _Layout, step: int, fresh: int) -> Image.Image:
-    """The text after `step`; what the last `fresh` steps wrote has a frame."""
+    """Draw the text after `step`; tokens of the last `fresh` steps have a frame."""
     font, height = _font(layout.size), round(layout.size * _LEADING)
     width = font.getlength("m")
     size = (round(layout.columns * width) + 2 * _MARGIN, layout.lines * height + 2 * _MARGIN + 30)
     picture = Image.new("RGB", size, _PAPER)
     draw = ImageDraw.Draw(picture)
-    begun = {visit.place for visit in sample.past if visit.written <= step}
+    begun = {old.place for old in sample.past if old.written <= step}
     for place, (now, pieces) in enumerate(zip(sample.at(step), layout.pieces, strict=True)):
         for piece in pieces:
             x, y = _MARGIN + piece.column * width, _MARGIN + piece.line * height
@@ -133,15 +134,15 @@ def _picture(sample: Sample, layout: _Layout, step: int, fresh: int) -> Image.Im
                 draw.text((x, y + (height - 6) / 2), text, _INK, font, anchor="lm")
                 if now.written == 0:
                     draw.line((box[0], box[3], box[2], box[3]), _MUTED)
-    _foot(draw, size, sample, step)
+    _progress_bar(draw, size, sample, step)
     return picture
 
 
-def _ground(now: Shown, num_steps: int) -> tuple[int, int, int]:
+def _ground(now: TokenState, num_steps: int) -> tuple[int, int, int]:
     if now.written == 0:
         return _PAPER
     sure = 1.0 if now.confidence is None else now.confidence
-    return wash(round(_AGES * age(now.written, num_steps)) / _AGES, round(_SURES * sure) / _SURES, _PAPER)
+    return wash(round(_AGES * age(now.written, num_steps)) / _AGES, round(_LEVELS * sure) / _LEVELS, _PAPER)
 
 
 def _cut(token: str, room: int) -> str:
@@ -149,9 +150,10 @@ def _cut(token: str, room: int) -> str:
     return body if len(body) <= room else body[: room - 1] + "…"
 
 
-def _foot(draw: ImageDraw.ImageDraw, size: tuple[int, int], sample: Sample, step: int) -> None:
-    """A bar in the colours of the steps, as far as the walk has come, and the step in words."""
-    label, font, y = f"step {step} of {sample.num_steps}", _font(14), size[1] - _MARGIN
+def _progress_bar(draw: ImageDraw.ImageDraw, size: tuple[int, int], sample: Sample, step: int) -> None:
+    """Draw a progress bar in the colours of the steps, and the step in words."""
+    label = f"step {step} of {sample.num_steps}"
+    font, y = _font(14), size[1] - _MARGIN
     left, right = _MARGIN, size[0] - _MARGIN - font.getlength(f"step {sample.num_steps} of {sample.num_steps}") - 16
     for i in range(_AGES + 1):
         begin, end = (left + (right - left) * edge / (_AGES + 1) for edge in (i, i + 1))
@@ -162,8 +164,8 @@ def _foot(draw: ImageDraw.ImageDraw, size: tuple[int, int], sample: Sample, step
     draw.text((size[0] - _MARGIN, y), label, _MUTED, font, anchor="rm")
 
 
-def _together(pictures: list[Image.Image]) -> Image.Image:
-    """One below the other: what the common colours are chosen from."""
+def _stacked(pictures: list[Image.Image]) -> Image.Image:
+    """Stack pictures, to choose their common colours."""
     width, height = pictures[0].size
     whole = Image.new("RGB", (width, height * len(pictures)))
     for number, picture in enumerate(pictures):

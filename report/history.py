@@ -1,4 +1,4 @@
-"""How texts came to be: a watcher of samplers that keeps what changed at each step, and texts shown with it.
+"""Denoising histories: what changed in a text at each step, recorded from a sampler.
 
 Shape suffixes: B batch, L length, N places that changed at a step.
 """
@@ -14,16 +14,16 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from palimpsest.data.tokenizers import hidden_special_ids, token_strings
-from palimpsest.evaluation.drawing import Drawn
-from palimpsest.report.denoising import Sample, Visit
+from palimpsest.evaluation.drawing import SampledTokens
+from palimpsest.report.denoising import PastToken, Sample
 from palimpsest.samplers.trace import Trace
 
-_TOGETHER = 128  # steps that are kept where the sampler runs before they are fetched and compared
+_TOGETHER = 128  # steps kept on the device before they are fetched and compared
 
 
 @dataclass(frozen=True)
 class Change:
-    """What a step changed in a row: at `places_N` now stand `ids_N`, masks among them, with `confidence_N`."""
+    """Changes of a step in a row: `places_N` now hold `ids_N`, which may be masks."""
 
     step: int
     places_N: np.ndarray
@@ -31,24 +31,26 @@ class Change:
     confidence_N: np.ndarray
 
 
-class Course:
-    """The course of one row, from masks to what it is at the end; tokens that are masked again go and come back.
+class RowHistory:
+    """The denoising history of one row; tokens may be masked again.
 
     Attributes:
         ids_L, confidence_L: the tokens and the model's probability of each when it was written.
-        age_L: when each token appeared: 0 with the first, 1 with the last; NaN if it was given.
-        new_L: whether it came with the last trace.
-        changes: in the order of their steps, the first of which is 0, where what was given appears.
+        age_L: when each token appeared: 0 with the first, 1 with the last; NaN for prompt tokens.
+        new_L: tokens written by the last step.
+        changes: by step; step 0 writes the prompt.
     """
 
     def __init__(self, blank_id: int) -> None:
-        self._blank_id, self._most, self._age = blank_id, 0, math.nan
-        self.ids_L, self.confidence_L, self.age_L = np.zeros(0, dtype=np.int64), np.zeros(0), np.zeros(0)
-        self.new_L, self.changes = np.zeros(0, dtype=bool), list[Change]()
+        self._blank_id = blank_id
+        self._most, self._age = 0, math.nan
+        self.ids_L, self.new_L = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=bool)
+        self.confidence_L, self.age_L = np.zeros(0), np.zeros(0)
+        self.changes: list[Change] = []
 
     @property
-    def left(self) -> int:
-        """How many masks there are."""
+    def num_masks(self) -> int:
+        """Number of masks."""
         return int((self.ids_L == self._blank_id).sum())
 
     @property
@@ -56,22 +58,23 @@ class Course:
         """The last place that was written; -1 if none was."""
         return int(np.flatnonzero(~np.isnan(self.age_L) & (self.ids_L != self._blank_id)).max(initial=-1))
 
-    def take(self, step: int, ids_L: np.ndarray, confidence_L: np.ndarray) -> bool:
-        """Take over the row after a step; True if something has changed."""
+    def update(self, step: int, ids_L: np.ndarray, confidence_L: np.ndarray) -> bool:
+        """Add the row after a step; return True if something changed."""
         more = len(ids_L) - len(self.ids_L)
         before_L = np.pad(self.ids_L, (0, more), constant_values=self._blank_id)
         sure_L, age_L = np.pad(self.confidence_L, (0, more)), np.pad(self.age_L, (0, more), constant_values=math.nan)
-        again_L = (ids_L != self._blank_id) & (confidence_L != sure_L)  # the same token, written anew
+        again_L = (ids_L != self._blank_id) & (confidence_L != sure_L)  # the same token, rewritten
         changed_L = (ids_L != before_L) | again_L
         self.new_L = changed_L & (not math.isnan(self._age))
         if not changed_L.any() and not more:
             return False
         age_L[changed_L] = self._age
-        self.ids_L, self.confidence_L, self.age_L = ids_L.copy(), confidence_L.copy(), age_L
+        self.ids_L, self.age_L = ids_L.copy(), age_L
+        self.confidence_L = confidence_L.copy()
         if changed_L.any():
             self.changes.append(Change(step, changed_L.nonzero()[0], ids_L[changed_L], confidence_L[changed_L]))
-        self._most = max(self._most, self.left)
-        self._age = max(0.0 if math.isnan(self._age) else self._age, 1 - self.left / max(1, self._most))
+        self._most = max(self._most, self.num_masks)
+        self._age = max(0.0 if math.isnan(self._age) else self._age, 1 - self.num_masks / max(1, self._most))
         return True
 
     def ids_at(self, step: int) -> list[int]:
@@ -83,71 +86,74 @@ class Course:
                 ids_L[change.places_N] = change.ids_N
         return ids_L.tolist()
 
-    def past(self, tokenizer: PreTrainedTokenizerBase) -> dict[int, list[Visit]]:
-        """Return for each place of the row what stood there before its last token, in order."""
-        ended, standing = dict[int, list[Visit]](), dict[int, tuple[int, int, float]]()
+    def past(self, tokenizer: PreTrainedTokenizerBase) -> dict[int, list[PastToken]]:
+        """Return the earlier tokens of each place, in order."""
+        ended, current = dict[int, list[PastToken]](), dict[int, tuple[int, int, float]]()
         for change in self.changes:
             for place, token, confidence in zip(
                 change.places_N.tolist(), change.ids_N.tolist(), change.confidence_N.tolist(), strict=True
             ):
-                if place in standing:
-                    written, was, sure = standing.pop(place)
-                    text = piece(tokenizer, was, self._blank_id)
-                    ended.setdefault(place, []).append(Visit(place, text, written, change.step, sure))
+                if place in current:
+                    written, token_before, sure = current.pop(place)
+                    text = token_text(tokenizer, token_before, self._blank_id)
+                    ended.setdefault(place, []).append(PastToken(place, text, written, change.step, sure))
                 if token != self._blank_id:
-                    standing[place] = (change.step, token, confidence)
+                    current[place] = (change.step, token, confidence)
         return ended
 
 
 class Recorder:
-    """Keeps the courses of the first `num_texts` rows of the batch that it watches. Waits for no device but once in
-    many steps."""
+    """Records the first `num_texts` rows of a batch. Synchronises with the device only once in many steps."""
 
     def __init__(self, num_texts: int, blank_id: int) -> None:
         self._num_texts, self._blank_id = num_texts, blank_id
-        self._waiting: list[tuple[int, Tensor, Tensor]] = []
-        self._courses: list[Course] = []
+        self._pending: list[tuple[int, Tensor, Tensor]] = []
+        self._rows: list[RowHistory] = []
 
     def __call__(self, trace: Trace) -> None:
         seen = slice(self._num_texts)
-        self._waiting.append((trace.num_steps, trace.ids_BL[seen].clone(), trace.confidence_BL[seen].clone()))
-        if len(self._waiting) == _TOGETHER:
+        self._pending.append((trace.num_steps, trace.ids_BL[seen].clone(), trace.confidence_BL[seen].clone()))
+        if len(self._pending) == _TOGETHER:
             self.histories()
 
-    def histories(self) -> list[Course]:
-        """Return the courses of the rows so far."""
-        for step, *columns in self._waiting:
+    def histories(self) -> list[RowHistory]:
+        """Return the histories of the rows so far."""
+        for step, *columns in self._pending:
             ids_BL, confidence_BL = (column.cpu().numpy() for column in columns)
-            self._courses = self._courses or [Course(self._blank_id) for _ in ids_BL]
-            for course, ids_L, sure_L in zip(self._courses, ids_BL, confidence_BL, strict=True):
-                course.take(step, ids_L, sure_L)
-        self._waiting = []
-        return self._courses
+            self._rows = self._rows or [RowHistory(self._blank_id) for _ in ids_BL]
+            for row, ids_L, sure_L in zip(self._rows, ids_BL, confidence_BL, strict=True):
+                row.update(step, ids_L, sure_L)
+        self._pending = []
+        return self._rows
 
 
-def piece(tokenizer: PreTrainedTokenizerBase, token: int, blank_id: int) -> str:
-    """Return a token as it shows behind another one, whatever that is."""
+def token_text(tokenizer: PreTrainedTokenizerBase, token: int, blank_id: int) -> str:
+    """Return a token's text as it follows another token."""
     return token_strings(tokenizer, [blank_id, token])[1]
 
 
 def sample_of(
-    text: Drawn, tokenizer: PreTrainedTokenizerBase, title: str, history: Course | None = None, facts: str = ""
+    text: SampledTokens,
+    tokenizer: PreTrainedTokenizerBase,
+    title: str,
+    history: RowHistory | None = None,
+    facts: str = "",
 ) -> Sample:
-    """Return a text as pages show it, special tokens left out; with the course of its row, if there is one."""
+    """Return a text as pages show it, without special tokens; with the history of its row, if given."""
     hidden = hidden_special_ids(tokenizer)
     kept = [i for i, token in enumerate(text.ids) if token not in hidden]
     strings = token_strings(tokenizer, [text.ids[i] for i in kept])
     past = {} if history is None else history.past(tokenizer)
-    before = [Visit(new, visit.token, visit.written, visit.erased, visit.confidence)
+    before = [PastToken(new, visit.token, visit.written, visit.erased, visit.confidence)
               for new, i in enumerate(kept) if text.steps[i] for visit in past.get(text.places[i], [])]  # fmt: skip
     return Sample(strings, [text.steps[i] for i in kept], text.num_steps, title,
                   [text.confidence[i] for i in kept], before, facts)  # fmt: skip
 
 
 def samples_of(
-    drawn: Sequence[Drawn], tokenizer: PreTrainedTokenizerBase, histories: Sequence[Course] = ()
+    sampled: Sequence[SampledTokens], tokenizer: PreTrainedTokenizerBase, histories: Sequence[RowHistory] = ()
 ) -> list[Sample]:
-    """Return texts as reports show them, the first ones with their courses."""
-    known = [*histories[: len(drawn)], *[None] * (len(drawn) - len(histories))]
+    """Return texts as reports show them, the first ones with their histories."""
+    known = [*histories[: len(sampled)], *[None] * (len(sampled) - len(histories))]
     return [sample_of(text, tokenizer, f"Text {i + 1}", known[i], f"{text.evaluations:,} network evaluations")
-            for i, text in enumerate(drawn)]  # fmt: skip
+            for i, text in enumerate(sampled)]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Show likelihoods: of a split, and of its texts under true, shuffled and hidden latents."""
+"""Reports of likelihoods: of a split, and under true, shuffled and no latents."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ def likelihood_section(report: Report, measured: Likelihood, split: str, remark:
     report.section(f"Likelihood on the {split} split", " ".join(part for part in (remark, _method(measured)) if part))
     report.metrics(likelihood_metrics(measured))
     likelihood_figure(report, measured, "Likelihood of the models", "; lower is better.")
-    about = "How hard a masked token is to guess against how many of its neighbours are masked too."
+    about = "Cross-entropy of a masked token against the share of masked tokens."
     mask_rate_figure(report, measured, about)
 
 
 def likelihood_figure(report: Report, measured: Likelihood, alt: str, more: str = ".") -> None:
-    """Add the figure that holds model, unigram and truth against each other."""
+    """Add the figure that compares model, unigram likelihood and true entropy."""
     rows = [("this model", measured.model.value, measured.model.se)]
     if measured.unigram:
         rows.insert(0, ("unigram", measured.unigram.value, measured.unigram.se))
     truth = measured.truth.value if measured.truth else None
-    report.figure(plots.likelihood_against_truth(rows, truth, "nats/token"),
+    report.figure(plots.likelihood_against_truth(rows, truth),
                   f"Nats per token with 95% intervals over {measured.scores.units.name}{more}", alt)  # fmt: skip
 
 
@@ -45,14 +45,9 @@ def likelihood_metrics(measured: Likelihood) -> list[Metric]:
     """Return the numbers of a likelihood, with their errors."""
     bits = measured.model.scaled(1 / np.log(2))
     perplexity = measured.model.exp()
+    method = f"{measured.scores.label}; error over {measured.scores.units}"
     rows = [
-        Metric(
-            "NLL",
-            measured.model.value,
-            measured.model.se,
-            "nats/token",
-            f"{measured.scores.label}; error over {measured.scores.units}",
-        ),  # fmt: skip
+        Metric("NLL", measured.model.value, measured.model.se, "nats/token", method),
         Metric("bits", bits.value, bits.se, "bits/token"),
         Metric("perplexity", perplexity.value, perplexity.se),
     ]
@@ -71,7 +66,7 @@ def likelihood_metrics(measured: Likelihood) -> list[Metric]:
 
 
 def truth_line(measured: Likelihood) -> list[str]:
-    """Return the line for a terminal that says how far the model is above the truth, if that is known."""
+    """Return the line for a terminal on the gap to the true entropy, if known."""
     if not measured.truth:
         return []
     return [f"true entropy {measured.truth} nats/token | above it by {measured.gap} (paired)"]
@@ -90,8 +85,8 @@ def likelihood_lines(measured: Likelihood, title: str, gain: LatentGain | None) 
 
 
 def gain_section(report: Report, gain: LatentGain, facts: Mapping[str, object]) -> None:
-    """Write the section on what latents say of their texts. facts: of the encoder."""
-    report.section("What the latents say", _ABOUT_GAIN)
+    """Write the section on the latent gain. facts: of the encoder."""
+    report.section("Latent gain", _ABOUT_GAIN)
     rows = [("their own", gain.true), ("those of other texts", gain.shuffled), ("none", gain.none)]
     cells = [(name, Metric("", found.value, found.se)) for name, found in rows]
     report.table(["latents", "nats/token"], cells, ", ".join(f"{key}: {value}" for key, value in facts.items()))
@@ -100,21 +95,18 @@ def gain_section(report: Report, gain: LatentGain, facts: Mapping[str, object]) 
 
 
 def gain_line(gain: LatentGain) -> str:
-    """Return the gain as a line for a terminal."""
+    """Return the latent gain as a line for a terminal."""
     return (f"latents: their own {gain.true}, others' {gain.shuffled}, none {gain.none} nats/token | "
             f"latent gain {gain.gain}, over none {gain.over_none} (paired)")  # fmt: skip
 
 
 def untrained_marginal(objective: object) -> str:
-    """Return a warning about the likelihood of texts alone if the network never learned them without their latents.
-
-    It is empty where it did, as in mode joint.
-    """
+    """Return a warning if the network never learned the likelihood of texts without latents; else an empty text."""
     if not isinstance(objective, JointDiffusion) or {"text", "joint"} & set(objective.shares):
         return ""
     modes = objective.shares
-    return (f"The modes of this training ({', '.join(modes)}) never hide a text's latent, so that the likelihood of "
-            "texts alone is that of something which was not learned.")  # fmt: skip
+    return (f"The modes of this training ({', '.join(modes)}) never drop a text's latent, so the network did not "
+            "learn the likelihood of texts alone.")  # fmt: skip
 
 
 _PREAMBLE = {
@@ -126,9 +118,9 @@ _PREAMBLE = {
 }
 _ERRORS = "Errors are standard errors over {}."
 _NOISY_ERRORS = "Errors are standard errors over {} and contain the noise of the masks."
-_FILLED = (
-    " Rows are filled behind their texts with EOS, which the model has to write too, since it is not shown where a "
-    "text ends: the nats are those of text, EOS and fill, the tokens those of the text and its EOS."
+_EOS_PADDED = (
+    " Rows are padded with EOS, which the model has to generate too, because it is not shown where a text ends: the "
+    "nats are those of text, EOS and padding, the tokens those of the text and its EOS."
 )
 _TRUTH = " The corpus knows its own probabilities, so its entropy on these very texts is exact."
 
@@ -137,13 +129,13 @@ def _method(measured: Likelihood) -> str:
     """Return how the likelihood was measured, in words."""
     kind = "The likelihood is exact. " if measured.scores.label == "exact" else _PREAMBLE[measured.scores.kind]
     scores = measured.scores
-    filled = _FILLED if not scores.causal and (scores.maskable_M > scores.tokens_M).any() else ""
+    padded = _EOS_PADDED if not scores.causal and (scores.maskable_M > scores.tokens_M).any() else ""
     errors = (_ERRORS if scores.exact else _NOISY_ERRORS).format(scores.units)
-    return kind + errors + filled + (_TRUTH if measured.truth else "")
+    return kind + errors + padded + (_TRUTH if measured.truth else "")
 
 
 _ABOUT_GAIN = (
-    "The bound of each text given its own latent, given that of another text and given none, on the same masks. The "
-    "latent gain, others' minus their own, is above zero where the network reads its latents; its error is that of the "
-    "difference, text by text."
+    "The bound of each text given its own latent, that of another text, and none, on the same masks. The "
+    "latent gain, others' minus their own, is above zero if the network uses its latents; its error is that of the "
+    "paired difference."
 )

@@ -1,4 +1,4 @@
-"""Pages from templates: complete in themselves, written whole or not at all."""
+"""Self-contained pages from templates, written atomically."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from palimpsest.report.palette import FIRST_HUE, LAST_HUE
 
 
 def render(template: str, **content: Any) -> str:
-    """The page that `template`, a file beside this one, makes of `content`. Texts are escaped."""
+    """Render `template`, a file in this folder, with `content`; texts are escaped."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -32,11 +32,10 @@ def render(template: str, **content: Any) -> str:
 
 @rank_zero_only
 def write_page(path: Path, page: str) -> None:
-    """Write `page` to `path`, in the first process. Lone surrogates (torn bytes of a byte-level tokenizer) must not
-    cost a finished run its report."""
+    """Write `page` to `path` in the first process; lone surrogates (torn bytes of a tokenizer) are replaced."""
     write_atomically(path, page.encode("utf-8", errors="replace"))
 
 
 def _content_hash(text: str) -> str:
-    """Source expression of the content security policy that admits exactly this inline script."""
+    """Return the source expression of the content security policy for this inline script."""
     return f"sha256-{base64.b64encode(hashlib.sha256(str(text).encode()).digest()).decode('ascii')}"

@@ -1,8 +1,8 @@
-"""One colour per step of a denoising, the same on the page, in the terminal and in the moving picture.
+"""Colours of the steps of a denoising, for pages, the terminal and GIFs.
 
-A sweep of the hue from blue-violet (early) over green to amber (late) at one lightness and one chroma of OKLCH, in
-which equal steps look equally large (Bjorn Ottosson, "A perceptual color space for image processing", 2020). It runs
-along the blue-yellow axis, which all common forms of colour blindness keep.
+A sweep of the hue from blue-violet (early) over green to amber (late) at constant lightness and chroma of OKLCH, in
+which equal steps look equally large (Bjorn Ottosson, "A perceptual color space for image processing", 2020). It follows
+the blue-yellow axis, which all common forms of colour blindness keep.
 """
 
 from __future__ import annotations
@@ -10,31 +10,31 @@ from __future__ import annotations
 import math
 
 FIRST_HUE, LAST_HUE = 285.0, 75.0  # degrees
-_INK = (0.60, 0.115)  # lightness and chroma that read on white and on black alike
+_INK = (0.60, 0.115)  # lightness and chroma; contrast 3.6 or more on white and on black
 _WASH = (0.84, 0.085)  # behind dark letters
 
 
 def age(step: int, num_steps: int) -> float:
-    """Where `step` of 1..`num_steps` lies between the first step, 0, and the last, 1."""
+    """Return the position of `step` of 1..`num_steps` between the first step, 0, and the last, 1."""
     return min(1.0, max(0.0, (step - 1) / max(1, num_steps - 1)))
 
 
 def ink(at: float, confidence: float = 1.0) -> str:
-    """Colour of letters written at age `at` in [0, 1], #rrggbb, greyer where the `confidence` was lower: its contrast
-    is 3.6 or more on white and on black."""
+    """Return the colour of letters of age `at` in [0, 1], #rrggbb, greyer for low `confidence`."""
     lightness, chroma = _INK
-    return _hex(_rgb(lightness, (0.25 + 0.75 * strength(confidence)) * chroma, _hue(at)))
+    rgb = _rgb(lightness, (0.25 + 0.75 * strength(confidence)) * chroma, _hue(at))
+    return "#{:02x}{:02x}{:02x}".format(*rgb)
 
 
 def wash(at: float, confidence: float, paper: tuple[int, int, int]) -> tuple[int, int, int]:
-    """Ground behind letters written at age `at`, 0..255 each; paler on `paper` where the `confidence` was lower."""
+    """Return the background of letters of age `at`, 0..255 each, closer to `paper` for low `confidence`."""
     share = strength(confidence)
     colour = _rgb(*_WASH, _hue(at))
     return tuple(round(share * c + (1 - share) * p) for c, p in zip(colour, paper, strict=True))
 
 
 def strength(confidence: float) -> float:
-    """Share of the colour in a token's ground: 0.2 where the model gave it no chance, 1 where it was certain."""
+    """Return the strength of a token's colour: 0.2 for confidence 0, 1 for confidence 1."""
     return 0.2 + 0.8 * min(1.0, max(0.0, confidence))
 
 
@@ -43,7 +43,7 @@ def _hue(at: float) -> float:
 
 
 def _rgb(lightness: float, chroma: float, hue: float) -> tuple[int, int, int]:
-    """OKLCH to sRGB, 0..255, clipped."""
+    """Convert OKLCH to sRGB, 0..255, clipped."""
     a, b = chroma * math.cos(math.radians(hue)), chroma * math.sin(math.radians(hue))
     long = (lightness + 0.3963377774 * a + 0.2158037573 * b) ** 3
     middle = (lightness - 0.1055613458 * a - 0.0638541728 * b) ** 3
@@ -58,7 +58,3 @@ def _rgb(lightness: float, chroma: float, hue: float) -> tuple[int, int, int]:
 
 def _gamma(value: float) -> float:
     return 12.92 * value if value <= 0.0031308 else 1.055 * value ** (1 / 2.4) - 0.055
-
-
-def _hex(rgb: tuple[int, int, int]) -> str:
-    return "#{:02x}{:02x}{:02x}".format(*rgb)

@@ -1,4 +1,4 @@
-"""Text of users and models on its way into the page: control characters visible, spacing kept, code in `backticks`."""
+"""Plain text to HTML: control characters become visible, spacing is kept, `backticks` set code."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import re
 
 from markupsafe import Markup, escape
 
-# HTML has no place for these, and a terminal would obey them; a replacement sign keeps them visible.
+# Invalid in HTML, and interpreted by terminals.
 _CONTROL = {code: "\ufffd" for code in [*range(9), 11, 12, *range(14, 32), *range(127, 160)]}
 
 
 def visible(text: str) -> str:
-    """`text` with a replacement sign for each control character, but for tabs and the ends of lines."""
+    """Replace control characters by a replacement sign, except tabs and line ends."""
     return text.translate(_CONTROL)
 
 
 def split_lead(token: str) -> tuple[str, str]:
-    """The white space before a decoded token and the token; one that is nothing but white space is all token.
+    """Return the white space before a decoded token, and the token; white space alone is all token.
 
-    A coloured block around a token leaves its leading space out, or neighbours would merge into one.
+    Coloured blocks leave the leading space out, so that neighbours do not merge.
     """
     token = visible(token)
     body = token.lstrip()
@@ -27,10 +27,10 @@ def split_lead(token: str) -> tuple[str, str]:
 
 
 def inline(text: str) -> Markup:
-    """Escaped text in which `backticks` set code."""
+    """Return escaped text in which `backticks` set code."""
     return Markup(re.sub(r"`([^`\n]+)`", r"<code>\1</code>", str(escape(visible(text)))))
 
 
 def paragraphs(text: str) -> list[Markup]:
-    """The parts of `text` between blank lines, each as `inline`."""
+    """Return the parts of `text` between blank lines, each as `inline`."""
     return [inline(part.strip()) for part in re.split(r"\n\s*\n", text) if part.strip()]

@@ -1,8 +1,8 @@
 """Figures of likelihoods and training. Each function returns a new matplotlib Figure and touches no global state.
 
-Colours are those of `THEME`: the report replaces them by the page's own, so one figure serves the light
-and the dark scheme. All error bars are 95% intervals and say so. Values that are not finite cannot be
-drawn; every figure counts them aloud. Shapes: S steps or points; (N, 2) of optimiser step and value.
+Colours are those of `THEME`: the report replaces them by the page's own, for the light and the dark scheme. All error
+bars are 95% intervals and labelled so. Values that are not finite are not drawn but counted. Shapes: S steps or points;
+(N, 2) of optimiser step and value.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from palimpsest.report.style import (
 
 _MOST_RAW_POINTS = 400
 _FEWEST_POINTS_TO_ZOOM = 20
-_WIDE = 20.0  # a range of so many times its smallest value is drawn on a logarithmic scale
+_WIDE = 20.0  # larger ratios of the range are drawn on a logarithmic scale
 
 
 # ------------------------------------------------------------------------------------------- training
@@ -49,11 +49,11 @@ def loss_curve(
     validation: tuple[ArrayLike, ArrayLike, ArrayLike] | None = None,
     truth: float | None = None,
 ) -> Figure:
-    """Training and validation loss [nats/token] against the optimiser step.
+    """Plot training and validation loss [nats/token] against the optimiser step.
 
-    `train` is (steps S, nll S); `validation` is (steps S, nll S, standard error S); `truth` is the entropy
-    of the source, which no bound can pass. The raw loss is pale, its running mean strong. Where the first
-    steps dwarf all that follows, a second panel shows the second half of the run at its own scale.
+    `train` is (steps S, nll S); `validation` is (steps S, nll S, standard error S); `truth` is the entropy of the
+    source, which no bound can pass. The raw loss is pale, its running mean strong. If the first steps dwarf the others,
+    a second panel shows the second half of the run.
     """
     train, dropped = finite(*train)
     points, more = ([np.empty(0)] * 3, 0) if validation is None else finite(*validation)
@@ -61,7 +61,7 @@ def loss_curve(
     middle = train[0].max(initial=0.0) / 2
     late = train[1][train[0] >= middle]
     zoom = train[0].size >= _FEWEST_POINTS_TO_ZOOM and np.ptp(train[1]) > 3 * np.ptp(late)
-    # The labels stand at the last panel, so it must hold whatever there is to label.
+    # The last panel has the labels, so it must hold everything labelled.
     zoom = zoom and (points[0].size == 0 or points[0].max() >= middle)
     figure = new_figure(3.1)
     panels = figure.subplots(1, 2 if zoom else 1, squeeze=False)[0]
@@ -69,8 +69,7 @@ def loss_curve(
         style_axes(axes, "optimiser step")
         labels = _draw_losses(axes, train, points, truth, start)
         axes.margins(x=0.03, y=0.07)
-        axes.xaxis.set_major_formatter(FuncFormatter(thousands))
-        axes.xaxis.set_major_locator(MaxNLocator(4 if zoom else 6, integer=True, steps=TICK_STEPS))
+        _step_axis(axes, 4 if zoom else 6)
     panels[0].set_ylabel("loss (nats per token)")
     if zoom:
         panels[0].set_title("whole run", color=MUTED, fontsize=TEXT, loc="left")
@@ -83,7 +82,7 @@ def loss_curve(
 def _draw_losses(
     axes: Axes, train: list[Floats], validation: list[Floats], truth: float | None, start: float
 ) -> list[tuple[float, str, str]]:
-    """Draws the run from step `start` on; returns direct labels (height [nats/token], text, colour)."""
+    """Draw the run from step `start` on; return direct labels (height [nats/token], text, colour)."""
     labels: list[tuple[float, str, str]] = []
     if train[0].size:
         labels.append((_draw_train(axes, train[0], train[1], start), "training", BLUE))
@@ -99,15 +98,14 @@ def _draw_losses(
 
 
 def _draw_train(axes: Axes, steps: Floats, nll: Floats, start: float) -> float:
-    """Draws the raw loss pale and its running mean strong; returns the mean at the last step [nats/token]."""
+    """Draw the raw loss pale and its running mean strong; return the mean at the last step [nats/token]."""
     window = max(1, steps.size // 50)
     mean = running_mean(nll, window)
     steps, nll, mean = (column[steps >= start] for column in (steps, nll, mean))
     # The range of each chunk keeps every spike of a long run; a thinned line would lose them.
     starts = np.arange(0, steps.size, -(-steps.size // _MOST_RAW_POINTS))
     if starts.size < steps.size:
-        low, high = np.minimum.reduceat(nll, starts), np.maximum.reduceat(nll, starts)
-        axes.fill_between(steps[starts], low, high, color=BLUE, alpha=0.28, linewidth=0)
+        axes.fill_between(*_thinned(steps, nll, nll), color=BLUE, alpha=0.28, linewidth=0)
     elif window > 1:
         axes.plot(steps, nll, color=BLUE, alpha=0.4, linewidth=0.7)
     marker = "o" if steps.size == 1 else None
@@ -116,7 +114,7 @@ def _draw_train(axes: Axes, steps: Floats, nll: Floats, start: float) -> float:
 
 
 def nll_by_mask_rate_over_time(series: Sequence[tuple[str, ArrayLike]]) -> Figure:
-    """Reconstruction loss [nats per masked token] against the optimiser step, a running mean for each share of masks.
+    """Plot the running mean of the loss [nats per masked token] against the optimiser step, for each share of masks.
 
     `series` are (label, points (N, 2)), the fewest masks first.
     """
@@ -127,7 +125,7 @@ def nll_by_mask_rate_over_time(series: Sequence[tuple[str, ArrayLike]]) -> Figur
 
 
 def cross_entropy_at_rates(series: Sequence[tuple[float, ArrayLike]]) -> Figure:
-    """Validation cross-entropy [nats per masked token] against the optimiser step, a line for each share of masks.
+    """Plot the validation cross-entropy [nats per masked token] against the optimiser step, for each share of masks.
 
     `series` are (share in per cent, points (N, 2)), the fewest masks first.
     """
@@ -140,7 +138,7 @@ def cross_entropy_at_rates(series: Sequence[tuple[float, ArrayLike]]) -> Figure:
 def _over_time(
     series: Sequence[tuple[str, ArrayLike]], ylabel: str, smooth: bool
 ) -> tuple[Figure, list[tuple[float, str, str]]]:
-    """Draw a line for each series, the later the stronger; returns the labels of their ends too."""
+    """Draw a line for each series, later ones stronger; return the labels of their ends too."""
     figure = new_figure(3.1)
     axes = style_axes(figure.add_subplot(), "optimiser step", ylabel)
     labels, dropped = [], 0
@@ -162,8 +160,9 @@ def _over_time(
 def vital_signs(
     rate: ArrayLike, norm: ArrayLike, largest_norm: ArrayLike, speed: ArrayLike, memory: ArrayLike, mfu: float | None
 ) -> Figure:
-    """Small multiples over the optimiser step: learning rate, gradient norm before clipping (its mean, and pale its
-    largest in each interval), tokens per second, peak memory [GiB]; each (N, 2). `mfu` in [0, 1] is the run's median.
+    """Plot learning rate, gradient norm before clipping, tokens per second and peak memory [GiB]; each (N, 2).
+
+    The gradient norm is a mean with, in pale, the largest of each interval. `mfu` in [0, 1] is the run's median.
     """
     figure = new_figure(3.9)
     panels = figure.subplots(2, 2, sharex=True).flatten()
@@ -180,7 +179,7 @@ def vital_signs(
 
 
 def _panel(axes: Axes, title: str, points: ArrayLike, above: ArrayLike = (), zero: bool = False) -> None:
-    """One series with its title; `above` is a pale band's upper edge, `zero` begins the scale there."""
+    """Draw one series with its title; `above` is the upper edge of a pale band, `zero` starts the scale at zero."""
     style_axes(axes)
     axes.set_title(title, color=INK, fontsize=TEXT, loc="left")
     (steps, values), dropped = finite(*np.asarray(points, dtype=np.float64).reshape(-1, 2).T)
@@ -192,8 +191,8 @@ def _panel(axes: Axes, title: str, points: ArrayLike, above: ArrayLike = (), zer
         edge = np.interp(steps, above_at, edge)
         axes.fill_between(*_thinned(steps, values, edge), color=BLUE, alpha=0.28, linewidth=0)
     starts = np.arange(0, steps.size, -(-steps.size // _MOST_RAW_POINTS))
-    drawn = running_mean(values, max(1, steps.size // _MOST_RAW_POINTS))[starts]
-    axes.plot(steps[starts], drawn, color=BLUE, linewidth=1.3, marker="o" if steps.size == 1 else None, markersize=4)
+    sampled = running_mean(values, max(1, steps.size // _MOST_RAW_POINTS))[starts]
+    axes.plot(steps[starts], sampled, color=BLUE, linewidth=1.3, marker="o" if steps.size == 1 else None, markersize=4)
     highest = max(values.max(), edge.max(initial=0.0)) if above_at.size else values.max()
     if values.min() > 0 and highest > _WIDE * values.min() and not zero:
         axes.set_yscale("log")
@@ -210,7 +209,7 @@ def _panel(axes: Axes, title: str, points: ArrayLike, above: ArrayLike = (), zer
 
 
 def _thinned(steps: Floats, low: Floats, high: Floats) -> tuple[Floats, Floats, Floats]:
-    """At most 400 points that keep the lowest of `low` and the highest of `high`."""
+    """Return at most 400 points that keep the lowest of `low` and the highest of `high`."""
     starts = np.arange(0, steps.size, -(-steps.size // _MOST_RAW_POINTS))
     return steps[starts], np.minimum.reduceat(low, starts), np.maximum.reduceat(high, starts)
 
@@ -221,7 +220,7 @@ def _step_axis(axes: Axes, ticks: int) -> None:
 
 
 def signs_of(logged: Mapping[str, ArrayLike]) -> Figure | None:
-    """`vital_signs` from what training/callbacks/metrics.py logged, by name; None where it logged nothing."""
+    """Return `vital_signs` of what training/callbacks/metrics.py logged, by name; None if it logged nothing."""
     if "train/grad_norm" not in logged:
         return None
     shares = np.asarray(logged.get("train/mfu", ()), dtype=np.float64).reshape(-1, 2)[:, 1]
@@ -231,18 +230,16 @@ def signs_of(logged: Mapping[str, ArrayLike]) -> Figure | None:
 
 
 def nll_by_mask_rate(rate: ArrayLike, nll: ArrayLike, se: ArrayLike | None = None) -> Figure:
-    """Reconstruction loss [nats per masked token] against the share of masked tokens in [0, 1]; all S."""
+    """Plot the reconstruction loss [nats per masked token] against the share of masked tokens in [0, 1]; all S."""
     figure, _ = by_mask_rate(rate, nll, se, "loss (nats per masked token)")
     return figure
 
 
 # ------------------------------------------------------------------------------------------- rows of dots
-def likelihood_against_truth(
-    rows: Sequence[Row], truth: float | None = None, unit: str = "nats/token", highlight: str | None = None
-) -> Figure:
-    """One dot with its 95% interval per (name, value, standard error), the true entropy as a line."""
-    figure, axes = dot_rows(rows, highlight, scale=1.0, marks=() if truth is None else (truth,))
-    axes.set_xlabel(f"negative log-likelihood ({unit}); bars: 95%; further left is better")
+def likelihood_against_truth(rows: Sequence[Row], truth: float | None = None) -> Figure:
+    """Plot one dot with its 95% interval per (name, value, standard error), and the true entropy as a line."""
+    figure, axes = dot_rows(rows, None, scale=1.0, marks=() if truth is None else (truth,))
+    axes.set_xlabel("negative log-likelihood (nats/token); bars: 95%; further left is better")
     if truth is not None and np.isfinite(truth):
         axes.axvline(truth, color=INK, linewidth=1, linestyle=(0, (4, 3)))
         label = f"true entropy {format_number(truth)}"

@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file that opens from disk and needs no network."""
+"""The report of a run: one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -27,30 +27,31 @@ _BLANK = {"", "–", "—", "-"}
 class Report:
     """Collects sections of numbers, tables, figures and samples, and writes them as one HTML page.
 
-    Without a title it is to be framed by another page: the sections alone.
-    `facts` is a small table of what was run (data, tokenizer, model size, seed, device, wall time, ...).
-    Texts are plain: they are escaped, blank lines separate paragraphs, and `backticks` set code.
-    Figures are rendered when added, so the caller may let go of them. `write` may be called repeatedly.
+    Without a title it has only the sections, to be framed by another page. `facts` is a small table of what was run
+    (data, tokenizer, model size, seed, device, wall time, ...). Texts are plain: they are escaped, blank lines separate
+    paragraphs, and `backticks` set code. Figures are rendered when added. `write` may be called repeatedly.
     """
 
     def __init__(
         self, title: str, subtitle: str = "", command: str = "", facts: Mapping[str, object] | None = None
     ) -> None:
-        self.title, self.subtitle, self.command = title, subtitle, command
+        self.title, self.subtitle = title, subtitle
+        self.command = command
         self.facts = {str(key): _cell(value) for key, value in (facts or {}).items()}
         self._sections: list[dict[str, Any]] = []
         self._counts = {"figure": 0, "table": 0}
 
     def section(self, heading: str, text: str = "") -> None:
-        """Opens a section; everything added after belongs to it."""
+        """Open a section for everything added after."""
         self._sections.append({"heading": heading, "paragraphs": paragraphs(text), "blocks": []})
 
     def metrics(self, metrics: Sequence[Metric]) -> None:
-        """A row of measured numbers, each with its standard error, unit and note."""
+        """Add a row of measured numbers, each with its standard error, unit and note."""
         self._add("metrics", metrics=[_metric(metric) for metric in metrics])
 
     def table(self, header: Sequence[str], rows: Sequence[Sequence[object]], caption: str = "") -> None:
-        """A table; cells may be text, numbers, None (a dash), `Metric` or `Interval`. Columns of numbers align right.
+        """Add a table; cells may be text, numbers, None (a dash), `Metric` or `Interval`. Columns of numbers align
+        right.
 
         Raises ValueError if a row is not as long as the header.
         """
@@ -70,25 +71,25 @@ class Report:
         self._add("table", number=self._number("table") if caption else 0, **content)
 
     def figure(self, figure: Figure, caption: str, alt: str) -> None:
-        """A figure; `alt` says in words what it shows to those who cannot see it."""
+        """Add a figure; `alt` describes it to readers who cannot see it."""
         number = self._number("figure")
         markup, card = inline_figure(figure, alt, f"f{number}", THEME)
         self._add("figure", markup=markup, card=card, caption=inline(caption), number=number)
 
     def samples(self, samples: Sequence[Sample]) -> None:
-        """Texts with the course of their denoising; without JavaScript the final text is readable."""
+        """Add texts with their denoising; without JavaScript the final text is readable."""
         self._add("samples", **samples_block(samples))
 
     def evidence(self, evidence: Sequence[Evidence]) -> None:
-        """Texts whose tokens are coloured by what they say for one class against another; one scale for all of them."""
+        """Add texts coloured by token attributions, with one scale for all of them."""
         self._add("evidence", **evidence_block(evidence))
 
     def code(self, text: str, caption: str = "") -> None:
-        """Literal text behind a fold, e.g. the resolved configuration."""
+        """Add literal text behind a fold, such as the resolved configuration."""
         self._add("code", text=visible(text), caption=caption or "Listing")
 
     def render(self) -> str:
-        """The page as HTML."""
+        """Return the page as HTML."""
         return render(
             _TEMPLATE,
             title=self.title,

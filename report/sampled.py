@@ -1,4 +1,4 @@
-"""Show what was sampled, whatever was asked for: free texts, completed prompts, or a direction."""
+"""Report of sampled texts: free texts, completed prompts, or conditional generation."""
 
 from __future__ import annotations
 
@@ -6,25 +6,26 @@ from collections.abc import Mapping, Sequence
 
 from palimpsest.dataloader import TextData
 from palimpsest.evaluation.completions import Completions
-from palimpsest.evaluation.directions import Outcome
-from palimpsest.evaluation.drawing import Sampled
+from palimpsest.evaluation.conditional_generation import ConditionalResult
+from palimpsest.evaluation.drawing import SamplingResult
 from palimpsest.evaluation.free_texts import FreeTexts
 from palimpsest.report.completions import completions_lines, completions_report
+from palimpsest.report.conditional_generation import TITLES, direction_lines, direction_report
 from palimpsest.report.denoising import Sample
-from palimpsest.report.directions import TITLES, direction_lines, direction_report
 from palimpsest.report.free_texts import free_texts_lines, free_texts_report
 from palimpsest.report.report import Report
 
 
 def sampled_report(
-    found: Sampled, data: TextData, samples: Sequence[Sample], how: str, command: str, facts: Mapping[str, object]
-) -> Report:
+    found: SamplingResult, data: TextData, samples: Sequence[Sample], how: str, command: str,
+    facts: Mapping[str, object],
+) -> Report:  # fmt: skip
     """Return the report of `found`. samples: the texts to show. how: the sampler, in a line."""
     if isinstance(found, Completions):
         about = f"{len(found.completed)} prompts of {data.name}, {found.split} split"
         report = Report("Completed prompts", about, command, facts)
         completions_report(report, found, data.tokenizer, max(len(samples), 1))
-    elif isinstance(found, Outcome):
+    elif isinstance(found, ConditionalResult):
         title, split = TITLES[found.protocol["direction"]], found.protocol["split"]
         report = Report(title, f"{data.name}, {split} split", command, facts)
         direction_report(report, found, samples, data.tokenizer)
@@ -34,11 +35,11 @@ def sampled_report(
     return report
 
 
-def sampled_lines(found: Sampled, shown: slice, how: str) -> str:
-    """Return the lines for a terminal. shown: which free texts are printed."""
+def sampled_lines(found: SamplingResult, shown: slice, how: str) -> str:
+    """Return the lines for a terminal. shown: the free texts to print."""
     if isinstance(found, Completions):
         return completions_lines(found)
-    if isinstance(found, Outcome):
+    if isinstance(found, ConditionalResult):
         return direction_lines(found)
     assert isinstance(found, FreeTexts)
     return free_texts_lines(found, found.texts[shown], how)

@@ -1,4 +1,4 @@
-"""The quiet look shared by all figures of a report: colours of the page, axes, direct labels, rows of dots.
+"""Common style of all figures of a report: page colours, axes, direct labels, rows of dots.
 
 Shapes: N points.
 """
@@ -35,14 +35,14 @@ Row = tuple[str, float, float | None]
 
 
 def new_figure(height: float) -> Figure:
-    """An empty figure of the common width, `height` inches tall, marked for the page's colours."""
+    """Return an empty figure of the common width, `height` inches tall, marked for the page's colours."""
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     figure.set_gid(THEMED)
     return figure
 
 
 def style_axes(axes: Axes, xlabel: str = "", ylabel: str = "", grid: str = "y") -> Axes:
-    """Gives `axes` the common look, with grid lines for the axis `grid` ("x", "y" or none); returns it."""
+    """Give `axes` the common style, with grid lines for the axis `grid` ("x", "y" or none); return it."""
     axes.set_facecolor("none")
     for side, spine in axes.spines.items():
         spine.set_visible(side == "bottom" or (side == "left" and grid != "x"))
@@ -58,13 +58,13 @@ def style_axes(axes: Axes, xlabel: str = "", ylabel: str = "", grid: str = "y") 
 
 
 def write(axes: Axes, x: float, y: float, text: str, colour: str = INK, **options: object) -> None:
-    """Sets `text` at (x, y) in data units, or in those of the `transform` among the options."""
-    # User strings may hold "$"; they are names, not formulas.
+    """Write `text` at (x, y) in data units, or in those of the `transform` among the options."""
+    # User strings may contain "$" but are not formulas.
     axes.text(x, y, text, **{"color": colour, "fontsize": TEXT, "parse_math": False, **options})
 
 
 def note_dropped(axes: Axes, count: int) -> None:
-    """Says in the figure how many values could not be drawn; nothing if none."""
+    """Note in the figure how many values could not be drawn, if any."""
     if count > 0:
         noun = "value is" if count == 1 else "values are"
         text = f"{count:,} {noun} not finite and not drawn"
@@ -72,9 +72,9 @@ def note_dropped(axes: Axes, count: int) -> None:
 
 
 def spread(positions: Sequence[float], gap: float) -> list[float]:
-    """`positions` moved as little as possible, in squares, so that neighbours keep `gap`; those with room stay.
+    """Move `positions` as little as possible, in squares, so that neighbours keep `gap`.
 
-    Pool adjacent violators (Ayer et al. 1955) on the positions less the room that those below them need.
+    Pool adjacent violators (Ayer et al. 1955) on the positions minus the gaps below them.
     """
     order = np.argsort(positions, kind="stable")
     groups: list[list[float]] = []
@@ -89,7 +89,7 @@ def spread(positions: Sequence[float], gap: float) -> list[float]:
 
 
 def end_labels(axes: Axes, labels: Sequence[tuple[float, str, str]]) -> None:
-    """Direct labels (y in data units, text, colour) right of the axes, moved apart where they would touch."""
+    """Write labels (y in data units, text, colour) right of the axes, moved apart if they would overlap."""
     low, high = axes.get_ylim()
     heights = [(y - low) / (high - low) for y, _, _ in labels]
     lines = max((text.count("\n") + 1 for _, text, _ in labels), default=1)
@@ -98,24 +98,24 @@ def end_labels(axes: Axes, labels: Sequence[tuple[float, str, str]]) -> None:
 
 
 def finite(*arrays: ArrayLike) -> tuple[list[Floats], int]:
-    """The arrays as float64 [N] without the positions where the first two hold no finite value; the count."""
+    """Return float64 arrays [N] without positions where one of the first two is not finite, and the number dropped."""
     columns = [np.asarray(a, dtype=np.float64).reshape(-1) for a in arrays]
     keep = np.logical_and.reduce([np.isfinite(c) for c in columns[:2]])
     return [c[keep] for c in columns], int((~keep).sum())
 
 
 def thousands(value: float, _position: int) -> str:
-    """Tick label of a count: 500, 5,000, 50k."""
+    """Return the tick label of a count: 500, 5,000, 50k."""
     return f"{value / 1000:,.10g}k" if abs(value) >= 10_000 else f"{value:,.10g}"
 
 
 def half_width(se: float | None) -> float:
-    """Half width of the 95% interval; 0 where the standard error is unknown."""
+    """Return half the width of the 95% interval; 0 if the standard error is unknown."""
     return Z95 * se if se is not None and np.isfinite(se) else 0.0
 
 
 def empty_figure(figure: Figure, text: str = "nothing to draw") -> Figure:
-    """`figure` with `text` in place of axes."""
+    """Return `figure` with `text` instead of axes."""
     axes = figure.add_subplot()
     axes.set_axis_off()
     write(axes, 0.5, 0.5, text, MUTED, ha="center", va="center", transform=axes.transAxes)
@@ -125,14 +125,14 @@ def empty_figure(figure: Figure, text: str = "nothing to draw") -> Figure:
 def running_mean(values: Floats, window: int) -> Floats:
     """Return the mean of `window` neighbouring values around each."""
     ones = np.ones(window)
-    # Dividing by the number of points under the window lets no zeros from beyond the ends into the mean.
+    # Divided by the number of points under the window, so that zeros beyond the ends do not count.
     return np.convolve(values, ones, "same") / np.convolve(np.ones_like(values), ones, "same")
 
 
 def dot_rows(
     rows: Sequence[Row], highlight: str | None, scale: float, marks: Sequence[float] = ()
 ) -> tuple[Figure, Axes]:
-    """Horizontal dots from top to bottom; values times `scale` are written at the right edge."""
+    """Draw horizontal dots from top to bottom; values times `scale` are written at the right edge."""
     figure = new_figure(0.95 + 0.34 * max(1, len(rows)))
     axes = style_axes(figure.add_subplot(), " ", "", grid="x")
     for y, (name, value, se) in enumerate(rows):
@@ -157,7 +157,7 @@ def dot_rows(
 
 
 def by_mask_rate(rate: ArrayLike, value: ArrayLike, se: ArrayLike | None, ylabel: str) -> tuple[Figure, Axes]:
-    """`value` with its 95% interval against the share of masked tokens in [0, 1]; all N."""
+    """Plot `value` with its 95% interval against the share of masked tokens in [0, 1]; all N."""
     figure = new_figure(3.0)
     axes = style_axes(figure.add_subplot(), f"share of tokens masked{'' if se is None else '; bars: 95%'}", ylabel)
     errors = np.zeros(np.size(rate)) if se is None else se

@@ -1,4 +1,4 @@
-"""A matplotlib figure as markup that lives inside the page: SVG that follows the colour scheme, else PNG."""
+"""Matplotlib figures as inline markup: SVG that follows the page's colour scheme, else PNG."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 THEMED = "themed"
-"""`gid` of figures drawn only with the colours of a theme; others are set on a white card."""
+"""`gid` of figures drawn only with the colours of a theme; others get a white background."""
 
 _LARGEST_SVG = 1_000_000
 _PIXELS_PER_POINT = 1.48
@@ -23,11 +23,11 @@ _REFERENCE = re.compile(r"url\(#([^)]*)\)")
 
 
 def inline_figure(figure: Figure, alt: str, prefix: str, theme: Mapping[str, str]) -> tuple[Markup, bool]:
-    """Markup of `figure` and whether it needs a white card under it.
+    """Return the markup of `figure` and whether it needs a white background.
 
-    `prefix` keeps ids of several figures apart. `theme` maps hex colours to CSS custom properties; it is
-    applied to figures whose gid is `THEMED`. Figures too heavy for SVG, or whose text XML cannot
-    hold, become a PNG at twice the screen resolution.
+    `prefix` keeps ids of several figures apart. `theme` maps hex colours to CSS custom properties, for figures whose
+    gid is `THEMED`. Figures too large for SVG, or with text that XML cannot hold, become a PNG at twice the screen
+    resolution.
     """
     themed = figure.get_gid() == THEMED
     try:
@@ -50,8 +50,7 @@ def inline_figure(figure: Figure, alt: str, prefix: str, theme: Mapping[str, str
 
 def _svg(figure: Figure, themed: bool) -> str:
     buffer = io.StringIO()
-    # Real text in our own figures takes the page's fonts and can be selected; other figures may hold
-    # formulas, whose layout only survives as outlines.
+    # Text of themed figures uses the page's fonts; other figures may have formulas, which need outlines.
     settings = {"svg.fonttype": "none" if themed else "path", "svg.hashsalt": "palimpsest"}
     with matplotlib.rc_context(settings):
         if themed:
@@ -70,7 +69,7 @@ def _png(figure: Figure, alt: str) -> Markup:
 
 
 def _rewrite(root: ElementTree.Element, prefix: str, theme: Mapping[str, str]) -> None:
-    """Strips namespaces, metadata and style sheets (they would leak into the page), prefixes ids, themes."""
+    """Remove namespaces, metadata and style sheets (they would affect the page), prefix ids, apply the theme."""
     for parent in list(root.iter()):
         for child in list(parent):
             if _local(child.tag) in {"metadata", "style", "script"}:

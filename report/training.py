@@ -1,4 +1,4 @@
-"""Show a training: its loss and vital signs from what was logged, its likelihood, and what it writes."""
+"""Report of a training: loss, vital signs, likelihood, and samples."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def training_lines(measured: Likelihood) -> str:
 def history(folder: Path) -> dict[str, np.ndarray]:
     """Return what was logged under `folder`, by name: (N, 2) of optimizer step and value.
 
-    Where starts of a run overlap, the later one counts.
+    If starts of a run overlap, the later one counts.
     """
     series: dict[str, dict[int, float]] = {}
     files = sorted(folder.glob("csv/version_*/metrics.csv"), key=lambda path: int(path.parent.name.split("_")[1]))
     for file in files:
         for row in csv.DictReader(file.open(encoding="utf-8")):
-            if None in row.values():  # the last line of a start that was killed while it wrote
+            if None in row.values():  # the last line of a killed run is incomplete
                 continue
             for name, value in row.items():
                 if value and name not in ("step", "epoch"):
@@ -51,13 +51,13 @@ def history(folder: Path) -> dict[str, np.ndarray]:
 
 
 _WITH_LATENTS = (
-    " Training texts are told what the directions that are trained tell them, validation texts their latents: both may "
-    "lie below the likelihood above, which is that of texts alone."
+    " Training texts are conditioned as the trained modes say, validation texts on their latents: both may be below "
+    "the likelihood above, which is that of texts alone."
 )
 
 
 def add_loss_curve(report: Report, folder: Path, truth: float | None) -> None:
-    """Add the figure that shows how the loss came down, from what was logged under `folder`."""
+    """Add the loss curve from the logs under `folder`."""
     logged = history(folder)
     name = next((name for name in ("train/nll", "train/cross_entropy", "train/text_loss") if name in logged), None)
     if name is None:
@@ -81,7 +81,7 @@ def add_course(report: Report, folder: Path) -> None:
     if by_rate:
         report.figure(
             plots.nll_by_mask_rate_over_time([(label, by_rate[rate]) for rate, label in shares.items()]),
-            "What the network makes of texts with few and with many masks; running means.",
+            "Loss on texts with few and with many masks; running means.",
             "Loss per masked token against optimizer step, for five ranges of the share of masked tokens",
         )
     at_rates = {
@@ -91,7 +91,7 @@ def add_course(report: Report, folder: Path) -> None:
         report.figure(
             plots.cross_entropy_at_rates(sorted(at_rates.items())),
             "Validation texts with the same masks every time, and the weights that validation uses. With everything "
-            "masked there is nothing to go by but what is given.",
+            "masked, only observed tokens remain.",
             "Cross-entropy of the masked tokens of the validation texts against optimizer step, by share of masks",
         )
     if (figure := plots.signs_of(logged)) is not None:

@@ -7,11 +7,15 @@ PACKAGE = "palimpsest."
 MOVED = {
     "callbacks": "training.callbacks",
     "engine": "training",
+    "classification.methods.Beside": "classification.methods.ComparedMethods",
+    "classification.scoring.Race": "classification.scoring.SequentialTest",
     "tasks.class_scoring": "classification.scoring",
-    "tasks.classify.Beside": "classification.methods.Beside",
-    "tasks.directions": "evaluation.directions",
+    "tasks.class_scoring.Race": "classification.scoring.SequentialTest",
+    "tasks.classify.Beside": "classification.methods.ComparedMethods",
+    "tasks.directions": "evaluation.conditional_generation",
+    "tasks.directions.Directed": "evaluation.conditional_generation.ConditionalSettings",
     "tasks.guidance": "evaluation.guidance",
-    "tasks.watching": "report.watching",
+    "tasks.watching": "report.views",
     "lr_schedules": "training.lr_schedules",
     "models.hidden_states": "latents.hidden_states",
     "objectives.mlm.masked_lm": "objectives.mlm.MaskedLM",
@@ -41,7 +45,8 @@ _UNMOVED = frozenset({"app", "classification", "dataloader", "diffusion", "estim
 
 def current(name: str) -> str:
     """Return the current path of a component, given its current path or one of an earlier version."""
-    found = _longest(name, MOVED) or (name if name.partition(".")[0] in _UNMOVED else None)
+    plain = name.removeprefix(PACKAGE)
+    found = _longest(plain, MOVED) or (plain if plain.partition(".")[0] in _UNMOVED else None)
     return name if found is None else PACKAGE + found
 
 

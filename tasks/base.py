@@ -1,4 +1,4 @@
-"""What a task is handed, and how it writes down what it found."""
+"""Properties of tasks, and writers of their results."""
 
 from __future__ import annotations
 
@@ -22,19 +22,12 @@ from palimpsest.report.report import Report
 
 @dataclass(frozen=True)
 class Mode:
-    """Properties of a task that other parts must fit.
+    """Properties of a task that other parts depend on."""
 
-    Attributes:
-        trains: it trains models, or may.
-        compares: it compares classes.
-        writes: it samples texts.
-        measures: it uses trained weights; the settings of a published model come from its file.
-    """
-
-    trains: bool = False
-    compares: bool = False
-    writes: bool = False
-    measures: bool = False
+    trains: bool = False  # may train models
+    compares: bool = False  # compares classes
+    writes: bool = False  # samples texts
+    measures: bool = False  # uses trained weights; a published model's settings come from its file
 
 
 def mode(**properties: bool) -> Callable[[Callable], Callable]:
@@ -49,7 +42,7 @@ def mode(**properties: bool) -> Callable[[Callable], Callable]:
 
 @rank_zero_only
 def write_results(folder: Path, results: Mapping[str, object]) -> None:
-    """Write results.json: what was measured and under which protocol, for programs to read."""
+    """Write results.json: the measurements and their protocol."""
     plain = json.loads(json.dumps(results, default=_plain), parse_constant=lambda name: None)  # JSON has no NaN
     path = folder / "results.json"
     before = json.loads(path.read_text(encoding="utf-8")).get("command") if path.exists() else None
@@ -60,7 +53,7 @@ def write_results(folder: Path, results: Mapping[str, object]) -> None:
 
 @rank_zero_only
 def write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
-    """Write one JSON object a line."""
+    """Write one JSON object per line."""
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_atomically(path, text.encode("utf-8"))
 
@@ -75,14 +68,14 @@ def write_columns(path: Path, columns: Mapping[str, np.ndarray]) -> None:
 
 @rank_zero_only
 def write_latents(path: Path, latents: np.ndarray) -> None:
-    """Write latents as a file of numpy."""
+    """Write latents as a NumPy file."""
     content = io.BytesIO()
     np.save(content, latents.astype(np.float32))
     write_atomically(path, content.getvalue())
 
 
 def write_report(experiment: Experiment, report: Report, folder: Path) -> Path:
-    """Write report.html, with the configuration at its end; returns its path."""
+    """Write report.html, with the configuration at its end; return its path."""
     report.code(experiment.build.settings, "configuration")
     report.write(folder / "report.html")
     return folder / "report.html"
@@ -97,4 +90,4 @@ def _plain(value: object) -> object:
         return str(value)
     if isinstance(value, Provenance):
         return asdict(value)
-    raise TypeError(f"{type(value).__name__} has no place in results.json")
+    raise TypeError(f"{type(value).__name__} cannot be written to results.json")

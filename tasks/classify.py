@@ -1,4 +1,4 @@
-"""mode=classify: p(class | text) by Bayes' rule from diffusion models that know the classes."""
+"""mode=classify: p(class | text) by Bayes' rule from class models."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Annotated, Literal
 
 import numpy as np
 
+from palimpsest.classification.attributions import explain
 from palimpsest.classification.bayes import log_prior
-from palimpsest.classification.evidence import explain
-from palimpsest.classification.methods import Beside
+from palimpsest.classification.methods import ComparedMethods
 from palimpsest.classification.models import class_models, labelled_data
-from palimpsest.classification.scoring import Race
-from palimpsest.classification.verdicts import find_verdicts
+from palimpsest.classification.results import classify_split
+from palimpsest.classification.scoring import SequentialTest
 from palimpsest.common.values import COUNT, FilePath, Name, list_of, real, whole
 from palimpsest.evaluation.drawing import draw
 from palimpsest.evaluation.experiment import Experiment
@@ -29,42 +29,42 @@ def classify(
     *,
     checkpoint_path: FilePath | None,
     split: Name,
-    race: Race,
+    race: SequentialTest,
     prior: Literal["uniform", "empirical"] | Annotated[Sequence[float], list_of(real("[0, 1]"), 2, "[0.3,0.7]")],
-    beside: Beside,
+    beside: ComparedMethods,
     num_samples: Annotated[int, whole(0, COUNT)],
     num_examples: Annotated[int, whole(0, COUNT)],
     disable_ema: bool,
 ) -> dict[str, object]:
-    """Score `split` under every class with the same masks, apply Bayes' rule, hold it against other methods.
+    """Score `split` under every class with the same masks, apply Bayes' rule, and compare it with other methods.
 
-    The models are those of `checkpoint_path`, with {label} for the number of the class where there is one per class;
-    where it is empty, those of this configuration, and the missing ones are trained. Writes results.json,
+    The models are those of `checkpoint_path`, with {label} for the number of the class if there is one per class. If it
+    is empty, they are those of this configuration, and missing ones are trained. Writes results.json,
     predictions.parquet and report.html into `classify/<split>`.
     """
     data = labelled_data(experiment, split)
     estimator = experiment.build.estimator
-    # Mistakes are looked for before the training, which may take days.
+    # Settings are checked before the training, which may take days.
     race.check(estimator)
     others = beside.files(split)
     counts_C = np.bincount(np.asarray(data.texts("train")["label"][:]), minlength=len(data.label_names))
     log_prior_C = log_prior(prior, counts_C)
     folder = experiment.runs.folder() / "classify" / split
     models = class_models(experiment, data, checkpoint_path, disable_ema)
-    verdicts = find_verdicts(experiment, models, data, split, race, log_prior_C, beside, others, folder)
-    results = verdicts.results(race, models)
-    known = protocol(experiment.protocol, data, split, verdicts.scores)
+    result = classify_split(experiment, models, data, split, race, log_prior_C, beside, others, folder)
+    results = result.results(race, models)
+    known = protocol(experiment.protocol, data, split, result.scores)
     write_results(folder, {**results, "protocol": known, "command": experiment.command})
     samples = []
     for label, model in enumerate(models):
-        ask = (experiment.build.drawing(), num_samples, num_samples, experiment.seed, model.class_id)
-        drawn = draw(model.diffusion, experiment.build.data(label), *ask) if num_samples else []
-        samples.append(samples_of(drawn, data.tokenizer))
-    examples = explain(models, verdicts, estimator, race, num_examples, experiment.seed)
+        args = (experiment.build.drawing(), num_samples, num_samples, experiment.seed, model.class_id)
+        sampled = draw(model.diffusion, experiment.build.data(label), *args) if num_samples else []
+        samples.append(samples_of(sampled, data.tokenizer))
+    examples = explain(models, result, estimator, race, num_examples, experiment.seed)
     report = Report("Generative classification", f"{data.name}, {split} split", experiment.command, experiment.facts)
-    labels = [None] if verdicts.unconditional else range(len(models))
+    labels = [None] if result.unconditional else range(len(models))
     folders = [experiment.runs.folder(label) for label in labels]
-    classification_report(report, verdicts, race, examples, samples, folders)
+    classification_report(report, result, race, examples, samples, folders)
     path = write_report(experiment, report, folder)
-    print(f"\n{classification_lines(verdicts, samples)}", path, sep="\n")
+    print(f"\n{classification_lines(result, samples)}", path, sep="\n")
     return results

@@ -21,7 +21,7 @@ def ppl_eval(
 ) -> dict[str, object]:
     """Score every text of `split`; write results.json and report.html.
 
-    The likelihood that is reported is p(text); for texts with latents it stands beside p(text | latent).
+    Reports p(text); for texts with latents, also p(text | latent).
     """
     data = experiment.build.data()
     diffusion = experiment.weights.trained(data, checkpoint_path, disable_ema)

@@ -1,4 +1,4 @@
-"""mode=train: fit one model, resuming where an earlier start left off, then measure it and show what it writes."""
+"""mode=train: fit one model, resuming from its last checkpoint, then evaluate it and sample from it."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def train(
     write_columns(folder / LIKELIHOODS, scores.columns())
     write_results(folder, {**results, "protocol": known, "command": experiment.command})
     number = num_samples if generate_samples else 0
-    drawn = draw(diffusion, data, experiment.build.drawing(), number, number, seed) if number else []
+    sampled = draw(diffusion, data, experiment.build.drawing(), number, number, seed) if number else []
     remark = untrained_marginal(diffusion.objective)
     report = Report("Training run", data.name, experiment.command, experiment.facts)
-    training_report(report, folder, measured, samples_of(drawn, data.tokenizer), remark)
+    training_report(report, folder, measured, samples_of(sampled, data.tokenizer), remark)
     path = write_report(experiment, report, folder)
     print(f"\n{training_lines(measured)}", *filter(None, [remark]), checkpoint, path, sep="\n")
     return results

@@ -26,7 +26,7 @@ from palimpsest.app.networks import Networks
 from palimpsest.app.runs import classifiers, find
 from palimpsest.app.sampling import SamplingRequest, sample
 from palimpsest.classification.bayes import posterior_interval
-from palimpsest.classification.scoring import Race, score_classes
+from palimpsest.classification.scoring import SequentialTest, score_classes
 from palimpsest.dataloader import with_texts
 from palimpsest.estimators.nelbo import Nelbo
 from palimpsest.evaluation.drawing import decoded, draw
@@ -107,7 +107,7 @@ def test_a_typed_text_is_encoded_like_a_test_text(trained, extra):
 
 def test_live_views_of_a_classification_show_every_round_and_change_nothing():
     e = Experiment(compose_config(TINY), "a test")
-    seen, ask = [], (e.trainer, two_models(e), e.build.data(), "test", Nelbo(), Race(8, 1.0), 3, EVEN)
+    seen, ask = [], (e.trainer, two_models(e), e.build.data(), "test", Nelbo(), SequentialTest(8, 1.0), 3, EVEN)
     watched, alone = score_classes(*ask, seen.append), score_classes(*ask)
     assert [scores.nats_MCP.shape[-1] for scores in seen] == [4, 6, 8]
     np.testing.assert_allclose(watched.nats_MCP, alone.nats_MCP, rtol=1e-6)

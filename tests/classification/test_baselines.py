@@ -1,4 +1,4 @@
-"""The bag-of-words baselines: naive Bayes by hand and against scikit-learn, and what all of them must learn."""
+"""The bag-of-words baselines: naive Bayes against scikit-learn and by hand, and what all of them must learn."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_tiny_training_sets_and_texts_without_tokens():
         assert posterior_MC[2].argmax() == 0, name
 
 
-def test_what_can_not_be_trained():
+def test_invalid_data_are_refused():
     good = labelled([[0], [1]], [0, 1])
     with pytest.raises(ValueError, match=r"no training text of class \[1\]"):
         baselines(labelled([[0]], [0]), good, good, 3)
@@ -102,5 +102,3 @@ def test_what_can_not_be_trained():
         baselines(*[labelled([[0]], [0])] * 3, 3)
     with pytest.raises(ValueError, match="vocabulary"):
         baselines(good, good, labelled([[7]], [0]), 3)
-    with pytest.raises(ValueError, match="2 labels"):
-        labelled([[0]], [0, 1])

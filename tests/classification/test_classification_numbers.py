@@ -1,5 +1,4 @@
-"""Classification in numbers: Bayes' rule, measures against scikit-learn and by hand, calibration that finds what was
-planted."""
+"""Classification in numbers: Bayes' rule, measures against scikit-learn and by hand, planted calibration."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ from sklearn import metrics as sk
 from palimpsest.classification.bayes import averaged_posterior, log_prior, posterior, posterior_interval
 from palimpsest.classification.calibration import RateWeights, fit_rate_weights, fit_temperature
 from palimpsest.classification.measures import macro_f1, measure, reliability
-from palimpsest.classification.sequential_test import still_racing
+from palimpsest.classification.sequential_test import undecided
 from palimpsest.common.metrics import wilson_interval
 
 
@@ -34,7 +33,7 @@ def test_priors_by_hand():
 
 @pytest.mark.parametrize("prior", ["flat", "empirical", (0.5, 0.6), (1.0, 0.0), (0.2, 0.3, 0.5), None, ("a", "b"),
                                    (math.nan, 1.0)])  # fmt: skip
-def test_a_prior_that_is_none_is_refused(prior):
+def test_an_invalid_prior_is_refused(prior):
     with pytest.raises(ValueError, match="classify.prior"):
         log_prior(prior, np.array([0, 4]))
 
@@ -47,11 +46,11 @@ def excess(nats_MCK: np.ndarray, true_MC: np.ndarray) -> tuple[float, float]:
     return tuple(float((np.exp(exact_MC) * (exact_MC - np.log(np.maximum(p, 1e-300)))).sum(1).mean()) for p in found)
 
 
-def raced(nats_MCK: np.ndarray, confidence: float) -> np.ndarray:
+def sequentially_drawn(nats_MCK: np.ndarray, confidence: float) -> np.ndarray:
     """What the sequential test draws of these draws."""
     looks, even_C = (4, 6, 8, 12, 16, 24, 32, 48, 64), np.zeros(nats_MCK.shape[1])
     for here, there in pairwise(looks):
-        nats_MCK[~still_racing(nats_MCK[:, :, :here], even_C, confidence), :, here:there] = np.nan
+        nats_MCK[~undecided(nats_MCK[:, :, :here], even_C, confidence), :, here:there] = np.nan
     return nats_MCK
 
 
@@ -62,7 +61,7 @@ def test_the_averaged_posterior_is_nearer_to_the_exact_one(spread, num_classes, 
     noise_MCK = rng.normal(size=(300, num_classes, 64)) * rng.uniform(15, 60, 300)[:, None, None]
     noise_MCK[:, 0] = 0
     for confidence in (0.9, 1):
-        nats_MCK = raced(noise_MCK - true_MC[:, :, None], confidence)
+        nats_MCK = sequentially_drawn(noise_MCK - true_MC[:, :, None], confidence)
         averaged, plain = excess(nats_MCK, true_MC)
         assert averaged < 0.7 * plain and averaged < 0.32
         same_M = averaged_posterior(nats_MCK, np.zeros(num_classes)).argmax(1) == np.nanmean(nats_MCK, 2).argmin(1)
@@ -80,7 +79,7 @@ def test_exact_models_lose_little_by_the_draws(rng):
     rank_MKL = rng.random((300, 64, length)).argsort(-1)
     nats_MCK = np.einsum("mcl,mkl->mck", nats_MCL, rank_MKL < masked_MK[..., None], optimize=True)
     nats_MCK *= (length / masked_MK)[:, None]
-    averaged, plain = excess(raced(nats_MCK, 0.9), -nats_MCL.sum(-1))
+    averaged, plain = excess(sequentially_drawn(nats_MCK, 0.9), -nats_MCL.sum(-1))
     assert averaged < 0.03 and averaged < 0.75 * plain
 
 
@@ -168,16 +167,16 @@ def test_absent_classes_and_single_texts():
     assert found.macro_f1.value == 1 and found.support_C.tolist() == [1, 0, 0]
     posterior_MC = np.array([[0.5, 0.3, 0.2], [0.3, 0.6, 0.1], [0.6, 0.3, 0.1]])
     assert measure(posterior_MC, np.array([0, 1, 1])).roc_auc == pytest.approx((1 / 2 + 3 / 4) / 2)
-    # class 2 has neither text nor verdict: the mean is over the other two, 2/3 and 1/2 of whose F1 are hits
+    # class 2 has neither text nor prediction: the mean is over the other two, 2/3 and 1/2 of whose F1 are hits
     assert macro_f1(np.array([[1, 1, 0], [0, 2, 0], [0, 0, 0]])).value == pytest.approx((2 / 3 + 4 / 5) / 2)
 
 
 @pytest.mark.parametrize(
     ("posterior_MC", "label_M", "message"),
     [([[0.5, 0.6]], [0], "sum 1"), ([[math.nan, 1.0]], [0], "sum 1"), ([[0.5, 0.5]], [2], "label"),
-     ([[0.5, 0.5]], [0, 1], "belong"), (np.zeros((0, 2)), [], "nothing")],
+     ([[0.5, 0.5]], [0, 1], "agree"), (np.zeros((0, 2)), [], "nothing")],
 )  # fmt: skip
-def test_what_can_not_be_measured(posterior_MC, label_M, message):
+def test_invalid_predictions_are_refused(posterior_MC, label_M, message):
     with pytest.raises(ValueError, match=message):
         measure(np.array(posterior_MC), np.array(label_M))
 
@@ -268,7 +267,7 @@ def test_few_texts_give_one_weight_and_empty_bins_the_common_one(rng):
     assert found.weight_B[4] == pytest.approx(1 / temperature, rel=1e-3)
 
 
-def test_what_can_not_be_weighted(rng):
+def test_invalid_passes_are_refused(rng):
     nats_MCP, rate_MP, label_M, log_prior_C = passes(10, [1.0] * 5, rng)
     nats_MCP[0, 1, 3] = np.nan
     with pytest.raises(ValueError, match="same passes"):

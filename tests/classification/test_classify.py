@@ -1,4 +1,4 @@
-"""Scoring of classes, the sequential draws, evidence, and the files and reports that classification leaves."""
+"""Scoring of classes, sequential draws, token attributions, and the files and reports of a classification."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import pytest
 import torch
 from hydra.errors import InstantiationException
 
-from palimpsest.classification.evidence import token_evidence
+from palimpsest.classification.attributions import token_attributions
 from palimpsest.classification.models import ClassModel
 from palimpsest.classification.predictions import predictions_file, read_posterior, write_predictions
-from palimpsest.classification.scoring import ClassScores, Race, score_classes
+from palimpsest.classification.scoring import ClassScores, SequentialTest, score_classes
 from palimpsest.estimators.nelbo import Nelbo, for_comparison
 from palimpsest.experiment.experiment import Experiment
 from palimpsest.objectives.mask_sampling import Bernoulli, ExactCount, TiltedCount
@@ -29,8 +29,8 @@ def experiment(*overrides: str) -> Experiment:
     return Experiment(compose_config([*TINY, *overrides]), "a test")
 
 
-def scores_of(e: Experiment, models: list[ClassModel], race: Race, estimator: object = None) -> ClassScores:
-    return score_classes(e.trainer, models, e.build.data(), "test", estimator or Nelbo(), race, 3, EVEN)
+def scores_of(e: Experiment, models: list[ClassModel], test: SequentialTest, estimator: object = None) -> ClassScores:
+    return score_classes(e.trainer, models, e.build.data(), "test", estimator or Nelbo(), test, 3, EVEN)
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +41,7 @@ def _in_a_folder_of_its_own(tmp_path, monkeypatch):
 def test_each_class_is_measured_as_its_model_alone_would_be():
     e = experiment()
     models = two_models(e)
-    found = scores_of(e, models, Race(4), Nelbo(ExactCount()))
+    found = scores_of(e, models, SequentialTest(4), Nelbo(ExactCount()))
     by_hand = []
     for batch in e.build.data().eval_dataloader("test"):
         order = batch["text_id"]
@@ -55,7 +55,9 @@ def test_common_masks_cancel_and_independent_ones_do_not():
     """Two classes with one model: its likelihood ratio is 1, whatever the masks, if they are the same."""
     e = experiment()
     same = [ClassModel(random_network(e, 0))] * 2
-    common, independent = (scores_of(e, same, Race(4, masks=masks)).log_p_MC for masks in ("common", "independent"))
+    common, independent = (
+        scores_of(e, same, SequentialTest(4, masks=masks)).log_p_MC for masks in ("common", "independent")
+    )
     assert (common[:, 0] == common[:, 1]).all()
     assert (independent[:, 0] != independent[:, 1]).all() and (independent[:, 0] == common[:, 0]).sum() == 0
 
@@ -64,7 +66,7 @@ def test_windows_of_a_text_are_summed_and_masked_alike():
     e = experiment(*WINDOWS)
     rows = e.build.data().split("test")
     assert len(rows) > 8, "the texts have several windows"
-    found = scores_of(e, two_models(e), Race(8), Nelbo(ExactCount()))
+    found = scores_of(e, two_models(e), SequentialTest(8), Nelbo(ExactCount()))
     tokens = np.zeros(8)
     np.add.at(tokens, np.searchsorted(found.text_id_M, rows["text_id"]), np.array(rows["length"][:]) - 0)
     assert len(found.text_id_M) == 8 and (found.tokens_M <= tokens).all() and (found.tokens_M > 24).any()
@@ -73,25 +75,30 @@ def test_windows_of_a_text_are_summed_and_masked_alike():
     assert (np.sort((found.rate_MP * 7.99).astype(int), axis=1)[:, -1] == 7).all()
 
 
-def test_texts_that_race_on_get_the_numbers_of_the_fixed_design():
+def test_the_sequential_test_takes_the_draws_of_the_fixed_design():
     e = experiment("data.max_test_texts=8")
     models = two_models(e)
-    fixed, raced = scores_of(e, models, Race(16)), scores_of(e, models, Race(16, confidence=0.9))
-    taken = np.isfinite(raced.nats_MCP)
+    fixed, sequential = (
+        scores_of(e, models, SequentialTest(16)),
+        scores_of(e, models, SequentialTest(16, confidence=0.9)),
+    )
+    taken = np.isfinite(sequential.nats_MCP)
     same = fixed.nats_MCP[:, :, : taken.shape[2]]
-    np.testing.assert_allclose(raced.nats_MCP[taken], same[taken], rtol=1e-4)
-    assert (raced.draws_M < 16).any(), "networks as different as these are told apart early"
-    assert (raced.evaluations_M == 2 * raced.draws_M).all() and (fixed.draws_M == 16).all()
+    np.testing.assert_allclose(sequential.nats_MCP[taken], same[taken], rtol=1e-4)
+    assert (sequential.draws_M < 16).any(), "networks as different as these are told apart early"
+    assert (sequential.evaluations_M == 2 * sequential.draws_M).all() and (fixed.draws_M == 16).all()
     assert (taken.all(axis=1) == taken.any(axis=1)).all(), "all classes stop together"
     partly = pytest.raises(ValueError, match="limit_test_batches")
     limited = experiment("data.max_test_texts=8", "trainer.limit_test_batches=1", "loader.eval_batch_size=3")
     with partly:
-        scores_of(limited, models, Race(4))
+        scores_of(limited, models, SequentialTest(4))
 
 
 def test_looks_take_whole_pairs_and_end_with_the_budget():
-    assert Race(64, 0.99).looks(2) == [4, 6, 8, 12, 16, 24, 32, 48, 64] and Race(10, 0.99).looks(1) == [4, 6, 8, 10]
-    assert Race(64).looks(2) == [64]
+    assert SequentialTest(64, 0.99).looks(2) == [4, 6, 8, 12, 16, 24, 32, 48, 64] and SequentialTest(10, 0.99).looks(
+        1
+    ) == [4, 6, 8, 10]
+    assert SequentialTest(64).looks(2) == [64]
 
 
 def test_comparison_draws_small_counts_more_often_unless_something_else_was_chosen():
@@ -101,28 +108,28 @@ def test_comparison_draws_small_counts_more_often_unless_something_else_was_chos
     assert isinstance(for_comparison(Nelbo(Bernoulli()), model).mask_sampler, Bernoulli)
 
 
-def test_evidence_of_the_tokens_adds_up_to_the_ratio():
+def test_token_attributions_add_up_to_the_log_likelihood_ratio():
     e = experiment()
     models = two_models(e)
     rows = [5, 0, 3]
-    race = Race(8, confidence=0.9)
-    found = scores_of(e, models, race)
+    test = SequentialTest(8, confidence=0.9)
+    found = scores_of(e, models, test)
     place = [found.text_id_M.tolist().index(e.build.data().split("test")[r]["text_id"]) for r in rows]
     draws = {row: int(found.draws_M[m]) for row, m in zip(rows, place, strict=True)}
-    nats = token_evidence(models, e.build.data(), "test", draws, 8, TiltedCount(), 3)
+    nats = token_attributions(models, e.build.data(), "test", draws, 8, TiltedCount(), 3)
     for m, nats_CL in zip(place, nats, strict=True):
         np.testing.assert_allclose(-np.nansum(nats_CL, axis=1), found.log_p_MC[m], rtol=1e-4)
         assert np.isnan(nats_CL[:, 0]).all(), "a given BOS is not weighed"
 
 
-def test_a_network_that_is_told_the_class_serves_all_of_them():
+def test_a_conditional_network_serves_all_classes():
     e = experiment("classify.sharing=conditional")
     diffusion = random_network(e, 0)
     torch.nn.init.normal_(diffusion.backbone.blocks[0].adaLN_modulation.weight)
-    found = scores_of(e, [ClassModel(diffusion, k) for k in range(2)], Race(4))
+    found = scores_of(e, [ClassModel(diffusion, k) for k in range(2)], SequentialTest(4))
     assert (found.log_p_MC[:, 0] != found.log_p_MC[:, 1]).all()
-    untold = scores_of(e, [ClassModel(diffusion, -1), ClassModel(diffusion)], Race(4))
-    assert (untold.log_p_MC[:, 0] == untold.log_p_MC[:, 1]).all()
+    unconditional = scores_of(e, [ClassModel(diffusion, -1), ClassModel(diffusion)], SequentialTest(4))
+    assert (unconditional.log_p_MC[:, 0] == unconditional.log_p_MC[:, 1]).all()
 
 
 def fake_scores() -> ClassScores:
@@ -134,12 +141,12 @@ def fake_scores() -> ClassScores:
 
 def test_predictions_come_back_for_the_same_texts_only(tmp_path):
     scores, posterior = fake_scores(), np.array([[0.9, 0.1], [0.2, 0.8]])
-    path = write_predictions(tmp_path, scores, posterior, {"rates": posterior[:, ::-1]})
+    write_predictions(tmp_path, scores, posterior, {"rates": posterior[:, ::-1]})
+    path = predictions_file(tmp_path)
     table = pq.read_table(path).to_pydict()
     assert table["posterior_0"] == table["calibrated_rates_1"] == [0.9, 0.2]
     assert table["text_id"] == [7, 9] and table["prediction"] == [0, 1] and table["draws"] == [2, 1]
     assert table["log_p_0"] == [-2.0, -5.0] and table["se_0"][0] == pytest.approx(1.0) and np.isnan(table["se_0"][1])
-    assert predictions_file(tmp_path) == path
     assert table["margin"] == [2.0, 3.0] and table["margin_se"][0] == pytest.approx(1.0)
     np.testing.assert_array_equal(read_posterior(path, np.array([9]), np.array([0])), posterior[1:])
     for ids, labels in (([9, 8], [0, 0]), ([9], [1])):
@@ -163,7 +170,7 @@ def test_everything_is_reported_and_the_models_are_used_again(capsys):
     assert saved["protocol"]["data"] == "reviews" and saved["network_evaluations_per_text"] <= 16
     assert [Path(model["checkpoint"]).is_file() and model["steps"] > 0 for model in saved["models"]] == [True, True]
     assert "calibrated_temperature_1" in pq.read_table(folder / "predictions.parquet").column_names
-    for heading in ("Accuracy", "How honest the probabilities are", "What the draws bought", "Which tokens spoke"):
+    for heading in ("Accuracy", "Calibration", "Accuracy by draws", "Token attributions"):
         assert heading in html
     again = run(*light, f"classify.compare=[{folder}]", "classify.prior=[0.9,0.1]")
     assert "complete:" in capsys.readouterr().out and again["prior"]["negative"] == pytest.approx(0.9)

@@ -1,4 +1,4 @@
-"""Texts out of masks through the whole program: prefixes, templates, seeds, strides, and what every row was given."""
+"""Sampling through the whole program: prefixes, templates, seeds, strides, and observed tokens."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import json
 import pytest
 
 from palimpsest.data.tokenizers import encode, load_tokenizer, vocabulary
-from palimpsest.evaluation.drawing import Drawing, Drawn, decoded, draw
-from palimpsest.evaluation.sampling_inputs import ROOM, Template
+from palimpsest.evaluation.drawing import Drawing, SampledTokens, decoded, draw
+from palimpsest.evaluation.sampling_inputs import STRETCH, Template
 from palimpsest.settings.command_line import explain
 from tests.helpers.commands import TINY, run
 
 
-def drawn(experiment, data, diffusion, number=5, size=5):
+def sampled(experiment, data, diffusion, number=5, size=5):
     return draw(diffusion, data, experiment.build.drawing(), number, size, seed=1)
 
 
@@ -27,7 +27,7 @@ def test_a_prefix_is_kept_verbatim(untrained, overrides):
     built = untrained("sampling.prefix=the plot is dull", *overrides)
     data = built[1]
     wanted = data.tokenizer("the plot is dull", add_special_tokens=False)["input_ids"]
-    for text in drawn(*built):
+    for text in sampled(*built):
         start = int(text.ids[0] == data.vocabulary.bos_id)
         assert text.ids[start : start + len(wanted)] == wanted
         assert text.steps[: start + len(wanted)] == [0] * (start + len(wanted))
@@ -39,7 +39,7 @@ def test_a_template_is_filled_and_nothing_else_changes(untrained, overrides):
     built = untrained("sampling.template=the [MASK] is {{3}} and dull", *overrides)
     data = built[1]
     encode = lambda text: data.tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
-    for text in drawn(*built):
+    for text in sampled(*built):
         start = int(text.ids[0] == data.vocabulary.bos_id)
         body = text.ids[start:]
         assert body[0] == encode("the")[0] and body[2] == encode("is")[0] and body[6:8] == encode("and dull")
@@ -57,7 +57,7 @@ def test_a_template_is_filled_and_nothing_else_changes(untrained, overrides):
 ], ids=["ddpm_cache", "ar", "analytic", "first_hitting", "semi_ar"])  # fmt: skip
 def test_a_text_does_not_depend_on_its_batch(untrained, overrides):
     built = untrained(*overrides)
-    together, alone = drawn(*built), drawn(*built, size=1)
+    together, alone = sampled(*built), sampled(*built, size=1)
     assert [text.ids for text in together] == [text.ids for text in alone]
     assert [text.evaluations for text in together] == [text.evaluations for text in alone] or "ar" in overrides[-1:]
     if "sampling.semi_ar=true" in overrides:
@@ -66,7 +66,7 @@ def test_a_text_does_not_depend_on_its_batch(untrained, overrides):
 
 def test_causal_texts_end_where_the_model_ends_them(untrained):
     _, data, diffusion = built = untrained("parameterization=ar")
-    for text in drawn(*built, number=20, size=20):
+    for text in sampled(*built, number=20, size=20):
         assert text.ids[0] == data.vocabulary.bos_id and data.vocabulary.eos_id not in text.ids[1:-1]
 
 
@@ -77,10 +77,10 @@ def test_causal_texts_end_where_the_model_ends_them(untrained):
     (["sampling.max_length=2"], "sampling.max_length=2 leaves no token to write"),
     (["sampling.max_length=4", "sampling.prefix=the plot is"], "too many for sampling.max_length=4"),
 ])  # fmt: skip
-def test_what_can_not_be_drawn_is_refused(untrained, overrides, said):
+def test_what_cannot_be_sampled_is_refused(untrained, overrides, said):
     built = untrained(*overrides)
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - explain() is what is tested
-        drawn(*built, number=16, size=16)
+        sampled(*built, number=16, size=16)
     assert said in explain(caught.value)
 
 
@@ -102,13 +102,13 @@ def test_templates_are_read_as_they_are_written():
         with pytest.raises(ValueError, match=r"sampling.template asks for .* tokens .*too many for model.length=12"):
             Template(template=gaps).ids(Words(), 9, 12)
     assert Template(template="a {{...}} bb").ids(Words(), 9, 12) == Template(template="a {{…}} bb").ids(Words(), 9, 12)
-    assert Template(template="a [MASK] {{...}} bb").ids(Words(), 9, 12) == [1, 9, ROOM, 2]
+    assert Template(template="a [MASK] {{...}} bb").ids(Words(), 9, 12) == [1, 9, STRETCH, 2]
 
 
 @pytest.mark.parametrize(("text", "said"), [
     ("no gap", "has no gap"), ("an empty {{0}} one", "of no tokens"), ("two {{...}} and {{…}}", "several gaps"),
 ])  # fmt: skip
-def test_templates_that_leave_nothing_or_not_enough_to_go_by_are_refused(text, said):
+def test_malformed_templates_are_refused(text, said):
     with pytest.raises(ValueError, match=said):
         Template(template=text)
 
@@ -117,13 +117,13 @@ UNMASK = ["sampling.predictor=unmask", "sampling.steps=3"]
 
 
 @pytest.mark.parametrize("overrides", [[], WRAPPED], ids=["padded", "wrapped"])
-def test_a_gap_that_stretches_takes_what_room_there_is(untrained, overrides):
+def test_a_gap_of_free_length_takes_the_remaining_length(untrained, overrides):
     _, data, _ = built = untrained("sampling.template=the plot {{...}} and dull", *UNMASK, *overrides)
     before, after = (encode(data.tokenizer, [text])[0] for text in ("the plot", "and dull"))
-    lengths = [len(text.ids) for text in drawn(*built)]
-    plain = [len(text.ids) for text in drawn(*untrained(*UNMASK, *overrides))]
+    lengths = [len(text.ids) for text in sampled(*built)]
+    plain = [len(text.ids) for text in sampled(*untrained(*UNMASK, *overrides))]
     assert lengths == plain, "as long as a text without a template"
-    for text in drawn(*built):
+    for text in sampled(*built):
         start = int(text.ids[0] == data.vocabulary.bos_id)
         end = len(text.ids) - int(text.ids[-1] == data.vocabulary.eos_id)
         assert text.ids[start : start + 2] == before and text.ids[end - len(after) : end] == after
@@ -138,7 +138,7 @@ def test_a_gap_that_stretches_takes_what_room_there_is(untrained, overrides):
 def test_max_length_limits_every_text(untrained, overrides):
     prefix = [] if "template" in " ".join(overrides) else ["sampling.prefix=the plot is"]
     _, data, _ = built = untrained(*UNMASK, *prefix, "sampling.max_length=9", *overrides)
-    texts = drawn(*built)
+    texts = sampled(*built)
     assert all(len(text.ids) <= 9 and data.vocabulary.mask_id not in text.ids for text in texts)
     assert any(len(text.ids) == 9 for text in texts)
     for text in texts:
@@ -175,12 +175,14 @@ def test_a_prefix_stands_in_the_text_letter_by_letter(request, tmp_path, monkeyp
         fixed = given.ids(tokenizer, known.mask_id, 128)
         for more in ("film", "'s", " , odd"):
             ids = [known.bos_id, *fixed, *encode(tokenizer, [more])[0]]
-            text = decoded(Drawn(ids, [0] * len(ids), [1.0] * len(ids), list(range(len(ids))), 1, 1), given, tokenizer)
+            text = decoded(
+                SampledTokens(ids, [0] * len(ids), [1.0] * len(ids), list(range(len(ids))), 1, 1), given, tokenizer
+            )
             assert text.startswith(typed) and (name == "word" or text.endswith(more.strip(" ,"))), text
             assert len(text) <= len(typed) + len(more) + 8, text
 
 
-def test_so_many_samples_as_were_asked_for(tmp_path, monkeypatch):
+def test_the_requested_number_of_samples_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ask = [*TINY, *UNMASK, "sampling.prefix=The plot", "sampling.num_samples=3", "loader.eval_batch_size=2"]
     run(*ask, "mode=train")
@@ -200,5 +202,5 @@ def test_semi_autoregressive_samples_are_written_whole(tmp_path, monkeypatch):
     assert [len(row["ids"]) for row in rows] == [32 + 24] * 2 and all(len(row["steps"]) == 56 for row in rows)
 
 
-def test_drawing_without_anything_given_is_the_default():
+def test_sampling_without_observed_tokens_is_the_default():
     assert Drawing(sampler=None).given == Template()

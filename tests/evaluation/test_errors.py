@@ -1,9 +1,9 @@
-"""Every error that is reported, replicated: the estimate is made anew from many data sets of one law, and the root mean
-square of its reported errors must be its true deviation, within 10 %.
+"""Replications of every reported error: estimates from many data sets of one distribution.
 
-False-alarm rates: with R replications of a normal estimate the ratio of a right error has a spread of at most
-sqrt((1 + 1 / u) / (2 R)), where the error is worth that of u independent units. For R = 800 and u >= 20 the 10 % are
-3.9 times that: 1e-4, two-sided. Seeds are fixed, so a failure repeats.
+The root mean square of the reported errors must be the true deviation, within 10 %. False-alarm rates: with R
+replications of a normal estimate the ratio of a right error has a spread of at most sqrt((1 + 1 / u) / (2 R)), where
+the error is worth that of u independent units. For R = 800 and u >= 20 the 10 % are 3.9 times that: 1e-4, two-sided.
+Seeds are fixed, so a failure repeats.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import pytest
 
 from palimpsest.classification import measures
 from palimpsest.classification.measures import measure
+from palimpsest.classification.results import ClassificationResult
 from palimpsest.classification.scoring import ClassScores
-from palimpsest.classification.verdicts import Verdicts
 from palimpsest.common.metrics import Estimate, Units, mean, ratio, share
 from palimpsest.evaluation.diversity import distinct, unigram_entropy
 from palimpsest.evaluation.generative_perplexity import TextScores
-from palimpsest.evaluation.latent_gain import Shuffling, given_by_others
+from palimpsest.evaluation.latent_gain import ShuffledLatents, shuffled_nats_per_token
 from palimpsest.evaluation.likelihood import Scores
 
 REPLICATIONS = 800
@@ -36,7 +36,7 @@ def calibration(estimate: Callable[[np.random.Generator], Estimate], replication
 
 
 def wrapped(rng: np.random.Generator, documents: int, row: int, spread: float = 0.3) -> tuple[np.ndarray, ...]:
-    """Documents of 20 to 300 tokens, each with a rate of its own, cut into rows: nats, tokens and ends of each row."""
+    """Return nats, tokens and document ends of rows; documents of 20 to 300 tokens have their own rates."""
     tokens_D = rng.integers(20, 300, documents)
     of_token = np.repeat(np.arange(documents), tokens_D)
     nats = np.repeat(rng.normal(3.0, spread, documents), tokens_D) + rng.normal(0, 1.0, len(of_token))
@@ -134,7 +134,7 @@ def test_the_loss_by_mask_rate_sums_a_text_first():
 
 
 def test_the_monte_carlo_error_sums_the_windows_of_a_text_first():
-    """Windows share their times: their draws err together. The texts are given, only the draws are new."""
+    """Windows share their times, so their draws err together. Texts are fixed, only the draws are new."""
     texts = np.repeat(np.arange(40), 3)
 
     def one(rng: np.random.Generator) -> Estimate:
@@ -147,37 +147,36 @@ def test_the_monte_carlo_error_sums_the_windows_of_a_text_first():
 
 @pytest.mark.parametrize("draws", [1, 4, 16])
 @pytest.mark.parametrize("giving", [-1.0, 0.0, 1.0])
-def test_the_latent_gain_counts_each_text_as_scored_and_as_giver(draws, giving):
-    """What a text gains when it is told another's latent, and what its latent does to others: opposite, unrelated, or
-    alike."""
-    shuffling = Shuffling(_Estimator(), range(150), None, 0)
-    giver_MK = np.stack([shuffling.giver_M(k) for k in range(draws)], axis=1)
+def test_the_latent_gain_counts_each_text_as_scored_and_as_donor(draws, giving):
+    """Effects of a text as scored text and as donor: opposite, unrelated, or alike."""
+    shuffling = ShuffledLatents(_Estimator(), range(150), None, 0)
+    donor_MK = np.stack([shuffling.donor_M(k) for k in range(draws)], axis=1)
     tokens_M, units = np.full(150, 10), Units.each(np.arange(150))
 
     def one(rng: np.random.Generator) -> Estimate:
         scored_M, other_M = rng.normal(0, 1, (2, 150))
         given_M = giving * scored_M if giving else other_M
-        nats_MK = 20 + scored_M[:, None] + given_M[giver_MK] + rng.normal(0, 1.0, (150, draws))
-        return given_by_others(nats_MK, giver_MK, tokens_M, units)
+        nats_MK = 20 + scored_M[:, None] + given_M[donor_MK] + rng.normal(0, 1.0, (150, draws))
+        return shuffled_nats_per_token(nats_MK, donor_MK, tokens_M, units)
 
     assert 0.9 < calibration(one) < 1.1
 
 
 def test_over_scored_texts_alone_the_error_of_the_latent_gain_was_several_times_too_wide():
     """Seen before: one partner for each text, effects that cancel but for a fifth."""
-    giver_M = Shuffling(_Estimator(), range(150), None, 0).giver_M(0)
+    donor_M = ShuffledLatents(_Estimator(), range(150), None, 0).donor_M(0)
 
     def one(rng: np.random.Generator) -> Estimate:
         scored_M = rng.normal(0, 1, 150)
-        return mean(20 + scored_M - scored_M[giver_M] + rng.normal(0, 0.25, 150))
+        return mean(20 + scored_M - scored_M[donor_M] + rng.normal(0, 0.25, 150))
 
     assert calibration(one, 200) > 4
 
 
-def test_partners_are_never_told_each_others_latents():
+def test_partners_never_get_each_others_latents():
     for rows in (2, 3, 7, 50):
-        shuffling = Shuffling(_Estimator(), range(rows), None, 0)
-        givers = [shuffling.giver_M(k) for k in range(40)]
+        shuffling = ShuffledLatents(_Estimator(), range(rows), None, 0)
+        givers = [shuffling.donor_M(k) for k in range(40)]
         assert all(sorted(g) == list(range(rows)) and (g != np.arange(rows)).all() for g in givers)
         pairs = {pair for g in givers for pair in enumerate(g.tolist())}
         assert rows < 3 or not pairs & {(b, a) for a, b in pairs}
@@ -217,7 +216,7 @@ def test_shares_of_prompts_and_accuracy_by_mask_rate():
         nats_MCP = np.stack([np.where(right_MP, 0.0, 2.0), np.ones((150, 8))], axis=1)
         label_M, rate_MP = np.zeros(150, dtype=int), np.where(rng.random((150, 8)) < 0.5, 0.15, 0.55)
         known = ClassScores(np.arange(150), label_M, nats_MCP, rate_MP, 1, label_M + 10, label_M, 0.0, "", "", False)
-        verdicts = Verdicts(None, "", known, np.zeros(2), None, [], [], None)
+        verdicts = ClassificationResult(None, "", known, np.zeros(2), None, [], [], None)
         return verdicts.at_mask_rates()[1][0]
 
     assert 0.9 < calibration(prompts) < 1.1

@@ -172,9 +172,9 @@ def test_weights_that_would_be_random_are_refused(folder):
 
 
 def test_another_models_tokenizer_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="do not belong together"):
+    with pytest.raises(ValueError, match="do not match"):
         load(save_scorer(tmp_path / "small", vocab_size=20))
-    with pytest.raises(ValueError, match="do not belong together"):
+    with pytest.raises(ValueError, match="do not match"):
         load(save_scorer(tmp_path / "large", vocab_size=3000))
     load(save_scorer(tmp_path / "rounded", vocab_size=64))
 
@@ -192,7 +192,7 @@ def test_a_model_that_sees_its_answers_is_refused(tmp_path):
     config = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
                         vocab_size=size, max_position_embeddings=CONTEXT, initializer_range=0.5)  # fmt: skip
     BertForMaskedLM(config).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="no causal language model: what it predicts"):
+    with pytest.raises(ValueError, match="no causal language model: its prediction"):
         CausalScorer.load(str(tmp_path))
 
 
@@ -226,7 +226,7 @@ def test_the_error_of_distinct_n_is_the_spread_over_corpora():
     assert np.mean([estimate.se for estimate in found]) == pytest.approx(spread, rel=0.2)
 
 
-# ------------------------------------------------------------------------------------------- samples beside real text
+# ------------------------------------------------------------------------------------------- samples and real text
 @pytest.fixture
 def letters(tmp_path) -> FastTokenizer:
     save_tokenizer(tmp_path / "letters", **SPECIALS, mask_token="[MASK]")
@@ -296,9 +296,8 @@ def test_the_comparison_shows_everything_beside_the_perplexity(folder, letters):
         assert word in shown
     alone = compare(rows, RealTexts([], None, "eval.split=null"), data, None)
     assert alone.results()["generative_perplexity"] is None and alone.results()["real"] is None
-    assert "no real texts beside them: eval.split=null" in comparison_lines(
-        alone
-    ) and "perplexity" not in comparison_lines(alone)
+    lines = comparison_lines(alone)
+    assert "no real texts to compare with: eval.split=null" in lines and "perplexity" not in lines
 
 
 def test_sample_eval_scores_its_samples(folder, tmp_path, monkeypatch, capsys):

@@ -1,11 +1,11 @@
-"""Numbers that say how texts and latents find each other: worked by hand, and at chance where they should be."""
+"""Agreement of texts and latents: worked by hand, and at chance for uninformative latents."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from palimpsest.evaluation.centroids import Nearest, fit_centroids, slerp, unit
+from palimpsest.evaluation.centroids import NearestOfClass, fit_centroids, slerp, unit
 from palimpsest.evaluation.editing import class_number, smoothness
 from palimpsest.evaluation.latent_measures import bleu, cosines, edits, partners, retrieval, token_f1
 
@@ -69,9 +69,9 @@ def test_centroids_are_rescaled_and_verdicts_go_to_the_nearest():
 
 def test_the_nearest_of_a_class_and_the_way_between_two_latents():
     latent, label = RNG.standard_normal((30, 4)), np.arange(30) % 3
-    nearest = Nearest(latent[:6].copy(), np.array([1, 1, 2, 2, 0, 0]))
+    nearest = NearestOfClass(latent[:6].copy(), np.array([1, 1, 2, 2, 0, 0]))
     for start in (0, 10, 20):
-        nearest.see(latent[start : start + 10], label[start : start + 10])
+        nearest.update(latent[start : start + 10], label[start : start + 10])
     for m, wanted in enumerate(nearest.wanted_M):
         of_class = latent[label == wanted]
         np.testing.assert_array_equal(nearest.found_MD[m], of_class[(unit(of_class) @ unit(latent[m])).argmax()])

@@ -1,4 +1,4 @@
-"""Texts with prompts: given tokens, rows filled with EOS, likelihoods per token of the answer, prompts completed."""
+"""Texts with prompts: observed tokens, EOS padding, likelihoods per answer token, completed prompts."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from palimpsest.estimators.any_order import AnyOrder
 from palimpsest.estimators.nelbo import Nelbo
 from palimpsest.estimators.ordered import Ordered
 from palimpsest.evaluation.answers import check_shares, majority_is_right, measure
-from palimpsest.evaluation.completions import Asked, complete
-from palimpsest.evaluation.drawing import Drawing, Setting, draw
+from palimpsest.evaluation.completions import CompletionRequest, complete
+from palimpsest.evaluation.drawing import Drawing, SamplingContext, draw
 from palimpsest.experiment.experiment import Experiment
 from palimpsest.experiment.weights import Weights
 from palimpsest.noise_schedule import LogLinear
@@ -86,7 +86,7 @@ def test_prompts_are_counted_in_tokens(words, tmp_path):
     ({"length": 4, "long_texts": "drop"}, "data.long_texts=drop leaves no text"),
     ({"length": 8}, r"longer than model.length=8 .*data.long_texts=truncate, windows or drop"),
 ])  # fmt: skip
-def test_prompts_that_can_not_be_kept_are_refused(words, tmp_path, settings, said):
+def test_prompts_that_cannot_be_kept_are_refused(words, tmp_path, settings, said):
     with pytest.raises(ValueError, match=said):
         pack(problems(), words, vocabulary(words), Packing(**{"length": 16, "wrap": False, **settings}), tmp_path)
 
@@ -107,7 +107,7 @@ COLUMNS = {"input_ids": [np.array([BOS, 5, 6, 7, EOS]), np.array([BOS, 5, 6, 4, 
            "sample_id": [0, 1], "part_ends": [np.array([3, 4]), np.array([2, 5])]}  # fmt: skip
 
 
-def test_batches_say_what_is_given_and_what_is_fill():
+def test_batches_mark_observed_tokens_and_padding():
     padded = Collate(12, PAD, (BOS, EOS))(COLUMNS)
     assert padded["given"].int().tolist() == [[1, 1, 1, 0, 1, 0, 0, 0], [1, 1, 0, 0, 0, 0, 1, 0]]
     assert padded["attention_mask"].sum(-1).tolist() == [5, 7] and "fill" not in padded
@@ -134,7 +134,7 @@ def uniform_network(vocab_size, causal=False):
     )  # fmt: skip
 
 
-def test_the_fill_costs_nats_but_counts_no_tokens():
+def test_eos_padding_costs_nats_but_counts_no_tokens():
     """Under a uniform network every scored token costs log(V - 1): the denominators and nothing else differ."""
     batch, nats = Collate(12, EOS, (BOS,), fill=True)(COLUMNS), math.log(8 - 1)
     model = Model(Subs(LogLinear(), Absorbing(MASK)), uniform_network(8))
@@ -165,7 +165,7 @@ def test_a_causal_model_scores_answer_and_eos_filled_or_padded():
     torch.testing.assert_close(losses[0].nll_BL[0].sum(), -log_p[0, 7] - log_p[1, EOS])
 
 
-def test_the_unigram_baseline_leaves_prompts_and_fill_out():
+def test_the_unigram_baseline_leaves_prompts_and_padding_out():
     import datasets
 
     columns = {"input_ids": [ids.tolist() for ids in COLUMNS["input_ids"]],
@@ -195,7 +195,7 @@ def test_a_filled_bound_stays_above_the_entropy_with_the_length(tmp_path, monkey
     assert results["true_nats_per_token"].value == pytest.approx(nats.sum() / sum(tokens)), "p(text), its length too"
 
 
-# -------------------------------------------------------------------------------- verdicts
+# -------------------------------------------------------------------------------- answers
 
 
 def test_shares_votes_and_groups():
@@ -210,8 +210,8 @@ def test_shares_votes_and_groups():
     assert several.low == pytest.approx(wilson_interval(1.5, 3).low), "two completions are not two prompts"
     alike = np.repeat(np.arange(100) < 30, 4).reshape(100, 4)
     assert share(alike).low == pytest.approx(wilson_interval(30, 100).low, abs=2e-3)
-    verdicts = [CheckedAnswer(answer, "5") for answer in (None, None, None, "5", "4", "5")]
-    assert majority_is_right(verdicts) and not majority_is_right(verdicts[:3])
+    answers = [CheckedAnswer(answer, "5") for answer in (None, None, None, "5", "4", "5")]
+    assert majority_is_right(answers) and not majority_is_right(answers[:3])
     assert not majority_is_right([CheckedAnswer("4", "5"), CheckedAnswer("5", "5")]), "the first of equals"
     table = [[CheckedAnswer("1" if m % 2 else None, "1", steps=m % 8)] for m in range(40)]
     found = measure(table, np.ones((40, 1), dtype=bool), np.arange(40))
@@ -276,20 +276,29 @@ def test_a_sampler_that_knows_the_answers_is_right_and_one_does_not_depend_on_th
 
     MASK_ID = diffusion.objective.process.mask_id  # noqa: N806
     trainer = experiment.trainer("sample_eval")
-    done = complete(Setting(trainer, diffusion, data, Drawing(oracle), 1), Asked("test", None, 1, check_answer))
-    assert len(done) == 12 and all(c.verdicts[0].right and c.ended[0] for c in done)
-    assert [c.completions[0].strip() for c in done] == [c.reference.strip() for c in done]
+    completed = complete(
+        SamplingContext(trainer, diffusion, data, Drawing(oracle), 1), CompletionRequest("test", None, 1, check_answer)
+    )
+    assert len(completed) == 12 and all(c.answers[0].right and c.ended[0] for c in completed)
+    assert [c.completions[0].strip() for c in completed] == [c.reference.strip() for c in completed]
     assert len(set(noises)) == 12
     drawing = experiment.build.drawing()
-    every = complete(Setting(trainer, diffusion, data, drawing, 1), Asked("test", None, 2, check_answer))
-    some = complete(Setting(trainer, diffusion, data, drawing, 1), Asked("test", 3, 1, check_answer))
+    every = complete(
+        SamplingContext(trainer, diffusion, data, drawing, 1), CompletionRequest("test", None, 2, check_answer)
+    )
+    some = complete(
+        SamplingContext(trainer, diffusion, data, drawing, 1), CompletionRequest("test", 3, 1, check_answer)
+    )
     texts = {c.text_id: c.completions for c in every}
     assert len(some) == 3 and all(texts[c.text_id][0] == c.completions[0] for c in some)
     assert any(first != second for first, second in texts.values())
     short = Experiment(compose_config([*FEW_PROBLEMS, "model.length=22", "data.long_texts=drop"]), "a test")
-    none = complete(Setting(trainer, diffusion, short.build.data(), drawing, 1), Asked("test", None, 1, check_answer))
-    unfit = [c for c in none if not c.drawn]
-    assert 0 < len(unfit) < len(none) and not any(c.verdicts[0].right or c.ended[0] for c in unfit)
+    none = complete(
+        SamplingContext(trainer, diffusion, short.build.data(), drawing, 1),
+        CompletionRequest("test", None, 1, check_answer),
+    )
+    unfit = [c for c in none if not c.sampled]
+    assert 0 < len(unfit) < len(none) and not any(c.answers[0].right or c.ended[0] for c in unfit)
 
 
 @pytest.mark.parametrize(("arguments", "said"), [
@@ -345,12 +354,12 @@ def test_what_a_training_shows_are_completed_prompts(gsm8k):
     for law in ([], ["parameterization=ar"]):
         experiment = Experiment(compose_config([*FEW_PROBLEMS, *law]), "a test")
         data = experiment.build.data()
-        drawn = draw(
+        sampled = draw(
             experiment.build.diffusion(data).eval(), data, Drawing(experiment.build.drawing().sampler), 3, 3, seed=1
         )
         prompts = [encode(data.tokenizer, [parts_of(text, ends)[0]])[0]
                    for text, ends in zip(*(data.texts("validation")[name] for name in ("text", "ends")), strict=True)]  # fmt: skip # noqa: E501
-        for text in drawn:
+        for text in sampled:
             given = text.steps.count(0)
             assert text.ids[1:given] in prompts and text.ids[0] == data.vocabulary.bos_id
 

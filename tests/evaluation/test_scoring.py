@@ -1,4 +1,4 @@
-"""What tasks make of measurements: baselines, errors, Bayes' rule, the batch-independence of a likelihood."""
+"""Tasks on measurements: baselines, errors, Bayes' rule, independence of the batch."""
 
 from __future__ import annotations
 
@@ -16,9 +16,7 @@ from palimpsest.data.collate import Collate
 from palimpsest.data.unigram import unigram_nll
 from palimpsest.estimators.nelbo import Nelbo
 from palimpsest.evaluation.likelihood import Precision, row_numbers, score
-from palimpsest.experiment.experiment import Experiment
 from palimpsest.objectives.mask_sampling import Bernoulli
-from palimpsest.settings.command_line import compose_config
 from palimpsest.tasks.base import write_results
 from tests.helpers.commands import TINY, run
 
@@ -65,14 +63,10 @@ def test_row_numbers_follow_sample_ids_in_any_order():
     assert row_numbers({"sample_id": [30, 10, 20]}, np.array([10, 20, 30])).tolist() == [1, 2, 0]
 
 
-def test_a_likelihood_does_not_depend_on_the_batch_and_mask_rates_add_up(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_a_likelihood_does_not_depend_on_the_batch_and_mask_rates_add_up(untrained):
     measured = []
     for size in (3, 8):
-        experiment = Experiment(compose_config([*TINY, f"loader.eval_batch_size={size}"]), "a test")
-        data = experiment.build.data()
-        diffusion = experiment.build.diffusion(data).eval()
-        torch.nn.init.normal_(diffusion.backbone.head.weight, generator=torch.Generator().manual_seed(0))
+        experiment, data, diffusion = untrained(f"loader.eval_batch_size={size}")
         loader = data.eval_dataloader("validation")
         measured.append(score(experiment.trainer("test"), diffusion, loader, Nelbo(Bernoulli()), Precision(4), seed=0))
     np.testing.assert_allclose(measured[0].nll_MK, measured[1].nll_MK, rtol=1e-4)
@@ -81,13 +75,9 @@ def test_a_likelihood_does_not_depend_on_the_batch_and_mask_rates_add_up(tmp_pat
     assert ((rate >= 0) & (rate <= 1)).all() and all(one.value > 0 for one in nats) and (np.diff(rate) > 0).all()
 
 
-def test_rounds_go_on_until_the_monte_carlo_error_is_small_enough(tmp_path, monkeypatch):
+def test_rounds_go_on_until_the_monte_carlo_error_is_small_enough(untrained):
     """Four times the draws halve the error: the stopping rule must use about as many as that says."""
-    monkeypatch.chdir(tmp_path)
-    experiment = Experiment(compose_config(TINY), "a test")
-    data = experiment.build.data()
-    diffusion = experiment.build.diffusion(data).eval()
-    torch.nn.init.normal_(diffusion.backbone.head.weight, generator=torch.Generator().manual_seed(0))
+    experiment, data, diffusion = untrained()
     ask = lambda *limits: score(  # noqa: E731
         experiment.trainer("test"), diffusion, data.eval_dataloader("validation"), Nelbo(Bernoulli()),
         Precision(4, *limits), seed=0,

@@ -1,4 +1,4 @@
-"""The course of a text: what was recorded replays to what was drawn, the page and its player show it, and the GIF."""
+"""Denoising histories: recordings replay to the samples, and page, player and GIF show them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import pytest
 import torch
 from PIL import Image, ImageChops
 
-from palimpsest.experiment.experiment import Experiment
-from palimpsest.report.denoising import Sample, Visit, write_denoising
+from palimpsest.evaluation.drawing import draw
+from palimpsest.report.denoising import PastToken, Sample, write_denoising
 from palimpsest.report.gif import _layout, _picture, write_gif
 from palimpsest.report.history import Recorder, sample_of
 from palimpsest.report.palette import ink
@@ -29,13 +29,14 @@ TOKENS = ["Once", " upon", HOSTILE, " a", " time", ",", " there", " was", "\n\na
 SAMPLE = Sample(
     TOKENS, [0, 0, 3, 8, 1, 9, 12, 5, 5, 7, 12], 12, "A <b>title</b>",
     [1, 1, 0.31, 0.9, 0.99, 0.5, 0.05, 0.8, 0.7, 1e-9, 1.0],
-    (Visit(6, " where", 2, 4, 0.25), Visit(6, HOSTILE, 6, 12, 0.5), Visit(3, " the", 1, 8, 0.125)), "12 evaluations",
+    (PastToken(6, " where", 2, 4, 0.25), PastToken(6, HOSTILE, 6, 12, 0.5), PastToken(3, " the", 1, 8, 0.125)),
+    "12 evaluations",
 )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------- what is recorded
 def _frames(rows: int, length: int, steps: int, mask_id: int, seed: int) -> list[Trace]:
-    """A walk in which tokens are written, taken back, replaced, and written anew as what they were."""
+    """Return a run in which tokens are written, masked again, replaced, and rewritten."""
     draw, frames = np.random.default_rng(seed), []
     ids, sure = np.full((rows, length), mask_id), np.zeros((rows, length), dtype=np.float32)
     ids[:, 0], sure[:, 0] = 1, 1.0
@@ -78,24 +79,22 @@ def test_a_row_that_grows_is_recorded():
     ["data.wrap=true", "model.length=16", "sampling.semi_ar=true", "sampling.stride_length=8",
      "sampling.num_strides=2"],
 ], ids=["remdm", "ar", "block", "semi_ar"])  # fmt: skip
-def test_frames_replay_to_what_was_drawn(experiment, overrides):
-    _, data, diffusion, drawing = experiment(*overrides)
-    from palimpsest.evaluation.drawing import draw  # here, where the fixture has set the folder
-
+def test_frames_replay_to_what_was_drawn(untrained, overrides):
+    experiment, data, diffusion = untrained("sampling.steps=9", *overrides)
     recorder, spent = Recorder(3, data.vocabulary.mask_id), []
 
     def watch(frame):
         recorder(frame)
         spent.append(frame.evaluations_B.tolist())
 
-    drawn = draw(diffusion, data, drawing, 4, 4, seed=1, watch=watch)
+    sampled = draw(diffusion, data, experiment.build.drawing(), 4, 4, seed=1, watch=watch)
     histories = recorder.histories()
     assert len(histories) == 3
     assert all(a <= b for before, after in zip(spent, spent[1:], strict=False)
                for a, b in zip(before, after, strict=True))  # fmt: skip
-    assert spent[-1] == [text.evaluations for text in drawn]
+    assert spent[-1] == [text.evaluations for text in sampled]
     taken_back = 0
-    for text, history in zip(drawn, histories, strict=False):
+    for text, history in zip(sampled, histories, strict=False):
         last = history.ids_at(10**9)
         assert [last[place] for place in text.places] == text.ids
         sample = sample_of(text, data.tokenizer, "", history)
@@ -113,26 +112,8 @@ def test_frames_replay_to_what_was_drawn(experiment, overrides):
     assert bool(taken_back) == ("sampling.remask=remdm" in overrides)
 
 
-@pytest.fixture
-def experiment(tmp_path, monkeypatch):
-    """An untrained model on a few reviews, with its drawing."""
-    from palimpsest.settings.command_line import compose_config
-    from tests.helpers.commands import TINY
-
-    monkeypatch.chdir(tmp_path)
-
-    def build(*overrides: str):
-        made = Experiment(compose_config([*TINY, "data.cache_dir=cache", "sampling.steps=9", *overrides]), "a test")
-        data = made.build.data()
-        diffusion = made.build.diffusion(data).eval()
-        torch.nn.init.normal_(diffusion.backbone.head.weight, generator=torch.Generator().manual_seed(0))
-        return made, data, diffusion, made.build.drawing()
-
-    return build
-
-
 # ------------------------------------------------------------------------------------------------ samples
-def test_what_stands_after_a_step():
+def test_the_tokens_after_a_step():
     def said(step: int) -> list[str | None]:
         return [now and now.token for now in SAMPLE.at(step)]
 
@@ -144,8 +125,9 @@ def test_what_stands_after_a_step():
 
 
 @pytest.mark.parametrize("past", [
-    [Visit(2, "x", 1, 5, 0.5)], [Visit(2, "x", 2, 1, 0.5)], [Visit(0, "x", 1, 2, 0.5)], [Visit(11, "x", 1, 2, 0.5)],
-    [Visit(6, "x", 1, 5, 0.5), Visit(6, "y", 4, 6, 0.5)],
+    [PastToken(2, "x", 1, 5, 0.5)], [PastToken(2, "x", 2, 1, 0.5)], [PastToken(0, "x", 1, 2, 0.5)],
+    [PastToken(11, "x", 1, 2, 0.5)],
+    [PastToken(6, "x", 1, 5, 0.5), PastToken(6, "y", 4, 6, 0.5)],
 ])  # fmt: skip
 def test_a_past_out_of_order_is_refused(past):
     with pytest.raises(ValueError, match="the past of place"):
@@ -206,7 +188,7 @@ def test_the_page_is_whole_loads_nothing_and_runs_its_own_script_alone(tmp_path)
     assert policy.startswith("default-src 'none'") and "script-src 'sha256-" in policy
 
 
-def test_the_page_holds_the_whole_course(tmp_path):
+def test_the_page_holds_the_whole_history(tmp_path):
     tree = _parsed(_page(tmp_path, SAMPLE))
     told = tree.pages[0]
     assert list(map(int, told["data-steps"].split())) == SAMPLE.reveal_step
@@ -229,7 +211,7 @@ def test_the_report_has_the_same_player(tmp_path):
 # ------------------------------------------------------------------------------------------------ the player
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs a browser: chromium or google-chrome on the PATH")
 
-# What somebody does with the page, and what it then shows. Runs after the page's own script.
+# Actions of a user, and what the page then shows. Runs after the page's own script.
 SOMEBODY = """
 window.requestAnimationFrame = draw => setTimeout(() => draw(performance.now()), 16);  // without a screen, few frames
 const seen = [], output = document.querySelector('output'), page = document.querySelector('.page');

@@ -1,4 +1,4 @@
-"""Evidence token by token: the numbers are those given, the words can be read, and colour is never the only sign."""
+"""Token attributions: numbers are kept, words are readable, and colour is never the only sign."""
 
 from __future__ import annotations
 

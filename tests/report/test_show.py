@@ -1,4 +1,4 @@
-"""Texts being written, in a terminal and where there is none."""
+"""The live view of sampling, in a terminal and without one."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from rich.console import Console
 
 from palimpsest.report.history import Recorder
-from palimpsest.report.live import Standing
-from palimpsest.report.watching import Show, Watching, described
+from palimpsest.report.live import LiveView
+from palimpsest.report.views import TerminalView, TraceWatcher, described
 from palimpsest.samplers.trace import Trace
 from tests.helpers import exact
 
@@ -54,22 +54,22 @@ WALK = [
 ]
 
 
-def watched(walk: list[Trace], terminal: bool = True, **settings: object) -> tuple[Show, str]:
-    """The display after `walk`, and all that it wrote."""
+def watched(walk: list[Trace], terminal: bool = True, **settings: object) -> tuple[TerminalView, str]:
+    """Return the display after `walk`, and its output."""
     colours = "truecolor" if terminal else None
     console = Console(file=io.StringIO(), force_terminal=terminal, width=80, height=24, color_system=colours)
-    with Show(Standing(Words(), MASK, 2, **settings), 0.0, console) as show:
+    with TerminalView(LiveView(Words(), MASK, 2, **settings), 0.0, console) as show:
         for one in walk:
             show(one)
     return show, console.file.getvalue()
 
 
-def plain(show: Show) -> str:
+def plain(show: TerminalView) -> str:
     """The first text."""
     return show._text(show.texts.rows[0]).plain
 
 
-def styles(show: Show) -> dict[str, str]:
+def styles(show: TerminalView) -> dict[str, str]:
     """How each word of the first text looks."""
     text = show._text(show.texts.rows[0])
     return {text.plain[span.start : span.end].strip(): str(span.style) for span in text.spans}
@@ -94,20 +94,20 @@ def test_tokens_go_and_come_back():
     assert [texts[n][:14] for n in (1, 2, 3)] == ["red green ····", "red ···· blue ", "red green blue"]
 
 
-def test_a_token_can_not_command_the_terminal():
+def test_a_token_cannot_command_the_terminal():
     _, written = watched(WALK)
     assert "\x1b[2J" not in written and "\x9b" not in written and "\ufffd[2J" in written
 
 
 def test_the_status_counts():
     show, written = watched(WALK)
-    assert show.on_screen == 1
+    assert show.num_printed == 1
     last = re.sub(r"\x1b\[[?0-9;]*[A-Za-z]", "", written).splitlines()[-1]
     assert re.search(r"step 4 +0 masks left +4 network evaluations +[\d,]+ tokens/s", last)
     assert "\x1b[?25h" in written, "the cursor is back"
 
 
-def test_what_stands_behind_the_end_is_not_shown():
+def test_nothing_is_shown_after_the_end():
     ended = [frame(0, [GIVEN, M, M, M]), frame(1, [GIVEN, (3, 0.5), M, M]), frame(2, [GIVEN, (3, 0.5), (1, 0.5), M])]
     assert plain(watched(ended, end_id=1)[0]) == "red green"
     assert plain(watched(ended)[0]) == "red green ····"
@@ -137,7 +137,7 @@ def test_a_step_takes_its_time_and_pictures_are_not_too_many(monkeypatch):
 
     def pictures(delay: float) -> int:
         console = Console(file=io.StringIO(), force_terminal=True, width=80, height=24)
-        with Show(Standing(Words(), MASK, 1), delay, console) as show:
+        with TerminalView(LiveView(Words(), MASK, 1), delay, console) as show:
             drawn = []
             show.picture = lambda whole=False, made=show.picture: drawn.append(clock[0]) or made(whole)
             for step in range(40):
@@ -153,13 +153,13 @@ def test_a_step_takes_its_time_and_pictures_are_not_too_many(monkeypatch):
 
 def test_what_watches_records_too():
     recorder = Recorder(1, MASK)
-    with Watching(recorder, None) as watching:
+    with TraceWatcher(recorder, None) as watching:
         for one in WALK:
             watching(one)
-    assert watching.read == 0 and recorder.histories()[0].ids_at(2) == [2, 3, MASK, 5, 0]
+    assert watching.num_printed == 0 and recorder.histories()[0].ids_at(2) == [2, 3, MASK, 5, 0]
 
 
-def test_how_texts_were_drawn_in_a_line():
+def test_the_sampler_is_described_in_a_line():
     how = {"schedule": "cosine", "order": "margin", "threshold": None, "remask": "none", "remask_eta": 0.02}
     protocol = {"sampler": "palimpsest.samplers.unmasking.sample", "_partial_": True, "steps": 8, "how": how,
                 "choice": {"_target_": "x", "temperature": 0.7, "top_k": None, "nucleus_p": 1.0},

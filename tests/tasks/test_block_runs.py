@@ -57,7 +57,7 @@ def test_every_mode_works_with_blocks_of_any_size(here, size):
         assert json.loads(ours)["ids"] == json.loads(theirs)["ids"]
 
 
-def test_classes_are_told_apart_by_blocks(here):
+def test_classification_works_with_blocks(here):
     conditional = [*BLOCK, "mode=classify", "classify.sharing=conditional", "classify.baselines=false"]
     assert 0 <= run(*conditional)["accuracy"].value <= 1
 

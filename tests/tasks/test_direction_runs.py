@@ -1,4 +1,4 @@
-"""Directions from the command line to the files: every one runs, edits keep what they may not touch, controls tell."""
+"""Conditional generation from the command line: all modes run, edits keep what they must, controls differ."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 from hydra.errors import InstantiationException
 
 from palimpsest.data.passages import special_ids
-from palimpsest.evaluation import directions, editing
-from palimpsest.evaluation.drawing import Setting
+from palimpsest.evaluation import conditional_generation, editing
+from palimpsest.evaluation.drawing import SamplingContext
 from palimpsest.experiment.experiment import Experiment
 from palimpsest.scripts import generate
 from palimpsest.settings.command_line import compose_config
@@ -109,7 +109,7 @@ def test_centroids_have_the_length_of_the_encoder_s_vectors(here):
         data.latents.of("train")[np.arange(len(data.split("train")))],
         np.asarray(data.split("train")["label"]),
     )
-    vectors, rules = data.latents.vectors(latents), directions.EditRules(target="centroid")
+    vectors, rules = data.latents.vectors(latents), conditional_generation.EditRules(target="centroid")
     found = editing.new_latents(rules, latents[:2], label[:2], np.array([1, 0]), data)
     mean = np.stack([vectors[label == k].mean(0) for k in (1, 0)])
     wanted = mean / np.linalg.norm(mean, axis=1, keepdims=True) * np.linalg.norm(vectors, axis=1).mean()
@@ -134,10 +134,10 @@ def test_an_edit_touches_nothing_but_its_masks(here, target):
         assert [row["ids"] for row in samples(here, "edit")] == [row["ids"] for row in rows]
 
 
-def test_an_edit_begins_at_the_share_that_is_masked_and_is_told_where_to_go(here, monkeypatch):
-    seen, fill, barred, bar = [], Setting.fill, set(), editing.WithoutTokens
+def test_an_edit_starts_at_the_masked_share_and_is_conditioned_on_the_target(here, monkeypatch):
+    seen, fill, barred, bar = [], SamplingContext.sample, set(), editing.WithoutTokens
     monkeypatch.setattr(editing, "WithoutTokens", lambda model, ids: (barred.add(ids), bar(model, ids))[1])
-    monkeypatch.setattr(Setting, "fill", lambda *args: (seen.append(args[3]), fill(*args))[1])
+    monkeypatch.setattr(SamplingContext, "sample", lambda *args: (seen.append(args[3]), fill(*args))[1])
     run(*SAMPLE, "sampling.direction=edit", "sampling.edit_rate=0.33", "sampling.edit_alpha=2")
     rows, (true, shuffled, none, *_) = samples(here, "edit"), seen
     shares = [len(row["masked"]) / (len(row["ids"]) - 2) for row in rows]  # begin and end are never masked
@@ -164,7 +164,7 @@ def test_latents_are_drawn_from_own_other_and_no_texts_and_written_as_the_encode
         asked.append((names_M.tolist(), text_M.tolist(), how.guidance)),
         np.zeros((len(names_M), *setting.data.latents.shape)),
     )[1]
-    monkeypatch.setattr(directions, "latents_of", nothing)
+    monkeypatch.setattr(conditional_generation, "latents_of", nothing)
     run(*SAMPLE, "sampling.direction=t2l", "sampling.guidance=2")
     (own, true, strong), (_, shuffled, as_strong), (_, _, silent) = asked
     assert all(names == own for names, _, _ in asked), "the same noise whatever is told"
@@ -202,7 +202,7 @@ def test_an_edit_of_nothing_is_the_text(here):
     assert found["true"]["control"]["value"] == found["judged_wanted_before"]["value"]
 
 
-def test_classes_are_told_by_the_latents_of_texts_too(here):
+def test_classification_by_latents(here):
     found = run(*JOINT, "mode=classify", "classify.sharing=conditional", "classify.patience=null",
                 "sampling.num_sample_log=0", "classify.num_examples=0", "checkpointing.save_dir=told")  # fmt: skip
     method = found["methods"]["nearest class centroid of the text's latent"]

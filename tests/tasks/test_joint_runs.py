@@ -60,7 +60,7 @@ def test_a_training_tells_both_terms_and_calls_neither_a_likelihood(here):
         assert value["train/text_term"] + value["train/latent_term"] == pytest.approx(value["train/loss"], rel=1e-5)
         assert value["train/grad_share_text"] + value["train/grad_share_latent"] == pytest.approx(1)
         assert value["train/latent_mse"] > 0 and abs(value["train/latent_cos"]) <= 1
-    assert results["checkpoint"] and "never hide" not in (here / "run/report.html").read_text()
+    assert results["checkpoint"] and "never drop" not in (here / "run/report.html").read_text()
 
 
 def test_a_training_from_latents_alone_says_that_it_did_not_learn_texts_alone(here, capsys):
@@ -68,8 +68,8 @@ def test_a_training_from_latents_alone_says_that_it_did_not_learn_texts_alone(he
     run(*told)
     run(*told, "mode=ppl_eval")
     for report in (here / "run/report.html", *here.glob("run/ppl_eval/*/report.html")):
-        assert "(l2t, t2l) never hide a text" in report.read_text()
-    assert capsys.readouterr().out.count("never hide a text's latent") == 2
+        assert "(l2t, t2l) never drop a text" in report.read_text()
+    assert capsys.readouterr().out.count("never drop a text's latent") == 2
 
 
 @pytest.mark.parametrize(("name", "drawn"), [("train/nll", 1.5), ("train/text_loss", None)])

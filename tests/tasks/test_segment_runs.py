@@ -1,4 +1,4 @@
-"""Texts in segments from files to answers: rooms, batches, completions read part by part, the whole program."""
+"""Texts in segments from files to answers: batches, completions per part, the whole program."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from palimpsest.data.packing import Packing, pack
 from palimpsest.data.rows import in_parts, text_rows
 from palimpsest.data.tokenizers import encode, encode_after, load_tokenizer, vocabulary
 from palimpsest.data.unigram import token_counts
-from palimpsest.evaluation.completions import Asked, complete
-from palimpsest.evaluation.drawing import Setting, _own, draw
+from palimpsest.evaluation.completions import CompletionRequest, complete
+from palimpsest.evaluation.drawing import Drawing, SamplingContext, _unpadded_places, draw
 from palimpsest.experiment import running
 from palimpsest.experiment.experiment import Experiment
 from palimpsest.models.checkpoints import Checkpoint, read_checkpoint
@@ -47,7 +47,7 @@ def rows_of(words, tmp_path, **settings):
     return pack(rows, words, vocabulary(words), packing, tmp_path)
 
 
-# -------------------------------------------------------------------------------- rooms
+# -------------------------------------------------------------------------------- segments
 
 
 def test_parts_between_end_with_eos_and_stand_in_rooms(words, tmp_path):
@@ -93,10 +93,12 @@ def test_rooms_that_do_not_hold_their_part_or_all_parts(words, tmp_path):
 
 def test_a_text_is_read_part_by_part():
     eos, ids = 9, [9, 1, 2, 3, 9, 9, 4, 5, 9, 9]
-    assert _own(ids, eos, [3, 6]) == [0, 1, 2, 3, 4, 6, 7, 8]
-    assert _own(ids, eos, [3, 4]) == [0, 1, 2, 3, 4] and _own(ids, 7, [3, 6]) == list(range(10))
+    assert _unpadded_places(ids, eos, [3, 6]) == [0, 1, 2, 3, 4, 6, 7, 8]
+    assert _unpadded_places(ids, eos, [3, 4]) == [0, 1, 2, 3, 4] and _unpadded_places(ids, 7, [3, 6]) == list(range(10))
     assert (
-        _own(ids, eos, [1]) == [0, 1, 2, 3, 4] and _own(ids, None, [1]) == list(range(10)) and _own([9], 9, [1]) == [0]
+        _unpadded_places(ids, eos, [1]) == [0, 1, 2, 3, 4]
+        and _unpadded_places(ids, None, [1]) == list(range(10))
+        and _unpadded_places([9], 9, [1]) == [0]
     )
 
 
@@ -136,8 +138,8 @@ def test_a_question_and_its_answer_are_segments_too(gsm8k):  # noqa: F811
     assert data.segment_ends(np.array([5, 6])).tolist() == [[5], [6]]
 
 
-def test_completions_are_judged_part_by_part(gsm8k):  # noqa: F811
-    """By a sampler that knows the answers: what it writes comes back without the fill of either part."""
+def test_answers_are_checked_part_by_part(gsm8k):  # noqa: F811
+    """A sampler that knows the answers: its text comes back without the padding of either part."""
     experiment = Experiment(compose_config([*SEGMENTS, "data.max_test_texts=null"]), "a test")
     data = experiment.build.data()
     diffusion = experiment.build.diffusion(data).eval()
@@ -158,30 +160,24 @@ def test_completions_are_judged_part_by_part(gsm8k):  # noqa: F811
                 row[ends[0] :] = torch.where(row[ends[0] :] == eos_id, row[ends[0] + 1], row[ends[0] :])
         return written(x_BL, out, mask_id)
 
-    trainer, asked = experiment.trainer("sample_eval"), Asked("test", None, 1, experiment.build.judge)
-    done = complete(Setting(trainer, diffusion, data, oracle_drawing(oracle), 1), asked)
-    assert len(done) == 12 and [c.ended[0] for c in done] == [False] + [True] * 11
-    for c, row in zip(done[1:], rows.select(range(1, 12)), strict=True):
-        assert c.verdicts[0].right and set(c.verdicts[0].findings.values()) == {True}
-        assert c.completions[0].split() == c.reference.split() and c.drawn[0].ids == row["input_ids"].tolist()
-        assert c.verdicts[0] == check_planned_answer(c.reference, c.reference)
-        assert len(c.drawn[0].steps) == len(c.drawn[0].ids)
-    longest = max(c.prompt_tokens for c in done)
+    trainer, request = experiment.trainer("sample_eval"), CompletionRequest("test", None, 1, experiment.build.judge)
+    completed = complete(SamplingContext(trainer, diffusion, data, Drawing(oracle), 1), request)
+    assert len(completed) == 12 and [c.ended[0] for c in completed] == [False] + [True] * 11
+    for c, row in zip(completed[1:], rows.select(range(1, 12)), strict=True):
+        assert c.answers[0].right and set(c.answers[0].findings.values()) == {True}
+        assert c.completions[0].split() == c.reference.split() and c.sampled[0].ids == row["input_ids"].tolist()
+        assert c.answers[0] == check_planned_answer(c.reference, c.reference)
+        assert len(c.sampled[0].steps) == len(c.sampled[0].ids)
+    longest = max(c.prompt_tokens for c in completed)
     short = Experiment(compose_config([*SEGMENTS, f"model.length={longest + 16}"]), "a test")
-    none = complete(Setting(trainer, diffusion, short.build.data(), experiment.build.drawing(), 1), asked)
-    assert {c.prompt_tokens == longest for c in none if not c.drawn} == {True} and any(c.drawn for c in none)
+    none = complete(SamplingContext(trainer, diffusion, short.build.data(), experiment.build.drawing(), 1), request)
+    assert {c.prompt_tokens == longest for c in none if not c.sampled} == {True} and any(c.sampled for c in none)
     shown = draw(diffusion, data, experiment.build.drawing(), 3, 3, seed=1)
     assert all(text.ids[: text.steps.count(0)][0] == data.vocabulary.bos_id for text in shown)
 
 
-def oracle_drawing(oracle):
-    from palimpsest.evaluation.drawing import Drawing
-
-    return Drawing(oracle)
-
-
 def test_baselines_count_what_a_text_has(gsm8k):  # noqa: F811
-    """The plan's EOS, and no fill."""
+    """The EOS of the plan counts, padding does not."""
     plain, segments = (
         Experiment(compose_config([*SEGMENTS, *more]), "a test").build.data() for more in (["data.segments=false"], [])
     )

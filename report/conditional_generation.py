@@ -1,4 +1,4 @@
-"""Show what a direction found, in tables that put its controls beside it, and texts that a reader can judge."""
+"""Report of conditional generation: tables with the controls, and example texts."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerBase
 
 from palimpsest.common.metrics import Estimate, Share
 from palimpsest.data.tokenizers import token_strings
-from palimpsest.evaluation.directions import VARIANTS, Joint, Outcome
-from palimpsest.evaluation.editing import Edit
+from palimpsest.evaluation.conditional_generation import VARIANTS, ConditionalResult, JointResult
+from palimpsest.evaluation.editing import EditResult
 from palimpsest.evaluation.latent_measures import Agreement
 from palimpsest.report.denoising import Sample
 from palimpsest.report.formatting import Interval, Metric
@@ -20,10 +20,9 @@ from palimpsest.report.report import Report
 TITLES = {"l2t": "Texts from latents", "t2l": "Latents from texts", "joint": "Texts with their latents",
           "edit": "Texts edited by their latents"}  # fmt: skip
 _TITLES = {"true": "its own", "shuffled": "another's", "none": "none"}
-_CONTROLS = (
-    "Beside the direction stand two controls under the same noise: told what is another text's, and told nothing. All "
-    "of them know how long a text is. "
-    "Retrieval: whose wanted latent is among the k nearest, by cosine, of all that were wanted, with 95 % intervals."
+_ABOUT_CONTROLS = (
+    "Two controls use the same noise: the condition of another text, and none. All know the length of a text. "
+    "Retrieval: texts whose wanted latent is among the k nearest of all wanted ones, by cosine, with 95 % intervals."
 )
 
 
@@ -35,34 +34,36 @@ def _cell(value: object) -> object:
 
 
 def direction_report(
-    report: Report, found: Outcome, samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase
+    report: Report, found: ConditionalResult, samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """Write the sections of `found`, with the texts of `samples`."""
     number = max(len(samples), 1)
-    write = {"l2t": _texts_from_latents, "t2l": _latents_from_texts, "joint": _both, "edit": _edits}
+    write = {"l2t": _texts_from_latents, "t2l": _latents_from_texts, "joint": _joint, "edit": _edits}
     write[found.protocol["direction"]](report, found, number, tokenizer)
     if samples:
         report.samples(samples)
 
 
-def direction_lines(found: Outcome) -> str:
+def direction_lines(found: ConditionalResult) -> str:
     """Return the lines for a terminal."""
-    if isinstance(found, Edit):
+    if isinstance(found, EditResult):
         return _edit_lines(found)
-    if isinstance(found, Joint):
+    if isinstance(found, JointResult):
         return f"{comparison_lines(found.comparison)}\n{_agreement_lines({}, found.agreement)}"
     return _agreement_lines(found.results, found.agreement)
 
 
-def titled(found: Outcome, samples: Sequence[Sample]) -> list[Sample]:
-    """Return `samples` of edits with titles that say which class each is to get."""
-    if not isinstance(found, Edit):
+def titled(found: ConditionalResult, samples: Sequence[Sample]) -> list[Sample]:
+    """Return `samples`, those of edits with titles that name the target class."""
+    if not isinstance(found, EditResult):
         return list(samples)
     return [replace(sample, title=f"{row['class']} → {row['wanted']} · {len(row['masked'])} tokens written anew")
             for sample, row in zip(samples, found.rows, strict=False)]  # fmt: skip
 
 
-def _texts_from_latents(report: Report, found: Outcome, number: int, tokenizer: PreTrainedTokenizerBase) -> None:
+def _texts_from_latents(
+    report: Report, found: ConditionalResult, number: int, tokenizer: PreTrainedTokenizerBase
+) -> None:
     more = {title: {name: found.results[name][key] for name in VARIANTS}
             for title, key in (("token F1", "token_f1"), ("BLEU", "bleu"))}  # fmt: skip
     _agreement(report, found.agreement, more, found.results["encoder_missing"])
@@ -70,34 +71,36 @@ def _texts_from_latents(report: Report, found: Outcome, number: int, tokenizer: 
               [(row["reference"], *(row[name] for name in VARIANTS)) for row in found.rows[:number]])  # fmt: skip
 
 
-def _latents_from_texts(report: Report, found: Outcome, number: int, tokenizer: PreTrainedTokenizerBase) -> None:
+def _latents_from_texts(
+    report: Report, found: ConditionalResult, number: int, tokenizer: PreTrainedTokenizerBase
+) -> None:
     moments = found.results["moments"]
     _agreement(report, found.agreement, {}, None)
     cells = [(side, *values.values()) for side, values in moments.items()]
     report.table(["latents", *moments["real"]], cells, "Standardised numbers; norms in the encoder's own scale.")
 
 
-def _both(report: Report, found: Joint, number: int, tokenizer: PreTrainedTokenizerBase) -> None:
+def _joint(report: Report, found: JointResult, number: int, tokenizer: PreTrainedTokenizerBase) -> None:
     comparison_section(report, found.comparison)
     _agreement(report, found.agreement, {}, found.results["encoder_missing"])
     _examples(report, ["texts"], [(row["text"],) for row in found.rows[:number]])
 
 
-def _edits(report: Report, found: Edit, number: int, tokenizer: PreTrainedTokenizerBase) -> None:
-    edited, ways = found.edited, found.ways
-    report.section("Editing", _ABOUT_EDITS.format(found.judge.name, 100 * found.before.value))
+def _edits(report: Report, found: EditResult, number: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    edited, paths = found.edited, found.paths
+    report.section("Editing", _ABOUT_EDITS.format(found.classifier.name, 100 * found.before.value))
     report.metrics([Metric("tokens masked", 100 * found.masked.value, 100 * found.masked.se, "%")])
     rows = [("control, %", *(_cell(edited[name].control) for name in VARIANTS)),
             ("tokens changed, share", *(_cell(edited[name].changed) for name in VARIANTS)),
             ("edit distance, tokens", *(_cell(edited[name].distance) for name in VARIANTS)),
             ("cosine with the wanted latent", *(_cell(edited[name].toward) for name in VARIANTS)),
-            ("SSS", *(_cell(ways[name].sss) for name in VARIANTS)),
-            ("neighbours that both have a latent, %", *(100 * ways[name].seen for name in VARIANTS)),
-            ("MTS", *(_cell(ways[name].mts) for name in VARIANTS))]  # fmt: skip
-    if found.judge.readable:
+            ("SSS", *(_cell(paths[name].sss) for name in VARIANTS)),
+            ("neighbours that both have a latent, %", *(100 * paths[name].seen for name in VARIANTS)),
+            ("MTS", *(_cell(paths[name].mts) for name in VARIANTS))]  # fmt: skip
+    if found.classifier.readable:
         rows.insert(1, ("control of the texts that can be read, %", *(_cell(edited[n].of_read) for n in VARIANTS)))
         rows.append(("texts that the corpus could not write, %", *(100 * edited[n].unread for n in VARIANTS)))
-    report.table(["told", "the wanted latent", "another text's", "none"], rows)
+    report.table(["condition", "the wanted latent", "another text's", "none"], rows)
     _examples(report, ["to be", "source", "edit", "without the latent"],
               [(row["wanted"], *marked(tokenizer, row["source_ids"], row["ids"]), row["none"])
                for row in found.rows[:number]])  # fmt: skip
@@ -106,18 +109,18 @@ def _edits(report: Report, found: Edit, number: int, tokenizer: PreTrainedTokeni
 def _agreement(
     report: Report, found: Mapping[str, Agreement], more: Mapping[str, Mapping[str, object]], missing: str | None
 ) -> None:
-    """Add how well what was found agrees with what was wanted, by what was told.
+    """Add the agreement of the latents found with the wanted ones, by condition.
 
     Args:
-        more: further rows, by name and told.
+        more: further rows, by name and condition.
         missing: why texts cannot be encoded.
     """
     names = [name for name in VARIANTS if name in found or any(name in row for row in more.values())]
-    report.section("Agreement", _CONTROLS + (f" Texts were not encoded again: {missing}" if missing else ""))
+    report.section("Agreement", _ABOUT_CONTROLS + (f" Texts were not encoded again: {missing}" if missing else ""))
     rows = [(title, *(_cell(values[name]) for name in names)) for title, values in more.items()]
     if found:
         rows += [(title, *(_cell(read(found[name])) for name in names)) for title, read in _rows(found)]
-    report.table(["told", *(_TITLES[name] for name in names)], rows)
+    report.table(["condition", *(_TITLES[name] for name in names)], rows)
     first = next(iter(found.values()), None)
     if first is not None and first.by_attribute:
         lines = [(key, *(100 * found[name].by_attribute[key] for name in names)) for key in first.by_attribute]
@@ -162,7 +165,7 @@ def _examples(report: Report, header: Sequence[str], rows: Sequence[Sequence[str
 
 
 def marked(tokenizer: PreTrainedTokenizerBase, source: Sequence[int], edited: Sequence[int]) -> tuple[str, str]:
-    """Return both texts, with what differs between ⟦ and ⟧; special tokens left out."""
+    """Return both texts without special tokens, with differences between ⟦ and ⟧."""
     kept = [i for i, token in enumerate(source) if token not in tokenizer.all_special_ids]
     texts = []
     for ids, other in ((source, edited), (edited, source)):
@@ -175,20 +178,20 @@ def marked(tokenizer: PreTrainedTokenizerBase, source: Sequence[int], edited: Se
     return texts[0], texts[1]
 
 
-def _edit_lines(found: Edit) -> str:
-    lines = [f"judged by {found.judge.name}: {100 * found.before.value:.1f} % of the wanted class before"]
+def _edit_lines(found: EditResult) -> str:
+    lines = [f"judged by {found.classifier.name}: {100 * found.before.value:.1f} % of the wanted class before"]
     for name in VARIANTS:
-        one, way = found.edited[name], found.ways[name]
+        one, path = found.edited[name], found.paths[name]
         lines.append(f"{name:>9}: control {100 * one.control.value:.1f} % [{100 * one.control.low:.1f}, "
                      f"{100 * one.control.high:.1f}], tokens changed {one.changed}, edit distance {one.distance}, "
-                     f"toward {one.toward}, SSS {way.sss}, MTS {way.mts}")  # fmt: skip
+                     f"toward {one.toward}, SSS {path.sss}, MTS {path.mts}")  # fmt: skip
     return "\n".join(lines)
 
 
 _ABOUT_EDITS = (
-    "Some tokens of each text were masked and written anew, told the latent that the text is to get; the others are "
-    "untouched. Beside it the same masks and noise with the latent of another text, and with none. Control: texts "
-    "judged to be of the wanted class, by {}; {:.1f} % were before. SSS: mean cosine of neighbouring texts on the "
-    "great circle between old latent and told one, where both have one; MTS: share of steps on which p(wanted class) "
-    "strictly rises. Texts that ignore the latent have SSS 1, and MTS 0."
+    "Some tokens of each text were masked and resampled under the wanted latent, others are unchanged. Controls "
+    "use the same masks and noise with the latent of another text, and with none. Control: texts classified as "
+    "the wanted class, by {}; {:.1f} % were before. SSS: mean cosine of neighbouring texts on the great circle between "
+    "the old latent and the wanted one, if both have a latent; MTS: share of steps on which p(wanted class) strictly "
+    "rises. Texts that ignore the latent have SSS 1 and MTS 0."
 )

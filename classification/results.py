@@ -1,4 +1,4 @@
-"""Decide the class of every text of a split, and find out what the verdicts are worth.
+"""Classify every text of a split, and evaluate the predictions.
 
 Shape suffixes: M texts, C classes, K draws, P network passes.
 """
@@ -13,10 +13,10 @@ import numpy as np
 
 from palimpsest.classification import typical
 from palimpsest.classification.measures import Measures, measure
-from palimpsest.classification.methods import Beside, Method, calibrated, compared, fit
+from palimpsest.classification.methods import ComparedMethods, Method, calibrated, compared, fit
 from palimpsest.classification.models import ClassModel
 from palimpsest.classification.predictions import read_posterior, write_predictions
-from palimpsest.classification.scoring import ClassScores, Race, score_classes
+from palimpsest.classification.scoring import ClassScores, SequentialTest, score_classes
 from palimpsest.common.metrics import Estimate, ratios_by_rate
 from palimpsest.dataloader import TextData
 from palimpsest.evaluation.experiment import Experiment
@@ -24,46 +24,42 @@ from palimpsest.evaluation.likelihood import Likelihood, likelihood, score
 
 
 @dataclass(frozen=True)
-class Verdicts:
-    """All that was found out about a split: the plain rule first, then what is held beside it.
-
-    own: likelihood of held-out texts of each class under its own model. unconditional: p(text)
-    without a class, where the network can be asked for it. fitted: what calibration found, by name.
-    """
+class ClassificationResult:
+    """All measurements of a split."""
 
     data: TextData
     split: str
     scores: ClassScores
     log_prior_C: np.ndarray
-    plain: Method
-    others: list[Method]
-    own: list[Likelihood]
-    unconditional: Likelihood | None
-    fitted: dict[str, object] = field(default_factory=dict)
+    plain: Method  # Bayes' rule
+    others: list[Method]  # the compared methods
+    per_class: list[Likelihood]  # likelihood of validation texts of each class under its own model
+    unconditional: Likelihood | None  # p(text) without a class, if the network allows it
+    fitted: dict[str, object] = field(default_factory=dict)  # parameters of the calibration, by name
 
     @property
     def methods(self) -> list[Method]:
         return [self.plain, *self.others]
 
     def after_draws(self) -> tuple[np.ndarray, list[Estimate]]:
-        """(network evaluations per class, accuracy) had no text been drawn more often; texts that were decided earlier
-        keep their verdict."""
+        """Return network evaluations per class, and the accuracy after them; stopped texts keep their prediction."""
         passes = self.scores.passes
         counts = np.unique(np.geomspace(1, self.scores.nats_MCK.shape[2], 13).round().astype(int))
         found = [self.scores.posterior(self.log_prior_C, k) for k in counts]
         return counts * passes, [measure(p, self.scores.label_M).accuracy for p in found]
 
     def at_mask_rates(self) -> tuple[np.ndarray, list[Estimate]]:
-        """(share of masked tokens, accuracy of a single pass there)."""
+        """Return shares of masked tokens, and the accuracy of a single pass there."""
         nats_MCP, rate_MP = self.scores.nats_MCP, self.scores.rate_MP
         winner_MP = (-nats_MCP + self.log_prior_C[:, None]).argmax(axis=1)
         right_MP = winner_MP == self.scores.label_M[:, None]
         taken_MP = np.isfinite(rate_MP) & (rate_MP > 0)
         return ratios_by_rate(rate_MP, right_MP, taken_MP)
 
-    def results(self, race: Race, models: Sequence[ClassModel]) -> dict[str, object]:
+    def results(self, test: SequentialTest, models: Sequence[ClassModel]) -> dict[str, object]:
         """Return the numbers for results.json."""
-        scores, names, m = self.scores, self.data.label_names, self.plain.measures
+        scores, m = self.scores, self.plain.measures
+        names = self.data.label_names
         return {
             **_measured(m), "texts": len(scores.label_M),
             "models": list(dict.fromkeys(model.diffusion.provenance for model in models)),
@@ -73,9 +69,9 @@ class Verdicts:
             },
             "classes": {
                 name: {"precision": m.precision_C[k], "recall": m.recall_C[k], "f1": m.f1_C[k],
-                       "texts": int(m.support_C[k]), "validation_nll_nats_per_token": self.own[k].model,
-                       "true_nats_per_token": self.own[k].truth, "gap_nats_per_token": self.own[k].gap,
-                       "units": self.own[k].scores.units.name, "num_units": len(self.own[k].scores.units)}
+                       "texts": int(m.support_C[k]), "validation_nll_nats_per_token": self.per_class[k].model,
+                       "true_nats_per_token": self.per_class[k].truth, "gap_nats_per_token": self.per_class[k].gap,
+                       "units": self.per_class[k].scores.units.name, "num_units": len(self.per_class[k].scores.units)}
                 for k, name in enumerate(names)
             },
             "confusion": m.confusion_CC,
@@ -83,7 +79,7 @@ class Verdicts:
             "prior": dict(zip(names, np.exp(self.log_prior_C), strict=True)),
             "nll_without_class_nats_per_token": self.unconditional.model if self.unconditional else None,
             "margin_monte_carlo_se_nats": _finite_mean(scores.margin_se_M),
-            "estimator": scores.label, "masks": race.masks, "confidence": race.confidence,
+            "estimator": scores.label, "masks": test.masks, "confidence": test.confidence,
             "draws_per_text_and_class": float(scores.draws_M.mean()),
             "network_evaluations_per_text": float(scores.evaluations_M.mean()),
             "seconds_per_text": scores.seconds / len(scores.label_M),
@@ -94,41 +90,40 @@ class Verdicts:
         }  # fmt: skip
 
 
-def find_verdicts(
+def classify_split(
     experiment: Experiment,
     models: Sequence[ClassModel],
     data: TextData,
     split: str,
-    race: Race,
+    test: SequentialTest,
     log_prior_C: np.ndarray,
-    beside: Beside,
+    compared_with: ComparedMethods,
     others: Mapping[str, Path],
     folder: Path,
-) -> Verdicts:
-    """Score `split` under every class with the same masks, apply Bayes' rule, and hold it against other methods.
+) -> ClassificationResult:
+    """Score `split` under every class with the same masks, apply Bayes' rule, and compare it with other methods.
 
-    Writes predictions.parquet into `folder` as soon as the verdicts are there. others: files with the predictions
-    of other runs, by name.
+    Writes predictions.parquet into `folder` as soon as there are predictions. others: files of other runs, by name.
     """
 
     def scored(name: str) -> ClassScores:
-        return score_classes(experiment.trainer, models, data, name, experiment.build.estimator, race, experiment.seed,
+        return score_classes(experiment.trainer, models, data, name, experiment.build.estimator, test, experiment.seed,
                              log_prior_C)  # fmt: skip
 
     scores = scored(split)
-    known = {path: read_posterior(file, scores.text_id_M, scores.label_M) for path, file in others.items()}
+    earlier = {path: read_posterior(file, scores.text_id_M, scores.label_M) for path, file in others.items()}
     plain = Method.of_network("this model", scores.posterior(log_prior_C), scores)
-    fitted = fit(scored("validation"), log_prior_C) if beside.calibrate else {}
+    fitted = fit(scored("validation"), log_prior_C) if compared_with.calibrate else {}
     posteriors = calibrated(fitted, scores, log_prior_C)
     write_predictions(folder, scores, plain.posterior_MC, posteriors)
-    methods = compared(experiment, models, data, split, scores, posteriors, known, beside, log_prior_C)
-    own = [_own(experiment, model, label) for label, model in enumerate(models)]
+    methods = compared(experiment, models, data, split, scores, posteriors, earlier, compared_with, log_prior_C)
+    per_class = [_class_likelihood(experiment, model, label) for label, model in enumerate(models)]
     conditional = models[0].class_id is not None
-    unconditional = _own(experiment, ClassModel(models[0].diffusion), None) if conditional else None
-    return Verdicts(data, split, scores, log_prior_C, plain, methods, own, unconditional, fitted)
+    unconditional = _class_likelihood(experiment, ClassModel(models[0].diffusion), None) if conditional else None
+    return ClassificationResult(data, split, scores, log_prior_C, plain, methods, per_class, unconditional, fitted)
 
 
-def _own(experiment: Experiment, model: ClassModel, label: int | None) -> Likelihood:
+def _class_likelihood(experiment: Experiment, model: ClassModel, label: int | None) -> Likelihood:
     """Measure the validation texts of a class under its own model (None: all texts, without conditioning)."""
     data = experiment.build.data(label)
     name = "all texts" if label is None else data.label_names[label]
@@ -147,11 +142,11 @@ def _measured(m: Measures) -> dict[str, object]:
 
 
 def _curve(x: Sequence[float], y: Sequence[Estimate]) -> list[list[float]]:
-    """Rows of x, value, standard error."""
+    """Return rows of x, value, standard error."""
     return [[float(a), b.value, b.se] for a, b in zip(x, y, strict=True)]
 
 
 def _finite_mean(values_M: np.ndarray) -> float | None:
-    """None where there is no finite value."""
+    """Return the mean of the finite values; None if there are none."""
     kept = values_M[np.isfinite(values_M)]
     return float(kept.mean()) if len(kept) else None
