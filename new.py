@@ -129,7 +129,7 @@ def write(kind: str, name: str, root: Path = ROOT) -> list[Path]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write the files that are asked for, and say what to do next."""
+    """Run the scaffold from the command line: write the files of a new objective, sampler or data set."""
     parser = argparse.ArgumentParser(prog="palimpsest.new", description=__doc__.partition("\n")[0])
     parser.add_argument("kind", choices=list(_GROUPS))
     parser.add_argument("name")

@@ -71,7 +71,7 @@ class Units:
 
     @classmethod
     def each(cls, text_M: ArrayLike) -> Units:
-        """Return units given by text numbers: rows with the same number belong to one text."""
+        """Return one unit per text for standard errors: rows with the same number in `text_M` belong to one text."""
         return cls("texts", np.asarray(text_M), np.asarray(text_M))
 
     def __len__(self) -> int:

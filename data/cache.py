@@ -48,8 +48,9 @@ def texts_fingerprint(texts: Iterable[str]) -> str:
 def cached_folder(
     cache_dir: str | Path, kind: str, settings: dict[str, Any], build: Callable[[Path], dict[str, Any] | None]
 ) -> tuple[Path, dict[str, Any]]:
-    """Return the entry's folder and figures, after `build(folder)` if there is no intact entry.
+    """Return the cached folder of `kind` and `settings`, with the numbers stored beside it; build it if needed.
 
+    `build(folder)` fills a new folder. It is called if the folder is missing or damaged.
     `build` may return JSON-serialisable figures, which are stored with the entry. An exception in `build` leaves no
     entry.
 

@@ -58,7 +58,8 @@ def draws_at(positions: Sequence[int], counts: Sequence[int] | np.ndarray, seed:
 def evaluation_batches(order: np.ndarray, batch_size: int, rank: int = 0, world: int = 1) -> list[list[int]]:
     """Return the batches of one rank, which takes `order[rank::world]`; all ranks together take every row once.
 
-    Ranks get equally many batches if each has enough rows, as sharded models (FSDP) need.
+    All ranks get the same number of batches, some of them smaller, if each has at least one row per batch; sharded
+    models (FSDP) would wait forever otherwise.
     """
     mine = order[rank::world]
     count = -(-len(order[::world]) // batch_size)

@@ -41,7 +41,7 @@ class AR(Objective):
         self.process = process
 
     def bound(self, mask_sampler: MaskSampler | None) -> AR:
-        """Return the objective itself, which is exact.
+        """Return the objective itself: its likelihood is exact, so no mask sampler is bound to it.
 
         Raises:
             ValueError: a mask sampler is given.

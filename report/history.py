@@ -139,7 +139,13 @@ def sample_of(
     history: RowHistory | None = None,
     facts: str = "",
 ) -> Sample:
-    """Return a text as pages show it, without special tokens; with the history of its row, if given."""
+    """Return a sampled text for a report: decoded, without special tokens.
+
+    Args:
+        title: heading above the text.
+        history: the tokens of its row after each sampling step, if they were recorded.
+        facts: a line below the title, such as what the text cost.
+    """
     hidden = hidden_special_ids(tokenizer)
     kept = [i for i, token in enumerate(text.ids) if token not in hidden]
     strings = token_strings(tokenizer, [text.ids[i] for i in kept])

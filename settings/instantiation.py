@@ -31,7 +31,10 @@ def instantiate(node: object, **arguments: object) -> object:
 
 
 def wired(cfg: DictConfig, target: str, **given: object) -> object:
-    """Build an object without a `_target_` from its keys in settings/wiring.py and the `given` arguments."""
+    """Build the class or function `target`, which no yaml names, from the configuration.
+
+    settings/wiring.py says which key of `cfg` each argument takes; `given` are further arguments.
+    """
     found = {name: OmegaConf.select(cfg, key, default=_ABSENT) for name, key in WIRING[target].items()}
     return located(target)(**{name: _plain(value) for name, value in found.items() if value is not _ABSENT} | given)
 
