@@ -36,7 +36,7 @@ Measurement = Mapping[str, object]
 
 def read_table(root: Path = ROOT) -> list[Measurement]:
     """Return the measurements; every scalar is a string, so that 97.40 keeps its zero."""
-    return yaml.load((root / TABLE).read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+    return yaml.BaseLoader((root / TABLE).read_text(encoding="utf-8")).get_single_data()
 
 
 def format_figure(figure: Mapping[str, str], unit: bool = True) -> str:

@@ -69,7 +69,7 @@ def forced_nll(monkeypatch, values: list[float]) -> list[float]:
 
 
 def test_a_conditional_network_is_told_all_but_the_asked_share(monkeypatch):
-    told, real = [], Diffusion.told
+    told, real = [], Diffusion.with_conditioning
 
     def spy(self, batch, dropped_B=None):
         out = real(self, batch, dropped_B)
@@ -77,7 +77,7 @@ def test_a_conditional_network_is_told_all_but_the_asked_share(monkeypatch):
             told.append((batch["label"].clone(), out["class_id"].clone(), batch["position"].clone()))
         return out
 
-    monkeypatch.setattr(Diffusion, "told", spy)
+    monkeypatch.setattr(Diffusion, "with_conditioning", spy)
     exp = experiment("classify.sharing=conditional", "classify.label_dropout=0.25", "loader.global_batch_size=64")
     models = class_models(exp, exp.build.data(), "", False)
     label, class_id, position = (torch.cat(parts) for parts in zip(*told, strict=True))

@@ -315,7 +315,7 @@ def test_a_sampler_that_knows_the_answers_is_right_and_one_does_not_depend_on_th
     (["data.segments=true"], "data.segments=true gives .* Subs does not use"),
     (["data.streaming=true", "data.long_texts=truncate"], "a prompt that fills its row"),
     (["data.fill=pad"], "data.fill=pad must be one of: eos"),
-    (["data.insert_train_eos=false"], "data.fill=eos fills the row of each text behind its EOS"),
+    (["data.insert_train_eos=false"], "data.fill=eos pads each text"),
     (["data.wrap=true", "data.fill=null"], "data.wrap=true joins texts"),
     (["data.source.parts=['{question} {reply}']"], "asks for reply"),
     (["data.source.parts=[]"], "data.source.parts=\\[\\]"),

@@ -42,7 +42,7 @@ def experiment(*arguments: str) -> Experiment:
 
 def run(*arguments: str) -> dict[str, object]:
     """The results of a command. The settings that make it small are as good as not typed, so not all need be read."""
-    typed = [argument for argument in arguments if argument not in TINY]
+    typed = [argument for argument in arguments if argument not in (*TINY, *FEW_PROBLEMS)]
     return running.run(compose_config(list(arguments)), "a test", translate(typed))
 
 

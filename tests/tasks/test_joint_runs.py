@@ -194,7 +194,7 @@ def test_what_is_typed_reaches_what_it_is_for():
                           "training.latent_cosine_weight=0.3", "noise=cosine", "T=7",
                           "backbone.text_as_dit=true"])  # fmt: skip
     law = instantiate(cfg.parameterization, process=Absorbing(5))
-    assert law.shares == {"l2t": 0.25, "t2l": 0.75} and law.process.mask_id == law.text.process.mask_id == 5
+    assert law.shares == {"l2t": 0.25, "t2l": 0.75} and law.process.mask_id == law.inner.process.mask_id == 5
     assert (law.text_weight, law.latent_weight, law.latent_tokens, law.T) == (0.5, 0.1, 50, 7)
     assert (law.latent.target, law.latent.form, law.latent.cosine_weight) == ("x0", "mse_cosine", 0.3)
     assert type(law.schedule).__name__ == "Cosine"

@@ -42,7 +42,7 @@ def trained(folder: str, *overrides: str) -> Path:
         ((64, 8, 2), {"ramp": [[0, 12], [9, 64]]}, r"batch_ramp: the 12 samples from step 0 .* the 8 .*give 8 or 16"),
         ((64, None, 1), {"ramp": [[0, 8], [9, 32]]}, r"ends with 32 .* loader.global_batch_size=64"),
         ((64, None, 1), {"ramp": [[1, 8], [9, 64]]}, r"the first step must be 0"),
-        ((64, None, 1), {"ramp": [[0, 8], [9, 16], [9, 64]]}, r"each later one larger"),
+        ((64, None, 1), {"ramp": [[0, 8], [9, 16], [9, 64]]}, r"steps must grow"),
         ((64, None, 1), {"ramp": [[0, 0], [9, 64]]}, r"at least 1 sample"),
         ((64, None, 1), {"ramp": [[0, 8], [9, 32], [12, 16], [20, 64]]}, r"shrinks.* up to .*=64; .*such as "
          r"\[\[0,8\],\[9,32\],\[12,32\],\[20,64\]\]"),
@@ -209,7 +209,7 @@ def test_checkpointing_saves_memory_and_changes_neither_loss_nor_gradient(name):
 
 
 def test_a_network_without_support_is_refused():
-    with pytest.raises(ValueError, match="gradient_checkpointing=true: Backbone can not"):
+    with pytest.raises(ValueError, match="gradient_checkpointing=true: Backbone does not support it"):
         recompute_blocks(Backbone())
 
 
