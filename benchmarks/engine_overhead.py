@@ -89,11 +89,9 @@ def run() -> None:
         places = [f"checkpointing.save_dir={folder}/run", f"data.cache_dir={folder}/data"]
         cfg = compose_config([*SIZE, *overrides, *places, f"trainer.max_steps={steps}", "trainer.limit_val_batches=0"])
         by_hand, experiment = Experiment(cfg, "benchmark"), Experiment(cfg, "benchmark")
-        clock, trainer, data = (
-            TakingTurns(bare_steps(by_hand, device)),
-            experiment.trainer("train"),
-            experiment.build.data(),
-        )
+        clock = TakingTurns(bare_steps(by_hand, device))
+        trainer = experiment.trainer("train")
+        data = experiment.build.data()
         trainer.callbacks.append(clock)
         trainer.fit(experiment.build.diffusion(data), datamodule=data)
     engine_ms, bare_ms = (np.array(times) for times in (clock.engine_ms, clock.bare_ms[1:]))

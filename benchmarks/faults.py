@@ -245,11 +245,9 @@ def kill_once(campaign: Campaign, folder: Path, every: int, seconds: float) -> i
 def kills(campaign: Campaign, whole: Path, number: int, seconds: float) -> None:
     """Kill and restart trainings until they are complete, with `number` kills in all."""
     while campaign.counts["kills"] < number:
-        folder, every, reached = (
-            campaign.folder / f"kills-{campaign.counts['trainings']}",
-            campaign.chance.randint(1, 3),
-            0,
-        )
+        folder = campaign.folder / f"kills-{campaign.counts['trainings']}"
+        every = campaign.chance.randint(1, 3)
+        reached = 0
         status = None
         while status is None and campaign.counts["kills"] < number:
             status = kill_once(campaign, folder, every, seconds)

@@ -91,7 +91,7 @@ def what_slurm_wrote(array: str) -> str:
     found = re.search(r"SlurmctldLogFile\s*=\s*(\S+)", told("scontrol", "show", "config"))
     log = Path(found[1]) if found else Path()
     if not log.is_file() or not os.access(log, os.R_OK):
-        return "(its log can not be read here)\n"
+        return "(its log cannot be read here)\n"
     lines = [line for line in log.read_text(errors="replace").splitlines() if re.search(rf"JobId={array}(?!\d)", line)]
     return "\n".join(lines) + "\n"
 

@@ -115,7 +115,7 @@ class ClassScores:
 
     @property
     def has_masks(self) -> bool:
-        """Whether the passes masked tokens."""
+        """Return True if some pass masked tokens."""
         return bool(np.nanmax(self.rate_MP, initial=0.0) > 0)
 
     @property

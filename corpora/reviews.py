@@ -9,7 +9,7 @@ all.
 Every clause has CLAUSE_TOKENS tokens (words and punctuation), a review four to six clauses. The length of a text thus
 determines where its clauses begin, and only the words remain to be learned.
 
-Swapping the two polarities maps one class onto the other word for word; hence lengths say nothing about the class.
+Swapping the two polarities maps one class onto the other word for word, so lengths say nothing about the class.
 """
 
 from __future__ import annotations

@@ -117,12 +117,15 @@ def _read_entry(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None
 
 @contextlib.contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    """Hold the entry's lock. File systems without locks go unlocked, because the rename alone is safe."""
+    """Hold the entry's lock, so that processes do not build it twice.
+
+    A file system without locks is no reason to stop: an entry appears by one atomic rename, so it is never half there.
+    """
     lock = FileLock(folder.parent / f".{folder.name}.lock")
     try:
         lock.acquire()
     except (OSError, NotImplementedError) as error:  # filelock raises the latter if locks do not exist
-        log.debug("no lock for %s: %s", folder, error)
+        log.warning("no lock for %s (%s): processes that need it at once build it several times", folder, error)
         yield
         return
     try:

@@ -45,7 +45,7 @@ _BEFORE = ":"  # a sign that tokenizers separate from the following word
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What a model must know of a tokenizer.
+    """The ids and the fingerprint of a tokenizer that models use.
 
     Attributes:
         size: number of ids that a network scores, including the mask; every id of the data is below it.
@@ -435,7 +435,7 @@ def hidden_special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
 
 @dataclass(frozen=True)
 class _Display:
-    """What is needed to show ids.
+    """Settings of a tokenizer for showing ids as text.
 
     Attributes:
         known, special: ids; `special` includes the mask.

@@ -39,7 +39,8 @@ def fit_centroids(chunks: Iterable[tuple[np.ndarray, np.ndarray]], num_classes: 
     Raises:
         ValueError: a class has no latents.
     """
-    count_C, sum_CD, squares, lengths = np.zeros(num_classes), 0.0, 0.0, 0.0
+    count_C = np.zeros(num_classes)
+    sum_CD = squares = lengths = 0.0
     for latent_MD, label_M in chunks:
         latent_MD, one_hot_MC = latent_MD.astype(np.float64), np.eye(num_classes)[label_M]
         count_C, sum_CD = count_C + one_hot_MC.sum(0), sum_CD + one_hot_MC.T @ latent_MD

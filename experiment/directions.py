@@ -28,7 +28,9 @@ def check_direction(cfg: DictConfig, objective: Objective) -> None:
     Raises:
         ValueError: with the setting, its value and the remedy.
     """
-    direction, to_class, guidance = cfg.sampling.direction, cfg.classify["class"], cfg.sampling.guidance
+    direction = cfg.sampling.direction
+    to_class = cfg.classify["class"]
+    guidance = cfg.sampling.guidance
     if guidance != 1 and not direction and to_class is None:
         raise ValueError(
             f"sampling.guidance={guidance} guides towards a class or a latent, but none is given; add classify.class= "

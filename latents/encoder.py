@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
 import numpy as np
@@ -10,7 +11,7 @@ from palimpsest.data.passages import PackedTexts, Passages
 from palimpsest.data.tokenizers import Vocabulary
 
 
-class Encoder:
+class Encoder(ABC):
     """A map from rows to vectors."""
 
     fits = False  # it is fitted on train
@@ -33,6 +34,6 @@ class Encoder:
     def load(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Load the result of `arrays`."""
 
+    @abstractmethod
     def encode(self, passages: Passages) -> np.ndarray:
         """Return vectors (N, W), float32. Raises ValueError if a text cannot be encoded."""
-        raise NotImplementedError

@@ -274,7 +274,7 @@ def _sized(config: PretrainedConfig, typed: dict[str, int | None], vocab_size: i
             kinds = getattr(config, "layer_types", None)  # one for each block, in a repeating pattern (ModernBERT)
             if kinds:
                 config.layer_types = [kinds[block % len(kinds)] for block in range(typed["model.n_blocks"])]
-        except NotImplementedError as error:
+        except NotImplementedError as error:  # configurations of a fixed depth (Funnel) refuse another one so
             raise ValueError(f"model.n_blocks={typed['model.n_blocks']}: {published.first_line(error)}") from error
     _set_vocabulary(config, vocab_size)
     if getattr(config, "max_position_embeddings", None):

@@ -175,7 +175,7 @@ class ExactCount(MaskSampler):
 
 
 class TiltedCount(MaskSampler):
-    """As `ExactCount`, with small k drawn more often: for the difference of two likelihoods of one text.
+    """Exact counts of masks, small ones more often, for the difference of two likelihoods of one text.
 
     With k of n tokens masked, n / k times their sum has a variance proportional to (n - k) / k (a sample drawn without
     replacement). Its square root is the best density of k / n, which is Beta(1/2, 3/2). Half of the draws keep uniform

@@ -87,7 +87,7 @@ def on_post_page(output: str, page: Page, **_: object) -> str:
 
 
 def on_post_template(output_content: str, template_name: str, **_: object) -> str:
-    """As `on_post_page`, for 404.html."""
+    """Do the same as `on_post_page` for 404.html."""
     return _with_own_script(output_content, "") if template_name.endswith(".html") else output_content
 
 

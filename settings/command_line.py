@@ -113,7 +113,7 @@ def _overrides_and_flags(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _takes_value(flag: str) -> bool:
-    """Whether the next word belongs to the flag, which may be shortened as argparse allows."""
+    """Return True if the flag takes the next word as its value. argparse lets users shorten flags."""
     shortened = flag.startswith("--") and flag != "--" and any(known.startswith(flag) for known in _WITH_VALUE)
     return flag in _WITH_VALUE or shortened
 
@@ -419,7 +419,7 @@ def explain(error: BaseException, words: Sequence[str] | None = None) -> str:
                                 compose_config(_choices_typed(typed)))  # fmt: skip
         if isinstance(chain, OverrideParseException):
             key, _, value = chain.override.partition("=")
-            return (f"{chain.override} can not be read ({str(chain).splitlines()[0]}); if {value} is a text, put it in "
+            return (f"{chain.override} cannot be read ({str(chain).splitlines()[0]}); if {value} is a text, put it in "
                     f"two pairs of quotes: {key}='\"{value}\"'")  # fmt: skip
         chain = chain.__cause__
     return str(error)

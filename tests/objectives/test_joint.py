@@ -228,7 +228,7 @@ def test_what_is_logged_adds_up():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_parameter_has_a_part_in_every_direction(name):
-    """What DistributedDataParallel needs: no mode leaves the head of the other modality out of the graph."""
+    """Check that every mode uses every parameter, because DistributedDataParallel waits for all gradients."""
     net = network().train()
     objective({name: 1.0}).loss(net, batch(2), noise(2)).mean().backward()
     assert [name for name, p in net.named_parameters() if p.grad is None] == []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
@@ -10,7 +12,7 @@ from torch import Tensor
 from palimpsest.common.values import AtLeastOne
 
 
-class GradientProbe(Callback):
+class GradientProbe(Callback, ABC):
     """A measurement of the gradient, every `every_n_steps` optimizer steps on one micro-batch of the first device.
 
     It runs before the step and leaves the step's noise and dropout as they are. The values are logged at the end of
@@ -29,8 +31,9 @@ class GradientProbe(Callback):
         self._measured = step
         self._values = self._measure(trainer, pl_module, batch) or self._values
 
+    @abstractmethod
     def _measure(self, trainer: Trainer, pl_module: LightningModule, batch: dict) -> dict[str, Tensor]:
-        raise NotImplementedError
+        """Return the values by the names under which they are logged."""
 
     def interval_metrics(self) -> dict[str, float]:
         """Return the values that training/callbacks/metrics.py logs."""
