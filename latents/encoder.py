@@ -21,17 +21,17 @@ class Encoder(ABC):
     identity: Mapping[str, object]  # everything that its vectors depend on, except the texts that it was fitted on
     metadata: Mapping[str, object]  # the same for reports and files: encoder, pooling, settings
 
-    def check(self, vocabulary: Vocabulary, length: int) -> None:
+    def check(self, vocabulary: Vocabulary, length: int) -> None:  # noqa: B027 - some read any rows
         """Raise ValueError if it cannot read rows of such tokens. Called first."""
 
-    def fit(self, train: PackedTexts) -> None:
+    def fit(self, train: PackedTexts) -> None:  # noqa: B027 - some have nothing to fit
         """Fit the encoder on the train split."""
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return what was fitted."""
         return {}
 
-    def load(self, arrays: Mapping[str, np.ndarray]) -> None:
+    def load(self, arrays: Mapping[str, np.ndarray]) -> None:  # noqa: B027 - the same
         """Load the result of `arrays`."""
 
     @abstractmethod

@@ -1,7 +1,7 @@
 """Pickles read as data: nothing that they name is imported, called or changed.
 
 `pickletools.genops` of the standard library splits the stream into operations. `load` builds plain containers, tensors,
-and `Inert` objects in place of other classes. Memory and time are proportional to the length of the stream.
+and `Inert` objects instead of other classes. Memory and time are proportional to the length of the stream.
 """
 
 from __future__ import annotations

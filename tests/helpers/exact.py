@@ -116,7 +116,7 @@ def frame(step: int, ids_BL: Tensor, confidence_BL: Tensor, evaluations_B: Tenso
 
 
 def written(x_BL: Tensor, ids_BL: Tensor, mask_id: int) -> Trace:
-    """What a sampler returns that has put `ids_BL` in place of `x_BL` in one step."""
+    """Return the trace of a sampler that replaces `x_BL` by `ids_BL` in one step."""
     done = frame(1, ids_BL, torch.ones(ids_BL.shape))
     done.step_BL = (x_BL == mask_id).long()
     return done
