@@ -34,8 +34,9 @@ class ClassifyTab:
             with gr.Column(scale=7, min_width=360):
                 titles = list(self._classifiers)
                 self.models = gr.Dropdown(titles, value=titles[0], label="Models of the classes", elem_id="models")
-                self.text = gr.Textbox(label="Text", lines=4, elem_id="classified", elem_classes="serif",
-                                       placeholder="a text to classify")  # fmt: skip
+                self.text = gr.Textbox(
+                    label="Text", lines=4, elem_id="classified", elem_classes="serif", placeholder="a text to classify"
+                )
                 with gr.Row():
                     self.go = gr.Button("Classify", variant="primary", elem_id="classify", scale=0)
                     self.stop = gr.Button("Stop", interactive=False, elem_id="stop-classifying", scale=0)
@@ -51,10 +52,12 @@ class ClassifyTab:
 
     def _settings(self) -> None:
         defaults = compose_config([])
-        self.draws = gr.Number(defaults.classify.num_draws, label="Masks for each class, at most", precision=0,
-                               elem_id="draws")  # fmt: skip
-        self.confidence = gr.Number(defaults.classify.confidence, label="Enough when so certain; 1: never",
-                                    step=0.01, elem_id="confidence")  # fmt: skip
+        self.draws = gr.Number(
+            defaults.classify.num_draws, label="Masks for each class, at most", precision=0, elem_id="draws"
+        )
+        self.confidence = gr.Number(
+            defaults.classify.confidence, label="Enough when so certain; 1: never", step=0.01, elem_id="confidence"
+        )
         priors = [("uniform", "uniform"), ("shares of the training texts", "empirical")]
         self.prior = gr.Dropdown(priors, value="uniform", label="Prior")
         self.seed = gr.Number(defaults.seed, label="Seed", precision=0)
@@ -65,8 +68,13 @@ class ClassifyTab:
         self._jobs.stop(request.session_hash)
 
     def _classify(self, values: Mapping[object, object], request: gr.Request) -> Generator[dict, None, None]:
-        yield {self.go: gr.Button(interactive=False), self.stop: gr.Button(interactive=True),
-               self.status: message("reading the networks …"), self.prediction: "", self.attributions: ""}  # fmt: skip
+        yield {
+            self.go: gr.Button(interactive=False),
+            self.stop: gr.Button(interactive=True),
+            self.status: message("reading the networks …"),
+            self.prediction: "",
+            self.attributions: "",
+        }
         idle = {self.go: gr.Button(interactive=True), self.stop: gr.Button(interactive=False)}
         draws, confidence, seed = (value if values[field] is None else values[field] for field, value in self._defaults)
         question = ClassifyRequest(values[self.text], draws, confidence, values[self.prior], seed)
@@ -78,8 +86,11 @@ class ClassifyTab:
                 yield {self.status: message("drawing masks …"), self.prediction: so_far.html}
         except StopIteration as done:
             result: ClassifyResult = done.value
-            yield idle | {self.status: message("", result.warnings), self.prediction: result.html,
-                          self.attributions: framed(result.attributions, "What the words say")}  # fmt: skip
+            yield idle | {
+                self.status: message("", result.warnings),
+                self.prediction: result.html,
+                self.attributions: framed(result.attributions, "What the words say"),
+            }
         except Stopped:
             yield idle | {self.status: message("stopped")}
         except USER_ERRORS as error:

@@ -72,9 +72,16 @@ def classify(
             return _prediction(scores, log_prior_C, data.label_names, race, typical)
 
         scores = score_classes(
-            experiment.trainer, trained.models, data, _SPLIT, experiment.build.estimator, race, experiment.seed,
-            log_prior_C, lambda scores: show(ClassifyResult(prediction(scores))),
-        )  # fmt: skip
+            experiment.trainer,
+            trained.models,
+            data,
+            _SPLIT,
+            experiment.build.estimator,
+            race,
+            experiment.seed,
+            log_prior_C,
+            lambda scores: show(ClassifyResult(prediction(scores))),
+        )
         return ClassifyResult(
             prediction(scores), _attributions(trained, data, scores, log_prior_C, race), tuple(warnings)
         )
@@ -89,9 +96,11 @@ def _prediction(
         low_C, high_C = (ends_MC[0] for ends_MC in posterior_interval(scores.nats_MCK, log_prior_C))
     columns = zip(names, posterior_C, low_C, high_C, scores.log_p_MC[0], scores.se_MC[0], strict=True)
     shares = [ClassProbability(*column, {first: "p", second: "n"}.get(k, "")) for k, column in enumerate(columns)]
-    drawn = "the likelihood is exact" if scores.exact else (
-        f"{scores.draws_M[0]} of at most {race.num_draws} masks under every class"
-    )  # fmt: skip
+    drawn = (
+        "the likelihood is exact"
+        if scores.exact
+        else (f"{scores.draws_M[0]} of at most {race.num_draws} masks under every class")
+    )
     margin = format_measurement(float(scores.margin_M[0]), float(scores.margin_se_M[0]))
     spent = f"{scores.evaluations_M[0]:,} network evaluations, {scores.seconds:.1f} s"
     facts = [drawn, f"{margin} nats between the first two", spent, f"{int(scores.tokens_M[0]):,} tokens"]

@@ -41,9 +41,11 @@ def head() -> str:
 
 def theme() -> gr.themes.Base:
     """Return a Gradio theme in the colours and local typefaces of the reports."""
-    base = gr.themes.Base(font=["system-ui", "Segoe UI", "Roboto", "Noto Sans", "Liberation Sans", "sans-serif"],
-                          font_mono=["ui-monospace", "Menlo", "Consolas", "Liberation Mono", "monospace"],
-                          radius_size=gr.themes.sizes.radius_sm)  # fmt: skip
+    base = gr.themes.Base(
+        font=["system-ui", "Segoe UI", "Roboto", "Noto Sans", "Liberation Sans", "sans-serif"],
+        font_mono=["ui-monospace", "Menlo", "Consolas", "Liberation Mono", "monospace"],
+        radius_size=gr.themes.sizes.radius_sm,
+    )
     colour = {
         "body_background_fill": "paper", "body_text_color": "ink", "body_text_color_subdued": "muted",
         "background_fill_primary": "paper", "background_fill_secondary": "wash", "border_color_primary": "rule",
@@ -58,5 +60,12 @@ def theme() -> gr.themes.Base:
         "button_secondary_text_color": "ink", "button_secondary_border_color": "rule", "loader_color": "blue",
     }  # fmt: skip
     both = {f"{name}{mode}": f"var(--{value})" for name, value in colour.items() for mode in ("", "_dark")}
-    return base.set(**both, color_accent="var(--ink)", block_title_text_weight="400", block_shadow="none",
-                    input_shadow="none", input_shadow_focus="none", button_transition="none")  # fmt: skip
+    return base.set(
+        **both,
+        color_accent="var(--ink)",
+        block_title_text_weight="400",
+        block_shadow="none",
+        input_shadow="none",
+        input_shadow_focus="none",
+        button_transition="none",
+    )

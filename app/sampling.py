@@ -68,8 +68,10 @@ def sample(networks: Networks, network: Network, request: SamplingRequest, show:
     check_text(request.text)
     number = request.num_texts
     if not 1 <= number <= MAX_TEXTS:
-        raise ValueError(f"sampling.num_samples={number}: this page writes 1 to {MAX_TEXTS} texts at once; "
-                         "python scripts/generate.py writes more")  # fmt: skip
+        raise ValueError(
+            f"sampling.num_samples={number}: this page writes 1 to {MAX_TEXTS} texts at once; "
+            "python scripts/generate.py writes more"
+        )
     with collected_warnings() as warnings:
         prompt = Template.of(request.text)
         settings = {**request.settings, "sampling.num_samples": number}
@@ -85,9 +87,14 @@ def sample(networks: Networks, network: Network, request: SamplingRequest, show:
         seconds = time.perf_counter() - start - view.waited
     samples = samples_of(drawn, data.tokenizer, recorder.histories())
     return SamplingResult(
-        [decoded(text, prompt, data.tokenizer) for text in drawn], denoising_page(samples), described(drawing.protocol),
-        sum(text.evaluations for text in drawn) / len(drawn), seconds, warnings, _command(network, request, prompt),
-    )  # fmt: skip
+        [decoded(text, prompt, data.tokenizer) for text in drawn],
+        denoising_page(samples),
+        described(drawing.protocol),
+        sum(text.evaluations for text in drawn) / len(drawn),
+        seconds,
+        warnings,
+        _command(network, request, prompt),
+    )
 
 
 @cache

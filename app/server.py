@@ -37,8 +37,9 @@ def listen(port: int) -> socket.socket:
 
 def serve(blocks: gr.Blocks, listening: socket.socket, token: str) -> None:
     """Serve the page to holders of the token until the process is interrupted."""
-    config = uvicorn.Config(guarded(blocks, listening.getsockname()[1], token), log_level="warning",
-                            timeout_graceful_shutdown=1)  # fmt: skip
+    config = uvicorn.Config(
+        guarded(blocks, listening.getsockname()[1], token), log_level="warning", timeout_graceful_shutdown=1
+    )
     with suppress(KeyboardInterrupt):  # uvicorn raises it again after its shutdown
         uvicorn.Server(config).run(sockets=[listening])
 
@@ -51,7 +52,18 @@ def guarded(blocks: gr.Blocks, port: int, token: str) -> FastAPI:
         TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"]
     )  # refuses other names that resolve here
     return gr.mount_gradio_app(
-        app, blocks, path="/", server_name=HOST, server_port=port, footer_links=[],
-        run_history=False, ssr_mode=False, pwa=False, mcp_server=False, enable_monitoring=False, theme=theme(),
-        head=head(), app_kwargs={"docs_url": None, "redoc_url": None},
-    )  # fmt: skip
+        app,
+        blocks,
+        path="/",
+        server_name=HOST,
+        server_port=port,
+        footer_links=[],
+        run_history=False,
+        ssr_mode=False,
+        pwa=False,
+        mcp_server=False,
+        enable_monitoring=False,
+        theme=theme(),
+        head=head(),
+        app_kwargs={"docs_url": None, "redoc_url": None},
+    )

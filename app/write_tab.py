@@ -48,9 +48,12 @@ class WriteTab:
         titles = list(self._networks)
         self.network = gr.Dropdown(titles, value=titles[0], label="Network", elem_id="network")
         self.text = gr.Textbox(
-            label="Beginning, or a template", lines=3, elem_id="given", elem_classes="serif",
+            label="Beginning, or a template",
+            lines=3,
+            elem_id="given",
+            elem_classes="serif",
             placeholder="the plot is …      The [MASK] was {{5}} .      or nothing: a text out of masks alone",
-        )  # fmt: skip
+        )
         with gr.Row():
             self.go = gr.Button("Write", variant="primary", elem_id="write", scale=0)
             self.stop = gr.Button("Stop", interactive=False, elem_id="stop-writing", scale=0)
@@ -100,9 +103,14 @@ class WriteTab:
         return SamplingRequest(values[self.text], number, settings, class_id, PACES[values[self.pace]])
 
     def _write(self, values: Mapping[object, object], request: gr.Request) -> Generator[dict, None, None]:
-        yield {self.go: gr.Button(interactive=False), self.stop: gr.Button(interactive=True), self.page: "",
-               self.status: message("reading the network …"), self.plain: gr.Textbox(visible=False),
-               self.command: gr.Textbox(visible=False)}  # fmt: skip
+        yield {
+            self.go: gr.Button(interactive=False),
+            self.stop: gr.Button(interactive=True),
+            self.page: "",
+            self.status: message("reading the network …"),
+            self.plain: gr.Textbox(visible=False),
+            self.command: gr.Textbox(visible=False),
+        }
         idle = {self.go: gr.Button(interactive=True), self.stop: gr.Button(interactive=False)}
         network, last = self._networks[values[self.network]], None
 
@@ -148,8 +156,9 @@ def _number(key: str, value: object) -> object:
     try:
         return float(value) if key.endswith("threshold") else int(value)
     except ValueError:
-        raise ValueError(f"{key}={value} must be a {'' if key.endswith('threshold') else 'whole '}number; or leave it "
-                         "empty") from None  # fmt: skip
+        raise ValueError(
+            f"{key}={value} must be a {'' if key.endswith('threshold') else 'whole '}number; or leave it empty"
+        ) from None
 
 
 def _progress(frame: Frame) -> str:

@@ -54,14 +54,23 @@ def main() -> None:
             seconds[name].append(time.perf_counter() - start)
     for name, values in seconds.items():
         rate = BATCH * LENGTH / statistics.median(values)
-        print(f"{name:7} {statistics.median(values):7.2f} s (from {min(values):.2f} to {max(values):.2f}), "
-              f"{rate:.0f} tokens/s")  # fmt: skip
+        print(
+            f"{name:7} {statistics.median(values):7.2f} s (from {min(values):.2f} to {max(values):.2f}), "
+            f"{rate:.0f} tokens/s"
+        )
     speedup = [p / c for p, c in zip(seconds["prefix"], seconds["cached"], strict=True)]
-    print(json.dumps({
-        "benchmark": "ar_sampling", "device": "cpu", "threads": torch.get_num_threads(), "pairs": args.pairs,
-        "speedup": [min(speedup), statistics.median(speedup), max(speedup)],
-        "equal_tokens": float((tokens["cached"] == tokens["prefix"]).float().mean()),
-    }))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "benchmark": "ar_sampling",
+                "device": "cpu",
+                "threads": torch.get_num_threads(),
+                "pairs": args.pairs,
+                "speedup": [min(speedup), statistics.median(speedup), max(speedup)],
+                "equal_tokens": float((tokens["cached"] == tokens["prefix"]).float().mean()),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

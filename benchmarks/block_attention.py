@@ -114,13 +114,23 @@ def train(sizes: list[int], vocab: int, steps: int, pairs: int) -> None:
         ratio = [a["tokens_per_s"] / b["tokens_per_s"] for a, b in zip(*runs.values(), strict=True)]
         speed = {f"tokens_per_s_{law}": round(statistics.median(run["tokens_per_s"] for run in found))
                  for law, found in runs.items()}  # fmt: skip
-        print(json.dumps({
-            "benchmark": "block_train_step", "device": "cpu", "threads": torch.get_num_threads(), "pairs": pairs,
-            "block_size": size, "length": LENGTH, "vocab": vocab, **speed,
-            "speedup": [min(ratio), statistics.median(ratio), max(ratio)],
-            "memory_ratio": runs["ours"][0]["peak_mib"] / runs["plain"][0]["peak_mib"],
-            "first_loss": [runs[law][0]["loss"] for law in LAWS],
-        }))  # fmt: skip
+        print(
+            json.dumps(
+                {
+                    "benchmark": "block_train_step",
+                    "device": "cpu",
+                    "threads": torch.get_num_threads(),
+                    "pairs": pairs,
+                    "block_size": size,
+                    "length": LENGTH,
+                    "vocab": vocab,
+                    **speed,
+                    "speedup": [min(ratio), statistics.median(ratio), max(ratio)],
+                    "memory_ratio": runs["ours"][0]["peak_mib"] / runs["plain"][0]["peak_mib"],
+                    "first_loss": [runs[law][0]["loss"] for law in LAWS],
+                }
+            )
+        )
 
 
 @torch.no_grad()
@@ -150,11 +160,23 @@ def sample(sizes: list[int], length: int, batch: int) -> None:
             equal &= torch.equal(drawn[True], drawn[False])
         whole = {cached: sum((a + b) / 2 for a, b in zip(found, found[1:], strict=False)) / 4 * length / size
                  for cached, found in seconds.items()}  # fmt: skip
-        print(json.dumps({
-            "benchmark": "block_sampling", "device": "cpu", "threads": torch.get_num_threads(), "block_size": size,
-            "length": length, "batch": batch, "seconds_cached": whole[True], "seconds_uncached": whole[False],
-            "speedup": whole[False] / whole[True], "equal_tokens": equal, "extrapolated_from_blocks": len(places),
-        }))  # fmt: skip
+        print(
+            json.dumps(
+                {
+                    "benchmark": "block_sampling",
+                    "device": "cpu",
+                    "threads": torch.get_num_threads(),
+                    "block_size": size,
+                    "length": length,
+                    "batch": batch,
+                    "seconds_cached": whole[True],
+                    "seconds_uncached": whole[False],
+                    "speedup": whole[False] / whole[True],
+                    "equal_tokens": equal,
+                    "extrapolated_from_blocks": len(places),
+                }
+            )
+        )
 
 
 def main() -> None:

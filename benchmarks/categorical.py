@@ -72,10 +72,13 @@ def main() -> None:
                    "surprise_nats": float(surprise.mean()), "surprise_se": float(surprise.std() / len(ids) ** 0.5),
                    "temperature": temperature(p_V, ids)}  # fmt: skip
             table[f"{name}, {steps} steps"] = row
-            print(f"{steps:5} steps  {name:18} "
-                  f"positions {row['unmasked_over_expected']:.2f} ± {row['unmasked_se']:.2f} of what should go, "
-                  f"surprise {row['surprise_nats']:.2f} ± {row['surprise_se']:.2f} nats (the law's {entropy:.2f}), "
-                  f"effective temperature {row['temperature']:.2f}", flush=True)  # fmt: skip
+            print(
+                f"{steps:5} steps  {name:18} "
+                f"positions {row['unmasked_over_expected']:.2f} ± {row['unmasked_se']:.2f} of what should go, "
+                f"surprise {row['surprise_nats']:.2f} ± {row['surprise_se']:.2f} nats (the law's {entropy:.2f}), "
+                f"effective temperature {row['temperature']:.2f}",
+                flush=True,
+            )
     print(
         json.dumps({"benchmark": "categorical", "positions": args.positions, "entropy_nats": entropy, "table": table})
     )

@@ -82,8 +82,18 @@ def main() -> None:
                 found.setdefault(f"first batch, {name}, s", []).append(seconds)
     for name, values in found.items():
         print(f"{name:45s} {statistics.median(values):12,.2f}   ({min(values):,.2f} to {max(values):,.2f})")
-    print(json.dumps({"benchmark": "data_loading", "length": args.length, "batch": args.batch, "steps": args.steps,
-                      "pairs": args.pairs, **found}))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "benchmark": "data_loading",
+                "length": args.length,
+                "batch": args.batch,
+                "steps": args.steps,
+                "pairs": args.pairs,
+                **found,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -110,9 +110,13 @@ class Table:
         return kept
 
     def row(
-        self, name: str, rows: list[list[int]], evaluations: float | None = None, seconds: float | None = None,
+        self,
+        name: str,
+        rows: list[list[int]],
+        evaluations: float | None = None,
+        seconds: float | None = None,
         units: Units | None = None,
-    ) -> dict[str, object]:  # fmt: skip
+    ) -> dict[str, object]:
         """Print a line, and the first texts if requested; return the line. units: the units of errors (None: texts)."""
         quality = measure(rows, self.data, self.scorer, units)
         columns = {"generative_perplexity": quality.likelihood.perplexity,
@@ -164,9 +168,20 @@ def main() -> None:
     real = real_texts(table.data, "validation", args.texts, table.experiment.seed)
     if real.rows:
         rows.append(table.row("real texts", real.rows, units=real.units))
-    print(json.dumps({"benchmark": "decoders", "checkpoint": args.checkpoint, "texts": args.texts,
-                      "overrides": args.overrides, "scorer": table.scorer.protocol, "real_missing": real.missing,
-                      "device": str(table.network.device), "table": rows}))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "benchmark": "decoders",
+                "checkpoint": args.checkpoint,
+                "texts": args.texts,
+                "overrides": args.overrides,
+                "scorer": table.scorer.protocol,
+                "real_missing": real.missing,
+                "device": str(table.network.device),
+                "table": rows,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -71,15 +71,27 @@ def main() -> None:
         table[evaluations] = errors(model, batch, evaluations, args.repetitions)
         plain = table[evaluations]["uniform"][1]
         for name, (mean, se) in table[evaluations].items():
-            print(f"{evaluations:4} evaluations  {name:28} mean {mean:.4f} nats/token, error {se:8.3f} nats/text, "
-                  f"uniform t needs {(plain / se) ** 2:6.1f} x the evaluations", flush=True)  # fmt: skip
+            print(
+                f"{evaluations:4} evaluations  {name:28} mean {mean:.4f} nats/token, error {se:8.3f} nats/text, "
+                f"uniform t needs {(plain / se) ** 2:6.1f} x the evaluations",
+                flush=True,
+            )
     others = sharper(model, batch, args.orders)
     for name, value in others.items():
         print(f"{name:28} {value:.4f} nats/token", flush=True)
-    print(json.dumps({
-        "benchmark": "estimators", "texts": args.texts, "length": data.length, "repetitions": args.repetitions,
-        "errors": table, "other_likelihoods": others, "seconds": round(time.perf_counter() - start),
-    }))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "benchmark": "estimators",
+                "texts": args.texts,
+                "length": data.length,
+                "repetitions": args.repetitions,
+                "errors": table,
+                "other_likelihoods": others,
+                "seconds": round(time.perf_counter() - start),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

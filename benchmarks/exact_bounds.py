@@ -65,10 +65,22 @@ def main() -> None:
             mean, noise = float(above_BK.mean()), float(above_BK.std(dim=1).square().mean().sqrt())
             se = float(above_BK.mean(1).std()) / len(texts) ** 0.5
             found[f"{schedule_name}, {name}"] = {"above_truth": mean, "se": se, "noise_of_a_draw": noise}
-            print(f"{schedule_name:10} {name:19} above the truth by {mean:8.3f} ± {se:.3f} nats/text, "
-                  f"noise of a draw {noise:6.2f}", flush=True)  # fmt: skip
-    print(json.dumps({"benchmark": "exact_bounds", "texts": len(texts), "draws": args.draws, "estimators": found,
-                      "seconds": round(time.perf_counter() - start)}))  # fmt: skip
+            print(
+                f"{schedule_name:10} {name:19} above the truth by {mean:8.3f} ± {se:.3f} nats/text, "
+                f"noise of a draw {noise:6.2f}",
+                flush=True,
+            )
+    print(
+        json.dumps(
+            {
+                "benchmark": "exact_bounds",
+                "texts": len(texts),
+                "draws": args.draws,
+                "estimators": found,
+                "seconds": round(time.perf_counter() - start),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -84,15 +84,24 @@ def main() -> None:
     memory = [b["peak_mib"] / a["peak_mib"] for a, b in pairs]
     seconds = [b["seconds"] / a["seconds"] for a, b in pairs]
     for side, found in runs.items():
-        print(f"{side:6} peak {statistics.median(r['peak_mib'] for r in found):.0f} MiB, "
-              f"{statistics.median(r['seconds'] for r in found):.2f} s a step")  # fmt: skip
-    print(json.dumps({
-        "benchmark": "gradient_checkpointing", "network": args.network, "threads": torch.get_num_threads(),
-        "device": "cuda" if torch.cuda.is_available() else "cpu", "pairs": args.pairs,
-        "memory_ratio": [min(memory), statistics.median(memory), max(memory)],
-        "time_ratio": [min(seconds), statistics.median(seconds), max(seconds)],
-        "same_loss": all(a["loss"] == b["loss"] for a, b in pairs),
-    }))  # fmt: skip
+        print(
+            f"{side:6} peak {statistics.median(r['peak_mib'] for r in found):.0f} MiB, "
+            f"{statistics.median(r['seconds'] for r in found):.2f} s a step"
+        )
+    print(
+        json.dumps(
+            {
+                "benchmark": "gradient_checkpointing",
+                "network": args.network,
+                "threads": torch.get_num_threads(),
+                "device": "cuda" if torch.cuda.is_available() else "cpu",
+                "pairs": args.pairs,
+                "memory_ratio": [min(memory), statistics.median(memory), max(memory)],
+                "time_ratio": [min(seconds), statistics.median(seconds), max(seconds)],
+                "same_loss": all(a["loss"] == b["loss"] for a, b in pairs),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -59,16 +59,22 @@ def latents(values: Tensor, noise: float = 0.0) -> Tensor:
 
 
 def train(
-    steps: int, settings: argparse.Namespace, seed: int = 0, modes: dict[str, float] | None = None,
+    steps: int,
+    settings: argparse.Namespace,
+    seed: int = 0,
+    modes: dict[str, float] | None = None,
     independent: bool = False,
-) -> tuple[MMDiT, JointDiffusion, dict[str, float]]:  # fmt: skip
+) -> tuple[MMDiT, JointDiffusion, dict[str, float]]:
     torch.manual_seed(seed)
     rows = settings.rows
     net = MMDiT(MASK + 1, 64, 64, 3, 4, latent_shape=(1, WIDTH), dropout=0.0)
     law = JointDiffusion(
-        Absorbing(MASK), partial(Subs, LogLinear()), GaussianDiffusion(settings.target, settings.loss), modes=modes,
+        Absorbing(MASK),
+        partial(Subs, LogLinear()),
+        GaussianDiffusion(settings.target, settings.loss),
+        modes=modes,
         latent_tokens=LENGTH,
-    )  # fmt: skip
+    )
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
     for step in range(steps):
@@ -126,13 +132,19 @@ def independent(settings: argparse.Namespace) -> None:
         table.append([float(nats(*trained[:2], x, **hidden).mean()) for trained in (joint, alone)])
     found_S2 = torch.tensor(table)
     difference_S = found_S2[:, 0] - found_S2[:, 1]
-    print(json.dumps({
-        "steps": settings.steps, "rows": settings.rows, "seeds": settings.independent,
-        "nats_per_token": {"joint": found_S2[:, 0].tolist(), "alone": found_S2[:, 1].tolist()},
-        "difference": float(difference_S.mean()),
-        "se": float(difference_S.std() / len(difference_S) ** 0.5) if len(difference_S) > 1 else None,
-        "true_nats_per_token": round(math.log(WORDS) + math.log(VALUES) / TOKENS, 4),
-    }))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "steps": settings.steps,
+                "rows": settings.rows,
+                "seeds": settings.independent,
+                "nats_per_token": {"joint": found_S2[:, 0].tolist(), "alone": found_S2[:, 1].tolist()},
+                "difference": float(difference_S.mean()),
+                "se": float(difference_S.std() / len(difference_S) ** 0.5) if len(difference_S) > 1 else None,
+                "true_nats_per_token": round(math.log(WORDS) + math.log(VALUES) / TOKENS, 4),
+            }
+        )
+    )
 
 
 def main() -> None:

@@ -88,18 +88,28 @@ def main() -> None:
             extrapolated = args.steps / args.timed_plain_steps if name == "plain" else 1.0
             seconds[name].append((time.perf_counter() - start) * extrapolated)
     for name, values in seconds.items():
-        print(f"{name:10} {statistics.median(values):7.2f} s (from {min(values):.2f} to {max(values):.2f}), "
-              f"{evaluations[name]:.0f} network evaluations per sample")  # fmt: skip
+        print(
+            f"{name:10} {statistics.median(values):7.2f} s (from {min(values):.2f} to {max(values):.2f}), "
+            f"{evaluations[name]:.0f} network evaluations per sample"
+        )
     speedup = {}
     for name in ("ddpm", "ddpm_cache", "first_hitting"):
         pairs = [p / o for p, o in zip(seconds["plain"], seconds[name], strict=True)]
         speedup[f"{name}_speedup"] = [min(pairs), statistics.median(pairs), max(pairs)]
     floor = [o / t for o, t in zip(seconds["ddpm"], seconds["trunk"], strict=True)]
-    print(json.dumps({
-        "benchmark": "sampling", "device": "cpu", "threads": torch.get_num_threads(), "steps": args.steps,
-        "pairs": args.pairs, **speedup,
-        "ddpm_seconds_over_trunk_alone": statistics.median(floor),
-    }))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "benchmark": "sampling",
+                "device": "cpu",
+                "threads": torch.get_num_threads(),
+                "steps": args.steps,
+                "pairs": args.pairs,
+                **speedup,
+                "ddpm_seconds_over_trunk_alone": statistics.median(floor),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -81,8 +81,10 @@ def compared(ours: Path, theirs: Path) -> dict[str, object]:
     facts["equal"] = facts["sha256"] == facts["sha256_undisturbed"] and facts["counts_equal"]
     print(f"{os.path.relpath(ours, ROOT)}: {facts['tensors']} tensors, {facts['numbers']:,} numbers, {facts['sha256']}")
     print(f"{os.path.relpath(theirs, ROOT)}: {len(undisturbed)} tensors, {facts['sha256_undisturbed']}")
-    print("weights, their average, moments, schedule, counts and place in the data are "
-          + ("EQUAL, bit for bit" if facts["equal"] else "NOT EQUAL"))  # fmt: skip
+    print(
+        "weights, their average, moments, schedule, counts and place in the data are "
+        + ("EQUAL, bit for bit" if facts["equal"] else "NOT EQUAL")
+    )
     return facts
 
 

@@ -102,11 +102,19 @@ def main() -> None:
     memory = [a["peak_mib"] / b["peak_mib"] for a, b, _ in pairs]
     # Measured trunk and optimizer, plus half of the vocabulary's minimal cost in the plain objective.
     share = [a["tokens_per_s"] / c["tokens_per_s"] for a, _, c in pairs]
-    print(json.dumps({
-        "benchmark": "train_step", "device": "cpu", "threads": torch.get_num_threads(), "pairs": args.pairs,
-        "speedup": [min(speedup), statistics.median(speedup), max(speedup)],
-        "memory_ratio": statistics.median(memory), "speed_over_trunk_alone": statistics.median(share),
-    }))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "benchmark": "train_step",
+                "device": "cpu",
+                "threads": torch.get_num_threads(),
+                "pairs": args.pairs,
+                "speedup": [min(speedup), statistics.median(speedup), max(speedup)],
+                "memory_ratio": statistics.median(memory),
+                "speed_over_trunk_alone": statistics.median(share),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -64,9 +64,14 @@ def explain(
 
 @torch.inference_mode()
 def token_attributions(
-    models: Sequence[ClassModel], data: TextData, split: str, draws: Mapping[int, int], of: int,
-    noising: MaskSampler | None, seed: int,
-) -> list[np.ndarray]:  # fmt: skip
+    models: Sequence[ClassModel],
+    data: TextData,
+    split: str,
+    draws: Mapping[int, int],
+    of: int,
+    noising: MaskSampler | None,
+    seed: int,
+) -> list[np.ndarray]:
     """Return the nats of each token in -log p(row | class), float64 (C, L) for each row; nan on unscored tokens.
 
     draws: row number -> the number of the `of` draws that were taken. With the mask sampler and the seed of the

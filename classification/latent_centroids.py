@@ -22,9 +22,14 @@ from palimpsest.samplers.gaussian import LatentSteps
 
 
 def nearest_centroid(
-    experiment: Experiment, models: Sequence[ClassModel], data: TextData, split: str, scores: ClassScores,
-    log_prior_C: np.ndarray, how: LatentSteps,
-) -> tuple[np.ndarray, float]:  # fmt: skip
+    experiment: Experiment,
+    models: Sequence[ClassModel],
+    data: TextData,
+    split: str,
+    scores: ClassScores,
+    log_prior_C: np.ndarray,
+    how: LatentSteps,
+) -> tuple[np.ndarray, float]:
     """Return p(class | text) (M, C) by latents sampled for the texts, and the network evaluations per text.
 
     Latents are sampled without class conditioning, averaged over a text's windows and over the networks, and compared

@@ -88,10 +88,16 @@ def calibrated(fitted: Mapping[str, object], scores: ClassScores, log_prior_C: n
 
 
 def compared(
-    experiment: Experiment, models: Sequence[ClassModel], data: TextData, split: str, scores: ClassScores,
-    posteriors: Mapping[str, np.ndarray], others: Mapping[str, np.ndarray], compared_with: ComparedMethods,
+    experiment: Experiment,
+    models: Sequence[ClassModel],
+    data: TextData,
+    split: str,
+    scores: ClassScores,
+    posteriors: Mapping[str, np.ndarray],
+    others: Mapping[str, np.ndarray],
+    compared_with: ComparedMethods,
     log_prior_C: np.ndarray,
-) -> list[Method]:  # fmt: skip
+) -> list[Method]:
     """Measure the compared methods on the same texts.
 
     Args:

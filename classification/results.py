@@ -107,8 +107,9 @@ def classify_split(
     """
 
     def scored(name: str) -> ClassScores:
-        return score_classes(experiment.trainer, models, data, name, experiment.build.estimator, test, experiment.seed,
-                             log_prior_C)  # fmt: skip
+        return score_classes(
+            experiment.trainer, models, data, name, experiment.build.estimator, test, experiment.seed, log_prior_C
+        )
 
     scores = scored(split)
     earlier = {path: read_posterior(file, scores.text_id_M, scores.label_M) for path, file in others.items()}
@@ -129,9 +130,14 @@ def _class_likelihood(experiment: Experiment, model: ClassModel, label: int | No
     name = "all texts" if label is None else data.label_names[label]
     trainer = experiment.trainer(f"validate {name}", label)
     measured = score(
-        trainer, model.diffusion, data.eval_dataloader("validation", trainer=trainer), experiment.build.estimator,
-        experiment.build.precision, experiment.seed, model.with_conditioning,
-    )  # fmt: skip
+        trainer,
+        model.diffusion,
+        data.eval_dataloader("validation", trainer=trainer),
+        experiment.build.estimator,
+        experiment.build.precision,
+        experiment.seed,
+        model.with_conditioning,
+    )
     return likelihood(data, "validation", measured, experiment.build.truth)
 
 

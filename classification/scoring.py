@@ -125,10 +125,16 @@ class ClassScores:
 
 
 def score_classes(
-    trainer: Callable[[str], lightning.Trainer], models: Sequence[ClassModel], data: TextData, split: str,
-    estimator: Estimator, test: SequentialTest, seed: int, log_prior_C: np.ndarray,
+    trainer: Callable[[str], lightning.Trainer],
+    models: Sequence[ClassModel],
+    data: TextData,
+    split: str,
+    estimator: Estimator,
+    test: SequentialTest,
+    seed: int,
+    log_prior_C: np.ndarray,
     watch: Callable[[ClassScores], None] | None = None,
-) -> ClassScores:  # fmt: skip
+) -> ClassScores:
     """Measure every text of `split` (a text's windows together) under every class.
 
     Args:
@@ -168,10 +174,18 @@ def score_classes(
             gathered.append(new)
         done = look
         scores = ClassScores(
-            text_id_M, np.asarray(rows["label"])[first_M], np.concatenate(nats, axis=2), np.concatenate(rates, axis=1),
-            passes if not exact else 1, tokens_M, evaluations_M, time.perf_counter() - start, estimator.kind,
-            estimator.label(model, test.num_draws), exact,
-        )  # fmt: skip
+            text_id_M,
+            np.asarray(rows["label"])[first_M],
+            np.concatenate(nats, axis=2),
+            np.concatenate(rates, axis=1),
+            passes if not exact else 1,
+            tokens_M,
+            evaluations_M,
+            time.perf_counter() - start,
+            estimator.kind,
+            estimator.label(model, test.num_draws),
+            exact,
+        )
         if watch is not None:
             watch(scores)
         if look < test.num_draws and not exact:

@@ -86,9 +86,12 @@ class ExactDenoiser(nn.Module):
         return steps
 
     def encode(
-        self, tokens_BL: Tensor, sigma_B: Tensor | None, attention_mask: Tensor | None = None,
+        self,
+        tokens_BL: Tensor,
+        sigma_B: Tensor | None,
+        attention_mask: Tensor | None = None,
         at_BL: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """Return the log-probabilities, bounded below, at the N positions of `at_BL`, float64 (N, V), or everywhere,
         (B, L, V)."""
         chosen_BL = torch.ones_like(tokens_BL, dtype=torch.bool) if at_BL is None else at_BL

@@ -72,8 +72,9 @@ def _grammars() -> dict[str, dict[tuple[int | None, int], FiniteStateGrammar]]:
     def forms(choice: Choice, polarity: int | None = None) -> dict[tuple[int | None, int], FiniteStateGrammar]:
         return {(polarity, form): FiniteStateGrammar(option) for form, (_, option) in enumerate(choice.options)}
 
-    story, music = (forms(reviews.judgement(groups, 0), 0) | forms(reviews.judgement(groups, 1), 1)
-                    for groups in reviews.GROUPS)  # fmt: skip
+    story, music = (
+        forms(reviews.judgement(groups, 0), 0) | forms(reviews.judgement(groups, 1), 1) for groups in reviews.GROUPS
+    )
     verdict = forms(reviews.verdict(0), 0) | forms(reviews.verdict(1), 1)
     return {"opening": forms(reviews.opening()), "story": story, "music": music, "verdict": verdict}
 

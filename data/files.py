@@ -148,9 +148,11 @@ def kind_of(path: Path) -> str:
 def _check_not_saved(folder: Path, key: str) -> None:
     one_split = (folder / "state.json").exists() and any(folder.glob("*.arrow"))
     if one_split or (folder / "dataset_dict.json").exists():
-        raise ValueError(f"{key}={folder} was written by save_to_disk of the library datasets; write Parquet files "
-                         f"instead: datasets.load_from_disk('{folder}').to_parquet('train.parquet') "
-                         f"(of several splits, one file for each)")  # fmt: skip
+        raise ValueError(
+            f"{key}={folder} was written by save_to_disk of the library datasets; write Parquet files "
+            f"instead: datasets.load_from_disk('{folder}').to_parquet('train.parquet') "
+            f"(of several splits, one file for each)"
+        )
 
 
 # -------------------------------------------------------------------------------- reading
@@ -196,8 +198,9 @@ def _reader(path: Path) -> Callable[[Path, Columns], Iterator[_Row]]:
     kind = kind_of(path)
     if kind not in _READERS:
         other = " (a file of save_to_disk: see datasets.Dataset.to_parquet)" if kind == "arrow" else ""
-        raise ValueError(f"files of type {path.suffix or '(none)'} cannot be read{other}; give one of "
-                         f"{', '.join(KINDS)}")  # fmt: skip
+        raise ValueError(
+            f"files of type {path.suffix or '(none)'} cannot be read{other}; give one of {', '.join(KINDS)}"
+        )
     return _READERS[kind]
 
 
@@ -217,8 +220,10 @@ def _not_utf8(path: Path) -> str:
             if found:
                 byte = ord(found.group()) - 0xDC00
                 coding = "UTF-16" if number == 1 and byte in (0xFE, 0xFF) else "WINDOWS-1252"
-                return (f"line {number} is not UTF-8 (byte 0x{byte:02x}); convert the file, for example by "
-                        f"iconv -f {coding} -t UTF-8 {path.name} > new-{path.name}")  # fmt: skip
+                return (
+                    f"line {number} is not UTF-8 (byte 0x{byte:02x}); convert the file, for example by "
+                    f"iconv -f {coding} -t UTF-8 {path.name} > new-{path.name}"
+                )
     return "it is not UTF-8; convert it"
 
 
@@ -290,8 +295,10 @@ def _texts(values: Sequence[object] | pa.Array, column: str, place: Callable[[in
                 f"{place(number)} of column {column!r} is {short_repr(value)}, not a text; {remedy}"
             )
         if re.search("[\ud800-\udfff]", value):
-            raise ValueError(f"{place(number)} of column {column!r} holds half a character (a lone surrogate, as where "
-                             f"an emoji was cut): {short_repr(value)}; remove it")  # fmt: skip
+            raise ValueError(
+                f"{place(number)} of column {column!r} holds half a character (a lone surrogate, as where "
+                f"an emoji was cut): {short_repr(value)}; remove it"
+            )
     raise AssertionError("all are texts")
 
 
@@ -348,8 +355,13 @@ def _warn_of_blanks(values: Sequence[object], labels: Sequence[str], origin: str
     """Warn of the first label with blanks around it; return True if there is one."""
     for number, (value, label) in enumerate(zip(values, labels, strict=True)):
         if isinstance(value, str) and value != label:
-            log.warning("%s%s: the label %s is read as %r; blanks around labels are left out", origin, place(number),
-                        short_repr(value), label)  # fmt: skip
+            log.warning(
+                "%s%s: the label %s is read as %r; blanks around labels are left out",
+                origin,
+                place(number),
+                short_repr(value),
+                label,
+            )
             return True
     return False
 
@@ -390,8 +402,10 @@ def _csv_records(file: TextIO) -> Iterator[tuple[int, list[str]]]:
                 yield end + 1, fields
             end = reader.line_num
     except csv.Error as error:
-        raise ValueError(f"line {end + 1}: {error}; a field that begins with a quotation mark must end with one, and "
-                         "those within it are doubled") from error  # fmt: skip
+        raise ValueError(
+            f"line {end + 1}: {error}; a field that begins with a quotation mark must end with one, and "
+            "those within it are doubled"
+        ) from error
 
 
 def _tsv_records(file: TextIO) -> Iterator[tuple[int, list[str]]]:
@@ -460,10 +474,15 @@ def _separated(records: Iterator[tuple[int, list[str]]], columns: Columns, separ
         if len(fields) != width:
             if len(fields) == 1 and not fields[0].strip():
                 continue
-            remedy = (f"put texts with {separators} into quotation marks" if len(fields) > width else
-                      "complete the row, or leave it out")  # fmt: skip
-            raise ValueError(f"line {line} has another number of fields ({len(fields)}) than the header ({width}: "
-                             f"{listed(header)}); {remedy}")  # fmt: skip
+            remedy = (
+                f"put texts with {separators} into quotation marks"
+                if len(fields) > width
+                else "complete the row, or leave it out"
+            )
+            raise ValueError(
+                f"line {line} has another number of fields ({len(fields)}) than the header ({width}: "
+                f"{listed(header)}); {remedy}"
+            )
         yield line, [fields[i] for i in at]
 
 
@@ -490,8 +509,10 @@ def _parsed(content: str, line: int, hook: Callable[[list[tuple[str, object]]], 
         return json.loads(content, object_pairs_hook=hook)
     except json.JSONDecodeError as error:
         bad = content.split("\n")[error.lineno - 1]
-        raise ValueError(f"line {line + error.lineno - 1} is not JSON ({error.msg} at character {error.colno}): "
-                         f"{short_repr(bad)}; {_JSON_FORM}") from error  # fmt: skip
+        raise ValueError(
+            f"line {line + error.lineno - 1} is not JSON ({error.msg} at character {error.colno}): "
+            f"{short_repr(bad)}; {_JSON_FORM}"
+        ) from error
     except RecursionError as error:
         raise ValueError(f"line {line} has too many brackets within brackets") from error
     except ValueError as error:  # a repeated column, or a number of thousands of digits
@@ -558,8 +579,9 @@ def class_names(files: Sequence[Path], key: str, column: str) -> tuple[str, ...]
             found.setdefault(tuple(map(str, feature["names"])), path)
     if len(found) > 1:
         (ours, first), (theirs, second) = list(found.items())[:2]
-        raise ValueError(f"{key}: {first} has the classes {classes(ours)}, but {second} has {classes(theirs)}; number "
-                         "them alike")  # fmt: skip
+        raise ValueError(
+            f"{key}: {first} has the classes {classes(ours)}, but {second} has {classes(theirs)}; number them alike"
+        )
     return next(iter(found), None)
 
 

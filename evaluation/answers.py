@@ -57,10 +57,17 @@ def measure(answers: Sequence[Sequence[CheckedAnswer]], ended_MK: np.ndarray, pr
     majority_M = np.array([majority_is_right(row) for row in answers])
     num_checks, checks = check_shares([_summed([checked.checks for checked in row]) for row in answers])
     return Answers(
-        share(right_MK), share(no_answer_MK), share(~ended_MK), share(majority_M) if many else None,
-        share(right_MK.any(1)) if many else None, checks, num_checks, _findings(answers),
-        _by_steps(answers, right_MK), _by_length(prompt_tokens_M, right_MK),
-    )  # fmt: skip
+        share(right_MK),
+        share(no_answer_MK),
+        share(~ended_MK),
+        share(majority_M) if many else None,
+        share(right_MK.any(1)) if many else None,
+        checks,
+        num_checks,
+        _findings(answers),
+        _by_steps(answers, right_MK),
+        _by_length(prompt_tokens_M, right_MK),
+    )
 
 
 def _summed(checks: Sequence[Mapping[str, int]]) -> dict[str, int]:

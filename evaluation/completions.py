@@ -50,11 +50,14 @@ class CompletionRequest:
     def check(self, data: TextData, template: Template, perplexity: bool) -> None:
         """Raise ValueError for settings that do not apply to prompts."""
         if perplexity:
-            raise ValueError("eval.compute_generative_perplexity=true measures free texts, and these answer prompts; "
-                             "leave it out")  # fmt: skip
+            raise ValueError(
+                "eval.compute_generative_perplexity=true measures free texts, and these answer prompts; leave it out"
+            )
         if any(asdict(template).values()):
-            raise ValueError(f"data={data.name} gives each text a prompt and its room; leave sampling.prefix, "
-                             "sampling.template and sampling.max_length out")  # fmt: skip
+            raise ValueError(
+                f"data={data.name} gives each text a prompt and its room; leave sampling.prefix, "
+                "sampling.template and sampling.max_length out"
+            )
 
     def __call__(self, context: SamplingContext) -> Completions:
         """Complete the prompts on all devices, and check the answers.
@@ -67,8 +70,11 @@ class CompletionRequest:
         completed = complete(context, self)
         rows = [row for one in completed for row in _rows(one)]
         context.save_rows(rows)
-        answers = measure([c.answers for c in completed], np.array([c.ended for c in completed]),
-                          np.array([c.prompt_tokens for c in completed]))  # fmt: skip
+        answers = measure(
+            [c.answers for c in completed],
+            np.array([c.ended for c in completed]),
+            np.array([c.prompt_tokens for c in completed]),
+        )
         baselines, sampled = _baselines(data, self.judge, completed), [text for c in completed for text in c.sampled]
         evaluations = float(np.mean([text.evaluations for text in sampled])) if sampled else 0.0
         results = {**_results(answers, baselines, completed, self), "network_evaluations_per_sample": evaluations}

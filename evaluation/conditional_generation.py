@@ -71,8 +71,10 @@ class ConditionalSettings:
 
     def __post_init__(self) -> None:
         if self.direction == "joint" and self.joint_order == "simultaneous" and self.latent.guidance != 1:
-            raise ValueError(f"sampling.guidance={self.latent.guidance} needs a condition, and "
-                             "joint_order=simultaneous has none; use 1, or joint_order=latent_first")  # fmt: skip
+            raise ValueError(
+                f"sampling.guidance={self.latent.guidance} needs a condition, and "
+                "joint_order=simultaneous has none; use 1, or joint_order=latent_first"
+            )
 
 
 @dataclass(frozen=True)
@@ -119,9 +121,13 @@ class ConditionalContext(SamplingContext):
         return choose(self.data, self.split, self.number, self.seed, self.blank_id, unlike)
 
     def sample_masked(
-        self, rows: Sequence[np.ndarray], key_M: np.ndarray, conditioning: Mapping[str, Tensor],
-        wrap_model: Callable[[Denoiser], Denoiser] = lambda model: model, watched: bool = False,
-    ) -> list[SampledTokens]:  # fmt: skip
+        self,
+        rows: Sequence[np.ndarray],
+        key_M: np.ndarray,
+        conditioning: Mapping[str, Tensor],
+        wrap_model: Callable[[Denoiser], Denoiser] = lambda model: model,
+        watched: bool = False,
+    ) -> list[SampledTokens]:
         """Sample the masked tokens of `rows` with the changed model; `watched` lets `watch` observe it."""
         sampler = self.drawing.sampler
 
@@ -248,9 +254,13 @@ def text_to_latent(context: ConditionalContext) -> ConditionalResult:
 
 
 def latents_of(
-    context: SamplingContext, rows: Sequence[np.ndarray], blanks: Sequence[np.ndarray], key_M: np.ndarray,
-    text_M: np.ndarray, how: LatentSteps,
-) -> np.ndarray:  # fmt: skip
+    context: SamplingContext,
+    rows: Sequence[np.ndarray],
+    blanks: Sequence[np.ndarray],
+    key_M: np.ndarray,
+    text_M: np.ndarray,
+    how: LatentSteps,
+) -> np.ndarray:
     """Sample latents (M, K, D) conditioned on the texts `rows[text_M[m]]`, with the noise of row m."""
     model, pad_id = context.diffusion.model, context.data.vocabulary.pad_id
 
@@ -317,9 +327,15 @@ def _joint_sampler(
 
     def simultaneous(model: object, x_BL: Tensor, noise: KeyedNoise, **cond: Tensor) -> Trace:
         out = joint.sample(
-            model, x_BL, noise, steps=settings.steps, eta=latent_steps.eta, choice=settings.choice,
-            noise_removal=settings.noise_removal, **cond,
-        )  # fmt: skip
+            model,
+            x_BL,
+            noise,
+            steps=settings.steps,
+            eta=latent_steps.eta,
+            choice=settings.choice,
+            noise_removal=settings.noise_removal,
+            **cond,
+        )
         sampled_latents.append(out.latent_BKD)
         return out.text
 

@@ -57,9 +57,11 @@ def map_over_devices(
 
 
 def gather(
-    trainer: lightning.Trainer, network: nn.Module, function: Callable[[object], object],
+    trainer: lightning.Trainer,
+    network: nn.Module,
+    function: Callable[[object], object],
     run: Callable[[Mapper], object],
-) -> list[list]:  # fmt: skip
+) -> list[list]:
     """Return the results of `function` for the batches of each process. `run` starts the trainer's loop."""
     mapper, device = Mapper(network, function), next(network.parameters()).device
     run(mapper)

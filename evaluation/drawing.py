@@ -116,8 +116,12 @@ class SamplingContext:
 
         if distributed:
             loader = DataLoader(starts, batch_size=None)
-            parts = gather(trainer, self.diffusion, sample_batch,
-                           lambda module: trainer.predict(module, loader, return_predictions=False))  # fmt: skip
+            parts = gather(
+                trainer,
+                self.diffusion,
+                sample_batch,
+                lambda module: trainer.predict(module, loader, return_predictions=False),
+            )
             batches = [parts[k % len(parts)][k // len(parts)] for k in range(len(all_starts))]
         else:
             batches = [sample_batch(start) for start in all_starts]
@@ -173,9 +177,15 @@ class SamplingResult:
 
 
 def draw(
-    diffusion: Diffusion, data: TextData, drawing: Drawing, num_samples: int, batch_size: int, seed: int,
-    class_id: int | None = None, watch: Watcher | None = None,
-) -> list[SampledTokens]:  # fmt: skip
+    diffusion: Diffusion,
+    data: TextData,
+    drawing: Drawing,
+    num_samples: int,
+    batch_size: int,
+    seed: int,
+    class_id: int | None = None,
+    watch: Watcher | None = None,
+) -> list[SampledTokens]:
     """Sample `num_samples` texts. The i-th depends on (seed, i) and on the weights, not on its batch.
 
     Models of padded rows learn p(text | length), so a text gets the length of a random training row. Causal models and

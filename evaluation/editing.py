@@ -109,8 +109,9 @@ def text_classifier(context: ConditionalContext, reader: Reader) -> TextClassifi
     train = data.split("train")
     ids = [np.asarray(reader.content(row)) for row in train["input_ids"]]
     predict = naive_bayes(ids, np.asarray(train["label"]), data.vocabulary.size)
-    return TextClassifier("naive Bayes, uni- and bigrams",
-                   lambda rows: predict([np.asarray(reader.content(row)) for row in rows]), False)  # fmt: skip
+    return TextClassifier(
+        "naive Bayes, uni- and bigrams", lambda rows: predict([np.asarray(reader.content(row)) for row in rows]), False
+    )
 
 
 @dataclass(frozen=True)
@@ -172,9 +173,16 @@ class Editor:
         source, target = (torch.from_numpy(z_MKD[part]).to(device) for z_MKD in (chosen.latent_MKD, self.target_MKD))
         cond = {name: value.to(device) for name, value in cond.items()}
         selected: Selection = select(
-            context.diffusion.model, x_BL.to(device), eligible_BL.bool().to(device), noise, positions=rules.positions,
-            rate=rules.rate, source=source, target=target, **cond,
-        )  # fmt: skip
+            context.diffusion.model,
+            x_BL.to(device),
+            eligible_BL.bool().to(device),
+            noise,
+            positions=rules.positions,
+            rate=rules.rate,
+            source=source,
+            target=target,
+            **cond,
+        )
         masked_BL = selected.masked_BL.cpu()
         share_B, evaluations_B = selected.share_B.tolist(), selected.evaluations_B.tolist()
         return [(masked_BL[i, : len(row)].numpy(), share_B[i], evaluations_B[i]) for i, row in enumerate(rows)]
@@ -199,8 +207,12 @@ class Editor:
         """Compare edited texts with the original ones."""
         ids, reader = [text.ids for text in sampled], self.reader
         posterior_MC = self.classifier.posterior(ids)
-        changed_M = np.array([(old != np.array(new)).sum() / max(eligible.sum(), 1) for old, new, eligible in
-                              zip(self.chosen.ids, ids, self.eligible, strict=True)])  # fmt: skip
+        changed_M = np.array(
+            [
+                (old != np.array(new)).sum() / max(eligible.sum(), 1)
+                for old, new, eligible in zip(self.chosen.ids, ids, self.eligible, strict=True)
+            ]
+        )
         old, new = ([reader.content(row) for row in rows] for rows in (self.chosen.ids, ids))
         read_M = posterior_MC.sum(1) > 0
         right_M = (posterior_MC.argmax(1) == self.wanted_M) & read_M
@@ -236,8 +248,10 @@ def edit(context: ConditionalContext) -> ConditionalResult:
     """
     data, rules = context.data, context.settings.edit
     if data.label_names is None:
-        raise ValueError(f"sampling.direction=edit needs classes, and the texts of data={data.name} have none; "
-                         "choose data with labels")  # fmt: skip
+        raise ValueError(
+            f"sampling.direction=edit needs classes, and the texts of data={data.name} have none; "
+            "choose data with labels"
+        )
     to_class = class_number(rules.to_class, data.label_names)
     chosen = context.chosen(unlike=to_class)
     label_M = chosen.label_M

@@ -121,9 +121,12 @@ class CausalScorer:
 
     @classmethod
     def load(
-        cls, name_or_path: str, batch_size: int = 8, device: torch.device | str = "cpu",
+        cls,
+        name_or_path: str,
+        batch_size: int = 8,
+        device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
-    ) -> CausalScorer:  # fmt: skip
+    ) -> CausalScorer:
         """Load the scorer `$DATA_DIR/<name>` if that exists, else from a folder, else from the Hub.
 
         Loads weights from safetensors only, and no code.

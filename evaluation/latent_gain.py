@@ -38,9 +38,15 @@ class LatentGain:
 
 
 def latent_gain(
-    trainer: lightning.Trainer, diffusion: Diffusion, data: TextData, split: str, estimator: Estimator,
-    precision: Precision, seed: int, none: Scores,
-) -> LatentGain:  # fmt: skip
+    trainer: lightning.Trainer,
+    diffusion: Diffusion,
+    data: TextData,
+    split: str,
+    estimator: Estimator,
+    precision: Precision,
+    seed: int,
+    none: Scores,
+) -> LatentGain:
     """Measure `split` with true and shuffled latents, under the masks of the unconditional measurement `none`."""
     rows, rounds = data.split(split), int(none.round_K[-1]) + 1
     shuffling = ShuffledLatents(estimator, rows, data.latents.of(split), seed)
@@ -56,8 +62,10 @@ def latent_gain(
     place_M[own_M] = np.arange(len(own_M))
     donor_MK = np.stack([place_M[shuffling.donor_M(k)[own_M]] for k in range(draws)], axis=1)
     other_MK, true_MK = (s.nll_MK.reshape(len(own_M), rounds, draws).mean(1) for s in (other, true))
-    shuffled, gain = (shuffled_nats_per_token(nats_MK, donor_MK, true.tokens_M, true.units)
-                      for nats_MK in (other_MK, other_MK - true_MK))  # fmt: skip
+    shuffled, gain = (
+        shuffled_nats_per_token(nats_MK, donor_MK, true.tokens_M, true.units)
+        for nats_MK in (other_MK, other_MK - true_MK)
+    )
     over_none = ratio(none.nll_M - true.nll_M, true.tokens_M, true.units)
     return LatentGain(true.per_token(), shuffled, none.per_token(), gain, over_none)
 

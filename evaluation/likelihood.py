@@ -109,9 +109,15 @@ class Precision:
 
 
 def score(
-    trainer: lightning.Trainer, diffusion: Diffusion, loader: object, estimator: Estimator, precision: Precision,
-    seed: int, conditioned: Callable[[Batch], Batch] = lambda batch: batch, rounds: int | None = None,
-) -> Scores:  # fmt: skip
+    trainer: lightning.Trainer,
+    diffusion: Diffusion,
+    loader: object,
+    estimator: Estimator,
+    precision: Precision,
+    seed: int,
+    conditioned: Callable[[Batch], Batch] = lambda batch: batch,
+    rounds: int | None = None,
+) -> Scores:
     """Measure every text of `loader` on all of the trainer's devices.
 
     Args:
@@ -120,8 +126,9 @@ def score(
     """
     measured: list[Scores] = []
     for number in range(rounds or precision.rounds):
-        measured.append(_round(trainer, diffusion, loader, estimator, precision.num_draws, hash_seed(seed, number),
-                            conditioned))  # fmt: skip
+        measured.append(
+            _round(trainer, diffusion, loader, estimator, precision.num_draws, hash_seed(seed, number), conditioned)
+        )
         scores = _concatenated(measured)
         if rounds is None and (precision.target_se is None or scores.monte_carlo_se <= precision.target_se):
             return scores
@@ -144,9 +151,14 @@ def _concatenated(rounds: list[Scores]) -> Scores:
 
 
 def _round(
-    trainer: lightning.Trainer, diffusion: Diffusion, loader: object, estimator: Estimator, num_draws: int, seed: int,
+    trainer: lightning.Trainer,
+    diffusion: Diffusion,
+    loader: object,
+    estimator: Estimator,
+    num_draws: int,
+    seed: int,
     conditioned: Callable[[Batch], Batch],
-) -> Scores:  # fmt: skip
+) -> Scores:
     model = diffusion.model
 
     def measure(batch: Batch) -> dict[str, Tensor]:
@@ -165,10 +177,20 @@ def _round(
 
     rows = map_over_devices(trainer, diffusion, measure, loader)
     return Scores(
-        estimator.kind, estimator.label(model, num_draws), estimator.exact(model), model.objective.causal,
-        rows["sample_id"], rows["nll"], np.zeros(rows["nll"].shape[1], dtype=int), rows["tokens"], rows["maskable"],
-        rows["evaluations"], rows["cross_entropy"], rows["num_masked"], Units.of(rows),
-    )  # fmt: skip
+        estimator.kind,
+        estimator.label(model, num_draws),
+        estimator.exact(model),
+        model.objective.causal,
+        rows["sample_id"],
+        rows["nll"],
+        np.zeros(rows["nll"].shape[1], dtype=int),
+        rows["tokens"],
+        rows["maskable"],
+        rows["evaluations"],
+        rows["cross_entropy"],
+        rows["num_masked"],
+        Units.of(rows),
+    )
 
 
 class GroundTruth(Protocol):

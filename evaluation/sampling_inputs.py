@@ -82,8 +82,9 @@ class Template:
         gaps = list(_GAP.finditer(text))
         wanted = sum(_size(gap) for gap in gaps)
         if wanted > limit:  # before a list of that many is made
-            raise ValueError(f"sampling.template asks for {wanted:,} tokens in its gaps: too many for {self.limit_key}="
-                             f"{limit}")  # fmt: skip
+            raise ValueError(
+                f"sampling.template asks for {wanted:,} tokens in its gaps: too many for {self.limit_key}={limit}"
+            )
         for gap in gaps:
             masks = [STRETCH] if gap[1] in ("…", "...") else [blank_id] * _size(gap)
             ids += _text_ids(tokenizer, text[end : gap.start()]) + masks
@@ -173,8 +174,11 @@ def masked_row(
 def _warn_of_unknown(fixed: Sequence[int], given: Template, tokenizer: PreTrainedTokenizerBase) -> None:
     if fixed and tokenizer.unk_token_id in fixed and tokenizer.unk_token_id != tokenizer.eos_token_id:
         key = "template" if given.template else "prefix"
-        log.warning("sampling.%s has words that the tokenizer does not know; the network reads %s instead",
-                    key, tokenizer.unk_token)  # fmt: skip
+        log.warning(
+            "sampling.%s has words that the tokenizer does not know; the network reads %s instead",
+            key,
+            tokenizer.unk_token,
+        )
 
 
 @dataclass(frozen=True)
@@ -216,8 +220,10 @@ class _RowBuilder:
         if len(row) > self.limit:
             key = "template" if whole else "prefix"
             more = "with what frames it" if whole else "with what frames it and one to write"
-            raise ValueError(f"sampling.{key} has {len(fixed)} tokens, {more} {len(row)}: too many for "
-                             f"{self.given.limit_key}={self.limit}")  # fmt: skip
+            raise ValueError(
+                f"sampling.{key} has {len(fixed)} tokens, {more} {len(row)}: too many for "
+                f"{self.given.limit_key}={self.limit}"
+            )
         return row
 
     def _ending(self, row_ids: np.ndarray) -> np.ndarray:

@@ -40,8 +40,9 @@ class Attributes(Encoder):
         self.names = tuple(ATTRIBUTES if attributes is None else attributes)
         unknown = [name for name in self.names if name not in ATTRIBUTES]
         if unknown or len(set(self.names)) < len(self.names):
-            raise ValueError(f"latents.attributes=[{', '.join(self.names)}] must be some of {', '.join(ATTRIBUTES)}, "
-                             "each once")  # fmt: skip
+            raise ValueError(
+                f"latents.attributes=[{', '.join(self.names)}] must be some of {', '.join(ATTRIBUTES)}, each once"
+            )
         self.noise, self.seed = float(noise), seed
         self.sizes = tuple(len(ATTRIBUTES[name]) for name in self.names)
         self.width = sum(self.sizes)
@@ -70,9 +71,11 @@ class Attributes(Encoder):
         unread = np.flatnonzero((attributes_NA == UNREAD).any(1))
         if len(unread):
             missing = [n for n, v in zip(self.names, attributes_NA[unread[0]], strict=True) if v == UNREAD]
-            raise ValueError(f"latents=synthetic knows the texts of data=reviews only, one to a row and whole: "
-                             f"{texts[unread[0]]!r:.200} shows no {', '.join(missing)}; choose another "
-                             "latents=")  # fmt: skip
+            raise ValueError(
+                f"latents=synthetic knows the texts of data=reviews only, one to a row and whole: "
+                f"{texts[unread[0]]!r:.200} shows no {', '.join(missing)}; choose another "
+                "latents="
+            )
         noise_NW = np.stack([self._noise(text) for text in texts])
         return (self.compose(attributes_NA) + noise_NW).astype(np.float32)
 

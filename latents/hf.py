@@ -67,8 +67,10 @@ class Pretrained(Encoder):
         batch_size: Annotated[AtLeastOne, FREE] = 32,
     ) -> None:
         if not name_or_path:
-            raise ValueError(f"latents=hf needs {KEY}=: a folder of transformers or sentence-transformers, an "
-                             "installed package that has one, or a name on the Hub")  # fmt: skip
+            raise ValueError(
+                f"latents=hf needs {KEY}=: a folder of transformers or sentence-transformers, an "
+                "installed package that has one, or a name on the Hub"
+            )
         self.name, self.long_texts = name_or_path, long_texts
         self.batch_size = batch_size
         self.dim, self.tokens = dim, tokens
@@ -98,8 +100,10 @@ class Pretrained(Encoder):
         most = _positions(self.config)
         window = typed["window"] or described.window or most
         if window is None or (most and window > most):
-            raise ValueError(f"latents.window={window}: {self.name} reads at most {most or 'an unknown number of'} "
-                             "tokens; give a number up to that")  # fmt: skip
+            raise ValueError(
+                f"latents.window={window}: {self.name} reads at most {most or 'an unknown number of'} "
+                "tokens; give a number up to that"
+            )
         normalize = described.normalize if typed["normalize"] is None else typed["normalize"]
         prompt = described.prompt if typed["prompt"] is None else typed["prompt"]
         return {"pooling": pooling, "normalize": normalize, "window": int(window), "prompt": prompt,
@@ -149,8 +153,10 @@ class Pretrained(Encoder):
         model, info = self._open(load)
         missing = [name for name in info["missing_keys"] if "pooler" not in name]  # the pooler is not used
         if missing:
-            raise ValueError(f"{KEY}={self.name}: its file of weights lacks {', '.join(sorted(missing)[:3])} "
-                             f"({len(missing)} in all), which would be random; give a complete encoder")  # fmt: skip
+            raise ValueError(
+                f"{KEY}={self.name}: its file of weights lacks {', '.join(sorted(missing)[:3])} "
+                f"({len(missing)} in all), which would be random; give a complete encoder"
+            )
         model = model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else model
         return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -165,10 +171,12 @@ class Pretrained(Encoder):
         lengths = np.array([len(ids) for ids in tokenized(self.tokenizer, texts)["input_ids"]])
         long_N = lengths > settings["window"]
         if long_N.any() and self.long_texts == "error":
-            raise ValueError(f"{int(long_N.sum())} of {len(texts)} texts are longer than the latents.window="
-                             f"{settings['window']} tokens that {self.name} reads (the longest has {lengths.max()}): "
-                             "their latents would ignore the rest; raise latents.window, lower model.length, or set "
-                             "latents.long_texts=cut")  # fmt: skip
+            raise ValueError(
+                f"{int(long_N.sum())} of {len(texts)} texts are longer than the latents.window="
+                f"{settings['window']} tokens that {self.name} reads (the longest has {lengths.max()}): "
+                "their latents would ignore the rest; raise latents.window, lower model.length, or set "
+                "latents.long_texts=cut"
+            )
         self.cut += int(long_N.sum())
         order = np.argsort(np.minimum(lengths, settings["window"]), kind="stable")
         parts = [self._encode([texts[i] for i in order[start : start + self.batch_size]])
@@ -177,8 +185,14 @@ class Pretrained(Encoder):
 
     @torch.inference_mode()
     def _encode(self, texts: list[str]) -> np.ndarray:
-        batch = tokenized(self.tokenizer, texts, padding=True, truncation=True, max_length=self.settings["window"],
-                          return_tensors="pt").to(self.network.device)  # fmt: skip
+        batch = tokenized(
+            self.tokenizer,
+            texts,
+            padding=True,
+            truncation=True,
+            max_length=self.settings["window"],
+            return_tensors="pt",
+        ).to(self.network.device)
         hidden_BLW = self.network(**batch).last_hidden_state
         pooled_BW = pool(hidden_BLW, batch["attention_mask"], self.settings["pooling"])
         if self.settings["normalize"]:
@@ -190,9 +204,10 @@ class Pretrained(Encoder):
         try:
             return read(str(folder), local_files_only=True, trust_remote_code=False)
         except Exception as error:  # transformers raises many types, none of them for users
-            raise ValueError(f"{KEY}={self.name}: {folder} has no readable encoder ({first_line(error)}); it needs "
-                             "config.json, a tokenizer and model.safetensors, and no code of its own"
-                             ) from error  # fmt: skip
+            raise ValueError(
+                f"{KEY}={self.name}: {folder} has no readable encoder ({first_line(error)}); it needs "
+                "config.json, a tokenizer and model.safetensors, and no code of its own"
+            ) from error
 
 
 def pool(hidden_BLW: Tensor, mask_BL: Tensor, pooling: str) -> Tensor:

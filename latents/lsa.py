@@ -66,8 +66,10 @@ class LSA(Encoder):
             _, weight_D, axes_DV = randomized_svd(self._weighted(counts_NV), self.width, n_iter=7, random_state=0)
             most = int((weight_D > _RANK * weight_D[0]).sum())
         if self.width > most:
-            raise ValueError(f"latents.dim={self.width}: the {len(chosen)} texts of train have at most {max(most, 0)} "
-                             f"directions; lower it, or give more texts")  # fmt: skip
+            raise ValueError(
+                f"latents.dim={self.width}: the {len(chosen)} texts of train have at most {max(most, 0)} "
+                f"directions; lower it, or give more texts"
+            )
         # The solver leaves rounding errors at tokens that train does not have.
         self._axes_VD = np.where(having_V[:, None] > 0, axes_DV.T, 0).astype(np.float32)
 

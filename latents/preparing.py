@@ -76,9 +76,14 @@ class Preparation:
     """
 
     def __init__(
-        self, out: Path, plan: Plan, texts: Mapping[str, PackedTexts], encoder: Encoder, max_skipped: int = 0,
+        self,
+        out: Path,
+        plan: Plan,
+        texts: Mapping[str, PackedTexts],
+        encoder: Encoder,
+        max_skipped: int = 0,
         changed: Callable[[], bool] = lambda: False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.out, self.plan = out, plan
         self.texts, self.encoder = texts, encoder
         self.max_skipped, self.changed = max_skipped, changed
@@ -92,14 +97,19 @@ class Preparation:
             try:
                 content = dict(json.loads(begun.read_text()))
             except (ValueError, TypeError) as error:
-                raise ValueError(f"--out={self.out}: {begun.name} is damaged ({error}); delete the folder, and make it "
-                                 "again") from error  # fmt: skip
+                raise ValueError(
+                    f"--out={self.out}: {begun.name} is damaged ({error}); delete the folder, and make it again"
+                ) from error
             if content.get("plan") != self.plan.fingerprint:
-                raise ValueError(f"--out={self.out} has latents of other texts, or by other settings; give an empty "
-                                 "folder, or the settings that it was started with")  # fmt: skip
+                raise ValueError(
+                    f"--out={self.out} has latents of other texts, or by other settings; give an empty "
+                    "folder, or the settings that it was started with"
+                )
             if wrong := changed_files(self.out, content):
-                raise ValueError(f"--out={self.out}: {wrong[0]} is not the file that was written; delete the folder, "
-                                 "and make it again")  # fmt: skip
+                raise ValueError(
+                    f"--out={self.out}: {wrong[0]} is not the file that was written; delete the folder, "
+                    "and make it again"
+                )
             return begun != done
         if self.out.exists() and any(self.out.iterdir()):
             raise ValueError(f"--out={self.out} has other content; give an empty or a new folder")
@@ -129,16 +139,23 @@ class Preparation:
             if self.changed():
                 return
         if not groups:
-            raise ValueError(f"none of the {part.stop - part.start} texts of shard {part.number} has a latent "
-                             f"({next(iter(skipped.values()))}); give other texts")  # fmt: skip
+            raise ValueError(
+                f"none of the {part.stop - part.start} texts of shard {part.number} has a latent "
+                f"({next(iter(skipped.values()))}); give other texts"
+            )
         with whole_file(self._shard(part.number)) as file:
             np.save(file, np.concatenate(groups))
         cut = getattr(self.encoder, "cut", 0) - cut
         record = {"skipped": skipped, "cut": cut, "sha256": file_digest(self._shard(part.number))}
         with whole_file(self._record(part)) as file:  # the shard is done when this file exists
             file.write(json.dumps(record).encode())
-        log.info("shard %d of %d: %d texts of %s", part.number + 1, len(self.plan.parts),
-                 part.stop - part.start - len(skipped), part.split)  # fmt: skip
+        log.info(
+            "shard %d of %d: %d texts of %s",
+            part.number + 1,
+            len(self.plan.parts),
+            part.stop - part.start - len(skipped),
+            part.split,
+        )
 
     def _check_budget(self, skipped: Mapping[str, str], rows: PackedTexts, total: int | None = None) -> None:
         total = len(skipped) if total is None else total

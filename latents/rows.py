@@ -229,8 +229,10 @@ class TextLatents:
                 vectors_BW = self.encoder.encode(passages)
                 if wrong := faults(vectors_BW):
                     row, why = next(iter(wrong.items()))
-                    raise ValueError(f"{name}, row {first + row} ({passages.texts[row]!r:.80}): {why}; leave that text "
-                                     "out, or choose another latents=")  # fmt: skip
+                    raise ValueError(
+                        f"{name}, row {first + row} ({passages.texts[row]!r:.80}): {why}; leave that text "
+                        "out, or choose another latents="
+                    )
                 if out is None:
                     shape = (len(rows), vectors_BW.shape[1])
                     out = np.lib.format.open_memmap(folder / "latents.npy", "w+", np.float32, shape)

@@ -46,10 +46,18 @@ def read_folder(folder: Path) -> SentenceFolder:
     prompt = (top.get("prompts") or {}).get(top.get("default_prompt_name"), "")
     pooling = _read(kinds[1][1] / "config.json")
     if prompt and pooling.get("include_prompt", True) is False:
-        raise ValueError(f"latents.name_or_path={folder} excludes its prompt {prompt!r} from pooling, which is not "
-                         "possible here; choose another encoder, or give its vectors with latents=file")  # fmt: skip
-    return SentenceFolder(network, _pooling(pooling, folder), "Normalize" in names, transformer.get("max_seq_length"),
-                          bool(transformer.get("do_lower_case")), prompt or "")  # fmt: skip
+        raise ValueError(
+            f"latents.name_or_path={folder} excludes its prompt {prompt!r} from pooling, which is not "
+            "possible here; choose another encoder, or give its vectors with latents=file"
+        )
+    return SentenceFolder(
+        network,
+        _pooling(pooling, folder),
+        "Normalize" in names,
+        transformer.get("max_seq_length"),
+        bool(transformer.get("do_lower_case")),
+        prompt or "",
+    )
 
 
 def _pooling(config: dict[str, object], folder: Path) -> str:
@@ -57,9 +65,11 @@ def _pooling(config: dict[str, object], folder: Path) -> str:
     word = config.get("pooling_mode")
     modes = modes or ([word] if isinstance(word, str) else list(word or []))
     if len(modes) != 1 or modes[0] not in _POOLING:
-        raise ValueError(f"latents.name_or_path={folder} pools by {', '.join(map(str, modes)) or 'nothing'}, and only "
-                         f"one of {', '.join(POOLINGS)} is known here; choose another encoder, or give its vectors "
-                         "with latents=file")  # fmt: skip
+        raise ValueError(
+            f"latents.name_or_path={folder} pools by {', '.join(map(str, modes)) or 'nothing'}, and only "
+            f"one of {', '.join(POOLINGS)} is known here; choose another encoder, or give its vectors "
+            "with latents=file"
+        )
     return _POOLING[modes[0]]
 
 

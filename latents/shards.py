@@ -89,8 +89,10 @@ class Shards:
         self.path, self.dim = Path(path).expanduser(), dim
         self.max_overlap = max_overlap
         if not (self.path / METADATA).is_file():
-            raise FileNotFoundError(f"{KEY}={path}: there is no {METADATA} in it; scripts/prepare_latents.py writes it "
-                                    "last, so let that finish")  # fmt: skip
+            raise FileNotFoundError(
+                f"{KEY}={path}: there is no {METADATA} in it; scripts/prepare_latents.py writes it "
+                "last, so let that finish"
+            )
 
     @cached_property
     def description(self) -> dict[str, Any]:
@@ -116,8 +118,10 @@ class Shards:
         if len(found) != number or not found:
             raise ValueError(f"{KEY}={self.path}: {len(found)} shards, and {METADATA} counts {number}; make them again")
         if [_number(path) for path in found] != list(range(len(found))):
-            raise ValueError(f"{KEY}={self.path}: shards are shard_0000.npy, shard_0001.npy and so on, without a gap; "
-                             f"{next(p.name for n, p in enumerate(found) if _number(p) != n)} is not")  # fmt: skip
+            raise ValueError(
+                f"{KEY}={self.path}: shards are shard_0000.npy, shard_0001.npy and so on, without a gap; "
+                f"{next(p.name for n, p in enumerate(found) if _number(p) != n)} is not"
+            )
         return found
 
     @cached_property
@@ -163,9 +167,11 @@ class Shards:
 
         def build(_: Path) -> None:
             if wrong := changed_files(self.path, self.description):
-                raise ValueError(f"{KEY}={self.path}: {wrong[0]} is not the file that {METADATA} was written for; make "
-                                 "the folder again, or leave sha256 and identity out of it where that was "
-                                 "meant")  # fmt: skip
+                raise ValueError(
+                    f"{KEY}={self.path}: {wrong[0]} is not the file that {METADATA} was written for; make "
+                    "the folder again, or leave sha256 and identity out of it where that was "
+                    "meant"
+                )
 
         cached_folder(cache_dir, "latent-files", self._settings, build)
 
@@ -194,8 +200,10 @@ class Shards:
         """
         file = self.path / f"{split}_data.jsonl"
         if not file.is_file():
-            raise FileNotFoundError(f"{KEY}={self.path} has no {file.name}, so that the {split} split has no latents; "
-                                    f"scripts/prepare_latents.py --splits {split} writes it")  # fmt: skip
+            raise FileNotFoundError(
+                f"{KEY}={self.path} has no {file.name}, so that the {split} split has no latents; "
+                f"scripts/prepare_latents.py --splits {split} writes it"
+            )
         self._check_files(cache_dir)
         settings = {**self._settings, "split": split, "max_overlap": self.max_overlap}
 
@@ -297,8 +305,10 @@ class Shards:
         kinds = {"lsa": LSA, "hf": Pretrained, "synthetic": Attributes}
         name, settings = self.description.get("encoder"), self.description.get("settings")
         if name not in kinds or not isinstance(settings, dict):
-            raise ValueError(f"{KEY}={self.path} was made by {name}, which cannot be run again from there, so that "
-                             "further texts have no latents; use latents=lsa, hf or self for that")  # fmt: skip
+            raise ValueError(
+                f"{KEY}={self.path} was made by {name}, which cannot be run again from there, so that "
+                "further texts have no latents; use latents=lsa, hf or self for that"
+            )
         encoder = kinds[name](**settings)
         encoder.check(self._vocabulary, self._length)
         if (self.path / FITTED).is_file():
@@ -336,8 +346,9 @@ def _check_vectors(file: Path, vectors: Sharded) -> None:
     for vectors_NW in chunks(vectors):
         if wrong := faults(vectors_NW):
             row, why = next(iter(wrong.items()))
-            raise ValueError(f"{file}, line {line + row}: {why}; make the latent of that text again, or leave the line "
-                             "out")  # fmt: skip
+            raise ValueError(
+                f"{file}, line {line + row}: {why}; make the latent of that text again, or leave the line out"
+            )
         line += len(vectors_NW)
 
 

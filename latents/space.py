@@ -156,11 +156,17 @@ def fit_space(train: Store, dim: int | None, tokens: int, origin: str) -> Space:
     varies_W = spread_W > _CONSTANT * spread_W.max()
     if dim is None:
         if not varies_W.all():
-            log.warning("%s: %d of %d numbers are the same for all of them, and are left out", origin,
-                        int((~varies_W).sum()), train.width)  # fmt: skip
+            log.warning(
+                "%s: %d of %d numbers are the same for all of them, and are left out",
+                origin,
+                int((~varies_W).sum()),
+                train.width,
+            )
         if tokens > 1 and (not varies_W.all() or train.width % tokens):
-            raise ValueError(f"latents.tokens={tokens} does not divide the {int(varies_W.sum())} numbers that vary of "
-                             f"{train.width} ({origin}); set it to 1, or latents.dim to a multiple of it")  # fmt: skip
+            raise ValueError(
+                f"latents.tokens={tokens} does not divide the {int(varies_W.sum())} numbers that vary of "
+                f"{train.width} ({origin}); set it to 1, or latents.dim to a multiple of it"
+            )
         kept_C = np.flatnonzero(varies_W)
         parts = (x_W[kept_C].reshape(tokens, -1) for x_W in (center_W, spread_W))
         return Space(*parts, center_W, kept_C=kept_C)

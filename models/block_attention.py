@@ -48,17 +48,27 @@ def attend_blocks(
     stream may lack the last block, which no query sees. `key_mask_BL` is False on padding."""
     if backend == "flex" and clean.k.shape[1]:
         return _flex(noised, clean, size, key_mask_BL)
-    attended = torch.cat([_noised_chunk(noised, clean, size, key_mask_BL, backend, rows)
-                          for rows in _chunks(noised.q.shape[1], size, backend)], dim=1)  # fmt: skip
+    attended = torch.cat(
+        [
+            _noised_chunk(noised, clean, size, key_mask_BL, backend, rows)
+            for rows in _chunks(noised.q.shape[1], size, backend)
+        ],
+        dim=1,
+    )
     if clean.q is None or not clean.k.shape[1]:
         return attended, clean.q
     return attended, attend_up_to(clean.q, clean.k, clean.v, size, _slice(key_mask_BL, 0, clean.k.shape[1]), backend)
 
 
 def attend_up_to(
-    q_BQHD: Tensor, k_BKHD: Tensor, v_BKHD: Tensor, size: int, key_mask_BK: Tensor | None, backend: str,
+    q_BQHD: Tensor,
+    k_BKHD: Tensor,
+    v_BKHD: Tensor,
+    size: int,
+    key_mask_BK: Tensor | None,
+    backend: str,
     window: int | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Return clean attention, (B, Q, H, D): each query sees the keys of all blocks up to its own. The queries are the
     last of the positions of the keys. With `window` each query sees that many blocks, its own included."""
     start = k_BKHD.shape[1] - q_BQHD.shape[1]

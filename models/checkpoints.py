@@ -198,8 +198,10 @@ def _check_sizes(configuration: Mapping[str, object], state: Mapping[str, Tensor
     for key, most in (("hidden_size", widest), ("cond_dim", widest), ("n_heads", widest), ("n_blocks", len(state))):
         claimed = configuration.get(f"model.{key}")
         if isinstance(claimed, int) and claimed > most:
-            raise ValueError(f"{path} contradicts itself: its configuration has model.{key}={claimed}, and its tensors "
-                             f"allow {most} at most; it was changed after its training")  # fmt: skip
+            raise ValueError(
+                f"{path} contradicts itself: its configuration has model.{key}={claimed}, and its tensors "
+                f"allow {most} at most; it was changed after its training"
+            )
 
 
 def _is_plain(value: object) -> bool:

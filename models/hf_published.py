@@ -251,9 +251,13 @@ def load_weights(kind: Kind, name: str) -> Loaded:
     source, local = _source(name)
     try:
         model, info = kind.model_class.from_pretrained(
-            source, local_files_only=local, trust_remote_code=False, use_safetensors=True, dtype=torch.float32,
+            source,
+            local_files_only=local,
+            trust_remote_code=False,
+            use_safetensors=True,
+            dtype=torch.float32,
             output_loading_info=True,
-        )  # fmt: skip
+        )
     except Exception as error:  # transformers raises many types, none of them for users
         raise _unusable(kind, name, source, local, error) from error
     return Loaded(model, tuple(sorted(info["missing_keys"])))

@@ -199,9 +199,14 @@ def _key(key: object) -> object:
 
 
 def _tensor(
-    machine: _Machine, storage: Tensor, offset: int, size: tuple, stride: tuple, requires_grad: bool = False,
+    machine: _Machine,
+    storage: Tensor,
+    offset: int,
+    size: tuple,
+    stride: tuple,
+    requires_grad: bool = False,
     *unused: object,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Return a view of `storage` that lies within it. torch's own function would enlarge the storage instead."""
     if not all(isinstance(one, tuple) and len(one) <= _MOST_DIMENSIONS for one in (size, stride)):
         raise UnpicklingError("the size of a tensor is none")

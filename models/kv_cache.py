@@ -49,9 +49,15 @@ class KVCache(CacheCapacity):
     """
 
     def __init__(
-        self, n_blocks: int, batch_size: int, capacity: int, n_heads: int, head_dim: int,
-        device: torch.device, dtype: torch.dtype,
-    ) -> None:  # fmt: skip
+        self,
+        n_blocks: int,
+        batch_size: int,
+        capacity: int,
+        n_heads: int,
+        head_dim: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
         shape = (n_blocks, batch_size, capacity, n_heads, head_dim)
         self.keys_NBLHD = torch.zeros(shape, device=device, dtype=dtype)
         self.values_NBLHD = torch.zeros(shape, device=device, dtype=dtype)
@@ -79,9 +85,16 @@ class BlockCache:
     """
 
     def __init__(
-        self, n_blocks: int, batch_size: int, length: int, window: int | None, n_heads: int, head_dim: int,
-        device: torch.device, dtype: torch.dtype,
-    ) -> None:  # fmt: skip
+        self,
+        n_blocks: int,
+        batch_size: int,
+        length: int,
+        window: int | None,
+        n_heads: int,
+        head_dim: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
         self.window, self.position = window, 0
         self._filled = 0
         # Twice the window, so that old blocks are rarely dropped.

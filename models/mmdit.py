@@ -125,9 +125,17 @@ class MMDiT(Recomputing, Backbone):
         """Return the text stream as a DiT that shares its parameters with this network."""
         with torch.device("meta"):
             alone = DiT(
-                self.vocab_size, self.vocab_embed.embedding.shape[1], self.cond_dim, len(self.blocks), self.n_heads,
-                self.dropout, self.time_conditioning, self.mask_padding, self.blocks[0].attn_backend, self.num_classes,
-            )  # fmt: skip
+                self.vocab_size,
+                self.vocab_embed.embedding.shape[1],
+                self.cond_dim,
+                len(self.blocks),
+                self.n_heads,
+                self.dropout,
+                self.time_conditioning,
+                self.mask_padding,
+                self.blocks[0].attn_backend,
+                self.num_classes,
+            )
         for name, module in alone.named_modules():
             own = self.get_submodule(name)
             for key in [*module._parameters]:
@@ -165,10 +173,17 @@ class MMDiT(Recomputing, Backbone):
         return self._pass(tokens_BL, sigma_B, attention_mask, both=True, **context)
 
     def _pass(
-        self, tokens_BL: Tensor, sigma_B: Tensor, attention_mask: Tensor | None, *, both: bool,
-        at_BL: Tensor | None = None, class_id: Tensor | None = None, latent: Tensor | None = None,
+        self,
+        tokens_BL: Tensor,
+        sigma_B: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        both: bool,
+        at_BL: Tensor | None = None,
+        class_id: Tensor | None = None,
+        latent: Tensor | None = None,
         latent_t: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor | None]:
         class_id = unconditional(tokens_BL) if class_id is None and self.num_classes else class_id
         latent_BKS, latent_t_B = self._latent_inputs(tokens_BL, latent, latent_t)
         c_BC, e_BC = self.conditioning(sigma_B, latent_t_B, class_id)

@@ -52,9 +52,16 @@ class MDLM(PreTrainedModel):
     def __init__(self, config: MDLMConfig) -> None:
         super().__init__(config)
         self.backbone = DiT(
-            config.vocab_size, config.hidden_dim, config.cond_dim, config.n_blocks, config.n_heads, config.dropout,
-            config.time_conditioning, config.mask_padding, config.attn_backend,
-        )  # fmt: skip
+            config.vocab_size,
+            config.hidden_dim,
+            config.cond_dim,
+            config.n_blocks,
+            config.n_heads,
+            config.dropout,
+            config.time_conditioning,
+            config.mask_padding,
+            config.attn_backend,
+        )
         self.post_init()
 
     @torch.no_grad()

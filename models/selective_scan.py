@@ -20,9 +20,15 @@ from palimpsest.models.layers import at_least_float32
 
 
 def gated_scan(
-    u_BLE: Tensor, delta_BLE: Tensor, A_EN: Tensor, B_BLN: Tensor, C_BLN: Tensor, D_E: Tensor, z_BLE: Tensor,
+    u_BLE: Tensor,
+    delta_BLE: Tensor,
+    A_EN: Tensor,
+    B_BLN: Tensor,
+    C_BLN: Tensor,
+    D_E: Tensor,
+    z_BLE: Tensor,
     delta_bias_E: Tensor,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Return (y + D u) silu(z), (B, L, E), where y is the selective scan of u with steps softplus(delta + delta_bias).
     It is computed in float32 (at least) under any autocast, and returned in the precision of `u_BLE`."""
     scan = kernel_scan if u_BLE.is_cuda and kernel_available() else torch_scan
@@ -43,9 +49,15 @@ def kernel_available() -> bool:
 
 
 def kernel_scan(
-    u_BLE: Tensor, delta_BLE: Tensor, A_EN: Tensor, B_BLN: Tensor, C_BLN: Tensor, D_E: Tensor, z_BLE: Tensor,
+    u_BLE: Tensor,
+    delta_BLE: Tensor,
+    A_EN: Tensor,
+    B_BLN: Tensor,
+    C_BLN: Tensor,
+    D_E: Tensor,
+    z_BLE: Tensor,
     delta_bias_E: Tensor,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Run `gated_scan` on mamba_ssm's CUDA kernel, which needs one precision and the length last."""
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
@@ -59,9 +71,15 @@ def kernel_scan(
 
 
 def torch_scan(
-    u_BLE: Tensor, delta_BLE: Tensor, A_EN: Tensor, B_BLN: Tensor, C_BLN: Tensor, D_E: Tensor, z_BLE: Tensor,
+    u_BLE: Tensor,
+    delta_BLE: Tensor,
+    A_EN: Tensor,
+    B_BLN: Tensor,
+    C_BLN: Tensor,
+    D_E: Tensor,
+    z_BLE: Tensor,
     delta_bias_E: Tensor,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Run `gated_scan` in PyTorch, on any device."""
     with torch.autocast(u_BLE.device.type, enabled=False):
         u, delta, b, c, z = (at_least_float32(x) for x in (u_BLE, delta_BLE, B_BLN, C_BLN, z_BLE))

@@ -24,9 +24,13 @@ from palimpsest.report.training import add_loss_curve
 
 
 def classification_report(
-    report: Report, result: ClassificationResult, test: SequentialTest, examples: Sequence[ExplainedText],
-    samples: Sequence[Sequence[Sample]], folders: Sequence[Path],
-) -> None:  # fmt: skip
+    report: Report,
+    result: ClassificationResult,
+    test: SequentialTest,
+    examples: Sequence[ExplainedText],
+    samples: Sequence[Sequence[Sample]],
+    folders: Sequence[Path],
+) -> None:
     """Write all sections of a classification.
 
     Args:
@@ -48,8 +52,12 @@ def classification_report(
 def _accuracy(report: Report, result: ClassificationResult, test: SequentialTest) -> None:
     m, scores = result.plain.measures, result.scores
     names = result.data.label_names
-    report.section("Accuracy", _METHOD + (_COMMON if test.masks == "common" and scores.has_masks else "")
-                   + (_AVERAGED if scores.nats_MCK.shape[2] > 1 else ""))  # fmt: skip
+    report.section(
+        "Accuracy",
+        _METHOD
+        + (_COMMON if test.masks == "common" and scores.has_masks else "")
+        + (_AVERAGED if scores.nats_MCK.shape[2] > 1 else ""),
+    )
     report.metrics(
         [
             Metric("accuracy", m.accuracy.value, m.accuracy.se, "", f"95%: {_percent(m.accuracy_interval)}"),
@@ -63,8 +71,9 @@ def _accuracy(report: Report, result: ClassificationResult, test: SequentialTest
     rows = [(method.name, method.measures.accuracy.value, method.measures.accuracy.se) for method in result.methods]
     rows.append(("chance", float(np.bincount(scores.label_M).max() / len(scores.label_M)), 0.0))
     rows.sort(key=lambda row: row[1])
-    report.figure(figures.accuracy_ladder(rows, "this model"), "Accuracy with 95% intervals, on the same texts.",
-                  "Accuracies")  # fmt: skip
+    report.figure(
+        figures.accuracy_ladder(rows, "this model"), "Accuracy with 95% intervals, on the same texts.", "Accuracies"
+    )
     report.table(
         ["method", "accuracy, %, and 95%", "F1", "AUC", "log loss", "Brier", "ECE", "passes"],
         [_method_cells(method) for method in result.methods],
@@ -98,13 +107,18 @@ def _calibration(report: Report, result: ClassificationResult) -> None:
     of_networks = [method for method in result.methods if method.evaluations is not None]
     for method in [of_networks[0], *of_networks[1:][-1:]]:
         r = method.measures.reliability
-        report.figure(figures.calibration(r.confidence_B, r.accuracy_B, r.counts_B, r.ece),
-                      f"{method.name}: how often a prediction of a given confidence is right.",
-                      f"Calibration of {method.name}")  # fmt: skip
+        report.figure(
+            figures.calibration(r.confidence_B, r.accuracy_B, r.counts_B, r.ece),
+            f"{method.name}: how often a prediction of a given confidence is right.",
+            f"Calibration of {method.name}",
+        )
     if len(names) == 2:
         margin_M = scores.log_p_MC[:, 1] - scores.log_p_MC[:, 0]
-        report.figure(figures.llr_histogram({n: margin_M[scores.label_M == k] for k, n in enumerate(names)}),
-                      "Evidence in nats, by true class.", "Log-likelihood ratios")  # fmt: skip
+        report.figure(
+            figures.llr_histogram({n: margin_M[scores.label_M == k] for k, n in enumerate(names)}),
+            "Evidence in nats, by true class.",
+            "Log-likelihood ratios",
+        )
 
 
 def _draws(report: Report, result: ClassificationResult, test: SequentialTest) -> None:
@@ -119,15 +133,21 @@ def _draws(report: Report, result: ClassificationResult, test: SequentialTest) -
     spent = {"sequential": figures.Point(float(scores.draws_M.mean()), found.value, found.se)}
     report.figure(
         figures.accuracy_against_draws({f"{test.masks} masks": curve}, others, spent if test.confidence < 1 else {}),
-        "Accuracy had no text been drawn more often.", "Accuracy against draws",
-    )  # fmt: skip
+        "Accuracy had no text been drawn more often.",
+        "Accuracy against draws",
+    )
     if test.confidence < 1:
-        report.figure(figures.draws_histogram(scores.draws_M, test.num_draws),
-                      f"Evaluations per class until the prediction was certain at {test.confidence}.",
-                      "Draws per text")  # fmt: skip
+        report.figure(
+            figures.draws_histogram(scores.draws_M, test.num_draws),
+            f"Evaluations per class until the prediction was certain at {test.confidence}.",
+            "Draws per text",
+        )
     rate, found = result.at_mask_rates()
-    report.figure(figures.accuracy_against_mask_rate(rate, [a.value for a in found], [a.se for a in found]),
-                  "Predictions from a single draw.", "Accuracy against mask rate")  # fmt: skip
+    report.figure(
+        figures.accuracy_against_mask_rate(rate, [a.value for a in found], [a.se for a in found]),
+        "Predictions from a single draw.",
+        "Accuracy against mask rate",
+    )
 
 
 def _title(result: ClassificationResult, example: ExplainedText) -> str:
@@ -183,8 +203,10 @@ def classification_lines(result: ClassificationResult, samples: Sequence[Sequenc
     for method in sorted(result.methods, key=lambda method: method.measures.accuracy.value):
         m = method.measures
         cost = f", {method.evaluations:.1f} network evaluations a text" if method.evaluations else ""
-        lines.append(f"  {method.name:>34}: {100 * m.accuracy.value:5.1f} % ± {100 * m.accuracy.se:.1f}, "
-                     f"log loss {m.log_loss.value:.3f}, ECE {m.ece:.3f}{cost}")  # fmt: skip
+        lines.append(
+            f"  {method.name:>34}: {100 * m.accuracy.value:5.1f} % ± {100 * m.accuracy.se:.1f}, "
+            f"log loss {m.log_loss.value:.3f}, ECE {m.ece:.3f}{cost}"
+        )
     for name, texts in zip(data.label_names, samples, strict=True):
         lines += [f"\n{name}, out of masks: {text.text}" for text in texts]
     return "\n".join(lines)

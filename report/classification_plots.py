@@ -122,8 +122,16 @@ def calibration(confidence_K: ArrayLike, right_K: ArrayLike, count_K: ArrayLike,
     style_axes(top, "", "share correct (%)")
     style_axes(bottom, "confidence of the answer (%)", "texts")
     top.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
-    write(top, 0.08, 0.125, "perfectly calibrated", MUTED, rotation=45, rotation_mode="anchor",
-          transform_rotates_text=True)  # fmt: skip
+    write(
+        top,
+        0.08,
+        0.125,
+        "perfectly calibrated",
+        MUTED,
+        rotation=45,
+        rotation_mode="anchor",
+        transform_rotates_text=True,
+    )
     full = count > 0
     (x, y, n), dropped = finite(confidence[full], right[full], count[full])
     if n.size:
@@ -233,8 +241,17 @@ def accuracy_against_draws(
     for x, y, text, colour in notes:
         # Curves rise, so there is room above a mark, and to its left unless it is among the cheapest.
         left = axes.transAxes.inverted().transform(axes.transData.transform((x, y)))[0] > 1 / 3
-        axes.annotate(text, (x, y), (0, 9), textcoords="offset points", ha="right" if left else "left", va="bottom",
-                      color=colour, fontsize=TEXT, parse_math=False)  # fmt: skip
+        axes.annotate(
+            text,
+            (x, y),
+            (0, 9),
+            textcoords="offset points",
+            ha="right" if left else "left",
+            va="bottom",
+            color=colour,
+            fontsize=TEXT,
+            parse_math=False,
+        )
     note_dropped(axes, dropped)
     return figure
 

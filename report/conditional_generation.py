@@ -148,9 +148,14 @@ def _agreement_lines(results: Mapping[str, object], found: Mapping[str, Agreemen
             line.append(f"token F1 {of['token_f1']}, BLEU {of['bleu']:.4f}")
         if name in found:
             one = found[name]
-            line.append(f"cosine {one.cosine}, " + ", ".join(
-                f"retrieval@{k} {100 * hit.value:.1f} % [{100 * hit.low:.1f}, {100 * hit.high:.1f}] (chance "
-                f"{100 * hit.chance:.3g})" for k, hit in one.retrieval.items()))  # fmt: skip
+            line.append(
+                f"cosine {one.cosine}, "
+                + ", ".join(
+                    f"retrieval@{k} {100 * hit.value:.1f} % [{100 * hit.low:.1f}, {100 * hit.high:.1f}] (chance "
+                    f"{100 * hit.chance:.3g})"
+                    for k, hit in one.retrieval.items()
+                )
+            )
             if one.attributes:
                 line.append(f"attributes {one.attributes}")
         if len(line) > 1:
@@ -182,9 +187,11 @@ def _edit_lines(found: EditResult) -> str:
     lines = [f"judged by {found.classifier.name}: {100 * found.before.value:.1f} % of the wanted class before"]
     for name in VARIANTS:
         one, path = found.edited[name], found.paths[name]
-        lines.append(f"{name:>9}: control {100 * one.control.value:.1f} % [{100 * one.control.low:.1f}, "
-                     f"{100 * one.control.high:.1f}], tokens changed {one.changed}, edit distance {one.distance}, "
-                     f"toward {one.toward}, SSS {path.sss}, MTS {path.mts}")  # fmt: skip
+        lines.append(
+            f"{name:>9}: control {100 * one.control.value:.1f} % [{100 * one.control.low:.1f}, "
+            f"{100 * one.control.high:.1f}], tokens changed {one.changed}, edit distance {one.distance}, "
+            f"toward {one.toward}, SSS {path.sss}, MTS {path.mts}"
+        )
     return "\n".join(lines)
 
 

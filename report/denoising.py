@@ -68,8 +68,9 @@ class Sample:
             times = [time for old in past for time in (old.written, old.erased)]
             times.append(self.reveal_step[place] if 0 <= place < len(self.tokens) else -1)
             if not (times[0] >= 1 and all(a <= b for a, b in pairwise(times))):
-                raise ValueError(f"the past of place {place} is not in order: steps {times}, of {len(self.tokens)} "
-                                 "tokens")  # fmt: skip
+                raise ValueError(
+                    f"the past of place {place} is not in order: steps {times}, of {len(self.tokens)} tokens"
+                )
 
     @property
     def text(self) -> str:

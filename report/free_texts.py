@@ -28,8 +28,10 @@ def free_texts_lines(found: FreeTexts, texts: Sequence[str], how: str) -> str:
     lines = comparison_lines(found.comparison)
     lines += f"\ndrawn by {how}, {found.evaluations:.1f} network evaluations per sample"
     if "possible" in found.results:
-        lines += (f"\n{found.results['possible']:.1%} are possible texts, of these {found.results['of_the_class']:.1%} "
-                  "of the class")  # fmt: skip
+        lines += (
+            f"\n{found.results['possible']:.1%} are possible texts, of these {found.results['of_the_class']:.1%} "
+            "of the class"
+        )
     return "\n\n".join([*texts, lines])
 
 
@@ -41,9 +43,12 @@ def comparison_section(report: Report, comparison: Comparison, more: Sequence[Me
     report.section("What was measured", text)
     report.metrics([*_metrics(comparison.samples), *more])
     if comparison.real:
-        report.table(["", "samples", f"real ({comparison.reference.split})"], _rows(comparison),
-                     f"The samples and as many real texts under the same measures; errors of real texts are over "
-                     f"{comparison.units}.")  # fmt: skip
+        report.table(
+            ["", "samples", f"real ({comparison.reference.split})"],
+            _rows(comparison),
+            f"The samples and as many real texts under the same measures; errors of real texts are over "
+            f"{comparison.units}.",
+        )
     if comparison.protocol:
         report.code("\n".join(f"{k}: {v}" for k, v in comparison.protocol.items()), "scorer")
 

@@ -58,9 +58,14 @@ def write_gif(path: Path, sample: Sample, num_frames: int = 60) -> None:
     each = max(40, min(250, round(1000 * _SECONDS / len(frames))))
     data = io.BytesIO()
     frames[0].save(
-        data, "GIF", save_all=True, append_images=frames[1:], loop=0, disposal=1,
+        data,
+        "GIF",
+        save_all=True,
+        append_images=frames[1:],
+        loop=0,
+        disposal=1,
         duration=[each] * (len(frames) - 1) + [round(1000 * _HOLD)],
-    )  # fmt: skip
+    )
     write_atomically(path, data.getvalue())
 
 

@@ -152,8 +152,9 @@ def sample_of(
     past = {} if history is None else history.past(tokenizer)
     before = [PastToken(new, visit.token, visit.written, visit.erased, visit.confidence)
               for new, i in enumerate(kept) if text.steps[i] for visit in past.get(text.places[i], [])]  # fmt: skip
-    return Sample(strings, [text.steps[i] for i in kept], text.num_steps, title,
-                  [text.confidence[i] for i in kept], before, facts)  # fmt: skip
+    return Sample(
+        strings, [text.steps[i] for i in kept], text.num_steps, title, [text.confidence[i] for i in kept], before, facts
+    )
 
 
 def samples_of(

@@ -29,8 +29,11 @@ def likelihood_figure(report: Report, measured: Likelihood, alt: str, more: str 
     if measured.unigram:
         rows.insert(0, ("unigram", measured.unigram.value, measured.unigram.se))
     truth = measured.truth.value if measured.truth else None
-    report.figure(plots.likelihood_against_truth(rows, truth),
-                  f"Nats per token with 95% intervals over {measured.scores.units.name}{more}", alt)  # fmt: skip
+    report.figure(
+        plots.likelihood_against_truth(rows, truth),
+        f"Nats per token with 95% intervals over {measured.scores.units.name}{more}",
+        alt,
+    )
 
 
 def mask_rate_figure(report: Report, measured: Likelihood, caption: str) -> None:
@@ -52,8 +55,15 @@ def likelihood_metrics(measured: Likelihood) -> list[Metric]:
         Metric("perplexity", perplexity.value, perplexity.se),
     ]
     if not measured.scores.exact:
-        rows.append(Metric("Monte Carlo error", measured.scores.monte_carlo_se, None, "nats/token", "of the NLL, from "
-                           "the draws alone"))  # fmt: skip
+        rows.append(
+            Metric(
+                "Monte Carlo error",
+                measured.scores.monte_carlo_se,
+                None,
+                "nats/token",
+                "of the NLL, from the draws alone",
+            )
+        )
     if measured.unigram:
         rows.append(Metric("unigram model", measured.unigram.value, measured.unigram.se, "nats/token"))
     if measured.truth and measured.gap:
@@ -75,12 +85,16 @@ def truth_line(measured: Likelihood) -> list[str]:
 def likelihood_lines(measured: Likelihood, title: str, gain: LatentGain | None) -> str:
     """Return the lines for a terminal. title: the data and their split."""
     scores = measured.scores
-    about = (f"{title}: {len(scores.tokens_M)} texts, {int(scores.tokens_M.sum())} tokens, {scores.label}, "
-             f"{scores.evaluations_M.mean():.1f} network evaluations a text")  # fmt: skip
+    about = (
+        f"{title}: {len(scores.tokens_M)} texts, {int(scores.tokens_M.sum())} tokens, {scores.label}, "
+        f"{scores.evaluations_M.mean():.1f} network evaluations a text"
+    )
     noise = "" if scores.exact else f", Monte Carlo error {scores.monte_carlo_se:.2g} nats/token"
     bits = measured.model.scaled(1 / np.log(2))
-    numbers = (f"NLL {measured.model} nats/token | {bits} bits/token | perplexity {measured.model.exp()} (errors over "
-               f"{scores.units})")  # fmt: skip
+    numbers = (
+        f"NLL {measured.model} nats/token | {bits} bits/token | perplexity {measured.model.exp()} (errors over "
+        f"{scores.units})"
+    )
     return "\n".join([about + noise, numbers, *truth_line(measured), *([gain_line(gain)] if gain else [])])
 
 
@@ -90,14 +104,20 @@ def gain_section(report: Report, gain: LatentGain, facts: Mapping[str, object]) 
     rows = [("their own", gain.true), ("those of other texts", gain.shuffled), ("none", gain.none)]
     cells = [(name, Metric("", found.value, found.se)) for name, found in rows]
     report.table(["latents", "nats/token"], cells, ", ".join(f"{key}: {value}" for key, value in facts.items()))
-    report.metrics([Metric("latent gain", gain.gain.value, gain.gain.se, "nats/token", "others' minus their own"),
-                    Metric("over none", gain.over_none.value, gain.over_none.se, "nats/token")])  # fmt: skip
+    report.metrics(
+        [
+            Metric("latent gain", gain.gain.value, gain.gain.se, "nats/token", "others' minus their own"),
+            Metric("over none", gain.over_none.value, gain.over_none.se, "nats/token"),
+        ]
+    )
 
 
 def gain_line(gain: LatentGain) -> str:
     """Return the latent gain as a line for a terminal."""
-    return (f"latents: their own {gain.true}, others' {gain.shuffled}, none {gain.none} nats/token | "
-            f"latent gain {gain.gain}, over none {gain.over_none} (paired)")  # fmt: skip
+    return (
+        f"latents: their own {gain.true}, others' {gain.shuffled}, none {gain.none} nats/token | "
+        f"latent gain {gain.gain}, over none {gain.over_none} (paired)"
+    )
 
 
 def untrained_marginal(objective: object) -> str:
@@ -105,8 +125,10 @@ def untrained_marginal(objective: object) -> str:
     if not isinstance(objective, JointDiffusion) or {"text", "joint"} & set(objective.shares):
         return ""
     modes = objective.shares
-    return (f"The modes of this training ({', '.join(modes)}) never drop a text's latent, so the network did not "
-            "learn the likelihood of texts alone.")  # fmt: skip
+    return (
+        f"The modes of this training ({', '.join(modes)}) never drop a text's latent, so the network did not "
+        "learn the likelihood of texts alone."
+    )
 
 
 _PREAMBLE = {

@@ -148,8 +148,15 @@ def _over_time(
         if steps.size:
             nats = running_mean(nats, max(1, steps.size // 25)) if smooth else nats
             marker = None if smooth and steps.size > 1 else "o"
-            axes.plot(steps, nats, color=BLUE, alpha=0.3 + 0.7 * (rank + 1) / len(series), linewidth=1.4, marker=marker,
-                      markersize=None if smooth else 3.5)  # fmt: skip
+            axes.plot(
+                steps,
+                nats,
+                color=BLUE,
+                alpha=0.3 + 0.7 * (rank + 1) / len(series),
+                linewidth=1.4,
+                marker=marker,
+                markersize=None if smooth else 3.5,
+            )
             labels.append((float(nats[-1]), label, BLUE))
     _step_axis(axes, 6)
     axes.margins(x=0.03, y=0.07)

@@ -17,9 +17,13 @@ from palimpsest.report.report import Report
 
 
 def sampled_report(
-    found: SamplingResult, data: TextData, samples: Sequence[Sample], how: str, command: str,
+    found: SamplingResult,
+    data: TextData,
+    samples: Sequence[Sample],
+    how: str,
+    command: str,
     facts: Mapping[str, object],
-) -> Report:  # fmt: skip
+) -> Report:
     """Return the report of `found`. samples: the texts to show. how: the sampler, in a line."""
     if isinstance(found, Completions):
         about = f"{len(found.completed)} prompts of {data.name}, {found.split} split"

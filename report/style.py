@@ -140,9 +140,14 @@ def dot_rows(
         colour = BLUE if highlight is None or name == highlight else MUTED
         if np.isfinite(value):
             axes.errorbar(
-                value * scale, y, xerr=half_width(se) * scale,
-                fmt="o", color=colour, markersize=5.5, elinewidth=1.6,
-            )  # fmt: skip
+                value * scale,
+                y,
+                xerr=half_width(se) * scale,
+                fmt="o",
+                color=colour,
+                markersize=5.5,
+                elinewidth=1.6,
+            )
         written = format_measurement(value * scale, None if se is None else se * scale)
         write(axes, 1.02, y, written, transform=axes.get_yaxis_transform(), va="center")
     axes.set_yticks(range(len(rows)), [name for name, _, _ in rows], parse_math=False)
@@ -165,9 +170,15 @@ def by_mask_rate(rate: ArrayLike, value: ArrayLike, se: ArrayLike | None, ylabel
     order = np.argsort(rate, kind="stable")
     bars = Z95 * np.nan_to_num(errors[order], nan=0.0, posinf=0.0)
     axes.errorbar(
-        rate[order], value[order], bars if se is not None else None,
-        color=BLUE, linewidth=1.3, marker="o", markersize=4, elinewidth=1.1,
-    )  # fmt: skip
+        rate[order],
+        value[order],
+        bars if se is not None else None,
+        color=BLUE,
+        linewidth=1.3,
+        marker="o",
+        markersize=4,
+        elinewidth=1.1,
+    )
     axes.set_xlim(-0.02, 1.02)
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     note_dropped(axes, dropped)

@@ -28,8 +28,10 @@ def training_report(report: Report, folder: Path, measured: Likelihood, samples:
 
 def training_lines(measured: Likelihood) -> str:
     """Return the lines for a terminal."""
-    numbers = (f"validation NLL {measured.model} nats/token, perplexity {measured.model.exp()}, unigram "
-               f"{measured.unigram} (errors over {measured.scores.units})")  # fmt: skip
+    numbers = (
+        f"validation NLL {measured.model} nats/token, perplexity {measured.model.exp()}, unigram "
+        f"{measured.unigram} (errors over {measured.scores.units})"
+    )
     return "\n".join([numbers, *truth_line(measured)])
 
 

@@ -44,9 +44,10 @@ def parser() -> argparse.ArgumentParser:
     prompt.add_argument("--template", help="a text with gaps: [MASK] for one token, {{5}} for five")
     tokens = out.add_argument_group("choice of tokens")
     tokens.add_argument(
-        "--sampling", choices=SAMPLING,
+        "--sampling",
+        choices=SAMPLING,
         help="law: the model's distribution of a token (the default); --order chooses the positions",
-    )  # fmt: skip
+    )
     tokens.add_argument("--top-k", type=int, help="of --sampling topk (50)")
     tokens.add_argument("--top-p", type=float, help="of --sampling nucleus (0.9)")
     tokens.add_argument("--temperature", type=float)

@@ -96,12 +96,18 @@ def _shown(known: dict, folder: Path, name: str, now: float, silent: float) -> R
     mfu, skipped = metrics.get("train/mfu"), metrics.get("train/skipped_steps")
     gib = [value for key, value in metrics.items() if key == "memory/peak_gib" and value is not None]
     return Row(
-        name, state, f"{step:,}/{last:,}", _left(known, now) if state in RUNNING else "", _number(loss),
-        sparkline([value for _, value in known["curve"]]), _number(validation.get("val/nll")),
+        name,
+        state,
+        f"{step:,}/{last:,}",
+        _left(known, now) if state in RUNNING else "",
+        _number(loss),
+        sparkline([value for _, value in known["curve"]]),
+        _number(validation.get("val/nll")),
         "" if speed is None else f"{speed:,.0f} tok/s" + ("" if mfu is None else f", MFU {mfu:.0%}"),
-        "".join(f"{value:.1f} GiB" for value in gib), _checkpoint(folder, known, now),
+        "".join(f"{value:.1f} GiB" for value in gib),
+        _checkpoint(folder, known, now),
         "; ".join(filter(None, [note, f"{skipped:,.0f} updates left out" if skipped else ""])),
-    )  # fmt: skip
+    )
 
 
 def _state(known: dict, now: float, silent: float) -> tuple[str, str]:
@@ -224,8 +230,12 @@ def table(shown: Sequence[Row], title: str, width: int) -> object:
             kept.pop(name, None)
     out = Table(title=title, title_justify="left", title_style="dim", box=None, pad_edge=False, header_style="dim")
     for name in kept:
-        out.add_column(name, justify="right" if name in ("step", "left", "loss", "speed", "memory") else "left",
-                       no_wrap=name not in ("name", "note"), overflow="fold")  # fmt: skip
+        out.add_column(
+            name,
+            justify="right" if name in ("step", "left", "loss", "speed", "memory") else "left",
+            no_wrap=name not in ("name", "note"),
+            overflow="fold",
+        )
     for one in shown:
         style = COLOURS.get(one.state, "")
         out.add_row(*(Text(getattr(one, name), style if name in ("state", "note") else "") for name in kept))
@@ -265,8 +275,9 @@ def watch(folder: Path, silent: float, interval: float | None, plain: bool) -> N
     from rich.live import Live
 
     console = Console()
-    with Live(table(rows(folder, silent), str(folder), console.width), console=console, screen=True,
-              auto_refresh=False) as live:  # fmt: skip
+    with Live(
+        table(rows(folder, silent), str(folder), console.width), console=console, screen=True, auto_refresh=False
+    ) as live:
         while True:
             time.sleep(interval)
             title = f"{folder}   {time.strftime('%H:%M:%S')}"

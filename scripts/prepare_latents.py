@@ -64,12 +64,16 @@ def preparation(typed: argparse.Namespace, data: TextData, parent: int | None = 
     if isinstance(latents.encoder, Shards):
         raise ValueError("--encoder=file: those latents exist already; give lsa, hf, self or synthetic")
     if data.wrap:
-        raise ValueError("data.wrap=true joins texts and cuts them anywhere, so a row is not one text; set "
-                         "data.wrap=false, with data.long_texts=windows for long texts")  # fmt: skip
+        raise ValueError(
+            "data.wrap=true joins texts and cuts them anywhere, so a row is not one text; set "
+            "data.wrap=false, with data.long_texts=windows for long texts"
+        )
     if latents.encoder.dim is not None:
         dim = latents.encoder.dim
-        raise ValueError(f"latents.dim={dim}: the folder keeps all dimensions of the encoder; set latents.dim=null "
-                         f"here, and latents=file latents.dim={dim} in training")  # fmt: skip
+        raise ValueError(
+            f"latents.dim={dim}: the folder keeps all dimensions of the encoder; set latents.dim=null "
+            f"here, and latents=file latents.dim={dim} in training"
+        )
     unknown = [split for split in typed.splits or () if split not in data.splits]
     if unknown:
         raise ValueError(f"--splits: there is no {', '.join(unknown)}; there are {', '.join(data.splits)}")
@@ -119,8 +123,10 @@ def _write_in_processes(typed: argparse.Namespace, overrides: list[str]) -> None
             process.terminate()
         process.join()
     if failed:
-        raise ValueError(f"a process has ended with status {failed[0]} (the reason is above, unless it was killed); "
-                         "the same command resumes")  # fmt: skip
+        raise ValueError(
+            f"a process has ended with status {failed[0]} (the reason is above, unless it was killed); "
+            "the same command resumes"
+        )
 
 
 def _write_share(typed: argparse.Namespace, overrides: list[str], number: int, parent: int) -> None:
@@ -176,8 +182,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, help="folder to write or resume")
     parser.add_argument("--data", help="the same as data=")
     parser.add_argument("--encoder", help="lsa | hf | self | synthetic: the same as latents=")
-    parser.add_argument("--splits", type=lambda names: names.split(","), metavar="A,B",
-                        help="default: those of train, validation, test that exist")  # fmt: skip
+    parser.add_argument(
+        "--splits",
+        type=lambda names: names.split(","),
+        metavar="A,B",
+        help="default: those of train, validation, test that exist",
+    )
     parser.add_argument(
         "--shard-size", type=int, default=10_000, help="texts per shard; a kill loses at most one shard"
     )

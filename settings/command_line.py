@@ -415,12 +415,16 @@ def explain(error: BaseException, words: Sequence[str] | None = None) -> str:
         if unknown and "not in struct" in str(chain):
             typed = sys.argv[1:] if words is None else words
             keys = (key_of(word) for word in typed)  # of which Hydra says the beginning only
-            return _unknown_key(next((key for key in keys if key.startswith(f"{unknown.rstrip('.')}.")), unknown),
-                                compose_config(_choices_typed(typed)))  # fmt: skip
+            return _unknown_key(
+                next((key for key in keys if key.startswith(f"{unknown.rstrip('.')}.")), unknown),
+                compose_config(_choices_typed(typed)),
+            )
         if isinstance(chain, OverrideParseException):
             key, _, value = chain.override.partition("=")
-            return (f"{chain.override} cannot be read ({str(chain).splitlines()[0]}); if {value} is a text, put it in "
-                    f"two pairs of quotes: {key}='\"{value}\"'")  # fmt: skip
+            return (
+                f"{chain.override} cannot be read ({str(chain).splitlines()[0]}); if {value} is a text, put it in "
+                f"two pairs of quotes: {key}='\"{value}\"'"
+            )
         chain = chain.__cause__
     return str(error)
 

@@ -90,9 +90,15 @@ def sample_eval(
 
 
 def _request(
-    experiment: Experiment, data: TextData, directed: ConditionalSettings, class_id: int | None, split: str | None,
-    number: int | None, samples_per_prompt: int, load_scorer: Callable[[], CausalScorer] | None,
-) -> CompletionRequest | FreeTextRequest | ConditionalRequest:  # fmt: skip
+    experiment: Experiment,
+    data: TextData,
+    directed: ConditionalSettings,
+    class_id: int | None,
+    split: str | None,
+    number: int | None,
+    samples_per_prompt: int,
+    load_scorer: Callable[[], CausalScorer] | None,
+) -> CompletionRequest | FreeTextRequest | ConditionalRequest:
     """Return the request for `number` texts; called with a context it samples them.
 
     Settings are checked here, before sampling, which may take hours.

@@ -39,9 +39,11 @@ def modules() -> dict[str, ast.Module]:
         capture_output=True,
         text=True,
     )
-    names = listed.stdout.split() if listed.returncode == 0 else [
-        str(path.relative_to(ROOT)) for path in ROOT.rglob("*.py") if ".venv" not in path.parts
-    ]  # fmt: skip
+    names = (
+        listed.stdout.split()
+        if listed.returncode == 0
+        else [str(path.relative_to(ROOT)) for path in ROOT.rglob("*.py") if ".venv" not in path.parts]
+    )
     kept = [name for name in names if Path(name).parts[0] not in ("tests", "benchmarks") and (ROOT / name).exists()]
     return {name: ast.parse((ROOT / name).read_text(encoding="utf-8")) for name in kept}
 
@@ -125,8 +127,13 @@ def test_nobody_compares_the_names_of_targets():
     for name, tree in modules().items():
         for node in ast.walk(tree):
             sides = [node.left, *node.comparators] if isinstance(node, ast.Compare) else []
-            methods = [node.func.value] if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and (
-                node.func.attr in ("startswith", "endswith")) else []  # fmt: skip
+            methods = (
+                [node.func.value]
+                if isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Attribute)
+                and (node.func.attr in ("startswith", "endswith"))
+                else []
+            )
             for side in (*sides, *methods):
                 compared = isinstance(side, ast.Attribute) and side.attr == "_target_"
                 assert not compared, f"{name}:{node.lineno}: {ast.unparse(node)}"

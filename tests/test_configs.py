@@ -118,8 +118,9 @@ def test_algo_is_another_spelling_of_parameterization_and_backbone():
         == "palimpsest.models.hf_causal.hf_causal"
     )
     assert translate(["parameterization=subs", "algo=mdlm", "backbone=dit", "algo.backbone=dit"]) == [
-        "parameterization=subs", "backbone=dit",
-    ]  # fmt: skip
+        "parameterization=subs",
+        "backbone=dit",
+    ]
     assert compose_config(["algo=mdlm", "parameterization=subs", "algo=mdlm"]).T == 0
 
 

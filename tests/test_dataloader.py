@@ -202,10 +202,20 @@ def fit(tmp_path, module, ckpt_path=None, max_steps=10, **kwargs):
     model = Recorder()
     callbacks = [ModelCheckpoint(tmp_path / "ckpt", every_n_train_steps=3, save_top_k=-1, filename="{step}")]
     trainer = Trainer(
-        max_steps=max_steps, accelerator="cpu", devices=1, accumulate_grad_batches=2, callbacks=callbacks,
-        logger=False, enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
-        val_check_interval=8, check_val_every_n_epoch=None, num_sanity_val_steps=0, **kwargs,
-    )  # fmt: skip
+        max_steps=max_steps,
+        accelerator="cpu",
+        devices=1,
+        accumulate_grad_batches=2,
+        callbacks=callbacks,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        val_check_interval=8,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        **kwargs,
+    )
     trainer.fit(model, module, ckpt_path=ckpt_path, weights_only=ckpt_path is not None or None)
     return model, trainer
 

@@ -565,12 +565,34 @@ def test_a_line_that_no_memory_holds_is_refused(tmp_path, monkeypatch):
 # -------------------------------------------------------------------------------- what is read is what was written
 
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**40), 2**40) | st.floats(allow_nan=False) | st.text(max_size=5)
-    | st.binary(max_size=5) | st.complex_numbers(allow_nan=False, max_magnitude=9)
-    | st.sampled_from([torch.float16, torch.Size([2, 3]), torch.device("cpu"), slice(1, 2), {1, "a"},
-                       bytearray(b"x\xff"), frozenset([("a", "b")]), OrderedDict(a=1), Counter("aab"), int]),
-    lambda inner: st.lists(inner, max_size=3) | st.tuples(inner, inner)
-    | st.dictionaries(st.text(max_size=3) | st.integers(0, 9), inner, max_size=3), max_leaves=8)  # fmt: skip
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**40), 2**40)
+    | st.floats(allow_nan=False)
+    | st.text(max_size=5)
+    | st.binary(max_size=5)
+    | st.complex_numbers(allow_nan=False, max_magnitude=9)
+    | st.sampled_from(
+        [
+            torch.float16,
+            torch.Size([2, 3]),
+            torch.device("cpu"),
+            slice(1, 2),
+            {1, "a"},
+            bytearray(b"x\xff"),
+            frozenset([("a", "b")]),
+            OrderedDict(a=1),
+            Counter("aab"),
+            int,
+        ]
+    ),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.tuples(inner, inner)
+        | st.dictionaries(st.text(max_size=3) | st.integers(0, 9), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
 
 
 @settings(max_examples=25, deadline=None)

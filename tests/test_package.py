@@ -119,8 +119,11 @@ def test_the_packages_of_the_wheel_are_the_rooms():
     files = subprocess.run(
         ["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.split()
-    rooms = {".".join(["palimpsest", *Path(name).parent.parts]) for name in files
-             if Path(name).parts[0] not in ("tests", "benchmarks")}  # fmt: skip
+    rooms = {
+        ".".join(["palimpsest", *Path(name).parent.parts])
+        for name in files
+        if Path(name).parts[0] not in ("tests", "benchmarks")
+    }
     assert set(listed) == rooms | {"palimpsest.configs"}
 
 

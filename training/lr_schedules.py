@@ -82,9 +82,15 @@ def wsd(
         )
     return LambdaLR(
         optimizer,
-        partial(_wsd, warmup=num_warmup_steps, begin=num_training_steps - decay_steps, end=num_training_steps,
-                decay=decay, floor=min_ratio),
-    )  # fmt: skip
+        partial(
+            _wsd,
+            warmup=num_warmup_steps,
+            begin=num_training_steps - decay_steps,
+            end=num_training_steps,
+            decay=decay,
+            floor=min_ratio,
+        ),
+    )
 
 
 def restarts(

@@ -11,8 +11,9 @@ from palimpsest.common.values import IF_SET, AtLeastOne, BatchRamp, Size
 from palimpsest.data.stream import batch_arithmetic
 from palimpsest.training.processes import local_device, processes_per_node
 
-Precision = Literal["32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true", "32", "16", "64", "bf16",
-                    16, 32, 64]  # fmt: skip
+Precision = Literal[
+    "32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true", "32", "16", "64", "bf16", 16, 32, 64
+]
 
 
 @dataclass(frozen=True)

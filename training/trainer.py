@@ -113,11 +113,21 @@ def build_trainer(run: Run, settings: Mapping[str, object]) -> lightning.Trainer
     loggers = [tolerate_full_disk(logger) for logger in run.loggers]
     try:
         trainer = lightning.Trainer(
-            **settings, devices=machine.devices, accumulate_grad_batches=machine.accumulate, strategy=strategy,
-            callbacks=[TextProgressBar(run.title, metrics), *callbacks], logger=loggers or False,
-            precision=machine.precision, plugins=[storage], use_distributed_sampler=False, check_val_every_n_epoch=None,
-            max_epochs=-1, enable_model_summary=False, enable_checkpointing=run.fitting, inference_mode=True,
-        )  # fmt: skip
+            **settings,
+            devices=machine.devices,
+            accumulate_grad_batches=machine.accumulate,
+            strategy=strategy,
+            callbacks=[TextProgressBar(run.title, metrics), *callbacks],
+            logger=loggers or False,
+            precision=machine.precision,
+            plugins=[storage],
+            use_distributed_sampler=False,
+            check_val_every_n_epoch=None,
+            max_epochs=-1,
+            enable_model_summary=False,
+            enable_checkpointing=run.fitting,
+            inference_mode=True,
+        )
     except (MisconfigurationException, TypeError) as error:
         typed = " ".join(f"trainer.{key}={value}" for key, value in settings.items())
         raise ValueError(f"lightning.Trainer refuses {typed}: {error}; change what it names") from error

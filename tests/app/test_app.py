@@ -42,8 +42,14 @@ def trained(tmp_path_factory) -> Path:
     """The folder of a run with the models of two classes."""
     folder = tmp_path_factory.mktemp("app")
     for label in (0, 1):
-        run(*TINY, f"data.label={label}", f"data.cache_dir={folder / 'cache'}", "sampling.num_sample_log=0", "~logger",
-            f"checkpointing.save_dir={folder / 'run'}")  # fmt: skip
+        run(
+            *TINY,
+            f"data.label={label}",
+            f"data.cache_dir={folder / 'cache'}",
+            "sampling.num_sample_log=0",
+            "~logger",
+            f"checkpointing.save_dir={folder / 'run'}",
+        )
     return folder / "run"
 
 

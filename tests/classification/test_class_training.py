@@ -413,8 +413,11 @@ def test_a_training_with_other_settings_is_refused_with_what_differs(monkeypatch
         fit(experiment(*other))
     said = str(caught.value)
     lines = [line.strip() for line in said.splitlines()[1:-1]]
-    assert lines == ["backbone.dropout: there 0.0, here 0.3", "model.dropout: there 0.0, here 0.3",
-                     "optim.lr: there 0.004, here 0.5"]  # fmt: skip
+    assert lines == [
+        "backbone.dropout: there 0.0, here 0.3",
+        "model.dropout: there 0.0, here 0.3",
+        "optim.lr: there 0.004, here 0.5",
+    ]
     assert "checkpointing.save_dir" in said.splitlines()[-1]
     with pytest.raises(ValueError, match="tokenizer: there .*, here "):
         fit(experiment("data.label=0", "data.tokenizer_name_or_path=byte", "model.length=512"))

@@ -135,8 +135,19 @@ def test_a_conditional_network_serves_all_classes():
 def fake_scores() -> ClassScores:
     nats = np.array([[[1.0, 3.0], [4.0, 4.0]], [[5.0, np.nan], [2.0, np.nan]]])
     rate = np.where(np.isnan(nats[:, 0]), np.nan, [0.25, 0.75])
-    return ClassScores(np.array([7, 9]), np.array([0, 0]), nats, rate, 1, np.array([4, 4]), np.array([4, 2]), 1.0,
-                       "NELBO", "a test", False)  # fmt: skip
+    return ClassScores(
+        np.array([7, 9]),
+        np.array([0, 0]),
+        nats,
+        rate,
+        1,
+        np.array([4, 4]),
+        np.array([4, 2]),
+        1.0,
+        "NELBO",
+        "a test",
+        False,
+    )
 
 
 def test_predictions_come_back_for_the_same_texts_only(tmp_path):

@@ -78,8 +78,9 @@ def test_planned_problems_have_three_parts():
 
     rows = Planned(Problems()).load("train")
     assert [parts_of(*row) for row in zip(rows["text"], rows["ends"], strict=True)] == [
-        planned("Why?", SOLUTION), planned("How?", "#### 1"),
-    ]  # fmt: skip
+        planned("Why?", SOLUTION),
+        planned("How?", "#### 1"),
+    ]
 
 
 def test_plans_that_were_written_are_compared_checked_and_followed():
@@ -96,8 +97,9 @@ def test_plans_that_were_written_are_compared_checked_and_followed():
     assert silent.answer is None and set(silent.findings.values()) == {False} and len(silent.findings) == 3
     reference = "".join(planned("Why?", SOLUTION, "operators")[1:])
     assert check_planned_answer(reference, reference, "operators").findings == {
-        "plan as the reference's": True, "plan carried out": True,
-    }  # fmt: skip
+        "plan as the reference's": True,
+        "plan carried out": True,
+    }
     reference = "".join(planned("Why?", "So it is.\n#### 1")[1:])
     assert check_planned_answer(reference, reference).findings == {
         "plan as the reference's": True,

@@ -159,8 +159,10 @@ def test_the_hub_is_asked_for_the_right_thing(name, monkeypatch):
     for split, expression in asked.splits.items():
         texts = source.load(split)["text"][:]
         assert calls.pop() == (asked.repository, expression)
-        numbers = sliced(datasets.Dataset.from_dict({"i": list(range(40))}),
-                         expression.replace("30000", "10").replace("100000", "10"))["i"]  # fmt: skip
+        numbers = sliced(
+            datasets.Dataset.from_dict({"i": list(range(40))}),
+            expression.replace("30000", "10").replace("100000", "10"),
+        )["i"]
         assert sorted(texts) == sorted(asked.cooked.format(i) for i in numbers)
         assert source.detokenizer_of(split) == asked.detokenizer
     with pytest.raises(ValueError, match="there is no split 'valid'; there are"):
@@ -371,8 +373,14 @@ def test_a_stream_of_the_hub_is_that_of_the_folder(name, tmp_path, monkeypatch):
     limits = {"global_batch_size": 4, "max_steps": 15 if name == "lm1b-streaming" else 20, "loading": Loading(0),
               "wrap": False, "long_texts": "truncate", "insert_train_special": False, "insert_train_eos": False,
               "tokenizer_name_or_path": "byte", "stream": Order(lanes=1)}  # fmt: skip
-    cut = [f"data.source.{key}.train='{value}'" for key, value in
-           (("hub_splits", "train[10:]"), ("files", "train*.*[10:]"))] if name == "lm1b-streaming" else []  # fmt: skip
+    cut = (
+        [
+            f"data.source.{key}.train='{value}'"
+            for key, value in (("hub_splits", "train[10:]"), ("files", "train*.*[10:]"))
+        ]
+        if name == "lm1b-streaming"
+        else []
+    )
     found = []
     for place in ("hub", "folder"):
         if place == "folder":

@@ -343,8 +343,9 @@ def test_texts_cut_into_tokens_are_joined(tmp_path):
 
 def with_classes(path, names, labels):
     features = {"label": {"names": names, "_type": "ClassLabel"}, "text": {"dtype": "string", "_type": "Value"}}
-    schema = pa.schema([("text", pa.string()), ("label", pa.int64())],
-                       {"huggingface": json.dumps({"info": {"features": features}})})  # fmt: skip
+    schema = pa.schema(
+        [("text", pa.string()), ("label", pa.int64())], {"huggingface": json.dumps({"info": {"features": features}})}
+    )
     pq.write_table(pa.table([[f"t{i}" for i in range(len(labels))], labels], schema), path)
 
 

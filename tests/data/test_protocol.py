@@ -59,8 +59,14 @@ def theirs(rows: list[str], tokenizer, num_proc: int) -> list[list[int]]:
 
 
 def source(**more) -> HubOrFolder:
-    return HubOrFolder("Salesforce/wikitext", "look_alike", {"train": "train.txt", "test": "test.txt"},
-                       {"train": "train", "test": "test"}, drop_blank=True, **more)  # fmt: skip
+    return HubOrFolder(
+        "Salesforce/wikitext",
+        "look_alike",
+        {"train": "train.txt", "test": "test.txt"},
+        {"train": "train", "test": "test"},
+        drop_blank=True,
+        **more,
+    )
 
 
 @pytest.fixture
@@ -74,8 +80,15 @@ def folder(tmp_path, monkeypatch):
 
 
 def rows_of(made_from, bert, folder, split="test", **more) -> list[list[int]]:
-    data = text_data(made_from, length=LENGTH, tokenizer_name_or_path=str(bert), wrap=more.pop("wrap", True),
-                    cache_dir=folder / "cache", protocol="reference", **more)  # fmt: skip
+    data = text_data(
+        made_from,
+        length=LENGTH,
+        tokenizer_name_or_path=str(bert),
+        wrap=more.pop("wrap", True),
+        cache_dir=folder / "cache",
+        protocol="reference",
+        **more,
+    )
     return [list(map(int, row)) for row in data.split(split)["input_ids"]]
 
 
@@ -102,8 +115,15 @@ def test_a_padded_text_that_is_cut_keeps_its_end_token(bert, folder):
 
 
 def test_padded_rows_are_scored_with_their_frame(bert, folder):
-    data = text_data(source(), length=LENGTH, tokenizer_name_or_path=str(bert), wrap=False, long_texts="truncate",
-                    cache_dir=folder / "cache", protocol="reference")  # fmt: skip
+    data = text_data(
+        source(),
+        length=LENGTH,
+        tokenizer_name_or_path=str(bert),
+        wrap=False,
+        long_texts="truncate",
+        cache_dir=folder / "cache",
+        protocol="reference",
+    )
     assert "given" not in next(iter(data.eval_dataloader("test")))
 
 

@@ -317,8 +317,18 @@ def test_held_out_texts_are_chosen_by_hash(tmp_path):
     assert sum(map(len, parts.values())) == 300 == len(set.union(*parts.values()))
     assert 30 < len(parts["validation"]) < 90 and 10 < len(parts["test"]) < 60
     assert source.stream("validation", 7)["text"][:] == source.stream("validation", 1000)["text"][:7]
-    module = text_data(source, streaming=True, tokenizer_name_or_path="byte", cache_dir=tmp_path, max_steps=1,
-                      length=64, wrap=False, long_texts="truncate", max_valid_texts=50, max_test_texts=9)  # fmt: skip
+    module = text_data(
+        source,
+        streaming=True,
+        tokenizer_name_or_path="byte",
+        cache_dir=tmp_path,
+        max_steps=1,
+        length=64,
+        wrap=False,
+        long_texts="truncate",
+        max_valid_texts=50,
+        max_test_texts=9,
+    )
     streamed = [text.removeprefix("[BOS]").removesuffix("[EOS]") for text in epochs_of(module, 1)[0]]
     assert Counter(streamed) == Counter({text: 2 for text in parts["train"]})
 
@@ -334,13 +344,24 @@ def test_labels_come_along_and_choose(tmp_path, monkeypatch):
     rows_of = [{"text": f"{i} {'ab'[i % 2]}", "label": i % 2} for i in range(60)]
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of))
-    source = HubOrFolder("nowhere/mine", "mine", {"train": "train.jsonl"}, {}, label_column="label",
-                         label_names=["a", "b"])  # fmt: skip
+    source = HubOrFolder(
+        "nowhere/mine", "mine", {"train": "train.jsonl"}, {}, label_column="label", label_names=["a", "b"]
+    )
 
     def batches(**settings):
-        module = text_data(source, streaming=True, tokenizer_name_or_path="byte", cache_dir=tmp_path, max_steps=10,
-                          length=24, long_texts="truncate", global_batch_size=6, loading=Loading(0),
-                          insert_train_special=False, **settings)  # fmt: skip
+        module = text_data(
+            source,
+            streaming=True,
+            tokenizer_name_or_path="byte",
+            cache_dir=tmp_path,
+            max_steps=10,
+            length=24,
+            long_texts="truncate",
+            global_batch_size=6,
+            loading=Loading(0),
+            insert_train_special=False,
+            **settings,
+        )
         return module, list(module.train_dataloader())
 
     module, every = batches(wrap=False)
@@ -366,14 +387,28 @@ def test_prompts_are_observed_also_after_a_resume(kind, tmp_path, monkeypatch):
     )
     source = UserFiles(str(path), prompt_column="ask", validation_path=str(path), test_path=str(path))
     if kind == "a named set":
-        source = HubOrFolder("nowhere/mine", "mine", {"train": "train.jsonl"}, {}, text_columns=["ask", "text"],
-                             parts=["{ask}\n", "{text}"])  # fmt: skip
+        source = HubOrFolder(
+            "nowhere/mine",
+            "mine",
+            {"train": "train.jsonl"},
+            {},
+            text_columns=["ask", "text"],
+            parts=["{ask}\n", "{text}"],
+        )
 
     def batches(step=0, num_workers=0, state=None, **settings):
         given = {"wrap": False, "fill": "eos", "segments": True, "long_texts": "drop", "length": 24}
-        module = text_data(source, streaming=True, tokenizer_name_or_path="byte", cache_dir=tmp_path, max_steps=STEPS,
-                          global_batch_size=G, stream=Order(lanes=4, shuffle_buffer=8), loading=Loading(num_workers),
-                          **(given | settings))  # fmt: skip
+        module = text_data(
+            source,
+            streaming=True,
+            tokenizer_name_or_path="byte",
+            cache_dir=tmp_path,
+            max_steps=STEPS,
+            global_batch_size=G,
+            stream=Order(lanes=4, shuffle_buffer=8),
+            loading=Loading(num_workers),
+            **(given | settings),
+        )
         module.trainer = SimpleNamespace(global_rank=0, world_size=1, max_steps=STEPS, global_step=step)
         module.load_state_dict(state or {})
         return module, list(module.train_dataloader())

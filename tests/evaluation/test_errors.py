@@ -49,8 +49,20 @@ def scores(nll_MK: np.ndarray, units: Units, tokens_M: np.ndarray | None = None,
     rows = len(nll_MK)
     tokens_M = np.full(rows, 10) if tokens_M is None else tokens_M
     known = {"cross_entropy_MP": np.zeros((rows, 0)), "num_masked_MP": np.zeros((rows, 0)), **more}
-    return Scores("NELBO", "", False, False, np.arange(rows), nll_MK, np.zeros(nll_MK.shape[1], dtype=int), tokens_M,
-                  tokens_M, np.full(rows, nll_MK.shape[1]), units=units, **known)  # fmt: skip
+    return Scores(
+        "NELBO",
+        "",
+        False,
+        False,
+        np.arange(rows),
+        nll_MK,
+        np.zeros(nll_MK.shape[1], dtype=int),
+        tokens_M,
+        tokens_M,
+        np.full(rows, nll_MK.shape[1]),
+        units=units,
+        **known,
+    )
 
 
 def test_rows_of_one_document_are_not_independent():
@@ -123,8 +135,13 @@ def test_the_loss_by_mask_rate_sums_a_text_first():
         if not together:
             masked_MP, nats_MP = masked_MP.reshape(-1, 1), nats_MP.reshape(-1, 1)
         rows = len(masked_MP)
-        found = scores(np.zeros((rows, 1)), Units.each(np.arange(rows)), np.full(rows, 100),
-                       cross_entropy_MP=nats_MP, num_masked_MP=masked_MP)  # fmt: skip
+        found = scores(
+            np.zeros((rows, 1)),
+            Units.each(np.arange(rows)),
+            np.full(rows, 100),
+            cross_entropy_MP=nats_MP,
+            num_masked_MP=masked_MP,
+        )
         rate, nats = found.by_mask_rate()
         assert len(rate) == 10
         return nats[4]

@@ -189,8 +189,15 @@ def test_ids_that_the_network_does_not_know_are_refused(folder):
 def test_a_model_that_sees_its_answers_is_refused(tmp_path):
     size = save_tokenizer(tmp_path, **SPECIALS)
     torch.manual_seed(0)
-    config = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
-                        vocab_size=size, max_position_embeddings=CONTEXT, initializer_range=0.5)  # fmt: skip
+    config = BertConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        vocab_size=size,
+        max_position_embeddings=CONTEXT,
+        initializer_range=0.5,
+    )
     BertForMaskedLM(config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="no causal language model: its prediction"):
         CausalScorer.load(str(tmp_path))

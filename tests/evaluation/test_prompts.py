@@ -129,9 +129,12 @@ def uniform_network(vocab_size, causal=False):
     head = torch.nn.Linear(2, vocab_size)
     torch.nn.init.zeros_(head.weight), torch.nn.init.zeros_(head.bias)
     return SimpleNamespace(
-        head=head, causal=causal, encodes_positions=False, num_classes=0,
+        head=head,
+        causal=causal,
+        encodes_positions=False,
+        num_classes=0,
         encode=lambda tokens_BL, sigma_B, **cond: torch.zeros(*tokens_BL.shape, 2),
-    )  # fmt: skip
+    )
 
 
 def test_eos_padding_costs_nats_but_counts_no_tokens():
@@ -171,8 +174,9 @@ def test_the_unigram_baseline_leaves_prompts_and_padding_out():
     columns = {"input_ids": [ids.tolist() for ids in COLUMNS["input_ids"]],
                "part_ends": [ends.tolist() for ends in COLUMNS["part_ends"]]}  # fmt: skip
     rows = datasets.Dataset.from_dict(columns).with_format("numpy")
-    data = SimpleNamespace(collate=Collate(8, PAD, (BOS,)), vocabulary=SimpleNamespace(size=8),
-                           split=lambda name: rows, fill="eos")  # fmt: skip
+    data = SimpleNamespace(
+        collate=Collate(8, PAD, (BOS,)), vocabulary=SimpleNamespace(size=8), split=lambda name: rows, fill="eos"
+    )
     counts_V = np.array([0, 2, 0, 0, 1, 1, 1, 2])  # answers 7 EOS | 6 4 7 5 EOS
     for causal in (False, True):
         np.testing.assert_array_equal(token_counts(data, causal)[0], counts_V)

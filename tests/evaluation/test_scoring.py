@@ -79,9 +79,13 @@ def test_rounds_go_on_until_the_monte_carlo_error_is_small_enough(untrained):
     """Four times the draws halve the error: the stopping rule must use about as many as that says."""
     experiment, data, diffusion = untrained()
     ask = lambda *limits: score(  # noqa: E731
-        experiment.trainer("test"), diffusion, data.eval_dataloader("validation"), Nelbo(Bernoulli()),
-        Precision(4, *limits), seed=0,
-    )  # fmt: skip
+        experiment.trainer("test"),
+        diffusion,
+        data.eval_dataloader("validation"),
+        Nelbo(Bernoulli()),
+        Precision(4, *limits),
+        seed=0,
+    )
     eight = ask(1e-9, 32)
     assert eight.evaluations_M.tolist() == [32] * 8 and eight.round_K.max() == 7
     wanted = eight.monte_carlo_se * 1.3
@@ -114,9 +118,11 @@ def test_kinds_of_likelihood_do_not_overwrite_one_another_and_say_what_they_are(
         path.parent.name: json.loads(path.read_text())["protocol"] for path in tmp_path.rglob("ppl_eval/*/results.json")
     }
     assert {name: known["kind"] for name, known in found.items()} == {
-        "validation": "NELBO", "test": "NELBO", "validation-duel": "exact likelihood of the ordered sampler (DUEL)",
+        "validation": "NELBO",
+        "test": "NELBO",
+        "validation-duel": "exact likelihood of the ordered sampler (DUEL)",
         "validation-importance-weighted_any-order_bound": "importance-weighted any-order bound",
-    }  # fmt: skip
+    }
     results = json.loads(next(tmp_path.rglob("ppl_eval/test/results.json")).read_text())
     assert (results["units"], results["num_units"]) == ("texts", results["texts"])
     assert found["validation"]["parameterization"] == "subs" and found["validation"]["seed"] == 1

@@ -73,9 +73,11 @@ def run_main(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
 
 
 def wait_for(
-    happened: Callable[[], object], process: subprocess.Popen | None = None, seconds: float = 600,
+    happened: Callable[[], object],
+    process: subprocess.Popen | None = None,
+    seconds: float = 600,
     explained: Callable[[], str] = lambda: "it ended, or took too long",
-) -> None:  # fmt: skip
+) -> None:
     """Wait until something has happened, while `process` runs."""
     end = time.monotonic() + seconds
     while not happened():

@@ -31,8 +31,9 @@ class Copies(torch.nn.Module):
         self.mask_id, self.num_words, self.noise_shown = mask_id, num_words, []
         self.head = identity_head(num_words + 1)
 
-    def encode(self, tokens_BL: Tensor, sigma_B: Tensor, attention_mask: Tensor | None = None,
-               at_BL: Tensor | None = None) -> Tensor:  # fmt: skip
+    def encode(
+        self, tokens_BL: Tensor, sigma_B: Tensor, attention_mask: Tensor | None = None, at_BL: Tensor | None = None
+    ) -> Tensor:
         """Log-probabilities, float64 (N, V); (B, L, V) without `at_BL`."""
         self.noise_shown.append(sigma_B)
         return self._answers(tokens_BL.clone(), at_BL)

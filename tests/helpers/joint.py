@@ -55,8 +55,15 @@ class LatentText(TextData):
         super().__init__(*args, **settings)
         mean, std = np.zeros(SHAPE), np.ones(SHAPE)
         facts = {"fingerprint": "by hand", "mean": mean.tolist(), "std": std.tolist()}
-        self.latents = SimpleNamespace(shape=SHAPE, fingerprint="by hand", mean=mean, std=std, facts=facts,
-                                       metadata={}, of=lambda split: _Nothing())  # fmt: skip
+        self.latents = SimpleNamespace(
+            shape=SHAPE,
+            fingerprint="by hand",
+            mean=mean,
+            std=std,
+            facts=facts,
+            metadata={},
+            of=lambda split: _Nothing(),
+        )
 
     @property
     def collate(self) -> _WithLatents:

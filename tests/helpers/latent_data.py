@@ -76,9 +76,12 @@ class Unit:
 
 
 def write_folder(
-    folder: Path, vectors: dict[str, np.ndarray], texts: dict[str, list[str]],
-    documents: dict[str, list[str]] | None = None, **metadata: object,
-) -> Path:  # fmt: skip
+    folder: Path,
+    vectors: dict[str, np.ndarray],
+    texts: dict[str, list[str]],
+    documents: dict[str, list[str]] | None = None,
+    **metadata: object,
+) -> Path:
     """A folder as latents=file reads it, one shard a split, as someone else might write it."""
     (folder / "latent_shards").mkdir(parents=True)
     for number, (split, vectors_N) in enumerate(vectors.items()):

@@ -33,9 +33,15 @@ def reference_dit(meta: dict) -> DiT:
     """The network that a golden.json describes."""
     model = meta["model"]
     return DiT(
-        meta["vocab_size"], model["hidden_size"], model["cond_dim"], model["n_blocks"], model["n_heads"],
-        model["dropout"], time_conditioning=meta["time_conditioning"], mask_padding=False,
-    ).eval()  # fmt: skip
+        meta["vocab_size"],
+        model["hidden_size"],
+        model["cond_dim"],
+        model["n_blocks"],
+        model["n_heads"],
+        model["dropout"],
+        time_conditioning=meta["time_conditioning"],
+        mask_padding=False,
+    ).eval()
 
 
 def close(ours: torch.Tensor, reference: torch.Tensor) -> bool:

@@ -29,9 +29,15 @@ def save_scorer(folder: Path, seed: int = 0, vocab_size: int | None = None, **sp
     size = save_tokenizer(folder, **(specials or SPECIALS))
     torch.manual_seed(seed)
     config = GPT2Config(
-        n_layer=2, n_embd=32, n_head=2, n_positions=CONTEXT, vocab_size=vocab_size or size, bos_token_id=2,
-        eos_token_id=3, initializer_range=0.5,
-    )  # fmt: skip
+        n_layer=2,
+        n_embd=32,
+        n_head=2,
+        n_positions=CONTEXT,
+        vocab_size=vocab_size or size,
+        bos_token_id=2,
+        eos_token_id=3,
+        initializer_range=0.5,
+    )
     GPT2LMHeadModel(config).save_pretrained(folder)
     return folder
 

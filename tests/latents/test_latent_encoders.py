@@ -43,8 +43,15 @@ def bert(tmp_path_factory) -> Path:
         tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
     ).save_pretrained(folder)
     torch.manual_seed(0)
-    config = BertConfig(vocab_size=len(names), hidden_size=12, num_hidden_layers=2, num_attention_heads=2,
-                        intermediate_size=24, max_position_embeddings=20, initializer_range=0.3)  # fmt: skip
+    config = BertConfig(
+        vocab_size=len(names),
+        hidden_size=12,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=20,
+        initializer_range=0.3,
+    )
     BertModel(config).save_pretrained(folder)
     return folder
 
@@ -199,14 +206,24 @@ def test_attributes_are_read_off_texts_as_the_grammar_drew_them():
     assert (found != UNREAD).all()
     np.testing.assert_array_equal(found[:, 0], grammar.posterior(split["text"]).argmax(1))
     np.testing.assert_array_equal(read_attributes(split["text"], split["label"])[:, 0], split["label"])
-    text = ("Here is a bold movie about nurses. The plot in parts is truly dull, but the actors never feel boring "
-            "overall. I rarely loved its tunes or images. So certainly avoid this movie next week.")  # fmt: skip
+    text = (
+        "Here is a bold movie about nurses. The plot in parts is truly dull, but the actors never feel boring "
+        "overall. I rarely loved its tunes or images. So certainly avoid this movie next week."
+    )
     one = dict(zip(ATTRIBUTES, read_attributes([text])[0], strict=True))
     assert {name: ATTRIBUTES[name][value] for name, value in one.items()} == {
-        "class": "negative", "opening": "shown", "topic": "bold", "story_sentiment": "positive",
-        "story_form": "contrast", "story_subject": "plot", "music_sentiment": "negative", "music_form": "feeling",
-        "music_subject": "tunes", "verdict_sentiment": "negative", "verdict_form": "advice",
-    }  # fmt: skip
+        "class": "negative",
+        "opening": "shown",
+        "topic": "bold",
+        "story_sentiment": "positive",
+        "story_form": "contrast",
+        "story_subject": "plot",
+        "music_sentiment": "negative",
+        "music_form": "feeling",
+        "music_subject": "tunes",
+        "verdict_sentiment": "negative",
+        "verdict_form": "advice",
+    }
     assert grammar.log_prob([text], 0)[0] > -np.inf
     broken = text.replace("avoid this movie", "avoid movie this")
     of_it = dict(zip(ATTRIBUTES, read_attributes([broken, "no review at all"])[0], strict=True))

@@ -55,8 +55,11 @@ def test_a_row_has_the_vector_of_its_text(tmp_path, width):
     assert latents_of(folder, tmp_path, dim=2).shape == (20, 1, 2)
     spelt_otherwise = {split: [text.replace(" ", "  ") for text in texts] for split, texts in TEXTS.items()}
     with pytest.raises(ValueError, match="20 of 20 rows of the validation split have no latent there, such as 'a"):
-        latents_of(write_folder(tmp_path / "g", given, spelt_otherwise), tmp_path, Given(
-            train=spelt_otherwise["train"], validation=["a stranger"] * 20))  # fmt: skip
+        latents_of(
+            write_folder(tmp_path / "g", given, spelt_otherwise),
+            tmp_path,
+            Given(train=spelt_otherwise["train"], validation=["a stranger"] * 20),
+        )
 
 
 def test_a_text_that_its_tokens_do_not_spell_is_found_by_itself(tmp_path):
@@ -82,10 +85,19 @@ def test_latents_of_nothing_and_of_the_wrong_texts_are_refused(tmp_path):
     refused(r"validation_data.jsonl, line 8: its vector is all zeros", "zero", zero)
     zero["validation"][7] = np.nan
     refused(r"line 8: its vector is not finite", "nan", zero)
-    refused("100.0% of the texts of the validation split are in train too", "same", None,
-            {"train": TEXTS["train"], "validation": TEXTS["train"][:20]})  # fmt: skip
-    refused("1 documents have parts in train and in the validation split", "straddling", None, None,
-            documents={"train": [f"d{i // 2}" for i in range(50)], "validation": ["v", "d24", "d24"]})  # fmt: skip
+    refused(
+        "100.0% of the texts of the validation split are in train too",
+        "same",
+        None,
+        {"train": TEXTS["train"], "validation": TEXTS["train"][:20]},
+    )
+    refused(
+        "1 documents have parts in train and in the validation split",
+        "straddling",
+        None,
+        None,
+        documents={"train": [f"d{i // 2}" for i in range(50)], "validation": ["v", "d24", "d24"]},
+    )
     moments = [vectors()["train"].mean(0).tolist(), vectors()["train"].std(0).tolist()]
     refused("mean and std in metadata.json are not those", "scale", None, None, mean=moments[0], std=[1.0] * 6)
     refused("mean and std in metadata.json are not those", "place", None, None, mean=[0.0] * 6, std=moments[1])
@@ -103,9 +115,14 @@ def test_latents_of_nothing_and_of_the_wrong_texts_are_refused(tmp_path):
 
 
 def work(
-    out: Path, cache: Path, encoder: object | None = None, source: Given | None = None, shard_size: int = 8,
-    splits: tuple[str, ...] = ("train", "validation"), **settings: object,
-) -> tuple[Preparation, object]:  # fmt: skip
+    out: Path,
+    cache: Path,
+    encoder: object | None = None,
+    source: Given | None = None,
+    shard_size: int = 8,
+    splits: tuple[str, ...] = ("train", "validation"),
+    **settings: object,
+) -> tuple[Preparation, object]:
     """A folder to be written, and the data it is of."""
     data = data_with(encoder or LSA(dim=4), cache, source or Given(**TEXTS), insert_train_special=True)
     data.latents.fit_encoder()
@@ -270,8 +287,11 @@ def test_prepared_latents_equal_computed_ones(tmp_path):
     np.testing.assert_allclose(read.latents.encode(read.split("validation")["input_ids"][:3]), written, atol=1e-5)
     lines = [json.loads(line) for line in (tmp_path / "out" / "train_data.jsonl").read_text().splitlines()]
     assert [line["text"] for line in lines] == TEXTS["train"] and lines[9] == {
-        "text": TEXTS["train"][9], "shard": 1, "idx": 1, "document": "train/9"
-    }  # fmt: skip
+        "text": TEXTS["train"][9],
+        "shard": 1,
+        "idx": 1,
+        "document": "train/9",
+    }
     with np.load(tmp_path / "out" / "encoder.npz") as kept:
         assert set(kept) == {"idf", "components", "mean", "std"}
 

@@ -182,8 +182,11 @@ def test_identity_and_commands():
     assert not any(key.startswith("latents") for key in plain), "runs without latents keep their folders"
     lsa = identity(compose_config(["latents=lsa", "latents.dim=32"]))
     assert {key: lsa[key] for key in lsa if key not in plain} == {
-        "latents._target_": "text.latent_lsa.LSA", "latents.dim": 32, "latents.tokens": 1, "latents.fit_rows": 100000,
-    }  # fmt: skip
+        "latents._target_": "text.latent_lsa.LSA",
+        "latents.dim": 32,
+        "latents.tokens": 1,
+        "latents.fit_rows": 100000,
+    }
     assert "latents.batch_size" not in identity(compose_config(["latents=hf"]))
     refused(
         "latents=palimpsest.latents.lsa.LSA: parameterization=subs makes nothing of latents; add algo=mmldlm",

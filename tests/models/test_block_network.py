@@ -83,8 +83,9 @@ def dense(noised: QKV, clean: QKV, size: int, key_mask: Tensor | None) -> tuple[
 def streams(length: int, size: int) -> tuple[QKV, QKV]:
     torch.manual_seed(0)
     earlier = (length - 1) // size * size
-    noised, clean = ([torch.randn(2, n, 2, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
-                     for n in (length, earlier))  # fmt: skip
+    noised, clean = (
+        [torch.randn(2, n, 2, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)] for n in (length, earlier)
+    )
     return QKV(*noised), QKV(*clean)
 
 

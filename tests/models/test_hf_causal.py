@@ -308,8 +308,11 @@ def test_every_mode_and_then_the_folder_is_gone(tmp_path, toy, capsys):
     named = ["mode=ppl_eval", f"eval.checkpoint_path={last}", toy[1]]
     assert run(*named)["nll_nats_per_token"] == measured, "the checkpoint says what it is, without a name"
     assert run(*toy, "trainer.max_steps=5"), "a resume needs no weights of the folder"
-    refused("backbone.name_or_path=other contradicts eval.checkpoint_path=.*tiny-gpt2", *named,
-            "backbone.name_or_path=other")  # fmt: skip
+    refused(
+        "backbone.name_or_path=other contradicts eval.checkpoint_path=.*tiny-gpt2",
+        *named,
+        "backbone.name_or_path=other",
+    )
     refused("holds no causal language model that can be read", *toy, "seed=2")
 
 

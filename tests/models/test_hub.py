@@ -207,11 +207,22 @@ def test_no_model_sizes_need_to_be_typed_but_contradictions_are_refused(tmp_path
 def test_settings_of_a_foreign_file_are_compared_with_the_configuration(fixtures_dir):
     known = read_checkpoint(fixtures_dir / "mdlm_subs_tc" / "mdlm.ckpt").settings
     assert known == {
-        "vocab_size": 40, "model.hidden_size": 64, "model.cond_dim": 32, "model.n_blocks": 2, "model.n_heads": 2,
-        "model.dropout": 0.1, "model.length": 32, "time_conditioning": True,
-        "parameterization": "subs", "backbone": "dit", "T": 0, "noise": "loglinear", "noise.eps": 1e-3,
-        "training.change_of_variables": False, "data.tokenizer_name_or_path": "gpt2",
-    }  # fmt: skip
+        "vocab_size": 40,
+        "model.hidden_size": 64,
+        "model.cond_dim": 32,
+        "model.n_blocks": 2,
+        "model.n_heads": 2,
+        "model.dropout": 0.1,
+        "model.length": 32,
+        "time_conditioning": True,
+        "parameterization": "subs",
+        "backbone": "dit",
+        "T": 0,
+        "noise": "loglinear",
+        "noise.eps": 1e-3,
+        "training.change_of_variables": False,
+        "data.tokenizer_name_or_path": "gpt2",
+    }
     assert read_settings(fixtures_dir / "mdlm_subs_tc" / "mdlm.ckpt").settings == known
     published = read_checkpoint(fixtures_dir / "hf_mdlm").settings
     assert published == {key: known[key] for key in published} | {"time_conditioning": False}
@@ -311,8 +322,9 @@ def test_paths_need_no_quotes_of_hydras_kind():
         assert compose_config([f"{key}={path}"])[section][name] == path
         assert compose_config([f"{key}='{path}'"])[section][name] == path
     assert translate(["eval.checkpoint_path=a\\=b", "model.n_blocks=2"]) == [
-        "eval.checkpoint_path=a\\=b", "model.n_blocks=2"
-    ]  # fmt: skip
+        "eval.checkpoint_path=a\\=b",
+        "model.n_blocks=2",
+    ]
 
 
 # -------------------------------------------------------------------------------- starting from pretrained weights

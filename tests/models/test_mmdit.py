@@ -195,8 +195,18 @@ def a_dit(**settings: object) -> DiT:
 def test_the_text_stream_begins_as_a_text_only_network_bit_by_bit(settings):
     dit = a_dit(**settings)
     torch.manual_seed(0)
-    net = MMDiT(VOCAB, 16, 8, 2, 2, latent_shape=SHAPE, latent_size=12, dropout=0.0, text_as_dit=True,
-                **{"time_conditioning": False, **settings}).eval()  # fmt: skip
+    net = MMDiT(
+        VOCAB,
+        16,
+        8,
+        2,
+        2,
+        latent_shape=SHAPE,
+        latent_size=12,
+        dropout=0.0,
+        text_as_dit=True,
+        **{"time_conditioning": False, **settings},
+    ).eval()
     ours, theirs = dict(net.text_stream.named_parameters()), dict(dit.named_parameters())
     assert {name: p.shape for name, p in ours.items()} == {name: p.shape for name, p in theirs.items()}
     assert all(net.get_parameter(name) is p for name, p in ours.items())

@@ -138,15 +138,18 @@ def test_hardly_any_words_are_masked_diffusion(random_dit):
     xt, t = torch.where(torch.arange(6) % 2 == 0, MASK, x0), torch.full((64,), 0.4).double()
     torch.testing.assert_close(
         GIDD(LogLinear(eps=0.0), Hybrid(MASK, V, 1e-9)).loss_at(net, batch, xt, t).nll_BL[:, ::2],
-        Subs(LogLinear(eps=0.0), Absorbing(MASK)).loss_at(net, batch, xt, t).nll_BL[:, ::2], rtol=1e-4, atol=1e-5,
-    )  # fmt: skip
+        Subs(LogLinear(eps=0.0), Absorbing(MASK)).loss_at(net, batch, xt, t).nll_BL[:, ::2],
+        rtol=1e-4,
+        atol=1e-5,
+    )
 
 
 def test_the_sampler_draws_the_law_of_its_chain():
     model = Model(BayesGIDD(some_law(), LogLinear().full_range, 0.3), NO_NETWORK)
     start, rows = (2, MASK), 20_000
-    out = uniform.sample(model, torch.tensor([start]).expand(rows, -1), KeyedNoise(7, torch.arange(rows)), steps=4,
-                         noise_removal=False)  # fmt: skip
+    out = uniform.sample(
+        model, torch.tensor([start]).expand(rows, -1), KeyedNoise(7, torch.arange(rows)), steps=4, noise_removal=False
+    )
     law, at = {start: 1.0}, torch.tensor([[False, True]])
     for t, s in itertools.pairwise(time_grid(4, 1e-5)):
         moved: dict[tuple, float] = {}

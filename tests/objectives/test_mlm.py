@@ -296,7 +296,18 @@ def test_fingerprints_know_what_determines_the_weights_and_nothing_else():
 
 def test_a_rate_for_every_class_on_real_reviews(tmp_path, monkeypatch, data_dir):
     monkeypatch.chdir(tmp_path)
-    results = commands.run(*TINY, "mode=classify", "data=imdb", "algo=mlm", "training.prefix_length=0", "model=tiny",
-                           "model.length=64", "model.hidden_size=16", "model.n_blocks=1", "model.n_heads=2",
-                           "data.tokenizer_name_or_path=byte", "sampling.num_sample_log=0")  # fmt: skip
+    results = commands.run(
+        *TINY,
+        "mode=classify",
+        "data=imdb",
+        "algo=mlm",
+        "training.prefix_length=0",
+        "model=tiny",
+        "model.length=64",
+        "model.hidden_size=16",
+        "model.n_blocks=1",
+        "model.n_heads=2",
+        "data.tokenizer_name_or_path=byte",
+        "sampling.num_sample_log=0",
+    )
     assert 0 <= results["accuracy"].value <= 1 and len(list(tmp_path.rglob("last.ckpt"))) == 2

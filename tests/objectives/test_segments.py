@@ -168,8 +168,13 @@ def test_the_law_sums_to_one_and_samples_follow_it(random_dit):
     out = run(model_of(net), torch.full((8000, 4), MASK), torch.tensor([ends]))
     assert_follows(out.ids_BL, law)
     with pytest.raises(ValueError, match="data.segments=true predicts block after block"):
-        objective_of().denoise(net, torch.tensor([[0, MASK, 1, MASK]]), torch.ones(1),
-                               torch.tensor([[False, False, False, True]]), torch.tensor([[1, 3]]))  # fmt: skip
+        objective_of().denoise(
+            net,
+            torch.tensor([[0, MASK, 1, MASK]]),
+            torch.ones(1),
+            torch.tensor([[False, False, False, True]]),
+            torch.tensor([[1, 3]]),
+        )
 
 
 @torch.no_grad()
@@ -228,8 +233,14 @@ def test_the_cache_changes_no_token_and_a_text_does_not_depend_on_its_batch(rand
     assert not (cached.ids_BL == MASK).any() and torch.equal(cached.ids_BL[x != MASK], x[x != MASK])
     assert torch.equal(cached.step_BL > 0, x == MASK)
     for row in range(4):
-        alone = run(model, x[row : row + 1], ENDS[row : row + 1], first=row, inner=inner,
-                    **{name: value[row : row + 1] for name, value in cond.items()})  # fmt: skip
+        alone = run(
+            model,
+            x[row : row + 1],
+            ENDS[row : row + 1],
+            first=row,
+            inner=inner,
+            **{name: value[row : row + 1] for name, value in cond.items()},
+        )
         assert torch.equal(alone.ids_BL[0], cached.ids_BL[row]) and alone.evaluations_B[0] == cached.evaluations_B[row]
     if inner is first_hitting.sample:
         segment = (torch.arange(9) >= ENDS[..., None]).sum(1)

@@ -119,8 +119,9 @@ def test_the_sampler_draws_the_law_of_its_chain(start):
     p_M = torch.rand(V**L).double() ** 3
     model = Model(BayesUDLM(Bayes(p_M / p_M.sum()), LogLinear().full_range), NO_NETWORK)
     rows = 20_000
-    out = uniform.sample(model, torch.tensor([start]).expand(rows, -1), KeyedNoise(7, torch.arange(rows)), steps=4,
-                         noise_removal=False)  # fmt: skip
+    out = uniform.sample(
+        model, torch.tensor([start]).expand(rows, -1), KeyedNoise(7, torch.arange(rows)), steps=4, noise_removal=False
+    )
     law = chain(model, 4, start)
     assert sum(law.values()) == pytest.approx(1.0)
     assert_follows(out.ids_BL, law)

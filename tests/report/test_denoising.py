@@ -90,8 +90,9 @@ def test_frames_replay_to_what_was_drawn(untrained, overrides):
     sampled = draw(diffusion, data, experiment.build.drawing(), 4, 4, seed=1, watch=watch)
     histories = recorder.histories()
     assert len(histories) == 3
-    assert all(a <= b for before, after in zip(spent, spent[1:], strict=False)
-               for a, b in zip(before, after, strict=True))  # fmt: skip
+    assert all(
+        a <= b for before, after in zip(spent, spent[1:], strict=False) for a, b in zip(before, after, strict=True)
+    )
     assert spent[-1] == [text.evaluations for text in sampled]
     taken_back = 0
     for text, history in zip(sampled, histories, strict=False):
@@ -100,8 +101,10 @@ def test_frames_replay_to_what_was_drawn(untrained, overrides):
         sample = sample_of(text, data.tokenizer, "", history)
         assert [now and now.token for now in sample.at(text.num_steps)] == sample.tokens
         given = history.ids_at(0)
-        assert all((step == 0) == (given[place] != data.vocabulary.mask_id)
-                   for place, step in zip(text.places, text.steps, strict=True))  # fmt: skip
+        assert all(
+            (step == 0) == (given[place] != data.vocabulary.mask_id)
+            for place, step in zip(text.places, text.steps, strict=True)
+        )
         taken_back += len(sample.past)
         for step in range(0, text.num_steps + 1, 3):
             there = history.ids_at(step)
@@ -193,8 +196,9 @@ def test_the_page_holds_the_whole_history(tmp_path):
     told = tree.pages[0]
     assert list(map(int, told["data-steps"].split())) == SAMPLE.reveal_step
     np.testing.assert_allclose(list(map(float, told["data-confidence"].split())), SAMPLE.confidence, atol=5e-4)
-    assert json.loads(told["data-past"]) == [[v.place, v.written, v.erased, v.token.strip(), v.confidence]
-                                             for v in SAMPLE.past]  # fmt: skip
+    assert json.loads(told["data-past"]) == [
+        [v.place, v.written, v.erased, v.token.strip(), v.confidence] for v in SAMPLE.past
+    ]
     assert [text for _, text in tree.spans[0]] == [token.lstrip() for token in TOKENS], "readable without a script"
     assert [attrs.get("class") for attrs, _ in tree.spans[0]].count("g") == 2
 

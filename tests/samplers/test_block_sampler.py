@@ -118,8 +118,13 @@ def test_endings_are_the_references(fixtures_dir):
     constant[256:] = 7
     two, one, early = many.clone(), many.clone(), many.clone()
     two[[0, 300]], one[0], early[[0, 238]] = END, END, END
-    for name, ids in {"random_39_vocab": few, "two_eos_at_0_and_300": two, "one_eos_at_0": one,
-                      "constant_tail": constant, "200_types": early}.items():  # fmt: skip
+    for name, ids in {
+        "random_39_vocab": few,
+        "two_eos_at_0_and_300": two,
+        "one_eos_at_0": one,
+        "constant_tail": constant,
+        "200_types": early,
+    }.items():
         known = golden[f"{name}|var_length=True"]
         assert abs(unigram_entropy(ids[256:]) - known["entropy_last256_nats"]) < 0.2
         found = end_of(ids)

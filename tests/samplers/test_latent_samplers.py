@@ -101,8 +101,9 @@ def test_an_ancestral_step_is_the_posterior_and_every_step_keeps_the_marginal():
     now, then = cosine_level(t), cosine_level(s)
     x0, eps = torch.tensor([[[0.3]]]).double(), torch.tensor([[[-1.1]]]).double()
     said, x_t = LatentPrediction(x0, eps, eps), now.alpha * x0 + now.sigma * eps
-    one, none = (type("N", (), {"normal": lambda self, *shape, v=v: torch.full((1, *shape), v).double()})()
-                 for v in (1.0, 0.0))  # fmt: skip
+    one, none = (
+        type("N", (), {"normal": lambda self, *shape, v=v: torch.full((1, *shape), v).double()})() for v in (1.0, 0.0)
+    )
     for eta in (0.0, 0.3, 1.0):
         fresh = gaussian.step(said, x_t, t, s, eta, one) - gaussian.step(said, x_t, t, s, eta, none)
         kept = (gaussian.step(said, x_t, t, s, eta, none) - then.alpha * x0) / eps
@@ -210,8 +211,9 @@ def test_a_text_that_is_masked_in_part_is_filled_from_its_own_time():
     assert torch.equal(out.ids_BL[:, :-3], x[:, :-3]) and not (out.ids_BL == MASK).any()
     every = torch.full((ROWS, LENGTH), MASK)
     whole = DDPM(model(), every, noise(), latent=latents())
-    assert torch.equal(DDPM(model(), every, noise(), begin_B=torch.ones(ROWS).double(), latent=latents()).ids_BL,
-                       whole.ids_BL)  # fmt: skip
+    assert torch.equal(
+        DDPM(model(), every, noise(), begin_B=torch.ones(ROWS).double(), latent=latents()).ids_BL, whole.ids_BL
+    )
 
 
 class Opinions:
@@ -247,9 +249,14 @@ def test_positions_are_chosen_by_rule_within_the_budget_and_never_special_tokens
             assert not (found.masked_BL & ~eligible).any()
             assert count.tolist() == [int(rate * n + 1e-9) for n in eligible.sum(-1).tolist()]
             torch.testing.assert_close(found.share_B, count / eligible.sum(-1).double())
-    at = lambda positions, source=z, target=-z: select(  # noqa: E731
-        Opinions(), x, positions=positions, rate=0.5, **{**ask, "source": source, "target": target}
-    ).masked_BL[0].nonzero()[:, 0].tolist()  # fmt: skip
+    at = lambda positions, source=z, target=-z: (
+        select(  # noqa: E731
+            Opinions(), x, positions=positions, rate=0.5, **{**ask, "source": source, "target": target}
+        )
+        .masked_BL[0]
+        .nonzero()[:, 0]
+        .tolist()
+    )
     assert at("suffix") == [5, 6, 7, 8] and at("entropy") == [1, 2, 3, 4]
     assert at("contrast", -z, z) == [5, 6, 7, 8] and at("contrast", z, -z) == [1, 2, 3, 4]
     asked = Opinions()

@@ -134,8 +134,13 @@ def test_the_code_is_ours_and_needs_no_optional_package(exported):
         assert {f"{module}.py" for module in get_relative_imports(exported / name)} <= set(CODE)
     assert imported - set(sys.stdlib_module_names) == {"torch", "transformers"}
     assert "local" not in (exported / "tokenizer_config.json").read_text()
-    assert {p.name for p in exported.iterdir()} == {*CODE, "config.json", "model.safetensors", "tokenizer.json",
-                                                    "tokenizer_config.json"}  # fmt: skip
+    assert {p.name for p in exported.iterdir()} == {
+        *CODE,
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
 
 
 def test_an_export_has_the_likelihood_of_its_checkpoint(trained, exported, monkeypatch):

@@ -22,9 +22,18 @@ from tests.helpers.commands import TINY, run
 def trained(tmp_path_factory):
     """The folder of a run whose network, tokenizer and schedule are not the defaults."""
     folder = tmp_path_factory.mktemp("generate")
-    run(*TINY, "data.tokenizer_name_or_path=bpe", "data.vocab_size=300", "model.length=64", "data.long_texts=truncate",
-        "noise=cosine", f"data.cache_dir={folder / 'cache'}", f"checkpointing.save_dir={folder / 'run'}",
-        "sampling.num_sample_log=0", "data.label=1")  # fmt: skip
+    run(
+        *TINY,
+        "data.tokenizer_name_or_path=bpe",
+        "data.vocab_size=300",
+        "model.length=64",
+        "data.long_texts=truncate",
+        "noise=cosine",
+        f"data.cache_dir={folder / 'cache'}",
+        f"checkpointing.save_dir={folder / 'run'}",
+        "sampling.num_sample_log=0",
+        "data.label=1",
+    )
     return folder / "run" / "label=1"
 
 
@@ -69,9 +78,32 @@ def test_a_checkpoint_cannot_name_code_to_run():
 
 
 def test_options_become_keys(trained):
-    keys = arguments("--checkpoint", str(trained), "--prefix", "the plot", "--sampling", "topk", "--temperature", "0.7",
-                "--schedule", "cosine", "--order", "entropy", "--steps", "64", "--num-samples", "3", "--max-length",
-                "48", "--remask", "remdm", "--seed", "5", "--show", "sampling.show_delay=0")  # fmt: skip
+    keys = arguments(
+        "--checkpoint",
+        str(trained),
+        "--prefix",
+        "the plot",
+        "--sampling",
+        "topk",
+        "--temperature",
+        "0.7",
+        "--schedule",
+        "cosine",
+        "--order",
+        "entropy",
+        "--steps",
+        "64",
+        "--num-samples",
+        "3",
+        "--max-length",
+        "48",
+        "--remask",
+        "remdm",
+        "--seed",
+        "5",
+        "--show",
+        "sampling.show_delay=0",
+    )
     assert keys["sampler"] == "unmask" and keys["noise"] == "cosine" and keys["data.label"] == "1"
     assert keys["data.vocab_size"] == "300" and keys["model.hidden_size"] == "16"
     wanted = {"top_k": "50", "temperature": "0.7", "schedule": "cosine", "order": "entropy", "steps": "64",

@@ -97,8 +97,9 @@ def test_states(tmp_path, known, age, state, note):
 
 def test_a_killed_training_is_dead_while_it_is_a_zombie(tmp_path):
     """A killed process stays a zombie until its parent asks for its status."""
-    process = subprocess.Popen([sys.executable, "-c", "print(flush=True); input()"], stdin=subprocess.PIPE,
-                               stdout=subprocess.PIPE)  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-c", "print(flush=True); input()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
     process.stdout.readline()
     run_in(tmp_path, 0, pid=process.pid, process_began=process_status(process.pid)[1], process_table=process_table())
     assert monitor.rows(tmp_path, 300.0)[0].state == "training"

@@ -24,10 +24,13 @@ def test_a_run_is_started_listed_quit_resumed_and_stopped_with_a_checkpoint(tmp_
 
     def script(*arguments: str) -> subprocess.CompletedProcess:
         return subprocess.run(
-            [ROOT / "scripts/run_in_screen.sh", *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=600,
-            env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "DATA_DIR": "",
-                 "SCREENDIR": screens},
-        )  # fmt: skip
+            [ROOT / "scripts/run_in_screen.sh", *arguments],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=600,
+            env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "DATA_DIR": "", "SCREENDIR": screens},
+        )
 
     screens = tempfile.mkdtemp()  # a socket's path has at most 107 letters
     try:
@@ -69,7 +72,11 @@ def test_without_a_command_it_starts_nothing_and_prints_its_usage(tmp_path, argu
     screen = tmp_path / "screen"
     screen.write_text(f"#!/bin/sh\ntouch {tmp_path}/asked\n")
     screen.chmod(0o755)
-    done = subprocess.run([ROOT / "scripts/run_in_screen.sh", *arguments], capture_output=True, text=True,
-                          env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"})  # fmt: skip
+    done = subprocess.run(
+        [ROOT / "scripts/run_in_screen.sh", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+    )
     assert done.returncode == 2 and not (tmp_path / "asked").exists()
     assert "run_in_screen.sh [--name NAME] data=imdb" in done.stderr and "say what to run" in done.stderr

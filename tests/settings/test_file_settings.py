@@ -133,10 +133,18 @@ def test_a_foreign_model_is_measured_under_its_own_protocol(tmp_path, monkeypatc
 
 def test_every_setting_of_bd3lms_is_taken(tmp_path):
     assert completed(reference_file(tmp_path / "x.ckpt", BD3LMS)) == {
-        "parameterization=subs", "backbone=dit", "model.hidden_size=16", "model.cond_dim=8", "model.n_blocks=1",
-        "model.n_heads=2", "model.length=24", "noise=loglinear", "noise.eps=0.001", "time_conditioning=true",
+        "parameterization=subs",
+        "backbone=dit",
+        "model.hidden_size=16",
+        "model.cond_dim=8",
+        "model.n_blocks=1",
+        "model.n_heads=2",
+        "model.length=24",
+        "noise=loglinear",
+        "noise.eps=0.001",
+        "time_conditioning=true",
         "training.ignore_bos=true",
-    }  # fmt: skip
+    }
     blocks = {"algo_name": "bd3lm", "algo_cross_attn": True, "algo_time_conditioning": False}
     found = completed(reference_file(tmp_path / "y.ckpt", BD3LMS, **blocks))
     assert {"parameterization=bd3lm", "block_size=24", "time_conditioning=false"} <= found
@@ -145,18 +153,32 @@ def test_every_setting_of_bd3lms_is_taken(tmp_path):
 def test_names_of_duo_and_mdlm(tmp_path):
     duo = completed(reference_file(tmp_path / "x.ckpt", DUO))
     assert {"parameterization=sedd", "noise.eps=0.01"} <= duo and "training.ignore_bos=false" not in duo
-    discrete = completed(reference_file(tmp_path / "y.ckpt", DUO, algo_name="d3pm", algo_parameterization="mean",
-                                        algo_T=500, algo_subs_masking=True))  # fmt: skip
+    discrete = completed(
+        reference_file(
+            tmp_path / "y.ckpt", DUO, algo_name="d3pm", algo_parameterization="mean", algo_T=500, algo_subs_masking=True
+        )
+    )
     assert {"parameterization=d3pm", "T=500", "subs_masking=true"} <= discrete
     for name in ("duo", "duo_base"):
-        uniform = completed(reference_file(tmp_path / f"{name}.ckpt", DUO, algo_name=name, algo_parameterization="mean",
-                                           algo_time_conditioning=True))  # fmt: skip
+        uniform = completed(
+            reference_file(
+                tmp_path / f"{name}.ckpt",
+                DUO,
+                algo_name=name,
+                algo_parameterization="mean",
+                algo_time_conditioning=True,
+            )
+        )
         assert {"parameterization=udlm", "time_conditioning=true"} <= uniform
     noise = {"type": "geometric", "sigma_min": 1e-3, "sigma_max": 10}
     changed = {"time_conditioning": True, "noise": noise, "training": {"change_of_variables": True}}
     mdlm = completed(reference_file(tmp_path / "z.ckpt", MDLM, **changed))
-    assert {"noise=geometric", "noise.sigma_min=0.001", "noise.sigma_max=10",
-            "training.change_of_variables=true"} <= mdlm  # fmt: skip
+    assert {
+        "noise=geometric",
+        "noise.sigma_min=0.001",
+        "noise.sigma_max=10",
+        "training.change_of_variables=true",
+    } <= mdlm
 
 
 @pytest.mark.parametrize(("config", "changes", "said"), [
@@ -273,8 +295,11 @@ def test_large_perplexities_can_be_read():
 
 
 def test_a_given_first_token_means_nothing_left_to_right():
-    refused("training.ignore_bos=true means nothing to parameterization=ar", "parameterization=ar",
-            "training.ignore_bos=true")  # fmt: skip
+    refused(
+        "training.ignore_bos=true means nothing to parameterization=ar",
+        "parameterization=ar",
+        "training.ignore_bos=true",
+    )
     refused("training.ignore_bos=3 must be true or false", "training.ignore_bos=3")
 
 

@@ -92,8 +92,12 @@ def test_the_limits_are_searched_saved_and_resumed_exactly(here):
 def test_the_variance_of_the_gradient_is_logged_and_changes_nothing(here):
     plain = [*(a for a in BLOCK if a != "~logger"), "trainer.log_every_n_steps=1", "model.dropout=0.1"]
     run(*plain, "checkpointing.save_dir=without")
-    run(*plain, "checkpointing.save_dir=with", "callbacks=[checkpoint_every_n_steps,gradient_variance]",
-        "callbacks.gradient_variance.every_n_steps=1")  # fmt: skip
+    run(
+        *plain,
+        "checkpointing.save_dir=with",
+        "callbacks=[checkpoint_every_n_steps,gradient_variance]",
+        "callbacks.gradient_variance.every_n_steps=1",
+    )
     table = next((here / "with").rglob("metrics.csv")).read_text()
     assert "train/gradient_variance" in table and "train/gradient_noise" in table
     ours, theirs = (load_inert(here / f"{name}/checkpoints/last.ckpt")["state_dict"] for name in ("with", "without"))
@@ -105,8 +109,13 @@ def test_a_training_starts_from_masked_diffusion_and_from_other_blocks(here):
     path = "mdlm/checkpoints/last.ckpt"
     start = [*BLOCK, "optim.lr=0", f"training.from_pretrained={path}"]
     run(*start, "checkpointing.save_dir=four")
-    run(*BLOCK, "block_size=8", "optim.lr=0", "training.from_pretrained=four/checkpoints/last.ckpt",
-        "checkpointing.save_dir=eight")  # fmt: skip
+    run(
+        *BLOCK,
+        "block_size=8",
+        "optim.lr=0",
+        "training.from_pretrained=four/checkpoints/last.ckpt",
+        "checkpointing.save_dir=eight",
+    )
     want, *got = (read_checkpoint(here / name / "checkpoints/last.ckpt") for name in ("mdlm", "four", "eight"))
     for checkpoint in got:
         for ours, theirs in zip(checkpoint.ema["shadow_params"], want.ema["shadow_params"], strict=True):

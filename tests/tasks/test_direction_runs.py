@@ -203,8 +203,15 @@ def test_an_edit_of_nothing_is_the_text(here):
 
 
 def test_classification_by_latents(here):
-    found = run(*JOINT, "mode=classify", "classify.sharing=conditional", "classify.patience=null",
-                "sampling.num_sample_log=0", "classify.num_examples=0", "checkpointing.save_dir=told")  # fmt: skip
+    found = run(
+        *JOINT,
+        "mode=classify",
+        "classify.sharing=conditional",
+        "classify.patience=null",
+        "sampling.num_sample_log=0",
+        "classify.num_examples=0",
+        "checkpointing.save_dir=told",
+    )
     method = found["methods"]["nearest class centroid of the text's latent"]
     assert 0 <= method["accuracy"].value <= 1 and method["network_evaluations_per_text"] == 2
 

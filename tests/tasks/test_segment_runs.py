@@ -75,8 +75,11 @@ def test_rooms_that_do_not_hold_their_part_or_all_parts(words, tmp_path):
     assert len(rows_of(words, tmp_path, room=longest)[0]) == 2
     rows, figures = rows_of(words, tmp_path, room=longest - 1)
     assert rows["text_id"][:].tolist() == [0] and figures["long"] == 1
-    with pytest.raises(ValueError, match=rf"part of text 1 has {longest} tokens with its EOS, more than "
-                       rf"data.segment_room={longest - 1}; raise it, or set data.long_texts=drop"):  # fmt: skip
+    with pytest.raises(
+        ValueError,
+        match=rf"part of text 1 has {longest} tokens with its EOS, more than "
+        rf"data.segment_room={longest - 1}; raise it, or set data.long_texts=drop",
+    ):
         rows_of(words, tmp_path, room=longest - 1, long_texts="error")
     needed = 1 + max(len(encode(words, [q])[0]) + len(encode(words, [e])[0]) for q, _, e in PARTS) + 8 + 1
     assert len(rows_of(words, tmp_path, length=needed)[0]) == 2

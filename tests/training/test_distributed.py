@@ -68,8 +68,13 @@ def runs(tmp_path_factory) -> Path:
         Path("jobs").write_text("\n".join(lines))
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
         script = ROOT / "tests/training/two_processes.py"
-        done = subprocess.run([*torchrun, script, "jobs"], capture_output=True, text=True, timeout=280,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+        done = subprocess.run(
+            [*torchrun, script, "jobs"],
+            capture_output=True,
+            text=True,
+            timeout=280,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
         assert "hang checkpoint" in done.stdout, done.stdout[-2000:] + done.stderr[-6000:]
         seconds = time.time() - float(Path("hung").read_text())
         end = {"returncode": done.returncode, "stderr": done.stderr, "seconds": seconds}
@@ -154,8 +159,14 @@ def test_a_process_that_dies_ends_the_job(tmp_path):
     settings = [*SAME, save_dir("run"), "trainer.max_steps=100000", "trainer.devices=2",
                 "trainer.val_check_interval=100000"]  # fmt: skip
     with open(tmp_path / "output", "w") as output:
-        job = start_main(*settings, cwd=tmp_path, stdout=output, stderr=output, start_new_session=True,
-                         env={**ENVIRON, "OMP_NUM_THREADS": "1"})  # fmt: skip
+        job = start_main(
+            *settings,
+            cwd=tmp_path,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            env={**ENVIRON, "OMP_NUM_THREADS": "1"},
+        )
     try:
         wait_for(lambda: "each optimizer step" in (tmp_path / "output").read_text() or job.poll() is not None)
         (other,) = children(job.pid)

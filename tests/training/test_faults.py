@@ -14,8 +14,9 @@ from tests.helpers.commands import ROOT
 
 def test_a_training_survives_kills_damaged_files_and_a_full_disk(tmp_path):
     command = [sys.executable, str(ROOT / "benchmarks" / "faults.py"), "--kills", "4", "--damages", "1", "--disks", "1"]
-    done = subprocess.run([*command, "--keep", str(tmp_path)], capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    done = subprocess.run(
+        [*command, "--keep", str(tmp_path)], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout.splitlines()[-1])
     assert facts["ok"] and facts["kills"] == 4 and facts["set aside"] >= 1

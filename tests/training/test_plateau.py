@@ -49,9 +49,12 @@ def fitted(values: list[float], plateau: Plateau) -> list[float]:
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=2.0)
     scheduler = cosine(optimizer, 20, 2)
     trainer = SimpleNamespace(
-        sanity_checking=False, callback_metrics={}, global_step=0, strategy=SimpleNamespace(broadcast=lambda x: x),
+        sanity_checking=False,
+        callback_metrics={},
+        global_step=0,
+        strategy=SimpleNamespace(broadcast=lambda x: x),
         lr_scheduler_configs=[SimpleNamespace(scheduler=scheduler)],
-    )  # fmt: skip
+    )
     rates = []
     for step in range(20):
         rates.append(optimizer.param_groups[0]["lr"])

@@ -152,13 +152,17 @@ def test_older_checkpoints_make_room_but_never_the_last(tmp_path, monkeypatch):
     for step in (1, 2, 3):
         storage.save_checkpoint(CONTENT, step_file(tmp_path, step))
         keep(tmp_path, step, keep_last=3, milestone=step == 1)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(
-        free=10**9 if len(list(tmp_path.glob("step-*"))) == 1 else 0))  # fmt: skip
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda _: SimpleNamespace(free=10**9 if len(list(tmp_path.glob("step-*"))) == 1 else 0)
+    )
     storage.save_checkpoint(CONTENT, step_file(tmp_path, 4))
     assert storage.error is None and not make_room(tmp_path / "empty")
     assert {path.name for path in tmp_path.iterdir()} == {
-        "last.ckpt", "step-00000003.ckpt", "step-00000004.ckpt", "milestone-00000001.ckpt",
-    }  # fmt: skip
+        "last.ckpt",
+        "step-00000003.ckpt",
+        "step-00000004.ckpt",
+        "milestone-00000001.ckpt",
+    }
 
 
 # -------------------------------------------------------------------------------- retention
@@ -172,9 +176,14 @@ def test_the_last_few_and_the_milestones_are_kept(tmp_path):
             keep(tmp_path, step, keep_last=3, milestone=step % 3 == 0)
             assert load_inert(tmp_path / "last.ckpt")["global_step"] == step
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "last.ckpt", "milestone-00000003.ckpt", "milestone-00000006.ckpt", "step-00000004.ckpt", "step-00000005.ckpt",
-        "step-00000006.ckpt", "step-00000009.ckpt",
-    ]  # fmt: skip
+        "last.ckpt",
+        "milestone-00000003.ckpt",
+        "milestone-00000006.ckpt",
+        "step-00000004.ckpt",
+        "step-00000005.ckpt",
+        "step-00000006.ckpt",
+        "step-00000009.ckpt",
+    ]
     assert (tmp_path / "last.ckpt").samefile(step_file(tmp_path, 6)), "a second name, not a second file"
 
 
@@ -185,8 +194,10 @@ def test_remains_of_a_kill_during_a_save_are_removed(tmp_path):
     (tmp_path / "step-00000005.ckpt.partial").touch()
     clear(tmp_path, 4, keep_last=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "step-00000003.ckpt", "step-00000004.ckpt", "step-00000009.ckpt",
-    ]  # fmt: skip
+        "step-00000003.ckpt",
+        "step-00000004.ckpt",
+        "step-00000009.ckpt",
+    ]
 
 
 def test_without_hard_links_a_copy_is_made(tmp_path, monkeypatch):
@@ -202,9 +213,17 @@ def test_without_hard_links_a_copy_is_made(tmp_path, monkeypatch):
 def test_it_saves_by_steps_by_milestones_and_by_time():
     def saved(world: int, **settings: object) -> list[int]:
         callback, steps, clock = LastCheckpoint("x", **settings), [], [0.0]
-        trainer = SimpleNamespace(global_step=0, val_check_batch=14, num_val_batches=[1], fast_dev_run=False,
-                                  world_size=world, log_every_n_steps=5, ckpt_path=None, is_global_zero=False,
-                                  strategy=SimpleNamespace(broadcast=lambda value: value))  # fmt: skip
+        trainer = SimpleNamespace(
+            global_step=0,
+            val_check_batch=14,
+            num_val_batches=[1],
+            fast_dev_run=False,
+            world_size=world,
+            log_every_n_steps=5,
+            ckpt_path=None,
+            is_global_zero=False,
+            strategy=SimpleNamespace(broadcast=lambda value: value),
+        )
         callback.save = lambda trainer: (steps.append(trainer.global_step), setattr(callback, "_clock", clock[0]))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("palimpsest.training.callbacks.best.time", SimpleNamespace(monotonic=lambda: clock[0]))
@@ -314,8 +333,12 @@ def test_a_run_at_a_url_resumes_and_recovers_like_a_local_one(address, caplog, c
     train(4, "data.label=0", f"checkpointing.save_dir={address}", "trainer.val_check_interval=4")
     kept = f"{address}/label=0/checkpoints"
     assert [p.rpartition("/")[2] for p in sorted(newest_first(kept))] == [
-        "best.ckpt", "last.ckpt", "step-00000002.ckpt", "step-00000003.ckpt", "step-00000004.ckpt",
-    ]  # fmt: skip
+        "best.ckpt",
+        "last.ckpt",
+        "step-00000002.ckpt",
+        "step-00000003.ckpt",
+        "step-00000004.ckpt",
+    ]
     assert check_seal(f"{kept}/last.ckpt") and read_progress(f"{kept}/last.ckpt").best == f"{kept}/best.ckpt"
     memory = fsspec.filesystem("memory")
     memory.pipe_file(f"{kept}/last.ckpt", memory.cat_file(f"{kept}/last.ckpt")[:-7])

@@ -257,8 +257,13 @@ def test_two_processes_of_torchrun_stop_together_though_one_got_the_signal(tmp_p
                 "checkpointing.save_dir=run", "callbacks.checkpoint_every_n_steps.every_n_train_steps=2"]  # fmt: skip
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "main.py"]
     with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen([*torchrun, *settings], stdout=log, stderr=log, cwd=tmp_path,
-                                   env={**os.environ, "OMP_NUM_THREADS": "1", "DATA_DIR": ""})  # fmt: skip
+        process = subprocess.Popen(
+            [*torchrun, *settings],
+            stdout=log,
+            stderr=log,
+            cwd=tmp_path,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "DATA_DIR": ""},
+        )
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     last = tmp_path / "run/checkpoints/last.ckpt"
     wait_for(last.exists, process)

@@ -64,8 +64,14 @@ def test_a_signalled_job_saves_is_requeued_resumes_and_ends_with_the_same_weight
                 "callbacks.checkpoint_every_n_steps.every_n_train_steps=10", "sampling.num_sample_log=0"]  # fmt: skip
     here = {"--array": "3", "--gres": "none", "--cpus-per-task": "1", "--time": "10"}
     options = [f"{option}={value}" for option, value in here.items()]
-    array = slurm("sbatch", "--parsable", *options, ROOT / "scripts/train_seeds_array.sh", *settings,
-                  f"checkpointing.save_dir={tmp_path / 'job'}").strip()  # fmt: skip
+    array = slurm(
+        "sbatch",
+        "--parsable",
+        *options,
+        ROOT / "scripts/train_seeds_array.sh",
+        *settings,
+        f"checkpointing.save_dir={tmp_path / 'job'}",
+    ).strip()
     job, last = f"{array}_3", tmp_path / "job/checkpoints/last.ckpt"
     try:
         wait(last.exists, job)

@@ -77,8 +77,9 @@ class _Interval:
             parts = ("num_masked", "cross_entropy", "num_scored")
             self._add_by_rate(*(outputs[f"{name}_by_part"].double() for name in parts))
         elif "cross_entropy" in outputs:
-            self._add_by_rate(outputs["num_masked"].double(), outputs["cross_entropy"].double(),
-                              outputs["scored_B"][:, None])  # fmt: skip
+            self._add_by_rate(
+                outputs["num_masked"].double(), outputs["cross_entropy"].double(), outputs["scored_B"][:, None]
+            )
         self.rows, self.block_flops = self.rows + len(ids_BL), self.block_flops + flops
 
     def _add_by_rate(self, masked_BP: Tensor, nats_BP: Tensor, scored_BP: Tensor) -> None:
@@ -108,9 +109,12 @@ class _Interval:
         return _Totals(
             sums=dict(zip((*_SUMS, *range(2 * BUCKETS), "rows", "block_flops"), added, strict=False)),
             means={name: total / count for name, (total, count) in zip(self.names, means_N2, strict=True) if count},
-            largest_norm=largest_norm, memory=dict(zip(memory, most, strict=True)), ranks=len(all_RV),
-            steps=self.steps, seconds=time.perf_counter() - self.began - self.paused,
-        )  # fmt: skip
+            largest_norm=largest_norm,
+            memory=dict(zip(memory, most, strict=True)),
+            ranks=len(all_RV),
+            steps=self.steps,
+            seconds=time.perf_counter() - self.began - self.paused,
+        )
 
 
 @dataclass(frozen=True)

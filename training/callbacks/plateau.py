@@ -90,8 +90,14 @@ class Plateau(Callback):
         value = trainer.strategy.broadcast(float(trainer.callback_metrics["val/nll"]))
         if not self.update(value):
             return
-        log.info("step %d: val/nll was not below %.4f for %d validations; the learning rate is now %.3g times what the "
-                 "schedule says", trainer.global_step, self.state.best, self.patience, self.state.factor)  # fmt: skip
+        log.info(
+            "step %d: val/nll was not below %.4f for %d validations; the learning rate is now %.3g times what the "
+            "schedule says",
+            trainer.global_step,
+            self.state.best,
+            self.patience,
+            self.state.factor,
+        )
         for config in trainer.lr_scheduler_configs:
             _scale(config.scheduler, self.state.factor / before)
 
