@@ -18,7 +18,7 @@ from palimpsest.common.metrics import mean
 from palimpsest.common.randomness import KeyedNoise
 from palimpsest.common.values import COUNT, Count, Name, Natural, Share, real, whole
 from palimpsest.dataloader import TextData
-from palimpsest.denoisers import Denoiser
+from palimpsest.denoisers import Denoiser, JointDenoiser
 from palimpsest.evaluation.drawing import SampledTokens, SamplingContext, SamplingResult
 from palimpsest.evaluation.latent_measures import Agreement, Reader, agreement, bleu, partners, token_f1
 from palimpsest.evaluation.likelihood import GroundTruth
@@ -325,7 +325,7 @@ def _joint_sampler(
     """Return a text sampler that also samples latents, which it appends to `sampled_latents`."""
     latent_steps = settings.latent
 
-    def simultaneous(model: object, x_BL: Tensor, noise: KeyedNoise, **cond: Tensor) -> Trace:
+    def simultaneous(model: JointDenoiser, x_BL: Tensor, noise: KeyedNoise, **cond: Tensor) -> Trace:
         out = joint.sample(
             model,
             x_BL,
@@ -340,7 +340,7 @@ def _joint_sampler(
         return out.text
 
     def latent_first(
-        model: object, x_BL: Tensor, noise: KeyedNoise, watch: Watcher | None = None, **cond: Tensor
+        model: JointDenoiser, x_BL: Tensor, noise: KeyedNoise, watch: Watcher | None = None, **cond: Tensor
     ) -> Trace:
         marginal = replace(latent_steps, guidance=0.0)
         sampled = gaussian.sample(model, x_BL, noise.part(1), marginal, masked_BL=x_BL, **cond)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.distributed
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 
 class Mapper(lightning.LightningModule):
@@ -29,7 +30,7 @@ class Mapper(lightning.LightningModule):
 
 
 def map_over_devices(
-    trainer: lightning.Trainer, network: nn.Module, function: Callable[[dict], dict[str, Tensor]], loader: object
+    trainer: lightning.Trainer, network: nn.Module, function: Callable[[dict], dict[str, Tensor]], loader: DataLoader
 ) -> dict[str, np.ndarray]:
     """Return the columns that `function` computes for the batches of `loader`, from all devices, sorted by sample id.
 

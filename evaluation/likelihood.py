@@ -12,6 +12,7 @@ from typing import Protocol
 import lightning
 import numpy as np
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from palimpsest.common.metrics import UNIT_COLUMNS, Estimate, Units, ratio, ratios_by_rate
 from palimpsest.common.randomness import hash_seed
@@ -111,7 +112,7 @@ class Precision:
 def score(
     trainer: lightning.Trainer,
     diffusion: Diffusion,
-    loader: object,
+    loader: DataLoader,
     estimator: Estimator,
     precision: Precision,
     seed: int,
@@ -153,7 +154,7 @@ def _concatenated(rounds: list[Scores]) -> Scores:
 def _round(
     trainer: lightning.Trainer,
     diffusion: Diffusion,
-    loader: object,
+    loader: DataLoader,
     estimator: Estimator,
     num_draws: int,
     seed: int,

@@ -14,6 +14,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from palimpsest.classification.bayes import averaged_posterior, log_prior
 from palimpsest.data.tokenizers import token_strings, tokenizer_from_record, vocabulary
@@ -75,7 +76,7 @@ class SampledText(str):
     evaluations: int
 
     @classmethod
-    def of(cls, text: str, drawn: SampledTokens, tokenizer: object) -> SampledText:
+    def of(cls, text: str, drawn: SampledTokens, tokenizer: PreTrainedTokenizerBase) -> SampledText:
         """Return `text` with the trace of `drawn`."""
         found = cls(text)
         found.tokens = token_strings(tokenizer, drawn.ids)
@@ -112,7 +113,7 @@ class TrainedModel:
         self.label = label
 
     @property
-    def tokenizer(self) -> object:
+    def tokenizer(self) -> PreTrainedTokenizerBase:
         return self.data.tokenizer
 
     def log_likelihood(
