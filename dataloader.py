@@ -3,9 +3,9 @@
 The batch contract. Every batch is a dict of CPU tensors (B rows, L tokens):
   input_ids       int64 (B, L)
   attention_mask  bool  (B, L)  False on padding; absent if nothing is padded (wrapped data)
-  given           bool  (B, L)  True on observed tokens (prompts, prefixes, BOS, EOS): never masked, not scored; absent
+  observed        bool  (B, L)  True on observed tokens (prompts, prefixes, BOS, EOS): never masked, not scored; absent
                                 if there are none
-  fill            bool  (B, L)  True on EOS padding after a text's own EOS (data.fill=eos): masked and scored if a model
+  eos_padding     bool  (B, L)  True on EOS padding after a text's own EOS (data.fill=eos): masked and scored if a model
                                 determines the length by it, never counted as tokens
   segment_ends    int64 (B, S - 1)  only with data.segments=true, for texts of S segments: the end of each but the last
   sample_id       int64 (B,)    permanent id of the row, which keys evaluation noise; in a stream the position

@@ -77,8 +77,8 @@ def sample(networks: Networks, network: Network, request: SamplingRequest, show:
         settings = {**request.settings, "sampling.num_samples": number}
         experiment, data, diffusion = networks.sampler(network, settings)
         drawing = experiment.build.drawing(diffusion.provenance.length)
-        prompt = replace(drawing.given, prefix=prompt.prefix, template=prompt.template)
-        drawing = replace(drawing, given=prompt)
+        prompt = replace(drawing.inputs, prefix=prompt.prefix, template=prompt.template)
+        drawing = replace(drawing, inputs=prompt)
         recorder = Recorder(number, diffusion.objective.process.blank_id)
         view = _LiveView(recorder, LiveView.of(number, diffusion, data, drawing), show, request.pause)
         start = time.perf_counter()

@@ -28,7 +28,7 @@ from palimpsest.evaluation.sample_quality import measure, real_texts
 from palimpsest.experiment.experiment import Experiment
 from palimpsest.experiment.running import checked
 from palimpsest.settings.command_line import compose_config
-from palimpsest.settings.instantiation import made_class
+from palimpsest.settings.instantiation import class_built_by
 
 UNMASK = {
     "random": "sampling.order=random",
@@ -157,7 +157,7 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     table, rows = Table(args), []
     cfg = table.experiment.cfg
-    blocks = made_class(cfg.parameterization).name == "bd3lm" and cfg.block_size != cfg.model.length
+    blocks = class_built_by(cfg.parameterization).name == "bd3lm" and cfg.block_size != cfg.model.length
     wanted = {name: how for name, how in decoders(blocks, [int(n) for n in args.steps.split(",")]).items()
               if args.only in name}  # fmt: skip
     print(f"{'':46} {'perplexity':19} {'entropy, nats':19} {'distinct-1':19} {'distinct-2':19} {'distinct-3':19}")

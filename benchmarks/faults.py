@@ -34,7 +34,7 @@ from pathlib import Path
 
 import torch
 
-from palimpsest.common.files import Seal, check_seal
+from palimpsest.common.files import SealingStream, check_seal
 from palimpsest.experiment.experiment import Experiment
 from palimpsest.experiment.fitting import fit
 from palimpsest.models.checkpoints import load_inert, read_progress
@@ -144,7 +144,7 @@ def killed_in_a_save(operation: int, after: bool) -> None:
 
         return call
 
-    for owner, name in ((os, "fsync"), (os, "replace"), (os, "link"), (Path, "unlink"), (Seal, "close")):
+    for owner, name in ((os, "fsync"), (os, "replace"), (os, "link"), (Path, "unlink"), (SealingStream, "close")):
         setattr(owner, name, fatal(getattr(owner, name)))
 
 

@@ -5,16 +5,14 @@ such difference has a mean and a variance over its few draws:
 
 1. The variance is moderated: a weighted mean of its own sample variance and that pooled over all texts, as if the pool
    had `PRIOR_DEGREES` degrees of freedom (Smyth 2004: an inverse-gamma prior). Otherwise four draws that happen to
-       agree
-   would look certain. The degrees are fixed and few: as many as a text's own after five draws.
+   agree would look certain. The degrees are fixed and few: as many as a text's own after five draws.
 2. The moderated t is converted to the normal deviate of the same tail probability, and so to a standard error (Lu &
    Stephens 2019).
 3. The probability that the true difference has the other sign takes into account how large true differences are: a
    mixture of normal distributions centred at 0, with weights fitted to all texts (Stephens 2017, the local false sign
-       rate). The t alone is not careful enough, because every look is a further chance to stop in error. With noise of
-       15 to 60 nats per draw and nine looks after 4 to 64 draws, confidence 0.95 let it stop 4 % in error for true
-       differences N(0, 20²), but 8 % for N(0, 10²); the rule with 3. stops 1 % in error for both (36 and 53 draws on
-       average).
+   rate). The t alone is not careful enough, because every look is a further chance to stop in error. With noise of 15
+   to 60 nats per draw and nine looks after 4 to 64 draws, confidence 0.95 let it stop 4 % in error for true differences
+   N(0, 20²), but 8 % for N(0, 10²); the rule with 3. stops 1 % in error for both (36 and 53 draws on average).
 
 It cannot detect draws so skewed that the difference lies in masks not drawn yet. With more than two classes the error
 probabilities of all rivals add up (Bonferroni's bound).
@@ -53,25 +51,27 @@ def certainty(nats_MCK: np.ndarray, log_prior_C: np.ndarray, tokens_M: np.ndarra
     num_texts, num_classes, _ = nats_MCK.shape
     if num_texts == 0 or num_classes < 2:
         return np.ones(num_texts)
-    absent_MK = np.isnan(nats_MCK).all(axis=1)
-    if (np.isnan(nats_MCK) != absent_MK[:, None]).any() or absent_MK.all(axis=1).any():
+    missing_MK = np.isnan(nats_MCK).all(axis=1)
+    if (np.isnan(nats_MCK) != missing_MK[:, None]).any() or missing_MK.all(axis=1).any():
         raise ValueError("every text needs a draw, and every draw a number for each class")
-    draws_M = (~absent_MK).sum(axis=1)
+    draws_M = (~missing_MK).sum(axis=1)
     log_p_MC = -np.nanmean(nats_MCK, axis=2) + log_prior_C
     leader_M = log_p_MC.argmax(axis=1)
-    unit_M1 = np.sqrt(np.ones(num_texts) if tokens_M is None else np.maximum(tokens_M, 1))[:, None]
-    margin_MC = (np.take_along_axis(log_p_MC, leader_M[:, None], axis=1) - log_p_MC) / unit_M1
-    difference_MCK = (nats_MCK - np.take_along_axis(nats_MCK, leader_M[:, None, None], axis=1)) / unit_M1[:, None]
+    root_length_M1 = np.sqrt(np.ones(num_texts) if tokens_M is None else np.maximum(tokens_M, 1))[:, None]
+    margin_MC = (np.take_along_axis(log_p_MC, leader_M[:, None], axis=1) - log_p_MC) / root_length_M1
+    difference_MCK = (nats_MCK - np.take_along_axis(nats_MCK, leader_M[:, None, None], axis=1)) / root_length_M1[
+        :, None
+    ]
     rival_MC = np.arange(num_classes) != leader_M[:, None]
-    several_M = draws_M > 1
-    found_M = np.zeros(num_texts)
-    if several_M.any():
+    repeated_M = draws_M > 1
+    certainty_M = np.zeros(num_texts)
+    if repeated_M.any():
         se_MC = _standard_errors(
-            difference_MCK[several_M], margin_MC[several_M], draws_M[several_M], rival_MC[several_M]
+            difference_MCK[repeated_M], margin_MC[repeated_M], draws_M[repeated_M], rival_MC[repeated_M]
         )
-        wrong_MC = _false_sign_rate(margin_MC[several_M], se_MC, rival_MC[several_M])
-        found_M[several_M] = np.clip(1 - (wrong_MC * rival_MC[several_M]).sum(axis=1), 0, 1)
-    return found_M
+        wrong_MC = _false_sign_rate(margin_MC[repeated_M], se_MC, rival_MC[repeated_M])
+        certainty_M[repeated_M] = np.clip(1 - (wrong_MC * rival_MC[repeated_M]).sum(axis=1), 0, 1)
+    return certainty_M
 
 
 def undecided(
@@ -99,16 +99,18 @@ def _standard_errors(
     difference_MCK: np.ndarray, margin_MC: np.ndarray, draws_M: np.ndarray, rival_MC: np.ndarray
 ) -> np.ndarray:
     """Return standard errors (M, C), nats, with which margin / error has the tail probability of the moderated t."""
-    own_MC = np.nanvar(difference_MCK, axis=2, ddof=1)
-    own_degrees_M1 = (draws_M - 1)[:, None]
-    pooled = np.average(own_MC, weights=own_degrees_M1 * rival_MC)
-    degrees_M1 = own_degrees_M1 + PRIOR_DEGREES
-    variance_MC = (PRIOR_DEGREES * pooled + own_degrees_M1 * own_MC) / degrees_M1
-    plain_MC = np.sqrt(variance_MC / draws_M[:, None])
-    clear_MC = margin_MC > 1e-6 * plain_MC  # below, the ratio of the two deviates is 0 / 0
-    t_MC = np.divide(margin_MC, plain_MC, out=np.ones_like(plain_MC), where=clear_MC & (plain_MC > 0))
+    sample_variance_MC = np.nanvar(difference_MCK, axis=2, ddof=1)
+    sample_degrees_M1 = (draws_M - 1)[:, None]
+    pooled_variance = np.average(sample_variance_MC, weights=sample_degrees_M1 * rival_MC)
+    degrees_M1 = sample_degrees_M1 + PRIOR_DEGREES
+    variance_MC = (PRIOR_DEGREES * pooled_variance + sample_degrees_M1 * sample_variance_MC) / degrees_M1
+    moderated_se_MC = np.sqrt(variance_MC / draws_M[:, None])
+    positive_MC = margin_MC > 1e-6 * moderated_se_MC  # below, the ratio of the two deviates is 0 / 0
+    t_MC = np.divide(
+        margin_MC, moderated_se_MC, out=np.ones_like(moderated_se_MC), where=positive_MC & (moderated_se_MC > 0)
+    )
     z_MC = norm.isf(np.maximum(student_t.sf(t_MC, degrees_M1), 1e-300))
-    return np.where(clear_MC, plain_MC * t_MC / z_MC, plain_MC)
+    return np.where(positive_MC, moderated_se_MC * t_MC / z_MC, moderated_se_MC)
 
 
 def _false_sign_rate(margin_MC: np.ndarray, se_MC: np.ndarray, rival_MC: np.ndarray) -> np.ndarray:
@@ -121,20 +123,20 @@ def _false_sign_rate(margin_MC: np.ndarray, se_MC: np.ndarray, rival_MC: np.ndar
     smallest = float(se_MC[rival_MC].min()) / 2  # practically no difference
     num_scales = 2 + int(np.ceil(np.log2(max(2 * largest / smallest, 2))))
     scale_G = smallest * 2.0 ** np.arange(num_scales)
-    runner_M = np.where(rival_MC, margin_MC, np.inf).argmin(axis=1)[:, None]
+    runner_up_M = np.where(rival_MC, margin_MC, np.inf).argmin(axis=1)[:, None]
     likelihood_MG = _likelihood(
-        np.take_along_axis(margin_MC, runner_M, axis=1)[:, 0],
-        np.take_along_axis(se_MC, runner_M, axis=1)[:, 0],
+        np.take_along_axis(margin_MC, runner_up_M, axis=1)[:, 0],
+        np.take_along_axis(se_MC, runner_up_M, axis=1)[:, 0],
         scale_G,
     )
-    share_G = np.full(num_scales, 1 / num_scales)
-    null_G = _NULL_TEXTS * (np.arange(num_scales) == 0)
+    weight_G = np.full(num_scales, 1 / num_scales)
+    null_count_G = _NULL_TEXTS * (np.arange(num_scales) == 0)
     for _ in range(_EM_STEPS):
-        member_MG = _normalised(likelihood_MG * share_G)
-        share_G = (member_MG.sum(axis=0) + null_G) / (len(member_MG) + _NULL_TEXTS)
-    member_MCG = _normalised(_likelihood(margin_MC, se_MC, scale_G) * share_G)
-    ratio_MCG = scale_G / np.hypot(scale_G, se_MC[..., None])
-    return (member_MCG * norm.cdf(-(margin_MC / se_MC)[..., None] * ratio_MCG)).sum(axis=-1)
+        responsibility_MG = _normalised(likelihood_MG * weight_G)
+        weight_G = (responsibility_MG.sum(axis=0) + null_count_G) / (len(responsibility_MG) + _NULL_TEXTS)
+    responsibility_MCG = _normalised(_likelihood(margin_MC, se_MC, scale_G) * weight_G)
+    shrinkage_MCG = scale_G / np.hypot(scale_G, se_MC[..., None])
+    return (responsibility_MCG * norm.cdf(-(margin_MC / se_MC)[..., None] * shrinkage_MCG)).sum(axis=-1)
 
 
 def _likelihood(margin: np.ndarray, se: np.ndarray, scale_G: np.ndarray) -> np.ndarray:

@@ -204,7 +204,7 @@ def version(where: PathOrUrl) -> str:
 # -------------------------------------------------------------------------------- seals
 
 
-class Seal:
+class SealingStream:
     """Output stream for a zip archive that hashes what it passes on to `file`; `close` appends the digest.
 
     An error of `file` is kept in `error`, and later writes are ignored. An exception raised within the C++ code of

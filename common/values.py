@@ -25,10 +25,10 @@ class Setting:
     """The values that a setting accepts.
 
     Attributes:
-        said: description that completes the message "KEY=VALUE must be ...".
+        description: description that completes the message "KEY=VALUE must be ...".
     """
 
-    said: str
+    description: str
     accepts: Callable[[object], bool]
 
 
@@ -69,13 +69,13 @@ def one_of(*names: object) -> Setting:
 
 def list_of(entry: Setting, least: int = 0, example: str = "") -> Setting:
     """Accept lists of at least `least` entries."""
-    said = f"a list{' of at least one entry' if least else ''} such as {example}; each entry {entry.said}"
-    return Setting(said, lambda v: isinstance(v, list) and len(v) >= least and all(map(entry.accepts, v)))
+    description = f"a list{' of at least one entry' if least else ''} such as {example}; each entry {entry.description}"
+    return Setting(description, lambda v: isinstance(v, list) and len(v) >= least and all(map(entry.accepts, v)))
 
 
 def either(*settings: Setting) -> Setting:
     """Accept what any of these settings accepts."""
-    return Setting(" or ".join(s.said for s in settings), lambda v: any(s.accepts(v) for s in settings))
+    return Setting(" or ".join(s.description for s in settings), lambda v: any(s.accepts(v) for s in settings))
 
 
 def _is_name(value: object) -> bool:
@@ -123,7 +123,7 @@ BatchRamp = Annotated[Sequence[Sequence[int]], list_of(STAGE, 1, "[[0,64],[1000,
 # Marks of settings, for settings/identity.py. A setting that a training depends on is in its fingerprint unless marked.
 FREE = "not in the fingerprint: it may change when a training resumes"
 IF_SET = "not in the fingerprint while it is empty, because it is newer than some trainings"
-LATER = "not in the fingerprint: it was added later, and the key that it is copied from is in the fingerprint"
+ADDED_LATER = "not in the fingerprint: it was added later, and the key that it is copied from is in the fingerprint"
 COPY = "in the fingerprint as this argument, not as the key that it is copied from"
 
 _PLAIN = {bool: FLAG, int: whole(-LARGEST), float: real("(-inf, inf)"), str: TEXT, type(None): NULL}
@@ -166,7 +166,7 @@ def maybe_group(hint: object) -> Setting | None:
 
 
 def marks(hint: object) -> frozenset[str]:
-    """Return the marks of a type: FREE, IF_SET, LATER, COPY."""
+    """Return the marks of a type: FREE, IF_SET, ADDED_LATER, COPY."""
     if get_origin(hint) is Annotated:
         return frozenset(m for m in hint.__metadata__ if isinstance(m, str)) | marks(hint.__origin__)
     if get_origin(hint) in (Union, types.UnionType):

@@ -67,7 +67,7 @@ def _sentences(text: str) -> list[tuple[str, ...]]:
 
 @lru_cache(maxsize=1)
 def _grammars() -> dict[str, dict[tuple[int | None, int], FiniteStateGrammar]]:
-    """Return part of a review -> (polarity, form) -> the grammar of its sentences."""
+    """Return the grammar of the sentences, by part of a review ("verdict", ...) and then by (polarity, form)."""
 
     def forms(choice: Choice, polarity: int | None = None) -> dict[tuple[int | None, int], FiniteStateGrammar]:
         return {(polarity, form): FiniteStateGrammar(option) for form, (_, option) in enumerate(choice.options)}

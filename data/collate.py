@@ -72,22 +72,22 @@ class Collate:
         ids = np.full(mask.shape, self.pad_id, dtype=np.int64)
         ids[mask] = np.concatenate(list(rows))
         batch["input_ids"] = torch.from_numpy(ids)
-        batch |= {"fill": torch.from_numpy(~mask)} if self.fill else {"attention_mask": torch.from_numpy(mask)}
+        batch |= {"eos_padding": torch.from_numpy(~mask)} if self.fill else {"attention_mask": torch.from_numpy(mask)}
         ends = (place == 0) | ((place == lengths[:, None] - 1) & (not self.fill))
-        given = ends & np.isin(ids, self.frame_ids)
+        observed = ends & np.isin(ids, self.frame_ids)
         if part_ends is not None:
-            given |= place < part_ends[:, :1]
-        given |= self._in_prefix(ids) & mask
+            observed |= place < part_ends[:, :1]
+        observed |= self._in_prefix(ids) & mask
         if len(self.frame_ids) or part_ends is not None or self.prefix or self.first_given:
-            batch["given"] = torch.from_numpy(given)
+            batch["observed"] = torch.from_numpy(observed)
         return batch
 
     def _wrapped(self, ids: np.ndarray) -> dict[str, torch.Tensor]:
         """Return the batch of equally long rows, which begin and end anywhere in a text."""
         if not len(self.frame_ids) and not self.prefix and not self.first_given:
             return {"input_ids": torch.from_numpy(ids)}
-        given = np.isin(ids, self.frame_ids) | self._in_prefix(ids)
-        return {"input_ids": torch.from_numpy(ids), "given": torch.from_numpy(given)}
+        observed = np.isin(ids, self.frame_ids) | self._in_prefix(ids)
+        return {"input_ids": torch.from_numpy(ids), "observed": torch.from_numpy(observed)}
 
     def _in_prefix(self, ids: np.ndarray) -> np.ndarray:
         return np.arange(ids.shape[1]) < self.leading(ids[:, 0])[:, None]

@@ -40,13 +40,13 @@ class Passages:
 
     @cached_property
     def content(self) -> list[np.ndarray]:
-        """Return the token ids without begin, end, padding and mask."""
+        """Return the token ids of each row without special tokens (BOS, EOS, padding, mask)."""
         special = np.array(sorted(self.special))
         return [row[~np.isin(row, special)] for row in self.ids]
 
     @cached_property
     def texts(self) -> list[str]:
-        """Return the decoded rows; special tokens separate lines."""
+        """Return the text of each row. A run of special tokens inside a row becomes a line break."""
         special, runs = np.array(sorted(self.special)), []
         for number, row in enumerate(self.ids):
             edges = np.flatnonzero(np.isin(row, special))

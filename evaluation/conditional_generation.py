@@ -286,7 +286,7 @@ def generate_jointly(context: ConditionalContext) -> ConditionalResult:
     """Sample texts with their latents unconditionally; compare them with real texts and with each other."""
     data, drawing = context.data, context.drawing
     seed, reader = context.seed, Reader(data)
-    rows = rows_to_fill(context.diffusion, data, drawing.given, context.number, seed)
+    rows = rows_to_fill(context.diffusion, data, drawing.inputs, context.number, seed)
     key_M = np.arange(len(rows))
 
     def sample_part(part: slice) -> list[tuple[SampledTokens, np.ndarray]]:

@@ -38,14 +38,14 @@ class SampledTokens:
     evaluations: int  # of the network
 
     def columns(self) -> dict[str, object]:
-        """Return the columns of samples.jsonl."""
+        """Return the fields of one line of samples.jsonl: ids, steps, confidence, evaluations."""
         confidence = [round(p, 4) for p in self.confidence]
         return {"ids": self.ids, "steps": self.steps, "confidence": confidence, "evaluations": self.evaluations}
 
 
-def decoded(sampled: SampledTokens, given: Template, tokenizer: PreTrainedTokenizerBase) -> str:
+def decoded(sampled: SampledTokens, inputs: Template, tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the text of a sample without special tokens; a prefix is exactly as typed, whatever the tokenizer."""
-    text, prefix = decode(tokenizer, sampled.ids, skip_special=True), given.prefix or ""
+    text, prefix = decode(tokenizer, sampled.ids, skip_special=True), inputs.prefix or ""
     if text.startswith(prefix):
         return text
     ids = encode(tokenizer, [prefix])[0]
@@ -61,7 +61,7 @@ class Drawing:
     """Sampler, observed tokens and protocol of a sampling run."""
 
     sampler: Callable
-    given: Template = Template()  # the observed tokens of each text
+    inputs: Template = Template()  # the observed tokens of each text
     protocol: Mapping[str, object] = field(default_factory=dict)  # the settings of the sampler, for the results
     var_length: bool = False  # the sampler decides where a text ends
 
@@ -191,7 +191,7 @@ def draw(
     Models of padded rows learn p(text | length), so a text gets the length of a random training row. Causal models and
     models of EOS-padded rows choose the end of a text. Prompts and given prefixes come from validation texts.
     """
-    rows = rows_to_fill(diffusion, data, drawing.given, num_samples, seed)
+    rows = rows_to_fill(diffusion, data, drawing.inputs, num_samples, seed)
     conditioning = {} if class_id is None else {"class_id": torch.full((num_samples,), class_id)}
     context = SamplingContext(None, diffusion, data, drawing, seed, watch, batch_size=batch_size)
     return context.sample(rows, np.arange(num_samples), conditioning)

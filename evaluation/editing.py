@@ -190,7 +190,15 @@ class Editor:
     def write(
         self, conditioning: Mapping[str, Tensor], some: np.ndarray | None = None, watched: bool = False
     ) -> list[SampledTokens]:
-        """Edit the texts (or `some`), from the time at which the masked share is expected; unmasked tokens stay."""
+        """Write new tokens at the masked positions of the texts; the other tokens stay.
+
+        Sampling begins at the time whose expected share of masks is that of the text.
+
+        Args:
+            conditioning: class or latent of each text, for the network.
+            some: numbers of the texts to edit; None for all.
+            watched: show the texts while they are written.
+        """
         chosen, some = self.chosen, np.arange(len(self.chosen.rows)) if some is None else some
         blank_id, schedule = self.context.blank_id, self.context.diffusion.model.schedule
         rows = [np.where(self.masked[m], blank_id, chosen.rows[m]) for m in some]

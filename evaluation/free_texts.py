@@ -37,9 +37,9 @@ class FreeTextRequest:
         """Sample the texts and measure them."""
         data, drawing = context.data, context.drawing
         real = real_texts(data, self.split, self.number, context.seed)
-        masked_rows = rows_to_fill(context.diffusion, data, drawing.given, self.number, context.seed)
+        masked_rows = rows_to_fill(context.diffusion, data, drawing.inputs, self.number, context.seed)
         sampled = context.sample(masked_rows, np.arange(self.number))
-        texts = [decoded(text, drawing.given, data.tokenizer) for text in sampled]
+        texts = [decoded(text, drawing.inputs, data.tokenizer) for text in sampled]
         rows = [{"sample": index, "text": text, **one.columns()}
                 for index, (text, one) in enumerate(zip(texts, sampled, strict=True))]  # fmt: skip
         context.save_rows(rows)

@@ -112,18 +112,18 @@ def _text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def rows_to_fill(
-    diffusion: Diffusion, data: TextData, given: Template, num_samples: int, seed: int
+    diffusion: Diffusion, data: TextData, inputs: Template, num_samples: int, seed: int
 ) -> list[np.ndarray]:
     """Return one row of ids per sample, masked where tokens are to be sampled, as long as a random training row."""
     blank_id, causal = diffusion.objective.process.blank_id, diffusion.objective.causal
-    limit = given.max_length or data.length
+    limit = inputs.max_length or data.length
     check_amount(num_samples, limit)
-    fixed = given.ids(data.tokenizer, blank_id, limit)
-    if data.prompted and (fixed or given.max_length):
-        key = "template" if given.template else "prefix" if given.prefix else "max_length"
+    fixed = inputs.ids(data.tokenizer, blank_id, limit)
+    if data.prompted and (fixed or inputs.max_length):
+        key = "template" if inputs.template else "prefix" if inputs.prefix else "max_length"
         raise ValueError(f"data={data.name} gives each text its own beginning; leave sampling.{key} out")
-    _warn_of_unknown(fixed, given, data.tokenizer)
-    builder = _RowBuilder(limit, data, blank_id, given)
+    _warn_of_unknown(fixed, inputs, data.tokenizer)
+    builder = _RowBuilder(limit, data, blank_id, inputs)
     train = data.split("validation" if data.prompted or data.prefix_length else "train")
     u = KeyedNoise(seed, torch.arange(num_samples), draw=-3).uniform()
     rows = []
@@ -171,9 +171,9 @@ def masked_row(
     return row
 
 
-def _warn_of_unknown(fixed: Sequence[int], given: Template, tokenizer: PreTrainedTokenizerBase) -> None:
+def _warn_of_unknown(fixed: Sequence[int], inputs: Template, tokenizer: PreTrainedTokenizerBase) -> None:
     if fixed and tokenizer.unk_token_id in fixed and tokenizer.unk_token_id != tokenizer.eos_token_id:
-        key = "template" if given.template else "prefix"
+        key = "template" if inputs.template else "prefix"
         log.warning(
             "sampling.%s has words that the tokenizer does not know; the network reads %s instead",
             key,
@@ -188,7 +188,7 @@ class _RowBuilder:
     limit: int
     data: TextData
     blank_id: int
-    given: Template
+    inputs: Template
 
     def shortened(self, row_ids: np.ndarray) -> np.ndarray:
         """Shorten `row_ids` to `limit` tokens: masks are dropped, an observed ending stays."""
@@ -197,14 +197,14 @@ class _RowBuilder:
         ending = self._ending(row_ids)
         short = np.concatenate([row_ids[: max(self.limit - len(ending), 0)], ending])
         if self.blank_id not in short:
-            raise ValueError(f"{self.given.limit_key}={self.limit} leaves no token to write; allow more")
+            raise ValueError(f"{self.inputs.limit_key}={self.limit} leaves no token to write; allow more")
         return short
 
     def with_template(self, row_ids: np.ndarray, fixed: list[int], start: int) -> np.ndarray:
         """Return `row_ids` with `fixed` from `start` on; a padded row gets the length of a template of fixed length."""
         if not fixed:
             return row_ids
-        ending, whole = self._ending(row_ids), bool(self.given.template)
+        ending, whole = self._ending(row_ids), bool(self.inputs.template)
         if STRETCH in fixed:
             at, masks = fixed.index(STRETCH), len(row_ids) - start - len(ending) - len(fixed) + 1
             fixed = [*fixed[:at], *[self.blank_id] * max(masks, 1), *fixed[at + 1 :]]
@@ -222,7 +222,7 @@ class _RowBuilder:
             more = "with what frames it" if whole else "with what frames it and one to write"
             raise ValueError(
                 f"sampling.{key} has {len(fixed)} tokens, {more} {len(row)}: too many for "
-                f"{self.given.limit_key}={self.limit}"
+                f"{self.inputs.limit_key}={self.limit}"
             )
         return row
 

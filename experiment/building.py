@@ -28,7 +28,7 @@ from palimpsest.models.recompute import recompute_blocks
 from palimpsest.objectives.base import Objective
 from palimpsest.process import Process
 from palimpsest.settings.identity import identity
-from palimpsest.settings.instantiation import instantiate, located, made_class, wired
+from palimpsest.settings.instantiation import build_from_settings, class_built_by, instantiate, resolve_target
 from palimpsest.settings.wiring import WIRING
 from palimpsest.training.machine import Machine
 from palimpsest.training.slurm import check_processes
@@ -59,8 +59,8 @@ class Builder:
 
     def __init__(self, cfg: DictConfig, runs: Runs) -> None:
         self.cfg, self._runs = cfg, runs
-        self.choices: Choices = wired(cfg, "palimpsest.experiment.building.Choices")
-        self.machine: Machine = wired(cfg, "palimpsest.training.machine.Machine")
+        self.choices: Choices = build_from_settings(cfg, "palimpsest.experiment.building.Choices")
+        self.machine: Machine = build_from_settings(cfg, "palimpsest.training.machine.Machine")
         self.seed: int = cfg.seed
         self._data: dict[int | None, TextData] = {}
 
@@ -74,19 +74,19 @@ class Builder:
         objective = instantiate(self.cfg.parameterization, process=process)
         schedule = instantiate(self.cfg.lr_scheduler)
         schedule(torch.optim.SGD([torch.zeros(1)]))  # raises for invalid settings
-        sampler = located(self.cfg.sampler._target_)
+        sampler = resolve_target(self.cfg.sampler._target_)
         self.drawing()  # raises for invalid settings
-        check_parts(self.cfg, objective, process, made_class(self.cfg.backbone), sampler, self.estimator)
+        check_parts(self.cfg, objective, process, class_built_by(self.cfg.backbone), sampler, self.estimator)
         check_processes(self.machine.devices, self.machine.num_nodes)
         plan = BatchPlan.of(self.machine.global_batch_size, self.machine.ramp)
-        if located(self.cfg.mode._target_).mode.trains:
+        if resolve_target(self.cfg.mode._target_).mode.trains:
             plan.check_reached(self.cfg.trainer.max_steps)
             if self.choices.pretrain:
                 plan.check_reached(self.choices.pretrain_steps, "classify.pretrain_steps")
 
     @property
     def objective_name(self) -> str:
-        return made_class(self.cfg.parameterization).name
+        return class_built_by(self.cfg.parameterization).name
 
     @property
     def estimator(self) -> Estimator:
@@ -94,7 +94,7 @@ class Builder:
 
     @property
     def precision(self) -> Precision:
-        return wired(self.cfg, "palimpsest.evaluation.likelihood.Precision")
+        return build_from_settings(self.cfg, "palimpsest.evaluation.likelihood.Precision")
 
     @cached_property
     def truth(self) -> object | None:
@@ -115,7 +115,7 @@ class Builder:
         Args:
             trained_length: tokens of the model's training rows; longer texts are sampled with an attention window.
         """
-        prompt = wired(self.cfg, "palimpsest.evaluation.sampling_inputs.Template")
+        prompt = build_from_settings(self.cfg, "palimpsest.evaluation.sampling_inputs.Template")
         cfg, node = self.cfg, self.cfg.sampler
         longer = trained_length is not None and cfg.model.length > trained_length
         if longer and self.objective_name == "bd3lm" and node.get("context", 0) is None:
@@ -135,11 +135,11 @@ class Builder:
         label = self.cfg.data.label if label is None else label
         if label not in self._data:
             special, objective = {}, self.cfg.parameterization
-            if self.cfg.data.get("score_special") is None and not made_class(objective).masks_special:
+            if self.cfg.data.get("score_special") is None and not class_built_by(objective).masks_special:
                 special["score_special"] = False
             if objective.get("ignore_bos") is not None:  # block diffusion has its own setting for the first token
                 special["first_given"] = objective.ignore_bos
-            texts = wired(
+            texts = build_from_settings(
                 self.cfg,
                 "palimpsest.dataloader.Texts",
                 label=label,
@@ -147,8 +147,8 @@ class Builder:
                 latents=self._encoder,
                 **special,
             )
-            loading = wired(self.cfg, "palimpsest.data.loading.Loading")
-            batches = wired(
+            loading = build_from_settings(self.cfg, "palimpsest.data.loading.Loading")
+            batches = build_from_settings(
                 self.cfg,
                 "palimpsest.dataloader.Batches",
                 batch_size=self.machine.micro_batch,
@@ -173,7 +173,7 @@ class Builder:
         settings |= {k: v for k, v in backbone.settings.items() if settings.get(k) is None}
         known = {"configuration": settings, "tokenizer": data.vocabulary.fingerprint, "label": data.label}
         known |= {} if data.latents is None else {"latents": data.latents.facts}
-        return wired(
+        return build_from_settings(
             self.cfg,
             "palimpsest.diffusion.Diffusion",
             backbone=backbone,

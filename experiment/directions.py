@@ -8,7 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from palimpsest.objectives.base import Objective
 from palimpsest.samplers import ancestral
-from palimpsest.settings.instantiation import located
+from palimpsest.settings.instantiation import resolve_target
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def check_direction(cfg: DictConfig, objective: Objective) -> None:
         )
     _check_modes(cfg, direction)
     at_once = direction == "joint" and cfg.sampling.joint_order == "simultaneous"
-    if (direction == "edit" or at_once) and located(cfg.sampler._target_) is not ancestral.sample:
+    if (direction == "edit" or at_once) and resolve_target(cfg.sampler._target_) is not ancestral.sample:
         why = "starts from partially masked texts" if direction == "edit" else "has one time grid for text and latent"
         raise ValueError(
             f"sampling.direction={direction} {why}, but {cfg.sampler._target_} has its own steps; use "

@@ -15,7 +15,7 @@ from palimpsest.experiment.fitting import fit
 from palimpsest.experiment.runs import Runs
 from palimpsest.experiment.weights import Weights
 from palimpsest.settings.identity import identity
-from palimpsest.settings.instantiation import located, wired
+from palimpsest.settings.instantiation import build_from_settings, resolve_target
 
 
 class Experiment:
@@ -31,12 +31,12 @@ class Experiment:
     def __init__(self, cfg: DictConfig, command: str, shared: bool = False) -> None:
         self.command, self.seed = command, cfg.seed
         always_waits = shared or cfg.classify.sharing == "conditional"
-        self.runs: Runs = wired(
+        self.runs: Runs = build_from_settings(
             cfg, "palimpsest.experiment.runs.Runs", identity=identity(cfg), always_waits=always_waits
         )
         self.build = Builder(cfg, self.runs)
-        writes = located(cfg.mode._target_).mode.writes
-        self.weights: Weights = wired(
+        writes = resolve_target(cfg.mode._target_).mode.writes
+        self.weights: Weights = build_from_settings(
             cfg, "palimpsest.experiment.weights.Weights", build=self.build, runs=self.runs, writes=writes
         )
         self._cfg = cfg

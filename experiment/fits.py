@@ -17,7 +17,7 @@ from palimpsest.samplers.first_hitting import UNFIT
 from palimpsest.samplers.semi_autoregressive import UNFULL
 from palimpsest.samplers.unmasking import not_by_confidence
 from palimpsest.settings.command_line import key_of
-from palimpsest.settings.instantiation import located
+from palimpsest.settings.instantiation import resolve_target
 from palimpsest.tasks.base import Mode
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ def check_parts(
     Raises:
         ValueError: with the setting, its value and the remedy.
     """
-    mode = located(cfg.mode._target_).mode
+    mode = resolve_target(cfg.mode._target_).mode
     _check_process(objective, process)
     _check_sampler(cfg, objective, process, sampler)
     _check_guidance(cfg, objective, sampler, mode)
@@ -145,7 +145,7 @@ def _check_sampler(cfg: DictConfig, objective: Objective, process: Process, samp
 
 def _writes(cfg: DictConfig) -> bool:
     """Return True if the command samples texts."""
-    mode = located(cfg.mode._target_).mode
+    mode = resolve_target(cfg.mode._target_).mode
     shows = mode.trains and cfg.sampling.num_sample_log > 0 and (mode.compares or cfg.eval.generate_samples)
     return mode.writes or shows
 
@@ -195,7 +195,7 @@ def _check_blocks(cfg: DictConfig, objective: Objective) -> None:
     """Refuse a sampler or rows that do not fit block diffusion."""
     if not issubclass(objective.model_class, BlockDenoiser):
         return
-    sampler, size = located(cfg.sampler._target_), cfg.block_size
+    sampler, size = resolve_target(cfg.sampler._target_), cfg.block_size
     by_blocks = issubclass(sampler.denoiser, BlockDenoiser)
     if objective.exact and cfg.time_conditioning:
         raise ValueError(

@@ -49,7 +49,7 @@ def _fit(experiment: Experiment, label: int | None) -> PathOrUrl:
     if resume:
         print(f"resuming from {resume}")
     else:
-        begin(experiment, diffusion, data, shared)
+        initialise(experiment, diffusion, data, shared)
     trainer.fit(diffusion, datamodule=data, ckpt_path=resume)
     if not trainer.interrupted:
         save_last(trainer, experiment.runs.checkpoints(label))
@@ -58,12 +58,12 @@ def _fit(experiment: Experiment, label: int | None) -> PathOrUrl:
     return experiment.runs.model_path(label)
 
 
-def begin(experiment: Experiment, diffusion: Diffusion, data: TextData, shared: PathOrUrl | None) -> None:
-    """Set the initial weights of a new training: those of `shared` or of the configured file, if any.
+def initialise(experiment: Experiment, diffusion: Diffusion, data: TextData, shared: PathOrUrl | None) -> None:
+    """Load the initial weights of a new training, if it has any (`Weights.load_initial`).
 
-    If the configuration says so, the output layer then starts from the token frequencies of the texts.
+    With training.start_from_counts the bias of the output layer then starts from the token frequencies.
     """
-    if start := experiment.weights.start(diffusion, data, shared):
+    if start := experiment.weights.load_initial(diffusion, data, shared):
         print(f"starting from the weights of {start}")
     if experiment.build.choices.start_from_counts:
         causal = diffusion.objective.causal

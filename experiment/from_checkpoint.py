@@ -17,7 +17,7 @@ from palimpsest.models.compatibility import refuse_unsupported
 from palimpsest.models.reference_settings import NETWORKS, NOISES, OBJECTIVES
 from palimpsest.settings.command_line import compose_config, flags_last
 from palimpsest.settings.identity import word
-from palimpsest.settings.instantiation import located, made_class
+from palimpsest.settings.instantiation import class_built_by, resolve_target
 
 _CHOICES = {"parameterization": OBJECTIVES, "backbone": NETWORKS, "noise": NOISES}
 _COUNTS = ("model.hidden_size", "model.cond_dim", "model.n_blocks", "model.n_heads", "model.length", "block_size", "T")
@@ -46,7 +46,7 @@ def complete(arguments: list[str]) -> list[str]:
     parsed = OverridesParser.create().parse_overrides(overrides)
     cfg = compose_config([override.input_line for override in parsed if not override.is_sweep_override()])
     path = (cfg.eval.checkpoint_path or "").replace("{label}", "0")
-    if not path or not located(cfg.mode._target_).mode.measures:
+    if not path or not resolve_target(cfg.mode._target_).mode.measures:
         return arguments
     checkpoint = read_settings(path)
     if "configuration" in checkpoint.identity:
@@ -92,7 +92,7 @@ def _refuse_differences(
 ) -> None:
     """Raise ValueError if typed settings differ from the file's, naming all of them."""
     here = {key: OmegaConf.select(cfg, key) for key in known} | {
-        "parameterization": made_class(cfg.parameterization).name
+        "parameterization": class_built_by(cfg.parameterization).name
     }
     here |= {key: _CHOICES[key].get(typed[key], typed[key]) for key in ("backbone", "noise") if key in typed}
     # Without time conditioning the noise schedule is irrelevant to the network.

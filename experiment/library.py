@@ -193,11 +193,11 @@ class TrainedModel:
         typed = [f"sampling.predictor={sampler}"] if sampler else []
         typed += [f"sampling.steps={steps}"] if steps is not None else []
         drawing = self._with(typed).build.drawing(self.diffusion.provenance.length)
-        drawing = replace(drawing, given=Template(prompt, template))
+        drawing = replace(drawing, inputs=Template(prompt, template))
         data = self.data if length is None else _with_row(self.data, length)
         size = self.experiment.build.machine.eval_batch
         drawn = draw(self.diffusion, data, drawing, number, size, seed)
-        return [SampledText.of(decoded(one, drawing.given, self.tokenizer), one, self.tokenizer) for one in drawn]
+        return [SampledText.of(decoded(one, drawing.inputs, self.tokenizer), one, self.tokenizer) for one in drawn]
 
 
 def load(path: str | Path, *typed: str) -> TrainedModel:

@@ -91,12 +91,12 @@ class Weights:
                 longest,
             )
 
-    def start(self, diffusion: Diffusion, data: TextData, shared: PathOrUrl | None) -> PathOrUrl | None:
-        """Load the initial weights of a new training; return their path, None if there are none.
+    def load_initial(self, diffusion: Diffusion, data: TextData, shared: PathOrUrl | None) -> PathOrUrl | None:
+        """Load the initial weights of a new training, and return their path; None if it starts from random weights.
 
-        They are the averaged weights of `shared`, or those of training.from_pretrained, of the file that
-        backbone=hf_dit was built from, or of the backbone's own source (hf_causal, hf_mlm). Incompatible weights are
-        refused before anything changes.
+        The first of these that is set: `shared`, the joint model of all classes (its averaged weights);
+        training.from_pretrained; the file that backbone=hf_dit was built from; the Hub model of hf_causal or hf_mlm.
+        Incompatible weights are refused before anything changes.
         """
         of_network = with_label(self._build.cfg.backbone.get("checkpoint_path"), data.label)
         named = {

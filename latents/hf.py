@@ -161,8 +161,11 @@ class Pretrained(Encoder):
         return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
     def encode(self, passages: Passages) -> np.ndarray:
-        """Return vectors (N, W), float32. Texts of similar length are read together. Raises ValueError if a text has no
-        word, or exceeds the window (unless it may be cut)."""
+        """Return one vector for each passage in order, float32 (passages, width of a vector).
+
+        Raises:
+            ValueError: a text is empty, or longer than the encoder's window (unless `long_texts` allows to cut it).
+        """
         settings, lower = self.settings, self._described.lower
         texts = [settings["prompt"] + (text.lower() if lower else text) for text in passages.texts]
         empty = [number for number, text in enumerate(passages.texts) if not text.strip()]

@@ -44,8 +44,12 @@ def visible(query_block: Tensor, key_block: Tensor, query_noised: Tensor, key_no
 def attend_blocks(
     noised: QKV, clean: QKV, size: int, key_mask_BL: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the attention of the noised queries and of the clean ones (if any), each (B, its length, H, D). The clean
-    stream may lack the last block, which no query sees. `key_mask_BL` is False on padding."""
+    """Return the attention of the noised and of the clean queries, each (B, its length, H, D).
+
+    A noised query sees its own noised block and the clean blocks before it; a clean query sees the clean blocks up to
+    its own (BD3-LM, arXiv 2503.09573, section 3.1). Without clean queries the second result is None. The clean stream
+    may lack the last block, which no noised query sees. `key_mask_BL` is False on padding, for both streams.
+    """
     if backend == "flex" and clean.k.shape[1]:
         return _flex(noised, clean, size, key_mask_BL)
     attended = torch.cat(

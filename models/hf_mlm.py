@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel
 
-from palimpsest.common.values import FREE, LATER, BelowOne, FilePath, Length, Name, PresentPath, Size
+from palimpsest.common.values import ADDED_LATER, FREE, BelowOne, FilePath, Length, Name, PresentPath, Size
 from palimpsest.models import hf_published as published
 from palimpsest.models.hf_published import KEY
 
@@ -190,7 +190,7 @@ def hf_mlm(
     n_blocks: Size | None = None,
     n_heads: Size | None = None,
     dropout: BelowOne | None = None,
-    mask_padding: Annotated[bool, LATER] | None = None,
+    mask_padding: Annotated[bool, ADDED_LATER] | None = None,
     attn_backend: Annotated[Literal["sdpa", "flash_attn", "flex"], FREE] = "sdpa",
 ) -> HFMaskedLM:
     """Build the architecture of a masked language model with random weights; `HFMaskedLM.pretrained` loads the others.

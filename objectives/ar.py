@@ -57,10 +57,10 @@ class AR(Objective):
         x_BL, mask_BL = batch["input_ids"], batch.get("attention_mask")
         scored_BL = torch.ones_like(x_BL, dtype=torch.bool) if mask_BL is None else mask_BL.bool().clone()
         scored_BL[:, 0] = False
-        if "given" in batch:
-            scored_BL &= ~batch["given"].cumprod(dim=1).bool()
-        if "fill" in batch:
-            scored_BL &= ~batch["fill"]
+        if "observed" in batch:
+            scored_BL &= ~batch["observed"].cumprod(dim=1).bool()
+        if "eos_padding" in batch:
+            scored_BL &= ~batch["eos_padding"]
         before_BL = scored_BL.roll(-1, dims=1)  # True where the next token is scored
         hidden_BLD = backbone.encode(x_BL, torch.zeros(len(x_BL), device=x_BL.device), **context(batch))
         nll_N = cross_entropy(hidden_BLD[before_BL], backbone.head, x_BL[scored_BL], self.process.mask_id)

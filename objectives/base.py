@@ -315,12 +315,12 @@ def scored_mask(batch: Batch) -> Tensor:
     """Return True where a token is masked and scored, (B, L): also on EOS padding, not on padding and prompt tokens."""
     mask_BL = batch.get("attention_mask")
     scored_BL = torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask_BL is None else mask_BL.bool()
-    return scored_BL & ~batch["given"] if "given" in batch else scored_BL
+    return scored_BL & ~batch["observed"] if "observed" in batch else scored_BL
 
 
 def counted_mask(batch: Batch) -> Tensor:
     """Return True where a scored token counts as a token of its text, (B, L): not on EOS padding."""
-    return scored_mask(batch) & ~batch["fill"] if "fill" in batch else scored_mask(batch)
+    return scored_mask(batch) & ~batch["eos_padding"] if "eos_padding" in batch else scored_mask(batch)
 
 
 def fresh_noise(x_BL: Tensor) -> KeyedNoise:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from palimpsest.common.randomness import KeyedNoise
-from palimpsest.common.values import COPY, LATER, Length, Share
+from palimpsest.common.values import ADDED_LATER, COPY, Length, Share
 from palimpsest.denoisers import BlockDenoiser
 from palimpsest.models.backbone import Backbone
 from palimpsest.noise_schedule import Clipped
@@ -82,12 +82,12 @@ class BlockDiffusion(WrapperObjective):
         self,
         process: Absorbing,
         within: Callable[..., TokenDiffusion],
-        block_size: Annotated[Length, LATER],
+        block_size: Annotated[Length, ADDED_LATER],
         ignore_bos: Annotated[bool, COPY] = True,
         sampling_eps_min: Annotated[Share, COPY] = WHOLE[0],
         sampling_eps_max: Annotated[Share, COPY] = WHOLE[1],
         search: ClipSearch | None = None,
-        length: Annotated[Length, LATER] | None = None,
+        length: Annotated[Length, ADDED_LATER] | None = None,
     ) -> None:
         if length is not None and length % block_size:
             raise ValueError(
@@ -182,7 +182,7 @@ class BlockDiffusion(WrapperObjective):
         logs = {name: value.sum(1) for name, value in by_block.items()}
         if "num_masked" in logs:  # each block has its own mask rate
             shape = by_block["num_masked"].shape
-            by_block["num_scored"] = (~blocks["given"]).sum(-1).view(*shape[:2], 1).expand(shape)
+            by_block["num_scored"] = (~blocks["observed"]).sum(-1).view(*shape[:2], 1).expand(shape)
             logs |= {f"{name}_by_part": by_block[name].flatten(1) for name in _LOGS_BY_BLOCK}
         return TokenLoss(layout.merge(loss.nll_BL), layout.merge(loss.mask_BL), logs)
 
@@ -197,13 +197,13 @@ class BlockDiffusion(WrapperObjective):
         if self.first_given:
             scored_BL = scored_BL & (torch.arange(x0_BL.shape[1], device=x0_BL.device) > 0)
         layout = self._layout(x0_BL, batch.get("segment_ends"))
-        blocks = {"input_ids": layout.split(x0_BL), "given": ~layout.split(scored_BL)}
-        return layout, blocks | ({"fill": layout.split(batch["fill"])} if "fill" in batch else {})
+        blocks = {"input_ids": layout.split(x0_BL), "observed": ~layout.split(scored_BL)}
+        return layout, blocks | ({"eos_padding": layout.split(batch["eos_padding"])} if "eos_padding" in batch else {})
 
     def block_losses(self, backbone: Backbone, batch: Batch, generator: KeyedNoise) -> tuple[Tensor, Tensor]:
         """Return mask rate and nats per scored token of every block with scored tokens, (R,) each, for one draw."""
         layout, blocks = self._blocks(batch)
-        bound, scored_Rk = self.bound(Bernoulli()).inner, ~blocks["given"]
+        bound, scored_Rk = self.bound(Bernoulli()).inner, ~blocks["observed"]
         noise = generator.parts(layout.num_blocks)
         (draw,) = bound.mask_sampler(bound.schedule, blocks["input_ids"], scored_Rk, self.process, noise)
         network = _AllBlocks(backbone, batch["input_ids"], layout, context(batch))

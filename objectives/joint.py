@@ -197,8 +197,8 @@ class JointDiffusion(WrapperObjective):
             maskable_BL=scored_BL,
             sigma_of_masks_B=self.inner.conditioning(torch.ones_like(latent_t_B)),
         )
-        given_BL = ~scored_BL | ~_any(rows, "text", "denoised")[:, None]
-        text_batch = {**batch, "latent": latent_BKD, "latent_t": latent_t_B, "given": given_BL}
+        observed_BL = ~scored_BL | ~_any(rows, "text", "denoised")[:, None]
+        text_batch = {**batch, "latent": latent_BKD, "latent_t": latent_t_B, "observed": observed_BL}
         text = self.inner.loss(network, text_batch, noise)
         found = _averaged([self.latent.loss(output_BKD, latent) for output_BKD in network.outputs])
         latent_loss_B = torch.where(_any(rows, "latent", "denoised"), found.loss_B, 0.0)

@@ -252,7 +252,11 @@ def _with_masks(
     k_B: Tensor,
     factor_B: Tensor,
 ) -> Draw:
-    """Mask the k scored positions with the smallest numbers, each weighted by `factor_B`."""
+    """Mask, in each row, the `k_B` scored positions whose random numbers `u_BL` are smallest.
+
+    `factor_B` becomes the weight of each masked token's cross-entropy in the bound. `schedule` gives the time at which
+    the k-th smallest number is the mask rate, for networks that see the time.
+    """
     xt_BL = process.mask(x0_BL, _lowest(u_BL, scored_BL, k_B))
     return weighted(schedule, xt_BL, order_statistic(u_BL, k_B), factor_B)
 

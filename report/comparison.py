@@ -103,7 +103,7 @@ def _text(cell: object) -> str:
 def _cell(cell: object) -> object:
     if isinstance(cell, Estimate):
         return Metric("", cell.value, None if math.isnan(cell.se) else cell.se)
-    return cell
+    return format_number(cell) if isinstance(cell, float) else cell
 
 
 def _spread(title: str, column: list[object]) -> list[str]:

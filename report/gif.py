@@ -156,7 +156,7 @@ def _cut(token: str, room: int) -> str:
 
 
 def _progress_bar(draw: ImageDraw.ImageDraw, size: tuple[int, int], sample: Sample, step: int) -> None:
-    """Draw a progress bar in the colours of the steps, and the step in words."""
+    """Draw a progress bar and "step 3 of 8". Each part of the bar has the colour of the tokens written then."""
     label = f"step {step} of {sample.num_steps}"
     font, y = _font(14), size[1] - _MARGIN
     left, right = _MARGIN, size[0] - _MARGIN - font.getlength(f"step {sample.num_steps} of {sample.num_steps}") - 16

@@ -69,7 +69,7 @@ class LiveView:
         return cls(data.tokenizer, diffusion.objective.process.blank_id, num_texts, blank_of(data), end_id)
 
     def update(self, trace: Trace) -> bool:
-        """Update with `trace`; return True if one of the texts changed."""
+        """Take over the state of the sampler after a step, without printing; return True if a shown text changed."""
         seen = slice(self._num_texts)
         ids_BL, confidence_BL = trace.ids_BL[seen].cpu().numpy(), trace.confidence_BL[seen].cpu().numpy()
         if not self.rows:

@@ -92,7 +92,7 @@ class Trace:
         return show
 
     def merge_part(self, part: Trace, at_BL: Tensor, here_RW: Tensor, rows_R: Tensor | None = None) -> None:
-        """Copy the tokens, steps and evaluations of a part into this trace; arguments as in `part_watcher`."""
+        """Copy the tokens, steps and evaluations of a finished part, such as a block (arguments: `part_watcher`)."""
         step_N, written_N = part.step_BL[here_RW], part.step_BL[here_RW] > 0
         self.ids_BL[at_BL] = part.ids_BL[here_RW]
         self.step_BL[at_BL] = torch.where(written_N, step_N + self.num_steps, self.step_BL[at_BL])

@@ -27,8 +27,9 @@ Every figure that this documentation quotes, with its command, machine and sourc
 
 ± is one standard error, over what is independent ([what errors are over](data.md#what-errors-are-over)); an interval is
 given as "(low to high)". *Ours* is Palimpsest, *baseline* is a method that it is compared with, *optimum* is what no
-method can beat. All measurements here were made on CPUs; times on loaded machines include waiting. What was tried and
-did not work is in the [log](log.md).
+method can beat. Compare figures only within one table: tables of the same corpus use different texts (other splits,
+lengths or endings), so their entropies differ in the third digit. All measurements here were made on CPUs; times on
+loaded machines include waiting. What was tried and did not work is in the [log](log.md).
 """
 
 Measurement = Mapping[str, object]
@@ -52,14 +53,16 @@ def format_figure(figure: Mapping[str, str], unit: bool = True) -> str:
 
 def readme_table(table: Sequence[Measurement]) -> str:
     """Return the table of README.md, one row for each measurement that has `readme`."""
-    lines = ["| task | ours | strongest baseline | optimum | command |", "|---|---|---|---|---|"]
+    lines = ["| task | ours | baseline | optimum | command |", "|---|---|---|---|---|"]
     for measurement in table:
         row = measurement.get("readme")
         if row is None:
             continue
         figures = {figure["what"]: figure for figure in measurement["figures"]}
-        cells = [format_figure(figures[row[role]], unit=False) if role in row else "–" for role in _ROLES]
-        lines.append(f"| {row['task']} | **{cells[0]}** | {cells[1]} | {cells[2]} | `{row['command']}` |")
+        cells = {role: format_figure(figures[row[role]], unit=False) if role in row else "–" for role in _ROLES}
+        if "baseline" in row:
+            cells["baseline"] += f", {row['baseline']}"
+        lines.append(f"| {row['task']} | {' | '.join(cells.values())} | `{row['command']}` |")
     return "\n".join(lines)
 
 

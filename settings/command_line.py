@@ -361,9 +361,9 @@ def _is_read(key: str, cfg: DictConfig, without: DictConfig) -> bool:
 
 def _takes(target: str, name: str, entry: bool) -> bool:
     """Return True if the component has an argument of that name that the code does not set itself."""
-    from palimpsest.settings.instantiation import located  # imports what it names, and torch with it
+    from palimpsest.settings.instantiation import resolve_target  # imports what it names, and torch with it
 
-    parameters = inspect.signature(located(target)).parameters
+    parameters = inspect.signature(resolve_target(target)).parameters
     if name in parameters:
         return parameters[name].default is not inspect.Parameter.empty and name not in _GIVEN
     return entry and any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import yaml
 
-from palimpsest.settings.names import PACKAGE, current
+from palimpsest.settings.names import PACKAGE, current_path
 from palimpsest.settings.wiring import WIRING
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,7 +26,7 @@ REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 @cache
 def annotation(target: str, argument: str) -> str:
     """Return the source text of the type of an argument of the component `target`; "" if there is none."""
-    node = _definition(current(target))
+    node = _definition(current_path(target))
     if isinstance(node, ast.ClassDef):
         inits = [part for part in node.body if isinstance(part, ast.FunctionDef) and part.name == "__init__"]
         if not inits:
@@ -79,18 +79,18 @@ def marks(at: str, target: str | None, present: Collection[str]) -> frozenset[st
     """
     if target is not None:
         own = _marks_in(annotation(target, at.rpartition(".")[2])) - {"COPY"}
-        return own - {"LATER"} | {"FREE"} if "LATER" in own else own
+        return own - {"ADDED_LATER"} | {"FREE"} if "ADDED_LATER" in own else own
     everywhere = readers(at)
-    here = [reader for reader in everywhere if current(reader[0]) in present or reader[0] in WIRING]
+    here = [reader for reader in everywhere if current_path(reader[0]) in present or reader[0] in WIRING]
     found = [_marks_in(annotation(*reader)) for reader in here or everywhere]
     if not found:
         return frozenset()
     free = {"FREE"} if all("FREE" in own for own in found) else set()
-    return frozenset().union(*found) - {"FREE", "LATER"} | free
+    return frozenset().union(*found) - {"FREE", "ADDED_LATER"} | free
 
 
 def _marks_in(text: str) -> frozenset[str]:
-    return frozenset(re.findall(r"\b(FREE|IF_SET|LATER|COPY)\b", text))
+    return frozenset(re.findall(r"\b(FREE|IF_SET|ADDED_LATER|COPY)\b", text))
 
 
 def _annotations(key: str) -> list[str]:

@@ -13,8 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 from palimpsest.common.messages import plain
 from palimpsest.settings.command_line import compose_config, in_quotes
 from palimpsest.settings.declared import CONFIGS, marks
-from palimpsest.settings.instantiation import made_class
-from palimpsest.settings.names import current, lasting
+from palimpsest.settings.instantiation import class_built_by
+from palimpsest.settings.names import current_path, permanent_path
 
 # Groups and keys that a training depends on, except settings that are marked otherwise (common/values.py).
 IDENTITY = ("data", "latents", "model", "backbone", "parameterization", "noise", "masking", "T", "subs_masking",
@@ -38,7 +38,7 @@ def identity(cfg: DictConfig) -> dict[str, object]:
         elif not key.startswith("data.judge") and (
             _is_part(marks(key, target, present), node) or key.startswith(_ALWAYS)
         ):
-            flat[key] = lasting(node) if key.endswith("._target_") else node
+            flat[key] = permanent_path(node) if key.endswith("._target_") else node
 
     for key in IDENTITY:
         node = OmegaConf.select(cfg, key, default=_ABSENT)
@@ -46,7 +46,7 @@ def identity(cfg: DictConfig) -> dict[str, object]:
             continue
         own = _target_around(cfg, key)
         visit(key, OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node, own)
-    objective = made_class(cfg.parameterization).name
+    objective = class_built_by(cfg.parameterization).name
     return {**_with_conditions(flat, cfg, objective), "parameterization": objective}
 
 
@@ -60,7 +60,7 @@ def _targets(cfg: DictConfig) -> frozenset[str]:
     while open_:
         node = open_.pop()
         if isinstance(node, dict):
-            found |= {current(node["_target_"])} if isinstance(node.get("_target_"), str) else set()
+            found |= {current_path(node["_target_"])} if isinstance(node.get("_target_"), str) else set()
             open_ += node.values()
     return frozenset(found)
 
@@ -167,7 +167,7 @@ def _choice(group: str, known: Mapping[str, object], words: list[str]) -> list[s
         content = OmegaConf.load(path)
         target = OmegaConf.select(content, "_target_") or OmegaConf.select(content, f"{group}._target_")
         if path.stem == known.get(f"{group}.name") or (
-            target and lasting(target) == lasting(known.get(f"{group}._target_") or "")
+            target and permanent_path(target) == permanent_path(known.get(f"{group}._target_") or "")
         ):
             fitting.append([f"{group}={path.stem}"])
     if len(fitting) < 2:

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from palimpsest.settings.declared import ROOT
-from palimpsest.settings.names import PACKAGE, current
+from palimpsest.settings.names import PACKAGE, current_path
 from palimpsest.settings.wiring import WIRING
 
 _ABSENT = object()
@@ -30,26 +30,28 @@ def instantiate(node: object, **arguments: object) -> object:
     return hydra.utils.instantiate(_with_current_targets(_plain(node)), **arguments)
 
 
-def wired(cfg: DictConfig, target: str, **given: object) -> object:
+def build_from_settings(cfg: DictConfig, target: str, **given: object) -> object:
     """Build the class or function `target`, which no yaml names, from the configuration.
 
     settings/wiring.py says which key of `cfg` each argument takes; `given` are further arguments.
     """
     found = {name: OmegaConf.select(cfg, key, default=_ABSENT) for name, key in WIRING[target].items()}
-    return located(target)(**{name: _plain(value) for name, value in found.items() if value is not _ABSENT} | given)
+    return resolve_target(target)(
+        **{name: _plain(value) for name, value in found.items() if value is not _ABSENT} | given
+    )
 
 
 def _plain(value: object) -> object:
     return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
-def made_class(node: DictConfig) -> type:
+def class_built_by(node: DictConfig) -> type:
     """Return the class of the object that a configuration's `_target_` builds."""
-    build = located(node._target_)
+    build = resolve_target(node._target_)
     return build if isinstance(build, type) else get_type_hints(build)["return"]
 
 
-def located(target: object) -> object:
+def resolve_target(target: object) -> object:
     """Return the class or function at the path `target`.
 
     Raises:
@@ -61,7 +63,7 @@ def located(target: object) -> object:
     )
     if not isinstance(target, str):
         raise refusal
-    target = current(target)
+    target = current_path(target)
     if not (target in OF_LIBRARIES or target.startswith((CALLBACKS, PACKAGE))):
         raise refusal
     try:
@@ -80,10 +82,10 @@ def located(target: object) -> object:
 
 
 def _with_current_targets(node: object) -> object:
-    """Return `node` with the current path of every `_target_`, after `located` has checked it."""
+    """Return a copy of a configuration in which each `_target_`, at any depth, is current and allowed."""
     if isinstance(node, dict):
         return {
-            key: current(value) if key == "_target_" and located(value) else _with_current_targets(value)
+            key: current_path(value) if key == "_target_" and resolve_target(value) else _with_current_targets(value)
             for key, value in node.items()
         }
     return [_with_current_targets(part) for part in node] if isinstance(node, list) else node

@@ -43,14 +43,14 @@ _UNMOVED = frozenset({"app", "classification", "dataloader", "diffusion", "estim
                       "objectives", "process", "samplers", "tasks"})  # fmt: skip
 
 
-def current(name: str) -> str:
+def current_path(name: str) -> str:
     """Return the current path of a component, given its current path or one of an earlier version."""
     plain = name.removeprefix(PACKAGE)
     found = _longest(plain, MOVED) or (plain if plain.partition(".")[0] in _UNMOVED else None)
     return name if found is None else PACKAGE + found
 
 
-def lasting(name: str) -> str:
+def permanent_path(name: str) -> str:
     """Return the path that fingerprints and checkpoints contain, which no move changes."""
     if not name.startswith(PACKAGE):
         return name

@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from palimpsest.common.values import GROUP, entry_of, hints, maybe_group, setting_of, shown
 from palimpsest.settings.command_line import key_of
 from palimpsest.settings.declared import CONFIGS, REFERENCE, absolute, readers
-from palimpsest.settings.instantiation import located, made_class
+from palimpsest.settings.instantiation import class_built_by, resolve_target
 from palimpsest.settings.wiring import ROOTS, WIRING
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ class Readers:
                 found.append(argument)
                 open_ += [argument.key] if argument.key != argument.at else []
         for target, keys in WIRING.items():
-            known = hints(located(target))
+            known = hints(resolve_target(target))
             found += [Argument(key, key, known[name]) for name, key in keys.items() if _has(self._raw, key)]
         return found
 
@@ -81,7 +81,7 @@ class Readers:
             yield Argument(place, absolute(place, reference[1]), object)
         if not isinstance(node, dict):
             return
-        known = hints(located(node["_target_"])) if "_target_" in node else {}
+        known = hints(resolve_target(node["_target_"])) if "_target_" in node else {}
         for name, value in node.items():
             at = f"{place}.{name}"
             if name in _OF_HYDRA:
@@ -103,7 +103,7 @@ class Readers:
             key.partition(".")[0] for keys in WIRING.values() for key in keys.values() if "." in key
         ):
             if not isinstance(self._raw.get(group), dict):
-                raise ValueError(f"{group}={shown(self._raw.get(group))} must be {GROUP.said}")
+                raise ValueError(f"{group}={shown(self._raw.get(group))} must be {GROUP.description}")
         self._refuse_broken()
         for argument in self.arguments:
             _refuse(argument.key, argument.hint, _plain(OmegaConf.select(self._cfg, argument.at)))
@@ -140,10 +140,10 @@ class Readers:
             if key.partition(".")[0] == _WANDB:
                 unused.append(word)
                 continue
-            said = _unread(key, word, self._cfg)
+            message = _unread(key, word, self._cfg)
             if not key.startswith(_ANY_NETWORK):
-                raise ValueError(said)
-            log.warning(said)
+                raise ValueError(message)
+            log.warning(message)
         if unused:
             print(f"{' '.join(unused)}: wandb is not used; logger=wandb uses it", file=sys.stderr)
 
@@ -176,7 +176,7 @@ def _refuse(key: str, hint: object, value: object) -> None:
             _refuse(f"{key}.{name}", entry, one)
     setting = setting_of(hint) or (None if hint is object else maybe_group(hint))
     if setting is not None and not setting.accepts(value):
-        raise ValueError(f"{key}={shown(value)} must be {setting.said}")
+        raise ValueError(f"{key}={shown(value)} must be {setting.description}")
 
 
 def _is_reference(value: object) -> bool:
@@ -229,10 +229,10 @@ def _referred_in(group: str) -> frozenset[str]:
 
 def _refuse_wrong_unread(key: str, value: object) -> None:
     """Refuse a value that no reader of the setting would accept."""
-    known = [hints(located(target)).get(argument, object) for target, argument in readers(key)]
+    known = [hints(resolve_target(target)).get(argument, object) for target, argument in readers(key)]
     settings = [setting for hint in known if (setting := setting_of(hint)) is not None]
     if settings and not any(setting.accepts(value) for setting in settings):
-        raise ValueError(f"{key}={shown(value)} must be {settings[0].said}")
+        raise ValueError(f"{key}={shown(value)} must be {settings[0].description}")
 
 
 def _unread(key: str, word: str, cfg: DictConfig) -> str:
@@ -243,10 +243,10 @@ def _unread(key: str, word: str, cfg: DictConfig) -> str:
     if "sampler" in groups:
         groups.pop("mode", None)  # which reads it with sampling.direction= only
     choices = {group: "|".join(path.stem for path in files if path.parent.name == group) for group in groups}
-    said = ", ".join(f"{group}={names}" for group, names in choices.items())
-    remedy = f"it is read by {said}; choose one of these, or leave it out" if said else "leave it out"
+    choosers = ", ".join(f"{group}={names}" for group, names in choices.items())
+    remedy = f"it is read by {choosers}; choose one of these, or leave it out" if choosers else "leave it out"
     sampler = f" with sampling.predictor={_sampler(cfg.sampler)}" if "sampler" in groups else ""
-    return f"{word} means nothing to parameterization={made_class(cfg.parameterization).name}{sampler}: {remedy}"
+    return f"{word} means nothing to parameterization={class_built_by(cfg.parameterization).name}{sampler}: {remedy}"
 
 
 def _sampler(node: DictConfig) -> str:

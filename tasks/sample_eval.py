@@ -108,7 +108,7 @@ def _request(
     """
     if data.prompted:
         completion = CompletionRequest(split, number, samples_per_prompt, experiment.build.judge)
-        completion.check(data, experiment.build.drawing().given, load_scorer is not None)
+        completion.check(data, experiment.build.drawing().inputs, load_scorer is not None)
         return completion
     if number is None or samples_per_prompt != 1:
         key = f"samples_per_prompt={samples_per_prompt}" if number else "num_sample_batches=null"

@@ -23,6 +23,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 GOLDEN = ROOT / "tests/golden"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep tests that share what their module has trained in one process (`make test`: --dist loadgroup)."""
+    for item in items:
+        fixtures = getattr(item, "_fixtureinfo", None)
+        of_module = item.nodeid.partition("::")[0]
+        named = fixtures.name2fixturedefs.values() if fixtures else ()
+        if any(found[-1].scope == "module" and found[-1].baseid == of_module for found in named):
+            item.add_marker(pytest.mark.xdist_group(of_module))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def processes_import_this_checkout(tmp_path_factory):
     """Processes that a test starts have the package from here too, wherever another one is installed."""

@@ -35,7 +35,7 @@ from palimpsest.models.hub import read_config
 from palimpsest.scripts import generate
 from palimpsest.settings.command_line import compose_config
 from palimpsest.settings.identity import identity, overrides
-from palimpsest.settings.instantiation import OF_LIBRARIES, instantiate, located
+from palimpsest.settings.instantiation import OF_LIBRARIES, instantiate, resolve_target
 from palimpsest.settings.reading import Readers
 from palimpsest.training.recovery import newest_good
 from palimpsest.training.storage import AtomicCheckpointIO
@@ -270,7 +270,7 @@ def test_every_target_in_configs_may_be_built_and_nobody_goes_another_way():
             found |= {node["_target_"]} if isinstance(node, dict) and "_target_" in node else set()
             waiting += node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
     for target in found:
-        located(target)
+        resolve_target(target)
     assert found >= OF_LIBRARIES
     sources = [path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0] not in ("tests", ".venv")]
     for path in sources:

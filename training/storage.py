@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from palimpsest.common.files import (
     PARTIAL,
     PathOrUrl,
-    Seal,
+    SealingStream,
     filesystem,
     fsync_folder,
     is_remote,
@@ -133,7 +133,7 @@ def write_checkpoint(checkpoint: Mapping[str, object], where: PathOrUrl) -> None
 
 
 def _seal(checkpoint: Mapping[str, object], file: io.IOBase) -> None:
-    seal = Seal(file)
+    seal = SealingStream(file)
     torch.save(checkpoint, seal)
     seal.close()
 

@@ -244,7 +244,7 @@ def nll_at_start(exp, diffusion, data, class_id: int | None) -> np.ndarray:
     """Nats per validation text, from the first prediction for all its tokens masked; by length of the split."""
     total = {}
     for batch in data.eval_dataloader("validation"):
-        scored_BL = batch["attention_mask"] & ~batch["given"]
+        scored_BL = batch["attention_mask"] & ~batch["observed"]
         x_BL = batch["input_ids"].masked_fill(scored_BL, diffusion.objective.process.mask_id)
         cond = {} if class_id is None else {"class_id": torch.full((len(x_BL),), class_id)}
         with torch.no_grad():

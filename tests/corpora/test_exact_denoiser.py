@@ -123,7 +123,7 @@ def test_the_bound_of_the_exact_leave_one_out_posterior_is_the_truth(reviews, te
     network = ExactLeaveOneOut(reviews.grammar.grammars, reviews.id_of_token, MASK, size, process)
     objective = (UDLM if kind == "uniform" else GIDD)(LogLinear(), process)
     row = reviews.batch(texts[:1])
-    inside = ~row["given"]
+    inside = ~row["observed"]
     inner = {"input_ids": row["input_ids"][inside][None], "sample_id": torch.arange(1)}  # the text alone: all is noised
     value, se = _mean(objective.model(network), None, inner, draws=128)
     assert abs(value - reviews.nats(texts[:1])[0]) < 5 * se and se < 1.5

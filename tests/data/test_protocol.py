@@ -124,7 +124,7 @@ def test_padded_rows_are_scored_with_their_frame(bert, folder):
         cache_dir=folder / "cache",
         protocol="reference",
     )
-    assert "given" not in next(iter(data.eval_dataloader("test")))
+    assert "observed" not in next(iter(data.eval_dataloader("test")))
 
 
 def test_special_tokens_are_read_out_of_the_text_and_a_mask_is_refused(bert, folder):

@@ -147,7 +147,7 @@ def test_a_batch_follows_the_contract(tmp_path):
     for settings in ({}, PADDED):
         module = data(tmp_path, **settings)
         batch = next(iter(module.train_dataloader()))
-        padded = {"attention_mask", "given"} if settings else set()
+        padded = {"attention_mask", "observed"} if settings else set()
         assert batch.keys() == {"input_ids", "sample_id", "position"} | padded
         assert torch.equal(batch["sample_id"], batch["position"]) and batch["input_ids"].dtype == torch.int64
         assert (batch["input_ids"] < module.vocabulary.size).all()
@@ -416,8 +416,11 @@ def test_prompts_are_observed_also_after_a_resume(kind, tmp_path, monkeypatch):
     module, whole = batches()
     seen = set()
     for batch in whole:
-        assert torch.equal(torch.arange(24) < batch["segment_ends"], batch["given"]) and batch["fill"].any(-1).all()
-        for ids, given, fill in zip(batch["input_ids"], batch["given"], batch["fill"], strict=True):
+        assert (
+            torch.equal(torch.arange(24) < batch["segment_ends"], batch["observed"])
+            and batch["eos_padding"].any(-1).all()
+        )
+        for ids, given, fill in zip(batch["input_ids"], batch["observed"], batch["eos_padding"], strict=True):
             prompt, text = module.tokenizer.decode(ids[given]), module.tokenizer.decode(ids[~given & ~fill])
             number = prompt.split()[-1]
             assert prompt.startswith("[BOS]say") and prompt.endswith("\n") and text == f"it is {number}[EOS]"

@@ -134,8 +134,8 @@ def test_the_bound_covers_the_mask_rates_that_a_schedule_leaves_out(random_dit, 
 @pytest.mark.parametrize("mask_sampler", [ExactCount(), TiltedCount(), Complementary(), Bernoulli()])
 def test_rows_without_a_scored_token_cost_nothing_and_break_nothing(random_dit, mask_sampler):
     batch = batch_of(torch.randint(MASK, (3, 4)))
-    batch["given"] = torch.zeros(3, 4, dtype=torch.bool)
-    batch["given"][1] = True
+    batch["observed"] = torch.zeros(3, 4, dtype=torch.bool)
+    batch["observed"][1] = True
     loss = Subs(LogLinear(), Absorbing(MASK), mask_sampler).loss(
         random_dit(VOCAB), batch, evaluation_noise(0, torch.arange(3))
     )

@@ -142,7 +142,7 @@ def test_max_length_limits_every_text(untrained, overrides):
     assert all(len(text.ids) <= 9 and data.vocabulary.mask_id not in text.ids for text in texts)
     assert any(len(text.ids) == 9 for text in texts)
     for text in texts:
-        assert decoded(text, built[0].build.drawing().given, data.tokenizer).startswith("the plot is")
+        assert decoded(text, built[0].build.drawing().inputs, data.tokenizer).startswith("the plot is")
         assert len(text.ids) == len(text.steps) == len(text.confidence)
         assert all((step == 0) == (p == 1.0) for step, p in zip(text.steps, text.confidence, strict=True))
 
@@ -203,4 +203,4 @@ def test_semi_autoregressive_samples_are_written_whole(tmp_path, monkeypatch):
 
 
 def test_sampling_without_observed_tokens_is_the_default():
-    assert Drawing(sampler=None).given == Template()
+    assert Drawing(sampler=None).inputs == Template()

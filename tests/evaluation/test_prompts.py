@@ -109,16 +109,16 @@ COLUMNS = {"input_ids": [np.array([BOS, 5, 6, 7, EOS]), np.array([BOS, 5, 6, 4, 
 
 def test_batches_mark_observed_tokens_and_padding():
     padded = Collate(12, PAD, (BOS, EOS))(COLUMNS)
-    assert padded["given"].int().tolist() == [[1, 1, 1, 0, 1, 0, 0, 0], [1, 1, 0, 0, 0, 0, 1, 0]]
-    assert padded["attention_mask"].sum(-1).tolist() == [5, 7] and "fill" not in padded
+    assert padded["observed"].int().tolist() == [[1, 1, 1, 0, 1, 0, 0, 0], [1, 1, 0, 0, 0, 0, 1, 0]]
+    assert padded["attention_mask"].sum(-1).tolist() == [5, 7] and "eos_padding" not in padded
     assert "segment_ends" not in padded
     filled = Collate(12, EOS, (BOS,), fill=True)(COLUMNS)
     assert filled["input_ids"].shape == (2, 12) and "attention_mask" not in filled
-    assert (filled["input_ids"][0, 4:] == EOS).all() and filled["fill"].sum(-1).tolist() == [7, 5]
-    assert filled["given"].sum(-1).tolist() == [3, 2] and counted_mask(filled).sum(-1).tolist() == [2, 5]
+    assert (filled["input_ids"][0, 4:] == EOS).all() and filled["eos_padding"].sum(-1).tolist() == [7, 5]
+    assert filled["observed"].sum(-1).tolist() == [3, 2] and counted_mask(filled).sum(-1).tolist() == [2, 5]
     assert scored_mask(filled).sum(-1).tolist() == [9, 10]
     same_id = Collate(12, BOS, (BOS,), fill=True)({**COLUMNS, "input_ids": [np.where(r == EOS, BOS, r) for r in COLUMNS["input_ids"]]})  # fmt: skip # noqa: E501
-    assert (same_id["given"] == filled["given"]).all(), "gpt2: BOS and EOS have one id"
+    assert (same_id["observed"] == filled["observed"]).all(), "gpt2: BOS and EOS have one id"
 
 
 # -------------------------------------------------------------------------------- likelihood
@@ -151,7 +151,7 @@ def test_eos_padding_costs_nats_but_counts_no_tokens():
     model.backbone.encode = lambda x_BL, sigma_B, **cond: shown.append(x_BL) or torch.zeros(*x_BL.shape, 2)
     Nelbo()(model, batch, 1, 8)
     masked = torch.stack(shown) == MASK
-    assert not masked[:, batch["given"]].any() and masked[:, scored_mask(batch)].any(0).all(), "fill is masked too"
+    assert not masked[:, batch["observed"]].any() and masked[:, scored_mask(batch)].any(0).all(), "fill is masked too"
 
 
 def test_a_causal_model_scores_answer_and_eos_filled_or_padded():

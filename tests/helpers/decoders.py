@@ -61,14 +61,14 @@ class Watched(list):
 
 def assert_sound(toy: Toy, x: torch.Tensor, out: Trace, frames: Watched, steps: int) -> None:
     """Whatever the decoder: what is given stays, all masks go in time, and what was shown is what happened."""
-    given_BL = x != toy.process.mask_id
-    assert torch.equal(out.ids_BL[given_BL], x[given_BL]) and not (out.ids_BL == toy.process.mask_id).any()
-    assert (out.step_BL[given_BL] == 0).all() and (out.step_BL[~given_BL] > 0).all()
+    observed_BL = x != toy.process.mask_id
+    assert torch.equal(out.ids_BL[observed_BL], x[observed_BL]) and not (out.ids_BL == toy.process.mask_id).any()
+    assert (out.step_BL[observed_BL] == 0).all() and (out.step_BL[~observed_BL] > 0).all()
     assert out.num_steps <= steps and (out.evaluations_B <= steps).all() and int(out.step_BL.max()) <= out.num_steps
-    assert (out.evaluations_B[given_BL.all(-1)] == 0).all()
+    assert (out.evaluations_B[observed_BL.all(-1)] == 0).all()
     assert [frame.num_steps for frame in frames] == list(range(1, out.num_steps + 1))
     before, since = x, torch.zeros_like(x)
-    confidence = given_BL.float()
+    confidence = observed_BL.float()
     for frame in frames:
         new = (before == toy.process.mask_id) & (frame.ids_BL != toy.process.mask_id)
         p = torch.zeros(*x.shape, toy.vocab_size, dtype=torch.float64)

@@ -99,7 +99,7 @@ class Reviews:
         rows = [[BOS, *(self.id_of_token[token] for token in tokens(text)), EOS] for text in texts]
         width = max(map(len, rows))
         x_BL = torch.tensor([row + [PAD] * (width - len(row)) for row in rows])
-        return {"input_ids": x_BL, "attention_mask": x_BL != PAD, "given": x_BL < MASK,
+        return {"input_ids": x_BL, "attention_mask": x_BL != PAD, "observed": x_BL < MASK,
                 "sample_id": torch.arange(len(rows))}  # fmt: skip
 
     def nats(self, texts: list[str]) -> np.ndarray:

@@ -334,7 +334,7 @@ def test_a_training_starts_from_the_pretrained_weights_and_so_does_its_average(t
     rows = len(theirs["lm_head.weight"])
     assert data.vocabulary.size == rows + 1, "the mask is new"
     assert not torch.equal(diffusion.backbone.head.weight[:rows], theirs["lm_head.weight"])
-    assert experiment.weights.start(diffusion, data, None) == Path("tiny-gpt2")
+    assert experiment.weights.load_initial(diffusion, data, None) == Path("tiny-gpt2")
     ours = diffusion.backbone.model.state_dict()
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():

@@ -227,7 +227,7 @@ def test_a_real_pretrained_body_guesses_words():
     experiment = Experiment(compose_config(ask), "a test")
     data = experiment.build.data()
     diffusion = experiment.build.diffusion(data)
-    experiment.weights.start(diffusion, data, None)
+    experiment.weights.load_initial(diffusion, data, None)
     net = diffusion.backbone.eval()
     assert data.vocabulary.mask_id == data.tokenizer.mask_token_id and net.vocab_size == 30522
     near = torch.nn.functional.normalize(net.head.weight, dim=1)

@@ -181,7 +181,9 @@ def test_given_tokens_are_neither_masked_nor_scored_nor_hidden(random_dit):
     net, x0 = random_dit(VOCAB), torch.randint(MASK, (4, 6))
     given = torch.zeros(4, 6, dtype=torch.bool)
     given[:, 3] = True
-    loss = block(3, ignore_bos=True).loss(net, {**batch_of(x0), "given": given}, training_noise(0, torch.arange(4), 4))
+    loss = block(3, ignore_bos=True).loss(
+        net, {**batch_of(x0), "observed": given}, training_noise(0, torch.arange(4), 4)
+    )
     assert not loss.mask_BL[:, [0, 3]].any() and loss.mask_BL[:, [1, 2, 4, 5]].all()
     assert (loss.nll_BL[:, [0, 3]] == 0).all()
 
@@ -249,7 +251,7 @@ def test_estimators_that_fill_in_anywhere_are_refused(random_dit, estimator):
 
 def test_nothing_given_is_written_into(random_dit):
     net, x0 = random_dit(VOCAB), torch.randint(MASK, (2, 8))
-    batch = {**batch_of(x0, padding=1), "given": torch.zeros(2, 8, dtype=torch.bool)}
+    batch = {**batch_of(x0, padding=1), "observed": torch.zeros(2, 8, dtype=torch.bool)}
     before = {name: tensor.clone() for name, tensor in batch.items()}
     block(4, ignore_bos=True).loss(net, batch, training_noise(0, torch.arange(2), 2)).mean().backward()
     assert all(torch.equal(batch[name], before[name]) for name in batch)

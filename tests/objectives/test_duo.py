@@ -44,7 +44,7 @@ def test_a_low_temperature_is_the_plain_loss_on_the_argmax_and_the_curriculum_en
     net = random_dit(V, time_conditioning=True).float().train()
     batch = {
         "input_ids": torch.randint(V, (6, 7), generator=torch.Generator().manual_seed(0)),
-        "given": torch.arange(7).expand(6, -1) == 0,
+        "observed": torch.arange(7).expand(6, -1) == 0,
     }
     noise = lambda: evaluation_noise(0, torch.arange(6))  # noqa: E731
     plain = UDLM(LogLinear(), Uniform(V)).loss(net, batch, noise()).nll_BL
@@ -52,9 +52,9 @@ def test_a_low_temperature_is_the_plain_loss_on_the_argmax_and_the_curriculum_en
     assert torch.equal(hard.loss(net, batch, noise()).nll_BL, plain), "measured, it is UDLM"
     assert torch.equal(hard.loss(net, {**batch, "step": torch.tensor(10)}, noise()).nll_BL, plain)
     early = {**batch, "step": torch.tensor(3)}
-    (draw,) = hard.mask_sampler(hard.schedule, batch["input_ids"], ~batch["given"], hard.process, noise())
+    (draw,) = hard.mask_sampler(hard.schedule, batch["input_ids"], ~batch["observed"], hard.process, noise())
     same = noise()
-    hard.mask_sampler(hard.schedule, batch["input_ids"], ~batch["given"], hard.process, same)
+    hard.mask_sampler(hard.schedule, batch["input_ids"], ~batch["observed"], hard.process, same)
     network, xt = hard.network_input(net, early, draw, same)
     assert torch.equal(xt[:, 0], batch["input_ids"][:, 0])
     found = hard.loss_at(network, batch, xt, draw.t_B).nll_BL

@@ -254,7 +254,7 @@ def test_given_tokens_stay_and_are_not_scored():
     given = torch.zeros_like(texts["attention_mask"])
     given[:, 0] = True
     net = Seen(network())
-    loss = objective(UNIFORM).loss(net, {**texts, "given": given}, noise(ROWS))
+    loss = objective(UNIFORM).loss(net, {**texts, "observed": given}, noise(ROWS))
     assert torch.equal(net.shown[0]["tokens"][:, 0], texts["input_ids"][:, 0])
     assert not loss.nll_BL[:, 0].any() and not loss.mask_BL[:, 0].any()
 

@@ -173,12 +173,12 @@ def test_prefix_and_special_tokens_are_given_in_wrapped_and_in_padded_rows():
     rows = [np.array([bos, 9, 8, 7, eos, 6, unk, eos]), np.array([9, 8, bos, 7, 6, 5, 9, unk])]
     columns = {"input_ids": rows, "length": np.array([8, 8]), "sample_id": np.arange(2)}
     wrapped = Collate(8, None, {bos, eos, 0}, prefix=2, bos_id=bos)(columns)
-    assert wrapped["given"].int().tolist() == [[1, 1, 1, 0, 1, 0, 0, 1], [1, 1, 1, 0, 0, 0, 0, 0]]
-    assert Collate(8, None, prefix=2, bos_id=bos)(columns)["given"].int().tolist()[0] == [1, 1, 1, 0, 0, 0, 0, 0]
-    assert "given" not in Collate(8, None)(columns)
+    assert wrapped["observed"].int().tolist() == [[1, 1, 1, 0, 1, 0, 0, 1], [1, 1, 1, 0, 0, 0, 0, 0]]
+    assert Collate(8, None, prefix=2, bos_id=bos)(columns)["observed"].int().tolist()[0] == [1, 1, 1, 0, 0, 0, 0, 0]
+    assert "observed" not in Collate(8, None)(columns)
     columns = {"input_ids": [rows[0][:5], rows[1]], "length": np.array([5, 8]), "sample_id": np.arange(2)}
     padded = Collate(8, 0, {bos, eos}, prefix=2, bos_id=bos)(columns)
-    assert padded["given"].int().tolist() == [[1, 1, 1, 0, 1, 0, 0, 0], [1, 1, 0, 0, 0, 0, 0, 0]]
+    assert padded["observed"].int().tolist() == [[1, 1, 1, 0, 1, 0, 0, 0], [1, 1, 0, 0, 0, 0, 0, 0]]
     long = Collate(8, 0, {bos, eos}, prefix=7, bos_id=bos)(columns)
     assert scored_mask(long).sum(-1).tolist() == [0, 1], "a text within the prefix has nothing to learn"
 
@@ -203,7 +203,7 @@ def test_a_batch_masks_nothing_that_is_given_and_a_sample_keeps_it(untrained, ov
     texts = draw(diffusion, data, built[0].build.drawing(), 3, 3, seed=1)
     begin = int(data.vocabulary.bos_id == texts[0].ids[0])
     steps = [text.steps[begin : begin + 7] for text in texts]
-    wanted = data.tokenizer(built[0].build.drawing().given.prefix or "", add_special_tokens=False)["input_ids"]
+    wanted = data.tokenizer(built[0].build.drawing().inputs.prefix or "", add_special_tokens=False)["input_ids"]
     number = len(wanted) or 5  # of what was typed, nothing of the lender's stays behind it
     assert all(step[:number] == [0] * number for step in steps)
     assert all(step[number] > 0 for step in steps)

@@ -183,7 +183,7 @@ def test_golden_bd3lms(fixtures_dir, variant, weights):
     given = torch.zeros_like(x0, dtype=torch.bool)
     given[:, 0] = True
     mask = golden["attention_mask"].bool()
-    loss = objective.loss_at(net, {"input_ids": x0, "attention_mask": mask, "given": given}, xt, t)
+    loss = objective.loss_at(net, {"input_ids": x0, "attention_mask": mask, "observed": given}, xt, t)
     assert close(loss.nll_BL, golden[f"{weights}.eval_nlls"])
     assert close(loss.mean(), golden[f"{weights}.eval_token_nll"])
     assert close(loss.nll_BL.sum() / mask.sum(), golden[f"{weights}.train_token_nll"])

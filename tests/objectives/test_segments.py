@@ -44,7 +44,7 @@ def test_segments_of_k_tokens_are_blocks_of_k(random_dit, mask_sampler, settings
     net.train()
     given = torch.zeros(4, 10, dtype=torch.bool)
     given[:, :k], given[1, 6] = True, True
-    batch = {**batch_of(x0, padding), "given": given}
+    batch = {**batch_of(x0, padding), "observed": given}
     batch |= {"class_id": torch.tensor([0, 1, -1, 0])} if "num_classes" in settings else {}
     cut = {**batch, "segment_ends": torch.tensor([[4, 8]]).expand(4, -1)}
     found = []
@@ -91,7 +91,7 @@ def test_in_a_network_of_one_layer_a_given_segment_is_a_given_prefix(random_dit)
             noise_here = training_noise(0, torch.arange(4), 4).part(1).rows(torch.tensor([row]))
             (draw,) = Bernoulli()(LogLinear(), own, every, Absorbing(MASK), noise_here)
             xt = torch.cat([x0[row : row + 1, :end], draw.xt_BL], dim=1)
-            rows = {name: value[row : row + 1] for name, value in {**batch_of(x0), "given": given}.items()}
+            rows = {name: value[row : row + 1] for name, value in {**batch_of(x0), "observed": given}.items()}
             yield Subs(LogLinear(), Absorbing(MASK)).loss_at(net, rows, xt, draw.t_B).nll_BL
 
     assert (torch.cat(list(losses())) - objective_of().loss(net, segments, noise()).nll_BL).abs().max() > 1e-3

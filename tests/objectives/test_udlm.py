@@ -149,7 +149,7 @@ def test_given_tokens_and_padding_are_neither_noised_nor_scored(random_dit):
     given[:, :2] = True
     seen = []
     objective.mask_sampler = lambda *args: seen.extend(Bernoulli()(*args)) or seen
-    batch = {"input_ids": x0, "given": given, "attention_mask": torch.arange(6).expand(4, -1) < 5}
+    batch = {"input_ids": x0, "observed": given, "attention_mask": torch.arange(6).expand(4, -1) < 5}
     loss = objective.loss(net, batch, evaluation_noise(0, torch.arange(4)))
     kept = given | (torch.arange(6) == 5)
     assert torch.equal(seen[0].xt_BL[kept], x0[kept]) and (seen[0].xt_BL != x0).any()
@@ -206,7 +206,7 @@ def test_a_corrector_mends_what_few_steps_get_wrong():
     torch.manual_seed(6)
     p_M = torch.rand(V**L).double() ** 3
     p_M /= p_M.sum()
-    model, rows = Model(BayesUDLM(Bayes(p_M), LogLinear().full_range), NO_NETWORK), 20_000
+    model, rows = Model(BayesUDLM(Bayes(p_M), LogLinear().full_range), NO_NETWORK), 8_000
     draw = partial(uniform.sample, model, torch.full((rows, L), -1), steps=2, noise_removal=False)
     plain = draw(KeyedNoise(2, torch.arange(rows)))
     corrected = draw(KeyedNoise(2, torch.arange(rows)), corrector_steps=30)
@@ -217,7 +217,7 @@ def test_a_corrector_mends_what_few_steps_get_wrong():
         return float((torch.bincount(place_B, minlength=V**L) / rows - p_M).abs().sum())
 
     assert (corrected.evaluations_B == 62).all() and distance(plain.ids_BL) > 0.1
-    assert distance(corrected.ids_BL) < 0.03
+    assert distance(corrected.ids_BL) < 0.05
     assert distance(at_once.ids_BL) > distance(plain.ids_BL), "all tokens at once are drawn independently"
 
 

@@ -273,10 +273,10 @@ def test_folders_and_weight_files_are_found(tmp_path, fixtures_dir):
 def test_the_first_token_is_given():
     rows = {"input_ids": [[3, 4, 5], [6, 7, 8]], "length": [3, 3]}
     wrapped = Collate(3, None, first_given=True)(rows)
-    assert wrapped["given"].tolist() == [[True, False, False]] * 2
+    assert wrapped["observed"].tolist() == [[True, False, False]] * 2
     padded = Collate(8, 0, first_given=True)(rows)
-    assert padded["given"].sum(-1).tolist() == [1, 1] and padded["given"][:, 0].all()
-    assert "given" not in Collate(3, None)(rows)
+    assert padded["observed"].sum(-1).tolist() == [1, 1] and padded["observed"][:, 0].all()
+    assert "observed" not in Collate(3, None)(rows)
 
 
 def test_runs_of_before_keep_their_folders():

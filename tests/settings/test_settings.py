@@ -25,7 +25,7 @@ from tests.helpers.commands import ROOT
 CONFIGS = ROOT / "configs"
 NONSENSE = ("nonsense", math.nan, math.inf, -1, 0, 1.5, 10**30, 2**63, True, None, [], {}, "", "${nowhere}", "结果",
             ["x"])  # fmt: skip
-EVERY = 6  # each leaf meets every sixth value; which ones, goes round
+EVERY = 9  # each leaf meets every ninth value; which ones, goes round
 # What a choice needs beside it.
 BESIDE = {"process=hybrid": ["parameterization=gidd"], "sampler=uniform": ["parameterization=udlm"],
     "latents": ["algo=mmldlm"], "backbone=mmdit": ["algo=mmldlm", "latents=lsa"], "backbone=ar": ["algo=ar"],

@@ -136,7 +136,7 @@ def test_a_text_only_model_starts_the_text_stream_and_loses_nothing(here, monkey
     )
     data = joint.build.data()
     diffusion = joint.build.diffusion(data)
-    joint.weights.start(diffusion, data, None)
+    joint.weights.load_initial(diffusion, data, None)
     assert "so initialized: blocks.*.latent" in capsys.readouterr().out
     names = texts["sample_id"]
     with torch.no_grad(), diffusion.averaged():

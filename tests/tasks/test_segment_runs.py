@@ -61,11 +61,11 @@ def test_parts_between_end_with_eos_and_stand_in_rooms(words, tmp_path):
         assert rows[row]["input_ids"].tolist() == own and int(rows[row]["length"]) == len(own)
         first = 1 + len(question)
         assert batch["segment_ends"][row].tolist() == [first, first + 8]
-        ids, fill = batch["input_ids"][row], batch["fill"][row]
+        ids, fill = batch["input_ids"][row], batch["eos_padding"][row]
         assert ids[~fill].tolist() == own and (ids[fill] == vocab.eos_id).all()
         assert ids[first : first + 8].tolist() == plan + eos * (8 - len(plan))
         assert fill[first : first + 8].tolist() == [False] * (len(plan) + 1) + [True] * (7 - len(plan))
-        assert batch["given"][row].tolist() == [place < first for place in range(24)]
+        assert batch["observed"][row].tolist() == [place < first for place in range(24)]
         assert int(counted_mask(batch)[row].sum()) == len(plan) + len(execution) + 2
         assert int(scored_mask(batch)[row].sum()) == 24 - first
 
@@ -137,7 +137,7 @@ def test_a_question_and_its_answer_are_segments_too(gsm8k):  # noqa: F811
     settings = [argument for argument in SEGMENTS if not argument.startswith(("data=gsm8k_plan", "data.segment_room"))]
     data = Experiment(compose_config(settings), "a test").build.data()
     batch = data.collate(data.split("train")[:4])
-    assert torch.equal(torch.arange(80) < batch["segment_ends"], batch["given"])
+    assert torch.equal(torch.arange(80) < batch["segment_ends"], batch["observed"])
     assert data.segment_ends(np.array([5, 6])).tolist() == [[5], [6]]
 
 

@@ -45,7 +45,7 @@ def trained(*overrides: str) -> tuple[lightning.Trainer, list[dict], list[float]
     def loss(backbone, batch, noise):
         out = original(backbone, batch, noise)
         tokens = int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel()
-        scored_B = (batch["attention_mask"] & ~batch["given"]).sum(-1) if "given" in batch else None
+        scored_B = (batch["attention_mask"] & ~batch["observed"]).sum(-1) if "observed" in batch else None
         seen.append({"nll": out.nll_BL.double().sum().item(), "scored": int(out.mask_BL.sum()), "tokens": tokens,
                      "rows": len(out.nll_BL), "scored_B": scored_B, **out.logs})  # fmt: skip
         return out
