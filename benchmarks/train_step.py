@@ -24,6 +24,7 @@ from palimpsest.common.randomness import training_noise
 from palimpsest.models.dit import DiT
 from palimpsest.noise_schedule import LogLinear
 from palimpsest.objectives.base import TokenLoss
+from palimpsest.objectives.mask_sampling import Draw
 from palimpsest.objectives.subs import Subs
 from palimpsest.process import Absorbing
 
@@ -34,8 +35,8 @@ LENGTH, VOCAB, BATCH = 256, 50_258, 8
 class PlainSubs(Subs):
     """The same objective as the references compute it."""
 
-    def loss_at(self, backbone: nn.Module, batch: dict, xt_BL: torch.Tensor, t_B: torch.Tensor) -> TokenLoss:
-        level = self.schedule(t_B)
+    def loss_at(self, backbone: nn.Module, batch: dict, draw: Draw) -> TokenLoss:
+        xt_BL, level = draw.xt_BL, self.schedule(draw.t_B)
         logits_BLV = backbone(xt_BL, level.sigma.float())
         logits_BLV[..., self.process.mask_id] += -1e6
         log_p_BLV = logits_BLV - logits_BLV.logsumexp(-1, keepdim=True)
@@ -49,9 +50,9 @@ class PlainSubs(Subs):
 class NoVocabulary(Subs):
     """The trunk alone: the minimum for both."""
 
-    def loss_at(self, backbone: nn.Module, batch: dict, xt_BL: torch.Tensor, t_B: torch.Tensor) -> TokenLoss:
-        hidden_BLD = backbone.encode(xt_BL, self.schedule(t_B).sigma.float())
-        return TokenLoss(hidden_BLD.sum(-1), torch.ones_like(xt_BL, dtype=torch.bool))
+    def loss_at(self, backbone: nn.Module, batch: dict, draw: Draw) -> TokenLoss:
+        hidden_BLD = backbone.encode(draw.xt_BL, self.schedule(draw.t_B).sigma.float())
+        return TokenLoss(hidden_BLD.sum(-1), torch.ones_like(draw.xt_BL, dtype=torch.bool))
 
 
 LAWS = {"ours": Subs, "plain": PlainSubs, "trunk": NoVocabulary}

@@ -63,7 +63,9 @@ class AR(Objective):
             scored_BL &= ~batch["eos_padding"]
         before_BL = scored_BL.roll(-1, dims=1)  # True where the next token is scored
         hidden_BLD = backbone.encode(x_BL, torch.zeros(len(x_BL), device=x_BL.device), **context(batch))
-        nll_N = cross_entropy(hidden_BLD[before_BL], backbone.head, x_BL[scored_BL], self.process.mask_id)
+        target_N = x_BL[scored_BL]
+        one_N = torch.ones(len(target_N), device=x_BL.device)  # every token counts once
+        nll_N = cross_entropy(hidden_BLD[before_BL], backbone.head, target_N, self.process.mask_id, one_N)
         return TokenLoss(scatter_positions(nll_N, scored_BL), scored_BL)
 
     def denoise(

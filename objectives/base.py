@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import torch
@@ -258,7 +258,7 @@ class TokenDiffusion(Objective):
         draws = self.mask_sampler(self.schedule, x0_BL, scored_BL, self.process, noise)
         inputs = [self.network_input(backbone, batch, draw, noise) for draw in draws]
         passes = zip(inputs, draws, strict=True)
-        parts = [self.loss_at(network, batch, xt_BL, draw.t_B) for (network, xt_BL), draw in passes]
+        parts = [self.loss_at(network, batch, replace(draw, xt_BL=xt_BL)) for (network, xt_BL), draw in passes]
         logs = {name: torch.stack([part.logs[name] for part in parts], dim=1) for name in parts[0].logs}
         if self.loss_weight == "uniform":  # every masked token counts once, whatever its t
             masked_BL = torch.stack([part.mask_BL for part in parts]).any(0)
@@ -272,8 +272,11 @@ class TokenDiffusion(Objective):
         return backbone, draw.xt_BL
 
     @abstractmethod
-    def loss_at(self, backbone: Backbone, batch: Batch, xt_BL: Tensor, t_B: Tensor) -> TokenLoss:
-        """Return the integrand of the bound at x_t and t; its logs are (B,)."""
+    def loss_at(self, backbone: Backbone, batch: Batch, draw: Draw) -> TokenLoss:
+        """Return the integrand of the bound at the draw's x_t and t; its logs are (B,).
+
+        The caller multiplies each row by `draw.scale_B`, which the `weight_N` of a projection therefore contains.
+        """
 
     def reverse(
         self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, s_B: Tensor, at_BL: Tensor, **cond: Tensor

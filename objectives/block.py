@@ -207,7 +207,7 @@ class BlockDiffusion(WrapperObjective):
         noise = generator.parts(layout.num_blocks)
         (draw,) = bound.mask_sampler(bound.schedule, blocks["input_ids"], scored_Rk, self.process, noise)
         network = _AllBlocks(backbone, batch["input_ids"], layout, context(batch))
-        nats_R = bound.loss_at(network, blocks, draw.xt_BL, draw.t_B).nll_BL.double().sum(-1)
+        nats_R = bound.loss_at(network, blocks, draw).nll_BL.double().sum(-1)
         rate_R, count_R = bound.schedule(draw.t_B).move_chance, scored_Rk.sum(-1)
         scored_R = count_R > 0
         return rate_R[scored_R], nats_R[scored_R] / count_R[scored_R]

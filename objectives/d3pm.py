@@ -14,8 +14,8 @@ from palimpsest.common.values import Natural
 from palimpsest.models.backbone import Backbone
 from palimpsest.noise_schedule import FullRange, NoiseSchedule
 from palimpsest.objectives.base import Batch, TokenDiffusion, TokenLoss, context, counted_mask, scored_mask
-from palimpsest.objectives.mask_sampling import MaskSampler
-from palimpsest.objectives.projection import log_probs, picked_logits
+from palimpsest.objectives.mask_sampling import Draw, MaskSampler
+from palimpsest.objectives.projection import cross_entropy, log_probs, losses
 from palimpsest.process import Absorbing, per_position, scatter_positions, unmask_prob
 
 
@@ -47,33 +47,40 @@ class D3PM(TokenDiffusion):
         self._shown_schedule = schedule.unclipped  # sigma of the rescaled schedule is infinite at t = 1
         self._banned_id = process.mask_id if subs_masking else None
 
-    def loss_at(self, backbone: Backbone, batch: Batch, xt_BL: Tensor, t_B: Tensor) -> TokenLoss:
+    def loss_at(self, backbone: Backbone, batch: Batch, draw: Draw) -> TokenLoss:
         """Return T times the KL term of a step (eq. 1, L_t-1) plus the reconstruction term L_0 of the clean text."""
-        x0_BL, scored_BL = batch["input_ids"], scored_mask(batch)
+        x0_BL, xt_BL, t_B, scored_BL = batch["input_ids"], draw.xt_BL, draw.t_B, scored_mask(batch)
         masked_BL = self.process.is_corrupted(xt_BL) & scored_BL
-        hidden_BLD = backbone.encode(xt_BL, self.conditioning(t_B), **context(batch))
-        log_p_N, log_m_N = self._log_p_and_m(hidden_BLD[masked_BL], backbone, x0_BL[masked_BL])
         alpha_t_B = self.schedule(t_B).alpha
         alpha_s_B = self.schedule((t_B - 1 / self.T).clamp(min=0)).alpha
-        kl_N = _step_kl(log_p_N, log_m_N, per_position(alpha_t_B, masked_BL), per_position(alpha_s_B, masked_BL))
-        clean_BLD = backbone.encode(x0_BL, self.conditioning(torch.zeros_like(t_B)), **context(batch))
-        log_p0_N, _ = self._log_p_and_m(clean_BLD[scored_BL], backbone, x0_BL[scored_BL])
-        cross_entropy_B = -scatter_positions(log_p_N.detach(), masked_BL).sum(-1)
-        logs = {"cross_entropy": cross_entropy_B, "num_masked": masked_BL.sum(-1)}
-        return TokenLoss(
-            self.T * scatter_positions(kl_N, masked_BL) - scatter_positions(log_p0_N, scored_BL),
-            counted_mask(batch),
-            logs,
+        hidden_BLD = backbone.encode(xt_BL, self.conditioning(t_B), **context(batch))
+        alpha_N2 = torch.stack([per_position(alpha_B, masked_BL) for alpha_B in (alpha_t_B, alpha_s_B)], dim=1)
+        kl_N, nll_N = losses(
+            _kl_and_nll,
+            hidden_BLD[masked_BL],
+            backbone.head,
+            self._target_and_mask(x0_BL[masked_BL]),
+            alpha_N2,
+            banned_id=self._banned_id,
+            weight_N=per_position(draw.scale_B, masked_BL),
         )
+        clean_BLD = backbone.encode(x0_BL, self.conditioning(torch.zeros_like(t_B)), **context(batch))
+        nll0_N = cross_entropy(
+            clean_BLD[scored_BL],
+            backbone.head,
+            x0_BL[scored_BL],
+            self._banned_id,
+            per_position(draw.scale_B, scored_BL),
+        )
+        logs = {"cross_entropy": scatter_positions(nll_N, masked_BL).sum(-1), "num_masked": masked_BL.sum(-1)}
+        terms_BL = self.T * scatter_positions(kl_N, masked_BL) + scatter_positions(nll0_N, scored_BL)
+        return TokenLoss(terms_BL, counted_mask(batch), logs)
 
     def conditioning(self, t_B: Tensor) -> Tensor:
         return self._shown_schedule(t_B).sigma.float()
 
-    def _log_p_and_m(self, hidden_ND: Tensor, backbone: Backbone, target_N: Tensor) -> tuple[Tensor, Tensor]:
-        ids_N2 = torch.stack([target_N, torch.full_like(target_N, self.process.mask_id)], dim=1)
-        log_z_N, picked_N2 = picked_logits(hidden_ND, backbone.head, ids_N2, self._banned_id)
-        log_p_N2 = picked_N2 - log_z_N[:, None]
-        return log_p_N2.unbind(1)
+    def _target_and_mask(self, target_N: Tensor) -> Tensor:
+        return torch.stack([target_N, torch.full_like(target_N, self.process.mask_id)], dim=1)
 
     def network_log_probs(
         self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, at_BL: Tensor | None = None, **cond: Tensor
@@ -100,6 +107,12 @@ class D3PM(TokenDiffusion):
         log_q_NV = log_p_NV + (alpha_s - alpha_t).log()[:, None]
         log_q_NV[:, self.process.mask_id] = torch.log1p(-(1 - m_N) * alpha_s)
         return log_q_NV - torch.log1p(-(1 - m_N) * alpha_t)[:, None]
+
+
+def _kl_and_nll(logits_CV: Tensor, ids_C2: Tensor, alpha_C2: Tensor) -> Tensor:
+    """Return the KL term of a step and -log p(x_0), (C, 2); `ids_C2` are x_0 and [MASK], `alpha_C2` that of t and s."""
+    log_p_C, log_m_C = (logits_CV.gather(1, ids_C2) - logits_CV.logsumexp(1, keepdim=True)).unbind(1)
+    return torch.stack([_step_kl(log_p_C, log_m_C, *alpha_C2.unbind(1)), -log_p_C], dim=1)
 
 
 def _step_kl(log_p_N: Tensor, log_m_N: Tensor, alpha_t: Tensor, alpha_s: Tensor) -> Tensor:

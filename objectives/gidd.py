@@ -6,9 +6,8 @@ Shape suffixes: B batch, L length, N scored positions, C positions of a chunk, V
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from palimpsest.objectives.projection import chunked
 from palimpsest.objectives.udlm import LeaveOneOut
 from palimpsest.process import Hybrid
 
@@ -25,12 +24,10 @@ class GIDD(LeaveOneOut):
     def banned_id(self) -> int:
         return self.process.mask_id
 
-    def integrand(self, hidden_ND: Tensor, head: nn.Linear, ids_N2: Tensor, alpha_N: Tensor) -> Tensor:
+    def integrand(self, logits_CV: Tensor, ids_C2: Tensor, alpha_C: Tensor) -> Tensor:
         """Return the integrand of the continuous-time NELBO (GIDD, theorem 3.5)."""
-        kept_N, word_N = self._kept_and_word(alpha_N)
-        odds_N = kept_N / word_N
-        picked_N3 = chunked(_picked_and_summed, hidden_ND, head, ids_N2, odds_N, banned_id=self.banned_id)
-        return self.divergence(picked_N3.double(), ids_N2, alpha_N)
+        kept_C, word_C = self._kept_and_word(alpha_C)
+        return self.divergence(_picked_and_summed(logits_CV, ids_C2, kept_C / word_C).double(), ids_C2, alpha_C)
 
     def _kept_and_word(self, alpha_N: Tensor) -> tuple[Tensor, Tensor]:
         """Return the probability that a token is kept, and that of each single word as noise, (N,) each."""

@@ -21,7 +21,7 @@ from palimpsest.gaussian_process import LatentPrediction
 from palimpsest.models.backbone import Backbone
 from palimpsest.objectives.base import Batch, Model, TokenLoss, counted_mask, fresh_noise, scored_mask
 from palimpsest.objectives.gaussian import EARLIEST, LATEST, GaussianDiffusion, LatentLoss
-from palimpsest.objectives.mask_sampling import MaskSampler
+from palimpsest.objectives.mask_sampling import Draw, MaskSampler
 from palimpsest.objectives.subs import Subs
 from palimpsest.objectives.wrapping import BackboneView, WrapperObjective
 from palimpsest.process import Absorbing
@@ -129,9 +129,9 @@ class JointDiffusion(WrapperObjective):
         other.evaluates = True
         return other
 
-    def loss_at(self, backbone: Backbone, batch: Batch, xt_BL: Tensor, t_B: Tensor) -> TokenLoss:
+    def loss_at(self, backbone: Backbone, batch: Batch, draw: Draw) -> TokenLoss:
         """Return the integrand of the text's bound, given the latent of the batch."""
-        return self.inner.loss_at(backbone, batch, xt_BL, t_B)
+        return self.inner.loss_at(backbone, batch, draw)
 
     def denoise(
         self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, at_BL: Tensor | None = None, **cond: Tensor

@@ -115,5 +115,5 @@ def cross_entropy_at(
 ) -> tuple[Tensor, Tensor]:
     """Return the summed cross-entropy [nats, float64] and the number of masked tokens at a mask rate of `rate`."""
     (draw,) = Rates([rate])(objective.schedule, batch["input_ids"], scored_mask(batch), objective.process, noise)
-    logs = objective.loss_at(backbone, batch, draw.xt_BL, draw.t_B).logs
+    logs = objective.loss_at(backbone, batch, draw).logs
     return logs["cross_entropy"].double().sum(), logs["num_masked"].sum()

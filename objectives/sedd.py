@@ -13,8 +13,8 @@ from torch import Tensor
 from palimpsest.models.backbone import Backbone
 from palimpsest.noise_schedule import NoiseSchedule
 from palimpsest.objectives.base import MAX_SIGMA, Batch, TokenDiffusion, TokenLoss, context, counted_mask, scored_mask
-from palimpsest.objectives.mask_sampling import MaskSampler
-from palimpsest.objectives.projection import logits, picked_logits
+from palimpsest.objectives.mask_sampling import Draw, MaskSampler
+from palimpsest.objectives.projection import logits, losses
 from palimpsest.process import Absorbing, per_position, scatter_positions
 
 
@@ -30,27 +30,28 @@ class SEDD(TokenDiffusion):
     def __init__(self, schedule: NoiseSchedule, process: Absorbing, noising: MaskSampler | None = None) -> None:
         super().__init__(schedule, process, noising)  # in continuous time only
 
-    def loss_at(self, backbone: Backbone, batch: Batch, xt_BL: Tensor, t_B: Tensor) -> TokenLoss:
+    def loss_at(self, backbone: Backbone, batch: Batch, draw: Draw) -> TokenLoss:
         """Return the denoising score entropy (theorem 3.4, weighted as in theorem 3.6).
 
         It is sigma' (sum_y s_y - q log s_x0 + q (log q - 1)) with the target q = p_t(x_0) / p_t(mask).
         """
-        x0_BL, masked_BL = batch["input_ids"], self.process.is_corrupted(xt_BL) & scored_mask(batch)
-        hidden_BLD = backbone.encode(xt_BL, self.conditioning(t_B), **context(batch))
-        log_z_N, logit_N1 = picked_logits(
-            hidden_BLD[masked_BL], backbone.head, x0_BL[masked_BL][:, None], self.process.mask_id
-        )
-        level = self.schedule(t_B)
-        shift_N = per_position(self._log_shift(t_B, backbone.head.out_features), masked_BL)
-        log_q_N = per_position(_log_ratio(level.alpha), masked_BL)
-        q_N, log_s_N = log_q_N.exp(), logit_N1.squeeze(1) - shift_N
-        entropy_N = (log_z_N - shift_N).exp() - q_N * log_s_N + q_N * (log_q_N - 1)
+        x0_BL, masked_BL = batch["input_ids"], self.process.is_corrupted(draw.xt_BL) & scored_mask(batch)
+        hidden_BLD = backbone.encode(draw.xt_BL, self.conditioning(draw.t_B), **context(batch))
+        level = self.schedule(draw.t_B)
         rate_B = -level.dalpha / level.alpha.clamp(min=math.exp(-MAX_SIGMA))
-        cross_entropy_N = (log_z_N - logit_N1.squeeze(1)).detach()
-        logs = {"cross_entropy": scatter_positions(cross_entropy_N, masked_BL).sum(-1), "num_masked": masked_BL.sum(-1)}
-        return TokenLoss(
-            rate_B.float()[:, None] * scatter_positions(entropy_N.float(), masked_BL), counted_mask(batch), logs
+        entropy_N, nll_N = losses(
+            _entropy_and_nll,
+            hidden_BLD[masked_BL],
+            backbone.head,
+            x0_BL[masked_BL],
+            per_position(self._log_shift(draw.t_B, backbone.head.out_features), masked_BL),
+            per_position(_log_ratio(level.alpha), masked_BL),
+            banned_id=self.process.mask_id,
+            weight_N=per_position(rate_B * draw.scale_B, masked_BL),
         )
+        logs = {"cross_entropy": scatter_positions(nll_N, masked_BL).sum(-1), "num_masked": masked_BL.sum(-1)}
+        entropy_BL = scatter_positions(entropy_N.float(), masked_BL)
+        return TokenLoss(rate_B.float()[:, None] * entropy_BL, counted_mask(batch), logs)
 
     def _log_shift(self, t_B: Tensor, vocab_size: int) -> Tensor:
         return -_log_ratio(self.schedule(t_B).alpha) + math.log(vocab_size - 1)
@@ -82,6 +83,14 @@ class SEDD(TokenDiffusion):
         log_q_NV = log_q_NV - leaving_N.clamp(min=1).log()[:, None]
         log_q_NV[:, self.process.mask_id] = torch.log1p(-leaving_N.clamp(max=1))
         return log_q_NV
+
+
+def _entropy_and_nll(logits_CV: Tensor, x0_C: Tensor, shift_C: Tensor, log_q_C: Tensor) -> Tensor:
+    """Return the score entropy without its rate, and -log p(x_0) of the normalised scores, float64 (C, 2)."""
+    log_z_C, logit_C = logits_CV.logsumexp(1), logits_CV.gather(1, x0_C[:, None]).squeeze(1)
+    q_C, log_s_C = log_q_C.exp(), logit_C - shift_C
+    entropy_C = (log_z_C - shift_C).exp() - q_C * log_s_C + q_C * (log_q_C - 1)
+    return torch.stack([entropy_C, (log_z_C - logit_C).double()], dim=1)
 
 
 def _log_ratio(alpha: Tensor) -> Tensor:

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from palimpsest.common.values import Natural
 from palimpsest.models.backbone import Backbone
 from palimpsest.noise_schedule import NoiseSchedule
 from palimpsest.objectives.base import Batch, TokenDiffusion, TokenLoss, context, counted_mask, scored_mask
-from palimpsest.objectives.mask_sampling import MaskSampler, log_move_range
+from palimpsest.objectives.mask_sampling import Draw, MaskSampler, log_move_range
 from palimpsest.objectives.projection import cross_entropy, log_probs
-from palimpsest.process import Absorbing, scatter_positions, unmask_prob
+from palimpsest.process import Absorbing, per_position, scatter_positions, unmask_prob
 
 
 class Subs(TokenDiffusion):
@@ -44,15 +45,17 @@ class Subs(TokenDiffusion):
         self.change_of_variables = change_of_variables
         super().__init__(schedule, process, noising, T)
 
-    def loss_at(self, backbone: Backbone, batch: Batch, xt_BL: Tensor, t_B: Tensor) -> TokenLoss:
-        x0_BL, masked_BL = batch["input_ids"], self.process.is_corrupted(xt_BL) & scored_mask(batch)
-        hidden_ND = self.encode_at(backbone, xt_BL, t_B, masked_BL, **context(batch))
-        ce_N = cross_entropy(hidden_ND, backbone.head, x0_BL[masked_BL], self.process.mask_id)
+    def loss_at(self, backbone: Backbone, batch: Batch, draw: Draw) -> TokenLoss:
+        x0_BL, masked_BL = batch["input_ids"], self.process.is_corrupted(draw.xt_BL) & scored_mask(batch)
+        hidden_ND = self.encode_at(backbone, draw.xt_BL, draw.t_B, masked_BL, **context(batch))
+        weight_B = torch.ones_like(draw.t_B) if self.loss_weight == "uniform" else self.weight(draw.t_B) * draw.scale_B
+        weight_N = per_position(weight_B, masked_BL)
+        ce_N = cross_entropy(hidden_ND, backbone.head, x0_BL[masked_BL], self.process.mask_id, weight_N)
         ce_BL = scatter_positions(ce_N, masked_BL)
         logs = {"cross_entropy": ce_BL.detach().sum(-1), "num_masked": masked_BL.sum(-1)}
         if self.loss_weight == "uniform":
             return TokenLoss(ce_BL, masked_BL, logs)
-        return TokenLoss(self.weight(t_B).float()[:, None] * ce_BL, counted_mask(batch), logs)
+        return TokenLoss(self.weight(draw.t_B).float()[:, None] * ce_BL, counted_mask(batch), logs)
 
     def weight(self, t_B: Tensor) -> Tensor:
         """Return the weight of a masked token in continuous time (eq. 11) or with T steps, float64 (B,)."""

@@ -8,13 +8,13 @@ from __future__ import annotations
 from abc import abstractmethod
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from palimpsest.models.backbone import Backbone
 from palimpsest.noise_schedule import NoiseSchedule
 from palimpsest.objectives.base import Batch, TokenDiffusion, TokenLoss, context, counted_mask, scored_mask
-from palimpsest.objectives.mask_sampling import Bernoulli, MaskSampler
-from palimpsest.objectives.projection import chunked, log_probs
+from palimpsest.objectives.mask_sampling import Bernoulli, Draw, MaskSampler
+from palimpsest.objectives.projection import log_probs, losses
 from palimpsest.process import Resampling, Uniform, per_position, scatter_positions
 
 _SMALLEST = 1e-12  # alpha, by which the weight divides; the integrand vanishes with it
@@ -43,18 +43,26 @@ class LeaveOneOut(TokenDiffusion):
     def best_mask_sampler(self) -> MaskSampler:
         return Bernoulli()
 
-    def loss_at(self, backbone: Backbone, batch: Batch, xt_BL: Tensor, t_B: Tensor) -> TokenLoss:
+    def loss_at(self, backbone: Backbone, batch: Batch, draw: Draw) -> TokenLoss:
         x0_BL, scored_BL = batch["input_ids"], scored_mask(batch)
-        hidden_ND = self.encode_at(backbone, xt_BL, t_B, scored_BL, **context(batch))
-        level = self.schedule(t_B)
-        ids_N2 = torch.stack([x0_BL[scored_BL], xt_BL[scored_BL]], dim=1)
-        integrand_N = self.integrand(hidden_ND, backbone.head, ids_N2, per_position(level.alpha, scored_BL))
+        hidden_ND = self.encode_at(backbone, draw.xt_BL, draw.t_B, scored_BL, **context(batch))
+        level = self.schedule(draw.t_B)
+        ids_N2 = torch.stack([x0_BL[scored_BL], draw.xt_BL[scored_BL]], dim=1)
+        (integrand_N,) = losses(
+            lambda *chunk: self.integrand(*chunk)[:, None],
+            hidden_ND,
+            backbone.head,
+            ids_N2,
+            per_position(level.alpha, scored_BL),
+            banned_id=self.banned_id,
+            weight_N=per_position(-level.dalpha * draw.scale_B, scored_BL),
+        )
         rate_N = -per_position(level.dalpha, scored_BL) * integrand_N
         return TokenLoss(scatter_positions(rate_N.float(), scored_BL), counted_mask(batch), {})
 
     @abstractmethod
-    def integrand(self, hidden_ND: Tensor, head: nn.Linear, ids_N2: Tensor, alpha_N: Tensor) -> Tensor:
-        """Return the integrand of the NELBO per unit of -alpha, float64 (N,); `ids_N2` are x_0 and x_t."""
+    def integrand(self, logits_CV: Tensor, ids_C2: Tensor, alpha_C: Tensor) -> Tensor:
+        """Return the integrand of the NELBO per unit of -alpha, float64 (C,); `ids_C2` are x_0 and x_t."""
 
     def leave_one_out(self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, at_BL: Tensor, **cond: Tensor) -> Tensor:
         """Return the network's prediction at the N positions of `at_BL`, (N, V)."""
@@ -77,11 +85,11 @@ class UDLM(LeaveOneOut):
     processes = (Uniform,)
     process: Uniform
 
-    def integrand(self, hidden_ND: Tensor, head: nn.Linear, ids_N2: Tensor, alpha_N: Tensor) -> Tensor:
+    def integrand(self, logits_CV: Tensor, ids_C2: Tensor, alpha_C: Tensor) -> Tensor:
         """Return the rate of the KL divergence between the reverse step given x_0 and the predicted one (eq. 16)."""
-        alpha_N = alpha_N.clamp(min=_SMALLEST)
-        picked_N3 = chunked(_picked_and_summed, hidden_ND, head, ids_N2, alpha_N)
-        return _divergence(picked_N3.double(), ids_N2, alpha_N, self.process.vocab_size)
+        alpha_C = alpha_C.clamp(min=_SMALLEST)
+        picked_C3 = _picked_and_summed(logits_CV, ids_C2, alpha_C)
+        return _divergence(picked_C3.double(), ids_C2, alpha_C, self.process.vocab_size)
 
 
 def _picked_and_summed(logits_CV: Tensor, ids_C2: Tensor, alpha_C: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from palimpsest.data.sources import HubOrFolder
 from palimpsest.data.unigram import token_counts, unigram_nll
 from palimpsest.diffusion import Diffusion
 from palimpsest.experiment.experiment import Experiment
-from palimpsest.experiment.fitting import begin, fit
+from palimpsest.experiment.fitting import fit, initialise
 from palimpsest.experiment.weights import Weights
 from palimpsest.models.checkpoints import load_inert, read_checkpoint, read_progress
 from palimpsest.models.class_conditioning import UNCONDITIONAL
@@ -274,7 +274,7 @@ def test_a_class_begins_exactly_at_its_unigram_law(label):
     exp = experiment("training.start_from_counts=true", "data.max_train_texts=200")
     data = exp.build.data(label)
     diffusion = exp.build.diffusion(data)
-    begin(exp, diffusion, data, None)
+    initialise(exp, diffusion, data, None)
     law_V = law_of(slow_counts(data, data.split("train")["input_ids"]), diffusion.objective.process.mask_id)
     found_M = nll_at_start(exp, diffusion, data, None)
     np.testing.assert_allclose(found_M, expected_nll(data, law_V), rtol=1e-5)
@@ -295,7 +295,7 @@ def test_a_conditional_network_begins_at_the_law_of_each_class_and_untold_at_tha
     exp = experiment("training.start_from_counts=true", "classify.sharing=conditional", "data.max_train_texts=200")
     data = exp.build.data()
     diffusion = exp.build.diffusion(data)
-    begin(exp, diffusion, data, None)
+    initialise(exp, diffusion, data, None)
     counts = by_class(data)
     np.testing.assert_array_equal(token_counts(data, by_class=True), np.stack([counts[0], counts[1]]))
     for class_id, counts_V in counts.items():
@@ -309,7 +309,7 @@ def test_a_pretrained_class_exchanges_the_law_of_the_pretraining_for_its_own():
     shared = fit(exp.pretraining)
     data = exp.build.data(1)
     diffusion, plain = exp.build.diffusion(data), exp.build.diffusion(data)
-    begin(exp, diffusion, data, shared)
+    initialise(exp, diffusion, data, shared)
     plain.start_from(read_checkpoint(shared))
     mask_id = diffusion.objective.process.mask_id
     all_V = slow_counts(data, exp.pretraining.build.data().split("train")["input_ids"]) + 1

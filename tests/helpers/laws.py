@@ -13,6 +13,7 @@ from torch.nn.functional import one_hot
 from palimpsest.objectives.base import Model, TokenDiffusion
 from palimpsest.samplers.base import time_grid
 from palimpsest.samplers.ordered import first_positions, preference, time_of
+from tests.helpers.draws import draw_at
 
 FALSE_ALARM = 1e-4  # of each chi-square test; seeds are fixed, so a test that passes keeps passing
 
@@ -48,7 +49,7 @@ def exact_bound(
         masked, k = torch.tensor([pattern]), sum(pattern)
         xt = torch.where(masked, objective.process.mask_id, x0).expand(len(t), -1)
         rows = {"input_ids": x0.expand(len(t), -1)}
-        loss = objective.loss_at(net, rows, xt, t).nll_BL.double().sum(-1)
+        loss = objective.loss_at(net, rows, draw_at(xt, t)).nll_BL.double().sum(-1)
         total += float((weight * move**k * (1 - move) ** (length - k) * loss).sum())
     return total
 

@@ -14,6 +14,7 @@ from palimpsest.objectives.udlm import UDLM
 from palimpsest.process import Uniform
 from palimpsest.settings.command_line import compose_config
 from tests.helpers.commands import TINY, run
+from tests.helpers.draws import draw_at
 from tests.helpers.laws import FALSE_ALARM
 
 V = 5
@@ -57,11 +58,11 @@ def test_a_low_temperature_is_the_plain_loss_on_the_argmax_and_the_curriculum_en
     hard.mask_sampler(hard.schedule, batch["input_ids"], ~batch["observed"], hard.process, same)
     network, xt = hard.network_input(net, early, draw, same)
     assert torch.equal(xt[:, 0], batch["input_ids"][:, 0])
-    found = hard.loss_at(network, batch, xt, draw.t_B).nll_BL
-    torch.testing.assert_close(found, hard.loss_at(net, batch, xt, draw.t_B).nll_BL, rtol=1e-4, atol=1e-5)
+    found = hard.loss_at(network, batch, draw_at(xt, draw.t_B)).nll_BL
+    torch.testing.assert_close(found, hard.loss_at(net, batch, draw_at(xt, draw.t_B)).nll_BL, rtol=1e-4, atol=1e-5)
     soft = Duo(LogLinear(), Uniform(V), None, 10, 0.0, 0.0)
     network, _ = soft.network_input(net, early, draw, same)
-    assert not torch.allclose(soft.loss_at(network, batch, xt, draw.t_B).nll_BL, found, rtol=1e-2)
+    assert not torch.allclose(soft.loss_at(network, batch, draw_at(xt, draw.t_B)).nll_BL, found, rtol=1e-2)
     assert [Duo(LogLinear(), Uniform(V), None, 10).temperature(k) for k in (0, 5, 10)] == pytest.approx(
         [0.1, 10**-1.5, 0.01]
     )

@@ -18,6 +18,7 @@ from palimpsest.objectives.mask_sampling import Bernoulli, Complementary, ExactC
 from palimpsest.objectives.sedd import SEDD
 from palimpsest.objectives.subs import Subs
 from palimpsest.process import Absorbing
+from tests.helpers.draws import draw_at
 from tests.helpers.laws import batch_of
 from tests.helpers.networks import close, reference_dit
 
@@ -27,7 +28,9 @@ VOCAB, MASK = 5, 4
 @pytest.mark.parametrize("law", [Subs, SEDD, D3PM])
 def test_a_clean_text_costs_nothing_where_it_is_said(random_dit, law):
     net, x_BL = random_dit(5).float(), torch.randint(4, (2, 6))
-    loss = law(LogLinear(), Absorbing(4)).loss_at(net, {"input_ids": x_BL}, x_BL, torch.tensor([0.3, 0.7]).double())
+    loss = law(LogLinear(), Absorbing(4)).loss_at(
+        net, {"input_ids": x_BL}, draw_at(x_BL, torch.tensor([0.3, 0.7]).double())
+    )
     assert bool(loss.nll_BL.any()) != law.zero_loss_on_clean_text
 
 
@@ -61,8 +64,12 @@ def test_sedd_fed_the_score_of_log_p_is_subs_token_by_token(schedule):
     log_p[..., MASK] = -torch.inf
     log_p = log_p.log_softmax(-1)
     finite = log_p.masked_fill(log_p.isinf(), -50.0)
-    subs = Subs(schedule, Absorbing(MASK)).loss_at(Scripted(finite), batch_of(x0), xt, t).nll_BL
-    sedd = SEDD(schedule, Absorbing(MASK)).loss_at(Scripted(finite + math.log(VOCAB - 1)), batch_of(x0), xt, t).nll_BL
+    subs = Subs(schedule, Absorbing(MASK)).loss_at(Scripted(finite), batch_of(x0), draw_at(xt, t)).nll_BL
+    sedd = (
+        SEDD(schedule, Absorbing(MASK))
+        .loss_at(Scripted(finite + math.log(VOCAB - 1)), batch_of(x0), draw_at(xt, t))
+        .nll_BL
+    )
     torch.testing.assert_close(sedd.double(), subs.double(), rtol=2e-4, atol=2e-4)
 
 
@@ -71,8 +78,8 @@ def test_d3pm_without_mass_on_the_mask_is_subs_at_the_same_t(T):
     x0, xt, t = noised()
     t = torch.floor(t * T) / T + 1 / T
     net = Scripted(torch.randn(6, 9, VOCAB, dtype=torch.float64))
-    d3pm = D3PM(LogLinear(), Absorbing(MASK), T=T, subs_masking=True).loss_at(net, batch_of(x0), xt, t).nll_BL
-    subs = Subs(LogLinear(), Absorbing(MASK), T=T).loss_at(net, batch_of(x0), xt, t).nll_BL
+    d3pm = D3PM(LogLinear(), Absorbing(MASK), T=T, subs_masking=True).loss_at(net, batch_of(x0), draw_at(xt, t)).nll_BL
+    subs = Subs(LogLinear(), Absorbing(MASK), T=T).loss_at(net, batch_of(x0), draw_at(xt, t)).nll_BL
     reconstruction = (
         -D3PM(LogLinear(), Absorbing(MASK), T=T, subs_masking=True).denoise(net, x0, t).gather(-1, x0[..., None])
     )
@@ -92,7 +99,7 @@ def test_d3pm_step_is_the_kl_of_its_own_reverse_step(random_dit):
     ].expand_as(at)[at]
     stays = torch.where(chance < 1, (1 - chance) * ((1 - chance).log() - log_q[:, MASK]), 0.0)
     kl = chance * (chance.log() - log_q.gather(1, x0[at][:, None]).squeeze(1)) + stays
-    loss = objective.loss_at(net, batch_of(x0), xt, t).nll_BL
+    loss = objective.loss_at(net, batch_of(x0), draw_at(xt, t)).nll_BL
     log_p0 = objective.network_log_probs(net, x0, torch.zeros_like(t)).gather(-1, x0[..., None]).squeeze(-1)
     torch.testing.assert_close((loss.double() + log_p0)[at] / T, kl, rtol=1e-4, atol=1e-5)
 
@@ -151,7 +158,7 @@ def test_golden_d3pm(fixtures_dir, variant, weights):
     reference = golden[f"{weights}.model_output"]
     likely = reference > -1e5
     assert close(objective.network_log_probs(net, golden["xt"], t)[likely], reference[likely])
-    loss = objective.loss_at(net, batch, golden["xt"], t.double())
+    loss = objective.loss_at(net, batch, draw_at(golden["xt"], t.double()))
     assert close(loss.nll_BL, golden[f"{weights}.nlls"])
     assert close(loss.mean(), golden[f"{weights}.token_nll"])
 
@@ -167,7 +174,7 @@ def test_golden_sedd(fixtures_dir, variant, weights):
     tokens = [v for v in range(meta["vocab_size"]) if v != meta["mask_index"]]
     ours = objective.log_score(net, xt, t, at)[:, tokens]
     assert close(ours, golden[f"{weights}.model_output"][at][:, tokens].double())
-    loss = objective.loss_at(net, batch, xt, t)
+    loss = objective.loss_at(net, batch, draw_at(xt, t))
     assert close(loss.nll_BL, golden[f"{weights}.nlls"])
     assert close(loss.mean(), golden[f"{weights}.token_nll"])
 
@@ -183,7 +190,7 @@ def test_golden_bd3lms(fixtures_dir, variant, weights):
     given = torch.zeros_like(x0, dtype=torch.bool)
     given[:, 0] = True
     mask = golden["attention_mask"].bool()
-    loss = objective.loss_at(net, {"input_ids": x0, "attention_mask": mask, "observed": given}, xt, t)
+    loss = objective.loss_at(net, {"input_ids": x0, "attention_mask": mask, "observed": given}, draw_at(xt, t))
     assert close(loss.nll_BL, golden[f"{weights}.eval_nlls"])
     assert close(loss.mean(), golden[f"{weights}.eval_token_nll"])
     assert close(loss.nll_BL.sum() / mask.sum(), golden[f"{weights}.train_token_nll"])
@@ -200,7 +207,7 @@ def test_golden_gradients(fixtures_dir, variant):
         else SEDD(LogLinear(), Absorbing(mask_id))
     )
     t = golden["raw.t_effective"].double()
-    objective.loss_at(net, batch, golden["xt"], t).mean().backward()
+    objective.loss_at(net, batch, draw_at(golden["xt"], t)).mean().backward()
     named = dict(net.named_parameters())
     names = [name.removeprefix("grad.") for name in grads if name.startswith("grad.")]
     assert sorted(names) == sorted(named)

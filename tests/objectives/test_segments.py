@@ -19,6 +19,7 @@ from palimpsest.objectives.mask_sampling import Bernoulli, ExactCount, TiltedCou
 from palimpsest.objectives.subs import Subs
 from palimpsest.process import Absorbing
 from palimpsest.samplers import ancestral, block, first_hitting
+from tests.helpers.draws import draw_at
 from tests.helpers.laws import assert_follows, batch_of, exact_bound, texts
 
 VOCAB, MASK = 4, 3
@@ -82,7 +83,7 @@ def test_in_a_network_of_one_layer_a_given_segment_is_a_given_prefix(random_dit)
     """There what the prefix sees is not seen by anyone; in two layers it is."""
     net, x0 = random_dit(VOCAB), torch.randint(MASK, (4, 9))
     given = torch.arange(9) < ENDS[:, 1:]
-    segments, noise = in_segments(x0, ENDS[:, 1:], given=given), partial(training_noise, 0, torch.arange(4), 4)
+    segments, noise = in_segments(x0, ENDS[:, 1:], observed=given), partial(training_noise, 0, torch.arange(4), 4)
 
     def losses():
         for row in range(4):  # masked diffusion of what stands behind the prefix, with the noise of the second segment
@@ -92,7 +93,7 @@ def test_in_a_network_of_one_layer_a_given_segment_is_a_given_prefix(random_dit)
             (draw,) = Bernoulli()(LogLinear(), own, every, Absorbing(MASK), noise_here)
             xt = torch.cat([x0[row : row + 1, :end], draw.xt_BL], dim=1)
             rows = {name: value[row : row + 1] for name, value in {**batch_of(x0), "observed": given}.items()}
-            yield Subs(LogLinear(), Absorbing(MASK)).loss_at(net, rows, xt, draw.t_B).nll_BL
+            yield Subs(LogLinear(), Absorbing(MASK)).loss_at(net, rows, draw_at(xt, draw.t_B)).nll_BL
 
     assert (torch.cat(list(losses())) - objective_of().loss(net, segments, noise()).nll_BL).abs().max() > 1e-3
     net.blocks = net.blocks[:1]

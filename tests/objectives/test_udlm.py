@@ -23,6 +23,7 @@ from palimpsest.samplers import uniform
 from palimpsest.samplers.trace import Trace
 from palimpsest.settings.command_line import compose_config
 from palimpsest.settings.instantiation import instantiate
+from tests.helpers.draws import draw_at
 from tests.helpers.laws import assert_follows, texts
 from tests.helpers.uniform import NO_NETWORK, Bayes, BayesUDLM, L, V, chain
 
@@ -54,7 +55,7 @@ def test_the_integrand_is_the_papers(random_dit, t):
     x0, xt = torch.randint(5, (6, 4)), torch.randint(5, (6, 4))
     xt[:3] = x0[:3]
     t_B = torch.full((6,), t, dtype=torch.float64)
-    found = objective.loss_at(net, {"input_ids": x0}, xt, t_B).nll_BL.double()
+    found = objective.loss_at(net, {"input_ids": x0}, draw_at(xt, t_B)).nll_BL.double()
     at = torch.ones_like(x0, dtype=torch.bool)
     p = objective.leave_one_out(net, xt, t_B, at).double().exp().view(6, 4, 5)
     alpha = 1 - t
@@ -83,7 +84,7 @@ def test_golden_duo_without_a_setting_typed(fixtures_dir, weights):
     everywhere = torch.ones_like(x0, dtype=torch.bool)
     with torch.no_grad():
         log_p = objective.leave_one_out(net, xt, t, everywhere).view(*x0.shape, 39)
-        nll = objective.loss_at(net, {"input_ids": x0}, xt, t).nll_BL
+        nll = objective.loss_at(net, {"input_ids": x0}, draw_at(xt, t)).nll_BL
     torch.testing.assert_close(log_p, golden[f"{weights}.model_output"], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(nll, golden[f"{weights}.nll_per_token"], rtol=1e-4, atol=1e-4)
 
