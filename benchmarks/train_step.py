@@ -55,7 +55,22 @@ class NoVocabulary(Subs):
         return TokenLoss(hidden_BLD.sum(-1), torch.ones_like(draw.xt_BL, dtype=torch.bool))
 
 
-LAWS = {"ours": Subs, "plain": PlainSubs, "trunk": NoVocabulary}
+class Floor(NoVocabulary):
+    """The trunk and three products with the vocabulary's matrix for the masked positions: what no projection avoids."""
+
+    def loss_at(self, backbone: nn.Module, batch: dict, draw: Draw) -> TokenLoss:
+        loss = super().loss_at(backbone, batch, draw)
+        with torch.no_grad():
+            weight_VD, num_masked = backbone.head.weight, int(self.process.is_corrupted(draw.xt_BL).sum())
+            grad_VD, hidden_ND = torch.zeros_like(weight_VD), torch.randn(num_masked, weight_VD.shape[1])
+            for hidden_CD in hidden_ND.split(166):
+                logits_VC = weight_VD @ hidden_CD.T
+                logits_VC.T @ weight_VD
+                grad_VD.addmm_(logits_VC, hidden_CD)
+        return loss
+
+
+LAWS = {"ours": Subs, "plain": PlainSubs, "floor": Floor, "trunk": NoVocabulary}
 
 
 def measure(law: str, steps: int) -> dict[str, float]:
@@ -98,11 +113,10 @@ def main() -> None:
             f"{law:6} {statistics.median(speed):8.0f} tokens/s "
             f"(from {min(speed):.0f} to {max(speed):.0f}), peak {memory:.0f} MiB"
         )
-    pairs = list(zip(runs["ours"], runs["plain"], runs["trunk"], strict=True))
+    pairs = list(zip(runs["ours"], runs["plain"], runs["floor"], strict=True))
     speedup = [a["tokens_per_s"] / b["tokens_per_s"] for a, b, _ in pairs]
     memory = [a["peak_mib"] / b["peak_mib"] for a, b, _ in pairs]
-    # Measured trunk and optimizer, plus half of the vocabulary's minimal cost in the plain objective.
-    share = [a["tokens_per_s"] / c["tokens_per_s"] for a, _, c in pairs]
+    over_floor = [c["tokens_per_s"] / a["tokens_per_s"] for a, _, c in pairs]
     print(
         json.dumps(
             {
@@ -112,7 +126,7 @@ def main() -> None:
                 "pairs": args.pairs,
                 "speedup": [min(speedup), statistics.median(speedup), max(speedup)],
                 "memory_ratio": statistics.median(memory),
-                "speed_over_trunk_alone": statistics.median(share),
+                "seconds_over_floor": [min(over_floor), statistics.median(over_floor), max(over_floor)],
             }
         )
     )
