@@ -23,6 +23,7 @@ from palimpsest.evaluation.likelihood import Precision
 from palimpsest.experiment.fits import check_parts
 from palimpsest.experiment.runs import Runs
 from palimpsest.models.compatibility import check_data_compatible
+from palimpsest.models.compiling import compile_blocks
 from palimpsest.models.freezing import freeze
 from palimpsest.models.recompute import recompute_blocks
 from palimpsest.objectives.base import Objective
@@ -44,6 +45,7 @@ class Choices:
     pretrain_steps: AtLeastOne
     freeze: Annotated[Sequence[str], list_of(NAME, 1, "[embeddings,blocks]"), IF_SET] | None
     gradient_checkpointing: Annotated[bool, FREE]
+    compile: Annotated[bool, FREE]
     start_from_counts: Annotated[bool, IF_SET]
     max_skipped_steps: Annotated[AtLeastOne, FREE]
     max_failed_saves: AtLeastOne | None
@@ -168,6 +170,8 @@ class Builder:
         freeze(backbone, self.choices.freeze)
         if self.choices.gradient_checkpointing:
             recompute_blocks(backbone)
+        if self.choices.compile:
+            compile_blocks(backbone)
         # backbone=hf_* leaves sizes open in the configuration; checkpoints save the sizes that were found.
         settings = identity(self.cfg)
         settings |= {k: v for k, v in backbone.settings.items() if settings.get(k) is None}

@@ -22,6 +22,7 @@ class Backbone(nn.Module):
         reads_mixtures: `encode` also takes mixtures of tokens, weights (B, L, V).
         reads_latents: it has `encode_both` and `latent_shape`, for texts with latents.
         recomputes: it has `recompute_blocks`, which switches gradient checkpointing on.
+        compiles: trainer.compile=true may compile its blocks.
         mask_padding: no position attends to padding.
         knows_its_mask: its pretrained weights have a mask token, which the data must use.
         blocks: the repeated layers, which strategy=fsdp shards one by one.
@@ -29,7 +30,7 @@ class Backbone(nn.Module):
         settings: constructor arguments, by their keys on the command line.
     """
 
-    causal = encodes_positions = takes_classes = recomputes = knows_its_mask = False
+    causal = encodes_positions = takes_classes = recomputes = compiles = knows_its_mask = False
     reads_blocks = reads_mixtures = reads_latents = False
     num_classes = 0
     mask_padding = True

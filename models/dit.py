@@ -62,7 +62,7 @@ class DiT(BlockStreams, Recomputing, Backbone):
     text (`class_id`, -1 for none) through adaLN and an output bias.
     """
 
-    encodes_positions = takes_classes = reads_blocks = reads_mixtures = True
+    encodes_positions = takes_classes = reads_blocks = reads_mixtures = compiles = True
 
     def __init__(
         self,

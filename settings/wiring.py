@@ -79,6 +79,7 @@ WIRING: dict[str, dict[str, str]] = {
         "pretrain_steps": "classify.pretrain_steps",
         "freeze": "training.freeze",
         "gradient_checkpointing": "training.gradient_checkpointing",
+        "compile": "trainer.compile",
         "start_from_counts": "training.start_from_counts",
         "max_skipped_steps": "training.max_skipped_steps",
         "max_failed_saves": "checkpointing.max_failed_saves",
