@@ -1,0 +1,311 @@
+"""Check a GPU, then measure it: training, likelihood, sampling and classification at the sizes of the papers.
+
+It needs no network and no data of the project. First, results on the GPU are compared with those on the CPU; a failed
+check ends the run. Then each measurement runs in a process of its own, so that peak memory is its own. The results are
+`gpu.json` and the table `gpu.md`. On one H100 it takes at most 20 minutes.
+
+    python benchmarks/gpu.py --output benchmarks/results
+    python benchmarks/gpu.py --output /tmp/small --small        # seconds, on any machine: it shows that nothing broke
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from palimpsest.benchmarks.train_step import PlainSubs
+from palimpsest.common.randomness import KeyedNoise, evaluation_noise, training_noise
+from palimpsest.models.compiling import compile_blocks
+from palimpsest.models.dit import DiT
+from palimpsest.noise_schedule import LogLinear
+from palimpsest.objectives.base import Model, Objective
+from palimpsest.objectives.block import BlockDiffusion
+from palimpsest.objectives.mask_sampling import ExactCount
+from palimpsest.objectives.subs import Subs
+from palimpsest.process import Absorbing
+from palimpsest.samplers import ancestral, first_hitting
+from palimpsest.training.callbacks.hardware import TrainingFlops, matmul_rate, memory, synchronize
+
+VOCAB, SMALL_VOCAB = 50_258, 300
+# name -> width, blocks, heads, length, batch
+SIZES = {"12 x 768": (768, 12, 12, 1024, 32), "24 x 1024": (1024, 24, 16, 1024, 16)}
+SMALL = {"2 x 32": (32, 2, 2, 32, 4)}
+SECONDS, SMALL_SECONDS = 12.0, 0.0  # of a measurement, after its warm-up
+WARM_UP = 3  # steps
+
+
+def network(size: tuple[int, ...], vocab_size: int, device: str, num_classes: int = 0, **more: object) -> DiT:
+    """Return a DiT whose output layer is random: at its start it is zero, and texts would all be alike."""
+    torch.manual_seed(0)
+    width, blocks, heads, _, _ = size
+    with torch.device(device):
+        net = DiT(vocab_size, width, 128, blocks, heads, dropout=0.0, num_classes=num_classes, **more)
+    nn.init.normal_(net.head.weight, std=0.02)
+    return net
+
+
+# ------------------------------------------------------------------------------------------------------------- checks
+
+
+def checks(device: str, size: tuple[int, ...], vocab_size: int) -> Iterator[tuple[str, float, float]]:
+    """Yield name, deviation and the largest deviation that is allowed."""
+    rows = torch.arange(4)
+    numbers = [evaluation_noise(1, rows.to(d)).uniform(64).cpu() for d in ("cpu", device)]
+    yield "random numbers, largest difference", float((numbers[0] - numbers[1]).abs().max()), 0.0
+    small = (*size[:1], min(size[1], 2), size[2], 64, 4)
+    batch = {"input_ids": torch.randint(vocab_size - 1, (4, 64))}
+    objectives = {
+        "masked diffusion": Subs(LogLinear(), Absorbing(vocab_size - 1), ExactCount()),
+        "block diffusion": _blocks(16, Absorbing(vocab_size - 1)),
+    }
+    for name, objective in objectives.items():
+        exact = _loss_and_gradient(objective, network(small, vocab_size, "cpu"), batch)
+        for precision, limit in (("32", 2e-3), ("bf16", 5e-2)):
+            found = _loss_and_gradient(objective, network(small, vocab_size, device), batch, precision)
+            for what, ours, theirs in zip(("loss", "gradient"), found, exact, strict=True):
+                yield (
+                    f"{name}, {precision} bits, {what}, relative",
+                    float((ours - theirs).norm() / theirs.norm()),
+                    limit,
+                )
+    texts = [_texts(network(small, vocab_size, d), d, vocab_size) for d in ("cpu", device)]
+    yield "tokens of a sample that differ", float((texts[0] != texts[1]).float().mean()), 0.02
+
+
+def _loss_and_gradient(objective: Objective, net: DiT, batch: dict, precision: str = "32") -> tuple[Tensor, Tensor]:
+    device = net.head.weight.device
+    batch = {name: value.to(device) for name, value in batch.items()}
+    with _autocast(device.type, precision):
+        loss = objective.loss(net, batch, training_noise(0, torch.arange(4, device=device), 4)).mean()
+    loss.backward()
+    gradient = torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
+    return loss.detach().double().cpu()[None], gradient.double().cpu()
+
+
+def _texts(net: DiT, device: str, vocab_size: int) -> Tensor:
+    model = Model(Subs(LogLinear(), Absorbing(vocab_size - 1)), net.eval())
+    blank_BL = torch.full((4, 64), vocab_size - 1, device=device)
+    return first_hitting.sample(model, blank_BL, KeyedNoise(0, torch.arange(4, device=device))).ids_BL.cpu()
+
+
+def _autocast(device: str, precision: str) -> object:
+    return torch.autocast(device, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+# ------------------------------------------------------------------------------------------------------- measurements
+
+
+class Setup:
+    """Size, device and time of a measurement."""
+
+    def __init__(self, size_name: str, small: bool) -> None:
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.size = {**SIZES, **SMALL}[size_name]
+        *_, self.length, self.batch = self.size
+        self.vocab_size = SMALL_VOCAB if small else VOCAB
+        self.seconds = SMALL_SECONDS if small else SECONDS
+        self.small = small
+
+    def timed(self, step: Callable[[int], None], warm_up: int = WARM_UP) -> float:
+        """Return the seconds of a step: the mean over as many as fit into the time, after the warm-up."""
+        device = torch.device(self.device)
+        for number in range(warm_up):
+            step(number)
+        memory(device)  # peaks count from here
+        synchronize(device)
+        start, number = time.perf_counter(), 0
+        while number == 0 or time.perf_counter() - start < self.seconds:
+            step(warm_up + number)
+            synchronize(device)
+            number += 1
+        return (time.perf_counter() - start) / number
+
+    def report(self, seconds: float, amount: int, unit: str) -> dict[str, float]:
+        peak = memory(torch.device(self.device))["memory/peak_gib"]
+        return {"seconds": seconds, unit: amount / seconds, "peak_gib": peak}
+
+
+def training_step(objective: Callable[[Absorbing], Objective], compiled: bool, setup: Setup) -> dict[str, float]:
+    """Tokens/s, share of the device's measured speed, and peak memory of a training step."""
+    net = network(setup.size, setup.vocab_size, setup.device)
+    flops = TrainingFlops.of(net)
+    if compiled:
+        compile_blocks(net)
+    law = objective(Absorbing(setup.vocab_size - 1))
+    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-4, fused=True)
+    rows_B = torch.arange(setup.batch, device=setup.device)
+    batch = {"input_ids": torch.randint(setup.vocab_size - 1, (setup.batch, setup.length), device=setup.device)}
+    masked = []
+
+    def step(number: int) -> None:
+        with _autocast(setup.device, "bf16"):
+            loss = law.loss(net, batch, training_noise(0, rows_B + number * setup.batch, setup.batch))
+        loss.mean().backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        masked.append(loss.logs["num_masked"].sum() if "num_masked" in loss.logs else loss.mask_BL.sum())
+
+    seconds = setup.timed(step)
+    done = flops.of_blocks(setup.batch, setup.length) + flops.of_projection(float(torch.stack(masked).float().mean()))
+    rate = matmul_rate(torch.device(setup.device), torch.bfloat16)
+    return setup.report(seconds, setup.batch * setup.length, "tokens/s") | {"mfu": done / seconds / rate}
+
+
+def likelihood(setup: Setup) -> dict[str, float]:
+    """Tokens/s of one draw of the bound, as in mode=ppl_eval."""
+    net = network(setup.size, setup.vocab_size, setup.device).eval()
+    law = Subs(LogLinear(), Absorbing(setup.vocab_size - 1)).bound(None)
+    rows_B = torch.arange(setup.batch, device=setup.device)
+    batch = {"input_ids": torch.randint(setup.vocab_size - 1, (setup.batch, setup.length), device=setup.device)}
+
+    @torch.no_grad()
+    def step(number: int) -> None:
+        with _autocast(setup.device, "bf16"):
+            law.loss(net, batch, evaluation_noise(number, rows_B))
+
+    return setup.report(setup.timed(step), setup.batch * setup.length, "tokens/s")
+
+
+def sampling(sampler: Callable, steps: int | None, setup: Setup) -> dict[str, float]:
+    """Tokens/s of writing texts; the network is evaluated in bfloat16, and tokens are drawn in float64."""
+    net = network(setup.size, setup.vocab_size, setup.device).eval()
+    model = Model(Subs(LogLinear(), Absorbing(setup.vocab_size - 1)), net)
+    blank_BL = torch.full((setup.batch, setup.length), setup.vocab_size - 1, device=setup.device)
+    rows_B = torch.arange(setup.batch, device=setup.device)
+    settings = {} if steps is None else {"steps": min(steps, 4) if setup.small else steps}
+
+    def texts(number: int) -> None:
+        with _autocast(setup.device, "bf16"):
+            sampler(model, blank_BL, KeyedNoise(number, rows_B), **settings)
+
+    return setup.report(setup.timed(texts, warm_up=1), setup.batch * setup.length, "tokens/s")
+
+
+def classification(setup: Setup, draws: int = 8) -> dict[str, float]:
+    """Texts/s of p(class | text) for two classes by one conditional network, with the same masks for both."""
+    net = network(setup.size, setup.vocab_size, setup.device, num_classes=2).eval()
+    law = Subs(LogLinear(), Absorbing(setup.vocab_size - 1)).bound(None)
+    rows_B = torch.arange(setup.batch, device=setup.device)
+    ids_BL = torch.randint(setup.vocab_size - 1, (setup.batch, setup.length), device=setup.device)
+
+    @torch.no_grad()
+    def texts(number: int) -> None:
+        for draw in range(draws):
+            for label in range(2):
+                batch = {"input_ids": ids_BL, "class_id": torch.full_like(rows_B, label)}
+                with _autocast(setup.device, "bf16"):
+                    law.loss(net, batch, evaluation_noise(number, rows_B, draw, draws))
+
+    return setup.report(setup.timed(texts, warm_up=1), setup.batch, "texts/s")
+
+
+def _subs(process: Absorbing) -> Subs:
+    return Subs(LogLinear(), process)
+
+
+def _plain(process: Absorbing) -> PlainSubs:
+    return PlainSubs(LogLinear(), process)
+
+
+def _blocks(size: int, process: Absorbing) -> BlockDiffusion:
+    return BlockDiffusion(process, _subs, size)
+
+
+MEASUREMENTS: dict[str, Callable[[Setup], dict[str, float]]] = {
+    "train": partial(training_step, _subs, False),
+    "train, compiled": partial(training_step, _subs, True),
+    "train, plain form": partial(training_step, _plain, False),
+    "train, blocks of 4": partial(training_step, partial(_blocks, 4), False),
+    "train, blocks of 16": partial(training_step, partial(_blocks, 16), False),
+    "likelihood, one draw": likelihood,
+    "sample, ddpm_cache, 128 steps": partial(sampling, partial(ancestral.sample, skip_idle=True), 128),
+    "sample, ddpm_cache, 1000 steps": partial(sampling, partial(ancestral.sample, skip_idle=True), 1000),
+    "sample, first_hitting": partial(sampling, first_hitting.sample, None),
+    "classify, 8 draws": classification,
+}
+
+
+# --------------------------------------------------------------------------------------------------------------- runs
+
+
+def table(results: dict) -> str:
+    """Return the results as Markdown."""
+    lines = [f"# {results['device']}, torch {results['torch']}", "", f"`{results['command']}`", "",
+             "| check | deviation | at most |", "|---|---|---|"]  # fmt: skip
+    lines += [f"| {name} | {found:.2g} | {limit:g} |" for name, found, limit in results["checks"]]
+    lines += [
+        "",
+        "| size | measured | per second | share of the measured matmul speed | peak GiB |",
+        "|---|---|---|---|---|",
+    ]
+    for row in results["measurements"]:
+        if "error" in row:
+            lines.append(f"| {row['size']} | {row['name']} | failed: {row['error']} | | |")
+            continue
+        speed = next(f"{row[unit]:,.0f} {unit.partition('/')[0]}" for unit in ("tokens/s", "texts/s") if unit in row)
+        share = f"{row['mfu']:.1%}" if "mfu" in row else ""
+        lines.append(f"| {row['size']} | {row['name']} | {speed} | {share} | {row['peak_gib']:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+def measured(size_name: str, name: str, small: bool) -> dict:
+    """Run one measurement, in a process of its own unless it is small."""
+    if small:
+        return {"size": size_name, "name": name} | MEASUREMENTS[name](Setup(size_name, small))
+    command = [sys.executable, __file__, "--only", name, "--size", size_name]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    row = {"size": size_name, "name": name}
+    if done.returncode:
+        return row | {"error": (done.stderr.strip().splitlines() or ["no message"])[-1][:200]}
+    return row | json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("."), help="folder of gpu.json and gpu.md")
+    parser.add_argument("--small", action="store_true", help="a tiny network; runs on a CPU too")
+    parser.add_argument("--only", choices=MEASUREMENTS, help="this measurement, in this process")
+    parser.add_argument("--size", choices=[*SIZES, *SMALL], default="12 x 768", help="of --only")
+    args = parser.parse_args(arguments)
+    if args.only:
+        print(json.dumps(MEASUREMENTS[args.only](Setup(args.size, args.small))))
+        return 0
+    sizes = SMALL if args.small else SIZES
+    if not args.small and not torch.cuda.is_available():
+        print("torch finds no GPU; --small runs anywhere", file=sys.stderr)
+        return 2
+    setup = Setup(next(iter(sizes)), args.small)
+    name = torch.cuda.get_device_name() if setup.device == "cuda" else platform.machine()
+    results = {"device": name, "torch": torch.__version__, "command": shlex.join(["python", *sys.argv]),
+               "checks": list(checks(setup.device, setup.size, setup.vocab_size)), "measurements": []}  # fmt: skip
+    wrong = [
+        f"{what}: {found:.3g} is above {limit:g}" for what, found, limit in results["checks"] if not found <= limit
+    ]
+    if wrong:
+        print("\n".join(["results differ from those of the CPU:", *wrong]), file=sys.stderr)
+        return 1
+    args.output.mkdir(parents=True, exist_ok=True)
+    for size_name in sizes:
+        for what in MEASUREMENTS:
+            results["measurements"].append(measured(size_name, what, args.small))
+            print(json.dumps(results["measurements"][-1]), flush=True)
+            (args.output / "gpu.json").write_text(json.dumps(results, indent=1))
+            (args.output / "gpu.md").write_text(table(results))
+    return int(any("error" in row for row in results["measurements"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
