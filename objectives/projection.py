@@ -135,7 +135,8 @@ def _common_factor(grad_N: Tensor, weight_N: Tensor) -> Tensor:
     grad_N, weight_N = grad_N.double(), weight_N.double()
     factor = grad_N @ weight_N / (weight_N @ weight_N).clamp(min=torch.finfo(torch.float64).tiny)
     expected_N = factor * weight_N
-    fits = (grad_N - expected_N).abs().max() <= _TOLERANCE * expected_N.abs().max()
+    # Not a number fits: what is wrong is then the loss, and training/updates.py skips the step.
+    fits = ~((grad_N - expected_N).abs().max() > _TOLERANCE * expected_N.abs().max())
     message = (
         "the losses of the positions are weighted otherwise than by `weight_N`; leave `weight_N` out, and the gradient "
         "is computed from the weights that are used"

@@ -21,17 +21,18 @@ from tests.helpers.composing import compositions_are_remembered
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 GOLDEN = ROOT / "tests/golden"
+_LONGEST = ("settings/test_settings", "test_configs", "test_readme", "training/test_distributed", "models/test_hub",
+            "data/test_data_configs", "tasks/test_block_runs", "settings/test_fingerprints", "app/test_app",
+            "training/test_signals", "models/test_hf_causal", "training/test_resume", "training/test_faults",
+            "classification/test_class_training", "estimators/test_estimators", "tasks/test_direction_runs",
+            "test_package", "test_contributing", "data/test_streaming", "test_notebooks", "settings/test_sweeps",
+            "scripts/test_generate", "scripts/test_screen", "training/test_training_metrics")  # fmt: skip
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marker
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep tests that share what their module has trained in one process (`make test`: --dist loadgroup)."""
-    for item in items:
-        fixtures = getattr(item, "_fixtureinfo", None)
-        of_module = item.nodeid.partition("::")[0]
-        named = fixtures.name2fixturedefs.values() if fixtures else ()
-        if any(found[-1].scope == "module" and found[-1].baseid == of_module for found in named):
-            item.add_marker(pytest.mark.xdist_group(of_module))
+    """Put the longest modules first. `make test` gives whole modules to its three processes, in this order."""
+    place = {f"tests/{name}.py": number for number, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: place.get(item.nodeid.partition("::")[0], len(place)))
 
 
 @pytest.fixture(autouse=True, scope="session")

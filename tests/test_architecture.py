@@ -42,7 +42,11 @@ def modules() -> dict[str, ast.Module]:
     names = (
         listed.stdout.split()
         if listed.returncode == 0
-        else [str(path.relative_to(ROOT)) for path in ROOT.rglob("*.py") if ".venv" not in path.parts]
+        else [
+            str(path.relative_to(ROOT))
+            for path in ROOT.rglob("*.py")
+            if not path.relative_to(ROOT).parts[0].startswith(".")
+        ]
     )
     kept = [name for name in names if Path(name).parts[0] not in ("tests", "benchmarks") and (ROOT / name).exists()]
     return {name: ast.parse((ROOT / name).read_text(encoding="utf-8")) for name in kept}

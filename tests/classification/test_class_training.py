@@ -107,7 +107,7 @@ def averaged(path: Path) -> list[torch.Tensor]:
 
 def starts(monkeypatch) -> dict:
     """The parameters that every training begins with, by the label of its data."""
-    found, real = {}, Weights.start
+    found, real = {}, Weights.load_initial
 
     def spy(self, diffusion, data, shared):
         out = real(self, diffusion, data, shared)
@@ -115,7 +115,7 @@ def starts(monkeypatch) -> dict:
                              [s.clone() for s in diffusion.ema.shadow_params])  # fmt: skip
         return out
 
-    monkeypatch.setattr(Weights, "start", spy)
+    monkeypatch.setattr(Weights, "load_initial", spy)
     return found
 
 

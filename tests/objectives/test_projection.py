@@ -97,6 +97,12 @@ def test_under_autocast_products_are_in_its_precision_and_sums_are_not():
         torch.testing.assert_close(got, wanted, rtol=0.05, atol=0.05)
 
 
+def test_a_loss_that_is_no_number_has_a_gradient_that_is_none():
+    head, hidden = torch.nn.Linear(WIDTH, VOCAB), torch.randn(N, WIDTH, requires_grad=True)
+    nll = cross_entropy(hidden, head, torch.randint(MASK, (N,)), MASK, torch.ones(N))
+    assert all(grad.isnan().all() for grad in gradients([hidden, *head.parameters()], nll.sum() * torch.nan))
+
+
 def test_no_position_at_all():
     head, hidden = torch.nn.Linear(WIDTH, VOCAB), torch.zeros(0, WIDTH, requires_grad=True)
     nll = cross_entropy(hidden, head, torch.zeros(0, dtype=torch.long), MASK, torch.ones(0))
