@@ -16,11 +16,13 @@ import main  # noqa: F401 - makes the folder of this checkout the package, where
 from palimpsest.data.built_tokenizers import BUILDERS
 from palimpsest.data.cache import texts_fingerprint
 from palimpsest.models.dit import DiT
+from palimpsest.report import svg
 from tests.helpers.commands import ROOT, TINY, experiment
 from tests.helpers.composing import compositions_are_remembered
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 GOLDEN = ROOT / "tests/golden"
+SERIALISE = svg._svg
 _LONGEST = ("settings/test_settings", "test_configs", "test_readme", "training/test_distributed", "models/test_hub",
             "data/test_data_configs", "tasks/test_block_runs", "settings/test_fingerprints", "app/test_app",
             "training/test_signals", "models/test_hf_causal", "training/test_resume", "training/test_faults",
@@ -66,6 +68,20 @@ def vocabularies_are_built_once():
     BUILDERS["word"] = once
     yield
     BUILDERS["word"] = build
+
+
+@pytest.fixture(autouse=True, scope="session")
+def most_figures_are_not_serialised():
+    """Writing a figure as SVG takes a third of a small run. The runs of README and guides, and all commands in
+    processes of their own, write theirs; so do the tests of the pages (`real_figures`)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(svg, "_svg", lambda *_: '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 6 3"/>')
+        yield
+
+
+@pytest.fixture
+def real_figures(monkeypatch):
+    monkeypatch.setattr(svg, "_svg", SERIALISE)
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from tests.helpers.commands import FEW, ROOT
 NOTEBOOKS = sorted((ROOT / "docs/notebooks").glob("*.ipynb"))
 # Small enough for a test: fewer steps, texts and draws.
 _SMALLER = ((r'("max_steps"|"val_check_interval"): \d+', r"\1: 4"), (r"(max_steps|val_check_interval)=\d+", r"\1=4"),
-            (r"(num_warmup_steps\W+)\d+", r"\g<1>1"), (r"num_train_per_class=1500", "num_train_per_class=60"),
+            (r"(num_warmup_steps\W+)\d+", r"\g<1>1"), (r"num_train_per_class=\d+", "num_train_per_class=60"),
             (r"\(4, 16, 64\)", "(2, 4)"), (r"draws=16", "draws=2"), (r"\(2, 8, 64\)", "(2, 3)"),
             (r'"(data.max_valid_texts)": \d+', r'"\1": 8'))  # fmt: skip
 

@@ -15,6 +15,8 @@ from palimpsest.settings.command_line import compose_config, translate
 from palimpsest.settings.reading import Readers
 from tests.helpers.commands import ROOT, TINY, run, trained
 
+pytestmark = pytest.mark.usefixtures("real_figures")
+
 # Pages whose commands are run. Those of all others are composed and checked, which takes a fraction of a second each.
 GUIDES = ("README.md", "docs/quickstart.md", "docs/classification.md", "docs/blocks.md", "docs/unmasking.md",
           "docs/latents.md")  # fmt: skip

@@ -220,7 +220,7 @@ def test_the_unigram_baseline_is_of_the_same_tokens(untrained):
     assert nats[0] == pytest.approx(-np.log(counts[ids[4:-1]] / counts.sum()).sum())
 
 
-def test_trains_measures_and_classifies_and_says_what_it_is(tmp_path, monkeypatch):
+def test_trains_measures_and_classifies_and_says_what_it_is(tmp_path, monkeypatch, real_figures):
     monkeypatch.chdir(tmp_path)
     monitored = "callbacks=[checkpoint_every_n_steps,checkpoint_monitor,masking_rates]"
     ask = [*TINY, *FEW, "algo=mlm", monitored, "trainer.val_check_interval=1", "trainer.log_every_n_steps=1"]

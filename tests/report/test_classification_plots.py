@@ -16,6 +16,8 @@ from palimpsest.report.classification_plots import Curve, Point
 from palimpsest.report.report import Report
 from palimpsest.report.style import THEME
 
+pytestmark = pytest.mark.usefixtures("real_figures")
+
 NAN = float("nan")
 FIGURES = {
     "confusion": lambda: figures.confusion_matrix([[3, 1], [0, 0]], ["neg", "pos"]),

@@ -25,6 +25,8 @@ from palimpsest.report.formatting import Metric, format_measurement, format_numb
 from palimpsest.report.report import Report
 from palimpsest.report.style import BLUE, THEME
 
+pytestmark = pytest.mark.usefixtures("real_figures")
+
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)> & \"quoted\" 'text'"
 
 
