@@ -27,8 +27,8 @@ _LONGEST = ("settings/test_settings", "test_configs", "test_readme", "training/t
             "data/test_data_configs", "tasks/test_block_runs", "settings/test_fingerprints", "app/test_app",
             "training/test_signals", "models/test_hf_causal", "training/test_resume", "training/test_faults",
             "classification/test_class_training", "estimators/test_estimators", "tasks/test_direction_runs",
-            "test_package", "test_contributing", "data/test_streaming", "test_notebooks", "settings/test_sweeps",
-            "scripts/test_generate", "scripts/test_screen", "training/test_training_metrics")  # fmt: skip
+            "training/test_slurm", "test_package", "test_contributing", "data/test_streaming", "test_notebooks",
+            "settings/test_sweeps", "scripts/test_generate", "scripts/test_screen", "training/test_training_metrics")  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
