@@ -28,7 +28,8 @@ _LONGEST = ("settings/test_settings", "test_configs", "test_readme", "training/t
             "training/test_signals", "models/test_hf_causal", "training/test_resume", "training/test_faults",
             "classification/test_class_training", "estimators/test_estimators", "tasks/test_direction_runs",
             "training/test_slurm", "test_package", "test_contributing", "data/test_streaming", "test_notebooks",
-            "settings/test_sweeps", "scripts/test_generate", "scripts/test_screen", "training/test_training_metrics")  # fmt: skip
+            "settings/test_sweeps", "scripts/test_generate", "scripts/test_screen",
+            "training/test_training_metrics")  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
