@@ -18,9 +18,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,19 +40,29 @@ from palimpsest.samplers import ancestral, first_hitting
 from palimpsest.training.callbacks.hardware import TrainingFlops, matmul_rate, memory, synchronize
 
 VOCAB, SMALL_VOCAB = 50_258, 300
-# name -> width, blocks, heads, length, batch
-SIZES = {"12 x 768": (768, 12, 12, 1024, 32), "24 x 1024": (1024, 24, 16, 1024, 16)}
-SMALL = {"2 x 32": (32, 2, 2, 32, 4)}
+
+
+class Size(NamedTuple):
+    """A network and its batches."""
+
+    width: int
+    blocks: int
+    heads: int
+    length: int
+    batch: int
+
+
+SIZES = {"12 x 768": Size(768, 12, 12, 1024, 32), "24 x 1024": Size(1024, 24, 16, 1024, 16)}
+SMALL = {"2 x 32": Size(32, 2, 2, 32, 4)}
 SECONDS, SMALL_SECONDS = 12.0, 0.0  # of a measurement, after its warm-up
 WARM_UP = 3  # steps
 
 
-def network(size: tuple[int, ...], vocab_size: int, device: str, num_classes: int = 0, **more: object) -> DiT:
+def network(size: Size, vocab_size: int, device: str, num_classes: int = 0) -> DiT:
     """Return a DiT whose output layer is random: at its start it is zero, and texts would all be alike."""
     torch.manual_seed(0)
-    width, blocks, heads, _, _ = size
     with torch.device(device):
-        net = DiT(vocab_size, width, 128, blocks, heads, dropout=0.0, num_classes=num_classes, **more)
+        net = DiT(vocab_size, size.width, 128, size.blocks, size.heads, dropout=0.0, num_classes=num_classes)
     nn.init.normal_(net.head.weight, std=0.02)
     return net
 
@@ -59,12 +70,12 @@ def network(size: tuple[int, ...], vocab_size: int, device: str, num_classes: in
 # ------------------------------------------------------------------------------------------------------------- checks
 
 
-def checks(device: str, size: tuple[int, ...], vocab_size: int) -> Iterator[tuple[str, float, float]]:
+def checks(device: str, size: Size, vocab_size: int) -> Iterator[tuple[str, float, float]]:
     """Yield name, deviation and the largest deviation that is allowed."""
     rows = torch.arange(4)
     numbers = [evaluation_noise(1, rows.to(d)).uniform(64).cpu() for d in ("cpu", device)]
     yield "random numbers, largest difference", float((numbers[0] - numbers[1]).abs().max()), 0.0
-    small = (*size[:1], min(size[1], 2), size[2], 64, 4)
+    small = size._replace(blocks=min(size.blocks, 2), length=64, batch=4)
     batch = {"input_ids": torch.randint(vocab_size - 1, (4, 64))}
     objectives = {
         "masked diffusion": Subs(LogLinear(), Absorbing(vocab_size - 1), ExactCount()),
@@ -100,7 +111,7 @@ def _texts(net: DiT, device: str, vocab_size: int) -> Tensor:
     return first_hitting.sample(model, blank_BL, KeyedNoise(0, torch.arange(4, device=device))).ids_BL.cpu()
 
 
-def _autocast(device: str, precision: str) -> object:
+def _autocast(device: str, precision: str) -> AbstractContextManager:
     return torch.autocast(device, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
@@ -113,7 +124,7 @@ class Setup:
     def __init__(self, size_name: str, small: bool) -> None:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.size = {**SIZES, **SMALL}[size_name]
-        *_, self.length, self.batch = self.size
+        self.length, self.batch = self.size.length, self.size.batch
         self.vocab_size = SMALL_VOCAB if small else VOCAB
         self.seconds = SMALL_SECONDS if small else SECONDS
         self.small = small
@@ -243,8 +254,14 @@ MEASUREMENTS: dict[str, Callable[[Setup], dict[str, float]]] = {
 
 def table(results: dict) -> str:
     """Return the results as Markdown."""
-    lines = [f"# {results['device']}, torch {results['torch']}", "", f"`{results['command']}`", "",
-             "| check | deviation | at most |", "|---|---|---|"]  # fmt: skip
+    lines = [
+        f"# {results['device']}, torch {results['torch']}",
+        "",
+        f"`{results['command']}`",
+        "",
+        "| check | deviation | at most |",
+        "|---|---|---|",
+    ]
     lines += [f"| {name} | {found:.2g} | {limit:g} |" for name, found, limit in results["checks"]]
     lines += [
         "",
@@ -289,8 +306,13 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     setup = Setup(next(iter(sizes)), args.small)
     name = torch.cuda.get_device_name() if setup.device == "cuda" else platform.machine()
-    results = {"device": name, "torch": torch.__version__, "command": shlex.join(["python", *sys.argv]),
-               "checks": list(checks(setup.device, setup.size, setup.vocab_size)), "measurements": []}  # fmt: skip
+    results = {
+        "device": name,
+        "torch": torch.__version__,
+        "command": shlex.join(["python", *sys.argv]),
+        "checks": list(checks(setup.device, setup.size, setup.vocab_size)),
+        "measurements": [],
+    }
     wrong = [
         f"{what}: {found:.3g} is above {limit:g}" for what, found, limit in results["checks"] if not found <= limit
     ]

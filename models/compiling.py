@@ -22,5 +22,5 @@ def compile_blocks(backbone: Backbone) -> None:
         raise ValueError(f"trainer.compile=true: {type(backbone).__name__} does not support it; leave it out")
     for block in dict.fromkeys(backbone.blocks):
         block.compile(backend=_BACKEND)
-        for name in getattr(block, "forward_methods", ()):
+        for name in block.forward_methods:
             setattr(block, name, torch.compile(getattr(block, name), backend=_BACKEND))

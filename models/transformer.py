@@ -43,6 +43,8 @@ def rotary_at(rotary: Rotary, at_BQ: Tensor | None) -> Rotary:
 class TransformerBlock(nn.Module):
     """The layers of a block. `attention` and `transform` apply dropout and leave the residual to the caller."""
 
+    forward_methods: tuple[str, ...] = ()  # methods that run the block, besides `forward`
+
     def __init__(self, dim: int, n_heads: int, dropout: float, attn_backend: str, causal: bool = False) -> None:
         super().__init__()
         self.n_heads, self.dropout = n_heads, dropout

@@ -99,7 +99,9 @@ class _Losses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, step, banned_id, weight_N, hidden_ND, weight_VD, bias_V, *rows):  # noqa: ANN001, ANN205
-        ctx.step, ctx.banned_id, operands = step, banned_id, (hidden_ND, weight_VD, bias_V)
+        ctx.step = step
+        ctx.banned_id = banned_id
+        operands = (hidden_ND, weight_VD, bias_V)
         ctx.done_in_forward = weight_N is not None
         needed = ctx.needs_input_grad[3:6] if ctx.done_in_forward else _NOTHING
         numbers_NK, ctx.grads = _evaluate(step, operands, banned_id, rows, weight_N, needed)

@@ -39,7 +39,8 @@ def gradients(learned, loss):
 def test_cross_entropy_has_the_plain_gradients(chunk, bias, known):
     torch.manual_seed(0)
     head, hidden = torch.nn.Linear(WIDTH, VOCAB, bias=bias), torch.randn(N, WIDTH, requires_grad=True)
-    target, weight, learned = torch.randint(MASK, (N,)), torch.rand(N), [hidden, *head.parameters()]
+    target, weight = torch.randint(MASK, (N,)), torch.rand(N)
+    learned = [hidden, *head.parameters()]
     nll = cross_entropy(hidden, head, target, MASK, weight if known else None)
     ours = gradients(learned, (nll * weight * 0.3).sum())
     logits = head(hidden).index_fill(1, torch.tensor([MASK]), -torch.inf)
