@@ -14,9 +14,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from palimpsest.common.positions import Positions
 from palimpsest.gaussian_process import LatentPrediction
 from palimpsest.noise_schedule import NoiseSchedule
-from palimpsest.process import Process, per_position
+from palimpsest.process import Process
 
 
 class Denoiser(ABC):
@@ -37,14 +38,14 @@ class Denoiser(ABC):
     evaluations: int = 1
 
     @abstractmethod
-    def denoise(self, x_BL: Tensor, t_B: Tensor | None, at_BL: Tensor | None = None, **cond: Tensor) -> Tensor:
-        """Return log p(x_0 | x_t) at the N positions of `at_BL`, (N, V), or at all positions, (B, L, V)."""
+    def denoise(self, x_BL: Tensor, t_B: Tensor | None, at: Positions | None = None, **cond: Tensor) -> Tensor:
+        """Return log p(x_0 | x_t) at the N positions `at`, (N, V), or at all positions, (B, L, V)."""
 
-    def reverse(self, x_BL: Tensor, t_B: Tensor, s_B: Tensor, at_BL: Tensor, **cond: Tensor) -> Tensor:
-        """Return log p(x_s | x_t) for s < t at the N positions of `at_BL`, (N, V)."""
-        alpha_t_N, alpha_s_N = (per_position(self.schedule(t).alpha, at_BL) for t in (t_B, s_B))
-        log_p_NV = self.denoise(x_BL, t_B, at_BL, **cond).double()
-        return self.process.posterior(x_BL[at_BL], log_p_NV, alpha_t_N, alpha_s_N)
+    def reverse(self, x_BL: Tensor, t_B: Tensor, s_B: Tensor, at: Positions, **cond: Tensor) -> Tensor:
+        """Return log p(x_s | x_t) for s < t at the N positions `at`, (N, V)."""
+        alpha_t_N, alpha_s_N = (at.of_rows(self.schedule(t).alpha) for t in (t_B, s_B))
+        log_p_NV = self.denoise(x_BL, t_B, at, **cond).double()
+        return self.process.posterior(at.take(x_BL), log_p_NV, alpha_t_N, alpha_s_N)
 
 
 class CausalDenoiser(ABC):
@@ -59,8 +60,8 @@ class CausalDenoiser(ABC):
     vocab_size: int
 
     @abstractmethod
-    def denoise(self, x_BL: Tensor, t_B: None = None, at_BL: Tensor | None = None, **cond: Tensor) -> Tensor:
-        """Return log p(x_i | x_<i) at the N positions of `at_BL`, (N, V), or at all but the first, (B, L - 1, V)."""
+    def denoise(self, x_BL: Tensor, t_B: None = None, at: Positions | None = None, **cond: Tensor) -> Tensor:
+        """Return log p(x_i | x_<i) at the N positions `at`, (N, V), or at all but the first, (B, L - 1, V)."""
 
     @abstractmethod
     def new_cache(self, batch_size: int, length: int) -> object:
@@ -124,7 +125,7 @@ class JointDenoiser(Denoiser):
 
     @abstractmethod
     def denoise_both(
-        self, x_BL: Tensor, t_B: Tensor, at_BL: Tensor, latent_BKD: Tensor, latent_t_B: Tensor, **cond: Tensor
+        self, x_BL: Tensor, t_B: Tensor, at: Positions, latent_BKD: Tensor, latent_t_B: Tensor, **cond: Tensor
     ) -> tuple[Tensor, LatentPrediction]:
         """Return the results of `denoise` and `predict_latent` from one evaluation of the network."""
 
@@ -166,8 +167,8 @@ class WithoutTokens(WrappedDenoiser):
         super().__init__(inner)
         self.ids = ids
 
-    def denoise(self, x_BL: Tensor, t_B: Tensor | None, at_BL: Tensor | None = None, **cond: Tensor) -> Tensor:
-        log_p_NV = self.inner.denoise(x_BL, t_B, at_BL, **cond)
+    def denoise(self, x_BL: Tensor, t_B: Tensor | None, at: Positions | None = None, **cond: Tensor) -> Tensor:
+        log_p_NV = self.inner.denoise(x_BL, t_B, at, **cond)
         return log_p_NV.index_fill(-1, torch.tensor(self.ids, device=log_p_NV.device), -torch.inf).log_softmax(-1)
 
 
@@ -186,8 +187,8 @@ class Guided(WrappedDenoiser):
     def conditions(self, x_BL: Tensor, cond: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return the arguments of the conditional and of the unconditional prediction."""
 
-    def denoise(self, x_BL: Tensor, t_B: Tensor | None, at_BL: Tensor | None = None, **cond: Tensor) -> Tensor:
-        return self._mixed(self.inner.denoise, x_BL, cond, t_B, at_BL)
+    def denoise(self, x_BL: Tensor, t_B: Tensor | None, at: Positions | None = None, **cond: Tensor) -> Tensor:
+        return self._mixed(self.inner.denoise, x_BL, cond, t_B, at)
 
     def _mixed(self, predict: Callable[..., Tensor], x_BL: Tensor, cond: dict[str, Tensor], *args: Tensor) -> Tensor:
         """Mix two results of `predict`, in float64; call it once if the weight is 0 or 1."""
@@ -222,10 +223,10 @@ class ClassGuided(Guided):
     def conditions(self, x_BL: Tensor, cond: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         return {**cond, "class_id": torch.full_like(x_BL[:, 0], self.class_id)}, cond
 
-    def reverse(self, x_BL: Tensor, t_B: Tensor, s_B: Tensor, at_BL: Tensor, **cond: Tensor) -> Tensor:
+    def reverse(self, x_BL: Tensor, t_B: Tensor, s_B: Tensor, at: Positions, **cond: Tensor) -> Tensor:
         if self.independent_unmasking:
-            return super().reverse(x_BL, t_B, s_B, at_BL, **cond)
-        return self._mixed(self.inner.reverse, x_BL, cond, t_B, s_B, at_BL)
+            return super().reverse(x_BL, t_B, s_B, at, **cond)
+        return self._mixed(self.inner.reverse, x_BL, cond, t_B, s_B, at)
 
 
 class ClassifierGuided(WrappedDenoiser):
@@ -246,15 +247,15 @@ class ClassifierGuided(WrappedDenoiser):
         self.log_p_CV = log_p_CV.double()
         self.log_prior_C = log_prior_C.double()
 
-    def denoise(self, x_BL: Tensor, t_B: Tensor | None, at_BL: Tensor | None = None, **cond: Tensor) -> Tensor:
-        return self._guided(self.inner.denoise(x_BL, t_B, at_BL, **cond), x_BL, at_BL)
+    def denoise(self, x_BL: Tensor, t_B: Tensor | None, at: Positions | None = None, **cond: Tensor) -> Tensor:
+        return self._guided(self.inner.denoise(x_BL, t_B, at, **cond), x_BL, at)
 
-    def reverse(self, x_BL: Tensor, t_B: Tensor, s_B: Tensor, at_BL: Tensor, **cond: Tensor) -> Tensor:
+    def reverse(self, x_BL: Tensor, t_B: Tensor, s_B: Tensor, at: Positions, **cond: Tensor) -> Tensor:
         if self.independent_unmasking:
-            return super().reverse(x_BL, t_B, s_B, at_BL, **cond)
-        return self._guided(self.inner.reverse(x_BL, t_B, s_B, at_BL, **cond), x_BL, at_BL)
+            return super().reverse(x_BL, t_B, s_B, at, **cond)
+        return self._guided(self.inner.reverse(x_BL, t_B, s_B, at, **cond), x_BL, at)
 
-    def _guided(self, log_p: Tensor, x_BL: Tensor, at_BL: Tensor | None) -> Tensor:
+    def _guided(self, log_p: Tensor, x_BL: Tensor, at: Positions | None) -> Tensor:
         """Add the gradient of log p(class | text) with respect to each token's one-hot vector, and normalise."""
         if self.weight == 0:
             return log_p
@@ -262,5 +263,5 @@ class ClassifierGuided(WrappedDenoiser):
         log_p_CBL = self.log_p_CV[:, x_BL.clamp(min=0)] * visible_BL
         p_BC = (log_p_CBL.sum(-1).T + self.log_prior_C).softmax(-1)
         gain_BV = self.log_p_CV[self.class_id] - p_BC @ self.log_p_CV
-        gain = gain_BV[:, None].expand(*x_BL.shape, -1) if at_BL is None else gain_BV[at_BL.nonzero()[:, 0]]
+        gain = gain_BV[:, None].expand(*x_BL.shape, -1) if at is None else at.of_rows(gain_BV)
         return (log_p.double() + self.weight * gain).log_softmax(-1)

@@ -85,10 +85,10 @@ class Absorbing(Process):
 
     def keep_visible(self, log_p_NV: Tensor, x_N: Tensor) -> Tensor:
         """Put all probability on each unmasked token, in place ("carry-over unmasking")."""
-        visible_N = ~self.is_corrupted(x_N)
-        log_p_NV[visible_N] = -torch.inf
-        log_p_NV[visible_N, x_N[visible_N]] = 0.0
-        return log_p_NV
+        x_N1 = x_N[:, None]
+        visible_N1 = ~self.is_corrupted(x_N1)
+        own_N1 = log_p_NV.gather(1, x_N1).masked_fill(visible_N1, 0.0)
+        return log_p_NV.masked_fill_(visible_N1, -torch.inf).scatter_(1, x_N1, own_N1)
 
 
 class Resampling(Process):
@@ -222,16 +222,6 @@ class Hybrid(Resampling):
         word_BL = word_BL + (word_BL >= self.mask_id)
         noised_BL = torch.where(u_BL < (level.kept + level.mask)[:, None], self.mask_id, word_BL)
         return torch.where(where_BL & (u_BL >= level.kept[:, None]), noised_BL, x0_BL)
-
-
-def per_position(value_B: Tensor, at_BL: Tensor) -> Tensor:
-    """Return the row's value at each of the N positions of `at_BL`, (N,)."""
-    return value_B[:, None].expand(at_BL.shape)[at_BL]
-
-
-def scatter_positions(values_N: Tensor, at_BL: Tensor, fill: float = 0.0) -> Tensor:
-    """Return (B, L) with `values_N` at the positions of `at_BL` and `fill` elsewhere; differentiable."""
-    return torch.full(at_BL.shape, fill, dtype=values_N.dtype, device=at_BL.device).masked_scatter(at_BL, values_N)
 
 
 def unmask_prob(alpha_t: Tensor, alpha_s: Tensor) -> Tensor:

@@ -125,7 +125,7 @@ class KeyedNoise:
 
     def part(self, number: int) -> KeyedNoise:
         """Return noise for one part of every row, as in `parts`."""
-        state_B = self._part_state(self._state_B, torch.tensor(number, device=self._state_B.device))
+        state_B = self._part_state(self._state_B, torch.full((), number, device=self._state_B.device))
         time_B = None if self._time_B is None else (self._time_B + number * self._time_shift) % 1.0
         return self._with(state_B, time_B, self._shared_B, self._depth + 1)
 

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from palimpsest.common.positions import Positions
 from palimpsest.common.randomness import KeyedNoise
 from palimpsest.estimators.base import LikelihoodEstimate, require_mask_filling
 from palimpsest.objectives.base import Batch, Model, Objective, context, counted_mask, scored_mask
@@ -62,19 +63,17 @@ class AnyOrder:
     def _one_order(self, model: Model, batch: Batch, noise: KeyedNoise) -> Tensor:
         """Return the log-probability of each row along one random order, float64 (B,)."""
         x0_BL, scored_BL = batch["input_ids"], scored_mask(batch)
-        tokens_B = scored_BL.sum(-1)
         alpha_BL = noise.uniform(x0_BL.shape[1])  # alpha at the time when each token is unmasked
         rank_BL = alpha_BL.masked_fill(~scored_BL, torch.inf).argsort(-1).argsort(-1)
         log_p_B = torch.zeros(len(x0_BL), dtype=torch.float64, device=x0_BL.device)
-        for step in range(int(tokens_B.max())):
-            rows_R = (tokens_B > step).nonzero().squeeze(-1)
-            rank_RL, x0_RL = rank_BL[rows_R], x0_BL[rows_R]
-            x_RL = model.process.mask(x0_RL, (rank_RL >= step) & scored_BL[rows_R])
-            now_RL = rank_RL == step
-            cond = select_rows(context(batch), rows_R)
-            t_R = model.schedule.t_from_alpha(alpha_BL[rows_R][now_RL]).clamp(0.0, 1.0)
-            log_p_RV = model.denoise(x_RL, t_R, now_RL, **cond)
-            log_p_B[rows_R] += log_p_RV.gather(1, x0_RL[now_RL][:, None]).squeeze(1).double()
+        for step, now in enumerate(Positions.by_number(rank_BL.masked_fill(~scored_BL, -1), x0_BL.shape[1])):
+            if not len(now):
+                break
+            rows_R, inside = now.compact()
+            x_BL = model.process.mask(x0_BL, (rank_BL >= step) & scored_BL)
+            t_R = model.schedule.t_from_alpha(now.take(alpha_BL)).clamp(0.0, 1.0)  # one position in each row
+            log_p_RV = model.denoise(x_BL[rows_R], t_R, inside, **select_rows(context(batch), rows_R))
+            log_p_B[rows_R] += log_p_RV.gather(1, now.take(x0_BL)[:, None]).squeeze(1).double()
         return log_p_B
 
 

@@ -10,12 +10,11 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from torch import Tensor
 
+from palimpsest.common.positions import Positions
 from palimpsest.common.values import AtLeastOne
 from palimpsest.estimators.base import LikelihoodEstimate, require_mask_filling
 from palimpsest.objectives.base import Batch, Model, Objective, context, counted_mask, scored_mask
-from palimpsest.process import scatter_positions
 from palimpsest.samplers.base import row_chunks, select_rows
 from palimpsest.samplers.ordered import first_positions, preference, time_of
 
@@ -59,28 +58,19 @@ class Ordered:
     ) -> LikelihoodEstimate:
         """Return the exact likelihood, which depends neither on noise nor on the number of draws."""
         require_mask_filling(model.process, type(model), "duel")
-        x0_BL, scored_BL = batch["input_ids"], scored_mask(batch)
-        x_BL = model.process.mask(x0_BL, scored_BL)
-        tokens_B = counted_mask(batch).sum(-1)
+        x0_BL, masked = batch["input_ids"], Positions(scored_mask(batch))
+        scored_B = masked.mask_BL.sum(-1)
         nll_BL = torch.zeros(x0_BL.shape, dtype=torch.float64, device=x0_BL.device)
-        evaluations_B = torch.zeros_like(tokens_B)
-        while len(busy_R := (model.process.is_corrupted(x_BL) & scored_BL).any(-1).nonzero().squeeze(-1)):
-            left_R = (model.process.is_corrupted(x_BL[busy_R]) & scored_BL[busy_R]).sum(-1)
-            for rows_R in row_chunks(busy_R, left_R, model.vocab_size):
-                self._step(model, batch, x_BL, nll_BL, scored_BL, rows_R)
-            evaluations_B[busy_R] += 1
-        return LikelihoodEstimate(nll_BL.sum(-1, keepdim=True), tokens_B, evaluations_B)
-
-    def _step(
-        self, model: Model, batch: Batch, x_BL: Tensor, nll_BL: Tensor, scored_BL: Tensor, rows_R: Tensor
-    ) -> None:
-        """Unmask the next positions of some rows, in place, and add the nats of their tokens to `nll_BL`."""
-        x_RL, x0_RL = x_BL[rows_R], batch["input_ids"][rows_R]
-        at_RL = model.process.is_corrupted(x_RL) & scored_BL[rows_R]
-        left_R, tokens_R = at_RL.sum(-1), scored_BL[rows_R].sum(-1)
-        cond = select_rows(context(batch), rows_R)
-        log_p_NV = model.denoise(x_RL, time_of(model, left_R, tokens_R), at_RL, **cond)
-        now_RL = first_positions(preference(log_p_NV, at_RL, self.order), left_R.clamp(max=self.tokens_per_step))
-        nats_N = -log_p_NV.gather(1, x0_RL[at_RL][:, None]).squeeze(1).double()
-        nll_BL[rows_R] += scatter_positions(nats_N, at_RL) * now_RL
-        x_BL[rows_R] = torch.where(now_RL, x0_RL, x_RL)
+        evaluations_B = torch.zeros_like(scored_B)
+        while len(masked):
+            x_BL, t_B = model.process.mask(x0_BL, masked.mask_BL), time_of(model, masked.mask_BL.sum(-1), scored_B)
+            now_BL = torch.zeros_like(masked.mask_BL)
+            for at, rows_R, inside in row_chunks(masked, model.vocab_size):
+                log_p_NV = model.denoise(x_BL[rows_R], t_B[rows_R], inside, **select_rows(context(batch), rows_R))
+                count_B = at.mask_BL.sum(-1).clamp(max=self.tokens_per_step)
+                now_BL |= first_positions(preference(log_p_NV, at, self.order), count_B)
+                nll_BL -= at.spread(log_p_NV.gather(1, at.take(x0_BL)[:, None]).squeeze(1).double()) * now_BL
+                evaluations_B[rows_R] += 1
+            counts = [max(0, count - self.tokens_per_step) for count in masked.counts]
+            masked = Positions(masked.mask_BL & ~now_BL, counts)
+        return LikelihoodEstimate(nll_BL.sum(-1, keepdim=True), counted_mask(batch).sum(-1), evaluations_B)

@@ -15,7 +15,7 @@ class Backbone(nn.Module):
 
     Attributes:
         causal: each position attends only to the left; the network has `new_cache`, and `encode` takes `cache`.
-        encodes_positions: `encode` takes `at_BL` and returns the hidden states of those positions only.
+        encodes_positions: `encode` takes `at` (common/positions.py) and returns the hidden states there only.
         takes_classes: the constructor takes `num_classes`, and `encode` then takes `class_id`.
         num_classes: number of classes that it was built for; 0 for none.
         reads_blocks: it has the methods of models/blocks.py, which block diffusion needs.

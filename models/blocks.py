@@ -16,6 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from palimpsest.common.positions import Positions
 from palimpsest.models.attention import apply_rotary, attend, rotary_angles
 from palimpsest.models.block_attention import QKV, attend_blocks, attend_up_to
 from palimpsest.models.class_conditioning import unconditional, with_class
@@ -51,10 +52,12 @@ class TwoStreams:
         blocks: int | SegmentMasks,
         key_mask_BL: Tensor | None,
         last: bool = False,
-        at_BL: Tensor | None = None,
+        index_N: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Apply the layer to the noised stream `x_BLD` and to the clean one `z_BLD`, which may lack the last block. The
-        last layer returns None for the clean stream, which nothing reads, and the noised one at `at_BL` only, (N, D).
+        """Apply the layer to the noised stream `x_BLD` and to the clean one `z_BLD`, which may lack the last block.
+
+        The last layer returns None for the clean stream, which nothing reads, and the noised one at `index_N` only, (N,
+        D): these are positions of the flattened rows.
         """
         rotary_clean = tuple(table[: z_BLD.shape[1]] for table in rotary)
         by, by_clean = _modulation(self, c_noised), _modulation(self, c_clean)
@@ -63,9 +66,9 @@ class TwoStreams:
             attended, attended_clean = attend_blocks(noised, clean, blocks, key_mask_BL, self.attn_backend)
         else:
             attended, attended_clean = blocks.attend(noised, clean)
-        if at_BL is not None:
-            attended, x_BLD = attended[at_BL], x_BLD[at_BL]
-            by = _modulation(self, _at(c_noised, at_BL))
+        if index_N is not None:
+            by = _modulation(self, _at(c_noised, index_N, x_BLD.shape[1]))
+            attended, x_BLD = (x.flatten(0, 1).index_select(0, index_N) for x in (attended, x_BLD))
         x = _after_attention(self, x_BLD, attended, by)
         return x, None if last else _after_attention(self, z_BLD, attended_clean, by_clean)
 
@@ -80,12 +83,12 @@ class BlockStreams:
         clean_BL: Tensor,
         blocks: int | Tensor,
         sigma_Bb: Tensor,
-        at_BL: Tensor | None = None,
+        at: Positions | None = None,
         attention_mask: Tensor | None = None,
         class_id: Tensor | None = None,
     ) -> Tensor:
         """Return hidden states of the noised tokens, each block given the clean tokens before it, in one pass: (B, L,
-        D), or (N, D) for the positions of `at_BL`, ready for `head`.
+        D), or (N, D) for the positions `at`, ready for `head`.
 
         Unused work is skipped: the last block of the clean stream (if it starts at one position in all rows), its last
         layer except keys and values, and the last layer at noised positions that are not requested.
@@ -105,10 +108,11 @@ class BlockStreams:
         streams = self.vocab_embed(noised_BL), self.vocab_embed(clean_BL[:, :earlier])
         for layer in self.order[:-1]:
             streams = self.through(layer.two_streams, *streams, c_noised, c_clean, rotary, blocks, key_mask_BL)
+        index_N = None if at is None else at.index_N
         x, _ = self.through(
-            self.order[-1].two_streams, *streams, c_noised, c_clean, rotary, blocks, key_mask_BL, True, at_BL
+            self.order[-1].two_streams, *streams, c_noised, c_clean, rotary, blocks, key_mask_BL, True, index_N
         )
-        return self._last_hidden(x, c_noised, class_id, at_BL)
+        return self._last_hidden(x, c_noised, class_id, at)
 
     def new_block_cache(self, batch_size: int, length: int, window: int | None = None) -> BlockCache:
         """Return an empty cache for texts of `length` tokens, of which the last `window` clean ones are seen (None:
@@ -165,7 +169,7 @@ class BlockStreams:
         sigma_R: Tensor,
         cache: BlockCache | SegmentCache,
         rows: Tensor | None = None,
-        at_BL: Tensor | None = None,
+        at: Positions | None = None,
         attention_mask: Tensor | None = None,
         class_id: Tensor | None = None,
     ) -> Tensor:
@@ -183,18 +187,18 @@ class BlockStreams:
             own, (k, v) = _qkv(layer, x_RkD, by, angles), cache.seen(number, rows)
             k, v = torch.cat([k.to(own.k.dtype), own.k], dim=1), torch.cat([v.to(own.v.dtype), own.v], dim=1)
             attended = attend(own.q, k, v, key_mask, layer.attn_backend)
-            if at_BL is not None and number == len(self.order) - 1:
-                attended, x_RkD = attended[at_BL], x_RkD[at_BL]
-                by = _modulation(layer, _at(c, at_BL))
+            if at is not None and number == len(self.order) - 1:
+                attended, x_RkD = at.take(attended), at.take(x_RkD)
+                by = _modulation(layer, _at(c, at.index_N, length))
             x_RkD = _after_attention(layer, x_RkD, attended, by)
-        return self._last_hidden(x_RkD, c, class_id, at_BL)
+        return self._last_hidden(x_RkD, c, class_id, at)
 
     def _key_mask_after(
         self, cache: BlockCache | SegmentCache, rows: Tensor | None, own_Rk: Tensor, here_Rk: Tensor | None
     ) -> Tensor | None:
         """Return the keys that tokens `own_Rk` behind `cache` see, (R, K + k); None for all."""
         earlier_RK = cache.key_mask(rows)
-        if earlier_RK is None and (here_Rk is None or not self.mask_padding or bool(here_Rk.all())):
+        if earlier_RK is None and (here_Rk is None or not self.mask_padding):
             return None
         here_Rk = torch.ones_like(own_Rk, dtype=torch.bool) if here_Rk is None else here_Rk
         if earlier_RK is None:
@@ -216,11 +220,11 @@ class BlockStreams:
             return c_BbC[torch.arange(len(blocks), device=blocks.device)[:, None], blocks]
         return c_BbC.repeat_interleave(blocks, dim=1)[:, :length]
 
-    def _last_hidden(self, x: Tensor, c: Tensor, class_id: Tensor | None, at_BL: Tensor | None) -> Tensor:
-        if at_BL is None:
+    def _last_hidden(self, x: Tensor, c: Tensor, class_id: Tensor | None, at: Positions | None) -> Tensor:
+        if at is None:
             return with_class(self.output_layer.normed(x, c), class_id, self.num_classes)
-        hidden = self.output_layer.normed(x, _at(c, at_BL))
-        of_rows = None if class_id is None else class_id[at_BL.nonzero()[:, 0]]
+        hidden = self.output_layer.normed(x, _at(c, at.index_N, at.mask_BL.shape[1]))
+        of_rows = None if class_id is None else at.of_rows(class_id)
         return with_class(hidden[:, None], of_rows, self.num_classes)[:, 0]
 
 
@@ -228,11 +232,11 @@ def _modulation(layer: nn.Module, c: Tensor) -> _Modulation:
     return _Modulation(*layer.adaLN_modulation(c).chunk(6, dim=-1))
 
 
-def _at(c: Tensor, at_BL: Tensor) -> Tensor:
-    """Return the conditioning of the N positions of `at_BL`, (N, C); (1, C) if it is the same everywhere."""
+def _at(c: Tensor, index_N: Tensor, length: int) -> Tensor:
+    """Return the conditioning of positions of the flattened rows, (N, C); (1, C) if it is the same everywhere."""
     if c.ndim == 3:
-        return c[at_BL]
-    return c if len(c) == 1 else c[at_BL.nonzero()[:, 0]]
+        return c.flatten(0, 1).index_select(0, index_N)
+    return c if len(c) == 1 else c.index_select(0, index_N // length)
 
 
 def _qkv(

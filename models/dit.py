@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from palimpsest.common.positions import Positions
 from palimpsest.common.values import FREE, BelowOne, Size
 from palimpsest.models.attention import head_width, resolve_backend, rotary_angles
 from palimpsest.models.backbone import Backbone
@@ -20,7 +21,7 @@ from palimpsest.models.blocks import BlockStreams, TwoStreams
 from palimpsest.models.class_conditioning import ClassEmbedding, unconditional, with_class
 from palimpsest.models.layers import RotaryFrequencies, SigmaEmbedding, TokenEmbedding, modulate, zero_linear
 from palimpsest.models.recompute import Recomputing
-from palimpsest.models.transformer import Head, Rotary, TransformerBlock, query_positions, take_positions
+from palimpsest.models.transformer import Head, Rotary, TransformerBlock, take_positions
 
 
 class DiTBlock(TwoStreams, TransformerBlock):
@@ -121,12 +122,12 @@ class DiT(BlockStreams, Recomputing, Backbone):
         tokens_BL: Tensor,
         sigma_B: Tensor,
         attention_mask: Tensor | None = None,
-        at_BL: Tensor | None = None,
+        at: Positions | None = None,
         class_id: Tensor | None = None,
     ) -> Tensor:
-        """Return hidden states (B, L, D), ready for `head`, or only those where `at_BL` is True, (N, D).
+        """Return hidden states (B, L, D), ready for `head`, or only those of the positions `at`, (N, D).
 
-        With `at_BL` the last block computes only those positions. `attention_mask` (B, L) is False on padding.
+        With `at` the last block computes only those positions. `attention_mask` (B, L) is False on padding.
         """
         class_id = unconditional(tokens_BL) if class_id is None and self.num_classes else class_id
         c_BC = self.conditioning(sigma_B, class_id)
@@ -135,10 +136,10 @@ class DiT(BlockStreams, Recomputing, Backbone):
         x_BLD = self.vocab_embed(tokens_BL)
         for block in self.order[:-1]:
             x_BLD = self.through(block, x_BLD, c_BC, rotary, key_mask_BL)
-        at_BQ, real_BQ = query_positions(at_BL)
+        at_BQ = None if at is None else at.table_BQ
         last_BQD = self.through(self.order[-1], x_BLD, c_BC, rotary, key_mask_BL, at_BQ)
         hidden_BQD = with_class(self.output_layer.normed(last_BQD, c_BC), class_id, self.num_classes)
-        return hidden_BQD if at_BL is None else hidden_BQD[real_BQ]
+        return hidden_BQD if at is None else at.from_table(hidden_BQD)
 
     def conditioning(self, sigma_B: Tensor, class_id: Tensor | None = None) -> Tensor:
         """Return the input of adaLN, silu of the embedded sigma plus the class embedding, (B, C)."""

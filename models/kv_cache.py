@@ -138,11 +138,11 @@ class BlockCache:
         """Count `new` stored positions as filled."""
         self._filled, self.position = self._filled + new, self.position + new
 
-    def keep(self, rows_R: Tensor) -> None:
-        """Keep only these rows, (R,) indices or (B,) flags."""
-        if rows_R.dtype == torch.bool and bool(rows_R.all()):
+    def keep(self, rows: list[int]) -> None:
+        """Keep only these rows."""
+        if len(rows) == self.keys_NBLHD.shape[1]:
             return
-        self.keys_NBLHD, self.values_NBLHD = self.keys_NBLHD[:, rows_R], self.values_NBLHD[:, rows_R]
+        self.keys_NBLHD, self.values_NBLHD = self.keys_NBLHD[:, rows], self.values_NBLHD[:, rows]
 
 
 class SegmentCache:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from palimpsest.common.positions import Positions
 from palimpsest.common.values import FREE, BelowOne, Size
 from palimpsest.models.attention import head_width, resolve_backend, rotary_angles
 from palimpsest.models.backbone import Backbone
@@ -24,7 +25,6 @@ from palimpsest.models.dit import DiT, OutputLayer
 from palimpsest.models.layers import RotaryFrequencies, SigmaEmbedding, TokenEmbedding
 from palimpsest.models.mmdit_layers import JointBlock, LatentInput, LatentOutput, Times
 from palimpsest.models.recompute import Recomputing
-from palimpsest.models.transformer import query_positions
 
 _LATENT_PARAMETERS = ("latent_input.", "latent_output.", "times.")  # prefixes that no text-only network has
 
@@ -179,7 +179,7 @@ class MMDiT(Recomputing, Backbone):
         attention_mask: Tensor | None,
         *,
         both: bool,
-        at_BL: Tensor | None = None,
+        at: Positions | None = None,
         class_id: Tensor | None = None,
         latent: Tensor | None = None,
         latent_t: Tensor | None = None,
@@ -192,10 +192,10 @@ class MMDiT(Recomputing, Backbone):
         x_BLD, z_BKE = self.vocab_embed(tokens_BL), self.latent_input(latent_BKS)
         for block in self.blocks[:-1]:
             x_BLD, z_BKE = self.through(block, x_BLD, z_BKE, c_BC, e_BC, rotary, key_mask_BL)
-        at_BQ, real_BQ = query_positions(at_BL)
+        at_BQ = None if at is None else at.table_BQ
         x_BQD, z_BKE = self.through(self.blocks[-1], x_BLD, z_BKE, c_BC, e_BC, rotary, key_mask_BL, at_BQ, both)
         hidden_BQD = with_class(self.output_layer.normed(x_BQD, c_BC), class_id, self.num_classes)
-        hidden = hidden_BQD if at_BL is None else hidden_BQD[real_BQ]
+        hidden = hidden_BQD if at is None else at.from_table(hidden_BQD)
         return hidden, self.latent_output(z_BKE, e_BC) if both else None
 
     def _latent_inputs(

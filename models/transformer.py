@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -18,16 +17,6 @@ from palimpsest.models.layers import LayerNorm, feed_forward, zero_linear
 Rotary = tuple[Tensor, Tensor]
 # Appends new keys and values to a cache and returns all that may be attended to.
 CacheAppend = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
-def query_positions(at_BL: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Return the True positions of each row, (B, Q) with Q the largest count of any row, and which of them are real;
-    (None, None), which stands for all positions, without a mask."""
-    if at_BL is None:
-        return None, None
-    count_B = at_BL.sum(-1)
-    at_BQ = at_BL.long().argsort(dim=-1, descending=True, stable=True)[:, : max(1, int(count_B.max()))]
-    return at_BQ, torch.arange(at_BQ.shape[1], device=at_BQ.device) < count_B[:, None]
 
 
 def take_positions(x_BLD: Tensor, at_BQ: Tensor | None) -> Tensor:

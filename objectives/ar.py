@@ -8,12 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from palimpsest.common.positions import Positions
 from palimpsest.common.randomness import KeyedNoise
 from palimpsest.denoisers import CausalDenoiser
 from palimpsest.objectives.base import Backbone, Batch, BoundModel, Objective, TokenLoss, context
 from palimpsest.objectives.mask_sampling import MaskSampler
 from palimpsest.objectives.projection import cross_entropy, log_probs
-from palimpsest.process import Absorbing, scatter_positions
+from palimpsest.process import Absorbing
 
 
 class CausalModel(BoundModel, CausalDenoiser):
@@ -61,21 +62,21 @@ class AR(Objective):
             scored_BL &= ~batch["observed"].cumprod(dim=1).bool()
         if "eos_padding" in batch:
             scored_BL &= ~batch["eos_padding"]
-        before_BL = scored_BL.roll(-1, dims=1)  # True where the next token is scored
+        scored = Positions(scored_BL)
         hidden_BLD = backbone.encode(x_BL, torch.zeros(len(x_BL), device=x_BL.device), **context(batch))
-        target_N = x_BL[scored_BL]
-        one_N = torch.ones(len(target_N), device=x_BL.device)  # every token counts once
-        nll_N = cross_entropy(hidden_BLD[before_BL], backbone.head, target_N, self.process.mask_id, one_N)
-        return TokenLoss(scatter_positions(nll_N, scored_BL), scored_BL)
+        one_N = torch.ones(len(scored), device=x_BL.device)  # every token counts once
+        hidden_ND, target_N = _before(scored).take(hidden_BLD), scored.take(x_BL)
+        nll_N = cross_entropy(hidden_ND, backbone.head, target_N, self.process.mask_id, one_N)
+        return TokenLoss(scored.spread(nll_N), scored_BL)
 
     def denoise(
-        self, backbone: Backbone, x_BL: Tensor, t_B: Tensor | None = None, at_BL: Tensor | None = None, **cond: Tensor
+        self, backbone: Backbone, x_BL: Tensor, t_B: Tensor | None = None, at: Positions | None = None, **cond: Tensor
     ) -> Tensor:
-        """Return log p(x_i | x_<i): (B, L - 1, V) for i = 1, ..., L - 1, or (N, V) at the positions of `at_BL`."""
+        """Return log p(x_i | x_<i): (B, L - 1, V) for i = 1, ..., L - 1, or (N, V) at the positions `at`."""
         hidden_BLD = backbone.encode(x_BL, torch.zeros(len(x_BL), device=x_BL.device), **cond)
-        if at_BL is not None:
-            assert not at_BL[:, 0].any(), "the first token has nothing before it"
-            return log_probs(hidden_BLD[at_BL.roll(-1, dims=1)], backbone.head, self.process.mask_id)
+        if at is not None:
+            torch._assert_async(~at.mask_BL[:, 0].any(), "the first token has nothing before it")
+            return log_probs(_before(at).take(hidden_BLD), backbone.head, self.process.mask_id)
         flat_NV = log_probs(hidden_BLD[:, :-1].flatten(0, 1), backbone.head, self.process.mask_id)
         return flat_NV.unflatten(0, (len(x_BL), x_BL.shape[1] - 1))
 
@@ -83,3 +84,8 @@ class AR(Objective):
         """Append `new_Bn` to the cache and return log p of the next token, (B, V)."""
         hidden_BnD = backbone.encode(new_Bn, None, cache=cache, **cond)
         return log_probs(hidden_BnD[:, -1], backbone.head, self.process.mask_id)
+
+
+def _before(at: Positions) -> Positions:
+    """Return the position before each of `at`."""
+    return Positions(at.mask_BL.roll(-1, dims=1), at.counts)

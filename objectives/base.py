@@ -14,13 +14,14 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from palimpsest.common.positions import Positions
 from palimpsest.common.randomness import KeyedNoise
 from palimpsest.common.values import Natural
 from palimpsest.denoisers import Denoiser
 from palimpsest.models.backbone import Backbone
 from palimpsest.noise_schedule import NoiseSchedule
 from palimpsest.objectives.mask_sampling import Bernoulli, Draw, ExactCount, MaskSampler
-from palimpsest.process import Absorbing, Process, per_position
+from palimpsest.process import Absorbing, Process
 
 Batch = Mapping[str, Tensor]
 MAX_SIGMA = 50.0
@@ -103,9 +104,9 @@ class Objective(ABC):
 
     @abstractmethod
     def denoise(
-        self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, at_BL: Tensor | None = None, **cond: Tensor
+        self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, at: Positions | None = None, **cond: Tensor
     ) -> Tensor:
-        """Return log p(x_0 | x_t): (B, L, V), or (N, V) for the N positions of `at_BL` in row-major order."""
+        """Return log p(x_0 | x_t): (B, L, V), or (N, V) for the N positions `at` in row-major order."""
 
     @abstractmethod
     def bound(self, mask_sampler: MaskSampler | None) -> Objective:
@@ -138,8 +139,8 @@ class BoundModel:
     def vocab_size(self) -> int:
         return self.backbone.head.out_features
 
-    def denoise(self, x_BL: Tensor, t_B: Tensor | None, at_BL: Tensor | None = None, **cond: Tensor) -> Tensor:
-        return self.objective.denoise(self.backbone, x_BL, t_B, at_BL, **cond)
+    def denoise(self, x_BL: Tensor, t_B: Tensor | None, at: Positions | None = None, **cond: Tensor) -> Tensor:
+        return self.objective.denoise(self.backbone, x_BL, t_B, at, **cond)
 
 
 class Model(BoundModel, Denoiser):
@@ -153,8 +154,8 @@ class Model(BoundModel, Denoiser):
     def independent_unmasking(self) -> bool:
         return self.objective.independent_unmasking
 
-    def reverse(self, x_BL: Tensor, t_B: Tensor, s_B: Tensor, at_BL: Tensor, **cond: Tensor) -> Tensor:
-        return self.objective.reverse(self.backbone, x_BL, t_B, s_B, at_BL, **cond)
+    def reverse(self, x_BL: Tensor, t_B: Tensor, s_B: Tensor, at: Positions, **cond: Tensor) -> Tensor:
+        return self.objective.reverse(self.backbone, x_BL, t_B, s_B, at, **cond)
 
 
 class TokenDiffusion(Objective):
@@ -181,6 +182,8 @@ class TokenDiffusion(Objective):
         self.process = process
         self.T = T
         self.trained_schedule = schedule.unclipped
+        low, high = self.trained_schedule(torch.tensor([0.0, 1.0], dtype=torch.float64)).sigma.tolist()
+        self._shown_sigma = low, min(high, MAX_SIGMA)
         self.mask_sampler = Bernoulli(T=T) if noising is None else noising
         self._check_clipping(schedule, noising, T)
         if self.mask_sampler.discrete and not T:
@@ -279,26 +282,25 @@ class TokenDiffusion(Objective):
         """
 
     def reverse(
-        self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, s_B: Tensor, at_BL: Tensor, **cond: Tensor
+        self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, s_B: Tensor, at: Positions, **cond: Tensor
     ) -> Tensor:
-        """Return log p(x_s | x_t) at the N positions of `at_BL`, (N, V), by the process's posterior."""
-        alpha_t_N, alpha_s_N = (per_position(self.schedule(t).alpha, at_BL) for t in (t_B, s_B))
-        log_p_NV = self.denoise(backbone, x_BL, t_B, at_BL, **cond)
-        return self.process.posterior(x_BL[at_BL], log_p_NV, alpha_t_N, alpha_s_N)
+        """Return log p(x_s | x_t) at the N positions `at`, (N, V), by the process's posterior."""
+        alpha_t_N, alpha_s_N = (at.of_rows(self.schedule(t).alpha) for t in (t_B, s_B))
+        log_p_NV = self.denoise(backbone, x_BL, t_B, at, **cond)
+        return self.process.posterior(at.take(x_BL), log_p_NV, alpha_t_N, alpha_s_N)
 
-    def encode_at(self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, at_BL: Tensor | None, **cond: Tensor) -> Tensor:
-        """Return the hidden states at the N positions of `at_BL` in row-major order (None: all B * L), (N, D)."""
+    def encode_at(self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, at: Positions | None, **cond: Tensor) -> Tensor:
+        """Return the hidden states at the N positions `at` in row-major order (None: all B * L), (N, D)."""
         sigma_B = self.conditioning(t_B)
-        if at_BL is None:
+        if at is None:
             return backbone.encode(x_BL, sigma_B, **cond).flatten(0, 1)
         if backbone.encodes_positions:
-            return backbone.encode(x_BL, sigma_B, at_BL=at_BL, **cond)
-        return backbone.encode(x_BL, sigma_B, **cond)[at_BL]
+            return backbone.encode(x_BL, sigma_B, at=at, **cond)
+        return at.take(backbone.encode(x_BL, sigma_B, **cond))
 
     def conditioning(self, t_B: Tensor) -> Tensor:
         """Return the total noise that a network is shown, float32 (B,), within the range of the training schedule."""
-        low, high = self.trained_schedule(torch.tensor([0.0, 1.0], dtype=torch.float64)).sigma.tolist()
-        return self.schedule(t_B).sigma.clamp(low, min(high, MAX_SIGMA)).float()
+        return self.schedule(t_B).sigma.clamp(*self._shown_sigma).float()
 
 
 def context(batch: Batch) -> dict[str, Tensor]:

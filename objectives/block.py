@@ -14,6 +14,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
+from palimpsest.common.positions import Positions
 from palimpsest.common.randomness import KeyedNoise
 from palimpsest.common.values import ADDED_LATER, COPY, Length, Share
 from palimpsest.denoisers import BlockDenoiser
@@ -217,21 +218,21 @@ class BlockDiffusion(WrapperObjective):
         backbone: Backbone,
         x_BL: Tensor,
         t_B: Tensor,
-        at_BL: Tensor | None = None,
+        at: Positions | None = None,
         segment_ends: Tensor | None = None,
         **cond: Tensor,
     ) -> Tensor:
-        """Return log p(x_0^b | x_t^b, x^<b): (B, L, V), or (N, V) at the positions of `at_BL`.
+        """Return log p(x_0^b | x_t^b, x^<b): (B, L, V), or (N, V) at the positions `at`.
 
         Raises:
             ValueError: a prediction is requested after a block with masks.
         """
         layout = self._layout(x_BL, segment_ends)
-        network = self._network(backbone, x_BL, at_BL, layout, cond)
-        selected_BL = torch.ones_like(x_BL, dtype=torch.bool) if at_BL is None else at_BL
+        network = self._network(backbone, x_BL, at, layout, cond)
         t_R = t_B.repeat_interleave(layout.num_blocks)
-        log_p_NV = self.inner.denoise(network, layout.split(x_BL), t_R, layout.split(selected_BL))
-        return log_p_NV.unflatten(0, x_BL.shape) if at_BL is None else log_p_NV
+        chosen = _of_blocks(Positions.everywhere(x_BL) if at is None else at, layout)
+        log_p_NV = self.inner.denoise(network, layout.split(x_BL), t_R, chosen)
+        return log_p_NV.unflatten(0, x_BL.shape) if at is None else log_p_NV
 
     def reverse(
         self,
@@ -239,29 +240,29 @@ class BlockDiffusion(WrapperObjective):
         x_BL: Tensor,
         t_B: Tensor,
         s_B: Tensor,
-        at_BL: Tensor,
+        at: Positions,
         segment_ends: Tensor | None = None,
         **cond: Tensor,
     ) -> Tensor:
         """Return log p(x_s^b | x_t^b, x^<b), (N, V); as `denoise`."""
         layout = self._layout(x_BL, segment_ends)
-        network = self._network(backbone, x_BL, at_BL, layout, cond)
+        network = self._network(backbone, x_BL, at, layout, cond)
         t_R, s_R = (time_B.repeat_interleave(layout.num_blocks) for time_B in (t_B, s_B))
-        return self.inner.reverse(network, layout.split(x_BL), t_R, s_R, layout.split(at_BL))
+        return self.inner.reverse(network, layout.split(x_BL), t_R, s_R, _of_blocks(at, layout))
 
     def after(self, backbone: Backbone, earlier: object, window: int | None = None, **cond: Tensor) -> Model:
         """Return the model of the next block; its predictions take `row` (R,), the rows of `earlier` they follow."""
         return self.inner.model(_NextBlock(backbone, earlier, self.block_size, window, cond))
 
     def _network(
-        self, backbone: Backbone, x_BL: Tensor, at_BL: Tensor | None, layout: BlockLayout, cond: dict
+        self, backbone: Backbone, x_BL: Tensor, at: Positions | None, layout: BlockLayout, cond: dict
     ) -> _AllBlocks:
-        if at_BL is not None:
+        if at is not None and layout.num_blocks > 1:
             by_text = (-1, layout.num_blocks)
             masked_Bb = layout.split(self.process.is_corrupted(x_BL)).any(-1).unflatten(0, by_text)
             after_masks_Bb = masked_Bb.cumsum(-1).roll(1, dims=1) > 0
             after_masks_Bb[:, 0] = False
-            if bool((layout.split(at_BL).any(-1).unflatten(0, by_text) & after_masks_Bb).any()):
+            if bool((layout.split(at.mask_BL).any(-1).unflatten(0, by_text) & after_masks_Bb).any()):
                 key = f"block_size={self.block_size}" if isinstance(layout.blocks, int) else "data.segments=true"
                 raise ValueError(
                     f"parameterization=bd3lm with {key} predicts block after block and cannot predict behind a block "
@@ -278,12 +279,13 @@ class _AllBlocks(BackboneView):
     layout: BlockLayout
     cond: dict[str, Tensor]
 
-    def encode(self, tokens_Rk: Tensor, sigma_R: Tensor, at_BL: Tensor) -> Tensor:
-        """Return hidden states at the positions of `at_BL` (R, k), (N, D)."""
+    def encode(self, tokens_Rk: Tensor, sigma_R: Tensor, at: Positions) -> Tensor:
+        """Return hidden states at the positions `at` of the blocks, (N, D)."""
         layout = self.layout
-        sigma_Bb, at_BL = sigma_R.unflatten(0, (-1, layout.num_blocks)), layout.merge(at_BL)
-        noised_BL = layout.merge(tokens_Rk)
-        return self.backbone.encode_blocks(noised_BL, self.clean_BL, layout.blocks, sigma_Bb, at_BL, **self.cond)
+        sigma_Bb = sigma_R.unflatten(0, (-1, layout.num_blocks))
+        counts = [sum(at.counts[i : i + layout.num_blocks]) for i in range(0, len(at.counts), layout.num_blocks)]
+        at, noised_BL = Positions(layout.merge(at.mask_BL), counts), layout.merge(tokens_Rk)
+        return self.backbone.encode_blocks(noised_BL, self.clean_BL, layout.blocks, sigma_Bb, at, **self.cond)
 
 
 @dataclass
@@ -296,13 +298,13 @@ class _NextBlock(BackboneView):
     cond: dict[str, Tensor]
 
     def encode(
-        self, tokens_Rk: Tensor, sigma_R: Tensor, row: Tensor, at_BL: Tensor | None = None, **cond: Tensor
+        self, tokens_Rk: Tensor, sigma_R: Tensor, row: Tensor, at: Positions | None = None, **cond: Tensor
     ) -> Tensor:
         """Return hidden states; `row` (R,) says which rows of `earlier` the blocks follow."""
         cond = {name: value[row] for name, value in self.cond.items()} | cond
         uncached = isinstance(self.earlier, Tensor | list)
         cache, rows = (self._read(row), None) if uncached else (self.earlier, row)
-        return self.backbone.encode_after(tokens_Rk, sigma_R, cache, rows, at_BL, **cond)
+        return self.backbone.encode_after(tokens_Rk, sigma_R, cache, rows, at, **cond)
 
     def _read(self, row: Tensor) -> object:
         """Return a cache of the clean tokens of some rows."""
@@ -315,6 +317,11 @@ class _NextBlock(BackboneView):
         for tokens_BW, here_BW in self.earlier:
             self.backbone.remember_segment(tokens_BW[row], here_BW[row], cache, **cond)
         return cache
+
+
+def _of_blocks(at: Positions, layout: BlockLayout) -> Positions:
+    """Return positions of texts as positions of their blocks."""
+    return Positions(layout.split(at.mask_BL), at.counts if layout.num_blocks == 1 else None)
 
 
 def _nearest_divisors(size: int, length: int) -> str:

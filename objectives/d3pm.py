@@ -10,13 +10,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from palimpsest.common.positions import Positions
 from palimpsest.common.values import Natural
 from palimpsest.models.backbone import Backbone
 from palimpsest.noise_schedule import FullRange, NoiseSchedule
 from palimpsest.objectives.base import Batch, TokenDiffusion, TokenLoss, context, counted_mask, scored_mask
 from palimpsest.objectives.mask_sampling import Draw, MaskSampler
 from palimpsest.objectives.projection import cross_entropy, log_probs, losses
-from palimpsest.process import Absorbing, per_position, scatter_positions, unmask_prob
+from palimpsest.process import Absorbing, unmask_prob
 
 
 class D3PM(TokenDiffusion):
@@ -50,30 +51,30 @@ class D3PM(TokenDiffusion):
     def loss_at(self, backbone: Backbone, batch: Batch, draw: Draw) -> TokenLoss:
         """Return T times the KL term of a step (eq. 1, L_t-1) plus the reconstruction term L_0 of the clean text."""
         x0_BL, xt_BL, t_B, scored_BL = batch["input_ids"], draw.xt_BL, draw.t_B, scored_mask(batch)
-        masked_BL = self.process.is_corrupted(xt_BL) & scored_BL
+        masked, scored = Positions.of_each(self.process.is_corrupted(xt_BL) & scored_BL, scored_BL)
         alpha_t_B = self.schedule(t_B).alpha
         alpha_s_B = self.schedule((t_B - 1 / self.T).clamp(min=0)).alpha
         hidden_BLD = backbone.encode(xt_BL, self.conditioning(t_B), **context(batch))
-        alpha_N2 = torch.stack([per_position(alpha_B, masked_BL) for alpha_B in (alpha_t_B, alpha_s_B)], dim=1)
+        alpha_N2 = masked.of_rows(torch.stack([alpha_t_B, alpha_s_B], dim=1))
         kl_N, nll_N = losses(
             _kl_and_nll,
-            hidden_BLD[masked_BL],
+            masked.take(hidden_BLD),
             backbone.head,
-            self._target_and_mask(x0_BL[masked_BL]),
+            self._target_and_mask(masked.take(x0_BL)),
             alpha_N2,
             banned_id=self._banned_id,
-            weight_N=per_position(draw.scale_B, masked_BL),
+            weight_N=masked.of_rows(draw.scale_B),
         )
         clean_BLD = backbone.encode(x0_BL, self.conditioning(torch.zeros_like(t_B)), **context(batch))
         nll0_N = cross_entropy(
-            clean_BLD[scored_BL],
+            scored.take(clean_BLD),
             backbone.head,
-            x0_BL[scored_BL],
+            scored.take(x0_BL),
             self._banned_id,
-            per_position(draw.scale_B, scored_BL),
+            scored.of_rows(draw.scale_B),
         )
-        logs = {"cross_entropy": scatter_positions(nll_N, masked_BL).sum(-1), "num_masked": masked_BL.sum(-1)}
-        terms_BL = self.T * scatter_positions(kl_N, masked_BL) + scatter_positions(nll0_N, scored_BL)
+        logs = {"cross_entropy": masked.spread(nll_N).sum(-1), "num_masked": masked.mask_BL.sum(-1)}
+        terms_BL = self.T * masked.spread(kl_N) + scored.spread(nll0_N)
         return TokenLoss(terms_BL, counted_mask(batch), logs)
 
     def conditioning(self, t_B: Tensor) -> Tensor:
@@ -83,26 +84,26 @@ class D3PM(TokenDiffusion):
         return torch.stack([target_N, torch.full_like(target_N, self.process.mask_id)], dim=1)
 
     def network_log_probs(
-        self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, at_BL: Tensor | None = None, **cond: Tensor
+        self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, at: Positions | None = None, **cond: Tensor
     ) -> Tensor:
         """Return the network's log-probabilities, including that of [MASK], (B, L, V) or (N, V)."""
-        hidden_ND = self.encode_at(backbone, x_BL, t_B, at_BL, **cond)
+        hidden_ND = self.encode_at(backbone, x_BL, t_B, at, **cond)
         log_p_NV = log_probs(hidden_ND, backbone.head, self._banned_id)
-        return log_p_NV.unflatten(0, x_BL.shape) if at_BL is None else log_p_NV
+        return log_p_NV.unflatten(0, x_BL.shape) if at is None else log_p_NV
 
     def denoise(
-        self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, at_BL: Tensor | None = None, **cond: Tensor
+        self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, at: Positions | None = None, **cond: Tensor
     ) -> Tensor:
         """Return the prediction normalised over real tokens, because a clean text has no [MASK]."""
-        log_p = self.network_log_probs(backbone, x_BL, t_B, at_BL, **cond)
+        log_p = self.network_log_probs(backbone, x_BL, t_B, at, **cond)
         log_p[..., self.process.mask_id] = -torch.inf
         return log_p.log_softmax(-1)
 
     def reverse(
-        self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, s_B: Tensor, at_BL: Tensor, **cond: Tensor
+        self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, s_B: Tensor, at: Positions, **cond: Tensor
     ) -> Tensor:
-        log_p_NV = self.network_log_probs(backbone, x_BL, t_B, at_BL, **cond).double()
-        alpha_t, alpha_s = (per_position(self.schedule(t).alpha, at_BL) for t in (t_B, s_B))
+        log_p_NV = self.network_log_probs(backbone, x_BL, t_B, at, **cond).double()
+        alpha_t, alpha_s = (at.of_rows(self.schedule(t).alpha) for t in (t_B, s_B))
         m_N = log_p_NV[:, self.process.mask_id].exp()
         log_q_NV = log_p_NV + (alpha_s - alpha_t).log()[:, None]
         log_q_NV[:, self.process.mask_id] = torch.log1p(-(1 - m_N) * alpha_s)

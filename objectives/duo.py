@@ -15,6 +15,7 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
+from palimpsest.common.positions import Positions
 from palimpsest.common.randomness import KeyedNoise
 from palimpsest.common.values import Natural, real
 from palimpsest.noise_schedule import NoiseSchedule
@@ -74,11 +75,11 @@ class Duo(UDLM):
 
     def _signal(self, alpha_B: Tensor) -> Tensor:
         """Return the signal-to-noise ratio at which the argmax keeps a token as often as the process does, (B,)."""
-        place_B = torch.searchsorted(self._alpha_S, alpha_B.cpu()).clamp(1, len(self._alpha_S) - 1)
+        self._signal_S, self._alpha_S = (table_S.to(alpha_B.device) for table_S in (self._signal_S, self._alpha_S))
+        place_B = torch.searchsorted(self._alpha_S, alpha_B).clamp(1, len(self._alpha_S) - 1)
         low_B, high_B = self._alpha_S[place_B - 1], self._alpha_S[place_B]
-        fraction_B = ((alpha_B.cpu() - low_B) / (high_B - low_B)).clamp(0, 1)
-        signal_B = self._signal_S[place_B - 1] + fraction_B * (self._signal_S[place_B] - self._signal_S[place_B - 1])
-        return signal_B.to(alpha_B.device)
+        fraction_B = ((alpha_B - low_B) / (high_B - low_B)).clamp(0, 1)
+        return self._signal_S[place_B - 1] + fraction_B * (self._signal_S[place_B] - self._signal_S[place_B - 1])
 
 
 def _no_mixtures(network: type) -> str:
@@ -118,5 +119,5 @@ class _MixtureInput(BackboneView):
 
     mixture_BLV: Tensor
 
-    def encode(self, tokens_BL: Tensor, sigma_B: Tensor, at_BL: Tensor, **cond: Tensor) -> Tensor:
-        return self.backbone.encode(self.mixture_BLV, sigma_B, at_BL=at_BL, **cond)
+    def encode(self, tokens_BL: Tensor, sigma_B: Tensor, at: Positions, **cond: Tensor) -> Tensor:
+        return self.backbone.encode(self.mixture_BLV, sigma_B, at=at, **cond)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from palimpsest.common.positions import Positions
 from palimpsest.common.randomness import KeyedNoise
 from palimpsest.common.values import Length, NotNegative
 from palimpsest.denoisers import JointDenoiser
@@ -59,9 +60,9 @@ class JointModel(Model, JointDenoiser):
         return self.objective.predict_latent(self.backbone, latent_BKD, latent_t_B, x_BL, t_B, **cond)
 
     def denoise_both(
-        self, x_BL: Tensor, t_B: Tensor, at_BL: Tensor, latent_BKD: Tensor, latent_t_B: Tensor, **cond: Tensor
+        self, x_BL: Tensor, t_B: Tensor, at: Positions, latent_BKD: Tensor, latent_t_B: Tensor, **cond: Tensor
     ) -> tuple[Tensor, LatentPrediction]:
-        return self.objective.denoise_both(self.backbone, x_BL, t_B, at_BL, latent_BKD, latent_t_B, **cond)
+        return self.objective.denoise_both(self.backbone, x_BL, t_B, at, latent_BKD, latent_t_B, **cond)
 
 
 class JointDiffusion(WrapperObjective):
@@ -134,24 +135,24 @@ class JointDiffusion(WrapperObjective):
         return self.inner.loss_at(backbone, batch, draw)
 
     def denoise(
-        self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, at_BL: Tensor | None = None, **cond: Tensor
+        self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, at: Positions | None = None, **cond: Tensor
     ) -> Tensor:
         """Return log p(x_0 | x_t, latent) for `latent` (B, K, D) and `latent_t` (B,) in `cond`, or the marginal."""
-        return self.inner.denoise(backbone, x_BL, t_B, at_BL, **cond)
+        return self.inner.denoise(backbone, x_BL, t_B, at, **cond)
 
     def reverse(
-        self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, s_B: Tensor, at_BL: Tensor, **cond: Tensor
+        self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, s_B: Tensor, at: Positions, **cond: Tensor
     ) -> Tensor:
         """Return log p(x_s | x_t, latent), (N, V); as `denoise`."""
-        return self.inner.reverse(backbone, x_BL, t_B, s_B, at_BL, **cond)
+        return self.inner.reverse(backbone, x_BL, t_B, s_B, at, **cond)
 
     def predict_latent(
         self, backbone: Backbone, latent_BKD: Tensor, latent_t_B: Tensor, x_BL: Tensor, t_B: Tensor, **cond: Tensor
     ) -> LatentPrediction:
         """Return the prediction for the standardised, noised latent given the text at time t_B (1: the marginal)."""
         latent_t_B = latent_t_B.double().clamp(EARLIEST, LATEST)
-        nowhere_BL = torch.zeros_like(x_BL, dtype=torch.bool)
-        cond = {**cond, "latent": latent_BKD, "latent_t": latent_t_B, "at_BL": nowhere_BL}
+        nowhere = Positions(torch.zeros_like(x_BL, dtype=torch.bool), [0] * len(x_BL))
+        cond = {**cond, "latent": latent_BKD, "latent_t": latent_t_B, "at": nowhere}
         _, output_BKD = backbone.encode_both(x_BL, self.inner.conditioning(t_B.double()), **cond)
         return self.latent.read(output_BKD, latent_BKD, latent_t_B)
 
@@ -160,15 +161,15 @@ class JointDiffusion(WrapperObjective):
         backbone: Backbone,
         x_BL: Tensor,
         t_B: Tensor,
-        at_BL: Tensor,
+        at: Positions,
         latent_BKD: Tensor,
         latent_t_B: Tensor,
         **cond: Tensor,
     ) -> tuple[Tensor, LatentPrediction]:
-        """Return `denoise` at `at_BL` given the noised latent, (N, V), and `predict_latent`, from one network pass."""
+        """Return `denoise` given the noised latent, (N, V), and `predict_latent`, from one network pass."""
         latent_t_B = latent_t_B.double().clamp(EARLIEST, LATEST)
         network = _TextNetwork(backbone)
-        log_p_NV = self.inner.denoise(network, x_BL, t_B, at_BL, **cond, latent=latent_BKD, latent_t=latent_t_B)
+        log_p_NV = self.inner.denoise(network, x_BL, t_B, at, **cond, latent=latent_BKD, latent_t=latent_t_B)
         return log_p_NV, self.latent.read(network.outputs[0], latent_BKD, latent_t_B)
 
     def loss(self, backbone: Backbone, batch: Batch, generator: KeyedNoise | None = None) -> TokenLoss:
@@ -275,9 +276,9 @@ class _TextNetwork(BackboneView):
 
     outputs: list[Tensor] = field(default_factory=list, init=False)
 
-    def encode(self, tokens_BL: Tensor, sigma_B: Tensor, at_BL: Tensor, **cond: Tensor) -> Tensor:
-        """Return hidden states at the positions of `at_BL`, (N, D)."""
-        hidden_ND, output_BKD = self.backbone.encode_both(tokens_BL, sigma_B, at_BL=at_BL, **cond)
+    def encode(self, tokens_BL: Tensor, sigma_B: Tensor, at: Positions, **cond: Tensor) -> Tensor:
+        """Return hidden states at the positions `at`, (N, D)."""
+        hidden_ND, output_BKD = self.backbone.encode_both(tokens_BL, sigma_B, at=at, **cond)
         self.outputs.append(output_BKD)
         return hidden_ND
 
@@ -292,7 +293,7 @@ class _TrainedTextNetwork(_TextNetwork):
     maskable_BL: Tensor
     sigma_of_masks_B: Tensor
 
-    def encode(self, tokens_BL: Tensor, sigma_B: Tensor, at_BL: Tensor, **cond: Tensor) -> Tensor:
+    def encode(self, tokens_BL: Tensor, sigma_B: Tensor, at: Positions, **cond: Tensor) -> Tensor:
         tokens_BL = self.process.mask(tokens_BL, self.dropped_B[:, None] & self.maskable_BL)
         sigma_B = torch.where(self.dropped_B, self.sigma_of_masks_B, sigma_B).masked_fill(self.clean_B, 0.0)
-        return super().encode(tokens_BL, sigma_B, at_BL, **cond)
+        return super().encode(tokens_BL, sigma_B, at, **cond)

@@ -112,7 +112,7 @@ class Bernoulli(MaskSampler):
         if not self.resample:
             return [Draw(process.corrupt(x0_BL, level.alpha, noise, scored_BL), t_B, scale_B)]
         u_BL = noise.uniform(x0_BL.shape[1])
-        limits = schedule(torch.tensor([0.0, 1.0], dtype=torch.float64, device=t_B.device)).move_chance
+        limits = schedule(torch.tensor([0.0, 1.0], dtype=torch.float64)).move_chance
         count_B = _limited_count(noise.uniform(), level.move_chance, scored_BL, limits)
         masked_BL = _lowest(u_BL, scored_BL, count_B)
         return [Draw(process.mask(x0_BL, masked_BL), t_B, scale_B)]
@@ -123,7 +123,7 @@ class Bernoulli(MaskSampler):
         return ((1 - self.sampling_eps) * u_B + self.sampling_eps).clamp(min=_EARLIEST), torch.ones_like(u_B)
 
     def _log_uniform(self, schedule: NoiseSchedule, u_B: Tensor) -> tuple[Tensor, Tensor]:
-        low, high = log_move_range(schedule, u_B, self.sampling_eps)
+        low, high = log_move_range(schedule, self.sampling_eps)
         t_B = schedule.t_from_alpha(-torch.expm1(low + u_B * (high - low)))
         # The density of t is elbo_weight / (high - low); that of `_uniform` is 1 / (1 - sampling_eps).
         return t_B, (high - low) / ((1 - self.sampling_eps) * schedule(t_B).elbo_weight)
@@ -149,9 +149,9 @@ def _limited_count(u_B: Tensor, rate_B: Tensor, scored_BL: Tensor, limits_2: Ten
     return (p_BM.cumsum(-1) <= u_B[:, None]).sum(-1).clamp(max=most).minimum(n_B)
 
 
-def log_move_range(schedule: NoiseSchedule, like: Tensor, sampling_eps: float = 1e-3) -> tuple[Tensor, Tensor]:
-    """Return log(1 - alpha) at t = sampling_eps and at t = 1, float64 scalars on the device of `like`."""
-    ends = schedule(torch.tensor([sampling_eps, 1.0], dtype=torch.float64, device=like.device))
+def log_move_range(schedule: NoiseSchedule, sampling_eps: float = 1e-3) -> tuple[Tensor, Tensor]:
+    """Return log(1 - alpha) at t = sampling_eps and at t = 1, float64 scalars on the CPU, where nothing waits."""
+    ends = schedule(torch.tensor([sampling_eps, 1.0], dtype=torch.float64))
     return ends.move_chance.clamp(min=_EARLIEST**2).log().unbind()
 
 

@@ -106,8 +106,8 @@ class Rates(MaskSampler):
         """Return rates above `low` and up to `high` from uniform numbers, float64 (B,)."""
         if self.rates is None:
             return self.high - u_B * (self.high - self.low)
-        rates_R = self.rates.to(u_B.device)
-        return rates_R[(u_B * len(rates_R)).long().clamp(max=len(rates_R) - 1)]
+        self.rates = self.rates.to(u_B.device)
+        return self.rates[(u_B * len(self.rates)).long().clamp(max=len(self.rates) - 1)]
 
 
 def cross_entropy_at(

@@ -143,10 +143,7 @@ def _common_factor(grad_N: Tensor, weight_N: Tensor) -> Tensor:
         "the losses of the positions are weighted otherwise than by `weight_N`; leave `weight_N` out, and the gradient "
         "is computed from the weights that are used"
     )
-    if fits.device.type == "cpu" and not fits:
-        raise RuntimeError(message)
-    if fits.device.type != "cpu":
-        torch._assert_async(fits, message)  # without waiting for the device
+    torch._assert_async(fits, message)  # without waiting for the device
     return factor
 
 

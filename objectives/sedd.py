@@ -10,12 +10,13 @@ import math
 import torch
 from torch import Tensor
 
+from palimpsest.common.positions import Positions
 from palimpsest.models.backbone import Backbone
 from palimpsest.noise_schedule import NoiseSchedule
 from palimpsest.objectives.base import MAX_SIGMA, Batch, TokenDiffusion, TokenLoss, context, counted_mask, scored_mask
 from palimpsest.objectives.mask_sampling import Draw, MaskSampler
 from palimpsest.objectives.projection import logits, losses
-from palimpsest.process import Absorbing, per_position, scatter_positions
+from palimpsest.process import Absorbing
 
 
 class SEDD(TokenDiffusion):
@@ -35,49 +36,48 @@ class SEDD(TokenDiffusion):
 
         It is sigma' (sum_y s_y - q log s_x0 + q (log q - 1)) with the target q = p_t(x_0) / p_t(mask).
         """
-        x0_BL, masked_BL = batch["input_ids"], self.process.is_corrupted(draw.xt_BL) & scored_mask(batch)
+        masked = Positions(self.process.is_corrupted(draw.xt_BL) & scored_mask(batch))
         hidden_BLD = backbone.encode(draw.xt_BL, self.conditioning(draw.t_B), **context(batch))
         level = self.schedule(draw.t_B)
         rate_B = -level.dalpha / level.alpha.clamp(min=math.exp(-MAX_SIGMA))
         entropy_N, nll_N = losses(
             _entropy_and_nll,
-            hidden_BLD[masked_BL],
+            masked.take(hidden_BLD),
             backbone.head,
-            x0_BL[masked_BL],
-            per_position(self._log_shift(draw.t_B, backbone.head.out_features), masked_BL),
-            per_position(_log_ratio(level.alpha), masked_BL),
+            masked.take(batch["input_ids"]),
+            masked.of_rows(self._log_shift(draw.t_B, backbone.head.out_features)),
+            masked.of_rows(_log_ratio(level.alpha)),
             banned_id=self.process.mask_id,
-            weight_N=per_position(rate_B * draw.scale_B, masked_BL),
+            weight_N=masked.of_rows(rate_B * draw.scale_B),
         )
-        logs = {"cross_entropy": scatter_positions(nll_N, masked_BL).sum(-1), "num_masked": masked_BL.sum(-1)}
-        entropy_BL = scatter_positions(entropy_N.float(), masked_BL)
-        return TokenLoss(rate_B.float()[:, None] * entropy_BL, counted_mask(batch), logs)
+        logs = {"cross_entropy": masked.spread(nll_N).sum(-1), "num_masked": masked.mask_BL.sum(-1)}
+        return TokenLoss(rate_B.float()[:, None] * masked.spread(entropy_N.float()), counted_mask(batch), logs)
 
     def _log_shift(self, t_B: Tensor, vocab_size: int) -> Tensor:
         return -_log_ratio(self.schedule(t_B).alpha) + math.log(vocab_size - 1)
 
-    def log_score(self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, at_BL: Tensor, **cond: Tensor) -> Tensor:
-        """Return log s(x_t) at the N masked positions of `at_BL`, float64 (N, V); -inf at the mask."""
-        hidden_ND = self.encode_at(backbone, x_BL, t_B, at_BL, **cond)
+    def log_score(self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, at: Positions, **cond: Tensor) -> Tensor:
+        """Return log s(x_t) at the N masked positions `at`, float64 (N, V); -inf at the mask."""
+        hidden_ND = self.encode_at(backbone, x_BL, t_B, at, **cond)
         logits_NV = logits(hidden_ND, backbone.head, self.process.mask_id).double()
-        return logits_NV - per_position(self._log_shift(t_B, backbone.head.out_features), at_BL)[:, None]
+        return logits_NV - at.of_rows(self._log_shift(t_B, backbone.head.out_features))[:, None]
 
     def denoise(
-        self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, at_BL: Tensor | None = None, **cond: Tensor
+        self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, at: Positions | None = None, **cond: Tensor
     ) -> Tensor:
         """Return the scores as probabilities: s_y is proportional to p(x_0 = y | x_t); unmasked tokens are copied."""
-        chosen_BL = torch.ones_like(x_BL, dtype=torch.bool) if at_BL is None else at_BL
-        log_p_NV = self.log_score(backbone, x_BL, t_B, chosen_BL, **cond).log_softmax(-1)
-        log_p_NV = self.process.keep_visible(log_p_NV, x_BL[chosen_BL])
-        return log_p_NV.unflatten(0, x_BL.shape) if at_BL is None else log_p_NV
+        chosen = Positions.everywhere(x_BL) if at is None else at
+        log_p_NV = self.log_score(backbone, x_BL, t_B, chosen, **cond).log_softmax(-1)
+        log_p_NV = self.process.keep_visible(log_p_NV, chosen.take(x_BL))
+        return log_p_NV.unflatten(0, x_BL.shape) if at is None else log_p_NV
 
     def reverse(
-        self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, s_B: Tensor, at_BL: Tensor, **cond: Tensor
+        self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, s_B: Tensor, at: Positions, **cond: Tensor
     ) -> Tensor:
         """Return the analytic (Tweedie) step of theorem 4.1: P(y) = (e^(sigma_t - sigma_s) - 1) s_y, else the mask."""
-        log_s_NV = self.log_score(backbone, x_BL, t_B, at_BL, **cond)
+        log_s_NV = self.log_score(backbone, x_BL, t_B, at, **cond)
         growth_B = self.schedule(s_B).alpha / self.schedule(t_B).alpha.clamp(min=math.exp(-MAX_SIGMA)) - 1
-        log_q_NV = log_s_NV + per_position(growth_B.log(), at_BL)[:, None]
+        log_q_NV = log_s_NV + at.of_rows(growth_B.log())[:, None]
         leaving_N = log_q_NV.exp().sum(-1)
         # Scores of a network may sum to more than 1; then they are normalised, and nothing stays masked.
         log_q_NV = log_q_NV - leaving_N.clamp(min=1).log()[:, None]

@@ -10,13 +10,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from palimpsest.common.positions import Positions
 from palimpsest.common.values import Natural
 from palimpsest.models.backbone import Backbone
 from palimpsest.noise_schedule import NoiseSchedule
 from palimpsest.objectives.base import Batch, TokenDiffusion, TokenLoss, context, counted_mask, scored_mask
 from palimpsest.objectives.mask_sampling import Draw, MaskSampler, log_move_range
 from palimpsest.objectives.projection import cross_entropy, log_probs
-from palimpsest.process import Absorbing, per_position, scatter_positions, unmask_prob
+from palimpsest.process import Absorbing, unmask_prob
 
 
 class Subs(TokenDiffusion):
@@ -46,15 +47,14 @@ class Subs(TokenDiffusion):
         super().__init__(schedule, process, noising, T)
 
     def loss_at(self, backbone: Backbone, batch: Batch, draw: Draw) -> TokenLoss:
-        x0_BL, masked_BL = batch["input_ids"], self.process.is_corrupted(draw.xt_BL) & scored_mask(batch)
-        hidden_ND = self.encode_at(backbone, draw.xt_BL, draw.t_B, masked_BL, **context(batch))
+        masked = Positions(self.process.is_corrupted(draw.xt_BL) & scored_mask(batch))
+        hidden_ND = self.encode_at(backbone, draw.xt_BL, draw.t_B, masked, **context(batch))
         weight_B = torch.ones_like(draw.t_B) if self.loss_weight == "uniform" else self.weight(draw.t_B) * draw.scale_B
-        weight_N = per_position(weight_B, masked_BL)
-        ce_N = cross_entropy(hidden_ND, backbone.head, x0_BL[masked_BL], self.process.mask_id, weight_N)
-        ce_BL = scatter_positions(ce_N, masked_BL)
-        logs = {"cross_entropy": ce_BL.detach().sum(-1), "num_masked": masked_BL.sum(-1)}
+        target_N, weight_N = masked.take(batch["input_ids"]), masked.of_rows(weight_B)
+        ce_BL = masked.spread(cross_entropy(hidden_ND, backbone.head, target_N, self.process.mask_id, weight_N))
+        logs = {"cross_entropy": ce_BL.detach().sum(-1), "num_masked": masked.mask_BL.sum(-1)}
         if self.loss_weight == "uniform":
-            return TokenLoss(ce_BL, masked_BL, logs)
+            return TokenLoss(ce_BL, masked.mask_BL, logs)
         return TokenLoss(self.weight(draw.t_B).float()[:, None] * ce_BL, counted_mask(batch), logs)
 
     def weight(self, t_B: Tensor) -> Tensor:
@@ -66,13 +66,13 @@ class Subs(TokenDiffusion):
     def conditioning(self, t_B: Tensor) -> Tensor:
         if not self.change_of_variables:
             return super().conditioning(t_B)
-        low, high = log_move_range(self.trained_schedule, t_B)
+        low, high = log_move_range(self.trained_schedule)
         return ((self.schedule(t_B).move_chance.log() - low) / (high - low)).clamp(0.0, 1.0).float()
 
     def denoise(
-        self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, at_BL: Tensor | None = None, **cond: Tensor
+        self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, at: Positions | None = None, **cond: Tensor
     ) -> Tensor:
-        hidden_ND = self.encode_at(backbone, x_BL, t_B, at_BL, **cond)
-        x_N = x_BL.flatten() if at_BL is None else x_BL[at_BL]
+        hidden_ND = self.encode_at(backbone, x_BL, t_B, at, **cond)
+        x_N = x_BL.flatten() if at is None else at.take(x_BL)
         log_p_NV = self.process.keep_visible(log_probs(hidden_ND, backbone.head, self.process.mask_id), x_N)
-        return log_p_NV.unflatten(0, x_BL.shape) if at_BL is None else log_p_NV
+        return log_p_NV.unflatten(0, x_BL.shape) if at is None else log_p_NV

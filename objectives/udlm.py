@@ -10,12 +10,13 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
+from palimpsest.common.positions import Positions
 from palimpsest.models.backbone import Backbone
 from palimpsest.noise_schedule import NoiseSchedule
 from palimpsest.objectives.base import Batch, TokenDiffusion, TokenLoss, context, counted_mask, scored_mask
 from palimpsest.objectives.mask_sampling import Bernoulli, Draw, MaskSampler
 from palimpsest.objectives.projection import log_probs, losses
-from palimpsest.process import Resampling, Uniform, per_position, scatter_positions
+from palimpsest.process import Resampling, Uniform
 
 _SMALLEST = 1e-12  # alpha, by which the weight divides; the integrand vanishes with it
 
@@ -44,39 +45,39 @@ class LeaveOneOut(TokenDiffusion):
         return Bernoulli()
 
     def loss_at(self, backbone: Backbone, batch: Batch, draw: Draw) -> TokenLoss:
-        x0_BL, scored_BL = batch["input_ids"], scored_mask(batch)
-        hidden_ND = self.encode_at(backbone, draw.xt_BL, draw.t_B, scored_BL, **context(batch))
+        scored = Positions(scored_mask(batch))
+        hidden_ND = self.encode_at(backbone, draw.xt_BL, draw.t_B, scored, **context(batch))
         level = self.schedule(draw.t_B)
-        ids_N2 = torch.stack([x0_BL[scored_BL], draw.xt_BL[scored_BL]], dim=1)
+        ids_N2 = torch.stack([scored.take(batch["input_ids"]), scored.take(draw.xt_BL)], dim=1)
         (integrand_N,) = losses(
             lambda *chunk: self.integrand(*chunk)[:, None],
             hidden_ND,
             backbone.head,
             ids_N2,
-            per_position(level.alpha, scored_BL),
+            scored.of_rows(level.alpha),
             banned_id=self.banned_id,
-            weight_N=per_position(-level.dalpha * draw.scale_B, scored_BL),
+            weight_N=scored.of_rows(-level.dalpha * draw.scale_B),
         )
-        rate_N = -per_position(level.dalpha, scored_BL) * integrand_N
-        return TokenLoss(scatter_positions(rate_N.float(), scored_BL), counted_mask(batch), {})
+        rate_N = -scored.of_rows(level.dalpha) * integrand_N
+        return TokenLoss(scored.spread(rate_N.float()), counted_mask(batch), {})
 
     @abstractmethod
     def integrand(self, logits_CV: Tensor, ids_C2: Tensor, alpha_C: Tensor) -> Tensor:
         """Return the integrand of the NELBO per unit of -alpha, float64 (C,); `ids_C2` are x_0 and x_t."""
 
-    def leave_one_out(self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, at_BL: Tensor, **cond: Tensor) -> Tensor:
-        """Return the network's prediction at the N positions of `at_BL`, (N, V)."""
-        hidden_ND = self.encode_at(backbone, x_BL, t_B, at_BL, **cond)
+    def leave_one_out(self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, at: Positions, **cond: Tensor) -> Tensor:
+        """Return the network's prediction at the N positions `at`, (N, V)."""
+        hidden_ND = self.encode_at(backbone, x_BL, t_B, at, **cond)
         return log_probs(hidden_ND, backbone.head, self.banned_id)
 
     def denoise(
-        self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, at_BL: Tensor | None = None, **cond: Tensor
+        self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, at: Positions | None = None, **cond: Tensor
     ) -> Tensor:
-        chosen_BL = torch.ones_like(x_BL, dtype=torch.bool) if at_BL is None else at_BL
-        log_others_NV = self.leave_one_out(backbone, x_BL, t_B, chosen_BL, **cond)
-        alpha_N = per_position(self.schedule(t_B).alpha, chosen_BL)
-        log_p_NV = self.process.with_own_token(x_BL[chosen_BL], log_others_NV, alpha_N)
-        return log_p_NV.unflatten(0, x_BL.shape) if at_BL is None else log_p_NV
+        chosen = Positions.everywhere(x_BL) if at is None else at
+        log_others_NV = self.leave_one_out(backbone, x_BL, t_B, chosen, **cond)
+        alpha_N = chosen.of_rows(self.schedule(t_B).alpha)
+        log_p_NV = self.process.with_own_token(chosen.take(x_BL), log_others_NV, alpha_N)
+        return log_p_NV.unflatten(0, x_BL.shape) if at is None else log_p_NV
 
 
 class UDLM(LeaveOneOut):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from palimpsest.common.positions import Positions
 from palimpsest.common.randomness import KeyedNoise
 from palimpsest.common.values import Count
 from palimpsest.denoisers import Denoiser
@@ -43,6 +44,7 @@ class Analytic(Step):
         self.grid = time_grid(steps, eps, trace.ids_BL.device)
         self.steps = steps
         self.noise_removal = noise_removal
+        self.masked = Positions(trace.open_BL)
 
     def positions(self, number: int, trace: Trace) -> Request | None:
         if number > self.steps + self.noise_removal:
@@ -53,15 +55,16 @@ class Analytic(Step):
         self.last = number > self.steps
         t = self.grid[number - 1]
         s = t / 2 if self.last else self.grid[number]  # the last draw unmasks every mask, whatever s is
-        return Request(trace.masked_BL, t.expand(batch), s.expand(batch))
+        return Request(self.masked, t.expand(batch), s.expand(batch))
 
-    def tokens(self, log_p_NV: Tensor, at_RL: Tensor, rows_R: Tensor) -> tuple[Tensor, Tensor]:
+    def tokens(self, log_p_NV: Tensor, at: Positions) -> tuple[Tensor, Positions]:
         mask_id = self.process.mask_id
-        unmasked_N = self.unmask_BL[rows_R][at_RL] < -torch.expm1(log_p_NV[:, mask_id])
-        unmasked_N |= self.last
+        unmasked_N = at.take(self.unmask_BL) < -torch.expm1(log_p_NV[:, mask_id])
+        now = Positions(at.spread(unmasked_N | self.last))
         log_p_NV[:, mask_id] = -torch.inf  # in place, so that the confidence is conditional on unmasking
         log_p_NV.copy_(log_p_NV.log_softmax(-1))
-        return self.choice.draw(log_p_NV, self.u_BL[rows_R][at_RL])[unmasked_N], unmasked_N
+        self.masked = self.masked.without(now)
+        return self.choice.draw(log_p_NV, at.take(self.u_BL))[at.find(now)], now
 
 
 sample = sampler_of(Analytic, Absorbing)

@@ -14,21 +14,22 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from palimpsest.common.positions import Positions
 from palimpsest.common.randomness import KeyedNoise
 from palimpsest.common.values import Count
 from palimpsest.denoisers import Denoiser
 from palimpsest.process import Absorbing, unmask_step
 from palimpsest.samplers import analytic
-from palimpsest.samplers.base import Request, Step, TokenChoice, run, sampler, time_grid
+from palimpsest.samplers.base import Planned, Request, TokenChoice, run, sampler, time_grid
 from palimpsest.samplers.trace import Trace, Watcher
 
 
-class Ancestral(Step):
-    """Unmask each position at a time of the grid, drawn before the network is evaluated.
+class Ancestral(Planned):
+    """Unmask each position at a time of a grid; the last step writes the most likely tokens.
 
     Args:
         alpha: alpha at the times of `grid`, (S,), or (B, S) if each row has its own times.
-        last: number of steps.
+        noise_removal: take the last step.
         idle: also evaluate rows in which nothing is unmasked.
     """
 
@@ -39,27 +40,20 @@ class Ancestral(Step):
         grid: Tensor,
         noise: KeyedNoise,
         choice: TokenChoice,
-        last: int,
+        noise_removal: bool,
         idle: bool,
     ) -> None:
-        write_at_BL = unmask_step(noise.uniform(open_BL.shape[1]), alpha)
-        self.write_at_BL = write_at_BL.masked_fill(~open_BL, -1)
-        self.u_BL = noise.uniform(open_BL.shape[1])
-        self.grid_BS = grid.expand(len(open_BL), -1)
-        self.choice = choice
-        self.last = last
-        self.idle = idle
+        number_BL = unmask_step(noise.uniform(open_BL.shape[1]), alpha).masked_fill(~open_BL, -1)
+        self.steps, self.every_row = grid.shape[-1] - 1, idle
+        u_BL, grid_BS = noise.uniform(open_BL.shape[1]), grid.expand(len(open_BL), -1)
+        super().__init__(number_BL, u_BL, grid_BS, self.steps + noise_removal, choice)
 
     def positions(self, number: int, trace: Trace) -> Request | None:
-        if number > self.last:
-            return None
-        self.greedy = number == self.grid_BS.shape[1]
-        return Request(self.write_at_BL == number - 1, self.grid_BS[:, number - 1], every_row=self.idle)
+        self.greedy = number > self.steps
+        return super().positions(number, trace)
 
-    def tokens(self, log_p_NV: Tensor, at_RL: Tensor, rows_R: Tensor) -> tuple[Tensor, Tensor | None]:
-        if self.greedy:
-            return log_p_NV.argmax(-1), None
-        return super().tokens(log_p_NV, at_RL, rows_R)
+    def tokens(self, log_p_NV: Tensor, at: Positions) -> tuple[Tensor, Positions]:
+        return (log_p_NV.argmax(-1), at) if self.greedy else super().tokens(log_p_NV, at)
 
 
 @sampler(Absorbing)
@@ -97,5 +91,5 @@ def sample(
     if begin_B is not None:  # the same number of steps from there
         grid = eps + (grid - eps) * (begin_B[:, None].clamp(min=eps) - eps) / (1 - eps)
     trace, alpha = Trace(x_BL, model.process, watch), model.schedule(grid).alpha
-    step = Ancestral(trace.open_BL, alpha, grid, generator, choice, steps + noise_removal, not skip_idle)
+    step = Ancestral(trace.open_BL, alpha, grid, generator, choice, noise_removal, not skip_idle)
     return run(step, model, trace, cond)

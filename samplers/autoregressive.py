@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from palimpsest.common.positions import Positions
 from palimpsest.common.randomness import KeyedNoise
 from palimpsest.denoisers import CausalDenoiser, Denoiser
 from palimpsest.process import Absorbing
@@ -23,36 +24,44 @@ class LeftToRight(Step):
         self.u_BL = noise.uniform(length)
         self.choice = choice
         self.stop_id = stop_id
-        self.first = int(open_BL.any(0).nonzero()[0]) if bool(open_BL.any()) else length
-        self.ended_B = torch.zeros_like(open_BL[:, 0])
+        self.starts = (length - open_BL.sum(-1)).tolist()  # of the tokens to generate, which end the row
+        self.first = min(self.starts)
+        self.goes_on_B = torch.ones_like(open_BL[:, 0])
+        self.goes_on = [True] * len(open_BL)
 
     def positions(self, number: int, trace: Trace) -> Request | None:
         place = self.first + number - 1
         if number > 1 and self.stop_id is not None:
-            self.ended_B |= trace.ids_BL[:, place - 1] == self.stop_id
-        if place == trace.ids_BL.shape[1] or bool(self.ended_B.all()):
+            self.goes_on_B &= trace.ids_BL[:, place - 1] != self.stop_id
+            self.goes_on = self.goes_on_B.tolist()
+        if place == trace.ids_BL.shape[1] or not any(self.goes_on):
             return None
         at_BL = torch.zeros_like(trace.open_BL)
-        at_BL[:, place] = trace.open_BL[:, place] & ~self.ended_B
-        return Request(at_BL, None)
+        at_BL[:, place] = trace.open_BL[:, place] & self.goes_on_B
+        counts = [int(going and start <= place) for going, start in zip(self.goes_on, self.starts, strict=True)]
+        return Request(Positions(at_BL, counts), None)
 
 
 class _OnePosition(Denoiser):
     """A causal model that predicts one position of each row; with a cache it reads every token once."""
 
-    def __init__(self, model: CausalDenoiser, trace: Trace, cond: dict[str, Tensor], kv_cache: bool) -> None:
+    def __init__(
+        self, model: CausalDenoiser, trace: Trace, first: int, cond: dict[str, Tensor], kv_cache: bool
+    ) -> None:
         self.vocab_size = model.vocab_size
         self._model = model
         self._trace = trace
+        self._first = first
         self._cond = cond
         self._cache = model.new_cache(*trace.ids_BL.shape) if kv_cache else None
         self._read = 0
 
-    def denoise(self, x_BL: Tensor, t_B: None, at_BL: Tensor | None = None, *, row: Tensor) -> Tensor:
-        place = int(at_BL[0].nonzero())
+    def denoise(self, x_BL: Tensor, t_B: None, at: Positions | None = None, *, row: Tensor) -> Tensor:
+        place = self._first + self._trace.num_steps
         if self._cache is None:
             cond = select_rows(self._cond, row)
-            return self._model.denoise(x_BL[:, : place + 1], None, at_BL[:, : place + 1], **cond)
+            at = Positions(at.mask_BL[:, : place + 1], at.counts)
+            return self._model.denoise(x_BL[:, : place + 1], None, at, **cond)
         if place > self._read:
             new_Bn = self._trace.ids_BL[:, self._read : place]
             self._log_p_BV = self._model.next_token(new_Bn, self._cache, **self._cond)
@@ -89,6 +98,6 @@ def sample(
     if bool(((trace.open_BL.cumsum(-1) > 0) & ~trace.open_BL).any()):
         raise ValueError("a causal model cannot fill in before given text: use sampling.prefix, not sampling.template")
     cond.pop("attention_mask", None)  # padding is on the right, where no token attends to it
-    denoiser = _OnePosition(model, trace, cond, kv_cache)
     step = LeftToRight(trace.open_BL, generator, choice, stop_id)
+    denoiser = _OnePosition(model, trace, step.first, cond, kv_cache)
     return run(step, denoiser, trace, {"row": torch.arange(len(x_BL), device=x_BL.device)})

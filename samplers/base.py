@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from palimpsest.common.positions import Positions
 from palimpsest.common.randomness import KeyedNoise
 from palimpsest.common.values import AboveZeroShare, AtLeastOne, NotNegative
 from palimpsest.denoisers import Denoiser, mismatch
@@ -28,14 +30,14 @@ class Request:
     """The predictions that a step needs from the denoiser.
 
     Attributes:
-        at_BL: the positions to predict.
+        at: the positions to predict.
         t_B: the time of each row; None for a causal model.
         s_B: the time to step to, for log p(x_s | x_t); None for log p(x_0 | x_t).
         every_row: also evaluate rows without positions, so that all steps have the same shape.
         erase_BL: tokens that become blank again after the step.
     """
 
-    at_BL: Tensor
+    at: Positions
     t_B: Tensor | None
     s_B: Tensor | None = None
     every_row: bool = False
@@ -52,15 +54,34 @@ class Step(ABC):
     def positions(self, number: int, trace: Trace) -> Request | None:
         """Return the request of step `number`, counted from 1; None ends the sampling."""
 
-    def tokens(self, log_p_NV: Tensor, at_RL: Tensor, rows_R: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Choose tokens from the prediction at the N positions of `at_RL`, in the rows `rows_R` of the batch.
+    def tokens(self, log_p_NV: Tensor, at: Positions) -> tuple[Tensor, Positions]:
+        """Choose tokens from the prediction at the N positions `at`, and say which of these positions they are for.
 
-        By default each is drawn by `self.choice` with the uniform numbers `self.u_BL`.
-
-        Returns:
-            The tokens, (M,), and a mask (N,) of the M positions that they are written to; None for all of them.
+        By default a token is drawn for each by `self.choice` with the uniform numbers `self.u_BL`.
         """
-        return self.choice.draw(log_p_NV, self.u_BL[rows_R][at_RL]), None
+        return self.choice.draw(log_p_NV, at.take(self.u_BL)), at
+
+
+class Planned(Step):
+    """Unmask positions at steps that are known before the first one, so that no step waits for the device.
+
+    Args:
+        number_BL: the step that unmasks each position, counted from 0; negative for a position that stays.
+        time_BS: the time of each step.
+        last: number of steps.
+    """
+
+    every_row = False
+
+    def __init__(self, number_BL: Tensor, u_BL: Tensor, time_BS: Tensor, last: int, choice: TokenChoice) -> None:
+        self.plan = Positions.by_number(number_BL, last)
+        self.u_BL = u_BL
+        self.time_BS = time_BS
+        self.choice = choice
+
+    def positions(self, number: int, trace: Trace) -> Request | None:
+        at = next(self.plan, None)
+        return None if at is None else Request(at, self.time_BS[:, number - 1], every_row=self.every_row)
 
 
 def run(step: Step, denoiser: Denoiser, trace: Trace, cond: dict[str, Tensor]) -> Trace:
@@ -72,27 +93,20 @@ def run(step: Step, denoiser: Denoiser, trace: Trace, cond: dict[str, Tensor]) -
     Args:
         cond: conditioning that is passed to the denoiser, row by row (B, ...).
     """
-    every_R = torch.arange(len(trace.ids_BL), device=trace.ids_BL.device)
     while (request := step.positions(trace.num_steps + 1, trace)) is not None:
-        count_B = request.at_BL.sum(-1)
-        rows_R = every_R if request.every_row else count_B.nonzero().squeeze(-1)
-        for some_R in row_chunks(rows_R, count_B[rows_R], denoiser.vocab_size):
-            at_RL = request.at_BL[some_R]
-            t_R = None if request.t_B is None else request.t_B[some_R]
-            row_cond = select_rows(cond, some_R)
+        for at, rows_R, inside in row_chunks(request.at, denoiser.vocab_size, request.every_row):
+            times = [None if t_B is None else t_B[rows_R] for t_B in (request.t_B, request.s_B)]
+            x_RL, row_cond = trace.ids_BL[rows_R], select_rows(cond, rows_R)
             if request.s_B is None:
-                log_p_NV = denoiser.denoise(trace.ids_BL[some_R], t_R, at_RL, **row_cond)
+                log_p_NV = denoiser.denoise(x_RL, times[0], inside, **row_cond)
             else:
-                log_p_NV = denoiser.reverse(trace.ids_BL[some_R], t_R, request.s_B[some_R], at_RL, **row_cond)
-            ids_M, chosen_N = step.tokens(log_p_NV, at_RL, some_R)
-            if chosen_N is not None:
-                at_RL = torch.zeros_like(at_RL).masked_scatter(at_RL, chosen_N)
-                log_p_NV = log_p_NV[chosen_N]
-            trace.write(at_RL, ids_M, log_p_NV, some_R)
-        trace.evaluations_B[rows_R] += denoiser.evaluations
+                log_p_NV = denoiser.reverse(x_RL, *times, inside, **row_cond)
+            ids_M, now = step.tokens(log_p_NV, at)
+            trace.write(now, ids_M, log_p_NV[at.find(now), ids_M])
+            trace.evaluations_B[rows_R] += denoiser.evaluations
         if request.erase_BL is not None:
             trace.erase(request.erase_BL)
-        trace.end_step(shown=len(rows_R) > 0 or request.erase_BL is not None)
+        trace.end_step(shown=request.every_row or len(request.at) > 0 or request.erase_BL is not None)
     return trace
 
 
@@ -194,17 +208,27 @@ def time_grid(num_steps: int, eps: float, device: torch.device | None = None) ->
 _CHUNK_NUMBERS = 2**25  # maximum of log-probabilities that are held at once
 
 
-def row_chunks(rows_R: Tensor, positions_R: Tensor, vocab_size: int) -> Iterator[Tensor]:
-    """Yield `rows_R` in chunks with few enough positions to project at once, one row at least."""
-    chunk, numbers = [], 0
-    for row, count in zip(rows_R, (positions_R * vocab_size).tolist(), strict=True):
-        if chunk and numbers + count > _CHUNK_NUMBERS:
-            yield torch.stack(chunk)
-            chunk, numbers = [], 0
-        chunk.append(row)
-        numbers += count
-    if chunk:
-        yield torch.stack(chunk)
+def row_chunks(
+    at: Positions, vocab_size: int, every_row: bool = False
+) -> Iterator[tuple[Positions, Tensor, Positions]]:
+    """Yield the positions in parts of whole rows, few enough to project at once; one row at least.
+
+    Each part comes with its rows, (R,), and as positions within these rows, (R, L). Rows without positions are left
+    out, unless `every_row`.
+    """
+    stops, numbers = [], 0
+    for row, count in enumerate(at.counts):
+        if numbers and numbers + count * vocab_size > _CHUNK_NUMBERS:
+            stops.append(row)
+            numbers = 0
+        numbers += count * vocab_size
+    for start, stop in itertools.pairwise([0, *stops, len(at.counts)]):
+        part = at.in_rows(start, stop)
+        if every_row:
+            rows_R = torch.arange(start, stop, device=at.mask_BL.device)
+            yield part, rows_R, Positions(at.mask_BL[start:stop], at.counts[start:stop])
+        elif len(part):
+            yield part, *part.compact()
 
 
 def select_rows(cond: dict[str, Tensor], rows_R: Tensor) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from palimpsest.common.positions import Positions
 from palimpsest.common.randomness import KeyedNoise
 from palimpsest.common.values import AtLeastOne, Count, NotNegative
 from palimpsest.denoisers import BlockDenoiser
@@ -104,7 +105,8 @@ def sample(
     masked_BL = model.process.is_corrupted(x_BL)
     here_BL = cond.pop("attention_mask", torch.ones_like(masked_BL)).bool()
     _check_no_gaps(masked_BL, here_BL, size)
-    trace, end_B = Trace(x_BL, model.process, watch), here_BL.sum(-1)
+    trace, ends = Trace(x_BL, model.process, watch), here_BL.sum(-1).tolist()
+    rows = list(range(len(x_BL)))  # rows that are still being written
     x_BL, rows_R = trace.ids_BL, torch.arange(len(x_BL), device=x_BL.device)
     window = None if context is None else context - size  # number of clean tokens
     cache = model.new_block_cache(len(x_BL), length, window) if kv_cache else None
@@ -118,38 +120,43 @@ def sample(
         row_cond = select_rows(cond, rows_R)
         block_model = model.after(earlier, window, **row_cond)
         noise, row = generator.part(start // size).rows(rows_R), torch.arange(len(rows_R), device=x_BL.device)
-        at_BL, all_Rk = _block_of(masked_BL, rows_R, block)
-        watch_block, here_Rk = trace.part_watcher(at_BL, all_Rk, rows_R), here_BL[rows_R, block]
-        out = inner(block_model, x_BL[rows_R, block], noise, watch=watch_block, row=row, attention_mask=here_Rk)
-        trace.merge_part(out, at_BL, all_Rk, rows_R)
+        at, here = _block_of(masked_BL, rows, rows_R, block)
+        padded = min(ends[row] for row in rows) < block.stop
+        inside = {"attention_mask": here_BL[rows_R, block]} if padded else {}
+        watch_block = trace.part_watcher(at, here, rows_R)
+        out = inner(block_model, x_BL[rows_R, block], noise, watch=watch_block, row=row, **inside)
+        trace.merge_part(out, at, here, rows_R)
         if ending is not None:
-            end_B[rows_R] = _ends(ending, x_BL[rows_R, : block.stop], masked_BL[rows_R], stop_id, end_B[rows_R])
-        continues_R = end_B[rows_R] > block.stop
-        if not bool(continues_R.any()):
+            _shorten(ends, ending, x_BL[:, : block.stop], masked_BL, rows, stop_id)
+        kept = [number for number, row in enumerate(rows) if ends[row] > block.stop]
+        if not kept:
             break
-        rows_R = rows_R[continues_R]
+        if len(kept) < len(rows):
+            rows, rows_R = [rows[number] for number in kept], rows_R[kept]
         if cache is not None:
-            cache.keep(continues_R)
+            cache.keep(kept)
             model.remember(x_BL[rows_R, block], cache, **select_rows(cond, rows_R))
             trace.evaluations_B[rows_R] += 1
-    trace.length_B = None if ending is None else end_B
+    trace.length_B = None if ending is None else torch.tensor(ends, device=x_BL.device)
     return trace
 
 
-def _block_of(like_BL: Tensor, rows_R: Tensor, block: slice) -> tuple[Tensor, Tensor]:
-    """Return True at the block of some rows, (B, L), and a mask of all its tokens, (R, k)."""
+def _block_of(like_BL: Tensor, rows: list[int], rows_R: Tensor, block: slice) -> tuple[Positions, Positions]:
+    """Return the positions of a block of some rows, and those of its tokens in rows of their own, (R, k)."""
     at_BL = torch.zeros_like(like_BL).index_fill(0, rows_R, True)
     at_BL[:, : block.start], at_BL[:, block.stop :] = False, False
-    return at_BL, at_BL[rows_R, block]
+    size = block.stop - block.start
+    at = Positions(at_BL, [size if row in rows else 0 for row in range(len(at_BL))])
+    return at, Positions.everywhere(at_BL[rows_R, block])
 
 
-def _ends(ending: Ending, x_RS: Tensor, masked_RL: Tensor, stop_id: int | None, end_R: Tensor) -> Tensor:
-    """Return the lengths of the rows by the ending rule, at most `end_R`."""
-    ends = []
-    for ids_S, masked_L, end in zip(x_RS, masked_RL, end_R, strict=True):
-        length = ending.length(ids_S, masked_L[: len(ids_S)], stop_id)
-        ends.append(end if length is None else end.clamp(max=length))
-    return torch.stack(ends)
+def _shorten(
+    ends: list[int], ending: Ending, x_BS: Tensor, masked_BL: Tensor, rows: list[int], stop_id: int | None
+) -> None:
+    """Lower the `ends` of rows that end by the rule."""
+    for row in rows:
+        length = ending.length(x_BS[row], masked_BL[row, : x_BS.shape[1]], stop_id)
+        ends[row] = ends[row] if length is None else min(ends[row], length)
 
 
 def _block_size(model: BlockDenoiser, context: int | None) -> int:

@@ -4,7 +4,7 @@ et al., arXiv 2505.24857).
 A heuristic with a distribution of its own: the tokens of one step are drawn independently, and the order depends on the
 prediction. gamma bounds the dependence that a step neglects.
 
-Shape suffixes: L length, N masked positions, V vocabulary, R rows evaluated.
+Shape suffixes: B batch, L length, N masked positions, V vocabulary.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from palimpsest.common.positions import Positions
 from palimpsest.common.randomness import KeyedNoise
 from palimpsest.common.values import NotNegative
 from palimpsest.denoisers import Denoiser
@@ -21,16 +22,16 @@ from palimpsest.samplers.ordered import AtEveryMask, first_positions, preference
 from palimpsest.samplers.trace import Trace
 
 
-def bounded(log_p_NV: Tensor, at_RL: Tensor, gamma: float) -> Tensor:
-    """Return the longest prefix of the positions of `at_RL`, by increasing entropy, that satisfies the bound, (R, L).
+def bounded(log_p_NV: Tensor, at: Positions, gamma: float) -> Tensor:
+    """Return a mask of the longest prefix of `at`, by increasing entropy, that satisfies the bound, (B, L).
 
     The bound: the entropies sum to at most gamma nats, the largest left out. The prefix has at least one position.
     """
-    preference_RL = preference(log_p_NV, at_RL, "entropy")
-    entropy_RL = (-preference_RL).clamp(min=0.0).sort(dim=-1).values
+    preference_BL = preference(log_p_NV, at, "entropy")
+    entropy_BL = (-preference_BL).clamp(min=0.0).sort(dim=-1).values
     # In this order the largest is the last, so the bound is on the sum of those before it.
-    before_RL = torch.cat([torch.zeros_like(entropy_RL[:, :1]), entropy_RL[:, :-1].cumsum(-1)], dim=-1)
-    return first_positions(preference_RL, torch.minimum((before_RL <= gamma).sum(-1), at_RL.sum(-1)))
+    before_BL = torch.cat([torch.zeros_like(entropy_BL[:, :1]), entropy_BL[:, :-1].cumsum(-1)], dim=-1)
+    return first_positions(preference_BL, torch.minimum((before_BL <= gamma).sum(-1), at.mask_BL.sum(-1)))
 
 
 class EntropyBounded(AtEveryMask):
@@ -52,8 +53,8 @@ class EntropyBounded(AtEveryMask):
         super().__init__(model, trace, noise, choice)
         self.gamma = gamma
 
-    def chosen(self, log_p_NV: Tensor, at_RL: Tensor) -> Tensor:
-        return bounded(log_p_NV, at_RL, self.gamma)
+    def chosen(self, log_p_NV: Tensor, at: Positions) -> Tensor:
+        return bounded(log_p_NV, at, self.gamma)
 
 
 sample = sampler_of(EntropyBounded, Absorbing)

@@ -14,7 +14,7 @@ import torch
 from palimpsest.common.randomness import KeyedNoise
 from palimpsest.denoisers import Denoiser
 from palimpsest.process import Absorbing
-from palimpsest.samplers.base import Request, Step, TokenChoice, sampler_of
+from palimpsest.samplers.base import Planned, TokenChoice, sampler_of
 from palimpsest.samplers.trace import Trace
 
 UNFIT = (
@@ -23,7 +23,7 @@ UNFIT = (
 )
 
 
-class FirstHitting(Step):
+class FirstHitting(Planned):
     """Unmask the positions of each row one at a time, at times that are drawn in advance.
 
     Raises:
@@ -42,21 +42,12 @@ class FirstHitting(Step):
             raise ValueError(UNFIT)
         open_BL = trace.open_BL
         start = model.schedule(torch.ones((), dtype=torch.float64, device=open_BL.device)).move_chance
-        self.level_BL = (noise.uniform(open_BL.shape[1]) * start).masked_fill(~open_BL, -1.0)
-        self.u_BL = noise.uniform(open_BL.shape[1])
-        self.count_B = open_BL.sum(-1)
-        self.order_BL = self.level_BL.argsort(dim=-1, descending=True)
-        self.model = model
-        self.choice = choice
-        self.num_steps = int(self.count_B.max())
-
-    def positions(self, number: int, trace: Trace) -> Request | None:
-        if number > self.num_steps:
-            return None
-        place_B1 = self.order_BL[:, number - 1 : number]
-        at_BL = torch.zeros_like(self.level_BL, dtype=torch.bool).scatter(1, place_B1, True)
-        t_B = self.model.schedule.t_from_alpha(1 - self.level_BL.gather(1, place_B1).squeeze(1)).clamp(0.0, 1.0)
-        return Request(at_BL & (self.count_B >= number)[:, None], t_B)
+        level_BL = (noise.uniform(open_BL.shape[1]) * start).masked_fill(~open_BL, -1.0)
+        falling = level_BL.sort(dim=-1, descending=True)
+        number_BL = falling.indices.argsort(dim=-1).masked_fill(~open_BL, -1)
+        time_BL = model.schedule.t_from_alpha(1 - falling.values).clamp(0.0, 1.0)
+        u_BL, steps = noise.uniform(open_BL.shape[1]), int(open_BL.sum(-1).max())
+        super().__init__(number_BL, u_BL, time_BL, steps, choice)
 
 
 sample = sampler_of(FirstHitting, Absorbing, independent=True)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from palimpsest.common.positions import Positions
 from palimpsest.common.randomness import KeyedNoise
 from palimpsest.denoisers import Denoiser, JointDenoiser, LatentGuided
 from palimpsest.process import Absorbing, unmask_step
@@ -60,24 +61,24 @@ def sample(
     """
     grid_S, latent_noise = time_grid(steps, eps, x_BL.device), generator.part(1)
     trace = Trace(x_BL, model.process, watch)
-    write_at_BL = unmask_step(generator.uniform(x_BL.shape[1]), model.schedule(grid_S).alpha)
-    write_at_BL = write_at_BL.masked_fill(~trace.masked_BL, -1)
+    number_BL = unmask_step(generator.uniform(x_BL.shape[1]), model.schedule(grid_S).alpha)
+    *plan, rest = Positions.by_number(number_BL.masked_fill(~trace.open_BL, -1), steps + 1)
     u_BL = generator.uniform(x_BL.shape[1])
     latent_BKD = latent_noise.normal(*model.latent_shape)  # x_1, float64
     ends_S = torch.cat([grid_S[1:-1], grid_S.new_zeros(1)])
-    for number in range(steps):
-        now_BL = write_at_BL == number
+    for number, now in enumerate(plan):
         t_B, s_B = grid_S[number].expand(len(x_BL)), ends_S[number].expand(len(x_BL))
-        log_p_NV, prediction = model.denoise_both(trace.ids_BL, t_B, now_BL, latent_BKD, t_B, **cond)
-        trace.write(now_BL, choice.draw(log_p_NV, u_BL[now_BL]), log_p_NV)
+        log_p_NV, prediction = model.denoise_both(trace.ids_BL, t_B, now, latent_BKD, t_B, **cond)
+        ids_N = choice.draw(log_p_NV, now.take(u_BL))
+        trace.write(now, ids_N, log_p_NV.gather(1, ids_N[:, None])[:, 0])
         trace.evaluations_B += 1
         trace.end_step()
         latent_BKD = step(prediction, latent_BKD, t_B, s_B, eta, latent_noise)
-    left_BL = trace.masked_BL & noise_removal
-    if left_BL.any():
+    if noise_removal and len(rest):
         latent = {"latent": latent_BKD, "latent_t": torch.zeros_like(latent_BKD[:, 0, 0])}
-        log_p_NV = model.denoise(trace.ids_BL, grid_S[-1].expand(len(x_BL)), left_BL, **cond, **latent)
-        trace.write(left_BL, log_p_NV.argmax(-1), log_p_NV)
-        trace.evaluations_B += left_BL.any(-1)
+        log_p_NV = model.denoise(trace.ids_BL, grid_S[-1].expand(len(x_BL)), rest, **cond, **latent)
+        log_p_N, ids_N = log_p_NV.max(-1)
+        trace.write(rest, ids_N, log_p_N)
+        trace.evaluations_B += rest.mask_BL.any(-1)
         trace.end_step()
     return JointGeneration(trace, latent_BKD.float())

@@ -3,7 +3,7 @@
 It has its own distribution, not that of the diffusion model; estimators/ordered.py computes its exact likelihood (DUEL,
 Turok et al., arXiv 2603.01367).
 
-Shape suffixes: B batch, L length, N masked positions, V vocabulary, R rows evaluated.
+Shape suffixes: B batch, L length, N masked positions, V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,24 +14,25 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from palimpsest.common.positions import Positions
 from palimpsest.common.randomness import KeyedNoise
 from palimpsest.common.values import AtLeastOne
 from palimpsest.denoisers import Denoiser
-from palimpsest.process import Absorbing, scatter_positions
+from palimpsest.process import Absorbing
 from palimpsest.samplers.base import Request, Step, TokenChoice, sampler_of
 from palimpsest.samplers.trace import Trace
 
 ORDERS = ("left_to_right", "confidence", "margin", "entropy")
 
 
-def preference(log_p_NV: Tensor, at_BL: Tensor, order: str) -> Tensor:
-    """Return the preference for unmasking each position of `at_BL` next, float64 (B, L), -inf elsewhere.
+def preference(log_p_NV: Tensor, at: Positions, order: str) -> Tensor:
+    """Return the preference for unmasking each position of `at` next, float64 (B, L), -inf elsewhere.
 
     It depends on the prediction only, never on the token that is written. confidence: the largest probability. margin:
     its distance to the second (Kim et al., arXiv 2502.06768). entropy: minus the entropy.
     """
     if order == "left_to_right":
-        return torch.where(at_BL, -torch.arange(at_BL.shape[1], device=at_BL.device).double(), -torch.inf)
+        return leftmost(at.mask_BL)
     p_NV = log_p_NV.double().exp()
     if order == "confidence":
         value_N = p_NV.max(-1).values
@@ -40,7 +41,12 @@ def preference(log_p_NV: Tensor, at_BL: Tensor, order: str) -> Tensor:
         value_N = first_N - second_N
     else:
         value_N = (p_NV * log_p_NV.double().masked_fill(p_NV == 0, 0.0)).sum(-1)
-    return scatter_positions(value_N, at_BL, -torch.inf)
+    return at.spread(value_N, -torch.inf)
+
+
+def leftmost(at_BL: Tensor) -> Tensor:
+    """Return the preference for True positions further left."""
+    return torch.where(at_BL, -torch.arange(at_BL.shape[1], device=at_BL.device).double(), -torch.inf)
 
 
 def first_positions(preference_BL: Tensor, count_B: Tensor) -> Tensor:
@@ -54,24 +60,23 @@ class AtEveryMask(Step):
 
     def __init__(self, model: Denoiser, trace: Trace, noise: KeyedNoise, choice: TokenChoice) -> None:
         self.u_BL = noise.uniform(trace.ids_BL.shape[1])
-        self.maskable_B = trace.open_BL.sum(-1)
+        self.masked, self.maskable_B = Positions(trace.open_BL), trace.open_BL.sum(-1)
         self.model = model
         self.choice = choice
 
     @abstractmethod
-    def chosen(self, log_p_NV: Tensor, at_RL: Tensor) -> Tensor:
-        """Return the positions of `at_RL` to unmask, (R, L), at least one in each row with masks."""
+    def chosen(self, log_p_NV: Tensor, at: Positions) -> Tensor:
+        """Return a mask of the positions to unmask, (B, L), at least one in each row of `at`."""
 
     def positions(self, number: int, trace: Trace) -> Request | None:
-        masked_BL = trace.masked_BL
-        if not bool(masked_BL.any()):
+        if not len(self.masked):
             return None
-        return Request(masked_BL, time_of(self.model, masked_BL.sum(-1), self.maskable_B))
+        return Request(self.masked, time_of(self.model, self.masked.mask_BL.sum(-1), self.maskable_B))
 
-    def tokens(self, log_p_NV: Tensor, at_RL: Tensor, rows_R: Tensor) -> tuple[Tensor, Tensor]:
-        now_RL = self.chosen(log_p_NV, at_RL)
-        now_N = now_RL[at_RL]
-        return self.choice.draw(log_p_NV[now_N], self.u_BL[rows_R][now_RL]), now_N
+    def tokens(self, log_p_NV: Tensor, at: Positions) -> tuple[Tensor, Positions]:
+        now = Positions(self.chosen(log_p_NV, at))
+        self.masked = self.masked.without(now)
+        return self.choice.draw(log_p_NV[at.find(now)], now.take(self.u_BL)), now
 
 
 class Ordered(AtEveryMask):
@@ -91,9 +96,9 @@ class Ordered(AtEveryMask):
         self.order = order
         self.tokens_per_step = tokens_per_step
 
-    def chosen(self, log_p_NV: Tensor, at_RL: Tensor) -> Tensor:
-        count_R = at_RL.sum(-1).clamp(max=self.tokens_per_step)
-        return first_positions(preference(log_p_NV, at_RL, self.order), count_R)
+    def chosen(self, log_p_NV: Tensor, at: Positions) -> Tensor:
+        count_B = at.mask_BL.sum(-1).clamp(max=self.tokens_per_step)
+        return first_positions(preference(log_p_NV, at, self.order), count_B)
 
 
 sample = sampler_of(Ordered, Absorbing)

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from palimpsest.common.positions import Positions
 from palimpsest.common.randomness import KeyedNoise
 from palimpsest.denoisers import Denoiser
-from palimpsest.process import scatter_positions
 from palimpsest.samplers.base import row_chunks, select_rows
 from palimpsest.samplers.ordered import first_positions
 
@@ -80,27 +80,25 @@ def _masked_scores(
     """Return the sum of `score` over `_PAIRS` pairs of complementary masks, float64 (B, L)."""
     score_BL = torch.zeros(x_BL.shape, dtype=torch.float64, device=x_BL.device)
     half = model.schedule.t_from_alpha(torch.tensor(0.5, dtype=torch.float64, device=x_BL.device))
-    every_R = torch.arange(len(x_BL), device=x_BL.device)
     for _ in range(_PAIRS):
         first_BL = generator.uniform(x_BL.shape[1]) < 0.5
-        for at_BL in (first_BL & eligible_BL, ~first_BL & eligible_BL):
-            for rows_R in row_chunks(every_R, at_BL.sum(-1), model.vocab_size):
-                at_RL, t_R = at_BL[rows_R], half.expand(len(rows_R))
-                score_N = score(model, x_BL[rows_R], t_R, at_RL, **select_rows(cond, rows_R))
-                score_BL[rows_R] += scatter_positions(score_N, at_RL)
+        for pair in Positions.of_each(first_BL & eligible_BL, ~first_BL & eligible_BL):
+            for at, rows_R, inside in row_chunks(pair, model.vocab_size):
+                t_R, row_cond = half.expand(len(rows_R)), select_rows(cond, rows_R)
+                score_BL += at.spread(score(model, x_BL[rows_R], t_R, inside, **row_cond))
     return score_BL
 
 
-def _entropy(model: Denoiser, x_RL: Tensor, t_R: Tensor, at_RL: Tensor, **cond: Tensor) -> Tensor:
-    """Return the entropy of the predictions at the N positions of `at_RL`, (N,)."""
-    log_p_NV = model.denoise(model.process.mask(x_RL, at_RL), t_R, at_RL, **cond).double()
+def _entropy(model: Denoiser, x_RL: Tensor, t_R: Tensor, at: Positions, **cond: Tensor) -> Tensor:
+    """Return the entropy of the predictions at the N positions `at`, (N,)."""
+    log_p_NV = model.denoise(model.process.mask(x_RL, at.mask_BL), t_R, at, **cond).double()
     return -(log_p_NV.exp() * log_p_NV.masked_fill(log_p_NV.isneginf(), 0.0)).sum(-1)
 
 
 def _contrast(
-    model: Denoiser, x_RL: Tensor, t_R: Tensor, at_RL: Tensor, source: Tensor, target: Tensor, **cond: Tensor
+    model: Denoiser, x_RL: Tensor, t_R: Tensor, at: Positions, source: Tensor, target: Tensor, **cond: Tensor
 ) -> Tensor:
     """Return the log-ratio of the tokens' probabilities given `source` and given `target`, (N,)."""
-    masked_RL, token_N1 = model.process.mask(x_RL, at_RL), x_RL[at_RL][:, None]
-    old_NV, new_NV = (model.denoise(masked_RL, t_R, at_RL, latent=z, **cond).double() for z in (source, target))
+    masked_RL, token_N1 = model.process.mask(x_RL, at.mask_BL), at.take(x_RL)[:, None]
+    old_NV, new_NV = (model.denoise(masked_RL, t_R, at, latent=z, **cond).double() for z in (source, target))
     return (old_NV.gather(1, token_N1) - new_NV.gather(1, token_N1))[:, 0]

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from palimpsest.common.positions import Positions
 from palimpsest.common.randomness import KeyedNoise
 from palimpsest.denoisers import BlockDenoiser
 from palimpsest.process import Absorbing
@@ -50,31 +51,29 @@ def sample(
     earlier: object = model.new_segment_cache(len(x_BL)) if kv_cache else []
     last = segment_ends.shape[1]
     for segment in range(last + 1):
-        at_BL = segment_BL == segment
-        tokens_BW, here_BW = _left_aligned(trace.ids_BL, at_BL, filler=int(model.process.mask_id == 0))
-        if bool((model.process.is_corrupted(tokens_BW)).any()):
+        at = Positions(segment_BL == segment)
+        tokens_BW, here = _left_aligned(trace.ids_BL, at, filler=int(model.process.mask_id == 0))
+        if bool(model.process.is_corrupted(tokens_BW).any()):
             segment_model, noise = model.after(earlier, **cond), generator.part(segment)
-            watch_part = trace.part_watcher(at_BL, here_BW)
-            out = inner(segment_model, tokens_BW, noise, watch=watch_part, row=rows_B, attention_mask=here_BW)
-            trace.merge_part(out, at_BL, here_BW)
+            watch_part = trace.part_watcher(at, here)
+            out = inner(segment_model, tokens_BW, noise, watch=watch_part, row=rows_B, attention_mask=here.mask_BL)
+            trace.merge_part(out, at, here)
             tokens_BW = out.ids_BL
         if segment == last:
             break
         if kv_cache:
-            model.remember_segment(tokens_BW, here_BW, earlier, **cond)
+            model.remember_segment(tokens_BW, here.mask_BL, earlier, **cond)
             trace.evaluations_B += 1
         else:
-            earlier = [*earlier, (tokens_BW, here_BW)]
+            earlier = [*earlier, (tokens_BW, here.mask_BL)]
     return trace
 
 
-def _left_aligned(x_BL: Tensor, at_BL: Tensor, filler: int) -> tuple[Tensor, Tensor]:
-    """Return the tokens of one segment as left-aligned rows, and a mask of these tokens, (B, W) each."""
-    count_B = at_BL.sum(-1)
-    here_BW = torch.arange(int(count_B.max()), device=x_BL.device) < count_B[:, None]
-    tokens_BW = torch.full(here_BW.shape, filler, dtype=x_BL.dtype, device=x_BL.device)
-    tokens_BW[here_BW] = x_BL[at_BL]
-    return tokens_BW, here_BW
+def _left_aligned(x_BL: Tensor, at: Positions, filler: int) -> tuple[Tensor, Positions]:
+    """Return the tokens of one segment as left-aligned rows, (B, W), and their positions in these rows."""
+    here_BW = torch.arange(max(at.counts), device=x_BL.device) < at.mask_BL.sum(-1, keepdim=True)
+    here = Positions(here_BW, at.counts)
+    return here.spread(at.take(x_BL), filler), here
 
 
 def _check_no_gaps(masked_BL: Tensor, segment_BL: Tensor) -> None:

@@ -14,6 +14,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
+from palimpsest.common.positions import Positions
 from palimpsest.common.randomness import KeyedNoise
 from palimpsest.common.values import COUNT, AtLeastOne, whole
 from palimpsest.denoisers import Denoiser
@@ -64,6 +65,7 @@ def sample(
         new = length if start == 0 else stride_length  # number of tokens to write, at the end of the window
         at_BW, here_BL = torch.zeros_like(trace.masked_BL), torch.zeros_like(x_BL, dtype=torch.bool)
         at_BW[:, start + length - new : start + length], here_BL[:, length - new :] = True, True
-        out = inner(model, window_BL, generator, watch=trace.part_watcher(at_BW, here_BL), **cond)
-        trace.merge_part(out, at_BW, here_BL)
+        at, here = (Positions(part, [new] * len(x_BL)) for part in (at_BW, here_BL))
+        out = inner(model, window_BL, generator, watch=trace.part_watcher(at, here), **cond)
+        trace.merge_part(out, at, here)
     return trace

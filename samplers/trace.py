@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from palimpsest.common.positions import Positions
 from palimpsest.process import Process
 
 
@@ -46,22 +47,20 @@ class Trace:
         """True at blank positions."""
         return self.ids_BL == self._blank_id
 
-    def write(self, at_RL: Tensor, ids_N: Tensor, log_p_NV: Tensor, rows_R: Tensor | None = None) -> None:
-        """Write `ids_N` to the N positions of `at_RL`, in the rows `rows_R` (None: all), as step `num_steps` + 1.
+    def write(self, at: Positions, ids_N: Tensor, log_p_N: Tensor) -> None:
+        """Write `ids_N` to the N positions `at` as step `num_steps` + 1.
 
-        log_p_NV: the model's prediction there, before temperature and truncation.
+        log_p_N: the model's log-probabilities of these tokens, before temperature and truncation.
         """
-        row_N, place_N = at_RL.nonzero(as_tuple=True)
-        where = (row_N if rows_R is None else rows_R[row_N]), place_N
-        self.ids_BL[where] = ids_N
-        self.step_BL[where] = self.num_steps + 1
-        self.confidence_BL[where] = log_p_NV.gather(-1, ids_N[:, None]).squeeze(-1).exp().float()
+        at.write(self.ids_BL, ids_N)
+        at.write(self.step_BL, self.num_steps + 1)
+        at.write(self.confidence_BL, log_p_N.exp().float())
 
     def erase(self, at_BL: Tensor) -> None:
-        """Make the positions of `at_BL` blanks again."""
-        self.ids_BL[at_BL] = self._blank_id
-        self.step_BL[at_BL] = 0
-        self.confidence_BL[at_BL] = 0.0
+        """Make the True positions of `at_BL` blanks again."""
+        self.ids_BL.masked_fill_(at_BL, self._blank_id)
+        self.step_BL.masked_fill_(at_BL, 0)
+        self.confidence_BL.masked_fill_(at_BL, 0.0)
 
     def end_step(self, shown: bool = True) -> None:
         """Count a step and, if `shown`, call the watcher."""
@@ -69,20 +68,20 @@ class Trace:
         if shown and self._watch is not None:
             self._watch(self)
 
-    def part_watcher(self, at_BL: Tensor, here_RW: Tensor, rows_R: Tensor | None = None) -> Watcher | None:
+    def part_watcher(self, at: Positions, here: Positions, rows_R: Tensor | None = None) -> Watcher | None:
         """Return a watcher for a sampler that writes a part of these texts.
 
         Args:
-            at_BL: the positions of the part in this trace, in the order of the True positions of `here_RW`.
-            here_RW: the positions of the part in the other sampler's trace.
+            at: the positions of the part in this trace, in the order of `here`.
+            here: the positions of the part in the other sampler's trace.
             rows_R: the rows of the part; None for all.
         """
         if self._watch is None:
             return None
 
         def show(part: Trace) -> None:
-            self.ids_BL[at_BL] = part.ids_BL[here_RW]
-            self.confidence_BL[at_BL] = part.confidence_BL[here_RW]
+            at.write(self.ids_BL, here.take(part.ids_BL))
+            at.write(self.confidence_BL, here.take(part.confidence_BL))
             shown = copy.copy(self)
             shown.num_steps = self.num_steps + part.num_steps
             shown.evaluations_B = self.evaluations_B.clone()
@@ -91,12 +90,12 @@ class Trace:
 
         return show
 
-    def merge_part(self, part: Trace, at_BL: Tensor, here_RW: Tensor, rows_R: Tensor | None = None) -> None:
+    def merge_part(self, part: Trace, at: Positions, here: Positions, rows_R: Tensor | None = None) -> None:
         """Copy the tokens, steps and evaluations of a finished part, such as a block (arguments: `part_watcher`)."""
-        step_N, written_N = part.step_BL[here_RW], part.step_BL[here_RW] > 0
-        self.ids_BL[at_BL] = part.ids_BL[here_RW]
-        self.step_BL[at_BL] = torch.where(written_N, step_N + self.num_steps, self.step_BL[at_BL])
-        self.confidence_BL[at_BL] = torch.where(written_N, part.confidence_BL[here_RW], self.confidence_BL[at_BL])
+        step_N, confidence_N = here.take(part.step_BL), here.take(part.confidence_BL)
+        at.write(self.ids_BL, here.take(part.ids_BL))
+        at.write(self.step_BL, torch.where(step_N > 0, step_N + self.num_steps, at.take(self.step_BL)))
+        at.write(self.confidence_BL, torch.where(step_N > 0, confidence_N, at.take(self.confidence_BL)))
         self.evaluations_B[slice(None) if rows_R is None else rows_R] += part.evaluations_B
         self.num_steps += part.num_steps
 

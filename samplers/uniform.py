@@ -6,7 +6,7 @@ the number of steps grows far beyond the number of tokens.
 A corrector redraws some tokens, each given all others at the same time. This is Gibbs sampling by the leave-one-out
 posterior (arXiv 2605.22765).
 
-Shape suffixes: B batch, L length, R rows evaluated, N positions drawn, V vocabulary.
+Shape suffixes: B batch, L length, N positions drawn, V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
+from palimpsest.common.positions import Positions
 from palimpsest.common.randomness import KeyedNoise
 from palimpsest.common.values import COUNT, AtLeastOne, Count, whole
 from palimpsest.denoisers import Denoiser
-from palimpsest.process import Hybrid, Uniform, scatter_positions
+from palimpsest.process import Hybrid, Uniform
 from palimpsest.samplers.base import Request, Step, TokenChoice, sampler_of, time_grid
 from palimpsest.samplers.ordered import first_positions
 from palimpsest.samplers.trace import Trace
@@ -66,6 +67,7 @@ class Resample(Step):
         self.plan += [("tail", steps)] * noise_removal
         self.last_draw = len(self.plan)
         self.plan += [("self-correct", steps)] * self_correction_steps
+        self.open = Positions(trace.open_BL)
         self.wrong_B = trace.open_BL.any(-1)  # rows in which self-correction may still change a token
         trace.ids_BL = model.process.prior(trace.ids_BL, noise, trace.open_BL)
 
@@ -77,54 +79,55 @@ class Resample(Step):
         self.u_BL = self.noise.uniform(length)
         self.action, place = self.plan[number - 1]
         self.alpha = self.model.schedule(self.grid[place]).alpha
-        at_BL = trace.open_BL
+        at = self.open
         if self.action == "predict":
-            return Request(at_BL, self.grid[place].expand(batch), self.grid[place + 1].expand(batch))
+            return Request(at, self.grid[place].expand(batch), self.grid[place + 1].expand(batch))
         if self.action == "correct" and self.corrector == "random":
-            score_BL = self.noise.uniform(length).masked_fill(~at_BL, -torch.inf)
-            at_BL = first_positions(score_BL, at_BL.sum(-1).clamp(max=self.corrector_tokens))
+            score_BL = self.noise.uniform(length).masked_fill(~at.mask_BL, -torch.inf)
+            count_B = at.mask_BL.sum(-1).clamp(max=self.corrector_tokens)
+            counts = [min(count, self.corrector_tokens) for count in at.counts]
+            at = Positions(first_positions(score_BL, count_B), counts)
         if self.action == "self-correct":
-            at_BL = at_BL & self.wrong_B[:, None]
-            if not bool(at_BL.any()):
+            at = Positions(at.mask_BL & self.wrong_B[:, None])
+            if not len(at):
                 return None
-        return Request(at_BL, self.grid[place].expand(batch))
+        return Request(at, self.grid[place].expand(batch))
 
-    def tokens(self, log_p_NV: Tensor, at_RL: Tensor, rows_R: Tensor) -> tuple[Tensor, Tensor]:
-        current_N = self.trace.ids_BL[rows_R][at_RL]
-        u_N = self.u_BL[rows_R][at_RL]
+    def tokens(self, log_p_NV: Tensor, at: Positions) -> tuple[Tensor, Positions]:
+        current_N, u_N = at.take(self.trace.ids_BL), at.take(self.u_BL)
         if self.action == "predict":
             drawn_N = self.choice.draw(log_p_NV, u_N)
         elif self.action == "correct":
-            drawn_N = self._corrected(log_p_NV, current_N, u_N, at_RL)
+            drawn_N = self._corrected(log_p_NV, current_N, u_N, at)
         elif self.action == "tail":
             drawn_N = log_p_NV.argmax(-1)
         else:
-            drawn_N = self._self_corrected(log_p_NV, current_N, at_RL, rows_R)
+            drawn_N = self._self_corrected(log_p_NV, current_N, at)
         new_N = drawn_N != current_N
         if self.number == self.last_draw:  # a token may still be the noise that it started as
-            new_N |= self.trace.step_BL[rows_R][at_RL] == 0
-        return drawn_N[new_N], new_N
+            new_N |= at.take(self.trace.step_BL) == 0
+        new = Positions(at.spread(new_N))
+        return drawn_N[at.find(new)], new
 
-    def _corrected(self, log_p_NV: Tensor, current_N: Tensor, u_N: Tensor, at_RL: Tensor) -> Tensor:
+    def _corrected(self, log_p_NV: Tensor, current_N: Tensor, u_N: Tensor, at: Positions) -> Tensor:
         """Return the tokens after the corrector redraws those it chooses, each given all others."""
         log_q_NV = self.model.process.conditional(current_N, log_p_NV, self.alpha.expand(len(current_N)))
         drawn_N = self.choice.draw(log_q_NV, u_N)
         if self.corrector == "random":
             return drawn_N
         surprise_N = -log_q_NV.gather(1, current_N[:, None]).squeeze(1)
-        chosen_RL = first_positions(
-            scatter_positions(surprise_N, at_RL, -torch.inf), at_RL.sum(-1).clamp(max=self.corrector_tokens)
-        )
-        return torch.where(chosen_RL[at_RL], drawn_N, current_N)
+        count_B = at.mask_BL.sum(-1).clamp(max=self.corrector_tokens)
+        chosen_BL = first_positions(at.spread(surprise_N, -torch.inf), count_B)
+        return torch.where(at.take(chosen_BL), drawn_N, current_N)
 
-    def _self_corrected(self, log_p_NV: Tensor, current_N: Tensor, at_RL: Tensor, rows_R: Tensor) -> Tensor:
+    def _self_corrected(self, log_p_NV: Tensor, current_N: Tensor, at: Positions) -> Tensor:
         """Return the tokens with one replaced per row: the one whose context most strongly predicts another token."""
         log_others_NV = self.model.process.without_own_token(current_N, log_p_NV, self.alpha.expand(len(current_N)))
         log_best_N, best_N = log_others_NV.max(-1)
-        score_RL = scatter_positions(log_best_N.masked_fill(best_N == current_N, -torch.inf), at_RL, -torch.inf)
-        self.wrong_B[rows_R] = ~score_RL.isneginf().all(-1)
-        chosen_RL = first_positions(score_RL, self.wrong_B[rows_R].long())
-        return torch.where(chosen_RL[at_RL], best_N, current_N)
+        score_BL = at.spread(log_best_N.masked_fill(best_N == current_N, -torch.inf), -torch.inf)
+        found_B = ~score_BL.isneginf().all(-1)
+        self.wrong_B = torch.where(at.mask_BL.any(-1), found_B, self.wrong_B)
+        return torch.where(at.take(first_positions(score_BL, found_B.long())), best_N, current_N)
 
 
 sample = sampler_of(Resample, Uniform, Hybrid)

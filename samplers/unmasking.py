@@ -9,7 +9,7 @@
 - everything else (an order by the prediction, a threshold, low-confidence remasking, any choice of tokens but the
   default) is a heuristic with its own, less diverse distribution, often with better texts for few evaluations.
 
-Shape suffixes: B batch, L length, R rows evaluated, N positions predicted, V vocabulary.
+Shape suffixes: B batch, L length, N positions predicted, V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from palimpsest.common.positions import Positions
 from palimpsest.common.randomness import KeyedNoise
 from palimpsest.common.values import AboveZeroShare, Count, Share
 from palimpsest.denoisers import Denoiser
-from palimpsest.process import Absorbing, scatter_positions
+from palimpsest.process import Absorbing
 from palimpsest.samplers import ordered
 from palimpsest.samplers.base import Request, Step, TokenChoice, sampler_of
-from palimpsest.samplers.ordered import first_positions, preference, time_of
+from palimpsest.samplers.ordered import first_positions, leftmost, preference, time_of
 from palimpsest.samplers.trace import Trace
 
 SCHEDULES = ("linear", "cosine", "exponential")
@@ -87,23 +88,24 @@ class Unmasking:
         fixed_order = self.order in ("random", "left_to_right")
         return fixed_order and self.threshold is None and self.remask != "low_confidence"
 
-    def in_order(self, masked_RL: Tensor, u_RL: Tensor, count_R: Tensor) -> Tensor:
-        """Return the `count_R` positions of each row that come first in an order without prediction, (R, L)."""
-        random_RL = torch.where(masked_RL, -u_RL, -torch.inf)
-        return first_positions(
-            random_RL if self.order == "random" else preference(u_RL, masked_RL, self.order), count_R
-        )
+    def in_order(self, masked_BL: Tensor, u_BL: Tensor, count_B: Tensor) -> Tensor:
+        """Return a mask of the `count_B` positions of each row that come first in an order without prediction."""
+        random_BL = torch.where(masked_BL, -u_BL, -torch.inf)
+        return first_positions(random_BL if self.order == "random" else leftmost(masked_BL), count_B)
 
-    def chosen(self, log_p_NV: Tensor, drawn_N: Tensor | None, masked_RL: Tensor, count_R: Tensor) -> Tensor:
-        """Return `count_R` positions of each row, or more by the threshold, (R, L); `drawn_N` are the drawn tokens."""
+    def chosen(self, log_p_NV: Tensor, drawn_N: Tensor | None, at: Positions, count_B: Tensor) -> Tensor:
+        """Return a mask of `count_B` positions of each row of `at`, or more by the threshold, (B, L).
+
+        `drawn_N` are the drawn tokens, if they decide.
+        """
         if drawn_N is not None:
             p_N = log_p_NV.gather(-1, drawn_N[:, None]).squeeze(-1).double().exp()
-            score_RL = scatter_positions(p_N, masked_RL, -torch.inf)
+            score_BL = at.spread(p_N, -torch.inf)
         else:
-            score_RL = preference(log_p_NV, masked_RL, self.order if self.threshold is None else "confidence")
+            score_BL = preference(log_p_NV, at, self.order if self.threshold is None else "confidence")
         if self.threshold is not None:
-            count_R = torch.maximum(count_R, (score_RL > self.threshold).sum(-1))
-        return first_positions(score_RL, count_R)
+            count_B = torch.maximum(count_B, (score_BL > self.threshold).sum(-1))
+        return first_positions(score_BL, count_B) & at.mask_BL
 
 
 def masked_share(schedule: str, done: float | Tensor, count_B: Tensor) -> Tensor:
@@ -176,12 +178,12 @@ class Unmask(Step):
         self.how = how
         self.choice = choice
         self.noise = _step_noise(noise)
-        self.maskable_B = trace.open_BL.sum(-1)
+        self.masked, self.maskable_B = Positions(trace.open_BL), trace.open_BL.sum(-1)
         self.steps = steps
 
     def positions(self, number: int, trace: Trace) -> Request | None:
         how, masked_BL = self.how, trace.masked_BL
-        if number > self.steps or not bool((self.maskable_B if how.remask == "remdm" else masked_BL).any()):
+        if number > self.steps or not len(self.masked):
             return None
         u_BL, self.token_u_BL = self.noise.uniform(masked_BL.shape[1]), self.noise.uniform(masked_BL.shape[1])
         remasked_BL = None
@@ -194,17 +196,23 @@ class Unmask(Step):
         else:
             t_B = time_of(self.model, masked_BL.sum(-1), self.maskable_B)
             self.count_B = _num_to_unmask(how, number, self.steps, masked_BL.sum(-1), self.maskable_B)
+        at = self.masked
         if how.ignores_prediction:
-            return Request(how.in_order(masked_BL, u_BL, self.count_B), t_B, erase_BL=remasked_BL)
-        return Request(masked_BL & (self.count_B > 0)[:, None], t_B, erase_BL=remasked_BL)
+            at = Positions(how.in_order(masked_BL, u_BL, self.count_B))
+        elif how.remask == "remdm":
+            at = Positions(masked_BL & (self.count_B > 0)[:, None])
+        return Request(at, t_B, erase_BL=remasked_BL)
 
-    def tokens(self, log_p_NV: Tensor, at_RL: Tensor, rows_R: Tensor) -> tuple[Tensor, Tensor | None]:
-        u_N = self.token_u_BL[rows_R][at_RL]
-        if self.how.ignores_prediction:
-            return self.choice.draw(log_p_NV, u_N), None
-        drawn_N = self.choice.draw(log_p_NV, u_N) if self.how.remask == "low_confidence" else None
-        now_N = self.how.chosen(log_p_NV, drawn_N, at_RL, self.count_B[rows_R])[at_RL]
-        return self.choice.draw(log_p_NV[now_N], u_N[now_N]) if drawn_N is None else drawn_N[now_N], now_N
+    def tokens(self, log_p_NV: Tensor, at: Positions) -> tuple[Tensor, Positions]:
+        u_N, drawn_N, now = at.take(self.token_u_BL), None, at
+        if self.how.ignores_prediction or self.how.remask == "low_confidence":
+            drawn_N = self.choice.draw(log_p_NV, u_N)
+        if not self.how.ignores_prediction:
+            now = Positions(self.how.chosen(log_p_NV, drawn_N, at, self.count_B))
+        if self.how.remask != "remdm":  # which may mask every position again
+            self.masked = self.masked.without(now)
+        here_M = at.find(now)
+        return self.choice.draw(log_p_NV[here_M], u_N[here_M]) if drawn_N is None else drawn_N[here_M], now
 
 
 def _num_to_unmask(how: Unmasking, step: int, steps: int, left_B: Tensor, maskable_B: Tensor) -> Tensor:
