@@ -14,12 +14,16 @@ from palimpsest.estimators.ordered import Ordered
 from palimpsest.noise_schedule import Clipped, Cosine, CosineSquared, Linear, LogLinear
 from palimpsest.objectives.base import Model
 from palimpsest.objectives.d3pm import D3PM
+from palimpsest.objectives.gidd import GIDD
 from palimpsest.objectives.mask_sampling import Bernoulli, Complementary, ExactCount, TiltedCount
 from palimpsest.objectives.sedd import SEDD
 from palimpsest.objectives.subs import Subs
-from palimpsest.process import Absorbing
+from palimpsest.objectives.udlm import UDLM
+from palimpsest.process import Absorbing, Hybrid, Uniform
 from palimpsest.samplers.ordered import ORDERS
-from tests.helpers.laws import any_order_law, batch_of, exact_bound, ordered_law, texts
+from palimpsest.settings.command_line import compose_config
+from palimpsest.settings.instantiation import instantiate
+from tests.helpers.laws import any_order_law, batch_of, exact_bound, exact_bound_of_any_noise, ordered_law, texts
 
 VOCAB, MASK = 4, 3
 X0 = torch.tensor([[0, 2, 1, 1]])
@@ -234,6 +238,28 @@ def test_padding_does_not_change_a_likelihood(random_dit):
         padded, short = batch_of(x0, padding=2), batch_of(x0[:, :4])
         a, b = (estimator(model, rows, 0, 4).nll_BK for rows in (padded, short))
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["auto", "stratified", "uniform", "importance"])
+@pytest.mark.parametrize("law", [UDLM, GIDD])
+def test_every_estimator_of_noise_without_masks_is_unbiased(random_dit, law, name):
+    """Every one that these objectives accept, against all noised texts and a quadrature over t."""
+    net = random_dit(4, time_conditioning=True)
+    process = Uniform(4) if law is UDLM else Hybrid(MASK, 4, 0.3)
+    objective, x0 = law(LogLinear(), process), torch.tensor([[0, 2, 1]])
+    importance = Nelbo(Bernoulli(importance_sampling=True))
+    estimator = (
+        importance if name == "importance" else instantiate(compose_config([f"eval.estimator={name}"]).estimator)
+    )
+    estimator.check(objective)
+    rows, draws = 4_000, 4
+    batch = {"input_ids": x0.expand(rows, -1), "sample_id": torch.arange(rows)}
+    with torch.no_grad():
+        nll_B = estimator(Model(objective, net), batch, 5, draws).nll_BK.mean(1)
+    assert (nll_B.std() > 0) and estimator.passes(Model(objective, net)) == 1
+    # Rows of one stratum of t differ by the noise alone, so the error is at most that of independent rows.
+    error = float(nll_B.std()) / math.sqrt(rows)
+    assert float(nll_B.mean()) == pytest.approx(exact_bound_of_any_noise(objective.bound(None), net, x0), abs=4 * error)
 
 
 def test_draws_must_fit_the_estimator(random_dit):
