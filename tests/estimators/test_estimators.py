@@ -49,6 +49,7 @@ MASK_SAMPLERS = {
     "uniform": Bernoulli(antithetic_sampling=False),
     "stratified": Bernoulli(),
     "importance": Bernoulli(importance_sampling=True),
+    "bell": Bernoulli(time_density="bell_corrected"),
     "exact_count": ExactCount(),
     "tilted_count": TiltedCount(),
     "complementary": Complementary(),
