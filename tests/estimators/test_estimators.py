@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from palimpsest.common.randomness import evaluation_noise
 from palimpsest.estimators.any_order import AnyOrder
@@ -91,6 +93,37 @@ def test_discrete_time_losses_are_unbiased(random_dit, build):
     objective, net = build(), random_dit(VOCAB, time_conditioning=True)
     value, se = mean_loss(objective, net)
     assert abs(value - exact_bound(objective, net, X0)) < 5 * se
+
+
+@pytest.mark.parametrize("time_density", ["bell", "bell_corrected"])
+def test_times_follow_the_bell(time_density):
+    """A normal distribution around 1/2, cut at the smallest t and at 1; only the corrected draws are reweighted."""
+    rows, low = 4_000, 0.1
+    x0 = torch.zeros(rows, 3, dtype=torch.long)
+    draw_t = Bernoulli(time_density=time_density, sampling_eps=low, antithetic_sampling=False)
+    (draw,) = draw_t(LogLinear(), x0, x0 == 0, Absorbing(MASK), evaluation_noise(0, torch.arange(rows)))
+    bell = stats.truncnorm((low - 0.5) / 0.2, 2.5, 0.5, 0.2)
+    assert stats.kstest(draw.t_B.numpy(), bell.cdf).pvalue > 1e-3
+    wanted = 1 / ((1 - low) * bell.pdf(draw.t_B.numpy())) if time_density == "bell_corrected" else np.ones(rows)
+    np.testing.assert_allclose(draw.scale_B.numpy(), wanted, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"T": 8}, "training.time_density=bell with T=8"),
+        ({"importance_sampling": True}, "training.time_density=bell with training.importance_sampling"),
+        ({"change_of_variables": True}, "training.time_density=bell with training.importance_sampling or"),
+    ],
+)
+def test_t_is_drawn_in_one_way(settings, said):
+    with pytest.raises(ValueError, match=said):
+        Bernoulli(time_density="bell", **settings)
+
+
+def test_the_bell_measures_no_bound():
+    with pytest.raises(ValueError, match="leaves mask rates out"):
+        Subs(LogLinear(), Absorbing(MASK)).bound(Bernoulli(time_density="bell"))
 
 
 def test_every_token_is_masked_once_in_a_complementary_pair(random_dit):
