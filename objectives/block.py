@@ -117,7 +117,9 @@ class BlockDiffusion(WrapperObjective):
                 "training.sampling_eps_min, sampling_eps_max and clip_search_widths limit the mask rates of "
                 f"training.masking=bernoulli T=0; with masks by {mask_sampler.label}, T={T} they would do nothing"
             )
-        drawn = not bernoulli or mask_sampler.importance_sampling or mask_sampler.resample
+        drawn = not bernoulli or any(
+            (mask_sampler.importance_sampling, mask_sampler.resample, mask_sampler.time_density)
+        )
         if self.exact and (limited or drawn):
             raise ValueError(
                 "block_size=1 leaves nothing to draw (the only token of a block is masked), so masks by "

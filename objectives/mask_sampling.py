@@ -7,9 +7,10 @@ Shape suffixes: B batch, L length, M mask counts.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from palimpsest.common.values import IF_SET, BelowOne, Natural
 from palimpsest.noise_schedule import NoiseSchedule
 from palimpsest.process import Absorbing, Process
 
+# Standard deviation of the bell, so that [0, 1] has 2.5 of them on each side of its middle.
+_BELL_WIDTH = 0.2
 _EARLIEST = 1e-6  # the smallest t at which mask rate and weight are exact to four digits under every schedule
 
 
@@ -69,6 +72,13 @@ class Bernoulli(MaskSampler):
         T: > 0 for times of the grid 1/T, 2/T, ..., 1.
         resample: keep the share of masks of every row (block) within the rates of the schedule (BD3-LM, arXiv
             2503.09573, section 5.2). A training heuristic: the draws are not quite from the process of the bound.
+        time_density: draw t from a normal distribution around 1/2, restricted to [0, 1] (bell-shaped time sampling,
+            Hong et al., arXiv 2605.13026). "bell" keeps the weights of the bound, so that training minimises the bound
+            with more weight on the middle; "bell_corrected" divides by the density, and the expectation is the bound.
+            None draws t uniformly.
+
+    Raises:
+        ValueError: two ways to draw t at once, or one that does not fit T > 0.
     """
 
     always_masks = False
@@ -81,6 +91,7 @@ class Bernoulli(MaskSampler):
         change_of_variables: bool = False,
         T: Natural = 0,  # noqa: N803 - the configuration key
         resample: Annotated[bool, IF_SET] = False,
+        time_density: Annotated[Literal["bell", "bell_corrected"], IF_SET] | None = None,
     ) -> None:
         if importance_sampling and change_of_variables:
             raise ValueError(
@@ -94,20 +105,27 @@ class Bernoulli(MaskSampler):
                 f"training.importance_sampling or training.change_of_variables with T={T}: they draw t from a "
                 "continuum, and T > 0 has a grid; set T=0 or switch them off"
             )
+        if time_density and (self.importance_sampling or T):
+            other = f"T={T}" if T else "training.importance_sampling or training.change_of_variables"
+            raise ValueError(
+                f"training.time_density={time_density} with {other}: each says how t is drawn; keep one of them"
+            )
         self.antithetic_sampling = antithetic_sampling
         self.sampling_eps = sampling_eps
         self.T = T
         self.resample = resample
+        self.time_density = time_density
         self.discrete = T > 0
-        self.covers_all_rates = not resample and (self.discrete or sampling_eps == 0)
+        self.covers_all_rates = not resample and time_density != "bell" and (self.discrete or sampling_eps == 0)
         times = "stratified t" if antithetic_sampling else "independent t"
-        self.label = f"{times}, importance-sampled" if self.importance_sampling else times
+        how = "importance-sampled" if self.importance_sampling else (time_density or "").replace("_", ", ")
+        self.label = f"{times}, {how}" if how else times
 
     def __call__(
         self, schedule: NoiseSchedule, x0_BL: Tensor, scored_BL: Tensor, process: Process, noise: KeyedNoise
     ) -> list[Draw]:
         u_B = noise.time() if self.antithetic_sampling else noise.uniform()
-        t_B, scale_B = self._log_uniform(schedule, u_B) if self.importance_sampling else self._uniform(u_B)
+        t_B, scale_B = self._times(schedule, u_B)
         level = schedule(t_B)
         if not self.resample:
             return [Draw(process.corrupt(x0_BL, level.alpha, noise, scored_BL), t_B, scale_B)]
@@ -117,16 +135,34 @@ class Bernoulli(MaskSampler):
         masked_BL = _lowest(u_BL, scored_BL, count_B)
         return [Draw(process.mask(x0_BL, masked_BL), t_B, scale_B)]
 
-    def _uniform(self, u_B: Tensor) -> tuple[Tensor, Tensor]:
+    def _times(self, schedule: NoiseSchedule, u_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Return times and the factors of the integrand there, from uniform numbers."""
+        if self.importance_sampling:
+            return self._log_uniform(schedule, u_B)
+        if self.time_density:
+            return self._bell(u_B)
         if self.T:
             return (torch.floor(u_B * self.T) + 1) / self.T, torch.ones_like(u_B)
         return ((1 - self.sampling_eps) * u_B + self.sampling_eps).clamp(min=_EARLIEST), torch.ones_like(u_B)
 
+    def _bell(self, u_B: Tensor) -> tuple[Tensor, Tensor]:
+        low, high = ((bound - 0.5) / _BELL_WIDTH for bound in (self.sampling_eps, 1.0))
+        below, inside = _normal_cdf(low), _normal_cdf(high) - _normal_cdf(low)
+        deviation_B = torch.special.ndtri(below + u_B * inside).clamp(low, high)
+        t_B = (0.5 + _BELL_WIDTH * deviation_B).clamp(min=_EARLIEST)
+        density_B = torch.exp(-0.5 * deviation_B**2) / (math.sqrt(2 * math.pi) * _BELL_WIDTH * inside)
+        corrected_B = 1 / ((1 - self.sampling_eps) * density_B)
+        return t_B, corrected_B if self.time_density == "bell_corrected" else torch.ones_like(u_B)
+
     def _log_uniform(self, schedule: NoiseSchedule, u_B: Tensor) -> tuple[Tensor, Tensor]:
         low, high = log_move_range(schedule, self.sampling_eps)
         t_B = schedule.t_from_alpha(-torch.expm1(low + u_B * (high - low)))
-        # The density of t is elbo_weight / (high - low); that of `_uniform` is 1 / (1 - sampling_eps).
+        # The density of t is elbo_weight / (high - low); a uniform one is 1 / (1 - sampling_eps).
         return t_B, (high - low) / ((1 - self.sampling_eps) * schedule(t_B).elbo_weight)
+
+
+def _normal_cdf(deviation: float) -> float:
+    return 0.5 * (1 + math.erf(deviation / math.sqrt(2)))
 
 
 def _limited_count(u_B: Tensor, rate_B: Tensor, scored_BL: Tensor, limits_2: Tensor) -> Tensor:

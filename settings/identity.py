@@ -20,7 +20,7 @@ from palimpsest.settings.names import current_path, permanent_path
 IDENTITY = ("data", "latents", "model", "backbone", "parameterization", "noise", "masking", "T", "subs_masking",
             "time_conditioning", "optim", "lr_scheduler", "plateau", "training", "seed", "loader.global_batch_size",
             "loader.batch_ramp", "trainer.gradient_clip_val", "process.word_share")  # fmt: skip
-# Groups whose fingerprints have always contained settings that are left out elsewhere while they are empty.
+# Groups whose fingerprints have always contained settings that are left out elsewhere while they are false.
 _ALWAYS = ("parameterization.within.", "parameterization.text.")
 _ABSENT = object()
 
@@ -36,7 +36,7 @@ def identity(cfg: DictConfig) -> dict[str, object]:
             for name, child in node.items():
                 visit(f"{key}.{name}", child, own if not name.startswith("_") else None)
         elif not key.startswith("data.judge") and (
-            _is_part(marks(key, target, present), node) or key.startswith(_ALWAYS)
+            _is_part(marks(key, target, present), node) or (key.startswith(_ALWAYS) and node is not None)
         ):
             flat[key] = permanent_path(node) if key.endswith("._target_") else node
 

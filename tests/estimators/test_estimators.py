@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from palimpsest.common.randomness import evaluation_noise
 from palimpsest.estimators.any_order import AnyOrder
@@ -14,12 +16,16 @@ from palimpsest.estimators.ordered import Ordered
 from palimpsest.noise_schedule import Clipped, Cosine, CosineSquared, Linear, LogLinear
 from palimpsest.objectives.base import Model
 from palimpsest.objectives.d3pm import D3PM
+from palimpsest.objectives.gidd import GIDD
 from palimpsest.objectives.mask_sampling import Bernoulli, Complementary, ExactCount, TiltedCount
 from palimpsest.objectives.sedd import SEDD
 from palimpsest.objectives.subs import Subs
-from palimpsest.process import Absorbing
+from palimpsest.objectives.udlm import UDLM
+from palimpsest.process import Absorbing, Hybrid, Uniform
 from palimpsest.samplers.ordered import ORDERS
-from tests.helpers.laws import any_order_law, batch_of, exact_bound, ordered_law, texts
+from palimpsest.settings.command_line import compose_config
+from palimpsest.settings.instantiation import instantiate
+from tests.helpers.laws import any_order_law, batch_of, exact_bound, exact_bound_of_any_noise, ordered_law, texts
 
 VOCAB, MASK = 4, 3
 X0 = torch.tensor([[0, 2, 1, 1]])
@@ -45,6 +51,7 @@ MASK_SAMPLERS = {
     "uniform": Bernoulli(antithetic_sampling=False),
     "stratified": Bernoulli(),
     "importance": Bernoulli(importance_sampling=True),
+    "bell": Bernoulli(time_density="bell_corrected"),
     "exact_count": ExactCount(),
     "tilted_count": TiltedCount(),
     "complementary": Complementary(),
@@ -86,6 +93,37 @@ def test_discrete_time_losses_are_unbiased(random_dit, build):
     objective, net = build(), random_dit(VOCAB, time_conditioning=True)
     value, se = mean_loss(objective, net)
     assert abs(value - exact_bound(objective, net, X0)) < 5 * se
+
+
+@pytest.mark.parametrize("time_density", ["bell", "bell_corrected"])
+def test_times_follow_the_bell(time_density):
+    """A normal distribution around 1/2, cut at the smallest t and at 1; only the corrected draws are reweighted."""
+    rows, low = 4_000, 0.1
+    x0 = torch.zeros(rows, 3, dtype=torch.long)
+    draw_t = Bernoulli(time_density=time_density, sampling_eps=low, antithetic_sampling=False)
+    (draw,) = draw_t(LogLinear(), x0, x0 == 0, Absorbing(MASK), evaluation_noise(0, torch.arange(rows)))
+    bell = stats.truncnorm((low - 0.5) / 0.2, 2.5, 0.5, 0.2)
+    assert stats.kstest(draw.t_B.numpy(), bell.cdf).pvalue > 1e-3
+    wanted = 1 / ((1 - low) * bell.pdf(draw.t_B.numpy())) if time_density == "bell_corrected" else np.ones(rows)
+    np.testing.assert_allclose(draw.scale_B.numpy(), wanted, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"T": 8}, "training.time_density=bell with T=8"),
+        ({"importance_sampling": True}, "training.time_density=bell with training.importance_sampling"),
+        ({"change_of_variables": True}, "training.time_density=bell with training.importance_sampling or"),
+    ],
+)
+def test_t_is_drawn_in_one_way(settings, said):
+    with pytest.raises(ValueError, match=said):
+        Bernoulli(time_density="bell", **settings)
+
+
+def test_the_bell_measures_no_bound():
+    with pytest.raises(ValueError, match="leaves mask rates out"):
+        Subs(LogLinear(), Absorbing(MASK)).bound(Bernoulli(time_density="bell"))
 
 
 def test_every_token_is_masked_once_in_a_complementary_pair(random_dit):
@@ -234,6 +272,28 @@ def test_padding_does_not_change_a_likelihood(random_dit):
         padded, short = batch_of(x0, padding=2), batch_of(x0[:, :4])
         a, b = (estimator(model, rows, 0, 4).nll_BK for rows in (padded, short))
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["auto", "stratified", "uniform", "importance"])
+@pytest.mark.parametrize("law", [UDLM, GIDD])
+def test_every_estimator_of_noise_without_masks_is_unbiased(random_dit, law, name):
+    """Every one that these objectives accept, against all noised texts and a quadrature over t."""
+    net = random_dit(4, time_conditioning=True)
+    process = Uniform(4) if law is UDLM else Hybrid(MASK, 4, 0.3)
+    objective, x0 = law(LogLinear(), process), torch.tensor([[0, 2, 1]])
+    importance = Nelbo(Bernoulli(importance_sampling=True))
+    estimator = (
+        importance if name == "importance" else instantiate(compose_config([f"eval.estimator={name}"]).estimator)
+    )
+    estimator.check(objective)
+    rows, draws = 4_000, 4
+    batch = {"input_ids": x0.expand(rows, -1), "sample_id": torch.arange(rows)}
+    with torch.no_grad():
+        nll_B = estimator(Model(objective, net), batch, 5, draws).nll_BK.mean(1)
+    assert (nll_B.std() > 0) and estimator.passes(Model(objective, net)) == 1
+    # Rows of one stratum of t differ by the noise alone, so the error is at most that of independent rows.
+    error = float(nll_B.std()) / math.sqrt(rows)
+    assert float(nll_B.mean()) == pytest.approx(exact_bound_of_any_noise(objective.bound(None), net, x0), abs=4 * error)
 
 
 def test_draws_must_fit_the_estimator(random_dit):

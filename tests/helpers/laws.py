@@ -11,6 +11,7 @@ from scipy import stats
 from torch.nn.functional import one_hot
 
 from palimpsest.objectives.base import Model, TokenDiffusion
+from palimpsest.process import Hybrid, Uniform
 from palimpsest.samplers.base import time_grid
 from palimpsest.samplers.ordered import first_positions, preference, time_of
 from tests.helpers.draws import draw_at
@@ -52,6 +53,34 @@ def exact_bound(
         loss = objective.loss_at(net, rows, draw_at(xt, t)).nll_BL.double().sum(-1)
         total += float((weight * move**k * (1 - move) ** (length - k) * loss).sum())
     return total
+
+
+@torch.no_grad()
+def exact_bound_of_any_noise(objective: TokenDiffusion, net: torch.nn.Module, x0: torch.Tensor) -> float:
+    """The same for one text of a process in which a token may become any other, over every noised text."""
+    vocab, points = objective.process.vocab_size, 400
+    nodes, weights = np.polynomial.legendre.leggauss(points)
+    angle = torch.from_numpy((nodes + 1) / 2) * torch.pi  # t = (1 - cos) / 2: the integrand is steep at both ends
+    t, weight = (1 - angle.cos()) / 2, torch.from_numpy(weights) / 2 * torch.pi * angle.sin() / 2
+    q = noised(objective.process, objective.schedule(t).alpha)
+    total = 0.0
+    for xt in itertools.product(range(vocab), repeat=x0.shape[1]):
+        chance = torch.stack([q[:, a, b] for a, b in zip(x0[0].tolist(), xt, strict=True)]).prod(0)
+        rows = {"input_ids": x0.expand(points, -1)}
+        loss = objective.loss_at(net, rows, draw_at(torch.tensor(xt).expand(points, -1), t)).nll_BL.double().sum(-1)
+        total += float((weight * torch.where(chance > 0, chance * loss, 0.0)).sum())
+    return total
+
+
+def noised(process: Uniform | Hybrid, alpha: torch.Tensor) -> torch.Tensor:
+    """q(x_t | x_0) as a matrix, (..., V from, V to)."""
+    size = process.vocab_size
+    if isinstance(process, Uniform):
+        return alpha[..., None, None] * torch.eye(size).double() + (1 - alpha[..., None, None]) / size
+    level = process.level(alpha)
+    noise = torch.full((*alpha.shape, size), 1.0, dtype=torch.float64) * (level.word / (size - 1))[..., None]
+    noise[..., process.mask_id] = level.mask
+    return level.kept[..., None, None] * torch.eye(size).double() + noise[..., None, :]
 
 
 @torch.no_grad()

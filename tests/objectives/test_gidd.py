@@ -21,21 +21,13 @@ from palimpsest.samplers import uniform
 from palimpsest.samplers.base import time_grid
 from palimpsest.settings.command_line import compose_config
 from tests.helpers.draws import draw_at
-from tests.helpers.laws import assert_follows, texts
+from tests.helpers.laws import assert_follows, noised, texts
 
 V = 4
 L = 2
 MASK = 1
 WORDS = [0, 2, 3]
 NO_NETWORK = SimpleNamespace(head=SimpleNamespace(out_features=V))
-
-
-def marginal(process: Hybrid, alpha: torch.Tensor) -> torch.Tensor:
-    """q(x_t | x_0) as a matrix, (..., V from, V to)."""
-    level = process.level(alpha)
-    noise = torch.full((*alpha.shape, V), 1.0, dtype=torch.float64) * (level.word / (V - 1))[..., None]
-    noise[..., MASK] = level.mask
-    return level.kept[..., None, None] * torch.eye(V).double() + noise[..., None, :]
 
 
 def test_what_becomes_of_a_token():
@@ -52,7 +44,7 @@ def test_what_becomes_of_a_token():
         torch.testing.assert_close(-(slope - noise * kept_slope / level.kept), rate)
     x0 = torch.full((rows, 1), 2)
     xt = process.corrupt(x0, torch.full((rows,), 0.5).double(), KeyedNoise(0, torch.arange(rows)), x0 == 2)
-    law = marginal(process, torch.tensor(0.5))[2]
+    law = noised(process, torch.tensor(0.5))[2]
     assert_follows(xt, {(v,): float(law[v]) for v in range(V)})
 
 
@@ -61,7 +53,7 @@ def test_the_posterior_is_bayes_rule():
     process = Hybrid(MASK, V, 0.3)
     alpha_t = torch.tensor(0.3).double()
     alpha_s = torch.tensor(0.7).double()
-    early, late = marginal(process, alpha_s), marginal(process, alpha_t)
+    early, late = noised(process, alpha_s), noised(process, alpha_t)
     step = torch.linalg.solve(early, late)  # q(x_t | x_s), since the chain is Markov
     assert (step > -1e-12).all()
     log_p = torch.randn(V, V).double()
@@ -81,7 +73,7 @@ class BayesGIDD(GIDD):
         self.p_M, self.texts_ML = p_M.double(), texts(V, L, MASK)
 
     def others(self, x_BL, alpha_B):
-        q_BVV = marginal(self.process, alpha_B)
+        q_BVV = noised(self.process, alpha_B)
         q_BML = q_BVV[torch.arange(len(x_BL))[:, None, None], self.texts_ML[None], x_BL[:, None]]
         out = torch.zeros(len(x_BL), L, V, dtype=torch.float64)
         for i in range(L):
@@ -120,7 +112,7 @@ def test_the_bound_of_the_exact_network_is_the_entropy(schedule, word_share):
     t, weight = (1 - angle.cos()) / 2, torch.from_numpy(weights) / 2 * torch.pi * angle.sin() / 2
     t = t.clamp(min=1e-5 if isinstance(schedule, Cosine) else 0.0)  # nearer to 0, 1 - cos(t) has few digits
     objective, bound = BayesGIDD(p_M, schedule, word_share), 0.0
-    q = marginal(objective.process, objective.schedule(t).alpha)
+    q = noised(objective.process, objective.schedule(t).alpha)
     for x0 in range(len(every)):
         for xt in itertools.product(range(V), repeat=L):
             chance = torch.stack([q[:, a, b] for a, b in zip(every[x0].tolist(), xt, strict=True)]).prod(0)
