@@ -153,14 +153,13 @@ class BlockStreams:
         """Store keys and values of clean tokens behind those of `cache`; `attention` takes q, k, v and the backend."""
         class_id = unconditional(clean_BL) if class_id is None and self.num_classes else class_id
         angles = rotary_angles(self.rotary_emb.inv_freq, clean_BL.shape[1], cache.next_position())
-        c, z_BLD = self._clean(clean_BL, class_id), self.vocab_embed(clean_BL)
-        for number, layer in enumerate(self.order):
-            last, by = number == len(self.order) - 1, _modulation(layer, c)
+        _, by_layer = self._modulations(cache, class_id, partial(self._clean, clean_BL, class_id))
+        z_BLD = self.vocab_embed(clean_BL)
+        for number, (layer, by) in enumerate(zip(self.order, by_layer, strict=True)):
+            last = number == len(self.order) - 1
             own = _qkv(layer, z_BLD, by, angles, with_queries=not last)
-            k, v = cache.seen(number)
-            cache.store(number, own.k, own.v)
+            k, v = cache.append(number, own.k, own.v)
             if not last:
-                k, v = torch.cat([k.to(own.k.dtype), own.k], dim=1), torch.cat([v.to(own.v.dtype), own.v], dim=1)
                 z_BLD = _after_attention(layer, z_BLD, attention(own.q, k, v, backend=layer.attn_backend), by)
 
     def encode_after(
@@ -178,20 +177,33 @@ class BlockStreams:
         of a row."""
         length = noised_Rk.shape[1]
         class_id = unconditional(noised_Rk) if class_id is None and self.num_classes else class_id
-        c = self._conditioned(sigma_R[:, None], length, length, class_id)
+        conditioned = partial(self._conditioned, sigma_R[:, None], length, length, class_id)
+        c, by_layer = self._modulations(cache, class_id, conditioned)
         angles = rotary_angles(self.rotary_emb.inv_freq, length, cache.next_position(rows))
         key_mask = self._key_mask_after(cache, rows, noised_Rk, attention_mask)
         x_RkD = self.vocab_embed(noised_Rk)
-        for number, layer in enumerate(self.order):
-            by = _modulation(layer, c)
-            own, (k, v) = _qkv(layer, x_RkD, by, angles), cache.seen(number, rows)
-            k, v = torch.cat([k.to(own.k.dtype), own.k], dim=1), torch.cat([v.to(own.v.dtype), own.v], dim=1)
+        for number, (layer, by) in enumerate(zip(self.order, by_layer, strict=True)):
+            own = _qkv(layer, x_RkD, by, angles)
+            k, v = cache.append(number, own.k, own.v, rows)
             attended = attend(own.q, k, v, key_mask, layer.attn_backend)
             if at is not None and number == len(self.order) - 1:
                 attended, x_RkD = at.take(attended), at.take(x_RkD)
-                by = _modulation(layer, _at(c, at.index_N, length))
+                by = by if _is_constant(c) else _modulation(layer, _at(c, at.index_N, length))
             x_RkD = _after_attention(layer, x_RkD, attended, by)
         return self._last_hidden(x_RkD, c, class_id, at)
+
+    def _modulations(
+        self, cache: BlockCache | SegmentCache, class_id: Tensor | None, conditioned: Callable[[], Tensor]
+    ) -> tuple[Tensor, list[_Modulation]]:
+        """Return the conditioning and its adaLN output for every layer, computed once if it is always the same."""
+        always = class_id is None and not self.time_conditioning
+        if not always or cache.modulations is None:
+            c = conditioned()
+            found = c, [_modulation(layer, c) for layer in self.order]
+            if not always:
+                return found
+            cache.modulations = found
+        return cache.modulations
 
     def _key_mask_after(
         self, cache: BlockCache | SegmentCache, rows: Tensor | None, own_Rk: Tensor, here_Rk: Tensor | None
@@ -202,7 +214,7 @@ class BlockStreams:
             return None
         here_Rk = torch.ones_like(own_Rk, dtype=torch.bool) if here_Rk is None else here_Rk
         if earlier_RK is None:
-            earlier_RK = here_Rk.new_ones(cache.seen(0, rows)[0].shape[:2])
+            earlier_RK = here_Rk.new_ones(len(own_Rk), cache.num_seen)
         return torch.cat([earlier_RK, here_Rk], dim=1)
 
     def _clean(self, tokens_BL: Tensor, class_id: Tensor | None) -> Tensor:
@@ -236,7 +248,11 @@ def _at(c: Tensor, index_N: Tensor, length: int) -> Tensor:
     """Return the conditioning of positions of the flattened rows, (N, C); (1, C) if it is the same everywhere."""
     if c.ndim == 3:
         return c.flatten(0, 1).index_select(0, index_N)
-    return c if len(c) == 1 else c.index_select(0, index_N // length)
+    return c if _is_constant(c) else c.index_select(0, index_N // length)
+
+
+def _is_constant(c: Tensor) -> bool:
+    return c.ndim == 2 and len(c) == 1
 
 
 def _qkv(
@@ -246,8 +262,7 @@ def _qkv(
     if not with_queries:
         k, v = layer.keys_and_values(normed_BLD)
         return QKV(None, apply_rotary(k, *angles), v)
-    q, k, v = layer.queries_keys_values(normed_BLD)
-    return QKV(apply_rotary(q, *angles), apply_rotary(k, *angles), v)
+    return QKV(*layer.rotated(normed_BLD, angles))
 
 
 def _after_attention(layer: nn.Module, x: Tensor, attended: Tensor, by: _Modulation) -> Tensor:

@@ -76,7 +76,18 @@ class KVCache(CacheCapacity):
         self.length += new
 
 
-class BlockCache:
+class CleanCache:
+    """The base of caches of clean tokens.
+
+    Attributes:
+        modulations: the conditioning of the network and its adaLN output for every layer, once computed, if they are
+            the same at every evaluation.
+    """
+
+    modulations: tuple[Tensor, list] | None = None
+
+
+class BlockCache(CleanCache):
     """Keys (rotated) and values of the clean blocks of a text that is sampled block by block.
 
     `position` tokens came before; the keys and values of the last `window` of them are kept (None: of all). Rotary
@@ -110,17 +121,26 @@ class BlockCache:
     def key_mask(self, rows: Tensor | None = None) -> None:
         """Return None: every row sees all that is kept."""
 
-    def seen(self, block: int, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return the keys and values of a network block that the next tokens of some rows see."""
-        start = 0 if self.window is None else max(0, self._filled - self.window)
-        k, v = (kept[block, :, start : self._filled] for kept in (self.keys_NBLHD, self.values_NBLHD))
-        return (k, v) if rows is None or len(rows) == k.shape[0] else (k[rows], v[rows])
+    @property
+    def num_seen(self) -> int:
+        """Return the number of clean tokens that the next ones see."""
+        return self._filled if self.window is None else min(self._filled, self.window)
 
-    def store(self, block: int, k_BLHD: Tensor, v_BLHD: Tensor) -> None:
-        """Store keys and values of new clean tokens, for each block of the network; then call `advance`."""
-        stop = self._filled + k_BLHD.shape[1]
-        self.keys_NBLHD[block, :, self._filled : stop] = k_BLHD
-        self.values_NBLHD[block, :, self._filled : stop] = v_BLHD
+    def append(self, block: int, k_RkHD: Tensor, v_RkHD: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the keys and values of a network block that new tokens of some rows see, their own last.
+
+        Those of all rows are kept by `advance`, and overwritten if the next pass comes without it.
+        """
+        start, stop = self._filled - self.num_seen, self._filled + k_RkHD.shape[1]
+        joined = []
+        for kept_BLHD, new in ((self.keys_NBLHD[block], k_RkHD), (self.values_NBLHD[block], v_RkHD)):
+            if stop <= self.capacity and (rows is None or len(rows) == len(kept_BLHD)):
+                kept_BLHD[:, self._filled : stop] = new
+                joined.append(kept_BLHD[:, start:stop])
+            else:
+                seen = kept_BLHD[:, start : self._filled]
+                joined.append(torch.cat([(seen if rows is None else seen[rows]).to(new.dtype), new], dim=1))
+        return joined[0], joined[1]
 
     def make_room(self, new: int) -> None:
         """Drop tokens that no later token sees, if `new` tokens do not fit. Raises ValueError if they still
@@ -145,7 +165,7 @@ class BlockCache:
         self.keys_NBLHD, self.values_NBLHD = self.keys_NBLHD[:, rows], self.values_NBLHD[:, rows]
 
 
-class SegmentCache:
+class SegmentCache(CleanCache):
     """Keys (rotated) and values of the clean segments of texts that are sampled segment by segment.
 
     Segment lengths differ between rows: each segment takes the space of the longest, and unused keys are hidden. For
@@ -158,7 +178,7 @@ class SegmentCache:
         self.keys_NBKHD = torch.zeros(n_blocks, batch_size, 0, n_heads, head_dim, device=device, dtype=dtype)
         self.values_NBKHD = torch.zeros_like(self.keys_NBKHD)
         self.here_BK = torch.zeros(batch_size, 0, device=device, dtype=torch.bool)
-        self._new: list[tuple[Tensor, Tensor]] = []
+        self._new: dict[int, tuple[Tensor, Tensor]] = {}
 
     def next_position(self, rows: Tensor | None = None) -> Tensor:
         """Return the position of the next token of each row, (R,)."""
@@ -168,18 +188,29 @@ class SegmentCache:
         """Return True where a row has a token, (R, K)."""
         return self.here_BK if rows is None else self.here_BK[rows]
 
-    def seen(self, block: int, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return keys and values of a network block for some rows; `key_mask` tells which are in use."""
-        k, v = self.keys_NBKHD[block], self.values_NBKHD[block]
-        return (k, v) if rows is None else (k[rows], v[rows])
+    @property
+    def num_seen(self) -> int:
+        """Return the number of keys that the next tokens may see."""
+        return self.here_BK.shape[1]
 
-    def store(self, block: int, k_BWHD: Tensor, v_BWHD: Tensor) -> None:
-        """Store keys and values of a new segment, for each block of the network in order; then call `advance`."""
-        self._new.append((k_BWHD.to(self.keys_NBKHD.dtype), v_BWHD.to(self.values_NBKHD.dtype)))
+    def append(self, block: int, k_RWHD: Tensor, v_RWHD: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the keys and values of a network block for some rows, the new ones last.
+
+        `key_mask` tells which of the others are in use. Those of all rows are kept by `advance`, and forgotten if the
+        next pass comes without it.
+        """
+        self._new[block] = k_RWHD, v_RWHD
+        kept = (x_NBKHD[block] if rows is None else x_NBKHD[block][rows] for x_NBKHD in self._stores)
+        k, v = (torch.cat([x.to(new.dtype), new], dim=1) for x, new in zip(kept, self._new[block], strict=True))
+        return k, v
 
     def advance(self, here_BW: Tensor) -> None:
         """Add what was stored to the cache; `here_BW` is True on tokens."""
-        k, v = (torch.stack(new) for new in zip(*self._new, strict=True))
-        self.keys_NBKHD = torch.cat([self.keys_NBKHD, k], dim=2)
-        self.values_NBKHD = torch.cat([self.values_NBKHD, v], dim=2)
-        self.here_BK, self._new = torch.cat([self.here_BK, here_BW], dim=1), []
+        news = (torch.stack(of_blocks) for of_blocks in zip(*(self._new[n] for n in sorted(self._new)), strict=True))
+        pairs = zip(self._stores, news, strict=True)
+        self.keys_NBKHD, self.values_NBKHD = (torch.cat([x, new.to(x.dtype)], dim=2) for x, new in pairs)
+        self.here_BK, self._new = torch.cat([self.here_BK, here_BW], dim=1), {}
+
+    @property
+    def _stores(self) -> tuple[Tensor, Tensor]:
+        return self.keys_NBKHD, self.values_NBKHD

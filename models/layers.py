@@ -26,8 +26,7 @@ class LayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            return F.layer_norm(at_least_float32(x), x.shape[-1:]) * self.weight
+        return F.layer_norm(at_least_float32(x), x.shape[-1:]) * self.weight
 
 
 class RMSNorm(nn.Module):
@@ -39,8 +38,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            return F.rms_norm(at_least_float32(x), x.shape[-1:], eps=self.eps) * self.weight
+        return F.rms_norm(at_least_float32(x), x.shape[-1:], eps=self.eps) * self.weight
 
 
 class TokenEmbedding(nn.Module):

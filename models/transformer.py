@@ -52,6 +52,15 @@ class TransformerBlock(nn.Module):
         q = F.linear(take_positions(x_BLD, at_BQ), of_queries).unflatten(-1, (self.n_heads, -1))
         return q, *self.keys_and_values(x_BLD)
 
+    def rotated(self, x_BLD: Tensor, rotary: Rotary, at_BQ: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the same with queries and keys rotated by their positions."""
+        if at_BQ is not None:
+            q, k, v = self.queries_keys_values(x_BLD, at_BQ)
+            return apply_rotary(q, *rotary_at(rotary, at_BQ)), apply_rotary(k, *rotary), v
+        heads = self.attn_qkv(x_BLD).unflatten(-1, (3 * self.n_heads, -1))
+        qk, v = heads.split((2 * self.n_heads, self.n_heads), dim=2)
+        return *apply_rotary(qk, *rotary).chunk(2, dim=2), v
+
     def keys_and_values(self, x_BLD: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys (not rotated) and values of normed `x_BLD`, (B, L, H, D / H) each."""
         kv = F.linear(x_BLD, self.attn_qkv.weight[x_BLD.shape[-1] :])
@@ -70,8 +79,7 @@ class TransformerBlock(nn.Module):
         append: CacheAppend | None = None,
     ) -> Tensor:
         """Apply self-attention to normed `x_BLD`, at the positions `at_BQ` only, over the cached tokens too."""
-        q, k, v = self.queries_keys_values(x_BLD, at_BQ)
-        q, k = apply_rotary(q, *rotary_at(rotary, at_BQ)), apply_rotary(k, *rotary)
+        q, k, v = self.rotated(x_BLD, rotary, at_BQ)
         if append is not None:
             k, v = append(k, v)
         return self.project(attend(q, k, v, key_mask_BL, self.attn_backend, self.causal))
@@ -81,7 +89,7 @@ class TransformerBlock(nn.Module):
         return self._drop(self.mlp(x_BLD))
 
     def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout, self.training)
+        return F.dropout(x, self.dropout) if self.training else x
 
 
 class Head(nn.Module):
