@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from palimpsest.common.positions import Positions
 from palimpsest.common.randomness import KeyedNoise
 from palimpsest.corpora.exact_denoiser import ExactDenoiser, ExactLeaveOneOut
 from palimpsest.corpora.grammar import FiniteStateGrammar
@@ -38,19 +39,19 @@ STEPS = (8, 16, 32, 64, 128, 256, 1000)
 class Exact(Model):
     """An objective over an exact denoiser, whose own answer in float64 takes the place of the float32 projection."""
 
-    def denoise(self, x_BL: torch.Tensor, t_B: torch.Tensor, at_BL: torch.Tensor, **cond: torch.Tensor) -> torch.Tensor:
-        return self.backbone.denoise(x_BL, t_B, at_BL, **cond)
+    def denoise(self, x_BL: torch.Tensor, t_B: torch.Tensor, at: Positions, **cond: torch.Tensor) -> torch.Tensor:
+        return self.backbone.denoise(x_BL, t_B, at, **cond)
 
 
 class ExactUniform(Model):
     """Uniform-state diffusion over its exact leave-one-out posterior, in float64."""
 
     def denoise(
-        self, x_BL: torch.Tensor, t_B: torch.Tensor, at_BL: torch.Tensor, attention_mask: torch.Tensor
+        self, x_BL: torch.Tensor, t_B: torch.Tensor, at: Positions, attention_mask: torch.Tensor
     ) -> torch.Tensor:
         alpha_B = self.schedule(t_B).alpha
-        log_others_NV = self.backbone.leave_one_out(x_BL, alpha_B, at_BL, attention_mask)
-        return self.process.with_own_token(x_BL[at_BL], log_others_NV, alpha_B[:, None].expand(at_BL.shape)[at_BL])
+        log_others_NV = self.backbone.leave_one_out(x_BL, alpha_B, at, attention_mask)
+        return self.process.with_own_token(at.take(x_BL), log_others_NV, at.of_rows(alpha_B))
 
     def reverse(self, *args: torch.Tensor, **cond: torch.Tensor) -> torch.Tensor:
         return super(Model, self).reverse(*args, **cond)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from palimpsest.common.positions import Positions
 from palimpsest.corpora.grammar import END, FiniteStateGrammar
 
 _IMPOSSIBLE = -1e4  # log-probability of an impossible token: finite, so that the head can multiply it
@@ -90,16 +91,16 @@ class ExactDenoiser(nn.Module):
         tokens_BL: Tensor,
         sigma_B: Tensor | None,
         attention_mask: Tensor | None = None,
-        at_BL: Tensor | None = None,
+        at: Positions | None = None,
     ) -> Tensor:
-        """Return the log-probabilities, bounded below, at the N positions of `at_BL`, float64 (N, V), or everywhere,
+        """Return the log-probabilities, bounded below, at the N positions `at`, float64 (N, V), or everywhere,
         (B, L, V)."""
-        chosen_BL = torch.ones_like(tokens_BL, dtype=torch.bool) if at_BL is None else at_BL
-        log_p_NV = self.denoise(tokens_BL, None, chosen_BL, attention_mask).clamp(min=_IMPOSSIBLE)
-        return log_p_NV.unflatten(0, tokens_BL.shape) if at_BL is None else log_p_NV
+        chosen = Positions.everywhere(tokens_BL) if at is None else at
+        log_p_NV = self.denoise(tokens_BL, None, chosen, attention_mask).clamp(min=_IMPOSSIBLE)
+        return log_p_NV.unflatten(0, tokens_BL.shape) if at is None else log_p_NV
 
-    def denoise(self, x_BL: Tensor, t_B: Tensor | None, at_BL: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Return log p(token | visible tokens) at the N positions of `at_BL`, float64 (N, V): uniform over all words at
+    def denoise(self, x_BL: Tensor, t_B: Tensor | None, at: Positions, attention_mask: Tensor | None = None) -> Tensor:
+        """Return log p(token | visible tokens) at the N positions `at`, float64 (N, V): uniform over all words at
         special tokens, and if no text of the corpus has the visible tokens."""
         inside_BL = self._is_word_V[x_BL] | (x_BL == self.mask_id)
         if attention_mask is not None:
@@ -108,12 +109,12 @@ class ExactDenoiser(nn.Module):
         def likelihood(x_B: Tensor, id_A: Tensor) -> Tensor:
             return (x_B == self.mask_id) | (x_B == id_A[:, None])
 
-        return self._posterior(x_BL, at_BL, inside_BL, likelihood, use_own=True)
+        return self._posterior(x_BL, at, inside_BL, likelihood, use_own=True)
 
     def _posterior(
-        self, x_BL: Tensor, at_BL: Tensor, inside_BL: Tensor, likelihood: Likelihood, use_own: bool
+        self, x_BL: Tensor, at: Positions, inside_BL: Tensor, likelihood: Likelihood, use_own: bool
     ) -> Tensor:
-        """Return log p(clean token | noised text) at the N positions of `at_BL`, float64 (N, V).
+        """Return log p(clean token | noised text) at the N positions `at`, float64 (N, V).
 
         Args:
             inside_BL: True on the tokens of the texts.
@@ -121,13 +122,13 @@ class ExactDenoiser(nn.Module):
             use_own: use the token at a position for the prediction there.
         """
         uniform_V = self._is_word_V.double() / self._is_word_V.sum()
-        p_NV = uniform_V.repeat(int(at_BL.sum()), 1)
+        p_NV = uniform_V.repeat(len(at), 1)
         length_B = inside_BL.sum(-1)
         text_Bn = torch.arange(int(length_B.max())) < length_B[:, None]
         # The texts alone, from their first token on, with the row of the output for each position, -1 for none.
         x_Bn, output_Bn = torch.zeros(text_Bn.shape, dtype=torch.long), torch.full(text_Bn.shape, -1)
         x_Bn[text_Bn] = x_BL[inside_BL]
-        output_Bn[text_Bn] = torch.where(at_BL, at_BL.flatten().cumsum(0).view(at_BL.shape) - 1, -1)[inside_BL]
+        output_Bn[text_Bn] = at.spread(torch.arange(len(at)), -1)[inside_BL]
         forward = self._forward(x_Bn, likelihood)
         backward_SB = torch.zeros_like(forward[-1])
         for position in reversed(range(len(forward) - 1)):
@@ -175,22 +176,22 @@ class ExactLeaveOneOut(ExactDenoiser):
         self.process = process
 
     def encode(
-        self, tokens_BL: Tensor, sigma_B: Tensor, attention_mask: Tensor | None = None, at_BL: Tensor | None = None
+        self, tokens_BL: Tensor, sigma_B: Tensor, attention_mask: Tensor | None = None, at: Positions | None = None
     ) -> Tensor:
-        chosen_BL = torch.ones_like(tokens_BL, dtype=torch.bool) if at_BL is None else at_BL
-        inside_BL = torch.ones_like(chosen_BL) if attention_mask is None else attention_mask.bool()
+        chosen = Positions.everywhere(tokens_BL) if at is None else at
+        inside_BL = torch.ones_like(chosen.mask_BL) if attention_mask is None else attention_mask.bool()
         alpha_B = (-sigma_B.double()).exp()
-        log_p_NV = self.leave_one_out(tokens_BL, alpha_B, chosen_BL, inside_BL).clamp(min=_IMPOSSIBLE)
-        return log_p_NV.unflatten(0, tokens_BL.shape) if at_BL is None else log_p_NV
+        log_p_NV = self.leave_one_out(tokens_BL, alpha_B, chosen, inside_BL).clamp(min=_IMPOSSIBLE)
+        return log_p_NV.unflatten(0, tokens_BL.shape) if at is None else log_p_NV
 
-    def leave_one_out(self, x_BL: Tensor, alpha_B: Tensor, at_BL: Tensor, inside_BL: Tensor) -> Tensor:
-        """Return log p(x_0 | the other tokens of x_t) at the N positions of `at_BL`, float64 (N, V)."""
+    def leave_one_out(self, x_BL: Tensor, alpha_B: Tensor, at: Positions, inside_BL: Tensor) -> Tensor:
+        """Return log p(x_0 | the other tokens of x_t) at the N positions `at`, float64 (N, V)."""
         kept_B, noise_BV = self.process.keep_prob(alpha_B), self.process.noise_prob(alpha_B)
 
         def likelihood(x_B: Tensor, id_A: Tensor) -> Tensor:
             return noise_BV.gather(1, x_B[:, None]).T + kept_B * (x_B == id_A[:, None])
 
-        return self._posterior(x_BL, at_BL, inside_BL, likelihood, use_own=False)
+        return self._posterior(x_BL, at, inside_BL, likelihood, use_own=False)
 
 
 def _scaled(p_SB: Tensor) -> Tensor:

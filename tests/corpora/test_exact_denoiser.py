@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from palimpsest.common.positions import Positions
 from palimpsest.corpora.exact_denoiser import ExactDenoiser, ExactLeaveOneOut
 from palimpsest.corpora.grammar import FiniteStateGrammar, chain, weighted
 from palimpsest.corpora.reviews import tokens
@@ -59,7 +60,7 @@ def test_the_posterior_of_a_small_mixture_is_that_of_its_enumerated_texts():
             seen = [mask if hidden else token for token, hidden in zip(text, pattern, strict=True)]
             x = torch.tensor([[0, *seen, 5]])
             at = torch.tensor([[False, *pattern, False]])
-            found = denoiser.denoise(x, None, at).exp()
+            found = denoiser.denoise(x, None, Positions(at)).exp()
             like = {other: p for other, p in distribution.items() if len(other) == len(text) and all(
                 hidden or a == b for a, b, hidden in zip(text, other, pattern, strict=True))}  # fmt: skip
             wanted = torch.zeros(len(text), size, dtype=torch.float64)
@@ -72,7 +73,7 @@ def test_impossible_texts_are_predicted_uniformly():
     denoiser = ExactDenoiser([FiniteStateGrammar(weighted((1, "a b"), (1, "b a")))], {"a": 0, "b": 1}, 2, 4)
     x = torch.tensor([[0, 2], [2, 2], [2, 2]])
     x[2, 1] = 3  # a special token: a text of one token, of which there is none
-    p = denoiser.denoise(x, None, x == 2).exp()
+    p = denoiser.denoise(x, None, Positions(x == 2)).exp()
     wanted = torch.tensor([[0, 1.0, 0, 0], *[[0.5, 0.5, 0, 0]] * 3], dtype=torch.float64)
     torch.testing.assert_close(p, wanted)
 

@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 
+from palimpsest.common.positions import Positions
 from palimpsest.noise_schedule import LogLinear
 from palimpsest.objectives.block import BlockDiffusion
 from palimpsest.objectives.subs import Subs
@@ -32,7 +33,9 @@ def causal_law(net, size: int, x: torch.Tensor) -> torch.Tensor:
         row[:, -1] = MASK
         at = torch.zeros_like(row, dtype=torch.bool)
         at[:, -1] = True
-        log_p.append(objective.denoise(net, row, torch.full((len(x),), 0.5), at).gather(1, x[:, place, None]))
+        log_p.append(
+            objective.denoise(net, row, torch.full((len(x),), 0.5), Positions(at)).gather(1, x[:, place, None])
+        )
     return torch.cat(log_p, dim=1)
 
 
@@ -49,7 +52,7 @@ def likelihood_of_blocks(net, size: int, x: torch.Tensor) -> torch.Tensor:
             for place in order:
                 at = torch.zeros_like(row, dtype=torch.bool)
                 at[:, place] = True
-                answer = objective.denoise(net, row, torch.full((len(x),), 0.5), at)
+                answer = objective.denoise(net, row, torch.full((len(x),), 0.5), Positions(at))
                 log_p += answer.gather(1, x[:, place, None]).squeeze(1)
                 row[:, place] = x[:, place]
             along.append(log_p)

@@ -7,6 +7,7 @@ import itertools
 
 import torch
 
+from palimpsest.common.positions import Positions
 from palimpsest.common.randomness import KeyedNoise
 from palimpsest.denoisers import Denoiser
 from palimpsest.noise_schedule import LogLinear
@@ -34,12 +35,12 @@ class Toy(Denoiser):
     def law(self) -> dict[tuple, float]:
         return dict(zip(map(tuple, self.texts_ML.tolist()), self.p_M.tolist(), strict=True))
 
-    def denoise(self, x_BL: torch.Tensor, t_B: torch.Tensor, at_BL: torch.Tensor) -> torch.Tensor:
+    def denoise(self, x_BL: torch.Tensor, t_B: torch.Tensor, at: Positions) -> torch.Tensor:
         states_SL, state_B = x_BL.unique(dim=0, return_inverse=True)
         fits_SML = (self.texts_ML == states_SL[:, None]) | (states_SL[:, None] == self.process.mask_id)
         p_SM = self.p_M * fits_SML.all(-1)
         p_SLV = torch.einsum("sm,mlv->slv", p_SM, torch.eye(self.vocab_size, dtype=torch.float64)[self.texts_ML])
-        return (p_SLV / p_SM.sum(-1)[:, None, None])[state_B][at_BL].log()
+        return at.take((p_SLV / p_SM.sum(-1)[:, None, None])[state_B]).log()
 
 
 def unmask(model, x, how=Unmasking(), steps=3, first=0, seed=0, **settings) -> Trace:  # noqa: B008 - frozen
@@ -72,7 +73,8 @@ def assert_sound(toy: Toy, x: torch.Tensor, out: Trace, frames: Watched, steps: 
     for frame in frames:
         new = (before == toy.process.mask_id) & (frame.ids_BL != toy.process.mask_id)
         p = torch.zeros(*x.shape, toy.vocab_size, dtype=torch.float64)
-        p[before == toy.process.mask_id] = toy.denoise(before, None, before == toy.process.mask_id).exp()
+        masked = before == toy.process.mask_id
+        p[masked] = toy.denoise(before, None, Positions(masked)).exp()
         p = p.gather(-1, frame.ids_BL[..., None]).squeeze(-1).float()
         masked = frame.ids_BL == toy.process.mask_id
         since = torch.where(new, frame.num_steps, torch.where(masked, 0, since))

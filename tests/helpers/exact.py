@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from palimpsest.common.positions import Positions
 from palimpsest.corpora.exact_denoiser import ExactDenoiser
 from palimpsest.corpora.reviews import ReviewGrammar, tokens
 from palimpsest.objectives.base import Model
@@ -32,29 +33,28 @@ class Copies(torch.nn.Module):
         self.head = identity_head(num_words + 1)
 
     def encode(
-        self, tokens_BL: Tensor, sigma_B: Tensor, attention_mask: Tensor | None = None, at_BL: Tensor | None = None
+        self, tokens_BL: Tensor, sigma_B: Tensor, attention_mask: Tensor | None = None, at: Positions | None = None
     ) -> Tensor:
-        """Log-probabilities, float64 (N, V); (B, L, V) without `at_BL`."""
+        """Log-probabilities, float64 (N, V); (B, L, V) without `at`."""
         self.noise_shown.append(sigma_B)
-        return self._answers(tokens_BL.clone(), at_BL)
+        return self._answers(tokens_BL.clone(), at)
 
-    def encode_blocks(self, noised_BL: Tensor, clean_BL: Tensor, size: int, sigma_Bb: Tensor, at_BL: Tensor) -> Tensor:
+    def encode_blocks(self, noised_BL: Tensor, clean_BL: Tensor, size: int, sigma_Bb: Tensor, at: Positions) -> Tensor:
         """As `encode`; every block sees the clean tokens of the blocks before it."""
         self.noise_shown.append(sigma_Bb.flatten())
         block_L = torch.arange(clean_BL.shape[1]) // size
-        row_N, place_N = at_BL.nonzero(as_tuple=True)
-        ahead_NL = block_L - block_L[place_N][:, None]
-        earlier_NL = torch.where(ahead_NL < 0, clean_BL[row_N], self.mask_id)
-        seen_NL = torch.where(ahead_NL == 0, noised_BL[row_N], earlier_NL)
+        ahead_NL = block_L - block_L[at.place_N][:, None]
+        earlier_NL = torch.where(ahead_NL < 0, clean_BL[at.row_N], self.mask_id)
+        seen_NL = torch.where(ahead_NL == 0, noised_BL[at.row_N], earlier_NL)
         return self._answers(seen_NL, None)[:, 0]
 
-    def _answers(self, x_BL: Tensor, at_BL: Tensor | None) -> Tensor:
+    def _answers(self, x_BL: Tensor, at: Positions | None) -> Tensor:
         word_B1 = x_BL.masked_fill(x_BL == self.mask_id, -1).max(-1, keepdim=True).values
         id_V = torch.arange(self.num_words + 1)
         possible_BV = ((word_B1 < 0) | (id_V == word_B1)) & (id_V != self.mask_id)
         log_p_BV = torch.where(possible_BV, -possible_BV.sum(-1, keepdim=True).double().log(), _IMPOSSIBLE)
         log_p_BLV = log_p_BV[:, None].expand(*x_BL.shape, -1)
-        return log_p_BLV if at_BL is None else log_p_BLV[at_BL]
+        return log_p_BLV if at is None else at.take(log_p_BLV)
 
 
 def identity_head(vocab_size: int, bias: float | None = None) -> torch.nn.Linear:
@@ -76,8 +76,8 @@ def for_sedd(network: torch.nn.Module) -> torch.nn.Module:
 class ExactModel(Model):
     """An objective over an `ExactDenoiser`, whose own answer in float64 takes the place of the float32 projection."""
 
-    def denoise(self, x_BL: Tensor, t_B: Tensor, at_BL: Tensor | None = None, **cond: Tensor) -> Tensor:
-        return self.backbone.denoise(x_BL, t_B, at_BL, **cond)
+    def denoise(self, x_BL: Tensor, t_B: Tensor, at: Positions | None = None, **cond: Tensor) -> Tensor:
+        return self.backbone.denoise(x_BL, t_B, at, **cond)
 
 
 BOS, EOS, PAD, MASK = range(4)

@@ -10,6 +10,7 @@ import torch
 from scipy import stats
 from torch.nn.functional import one_hot
 
+from palimpsest.common.positions import Positions
 from palimpsest.objectives.base import Model, TokenDiffusion
 from palimpsest.process import Hybrid, Uniform
 from palimpsest.samplers.base import time_grid
@@ -94,7 +95,9 @@ def chain_law(model: Model, length: int, vocab: int, steps: int, start: tuple | 
     for t, s in itertools.pairwise(time_grid(steps, 1e-5)):
         p_SLV = one_hot(x_SL, vocab).double()
         if at_SL.any():
-            p_SLV[at_SL] = model.reverse(x_SL, t.expand(len(x_SL)), s.expand(len(x_SL)), at_SL).exp().double()
+            p_SLV[at_SL] = (
+                model.reverse(x_SL, t.expand(len(x_SL)), s.expand(len(x_SL)), Positions(at_SL)).exp().double()
+            )
         for place in range(length):
             moves_SSL[..., place] = p_SLV[:, place, x_SL[:, place]]
         mass_S = mass_S @ moves_SSL.prod(-1)
@@ -123,9 +126,10 @@ def ordered_law(model: Model, length: int, vocab: int, order: str, tokens_per_st
     law = {(model.process.mask_id,) * length: 1.0}
     while any(model.process.mask_id in state for state in law):
         x = torch.tensor(list(law))
-        at = x == model.process.mask_id
-        t = time_of(model, at.sum(-1), torch.full((len(x),), length))
-        chosen = first_positions(preference(model.denoise(x, t, at), at, order), at.sum(-1).clamp(max=tokens_per_step))
+        masked = x == model.process.mask_id
+        at, left = Positions(masked), masked.sum(-1)
+        t = time_of(model, left, torch.full((len(x),), length))
+        chosen = first_positions(preference(model.denoise(x, t, at), at, order), left.clamp(max=tokens_per_step))
         together: dict[tuple, dict] = {}  # states that are filled at the same places
         for state, places in zip(law, chosen, strict=True):
             together.setdefault(tuple(places.nonzero().squeeze(-1).tolist()), {})[state] = law[state]
@@ -141,7 +145,7 @@ def _fill(model: Model, states: dict, places: list[int], vocab: int, t: torch.Te
     x = torch.tensor(list(states))
     at = torch.zeros_like(x, dtype=torch.bool)
     at[:, places] = True
-    p_SNV = model.denoise(x, t.expand(len(x)), at).exp().view(len(x), len(places), -1).tolist()
+    p_SNV = model.denoise(x, t.expand(len(x)), Positions(at)).exp().view(len(x), len(places), -1).tolist()
     out: dict[tuple, float] = {}
     for (state, mass), p_NV in zip(states.items(), p_SNV, strict=True):
         for tokens in itertools.product(range(vocab), repeat=len(places)):

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import torch
 from torch.nn.functional import one_hot
 
+from palimpsest.common.positions import Positions
 from palimpsest.objectives.base import Model
 from palimpsest.objectives.udlm import UDLM, _divergence
 from palimpsest.process import Uniform
@@ -48,8 +49,8 @@ class BayesUDLM(UDLM):
         super().__init__(schedule, Uniform(V))
         self.bayes = bayes
 
-    def leave_one_out(self, backbone, x_BL, t_B, at_BL, **cond):
-        return self.bayes(x_BL, self.schedule(t_B).alpha)[at_BL]
+    def leave_one_out(self, backbone, x_BL, t_B, at, **cond):
+        return at.take(self.bayes(x_BL, self.schedule(t_B).alpha))
 
     def rate(self, x0_BL, xt_BL, t_B):
         """The integrand, from the exact prediction."""
@@ -71,7 +72,7 @@ def chain(model: Model, steps: int, start: tuple[int, ...]) -> dict[tuple, float
         for place, token in zip(blanks, tokens, strict=True):
             state[place] = token
         law[tuple(state)] = V ** -len(blanks)
-    at = torch.tensor([[i in blanks for i in range(L)]])
+    at = Positions(torch.tensor([[i in blanks for i in range(L)]]))
     for t, s in itertools.pairwise(time_grid(steps, 1e-5)):
         moved: dict[tuple, float] = {}
         for state, mass in law.items():

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
+from palimpsest.common.positions import Positions
 from palimpsest.models import block_attention
 from palimpsest.models.block_attention import QKV, attend_blocks, visible
 from palimpsest.models.checkpoints import read_checkpoint
@@ -150,7 +151,7 @@ def test_cached_blocks_are_those_of_the_full_pass(random_dit, size, settings):
     cond = {"class_id": torch.tensor([0, 1, -1])} if "num_classes" in settings else {}
     full = net.encode_blocks(xt, x0, size, sigma, **cond)
     at = torch.rand(xt.shape) < 0.5
-    torch.testing.assert_close(net.encode_blocks(xt, x0, size, sigma, at, **cond), full[at])
+    torch.testing.assert_close(net.encode_blocks(xt, x0, size, sigma, Positions(at), **cond), full[at])
     with torch.no_grad():
         cache = net.new_block_cache(3, 10)
         for number, start in enumerate(range(0, 10, size)):
@@ -159,7 +160,9 @@ def test_cached_blocks_are_those_of_the_full_pass(random_dit, size, settings):
             torch.testing.assert_close(block, full[:, rows])
             some = torch.tensor([2, 0])
             told_some = {name: value[some] for name, value in cond.items()}
-            part = net.encode_after(xt[some, rows], sigma[some, number], cache, some, at[some, rows], **told_some)
+            part = net.encode_after(
+                xt[some, rows], sigma[some, number], cache, some, Positions(at[some, rows]), **told_some
+            )
             torch.testing.assert_close(part, full[:, rows][some][at[some, rows]])
             if rows.stop < 10:
                 net.remember(x0[:, rows], size, cache, **cond)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from palimpsest.common.positions import Positions
 from palimpsest.common.randomness import KeyedNoise, evaluation_noise
 from palimpsest.models.ar import AR
 from palimpsest.models.class_conditioning import UNCONDITIONAL, start_from_counts, with_class
@@ -62,7 +63,7 @@ def test_chosen_positions_are_those_of_the_whole_row():
     net, at = dit(), TOKENS == MASK
     class_id = torch.tensor([2, 0])
     torch.testing.assert_close(
-        net.encode(TOKENS, ZERO, at_BL=at, class_id=class_id), net.encode(TOKENS, ZERO, class_id=class_id)[at]
+        net.encode(TOKENS, ZERO, at=Positions(at), class_id=class_id), net.encode(TOKENS, ZERO, class_id=class_id)[at]
     )
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from palimpsest.common.positions import Positions
 from palimpsest.common.randomness import training_noise
 from palimpsest.models import compiling
 from palimpsest.models.compiling import compile_blocks
@@ -57,7 +58,7 @@ def test_a_step_of_block_diffusion_is_compiled_too(random_dit, graphs):
     compile_blocks(compiled)
     for _ in range(4):
         x, at = torch.randint(VOCAB, (3, 12)), torch.rand(3, 12) < 0.5
-        hidden = [net.encode_blocks(x, x.flip(1), 4, torch.rand(3, 3), at) for net in (plain, compiled)]
+        hidden = [net.encode_blocks(x, x.flip(1), 4, torch.rand(3, 3), Positions(at)) for net in (plain, compiled)]
         torch.testing.assert_close(*hidden)
     assert graphs["stats"]["unique_graphs"] >= 2
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from palimpsest.common.positions import Positions
 from palimpsest.models.dit import DiT
 from palimpsest.models.layers import modulate
 from palimpsest.models.mmdit import MMDiT
@@ -85,7 +86,7 @@ def test_the_network_is_what_it_says():
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(net.encode(X, SIGMA, PADDED, latent=LATENT, latent_t=HALF), both(net)[0])
     at = X < 3
-    for found, whole in zip(both(net, at_BL=at), (both(net)[0][at], both(net)[1]), strict=True):
+    for found, whole in zip(both(net, at=Positions(at)), (both(net)[0][at], both(net)[1]), strict=True):
         torch.testing.assert_close(found, whole)
 
 
@@ -212,10 +213,12 @@ def test_the_text_stream_begins_as_a_text_only_network_bit_by_bit(settings):
     assert all(net.get_parameter(name) is p for name, p in ours.items())
     net.part_of(dit.state_dict()).load_state_dict(dit.state_dict())
     cond = {"class_id": torch.tensor([0, 1, -1, 0])} if settings else {}
-    for at in (None, X < 3):
+    for at in (None, Positions(X < 3)):
         wanted = dit.encode(X, SIGMA, PADDED, at, **cond)
         for latent, time in ((LATENT, HALF), (LATENT, None), (None, None)):
-            assert torch.equal(net.encode(X, SIGMA, PADDED, at_BL=at, latent=latent, latent_t=time, **cond), wanted)
+            assert torch.equal(
+                net.encode(X, SIGMA, PADDED, at=at, latent=latent, latent_t=time, **cond), wanted
+            )
     for block in net.blocks:
         torch.nn.init.ones_(block.adaLN_gate.bias)
     assert not torch.allclose(net.encode(X, SIGMA, PADDED, latent=LATENT, **cond), dit.encode(X, SIGMA, PADDED, **cond))

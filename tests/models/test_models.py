@@ -7,6 +7,7 @@ import csv
 import pytest
 import torch
 
+from palimpsest.common.positions import Positions
 from palimpsest.models.attention import apply_rotary, attend, rotary_angles
 from palimpsest.models.dit import DiT
 from palimpsest.models.ema import EMA
@@ -105,7 +106,7 @@ def test_encoding_some_positions_is_encoding_all_and_choosing(random_dit, padded
     at = torch.rand(5, 9) < 0.4
     at[0], at[1] = False, True
     mask = torch.arange(9) < torch.tensor([9, 9, 7, 6, 8])[:, None] if padded else None
-    chosen = net.encode(x, sigma, mask, at_BL=at)
+    chosen = net.encode(x, sigma, mask, at=Positions(at))
     torch.testing.assert_close(chosen, net.encode(x, sigma, mask)[at], rtol=1e-9, atol=1e-9)
-    none = net.encode(x, sigma, mask, at_BL=torch.zeros_like(at))
+    none = net.encode(x, sigma, mask, at=Positions(torch.zeros_like(at)))
     assert none.shape == (0, 16)

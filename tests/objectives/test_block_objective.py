@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from palimpsest.common.positions import Positions
 from palimpsest.common.randomness import KeyedNoise, evaluation_noise, training_noise
 from palimpsest.estimators.any_order import AnyOrder
 from palimpsest.estimators.nelbo import Nelbo
@@ -137,8 +138,8 @@ def test_the_bound_is_unbiased_and_above_the_likelihood(random_dit, size):
             class Bound:
                 encodes_positions, head = True, net.head
 
-                def encode(self, tokens, sigma, at_BL=None, behind=behind):
-                    return behind.backbone.encode(tokens, sigma, torch.zeros(len(tokens), dtype=torch.long), at_BL)
+                def encode(self, tokens, sigma, at=None, behind=behind):
+                    return behind.backbone.encode(tokens, sigma, torch.zeros(len(tokens), dtype=torch.long), at)
 
             total += exact_bound(
                 Subs(LogLinear(eps=0.0), Absorbing(MASK)), Bound(), row[None, start : start + size], points=60
@@ -238,7 +239,7 @@ def test_clipping_trains_on_a_part_and_measures_the_whole(random_dit):
 
 def test_whoever_asks_behind_masks_is_told(random_dit):
     x = torch.tensor([[0, MASK, MASK, MASK]])
-    at = torch.tensor([[False, False, True, False]])
+    at = Positions(torch.tensor([[False, False, True, False]]))
     with pytest.raises(ValueError, match="block_size=2 predicts block after block.*sampling.predictor=block"):
         block(2).denoise(random_dit(VOCAB), x, torch.ones(1), at)
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.nn.functional import one_hot
 
+from palimpsest.common.positions import Positions
 from palimpsest.common.randomness import KeyedNoise, evaluation_noise
 from palimpsest.experiment.running import checked
 from palimpsest.noise_schedule import Cosine, LogLinear
@@ -81,8 +82,8 @@ class BayesGIDD(GIDD):
             out[:, i] = weight_BM @ one_hot(self.texts_ML[:, i], V).double()
         return (out / out.sum(-1, keepdim=True)).log()
 
-    def leave_one_out(self, backbone, x_BL, t_B, at_BL, **cond):
-        return self.others(x_BL, self.schedule(t_B).alpha)[at_BL]
+    def leave_one_out(self, backbone, x_BL, t_B, at, **cond):
+        return at.take(self.others(x_BL, self.schedule(t_B).alpha))
 
     def rate(self, x0_BL, xt_BL, t_B):
         level = self.schedule(t_B)
@@ -143,7 +144,7 @@ def test_the_sampler_draws_the_law_of_its_chain():
     out = uniform.sample(
         model, torch.tensor([start]).expand(rows, -1), KeyedNoise(7, torch.arange(rows)), steps=4, noise_removal=False
     )
-    law, at = {start: 1.0}, torch.tensor([[False, True]])
+    law, at = {start: 1.0}, Positions(torch.tensor([[False, True]]))
     for t, s in itertools.pairwise(time_grid(4, 1e-5)):
         moved: dict[tuple, float] = {}
         for state, mass in law.items():

@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import BertConfig
 
+from palimpsest.common.positions import Positions
 from palimpsest.common.randomness import evaluation_noise, training_noise
 from palimpsest.data.collate import Collate
 from palimpsest.data.unigram import unigram_nll
@@ -135,7 +136,9 @@ def test_what_is_measured_of_a_masked_lm_is_the_bound_by_enumeration():
     for order in itertools.permutations(range(3)):
         x = torch.full((1, 3), MASK)
         for place in order:
-            log_p = model.denoise(x, torch.tensor([0.5], dtype=torch.float64), torch.arange(3)[None] == place)
+            log_p = model.denoise(
+                x, torch.tensor([0.5], dtype=torch.float64), Positions(torch.arange(3)[None] == place)
+            )
             nats, x[0, place] = nats - float(log_p[0, x0[0, place]]) / 6, x0[0, place]
     assert exact_bound(objective.bound(None), net, x0) == pytest.approx(nats, rel=1e-5)
     loss = objective.bound(ExactCount()).loss(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from palimpsest.common.positions import Positions
 from palimpsest.models.checkpoints import read_checkpoint
 from palimpsest.noise_schedule import Cosine, FullRange, LogLinear
 from palimpsest.objectives.base import Model
@@ -93,7 +94,7 @@ def test_d3pm_step_is_the_kl_of_its_own_reverse_step(random_dit):
     x0, xt, _ = noised()
     t = torch.tensor([1.0, 0.75, 0.5, 0.25, 0.5, 1.0], dtype=torch.float64)
     s, at = t - 1 / T, xt == MASK
-    log_q = objective.reverse(net, xt, t, s, at)
+    log_q = objective.reverse(net, xt, t, s, Positions(at))
     chance = ((objective.schedule(s).alpha - objective.schedule(t).alpha) / (1 - objective.schedule(t).alpha))[
         :, None
     ].expand_as(at)[at]
@@ -113,9 +114,9 @@ def test_reverse_steps_are_distributions_and_denoise_knows_no_mask(random_dit, b
     net, objective = random_dit(VOCAB, time_conditioning=True), build()
     _, xt, t = noised()
     at = xt == MASK
-    p = objective.reverse(net, xt, t, t - 0.04, at).exp()
+    p = objective.reverse(net, xt, t, t - 0.04, Positions(at)).exp()
     assert (p >= 0).all() and ((p.sum(-1) - 1).abs() < 1e-6).all()
-    p0 = objective.denoise(net, xt, t, at).exp()
+    p0 = objective.denoise(net, xt, t, Positions(at)).exp()
     assert (p0[:, MASK] == 0).all() and ((p0.sum(-1) - 1).abs() < 1e-5).all()
 
 
@@ -172,7 +173,7 @@ def test_golden_sedd(fixtures_dir, variant, weights):
     batch = {"input_ids": golden["x0"], "attention_mask": golden["attention_mask"].bool()}
     at = xt == meta["mask_index"]
     tokens = [v for v in range(meta["vocab_size"]) if v != meta["mask_index"]]
-    ours = objective.log_score(net, xt, t, at)[:, tokens]
+    ours = objective.log_score(net, xt, t, Positions(at))[:, tokens]
     assert close(ours, golden[f"{weights}.model_output"][at][:, tokens].double())
     loss = objective.loss_at(net, batch, draw_at(xt, t))
     assert close(loss.nll_BL, golden[f"{weights}.nlls"])
@@ -233,11 +234,13 @@ def test_golden_one_step_posteriors(fixtures_dir, variant):
         for kind in ("ddpm_posterior", "analytic_probs"):
             if (name := f"raw.{step['index']}.{kind}") in golden:
                 reference = golden[name][at].double().clamp(min=0)  # it never draws what it gives less than nothing
-                assert close(model.reverse(x, t, s, at).exp(), reference / reference.sum(-1, keepdim=True)), name
+                assert close(
+                    model.reverse(x, t, s, Positions(at)).exp(), reference / reference.sum(-1, keepdim=True)
+                ), name
                 compared += 1
         if variant == "mdlm_subs":
             assert torch.equal(
-                model.denoise(x, t, at).argmax(-1), golden[f"raw.{step['index']}.noise_removal_argmax"][at]
+                model.denoise(x, t, Positions(at)).argmax(-1), golden[f"raw.{step['index']}.noise_removal_argmax"][at]
             )
     assert compared
 
@@ -250,7 +253,7 @@ def test_golden_prediction_of_d3pm_in_its_posteriors(fixtures_dir):
     at = x == model.process.mask_id
     for step in known["steps"]:
         t = torch.full((len(x),), step["t"], dtype=torch.float64)
-        p = model.objective.network_log_probs(model.backbone, x, t, at).exp() * (1 - step["s"] / step["t"])
+        p = model.objective.network_log_probs(model.backbone, x, t, Positions(at)).exp() * (1 - step["s"] / step["t"])
         reference = golden[f"raw.{step['index']}.ddpm_posterior"][at]
         assert close(p[:, :-1], reference[:, :-1])
 
@@ -267,7 +270,7 @@ def test_golden_trajectories_are_those_of_our_steps_under_the_recorded_numbers(f
     for i, (t, s) in enumerate(itertools.pairwise(times)):
         x, after = path[i], path[i + 1]
         at = x == model.process.mask_id
-        p = model.reverse(x, t.expand(len(x)), s.expand(len(x)), at).exp()
+        p = model.reverse(x, t.expand(len(x)), s.expand(len(x)), Positions(at)).exp()
         drawn = (p / (1e-10 - (uniforms[i][at] + 1e-10).log())).argmax(-1)
         if i < len(times) - 2:  # the last entry of the path is behind the removal of noise
             assert torch.equal(drawn, after[at])

@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 import torch
 
+from palimpsest.common.positions import Positions
 from palimpsest.common.randomness import KeyedNoise, evaluation_noise, training_noise
 from palimpsest.models import block_attention
 from palimpsest.models.segment_attention import segment_masks
@@ -152,7 +153,7 @@ def law_of(net, x: torch.Tensor, ends: list[int]) -> torch.Tensor:
             for place in order:
                 at = torch.zeros_like(row, dtype=torch.bool)
                 at[:, place] = True
-                answer = objective.denoise(net, row, torch.full((len(x),), 0.5), at, **cond)
+                answer = objective.denoise(net, row, torch.full((len(x),), 0.5), Positions(at), **cond)
                 log_p += answer.gather(1, x[:, place, None]).squeeze(1)
                 row[:, place] = x[:, place]
             along.append(log_p)
@@ -173,7 +174,7 @@ def test_the_law_sums_to_one_and_samples_follow_it(random_dit):
             net,
             torch.tensor([[0, MASK, 1, MASK]]),
             torch.ones(1),
-            torch.tensor([[False, False, False, True]]),
+            Positions(torch.tensor([[False, False, False, True]])),
             torch.tensor([[1, 3]]),
         )
 
@@ -191,8 +192,8 @@ def test_the_bound_is_unbiased_and_above_the_likelihood(random_dit):
             class Behind:
                 encodes_positions, head = True, net.head
 
-                def encode(self, tokens, sigma, at_BL, law=law):
-                    return law.backbone.encode(tokens, sigma, torch.zeros(len(tokens), dtype=torch.long), at_BL)
+                def encode(self, tokens, sigma, at, law=law):
+                    return law.backbone.encode(tokens, sigma, torch.zeros(len(tokens), dtype=torch.long), at)
 
             total += exact_bound(Subs(LogLinear(eps=0.0), Absorbing(MASK)), Behind(), row[None, start:stop], points=60)
             earlier.append((row[None, start:stop], torch.ones(1, stop - start, dtype=torch.bool)))

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from palimpsest.common.positions import Positions
 from palimpsest.common.randomness import KeyedNoise, evaluation_noise
 from palimpsest.models.checkpoints import read_checkpoint
 from palimpsest.models.dit import DiT
@@ -42,7 +43,7 @@ def test_projecting_some_positions_equals_projecting_all(random_dit):
     x = torch.tensor([[0, MASK, 2, MASK], [MASK, 3, 3, 0]])
     t = torch.tensor([0.3, 0.8])
     at = torch.tensor([[True, True, False, False], [True, False, False, True]])
-    torch.testing.assert_close(subs.denoise(net, x, t, at), subs.denoise(net, x, t)[at])
+    torch.testing.assert_close(subs.denoise(net, x, t, Positions(at)), subs.denoise(net, x, t)[at])
 
 
 def test_the_loss_projects_only_masked_positions_and_never_all_logits(random_dit, monkeypatch):

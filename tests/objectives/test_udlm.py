@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.functional import one_hot
 
+from palimpsest.common.positions import Positions
 from palimpsest.common.randomness import KeyedNoise, evaluation_noise
 from palimpsest.experiment.from_checkpoint import complete
 from palimpsest.models.checkpoints import read_checkpoint
@@ -56,7 +57,7 @@ def test_the_integrand_is_the_papers(random_dit, t):
     xt[:3] = x0[:3]
     t_B = torch.full((6,), t, dtype=torch.float64)
     found = objective.loss_at(net, {"input_ids": x0}, draw_at(xt, t_B)).nll_BL.double()
-    at = torch.ones_like(x0, dtype=torch.bool)
+    at = Positions.everywhere(x0)
     p = objective.leave_one_out(net, xt, t_B, at).double().exp().view(6, 4, 5)
     alpha = 1 - t
     true, predicted = (5 * alpha * one.double() + (1 - alpha) for one in (one_hot(x0, 5), p))
@@ -81,7 +82,7 @@ def test_golden_duo_without_a_setting_typed(fixtures_dir, weights):
     x0 = golden["x0"]
     xt = golden["xt"]
     t = golden["t"].double()
-    everywhere = torch.ones_like(x0, dtype=torch.bool)
+    everywhere = Positions.everywhere(x0)
     with torch.no_grad():
         log_p = objective.leave_one_out(net, xt, t, everywhere).view(*x0.shape, 39)
         nll = objective.loss_at(net, {"input_ids": x0}, draw_at(xt, t)).nll_BL
@@ -230,8 +231,8 @@ def test_an_informed_corrector_draws_the_least_likely_token_again():
     step = uniform.Resample(model, trace, noise, steps=1, corrector_steps=1, corrector="informed")
     step.trace.ids_BL = torch.tensor([[0, 1]])
     asked = step.positions(2, step.trace)
-    ids, where = step.tokens(model.denoise(step.trace.ids_BL, asked.t_B, asked.at_BL), asked.at_BL, torch.arange(1))
-    assert where.tolist() == [False, True] and ids.tolist() == [0]
+    ids, where = step.tokens(model.denoise(step.trace.ids_BL, asked.t_B, asked.at), asked.at)
+    assert where.mask_BL.tolist() == [[False, True]] and ids.tolist() == [0]
 
 
 def test_self_correction_puts_one_token_right_at_a_time_and_stops():

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from palimpsest.common.positions import Positions
 from palimpsest.common.randomness import KeyedNoise
 from palimpsest.denoisers import Denoiser
 from palimpsest.noise_schedule import LogLinear
@@ -21,9 +22,9 @@ class EvenAmong(Denoiser):
     schedule = LogLinear()
     vocab_size = 9
 
-    def denoise(self, x_BL, t_B, at_BL=None, **cond):
+    def denoise(self, x_BL, t_B, at=None, **cond):
         p_LV = (torch.arange(9) < CHOICES[:, None]) / CHOICES[:, None]
-        return p_LV.log().expand(len(x_BL), -1, -1)[at_BL]
+        return at.take(p_LV.log().expand(len(x_BL), -1, -1))
 
 
 @pytest.mark.parametrize(
@@ -43,7 +44,7 @@ def test_a_step_takes_the_longest_prefix_that_the_bound_allows(gamma):
     generator = torch.Generator().manual_seed(0)
     logits_RLV = 4 * torch.randn(20, 7, 5, generator=generator, dtype=torch.float64)
     at_RL = torch.rand(20, 7, generator=generator) < 0.7
-    now_RL = bounded(logits_RLV.log_softmax(-1)[at_RL], at_RL, gamma)
+    now_RL = bounded(logits_RLV.log_softmax(-1)[at_RL], Positions(at_RL), gamma)
     for row, (at_L, now_L) in enumerate(zip(at_RL, now_RL, strict=True)):
         entropies = {i: torch.distributions.Categorical(logits=logits_RLV[row, i]).entropy().item() for i in range(7)}
         order = sorted(at_L.nonzero().flatten().tolist(), key=entropies.get)

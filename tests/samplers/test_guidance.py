@@ -9,6 +9,7 @@ import pytest
 import torch
 from hydra.errors import InstantiationException
 
+from palimpsest.common.positions import Positions
 from palimpsest.common.randomness import KeyedNoise
 from palimpsest.denoisers import ClassGuided, ClassifierGuided, Denoiser
 from palimpsest.experiment import running
@@ -40,13 +41,13 @@ class Masks(Denoiser):
     vocab_size = V + 1
     independent_unmasking = True
 
-    def denoise(self, x_BL, t_B, at_BL=None, class_id=None):
+    def denoise(self, x_BL, t_B, at=None, class_id=None):
         p_CM, p_M = laws()
         texts_ML = texts(V, L)
         p_BM = p_M.expand(len(x_BL), -1) if class_id is None else p_CM[class_id]
         p_BM = p_BM * ((texts_ML == x_BL[:, None]) | (x_BL[:, None] == MASK)).all(-1)
         p_BLV = torch.einsum("bm,mlv->blv", p_BM, torch.eye(V + 1, dtype=torch.float64)[texts_ML])
-        return (p_BLV / p_BM.sum(-1)[:, None, None])[at_BL].log()
+        return at.take(p_BLV / p_BM.sum(-1)[:, None, None]).log()
 
 
 class Words(Denoiser):
@@ -62,11 +63,11 @@ class Words(Denoiser):
         known = p_M if class_id is None else p_CM[int(class_id[0])]
         return Model(BayesUDLM(Bayes(known), LogLinear().full_range), NO_NETWORK)
 
-    def denoise(self, x_BL, t_B, at_BL=None, class_id=None):
-        return self._model(class_id).denoise(x_BL, t_B, at_BL)
+    def denoise(self, x_BL, t_B, at=None, class_id=None):
+        return self._model(class_id).denoise(x_BL, t_B, at)
 
-    def reverse(self, x_BL, t_B, s_B, at_BL, class_id=None):
-        return self._model(class_id).reverse(x_BL, t_B, s_B, at_BL)
+    def reverse(self, x_BL, t_B, s_B, at, class_id=None):
+        return self._model(class_id).reverse(x_BL, t_B, s_B, at)
 
 
 @pytest.mark.parametrize("weight", [0.0, 1.0, 2.5])
@@ -120,13 +121,13 @@ def test_a_classifier_of_single_tokens_tilts_by_its_gradient():
     amount_BLV.requires_grad_()
     said_BC = torch.einsum("blv,cv->bc", amount_BLV, log_p_CV) + log_prior_C
     (gain_BLV,) = torch.autograd.grad(said_BC.log_softmax(-1)[:, 1].sum(), amount_BLV)
-    plain_NV = Masks().denoise(x_BL, None, at_BL)
+    plain_NV = Masks().denoise(x_BL, None, Positions(at_BL))
     wanted_NV = (plain_NV + 2.0 * gain_BLV[at_BL]).log_softmax(-1)
-    torch.testing.assert_close(model.denoise(x_BL, None, at_BL), wanted_NV)
+    torch.testing.assert_close(model.denoise(x_BL, None, Positions(at_BL)), wanted_NV)
     off = ClassifierGuided(Masks(), 1, 0.0, log_p_CV, log_prior_C)
-    assert torch.equal(off.denoise(x_BL, None, at_BL), plain_NV)
+    assert torch.equal(off.denoise(x_BL, None, Positions(at_BL)), plain_NV)
     whole_BLV = ClassifierGuided(Words(), 1, 2.0, log_p_CV[:, :V], log_prior_C).reverse(
-        torch.tensor([[0, 1]]), torch.tensor([0.7]).double(), torch.tensor([0.4]).double(), torch.ones(1, L) > 0
+        torch.tensor([[0, 1]]), torch.tensor([0.7]).double(), torch.tensor([0.4]).double(), Positions.everywhere(torch.tensor([[0, 1]]))
     )
     torch.testing.assert_close(whole_BLV.exp().sum(-1), torch.ones(L).double())
 

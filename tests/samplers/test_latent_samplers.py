@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 
+from palimpsest.common.positions import Positions
 from palimpsest.common.randomness import KeyedNoise
 from palimpsest.denoisers import JointDenoiser, LatentGuided, WithoutTokens
 from palimpsest.gaussian_process import LatentPrediction, cosine_level
@@ -52,17 +53,17 @@ class Spied(JointDenoiser):
         self.vocab_size = inner.vocab_size
         self.independent_unmasking = True
 
-    def denoise(self, x_BL, t_B, at_BL, **cond):
-        self.asked.append((x_BL.clone(), t_B, at_BL, cond))
-        return self.inner.denoise(x_BL, t_B, at_BL, **cond)
+    def denoise(self, x_BL, t_B, at, **cond):
+        self.asked.append((x_BL.clone(), t_B, at.mask_BL, cond))
+        return self.inner.denoise(x_BL, t_B, at, **cond)
 
     def predict_latent(self, latent_BKD, latent_t_B, x_BL, t_B, **cond):
         self.asked.append((x_BL.clone(), t_B, latent_t_B, cond))
         return self.inner.predict_latent(latent_BKD, latent_t_B, x_BL, t_B, **cond)
 
-    def denoise_both(self, x_BL, t_B, at_BL, latent_BKD, latent_t_B, **cond):
-        self.asked.append((x_BL.clone(), t_B, latent_t_B, at_BL))
-        return self.inner.denoise_both(x_BL, t_B, at_BL, latent_BKD, latent_t_B, **cond)
+    def denoise_both(self, x_BL, t_B, at, latent_BKD, latent_t_B, **cond):
+        self.asked.append((x_BL.clone(), t_B, latent_t_B, at.mask_BL))
+        return self.inner.denoise_both(x_BL, t_B, at, latent_BKD, latent_t_B, **cond)
 
 
 class NormalLatents:
@@ -146,7 +147,8 @@ def test_the_marginal_is_asked_with_masks_at_time_1_and_the_text_clean_at_0():
 
 def test_guidance_of_texts_goes_from_the_marginal_to_the_latent_and_beyond():
     net, z = model(), latents()
-    x, at = torch.full((ROWS, LENGTH), MASK), torch.ones(ROWS, LENGTH, dtype=torch.bool)
+    x = torch.full((ROWS, LENGTH), MASK)
+    at = Positions.everywhere(x)
     half = torch.full((ROWS,), 0.5).double()
     conditional, unconditional = net.denoise(x, half, at, latent=z), net.denoise(x, half, at)
     assert not torch.allclose(conditional, unconditional)
@@ -226,13 +228,13 @@ class Opinions:
     def __init__(self) -> None:
         self.asked = []
 
-    def denoise(self, x_BL, t_B, at_BL, **cond):
-        assert (x_BL[at_BL] == MASK).all(), "of a token that it sees a network of masks says nothing"
-        self.asked.append((at_BL.clone(), cond))
-        place_N = at_BL.nonzero()[:, 1].double()
+    def denoise(self, x_BL, t_B, at, **cond):
+        assert (at.take(x_BL) == MASK).all(), "of a token that it sees a network of masks says nothing"
+        self.asked.append((at.mask_BL, cond))
+        place_N = at.place_N.double()
         sure_N = (1 + place_N) / 20
         if "latent" in cond:  # the source's latent explains early places better
-            sure_N = 0.9 - place_N / 20 * (cond["latent"].flatten(1)[:, :1].expand(at_BL.shape)[at_BL] > 0)
+            sure_N = 0.9 - place_N / 20 * (at.of_rows(cond["latent"].flatten(1)[:, 0]) > 0)
         rest_N1 = ((1 - sure_N) / (VOCAB - 2))[:, None]
         return torch.cat([sure_N[:, None], rest_N1.expand(-1, VOCAB - 2), 0 * rest_N1], 1).log()
 
@@ -267,7 +269,7 @@ def test_positions_are_chosen_by_rule_within_the_budget_and_never_special_tokens
 
 def test_tokens_that_are_barred_are_never_written_and_the_rest_keeps_its_odds():
     x, t = torch.full((ROWS, 5), model().process.mask_id), torch.full((ROWS,), 0.5, dtype=torch.float64)
-    at, cond = torch.ones_like(x, dtype=torch.bool), {"latent": latents(), "latent_t": torch.zeros(ROWS)}
+    at, cond = Positions.everywhere(x), {"latent": latents(), "latent_t": torch.zeros(ROWS)}
     free, barred = (found.denoise(x, t, at, **cond).exp() for found in (model(), WithoutTokens(model(), (0, 2))))
     assert (barred[:, [0, 2]] == 0).all() and (free[:, [0, 2]] > 0).all()
     free[:, [0, 2]] = 0

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from benchmarks.decoders import decoders
 from benchmarks.kneser_ney import KneserNey
+from palimpsest.common.positions import Positions
 from palimpsest.common.randomness import KeyedNoise
 from palimpsest.experiment.running import checked
 from palimpsest.noise_schedule import LogLinear
@@ -64,7 +65,7 @@ def test_remdm_follows_the_law_of_its_chain(schedule, eta):
         moved: dict[tuple, float] = {}
         for state, mass in law.items():
             x = torch.tensor([state])
-            at = torch.ones_like(x, dtype=torch.bool)
+            at = Positions.everywhere(x)
             p = toy.denoise(x, None, at).exp()
             write = (alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t)
             choices = [
@@ -92,9 +93,9 @@ def test_remdm_keeps_the_share_of_masks_whatever_eta():
 
 def test_low_confidence_keeps_what_was_drawn_with_most_probability():
     class Two(Toy):
-        def denoise(self, x_BL, t_B, at_BL):
+        def denoise(self, x_BL, t_B, at):
             p = torch.tensor([[0.6, 0.4, 0], [0.45, 0.55, 0]], dtype=torch.float64)
-            return p.expand(len(x_BL), 2, 3)[at_BL].log()
+            return at.take(p.expand(len(x_BL), 2, 3)).log()
 
     steps = unmask(Two(2, 2), blank(4000, 2, 2), Unmasking(order="margin", remask="low_confidence"), steps=2).step_BL
     assert float((steps[:, 0] == 1).double().mean()) == pytest.approx(0.6, abs=0.03)
@@ -103,10 +104,10 @@ def test_low_confidence_keeps_what_was_drawn_with_most_probability():
 
 def test_a_threshold_writes_all_that_is_sure_one_at_least_and_the_rest_at_the_end():
     class Fixed(Toy):
-        def denoise(self, x_BL, t_B, at_BL):
+        def denoise(self, x_BL, t_B, at):
             sure = torch.tensor([0.5, 0.95, 0.6, 0.99, 0.7], dtype=torch.float64)
             p = torch.stack([sure, 1 - sure, torch.zeros_like(sure)], -1)
-            return p.expand(len(x_BL), 5, 3)[at_BL].log()
+            return at.take(p.expand(len(x_BL), 5, 3)).log()
 
     how, x = Unmasking(order="margin", threshold=0.9), torch.tensor([[2, 2, 2, 2, 2], [2, 0, 2, 0, 0]])
     for remask in ("none", "low_confidence"):
