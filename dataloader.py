@@ -31,7 +31,7 @@ import logging
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Annotated, Any, Literal
 
 import datasets
@@ -60,11 +60,12 @@ from palimpsest.data.loading import Loading, TimedLoader
 from palimpsest.data.order import evaluation_batches
 from palimpsest.data.packing import Packing, check_prompts, pack, with_special_tokens
 from palimpsest.data.rows import text_rows
-from palimpsest.data.sources import Source
+from palimpsest.data.sources import Source, cached
 from palimpsest.data.splits import SplitTexts
 from palimpsest.data.stream import BatchPlan, PositionBatchSampler, TrainingStream, batch_arithmetic, consumed_before
 from palimpsest.data.stream_loader import StreamLoader
 from palimpsest.data.streaming import Corpus, Order
+from palimpsest.data.tables import fingerprint_of, texts_of
 from palimpsest.data.tokenizers import Vocabulary, load_tokenizer, published_frame, vocabulary
 from palimpsest.latents.rows import Encoder, RowsWithLatents, TextLatents
 
@@ -170,7 +171,7 @@ class TextData(LightningDataModule):
         self.protocol = texts.protocol
         self.first_given = texts.first_given
         check_protocol(texts.protocol, texts.num_proc, texts.streaming, texts.random_crop)
-        source = source if texts.protocol is None else source.published()
+        source = cached(source if texts.protocol is None else source.published(), texts.cache_dir)
         default = texts.wrap or texts.protocol is not None
         self.score_special = default if texts.score_special is None else texts.score_special
         self.source = source
@@ -226,7 +227,10 @@ class TextData(LightningDataModule):
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return load_tokenizer(**self.tokenizer_settings, texts=lambda: self._texts.read("train")["text"][:])
+        train = partial(self._texts.read, "train")
+        return load_tokenizer(
+            **self.tokenizer_settings, texts=lambda: texts_of(train()), content=lambda: fingerprint_of(train())
+        )
 
     @cached_property
     def vocabulary(self) -> Vocabulary:

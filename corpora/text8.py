@@ -8,7 +8,7 @@ import datasets
 
 from palimpsest.common.values import Length, PresentPath
 from palimpsest.data.hub import local_folder
-from palimpsest.data.rows import check_split, text_rows, with_documents
+from palimpsest.data.rows import check_split, from_table, text_table, with_documents
 from palimpsest.data.sources import Source
 
 
@@ -49,7 +49,8 @@ class Text8:
             if len(text) != self.sizes[split]:
                 raise ValueError(f"the {split} split of text8 has {self.sizes[split]:,} characters, not {len(text):,}")
         end = len(text) - len(text) % self.chunk if self._drop_last else len(text)
-        return with_documents(text_rows([text[at : at + self.chunk] for at in range(0, end, self.chunk)]), None)
+        table = text_table([text[at : at + self.chunk] for at in range(0, end, self.chunk)])
+        return from_table(next(with_documents([table], None)))
 
     def _original(self, split: str) -> str | None:
         """Return the split's part of the original, if there is one. Bytes are characters, since all are ASCII."""

@@ -3,6 +3,9 @@
 Layout: `<cache_dir>/<kind>-<key>/` with the files of the entry and `entry.json`, which repeats the settings that made
 the key and records the size and checksum of every file. The folder appears by one rename, so a killed process leaves no
 partial entry.
+
+`files.json` beside the entries remembers the digests of files of the user by size and modification time, so that a
+corpus is hashed once.
 """
 
 import contextlib
@@ -12,6 +15,7 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +25,8 @@ from filelock import FileLock
 log = logging.getLogger(__name__)
 
 _ENTRY = "entry.json"
+_DIGESTS = "files.json"
+_SETTLED = 2.0  # seconds: a file that changed since may change again without another modification time
 _CHECKSUM_LIMIT = 256 * 2**20  # bytes; larger files are checked by size only, because reading them takes minutes
 
 
@@ -33,6 +39,39 @@ def file_digest(path: Path) -> str:
     """Return the hex SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def content_digests(paths: Iterable[Path], cache_dir: str | Path) -> list[tuple[str, str]]:
+    """Return the name and the hex SHA-256 of each file; a file that has kept its size and time is not read again."""
+    memory = Path(cache_dir).expanduser().absolute() / _DIGESTS
+    known = _known_digests(memory)
+    found, fresh = [], {}
+    for path in map(Path.absolute, paths):
+        stat, now = path.stat(), time.time()
+        seen = [stat.st_size, stat.st_mtime_ns]
+        remembered = known.get(str(path), [])
+        digest = remembered[2] if remembered[:2] == seen else file_digest(path)
+        if remembered[:2] != seen and now - stat.st_mtime > _SETTLED:
+            fresh[str(path)] = [*seen, digest]
+        found.append((path.name, digest))
+    if fresh:
+        _remember(memory, fresh)
+    return found
+
+
+def _known_digests(memory: Path) -> dict[str, list]:
+    try:
+        known = json.loads(memory.read_text())
+        return {path: seen for path, seen in known.items() if len(seen) == 3}
+    except (OSError, ValueError, TypeError, AttributeError):  # absent or damaged: the files are hashed again
+        return {}
+
+
+def _remember(memory: Path, fresh: dict[str, list]) -> None:
+    """Add digests to `memory`. Of two processes that do so at once one may lose its additions, which costs a hash."""
+    with writing_into(memory.parent), tempfile.NamedTemporaryFile("w", dir=memory.parent, delete=False) as file:
+        json.dump({**_known_digests(memory), **fresh}, file)
+    os.replace(file.name, memory)
 
 
 def texts_fingerprint(texts: Iterable[str]) -> str:
@@ -62,11 +101,8 @@ def cached_folder(
     figures = _read_entry(folder, settings)
     if figures is not None:
         return folder, figures
-    try:
-        cache_dir.mkdir(parents=True, exist_ok=True)
+    with writing_into(cache_dir):
         probe = Path(tempfile.mkdtemp(prefix=f".{kind}-", dir=cache_dir))
-    except OSError as error:
-        raise ValueError(f"data.cache_dir={cache_dir} cannot be written ({error}); give another folder") from error
     try:
         with _lock(folder):
             figures = _read_entry(folder, settings)  # another process may have built it while this one waited
@@ -75,6 +111,16 @@ def cached_folder(
     finally:
         shutil.rmtree(probe, ignore_errors=True)
     return folder, figures
+
+
+@contextlib.contextmanager
+def writing_into(cache_dir: Path) -> Iterator[None]:
+    """Create the folder of the cache. Raises ValueError if it, or a file in it, cannot be written."""
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise ValueError(f"data.cache_dir={cache_dir} cannot be written ({error}); give another folder") from error
 
 
 def _build(

@@ -1,6 +1,6 @@
 """Readers for the rows of text files in common formats. No missing value, number or date is ever guessed.
 
-Each format has one reader, for files that are read whole and for streamed files. Only the requested columns are read. A
+Each format has one reader, which yields tables of a thousand rows. Only the requested columns are read. A
 row that does not fit its file is an error with file, line and row; rows are counted from 0.
 
   txt            one text per line that is not blank
@@ -46,6 +46,7 @@ NUMBER = re.compile(r"-?[0-9]+")
 _DIGITS = 9  # digits of the longest label that is a number
 _AT_ONCE = 1000  # rows in a table
 _CHARACTERS = 1 << 24  # in a table, approximately
+_BUFFER = 1 << 20  # bytes of a Parquet column that are read at once; else a whole row group, which may be the file
 _OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _PACKED = (*_OPENERS, ".zst")
 _FAULTS = (ValueError, OSError, EOFError, csv.Error, pa.ArrowException, lzma.LZMAError, zlib.error)
@@ -158,14 +159,10 @@ def _check_not_saved(folder: Path, key: str) -> None:
 # -------------------------------------------------------------------------------- reading
 
 
-def read_files(files: Sequence[Path], key: str, columns: Columns) -> pa.Table:
-    """Return all rows of files: the columns, as large_string. Raises ValueError as `read_tables` does."""
-    schema = pa.schema([(name, pa.large_string()) for name in columns.names])
-    whole = [pa.Table.from_batches([], schema)]
+def read_files(files: Iterable[Path], key: str, columns: Columns) -> Iterator[pa.Table]:
+    """Yield the rows of files one after the other. Raises ValueError as `read_tables` does."""
     for path in files:
-        tables = list(read_tables(path, key, columns))
-        whole += [pa.concat_tables(tables).combine_chunks()] if tables else []
-    return pa.concat_tables(whole)
+        yield from read_tables(path, key, columns)
 
 
 def read_tables(path: Path, key: str, columns: Columns, row_group: int | None = None) -> Iterator[pa.Table]:
@@ -548,7 +545,7 @@ def _cells(row: object, columns: Columns, place: str) -> list[object]:
 def _parquet_batches(path: Path, columns: Columns, row_group: int | None) -> Iterator[_Batch]:
     if path.suffix.lower() in _PACKED:
         raise ValueError("a Parquet file is packed inside; unpack it, and give the .parquet file")
-    with pq.ParquetFile(path) as file:
+    with pq.ParquetFile(path, buffer_size=_BUFFER) as file:
         columns.positions(file.schema_arrow.names)
         sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
         groups = list(range(len(sizes))) if row_group is None else [row_group]

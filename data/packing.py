@@ -13,8 +13,14 @@ A packed split is a `datasets.Dataset` (numpy format) with the columns
 """
 
 import itertools
+import multiprocessing
+import os
+import signal
 import tempfile
-from collections.abc import Iterable, Iterator
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,12 +31,15 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from palimpsest.data.cache import cached_folder, texts_fingerprint
+from palimpsest.data.loading import MOST_WORKERS, usable_cpus
 from palimpsest.data.rows import parts_of
+from palimpsest.data.tables import consecutive, fingerprint_of
 from palimpsest.data.tokenizers import Vocabulary, encode, encode_after
 
 _CODE_VERSION = 2  # raise it whenever a change below gives other rows for the same texts and settings
 _TEXTS_AT_ONCE = 1000  # limits memory; the rows do not depend on it
 _WINDOW = 2**32
+_LARGE = 64 * 2**20  # bytes of texts from which several processes tokenise them
 
 
 @dataclass(frozen=True)
@@ -115,13 +124,13 @@ def pack(
             return datasets.Dataset.from_file(str(path), in_memory=True).with_format("numpy"), figures
     settings = {
         "code": _CODE_VERSION,
-        "texts": texts_fingerprint(_each_text(rows)),
+        "texts": fingerprint_of(rows),
         "tokenizer": vocabulary.fingerprint,
         "packing": packing.settings,
         "eos_id": vocabulary.eos_id,
         "bos_id": vocabulary.bos_id,
         "label": None,
-        **{key: _digest(rows, key) for key in ("text_id", "label", "ends", "document") if key in rows.column_names},
+        **({} if rows.cache_files else _digests(rows)),
     }
     kind = "wrapped" if packing.wrap else "rows"
     folder, figures = cached_folder(cache_dir, kind, settings, lambda f: packer.write(f / "rows.arrow", rows))
@@ -151,14 +160,14 @@ def check_prompts(packing: Packing, name: str) -> None:
         )
 
 
-def _each_text(rows: datasets.Dataset) -> Iterator[str]:
-    for start in range(0, len(rows), _TEXTS_AT_ONCE):
-        yield from rows[start : start + _TEXTS_AT_ONCE]["text"]
-
-
-def _digest(rows: datasets.Dataset, column: str) -> str:
-    values = rows.select_columns(column).with_format("numpy")[:][column]
-    return texts_fingerprint([np.asarray(values, dtype=np.int64).tobytes().hex()])
+def _digests(rows: datasets.Dataset) -> dict[str, str]:
+    """Return a digest of each column but the texts."""
+    names = [name for name in ("text_id", "label", "ends", "document") if name in rows.column_names]
+    columns = {name: rows.select_columns(name).with_format("numpy")[:][name] for name in names}
+    return {
+        name: texts_fingerprint([np.asarray(values, dtype=np.int64).tobytes().hex()])
+        for name, values in columns.items()
+    }
 
 
 @dataclass
@@ -180,6 +189,13 @@ class Figures:
     cut: int = 0
     unknown: int = 0
     encoded: int = 0
+
+    def add(self, other: "Figures") -> None:
+        """Add the counts of other texts."""
+        longest = max(self.longest, other.longest)
+        for name, count in asdict(other).items():
+            setattr(self, name, getattr(self, name) + count)
+        self.longest = longest
 
 
 @dataclass
@@ -214,7 +230,16 @@ class PackedRows:
         return pa.RecordBatch.from_pydict(columns)
 
 
-_Tokenised = tuple[dict[str, Any], list[list[int]]]  # columns of some texts, and their token ids
+@dataclass
+class Tokens:
+    """The tokens of some texts, one text after the other with its end token, and columns of the texts.
+
+    `lengths`: tokens of each text, with its end token.
+    """
+
+    ids: np.ndarray
+    lengths: np.ndarray
+    columns: dict[str, Any]
 
 
 @dataclass
@@ -228,10 +253,19 @@ class Packer:
     figures: Figures = field(default_factory=Figures)
 
     def write(self, path: Path, rows: datasets.Dataset) -> dict[str, int]:
-        """Pack all rows into an Arrow stream at `path` and return the figures."""
-        bounds = _batch_bounds(len(rows), self.packing.num_proc or 1)
-        batches = (self.tokenise(rows[start:stop]) for start, stop in bounds)
-        parts = self._wrap(batches) if self.packing.wrap else (self.pad_rows(*batch) for batch in batches)
+        """Pack all rows into an Arrow stream at `path` and return the figures.
+
+        Large splits are tokenised by several processes. Only this one joins, cuts and writes, in the order of the
+        texts, so the rows do not depend on the number of processes.
+        """
+        if self.packing.num_proc is None:
+            tables = consecutive(rows)
+        else:
+            bounds = _batch_bounds(len(rows), self.packing.num_proc)
+            tables = (rows.with_format("arrow")[start:stop] for start, stop in bounds)
+        processes = min(usable_cpus(), MOST_WORKERS) if rows.data.nbytes > _LARGE else 1
+        parts = self._counted(in_order(self.part, tables, processes))
+        parts = self._wrap(parts) if self.packing.wrap else parts
         writer = None
         with path.open("wb") as file:
             for part in filter(None, parts):
@@ -245,7 +279,22 @@ class Packer:
         self._check_figures()
         return asdict(self.figures)
 
-    def tokenise(self, batch: dict[str, Any]) -> _Tokenised:
+    def part(self, table: pa.Table) -> tuple[Tokens | PackedRows | None, Figures]:
+        """Return the rows of some texts, or their tokens if texts are joined, and the counts."""
+        packer = replace(self, figures=Figures())
+        batch, ids = packer.tokenise(table.to_pydict())
+        if not self.packing.wrap:
+            return packer.pad_rows(batch, ids), packer.figures
+        packer.figures.empty += sum(not row for row in ids)
+        columns = {name: batch[name] for name in ("text_id", "label", "document") if name in batch}
+        return Tokens(*packer.joined(ids), columns), packer.figures
+
+    def _counted(self, parts: Iterable[tuple[Any, Figures]]) -> Iterator[Any]:
+        for part, figures in parts:
+            self.figures.add(figures)
+            yield part
+
+    def tokenise(self, batch: dict[str, Any]) -> tuple[dict[str, Any], list[list[int]]]:
         """Return the columns of some texts and their token ids.
 
         Each part of a text is encoded separately, because a prompt must have the same tokens when nothing follows it.
@@ -273,23 +322,22 @@ class Packer:
             self.figures.unknown += sum(row.count(unk_id) for row in ids)
         return batch, ids
 
-    def _wrap(self, batches: Iterable[_Tokenised]) -> Iterator[PackedRows]:
+    def _wrap(self, texts: Iterable[Tokens]) -> Iterator[PackedRows]:
         """Yield chunks of one stream over the whole split; only its last, unfilled chunk is left out."""
         rest = np.zeros(0, dtype=np.int32)
         done = 0
         label = None
         documents = _DocumentNumbers(self.packing)
-        for batch, ids in batches:
+        for part in texts:
             if self.packing.num_proc is not None:
                 self.figures.cut += len(rest)
                 rest = rest[:0]
                 documents.drop_rest()
-            self.figures.empty += sum(not row for row in ids)
-            if "label" in batch:
-                label = self._one_label(batch["label"], label)
-            chunks, rest = self.cut_chunks(rest, ids)
+            if "label" in part.columns:
+                label = self._one_label(part.columns["label"], label)
+            chunks, rest = self.cut_chunks(np.concatenate([rest, part.ids]))
             count = len(chunks)
-            of_rows = documents.of_rows(batch, ids, count, len(rest))
+            of_rows = documents.of_rows(part, count, len(rest))
             if count:
                 sample_id = np.arange(done, done + count)
                 labels = None if label is None else np.full(count, label)
@@ -298,15 +346,19 @@ class Packer:
             done += count
         self.figures.cut += len(rest)
 
-    def cut_chunks(self, rest: np.ndarray, ids: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-        """Wrap the remaining tokens `rest` and further texts; return chunks (C, length) and the new remainder.
+    def joined(self, ids: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+        """Return the tokens of texts in one array, each with its end token, and the number of each text's.
 
         Texts without tokens leave no end token either, except in the references' rows.
         """
-        inner = self.packing.content_length
         end = [self.vocabulary.eos_id] if self.packing.eos else []
-        texts = (np.asarray(row + end, dtype=np.int32) for row in ids if row or self.packing.num_proc)
-        stream = np.concatenate([rest, *texts])
+        texts = [row + end if row or self.packing.num_proc else [] for row in ids]
+        flat = np.fromiter(itertools.chain.from_iterable(texts), dtype=np.int32)
+        return flat, np.array([len(text) for text in texts], dtype=np.int64)
+
+    def cut_chunks(self, stream: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Cut tokens into chunks (C, length); return them and the tokens that are left."""
+        inner = self.packing.content_length
         count = len(stream) // inner
         chunks, rest = stream[: count * inner].reshape(count, inner), stream[count * inner :]
         if self.packing.chunk_special:
@@ -457,25 +509,63 @@ class _DocumentNumbers:
         """Forget the tokens that have not filled a row."""
         self._rest = self._rest[:0]
 
-    def of_rows(
-        self, batch: dict[str, Any], ids: list[list[int]], count: int, left: int
-    ) -> tuple[np.ndarray, np.ndarray] | None:
+    def of_rows(self, part: Tokens, count: int, left: int) -> tuple[np.ndarray, np.ndarray] | None:
         """Return the documents of the first and the last token of the next `count` rows, which leave `left` tokens.
 
         None if documents are unknown.
         """
-        names = batch.get("document", batch["text_id"])
+        names = np.asarray(part.columns.get("document", part.columns["text_id"]))
         if min(names, default=0) < 0:
             return None
-        numbers = []
-        for name, row in zip(names, ids, strict=True):
-            if row or self._packing.num_proc is not None:
-                self._number += name != self._newest
-                self._newest = name
-                numbers.append(np.full(len(row) + self._packing.eos, self._number, dtype=np.int64))
-        stream = np.concatenate([self._rest, *numbers])
+        kept = np.flatnonzero(part.lengths) if self._packing.num_proc is None else np.arange(len(names))
+        names, lengths = names[kept], part.lengths[kept]
+        if len(names):
+            numbers = self._number + np.cumsum(np.append(names[0] != self._newest, names[1:] != names[:-1]))
+            self._number, self._newest = int(numbers[-1]), names[-1]
+            stream = np.concatenate([self._rest, np.repeat(numbers, lengths)])
+        else:
+            stream = self._rest
         used = count * self._packing.content_length
         assert len(stream) == used + left, "each text leaves its tokens and its end token in the stream"
         self._rest = stream[used:]
         rows = stream[:used].reshape(count, self._packing.content_length)
         return rows[:, 0], rows[:, -1]
+
+
+# -------------------------------------------------------------------------------- several processes
+
+
+def in_order(function: Callable, items: Iterable, processes: int) -> Iterator:
+    """Yield function(item) of all items in their order, computed by several processes that are few items ahead."""
+    if processes == 1:
+        yield from map(function, items)
+        return
+    with ProcessPoolExecutor(processes, initializer=_begin, initargs=(function,)) as pool:
+        ahead = deque()
+        for item in items:
+            ahead.append(pool.submit(_work, item))
+            if len(ahead) > 2 * processes:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+
+_function: Callable  # of a worker process: its pickle is large, so that it is sent once
+
+
+def _begin(function: Callable) -> None:
+    global _function
+    _function = function
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads of the library are useless beside processes
+    for number in (signal.SIGINT, signal.SIGTERM):  # a handler of the training would save a checkpoint here too
+        signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _work(item: object) -> object:
+    return _function(item)

@@ -4,10 +4,12 @@ A data set has the column `text` and, if known, `label`, `ends` and `document` (
 Arrow, so that tens of millions of texts need no Python objects.
 """
 
+import hashlib
 import itertools
 import logging
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -16,8 +18,22 @@ import pyarrow.compute as pc
 
 from palimpsest.common.messages import listed, short_repr
 from palimpsest.data.files import classes, is_text, label_number
+from palimpsest.data.tables import read, texts_of, write
 
 log = logging.getLogger(__name__)
+
+
+def text_table(
+    texts: pa.ChunkedArray | Sequence[str],
+    labels: Sequence[int] | None = None,
+    ends: Sequence[Sequence[int]] | None = None,
+) -> pa.Table:
+    """Return the columns `text` (large_string) and, if given, `label` (int64) and `ends` (list of int64)."""
+    if not isinstance(texts, pa.ChunkedArray):
+        texts = pa.chunked_array([pa.array(texts, pa.large_string())])
+    columns = {"text": texts} | ({} if labels is None else {"label": pa.array(labels, pa.int64())})
+    columns |= {} if ends is None else {"ends": pa.array(ends, pa.list_(pa.int64()))}
+    return pa.table(columns)
 
 
 def text_rows(
@@ -25,23 +41,23 @@ def text_rows(
     labels: Sequence[int] | None = None,
     ends: Sequence[Sequence[int]] | None = None,
 ) -> datasets.Dataset:
-    """Return the columns `text` (large_string) and, if given, `label` (int64) and `ends` (list of int64), in memory."""
-    if not isinstance(texts, pa.ChunkedArray):
-        texts = pa.chunked_array([pa.array(texts, pa.large_string())])
-    columns = {"text": texts} | ({} if labels is None else {"label": pa.array(labels, pa.int64())})
-    columns |= {} if ends is None else {"ends": pa.array(ends, pa.list_(pa.int64()))}
-    return from_table(pa.table(columns))
+    """Return the columns of `text_table` as a data set in memory."""
+    return from_table(text_table(texts, labels, ends))
 
 
-def with_documents(rows: datasets.Dataset, start: str | None) -> datasets.Dataset:
+def with_documents(tables: Iterable[pa.Table], start: str | None) -> Iterator[pa.Table]:
     """Add the column `document`: the number of texts so far that match `start`, the pattern that begins a document.
 
     It is -1 throughout if `start` is None.
     """
-    if start is None:
-        return rows.add_column("document", np.full(len(rows), -1))
-    begins = pc.match_substring_regex(to_table(rows)["text"], f"^(?:{start})")
-    return rows.add_column("document", np.cumsum(begins.to_numpy()))
+    begun = 0
+    for table in tables:
+        numbers = np.full(table.num_rows, -1)
+        if start is not None:
+            begins = pc.match_substring_regex(table["text"], f"^(?:{start})")
+            numbers = begun + np.cumsum(begins.to_numpy())
+            begun = int(numbers[-1]) if len(numbers) else begun
+        yield table.append_column("document", pa.array(numbers, pa.int64()))
 
 
 def in_parts(parts: Sequence[Sequence[str]]) -> tuple[list[str], list[list[int]]]:
@@ -67,8 +83,10 @@ def to_table(rows: datasets.Dataset) -> pa.Table:
 
 
 def take_rows(rows: datasets.Dataset, indices: Sequence[int] | np.ndarray) -> datasets.Dataset:
-    """Return the rows at `indices`, in memory without an index table, so that later reads are plain slices."""
-    return from_table(to_table(rows).take(pa.array(np.asarray(indices, dtype=np.int64))))
+    """Return the rows at `indices`: in memory without an index table, so that later reads are plain slices, unless the
+    rows are on disk, where they stay."""
+    indices = np.asarray(indices, dtype=np.int64)
+    return rows.select(indices) if rows.cache_files else from_table(to_table(rows).take(pa.array(indices)))
 
 
 def permutation(n: int, seed: int) -> np.ndarray:
@@ -103,48 +121,97 @@ def at_most(rows: datasets.Dataset, limit: int | None) -> datasets.Dataset:
     return take_rows(rows, np.sort(some))
 
 
-def without_blanks(rows: datasets.Dataset) -> datasets.Dataset:
+def without_blanks(table: pa.Table) -> pa.Table:
     """Drop rows of white space, and the line end that some data sets keep."""
-    table = to_table(rows)
     table = table.filter(pc.not_equal(pc.utf8_trim_whitespace(table["text"]), ""))
     stripped = pc.utf8_rtrim(table["text"], characters="\r\n")
-    return from_table(table.set_column(table.column_names.index("text"), "text", stripped))
+    return table.set_column(table.column_names.index("text"), "text", stripped)
 
 
-def carve(rows: datasets.Dataset, shares: Mapping[str, float], seed: int) -> dict[str, datasets.Dataset]:
-    """Split `rows` into the named shares and `train`, disjoint, each with at least one row, in the order of `rows`.
+def carve(
+    whole: Path,
+    folder: Path,
+    shares: Mapping[str, float],
+    seed: int,
+    prepare: Callable[[Iterable[pa.Table]], Iterable[pa.Table]] = iter,
+) -> None:
+    """Divide the rows of the table at `whole` among `<split>.arrow` for each of `shares`, and `train.arrow`.
 
-    The choice depends only on `seed` and the number of rows. Rows of `train` whose text is also in a held-out part are
-    dropped, because they would make that part too easy.
+    The parts are disjoint, each has at least one row, in the order of the table. The choice depends only on `seed` and
+    the number of rows. `prepare` makes texts of the chosen rows. Rows of train whose text is also in a held-out part
+    are dropped, because they would make that part too easy.
+
+    Raises:
+        ValueError: there are too few rows, or every text of train is also held out.
     """
-    if not shares:
-        return {"train": rows}
-    order = permutation(len(rows), seed)
-    sizes = {split: max(1, round(share * len(rows))) for split, share in shares.items()}
-    if sum(sizes.values()) >= len(rows):
+    part = _parts(sum(table.num_rows for table in read(whole)), shares, seed)
+    held_out: list[np.ndarray] = []
+
+    def hashed(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+        for table in tables:
+            held_out.append(text_hashes(table["text"].to_pylist()))
+            yield table
+
+    for number, split in enumerate(shares, 1):
+        write(folder / f"{split}.arrow", hashed(prepare(_chosen(read(whole), part == number))))
+    hashes = np.unique(np.concatenate(held_out))
+    train = (_without(table, hashes) for table in prepare(_chosen(read(whole), part == 0)))
+    kept, expected = write(folder / "train.arrow", train), int(np.count_nonzero(part == 0))
+    _report_dropped(expected, kept, "train", shares)
+
+
+def _parts(number: int, shares: Mapping[str, float], seed: int) -> np.ndarray:
+    """Return the part of each row, (n,): k for the k-th of `shares`, 0 for train."""
+    sizes = {split: max(1, round(share * number)) for split, share in shares.items()}
+    if sum(sizes.values()) >= number:
         held_out = ", ".join(sizes)
         raise ValueError(
-            f"{len(rows)} texts are too few to hold out {held_out} and keep a train split; give data.validation_path "
+            f"{number} texts are too few to hold out {held_out} and keep a train split; give data.validation_path "
             "and data.test_path, or more texts"
         )
-    parts, start = {}, 0
-    for split, size in sizes.items():
-        parts[split] = take_rows(rows, np.sort(order[start : start + size]))
+    order, part, start = permutation(number, seed), np.zeros(number, dtype=np.int8), 0
+    for k, size in enumerate(sizes.values(), 1):
+        part[order[start : start + size]] = k
         start += size
-    return {**parts, "train": without_texts_of(take_rows(rows, np.sort(order[start:])), "train", parts)}
+    return part
+
+
+def _chosen(tables: Iterable[pa.Table], keep: np.ndarray) -> Iterator[pa.Table]:
+    start = 0
+    for table in tables:
+        yield table.filter(pa.array(keep[start : start + table.num_rows]))
+        start += table.num_rows
+
+
+def text_hashes(texts: Iterable[str], key: bytes = b"") -> np.ndarray:
+    """Return a hash of 64 bits of each text, (n,).
+
+    One of ten million texts has the hash of another one out of a million by chance in one of two million corpora.
+    """
+    digests = (hashlib.blake2b(t.encode("utf-8", "surrogatepass"), digest_size=8, key=key).digest() for t in texts)
+    return np.frombuffer(b"".join(digests), dtype="<u8")
+
+
+def _without(table: pa.Table, hashes: np.ndarray) -> pa.Table:
+    """Drop the rows whose text has one of `hashes`, which are sorted."""
+    own = text_hashes(table["text"].to_pylist())
+    found = hashes[np.minimum(np.searchsorted(hashes, own), len(hashes) - 1)] == own
+    return table.filter(pa.array(~found))
 
 
 def without_texts_of(rows: datasets.Dataset, name: str, held_out: Mapping[str, datasets.Dataset]) -> datasets.Dataset:
     """Drop the rows of the split `name` whose text is in a held-out split. Raises ValueError if none is left."""
-    table = to_table(rows)
-    for part in held_out.values():
-        table = table.filter(pc.invert(pc.is_in(table["text"], value_set=to_table(part)["text"].combine_chunks())))
-    if not table.num_rows:
+    hashes = [hash_ for part in held_out.values() for hash_ in text_hashes(texts_of(part))]
+    keep = np.flatnonzero(~np.isin(text_hashes(texts_of(rows)), hashes))
+    _report_dropped(len(rows), len(keep), name, held_out)
+    return take_rows(rows, keep) if len(keep) < len(rows) else rows
+
+
+def _report_dropped(before: int, kept: int, name: str, held_out: Iterable[str]) -> None:
+    if not kept:
         raise ValueError(f"every text of the {name} split also stands in a held-out split; they are too much alike")
-    if table.num_rows < len(rows):
-        dropped = len(rows) - table.num_rows
-        log.info("%d texts that also stand in %s were dropped from %s", dropped, ", ".join(held_out), name)
-    return from_table(table)
+    if kept < before:
+        log.info("%d texts that also stand in %s were dropped from %s", before - kept, ", ".join(held_out), name)
 
 
 def joined(parts: Sequence[datasets.Dataset]) -> datasets.Dataset:
@@ -168,37 +235,39 @@ def need_columns(present: Sequence[str], wanted: Sequence[str], origin: str) -> 
         raise ValueError(f"{origin} has no column {', '.join(absent)}; it has {listed(present)}")
 
 
-def text_column(table: pa.Table, column: str, origin: str) -> pa.ChunkedArray:
-    """Return a column as large_string. Raises ValueError with the first row that is not a text."""
+def text_column(table: pa.Table, column: str, origin: str, first: int = 0) -> pa.ChunkedArray:
+    """Return a column as large_string. Raises ValueError with the first row that is not a text.
+
+    `first` is the number of the table's first row.
+    """
     texts = table.column(column)
     if pa.types.is_dictionary(texts.type):
         texts = texts.cast(texts.type.value_type)
     if not is_text(texts.type) or texts.null_count:
-        for row, text in enumerate(texts.to_pylist()):
+        for row, text in enumerate(texts.to_pylist(), first):
             if not isinstance(text, str):
                 raise ValueError(f"{origin}: row {row} of column {column!r} is {short_repr(text)}, not a text")
     return texts.cast(pa.large_string())
 
 
-def as_labels(values: Sequence[object], names: Sequence[str], origin: str) -> list[int]:
+def as_labels(values: Sequence[object], names: Sequence[str], origin: str, first: int = 0) -> list[int]:
     """Return the class numbers of labels, which are names or numbers. Raises ValueError with the row of another
-    value."""
+    value, counted from `first`."""
     numbers = {name: number for number, name in enumerate(names)}
     labels = [label_number(value, numbers) for value in values]
     if None in labels:
         row = labels.index(None)
         raise ValueError(
-            f"{origin}: row {row} has the label {short_repr(values[row])}, which is none of {classes(names)}; "
+            f"{origin}: row {first + row} has the label {short_repr(values[row])}, which is none of {classes(names)}; "
             "correct the file, or give data.label_names"
         )
     return labels
 
 
-def not_empty(rows: datasets.Dataset, origin: str) -> datasets.Dataset:
-    """Return the rows. Raises ValueError if there are none."""
-    if not len(rows):
+def check_not_empty(number: int, origin: str) -> None:
+    """Raise ValueError if the number of rows is 0."""
+    if not number:
         raise ValueError(f"{origin} holds no text; give another file")
-    return rows
 
 
 def check_split(split: str, splits: Sequence[str]) -> None:

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from palimpsest.data.files import Columns, kind_of, read_tables, reading
-from palimpsest.data.rows import from_table, need_columns, to_table
+from palimpsest.data.rows import from_table, need_columns, text_hashes, to_table
 
 _AT_ONCE = 1000  # rows
 
@@ -225,6 +225,5 @@ def share_of(texts: Sequence[str], seed: int, shares: Mapping[str, float]) -> np
     bounds = list(itertools.accumulate(shares.values()))
     names = np.array([*shares, "train"])
     key = seed.to_bytes(8, "little", signed=True)
-    digests = [hashlib.blake2b(t.encode("utf-8", "surrogatepass"), digest_size=8, key=key).digest() for t in texts]
-    places = np.array([int.from_bytes(digest, "little") for digest in digests], dtype=np.float64) / 2.0**64
-    return names[np.searchsorted(bounds, places, side="right")] if len(digests) else np.array([], dtype=str)
+    places = text_hashes(texts, key).astype(np.float64) / 2.0**64
+    return names[np.searchsorted(bounds, places, side="right")]

@@ -8,6 +8,7 @@ texts have no labels) and `load(split) -> datasets.Dataset` with the columns
       characters
   document  int64, if texts are pieces of longer documents, such as lines: the document's number, or -1 throughout if
       documents are unknown. Without this column each text is a document.
+  text_id   int64, the number of the row in its split; may be left out
 `load` gives the same rows in the same order every time, in every process. Split names are `train`, `validation`,
 `test`. A source may also have
   stream(split, limit)    the first rows of a split without reading the rest (data.streaming=true)
@@ -16,6 +17,7 @@ texts have no labels) and `load(split) -> datasets.Dataset` with the columns
   detokenizer_of(split)   the name of the detokenizer that was applied to its texts (data/detokenizers.py), or None
   sources                 names of the data sets that it joins, which data.train and data.valid may name
   published()             the source as the reference projects read it (data.protocol=reference)
+  cached(cache_dir)       the source with its texts kept in that folder: converted once, then memory-mapped
   prompted                True if the first part of each text is a prompt: observed, never masked nor scored
 """
 
@@ -23,8 +25,9 @@ import contextlib
 import copy
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property, partial
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Protocol
 
@@ -39,24 +42,25 @@ from palimpsest.data.hub import local_folder, not_found_message, quick_when_offl
 from palimpsest.data.rows import (
     as_labels,
     carve,
+    check_not_empty,
     check_parts,
     check_split,
     from_table,
     in_parts,
     need_columns,
-    not_empty,
     permutation,
-    take_rows,
     text_column,
-    text_rows,
+    text_table,
     to_table,
     with_documents,
     without_blanks,
 )
 from palimpsest.data.shards import FilePieces, HubPieces, Shards, listing, num_rows
+from palimpsest.data.tables import read, stored, write
 
 # Data sets whose rows on the Hub are lines with line feeds, including empty lines.
 _LINES_WITH_ENDS = ("Salesforce/wikitext",)
+_AT_ONCE = 1000  # rows
 
 
 class Source(Protocol):
@@ -69,6 +73,11 @@ class Source(Protocol):
     def label_names(self) -> tuple[str, ...] | None: ...
 
     def load(self, split: str) -> datasets.Dataset: ...
+
+
+def cached(source: Source, cache_dir: str) -> Source:
+    """Return the source with its texts kept in a folder, if it reads any from files or the Hub."""
+    return source.cached(cache_dir) if hasattr(source, "cached") else source
 
 
 class HubOrFolder:
@@ -125,6 +134,8 @@ class HubOrFolder:
         self.shuffle, self.seed = shuffle, seed
         self.validation_share = validation_share
         self.detokenizer, self._as_published = detokenizer, False
+        self.cache_dir: str | None = None
+        self._loaded: dict[str, datasets.Dataset] = {}
         if label_column and not label_names:
             raise ValueError(f"data.source.label_column={label_column} needs data.source.label_names")
         check_parts(self.parts, self.text_columns)
@@ -159,17 +170,28 @@ class HubOrFolder:
         detokenizer.
         """
         other = copy.copy(self)
-        other._as_published = True
+        other._as_published, other._loaded = True, {}
         other.drop_blank = other.shuffle = False
         other.detokenizer = PUBLISHED.get(self.detokenizer, self.detokenizer)
+        return other
+
+    def cached(self, cache_dir: str) -> "HubOrFolder":
+        """Return this data set with its texts kept in `cache_dir`."""
+        other = copy.copy(self)
+        other.cache_dir, other._loaded = cache_dir, {}
         return other
 
     def load(self, split: str) -> datasets.Dataset:
         """Return the split's rows. Raises ValueError for an unknown split or bad rows."""
         check_split(split, self.splits)
-        if self.validation_share is None or split not in ("train", "validation"):
-            return self._rows(split)
-        return self._carved[split]
+        if split not in self._loaded:
+            self._loaded |= self._stored(*self._shared(split))
+        return self._loaded[split]
+
+    def _shared(self, split: str) -> tuple[str, dict[str, float]]:
+        """Return the split of the files or the Hub that a split is part of, and the shares that are held out of it."""
+        carved = self.validation_share is not None and split in ("train", "validation")
+        return ("train", {"validation": self.validation_share}) if carved else (split, {})
 
     def stream(self, split: str, limit: int) -> datasets.Dataset:
         """Return the first `limit` rows of the split, downloading no more than they need.
@@ -179,9 +201,12 @@ class HubOrFolder:
         """
         self._check_streaming(split)
         if self._files(split):
-            return self._with_documents(self.open(split).first(limit))
-        rows = self._prepared(*self._beginning(split, limit))
-        return self._with_documents(rows if len(rows) <= limit else take_rows(rows, range(limit)))
+            tables = [to_table(self.open(split).first(limit))]
+        else:
+            table, origin = self._beginning(split, limit)
+            tables = [made.slice(0, limit) for made in self._prepared([table], origin)]
+            check_not_empty(sum(made.num_rows for made in tables), origin)
+        return from_table(pa.concat_tables(self._with_documents(tables)))
 
     def open(self, split: str) -> Shards:
         """Return the split, to be read in pieces.
@@ -196,10 +221,9 @@ class HubOrFolder:
             origin = f"{local_folder(self.folder)}/{expression}"
             rows = FilePieces.of(files, "DATA_DIR", self._file_columns(split))
         else:
-            expression = self.hub_splits[split]
-            origin = f"{self.hub_id} ({expression})"
+            expression, origin = self.hub_splits[split], self._origin(split)
             rows = HubPieces(self._hub_stream(split), tuple(self._columns(split)), origin)
-        prepare = partial(self._prepared_table, origin=origin)
+        prepare = partial(self._piece, origin=origin)
         start, stop = self._bounds(expression, num_rows(files) if files else None)
         return Shards(rows, prepare, origin, start, stop, listing(files))
 
@@ -218,7 +242,7 @@ class HubOrFolder:
 
     def _check_streaming(self, split: str) -> None:
         check_split(split, self.splits)
-        carved = self.validation_share is not None and split in ("train", "validation")
+        _, carved = self._shared(split)
         if carved or self.shuffle:
             why = "is held out of the whole train split" if carved else "has to be shuffled as a whole"
             raise ValueError(f"data.streaming=true: the {split} split of {self.hub_id} {why}; set it to false")
@@ -235,10 +259,6 @@ class HubOrFolder:
                 self.hub_id, self.hub_config, split=name, revision=self.hub_revision, streaming=True
             )
 
-    @cached_property
-    def _carved(self) -> dict[str, datasets.Dataset]:
-        return carve(self._rows("train"), {"validation": self.validation_share}, self.seed)
-
     def _columns(self, split: str) -> list[str]:
         labelled = self.label_column and split not in self.unlabelled
         return [*self.text_columns, *([self.label_column] if labelled else [])]
@@ -247,32 +267,55 @@ class HubOrFolder:
         label = self.label_column if self.label_column in self._columns(split) else None
         return Columns(tuple(self.text_columns), label, label and self.label_names)
 
-    def _rows(self, split: str) -> datasets.Dataset:
-        rows = self._with_documents(self._prepared(*(self._local(split) or self._hub(split))))
-        return take_rows(rows, permutation(len(rows), self.seed)) if self.shuffle else rows
+    def _stored(self, split: str, shares: Mapping[str, float]) -> dict[str, datasets.Dataset]:
+        """Return the rows of a split, and those that are held out of it, by their names."""
+        files = self._files(split)
+        hub = None if files else self._hub(split)
+        settings = {
+            "text_columns": self.text_columns, "parts": self.parts, "label_column": self.label_column,
+            "label_names": self.label_names, "columns": self._columns(split), "drop_blank": self.drop_blank,
+            "detokenizer": [self.detokenizer, VERSION], "shuffle": self.shuffle, "seed": self.seed,
+            "document_start": self.document_start, "published": self._as_published, "split": split,
+            "ends": self.hub_id in _LINES_WITH_ENDS, "shares": shares,
+            "rows": list(_sliced(self.files[split])[1:]) if hub is None else hub._fingerprint,
+        }  # fmt: skip
 
-    def _with_documents(self, rows: datasets.Dataset) -> datasets.Dataset:
-        return rows if self.document_start == "" else with_documents(rows, self.document_start)
+        def build(folder: Path) -> None:
+            with tempfile.TemporaryDirectory(dir=folder) as aside:
+                if hub is None:
+                    raw, origin = self._local(split, files, Path(aside))
+                else:
+                    raw, origin = hub.with_format("arrow").iter(_AT_ONCE), self._origin(split)
+                tables = self._with_documents(self._prepared(raw, origin))
+                if self.shuffle:
+                    table = pa.concat_tables(tables)
+                    tables = [table.take(pa.array(permutation(table.num_rows, self.seed)))]
+                whole = (Path(aside) if shares else folder) / f"{split}.arrow"
+                check_not_empty(write(whole, tables), origin)
+                if shares:
+                    carve(whole, folder, shares, self.seed)
 
-    def _prepared(self, rows: datasets.Dataset, origin: str) -> datasets.Dataset:
+        return stored(self.cache_dir, settings, files, build)[0]
+
+    def _with_documents(self, tables: Iterable[pa.Table]) -> Iterable[pa.Table]:
+        return tables if self.document_start == "" else with_documents(tables, self.document_start)
+
+    def _prepared(self, tables: Iterable[pa.Table], origin: str) -> Iterator[pa.Table]:
         """Turn raw columns into text, label and ends."""
-        table = to_table(rows)
-        texts = [text_column(table, column, origin) for column in self.text_columns]
-        if self.detokenizer is not None:  # `datasets` caches the result on disk if the rows are on disk
-            settings = {"name": self.detokenizer, "version": VERSION, "column": self.text_columns[0]}
-            rows = rows.map(_detokenized, batched=True, features=rows.features, fn_kwargs=settings, desc="detokenising")
-            texts = [text_column(to_table(rows), self.text_columns[0], origin)]
-        return not_empty(self._made(table, texts, origin), origin)
+        first = 0
+        for table in tables:
+            texts = [text_column(table, column, origin, first) for column in self.text_columns]
+            if self.detokenizer is not None:
+                clean = find_detokenizer(self.detokenizer)
+                texts = [pa.chunked_array([pa.array(list(map(clean, texts[0].to_pylist())), pa.large_string())])]
+            yield self._made(table, texts, origin, first)
+            first += table.num_rows
 
-    def _prepared_table(self, table: pa.Table, origin: str) -> datasets.Dataset:
-        """Do the same for some rows of a stream, without caching."""
-        texts = [text_column(table, column, origin) for column in self.text_columns]
-        if self.detokenizer is not None:
-            clean = [find_detokenizer(self.detokenizer)(text) for text in texts[0].to_pylist()]
-            texts = [pa.chunked_array([pa.array(clean, pa.large_string())])]
-        return self._made(table, texts, origin)
+    def _piece(self, table: pa.Table, origin: str) -> datasets.Dataset:
+        """Do the same for some rows of a stream."""
+        return from_table(next(self._prepared([table], origin)))
 
-    def _made(self, table: pa.Table, texts: list[pa.ChunkedArray], origin: str) -> datasets.Dataset:
+    def _made(self, table: pa.Table, texts: list[pa.ChunkedArray], origin: str, first: int) -> pa.Table:
         ends = None
         if self.parts is not None:
             values = zip(*(column.to_pylist() for column in texts), strict=True)
@@ -281,41 +324,43 @@ class HubOrFolder:
             texts = [pa.chunked_array([pa.array(whole, pa.large_string())])]
         labels = None
         if self.label_column in table.column_names:
-            labels = as_labels(table.column(self.label_column).to_pylist(), self.label_names, origin)
-        made = text_rows(texts[0], labels, ends if self.prompted else None)
+            labels = as_labels(table.column(self.label_column).to_pylist(), self.label_names, origin, first)
+        made = text_table(texts[0], labels, ends if self.prompted else None)
         return without_blanks(made) if self.drop_blank else made
 
-    def _local(self, split: str) -> tuple[datasets.Dataset, str] | None:
-        """Return the raw columns in the folder and their origin for messages; None if the folder has none."""
-        files = self._files(split)
-        if not files:
-            return None
+    def _local(self, split: str, files: Sequence[Path], aside: Path) -> tuple[Iterable[pa.Table], str]:
+        """Return the raw columns of files and their origin for messages. `aside`: a folder for a copy."""
         if self._as_published and all(kind_of(path) == "txt" for path in files):
-            table = self._lines(files)
+            tables = self._lines(files)
         else:
-            table = read_files(files, "DATA_DIR", self._file_columns(split))
+            tables = read_files(files, "DATA_DIR", self._file_columns(split))
         _, start, stop = _sliced(self.files[split])
-        first, last, _ = slice(start, stop).indices(table.num_rows)
-        rows = from_table(table.slice(first, max(last - first, 0)))
-        return rows, str(local_folder(self.folder) / self.files[split])
+        if (start, stop) != (None, None):  # bounds may count from the end
+            number = write(aside / "whole.arrow", tables)
+            first, last, _ = slice(start, stop).indices(number)
+            tables = _between(read(aside / "whole.arrow"), first, last) if number else []
+        return tables, str(local_folder(self.folder) / self.files[split])
 
-    def _lines(self, files: Sequence[Path]) -> pa.Table:
-        """Return every line of txt files as the Hub has it; a blank line is an empty text."""
+    def _lines(self, files: Sequence[Path]) -> Iterator[pa.Table]:
+        """Yield every line of txt files as the Hub has it; a blank line is an empty text."""
         ends = self.hub_id in _LINES_WITH_ENDS
-        read = (line for path in files for line in path.open(encoding="utf-8-sig"))
-        lines = [line if ends and line.strip() else line.strip() for line in read]
-        return pa.table({self.text_columns[0]: pa.array(lines, pa.large_string())})
+        read_lines = (line for path in files for line in path.open(encoding="utf-8-sig"))
+        lines = (line if ends and line.strip() else line.strip() for line in read_lines)
+        while some := list(itertools.islice(lines, _AT_ONCE)):
+            yield pa.table({self.text_columns[0]: pa.array(some, pa.large_string())})
 
-    def _hub(self, split: str) -> tuple[datasets.Dataset, str]:
-        """Return the raw columns on the Hub and their origin for messages."""
+    def _origin(self, split: str) -> str:
+        return f"{self.hub_id} ({self.hub_splits[split]})"
+
+    def _hub(self, split: str) -> datasets.Dataset:
+        """Return the raw columns on the Hub."""
         expression = self.hub_splits[split]
         with self._hub_errors(split):
             rows = datasets.load_dataset(self.hub_id, self.hub_config, split=expression, revision=self.hub_revision)
-        origin = f"{self.hub_id} ({expression})"
-        need_columns(rows.column_names, self._columns(split), origin)
-        return rows.select_columns(self._columns(split)), origin
+        need_columns(rows.column_names, self._columns(split), self._origin(split))
+        return rows.select_columns(self._columns(split))
 
-    def _beginning(self, split: str, limit: int) -> tuple[datasets.Dataset, str]:
+    def _beginning(self, split: str, limit: int) -> tuple[pa.Table, str]:
         """Return the raw columns of the first `limit` texts on the Hub and their origin."""
         expression = self.hub_splits[split]
         start, stop = self._bounds(expression, None)
@@ -323,10 +368,9 @@ class HubOrFolder:
         with self._hub_errors(split):
             part = itertools.islice(stream.skip(start), None if stop is None else stop - start)
             found = list(itertools.islice((row for row in part if not self._is_blank(row)), limit))
-        origin = f"{self.hub_id} ({expression})"
-        columns = self._columns(split)
+        origin, columns = self._origin(split), self._columns(split)
         need_columns(list(found[0]) if found else columns, columns, origin)
-        return from_table(pa.table({name: [row[name] for row in found] for name in columns})), origin
+        return pa.table({name: [row[name] for row in found] for name in columns}), origin
 
     def _is_blank(self, row: Mapping[str, object]) -> bool:
         texts = (row.get(column) for column in self.text_columns)
@@ -378,6 +422,12 @@ class Combined:
         other.sources = {name: source.published() for name, source in self.sources.items()}
         return other
 
+    def cached(self, cache_dir: str) -> "Combined":
+        """Return these data sets with their texts kept in `cache_dir`."""
+        other = copy.copy(self)
+        other.sources = {name: cached(source, cache_dir) for name, source in self.sources.items()}
+        return other
+
     @property
     def prompted(self) -> bool:
         """Return True if texts begin with a prompt.
@@ -408,9 +458,13 @@ class Combined:
         return self.sources[self.choice[split]].open(split)
 
 
-def _detokenized(batch: dict[str, list], *, name: str, version: int, column: str) -> dict[str, list]:
-    """Detokenise a column of a batch of `datasets`. `version` makes the cached result change with the code."""
-    return {column: [find_detokenizer(name)(text) for text in batch[column]]}
+def _between(tables: Iterable[pa.Table], first: int, last: int) -> Iterator[pa.Table]:
+    """Yield the rows from `first` to `last`, which does not belong to them."""
+    start = 0
+    for table in tables:
+        begin, end = max(first - start, 0), max(last - start, 0)
+        yield table.slice(begin, max(end - begin, 0))
+        start += table.num_rows
 
 
 def _sliced(expression: str) -> tuple[str, int | None, int | None]:

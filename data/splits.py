@@ -61,7 +61,8 @@ class SplitTexts:
 
     def _part(self, split: str) -> datasets.Dataset:
         rows = self.read(split)
-        rows = rows.add_column("text_id", np.arange(len(rows)))
+        if "text_id" not in rows.column_names:
+            rows = rows.add_column("text_id", np.arange(len(rows)))
         if self.label is not None:
             rows = keep_label(rows, self.label, self.source.label_names, split)
         if split not in SPLITS:

@@ -251,7 +251,7 @@ class Corpus:
         packer = Packer(self.tokenizer, self.vocabulary, self.packing, self.shards.origin)
         batch, ids = packer.tokenise({**batch, "text_id": range(cursor.used, stop)})
         if self.packing.wrap:
-            chunks, rest = packer.cut_chunks(cursor.rest, ids)
+            chunks, rest = packer.cut_chunks(np.concatenate([cursor.rest, packer.joined(ids)[0]]))
             rows, part_ends = list(chunks), None
             label = np.full(len(chunks), self.label) if "label" in batch else None
         else:

@@ -157,6 +157,7 @@ def load_tokenizer(
     *,
     folder: str | None = None,
     texts: Callable[[], Iterable[str]] | None = None,
+    content: Callable[[], str] | None = None,
     vocab_size: int | None = None,
     cache_dir: str | Path = ".cache",
     mask_token: str | None = None,
@@ -168,6 +169,7 @@ def load_tokenizer(
             `cache_dir`. `text8` is that data set's alphabet. Any other name is looked for as `$DATA_DIR/<folder>`, as a
             path, and on the Hub.
         texts: returns the train split.
+        content: returns the fingerprint of these texts; None reads them for it.
         vocab_size: number of all ids, special ones included; required for `bpe`, optional for `word` (None: every
             word).
         mask_token: the token that is the mask, if the tokenizer does not declare one (None: add one).
@@ -179,7 +181,7 @@ def load_tokenizer(
     if not name_or_path or not isinstance(name_or_path, str):
         raise ValueError(f"{_KEY}={name_or_path!r}: give {', '.join(BUILDERS)}, text8, a folder, or a name on the Hub")
     if name_or_path in BUILDERS:
-        tokenizer = _load_built(name_or_path, texts, vocab_size, cache_dir)
+        tokenizer = _load_built(name_or_path, texts, content, vocab_size, cache_dir)
     elif vocab_size is not None:
         raise ValueError(
             f"data.vocab_size={vocab_size} applies to {_KEY}=word and bpe; with {name_or_path} leave it null"
@@ -282,7 +284,11 @@ def _expected(path: Path | None) -> str:
 
 
 def _load_built(
-    kind: str, texts: Callable[[], Iterable[str]] | None, vocab_size: int | None, cache_dir: str | Path
+    kind: str,
+    texts: Callable[[], Iterable[str]] | None,
+    content: Callable[[], str] | None,
+    vocab_size: int | None,
+    cache_dir: str | Path,
 ) -> PreTrainedTokenizerBase:
     if kind in ("char", "byte") and vocab_size is not None:
         raise ValueError(f"data.vocab_size={vocab_size} applies to {_KEY}=word and bpe; with {kind} leave it null")
@@ -293,7 +299,7 @@ def _load_built(
         raise ValueError(f"data.vocab_size={vocab_size} is too small for {_KEY}={kind}; give {smallest} or more")
     if texts is None and kind != "byte":
         raise ValueError(f"{_KEY}={kind} is built from the train split, and there is none here")
-    content = None if kind == "byte" else texts_fingerprint(texts())
+    read = None if kind == "byte" else content() if content else texts_fingerprint(texts())
 
     def build(folder: Path) -> None:
         tokenizer = BUILDERS[kind]([] if kind == "byte" else texts(), vocab_size or _ALL)
@@ -301,7 +307,7 @@ def _load_built(
             tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **SPECIALS
         ).save_pretrained(folder)
 
-    settings = {"kind": kind, "vocab_size": vocab_size, "texts": content, "code": _CODE_VERSION}
+    settings = {"kind": kind, "vocab_size": vocab_size, "texts": read, "code": _CODE_VERSION}
     folder, _ = cached_folder(cache_dir, f"tokenizer-{kind}", settings, build)
     return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
 

@@ -1,12 +1,14 @@
 """The user's files as a source (see data/sources.py)."""
 
+import copy
+import tempfile
 import unicodedata
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import datasets
 import numpy as np
@@ -14,19 +16,23 @@ import pyarrow as pa
 
 from palimpsest.common.messages import listed
 from palimpsest.common.values import IF_SET, NAME, BelowOne, FilePath, Name, list_of
+from palimpsest.data.detokenizers import VERSION
 from palimpsest.data.detokenizers import detokenizer as detokenizer_named
 from palimpsest.data.files import KINDS, NUMBER, Columns, class_names, kind_of, read_files, readable_files
 from palimpsest.data.rows import (
     as_labels,
     carve,
+    check_not_empty,
     check_split,
+    from_table,
     in_parts,
-    not_empty,
     take_rows,
-    text_rows,
+    text_table,
+    to_table,
     with_documents,
 )
 from palimpsest.data.shards import FilePieces, Shards, listing, share_of
+from palimpsest.data.tables import read, stored, write
 
 _MANY = 20  # more labels than this must have two texts each on average
 
@@ -84,6 +90,7 @@ class UserFiles:
         self.given_names = tuple(str(name).strip() for name in label_names) if label_names else None
         _check_different(self.given_names or (), "data.label_names")
         self.seed = seed
+        self.cache_dir: str | None = None
         shares = {"validation": validation_share, "test": test_share}
         self.shares = {split: share for split, share in shares.items() if not self.paths[split]}
         for split, share in self.shares.items():
@@ -110,6 +117,12 @@ class UserFiles:
     def label_names(self) -> tuple[str, ...] | None:
         return self._loaded[1] if self.label_column else None
 
+    def cached(self, cache_dir: str) -> "UserFiles":
+        """Return these files with their texts kept in `cache_dir`."""
+        other = copy.copy(self)
+        other.cache_dir = cache_dir
+        return other
+
     def load(self, split: str) -> datasets.Dataset:
         """Return the split's rows. Raises ValueError for an unknown split."""
         check_split(split, self.splits)
@@ -118,7 +131,9 @@ class UserFiles:
     def stream(self, split: str, limit: int) -> datasets.Dataset:
         """Return the first `limit` rows of the split, without reading on."""
         rows, own = self.open(split).first(limit), split if self.paths[split] else "train"
-        return with_documents(rows, None) if _has_lines(readable_files(self.paths[own], self.keys[own])) else rows
+        if not _has_lines(readable_files(self.paths[own], self.keys[own])):
+            return rows
+        return from_table(next(with_documents([to_table(rows)], None)))
 
     def open(self, split: str) -> Shards:
         """Return the split, to be read in pieces. Raises ValueError for labelled texts."""
@@ -136,7 +151,7 @@ class UserFiles:
         return Shards(rows, prepare, str(self.paths[own]), files=listing(files))
 
     def _streamed(self, table: pa.Table, split: str, held_out: Mapping[str, float]) -> datasets.Dataset:
-        rows = self._made(table)
+        rows = from_table(self._made(table))
         if not held_out:
             return rows
         return take_rows(rows, np.flatnonzero(share_of(rows["text"][:], self.seed, held_out) == split))
@@ -144,24 +159,42 @@ class UserFiles:
     @cached_property
     def _loaded(self) -> tuple[dict[str, datasets.Dataset], tuple[str, ...] | None]:
         """Return all splits at once, because they share the label names, and these names."""
-        rows = {}
+        files = {split: readable_files(path, self.keys[split]) for split, path in self.paths.items() if path}
+        settings = {
+            "columns": [self.text_column, self.label_column, self.prompt_column], "label_names": self.given_names,
+            "detokenizer": [self._detokenizer, VERSION], "shares": self.shares, "seed": self.seed,
+            "files_of": {split: len(some) for split, some in files.items()},
+        }  # fmt: skip
+        every = [path for some in files.values() for path in some]
+        rows, found = stored(self.cache_dir, settings, every, partial(self._convert, files))
+        return rows, found["label_names"] and tuple(found["label_names"])
+
+    def _convert(self, files: Mapping[str, Sequence[Path]], folder: Path) -> dict[str, Any]:
+        """Write the splits into a folder, and return the label names; train comes first."""
         names = self.given_names if self.label_column else None
-        lines = indexed = False
-        for split, path in self.paths.items():  # train first
-            if not path:
-                continue
-            files = readable_files(path, self.keys[split])
-            lines = lines or _has_lines(files)
-            if self.label_column and names is None:
-                names = class_names(files, self.keys[split], self.label_column)
-                indexed = names is not None
-            table = not_empty(read_files(files, self.keys[split], self._columns(names, indexed)), path)
-            if self.label_column and names is None:
-                names = self._names(table, files)
-            rows[split] = self._made(table, names, indexed)
-        if lines and not self.label_column:
-            rows = {split: with_documents(part, None) for split, part in rows.items()}
-        return {**rows, **carve(rows["train"], self.shares, self.seed)}, names
+        indexed = False
+        with tempfile.TemporaryDirectory(dir=folder) as aside:
+            whole = {split: Path(aside) / split for split in files}
+            for split, some in files.items():
+                if self.label_column and names is None:
+                    names = class_names(some, self.keys[split], self.label_column)
+                    indexed = names is not None
+                tables = read_files(some, self.keys[split], self._columns(names, indexed))
+                check_not_empty(write(whole[split], tables), self.paths[split])
+                if self.label_column and names is None:
+                    names = self._names(read(whole[split]), some)
+            has_lines = not self.label_column and any(map(_has_lines, files.values()))
+
+            def prepare(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+                made = (self._made(table, names, indexed) for table in tables)
+                return with_documents(made, None) if has_lines else made
+
+            for split, path in whole.items():
+                if split == "train" and self.shares:
+                    carve(path, folder, self.shares, self.seed, prepare)
+                else:
+                    write(folder / f"{split}.arrow", prepare(read(path)))
+        return {"label_names": names}
 
     def _columns(self, names: Sequence[str] | None = None, indexed: bool = False) -> Columns:
         settings = {self.text_column: "data.text_column"}
@@ -172,18 +205,19 @@ class UserFiles:
             settings[self.label_column] = "data.label_column"
         return Columns(texts, self.label_column, names and tuple(names), indexed, settings=settings)
 
-    def _names(self, table: pa.Table, files: Sequence[Path]) -> tuple[str, ...]:
+    def _names(self, tables: Iterable[pa.Table], files: Sequence[Path]) -> tuple[str, ...]:
         """Return the classes in the labels of the train split."""
         key = f"data.label_column={self.label_column}"
-        counts = Counter(table.column(self.label_column).to_pylist())
+        counts = Counter(word for table in tables for word in table.column(self.label_column).to_pylist())
         numbers = [word for word in counts if NUMBER.fullmatch(word)]
         words = sorted(counts.keys() - set(numbers))
         if numbers and words:  # the reader reports the first of the rarer kind, with its line
             numbered = sum(counts[word] for word in numbers) >= sum(counts[word] for word in words)
-            read_files(files, self.keys["train"], replace(self._columns(), numbered=numbered))
+            for _ in read_files(files, self.keys["train"], replace(self._columns(), numbered=numbered)):
+                pass
         names = tuple(words) or tuple(map(str, sorted(set(map(int, numbers)))))
-        if len(names) > _MANY and 2 * len(names) > len(table):
-            found = f"there are {len(names)} labels ({listed(names)}) for {len(table)} texts"
+        if len(names) > _MANY and 2 * len(names) > counts.total():
+            found = f"there are {len(names)} labels ({listed(names)}) for {counts.total()} texts"
             raise ValueError(f"{key}: {found}; name the column of the classes")
         if numbers and names[0].startswith("-"):
             raise ValueError(
@@ -195,7 +229,8 @@ class UserFiles:
         _check_different(names, key)
         return names
 
-    def _made(self, table: pa.Table, names: Sequence[str] | None = None, indexed: bool = False) -> datasets.Dataset:
+    def _made(self, table: pa.Table, names: Sequence[str] | None = None, indexed: bool = False) -> pa.Table:
+        """Turn columns of the files into text, label and ends."""
         texts = table.column(self.text_column)
         labels = ends = None
         if self._detokenizer:
@@ -208,7 +243,7 @@ class UserFiles:
             prompts = table.column(self.prompt_column)
             pairs = zip(prompts.to_pylist(), texts.to_pylist(), strict=True)
             texts, ends = in_parts([[f"{prompt}\n", text] for prompt, text in pairs])
-        return text_rows(texts, labels, ends)
+        return text_table(texts, labels, ends)
 
 
 def _has_lines(files: Sequence[Path]) -> bool:

@@ -559,7 +559,7 @@ def test_a_line_that_no_memory_holds_is_refused(tmp_path, monkeypatch):
     for name, content in (("x.txt", "a" * 200), ("x.jsonl", '{"text": "' + "a" * 200 + '"}')):
         (tmp_path / name).write_text(content)
         with pytest.raises(ValueError, match="line 1 has more than 100 characters"):
-            read_files([tmp_path / name], "data.path", Columns())
+            list(read_files([tmp_path / name], "data.path", Columns()))
 
 
 # -------------------------------------------------------------------------------- what is read is what was written

@@ -30,7 +30,7 @@ def outcome(path, columns=LABELLED):
                 shards = Shards(FilePieces.of(files, "data.path", columns), lambda table: table, str(path))
                 tables = [table for number in range(len(shards.ranges)) for table in shards.blocks(number, 7)]
             else:
-                tables = [read_files(files, "data.path", columns)]
+                tables = list(read_files(files, "data.path", columns))
             found.append([tuple(row.values()) for table in tables for row in table.to_pylist()])
         except (ValueError, FileNotFoundError) as error:
             found.append(str(error))

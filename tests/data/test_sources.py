@@ -4,6 +4,7 @@ import json
 import os
 
 import datasets
+import pyarrow as pa
 import pytest
 import yaml
 
@@ -11,6 +12,8 @@ from palimpsest.corpora import reviews
 from palimpsest.corpora.reviews import GeneratedReviews
 from palimpsest.data.rows import at_most, carve, keep_label
 from palimpsest.data.sources import HubOrFolder
+from palimpsest.data.tables import read
+from palimpsest.data.tables import write as write_table
 from palimpsest.data.user_files import UserFiles
 from tests.helpers.commands import ROOT
 
@@ -82,12 +85,18 @@ def test_values_are_read_as_they_are(tmp_path):
     assert sorted(all_texts(source)) == ["NA", "a\u2028b\x85c", "last"]
 
 
-def test_carved_splits_share_no_text():
-    rows = datasets.Dataset.from_dict({"text": [f"t{i % 30}" for i in range(60)], "label": [i % 2 for i in range(60)]})
-    parts = carve(rows, {"validation": 0.2, "test": 0.1}, seed=0)
+def carved(folder, shares, seed):
+    folder.mkdir()
+    write_table(folder / "whole", [pa.table({"text": [f"t{i % 30}" for i in range(60)]})])
+    carve(folder / "whole", folder, shares, seed)
+    return {path.stem: pa.concat_tables(read(path))["text"].to_pylist() for path in folder.glob("*.arrow")}
+
+
+def test_carved_splits_share_no_text(tmp_path):
+    parts = carved(tmp_path / "a", {"validation": 0.2, "test": 0.1}, seed=0)
     assert len(parts["validation"]) == 12 and len(parts["test"]) == 6
-    assert not set(parts["train"]["text"]) & (set(parts["validation"]["text"]) | set(parts["test"]["text"]))
-    assert parts["validation"]["text"][:] != carve(rows, {"validation": 0.2}, seed=1)["validation"]["text"][:]
+    assert not set(parts["train"]) & {*parts["validation"], *parts["test"]}
+    assert parts["validation"] != carved(tmp_path / "b", {"validation": 0.2}, seed=1)["validation"]
 
 
 def test_keep_label_and_limits():
@@ -291,7 +300,7 @@ def test_public_data_sets(name, sizes):
         assert set(rows["train"]["label"]) == set(range(len(source.label_names)))
         assert len(set(rows["test"]["label"][:50])) > 1, "not sorted by label"
     else:
-        assert rows["test"].column_names == ["text", *(["document"] if name == "wikitext2" else [])]
+        assert rows["test"].column_names == ["text", *(["document"] if name == "wikitext2" else []), "text_id"]
     if name == "wikitext2":
         assert rows["validation"]["document"][-1] == 60 and rows["validation"]["document"][0] <= 1
     if name == "gsm8k_baseline":
