@@ -8,6 +8,7 @@ The batch contract. Every batch is a dict of CPU tensors (B rows, L tokens):
   eos_padding     bool  (B, L)  True on EOS padding after a text's own EOS (data.fill=eos): masked and scored if a model
                                 determines the length by it, never counted as tokens
   segment_ends    int64 (B, S - 1)  only with data.segments=true, for texts of S segments: the end of each but the last
+  document        int64 (B, L)  only with data.document_mask=true: number of the token's document in its row
   sample_id       int64 (B,)    permanent id of the row, which keys evaluation noise; in a stream the position
   position        int64 (B,)    position in the run's stream of training samples; training batches only
   label           int64 (B,)    if the texts have labels
@@ -96,6 +97,7 @@ class Texts:
             labels, else the first ones.
         streaming: read no more of a split than its limit (tokenizers too). Without `max_train_texts` training reads
             without end, in the order of `stream`, and keeps only its `sample_texts`.
+        document_mask: tokens of wrapped rows attend to their own document only. A document ends with the end token.
         random_crop: train on random crops of wrapped rows twice as long; evaluation has fixed rows.
         train_splits: train on these splits together, without labels (validation has none then either) and without texts
             of the held-out splits.
@@ -112,6 +114,7 @@ class Texts:
     train: Name | None = None
     valid: Name | None = None
     streaming: bool = False
+    document_mask: Annotated[bool, IF_SET] = False
     random_crop: bool = False
     wrap: bool = True
     insert_train_special: bool = True
@@ -180,6 +183,7 @@ class TextData(LightningDataModule):
         self.wrap = texts.wrap
         self.streaming = texts.streaming
         self.random_crop = texts.random_crop
+        self.document_mask = texts.document_mask
         self.train_splits = texts.train_splits
         self.tokenizer_settings = {
             "name_or_path": texts.tokenizer_name_or_path,
@@ -399,7 +403,8 @@ def _collate(data: TextData) -> Collate:
     vocabulary, beginning = data.vocabulary, {"prefix": data.prefix_length, "first_given": data.first_given}
     if data.wrap:
         special = () if data.score_special else vocabulary.special_ids
-        return Collate(data.length, None, special, bos_id=vocabulary.bos_id, **beginning)
+        end_id = vocabulary.eos_id if data.document_mask else None
+        return Collate(data.length, None, special, bos_id=vocabulary.bos_id, end_id=end_id, **beginning)
     frame = {vocabulary.bos_id} if data.fill else {vocabulary.bos_id, vocabulary.eos_id}
     frame = () if data.score_special else frame - {None}
     pad_id = vocabulary.eos_id if data.fill else vocabulary.pad_id

@@ -27,6 +27,12 @@ def check_settings(data: object, names: Iterable[str | None], train: str | None,
         (data.random_crop and (not data.wrap or packing.chunk_special),
          "data.random_crop=true crops wrapped text without special tokens; set data.wrap=true and "
          "data.insert_train_special=false"),
+        (data.document_mask and not (data.wrap and has_all_eos),
+         "data.document_mask=true keeps the documents of wrapped rows apart, by their end tokens; set data.wrap=true "
+         "and data.insert_train_eos=data.insert_valid_eos=true, or data.document_mask=false"),
+        (data.document_mask and _has_lines(data.source),
+         f"data.document_mask=true: the texts of data={data.name} are lines of documents, and would be kept apart from "
+         "their own documents; set it to false"),
         (data.fill and (data.wrap or not has_all_eos),
          "data.fill=eos pads each text's row with EOS; set data.wrap=false and "
          "data.insert_train_eos=data.insert_valid_eos=true, or data.fill=null"),
@@ -48,6 +54,12 @@ def check_settings(data: object, names: Iterable[str | None], train: str | None,
     for is_mistake, message in mistakes:
         if is_mistake:
             raise ValueError(message)
+
+
+def _has_lines(source: object) -> bool:
+    """Return True if texts are lines of longer documents."""
+    parts = getattr(source, "sources", None) or {}
+    return getattr(source, "document_start", "") != "" or any(map(_has_lines, parts.values()))
 
 
 def check_protocol(protocol: str | None, num_proc: int | None, streaming: bool, random_crop: bool) -> None:

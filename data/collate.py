@@ -37,6 +37,7 @@ class Collate:
             tokens.
         prefix: number of observed tokens at the beginning of each row, after a leading `bos_id`.
         first_given: observe at least the first token of each row.
+        end_id: the token that ends a document; the batch then has the document of each token. None leaves it out.
     """
 
     length: int
@@ -48,6 +49,7 @@ class Collate:
     prefix: int = 0
     bos_id: int | None = None
     first_given: bool = False
+    end_id: int | None = None
 
     def __post_init__(self) -> None:
         self.frame_ids = np.array(sorted(self.frame_ids), dtype=np.int64)
@@ -84,10 +86,13 @@ class Collate:
 
     def _wrapped(self, ids: np.ndarray) -> dict[str, torch.Tensor]:
         """Return the batch of equally long rows, which begin and end anywhere in a text."""
-        if not len(self.frame_ids) and not self.prefix and not self.first_given:
-            return {"input_ids": torch.from_numpy(ids)}
-        observed = np.isin(ids, self.frame_ids) | self._in_prefix(ids)
-        return {"input_ids": torch.from_numpy(ids), "observed": torch.from_numpy(observed)}
+        batch = {"input_ids": torch.from_numpy(ids)}
+        if len(self.frame_ids) or self.prefix or self.first_given:
+            batch["observed"] = torch.from_numpy(np.isin(ids, self.frame_ids) | self._in_prefix(ids))
+        if self.end_id is not None:
+            ends = ids == self.end_id
+            batch["document"] = torch.from_numpy(ends.cumsum(1) - ends)
+        return batch
 
     def _in_prefix(self, ids: np.ndarray) -> np.ndarray:
         return np.arange(ids.shape[1]) < self.leading(ids[:, 0])[:, None]

@@ -190,6 +190,15 @@ def _check_network(cfg: DictConfig, objective: Objective, network: type) -> None
             "time_conditioning=false shows it nothing; use training.importance_sampling=true"
         )
 
+    if cfg.data.get("document_mask"):
+        by_blocks = issubclass(objective.model_class, BlockDenoiser)
+        if by_blocks or not network.separates_documents:
+            part = f"parameterization={objective.name}" if by_blocks else f"backbone={network.__name__}"
+            raise ValueError(
+                f"data.document_mask=true: {part} reads whole rows; set it to false, or use parameterization=subs or "
+                "another of single rows with backbone=dit, or parameterization=ar"
+            )
+
 
 def _check_blocks(cfg: DictConfig, objective: Objective) -> None:
     """Refuse a sampler or rows that do not fit block diffusion."""

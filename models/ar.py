@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from torch import Tensor, nn
 
 from palimpsest.common.values import FREE, BelowOne, Size
-from palimpsest.models.attention import head_width, resolve_backend, rotary_angles
+from palimpsest.models.attention import head_width, resolve_backend, rotary_angles, seen_keys
 from palimpsest.models.backbone import Backbone
 from palimpsest.models.class_conditioning import ClassEmbedding, unconditional, with_class
 from palimpsest.models.kv_cache import KVCache, cache_format
@@ -24,8 +24,10 @@ from palimpsest.models.transformer import CacheAppend, Head, Rotary, Transformer
 class ARBlock(TransformerBlock):
     """Causal attention and MLP with pre-norm residual connections."""
 
-    def forward(self, x_BLD: Tensor, rotary: Rotary, append: CacheAppend | None) -> Tensor:
-        x_BLD = x_BLD + self.attention(self.norm1(x_BLD), rotary, append=append)
+    def forward(
+        self, x_BLD: Tensor, rotary: Rotary, append: CacheAppend | None, key_mask: Tensor | None = None
+    ) -> Tensor:
+        x_BLD = x_BLD + self.attention(self.norm1(x_BLD), rotary, key_mask, append=append)
         return x_BLD + self.transform(self.norm2(x_BLD))
 
 
@@ -37,7 +39,7 @@ class AR(Recomputing, Backbone):
     -1 for none), which is added to each token embedding and has an output bias.
     """
 
-    causal = takes_classes = True
+    causal = takes_classes = separates_documents = True
 
     def __init__(
         self,
@@ -84,9 +86,11 @@ class AR(Recomputing, Backbone):
         attention_mask: Tensor | None = None,
         cache: KVCache | None = None,
         class_id: Tensor | None = None,
+        document: Tensor | None = None,
     ) -> Tensor:
         """Return hidden states (B, L, D), ready for `head`; position i depends on the tokens up to i.
 
+        With `document` (B, L) it depends on those of the same document only.
         With `cache`, `tokens_BL` continue the `cache.length` tokens before them and are added to the cache.
 
         Raises:
@@ -103,7 +107,7 @@ class AR(Recomputing, Backbone):
             x_BLD = x_BLD + self.class_embed(class_id)[:, None]
         for number, block in enumerate(self.blocks):
             append = None if cache is None else partial(cache.append, number)
-            x_BLD = self.through(block, x_BLD, rotary, append)
+            x_BLD = self.through(block, x_BLD, rotary, append, seen_keys(None, document))
         if cache is not None:
             cache.advance(tokens_BL.shape[1])
         return with_class(self.output_layer.normed(x_BLD), class_id, self.num_classes)

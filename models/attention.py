@@ -34,23 +34,33 @@ def head_width(hidden_size: int, n_heads: int) -> int:
     return hidden_size // n_heads
 
 
+def seen_keys(key_mask_BL: Tensor | None, document_BL: Tensor | None) -> Tensor | None:
+    """Return the key mask, or, with the document of each token, which keys each query sees, (B, L, L)."""
+    if document_BL is None:
+        return key_mask_BL
+    same_BLL = document_BL[:, :, None] == document_BL[:, None]
+    return same_BLL if key_mask_BL is None else same_BLL & key_mask_BL[:, None].bool()
+
+
 def attend(
-    q_BQHD: Tensor, k_BKHD: Tensor, v_BKHD: Tensor, key_mask_BK: Tensor | None, backend: str, causal: bool = False
+    q_BQHD: Tensor, k_BKHD: Tensor, v_BKHD: Tensor, key_mask: Tensor | None, backend: str, causal: bool = False
 ) -> Tensor:
     """Return softmax(q k^T / sqrt(D)) v, (B, Q, H, D).
 
     Args:
-        key_mask_BK: True where a position may be attended to; None for everywhere. With a key mask SDPA is used,
-            because the padded flash-attn kernels take none.
+        key_mask: True where a position may be attended to, (B, K), or (B, Q, K) by query; None for everywhere. With a
+            mask SDPA is used, because the padded flash-attn kernels take none.
         backend: sdpa, flash_attn or flex. Flex also means SDPA here; it pays where a mask has empty tiles
             (models/block_attention.py).
         causal: the queries are the last Q of the K positions, and each attends to the keys up to its own.
     """
-    if backend == "flash_attn" and key_mask_BK is None:
+    if backend == "flash_attn" and key_mask is None:
         # Not an import statement: transformers asks users of an exported model to install every imported package.
         return importlib.import_module("flash_attn").flash_attn_func(q_BQHD, k_BKHD, v_BKHD, causal=causal)
     queries, keys = q_BQHD.shape[1], k_BKHD.shape[1]
-    mask = None if key_mask_BK is None else key_mask_BK[:, None, None, :]
+    by_query = key_mask is None or key_mask.ndim == 3
+    mask = key_mask if by_query else key_mask[:, None]
+    mask = None if mask is None else mask[:, None]
     # SDPA's causal flag aligns the first query with the first key and excludes a mask; a single query sees all keys.
     plain_causal = causal and queries == keys and mask is None
     if causal and not plain_causal and queries > 1:

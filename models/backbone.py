@@ -21,6 +21,8 @@ class Backbone(nn.Module):
         reads_blocks: it has the methods of models/blocks.py, which block diffusion needs.
         reads_mixtures: `encode` also takes mixtures of tokens, weights (B, L, V).
         reads_latents: it has `encode_both` and `latent_shape`, for texts with latents.
+        separates_documents: `encode` takes `document` (B, L), the number of each token's document, and tokens attend to
+            their own document only.
         recomputes: it has `recompute_blocks`, which switches gradient checkpointing on.
         compiles: trainer.compile=true may compile its blocks.
         mask_padding: no position attends to padding.
@@ -31,7 +33,7 @@ class Backbone(nn.Module):
     """
 
     causal = encodes_positions = takes_classes = recomputes = compiles = knows_its_mask = False
-    reads_blocks = reads_mixtures = reads_latents = False
+    reads_blocks = reads_mixtures = reads_latents = separates_documents = False
     num_classes = 0
     mask_padding = True
     blocks: Iterable[nn.Module]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from palimpsest.common.positions import Positions
 from palimpsest.common.values import FREE, BelowOne, Size
-from palimpsest.models.attention import head_width, resolve_backend, rotary_angles
+from palimpsest.models.attention import head_width, resolve_backend, rotary_angles, seen_keys
 from palimpsest.models.backbone import Backbone
 from palimpsest.models.blocks import BlockStreams, TwoStreams
 from palimpsest.models.class_conditioning import ClassEmbedding, unconditional, with_class
@@ -32,12 +32,12 @@ class DiTBlock(TwoStreams, TransformerBlock):
         self.adaLN_modulation = zero_linear(cond_dim, 6 * dim)
 
     def forward(
-        self, x_BLD: Tensor, c_BC: Tensor, rotary: Rotary, key_mask_BL: Tensor | None, at_BQ: Tensor | None = None
+        self, x_BLD: Tensor, c_BC: Tensor, rotary: Rotary, key_mask: Tensor | None, at_BQ: Tensor | None = None
     ) -> Tensor:
         """Return the block's output, (B, L, D), or only at the positions `at_BQ`, (B, Q, D)."""
         shift_att, scale_att, gate_att, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c_BC).chunk(6, dim=-1)
         normed_BLD = modulate(self.norm1(x_BLD), shift_att, scale_att)
-        attended = self.attention(normed_BLD, rotary, key_mask_BL, at_BQ)
+        attended = self.attention(normed_BLD, rotary, key_mask, at_BQ)
         x_BLD = take_positions(x_BLD, at_BQ) + gate_att[:, None] * attended
         return x_BLD + gate_mlp[:, None] * self.transform(modulate(self.norm2(x_BLD), shift_mlp, scale_mlp))
 
@@ -63,7 +63,7 @@ class DiT(BlockStreams, Recomputing, Backbone):
     text (`class_id`, -1 for none) through adaLN and an output bias.
     """
 
-    encodes_positions = takes_classes = reads_blocks = reads_mixtures = compiles = True
+    encodes_positions = takes_classes = reads_blocks = reads_mixtures = compiles = separates_documents = True
 
     def __init__(
         self,
@@ -124,20 +124,22 @@ class DiT(BlockStreams, Recomputing, Backbone):
         attention_mask: Tensor | None = None,
         at: Positions | None = None,
         class_id: Tensor | None = None,
+        document: Tensor | None = None,
     ) -> Tensor:
         """Return hidden states (B, L, D), ready for `head`, or only those of the positions `at`, (N, D).
 
-        With `at` the last block computes only those positions. `attention_mask` (B, L) is False on padding.
+        With `at` the last block computes only those positions. `attention_mask` (B, L) is False on padding. With
+        `document` (B, L) tokens attend to those of the same document.
         """
         class_id = unconditional(tokens_BL) if class_id is None and self.num_classes else class_id
         c_BC = self.conditioning(sigma_B, class_id)
         rotary = rotary_angles(self.rotary_emb.inv_freq, tokens_BL.shape[1])
-        key_mask_BL = attention_mask if self.mask_padding else None
+        key_mask = seen_keys(attention_mask if self.mask_padding else None, document)
         x_BLD = self.vocab_embed(tokens_BL)
         for block in self.order[:-1]:
-            x_BLD = self.through(block, x_BLD, c_BC, rotary, key_mask_BL)
+            x_BLD = self.through(block, x_BLD, c_BC, rotary, key_mask)
         at_BQ = None if at is None else at.table_BQ
-        last_BQD = self.through(self.order[-1], x_BLD, c_BC, rotary, key_mask_BL, at_BQ)
+        last_BQD = self.through(self.order[-1], x_BLD, c_BC, rotary, key_mask, at_BQ)
         hidden_BQD = with_class(self.output_layer.normed(last_BQD, c_BC), class_id, self.num_classes)
         return hidden_BQD if at is None else at.from_table(hidden_BQD)
 

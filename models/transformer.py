@@ -74,15 +74,20 @@ class TransformerBlock(nn.Module):
         self,
         x_BLD: Tensor,
         rotary: Rotary,
-        key_mask_BL: Tensor | None = None,
+        key_mask: Tensor | None = None,
         at_BQ: Tensor | None = None,
         append: CacheAppend | None = None,
     ) -> Tensor:
-        """Apply self-attention to normed `x_BLD`, at the positions `at_BQ` only, over the cached tokens too."""
+        """Apply self-attention to normed `x_BLD`, at the positions `at_BQ` only, over the cached tokens too.
+
+        `key_mask` is (B, L), or (B, L, L) by query.
+        """
         q, k, v = self.rotated(x_BLD, rotary, at_BQ)
         if append is not None:
             k, v = append(k, v)
-        return self.project(attend(q, k, v, key_mask_BL, self.attn_backend, self.causal))
+        if key_mask is not None and key_mask.ndim == 3:
+            key_mask = take_positions(key_mask, at_BQ)
+        return self.project(attend(q, k, v, key_mask, self.attn_backend, self.causal))
 
     def transform(self, x_BLD: Tensor) -> Tensor:
         """Apply the MLP to normed `x_BLD`."""

@@ -63,7 +63,12 @@ class AR(Objective):
         if "eos_padding" in batch:
             scored_BL &= ~batch["eos_padding"]
         scored = Positions(scored_BL)
-        hidden_BLD = backbone.encode(x_BL, torch.zeros(len(x_BL), device=x_BL.device), **context(batch))
+        cond = context(batch)
+        if (
+            "document" in cond
+        ):  # a token reads what its successor may read, so the end of a document begins the next one
+            cond["document"] = torch.cat([cond["document"][:, 1:], cond["document"][:, -1:]], dim=1)
+        hidden_BLD = backbone.encode(x_BL, torch.zeros(len(x_BL), device=x_BL.device), **cond)
         one_N = torch.ones(len(scored), device=x_BL.device)  # every token counts once
         hidden_ND, target_N = _before(scored).take(hidden_BLD), scored.take(x_BL)
         nll_N = cross_entropy(hidden_ND, backbone.head, target_N, self.process.mask_id, one_N)

@@ -303,9 +303,12 @@ class TokenDiffusion(Objective):
         return self.schedule(t_B).sigma.clamp(*self._shown_sigma).float()
 
 
+_CONTEXT = ("attention_mask", "class_id", "document", "latent", "latent_t")
+
+
 def context(batch: Batch) -> dict[str, Tensor]:
     """Return the conditioning of a batch: what a backbone reads besides tokens and noise level."""
-    return {name: batch[name] for name in ("attention_mask", "class_id", "latent", "latent_t") if name in batch}
+    return {name: batch[name] for name in _CONTEXT if name in batch}
 
 
 def drop_latent(batch: Batch) -> Batch:

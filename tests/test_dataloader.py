@@ -305,6 +305,33 @@ def test_wrapped_batches_follow_the_contract(tmp_path):
     assert all((batch["label"] == 1).all() for batch in one_class.train_dataloader())
 
 
+@pytest.mark.parametrize("special", [False, True])
+def test_wrapped_rows_know_their_documents(tmp_path, special):
+    """A document ends with the end token; one that is cut begins anew in the next row."""
+    module = data(tmp_path, wrap=True, length=10, document_mask=True, insert_train_special=special)
+    for batch in module.train_dataloader():
+        for ids, documents in zip(batch["input_ids"], batch["document"], strict=True):
+            ends = (ids == module.vocabulary.eos_id).tolist()
+            assert documents.tolist() == [sum(ends[:place]) for place in range(10)]
+    assert all("document" in batch for batch in module.val_dataloader())
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"wrap": False}, "set data.wrap=true"),
+        ({"wrap": True, "insert_train_eos": False}, "by their end tokens"),
+        ({"wrap": True, "source": "lines"}, "are lines of documents"),
+    ],
+)
+def test_documents_that_cannot_be_kept_apart_are_refused(tmp_path, settings, said):
+    source = Listed()
+    if settings.pop("source", None):
+        source.document_start = "= "
+    with pytest.raises(ValueError, match=f"data.document_mask=true.*{said}"):
+        data(tmp_path, source, document_mask=True, **settings)
+
+
 def test_one_class_shares_the_tokenizer_and_the_names_of_rows(tmp_path):
     both, odd, few = (
         data(tmp_path),

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import csv
+import itertools
 
 import pytest
 import torch
 
 from palimpsest.common.positions import Positions
+from palimpsest.models.ar import AR
 from palimpsest.models.attention import apply_rotary, attend, rotary_angles
 from palimpsest.models.dit import DiT
 from palimpsest.models.ema import EMA
+from palimpsest.objectives.ar import AR as AutoRegressive
+from palimpsest.process import Absorbing
 
 
 def test_parameter_names_and_shapes_of_the_reference_small_model(fixtures_dir):
@@ -36,6 +40,42 @@ def test_padding_changes_nothing_unless_the_reference_behaviour_is_asked_for(ran
     torch.testing.assert_close(net(padded, sigma, mask)[:, :6], net(x, sigma))
     net = random_dit(mask_padding=False)
     assert not torch.allclose(net(padded, sigma, mask)[:, :6], net(x, sigma))
+
+
+DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2], [0, 1, 1, 1, 1, 1, 2, 2]])
+
+
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_documents_are_read_as_if_alone(random_dit, everywhere):
+    net, x, sigma = random_dit(), torch.randint(5, (2, 8)), torch.rand(2).double()
+    at = None if everywhere else Positions(torch.rand(2, 8) < 0.5)
+    wanted = torch.zeros(2, 8, 16).double()
+    for row in range(2):
+        for number in range(3):
+            own = DOCUMENTS[row] == number
+            wanted[row, own] = net.encode(x[row : row + 1, own], sigma[row : row + 1])[0]
+    found = net.encode(x, sigma, at=at, document=DOCUMENTS)
+    torch.testing.assert_close(found, wanted if at is None else at.take(wanted))
+    padding = torch.ones(2, 8, dtype=torch.bool)
+    padding[:, -1] = False
+    padded = net.encode(x, sigma, padding, document=torch.zeros_like(DOCUMENTS))
+    torch.testing.assert_close(padded, net.encode(x, sigma, padding))
+
+
+def test_a_causal_likelihood_of_documents_in_a_row_is_that_of_each_alone():
+    """The end of a document is the beginning of the next one: all that the next one reads of it."""
+    torch.manual_seed(0)
+    net = AR(6, hidden_size=16, n_blocks=2, n_heads=2, dropout=0.0).double().eval()
+    torch.nn.init.normal_(net.head.weight)
+    objective, end = AutoRegressive(Absorbing(5)), 0
+    texts = [[1, 2, 3, end], [4, 4, end], [2, 1, 1, 3, end]]
+    row = torch.tensor([[end, *itertools.chain.from_iterable(texts)]])
+    ends = row == end
+    together = objective.loss(net, {"input_ids": row, "document": ends.cumsum(1) - ends.long()})
+    alone = [objective.loss(net, {"input_ids": torch.tensor([[end, *text]])}).nll_BL.sum() for text in texts]
+    torch.testing.assert_close(together.nll_BL.sum(), sum(alone))
+    joined = objective.loss(net, {"input_ids": row}).nll_BL
+    assert not torch.allclose(joined, together.nll_BL), "without documents each token reads all before it"
 
 
 def test_without_time_conditioning_sigma_is_not_seen(random_dit):
