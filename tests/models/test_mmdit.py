@@ -216,9 +216,7 @@ def test_the_text_stream_begins_as_a_text_only_network_bit_by_bit(settings):
     for at in (None, Positions(X < 3)):
         wanted = dit.encode(X, SIGMA, PADDED, at, **cond)
         for latent, time in ((LATENT, HALF), (LATENT, None), (None, None)):
-            assert torch.equal(
-                net.encode(X, SIGMA, PADDED, at=at, latent=latent, latent_t=time, **cond), wanted
-            )
+            assert torch.equal(net.encode(X, SIGMA, PADDED, at=at, latent=latent, latent_t=time, **cond), wanted)
     for block in net.blocks:
         torch.nn.init.ones_(block.adaLN_gate.bias)
     assert not torch.allclose(net.encode(X, SIGMA, PADDED, latent=LATENT, **cond), dit.encode(X, SIGMA, PADDED, **cond))

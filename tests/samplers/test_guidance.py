@@ -127,7 +127,10 @@ def test_a_classifier_of_single_tokens_tilts_by_its_gradient():
     off = ClassifierGuided(Masks(), 1, 0.0, log_p_CV, log_prior_C)
     assert torch.equal(off.denoise(x_BL, None, Positions(at_BL)), plain_NV)
     whole_BLV = ClassifierGuided(Words(), 1, 2.0, log_p_CV[:, :V], log_prior_C).reverse(
-        torch.tensor([[0, 1]]), torch.tensor([0.7]).double(), torch.tensor([0.4]).double(), Positions.everywhere(torch.tensor([[0, 1]]))
+        torch.tensor([[0, 1]]),
+        torch.tensor([0.7]).double(),
+        torch.tensor([0.4]).double(),
+        Positions.everywhere(torch.tensor([[0, 1]])),
     )
     torch.testing.assert_close(whole_BLV.exp().sum(-1), torch.ones(L).double())
 
