@@ -22,7 +22,7 @@ class Backbone(nn.Module):
         reads_mixtures: `encode` also takes mixtures of tokens, weights (B, L, V).
         reads_latents: it has `encode_both` and `latent_shape`, for texts with latents.
         recomputes: it has `recompute_blocks`, which switches gradient checkpointing on.
-        compiles: trainer.compile=true may compile its blocks.
+        compiles: trainer.compile=true may compile `encode` and `encode_blocks`.
         mask_padding: no position attends to padding.
         knows_its_mask: its pretrained weights have a mask token, which the data must use.
         blocks: the repeated layers, which strategy=fsdp shards one by one.
