@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from palimpsest.benchmarks.train_step import PlainSubs
 from palimpsest.common.randomness import KeyedNoise, evaluation_noise, training_noise
-from palimpsest.models.compiling import compile_blocks
+from palimpsest.models.compiling import compile_encoder
 from palimpsest.models.dit import DiT
 from palimpsest.noise_schedule import LogLinear
 from palimpsest.objectives.base import Model, Objective
@@ -153,7 +153,7 @@ def training_step(objective: Callable[[Absorbing], Objective], compiled: bool, s
     net = network(setup.size, setup.vocab_size, setup.device)
     flops = TrainingFlops.of(net)
     if compiled:
-        compile_blocks(net)
+        compile_encoder(net)
     law = objective(Absorbing(setup.vocab_size - 1))
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-4, fused=True)
     rows_B = torch.arange(setup.batch, device=setup.device)

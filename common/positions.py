@@ -60,7 +60,7 @@ class Positions:
         """The row of each position."""
         return self.index_N // self.mask_BL.shape[1]
 
-    @property
+    @cached_property
     def place_N(self) -> Tensor:  # noqa: N802
         """The place of each position in its row."""
         return self.index_N % self.mask_BL.shape[1]
@@ -84,6 +84,8 @@ class Positions:
 
     def find(self, some: Positions) -> Tensor:
         """Return where the positions of `some` lie among these, (M,)."""
+        if some is self:
+            return torch.arange(len(self), device=self.index_N.device)
         return torch.searchsorted(self.index_N, some.index_N)
 
     def without(self, some: Positions) -> Positions:

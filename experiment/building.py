@@ -23,7 +23,7 @@ from palimpsest.evaluation.likelihood import Precision
 from palimpsest.experiment.fits import check_parts
 from palimpsest.experiment.runs import Runs
 from palimpsest.models.compatibility import check_data_compatible
-from palimpsest.models.compiling import compile_blocks
+from palimpsest.models.compiling import compile_encoder
 from palimpsest.models.freezing import freeze
 from palimpsest.models.recompute import recompute_blocks
 from palimpsest.objectives.base import Objective
@@ -171,7 +171,7 @@ class Builder:
         if self.choices.gradient_checkpointing:
             recompute_blocks(backbone)
         if self.choices.compile:
-            compile_blocks(backbone)
+            compile_encoder(backbone)
         # backbone=hf_* leaves sizes open in the configuration; checkpoints save the sizes that were found.
         settings = identity(self.cfg)
         settings |= {k: v for k, v in backbone.settings.items() if settings.get(k) is None}

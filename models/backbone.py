@@ -24,7 +24,7 @@ class Backbone(nn.Module):
         separates_documents: `encode` takes `document` (B, L), the number of each token's document, and tokens attend to
             their own document only.
         recomputes: it has `recompute_blocks`, which switches gradient checkpointing on.
-        compiles: trainer.compile=true may compile its blocks.
+        compiles: trainer.compile=true may compile `encode` and `encode_blocks`.
         mask_padding: no position attends to padding.
         knows_its_mask: its pretrained weights have a mask token, which the data must use.
         blocks: the repeated layers, which strategy=fsdp shards one by one.

@@ -1,4 +1,4 @@
-"""torch.compile for the blocks of a network, one graph per block, which all blocks share."""
+"""torch.compile for a network: the embedding, all blocks and the last norm are one graph."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from palimpsest.models.backbone import Backbone
 _BACKEND = "inductor"
 
 
-def compile_blocks(backbone: Backbone) -> None:
-    """Compile every block of `backbone` at its first use. Parameter names stay as they are.
+def compile_encoder(backbone: Backbone) -> None:
+    """Compile `encode` and, for block diffusion, `encode_blocks` at their first use. Parameter names stay as they are.
 
-    The number of positions that the last block computes differs from step to step, so it is a symbol in the graph.
-    Block sampling with a cache of keys and values does not run through these methods and stays as it is.
+    The compiled network computes the hidden states of all positions, so that every training step has the same shapes
+    and nothing is compiled again. This costs little: the last block alone could leave positions out, and times are
+    spread over a batch, so that in one of its rows almost every token is masked. The projection onto the vocabulary is
+    still of the needed positions only. Block sampling with a cache of keys and values stays as it is.
 
     Raises:
         ValueError: the network does not support it.
     """
     if not backbone.compiles:
         raise ValueError(f"trainer.compile=true: {type(backbone).__name__} does not support it; leave it out")
-    for block in dict.fromkeys(backbone.blocks):
-        block.compile(backend=_BACKEND)
-        for name in block.forward_methods:
-            setattr(block, name, torch.compile(getattr(block, name), backend=_BACKEND))
+    backbone.encodes_positions = False
+    for name in ("encode", "encode_blocks"):
+        setattr(backbone, name, torch.compile(getattr(backbone, name), backend=_BACKEND))

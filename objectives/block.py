@@ -277,6 +277,7 @@ class BlockDiffusion(WrapperObjective):
 class _AllBlocks(BackboneView):
     """A backbone that reads all blocks of its texts in one pass, each after the clean blocks before it."""
 
+    encodes_positions = True
     clean_BL: Tensor
     layout: BlockLayout
     cond: dict[str, Tensor]
@@ -287,13 +288,17 @@ class _AllBlocks(BackboneView):
         sigma_Bb = sigma_R.unflatten(0, (-1, layout.num_blocks))
         counts = [sum(at.counts[i : i + layout.num_blocks]) for i in range(0, len(at.counts), layout.num_blocks)]
         at, noised_BL = Positions(layout.merge(at.mask_BL), counts), layout.merge(tokens_Rk)
-        return self.backbone.encode_blocks(noised_BL, self.clean_BL, layout.blocks, sigma_Bb, at, **self.cond)
+        texts = (noised_BL, self.clean_BL, layout.blocks, sigma_Bb)
+        if not self.backbone.encodes_positions:
+            return at.take(self.backbone.encode_blocks(*texts, **self.cond))
+        return self.backbone.encode_blocks(*texts, at, **self.cond)
 
 
 @dataclass
 class _NextBlock(BackboneView):
     """A backbone that reads one block after `earlier`: a cache, or clean tokens, which it reads at every call."""
 
+    encodes_positions = True
     earlier: object
     block_size: int
     window: int | None

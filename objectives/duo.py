@@ -119,5 +119,5 @@ class _MixtureInput(BackboneView):
 
     mixture_BLV: Tensor
 
-    def encode(self, tokens_BL: Tensor, sigma_B: Tensor, at: Positions, **cond: Tensor) -> Tensor:
-        return self.backbone.encode(self.mixture_BLV, sigma_B, at=at, **cond)
+    def encode(self, tokens_BL: Tensor, sigma_B: Tensor, **cond: Tensor | Positions) -> Tensor:
+        return self.backbone.encode(self.mixture_BLV, sigma_B, **cond)

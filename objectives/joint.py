@@ -274,6 +274,7 @@ def _means(loss: TokenLoss, text: TokenLoss, latent: LatentLoss, rows: Mapping[s
 class _TextNetwork(BackboneView):
     """A backbone of texts and latents as the text's objective sees it; it keeps the outputs for the latents."""
 
+    encodes_positions = True
     outputs: list[Tensor] = field(default_factory=list, init=False)
 
     def encode(self, tokens_BL: Tensor, sigma_B: Tensor, at: Positions, **cond: Tensor) -> Tensor:

@@ -39,7 +39,10 @@ class BackboneView:
     """A backbone whose `encode` a subclass replaces."""
 
     backbone: Backbone
-    encodes_positions = True
+
+    @property
+    def encodes_positions(self) -> bool:
+        return self.backbone.encodes_positions
 
     @property
     def head(self) -> nn.Linear:

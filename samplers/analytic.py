@@ -16,11 +16,12 @@ from palimpsest.common.randomness import KeyedNoise
 from palimpsest.common.values import Count
 from palimpsest.denoisers import Denoiser
 from palimpsest.process import Absorbing
-from palimpsest.samplers.base import Request, Step, TokenChoice, sampler_of, time_grid
+from palimpsest.samplers.base import Request, TokenChoice, sampler_of, time_grid
+from palimpsest.samplers.ordered import AtEveryMask
 from palimpsest.samplers.trace import Trace
 
 
-class Analytic(Step):
+class Analytic(AtEveryMask):
     """Draw from p(x_s | x_t) at every mask, which decides both whether it is unmasked and which token it becomes.
 
     Args:
@@ -38,13 +39,11 @@ class Analytic(Step):
         noise_removal: bool = True,
         eps: float = 1e-5,
     ) -> None:
-        self.process = model.process
+        super().__init__(model, trace, choice)
         self.noise = noise
-        self.choice = choice
         self.grid = time_grid(steps, eps, trace.ids_BL.device)
         self.steps = steps
         self.noise_removal = noise_removal
-        self.masked = Positions(trace.open_BL)
 
     def positions(self, number: int, trace: Trace) -> Request | None:
         if number > self.steps + self.noise_removal:
@@ -57,14 +56,12 @@ class Analytic(Step):
         s = t / 2 if self.last else self.grid[number]  # the last draw unmasks every mask, whatever s is
         return Request(self.masked, t.expand(batch), s.expand(batch))
 
-    def tokens(self, log_p_NV: Tensor, at: Positions) -> tuple[Tensor, Positions]:
-        mask_id = self.process.mask_id
+    def chosen(self, log_p_NV: Tensor, at: Positions) -> Tensor:
+        mask_id = self.model.process.mask_id
         unmasked_N = at.take(self.unmask_BL) < -torch.expm1(log_p_NV[:, mask_id])
-        now = Positions(at.spread(unmasked_N | self.last))
-        log_p_NV[:, mask_id] = -torch.inf  # in place, so that the confidence is conditional on unmasking
+        log_p_NV[:, mask_id] = -torch.inf  # in place, so that tokens and confidence are conditional on unmasking
         log_p_NV.copy_(log_p_NV.log_softmax(-1))
-        self.masked = self.masked.without(now)
-        return self.choice.draw(log_p_NV, at.take(self.u_BL))[at.find(now)], now
+        return at.spread(unmasked_N | self.last)
 
 
 sample = sampler_of(Analytic, Absorbing)

@@ -20,26 +20,22 @@ class LeftToRight(Step):
     """Generate the next token of every row that has not ended."""
 
     def __init__(self, open_BL: Tensor, noise: KeyedNoise, choice: TokenChoice, stop_id: int | None) -> None:
-        length = open_BL.shape[1]
-        self.u_BL = noise.uniform(length)
+        self.u_BL = noise.uniform(open_BL.shape[1])
         self.choice = choice
         self.stop_id = stop_id
-        self.starts = (length - open_BL.sum(-1)).tolist()  # of the tokens to generate, which end the row
-        self.first = min(self.starts)
+        self.first = int((~open_BL.any(0)).long().cumprod(0).sum())
         self.goes_on_B = torch.ones_like(open_BL[:, 0])
-        self.goes_on = [True] * len(open_BL)
 
     def positions(self, number: int, trace: Trace) -> Request | None:
         place = self.first + number - 1
         if number > 1 and self.stop_id is not None:
             self.goes_on_B &= trace.ids_BL[:, place - 1] != self.stop_id
-            self.goes_on = self.goes_on_B.tolist()
-        if place == trace.ids_BL.shape[1] or not any(self.goes_on):
+        if place == trace.ids_BL.shape[1]:
             return None
         at_BL = torch.zeros_like(trace.open_BL)
         at_BL[:, place] = trace.open_BL[:, place] & self.goes_on_B
-        counts = [int(going and start <= place) for going, start in zip(self.goes_on, self.starts, strict=True)]
-        return Request(Positions(at_BL, counts), None)
+        at, going = Positions.of_each(at_BL, self.goes_on_B[:, None])
+        return Request(at, None) if len(going) else None
 
 
 class _OnePosition(Denoiser):

@@ -50,7 +50,8 @@ class EntropyBounded(AtEveryMask):
         gamma: NotNegative,
         choice: TokenChoice = TokenChoice(),  # noqa: B008 - frozen
     ) -> None:
-        super().__init__(model, trace, noise, choice)
+        super().__init__(model, trace, choice)
+        self.u_BL = noise.uniform(trace.ids_BL.shape[1])
         self.gamma = gamma
 
     def chosen(self, log_p_NV: Tensor, at: Positions) -> Tensor:

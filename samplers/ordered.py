@@ -32,7 +32,7 @@ def preference(log_p_NV: Tensor, at: Positions, order: str) -> Tensor:
     its distance to the second (Kim et al., arXiv 2502.06768). entropy: minus the entropy.
     """
     if order == "left_to_right":
-        return leftmost(at.mask_BL)
+        return at.spread(-at.place_N.double(), -torch.inf)
     p_NV = log_p_NV.double().exp()
     if order == "confidence":
         value_N = p_NV.max(-1).values
@@ -44,11 +44,6 @@ def preference(log_p_NV: Tensor, at: Positions, order: str) -> Tensor:
     return at.spread(value_N, -torch.inf)
 
 
-def leftmost(at_BL: Tensor) -> Tensor:
-    """Return the preference for True positions further left."""
-    return torch.where(at_BL, -torch.arange(at_BL.shape[1], device=at_BL.device).double(), -torch.inf)
-
-
 def first_positions(preference_BL: Tensor, count_B: Tensor) -> Tensor:
     """Return True at the `count_B` preferred positions of each row, (B, L); ties go left."""
     ranks_BL = preference_BL.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
@@ -58,15 +53,14 @@ def first_positions(preference_BL: Tensor, count_B: Tensor) -> Tensor:
 class AtEveryMask(Step):
     """Predict every masked position, then unmask those that `chosen` selects."""
 
-    def __init__(self, model: Denoiser, trace: Trace, noise: KeyedNoise, choice: TokenChoice) -> None:
-        self.u_BL = noise.uniform(trace.ids_BL.shape[1])
+    def __init__(self, model: Denoiser, trace: Trace, choice: TokenChoice) -> None:
         self.masked, self.maskable_B = Positions(trace.open_BL), trace.open_BL.sum(-1)
         self.model = model
         self.choice = choice
 
     @abstractmethod
     def chosen(self, log_p_NV: Tensor, at: Positions) -> Tensor:
-        """Return a mask of the positions to unmask, (B, L), at least one in each row of `at`."""
+        """Return a mask of the positions to unmask, (B, L)."""
 
     def positions(self, number: int, trace: Trace) -> Request | None:
         if not len(self.masked):
@@ -92,7 +86,8 @@ class Ordered(AtEveryMask):
         tokens_per_step: AtLeastOne = 1,
         choice: TokenChoice = TokenChoice(),  # noqa: B008 - frozen
     ) -> None:
-        super().__init__(model, trace, noise, choice)
+        super().__init__(model, trace, choice)
+        self.u_BL = noise.uniform(trace.ids_BL.shape[1])
         self.order = order
         self.tokens_per_step = tokens_per_step
 

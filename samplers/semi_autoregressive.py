@@ -63,7 +63,7 @@ def sample(
     for start in range(0, stride_length * num_strides + 1, stride_length):
         window_BL = trace.ids_BL[:, start : start + length].clone()  # the trace changes while it is watched
         new = length if start == 0 else stride_length  # number of tokens to write, at the end of the window
-        at_BW, here_BL = torch.zeros_like(trace.masked_BL), torch.zeros_like(x_BL, dtype=torch.bool)
+        at_BW, here_BL = torch.zeros_like(trace.open_BL), torch.zeros_like(x_BL, dtype=torch.bool)
         at_BW[:, start + length - new : start + length], here_BL[:, length - new :] = True, True
         at, here = (Positions(part, [new] * len(x_BL)) for part in (at_BW, here_BL))
         out = inner(model, window_BL, generator, watch=trace.part_watcher(at, here), **cond)

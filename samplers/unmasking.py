@@ -28,7 +28,7 @@ from palimpsest.denoisers import Denoiser
 from palimpsest.process import Absorbing
 from palimpsest.samplers import ordered
 from palimpsest.samplers.base import Request, Step, TokenChoice, sampler_of
-from palimpsest.samplers.ordered import first_positions, leftmost, preference, time_of
+from palimpsest.samplers.ordered import first_positions, preference, time_of
 from palimpsest.samplers.trace import Trace
 
 SCHEDULES = ("linear", "cosine", "exponential")
@@ -90,8 +90,8 @@ class Unmasking:
 
     def in_order(self, masked_BL: Tensor, u_BL: Tensor, count_B: Tensor) -> Tensor:
         """Return a mask of the `count_B` positions of each row that come first in an order without prediction."""
-        random_BL = torch.where(masked_BL, -u_BL, -torch.inf)
-        return first_positions(random_BL if self.order == "random" else leftmost(masked_BL), count_B)
+        key_BL = u_BL if self.order == "random" else torch.arange(u_BL.shape[1], device=u_BL.device)
+        return first_positions(torch.where(masked_BL, -key_BL, -torch.inf), count_B)
 
     def chosen(self, log_p_NV: Tensor, drawn_N: Tensor | None, at: Positions, count_B: Tensor) -> Tensor:
         """Return a mask of `count_B` positions of each row of `at`, or more by the threshold, (B, L).

@@ -1,4 +1,4 @@
-"""trainer.compile=true: one graph per block, the same numbers, no recompilation over a run."""
+"""trainer.compile=true: the encoder is one graph, with the same numbers, and is not compiled again over a run."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from palimpsest.common.positions import Positions
 from palimpsest.common.randomness import training_noise
 from palimpsest.models import compiling
-from palimpsest.models.compiling import compile_blocks
+from palimpsest.models.compiling import compile_encoder
+from palimpsest.models.recompute import recompute_blocks
 from palimpsest.noise_schedule import LogLinear
+from palimpsest.objectives.duo import Duo
 from palimpsest.objectives.mask_sampling import Bernoulli
 from palimpsest.objectives.subs import Subs
-from palimpsest.process import Absorbing
+from palimpsest.objectives.udlm import UDLM
+from palimpsest.process import Absorbing, Uniform
+from tests.helpers.blocks import block
 from tests.helpers.commands import TINY, run
 
 VOCAB, MASK = 7, 6
@@ -31,14 +34,26 @@ def graphs(monkeypatch):
     torch._dynamo.reset()
 
 
-def test_a_training_step_has_one_graph_per_kind_of_block_and_no_break(random_dit, graphs):
-    plain, objective = random_dit(VOCAB).float(), Subs(LogLinear(), Absorbing(MASK), Bernoulli())
+OBJECTIVES = {
+    "subs": lambda: Subs(LogLinear(), Absorbing(MASK), Bernoulli()),
+    "bd3lm": lambda: block(4, noising=Bernoulli(), mask_id=MASK),
+    "udlm": lambda: UDLM(LogLinear(), Uniform(VOCAB)),
+    "duo": lambda: Duo(LogLinear(), Uniform(VOCAB)),
+}
+
+
+@pytest.mark.parametrize("recomputing", [False, True])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_encoder_of_all_training_steps_is_one_graph(random_dit, graphs, name, recomputing):
+    plain, objective = random_dit(VOCAB, time_conditioning=True).float().train(), OBJECTIVES[name]()
     compiled = copy.deepcopy(plain)
-    compile_blocks(compiled)
+    if recomputing:
+        recompute_blocks(compiled)
+    compile_encoder(compiled)
     assert list(compiled.state_dict()) == list(plain.state_dict())
-    seen = []
-    for step in range(8):  # each with other numbers of masks
+    for step in range(6):  # each with other numbers of masks
         batch = {"input_ids": torch.randint(MASK, (4, 12)), "attention_mask": torch.arange(12).expand(4, -1) < 11}
+        batch |= {"step": torch.tensor(step)} if name == "duo" else {}
         found = []
         for network in (plain, compiled):
             network.zero_grad()
@@ -46,21 +61,7 @@ def test_a_training_step_has_one_graph_per_kind_of_block_and_no_break(random_dit
             loss.backward()
             found.append([loss.detach(), *(p.grad for p in network.parameters())])
         torch.testing.assert_close(*found)
-        seen.append(graphs["stats"]["unique_graphs"])
-    assert not graphs["graph_break"]
-    # All positions; and some of them, at first as many as there were, then any number.
-    assert seen[-1] <= 3 and seen[-1] == seen[2], seen
-
-
-def test_a_step_of_block_diffusion_is_compiled_too(random_dit, graphs):
-    plain = random_dit(VOCAB).float()
-    compiled = copy.deepcopy(plain)
-    compile_blocks(compiled)
-    for _ in range(4):
-        x, at = torch.randint(VOCAB, (3, 12)), torch.rand(3, 12) < 0.5
-        hidden = [net.encode_blocks(x, x.flip(1), 4, torch.rand(3, 3), Positions(at)) for net in (plain, compiled)]
-        torch.testing.assert_close(*hidden)
-    assert graphs["stats"]["unique_graphs"] >= 2
+        assert not graphs["graph_break"] and graphs["stats"]["unique_graphs"] == 1
 
 
 def test_a_compiled_training_is_measured_and_sampled(tmp_path, monkeypatch, graphs):
