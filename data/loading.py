@@ -18,6 +18,7 @@ from palimpsest.common.values import AtLeastOne, Natural
 log = logging.getLogger(__name__)
 
 MOST_WORKERS = 8
+ENOUGH_FOR_ROWS = 2  # workers that read tokenised rows for a GPU
 LEAST_SHARED = 2**20  # bytes of shared memory; Docker's default is 64 MiB
 
 
@@ -26,8 +27,9 @@ class Loading:
     """The keys of `loader` that determine how batches are fetched; none changes their content.
 
     Attributes:
-        num_workers: processes besides the training one; None: `workers_for` if texts are tokenised while training, else
-            0, because reading tokenised rows takes less time than passing them between processes.
+        num_workers: processes besides the training one; None: `workers_for` if texts are tokenised while training. For
+            tokenised rows it then is 0, because reading them takes less time than passing them between processes, and
+            with a GPU up to 2, because it would wait for each batch.
         prefetch_factor: batches that each worker keeps ready.
         pin_memory: copy batches to memory from which a GPU fetches them faster.
         persistent_workers: keep the workers of a validation for the next one.
@@ -42,10 +44,10 @@ class Loading:
         """Return the number of processes; the choice for null is logged. devices: training processes per machine."""
         if self.num_workers is not None:
             return self.num_workers
-        if not streamed:
+        if not streamed and not torch.cuda.is_available():
             return 0
         cpus, ranks = usable_cpus(), local_ranks(os.environ, devices)
-        workers = workers_for(cpus, ranks, os.environ)
+        workers = min(workers_for(cpus, ranks, os.environ), MOST_WORKERS if streamed else ENOUGH_FOR_ROWS)
         where = "%d CPUs for this process, %d processes of this training on the machine"
         log.info(f"loader.num_workers=null: %d ({where})", workers, cpus, ranks)
         return workers

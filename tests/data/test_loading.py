@@ -84,6 +84,9 @@ def test_what_null_means(monkeypatch, caplog):
         assert Loading().workers(streamed=True, devices=2) == 3
     assert "loader.num_workers=null: 3 (6 CPUs for this process, 2 processes" in caplog.text
     assert Loading().workers(streamed=False, devices=1) == 0
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert Loading().workers(streamed=False, devices=1) == 2, "a GPU does not wait for each batch"
+    assert Loading().workers(streamed=False, devices=6) == 1
     assert Loading(num_workers=5).workers(streamed=True, devices=6) == 5
 
 
