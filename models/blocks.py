@@ -144,7 +144,7 @@ class BlockStreams:
         """Append the clean segment that follows those in `cache` to it; `here_BW` is True on its tokens, the first of
         each row."""
         key_mask_BK = torch.cat([cache.key_mask(), here_BW], dim=1)
-        self._read(clean_BW, cache, partial(attend, key_mask_BK=key_mask_BK), class_id)
+        self._read(clean_BW, cache, partial(attend, key_mask=key_mask_BK), class_id)
         cache.advance(here_BW)
 
     def _read(
