@@ -24,14 +24,15 @@ Training data is ONE stream. Position p of the run is row order(seed, p // n)[p 
 takes the positions [s * G, (s + 1) * G), G = loader.global_batch_size, for any number of devices and any size of the
 micro-batches. With loader.batch_ramp G depends on s, and a step begins where the previous one ends. The position in the
 stream is a function of the step alone: a checkpoint contains one number, workers none. With data.random_crop a row is
-twice as long, and the crop at position p is a function of (seed, p). With data.streaming and unlimited training texts
+twice as long, and the crop at position p is a function of (seed, p). Of a mixture (data.weights) each data set has its
+share of every thousand positions (data/order.py). With data.streaming and unlimited training texts
 the rows and their order are those of data/streaming.py, and a checkpoint also contains the reading positions.
 """
 
 import logging
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from typing import Annotated, Any, Literal
 
@@ -59,7 +60,7 @@ from palimpsest.data.checks import check_protocol, check_settings
 from palimpsest.data.collate import Collate, Rows, segment_ends
 from palimpsest.data.loading import Loading, TimedLoader
 from palimpsest.data.order import evaluation_batches
-from palimpsest.data.packing import Packing, check_prompts, pack, with_special_tokens
+from palimpsest.data.packing import Figures, Packing, check_prompts, one_after_the_other, pack, with_special_tokens
 from palimpsest.data.rows import text_rows
 from palimpsest.data.sources import Source, cached
 from palimpsest.data.splits import SplitTexts
@@ -268,31 +269,41 @@ class TextData(LightningDataModule):
     def split(self, name: str) -> datasets.Dataset:
         """Return the split's packed rows (columns: data/packing.py); `figures[name]` says what packing did.
 
+        Those of a mixture follow one another, data set by data set.
+
         Raises:
             ValueError: texts, lengths and tokenizer do not fit together.
         """
         if name not in self._splits:
-            self._splits[name] = self._pack(name, self.packing(name))
+            packed, figures = self._packed(name, self.packing(name))
+            _check_known(name, figures, self.tokenizer_settings["name_or_path"])
+            _report(name, figures, None if self.wrap else self.length)
+            self._splits[name], self.figures[name] = one_after_the_other(packed), figures
         return self._splits[name]
 
     def whole_train(self) -> datasets.Dataset:
         """Return the packed train split for any `label` and `train_splits`, which latents are fitted on."""
         if self.label is None and self.train_splits is None:
             return self.split("train")
-        return self._pack("train", self.packings["train"], self._split_texts(None, None))
+        return self._pack("train", self.packings["train"], self._split_texts(None, None))[0]
 
-    def _pack(self, name: str, packing: Packing, of: SplitTexts | None = None) -> datasets.Dataset:
-        texts = (of or self._texts).of(name)
-        if self.wrap and (of or self._texts).label is None and "label" in texts.column_names:
+    def _packed(self, name: str, packing: Packing) -> tuple[list[datasets.Dataset], dict[str, int]]:
+        """Return the packed rows of each data set that a split is a mixture of, and the counts of all."""
+        packed = [self._pack(name, packing, texts) for texts in self._texts.parts(name)]
+        if len(packed) == 1:
+            return [packed[0][0]], packed[0][1]
+        total = Figures()
+        for _, figures in packed:
+            total.add(Figures(**figures))
+        return [rows for rows, _ in packed], asdict(total)
+
+    def _pack(self, name: str, packing: Packing, of: SplitTexts) -> tuple[datasets.Dataset, dict[str, int]]:
+        texts = of.of(name)
+        if self.wrap and of.label is None and "label" in texts.column_names:
             texts = texts.remove_columns("label")  # a chunk of several texts has no label
         published = self.wrap and self.protocol is not None
         frame = published_frame(self.tokenizer, self.vocabulary) if published else self.vocabulary
-        rows, figures = pack(texts, self.tokenizer, frame, packing, self.cache_dir, f"{name} split")
-        if of is None:
-            _check_known(name, figures, self.tokenizer_settings["name_or_path"])
-            _report(name, figures, None if self.wrap else self.length)
-            self.figures[name] = figures
-        return rows
+        return pack(texts, self.tokenizer, frame, packing, self.cache_dir, f"{name} split")
 
     def _rows(self, name: str) -> datasets.Dataset | RowsWithLatents:
         rows = self.split(name)
@@ -320,10 +331,16 @@ class TextData(LightningDataModule):
                 _corpus(self), sampler, self.collate, arguments, self._resumed.get("stream"), self._taken
             )
             return self._streamed
-        if not self.random_crop:
-            return self._loader(TrainingStream(self._rows("train"), self.seed), sampler, again=False)
-        double = self._pack("train", replace(self.packings["train"], length=2 * self.length))
-        return self._loader(TrainingStream(double, self.seed, crop=self.length), sampler, again=False)
+        packing, rows, crop = self.packings["train"], None, None
+        if self.random_crop:
+            packing, crop = replace(packing, length=2 * self.length), self.length
+            rows = one_after_the_other(self._packed("train", packing)[0])
+        stream = TrainingStream(self._rows("train") if rows is None else rows, self.seed, crop)
+        weights = getattr(self.source, "weights", None)
+        if weights:
+            stream.sizes = [len(part) for part in self._packed("train", packing)[0]]
+            stream.weights = list(weights.values())
+        return self._loader(stream, sampler, again=False)
 
     @property
     def endless(self) -> bool:

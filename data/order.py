@@ -1,12 +1,14 @@
 """Order of rows: epochs of training, and the shares of the ranks in evaluation. Pure functions."""
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 
 import numpy as np
 
+MIXED = 1000  # positions among which each data set of a mixture has its share
+_MIXTURE = 3  # first key of the permutations of a mixture (data/streaming.py has others)
 
-@lru_cache(maxsize=2)
+
 def epoch_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
     """Return the permutation of the rows in an epoch, (n,) int64.
 
@@ -17,6 +19,11 @@ def epoch_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
     order = np.argsort(_mix(np.arange(num_rows, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + salt), kind="stable")
     order.setflags(write=False)
     return order
+
+
+@lru_cache(maxsize=16)  # data sets of a mixture
+def _orders(num_rows: int, seed: int) -> Callable[[int], np.ndarray]:
+    return lru_cache(maxsize=2)(partial(epoch_order, num_rows, seed))
 
 
 def shuffled(num: int, *keys: int) -> np.ndarray:
@@ -41,7 +48,33 @@ def rows_at(positions: Sequence[int], num_rows: int, seed: int) -> np.ndarray:
     epochs, places = np.divmod(np.asarray(positions, dtype=np.int64), num_rows)
     rows = np.empty_like(places)
     for epoch in np.unique(epochs):
-        rows[epochs == epoch] = epoch_order(num_rows, seed, int(epoch))[places[epochs == epoch]]
+        rows[epochs == epoch] = _orders(num_rows, seed)(int(epoch))[places[epochs == epoch]]
+    return rows
+
+
+def quotas(weights: Sequence[float]) -> np.ndarray:
+    """Return how many of MIXED positions each data set of a mixture has, (K,), by the largest remainders."""
+    exact = MIXED * np.asarray(weights, dtype=np.float64) / sum(weights)
+    whole = np.floor(exact).astype(np.int64)
+    whole[np.argsort(whole - exact, kind="stable")[: MIXED - whole.sum()]] += 1
+    return whole
+
+
+def mixed_rows_at(positions: Sequence[int], sizes: Sequence[int], weights: Sequence[float], seed: int) -> np.ndarray:
+    """Return the row at each position of a mixture, (P,) int64; the data sets, of `sizes` rows, follow one another.
+
+    Each has its quota of every MIXED positions, at places by (seed, position // MIXED), and its rows come in the order
+    of `rows_at`, as if it were alone.
+    """
+    quota, firsts = quotas(weights), np.cumsum([0, *sizes[:-1]])
+    blocks, places = np.divmod(np.asarray(positions, dtype=np.int64), MIXED)
+    rows = np.empty_like(places)
+    for block in np.unique(blocks):
+        kinds = np.repeat(np.arange(len(quota)), quota)[shuffled(MIXED, seed, _MIXTURE, int(block))]
+        for kind, first in enumerate(firsts):
+            rank = np.cumsum(kinds == kind) - 1
+            at = (blocks == block) & (kinds[places] == kind)
+            rows[at] = first + rows_at(block * quota[kind] + rank[places[at]], sizes[kind], seed)
     return rows
 
 

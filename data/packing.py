@@ -19,7 +19,7 @@ import signal
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -530,6 +530,24 @@ class _DocumentNumbers:
         self._rest = stream[used:]
         rows = stream[:used].reshape(count, self._packing.content_length)
         return rows[:, 0], rows[:, -1]
+
+
+def one_after_the_other(parts: Sequence[datasets.Dataset]) -> datasets.Dataset:
+    """Return the packed rows of several data sets, numbered anew, without labels and documents; of one as they are."""
+    if len(parts) == 1:
+        return parts[0]
+    numbered, starts = [], {"sample_id": 0, "text_id": 0}
+    for part in parts:
+        columns = part.select_columns(
+            [name for name in ("input_ids", "length", "part_ends") if name in part.column_names]
+        )
+        for name in starts:
+            if name in part.column_names:
+                values = np.asarray(part[name][:])
+                columns = columns.add_column(name, values + starts[name])
+                starts[name] += int(values.max() % _WINDOW) + 1
+        numbered.append(columns)
+    return datasets.concatenate_datasets(numbered).with_format("numpy")
 
 
 # -------------------------------------------------------------------------------- several processes

@@ -15,6 +15,7 @@ texts have no labels) and `load(split) -> datasets.Dataset` with the columns
   open(split)             the split in pieces that are read one after the other (data/shards.py), for training on a
       stream
   detokenizer_of(split)   the name of the detokenizer that was applied to its texts (data/detokenizers.py), or None
+  mixed(split)            the sources that a split is a weighted mixture of, with `weights`
   sources                 names of the data sets that it joins, which data.train and data.valid may name
   published()             the source as the reference projects read it (data.protocol=reference)
   cached(cache_dir)       the source with its texts kept in that folder: converted once, then memory-mapped
@@ -34,11 +35,12 @@ from typing import Annotated, Protocol
 import datasets
 import pyarrow as pa
 
-from palimpsest.common.values import NAME, TEXT, InsideOne, Name, PresentPath, list_of
+from palimpsest.common.values import NAME, TEXT, InsideOne, Name, Positive, PresentPath, list_of
 from palimpsest.data.detokenizers import PUBLISHED, VERSION
 from palimpsest.data.detokenizers import detokenizer as find_detokenizer
 from palimpsest.data.files import Columns, kind_of, matching_files, read_files
 from palimpsest.data.hub import local_folder, not_found_message, quick_when_offline
+from palimpsest.data.order import MIXED, quotas
 from palimpsest.data.rows import (
     as_labels,
     carve,
@@ -388,33 +390,52 @@ class HubOrFolder:
 
 
 class Combined:
-    """Splits of several data sets under one name: trained on one, measured on another. Texts have no labels.
+    """Splits of several data sets under one name: trained on one, or a mixture, and measured on one. Texts have no
+    labels.
 
     Args:
         sources: name -> source.
         train, validation, test: the name of the source of each split (data.train; data.valid for the other two).
+        weights: source -> its share of the training rows, on any scale; None trains on `train` alone.
 
     Raises:
-        ValueError: a name is not in `sources`.
+        ValueError: a name is not in `sources`; a weight is missing, or too small.
     """
 
     label_names = None
 
-    def __init__(self, sources: Mapping[str, Source], train: Name, validation: Name, test: Name) -> None:
+    def __init__(
+        self,
+        sources: Mapping[str, Source],
+        train: Name | None,
+        validation: Name,
+        test: Name,
+        weights: Mapping[str, Positive] | None = None,
+    ) -> None:
         self.sources = dict(sources)
+        self.weights = None if weights is None else {name: weights[name] for name in _weighted(weights, self.sources)}
         self.choice = {"train": train, "validation": validation, "test": test}
         for split, name in self.choice.items():
-            if name not in self.sources:
+            if name not in self.sources and not (split == "train" and self.weights):
                 key = "data.train" if split == "train" else "data.valid"
                 raise ValueError(f"{key}={name} is none of {', '.join(self.sources)}, which this data set joins")
 
     @property
     def splits(self) -> tuple[str, ...]:
-        return tuple(split for split, name in self.choice.items() if split in self.sources[name].splits)
+        found = ((split, self._names(split)) for split in self.choice)
+        return tuple(split for split, names in found if all(split in self.sources[name].splits for name in names))
+
+    def _names(self, split: str) -> tuple[str, ...]:
+        return tuple(self.weights) if split == "train" and self.weights else (self.choice[split],)
+
+    def mixed(self, split: str) -> tuple[Source, ...]:
+        """Return the sources that a split is a mixture of; one if it is none."""
+        return tuple(self.sources[name] for name in self._names(split))
 
     def detokenizer_of(self, split: str) -> str | None:
-        """Return the detokenizer of the split's data set."""
-        return self.sources[self.choice[split]].detokenizer_of(split)
+        """Return the detokenizer of the split's data set; of a mixture the names of all that its data sets have."""
+        found = {source.detokenizer_of(split) for source in self.mixed(split)} - {None}
+        return "+".join(sorted(found)) or None
 
     def published(self) -> "Combined":
         """Return these data sets as the reference projects read them (HubOrFolder.published)."""
@@ -435,7 +456,9 @@ class Combined:
         Raises:
             ValueError: only some of the data sets have prompts.
         """
-        kinds = {name: getattr(self.sources[name], "prompted", False) for name in self.choice.values()}
+        kinds = {
+            name: getattr(self.sources[name], "prompted", False) for split in self.choice for name in self._names(split)
+        }
         if len(set(kinds.values())) > 1:
             raise ValueError(
                 f"{', '.join(kinds)}: some of these data sets have prompts, others have not; join one kind"
@@ -443,19 +466,46 @@ class Combined:
         return next(iter(kinds.values()))
 
     def load(self, split: str) -> datasets.Dataset:
-        """Return the split's rows. Raises ValueError for an unknown split."""
+        """Return the split's rows; those of a mixture one data set after the other, without their numbers.
+
+        Raises ValueError for an unknown split.
+        """
         check_split(split, self.splits)
-        return self.sources[self.choice[split]].load(split)
+        rows = [source.load(split) for source in self.mixed(split)]
+        return (
+            rows[0] if len(rows) == 1 else datasets.concatenate_datasets([part.select_columns("text") for part in rows])
+        )
 
     def stream(self, split: str, limit: int) -> datasets.Dataset:
         """Return the first `limit` rows of the split (HubOrFolder.stream)."""
-        check_split(split, self.splits)
-        return self.sources[self.choice[split]].stream(split, limit)
+        return self._streamed(split).stream(split, limit)
 
     def open(self, split: str) -> Shards:
         """Return the split, to be read in pieces (HubOrFolder.open)."""
+        return self._streamed(split).open(split)
+
+    def _streamed(self, split: str) -> Source:
         check_split(split, self.splits)
-        return self.sources[self.choice[split]].open(split)
+        if len(self._names(split)) > 1:
+            raise ValueError(
+                f"data.streaming=true reads one data set, and this is a mixture of {', '.join(self.weights)}; set it "
+                "to false"
+            )
+        return self.mixed(split)[0]
+
+
+def _weighted(weights: Mapping[str, float], sources: Mapping[str, Source]) -> tuple[str, ...]:
+    """Return the names of the sources. Raises ValueError if weights are not theirs, or too small."""
+    names = ", ".join(sources)
+    if set(weights) != set(sources):
+        raise ValueError(f"data.weights={dict(weights)} must name each data set of the mixture ({names}), and no other")
+    for name, share in zip(sources, quotas([weights[name] for name in sources]), strict=True):
+        if share == 0:
+            raise ValueError(
+                f"data.weights: {name} has {weights[name]} of {sum(weights.values())}, less than one row in {MIXED}; "
+                "raise it, or leave the data set out"
+            )
+    return tuple(sources)
 
 
 def _between(tables: Iterable[pa.Table], first: int, last: int) -> Iterator[pa.Table]:

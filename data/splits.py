@@ -1,7 +1,7 @@
 """The texts that a run asks for: one class, a limit, several splits joined, the beginning of a stream."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import datasets
 import numpy as np
@@ -44,6 +44,13 @@ class SplitTexts:
             raise ValueError("data.streaming=true: these texts are made or cut as a whole; set it to false")
         return self.source.stream(split, limit)
 
+    def parts(self, split: str) -> list["SplitTexts"]:
+        """Return the texts of each data set that a split is a mixture of; only these if it is none."""
+        sources = self.source.mixed(split) if hasattr(self.source, "mixed") else (self.source,)
+        if len(sources) == 1 or self.train_splits is not None:
+            return [self]
+        return [replace(self, source=source, _texts={}) for source in sources]
+
     def of(self, split: str) -> datasets.Dataset:
         """Return columns text, text_id (number in the whole split), and label and ends (data/sources.py) if present.
 
@@ -51,6 +58,10 @@ class SplitTexts:
             ValueError: an unknown split, an unknown label, an empty split.
         """
         if split not in self._texts:
+            mixed = self.parts(split)
+            if len(mixed) > 1:
+                self._texts[split] = joined([part.of(split) for part in mixed])
+                return self._texts[split]
             parts = self.train_splits if split == "train" and self.train_splits else (split,)
             rows = [self._part(part) for part in parts]
             rows = rows[0] if self.train_splits is None else joined(rows)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from palimpsest.data.order import draws_at, rows_at
+from palimpsest.data.order import draws_at, mixed_rows_at, rows_at
 
 _MOST_CHOICES = 12  # divisors that a message lists; of more, only those next to the typed value
 
@@ -251,14 +251,21 @@ class TrainingStream(Dataset):
     """The endless stream, which maps positions to the columns of the rows there.
 
     crop: number of tokens to take from each (longer) row, from a start that is drawn anew at each visit.
+    sizes, weights: of a mixture, the number of rows of each data set, which follow one another, and its weight.
     """
 
     rows: datasets.Dataset
     seed: int
     crop: int | None = None
+    sizes: Sequence[int] | None = None
+    weights: Sequence[float] | None = None
 
     def __getitems__(self, positions: list[int]) -> dict[str, Any]:
-        columns = {**self.rows[rows_at(positions, len(self.rows), self.seed)], "position": np.asarray(positions)}
+        if self.weights is None:
+            rows = rows_at(positions, len(self.rows), self.seed)
+        else:
+            rows = mixed_rows_at(positions, self.sizes, self.weights, self.seed)
+        columns = {**self.rows[rows], "position": np.asarray(positions)}
         for name in ("first_document", "last_document"):  # only held-out texts need them
             columns.pop(name, None)
         if self.crop is not None:

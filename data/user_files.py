@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from palimpsest.common.messages import listed
-from palimpsest.common.values import IF_SET, NAME, BelowOne, FilePath, Name, list_of
+from palimpsest.common.values import IF_SET, NAME, BelowOne, FilePath, Name, Positive, list_of
 from palimpsest.data.detokenizers import VERSION
 from palimpsest.data.detokenizers import detokenizer as detokenizer_named
 from palimpsest.data.files import KINDS, NUMBER, Columns, class_names, kind_of, read_files, readable_files
@@ -32,6 +32,7 @@ from palimpsest.data.rows import (
     with_documents,
 )
 from palimpsest.data.shards import FilePieces, Shards, listing, share_of
+from palimpsest.data.sources import Combined
 from palimpsest.data.tables import read, stored, write
 
 _MANY = 20  # more labels than this must have two texts each on average
@@ -244,6 +245,37 @@ class UserFiles:
             pairs = zip(prompts.to_pylist(), texts.to_pylist(), strict=True)
             texts, ends = in_parts([[f"{prompt}\n", text] for prompt, text in pairs])
         return text_table(texts, labels, ends)
+
+
+def mixture(
+    paths: Mapping[str, str] | None,
+    weights: Mapping[str, Positive] | None,
+    validation: Name | None = None,
+    text_column: Name = "text",
+    detokenizer: Annotated[Name, IF_SET] | None = None,
+    validation_share: BelowOne = 0.05,
+    test_share: BelowOne = 0.05,
+) -> Combined:
+    """Return a mixture of the user's files, each a `UserFiles`, measured on one of them.
+
+    Args:
+        paths: name -> file, folder or glob.
+        weights: name -> its share of the training rows, on any scale.
+        validation: the name of the data set to measure on; None: the first.
+
+    Raises:
+        ValueError: as Combined and UserFiles do.
+    """
+    for key, value in (("data.paths", paths), ("data.weights", weights)):
+        if not value:
+            raise ValueError(f"{key} is not set: give a value for each name, such as '{key}={_EXAMPLES[key]}'")
+    shares = {"validation_share": validation_share, "test_share": test_share}
+    sources = {name: UserFiles(path, text_column, detokenizer=detokenizer, **shares) for name, path in paths.items()}
+    measured = validation or next(iter(paths))
+    return Combined(sources, None, measured, measured, weights)
+
+
+_EXAMPLES = {"data.paths": "{web:web/*.jsonl,books:books.txt}", "data.weights": "{web:3,books:1}"}
 
 
 def _has_lines(files: Sequence[Path]) -> bool:

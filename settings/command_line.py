@@ -60,7 +60,7 @@ _READ_IF_ADDED = ("data.train_splits",)
 _GIVEN = ("num_classes", "latent_shape", "stop_id", "watch", "begin_B", "last_epoch")
 _OPEN_GROUPS = ("callbacks", "logger")
 # Settings that are mappings of values, with keys of their own.
-_MAPPINGS = ("joint_modes", "modes", "files", "hub_splits", "sizes")
+_MAPPINGS = ("joint_modes", "modes", "files", "hub_splits", "sizes", "paths", "weights")
 # Flags of Hydra that take a value: the next word, which `--info` may lack.
 _WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd",
                "--experimental-rerun", "--info", "-i")  # fmt: skip

@@ -171,8 +171,10 @@ def leaves(node: dict[str, object], prefix: str = "") -> Iterator[tuple[str, obj
 
 def _refuse(key: str, hint: object, value: object) -> None:
     """Raise ValueError for a value that its type does not accept; a component to be built is a group of settings."""
-    if entry := entry_of(hint):
-        for name, one in value.items() if isinstance(value, dict) else ():
+    if (entry := entry_of(hint)) and value is not None:
+        if not isinstance(value, dict) or not value:
+            raise ValueError(f"{key}={shown(value)} must be names with their values, {{name:value}}")
+        for name, one in value.items():
             _refuse(f"{key}.{name}", entry, one)
     setting = setting_of(hint) or (None if hint is object else maybe_group(hint))
     if setting is not None and not setting.accepts(value):
