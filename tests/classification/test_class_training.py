@@ -211,7 +211,7 @@ def test_the_hub_is_not_asked_for_labels_of_a_split_without_any(monkeypatch):
     cfg = compose_config(["data=imdb"]).data.source
     monkeypatch.setenv("DATA_DIR", "")
     source = HubOrFolder(**{key: value for key, value in cfg.items() if key != "_target_"})
-    assert source.load("unsupervised").column_names == ["text"]
+    assert source.load("unsupervised").column_names == ["text", "text_id"]
 
 
 @pytest.mark.parametrize(("overrides", "said"), [
