@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 CODE = ("modeling_mdlm.py", "dit.py", "class_conditioning.py", "transformer.py", "layers.py", "attention.py",
         "backbone.py", "recompute.py", "blocks.py", "block_attention.py", "segment_attention.py",
-        "kv_cache.py", "values.py")  # fmt: skip
+        "kv_cache.py", "positions.py", "values.py")  # fmt: skip
 # Defaults of the reference for settings that checkpoints of other programs may lack.
 ASSUMED = {"model.length": 1024, "model.dropout": 0.1, "time_conditioning": False}
 

@@ -181,7 +181,7 @@ def test_latents_are_drawn_from_own_other_and_no_texts_and_written_as_the_encode
     (["sampling.direction=joint", "training.joint_modes={l2t: 1, latent: 1}"], "needs joint"),
     (["sampling.direction=joint", "sampling.joint_order=latent_first", "training.joint_modes={l2t: 1, text: 1}"],
      "it needs joint or latent"),
-    (["training.joint_modes=joint"], "training.joint_modes=joint must have weights"),
+    (["training.joint_modes=joint"], "training.joint_modes=joint must be names with their values"),
     (["training.freeze=true"], "training.freeze=true must be a list"),
     (["latents.attributes=class"], "latents.attributes=class must be a list"),
 ], ids=lambda value: "" if isinstance(value, str) else " ".join(value))  # fmt: skip
