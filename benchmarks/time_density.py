@@ -41,9 +41,11 @@ def curve(way: str, seed: int, steps: int, every: int, folder: Path) -> dict:
     budget = [f"trainer.max_steps={steps}", f"trainer.val_check_interval={every}", f"checkpointing.save_dir={save_dir}"]
     began = time.monotonic()
     run(compose_config([*SETTINGS.split(), *WAYS[way], *budget, f"seed={seed}"]), "benchmarks/time_density.py")
-    (metrics,) = save_dir.rglob("metrics.csv")
-    with metrics.open() as file:
-        found = {int(row["step"]) + 1: float(row["val/nll"]) for row in csv.DictReader(file) if row.get("val/nll")}
+    found = {}
+    for metrics in sorted(save_dir.rglob("metrics.csv")):  # a training that was resumed has several
+        with metrics.open() as file:
+            rows = [row for row in csv.DictReader(file) if row.get("val/nll")]
+        found |= {int(row["step"]) + 1: float(row["val/nll"]) for row in rows}
     return {"benchmark": "time_density", "way": way, "seed": seed, "steps": list(found), "nll": list(found.values()),
             "seconds": round(time.monotonic() - began)}  # fmt: skip
 
@@ -97,7 +99,8 @@ def main() -> None:
             if given.output:
                 with given.output.open("a") as file:
                     file.write(line + "\n")
-    print(table(curves))
+    if "uniform" in given.ways:
+        print(table(curves))
 
 
 if __name__ == "__main__":

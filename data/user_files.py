@@ -271,6 +271,8 @@ def mixture(
             raise ValueError(f"{key} is not set: give a value for each name, such as '{key}={_EXAMPLES[key]}'")
     shares = {"validation_share": validation_share, "test_share": test_share}
     sources = {name: UserFiles(path, text_column, detokenizer=detokenizer, **shares) for name, path in paths.items()}
+    for name, source in sources.items():
+        source.keys["train"] = f"data.paths.{name}"
     measured = validation or next(iter(paths))
     return Combined(sources, None, measured, measured, weights)
 

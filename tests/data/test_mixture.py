@@ -92,3 +92,5 @@ def test_what_does_not_go_together_is_refused(paths, weights, settings, message)
         next(iter(data_of(paths, weights, **settings, long_texts="drop").train_dataloader()))
     with pytest.raises(ValueError, match=r"data\.paths is not set"):
         mixture(None, None)
+    with pytest.raises(FileNotFoundError, match=r"data\.paths\.b=.*no such file"):
+        mixture(paths | {"b": "nothing.txt"}, {"a": 1, "b": 1}).load("train")
