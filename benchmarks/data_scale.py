@@ -208,10 +208,15 @@ def memory_curve(phases: dict[str, dict]) -> Figure:
     for number, (name, phase) in enumerate(phases.items()):
         start = phase["memory"][0][0]
         axes.axvline(start, color=MUTED, linewidth=0.5)
-        write(axes, start, top * (1.27 - 0.07 * (number % 3)), f" {name}", MUTED, ha="left")
-    end = seconds[-1]
-    write(axes, end, float(anonymous[-1]), "anonymous", BLUE, ha="right", va="top")
-    write(axes, end, float(anonymous[-1] + mapped[-1]), "with mapped files", ORANGE, ha="right", va="bottom")
+        height = top * (1.27 - 0.07 * (number % 4))
+        if number < len(phases) - 1:
+            write(axes, start, height, f" {name}", MUTED, ha="left")
+        else:  # before its mark, so that it stays inside the figure
+            write(axes, start, height, f"{name} ", MUTED, ha="right")
+    points = next(iter(phases.values()))["memory"]
+    middle, anonymous, mapped = points[2 * len(points) // 3]
+    write(axes, middle, anonymous - 0.02 * top, "anonymous", BLUE, ha="center", va="top")
+    write(axes, middle, anonymous + mapped + 0.02 * top, "with mapped files", ORANGE, ha="center", va="bottom")
     figure.set_facecolor(PAPER)
     return figure
 
