@@ -290,4 +290,5 @@ def _definition(data: TextData, causal: bool) -> str:
              "where its special tokens stand": endings}  # fmt: skip
     listed = ", ".join(name for name, is_so in conditions.items() if is_so)
     beginning = data.prompted or data.first_given or data.prefix_length
-    return f"p({'rest' if beginning else 'text'}{' | ' if listed else ''}{listed})"
+    apart = ", documents apart" if data.document_mask else ""
+    return f"p({'rest' if beginning else 'text'}{' | ' if listed else ''}{listed}){apart}"

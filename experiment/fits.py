@@ -195,8 +195,8 @@ def _check_network(cfg: DictConfig, objective: Objective, network: type) -> None
         if by_blocks or not network.separates_documents:
             part = f"parameterization={objective.name}" if by_blocks else f"backbone={network.__name__}"
             raise ValueError(
-                f"data.document_mask=true: {part} reads whole rows; set it to false, or use parameterization=subs or "
-                "another of single rows with backbone=dit, or parameterization=ar"
+                f"data.document_mask=true: {part} reads whole rows; set it to false, or use backbone=dit with "
+                "parameterization=subs, mlm, sedd, d3pm, udlm or gidd, or parameterization=ar"
             )
 
 

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from palimpsest.data.order import draws_at, epoch_order, evaluation_batches, rows_at
 from palimpsest.dataloader import Loading, PositionBatchSampler, batch_arithmetic, with_texts
+from palimpsest.evaluation.likelihood import _definition
 from palimpsest.settings.command_line import compose_config
 from tests.helpers.commands import ROOT
 from tests.helpers.texts import SETTINGS, text_data
@@ -313,6 +314,8 @@ def test_wrapped_rows_know_their_documents(tmp_path, special):
             ends = (ids == module.vocabulary.eos_id).tolist()
             assert documents.tolist() == [sum(ends[:place]) for place in range(10)]
     assert all("document" in batch for batch in module.val_dataloader())
+    assert _definition(module, causal=False) == "p(text), documents apart"
+    assert _definition(data(tmp_path, wrap=True, length=10), causal=False) == "p(text)"
 
 
 @pytest.mark.parametrize(

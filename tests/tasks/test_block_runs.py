@@ -222,6 +222,8 @@ def test_the_references_command_lines_compose():
     (["algo=bd3lm", "block_size=4", "callbacks=[gradient_variance]", "callbacks.gradient_variance.every_n_steps=0"],
      "every_n_steps=0 must be a whole number from 1"),
     (["sampling.predictor=block"], "writes texts of algo=bd3lm"),
+    (["algo=bd3lm", "data.document_mask=true"], "data.document_mask=true: parameterization=bd3lm reads whole rows"),
+    (["backbone=dimamba", "data.document_mask=true"], "data.document_mask=true: backbone=DiMamba reads whole rows"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")  # fmt: skip
 def test_what_can_not_be_meant_is_refused_with_the_reason(here, arguments, said):
     refused(said, *(BLOCK if "algo=bd3lm" in arguments else TINY), *arguments)
