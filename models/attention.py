@@ -58,9 +58,9 @@ def attend(
         # Not an import statement: transformers asks users of an exported model to install every imported package.
         return importlib.import_module("flash_attn").flash_attn_func(q_BQHD, k_BKHD, v_BKHD, causal=causal)
     queries, keys = q_BQHD.shape[1], k_BKHD.shape[1]
-    by_query = key_mask is None or key_mask.ndim == 3
-    mask = key_mask if by_query else key_mask[:, None]
-    mask = None if mask is None else mask[:, None]
+    mask = None
+    if key_mask is not None:
+        mask = key_mask[:, None] if key_mask.ndim == 3 else key_mask[:, None, None]
     # SDPA's causal flag aligns the first query with the first key and excludes a mask; a single query sees all keys.
     plain_causal = causal and queries == keys and mask is None
     if causal and not plain_causal and queries > 1:
