@@ -331,7 +331,8 @@ class TextData(LightningDataModule):
                 _corpus(self), sampler, self.collate, arguments, self._resumed.get("stream"), self._taken
             )
             return self._streamed
-        packing, rows, crop = self.packings["train"], None, None
+        packing = self.packings["train"]
+        rows = crop = None
         if self.random_crop:
             packing, crop = replace(packing, length=2 * self.length), self.length
             rows = one_after_the_other(self._packed("train", packing)[0])

@@ -533,7 +533,10 @@ class _DocumentNumbers:
 
 
 def one_after_the_other(parts: Sequence[datasets.Dataset]) -> datasets.Dataset:
-    """Return the packed rows of several data sets, numbered anew, without labels and documents; of one as they are."""
+    """Join the packed rows of several data sets, without labels and documents, and number them anew.
+
+    One data set stays as it is.
+    """
     if len(parts) == 1:
         return parts[0]
     numbered, starts = [], {"sample_id": 0, "text_id": 0}
@@ -554,7 +557,7 @@ def one_after_the_other(parts: Sequence[datasets.Dataset]) -> datasets.Dataset:
 
 
 def in_order(function: Callable, items: Iterable, processes: int) -> Iterator:
-    """Yield function(item) of all items in their order, computed by several processes that are few items ahead."""
+    """Yield function(item) for each item, in order; several processes compute a few items ahead."""
     if processes == 1:
         yield from map(function, items)
         return

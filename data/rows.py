@@ -169,7 +169,9 @@ def _parts(number: int, shares: Mapping[str, float], seed: int) -> np.ndarray:
             f"{number} texts are too few to hold out {held_out} and keep a train split; give data.validation_path "
             "and data.test_path, or more texts"
         )
-    order, part, start = permutation(number, seed), np.zeros(number, dtype=np.int8), 0
+    order = permutation(number, seed)
+    part = np.zeros(number, dtype=np.int8)
+    start = 0
     for k, size in enumerate(sizes.values(), 1):
         part[order[start : start + size]] = k
         start += size

@@ -204,7 +204,8 @@ class Unmask(Step):
         return Request(at, t_B, erase_BL=remasked_BL)
 
     def tokens(self, log_p_NV: Tensor, at: Positions) -> tuple[Tensor, Positions]:
-        u_N, drawn_N, now = at.take(self.token_u_BL), None, at
+        u_N = at.take(self.token_u_BL)
+        drawn_N, now = None, at
         if self.how.ignores_prediction or self.how.remask == "low_confidence":
             drawn_N = self.choice.draw(log_p_NV, u_N)
         if not self.how.ignores_prediction:
