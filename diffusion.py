@@ -14,11 +14,12 @@ from typing import Protocol
 
 import lightning
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from palimpsest.common.metrics import NLLMeter
 from palimpsest.common.randomness import KeyedNoise, evaluation_noise, hash_seed, seed_generator_of, training_noise
-from palimpsest.common.values import BelowOne, Seed, Share
+from palimpsest.common.values import BelowOne, NotNegative, Seed, Share
 from palimpsest.denoisers import BlockDenoiser, Denoiser, JointDenoiser
 from palimpsest.models.checkpoints import Checkpoint
 from palimpsest.models.class_conditioning import UNCONDITIONAL, start_from_counts
@@ -26,6 +27,7 @@ from palimpsest.models.ema import EMA
 from palimpsest.models.freezing import refuse_frozen
 from palimpsest.models.sharding import shard
 from palimpsest.objectives.base import Batch, BoundModel, Objective, TokenLoss, scored_mask
+from palimpsest.objectives.contrast import class_log_odds
 from palimpsest.objectives.mlm import cross_entropy_at
 from palimpsest.objectives.reduction import StepLoss, scale_gradients
 from palimpsest.process import Absorbing
@@ -34,6 +36,7 @@ from palimpsest.training.updates import Updates
 log = logging.getLogger(__name__)
 MASK_RATES = ("sampling_eps_min", "sampling_eps_max")
 _NEAR_ZERO = 0.03  # above 0.02, the standard deviation of new matrices of the transformers library
+_CONTRAST = 1  # sets the random numbers of the compared classes apart
 _FORWARD_METHODS = ("training_step", "validation_step", "cross_entropy_at")  # methods that need unsharded weights
 
 
@@ -66,6 +69,8 @@ class Diffusion(lightning.LightningModule):
         plan: positions of the stream that each optimizer step takes; None only if nothing is trained.
         identity: what the weights belong to (configuration, tokenizer), saved in every checkpoint.
         label_dropout: share of the training texts whose class is dropped for a conditional backbone.
+        discriminative_weight: weight of the classes' cross-entropy, in nats per text, beside the generative loss, in
+            nats per token (objectives/contrast.py).
     """
 
     def __init__(
@@ -79,6 +84,7 @@ class Diffusion(lightning.LightningModule):
         plan: BatchPlan | None = None,
         identity: Mapping[str, object] | None = None,
         label_dropout: Share = 0.0,
+        discriminative_weight: NotNegative = 0.0,
     ) -> None:
         super().__init__()
         if objective.causal != backbone.causal:
@@ -107,6 +113,8 @@ class Diffusion(lightning.LightningModule):
         self.step_loss = StepLoss()
         self.identity = dict(identity or {})
         self.label_dropout = label_dropout
+        self.discriminative_weight = discriminative_weight
+        self.log_prior_C: Tensor | None = None  # of the training texts; without it no classes are compared
         self.valid_nll = NLLMeter(over_devices=True)
         self.provenance: Provenance | None = None
         self.updates = Updates()
@@ -127,11 +135,21 @@ class Diffusion(lightning.LightningModule):
         """Return the loss and the counts that training/callbacks/metrics.py adds up."""
         # Dropout uses torch's global generator; seed it for every micro-batch, so that a resumed run repeats it.
         micro_batch = batch_idx % self.trainer.accumulate_grad_batches
-        seed_generator_of(self.device, hash_seed(self.seed, self.global_step, micro_batch, self.global_rank))
+        dropout_seed = hash_seed(self.seed, self.global_step, micro_batch, self.global_rank)
+        seed_generator_of(self.device, dropout_seed)
         if micro_batch == 0:
             self.step_loss = StepLoss()
         loss = self.training_loss(batch)
-        return {"loss": self.step_loss.add(loss), **_counts(loss, batch, self.objective.encodes)}
+        found = {"loss": self.step_loss.add(loss), **_counts(loss, batch, self.objective.encodes)}
+        if self.discriminative_weight and self.log_prior_C is not None:
+            log_odds_BK = self.class_log_odds(batch, dropout_seed)
+            cross_entropy = F.cross_entropy(log_odds_BK, torch.zeros_like(batch["label"]))
+            # `StepLoss` divides by the tokens of the step.
+            found["loss"] = found["loss"] + self.discriminative_weight * cross_entropy * found["tokens"] / len(
+                log_odds_BK
+            )
+            found["means"] = {**found["means"], **_class_means(log_odds_BK.detach(), cross_entropy.detach())}
+        return found
 
     def on_after_backward(self) -> None:
         """Scale the gradient after the last micro-batch of a step to that of the mean over all scored tokens."""
@@ -150,6 +168,14 @@ class Diffusion(lightning.LightningModule):
             dropped_B = KeyedNoise(self.seed, batch["position"], draw=-4).uniform() < self.label_dropout
         batch = {**self.with_conditioning(batch, dropped_B), "step": torch.tensor(self.global_step)}
         return self.objective.loss(self.backbone, batch, noise)
+
+    def class_log_odds(self, batch: Batch, dropout_seed: int) -> Tensor:
+        """Return the log joint probabilities of a training batch and its classes (objectives/contrast.py), (B, K)."""
+        place_B, size_B = self.plan.place(batch["position"])
+        noise = training_noise(hash_seed(self.seed, _CONTRAST), batch["position"], size_B, place_B)
+        log_prior_C = self.log_prior_C.to(self.device)
+        seed_dropout = partial(seed_generator_of, self.device, hash_seed(dropout_seed, _CONTRAST))
+        return class_log_odds(self.objective, self.backbone, batch, log_prior_C, noise, seed_dropout)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         batch = self.with_conditioning(batch)
@@ -332,3 +358,12 @@ def _counts(loss: TokenLoss, batch: Batch, encodes: int) -> dict[str, Tensor]:
         "means": loss.means,
         **logs,
     }
+
+
+@torch.no_grad()
+def _class_means(log_odds_BK: Tensor, cross_entropy: Tensor) -> dict[str, Tensor]:
+    """Return the means of the compared classes that training logs, each a sum and its denominator."""
+    right_B = log_odds_BK.argmax(1) == 0
+    rows = torch.tensor(len(right_B), dtype=torch.float64, device=right_B.device)
+    sums = {"class_cross_entropy": cross_entropy.double() * rows, "class_accuracy": right_B.double().sum()}
+    return {name: torch.stack([total, rows]) for name, total in sums.items()}

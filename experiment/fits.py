@@ -57,6 +57,11 @@ def check_parts(
     _check_schedule(cfg, mode.trains)
     if cfg.classify.sharing == "conditional":
         _check_conditional(cfg, network)
+    elif cfg.classify.discriminative_weight:
+        raise ValueError(
+            f"classify.discriminative_weight={cfg.classify.discriminative_weight} compares the classes of one network; "
+            "add classify.sharing=conditional, or leave it out"
+        )
     if mode.compares:
         _check_comparing(cfg)
     if mode.trains and cfg.trainer.precision in ("bf16-true", "16-true"):

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
+from palimpsest.classification.bayes import log_prior
 from palimpsest.common.files import PathOrUrl
 from palimpsest.data.unigram import token_counts
 from palimpsest.dataloader import TextData
@@ -46,6 +48,9 @@ def _fit(experiment: Experiment, label: int | None) -> PathOrUrl:
     title = "train" if data.label is None else f"train label={data.label}"
     trainer = experiment.trainer(title if data.train_splits is None else "train the shared start", label)
     diffusion = experiment.build.diffusion(data)
+    if experiment.build.choices.conditional and data.train_splits is None:
+        counts_C = np.bincount(np.asarray(data.texts("train")["label"][:]), minlength=len(data.label_names))
+        diffusion.log_prior_C = torch.from_numpy(log_prior("empirical", counts_C))
     if resume:
         print(f"resuming from {resume}")
     else:

@@ -198,15 +198,23 @@ class ExactCount(MaskSampler):
     int elbo_weight (1 - alpha)^k alpha^(n - k) dt = 1 / (k C(n, k)), so uniform k with factor n / k is unbiased and has
     no variance from t (RADD, arXiv 2406.03736; LLaDA, arXiv 2502.09992). Networks that see t get a draw of t given k:
     1 - alpha is Beta(k, n - k + 1), the distribution of the k-th of n sorted uniform numbers.
+
+    Args:
+        lowest_rate: the smallest share of masks; above 0 the mean is that of the integrand at the rates above it.
     """
 
     label = "exact mask counts"
+
+    def __init__(self, lowest_rate: BelowOne = 0.0) -> None:
+        self.lowest_rate = lowest_rate
+        self.covers_all_rates = self.estimates_bound = lowest_rate == 0
 
     def __call__(
         self, schedule: NoiseSchedule, x0_BL: Tensor, scored_BL: Tensor, process: Absorbing, noise: KeyedNoise
     ) -> list[Draw]:
         u_BL, n_B = shuffle_keys(noise, scored_BL), scored_BL.sum(-1)
-        k_B = 1 + torch.floor(noise.time() * n_B).long()
+        least_B = torch.ceil(self.lowest_rate * n_B.double()).clamp(min=1)
+        k_B = (least_B + torch.floor(noise.time() * (n_B - least_B + 1))).long()
         return [_with_masks(schedule, x0_BL, scored_BL, process, u_BL, k_B, n_B / k_B)]
 
 

@@ -10,6 +10,8 @@ Shape suffixes: N selected positions, C positions of a chunk, K numbers per posi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +29,19 @@ _NOTHING = (False, False, False)
 # (logits (C, V), the chunk's part of each row tensor, weights of the positions or None) -> (numbers (C, K), of which
 # the first is the loss, and the gradient of the weighted loss (C, V), None without weights). It may change the logits.
 Step = Callable[[Tensor, tuple[Tensor, ...], Tensor | None], tuple[Tensor, Tensor | None]]
+
+
+_weighted_afterwards = ContextVar("weighted_afterwards", default=False)
+
+
+@contextmanager
+def weighted_afterwards() -> Iterator[None]:
+    """Ignore every `weight_N` within the context, for losses whose weights are computed from the losses themselves."""
+    token = _weighted_afterwards.set(True)
+    try:
+        yield
+    finally:
+        _weighted_afterwards.reset(token)
 
 
 def _chunks(num_rows: int, vocab_size: int, device: torch.device) -> Iterator[slice]:
@@ -162,7 +177,8 @@ def _losses(
     banned_id: int | None,
     weight_N: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    weight_N = weight_N if torch.is_grad_enabled() else None
+    if _weighted_afterwards.get() or not torch.is_grad_enabled():
+        weight_N = None
     return _Losses.apply(step, banned_id, weight_N, *_operands(hidden_ND, head), *rows)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
 from torch import nn
 
@@ -16,6 +17,11 @@ class WrapperObjective(Objective):
     """An objective that trains another one, `inner`, on blocks of a text or on a text with its latent."""
 
     inner: TokenDiffusion
+
+    def contrasted(self) -> Self:
+        other = self.bound(None)
+        other.inner = self.inner.contrasted()
+        return other
 
     @property
     def T(self) -> int:  # noqa: N802

@@ -77,6 +77,8 @@ def _with_conditions(flat: dict[str, object], cfg: DictConfig, objective: str) -
         flat |= {f"streaming.{key}": value for key, value in cfg.streaming.items() if key != "_target_"}
     if cfg.classify.sharing == "conditional":
         flat |= {f"classify.{key}": cfg.classify[key] for key in ("sharing", "label_dropout")}
+        if cfg.classify.discriminative_weight and not cfg.data.get("train_splits"):
+            flat["classify.discriminative_weight"] = cfg.classify.discriminative_weight
     if cfg.classify.pretrain:
         flat |= {f"classify.{key}": cfg.classify[key] for key in ("pretrain", "pretrain_steps")}
     flat |= {"block_size": cfg.block_size} if objective == "bd3lm" else {}
@@ -88,9 +90,9 @@ def _with_conditions(flat: dict[str, object], cfg: DictConfig, objective: str) -
 
 # Settings that describe how a model was trained, not what it is.
 _OF_TRAINING = ("optim.", "lr_scheduler.", "plateau.", "loader.", "trainer.", "streaming.", "seed", "classify.pretrain",
-                "training.from_pretrained", "training.start_from_counts")  # fmt: skip
+                "classify.discriminative_weight", "training.from_pretrained", "training.start_from_counts")  # fmt: skip
 _GROUPS = ("data", "model", "backbone", "parameterization", "noise", "masking", "latents")
-_CARRIED = (*IDENTITY, "classify.sharing", "classify.label_dropout", "block_size")
+_CARRIED = (*IDENTITY, "classify.sharing", "classify.label_dropout", "classify.discriminative_weight", "block_size")
 _KEY = re.compile(r"\w+(\.\w+)*", re.ASCII)
 _FIRST = ("data.", "model.", "noise.", "training.", "classify.", "T", "block_size", "subs_masking", "time_conditioning")
 

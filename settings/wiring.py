@@ -50,6 +50,7 @@ WIRING: dict[str, dict[str, str]] = {
         "ema": "training.ema",
         "seed": "seed",
         "label_dropout": "classify.label_dropout",
+        "discriminative_weight": "classify.discriminative_weight",
     },
     "palimpsest.evaluation.likelihood.Precision": {
         name: f"eval.{name}" for name in ("num_draws", "target_se", "max_draws")

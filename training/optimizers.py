@@ -4,27 +4,70 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import Annotated
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
-from palimpsest.common.values import BelowOne, NotNegative
+from palimpsest.common.values import IF_SET, BelowOne, NotNegative, Positive
 
 # A weight matrix of one of a backbone's repeated blocks.
 _BLOCK_MATRIX = re.compile(r"(^|\.)(blocks|layers?)\.\d+\..*\.weight$")
 
 
 def adamw(
-    backbone: nn.Module, lr: NotNegative, beta1: BelowOne, beta2: BelowOne, eps: NotNegative, weight_decay: NotNegative
+    backbone: nn.Module,
+    lr: NotNegative,
+    beta1: BelowOne,
+    beta2: BelowOne,
+    eps: NotNegative,
+    weight_decay: NotNegative,
+    class_lr: Annotated[Positive, IF_SET] | None = None,
 ) -> torch.optim.AdamW:
-    """Return AdamW (arXiv 1711.05101) over all parameters, with torch's fused kernel."""
+    """Return AdamW (arXiv 1711.05101) over all parameters, with torch's fused kernel.
+
+    class_lr: learning rate of the class embedding and the output biases of a conditional network's classes.
+    """
     parameters = [p for p in backbone.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         parameters, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay, fused=True
     )
     # Otherwise Lightning refuses to clip gradients under mixed precision, because the fused kernel can unscale them.
     optimizer._step_supports_amp_scaling = False
+    return with_class_lr(optimizer, backbone, lr, class_lr)
+
+
+def with_class_lr(
+    optimizer: torch.optim.Optimizer, backbone: nn.Module, lr: float, class_lr: float | None
+) -> torch.optim.Optimizer:
+    """Multiply the optimizer's updates of the classes' own parameters by class_lr / lr, and return the optimizer.
+
+    The output biases of the classes are columns of the head's matrix, which cannot have a group of their own.
+
+    Raises:
+        ValueError: there is nothing to multiply.
+    """
+    if class_lr is None:
+        return optimizer
+    if not backbone.num_classes or not lr:
+        why = "optim.lr=0" if not lr else "the network is not told classes (classify.sharing=conditional)"
+        raise ValueError(f"optim.class_lr={class_lr}: {why}; leave it out")
+    parts = {backbone.class_embed.embedding: slice(None), backbone.head.weight: slice(-backbone.num_classes, None)}
+    before: list[Tensor] = []
+
+    def views() -> list[Tensor]:
+        return [(p.to_local() if isinstance(p, DTensor) else p).detach()[:, part] for p, part in parts.items()]
+
+    def remember(*_: object) -> None:
+        before[:] = [view.clone() for view in views()]
+
+    def multiply(*_: object) -> None:
+        for view, old in zip(views(), before, strict=True):
+            view.copy_(old + class_lr / lr * (view - old))
+
+    optimizer.register_step_pre_hook(remember)
+    optimizer.register_step_post_hook(multiply)
     return optimizer
 
 
@@ -85,11 +128,12 @@ def muon(
     beta2: BelowOne,
     eps: NotNegative,
     weight_decay: NotNegative,
+    class_lr: Annotated[Positive, IF_SET] | None = None,
 ) -> torch.optim.Optimizer:
     """Return Muon with `matrix_lr` on the blocks' weight matrices, and AdamW with `lr` on all other parameters.
 
     Muon is that of Jordan et al. 2024 (kellerjordan.github.io/posts/muon). The others are embedding, head, norms,
-    biases and the modulation of adaLN.
+    biases and the modulation of adaLN. class_lr: as for `adamw`.
     """
     named = [(name, p) for name, p in backbone.named_parameters() if p.requires_grad]
     matrices = [p for name, p in named if p.ndim == 2 and _BLOCK_MATRIX.search(name) and "adaLN" not in name]
@@ -97,7 +141,8 @@ def muon(
     rest = [p for _, p in named if id(p) not in chosen]
     if not matrices:
         raise ValueError("optim=muon found no weight matrix in the backbone's blocks; use optim=adamw")
-    return MuonWithAdamW(
+    optimizer = MuonWithAdamW(
         _Muon(matrices, lr=matrix_lr, weight_decay=weight_decay),
         torch.optim.AdamW(rest, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay, fused=True),
     )
+    return with_class_lr(optimizer, backbone, lr, class_lr)
