@@ -51,7 +51,7 @@ def class_log_odds(
         for class_B in class_BK.unbind(1):
             seed_dropout()
             loss = contrasted.loss(backbone, {**drop_latent(batch), "class_id": class_B}, copy.copy(noise))
-            log_joint.append(log_prior_C[class_B] - loss.nll_BL.sum(-1))
+            log_joint.append(log_prior_C[class_B] - loss.nll_BL.double().sum(-1))
     log_joint_BK = torch.stack(log_joint, dim=1)
     drawn, others = class_BK.shape[1] - 1, len(log_prior_C) - 1
     return log_joint_BK + F.one_hot(torch.zeros_like(batch["label"]), drawn + 1).logical_not() * math.log(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated
 
 import torch
@@ -98,26 +98,51 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
 
 class _Muon(torch.optim.Muon):
-    """Muon for matrices that may be sharded over devices.
+    """Muon for matrices that may be sharded over devices, and that is fast on CPUs.
 
-    Its step needs whole matrices, so gradients and momenta are gathered on every device and the momenta sharded again.
+    torch's Muon computes in bfloat16, which a CPU without such instructions emulates: a step took 0.39 s instead of
+    0.02 s on two blocks of width 128.
     """
 
+    @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        sharded = [p for group in self.param_groups for p in group["params"] if isinstance(p, DTensor)]
-        for p in sharded:
-            if p.grad is not None:
-                p.grad = _gathered(p.grad)
-                self.state[p].update({name: _gathered(value) for name, value in self.state[p].items()})
-        loss = super().step(closure)
-        for p in sharded:
-            state = self.state[p]
-            state.update({name: value.redistribute(placements=p.placements) for name, value in state.items()})
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._update(p, group)
         return loss
 
+    def _update(self, p: nn.Parameter, group: Mapping[str, object]) -> None:
+        state = self.state[p]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(p.grad)
+        momentum = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
+        update = p.grad.lerp(momentum, group["momentum"])  # Nesterov's
+        if isinstance(update, DTensor):  # the whole matrix is needed
+            whole = update.redistribute(placements=[Replicate()] * update.device_mesh.ndim)
+            update = DTensor.from_local(_orthogonal(whole.to_local(), group), whole.device_mesh, whole.placements)
+            update = update.redistribute(placements=p.placements)
+        else:
+            update = _orthogonal(update, group)
+        p.mul_(1 - group["lr"] * group["weight_decay"])
+        p.add_(update.to(p.dtype), alpha=-group["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5)
 
-def _gathered(tensor: DTensor) -> DTensor:
-    return tensor.redistribute(placements=[Replicate()] * tensor.device_mesh.ndim)
+
+def _orthogonal(matrix: Tensor, group: Mapping[str, object]) -> Tensor:
+    """Return U V^T of the matrix's singular value decomposition U S V^T, roughly, by Newton-Schulz iterations."""
+    a, b, c = group["ns_coefficients"]
+    x = matrix.float() if matrix.device.type == "cpu" else matrix.bfloat16()
+    tall = x.shape[0] > x.shape[1]
+    x = x.T if tall else x
+    x = x / x.norm().clamp(min=group["eps"])
+    for _ in range(group["ns_steps"]):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if tall else x
 
 
 def muon(
