@@ -131,6 +131,11 @@ class Diffusion(lightning.LightningModule):
         kind, absorbing = self.objective.model_class, isinstance(self.objective.process, Absorbing)
         return absorbing and issubclass(kind, Denoiser) and not issubclass(kind, BlockDenoiser)
 
+    @property
+    def compares_classes(self) -> bool:
+        """True in a training with the classes' cross-entropy."""
+        return self.discriminative_weight > 0 and self.log_prior_C is not None
+
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Return the loss and the counts that training/callbacks/metrics.py adds up."""
         # Dropout uses torch's global generator; seed it for every micro-batch, so that a resumed run repeats it.
@@ -141,14 +146,15 @@ class Diffusion(lightning.LightningModule):
             self.step_loss = StepLoss()
         loss = self.training_loss(batch)
         found = {"loss": self.step_loss.add(loss), **_counts(loss, batch, self.objective.encodes)}
-        if self.discriminative_weight and self.log_prior_C is not None:
-            log_odds_BK = self.class_log_odds(batch, dropout_seed)
-            cross_entropy = F.cross_entropy(log_odds_BK, torch.zeros_like(batch["label"]))
-            # `StepLoss` divides by the tokens of the step.
-            found["loss"] = found["loss"] + self.discriminative_weight * cross_entropy * found["tokens"] / len(
-                log_odds_BK
-            )
-            found["means"] = {**found["means"], **_class_means(log_odds_BK.detach(), cross_entropy.detach())}
+        if self.compares_classes:
+            place_B, size_B = self.plan.place(batch["position"])
+            noise = training_noise(hash_seed(self.seed, _CONTRAST), batch["position"], size_B, place_B)
+            log_odds_BK = self.class_log_odds(batch, noise, hash_seed(dropout_seed, _CONTRAST))
+            sums_3 = class_sums(log_odds_BK)
+            # `StepLoss` gives the gradient of nats per row and divides it by the tokens of the step afterwards.
+            tokens_per_row = found["tokens"] / len(log_odds_BK)
+            found["loss"] = found["loss"] + self.discriminative_weight * tokens_per_row * sums_3[0] / sums_3[2]
+            found["means"] = {**found["means"], **_means(sums_3.detach())}
         return found
 
     def on_after_backward(self) -> None:
@@ -169,12 +175,10 @@ class Diffusion(lightning.LightningModule):
         batch = {**self.with_conditioning(batch, dropped_B), "step": torch.tensor(self.global_step)}
         return self.objective.loss(self.backbone, batch, noise)
 
-    def class_log_odds(self, batch: Batch, dropout_seed: int) -> Tensor:
-        """Return the log joint probabilities of a training batch and its classes (objectives/contrast.py), (B, K)."""
-        place_B, size_B = self.plan.place(batch["position"])
-        noise = training_noise(hash_seed(self.seed, _CONTRAST), batch["position"], size_B, place_B)
+    def class_log_odds(self, batch: Batch, noise: KeyedNoise, dropout_seed: int) -> Tensor:
+        """Return the log joint probabilities of texts and compared classes (objectives/contrast.py), (B, K)."""
         log_prior_C = self.log_prior_C.to(self.device)
-        seed_dropout = partial(seed_generator_of, self.device, hash_seed(dropout_seed, _CONTRAST))
+        seed_dropout = partial(seed_generator_of, self.device, dropout_seed)
         return class_log_odds(self.objective, self.backbone, batch, log_prior_C, noise, seed_dropout)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -182,6 +186,9 @@ class Diffusion(lightning.LightningModule):
         noise = evaluation_noise(self.seed, batch["sample_id"])
         loss = self.objective.bound(None).loss(self.backbone, batch, noise)
         self.valid_nll.update(loss.nll_BL.sum(-1), loss.mask_BL.sum(-1), batch)
+        if self.compares_classes:
+            log_odds_BK = self.class_log_odds(batch, evaluation_noise(self.seed, batch["sample_id"]), self.seed)
+            self._class_sums = self._class_sums + class_sums(log_odds_BK)
         if self._search and batch_idx < self._search.num_batches:
             noise = evaluation_noise(hash_seed(self.seed, self.global_step), batch["sample_id"])
             losses = self.objective.block_losses(self.backbone, batch, noise)
@@ -204,7 +211,7 @@ class Diffusion(lightning.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         self.valid_nll.reset()
-        self._clip_sums = 0.0
+        self._clip_sums = self._class_sums = 0.0
         self._ema_context = self.averaged()
         self._ema_context.__enter__()
 
@@ -212,6 +219,9 @@ class Diffusion(lightning.LightningModule):
         self._ema_context.__exit__(None, None, None)
         nll = self.valid_nll.estimate()
         values = {"val/nll": nll.value, "val/nll_se": nll.se, "val/ppl": nll.exp().value}
+        if self.compares_classes:
+            sums_3 = self.trainer.strategy.reduce(self._class_sums, reduce_op="sum")
+            values |= {f"val/{name}": float(mean_2[0] / mean_2[1]) for name, mean_2 in _means(sums_3).items()}
         self.log_dict({name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()})
         if self._search:
             self._choose_mask_rates(self.trainer.strategy.reduce(self._clip_sums, reduce_op="sum"))
@@ -255,7 +265,9 @@ class Diffusion(lightning.LightningModule):
             self.ema.restart(self.backbone.parameters())
         return new
 
-    def start_from_counts(self, counts_CV: Tensor, before_V: Tensor | None = None) -> None:
+    def start_from_counts(
+        self, counts_CV: Tensor, before_V: Tensor | None = None, bias_CV: Tensor | None = None
+    ) -> None:
         """Start a new training, and its average, at token frequencies (models/class_conditioning.py).
 
         Raises:
@@ -269,7 +281,7 @@ class Diffusion(lightning.LightningModule):
                 f"training.start_from_counts=true: the output layer of {type(self.backbone).__name__} {why}, so it "
                 "cannot start at token frequencies; leave it out, or use new weights"
             )
-        start_from_counts(head, counts_CV, before_V)
+        start_from_counts(head, counts_CV, before_V, bias_CV)
         if self.ema:
             self.ema.restart(self.backbone.parameters())
 
@@ -360,10 +372,14 @@ def _counts(loss: TokenLoss, batch: Batch, encodes: int) -> dict[str, Tensor]:
     }
 
 
-@torch.no_grad()
-def _class_means(log_odds_BK: Tensor, cross_entropy: Tensor) -> dict[str, Tensor]:
-    """Return the means of the compared classes that training logs, each a sum and its denominator."""
-    right_B = log_odds_BK.argmax(1) == 0
-    rows = torch.tensor(len(right_B), dtype=torch.float64, device=right_B.device)
-    sums = {"class_cross_entropy": cross_entropy.double() * rows, "class_accuracy": right_B.double().sum()}
-    return {name: torch.stack([total, rows]) for name, total in sums.items()}
+def class_sums(log_odds_BK: Tensor) -> Tensor:
+    """Return the cross-entropy of the own class (column 0), how often it is the most probable, and the rows, (3,)."""
+    own_B = torch.zeros(len(log_odds_BK), dtype=torch.long, device=log_odds_BK.device)
+    cross_entropy = F.cross_entropy(log_odds_BK, own_B, reduction="sum")
+    right = (log_odds_BK.argmax(1) == 0).to(log_odds_BK.dtype).sum()
+    return torch.stack([cross_entropy, right, torch.full_like(right, len(log_odds_BK))])
+
+
+def _means(sums_3: Tensor) -> dict[str, Tensor]:
+    """Return the means of the compared classes, each a sum and its denominator."""
+    return {"class_cross_entropy": sums_3[[0, 2]], "class_accuracy": sums_3[[1, 2]]}

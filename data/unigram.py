@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow.compute as pc
+from scipy.sparse import csr_matrix
 
 
 def unigram_nll(data: object, split: str, causal: bool = False) -> np.ndarray:
@@ -81,3 +82,18 @@ def token_counts(data: object, causal: bool = False, by_class: bool = False) -> 
         counts_CV, start = counts_CV + flat.reshape(counts_CV.shape), start + len(chunk)
     counts_CV[:, context.ids] = 0
     return counts_CV
+
+
+def counts_by_text(data: object, split: str, causal: bool = False) -> tuple[csr_matrix, np.ndarray]:
+    """Return the count of each token in each text, all its windows together, (M, V), and the texts' labels (M,).
+
+    Observed tokens are left out (see `unigram_nll`).
+    """
+    context, rows = _Context.of(data, causal), data.split(split)
+    text_id_M, first_M, text_R = np.unique(rows["text_id"], return_index=True, return_inverse=True)
+    leading_R = context.leading(rows)
+    ids = [np.asarray(row)[n:] for row, n in zip(rows["input_ids"], leading_R, strict=True)]
+    text_N, token_N = np.repeat(text_R, [len(row) for row in ids]), np.concatenate(ids)
+    kept_N = ~np.isin(token_N, context.ids)
+    entries = (np.ones(kept_N.sum()), (text_N[kept_N], token_N[kept_N]))
+    return csr_matrix(entries, shape=(len(text_id_M), data.vocabulary.size)), np.asarray(rows["label"])[first_M]

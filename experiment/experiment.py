@@ -30,7 +30,8 @@ class Experiment:
 
     def __init__(self, cfg: DictConfig, command: str, shared: bool = False) -> None:
         self.command, self.seed = command, cfg.seed
-        always_waits = shared or cfg.classify.sharing == "conditional"
+        # The best weights by val/nll are not those that classify best.
+        always_waits = shared or (cfg.classify.sharing == "conditional" and not cfg.classify.discriminative_weight)
         self.runs: Runs = build_from_settings(
             cfg, "palimpsest.experiment.runs.Runs", identity=identity(cfg), always_waits=always_waits
         )

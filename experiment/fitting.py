@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 from palimpsest.classification.bayes import log_prior
+from palimpsest.classification.class_unigrams import class_biases
 from palimpsest.common.files import PathOrUrl
-from palimpsest.data.unigram import token_counts
+from palimpsest.data.unigram import counts_by_text, token_counts
 from palimpsest.dataloader import TextData
 from palimpsest.diffusion import Diffusion
 from palimpsest.training.callbacks.best import save_last
@@ -66,7 +67,8 @@ def _fit(experiment: Experiment, label: int | None) -> PathOrUrl:
 def initialise(experiment: Experiment, diffusion: Diffusion, data: TextData, shared: PathOrUrl | None) -> None:
     """Load the initial weights of a new training, if it has any (`Weights.load_initial`).
 
-    With training.start_from_counts the bias of the output layer then starts from the token frequencies.
+    With training.start_from_counts the bias of the output layer then starts from the token frequencies; in a training
+    that compares classes their biases start where unigrams classify best.
     """
     if start := experiment.weights.load_initial(diffusion, data, shared):
         print(f"starting from the weights of {start}")
@@ -76,4 +78,10 @@ def initialise(experiment: Experiment, diffusion: Diffusion, data: TextData, sha
         counts_CV = torch.from_numpy(token_counts(data, causal, by_class))
         before = experiment.pretraining.build.data() if shared else None
         before_V = None if before is None else torch.from_numpy(token_counts(before, causal)[0])
-        diffusion.start_from_counts(counts_CV, before_V)
+        biases = torch.from_numpy(_class_biases(diffusion, data)) if by_class and diffusion.compares_classes else None
+        diffusion.start_from_counts(counts_CV, before_V, biases)
+
+
+def _class_biases(diffusion: Diffusion, data: TextData) -> np.ndarray:
+    train, validation = (counts_by_text(data, split, diffusion.objective.causal) for split in ("train", "validation"))
+    return class_biases(train, validation, diffusion.log_prior_C.numpy())

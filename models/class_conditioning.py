@@ -38,13 +38,17 @@ def unconditional(tokens_BL: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def start_from_counts(head: nn.Linear, counts_CV: Tensor, before_V: Tensor | None = None) -> None:
+def start_from_counts(
+    head: nn.Linear, counts_CV: Tensor, before_V: Tensor | None = None, bias_CV: Tensor | None = None
+) -> None:
     """Set the output layer so that training starts from the unigram distribution of its texts (of each class).
 
     Args:
         counts_CV: tokens of the training texts by class; one row without classes.
         before_V: tokens of the texts that the weights were trained on before; their distribution is replaced. None for
             new weights. Frequencies are smoothed by adding one.
+        bias_CV: nats by which the output biases of the classes differ from those of all texts; None takes them from
+            the counts.
     """
 
     def log_frequencies(counts: Tensor) -> Tensor:
@@ -54,4 +58,5 @@ def start_from_counts(head: nn.Linear, counts_CV: Tensor, before_V: Tensor | Non
     all_V = log_frequencies(counts_CV.sum(0))
     head.bias += (all_V if before_V is None else all_V - log_frequencies(before_V)).to(head.bias)
     if len(counts_CV) > 1:
-        head.weight[:, -len(counts_CV) :] = (log_frequencies(counts_CV) - all_V).T.to(head.weight)
+        bias_CV = log_frequencies(counts_CV) - all_V if bias_CV is None else bias_CV
+        head.weight[:, -len(counts_CV) :] = bias_CV.T.to(head.weight)
