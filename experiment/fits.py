@@ -319,7 +319,7 @@ def _check_schedule(cfg: DictConfig, trains: bool) -> None:
 def _check_conditional(cfg: DictConfig, network: type) -> None:
     if not network.takes_classes:
         raise ValueError(
-            f"classify.sharing=conditional needs a network that can be told a class, backbone=dit, ar or mmdit; "
+            "classify.sharing=conditional needs a network that can be told a class, backbone=dit, ar, hf_mlm or mmdit; "
             f"{cfg.backbone._target_} cannot, so use classify.sharing=per_class"
         )
     if cfg.data.label is not None:

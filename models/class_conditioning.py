@@ -23,6 +23,37 @@ class ClassEmbedding(nn.Module):
         return F.embedding(class_id_B.clamp(min=0), self.embedding) * (class_id_B >= 0)[:, None]
 
 
+class ClassHead(nn.Module):
+    """A vocabulary projection with an output bias for each class, around one whose matrix is another layer's too.
+
+    `weight` has the classes' biases as its last columns, as the head of a network built for classes.
+    """
+
+    def __init__(self, linear: nn.Linear, num_classes: int) -> None:
+        super().__init__()
+        self.linear = linear
+        self.class_bias = nn.Parameter(linear.weight.new_zeros(linear.out_features, num_classes))
+        self.out_features = linear.out_features
+
+    @property
+    def weight(self) -> Tensor:
+        return torch.cat([self.linear.weight, self.class_bias], dim=1)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.linear.bias
+
+    def forward(self, hidden_BLD: Tensor) -> Tensor:
+        return F.linear(hidden_BLD, self.weight, self.bias)
+
+
+def class_columns(head: nn.Module, num_classes: int) -> tuple[nn.Parameter, slice]:
+    """Return the parameter that holds the output biases of the classes, and its columns."""
+    if isinstance(head, ClassHead):
+        return head.class_bias, slice(None)
+    return head.weight, slice(-num_classes, None)
+
+
 def with_class(hidden_BLD: Tensor, class_id_B: Tensor, num_classes: int) -> Tensor:
     """Append the class as one-hot columns to hidden states, (B, L, D + C); without classes, return them unchanged. The
     head's last C columns are then the output biases of the classes."""
@@ -56,7 +87,8 @@ def start_from_counts(
         return smoothed.log() - smoothed.sum(-1, keepdim=True).log()
 
     all_V = log_frequencies(counts_CV.sum(0))
-    head.bias += (all_V if before_V is None else all_V - log_frequencies(before_V)).to(head.bias)
+    head.bias.add_((all_V if before_V is None else all_V - log_frequencies(before_V)).to(head.bias))
     if len(counts_CV) > 1:
         bias_CV = log_frequencies(counts_CV) - all_V if bias_CV is None else bias_CV
-        head.weight[:, -len(counts_CV) :] = bias_CV.T.to(head.weight)
+        parameter, columns = class_columns(head, len(counts_CV))
+        parameter[:, columns] = bias_CV.T.to(parameter)

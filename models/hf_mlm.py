@@ -19,10 +19,13 @@ from transformers import AutoConfig, AutoModelForMaskedLM, PretrainedConfig, Pre
 
 from palimpsest.common.values import ADDED_LATER, FREE, BelowOne, FilePath, Length, Name, PresentPath, Size
 from palimpsest.models import hf_published as published
+from palimpsest.models.checkpoints import Checkpoint
+from palimpsest.models.class_conditioning import ClassEmbedding, ClassHead, unconditional, with_class
 from palimpsest.models.hf_published import KEY
 
 CONFIG, NEW_HEAD = "backbone.config", "backbone.new_head"
 _KIND = published.Kind("hf_mlm", AutoModelForMaskedLM, "masked language model", f"{CONFIG}_json", added=0)
+_CLASS_SCALE = 0.02  # standard deviation of a new class embedding, as of new layers of the transformers library
 _WIDTHS = ("intermediate_size", "hidden_dim")  # names of the MLP width in the library's configurations
 
 
@@ -40,6 +43,8 @@ class HFMaskedLM(published.PublishedBackbone):
         new_head: the weights have no head; the head starts at random, with the embedding as its matrix.
         dropout: replaces every rate of `config`; None keeps them.
         attn_backend: sdpa or flash_attn.
+        num_classes: > 0 for a network that is told the class of each text: an embedding added to those of the tokens,
+            and an output bias of each class.
 
     Raises:
         ValueError: there is no such architecture, it does not read both sides, it does not hide padding, or its logits
@@ -47,6 +52,7 @@ class HFMaskedLM(published.PublishedBackbone):
     """
 
     kind = _KIND
+    takes_classes = True
 
     def __init__(
         self,
@@ -56,6 +62,7 @@ class HFMaskedLM(published.PublishedBackbone):
         new_head: bool = False,
         dropout: float | None = None,
         attn_backend: str = "sdpa",
+        num_classes: int = 0,
     ) -> None:
         super().__init__(config, name)
         self.new_head = new_head
@@ -80,6 +87,11 @@ class HFMaskedLM(published.PublishedBackbone):
         self.head = head
         if input_BLD is not None:
             self._check_encode(input_BLD)
+        if num_classes:
+            self.class_embed = ClassEmbedding(num_classes, self.model.get_input_embeddings().embedding_dim)
+            nn.init.normal_(self.class_embed.embedding, std=_CLASS_SCALE)
+            self.head = ClassHead(head, num_classes)
+            self.num_classes = num_classes
         self.train()
 
     @property
@@ -101,8 +113,14 @@ class HFMaskedLM(published.PublishedBackbone):
         return list(largest)
 
     def _name_here(self, name: str) -> str:
-        head = f"{self._head_path}."
-        return f"head.{name.removeprefix(head)}" if name.startswith(head) else f"model.{name}"
+        theirs, ours = f"{self._head_path}.", "head.linear." if self.num_classes else "head."
+        return f"{ours}{name.removeprefix(theirs)}" if name.startswith(theirs) else f"model.{name}"
+
+    def pretrained(self) -> Checkpoint | None:
+        found = super().pretrained()
+        if found is not None and self.num_classes:  # the weights know no classes
+            found.state.update({name: value.clone() for name, value in self.state_dict().items() if "class_" in name})
+        return found
 
     def _check_missing(self, loaded: published.Loaded) -> None:
         body = f"{loaded.model.base_model_prefix}."
@@ -116,16 +134,26 @@ class HFMaskedLM(published.PublishedBackbone):
         if self.new_head and not loaded.missing:
             raise ValueError(f"{NEW_HEAD}=true: {KEY}={self.name} has a head for masked tokens; leave it out")
 
-    def encode(self, tokens_BL: Tensor, sigma_B: Tensor | None = None, attention_mask: Tensor | None = None) -> Tensor:
+    def encode(
+        self,
+        tokens_BL: Tensor,
+        sigma_B: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        class_id: Tensor | None = None,
+    ) -> Tensor:
         """Return hidden states (B, L, D), ready for `head`. Padding, on the right and False in `attention_mask`, is
         hidden."""
-        inputs: dict[str, Tensor] = {}
+        inputs: dict[str, Tensor] = {"input_ids": tokens_BL}
+        if self.num_classes:
+            class_id = unconditional(tokens_BL) if class_id is None else class_id
+            embedded_BLE = self.model.get_input_embeddings()(tokens_BL) + self.class_embed(class_id)[:, None]
+            inputs = {"inputs_embeds": embedded_BLE}
         if attention_mask is not None:
             inputs["attention_mask"] = attention_mask.long()
         if self._passes_positions:  # the library would count the tokens that are not its padding id
             position_L = torch.arange(tokens_BL.shape[1], device=tokens_BL.device) + self._first_position
             inputs["position_ids"] = position_L.expand(tokens_BL.shape)
-        return self.model(input_ids=tokens_BL, **inputs).logits
+        return with_class(self.model(**inputs).logits, class_id, self.num_classes)
 
     def _probe(self) -> Tensor:
         """Return two rows of three tokens that differ in the last one."""
@@ -192,6 +220,7 @@ def hf_mlm(
     dropout: BelowOne | None = None,
     mask_padding: Annotated[bool, ADDED_LATER] | None = None,
     attn_backend: Annotated[Literal["sdpa", "flash_attn", "flex"], FREE] = "sdpa",
+    num_classes: int = 0,
 ) -> HFMaskedLM:
     """Build the architecture of a masked language model with random weights; `HFMaskedLM.pretrained` loads the others.
 
@@ -222,12 +251,13 @@ def hf_mlm(
     if saved is None and from_scratch:
         built = _architecture(config) if config else published.load_config(_KIND, name_or_path)
         built = _sized(built, typed, vocab_size, length)
-        return HFMaskedLM(built, vocab_size, None, False, dropout, attn_backend)
+        return HFMaskedLM(built, vocab_size, None, False, dropout, attn_backend, num_classes)
     found, source = saved or (published.load_config(_KIND, name_or_path), named)
     published.refuse_contradictions(_KIND, found, typed, vocab_size, source)
     if new_head:
         found.tie_word_embeddings = True
-    net = HFMaskedLM(found, vocab_size, None if from_scratch else name_or_path, new_head, dropout, attn_backend)
+    name = None if from_scratch else name_or_path
+    net = HFMaskedLM(found, vocab_size, name, new_head, dropout, attn_backend, num_classes)
     published.refuse_length(length, net.longest, source)
     return net
 

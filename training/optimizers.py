@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
 from palimpsest.common.values import IF_SET, BelowOne, NotNegative, Positive
+from palimpsest.models.class_conditioning import class_columns
 
 # A weight matrix of one of a backbone's repeated blocks.
 _BLOCK_MATRIX = re.compile(r"(^|\.)(blocks|layers?)\.\d+\..*\.weight$")
@@ -53,7 +54,8 @@ def with_class_lr(
     if not backbone.num_classes or not lr:
         why = "optim.lr=0" if not lr else "the network is not told classes (classify.sharing=conditional)"
         raise ValueError(f"optim.class_lr={class_lr}: {why}; leave it out")
-    parts = {backbone.class_embed.embedding: slice(None), backbone.head.weight: slice(-backbone.num_classes, None)}
+    parts = {backbone.class_embed.embedding: slice(None)}
+    parts |= [class_columns(backbone.head, backbone.num_classes)]
     before: list[Tensor] = []
 
     def views() -> list[Tensor]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from palimpsest.common.positions import Positions
 from palimpsest.common.randomness import KeyedNoise, evaluation_noise
 from palimpsest.models.ar import AR
 from palimpsest.models.class_conditioning import UNCONDITIONAL, start_from_counts, with_class
 from palimpsest.models.dit import DiT
+from palimpsest.models.hf_mlm import HFMaskedLM
 from palimpsest.noise_schedule import LogLinear
 from palimpsest.objectives.ar import AR as ARLaw  # noqa: N811
 from palimpsest.objectives.subs import Subs
@@ -101,3 +103,38 @@ def test_training_begins_at_the_counts_of_each_class():
     before, after = counts_CV.sum(0), counts_CV[1:2]
     start_from_counts(net.head, after, before)
     torch.testing.assert_close(net(TOKENS, ZERO).log_softmax(-1), law_CV[1].expand(2, 5, -1), atol=1e-5, rtol=0)
+
+
+def hf_mlm(num_classes: int = CLASSES) -> HFMaskedLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    config = AutoConfig.for_model("bert", **sizes, tie_word_embeddings=True, max_position_embeddings=8)
+    return HFMaskedLM(config, VOCAB, dropout=0.0, num_classes=num_classes).eval()
+
+
+def test_a_network_of_the_library_is_told_classes_beside_its_tied_head():
+    net, plain = hf_mlm(), hf_mlm(0)
+    assert net.head.linear.weight is net.model.get_input_embeddings().weight, "the head is still tied"
+    own = {name for name, _ in net.named_parameters()} - {name for name, _ in plain.named_parameters()}
+    assert {"class_embed.embedding", "head.class_bias"} <= own
+    unconditional = net(TOKENS)
+    plain.load_state_dict({name.replace("head.linear", "head"): value for name, value in net.state_dict().items()
+                           if "class_" not in name})  # fmt: skip
+    torch.testing.assert_close(unconditional, plain(TOKENS))
+    torch.nn.init.normal_(net.head.class_bias)
+    logits = [net.head(net.encode(TOKENS, class_id=torch.full((2,), k))) for k in range(CLASSES)]
+    for a in range(CLASSES):
+        for b in range(a):
+            assert not torch.allclose(logits[a], logits[b], atol=1e-3)
+    torch.nn.init.zeros_(net.class_embed.embedding)
+    conditional = net.head(net.encode(TOKENS, class_id=torch.full((2,), 1)))
+    torch.testing.assert_close(conditional - unconditional, net.head.class_bias[:, 1].expand_as(conditional))
+
+
+def test_the_classes_of_a_tied_head_start_at_counts_too():
+    net, counts_CV = hf_mlm(), torch.randint(1, 9, (CLASSES, VOCAB))
+    start_from_counts(net.head, counts_CV)
+    frequencies_CV = (counts_CV + 1.0).log().log_softmax(1)
+    all_V = (counts_CV.sum(0) + 1.0).log().log_softmax(0)
+    torch.testing.assert_close(net.head.class_bias.T, frequencies_CV - all_V)
+    torch.testing.assert_close(net.head.bias, all_V)
