@@ -82,7 +82,7 @@ def _accuracy(report: Report, result: ClassificationResult, test: SequentialTest
         ["method", "accuracy, %, and 95%", "F1", "AUC", "log loss", "Brier", "ECE", "AURC", "passes"],
         [_method_cells(method) for method in result.methods],
         "All on the same texts. What is fitted is fitted on the validation split. F1: mean over the classes. AUC: area "
-        "under the ROC curve. AURC: area under the risk–coverage curve, see Abstention. Passes: network evaluations per "
+        "under the ROC curve. AURC: area under the risk–coverage curve (Abstention). Passes: network evaluations per "
         "text, over all classes." + _ensembles(result),
     )  # fmt: skip
     report.table(
@@ -142,7 +142,7 @@ def _calibration(report: Report, result: ClassificationResult) -> None:
 
 
 def _abstention(report: Report, result: ClassificationResult) -> None:
-    """Show the accuracy of the most confident predictions; of the calibrated ones those with a temperature by length."""
+    """Show the accuracy of the most confident predictions, of one calibration only: the temperature by length."""
     left_out = {name for kind, name in CALIBRATED.items() if kind != "length"}
     shown = {m.name: m.measures.abstention.right_M for m in result.methods if m.name not in left_out}
     abstention = result.plain.measures.abstention
@@ -157,7 +157,7 @@ def _abstention(report: Report, result: ClassificationResult) -> None:
     )
     report.figure(
         figures.accuracy_against_coverage(shown, result.plain.name),
-        "Accuracy if only the most confident predictions are made; each method by its own largest posterior.",
+        "Accuracy of the most confident predictions, by each method's own largest posterior. Band: 95% of this model.",
         "Accuracy against coverage",
     )
 
@@ -237,11 +237,11 @@ _AVERAGED = (
     " The error of few masks is averaged over, so probabilities are less extreme than the log-likelihoods alone."
 )
 _COMMON = " Every text is scored with the same masks under every class, so that mask noise cancels in the comparison."
-_ABSTENTION = "A classifier may leave texts of which it is unsure to somebody else. Coverage is the share of texts that it predicts."
+_ABSTENTION = "A classifier may leave texts that it is unsure of to a person. Coverage is the share that it predicts."
 _OTHER_TEXTS = (
-    "How well texts from elsewhere are told from those of the split, as the probability that another text ranks as more "
-    "unusual (AUROC; 0.5: not at all). By p(text): the less likely per token, the more unusual. Simple texts can be more "
-    "likely than those of the data; by typicality, both directions are unusual. The largest posterior is what a "
+    "How well texts from elsewhere are told from those of the split: the probability that another text ranks as more "
+    "unusual (AUROC; 0.5: not at all). By p(text), the least likely per token is the most unusual. Simple texts can be "
+    "more likely than those of the data; by typicality, both directions are unusual. The largest posterior is what a "
     "classifier without p(text) has."
 )
 _ABOUT_DRAWS = (

@@ -209,36 +209,34 @@ def accuracy_against_coverage(right_by_method: Mapping[str, ArrayLike], highligh
 
     Args:
         right_by_method: number of right predictions among the 1, 2, ..., N most confident texts, of each method.
-        highlight: the method with a band (Wilson 95%).
+        highlight: the method with a band, which is its 95% interval (Wilson).
     """
-    figure = new_figure(3.4)
     curves = {str(name): np.asarray(right, dtype=np.float64) for name, right in right_by_method.items() if len(right)}
+    figure = new_figure(3.2 + 0.11 * len(curves))
     if not curves:
         return empty_figure(figure)
-    label = f"texts predicted (% of all, the most confident first); band: 95% of {highlight}"
-    axes = style_axes(figure.add_subplot(), label, "accuracy (% of these)")
-    labels, others = [], 0
-    for name, right in curves.items():
-        total = len(right)
+    axes = style_axes(
+        figure.add_subplot(), "texts predicted (% of all, the most confident first)", "accuracy (% of these)"
+    )
+    others = sorted((name for name in curves if name != highlight), key=lambda name: -curves[name][-1])
+    for i, name in enumerate([*curves.keys() & {highlight}, *others]):
+        right, total = curves[name], len(curves[name])
         first = min(total, max(_LEAST_PREDICTED, round(_LEAST_COVERAGE * total)))
         number = np.unique(np.linspace(first, total, _COVERAGES).round().astype(int))
         x, y = number / total, right[number - 1] / number
+        options = {"color": SERIES[i % len(SERIES)], "linestyle": ("solid", "dashed", "dotted")[i // len(SERIES) % 3]}
         if name == highlight:
             intervals = [wilson_interval(k, n) for k, n in zip(right[number - 1], number, strict=True)]
-            axes.fill_between(x, [i.low for i in intervals], [i.high for i in intervals],
-                              color=BLUE, alpha=0.18, linewidth=0)  # fmt: skip
-            colour, style = BLUE, "solid"
-        else:
-            colour = SERIES[1 + others % (len(SERIES) - 1)]
-            style = ("solid", "dashed", "dotted")[others // (len(SERIES) - 1) % 3]
-            others += 1
-        width, order = (2.0, 3) if name == highlight else (1.1, 2)
-        axes.plot(x, y, color=colour, linewidth=width, linestyle=style, zorder=order)
-        labels.append((float(y[-1]), name, colour))
+            low, high = [one.low for one in intervals], [one.high for one in intervals]
+            axes.fill_between(x, low, high, color=options["color"], alpha=0.18, linewidth=0)
+        axes.plot(x, y, label=name, linewidth=2.0 if name == highlight else 1.1, **options)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(PERCENT)
     axes.margins(x=0.02, y=0.08)
-    end_labels(axes, labels)
+    # Below the axes, because names may be paths, which would leave no room beside them.
+    legend = figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=TEXT, labelcolor=INK)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
     return figure
 
 
