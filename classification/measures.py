@@ -117,7 +117,7 @@ def measure(posterior_MC: np.ndarray, label_M: np.ndarray) -> Measures:
         log_loss=mean(-np.log(np.maximum(p_true_M, _SMALLEST))),
         brier=mean(squares_M),
         reliability=reliability(posterior_MC.max(axis=1), right_M),
-        abstention=abstention(confidence(posterior_MC), right_M),
+        abstention=abstention(top_log_odds(posterior_MC), right_M),
     )
 
 
@@ -134,7 +134,7 @@ def _checked(posterior_MC: np.ndarray, label_M: np.ndarray) -> tuple[np.ndarray,
     return posterior_MC, label_M.astype(np.int64)
 
 
-def confidence(posterior_MC: np.ndarray) -> np.ndarray:
+def top_log_odds(posterior_MC: np.ndarray) -> np.ndarray:
     """Return the log-odds of the most probable class, (M,), which rank texts where the probability rounds to 1."""
     sorted_MC = np.sort(posterior_MC, axis=1)
     top_M, others_M = sorted_MC[:, -1], sorted_MC[:, :-1].sum(axis=1)

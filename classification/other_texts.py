@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from palimpsest.classification.bayes import posterior
-from palimpsest.classification.measures import auroc, confidence
+from palimpsest.classification.measures import auroc, top_log_odds
 from palimpsest.classification.scoring import ClassScores
 from palimpsest.classification.typical import nats_per_token
 from palimpsest.common.metrics import Estimate
@@ -75,7 +75,7 @@ def detect(scores: ClassScores, other: ClassScores, validation: ClassScores, log
     own_M, other_M, validation_M = (nats_per_token(one, log_prior_C) for one in (scores, other, validation))
     typical = float(np.median(validation_M))
     # The averaged posterior of a text depends on the other texts, so Bayes' rule on the estimates is compared.
-    surety_M, other_surety_M = (confidence(posterior(one.log_p_MC, log_prior_C)) for one in (scores, other))
+    surety_M, other_surety_M = (top_log_odds(posterior(one.log_p_MC, log_prior_C)) for one in (scores, other))
     return Detection(
         own_M,
         other_M,
