@@ -17,7 +17,8 @@ from scipy.special import logsumexp, softmax
 
 # Limits; validation texts without a single error would give temperature 0.
 _TEMPERATURES = (0.1, 1e4)
-_EXPONENTS = (0.0, 2.0)  # of the length; 1 makes the evidence a mean per token
+# Of the length. 1 makes the evidence a mean per token: more would say that longer texts tell less.
+_EXPONENTS = (0.0, 1.0)
 _LEAST_GAIN = 1e-9  # nats of log loss, below which an exponent is rounding error
 _FOLDS = 5
 _NUM_BINS = 5  # of the masked share
@@ -72,7 +73,7 @@ class LengthTemperature:
 def fit_length_temperature(
     log_p_MC: np.ndarray, tokens_M: np.ndarray, label_M: np.ndarray, log_prior_C: np.ndarray
 ) -> LengthTemperature:
-    """Fit T0 and gamma in [0, 2] by the likelihood of the labels.
+    """Fit T0 and gamma in [0, 1] by the likelihood of the labels.
 
     At each gamma T0 is that of `fit_temperature`, whose problem is convex in 1 / T0; a search over gamma alone remains.
     Where lengths do not improve the log loss, gamma is 0 and T0 the temperature of `fit_temperature`.

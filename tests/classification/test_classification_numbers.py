@@ -396,7 +396,7 @@ def test_the_fitted_growth_is_the_only_optimum(rng):
         return loss_of(scaled_MC / fit_temperature(scaled_MC, label_M, log_prior_C), label_M, log_prior_C)
 
     below = [loss(gamma) for gamma in np.linspace(0, found.gamma, 8)]
-    above = [loss(gamma) for gamma in np.linspace(found.gamma, 2, 8)]
+    above = [loss(gamma) for gamma in np.linspace(found.gamma, 1, 8)]
     assert (np.diff(below) < 0).all() and (np.diff(above) > 0).all()
 
 
