@@ -5,7 +5,7 @@
 3. sequential_test: which texts need further draws.
 4. bayes: p(class | text), averaged over the Monte Carlo error. This is the decision.
 5. calibration: what a validation split says about the probabilities.
-6. methods, baselines: what is compared with it; measures: accuracy, log loss, ECE.
+6. methods, baselines, ensembles: what is compared with it; measures: accuracy, log loss, ECE, abstention.
 7. results: everything found about a split; predictions: the file with one row per text.
-8. attributions: what each token contributes; typical: texts unlike the data.
+8. attributions: what each token contributes; typical, other_texts: texts unlike the data.
 """

@@ -40,10 +40,11 @@ class Baseline:
 
     name: str
     posterior_MC: np.ndarray  # p(class | text) of the test texts
+    validation_MC: np.ndarray  # of the validation texts, which its regularisation was chosen on
 
 
 def baselines(train: Labelled, validation: Labelled, test: Labelled, vocab_size: int) -> list[Baseline]:
-    """Train every baseline on `train`, choose its regularisation on `validation`, and classify `test`.
+    """Train every baseline on `train`, choose its regularisation on `validation`, and classify `test` and `validation`.
 
     Naive Bayes (add-one smoothing, training frequencies as prior) and the NB-weighted regression use the model's own
     tokens; TF-IDF uses the words of the raw text.
@@ -54,17 +55,22 @@ def baselines(train: Labelled, validation: Labelled, test: Labelled, vocab_size:
     """
     num_classes = _num_classes(train, validation, test)
     grams = NGrams.seen_in(train.ids, vocab_size)
+    found = []
+
+    def add(name: str, predict: Predict, test_MF: csr_matrix, validation_MF: csr_matrix) -> None:
+        found.append(Baseline(name, predict(test_MF), predict(validation_MF)))
+
     unigrams = MultinomialNB().fit(unigram_counts(train.ids, vocab_size), train.label_M)
-    found = [Baseline("naive Bayes, unigrams", unigrams.predict_proba(unigram_counts(test.ids, vocab_size)))]
+    counts = (unigram_counts(part.ids, vocab_size) for part in (test, validation))
+    add("naive Bayes, unigrams", unigrams.predict_proba, *counts)
     train_MF, validation_MF, test_MF = (grams.counts(part.ids) for part in (train, validation, test))
     bigrams = MultinomialNB().fit(train_MF, train.label_M)
-    found.append(Baseline("naive Bayes, uni- and bigrams", bigrams.predict_proba(test_MF)))
-    found.append(Baseline("TF-IDF logistic regression", _tfidf(train, validation, test)))
+    add("naive Bayes, uni- and bigrams", bigrams.predict_proba, test_MF, validation_MF)
+    add("TF-IDF logistic regression", *_tfidf(train, validation, test))
     for counts_MF in (train_MF, validation_MF, test_MF):
         counts_MF.data[:] = 1  # presence instead of counts from here on
     fits = (_nb_logistic(train_MF, train.label_M, num_classes, strength) for strength in _NB_STRENGTHS)
-    chosen = _best(fits, validation_MF, validation.label_M)
-    found.append(Baseline("NB-weighted logistic regression", chosen(test_MF)))
+    add("NB-weighted logistic regression", _best(fits, validation_MF, validation.label_M), test_MF, validation_MF)
     return found
 
 
@@ -93,8 +99,12 @@ def _best(fits: Iterable[Predict], validation_MF: csr_matrix, label_M: np.ndarra
     return max(fits, key=merit)
 
 
-def _tfidf(train: Labelled, validation: Labelled, test: Labelled) -> np.ndarray:
-    """Return p(class | text) (M, C) by multinomial logistic regression on sublinear TF-IDF of word uni- and bigrams."""
+def _tfidf(train: Labelled, validation: Labelled, test: Labelled) -> tuple[Predict, csr_matrix, csr_matrix]:
+    """Fit multinomial logistic regression to sublinear TF-IDF of word uni- and bigrams.
+
+    Returns:
+        its predictions for features, and the features of the test and of the validation texts.
+    """
     vectorizer = _vectorizer(2)
     try:
         train_MF = vectorizer.fit_transform(train.texts)
@@ -102,8 +112,8 @@ def _tfidf(train: Labelled, validation: Labelled, test: Labelled) -> np.ndarray:
         vectorizer = _vectorizer(1)
         train_MF = vectorizer.fit_transform(train.texts)
     fits = (_logistic(strength).fit(train_MF, train.label_M).predict_proba for strength in _TFIDF_STRENGTHS)
-    chosen = _best(fits, vectorizer.transform(validation.texts), validation.label_M)
-    return chosen(vectorizer.transform(test.texts))
+    validation_MF = vectorizer.transform(validation.texts)
+    return _best(fits, validation_MF, validation.label_M), vectorizer.transform(test.texts), validation_MF
 
 
 def _vectorizer(min_df: int) -> TfidfVectorizer:

@@ -1,4 +1,4 @@
-"""Calibration on validation texts: a temperature, and weights by the share of masks.
+"""Calibration on validation texts: a temperature, one that grows with the length, and weights by the share of masks.
 
 Estimated likelihoods are noisy bounds, so differences between classes come out too large or too small, and some mask
 shares are more informative than others. Calibrated results are no longer Bayes' rule and are reported separately.
@@ -17,6 +17,9 @@ from scipy.special import logsumexp, softmax
 
 # Limits; validation texts without a single error would give temperature 0.
 _TEMPERATURES = (0.1, 1e4)
+# Of the length. 1 makes the evidence a mean per token: more would say that longer texts tell less.
+_EXPONENTS = (0.0, 1.0)
+_LEAST_GAIN = 1e-9  # nats of log loss, below which an exponent is rounding error
 _FOLDS = 5
 _NUM_BINS = 5  # of the masked share
 # Per text, for weights in units of the common value. inf: the common value only, which is a temperature.
@@ -41,6 +44,60 @@ def fit_temperature(log_p_MC: np.ndarray, label_M: np.ndarray, log_prior_C: np.n
         options={"xatol": 1e-6},
     )
     return float(np.exp(found.x))
+
+
+@dataclass(frozen=True)
+class LengthTemperature:
+    """A temperature that grows with the length of the text: T(n) = T0 · (n / n0)^gamma.
+
+    Errors of the log-likelihoods of one text's tokens are correlated, so their sum grows faster with the length than
+    the evidence does. With gamma 0 this is one temperature; with gamma 1 evidence is a mean per token.
+    """
+
+    temperature: float  # T0, of a text of mean length
+    gamma: float
+    mean_tokens: float  # n0
+
+    def log_p(self, log_p_MC: np.ndarray, tokens_M: np.ndarray) -> np.ndarray:
+        """Return log p(text | class) / T(tokens), (M, C).
+
+        Raises:
+            ValueError: the number of tokens of a text is missing or not positive.
+        """
+        tokens_M = np.asarray(tokens_M, dtype=np.float64)
+        if tokens_M.shape != (len(log_p_MC),) or not (np.isfinite(tokens_M) & (tokens_M > 0)).all():
+            raise ValueError(f"each of {len(log_p_MC)} texts needs a positive number of tokens")
+        return log_p_MC / (self.temperature * (tokens_M / self.mean_tokens) ** self.gamma)[:, None]
+
+
+def fit_length_temperature(
+    log_p_MC: np.ndarray, tokens_M: np.ndarray, label_M: np.ndarray, log_prior_C: np.ndarray
+) -> LengthTemperature:
+    """Fit T0 and gamma in [0, 1] by the likelihood of the labels.
+
+    At each gamma T0 is that of `fit_temperature`, whose problem is convex in 1 / T0; a search over gamma alone remains.
+    Where lengths do not improve the log loss, gamma is 0 and T0 the temperature of `fit_temperature`.
+
+    Raises:
+        ValueError: as `LengthTemperature.log_p` and `fit_temperature`.
+    """
+    log_p_MC = np.asarray(log_p_MC, dtype=np.float64)
+    _check(log_p_MC, label_M)
+    mean_tokens = float(np.mean(tokens_M))
+
+    def fitted(gamma: float) -> LengthTemperature:
+        by_length_MC = LengthTemperature(1.0, gamma, mean_tokens).log_p(log_p_MC, tokens_M)
+        return LengthTemperature(fit_temperature(by_length_MC, label_M, log_prior_C), gamma, mean_tokens)
+
+    def loss(found: LengthTemperature) -> float:
+        return _log_loss(found.log_p(log_p_MC, tokens_M), label_M, log_prior_C)
+
+    plain = fitted(0.0)
+    searched = minimize_scalar(
+        lambda gamma: loss(fitted(float(gamma))), bounds=_EXPONENTS, method="bounded", options={"xatol": 1e-4}
+    )
+    best = fitted(float(searched.x))
+    return best if loss(best) < loss(plain) - _LEAST_GAIN else plain
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Quality of predictions and calibration of their probabilities, with errors.
 
-Shape suffixes: M texts, C classes, B bins of the confidence, R resamples, N cells of the confusion matrix with a text.
+Shape suffixes: M texts, C classes, B bins of the confidence, R resamples, N cells of the confusion matrix with a text;
+for areas under the ROC curve P positive and N negative texts.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import rankdata
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support, roc_auc_score
 
 from palimpsest.common.metrics import Estimate, Interval, mean, wilson_interval
@@ -39,6 +41,28 @@ class Reliability:
 
 
 @dataclass(frozen=True)
+class Abstention:
+    """Accuracy if only the most confident texts are predicted (selective classification; El-Yaniv & Wiener 2010).
+
+    Texts of equal confidence are taken in random order, so they share their errors.
+    """
+
+    right_M: np.ndarray  # expected number of right predictions among the 1, 2, ..., M most confident texts
+    aurc: Estimate  # area under the risk-coverage curve (Geifman & El-Yaniv 2017): the mean error rate over coverages
+
+    @property
+    def coverage_M(self) -> np.ndarray:
+        """Shares of the texts that are predicted."""
+        return np.arange(1, len(self.right_M) + 1) / len(self.right_M)
+
+    def at(self, coverage: float) -> Estimate:
+        """Return the accuracy at a coverage in (0, 1], with its binomial standard error."""
+        number = max(1, round(coverage * len(self.right_M)))
+        share = min(float(self.right_M[number - 1]) / number, 1.0)
+        return Estimate(share, math.sqrt(share * (1 - share) / number))
+
+
+@dataclass(frozen=True)
 class Measures:
     """Quality of M predictions."""
 
@@ -54,6 +78,7 @@ class Measures:
     log_loss: Estimate  # mean of -log p(true class | text), nats; at most 744 for a text
     brier: Estimate  # squared error summed over ALL classes, in [0, 2] (Brier 1950; twice the one-sided score of two)
     reliability: Reliability  # of the top class's probability
+    abstention: Abstention  # by the top class's probability
 
     @property
     def ece(self) -> float:
@@ -92,6 +117,7 @@ def measure(posterior_MC: np.ndarray, label_M: np.ndarray) -> Measures:
         log_loss=mean(-np.log(np.maximum(p_true_M, _SMALLEST))),
         brier=mean(squares_M),
         reliability=reliability(posterior_MC.max(axis=1), right_M),
+        abstention=abstention(top_log_odds(posterior_MC), right_M),
     )
 
 
@@ -106,6 +132,59 @@ def _checked(posterior_MC: np.ndarray, label_M: np.ndarray) -> tuple[np.ndarray,
     if not (posterior_MC >= 0).all() or not np.allclose(posterior_MC.sum(axis=1), 1, atol=1e-6):
         raise ValueError("the rows of the posterior must be probabilities: no nan, none negative, sum 1")
     return posterior_MC, label_M.astype(np.int64)
+
+
+def top_log_odds(posterior_MC: np.ndarray) -> np.ndarray:
+    """Return the log-odds of the most probable class, (M,), which rank texts where the probability rounds to 1."""
+    sorted_MC = np.sort(posterior_MC, axis=1)
+    top_M, others_M = sorted_MC[:, -1], sorted_MC[:, :-1].sum(axis=1)
+    return np.log(np.maximum(top_M, _SMALLEST)) - np.log(np.maximum(others_M, _SMALLEST))
+
+
+def abstention(confidence_M: np.ndarray, right_M: np.ndarray) -> Abstention:
+    """Compute the accuracy of the most confident predictions at every coverage, and the area AURC.
+
+    The error of AURC is that of its influence function, which also covers that the texts determine the thresholds.
+    """
+    total, order_M = len(right_M), np.argsort(-confidence_M, kind="stable")
+    wrong_M = 1.0 - np.asarray(right_M)[order_M]
+    _, group_M, size = np.unique(-confidence_M[order_M], return_inverse=True, return_counts=True)
+
+    def shared(value_M: np.ndarray) -> np.ndarray:
+        """Return the means over texts of equal confidence."""
+        return (np.bincount(group_M, value_M) / size)[group_M]
+
+    number_M = np.arange(1, total + 1)
+    # AURC is the mean over i of wrong_i · Σ_{n ≥ i} 1 / n, which is about -log(coverage of text i).
+    depth_M = shared(np.cumsum(1 / number_M[::-1])[::-1])
+    area = float(wrong_M @ depth_M) / total
+    ahead_M = shared(np.cumsum((shared(wrong_M) / number_M)[::-1])[::-1])  # a text raises the coverage of later ones
+    influence_M = wrong_M * depth_M - ahead_M + wrong_M.mean() - area
+    se = float(influence_M.std(ddof=1) / math.sqrt(total)) if total > 1 else math.nan
+    return Abstention(number_M - np.cumsum(shared(wrong_M)), Estimate(area, se))
+
+
+def auroc(positive_P: np.ndarray, negative_N: np.ndarray) -> Estimate:
+    """Return the probability that a positive text has a higher score than a negative one; equal scores count half.
+
+    The error is that of DeLong et al. (Biometrics 44, 1988), nan for a single text of either kind.
+
+    Raises:
+        ValueError: there are no scores of one kind, or a score is nan.
+    """
+    positive_P, negative_N = np.asarray(positive_P, dtype=np.float64), np.asarray(negative_N, dtype=np.float64)
+    scores = np.concatenate([positive_P, negative_N])
+    num_positive, num_negative = len(positive_P), len(negative_N)
+    if not num_positive or not num_negative or np.isnan(scores).any():
+        raise ValueError("an area under the ROC curve needs scores of both kinds of texts, none of them nan")
+    rank = rankdata(scores)
+    # Share of the other kind that each text is on the right side of: its rank among all minus that among its own.
+    above_P = (rank[:num_positive] - rankdata(positive_P)) / num_negative
+    below_N = 1 - (rank[num_positive:] - rankdata(negative_N)) / num_positive
+    area = float(above_P.mean())
+    if min(num_positive, num_negative) < 2:
+        return Estimate(area, math.nan)
+    return Estimate(area, math.sqrt(above_P.var(ddof=1) / num_positive + below_N.var(ddof=1) / num_negative))
 
 
 def _roc_auc(posterior_MC: np.ndarray, label_M: np.ndarray) -> float:

@@ -1,4 +1,4 @@
-"""Classification methods: Bayes' rule, its calibrations, and the methods it is compared with.
+"""Classification methods: Bayes' rule, its calibrations, the methods it is compared with, and ensembles with these.
 
 Shape suffixes: M texts, C classes, R rows of the split.
 """
@@ -12,27 +12,40 @@ from typing import Annotated
 
 import numpy as np
 
-from palimpsest.classification.baselines import Labelled, baselines
+from palimpsest.classification.baselines import Baseline, Labelled, baselines
 from palimpsest.classification.bayes import posterior
-from palimpsest.classification.calibration import RateWeights, fit_rate_weights, fit_temperature
+from palimpsest.classification.calibration import (
+    LengthTemperature,
+    RateWeights,
+    fit_length_temperature,
+    fit_rate_weights,
+    fit_temperature,
+)
+from palimpsest.classification.ensembles import best_baseline, fit_weight, product_of_experts
 from palimpsest.classification.latent_centroids import nearest_centroid
 from palimpsest.classification.measures import Measures, measure
 from palimpsest.classification.models import ClassModel
-from palimpsest.classification.predictions import predictions_file
+from palimpsest.classification.predictions import predictions_file, read_posterior
 from palimpsest.classification.scoring import ClassScores
 from palimpsest.common.values import PATH, list_of
 from palimpsest.dataloader import TextData
 from palimpsest.evaluation.experiment import Experiment
 from palimpsest.samplers.gaussian import LatentSteps
 
-_NAMES = {"temperature": "this model, temperature fitted", "rates": "this model, mask rates weighted"}
+CALIBRATED = {
+    "temperature": "this model, temperature fitted",
+    "rates": "this model, mask rates weighted",
+    "length": "this model, temperature by length",
+}
+# Ensembles take the calibrated predictions of other runs, too; older runs have no temperature by length.
+_CALIBRATED_COLUMNS = ("calibrated_length", "calibrated_temperature", "posterior")
 
 
 @dataclass(frozen=True)
 class ComparedMethods:
     """Methods that Bayes' rule is compared with."""
 
-    calibrate: bool = False  # with a temperature and weights per mask rate, fitted on the validation split
+    calibrate: bool = False  # with temperatures and weights per mask rate, fitted on the validation split
     baselines: bool = True  # with naive Bayes and logistic regressions, and with the nearest centroid of latents
     # Folders of other classifications of the same split.
     compare: Annotated[Sequence[str], list_of(PATH, 0, "[outputs/.../classify/test]")] = ()
@@ -60,7 +73,8 @@ class Method:
     name: str
     posterior_MC: np.ndarray  # p(class | text)
     measures: Measures
-    evaluations: float | None = None  # of a network, per text over all classes; None without a network
+    evaluations: float | None = None  # of a network, per text over all classes; None without a network, or if unknown
+    weight: float | None = None  # of this model in an ensemble with a baseline
 
     @classmethod
     def of_network(cls, name: str, posterior_MC: np.ndarray, scores: ClassScores) -> Method:
@@ -69,8 +83,12 @@ class Method:
 
 
 def fit(scores: ClassScores, log_prior_C: np.ndarray) -> dict[str, object]:
-    """Fit a temperature and, if masks were drawn, weights per mask rate, to the scores of the validation split."""
-    fitted: dict[str, object] = {"temperature": fit_temperature(scores.log_p_MC, scores.label_M, log_prior_C)}
+    """Fit temperatures and, if masks were drawn, weights per mask rate, to the scores of the validation split."""
+    log_p_MC, label_M = scores.log_p_MC, scores.label_M
+    fitted: dict[str, object] = {
+        "temperature": fit_temperature(log_p_MC, label_M, log_prior_C),
+        "length": fit_length_temperature(log_p_MC, _lengths(scores), label_M, log_prior_C),
+    }
     if scores.has_masks:
         fitted["rate_weights"] = fit_rate_weights(scores.nats_MCP, scores.rate_MP, scores.label_M, log_prior_C)
     return fitted
@@ -84,7 +102,30 @@ def calibrated(fitted: Mapping[str, object], scores: ClassScores, log_prior_C: n
     weights = fitted.get("rate_weights")
     if isinstance(weights, RateWeights):
         posteriors["rates"] = posterior(weights.log_p(scores.nats_MCP, scores.rate_MP), log_prior_C)
+    by_length = fitted["length"]
+    assert isinstance(by_length, LengthTemperature)
+    posteriors["length"] = posterior(by_length.log_p(scores.log_p_MC, _lengths(scores)), log_prior_C)
     return posteriors
+
+
+def _lengths(scores: ClassScores) -> np.ndarray:
+    """Return the tokens of each text; 1 if none is scored, because its classes are equally likely anyway."""
+    return np.maximum(scores.tokens_M, 1)
+
+
+@dataclass(frozen=True)
+class OtherRun:
+    """Predictions of another run for the same texts."""
+
+    posterior_MC: np.ndarray  # p(class | text)
+    in_ensemble_MC: np.ndarray  # calibrated, if this run is and that one was
+
+    @classmethod
+    def read(cls, file: Path, scores: ClassScores, calibrated: bool) -> OtherRun:
+        """Read the predictions for the texts of `scores`. Raises ValueError if the file is about other texts."""
+        texts = (scores.text_id_M, scores.label_M)
+        columns = _CALIBRATED_COLUMNS if calibrated else ("posterior",)
+        return cls(read_posterior(file, *texts), read_posterior(file, *texts, columns))
 
 
 def compared(
@@ -93,28 +134,39 @@ def compared(
     data: TextData,
     split: str,
     scores: ClassScores,
+    plain: Method,
     posteriors: Mapping[str, np.ndarray],
-    others: Mapping[str, np.ndarray],
+    validation_MC: np.ndarray | None,
+    others: Mapping[str, OtherRun],
     compared_with: ComparedMethods,
     log_prior_C: np.ndarray,
 ) -> list[Method]:
     """Measure the compared methods on the same texts.
 
     Args:
-        posteriors: calibrated p(class | text) (M, C), by name.
-        others: p(class | text) of other runs, by name.
+        plain: this model without calibration.
+        posteriors: its calibrated p(class | text) (M, C), by name.
+        validation_MC: the same for the validation texts, with the temperature by length; None without calibration.
+        others: predictions of other runs, by name.
     """
 
     def add(name: str, posterior_MC: np.ndarray, evaluations: float | None = None) -> None:
         methods.append(Method(name, posterior_MC, measure(posterior_MC, scores.label_M), evaluations))
 
-    methods = [Method.of_network(_NAMES[name], p_MC, scores) for name, p_MC in posteriors.items()]
-    for path, posterior_MC in others.items():
-        add(path, posterior_MC)
+    own_MC = posteriors.get("length", plain.posterior_MC)
+    methods = [Method.of_network(CALIBRATED[name], p_MC, scores) for name, p_MC in posteriors.items()]
+    for path, run in others.items():
+        add(path, run.posterior_MC)
+    if others:
+        members = [own_MC, *(run.in_ensemble_MC for run in others.values())]
+        add(f"ensemble of {len(members)} runs", product_of_experts(members))
     if compared_with.baselines:
         parts = [_texts(data, name) for name in ("train", "validation", split)]
-        for baseline in baselines(*parts, data.vocabulary.size):
+        found = baselines(*parts, data.vocabulary.size)
+        for baseline in found:
             add(baseline.name, baseline.posterior_MC)
+        if split != "validation":  # which the baseline is chosen on
+            methods.append(_with_baseline(found, own_MC, validation_MC, parts[1].label_M, plain.evaluations, scores))
         if data.latents is not None:
             found = nearest_centroid(experiment, models, data, split, scores, log_prior_C, compared_with.latent)
             add("nearest class centroid of the text's latent", *found)
@@ -122,6 +174,26 @@ def compared(
         text = _text_of_id(data, split)
         add("Bayes-optimal", experiment.build.truth.posterior([text[i] for i in scores.text_id_M.tolist()]))
     return methods
+
+
+def _with_baseline(
+    found: Sequence[Baseline],
+    own_MC: np.ndarray,
+    validation_MC: np.ndarray | None,
+    validation_label_M: np.ndarray,
+    evaluations: float | None,
+    scores: ClassScores,
+) -> Method:
+    """Measure the ensemble with the best baseline.
+
+    The baseline and, if this model has predictions for validation texts, the weights are chosen on these. Otherwise
+    both methods have the same weight.
+    """
+    best = best_baseline(found, validation_label_M)
+    weight = 0.5 if validation_MC is None else fit_weight(validation_MC, best.validation_MC, validation_label_M)
+    posterior_MC = product_of_experts([own_MC, best.posterior_MC], [weight, 1 - weight])
+    measures = measure(posterior_MC, scores.label_M)
+    return Method(f"ensemble with {best.name}", posterior_MC, measures, evaluations, weight)
 
 
 def _texts(data: TextData, split: str) -> Labelled:

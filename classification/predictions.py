@@ -9,7 +9,7 @@ Shape suffixes: M texts, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -59,8 +59,12 @@ def predictions_file(path: str | Path) -> Path:
     return file
 
 
-def read_posterior(path: Path, text_id_M: np.ndarray, label_M: np.ndarray) -> np.ndarray:
+def read_posterior(
+    path: Path, text_id_M: np.ndarray, label_M: np.ndarray, columns: Sequence[str] = ("posterior",)
+) -> np.ndarray:
     """Return p(class | text) (M, C) that another run gave to the same texts.
+
+    columns: names of columns without the number of the class; the first that the file has is read.
 
     Raises:
         ValueError: the file is about other texts.
@@ -74,7 +78,8 @@ def read_posterior(path: Path, text_id_M: np.ndarray, label_M: np.ndarray) -> np
             f"number {missing[0]}); classify the same split there, with no smaller data.max_test_texts"
         )
     rows_M = np.array([row_of[text] for text in text_id_M.tolist()])
-    names = sorted((n for n in table if n.startswith("posterior_")), key=lambda n: int(n.rpartition("_")[2]))
+    column = next(name for name in columns if f"{name}_0" in table)
+    names = sorted((n for n in table if n.rpartition("_")[0] == column), key=lambda n: int(n.rpartition("_")[2]))
     if (np.asarray(table["label"])[rows_M] != label_M).any():
         raise ValueError(f"classify.compare: {path} has other labels for these texts; it is about another data set")
     return np.stack([np.asarray(table[name])[rows_M] for name in names], axis=1)

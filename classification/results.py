@@ -6,21 +6,26 @@ Shape suffixes: M texts, C classes, K draws, P network passes.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from palimpsest.classification import typical
+from palimpsest.classification.calibration import LengthTemperature
 from palimpsest.classification.measures import Measures, measure
-from palimpsest.classification.methods import ComparedMethods, Method, calibrated, compared, fit
+from palimpsest.classification.methods import ComparedMethods, Method, OtherRun, calibrated, compared, fit
 from palimpsest.classification.models import ClassModel
-from palimpsest.classification.predictions import read_posterior, write_predictions
+from palimpsest.classification.other_texts import SPLIT as OTHER
+from palimpsest.classification.other_texts import Detection, detect
+from palimpsest.classification.predictions import write_predictions
 from palimpsest.classification.scoring import ClassScores, SequentialTest, score_classes
 from palimpsest.common.metrics import Estimate, ratios_by_rate
 from palimpsest.dataloader import TextData
 from palimpsest.evaluation.experiment import Experiment
 from palimpsest.evaluation.likelihood import Likelihood, likelihood, score
+
+_COVERAGES = (0.5, 0.8, 0.9, 1.0)
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,7 @@ class ClassificationResult:
     per_class: list[Likelihood]  # likelihood of validation texts of each class under its own model
     unconditional: Likelihood | None  # p(text) without a class, if the network allows it
     fitted: dict[str, object] = field(default_factory=dict)  # parameters of the calibration, by name
+    detection: Detection | None = None  # of other texts, if there are any
 
     @property
     def methods(self) -> list[Method]:
@@ -64,7 +70,10 @@ class ClassificationResult:
             **_measured(m), "texts": len(scores.label_M),
             "models": list(dict.fromkeys(model.diffusion.provenance for model in models)),
             "methods": {
-                method.name: {**_measured(method.measures), "network_evaluations_per_text": method.evaluations}
+                method.name: {
+                    **_measured(method.measures), "network_evaluations_per_text": method.evaluations,
+                    **({} if method.weight is None else {"weight_of_this_model": method.weight}),
+                }
                 for method in self.methods
             },
             "classes": {
@@ -86,7 +95,9 @@ class ClassificationResult:
             "accuracy_after_evaluations": _curve(*self.after_draws()) if scores.has_masks else None,
             "accuracy_at_mask_rate": _curve(*self.at_mask_rates()) if scores.has_masks else None,
             "temperature": self.fitted.get("temperature"),
+            "temperature_by_length": _parameters(self.fitted.get("length")),
             "rate_weights": getattr(self.fitted.get("rate_weights"), "weight_B", None),
+            "other_texts": self.detection and self.detection.results(),
         }  # fmt: skip
 
 
@@ -99,29 +110,41 @@ def classify_split(
     log_prior_C: np.ndarray,
     compared_with: ComparedMethods,
     others: Mapping[str, Path],
+    other_texts: TextData | None,
     folder: Path,
 ) -> ClassificationResult:
     """Score `split` under every class with the same masks, apply Bayes' rule, and compare it with other methods.
 
-    Writes predictions.parquet into `folder` as soon as there are predictions. others: files of other runs, by name.
+    Writes predictions.parquet into `folder` as soon as there are predictions.
+
+    Args:
+        others: files of other runs, by name.
+        other_texts: `data` with texts from elsewhere, which p(text) is to recognise (classification/other_texts.py).
     """
 
-    def scored(name: str) -> ClassScores:
+    def scored(texts: TextData, name: str) -> ClassScores:
         return score_classes(
-            experiment.trainer, models, data, name, experiment.build.estimator, test, experiment.seed, log_prior_C
+            experiment.trainer, models, texts, name, experiment.build.estimator, test, experiment.seed, log_prior_C
         )
 
-    scores = scored(split)
-    earlier = {path: read_posterior(file, scores.text_id_M, scores.label_M) for path, file in others.items()}
+    scores = scored(data, split)
+    runs = {path: OtherRun.read(file, scores, compared_with.calibrate) for path, file in others.items()}
     plain = Method.of_network("this model", scores.posterior(log_prior_C), scores)
-    fitted = fit(scored("validation"), log_prior_C) if compared_with.calibrate else {}
+    validation = scored(data, "validation") if compared_with.calibrate or other_texts else None
+    fitted = fit(validation, log_prior_C) if compared_with.calibrate else {}
     posteriors = calibrated(fitted, scores, log_prior_C)
     write_predictions(folder, scores, plain.posterior_MC, posteriors)
-    methods = compared(experiment, models, data, split, scores, posteriors, earlier, compared_with, log_prior_C)
+    detection = detect(scores, scored(other_texts, OTHER), validation, log_prior_C) if other_texts else None
+    validation_MC = calibrated(fitted, validation, log_prior_C)["length"] if fitted else None
+    methods = compared(
+        experiment, models, data, split, scores, plain, posteriors, validation_MC, runs, compared_with, log_prior_C
+    )
     per_class = [_class_likelihood(experiment, model, label) for label, model in enumerate(models)]
     conditional = models[0].class_id is not None
     unconditional = _class_likelihood(experiment, ClassModel(models[0].diffusion), None) if conditional else None
-    return ClassificationResult(data, split, scores, log_prior_C, plain, methods, per_class, unconditional, fitted)
+    return ClassificationResult(
+        data, split, scores, log_prior_C, plain, methods, per_class, unconditional, fitted, detection
+    )
 
 
 def _class_likelihood(experiment: Experiment, model: ClassModel, label: int | None) -> Likelihood:
@@ -144,7 +167,12 @@ def _class_likelihood(experiment: Experiment, model: ClassModel, label: int | No
 def _measured(m: Measures) -> dict[str, object]:
     interval = [m.accuracy_interval.low, m.accuracy_interval.high]
     return {"accuracy": m.accuracy, "accuracy_wilson_95": interval, "macro_f1": m.macro_f1, "roc_auc": m.roc_auc,
-            "log_loss_nats": m.log_loss, "brier": m.brier, "ece": m.ece}  # fmt: skip
+            "log_loss_nats": m.log_loss, "brier": m.brier, "ece": m.ece, "aurc": m.abstention.aurc,
+            "accuracy_at_coverage": {str(share): m.abstention.at(share) for share in _COVERAGES}}  # fmt: skip
+
+
+def _parameters(by_length: LengthTemperature | None) -> dict[str, float] | None:
+    return by_length and asdict(by_length)
 
 
 def _curve(x: Sequence[float], y: Sequence[Estimate]) -> list[list[float]]:

@@ -1,4 +1,4 @@
-"""Report of a classification: accuracy, calibration, and token attributions.
+"""Report of a classification: accuracy, calibration, abstention, other texts, and token attributions.
 
 Shape suffixes: M texts, C classes.
 """
@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from palimpsest.classification.attributions import ExplainedText
-from palimpsest.classification.methods import Method
+from palimpsest.classification.methods import CALIBRATED, Method
+from palimpsest.classification.other_texts import Detection
 from palimpsest.classification.results import ClassificationResult
 from palimpsest.classification.scoring import SequentialTest
 from palimpsest.report import classification_plots as figures
@@ -39,6 +40,9 @@ def classification_report(
     """
     _accuracy(report, result, test)
     _calibration(report, result)
+    _abstention(report, result)
+    if result.detection:
+        _other_texts(report, result.detection, result.split)
     _draws(report, result, test)
     if examples:
         report.section("Token attributions", _ATTRIBUTIONS.format("" if result.scores.exact else _FROM_MASKS))
@@ -75,10 +79,11 @@ def _accuracy(report: Report, result: ClassificationResult, test: SequentialTest
         figures.accuracy_ladder(rows, "this model"), "Accuracy with 95% intervals, on the same texts.", "Accuracies"
     )
     report.table(
-        ["method", "accuracy, %, and 95%", "F1", "AUC", "log loss", "Brier", "ECE", "passes"],
+        ["method", "accuracy, %, and 95%", "F1", "AUC", "log loss", "Brier", "ECE", "AURC", "passes"],
         [_method_cells(method) for method in result.methods],
         "All on the same texts. What is fitted is fitted on the validation split. F1: mean over the classes. AUC: area "
-        "under the ROC curve. Passes: network evaluations per text, over all classes.",
+        "under the ROC curve. AURC: area under the risk–coverage curve (Abstention). Passes: network evaluations per "
+        "text, over all classes." + _ensembles(result),
     )  # fmt: skip
     report.table(
         ["class", "precision", "recall", "F1", "texts"],
@@ -93,8 +98,23 @@ def _method_cells(method: Method) -> list[object]:
     auc = "–" if m.roc_auc is None else f"{m.roc_auc:.3f}"
     passes = "–" if method.evaluations is None else f"{method.evaluations:.1f}"
     interval = Interval(100 * m.accuracy.value, 100 * accuracy.low, 100 * accuracy.high)
-    losses = [f"{m.log_loss.value:.3f}", f"{m.brier.value:.3f}", f"{m.ece:.3f}"]
+    losses = [f"{m.log_loss.value:.3f}", f"{m.brier.value:.3f}", f"{m.ece:.3f}", f"{m.abstention.aurc.value:.4f}"]
     return [method.name, interval, f"{m.macro_f1.value:.3f}", auc, *losses, passes]
+
+
+def _ensembles(result: ClassificationResult) -> str:
+    """Return what the ensembles are, if there are any."""
+    names = [method.name for method in result.others if method.name.startswith("ensemble")]
+    weight = next((method.weight for method in result.others if method.weight is not None), None)
+    text = " Ensembles average log p(class | text)." if names else ""
+    if weight is not None and result.fitted:
+        text += (
+            f" The weight of this model beside the baseline is {weight:.2f}, chosen on the validation split, on which "
+        )
+        text += "the baseline and its regularisation were chosen, too."
+    elif weight is not None:
+        text += " This model and the baseline, the best on the validation split, have equal weights."
+    return text
 
 
 def _percent(interval: object) -> str:
@@ -104,8 +124,8 @@ def _percent(interval: object) -> str:
 def _calibration(report: Report, result: ClassificationResult) -> None:
     scores, names = result.scores, result.data.label_names
     report.section("Calibration")
-    of_networks = [method for method in result.methods if method.evaluations is not None]
-    for method in [of_networks[0], *of_networks[1:][-1:]]:
+    calibrated = [method for method in result.others if method.name in CALIBRATED.values()]
+    for method in [result.plain, *calibrated[-1:]]:
         r = method.measures.reliability
         report.figure(
             figures.calibration(r.confidence_B, r.accuracy_B, r.counts_B, r.ece),
@@ -119,6 +139,43 @@ def _calibration(report: Report, result: ClassificationResult) -> None:
             "Evidence in nats, by true class.",
             "Log-likelihood ratios",
         )
+
+
+def _abstention(report: Report, result: ClassificationResult) -> None:
+    """Show the accuracy of the most confident predictions, of one calibration only: the temperature by length."""
+    left_out = {name for kind, name in CALIBRATED.items() if kind != "length"}
+    shown = {m.name: m.measures.abstention.right_M for m in result.methods if m.name not in left_out}
+    abstention = result.plain.measures.abstention
+    report.section("Abstention", _ABSTENTION)
+    half, most = abstention.at(0.5), abstention.at(0.9)
+    report.metrics(
+        [
+            Metric("accuracy", half.value, half.se, "", "on the surest 50 % of the texts"),
+            Metric("accuracy", most.value, most.se, "", "on the surest 90 %"),
+            Metric("AURC", abstention.aurc.value, abstention.aurc.se, "", "mean error rate over coverages"),
+        ]
+    )
+    report.figure(
+        figures.accuracy_against_coverage(shown, result.plain.name),
+        "Accuracy of the most confident predictions, by each method's own largest posterior. Band: 95% of this model.",
+        "Accuracy against coverage",
+    )
+
+
+def _other_texts(report: Report, found: Detection, split: str) -> None:
+    report.section("Texts from elsewhere", _OTHER_TEXTS)
+    report.metrics(
+        [
+            Metric("AUROC", found.by_likelihood.value, found.by_likelihood.se, "", "by p(text)"),
+            Metric("AUROC", found.by_typicality.value, found.by_typicality.se, "", "by typicality"),
+            Metric("AUROC", found.by_posterior.value, found.by_posterior.se, "", "by the largest posterior"),
+        ]
+    )
+    report.figure(
+        figures.likelihood_histogram({split: found.own_M, "other texts": found.other_M}, found.typical),
+        "Likelihood per token of the texts, without a class.",
+        "Likelihood of other texts",
+    )
 
 
 def _draws(report: Report, result: ClassificationResult, test: SequentialTest) -> None:
@@ -180,6 +237,13 @@ _AVERAGED = (
     " The error of few masks is averaged over, so probabilities are less extreme than the log-likelihoods alone."
 )
 _COMMON = " Every text is scored with the same masks under every class, so that mask noise cancels in the comparison."
+_ABSTENTION = "A classifier may leave texts that it is unsure of to a person. Coverage is the share that it predicts."
+_OTHER_TEXTS = (
+    "How well texts from elsewhere are told from those of the split: the probability that another text ranks as more "
+    "unusual (AUROC; 0.5: not at all). By p(text), the least likely per token is the most unusual. Simple texts can be "
+    "more likely than those of the data; by typicality, both directions are unusual. The largest posterior is what a "
+    "classifier without p(text) has."
+)
 _ABOUT_DRAWS = (
     "The likelihood is an average over random masks; the accuracy from a single draw depends on how much it masks."
 )
@@ -206,6 +270,12 @@ def classification_lines(result: ClassificationResult, samples: Sequence[Sequenc
         lines.append(
             f"  {method.name:>34}: {100 * m.accuracy.value:5.1f} % ± {100 * m.accuracy.se:.1f}, "
             f"log loss {m.log_loss.value:.3f}, ECE {m.ece:.3f}{cost}"
+        )
+    if result.detection:
+        found = result.detection
+        lines.append(
+            f"  {len(found.other_M)} other texts: AUROC {found.by_likelihood} by p(text), {found.by_typicality} by "
+            f"typicality, {found.by_posterior} by the largest posterior"
         )
     for name, texts in zip(data.label_names, samples, strict=True):
         lines += [f"\n{name}, out of masks: {text.text}" for text in texts]

@@ -1,4 +1,4 @@
-"""Figures of a classification: accuracy, calibration, and accuracy by draws.
+"""Figures of a classification: accuracy, calibration, abstention, other texts, and accuracy by draws.
 
 Like `report.plots`: each function returns a new figure in the colours of `THEME`, bars and bands are 95% intervals and
 labelled so, and values that are not finite are counted. Shapes: K classes or bins, M texts, N points.
@@ -46,6 +46,7 @@ PERCENT = FuncFormatter(lambda share, _: f"{100 * share:.10g}")
 
 _MOST_LABELLED_CLASSES = 12
 _MOST_BARS = 64
+_LEAST_COVERAGE, _LEAST_PREDICTED, _COVERAGES = 0.05, 10, 100  # of a curve against coverage: its beginning, its points
 
 
 @dataclass(frozen=True)
@@ -154,36 +155,46 @@ def calibration(confidence_K: ArrayLike, right_K: ArrayLike, count_K: ArrayLike,
 
 def llr_histogram(margin_by_label: Mapping[str, ArrayLike]) -> Figure:
     """Plot log p(x | second class) − log p(x | first) [nats] of the texts [N] of each class, in this order."""
+    first, second = (*map(str, margin_by_label), "", "")[:2]
+    return _histograms(margin_by_label, f"log p(x | {second}) − log p(x | {first})  (nats)", 0.0)
+
+
+def likelihood_histogram(nats_by_name: Mapping[str, ArrayLike], typical: float) -> Figure:
+    """Plot −log p(x) per token [nats] of groups of texts [N], with a line at the `typical` value."""
+    return _histograms(nats_by_name, "−log p(x) per token  (nats); line: median of validation texts", typical)
+
+
+def _histograms(values_by_name: Mapping[str, ArrayLike], xlabel: str, line: float) -> Figure:
+    """Plot a histogram of each group, with a vertical line."""
     figure = new_figure(3.0)
-    kept = {str(name): finite(values, values) for name, values in margin_by_label.items()}
+    kept = {str(name): finite(values, values) for name, values in values_by_name.items()}
     dropped = sum(count for _, count in kept.values())
-    margins = {name: columns[0] for name, (columns, _) in kept.items()}
-    if not sum(values.size for values in margins.values()):
-        return empty_figure(figure, f"no finite margin among {dropped:,}" if dropped else "nothing to draw")
-    first, second = (*margins, "", "")[:2]
-    axes = style_axes(figure.add_subplot(), f"log p(x | {second}) − log p(x | {first})  (nats)", "texts per bin")
-    pooled = np.concatenate(list(margins.values()))
+    groups = {name: columns[0] for name, (columns, _) in kept.items()}
+    if not sum(values.size for values in groups.values()):
+        return empty_figure(figure, f"no finite value among {dropped:,}" if dropped else "nothing to draw")
+    axes = style_axes(figure.add_subplot(), xlabel, "texts per bin")
+    pooled = np.concatenate(list(groups.values()))
     edges = np.histogram_bin_edges(pooled, bins=min(40, max(5, 2 * round(pooled.size**0.5))))
-    for i, values in enumerate(margins.values()):
+    for i, values in enumerate(groups.values()):
         colour = SERIES[i % len(SERIES)]
         counts, _ = np.histogram(values, edges)
         axes.stairs(counts, edges, fill=True, color=colour, alpha=0.22)
         axes.stairs(counts, edges, color=colour, linewidth=1.3)
-    axes.axvline(0, color=INK, linewidth=1, linestyle=(0, (4, 3)))
+    axes.axvline(line, color=INK, linewidth=1, linestyle=(0, (4, 3)))
     axes.margins(x=0.03)
     axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
-    _label_histograms(axes, margins)
+    _label_histograms(axes, groups)
     note_dropped(axes, dropped)
     return figure
 
 
-def _label_histograms(axes: Axes, margins: Mapping[str, Floats]) -> None:
-    """Name each class above its median, one line further up if names would collide."""
+def _label_histograms(axes: Axes, groups: Mapping[str, Floats]) -> None:
+    """Name each group above its median, one line further up if names would collide."""
     low, high = axes.get_xlim()
     ends = [-1.0]
-    items = [(float(np.median(v)), i, name) for i, (name, v) in enumerate(margins.items()) if v.size]
+    items = [(float(np.median(v)), i, name) for i, (name, v) in enumerate(groups.items()) if v.size]
     for median, i, name in sorted(items):
-        text = f"{name} (n = {margins[name].size:,})"
+        text = f"{name} (n = {groups[name].size:,})"
         width = len(text) / 68
         centre = min(max((median - low) / (high - low), width / 2), 1 - width / 2)
         level = next((k for k, end in enumerate(ends) if centre - width / 2 > end), len(ends))
@@ -191,6 +202,42 @@ def _label_histograms(axes: Axes, margins: Mapping[str, Floats]) -> None:
         y = 1.03 + 0.075 * level
         colour = SERIES[i % len(SERIES)]
         write(axes, centre, y, text, colour, transform=axes.transAxes, ha="center", va="bottom")
+
+
+def accuracy_against_coverage(right_by_method: Mapping[str, ArrayLike], highlight: str) -> Figure:
+    """Plot the accuracy of the most confident predictions against the share of texts that is predicted.
+
+    Args:
+        right_by_method: number of right predictions among the 1, 2, ..., N most confident texts, of each method.
+        highlight: the method with a band, which is its 95% interval (Wilson).
+    """
+    curves = {str(name): np.asarray(right, dtype=np.float64) for name, right in right_by_method.items() if len(right)}
+    figure = new_figure(3.2 + 0.11 * len(curves))
+    if not curves:
+        return empty_figure(figure)
+    axes = style_axes(
+        figure.add_subplot(), "texts predicted (% of all, the most confident first)", "accuracy (% of these)"
+    )
+    others = sorted((name for name in curves if name != highlight), key=lambda name: -curves[name][-1])
+    for i, name in enumerate([*curves.keys() & {highlight}, *others]):
+        right, total = curves[name], len(curves[name])
+        first = min(total, max(_LEAST_PREDICTED, round(_LEAST_COVERAGE * total)))
+        number = np.unique(np.linspace(first, total, _COVERAGES).round().astype(int))
+        x, y = number / total, right[number - 1] / number
+        options = {"color": SERIES[i % len(SERIES)], "linestyle": ("solid", "dashed", "dotted")[i // len(SERIES) % 3]}
+        if name == highlight:
+            intervals = [wilson_interval(k, n) for k, n in zip(right[number - 1], number, strict=True)]
+            low, high = [one.low for one in intervals], [one.high for one in intervals]
+            axes.fill_between(x, low, high, color=options["color"], alpha=0.18, linewidth=0)
+        axes.plot(x, y, label=name, linewidth=2.0 if name == highlight else 1.1, **options)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(PERCENT)
+    axes.margins(x=0.02, y=0.08)
+    # Below the axes, because names may be paths, which would leave no room beside them.
+    legend = figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=TEXT, labelcolor=INK)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    return figure
 
 
 def accuracy_against_draws(

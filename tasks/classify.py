@@ -11,6 +11,7 @@ from palimpsest.classification.attributions import explain
 from palimpsest.classification.bayes import log_prior
 from palimpsest.classification.methods import ComparedMethods
 from palimpsest.classification.models import class_models, labelled_data
+from palimpsest.classification.other_texts import with_other_texts
 from palimpsest.classification.results import classify_split
 from palimpsest.classification.scoring import SequentialTest
 from palimpsest.common.values import COUNT, FilePath, Name, list_of, real, whole
@@ -32,6 +33,7 @@ def classify(
     race: SequentialTest,
     prior: Literal["uniform", "empirical"] | Annotated[Sequence[float], list_of(real("[0, 1]"), 2, "[0.3,0.7]")],
     beside: ComparedMethods,
+    other_texts: FilePath | None,
     num_samples: Annotated[int, whole(0, COUNT)],
     num_examples: Annotated[int, whole(0, COUNT)],
     disable_ema: bool,
@@ -47,11 +49,12 @@ def classify(
     # Settings are checked before the training, which may take days.
     race.check(estimator)
     others = beside.files(split)
+    elsewhere = with_other_texts(data, other_texts, split) if other_texts else None
     counts_C = np.bincount(np.asarray(data.texts("train")["label"][:]), minlength=len(data.label_names))
     log_prior_C = log_prior(prior, counts_C)
     folder = experiment.runs.folder() / "classify" / split
     models = class_models(experiment, data, checkpoint_path, disable_ema)
-    result = classify_split(experiment, models, data, split, race, log_prior_C, beside, others, folder)
+    result = classify_split(experiment, models, data, split, race, log_prior_C, beside, others, elsewhere, folder)
     results = result.results(race, models)
     known = protocol(experiment.protocol, data, split, result.scores)
     write_results(folder, {**results, "protocol": known, "command": experiment.command})

@@ -23,6 +23,9 @@ def by_name(train, validation, test, vocab_size):
     assert [one.name for one in found] == NAMES
     for one in found:
         assert one.posterior_MC.sum(1) == pytest.approx(np.ones(len(test.label_M)))
+        assert one.validation_MC.shape == (len(validation.label_M), one.posterior_MC.shape[1])
+        if validation is test:
+            np.testing.assert_array_equal(one.validation_MC, one.posterior_MC)
     return {one.name: one.posterior_MC for one in found}
 
 

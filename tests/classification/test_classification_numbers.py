@@ -11,8 +11,14 @@ from scipy.special import log_softmax, softmax
 from sklearn import metrics as sk
 
 from palimpsest.classification.bayes import averaged_posterior, log_prior, posterior, posterior_interval
-from palimpsest.classification.calibration import RateWeights, fit_rate_weights, fit_temperature
-from palimpsest.classification.measures import macro_f1, measure, reliability
+from palimpsest.classification.calibration import (
+    LengthTemperature,
+    RateWeights,
+    fit_length_temperature,
+    fit_rate_weights,
+    fit_temperature,
+)
+from palimpsest.classification.measures import abstention, auroc, macro_f1, measure, reliability, top_log_odds
 from palimpsest.classification.sequential_test import undecided
 from palimpsest.common.metrics import wilson_interval
 
@@ -202,6 +208,63 @@ def test_wilson_interval_against_published_values():
     assert [i.high for i in found] == pytest.approx([0.3662, 0.1605, 0.1611], abs=5e-5)
 
 
+# ------------------------------------------------------------------------------------------ abstention
+def test_the_surest_predictions_by_hand():
+    found = abstention(np.array([0.1, 0.9, 0.5, 0.7]), np.array([False, True, False, True]))
+    assert found.right_M.tolist() == [1, 2, 2, 2] and found.coverage_M.tolist() == [0.25, 0.5, 0.75, 1]
+    assert found.aurc.value == pytest.approx((0 + 0 + 1 / 3 + 2 / 4) / 4)
+    assert [found.at(share).value for share in (0.5, 0.75, 1.0)] == pytest.approx([1, 2 / 3, 1 / 2])
+    assert found.at(1.0).se == pytest.approx(0.25) and found.at(0.01).value == 1
+
+
+def test_texts_of_equal_confidence_share_their_errors(rng):
+    right_M = rng.random(200) < 0.7
+    equal = abstention(np.ones(200), right_M)
+    assert equal.aurc.value == pytest.approx(1 - right_M.mean()), "no ranking: the error rate at every coverage"
+    assert equal.aurc.se == pytest.approx(np.std(right_M, ddof=1) / math.sqrt(200))
+    sure_M, sorted_M = np.array([2.0, 2, 2, 1]), np.array([True, False, True, False])
+    orders = [abstention(sure_M - 1e-6 * rng.permutation(4), sorted_M).aurc.value for _ in range(2_000)]
+    assert abstention(sure_M, sorted_M).aurc.value == pytest.approx(np.mean(orders), abs=0.01)
+
+
+def test_a_calibrated_classifier_has_the_risk_that_it_states(rng):
+    """Confidence p uniform on [1/2, 1] and right with probability p: at coverage c the risk is c / 4."""
+    p_M = rng.uniform(0.5, 1, 40_000)
+    posterior_MC = np.stack([p_M, 1 - p_M], axis=1)
+    found = measure(posterior_MC, (rng.random(40_000) > p_M).astype(int)).abstention
+    for coverage in (0.2, 0.5, 1.0):
+        assert found.at(coverage).value == pytest.approx(1 - coverage / 4, abs=4 * found.at(coverage).se)
+    assert found.aurc.value == pytest.approx(1 / 8, abs=4 * found.aurc.se) and found.aurc.se < 0.002
+
+
+def test_the_errors_of_areas_are_their_spread(rng):
+    def areas():
+        p_M = rng.uniform(0.5, 1, 200).round(int(rng.integers(2, 9)))
+        yield abstention(p_M, rng.random(200) < p_M).aurc
+        yield auroc(rng.normal(1, 1, 60).round(1), rng.normal(size=90).round(1))
+
+    found = np.array([[(one.value, one.se) for one in areas()] for _ in range(500)])
+    assert found[:, :, 1].mean(0) == pytest.approx(found[:, :, 0].std(0), rel=0.12)
+
+
+def test_an_area_under_the_roc_curve_is_that_of_scikit_learn(rng):
+    positive, negative = rng.normal(0.5, 1, 30).round(1), rng.normal(size=50).round(1)
+    expected = sk.roc_auc_score(np.repeat([1, 0], [30, 50]), np.concatenate([positive, negative]))
+    assert auroc(positive, negative).value == pytest.approx(expected)
+    assert auroc(negative, positive).value == pytest.approx(1 - expected)
+    assert auroc([2, 3], [0, 1]).value == 1 and auroc([2, 3], [0, 1]).se == 0
+    assert math.isnan(auroc([2], [0, 1]).se)
+    for bad in (([], [1.0]), ([math.nan], [1.0])):
+        with pytest.raises(ValueError, match="both kinds"):
+            auroc(*bad)
+
+
+def test_log_odds_rank_probabilities_that_round_to_one():
+    log_odds_M = np.array([70.0, 50.0, 80.0, 60.0])
+    posterior_MC = softmax(np.stack([np.zeros(4), log_odds_M], 1), axis=1)
+    assert top_log_odds(posterior_MC) == pytest.approx(log_odds_M)
+
+
 # ------------------------------------------------------------------------------------------ calibration
 def planted_labels(log_p_MC, log_prior_C, rng):
     return (log_softmax(log_p_MC + log_prior_C, axis=1) + rng.gumbel(size=log_p_MC.shape)).argmax(1)
@@ -277,3 +340,72 @@ def test_invalid_passes_are_refused(rng):
         fit_rate_weights(nats_MCP, rate_MP, label_M, log_prior_C)
     with pytest.raises(ValueError, match="share"):
         fit_rate_weights(nats_MCP[1:], 2 + rate_MP[1:], label_M[1:], log_prior_C)
+
+
+# -------------------------------------------------------------------------------- temperature by length
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0])
+def test_a_planted_growth_of_the_temperature_is_found(gamma, rng):
+    log_prior_C, tokens_M = np.log([0.2, 0.3, 0.5]), rng.integers(10, 1000, 12_000)
+    planted = LengthTemperature(6.0, gamma, float(tokens_M.mean()))
+    log_p_MC = -1000 + 8 * (tokens_M / tokens_M.mean())[:, None] ** gamma * rng.normal(size=(12_000, 3))
+    label_M = planted_labels(planted.log_p(log_p_MC, tokens_M), log_prior_C, rng)
+    found = fit_length_temperature(log_p_MC, tokens_M, label_M, log_prior_C)
+    assert found.gamma == pytest.approx(gamma, abs=0.1) and found.temperature == pytest.approx(6, rel=0.1)
+    assert found.mean_tokens == tokens_M.mean()
+
+
+def test_correlated_tokens_make_the_evidence_a_mean_per_token(rng):
+    """Each token is evidence ±mu with noise that is common to the text, but the model takes its tokens for
+    independent: the sum of n tokens says as much as one token does, so T is proportional to n."""
+    mu, sigma, num_texts = 0.2, 0.3, 20_000
+    tokens_M, label_M = rng.integers(20, 400, num_texts), rng.integers(2, size=num_texts)
+    evidence_M = mu * (2 * label_M - 1) + sigma * rng.normal(size=num_texts)
+    log_p_MC = np.stack([np.zeros(num_texts), tokens_M * 2 * mu * evidence_M], axis=1)  # as if of variance 1
+    found = fit_length_temperature(log_p_MC, tokens_M, label_M, np.log([0.5, 0.5]))
+    assert found.gamma == pytest.approx(1, abs=0.1)
+    assert found.temperature == pytest.approx(tokens_M.mean() * sigma**2, rel=0.1)
+
+
+def loss_of(log_p_MC, label_M, log_prior_C):
+    return -log_softmax(log_p_MC + log_prior_C, axis=1)[np.arange(len(label_M)), label_M].mean()
+
+
+def test_gamma_zero_is_the_plain_temperature(rng):
+    log_prior_C, log_p_MC = np.log([0.5, 0.5]), 5 * rng.normal(size=(300, 2))
+    label_M, tokens_M = planted_labels(log_p_MC / 3, log_prior_C, rng), rng.integers(10, 200, 300)
+    temperature = fit_temperature(log_p_MC, label_M, log_prior_C)
+    same = LengthTemperature(temperature, 0.0, 50.0).log_p(log_p_MC, tokens_M)
+    np.testing.assert_array_equal(same, log_p_MC / temperature)
+    equal = fit_length_temperature(log_p_MC, np.full(300, 64), label_M, log_prior_C)
+    assert equal == LengthTemperature(temperature, 0.0, 64.0), "texts of one length do not determine gamma"
+    found = fit_length_temperature(log_p_MC, tokens_M, label_M, log_prior_C)
+    by_length = loss_of(found.log_p(log_p_MC, tokens_M), label_M, log_prior_C)
+    assert by_length <= loss_of(log_p_MC / temperature, label_M, log_prior_C)
+
+
+def test_the_fitted_growth_is_the_only_optimum(rng):
+    """The log loss, at the best temperature of each gamma, falls to the fitted gamma and rises from there."""
+    log_prior_C, tokens_M = np.log([0.5, 0.5]), rng.integers(10, 1000, 1_500)
+    planted = LengthTemperature(6.0, 0.7, float(tokens_M.mean()))
+    log_p_MC = 10 * rng.normal(size=(1_500, 2)) * (tokens_M / tokens_M.mean())[:, None] ** 0.7
+    label_M = planted_labels(planted.log_p(log_p_MC, tokens_M), log_prior_C, rng)
+    found = fit_length_temperature(log_p_MC, tokens_M, label_M, log_prior_C)
+
+    def loss(gamma):
+        scaled_MC = LengthTemperature(1.0, gamma, found.mean_tokens).log_p(log_p_MC, tokens_M)
+        return loss_of(scaled_MC / fit_temperature(scaled_MC, label_M, log_prior_C), label_M, log_prior_C)
+
+    below = [loss(gamma) for gamma in np.linspace(0, found.gamma, 8)]
+    above = [loss(gamma) for gamma in np.linspace(found.gamma, 1, 8)]
+    assert (np.diff(below) < 0).all() and (np.diff(above) > 0).all()
+
+
+@pytest.mark.parametrize("tokens", [[10, 0], [10, -3], [10, math.nan], [10], [[10, 20]]])
+def test_invalid_lengths_are_refused(tokens):
+    log_p_MC, even_C = np.array([[0.0, -1.0], [-1.0, 0.0]]), np.log([0.5, 0.5])
+    with pytest.raises(ValueError, match="positive number of tokens"):
+        fit_length_temperature(log_p_MC, np.array(tokens), np.array([0, 1]), even_C)
+    with pytest.raises(ValueError, match="validation texts"):
+        fit_length_temperature(log_p_MC[:0], np.zeros(0), np.zeros(0, dtype=int), even_C)
+    with pytest.raises(ValueError, match="not finite"):
+        fit_length_temperature(log_p_MC - math.inf, np.array([1, 2]), np.array([0, 1]), even_C)

@@ -160,6 +160,9 @@ def test_predictions_come_back_for_the_same_texts_only(tmp_path):
     assert table["log_p_0"] == [-2.0, -5.0] and table["se_0"][0] == pytest.approx(1.0) and np.isnan(table["se_0"][1])
     assert table["margin"] == [2.0, 3.0] and table["margin_se"][0] == pytest.approx(1.0)
     np.testing.assert_array_equal(read_posterior(path, np.array([9]), np.array([0])), posterior[1:])
+    columns = ("calibrated_length", "calibrated_rates", "posterior")
+    found = read_posterior(path, np.array([7, 9]), np.array([0, 0]), columns)
+    np.testing.assert_array_equal(found, posterior[:, ::-1])
     for ids, labels in (([9, 8], [0, 0]), ([9], [1])):
         with pytest.raises(ValueError, match="classify.compare"):
             read_posterior(path, np.array(ids), np.array(labels))
@@ -168,24 +171,33 @@ def test_predictions_come_back_for_the_same_texts_only(tmp_path):
 
 
 def test_everything_is_reported_and_the_models_are_used_again(capsys):
+    Path("other.txt").write_text("Film the subtle my superb.\nNo film this was.\nFresh fresh fresh.\n")
     ask = [*TINY, "mode=classify", "classify.num_draws=8", "classify.confidence=0.8", "classify.calibrate=true"]
-    results = run(*ask)
+    results = run(*ask, "classify.other_texts=other.txt")
     html = next(Path().rglob("classify/test/report.html")).read_text()
     light = [*ask, "classify.baselines=false", "sampling.num_sample_log=0", "classify.num_examples=0",
              "classify.calibrate=false"]  # fmt: skip
     names = set(results["methods"])
     assert {"this model", "this model, temperature fitted", "naive Bayes, unigrams", "Bayes-optimal"} <= names
+    assert "this model, temperature by length" in names
+    (mixed,) = (method for name, method in results["methods"].items() if name.startswith("ensemble with "))
+    assert 0 <= mixed["weight_of_this_model"] <= 1 and results["temperature_by_length"]["mean_tokens"] > 1
+    assert results["accuracy_at_coverage"]["1.0"] == results["accuracy"] and results["aurc"].value >= 0
+    assert results["other_texts"]["texts"] == 3 and 0 <= results["other_texts"]["auroc_of_likelihood"].value <= 1
     assert results["texts"] == 8 and results["accuracy_wilson_95"][0] <= results["accuracy"].value
     folder = next(Path().rglob("classify/test"))
     saved = json.loads((folder / "results.json").read_text())
     assert saved["protocol"]["data"] == "reviews" and saved["network_evaluations_per_text"] <= 16
     assert [Path(model["checkpoint"]).is_file() and model["steps"] > 0 for model in saved["models"]] == [True, True]
-    assert "calibrated_temperature_1" in pq.read_table(folder / "predictions.parquet").column_names
-    for heading in ("Accuracy", "Calibration", "Accuracy by draws", "Token attributions"):
+    columns = pq.read_table(folder / "predictions.parquet").column_names
+    assert {"calibrated_temperature_1", "calibrated_length_1"} <= set(columns)
+    for heading in ("Accuracy", "Calibration", "Abstention", "Texts from elsewhere", "Accuracy by draws",
+                    "Token attributions"):  # fmt: skip
         assert heading in html
     again = run(*light, f"classify.compare=[{folder}]", "classify.prior=[0.9,0.1]")
     assert "complete:" in capsys.readouterr().out and again["prior"]["negative"] == pytest.approx(0.9)
     assert again["methods"][str(folder)]["accuracy"] == results["accuracy"]
+    assert "ensemble of 2 runs" in again["methods"] and again["other_texts"] is None
 
 
 @pytest.mark.parametrize(

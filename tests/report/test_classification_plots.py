@@ -35,6 +35,14 @@ FIGURES = {
     "llr, one empty": lambda: figures.llr_histogram({"neg": [], "pos": [1.0, 1.0]}),
     "llr, nothing": lambda: figures.llr_histogram({}),
     "llr, all infinite": lambda: figures.llr_histogram({"neg": [-math.inf]}),
+    "likelihood": lambda: figures.likelihood_histogram({"test": [1.0, 2, 2.5], "other texts": [3.0, NAN]}, 2.0),
+    "likelihood, nothing": lambda: figures.likelihood_histogram({"test": [], "other texts": []}, NAN),
+    "coverage": lambda: figures.accuracy_against_coverage(
+        {f"$m_ {i}": np.cumsum(np.arange(300) % (i + 2) > 0) for i in range(9)}, "$m_ 3"
+    ),
+    "coverage, one text": lambda: figures.accuracy_against_coverage({"ours": [1.0]}, "ours"),
+    "coverage, no text": lambda: figures.accuracy_against_coverage({"ours": []}, "ours"),
+    "coverage, nothing": lambda: figures.accuracy_against_coverage({}, "ours"),
     "draws": lambda: figures.accuracy_against_draws(
         {
             "common masks": Curve([1, 2, 4, 8], [0.6, 0.7, 0.8, 0.82], [0.02] * 4),
@@ -132,6 +140,19 @@ def test_calibration_draws_the_bins_it_is_given() -> None:
     assert "ECE 0.123\n30 texts\nbars: 95% (Wilson)" in texts(figure)
     with pytest.raises(ValueError, match="2 confidences"):
         figures.calibration([0.5, 0.6], [1], [1], 0.0)
+
+
+def test_accuracy_against_coverage_is_that_of_the_surest_texts() -> None:
+    right = {"other": [1, 1, 2, *range(3, 40)], "ours": [*range(1, 31), *[30] * 10]}
+    figure = figures.accuracy_against_coverage(right, "ours")
+    (axes,) = figure.axes
+    ours, other = (line.get_xydata() for line in axes.lines)
+    assert ours[0].tolist() == [0.25, 1] and ours[-1].tolist() == [1, 0.75], "from ten texts on"
+    assert other[-1].tolist() == [1, 39 / 40]
+    band = axes.collections[0].get_paths()[0].vertices
+    interval = wilson_interval(30, 40)
+    assert sorted({y for x, y in band if x == 1}) == pytest.approx([interval.low, interval.high])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["ours", "other"]
 
 
 def test_accuracies_are_in_percent() -> None:
