@@ -285,6 +285,13 @@ class Diffusion(lightning.LightningModule):
         if self.ema:
             self.ema.restart(self.backbone.parameters())
 
+    @torch.no_grad()
+    def forget_classes(self) -> None:
+        """Set the class embedding to that of no class, after a training without classes, which leaves it random."""
+        self.backbone.class_embed.embedding.zero_()
+        if self.ema:
+            self.ema.restart(self.backbone.parameters())
+
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Give the backbone its averaged weights, if any, within the context."""

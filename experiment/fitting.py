@@ -72,6 +72,8 @@ def initialise(experiment: Experiment, diffusion: Diffusion, data: TextData, sha
     """
     if start := experiment.weights.load_initial(diffusion, data, shared):
         print(f"starting from the weights of {start}")
+    if shared and diffusion.backbone.num_classes:
+        diffusion.forget_classes()
     if experiment.build.choices.start_from_counts:
         causal = diffusion.objective.causal
         by_class = bool(diffusion.backbone.num_classes) and data.train_splits is None
