@@ -3,6 +3,7 @@ frequencies, an end by patience, and what is reused or refused."""
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -11,7 +12,10 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from scipy.sparse import csr_matrix
+from scipy.special import log_softmax
 
+from palimpsest.classification.class_unigrams import class_biases
 from palimpsest.classification.models import class_models, pretraining_splits
 from palimpsest.common.randomness import KeyedNoise
 from palimpsest.data.sources import HubOrFolder
@@ -96,6 +100,57 @@ def test_a_conditional_network_is_told_all_but_the_asked_share(monkeypatch):
     assert len(again) == 2
     with pytest.raises(ValueError, match="one model per class"):
         class_models(exp, exp.build.data(), "run/label={label}.ckpt", False)
+
+
+# -------------------------------------------------------------------------------- classes trained against each other
+
+EVERY_STEP = [*CONDITIONAL, "trainer.log_every_n_steps=1"]
+HYBRID = [*EVERY_STEP, "classify.discriminative_weight=2"]
+
+
+def logged(folder: str) -> dict[str, list[float]]:
+    with next(Path(folder).rglob("metrics.csv")).open() as file:
+        rows = list(csv.DictReader(file))
+    return {name: [float(row[name]) for row in rows if row[name]] for name in rows[0]}
+
+
+def test_a_training_that_compares_classes_logs_them_and_ends_with_its_last_weights(monkeypatch):
+    alone, fitted = experiment(*EVERY_STEP), experiment(*HYBRID, "checkpointing.save_dir=hybrid")
+    plain = read_checkpoint(alone.fit())
+    path = fitted.fit()
+    assert path.name == "last.ckpt" and fitted.runs.patience() is None and alone.runs.patience() == 5
+    found = logged("hybrid")
+    assert len(found["train/class_cross_entropy"]) == 4 and len(found["val/class_accuracy"]) == 2
+    assert all(0 <= share <= 1 for share in found["train/class_accuracy"] + found["val/class_accuracy"])
+    assert found["train/nll"][0] == logged("run")["train/nll"][0], "the likelihood is logged without the other term"
+    assert any(not torch.equal(p, plain.state[name]) for name, p in read_checkpoint(path).state.items())
+
+
+def test_the_weight_is_part_of_a_run_only_where_it_is_set():
+    key = "classify.discriminative_weight"
+    assert key not in identity(compose_config(CONDITIONAL))
+    assert identity(compose_config(HYBRID))[key] == 2
+    shared = identity(compose_config([*HYBRID, "+data.train_splits=[train]"]))
+    assert key not in shared, "a shared start knows no classes"
+    with pytest.raises(ValueError, match="classify.discriminative_weight=2 compares the classes of one network"):
+        experiment("classify.discriminative_weight=2").build.check()
+
+
+def test_the_classes_start_where_unigrams_classify_best():
+    """Of independent tokens the biases are the true ones; where every token comes in copies, so much smaller."""
+    rng = np.random.default_rng(0)
+    p_CV = rng.dirichlet(np.full(6, 2.0), size=2)
+    label_M = rng.integers(2, size=8000)
+    counts_MV = np.stack([rng.multinomial(12, p_CV[k]) for k in label_M])
+    prior_C = np.log([0.5, 0.5])
+    for copies in (1, 3):  # every token stands `copies` times
+        parts = [(csr_matrix(copies * counts_MV[a:b]), label_M[a:b]) for a, b in ((0, 6000), (6000, 8000))]
+        bias_CV = class_biases(*parts, prior_C)
+        log_p_V = np.log((copies * counts_MV[:6000].sum(0) + 1) / (copies * counts_MV[:6000].sum() + 6))
+        found_V = np.subtract(*log_softmax(log_p_V + bias_CV, axis=1))
+        true_V = np.subtract(*np.log(p_CV)) / copies
+        slope = found_V @ true_V / (true_V @ true_V)  # the ridge shrinks them a little
+        assert 0.8 < slope < 1.05 and found_V == pytest.approx(slope * true_V, abs=0.15 / copies)
 
 
 # -------------------------------------------------------------------------------- the shared start
