@@ -1,6 +1,6 @@
 """Cost of stopping early in classification: the embedded corpus under its exact denoisers.
 
-    python -m benchmarks.exact_classification --texts 2000 --seeds 1 2 3 --output benchmarks/results/x.jsonl
+    python benchmarks/exact_classification.py --texts 2000 --seeds 1 2 3 --output benchmarks/results/x.jsonl
 
 The exact p(token | unmasked tokens, class) comes from the forward-backward algorithm on each class's grammar, so the
 masks are the only source of error. Masks and sequential test are those of mode=classify. It prints one row per
@@ -147,10 +147,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="of the texts and masks")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
+    seeds = " ".join(map(str, args.seeds))
     by_seed, lines = [compared(ReviewGrammar(), args.texts, seed) for seed in args.seeds], []
     for confidence in CONFIDENCES:
         print(f"confidence {confidence}")
-        row = {"benchmark": "exact_classification", "confidence": confidence, "texts": args.texts, "seeds": args.seeds}
+        row = {
+            "benchmark": "exact_classification", "confidence": confidence, "texts": args.texts, "seeds": args.seeds,
+            "command": f"python benchmarks/exact_classification.py --texts {args.texts} --seeds {seeds}",
+        }  # fmt: skip
         for name in by_seed[0][confidence]:
             values_M = np.concatenate([found[confidence][name] for found in by_seed])
             mean = Estimate(float(values_M.mean()), float(values_M.std() / np.sqrt(len(values_M))))
