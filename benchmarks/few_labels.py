@@ -97,7 +97,7 @@ def table(found: dict[tuple[str, float], dict[object, tuple[float, float]]], siz
 def figure(found: dict[tuple[str, float], dict[object, tuple[float, float]]], sizes: Sequence[object]) -> Figure:
     """Draw accuracy against texts per class, one panel for each share of wrong labels."""
     noises = sorted({noise for _, noise in found})
-    drawn = Figure(figsize=(1 + 4 * len(noises), 4), layout="constrained")
+    drawn = Figure(figsize=(3 + 4 * len(noises), 4), layout="constrained")
     axes = drawn.subplots(1, len(noises), sharey=True, squeeze=False)[0]
     for (method, noise), by_size in found.items():
         panel, known = axes[noises.index(noise)], [size for size in sizes if size in by_size]
@@ -107,7 +107,7 @@ def figure(found: dict[tuple[str, float], dict[object, tuple[float, float]]], si
         panel.set(title=f"{noise:.0%} wrong labels", xlabel="training texts per class")
         panel.set_xticks(range(len(sizes)), list(map(str, sizes)))
     axes[0].set_ylabel("accuracy")
-    axes[-1].legend(fontsize="small")
+    drawn.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
     return drawn
 
 
