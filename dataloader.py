@@ -47,6 +47,7 @@ from palimpsest.common.values import (
     IF_SET,
     AtLeastOne,
     BatchRamp,
+    BelowOne,
     FilePath,
     FolderName,
     Length,
@@ -96,6 +97,10 @@ class Texts:
             limits are, so that the models of all classes share one vocabulary.
         max_train_texts, max_valid_texts, max_test_texts: limits for quick runs: a fixed random choice if there are
             labels, else the first ones.
+        label_noise: share of the training texts of each class whose label is replaced by another one (data/labels.py).
+            Validation and test texts keep theirs. Nothing without labels changes: not the tokenizer, nor
+            `train_splits`.
+        texts_per_class: training texts of each class, in a fixed random order; None: all. Otherwise as `label_noise`.
         streaming: read no more of a split than its limit (tokenizers too). Without `max_train_texts` training reads
             without end, in the order of `stream`, and keeps only its `sample_texts`.
         document_mask: tokens of wrapped rows attend to their own document only. A document ends with the end token.
@@ -134,6 +139,8 @@ class Texts:
     max_train_texts: AtLeastOne | None = None
     max_valid_texts: Annotated[AtLeastOne, FREE] | None = None
     max_test_texts: Annotated[AtLeastOne, FREE] | None = None
+    label_noise: Annotated[BelowOne, IF_SET] = 0.0
+    texts_per_class: Annotated[AtLeastOne, IF_SET] | None = None
     train_splits: Sequence[str] | None = None
     protocol: Annotated[Literal["reference"], IF_SET] | None = None
     num_proc: Annotated[AtLeastOne, IF_SET] | None = None
@@ -204,6 +211,7 @@ class TextData(LightningDataModule):
         measured = with_special_tokens(plain, texts.insert_valid_special, texts.insert_valid_eos)
         self.packings = dict.fromkeys(("validation", "test"), measured)
         self.packings["train"] = with_special_tokens(plain, texts.insert_train_special, texts.insert_train_eos)
+        self.label_noise, self.texts_per_class = texts.label_noise, texts.texts_per_class
         self.limits = {
             "train": texts.max_train_texts,
             "validation": texts.max_valid_texts,
@@ -223,7 +231,10 @@ class TextData(LightningDataModule):
         check_settings(self, {texts.name, *getattr(source, "sources", ())}, texts.train, texts.valid)
 
     def _split_texts(self, label: int | None, train_splits: Sequence[str] | None) -> SplitTexts:
-        return SplitTexts(self.source, self.limits, self.streaming, self.stream.sample_texts, label, train_splits)
+        return SplitTexts(
+            self.source, self.limits, self.streaming, self.stream.sample_texts, label, train_splits, self.label_noise,
+            self.texts_per_class,
+        )  # fmt: skip
 
     @property
     def prompted(self) -> bool:

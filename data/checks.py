@@ -23,7 +23,13 @@ def check_settings(data: object, names: Iterable[str | None], train: str | None,
     truncates, room = packing.long_texts == "truncate", packing.room
     has_all_eos = all(split.eos for split in data.packings.values())
     row_by_row = "data.streaming=true without data.max_train_texts" if data.endless else "data.random_crop=true"
+    labels = {f"data.{key}": getattr(data, key) for key in ("label_noise", "texts_per_class") if getattr(data, key)}
+    of_labels = ", ".join(f"{key}={value}" for key, value in labels.items())
     mistakes = [
+        (labels and data.streaming,
+         f"{of_labels} needs all texts of each class, and data.streaming=true reads some; set data.streaming=false"),
+        (labels and hasattr(data.source, "sources"),
+         f"{of_labels}: data={data.name} joins data sets, and its texts have no labels; leave {', '.join(labels)} out"),
         (data.random_crop and (not data.wrap or packing.chunk_special),
          "data.random_crop=true crops wrapped text without special tokens; set data.wrap=true and "
          "data.insert_train_special=false"),

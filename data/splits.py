@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 import datasets
 import numpy as np
 
+from palimpsest.data.labels import first_of_each_class, with_wrong_labels
 from palimpsest.data.rows import at_most, joined, keep_label, without_texts_of
 from palimpsest.data.sources import Source
 
@@ -20,7 +21,8 @@ class SplitTexts:
         limits: split -> data.max_*_texts, None for all.
         streaming: read no more of a split than its limit; for an unlimited train split, `sample_texts`.
         label: keep only texts of this class.
-        train_splits: splits that together form the train split.
+        train_splits: splits that together form the train split, without labels.
+        label_noise, texts_per_class: of the train split, unless it is made of `train_splits` (data/labels.py).
     """
 
     source: Source
@@ -29,6 +31,8 @@ class SplitTexts:
     sample_texts: int
     label: int | None
     train_splits: Sequence[str] | None
+    label_noise: float
+    texts_per_class: int | None
     _texts: dict[str, datasets.Dataset] = field(default_factory=dict)
 
     def read(self, split: str) -> datasets.Dataset:
@@ -74,6 +78,9 @@ class SplitTexts:
         rows = self.read(split)
         if "text_id" not in rows.column_names:
             rows = rows.add_column("text_id", np.arange(len(rows)))
+        if split == "train" and self.train_splits is None:
+            rows = first_of_each_class(rows, self.texts_per_class, self.source.label_names)
+            rows = with_wrong_labels(rows, self.label_noise, self.source.label_names)
         if self.label is not None:
             rows = keep_label(rows, self.label, self.source.label_names, split)
         if split not in SPLITS:

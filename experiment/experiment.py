@@ -51,6 +51,8 @@ class Experiment:
         changes = {
             "data.train_splits": pretraining_splits(pretrain, self.build.data().splits),
             "data.label": None,
+            "data.label_noise": 0,  # texts without labels, all of them
+            "data.texts_per_class": None,
             "trainer.max_steps": self.build.choices.pretrain_steps,
             "classify.pretrain": None,
             "training.freeze": None,

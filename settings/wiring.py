@@ -8,8 +8,8 @@ from __future__ import annotations
 _TEXTS = ("tokenizer_name_or_path", "tokenizer_folder", "vocab_size", "mask_token", "name", "train", "valid",
           "streaming", "document_mask", "random_crop", "wrap", "insert_train_special", "insert_valid_special",
           "insert_train_eos", "insert_valid_eos", "score_special", "fill", "segments", "segment_room", "long_texts",
-          "drop_empty", "label", "max_train_texts", "max_valid_texts", "max_test_texts", "train_splits", "protocol",
-          "num_proc", "cache_dir")  # fmt: skip
+          "drop_empty", "label", "max_train_texts", "max_valid_texts", "max_test_texts", "label_noise",
+          "texts_per_class", "train_splits", "protocol", "num_proc", "cache_dir")  # fmt: skip
 _TRAINER = ("num_sanity_val_steps", "max_steps", "log_every_n_steps", "limit_train_batches", "limit_val_batches",
             "limit_test_batches", "val_check_interval", "fast_dev_run", "gradient_clip_val", "gradient_clip_algorithm",
             "benchmark", "deterministic", "detect_anomaly", "sync_batchnorm", "enable_autolog_hparams", "min_steps",

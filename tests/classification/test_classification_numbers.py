@@ -85,8 +85,29 @@ def test_exact_models_lose_little_by_the_draws(rng):
     rank_MKL = rng.random((300, 64, length)).argsort(-1)
     nats_MCK = np.einsum("mcl,mkl->mck", nats_MCL, rank_MKL < masked_MK[..., None], optimize=True)
     nats_MCK *= (length / masked_MK)[:, None]
-    averaged, plain = excess(sequentially_drawn(nats_MCK, 0.9), -nats_MCL.sum(-1))
+    all_draws, _ = excess(nats_MCK, -nats_MCL.sum(-1))
+    drawn_MCK = sequentially_drawn(nats_MCK.copy(), 0.9)
+    same_number, _ = excess(nats_MCK[:, :, : round((~np.isnan(drawn_MCK[:, 0])).sum(1).mean())], -nats_MCL.sum(-1))
+    averaged, plain = excess(drawn_MCK, -nats_MCL.sum(-1))
     assert averaged < 0.03 and averaged < 0.75 * plain
+    assert averaged < same_number and averaged < all_draws + 0.02
+
+
+@pytest.mark.parametrize(("draws", "spread"), [("gauss", 5), ("gauss", 20), ("lognormal", 10), ("lognormal", 20)])
+def test_stopping_early_loses_nothing_against_as_many_draws_for_every_text(draws, spread, rng):
+    """Averages over two data sets, so that the allowance of 0.02 nats is three standard errors."""
+    lost = []
+    for _ in range(2):
+        true_MC = np.stack([np.zeros(800), spread * rng.normal(size=800)], axis=1)
+        noise_MCK = rng.normal(size=(800, 2, 64))
+        if draws == "lognormal":
+            noise_MCK = (np.exp(noise_MCK) - math.exp(0.5)) / math.sqrt(math.e * (math.e - 1))
+        noise_MCK[:, 0] = 0
+        nats_MCK = noise_MCK * rng.uniform(15, 60, 800)[:, None, None] - true_MC[:, :, None]
+        drawn_MCK = sequentially_drawn(nats_MCK.copy(), 0.9)
+        number = round((~np.isnan(drawn_MCK[:, 0])).sum(1).mean())
+        lost.append(excess(drawn_MCK, true_MC)[0] - excess(nats_MCK[:, :, :number], true_MC)[0])
+    assert np.mean(lost) < 0.02
 
 
 def test_without_an_error_the_average_is_bayes_rule(rng):

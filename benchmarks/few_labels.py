@@ -1,0 +1,152 @@
+"""Accuracy against the number of labels and the share of wrong ones: diffusion, left-to-right model, baselines.
+
+    DATA_DIR=/path/to/data python benchmarks/few_labels.py --data imdb --texts 100 1000 all --noise 0 0.2 --seeds 1 2 \\
+        --steps 600 --output benchmarks/results/few_labels_imdb.jsonl
+
+Each cell (texts per class, noise, seed, model) is one run of mode=classify with one conditional network, and one line
+of OUTPUT. The training texts and their wrong labels are the same for all models and seeds (data/labels.py); validation
+and test labels are clean. The baselines come from the same runs as the diffusion model. A second start skips the cells
+that are in OUTPUT. At the end it prints a Markdown table and draws OUTPUT.svg, with 95 % intervals that contain the
+spread over test texts and over seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from palimpsest.experiment.running import run
+from palimpsest.settings.command_line import compose_config
+
+DATA = {
+    "reviews": ["data=reviews"],
+    "imdb": ["experiment=imdb_classifier_cpu", "classify.calibrate=false"],
+    "ag_news": ["experiment=ag_news_classifier_cpu", "classify.calibrate=false"],
+}
+MODELS = {"diffusion": ["classify.baselines=true"],
+          "left-to-right": ["algo=ar", "training.loss_weight=elbo", "classify.baselines=false"]}  # fmt: skip
+ALL = "all"
+
+
+def measured(cell: dict[str, object], more: Sequence[str], folder: Path) -> dict[str, object]:
+    """Train and classify one cell; return its line."""
+    texts = "null" if cell["texts_per_class"] == ALL else cell["texts_per_class"]
+    steps = cell["steps"]
+    words = [
+        "mode=classify", *DATA[cell["data"]], *MODELS[cell["model"]], "classify.sharing=conditional",
+        f"data.texts_per_class={texts}", f"data.label_noise={cell['noise']}", f"seed={cell['seed']}",
+        f"trainer.max_steps={steps}", f"trainer.val_check_interval={max(1, steps // 10)}",
+        f"checkpointing.save_dir={folder}", "sampling.num_sample_log=0", "classify.num_examples=0", *more,
+    ]  # fmt: skip
+    began = time.monotonic()
+    results = run(compose_config(words), "benchmarks/few_labels.py")
+    methods = {
+        cell["model"] if name == "this model" else name: {
+            "accuracy": found["accuracy"].value, "se": found["accuracy"].se,
+            "log_loss_nats": found["log_loss_nats"].value, "ece": found["ece"],
+        }
+        for name, found in results["methods"].items()
+    }  # fmt: skip
+    seconds = round(time.monotonic() - began, 1)
+    return {"benchmark": "few_labels", **cell, "more": list(more), "test_texts": results["texts"],
+            "seconds": seconds, "methods": methods}  # fmt: skip
+
+
+def key(line: dict[str, object]) -> str:
+    """Return what identifies a cell."""
+    names = ("data", "texts_per_class", "noise", "seed", "model", "steps", "more")
+    return json.dumps([line[name] for name in names])
+
+
+def summary(lines: Sequence[dict[str, object]]) -> dict[tuple[str, float], dict[object, tuple[float, float]]]:
+    """Return (method, noise) -> texts per class -> mean accuracy over seeds and half its 95 % interval.
+
+    The variance of the mean is that of one run's test texts, which the seeds share, plus that of the mean over seeds.
+    """
+    runs = defaultdict(lambda: defaultdict(list))
+    for line in lines:
+        for method, found in line["methods"].items():
+            runs[method, line["noise"]][line["texts_per_class"]].append((found["accuracy"], found["se"]))
+    found = defaultdict(dict)
+    for name, by_size in runs.items():
+        for size, values in by_size.items():
+            accuracy, se = np.array(values).T
+            of_seeds = accuracy.var(ddof=1) / len(accuracy) if len(accuracy) > 1 else 0.0
+            found[name][size] = (float(accuracy.mean()), 1.96 * math.sqrt((se**2).mean() + of_seeds))
+    return found
+
+
+def table(found: dict[tuple[str, float], dict[object, tuple[float, float]]], sizes: Sequence[object]) -> str:
+    """Return a Markdown table of accuracies, %."""
+    rows = ["| wrong labels | method | " + " | ".join(map(str, sizes)) + " |", "|---|---|" + "---|" * len(sizes)]
+    for (method, noise), by_size in sorted(found.items(), key=lambda item: item[0][1]):
+        cells = [f"{100 * by_size[s][0]:.1f} ± {100 * by_size[s][1]:.1f}" if s in by_size else "–" for s in sizes]
+        rows.append(f"| {noise:g} | {method} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def figure(found: dict[tuple[str, float], dict[object, tuple[float, float]]], sizes: Sequence[object]) -> Figure:
+    """Draw accuracy against texts per class, one panel for each share of wrong labels."""
+    noises = sorted({noise for _, noise in found})
+    drawn = Figure(figsize=(3 + 4 * len(noises), 4), layout="constrained")
+    axes = drawn.subplots(1, len(noises), sharey=True, squeeze=False)[0]
+    for (method, noise), by_size in found.items():
+        panel, known = axes[noises.index(noise)], [size for size in sizes if size in by_size]
+        mean, half = zip(*(by_size[size] for size in known), strict=True)
+        panel.errorbar([sizes.index(size) for size in known], mean, half, label=method, marker="o", capsize=2)
+    for panel, noise in zip(axes, noises, strict=True):
+        panel.set(title=f"{noise:.0%} wrong labels", xlabel="training texts per class")
+        panel.set_xticks(range(len(sizes)), list(map(str, sizes)))
+    axes[0].set_ylabel("accuracy")
+    drawn.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
+    return drawn
+
+
+def read(path: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", choices=DATA, default="reviews")
+    parser.add_argument("--texts", nargs="+", default=["8", "32", "128", ALL], help="per class; all: every text")
+    parser.add_argument("--noise", type=float, nargs="+", default=[0.0, 0.2, 0.4], help="share of wrong labels")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--more", nargs="*", default=[], help="further overrides for every run")
+    args = parser.parse_args(words)
+    sizes = [ALL if size == ALL else int(size) for size in args.texts]
+    cells = [
+        {"data": args.data, "texts_per_class": size, "noise": noise, "seed": seed, "model": model, "steps": args.steps}
+        for seed in args.seeds for noise in args.noise for size in sizes for model in args.models
+    ]  # fmt: skip
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    present = {key(line) for line in read(args.output)}
+    wanted = [key({**cell, "more": args.more}) for cell in cells]
+    for number, (cell, name) in enumerate(zip(cells, wanted, strict=True)):
+        if name in present:
+            continue
+        folder = Path("outputs/few_labels") / "-".join(map(str, cell.values()))
+        line = measured(cell, args.more, folder)
+        with args.output.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        shutil.rmtree(folder)  # a cell is one line; the weights of many would fill the disk
+        print(f"{number + 1} of {len(cells)}: {json.dumps(line)}", flush=True)
+    found = summary([line for line in read(args.output) if key(line) in wanted])
+    print(table(found, sizes))
+    figure(found, sizes).savefig(args.output.with_suffix(".svg"), metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()
