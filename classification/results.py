@@ -47,6 +47,15 @@ class ClassificationResult:
     def methods(self) -> list[Method]:
         return [self.plain, *self.others]
 
+    @property
+    def nll_of_own_class(self) -> Estimate:
+        """Nats per token of the validation texts under their own class."""
+        tokens_C = np.array([one.scores.tokens_M.sum() for one in self.per_class], dtype=np.float64)
+        share_C = tokens_C / tokens_C.sum()
+        value = sum(share * one.model.value for share, one in zip(share_C, self.per_class, strict=True))
+        variance = sum((share * one.model.se) ** 2 for share, one in zip(share_C, self.per_class, strict=True))
+        return Estimate(float(value), float(variance**0.5))
+
     def after_draws(self) -> tuple[np.ndarray, list[Estimate]]:
         """Return network evaluations per class, and the accuracy after them; stopped texts keep their prediction."""
         passes = self.scores.passes
@@ -86,6 +95,7 @@ class ClassificationResult:
             "confusion": m.confusion_CC,
             typical.KEY: typical.quantiles(scores, self.log_prior_C),
             "prior": dict(zip(names, np.exp(self.log_prior_C), strict=True)),
+            "nll_of_own_class_nats_per_token": self.nll_of_own_class,
             "nll_without_class_nats_per_token": self.unconditional.model if self.unconditional else None,
             "margin_monte_carlo_se_nats": _finite_mean(scores.margin_se_M),
             "estimator": scores.label, "masks": test.masks, "confidence": test.confidence,

@@ -22,7 +22,8 @@ _PREDICTIONS = "predictions.parquet"
 # What must be equal for two likelihoods to be comparable.
 _PROTOCOL = ("kind", "data", "split", "label", "tokenizer", "detokenizer", "length", "wrap", "prefix_length",
              "score_special", "fill", "law")  # fmt: skip
-_FIGURES = ("accuracy", "log_loss_nats", "ece", "nll_nats_per_token", "perplexity", "generative_perplexity",
+_FIGURES = ("accuracy", "log_loss_nats", "ece", "nll_nats_per_token",
+            "nll_of_own_class_nats_per_token", "perplexity", "generative_perplexity",
             "unigram_entropy", "network_evaluations_per_text", "network_evaluations_per_sample")  # fmt: skip
 _SPEED = "train/tokens_per_s"
 

@@ -54,7 +54,7 @@ def classification_report(
 
 
 def _accuracy(report: Report, result: ClassificationResult, test: SequentialTest) -> None:
-    m, scores = result.plain.measures, result.scores
+    m, scores, nll = result.plain.measures, result.scores, result.nll_of_own_class
     names = result.data.label_names
     report.section(
         "Accuracy",
@@ -67,6 +67,7 @@ def _accuracy(report: Report, result: ClassificationResult, test: SequentialTest
             Metric("accuracy", m.accuracy.value, m.accuracy.se, "", f"95%: {_percent(m.accuracy_interval)}"),
             Metric("macro F1", m.macro_f1.value, m.macro_f1.se),
             Metric("log loss", m.log_loss.value, m.log_loss.se, "nats"),
+            Metric("NLL under its own class", nll.value, nll.se, "nats/token", "validation texts"),
             Metric("texts", float(len(scores.label_M))),
             Metric("network evaluations", float(scores.evaluations_M.mean()), None, "per text", "over all classes"),
             Metric("time", 1000 * scores.seconds / len(scores.label_M), None, "ms/text"),
