@@ -29,6 +29,7 @@ from palimpsest.models.class_conditioning import UNCONDITIONAL
 from palimpsest.settings.command_line import compose_config
 from palimpsest.settings.identity import identity
 from tests.helpers.commands import TINY, run
+from tests.helpers.networks import same_weights
 from tests.helpers.texts import text_data
 
 RUN = [*TINY, "checkpointing.save_dir=run", "sampling.num_sample_log=0", "trainer.max_steps=4",
@@ -124,6 +125,14 @@ def test_a_training_that_compares_classes_logs_them_and_ends_with_its_last_weigh
     assert all(0 <= share <= 1 for share in found["train/class_accuracy"] + found["val/class_accuracy"])
     assert found["train/nll"][0] == logged("run")["train/nll"][0], "the likelihood is logged without the other term"
     assert any(not torch.equal(p, plain.state[name]) for name, p in read_checkpoint(path).state.items())
+
+
+def test_a_resumed_training_compares_classes_as_an_uninterrupted_one():
+    settings = [*HYBRID, "model.dropout=0.2", "lr_scheduler=constant_warmup"]
+    whole = experiment(*settings, "checkpointing.save_dir=whole").fit()
+    begun = [*settings, "checkpointing.save_dir=begun"]
+    experiment(*begun, "trainer.max_steps=2").fit()
+    assert same_weights(whole, experiment(*begun).fit())
 
 
 def test_the_weight_is_part_of_a_run_only_where_it_is_set():
