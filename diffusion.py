@@ -14,7 +14,6 @@ from typing import Protocol
 
 import lightning
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from palimpsest.common.metrics import NLLMeter
@@ -27,7 +26,7 @@ from palimpsest.models.ema import EMA
 from palimpsest.models.freezing import refuse_frozen
 from palimpsest.models.sharding import shard
 from palimpsest.objectives.base import Batch, BoundModel, Objective, TokenLoss, scored_mask
-from palimpsest.objectives.contrast import class_log_odds
+from palimpsest.objectives.contrast import class_log_joint, class_losses
 from palimpsest.objectives.mlm import cross_entropy_at
 from palimpsest.objectives.reduction import StepLoss, scale_gradients
 from palimpsest.process import Absorbing
@@ -36,7 +35,7 @@ from palimpsest.training.updates import Updates
 log = logging.getLogger(__name__)
 MASK_RATES = ("sampling_eps_min", "sampling_eps_max")
 _NEAR_ZERO = 0.03  # above 0.02, the standard deviation of new matrices of the transformers library
-_CONTRAST = 1  # sets the random numbers of the compared classes apart
+_CONTRAST = -1  # sets the random numbers of the compared classes apart; draws are numbered from 0
 _FORWARD_METHODS = ("training_step", "validation_step", "cross_entropy_at")  # methods that need unsharded weights
 
 
@@ -114,7 +113,8 @@ class Diffusion(lightning.LightningModule):
         self.identity = dict(identity or {})
         self.label_dropout = label_dropout
         self.discriminative_weight = discriminative_weight
-        self.log_prior_C: Tensor | None = None  # of the training texts; without it no classes are compared
+        # Of the training texts; without it no classes are compared.
+        self.register_buffer("log_prior_C", None, persistent=False)
         self.valid_nll = NLLMeter(over_devices=True)
         self.provenance: Provenance | None = None
         self.updates = Updates()
@@ -136,6 +136,10 @@ class Diffusion(lightning.LightningModule):
         """True in a training with the classes' cross-entropy."""
         return self.discriminative_weight > 0 and self.log_prior_C is not None
 
+    def compare_classes(self, share_C: Tensor) -> None:
+        """Compare classes in this training, whose texts have these shares, if `discriminative_weight` is not 0."""
+        self.log_prior_C = share_C.double().log()
+
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Return the loss and the counts that training/callbacks/metrics.py adds up."""
         # Dropout uses torch's global generator; seed it for every micro-batch, so that a resumed run repeats it.
@@ -149,11 +153,11 @@ class Diffusion(lightning.LightningModule):
         if self.compares_classes:
             place_B, size_B = self.plan.place(batch["position"])
             noise = training_noise(hash_seed(self.seed, _CONTRAST), batch["position"], size_B, place_B)
-            log_odds_BK = self.class_log_odds(batch, noise, hash_seed(dropout_seed, _CONTRAST))
-            sums_3 = class_sums(log_odds_BK)
-            # `StepLoss` gives the gradient of nats per row and divides it by the tokens of the step afterwards.
-            tokens_per_row = found["tokens"] / len(log_odds_BK)
-            found["loss"] = found["loss"] + self.discriminative_weight * tokens_per_row * sums_3[0] / sums_3[2]
+            sums_3 = self.class_sums(batch, noise, hash_seed(dropout_seed, _CONTRAST))
+            # Nats per row times the tokens per row: `StepLoss` divides the gradient by the tokens of the step. So with
+            # several micro-batches each counts by its tokens.
+            rows = len(batch["label"])
+            found["loss"] = found["loss"] + self.discriminative_weight * found["tokens"] * sums_3[0] / rows**2
             found["means"] = {**found["means"], **_means(sums_3.detach())}
         return found
 
@@ -175,11 +179,12 @@ class Diffusion(lightning.LightningModule):
         batch = {**self.with_conditioning(batch, dropped_B), "step": torch.tensor(self.global_step)}
         return self.objective.loss(self.backbone, batch, noise)
 
-    def class_log_odds(self, batch: Batch, noise: KeyedNoise, dropout_seed: int) -> Tensor:
-        """Return the log joint probabilities of texts and compared classes (objectives/contrast.py), (B, K)."""
-        log_prior_C = self.log_prior_C.to(self.device)
+    def class_sums(self, batch: Batch, noise: KeyedNoise, dropout_seed: int) -> Tensor:
+        """Return the cross-entropy of the texts' classes, how many are the most probable, and the texts, (3,)."""
         seed_dropout = partial(seed_generator_of, self.device, dropout_seed)
-        return class_log_odds(self.objective, self.backbone, batch, log_prior_C, noise, seed_dropout)
+        log_joint_BK = class_log_joint(self.objective, self.backbone, batch, self.log_prior_C, noise, seed_dropout)
+        losses_B2 = class_losses(log_joint_BK, len(self.log_prior_C))
+        return torch.cat([losses_B2.sum(0), losses_B2.new_full((1,), len(losses_B2))])
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         batch = self.with_conditioning(batch)
@@ -187,8 +192,7 @@ class Diffusion(lightning.LightningModule):
         loss = self.objective.bound(None).loss(self.backbone, batch, noise)
         self.valid_nll.update(loss.nll_BL.sum(-1), loss.mask_BL.sum(-1), batch)
         if self.compares_classes:
-            log_odds_BK = self.class_log_odds(batch, evaluation_noise(self.seed, batch["sample_id"]), self.seed)
-            self._class_sums = self._class_sums + class_sums(log_odds_BK)
+            self._class_sums += self.class_sums(batch, evaluation_noise(self.seed, batch["sample_id"]), self.seed)
         if self._search and batch_idx < self._search.num_batches:
             noise = evaluation_noise(hash_seed(self.seed, self.global_step), batch["sample_id"])
             losses = self.objective.block_losses(self.backbone, batch, noise)
@@ -211,7 +215,8 @@ class Diffusion(lightning.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         self.valid_nll.reset()
-        self._clip_sums = self._class_sums = 0.0
+        self._clip_sums = 0.0
+        self._class_sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         self._ema_context = self.averaged()
         self._ema_context.__enter__()
 
@@ -377,14 +382,6 @@ def _counts(loss: TokenLoss, batch: Batch, encodes: int) -> dict[str, Tensor]:
         "means": loss.means,
         **logs,
     }
-
-
-def class_sums(log_odds_BK: Tensor) -> Tensor:
-    """Return the cross-entropy of the own class (column 0), how often it is the most probable, and the rows, (3,)."""
-    own_B = torch.zeros(len(log_odds_BK), dtype=torch.long, device=log_odds_BK.device)
-    cross_entropy = F.cross_entropy(log_odds_BK, own_B, reduction="sum")
-    right = (log_odds_BK.argmax(1) == 0).to(log_odds_BK.dtype).sum()
-    return torch.stack([cross_entropy, right, torch.full_like(right, len(log_odds_BK))])
 
 
 def _means(sums_3: Tensor) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ spread over test texts and over seeds.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import shutil
@@ -137,7 +138,8 @@ def main(words: Sequence[str] | None = None) -> None:
     for number, (cell, name) in enumerate(zip(cells, wanted, strict=True)):
         if name in present:
             continue
-        folder = Path("outputs/few_labels") / "-".join(map(str, cell.values()))
+        more = hashlib.sha256(" ".join(args.more).encode()).hexdigest()[:8]
+        folder = Path("outputs/few_labels") / "-".join(map(str, [*cell.values(), more]))
         line = measured(cell, args.more, folder)
         with args.output.open("a") as file:
             file.write(json.dumps(line) + "\n")

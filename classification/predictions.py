@@ -78,7 +78,9 @@ def read_posterior(
             f"number {missing[0]}); classify the same split there, with no smaller data.max_test_texts"
         )
     rows_M = np.array([row_of[text] for text in text_id_M.tolist()])
-    column = next(name for name in columns if f"{name}_0" in table)
+    column = next((name for name in columns if f"{name}_0" in table), None)
+    if column is None:
+        raise ValueError(f"classify.compare: {path} has no column {' or '.join(f'{name}_0' for name in columns)}")
     names = sorted((n for n in table if n.rpartition("_")[0] == column), key=lambda n: int(n.rpartition("_")[2]))
     if (np.asarray(table["label"])[rows_M] != label_M).any():
         raise ValueError(f"classify.compare: {path} has other labels for these texts; it is about another data set")

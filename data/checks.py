@@ -28,6 +28,9 @@ def check_settings(data: object, names: Iterable[str | None], train: str | None,
     mistakes = [
         (labels and data.streaming,
          f"{of_labels} needs all texts of each class, and data.streaming=true reads some; set data.streaming=false"),
+        (labels and data.latents is not None,
+         f"{of_labels} with latents=: the latents are fitted on all training texts; leave {', '.join(labels)} out, or "
+         "set latents=none"),
         (labels and hasattr(data.source, "sources"),
          f"{of_labels}: data={data.name} joins data sets, and its texts have no labels; leave {', '.join(labels)} out"),
         (data.random_crop and (not data.wrap or packing.chunk_special),

@@ -55,9 +55,11 @@ class Experiment:
             "data.texts_per_class": None,
             "trainer.max_steps": self.build.choices.pretrain_steps,
             "classify.pretrain": None,
+            "classify.discriminative_weight": 0.0,
             "training.freeze": None,
             "checkpointing.save_dir": str(join_path(self.runs.checkpoint_root, "pretrained")),
             "checkpointing.resume_ckpt_path": None,
+            **({"optim.class_lr": None} if "class_lr" in self._cfg.optim else {}),
         }
         return Experiment(with_changes(self._cfg, changes), self.command, shared=True)
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from palimpsest.classification.bayes import log_prior
 from palimpsest.classification.class_unigrams import class_biases
 from palimpsest.common.files import PathOrUrl
 from palimpsest.data.unigram import counts_by_text, token_counts
@@ -49,9 +48,8 @@ def _fit(experiment: Experiment, label: int | None) -> PathOrUrl:
     title = "train" if data.label is None else f"train label={data.label}"
     trainer = experiment.trainer(title if data.train_splits is None else "train the shared start", label)
     diffusion = experiment.build.diffusion(data)
-    if experiment.build.choices.conditional and data.train_splits is None:
-        counts_C = np.bincount(np.asarray(data.texts("train")["label"][:]), minlength=len(data.label_names))
-        diffusion.log_prior_C = torch.from_numpy(log_prior("empirical", counts_C))
+    if diffusion.discriminative_weight:
+        diffusion.compare_classes(_shares_of_classes(data))
     if resume:
         print(f"resuming from {resume}")
     else:
@@ -80,10 +78,24 @@ def initialise(experiment: Experiment, diffusion: Diffusion, data: TextData, sha
         counts_CV = torch.from_numpy(token_counts(data, causal, by_class))
         before = experiment.pretraining.build.data() if shared else None
         before_V = None if before is None else torch.from_numpy(token_counts(before, causal)[0])
-        biases = torch.from_numpy(_class_biases(diffusion, data)) if by_class and diffusion.compares_classes else None
+        biases = None
+        if by_class and diffusion.compares_classes:
+            counts_MV, label_M = counts_by_text(data, "train", causal)
+            biases = torch.from_numpy(class_biases(counts_MV, label_M, diffusion.log_prior_C.numpy()))
         diffusion.start_from_counts(counts_CV, before_V, biases)
 
 
-def _class_biases(diffusion: Diffusion, data: TextData) -> np.ndarray:
-    train, validation = (counts_by_text(data, split, diffusion.objective.causal) for split in ("train", "validation"))
-    return class_biases(train, validation, diffusion.log_prior_C.numpy())
+def _shares_of_classes(data: TextData) -> torch.Tensor:
+    """Return each class's share of the training texts, (C,)."""
+    if data.label_names is None:
+        raise ValueError(
+            f"classify.discriminative_weight compares classes, and data={data.name} has none; leave it out"
+        )
+    counts_C = np.bincount(np.asarray(data.texts("train")["label"][:]), minlength=len(data.label_names))
+    if not counts_C.all():
+        absent = np.flatnonzero(counts_C == 0).tolist()
+        raise ValueError(
+            f"classify.discriminative_weight compares classes, and there is no training text of {absent}; use more of "
+            "data.max_train_texts, or leave it out"
+        )
+    return torch.from_numpy(counts_C / counts_C.sum())

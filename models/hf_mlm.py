@@ -85,13 +85,13 @@ class HFMaskedLM(published.PublishedBackbone):
         parent, _, attribute = self._head_path.rpartition(".")
         setattr(self.model.get_submodule(parent), attribute, nn.Identity())
         self.head = head
-        if input_BLD is not None:
-            self._check_encode(input_BLD)
         if num_classes:
             self.class_embed = ClassEmbedding(num_classes, self.model.get_input_embeddings().embedding_dim)
             nn.init.normal_(self.class_embed.embedding, std=_CLASS_SCALE)
             self.head = ClassHead(head, num_classes)
             self.num_classes = num_classes
+        if input_BLD is not None:
+            self._check_encode(input_BLD)
         self.train()
 
     @property
@@ -180,12 +180,13 @@ class HFMaskedLM(published.PublishedBackbone):
         """Check that `encode` gives the input of the head, and that tokens on the right are seen unless they are
         padding."""
         ids_BL = self._probe()
-        hidden_BLD = self.encode(ids_BL)
+        width = input_BLD.shape[-1]  # the columns of the classes follow
+        hidden_BLD = self.encode(ids_BL)[..., :width]
         if not published.close(hidden_BLD, input_BLD):
             _refuse(self.model.config, "without its last linear layer it computes something else")
         if torch.equal(hidden_BLD[0, 0], hidden_BLD[1, 0]):
             _refuse(self.model.config, "it does not see what stands on the right (is_decoder)")
-        padded_BLD = self.encode(ids_BL, attention_mask=torch.tensor([[True, True, False]]).expand(2, 3))
+        padded_BLD = self.encode(ids_BL, attention_mask=torch.tensor([[True, True, False]]).expand(2, 3))[..., :width]
         if not published.close(padded_BLD[0, :2], padded_BLD[1, :2]):
             _refuse(self.model.config, "it does not hide padding")
 

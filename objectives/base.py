@@ -25,8 +25,8 @@ from palimpsest.process import Absorbing, Process
 
 Batch = Mapping[str, Tensor]
 MAX_SIGMA = 50.0
-# Lowest mask rate at which classes are compared in training: a mask of 70 % or more tells them apart best, one of a few
-# percent hardly at all (docs/log.md).
+# Lowest mask rate at which classes are compared in training. On IMDB a single mask of 87 % tells them apart in 83 % of
+# the reviews, one of 12 % in 65 % (docs/log.md).
 _CONTRASTED = 0.4
 
 
@@ -120,8 +120,8 @@ class Objective(ABC):
         """
 
     def contrasted(self) -> Objective:
-        """Return the objective whose loss compares classes in training: the bound, from high mask rates if masks are
-        drawn."""
+        """Return the objective by whose loss classes are compared in training: the bound. Objectives that draw exact
+        numbers of masks draw at least 40 % of the tokens, where classes differ most."""
         return self.bound(None)
 
     def check_network(self, network: type[Backbone]) -> None:  # noqa: B027 - most take any

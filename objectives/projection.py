@@ -31,17 +31,17 @@ _NOTHING = (False, False, False)
 Step = Callable[[Tensor, tuple[Tensor, ...], Tensor | None], tuple[Tensor, Tensor | None]]
 
 
-_weighted_afterwards = ContextVar("weighted_afterwards", default=False)
+_gradients_afterwards = ContextVar("gradients_afterwards", default=False)
 
 
 @contextmanager
-def weighted_afterwards() -> Iterator[None]:
-    """Ignore every `weight_N` within the context, for losses whose weights are computed from the losses themselves."""
-    token = _weighted_afterwards.set(True)
+def gradients_afterwards() -> Iterator[None]:
+    """Compute gradients in the backward pass, for losses whose positions have weights that are not known before."""
+    token = _gradients_afterwards.set(True)
     try:
         yield
     finally:
-        _weighted_afterwards.reset(token)
+        _gradients_afterwards.reset(token)
 
 
 def _chunks(num_rows: int, vocab_size: int, device: torch.device) -> Iterator[slice]:
@@ -165,8 +165,9 @@ def _common_factor(grad_N: Tensor, weight_N: Tensor) -> Tensor:
 def _operands(hidden_ND: Tensor, head: nn.Linear) -> list[Tensor | None]:
     """Return hidden states, weight and bias (if any) in autocast's precision, which skips custom functions."""
     device = hidden_ND.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
-    return [None if tensor is None else tensor.to(dtype) for tensor in (hidden_ND, head.weight, head.bias)]
+    weight_VD = head.weight  # once: the head of a network that is told classes may put it together
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype
+    return [None if tensor is None else tensor.to(dtype) for tensor in (hidden_ND, weight_VD, head.bias)]
 
 
 def _losses(
@@ -177,7 +178,7 @@ def _losses(
     banned_id: int | None,
     weight_N: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    if _weighted_afterwards.get() or not torch.is_grad_enabled():
+    if _gradients_afterwards.get() or not torch.is_grad_enabled():
         weight_N = None
     return _Losses.apply(step, banned_id, weight_N, *_operands(hidden_ND, head), *rows)
 

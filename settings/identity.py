@@ -77,7 +77,7 @@ def _with_conditions(flat: dict[str, object], cfg: DictConfig, objective: str) -
         flat |= {f"streaming.{key}": value for key, value in cfg.streaming.items() if key != "_target_"}
     if cfg.classify.sharing == "conditional":
         flat |= {f"classify.{key}": cfg.classify[key] for key in ("sharing", "label_dropout")}
-        if cfg.classify.discriminative_weight and not cfg.data.get("train_splits"):
+        if cfg.classify.discriminative_weight:
             flat["classify.discriminative_weight"] = cfg.classify.discriminative_weight
     if cfg.classify.pretrain:
         flat |= {f"classify.{key}": cfg.classify[key] for key in ("pretrain", "pretrain_steps")}

@@ -135,12 +135,22 @@ def test_a_resumed_training_compares_classes_as_an_uninterrupted_one():
     assert same_weights(whole, experiment(*begun).fit())
 
 
+def test_classes_that_cannot_be_compared_are_refused_where_they_are_and_only_there():
+    one_class = ["data.label_noise=0", "data.source.num_train_per_class=1", "data.max_train_texts=1"]
+    with pytest.raises(
+        ValueError, match="classify.discriminative_weight compares classes, and there is no training text of"
+    ):
+        experiment(*HYBRID, *one_class, "loader.global_batch_size=1").fit()
+    experiment(*CONDITIONAL, *one_class, "loader.global_batch_size=1", "checkpointing.save_dir=one").fit()
+
+
 def test_the_weight_is_part_of_a_run_only_where_it_is_set():
     key = "classify.discriminative_weight"
     assert key not in identity(compose_config(CONDITIONAL))
     assert identity(compose_config(HYBRID))[key] == 2
-    shared = identity(compose_config([*HYBRID, "+data.train_splits=[train]"]))
-    assert key not in shared, "a shared start knows no classes"
+    shared = experiment(*HYBRID, "classify.pretrain=all", "optim.class_lr=0.1").pretraining
+    plain = experiment(*CONDITIONAL, "classify.pretrain=all").pretraining
+    assert identity(shared.build.cfg) == identity(plain.build.cfg), "a shared start knows no classes"
     with pytest.raises(ValueError, match="classify.discriminative_weight=2 compares the classes of one network"):
         experiment("classify.discriminative_weight=2").build.check()
 
@@ -153,9 +163,8 @@ def test_the_classes_start_where_unigrams_classify_best():
     counts_MV = np.stack([rng.multinomial(12, p_CV[k]) for k in label_M])
     prior_C = np.log([0.5, 0.5])
     for copies in (1, 3):  # every token stands `copies` times
-        parts = [(csr_matrix(copies * counts_MV[a:b]), label_M[a:b]) for a, b in ((0, 6000), (6000, 8000))]
-        bias_CV = class_biases(*parts, prior_C)
-        log_p_V = np.log((copies * counts_MV[:6000].sum(0) + 1) / (copies * counts_MV[:6000].sum() + 6))
+        bias_CV = class_biases(csr_matrix(copies * counts_MV), label_M, prior_C)
+        log_p_V = np.log((copies * counts_MV.sum(0) + 1) / (copies * counts_MV.sum() + 6))
         found_V = np.subtract(*log_softmax(log_p_V + bias_CV, axis=1))
         true_V = np.subtract(*np.log(p_CV)) / copies
         slope = found_V @ true_V / (true_V @ true_V)  # the ridge shrinks them a little

@@ -21,6 +21,7 @@ from transformers import (
 from transformers.models.bert.modeling_bert import BertOnlyMLMHead
 
 from palimpsest.experiment.experiment import Experiment
+from palimpsest.models.checkpoints import read_checkpoint
 from palimpsest.models.hf_mlm import HFMaskedLM, hf_mlm
 from palimpsest.models.recompute import recompute_blocks
 from palimpsest.settings.command_line import compose_config
@@ -205,6 +206,15 @@ def test_fine_tuned_measured_sampled_and_then_the_folder_is_gone(tmp_path, toy, 
     commands.refused("holds no masked language model that can be read", *FEW, *toy, "seed=2")
 
 
+def test_a_published_model_that_is_told_classes_is_trained_and_classifies(tmp_path, toy, capsys):
+    told = ["mode=classify", "classify.sharing=conditional", "classify.discriminative_weight=1", "optim.class_lr=0.1",
+            "classify.num_draws=2", "classify.num_examples=0", "training.prefix_length=0"]  # fmt: skip
+    assert 0 <= run(*toy, *told)["accuracy"].value <= 1
+    assert "starting from the weights of tiny" in capsys.readouterr().out
+    state = read_checkpoint(next(tmp_path.rglob("last.ckpt"))).state
+    assert state["head.class_bias"].abs().max() > 0.01, "their learning rate is a hundred times the others'"
+
+
 def test_incompatible_settings(toy):
     refused = lambda message, *arguments: commands.refused(message, *FEW, *arguments)  # noqa: E731
     refused(
@@ -213,7 +223,6 @@ def test_incompatible_settings(toy):
         "time_conditioning=true",
     )
     refused("model.mask_padding=false: backbone=hf_mlm always hides", *toy, "model.mask_padding=false")
-    refused("classify.sharing=conditional needs a network", *toy, "classify.sharing=conditional")
     refused("is where new weights begin, and backbone.name_or_path=", *toy, "training.start_from_counts=true")
     save_tokenizer(Path("unmasked"), **SPECIALS)
     refused("unmasked has no mask token, and tiny was trained", toy[0], "data.tokenizer_name_or_path=./unmasked")

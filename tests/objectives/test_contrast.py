@@ -14,10 +14,10 @@ from palimpsest.noise_schedule import LogLinear
 from palimpsest.objectives.ar import AR as ARObjective
 from palimpsest.objectives.base import TokenLoss
 from palimpsest.objectives.block import BlockDiffusion
-from palimpsest.objectives.contrast import class_log_odds
-from palimpsest.objectives.mask_sampling import ExactCount
+from palimpsest.objectives.contrast import class_log_joint, class_losses
+from palimpsest.objectives.mask_sampling import ExactCount, shuffle_keys
 from palimpsest.objectives.mlm import MaskedLM
-from palimpsest.objectives.projection import weighted_afterwards
+from palimpsest.objectives.projection import gradients_afterwards
 from palimpsest.objectives.subs import Subs
 from palimpsest.objectives.udlm import UDLM
 from palimpsest.process import Absorbing, Uniform
@@ -58,7 +58,7 @@ def texts(classes: int) -> dict[str, torch.Tensor]:
 
 def log_odds(objective, net, batch, prior, seed: int = 3, dropout_seed: int = 5) -> torch.Tensor:
     noise = KeyedNoise(seed, torch.arange(ROWS), time_B=(torch.arange(ROWS) + 0.5) / ROWS)
-    return class_log_odds(objective, net, batch, prior, noise, lambda: torch.manual_seed(dropout_seed))
+    return class_log_joint(objective, net, batch, prior, noise, lambda: torch.manual_seed(dropout_seed))
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -66,7 +66,7 @@ def test_each_column_is_a_class_under_the_same_masks_and_its_gradient_is_exact(n
     objective, prior = OBJECTIVES[name](), torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64).log()
     net, batch = network(objective, 3), texts(3)
     found_BK = log_odds(objective, net, batch, prior)
-    with weighted_afterwards():
+    with gradients_afterwards():
         nats_BC = torch.stack(
             [_nats(objective, net, {**batch, "class_id": torch.full((ROWS,), k)}) for k in range(3)], 1
         )
@@ -76,7 +76,7 @@ def test_each_column_is_a_class_under_the_same_masks_and_its_gradient_is_exact(n
     torch.testing.assert_close(found_BK.sort(1).values, joint_BC.sort(1).values)
     # Its derivative by the nats of class k is [k = label] - p_k, by which every row is weighted otherwise.
     weight_BC = (F.one_hot(batch["label"], 3) - joint_BC.detach().softmax(1)) / ROWS
-    loss = F.cross_entropy(found_BK, torch.zeros(ROWS, dtype=torch.long))
+    loss = class_losses(found_BK, 3)[:, 0].mean()
     parameters = list(net.parameters())
     found = torch.autograd.grad(loss, parameters, allow_unused=True)
     plain = torch.autograd.grad((weight_BC * nats_BC).sum(), parameters, allow_unused=True)
@@ -88,6 +88,7 @@ def test_each_column_is_a_class_under_the_same_masks_and_its_gradient_is_exact(n
 
 def _nats(objective, net, batch) -> torch.Tensor:
     noise = KeyedNoise(3, torch.arange(ROWS), time_B=(torch.arange(ROWS) + 0.5) / ROWS)
+    noise.uniform(3)  # the choice of the classes has numbers of its own
     return objective.contrasted().loss(net, batch, noise).nll_BL.double().sum(-1)
 
 
@@ -100,6 +101,7 @@ def test_classes_that_change_nothing_have_equal_odds_whatever_the_dropout(name):
         net.head.weight[:, -2:] = 0
     odds_BK = log_odds(objective, net, batch, torch.zeros(2))
     assert torch.equal(odds_BK[:, 0], odds_BK[:, 1])
+    assert class_losses(odds_BK, 2)[:, 1].tolist() == [0.5] * ROWS, "equal classes share the credit"
     other_BK = log_odds(objective, net, batch, torch.zeros(2), dropout_seed=6)
     assert not torch.equal(odds_BK, other_BK), "dropout is at work"
 
@@ -116,11 +118,36 @@ def test_of_many_classes_a_random_choice_stands_for_all_others():
 
     batch = {"label": torch.full((4000,), 4), "input_ids": torch.zeros(4000, 1, dtype=torch.long)}
     noise = KeyedNoise(1, torch.arange(4000))
-    odds_BK = class_log_odds(Fixed(), None, batch, torch.zeros(classes), noise, lambda: None)
+    odds_BK = class_log_joint(Fixed(), None, batch, torch.zeros(classes), noise, lambda: None)
     assert odds_BK.shape == (4000, 4) and torch.equal(odds_BK[:, 0], torch.full((4000,), -1.2, dtype=torch.float64))
     others = sum(np.exp(-0.3 * k) for k in range(classes) if k != 4)
-    sums_B = odds_BK[:, 1:].exp().sum(1)
+    losses_B2 = class_losses(odds_BK, classes)
+    sums_B = (losses_B2[:, 0] + odds_BK[:, 0]).exp() - odds_BK[:, 0].exp()  # what stands for the others
     assert abs(float(sums_B.mean()) - others) < 4 * float(sums_B.std()) / 4000**0.5
+    assert torch.equal(losses_B2[:, 1] == 1, (odds_BK[:, 1:] < -1.2).all(1))
+
+
+def test_the_choice_of_classes_is_independent_of_the_masks():
+    """The keys of the classes and of the positions would be the same numbers if both were a row's first ones."""
+    chosen, masked = [], []
+
+    class Spy(Subs):
+        def contrasted(self):
+            return self
+
+        def loss(self, net, batch, noise):
+            chosen.append(batch["class_id"])
+            if len(chosen) == 1:
+                masked.append(shuffle_keys(noise, torch.ones(2000, 11, dtype=torch.bool)) < 0.4)
+            return TokenLoss(torch.zeros(2000, 1), torch.ones(2000, 1))
+
+    batch = {"label": torch.zeros(2000, dtype=torch.long), "input_ids": torch.zeros(2000, 11, dtype=torch.long)}
+    noise = KeyedNoise(1, torch.arange(2000))
+    class_log_joint(Spy(LogLinear(), Absorbing(MASK)), None, batch, torch.zeros(11), noise, lambda: None)
+    compared_BC = torch.stack([F.one_hot(one, 11) for one in chosen]).sum(0).bool()
+    agree = (compared_BC[:, 1:] == masked[0][:, 1:]).double().mean()
+    expected = 0.3 * 0.4 + 0.7 * 0.6
+    assert abs(float(agree) - expected) < 0.02
 
 
 def test_high_counts_are_all_counts_from_a_share_on():
