@@ -80,10 +80,10 @@ def _accuracy(report: Report, result: ClassificationResult, test: SequentialTest
         figures.accuracy_ladder(rows, "this model"), "Accuracy with 95% intervals, on the same texts.", "Accuracies"
     )
     report.table(
-        ["method", "accuracy, %, and 95%", "F1", "AUC", "log loss", "Brier", "ECE", "AURC", "passes"],
+        ["method", "accuracy, %, and 95%", "AUC", "log loss", "ECE", "AURC", "passes"],
         [_method_cells(method) for method in result.methods],
-        "All on the same texts. What is fitted is fitted on the validation split. F1: mean over the classes. AUC: area "
-        "under the ROC curve. AURC: area under the risk–coverage curve (Abstention). Passes: network evaluations per "
+        "All on the same texts. What is fitted is fitted on the validation split. AUC: area under the "
+        "ROC curve. AURC: area under the risk–coverage curve (Abstention). Passes: network evaluations per "
         "text, over all classes." + _ensembles(result),
     )  # fmt: skip
     report.table(
@@ -99,8 +99,8 @@ def _method_cells(method: Method) -> list[object]:
     auc = "–" if m.roc_auc is None else f"{m.roc_auc:.3f}"
     passes = "–" if method.evaluations is None else f"{method.evaluations:.1f}"
     interval = Interval(100 * m.accuracy.value, 100 * accuracy.low, 100 * accuracy.high)
-    losses = [f"{m.log_loss.value:.3f}", f"{m.brier.value:.3f}", f"{m.ece:.3f}", f"{m.abstention.aurc.value:.4f}"]
-    return [method.name, interval, f"{m.macro_f1.value:.3f}", auc, *losses, passes]
+    losses = [f"{m.log_loss.value:.3f}", f"{m.ece:.3f}", f"{m.abstention.aurc.value:.4f}"]
+    return [method.name, interval, auc, *losses, passes]
 
 
 def _ensembles(result: ClassificationResult) -> str:
