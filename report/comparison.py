@@ -16,6 +16,7 @@ from palimpsest.report.style import dot_rows
 
 _TITLES = {
     "accuracy": "accuracy", "log_loss_nats": "log loss, nats", "ece": "ECE", "nll_nats_per_token": "NLL, nats/token",
+    "nll_of_own_class_nats_per_token": "NLL of the own class, nats/token",
     "perplexity": "perplexity", "generative_perplexity": "generative perplexity", "unigram_entropy": "unigram entropy",
     "network_evaluations_per_text": "evaluations/text", "network_evaluations_per_sample": "evaluations/sample",
 }  # fmt: skip
