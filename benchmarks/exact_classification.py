@@ -38,7 +38,10 @@ from palimpsest.noise_schedule import LogLinear
 from palimpsest.objectives.mask_sampling import TiltedCount
 from palimpsest.process import Absorbing
 
-DRAWS, LOOKS, MASK, EVEN_C = 64, (4, 6, 8, 12, 16, 24, 32, 48, 64), 1, np.log([0.5, 0.5])
+DRAWS = 64
+LOOKS = (4, 6, 8, 12, 16, 24, 32, 48, 64)
+MASK = 1
+EVEN_C = np.log([0.5, 0.5])
 CONFIDENCES = (0.8, 0.9, 0.95)
 
 

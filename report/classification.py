@@ -54,7 +54,8 @@ def classification_report(
 
 
 def _accuracy(report: Report, result: ClassificationResult, test: SequentialTest) -> None:
-    m, scores, nll = result.plain.measures, result.scores, result.nll_of_own_class
+    m, scores = result.plain.measures, result.scores
+    nll = result.nll_of_own_class
     names = result.data.label_names
     report.section(
         "Accuracy",

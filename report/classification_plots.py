@@ -46,7 +46,10 @@ PERCENT = FuncFormatter(lambda share, _: f"{100 * share:.10g}")
 
 _MOST_LABELLED_CLASSES = 12
 _MOST_BARS = 64
-_LEAST_COVERAGE, _LEAST_PREDICTED, _COVERAGES = 0.05, 10, 100  # of a curve against coverage: its beginning, its points
+# A curve against coverage begins at this share and at this many texts, and has this many points.
+_LEAST_COVERAGE = 0.05
+_LEAST_PREDICTED = 10
+_COVERAGES = 100
 
 
 @dataclass(frozen=True)

@@ -156,7 +156,7 @@ def test_the_weight_is_part_of_a_run_only_where_it_is_set():
 
 
 def test_the_classes_start_where_unigrams_classify_best():
-    """Of independent tokens the biases are the true ones; where every token comes in copies, so much smaller."""
+    """The biases are the true log-ratios of independent tokens; if each stands n times, they are n times smaller."""
     rng = np.random.default_rng(0)
     p_CV = rng.dirichlet(np.full(6, 2.0), size=2)
     label_M = rng.integers(2, size=8000)
