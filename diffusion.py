@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
@@ -261,6 +261,9 @@ class Diffusion(lightning.LightningModule):
         Raises:
             ValueError: the weights do not fit the backbone, or a missing parameter is frozen. Nothing is changed then.
         """
+        if bigrams := self.backbone.bigrams:  # fitted later, and not part of a training without classes
+            own = {f"bigrams.{name}": tensor for name, tensor in bigrams.state_dict().items()}
+            checkpoint = replace(checkpoint, state={**own, **checkpoint.state})
         part = self.backbone.part_of(checkpoint.state)
         known = {id(p) for p in part.parameters()}
         new = {name: p for name, p in self.backbone.named_parameters() if id(p) not in known}

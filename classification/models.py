@@ -13,6 +13,7 @@ import torch
 from palimpsest.dataloader import TextData
 from palimpsest.diffusion import Diffusion
 from palimpsest.evaluation.experiment import Experiment
+from palimpsest.models.class_conditioning import under_class
 from palimpsest.objectives.base import Batch, drop_latent
 
 
@@ -28,7 +29,7 @@ class ClassModel:
         batch = drop_latent(batch)
         if self.class_id is None:
             return batch
-        return {**batch, "class_id": torch.full_like(batch["input_ids"][:, 0], self.class_id)}
+        return under_class(batch, torch.full_like(batch["input_ids"][:, 0], self.class_id), self.diffusion.backbone)
 
 
 def labelled_data(experiment: Experiment, split: str) -> TextData:

@@ -84,16 +84,27 @@ def token_counts(data: object, causal: bool = False, by_class: bool = False) -> 
     return counts_CV
 
 
-def counts_by_text(data: object, split: str, causal: bool = False) -> tuple[csr_matrix, np.ndarray]:
-    """Return the count of each token in each text, all its windows together, (M, V), and the texts' labels (M,).
+def pairs_by_text(data: object, split: str, causal: bool = False) -> tuple[np.ndarray, csr_matrix, np.ndarray]:
+    """Return the pairs of adjacent tokens in the rows of texts, all windows of a text together.
 
-    Observed tokens are left out (see `unigram_nll`).
+    The second token of a pair is not observed (see `unigram_nll`). The first token of a row, and one after BOS, follows
+    a token V.
+
+    Returns:
+        first and second token of each pair that occurs, sorted, (2, P); the count of each pair in each text, (M, P);
+        the texts' labels, (M,).
     """
-    context, rows = _Context.of(data, causal), data.split(split)
+    context, rows, size = _Context.of(data, causal), data.split(split), data.vocabulary.size
     text_id_M, first_M, text_R = np.unique(rows["text_id"], return_index=True, return_inverse=True)
-    leading_R = context.leading(rows)
-    ids = [np.asarray(row)[n:] for row, n in zip(rows["input_ids"], leading_R, strict=True)]
-    text_N, token_N = np.repeat(text_R, [len(row) for row in ids]), np.concatenate(ids)
-    kept_N = ~np.isin(token_N, context.ids)
-    entries = (np.ones(kept_N.sum()), (text_N[kept_N], token_N[kept_N]))
-    return csr_matrix(entries, shape=(len(text_id_M), data.vocabulary.size)), np.asarray(rows["label"])[first_M]
+    texts, keys = [], []
+    for ids, text, n in zip(rows["input_ids"], text_R, context.leading(rows), strict=True):
+        second = np.asarray(ids, dtype=np.int64)
+        first = np.concatenate([[size], second[:-1]])
+        kept = (np.arange(len(second)) >= n) & ~np.isin(second, context.ids)
+        first = np.where(np.isin(first, context.ids), size, first)
+        keys.append((first * size + second)[kept])
+        texts.append(np.full(kept.sum(), text))
+    key_P, pair_N = np.unique(np.concatenate(keys), return_inverse=True)
+    entries = (np.ones(len(pair_N)), (np.concatenate(texts), pair_N))
+    count_MP = csr_matrix(entries, shape=(len(text_id_M), len(key_P)))
+    return np.stack(np.divmod(key_P, size)), count_MP, np.asarray(rows["label"])[first_M]

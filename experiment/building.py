@@ -12,7 +12,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from palimpsest.common.files import PathOrUrl, parent_folder
-from palimpsest.common.values import FREE, IF_SET, NAME, AtLeastOne, FilePath, Name, list_of
+from palimpsest.common.values import FREE, IF_SET, NAME, AtLeastOne, FilePath, Name, Natural, Positive, list_of
 from palimpsest.corpora.answer_checking import AnswerChecker, check_same_text
 from palimpsest.data.stream import BatchPlan
 from palimpsest.dataloader import TextData
@@ -22,6 +22,7 @@ from palimpsest.evaluation.drawing import Drawing
 from palimpsest.evaluation.likelihood import Precision
 from palimpsest.experiment.fits import check_parts
 from palimpsest.experiment.runs import Runs
+from palimpsest.models.class_bigrams import ClassBigrams
 from palimpsest.models.compatibility import check_data_compatible
 from palimpsest.models.compiling import compile_encoder
 from palimpsest.models.freezing import freeze
@@ -41,8 +42,10 @@ class Choices:
     """Settings of models and their training that belong to no single component."""
 
     sharing: Literal["per_class", "conditional"]
+    bigrams: Annotated[Natural, IF_SET]
     pretrain: Name | None
     pretrain_steps: AtLeastOne
+    pretrain_lr_factor: Positive
     freeze: Annotated[Sequence[str], list_of(NAME, 1, "[embeddings,blocks]"), IF_SET] | None
     gradient_checkpointing: Annotated[bool, FREE]
     compile: Annotated[bool, FREE]
@@ -203,7 +206,12 @@ class Builder:
             "checkpoint_path": with_label(self.choices.checkpoint_path, data.label or 0),
             "resumed": str(resumed) if resumed else None,
         }
-        return instantiate(node, vocab_size=vocab_size, **conditioning, **{k: v for k, v in files.items() if k in node})
+        network = instantiate(
+            node, vocab_size=vocab_size, **conditioning, **{k: v for k, v in files.items() if k in node}
+        )
+        if self.choices.bigrams:
+            network.bigrams = ClassBigrams(vocab_size, len(data.label_names or ()), self.choices.bigrams)
+        return network
 
     def trainer(self, title: str, command: str, label: int | None = None) -> lightning.Trainer:
         """Return a Trainer that logs and saves in the run's folders; it fits if `title` begins with "train"."""

@@ -23,7 +23,7 @@ from palimpsest.experiment.checkpoint_identity import training_identity
 from palimpsest.experiment.experiment import Experiment
 from palimpsest.experiment.running import checked, composed
 from palimpsest.settings.command_line import in_quotes
-from palimpsest.settings.identity import overrides
+from palimpsest.settings.identity import overrides, word
 
 SPLIT = "given"  # the name of a user's texts among the splits
 
@@ -187,7 +187,12 @@ def load_classifier(folder: str | Path, *typed: str) -> TrainedClassifier:
     conditional = known.get("classify.sharing") == "conditional"
     if file == files[1] and not conditional:
         raise ValueError(f"{folder} holds one model, which is not conditioned on a class; use palimpsest.load")
-    words = [*overrides(known), "mode=classify", f"checkpointing.save_dir={in_quotes(str(folder))}", *typed]
+    compared = [
+        f"{key}={word(known[key])}"
+        for key in ("classify.discriminative_weight", "training.start_from_counts")
+        if key in known
+    ]
+    words = [*overrides(known), *compared, "mode=classify", f"checkpointing.save_dir={in_quotes(str(folder))}", *typed]
     experiment = checked(composed(words), "palimpsest.load_classifier")
     return TrainedClassifier(experiment, *read_classes(experiment, folder, conditional))
 

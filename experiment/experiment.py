@@ -48,6 +48,7 @@ class Experiment:
         pretrain = self.build.choices.pretrain
         if not pretrain:
             return None
+        factor, optim = self.build.choices.pretrain_lr_factor, self._cfg.optim
         changes = {
             "data.train_splits": pretraining_splits(pretrain, self.build.data().splits),
             "data.label": None,
@@ -56,10 +57,12 @@ class Experiment:
             "trainer.max_steps": self.build.choices.pretrain_steps,
             "classify.pretrain": None,
             "classify.discriminative_weight": 0.0,
+            "classify.bigrams": 0,
             "training.freeze": None,
             "checkpointing.save_dir": str(join_path(self.runs.checkpoint_root, "pretrained")),
             "checkpointing.resume_ckpt_path": None,
-            **({"optim.class_lr": None} if "class_lr" in self._cfg.optim else {}),
+            **{f"optim.{name}": factor * optim[name] for name in ("lr", "matrix_lr") if name in optim},
+            **({"optim.class_lr": None} if "class_lr" in optim else {}),
         }
         return Experiment(with_changes(self._cfg, changes), self.command, shared=True)
 

@@ -57,17 +57,38 @@ def check_parts(
     _check_schedule(cfg, mode.trains)
     if cfg.classify.sharing == "conditional":
         _check_conditional(cfg, network)
-    elif cfg.classify.discriminative_weight:
-        raise ValueError(
-            f"classify.discriminative_weight={cfg.classify.discriminative_weight} compares the classes of one network; "
-            "add classify.sharing=conditional, or leave it out"
-        )
+    _check_class_comparison(cfg, objective)
     if mode.compares:
         _check_comparing(cfg)
     if mode.trains and cfg.trainer.precision in ("bf16-true", "16-true"):
         raise ValueError(
             f"trainer.precision={cfg.trainer.precision} keeps weights in 16 bits, where most updates of a training are "
             f"rounded away; use trainer.precision={cfg.trainer.precision.replace('true', 'mixed')}"
+        )
+
+
+def _check_class_comparison(cfg: DictConfig, objective: Objective) -> None:
+    """Refuse settings of trainings that compare classes where no classes are compared."""
+    weight, bigrams = cfg.classify.discriminative_weight, cfg.classify.bigrams
+    if weight and cfg.classify.sharing != "conditional":
+        raise ValueError(
+            f"classify.discriminative_weight={weight} compares the classes of one network; add "
+            "classify.sharing=conditional, or leave it out"
+        )
+    if bigrams and not objective.reads_bigrams:
+        raise ValueError(
+            f"classify.bigrams={bigrams} means nothing to parameterization={objective.name}, which does not read pairs "
+            "of tokens; leave it out, or use parameterization=subs or algo=mlm"
+        )
+    if bigrams and cfg.classify.sharing != "conditional":
+        raise ValueError(
+            f"classify.bigrams={bigrams} belongs to one network for all classes; add classify.sharing=conditional, or "
+            "leave it out"
+        )
+    if bigrams and not cfg.eval.checkpoint_path and not (weight and cfg.training.start_from_counts):
+        raise ValueError(
+            f"classify.bigrams={bigrams} is fitted to tell classes apart; add classify.discriminative_weight=0.2 and "
+            "training.start_from_counts=true, or leave it out"
         )
 
 
@@ -278,6 +299,11 @@ def _check_starts(cfg: DictConfig, mode: Mode) -> None:
                 f"classify.pretrain={pretrain} trains what the models start from, and {key}={path} names it; leave one "
                 "of them out"
             )
+    if cfg.classify.pretrain_lr_factor != 1 and not pretrain:
+        raise ValueError(
+            f"classify.pretrain_lr_factor={cfg.classify.pretrain_lr_factor} is for a shared start; add "
+            "classify.pretrain=all, or leave it out"
+        )
     of_all = mode.trains and not mode.compares and cfg.classify.sharing == "per_class" and cfg.data.label is None
     if pretrain and of_all:
         raise ValueError(

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from palimpsest.classification.class_unigrams import class_biases
+from palimpsest.classification.class_ngrams import PairCounts, class_biases
 from palimpsest.common.files import PathOrUrl
-from palimpsest.data.unigram import counts_by_text, token_counts
+from palimpsest.data.unigram import pairs_by_text, token_counts
 from palimpsest.dataloader import TextData
 from palimpsest.diffusion import Diffusion
 from palimpsest.training.callbacks.best import save_last
@@ -43,8 +43,10 @@ def fit(experiment: Experiment, label: int | None = None) -> PathOrUrl:
 
 def _fit(experiment: Experiment, label: int | None) -> PathOrUrl:
     resume = experiment.runs.resume_path(label)
-    shared = fit(experiment.pretraining) if experiment.pretraining and not resume else None
     data = experiment.build.data(label)
+    if experiment.build.choices.bigrams and not resume:  # refused before a long shared start, not after it
+        _pair_counts(data, causal=False).most_frequent(experiment.build.choices.bigrams)
+    shared = fit(experiment.pretraining) if experiment.pretraining and not resume else None
     title = "train" if data.label is None else f"train label={data.label}"
     trainer = experiment.trainer(title if data.train_splits is None else "train the shared start", label)
     diffusion = experiment.build.diffusion(data)
@@ -78,11 +80,28 @@ def initialise(experiment: Experiment, diffusion: Diffusion, data: TextData, sha
         counts_CV = torch.from_numpy(token_counts(data, causal, by_class))
         before = experiment.pretraining.build.data() if shared else None
         before_V = None if before is None else torch.from_numpy(token_counts(before, causal)[0])
-        biases = None
-        if by_class and diffusion.compares_classes:
-            counts_MV, label_M = counts_by_text(data, "train", causal)
-            biases = torch.from_numpy(class_biases(counts_MV, label_M, diffusion.log_prior_C.numpy()))
+        biases = fitted_biases(diffusion, data) if by_class and diffusion.compares_classes else None
         diffusion.start_from_counts(counts_CV, before_V, biases)
+
+
+def fitted_biases(diffusion: Diffusion, data: TextData) -> torch.Tensor:
+    """Return the output biases of the classes that tell the training texts apart best, nats (C, V).
+
+    The biases of token pairs, if the network has any, are fitted together with them and set.
+    """
+    pairs = _pair_counts(data, diffusion.objective.causal)
+    bigrams, log_prior_C = diffusion.backbone.bigrams, diffusion.log_prior_C.numpy()
+    if bigrams is None:
+        return torch.from_numpy(class_biases(pairs.tokens, log_prior_C)[0])
+    biased_F = pairs.most_frequent(len(bigrams.first_P))
+    bias_CV, pair_CF = class_biases(pairs, log_prior_C, biased_F)
+    bigrams.set(*(torch.from_numpy(found) for found in (pairs.first_P[biased_F], pairs.second_P[biased_F], pair_CF)))
+    return torch.from_numpy(bias_CV)
+
+
+def _pair_counts(data: TextData, causal: bool) -> PairCounts:
+    (first_P, second_P), count_MP, label_M = pairs_by_text(data, "train", causal)
+    return PairCounts(first_P, second_P, count_MP, label_M, data.vocabulary.size)
 
 
 def _shares_of_classes(data: TextData) -> torch.Tensor:

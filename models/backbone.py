@@ -18,6 +18,7 @@ class Backbone(nn.Module):
         encodes_positions: `encode` takes `at` (common/positions.py) and returns the hidden states there only.
         takes_classes: the constructor takes `num_classes`, and `encode` then takes `class_id`.
         num_classes: number of classes that it was built for; 0 for none.
+        bigrams: output biases of token pairs in each class (models/class_bigrams.py), if it has any.
         reads_blocks: it has the methods of models/blocks.py, which block diffusion needs.
         reads_mixtures: `encode` also takes mixtures of tokens, weights (B, L, V).
         reads_latents: it has `encode_both` and `latent_shape`, for texts with latents.
@@ -35,10 +36,15 @@ class Backbone(nn.Module):
     causal = encodes_positions = takes_classes = recomputes = compiles = knows_its_mask = False
     reads_blocks = reads_mixtures = reads_latents = separates_documents = False
     num_classes = 0
+    bigrams: nn.Module | None
     mask_padding = True
     blocks: Iterable[nn.Module]
     parts: Mapping[str, Iterable[nn.Module]] = {}
     settings: Mapping[str, object] = {}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_module("bigrams", None)
 
     @property
     def vocab_size(self) -> int:

@@ -5,6 +5,8 @@ Shape suffixes: B batch, L length, V vocabulary, D width, C classes, E embedding
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -52,6 +54,24 @@ def class_columns(head: nn.Module, num_classes: int) -> tuple[nn.Parameter, slic
     if isinstance(head, ClassHead):
         return head.class_bias, slice(None)
     return head.weight, slice(-num_classes, None)
+
+
+def under_class(batch: Mapping[str, Tensor], class_id_B: Tensor, backbone: nn.Module) -> dict[str, Tensor]:
+    """Return `batch` under these classes, for a comparison of classes.
+
+    It has the entries `class_id` (B,), `class_bias` (B, L), the output bias of each token in the class, and, if the
+    network has biases of token pairs, `pair_bias` (B, L), that of each token and the one before it, nats. Both are 0
+    for UNCONDITIONAL.
+    """
+    parameter, _ = class_columns(backbone.head, backbone.num_classes)
+    first = parameter.shape[1] - backbone.num_classes
+    known_B1, class_B = (class_id_B >= 0)[:, None], class_id_B.clamp(min=0)
+    bias_BL = parameter[batch["input_ids"], first + class_B[:, None]] * known_B1
+    pairs = {}
+    if backbone.bigrams is not None:
+        bias_of_pair_BL = backbone.bigrams.of_text(batch["input_ids"], class_B) * known_B1
+        pairs["pair_bias"] = bias_of_pair_BL * batch["attention_mask"] if "attention_mask" in batch else bias_of_pair_BL
+    return {**batch, "class_id": class_id_B, "class_bias": bias_BL, **pairs}
 
 
 def with_class(hidden_BLD: Tensor, class_id_B: Tensor, num_classes: int) -> Tensor:

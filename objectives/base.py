@@ -40,6 +40,8 @@ class TokenLoss:
         logs: further detached tensors to record, (B, P) each.
         row_B: a further term of each row, which adds to the nats of its tokens (objectives/joint.py).
         means: what training logs as train/<name>: a sum and its denominator, detached, float64 (2,) each.
+        weight_BL: weight of each token's cross-entropy in `nll_BL`, 0 for unmasked tokens; None for a loss that is no
+            such sum.
     """
 
     nll_BL: Tensor
@@ -47,6 +49,7 @@ class TokenLoss:
     logs: dict[str, Tensor] = field(default_factory=dict)
     row_B: Tensor | None = None
     means: dict[str, Tensor] = field(default_factory=dict)
+    weight_BL: Tensor | None = None
 
     def total(self) -> Tensor:
         """Return the sum of all terms over all rows; totals add up over the batches of a step."""
@@ -73,6 +76,7 @@ class Objective(ABC):
         independent_unmasking: the schedule alone decides when a token is unmasked, not the network.
         reads_segments: it uses the ends of a text's segments (`segment_ends` of a batch).
         reads_latents: it trains on texts and their latents.
+        reads_bigrams: it uses the `bigrams` of a backbone.
         needs_time: the network must be shown the time.
         masks_special: special tokens are corrupted too, unless the data say otherwise.
         limits_rates: training may leave mask rates out (noise=clipped).
@@ -88,7 +92,7 @@ class Objective(ABC):
     processes: tuple[type[Process], ...] = (Absorbing,)
     model_class: type[BoundModel]
     process: Process
-    exact = causal = first_given = independent_unmasking = reads_segments = reads_latents = False
+    exact = causal = first_given = independent_unmasking = reads_segments = reads_latents = reads_bigrams = False
     needs_time = limits_rates = change_of_variables = False
     zero_loss_on_clean_text = masks_special = True
     encodes = streams = 1
@@ -280,9 +284,31 @@ class TokenDiffusion(Objective):
         if self.loss_weight == "uniform":  # every masked token counts once, whatever its t
             masked_BL = torch.stack([part.mask_BL for part in parts]).any(0)
             return TokenLoss(sum(part.nll_BL for part in parts), masked_BL, logs)
-        weighted = [part.nll_BL * draw.scale_B.float()[:, None] for part, draw in zip(parts, draws, strict=True)]
+        weighted = [self._scaled(part, draw, batch) for part, draw in zip(parts, draws, strict=True)]
         logs["nats"] = torch.stack([nll_BL.detach().double().sum(-1) for nll_BL in weighted], dim=1)
         return TokenLoss(sum(weighted) / len(weighted), parts[0].mask_BL, logs)
+
+    def _scaled(self, part: TokenLoss, draw: Draw, batch: Batch) -> Tensor:
+        """Return the nats of each token, multiplied by the row's scale.
+
+        In a comparison of classes the batch has `class_bias`, the bias of each token in its row's class, and perhaps
+        `pair_bias`, that of a token and the one before it. They are parts of log-probabilities that do not depend on
+        the masks, so each is counted once instead of when its token is masked (a pair: one of its tokens, with the
+        other one visible). Over all mask rates that changes no mean over the draws, and without it most of the noise of
+        a comparison is which tokens are masked. Draws of high rates only, as in training, see fewer visible
+        neighbours; there it gives every pair its whole weight.
+        """
+        scale_B1 = draw.scale_B.float()[:, None]
+        nll_BL = part.nll_BL * scale_B1
+        if "class_bias" not in batch or part.weight_BL is None:
+            return nll_BL
+        weight_BL, scored_BL = part.weight_BL * scale_B1, scored_mask(batch)
+        nll_BL = nll_BL + (weight_BL - scored_BL.float()) * batch["class_bias"]
+        if "pair_bias" in batch and not self.T:  # of two tokens that are unmasked in one of T steps, neither is visible
+            visible_BL = ~self.process.is_corrupted(draw.xt_BL)
+            counted_BL = weight_BL * _before(visible_BL) + _before(weight_BL) * visible_BL
+            nll_BL = nll_BL + (counted_BL - (scored_BL | _before(scored_BL)).float()) * batch["pair_bias"]
+        return nll_BL
 
     def network_input(self, backbone: Backbone, batch: Batch, draw: Draw, noise: KeyedNoise) -> tuple[Backbone, Tensor]:
         """Return the network that is evaluated and its input x_t; a subclass may change both."""
@@ -315,6 +341,11 @@ class TokenDiffusion(Objective):
     def conditioning(self, t_B: Tensor) -> Tensor:
         """Return the total noise that a network is shown, float32 (B,), within the range of the training schedule."""
         return self.schedule(t_B).sigma.clamp(*self._shown_sigma).float()
+
+
+def _before(x_BL: Tensor) -> Tensor:
+    """Return what stands one position earlier; zero at the first one."""
+    return torch.cat([torch.zeros_like(x_BL[:, :1]), x_BL[:, :-1]], dim=1)
 
 
 _CONTEXT = ("attention_mask", "class_id", "document", "latent", "latent_t")

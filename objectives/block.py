@@ -27,6 +27,7 @@ from palimpsest.objectives.mask_sampling import Bernoulli, ExactCount, MaskSampl
 from palimpsest.objectives.wrapping import BackboneView, WrapperObjective
 from palimpsest.process import Absorbing
 
+_OF_TOKENS = ("eos_padding", "class_bias")  # optional, (B, L)
 _LOGS_BY_BLOCK = ("num_masked", "cross_entropy", "num_scored")  # from which losses by mask rate are computed
 
 
@@ -201,7 +202,7 @@ class BlockDiffusion(WrapperObjective):
             scored_BL = scored_BL & (torch.arange(x0_BL.shape[1], device=x0_BL.device) > 0)
         layout = self._layout(x0_BL, batch.get("segment_ends"))
         blocks = {"input_ids": layout.split(x0_BL), "observed": ~layout.split(scored_BL)}
-        return layout, blocks | ({"eos_padding": layout.split(batch["eos_padding"])} if "eos_padding" in batch else {})
+        return layout, blocks | {name: layout.split(batch[name]) for name in _OF_TOKENS if name in batch}
 
     def block_losses(self, backbone: Backbone, batch: Batch, generator: KeyedNoise) -> tuple[Tensor, Tensor]:
         """Return mask rate and nats per scored token of every block with scored tokens, (R,) each, for one draw."""

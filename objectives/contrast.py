@@ -14,6 +14,7 @@ from torch import Tensor
 
 from palimpsest.common.randomness import KeyedNoise
 from palimpsest.models.backbone import Backbone
+from palimpsest.models.class_conditioning import under_class
 from palimpsest.objectives.base import Batch, Objective, drop_latent
 from palimpsest.objectives.projection import gradients_afterwards
 
@@ -46,7 +47,7 @@ def class_log_joint(
     with gradients_afterwards():
         for class_B in class_BK.unbind(1):
             seed_dropout()
-            loss = contrasted.loss(backbone, {**drop_latent(batch), "class_id": class_B}, copy.copy(noise))
+            loss = contrasted.loss(backbone, under_class(drop_latent(batch), class_B, backbone), copy.copy(noise))
             log_joint.append(log_prior_C[class_B] - loss.nll_BL.double().sum(-1))
     return torch.stack(log_joint, dim=1)
 

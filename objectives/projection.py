@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +31,18 @@ _NOTHING = (False, False, False)
 # (logits (C, V), the chunk's part of each row tensor, weights of the positions or None) -> (numbers (C, K), of which
 # the first is the loss, and the gradient of the weighted loss (C, V), None without weights). It may change the logits.
 Step = Callable[[Tensor, tuple[Tensor, ...], Tensor | None], tuple[Tensor, Tensor | None]]
+
+
+class Biases(NamedTuple):
+    """Biases of the logits that are not trained.
+
+    Attributes:
+        add: adds them to the logits of some positions, (C, V), in place, from their part of each of `rows`.
+        rows: tensors (N,).
+    """
+
+    add: Callable[..., None]
+    rows: tuple[Tensor, ...]
 
 
 _gradients_afterwards = ContextVar("gradients_afterwards", default=False)
@@ -219,11 +233,27 @@ def _differentiated(reduce: Callable[..., Tensor]) -> Step:
 
 
 def cross_entropy(
-    hidden_ND: Tensor, head: nn.Linear, target_N: Tensor, banned_id: int | None, weight_N: Tensor | None = None
+    hidden_ND: Tensor,
+    head: nn.Linear,
+    target_N: Tensor,
+    banned_id: int | None,
+    weight_N: Tensor | None = None,
+    biases: Biases | None = None,
 ) -> Tensor:
-    """Return -log p(target) under softmax(head(hidden)) without `banned_id`, float32 (N,); `losses` has `weight_N`."""
-    (nll_N,) = _losses(_cross_entropy, hidden_ND, head, (target_N,), banned_id, weight_N)
+    """Return -log p(target) under softmax(head(hidden) + biases) without `banned_id`, float32 (N,); `losses` has
+    `weight_N`."""
+    step = _cross_entropy if biases is None else partial(_after, biases.add, _cross_entropy)
+    rows = (target_N, *(biases.rows if biases else ()))
+    (nll_N,) = _losses(step, hidden_ND, head, rows, banned_id, weight_N)
     return nll_N
+
+
+def _after(
+    add: Callable[..., None], step: Step, logits_CV: Tensor, rows: tuple[Tensor, ...], weight_C: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Take a step of which all rows but the first are those of `Biases`."""
+    add(logits_CV, *rows[1:])
+    return step(logits_CV, rows[:1], weight_C)
 
 
 def _cross_entropy(
@@ -246,6 +276,9 @@ def logits(hidden_ND: Tensor, head: nn.Linear, banned_id: int | None) -> Tensor:
     return _logits(*_operands(hidden_ND, head), banned_id, weights_first=len(hidden_ND) <= _FEW_ROWS).contiguous()
 
 
-def log_probs(hidden_ND: Tensor, head: nn.Linear, banned_id: int | None) -> Tensor:
-    """Return log softmax(head(hidden)) without `banned_id`, float32 (N, V)."""
-    return logits(hidden_ND, head, banned_id).log_softmax(-1)
+def log_probs(hidden_ND: Tensor, head: nn.Linear, banned_id: int | None, biases: Biases | None = None) -> Tensor:
+    """Return log softmax(head(hidden) + biases) without `banned_id`, float32 (N, V)."""
+    logits_NV = logits(hidden_ND, head, banned_id)
+    if biases is not None:
+        biases.add(logits_NV, *biases.rows)
+    return logits_NV.log_softmax(-1)

@@ -45,6 +45,7 @@ class BackboneView:
     """A backbone whose `encode` a subclass replaces."""
 
     backbone: Backbone
+    bigrams = None  # experiment/fits.py refuses them for objectives that read a network through a view
 
     @property
     def encodes_positions(self) -> bool:

@@ -98,9 +98,9 @@ def _accuracy(report: Report, result: ClassificationResult, test: SequentialTest
 def _method_cells(method: Method) -> list[object]:
     m, accuracy = method.measures, method.measures.accuracy_interval
     auc = "–" if m.roc_auc is None else f"{m.roc_auc:.3f}"
-    passes = "–" if method.evaluations is None else f"{method.evaluations:.1f}"
+    passes = "–" if method.evaluations is None else f"{method.evaluations:.0f}"
     interval = Interval(100 * m.accuracy.value, 100 * accuracy.low, 100 * accuracy.high)
-    losses = [f"{m.log_loss.value:.3f}", f"{m.ece:.3f}", f"{m.abstention.aurc.value:.4f}"]
+    losses = [f"{m.log_loss.value:.3f}", f"{m.ece:.3f}", f"{m.abstention.aurc.value:.3f}"]
     return [method.name, interval, auc, *losses, passes]
 
 

@@ -77,10 +77,13 @@ def _with_conditions(flat: dict[str, object], cfg: DictConfig, objective: str) -
         flat |= {f"streaming.{key}": value for key, value in cfg.streaming.items() if key != "_target_"}
     if cfg.classify.sharing == "conditional":
         flat |= {f"classify.{key}": cfg.classify[key] for key in ("sharing", "label_dropout")}
-        if cfg.classify.discriminative_weight:
-            flat["classify.discriminative_weight"] = cfg.classify.discriminative_weight
+        flat |= {
+            f"classify.{key}": cfg.classify[key] for key in ("discriminative_weight", "bigrams") if cfg.classify[key]
+        }
     if cfg.classify.pretrain:
         flat |= {f"classify.{key}": cfg.classify[key] for key in ("pretrain", "pretrain_steps")}
+        if cfg.classify.pretrain_lr_factor != 1:
+            flat["classify.pretrain_lr_factor"] = cfg.classify.pretrain_lr_factor
     flat |= {"block_size": cfg.block_size} if objective == "bd3lm" else {}
     if flat.get("data.score_special", ...) is None:  # the meaning of null depends on data.wrap
         flat |= {} if cfg.data.wrap or cfg.data.get("protocol") else {"data.score_special": False}
@@ -92,7 +95,14 @@ def _with_conditions(flat: dict[str, object], cfg: DictConfig, objective: str) -
 _OF_TRAINING = ("optim.", "lr_scheduler.", "plateau.", "loader.", "trainer.", "streaming.", "seed", "classify.pretrain",
                 "classify.discriminative_weight", "training.from_pretrained", "training.start_from_counts")  # fmt: skip
 _GROUPS = ("data", "model", "backbone", "parameterization", "noise", "masking", "latents")
-_CARRIED = (*IDENTITY, "classify.sharing", "classify.label_dropout", "classify.discriminative_weight", "block_size")
+_CARRIED = (
+    *IDENTITY,
+    "classify.sharing",
+    "classify.label_dropout",
+    "classify.discriminative_weight",
+    "classify.bigrams",
+    "block_size",
+)
 _KEY = re.compile(r"\w+(\.\w+)*", re.ASCII)
 _FIRST = ("data.", "model.", "noise.", "training.", "classify.", "T", "block_size", "subs_masking", "time_conditioning")
 

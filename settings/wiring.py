@@ -76,8 +76,10 @@ WIRING: dict[str, dict[str, str]] = {
     },
     "palimpsest.experiment.building.Choices": {
         "sharing": "classify.sharing",
+        "bigrams": "classify.bigrams",
         "pretrain": "classify.pretrain",
         "pretrain_steps": "classify.pretrain_steps",
+        "pretrain_lr_factor": "classify.pretrain_lr_factor",
         "freeze": "training.freeze",
         "gradient_checkpointing": "training.gradient_checkpointing",
         "compile": "trainer.compile",

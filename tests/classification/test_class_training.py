@@ -12,10 +12,8 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from scipy.sparse import csr_matrix
-from scipy.special import log_softmax
 
-from palimpsest.classification.class_unigrams import class_biases
+import palimpsest
 from palimpsest.classification.models import class_models, pretraining_splits
 from palimpsest.common.randomness import KeyedNoise
 from palimpsest.data.sources import HubOrFolder
@@ -155,20 +153,45 @@ def test_the_weight_is_part_of_a_run_only_where_it_is_set():
         experiment("classify.discriminative_weight=2").build.check()
 
 
-def test_the_classes_start_where_unigrams_classify_best():
-    """The biases are the true log-ratios of independent tokens; if each stands n times, they are n times smaller."""
-    rng = np.random.default_rng(0)
-    p_CV = rng.dirichlet(np.full(6, 2.0), size=2)
-    label_M = rng.integers(2, size=8000)
-    counts_MV = np.stack([rng.multinomial(12, p_CV[k]) for k in label_M])
-    prior_C = np.log([0.5, 0.5])
-    for copies in (1, 3):  # every token stands `copies` times
-        bias_CV = class_biases(csr_matrix(copies * counts_MV), label_M, prior_C)
-        log_p_V = np.log((copies * counts_MV.sum(0) + 1) / (copies * counts_MV.sum() + 6))
-        found_V = np.subtract(*log_softmax(log_p_V + bias_CV, axis=1))
-        true_V = np.subtract(*np.log(p_CV)) / copies
-        slope = found_V @ true_V / (true_V @ true_V)  # the ridge shrinks them a little
-        assert 0.8 < slope < 1.05 and found_V == pytest.approx(slope * true_V, abs=0.15 / copies)
+def test_the_shared_start_may_learn_faster():
+    faster = [*HYBRID, "classify.pretrain=all", "classify.pretrain_lr_factor=8", "optim=muon"]
+    optim = experiment(*faster).build.cfg.optim
+    shared = experiment(*faster).pretraining.build.cfg.optim
+    assert (shared.lr, shared.matrix_lr, shared.beta1) == (8 * optim.lr, 8 * optim.matrix_lr, optim.beta1)
+    assert "classify.pretrain_lr_factor" not in identity(compose_config([*HYBRID, "classify.pretrain=all"]))
+    assert identity(compose_config(faster))["classify.pretrain_lr_factor"] == 8
+    with pytest.raises(ValueError, match="pretrain_lr_factor=8 is for a shared start; add classify.pretrain=all"):
+        experiment("classify.pretrain_lr_factor=8").build.check()
+
+
+BIGRAMS = [*HYBRID, "classify.bigrams=20", "training.start_from_counts=true"]
+
+
+def test_biases_of_pairs_are_fitted_kept_and_reloaded():
+    exp = experiment(*BIGRAMS, "classify.pretrain=all", "classify.pretrain_steps=2")
+    path = exp.fit()
+    state = read_checkpoint(path).state
+    assert state["bigrams.bias_CP"].shape == (2, 20) and state["bigrams.bias_CP"].any()
+    (network,) = {m.diffusion for m in class_models(exp, exp.build.data(), str(path), False)}
+    assert torch.equal(network.backbone.bigrams.bias_CP, state["bigrams.bias_CP"])
+    assert "bigrams.bias_CP" not in read_checkpoint(exp.pretraining.runs.model_path()).state
+    first_P, second_P = state["bigrams.first_P"], state["bigrams.second_P"]
+    assert torch.equal(first_P.sort().values, first_P) and second_P[state["bigrams.by_second_P"]].diff().min() >= 0
+    resumed = experiment(*BIGRAMS, "classify.pretrain=all", "classify.pretrain_steps=2", "trainer.max_steps=6").fit()
+    assert torch.equal(read_checkpoint(resumed).state["bigrams.bias_CP"], state["bigrams.bias_CP"])
+    palimpsest.load(path).log_likelihood(["a dull film ."])
+    assert palimpsest.load_classifier("run").predict(["a dull film ."]).probability.shape == (1, 2)
+
+
+@pytest.mark.parametrize(("overrides", "message"), [
+    (["classify.bigrams=20", "classify.sharing=conditional"], "classify.bigrams=20 is fitted to tell classes apart"),
+    ([*HYBRID, "classify.bigrams=20"], "bigrams=20.*add classify.discriminative_weight=0.2 and training.start_from"),
+    ([*BIGRAMS, "algo=bd3lm", "block_size=4"], "classify.bigrams=20 means nothing to parameterization=bd3lm"),
+    ([*BIGRAMS, "algo=ar"], "classify.bigrams=20 means nothing to parameterization=ar"),
+])  # fmt: skip
+def test_biases_of_pairs_are_refused_where_nothing_reads_them(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        experiment(*overrides).build.check()
 
 
 # -------------------------------------------------------------------------------- the shared start

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -68,7 +71,7 @@ def test_each_column_is_a_class_under_the_same_masks_and_its_gradient_is_exact(n
     found_BK = log_odds(objective, net, batch, prior)
     with gradients_afterwards():
         nats_BC = torch.stack(
-            [_nats(objective, net, {**batch, "class_id": torch.full((ROWS,), k)}) for k in range(3)], 1
+            [_nats(objective, net, {**batch, "class_id": torch.full((ROWS,), k)}, k) for k in range(3)], 1
         )
     joint_BC = prior - nats_BC
     own_B1 = batch["label"][:, None]
@@ -86,10 +89,40 @@ def test_each_column_is_a_class_under_the_same_masks_and_its_gradient_is_exact(n
             torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
 
 
-def _nats(objective, net, batch) -> torch.Tensor:
+def _nats(objective, net, batch, label: int) -> torch.Tensor:
+    nll_BL = _token_nats(objective, net, batch)
+    if isinstance(objective, Subs | BlockDiffusion):  # the bias of a class counts once, whether masked or not
+        flat = copy.deepcopy(net)
+        for parameter in flat.head.parameters():
+            torch.nn.init.zeros_(parameter)
+        weight_BL = _token_nats(objective, flat, batch).detach() / math.log(VOCAB - 1)  # each mask costs this
+        bias_BL = net.head.weight[:, label - 3][batch["input_ids"]]
+        scored_BL = batch["attention_mask"].clone()
+        scored_BL[:, 0] &= isinstance(objective, Subs)  # to block diffusion the first token is context
+        nll_BL = nll_BL + (weight_BL - scored_BL.float()) * bias_BL
+    return nll_BL.double().sum(-1)
+
+
+def _token_nats(objective, net, batch) -> torch.Tensor:
     noise = KeyedNoise(3, torch.arange(ROWS), time_B=(torch.arange(ROWS) + 0.5) / ROWS)
     noise.uniform(3)  # the choice of the classes has numbers of its own
-    return objective.contrasted().loss(net, batch, noise).nll_BL.double().sum(-1)
+    return objective.contrasted().loss(net, batch, noise).nll_BL
+
+
+@pytest.mark.parametrize("name", ["subs", "mlm", "bd3lm"])
+def test_biases_of_classes_are_counted_without_noise(name):
+    """If the trunk ignores classes and context, p(class | text) is that of unigrams, whatever is masked."""
+    objective, net, batch = OBJECTIVES[name](), network(OBJECTIVES[name](), 3), texts(3)
+    torch.nn.init.zeros_(net.head.weight[:, :-3].data)
+    logits_VC = (net.head.bias[:, None] + net.head.weight[:, -3:]).double()
+    logits_VC[MASK] = -torch.inf
+    scored_BL = batch["attention_mask"].clone()
+    scored_BL[:, 0] &= isinstance(objective, Subs)
+    exact_BC = (logits_VC.log_softmax(0)[batch["input_ids"]] * scored_BL[..., None]).sum(1)
+    for seed in range(5):
+        found_BC = log_odds(objective, net, batch, torch.zeros(3), seed=seed).sort(1).values
+        odds_BC, expected_BC = (log_BC - log_BC.mean(1, keepdim=True) for log_BC in (found_BC, exact_BC))
+        torch.testing.assert_close(odds_BC, expected_BC.sort(1).values, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["subs", "ar", "udlm"])
@@ -118,7 +151,9 @@ def test_of_many_classes_a_random_choice_stands_for_all_others():
 
     batch = {"label": torch.full((4000,), 4), "input_ids": torch.zeros(4000, 1, dtype=torch.long)}
     noise = KeyedNoise(1, torch.arange(4000))
-    odds_BK = class_log_joint(Fixed(), None, batch, torch.zeros(classes), noise, lambda: None)
+    odds_BK = class_log_joint(
+        Fixed(), network(Subs(LogLinear(), Absorbing(MASK)), classes), batch, torch.zeros(classes), noise, lambda: None
+    )
     assert odds_BK.shape == (4000, 4) and torch.equal(odds_BK[:, 0], torch.full((4000,), -1.2, dtype=torch.float64))
     others = sum(np.exp(-0.3 * k) for k in range(classes) if k != 4)
     losses_B2 = class_losses(odds_BK, classes)
@@ -143,7 +178,8 @@ def test_the_choice_of_classes_is_independent_of_the_masks():
 
     batch = {"label": torch.zeros(2000, dtype=torch.long), "input_ids": torch.zeros(2000, 11, dtype=torch.long)}
     noise = KeyedNoise(1, torch.arange(2000))
-    class_log_joint(Spy(LogLinear(), Absorbing(MASK)), None, batch, torch.zeros(11), noise, lambda: None)
+    spy = Spy(LogLinear(), Absorbing(MASK))
+    class_log_joint(spy, network(spy, 11), batch, torch.zeros(11), noise, lambda: None)
     compared_BC = torch.stack([F.one_hot(one, 11) for one in chosen]).sum(0).bool()
     agree = (compared_BC[:, 1:] == masked[0][:, 1:]).double().mean()
     expected = 0.3 * 0.4 + 0.7 * 0.6

@@ -1,0 +1,133 @@
+"""Token distributions of the classes that tell the classes apart best: unigrams, or unigrams and bigrams.
+
+Logistic regression on token counts whose classes are probability distributions. After a token `first`, a class has
+p(token | first) proportional to its frequency in all texts times exp(bias of the token + bias of the pair); p(class |
+text) follows by Bayes' rule. Naive Bayes takes such biases from counts, which counts correlated evidence several times;
+these biases minimise the log loss. They are the start of a class-conditional network that is trained to classify
+(objectives/contrast.py).
+
+Shape suffixes: M texts, C classes, V vocabulary, P pairs, F pairs with a bias, U first tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from scipy.optimize import minimize
+from scipy.sparse import csr_matrix
+from scipy.special import logsumexp, softmax
+
+# Strengths of the ridge on the biases, in texts. From strong to weak, each fit starts from the one before it.
+_RIDGES = (1000.0, 300.0, 100.0, 30.0, 10.0, 3.0)
+
+
+@dataclass(frozen=True)
+class PairCounts:
+    """The tokens of texts and what stands before them.
+
+    Attributes:
+        first_P, second_P: the pairs, sorted by `first_P`; a first token of V marks the beginning of a row.
+        count_MP: how often each text has each pair.
+        label_M: the class of each text.
+        vocab_size: V.
+    """
+
+    first_P: np.ndarray
+    second_P: np.ndarray
+    count_MP: csr_matrix
+    label_M: np.ndarray
+    vocab_size: int
+
+    @property
+    def tokens(self) -> PairCounts:
+        """The same texts without order: every token stands at the beginning."""
+        to_token_PV = csr_matrix(
+            (np.ones(len(self.second_P)), (np.arange(len(self.second_P)), self.second_P)),
+            shape=(len(self.second_P), self.vocab_size),
+        )
+        first_V = np.full(self.vocab_size, self.vocab_size)
+        count_MV = (self.count_MP @ to_token_PV).tocsr()
+        return replace(self, first_P=first_V, second_P=np.arange(self.vocab_size), count_MP=count_MV)
+
+    def most_frequent(self, number: int) -> np.ndarray:
+        """Return the places of the pairs that most texts have, (F,), in order; none of a single text or a beginning.
+
+        Raises:
+            ValueError: there are fewer than `number`.
+        """
+        texts_P = self.count_MP.astype(bool).astype(np.int64).sum(axis=0).A1 * (self.first_P < self.vocab_size)
+        several = int((texts_P > 1).sum())
+        if several < number:
+            raise ValueError(
+                f"classify.bigrams={number}: only {several} pairs of tokens stand in more than one training text; use "
+                "at most that number"
+            )
+        return np.sort(np.argsort(-texts_P, kind="stable")[:number])
+
+
+def class_biases(
+    pairs: PairCounts, log_prior_C: np.ndarray, biased_F: Sequence[int] | np.ndarray = ()
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the bias of each token (C, V) and of the pairs `biased_F` (C, F) in each class, nats.
+
+    The ridge is chosen by the log loss on every tenth text.
+    """
+    biased_F = np.asarray(biased_F, dtype=np.int64)
+    held_M = np.arange(len(pairs.label_M)) % 10 == 0
+    fitted, held = (_LogLoss(pairs, log_prior_C, biased_F, kept_M) for kept_M in (~held_M, held_M))
+    none_CX = bias_CX = np.zeros((len(log_prior_C), pairs.vocab_size + len(biased_F)))
+    chosen, least = None, held.loss(none_CX)[0]
+    for ridge in _RIDGES:
+        bias_CX = _fit(fitted, bias_CX, ridge)
+        loss = held.loss(bias_CX)[0]
+        if loss > least:
+            break
+        chosen, least, best_CX = ridge, loss, bias_CX
+    if chosen is None:
+        best_CX = none_CX
+    else:
+        everything = _LogLoss(pairs, log_prior_C, biased_F, np.ones(len(held_M), dtype=bool))
+        best_CX = _fit(everything, best_CX, chosen)
+    return best_CX[:, : pairs.vocab_size], best_CX[:, pairs.vocab_size :]
+
+
+class _LogLoss:
+    """The mean log loss of some of the texts as a function of the biases."""
+
+    def __init__(self, pairs: PairCounts, log_prior_C: np.ndarray, biased_F: np.ndarray, kept_M: np.ndarray) -> None:
+        frequency_P = np.asarray(pairs.count_MP.sum(axis=0)).ravel() + 1.0
+        _, self.start_U, self.group_P = np.unique(pairs.first_P, return_index=True, return_inverse=True)
+        self.p_P = frequency_P / np.add.reduceat(frequency_P, self.start_U)[self.group_P]
+        self.second_P, self.biased_F, self.log_prior_C = pairs.second_P, biased_F, log_prior_C
+        self.count_MP = pairs.count_MP[kept_M]
+        self.transposed_PM = self.count_MP.T.tocsr()
+        self.truth_MC = np.eye(len(log_prior_C))[pairs.label_M[kept_M]]
+        self.vocab_size = pairs.vocab_size
+
+    def loss(self, bias_CX: np.ndarray) -> tuple[float, np.ndarray]:
+        """Return the mean log loss, nats, and its slope."""
+        bias_CP = bias_CX[:, self.second_P]
+        bias_CP[:, self.biased_F] += bias_CX[:, self.vocab_size :]
+        p_CP = self.p_P * np.exp(bias_CP)
+        sum_CU = np.add.reduceat(p_CP, self.start_U, axis=1)
+        joint_MC = self.count_MP @ (bias_CP - np.log(sum_CU)[:, self.group_P]).T + self.log_prior_C
+        loss = (logsumexp(joint_MC, axis=1) - (joint_MC * self.truth_MC).sum(axis=1)).mean()
+        error_MC = (softmax(joint_MC, axis=1) - self.truth_MC) / len(self.truth_MC)
+        slope_CP = np.ascontiguousarray((self.transposed_PM @ error_MC).T)
+        of_first_CU = np.add.reduceat(slope_CP, self.start_U, axis=1)
+        slope_CP -= p_CP * (of_first_CU / sum_CU)[:, self.group_P]
+        of_tokens = [np.bincount(self.second_P, slope_P, minlength=self.vocab_size) for slope_P in slope_CP]
+        return float(loss), np.concatenate([np.stack(of_tokens), slope_CP[:, self.biased_F]], axis=1)
+
+
+def _fit(log_loss: _LogLoss, start_CX: np.ndarray, ridge: float) -> np.ndarray:
+    strength = ridge / len(log_loss.truth_MC)
+
+    def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        loss, slope_CX = log_loss.loss(flat.reshape(start_CX.shape))
+        return loss + strength / 2 * (flat @ flat), slope_CX.ravel() + strength * flat
+
+    found = minimize(objective, start_CX.ravel(), jac=True, method="L-BFGS-B", options={"maxiter": 100, "ftol": 1e-6})
+    return found.x.reshape(start_CX.shape)
