@@ -5,7 +5,7 @@ class models are trained before. It prints one JSON per line; `accuracy` is the 
 many draws, and its error is over texts.
 
     DATA_DIR=/path/to/data python benchmarks/classification.py --texts 400 --output benchmarks/results/x.jsonl \\
-        experiment=imdb_classifier_cpu          # any configuration of mode=classify, its models trained before
+        experiment=imdb_likelihood_cpu          # any configuration of mode=classify, its models trained before
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ from palimpsest.settings.command_line import compose_config
 
 DATA = {
     "reviews": ["data=reviews"],
-    "imdb": ["experiment=imdb_classifier_cpu", "classify.calibrate=false"],
+    "imdb": ["experiment=imdb_likelihood_cpu", "classify.calibrate=false"],
     "ag_news": ["experiment=ag_news_classifier_cpu", "classify.calibrate=false"],
 }
 MODELS = {"diffusion": ["classify.baselines=true"],

@@ -3,7 +3,7 @@
 It prints one JSON per line, with the key `accuracy`.
 
     DATA_DIR=/path/to/data python benchmarks/learning_curve.py --steps 150 600 --output benchmarks/results/x.jsonl \\
-        experiment=imdb_classifier_cpu data.max_test_texts=1000     # any configuration of mode=classify
+        experiment=imdb_likelihood_cpu data.max_test_texts=1000     # any configuration of mode=classify
 """
 
 from __future__ import annotations
