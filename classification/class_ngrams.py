@@ -77,17 +77,18 @@ def class_biases(
     biased_F = np.asarray(biased_F, dtype=np.int64)
     held_M = np.arange(len(pairs.label_M)) % 10 == 0
     fitted, held = (_LogLoss(pairs, log_prior_C, biased_F, kept_M) for kept_M in (~held_M, held_M))
-    none_CX = bias_CX = np.zeros((len(log_prior_C), pairs.vocab_size + len(biased_F)))
-    chosen, least = None, held.loss(none_CX)[0]
+    best_CX = bias_CX = np.zeros((len(log_prior_C), pairs.vocab_size + len(biased_F)))
+    chosen = None
+    least = held.loss(best_CX)[0]
     for ridge in _RIDGES:
         bias_CX = _fit(fitted, bias_CX, ridge)
         loss = held.loss(bias_CX)[0]
         if loss > least:
             break
-        chosen, least, best_CX = ridge, loss, bias_CX
-    if chosen is None:
-        best_CX = none_CX
-    else:
+        chosen = ridge
+        least = loss
+        best_CX = bias_CX
+    if chosen is not None:
         everything = _LogLoss(pairs, log_prior_C, biased_F, np.ones(len(held_M), dtype=bool))
         best_CX = _fit(everything, best_CX, chosen)
     return best_CX[:, : pairs.vocab_size], best_CX[:, pairs.vocab_size :]
@@ -100,7 +101,9 @@ class _LogLoss:
         frequency_P = np.asarray(pairs.count_MP.sum(axis=0)).ravel() + 1.0
         _, self.start_U, self.group_P = np.unique(pairs.first_P, return_index=True, return_inverse=True)
         self.p_P = frequency_P / np.add.reduceat(frequency_P, self.start_U)[self.group_P]
-        self.second_P, self.biased_F, self.log_prior_C = pairs.second_P, biased_F, log_prior_C
+        self.second_P = pairs.second_P
+        self.biased_F = biased_F
+        self.log_prior_C = log_prior_C
         self.count_MP = pairs.count_MP[kept_M]
         self.transposed_PM = self.count_MP.T.tocsr()
         self.truth_MC = np.eye(len(log_prior_C))[pairs.label_M[kept_M]]

@@ -94,7 +94,8 @@ def pairs_by_text(data: object, split: str, causal: bool = False) -> tuple[np.nd
         first and second token of each pair that occurs, sorted, (2, P); the count of each pair in each text, (M, P);
         the texts' labels, (M,).
     """
-    context, rows, size = _Context.of(data, causal), data.split(split), data.vocabulary.size
+    context, rows = _Context.of(data, causal), data.split(split)
+    size = data.vocabulary.size
     text_id_M, first_M, text_R = np.unique(rows["text_id"], return_index=True, return_inverse=True)
     texts, keys = [], []
     for ids, text, n in zip(rows["input_ids"], text_R, context.leading(rows), strict=True):

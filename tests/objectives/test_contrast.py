@@ -112,7 +112,8 @@ def _token_nats(objective, net, batch) -> torch.Tensor:
 @pytest.mark.parametrize("name", ["subs", "mlm", "bd3lm"])
 def test_biases_of_classes_are_counted_without_noise(name):
     """If the trunk ignores classes and context, p(class | text) is that of unigrams, whatever is masked."""
-    objective, net, batch = OBJECTIVES[name](), network(OBJECTIVES[name](), 3), texts(3)
+    objective = OBJECTIVES[name]()
+    net, batch = network(objective, 3), texts(3)
     torch.nn.init.zeros_(net.head.weight[:, :-3].data)
     logits_VC = (net.head.bias[:, None] + net.head.weight[:, -3:]).double()
     logits_VC[MASK] = -torch.inf
