@@ -1,13 +1,15 @@
 """Accuracy against the number of labels and the share of wrong ones: diffusion, left-to-right model, baselines.
 
     DATA_DIR=/path/to/data python benchmarks/few_labels.py --data imdb --texts 100 1000 all --noise 0 0.2 --seeds 1 2 \\
-        --steps 600 --output benchmarks/results/few_labels_imdb.jsonl
+        --steps 600 --pretrain_steps 2500 --output benchmarks/results/few_labels_imdb.jsonl
 
 Each cell (texts per class, noise, seed, model) is one run of mode=classify with one conditional network, and one line
 of OUTPUT. The training texts and their wrong labels are the same for all models and seeds (data/labels.py); validation
-and test labels are clean. The baselines come from the same runs as the diffusion model. A second start skips the cells
-that are in OUTPUT. At the end it prints a Markdown table and draws OUTPUT.svg, with 95 % intervals that contain the
-spread over test texts and over seeds.
+and test labels are clean. The baselines come from the same runs as the diffusion model. With --pretrain_steps each
+model starts from weights trained without labels, on all training texts of --data (and on those that have no labels),
+once for each seed. A second start skips the cells that are in OUTPUT. At the end it prints a Markdown table of the
+cells in OUTPUT with these --data, --steps, --pretrain_steps and --more, and draws OUTPUT.svg. Its 95 % intervals
+contain the spread over test texts and over seeds.
 """
 
 from __future__ import annotations
@@ -30,26 +32,40 @@ from palimpsest.settings.command_line import compose_config
 
 DATA = {
     "reviews": ["data=reviews"],
-    "imdb": ["experiment=imdb_likelihood_cpu", "classify.calibrate=false"],
+    "imdb": ["experiment=imdb_likelihood_cpu", "model.cond_dim=32", "classify.calibrate=false"],
     "ag_news": ["experiment=ag_news_classifier_cpu", "classify.calibrate=false"],
 }
+WITHOUT_LABELS = {"reviews": "all", "imdb": "all+unsupervised", "ag_news": "all"}  # what classify.pretrain trains on
 MODELS = {"diffusion": ["classify.baselines=true"],
           "left-to-right": ["algo=ar", "training.loss_weight=elbo", "classify.baselines=false"]}  # fmt: skip
 ALL = "all"
 
 
-def measured(cell: dict[str, object], more: Sequence[str], folder: Path) -> dict[str, object]:
-    """Train and classify one cell; return its line."""
+def measured(cell: dict[str, object], folder: Path) -> dict[str, object]:
+    """Train and classify one cell; return its line.
+
+    The weights trained without labels are taken from beside `folder`, if they are there, and left there.
+    """
     texts = "null" if cell["texts_per_class"] == ALL else cell["texts_per_class"]
     steps = cell["steps"]
     words = [
         "mode=classify", *DATA[cell["data"]], *MODELS[cell["model"]], "classify.sharing=conditional",
         f"data.texts_per_class={texts}", f"data.label_noise={cell['noise']}", f"seed={cell['seed']}",
         f"trainer.max_steps={steps}", f"trainer.val_check_interval={max(1, steps // 10)}",
-        f"checkpointing.save_dir={folder}", "sampling.num_sample_log=0", "classify.num_examples=0", *more,
+        f"checkpointing.save_dir={folder}", "sampling.num_sample_log=0", "classify.num_examples=0", *cell["more"],
     ]  # fmt: skip
+    start = (
+        folder.parent / f"start-{_hash([cell[name] for name in ('data', 'model', 'seed', 'pretrain_steps', 'more')])}"
+    )
+    if cell["pretrain_steps"]:
+        words += [f"classify.pretrain={WITHOUT_LABELS[cell['data']]}"]
+        words += [f"classify.pretrain_steps={cell['pretrain_steps']}"]
+    if start.exists():
+        shutil.copytree(start, folder / "pretrained", dirs_exist_ok=True)
     began = time.monotonic()
     results = run(compose_config(words), "benchmarks/few_labels.py")
+    if cell["pretrain_steps"] and not start.exists():
+        shutil.copytree(folder / "pretrained", start)
     methods = {
         cell["model"] if name == "this model" else name: {
             "accuracy": found["accuracy"].value, "se": found["accuracy"].se,
@@ -58,14 +74,21 @@ def measured(cell: dict[str, object], more: Sequence[str], folder: Path) -> dict
         for name, found in results["methods"].items()
     }  # fmt: skip
     seconds = round(time.monotonic() - began, 1)
-    return {"benchmark": "few_labels", **cell, "more": list(more), "test_texts": results["texts"],
-            "seconds": seconds, "methods": methods}  # fmt: skip
+    return {"benchmark": "few_labels", **cell, "test_texts": results["texts"], "seconds": seconds, "methods": methods}
 
 
-def key(line: dict[str, object]) -> str:
+def key(line: dict[str, object]) -> list[object]:
     """Return what identifies a cell."""
-    names = ("data", "texts_per_class", "noise", "seed", "model", "steps", "more")
-    return json.dumps([line[name] for name in names])
+    return [*settings(line), *(line[name] for name in ("texts_per_class", "noise", "seed", "model"))]
+
+
+def settings(line: dict[str, object]) -> list[object]:
+    """Return what the cells of one table have in common."""
+    return [line[name] for name in ("data", "steps", "pretrain_steps", "more")]
+
+
+def _hash(settings: Sequence[object]) -> str:
+    return hashlib.sha256(json.dumps(list(settings)).encode()).hexdigest()[:16]
 
 
 def summary(lines: Sequence[dict[str, object]]) -> dict[tuple[str, float], dict[object, tuple[float, float]]]:
@@ -124,28 +147,29 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--pretrain_steps", type=int, default=0, help="steps without labels before; 0: none")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--more", nargs="*", default=[], help="further overrides for every run")
     args = parser.parse_args(words)
-    sizes = [ALL if size == ALL else int(size) for size in args.texts]
     cells = [
-        {"data": args.data, "texts_per_class": size, "noise": noise, "seed": seed, "model": model, "steps": args.steps}
-        for seed in args.seeds for noise in args.noise for size in sizes for model in args.models
+        {"data": args.data, "texts_per_class": size if size == ALL else int(size), "noise": noise, "seed": seed,
+         "model": model, "steps": args.steps, "pretrain_steps": args.pretrain_steps, "more": args.more}
+        for seed in args.seeds for noise in args.noise for size in args.texts for model in args.models
     ]  # fmt: skip
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    present = {key(line) for line in read(args.output)}
-    wanted = [key({**cell, "more": args.more}) for cell in cells]
-    for number, (cell, name) in enumerate(zip(cells, wanted, strict=True)):
-        if name in present:
+    present = [key(line) for line in read(args.output)]
+    for number, cell in enumerate(cells):
+        if key(cell) in present:
             continue
-        more = hashlib.sha256(" ".join(args.more).encode()).hexdigest()[:8]
-        folder = Path("outputs/few_labels") / "-".join(map(str, [*cell.values(), more]))
-        line = measured(cell, args.more, folder)
+        folder = Path("outputs/few_labels") / _hash(key(cell))
+        line = measured(cell, folder)
         with args.output.open("a") as file:
             file.write(json.dumps(line) + "\n")
         shutil.rmtree(folder)  # a cell is one line; the weights of many would fill the disk
         print(f"{number + 1} of {len(cells)}: {json.dumps(line)}", flush=True)
-    found = summary([line for line in read(args.output) if key(line) in wanted])
+    lines = [line for line in read(args.output) if settings(line) == settings(cells[0])]
+    sizes = sorted({line["texts_per_class"] for line in lines}, key=lambda size: math.inf if size == ALL else size)
+    found = summary(lines)
     print(table(found, sizes))
     figure(found, sizes).savefig(args.output.with_suffix(".svg"), metadata={"Date": None})
 

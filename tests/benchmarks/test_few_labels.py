@@ -17,21 +17,23 @@ def test_a_tiny_form_measures_both_models_and_goes_on(tmp_path, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "found.jsonl"
     words = ["--noise", "0.25", "--seeds", "1", "--steps", "2", "--output", str(path), "--texts"]
-    few_labels.main([*words, "8", "--more", *SMALL, *FEW])
+    few_labels.main([*words, "8", "--pretrain_steps", "2", "--more", *SMALL, *FEW])
     first = path.read_text()
     lines = [json.loads(line) for line in first.splitlines()]
     assert [line["model"] for line in lines] == ["diffusion", "left-to-right"]
     assert {"diffusion", "naive Bayes, unigrams"} < lines[0]["methods"].keys()
     assert lines[1]["methods"].keys() == {"left-to-right", "Bayes-optimal"}
     assert "| 0.25 | left-to-right |" in capsys.readouterr().out
-    assert path.with_suffix(".svg").exists() and not list((tmp_path / "outputs").rglob("*.ckpt"))
+    assert path.with_suffix(".svg").exists()
+    kept = list((tmp_path / "outputs/few_labels").iterdir())
+    assert len(kept) == 2 and all(folder.name.startswith("start-") for folder in kept)
 
-    def measured(cell, more, folder):
+    def measured(cell, folder):
         folder.mkdir(parents=True)
-        return {**lines[0], **cell, "more": list(more)}
+        return {**lines[0], **cell}
 
     monkeypatch.setattr(few_labels, "measured", measured)
-    few_labels.main([*words, "8", "all", "--more", *SMALL, *FEW])
+    few_labels.main([*words, "8", "all", "--pretrain_steps", "2", "--more", *SMALL, *FEW])
     assert path.read_text().startswith(first)
     assert [json.loads(line)["texts_per_class"] for line in path.read_text().splitlines()[2:]] == ["all", "all"]
 
