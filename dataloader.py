@@ -65,10 +65,17 @@ from palimpsest.data.packing import Figures, Packing, check_prompts, one_after_t
 from palimpsest.data.rows import text_rows
 from palimpsest.data.sources import Source, cached
 from palimpsest.data.splits import SplitTexts
-from palimpsest.data.stream import BatchPlan, PositionBatchSampler, TrainingStream, batch_arithmetic, consumed_before
+from palimpsest.data.stream import (
+    BatchPlan,
+    PositionBatchSampler,
+    TrainingStream,
+    batch_arithmetic,
+    check_same_texts,
+    consumed_before,
+)
 from palimpsest.data.stream_loader import StreamLoader
 from palimpsest.data.streaming import Corpus, Order
-from palimpsest.data.tables import fingerprint_of, texts_of
+from palimpsest.data.tables import fingerprint_of, size_of, texts_of
 from palimpsest.data.tokenizers import Vocabulary, load_tokenizer, published_frame, vocabulary
 from palimpsest.latents.rows import Encoder, RowsWithLatents, TextLatents
 
@@ -400,9 +407,14 @@ class TextData(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the samples that finished steps have taken, the order's settings, and the stream's cursors."""
-        state = {"consumed_samples": self._taken(), **self._order}
+        state = {"consumed_samples": self._taken(), **self._order, "train_size": self.train_size}
         reading = self._resumed.get("stream") if self._streamed is None else self._streamed.state()
         return state if reading is None else {**state, "stream": reading}
+
+    @cached_property
+    def train_size(self) -> dict[str, int] | None:
+        """The number of texts and bytes of the train split; None if it is a stream, which compares its files."""
+        return None if self.endless else size_of(self.texts("train"))
 
     @property
     def _order(self) -> dict[str, Any]:
@@ -425,6 +437,8 @@ class TextData(LightningDataModule):
                 f"data.streaming={now} (of all texts), but the run to be resumed was begun with {was}; resume it with "
                 "that, or start a new run"
             )
+        if self._resumed:
+            check_same_texts(self._resumed.get("train_size"), self.train_size)
         return consumed_before(self._resumed, self._order)
 
 

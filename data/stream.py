@@ -209,6 +209,16 @@ def consumed_before(saved: Mapping[str, Any], stream: Mapping[str, Any]) -> int:
     return int(saved.get("consumed_samples", 0))
 
 
+def check_same_texts(before: Mapping[str, int] | None, now: Mapping[str, int] | None) -> None:
+    """Raise ValueError if a training began with texts of another number or size (`size_of`); None is not compared."""
+    if before and now and before != now:
+        there, here = (f"{size['texts']:,} texts of {size['bytes']:,} bytes" for size in (before, now))
+        raise ValueError(
+            f"the texts have changed since this training began: {there} then, {here} now; use another "
+            "checkpointing.save_dir for the new texts, or give the old ones again"
+        )
+
+
 class PositionBatchSampler(Sampler[list[int]]):
     """This rank's micro-batches of stream positions, for the whole run.
 

@@ -13,6 +13,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from palimpsest.data.cache import cached_folder, content_digests, texts_fingerprint
 
@@ -118,6 +119,13 @@ def texts_of(rows: datasets.Dataset) -> Iterator[str]:
     """Yield the texts of all rows."""
     for table in consecutive(rows.select_columns([n for n in ("text", "text_id") if n in rows.column_names])):
         yield from table["text"].to_pylist()
+
+
+def size_of(rows: datasets.Dataset) -> dict[str, int]:
+    """Return the number of texts and that of their bytes, by which a resumed training notices other texts."""
+    texts = rows.select_columns([name for name in ("text", "text_id") if name in rows.column_names])
+    lengths = (pc.sum(pc.binary_length(table["text"])).as_py() for table in consecutive(texts))
+    return {"texts": len(rows), "bytes": sum(lengths)}
 
 
 def fingerprint_of(rows: datasets.Dataset) -> str:

@@ -11,6 +11,7 @@ from typing import Annotated
 
 from palimpsest.common.files import PathOrUrl, exists, is_remote, join_path, path_or_url
 from palimpsest.common.values import FREE, AtLeastOne, FilePath, FolderName, Natural, PresentPath
+from palimpsest.data.stream import check_same_texts
 from palimpsest.dataloader import TextData
 from palimpsest.models.checkpoints import Progress, read_progress
 from palimpsest.models.compatibility import check_same_settings
@@ -94,7 +95,7 @@ class Runs:
         """Return the weights of a complete training; None if it is unfinished.
 
         Raises:
-            ValueError: the training in the folder has other settings or another tokenizer.
+            ValueError: the training in the folder has other settings, another tokenizer or other texts.
         """
         if self._typed or not self._resume:
             return None
@@ -109,7 +110,11 @@ class Runs:
             "latents": data.latents and data.latents.fingerprint,
         }
         check_same_settings(last, progress, ours)
-        return self.model_path(label) if self._is_done(progress, label) else None
+        if not self._is_done(progress, label):
+            return None
+        if progress.train_size:
+            check_same_texts(progress.train_size, data.train_size)
+        return self.model_path(label)
 
     def _is_done(self, progress: Progress, label: int | None) -> bool:
         patience = self.patience(label)

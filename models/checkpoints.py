@@ -126,6 +126,7 @@ class Progress:
     validations_without_improvement: int  # since the best one, 0 if they are not counted
     best: PathOrUrl | None  # the checkpoint of the best validation, in the same folder
     identity: dict[str, object]  # as in `Checkpoint`
+    train_size: dict[str, int] | None  # number of texts and bytes, if it is known
 
 
 def read_progress(path: PathOrUrl) -> Progress:
@@ -145,7 +146,9 @@ def _read_progress(path: str, version: str) -> Progress:
     waited = next((int(state["wait_count"]) for state in states if "wait_count" in state), 0)
     best = next((state["best_model_path"] for state in states if state.get("monitor") == "val/nll"), None)
     best_path = join_path(parent_folder(path), basename(path_or_url(best))) if best else None
-    return Progress(int(content["global_step"]), waited, best_path, content.get("identity") or {})
+    data = content.get("TextData")
+    train_size = data.get("train_size") if isinstance(data, dict) else None
+    return Progress(int(content["global_step"]), waited, best_path, content.get("identity") or {}, train_size)
 
 
 def _read_lightning_file(path: PathOrUrl, weights: bool = True) -> Checkpoint:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from palimpsest.models.checkpoints import load_inert
-from tests.helpers.commands import RUN, run, start_main, trained
+from tests.helpers.commands import RUN, TINY, run, start_main, trained
 from tests.helpers.networks import same_weights
 
 
@@ -49,6 +49,20 @@ def test_a_finished_run_is_not_changed(tmp_path, monkeypatch, capsys):
     after = load_inert(tmp_path / "run/checkpoints/last.ckpt")["state_dict"]
     assert "complete: " in capsys.readouterr().out
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_other_texts_in_the_same_files_are_refused_by_a_finished_and_by_an_unfinished_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    texts = [f"text number {number}" for number in range(200)]
+    Path("texts.txt").write_text("\n".join(texts))
+    few = ["data=text", "data.path=texts.txt", "data.tokenizer_name_or_path=byte", "model.length=32", *TINY[2:]]
+    few += ["checkpointing.save_dir=run", "sampling.num_sample_log=0", "data.max_train_texts=null"]
+    trained(*few, "trainer.max_steps=2")
+    trained(*few, "trainer.max_steps=3")  # the same texts
+    Path("texts.txt").write_text("\n".join([*texts, "one more"]))
+    for steps in (3, 4):
+        with pytest.raises(ValueError, match="the texts have changed since this training began: 180 texts of"):
+            run(*few, f"trainer.max_steps={steps}")
 
 
 def test_the_same_seed_gives_the_same_losses_and_another_seed_others(tmp_path, monkeypatch, uninterrupted):
