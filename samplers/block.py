@@ -123,9 +123,7 @@ def sample(
         at, here = _block_of(masked_BL, rows, rows_R, block)
         padded = min(ends[row] for row in rows) < block.stop
         inside = {"attention_mask": here_BL[rows_R, block]} if padded else {}
-        watch_block = trace.part_watcher(at, here, rows_R)
-        out = inner(block_model, x_BL[rows_R, block], noise, watch=watch_block, row=row, **inside)
-        trace.merge_part(out, at, here, rows_R)
+        trace.fill(partial(inner, block_model, x_BL[rows_R, block], noise, row=row, **inside), at, here, rows_R)
         if ending is not None:
             _shorten(ends, ending, x_BL[:, : block.stop], masked_BL, rows, stop_id)
         kept = [number for number, row in enumerate(rows) if ends[row] > block.stop]

@@ -9,6 +9,7 @@ Shape suffixes: B batch, L length, S segments, W tokens of the longest row of a 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -55,10 +56,8 @@ def sample(
         tokens_BW, here = _left_aligned(trace.ids_BL, at, filler=int(model.process.mask_id == 0))
         if bool(model.process.is_corrupted(tokens_BW).any()):
             segment_model, noise = model.after(earlier, **cond), generator.part(segment)
-            watch_part = trace.part_watcher(at, here)
-            out = inner(segment_model, tokens_BW, noise, watch=watch_part, row=rows_B, attention_mask=here.mask_BL)
-            trace.merge_part(out, at, here)
-            tokens_BW = out.ids_BL
+            filled = partial(inner, segment_model, tokens_BW, noise, row=rows_B, attention_mask=here.mask_BL)
+            tokens_BW = trace.fill(filled, at, here).ids_BL
         if segment == last:
             break
         if kv_cache:

@@ -9,6 +9,7 @@ Shape suffixes: B batch, L length of the window, W length of the text.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated
 
 import torch
@@ -61,11 +62,10 @@ def sample(
     blank_BW = torch.full((len(x_BL), stride_length * num_strides), model.process.mask_id, device=x_BL.device)
     trace = Trace(torch.cat([x_BL, blank_BW], dim=1), model.process, watch)
     for start in range(0, stride_length * num_strides + 1, stride_length):
-        window_BL = trace.ids_BL[:, start : start + length].clone()  # the trace changes while it is watched
+        window_BL = trace.ids_BL[:, start : start + length]
         new = length if start == 0 else stride_length  # number of tokens to write, at the end of the window
         at_BW, here_BL = torch.zeros_like(trace.open_BL), torch.zeros_like(x_BL, dtype=torch.bool)
         at_BW[:, start + length - new : start + length], here_BL[:, length - new :] = True, True
         at, here = (Positions(part, [new] * len(x_BL)) for part in (at_BW, here_BL))
-        out = inner(model, window_BL, generator, watch=trace.part_watcher(at, here), **cond)
-        trace.merge_part(out, at, here)
+        trace.fill(partial(inner, model, window_BL, generator, **cond), at, here)
     return trace

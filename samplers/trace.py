@@ -5,7 +5,6 @@ Shape suffixes: B batch, L length, R rows written to, W length of a part, N writ
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 
 import torch
@@ -68,36 +67,35 @@ class Trace:
         if shown and self._watch is not None:
             self._watch(self)
 
-    def part_watcher(self, at: Positions, here: Positions, rows_R: Tensor | None = None) -> Watcher | None:
-        """Return a watcher for a sampler that writes a part of these texts.
+    def fill(
+        self, sample: Callable[..., Trace], at: Positions, here: Positions, rows: Tensor | slice = slice(None)
+    ) -> Trace:
+        """Let another sampler write a part of these texts, such as a block; return its own trace.
 
         Args:
+            sample: the other sampler, with all its arguments but `watch`.
             at: the positions of the part in this trace, in the order of `here`.
             here: the positions of the part in the other sampler's trace.
-            rows_R: the rows of the part; None for all.
+            rows: the rows of the part.
         """
-        if self._watch is None:
-            return None
+        first, evaluations_B = self.num_steps, self.evaluations_B.clone()
+        step_before_N, confidence_before_N = at.take(self.step_BL), at.take(self.confidence_BL)
+
+        def include(part: Trace) -> None:
+            step_N, confidence_N = here.take(part.step_BL), here.take(part.confidence_BL)
+            at.write(self.ids_BL, here.take(part.ids_BL))
+            at.write(self.step_BL, torch.where(step_N > 0, step_N + first, step_before_N))
+            at.write(self.confidence_BL, torch.where(step_N > 0, confidence_N, confidence_before_N))
+            self.evaluations_B[rows] = evaluations_B[rows] + part.evaluations_B
+            self.num_steps = first + part.num_steps
 
         def show(part: Trace) -> None:
-            at.write(self.ids_BL, here.take(part.ids_BL))
-            at.write(self.confidence_BL, here.take(part.confidence_BL))
-            shown = copy.copy(self)
-            shown.num_steps = self.num_steps + part.num_steps
-            shown.evaluations_B = self.evaluations_B.clone()
-            shown.evaluations_B[slice(None) if rows_R is None else rows_R] += part.evaluations_B
-            self._watch(shown)
+            include(part)
+            self._watch(self)
 
-        return show
-
-    def merge_part(self, part: Trace, at: Positions, here: Positions, rows_R: Tensor | None = None) -> None:
-        """Copy the tokens, steps and evaluations of a finished part, such as a block (arguments: `part_watcher`)."""
-        step_N, confidence_N = here.take(part.step_BL), here.take(part.confidence_BL)
-        at.write(self.ids_BL, here.take(part.ids_BL))
-        at.write(self.step_BL, torch.where(step_N > 0, step_N + self.num_steps, at.take(self.step_BL)))
-        at.write(self.confidence_BL, torch.where(step_N > 0, confidence_N, at.take(self.confidence_BL)))
-        self.evaluations_B[slice(None) if rows_R is None else rows_R] += part.evaluations_B
-        self.num_steps += part.num_steps
+        part = sample(watch=None if self._watch is None else show)
+        include(part)
+        return part
 
 
 # A sampler calls its watcher (`watch=`) after each step that may have written a token.
