@@ -30,7 +30,7 @@ class MaskedLM(Subs):
     Its weights are evaluated and sampled exactly like those of parameterization=subs.
     """
 
-    name = "subs"
+    name = "mlm"
     masks_special = False
 
     def __init__(
