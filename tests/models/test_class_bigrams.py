@@ -10,13 +10,17 @@ import torch
 
 from palimpsest.common.positions import Positions
 from palimpsest.common.randomness import KeyedNoise
+from palimpsest.denoisers import ClassGuided
 from palimpsest.models.class_bigrams import ClassBigrams
-from palimpsest.models.class_conditioning import under_class
+from palimpsest.models.class_conditioning import UNCONDITIONAL, ClassHead, under_class
 from palimpsest.models.dit import DiT
 from palimpsest.noise_schedule import LogLinear
+from palimpsest.objectives.base import Model
 from palimpsest.objectives.mask_sampling import weighted
 from palimpsest.objectives.subs import Subs
 from palimpsest.process import Absorbing
+from palimpsest.samplers import first_hitting
+from tests.helpers.laws import any_order_law, assert_follows
 
 VOCAB, MASK, CLASSES = 7, 6, 3
 PAIRS = [(0, 0), (0, 3), (1, 2), (2, 1), (2, 2), (3, 0), (3, 5), (5, 3)]
@@ -85,6 +89,53 @@ def test_losses_and_predictions_are_of_one_distribution():
     torch.testing.assert_close(nll_L[masked_BL[0]].float(), -log_p_LV.gather(1, x_BL.T)[masked_BL.T].float())
     net.bigrams = None
     assert not torch.allclose(log_p_LV, objective.denoise(net, draw.xt_BL, draw.t_B, class_id=batch["class_id"])[0])
+
+
+@pytest.mark.parametrize("weight", [1.0, 2.0])
+def test_samples_of_a_class_follow_the_exact_law(weight):
+    """The samplers project some positions only; the law is computed from predictions of one position at a time."""
+    net, rows = network(), 5_000
+    model = ClassGuided(Model(Subs(LogLinear(), Absorbing(MASK)), net), 1, weight)
+    law = any_order_law(model, 3, VOCAB)
+    out = first_hitting.sample(model, torch.full((rows, 3), MASK), KeyedNoise(4, torch.arange(rows)))
+    assert_follows(out.ids_BL, law)
+    net.bigrams = None
+    assert max(abs(p - law[text]) for text, p in any_order_law(model, 3, VOCAB).items()) > 0.005
+
+
+def test_rows_without_a_class_have_no_biases():
+    net, objective = network(), Subs(LogLinear(), Absorbing(MASK))
+    x_BL = torch.tensor([[0, 3, 5, 3, 2, 1]] * 2)
+    draw = weighted(objective.schedule, x_BL.masked_fill(x_BL == 3, MASK), torch.full((2,), 0.5), torch.ones(2))
+    batch = {"input_ids": x_BL, "class_id": torch.tensor([UNCONDITIONAL, 1])}
+    with_pairs_BL = objective.loss_at(net, batch, draw).nll_BL
+    net.bigrams = None
+    without_BL = objective.loss_at(net, batch, draw).nll_BL
+    assert torch.equal(with_pairs_BL[0], without_BL[0]) and not torch.allclose(with_pairs_BL[1], without_BL[1])
+
+
+def test_a_tied_head_has_the_same_biases():
+    net, objective = network(), Subs(LogLinear(), Absorbing(MASK))
+    tied = network()
+    matrix, columns = net.head.weight.detach().split([16, CLASSES], dim=1)
+    linear = torch.nn.Linear(16, VOCAB)
+    linear.load_state_dict({"weight": matrix, "bias": net.head.bias.detach()})
+    tied.output_layer.linear = ClassHead(linear, CLASSES)
+    tied.head.class_bias.data.copy_(columns)
+    x_BL, cond = torch.tensor([[0, MASK, 5, MASK, 2, 1]]), {"class_id": torch.tensor([2])}
+    t_B = torch.full((1,), 0.5)
+    expected, found = (objective.denoise(each, x_BL, t_B, **cond) for each in (net, tied))
+    torch.testing.assert_close(found, expected)
+
+
+def test_bfloat16_has_the_biases_of_float32():
+    net, objective = network(), Subs(LogLinear(), Absorbing(MASK))
+    x_BL, t_B, cond = torch.tensor([[0, MASK, 5, MASK, 2, 1]]), torch.full((1,), 0.5), {"class_id": torch.tensor([1])}
+    exact = objective.denoise(net, x_BL, t_B, **cond)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = objective.denoise(net, x_BL, t_B, **cond)
+    possible = exact > -20
+    torch.testing.assert_close(rough[possible].float(), exact[possible], atol=0.1, rtol=0.05)
 
 
 @pytest.mark.parametrize("observed", [0, 2])
