@@ -23,13 +23,15 @@ from palimpsest.samplers.base import Request, Step, TokenChoice, sampler_of
 from palimpsest.samplers.trace import Trace
 
 ORDERS = ("left_to_right", "confidence", "margin", "entropy")
+_TIE = 2.0**-17  # above the rounding errors of float32, which differ from one batch to another
 
 
 def preference(log_p_NV: Tensor, at: Positions, order: str) -> Tensor:
     """Return the preference for unmasking each position of `at` next, float64 (B, L), -inf elsewhere.
 
     It depends on the prediction only, never on the token that is written. confidence: the largest probability. margin:
-    its distance to the second (Kim et al., arXiv 2502.06768). entropy: minus the entropy.
+    its distance to the second (Kim et al., arXiv 2502.06768). entropy: minus the entropy. They are rounded to multiples
+    of 2^-17, so that equal predictions, such as those of a network that sees masks only, are a tie in every batch.
     """
     if order == "left_to_right":
         return at.spread(-at.place_N.double(), -torch.inf)
@@ -41,7 +43,7 @@ def preference(log_p_NV: Tensor, at: Positions, order: str) -> Tensor:
         value_N = first_N - second_N
     else:
         value_N = (p_NV * log_p_NV.double().masked_fill(p_NV == 0, 0.0)).sum(-1)
-    return at.spread(value_N, -torch.inf)
+    return at.spread((value_N / _TIE).round() * _TIE, -torch.inf)
 
 
 def first_positions(preference_BL: Tensor, count_B: Tensor) -> Tensor:
