@@ -53,8 +53,7 @@ class Scores:
         """Standard error of the nats per token from the draws alone; 0 for exact likelihoods, nan from a single draw.
 
         Computed from rounds if there are several, else from the draws of the one round, which is conservative because
-        they
-        are stratified. The windows of a text share their times, so draws are summed over windows first.
+        they are stratified. The windows of a text share their times, so draws are summed over windows first.
         """
         means_MK = self.nll_MK
         if self.units.name == "texts":
