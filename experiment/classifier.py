@@ -82,7 +82,7 @@ class TrainedClassifier:
         self,
         texts: Sequence[str],
         draws: int = 64,
-        confidence: float = 0.95,
+        confidence: float = 0.9,
         prior: str | Sequence[float] = "uniform",
         seed: int = 1,
         attributions: bool = False,

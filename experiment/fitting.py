@@ -106,9 +106,9 @@ def _pair_counts(data: TextData, causal: bool) -> PairCounts:
 
 def _shares_of_classes(data: TextData) -> torch.Tensor:
     """Return each class's share of the training texts, (C,)."""
-    if data.label_names is None:
+    if len(data.label_names or ()) < 2:
         raise ValueError(
-            f"classify.discriminative_weight compares classes, and data={data.name} has none; leave it out"
+            f"classify.discriminative_weight compares classes, and data={data.name} has fewer than two; leave it out"
         )
     counts_C = np.bincount(np.asarray(data.texts("train")["label"][:]), minlength=len(data.label_names))
     if not counts_C.all():
