@@ -10,7 +10,6 @@ Shapes: N texts, S states, A arcs, T the longest text in tokens. Probabilities a
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -115,7 +114,7 @@ class FiniteStateGrammar:
 
     Attributes:
         vocabulary: its distinct tokens, sorted.
-        num_states, num_arcs: size of the automaton.
+        num_states: size of the automaton.
         min_tokens, max_tokens: lengths of the shortest and the longest text.
     """
 
@@ -126,28 +125,18 @@ class FiniteStateGrammar:
         start = compiler.state(compiler.compile(root, ending))
         self.token_ids = compiler.token_ids
         self._token_of_id = list(compiler.token_ids)
-        self.start, self._final = start, final
-        self.arcs = self._sorted_arcs(compiler.rows)
+        self.start, self._final, self.num_states = start, final, len(compiler.rows)
+        self.arcs = _sorted_arcs(compiler.rows)
         self._arc_keys = self.arcs.source * len(self.token_ids) + self.arcs.token
         self._log_p_length = self._length_distribution()
         possible = np.flatnonzero(np.isfinite(self._log_p_length))
         self.min_tokens, self.max_tokens = int(possible[0]), int(possible[-1])
         self.vocabulary = tuple(sorted(token for token in self.token_ids if token))
-        self.num_states, self.num_arcs = len(compiler.rows), len(self.arcs.token)
-
-    @staticmethod
-    def _sorted_arcs(rows: list[dict[tuple[int, int], float]]) -> Arcs:
-        flat = sorted(
-            (source, token, target, p) for source, row in enumerate(rows) for (token, target), p in row.items()
-        )
-        source, token, target = (np.array([arc[i] for arc in flat], dtype=np.int64) for i in range(3))
-        first = np.searchsorted(source, np.arange(len(rows) + 1))
-        return Arcs(source, token, target, np.log([arc[3] for arc in flat]), first)
 
     def _length_distribution(self) -> np.ndarray:
         """Return log p(number of tokens) for 0, 1, ..., the longest text: the forward algorithm without words."""
         arcs, p_length = self.arcs, []
-        p_state = np.zeros(len(arcs.first) - 1)
+        p_state = np.zeros(self.num_states)
         p_state[self.start] = 1.0
         while p_state.any():
             p_arc = p_state[arcs.source] * np.exp(arcs.log_p)
@@ -164,36 +153,15 @@ class FiniteStateGrammar:
         return np.where(possible, self._log_p_length[np.where(possible, lengths, 0)], -np.inf)
 
     def derivation_entropy(self) -> float:
-        """Return the entropy of the derivation of a text in nats, which is that of the text unless `is_ambiguous`."""
+        """Return the entropy of the derivation of a text in nats: that of the text, if no text has two derivations."""
         arcs = self.arcs
-        p_arc, p_state = np.exp(arcs.log_p), np.zeros(len(arcs.first) - 1)
+        p_arc, p_state = np.exp(arcs.log_p), np.zeros(self.num_states)
         p_state[self.start], entropy = 1.0, 0.0
         for _ in range(self.max_tokens + 1):
             visits = p_state[arcs.source] * p_arc
             entropy -= float(visits @ arcs.log_p)
             p_state = np.bincount(arcs.target, visits, minlength=len(p_state))
         return entropy
-
-    def is_ambiguous(self) -> bool:
-        """Return whether some text has two derivations, found by following two paths through the automaton at once."""
-        arcs, steps = self.arcs, [{} for _ in range(len(self.arcs.first) - 1)]
-        for source, token, target in np.stack([arcs.source, arcs.token, arcs.target], axis=1).tolist():
-            steps[source].setdefault(token, []).append(target)
-        seen = {(self.start, self.start)}
-        waiting = list(seen)
-        while waiting:
-            one, two = waiting.pop()
-            pairs = {
-                (min(pair), max(pair))
-                for token in steps[one].keys() & steps[two].keys()
-                for pair in itertools.product(steps[one][token], steps[two][token])
-            }
-            # Paths in different states are different, so that meeting again makes two derivations.
-            if one != two and any(a == b for a, b in pairs):
-                return True
-            waiting.extend(pairs - seen)
-            seen |= pairs
-        return False
 
     def sample(self, num_texts: int, rng: np.random.Generator) -> list[list[str]]:
         """Draw `num_texts` token lists. The first n of a larger draw from an equal generator are the same."""
@@ -220,8 +188,7 @@ class FiniteStateGrammar:
         """Return log p(text), (N,) nats, summed over every derivation; -inf for an impossible text. The forward
         algorithm runs on all texts at once and keeps only the states that a text can be in (a few of thousands), as
         parallel arrays: `text` and `state` of each entry, and its probability given the tokens so far."""
-        arcs, num_states = self.arcs, len(self.arcs.first) - 1
-        num_types = len(self.token_ids)
+        arcs, num_types = self.arcs, len(self.token_ids)
         lengths = np.array([len(text) for text in texts], dtype=np.int64)
         tokens_NT = np.full((len(lengths), min(lengths.max(initial=0), self.max_tokens) + 1), END)
         log_p_N = np.where(lengths > self.max_tokens, -np.inf, 0.0)
@@ -239,12 +206,19 @@ class FiniteStateGrammar:
             count = high - low
             entry = np.repeat(np.arange(len(text)), count)
             arc = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count) + np.repeat(low, count)
-            pair, merged = np.unique(text[entry] * num_states + arcs.target[arc], return_inverse=True)
+            pair, merged = np.unique(text[entry] * self.num_states + arcs.target[arc], return_inverse=True)
             p = np.bincount(merged, p[entry] * np.exp(arcs.log_p[arc]), minlength=len(pair))
-            text, state = np.divmod(pair, num_states)
+            text, state = np.divmod(pair, self.num_states)
             total_N = np.bincount(text, p, minlength=len(log_p_N))
             pending = np.isfinite(log_p_N) & (t <= lengths)
             with np.errstate(divide="ignore"):
                 log_p_N[pending] += np.log(total_N[pending])
             p = p / total_N[text]
         return log_p_N
+
+
+def _sorted_arcs(rows: list[dict[tuple[int, int], float]]) -> Arcs:
+    flat = sorted((source, token, target, p) for source, row in enumerate(rows) for (token, target), p in row.items())
+    source, token, target = (np.array([arc[i] for arc in flat], dtype=np.int64) for i in range(3))
+    first = np.searchsorted(source, np.arange(len(rows) + 1))
+    return Arcs(source, token, target, np.log([arc[3] for arc in flat]), first)

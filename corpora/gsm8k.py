@@ -8,7 +8,7 @@ numbers; the operations of a solution are its plan.
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from fractions import Fraction
 from typing import Literal
 
@@ -116,15 +116,6 @@ class _Calculation:
 # -------------------------------------------------------------------------------- annotations
 
 
-@dataclass(frozen=True)
-class Annotations:
-    """The numbers of calculator annotations in a text that are right, wrong, and not a calculation."""
-
-    right: int = 0
-    wrong: int = 0
-    malformed: int = 0
-
-
 def annotations(text: str) -> list[str]:
     """Return the contents of all `<<...>>`, in order."""
     return _ANNOTATION.findall(text)
@@ -142,11 +133,11 @@ def annotation_is_right(annotation: str) -> bool | None:
     return all(abs(value - values[-1]) <= tolerance for value in values[:-1])
 
 
-def check_annotations(text: str) -> Annotations:
-    """Check the calculation of every annotation; a `<<` without an end counts as malformed."""
+def check_annotations(text: str) -> dict[str, int]:
+    """Return how many annotations are `right`, `wrong` and `malformed`: not a calculation, or a `<<` without an end."""
     found = [annotation_is_right(annotation) for annotation in annotations(text)]
-    unclosed = text.count("<<") - len(found)
-    return Annotations(found.count(True), found.count(False), found.count(None) + unclosed)
+    right, wrong = found.count(True), found.count(False)
+    return {"right": right, "wrong": wrong, "malformed": text.count("<<") - right - wrong}
 
 
 # -------------------------------------------------------------------------------- answers
@@ -155,7 +146,7 @@ def check_annotations(text: str) -> Annotations:
 def check_answer(completion: str, reference: str) -> CheckedAnswer:
     """Compare the final answers as numbers. Steps are the annotations of the reference."""
     found, wanted = final_answer(completion), final_answer(reference)
-    checks = {f"calculations {kind}": count for kind, count in asdict(check_annotations(completion)).items()}
+    checks = {f"calculations {kind}": count for kind, count in check_annotations(completion).items()}
     answer, wanted = (None if value is None else str(value) for value in (found, wanted))
     return CheckedAnswer(answer, wanted, len(annotations(reference)), checks)
 

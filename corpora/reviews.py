@@ -52,7 +52,6 @@ VERDICTS = (
 FEELINGS = ("hated disliked loathed resented dreaded regretted", "loved enjoyed admired liked adored treasured")
 ADVICE = ("avoid skip miss shun ignore", "see watch rent catch try")
 WORTH = ("avoiding skipping missing ignoring forgetting", "seeing watching sharing owning remembering")
-OPPOSITES = (ADJECTIVES, VERDICTS, FEELINGS, ADVICE, WORTH)
 
 FILM = words("film movie")
 KINDS = words(

@@ -55,16 +55,11 @@ class Text8:
     def _original(self, split: str) -> str | None:
         """Return the split's part of the original, if there is one. Bytes are characters, since all are ASCII."""
         folder = local_folder(self.folder)
-        if folder is None:
+        found = [folder / name for name in ("text8", "text8.zip") if folder and (folder / name).is_file()]
+        if not found:
             return None
-        if (folder / "text8").is_file():
-            path, whole = folder / "text8", (folder / "text8").read_bytes()
-        elif (folder / "text8.zip").is_file():
-            path = folder / "text8.zip"
-            with zipfile.ZipFile(path) as archive:
-                whole = archive.read("text8")
-        else:
-            return None
+        path = found[0]
+        whole = zipfile.Path(path, "text8").read_bytes() if path.suffix == ".zip" else path.read_bytes()
         if len(whole) != sum(self.sizes.values()):
             raise ValueError(f"{path} has {len(whole):,} characters; text8 has {sum(self.sizes.values()):,}")
         before = list(self.sizes)[: list(self.sizes).index(split)]

@@ -52,7 +52,7 @@ def test_annotations_are_calculated_again():
     assert annotation_is_right("2/3=.67") and annotation_is_right("2/3=.66") is False
     assert annotation_is_right("24") is None and annotation_is_right("a=1") is None and annotation_is_right("=") is None
     found = check_annotations("<<1+1=2>> <<1+1=3>> <<x=3>> <<2+2=4")
-    assert (found.right, found.wrong, found.malformed) == (1, 1, 2)
+    assert found == {"right": 1, "wrong": 1, "malformed": 2}
 
 
 SOLUTION = "He sold 48/2 = <<48/2=24>>24 in May.\nAll: <<48+24=72>>72.\n#### 72"
