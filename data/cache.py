@@ -13,7 +13,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -89,9 +88,8 @@ def cached_folder(
 ) -> tuple[Path, dict[str, Any]]:
     """Return the cached folder of `kind` and `settings`, with the numbers stored beside it; build it if needed.
 
-    `build(folder)` fills a new folder. It is called if the folder is missing or damaged.
-    `build` may return JSON-serialisable figures, which are stored with the entry. An exception in `build` leaves no
-    entry.
+    `build(folder)` fills a new folder if the entry is missing or damaged, and may return JSON-serialisable figures. An
+    exception in `build` leaves no entry.
 
     Raises:
         ValueError: `cache_dir` cannot be written.
@@ -102,15 +100,10 @@ def cached_folder(
     if figures is not None:
         return folder, figures
     with writing_into(cache_dir):
-        probe = Path(tempfile.mkdtemp(prefix=f".{kind}-", dir=cache_dir))
-    try:
-        with _lock(folder):
-            figures = _read_entry(folder, settings)  # another process may have built it while this one waited
-            if figures is None:
-                figures = _build(probe, folder, settings, build)
-    finally:
-        shutil.rmtree(probe, ignore_errors=True)
-    return folder, figures
+        temporary = tempfile.TemporaryDirectory(prefix=f".{kind}-", dir=cache_dir, ignore_cleanup_errors=True)
+    with temporary as name, _lock(folder):
+        figures = _read_entry(folder, settings)  # another process may have built it while this one waited
+        return folder, _build(Path(name), folder, settings, build) if figures is None else figures
 
 
 @contextlib.contextmanager
@@ -152,11 +145,8 @@ def _read_entry(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None
     """Return the figures of an intact entry; None for an absent or damaged one."""
     try:
         entry = json.loads((folder / _ENTRY).read_text())
-        plain = json.loads(json.dumps(settings))
-        intact = entry["settings"] == plain and all(
-            _file_record(folder / name) == record for name, record in entry["files"].items()
-        )
-        return entry["figures"] if intact else None
+        intact = all(_file_record(folder / name) == record for name, record in entry["files"].items())
+        return entry["figures"] if intact and entry["settings"] == json.loads(json.dumps(settings)) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
@@ -167,14 +157,9 @@ def _lock(folder: Path) -> Iterator[None]:
 
     A file system without locks is no reason to stop: an entry appears by one atomic rename, so it is never half there.
     """
-    lock = FileLock(folder.parent / f".{folder.name}.lock")
-    try:
-        lock.acquire()
-    except (OSError, NotImplementedError) as error:  # filelock raises the latter if locks do not exist
-        log.warning("no lock for %s (%s): processes that need it at once build it several times", folder, error)
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(FileLock(folder.parent / f".{folder.name}.lock"))
+        except (OSError, NotImplementedError) as error:  # filelock raises the latter if locks do not exist
+            log.warning("no lock for %s (%s): processes that need it at once build it several times", folder, error)
         yield
-        return
-    try:
-        yield
-    finally:
-        lock.release()
