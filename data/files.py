@@ -117,14 +117,13 @@ def readable_files(path: str, key: str) -> list[Path]:
     if place.is_dir():
         _check_not_saved(place, key)
         entries = [p for p in sorted(place.iterdir()) if kind_of(p) in KINDS and not p.name.startswith(".")]
-        found = matching_files(entries, key)
-        if not found:
-            raise FileNotFoundError(f"{key}={path}: the folder holds no file of {', '.join(KINDS)}")
-        return found
-    entries = [place] if os.path.lexists(place) else map(Path, sorted(glob.glob(str(place), recursive=True)))
+        fault = f"the folder holds no file of {', '.join(KINDS)}"
+    else:
+        entries = [place] if os.path.lexists(place) else map(Path, sorted(glob.glob(str(place), recursive=True)))
+        fault = f"there is no such file; correct the path (relative to {Path.cwd()})"
     found = matching_files(entries, key)
     if not found:
-        raise FileNotFoundError(f"{key}={path}: there is no such file; correct the path (relative to {Path.cwd()})")
+        raise FileNotFoundError(f"{key}={path}: {fault}")
     return found
 
 
@@ -231,11 +230,15 @@ def _tables(batches: Iterable[_Batch], columns: Columns, path: Path) -> Iterator
         def place(number: int, lines: Sequence[int | None] = lines, first: int = first) -> str:
             return _place(lines[number] if lines else None, first + number)
 
-        table = {name: _texts(cells[name], name, place) for name in columns.texts}
+        table = {name: text_array(cells[name], name, place) for name in columns.texts}
         if columns.label is not None:
             values = cells[columns.label]
             labels = _labels(values, columns, place)
-            has_warned = has_warned or _warn_of_blanks(values, labels, f"{path}: ", place)
+            blank = [n for n, word in enumerate(labels) if isinstance(values[n], str) and values[n] != word]
+            if blank and not has_warned:
+                has_warned, origin = True, f"{path}: {place(blank[0])}"
+                said = f"the label {short_repr(values[blank[0]])} is read as {labels[blank[0]]!r}"
+                log.warning("%s: %s; blanks around labels are left out", origin, said)
             table[columns.label] = pa.array(labels, pa.large_string())
         yield pa.table(table)
 
@@ -267,16 +270,12 @@ def _place(line: int | None, row: int) -> str:
 # -------------------------------------------------------------------------------- values
 
 
-def is_text(kind: pa.DataType) -> bool:
-    """Return True for the Arrow types of texts."""
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-
-
-def _texts(values: Sequence[object] | pa.Array, column: str, place: Callable[[int], str]) -> pa.Array:
-    """Return a column of texts as large_string. Raises ValueError for the first other value."""
+def text_array(values: Sequence[object] | pa.Array, column: str, place: Callable[[int], str]) -> pa.Array:
+    """Return a column of texts as large_string. Raises ValueError for the first other value, with its `place`."""
     if isinstance(values, pa.Array):
         kind = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
-        if is_text(kind) and not values.null_count:
+        is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+        if is_text and not values.null_count:
             return values.cast(kind).cast(pa.large_string())
         values = values.to_pylist()
     try:
@@ -346,21 +345,6 @@ def label_number(label: object, numbers: Mapping[str, int]) -> int | None:
 def classes(names: Sequence[str]) -> str:
     """Return the classes with their indices, for a message."""
     return listed([f"{number} ({name})" for number, name in enumerate(names)])
-
-
-def _warn_of_blanks(values: Sequence[object], labels: Sequence[str], origin: str, place: Callable[[int], str]) -> bool:
-    """Warn of the first label with blanks around it; return True if there is one."""
-    for number, (value, label) in enumerate(zip(values, labels, strict=True)):
-        if isinstance(value, str) and value != label:
-            log.warning(
-                "%s%s: the label %s is read as %r; blanks around labels are left out",
-                origin,
-                place(number),
-                short_repr(value),
-                label,
-            )
-            return True
-    return False
 
 
 # -------------------------------------------------------------------------------- formats
@@ -471,11 +455,9 @@ def _separated(records: Iterator[tuple[int, list[str]]], columns: Columns, separ
         if len(fields) != width:
             if len(fields) == 1 and not fields[0].strip():
                 continue
-            remedy = (
-                f"put texts with {separators} into quotation marks"
-                if len(fields) > width
-                else "complete the row, or leave it out"
-            )
+            remedy = "complete the row, or leave it out"
+            if len(fields) > width:
+                remedy = f"put texts with {separators} into quotation marks"
             raise ValueError(
                 f"line {line} has another number of fields ({len(fields)}) than the header ({width}: "
                 f"{listed(header)}); {remedy}"
@@ -531,15 +513,12 @@ def _without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
 def _cells(row: object, columns: Columns, place: str) -> list[object]:
     if not isinstance(row, dict):
         raise ValueError(f"{place} is {short_repr(row)}, not an object with columns; {_JSON_FORM}")  # noqa: TRY004
-    try:
-        return [row[name] for name in columns.names]
-    except KeyError:
-        pass
-    try:
-        columns.positions(list(row))
-    except ValueError as error:
-        raise ValueError(f"{place}: {error}") from error
-    raise AssertionError("all columns are there")
+    if not row.keys() >= set(columns.names):
+        try:
+            columns.positions(list(row))
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from error
+    return [row[name] for name in columns.names]
 
 
 def _parquet_batches(path: Path, columns: Columns, row_group: int | None) -> Iterator[_Batch]:
@@ -547,9 +526,8 @@ def _parquet_batches(path: Path, columns: Columns, row_group: int | None) -> Ite
         raise ValueError("a Parquet file is packed inside; unpack it, and give the .parquet file")
     with pq.ParquetFile(path, buffer_size=_BUFFER) as file:
         columns.positions(file.schema_arrow.names)
-        sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-        groups = list(range(len(sizes))) if row_group is None else [row_group]
-        first = sum(sizes[:row_group]) if row_group else 0
+        groups = None if row_group is None else [row_group]
+        first = sum(file.metadata.row_group(group).num_rows for group in range(row_group or 0))
         for batch in file.iter_batches(_AT_ONCE, row_groups=groups, columns=list(columns.names)):
             batch.validate(full=True)  # the bytes of texts are UTF-8
             cells = {name: batch.column(name) for name in columns.texts}

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from palimpsest.common.messages import listed, short_repr
-from palimpsest.data.files import classes, is_text, label_number
+from palimpsest.data.files import classes, label_number, text_array
 from palimpsest.data.tables import read, texts_of, write
 
 log = logging.getLogger(__name__)
@@ -101,7 +101,7 @@ def keep_label(rows: datasets.Dataset, label: int, label_names: Sequence[str] | 
     """Return the rows of one class. Raises ValueError if there are no labels, no such class, or no row of it."""
     if label_names is None or "label" not in rows.column_names:
         raise ValueError(f"data.label={label}: these texts have no labels; leave data.label=null")
-    if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(label_names):
+    if type(label) is not int or label not in range(len(label_names)):
         raise ValueError(f"data.label={label} is not one of the labels: {classes(label_names)}")
     keep = np.flatnonzero(np.asarray(rows["label"][:]) == label)
     if not len(keep):
@@ -169,12 +169,9 @@ def _parts(number: int, shares: Mapping[str, float], seed: int) -> np.ndarray:
             f"{number} texts are too few to hold out {held_out} and keep a train split; give data.validation_path "
             "and data.test_path, or more texts"
         )
-    order = permutation(number, seed)
     part = np.zeros(number, dtype=np.int8)
-    start = 0
-    for k, size in enumerate(sizes.values(), 1):
-        part[order[start : start + size]] = k
-        start += size
+    chosen = permutation(number, seed)[: sum(sizes.values())]
+    part[chosen] = np.repeat(np.arange(1, len(sizes) + 1), list(sizes.values()))
     return part
 
 
@@ -242,14 +239,8 @@ def text_column(table: pa.Table, column: str, origin: str, first: int = 0) -> pa
 
     `first` is the number of the table's first row.
     """
-    texts = table.column(column)
-    if pa.types.is_dictionary(texts.type):
-        texts = texts.cast(texts.type.value_type)
-    if not is_text(texts.type) or texts.null_count:
-        for row, text in enumerate(texts.to_pylist(), first):
-            if not isinstance(text, str):
-                raise ValueError(f"{origin}: row {row} of column {column!r} is {short_repr(text)}, not a text")
-    return texts.cast(pa.large_string())
+    values = table.column(column).combine_chunks()
+    return pa.chunked_array([text_array(values, column, lambda number: f"{origin}: row {first + number}")])
 
 
 def as_labels(values: Sequence[object], names: Sequence[str], origin: str, first: int = 0) -> list[int]:
