@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from palimpsest.data.files import Columns, kind_of, read_tables, reading
-from palimpsest.data.rows import from_table, need_columns, text_hashes, to_table
+from palimpsest.data.rows import check_not_empty, from_table, need_columns, text_hashes, to_table
+from palimpsest.data.tables import between
 
 _AT_ONCE = 1000  # rows
 
@@ -130,13 +131,9 @@ class Shards:
         Skipped tables are read but not processed, because few formats can be entered in the middle.
         """
         shard, first, end = self.ranges[number]
-        first += skip * size
         held: list[pa.Table] = []
-        place, count = 0, 0
-        for table in self.rows.tables(shard):
-            begin, place = place, place + table.num_rows
-            stop = table.num_rows if end is None else min(table.num_rows, end - begin)
-            table = table.slice(max(0, first - begin), max(0, stop - max(0, first - begin)))
+        count = 0
+        for table in between(self.rows.tables(shard), first + skip * size, end):
             while table.num_rows:
                 part = table.slice(0, size - count)
                 held.append(part)
@@ -145,8 +142,6 @@ class Shards:
                 if count == size:
                     yield pa.concat_tables(held, promote_options="permissive")
                     held, count = [], 0
-            if end is not None and place >= end:
-                break
         if held:
             yield pa.concat_tables(held, promote_options="permissive")
 
@@ -164,15 +159,14 @@ class Shards:
             count += len(rows)
             if count >= limit:
                 break
-        if not count:
-            raise ValueError(f"{self.origin} holds no text; give another file")
+        check_not_empty(count, self.origin)
         return from_table(pa.concat_tables(found).slice(0, limit))
 
     @property
     def fingerprint(self) -> dict[str, object]:
         """Return plain values that a resumed run compares."""
-        listing = hashlib.sha256(repr(self.files).encode()).hexdigest()[:16]
-        return {"pieces": len(self.ranges), "files": listing if self.files else None}
+        files = hashlib.sha256(repr(self.files).encode()).hexdigest()[:16] if self.files else None
+        return {"pieces": len(self.ranges), "files": files}
 
 
 @dataclass

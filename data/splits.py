@@ -42,7 +42,8 @@ class SplitTexts:
         limit = self._limit(split)
         limit = self.sample_texts if split == "train" and limit is None else limit
         if limit is None:
-            remedy = f"set {limit_key(split)}, or data.streaming=false"
+            key = {"validation": "valid", "test": "test"}.get(split, "train")
+            remedy = f"set data.max_{key}_texts, or data.streaming=false"
             raise ValueError(f"data.streaming=true reads a split up to its limit, and {split} has none: {remedy}")
         if not hasattr(self.source, "stream"):
             raise ValueError("data.streaming=true: these texts are made or cut as a whole; set it to false")
@@ -90,8 +91,3 @@ class SplitTexts:
 
     def _limit(self, split: str) -> int | None:
         return self.limits.get(split, self.limits["train"])
-
-
-def limit_key(split: str) -> str:
-    """Return the key that limits a split."""
-    return f"data.max_{ {'validation': 'valid', 'test': 'test'}.get(split, 'train') }_texts"

@@ -91,19 +91,26 @@ def read(path: Path) -> Iterator[pa.Table]:
             yield pa.Table.from_batches([batch])
 
 
+def between(tables: Iterable[pa.Table], first: int, last: int | None) -> Iterator[pa.Table]:
+    """Yield the rows from `first` to `last`, which does not belong to them; None: to the end. The rest is not read."""
+    begin = 0
+    for table in tables:
+        end = table.num_rows if last is None else min(table.num_rows, last - begin)
+        start = min(max(0, first - begin), end)
+        yield table.slice(start, end - start)
+        begin += table.num_rows
+        if last is not None and begin >= last:
+            return
+
+
 def consecutive(rows: datasets.Dataset) -> Iterator[pa.Table]:
     """Yield all rows in order, in small tables."""
     path = _file_of(rows)
     if path is None:
         arrow = rows.with_format("arrow")
         yield from (arrow[start : start + _ROWS_AT_ONCE] for start in range(0, len(rows), _ROWS_AT_ONCE))
-        return
-    left = len(rows)
-    for table in read(path):
-        yield table.select(rows.column_names).slice(0, left)
-        left -= table.num_rows
-        if left <= 0:
-            return
+    else:
+        yield from (table.select(rows.column_names) for table in between(read(path), 0, len(rows)))
 
 
 def _file_of(rows: datasets.Dataset) -> Path | None:
