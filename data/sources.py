@@ -58,7 +58,7 @@ from palimpsest.data.rows import (
     without_blanks,
 )
 from palimpsest.data.shards import FilePieces, HubPieces, Shards, listing, num_rows
-from palimpsest.data.tables import read, stored, write
+from palimpsest.data.tables import between, read, stored, write
 
 # Data sets whose rows on the Hub are lines with line feeds, including empty lines.
 _LINES_WITH_ENDS = ("Salesforce/wikitext",)
@@ -131,6 +131,7 @@ class HubOrFolder:
         self.files, self.hub_splits = dict(files), dict(hub_splits)
         self.text_columns = [text_columns] if isinstance(text_columns, str) else list(text_columns)
         self.parts, self.drop_blank = None if parts is None else tuple(parts), drop_blank
+        self.prompted = parts is not None and len(parts) > 1
         self.label_column, self.unlabelled = label_column, tuple(unlabelled)
         self.label_names = tuple(label_names) if label_names else None
         self.shuffle, self.seed = shuffle, seed
@@ -155,11 +156,6 @@ class HubOrFolder:
         found = {*self.files} | ({"validation"} if self.validation_share is not None else set())
         usual = ("train", "validation", "test")
         return (*(split for split in usual if split in found), *sorted(found.difference(usual)))
-
-    @property
-    def prompted(self) -> bool:
-        """Return True if texts begin with a prompt."""
-        return self.parts is not None and len(self.parts) > 1
 
     def detokenizer_of(self, split: str) -> str | None:
         """Return the name of the detokenizer; None if texts are natural."""
@@ -307,28 +303,21 @@ class HubOrFolder:
         first = 0
         for table in tables:
             texts = [text_column(table, column, origin, first) for column in self.text_columns]
+            whole, ends, labels = texts[0], None, None
             if self.detokenizer is not None:
-                clean = find_detokenizer(self.detokenizer)
-                texts = [pa.chunked_array([pa.array(list(map(clean, texts[0].to_pylist())), pa.large_string())])]
-            yield self._made(table, texts, origin, first)
+                whole = list(map(find_detokenizer(self.detokenizer), texts[0].to_pylist()))
+            if self.parts is not None:
+                rows = pa.Table.from_arrays(texts, self.text_columns).to_pylist()
+                whole, ends = in_parts([[part.format(**row) for part in self.parts] for row in rows])
+            if self.label_column in table.column_names:
+                labels = as_labels(table.column(self.label_column).to_pylist(), self.label_names, origin, first)
+            made = text_table(whole, labels, ends if self.prompted else None)
+            yield without_blanks(made) if self.drop_blank else made
             first += table.num_rows
 
     def _piece(self, table: pa.Table, origin: str) -> datasets.Dataset:
         """Do the same for some rows of a stream."""
         return from_table(next(self._prepared([table], origin)))
-
-    def _made(self, table: pa.Table, texts: list[pa.ChunkedArray], origin: str, first: int) -> pa.Table:
-        ends = None
-        if self.parts is not None:
-            values = zip(*(column.to_pylist() for column in texts), strict=True)
-            rows = [dict(zip(self.text_columns, row, strict=True)) for row in values]
-            whole, ends = in_parts([[part.format(**row) for part in self.parts] for row in rows])
-            texts = [pa.chunked_array([pa.array(whole, pa.large_string())])]
-        labels = None
-        if self.label_column in table.column_names:
-            labels = as_labels(table.column(self.label_column).to_pylist(), self.label_names, origin, first)
-        made = text_table(texts[0], labels, ends if self.prompted else None)
-        return without_blanks(made) if self.drop_blank else made
 
     def _local(self, split: str, files: Sequence[Path], aside: Path) -> tuple[Iterable[pa.Table], str]:
         """Return the raw columns of files and their origin for messages. `aside`: a folder for a copy."""
@@ -340,7 +329,7 @@ class HubOrFolder:
         if (start, stop) != (None, None):  # bounds may count from the end
             number = write(aside / "whole.arrow", tables)
             first, last, _ = slice(start, stop).indices(number)
-            tables = _between(read(aside / "whole.arrow"), first, last) if number else []
+            tables = between(read(aside / "whole.arrow"), first, last) if number else []
         return tables, str(local_folder(self.folder) / self.files[split])
 
     def _lines(self, files: Sequence[Path]) -> Iterator[pa.Table]:
@@ -456,14 +445,12 @@ class Combined:
         Raises:
             ValueError: only some of the data sets have prompts.
         """
-        kinds = {
-            name: getattr(self.sources[name], "prompted", False) for split in self.choice for name in self._names(split)
-        }
+        used = [name for split in self.choice for name in self._names(split)]
+        kinds = {name: getattr(self.sources[name], "prompted", False) for name in used}
         if len(set(kinds.values())) > 1:
-            raise ValueError(
-                f"{', '.join(kinds)}: some of these data sets have prompts, others have not; join one kind"
-            )
-        return next(iter(kinds.values()))
+            names = ", ".join(kinds)
+            raise ValueError(f"{names}: some of these data sets have prompts, others have not; join one kind")
+        return kinds[used[0]]
 
     def load(self, split: str) -> datasets.Dataset:
         """Return the split's rows; those of a mixture one data set after the other, without their numbers.
@@ -472,9 +459,9 @@ class Combined:
         """
         check_split(split, self.splits)
         rows = [source.load(split) for source in self.mixed(split)]
-        return (
-            rows[0] if len(rows) == 1 else datasets.concatenate_datasets([part.select_columns("text") for part in rows])
-        )
+        if len(rows) == 1:
+            return rows[0]
+        return datasets.concatenate_datasets([part.select_columns("text") for part in rows])
 
     def stream(self, split: str, limit: int) -> datasets.Dataset:
         """Return the first `limit` rows of the split (HubOrFolder.stream)."""
@@ -506,15 +493,6 @@ def _weighted(weights: Mapping[str, float], sources: Mapping[str, Source]) -> tu
                 "raise it, or leave the data set out"
             )
     return tuple(sources)
-
-
-def _between(tables: Iterable[pa.Table], first: int, last: int) -> Iterator[pa.Table]:
-    """Yield the rows from `first` to `last`, which does not belong to them."""
-    start = 0
-    for table in tables:
-        begin, end = max(first - start, 0), max(last - start, 0)
-        yield table.slice(begin, max(end - begin, 0))
-        start += table.num_rows
 
 
 def _sliced(expression: str) -> tuple[str, int | None, int | None]:

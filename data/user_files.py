@@ -57,6 +57,8 @@ class UserFiles:
         ValueError: absent columns, bad rows, empty splits.
     """
 
+    splits = ("train", "validation", "test")
+
     def __init__(
         self,
         path: FilePath | None,
@@ -77,7 +79,7 @@ class UserFiles:
         self.keys = {"train": "data.path", "validation": "data.validation_path", "test": "data.test_path"}
         self.text_column = text_column
         self.label_column = label_column
-        self.prompt_column = prompt_column
+        self.prompt_column, self.prompted = prompt_column, prompt_column is not None
         self._detokenizer = detokenizer
         if detokenizer:
             detokenizer_named(detokenizer)  # refuses another name
@@ -97,22 +99,13 @@ class UserFiles:
         for split, share in self.shares.items():
             if not share:
                 raise ValueError(f"data.{split}_share=0 holds out no text; raise it, or set data.{split}_path")
-        if sum(self.shares.values()) >= 1:
-            total = sum(self.shares.values())
+        total = sum(self.shares.values())
+        if total >= 1:
             raise ValueError(f"data.validation_share + data.test_share = {total}: no train split is left; lower them")
-
-    @property
-    def splits(self) -> tuple[str, ...]:
-        return ("train", "validation", "test")
 
     def detokenizer_of(self, split: str) -> str | None:
         """Return the name of the detokenizer of a split's texts, or None."""
         return self._detokenizer
-
-    @property
-    def prompted(self) -> bool:
-        """Return True if texts begin with a prompt."""
-        return self.prompt_column is not None
 
     @property
     def label_names(self) -> tuple[str, ...] | None:
@@ -132,9 +125,8 @@ class UserFiles:
     def stream(self, split: str, limit: int) -> datasets.Dataset:
         """Return the first `limit` rows of the split, without reading on."""
         rows, own = self.open(split).first(limit), split if self.paths[split] else "train"
-        if not _has_lines(readable_files(self.paths[own], self.keys[own])):
-            return rows
-        return from_table(next(with_documents([to_table(rows)], None)))
+        has_lines = _has_lines(readable_files(self.paths[own], self.keys[own]))
+        return from_table(next(with_documents([to_table(rows)], None))) if has_lines else rows
 
     def open(self, split: str) -> Shards:
         """Return the split, to be read in pieces. Raises ValueError for labelled texts."""
@@ -146,8 +138,7 @@ class UserFiles:
             )
         own = split if self.paths[split] else "train"
         files = readable_files(self.paths[own], self.keys[own])
-        held_out = self.shares if own == "train" else {}
-        prepare = partial(self._streamed, split=split, held_out=held_out)
+        prepare = partial(self._streamed, split=split, held_out=self.shares if own == "train" else {})
         rows = FilePieces.of(files, self.keys[own], self._columns())
         return Shards(rows, prepare, str(self.paths[own]), files=listing(files))
 
@@ -198,12 +189,9 @@ class UserFiles:
         return {"label_names": names}
 
     def _columns(self, names: Sequence[str] | None = None, indexed: bool = False) -> Columns:
-        settings = {self.text_column: "data.text_column"}
-        if self.prompted:
-            settings[self.prompt_column] = "data.prompt_column"
-        texts = tuple(settings)
-        if self.label_column:
-            settings[self.label_column] = "data.label_column"
+        settings = {self.text_column: "data.text_column", self.prompt_column: "data.prompt_column"}
+        texts = tuple(filter(None, settings))
+        settings[self.label_column] = "data.label_column"
         return Columns(texts, self.label_column, names and tuple(names), indexed, settings=settings)
 
     def _names(self, tables: Iterable[pa.Table], files: Sequence[Path]) -> tuple[str, ...]:
@@ -235,14 +223,12 @@ class UserFiles:
         texts = table.column(self.text_column)
         labels = ends = None
         if self._detokenizer:
-            clean = detokenizer_named(self._detokenizer)
-            texts = pa.chunked_array([pa.array([clean(text) for text in texts.to_pylist()], pa.large_string())])
+            texts = list(map(detokenizer_named(self._detokenizer), texts.to_pylist()))
         if names is not None:
             words = table.column(self.label_column).to_pylist()
             labels = as_labels(list(map(int, words)) if indexed else words, names, str(self.paths["train"]))
         if self.prompted:
-            prompts = table.column(self.prompt_column)
-            pairs = zip(prompts.to_pylist(), texts.to_pylist(), strict=True)
+            pairs = zip(table.column(self.prompt_column).to_pylist(), texts.to_pylist(), strict=True)
             texts, ends = in_parts([[f"{prompt}\n", text] for prompt, text in pairs])
         return text_table(texts, labels, ends)
 
