@@ -326,23 +326,27 @@ class Packer:
         """Yield chunks of one stream over the whole split; only its last, unfilled chunk is left out."""
         rest = np.zeros(0, dtype=np.int32)
         done = 0
-        label = None
+        labels: set[int] = set()
         documents = _DocumentNumbers(self.packing)
         for part in texts:
             if self.packing.num_proc is not None:
                 self.figures.cut += len(rest)
                 rest = rest[:0]
                 documents.drop_rest()
-            if "label" in part.columns:
-                label = self._one_label(part.columns["label"], label)
+            labels.update(part.columns.get("label", ()))
+            if len(labels) > 1:
+                raise ValueError(
+                    f"{self.name}: data.wrap=true joins texts of several classes; choose one class with data.label, or "
+                    "set data.wrap=false"
+                )
             chunks, rest = self.cut_chunks(np.concatenate([rest, part.ids]))
             count = len(chunks)
             of_rows = documents.of_rows(part, count, len(rest))
             if count:
                 sample_id = np.arange(done, done + count)
-                labels = None if label is None else np.full(count, label)
+                label = np.full(count, min(labels)) if labels else None
                 lengths = np.full(count, self.packing.length)
-                yield PackedRows(chunks.reshape(-1), lengths, sample_id, None, labels, documents=of_rows)
+                yield PackedRows(chunks.reshape(-1), lengths, sample_id, None, label, documents=of_rows)
             done += count
         self.figures.cut += len(rest)
 
@@ -365,15 +369,6 @@ class Packer:
             chunks = np.pad(chunks, ((0, 0), (1, 1)))
             chunks[:, 0], chunks[:, -1] = self.vocabulary.bos_id, self.vocabulary.eos_id
         return chunks, rest
-
-    def _one_label(self, labels: list[int], label: int | None) -> int:
-        found = {*labels, *([] if label is None else [label])}
-        if len(found) != 1:
-            raise ValueError(
-                f"{self.name}: data.wrap=true joins texts of several classes; choose one class with data.label, or set "
-                "data.wrap=false"
-            )
-        return found.pop()
 
     def pad_rows(self, batch: dict[str, Any], ids: list[list[int]]) -> PackedRows | None:
         """Return each text's row, or its windows; None if there is no row.
@@ -518,13 +513,11 @@ class _DocumentNumbers:
         if min(names, default=0) < 0:
             return None
         kept = np.flatnonzero(part.lengths) if self._packing.num_proc is None else np.arange(len(names))
-        names, lengths = names[kept], part.lengths[kept]
+        names, lengths, stream = names[kept], part.lengths[kept], self._rest
         if len(names):
             numbers = self._number + np.cumsum(np.append(names[0] != self._newest, names[1:] != names[:-1]))
             self._number, self._newest = int(numbers[-1]), names[-1]
-            stream = np.concatenate([self._rest, np.repeat(numbers, lengths)])
-        else:
-            stream = self._rest
+            stream = np.concatenate([stream, np.repeat(numbers, lengths)])
         used = count * self._packing.content_length
         assert len(stream) == used + left, "each text leaves its tokens and its end token in the stream"
         self._rest = stream[used:]
@@ -541,9 +534,8 @@ def one_after_the_other(parts: Sequence[datasets.Dataset]) -> datasets.Dataset:
         return parts[0]
     numbered, starts = [], {"sample_id": 0, "text_id": 0}
     for part in parts:
-        columns = part.select_columns(
-            [name for name in ("input_ids", "length", "part_ends") if name in part.column_names]
-        )
+        kept = [name for name in ("input_ids", "length", "part_ends") if name in part.column_names]
+        columns = part.select_columns(kept)
         for name in starts:
             if name in part.column_names:
                 values = np.asarray(part[name][:])
