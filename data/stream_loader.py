@@ -7,11 +7,10 @@ import logging
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import fsspec.asyn
-import numpy as np
 import torch
 import torch.distributed
 from torch.utils.data import IterableDataset, Sampler, get_worker_info
@@ -26,20 +25,11 @@ _INTERVAL = 64  # batches between two removals of old cursors
 
 
 @dataclass(frozen=True)
-class _Row:
-    """A row; label and part_ends (data/packing.py) are None if the texts have none."""
-
-    ids: np.ndarray
-    label: int | None
-    part_ends: list[int] | None
-
-
-@dataclass(frozen=True)
 class _Part:
-    """A worker's part of a batch: rows, their places in the batch, and the chunks begun for them."""
+    """A worker's part of a batch: rows by column, their places in the batch, and the chunks begun for them."""
 
     places: list[int]
-    rows: list[_Row]
+    rows: list[dict[str, Any]]
     begun: list[tuple[int, LaneCursor]]
     figures: list[Figures]
 
@@ -51,15 +41,13 @@ class _Lane:
         self.chunks, self.now = chunks, next(chunks)
         self.new_chunks = [self.now]
 
-    def row(self, number: int) -> _Row:
+    def row(self, number: int) -> dict[str, Any]:
         while number >= self.now.after.rows:
             self.now = next(self.chunks)
             self.new_chunks.append(self.now)
-        row, now = number - self.now.before.rows, self.now
+        row = number - self.now.before.rows
         assert row >= 0, "rows of a lane must be requested in order"
-        return _Row(
-            now.ids[row], None if now.label is None else int(now.label[row]), now.part_ends and now.part_ends[row]
-        )
+        return {name: values[row] for name, values in self.now.columns.items()}
 
 
 class _Parts(IterableDataset):
@@ -128,7 +116,7 @@ class StreamLoader(TimedLoader):
         settings = dict(arguments)
         self.pinned, workers = settings.pop("pin_memory"), settings["num_workers"]
         parts = _Parts(corpus, batches, places, workers)
-        super().__init__(parts, batch_size=None, collate_fn=_unchanged, worker_init_fn=_begin_worker, **settings)
+        super().__init__(parts, batch_size=None, worker_init_fn=_begin_worker, **settings)
         self.corpus, self.positions = corpus, batches
         self.assemble, self.consumed = collate, consumed
         self.places = {lane: deque([place]) for lane, place in places.items()}
@@ -155,7 +143,7 @@ class StreamLoader(TimedLoader):
         for lane, place in part.begun:
             self.places.setdefault(lane, deque()).append(place)
         for figures in part.figures:
-            self.figures = Figures(**{key: n + getattr(self.figures, key) for key, n in asdict(figures).items()})
+            self.figures.add(figures)
 
     def _forget(self, consumed: int) -> None:
         """Keep each lane's last cursor at or before the first row that no finished step has taken, and later ones."""
@@ -193,17 +181,9 @@ def _columns(positions: Sequence[int], parts: Sequence[_Part]) -> dict[str, Any]
     """Return the rows of a batch in order, as columns."""
     at = {place: row for part in parts for place, row in zip(part.places, part.rows, strict=True)}
     rows = [at[place] for place in range(len(positions))]
-    columns = {"input_ids": [row.ids for row in rows], "length": np.array([len(row.ids) for row in rows])}
-    columns |= {"sample_id": np.asarray(positions), "position": np.asarray(positions)}
-    if rows[0].label is not None:
-        columns["label"] = np.array([row.label for row in rows])
-    if rows[0].part_ends is not None:
-        columns["part_ends"] = [row.part_ends for row in rows]
-    return columns
-
-
-def _unchanged(part: _Part) -> _Part:
-    return part
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    lengths = [len(ids) for ids in columns["input_ids"]]
+    return {**columns, "length": lengths, "sample_id": positions, "position": positions}
 
 
 def _begin_worker(_: int) -> None:

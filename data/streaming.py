@@ -34,6 +34,7 @@ from transformers import PreTrainedTokenizerBase
 from palimpsest.common.values import AtLeastOne
 from palimpsest.data.order import shuffled
 from palimpsest.data.packing import Figures, Packer, Packing, check_tokens
+from palimpsest.data.rows import check_not_empty
 from palimpsest.data.shards import Shards, SharedBlocks
 from palimpsest.data.tokenizers import Vocabulary
 
@@ -98,24 +99,20 @@ class LaneCursor:
 class LaneChunk:
     """Consecutive rows of a lane, with the cursors before and after them.
 
-    label and part_ends (data/packing.py) have one entry per row; None if there are none.
+    columns: input_ids and, if the texts have them, label and part_ends (data/packing.py); one entry per row.
     """
 
     before: LaneCursor
     after: LaneCursor
-    ids: list[np.ndarray]
-    label: np.ndarray | None
-    part_ends: list[list[int]] | None
+    columns: dict[str, list]
     figures: Figures
 
 
 @dataclass(frozen=True)
 class _Block:
-    """Shuffled texts, with the ends of their parts if they have parts (data/sources.py)."""
+    """Shuffled texts: the columns text and, if there are any, label and ends (data/sources.py)."""
 
-    texts: list[str]
-    label: np.ndarray | None
-    ends: list[list[int]] | None
+    columns: dict[str, list]
     mark: str
 
 
@@ -151,8 +148,7 @@ class Corpus:
         self.tokenizer, self.vocabulary = tokenizer, vocabulary
         self.buffer = order.shuffle_buffer
         self.seed, self.label = seed, label
-        if not shards.ranges:
-            raise ValueError(f"{shards.origin} holds no text; give another file")
+        check_not_empty(len(shards.ranges), shards.origin)
         self.parts = -(-self.lanes // len(shards.ranges))
         self.pieces = len(shards.ranges) * self.parts
         # Lanes that share a file are rarely more than a block apart.
@@ -186,7 +182,7 @@ class Corpus:
             without_rows += 1
             for chunk in self._piece(lane, cursor):
                 cursor = chunk.after
-                if chunk.ids:
+                if chunk.columns["input_ids"]:
                     yield chunk
                     without_rows = 0
             cursor = replace(cursor, piece=cursor.piece + 1, block=0, used=0, mark="")
@@ -210,7 +206,7 @@ class Corpus:
                 raise ValueError(f"{changed}; restore them, or start a new run")
             unread = False
             cursor = replace(cursor, mark=block.mark)
-            while cursor.used < len(block.texts):
+            while cursor.used < len(block.columns["text"]):
                 chunk = self._next_chunk(lane, cursor, block)
                 yield chunk
                 cursor = chunk.after
@@ -228,41 +224,37 @@ class Corpus:
             if self.parts > 1:
                 table = table.take(pa.array(np.arange(part, table.num_rows, self.parts)))
             rows = self.shards.prepare(table)
-            texts = rows["text"][:]
-            label = np.asarray(rows["label"][:]) if "label" in rows.column_names else None
-            ends = rows["ends"][:] if "ends" in rows.column_names else None
-            chosen = shuffled(len(texts), self.seed, _TEXTS, epoch, piece, block)
+            columns = {name: rows[name][:] for name in ("text", "label", "ends") if name in rows.column_names}
+            text = "\0".join(columns["text"]).encode("utf-8", "surrogatepass")
+            chosen = shuffled(len(rows), self.seed, _TEXTS, epoch, piece, block)
             if self.buffer == 1:
                 chosen.sort()
             if self.label is not None:
-                chosen = chosen[label[chosen] == self.label]
-            keep_label = label is not None and (self.label is not None or not self.packing.wrap)
-            mark = hashlib.blake2b("\0".join(texts).encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
-            chosen_ends = None if ends is None else [ends[i] for i in chosen]
-            yield _Block([texts[i] for i in chosen], label[chosen] if keep_label else None, chosen_ends, mark)
+                chosen = chosen[np.asarray(columns["label"])[chosen] == self.label]
+            elif self.packing.wrap:
+                columns.pop("label", None)
+            chosen_columns = {name: [values[i] for i in chosen] for name, values in columns.items()}
+            yield _Block(chosen_columns, hashlib.blake2b(text, digest_size=8).hexdigest())
 
     def _next_chunk(self, lane: int, cursor: LaneCursor, block: _Block) -> LaneChunk:
+        texts = block.columns["text"]
         stop, characters = cursor.used, 0
-        while stop < len(block.texts) and characters < CHUNK_CHARACTERS:
-            characters += len(block.texts[stop])
+        while stop < len(texts) and characters < CHUNK_CHARACTERS:
+            characters += len(texts[stop])
             stop += 1
-        columns = {"text": block.texts, "label": block.label, "ends": block.ends}
-        batch = {name: values[cursor.used : stop] for name, values in columns.items() if values is not None}
+        batch = {name: values[cursor.used : stop] for name, values in block.columns.items()}
         packer = Packer(self.tokenizer, self.vocabulary, self.packing, self.shards.origin)
         batch, ids = packer.tokenise({**batch, "text_id": range(cursor.used, stop)})
+        rows, rest = {"input_ids": []}, cursor.rest
         if self.packing.wrap:
             chunks, rest = packer.cut_chunks(np.concatenate([cursor.rest, packer.joined(ids)[0]]))
-            rows, part_ends = list(chunks), None
-            label = np.full(len(chunks), self.label) if "label" in batch else None
-        else:
-            packed = packer.pad_rows(batch, ids)
-            rows = [] if packed is None else np.split(packed.ids, np.cumsum(packed.lengths)[:-1])
-            rest = cursor.rest
-            label, part_ends = (packed.label, packed.part_ends) if packed else (None, None)
-        order = shuffled(len(rows), self.seed, _ROWS, lane, cursor.rows) if self.buffer > 1 else np.arange(len(rows))
-        rows = [rows[i] for i in order]
-        packer.figures.rows, packer.figures.tokens = len(rows), sum(len(row) for row in rows)
-        after = replace(cursor, used=stop, rows=cursor.rows + len(rows), rest=rest)
-        label = None if label is None else label[order]
-        part_ends = part_ends and [part_ends[i] for i in order]
-        return LaneChunk(cursor, after, rows, label, part_ends, packer.figures)
+            rows = {"input_ids": chunks, "label": [self.label] * len(chunks) if "label" in batch else None}
+        elif packed := packer.pad_rows(batch, ids):
+            split = np.split(packed.ids, np.cumsum(packed.lengths)[:-1])
+            rows = {"input_ids": split, "label": packed.label, "part_ends": packed.part_ends}
+        count = len(rows["input_ids"])
+        order = shuffled(count, self.seed, _ROWS, lane, cursor.rows) if self.buffer > 1 else range(count)
+        rows = {name: [values[i] for i in order] for name, values in rows.items() if values is not None}
+        packer.figures.rows, packer.figures.tokens = count, sum(map(len, rows["input_ids"]))
+        after = replace(cursor, used=stop, rows=cursor.rows + count, rest=rest)
+        return LaneChunk(cursor, after, rows, packer.figures)

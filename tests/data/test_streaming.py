@@ -166,7 +166,7 @@ def epochs_of(module, count):
             epoch = (lane + chunk.before.piece * corpus.lanes) // corpus.pieces
             if epoch >= count:
                 break
-            found[epoch] += [module.tokenizer.decode(ids) for ids in chunk.ids]
+            found[epoch] += [module.tokenizer.decode(ids) for ids in chunk.columns["input_ids"]]
     return found
 
 
