@@ -182,31 +182,17 @@ class TextData(LightningDataModule):
 
     def __init__(self, source: Source, texts: Texts, batches: Batches) -> None:
         super().__init__()
-        self.name = texts.name or "text"
-        self.fill = texts.fill
-        self.segments = texts.segments
-        self.prefix_length = texts.prefix_length
-        self.protocol = texts.protocol
-        self.first_given = texts.first_given
         check_protocol(texts.protocol, texts.num_proc, texts.streaming, texts.random_crop)
-        source = cached(source if texts.protocol is None else source.published(), texts.cache_dir)
+        self.settings, self.batches = texts, batches
+        self.name = texts.name or "text"
+        self.source = cached(source if texts.protocol is None else source.published(), texts.cache_dir)
+        self.length, self.wrap, self.fill, self.segments = texts.length, texts.wrap, texts.fill, texts.segments
+        self.prefix_length, self.first_given = texts.prefix_length, texts.first_given
         default = texts.wrap or texts.protocol is not None
         self.score_special = default if texts.score_special is None else texts.score_special
-        self.source = source
-        self.length = texts.length
-        self.label = texts.label
-        self.wrap = texts.wrap
-        self.streaming = texts.streaming
-        self.random_crop = texts.random_crop
-        self.document_mask = texts.document_mask
-        self.train_splits = texts.train_splits
-        self.tokenizer_settings = {
-            "name_or_path": texts.tokenizer_name_or_path,
-            "folder": texts.tokenizer_folder,
-            "vocab_size": texts.vocab_size,
-            "mask_token": texts.mask_token,
-            "cache_dir": texts.cache_dir,
-        }
+        self.protocol, self.document_mask = texts.protocol, texts.document_mask
+        self.label, self.train_splits = texts.label, texts.train_splits
+        self.cache_dir, self.eval_batch_size = texts.cache_dir, batches.eval_batch_size
         plain = Packing(
             texts.length,
             texts.wrap,
@@ -218,30 +204,18 @@ class TextData(LightningDataModule):
         measured = with_special_tokens(plain, texts.insert_valid_special, texts.insert_valid_eos)
         self.packings = dict.fromkeys(("validation", "test"), measured)
         self.packings["train"] = with_special_tokens(plain, texts.insert_train_special, texts.insert_train_eos)
-        self.label_noise, self.texts_per_class = texts.label_noise, texts.texts_per_class
-        self.limits = {
-            "train": texts.max_train_texts,
-            "validation": texts.max_valid_texts,
-            "test": texts.max_test_texts,
-        }
-        self.cache_dir, self.stream = texts.cache_dir, texts.stream
-        self.seed, self.loading = batches.seed, batches.loading
-        self.batch_size, self.eval_batch_size = batches.batch_size, batches.eval_batch_size
-        self.max_steps, self.global_batch_size = batches.max_steps, batches.global_batch_size
+        limits = {"train": texts.max_train_texts, "validation": texts.max_valid_texts, "test": texts.max_test_texts}
+        self._texts = SplitTexts(
+            self.source, limits, texts.streaming, texts.stream.sample_texts, texts.label, texts.train_splits,
+            texts.label_noise, texts.texts_per_class,
+        )  # fmt: skip
         self.plan = BatchPlan.of(batches.global_batch_size, batches.batch_ramp)
-        self._texts = self._split_texts(self.label, self.train_splits)
         self.figures: dict[str, dict[str, int]] = {}
         self._splits: dict[str, datasets.Dataset] = {}
         self._streamed: StreamLoader | None = None
         self._resumed: dict[str, Any] = {}
         self.latents = None if texts.latents is None else TextLatents(texts.latents, self)
-        check_settings(self, {texts.name, *getattr(source, "sources", ())}, texts.train, texts.valid)
-
-    def _split_texts(self, label: int | None, train_splits: Sequence[str] | None) -> SplitTexts:
-        return SplitTexts(
-            self.source, self.limits, self.streaming, self.stream.sample_texts, label, train_splits, self.label_noise,
-            self.texts_per_class,
-        )  # fmt: skip
+        check_settings(self)
 
     @property
     def prompted(self) -> bool:
@@ -252,7 +226,13 @@ class TextData(LightningDataModule):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         train = partial(self._texts.read, "train")
         return load_tokenizer(
-            **self.tokenizer_settings, texts=lambda: texts_of(train()), content=lambda: fingerprint_of(train())
+            self.settings.tokenizer_name_or_path,
+            folder=self.settings.tokenizer_folder,
+            texts=lambda: texts_of(train()),
+            content=lambda: fingerprint_of(train()),
+            vocab_size=self.settings.vocab_size,
+            cache_dir=self.cache_dir,
+            mask_token=self.settings.mask_token,
         )
 
     @cached_property
@@ -294,7 +274,7 @@ class TextData(LightningDataModule):
         """
         if name not in self._splits:
             packed, figures = self._packed(name, self.packing(name))
-            _check_known(name, figures, self.tokenizer_settings["name_or_path"])
+            _check_known(name, figures, self.settings.tokenizer_name_or_path)
             _report(name, figures, None if self.wrap else self.length)
             self._splits[name], self.figures[name] = one_after_the_other(packed), figures
         return self._splits[name]
@@ -303,7 +283,7 @@ class TextData(LightningDataModule):
         """Return the packed train split for any `label` and `train_splits`, which latents are fitted on."""
         if self.label is None and self.train_splits is None:
             return self.split("train")
-        return self._pack("train", self.packings["train"], self._split_texts(None, None))[0]
+        return self._pack("train", self.packings["train"], replace(self._texts, label=None, train_splits=None))[0]
 
     def _packed(self, name: str, packing: Packing) -> tuple[list[datasets.Dataset], dict[str, int]]:
         """Return the packed rows of each data set that a split is a mixture of, and the counts of all."""
@@ -333,28 +313,29 @@ class TextData(LightningDataModule):
         Raises:
             ValueError: batch sizes do not divide, or the trainer would continue past the stream.
         """
+        batches = self.batches
         rank, world = self._rank()
-        limit = None if self.trainer is None else self.trainer.max_steps
-        if limit is not None and not 0 < limit <= self.max_steps:
-            expected = f"the data were set up for {self.max_steps} steps"
+        limit = batches.max_steps if self.trainer is None else self.trainer.max_steps
+        if not 0 < limit <= batches.max_steps:
+            expected = f"the data were set up for {batches.max_steps} steps"
             raise ValueError(f"trainer.max_steps={limit}, but {expected}; give both one positive number")
-        size, _ = batch_arithmetic(self.global_batch_size, self.batch_size, world, ramp=self.plan.ramp)
+        size, _ = batch_arithmetic(batches.global_batch_size, batches.batch_size, world, ramp=self.plan.ramp)
         sampler = PositionBatchSampler(
-            self.global_batch_size, size, self.max_steps, rank, world, self._consumed(), self.plan.ramp
+            batches.global_batch_size, size, batches.max_steps, rank, world, self._consumed(), self.plan.ramp
         )
         if self.endless:
-            workers = self.loading.workers(streamed=True, devices=getattr(self.trainer, "num_devices", 1))
-            arguments = self.loading.arguments(workers, again=False)
+            workers = batches.loading.workers(streamed=True, devices=getattr(self.trainer, "num_devices", 1))
+            arguments = batches.loading.arguments(workers, again=False)
             self._streamed = StreamLoader(
                 _corpus(self), sampler, self.collate, arguments, self._resumed.get("stream"), self._taken
             )
             return self._streamed
         packing = self.packings["train"]
         rows = crop = None
-        if self.random_crop:
+        if self.settings.random_crop:
             packing, crop = replace(packing, length=2 * self.length), self.length
             rows = one_after_the_other(self._packed("train", packing)[0])
-        stream = TrainingStream(self._rows("train") if rows is None else rows, self.seed, crop)
+        stream = TrainingStream(self._rows("train") if rows is None else rows, batches.seed, crop)
         weights = getattr(self.source, "weights", None)
         if weights:
             stream.sizes = [len(part) for part in self._packed("train", packing)[0]]
@@ -364,7 +345,7 @@ class TextData(LightningDataModule):
     @property
     def endless(self) -> bool:
         """Return True if training streams a corpus without storing it (data/streaming.py)."""
-        return self.streaming and self.limits["train"] is None
+        return self.settings.streaming and self.settings.max_train_texts is None
 
     def val_dataloader(self) -> DataLoader:
         return self.eval_dataloader("validation")
@@ -388,7 +369,15 @@ class TextData(LightningDataModule):
     @property
     def collate(self) -> Collate:
         """Return the function that turns columns of a split's rows into a batch."""
-        return _collate(self)
+        known, room = self.vocabulary, self.packings["train"].room
+        beginning = {"prefix": self.prefix_length, "bos_id": known.bos_id, "first_given": self.first_given}
+        if self.wrap:
+            special = () if self.score_special else known.special_ids
+            return Collate(self.length, None, special, end_id=known.eos_id if self.document_mask else None, **beginning)
+        frame = {known.bos_id} if self.fill else {known.bos_id, known.eos_id}
+        frame = () if self.score_special else frame - {None}
+        pad_id = known.eos_id if self.fill else known.pad_id
+        return Collate(self.length, pad_id, frame, bool(self.fill), self.segments, room, **beginning)
 
     def segment_ends(self, prompt_tokens_B: np.ndarray) -> np.ndarray | None:
         """Return `segment_ends` of rows with prompts of these lengths, as in batches; None without segments."""
@@ -398,7 +387,8 @@ class TextData(LightningDataModule):
         return segment_ends(prompt_tokens_B, number, self.packings["train"].room)
 
     def _loader(self, rows: Dataset, batches: Sampler | list[list[int]], again: bool = True) -> DataLoader:
-        arguments = self.loading.arguments(self.loading.workers(streamed=False, devices=1), again)
+        loading = self.batches.loading
+        arguments = loading.arguments(loading.workers(streamed=False, devices=1), again)
         return TimedLoader(rows, batch_sampler=batches, collate_fn=self.collate, **arguments)
 
     def _rank(self, trainer: Trainer | None = None) -> tuple[int, int]:
@@ -419,7 +409,8 @@ class TextData(LightningDataModule):
     @property
     def _order(self) -> dict[str, Any]:
         """Return what the order of the training samples depends on besides the data."""
-        return {"global_batch_size": self.global_batch_size, "batch_ramp": self.plan.ramp, "seed": self.seed}
+        size, seed = self.batches.global_batch_size, self.batches.seed
+        return {"global_batch_size": size, "batch_ramp": self.plan.ramp, "seed": seed}
 
     def _taken(self) -> int:
         """Return the number of samples that finished steps have taken from the stream."""
@@ -440,21 +431,6 @@ class TextData(LightningDataModule):
         if self._resumed:
             check_same_texts(self._resumed.get("train_size"), self.train_size)
         return consumed_before(self._resumed, self._order)
-
-
-def _collate(data: TextData) -> Collate:
-    vocabulary, beginning = data.vocabulary, {"prefix": data.prefix_length, "first_given": data.first_given}
-    if data.wrap:
-        special = () if data.score_special else vocabulary.special_ids
-        end_id = vocabulary.eos_id if data.document_mask else None
-        return Collate(data.length, None, special, bos_id=vocabulary.bos_id, end_id=end_id, **beginning)
-    frame = {vocabulary.bos_id} if data.fill else {vocabulary.bos_id, vocabulary.eos_id}
-    frame = () if data.score_special else frame - {None}
-    pad_id = vocabulary.eos_id if data.fill else vocabulary.pad_id
-    room = data.packings["train"].room
-    return Collate(
-        data.length, pad_id, frame, bool(data.fill), data.segments, room, bos_id=vocabulary.bos_id, **beginning
-    )
 
 
 def with_texts(data: TextData, split: str, texts: Sequence[str]) -> TextData:
@@ -500,7 +476,7 @@ def _encoded(figures: dict[str, int]) -> int:
 
 def _corpus(data: TextData) -> Corpus:
     """Return the train split as a stream. Raises ValueError for settings that need stored texts."""
-    for key, value in (("data.random_crop", data.random_crop), ("classify.pretrain", data.train_splits)):
+    for key, value in (("data.random_crop", data.settings.random_crop), ("classify.pretrain", data.train_splits)):
         if value:
             raise ValueError(
                 f"{key}={value} needs stored texts, and data.streaming=true without a limit keeps none; set "
@@ -513,5 +489,5 @@ def _corpus(data: TextData) -> Corpus:
     if data.prompted:
         check_prompts(data.packings["train"], "train stream")
     shards, packing = data.source.open("train"), data.packings["train"]
-    order = (data.stream, data.global_batch_size, data.seed, data.label)
+    order = (data.settings.stream, data.batches.global_batch_size, data.batches.seed, data.label)
     return Corpus(shards, data.tokenizer, data.vocabulary, packing, *order)

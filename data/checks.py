@@ -2,38 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 
-
-def check_settings(data: object, names: Iterable[str | None], train: str | None, valid: str | None) -> None:
+def check_settings(data: object) -> None:
     """Refuse contradictory settings of `data`, a TextData, before anything is read.
 
-    data.train and data.valid (keys of the reference projects) may only name one of `names`: the data set itself, or
-    those that it joins.
+    data.train and data.valid (keys of the reference projects) may only name the data set itself, or one that it joins.
 
     Raises:
         ValueError: names the settings and the remedy.
     """
-    known = sorted(name for name in names if name is not None)
-    for key, value in (("data.train", train), ("data.valid", valid)):
+    settings, packing = data.settings, data.packings["train"]
+    known = sorted({settings.name, *getattr(data.source, "sources", ())} - {None})
+    for key, value in (("data.train", settings.train), ("data.valid", settings.valid)):
         if value is not None and known and value not in known:
             remedy = f"set data={value}, or leave {key} as it is ({', '.join(known)})"
             raise ValueError(f"{key}={value}: a data set is trained and measured on its own splits; {remedy}")
-    packing = data.packings["train"]
     truncates, room = packing.long_texts == "truncate", packing.room
     has_all_eos = all(split.eos for split in data.packings.values())
     row_by_row = "data.streaming=true without data.max_train_texts" if data.endless else "data.random_crop=true"
-    labels = {f"data.{key}": getattr(data, key) for key in ("label_noise", "texts_per_class") if getattr(data, key)}
+    labels = {"data.label_noise": settings.label_noise, "data.texts_per_class": settings.texts_per_class}
+    labels = {key: value for key, value in labels.items() if value}
     of_labels = ", ".join(f"{key}={value}" for key, value in labels.items())
     mistakes = [
-        (labels and data.streaming,
+        (labels and settings.streaming,
          f"{of_labels} needs all texts of each class, and data.streaming=true reads some; set data.streaming=false"),
         (labels and data.latents is not None,
          f"{of_labels} with latents=: the latents are fitted on all training texts; leave {', '.join(labels)} out, or "
          "set latents=none"),
         (labels and hasattr(data.source, "sources"),
          f"{of_labels}: data={data.name} joins data sets, and its texts have no labels; leave {', '.join(labels)} out"),
-        (data.random_crop and (not data.wrap or packing.chunk_special),
+        (settings.random_crop and (not data.wrap or packing.chunk_special),
          "data.random_crop=true crops wrapped text without special tokens; set data.wrap=true and "
          "data.insert_train_special=false"),
         (data.document_mask and not (data.wrap and has_all_eos),
@@ -53,11 +51,11 @@ def check_settings(data: object, names: Iterable[str | None], train: str | None,
          "data.segments=true with data.fill=null would show how long each part is; set data.fill=eos"),
         (data.segments and truncates,
          "data.long_texts=truncate might cut a part that others rest on, with data.segments=true; set drop or error"),
-        (data.streaming and data.prompted and truncates,
+        (settings.streaming and data.prompted and truncates,
          "data.long_texts=truncate with data.streaming=true: a prompt that fills its row would end the run; set drop"),
         (data.prefix_length >= data.length,
          f"training.prefix_length={data.prefix_length} must leave something of model.length={data.length} to learn"),
-        (data.latents is not None and (data.endless or data.random_crop),
+        (data.latents is not None and (data.endless or settings.random_crop),
          f"{row_by_row} makes rows while training, and latents need stored rows; leave it out, or set latents=none"),
     ]  # fmt: skip
     for is_mistake, message in mistakes:

@@ -33,7 +33,7 @@ class SplitTexts:
     train_splits: Sequence[str] | None
     label_noise: float
     texts_per_class: int | None
-    _texts: dict[str, datasets.Dataset] = field(default_factory=dict)
+    _texts: dict[str, datasets.Dataset] = field(default_factory=dict, init=False)
 
     def read(self, split: str) -> datasets.Dataset:
         """Return the split's rows from the source; when streaming, no more of them than the limit."""
@@ -54,7 +54,7 @@ class SplitTexts:
         sources = self.source.mixed(split) if hasattr(self.source, "mixed") else (self.source,)
         if len(sources) == 1 or self.train_splits is not None:
             return [self]
-        return [replace(self, source=source, _texts={}) for source in sources]
+        return [replace(self, source=source) for source in sources]
 
     def of(self, split: str) -> datasets.Dataset:
         """Return columns text, text_id (number in the whole split), and label and ends (data/sources.py) if present.

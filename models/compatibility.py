@@ -139,7 +139,7 @@ def check_data_compatible(data: object, objective: object, backbone: Backbone) -
         )
     if backbone.knows_its_mask and data.tokenizer.mask_token_id is None:
         raise ValueError(
-            f"data.tokenizer_name_or_path={data.tokenizer_settings['name_or_path']} has no mask token, and "
+            f"data.tokenizer_name_or_path={data.settings.tokenizer_name_or_path} has no mask token, and "
             f"{backbone.name} was trained with that of its own: name its tokenizer, say with data.mask_token= which "
             "token its mask is, or set backbone.from_scratch=true"
         )

@@ -103,7 +103,7 @@ def prepare(typed: argparse.Namespace, overrides: list[str]) -> dict[str, object
         else:
             _write_in_processes(typed, overrides)
         left_out = sum(data.figures[split]["cut"] for split in work.texts)
-        tokenizer = data.tokenizer_settings["name_or_path"]
+        tokenizer = data.settings.tokenizer_name_or_path
         return work.finish({"length": data.length, "tokenizer": tokenizer, "tokens_left_out": left_out,
                             "identity": fingerprint(data.latents.settings)})  # fmt: skip
     return json.loads((typed.out / "metadata.json").read_text())

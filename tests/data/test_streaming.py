@@ -68,7 +68,8 @@ def data(tmp_path, path=None, *, rank=0, world=1, step=0, order=None, num_worker
              "insert_train_special": False, "max_steps": STEPS, "cache_dir": tmp_path / "cache",
              "max_valid_texts": 5, "max_test_texts": 5, "loading": Loading(num_workers)}  # fmt: skip
     module = text_data(source, stream=Order(**{"lanes": 4, "shuffle_buffer": 8, **(order or {})}), **(given | settings))
-    module.trainer = SimpleNamespace(global_rank=rank, world_size=world, max_steps=module.max_steps, global_step=step)
+    steps = module.batches.max_steps
+    module.trainer = SimpleNamespace(global_rank=rank, world_size=world, max_steps=steps, global_step=step)
     return module
 
 
