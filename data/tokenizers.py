@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -209,7 +210,11 @@ def _load_pretrained(name: str, folder: str | None) -> PreTrainedTokenizerBase:
         encode(tokenizer, ["a"])  # some invalid vocabularies only fail here
     except Exception as error:  # transformers raises many types, none of them for users
         if "custom code" in str(error) or "trust_remote_code" in str(error):
-            raise ValueError(_custom_code(name)) from error
+            raise ValueError(
+                f"{_KEY}={name}: the tokenizer is code of its own (auto_map in tokenizer_config.json), which is not "
+                "run here. If a tokenizer.json beside it holds the same tokenizer, copy the folder, remove auto_map "
+                'from its tokenizer_config.json and set "tokenizer_class": "PreTrainedTokenizerFast" there'
+            ) from error
         if path is not None:
             reason = f"cannot be read ({type(error).__name__}: {excerpt(error)})"
             raise ValueError(f"{_KEY}={name}: the tokenizer in {path} {reason}; {_expected(path)}") from error
@@ -260,14 +265,6 @@ def _refuse_sentencepiece(name: str, path: Path) -> None:
             f"{_KEY}={name}: {path} has only the SentencePiece model {models[0]}, and the package that reads it is not "
             "installed: pip install sentencepiece, or name a folder with a tokenizer.json"
         )
-
-
-def _custom_code(name: str) -> str:
-    return (
-        f"{_KEY}={name}: the tokenizer is code of its own (auto_map in tokenizer_config.json), which is not run here. "
-        "If a tokenizer.json beside it holds the same tokenizer, copy the folder, remove auto_map from its "
-        'tokenizer_config.json and set "tokenizer_class": "PreTrainedTokenizerFast" there'
-    )
 
 
 def _expected(path: Path | None) -> str:
@@ -425,12 +422,12 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int], *, skip_speci
     return "".join(whole for _, whole in _runs(tokenizer, ids, skip_special))
 
 
-def token_strings(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int], *, skip_special: bool = False) -> list[str]:
+def token_strings(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> list[str]:
     """Return one string per id, which together form `decode` of the ids (except for bert's clean-up of "' s").
 
     A character made of several tokens is at the last one; the others are empty.
     """
-    return [piece for pieces, _ in _runs(tokenizer, ids, skip_special) for piece in pieces]
+    return [piece for pieces, _ in _runs(tokenizer, ids, skip_special=False) for piece in pieces]
 
 
 def hidden_special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -456,20 +453,16 @@ class _Display:
     gap: str
 
 
-_DISPLAYS: WeakKeyDictionary[PreTrainedTokenizerBase, _Display] = WeakKeyDictionary()
-
-
+@lru_cache(maxsize=8)
 def _display(tokenizer: PreTrainedTokenizerBase) -> _Display:
-    if tokenizer not in _DISPLAYS:
-        known = frozenset(tokenizer.get_vocab().values())
-        mask_id = max(known) + 1 if tokenizer.mask_token_id is None else tokenizer.mask_token_id
-        special = frozenset(tokenizer.all_special_ids) | {mask_id}
-        common = [ids[-1] for ids in encode(tokenizer, [" a", " the", " e"]) if ids]
-        words = (i for i in (*common, *sorted(known)) if i not in special and tokenizer.decode([i]).strip().isalpha())
-        anchor = list(itertools.islice(words, 1))
-        once, twice = tokenizer.decode(anchor).strip(), tokenizer.decode(anchor * 2).strip()
-        _DISPLAYS[tokenizer] = _Display(known, special, mask_id, anchor, " " if twice == f"{once} {once}" else "")
-    return _DISPLAYS[tokenizer]
+    known = frozenset(tokenizer.get_vocab().values())
+    mask_id = max(known) + 1 if tokenizer.mask_token_id is None else tokenizer.mask_token_id
+    special = frozenset(tokenizer.all_special_ids) | {mask_id}
+    common = [ids[-1] for ids in encode(tokenizer, [" a", " the", " e"]) if ids]
+    words = (i for i in (*common, *sorted(known)) if i not in special and tokenizer.decode([i]).strip().isalpha())
+    anchor = list(itertools.islice(words, 1))
+    once, twice = tokenizer.decode(anchor).strip(), tokenizer.decode(anchor * 2).strip()
+    return _Display(known, special, mask_id, anchor, " " if twice == f"{once} {once}" else "")
 
 
 def _runs(
