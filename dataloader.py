@@ -65,14 +65,7 @@ from palimpsest.data.packing import Figures, Packing, check_prompts, one_after_t
 from palimpsest.data.rows import text_rows
 from palimpsest.data.sources import Source, cached
 from palimpsest.data.splits import SplitTexts
-from palimpsest.data.stream import (
-    BatchPlan,
-    PositionBatchSampler,
-    TrainingStream,
-    batch_arithmetic,
-    check_same_texts,
-    consumed_before,
-)
+from palimpsest.data.stream import BatchPlan, PositionBatchSampler, TrainingStream, check_same_texts
 from palimpsest.data.stream_loader import StreamLoader
 from palimpsest.data.streaming import Corpus, Order
 from palimpsest.data.tables import fingerprint_of, size_of, texts_of
@@ -319,10 +312,8 @@ class TextData(LightningDataModule):
         if not 0 < limit <= batches.max_steps:
             expected = f"the data were set up for {batches.max_steps} steps"
             raise ValueError(f"trainer.max_steps={limit}, but {expected}; give both one positive number")
-        size, _ = batch_arithmetic(batches.global_batch_size, batches.batch_size, world, ramp=self.plan.ramp)
-        sampler = PositionBatchSampler(
-            batches.global_batch_size, size, batches.max_steps, rank, world, self._consumed(), self.plan.ramp
-        )
+        sizes = batches.global_batch_size, batches.batch_size, batches.max_steps
+        sampler = PositionBatchSampler(*sizes, rank, world, self._consumed(), self.plan.ramp)
         if self.endless:
             workers = batches.loading.workers(streamed=True, devices=getattr(self.trainer, "num_devices", 1))
             arguments = batches.loading.arguments(workers, again=False)
@@ -428,9 +419,17 @@ class TextData(LightningDataModule):
                 f"data.streaming={now} (of all texts), but the run to be resumed was begun with {was}; resume it with "
                 "that, or start a new run"
             )
+        for key, value in self._order.items() if self._resumed else ():
+            before = self._resumed.get(key, None if key == "batch_ramp" else value)
+            if before != value:
+                setting = key if key == "seed" else f"loader.{key}"
+                raise ValueError(
+                    f"{setting}={value}, but the run to be resumed was begun with {setting}={before}; resume it with "
+                    "that, or start a new run"
+                )
         if self._resumed:
             check_same_texts(self._resumed.get("train_size"), self.train_size)
-        return consumed_before(self._resumed, self._order)
+        return int(self._resumed.get("consumed_samples", 0))
 
 
 def with_texts(data: TextData, split: str, texts: Sequence[str]) -> TextData:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -192,23 +192,6 @@ class BatchPlan:
         return ", ".join(f"{stage.size} from step {stage.step}" for stage in self.stages)
 
 
-def consumed_before(saved: Mapping[str, Any], stream: Mapping[str, Any]) -> int:
-    """Return the number of samples that the training of a checkpoint has taken, 0 without a checkpoint.
-
-    Raises:
-        ValueError: that training had another stream than `stream` (keys as in TextData.state_dict).
-    """
-    for key, value in stream.items() if saved else ():
-        before = saved.get(key, None if key == "batch_ramp" else value)
-        if before != value:
-            setting = key if key == "seed" else f"loader.{key}"
-            raise ValueError(
-                f"{setting}={value}, but the run to be resumed was begun with {setting}={before}; resume it with that, "
-                "or start a new run"
-            )
-    return int(saved.get("consumed_samples", 0))
-
-
 def check_same_texts(before: Mapping[str, int] | None, now: Mapping[str, int] | None) -> None:
     """Raise ValueError if a training began with texts of another number or size (`size_of`); None is not compared."""
     if before and now and before != now:
@@ -231,7 +214,7 @@ class PositionBatchSampler(Sampler[list[int]]):
     def __init__(
         self,
         global_batch_size: int,
-        batch_size: int,
+        batch_size: int | None,
         max_steps: int,
         rank: int = 0,
         world: int = 1,
@@ -240,8 +223,7 @@ class PositionBatchSampler(Sampler[list[int]]):
     ) -> None:
         _, self.accumulate = batch_arithmetic(global_batch_size, batch_size, world, ramp=ramp)
         self.plan = BatchPlan.of(global_batch_size, ramp)
-        self.max_steps = max_steps
-        self.rank, self.world = rank, world
+        self.max_steps, self.rank, self.world = max_steps, rank, world
         self.plan.check_reached(max_steps)
         self.first_step = self.plan.step_after(consumed)
 

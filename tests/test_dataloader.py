@@ -14,7 +14,8 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from palimpsest.data.order import draws_at, epoch_order, evaluation_batches, rows_at
-from palimpsest.dataloader import Loading, PositionBatchSampler, batch_arithmetic, with_texts
+from palimpsest.data.stream import batch_arithmetic
+from palimpsest.dataloader import Loading, PositionBatchSampler, with_texts
 from palimpsest.evaluation.likelihood import _definition
 from palimpsest.settings.command_line import compose_config
 from tests.helpers.commands import ROOT
