@@ -7,13 +7,8 @@ from functools import partial
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-SPECIALS = {
-    "pad_token": "[PAD]",
-    "unk_token": "[UNK]",
-    "bos_token": "[BOS]",
-    "eos_token": "[EOS]",
-    "mask_token": "[MASK]",
-}
+SPECIALS = {f"{role}_token": f"[{role.upper()}]" for role in ("pad", "unk", "bos", "eos", "mask")}
+_TRAINING = {"special_tokens": list(SPECIALS.values()), "show_progress": False}
 # A word or sign includes one space before it, so that spacing survives; other white space is a separate token.
 _WORDS = r" ?[\p{L}\p{M}]+(?:['\x{2019}][\p{L}\p{M}]+)*| ?\p{N}+| ?[^\s\p{L}\p{M}\p{N}]|\s"
 _ANY_CHARACTER = r"[\s\S]"
@@ -23,10 +18,7 @@ def _word_level(texts: Iterable[str], vocab_size: int, pattern: str) -> Tokenize
     tokenizer = Tokenizer(models.WordLevel(unk_token=SPECIALS["unk_token"]))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
     tokenizer.decoder = decoders.Fuse()
-    trainer = trainers.WordLevelTrainer(
-        vocab_size=vocab_size, min_frequency=0, special_tokens=list(SPECIALS.values()), show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(texts, trainers.WordLevelTrainer(vocab_size=vocab_size, min_frequency=0, **_TRAINING))
     return tokenizer
 
 
@@ -50,12 +42,8 @@ def _build_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=list(SPECIALS.values()),
-        show_progress=False,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-    )
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, **_TRAINING)
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 

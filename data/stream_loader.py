@@ -3,6 +3,7 @@
 Every worker process reads different lanes; the training process joins their parts of each batch.
 """
 
+import itertools
 import logging
 import os
 from collections import deque
@@ -26,12 +27,11 @@ _INTERVAL = 64  # batches between two removals of old cursors
 
 @dataclass(frozen=True)
 class _Part:
-    """A worker's part of a batch: rows by column, their places in the batch, and the chunks begun for them."""
+    """A worker's part of a batch: rows and their places in it; lane, cursor and counts of the chunks begun for them."""
 
     places: list[int]
     rows: list[dict[str, Any]]
-    begun: list[tuple[int, LaneCursor]]
-    figures: list[Figures]
+    begun: list[tuple[int, LaneCursor, Figures]]
 
 
 class _Lane:
@@ -65,7 +65,7 @@ class _Parts(IterableDataset):
         lanes: dict[int, _Lane] = {}
         owners: dict[int, int] = {}
         for positions in self.batches:
-            part = _Part([], [], [], [])
+            part = _Part([], [], [])
             for place, position in enumerate(positions):
                 lane, row = self.corpus.locate(position)
                 # Lanes are assigned in order of appearance, equally in every worker, so that each has as many.
@@ -76,8 +76,7 @@ class _Parts(IterableDataset):
                 part.places.append(place)
                 part.rows.append(lanes[lane].row(row))
             for number, lane in lanes.items():
-                part.begun.extend((number, chunk.before) for chunk in lane.new_chunks)
-                part.figures.extend(chunk.figures for chunk in lane.new_chunks)
+                part.begun.extend((number, chunk.before, chunk.figures) for chunk in lane.new_chunks)
                 lane.new_chunks = []
             yield part
 
@@ -131,19 +130,14 @@ class StreamLoader(TimedLoader):
         parts = super().batches()
         for number, positions in enumerate(self.positions):
             together = [next(parts) for _ in range(max(1, self.num_workers))]
-            for part in together:
-                self._note(part)
+            for lane, cursor, figures in itertools.chain(*(part.begun for part in together)):
+                self.places.setdefault(lane, deque()).append(cursor)
+                self.figures.add(figures)
             if number % _INTERVAL == 0:
                 self._forget(self.consumed())
                 self._warn()
             batch = self.assemble(_columns(positions, together))
             yield {name: values.pin_memory() for name, values in batch.items()} if self.pinned else batch
-
-    def _note(self, part: _Part) -> None:
-        for lane, place in part.begun:
-            self.places.setdefault(lane, deque()).append(place)
-        for figures in part.figures:
-            self.figures.add(figures)
 
     def _forget(self, consumed: int) -> None:
         """Keep each lane's last cursor at or before the first row that no finished step has taken, and later ones."""
