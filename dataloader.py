@@ -250,20 +250,14 @@ class TextData(LightningDataModule):
 
     def texts(self, split: str) -> datasets.Dataset:
         """Return the split's texts: columns text, text_id (number in the whole split), label and ends (data/sources.py)
-        if present.
-
-        Raises:
-            ValueError: an unknown split, an unknown label, an empty split.
-        """
+        if present. Raises ValueError for an unknown split, an unknown label or an empty split."""
         return self._texts.of(split)
 
     def split(self, name: str) -> datasets.Dataset:
         """Return the split's packed rows (columns: data/packing.py); `figures[name]` says what packing did.
 
-        Those of a mixture follow one another, data set by data set.
-
-        Raises:
-            ValueError: texts, lengths and tokenizer do not fit together.
+        Those of a mixture follow one another, data set by data set. Raises ValueError if texts, lengths and tokenizer
+        do not fit together.
         """
         if name not in self._splits:
             packed, figures = self._packed(name, self.packing(name))
@@ -301,11 +295,8 @@ class TextData(LightningDataModule):
         return rows if self.latents is None else RowsWithLatents(rows, self.latents.of(name))
 
     def train_dataloader(self) -> DataLoader:
-        """Return this rank's micro-batches of the whole run, from the position of a loaded checkpoint on.
-
-        Raises:
-            ValueError: batch sizes do not divide, or the trainer would continue past the stream.
-        """
+        """Return this rank's micro-batches of the whole run, from the position of a loaded checkpoint on. Raises
+        ValueError if batch sizes do not divide, or the trainer would continue past the stream."""
         batches = self.batches
         rank, world = self._rank()
         limit = batches.max_steps if self.trainer is None else self.trainer.max_steps
@@ -435,10 +426,8 @@ class TextData(LightningDataModule):
 def with_texts(data: TextData, split: str, texts: Sequence[str]) -> TextData:
     """Return `data` with an additional split of other texts, packed like the test split; nothing is stored on disk.
 
-    Their class is unknown (label -1).
-
-    Raises:
-        ValueError: the texts do not fit these settings, or the data set has prompts.
+    Their class is unknown (label -1). Raises ValueError if the texts do not fit these settings, or the data set has
+    prompts.
     """
     if data.prompted:
         raise ValueError(f"the texts of data={data.name} have prompts, and texts from elsewhere have none")

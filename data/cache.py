@@ -89,10 +89,7 @@ def cached_folder(
     """Return the cached folder of `kind` and `settings`, with the numbers stored beside it; build it if needed.
 
     `build(folder)` fills a new folder if the entry is missing or damaged, and may return JSON-serialisable figures. An
-    exception in `build` leaves no entry.
-
-    Raises:
-        ValueError: `cache_dir` cannot be written.
+    exception in `build` leaves no entry. Raises ValueError if `cache_dir` cannot be written.
     """
     cache_dir = Path(cache_dir).expanduser().absolute()
     folder = cache_dir / f"{kind}-{fingerprint(settings)[:32]}"

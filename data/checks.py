@@ -7,9 +7,7 @@ def check_settings(data: object) -> None:
     """Refuse contradictory settings of `data`, a TextData, before anything is read.
 
     data.train and data.valid (keys of the reference projects) may only name the data set itself, or one that it joins.
-
-    Raises:
-        ValueError: names the settings and the remedy.
+    Raises ValueError with the settings and the remedy.
     """
     settings, packing = data.settings, data.packings["train"]
     known = sorted({settings.name, *getattr(data.source, "sources", ())} - {None})
@@ -70,11 +68,7 @@ def _has_lines(source: object) -> bool:
 
 
 def check_protocol(protocol: str | None, num_proc: int | None, streaming: bool, random_crop: bool) -> None:
-    """Refuse settings that contradict data.protocol.
-
-    Raises:
-        ValueError: names the setting, its value and the remedy.
-    """
+    """Refuse settings that contradict data.protocol. Raises ValueError with the setting, its value and the remedy."""
     if protocol is None and num_proc is not None:
         raise ValueError(f"data.num_proc={num_proc} belongs to data.protocol=reference; add that, or leave it out")
     for key, value in (("data.streaming", streaming), ("data.random_crop", random_crop)):

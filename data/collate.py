@@ -105,10 +105,7 @@ class Collate:
 
 def segment_ends(prompt_tokens_B: np.ndarray, number: int, room: int | None) -> np.ndarray:
     """Return the end of each segment but the last, in tokens, (B, number): the prompt's, then one every `room` tokens.
-
-    Raises:
-        ValueError: there are several segments and `room` is None.
-    """
+    Raises ValueError for several segments if `room` is None."""
     if number > 1 and room is None:
         raise ValueError(
             f"data.segments=true: the texts have {number + 1} parts, and where one ends is unknown before it is "

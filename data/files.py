@@ -165,11 +165,8 @@ def read_files(files: Iterable[Path], key: str, columns: Columns) -> Iterator[pa
 
 
 def read_tables(path: Path, key: str, columns: Columns, row_group: int | None = None) -> Iterator[pa.Table]:
-    """Yield the rows of a file, or of one Parquet row group, in tables of large_string columns without nulls.
-
-    Raises:
-        ValueError: the file or a row cannot be read, or its format is unknown; names file, line and remedy.
-    """
+    """Yield the rows of a file, or of one Parquet row group, in tables of large_string columns without nulls. Raises
+    ValueError with file, line and remedy if the file or a row cannot be read, or the format is unknown."""
     with reading(path, key):
         if kind_of(path) == "parquet":
             yield from _tables(_parquet_batches(path, columns, row_group), columns, path)
@@ -538,11 +535,8 @@ def _parquet_batches(path: Path, columns: Columns, row_group: int | None) -> Ite
 
 
 def class_names(files: Sequence[Path], key: str, column: str) -> tuple[str, ...] | None:
-    """Return the class names that the library datasets stores in Parquet files (ClassLabel), or None.
-
-    Raises:
-        ValueError: two files have different ones; a file cannot be read.
-    """
+    """Return the class names that the library datasets stores in Parquet files (ClassLabel), or None. Raises ValueError
+    if two files have different ones, or a file cannot be read."""
     found: dict[tuple[str, ...], Path] = {}
     for path in files:
         if kind_of(path) != "parquet":

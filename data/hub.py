@@ -10,11 +10,8 @@ from urllib.parse import urlsplit
 
 
 def local_folder(folder: str | None) -> Path | None:
-    """Return `$DATA_DIR/<folder>` if DATA_DIR is set and contains it, else None.
-
-    Raises:
-        FileNotFoundError: DATA_DIR is not a directory.
-    """
+    """Return `$DATA_DIR/<folder>` if DATA_DIR is set and contains it, else None. Raises FileNotFoundError if DATA_DIR
+    is not a directory."""
     root = os.environ.get("DATA_DIR")
     if not root or not folder:
         return None

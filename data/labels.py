@@ -26,10 +26,8 @@ def first_of_each_class(
 ) -> datasets.Dataset:
     """Return the first `number` texts of each class in its random order; None returns all.
 
-    A smaller choice is part of every larger one.
-
-    Raises:
-        ValueError: the texts have no labels, or a class has fewer texts.
+    A smaller choice is part of every larger one. Raises ValueError if the texts have no labels, or a class has fewer
+    texts.
     """
     if number is None:
         return rows
@@ -48,10 +46,8 @@ def with_wrong_labels(rows: datasets.Dataset, share: float, label_names: Sequenc
     """Return the texts with a share of the labels replaced by another class, drawn uniformly.
 
     Of the first n texts of each class exactly floor(share * n) have a wrong label, for every n, so a class keeps one
-    text at least. A text has the same label in every choice of `first_of_each_class`.
-
-    Raises:
-        ValueError: the texts have no labels, or all one class.
+    text at least. A text has the same label in every choice of `first_of_each_class`. Raises ValueError if the texts
+    have no labels, or all one class.
     """
     if not share:
         return rows

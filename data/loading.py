@@ -120,11 +120,8 @@ def _grants(place: Path) -> Iterator[float]:
 
 
 def check_shared_memory(place: Path = Path("/dev/shm")) -> None:
-    """Refuse too little shared memory before workers start, because a lost batch would stop the run silently.
-
-    Raises:
-        ValueError: less than `LEAST_SHARED` bytes are free.
-    """
+    """Refuse too little shared memory before workers start, because a lost batch would stop the run silently. Raises
+    ValueError if less than `LEAST_SHARED` bytes are free."""
     free = shutil.disk_usage(place).free if place.is_dir() else LEAST_SHARED
     if free < LEAST_SHARED:
         raise ValueError(

@@ -373,10 +373,8 @@ class Packer:
     def pad_rows(self, batch: dict[str, Any], ids: list[list[int]]) -> PackedRows | None:
         """Return each text's row, or its windows; None if there is no row.
 
-        A truncated text has no end token, because it has not ended.
-
-        Raises:
-            ValueError: a text has no tokens after its prompt, unless packing.drop_empty; a prompt would fill its row.
+        A truncated text has no end token, because it has not ended. Raises ValueError if a text has no tokens after its
+        prompt, unless packing.drop_empty, or a prompt would fill its row.
         """
         parts, unfilled = batch.get("part_ends"), [0] * len(ids)
         if parts and self.packing.room:

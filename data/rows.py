@@ -139,10 +139,8 @@ def carve(
 
     The parts are disjoint, each has at least one row, in the order of the table. The choice depends only on `seed` and
     the number of rows. `prepare` makes texts of the chosen rows. Rows of train whose text is also in a held-out part
-    are dropped, because they would make that part too easy.
-
-    Raises:
-        ValueError: there are too few rows, or every text of train is also held out.
+    are dropped, because they would make that part too easy. Raises ValueError if there are too few rows, or every text
+    of train is also held out.
     """
     part = _parts(sum(table.num_rows for table in read(whole)), shares, seed)
     held_out: list[np.ndarray] = []

@@ -192,11 +192,8 @@ class HubOrFolder:
         return ("train", {"validation": self.validation_share}) if carved else (split, {})
 
     def stream(self, split: str, limit: int) -> datasets.Dataset:
-        """Return the first `limit` rows of the split, downloading no more than they need.
-
-        Raises:
-            ValueError: the rows of the split are only known after reading all of it.
-        """
+        """Return the first `limit` rows of the split, downloading no more than they need. Raises ValueError if the rows
+        of the split are only known after reading all of it."""
         self._check_streaming(split)
         if self._files(split):
             tables = [to_table(self.open(split).first(limit))]
@@ -440,11 +437,7 @@ class Combined:
 
     @property
     def prompted(self) -> bool:
-        """Return True if texts begin with a prompt.
-
-        Raises:
-            ValueError: only some of the data sets have prompts.
-        """
+        """Return True if texts begin with a prompt. Raises ValueError if only some of the data sets have prompts."""
         used = [name for split in self.choice for name in self._names(split)]
         kinds = {name: getattr(self.sources[name], "prompted", False) for name in used}
         if len(set(kinds.values())) > 1:

@@ -58,10 +58,7 @@ class SplitTexts:
 
     def of(self, split: str) -> datasets.Dataset:
         """Return columns text, text_id (number in the whole split), and label and ends (data/sources.py) if present.
-
-        Raises:
-            ValueError: an unknown split, an unknown label, an empty split.
-        """
+        Raises ValueError for an unknown split, an unknown label or an empty split."""
         if split not in self._texts:
             mixed = self.parts(split)
             if len(mixed) > 1:

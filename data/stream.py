@@ -115,11 +115,8 @@ class BatchPlan:
 
     @classmethod
     def of(cls, global_batch_size: int, ramp: Sequence[Sequence[int]] | None = None) -> BatchPlan:
-        """Build the plan of loader.global_batch_size and loader.batch_ramp, [[step, samples], ...].
-
-        Raises:
-            ValueError: the stages do not grow from step 0 up to the global batch.
-        """
+        """Build the plan of loader.global_batch_size and loader.batch_ramp, [[step, samples], ...]. Raises ValueError
+        if the stages do not grow from step 0 up to the global batch."""
         if ramp is None:
             return cls((Stage(0, global_batch_size, 0),))
         steps, sizes = zip(*ramp, strict=True)

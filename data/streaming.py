@@ -172,11 +172,8 @@ class Corpus:
         return turns * self.unit + min(self.unit, max(0, place - lane * self.unit))
 
     def chunks(self, lane: int, cursor: LaneCursor) -> Iterator[LaneChunk]:
-        """Yield the lane's chunks from a cursor on, without end.
-
-        Raises:
-            ValueError: packing refuses a text; the corpus has changed; no piece has a row.
-        """
+        """Yield the lane's chunks from a cursor on, without end. Raises ValueError if packing refuses a text, the
+        corpus has changed, or no piece has a row."""
         without_rows = 0
         while True:
             without_rows += 1

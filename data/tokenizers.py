@@ -76,10 +76,8 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
     """Return the vocabulary by the rule of the reference projects: a tokenizer without a mask gets one more id.
 
     Ids above `tokenizer.vocab_size` (tokens added later) enlarge the vocabulary, so the added mask never collides with
-    one. The pad is never the mask: without a pad token (gpt2) rows are padded with the end token.
-
-    Raises:
-        ValueError: no token can serve as the pad.
+    one. The pad is never the mask: without a pad token (gpt2) rows are padded with the end token. Raises ValueError if
+    no token can serve as the pad.
     """
     _check_ids(tokenizer)
     top = max([tokenizer.vocab_size - 1, *tokenizer.get_vocab().values()])
@@ -363,11 +361,8 @@ def encode(
 
 
 def tokenized(tokenizer: PreTrainedTokenizerBase, texts: list[str], **settings: object) -> BatchEncoding:
-    """Return tokenizer(texts, **settings), with a time limit if its tokenizer.json has regular expressions.
-
-    Raises:
-        ValueError: an expression gave up, or the texts took more processor time than the limit.
-    """
+    """Return tokenizer(texts, **settings), with a time limit if its tokenizer.json has regular expressions. Raises
+    ValueError if an expression gave up, or the texts took more processor time than the limit."""
     if tokenizer not in _HAVE_PATTERNS:
         _check_ids(tokenizer)
         backend = getattr(tokenizer, "backend_tokenizer", None)
