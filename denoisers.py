@@ -6,8 +6,6 @@ it offers. The two are compared before data are read.
 Shape suffixes: B batch, L length, N selected positions, V vocabulary, C classes, K latent tokens, D numbers of each.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 

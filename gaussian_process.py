@@ -3,10 +3,9 @@
 Shape suffixes: B batch, K latent tokens, D numbers of each.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
+from typing import Self
 
 from torch import Tensor
 
@@ -18,12 +17,7 @@ class GaussianLevel:
     alpha: Tensor
     sigma: Tensor
 
-    @property
-    def snr(self) -> Tensor:
-        """Signal-to-noise ratio alpha^2 / sigma^2 of latents with variance 1."""
-        return (self.alpha / self.sigma) ** 2
-
-    def like(self, x_BKD: Tensor) -> GaussianLevel:
+    def like(self, x_BKD: Tensor) -> Self:
         """Return the level as (B, 1, 1) in the precision of `x_BKD`."""
         return GaussianLevel(*(value.to(x_BKD.dtype)[:, None, None] for value in (self.alpha, self.sigma)))
 

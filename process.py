@@ -6,8 +6,6 @@ methods here take alpha, the probability that a token is kept, and never t.
 Shape suffixes: B batch, L length, N selected positions, V vocabulary, S times of a grid.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Annotated, Self

@@ -4,8 +4,6 @@ the continuous-time NELBO of the same weights.
 Shape suffixes: B batch, L length, V vocabulary, K orders.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

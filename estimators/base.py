@@ -3,8 +3,6 @@
 Shape suffixes: B batch, K independent draws, P network passes with masks.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Protocol
 

@@ -3,8 +3,6 @@
 Shape suffixes: B batch, K independent draws, P network passes.
 """
 
-from __future__ import annotations
-
 import torch
 
 from palimpsest.common.randomness import evaluation_noise

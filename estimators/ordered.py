@@ -5,8 +5,6 @@ It differs from the likelihood of the diffusion model.
 Shape suffixes: B batch, L length, N masked positions, V vocabulary, R rows evaluated.
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

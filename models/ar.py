@@ -4,8 +4,6 @@ Parameter names and shapes are those of the reference checkpoints (kuleshov-grou
 Shape suffixes: B batch, L length, V vocabulary, D width, H heads.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Annotated, Literal
 

@@ -3,8 +3,6 @@
 Shape suffixes: B batch, L length, Q queries, K keys, H heads, D head width.
 """
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 

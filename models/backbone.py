@@ -1,7 +1,5 @@
 """The base class of networks: `encode`, `head`, and declarations of what a network can do."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn

@@ -5,8 +5,6 @@ attend to the clean blocks up to their own. As one matrix over both streams, thr
 Shape suffixes: B batch, L length, Q queries, K keys, H heads, D head width.
 """
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

@@ -7,8 +7,6 @@ blocks of a text, k tokens of such a block, W tokens of the longest segment (a b
 network is called a layer here.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial

@@ -4,8 +4,6 @@ Three layouts are read: ours, the Lightning `.ckpt` of the reference projects (w
 objects), and the Hub's `config.json` + `model.safetensors` or `pytorch_model.bin`.
 """
 
-from __future__ import annotations
-
 import json
 import pickle
 import re

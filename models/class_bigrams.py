@@ -8,8 +8,6 @@ adjacent tokens is always unmasked first, so every pair counts exactly once.
 Shape suffixes: B batch, L length, N selected positions, C positions of a chunk of logits, V vocabulary, P pairs.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -3,8 +3,6 @@
 Shape suffixes: B batch, L length, V vocabulary, D width, C classes, E embedding width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

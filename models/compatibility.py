@@ -1,7 +1,5 @@
 """Compatibility of a checkpoint with a run: same settings, same network, same tokenizer, same latents."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """torch.compile for a network: the embedding, all blocks and the last norm are one graph."""
 
-from __future__ import annotations
-
 import torch
 
 from palimpsest.models.backbone import Backbone

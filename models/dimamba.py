@@ -5,8 +5,6 @@ published checkpoint of this backbone was available for a test. Shape suffixes: 
 width, C conditioning width.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

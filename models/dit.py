@@ -4,8 +4,6 @@ Parameter names and shapes are those of the reference checkpoints (kuleshov-grou
 Shape suffixes: B batch, L length, N selected positions, V vocabulary, D width, C conditioning width, H heads.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Annotated, Literal
 

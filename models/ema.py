@@ -1,7 +1,5 @@
 """Exponential moving average of parameters, in the layout of the reference checkpoints."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 

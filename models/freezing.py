@@ -4,8 +4,6 @@ They are frozen once, before optimizer, average and strategy are built: a parame
 would get different gradients on different devices.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 from torch import nn

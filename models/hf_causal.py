@@ -6,8 +6,6 @@ vocabulary of the data needs.
 Shape suffixes: B batch, L length, V vocabulary, D width.
 """
 
-from __future__ import annotations
-
 import copy
 import inspect
 from typing import Annotated, Literal

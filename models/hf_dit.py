@@ -1,7 +1,5 @@
 """backbone=hf_dit: a DiT whose sizes come from a file of a published model."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Annotated, Literal
 

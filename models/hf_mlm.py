@@ -7,8 +7,6 @@ is not conditioned on time: the masks show how much is masked.
 Shape suffixes: B batch, L length, V vocabulary, D width.
 """
 
-from __future__ import annotations
-
 import copy
 import inspect
 from typing import Annotated, Literal, NoReturn

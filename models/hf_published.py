@@ -3,8 +3,6 @@
 Weights are read from safetensors files only, and no code of a model is run.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -3,8 +3,6 @@
 A directory has `config.json` and `model.safetensors` or `pytorch_model.bin`. Code in it is never run.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping

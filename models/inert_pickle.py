@@ -4,8 +4,6 @@
 and `Inert` objects instead of other classes. Memory and time are proportional to the length of the stream.
 """
 
-from __future__ import annotations
-
 import math
 import pickletools
 from collections import Counter, OrderedDict, defaultdict

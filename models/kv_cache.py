@@ -3,8 +3,6 @@
 Shape suffixes: B batch, R rows, L length, W tokens of the longest segment, K keys, H heads, D head width, N blocks.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

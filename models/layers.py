@@ -4,8 +4,6 @@ Shape suffixes: B batch, L length, D width, C conditioning width, V vocabulary. 
 of the reference checkpoints and must not change.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

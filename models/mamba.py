@@ -4,8 +4,6 @@ Attribute names are the parameter names of mamba_ssm and of the reference checkp
 Shape suffixes: B batch, L length, D width, E inner width, N state size.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -7,8 +7,6 @@ latent tokens, E width of the latent stream, C conditioning width, H heads, W wi
 token.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Annotated, Literal
 

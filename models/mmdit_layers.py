@@ -4,8 +4,6 @@ Shape suffixes: B batch, L length, Q queried positions, D width of the text stre
 latent stream, C conditioning width, H heads, W width of a head, S numbers of a latent token.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -5,8 +5,6 @@
 Weights are float32; use torch.autocast for lower precision. Shape suffixes: B batch, L length, V vocabulary.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel

@@ -1,8 +1,6 @@
 """Gradient checkpointing (Chen et al., arXiv 1604.06174): only the input of each block is kept, and the block is
 computed again in the backward pass, with the same dropout."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from torch import nn

@@ -4,8 +4,6 @@ Every setting of the network and of its likelihood is read: objective, network, 
 Values are translated by the tables below, so that a file can only choose what is listed there.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 Read = Callable[[str], object]  # key of the project -> its plain value, None if it is absent

@@ -6,8 +6,6 @@ all layers.
 Shape suffixes: B batch, L length, Q queries, K keys.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

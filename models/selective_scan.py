@@ -4,8 +4,6 @@ Shape suffixes: B batch, L length, E inner width, N state size, S segments. In t
 that the slice of a step is contiguous, and the width last, so that its operations vectorise.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import math
 import warnings

@@ -4,8 +4,6 @@ Every device keeps a part of each tensor, a DTensor, and gathers a block only wh
 checkpoint are always whole.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import torch

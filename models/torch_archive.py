@@ -5,8 +5,6 @@ bypasses any restricted unpickler. It is therefore never called: a single parser
 these are read.
 """
 
-from __future__ import annotations
-
 import io
 import struct
 import sys

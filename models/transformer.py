@@ -4,8 +4,6 @@ Shape suffixes: B batch, L length, Q queried positions, D width, H heads. Attrib
 reference checkpoints and must not change.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch.nn.functional as F

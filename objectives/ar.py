@@ -3,7 +3,7 @@
 Shape suffixes: B batch, L length, N selected positions, V vocabulary, n new tokens.
 """
 
-from __future__ import annotations
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ class AR(Objective):
     def __init__(self, process: Absorbing) -> None:
         self.process = process
 
-    def bound(self, mask_sampler: MaskSampler | None) -> AR:
+    def bound(self, mask_sampler: MaskSampler | None) -> Self:
         """Return the objective itself: its likelihood is exact, so no mask sampler is bound to it.
 
         Raises:

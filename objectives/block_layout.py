@@ -3,8 +3,6 @@
 Shape suffixes: B batch, L length, R rows (B * num_blocks), S segments, k tokens of a block.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol

@@ -4,8 +4,6 @@ arXiv 2503.09573, section 5).
 Shape suffixes: R blocks, C candidates.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Annotated
 

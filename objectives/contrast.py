@@ -3,8 +3,6 @@
 Shape suffixes: B batch, C classes, K compared classes.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable

@@ -5,8 +5,6 @@ The network may give the mask token probability.
 Shape suffixes: B batch, L length, N masked positions, V vocabulary.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

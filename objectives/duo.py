@@ -6,8 +6,6 @@ the softmax of the Gaussian instead of its argmax.
 Shape suffixes: B batch, L length, V vocabulary, S points of a table.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Annotated

@@ -3,8 +3,6 @@
 Shape suffixes: B batch, K latent tokens, D numbers of each.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -3,8 +3,6 @@
 Shape suffixes: B batch, L length, N scored positions, C positions of a chunk, V vocabulary, D width.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

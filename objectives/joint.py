@@ -5,11 +5,10 @@ conditional, joint and marginal distributions; guidance is a ratio of them.
 Shape suffixes: B batch, L length, N selected positions, K latent tokens, D numbers of each.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -123,7 +122,7 @@ class JointDiffusion(WrapperObjective):
         """The training loss is a sum of two terms and not a likelihood."""
         return "nll" if self.evaluates else "loss"
 
-    def bound(self, mask_sampler: MaskSampler | None) -> JointDiffusion:
+    def bound(self, mask_sampler: MaskSampler | None) -> Self:
         """Return the bound of the text given the latent of the batch, as in `TokenDiffusion`."""
         other = copy.copy(self)
         other.inner = self.inner.bound(mask_sampler)

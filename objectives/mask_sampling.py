@@ -5,8 +5,6 @@ expectation of scale * integrand(x_t, t) is that integral. The classes differ in
 Shape suffixes: B batch, L length, M mask counts.
 """
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass

@@ -7,8 +7,6 @@ So the model is that of SUBS, and evaluation always uses its bound.
 Shape suffixes: B batch, L length.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Annotated, Literal
 

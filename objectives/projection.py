@@ -7,8 +7,6 @@ instead of four.
 Shape suffixes: N selected positions, C positions of a chunk, K numbers per position, V vocabulary, D width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar

@@ -9,8 +9,6 @@ tokens. With its own denominator its weight would be unknown until the last micr
 terms are already summed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 
 import torch

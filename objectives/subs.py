@@ -3,8 +3,6 @@
 Shape suffixes: B batch, L length, N masked positions, V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Literal
 

@@ -3,8 +3,6 @@
 Shape suffixes: B batch, L length, N scored positions, C positions of a chunk, V vocabulary.
 """
 
-from __future__ import annotations
-
 from abc import abstractmethod
 
 import torch

@@ -1,7 +1,5 @@
 """Objectives that train another objective, and the views of a backbone that they show it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Self
 

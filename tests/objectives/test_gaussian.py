@@ -28,7 +28,7 @@ def test_the_level_is_a_function_of_each_row_s_own_time():
     """Not of a product over the rows of the batch, which leaves almost everything without noise."""
     level = cosine_level(T)
     torch.testing.assert_close(level.alpha**2 + level.sigma**2, torch.ones_like(T))
-    torch.testing.assert_close(level.snr, (torch.pi / 2 * T).tan() ** -2)
+    torch.testing.assert_close((level.alpha / level.sigma) ** 2, (torch.pi / 2 * T).tan() ** -2)
     assert level.alpha[-1] < 0.002 and level.sigma[0] < 0.002
     for row in range(ROWS):
         assert torch.equal(cosine_level(T[row : row + 1]).alpha, level.alpha[row : row + 1])
