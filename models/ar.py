@@ -25,7 +25,7 @@ class ARBlock(TransformerBlock):
     def forward(
         self, x_BLD: Tensor, rotary: Rotary, append: CacheAppend | None, key_mask: Tensor | None = None
     ) -> Tensor:
-        x_BLD = x_BLD + self.attention(self.norm1(x_BLD), rotary, key_mask, append=append)
+        x_BLD = x_BLD + self.project(self.attention(self.norm1(x_BLD), rotary, key_mask, append=append))
         return x_BLD + self.transform(self.norm2(x_BLD))
 
 
@@ -107,5 +107,5 @@ class AR(Recomputing, Backbone):
             append = None if cache is None else partial(cache.append, number)
             x_BLD = self.through(block, x_BLD, rotary, append, seen_keys(None, document))
         if cache is not None:
-            cache.advance(tokens_BL.shape[1])
+            cache.length += tokens_BL.shape[1]
         return with_class(self.output_layer.normed(x_BLD), class_id, self.num_classes)

@@ -8,7 +8,6 @@ network is called a layer here.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -19,20 +18,8 @@ from palimpsest.models.attention import apply_rotary, attend, rotary_angles
 from palimpsest.models.block_attention import QKV, attend_blocks, attend_up_to
 from palimpsest.models.class_conditioning import unconditional, with_class
 from palimpsest.models.kv_cache import MOST_AT_ONCE, BlockCache, SegmentCache, cache_format
-from palimpsest.models.layers import modulate, over_positions
 from palimpsest.models.segment_attention import SegmentMasks, segment_masks
-
-
-@dataclass(frozen=True)
-class _Modulation:
-    """The adaLN output for a layer, each (1, D) for all positions, (B, D) by row, (B, L, D) or (N, D) by position."""
-
-    shift_att: Tensor
-    scale_att: Tensor
-    gate_att: Tensor
-    shift_mlp: Tensor
-    scale_mlp: Tensor
-    gate_mlp: Tensor
+from palimpsest.models.transformer import Modulation
 
 
 class TwoStreams:
@@ -58,17 +45,17 @@ class TwoStreams:
         D): these are positions of the flattened rows.
         """
         rotary_clean = tuple(table[: z_BLD.shape[1]] for table in rotary)
-        by, by_clean = _modulation(self, c_noised), _modulation(self, c_clean)
+        by, by_clean = Modulation.of(self, c_noised), Modulation.of(self, c_clean)
         noised, clean = _qkv(self, x_BLD, by, rotary), _qkv(self, z_BLD, by_clean, rotary_clean, with_queries=not last)
         if isinstance(blocks, int):
             attended, attended_clean = attend_blocks(noised, clean, blocks, key_mask_BL, self.attn_backend)
         else:
             attended, attended_clean = blocks.attend(noised, clean)
         if index_N is not None:
-            by = _modulation(self, _at(c_noised, index_N, x_BLD.shape[1]))
+            by = Modulation.of(self, _at(c_noised, index_N, x_BLD.shape[1]))
             attended, x_BLD = (x.flatten(0, 1).index_select(0, index_N) for x in (attended, x_BLD))
-        x = _after_attention(self, x_BLD, attended, by)
-        return x, None if last else _after_attention(self, z_BLD, attended_clean, by_clean)
+        x = by.after_attention(self, x_BLD, attended)
+        return x, None if last else by_clean.after_attention(self, z_BLD, attended_clean)
 
 
 class BlockStreams:
@@ -158,7 +145,7 @@ class BlockStreams:
             own = _qkv(layer, z_BLD, by, angles, with_queries=not last)
             k, v = cache.append(number, own.k, own.v)
             if not last:
-                z_BLD = _after_attention(layer, z_BLD, attention(own.q, k, v, backend=layer.attn_backend), by)
+                z_BLD = by.after_attention(layer, z_BLD, attention(own.q, k, v, backend=layer.attn_backend))
 
     def encode_after(
         self,
@@ -186,18 +173,18 @@ class BlockStreams:
             attended = attend(own.q, k, v, key_mask, layer.attn_backend)
             if at is not None and number == len(self.order) - 1:
                 attended, x_RkD = at.take(attended), at.take(x_RkD)
-                by = by if _is_constant(c) else _modulation(layer, _at(c, at.index_N, length))
-            x_RkD = _after_attention(layer, x_RkD, attended, by)
+                by = by if _is_constant(c) else Modulation.of(layer, _at(c, at.index_N, length))
+            x_RkD = by.after_attention(layer, x_RkD, attended)
         return self._last_hidden(x_RkD, c, class_id, at)
 
     def _modulations(
         self, cache: BlockCache | SegmentCache, class_id: Tensor | None, conditioned: Callable[[], Tensor]
-    ) -> tuple[Tensor, list[_Modulation]]:
+    ) -> tuple[Tensor, list[Modulation]]:
         """Return the conditioning and its adaLN output for every layer, computed once if it is always the same."""
         always = class_id is None and not self.time_conditioning
         if not always or cache.modulations is None:
             c = conditioned()
-            found = c, [_modulation(layer, c) for layer in self.order]
+            found = c, [Modulation.of(layer, c) for layer in self.order]
             if not always:
                 return found
             cache.modulations = found
@@ -238,10 +225,6 @@ class BlockStreams:
         return with_class(hidden[:, None], of_rows, self.num_classes)[:, 0]
 
 
-def _modulation(layer: nn.Module, c: Tensor) -> _Modulation:
-    return _Modulation(*layer.adaLN_modulation(c).chunk(6, dim=-1))
-
-
 def _at(c: Tensor, index_N: Tensor, length: int) -> Tensor:
     """Return the conditioning of positions of the flattened rows, (N, C); (1, C) if it is the same everywhere."""
     if c.ndim == 3:
@@ -254,16 +237,10 @@ def _is_constant(c: Tensor) -> bool:
 
 
 def _qkv(
-    layer: nn.Module, x_BLD: Tensor, by: _Modulation, angles: tuple[Tensor, Tensor], with_queries: bool = True
+    layer: nn.Module, x_BLD: Tensor, by: Modulation, angles: tuple[Tensor, Tensor], with_queries: bool = True
 ) -> QKV:
-    normed_BLD = modulate(layer.norm1(x_BLD), by.shift_att, by.scale_att)
+    normed_BLD = by.before_attention(layer, x_BLD)
     if not with_queries:
         k, v = layer.keys_and_values(normed_BLD)
         return QKV(None, apply_rotary(k, *angles), v)
     return QKV(*layer.rotated(normed_BLD, angles))
-
-
-def _after_attention(layer: nn.Module, x: Tensor, attended: Tensor, by: _Modulation) -> Tensor:
-    """Apply the two residual steps of the layer, to whole rows (B, L, D) or selected positions (N, D)."""
-    x = x + over_positions(by.gate_att, x) * layer.project(attended)
-    return x + over_positions(by.gate_mlp, x) * layer.transform(modulate(layer.norm2(x), by.shift_mlp, by.scale_mlp))

@@ -19,7 +19,7 @@ from palimpsest.models.blocks import BlockStreams, TwoStreams
 from palimpsest.models.class_conditioning import ClassEmbedding, unconditional, with_class
 from palimpsest.models.layers import RotaryFrequencies, SigmaEmbedding, TokenEmbedding, modulate, zero_linear
 from palimpsest.models.recompute import Recomputing
-from palimpsest.models.transformer import Head, Rotary, TransformerBlock, take_positions
+from palimpsest.models.transformer import Head, Modulation, Rotary, TransformerBlock, take_positions
 
 
 class DiTBlock(TwoStreams, TransformerBlock):
@@ -33,11 +33,9 @@ class DiTBlock(TwoStreams, TransformerBlock):
         self, x_BLD: Tensor, c_BC: Tensor, rotary: Rotary, key_mask: Tensor | None, at_BQ: Tensor | None = None
     ) -> Tensor:
         """Return the block's output, (B, L, D), or only at the positions `at_BQ`, (B, Q, D)."""
-        shift_att, scale_att, gate_att, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c_BC).chunk(6, dim=-1)
-        normed_BLD = modulate(self.norm1(x_BLD), shift_att, scale_att)
-        attended = self.attention(normed_BLD, rotary, key_mask, at_BQ)
-        x_BLD = take_positions(x_BLD, at_BQ) + gate_att[:, None] * attended
-        return x_BLD + gate_mlp[:, None] * self.transform(modulate(self.norm2(x_BLD), shift_mlp, scale_mlp))
+        by = Modulation.of(self, c_BC)
+        attended = self.attention(by.before_attention(self, x_BLD), rotary, key_mask, at_BQ)
+        return by.after_attention(self, take_positions(x_BLD, at_BQ), attended)
 
 
 class OutputLayer(Head):

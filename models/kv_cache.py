@@ -42,8 +42,8 @@ class CacheCapacity:
 class KVCache(CacheCapacity):
     """Keys (rotated) and values of all blocks, preallocated for `capacity` positions.
 
-    A forward pass calls `append` once per block and then `advance`. Appending without advancing is a lookahead, which
-    the next pass overwrites. For sampling, under `torch.no_grad()`.
+    A forward pass calls `append` once per block and then increases `length`. Without that it is a lookahead, which the
+    next pass overwrites. For sampling, under `torch.no_grad()`.
     """
 
     def __init__(
@@ -68,10 +68,6 @@ class KVCache(CacheCapacity):
         self.keys_NBLHD[block, :, self.length : end] = k_BLHD
         self.values_NBLHD[block, :, self.length : end] = v_BLHD
         return self.keys_NBLHD[block, :, :end], self.values_NBLHD[block, :, :end]
-
-    def advance(self, new: int) -> None:
-        """Count `new` appended positions as filled."""
-        self.length += new
 
 
 class CleanCache:
@@ -145,7 +141,7 @@ class BlockCache(CleanCache):
         do not fit."""
         if self._filled + new <= self.capacity:
             return
-        kept = self._filled if self.window is None else min(self._filled, self.window)
+        kept = self.num_seen
         if kept + new > self.capacity:
             raise ValueError(f"the KV cache is full: {self.position} of {self.capacity} positions, {new} more came")
         for store in (self.keys_NBLHD, self.values_NBLHD):

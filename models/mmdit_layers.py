@@ -18,7 +18,7 @@ from palimpsest.models.layers import (
     modulate,
     zero_linear,
 )
-from palimpsest.models.transformer import Rotary, TransformerBlock, rotary_at, take_positions
+from palimpsest.models.transformer import Modulation, Rotary, TransformerBlock, rotary_at, take_positions
 
 # The sinusoids of models/layers.py resolve times from 0 to 1000; times from 0 to 1 would all look alike.
 TIME_SCALE = 1000.0
@@ -100,21 +100,15 @@ class JointBlock(TransformerBlock):
     ) -> tuple[Tensor, Tensor | None]:
         """Return the text, (B, L, D) or (B, Q, D) at the positions `at_BQ` only, and the latents, None
         unless `both`."""
-        shift_att, scale_att, gate_att, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c_BC).chunk(6, dim=-1)
-        by_z = self.latent.adaLN_modulation(e_BC).chunk(6, dim=-1)
-        text = self._text(modulate(self.norm1(x_BLD), shift_att, scale_att), rotary, at_BQ)
-        latent = self.latent.queries_keys_values(modulate(self.latent.norm1(z_BKE), by_z[0], by_z[1]))
+        by, by_z = Modulation.of(self, c_BC), Modulation.of(self.latent, e_BC)
+        text = self._text(by.before_attention(self, x_BLD), rotary, at_BQ)
+        latent = self.latent.queries_keys_values(by_z.before_attention(self.latent, z_BKE))
         attended, attended_z = self._attend(text, latent, key_mask_BL, both)
         if self.gated:
             alone = attend(*text, key_mask_BL, self.attn_backend)
             attended = alone + self.adaLN_gate(c_BC)[:, None, :, None] * (attended - alone)
-        x_BQD = take_positions(x_BLD, at_BQ) + gate_att[:, None] * self.project(attended)
-        x_BQD = x_BQD + gate_mlp[:, None] * self.transform(modulate(self.norm2(x_BQD), shift_mlp, scale_mlp))
-        if not both:
-            return x_BQD, None
-        z_BKE = z_BKE + by_z[2][:, None] * self.latent.project(attended_z)
-        normed_BKE = modulate(self.latent.norm2(z_BKE), by_z[3], by_z[4])
-        return x_BQD, z_BKE + by_z[5][:, None] * self.latent.transform(normed_BKE)
+        x_BQD = by.after_attention(self, take_positions(x_BLD, at_BQ), attended)
+        return x_BQD, by_z.after_attention(self.latent, z_BKE, attended_z) if both else None
 
     def _text(self, normed_BLD: Tensor, rotary: Rotary, at_BQ: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return the rotated queries (B, Q, H, W), rotated keys and values (B, L, H, W) of the text."""

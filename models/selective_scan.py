@@ -17,20 +17,12 @@ from torch.autograd.function import once_differentiable
 from palimpsest.models.layers import at_least_float32
 
 
-def gated_scan(
-    u_BLE: Tensor,
-    delta_BLE: Tensor,
-    A_EN: Tensor,
-    B_BLN: Tensor,
-    C_BLN: Tensor,
-    D_E: Tensor,
-    z_BLE: Tensor,
-    delta_bias_E: Tensor,
-) -> Tensor:
+def gated_scan(u_BLE: Tensor, *others: Tensor) -> Tensor:
     """Return (y + D u) silu(z), (B, L, E), where y is the selective scan of u with steps softplus(delta + delta_bias).
-    It is computed in float32 (at least) under any autocast, and returned in the precision of `u_BLE`."""
+    It is computed in float32 (at least) under any autocast, and returned in the precision of `u_BLE`. `others` are the
+    other arguments of `torch_scan`."""
     scan = kernel_scan if u_BLE.is_cuda and kernel_available() else torch_scan
-    return scan(u_BLE, delta_BLE, A_EN, B_BLN, C_BLN, D_E, z_BLE, delta_bias_E)
+    return scan(u_BLE, *others)
 
 
 @cache

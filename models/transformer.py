@@ -5,12 +5,14 @@ reference checkpoints and must not change.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Self
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from palimpsest.models.attention import apply_rotary, attend
-from palimpsest.models.layers import LayerNorm, feed_forward, zero_linear
+from palimpsest.models.layers import LayerNorm, feed_forward, modulate, over_positions, zero_linear
 
 Rotary = tuple[Tensor, Tensor]
 # Appends new keys and values to a cache and returns all that may be attended to.
@@ -25,6 +27,33 @@ def take_positions(x_BLD: Tensor, at_BQ: Tensor | None) -> Tensor:
 def rotary_at(rotary: Rotary, at_BQ: Tensor | None) -> Rotary:
     """Return the rotary tables at some positions of each row, (B, Q, D / 2); the whole tables for `at_BQ` None."""
     return rotary if at_BQ is None else (rotary[0][at_BQ], rotary[1][at_BQ])
+
+
+@dataclass(frozen=True)
+class Modulation:
+    """The adaLN output for a layer, each (1, D) for all positions, (B, D) by row, (B, L, D) or (N, D) by position."""
+
+    shift_att: Tensor
+    scale_att: Tensor
+    gate_att: Tensor
+    shift_mlp: Tensor
+    scale_mlp: Tensor
+    gate_mlp: Tensor
+
+    @classmethod
+    def of(cls, layer: nn.Module, c: Tensor) -> Self:
+        """Return the adaLN output of `layer` for its conditioning, (..., C)."""
+        return cls(*layer.adaLN_modulation(c).chunk(6, dim=-1))
+
+    def before_attention(self, layer: nn.Module, x_BLD: Tensor) -> Tensor:
+        """Return the input of the attention of `layer`."""
+        return modulate(layer.norm1(x_BLD), self.shift_att, self.scale_att)
+
+    def after_attention(self, layer: nn.Module, x: Tensor, attended: Tensor) -> Tensor:
+        """Apply the two residual steps of `layer`, to whole rows (B, L, D) or selected positions (N, D)."""
+        x = x + over_positions(self.gate_att, x) * layer.project(attended)
+        normed = modulate(layer.norm2(x), self.shift_mlp, self.scale_mlp)
+        return x + over_positions(self.gate_mlp, x) * layer.transform(normed)
 
 
 class TransformerBlock(nn.Module):
@@ -76,7 +105,7 @@ class TransformerBlock(nn.Module):
         at_BQ: Tensor | None = None,
         append: CacheAppend | None = None,
     ) -> Tensor:
-        """Apply self-attention to normed `x_BLD`, at the positions `at_BQ` only, over the cached tokens too.
+        """Return the attention of normed `x_BLD` to itself and the cached tokens, (B, Q, H, D / H), not yet projected.
 
         `key_mask` is (B, L), or (B, L, L) by query.
         """
@@ -85,7 +114,7 @@ class TransformerBlock(nn.Module):
             k, v = append(k, v)
         if key_mask is not None and key_mask.ndim == 3:
             key_mask = take_positions(key_mask, at_BQ)
-        return self.project(attend(q, k, v, key_mask, self.attn_backend, self.causal))
+        return attend(q, k, v, key_mask, self.attn_backend, self.causal)
 
     def transform(self, x_BLD: Tensor) -> Tensor:
         """Apply the MLP to normed `x_BLD`."""
