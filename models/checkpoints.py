@@ -35,7 +35,6 @@ from palimpsest.common.messages import excerpt
 from palimpsest.models import torch_archive
 from palimpsest.models.ema import EMA
 from palimpsest.models.hub import (
-    CONFIG_FILE,
     WEIGHT_FILES,
     locate,
     read_config,
@@ -46,7 +45,6 @@ from palimpsest.models.hub import (
 from palimpsest.models.inert_pickle import Inert
 from palimpsest.models.reference_settings import settings_of_reference
 
-BACKBONE_PREFIX = "backbone."
 _CHARACTERS_OF_A_VALUE = 100
 _MOST_VALUES, _DEEPEST = 1_000_000, 10  # limits of an identity, which consists mostly of the moments of latents
 
@@ -110,7 +108,7 @@ def read_settings(path: str | Path, key: str = "eval.checkpoint_path") -> Checkp
     `read_checkpoint`."""
     path = locate(path, key)
     if not is_remote(path) and path.is_dir():
-        return _hub_checkpoint(path, {})
+        return _hub_checkpoint(path, read_config(path), {})
     checkpoint = _read_lightning_file(path, weights=False)
     checkpoint.state, checkpoint.ema = {}, None
     return checkpoint
@@ -225,8 +223,7 @@ def _is_plain(value: object) -> bool:
 
 
 def _read_hub_directory(path: Path) -> Checkpoint:
-    if not (path / CONFIG_FILE).exists():
-        raise FileNotFoundError(f"{path} has no {CONFIG_FILE}: it is not a model in the Hub's layout")
+    config = read_config(path)
     weights = next((path / name for name in WEIGHT_FILES if (path / name).exists()), None)
     if weights is None:
         raise FileNotFoundError(f"{path} has neither {' nor '.join(WEIGHT_FILES)}")
@@ -235,11 +232,10 @@ def _read_hub_directory(path: Path) -> Checkpoint:
         state = load_file(weights) if weights.suffix == ".safetensors" else load_inert(weights)
     except (SafetensorError, OSError) as error:
         raise _unreadable(weights, error) from error
-    return _hub_checkpoint(path, _strip(_tensors(state, weights), weights))
+    return _hub_checkpoint(path, config, _strip(_tensors(state, weights), weights))
 
 
-def _hub_checkpoint(path: Path, state: dict[str, Tensor]) -> Checkpoint:
-    config = read_config(path)
+def _hub_checkpoint(path: Path, config: dict[str, object], state: dict[str, Tensor]) -> Checkpoint:
     identity = {"tokenizer": config["tokenizer_fingerprint"]} if "tokenizer_fingerprint" in config else {}
     settings = {**settings_of_config(config), **settings_of_tensors(state)}
     return Checkpoint(path, state, None, identity, config, settings, unsupported=unsupported(config))
@@ -250,8 +246,7 @@ def _reference(content: Mapping[str, object]) -> tuple[dict[str, object], str, d
     checkpoint."""
     parameters = content.get("hyper_parameters")
     parameters = parameters if isinstance(parameters, dict) else {}
-    config = parameters.get("config")
-    settings, reason = settings_of_reference(lambda key: _omegaconf_value(config, key))
+    settings, reason = settings_of_reference(lambda key: _omegaconf_value(parameters.get("config"), key))
     return settings, reason, _tokens(parameters.get("tokenizer"))
 
 
@@ -273,12 +268,11 @@ def _omegaconf_value(node: object, key: str) -> object:
 
 def _tokens(tokenizer: object) -> dict[str, int] | None:
     """Return token -> id of a pickled tokenizer of transformers, None if it has none."""
-    inner = _state(tokenizer).get("_tokenizer") if isinstance(tokenizer, Inert) else None
-    serialised = inner.state if isinstance(inner, Inert) else None
-    if not isinstance(serialised, bytes):
+    inner = _state(tokenizer).get("_tokenizer")
+    if not isinstance(inner, Inert) or not isinstance(inner.state, bytes):
         return None
     try:
-        known = json.loads(serialised)
+        known = json.loads(inner.state)
         vocab = known["model"]["vocab"]
         if isinstance(vocab, list):  # Unigram: pieces with their scores
             vocab = {piece: number for number, (piece, _) in enumerate(vocab)}
@@ -287,17 +281,17 @@ def _tokens(tokenizer: object) -> dict[str, int] | None:
         return None
 
 
-def _state(shell: Inert) -> dict[str, object]:
-    return shell.state if isinstance(shell.state, dict) else {}
+def _state(thing: object) -> dict[str, object]:
+    """Return the attributes of a pickled object; none of other things."""
+    return thing.state if isinstance(thing, Inert) and isinstance(thing.state, dict) else {}
 
 
 def _strip(state: Mapping[str, Tensor], path: PathOrUrl) -> dict[str, Tensor]:
     """Return the backbone entries without `backbone.` and without the `_orig_mod.` of torch.compile."""
-    names = {name: name.replace("_orig_mod.", "") for name in state}
-    prefix = BACKBONE_PREFIX
-    kept = {name.removeprefix(prefix): state[old] for old, name in names.items() if name.startswith(prefix)}
+    whole = {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
+    kept = {name.removeprefix("backbone."): whole[name] for name in whole if name.startswith("backbone.")}
     if not kept:
-        raise ValueError(f"{path} has no parameter named {prefix}*: it is not one of our or the references' models")
+        raise ValueError(f"{path} has no parameter named backbone.*: it is not one of our or the references' models")
     return kept
 
 

@@ -55,17 +55,8 @@ def hf_dit(
 
 def build(settings: Mapping[str, object], attn_backend: str = "sdpa") -> DiT:
     """Build the network that `Checkpoint.settings` describes, with random weights."""
-    return DiT(
-        settings["vocab_size"],
-        settings["model.hidden_size"],
-        settings["model.cond_dim"],
-        settings["model.n_blocks"],
-        settings["model.n_heads"],
-        settings["model.dropout"],
-        settings["time_conditioning"],
-        settings.get("model.mask_padding", True),
-        attn_backend,
-    )
+    known = {name.removeprefix("model."): settings[name] for name in ("vocab_size", *_SIZES, "model.dropout")}
+    return DiT(**known, mask_padding=settings.get("model.mask_padding", True), attn_backend=attn_backend)
 
 
 def _described(checkpoint: Checkpoint, key: str) -> dict[str, object]:

@@ -107,8 +107,7 @@ class HFMaskedLM(published.PublishedBackbone):
     def blocks(self) -> list[nn.Module]:
         """Return the repeated layers: the elements of the largest list of modules."""
         lists = [module for module in self.model.modules() if isinstance(module, nn.ModuleList)]
-        largest = max(lists, key=lambda parts: sum(p.numel() for p in parts.parameters()), default=())
-        return list(largest)
+        return list(max(lists, key=lambda parts: sum(p.numel() for p in parts.parameters()), default=()))
 
     def _name_here(self, name: str) -> str:
         theirs, ours = f"{self._head_path}.", "head.linear." if self.num_classes else "head."
@@ -120,16 +119,16 @@ class HFMaskedLM(published.PublishedBackbone):
             found.state.update({name: value.clone() for name, value in self.state_dict().items() if "class_" in name})
         return found
 
-    def _check_missing(self, loaded: published.Loaded) -> None:
-        body = f"{loaded.model.base_model_prefix}."
-        published.refuse_missing(_KIND, self.name, tuple(name for name in loaded.missing if name.startswith(body)))
-        if loaded.missing and not self.new_head:
+    def _check_missing(self, model: PreTrainedModel, missing: list[str]) -> None:
+        body = f"{model.base_model_prefix}."
+        published.refuse_missing(_KIND, self.name, [name for name in missing if name.startswith(body)])
+        if missing and not self.new_head:
             raise ValueError(
                 f"{KEY}={self.name}: its file of weights has no head for masked tokens (it lacks "
-                f"{', '.join(loaded.missing[:3])}; {len(loaded.missing)} in all); {NEW_HEAD}=true trains a new one, "
+                f"{', '.join(missing[:3])}; {len(missing)} in all); {NEW_HEAD}=true trains a new one, "
                 "whose matrix is the embedding"
             )
-        if self.new_head and not loaded.missing:
+        if self.new_head and not missing:
             raise ValueError(f"{NEW_HEAD}=true: {KEY}={self.name} has a head for masked tokens; leave it out")
 
     def encode(

@@ -38,14 +38,6 @@ class Kind:
     added: int  # largest number of data ids beyond those of the network, such as a new mask
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """A published model, and the names of the weights that its files lack and that are therefore random."""
-
-    model: PreTrainedModel
-    missing: tuple[str, ...]
-
-
 class PublishedBackbone(Backbone):
     """A network of the transformers library, in `model`.
 
@@ -78,19 +70,19 @@ class PublishedBackbone(Backbone):
         """
         if self.name is None:
             return None
-        loaded = load_weights(self.kind, self.name)
-        self._check_missing(loaded)
-        ours, rows = self.state_dict(), loaded.model.config.get_text_config().vocab_size
+        model, missing = load_weights(self.kind, self.name)
+        self._check_missing(model, missing)
+        ours, rows = self.state_dict(), model.config.get_text_config().vocab_size
         state: dict[str, Tensor] = {}
-        for theirs, tensor in loaded.model.state_dict().items():
+        for theirs, tensor in model.state_dict().items():
             name = self._name_here(theirs)
             if name in ours and tensor.shape != ours[name].shape and tensor.shape[:1] == (rows,):
                 tensor = resize_rows(tensor, self.vocab_size)
-            state[name] = ours[name].clone() if theirs in loaded.missing else tensor
+            state[name] = ours[name].clone() if theirs in missing else tensor
         return Checkpoint(Path(self.name), state)
 
-    def _check_missing(self, loaded: Loaded) -> None:
-        refuse_missing(self.kind, self.name, loaded.missing)
+    def _check_missing(self, model: PreTrainedModel, missing: list[str]) -> None:
+        refuse_missing(self.kind, self.name, missing)
 
     def _name_here(self, name: str) -> str:
         return f"model.{name}"
@@ -226,8 +218,7 @@ def resize_rows(tensor: Tensor, rows: int) -> Tensor:
     """Return the first `rows` rows; rows that are missing are the mean of all."""
     if rows <= len(tensor):
         return tensor[:rows]
-    mean = tensor.mean(0, keepdim=True)
-    return torch.cat([tensor, mean.expand(rows - len(tensor), *mean.shape[1:])])
+    return torch.cat([tensor, tensor.mean(0, keepdim=True).expand(rows - len(tensor), *tensor.shape[1:])])
 
 
 def load_config(kind: Kind, name: str) -> PretrainedConfig:
@@ -244,8 +235,9 @@ def load_config(kind: Kind, name: str) -> PretrainedConfig:
         raise _unusable(kind, name, source, local, error) from error
 
 
-def load_weights(kind: Kind, name: str) -> Loaded:
-    """Load the model with its weights. Raises as `load_config`."""
+def load_weights(kind: Kind, name: str) -> tuple[PreTrainedModel, list[str]]:
+    """Load the model with its weights, and the names of those that its files lack and that are therefore random. Raises
+    as `load_config`."""
     source, local = _source(name)
     try:
         model, info = kind.model_class.from_pretrained(
@@ -258,10 +250,10 @@ def load_weights(kind: Kind, name: str) -> Loaded:
         )
     except Exception as error:  # transformers raises many types, none of them for users
         raise _unusable(kind, name, source, local, error) from error
-    return Loaded(model, tuple(sorted(info["missing_keys"])))
+    return model, sorted(info["missing_keys"])
 
 
-def refuse_missing(kind: Kind, name: str, missing: tuple[str, ...]) -> None:
+def refuse_missing(kind: Kind, name: str, missing: list[str]) -> None:
     """Raise ValueError if a file lacks weights."""
     if missing:
         raise ValueError(

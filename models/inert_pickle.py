@@ -183,12 +183,12 @@ class _Machine:
 def _key(key: object) -> object:
     """Return `key` if its type excludes chosen hash collisions, which would take quadratic time: texts, whose hashes
     differ between processes, tuples of them, whole numbers below 2^60, and `Inert` objects."""
-    parts = key if type(key) is tuple and len(key) <= _MOST_IN_A_KEY else (key,)
-    if type(key) is tuple and all(part is None or isinstance(part, str | bytes) for part in parts):
-        return key
-    if key is None or isinstance(key, str | bytes | Inert | type) or (type(key) is int and key.bit_length() <= 60):
-        return key
-    if isinstance(key, bool | torch.dtype):
+    if type(key) is tuple and len(key) <= _MOST_IN_A_KEY:
+        allowed = all(part is None or isinstance(part, str | bytes) for part in key)
+    else:
+        known = isinstance(key, str | bytes | bool | Inert | type | torch.dtype | None)
+        allowed = known or (type(key) is int and key.bit_length() <= 60)
+    if allowed:
         return key
     raise UnpicklingError(f"it has a key of the type {type(key).__name__}, or too large a key: refused")
 

@@ -71,7 +71,13 @@ class MMDiT(Recomputing, Backbone):
         num_classes: int = 0,
     ) -> None:
         super().__init__()
-        _check(latent_shape)
+        if latent_shape is None:
+            raise ValueError(
+                "backbone=mmdit reads texts with latents, and these data have none; choose latents= and add "
+                "algo=mmldlm, or use backbone=dit"
+            )
+        if min(latent_shape) < 1 or len(latent_shape) != 2:
+            raise ValueError(f"latents of shape {tuple(latent_shape)} must be K >= 1 tokens of D >= 1 numbers")
         head_dim, backend = head_width(hidden_size, n_heads), resolve_backend(attn_backend)
         self.latent_shape, self.latent_size = tuple(latent_shape), latent_size or hidden_size
         self.time_conditioning, self.mask_padding = time_conditioning, mask_padding
@@ -88,9 +94,9 @@ class MMDiT(Recomputing, Backbone):
         self.output_layer = OutputLayer(hidden_size, vocab_size, cond_dim, num_classes)
         if num_classes:
             self.class_embed = ClassEmbedding(num_classes, cond_dim)
-        numbers = self.latent_shape[1]
+        tokens, numbers = self.latent_shape
         self.times = Times(cond_dim)
-        self.latent_input = LatentInput(numbers, self.latent_size, self.latent_shape[0])
+        self.latent_input = LatentInput(numbers, self.latent_size, tokens)
         self.latent_output = LatentOutput(self.latent_size, numbers, cond_dim, dropout)
 
     @property
@@ -219,13 +225,3 @@ class MMDiT(Recomputing, Backbone):
         embedded_BC = self.sigma_map(sigma_B) + self.times.to_text(mixed_BC)
         embedded_BC = embedded_BC if class_id is None else embedded_BC + self.class_embed(class_id)
         return F.silu(embedded_BC), F.silu(mixed_BC)
-
-
-def _check(latent_shape: tuple[int, int] | None) -> None:
-    if latent_shape is None:
-        raise ValueError(
-            "backbone=mmdit reads texts with latents, and these data have none; choose latents= and add "
-            "algo=mmldlm, or use backbone=dit"
-        )
-    if min(latent_shape) < 1 or len(latent_shape) != 2:
-        raise ValueError(f"latents of shape {tuple(latent_shape)} must be K >= 1 tokens of D >= 1 numbers")

@@ -6,7 +6,6 @@ checkpoint are always whole.
 
 from collections.abc import Iterable
 
-import torch
 import torch.distributed
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -59,5 +58,4 @@ def load_sharded(module: nn.Module, state: dict[str, Tensor]) -> None:
     differ."""
     ours = module.state_dict()
     shared = {name: sharded_like(tensor, ours[name]) if name in ours else tensor for name, tensor in state.items()}
-    with torch.no_grad():
-        module.load_state_dict(shared)
+    module.load_state_dict(shared)
