@@ -31,8 +31,7 @@ class AnyOrder:
     kind = "importance-weighted any-order bound"
 
     def check(self, objective: Objective) -> None:
-        require_mask_filling(objective.process, objective.model_class, "importance_weighted")
-        _refuse_dependent(objective.independent_unmasking)
+        _check(objective, objective.model_class)
 
     def label(self, model: Model, num_draws: int) -> str:
         return f"importance-weighted any-order bound, {num_draws} orders"
@@ -46,13 +45,8 @@ class AnyOrder:
     def __call__(
         self, model: Model, batch: Batch, seed: int, num_draws: int, start: int = 0, of: int | None = None
     ) -> LikelihoodEstimate:
-        """Return one value per row from `num_draws` orders, with one network evaluation per order and scored token.
-
-        Raises:
-            ValueError: the model cannot unmask tokens in any order, or its network decides when a token is unmasked.
-        """
-        require_mask_filling(model.process, type(model), "importance_weighted")
-        _refuse_dependent(model.independent_unmasking)
+        """Return one value per row from `num_draws` orders, with one network evaluation per order and scored token."""
+        _check(model, type(model))
         orders = [self._one_order(model, batch, KeyedNoise(seed, batch["sample_id"], draw=k)) for k in range(num_draws)]
         tokens_B, scored_B = counted_mask(batch).sum(-1), scored_mask(batch).sum(-1)
         nll_B1 = math.log(num_draws) - torch.stack(orders, dim=1).logsumexp(1, keepdim=True)
@@ -75,8 +69,11 @@ class AnyOrder:
         return log_p_B
 
 
-def _refuse_dependent(independent_unmasking: bool) -> None:
-    if not independent_unmasking:
+def _check(model: Model | Objective, kind: type) -> None:
+    """Raise ValueError for models of the class `kind` that cannot unmask tokens in any order, or whose network decides
+    when a token is unmasked."""
+    require_mask_filling(model.process, kind, "importance_weighted")
+    if not model.independent_unmasking:
         raise ValueError(
             "eval.estimator=importance_weighted averages over orders that do not depend on the network, and with "
             "parameterization=sedd or d3pm the network also decides when a mask goes: its NELBO is no mean over "

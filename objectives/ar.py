@@ -24,7 +24,8 @@ class CausalModel(BoundModel, CausalDenoiser):
         return self.backbone.new_cache(batch_size, length)
 
     def next_token(self, new_Bn: Tensor, cache: object, **cond: Tensor) -> Tensor:
-        return self.objective.next_token(self.backbone, new_Bn, cache, **cond)
+        hidden_BnD = self.backbone.encode(new_Bn, None, cache=cache, **cond)
+        return log_probs(hidden_BnD[:, -1], self.backbone.head, self.process.mask_id)
 
 
 class AR(Objective):
@@ -42,11 +43,7 @@ class AR(Objective):
         self.process = process
 
     def bound(self, mask_sampler: MaskSampler | None) -> Self:
-        """Return the objective itself: its likelihood is exact, so no mask sampler is bound to it.
-
-        Raises:
-            ValueError: a mask sampler is given.
-        """
+        """Return the objective itself, whose likelihood is exact. Raises ValueError if a mask sampler is given."""
         if mask_sampler is not None:
             raise ValueError(
                 f"eval.estimator with masks by {mask_sampler.label} and parameterization=ar contradict each other: its "
@@ -64,9 +61,7 @@ class AR(Objective):
             scored_BL &= ~batch["eos_padding"]
         scored = Positions(scored_BL)
         cond = context(batch)
-        if (
-            "document" in cond
-        ):  # a token reads what its successor may read, so the end of a document begins the next one
+        if "document" in cond:  # a token reads what its successor may read: the end of a document begins the next one
             cond["document"] = torch.cat([cond["document"][:, 1:], cond["document"][:, -1:]], dim=1)
         hidden_BLD = backbone.encode(x_BL, torch.zeros(len(x_BL), device=x_BL.device), **cond)
         one_N = torch.ones(len(scored), device=x_BL.device)  # every token counts once
@@ -84,11 +79,6 @@ class AR(Objective):
             return log_probs(_before(at).take(hidden_BLD), backbone.head, self.process.mask_id)
         flat_NV = log_probs(hidden_BLD[:, :-1].flatten(0, 1), backbone.head, self.process.mask_id)
         return flat_NV.unflatten(0, (len(x_BL), x_BL.shape[1] - 1))
-
-    def next_token(self, backbone: Backbone, new_Bn: Tensor, cache: object, **cond: Tensor) -> Tensor:
-        """Append `new_Bn` to the cache and return log p of the next token, (B, V)."""
-        hidden_BnD = backbone.encode(new_Bn, None, cache=cache, **cond)
-        return log_probs(hidden_BnD[:, -1], backbone.head, self.process.mask_id)
 
 
 def _before(at: Positions) -> Positions:

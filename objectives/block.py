@@ -39,7 +39,8 @@ class BlockModel(Model, BlockDenoiser):
         return self.objective.block_size
 
     def after(self, earlier: object, window: int | None = None, **cond: Tensor) -> Model:
-        return self.objective.after(self.backbone, earlier, window, **cond)
+        """Return the model of the next block; its predictions take `row` (R,), the rows of `earlier` they follow."""
+        return self.objective.inner.model(_NextBlock(self.backbone, earlier, self.block_size, window, cond))
 
     def new_block_cache(self, batch_size: int, length: int, window: int | None = None) -> object:
         return self.backbone.new_block_cache(batch_size, length, window)
@@ -118,9 +119,7 @@ class BlockDiffusion(WrapperObjective):
                 "training.sampling_eps_min, sampling_eps_max and clip_search_widths limit the mask rates of "
                 f"training.masking=bernoulli T=0; with masks by {mask_sampler.label}, T={T} they would do nothing"
             )
-        drawn = not bernoulli or any(
-            (mask_sampler.importance_sampling, mask_sampler.resample, mask_sampler.time_density)
-        )
+        drawn = not bernoulli or mask_sampler.importance_sampling or mask_sampler.resample or mask_sampler.time_density
         if self.exact and (limited or drawn):
             raise ValueError(
                 "block_size=1 leaves nothing to draw (the only token of a block is masked), so masks by "
@@ -145,11 +144,8 @@ class BlockDiffusion(WrapperObjective):
         return self.inner.loss_name
 
     def clip(self, low: float, high: float) -> None:
-        """Train on mask rates from `low` to `high` only, from now on; evaluation always uses all of them.
-
-        Raises:
-            ValueError: not 0 <= low < high <= 1, or blocks of one token, which have one mask rate.
-        """
+        """Train on mask rates from `low` to `high` only, from now on; evaluation always uses all of them. Raises
+        ValueError unless 0 <= low < high <= 1, and for blocks of one token, which have one mask rate."""
         if not 0 <= low < high <= 1:
             raise ValueError(
                 f"training.sampling_eps_min={low} and training.sampling_eps_max={high} must satisfy 0 <= min < max <= 1"
@@ -163,11 +159,8 @@ class BlockDiffusion(WrapperObjective):
         self.inner.schedule = self._schedule if (low, high) == WHOLE else Clipped(self._schedule.unclipped, low, high)
 
     def bound(self, mask_sampler: MaskSampler | None) -> BlockDiffusion:
-        """Return the objective for evaluation, as in `TokenDiffusion`.
-
-        Raises:
-            ValueError: a mask sampler is given for blocks of one token, whose likelihood is exact.
-        """
+        """Return the objective for evaluation, as in `TokenDiffusion`. Raises ValueError if a mask sampler is given for
+        blocks of one token, whose likelihood is exact."""
         if self.exact and mask_sampler is not None:
             raise ValueError(
                 f"eval.estimator with masks by {mask_sampler.label} and block_size=1 contradict each other: its "
@@ -225,11 +218,8 @@ class BlockDiffusion(WrapperObjective):
         segment_ends: Tensor | None = None,
         **cond: Tensor,
     ) -> Tensor:
-        """Return log p(x_0^b | x_t^b, x^<b): (B, L, V), or (N, V) at the positions `at`.
-
-        Raises:
-            ValueError: a prediction is requested after a block with masks.
-        """
+        """Return log p(x_0^b | x_t^b, x^<b): (B, L, V), or (N, V) at the positions `at`. Raises ValueError if a
+        prediction is requested after a block with masks."""
         layout = self._layout(x_BL, segment_ends)
         network = self._network(backbone, x_BL, at, layout, cond)
         t_R = t_B.repeat_interleave(layout.num_blocks)
@@ -252,10 +242,6 @@ class BlockDiffusion(WrapperObjective):
         network = self._network(backbone, x_BL, at, layout, cond)
         t_R, s_R = (time_B.repeat_interleave(layout.num_blocks) for time_B in (t_B, s_B))
         return self.inner.reverse(network, layout.split(x_BL), t_R, s_R, _of_blocks(at, layout))
-
-    def after(self, backbone: Backbone, earlier: object, window: int | None = None, **cond: Tensor) -> Model:
-        """Return the model of the next block; its predictions take `row` (R,), the rows of `earlier` they follow."""
-        return self.inner.model(_NextBlock(backbone, earlier, self.block_size, window, cond))
 
     def _network(
         self, backbone: Backbone, x_BL: Tensor, at: Positions | None, layout: BlockLayout, cond: dict
@@ -309,14 +295,13 @@ class _NextBlock(BackboneView):
         self, tokens_Rk: Tensor, sigma_R: Tensor, row: Tensor, at: Positions | None = None, **cond: Tensor
     ) -> Tensor:
         """Return hidden states; `row` (R,) says which rows of `earlier` the blocks follow."""
-        cond = {name: value[row] for name, value in self.cond.items()} | cond
+        known = {name: value[row] for name, value in self.cond.items()}
         uncached = isinstance(self.earlier, Tensor | list)
-        cache, rows = (self._read(row), None) if uncached else (self.earlier, row)
-        return self.backbone.encode_after(tokens_Rk, sigma_R, cache, rows, at, **cond)
+        cache, rows = (self._read(row, known), None) if uncached else (self.earlier, row)
+        return self.backbone.encode_after(tokens_Rk, sigma_R, cache, rows, at, **known | cond)
 
-    def _read(self, row: Tensor) -> object:
+    def _read(self, row: Tensor, cond: dict[str, Tensor]) -> object:
         """Return a cache of the clean tokens of some rows."""
-        cond = {name: value[row] for name, value in self.cond.items()}
         if isinstance(self.earlier, Tensor):
             cache = self.backbone.new_block_cache(len(row), self.earlier.shape[1], self.window)
             self.backbone.remember(self.earlier[row], self.block_size, cache, **cond)

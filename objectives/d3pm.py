@@ -50,36 +50,27 @@ class D3PM(TokenDiffusion):
         """Return T times the KL term of a step (eq. 1, L_t-1) plus the reconstruction term L_0 of the clean text."""
         x0_BL, xt_BL, t_B, scored_BL = batch["input_ids"], draw.xt_BL, draw.t_B, scored_mask(batch)
         masked, scored = Positions.of_each(self.process.is_corrupted(xt_BL) & scored_BL, scored_BL)
-        alpha_t_B = self.schedule(t_B).alpha
-        alpha_s_B = self.schedule((t_B - 1 / self.T).clamp(min=0)).alpha
+        alpha_t_B, alpha_s_B = self.schedule(t_B).alpha, self.schedule((t_B - 1 / self.T).clamp(min=0)).alpha
         hidden_BLD = backbone.encode(xt_BL, self.conditioning(t_B), **context(batch))
-        alpha_N2 = masked.of_rows(torch.stack([alpha_t_B, alpha_s_B], dim=1))
+        target_N = masked.take(x0_BL)
         kl_N, nll_N = losses(
             _kl_and_nll,
             masked.take(hidden_BLD),
             backbone.head,
-            self._target_and_mask(masked.take(x0_BL)),
-            alpha_N2,
+            torch.stack([target_N, torch.full_like(target_N, self.process.mask_id)], dim=1),
+            masked.of_rows(torch.stack([alpha_t_B, alpha_s_B], dim=1)),
             banned_id=self._banned_id,
             weight_N=masked.of_rows(draw.scale_B),
         )
         clean_BLD = backbone.encode(x0_BL, self.conditioning(torch.zeros_like(t_B)), **context(batch))
         nll0_N = cross_entropy(
-            scored.take(clean_BLD),
-            backbone.head,
-            scored.take(x0_BL),
-            self._banned_id,
-            scored.of_rows(draw.scale_B),
+            scored.take(clean_BLD), backbone.head, scored.take(x0_BL), self._banned_id, scored.of_rows(draw.scale_B)
         )
         logs = {"cross_entropy": masked.spread(nll_N).sum(-1), "num_masked": masked.mask_BL.sum(-1)}
-        terms_BL = self.T * masked.spread(kl_N) + scored.spread(nll0_N)
-        return TokenLoss(terms_BL, counted_mask(batch), logs)
+        return TokenLoss(self.T * masked.spread(kl_N) + scored.spread(nll0_N), counted_mask(batch), logs)
 
     def conditioning(self, t_B: Tensor) -> Tensor:
         return self._shown_schedule(t_B).sigma.float()
-
-    def _target_and_mask(self, target_N: Tensor) -> Tensor:
-        return torch.stack([target_N, torch.full_like(target_N, self.process.mask_id)], dim=1)
 
     def network_log_probs(
         self, backbone: Backbone, x_BL: Tensor, t_B: Tensor, at: Positions | None = None, **cond: Tensor

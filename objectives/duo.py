@@ -29,9 +29,6 @@ class Duo(UDLM):
 
     The network reads softmax(w_t / tau), where w_t is the Gaussian whose argmax is x_t; the loss is that of x_t. tau
     falls from 10^gumbel_tau_log10_start to 10^gumbel_tau_log10_end. Afterwards, and in evaluation, this is UDLM.
-
-    Raises:
-        ValueError: curriculum_end is negative.
     """
 
     def __init__(
@@ -55,14 +52,16 @@ class Duo(UDLM):
 
     def check_network(self, network: type[Backbone]) -> None:
         if self.curriculum_end and not network.reads_mixtures:
-            raise ValueError(_no_mixtures(network))
+            raise ValueError(
+                f"algo=duo needs a network that reads mixtures of tokens, and {network.__name__} does not; use "
+                "backbone=dit, or algo.curriculum_end=0"
+            )
 
     def network_input(self, backbone: Backbone, batch: Batch, draw: Draw, noise: KeyedNoise) -> tuple[Backbone, Tensor]:
         step = int(batch["step"]) if "step" in batch else self.curriculum_end
         if step >= self.curriculum_end:
             return backbone, draw.xt_BL
-        if not backbone.reads_mixtures:
-            raise ValueError(_no_mixtures(type(backbone)))
+        self.check_network(type(backbone))
         x0_BL, scored_BL = batch["input_ids"], scored_mask(batch)
         signal_B = self._signal(self.schedule(draw.t_B).alpha)
         weight_BLV = gaussian_draw(x0_BL, signal_B, self.process.vocab_size, noise.part(1))
@@ -80,20 +79,12 @@ class Duo(UDLM):
         return self._signal_S[place_B - 1] + fraction_B * (self._signal_S[place_B] - self._signal_S[place_B - 1])
 
 
-def _no_mixtures(network: type) -> str:
-    return (
-        f"algo=duo needs a network that reads mixtures of tokens, and {network.__name__} does not; use "
-        "backbone=dit, or algo.curriculum_end=0"
-    )
-
-
 def gaussian_draw(x0_BL: Tensor, signal_B: Tensor, vocab_size: int, noise: KeyedNoise) -> Tensor:
     """Draw w_t ~ N(a x_0, (1 - a^2) I) for one-hot x_0 and a / sqrt(1 - a^2) = `signal_B`, (B, L, V)."""
     spread_B = (1 + signal_B**2).rsqrt()
     clean_BLV = nn.functional.one_hot(x0_BL, vocab_size).double()
-    return (signal_B * spread_B)[:, None, None] * clean_BLV + spread_B[:, None, None] * noise.normal(
-        x0_BL.shape[1], vocab_size
-    )
+    noise_BLV = noise.normal(x0_BL.shape[1], vocab_size)
+    return (signal_B * spread_B)[:, None, None] * clean_BLV + spread_B[:, None, None] * noise_BLV
 
 
 def signal_table(vocab_size: int, points: int = 2000) -> tuple[Tensor, Tensor]:

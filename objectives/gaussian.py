@@ -4,7 +4,7 @@ Shape suffixes: B batch, K latent tokens, D numbers of each.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from torch import Tensor
 from palimpsest.common.randomness import KeyedNoise
 from palimpsest.common.values import NotNegative
 from palimpsest.gaussian_process import LatentPrediction, cosine_level, noise_latent, read_prediction, velocity
+from palimpsest.models.layers import at_least_float32
 
 # Range of training times. At t = 0 and 1 nothing can be learned, because x0 or eps cannot be recovered from x_t.
 EARLIEST, LATEST = 1e-3, 1 - 1e-3
@@ -28,8 +29,7 @@ class NoisedLatent:
     t_B: Tensor
 
 
-@dataclass(frozen=True)
-class LatentLoss:
+class LatentLoss(NamedTuple):
     """The training loss, and detached squared error and cosine of the predicted latent; row means over K D numbers."""
 
     loss_B: Tensor
@@ -76,13 +76,13 @@ class GaussianDiffusion:
 
     def at(self, x0_BKD: Tensor, eps_BKD: Tensor, t_B: Tensor) -> NoisedLatent:
         """Return `x0_BKD` with the noise `eps_BKD` at time t_B, in at least float32."""
-        x0_BKD = _precise(x0_BKD)
+        x0_BKD = at_least_float32(x0_BKD)
         eps_BKD = eps_BKD.to(x0_BKD.dtype)
         return NoisedLatent(x0_BKD, eps_BKD, noise_latent(x0_BKD, eps_BKD, cosine_level(t_B).like(x0_BKD)), t_B)
 
     def read(self, output_BKD: Tensor, xt_BKD: Tensor, t_B: Tensor) -> LatentPrediction:
         """Return the prediction for x_t that the network's output stands for."""
-        xt_BKD = _precise(xt_BKD)
+        xt_BKD = at_least_float32(xt_BKD)
         return read_prediction(self.target, output_BKD.to(xt_BKD.dtype), xt_BKD, cosine_level(t_B).like(xt_BKD))
 
     def loss(self, output_BKD: Tensor, noised: NoisedLatent) -> LatentLoss:
@@ -105,7 +105,3 @@ class GaussianDiffusion:
         if self.target == "v":
             return velocity(noised.x0_BKD, noised.eps_BKD, cosine_level(noised.t_B).like(noised.x0_BKD))
         return noised.x0_BKD if self.target == "x0" else noised.eps_BKD
-
-
-def _precise(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -56,12 +56,21 @@ class JointModel(Model, JointDenoiser):
     def predict_latent(
         self, latent_BKD: Tensor, latent_t_B: Tensor, x_BL: Tensor, t_B: Tensor, **cond: Tensor
     ) -> LatentPrediction:
-        return self.objective.predict_latent(self.backbone, latent_BKD, latent_t_B, x_BL, t_B, **cond)
+        """Return the prediction for the standardised, noised latent given the text at time t_B (1: the marginal)."""
+        latent_t_B = latent_t_B.double().clamp(EARLIEST, LATEST)
+        nowhere = Positions(torch.zeros_like(x_BL, dtype=torch.bool), [0] * len(x_BL))
+        cond = {**cond, "latent": latent_BKD, "latent_t": latent_t_B, "at": nowhere}
+        _, output_BKD = self.backbone.encode_both(x_BL, self.objective.inner.conditioning(t_B.double()), **cond)
+        return self.objective.latent.read(output_BKD, latent_BKD, latent_t_B)
 
     def denoise_both(
         self, x_BL: Tensor, t_B: Tensor, at: Positions, latent_BKD: Tensor, latent_t_B: Tensor, **cond: Tensor
     ) -> tuple[Tensor, LatentPrediction]:
-        return self.objective.denoise_both(self.backbone, x_BL, t_B, at, latent_BKD, latent_t_B, **cond)
+        """Return `denoise` given the noised latent, (N, V), and `predict_latent`, from one network pass."""
+        latent_t_B = latent_t_B.double().clamp(EARLIEST, LATEST)
+        network = _TextNetwork(self.backbone)
+        log_p_NV = self.objective.denoise(network, x_BL, t_B, at, **cond, latent=latent_BKD, latent_t=latent_t_B)
+        return log_p_NV, self.objective.latent.read(network.outputs[0], latent_BKD, latent_t_B)
 
 
 class JointDiffusion(WrapperObjective):
@@ -89,7 +98,6 @@ class JointDiffusion(WrapperObjective):
     name = "mmldlm"
     model_class = JointModel
     reads_latents = True
-    loss_weight = "elbo"
 
     def __init__(
         self,
@@ -145,38 +153,9 @@ class JointDiffusion(WrapperObjective):
         """Return log p(x_s | x_t, latent), (N, V); as `denoise`."""
         return self.inner.reverse(backbone, x_BL, t_B, s_B, at, **cond)
 
-    def predict_latent(
-        self, backbone: Backbone, latent_BKD: Tensor, latent_t_B: Tensor, x_BL: Tensor, t_B: Tensor, **cond: Tensor
-    ) -> LatentPrediction:
-        """Return the prediction for the standardised, noised latent given the text at time t_B (1: the marginal)."""
-        latent_t_B = latent_t_B.double().clamp(EARLIEST, LATEST)
-        nowhere = Positions(torch.zeros_like(x_BL, dtype=torch.bool), [0] * len(x_BL))
-        cond = {**cond, "latent": latent_BKD, "latent_t": latent_t_B, "at": nowhere}
-        _, output_BKD = backbone.encode_both(x_BL, self.inner.conditioning(t_B.double()), **cond)
-        return self.latent.read(output_BKD, latent_BKD, latent_t_B)
-
-    def denoise_both(
-        self,
-        backbone: Backbone,
-        x_BL: Tensor,
-        t_B: Tensor,
-        at: Positions,
-        latent_BKD: Tensor,
-        latent_t_B: Tensor,
-        **cond: Tensor,
-    ) -> tuple[Tensor, LatentPrediction]:
-        """Return `denoise` given the noised latent, (N, V), and `predict_latent`, from one network pass."""
-        latent_t_B = latent_t_B.double().clamp(EARLIEST, LATEST)
-        network = _TextNetwork(backbone)
-        log_p_NV = self.inner.denoise(network, x_BL, t_B, at, **cond, latent=latent_BKD, latent_t=latent_t_B)
-        return log_p_NV, self.latent.read(network.outputs[0], latent_BKD, latent_t_B)
-
     def loss(self, backbone: Backbone, batch: Batch, generator: KeyedNoise | None = None) -> TokenLoss:
-        """Return the joint loss of a training batch, or the text's bound for evaluation.
-
-        Raises:
-            ValueError: the batch has no latents.
-        """
+        """Return the joint loss of a training batch, or the text's bound for evaluation. Raises ValueError if a
+        training batch has no latents."""
         if self.evaluates:
             return self.inner.loss(backbone, batch, generator)
         if "latent" not in batch:
@@ -200,7 +179,8 @@ class JointDiffusion(WrapperObjective):
         observed_BL = ~scored_BL | ~_any(rows, "text", "denoised")[:, None]
         text_batch = {**batch, "latent": latent_BKD, "latent_t": latent_t_B, "observed": observed_BL}
         text = self.inner.loss(network, text_batch, noise)
-        found = _averaged([self.latent.loss(output_BKD, latent) for output_BKD in network.outputs])
+        passes = [self.latent.loss(output_BKD, latent) for output_BKD in network.outputs]
+        found = LatentLoss(*(torch.stack(values).mean(0) for values in zip(*passes, strict=True)))
         latent_loss_B = torch.where(_any(rows, "latent", "denoised"), found.loss_B, 0.0)
         row_B = self.latent_weight * self.latent_tokens * latent_loss_B
         loss = TokenLoss(self.text_weight * text.nll_BL, counted_mask(batch), text.logs, row_B)
@@ -237,12 +217,6 @@ def _any(rows: Mapping[str, Tensor], modality: str, state: str) -> Tensor:
     none_B = torch.zeros_like(next(iter(rows.values())))
     chosen = [here_B for name, here_B in rows.items() if getattr(MODES[name], modality) == state]
     return torch.stack([none_B, *chosen]).any(0)
-
-
-def _averaged(parts: list[LatentLoss]) -> LatentLoss:
-    """Return the mean over the network passes of a draw."""
-    names = ("loss_B", "mse_B", "cosine_B")
-    return LatentLoss(*(torch.stack([getattr(part, name) for part in parts]).mean(0) for name in names))
 
 
 @torch.no_grad()

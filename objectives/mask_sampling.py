@@ -189,7 +189,28 @@ def log_move_range(schedule: NoiseSchedule, sampling_eps: float = 1e-3) -> tuple
     return ends.move_chance.clamp(min=_EARLIEST**2).log().unbind()
 
 
-class ExactCount(MaskSampler):
+class _Counts(MaskSampler):
+    """The base of mask samplers that draw the number of masks of each row, and then shuffle the scored positions."""
+
+    @abstractmethod
+    def counts(self, u_B: Tensor, n_B: Tensor, most: int) -> tuple[Tensor, Tensor]:
+        """Return the numbers of masks k, 1 <= k <= n, and the weight of each masked token's cross-entropy, (B,) each.
+
+        Args:
+            u_B: uniform numbers.
+            n_B: scored tokens of each row, at most `most`.
+        """
+
+    def __call__(
+        self, schedule: NoiseSchedule, x0_BL: Tensor, scored_BL: Tensor, process: Absorbing, noise: KeyedNoise
+    ) -> list[Draw]:
+        u_BL = shuffle_keys(noise, scored_BL)
+        k_B, factor_B = self.counts(noise.time(), scored_BL.sum(-1), x0_BL.shape[1])
+        xt_BL = process.mask(x0_BL, _lowest(u_BL, scored_BL, k_B))
+        return [weighted(schedule, xt_BL, order_statistic(u_BL, k_B), factor_B)]
+
+
+class ExactCount(_Counts):
     """Mask exactly k of n tokens, k uniform in 1..n, with the integral over t done in closed form.
 
     Under any schedule from alpha = 1 to alpha = 0 a mask of k given positions has the weight
@@ -207,16 +228,13 @@ class ExactCount(MaskSampler):
         self.lowest_rate = lowest_rate
         self.covers_all_rates = self.estimates_bound = lowest_rate == 0
 
-    def __call__(
-        self, schedule: NoiseSchedule, x0_BL: Tensor, scored_BL: Tensor, process: Absorbing, noise: KeyedNoise
-    ) -> list[Draw]:
-        u_BL, n_B = shuffle_keys(noise, scored_BL), scored_BL.sum(-1)
+    def counts(self, u_B: Tensor, n_B: Tensor, most: int) -> tuple[Tensor, Tensor]:
         least_B = torch.ceil(self.lowest_rate * n_B.double()).clamp(min=1)
-        k_B = (least_B + torch.floor(noise.time() * (n_B - least_B + 1))).long()
-        return [_with_masks(schedule, x0_BL, scored_BL, process, u_BL, k_B, n_B / k_B)]
+        k_B = (least_B + torch.floor(u_B * (n_B - least_B + 1))).long()
+        return k_B, n_B / k_B
 
 
-class TiltedCount(MaskSampler):
+class TiltedCount(_Counts):
     """Exact counts of masks, small ones more often, for the difference of two likelihoods of one text.
 
     With k of n tokens masked, n / k times their sum has a variance proportional to (n - k) / k (a sample drawn without
@@ -226,15 +244,12 @@ class TiltedCount(MaskSampler):
 
     label = "exact mask counts, small ones more often"
 
-    def __call__(
-        self, schedule: NoiseSchedule, x0_BL: Tensor, scored_BL: Tensor, process: Absorbing, noise: KeyedNoise
-    ) -> list[Draw]:
-        u_BL, n_B = shuffle_keys(noise, scored_BL), scored_BL.sum(-1)
-        place_L = torch.arange(1, x0_BL.shape[1] + 1, dtype=torch.float64, device=x0_BL.device)
-        cdf_BL = _tilted_cdf((place_L / n_B.clamp(min=1)[:, None]).clamp(max=1.0))
-        k_B = (1 + (cdf_BL <= noise.time()[:, None]).sum(-1)).minimum(n_B.clamp(min=1))
-        p_B = _tilted_cdf(k_B / n_B.clamp(min=1)) - _tilted_cdf((k_B - 1) / n_B.clamp(min=1))
-        return [_with_masks(schedule, x0_BL, scored_BL, process, u_BL, k_B, 1 / (k_B * p_B))]
+    def counts(self, u_B: Tensor, n_B: Tensor, most: int) -> tuple[Tensor, Tensor]:
+        n_B = n_B.clamp(min=1)
+        place_L = torch.arange(1, most + 1, dtype=torch.float64, device=n_B.device)
+        cdf_BL = _tilted_cdf((place_L / n_B[:, None]).clamp(max=1.0))
+        k_B = (1 + (cdf_BL <= u_B[:, None]).sum(-1)).minimum(n_B)
+        return k_B, 1 / (k_B * (_tilted_cdf(k_B / n_B) - _tilted_cdf((k_B - 1) / n_B)))
 
 
 def _tilted_cdf(rate: Tensor) -> Tensor:
@@ -283,24 +298,6 @@ def _lowest(u_BL: Tensor, scored_BL: Tensor, k_B: Tensor) -> Tensor:
     """Return True at the k scored positions of each row with the smallest numbers, (B, L)."""
     level_B = order_statistic(u_BL.masked_fill(~scored_BL, torch.inf), k_B)
     return (u_BL <= level_B[:, None]) & scored_BL & (k_B > 0)[:, None]
-
-
-def _with_masks(
-    schedule: NoiseSchedule,
-    x0_BL: Tensor,
-    scored_BL: Tensor,
-    process: Absorbing,
-    u_BL: Tensor,
-    k_B: Tensor,
-    factor_B: Tensor,
-) -> Draw:
-    """Mask, in each row, the `k_B` scored positions whose random numbers `u_BL` are smallest.
-
-    `factor_B` becomes the weight of each masked token's cross-entropy in the bound. `schedule` gives the time at which
-    the k-th smallest number is the mask rate, for networks that see the time.
-    """
-    xt_BL = process.mask(x0_BL, _lowest(u_BL, scored_BL, k_B))
-    return weighted(schedule, xt_BL, order_statistic(u_BL, k_B), factor_B)
 
 
 def weighted(schedule: NoiseSchedule, xt_BL: Tensor, move_chance_B: Tensor, factor_B: Tensor) -> Draw:

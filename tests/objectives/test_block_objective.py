@@ -133,7 +133,7 @@ def test_the_bound_is_unbiased_and_above_the_likelihood(random_dit, size):
     for row in x0:
         total = 0.0
         for start in range(0, length, size):
-            behind = objective.after(net, row[None, :start])
+            behind = objective.model(net).after(row[None, :start])
 
             class Bound:
                 encodes_positions, head = True, net.head

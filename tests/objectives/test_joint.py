@@ -148,7 +148,7 @@ def test_a_likelihood_without_information_does_not_hang_on_what_stands_in_its_pl
 def test_latents_are_predicted_from_the_text_and_from_nothing():
     net, texts, law = network(), batch(), objective()
     x, latent, half = texts["input_ids"], texts["latent"], torch.full((8,), 0.5, dtype=torch.float64)
-    ask = partial(law.predict_latent, net, latent, attention_mask=texts["attention_mask"])
+    ask = partial(law.model(net).predict_latent, latent, attention_mask=texts["attention_mask"])
     zero, one = 0 * half, 0 * half + 1
     given, alone = ask(half, x, zero), ask(half, torch.full_like(x, MASK), one)
     assert not torch.allclose(given.v_BKD, alone.v_BKD)
@@ -156,7 +156,7 @@ def test_latents_are_predicted_from_the_text_and_from_nothing():
     torch.testing.assert_close(given.x0_BKD, level.alpha * latent - level.sigma * given.v_BKD)
     # At its last time it is still shown the latent, which at 1 exactly it would not be.
     assert torch.equal(ask(one, x, zero).v_BKD, ask(0 * one + LATEST, x, zero).v_BKD)
-    assert not torch.equal(law.predict_latent(net, 0 * latent, one, x, zero).v_BKD, ask(one, x, zero).v_BKD)
+    assert not torch.equal(law.model(net).predict_latent(0 * latent, one, x, zero).v_BKD, ask(one, x, zero).v_BKD)
 
 
 @torch.no_grad()
@@ -273,5 +273,6 @@ def test_what_means_nothing_is_refused(settings, said):
 
 
 def test_shapes_of_the_latents_are_those_of_the_network():
-    said = objective().predict_latent(network(), batch()["latent"], torch.rand(8), batch()["input_ids"], torch.zeros(8))
+    model, texts = objective().model(network()), batch()
+    said = model.predict_latent(texts["latent"], torch.rand(8), texts["input_ids"], torch.zeros(8))
     assert said.v_BKD.shape == (8, *SHAPE) and replace(said).x0_BKD.shape == (8, *SHAPE)

@@ -187,7 +187,7 @@ def test_the_bound_is_unbiased_and_above_the_likelihood(random_dit):
     for row, cuts in zip(x0, ends, strict=True):
         total, earlier = 0.0, []
         for start, stop in itertools.pairwise([0, *cuts.tolist(), 5]):
-            law = objective_of().after(net, list(earlier))
+            law = objective_of().model(net).after(list(earlier))
 
             class Behind:
                 encodes_positions, head = True, net.head
