@@ -30,10 +30,8 @@ def adamw(
 
     class_lr: learning rate of the class embedding and the output biases of a conditional network's classes.
     """
-    parameters = [p for p in backbone.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay, fused=True
-    )
+    learned = [p for p in backbone.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learned, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay, fused=True)
     # Otherwise Lightning refuses to clip gradients under mixed precision, because the fused kernel can unscale them.
     optimizer._step_supports_amp_scaling = False
     return with_class_lr(optimizer, backbone, lr, class_lr)
@@ -82,10 +80,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         super().__init__([group for part in parts for group in part.param_groups], {})
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = torch.enable_grad()(closure)() if closure else None
         for part in self.parts:
             part.step()
         return loss
@@ -107,16 +102,11 @@ class _Muon(torch.optim.Muon):
     """
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def step(self) -> None:
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
                     self._update(p, group)
-        return loss
 
     def _update(self, p: nn.Parameter, group: Mapping[str, object]) -> None:
         state = self.state[p]
@@ -162,10 +152,11 @@ def muon(
     Muon is that of Jordan et al. 2024 (kellerjordan.github.io/posts/muon). The others are embedding, head, norms,
     biases and the modulation of adaLN. class_lr: as for `adamw`.
     """
-    named = [(name, p) for name, p in backbone.named_parameters() if p.requires_grad]
-    matrices = [p for name, p in named if p.ndim == 2 and _BLOCK_MATRIX.search(name) and "adaLN" not in name]
-    chosen = {id(p) for p in matrices}
-    rest = [p for _, p in named if id(p) not in chosen]
+    matrices, rest = [], []
+    for name, p in backbone.named_parameters():
+        if p.requires_grad:
+            is_matrix = p.ndim == 2 and _BLOCK_MATRIX.search(name) and "adaLN" not in name
+            (matrices if is_matrix else rest).append(p)
     if not matrices:
         raise ValueError("optim=muon found no weight matrix in the backbone's blocks; use optim=adamw")
     optimizer = MuonWithAdamW(

@@ -32,8 +32,8 @@ class GradientShares(GradientProbe):
         if loss.row_B is None:
             return {}
         text, latent = (
-            torch.autograd.grad(term, learned, allow_unused=True, retain_graph=True)
-            for term in (loss.nll_BL.sum(), loss.row_B.sum())
+            torch.autograd.grad(term.sum(), learned, materialize_grads=True, retain_graph=True)
+            for term in (loss.nll_BL, loss.row_B)
         )
         norm_text, norm_latent = _dot(text, text).sqrt(), _dot(latent, latent).sqrt()
         both = (norm_text + norm_latent).clamp(min=1e-30)
@@ -44,6 +44,5 @@ class GradientShares(GradientProbe):
         }
 
 
-def _dot(first: tuple[Tensor | None, ...], second: tuple[Tensor | None, ...]) -> Tensor:
-    pairs = [(a, b) for a, b in zip(first, second, strict=True) if a is not None and b is not None]
-    return sum((a.double() * b.double()).sum() for a, b in pairs)
+def _dot(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> Tensor:
+    return sum((a.double() * b.double()).sum() for a, b in zip(first, second, strict=True))

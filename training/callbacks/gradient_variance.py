@@ -63,10 +63,9 @@ class GradientVariance(GradientProbe):
         return {"train/gradient_variance": variance, "train/gradient_noise": variance / common.clamp(min=1e-30)}
 
     @staticmethod
-    def _gradient(trainer: Trainer, pl_module: LightningModule, batch: dict, draw: int) -> list[Tensor]:
+    def _gradient(trainer: Trainer, pl_module: LightningModule, batch: dict, draw: int) -> tuple[Tensor, ...]:
         torch.manual_seed(trainer.global_step)  # of dropout; each training step sets its own
         learned = [p for p in pl_module.backbone.parameters() if p.requires_grad]
         with trainer.precision_plugin.train_step_context():
             loss = pl_module.training_loss(batch, draw).mean()
-        found = torch.autograd.grad(loss, learned, allow_unused=True)
-        return [torch.zeros_like(p) if g is None else g for p, g in zip(learned, found, strict=True)]
+        return torch.autograd.grad(loss, learned, materialize_grads=True)
