@@ -52,8 +52,8 @@ def cosine(
         ValueError: the warm-up leaves no step for the decay.
     """
     _check_warmup(num_warmup_steps, num_training_steps)
-    decay_steps = num_training_steps - num_warmup_steps
-    return LambdaLR(optimizer, partial(_stages, stages=((num_warmup_steps, decay_steps),), floor=min_ratio))
+    stage = (num_warmup_steps, 0, num_training_steps - num_warmup_steps)
+    return LambdaLR(optimizer, partial(_stages, stages=[stage], floor=min_ratio))
 
 
 def wsd(
@@ -80,17 +80,8 @@ def wsd(
             f"(lr_scheduler.decay_share={decay_share}) do not fit into trainer.max_steps={num_training_steps}; "
             "lower one of them"
         )
-    return LambdaLR(
-        optimizer,
-        partial(
-            _wsd,
-            warmup=num_warmup_steps,
-            begin=num_training_steps - decay_steps,
-            end=num_training_steps,
-            decay=decay,
-            floor=min_ratio,
-        ),
-    )
+    stage = (num_warmup_steps, num_training_steps - num_warmup_steps - decay_steps, decay_steps)
+    return LambdaLR(optimizer, partial(_stages, stages=[stage], floor=min_ratio, shape=decay))
 
 
 def restarts(
@@ -129,36 +120,30 @@ def restarts(
                 f"lr_scheduler.periods={list(periods)}: a period of {period} steps leaves none after its warm-up "
                 f"(lr_scheduler.{key}={warmup}); make it longer"
             )
-        stages.append((warmup, period - warmup))
+        stages.append((warmup, 0, period - warmup))
     return LambdaLR(optimizer, partial(_stages, stages=stages, floor=min_ratio, peak_decay=peak_decay))
 
 
-def _stages(step: int, *, stages: Sequence[tuple[int, int]], floor: float, peak_decay: float = 1.0) -> float:
-    """Return the factor of a step in stages of (steps of linear warm-up, steps of cosine decay).
+def _stages(
+    step: int, *, stages: Sequence[tuple[int, int, int]], floor: float, shape: str = "cosine", peak_decay: float = 1.0
+) -> float:
+    """Return the factor of a step in stages of (steps of linear warm-up, steps at the peak, steps of decay).
 
     The first stage warms up from 0, the others from the floor.
     """
     peak = 1.0
-    for number, (warmup, decay) in enumerate(stages):
-        last = number == len(stages) - 1
+    for number, (warmup, full, decay) in enumerate(stages):
         if step < warmup:
             low = floor if number else 0.0
             return low + (peak - low) * (step + 1) / warmup
-        if step < warmup + decay or last:
-            progress = min(1.0, (step - warmup + 1) / decay)
-            return floor + (peak - floor) * _DECAYS["cosine"](progress)
-        step -= warmup + decay
+        step -= warmup + full
+        if step < 0:
+            return peak
+        if step < decay or number == len(stages) - 1:
+            return floor + (peak - floor) * _DECAYS[shape](min(1.0, (step + 1) / decay))
+        step -= decay
         peak = max(peak * peak_decay, floor)
     raise AssertionError("a schedule has at least one stage")
-
-
-def _wsd(step: int, *, warmup: int, begin: int, end: int, decay: str, floor: float) -> float:
-    if step < warmup:
-        return (step + 1) / warmup
-    if step < begin:
-        return 1.0
-    progress = min(1.0, (step - begin + 1) / (end - begin))
-    return floor + (1.0 - floor) * _DECAYS[decay](progress)
 
 
 def _check_warmup(num_warmup_steps: int, num_training_steps: int) -> None:
