@@ -182,11 +182,6 @@ class Share:
     texts: int
     chance: float = math.nan
 
-    @property
-    def estimate(self) -> Estimate:
-        """Return the value with its standard error."""
-        return Estimate(self.value, self.se)
-
 
 def share(hit_MK: np.ndarray, chance: float = math.nan) -> Share:
     """Return the share of hits of M texts with K trials each, (M,) or (M, K).

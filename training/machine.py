@@ -9,7 +9,7 @@ import torch
 
 from palimpsest.common.values import IF_SET, AtLeastOne, BatchRamp, Size
 from palimpsest.data.stream import batch_arithmetic
-from palimpsest.training.processes import local_device, processes_per_node
+from palimpsest.training.processes import launched_per_node, local_device
 
 Precision = Literal[
     "32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true", "32", "16", "64", "bf16", 16, 32, 64
@@ -59,9 +59,9 @@ class Machine:
 
     @property
     def devices(self) -> int:
-        """Number of processes per node."""
+        """Number of processes per node: for "auto" as many as torchrun or srun launched, else one per GPU."""
         available = torch.cuda.device_count() if self.device.type == "cuda" else 1
-        return processes_per_node(self.devices_per_node, available)
+        return launched_per_node() or available if self.devices_per_node == "auto" else self.devices_per_node
 
     @property
     def micro_batch(self) -> int:

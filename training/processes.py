@@ -117,17 +117,6 @@ def several_launched() -> bool:
     return (launched_per_node() or 1) > 1 or int(os.environ.get("SLURM_NNODES", os.environ.get("WORLD_SIZE", "1"))) > 1
 
 
-def processes_per_node(devices: int | str, available: int) -> int:
-    """Return the number of processes per node.
-
-    It is `devices`, or for "auto" the number that torchrun or srun launched, else one per `available` device.
-    training/slurm.py checks that so many were launched.
-    """
-    if devices != "auto":
-        return devices
-    return launched_per_node() or available
-
-
 def first_process() -> bool:
     """Return True in the process that prints and writes files; it works before the processes have connected."""
     return rank_zero_only.rank == 0

@@ -226,7 +226,8 @@ def test_shares_of_prompts_and_accuracy_by_mask_rate():
     """Several completions of each prompt, and several passes of each text, which agree with one another in part."""
 
     def prompts(rng: np.random.Generator) -> Estimate:
-        return share(rng.random((150, 4)) < rng.beta(2, 2, 150)[:, None]).estimate
+        found = share(rng.random((150, 4)) < rng.beta(2, 2, 150)[:, None])
+        return Estimate(found.value, found.se)
 
     def passes(rng: np.random.Generator) -> Estimate:
         right_MP = rng.random((150, 8)) < rng.beta(3, 1, 150)[:, None]

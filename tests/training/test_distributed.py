@@ -20,7 +20,8 @@ from palimpsest.experiment.fitting import fit
 from palimpsest.models.checkpoints import load_inert
 from palimpsest.report.training import history
 from palimpsest.settings.command_line import compose_config, translate
-from palimpsest.training.processes import FullySharded, ddp, processes_per_node, strategy_for
+from palimpsest.training.machine import Machine
+from palimpsest.training.processes import FullySharded, ddp, strategy_for
 from tests.helpers.commands import FIT, ROOT, run, start_main, wait_for
 from tests.helpers.networks import assert_close_weights
 
@@ -187,15 +188,20 @@ def children(pid: int) -> list[int]:
 
 
 def test_the_launched_processes_are_used(monkeypatch):
-    assert processes_per_node("auto", 3) == 3 and processes_per_node(2, 8) == 2
+    def devices(typed: int | str, gpus: int) -> int:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        return Machine("auto", typed, 1, None, None, None, None, 512, 512, None).devices
+
+    assert devices("auto", 3) == 3 and devices(2, 8) == 2
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert processes_per_node("auto", 1) == 4 and processes_per_node(4, 1) == 4
+    assert devices("auto", 1) == 4 and devices(4, 1) == 4
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")
     for name, value in {"NTASKS": "6", "NTASKS_PER_NODE": "2", "NNODES": "3", "JOB_NAME": "train"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
-    assert processes_per_node("auto", 8) == 2
+    assert devices("auto", 8) == 2
 
 
 def test_strategies(monkeypatch):
