@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from typing import Annotated
 
 from palimpsest.common.files import PathOrUrl, exists
@@ -19,6 +20,7 @@ from palimpsest.settings.identity import identity
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
 class Weights:
     """Loader of the weights of a configuration's models.
 
@@ -29,21 +31,12 @@ class Weights:
         disable_ema: use the raw weights instead of their average.
     """
 
-    def __init__(
-        self,
-        build: Builder,
-        runs: Runs,
-        writes: bool,
-        length: Length,
-        from_pretrained: Annotated[FilePath, IF_SET] | None,
-        disable_ema: bool,
-    ) -> None:
-        self._build = build
-        self._runs = runs
-        self._writes = writes
-        self._length = length
-        self._from_pretrained = from_pretrained
-        self._disable_ema = disable_ema
+    build: Builder
+    runs: Runs
+    writes: bool
+    length: Length
+    from_pretrained: Annotated[FilePath, IF_SET] | None
+    disable_ema: bool
 
     def trained(self, data: TextData, checkpoint_path: str, disable_ema: bool) -> Diffusion:
         """Return the model on its device with the weights of `checkpoint_path`, by default those of its own training.
@@ -52,7 +45,7 @@ class Weights:
             FileNotFoundError: there is no checkpoint.
             ValueError: the checkpoint is incompatible.
         """
-        path = with_label(checkpoint_path, data.label) or self._runs.model_path()
+        path = with_label(checkpoint_path, data.label) or self.runs.model_path()
         if not checkpoint_path and not exists(path):
             raise FileNotFoundError(
                 f"this configuration has no trained model at {path}: train it (the same command with mode=train), "
@@ -62,31 +55,31 @@ class Weights:
         self._check_length(checkpoint)
         shape = (*FUNCTION, "model.mask_padding", "block_size", "data.segments", "data.segment_room")
         shape += ("model.length",) if "configuration" in checkpoint.identity and not self._any_length() else ()
-        check_compatible(checkpoint, identity(self._build.cfg), (*shape, "parameterization"), data)
-        diffusion = self._build.diffusion(data)
+        check_compatible(checkpoint, identity(self.build.cfg), (*shape, "parameterization"), data)
+        diffusion = self.build.diffusion(data)
         checkpoint.load_into(diffusion.backbone, use_ema=not disable_ema)
         diffusion.ema = None
         averaged = checkpoint.ema is not None and not disable_ema
         length = checkpoint.settings.get("model.length")
         diffusion.provenance = Provenance(str(path), checkpoint.step, averaged, length)
-        return diffusion.eval().to(self._build.machine.device)
+        return diffusion.eval().to(self.build.machine.device)
 
     def _any_length(self) -> bool:
         """Return True if texts may be longer than in training: block diffusion samples with an attention window."""
-        return self._build.objective_name == "bd3lm" and self._writes and not self._build.cfg.data.get("segments")
+        return self.build.objective_name == "bd3lm" and self.writes and not self.build.cfg.data.get("segments")
 
     def _check_length(self, checkpoint: Checkpoint) -> None:
         """Refuse texts that are too long for a measurement, and warn if the length differs from the training."""
-        longest, block_diffusion = checkpoint.settings.get("model.length"), self._build.objective_name == "bd3lm"
-        if block_diffusion and longest and self._length > longest and not self._any_length():
+        longest, block_diffusion = checkpoint.settings.get("model.length"), self.build.objective_name == "bd3lm"
+        if block_diffusion and longest and self.length > longest and not self._any_length():
             raise ValueError(
-                f"model.length={self._length} is longer than the {longest} tokens that {checkpoint.path} was trained "
+                f"model.length={self.length} is longer than the {longest} tokens that {checkpoint.path} was trained "
                 "on; longer texts can be sampled with a window (mode=sample_eval), but not measured, nor can segments"
             )
-        if longest not in (None, self._length):
+        if longest not in (None, self.length):
             log.warning(
                 "model.length=%d: %s was trained on texts of %d tokens; leave model.length out to use that length",
-                self._length,
+                self.length,
                 checkpoint.path,
                 longest,
             )
@@ -98,10 +91,10 @@ class Weights:
         training.from_pretrained; the file that backbone=hf_dit was built from; the Hub model of hf_causal or hf_mlm.
         Incompatible weights are refused before anything changes.
         """
-        of_network = with_label(self._build.cfg.backbone.get("checkpoint_path"), data.label)
+        of_network = with_label(self.build.cfg.backbone.get("checkpoint_path"), data.label)
         named = {
             "classify.pretrain": shared,
-            "training.from_pretrained": self._from_pretrained,
+            "training.from_pretrained": self.from_pretrained,
             "eval.checkpoint_path": of_network,
         }
         key = next((key for key, path in named.items() if path), None)
@@ -113,7 +106,7 @@ class Weights:
         if checkpoint is None:
             refuse_frozen(diffusion.backbone, dict(diffusion.backbone.named_parameters()))
             return None
-        new = diffusion.start_from(checkpoint, use_ema=shared is not None or not self._disable_ema)
+        new = diffusion.start_from(checkpoint, use_ema=shared is not None or not self.disable_ema)
         if new:
             print(f"not in {checkpoint.path}, so initialized: {summary(new)}")
         return checkpoint.path

@@ -93,34 +93,28 @@ def build_trainer(run: Run, settings: Mapping[str, object]) -> lightning.Trainer
                 "add it, or set classify.patience=null"
             )
         callbacks.append(Patience(run.patience))
-    if run.fitting:
-        callbacks.append(BatchArithmetic())
     callbacks.sort(key=lambda callback: isinstance(callback, LastCheckpoint))
     if not run.loggers:
         callbacks = [c for c in callbacks if not isinstance(c, LearningRateMonitor)]
-    metrics, storage = None, AtomicCheckpointIO(run.max_failed_saves)
+    metrics = TrainingMetrics()
+    state = RunState(run.folder, run.title, metrics)
     if run.fitting:
-        metrics = TrainingMetrics()
         guard = Guard(run.max_skipped_steps, run.folder, run.settings)
         record = RunRecord({"command": run.command, "configuration": run.settings})
-        state = RunState(run.folder, run.title, metrics)
-        storage = AtomicCheckpointIO(run.max_failed_saves, on_written=state.checkpoint_written)
-        callbacks = [guard, metrics, state, record, *callbacks, StopAtSignal(run.checkpoints)]
+        callbacks = [guard, metrics, state, record, BatchArithmetic(), *callbacks, StopAtSignal(run.checkpoints)]
     settings = {"accelerator": machine.accelerator, "num_nodes": machine.num_nodes, **settings}
     if isinstance(settings.get("val_check_interval"), int):  # optimizer steps here, micro-batches in Lightning
         settings["val_check_interval"] *= machine.accumulate
-    strategy = strategy_for(run.strategy, machine.devices * machine.num_nodes, run.fitting)
-    loggers = [tolerate_full_disk(logger) for logger in run.loggers]
     try:
         trainer = lightning.Trainer(
             **settings,
             devices=machine.devices,
             accumulate_grad_batches=machine.accumulate,
-            strategy=strategy,
+            strategy=strategy_for(run.strategy, machine.devices * machine.num_nodes, run.fitting),
             callbacks=[TextProgressBar(run.title, metrics), *callbacks],
-            logger=loggers or False,
+            logger=[tolerate_full_disk(logger) for logger in run.loggers] or False,
             precision=machine.precision,
-            plugins=[storage],
+            plugins=[AtomicCheckpointIO(run.max_failed_saves, on_written=state.checkpoint_written)],
             use_distributed_sampler=False,
             check_val_every_n_epoch=None,
             max_epochs=-1,

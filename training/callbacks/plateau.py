@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
@@ -26,6 +26,7 @@ class PlateauState:
     factor: float = 1.0  # product of all cuts
 
 
+@dataclass(eq=False)
 class Plateau(Callback):
     """Cuts of the learning rate by `factor` after `patience` validations in a row without improvement.
 
@@ -39,20 +40,12 @@ class Plateau(Callback):
         ValueError: validation does not run, or the schedule is not one of this project's.
     """
 
-    def __init__(
-        self,
-        patience: AtLeastOne = 5,
-        factor: InsideOne = 0.5,
-        cooldown: Natural = 1,
-        floor: InsideOne = 0.01,
-        min_delta: NotNegative = 0.0,
-    ) -> None:
-        self.patience = patience
-        self.factor = factor
-        self.cooldown = cooldown
-        self.floor = floor
-        self.min_delta = min_delta
-        self.state = PlateauState()
+    patience: AtLeastOne = 5
+    factor: InsideOne = 0.5
+    cooldown: Natural = 1
+    floor: InsideOne = 0.01
+    min_delta: NotNegative = 0.0
+    state: PlateauState = field(default_factory=PlateauState, init=False)
 
     def update(self, value: float) -> bool:
         """Record one validation; return True if it is time for a cut, which `state.factor` then includes."""

@@ -13,7 +13,7 @@ from typing import TextIO
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
 from palimpsest.training.callbacks.metrics import TrainingMetrics
 from palimpsest.training.processes import first_process
@@ -42,16 +42,9 @@ class Meter:
         console = terminal()
         self._live = None
         if self.enabled and console.is_terminal:
-            columns = (
-                TextColumn("[bold]{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[facts]}"),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-            )
-            self._live = Progress(*columns, console=console, transient=False)
+            steps = ("[bold]{task.description}", BarColumn(), MofNCompleteColumn(), "{task.fields[facts]}")
+            times = (TimeElapsedColumn(), "left", TimeRemainingColumn())
+            self._live = Progress(*steps, *times, console=console)
             self._task = self._live.add_task(title, total=total, completed=start, facts="")
             self._live.start()
 
@@ -77,7 +70,7 @@ class Meter:
 class TextProgressBar(ProgressBar):
     """Lightning's progress hooks on a `Meter`, which shows the latest values of `metrics`."""
 
-    def __init__(self, title: str, metrics: TrainingMetrics | None) -> None:
+    def __init__(self, title: str, metrics: TrainingMetrics) -> None:
         super().__init__()
         self.title, self.metrics = title, metrics
         self._enabled, self._meter = True, None
@@ -97,7 +90,7 @@ class TextProgressBar(ProgressBar):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         if time.monotonic() - self._shown >= 1.0:
-            self._shown, latest = time.monotonic(), self.metrics.latest if self.metrics else {}
+            self._shown, latest = time.monotonic(), self.metrics.latest
             loss = pl_module.objective.loss_name.replace("_", " ")
             facts = f"{loss} {latest['loss']:.3f}  {latest['train/tokens_per_s']:,.0f} tokens/s" if latest else ""
             self._meter.update(trainer.global_step, facts)
