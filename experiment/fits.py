@@ -252,24 +252,16 @@ def _check_blocks(cfg: DictConfig, objective: Objective) -> None:
 
 def _check_segments(cfg: DictConfig, by_blocks: bool) -> None:
     """Refuse settings without a meaning if the blocks are the segments of a text."""
-    reasons = {
-        "block_size": (cfg.block_size != cfg.model.length, "blocks are the parts of a text, whatever their lengths"),
-        "sampling.predictor": (
-            not by_blocks,
-            "texts are written part after part, which only sampling.predictor=block does",
-        ),
-        "sampling.var_length": (cfg.sampling.var_length, "the rooms of a text's parts are fixed"),
-        "sampling.context": (cfg.sampling.context is not None, "every part sees all before it"),
-    }
-    values = {
-        "block_size": cfg.block_size,
-        "sampling.predictor": cfg.sampler._target_,
-        "sampling.var_length": cfg.sampling.var_length,
-        "sampling.context": cfg.sampling.context,
-    }
-    for key, (contradicts, reason) in reasons.items():
+    size, sampling = cfg.block_size, cfg.sampling
+    only_block = "texts are written part after part, which only sampling.predictor=block does"
+    for key, value, contradicts, reason in (
+        ("block_size", size, size != cfg.model.length, "blocks are the parts of a text, whatever their lengths"),
+        ("sampling.predictor", cfg.sampler._target_, not by_blocks, only_block),
+        ("sampling.var_length", sampling.var_length, sampling.var_length, "the rooms of a text's parts are fixed"),
+        ("sampling.context", sampling.context, sampling.context is not None, "every part sees all before it"),
+    ):
         if contradicts:
-            raise ValueError(f"{key}={values[key]} contradicts data.segments=true: {reason}; leave it out")
+            raise ValueError(f"{key}={value} contradicts data.segments=true: {reason}; leave it out")
 
 
 def _check_special(cfg: DictConfig, objective: Objective) -> None:

@@ -6,12 +6,12 @@ choices listed here are accepted, because a file may come from anyone.
 
 from __future__ import annotations
 
-import math
 import sys
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
+from palimpsest.common.values import FLAG, Setting, one_of, real, whole
 from palimpsest.models.checkpoints import Checkpoint, read_settings
 from palimpsest.models.compatibility import refuse_unsupported
 from palimpsest.models.reference_settings import NETWORKS, NOISES, OBJECTIVES
@@ -20,13 +20,20 @@ from palimpsest.settings.identity import word
 from palimpsest.settings.instantiation import class_built_by, resolve_target
 
 _CHOICES = {"parameterization": OBJECTIVES, "backbone": NETWORKS, "noise": NOISES}
-_COUNTS = ("model.hidden_size", "model.cond_dim", "model.n_blocks", "model.n_heads", "model.length", "block_size", "T")
+_COUNTS = ("model.hidden_size", "model.cond_dim", "model.n_blocks", "model.n_heads", "model.length", "block_size")
 _NUMBERS = ("noise.eps", "noise.sigma_min", "noise.sigma_max")
 _SWITCHES = ("model.mask_padding", "time_conditioning", "subs_masking", "training.ignore_bos",
              "training.change_of_variables")  # fmt: skip
+_MAX_COUNT = 2**24  # no network is larger
+_ACCEPTED: dict[str, Setting] = {
+    **{key: one_of(*names.values()) for key, names in _CHOICES.items()},
+    **dict.fromkeys(_COUNTS, whole(1, _MAX_COUNT)),
+    "T": whole(0, _MAX_COUNT),
+    **dict.fromkeys(_NUMBERS, real("(-inf, inf)")),
+    **dict.fromkeys(_SWITCHES, FLAG),
+}
 # A model may be measured with other values of these; reports show the values.
 _FREE = ("model.length", "model.mask_padding", "T")
-_MAX_COUNT = 2**24  # no network is larger
 
 
 def complete(arguments: list[str]) -> list[str]:
@@ -61,24 +68,12 @@ def complete(arguments: list[str]) -> list[str]:
 
 def _checked(checkpoint: Checkpoint) -> dict[str, object]:
     """Return the accepted settings of the file; raise ValueError for an invalid value."""
-    known = {}
-    for key in (*_CHOICES, *_COUNTS, *_NUMBERS, *_SWITCHES):
-        value = checkpoint.settings.get(key)
-        if value is None:
-            continue
-        if key in _CHOICES:
-            fits = value in _CHOICES[key].values()
-        elif key in _SWITCHES:
-            fits = isinstance(value, bool)
-        elif key in _COUNTS:
-            fits = type(value) is int and (key == "T" or value > 0) and 0 <= value <= _MAX_COUNT
-        else:
-            fits = type(value) in (int, float) and math.isfinite(value)
-        if not fits:
+    known = {key: checkpoint.settings[key] for key in _ACCEPTED if checkpoint.settings.get(key) is not None}
+    for key, value in known.items():
+        if not _ACCEPTED[key].accepts(value):
             raise ValueError(
                 f"{checkpoint.path} says {key}={str(value)[:50]}, which is not a valid value; use another checkpoint"
             )
-        known[key] = value
     return known
 
 

@@ -30,7 +30,7 @@ from palimpsest.experiment.from_checkpoint import complete
 from palimpsest.experiment.running import checked, composed, run
 from palimpsest.models.checkpoints import read_contents, read_settings
 from palimpsest.settings.command_line import in_quotes
-from palimpsest.settings.identity import overrides
+from palimpsest.settings.identity import overrides, word
 
 _SPLIT = "given"  # the name of a user's texts among the splits
 _PUBLISHED = ("data=openwebtext", "data.wrap=false")  # what the models of the reference projects were trained on
@@ -86,6 +86,7 @@ class SampledText(str):
         return found
 
 
+@dataclass(eq=False, repr=False)
 class TrainedModel:
     """A trained model with its tokenizer, ready to measure and to write.
 
@@ -96,21 +97,12 @@ class TrainedModel:
         label: the class whose texts it was trained on; None for all.
     """
 
-    def __init__(
-        self,
-        path: str,
-        words: Sequence[str],
-        experiment: Experiment,
-        data: TextData,
-        diffusion: Diffusion,
-        label: int | None,
-    ) -> None:
-        self.path = path
-        self.experiment = experiment
-        self._words = list(words)
-        self.data = data
-        self.diffusion = diffusion
-        self.label = label
+    path: str
+    experiment: Experiment
+    data: TextData
+    diffusion: Diffusion
+    label: int | None
+    _words: Sequence[str]  # the settings as on the command line
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -133,7 +125,7 @@ class TrainedModel:
         nats_MK, tokens_M, evaluations_M = self._measured(texts, how, seed, draws)
         exact = how.exact(model)
         number = nats_MK.shape[1]
-        se_M = np.zeros(len(texts)) if exact else np.full(len(texts), np.nan)
+        se_M = np.full(len(texts), 0.0 if exact else np.nan)
         if not exact and number > 1:
             se_M = nats_MK.std(axis=1, ddof=1) / np.sqrt(number)
         return TextLikelihoods(-nats_MK.mean(axis=1), se_M, tokens_M, evaluations_M, how.label(model, draws))
@@ -148,19 +140,15 @@ class TrainedModel:
         """Return nats (M, K), tokens (M,) and evaluations (M,) of texts, windows added up."""
         data = with_texts(self.data, _SPLIT, list(texts))
         device = next(self.diffusion.backbone.parameters()).device
-        found = {name: [] for name in ("nats", "tokens", "evaluations", "text")}
+        found = []
         with torch.inference_mode():
             for batch in data.eval_dataloader(_SPLIT):
                 batch = {name: value.to(device) for name, value in batch.items()}
                 one = estimator(self.diffusion.model, batch, seed, draws)
-                found["nats"].append(one.nll_BK.double().cpu().numpy())
-                found["tokens"].append(one.tokens_B.cpu().numpy())
-                found["evaluations"].append(one.evaluations_B.cpu().numpy())
-                found["text"].append(batch["text_id"].cpu().numpy())
-        text_R = np.concatenate(found["text"])
+                found.append((one.nll_BK.double(), one.tokens_B, one.evaluations_B, batch["text_id"]))
+        *columns, text_R = (torch.cat(column).cpu().numpy() for column in zip(*found, strict=True))
         summed = []
-        for name in ("nats", "tokens", "evaluations"):
-            rows = np.concatenate(found[name])
+        for rows in columns:
             total = np.zeros((len(texts), *rows.shape[1:]), dtype=rows.dtype)
             np.add.at(total, text_R, rows)
             summed.append(total)
@@ -228,7 +216,7 @@ def load(path: str | Path, *typed: str) -> TrainedModel:
         if tokenizer is not None and vocabulary(tokenizer).fingerprint == known.get("tokenizer"):
             data.tokenizer = tokenizer  # else it is built again from the training texts
     diffusion = experiment.weights.trained(data, str(file), "eval.disable_ema=true" in typed)
-    return TrainedModel(str(file), words, experiment, data, diffusion, label)
+    return TrainedModel(str(file), experiment, data, diffusion, label, words)
 
 
 def train(*typed: str, **settings: object) -> TrainedModel:
@@ -286,12 +274,8 @@ def _words(settings: Mapping[str, object], above: str = "") -> Iterator[str]:
     for name, value in settings.items():
         if isinstance(value, Mapping):
             yield from _words(value, f"{above}{name}.")
-        elif value is None or isinstance(value, bool):
-            yield f"{above}{name}={'null' if value is None else str(value).lower()}"
-        elif isinstance(value, list | tuple):
-            yield f"{above}{name}=[{','.join(map(str, value))}]"
         else:
-            yield f"{above}{name}={value}"
+            yield f"{above}{name}={value if isinstance(value, str) else word(value)}"
 
 
 def _with_row(data: TextData, length: int) -> TextData:
@@ -299,11 +283,8 @@ def _with_row(data: TextData, length: int) -> TextData:
     known, other = data.vocabulary, copy(data)
     row = [known.pad_id] * length
     if not data.wrap:
-        row = [
-            known.bos_id if known.bos_id is not None else known.pad_id,
-            *row[2:],
-            known.eos_id if known.eos_id is not None else known.pad_id,
-        ]
+        first, last = (known.pad_id if own is None else own for own in (known.bos_id, known.eos_id))
+        row = [first, *row[2:], last]
     columns = {"input_ids": [row], "length": [length], "sample_id": [0]}
     other._splits = {**data._splits, "train": datasets.Dataset.from_dict(columns)}
     return other
