@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
 
 import lightning
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from palimpsest.common.metrics import NLLMeter
 from palimpsest.common.randomness import KeyedNoise, evaluation_noise, hash_seed, seed_generator_of, training_noise
 from palimpsest.common.values import BelowOne, NotNegative, Seed, Share
+from palimpsest.data.stream import BatchPlan
 from palimpsest.denoisers import BlockDenoiser, Denoiser, JointDenoiser
 from palimpsest.models.checkpoints import Checkpoint
 from palimpsest.models.class_conditioning import UNCONDITIONAL, start_from_counts
@@ -47,12 +47,6 @@ class Provenance:
     steps: int | None
     averaged: bool
     length: int | None = None
-
-
-class BatchPlan(Protocol):
-    """A map from positions in the training stream to optimizer steps (data/stream.py)."""
-
-    def place(self, position_B: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
 class Diffusion(lightning.LightningModule):

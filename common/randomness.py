@@ -5,7 +5,7 @@ Here each number is a hash of its address (SplitMix64; Steele, Lea & Flood, OOPS
 device. Masks therefore do not depend on batch size, number of devices, workers or a resume, and two models can be given
 exactly the same masks.
 
-Shape suffixes: B batch, R selected rows.
+Shape suffixes: B batch, P parts of a row, R selected rows.
 """
 
 from __future__ import annotations
@@ -117,28 +117,24 @@ class KeyedNoise:
         and the times of each part are spread over rows (or draws) as the rows' times are. Parts of parts have different
         numbers: part 2 of part 1 differs from part 1 of part 2.
         """
-        part_b = torch.arange(number, device=self._state_B.device)
-        time = None if self._time_B is None else (self._time_B[:, None] + part_b.double() * self._time_shift) % 1.0
-        shared_B = None if self._shared_B is None else self._shared_B.repeat_interleave(number)
-        state_b = self._part_state(self._state_B[:, None], part_b).flatten()
-        return self._with(state_b, None if time is None else time.flatten(), shared_B, self._depth + 1)
+        return self._parts(torch.arange(number, device=self._state_B.device))
 
     def part(self, number: int) -> KeyedNoise:
         """Return noise for one part of every row, as in `parts`."""
-        state_B = self._part_state(self._state_B, torch.full((), number, device=self._state_B.device))
-        time_B = None if self._time_B is None else (self._time_B + number * self._time_shift) % 1.0
-        return self._with(state_B, time_B, self._shared_B, self._depth + 1)
+        return self._parts(torch.full((1,), number, device=self._state_B.device))
 
-    def _part_state(self, state: Tensor, part: Tensor) -> Tensor:
-        """Return the state of a part. XOR alone commutes and cancels, so the parts of parts are mixed as well."""
+    def _parts(self, part_P: Tensor) -> KeyedNoise:
+        state_B1, time_B, shared_B = self._state_B[:, None], self._time_B, self._shared_B
         if self._depth == 0:
-            return torch.where(part > 0, state ^ _mix(part), state)
-        return torch.where(part > 0, _mix(state ^ _mix(part ^ hash_seed(self._depth))), state)
-
-    @property
-    def _time_shift(self) -> float:
-        """Return the time difference between neighbouring parts. No depth's shift is a multiple of another's."""
-        return math.exp(self._depth) % 1.0 if self._depth else _GOLDEN_RATIO_CONJUGATE
+            state_BP = state_B1 ^ _mix(part_P)
+        else:  # XOR alone commutes and cancels, so the parts of parts are mixed as well
+            state_BP = _mix(state_B1 ^ _mix(part_P ^ hash_seed(self._depth)))
+        state_b = torch.where(part_P > 0, state_BP, state_B1).flatten()
+        if time_B is not None:  # no depth's shift between neighbouring parts is a multiple of another's
+            shift = math.exp(self._depth) % 1.0 if self._depth else _GOLDEN_RATIO_CONJUGATE
+            time_B = ((time_B[:, None] + part_P.double() * shift) % 1.0).flatten()
+        shared_B = None if shared_B is None else shared_B.repeat_interleave(len(part_P))
+        return self._with(state_b, time_B, shared_B, self._depth + 1)
 
     def rows(self, index_R: Tensor) -> KeyedNoise:
         """Return the noise of selected rows."""

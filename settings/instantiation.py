@@ -27,7 +27,7 @@ def instantiate(node: object, **arguments: object) -> object:
         ValueError: a `_target_`, at any depth, is neither defined in the project's folder, nor one of `OF_LIBRARIES`,
             nor a callback of Lightning.
     """
-    return hydra.utils.instantiate(_with_current_targets(_plain(node)), **arguments)
+    return hydra.utils.instantiate(_with_current_targets(plain(node)), **arguments)
 
 
 def build_from_settings(cfg: DictConfig, target: str, **given: object) -> object:
@@ -37,11 +37,12 @@ def build_from_settings(cfg: DictConfig, target: str, **given: object) -> object
     """
     found = {name: OmegaConf.select(cfg, key, default=_ABSENT) for name, key in WIRING[target].items()}
     return resolve_target(target)(
-        **{name: _plain(value) for name, value in found.items() if value is not _ABSENT} | given
+        **{name: plain(value) for name, value in found.items() if value is not _ABSENT} | given
     )
 
 
-def _plain(value: object) -> object:
+def plain(value: object) -> object:
+    """Return a value of a configuration, with nodes as dicts and lists and with interpolations resolved."""
     return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 

@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from palimpsest.common.values import GROUP, entry_of, hints, maybe_group, setting_of, shown
 from palimpsest.settings.command_line import key_of
 from palimpsest.settings.declared import CONFIGS, REFERENCE, absolute, readers
-from palimpsest.settings.instantiation import class_built_by, resolve_target
+from palimpsest.settings.instantiation import class_built_by, plain, resolve_target
 from palimpsest.settings.wiring import ROOTS, WIRING
 
 log = logging.getLogger(__name__)
@@ -61,16 +61,12 @@ class Readers:
     def arguments(self) -> list[Argument]:
         """Return every argument of every component that is built."""
         found: list[Argument] = []
-        seen: set[str] = set()
-        open_ = [*ROOTS]
-        while open_:
-            place = open_.pop(0)
-            if place in seen:
-                continue
-            seen.add(place)
+        places = [*ROOTS]  # grows while it is read
+        for place in places:
             for argument in self._of(place, _at(self._raw, place)):
                 found.append(argument)
-                open_ += [argument.key] if argument.key != argument.at else []
+                if argument.key not in (argument.at, *places):
+                    places.append(argument.key)
         for target, keys in WIRING.items():
             known = hints(resolve_target(target))
             found += [Argument(key, key, known[name]) for name, key in keys.items() if _has(self._raw, key)]
@@ -92,29 +88,25 @@ class Readers:
                 yield Argument(at, absolute(at, reference), hint if whole else object)
             if isinstance(value, dict):
                 yield from self._of(at, value)
-            yield Argument(at, at, hint) if not _is_reference(value) else Argument(at, at, object)
+            yield Argument(at, at, object if _is_reference(value) else hint)
 
     def refuse_wrong(self) -> None:
         """Raise ValueError for the first value that its reader does not accept."""
-        for key, value in self._values().items():
+        for key, value in leaves(self._raw):
             if key.endswith("_target_") and not (isinstance(value, str) and _TARGET.fullmatch(value)):
                 raise ValueError(f"{key}={shown(value)} must be the dotted name of a class or function, as in configs/")
-        for group in dict.fromkeys(
-            key.partition(".")[0] for keys in WIRING.values() for key in keys.values() if "." in key
-        ):
+        wired = [key.partition(".")[0] for keys in WIRING.values() for key in keys.values() if "." in key]
+        for group in dict.fromkeys(wired):
             if not isinstance(self._raw.get(group), dict):
                 raise ValueError(f"{group}={shown(self._raw.get(group))} must be {GROUP.description}")
         self._refuse_broken()
         for argument in self.arguments:
-            _refuse(argument.key, argument.hint, _plain(OmegaConf.select(self._cfg, argument.at)))
-
-    def _values(self) -> dict[str, object]:
-        return dict(leaves(self._raw))
+            _refuse(argument.key, argument.hint, plain(OmegaConf.select(self._cfg, argument.at)))
 
     def _refuse_broken(self) -> None:
         """Refuse references to absent keys at their origin, because whatever refers to them fails too."""
         failed = {}
-        refers = {key: value for key, value in self._values().items() if _is_reference(value)}
+        refers = {key: value for key, value in leaves(self._raw) if _is_reference(value)}
         for key in refers:
             try:
                 OmegaConf.select(self._cfg, key)
@@ -132,11 +124,11 @@ class Readers:
             key = key_of(word)
             value = OmegaConf.select(self._cfg, key, default=None)
             usual = self._resolved(key, _at(_defaults(), key))
-            if key in _of_every_mode():
-                _refuse_wrong_unread(key, _plain(value))
+            if key in _referred_in("mode"):
+                _refuse_wrong_unread(key, plain(value))
             if key.startswith("hydra.") or _is_read(key, read) or (type(value), value) == (type(usual), usual):
                 continue
-            _refuse_wrong_unread(key, _plain(value))
+            _refuse_wrong_unread(key, plain(value))
             if key.partition(".")[0] == _WANDB:
                 unused.append(word)
                 continue
@@ -151,7 +143,7 @@ class Readers:
         """Return the keys that something reads, or would in another mode: one command is given with several."""
         directed = OmegaConf.select(self._cfg, "sampling.direction") is not None
         read = [argument for argument in self.arguments if directed or not argument.at.startswith(_DIRECTED)]
-        of_modes = _of_every_mode() - (frozenset() if directed else _of_samplers())
+        of_modes = _referred_in("mode") - (frozenset() if directed else _referred_in("sampler"))
         return {argument.key for argument in read} | {argument.at for argument in read} | of_modes
 
     def _resolved(self, key: str, value: object) -> object:
@@ -197,10 +189,6 @@ def _at(node: object, place: str) -> object:
     return node
 
 
-def _plain(value: object) -> object:
-    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-
-
 def _is_read(key: str, read: set[str]) -> bool:
     """Return True if the key, a group around it or a setting in it is read."""
     parts = key.split(".")
@@ -213,18 +201,9 @@ def _defaults() -> dict[str, object]:
     return OmegaConf.to_container(OmegaConf.load(CONFIGS / "config.yaml"))
 
 
-def _of_every_mode() -> frozenset[str]:
-    """Return the keys that a mode reads."""
-    return _referred_in("mode")
-
-
-def _of_samplers() -> frozenset[str]:
-    """Return the keys that a sampler reads."""
-    return _referred_in("sampler")
-
-
 @cache
 def _referred_in(group: str) -> frozenset[str]:
+    """Return the keys that some choice of a group reads."""
     files = (CONFIGS / group).glob("*.yaml")
     return frozenset(key for path in files for key in REFERENCE.findall(path.read_text(encoding="utf-8")))
 
