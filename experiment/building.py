@@ -11,7 +11,7 @@ import lightning
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from palimpsest.common.files import PathOrUrl, parent_folder
+from palimpsest.common.files import parent_folder
 from palimpsest.common.values import FREE, IF_SET, NAME, AtLeastOne, FilePath, Name, Natural, Positive, list_of
 from palimpsest.corpora.answer_checking import AnswerChecker, check_same_text
 from palimpsest.data.stream import BatchPlan
@@ -139,27 +139,16 @@ class Builder:
         """Return the texts of class `label`, by default those of the configuration."""
         label = self.cfg.data.label if label is None else label
         if label not in self._data:
-            special, objective = {}, self.cfg.parameterization
+            given = {"label": label, "stream": instantiate(self.cfg.streaming), "latents": self._encoder}
+            objective = self.cfg.parameterization
             if self.cfg.data.get("score_special") is None and not class_built_by(objective).masks_special:
-                special["score_special"] = False
+                given["score_special"] = False
             if objective.get("ignore_bos") is not None:  # block diffusion has its own setting for the first token
-                special["first_given"] = objective.ignore_bos
-            texts = build_from_settings(
-                self.cfg,
-                "palimpsest.dataloader.Texts",
-                label=label,
-                stream=instantiate(self.cfg.streaming),
-                latents=self._encoder,
-                **special,
-            )
+                given["first_given"] = objective.ignore_bos
+            texts = build_from_settings(self.cfg, "palimpsest.dataloader.Texts", **given)
             loading = build_from_settings(self.cfg, "palimpsest.data.loading.Loading")
-            batches = build_from_settings(
-                self.cfg,
-                "palimpsest.dataloader.Batches",
-                batch_size=self.machine.micro_batch,
-                eval_batch_size=self.machine.eval_batch,
-                loading=loading,
-            )
+            sizes = {"batch_size": self.machine.micro_batch, "eval_batch_size": self.machine.eval_batch}
+            batches = build_from_settings(self.cfg, "palimpsest.dataloader.Batches", loading=loading, **sizes)
             self._data[label] = TextData(instantiate(self.cfg.data.source), texts, batches)
         return self._data[label]
 
@@ -202,13 +191,10 @@ class Builder:
         if data.latents is not None and "latent_size" in node:
             conditioning["latent_shape"] = data.latents.shape
         resumed = self._runs.resume_path(data.label) or (self._runs.resume_path(0) if data.label is None else None)
-        files = {
-            "checkpoint_path": with_label(self.choices.checkpoint_path, data.label or 0),
-            "resumed": str(resumed) if resumed else None,
-        }
-        network = instantiate(
-            node, vocab_size=vocab_size, **conditioning, **{k: v for k, v in files.items() if k in node}
-        )
+        files = {"checkpoint_path": with_label(self.choices.checkpoint_path, data.label or 0)}
+        files["resumed"] = str(resumed) if resumed else None
+        known = {key: value for key, value in files.items() if key in node}
+        network = instantiate(node, vocab_size=vocab_size, **conditioning, **known)
         if self.choices.bigrams:
             network.bigrams = ClassBigrams(vocab_size, len(data.label_names or ()), self.choices.bigrams)
         return network
@@ -217,7 +203,8 @@ class Builder:
         """Return a Trainer that logs and saves in the run's folders; it fits if `title` begins with "train"."""
         fitting = title.startswith("train")
         folder, checkpoints = self._runs.folder(label), self._runs.checkpoints(label)
-        saving, logging_ = self._saving_in(parent_folder(checkpoints)), self._saving_in(folder)
+        saving = with_changes(self.cfg, {"checkpointing.save_dir": str(parent_folder(checkpoints))})
+        logging_ = with_changes(self.cfg, {"checkpointing.save_dir": str(folder)})
         loggers, callbacks = [], []
         if fitting:
             plateau = [saving.plateau] if saving.plateau else []
@@ -240,10 +227,6 @@ class Builder:
         )
         names = WIRING["palimpsest.training.trainer.Arguments"]
         return build_trainer(run, {name: self.cfg.trainer[name] for name in names if name in self.cfg.trainer})
-
-    def _saving_in(self, folder: PathOrUrl) -> DictConfig:
-        """Return the configuration with another folder for callbacks and loggers."""
-        return with_changes(self.cfg, {"checkpointing.save_dir": str(folder)})
 
     @property
     def settings(self) -> str:

@@ -105,12 +105,16 @@ class TrainedClassifier:
         estimator = self.experiment.build.estimator
         race.check(estimator)
         data = with_texts(self.data, SPLIT, list(texts))
-        log_prior_C = log_prior(prior, self._counts() if prior == "empirical" else np.zeros(len(self.classes)))
+        counts_C = np.zeros(len(self.classes))  # training texts of each class
+        if prior == "empirical":
+            counts_C = np.bincount(np.asarray(self.data.texts("train")["label"]), minlength=len(self.classes))
+        log_prior_C = log_prior(prior, counts_C)
         scores = score_classes(self.experiment.trainer, self.models, data, SPLIT, estimator, race, seed, log_prior_C)
         probability_MC = scores.posterior(log_prior_C)
         low_MC = high_MC = probability_MC
         if not scores.exact:
             low_MC, high_MC = posterior_interval(scores.nats_MCK, log_prior_C)
+        typical = Typical.read(self.experiment.runs.folder() / "classify")
         rows_M = _rows_of_texts(data, len(texts))
         return Predictions(
             self.classes,
@@ -120,27 +124,18 @@ class TrainedClassifier:
             scores.log_p_MC,
             scores.se_MC,
             scores.draws_M,
-            self._unlike(scores, log_prior_C),
+            None if typical is None else typical.unlike(scores, log_prior_C),
             [token_strings(data.tokenizer, [i for row in rows for i in _ids(data, row)]) for rows in rows_M],
             self._attributions(data, scores, rows_M, draws, seed) if attributions else None,
         )
-
-    def _counts(self) -> np.ndarray:
-        """Return the number of training texts of each class, (C,)."""
-        return np.bincount(np.asarray(self.data.texts("train")["label"]), minlength=len(self.classes))
-
-    def _unlike(self, scores: ClassScores, log_prior_C: np.ndarray) -> np.ndarray | None:
-        typical = Typical.read(self.experiment.runs.folder() / "classify")
-        return None if typical is None else typical.unlike(scores, log_prior_C)
 
     def _attributions(
         self, data: TextData, scores: ClassScores, rows_M: list[list[int]], num_draws: int, seed: int
     ) -> list[np.ndarray]:
         noising = comparison_mask_sampler(self.experiment.build.estimator, self.models[0].diffusion.objective)
         draws = {row: int(scores.draws_M[m]) for m, rows in enumerate(rows_M) for row in rows}
-        nats = dict(
-            zip(draws, token_attributions(self.models, data, SPLIT, draws, num_draws, noising, seed), strict=True)
-        )
+        nats_of_rows = token_attributions(self.models, data, SPLIT, draws, num_draws, noising, seed)
+        nats = dict(zip(draws, nats_of_rows, strict=True))
         return [-np.concatenate([nats[row][:, : len(_ids(data, row))] for row in rows], axis=1) for rows in rows_M]
 
 
@@ -187,11 +182,8 @@ def load_classifier(folder: str | Path, *typed: str) -> TrainedClassifier:
     conditional = known.get("classify.sharing") == "conditional"
     if file == files[1] and not conditional:
         raise ValueError(f"{folder} holds one model, which is not conditioned on a class; use palimpsest.load")
-    compared = [
-        f"{key}={word(known[key])}"
-        for key in ("classify.discriminative_weight", "training.start_from_counts")
-        if key in known
-    ]
+    keys = ("classify.discriminative_weight", "training.start_from_counts")
+    compared = [f"{key}={word(known[key])}" for key in keys if key in known]
     words = [*overrides(known), *compared, "mode=classify", f"checkpointing.save_dir={in_quotes(str(folder))}", *typed]
     experiment = checked(composed(words), "palimpsest.load_classifier")
     return TrainedClassifier(experiment, *read_classes(experiment, folder, conditional))

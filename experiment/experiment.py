@@ -87,20 +87,11 @@ class Experiment:
     @property
     def protocol(self) -> dict[str, object]:
         """Protocol of a measurement: objective, weights and random numbers."""
-        keys = (
-            "T",
-            "subs_masking",
-            "time_conditioning",
-            "training.ignore_bos",
-            "trainer.precision",
-            "seed",
-            "eval.checkpoint_path",
-            "eval.disable_ema",
-        )
-        settings = {key: OmegaConf.select(self._cfg, key) for key in keys}
+        keys = ["T", "subs_masking", "time_conditioning", "training.ignore_bos", "trainer.precision", "seed"]
+        keys += ["eval.checkpoint_path", "eval.disable_ema"]
         if self.build.objective_name == "bd3lm":
-            keys = ("block_size", "parameterization.ignore_bos", "data.segments")
-            settings |= {key: OmegaConf.select(self._cfg, key) for key in keys}
+            keys += ["block_size", "parameterization.ignore_bos", "data.segments"]
+        settings = {key: OmegaConf.select(self._cfg, key) for key in keys}
         return {"parameterization": self.build.objective_name, "noise": self._cfg.noise._target_, **settings}
 
     def fit(self, label: int | None = None) -> PathOrUrl:

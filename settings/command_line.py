@@ -245,7 +245,7 @@ def _of_duo(arguments: list[str]) -> list[str]:
     """
     laws = _values_of("parameterization", arguments)
     resampled = bool(laws) and laws <= {"udlm", "duo", "gidd"}
-    own = next((name for name, fits in (("uniform", resampled), ("ar", laws == {"ar"})) if fits), None)
+    own = "uniform" if resampled else "ar" if laws == {"ar"} else None
     predictors = {"ancestral": own or "ddpm", "ancestral_cache": own or "ddpm_cache"}
     words = {
         "noise": {"log-linear": "loglinear"},

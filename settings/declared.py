@@ -35,10 +35,8 @@ def annotation(target: str, argument: str) -> str:
         node = inits[0]
     if node is None:
         return ""
-    for given in (*node.args.args, *node.args.kwonlyargs):
-        if given.arg == argument and given.annotation is not None:
-            return ast.unparse(given.annotation)
-    return ""
+    given = [one for one in (*node.args.args, *node.args.kwonlyargs) if one.arg == argument and one.annotation]
+    return ast.unparse(given[0].annotation) if given else ""
 
 
 @cache

@@ -76,10 +76,8 @@ def _with_conditions(flat: dict[str, object], cfg: DictConfig, objective: str) -
     if cfg.data.streaming and cfg.data.get("max_train_texts") is None:
         flat |= {f"streaming.{key}": value for key, value in cfg.streaming.items() if key != "_target_"}
     if cfg.classify.sharing == "conditional":
-        flat |= {f"classify.{key}": cfg.classify[key] for key in ("sharing", "label_dropout")}
-        flat |= {
-            f"classify.{key}": cfg.classify[key] for key in ("discriminative_weight", "bigrams") if cfg.classify[key]
-        }
+        names = [name for name in ("discriminative_weight", "bigrams") if cfg.classify[name]]
+        flat |= {f"classify.{name}": cfg.classify[name] for name in ("sharing", "label_dropout", *names)}
     if cfg.classify.pretrain:
         flat |= {f"classify.{key}": cfg.classify[key] for key in ("pretrain", "pretrain_steps")}
         if cfg.classify.pretrain_lr_factor != 1:
@@ -95,14 +93,8 @@ def _with_conditions(flat: dict[str, object], cfg: DictConfig, objective: str) -
 _OF_TRAINING = ("optim.", "lr_scheduler.", "plateau.", "loader.", "trainer.", "streaming.", "seed", "classify.pretrain",
                 "classify.discriminative_weight", "training.from_pretrained", "training.start_from_counts")  # fmt: skip
 _GROUPS = ("data", "model", "backbone", "parameterization", "noise", "masking", "latents")
-_CARRIED = (
-    *IDENTITY,
-    "classify.sharing",
-    "classify.label_dropout",
-    "classify.discriminative_weight",
-    "classify.bigrams",
-    "block_size",
-)
+_OF_CLASSES = ("classify.sharing", "classify.label_dropout", "classify.discriminative_weight", "classify.bigrams")
+_CARRIED = (*IDENTITY, *_OF_CLASSES, "block_size")
 _KEY = re.compile(r"\w+(\.\w+)*", re.ASCII)
 _FIRST = ("data.", "model.", "noise.", "training.", "classify.", "T", "block_size", "subs_masking", "time_conditioning")
 
