@@ -14,6 +14,7 @@ from functools import partial
 import lightning
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from palimpsest.common.metrics import NLLMeter
 from palimpsest.common.randomness import KeyedNoise, evaluation_noise, hash_seed, seed_generator_of, training_noise
@@ -302,10 +303,7 @@ class Diffusion(lightning.LightningModule):
             yield
 
     def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         self.update_average()
         by_value = gradient_clip_algorithm == "value"

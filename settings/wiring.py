@@ -16,13 +16,19 @@ _TRAINER = ("num_sanity_val_steps", "max_steps", "log_every_n_steps", "limit_tra
             "min_epochs", "reload_dataloaders_every_n_epochs", "overfit_batches", "limit_predict_batches", "profiler",
             "model_registry", "max_time", "default_root_dir")  # fmt: skip
 
+
+def _in(group: str, *names: str) -> dict[str, str]:
+    """Return the keys of arguments that are called as in a group of the configuration."""
+    return {name: f"{group}.{name}" for name in names}
+
+
 # Component -> its argument -> the key.
 WIRING: dict[str, dict[str, str]] = {
     "palimpsest.dataloader.Texts": {
         "length": "model.length",
         "prefix_length": "training.prefix_length",
         "first_given": "training.ignore_bos",
-        **{name: f"data.{name}" for name in _TEXTS},
+        **_in("data", *_TEXTS),
     },
     "palimpsest.dataloader.Batches": {
         "global_batch_size": "loader.global_batch_size",
@@ -30,34 +36,26 @@ WIRING: dict[str, dict[str, str]] = {
         "max_steps": "trainer.max_steps",
         "seed": "seed",
     },
-    "palimpsest.data.loading.Loading": {
-        name: f"loader.{name}" for name in ("num_workers", "prefetch_factor", "pin_memory", "persistent_workers")
-    },
+    "palimpsest.data.loading.Loading": _in(
+        "loader", "num_workers", "prefetch_factor", "pin_memory", "persistent_workers"
+    ),
     "palimpsest.training.machine.Machine": {
         "accelerator": "trainer.accelerator",
         "devices_per_node": "trainer.devices",
         "num_nodes": "trainer.num_nodes",
         "typed_precision": "trainer.precision",
         "accumulate_grad_batches": "trainer.accumulate_grad_batches",
-        "batch_size": "loader.batch_size",
-        "eval_batch_size": "loader.eval_batch_size",
-        "global_batch_size": "loader.global_batch_size",
-        "eval_global_batch_size": "loader.eval_global_batch_size",
+        **_in("loader", "batch_size", "eval_batch_size", "global_batch_size", "eval_global_batch_size"),
         "ramp": "loader.batch_ramp",
     },
-    "palimpsest.training.trainer.Arguments": {name: f"trainer.{name}" for name in _TRAINER},
+    "palimpsest.training.trainer.Arguments": _in("trainer", *_TRAINER),
     "palimpsest.diffusion.Diffusion": {
         "ema": "training.ema",
         "seed": "seed",
-        "label_dropout": "classify.label_dropout",
-        "discriminative_weight": "classify.discriminative_weight",
+        **_in("classify", "label_dropout", "discriminative_weight"),
     },
-    "palimpsest.evaluation.likelihood.Precision": {
-        name: f"eval.{name}" for name in ("num_draws", "target_se", "max_draws")
-    },
-    "palimpsest.evaluation.sampling_inputs.Template": {
-        name: f"sampling.{name}" for name in ("prefix", "template", "max_length")
-    },
+    "palimpsest.evaluation.likelihood.Precision": _in("eval", "num_draws", "target_se", "max_draws"),
+    "palimpsest.evaluation.sampling_inputs.Template": _in("sampling", "prefix", "template", "max_length"),
     "palimpsest.experiment.runs.Runs": {
         "output_dir": "output_dir",
         "data_name": "data.name",
@@ -75,16 +73,9 @@ WIRING: dict[str, dict[str, str]] = {
         "disable_ema": "eval.disable_ema",
     },
     "palimpsest.experiment.building.Choices": {
-        "sharing": "classify.sharing",
-        "bigrams": "classify.bigrams",
-        "pretrain": "classify.pretrain",
-        "pretrain_steps": "classify.pretrain_steps",
-        "pretrain_lr_factor": "classify.pretrain_lr_factor",
-        "freeze": "training.freeze",
-        "gradient_checkpointing": "training.gradient_checkpointing",
+        **_in("classify", "sharing", "bigrams", "pretrain", "pretrain_steps", "pretrain_lr_factor"),
+        **_in("training", "freeze", "gradient_checkpointing", "start_from_counts", "max_skipped_steps"),
         "compile": "trainer.compile",
-        "start_from_counts": "training.start_from_counts",
-        "max_skipped_steps": "training.max_skipped_steps",
         "max_failed_saves": "checkpointing.max_failed_saves",
         "checkpoint_path": "eval.checkpoint_path",
     },

@@ -16,7 +16,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from enum import Enum
 from types import FrameType
@@ -77,21 +77,20 @@ class Signals:
             numbers.append(signal.SIGHUP)
         if callable(signal.getsignal(signal.SIGUSR2)):
             numbers.append(signal.SIGUSR2)
-        before = {number: signal.signal(number, self._handle) for number in numbers}
+        after = before = {number: signal.signal(number, self._handle) for number in numbers}
         try:
             yield
         except Interrupted as stop:
             self.phase = Phase.LEAVING
             if stop.signal in _REQUEUE:
                 self._requeue(stop.signal, before[stop.signal])
-            for number in before:  # SLURM and torchrun may send more to a process that is ending already
-                signal.signal(number, signal.SIG_DFL if number == signal.SIGINT else signal.SIG_IGN)
+            # SLURM and torchrun may send more to a process that is ending already.
+            after = {number: signal.SIG_DFL if number == signal.SIGINT else signal.SIG_IGN for number in before}
             stop.code = 0 if self.launched else stop.code
             raise
-        except BaseException:
-            _restore(before)
-            raise
-        _restore(before)
+        finally:
+            for number, handler in after.items():
+                signal.signal(number, handler)
 
     def finished(self) -> None:
         """Ignore SIGUSR1 after all work is done, so that a late warning does not change the exit status."""
@@ -136,11 +135,6 @@ class Signals:
 
 
 SIGNALS = Signals()
-
-
-def _restore(before: Mapping[int, object]) -> None:
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def say(text: str) -> None:
