@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from palimpsest.common.files import PathOrUrl, is_remote, path_or_url, version
-from palimpsest.experiment.checkpoint_identity import training_identity
+from palimpsest.experiment.from_checkpoint import training_identity
 from palimpsest.scripts import generate
 from palimpsest.settings.command_line import CONFIGS
 from palimpsest.settings.identity import overrides

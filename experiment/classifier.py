@@ -19,8 +19,8 @@ from palimpsest.classification.typical import Typical
 from palimpsest.data.tokenizers import token_strings
 from palimpsest.dataloader import TextData, with_texts
 from palimpsest.estimators.nelbo import comparison_mask_sampler
-from palimpsest.experiment.checkpoint_identity import training_identity
 from palimpsest.experiment.experiment import Experiment
+from palimpsest.experiment.from_checkpoint import training_identity
 from palimpsest.experiment.running import checked, composed
 from palimpsest.settings.command_line import in_quotes
 from palimpsest.settings.identity import overrides, word

@@ -1,16 +1,19 @@
-"""Model settings read from the file of eval.checkpoint_path, so that they need not be typed.
+"""Settings that checkpoints carry besides their weights: those of our trainings, and of published models.
 
-They are read from `.ckpt` files of the reference projects and from the Hub's layout. Only numbers, switches and the
-choices listed here are accepted, because a file may come from anyone.
+The settings of a published model in eval.checkpoint_path need not be typed. They are read from `.ckpt` files of the
+reference projects and from the Hub's layout. Only numbers, switches and the choices listed here are accepted, because a
+file may come from anyone.
 """
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
+from palimpsest.common.files import PathOrUrl, is_remote, path_or_url
 from palimpsest.common.values import FLAG, Setting, one_of, real, whole
 from palimpsest.models.checkpoints import Checkpoint, read_settings
 from palimpsest.models.compatibility import refuse_unsupported
@@ -86,9 +89,8 @@ def _refuse_differences(
     checkpoint: Checkpoint, known: dict[str, object], typed: dict[str, str], cfg: DictConfig
 ) -> None:
     """Raise ValueError if typed settings differ from the file's, naming all of them."""
-    here = {key: OmegaConf.select(cfg, key) for key in known} | {
-        "parameterization": class_built_by(cfg.parameterization).name
-    }
+    here = {key: OmegaConf.select(cfg, key) for key in known}
+    here["parameterization"] = class_built_by(cfg.parameterization).name
     here |= {key: _CHOICES[key].get(typed[key], typed[key]) for key in ("backbone", "noise") if key in typed}
     # Without time conditioning the noise schedule is irrelevant to the network.
     free = _FREE if known.get("time_conditioning") else (*_FREE, "noise", *_NUMBERS)
@@ -106,3 +108,25 @@ def _refuse_differences(
         f"It was trained with: {' '.join(f'{key}={word(value)}' for key, value in known.items())}; its tokenizer: "
         f"{tokenizer} (here data.tokenizer_name_or_path={cfg.data.tokenizer_name_or_path})"
     )
+
+
+def checkpoint_path(typed: str | Path, key: str = "path") -> PathOrUrl:
+    """Return the path of a checkpoint; for the folder of a run, that of its last checkpoint."""
+    path = path_or_url(str(typed), key)
+    last = None if is_remote(path) else path / "checkpoints" / "last.ckpt"
+    return last if last is not None and last.exists() else path
+
+
+def training_identity(path: PathOrUrl, key: str = "path") -> dict[str, object]:
+    """Return `configuration`, `label` and `tokenizer` of the training that wrote a checkpoint.
+
+    Raises:
+        ValueError: the checkpoint does not contain them.
+    """
+    known = read_settings(path, key).identity
+    if "configuration" not in known:
+        raise ValueError(
+            f"{key} {path} does not carry the configuration of its training, as ours do; give it: python main.py "
+            f"mode=sample_eval eval.checkpoint_path={path} data=... model=... parameterization=... backbone=..."
+        )
+    return known

@@ -24,9 +24,8 @@ from palimpsest.estimators.base import Estimator
 from palimpsest.estimators.nelbo import Nelbo, comparison_mask_sampler
 from palimpsest.evaluation.drawing import SampledTokens, decoded, draw
 from palimpsest.evaluation.sampling_inputs import Template
-from palimpsest.experiment.checkpoint_identity import checkpoint_path
 from palimpsest.experiment.experiment import Experiment
-from palimpsest.experiment.from_checkpoint import complete
+from palimpsest.experiment.from_checkpoint import checkpoint_path, complete
 from palimpsest.experiment.running import checked, composed, run
 from palimpsest.models.checkpoints import read_contents, read_settings
 from palimpsest.settings.command_line import in_quotes
@@ -211,10 +210,9 @@ def load(path: str | Path, *typed: str) -> TrainedModel:
     label = known.get("label")
     data = experiment.build.data(label)
     record = (read_contents(file).get("run") or {}).get("tokenizer") if ours else None
-    if record is not None:
-        tokenizer = tokenizer_from_record(record)
-        if tokenizer is not None and vocabulary(tokenizer).fingerprint == known.get("tokenizer"):
-            data.tokenizer = tokenizer  # else it is built again from the training texts
+    tokenizer = tokenizer_from_record(record) if record is not None else None
+    if tokenizer is not None and vocabulary(tokenizer).fingerprint == known.get("tokenizer"):
+        data.tokenizer = tokenizer  # else it is built again from the training texts
     diffusion = experiment.weights.trained(data, str(file), "eval.disable_ema=true" in typed)
     return TrainedModel(str(file), experiment, data, diffusion, label, words)
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +21,7 @@ from palimpsest.training.recovery import newest_good
 from palimpsest.training.run_lock import training_lock
 
 
+@dataclass
 class Runs:
     """The folders of a configuration's trainings: one, or one subfolder per class.
 
@@ -33,38 +35,32 @@ class Runs:
         always_waits: apply `class_patience` to every training.
     """
 
-    def __init__(
-        self,
-        identity: Mapping[str, object],
-        output_dir: PresentPath,
-        data_name: FolderName,
-        model_name: FolderName,
-        label: Annotated[Natural, FREE] | None,
-        save_dir: FilePath | None,
-        resume: bool,
-        resume_path_typed: FilePath | None,
-        max_steps: Annotated[AtLeastOne, FREE],
-        class_patience: AtLeastOne | None,
-        always_waits: bool = False,
-    ) -> None:
-        self._identity = identity
-        self._label = label
-        self._max_steps = max_steps
-        self._resume, self._typed = resume, resume_path_typed
-        self._class_patience, self._always_waits = class_patience, always_waits
-        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-        default = Path(output_dir) / data_name / f"{model_name}-{digest[:8]}"
-        self.checkpoint_root = path_or_url(save_dir or default)
-        self._save_dir = default if is_remote(self.checkpoint_root) else self.checkpoint_root
+    identity: Mapping[str, object]
+    output_dir: PresentPath
+    data_name: FolderName
+    model_name: FolderName
+    label: Annotated[Natural, FREE] | None
+    save_dir: FilePath | None
+    resume: bool
+    resume_path_typed: FilePath | None
+    max_steps: Annotated[AtLeastOne, FREE]
+    class_patience: AtLeastOne | None
+    always_waits: bool = False
+
+    def __post_init__(self) -> None:
+        digest = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+        default = Path(self.output_dir) / self.data_name / f"{self.model_name}-{digest[:8]}"
+        self.checkpoint_root = path_or_url(self.save_dir or default)
+        self._root = default if is_remote(self.checkpoint_root) else self.checkpoint_root
 
     def folder(self, label: int | None = None) -> Path:
         """Return the folder of a run and its results, on this machine; with `label` that of a class model."""
-        label = self._label if label is None else label
-        return self._save_dir if label is None else self._save_dir / f"label={label}"
+        label = self.label if label is None else label
+        return self._root if label is None else self._root / f"label={label}"
 
     def checkpoints(self, label: int | None = None) -> PathOrUrl:
         """Return the folder or URL of a run's checkpoints."""
-        parts = self.folder(label).relative_to(self._save_dir).parts
+        parts = self.folder(label).relative_to(self._root).parts
         return join_path(self.checkpoint_root, *parts, "checkpoints")
 
     def lock(self, label: int | None = None) -> AbstractContextManager[None]:
@@ -81,15 +77,15 @@ class Runs:
 
         None for a training that runs up to trainer.max_steps and ends with its last weights.
         """
-        ordinary = self.folder(label) == self._save_dir and not self._always_waits
-        return None if ordinary else self._class_patience
+        ordinary = self.folder(label) == self._root and not self.always_waits
+        return None if ordinary else self.class_patience
 
     def resume_path(self, label: int | None = None) -> PathOrUrl | None:
         """Return the checkpoint to resume from, if there is one and checkpointing.resume_from_ckpt allows it."""
-        path = path_or_url(self._typed, "checkpointing.resume_ckpt_path") if self._typed else None
+        path = path_or_url(self.resume_path_typed, "checkpointing.resume_ckpt_path") if self.resume_path_typed else None
         if path and not exists(path):
-            raise FileNotFoundError(f"checkpointing.resume_ckpt_path={self._typed}: there is no such file")
-        return (path or newest_good(self.checkpoints(label))) if self._resume else None
+            raise FileNotFoundError(f"checkpointing.resume_ckpt_path={self.resume_path_typed}: there is no such file")
+        return (path or newest_good(self.checkpoints(label))) if self.resume else None
 
     def finished(self, data: TextData, label: int | None = None) -> PathOrUrl | None:
         """Return the weights of a complete training; None if it is unfinished.
@@ -97,18 +93,14 @@ class Runs:
         Raises:
             ValueError: the training in the folder has other settings, another tokenizer or other texts.
         """
-        if self._typed or not self._resume:
+        if self.resume_path_typed or not self.resume:
             return None
         last = newest_good(self.checkpoints(label))
         if last is None:
             return None
         progress = read_progress(last)
-        ours = {
-            **self._identity,
-            "data.label": data.label,
-            "tokenizer": data.vocabulary.fingerprint,
-            "latents": data.latents and data.latents.fingerprint,
-        }
+        ours = {**self.identity, "data.label": data.label, "tokenizer": data.vocabulary.fingerprint}
+        ours["latents"] = data.latents and data.latents.fingerprint
         check_same_settings(last, progress, ours)
         if not self._is_done(progress, label):
             return None
@@ -119,12 +111,12 @@ class Runs:
     def _is_done(self, progress: Progress, label: int | None) -> bool:
         patience = self.patience(label)
         stopped = patience is not None and progress.validations_without_improvement >= patience
-        if not stopped and progress.step > self._max_steps:
+        if not stopped and progress.step > self.max_steps:
             print(
-                f"{self.folder(label)}: {progress.step} steps are complete; {self._max_steps} were requested "
+                f"{self.folder(label)}: {progress.step} steps are complete; {self.max_steps} were requested "
                 "(trainer.max_steps). Another checkpointing.save_dir= starts a new training"
             )
-        return stopped or progress.step >= self._max_steps
+        return stopped or progress.step >= self.max_steps
 
     def model_path(self, label: int | None = None) -> PathOrUrl:
         """Return the checkpoint of the trained model: the best by validation if there is patience, else the last."""

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from palimpsest.common.output import guard_output
-from palimpsest.experiment.checkpoint_identity import checkpoint_path, training_identity
+from palimpsest.experiment.from_checkpoint import checkpoint_path, training_identity
 from palimpsest.settings import command_line
 from palimpsest.settings.identity import overrides, word
 

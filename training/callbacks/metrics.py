@@ -75,14 +75,13 @@ class _Interval:
             self.names = tuple(means)
         if "num_scored_by_part" in outputs:
             parts = ("num_masked", "cross_entropy", "num_scored")
-            self._add_by_rate(*(outputs[f"{name}_by_part"].double() for name in parts))
+            self._add_by_rate(*(outputs[f"{name}_by_part"] for name in parts))
         elif "cross_entropy" in outputs:
-            self._add_by_rate(
-                outputs["num_masked"].double(), outputs["cross_entropy"].double(), outputs["scored_B"][:, None]
-            )
+            self._add_by_rate(outputs["num_masked"], outputs["cross_entropy"], outputs["scored_B"][:, None])
         self.rows, self.block_flops = self.rows + len(ids_BL), self.block_flops + flops
 
     def _add_by_rate(self, masked_BP: Tensor, nats_BP: Tensor, scored_BP: Tensor) -> None:
+        masked_BP, nats_BP = masked_BP.double(), nats_BP.double()
         rate_BP = masked_BP / scored_BP.clamp(min=1)
         bucket_BP = len(_SUMS) + (rate_BP * BUCKETS).long().clamp(max=BUCKETS - 1)
         finite_BP = nats_BP.isfinite()
