@@ -292,6 +292,4 @@ def check_content(file: BinaryIO, name: str) -> bool:
 def _announces_seal(tail: bytes) -> bool:
     """Return True if the archive ends with a comment as long as a seal, although there is no valid seal."""
     start = tail.rfind(_END_SIGNATURE)
-    if start < 0 or len(tail) - start < _END.size:
-        return False
-    return _END.unpack_from(tail, start)[-1] == _COMMENT
+    return start >= 0 and len(tail) - start >= _END.size and _END.unpack_from(tail, start)[-1] == _COMMENT

@@ -45,14 +45,13 @@ class FullySharded(ModelParallelStrategy):
     micro-batch, because keeping them would take the memory that sharding saves.
     """
 
+    lightning_restore_optimizer = True
+    load_checkpoint = Strategy.load_checkpoint
+
     def __init__(self, timeout_minutes: Minutes = _DEFAULT_MINUTES) -> None:
         super().__init__(
             tensor_parallel_size=1, save_distributed_checkpoint=False, timeout=timedelta(minutes=timeout_minutes)
         )
-
-    @property
-    def lightning_restore_optimizer(self) -> bool:
-        return True
 
     def setup_environment(self) -> None:
         self._data_parallel_size = self.num_nodes * self.num_processes
@@ -61,9 +60,6 @@ class FullySharded(ModelParallelStrategy):
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, object]:
         """Return the optimizer's own state with whole tensors (models/sharding.py)."""
         return gather(getattr(optimizer, "_optimizer", optimizer).state_dict())
-
-    def load_checkpoint(self, checkpoint_path: str | os.PathLike, weights_only: bool | None = None) -> dict:
-        return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, object], strict: bool = True) -> None:
         load_sharded(self.lightning_module, checkpoint["state_dict"])

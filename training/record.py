@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import logging
 import platform
-import tomllib
 from collections.abc import Mapping
-from pathlib import Path
 
 import lightning
 import tokenizers
@@ -23,9 +21,10 @@ import transformers
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
+import palimpsest
+
 log = logging.getLogger(__name__)
 
-_PROJECT = Path(__file__).parents[1] / "pyproject.toml"
 # Arithmetic depends on these: with another version a resume is right, but not to the bit.
 _ARITHMETIC = ("torch", "device")
 
@@ -33,8 +32,7 @@ _ARITHMETIC = ("torch", "device")
 def versions() -> dict[str, str]:
     """Return the versions of the software, and the device, by name."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    project = tomllib.loads(_PROJECT.read_text())["project"]["version"]
-    return {"palimpsest": project, "python": platform.python_version(), "device": device,
+    return {"palimpsest": palimpsest.__version__, "python": platform.python_version(), "device": device,
             "torch": str(torch.__version__), "lightning": lightning.__version__,
             "transformers": transformers.__version__, "tokenizers": tokenizers.__version__}  # fmt: skip
 

@@ -116,7 +116,8 @@ class RunState(Callback):
         partial = self.path.with_name(f".{FILE}.{os.getpid()}")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps(_without_nan(self.content)))
+            finite = json.loads(json.dumps(self.content), parse_constant=lambda name: None)  # JSON has no NaN
+            partial.write_text(json.dumps(finite))
             os.replace(partial, self.path)
         except OSError:  # it shows up when checkpoints are written, which matter more
             partial.unlink(missing_ok=True)
@@ -129,12 +130,3 @@ def thinned(curve: list[list[float]]) -> list[list[float]]:
     pairs = zip(curve[0::2], curve[1::2], strict=False)
     means = [[later[0], (earlier[1] + later[1]) / 2] for earlier, later in pairs]
     return means + curve[len(means) * 2 :]
-
-
-def _without_nan(value: object) -> object:
-    """Replace numbers that are not finite by None, because JSON has none."""
-    if isinstance(value, dict):
-        return {name: _without_nan(child) for name, child in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(child) for child in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
