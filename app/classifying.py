@@ -57,10 +57,10 @@ def classify(
     settings = {"seed": request.seed, "classify.num_draws": request.num_draws,
                 "classify.confidence": request.confidence}  # fmt: skip
     with collected_warnings() as warnings:
-        race = SequentialTest(request.num_draws, request.confidence)
+        test = SequentialTest(request.num_draws, request.confidence)
         trained = networks.classifier(classifier, settings)
         experiment = trained.experiment
-        race.check(experiment.build.estimator)
+        test.check(experiment.build.estimator)
         data = with_texts(trained.data, _SPLIT, [request.text])
         counts_C = np.zeros(len(data.label_names))
         if request.prior == "empirical":
@@ -69,7 +69,7 @@ def classify(
         typical = Typical.read(classifier.folder / "classify")
 
         def prediction(scores: ClassScores) -> str:
-            return _prediction(scores, log_prior_C, data.label_names, race, typical)
+            return _prediction(scores, log_prior_C, data.label_names, test, typical)
 
         scores = score_classes(
             experiment.trainer,
@@ -77,18 +77,18 @@ def classify(
             data,
             _SPLIT,
             experiment.build.estimator,
-            race,
+            test,
             experiment.seed,
             log_prior_C,
             lambda scores: show(ClassifyResult(prediction(scores))),
         )
         return ClassifyResult(
-            prediction(scores), _attributions(trained, data, scores, log_prior_C, race), tuple(warnings)
+            prediction(scores), _attributions(trained, data, scores, log_prior_C, test), tuple(warnings)
         )
 
 
 def _prediction(
-    scores: ClassScores, log_prior_C: np.ndarray, names: tuple[str, ...], race: SequentialTest, typical: Typical | None
+    scores: ClassScores, log_prior_C: np.ndarray, names: tuple[str, ...], test: SequentialTest, typical: Typical | None
 ) -> str:
     posterior_C, (first, second) = scores.posterior(log_prior_C)[0], _pair(scores, log_prior_C)
     low_C = high_C = posterior_C
@@ -99,7 +99,7 @@ def _prediction(
     drawn = (
         "the likelihood is exact"
         if scores.exact
-        else (f"{scores.draws_M[0]} of at most {race.num_draws} masks under every class")
+        else (f"{scores.draws_M[0]} of at most {test.num_draws} masks under every class")
     )
     margin = format_measurement(float(scores.margin_M[0]), float(scores.margin_se_M[0]))
     spent = f"{scores.evaluations_M[0]:,} network evaluations, {scores.seconds:.1f} s"
@@ -116,7 +116,7 @@ def _pair(scores: ClassScores, log_prior_C: np.ndarray) -> tuple[int, int]:
 
 
 def _attributions(
-    trained: TrainedClassifier, data: TextData, scores: ClassScores, log_prior_C: np.ndarray, race: SequentialTest
+    trained: TrainedClassifier, data: TextData, scores: ClassScores, log_prior_C: np.ndarray, test: SequentialTest
 ) -> str:
     """Return a page with the text, each token coloured by its contribution to one class against another."""
     experiment = trained.experiment
@@ -124,7 +124,7 @@ def _attributions(
     rows = range(len(data.split(_SPLIT)))
     noising = comparison_mask_sampler(experiment.build.estimator, trained.models[0].diffusion.objective)
     draws = dict.fromkeys(rows, int(scores.draws_M[0]))
-    nats = token_attributions(trained.models, data, _SPLIT, draws, race.num_draws, noising, experiment.seed)
+    nats = token_attributions(trained.models, data, _SPLIT, draws, test.num_draws, noising, experiment.seed)
     titles = [f"Part {row + 1} of {len(rows)}" if len(rows) > 1 else "Which words spoke" for row in rows]
     report = Report("")
     report.evidence(shown_evidence(data, _SPLIT, {row: (titles[row], first, second) for row in rows}, nats))

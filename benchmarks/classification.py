@@ -70,10 +70,10 @@ def main() -> None:
     )
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with args.output.open("w") as file:
-        for name, estimator, race, draws in studies:
-            ask = (models, data, "test", estimator, race, experiment.seed, log_prior_C)
+        for name, estimator, test, draws in studies:
+            ask = (models, data, "test", estimator, test, experiment.seed, log_prior_C)
             for cell in cells(score_classes(experiment.trainer, *ask), log_prior_C, draws):
-                row = {"benchmark": "classification", "data": data.name, "masks": race.masks, "noising": name, **cell}
+                row = {"benchmark": "classification", "data": data.name, "masks": test.masks, "noising": name, **cell}
                 print(json.dumps(row), flush=True)
                 file.write(json.dumps(row) + "\n")
 

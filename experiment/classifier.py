@@ -101,15 +101,15 @@ class TrainedClassifier:
         Raises:
             ValueError: there are no texts, or a setting does not fit.
         """
-        race = SequentialTest(draws, confidence)
+        test = SequentialTest(draws, confidence)
         estimator = self.experiment.build.estimator
-        race.check(estimator)
+        test.check(estimator)
         data = with_texts(self.data, SPLIT, list(texts))
         counts_C = np.zeros(len(self.classes))  # training texts of each class
         if prior == "empirical":
             counts_C = np.bincount(np.asarray(self.data.texts("train")["label"]), minlength=len(self.classes))
         log_prior_C = log_prior(prior, counts_C)
-        scores = score_classes(self.experiment.trainer, self.models, data, SPLIT, estimator, race, seed, log_prior_C)
+        scores = score_classes(self.experiment.trainer, self.models, data, SPLIT, estimator, test, seed, log_prior_C)
         probability_MC = scores.posterior(log_prior_C)
         low_MC = high_MC = probability_MC
         if not scores.exact:

@@ -30,9 +30,9 @@ def classify(
     *,
     checkpoint_path: FilePath | None,
     split: Name,
-    race: SequentialTest,
+    test: SequentialTest,
     prior: Literal["uniform", "empirical"] | Annotated[Sequence[float], list_of(real("[0, 1]"), 2, "[0.3,0.7]")],
-    beside: ComparedMethods,
+    compared_with: ComparedMethods,
     other_texts: FilePath | None,
     num_samples: Annotated[int, whole(0, COUNT)],
     num_examples: Annotated[int, whole(0, COUNT)],
@@ -47,15 +47,17 @@ def classify(
     data = labelled_data(experiment, split)
     estimator = experiment.build.estimator
     # Settings are checked before the training, which may take days.
-    race.check(estimator)
-    others = beside.files(split)
+    test.check(estimator)
+    others = compared_with.files(split)
     elsewhere = with_other_texts(data, other_texts, split) if other_texts else None
     counts_C = np.bincount(np.asarray(data.texts("train")["label"][:]), minlength=len(data.label_names))
     log_prior_C = log_prior(prior, counts_C)
     folder = experiment.runs.folder() / "classify" / split
     models = class_models(experiment, data, checkpoint_path, disable_ema)
-    result = classify_split(experiment, models, data, split, race, log_prior_C, beside, others, elsewhere, folder)
-    results = result.results(race, models)
+    result = classify_split(
+        experiment, models, data, split, test, log_prior_C, compared_with, others, elsewhere, folder
+    )
+    results = result.results(test, models)
     known = protocol(experiment.protocol, data, split, result.scores)
     write_results(folder, {**results, "protocol": known, "command": experiment.command})
     samples = []
@@ -63,11 +65,11 @@ def classify(
         args = (experiment.build.drawing(), num_samples, num_samples, experiment.seed, model.class_id)
         sampled = draw(model.diffusion, experiment.build.data(label), *args) if num_samples else []
         samples.append(samples_of(sampled, data.tokenizer))
-    examples = explain(models, result, estimator, race, num_examples, experiment.seed)
+    examples = explain(models, result, estimator, test, num_examples, experiment.seed)
     report = Report("Generative classification", f"{data.name}, {split} split", experiment.command, experiment.facts)
     labels = [None] if result.unconditional else range(len(models))
     folders = [experiment.runs.folder(label) for label in labels]
-    classification_report(report, result, race, examples, samples, folders)
+    classification_report(report, result, test, examples, samples, folders)
     path = write_report(experiment, report, folder)
     print(f"\n{classification_lines(result, samples)}", path, sep="\n")
     return results
