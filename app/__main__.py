@@ -1,8 +1,8 @@
 """A page in the browser that samples texts from a beginning or a template, and classifies texts.
 
-python -m app                                                      the runs of ./outputs, the newest chosen
-python -m app --checkpoint outputs/reviews/micro-0123abcd          a run, or all runs of a folder; may be repeated
-python -m app --checkpoint last.ckpt --port 7861 data.cache_dir=/scratch
+python -m palimpsest.app                                                      the runs of ./outputs, the newest chosen
+python -m palimpsest.app --checkpoint outputs/reviews/micro-0123abcd          a run, or all runs of a folder; may be repeated
+python -m palimpsest.app --checkpoint last.ckpt --port 7861 data.cache_dir=/scratch
 
 It prints its address, which ends with ?token=...; it serves this machine only, and only with that token. Other settings
 are typed as for main.py: key=value.
@@ -29,7 +29,7 @@ PORT = 7860
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     out = argparse.ArgumentParser(
-        prog="python -m app", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m palimpsest.app", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     out.add_argument(
         "--checkpoint",
@@ -48,7 +48,7 @@ def main() -> None:
     args = parser().parse_intermixed_args()
     if importlib.util.find_spec("gradio") is None:
         needed = " ".join(tomllib.loads(_PROJECT.read_text())["project"]["optional-dependencies"]["app"])
-        sys.exit(f"error: python -m app needs gradio, which is not installed here: pip install {needed}")
+        sys.exit(f"error: python -m palimpsest.app needs gradio, which is not installed here: pip install {needed}")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     from palimpsest.app.guard import new_token
     from palimpsest.app.page import page  # late, because gradio may be missing and reads the environment

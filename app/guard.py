@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 # Gradio has many more routes, among them upload, file and proxy.
 _READ = re.compile(r"/|/(assets|static)/.*|/theme\.css|/favicon\.ico|/gradio_api/(queue/data|heartbeat/\w+|app_id)")
 _POSTED = re.compile(r"/gradio_api/(queue/join|run/predict|cancel)")
-_NO_TOKEN = "Open the address that python -m app has printed in its terminal: it ends with ?token=...\n"
+_NO_TOKEN = "Open the address that python -m palimpsest.app has printed in its terminal: it ends with ?token=...\n"
 _FOREIGN = "This request comes from another web site.\n"
 # The browser must fetch nothing from elsewhere. Gradio's scripts are inline and evaluate text; framed pages carry their
 # own policy.

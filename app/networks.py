@@ -64,7 +64,7 @@ class Networks:
         with self._composing:  # Hydra composes one configuration at a time
             words = [*network.words, *(f"{key}={quoted(key, value)}" for key, value in settings.items()), *self._extra]
             configuration = compose_config(words)
-        return checked(configuration, "python -m app", words)
+        return checked(configuration, "python -m palimpsest.app", words)
 
     def _once(self, kind: str, version: str, read: Callable[[], tuple[object, object]]) -> tuple[object, object]:
         if self._kept.get(kind, ("",))[0] != version:

@@ -275,7 +275,7 @@ def protocol(
         "detokenizer": data.detokenizer(split), "length": data.length, "wrap": data.wrap,
         "packing": asdict(data.packing(split)), "prompted": data.prompted, "fill": data.fill, "estimator": scores.label,
         "prefix_length": data.prefix_length, "score_special": data.score_special,
-        "law": _definition(data, causal=experiment_protocol["parameterization"] == "ar"),
+        "distribution": _definition(data, causal=experiment_protocol["parameterization"] == "ar"),
         "network_evaluations_per_text": float(scores.evaluations_M.mean()),
         "latents": data.latents and data.latents.fingerprint,
     }  # fmt: skip

@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 UNMASKING = {"schedule": "sampling.schedule", "order": "sampling.order", "threshold": "sampling.threshold",
              "remask": "sampling.remask", "steps": "sampling.steps"}  # fmt: skip
 TEXTS = {"prefix": "sampling.prefix", "template": "sampling.template", "max_length": "sampling.max_length"}
-SAMPLING = ("law", "greedy", "topk", "nucleus")
+SAMPLING = ("distribution", "greedy", "topk", "nucleus")
 MAX_PRINTED = 20
 
 
@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     tokens.add_argument(
         "--sampling",
         choices=SAMPLING,
-        help="law: the model's distribution of a token (the default); --order chooses the positions",
+        help="distribution: the model's distribution of a token (the default); --order chooses the positions",
     )
     tokens.add_argument("--top-k", type=int, help="of --sampling topk (50)")
     tokens.add_argument("--top-p", type=float, help="of --sampling nucleus (0.9)")
@@ -121,7 +121,7 @@ def predictor(configuration: dict[str, object]) -> str:
 
 def token_choice(args: argparse.Namespace) -> dict[str, object]:
     """Return --sampling, --top-k, --top-p and --temperature as keys."""
-    implied = "topk" if args.top_k is not None else "nucleus" if args.top_p is not None else "law"
+    implied = "topk" if args.top_k is not None else "nucleus" if args.top_p is not None else "distribution"
     kind = args.sampling or implied
     for name, value, wanted in (("--top-k", args.top_k, "topk"), ("--top-p", args.top_p, "nucleus")):
         if value is not None and kind != wanted:

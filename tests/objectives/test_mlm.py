@@ -237,7 +237,7 @@ def test_trains_measures_and_classifies_and_says_what_it_is(tmp_path, monkeypatc
     measured = commands.run(*ask, "mode=ppl_eval")
     protocol = json.loads(next(tmp_path.rglob("ppl_eval/*/results.json")).read_text())["protocol"]
     assert protocol["kind"] == "NELBO" and protocol["prefix_length"] == 5 and protocol["parameterization"] == "subs"
-    assert protocol["law"] == "p(rest | first 5 tokens, where its special tokens stand)"
+    assert protocol["distribution"] == "p(rest | first 5 tokens, where its special tokens stand)"
     checkpoint = next(tmp_path.rglob("last.ckpt"))
     other = [*TINY, *FEW, f"eval.checkpoint_path={checkpoint}", "mode=ppl_eval", "algo=mdlm"]
     same = commands.run(*other, "training.prefix_length=5")
