@@ -1,7 +1,7 @@
 """A page in the browser that samples texts from a beginning or a template, and classifies texts.
 
-python -m palimpsest.app                                                      the runs of ./outputs, the newest chosen
-python -m palimpsest.app --checkpoint outputs/reviews/micro-0123abcd          a run, or all runs of a folder; may be repeated
+python -m palimpsest.app                                              the runs of ./outputs, the newest chosen
+python -m palimpsest.app --checkpoint outputs/reviews/micro-0123abcd  a run, or all runs of a folder; may be repeated
 python -m palimpsest.app --checkpoint last.ckpt --port 7861 data.cache_dir=/scratch
 
 It prints its address, which ends with ?token=...; it serves this machine only, and only with that token. Other settings

@@ -90,7 +90,8 @@ def find(typed: Sequence[str]) -> list[Network]:
     if not found:
         raise FileNotFoundError(
             "there is no trained network below ./outputs: train one (python main.py; python main.py mode=classify for "
-            "the models of classes), or name a checkpoint or the folder of a run: python -m palimpsest.app --checkpoint PATH"
+            "the models of classes), or name a checkpoint or the folder of a run: python -m palimpsest.app "
+            "--checkpoint PATH"
         )
     return found
 
