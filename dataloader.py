@@ -57,12 +57,12 @@ from palimpsest.common.values import (
     Seed,
     whole,
 )
-from palimpsest.data.checks import check_protocol, check_settings
+from palimpsest.data.checks import check_settings
 from palimpsest.data.collate import Collate, Rows, segment_ends
 from palimpsest.data.loading import Loading, TimedLoader
 from palimpsest.data.order import evaluation_batches
 from palimpsest.data.packing import Figures, Packing, check_prompts, one_after_the_other, pack, with_special_tokens
-from palimpsest.data.rows import text_rows
+from palimpsest.data.rows import from_table, text_table
 from palimpsest.data.sources import Source, cached
 from palimpsest.data.splits import SplitTexts
 from palimpsest.data.stream import BatchPlan, PositionBatchSampler, TrainingStream, check_same_texts
@@ -175,7 +175,6 @@ class TextData(LightningDataModule):
 
     def __init__(self, source: Source, texts: Texts, batches: Batches) -> None:
         super().__init__()
-        check_protocol(texts.protocol, texts.num_proc, texts.streaming, texts.random_crop)
         self.settings, self.batches = texts, batches
         self.name = texts.name or "text"
         self.source = cached(source if texts.protocol is None else source.published(), texts.cache_dir)
@@ -431,7 +430,7 @@ def with_texts(data: TextData, split: str, texts: Sequence[str]) -> TextData:
     """
     if data.prompted:
         raise ValueError(f"the texts of data={data.name} have prompts, and texts from elsewhere have none")
-    other, rows = copy(data), text_rows(texts, [-1] * len(texts))
+    other, rows = copy(data), from_table(text_table(texts, [-1] * len(texts)))
     rows = rows.add_column("text_id", np.arange(len(rows)))
     packed, figures = pack(rows, data.tokenizer, data.vocabulary, data.packing(split), None, split)
     _report(split, figures, None if data.wrap else data.length)

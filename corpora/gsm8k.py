@@ -15,7 +15,7 @@ from typing import Literal
 import datasets
 
 from palimpsest.corpora.answer_checking import CheckedAnswer
-from palimpsest.data.rows import in_parts, parts_of, text_rows
+from palimpsest.data.rows import from_table, in_parts, parts_of, text_table
 from palimpsest.data.sources import Source
 
 PLAN, EXECUTION, ANSWER = "[PLAN]", "[EXECUTION]", "[ANSWER]"
@@ -216,4 +216,4 @@ class Planned:
         rows = self.source.load(split)
         problems = [parts_of(text, ends) for text, ends in zip(rows["text"][:], rows["ends"][:], strict=True)]
         texts, ends = in_parts([planned(question, solution, self.plan) for question, solution in problems])
-        return text_rows(texts, ends=ends)
+        return from_table(text_table(texts, ends=ends))

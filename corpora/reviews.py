@@ -23,7 +23,7 @@ import numpy as np
 
 from palimpsest.common.values import Count, Seed
 from palimpsest.corpora.grammar import Expression, FiniteStateGrammar, chain, weighted, words
-from palimpsest.data.rows import check_split, text_rows
+from palimpsest.data.rows import check_split, from_table, text_table
 
 CLAUSE_TOKENS = 8
 MIN_TOKENS, MAX_TOKENS = 16, 64
@@ -277,4 +277,4 @@ class GeneratedReviews:
 @lru_cache(maxsize=8)  # generating takes half a second
 def _generated(split: str, num_texts_per_class: int, seed: int) -> datasets.Dataset:
     rows = generate_split(split, num_texts_per_class, seed)
-    return text_rows(rows["text"], rows["label"])
+    return from_table(text_table(rows["text"], rows["label"]))

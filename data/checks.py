@@ -21,7 +21,12 @@ def check_settings(data: object) -> None:
     labels = {"data.label_noise": settings.label_noise, "data.texts_per_class": settings.texts_per_class}
     labels = {key: value for key, value in labels.items() if value}
     of_labels = ", ".join(f"{key}={value}" for key, value in labels.items())
+    whole = "data.protocol=reference cuts whole splits into fixed rows"
     mistakes = [
+        (settings.protocol is None and settings.num_proc is not None,
+         f"data.num_proc={settings.num_proc} belongs to data.protocol=reference; add that, or leave it out"),
+        (settings.protocol and settings.streaming, f"{whole}; set data.streaming=false"),
+        (settings.protocol and settings.random_crop, f"{whole}; set data.random_crop=false"),
         (labels and settings.streaming,
          f"{of_labels} needs all texts of each class, and data.streaming=true reads some; set data.streaming=false"),
         (labels and data.latents is not None,
@@ -65,12 +70,3 @@ def _has_lines(source: object) -> bool:
     """Return True if texts are lines of longer documents."""
     parts = getattr(source, "sources", None) or {}
     return getattr(source, "document_start", "") != "" or any(map(_has_lines, parts.values()))
-
-
-def check_protocol(protocol: str | None, num_proc: int | None, streaming: bool, random_crop: bool) -> None:
-    """Refuse settings that contradict data.protocol. Raises ValueError with the setting, its value and the remedy."""
-    if protocol is None and num_proc is not None:
-        raise ValueError(f"data.num_proc={num_proc} belongs to data.protocol=reference; add that, or leave it out")
-    for key, value in (("data.streaming", streaming), ("data.random_crop", random_crop)):
-        if protocol is not None and value:
-            raise ValueError(f"data.protocol=reference cuts whole splits into fixed rows; set {key}=false")

@@ -36,15 +36,6 @@ def text_table(
     return pa.table(columns)
 
 
-def text_rows(
-    texts: pa.ChunkedArray | Sequence[str],
-    labels: Sequence[int] | None = None,
-    ends: Sequence[Sequence[int]] | None = None,
-) -> datasets.Dataset:
-    """Return the columns of `text_table` as a data set in memory."""
-    return from_table(text_table(texts, labels, ends))
-
-
 def with_documents(tables: Iterable[pa.Table], start: str | None) -> Iterator[pa.Table]:
     """Add the column `document`: the number of texts so far that match `start`, the pattern that begins a document.
 

@@ -145,18 +145,13 @@ class Shards:
         if held:
             yield pa.concat_tables(held, promote_options="permissive")
 
-    def texts(self) -> Iterator[datasets.Dataset]:
-        """Yield all texts in the order of the files, in small data sets."""
-        for number in range(len(self.ranges)):
-            for table in self.blocks(number, _AT_ONCE):
-                yield self.prepare(table)
-
     def first(self, limit: int) -> datasets.Dataset:
         """Return the first `limit` texts, or all if there are fewer, in memory. Raises ValueError if there are none."""
         found, count = [], 0
-        for rows in self.texts():
-            found.append(to_table(rows))
-            count += len(rows)
+        tables = itertools.chain.from_iterable(map(self.rows.tables, range(self.rows.num_shards)))
+        for table in between(tables, self.start, self.stop):
+            found.append(to_table(self.prepare(table)))
+            count += found[-1].num_rows
             if count >= limit:
                 break
         check_not_empty(count, self.origin)

@@ -20,7 +20,7 @@ from palimpsest.corpora.gsm8k import (
     plan,
     planned,
 )
-from palimpsest.data.rows import in_parts, parts_of, text_rows
+from palimpsest.data.rows import from_table, in_parts, parts_of, text_table
 from palimpsest.data.tokenizers import encode, encode_after, load_tokenizer
 
 
@@ -74,7 +74,7 @@ def test_planned_problems_have_three_parts():
 
         def load(self, split):
             texts, ends = in_parts([["Why?", SOLUTION], ["How?", "#### 1"]])
-            return text_rows(texts, ends=ends)
+            return from_table(text_table(texts, ends=ends))
 
     rows = Planned(Problems()).load("train")
     assert [parts_of(*row) for row in zip(rows["text"], rows["ends"], strict=True)] == [

@@ -7,7 +7,7 @@ import pytest
 
 from palimpsest.classification.methods import _texts
 from palimpsest.data.labels import first_of_each_class, with_wrong_labels
-from palimpsest.data.rows import text_rows
+from palimpsest.data.rows import from_table, text_table
 from palimpsest.settings.command_line import compose_config
 from palimpsest.settings.identity import identity
 from tests.helpers.commands import FEW, TINY, experiment, refused
@@ -18,7 +18,7 @@ SMALL = [*FEW, "trainer.accelerator=cpu"]
 
 def rows_of(number: int = 300):
     label_M = np.random.default_rng(0).permutation(np.arange(number) % 3)
-    rows = text_rows([f"text {i}" for i in range(number)], label_M.tolist())
+    rows = from_table(text_table([f"text {i}" for i in range(number)], label_M.tolist()))
     return rows.add_column("text_id", np.arange(number))
 
 

@@ -16,7 +16,7 @@ from palimpsest.corpora.answer_checking import CheckedAnswer, check_same_text
 from palimpsest.corpora.gsm8k import check_answer
 from palimpsest.data.collate import Collate
 from palimpsest.data.packing import Packing, pack
-from palimpsest.data.rows import in_parts, parts_of, text_rows
+from palimpsest.data.rows import from_table, in_parts, parts_of, text_table
 from palimpsest.data.tokenizers import encode, encode_after, load_tokenizer, vocabulary
 from palimpsest.data.unigram import token_counts, unigram_nll
 from palimpsest.dataloader import TextData
@@ -51,7 +51,7 @@ def words(tmp_path_factory):
 
 def problems():
     texts, ends = in_parts(PROBLEMS)
-    rows = text_rows(texts, ends=ends)
+    rows = from_table(text_table(texts, ends=ends))
     return rows.add_column("text_id", np.arange(len(rows)))
 
 
@@ -96,7 +96,7 @@ def test_long_and_empty_texts_with_prompts(words, tmp_path):
     rows, figures = pack(problems(), words, vocab, Packing(8, False, long_texts="drop"), tmp_path)
     assert rows["text_id"][:].tolist() == [1] and figures["long"] == 2 and figures["rows"] == 1
     texts, ends = in_parts([["Q: a\nA:", ""], ["Q: a\nA:", " b"]])
-    rows = text_rows(texts, ends=ends).add_column("text_id", np.arange(2))
+    rows = from_table(text_table(texts, ends=ends)).add_column("text_id", np.arange(2))
     with pytest.raises(ValueError, match="text 0 .* has no tokens behind its prompt; .*data.drop_empty=true"):
         pack(rows, words, vocab, Packing(16, False), tmp_path)
     assert len(pack(rows, words, vocab, Packing(16, False, drop_empty=True), tmp_path)[0]) == 1

@@ -13,7 +13,7 @@ import torch
 from palimpsest.corpora.gsm8k import check_planned_answer
 from palimpsest.data.collate import Collate, segment_ends
 from palimpsest.data.packing import Packing, pack
-from palimpsest.data.rows import in_parts, text_rows
+from palimpsest.data.rows import from_table, in_parts, text_table
 from palimpsest.data.tokenizers import encode, encode_after, load_tokenizer, vocabulary
 from palimpsest.data.unigram import token_counts
 from palimpsest.evaluation.completions import CompletionRequest, complete
@@ -42,7 +42,7 @@ def words(tmp_path_factory):
 
 def rows_of(words, tmp_path, **settings):
     texts, ends = in_parts(PARTS)
-    rows = text_rows(texts, ends=ends).add_column("text_id", np.arange(2))
+    rows = from_table(text_table(texts, ends=ends)).add_column("text_id", np.arange(2))
     packing = Packing(**{"length": 24, "wrap": False, "bos": True, "long_texts": "drop", "room": 8, **settings})
     return pack(rows, words, vocabulary(words), packing, tmp_path)
 
