@@ -247,8 +247,7 @@ class ReviewGrammar:
 def generate_split(split: str, num_texts_per_class: int, seed: int) -> dict[str, list]:
     """Return {"text": N strings, "label": N ints} with N = 2 * num_texts_per_class, both classes shuffled together.
     Every split and every seed has its own random stream. Raises ValueError for a split not in SPLITS."""
-    if split not in SPLITS:
-        raise ValueError(f"split={split!r} is not a split of the reviews: choose one of {', '.join(SPLITS)}")
+    check_split(split, SPLITS)
     grammar, stream = ReviewGrammar(), 1 + SPLITS.index(split)
     classes = range(len(grammar.label_names))
     rows = [(text, label) for label in classes for text in grammar.sample(num_texts_per_class, label, seed, stream)]

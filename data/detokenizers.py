@@ -68,16 +68,6 @@ def lambada(text: str) -> str:
     return "\n" + text.replace("“", '"').replace("”", '"').strip()
 
 
-def scientific_papers(text: str) -> str:
-    """Detokenise lower-case arXiv and PubMed articles (Cohan et al., 2018): `wikitext`, then `lm1b`."""
-    return lm1b(wikitext(text))
-
-
-def published_scientific_papers(text: str) -> str:
-    """Detokenise arXiv and PubMed articles as the reference projects do (data.protocol=reference)."""
-    return lm1b(published_wikitext(text))
-
-
 def _join_to_the_left(text: str, signs: str) -> str:
     """Attach free-standing signs to the word before them."""
     for sign in signs:
@@ -94,8 +84,10 @@ def _tighten(text: str, pair: str, any_space: bool) -> str:
 
 
 DETOKENIZERS: dict[str, Callable[[str], str]] = {
-    "wikitext": wikitext, "ptb": ptb, "lm1b": lm1b, "lambada": lambada, "scientific_papers": scientific_papers,
-    "published_wikitext": published_wikitext, "published_scientific_papers": published_scientific_papers,
+    "wikitext": wikitext, "ptb": ptb, "lm1b": lm1b, "lambada": lambada,
+    "scientific_papers": lambda text: lm1b(wikitext(text)),  # lower-case arXiv and PubMed (Cohan et al., 2018)
+    "published_wikitext": published_wikitext,
+    "published_scientific_papers": lambda text: lm1b(published_wikitext(text)),
 }  # fmt: skip
 PUBLISHED = {"wikitext": "published_wikitext", "scientific_papers": "published_scientific_papers"}  # ours -> theirs
 

@@ -35,13 +35,10 @@ def quick_when_offline() -> Iterator[None]:
 
     Otherwise they retry for most of a minute before they report that there is no network.
     """
-    if _hub_has_address():
-        yield
-        return
-    with (
-        mock.patch("huggingface_hub.constants.HF_HUB_OFFLINE", True),
-        mock.patch("datasets.config.HF_HUB_OFFLINE", True),
-    ):
+    with contextlib.ExitStack() as patches:
+        if not _hub_has_address():
+            for library in ("huggingface_hub.constants", "datasets.config"):
+                patches.enter_context(mock.patch(f"{library}.HF_HUB_OFFLINE", True))
         yield
 
 

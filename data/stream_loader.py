@@ -164,10 +164,8 @@ class StreamLoader(TimedLoader):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             ranks = [None] * torch.distributed.get_world_size()
             torch.distributed.all_gather_object(ranks, mine)
-        places: dict[int, dict[str, Any]] = {}
-        for lane, place in sorted((item for rank in ranks for item in rank.items()), key=lambda item: item[0]):
-            if lane not in places or place["rows"] > places[lane]["rows"]:
-                places[lane] = place
+        found = (item for rank in ranks for item in rank.items())
+        places = dict(sorted(found, key=lambda item: (item[0], item[1]["rows"])))  # the last of a lane is the furthest
         return {"settings": self.corpus.settings, "places": places}
 
 

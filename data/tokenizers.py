@@ -179,12 +179,12 @@ def load_tokenizer(
     """
     if not name_or_path or not isinstance(name_or_path, str):
         raise ValueError(f"{_KEY}={name_or_path!r}: give {', '.join(BUILDERS)}, text8, a folder, or a name on the Hub")
-    if name_or_path in BUILDERS:
-        tokenizer = _load_built(name_or_path, texts, content, vocab_size, cache_dir)
-    elif vocab_size is not None:
+    if vocab_size is not None and name_or_path not in ("word", "bpe"):
         raise ValueError(
             f"data.vocab_size={vocab_size} applies to {_KEY}=word and bpe; with {name_or_path} leave it null"
         )
+    if name_or_path in BUILDERS:
+        tokenizer = _load_built(name_or_path, texts, content, vocab_size, cache_dir)
     elif name_or_path == "text8":
         tokenizer = text8()
     else:
@@ -285,8 +285,6 @@ def _load_built(
     vocab_size: int | None,
     cache_dir: str | Path,
 ) -> PreTrainedTokenizerBase:
-    if kind in ("char", "byte") and vocab_size is not None:
-        raise ValueError(f"data.vocab_size={vocab_size} applies to {_KEY}=word and bpe; with {kind} leave it null")
     smallest = {"bpe": 256, "word": 1}.get(kind, 0) + len(SPECIALS)
     if kind == "bpe" and vocab_size is None:
         raise ValueError(f"data.vocab_size=null: {_KEY}=bpe needs a size, such as data.vocab_size=8192")
