@@ -105,10 +105,7 @@ class ExactDenoiser(nn.Module):
         inside_BL = self._is_word_V[x_BL] | (x_BL == self.mask_id)
         if attention_mask is not None:
             inside_BL &= attention_mask.bool()
-
-        def likelihood(x_B: Tensor, id_A: Tensor) -> Tensor:
-            return (x_B == self.mask_id) | (x_B == id_A[:, None])
-
+        likelihood = lambda x_B, id_A: (x_B == self.mask_id) | (x_B == id_A[:, None])
         return self._posterior(x_BL, at, inside_BL, likelihood, use_own=True)
 
     def _posterior(
@@ -187,10 +184,7 @@ class ExactLeaveOneOut(ExactDenoiser):
     def leave_one_out(self, x_BL: Tensor, alpha_B: Tensor, at: Positions, inside_BL: Tensor) -> Tensor:
         """Return log p(x_0 | the other tokens of x_t) at the N positions `at`, float64 (N, V)."""
         kept_B, noise_BV = self.process.keep_prob(alpha_B), self.process.noise_prob(alpha_B)
-
-        def likelihood(x_B: Tensor, id_A: Tensor) -> Tensor:
-            return noise_BV.gather(1, x_B[:, None]).T + kept_B * (x_B == id_A[:, None])
-
+        likelihood = lambda x_B, id_A: noise_BV.gather(1, x_B[:, None]).T + kept_B * (x_B == id_A[:, None])
         return self._posterior(x_BL, at, inside_BL, likelihood, use_own=False)
 
 

@@ -68,11 +68,8 @@ _AT_ONCE = 1000  # rows
 class Source(Protocol):
     """The interface that TextData requires of a source."""
 
-    @property
-    def splits(self) -> tuple[str, ...]: ...
-
-    @property
-    def label_names(self) -> tuple[str, ...] | None: ...
+    splits: tuple[str, ...]
+    label_names: tuple[str, ...] | None
 
     def load(self, split: str) -> datasets.Dataset: ...
 

@@ -15,14 +15,11 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(eq=False)
 class SplitTexts:
-    """The texts of a source's splits; each split is read once.
+    """The texts of a source's splits, by settings of dataloader.Texts; each split is read once.
 
     Args:
         limits: split -> data.max_*_texts, None for all.
         streaming: read no more of a split than its limit; for an unlimited train split, `sample_texts`.
-        label: keep only texts of this class.
-        train_splits: splits that together form the train split, without labels.
-        label_noise, texts_per_class: of the train split, unless it is made of `train_splits` (data/labels.py).
     """
 
     source: Source
