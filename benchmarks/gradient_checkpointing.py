@@ -22,7 +22,6 @@ from palimpsest.common.randomness import training_noise
 from palimpsest.models.ar import AR
 from palimpsest.models.dimamba import DiMamba
 from palimpsest.models.dit import DiT
-from palimpsest.models.recompute import recompute_blocks
 from palimpsest.noise_schedule import LogLinear
 from palimpsest.objectives.ar import AR as LeftToRight
 from palimpsest.objectives.subs import Subs
@@ -48,7 +47,7 @@ def measure(network: str, again: bool, steps: int) -> dict[str, float]:
     torch.manual_seed(0)
     net = NETWORKS[network]().to(device)
     if again:
-        recompute_blocks(net)
+        net.recompute_blocks()
     objective = LeftToRight(Absorbing(VOCAB - 1)) if net.causal else Subs(LogLinear(), Absorbing(VOCAB - 1))
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-4, fused=True)
     batch = {"input_ids": torch.randint(VOCAB - 1, (BATCH, LENGTH), device=device)}

@@ -26,7 +26,6 @@ from palimpsest.models.class_bigrams import ClassBigrams
 from palimpsest.models.compatibility import check_data_compatible
 from palimpsest.models.compiling import compile_encoder
 from palimpsest.models.freezing import freeze
-from palimpsest.models.recompute import recompute_blocks
 from palimpsest.objectives.base import Objective
 from palimpsest.process import Process
 from palimpsest.settings.identity import identity
@@ -161,7 +160,7 @@ class Builder:
         check_data_compatible(data, objective, backbone)
         freeze(backbone, self.choices.freeze)
         if self.choices.gradient_checkpointing:
-            recompute_blocks(backbone)
+            backbone.recompute_blocks()
         if self.choices.compile:
             compile_encoder(backbone)
         # backbone=hf_* leaves sizes open in the configuration; checkpoints save the sizes that were found.

@@ -13,7 +13,7 @@ from palimpsest.common.values import FREE, BelowOne, Size
 from palimpsest.models.attention import head_width, resolve_backend, rotary_angles, seen_keys
 from palimpsest.models.backbone import Backbone
 from palimpsest.models.class_conditioning import ClassEmbedding, unconditional, with_class
-from palimpsest.models.kv_cache import KVCache, cache_format
+from palimpsest.models.kv_cache import KVCache, one_token
 from palimpsest.models.layers import RotaryFrequencies, TokenEmbedding
 from palimpsest.models.recompute import Recomputing
 from palimpsest.models.transformer import CacheAppend, Head, Rotary, TransformerBlock
@@ -75,7 +75,7 @@ class AR(Recomputing, Backbone):
 
     def new_cache(self, batch_size: int, length: int) -> KVCache:
         """Return an empty cache for `length` positions, in the precision of the attention."""
-        return KVCache(len(self.blocks), batch_size, length, *cache_format(self.vocab_embed.embedding, self.n_heads))
+        return KVCache(len(self.blocks), batch_size, length, one_token(self.vocab_embed.embedding, self.n_heads))
 
     def encode(
         self,

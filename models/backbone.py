@@ -22,7 +22,6 @@ class Backbone(nn.Module):
         reads_latents: it has `encode_both` and `latent_shape`, for texts with latents.
         separates_documents: `encode` takes `document` (B, L), the number of each token's document, and tokens attend to
             their own document only.
-        recomputes: it has `recompute_blocks`, which switches gradient checkpointing on.
         compiles: trainer.compile=true may compile `encode` and `encode_blocks`.
         mask_padding: no position attends to padding.
         knows_its_mask: its pretrained weights have a mask token, which the data must use.
@@ -31,7 +30,7 @@ class Backbone(nn.Module):
         settings: constructor arguments, by their keys on the command line.
     """
 
-    causal = encodes_positions = takes_classes = recomputes = compiles = knows_its_mask = False
+    causal = encodes_positions = takes_classes = compiles = knows_its_mask = False
     reads_blocks = reads_mixtures = reads_latents = separates_documents = False
     num_classes = 0
     bigrams: nn.Module | None
@@ -55,6 +54,13 @@ class Backbone(nn.Module):
     def pretrained(self) -> object | None:
         """Return the published weights that a new training starts from, or None."""
         return None
+
+    def recompute_blocks(self) -> None:
+        """Switch gradient checkpointing on (models/recompute.py). Raises ValueError if the network does not support
+        it."""
+        raise ValueError(
+            f"training.gradient_checkpointing=true: {type(self).__name__} does not support it; leave it out"
+        )
 
     def part_of(self, state: Mapping[str, Tensor]) -> nn.Module:
         """Return the part of the network that the weights `state` belong to."""

@@ -17,7 +17,7 @@ from palimpsest.common.positions import Positions
 from palimpsest.models.attention import apply_rotary, attend, rotary_angles
 from palimpsest.models.block_attention import QKV, attend_blocks, attend_up_to
 from palimpsest.models.class_conditioning import unconditional, with_class
-from palimpsest.models.kv_cache import MOST_AT_ONCE, BlockCache, SegmentCache, cache_format
+from palimpsest.models.kv_cache import MOST_AT_ONCE, BlockCache, SegmentCache, one_token
 from palimpsest.models.segment_attention import SegmentMasks, segment_masks
 from palimpsest.models.transformer import Modulation
 
@@ -102,15 +102,15 @@ class BlockStreams:
     def new_block_cache(self, batch_size: int, length: int, window: int | None = None) -> BlockCache:
         """Return an empty cache for texts of `length` tokens, of which the last `window` clean ones are seen (None:
         all)."""
-        return BlockCache(len(self.order), batch_size, length, window, *self._cache_format)
+        return BlockCache(len(self.order), batch_size, length, window, self._one_token)
 
     def new_segment_cache(self, batch_size: int) -> SegmentCache:
         """Return an empty cache for texts in segments."""
-        return SegmentCache(len(self.order), batch_size, *self._cache_format)
+        return SegmentCache(len(self.order), batch_size, self._one_token)
 
     @property
-    def _cache_format(self) -> tuple[int, int, torch.device, torch.dtype]:
-        return cache_format(self.vocab_embed.embedding, self.n_heads)
+    def _one_token(self) -> Tensor:
+        return one_token(self.vocab_embed.embedding, self.n_heads)
 
     def remember(self, clean_BL: Tensor, block_size: int, cache: BlockCache, class_id: Tensor | None = None) -> None:
         """Append whole clean blocks, which follow those in `cache`, to it."""

@@ -65,8 +65,6 @@ class DiMamba(Backbone):
     mamba_ssm if it is installed.
     """
 
-    recomputes = True
-
     def __init__(
         self,
         vocab_size: int,
@@ -106,7 +104,6 @@ class DiMamba(Backbone):
         return {"embeddings": embeddings, "conditioning": [self.sigma_map], "blocks": [self.blocks], "head": head}
 
     def recompute_blocks(self) -> None:
-        """Switch gradient checkpointing on (models/recompute.py)."""
         self.trunk.recompute_blocks()
 
     def encode(self, tokens_BL: Tensor, sigma_B: Tensor, attention_mask: Tensor | None = None) -> Tensor:

@@ -26,9 +26,8 @@ class TrunkCache(CacheCapacity):
     """The library's cache of keys and values with a fixed capacity. For sampling, under `no_grad`."""
 
     def __init__(self, config: PretrainedConfig, batch_size: int, capacity: int) -> None:
+        super().__init__(batch_size, capacity)
         self.past = DynamicCache(config=config)
-        self.batch_size, self.capacity = batch_size, capacity
-        self.length = 0
 
 
 class HFCausal(published.PublishedBackbone):

@@ -46,7 +46,6 @@ class PublishedBackbone(Backbone):
         name: name or path of the pretrained weights, as typed; None for a network without.
     """
 
-    recomputes = True
     kind: Kind
     model: PreTrainedModel
 
@@ -88,8 +87,7 @@ class PublishedBackbone(Backbone):
         return f"model.{name}"
 
     def recompute_blocks(self) -> None:
-        """Switch gradient checkpointing on, by the library's own switch (models/recompute.py). Raises ValueError if the
-        architecture has none."""
+        """Switch gradient checkpointing on, by the library's own switch. Raises ValueError if it has none."""
         if not self.model.supports_gradient_checkpointing:
             raise ValueError(
                 f"training.gradient_checkpointing=true: a {self.model.config.model_type} model of transformers does "

@@ -9,19 +9,18 @@ from torch import Tensor
 MOST_AT_ONCE = 512  # clean tokens that one pass reads into a `BlockCache`
 
 
-def cache_format(embedding: Tensor, n_heads: int) -> tuple[int, int, torch.device, torch.dtype]:
-    """Return heads, head width, device and precision of the keys and values of a network with this embedding."""
-    device = embedding.device
-    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else embedding.dtype
-    return n_heads, embedding.shape[1] // n_heads, device, dtype
+def one_token(embedding: Tensor, n_heads: int) -> Tensor:
+    """Return an empty tensor like the keys of one token, (H, D), in a network with this embedding (V, H * D)."""
+    kind = embedding.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else embedding.dtype
+    return embedding.new_empty(n_heads, embedding.shape[1] // n_heads, dtype=dtype)
 
 
 class CacheCapacity:
     """A cache with `length` of `capacity` positions filled, for batches of `batch_size` rows."""
 
-    batch_size: int
-    capacity: int
-    length: int
+    def __init__(self, batch_size: int, capacity: int) -> None:
+        self.batch_size, self.capacity, self.length = batch_size, capacity, 0
 
     def check_capacity(self, tokens_BL: Tensor) -> None:
         """Check that new tokens fit. Raises ValueError if there are fewer free positions, or the batch size differs."""
@@ -46,21 +45,10 @@ class KVCache(CacheCapacity):
     next pass overwrites. For sampling, under `torch.no_grad()`.
     """
 
-    def __init__(
-        self,
-        n_blocks: int,
-        batch_size: int,
-        capacity: int,
-        n_heads: int,
-        head_dim: int,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> None:
-        shape = (n_blocks, batch_size, capacity, n_heads, head_dim)
-        self.keys_NBLHD = torch.zeros(shape, device=device, dtype=dtype)
-        self.values_NBLHD = torch.zeros(shape, device=device, dtype=dtype)
-        self.batch_size, self.capacity = batch_size, capacity
-        self.length = 0
+    def __init__(self, n_blocks: int, batch_size: int, capacity: int, token_HD: Tensor) -> None:
+        super().__init__(batch_size, capacity)
+        self.keys_NBLHD = token_HD.new_zeros(n_blocks, batch_size, capacity, *token_HD.shape)
+        self.values_NBLHD = torch.zeros_like(self.keys_NBLHD)
 
     def append(self, block: int, k_BLHD: Tensor, v_BLHD: Tensor) -> tuple[Tensor, Tensor]:
         """Store new keys and values of a block, and return all of its keys and values."""
@@ -89,24 +77,13 @@ class BlockCache(CleanCache):
     whose text has ended are dropped with `keep`. For sampling, under `torch.no_grad()`.
     """
 
-    def __init__(
-        self,
-        n_blocks: int,
-        batch_size: int,
-        length: int,
-        window: int | None,
-        n_heads: int,
-        head_dim: int,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> None:
+    def __init__(self, n_blocks: int, batch_size: int, length: int, window: int | None, token_HD: Tensor) -> None:
         self.window, self.position = window, 0
         self._filled = 0
         # Twice the window, so that old blocks are rarely dropped.
         self.capacity = length if window is None else min(length, 2 * window + MOST_AT_ONCE)
-        shape = (n_blocks, batch_size, self.capacity, n_heads, head_dim)
-        self.keys_NBLHD = torch.zeros(shape, device=device, dtype=dtype)
-        self.values_NBLHD = torch.zeros(shape, device=device, dtype=dtype)
+        self.keys_NBLHD = token_HD.new_zeros(n_blocks, batch_size, self.capacity, *token_HD.shape)
+        self.values_NBLHD = torch.zeros_like(self.keys_NBLHD)
 
     def next_position(self, rows: Tensor | None = None) -> int:
         """Return the position of the next token, which is the same in all rows."""
@@ -134,7 +111,7 @@ class BlockCache(CleanCache):
             else:
                 seen = kept_BLHD[:, start : self._filled]
                 joined.append(torch.cat([(seen if rows is None else seen[rows]).to(new.dtype), new], dim=1))
-        return joined[0], joined[1]
+        return tuple(joined)
 
     def make_room(self, new: int) -> None:
         """Drop tokens that no later token sees, if `new` tokens do not fit. Raises ValueError if they still
@@ -166,12 +143,10 @@ class SegmentCache(CleanCache):
     sampling, under `torch.no_grad()`.
     """
 
-    def __init__(
-        self, n_blocks: int, batch_size: int, n_heads: int, head_dim: int, device: torch.device, dtype: torch.dtype
-    ) -> None:
-        self.keys_NBKHD = torch.zeros(n_blocks, batch_size, 0, n_heads, head_dim, device=device, dtype=dtype)
+    def __init__(self, n_blocks: int, batch_size: int, token_HD: Tensor) -> None:
+        self.keys_NBKHD = token_HD.new_zeros(n_blocks, batch_size, 0, *token_HD.shape)
         self.values_NBKHD = torch.zeros_like(self.keys_NBKHD)
-        self.here_BK = torch.zeros(batch_size, 0, device=device, dtype=torch.bool)
+        self.here_BK = token_HD.new_zeros(batch_size, 0, dtype=torch.bool)
         self._new: dict[int, tuple[Tensor, Tensor]] = {}
 
     def next_position(self, rows: Tensor | None = None) -> Tensor:

@@ -6,23 +6,10 @@ from collections.abc import Callable
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from palimpsest.models.backbone import Backbone
-
-
-def recompute_blocks(backbone: Backbone) -> None:
-    """Switch gradient checkpointing on for the training of `backbone`. Raises ValueError if the network does not
-    support it."""
-    if not backbone.recomputes:
-        raise ValueError(
-            f"training.gradient_checkpointing=true: {type(backbone).__name__} does not support it; leave it out"
-        )
-    backbone.recompute_blocks()
-
 
 class Recomputing(nn.Module):
     """A network whose blocks can be run under gradient checkpointing."""
 
-    recomputes = True
     recomputing = False
 
     def recompute_blocks(self) -> None:

@@ -11,7 +11,6 @@ from torch._dynamo.utils import counters
 from palimpsest.common.randomness import training_noise
 from palimpsest.models import compiling
 from palimpsest.models.compiling import compile_encoder
-from palimpsest.models.recompute import recompute_blocks
 from palimpsest.noise_schedule import LogLinear
 from palimpsest.objectives.duo import Duo
 from palimpsest.objectives.mask_sampling import Bernoulli
@@ -48,7 +47,7 @@ def test_the_encoder_of_all_training_steps_is_one_graph(random_dit, graphs, name
     plain, objective = random_dit(VOCAB, time_conditioning=True).float().train(), OBJECTIVES[name]()
     compiled = copy.deepcopy(plain)
     if recomputing:
-        recompute_blocks(compiled)
+        compiled.recompute_blocks()
     compile_encoder(compiled)
     assert list(compiled.state_dict()) == list(plain.state_dict())
     for step in range(6):  # each with other numbers of masks

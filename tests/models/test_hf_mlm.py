@@ -23,7 +23,6 @@ from transformers.models.bert.modeling_bert import BertOnlyMLMHead
 from palimpsest.experiment.experiment import Experiment
 from palimpsest.models.checkpoints import read_checkpoint
 from palimpsest.models.hf_mlm import HFMaskedLM, hf_mlm
-from palimpsest.models.recompute import recompute_blocks
 from palimpsest.settings.command_line import compose_config
 from palimpsest.training.optimizers import muon
 from tests.helpers import commands
@@ -108,7 +107,7 @@ def test_sizes_of_ones_own_and_the_usual_switches():
     assert net.settings["model.hidden_size"] == 32 and not net.knows_its_mask
     x = torch.randint(33, (2, 20))
     before = net(x)
-    recompute_blocks(net)
+    net.recompute_blocks()
     assert torch.equal(before, net(x)), "training mode, but no dropout"
     net(x).square().mean().backward()
     ask = {"lr": 1e-3, "matrix_lr": 1e-2, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.0}

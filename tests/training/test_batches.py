@@ -15,7 +15,6 @@ from palimpsest.experiment.experiment import Experiment
 from palimpsest.experiment.fitting import fit
 from palimpsest.models.backbone import Backbone
 from palimpsest.models.checkpoints import load_inert
-from palimpsest.models.recompute import recompute_blocks
 from palimpsest.objectives.base import TokenLoss
 from palimpsest.objectives.reduction import StepLoss
 from palimpsest.report.training import history
@@ -188,7 +187,7 @@ def test_checkpointing_saves_memory_and_changes_neither_loss_nor_gradient(name):
     x, found = torch.randint(0, 11, (2, 9)), []
     for again in (False, True):
         if again:
-            recompute_blocks(net)
+            net.recompute_blocks()
         kept = []
         torch.manual_seed(1)  # of the dropout
         with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.numel()) or t, lambda t: t):
@@ -210,7 +209,7 @@ def test_checkpointing_saves_memory_and_changes_neither_loss_nor_gradient(name):
 
 def test_a_network_without_support_is_refused():
     with pytest.raises(ValueError, match="gradient_checkpointing=true: Backbone does not support it"):
-        recompute_blocks(Backbone())
+        Backbone().recompute_blocks()
 
 
 # -------------------------------------------------------------------------------- all parameters in the loss
