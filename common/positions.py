@@ -99,8 +99,7 @@ class Positions:
             return self
         mask_BL = torch.zeros_like(self.mask_BL)
         mask_BL[start:stop] = self.mask_BL[start:stop]
-        inside = range(start, stop)
-        return Positions(mask_BL, [count if row in inside else 0 for row, count in enumerate(self.counts)])
+        return Positions(mask_BL, [count if start <= row < stop else 0 for row, count in enumerate(self.counts)])
 
     def compact(self) -> tuple[Tensor, Positions]:
         """Return the rows that have positions, (R,), and the positions within these rows, (R, L)."""

@@ -220,13 +220,14 @@ def _algo(arguments: list[str]) -> list[str]:
         typed = [argument for argument in arguments if argument.startswith(f"{theirs}=")]
         if not typed:
             continue
-        values = {argument: argument.partition("=")[2].split(",") for argument in typed}  # several in a sweep
+        ours_of = {}
         for argument in typed:
-            if not set(values[argument]) <= set(choices):
+            names = argument.partition("=")[2].split(",")  # several in a sweep
+            if not set(names) <= set(choices):
                 known = ", ".join(f"{theirs}={name}" for name in choices)
                 raise ValueError(f"{argument} is unknown; what exists: {known} (the same as {ours}=)")
+            ours_of[argument] = f"{ours}={','.join(choices[name] for name in names)}"
         own = [argument for argument in arguments if argument.startswith(f"{ours}=")]
-        ours_of = {argument: f"{ours}={','.join(choices[name] for name in values[argument])}" for argument in typed}
         meant = set(ours_of.values())
         if len(meant | set(own)) > 1:
             raise ValueError(
@@ -449,10 +450,9 @@ def _unknown_key(key: str, cfg: DictConfig) -> str:
         parent, _, name = parent.rpartition(".")
     node = OmegaConf.select(cfg, parent) if parent else cfg
     existing = sorted(str(k) for k in node if not str(k).startswith("_"))
-    above = key.partition(".")[0]
-    spelled = sorted(alias.removeprefix("algo.") for alias in (*ALIASES, *SPELLINGS) if alias.startswith("algo."))
-    if above == "algo":
-        parent, name, existing = above, key.removeprefix("algo."), spelled
+    if key.partition(".")[0] == "algo":
+        parent, name = "algo", key.removeprefix("algo.")
+        existing = sorted(alias.removeprefix("algo.") for alias in (*ALIASES, *SPELLINGS) if alias.startswith("algo."))
     close = difflib.get_close_matches(name, existing, n=1)
     prefix = f"{parent}." if parent else ""
     guess = f" Did you mean {prefix}{close[0]}?" if close else ""
