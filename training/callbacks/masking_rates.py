@@ -24,7 +24,6 @@ class MaskingRates(Callback):
         if len(set(rates)) < len(rates):
             raise ValueError(f"callbacks.masking_rates.rates={list(rates)} names a rate twice; name each once")
         self.rates = tuple(rates)
-        self._sums_R2 = torch.zeros(0)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not pl_module.fills_masks or pl_module.objective.T:
