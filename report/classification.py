@@ -186,10 +186,10 @@ def _draws(report: Report, result: ClassificationResult, test: SequentialTest) -
         return
     report.section("Accuracy by draws", _ABOUT_DRAWS + (_SEQUENTIAL if test.confidence < 1 else ""))
     evaluations, accuracy = result.after_draws()
-    curve = figures.Curve(evaluations, [a.value for a in accuracy], [a.se for a in accuracy])
+    curve = (evaluations, [a.value for a in accuracy], [a.se for a in accuracy])
     others = {method.name: method.measures.accuracy.value for method in result.others if method.evaluations is None}
     found = result.plain.measures.accuracy
-    spent = {"sequential": figures.Point(float(scores.draws_M.mean()), found.value, found.se)}
+    spent = {"sequential": ([scores.draws_M.mean()], [found.value], [found.se])}
     report.figure(
         figures.accuracy_against_draws({f"{test.masks} masks": curve}, others, spent if test.confidence < 1 else {}),
         "Accuracy had no text been drawn more often.",

@@ -7,7 +7,6 @@ labelled so, and values that are not finite are counted. Shapes: K classes or bi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -26,11 +25,11 @@ from palimpsest.report.style import (
     SERIES,
     TEXT,
     TICK_STEPS,
-    Z95,
     Floats,
     Row,
     by_mask_rate,
     dot_rows,
+    draw_histogram,
     empty_figure,
     end_labels,
     finite,
@@ -44,30 +43,15 @@ from palimpsest.report.style import (
 
 PERCENT = FuncFormatter(lambda share, _: f"{100 * share:.10g}")
 
+# One method: network evaluations per text and class, accuracy as a share, its standard error (NaN if unknown); all N.
+Curve = tuple[ArrayLike, ArrayLike, ArrayLike]
+
 _MOST_LABELLED_CLASSES = 12
 _MOST_BARS = 64
 # A curve against coverage begins at this share and at this many texts, and has this many points.
 _LEAST_COVERAGE = 0.05
 _LEAST_PREDICTED = 10
 _COVERAGES = 100
-
-
-@dataclass(frozen=True)
-class Curve:
-    """Accuracy of one method at growing cost, all N."""
-
-    evaluations: ArrayLike  # of the network, per text and class
-    accuracy: ArrayLike  # share in [0, 1]
-    se: ArrayLike  # standard error; NaN if unknown
-
-
-@dataclass(frozen=True)
-class Point:
-    """One method at one cost, as in `Curve`."""
-
-    evaluations: float
-    accuracy: float
-    se: float | None = None  # None if unknown
 
 
 def accuracy_ladder(rows: Sequence[Row], highlight: str | None = None) -> Figure:
@@ -126,16 +110,8 @@ def calibration(confidence_K: ArrayLike, right_K: ArrayLike, count_K: ArrayLike,
     style_axes(top, "", "share correct (%)")
     style_axes(bottom, "confidence of the answer (%)", "texts")
     top.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
-    write(
-        top,
-        0.08,
-        0.125,
-        "perfectly calibrated",
-        MUTED,
-        rotation=45,
-        rotation_mode="anchor",
-        transform_rotates_text=True,
-    )
+    along = {"rotation": 45, "rotation_mode": "anchor", "transform_rotates_text": True}
+    write(top, 0.08, 0.125, "perfectly calibrated", MUTED, **along)
     full = count > 0
     (x, y, n), dropped = finite(confidence[full], right[full], count[full])
     if n.size:
@@ -144,8 +120,7 @@ def calibration(confidence_K: ArrayLike, right_K: ArrayLike, count_K: ArrayLike,
         # Rounding can put an end of the interval on the wrong side of the proportion by one ulp.
         errors = np.maximum([y - low, high - y], 0)
         top.errorbar(x, y, errors, fmt="o", color=BLUE, markersize=5, elinewidth=1.4)
-    bottom.stairs(count, np.linspace(0, 1, count.size + 1), fill=True, color=BLUE, alpha=0.22)
-    bottom.stairs(count, np.linspace(0, 1, count.size + 1), color=BLUE, linewidth=1.3)
+    draw_histogram(bottom, count, np.linspace(0, 1, count.size + 1))
     top.set(xlim=(-0.01, 1.01), ylim=(-0.03, 1.03))
     for axis in (top.yaxis, top.xaxis):
         axis.set_major_formatter(PERCENT)
@@ -174,15 +149,12 @@ def _histograms(values_by_name: Mapping[str, ArrayLike], xlabel: str, line: floa
     dropped = sum(count for _, count in kept.values())
     groups = {name: columns[0] for name, (columns, _) in kept.items()}
     if not sum(values.size for values in groups.values()):
-        return empty_figure(figure, f"no finite value among {dropped:,}" if dropped else "nothing to draw")
+        return empty_figure(figure, dropped)
     axes = style_axes(figure.add_subplot(), xlabel, "texts per bin")
     pooled = np.concatenate(list(groups.values()))
     edges = np.histogram_bin_edges(pooled, bins=min(40, max(5, 2 * round(pooled.size**0.5))))
     for i, values in enumerate(groups.values()):
-        colour = SERIES[i % len(SERIES)]
-        counts, _ = np.histogram(values, edges)
-        axes.stairs(counts, edges, fill=True, color=colour, alpha=0.22)
-        axes.stairs(counts, edges, color=colour, linewidth=1.3)
+        draw_histogram(axes, np.histogram(values, edges)[0], edges, SERIES[i % len(SERIES)])
     axes.axvline(line, color=INK, linewidth=1, linestyle=(0, (4, 3)))
     axes.margins(x=0.03)
     axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -244,9 +216,7 @@ def accuracy_against_coverage(right_by_method: Mapping[str, ArrayLike], highligh
 
 
 def accuracy_against_draws(
-    curves: Mapping[str, Curve],
-    references: Mapping[str, float] | None = None,
-    points: Mapping[str, Point] | None = None,
+    curves: Mapping[str, Curve], references: Mapping[str, float], points: Mapping[str, Curve]
 ) -> Figure:
     """Plot accuracy [share] with its 95% band against network evaluations per text and class, one curve per method.
 
@@ -256,34 +226,32 @@ def accuracy_against_draws(
     figure = new_figure(3.4)
     bands = "; bands: 95%" if curves else ""
     axes = style_axes(figure.add_subplot(), f"network evaluations per text and class{bands}", "accuracy (% of texts)")
-    labels, notes = [], []
-    drawn, dropped = [], 0
-    for i, (name, curve) in enumerate(curves.items()):
-        (x, y, se), bad = _cleaned(curve.evaluations, curve.accuracy, curve.se)
+    labels, notes, drawn, dropped = [], [], [], 0
+    for i, (name, (evaluations, accuracy, se)) in enumerate([*curves.items(), *points.items()]):
+        cost = np.asarray(evaluations, dtype=np.float64)
+        columns, bad = finite(np.where(cost > 0, cost, np.nan), accuracy, se)  # a logarithmic axis has no 0
         dropped += bad
-        if x.size:
-            drawn.append(x)
-            colour = SERIES[i % len(SERIES)]
-            half = Z95 * np.nan_to_num(se, nan=0.0, posinf=0.0)
+        if not columns[0].size:
+            continue
+        order = np.argsort(columns[0], kind="stable")
+        x, y, half = columns[0][order], columns[1][order], half_width(columns[2][order])
+        drawn.append(x)
+        colour = SERIES[i % len(SERIES)]
+        if i < len(curves):
             axes.fill_between(x, y - half, y + half, color=colour, alpha=0.18, linewidth=0)
             axes.plot(x, y, color=colour, linewidth=1.5, marker="o", markersize=3.5)
             labels.append((float(y[-1]), name, colour))
-    for i, (name, point) in enumerate((points or {}).items(), start=len(curves)):
-        (x, y, _), bad = _cleaned([point.evaluations], [point.accuracy], [0.0])
-        dropped += bad
-        if x.size:
-            drawn.append(x)
-            colour = SERIES[i % len(SERIES)]
-            axes.errorbar(x, y, half_width(point.se), fmt="D", color=colour, markersize=6, elinewidth=1.4, zorder=5)
+        else:
+            axes.errorbar(x, y, half, fmt="D", color=colour, markersize=6, elinewidth=1.4, zorder=5)
             notes.append((float(x[0]), float(y[0]), f"{name}, {format_number(float(x[0]), 3)}", colour))
-    for name, accuracy in (references or {}).items():
+    for name, accuracy in references.items():
         if np.isfinite(accuracy):
             axes.axhline(accuracy, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
             labels.append((accuracy, name, MUTED))
         else:
             dropped += 1
     if not labels and not notes:
-        return empty_figure(new_figure(3.4), f"no finite value among {dropped:,}" if dropped else "nothing to draw")
+        return empty_figure(new_figure(3.4), dropped)
     axes.yaxis.set_major_formatter(PERCENT)
     axes.margins(x=0.04, y=0.12)
     _log2_axis(axes, np.concatenate(drawn) if drawn else np.ones(1))
@@ -291,27 +259,10 @@ def accuracy_against_draws(
     for x, y, text, colour in notes:
         # Curves rise, so there is room above a mark, and to its left unless it is among the cheapest.
         left = axes.transAxes.inverted().transform(axes.transData.transform((x, y)))[0] > 1 / 3
-        axes.annotate(
-            text,
-            (x, y),
-            (0, 9),
-            textcoords="offset points",
-            ha="right" if left else "left",
-            va="bottom",
-            color=colour,
-            fontsize=TEXT,
-            parse_math=False,
-        )
+        place = {"textcoords": "offset points", "ha": "right" if left else "left", "va": "bottom"}
+        axes.annotate(text, (x, y), (0, 9), color=colour, fontsize=TEXT, parse_math=False, **place)
     note_dropped(axes, dropped)
     return figure
-
-
-def _cleaned(evaluations: ArrayLike, accuracy: ArrayLike, se: ArrayLike) -> tuple[list[Floats], int]:
-    """Return the points that a logarithmic axis can show, by evaluations; and how many it cannot."""
-    x = np.asarray(evaluations, dtype=np.float64)
-    columns, dropped = finite(np.where(x > 0, x, np.nan), accuracy, se)
-    order = np.argsort(columns[0], kind="stable")
-    return [column[order] for column in columns], dropped
 
 
 def _log2_axis(axes: Axes, x: Floats) -> None:
@@ -325,10 +276,10 @@ def _log2_axis(axes: Axes, x: Floats) -> None:
     axes.set_xlim(2 ** (np.log2(x.min()) - 0.25), 2 ** (np.log2(x.max()) + 0.25))
 
 
-def accuracy_against_mask_rate(rate: ArrayLike, accuracy: ArrayLike, se: ArrayLike | None = None) -> Figure:
+def accuracy_against_mask_rate(rate: ArrayLike, accuracy: ArrayLike, se: ArrayLike) -> Figure:
     """Plot the accuracy [share] of a single draw against the share of masked tokens in [0, 1]; all N."""
-    figure, axes = by_mask_rate(rate, accuracy, se, "accuracy of one draw (%)")
-    axes.yaxis.set_major_formatter(PERCENT)
+    figure = by_mask_rate(rate, accuracy, se, "accuracy of one draw (%)")
+    figure.axes[0].yaxis.set_major_formatter(PERCENT)
     return figure
 
 
@@ -345,13 +296,12 @@ def draws_histogram(draws_M: ArrayLike, total: int) -> Figure:
         )
     figure = new_figure(3.0)
     if not draws.size:
-        return empty_figure(figure, f"no finite number among {dropped:,}" if dropped else "nothing to draw")
+        return empty_figure(figure, dropped)
     axes = style_axes(figure.add_subplot(), f"draws per text (of at most {total:,})", "texts")
     width = -(-total // _MOST_BARS)
     edges = np.arange(0, total + width + 1, width) - 0.5
     counts, _ = np.histogram(draws, edges)
-    axes.stairs(counts, edges, fill=True, color=BLUE, alpha=0.22)
-    axes.stairs(counts, edges, color=BLUE, linewidth=1.3)
+    draw_histogram(axes, counts, edges)
     axes.set_xlim(-0.5 - 0.02 * total, edges[-1] + 0.02 * total)
     axes.set_ylim(0, 1.08 * counts.max())
     mean = float(draws.mean())

@@ -12,6 +12,7 @@ from palimpsest.objectives.joint import JointDiffusion
 from palimpsest.report import plots
 from palimpsest.report.formatting import Metric
 from palimpsest.report.report import Report
+from palimpsest.report.style import by_mask_rate
 
 
 def likelihood_section(report: Report, measured: Likelihood, split: str, remark: str) -> None:
@@ -40,7 +41,8 @@ def mask_rate_figure(report: Report, measured: Likelihood, caption: str) -> None
     """Add the figure of the cross-entropy against the share of masks, if there were masks."""
     if measured.scores.num_masked_MP.size:
         rates, found = measured.scores.by_mask_rate()
-        figure = plots.nll_by_mask_rate(rates, [one.value for one in found], [one.se for one in found])
+        values, errors = [one.value for one in found], [one.se for one in found]
+        figure = by_mask_rate(rates, values, errors, "loss (nats per masked token)")
         report.figure(figure, caption, "Cross-entropy against mask rate")
 
 

@@ -23,13 +23,12 @@ from palimpsest.report.style import (
     ORANGE,
     TEXT,
     TICK_STEPS,
-    Z95,
     Floats,
     Row,
-    by_mask_rate,
     dot_rows,
     end_labels,
     finite,
+    half_width,
     new_figure,
     note_dropped,
     running_mean,
@@ -88,8 +87,9 @@ def _draw_losses(
         labels.append((_draw_train(axes, train[0], train[1], start), "training", BLUE))
     steps, nll, se = (column[validation[0] >= start] for column in validation)
     if steps.size:
-        bars = Z95 * np.nan_to_num(se, nan=0.0, posinf=0.0)
-        axes.errorbar(steps, nll, bars, color=ORANGE, linewidth=1.3, marker="o", markersize=3.5, elinewidth=1.1)
+        axes.errorbar(
+            steps, nll, half_width(se), color=ORANGE, linewidth=1.3, marker="o", markersize=3.5, elinewidth=1.1
+        )
         labels.append((float(nll[-1]), "validation\n± 95%", ORANGE))
     if truth is not None:
         axes.axhline(truth, color=INK, linewidth=1, linestyle=(0, (4, 3)))
@@ -113,32 +113,11 @@ def _draw_train(axes: Axes, steps: Floats, nll: Floats, start: float) -> float:
     return float(mean[-1])
 
 
-def nll_by_mask_rate_over_time(series: Sequence[tuple[str, ArrayLike]]) -> Figure:
-    """Plot the running mean of the loss [nats per masked token] against the optimiser step, for each share of masks.
+def losses_over_time(series: Sequence[tuple[str, ArrayLike]], ylabel: str, smooth: bool) -> Figure:
+    """Plot losses [nats per masked token] against the optimiser step, one line for each share of masks.
 
-    `series` are (label, points (N, 2)), the fewest masks first.
+    `series` are (label, points (N, 2)), the fewest masks first. `smooth` draws running means.
     """
-    figure, labels = _over_time(series, "loss (nats per masked token)", smooth=True)
-    highest = [(max(y for y, *_ in labels) + 1e-9, "share masked", MUTED)] if labels else []
-    end_labels(figure.axes[0], [*labels, *highest])
-    return figure
-
-
-def cross_entropy_at_rates(series: Sequence[tuple[float, ArrayLike]]) -> Figure:
-    """Plot the validation cross-entropy [nats per masked token] against the optimiser step, for each share of masks.
-
-    `series` are (share in per cent, points (N, 2)), the fewest masks first.
-    """
-    named = [(f"{percent:g} % masked", points) for percent, points in series]
-    figure, labels = _over_time(named, "cross-entropy (nats per masked token)", smooth=False)
-    end_labels(figure.axes[0], labels)
-    return figure
-
-
-def _over_time(
-    series: Sequence[tuple[str, ArrayLike]], ylabel: str, smooth: bool
-) -> tuple[Figure, list[tuple[float, str, str]]]:
-    """Draw a line for each series, later ones stronger; return the labels of their ends too."""
     figure = new_figure(3.1)
     axes = style_axes(figure.add_subplot(), "optimiser step", ylabel)
     labels, dropped = [], 0
@@ -147,37 +126,37 @@ def _over_time(
         dropped += lost
         if steps.size:
             nats = running_mean(nats, max(1, steps.size // 25)) if smooth else nats
-            marker = None if smooth and steps.size > 1 else "o"
-            axes.plot(
-                steps,
-                nats,
-                color=BLUE,
-                alpha=0.3 + 0.7 * (rank + 1) / len(series),
-                linewidth=1.4,
-                marker=marker,
-                markersize=None if smooth else 3.5,
-            )
+            dots = {} if smooth and steps.size > 1 else {"marker": "o", "markersize": 3.5}
+            axes.plot(steps, nats, color=BLUE, alpha=0.3 + 0.7 * (rank + 1) / len(series), linewidth=1.4, **dots)
             labels.append((float(nats[-1]), label, BLUE))
     _step_axis(axes, 6)
     axes.margins(x=0.03, y=0.07)
     note_dropped(axes, dropped)
-    return figure, labels
+    if smooth and labels:
+        labels.append((max(y for y, *_ in labels) + 1e-9, "share masked", MUTED))
+    end_labels(axes, labels)
+    return figure
 
 
-def vital_signs(
-    rate: ArrayLike, norm: ArrayLike, largest_norm: ArrayLike, speed: ArrayLike, memory: ArrayLike, mfu: float | None
-) -> Figure:
-    """Plot learning rate, gradient norm before clipping, tokens per second and peak memory [GiB]; each (N, 2).
+def vital_signs(logged: Mapping[str, ArrayLike]) -> Figure | None:
+    """Plot learning rate, gradient norm before clipping, tokens per second and peak memory [GiB].
 
-    The gradient norm is a mean with, in pale, the largest of each interval. `mfu` in [0, 1] is the run's median.
+    The gradient norm is a mean with, in pale, the largest of each interval; the MFU is the run's median.
+
+    Args:
+        logged: series (N, 2) of training/callbacks/metrics.py by name. None is returned if it logged nothing.
     """
+    if "train/grad_norm" not in logged:
+        return None
+    mfu = np.asarray(logged.get("train/mfu", ()), dtype=np.float64).reshape(-1, 2)[:, 1]
+    share = f"; MFU {format_number(100 * np.median(mfu), 2)} %" if mfu.size and np.isfinite(mfu).all() else ""
     figure = new_figure(3.9)
     panels = figure.subplots(2, 2, sharex=True).flatten()
-    share = "" if mfu is None or not np.isfinite(mfu) else f"; MFU {format_number(100 * mfu, 2)} %"
-    _panel(panels[0], "learning rate", rate, zero=True)
-    _panel(panels[1], "gradient norm, before clipping", norm, above=largest_norm)
-    _panel(panels[2], f"tokens per second{share}", speed, zero=True)
-    _panel(panels[3], "peak memory (GiB)", memory, zero=True)
+    _panel(panels[0], "learning rate", logged.get("train/lr", ()), zero=True)
+    norm, largest = logged["train/grad_norm"], logged.get("train/grad_norm_max", ())
+    _panel(panels[1], "gradient norm, before clipping", norm, above=largest)
+    _panel(panels[2], f"tokens per second{share}", logged.get("train/tokens_per_s", ()), zero=True)
+    _panel(panels[3], "peak memory (GiB)", logged.get("memory/peak_gib", ()), zero=True)
     panels[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_number(value, 3) if value else "0"))
     panels[2].yaxis.set_major_formatter(FuncFormatter(thousands))
     for axes in panels[2:]:
@@ -224,22 +203,6 @@ def _thinned(steps: Floats, low: Floats, high: Floats) -> tuple[Floats, Floats, 
 def _step_axis(axes: Axes, ticks: int) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(thousands))
     axes.xaxis.set_major_locator(MaxNLocator(ticks, integer=True, steps=TICK_STEPS))
-
-
-def signs_of(logged: Mapping[str, ArrayLike]) -> Figure | None:
-    """Return `vital_signs` of what training/callbacks/metrics.py logged, by name; None if it logged nothing."""
-    if "train/grad_norm" not in logged:
-        return None
-    shares = np.asarray(logged.get("train/mfu", ()), dtype=np.float64).reshape(-1, 2)[:, 1]
-    mfu = float(np.median(shares)) if shares.size else None
-    names = ("train/lr", "train/grad_norm", "train/grad_norm_max", "train/tokens_per_s", "memory/peak_gib")
-    return vital_signs(*(logged.get(name, ()) for name in names), mfu)
-
-
-def nll_by_mask_rate(rate: ArrayLike, nll: ArrayLike, se: ArrayLike | None = None) -> Figure:
-    """Plot the reconstruction loss [nats per masked token] against the share of masked tokens in [0, 1]; all S."""
-    figure, _ = by_mask_rate(rate, nll, se, "loss (nats per masked token)")
-    return figure
 
 
 # ------------------------------------------------------------------------------------------- rows of dots

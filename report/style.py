@@ -109,15 +109,16 @@ def thousands(value: float, _position: int) -> str:
     return f"{value / 1000:,.10g}k" if abs(value) >= 10_000 else f"{value:,.10g}"
 
 
-def half_width(se: float | None) -> float:
-    """Return half the width of the 95% interval; 0 if the standard error is unknown."""
-    return Z95 * se if se is not None and np.isfinite(se) else 0.0
+def half_width(se: ArrayLike | None) -> Floats:
+    """Return half the width of the 95% interval; 0 where the standard error is unknown."""
+    return Z95 * np.nan_to_num(np.asarray(se, dtype=np.float64), posinf=0.0)
 
 
-def empty_figure(figure: Figure, text: str = "nothing to draw") -> Figure:
-    """Return `figure` with `text` instead of axes."""
+def empty_figure(figure: Figure, dropped: int = 0) -> Figure:
+    """Return `figure` without axes, with a note of how many values could not be drawn."""
     axes = figure.add_subplot()
     axes.set_axis_off()
+    text = f"no finite value among {dropped:,}" if dropped else "nothing to draw"
     write(axes, 0.5, 0.5, text, MUTED, ha="center", va="center", transform=axes.transAxes)
     return figure
 
@@ -140,13 +141,7 @@ def dot_rows(
         colour = BLUE if highlight is None or name == highlight else MUTED
         if np.isfinite(value):
             axes.errorbar(
-                value * scale,
-                y,
-                xerr=half_width(se) * scale,
-                fmt="o",
-                color=colour,
-                markersize=5.5,
-                elinewidth=1.6,
+                value * scale, y, xerr=half_width(se) * scale, fmt="o", color=colour, markersize=5.5, elinewidth=1.6
             )
         written = format_measurement(value * scale, None if se is None else se * scale)
         write(axes, 1.02, y, written, transform=axes.get_yaxis_transform(), va="center")
@@ -161,25 +156,21 @@ def dot_rows(
     return figure, axes
 
 
-def by_mask_rate(rate: ArrayLike, value: ArrayLike, se: ArrayLike | None, ylabel: str) -> tuple[Figure, Axes]:
+def by_mask_rate(rate: ArrayLike, value: ArrayLike, se: ArrayLike, ylabel: str) -> Figure:
     """Plot `value` with its 95% interval against the share of masked tokens in [0, 1]; all N."""
     figure = new_figure(3.0)
-    axes = style_axes(figure.add_subplot(), f"share of tokens masked{'' if se is None else '; bars: 95%'}", ylabel)
-    errors = np.zeros(np.size(rate)) if se is None else se
-    (rate, value, errors), dropped = finite(rate, value, errors)
+    axes = style_axes(figure.add_subplot(), "share of tokens masked; bars: 95%", ylabel)
+    (rate, value, se), dropped = finite(rate, value, se)
     order = np.argsort(rate, kind="stable")
-    bars = Z95 * np.nan_to_num(errors[order], nan=0.0, posinf=0.0)
-    axes.errorbar(
-        rate[order],
-        value[order],
-        bars if se is not None else None,
-        color=BLUE,
-        linewidth=1.3,
-        marker="o",
-        markersize=4,
-        elinewidth=1.1,
-    )
+    bars = half_width(se[order])
+    axes.errorbar(rate[order], value[order], bars, color=BLUE, linewidth=1.3, marker="o", markersize=4, elinewidth=1.1)
     axes.set_xlim(-0.02, 1.02)
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     note_dropped(axes, dropped)
-    return figure, axes
+    return figure
+
+
+def draw_histogram(axes: Axes, counts: ArrayLike, edges: ArrayLike, colour: str = BLUE) -> None:
+    """Draw `counts` between `edges` as a filled outline."""
+    axes.stairs(counts, edges, fill=True, color=colour, alpha=0.22)
+    axes.stairs(counts, edges, color=colour, linewidth=1.3)

@@ -82,21 +82,22 @@ def add_course(report: Report, folder: Path) -> None:
     shares = {rate: "–".join(map(percent, rate.split("-"))) + " %" for rate in sorted(by_rate)}
     if by_rate:
         report.figure(
-            plots.nll_by_mask_rate_over_time([(label, by_rate[rate]) for rate, label in shares.items()]),
+            plots.losses_over_time(
+                [(label, by_rate[rate]) for rate, label in shares.items()], "loss (nats per masked token)", smooth=True
+            ),
             "Loss on texts with few and with many masks; running means.",
             "Loss per masked token against optimizer step, for five ranges of the share of masked tokens",
         )
-    at_rates = {
-        float(name.rpartition("_")[2]): points for name, points in logged.items() if "cross_entropy_at_" in name
-    }
+    at_rates = sorted((float(name.rpartition("_")[2]), name) for name in logged if "cross_entropy_at_" in name)
     if at_rates:
+        series = [(f"{percent:g} % masked", logged[name]) for percent, name in at_rates]
         report.figure(
-            plots.cross_entropy_at_rates(sorted(at_rates.items())),
+            plots.losses_over_time(series, "cross-entropy (nats per masked token)", smooth=False),
             "Validation texts with the same masks every time, and the weights that validation uses. With everything "
             "masked, only observed tokens remain.",
             "Cross-entropy of the masked tokens of the validation texts against optimizer step, by share of masks",
         )
-    if (figure := plots.signs_of(logged)) is not None:
+    if (figure := plots.vital_signs(logged)) is not None:
         left_out = int(logged["train/skipped_steps"][-1, 1]) if "train/skipped_steps" in logged else 0
         report.figure(
             figure,

@@ -263,9 +263,9 @@ def test_validation_by_rate_is_refused_where_it_means_nothing(untrained):
 
 
 def test_the_figure_labels_its_lines():
-    series = [(10.0, [[1, 2.0], [2, 1.5]]), (50.0, [[1, 3.0], [2, np.nan]]), (100.0, np.empty((0, 2)))]
-    axes = plots.cross_entropy_at_rates(series).axes[0]
-    assert {"10 % masked", "50 % masked"} <= {text.get_text() for text in axes.texts} and len(axes.lines) == 2
+    series = [("10 %", [[1, 2.0], [2, 1.5]]), ("50 %", [[1, 3.0], [2, np.nan]]), ("100 %", np.empty((0, 2)))]
+    axes = plots.losses_over_time(series, "cross-entropy", smooth=False).axes[0]
+    assert {"10 %", "50 %"} <= {text.get_text() for text in axes.texts} and len(axes.lines) == 2
 
 
 @pytest.mark.parametrize(("said", "arguments"), [

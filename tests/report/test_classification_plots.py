@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 
 from palimpsest.common.metrics import wilson_interval
 from palimpsest.report import classification_plots as figures
-from palimpsest.report.classification_plots import Curve, Point
 from palimpsest.report.report import Report
 from palimpsest.report.style import THEME
 
@@ -45,21 +44,21 @@ FIGURES = {
     "coverage, nothing": lambda: figures.accuracy_against_coverage({}, "ours"),
     "draws": lambda: figures.accuracy_against_draws(
         {
-            "common masks": Curve([1, 2, 4, 8], [0.6, 0.7, 0.8, 0.82], [0.02] * 4),
-            "$a_ b": Curve([4, 1], [0.5, 0.4], [NAN, 0]),
+            "common masks": ([1, 2, 4, 8], [0.6, 0.7, 0.8, 0.82], [0.02] * 4),
+            "$a_ b": ([4, 1], [0.5, 0.4], [NAN, 0]),
         },
         {"naive Bayes": 0.7},
-        {"sequential": Point(3.7, 0.81, 0.01)},
+        {"sequential": ([3.7], [0.81], [0.01])},
     ),
-    "draws, one point": lambda: figures.accuracy_against_draws({"a": Curve([8], [1.0], [0.0])}),
-    "draws, far": lambda: figures.accuracy_against_draws({"a": Curve([1, 1e6], [0.5, 1.0], [0.0, 0.0])}),
-    "draws, only a line": lambda: figures.accuracy_against_draws({}, {"naive Bayes": 0.7}),
-    "draws, only a point": lambda: figures.accuracy_against_draws({}, points={"ours": Point(5, 0.7)}),
-    "draws, nothing": lambda: figures.accuracy_against_draws({}),
-    "draws, all NaN": lambda: figures.accuracy_against_draws({"a": Curve([1], [NAN], [NAN])}, {"b": NAN}),
+    "draws, one point": lambda: figures.accuracy_against_draws({"a": ([8], [1.0], [0.0])}, {}, {}),
+    "draws, far": lambda: figures.accuracy_against_draws({"a": ([1, 1e6], [0.5, 1.0], [0.0, 0.0])}, {}, {}),
+    "draws, only a line": lambda: figures.accuracy_against_draws({}, {"naive Bayes": 0.7}, {}),
+    "draws, only a point": lambda: figures.accuracy_against_draws({}, {}, {"ours": ([5], [0.7], [NAN])}),
+    "draws, nothing": lambda: figures.accuracy_against_draws({}, {}, {}),
+    "draws, all NaN": lambda: figures.accuracy_against_draws({"a": ([1], [NAN], [NAN])}, {"b": NAN}, {}),
     "rate": lambda: figures.accuracy_against_mask_rate([0.9, 0.1], [0.7, 0.5], [0.1, NAN]),
-    "rate, no error": lambda: figures.accuracy_against_mask_rate([0.5], [1.0]),
-    "rate, nothing": lambda: figures.accuracy_against_mask_rate([], []),
+    "rate, no error": lambda: figures.accuracy_against_mask_rate([0.5], [1.0], [NAN]),
+    "rate, nothing": lambda: figures.accuracy_against_mask_rate([], [], []),
     "spent": lambda: figures.draws_histogram([2, 2, 4, 32, NAN], 32),
     "spent, nothing": lambda: figures.draws_histogram([], 8),
     "spent, all at the end": lambda: figures.draws_histogram([8, 8], 8),
@@ -88,8 +87,8 @@ def test_every_figure_draws_and_touches_nothing_global(name: str) -> None:
 @pytest.mark.parametrize(
     ("figure", "count"),
     [
-        (lambda: figures.accuracy_against_draws({"a": Curve([1, 2, 0], [0.5, NAN, 0.5], [0.1] * 3)}, {"b": NAN}), 3),
-        (lambda: figures.accuracy_against_draws({"a": Curve([1], [0.5], [0.1])}, points={"p": Point(NAN, 1.0)}), 1),
+        (lambda: figures.accuracy_against_draws({"a": ([1, 2, 0], [0.5, NAN, 0.5], [0.1] * 3)}, {"b": NAN}, {}), 3),
+        (lambda: figures.accuracy_against_draws({"a": ([1], [0.5], [0.1])}, {}, {"p": ([NAN], [1.0], [NAN])}), 1),
         (lambda: figures.accuracy_against_mask_rate([0.1, 0.2, 0.3], [0.5, NAN, math.inf], [0.1] * 3), 2),
         (lambda: figures.draws_histogram([1, NAN], 2), 1),
         (lambda: figures.calibration([NAN, 0.5], [1.0, 0.5], [3, 4], 0.0), 1),
@@ -101,9 +100,9 @@ def test_values_that_cannot_be_drawn_are_counted_aloud(figure: object, count: in
 
 
 def test_curves_are_drawn_where_their_numbers_are() -> None:
-    curve = Curve([4, 1, 2], [0.8, 0.5, 0.7], [0.02, 0.01, NAN])
+    curve = ([4, 1, 2], [0.8, 0.5, 0.7], [0.02, 0.01, NAN])
     figure = figures.accuracy_against_draws(
-        {"ours": curve}, {"naive Bayes": 0.6}, {"sequential": Point(2.5, 0.79, 0.03)}
+        {"ours": curve}, {"naive Bayes": 0.6}, {"sequential": ([2.5], [0.79], [0.03])}
     )
     (axes,) = figure.axes
     assert axes.get_xscale() == "log" and [t.get_text() for t in axes.get_xticklabels()] == ["1", "2", "4"]
@@ -156,7 +155,7 @@ def test_accuracy_against_coverage_is_that_of_the_surest_texts() -> None:
 
 
 def test_accuracies_are_in_percent() -> None:
-    figure = figures.accuracy_against_mask_rate([0.1, 0.9], [0.5, 0.75])
+    figure = figures.accuracy_against_mask_rate([0.1, 0.9], [0.5, 0.75], [0.0, 0.0])
     figure.draw_without_rendering()
     labels = {label.get_text() for label in figure.axes[0].get_yticklabels()}
     assert {"50", "75"} <= labels

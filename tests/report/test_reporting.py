@@ -23,7 +23,7 @@ from palimpsest.report.denoising import Sample
 from palimpsest.report.evidence import Evidence
 from palimpsest.report.formatting import Metric, format_measurement, format_number
 from palimpsest.report.report import Report
-from palimpsest.report.style import BLUE, THEME
+from palimpsest.report.style import BLUE, THEME, by_mask_rate
 
 pytestmark = pytest.mark.usefixtures("real_figures")
 
@@ -252,9 +252,9 @@ FIGURES = {
     "rows": lambda: plots.likelihood_against_truth([("a", 2.0, 0.1), ("$b_", 3.0, None)], 1.0),
     "rows, none": lambda: plots.likelihood_against_truth([]),
     "rows, NaN": lambda: plots.likelihood_against_truth([("a", NAN, NAN)], NAN),
-    "rate": lambda: plots.nll_by_mask_rate([0.9, 0.1], [2, 1], [0.1, NAN]),
-    "rate, one point": lambda: plots.nll_by_mask_rate([0.5], [1.0], [0.0]),
-    "rate, nothing": lambda: plots.nll_by_mask_rate([], [], []),
+    "rate": lambda: by_mask_rate([0.9, 0.1], [2, 1], [0.1, NAN], "loss"),
+    "rate, one point": lambda: by_mask_rate([0.5], [1.0], [0.0], "loss"),
+    "rate, nothing": lambda: by_mask_rate([], [], [], "loss"),
 }
 
 
@@ -320,13 +320,13 @@ def test_vital_signs_draw_what_there_is(tmp_path: Path) -> None:
     logged["train/grad_norm_max"] = np.c_[steps, 500 + steps]
     logged["train/mfu"] = np.c_[steps[:3], [0.1, 0.4, 0.9]]
     logged["memory/peak_gib"] = np.array([[1.0, np.nan]])
-    figure = plots.signs_of(logged)
+    figure = plots.vital_signs(logged)
     rate, norm, speed, memory = figure.axes
     assert "not logged" in {text.get_text() for axes in (rate, memory) for text in axes.texts}
     assert norm.get_yscale() == "log" and speed.get_ylim()[0] == 0 and "MFU 40 %" in speed.get_title("left")
     assert len(speed.lines[0].get_xdata()) <= 400
-    assert plots.signs_of({"train/nll": [[1, 2]]}) is None
-    one = plots.signs_of({"train/grad_norm": [[1, 2.0]]})
+    assert plots.vital_signs({"train/nll": [[1, 2]]}) is None
+    one = plots.vital_signs({"train/grad_norm": [[1, 2.0]]})
     report = Report("run")
     report.figure(figure, "signs", "signs")
     report.figure(one, "a single point", "signs")
@@ -335,9 +335,9 @@ def test_vital_signs_draw_what_there_is(tmp_path: Path) -> None:
 
 def test_the_loss_by_mask_rate_names_its_lines_in_their_order() -> None:
     series = [(f"{k}", np.c_[np.arange(9), np.full(9, 1.0 + k)]) for k in range(3)]
-    axes = plots.nll_by_mask_rate_over_time([*series, ("nothing", np.empty((0, 2)))]).axes[0]
+    axes = plots.losses_over_time([*series, ("nothing", np.empty((0, 2)))], "loss", smooth=True).axes[0]
     heights = {text.get_text(): text.get_position()[1] for text in axes.texts}
     assert heights["0"] < heights["1"] < heights["2"] < heights["share masked"] and "nothing" not in heights
     shades = [line.get_alpha() for line in axes.lines]
     assert shades == sorted(shades) and [line.get_ydata()[-1] for line in axes.lines] == [1.0, 2.0, 3.0]
-    assert plots.nll_by_mask_rate_over_time([]).axes
+    assert plots.losses_over_time([], "loss", smooth=True).axes
