@@ -41,11 +41,8 @@ class Nelbo:
     def __call__(
         self, model: BoundModel, batch: Batch, seed: int, num_draws: int, start: int = 0, of: int | None = None
     ) -> LikelihoodEstimate:
-        """Average `num_draws` masks per row, spread over strata of t or of the mask count; one pass if exact.
-
-        Raises:
-            ValueError: num_draws is not a positive multiple of the passes of a draw.
-        """
+        """Average `num_draws` masks per row, spread over strata of t or of the mask count; one pass if exact. Raises
+        ValueError if `num_draws` is not a positive multiple of the passes of a draw."""
         objective = model.objective.bound(self.mask_sampler)
         passes, of = self.passes(model), of or num_draws
         if min(num_draws, of) < 1 or any(number % passes for number in (num_draws, start, of)):

@@ -89,10 +89,8 @@ class AR(Recomputing, Backbone):
         """Return hidden states (B, L, D), ready for `head`; position i depends on the tokens up to i.
 
         With `document` (B, L) it depends on those of the same document only.
-        With `cache`, `tokens_BL` continue the `cache.length` tokens before them and are added to the cache.
-
-        Raises:
-            ValueError: the cache is too small for the tokens, or was made for another batch size.
+        With `cache`, `tokens_BL` continue the `cache.length` tokens before them and are added to the cache. Raises
+        ValueError if the cache is too small for the tokens, or was made for another batch size.
         """
         start = 0
         if cache is not None:

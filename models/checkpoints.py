@@ -18,30 +18,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from palimpsest.common.files import (
-    PathOrUrl,
-    basename,
-    check_content,
-    check_regular,
-    check_seal,
-    is_remote,
-    join_path,
-    open_regular,
-    parent_folder,
-    path_or_url,
-    version,
-)
+from palimpsest.common import files
+from palimpsest.common.files import PathOrUrl
 from palimpsest.common.messages import excerpt
-from palimpsest.models import torch_archive
+from palimpsest.models import hub, torch_archive
 from palimpsest.models.ema import EMA
-from palimpsest.models.hub import (
-    WEIGHT_FILES,
-    locate,
-    read_config,
-    settings_of_config,
-    settings_of_tensors,
-    unsupported,
-)
 from palimpsest.models.inert_pickle import Inert
 from palimpsest.models.reference_settings import settings_of_reference
 
@@ -99,16 +80,16 @@ def read_checkpoint(path: str | Path, key: str = "eval.checkpoint_path") -> Chec
         FileNotFoundError: nothing at `path`, neither here nor on the Hub.
         ValueError: it is truncated, corrupt, or not a checkpoint of a known layout.
     """
-    path = locate(path, key)
-    return _read_lightning_file(path) if is_remote(path) or path.is_file() else _read_hub_directory(path)
+    path = hub.locate(path, key)
+    return _read_lightning_file(path) if files.is_remote(path) or path.is_file() else _read_hub_directory(path)
 
 
 def read_settings(path: str | Path, key: str = "eval.checkpoint_path") -> Checkpoint:
     """Read the checkpoint without its weights (`state` and `ema` are empty), which is quick. Raises as
     `read_checkpoint`."""
-    path = locate(path, key)
-    if not is_remote(path) and path.is_dir():
-        return _hub_checkpoint(path, read_config(path), {})
+    path = hub.locate(path, key)
+    if not files.is_remote(path) and path.is_dir():
+        return _hub_checkpoint(path, hub.read_config(path), {})
     checkpoint = _read_lightning_file(path, weights=False)
     checkpoint.state, checkpoint.ema = {}, None
     return checkpoint
@@ -128,12 +109,12 @@ class Progress:
 def read_progress(path: PathOrUrl) -> Progress:
     """Read the progress without the weights. Raises ValueError for a corrupt file, or one that is not our
     checkpoint."""
-    return _read_progress(str(path), version(path))
+    return _read_progress(str(path), files.version(path))
 
 
 @lru_cache(maxsize=64)
 def _read_progress(path: str, version: str) -> Progress:
-    path = path_or_url(path)
+    path = files.path_or_url(path)
     content = read_contents(path, weights=False)
     callbacks = content.get("callbacks")
     if not isinstance(callbacks, dict) or "global_step" not in content:
@@ -141,7 +122,7 @@ def _read_progress(path: str, version: str) -> Progress:
     states = [state for state in callbacks.values() if isinstance(state, dict)]
     waited = next((int(state["wait_count"]) for state in states if "wait_count" in state), 0)
     best = next((state["best_model_path"] for state in states if state.get("monitor") == "val/nll"), None)
-    best_path = join_path(parent_folder(path), basename(path_or_url(best))) if best else None
+    best_path = files.join_path(files.parent_folder(path), files.basename(files.path_or_url(best))) if best else None
     data = content.get("TextData")
     train_size = data.get("train_size") if isinstance(data, dict) else None
     return Progress(int(content["global_step"]), waited, best_path, content.get("identity") or {}, train_size)
@@ -156,7 +137,7 @@ def _read_lightning_file(path: PathOrUrl, weights: bool = True) -> Checkpoint:
         known = identity["configuration"]
     else:
         known, found.unsupported, found.tokens = _reference(content)
-    found.settings = {**known, **settings_of_tensors(state)}
+    found.settings = {**known, **hub.settings_of_tensors(state)}
     return found
 
 
@@ -223,11 +204,11 @@ def _is_plain(value: object) -> bool:
 
 
 def _read_hub_directory(path: Path) -> Checkpoint:
-    config = read_config(path)
-    weights = next((path / name for name in WEIGHT_FILES if (path / name).exists()), None)
+    config = hub.read_config(path)
+    weights = next((path / name for name in hub.WEIGHT_FILES if (path / name).exists()), None)
     if weights is None:
-        raise FileNotFoundError(f"{path} has neither {' nor '.join(WEIGHT_FILES)}")
-    check_regular(path)
+        raise FileNotFoundError(f"{path} has neither {' nor '.join(hub.WEIGHT_FILES)}")
+    files.check_regular(path)
     try:
         state = load_file(weights) if weights.suffix == ".safetensors" else load_inert(weights)
     except (SafetensorError, OSError) as error:
@@ -237,8 +218,8 @@ def _read_hub_directory(path: Path) -> Checkpoint:
 
 def _hub_checkpoint(path: Path, config: dict[str, object], state: dict[str, Tensor]) -> Checkpoint:
     identity = {"tokenizer": config["tokenizer_fingerprint"]} if "tokenizer_fingerprint" in config else {}
-    settings = {**settings_of_config(config), **settings_of_tensors(state)}
-    return Checkpoint(path, state, None, identity, config, settings, unsupported=unsupported(config))
+    settings = {**hub.settings_of_config(config), **hub.settings_of_tensors(state)}
+    return Checkpoint(path, state, None, identity, config, settings, unsupported=hub.unsupported(config))
 
 
 def _reference(content: Mapping[str, object]) -> tuple[dict[str, object], str, dict[str, int] | None]:
@@ -318,13 +299,13 @@ def load_inert(path: str | Path, weights: bool = True) -> object:
         ValueError: the file is truncated, corrupt or too large, or asks for a function other than those of tensors and
             plain containers.
     """
-    path = path_or_url(path)
+    path = files.path_or_url(path)
     try:
-        if weights and not is_remote(path):
-            check_seal(path)
-        with open_regular(path) as file:
-            if is_remote(path):
-                check_content(file, path)
+        if weights and not files.is_remote(path):
+            files.check_seal(path)
+        with files.open_regular(path) as file:
+            if files.is_remote(path):
+                files.check_content(file, path)
             return torch_archive.read(file, weights)
     except READ_ERRORS as error:
         raise _unreadable(path, error) from error

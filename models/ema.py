@@ -58,11 +58,8 @@ class EMA:
         return {"decay": self.decay, "num_updates": self.num_updates, "shadow_params": gather(self.shadow_params)}
 
     def load_state_dict(self, state: dict[str, object]) -> None:
-        """Load averaged weights with their decay and the number of their updates.
-
-        Raises:
-            ValueError: shapes differ. Nothing has been changed.
-        """
+        """Load averaged weights with their decay and the number of their updates. Raises ValueError if shapes differ;
+        nothing has been changed then."""
         loaded: list[Tensor] = state["shadow_params"]
         ours, theirs = [tuple(s.shape) for s in self.shadow_params], [tuple(s.shape) for s in loaded]
         if ours != theirs:

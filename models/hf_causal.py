@@ -102,10 +102,8 @@ class HFCausal(published.PublishedBackbone):
     ) -> Tensor:
         """Return hidden states (B, L, D), ready for `head`; position i depends on the tokens up to i.
 
-        With `cache`, `tokens_BL` continue the `cache.length` tokens before them and are added to the cache.
-
-        Raises:
-            ValueError: the cache is too small for the tokens, or was made for another batch size.
+        With `cache`, `tokens_BL` continue the `cache.length` tokens before them and are added to the cache. Raises
+        ValueError if the cache is too small for the tokens, or was made for another batch size.
         """
         if cache is None:
             return self.model.base_model(input_ids=tokens_BL, use_cache=False).last_hidden_state

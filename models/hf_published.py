@@ -62,10 +62,7 @@ class PublishedBackbone(Backbone):
         """Return the weights that a new training starts from; None if it starts from random ones.
 
         Rows that the published model lacks are the mean of its rows; rows beyond the ids of the data are left out.
-
-        Raises:
-            FileNotFoundError: the model is not found.
-            ValueError: it cannot be used.
+        Raises as `load_config`.
         """
         if self.name is None:
             return None
@@ -124,13 +121,11 @@ def head_input(model: PreTrainedModel, head: nn.Linear, ids_BL: Tensor, **inputs
 def saved_config(
     kind: Kind, files: dict[str, str | None], typed: dict[str, str | None]
 ) -> tuple[PretrainedConfig, str] | None:
-    """Return the config that the first of `files` (key -> path) with one was saved with, and the file as typed.
+    """Return the config that the first of `files` (key -> path) with one was saved with, and the file as typed. Raises
+    ValueError if it cannot be read or contradicts `typed`.
 
     Args:
         typed: keys that name the origin of the config; values that are not None must be those of the file.
-
-    Raises:
-        ValueError: they differ.
     """
     for key, path in files.items():
         known = read_settings(path, key).settings if path else {}
@@ -220,12 +215,8 @@ def resize_rows(tensor: Tensor, rows: int) -> Tensor:
 
 
 def load_config(kind: Kind, name: str) -> PretrainedConfig:
-    """Read the model's config.json.
-
-    Raises:
-        FileNotFoundError: the model is not found.
-        ValueError: it cannot be used.
-    """
+    """Read the model's config.json. Raises FileNotFoundError if the model is not found, ValueError if it cannot be
+    used."""
     source, local = _source(name)
     try:
         return AutoConfig.from_pretrained(source, local_files_only=local, trust_remote_code=False)

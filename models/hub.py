@@ -81,12 +81,8 @@ def _snapshot(name: str) -> Path:
 
 
 def read_config(folder: Path) -> dict[str, object]:
-    """Read the `config.json` of a Hub-layout directory.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is not a JSON object, too large or too deep.
-    """
+    """Read the `config.json` of a Hub-layout directory. Raises FileNotFoundError if there is none, ValueError if it is
+    not a JSON object, too large or too deep."""
     path = folder / CONFIG_FILE
     if not path.exists():
         raise FileNotFoundError(f"{folder} has no {CONFIG_FILE}: it is not a model in the Hub's layout")

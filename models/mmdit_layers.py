@@ -18,7 +18,7 @@ from palimpsest.models.layers import (
     modulate,
     zero_linear,
 )
-from palimpsest.models.transformer import Modulation, Rotary, TransformerBlock, rotary_at, take_positions
+from palimpsest.models.transformer import Branches, Modulation, Rotary, TransformerBlock, rotary_at, take_positions
 
 # The sinusoids of models/layers.py resolve times from 0 to 1000; times from 0 to 1 would all look alike.
 TIME_SCALE = 1000.0
@@ -38,7 +38,7 @@ class HeadNorm(RMSNorm):
         return normed.to(x.dtype)
 
 
-class LatentLayers(nn.Module):
+class LatentLayers(Branches):
     """The layers of a block for latent tokens. Queries, keys and values are as wide as those of the text."""
 
     def __init__(self, dim: int, text_dim: int, cond_dim: int, n_heads: int, dropout: float) -> None:
@@ -56,14 +56,6 @@ class LatentLayers(nn.Module):
         """Return normed queries, normed keys and values, (B, K, H, W) each."""
         q, k, v = self.attn_qkv(normed_BKE).unflatten(-1, (3, self.n_heads, -1)).unbind(dim=2)
         return self.q_norm(q), self.k_norm(k), v
-
-    def project(self, attended: Tensor) -> Tensor:
-        """Project the attention output (B, K, H, W) to the width of the stream."""
-        return F.dropout(self.attn_out(attended.flatten(-2)), self.dropout, self.training)
-
-    def transform(self, x_BKE: Tensor) -> Tensor:
-        """Apply the MLP to normed `x_BKE`."""
-        return F.dropout(self.mlp(x_BKE), self.dropout, self.training)
 
 
 class JointBlock(TransformerBlock):

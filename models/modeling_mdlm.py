@@ -72,15 +72,13 @@ class MDLM(PreTrainedModel):
     def forward(
         self, input_ids: Tensor, timesteps: Tensor | None = None, attention_mask: Tensor | None = None
     ) -> MaskedLMOutput:
-        """Return raw logits (B, L, V), including that of the mask, also at visible tokens.
+        """Return raw logits (B, L, V), including that of the mask, also at visible tokens. Raises ValueError for a
+        time-conditioned model without timesteps.
 
         Args:
             input_ids: (B, L), masks included.
             timesteps: (B,), the total noise sigma = -log P(a token is kept); used by time-conditioned models only.
             attention_mask: (B, L), 0 on padding.
-
-        Raises:
-            ValueError: a time-conditioned model without timesteps.
         """
         if timesteps is None:
             if self.config.time_conditioning:

@@ -56,7 +56,22 @@ class Modulation:
         return x + over_positions(self.gate_mlp, x) * layer.transform(normed)
 
 
-class TransformerBlock(nn.Module):
+class Branches(nn.Module):
+    """The ends of the two residual branches of a block, with its `attn_out`, `mlp` and `dropout`."""
+
+    def project(self, attended: Tensor) -> Tensor:
+        """Project the attention output (..., H, D / H) to the width of the residual stream."""
+        return self._drop(self.attn_out(attended.flatten(-2)))
+
+    def transform(self, x_BLD: Tensor) -> Tensor:
+        """Apply the MLP to normed `x_BLD`."""
+        return self._drop(self.mlp(x_BLD))
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout) if self.training else x
+
+
+class TransformerBlock(Branches):
     """The layers of a block. `attention` and `transform` apply dropout and leave the residual to the caller."""
 
     forward_methods: tuple[str, ...] = ()  # methods that run the block, besides `forward`
@@ -93,10 +108,6 @@ class TransformerBlock(nn.Module):
         kv = F.linear(x_BLD, self.attn_qkv.weight[x_BLD.shape[-1] :])
         return kv.unflatten(-1, (2, self.n_heads, -1)).unbind(dim=2)
 
-    def project(self, attended: Tensor) -> Tensor:
-        """Project the attention output (..., H, D / H) to the width of the residual stream."""
-        return self._drop(self.attn_out(attended.flatten(-2)))
-
     def attention(
         self,
         x_BLD: Tensor,
@@ -115,13 +126,6 @@ class TransformerBlock(nn.Module):
         if key_mask is not None and key_mask.ndim == 3:
             key_mask = take_positions(key_mask, at_BQ)
         return attend(q, k, v, key_mask, self.attn_backend, self.causal)
-
-    def transform(self, x_BLD: Tensor) -> Tensor:
-        """Apply the MLP to normed `x_BLD`."""
-        return self._drop(self.mlp(x_BLD))
-
-    def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout) if self.training else x
 
 
 class Head(nn.Module):

@@ -217,13 +217,11 @@ class TokenDiffusion(Objective):
         return Bernoulli(T=self.T) if self.T else ExactCount()
 
     def bound(self, mask_sampler: MaskSampler | None) -> Self:
-        """Return the same objective for evaluation: the bound itself, over all mask rates of the schedule.
+        """Return the same objective for evaluation: the bound itself, over all mask rates of the schedule. Raises
+        ValueError if the mask sampler leaves mask rates out.
 
         Args:
             mask_sampler: how t and masks are drawn; None for `best_mask_sampler`.
-
-        Raises:
-            ValueError: the mask sampler leaves mask rates out.
         """
         other = copy.copy(self)
         other.mask_sampler = mask_sampler or self.best_mask_sampler

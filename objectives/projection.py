@@ -154,11 +154,8 @@ class _Losses(torch.autograd.Function):
 
 
 def _common_factor(grad_N: Tensor, weight_N: Tensor) -> Tensor:
-    """Return the number by which the gradients of all positions exceed their weights.
-
-    Raises:
-        RuntimeError: there is none.
-    """
+    """Return the number by which the gradients of all positions exceed their weights. Raises RuntimeError if there is
+    none."""
     if not len(grad_N):
         return grad_N.sum()
     grad_N, weight_N = grad_N.double(), weight_N.double()
