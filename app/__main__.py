@@ -15,14 +15,12 @@ import importlib.util
 import logging
 import os
 import sys
-import tomllib
 import warnings
-from pathlib import Path
 
 from palimpsest.common.output import guard_output
 from palimpsest.settings import command_line
 
-_PROJECT = Path(__file__).parents[1] / "pyproject.toml"
+_NEEDED = "gradio==6.31.0"  # the extra `app` of pyproject.toml, which an installed package does not have
 PORT = 7860
 
 
@@ -47,8 +45,7 @@ def main() -> None:
     guard_output()
     args = parser().parse_intermixed_args()
     if importlib.util.find_spec("gradio") is None:
-        needed = " ".join(tomllib.loads(_PROJECT.read_text())["project"]["optional-dependencies"]["app"])
-        sys.exit(f"error: python -m palimpsest.app needs gradio, which is not installed here: pip install {needed}")
+        sys.exit(f"error: python -m palimpsest.app needs gradio, which is not installed here: pip install {_NEEDED}")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     from palimpsest.app.guard import new_token
     from palimpsest.app.page import page  # late, because gradio may be missing and reads the environment

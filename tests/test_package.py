@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+import palimpsest
+from palimpsest.app import __main__ as app
 from tests.helpers.commands import ROOT
 
 SKIPPED = shutil.ignore_patterns(
@@ -24,6 +26,12 @@ FOREIGN = {
     "text": "",
     "data": "raise ImportError('theirs')",
 }
+
+
+def test_what_the_package_says_of_itself_is_what_its_project_file_says():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert palimpsest.__version__ == project["version"]
+    assert [app._NEEDED] == project["optional-dependencies"]["app"]
 
 
 def run(python: Path, *words: object, cwd: Path, env: dict[str, str] | None = None) -> str:
