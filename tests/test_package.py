@@ -31,7 +31,7 @@ FOREIGN = {
 def test_what_the_package_says_of_itself_is_what_its_project_file_says():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert palimpsest.__version__ == project["version"]
-    assert [app._NEEDED] == project["optional-dependencies"]["app"]
+    assert project["optional-dependencies"]["app"] == [app._NEEDED]
 
 
 def run(python: Path, *words: object, cwd: Path, env: dict[str, str] | None = None) -> str:
