@@ -4,8 +4,6 @@ Each schedule has alpha, its derivative and its inverse; sigma, dsigma and move 
 these. Values agree with kuleshov-group/mdlm `noise_schedule.py`.
 """
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -52,12 +50,12 @@ class NoiseSchedule(ABC):
         """Return the t of alpha. An alpha out of range gives a t outside [0, 1], or an end of it."""
 
     @property
-    def unclipped(self) -> NoiseSchedule:
+    def unclipped(self) -> "NoiseSchedule":
         """The schedule without the limits of `Clipped`."""
         return self
 
     @property
-    def full_range(self) -> NoiseSchedule:
+    def full_range(self) -> "NoiseSchedule":
         """The unclipped schedule rescaled to alpha = 1 at t = 0 and alpha = 0 at t = 1, for evaluation and sampling."""
         return FullRange(self.unclipped)
 

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from palimpsest.common.positions import Positions
 from palimpsest.common.randomness import KeyedNoise
-from palimpsest.estimators.base import LikelihoodEstimate, require_mask_filling
+from palimpsest.estimators.base import Estimator, LikelihoodEstimate, require_mask_filling
 from palimpsest.objectives.base import Batch, Model, Objective, context, counted_mask, scored_mask
 from palimpsest.samplers.base import select_rows
 
 
-class AnyOrder:
+class AnyOrder(Estimator):
     """Estimator of -log of the mean over K random orders of prod over i of p(x_(i-th) | those before).
 
     In expectation it is an upper bound of -log p(x). It equals the NELBO (T = 0) at K = 1 and falls to -log p(x) as K
@@ -38,9 +38,6 @@ class AnyOrder:
 
     def exact(self, model: Model) -> bool:
         return False
-
-    def passes(self, model: Model) -> int:
-        return 1
 
     def __call__(
         self, model: Model, batch: Batch, seed: int, num_draws: int, start: int = 0, of: int | None = None

@@ -53,6 +53,7 @@ class Estimator(Protocol):
 
     def passes(self, model: BoundModel) -> int:
         """Return the network evaluations of one draw."""
+        return 1
 
     def __call__(
         self, model: BoundModel, batch: Batch, seed: int, num_draws: int, start: int = 0, of: int | None = None

@@ -11,13 +11,13 @@ import torch
 
 from palimpsest.common.positions import Positions
 from palimpsest.common.values import AtLeastOne
-from palimpsest.estimators.base import LikelihoodEstimate, require_mask_filling
+from palimpsest.estimators.base import Estimator, LikelihoodEstimate, require_mask_filling
 from palimpsest.objectives.base import Batch, Model, Objective, context, counted_mask, scored_mask
 from palimpsest.samplers.base import row_chunks, select_rows
 from palimpsest.samplers.ordered import first_positions, preference, time_of
 
 
-class Ordered:
+class Ordered(Estimator):
     """-log p(x) of the sampler that unmasks positions in an order that its own prediction decides.
 
     The order depends on the visible tokens only, so one path leads to each text. Its probability is the product of the
@@ -47,9 +47,6 @@ class Ordered:
 
     def exact(self, model: Model) -> bool:
         return True
-
-    def passes(self, model: Model) -> int:
-        return 1
 
     def __call__(
         self, model: Model, batch: Batch, seed: int, num_draws: int, start: int = 0, of: int | None = None

@@ -17,7 +17,7 @@ from palimpsest.common.positions import Positions
 from palimpsest.models.attention import apply_rotary, attend, rotary_angles
 from palimpsest.models.block_attention import QKV, attend_blocks, attend_up_to
 from palimpsest.models.class_conditioning import unconditional, with_class
-from palimpsest.models.kv_cache import MOST_AT_ONCE, BlockCache, SegmentCache, one_token
+from palimpsest.models.kv_cache import MOST_AT_ONCE, BlockCache, CleanCache, SegmentCache, one_token
 from palimpsest.models.segment_attention import SegmentMasks, segment_masks
 from palimpsest.models.transformer import Modulation
 
@@ -132,9 +132,7 @@ class BlockStreams:
         self._read(clean_BW, cache, partial(attend, key_mask=key_mask_BK), class_id)
         cache.advance(here_BW)
 
-    def _read(
-        self, clean_BL: Tensor, cache: BlockCache | SegmentCache, attention: Callable, class_id: Tensor | None
-    ) -> None:
+    def _read(self, clean_BL: Tensor, cache: CleanCache, attention: Callable, class_id: Tensor | None) -> None:
         """Store keys and values of clean tokens behind those of `cache`; `attention` takes q, k, v and the backend."""
         class_id = unconditional(clean_BL) if class_id is None and self.num_classes else class_id
         angles = rotary_angles(self.rotary_emb.inv_freq, clean_BL.shape[1], cache.next_position())
@@ -151,7 +149,7 @@ class BlockStreams:
         self,
         noised_Rk: Tensor,
         sigma_R: Tensor,
-        cache: BlockCache | SegmentCache,
+        cache: CleanCache,
         rows: Tensor | None = None,
         at: Positions | None = None,
         attention_mask: Tensor | None = None,
@@ -178,7 +176,7 @@ class BlockStreams:
         return self._last_hidden(x_RkD, c, class_id, at)
 
     def _modulations(
-        self, cache: BlockCache | SegmentCache, class_id: Tensor | None, conditioned: Callable[[], Tensor]
+        self, cache: CleanCache, class_id: Tensor | None, conditioned: Callable[[], Tensor]
     ) -> tuple[Tensor, list[Modulation]]:
         """Return the conditioning and its adaLN output for every layer, computed once if it is always the same."""
         always = class_id is None and not self.time_conditioning
@@ -191,7 +189,7 @@ class BlockStreams:
         return cache.modulations
 
     def _key_mask_after(
-        self, cache: BlockCache | SegmentCache, rows: Tensor | None, own_Rk: Tensor, here_Rk: Tensor | None
+        self, cache: CleanCache, rows: Tensor | None, own_Rk: Tensor, here_Rk: Tensor | None
     ) -> Tensor | None:
         """Return the keys that tokens `own_Rk` behind `cache` see, (R, K + k); None for all."""
         earlier_RK = cache.key_mask(rows)

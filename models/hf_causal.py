@@ -34,17 +34,8 @@ class HFCausal(published.PublishedBackbone):
     """A published network that predicts the next token: `encode(tokens_BL)`, then `head(hidden)`.
 
     `encode` ignores the noise level and the padding mask, which every backbone takes: there is no noise, and padding is
-    on the right, where causal attention does not look. Positions start at 0.
-
-    Args:
-        config: config.json of the published model.
-        vocab_size: ids of the data, the mask included; rows of the embedding and of the head.
-        name: name or path of the pretrained weights, as typed; None for a network without.
-        dropout: replaces every rate of `config`; None keeps them.
-        attn_backend: sdpa or flash_attn.
-
-    Raises:
-        ValueError: there is no such architecture, it is not causal, or its logits are not those of a linear head.
+    on the right, where causal attention does not look. Positions start at 0. Raises ValueError if there is no such
+    architecture, it is not causal, or its logits are not those of a linear head.
     """
 
     causal = True

@@ -35,12 +35,7 @@ class HFMaskedLM(published.PublishedBackbone):
     backbone takes, is ignored.
 
     Args:
-        config: config.json of the published model.
-        vocab_size: ids of the data, the mask included; rows of the embedding and of the head.
-        name: name or path of the pretrained weights, as typed; None for a network without.
         new_head: the weights have no head; the head starts at random, with the embedding as its matrix.
-        dropout: replaces every rate of `config`; None keeps them.
-        attn_backend: sdpa or flash_attn.
         num_classes: > 0 for a network that is told the class of each text: an embedding added to those of the tokens,
             and an output bias of each class.
 

@@ -41,9 +41,12 @@ class Kind:
 class PublishedBackbone(Backbone):
     """A network of the transformers library, in `model`.
 
-    Args:
+    Args (of the subclasses):
         config: config.json of the published model.
+        vocab_size: ids of the data, the mask included; rows of the embedding and of the head.
         name: name or path of the pretrained weights, as typed; None for a network without.
+        dropout: replaces every rate of `config`; None keeps them.
+        attn_backend: sdpa or flash_attn.
     """
 
     kind: Kind

@@ -59,13 +59,9 @@ class KVCache(CacheCapacity):
 
 
 class CleanCache:
-    """The base of caches of clean tokens.
+    """The base of caches of clean tokens."""
 
-    Attributes:
-        modulations: the conditioning of the network and its adaLN output for every layer, once computed, if they are
-            the same at every evaluation.
-    """
-
+    # Conditioning of the network and its adaLN output for every layer, once computed, if they are always the same.
     modulations: tuple[Tensor, list] | None = None
 
 
@@ -169,17 +165,13 @@ class SegmentCache(CleanCache):
         next pass comes without it.
         """
         self._new[block] = k_RWHD, v_RWHD
-        kept = (x_NBKHD[block] if rows is None else x_NBKHD[block][rows] for x_NBKHD in self._stores)
-        k, v = (torch.cat([x.to(new.dtype), new], dim=1) for x, new in zip(kept, self._new[block], strict=True))
-        return k, v
+        stores = self.keys_NBKHD[block], self.values_NBKHD[block]
+        kept = (x_BKHD if rows is None else x_BKHD[rows] for x_BKHD in stores)
+        return tuple(torch.cat([x.to(new.dtype), new], dim=1) for x, new in zip(kept, self._new[block], strict=True))
 
     def advance(self, here_BW: Tensor) -> None:
         """Add what was stored to the cache; `here_BW` is True on tokens."""
         news = (torch.stack(of_blocks) for of_blocks in zip(*(self._new[n] for n in sorted(self._new)), strict=True))
-        pairs = zip(self._stores, news, strict=True)
+        pairs = zip((self.keys_NBKHD, self.values_NBKHD), news, strict=True)
         self.keys_NBKHD, self.values_NBKHD = (torch.cat([x, new.to(x.dtype)], dim=2) for x, new in pairs)
         self.here_BK, self._new = torch.cat([self.here_BK, here_BW], dim=1), {}
-
-    @property
-    def _stores(self) -> tuple[Tensor, Tensor]:
-        return self.keys_NBKHD, self.values_NBKHD

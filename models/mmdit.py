@@ -41,15 +41,12 @@ class MMDiT(Recomputing, Backbone):
     `text_as_dit`: the text stream starts as exactly the function of the DiT with its weights, whatever the latents, so
     that `training.from_pretrained` can name a text-only model. Its queries and keys are then not normed (as in
     text-only models), and the effect of latents on its attention passes a gate for each head that starts closed, at the
-    cost of a second attention over the text alone.
+    cost of a second attention over the text alone. Raises ValueError if there are no latents, or widths do not fit.
 
     Args:
         latent_shape: (K, S).
         latent_size: width E of the latent stream; None: that of the text. Its heads are as wide as the text's.
         The others are those of the DiT.
-
-    Raises:
-        ValueError: there are no latents, or widths do not fit.
     """
 
     encodes_positions = takes_classes = reads_latents = True

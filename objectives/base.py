@@ -3,8 +3,6 @@
 Shape suffixes: B batch, L length, N selected positions, V vocabulary, D width, P network passes.
 """
 
-from __future__ import annotations
-
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -90,7 +88,7 @@ class Objective(ABC):
 
     name: str
     processes: tuple[type[Process], ...] = (Absorbing,)
-    model_class: type[BoundModel]
+    model_class: "type[BoundModel]"
     process: Process
     exact = causal = first_given = independent_unmasking = reads_segments = reads_latents = reads_bigrams = False
     needs_time = limits_rates = change_of_variables = False
@@ -116,14 +114,14 @@ class Objective(ABC):
         """Return log p(x_0 | x_t): (B, L, V), or (N, V) for the N positions `at` in row-major order."""
 
     @abstractmethod
-    def bound(self, mask_sampler: MaskSampler | None) -> Objective:
+    def bound(self, mask_sampler: MaskSampler | None) -> Self:
         """Return the objective whose loss is the unweighted bound, for evaluation.
 
         Args:
             mask_sampler: how t and masks are drawn; None for the choice with the least variance.
         """
 
-    def contrasted(self) -> Objective:
+    def contrasted(self) -> Self:
         """Return the objective by whose loss classes are compared in training: the bound. Objectives that draw exact
         numbers of masks draw at least 40 % of the tokens, where classes differ most."""
         return self.bound(None)
@@ -131,7 +129,7 @@ class Objective(ABC):
     def check_network(self, network: type[Backbone]) -> None:  # noqa: B027 - most take any
         """Raise ValueError if a network of this class cannot be trained on the objective."""
 
-    def model(self, backbone: Backbone) -> BoundModel:
+    def model(self, backbone: Backbone) -> "BoundModel":
         """Bind the objective to a network, for samplers and estimators."""
         return self.model_class(self, backbone)
 
@@ -142,10 +140,7 @@ class BoundModel:
     def __init__(self, objective: Objective, backbone: Backbone) -> None:
         self.objective = objective
         self.backbone = backbone
-
-    @property
-    def process(self) -> Process:
-        return self.objective.process
+        self.process = objective.process
 
     @property
     def vocab_size(self) -> int:

@@ -4,12 +4,10 @@ Shape suffixes: B batch, L length, R rows (blocks), N selected positions, b bloc
 vocabulary, D width.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Self
 
 import torch
 from torch import Tensor
@@ -64,6 +62,8 @@ class BlockDiffusion(WrapperObjective):
     If a batch has `segment_ends`, the segments of each text are its blocks, whatever their lengths. A noised token then
     attends to its own noised segment and the clean ones before it, a clean token to the clean ones up to its own.
 
+    Raises ValueError for a setting that would have no effect, and for blocks that do not fill a row.
+
     Args:
         within: process -> the objective of a block, which is one row to it.
         block_size: tokens of a block; the last one of a text may be shorter. Segments ignore it.
@@ -71,9 +71,6 @@ class BlockDiffusion(WrapperObjective):
         sampling_eps_min, sampling_eps_max: mask rates that training draws from (section 5). See `clip`.
         search: how these rates are chosen again at every validation; None keeps them.
         length: tokens of a row, which whole blocks must fill; None skips that check.
-
-    Raises:
-        ValueError: a setting that would have no effect, or blocks that do not fill a row.
     """
 
     name = "bd3lm"
@@ -158,7 +155,7 @@ class BlockDiffusion(WrapperObjective):
         self.sampling_eps = (low, high)
         self.inner.schedule = self._schedule if (low, high) == WHOLE else Clipped(self._schedule.unclipped, low, high)
 
-    def bound(self, mask_sampler: MaskSampler | None) -> BlockDiffusion:
+    def bound(self, mask_sampler: MaskSampler | None) -> Self:
         """Return the objective for evaluation, as in `TokenDiffusion`. Raises ValueError if a mask sampler is given for
         blocks of one token, whose likelihood is exact."""
         if self.exact and mask_sampler is not None:
@@ -245,7 +242,7 @@ class BlockDiffusion(WrapperObjective):
 
     def _network(
         self, backbone: Backbone, x_BL: Tensor, at: Positions | None, layout: BlockLayout, cond: dict
-    ) -> _AllBlocks:
+    ) -> "_AllBlocks":
         if at is not None and layout.num_blocks > 1:
             by_text = (-1, layout.num_blocks)
             masked_Bb = layout.split(self.process.is_corrupted(x_BL)).any(-1).unflatten(0, by_text)

@@ -41,16 +41,13 @@ class GaussianDiffusion:
     """Variance-preserving diffusion in continuous time with the cosine schedule.
 
     Latents are standardised to mean 0 and variance 1, as the schedule's signal-to-noise ratio assumes. Everything is
-    computed in float32, under any autocast.
+    computed in float32, under any autocast. Raises ValueError for loss=cosine without target=x0.
 
     Args:
         target: the meaning of the network's output: v, x0 or eps.
         loss: mse or huber on the target. mse_cosine adds `cosine_weight` times one minus the cosine of the true and the
             predicted latent. cosine is that term alone.
         cosine_weight: weight of that term in mse_cosine.
-
-    Raises:
-        ValueError: loss=cosine without target=x0.
     """
 
     def __init__(

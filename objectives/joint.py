@@ -81,7 +81,7 @@ class JointDiffusion(WrapperObjective):
     (objectives/reduction.py explains the common denominator).
 
     For evaluation (`bound`) it is the text's objective given the latent of the batch: the bound of
-    -log p(text | latent), or of -log p(text) with latent_t = 1.
+    -log p(text | latent), or of -log p(text) with latent_t = 1. Raises ValueError for invalid weights.
 
     Args:
         process: corrupts the text.
@@ -90,9 +90,6 @@ class JointDiffusion(WrapperObjective):
         modes: weights with which rows draw a mode of `MODES`; None for `MODE_SHARES`.
         text_weight, latent_weight: weights of the two terms.
         latent_tokens: tokens that a latent counts as: the length of a row.
-
-    Raises:
-        ValueError: invalid weights.
     """
 
     name = "mmldlm"

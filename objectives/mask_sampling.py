@@ -58,7 +58,8 @@ class MaskSampler(ABC):
 
 
 class Bernoulli(MaskSampler):
-    """Draw t first, then mask each token with probability 1 - alpha(t), as the references do.
+    """Draw t first, then mask each token with probability 1 - alpha(t), as the references do. Raises ValueError for two
+    ways to draw t at once, and for one that does not fit T > 0.
 
     Args:
         antithetic_sampling: use the evenly spread times of the noise; otherwise independent times.
@@ -74,9 +75,6 @@ class Bernoulli(MaskSampler):
             Hong et al., arXiv 2605.13026). "bell" keeps the weights of the bound, so that training minimises the bound
             with more weight on the middle; "bell_corrected" divides by the density, and the expectation is the bound.
             None draws t uniformly.
-
-    Raises:
-        ValueError: two ways to draw t at once, or one that does not fit T > 0.
     """
 
     always_masks = False

@@ -46,16 +46,14 @@ class MaskedLM(Subs):
 class Rates(MaskSampler):
     """Draw a mask rate first, then mask each scored token with that probability; at least one per row, if it has any.
 
-    Only continuous rates from 0 to 1 cover the integral of the bound, so only they can train with its weights.
+    Only continuous rates from 0 to 1 cover the integral of the bound, so only they can train with its weights. Raises
+    ValueError for invalid limits, and for limits with a list of rates.
 
     Args:
         rates: a list to choose from uniformly, or "continuous" for all rates between `rate_min` and `rate_max`.
         rate_min, rate_max: limits of continuous rates.
         per: "sample" for a rate per row, "batch" for one rate for all rows of an optimizer step.
         antithetic_sampling: spread the rates of an optimizer step evenly; otherwise they are independent.
-
-    Raises:
-        ValueError: invalid limits, or limits with a list of rates.
     """
 
     def __init__(
