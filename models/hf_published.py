@@ -41,7 +41,7 @@ class Kind:
 class PublishedBackbone(Backbone):
     """A network of the transformers library, in `model`.
 
-    Args (of the subclasses):
+    Args:
         config: config.json of the published model.
         vocab_size: ids of the data, the mask included; rows of the embedding and of the head.
         name: name or path of the pretrained weights, as typed; None for a network without.
