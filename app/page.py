@@ -12,7 +12,7 @@ from palimpsest.app.job import Jobs
 from palimpsest.app.networks import Networks
 from palimpsest.app.runs import Network, classifiers
 from palimpsest.app.write_tab import WriteTab
-from palimpsest.report.live import colours
+from palimpsest.report.page import render
 
 _HEADER = '<h1 class="name">Palimpsest</h1><p class="motto">A page scraped clean and written again.</p>'
 
@@ -36,7 +36,8 @@ def page(networks: Sequence[Network], extra: Sequence[str] = ()) -> gr.Blocks:
 
 def head() -> str:
     """Return the page's style sheet in the colours of the reports, as HTML, because Gradio drops dark mode from CSS."""
-    return f"<style>\n{colours()}\n{Path(__file__).with_name('page.css').read_text(encoding='utf-8')}</style>"
+    own = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
+    return f"<style>\n{render('colours.css')}\n{own}</style>"
 
 
 def theme() -> gr.themes.Base:

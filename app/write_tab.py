@@ -11,7 +11,7 @@ from palimpsest.app.job import Jobs, Stopped
 from palimpsest.app.networks import Networks
 from palimpsest.app.runs import Network
 from palimpsest.app.sampling import Frame, SamplingRequest, SamplingResult, keys_of, sample
-from palimpsest.report.live import live_style
+from palimpsest.report.page import render
 from palimpsest.samplers.unmasking import ORDERS, REMASKS, SCHEDULES
 from palimpsest.settings.command_line import compose_config
 
@@ -58,7 +58,8 @@ class WriteTab:
             self.go = gr.Button("Write", variant="primary", elem_id="write", scale=0)
             self.stop = gr.Button("Stop", interactive=False, elem_id="stop-writing", scale=0)
         self.status = gr.HTML(elem_id="written-said", padding=False)
-        self.page = gr.HTML(elem_id="page", css_template=live_style(), apply_default_css=False, padding=False)
+        style = render("live.css.j2")
+        self.page = gr.HTML(elem_id="page", css_template=style, apply_default_css=False, padding=False)
         copy = {"buttons": ["copy"], "interactive": False, "visible": False}
         self.plain = gr.Textbox(label="Text", lines=2, max_lines=12, elem_id="plain", elem_classes="serif", **copy)
         self.command = gr.Textbox(label="The same in a terminal", max_lines=4, elem_classes="mono", **copy)

@@ -9,7 +9,7 @@ import csv
 import json
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -64,8 +64,8 @@ class Comparison:
     names: list[str]
     differing: list[str]
     figures: list[str]
-    differences: dict[str, list[Estimate | None]] = field(default_factory=dict)
-    unlike: list[list[str]] = field(default_factory=list)
+    differences: dict[str, list[Estimate | None]]
+    unlike: list[list[str]]
 
 
 def read_runs(paths: Sequence[str | Path]) -> list[Run]:

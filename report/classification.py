@@ -65,10 +65,10 @@ def _accuracy(report: Report, result: ClassificationResult, test: SequentialTest
     )
     report.metrics(
         [
-            Metric("accuracy", m.accuracy.value, m.accuracy.se, "", f"95%: {_percent(m.accuracy_interval)}"),
-            Metric("macro F1", m.macro_f1.value, m.macro_f1.se),
-            Metric("log loss", m.log_loss.value, m.log_loss.se, "nats"),
-            Metric("NLL under its own class", nll.value, nll.se, "nats/token", "validation texts"),
+            Metric.of("accuracy", m.accuracy, "", f"95%: {_percent(m.accuracy_interval)}"),
+            Metric.of("macro F1", m.macro_f1),
+            Metric.of("log loss", m.log_loss, "nats"),
+            Metric.of("NLL under its own class", nll, "nats/token", "validation texts"),
             Metric("texts", float(len(scores.label_M))),
             Metric("network evaluations", float(scores.evaluations_M.mean()), None, "per text", "over all classes"),
             Metric("time", 1000 * scores.seconds / len(scores.label_M), None, "ms/text"),
@@ -106,14 +106,14 @@ def _method_cells(method: Method) -> list[object]:
 
 def _ensembles(result: ClassificationResult) -> str:
     """Return what the ensembles are, if there are any."""
-    names = [method.name for method in result.others if method.name.startswith("ensemble")]
     weight = next((method.weight for method in result.others if method.weight is not None), None)
-    text = " Ensembles average log p(class | text)." if names else ""
+    ensembles = any(method.name.startswith("ensemble") for method in result.others)
+    text = " Ensembles average log p(class | text)." if ensembles else ""
     if weight is not None and result.fitted:
         text += (
             f" The weight of this model beside the baseline is {weight:.2f}, chosen on the validation split, on which "
+            "the baseline and its regularisation were chosen, too."
         )
-        text += "the baseline and its regularisation were chosen, too."
     elif weight is not None:
         text += " This model and the baseline, the best on the validation split, have equal weights."
     return text
@@ -152,9 +152,9 @@ def _abstention(report: Report, result: ClassificationResult) -> None:
     half, most = abstention.at(0.5), abstention.at(0.9)
     report.metrics(
         [
-            Metric("accuracy", half.value, half.se, "", "on the surest 50 % of the texts"),
-            Metric("accuracy", most.value, most.se, "", "on the surest 90 %"),
-            Metric("AURC", abstention.aurc.value, abstention.aurc.se, "", "mean error rate over coverages"),
+            Metric.of("accuracy", half, "", "on the surest 50 % of the texts"),
+            Metric.of("accuracy", most, "", "on the surest 90 %"),
+            Metric.of("AURC", abstention.aurc, "", "mean error rate over coverages"),
         ]
     )
     report.figure(
@@ -168,9 +168,9 @@ def _other_texts(report: Report, found: Detection, split: str) -> None:
     report.section("Texts from elsewhere", _OTHER_TEXTS)
     report.metrics(
         [
-            Metric("AUROC", found.by_likelihood.value, found.by_likelihood.se, "", "by p(text)"),
-            Metric("AUROC", found.by_typicality.value, found.by_typicality.se, "", "by typicality"),
-            Metric("AUROC", found.by_posterior.value, found.by_posterior.se, "", "by the largest posterior"),
+            Metric.of("AUROC", found.by_likelihood, "", "by p(text)"),
+            Metric.of("AUROC", found.by_typicality, "", "by typicality"),
+            Metric.of("AUROC", found.by_posterior, "", "by the largest posterior"),
         ]
     )
     report.figure(

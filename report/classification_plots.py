@@ -43,8 +43,8 @@ from palimpsest.report.style import (
 
 PERCENT = FuncFormatter(lambda share, _: f"{100 * share:.10g}")
 
-# One method: network evaluations per text and class, accuracy as a share, its standard error (NaN if unknown); all N.
 Curve = tuple[ArrayLike, ArrayLike, ArrayLike]
+"""Network evaluations per text and class, accuracy (a share) and its standard error (NaN if unknown), all N."""
 
 _MOST_LABELLED_CLASSES = 12
 _MOST_BARS = 64

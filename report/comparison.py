@@ -10,7 +10,7 @@ from pathlib import Path
 from palimpsest.common.files import write_atomically
 from palimpsest.common.metrics import Estimate
 from palimpsest.evaluation.comparison import Comparison
-from palimpsest.report.formatting import Metric, format_measurement, format_number
+from palimpsest.report.formatting import Metric, aligned, format_number
 from palimpsest.report.report import Report
 from palimpsest.report.style import dot_rows
 
@@ -20,85 +20,52 @@ _TITLES = {
     "perplexity": "perplexity", "generative_perplexity": "generative perplexity", "unigram_entropy": "unigram entropy",
     "network_evaluations_per_text": "evaluations/text", "network_evaluations_per_sample": "evaluations/sample",
 }  # fmt: skip
-_PAIRED = ("nll_nats_per_token", "accuracy")
 
 
-def header(found: Comparison) -> list[str]:
-    """Return the titles of the columns: the run, settings that differ, figures, their differences, the speed."""
-    titles = ["run", *found.differing]
+def columns(found: Comparison) -> list[tuple[str, list[object]]]:
+    """Return the columns that are not empty: title, and one cell per run (text, `Estimate`, a number or None).
+
+    They are the run, settings that differ, figures, their differences, the speed.
+    """
+    runs = found.runs
+    table = [("run", found.names), *((key, [run.settings.get(key) for run in runs]) for key in found.differing)]
     for name in found.figures:
-        titles.append(_TITLES[name])
+        table.append((_TITLES[name], [run.figures.get(name) for run in runs]))
         if name in found.differences:
-            titles.append("− first, paired")
-    return [*titles, "training tokens/s", "likelihood not comparable: other"]
-
-
-def rows(found: Comparison) -> list[list[object]]:
-    """Return one row per run, with the columns of `header`; cells are text, `Estimate`, numbers or None."""
-    lines = []
-    for number, run in enumerate(found.runs):
-        line: list[object] = [found.names[number], *(run.settings.get(key) for key in found.differing)]
-        for name in found.figures:
-            line.append(run.figures.get(name))
-            if name in found.differences:
-                line.append(found.differences[name][number])
-        unlike = found.unlike[number] if "nll_nats_per_token" in run.figures else []
-        lines.append([*line, run.speed, ", ".join(unlike) or None])
-    return lines
-
-
-def columns(found: Comparison) -> tuple[list[str], list[list[object]]]:
-    """Return `header` and `rows` without the columns that are empty."""
-    titles = header(found)
-    lines = rows(found)
-    kept = [i for i in range(len(titles)) if any(line[i] is not None for line in lines)]
-    return [titles[i] for i in kept], [[line[i] for i in kept] for line in lines]
+            table.append(("− first, paired", found.differences[name]))
+    table.append(("training tokens/s", [run.speed for run in runs]))
+    unlike = [run.figures.get("nll_nats_per_token") and keys for run, keys in zip(runs, found.unlike, strict=True)]
+    table.append(("likelihood not comparable: other", [", ".join(keys) if keys else None for keys in unlike]))
+    return [(title, cells) for title, cells in table if any(cell is not None for cell in cells)]
 
 
 def comparison_lines(found: Comparison) -> str:
     """Return the table as text, columns aligned."""
-    titles, lines = columns(found)
-    cells = [titles, *([_text(cell) for cell in line] for line in lines)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(titles))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells
-    )
+    table = columns(found)
+    lines = zip(*([_text(cell) for cell in cells] for _, cells in table), strict=True)
+    return aligned([[title for title, _ in table], *lines])
 
 
 def write_comparison(found: Comparison, folder: Path, command: str) -> list[Path]:
     """Write comparison.html and comparison.csv into `folder`; return their paths."""
-    titles, lines = columns(found)
+    table = columns(found)
     report = Report("Comparison", f"{len(found.runs)} runs", command)
     report.section("Figures", _ABOUT)
-    report.table(titles, [[_cell(cell) for cell in line] for line in lines])
+    lines = zip(*([_cell(cell) for cell in cells] for _, cells in table), strict=True)
+    report.table([title for title, _ in table], list(lines))
     for name in found.figures:
-        measured = [
-            (title, run.figures[name])
-            for title, run in zip(found.names, found.runs, strict=True)
-            if name in run.figures
-        ]
-        known = [(title, one.value, None if math.isnan(one.se) else one.se) for title, one in measured]
+        cells = [_cell(run.figures.get(name)) for run in found.runs]
+        known = [(title, cell.value, cell.se) for title, cell in zip(found.names, cells, strict=True) if cell]
         if len(known) > 1:
             figure, axes = dot_rows(known, None, scale=1.0)
             axes.set_xlabel(f"{_TITLES[name]}; bars: 95%")
             report.figure(figure, f"{_TITLES[name]} of each run.", _TITLES[name])
-    page = folder / "comparison.html"
-    report.write(page)
-    table = io.StringIO()
-    writer = csv.writer(table)
-    writer.writerow([one for i, title in enumerate(titles) for one in _spread(title, [line[i] for line in lines])])
-    for line in lines:
-        writer.writerow([one for i, cell in enumerate(line) for one in _values(cell, [other[i] for other in lines])])
-    write_atomically(folder / "comparison.csv", table.getvalue().encode())
-    return [page, folder / "comparison.csv"]
-
-
-def _text(cell: object) -> str:
-    if isinstance(cell, Estimate):
-        return format_measurement(cell.value, None if math.isnan(cell.se) else cell.se)
-    if isinstance(cell, float):
-        return format_number(cell)
-    return "–" if cell is None else str(cell)
+    report.write(folder / "comparison.html")
+    text = io.StringIO()
+    columns_of_file = [column for title, cells in table for column in _values(title, cells)]
+    csv.writer(text).writerows(zip(*columns_of_file, strict=True))
+    write_atomically(folder / "comparison.csv", text.getvalue().encode())
+    return [folder / "comparison.html", folder / "comparison.csv"]
 
 
 def _cell(cell: object) -> object:
@@ -107,15 +74,15 @@ def _cell(cell: object) -> object:
     return format_number(cell) if isinstance(cell, float) else cell
 
 
-def _spread(title: str, column: list[object]) -> list[str]:
-    """Return the titles of a column in a file: the value and its error have one each."""
-    return [title, f"{title} ±"] if any(isinstance(cell, Estimate) for cell in column) else [title]
+def _text(cell: object) -> str:
+    return "–" if cell is None else str(_cell(cell))
 
 
-def _values(cell: object, column: list[object]) -> list[object]:
-    if not any(isinstance(one, Estimate) for one in column):
-        return [cell]
-    return [cell.value, cell.se] if isinstance(cell, Estimate) else [None, None]
+def _values(title: str, cells: list[object]) -> list[list[object]]:
+    """Return a column of the file with its title; values with an error have two."""
+    if not any(isinstance(cell, Estimate) for cell in cells):
+        return [[title, *cells]]
+    return [[title, *(cell and cell.value for cell in cells)], [f"{title} ±", *(cell and cell.se for cell in cells)]]
 
 
 _ABOUT = (

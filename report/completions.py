@@ -6,22 +6,17 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from palimpsest.common.metrics import Estimate, Share
+from palimpsest.common.metrics import Share
 from palimpsest.evaluation.completions import CompletedPrompt, Completions
 from palimpsest.report.denoising import Sample
-from palimpsest.report.formatting import Interval, Metric
+from palimpsest.report.formatting import Metric, percent
 from palimpsest.report.history import sample_of
 from palimpsest.report.report import Report
 
 
-def _interval(found: Share) -> Interval:
-    return Interval(100 * found.value, 100 * found.low, 100 * found.high)
-
-
 def _metric(name: str, found: Share, note: str = "") -> Metric:
-    return Metric(
-        name, 100 * found.value, 100 * found.se, "%", f"{100 * found.low:.1f} to {100 * found.high:.1f} %{note}"
-    )
+    interval = f"{100 * found.low:.1f} to {100 * found.high:.1f} %{note}"
+    return Metric.of(name, found, "%", interval, scale=100)
 
 
 def completions_report(report: Report, found: Completions, tokenizer: PreTrainedTokenizerBase, number: int) -> None:
@@ -38,7 +33,8 @@ def completions_report(report: Report, found: Completions, tokenizer: PreTrained
     metrics += [_metric(name, share) for name, share in answers.findings.items()]
     report.metrics([*metrics, Metric("network evaluations", found.evaluations, None, "per completion")])
     if answers.checks:
-        rows = [(name, _percent(share), _percent(baselines.checks.get(name))) for name, share in answers.checks.items()]
+        measured = {name: (share, baselines.checks.get(name)) for name, share in answers.checks.items()}
+        rows = [(name, *(one and Metric.of("", one, scale=100) for one in both)) for name, both in measured.items()]
         caption = f"{answers.num_checks} in all completions, with the error over prompts, and in the references."
         report.table(["", "completions, %", "references, %"], rows, caption)
     for header, groups, caption in (
@@ -46,13 +42,9 @@ def completions_report(report: Report, found: Completions, tokenizer: PreTrained
         ("tokens of the prompt", answers.by_length, "Exact match by the length of the prompt."),
     ):
         if groups:
-            rows = [(group.name, group.right.texts, _interval(group.right)) for group in groups]
+            rows = [(group.name, group.right.texts, percent(group.right)) for group in groups]
             report.table([header, "prompts", "right, % [95 % interval]"], rows, caption)
     _examples(report, tokenizer, [one for one in found.completed if one.sampled], number)
-
-
-def _percent(found: Estimate | None) -> Metric | None:
-    return None if found is None else Metric("", 100 * found.value, 100 * found.se)
 
 
 def _examples(
@@ -81,7 +73,7 @@ def completions_lines(found: Completions) -> str:
     answers, baselines = found.answers, found.baselines
 
     def line(name: str, share: Share) -> str:
-        return f"{name} {_interval(share)} %"
+        return f"{name} {percent(share)} %"
 
     lines = [f"{answers.exact_match.texts} prompts of {found.split}, {found.samples_per_prompt} completions each",
              line("exact match", answers.exact_match), line("no answer", answers.no_answer),

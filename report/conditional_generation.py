@@ -13,7 +13,7 @@ from palimpsest.evaluation.conditional_generation import VARIANTS, ConditionalRe
 from palimpsest.evaluation.editing import EditResult
 from palimpsest.evaluation.latent_measures import Agreement
 from palimpsest.report.denoising import Sample
-from palimpsest.report.formatting import Interval, Metric
+from palimpsest.report.formatting import Metric, percent
 from palimpsest.report.free_texts import comparison_lines, comparison_section
 from palimpsest.report.report import Report
 
@@ -29,8 +29,8 @@ _ABOUT_CONTROLS = (
 def _cell(value: object) -> object:
     """Return a number as tables show it."""
     if isinstance(value, Share):
-        return Interval(100 * value.value, 100 * value.low, 100 * value.high)
-    return Metric("", value.value, value.se) if isinstance(value, Estimate) else value
+        return percent(value)
+    return Metric.of("", value) if isinstance(value, Estimate) else value
 
 
 def direction_report(
@@ -64,8 +64,8 @@ def titled(found: ConditionalResult, samples: Sequence[Sample]) -> list[Sample]:
 def _texts_from_latents(
     report: Report, found: ConditionalResult, number: int, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    more = {title: {name: found.results[name][key] for name in VARIANTS}
-            for title, key in (("token F1", "token_f1"), ("BLEU", "bleu"))}  # fmt: skip
+    overlaps = {name: found.results[name] for name in VARIANTS}
+    more = {name: {"token F1": one["token_f1"], "BLEU": one["bleu"]} for name, one in overlaps.items()}
     _agreement(report, found.agreement, more, found.results["encoder_missing"])
     _examples(report, ["the latent's own text", "written from it", "from another's", "from none"],
               [(row["reference"], *(row[name] for name in VARIANTS)) for row in found.rows[:number]])  # fmt: skip
@@ -89,7 +89,7 @@ def _joint(report: Report, found: JointResult, number: int, tokenizer: PreTraine
 def _edits(report: Report, found: EditResult, number: int, tokenizer: PreTrainedTokenizerBase) -> None:
     edited, paths = found.edited, found.paths
     report.section("Editing", _ABOUT_EDITS.format(found.classifier.name, 100 * found.before.value))
-    report.metrics([Metric("tokens masked", 100 * found.masked.value, 100 * found.masked.se, "%")])
+    report.metrics([Metric.of("tokens masked", found.masked, "%", scale=100)])
     rows = [("control, %", *(_cell(edited[name].control) for name in VARIANTS)),
             ("tokens changed, share", *(_cell(edited[name].changed) for name in VARIANTS)),
             ("edit distance, tokens", *(_cell(edited[name].distance) for name in VARIANTS)),
@@ -112,55 +112,50 @@ def _agreement(
     """Add the agreement of the latents found with the wanted ones, by condition.
 
     Args:
-        more: further rows, by name and condition.
+        more: further figures, by condition and title.
         missing: why texts cannot be encoded.
     """
-    names = [name for name in VARIANTS if name in found or any(name in row for row in more.values())]
+    figures = {name: {**more.get(name, {}), **_figures(found.get(name))} for name in VARIANTS}
+    figures = {name: values for name, values in figures.items() if values}
     report.section("Agreement", _ABOUT_CONTROLS + (f" Texts were not encoded again: {missing}" if missing else ""))
-    rows = [(title, *(_cell(values[name]) for name in names)) for title, values in more.items()]
-    if found:
-        rows += [(title, *(_cell(read(found[name])) for name in names)) for title, read in _rows(found)]
-    report.table(["condition", *(_TITLES[name] for name in names)], rows)
-    first = next(iter(found.values()), None)
-    if first is not None and first.by_attribute:
-        lines = [(key, *(100 * found[name].by_attribute[key] for name in names)) for key in first.by_attribute]
-        report.table(["right, %", *(_TITLES[name] for name in names)], lines, "By attribute.")
+    conditions = [_TITLES[name] for name in figures]
+    titles = next(iter(figures.values()), {})
+    rows = [(title, *(_cell(values[title]) for values in figures.values())) for title in titles]
+    report.table(["condition", *conditions], rows)
+    shares = [one.by_attribute for one in found.values()]
+    if shares and shares[0]:
+        lines = [(key, *(100 * share[key] for share in shares)) for key in shares[0]]
+        report.table(["right, %", *conditions], lines, "By attribute.")
 
 
-def _rows(found: Mapping[str, Agreement]) -> list:
-    first = next(iter(found.values()))
-    rows = [("cosine", lambda one: one.cosine), ("squared error", lambda one: one.mse)]
-    for k, one in first.retrieval.items():
-        title = f"retrieval@{k}, % (chance {100 * one.chance:.3g})"
-        rows.append((title, lambda one, k=k: one.retrieval[k]))
-    rows.append(("without a latent, %", lambda one: 100 * one.unread))
-    if first.attributes:
-        rows.append(("attributes", lambda one: one.attributes))
-    return rows
+def _figures(one: Agreement | None) -> dict[str, object]:
+    if one is None:
+        return {}
+    hits = {f"retrieval@{k}, % (chance {100 * hit.chance:.3g})": hit for k, hit in one.retrieval.items()}
+    attributes = {"attributes": one.attributes} if one.attributes else {}
+    unread = {"without a latent, %": 100 * one.unread}
+    return {"cosine": one.cosine, "squared error": one.mse, **hits, **unread, **attributes}
 
 
 def _agreement_lines(results: Mapping[str, object], found: Mapping[str, Agreement]) -> str:
     lines = []
     for name in VARIANTS:
-        line = [f"{_TITLES[name]:>9}:"]
+        line = []
         of = results.get(name)
         if isinstance(of, Mapping) and "token_f1" in of:
             line.append(f"token F1 {of['token_f1']}, BLEU {of['bleu']:.4f}")
-        if name in found:
-            one = found[name]
-            line.append(
-                f"cosine {one.cosine}, "
-                + ", ".join(
-                    f"retrieval@{k} {100 * hit.value:.1f} % [{100 * hit.low:.1f}, {100 * hit.high:.1f}] (chance "
-                    f"{100 * hit.chance:.3g})"
-                    for k, hit in one.retrieval.items()
-                )
-            )
+        if one := found.get(name):
+            line.append(f"cosine {one.cosine}, " + ", ".join(_hits(k, hit) for k, hit in one.retrieval.items()))
             if one.attributes:
                 line.append(f"attributes {one.attributes}")
-        if len(line) > 1:
-            lines.append(" ".join(line))
+        if line:
+            lines.append(" ".join([f"{_TITLES[name]:>9}:", *line]))
     return "\n".join(lines)
+
+
+def _hits(k: int, hit: Share) -> str:
+    interval = f"[{100 * hit.low:.1f}, {100 * hit.high:.1f}]"
+    return f"retrieval@{k} {100 * hit.value:.1f} % {interval} (chance {100 * hit.chance:.3g})"
 
 
 def _examples(report: Report, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

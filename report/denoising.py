@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
-from palimpsest.report.page import render, write_page
+from palimpsest.report.page import render
 from palimpsest.report.palette import age
 from palimpsest.report.plain_text import inline, split_lead
 
@@ -107,16 +106,11 @@ def samples_block(samples: Sequence[Sample]) -> dict[str, Any]:
     }
 
 
-def write_denoising(
-    path: Path, samples: Sequence[Sample], title: str = "Denoising", subtitle: str = "", command: str = ""
-) -> None:
-    """Write denoising.html: the texts with a player, in one file that needs no network; texts are readable without
-    scripts."""
-    write_page(path, denoising_page(samples, title, subtitle, command))
-
-
 def denoising_page(samples: Sequence[Sample], title: str = "", subtitle: str = "", command: str = "") -> str:
-    """Return the page as HTML; without a title, to be framed by another page, it has only texts and player."""
+    """Return the texts with a player as a page that needs no network; texts are readable without scripts.
+
+    Without a title, to be framed by another page, it has only texts and player.
+    """
     block = samples_block(samples)
     return render("denoising.html.j2", title=title, subtitle=inline(subtitle), command=command, block=block)
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from palimpsest.common.metrics import Estimate, Share
 
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _LARGEST_PLAIN = 1e12
@@ -21,6 +24,11 @@ class Metric:
     se: float | None = None
     unit: str = ""
     note: str = ""
+
+    @classmethod
+    def of(cls, name: str, found: Estimate | Share, unit: str = "", note: str = "", scale: float = 1.0) -> Metric:
+        """Return an estimate times `scale`."""
+        return cls(name, scale * found.value, scale * found.se, unit, note)
 
     @property
     def measurement(self) -> str:
@@ -54,6 +62,18 @@ class Interval:
         else:
             value, low, high = map(format_number, triple)
         return f"{value} [{low}, {high}]"
+
+
+def percent(found: Share) -> Interval:
+    """Return a share with its 95% interval, in per cent."""
+    return Interval(100 * found.value, 100 * found.low, 100 * found.high)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Return a table for a terminal."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join(lines)
 
 
 def format_number(value: float, digits: int = 4, strip: bool = True) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from palimpsest.evaluation.free_texts import FreeTexts
 from palimpsest.evaluation.sample_quality import Comparison, Quality
 from palimpsest.report.denoising import Sample
-from palimpsest.report.formatting import Metric
+from palimpsest.report.formatting import Metric, aligned
 from palimpsest.report.report import Report
 
 
@@ -57,24 +57,20 @@ def comparison_lines(comparison: Comparison) -> str:
     """Return the comparison as lines for a terminal."""
     rows = [("", "samples", f"real ({comparison.reference.split})")[: 3 if comparison.real else 2]]
     rows += [(name, *(getattr(v, "measurement", f"{v}") for v in values)) for name, *values in _rows(comparison)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    missing = [] if comparison.real else [f"no real texts to compare with: {comparison.reference.missing}"]
-    return "\n".join([*lines, *missing])
+    missing = "" if comparison.real else f"\nno real texts to compare with: {comparison.reference.missing}"
+    return aligned(rows) + missing
 
 
 def _metrics(quality: Quality) -> list[Metric]:
     rows: list[Metric] = []
     if quality.likelihood:
-        perplexity, nats = quality.likelihood.perplexity, quality.likelihood.nats_per_token
         scorer = f"under {quality.likelihood.protocol['scorer']}"
-        rows.append(Metric("generative perplexity", perplexity.value, perplexity.se, "", scorer))
-        rows.append(Metric("generative NLL", nats.value, nats.se, "nats/token", "the scorer's tokens"))
-    entropy = quality.diversity.unigram_entropy
-    rows.append(Metric("unigram entropy", entropy.value, entropy.se, "nats", "within a text"))
-    for n, share in quality.diversity.distinct.items():
-        rows.append(Metric(f"distinct-{n}", share.value, share.se, "", "over all texts"))
-    return rows
+        nats = quality.likelihood.nats_per_token
+        rows.append(Metric.of("generative perplexity", quality.likelihood.perplexity, "", scorer))
+        rows.append(Metric.of("generative NLL", nats, "nats/token", "the scorer's tokens"))
+    rows.append(Metric.of("unigram entropy", quality.diversity.unigram_entropy, "nats", "within a text"))
+    distinct = quality.diversity.distinct
+    return [*rows, *(Metric.of(f"distinct-{n}", share, "", "over all texts") for n, share in distinct.items())]
 
 
 def _counts(quality: Quality) -> list[tuple[str, int]]:

@@ -77,15 +77,6 @@ class RowHistory:
         self._age = max(0.0 if math.isnan(self._age) else self._age, 1 - self.num_masks / max(1, self._most))
         return True
 
-    def ids_at(self, step: int) -> list[int]:
-        """Return the row after `step`."""
-        length = max((int(change.places_N.max()) + 1 for change in self.changes), default=0)
-        ids_L = np.full(length, self._blank_id)
-        for change in self.changes:
-            if change.step <= step:
-                ids_L[change.places_N] = change.ids_N
-        return ids_L.tolist()
-
     def past(self, tokenizer: PreTrainedTokenizerBase) -> dict[int, list[PastToken]]:
         """Return the earlier tokens of each place, in order."""
         ended, current = dict[int, list[PastToken]](), dict[int, tuple[int, int, float]]()

@@ -49,31 +49,21 @@ def mask_rate_figure(report: Report, measured: Likelihood, caption: str) -> None
 def likelihood_metrics(measured: Likelihood) -> list[Metric]:
     """Return the numbers of a likelihood, with their errors."""
     bits = measured.model.scaled(1 / np.log(2))
-    perplexity = measured.model.exp()
     method = f"{measured.scores.label}; error over {measured.scores.units}"
     rows = [
-        Metric("NLL", measured.model.value, measured.model.se, "nats/token", method),
-        Metric("bits", bits.value, bits.se, "bits/token"),
-        Metric("perplexity", perplexity.value, perplexity.se),
+        Metric.of("NLL", measured.model, "nats/token", method),
+        Metric.of("bits", bits, "bits/token"),
+        Metric.of("perplexity", measured.model.exp()),
     ]
     if not measured.scores.exact:
-        rows.append(
-            Metric(
-                "Monte Carlo error",
-                measured.scores.monte_carlo_se,
-                None,
-                "nats/token",
-                "of the NLL, from the draws alone",
-            )
-        )
+        error = measured.scores.monte_carlo_se
+        rows.append(Metric("Monte Carlo error", error, None, "nats/token", "of the NLL, from the draws alone"))
     if measured.unigram:
-        rows.append(Metric("unigram model", measured.unigram.value, measured.unigram.se, "nats/token"))
+        rows.append(Metric.of("unigram model", measured.unigram, "nats/token"))
     if measured.truth and measured.gap:
         excess = measured.gap.scaled(100 / measured.truth.value)
-        rows += [
-            Metric("true entropy", measured.truth.value, measured.truth.se, "nats/token", "exact, same texts"),
-            Metric("above the truth", excess.value, excess.se, "%", f"paired over {measured.scores.units.name}"),
-        ]
+        rows.append(Metric.of("true entropy", measured.truth, "nats/token", "exact, same texts"))
+        rows.append(Metric.of("above the truth", excess, "%", f"paired over {measured.scores.units.name}"))
     return rows
 
 
@@ -97,28 +87,26 @@ def likelihood_lines(measured: Likelihood, title: str, gain: LatentGain | None) 
         f"NLL {measured.model} nats/token | {bits} bits/token | perplexity {measured.model.exp()} (errors over "
         f"{scores.units})"
     )
-    return "\n".join([about + noise, numbers, *truth_line(measured), *([gain_line(gain)] if gain else [])])
+    lines = [about + noise, numbers, *truth_line(measured)]
+    if gain:
+        lines.append(
+            f"latents: their own {gain.true}, others' {gain.shuffled}, none {gain.none} nats/token | "
+            f"latent gain {gain.gain}, over none {gain.over_none} (paired)"
+        )
+    return "\n".join(lines)
 
 
 def gain_section(report: Report, gain: LatentGain, facts: Mapping[str, object]) -> None:
     """Write the section on the latent gain. facts: of the encoder."""
     report.section("Latent gain", _ABOUT_GAIN)
     rows = [("their own", gain.true), ("those of other texts", gain.shuffled), ("none", gain.none)]
-    cells = [(name, Metric("", found.value, found.se)) for name, found in rows]
+    cells = [(name, Metric.of("", found)) for name, found in rows]
     report.table(["latents", "nats/token"], cells, ", ".join(f"{key}: {value}" for key, value in facts.items()))
     report.metrics(
         [
-            Metric("latent gain", gain.gain.value, gain.gain.se, "nats/token", "others' minus their own"),
-            Metric("over none", gain.over_none.value, gain.over_none.se, "nats/token"),
+            Metric.of("latent gain", gain.gain, "nats/token", "others' minus their own"),
+            Metric.of("over none", gain.over_none, "nats/token"),
         ]
-    )
-
-
-def gain_line(gain: LatentGain) -> str:
-    """Return the latent gain as a line for a terminal."""
-    return (
-        f"latents: their own {gain.true}, others' {gain.shuffled}, none {gain.none} nats/token | "
-        f"latent gain {gain.gain}, over none {gain.over_none} (paired)"
     )
 
 
@@ -126,10 +114,9 @@ def untrained_marginal(objective: object) -> str:
     """Return a warning if the network never learned the likelihood of texts without latents; else an empty text."""
     if not isinstance(objective, JointDiffusion) or {"text", "joint"} & set(objective.shares):
         return ""
-    modes = objective.shares
     return (
-        f"The modes of this training ({', '.join(modes)}) never drop a text's latent, so the network did not "
-        "learn the likelihood of texts alone."
+        f"The modes of this training ({', '.join(objective.shares)}) never drop a text's latent, so the network did "
+        "not learn the likelihood of texts alone."
     )
 
 
@@ -140,8 +127,6 @@ _PREAMBLE = {
     "exact likelihood of the ordered sampler (DUEL)": "The exact likelihood of the sampler that fills masks in this "
     "order, which is another model than the diffusion: never to be compared with a NELBO. ",
 }
-_ERRORS = "Errors are standard errors over {}."
-_NOISY_ERRORS = "Errors are standard errors over {} and contain the noise of the masks."
 _EOS_PADDED = (
     " Rows are padded with EOS, which the model has to generate too, because it is not shown where a text ends: the "
     "nats are those of text, EOS and padding, the tokens those of the text and its EOS."
@@ -154,7 +139,8 @@ def _method(measured: Likelihood) -> str:
     kind = "The likelihood is exact. " if measured.scores.label == "exact" else _PREAMBLE[measured.scores.kind]
     scores = measured.scores
     padded = _EOS_PADDED if not scores.causal and (scores.maskable_M > scores.tokens_M).any() else ""
-    errors = (_ERRORS if scores.exact else _NOISY_ERRORS).format(scores.units)
+    noise = "" if scores.exact else " and contain the noise of the masks"
+    errors = f"Errors are standard errors over {scores.units}{noise}."
     return kind + errors + padded + (_TRUTH if measured.truth else "")
 
 

@@ -120,18 +120,8 @@ def blank_of(data: TextData) -> str:
 
 
 def live_texts(texts: Sequence[Sequence[LiveToken]]) -> str:
-    """Return the texts as HTML, styled by `live_style`."""
+    """Return the texts as HTML, styled by live.css.j2."""
     return render("live.html.j2", texts=[[_token_style(token) for token in tokens] for tokens in texts])
-
-
-def live_style() -> str:
-    """Return the CSS of `live_texts`, to be nested under its container; it needs `colours`."""
-    return render("live.css.j2")
-
-
-def colours() -> str:
-    """Return CSS with the colours and fonts of all pages, as custom properties of the root."""
-    return render("colours.css")
 
 
 def _token_style(token: LiveToken) -> dict[str, str]:

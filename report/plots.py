@@ -87,9 +87,8 @@ def _draw_losses(
         labels.append((_draw_train(axes, train[0], train[1], start), "training", BLUE))
     steps, nll, se = (column[validation[0] >= start] for column in validation)
     if steps.size:
-        axes.errorbar(
-            steps, nll, half_width(se), color=ORANGE, linewidth=1.3, marker="o", markersize=3.5, elinewidth=1.1
-        )
+        bars = half_width(se)
+        axes.errorbar(steps, nll, bars, color=ORANGE, linewidth=1.3, marker="o", markersize=3.5, elinewidth=1.1)
         labels.append((float(nll[-1]), "validation\n± 95%", ORANGE))
     if truth is not None:
         axes.axhline(truth, color=INK, linewidth=1, linestyle=(0, (4, 3)))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,10 +22,11 @@ from palimpsest.common.values import real
 from palimpsest.dataloader import TextData
 from palimpsest.diffusion import Diffusion
 from palimpsest.evaluation.drawing import Drawing, SampledTokens
-from palimpsest.report.denoising import Sample, write_denoising
+from palimpsest.report.denoising import Sample, denoising_page
 from palimpsest.report.gif import write_gif
 from palimpsest.report.history import Recorder, RowHistory, samples_of
 from palimpsest.report.live import LiveToken, LiveView
+from palimpsest.report.page import write_page
 from palimpsest.report.palette import ink
 from palimpsest.samplers.trace import Trace
 from palimpsest.training.callbacks.progress import terminal
@@ -44,37 +46,31 @@ class Views:
     html: bool = True  # write denoising.html
     gif: bool = False  # write denoising.gif
 
-    def watcher(self, num_texts: int, diffusion: Diffusion, data: TextData, drawing: Drawing) -> TraceWatcher:
-        """Return a context manager that observes the sampler."""
-        show = None
+    @contextmanager
+    def watcher(self, num_texts: int, diffusion: Diffusion, data: TextData, drawing: Drawing) -> Iterator[TraceWatcher]:
+        """Open an observer of the sampler."""
+        recorder = Recorder(num_texts, diffusion.objective.process.blank_id)
         if self.show and rank_zero_only.rank == 0:
-            show = TerminalView(LiveView.of(num_texts, diffusion, data, drawing), self.show_delay)
-        return TraceWatcher(Recorder(num_texts, diffusion.objective.process.blank_id), show)
+            with TerminalView(LiveView.of(num_texts, diffusion, data, drawing), self.show_delay) as show:
+                yield TraceWatcher(recorder, show)
+        else:
+            yield TraceWatcher(recorder, None)
 
     def write(self, folder: Path, samples: Sequence[Sample], subtitle: str, command: str) -> list[Path]:
         """Write the requested views of `samples`; return their paths."""
         page, picture = folder / "denoising.html", folder / "denoising.gif"
         if self.html:
-            write_denoising(page, samples, subtitle=subtitle, command=command)
+            write_page(page, denoising_page(samples, "Denoising", subtitle, command))
         if self.gif and samples:
             write_gif(picture, samples[0])
         return [path for path, asked in ((page, self.html), (picture, self.gif and samples)) if asked]
 
 
 class TraceWatcher:
-    """Records a batch, and shows it in the terminal if requested, while the context lasts."""
+    """Records a batch, and shows it in the terminal if requested."""
 
     def __init__(self, recorder: Recorder, show: TerminalView | None) -> None:
         self._recorder, self._show = recorder, show
-
-    def __enter__(self) -> TraceWatcher:
-        if self._show is not None:
-            self._show.__enter__()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._show is not None:
-            self._show.__exit__(*exception)
 
     def __call__(self, trace: Trace) -> None:
         self._recorder(trace)

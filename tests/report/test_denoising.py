@@ -15,14 +15,16 @@ import torch
 from PIL import Image, ImageChops
 
 from palimpsest.evaluation.drawing import draw
-from palimpsest.report.denoising import PastToken, Sample, write_denoising
+from palimpsest.report.denoising import PastToken, Sample, denoising_page
 from palimpsest.report.gif import _layout, _picture, write_gif
 from palimpsest.report.history import Recorder, sample_of
+from palimpsest.report.page import write_page
 from palimpsest.report.palette import ink
 from palimpsest.report.report import Report
 from palimpsest.samplers.trace import Trace
 from tests.helpers import exact
 from tests.helpers.commands import CHROMIUM
+from tests.helpers.histories import ids_at
 
 HOSTILE = " <script>alert(1)</script>'\"&"
 TOKENS = ["Once", " upon", HOSTILE, " a", " time", ",", " there", " was", "\n\nan", " end", "."]
@@ -63,14 +65,14 @@ def test_a_history_holds_every_frame(steps):
     histories = recorder.histories()
     assert len(histories) == 2
     for row, history in enumerate(histories):
-        assert all(history.ids_at(frame.num_steps) == frame.ids_BL[row].tolist() for frame in frames)
+        assert all(ids_at(history, frame.num_steps) == frame.ids_BL[row].tolist() for frame in frames)
 
 
 def test_a_row_that_grows_is_recorded():
     recorder = Recorder(1, blank_id=9)
     for step, ids in enumerate([[1, 9], [1, 9, 9, 9], [1, 2, 9, 9], [1, 2, 3, 4]]):
         recorder(exact.frame(step, torch.tensor([ids]), torch.ones(1, len(ids))))
-    assert [recorder.histories()[0].ids_at(step) for step in (0, 2, 3)] == [[1, 9, 9, 9], [1, 2, 9, 9], [1, 2, 3, 4]]
+    assert [ids_at(recorder.histories()[0], step) for step in (0, 2, 3)] == [[1, 9, 9, 9], [1, 2, 9, 9], [1, 2, 3, 4]]
 
 
 @pytest.mark.parametrize("overrides", [
@@ -96,18 +98,18 @@ def test_frames_replay_to_what_was_drawn(untrained, overrides):
     assert spent[-1] == [text.evaluations for text in sampled]
     taken_back = 0
     for text, history in zip(sampled, histories, strict=False):
-        last = history.ids_at(10**9)
+        last = ids_at(history, 10**9)
         assert [last[place] for place in text.places] == text.ids
         sample = sample_of(text, data.tokenizer, "", history)
         assert [now and now.token for now in sample.at(text.num_steps)] == sample.tokens
-        given = history.ids_at(0)
+        given = ids_at(history, 0)
         assert all(
             (step == 0) == (given[place] != data.vocabulary.mask_id)
             for place, step in zip(text.places, text.steps, strict=True)
         )
         taken_back += len(sample.past)
         for step in range(0, text.num_steps + 1, 3):
-            there = history.ids_at(step)
+            there = ids_at(history, step)
             kept = [place for place, token in zip(text.places, text.ids, strict=True)
                     if token not in data.tokenizer.all_special_ids or token == data.tokenizer.unk_token_id]  # fmt: skip
             masked = [now is None for now in sample.at(step)]
@@ -177,7 +179,8 @@ def _parsed(page: str) -> _Tree:
 
 
 def _page(tmp_path: Path, *samples: Sample) -> str:
-    write_denoising(tmp_path / "denoising.html", samples, "Denoising " + HOSTILE, f"`{HOSTILE}`", HOSTILE)
+    page = denoising_page(samples, "Denoising " + HOSTILE, f"`{HOSTILE}`", HOSTILE)
+    write_page(tmp_path / "denoising.html", page)
     return (tmp_path / "denoising.html").read_text(encoding="utf-8")
 
 

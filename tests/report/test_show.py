@@ -14,6 +14,7 @@ from palimpsest.report.live import LiveView
 from palimpsest.report.views import TerminalView, TraceWatcher, described
 from palimpsest.samplers.trace import Trace
 from tests.helpers import exact
+from tests.helpers.histories import ids_at
 
 MASK = 9
 WORDS = ["[PAD]", "[EOS]", " red", " green", " blue", " \x1b[2J\x9b1m", "", "", "", "▢"]
@@ -153,10 +154,10 @@ def test_a_step_takes_its_time_and_pictures_are_not_too_many(monkeypatch):
 
 def test_what_watches_records_too():
     recorder = Recorder(1, MASK)
-    with TraceWatcher(recorder, None) as watching:
-        for one in WALK:
-            watching(one)
-    assert watching.num_printed == 0 and recorder.histories()[0].ids_at(2) == [2, 3, MASK, 5, 0]
+    watching = TraceWatcher(recorder, None)
+    for one in WALK:
+        watching(one)
+    assert watching.num_printed == 0 and ids_at(recorder.histories()[0], 2) == [2, 3, MASK, 5, 0]
 
 
 def test_the_sampler_is_described_in_a_line():
