@@ -53,7 +53,7 @@ class Networks:
         settings = {"mode": "classify", "checkpointing.save_dir": str(classifier.folder), **settings}
         experiment = self._experiment(first, settings)
         version = " ".join(network.version for network in classifier.networks)
-        read = lambda: read_classes(experiment, classifier.folder, first.conditional)  # noqa: E731
+        read = lambda: read_classes(experiment, classifier.folder, first.conditional)
         return TrainedClassifier(experiment, *self._once("classifier", version, read))
 
     def classes(self, network: Network) -> list[str]:

@@ -15,7 +15,7 @@ import numpy as np
 from palimpsest.common.metrics import Estimate, Share, ratio, share
 from palimpsest.corpora.answer_checking import CheckedAnswer
 
-_STEPS = ((0, 2), (3, 3), (4, 5), (6, None))  # steps of a reference: first and last of each group
+_STEPS = ((0, 2), (3, 3), (4, 5), (6, math.inf))  # steps of a reference: first and last of each group
 _NUM_GROUPS = 4
 
 
@@ -23,14 +23,6 @@ def majority_is_right(answers: Sequence[CheckedAnswer]) -> bool:
     """Return True if the most frequent answer to a prompt, the first of equals, is right; None has no vote."""
     votes = Counter(checked.answer for checked in answers if checked.answer is not None)
     return bool(votes) and votes.most_common(1)[0][0] == answers[0].wanted
-
-
-@dataclass(frozen=True)
-class Group:
-    """Problems of one kind, and the share that was solved."""
-
-    name: str
-    right: Share
 
 
 @dataclass(frozen=True)
@@ -45,8 +37,8 @@ class Answers:
     checks: dict[str, Estimate]  # each outcome's share of all checks
     num_checks: int
     findings: dict[str, Share]  # each as a share of the completions that it applies to
-    by_steps: list[Group]  # exact match by steps of the reference
-    by_length: list[Group]  # exact match by tokens of the prompt
+    by_steps: dict[str, Share]  # exact match by steps of the reference
+    by_length: dict[str, Share]  # exact match by tokens of the prompt
 
 
 def measure(answers: Sequence[Sequence[CheckedAnswer]], ended_MK: np.ndarray, prompt_tokens_M: np.ndarray) -> Answers:
@@ -91,23 +83,26 @@ def _findings(answers: Sequence[Sequence[CheckedAnswer]]) -> dict[str, Share]:
             for name, rows in rows_of.items() if rows}  # fmt: skip
 
 
-def _by_steps(answers: Sequence[Sequence[CheckedAnswer]], right_MK: np.ndarray) -> list[Group]:
+def _by_steps(answers: Sequence[Sequence[CheckedAnswer]], right_MK: np.ndarray) -> dict[str, Share]:
     if any(row[0].steps is None for row in answers):
-        return []
-    steps_M, groups = np.array([row[0].steps for row in answers]), []
-    for first, last in _STEPS:
-        here_M = (steps_M >= first) & (steps_M <= (math.inf if last is None else last))
-        name = f"{first} or more" if last is None else f"{first}" if first == last else f"{first} to {last}"
-        groups += [Group(name, share(right_MK[here_M]))] if here_M.any() else []
-    return groups
+        return {}
+    steps_M = np.array([row[0].steps for row in answers])
+    here = {_range(first, last): (steps_M >= first) & (steps_M <= last) for first, last in _STEPS}
+    return {name: share(right_MK[here_M]) for name, here_M in here.items() if here_M.any()}
 
 
-def _by_length(tokens_M: np.ndarray, right_MK: np.ndarray) -> list[Group]:
+def _by_length(tokens_M: np.ndarray, right_MK: np.ndarray) -> dict[str, Share]:
     """Group prompts of neighbouring lengths into groups of about equal size; equal lengths stay together."""
     edges = np.unique(np.quantile(tokens_M, np.linspace(0, 1, _NUM_GROUPS + 1)[1:-1], method="higher"))
-    group_M, groups = np.digitize(tokens_M, edges), []
+    group_M = np.digitize(tokens_M, edges)
+    groups = {}
     for number in np.unique(group_M):
         here_M = group_M == number
-        first, last = tokens_M[here_M].min(), tokens_M[here_M].max()
-        groups.append(Group(f"{first}" if first == last else f"{first} to {last}", share(right_MK[here_M])))
+        groups[_range(tokens_M[here_M].min(), tokens_M[here_M].max())] = share(right_MK[here_M])
     return groups
+
+
+def _range(first: float, last: float) -> str:
+    if first == last:
+        return f"{first}"
+    return f"{first} or more" if last == math.inf else f"{first} to {last}"

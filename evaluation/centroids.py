@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import logsumexp
+from scipy.special import softmax
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,7 @@ class Centroids:
     def posterior(self, latent_MD: np.ndarray, log_prior_C: np.ndarray) -> np.ndarray:
         """Return p(class | latent), (M, C), under normal distributions around the centroids of common variance."""
         square_MC = ((latent_MD[:, None, :].astype(np.float64) - self.mean_CD) ** 2).sum(-1)
-        joint_MC = log_prior_C - square_MC / (2 * max(self.variance, np.finfo(float).tiny))
-        return np.exp(joint_MC - logsumexp(joint_MC, axis=1, keepdims=True))
+        return softmax(log_prior_C - square_MC / (2 * max(self.variance, np.finfo(float).tiny)), axis=1)
 
 
 def fit_centroids(chunks: Iterable[tuple[np.ndarray, np.ndarray]], num_classes: int) -> Centroids:
@@ -52,25 +51,19 @@ def fit_centroids(chunks: Iterable[tuple[np.ndarray, np.ndarray]], num_classes: 
     return Centroids(mean_CD, float(within / count_C.sum() / mean_CD.shape[1]), float(lengths / count_C.sum()))
 
 
-@dataclass
-class NearestOfClass:
-    """The nearest latents by cosine among those of a wanted class, for M latents."""
-
-    latent_MD: np.ndarray
-    wanted_M: np.ndarray
-
-    def __post_init__(self) -> None:
-        self.found_MD = np.zeros_like(self.latent_MD)
-        self._cosine_M = np.full(len(self.latent_MD), -np.inf)
-
-    def update(self, latent_ND: np.ndarray, label_N: np.ndarray) -> None:
-        """Consider more candidates."""
-        cosine_MN = unit(self.latent_MD) @ unit(latent_ND).T
-        cosine_MN[self.wanted_M[:, None] != label_N[None]] = -np.inf
-        best_M = cosine_MN.argmax(1)
-        value_M = cosine_MN[np.arange(len(best_M)), best_M]
-        nearer_M = value_M > self._cosine_M
-        self.found_MD[nearer_M], self._cosine_M[nearer_M] = latent_ND[best_M[nearer_M]], value_M[nearer_M]
+def nearest_of_class(
+    chunks: Iterable[tuple[np.ndarray, np.ndarray]], latent_MD: np.ndarray, wanted_M: np.ndarray
+) -> np.ndarray:
+    """Return for each latent the nearest by cosine among those of its wanted class in labelled chunks, (M, D)."""
+    found_MD = np.zeros_like(latent_MD)
+    best_M = np.full(len(latent_MD), -np.inf)
+    for latent_ND, label_N in chunks:
+        cosine_MN = unit(latent_MD) @ unit(latent_ND).T
+        cosine_MN[wanted_M[:, None] != label_N] = -np.inf
+        nearer_M = cosine_MN.max(1) > best_M
+        found_MD[nearer_M] = latent_ND[cosine_MN.argmax(1)[nearer_M]]
+        best_M = np.maximum(best_M, cosine_MN.max(1))
+    return found_MD
 
 
 def slerp(from_MD: np.ndarray, to_MD: np.ndarray, share: float) -> np.ndarray:

@@ -17,7 +17,6 @@ from palimpsest.corpora.answer_checking import AnswerChecker, CheckedAnswer, che
 from palimpsest.data.rows import parts_of
 from palimpsest.data.tokenizers import decode, encode
 from palimpsest.dataloader import TextData
-from palimpsest.diffusion import Diffusion
 from palimpsest.evaluation.answers import Answers, check_shares, measure
 from palimpsest.evaluation.drawing import SampledTokens, SamplingContext, SamplingResult
 from palimpsest.evaluation.sampling_inputs import Template, check_amount
@@ -63,10 +62,14 @@ class CompletionRequest:
         """Complete the prompts on all devices, and check the answers.
 
         Raises:
-            ValueError: the model cannot choose where a text ends.
+            ValueError: the model was trained with known text lengths, which a prompt does not tell.
         """
         data = context.data
-        check_ends(context.diffusion, data)
+        if not context.diffusion.objective.causal and not data.fill:
+            raise ValueError(
+                f"data.fill=null: this model of data={data.name} learned p(text | prompt, its length), and a prompt "
+                "does not tell the length; train and sample with data.fill=eos, or use parameterization=ar"
+            )
         completed = complete(context, self)
         rows = [row for one in completed for row in _rows(one)]
         context.save_rows(rows)
@@ -111,15 +114,6 @@ class Completions(SamplingResult):
     baselines: CompletionBaselines
 
 
-def check_ends(diffusion: Diffusion, data: TextData) -> None:
-    """Raise ValueError for a diffusion model trained with known text lengths, which a prompt does not tell."""
-    if not diffusion.objective.causal and not data.fill:
-        raise ValueError(
-            f"data.fill=null: this model of data={data.name} learned p(text | prompt, its length), and a prompt does "
-            "not tell the length; train and sample with data.fill=eos, or use parameterization=ar"
-        )
-
-
 def complete(context: SamplingContext, request: CompletionRequest) -> list[CompletedPrompt]:
     """Complete the chosen prompts, in the order of the split; prompts that leave no space get no answer."""
     data = context.data
@@ -132,11 +126,10 @@ def complete(context: SamplingContext, request: CompletionRequest) -> list[Compl
     prompts_ids = [bos + ids for ids in encode(data.tokenizer, [prompt for prompt, _ in pairs])]
     ids_M, repeats = np.asarray(texts["text_id"][:], dtype=np.int64), range(request.samples_per_prompt)
     masked = [np.array(prompt_ids + [context.blank_id] * (data.length - len(prompt_ids))) for prompt_ids in prompts_ids]
-    used_M = np.array(
-        [len(prompt_ids) for prompt_ids in prompts_ids]
-    )  # by the prompt and the segments reserved after it
-    used_M = data.segment_ends(used_M)[:, -1] if data.segments else used_M
-    fitting = [m for m in range(len(prompts_ids)) if used_M[m] < data.length]
+    used_M = np.array([len(prompt_ids) for prompt_ids in prompts_ids])
+    if data.segments:
+        used_M = data.segment_ends(used_M)[:, -1]  # with the segments reserved after the prompt
+    fitting = np.flatnonzero(used_M < data.length).tolist()
     sample_ids = np.array([ids_M[m] + k * _ID_STRIDE for m in fitting for k in repeats], dtype=np.int64)
     rows = [masked[m] for m in fitting for _ in repeats]
     sampled = iter(context.sample(rows, sample_ids))
@@ -209,6 +202,6 @@ def _results(
         "findings": {name: _share(found) for name, found in answers.findings.items()},
         "checks": answers.checks, "num_checks": answers.num_checks, "checks_of_references": baselines.checks,
         "most_frequent_answer": _share(baselines.constant),
-        "by_steps_of_reference": {group.name: _share(group.right) for group in answers.by_steps},
-        "by_prompt_tokens": {group.name: _share(group.right) for group in answers.by_length},
+        "by_steps_of_reference": {name: _share(right) for name, right in answers.by_steps.items()},
+        "by_prompt_tokens": {name: _share(right) for name, right in answers.by_length.items()},
     }  # fmt: skip

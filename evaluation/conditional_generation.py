@@ -208,16 +208,14 @@ def latent_to_text(context: ConditionalContext) -> ConditionalResult:
     sampled = {name: context.sample_masked(chosen.blanks, chosen.key_M, conditions[name], watched=name == "true")
              for name in VARIANTS}  # fmt: skip
     reference_ids, missing = [reader.content(ids) for ids in chosen.ids], reader.missing
-    attribute_names, references = reader.attribute_names, [reader.text(ids) for ids in chosen.ids]
-    true_MA = reader.attributes(chosen.ids) if attribute_names else None
+    references, true_MA = [reader.text(ids) for ids in chosen.ids], reader.attributes(chosen.ids)
     agreements, results = {}, {}
     for name, generated in sampled.items():
         ids = [text.ids for text in generated]
         f1 = mean(token_f1([reader.content(row) for row in ids], reference_ids))
         results[name] = {"token_f1": f1, "bleu": bleu([reader.text(row) for row in ids], references)}
         if not missing:
-            attributes = (attribute_names, reader.attributes(ids), true_MA) if attribute_names else None
-            agreements[name] = agreement(reader.latents(ids), chosen.latent_MKD, attributes)
+            agreements[name] = agreement(reader.latents(ids), chosen.latent_MKD, reader.attributes(ids), true_MA)
             results[name] |= asdict(agreements[name])
     decoded = {name: [reader.text(text.ids) for text in generated] for name, generated in sampled.items()}
     rows = [{"sample_id": int(chosen.key_M[m]), "reference": references[m], **{n: decoded[n][m] for n in VARIANTS},
@@ -238,11 +236,11 @@ def text_to_latent(context: ConditionalContext) -> ConditionalResult:
     sampled = {
         name: latents_of(context, chosen.rows, chosen.blanks, chosen.key_M, *conditions[name]) for name in VARIANTS
     }
-    attribute_names = reader.attribute_names
-    true_MA = reader.attributes_of(chosen.latent_MKD) if attribute_names else None
-    attributes = {name: (attribute_names, reader.attributes_of(latents), true_MA) if attribute_names else None
-                  for name, latents in sampled.items()}  # fmt: skip
-    agreements = {name: agreement(sampled[name], chosen.latent_MKD, attributes[name]) for name in VARIANTS}
+    true_MKD, true_MA = chosen.latent_MKD, reader.attributes_of(chosen.latent_MKD)
+    agreements = {
+        name: agreement(found_MKD, true_MKD, reader.attributes_of(found_MKD), true_MA)
+        for name, found_MKD in sampled.items()
+    }
     rows = [{"sample_id": int(name), "text": reader.text(ids)}
             for name, ids in zip(chosen.key_M, chosen.ids, strict=True)]  # fmt: skip
     moments = {name: _moments(context.data, latent) for name, latent in (("drawn", sampled["true"]),
@@ -301,19 +299,15 @@ def generate_jointly(context: ConditionalContext) -> ConditionalResult:
     sampled, latent_MKD = [text for text, _ in pairs], np.stack([latent for _, latent in pairs])
     ids = [text.ids for text in sampled]
     comparison = compare(ids, real_texts(data, context.split, len(ids), seed), data, None)
-    missing, attribute_names = reader.missing, reader.attribute_names
     agreements: dict[str, Agreement] = {}
-    if not missing:
-        read_MKD, partner_M = reader.latents(ids), partners(len(ids), seed)
-        for name, latent_of_M in (("true", key_M), ("shuffled", partner_M)):
+    if not reader.missing:
+        read_MKD, read_MA = reader.latents(ids), reader.attributes(ids)
+        for name, latent_of_M in (("true", key_M), ("shuffled", partners(len(ids), seed))):
             wanted_MKD = latent_MKD[latent_of_M]
-            attributes = (
-                (attribute_names, reader.attributes(ids), reader.attributes_of(wanted_MKD)) if attribute_names else None
-            )
-            agreements[name] = agreement(read_MKD, wanted_MKD, attributes)
+            agreements[name] = agreement(read_MKD, wanted_MKD, read_MA, reader.attributes_of(wanted_MKD))
     evaluations = float(np.mean([text.evaluations for text in sampled]))
     results = {**comparison.results(), "agreement": {name: asdict(f) for name, f in agreements.items()},
-               "encoder_missing": missing or None, "network_evaluations_per_sample": evaluations}  # fmt: skip
+               "encoder_missing": reader.missing or None, "network_evaluations_per_sample": evaluations}  # fmt: skip
     table_rows = [{"sample": m, "text": reader.text(text.ids), "ids": text.ids, "steps": text.steps,
               "evaluations": text.evaluations} for m, text in enumerate(sampled)]  # fmt: skip
     return JointResult(results, table_rows, sampled, {}, agreements, latent_MKD, comparison)
@@ -326,16 +320,8 @@ def _joint_sampler(
     latent_steps = settings.latent
 
     def simultaneous(model: JointDenoiser, x_BL: Tensor, noise: KeyedNoise, **cond: Tensor) -> Trace:
-        out = joint.sample(
-            model,
-            x_BL,
-            noise,
-            steps=settings.steps,
-            eta=latent_steps.eta,
-            choice=settings.choice,
-            noise_removal=settings.noise_removal,
-            **cond,
-        )
+        how = {"steps": settings.steps, "choice": settings.choice, "noise_removal": settings.noise_removal}
+        out = joint.sample(model, x_BL, noise, eta=latent_steps.eta, **how, **cond)
         sampled_latents.append(out.latent_BKD)
         return out.text
 

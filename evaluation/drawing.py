@@ -116,12 +116,8 @@ class SamplingContext:
 
         if distributed:
             loader = DataLoader(starts, batch_size=None)
-            parts = gather(
-                trainer,
-                self.diffusion,
-                sample_batch,
-                lambda module: trainer.predict(module, loader, return_predictions=False),
-            )
+            run = lambda module: trainer.predict(module, loader, return_predictions=False)
+            parts = gather(trainer, self.diffusion, sample_batch, run)
             batches = [parts[k % len(parts)][k // len(parts)] for k in range(len(all_starts))]
         else:
             batches = [sample_batch(start) for start in all_starts]
@@ -134,7 +130,7 @@ class SamplingContext:
         """Sample the masked tokens of one batch."""
         lengths = [len(row) for row in rows]
         x_BL, cond = padded(rows, self.data.vocabulary.pad_id)
-        cond |= conditioning or {}
+        cond |= conditioning
         prompts_B = np.array([int((row == self.blank_id).argmax()) for row in rows])
         segment_ends = self.data.segment_ends(prompts_B) if self.data.segments else None
         if segment_ends is not None:

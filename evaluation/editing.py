@@ -18,7 +18,7 @@ from palimpsest.common.randomness import KeyedNoise
 from palimpsest.data.passages import special_ids
 from palimpsest.dataloader import TextData
 from palimpsest.denoisers import WithoutTokens
-from palimpsest.evaluation.centroids import Centroids, NearestOfClass, fit_centroids, slerp
+from palimpsest.evaluation.centroids import Centroids, fit_centroids, nearest_of_class, slerp
 from palimpsest.evaluation.conditional_generation import (
     VARIANTS,
     ChosenRows,
@@ -57,10 +57,7 @@ def new_latents(
     vectors, source_MW = data.latents.vectors, data.latents.vectors(source_MKD)
     train = ((vectors(latent_NKD), label_N) for latent_NKD, label_N in labelled_latents(data))
     if rules.target == "neighbour":
-        nearest = NearestOfClass(source_MW, wanted_M)
-        for vector_NW, label_N in train:
-            nearest.update(vector_NW, label_N)
-        found_MW = nearest.found_MD
+        found_MW = nearest_of_class(train, source_MW, wanted_M)
     else:
         found_MW = _by_centroids(rules, source_MW, label_M, wanted_M, fit_centroids(train, len(data.label_names)))
     return data.latents.space.standardise(found_MW)
@@ -107,11 +104,9 @@ def text_classifier(context: ConditionalContext, reader: Reader) -> TextClassifi
 
         return TextClassifier("the corpus's exact posterior", exact, True)
     train = data.split("train")
-    ids = [np.asarray(reader.content(row)) for row in train["input_ids"]]
+    ids = [reader.content(row) for row in train["input_ids"]]
     predict = naive_bayes(ids, np.asarray(train["label"]), data.vocabulary.size)
-    return TextClassifier(
-        "naive Bayes, uni- and bigrams", lambda rows: predict([np.asarray(reader.content(row)) for row in rows]), False
-    )
+    return TextClassifier("naive Bayes, uni- and bigrams", lambda rows: predict(list(map(reader.content, rows))), False)
 
 
 @dataclass(frozen=True)
@@ -143,7 +138,6 @@ class EditResult(ConditionalResult):
     paths: Mapping[str, LatentPath] = field(default_factory=dict)  # by condition
     before: Share | None = None  # texts classified as the target class before
     classifier: TextClassifier | None = None
-    masked: Estimate | None = None  # share of the tokens of a text
 
 
 class Editor:
@@ -170,19 +164,11 @@ class Editor:
         x_BL, cond = padded(rows, context.data.vocabulary.pad_id)
         eligible_BL, _ = padded([eligible.astype(np.int64) for eligible in self.eligible[part]], 0)
         noise = KeyedNoise(context.seed, torch.from_numpy(chosen.key_M[part]).to(device)).part(2)
-        source, target = (torch.from_numpy(z_MKD[part]).to(device) for z_MKD in (chosen.latent_MKD, self.target_MKD))
+        cond["source"], cond["target"] = map(torch.from_numpy, (chosen.latent_MKD[part], self.target_MKD[part]))
         cond = {name: value.to(device) for name, value in cond.items()}
-        selected: Selection = select(
-            context.diffusion.model,
-            x_BL.to(device),
-            eligible_BL.bool().to(device),
-            noise,
-            positions=rules.positions,
-            rate=rules.rate,
-            source=source,
-            target=target,
-            **cond,
-        )
+        model, eligible_BL = context.diffusion.model, eligible_BL.bool().to(device)
+        how = {"positions": rules.positions, "rate": rules.rate}
+        selected: Selection = select(model, x_BL.to(device), eligible_BL, noise, **how, **cond)
         masked_BL = selected.masked_BL.cpu()
         share_B, evaluations_B = selected.share_B.tolist(), selected.evaluations_B.tolist()
         return [(masked_BL[i, : len(row)].numpy(), share_B[i], evaluations_B[i]) for i, row in enumerate(rows)]
@@ -203,7 +189,8 @@ class Editor:
         blank_id, schedule = self.context.blank_id, self.context.diffusion.model.schedule
         rows = [np.where(self.masked[m], blank_id, chosen.rows[m]) for m in some]
         if not any(self.masked[m].any() for m in some):
-            return [_unchanged(chosen.ids[m].tolist()) for m in some]
+            texts = [chosen.ids[m].tolist() for m in some]
+            return [SampledTokens(ids, [0] * len(ids), [1.0] * len(ids), list(range(len(ids))), 0, 0) for ids in texts]
         special = tuple(sorted(special_ids(self.context.data.vocabulary)))
         begin_M = schedule.t_from_alpha(1 - torch.from_numpy(self.share_M[some])).clamp(0.0, 1.0)
         conditioning = {**conditioning, "begin_B": begin_M}
@@ -215,12 +202,10 @@ class Editor:
         """Compare edited texts with the original ones."""
         ids, reader = [text.ids for text in sampled], self.reader
         posterior_MC = self.classifier.posterior(ids)
-        changed_M = np.array(
-            [
-                (old != np.array(new)).sum() / max(eligible.sum(), 1)
-                for old, new, eligible in zip(self.chosen.ids, ids, self.eligible, strict=True)
-            ]
-        )
+        changed_M = [
+            (old != np.array(new)).sum() / max(eligible.sum(), 1)
+            for old, new, eligible in zip(self.chosen.ids, ids, self.eligible, strict=True)
+        ]
         old, new = ([reader.content(row) for row in rows] for rows in (self.chosen.ids, ids))
         read_M = posterior_MC.sum(1) > 0
         right_M = (posterior_MC.argmax(1) == self.wanted_M) & read_M
@@ -241,11 +226,6 @@ class Editor:
             p_MP.append(self.classifier.posterior(ids)[np.arange(len(some)), self.wanted_M[some]])
             latents += [] if self.reader.missing else [self.reader.latents(ids)]
         return smoothness(latents, np.stack(p_MP, axis=1))
-
-
-def _unchanged(ids: list[int]) -> SampledTokens:
-    length = len(ids)
-    return SampledTokens(ids, [0] * length, [1.0] * length, list(range(length)), 0, 0)
 
 
 def edit(context: ConditionalContext) -> ConditionalResult:
@@ -286,15 +266,7 @@ def edit(context: ConditionalContext) -> ConditionalResult:
         **{name: {**asdict(measures[name]), "way": asdict(paths[name])} for name in VARIANTS}, "way_texts": len(some),
     }  # fmt: skip
     return EditResult(
-        results,
-        rows,
-        sampled["true"],
-        {},
-        edited=measures,
-        paths=paths,
-        before=before,
-        classifier=classifier,
-        masked=results["masked"],
+        results, rows, sampled["true"], {}, edited=measures, paths=paths, before=before, classifier=classifier
     )
 
 

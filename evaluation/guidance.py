@@ -61,16 +61,14 @@ class Guidance:
                 "it with classify.sharing=conditional, set data.label for the model of one class, or set "
                 "sampling.guidance_by=unigrams"
             )
-        guide = self._by_network(number) if self.by == "network" else self._by_unigrams(number, data, diffusion)
+        by_network = lambda model: ClassGuided(model, number, self.weight)
+        guide = by_network if self.by == "network" else self._by_unigrams(number, data, diffusion)
 
         def sample(model: Denoiser, *args: object, **cond: object) -> Trace:
             return drawing.sampler(guide(model), *args, **cond)
 
         known = {"class": data.label_names[number], "guidance": self.weight, "guidance_by": self.by}
         return replace(drawing, sampler=sample, protocol={**drawing.protocol, **known})
-
-    def _by_network(self, number: int) -> Callable[[Denoiser], Denoiser]:
-        return lambda model: ClassGuided(model, number, self.weight)
 
     def _by_unigrams(self, number: int, data: TextData, diffusion: Diffusion) -> Callable[[Denoiser], Denoiser]:
         counts_CV = token_counts(data, diffusion.objective.causal, by_class=True) + 1.0

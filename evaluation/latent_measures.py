@@ -1,12 +1,12 @@
 """Agreement of texts and latents: retrieval, cosine, word overlap, attributes.
 
-Shape suffixes: M texts, K latent tokens, D numbers of each, A attributes.
+Shape suffixes: M texts, K latent tokens, D numbers of each.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -114,19 +114,17 @@ class Reader:
             return str(error)
         return ""
 
-    @property
-    def attribute_names(self) -> tuple[str, ...]:
-        """Names of the attributes in the latents; empty if the encoder has none."""
+    def attributes(self, rows: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
+        """Return the attributes of texts by name, (M,) each; -1 for unreadable ones. Few encoders have any."""
+        return self._named(lambda encoder: encoder.attributes([self.text(row) for row in rows]))
+
+    def attributes_of(self, latent_MKD: np.ndarray) -> dict[str, np.ndarray]:
+        """Return the attributes in latents by name, (M,) each."""
+        return self._named(lambda encoder: encoder.read(self.data.latents.restore(latent_MKD)))
+
+    def _named(self, read: Callable[[object], np.ndarray]) -> dict[str, np.ndarray]:
         encoder = self.data.latents.encoder
-        return tuple(encoder.names) if hasattr(encoder, "attributes") else ()
-
-    def attributes(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
-        """Return the attributes of texts, (M, A); -1 for unreadable ones."""
-        return self.data.latents.encoder.attributes([self.text(row) for row in rows])
-
-    def attributes_of(self, latent_MKD: np.ndarray) -> np.ndarray:
-        """Return the attributes in latents, (M, A)."""
-        return self.data.latents.encoder.read(self.data.latents.restore(latent_MKD))
+        return dict(zip(encoder.names, read(encoder).T, strict=True)) if hasattr(encoder, "attributes") else {}
 
 
 @dataclass(frozen=True)
@@ -142,15 +140,17 @@ class Agreement:
 
 
 def agreement(
-    found_MKD: np.ndarray, wanted_MKD: np.ndarray, attributes: tuple[tuple[str, ...], np.ndarray, np.ndarray] | None
+    found_MKD: np.ndarray,
+    wanted_MKD: np.ndarray,
+    found: Mapping[str, np.ndarray],
+    wanted: Mapping[str, np.ndarray],
 ) -> Agreement:
-    """Compare latents. attributes: names, found and wanted values, (M, A) each; unreadable ones count as wrong."""
+    """Compare latents. found, wanted: their attributes by name, (M,) each; unreadable ones count as wrong."""
     unread_M = ~np.asarray(found_MKD).any((1, 2))
     square_M = ((np.asarray(found_MKD, dtype=np.float64) - wanted_MKD) ** 2).mean((1, 2))
     plain = (mean(cosines(found_MKD, wanted_MKD)), mean(square_M), retrieval(found_MKD, wanted_MKD))
-    if attributes is None:
+    right = {name: (found[name] == wanted_M) & (wanted_M >= 0) for name, wanted_M in wanted.items()}
+    if not right:
         return Agreement(*plain, float(unread_M.mean()))
-    names, found_MA, wanted_MA = attributes
-    right_MA = (found_MA == wanted_MA) & (wanted_MA >= 0)
-    by_name = dict(zip(names, right_MA.mean(0).tolist(), strict=True))
-    return Agreement(*plain, float(unread_M.mean()), mean(right_MA.mean(1)), by_name)
+    by_name = {name: float(right_M.mean()) for name, right_M in right.items()}
+    return Agreement(*plain, float(unread_M.mean()), mean(np.mean(list(right.values()), axis=0)), by_name)

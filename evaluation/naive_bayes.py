@@ -9,13 +9,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.sparse import csr_matrix, hstack
 from sklearn.naive_bayes import MultinomialNB
 
 
 def naive_bayes(
-    ids: Sequence[np.ndarray], label_M: np.ndarray, vocab_size: int
-) -> Callable[[Sequence[np.ndarray]], np.ndarray]:
+    ids: Sequence[ArrayLike], label_M: np.ndarray, vocab_size: int
+) -> Callable[[Sequence[ArrayLike]], np.ndarray]:
     """Train naive Bayes on token ids without padding; return the classifier: token ids -> p(class | text), (M, C)."""
     grams = NGrams.seen_in(ids, vocab_size)
     model = MultinomialNB().fit(grams.counts(ids), label_M)
@@ -30,11 +31,11 @@ class NGrams:
     bigrams: np.ndarray  # a * V + b for adjacent tokens a, b of training texts, sorted
 
     @classmethod
-    def seen_in(cls, ids: Sequence[np.ndarray], vocab_size: int) -> NGrams:
+    def seen_in(cls, ids: Sequence[ArrayLike], vocab_size: int) -> NGrams:
         """Return the columns for training texts."""
         return cls(vocab_size, np.unique(_bigrams(ids, vocab_size)[1]))
 
-    def counts(self, ids: Sequence[np.ndarray]) -> csr_matrix:
+    def counts(self, ids: Sequence[ArrayLike]) -> csr_matrix:
         """Return uni- and bigram counts (M, F)."""
         text_N, bigram_N = _bigrams(ids, self.vocab_size)
         column_N = np.searchsorted(self.bigrams, bigram_N)
@@ -44,19 +45,19 @@ class NGrams:
         return hstack([unigram_counts(ids, self.vocab_size), bigrams_MF], format="csr")
 
 
-def _concatenated(ids: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def _concatenated(ids: Sequence[ArrayLike]) -> tuple[np.ndarray, np.ndarray]:
     text_N = np.repeat(np.arange(len(ids)), [len(row) for row in ids])
     return text_N, np.concatenate([np.asarray(row, dtype=np.int64) for row in ids])
 
 
-def _bigrams(ids: Sequence[np.ndarray], vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+def _bigrams(ids: Sequence[ArrayLike], vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the text and the number a * V + b of each pair of adjacent tokens of a text."""
     text_N, token_N = _concatenated(ids)
     inside_N = text_N[:-1] == text_N[1:]
     return text_N[:-1][inside_N], (token_N[:-1] * vocab_size + token_N[1:])[inside_N]
 
 
-def unigram_counts(ids: Sequence[np.ndarray], vocab_size: int) -> csr_matrix:
+def unigram_counts(ids: Sequence[ArrayLike], vocab_size: int) -> csr_matrix:
     """Return how often each text has each token, (M, V)."""
     text_N, token_N = _concatenated(ids)
     if token_N.size and not 0 <= token_N.min() <= token_N.max() < vocab_size:

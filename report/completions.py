@@ -42,7 +42,7 @@ def completions_report(report: Report, found: Completions, tokenizer: PreTrained
         ("tokens of the prompt", answers.by_length, "Exact match by the length of the prompt."),
     ):
         if groups:
-            rows = [(group.name, group.right.texts, percent(group.right)) for group in groups]
+            rows = [(name, right.texts, percent(right)) for name, right in groups.items()]
             report.table([header, "prompts", "right, % [95 % interval]"], rows, caption)
     _examples(report, tokenizer, [one for one in found.completed if one.sampled], number)
 
@@ -85,7 +85,7 @@ def completions_lines(found: Completions) -> str:
     lines += [line(name, share) for name, share in answers.findings.items()]
     lines += [f"{name} {100 * share.value:.1f} ± {100 * share.se:.1f} % of {answers.num_checks}"
               for name, share in answers.checks.items()]  # fmt: skip
-    lines += [f"{line(f'  steps {group.name}:', group.right)} of {group.right.texts}" for group in answers.by_steps]
+    lines += [f"{line(f'  steps {name}:', right)} of {right.texts}" for name, right in answers.by_steps.items()]
     return "\n".join(lines)
 
 

@@ -89,7 +89,7 @@ def _joint(report: Report, found: JointResult, number: int, tokenizer: PreTraine
 def _edits(report: Report, found: EditResult, number: int, tokenizer: PreTrainedTokenizerBase) -> None:
     edited, paths = found.edited, found.paths
     report.section("Editing", _ABOUT_EDITS.format(found.classifier.name, 100 * found.before.value))
-    report.metrics([Metric.of("tokens masked", found.masked, "%", scale=100)])
+    report.metrics([Metric.of("tokens masked", found.results["masked"], "%", scale=100)])
     rows = [("control, %", *(_cell(edited[name].control) for name in VARIANTS)),
             ("tokens changed, share", *(_cell(edited[name].changed) for name in VARIANTS)),
             ("edit distance, tokens", *(_cell(edited[name].distance) for name in VARIANTS)),

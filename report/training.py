@@ -78,7 +78,7 @@ def add_course(report: Report, folder: Path) -> None:
     """Add the figures of how the training under `folder` went: its loss by mask rate, and its vital signs."""
     logged = history(folder)
     by_rate = {name.rpartition("_")[2]: points for name, points in logged.items() if "_masked_" in name}
-    percent = lambda edge: f"{100 * float(edge):.0f}"  # noqa: E731
+    percent = lambda edge: f"{100 * float(edge):.0f}"
     shares = {rate: "–".join(map(percent, rate.split("-"))) + " %" for rate in sorted(by_rate)}
     if by_rate:
         report.figure(

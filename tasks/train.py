@@ -25,20 +25,17 @@ def train(
     checkpoint = experiment.fit()
     data = experiment.build.data()
     folder = experiment.runs.folder()
-    seed = experiment.seed
     diffusion = experiment.weights.trained(data, str(checkpoint), disable_ema=False)
     trainer = experiment.trainer("validate")
-    loader = data.eval_dataloader("validation", trainer=trainer)
-    scores = score(
-        trainer, diffusion, loader, experiment.build.estimator, experiment.build.precision, seed, drop_latent
-    )
+    how = (experiment.build.estimator, experiment.build.precision, experiment.seed)
+    scores = score(trainer, diffusion, data.eval_dataloader("validation", trainer=trainer), *how, drop_latent)
     measured = likelihood(data, "validation", scores, experiment.build.truth)
     results = {**measured.results(), "checkpoint": checkpoint}
     known = protocol(experiment.protocol, data, "validation", scores)
     write_columns(folder / LIKELIHOODS, scores.columns())
     write_results(folder, {**results, "protocol": known, "command": experiment.command})
     number = num_samples if generate_samples else 0
-    sampled = draw(diffusion, data, experiment.build.drawing(), number, number, seed) if number else []
+    sampled = draw(diffusion, data, experiment.build.drawing(), number, number, experiment.seed) if number else []
     remark = untrained_marginal(diffusion.objective)
     report = Report("Training run", data.name, experiment.command, experiment.facts)
     training_report(report, folder, measured, samples_of(sampled, data.tokenizer), remark)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from palimpsest.evaluation.centroids import NearestOfClass, fit_centroids, slerp, unit
+from palimpsest.evaluation.centroids import fit_centroids, nearest_of_class, slerp, unit
 from palimpsest.evaluation.editing import class_number, smoothness
 from palimpsest.evaluation.latent_measures import bleu, cosines, edits, partners, retrieval, token_f1
 
@@ -69,12 +69,12 @@ def test_centroids_are_rescaled_and_verdicts_go_to_the_nearest():
 
 def test_the_nearest_of_a_class_and_the_way_between_two_latents():
     latent, label = RNG.standard_normal((30, 4)), np.arange(30) % 3
-    nearest = NearestOfClass(latent[:6].copy(), np.array([1, 1, 2, 2, 0, 0]))
-    for start in (0, 10, 20):
-        nearest.update(latent[start : start + 10], label[start : start + 10])
-    for m, wanted in enumerate(nearest.wanted_M):
+    wanted_M = np.array([1, 1, 2, 2, 0, 0])
+    chunks = [(latent[start : start + 10], label[start : start + 10]) for start in (0, 10, 20)]
+    found_MD = nearest_of_class(chunks, latent[:6].copy(), wanted_M)
+    for m, wanted in enumerate(wanted_M):
         of_class = latent[label == wanted]
-        np.testing.assert_array_equal(nearest.found_MD[m], of_class[(unit(of_class) @ unit(latent[m])).argmax()])
+        np.testing.assert_array_equal(found_MD[m], of_class[(unit(of_class) @ unit(latent[m])).argmax()])
     a, b = np.array([[2.0, 0.0]]), np.array([[0.0, 4.0]])
     np.testing.assert_allclose(slerp(a, b, 0.0), a, atol=1e-12)
     np.testing.assert_allclose(slerp(a, b, 1.0), b, atol=1e-12)

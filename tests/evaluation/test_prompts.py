@@ -220,9 +220,9 @@ def test_shares_votes_and_groups():
     table = [[CheckedAnswer("1" if m % 2 else None, "1", steps=m % 8)] for m in range(40)]
     found = measure(table, np.ones((40, 1), dtype=bool), np.arange(40))
     for groups in (found.by_steps, found.by_length):
-        assert sum(group.right.texts for group in groups) == 40
-        assert sum(group.right.texts * group.right.value for group in groups) == pytest.approx(20)
-    assert [group.name for group in found.by_steps] == ["0 to 2", "3", "4 to 5", "6 or more"]
+        assert sum(right.texts for right in groups.values()) == 40
+        assert sum(right.texts * right.value for right in groups.values()) == pytest.approx(20)
+    assert list(found.by_steps) == ["0 to 2", "3", "4 to 5", "6 or more"]
     assert len(found.by_length) == 4 and found.majority is None and found.unfinished.value == 0
     assert len(measure(table, np.ones((40, 1), dtype=bool), np.full(40, 7)).by_length) == 1, (
         "equal lengths stay together"
