@@ -71,20 +71,11 @@ def classify(
         def prediction(scores: ClassScores) -> str:
             return _prediction(scores, log_prior_C, data.label_names, test, typical)
 
-        scores = score_classes(
-            experiment.trainer,
-            trained.models,
-            data,
-            _SPLIT,
-            experiment.build.estimator,
-            test,
-            experiment.seed,
-            log_prior_C,
-            lambda scores: show(ClassifyResult(prediction(scores))),
-        )
-        return ClassifyResult(
-            prediction(scores), _attributions(trained, data, scores, log_prior_C, test), tuple(warnings)
-        )
+        how = (experiment.build.estimator, test, experiment.seed, log_prior_C)
+        show_so_far = lambda scores: show(ClassifyResult(prediction(scores)))
+        scores = score_classes(experiment.trainer, trained.models, data, _SPLIT, *how, show_so_far)
+        attributions = _attributions(trained, data, scores, log_prior_C, test)
+        return ClassifyResult(prediction(scores), attributions, tuple(warnings))
 
 
 def _prediction(
@@ -96,11 +87,9 @@ def _prediction(
         low_C, high_C = (ends_MC[0] for ends_MC in posterior_interval(scores.nats_MCK, log_prior_C))
     columns = zip(names, posterior_C, low_C, high_C, scores.log_p_MC[0], scores.se_MC[0], strict=True)
     shares = [ClassProbability(*column, {first: "p", second: "n"}.get(k, "")) for k, column in enumerate(columns)]
-    drawn = (
-        "the likelihood is exact"
-        if scores.exact
-        else (f"{scores.draws_M[0]} of at most {test.num_draws} masks under every class")
-    )
+    drawn = f"{scores.draws_M[0]} of at most {test.num_draws} masks under every class"
+    if scores.exact:
+        drawn = "the likelihood is exact"
     margin = format_measurement(float(scores.margin_M[0]), float(scores.margin_se_M[0]))
     spent = f"{scores.evaluations_M[0]:,} network evaluations, {scores.seconds:.1f} s"
     facts = [drawn, f"{margin} nats between the first two", spent, f"{int(scores.tokens_M[0]):,} tokens"]

@@ -61,12 +61,5 @@ def theme() -> gr.themes.Base:
         "button_secondary_text_color": "ink", "button_secondary_border_color": "rule", "loader_color": "blue",
     }  # fmt: skip
     both = {f"{name}{mode}": f"var(--{value})" for name, value in colour.items() for mode in ("", "_dark")}
-    return base.set(
-        **both,
-        color_accent="var(--ink)",
-        block_title_text_weight="400",
-        block_shadow="none",
-        input_shadow="none",
-        input_shadow_focus="none",
-        button_transition="none",
-    )
+    plain = dict.fromkeys(("block_shadow", "input_shadow", "input_shadow_focus", "button_transition"), "none")
+    return base.set(**both, **plain, color_accent="var(--ink)", block_title_text_weight="400")

@@ -48,22 +48,9 @@ def guarded(blocks: gr.Blocks, port: int, token: str) -> FastAPI:
     """Return the application that serves the page."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(Guard, token=token, port=port)
-    app.add_middleware(
-        TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"]
-    )  # refuses other names that resolve here
-    return gr.mount_gradio_app(
-        app,
-        blocks,
-        path="/",
-        server_name=HOST,
-        server_port=port,
-        footer_links=[],
-        run_history=False,
-        ssr_mode=False,
-        pwa=False,
-        mcp_server=False,
-        enable_monitoring=False,
-        theme=theme(),
-        head=head(),
-        app_kwargs={"docs_url": None, "redoc_url": None},
-    )
+    # Refuses other names that resolve here.
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
+    address = {"path": "/", "server_name": HOST, "server_port": port}
+    look = {"theme": theme(), "head": head(), "footer_links": []}
+    off = dict.fromkeys(("run_history", "ssr_mode", "pwa", "mcp_server", "enable_monitoring"), False)
+    return gr.mount_gradio_app(app, blocks, app_kwargs={"docs_url": None, "redoc_url": None}, **address, **look, **off)

@@ -73,11 +73,8 @@ class CompletionRequest:
         completed = complete(context, self)
         rows = [row for one in completed for row in _rows(one)]
         context.save_rows(rows)
-        answers = measure(
-            [c.answers for c in completed],
-            np.array([c.ended for c in completed]),
-            np.array([c.prompt_tokens for c in completed]),
-        )
+        ended_MK = np.array([c.ended for c in completed])
+        answers = measure([c.answers for c in completed], ended_MK, np.array([c.prompt_tokens for c in completed]))
         baselines, sampled = _baselines(data, self.judge, completed), [text for c in completed for text in c.sampled]
         evaluations = float(np.mean([text.evaluations for text in sampled])) if sampled else 0.0
         results = {**_results(answers, baselines, completed, self), "network_evaluations_per_sample": evaluations}

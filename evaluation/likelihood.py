@@ -6,7 +6,7 @@ Shape suffixes: B batch, M texts of the split, K draws, P network passes, R roun
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Protocol
 
 import lightning
@@ -22,7 +22,7 @@ from palimpsest.dataloader import TextData
 from palimpsest.diffusion import Diffusion
 from palimpsest.estimators.base import Estimator
 from palimpsest.evaluation.devices import map_over_devices
-from palimpsest.objectives.base import Batch, scored_mask
+from palimpsest.objectives.base import Batch, Model, scored_mask
 
 
 @dataclass(frozen=True)
@@ -124,12 +124,13 @@ def score(
         conditioned: adds conditioning to a batch.
         rounds: a fixed number of rounds, to be paired with another measurement.
     """
-    measured: list[Scores] = []
+    model = diffusion.model
+    measured: list[dict[str, np.ndarray]] = []
     for number in range(rounds or precision.rounds):
-        measured.append(
-            _round(trainer, diffusion, loader, estimator, precision.num_draws, hash_seed(seed, number), conditioned)
-        )
-        scores = _concatenated(measured)
+        how = (estimator, hash_seed(seed, number), precision.num_draws)
+        measure = lambda batch, how=how: _measure(model, conditioned(batch), *how)
+        measured.append(map_over_devices(trainer, diffusion, measure, loader))
+        scores = _scores(model, measured, estimator, precision.num_draws)
         if rounds is None and (precision.target_se is None or scores.monte_carlo_se <= precision.target_se):
             return scores
     if rounds is None:
@@ -140,56 +141,41 @@ def score(
     return scores
 
 
-def _concatenated(rounds: list[Scores]) -> Scores:
-    """Concatenate the draws of several rounds over the same texts."""
+def _measure(model: Model, batch: Batch, estimator: Estimator, seed: int, num_draws: int) -> dict[str, Tensor]:
+    estimate = estimator(model, batch, seed, num_draws)
+    no_masks = estimate.nll_BK.new_zeros((len(estimate.nll_BK), 0))
+    return {
+        "sample_id": batch["sample_id"],
+        "nll": estimate.nll_BK.double(),
+        "tokens": estimate.tokens_B,
+        "maskable": scored_mask(batch).sum(-1),
+        "evaluations": estimate.evaluations_B,
+        "cross_entropy": estimate.logs.get("cross_entropy", no_masks).double(),
+        "num_masked": estimate.logs.get("num_masked", no_masks),
+        **{name: batch[name] for name in UNIT_COLUMNS if name in batch},
+    }
+
+
+def _scores(model: Model, rounds: list[dict[str, np.ndarray]], estimator: Estimator, num_draws: int) -> Scores:
+    """Return the scores of several rounds over the same texts."""
     first = rounds[0]
-    assert all((part.sample_id_M == first.sample_id_M).all() for part in rounds)
-    columns = {name: np.concatenate([getattr(part, name) for part in rounds], axis=1)
-               for name in ("nll_MK", "cross_entropy_MP", "num_masked_MP")}  # fmt: skip
-    round_K = np.repeat(np.arange(len(rounds)), [part.nll_MK.shape[1] for part in rounds])
-    return replace(first, round_K=round_K, evaluations_M=sum(part.evaluations_M for part in rounds), **columns)
-
-
-def _round(
-    trainer: lightning.Trainer,
-    diffusion: Diffusion,
-    loader: DataLoader,
-    estimator: Estimator,
-    num_draws: int,
-    seed: int,
-    conditioned: Callable[[Batch], Batch],
-) -> Scores:
-    model = diffusion.model
-
-    def measure(batch: Batch) -> dict[str, Tensor]:
-        estimate = estimator(model, conditioned(batch), seed, num_draws)
-        no_masks = estimate.nll_BK.new_zeros((len(estimate.nll_BK), 0))
-        return {
-            "sample_id": batch["sample_id"],
-            "nll": estimate.nll_BK.double(),
-            "tokens": estimate.tokens_B,
-            "maskable": scored_mask(batch).sum(-1),
-            "evaluations": estimate.evaluations_B,
-            "cross_entropy": estimate.logs.get("cross_entropy", no_masks).double(),
-            "num_masked": estimate.logs.get("num_masked", no_masks),
-            **{name: batch[name] for name in UNIT_COLUMNS if name in batch},
-        }
-
-    rows = map_over_devices(trainer, diffusion, measure, loader)
+    assert all((part["sample_id"] == first["sample_id"]).all() for part in rounds)
+    joined = {name: np.concatenate([part[name] for part in rounds], axis=1)
+              for name in ("nll", "cross_entropy", "num_masked")}  # fmt: skip
     return Scores(
         estimator.kind,
         estimator.label(model, num_draws),
         estimator.exact(model),
         model.objective.causal,
-        rows["sample_id"],
-        rows["nll"],
-        np.zeros(rows["nll"].shape[1], dtype=int),
-        rows["tokens"],
-        rows["maskable"],
-        rows["evaluations"],
-        rows["cross_entropy"],
-        rows["num_masked"],
-        Units.of(rows),
+        first["sample_id"],
+        joined["nll"],
+        np.repeat(np.arange(len(rounds)), [part["nll"].shape[1] for part in rounds]),
+        first["tokens"],
+        first["maskable"],
+        sum(part["evaluations"] for part in rounds),
+        joined["cross_entropy"],
+        joined["num_masked"],
+        Units.of(first),
     )
 
 
@@ -225,20 +211,15 @@ class Likelihood:
 def likelihood(data: TextData, split: str, scores: Scores, truth: GroundTruth | None) -> Likelihood:
     """Compare the scores of `split` with the unigram likelihood and, if known, the true entropy."""
     rows_M = row_numbers(data.split(split), scores.sample_id_M)
-    unigram = None
+    ratio_of = lambda nll_M: ratio(nll_M, scores.tokens_M, scores.units)
+    unigram = entropy = gap = None
     if "train" in data.splits:
-        unigram = ratio(unigram_nll(data, split, scores.causal)[rows_M], scores.tokens_M, scores.units)
-    if truth is None:
-        return Likelihood(scores, scores.per_token(), unigram)
-    given_length = not scores.causal and data.fill is None
-    true_nll_M = true_nll(data, split, rows_M, scores.tokens_M if given_length else None, truth)
-    return Likelihood(
-        scores,
-        scores.per_token(),
-        unigram,
-        ratio(true_nll_M, scores.tokens_M, scores.units),
-        ratio(scores.nll_M - true_nll_M, scores.tokens_M, scores.units),
-    )
+        unigram = ratio_of(unigram_nll(data, split, scores.causal)[rows_M])
+    if truth is not None:
+        given_length = not scores.causal and data.fill is None
+        true_nll_M = true_nll(data, split, rows_M, scores.tokens_M if given_length else None, truth)
+        entropy, gap = ratio_of(true_nll_M), ratio_of(scores.nll_M - true_nll_M)
+    return Likelihood(scores, scores.per_token(), unigram, entropy, gap)
 
 
 def row_numbers(rows: Mapping[str, Sequence[int]], sample_id_M: np.ndarray) -> np.ndarray:

@@ -127,13 +127,8 @@ class Comparison:
 
     def results(self) -> dict[str, object]:
         """Return the numbers for results.json, those of real texts under "real"."""
-        units = self.units
-        real = self.real and {
-            "split": self.reference.split,
-            "units": units.name,
-            "num_units": len(units),
-            **self.real.results(),
-        }
+        counted = {"split": self.reference.split, "units": self.units.name, "num_units": len(self.units)}
+        real = self.real and {**counted, **self.real.results()}
         samples = self.samples.results()
         return {"samples": samples.pop("texts"), **samples, "generative_protocol": self.protocol, "real": real,
                 "real_missing": self.reference.missing or None}  # fmt: skip

@@ -174,11 +174,8 @@ def masked_row(
 def _warn_of_unknown(fixed: Sequence[int], inputs: Template, tokenizer: PreTrainedTokenizerBase) -> None:
     if fixed and tokenizer.unk_token_id in fixed and tokenizer.unk_token_id != tokenizer.eos_token_id:
         key = "template" if inputs.template else "prefix"
-        log.warning(
-            "sampling.%s has words that the tokenizer does not know; the network reads %s instead",
-            key,
-            tokenizer.unk_token,
-        )
+        about = "sampling.%s has words that the tokenizer does not know; the network reads %s instead"
+        log.warning(about, key, tokenizer.unk_token)
 
 
 @dataclass(frozen=True)

@@ -161,11 +161,8 @@ def _heaviest(words: Sequence[_Word], sign: int) -> list[_Word]:
 
 def _listing(word: _Word) -> dict[str, str]:
     body = word.body.replace("\n", "⏎").replace(" ", "␣") if not word.body.strip() else word.body.strip()
-    return {
-        "body": body or "(empty)",
-        "nats": signed(word.nats),
-        "times": f"({word.count} ×)" if word.count > 1 else "",
-    }
+    times = f"({word.count} ×)" if word.count > 1 else ""
+    return {"body": body or "(empty)", "nats": signed(word.nats), "times": times}
 
 
 def _round_up(largest: float) -> float:

@@ -57,15 +57,8 @@ def write_gif(path: Path, sample: Sample, num_frames: int = 60) -> None:
     frames = [picture.quantize(palette=palette, dither=0) for picture in pictures]
     each = max(40, min(250, round(1000 * _SECONDS / len(frames))))
     data = io.BytesIO()
-    frames[0].save(
-        data,
-        "GIF",
-        save_all=True,
-        append_images=frames[1:],
-        loop=0,
-        disposal=1,
-        duration=[each] * (len(frames) - 1) + [round(1000 * _HOLD)],
-    )
+    duration = [each] * (len(frames) - 1) + [round(1000 * _HOLD)]
+    frames[0].save(data, "GIF", save_all=True, append_images=frames[1:], loop=0, disposal=1, duration=duration)
     write_atomically(path, data.getvalue())
 
 

@@ -77,12 +77,8 @@ class LiveView:
         self.step, self.evaluations = trace.num_steps, int(trace.evaluations_B[seen].max())
         self.left = int((trace.ids_BL == self._blank_id).sum())
         self.total = max(self.total, self.left)
-        return any(
-            [
-                row.update(trace.num_steps, ids_L, sure_L)
-                for row, ids_L, sure_L in zip(self.rows, ids_BL, confidence_BL, strict=True)
-            ]
-        )
+        texts = zip(self.rows, ids_BL, confidence_BL, strict=True)
+        return any([row.update(trace.num_steps, ids_L, sure_L) for row, ids_L, sure_L in texts])
 
     def tokens(self, row: RowHistory, upto: int | None = None) -> Iterator[LiveToken]:
         """Yield the tokens of a row, or of its first `upto` places, without special tokens and up to its end.
@@ -98,14 +94,10 @@ class LiveView:
             if token in self._hidden:
                 continue
             string = self._blank if masked else decoded[place] if decoded else self._strings(token)
-            yield LiveToken(
-                string if started else string.lstrip(),
-                None if math.isnan(age) else age,
-                float(row.confidence_L[place]),
-                masked,
-                bool(row.new_L[place]),
-            )
-            started = started or bool(string.lstrip())
+            string = string if started else string.lstrip()
+            appeared = None if math.isnan(age) else age
+            yield LiveToken(string, appeared, float(row.confidence_L[place]), masked, bool(row.new_L[place]))
+            started = started or bool(string)
 
 
 def blank_of(data: TextData) -> str:

@@ -18,7 +18,6 @@ from palimpsest.report.plain_text import inline, paragraphs, visible
 from palimpsest.report.style import THEME
 from palimpsest.report.svg import inline_figure
 
-_TEMPLATE = "report.html.j2"
 _NUMERIC = re.compile(r"^(NaN|[−-]?∞|[(<>≤≥~≈+−-]*\d[\d.,:/ ()\[\]±×?%⁻⁰¹²³⁴⁵⁶⁷⁸⁹−-]*)( ?[A-Za-zµ/%]{1,12})?$")
 _NAME = 60  # characters of a first cell that is kept on one line
 _BLANK = {"", "–", "—", "-"}
@@ -35,9 +34,8 @@ class Report:
     def __init__(
         self, title: str, subtitle: str = "", command: str = "", facts: Mapping[str, object] | None = None
     ) -> None:
-        self.title, self.subtitle = title, subtitle
-        self.command = command
-        self.facts = {str(key): _cell(value) for key, value in (facts or {}).items()}
+        cells = {str(key): _cell(value) for key, value in (facts or {}).items()}
+        self._head = {"title": title, "subtitle": inline(subtitle), "command": command, "facts": cells}
         self._sections: list[dict[str, Any]] = []
         self._counts = {"figure": 0, "table": 0}
 
@@ -61,14 +59,8 @@ class Report:
         cells = [[_cell(value, strip=False) for value in row] for row in rows]
         numeric = [_is_numeric([row[i] for row in cells]) for i in range(len(header))]
         prose = any(len(row[0]) > _NAME for row in cells)
-        content = {
-            "header": list(header),
-            "rows": cells,
-            "numeric": numeric,
-            "caption": inline(caption),
-            "prose": prose,
-        }
-        self._add("table", number=self._number("table") if caption else 0, **content)
+        about = {"caption": inline(caption), "number": self._number("table") if caption else 0}
+        self._add("table", header=list(header), rows=cells, numeric=numeric, prose=prose, **about)
 
     def figure(self, figure: Figure, caption: str, alt: str) -> None:
         """Add a figure; `alt` describes it to readers who cannot see it."""
@@ -90,14 +82,7 @@ class Report:
 
     def render(self) -> str:
         """Return the page as HTML."""
-        return render(
-            _TEMPLATE,
-            title=self.title,
-            subtitle=inline(self.subtitle),
-            command=self.command,
-            facts=self.facts,
-            sections=self._sections,
-        )
+        return render("report.html.j2", sections=self._sections, **self._head)
 
     def write(self, path: Path) -> None:
         """Write the page to `path` atomically, in the first process."""
