@@ -50,8 +50,7 @@ def classify(
 ) -> ClassifyResult:
     """Return p(class | text), after a call of `show` with the result so far at each round of draws.
 
-    Raises:
-        ValueError: a setting that main.py would refuse, or a text that is too long for the app.
+    Raises ValueError for a setting that main.py would refuse, or a text that is too long for the app.
     """
     check_text(request.text)
     settings = {"seed": request.seed, "classify.num_draws": request.num_draws,

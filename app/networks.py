@@ -29,8 +29,7 @@ class Networks:
     def sampler(self, network: Network, settings: Mapping[str, object]) -> tuple[Experiment, TextData, Diffusion]:
         """Return the experiment, data and model of `network` for sampling with `settings`, keys of main.py.
 
-        Raises:
-            ValueError: settings that contradict each other or the network.
+        Raises ValueError for settings that contradict each other or the network.
         """
         settings = {"mode": "sample_eval", "eval.checkpoint_path": str(network.path), "eval.split": "null",
                     **({} if network.label is None else {"data.label": network.label}), **settings}  # fmt: skip
@@ -46,8 +45,7 @@ class Networks:
     def classifier(self, classifier: Classifier, settings: Mapping[str, object]) -> TrainedClassifier:
         """Return the class models that mode=classify would use, with `settings`.
 
-        Raises:
-            ValueError: settings that contradict each other or the networks; data without classes.
+        Raises ValueError for settings that contradict each other or the networks, and for data without classes.
         """
         first = classifier.networks[0]
         settings = {"mode": "classify", "checkpointing.save_dir": str(classifier.folder), **settings}

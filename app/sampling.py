@@ -62,8 +62,7 @@ class SamplingResult:
 def sample(networks: Networks, network: Network, request: SamplingRequest, show: Callable[..., None]) -> SamplingResult:
     """Sample the requested texts, with calls of `show(frame, seconds to wait)` on the way.
 
-    Raises:
-        ValueError: a setting that main.py would refuse, or too many or too long texts for the app.
+    Raises ValueError for a setting that main.py would refuse, or too many or too long texts for the app.
     """
     check_text(request.text)
     number = request.num_texts

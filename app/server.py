@@ -19,8 +19,7 @@ HOST = "127.0.0.1"
 def listen(port: int) -> socket.socket:
     """Return a listening socket on the loopback address; the system chooses a port for 0.
 
-    Raises:
-        ValueError: the port is invalid or in use.
+    Raises ValueError if the port is invalid or in use.
     """
     if not 0 <= port < 2**16:
         raise ValueError(f"--port {port} must lie in 0..{2**16 - 1}; 0: any that is free")

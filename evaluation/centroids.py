@@ -35,8 +35,7 @@ class Centroids:
 def fit_centroids(chunks: Iterable[tuple[np.ndarray, np.ndarray]], num_classes: int) -> Centroids:
     """Fit centroids to labelled latents that come in chunks ((M, D), (M,)).
 
-    Raises:
-        ValueError: a class has no latents.
+    Raises ValueError if a class has no latents.
     """
     count_C = np.zeros(num_classes)
     sum_CD = squares = lengths = 0.0

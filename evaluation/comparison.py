@@ -69,11 +69,7 @@ class Comparison:
 
 
 def read_runs(paths: Sequence[str | Path]) -> list[Run]:
-    """Return the results that lie in or below `paths`, in that order.
-
-    Raises:
-        FileNotFoundError: a path has none.
-    """
+    """Return the results that lie in or below `paths`, in that order. Raises FileNotFoundError if a path has none."""
     runs = []
     for path in map(Path, paths):
         files = [path] if path.name == "results.json" else sorted(path.rglob("results.json"))

@@ -26,11 +26,7 @@ _ID_STRIDE = 2**32  # distance between the sample ids of a prompt's completions
 
 @dataclass(frozen=True)
 class CompletionRequest:
-    """A request to complete prompts.
-
-    Raises:
-        ValueError: there is no split to take prompts from.
-    """
+    """A request to complete prompts. Raises ValueError without a split to take prompts from."""
 
     split: str | None
     num_prompts: int | None  # None for every prompt of `split`
@@ -61,8 +57,7 @@ class CompletionRequest:
     def __call__(self, context: SamplingContext) -> Completions:
         """Complete the prompts on all devices, and check the answers.
 
-        Raises:
-            ValueError: the model was trained with known text lengths, which a prompt does not tell.
+        Raises ValueError if the model was trained with known text lengths, which a prompt does not tell.
         """
         data = context.data
         if not context.diffusion.objective.causal and not data.fill:

@@ -35,11 +35,7 @@ VARIANTS = ("true", "shuffled", "none")  # condition: the true latent (or text),
 
 @dataclass(frozen=True)
 class EditRules:
-    """Rules of editing (evaluation/editing.py).
-
-    Raises:
-        ValueError: target=slerp and `alpha` is outside [0, 1].
-    """
+    """Rules of editing (evaluation/editing.py). Raises ValueError if target=slerp and `alpha` is outside [0, 1]."""
 
     positions: Literal["random", "entropy", "suffix", "contrast"] = "random"  # which tokens are masked
     rate: Share = 0.3  # share of all tokens
@@ -55,11 +51,7 @@ class EditRules:
 
 @dataclass(frozen=True)
 class ConditionalSettings:
-    """Settings of conditional generation.
-
-    Raises:
-        ValueError: guidance without a condition.
-    """
+    """Settings of conditional generation. Raises ValueError for guidance without a condition."""
 
     direction: Literal["joint", "l2t", "t2l", "edit"] | None = None
     joint_order: Literal["simultaneous", "latent_first"] = "simultaneous"
@@ -156,11 +148,7 @@ class JointResult(ConditionalResult):
 
 @dataclass(frozen=True)
 class ConditionalRequest:
-    """A request for conditional generation.
-
-    Raises:
-        ValueError: there is no split to take texts from.
-    """
+    """A request for conditional generation. Raises ValueError without a split to take texts from."""
 
     settings: ConditionalSettings
     split: str | None

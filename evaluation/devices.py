@@ -38,8 +38,7 @@ def map_over_devices(
         network: the module that `function` evaluates; it is moved to the device of each process, and back.
         function: batch -> columns of its rows, including `sample_id`.
 
-    Raises:
-        ValueError: there are no rows, or a number is not finite.
+    Raises ValueError if there are no rows or a number is not finite.
     """
 
     def on_cpu(batch: dict) -> dict[str, Tensor]:

@@ -75,8 +75,7 @@ def _by_centroids(
 def class_number(to_class: int | str | None, names: Sequence[str], key: str = "sampling.edit_class") -> int | None:
     """Return the number of a class given by number or name; None for None.
 
-    Raises:
-        ValueError: there is no such class.
+    Raises ValueError if there is no such class.
     """
     numbers = {None: None, **{str(k): k for k in range(len(names))}, **{name: k for k, name in enumerate(names)}}
     typed = None if to_class is None else str(to_class)
@@ -231,8 +230,7 @@ class Editor:
 def edit(context: ConditionalContext) -> ConditionalResult:
     """Edit texts towards another class; compare with edits under the latent of another text, and under none.
 
-    Raises:
-        ValueError: the data have no classes, or fewer than two texts of other classes.
+    Raises ValueError if the data have no classes, or fewer than two texts of other classes.
     """
     data, rules = context.data, context.settings.edit
     if data.label_names is None:

@@ -44,8 +44,7 @@ def windows(num_tokens: int, context: int | None) -> list[Window]:
     Every token but the first of the text is scored once, in the first window that holds it. In later windows at least
     half a context precedes it.
 
-    Raises:
-        ValueError: a context of fewer than two tokens.
+    Raises ValueError for a context of fewer than two tokens.
     """
     if context is not None and context < 2:
         raise ValueError(f"a context of {context} tokens leaves nothing to predict from")
@@ -101,8 +100,7 @@ class CausalScorer:
         name: as the user typed it, for messages and results.
         batch_size: windows scored at once; it changes speed and memory, not the scores.
 
-    Raises:
-        ValueError: the tokenizer is not the model's, or the model sees the tokens that it predicts.
+    Raises ValueError if the tokenizer is not the model's, or the model sees the tokens that it predicts.
     """
 
     def __init__(
@@ -162,8 +160,7 @@ class CausalScorer:
         The first token is predicted from the scorer's begin token (BOS); without one, it is not scored. No end token is
         added, and special tokens spelled out in a text are read as characters.
 
-        Raises:
-            ValueError: a text has token ids that the network does not know.
+        Raises ValueError if a text has token ids that the network does not know.
         """
         prefix = [] if self._bos is None else [self._bos]
         rows = [prefix + ids for ids in encode(self.tokenizer, texts)]

@@ -37,11 +37,7 @@ class Guidance:
     by: Literal["network", "unigrams"] = "network"
 
     def number(self, data: TextData) -> int | None:
-        """Return the number of the class in `data`, or None.
-
-        Raises:
-            ValueError: the data have no such class.
-        """
+        """Return the number of the class in `data`, or None. Raises ValueError if the data have no such class."""
         if self.to_class is not None and not data.label_names:
             raise ValueError(f"classify.class={self.to_class}: the texts of data={data.name} have no classes")
         return class_number(self.to_class, data.label_names or (), "classify.class")
@@ -49,8 +45,7 @@ class Guidance:
     def of(self, drawing: Drawing, diffusion: Diffusion, data: TextData) -> Drawing:
         """Return `drawing` with guidance; `data` has the texts of all classes.
 
-        Raises:
-            ValueError: the network has no class conditioning.
+        Raises ValueError if the network has no class conditioning.
         """
         number = self.number(data)
         if number is None:

@@ -25,8 +25,7 @@ RANKS = (1, 10)
 def partners(num_rows: int, seed: int) -> np.ndarray:
     """Return another row for each row, (M,): a random cycle through all rows.
 
-    Raises:
-        ValueError: there are fewer than two rows.
+    Raises ValueError for fewer than two rows.
     """
     if num_rows < 2:
         raise ValueError(f"{num_rows} text has no other text to take a latent from; take two at least")

@@ -63,8 +63,7 @@ def real_texts(data: TextData, split: str | None, num_texts: int, seed: int) -> 
     Rows are used instead of whole documents because diversity depends on the length. If the data are absent or large,
     there is no reference.
 
-    Raises:
-        ValueError: the data exist, but not this split, or not as rows of the model's length.
+    Raises ValueError if the data exist, but not this split, or not as rows of the model's length.
     """
     if split is None:
         return RealTexts([], split, "eval.split=null")

@@ -37,8 +37,7 @@ class Template:
     A template has gaps: [MASK] for one token, {{n}} for n tokens, and at most once {{...}} or {{…}} for the remaining
     length.
 
-    Raises:
-        ValueError: both prefix and template are set, or the template is malformed.
+    Raises ValueError if both prefix and template are set, or the template is malformed.
     """
 
     prefix: str | None = None  # the beginning of the text

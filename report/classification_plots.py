@@ -16,30 +16,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import ArrayLike
 
 from palimpsest.common.metrics import wilson_interval
+from palimpsest.report import style
 from palimpsest.report.formatting import format_number
-from palimpsest.report.style import (
-    BLUE,
-    INK,
-    MUTED,
-    PAPER,
-    SERIES,
-    TEXT,
-    TICK_STEPS,
-    Floats,
-    Row,
-    by_mask_rate,
-    dot_rows,
-    draw_histogram,
-    empty_figure,
-    end_labels,
-    finite,
-    half_width,
-    new_figure,
-    note_dropped,
-    style_axes,
-    thousands,
-    write,
-)
 
 PERCENT = FuncFormatter(lambda share, _: f"{100 * share:.10g}")
 
@@ -54,9 +32,9 @@ _LEAST_PREDICTED = 10
 _COVERAGES = 100
 
 
-def accuracy_ladder(rows: Sequence[Row], highlight: str | None = None) -> Figure:
+def accuracy_ladder(rows: Sequence[style.Row], highlight: str | None = None) -> Figure:
     """Plot accuracies as shares in [0, 1], one dot with its 95% interval per (name, value, standard error)."""
-    figure, axes = dot_rows(rows, highlight, scale=100.0)
+    figure, axes = style.dot_rows(rows, highlight, scale=100.0)
     axes.set_xlabel("accuracy (% of texts); bars: 95%; further right is better")
     return figure
 
@@ -67,20 +45,20 @@ def confusion_matrix(counts_KK: ArrayLike, label_names: Sequence[str]) -> Figure
     size = len(label_names)
     if counts.shape != (size, size):
         raise ValueError(f"confusion matrix is {counts.shape} but there are {size} label names")
-    figure = new_figure(1.1 + min(4.6, 0.75 * size))
+    figure = style.new_figure(1.1 + min(4.6, 0.75 * size))
     if size == 0:
-        return empty_figure(figure)
-    axes = style_axes(figure.add_subplot(), "predicted class", "true class", grid="")
+        return style.empty_figure(figure)
+    axes = style.style_axes(figure.add_subplot(), "predicted class", "true class", grid="")
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     for row, column in np.ndindex(counts.shape):
         share = float(shares[row, column])
         # Opacity instead of a colour map: the cells fade into the page in both colour schemes.
-        axes.add_patch(Rectangle((column, row), 1, 1, facecolor=(BLUE, 0.04 + 0.86 * share), edgecolor="none"))
+        axes.add_patch(Rectangle((column, row), 1, 1, facecolor=(style.BLUE, 0.04 + 0.86 * share), edgecolor="none"))
         if size <= _MOST_LABELLED_CLASSES:
-            colour = PAPER if share > 0.55 else INK
+            colour = style.PAPER if share > 0.55 else style.INK
             percent = f"\n{share:.0%}" if size > 6 else f"\n{share:.1%}"
             text = f"{counts[row, column]:,}{percent if counts[row].any() else ''}"
-            write(axes, column + 0.5, row + 0.5, text, colour, ha="center", va="center", linespacing=1.35)
+            style.write(axes, column + 0.5, row + 0.5, text, colour, ha="center", va="center", linespacing=1.35)
     centres = np.arange(size) + 0.5
     axes.set_xticks(centres, label_names, parse_math=False, rotation=90 if size > 6 else 0)
     axes.set_yticks(centres, label_names, parse_math=False)
@@ -103,31 +81,31 @@ def calibration(confidence_K: ArrayLike, right_K: ArrayLike, count_K: ArrayLike,
         raise ValueError(
             f"{confidence.size} confidences, {right.size} shares and {count.size} counts for the same bins"
         )
-    figure = new_figure(4.6)
+    figure = style.new_figure(4.6)
     if not count.size:
-        return empty_figure(figure)
+        return style.empty_figure(figure)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    style_axes(top, "", "share correct (%)")
-    style_axes(bottom, "confidence of the answer (%)", "texts")
-    top.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+    style.style_axes(top, "", "share correct (%)")
+    style.style_axes(bottom, "confidence of the answer (%)", "texts")
+    top.plot([0, 1], [0, 1], color=style.MUTED, linewidth=1, linestyle=(0, (4, 3)))
     along = {"rotation": 45, "rotation_mode": "anchor", "transform_rotates_text": True}
-    write(top, 0.08, 0.125, "perfectly calibrated", MUTED, **along)
+    style.write(top, 0.08, 0.125, "perfectly calibrated", style.MUTED, **along)
     full = count > 0
-    (x, y, n), dropped = finite(confidence[full], right[full], count[full])
+    (x, y, n), dropped = style.finite(confidence[full], right[full], count[full])
     if n.size:
         intervals = [wilson_interval(*pair) for pair in zip(y * n, n, strict=True)]
         low, high = np.array([(interval.low, interval.high) for interval in intervals]).T
         # Rounding can put an end of the interval on the wrong side of the proportion by one ulp.
         errors = np.maximum([y - low, high - y], 0)
-        top.errorbar(x, y, errors, fmt="o", color=BLUE, markersize=5, elinewidth=1.4)
-    draw_histogram(bottom, count, np.linspace(0, 1, count.size + 1))
+        top.errorbar(x, y, errors, fmt="o", color=style.BLUE, markersize=5, elinewidth=1.4)
+    style.draw_histogram(bottom, count, np.linspace(0, 1, count.size + 1))
     top.set(xlim=(-0.01, 1.01), ylim=(-0.03, 1.03))
     for axis in (top.yaxis, top.xaxis):
         axis.set_major_formatter(PERCENT)
     bottom.yaxis.set_major_locator(MaxNLocator(3, integer=True))
     text = f"ECE {format_number(ece, 3)}\n{int(count.sum()):,} texts\nbars: 95% (Wilson)"
-    write(top, 0.02, 0.97, text, transform=top.transAxes, va="top", linespacing=1.5)
-    note_dropped(top, dropped)
+    style.write(top, 0.02, 0.97, text, transform=top.transAxes, va="top", linespacing=1.5)
+    style.note_dropped(top, dropped)
     return figure
 
 
@@ -144,26 +122,26 @@ def likelihood_histogram(nats_by_name: Mapping[str, ArrayLike], typical: float) 
 
 def _histograms(values_by_name: Mapping[str, ArrayLike], xlabel: str, line: float) -> Figure:
     """Plot a histogram of each group, with a vertical line."""
-    figure = new_figure(3.0)
-    kept = {str(name): finite(values, values) for name, values in values_by_name.items()}
+    figure = style.new_figure(3.0)
+    kept = {str(name): style.finite(values, values) for name, values in values_by_name.items()}
     dropped = sum(count for _, count in kept.values())
     groups = {name: columns[0] for name, (columns, _) in kept.items()}
     if not sum(values.size for values in groups.values()):
-        return empty_figure(figure, dropped)
-    axes = style_axes(figure.add_subplot(), xlabel, "texts per bin")
+        return style.empty_figure(figure, dropped)
+    axes = style.style_axes(figure.add_subplot(), xlabel, "texts per bin")
     pooled = np.concatenate(list(groups.values()))
     edges = np.histogram_bin_edges(pooled, bins=min(40, max(5, 2 * round(pooled.size**0.5))))
     for i, values in enumerate(groups.values()):
-        draw_histogram(axes, np.histogram(values, edges)[0], edges, SERIES[i % len(SERIES)])
-    axes.axvline(line, color=INK, linewidth=1, linestyle=(0, (4, 3)))
+        style.draw_histogram(axes, np.histogram(values, edges)[0], edges, style.SERIES[i % len(style.SERIES)])
+    axes.axvline(line, color=style.INK, linewidth=1, linestyle=(0, (4, 3)))
     axes.margins(x=0.03)
     axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     _label_histograms(axes, groups)
-    note_dropped(axes, dropped)
+    style.note_dropped(axes, dropped)
     return figure
 
 
-def _label_histograms(axes: Axes, groups: Mapping[str, Floats]) -> None:
+def _label_histograms(axes: Axes, groups: Mapping[str, style.Floats]) -> None:
     """Name each group above its median, one line further up if names would collide."""
     low, high = axes.get_xlim()
     ends = [-1.0]
@@ -175,8 +153,8 @@ def _label_histograms(axes: Axes, groups: Mapping[str, Floats]) -> None:
         level = next((k for k, end in enumerate(ends) if centre - width / 2 > end), len(ends))
         ends[level : level + 1] = [centre + width / 2]
         y = 1.03 + 0.075 * level
-        colour = SERIES[i % len(SERIES)]
-        write(axes, centre, y, text, colour, transform=axes.transAxes, ha="center", va="bottom")
+        colour = style.SERIES[i % len(style.SERIES)]
+        style.write(axes, centre, y, text, colour, transform=axes.transAxes, ha="center", va="bottom")
 
 
 def accuracy_against_coverage(right_by_method: Mapping[str, ArrayLike], highlight: str) -> Figure:
@@ -187,10 +165,10 @@ def accuracy_against_coverage(right_by_method: Mapping[str, ArrayLike], highligh
         highlight: the method with a band, which is its 95% interval (Wilson).
     """
     curves = {str(name): np.asarray(right, dtype=np.float64) for name, right in right_by_method.items() if len(right)}
-    figure = new_figure(3.2 + 0.11 * len(curves))
+    figure = style.new_figure(3.2 + 0.11 * len(curves))
     if not curves:
-        return empty_figure(figure)
-    axes = style_axes(
+        return style.empty_figure(figure)
+    axes = style.style_axes(
         figure.add_subplot(), "texts predicted (% of all, the most confident first)", "accuracy (% of these)"
     )
     others = sorted((name for name in curves if name != highlight), key=lambda name: -curves[name][-1])
@@ -199,17 +177,20 @@ def accuracy_against_coverage(right_by_method: Mapping[str, ArrayLike], highligh
         first = min(total, max(_LEAST_PREDICTED, round(_LEAST_COVERAGE * total)))
         number = np.unique(np.linspace(first, total, _COVERAGES).round().astype(int))
         x, y = number / total, right[number - 1] / number
-        options = {"color": SERIES[i % len(SERIES)], "linestyle": ("solid", "dashed", "dotted")[i // len(SERIES) % 3]}
+        colour = style.SERIES[i % len(style.SERIES)]
+        linestyle = ("solid", "dashed", "dotted")[i // len(style.SERIES) % 3]
         if name == highlight:
             intervals = [wilson_interval(k, n) for k, n in zip(right[number - 1], number, strict=True)]
             low, high = [one.low for one in intervals], [one.high for one in intervals]
-            axes.fill_between(x, low, high, color=options["color"], alpha=0.18, linewidth=0)
-        axes.plot(x, y, label=name, linewidth=2.0 if name == highlight else 1.1, **options)
+            axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
+        width = 2.0 if name == highlight else 1.1
+        axes.plot(x, y, label=name, linewidth=width, color=colour, linestyle=linestyle)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(PERCENT)
     axes.margins(x=0.02, y=0.08)
     # Below the axes, because names may be paths, which would leave no room beside them.
-    legend = figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=TEXT, labelcolor=INK)
+    look = {"frameon": False, "fontsize": style.TEXT, "labelcolor": style.INK}
+    legend = figure.legend(loc="outside lower center", ncols=2, **look)
     for text in legend.get_texts():
         text.set_parse_math(False)
     return figure
@@ -223,20 +204,21 @@ def accuracy_against_draws(
     `references` are accuracies without evaluations (naive Bayes), drawn as dashed lines. `points` are single marks,
     such as a sequential test at its mean number of draws.
     """
-    figure = new_figure(3.4)
+    figure = style.new_figure(3.4)
     bands = "; bands: 95%" if curves else ""
-    axes = style_axes(figure.add_subplot(), f"network evaluations per text and class{bands}", "accuracy (% of texts)")
+    xlabel = f"network evaluations per text and class{bands}"
+    axes = style.style_axes(figure.add_subplot(), xlabel, "accuracy (% of texts)")
     labels, notes, drawn, dropped = [], [], [], 0
     for i, (name, (evaluations, accuracy, se)) in enumerate([*curves.items(), *points.items()]):
         cost = np.asarray(evaluations, dtype=np.float64)
-        columns, bad = finite(np.where(cost > 0, cost, np.nan), accuracy, se)  # a logarithmic axis has no 0
+        columns, bad = style.finite(np.where(cost > 0, cost, np.nan), accuracy, se)  # a logarithmic axis has no 0
         dropped += bad
         if not columns[0].size:
             continue
         order = np.argsort(columns[0], kind="stable")
-        x, y, half = columns[0][order], columns[1][order], half_width(columns[2][order])
+        x, y, half = columns[0][order], columns[1][order], style.half_width(columns[2][order])
         drawn.append(x)
-        colour = SERIES[i % len(SERIES)]
+        colour = style.SERIES[i % len(style.SERIES)]
         if i < len(curves):
             axes.fill_between(x, y - half, y + half, color=colour, alpha=0.18, linewidth=0)
             axes.plot(x, y, color=colour, linewidth=1.5, marker="o", markersize=3.5)
@@ -246,39 +228,39 @@ def accuracy_against_draws(
             notes.append((float(x[0]), float(y[0]), f"{name}, {format_number(float(x[0]), 3)}", colour))
     for name, accuracy in references.items():
         if np.isfinite(accuracy):
-            axes.axhline(accuracy, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
-            labels.append((accuracy, name, MUTED))
+            axes.axhline(accuracy, color=style.MUTED, linewidth=1, linestyle=(0, (4, 3)))
+            labels.append((accuracy, name, style.MUTED))
         else:
             dropped += 1
     if not labels and not notes:
-        return empty_figure(new_figure(3.4), dropped)
+        return style.empty_figure(style.new_figure(3.4), dropped)
     axes.yaxis.set_major_formatter(PERCENT)
     axes.margins(x=0.04, y=0.12)
     _log2_axis(axes, np.concatenate(drawn) if drawn else np.ones(1))
-    end_labels(axes, labels)
+    style.end_labels(axes, labels)
     for x, y, text, colour in notes:
         # Curves rise, so there is room above a mark, and to its left unless it is among the cheapest.
         left = axes.transAxes.inverted().transform(axes.transData.transform((x, y)))[0] > 1 / 3
         place = {"textcoords": "offset points", "ha": "right" if left else "left", "va": "bottom"}
-        axes.annotate(text, (x, y), (0, 9), color=colour, fontsize=TEXT, parse_math=False, **place)
-    note_dropped(axes, dropped)
+        axes.annotate(text, (x, y), (0, 9), color=colour, fontsize=style.TEXT, parse_math=False, **place)
+    style.note_dropped(axes, dropped)
     return figure
 
 
-def _log2_axis(axes: Axes, x: Floats) -> None:
+def _log2_axis(axes: Axes, x: style.Floats) -> None:
     """Set ticks at the powers of two from the smallest to the largest of `x`."""
     axes.set_xscale("log", base=2)
     low, high = np.floor(np.log2(x.min())), np.ceil(np.log2(x.max()))
     step = max(1, round((high - low) / 9))
     ticks = 2.0 ** np.arange(low, high + 1, step)
-    axes.set_xticks(ticks, [thousands(tick, 0) for tick in ticks])
+    axes.set_xticks(ticks, [style.thousands(tick, 0) for tick in ticks])
     axes.minorticks_off()
     axes.set_xlim(2 ** (np.log2(x.min()) - 0.25), 2 ** (np.log2(x.max()) + 0.25))
 
 
 def accuracy_against_mask_rate(rate: ArrayLike, accuracy: ArrayLike, se: ArrayLike) -> Figure:
     """Plot the accuracy [share] of a single draw against the share of masked tokens in [0, 1]; all N."""
-    figure = by_mask_rate(rate, accuracy, se, "accuracy of one draw (%)")
+    figure = style.by_mask_rate(rate, accuracy, se, "accuracy of one draw (%)")
     figure.axes[0].yaxis.set_major_formatter(PERCENT)
     return figure
 
@@ -288,30 +270,30 @@ def draws_histogram(draws_M: ArrayLike, total: int) -> Figure:
 
     Raises ValueError if `total` is not positive or a text used less than 0 or more than `total`.
     """
-    (draws, _), dropped = finite(draws_M, draws_M)
+    (draws, _), dropped = style.finite(draws_M, draws_M)
     if total < 1 or draws.min(initial=0) < 0 or draws.max(initial=0) > total:
         raise ValueError(
             f"draws per text lie in {draws.min(initial=0):g}..{draws.max(initial=0):g}, but the test may spend "
             f"0..{total}: pass the largest number of draws as total"
         )
-    figure = new_figure(3.0)
+    figure = style.new_figure(3.0)
     if not draws.size:
-        return empty_figure(figure, dropped)
-    axes = style_axes(figure.add_subplot(), f"draws per text (of at most {total:,})", "texts")
+        return style.empty_figure(figure, dropped)
+    axes = style.style_axes(figure.add_subplot(), f"draws per text (of at most {total:,})", "texts")
     width = -(-total // _MOST_BARS)
     edges = np.arange(0, total + width + 1, width) - 0.5
     counts, _ = np.histogram(draws, edges)
-    draw_histogram(axes, counts, edges)
+    style.draw_histogram(axes, counts, edges)
     axes.set_xlim(-0.5 - 0.02 * total, edges[-1] + 0.02 * total)
     axes.set_ylim(0, 1.08 * counts.max())
     mean = float(draws.mean())
-    axes.axvline(mean, color=INK, linewidth=1, linestyle=(0, (4, 3)))
+    axes.axvline(mean, color=style.INK, linewidth=1, linestyle=(0, (4, 3)))
     text = f"mean {format_number(mean, 3)}: {mean / total:.0%} of the draws"
     anchor = "left" if mean < total / 3 else "right" if mean > 2 * total / 3 else "center"
-    write(axes, mean, 1.02, text, transform=axes.get_xaxis_transform(), ha=anchor, va="bottom")
-    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=TICK_STEPS))
-    axes.xaxis.set_major_formatter(FuncFormatter(thousands))
+    style.write(axes, mean, 1.02, text, transform=axes.get_xaxis_transform(), ha=anchor, va="bottom")
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=style.TICK_STEPS))
+    axes.xaxis.set_major_formatter(FuncFormatter(style.thousands))
     axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axes.yaxis.set_major_formatter(FuncFormatter(thousands))
-    note_dropped(axes, dropped)
+    axes.yaxis.set_major_formatter(FuncFormatter(style.thousands))
+    style.note_dropped(axes, dropped)
     return figure

@@ -15,27 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike
 
+from palimpsest.report import style
 from palimpsest.report.formatting import format_number
-from palimpsest.report.style import (
-    BLUE,
-    INK,
-    MUTED,
-    ORANGE,
-    TEXT,
-    TICK_STEPS,
-    Floats,
-    Row,
-    dot_rows,
-    end_labels,
-    finite,
-    half_width,
-    new_figure,
-    note_dropped,
-    running_mean,
-    style_axes,
-    thousands,
-    write,
-)
+from palimpsest.report.style import Floats
 
 _MOST_RAW_POINTS = 400
 _FEWEST_POINTS_TO_ZOOM = 20
@@ -54,27 +36,27 @@ def loss_curve(
     source, which no bound can pass. The raw loss is pale, its running mean strong. If the first steps dwarf the others,
     a second panel shows the second half of the run.
     """
-    train, dropped = finite(*train)
-    points, more = ([np.empty(0)] * 3, 0) if validation is None else finite(*validation)
+    train, dropped = style.finite(*train)
+    points, more = ([np.empty(0)] * 3, 0) if validation is None else style.finite(*validation)
     truth = truth if truth is not None and np.isfinite(truth) else None
     middle = train[0].max(initial=0.0) / 2
     late = train[1][train[0] >= middle]
     zoom = train[0].size >= _FEWEST_POINTS_TO_ZOOM and np.ptp(train[1]) > 3 * np.ptp(late)
     # The last panel has the labels, so it must hold everything labelled.
     zoom = zoom and (points[0].size == 0 or points[0].max() >= middle)
-    figure = new_figure(3.1)
+    figure = style.new_figure(3.1)
     panels = figure.subplots(1, 2 if zoom else 1, squeeze=False)[0]
     for axes, start in zip(panels, (0.0, middle), strict=False):
-        style_axes(axes, "optimiser step")
+        style.style_axes(axes, "optimiser step")
         labels = _draw_losses(axes, train, points, truth, start)
         axes.margins(x=0.03, y=0.07)
         _step_axis(axes, 4 if zoom else 6)
     panels[0].set_ylabel("loss (nats per token)")
     if zoom:
-        panels[0].set_title("whole run", color=MUTED, fontsize=TEXT, loc="left")
-        panels[1].set_title("second half", color=MUTED, fontsize=TEXT, loc="left")
-    end_labels(panels[-1], labels)
-    note_dropped(panels[0], dropped + more)
+        panels[0].set_title("whole run", color=style.MUTED, fontsize=style.TEXT, loc="left")
+        panels[1].set_title("second half", color=style.MUTED, fontsize=style.TEXT, loc="left")
+    style.end_labels(panels[-1], labels)
+    style.note_dropped(panels[0], dropped + more)
     return figure
 
 
@@ -84,31 +66,31 @@ def _draw_losses(
     """Draw the run from step `start` on; return direct labels (height [nats/token], text, colour)."""
     labels: list[tuple[float, str, str]] = []
     if train[0].size:
-        labels.append((_draw_train(axes, train[0], train[1], start), "training", BLUE))
+        labels.append((_draw_train(axes, train[0], train[1], start), "training", style.BLUE))
     steps, nll, se = (column[validation[0] >= start] for column in validation)
     if steps.size:
-        bars = half_width(se)
-        axes.errorbar(steps, nll, bars, color=ORANGE, linewidth=1.3, marker="o", markersize=3.5, elinewidth=1.1)
-        labels.append((float(nll[-1]), "validation\n± 95%", ORANGE))
+        bars = style.half_width(se)
+        axes.errorbar(steps, nll, bars, color=style.ORANGE, linewidth=1.3, marker="o", markersize=3.5, elinewidth=1.1)
+        labels.append((float(nll[-1]), "validation\n± 95%", style.ORANGE))
     if truth is not None:
-        axes.axhline(truth, color=INK, linewidth=1, linestyle=(0, (4, 3)))
-        labels.append((truth, f"true entropy\n{format_number(truth)}", INK))
+        axes.axhline(truth, color=style.INK, linewidth=1, linestyle=(0, (4, 3)))
+        labels.append((truth, f"true entropy\n{format_number(truth)}", style.INK))
     return labels
 
 
 def _draw_train(axes: Axes, steps: Floats, nll: Floats, start: float) -> float:
     """Draw the raw loss pale and its running mean strong; return the mean at the last step [nats/token]."""
     window = max(1, steps.size // 50)
-    mean = running_mean(nll, window)
+    mean = style.running_mean(nll, window)
     steps, nll, mean = (column[steps >= start] for column in (steps, nll, mean))
     # The range of each chunk keeps every spike of a long run; a thinned line would lose them.
     starts = np.arange(0, steps.size, -(-steps.size // _MOST_RAW_POINTS))
     if starts.size < steps.size:
-        axes.fill_between(*_thinned(steps, nll, nll), color=BLUE, alpha=0.28, linewidth=0)
+        axes.fill_between(*_thinned(steps, nll, nll), color=style.BLUE, alpha=0.28, linewidth=0)
     elif window > 1:
-        axes.plot(steps, nll, color=BLUE, alpha=0.4, linewidth=0.7)
+        axes.plot(steps, nll, color=style.BLUE, alpha=0.4, linewidth=0.7)
     marker = "o" if steps.size == 1 else None
-    axes.plot(steps[starts], mean[starts], color=BLUE, linewidth=1.5, marker=marker, markersize=4)
+    axes.plot(steps[starts], mean[starts], color=style.BLUE, linewidth=1.5, marker=marker, markersize=4)
     return float(mean[-1])
 
 
@@ -117,23 +99,23 @@ def losses_over_time(series: Sequence[tuple[str, ArrayLike]], ylabel: str, smoot
 
     `series` are (label, points (N, 2)), the fewest masks first. `smooth` draws running means.
     """
-    figure = new_figure(3.1)
-    axes = style_axes(figure.add_subplot(), "optimiser step", ylabel)
+    figure = style.new_figure(3.1)
+    axes = style.style_axes(figure.add_subplot(), "optimiser step", ylabel)
     labels, dropped = [], 0
     for rank, (label, points) in enumerate(series):
-        (steps, nats), lost = finite(*np.asarray(points, dtype=np.float64).reshape(-1, 2).T)
+        (steps, nats), lost = style.finite(*np.asarray(points, dtype=np.float64).reshape(-1, 2).T)
         dropped += lost
         if steps.size:
-            nats = running_mean(nats, max(1, steps.size // 25)) if smooth else nats
+            nats = style.running_mean(nats, max(1, steps.size // 25)) if smooth else nats
             dots = {} if smooth and steps.size > 1 else {"marker": "o", "markersize": 3.5}
-            axes.plot(steps, nats, color=BLUE, alpha=0.3 + 0.7 * (rank + 1) / len(series), linewidth=1.4, **dots)
-            labels.append((float(nats[-1]), label, BLUE))
+            axes.plot(steps, nats, color=style.BLUE, alpha=0.3 + 0.7 * (rank + 1) / len(series), linewidth=1.4, **dots)
+            labels.append((float(nats[-1]), label, style.BLUE))
     _step_axis(axes, 6)
     axes.margins(x=0.03, y=0.07)
-    note_dropped(axes, dropped)
+    style.note_dropped(axes, dropped)
     if smooth and labels:
-        labels.append((max(y for y, *_ in labels) + 1e-9, "share masked", MUTED))
-    end_labels(axes, labels)
+        labels.append((max(y for y, *_ in labels) + 1e-9, "share masked", style.MUTED))
+    style.end_labels(axes, labels)
     return figure
 
 
@@ -149,7 +131,7 @@ def vital_signs(logged: Mapping[str, ArrayLike]) -> Figure | None:
         return None
     mfu = np.asarray(logged.get("train/mfu", ()), dtype=np.float64).reshape(-1, 2)[:, 1]
     share = f"; MFU {format_number(100 * np.median(mfu), 2)} %" if mfu.size and np.isfinite(mfu).all() else ""
-    figure = new_figure(3.9)
+    figure = style.new_figure(3.9)
     panels = figure.subplots(2, 2, sharex=True).flatten()
     _panel(panels[0], "learning rate", logged.get("train/lr", ()), zero=True)
     norm, largest = logged["train/grad_norm"], logged.get("train/grad_norm_max", ())
@@ -157,7 +139,7 @@ def vital_signs(logged: Mapping[str, ArrayLike]) -> Figure | None:
     _panel(panels[2], f"tokens per second{share}", logged.get("train/tokens_per_s", ()), zero=True)
     _panel(panels[3], "peak memory (GiB)", logged.get("memory/peak_gib", ()), zero=True)
     panels[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_number(value, 3) if value else "0"))
-    panels[2].yaxis.set_major_formatter(FuncFormatter(thousands))
+    panels[2].yaxis.set_major_formatter(FuncFormatter(style.thousands))
     for axes in panels[2:]:
         axes.set_xlabel("optimiser step")
     return figure
@@ -165,19 +147,20 @@ def vital_signs(logged: Mapping[str, ArrayLike]) -> Figure | None:
 
 def _panel(axes: Axes, title: str, points: ArrayLike, above: ArrayLike = (), zero: bool = False) -> None:
     """Draw one series with its title; `above` is the upper edge of a pale band, `zero` starts the scale at zero."""
-    style_axes(axes)
-    axes.set_title(title, color=INK, fontsize=TEXT, loc="left")
-    (steps, values), dropped = finite(*np.asarray(points, dtype=np.float64).reshape(-1, 2).T)
-    (above_at, edge), more = finite(*np.asarray(above, dtype=np.float64).reshape(-1, 2).T)
+    style.style_axes(axes)
+    axes.set_title(title, color=style.INK, fontsize=style.TEXT, loc="left")
+    (steps, values), dropped = style.finite(*np.asarray(points, dtype=np.float64).reshape(-1, 2).T)
+    (above_at, edge), more = style.finite(*np.asarray(above, dtype=np.float64).reshape(-1, 2).T)
     if not steps.size:
-        write(axes, 0.5, 0.5, "not logged", MUTED, ha="center", va="center", transform=axes.transAxes)
+        style.write(axes, 0.5, 0.5, "not logged", style.MUTED, ha="center", va="center", transform=axes.transAxes)
         return
     if above_at.size:
         edge = np.interp(steps, above_at, edge)
-        axes.fill_between(*_thinned(steps, values, edge), color=BLUE, alpha=0.28, linewidth=0)
+        axes.fill_between(*_thinned(steps, values, edge), color=style.BLUE, alpha=0.28, linewidth=0)
     starts = np.arange(0, steps.size, -(-steps.size // _MOST_RAW_POINTS))
-    sampled = running_mean(values, max(1, steps.size // _MOST_RAW_POINTS))[starts]
-    axes.plot(steps[starts], sampled, color=BLUE, linewidth=1.3, marker="o" if steps.size == 1 else None, markersize=4)
+    sampled = style.running_mean(values, max(1, steps.size // _MOST_RAW_POINTS))[starts]
+    marker = "o" if steps.size == 1 else None
+    axes.plot(steps[starts], sampled, color=style.BLUE, linewidth=1.3, marker=marker, markersize=4)
     highest = max(values.max(), edge.max(initial=0.0)) if above_at.size else values.max()
     if values.min() > 0 and highest > _WIDE * values.min() and not zero:
         axes.set_yscale("log")
@@ -185,12 +168,12 @@ def _panel(axes: Axes, title: str, points: ArrayLike, above: ArrayLike = (), zer
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.tick_params(axis="y", which="minor", length=0)
     else:
-        axes.yaxis.set_major_locator(MaxNLocator(4, steps=TICK_STEPS))
+        axes.yaxis.set_major_locator(MaxNLocator(4, steps=style.TICK_STEPS))
     if zero:
         axes.set_ylim(0.0, 1.12 * float(values.max()) or 1.0)
     axes.margins(x=0.03)
     _step_axis(axes, 4)
-    note_dropped(axes, dropped + more)
+    style.note_dropped(axes, dropped + more)
 
 
 def _thinned(steps: Floats, low: Floats, high: Floats) -> tuple[Floats, Floats, Floats]:
@@ -200,17 +183,17 @@ def _thinned(steps: Floats, low: Floats, high: Floats) -> tuple[Floats, Floats, 
 
 
 def _step_axis(axes: Axes, ticks: int) -> None:
-    axes.xaxis.set_major_formatter(FuncFormatter(thousands))
-    axes.xaxis.set_major_locator(MaxNLocator(ticks, integer=True, steps=TICK_STEPS))
+    axes.xaxis.set_major_formatter(FuncFormatter(style.thousands))
+    axes.xaxis.set_major_locator(MaxNLocator(ticks, integer=True, steps=style.TICK_STEPS))
 
 
 # ------------------------------------------------------------------------------------------- rows of dots
-def likelihood_against_truth(rows: Sequence[Row], truth: float | None = None) -> Figure:
+def likelihood_against_truth(rows: Sequence[style.Row], truth: float | None = None) -> Figure:
     """Plot one dot with its 95% interval per (name, value, standard error), and the true entropy as a line."""
-    figure, axes = dot_rows(rows, None, scale=1.0, marks=() if truth is None else (truth,))
+    figure, axes = style.dot_rows(rows, None, scale=1.0, marks=() if truth is None else (truth,))
     axes.set_xlabel("negative log-likelihood (nats/token); bars: 95%; further left is better")
     if truth is not None and np.isfinite(truth):
-        axes.axvline(truth, color=INK, linewidth=1, linestyle=(0, (4, 3)))
+        axes.axvline(truth, color=style.INK, linewidth=1, linestyle=(0, (4, 3)))
         label = f"true entropy {format_number(truth)}"
-        write(axes, truth, 1.02, label, transform=axes.get_xaxis_transform(), ha="center", va="bottom")
+        style.write(axes, truth, 1.02, label, transform=axes.get_xaxis_transform(), ha="center", va="bottom")
     return figure

@@ -103,8 +103,7 @@ def _request(
 
     Settings are checked here, before sampling, which may take hours.
 
-    Raises:
-        ValueError: these data do not allow what the settings ask for.
+    Raises ValueError if these data do not allow what the settings ask for.
     """
     if data.prompted:
         completion = CompletionRequest(split, number, samples_per_prompt, experiment.build.judge)
