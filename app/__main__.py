@@ -8,8 +8,6 @@ It prints its address, which ends with ?token=...; it serves this machine only, 
 are typed as for main.py: key=value.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.util
 import logging

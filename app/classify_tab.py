@@ -1,7 +1,5 @@
 """The tab that classifies a text: live class probabilities, and token attributions."""
 
-from __future__ import annotations
-
 from collections.abc import Generator, Mapping, Sequence
 from functools import partial
 

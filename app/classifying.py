@@ -1,7 +1,5 @@
 """Classification of a text in the app, by the scorer of mode=classify, with live views and token attributions."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@ Other programs on this machine and other web sites in the same browser can also 
 printed address carries a token, which the browser then keeps as a cookie.
 """
 
-from __future__ import annotations
-
 import re
 import secrets
 from collections.abc import Callable

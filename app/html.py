@@ -1,7 +1,5 @@
 """HTML of the messages in the app, and of framed reports."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from html import escape
 

@@ -1,7 +1,5 @@
 """Background work of the app: on its own thread, with live views, and stoppable at any time."""
 
-from __future__ import annotations
-
 import logging
 import threading
 from collections.abc import Callable, Generator, Iterator

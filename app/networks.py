@@ -1,7 +1,5 @@
 """Networks in memory, and the experiments (as of main.py) that use them."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Mapping, Sequence
 

@@ -1,7 +1,5 @@
 """The page: a tab that samples texts, and one that classifies."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

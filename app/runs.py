@@ -1,7 +1,5 @@
 """Discovery of trained networks and classifiers in named folders or in ./outputs."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Sampling of texts in the app, with live views and a page that replays the denoising."""
 
-from __future__ import annotations
-
 import re
 import shlex
 import time

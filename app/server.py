@@ -1,7 +1,5 @@
 """A server of the page for this machine only."""
 
-from __future__ import annotations
-
 import socket
 from contextlib import suppress
 

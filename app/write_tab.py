@@ -1,7 +1,5 @@
 """The tab that samples texts: the settings, the live view, and the replay of the denoising."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Generator, Mapping, Sequence
 
 import gradio as gr

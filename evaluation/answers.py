@@ -3,8 +3,6 @@
 Shape suffixes: M prompts, K completions of each.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence

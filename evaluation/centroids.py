@@ -3,8 +3,6 @@
 Shape suffixes: M, N texts, C classes, D numbers of a latent (all of its tokens in one row).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 

@@ -3,8 +3,6 @@
 Shape suffix: M rows (a text, or a window of one).
 """
 
-from __future__ import annotations
-
 import csv
 import json
 import shlex

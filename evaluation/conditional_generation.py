@@ -4,8 +4,6 @@ Each result is compared with two controls under the same noise: conditioned on t
 unconditional. Shape suffixes: B batch, M texts, K latent tokens, D numbers of each.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Literal

@@ -3,8 +3,6 @@
 Shape suffix: M rows.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import lightning

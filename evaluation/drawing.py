@@ -3,8 +3,6 @@
 Shape suffixes: B batch, L length, M texts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise

@@ -3,8 +3,6 @@
 Shape suffixes: M texts, K latent tokens, D numbers of each, C classes, P points of a path.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field

@@ -1,7 +1,5 @@
 """Protocols: the parts of an experiment that evaluation, classification and tasks use."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol

@@ -1,7 +1,5 @@
 """Sample texts without prompts, and compare them with as many real texts."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

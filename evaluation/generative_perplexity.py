@@ -6,11 +6,10 @@ number, so evaluation/sample_quality.py always reports diversity too.
 Shape suffixes: B batch of windows, L length, V the scorer's vocabulary, M texts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
@@ -124,7 +123,7 @@ class CausalScorer:
         batch_size: int = 8,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
-    ) -> CausalScorer:
+    ) -> Self:
         """Load the scorer `$DATA_DIR/<name>` if that exists, else from a folder, else from the Hub.
 
         Loads weights from safetensors only, and no code.
@@ -138,7 +137,7 @@ class CausalScorer:
         model, tokenizer = _load(name_or_path, _folder(name_or_path), dtype)
         return cls(model.to(device), tokenizer, name_or_path, batch_size)
 
-    def to(self, device: torch.device) -> CausalScorer:
+    def to(self, device: torch.device) -> Self:
         """Move the network; return the scorer."""
         self.model.to(device)
         return self

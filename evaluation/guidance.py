@@ -1,7 +1,5 @@
 """Guidance of samplers towards a class."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace

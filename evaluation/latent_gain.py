@@ -3,8 +3,6 @@
 Shape suffixes: B batch, M rows, K draws.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -3,8 +3,6 @@
 Shape suffixes: M texts, K latent tokens, D numbers of each.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

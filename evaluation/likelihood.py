@@ -3,8 +3,6 @@
 Shape suffixes: B batch, M texts of the split, K draws, P network passes, R rounds.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Protocol

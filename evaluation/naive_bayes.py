@@ -3,10 +3,9 @@
 Shape suffixes: M texts, C classes, N tokens of all texts in one row, V vocabulary, F features.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -31,7 +30,7 @@ class NGrams:
     bigrams: np.ndarray  # a * V + b for adjacent tokens a, b of training texts, sorted
 
     @classmethod
-    def seen_in(cls, ids: Sequence[ArrayLike], vocab_size: int) -> NGrams:
+    def seen_in(cls, ids: Sequence[ArrayLike], vocab_size: int) -> Self:
         """Return the columns for training texts."""
         return cls(vocab_size, np.unique(_bigrams(ids, vocab_size)[1]))
 

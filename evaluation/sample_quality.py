@@ -4,8 +4,6 @@ A sampler can improve each of these numbers alone by repetition or rambling. So 
 always measured in the same way and reported side by side.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 

@@ -3,12 +3,11 @@
 Shape suffixes: B batch, L length.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
@@ -65,7 +64,7 @@ class Template:
             )
 
     @classmethod
-    def of(cls, text: str, max_length: int | None = None) -> Template:
+    def of(cls, text: str, max_length: int | None = None) -> Self:
         """Return `text` as a template if it has a gap, else as a prefix."""
         return cls(template=text, max_length=max_length) if _GAP.search(text) else cls(text or None, None, max_length)
 

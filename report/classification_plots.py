@@ -4,8 +4,6 @@ Like `report.plots`: each function returns a new figure in the colours of `THEME
 labelled so, and values that are not finite are counted. Shapes: K classes or bins, M texts, N points.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import numpy as np

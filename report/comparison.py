@@ -1,7 +1,5 @@
 """Show a comparison of runs: as lines for a terminal, as a page, and as a table for programs."""
 
-from __future__ import annotations
-
 import csv
 import io
 import math

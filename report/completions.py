@@ -1,7 +1,5 @@
 """Report of completed prompts: how many answers are right, and the baselines."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase

@@ -1,7 +1,5 @@
 """Report of conditional generation: tables with the controls, and example texts."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 

@@ -3,8 +3,6 @@
 Shape suffix: L tokens of a text.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise

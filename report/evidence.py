@@ -3,8 +3,6 @@
 Shape suffixes: L tokens, C classes.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,11 +1,10 @@
 """Numbers as text: digits follow the standard error, and NaN is shown."""
 
-from __future__ import annotations
-
 import math
 import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 from palimpsest.common.metrics import Estimate, Share
 
@@ -26,7 +25,7 @@ class Metric:
     note: str = ""
 
     @classmethod
-    def of(cls, name: str, found: Estimate | Share, unit: str = "", note: str = "", scale: float = 1.0) -> Metric:
+    def of(cls, name: str, found: Estimate | Share, unit: str = "", note: str = "", scale: float = 1.0) -> Self:
         """Return an estimate times `scale`."""
         return cls(name, scale * found.value, scale * found.se, unit, note)
 

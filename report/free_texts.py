@@ -1,7 +1,5 @@
 """Report of free texts: their quality, that of real texts, and the texts themselves."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from palimpsest.evaluation.free_texts import FreeTexts

@@ -1,7 +1,5 @@
 """The denoising of a text as an animated GIF, for slides, messages or a README."""
 
-from __future__ import annotations
-
 import io
 from dataclasses import dataclass
 from functools import lru_cache

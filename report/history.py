@@ -3,8 +3,6 @@
 Shape suffixes: B batch, L length, N places that changed at a step.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Reports of likelihoods: of a split, and under true, shuffled and no latents."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import numpy as np

@@ -3,13 +3,12 @@
 Shape suffixes: B batch, L length.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from statistics import median
+from typing import Self
 
 from transformers import PreTrainedTokenizerBase
 
@@ -62,7 +61,7 @@ class LiveView:
         self.step = self.evaluations = self.left = self.total = 0
 
     @classmethod
-    def of(cls, num_texts: int, diffusion: Diffusion, data: TextData, drawing: Drawing) -> LiveView:
+    def of(cls, num_texts: int, diffusion: Diffusion, data: TextData, drawing: Drawing) -> Self:
         """Create the view of the first `num_texts` texts of a drawing."""
         ends = (diffusion.objective.causal and not data.wrap) or data.fill or drawing.var_length
         end_id = data.vocabulary.eos_id if ends and not data.segments else None

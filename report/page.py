@@ -1,7 +1,5 @@
 """Self-contained pages from templates, written atomically."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 from datetime import UTC, datetime

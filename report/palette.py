@@ -5,8 +5,6 @@ which equal steps look equally large (Bjorn Ottosson, "A perceptual color space 
 the blue-yellow axis, which all common forms of colour blindness keep.
 """
 
-from __future__ import annotations
-
 import math
 
 FIRST_HUE, LAST_HUE = 285.0, 75.0  # degrees

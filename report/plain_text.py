@@ -1,7 +1,5 @@
 """Plain text to HTML: control characters become visible, spacing is kept, `backticks` set code."""
 
-from __future__ import annotations
-
 import re
 
 from markupsafe import Markup, escape

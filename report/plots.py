@@ -5,8 +5,6 @@ bars are 95% intervals and labelled so. Values that are not finite are not drawn
 (N, 2) of optimiser step and value.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import numpy as np

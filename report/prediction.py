@@ -1,7 +1,5 @@
 """The prediction for one text as HTML: class probabilities with the intervals that the draws leave."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

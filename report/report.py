@@ -1,7 +1,5 @@
 """The report of a run: one self-contained HTML file."""
 
-from __future__ import annotations
-
 import numbers
 import re
 from collections.abc import Mapping, Sequence

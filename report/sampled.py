@@ -1,7 +1,5 @@
 """Report of sampled texts: free texts, completed prompts, or conditional generation."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 from palimpsest.dataloader import TextData

@@ -1,7 +1,5 @@
 """Matplotlib figures as inline markup: SVG that follows the page's colour scheme, else PNG."""
 
-from __future__ import annotations
-
 import base64
 import io
 import re

@@ -1,7 +1,5 @@
 """Report of a training: loss, vital signs, likelihood, and samples."""
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Properties of tasks, and writers of their results."""
 
-from __future__ import annotations
-
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence

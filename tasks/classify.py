@@ -1,7 +1,5 @@
 """mode=classify: p(class | text) by Bayes' rule from class models."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Annotated, Literal
 

@@ -1,7 +1,5 @@
 """mode=ppl_eval: the likelihood of a split, with its error and its protocol."""
 
-from __future__ import annotations
-
 import math
 
 from palimpsest.common.values import FilePath, Name

@@ -1,7 +1,5 @@
 """mode=sample_eval: sample texts, evaluate them, and show their denoising."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 

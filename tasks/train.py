@@ -1,7 +1,5 @@
 """mode=train: fit one model, resuming from its last checkpoint, then evaluate it and sample from it."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 from palimpsest.common.values import COUNT, whole
