@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from palimpsest.common.files import check_regular
@@ -164,8 +165,7 @@ class CausalScorer:
         prefix = [] if self._bos is None else [self._bos]
         rows = [prefix + ids for ids in encode(self.tokenizer, texts)]
         self._check_ids(rows)
-        todo = [(m, window) for m, ids in enumerate(rows) for window in windows(len(ids), self.context)]
-        todo = [(m, window) for m, window in todo if window.stop > window.first]
+        todo = [(m, w) for m, ids in enumerate(rows) for w in windows(len(ids), self.context) if w.stop > w.first]
         todo.sort(key=lambda item: item[1].start - item[1].stop)  # equal lengths together, the largest batch first
         nats_M = np.zeros(len(rows))
         meter = Meter("generative perplexity", len(todo))
@@ -183,14 +183,9 @@ class CausalScorer:
 
     def _nats(self, batch: Sequence[tuple[list[int], int]]) -> list[float]:
         """Return the nats of each row's tokens from its second entry on; padding on the right has no effect."""
-        width = max(len(ids) for ids, _ in batch)
-        ids_BL = torch.zeros(len(batch), width, dtype=torch.int64)
-        mask_BL = torch.zeros_like(ids_BL)
-        for b, (ids, _) in enumerate(batch):
-            ids_BL[b, : len(ids)] = torch.tensor(ids)
-            mask_BL[b, : len(ids)] = 1
-        ids_BL = ids_BL.to(self.model.device)
-        logits_BLV = self._logits(ids_BL, mask_BL.to(self.model.device))
+        rows = [torch.tensor(ids, device=self.model.device) for ids, _ in batch]
+        ids_BL = pad_sequence(rows, batch_first=True)
+        logits_BLV = self._logits(ids_BL, pad_sequence([torch.ones_like(row) for row in rows], batch_first=True))
         wide = torch.promote_types(logits_BLV.dtype, torch.float32)
         sums = []
         for b, (ids, first) in enumerate(batch):  # row by row: a batch of log-softmaxes would double the peak memory

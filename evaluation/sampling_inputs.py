@@ -12,6 +12,7 @@ from typing import Self
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from palimpsest.common.randomness import KeyedNoise
@@ -228,8 +229,7 @@ class _RowBuilder:
 def padded(rows: Sequence[np.ndarray], pad_id: int) -> tuple[Tensor, dict[str, Tensor]]:
     """Pad rows of ids to one tensor (B, L); return it with the attention mask, if there is any padding."""
     lengths = torch.tensor([len(row) for row in rows])
-    x_BL = torch.full((len(rows), int(lengths.max())), pad_id)
-    for i, row in enumerate(rows):
-        x_BL[i, : len(row)] = torch.as_tensor(np.asarray(row))
+    ids = [torch.as_tensor(np.asarray(row, dtype=np.int64)) for row in rows]
+    x_BL = pad_sequence(ids, batch_first=True, padding_value=pad_id)
     some = bool(lengths.min() < lengths.max())
     return x_BL, {"attention_mask": torch.arange(x_BL.shape[1]) < lengths[:, None]} if some else {}

@@ -55,12 +55,9 @@ def _accuracy(report: Report, result: ClassificationResult, test: SequentialTest
     m, scores = result.plain.measures, result.scores
     nll = result.nll_of_own_class
     names = result.data.label_names
-    report.section(
-        "Accuracy",
-        _METHOD
-        + (_COMMON if test.masks == "common" and scores.has_masks else "")
-        + (_AVERAGED if scores.nats_MCK.shape[2] > 1 else ""),
-    )
+    common = _COMMON if test.masks == "common" and scores.has_masks else ""
+    averaged = _AVERAGED if scores.nats_MCK.shape[2] > 1 else ""
+    report.section("Accuracy", _METHOD + common + averaged)
     report.metrics(
         [
             Metric.of("accuracy", m.accuracy, "", f"95%: {_percent(m.accuracy_interval)}"),
@@ -127,18 +124,13 @@ def _calibration(report: Report, result: ClassificationResult) -> None:
     calibrated = [method for method in result.others if method.name in CALIBRATED.values()]
     for method in [result.plain, *calibrated[-1:]]:
         r = method.measures.reliability
-        report.figure(
-            figures.calibration(r.confidence_B, r.accuracy_B, r.counts_B, r.ece),
-            f"{method.name}: how often a prediction of a given confidence is right.",
-            f"Calibration of {method.name}",
-        )
+        figure = figures.calibration(r.confidence_B, r.accuracy_B, r.counts_B, r.ece)
+        about = f"{method.name}: how often a prediction of a given confidence is right."
+        report.figure(figure, about, f"Calibration of {method.name}")
     if len(names) == 2:
         margin_M = scores.log_p_MC[:, 1] - scores.log_p_MC[:, 0]
-        report.figure(
-            figures.llr_histogram({n: margin_M[scores.label_M == k] for k, n in enumerate(names)}),
-            "Evidence in nats, by true class.",
-            "Log-likelihood ratios",
-        )
+        figure = figures.llr_histogram({n: margin_M[scores.label_M == k] for k, n in enumerate(names)})
+        report.figure(figure, "Evidence in nats, by true class.", "Log-likelihood ratios")
 
 
 def _abstention(report: Report, result: ClassificationResult) -> None:
@@ -171,11 +163,8 @@ def _other_texts(report: Report, found: Detection, split: str) -> None:
             Metric.of("AUROC", found.by_posterior, "", "by the largest posterior"),
         ]
     )
-    report.figure(
-        figures.likelihood_histogram({split: found.own_M, "other texts": found.other_M}, found.typical),
-        "Likelihood per token of the texts, without a class.",
-        "Likelihood of other texts",
-    )
+    figure = figures.likelihood_histogram({split: found.own_M, "other texts": found.other_M}, found.typical)
+    report.figure(figure, "Likelihood per token of the texts, without a class.", "Likelihood of other texts")
 
 
 def _draws(report: Report, result: ClassificationResult, test: SequentialTest) -> None:
@@ -187,24 +176,15 @@ def _draws(report: Report, result: ClassificationResult, test: SequentialTest) -
     curve = (evaluations, [a.value for a in accuracy], [a.se for a in accuracy])
     others = {method.name: method.measures.accuracy.value for method in result.others if method.evaluations is None}
     found = result.plain.measures.accuracy
-    spent = {"sequential": ([scores.draws_M.mean()], [found.value], [found.se])}
-    report.figure(
-        figures.accuracy_against_draws({f"{test.masks} masks": curve}, others, spent if test.confidence < 1 else {}),
-        "Accuracy had no text been drawn more often.",
-        "Accuracy against draws",
-    )
+    spent = {"sequential": ([scores.draws_M.mean()], [found.value], [found.se])} if test.confidence < 1 else {}
+    figure = figures.accuracy_against_draws({f"{test.masks} masks": curve}, others, spent)
+    report.figure(figure, "Accuracy had no text been drawn more often.", "Accuracy against draws")
     if test.confidence < 1:
-        report.figure(
-            figures.draws_histogram(scores.draws_M, test.num_draws),
-            f"Evaluations per class until the prediction was certain at {test.confidence}.",
-            "Draws per text",
-        )
+        about = f"Evaluations per class until the prediction was certain at {test.confidence}."
+        report.figure(figures.draws_histogram(scores.draws_M, test.num_draws), about, "Draws per text")
     rate, found = result.at_mask_rates()
-    report.figure(
-        figures.accuracy_against_mask_rate(rate, [a.value for a in found], [a.se for a in found]),
-        "Predictions from a single draw.",
-        "Accuracy against mask rate",
-    )
+    figure = figures.accuracy_against_mask_rate(rate, [a.value for a in found], [a.se for a in found])
+    report.figure(figure, "Predictions from a single draw.", "Accuracy against mask rate")
 
 
 def _title(result: ClassificationResult, example: ExplainedText) -> str:
@@ -212,9 +192,8 @@ def _title(result: ClassificationResult, example: ExplainedText) -> str:
     names = result.data.label_names
     predicted = int((scores.log_p_MC[m] + result.log_prior_C).argmax())
     outcome = "right" if predicted == scores.label_M[m] else f"wrong, it is {names[scores.label_M[m]]}"
-    title = (
-        f"text {scores.text_id_M[m]}: {names[predicted]} at {result.plain.posterior_MC[m, predicted]:.4f} ({outcome})"
-    )
+    posterior = result.plain.posterior_MC[m, predicted]
+    title = f"text {scores.text_id_M[m]}: {names[predicted]} at {posterior:.4f} ({outcome})"
     return title + (f", first of {example.windows} windows" if example.windows > 1 else "")
 
 

@@ -18,6 +18,7 @@ from palimpsest.report.report import Report
 TITLES = {"l2t": "Texts from latents", "t2l": "Latents from texts", "joint": "Texts with their latents",
           "edit": "Texts edited by their latents"}  # fmt: skip
 _TITLES = {"true": "its own", "shuffled": "another's", "none": "none"}
+_Rows = Sequence[Mapping[str, object]]
 _ABOUT_CONTROLS = (
     "Two controls use the same noise: the condition of another text, and none. All know the length of a text. "
     "Retrieval: texts whose wanted latent is among the k nearest of all wanted ones, by cosine, with 95 % intervals."
@@ -35,9 +36,15 @@ def direction_report(
     report: Report, found: ConditionalResult, samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """Write the sections of `found`, with the texts of `samples`."""
-    number = max(len(samples), 1)
-    write = {"l2t": _texts_from_latents, "t2l": _latents_from_texts, "joint": _joint, "edit": _edits}
-    write[found.protocol["direction"]](report, found, number, tokenizer)
+    rows = found.rows[: max(len(samples), 1)]
+    if isinstance(found, EditResult):
+        _edits(report, found, rows, tokenizer)
+    elif isinstance(found, JointResult):
+        _joint(report, found, rows)
+    elif found.protocol["direction"] == "l2t":
+        _texts_from_latents(report, found, rows)
+    else:
+        _latents_from_texts(report, found)
     if samples:
         report.samples(samples)
 
@@ -59,32 +66,28 @@ def titled(found: ConditionalResult, samples: Sequence[Sample]) -> list[Sample]:
             for sample, row in zip(samples, found.rows, strict=False)]  # fmt: skip
 
 
-def _texts_from_latents(
-    report: Report, found: ConditionalResult, number: int, tokenizer: PreTrainedTokenizerBase
-) -> None:
+def _texts_from_latents(report: Report, found: ConditionalResult, rows: _Rows) -> None:
     overlaps = {name: found.results[name] for name in VARIANTS}
     more = {name: {"token F1": one["token_f1"], "BLEU": one["bleu"]} for name, one in overlaps.items()}
     _agreement(report, found.agreement, more, found.results["encoder_missing"])
     _examples(report, ["the latent's own text", "written from it", "from another's", "from none"],
-              [(row["reference"], *(row[name] for name in VARIANTS)) for row in found.rows[:number]])  # fmt: skip
+              [(row["reference"], *(row[name] for name in VARIANTS)) for row in rows])  # fmt: skip
 
 
-def _latents_from_texts(
-    report: Report, found: ConditionalResult, number: int, tokenizer: PreTrainedTokenizerBase
-) -> None:
+def _latents_from_texts(report: Report, found: ConditionalResult) -> None:
     moments = found.results["moments"]
     _agreement(report, found.agreement, {}, None)
     cells = [(side, *values.values()) for side, values in moments.items()]
     report.table(["latents", *moments["real"]], cells, "Standardised numbers; norms in the encoder's own scale.")
 
 
-def _joint(report: Report, found: JointResult, number: int, tokenizer: PreTrainedTokenizerBase) -> None:
+def _joint(report: Report, found: JointResult, rows: _Rows) -> None:
     comparison_section(report, found.comparison)
     _agreement(report, found.agreement, {}, found.results["encoder_missing"])
-    _examples(report, ["texts"], [(row["text"],) for row in found.rows[:number]])
+    _examples(report, ["texts"], [(row["text"],) for row in rows])
 
 
-def _edits(report: Report, found: EditResult, number: int, tokenizer: PreTrainedTokenizerBase) -> None:
+def _edits(report: Report, found: EditResult, texts: _Rows, tokenizer: PreTrainedTokenizerBase) -> None:
     edited, paths = found.edited, found.paths
     report.section("Editing", _ABOUT_EDITS.format(found.classifier.name, 100 * found.before.value))
     report.metrics([Metric.of("tokens masked", found.results["masked"], "%", scale=100)])
@@ -101,7 +104,7 @@ def _edits(report: Report, found: EditResult, number: int, tokenizer: PreTrained
     report.table(["condition", "the wanted latent", "another text's", "none"], rows)
     _examples(report, ["to be", "source", "edit", "without the latent"],
               [(row["wanted"], *marked(tokenizer, row["source_ids"], row["ids"]), row["none"])
-               for row in found.rows[:number]])  # fmt: skip
+               for row in texts])  # fmt: skip
 
 
 def _agreement(
@@ -157,7 +160,6 @@ def _hits(k: int, hit: Share) -> str:
 
 
 def _examples(report: Report, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Add texts side by side."""
     report.section("Texts")
     report.table(list(header), rows)
 

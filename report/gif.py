@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from PIL import Image, ImageDraw, ImageFont
 
@@ -51,7 +52,8 @@ def write_gif(path: Path, sample: Sample, num_frames: int = 60) -> None:
     layout = _layout(sample)
     pictures = [_picture(sample, layout, step, step - before) for before, step in pairwise([0, *steps])]
     pictures[-1] = _picture(sample, layout, steps[-1], 0)
-    palette = _stacked([pictures[0], pictures[len(pictures) // 2], pictures[-1]]).quantize(256, dither=0)
+    typical = np.concatenate([pictures[0], pictures[len(pictures) // 2], pictures[-1]])
+    palette = Image.fromarray(typical).quantize(256, dither=0)
     frames = [picture.quantize(palette=palette, dither=0) for picture in pictures]
     each = max(40, min(250, round(1000 * _SECONDS / len(frames))))
     data = io.BytesIO()
@@ -158,12 +160,3 @@ def _progress_bar(draw: ImageDraw.ImageDraw, size: tuple[int, int], sample: Samp
         if done > begin:
             draw.rectangle((begin, y - 3, min(end, done), y + 2), ink(i / _AGES))
     draw.text((size[0] - _MARGIN, y), label, _MUTED, font, anchor="rm")
-
-
-def _stacked(pictures: list[Image.Image]) -> Image.Image:
-    """Stack pictures, to choose their common colours."""
-    width, height = pictures[0].size
-    whole = Image.new("RGB", (width, height * len(pictures)))
-    for number, picture in enumerate(pictures):
-        whole.paste(picture, (0, number * height))
-    return whole

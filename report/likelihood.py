@@ -18,8 +18,7 @@ def likelihood_section(report: Report, measured: Likelihood, split: str, remark:
     report.section(f"Likelihood on the {split} split", " ".join(part for part in (remark, _method(measured)) if part))
     report.metrics(likelihood_metrics(measured))
     likelihood_figure(report, measured, "Likelihood of the models", "; lower is better.")
-    about = "Cross-entropy of a masked token against the share of masked tokens."
-    mask_rate_figure(report, measured, about)
+    mask_rate_figure(report, measured, "Cross-entropy of a masked token against the share of masked tokens.")
 
 
 def likelihood_figure(report: Report, measured: Likelihood, alt: str, more: str = ".") -> None:
@@ -28,11 +27,8 @@ def likelihood_figure(report: Report, measured: Likelihood, alt: str, more: str 
     if measured.unigram:
         rows.insert(0, ("unigram", measured.unigram.value, measured.unigram.se))
     truth = measured.truth.value if measured.truth else None
-    report.figure(
-        plots.likelihood_against_truth(rows, truth),
-        f"Nats per token with 95% intervals over {measured.scores.units.name}{more}",
-        alt,
-    )
+    caption = f"Nats per token with 95% intervals over {measured.scores.units.name}{more}"
+    report.figure(plots.likelihood_against_truth(rows, truth), caption, alt)
 
 
 def mask_rate_figure(report: Report, measured: Likelihood, caption: str) -> None:

@@ -22,7 +22,6 @@ _FEWEST_POINTS_TO_ZOOM = 20
 _WIDE = 20.0  # larger ratios of the range are drawn on a logarithmic scale
 
 
-# ------------------------------------------------------------------------------------------- training
 def loss_curve(
     train: tuple[ArrayLike, ArrayLike],
     validation: tuple[ArrayLike, ArrayLike, ArrayLike] | None = None,
@@ -185,7 +184,6 @@ def _step_axis(axes: Axes, ticks: int) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(ticks, integer=True, steps=style.TICK_STEPS))
 
 
-# ------------------------------------------------------------------------------------------- rows of dots
 def likelihood_against_truth(rows: Sequence[style.Row], truth: float | None = None) -> Figure:
     """Plot one dot with its 95% interval per (name, value, standard error), and the true entropy as a line."""
     figure, axes = style.dot_rows(rows, None, scale=1.0, marks=() if truth is None else (truth,))

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import isotonic_regression
 
 from palimpsest.report.formatting import format_measurement
 from palimpsest.report.svg import THEMED
@@ -70,19 +71,11 @@ def note_dropped(axes: Axes, count: int) -> None:
 
 
 def spread(positions: Sequence[float], gap: float) -> list[float]:
-    """Move `positions` as little as possible, in squares, so that neighbours keep `gap`.
-
-    Pool adjacent violators (Ayer et al. 1955) on the positions minus the gaps below them.
-    """
+    """Move `positions` as little as possible, in squares, so that neighbours keep `gap`."""
     order = np.argsort(positions, kind="stable")
-    groups: list[list[float]] = []
-    for rank, i in enumerate(order):
-        groups.append([positions[i] - rank * gap])
-        while len(groups) > 1 and np.mean(groups[-2]) > np.mean(groups[-1]):
-            groups[-2:] = [groups[-2] + groups[-1]]
+    gaps = gap * np.arange(len(order))
     result = np.empty(len(order))
-    result[order] = [float(np.mean(group)) for group in groups for _ in group]
-    result[order] += gap * np.arange(len(order))
+    result[order] = isotonic_regression(np.array(positions)[order] - gaps).x + gaps if len(order) else []
     return result.tolist()
 
 

@@ -154,8 +154,6 @@ class TerminalView:
                 self._drawn_at = time.monotonic()
         self._woke = time.monotonic()
 
-    # ------------------------------------------------------------------------------ pictures
-
     def picture(self, whole: bool = False) -> Group:
         """Return the texts, as many as fit, and a status line; a `whole` picture may exceed the terminal's height."""
         room, blocks = max(6, self._console.height - 4), []
