@@ -27,13 +27,8 @@ def parser() -> argparse.ArgumentParser:
     out = argparse.ArgumentParser(
         prog="python -m palimpsest.app", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    out.add_argument(
-        "--checkpoint",
-        action="append",
-        default=[],
-        metavar="PATH",
-        help="a .ckpt file of a training here, or a folder with runs; may be repeated",
-    )
+    about = "a .ckpt file of a training here, or a folder with runs; may be repeated"
+    out.add_argument("--checkpoint", action="append", default=[], metavar="PATH", help=about)
     out.add_argument("--port", type=int, default=PORT, help=f"on 127.0.0.1 ({PORT}); 0: any free port")
     out.add_argument("overrides", nargs="*", metavar="key=value", help="anything else that main.py takes")
     return out

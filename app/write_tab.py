@@ -45,13 +45,9 @@ class WriteTab:
     def _texts(self) -> None:
         titles = list(self._networks)
         self.network = gr.Dropdown(titles, value=titles[0], label="Network", elem_id="network")
-        self.text = gr.Textbox(
-            label="Beginning, or a template",
-            lines=3,
-            elem_id="given",
-            elem_classes="serif",
-            placeholder="the plot is …      The [MASK] was {{5}} .      or nothing: a text out of masks alone",
-        )
+        example = "the plot is …      The [MASK] was {{5}} .      or nothing: a text out of masks alone"
+        given = {"elem_id": "given", "elem_classes": "serif", "placeholder": example}
+        self.text = gr.Textbox(label="Beginning, or a template", lines=3, **given)
         with gr.Row():
             self.go = gr.Button("Write", variant="primary", elem_id="write", scale=0)
             self.stop = gr.Button("Stop", interactive=False, elem_id="stop-writing", scale=0)

@@ -219,9 +219,8 @@ def text_to_latent(context: ConditionalContext) -> ConditionalResult:
     partner_M, every_M = partners(len(chosen.ids), context.seed), np.arange(len(chosen.ids))
     how = context.settings.latent
     conditions = {"true": (every_M, how), "shuffled": (partner_M, how), "none": (every_M, replace(how, guidance=0.0))}
-    sampled = {
-        name: latents_of(context, chosen.rows, chosen.blanks, chosen.key_M, *conditions[name]) for name in VARIANTS
-    }
+    texts = (chosen.rows, chosen.blanks, chosen.key_M)
+    sampled = {name: latents_of(context, *texts, *conditions[name]) for name in VARIANTS}
     true_MKD, true_MA = chosen.latent_MKD, reader.attributes_of(chosen.latent_MKD)
     agreements = {
         name: agreement(found_MKD, true_MKD, reader.attributes_of(found_MKD), true_MA)

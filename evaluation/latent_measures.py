@@ -137,10 +137,7 @@ class Agreement:
 
 
 def agreement(
-    found_MKD: np.ndarray,
-    wanted_MKD: np.ndarray,
-    found: Mapping[str, np.ndarray],
-    wanted: Mapping[str, np.ndarray],
+    found_MKD: np.ndarray, wanted_MKD: np.ndarray, found: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray]
 ) -> Agreement:
     """Compare latents. found, wanted: their attributes by name, (M,) each; unreadable ones count as wrong."""
     unread_M = ~np.asarray(found_MKD).any((1, 2))

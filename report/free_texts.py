@@ -41,12 +41,9 @@ def comparison_section(report: Report, comparison: Comparison, more: Sequence[Me
     report.section("What was measured", text)
     report.metrics([*_metrics(comparison.samples), *more])
     if comparison.real:
-        report.table(
-            ["", "samples", f"real ({comparison.reference.split})"],
-            _rows(comparison),
-            f"The samples and as many real texts under the same measures; errors of real texts are over "
-            f"{comparison.units}.",
-        )
+        about = "The samples and as many real texts under the same measures; errors of real texts are over"
+        header = ["", "samples", f"real ({comparison.reference.split})"]
+        report.table(header, _rows(comparison), f"{about} {comparison.units}.")
     if comparison.protocol:
         report.code("\n".join(f"{k}: {v}" for k, v in comparison.protocol.items()), "scorer")
 

@@ -79,10 +79,9 @@ def add_course(report: Report, folder: Path) -> None:
     percent = lambda edge: f"{100 * float(edge):.0f}"
     shares = {rate: "–".join(map(percent, rate.split("-"))) + " %" for rate in sorted(by_rate)}
     if by_rate:
+        series = [(label, by_rate[rate]) for rate, label in shares.items()]
         report.figure(
-            plots.losses_over_time(
-                [(label, by_rate[rate]) for rate, label in shares.items()], "loss (nats per masked token)", smooth=True
-            ),
+            plots.losses_over_time(series, "loss (nats per masked token)", smooth=True),
             "Loss on texts with few and with many masks; running means.",
             "Loss per masked token against optimizer step, for five ranges of the share of masked tokens",
         )
