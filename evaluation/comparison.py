@@ -18,8 +18,8 @@ from palimpsest.common.metrics import Estimate, Units, ratio
 LIKELIHOODS = "likelihoods.parquet"  # one row per text of a split: sample_id, nats, tokens, unit_first, unit_last
 _PREDICTIONS = "predictions.parquet"
 # What must be equal for two likelihoods to be comparable.
-_PROTOCOL = ("kind", "data", "split", "label", "tokenizer", "detokenizer", "length", "wrap", "prefix_length",
-             "score_special", "fill", "law")  # fmt: skip
+_PROTOCOL = ("kind", "data", "data_protocol", "split", "label", "tokenizer", "detokenizer", "length", "wrap", "packing",
+             "prompted", "prefix_length", "score_special", "fill", "latents", "distribution")  # fmt: skip
 _FIGURES = ("accuracy", "log_loss_nats", "ece", "nll_nats_per_token",
             "nll_of_own_class_nats_per_token", "perplexity", "generative_perplexity",
             "unigram_entropy", "network_evaluations_per_text", "network_evaluations_per_sample")  # fmt: skip
@@ -88,13 +88,16 @@ def _read(file: Path) -> Run:
             found[name] = Estimate(value["value"], float("nan") if value["se"] is None else value["se"])
         elif isinstance(value, int | float) and not isinstance(value, bool):
             found[name] = Estimate(float(value), float("nan"))
-    settings = {key: value for key, _, value in typed}
-    return Run(file.parent, settings, found, results.get("protocol", {}), _speed(file.parent))
+    settings, protocol = {key: value for key, _, value in typed}, results.get("protocol", {})
+    if "law" in protocol:  # its name in older results
+        protocol["distribution"] = protocol.pop("law")
+    return Run(file.parent, settings, found, protocol, _speed(file.parent))
 
 
 def _speed(folder: Path) -> float | None:
-    rows = [row for path in folder.glob("csv/version_*/metrics.csv") for row in csv.DictReader(path.open())]
-    values = [float(row[_SPEED]) for row in rows if row.get(_SPEED)]
+    files = [path.read_text(encoding="utf-8") for path in folder.glob("csv/version_*/metrics.csv")]
+    rows = [row for file in files for row in csv.DictReader(file.splitlines())]
+    values = [float(row[_SPEED]) for row in rows if row.get(_SPEED) and None not in row.values()]
     return float(np.median(values)) if values else None
 
 
