@@ -8,14 +8,12 @@ far, as in the reference implementations. Both alternate in one process on the s
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
-import time
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from palimpsest.benchmarks.shared import in_turns, new_parser, ratios, report, spread
 from palimpsest.common.randomness import KeyedNoise
 from palimpsest.models.ar import AR
 from palimpsest.objectives.projection import log_probs
@@ -38,38 +36,24 @@ def generate(net: AR, cached: bool) -> Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--pairs", type=int, default=3)
     args = parser.parse_args()
     torch.manual_seed(0)
     net = AR(VOCAB, **SIZE).eval()
     torch.nn.init.normal_(net.head.weight, std=0.02)
-    runs = {"cached": True, "prefix": False}
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    tokens = {}
-    for _ in range(args.pairs):
-        for name, cached in runs.items():
-            start = time.perf_counter()
-            tokens[name] = generate(net, cached)
-            seconds[name].append(time.perf_counter() - start)
+    runs = {"cached": partial(generate, net, True), "prefix": partial(generate, net, False)}
+    seconds, tokens = in_turns(runs, args.pairs)
     for name, values in seconds.items():
-        rate = BATCH * LENGTH / statistics.median(values)
-        print(
-            f"{name:7} {statistics.median(values):7.2f} s (from {min(values):.2f} to {max(values):.2f}), "
-            f"{rate:.0f} tokens/s"
-        )
-    speedup = [p / c for p, c in zip(seconds["prefix"], seconds["cached"], strict=True)]
-    print(
-        json.dumps(
-            {
-                "benchmark": "ar_sampling",
-                "device": "cpu",
-                "threads": torch.get_num_threads(),
-                "pairs": args.pairs,
-                "speedup": [min(speedup), statistics.median(speedup), max(speedup)],
-                "equal_tokens": float((tokens["cached"] == tokens["prefix"]).float().mean()),
-            }
-        )
+        low, median, high = spread(values)
+        print(f"{name:7} {median:7.2f} s (from {low:.2f} to {high:.2f}), {BATCH * LENGTH / median:.0f} tokens/s")
+    report(
+        "ar_sampling",
+        device="cpu",
+        threads=torch.get_num_threads(),
+        pairs=args.pairs,
+        speedup=ratios(seconds["prefix"], seconds["cached"]),
+        equal_tokens=float((tokens["cached"][-1] == tokens["prefix"][-1]).float().mean()),
     )
 
 

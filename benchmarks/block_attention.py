@@ -11,12 +11,7 @@ alone. Sampling is timed for blocks at five positions of the text and interpolat
 
 from __future__ import annotations
 
-import argparse
 import json
-import resource
-import statistics
-import subprocess
-import sys
 import time
 from functools import partial
 
@@ -24,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from palimpsest.common.randomness import KeyedNoise, training_noise
+from palimpsest.benchmarks.shared import in_own_processes, new_parser, peak_mib, ratios, report, spread, training_steps
+from palimpsest.common.randomness import KeyedNoise
 from palimpsest.models.attention import apply_rotary, rotary_angles
 from palimpsest.models.block_attention import visible
 from palimpsest.models.dit import DiT
@@ -82,54 +78,34 @@ def measure(law: str, size: int, vocab: int, steps: int) -> dict[str, float]:
     torch.manual_seed(0)
     net = DiT(vocab, **SIZE, dropout=0.1)
     objective = BlockDiffusion(Absorbing(vocab - 1), partial(Subs, LogLinear()), size, ignore_bos=False)
-    optimizer, seen = torch.optim.AdamW(net.parameters(), lr=3e-4, fused=True), dense_mask(size)
-    x0_BL = torch.randint(vocab - 1, (BATCH, LENGTH))
-    seconds, first = [], 0.0
-    for step in range(steps + 1):
-        start = time.perf_counter()
-        noise = training_noise(0, torch.arange(BATCH) + step * BATCH, BATCH)
+    seen, x0_BL = dense_mask(size), torch.randint(vocab - 1, (BATCH, LENGTH))
+
+    def loss(noise: KeyedNoise) -> Tensor:
         if law == "plain":
-            loss = plain_loss(net, x0_BL, noise, size, seen)
-        else:
-            loss = objective.loss(net, {"input_ids": x0_BL}, noise).mean()
-        loss.backward()
-        first = first or float(loss.detach())
-        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        seconds.append(time.perf_counter() - start)
-    peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    rate = BATCH * LENGTH / statistics.median(seconds[1:])
-    return {"tokens_per_s": rate, "peak_mib": peak_mib, "loss": first}
+            return plain_loss(net, x0_BL, noise, size, seen)
+        return objective.loss(net, {"input_ids": x0_BL}, noise).mean()
+
+    seconds, losses = training_steps(net, loss, BATCH, steps)
+    return {"tokens_per_s": BATCH * LENGTH / seconds, "peak_mib": peak_mib(), "loss": losses[0]}
 
 
 def train(sizes: list[int], vocab: int, steps: int, pairs: int) -> None:
     for size in sizes:
-        runs: dict[str, list[dict]] = {law: [] for law in LAWS}
-        for _ in range(pairs):
-            for law in LAWS:
-                command = [sys.executable, __file__, "train", "--law", law, "--sizes", str(size), "--steps", str(steps),
-                           "--vocab", str(vocab)]  # fmt: skip
-                runs[law].append(json.loads(subprocess.run(command, check=True, capture_output=True).stdout))
-        ratio = [a["tokens_per_s"] / b["tokens_per_s"] for a, b in zip(*runs.values(), strict=True)]
-        speed = {f"tokens_per_s_{law}": round(statistics.median(run["tokens_per_s"] for run in found))
-                 for law, found in runs.items()}  # fmt: skip
-        print(
-            json.dumps(
-                {
-                    "benchmark": "block_train_step",
-                    "device": "cpu",
-                    "threads": torch.get_num_threads(),
-                    "pairs": pairs,
-                    "block_size": size,
-                    "length": LENGTH,
-                    "vocab": vocab,
-                    **speed,
-                    "speedup": [min(ratio), statistics.median(ratio), max(ratio)],
-                    "memory_ratio": runs["ours"][0]["peak_mib"] / runs["plain"][0]["peak_mib"],
-                    "first_loss": [runs[law][0]["loss"] for law in LAWS],
-                }
-            )
+        words = ("--sizes", size, "--steps", steps, "--vocab", vocab)
+        found = in_own_processes(__file__, {law: ("train", "--law", law, *words) for law in LAWS}, pairs)
+        speed = found["tokens_per_s"]
+        report(
+            "block_train_step",
+            device="cpu",
+            threads=torch.get_num_threads(),
+            pairs=pairs,
+            block_size=size,
+            length=LENGTH,
+            vocab=vocab,
+            **{f"tokens_per_s_{law}": round(spread(values)[1]) for law, values in speed.items()},
+            speedup=ratios(speed["ours"], speed["plain"]),
+            memory_ratio=found["peak_mib"]["ours"][0] / found["peak_mib"]["plain"][0],
+            first_loss=[found["loss"][law][0] for law in LAWS],
         )
 
 
@@ -160,27 +136,23 @@ def sample(sizes: list[int], length: int, batch: int) -> None:
             equal &= torch.equal(drawn[True], drawn[False])
         whole = {cached: sum((a + b) / 2 for a, b in zip(found, found[1:], strict=False)) / 4 * length / size
                  for cached, found in seconds.items()}  # fmt: skip
-        print(
-            json.dumps(
-                {
-                    "benchmark": "block_sampling",
-                    "device": "cpu",
-                    "threads": torch.get_num_threads(),
-                    "block_size": size,
-                    "length": length,
-                    "batch": batch,
-                    "seconds_cached": whole[True],
-                    "seconds_uncached": whole[False],
-                    "speedup": whole[False] / whole[True],
-                    "equal_tokens": equal,
-                    "extrapolated_from_blocks": len(places),
-                }
-            )
+        report(
+            "block_sampling",
+            device="cpu",
+            threads=torch.get_num_threads(),
+            block_size=size,
+            length=length,
+            batch=batch,
+            seconds_cached=whole[True],
+            seconds_uncached=whole[False],
+            speedup=whole[False] / whole[True],
+            equal_tokens=equal,
+            extrapolated_from_blocks=len(places),
         )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("what", choices=("train", "sample"))
     parser.add_argument("--sizes", type=int, nargs="+", default=[4, 16])
     parser.add_argument("--law", choices=LAWS)

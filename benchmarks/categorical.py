@@ -11,12 +11,10 @@ Measured on a Zipf distribution over 50,257 tokens: the number of unmasked posit
 
 from __future__ import annotations
 
-import argparse
-import json
-
 import torch
 from scipy.optimize import minimize_scalar
 
+from palimpsest.benchmarks.shared import new_parser, report
 from palimpsest.common.randomness import KeyedNoise
 from palimpsest.samplers.base import TokenChoice
 
@@ -54,7 +52,7 @@ def temperature(p_V: torch.Tensor, ids: torch.Tensor) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--positions", type=int, default=150, help="that should go")
     parser.add_argument("--steps", type=int, nargs="*", default=[128, 1000])
     args = parser.parse_args()
@@ -79,9 +77,7 @@ def main() -> None:
                 f"effective temperature {row['temperature']:.2f}",
                 flush=True,
             )
-    print(
-        json.dumps({"benchmark": "categorical", "positions": args.positions, "entropy_nats": entropy, "table": table})
-    )
+    report("categorical", positions=args.positions, entropy_nats=entropy, table=table)
 
 
 if __name__ == "__main__":

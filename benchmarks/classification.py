@@ -10,13 +10,12 @@ many draws, and its error is over texts.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from pathlib import Path
 
 import numpy as np
 
+from palimpsest.benchmarks.shared import new_parser, report
 from palimpsest.classification.bayes import posterior
 from palimpsest.classification.measures import measure
 from palimpsest.classification.models import class_models
@@ -50,7 +49,7 @@ def cells(scores: ClassScores, log_prior_C: np.ndarray, draws: tuple[int, ...]) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--texts", type=int, default=400)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("overrides", nargs="*")
@@ -69,13 +68,11 @@ def main() -> None:
         ("independent t: the earlier attempt's recipe", recipe, SequentialTest(1, masks="independent"), (1,))
     )
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    with args.output.open("w") as file:
-        for name, estimator, test, draws in studies:
-            ask = (models, data, "test", estimator, test, experiment.seed, log_prior_C)
-            for cell in cells(score_classes(experiment.trainer, *ask), log_prior_C, draws):
-                row = {"benchmark": "classification", "data": data.name, "masks": test.masks, "noising": name, **cell}
-                print(json.dumps(row), flush=True)
-                file.write(json.dumps(row) + "\n")
+    args.output.write_text("")
+    for name, estimator, test, draws in studies:
+        ask = (models, data, "test", estimator, test, experiment.seed, log_prior_C)
+        for cell in cells(score_classes(experiment.trainer, *ask), log_prior_C, draws):
+            report("classification", args.output, data=data.name, masks=test.masks, noising=name, **cell)
 
 
 if __name__ == "__main__":

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import logging
-import statistics
 import tempfile
 import time
 from types import SimpleNamespace
 
+from palimpsest.benchmarks.shared import report, spread
 from palimpsest.data.user_files import UserFiles
 from palimpsest.dataloader import Batches, Loading, TextData, Texts
 
@@ -81,19 +80,9 @@ def main() -> None:
             for name, seconds in resumes(args).items():
                 found.setdefault(f"first batch, {name}, s", []).append(seconds)
     for name, values in found.items():
-        print(f"{name:45s} {statistics.median(values):12,.2f}   ({min(values):,.2f} to {max(values):,.2f})")
-    print(
-        json.dumps(
-            {
-                "benchmark": "data_loading",
-                "length": args.length,
-                "batch": args.batch,
-                "steps": args.steps,
-                "pairs": args.pairs,
-                **found,
-            }
-        )
-    )
+        low, median, high = spread(values)
+        print(f"{name:45s} {median:12,.2f}   ({low:,.2f} to {high:,.2f})")
+    report("data_loading", length=args.length, batch=args.batch, steps=args.steps, pairs=args.pairs, **found)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.kneser_ney import KneserNey
+from palimpsest.benchmarks.kneser_ney import KneserNey
+from palimpsest.benchmarks.shared import new_parser, report
 from palimpsest.common.metrics import Estimate, Units
 from palimpsest.data.tokenizers import decode
 from palimpsest.data.unigram import token_counts
@@ -48,10 +49,7 @@ UNMASK = {
     "ReMDM": "sampling.order=random sampling.remask=remdm",
     "ReMDM, nucleus 0.9": "sampling.order=random sampling.remask=remdm sampling.nucleus_p=0.9",
 }  # fmt: skip
-PLAIN = {
-    "ddpm_cache": "sampling.predictor=ddpm_cache",
-    "first-hitting": "sampling.predictor=first_hitting",
-}
+PLAIN = {"ddpm_cache": "sampling.predictor=ddpm_cache", "first-hitting": "sampling.predictor=first_hitting"}
 BLOCK = {"blocks, first-hitting": "sampling.predictor=block"}
 NO_BUDGET = ("first-hitting", "blocks, first-hitting")  # as many steps as masks, whatever sampling.steps
 
@@ -143,7 +141,7 @@ def _shown(value: Estimate) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--checkpoint", required=True)
     scorer = parser.add_mutually_exclusive_group()
     scorer.add_argument("--scorer", help="a causal model: $DATA_DIR/<name>, a folder, or a name on the Hub")
@@ -168,19 +166,15 @@ def main() -> None:
     real = real_texts(table.data, "validation", args.texts, table.experiment.seed)
     if real.rows:
         rows.append(table.row("real texts", real.rows, units=real.units))
-    print(
-        json.dumps(
-            {
-                "benchmark": "decoders",
-                "checkpoint": args.checkpoint,
-                "texts": args.texts,
-                "overrides": args.overrides,
-                "scorer": table.scorer.protocol,
-                "real_missing": real.missing,
-                "device": str(table.network.device),
-                "table": rows,
-            }
-        )
+    report(
+        "decoders",
+        checkpoint=args.checkpoint,
+        texts=args.texts,
+        overrides=args.overrides,
+        scorer=table.scorer.protocol,
+        real_missing=real.missing,
+        device=str(table.network.device),
+        table=rows,
     )
 
 

@@ -8,13 +8,12 @@ benchmarks/objectives.py. Two sharper likelihoods of the same weights are also m
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 
 import torch
 
-from benchmarks.objectives import COMMON
+from palimpsest.benchmarks.objectives import COMMON
+from palimpsest.benchmarks.shared import new_parser, report
 from palimpsest.estimators.any_order import AnyOrder
 from palimpsest.estimators.nelbo import Nelbo
 from palimpsest.estimators.ordered import Ordered
@@ -54,7 +53,7 @@ def sharper(model: Model, batch: Batch, orders: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--checkpoint", required=True)
     parser.add_argument("--texts", type=int, default=32)
     parser.add_argument("--repetitions", type=int, default=12)
@@ -79,18 +78,14 @@ def main() -> None:
     others = sharper(model, batch, args.orders)
     for name, value in others.items():
         print(f"{name:28} {value:.4f} nats/token", flush=True)
-    print(
-        json.dumps(
-            {
-                "benchmark": "estimators",
-                "texts": args.texts,
-                "length": data.length,
-                "repetitions": args.repetitions,
-                "errors": table,
-                "other_likelihoods": others,
-                "seconds": round(time.perf_counter() - start),
-            }
-        )
+    report(
+        "estimators",
+        texts=args.texts,
+        length=data.length,
+        repetitions=args.repetitions,
+        errors=table,
+        other_likelihoods=others,
+        seconds=round(time.perf_counter() - start),
     )
 
 

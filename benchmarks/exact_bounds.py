@@ -10,13 +10,12 @@ so their deviations are not independent.
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 
 import numpy as np
 import torch
 
+from palimpsest.benchmarks.shared import new_parser, report
 from palimpsest.corpora.exact_denoiser import ExactDenoiser
 from palimpsest.corpora.reviews import ReviewGrammar, tokens
 from palimpsest.estimators.nelbo import Nelbo
@@ -44,7 +43,7 @@ def nats(grammar: ReviewGrammar, texts: list[str]) -> np.ndarray:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--texts", type=int, default=64)
     parser.add_argument("--draws", type=int, default=64)
     args = parser.parse_args()
@@ -70,17 +69,8 @@ def main() -> None:
                 f"noise of a draw {noise:6.2f}",
                 flush=True,
             )
-    print(
-        json.dumps(
-            {
-                "benchmark": "exact_bounds",
-                "texts": len(texts),
-                "draws": args.draws,
-                "estimators": found,
-                "seconds": round(time.perf_counter() - start),
-            }
-        )
-    )
+    seconds = round(time.perf_counter() - start)
+    report("exact_bounds", texts=len(texts), draws=args.draws, estimators=found, seconds=seconds)
 
 
 if __name__ == "__main__":

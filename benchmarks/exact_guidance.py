@@ -8,9 +8,7 @@ and whether a text is possible. Errors are binomial.
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import time
 from functools import partial
 from pathlib import Path
@@ -18,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.exact_sampling import FIRST, exact_models, lengths, share, texts_of
+from palimpsest.benchmarks.exact_sampling import FIRST, exact_models, lengths, share, texts_of
+from palimpsest.benchmarks.shared import new_parser, report
 from palimpsest.common.randomness import KeyedNoise
 from palimpsest.corpora.reviews import ReviewGrammar, tokens
 from palimpsest.denoisers import ClassGuided, ClassifierGuided, Denoiser
@@ -62,12 +61,8 @@ def measured(grammar: ReviewGrammar, ids_BL: torch.Tensor, here_BL: torch.Tensor
     possible_M = np.isfinite(posterior_M)
     possible, possible_se = share(possible_M)
     of_the_class, of_the_class_se = share(posterior_M[possible_M] > 0.5)
-    return {
-        "possible": possible,
-        "possible_se": possible_se,
-        "of_the_class": of_the_class,
-        "of_the_class_se": of_the_class_se,
-    }
+    shares = {"possible": possible, "possible_se": possible_se}
+    return {**shares, "of_the_class": of_the_class, "of_the_class_se": of_the_class_se}
 
 
 def plot(rows: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
@@ -85,7 +80,7 @@ def plot(rows: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--texts", type=int, default=1000)
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
@@ -112,8 +107,7 @@ def main() -> None:
                 f"{row['of_the_class_se']:.1%}, possible {row['possible']:6.1%} ± {row['possible_se']:.1%}",
                 flush=True,
             )
-    seconds = round(time.perf_counter() - start)
-    print(json.dumps({"benchmark": "exact_guidance", "texts": args.texts, "rows": rows, "seconds": seconds}))
+    report("exact_guidance", texts=args.texts, rows=rows, seconds=round(time.perf_counter() - start))
     if args.plot:
         plot(rows, args.plot)
 

@@ -9,8 +9,6 @@ possible if the grammar of the embedded corpus can generate it. Rows have the co
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -19,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from palimpsest.benchmarks.shared import new_parser, report
 from palimpsest.common.positions import Positions
 from palimpsest.common.randomness import KeyedNoise
 from palimpsest.corpora.exact_denoiser import ExactDenoiser, ExactLeaveOneOut
@@ -116,10 +115,8 @@ def samplers() -> dict[str, tuple[str, Callable[..., Trace]]]:
     for kind, number in (("informed", 1), ("informed", 4), ("random", 4)):
         for steps in (4, 8, 16, 32, 64):  # a corrector after each step, so twice the evaluations
             how = {"steps": steps, "corrector_steps": 1, "corrector_tokens": number, "corrector": kind}
-            found[f"uniform, {kind} corrector, {number} tokens, {steps} steps"] = (
-                "uniform",
-                partial(uniform.sample, **how),
-            )
+            name = f"uniform, {kind} corrector, {number} tokens, {steps} steps"
+            found[name] = ("uniform", partial(uniform.sample, **how))
     return found
 
 
@@ -140,7 +137,7 @@ def plot(rows: dict[str, dict[str, float]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--texts", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=500)
     parser.add_argument("--only", default="", help="samplers whose name contains this")
@@ -160,15 +157,13 @@ def main() -> None:
         outs = [sampler(model, x_BL[some], KeyedNoise(0, some), attention_mask=here_BL[some]) for some in batches]
         ids_BL = torch.cat([out.ids_BL for out in outs])
         evaluations = float(torch.cat([out.evaluations_B for out in outs]).double().mean())
-        row = {**measured(grammar, ids_BL, here_BL), "evaluations": evaluations}
-        rows[name] = row
+        rows[name] = row = {**measured(grammar, ids_BL, here_BL), "evaluations": evaluations}
         print(
             f"{name:45} possible {row['possible']:7.1%} ± {row['se']:.1%}, {row['nats']:.3f} ± {row['nats_se']:.3f} "
             f"nats a token, {evaluations:6.1f} network evaluations",
             flush=True,
         )
-    seconds = round(time.perf_counter() - start)
-    print(json.dumps({"benchmark": "exact_sampling", "texts": args.texts, "samplers": rows, "seconds": seconds}))
+    report("exact_sampling", texts=args.texts, samplers=rows, seconds=round(time.perf_counter() - start))
     if args.plot:
         plot(rows, args.plot)
 

@@ -8,17 +8,11 @@ is the process's resident memory minus that before the network was built.
 
 from __future__ import annotations
 
-import argparse
 import json
-import resource
-import statistics
-import subprocess
-import sys
-import time
 
 import torch
 
-from palimpsest.common.randomness import training_noise
+from palimpsest.benchmarks.shared import in_own_processes, new_parser, peak_mib, ratios, report, spread, training_steps
 from palimpsest.models.ar import AR
 from palimpsest.models.dimamba import DiMamba
 from palimpsest.models.dit import DiT
@@ -29,77 +23,56 @@ from palimpsest.process import Absorbing
 
 SIZE = {"hidden_size": 256, "n_blocks": 8, "dropout": 0.1}
 LENGTH, VOCAB, BATCH = 512, 2048, 8
+SIDES = ("plain", "again")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NETWORKS = {
     "dit": lambda: DiT(VOCAB, cond_dim=128, n_heads=4, **SIZE), "ar": lambda: AR(VOCAB, n_heads=4, **SIZE),
     "dimamba": lambda: DiMamba(VOCAB, cond_dim=128, **SIZE),
 }  # fmt: skip
 
 
-def peak_mib(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def peak() -> float:
+    return torch.cuda.max_memory_allocated() / 2**20 if DEVICE == "cuda" else peak_mib()
 
 
 def measure(network: str, again: bool, steps: int) -> dict[str, float]:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    before = peak_mib(device)
+    before = peak()
     torch.manual_seed(0)
-    net = NETWORKS[network]().to(device)
+    net = NETWORKS[network]().to(DEVICE)
     if again:
         net.recompute_blocks()
     objective = LeftToRight(Absorbing(VOCAB - 1)) if net.causal else Subs(LogLinear(), Absorbing(VOCAB - 1))
-    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-4, fused=True)
-    batch = {"input_ids": torch.randint(VOCAB - 1, (BATCH, LENGTH), device=device)}
-    seconds = []
-    for step in range(steps + 1):
-        start = time.perf_counter()
-        noise = training_noise(0, torch.arange(BATCH, device=device) + step * BATCH, BATCH)
-        loss = objective.loss(net, batch, noise).mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        last = float(loss.detach())  # waits for the device
-        seconds.append(time.perf_counter() - start)
-    return {"seconds": statistics.median(seconds[1:]), "peak_mib": peak_mib(device) - before, "loss": last}
+    batch = {"input_ids": torch.randint(VOCAB - 1, (BATCH, LENGTH), device=DEVICE)}
+    loss = lambda noise: objective.loss(net, batch, noise).mean()  # noqa: E731
+    seconds, losses = training_steps(net, loss, BATCH, steps, clip=None)
+    return {"seconds": seconds, "peak_mib": peak() - before, "loss": losses[-1]}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--network", choices=NETWORKS, default="dit")
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--side", choices=["plain", "again"])
+    parser.add_argument("--side", choices=SIDES)
     args = parser.parse_args()
     if args.side:
         print(json.dumps(measure(args.network, args.side == "again", args.steps)))
         return
-    runs: dict[str, list[dict]] = {"plain": [], "again": []}
-    for _ in range(args.pairs):
-        for side, found in runs.items():
-            command = [sys.executable, __file__, "--side", side, "--network", args.network, "--steps", str(args.steps)]
-            found.append(json.loads(subprocess.run(command, check=True, capture_output=True).stdout))
-    pairs = list(zip(runs["plain"], runs["again"], strict=True))
-    memory = [b["peak_mib"] / a["peak_mib"] for a, b in pairs]
-    seconds = [b["seconds"] / a["seconds"] for a, b in pairs]
-    for side, found in runs.items():
-        print(
-            f"{side:6} peak {statistics.median(r['peak_mib'] for r in found):.0f} MiB, "
-            f"{statistics.median(r['seconds'] for r in found):.2f} s a step"
-        )
-    print(
-        json.dumps(
-            {
-                "benchmark": "gradient_checkpointing",
-                "network": args.network,
-                "threads": torch.get_num_threads(),
-                "device": "cuda" if torch.cuda.is_available() else "cpu",
-                "pairs": args.pairs,
-                "memory_ratio": [min(memory), statistics.median(memory), max(memory)],
-                "time_ratio": [min(seconds), statistics.median(seconds), max(seconds)],
-                "same_loss": all(a["loss"] == b["loss"] for a, b in pairs),
-            }
-        )
+    words = ("--network", args.network, "--steps", args.steps)
+    found = in_own_processes(__file__, {side: ("--side", side, *words) for side in SIDES}, args.pairs)
+    memory = found["peak_mib"]
+    seconds = found["seconds"]
+    for side in SIDES:
+        print(f"{side:6} peak {spread(memory[side])[1]:.0f} MiB, {spread(seconds[side])[1]:.2f} s a step")
+    report(
+        "gradient_checkpointing",
+        network=args.network,
+        threads=torch.get_num_threads(),
+        device=DEVICE,
+        pairs=args.pairs,
+        memory_ratio=ratios(memory["again"], memory["plain"]),
+        time_ratio=ratios(seconds["again"], seconds["plain"]),
+        same_loss=found["loss"]["again"] == found["loss"]["plain"],
     )
 
 

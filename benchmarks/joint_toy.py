@@ -16,7 +16,6 @@ network is compared with one trained on texts alone, for as many text steps, fro
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from functools import partial
@@ -24,6 +23,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from palimpsest.benchmarks.shared import new_parser, report
 from palimpsest.common.randomness import KeyedNoise, training_noise
 from palimpsest.estimators.nelbo import Nelbo
 from palimpsest.gaussian_process import cosine_level
@@ -132,23 +132,20 @@ def independent(settings: argparse.Namespace) -> None:
         table.append([float(nats(*trained[:2], x, **hidden).mean()) for trained in (joint, alone)])
     found_S2 = torch.tensor(table)
     difference_S = found_S2[:, 0] - found_S2[:, 1]
-    print(
-        json.dumps(
-            {
-                "steps": settings.steps,
-                "rows": settings.rows,
-                "seeds": settings.independent,
-                "nats_per_token": {"joint": found_S2[:, 0].tolist(), "alone": found_S2[:, 1].tolist()},
-                "difference": float(difference_S.mean()),
-                "se": float(difference_S.std() / len(difference_S) ** 0.5) if len(difference_S) > 1 else None,
-                "true_nats_per_token": round(math.log(WORDS) + math.log(VALUES) / TOKENS, 4),
-            }
-        )
+    report(
+        "joint_toy",
+        steps=settings.steps,
+        rows=settings.rows,
+        seeds=settings.independent,
+        nats_per_token={"joint": found_S2[:, 0].tolist(), "alone": found_S2[:, 1].tolist()},
+        difference=float(difference_S.mean()),
+        se=float(difference_S.std() / len(difference_S) ** 0.5) if len(difference_S) > 1 else None,
+        true_nats_per_token=round(math.log(WORDS) + math.log(VALUES) / TOKENS, 4),
     )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--target", default="v")
@@ -165,14 +162,14 @@ def directions(settings: argparse.Namespace) -> None:
     """Print the measurements of a network trained on texts and their latents, in all directions."""
     start = time.process_time()
     net, law, last = train(settings.steps, settings)
-    seconds = time.process_time() - start
+    seconds = round(time.process_time() - start, 1)
     values, x = texts(512, 0)
     z, masks = latents(values, 0.1), torch.full_like(x, MASK)
     one = torch.ones(len(x), dtype=torch.float64)
     told = {"true": {"latent": z}, "other": {"latent": z.roll(1, 0)}, "none": {"latent": z, "latent_t": one}}
     line = {
         "steps": settings.steps, "rows": settings.rows, "target": settings.target, "loss": settings.loss,
-        "training_cpu_seconds": round(seconds, 1),
+        "training_cpu_seconds": seconds,
         "l2t_tokens": {"true": to_text(net, law, values, z), "other": to_text(net, law, values, z.roll(1, 0)),
                        "none": to_text(net, law, values, None)},
         "t2l_texts": {"true": to_latent(net, law, values, x, 0.0),
@@ -183,7 +180,7 @@ def directions(settings: argparse.Namespace) -> None:
                                 "alone": round(math.log(WORDS) + math.log(VALUES) / TOKENS, 4)},
         "last_step": last,
     }  # fmt: skip
-    print(json.dumps(line))
+    report("joint_toy", **line)
 
 
 if __name__ == "__main__":

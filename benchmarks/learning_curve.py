@@ -8,17 +8,16 @@ It prints one JSON per line, with the key `accuracy`.
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from pathlib import Path
 
+from palimpsest.benchmarks.shared import new_parser, report
 from palimpsest.experiment.running import run
 from palimpsest.settings.command_line import compose_config
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--steps", type=int, nargs="+", required=True)
     parser.add_argument("--output", type=Path)
     parser.add_argument("overrides", nargs="*")
@@ -31,17 +30,19 @@ def main() -> None:
         budget = [f"trainer.max_steps={steps}", f"checkpointing.save_dir={folder}", "mode=classify"]
         began = time.monotonic()
         results = run(compose_config([*overrides, *budget]), "benchmarks/learning_curve.py")
-        line = json.dumps(
-            {"benchmark": "learning_curve", "overrides": overrides, "steps": steps, "texts": results["texts"],
-             "accuracy": results["accuracy"].value, "se": results["accuracy"].se, "ece": results["ece"],
-             "log_loss_nats": results["log_loss_nats"].value,
-             "network_evaluations_per_text": results["network_evaluations_per_text"],
-             "seconds": round(time.monotonic() - began, 1)}
-        )  # fmt: skip
-        print(line)
-        if given.output:
-            with given.output.open("a") as file:
-                file.write(line + "\n")
+        report(
+            "learning_curve",
+            given.output,
+            overrides=overrides,
+            steps=steps,
+            texts=results["texts"],
+            accuracy=results["accuracy"].value,
+            se=results["accuracy"].se,
+            ece=results["ece"],
+            log_loss_nats=results["log_loss_nats"].value,
+            network_evaluations_per_text=results["network_evaluations_per_text"],
+            seconds=round(time.monotonic() - began, 1),
+        )
 
 
 if __name__ == "__main__":

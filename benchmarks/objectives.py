@@ -7,21 +7,11 @@ Each row is a training run of main.py (an interrupted one resumes), measured by 
 
 from __future__ import annotations
 
-import argparse
-import json
-import subprocess
-import sys
-import time
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-COMMON = [
-    "mode=train", "data=wikitext2", "data.source.detokenizer=null", "data.tokenizer_name_or_path=bpe",
-    "data.vocab_size=4096", "model=tiny", "model.hidden_size=128", "model.n_blocks=3", "model.n_heads=4",
-    "model.length=128", "model.cond_dim=8", "model.dropout=0", "loader.global_batch_size=32", "optim=muon",
-    "lr_scheduler=cosine_decay_warmup", "lr_scheduler.num_warmup_steps=100", "trainer.val_check_interval=250",
-    "training.ema=0.99", "eval.num_draws=8", "sampling.num_sample_log=2",
-]  # fmt: skip
+from palimpsest.benchmarks.shared import WIKITEXT2, new_parser, report, trained
+
+COMMON = [*WIKITEXT2, "sampling.num_sample_log=2"]
 RUNS = {
     "AR": ["parameterization=ar"],
     "MDLM": [],
@@ -34,7 +24,7 @@ RUNS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--output", type=Path, default=Path("outputs/objectives"))
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--only", nargs="*", default=list(RUNS), choices=list(RUNS))
@@ -43,17 +33,13 @@ def main() -> None:
     table = {}
     for name in args.only:
         folder = args.output / name.lower().replace(", ", "_").replace(" ", "_")
-        command = [sys.executable, str(ROOT / "main.py"), *COMMON, *RUNS[name], f"trainer.max_steps={args.steps}",
-                   f"checkpointing.save_dir={folder}", *args.more]  # fmt: skip
-        start = time.perf_counter()
-        subprocess.run(command, check=True)
-        results = json.loads((folder / "results.json").read_text())
+        results, seconds = trained(folder, *COMMON, *RUNS[name], f"trainer.max_steps={args.steps}", *args.more)
         nll = results["nll_nats_per_token"]
-        table[name] = {"nll": nll["value"], "se": nll["se"], "seconds": time.perf_counter() - start,
+        table[name] = {"nll": nll["value"], "se": nll["se"], "seconds": seconds,
                        "estimator": results["protocol"]["estimator"], "errors_over": results["units"],
                        "num_units": results["num_units"]}  # fmt: skip
         print(f"{name:28} {nll['value']:.4f} ± {nll['se']:.4f} nats/token  {table[name]['estimator']}", flush=True)
-    print(json.dumps({"benchmark": "objectives", "steps": args.steps, "tokens": args.steps * 32 * 128, "table": table}))
+    report("objectives", steps=args.steps, tokens=args.steps * 32 * 128, table=table)
 
 
 if __name__ == "__main__":

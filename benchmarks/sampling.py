@@ -9,16 +9,13 @@ are of pairs. The trunk alone, once per step, is the minimum for any sampler tha
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
-import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 
 import torch
 
+from palimpsest.benchmarks.shared import in_turns, new_parser, ratios, report, spread
 from palimpsest.common.randomness import KeyedNoise
 from palimpsest.models.dit import DiT
 from palimpsest.noise_schedule import LogLinear
@@ -64,7 +61,7 @@ def ours(net: DiT, sampler: Callable) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--steps", type=int, default=128)
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--timed-plain-steps", type=int, default=16, help="of the plain loop; the rest is extrapolated")
@@ -79,36 +76,24 @@ def main() -> None:
         "plain": lambda: plain(net, args.steps, args.timed_plain_steps),
         "trunk": lambda: trunk(net, args.steps),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    evaluations = {}
-    for _ in range(args.pairs):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            evaluations[name] = run()
-            extrapolated = args.steps / args.timed_plain_steps if name == "plain" else 1.0
-            seconds[name].append((time.perf_counter() - start) * extrapolated)
+    seconds, evaluations = in_turns(runs, args.pairs)
+    seconds["plain"] = [timed * args.steps / args.timed_plain_steps for timed in seconds["plain"]]
     for name, values in seconds.items():
+        low, median, high = spread(values)
         print(
-            f"{name:10} {statistics.median(values):7.2f} s (from {min(values):.2f} to {max(values):.2f}), "
-            f"{evaluations[name]:.0f} network evaluations per sample"
+            f"{name:10} {median:7.2f} s (from {low:.2f} to {high:.2f}), "
+            f"{evaluations[name][-1]:.0f} network evaluations per sample"
         )
-    speedup = {}
-    for name in ("ddpm", "ddpm_cache", "first_hitting"):
-        pairs = [p / o for p, o in zip(seconds["plain"], seconds[name], strict=True)]
-        speedup[f"{name}_speedup"] = [min(pairs), statistics.median(pairs), max(pairs)]
-    floor = [o / t for o, t in zip(seconds["ddpm"], seconds["trunk"], strict=True)]
-    print(
-        json.dumps(
-            {
-                "benchmark": "sampling",
-                "device": "cpu",
-                "threads": torch.get_num_threads(),
-                "steps": args.steps,
-                "pairs": args.pairs,
-                **speedup,
-                "ddpm_seconds_over_trunk_alone": statistics.median(floor),
-            }
-        )
+    report(
+        "sampling",
+        device="cpu",
+        threads=torch.get_num_threads(),
+        steps=args.steps,
+        pairs=args.pairs,
+        ddpm_speedup=ratios(seconds["plain"], seconds["ddpm"]),
+        ddpm_cache_speedup=ratios(seconds["plain"], seconds["ddpm_cache"]),
+        first_hitting_speedup=ratios(seconds["plain"], seconds["first_hitting"]),
+        ddpm_seconds_over_trunk_alone=ratios(seconds["ddpm"], seconds["trunk"])[1],
     )
 
 

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.faults import tensors_and_counts
+from palimpsest.benchmarks.faults import tensors_and_counts
 
 ROOT = Path(__file__).parents[1]
 

@@ -9,7 +9,6 @@ Every training prints one JSON. The table says after how many steps a way reache
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from palimpsest.benchmarks.shared import new_parser, report
 from palimpsest.experiment.running import run
 from palimpsest.settings.command_line import compose_config
 
@@ -46,8 +46,8 @@ def curve(way: str, seed: int, steps: int, every: int, folder: Path) -> dict:
         with metrics.open() as file:
             rows = [row for row in csv.DictReader(file) if row.get("val/nll")]
         found |= {int(row["step"]) + 1: float(row["val/nll"]) for row in rows}
-    return {"benchmark": "time_density", "way": way, "seed": seed, "steps": list(found), "nll": list(found.values()),
-            "seconds": round(time.monotonic() - began)}  # fmt: skip
+    seconds = round(time.monotonic() - began)
+    return {"way": way, "seed": seed, "steps": list(found), "nll": list(found.values()), "seconds": seconds}
 
 
 def steps_to(nll: float, curve: dict) -> float:
@@ -78,7 +78,7 @@ def _mean(values: list[float], digits: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--every", type=int, default=250, help="steps between validations")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
@@ -94,11 +94,7 @@ def main() -> None:
     for seed in given.seeds:
         for way in given.ways:
             curves.append(curve(way, seed, given.steps, given.every, given.folder))
-            line = json.dumps(curves[-1])
-            print(line, flush=True)
-            if given.output:
-                with given.output.open("a") as file:
-                    file.write(line + "\n")
+            report("time_density", given.output, **curves[-1])
     if "uniform" in given.ways:
         print(table(curves))
 

@@ -9,18 +9,12 @@ are of pairs.
 
 from __future__ import annotations
 
-import argparse
 import json
-import resource
-import statistics
-import subprocess
-import sys
-import time
 
 import torch
 from torch import nn
 
-from palimpsest.common.randomness import training_noise
+from palimpsest.benchmarks.shared import in_own_processes, new_parser, peak_mib, ratios, report, spread, training_steps
 from palimpsest.models.dit import DiT
 from palimpsest.noise_schedule import LogLinear
 from palimpsest.objectives.base import TokenLoss
@@ -77,23 +71,13 @@ def measure(law: str, steps: int) -> dict[str, float]:
     torch.manual_seed(0)
     net = DiT(VOCAB, **SIZE)
     objective = LAWS[law](LogLinear(), Absorbing(VOCAB - 1))
-    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-4, fused=True)
     batch = {"input_ids": torch.randint(VOCAB - 1, (BATCH, LENGTH))}
-    seconds = []
-    for step in range(steps + 1):
-        start = time.perf_counter()
-        noise = training_noise(0, torch.arange(BATCH) + step * BATCH, BATCH)
-        objective.loss(net, batch, noise).mean().backward()
-        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        seconds.append(time.perf_counter() - start)
-    peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"tokens_per_s": BATCH * LENGTH / statistics.median(seconds[1:]), "peak_mib": peak_mib}
+    seconds, _ = training_steps(net, lambda noise: objective.loss(net, batch, noise).mean(), BATCH, steps)
+    return {"tokens_per_s": BATCH * LENGTH / seconds, "peak_mib": peak_mib()}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--law", choices=LAWS)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--pairs", type=int, default=5)
@@ -101,34 +85,21 @@ def main() -> None:
     if args.law:
         print(json.dumps(measure(args.law, args.steps)))
         return
-    runs: dict[str, list[dict]] = {law: [] for law in LAWS}
-    for _ in range(args.pairs):
-        for law in LAWS:
-            command = [sys.executable, __file__, "--law", law, "--steps", str(args.steps)]
-            runs[law].append(json.loads(subprocess.run(command, check=True, capture_output=True).stdout))
-    for law, results in runs.items():
-        speed = [r["tokens_per_s"] for r in results]
-        memory = statistics.median(r["peak_mib"] for r in results)
-        print(
-            f"{law:6} {statistics.median(speed):8.0f} tokens/s "
-            f"(from {min(speed):.0f} to {max(speed):.0f}), peak {memory:.0f} MiB"
-        )
-    pairs = list(zip(runs["ours"], runs["plain"], runs["floor"], strict=True))
-    speedup = [a["tokens_per_s"] / b["tokens_per_s"] for a, b, _ in pairs]
-    memory = [a["peak_mib"] / b["peak_mib"] for a, b, _ in pairs]
-    over_floor = [c["tokens_per_s"] / a["tokens_per_s"] for a, _, c in pairs]
-    print(
-        json.dumps(
-            {
-                "benchmark": "train_step",
-                "device": "cpu",
-                "threads": torch.get_num_threads(),
-                "pairs": args.pairs,
-                "speedup": [min(speedup), statistics.median(speedup), max(speedup)],
-                "memory_ratio": statistics.median(memory),
-                "seconds_over_floor": [min(over_floor), statistics.median(over_floor), max(over_floor)],
-            }
-        )
+    found = in_own_processes(__file__, {law: ("--law", law, "--steps", args.steps) for law in LAWS}, args.pairs)
+    speed = found["tokens_per_s"]
+    memory = found["peak_mib"]
+    for law, values in speed.items():
+        low, median, high = spread(values)
+        peak = spread(memory[law])[1]
+        print(f"{law:6} {median:8.0f} tokens/s (from {low:.0f} to {high:.0f}), peak {peak:.0f} MiB")
+    report(
+        "train_step",
+        device="cpu",
+        threads=torch.get_num_threads(),
+        pairs=args.pairs,
+        speedup=ratios(speed["ours"], speed["plain"]),
+        memory_ratio=ratios(memory["ours"], memory["plain"])[1],
+        seconds_over_floor=ratios(speed["floor"], speed["ours"]),
     )
 
 
