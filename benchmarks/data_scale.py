@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from palimpsest.benchmarks.faults import tensors_and_counts
+from palimpsest.benchmarks.faults import same
 from palimpsest.report.style import BLUE, MUTED, ORANGE, PAPER, new_figure, style_axes, write
 
 ROOT = Path(__file__).parents[1]
@@ -67,10 +67,8 @@ def invented_words(number: int) -> list[str]:
         ["", "n", "r", "s", "t", "nd"],
     )
     while len(words) < number:
-        syllables = 1 + chance.randrange(1 + min(2, len(words) // 500))
-        words[
-            "".join(chance.choice(begins) + chance.choice(vowels) + chance.choice(ends) for _ in range(syllables))
-        ] = 0
+        parts = (begins, vowels, ends) * (1 + chance.randrange(1 + min(2, len(words) // 500)))
+        words["".join(map(chance.choice, parts))] = None
     return list(words)
 
 
@@ -174,8 +172,7 @@ class Bench:
     def train(self, name: str, saved: str, kill: bool = False) -> Path:
         folder = self.folder / saved
         last = folder / "checkpoints" / "last.ckpt"
-        kill_at = last if kill else None
-        self.run(name, "main.py", *self.settings, f"checkpointing.save_dir={folder}", kill_at=kill_at)
+        self.run(name, "main.py", *self.settings, f"checkpointing.save_dir={folder}", kill_at=last if kill else None)
         return last
 
 
@@ -185,11 +182,6 @@ def kill_after(process: subprocess.Popen, path: Path) -> None:
         if path.exists():
             process.kill()
         time.sleep(0.05)
-
-
-def same_weights(one: Path, other: Path) -> bool:
-    (tensors, rest), (others, rest_too) = tensors_and_counts(one), tensors_and_counts(other)
-    return rest == rest_too and len(tensors) == len(others) and all(map(torch.equal, tensors, others))
 
 
 # -------------------------------------------------------------------------------- results
@@ -252,18 +244,18 @@ def main() -> int:
         bench.prepare("warm")
         bench.train("train", "killed", kill=True)
         resumed = bench.train("resume", "killed")
-        same = same_weights(resumed, bench.train("undisturbed", "whole"))
+        identical = same(resumed, bench.train("undisturbed", "whole"))
     result = {
         "benchmark": "data_scale", "command": shlex.join(["python", "benchmarks/data_scale.py", "--megabytes",
-        str(args.megabytes), "--tokenizer", args.tokenizer]), "corpus_bytes": size, "same_weights": same,
+        str(args.megabytes), "--tokenizer", args.tokenizer]), "corpus_bytes": size, "same_weights": identical,
         "cpus": len(os.sched_getaffinity(0)), "python": platform.python_version(), "torch": torch.__version__,
         "phases": bench.phases,
     }  # fmt: skip
     args.output.with_suffix(".json").write_text(json.dumps(result) + "\n")
     memory_curve(bench.phases).savefig(args.output.with_suffix(".svg"), metadata={"Date": None})
-    print(f"{size / 1e6:.0f} MB of text; resumed and undisturbed training end with the same weights: {same}\n")
+    print(f"{size / 1e6:.0f} MB of text; resumed and undisturbed training end with the same weights: {identical}\n")
     print(table(bench.phases))
-    return 0 if same else 1
+    return 0 if identical else 1
 
 
 if __name__ == "__main__":

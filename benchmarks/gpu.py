@@ -86,11 +86,8 @@ def checks(device: str, size: Size, vocab_size: int) -> Iterator[tuple[str, floa
         for precision, limit in (("32", 2e-3), ("bf16", 5e-2)):
             found = _loss_and_gradient(objective, network(small, vocab_size, device), batch, precision)
             for what, ours, theirs in zip(("loss", "gradient"), found, exact, strict=True):
-                yield (
-                    f"{name}, {precision} bits, {what}, relative",
-                    float((ours - theirs).norm() / theirs.norm()),
-                    limit,
-                )
+                deviation = float((ours - theirs).norm() / theirs.norm())
+                yield f"{name}, {precision} bits, {what}, relative", deviation, limit
     texts = [_texts(network(small, vocab_size, d), d, vocab_size) for d in ("cpu", device)]
     yield "tokens of a sample that differ", float((texts[0] != texts[1]).float().mean()), 0.02
 
@@ -129,8 +126,8 @@ class Setup:
         self.seconds = SMALL_SECONDS if small else SECONDS
         self.small = small
 
-    def timed(self, step: Callable[[int], None], warm_up: int = WARM_UP) -> float:
-        """Return the seconds of a step: the mean over as many as fit into the time, after the warm-up."""
+    def measured(self, step: Callable[[int], None], amount: int, unit: str, warm_up: int = WARM_UP) -> dict[str, float]:
+        """Return the mean seconds of as many steps as fit into the time, after the warm-up, and their peak memory."""
         device = torch.device(self.device)
         for number in range(warm_up):
             step(number)
@@ -141,11 +138,8 @@ class Setup:
             step(warm_up + number)
             synchronize(device)
             number += 1
-        return (time.perf_counter() - start) / number
-
-    def report(self, seconds: float, amount: int, unit: str) -> dict[str, float]:
-        peak = memory(torch.device(self.device))["memory/peak_gib"]
-        return {"seconds": seconds, unit: amount / seconds, "peak_gib": peak}
+        seconds = (time.perf_counter() - start) / number
+        return {"seconds": seconds, unit: amount / seconds, "peak_gib": memory(device)["memory/peak_gib"]}
 
 
 def training_step(objective: Callable[[Absorbing], Objective], compiled: bool, setup: Setup) -> dict[str, float]:
@@ -169,10 +163,9 @@ def training_step(objective: Callable[[Absorbing], Objective], compiled: bool, s
         optimizer.zero_grad()
         masked.append(loss.logs["num_masked"].sum() if "num_masked" in loss.logs else loss.mask_BL.sum())
 
-    seconds = setup.timed(step)
+    found = setup.measured(step, setup.batch * setup.length, "tokens/s")
     done = flops.of_blocks(setup.batch, setup.length) + flops.of_projection(float(torch.stack(masked).float().mean()))
-    rate = matmul_rate(torch.device(setup.device), torch.bfloat16)
-    return setup.report(seconds, setup.batch * setup.length, "tokens/s") | {"mfu": done / seconds / rate}
+    return found | {"mfu": done / found["seconds"] / matmul_rate(torch.device(setup.device), torch.bfloat16)}
 
 
 def likelihood(setup: Setup) -> dict[str, float]:
@@ -187,7 +180,7 @@ def likelihood(setup: Setup) -> dict[str, float]:
         with _autocast(setup.device, "bf16"):
             law.loss(net, batch, evaluation_noise(number, rows_B))
 
-    return setup.report(setup.timed(step), setup.batch * setup.length, "tokens/s")
+    return setup.measured(step, setup.batch * setup.length, "tokens/s")
 
 
 def sampling(sampler: Callable, steps: int | None, setup: Setup) -> dict[str, float]:
@@ -202,7 +195,7 @@ def sampling(sampler: Callable, steps: int | None, setup: Setup) -> dict[str, fl
         with _autocast(setup.device, "bf16"):
             sampler(model, blank_BL, KeyedNoise(number, rows_B), **settings)
 
-    return setup.report(setup.timed(texts, warm_up=1), setup.batch * setup.length, "tokens/s")
+    return setup.measured(texts, setup.batch * setup.length, "tokens/s", warm_up=1)
 
 
 def classification(setup: Setup, draws: int = 8) -> dict[str, float]:
@@ -220,15 +213,10 @@ def classification(setup: Setup, draws: int = 8) -> dict[str, float]:
                 with _autocast(setup.device, "bf16"):
                     law.loss(net, batch, evaluation_noise(number, rows_B, draw, draws))
 
-    return setup.report(setup.timed(texts, warm_up=1), setup.batch, "texts/s")
+    return setup.measured(texts, setup.batch, "texts/s", warm_up=1)
 
 
-def _subs(process: Absorbing) -> Subs:
-    return Subs(LogLinear(), process)
-
-
-def _plain(process: Absorbing) -> PlainSubs:
-    return PlainSubs(LogLinear(), process)
+_subs = partial(Subs, LogLinear())
 
 
 def _blocks(size: int, process: Absorbing) -> BlockDiffusion:
@@ -238,7 +226,7 @@ def _blocks(size: int, process: Absorbing) -> BlockDiffusion:
 MEASUREMENTS: dict[str, Callable[[Setup], dict[str, float]]] = {
     "train": partial(training_step, _subs, False),
     "train, compiled": partial(training_step, _subs, True),
-    "train, plain form": partial(training_step, _plain, False),
+    "train, plain form": partial(training_step, partial(PlainSubs, LogLinear()), False),
     "train, blocks of 4": partial(training_step, partial(_blocks, 4), False),
     "train, blocks of 16": partial(training_step, partial(_blocks, 16), False),
     "likelihood, one draw": likelihood,
@@ -254,18 +242,11 @@ MEASUREMENTS: dict[str, Callable[[Setup], dict[str, float]]] = {
 
 def table(results: dict) -> str:
     """Return the results as Markdown."""
-    lines = [
-        f"# {results['device']}, torch {results['torch']}",
-        "",
-        f"`{results['command']}`",
-        "",
-        "| check | deviation | at most |",
-        "|---|---|---|",
-    ]
+    lines = [f"# {results['device']}, torch {results['torch']}\n", f"`{results['command']}`\n"]
+    lines += ["| check | deviation | at most |", "|---|---|---|"]
     lines += [f"| {name} | {found:.2g} | {limit:g} |" for name, found, limit in results["checks"]]
     lines += [
-        "",
-        "| size | measured | per second | share of the measured matmul speed | peak GiB |",
+        "\n| size | measured | per second | share of the measured matmul speed | peak GiB |",
         "|---|---|---|---|---|",
     ]
     for row in results["measurements"]:
@@ -280,11 +261,11 @@ def table(results: dict) -> str:
 
 def measured(size_name: str, name: str, small: bool) -> dict:
     """Run one measurement, in a process of its own unless it is small."""
+    row = {"size": size_name, "name": name}
     if small:
-        return {"size": size_name, "name": name} | MEASUREMENTS[name](Setup(size_name, small))
+        return row | MEASUREMENTS[name](Setup(size_name, small))
     command = [sys.executable, __file__, "--only", name, "--size", size_name]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    row = {"size": size_name, "name": name}
     if done.returncode:
         return row | {"error": (done.stderr.strip().splitlines() or ["no message"])[-1][:200]}
     return row | json.loads(done.stdout.strip().splitlines()[-1])
@@ -313,9 +294,7 @@ def main(arguments: list[str] | None = None) -> int:
         "checks": list(checks(setup.device, setup.size, setup.vocab_size)),
         "measurements": [],
     }
-    wrong = [
-        f"{what}: {found:.3g} is above {limit:g}" for what, found, limit in results["checks"] if not found <= limit
-    ]
+    wrong = [f"{what}: {off:.3g} is above {limit:g}" for what, off, limit in results["checks"] if not off <= limit]
     if wrong:
         print("\n".join(["results differ from those of the CPU:", *wrong]), file=sys.stderr)
         return 1

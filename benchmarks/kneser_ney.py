@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -35,15 +35,11 @@ class KneserNey:
         for n in range(order - 1, 0, -1):
             grams[n - 1].update(gram[1:] for gram in grams[n])
         self._grams = grams
-        self._total: list[dict[tuple[int, ...], int]] = []
-        self._kinds: list[dict[tuple[int, ...], int]] = []
-        for counts in grams:
-            total, kinds = defaultdict(int), defaultdict(int)
+        self._kinds = [Counter(gram[:-1] for gram in counts) for counts in grams]
+        self._total: list[Counter[tuple[int, ...]]] = [Counter() for _ in grams]
+        for total, counts in zip(self._total, grams, strict=True):
             for gram, count in counts.items():
                 total[gram[:-1]] += count
-                kinds[gram[:-1]] += 1
-            self._total.append(dict(total))
-            self._kinds.append(dict(kinds))
 
     @property
     def protocol(self) -> dict[str, object]:
@@ -55,9 +51,9 @@ class KneserNey:
         p = 1 / self.vocab_size
         for n in range(self.order):
             context = tuple(before[len(before) - n :])
-            total = self._total[n].get(context)
+            total = self._total[n][context]
             if total:
-                seen = max(self._grams[n].get((*context, token), 0) - self.discount, 0)
+                seen = max(self._grams[n][*context, token] - self.discount, 0)
                 p = (seen + self.discount * self._kinds[n][context] * p) / total
         return p
 
