@@ -71,10 +71,9 @@ def main() -> None:
                    "temperature": temperature(p_V, ids)}  # fmt: skip
             table[f"{name}, {steps} steps"] = row
             print(
-                f"{steps:5} steps  {name:18} "
-                f"positions {row['unmasked_over_expected']:.2f} ± {row['unmasked_se']:.2f} of what should go, "
-                f"surprise {row['surprise_nats']:.2f} ± {row['surprise_se']:.2f} nats (the law's {entropy:.2f}), "
-                f"effective temperature {row['temperature']:.2f}",
+                f"{steps:5} steps  {name:18} positions {row['unmasked_over_expected']:.2f} ± {row['unmasked_se']:.2f} "
+                f"of what should go, surprise {row['surprise_nats']:.2f} ± {row['surprise_se']:.2f} nats (the law's "
+                f"{entropy:.2f}), effective temperature {row['temperature']:.2f}",
                 flush=True,
             )
     report("categorical", positions=args.positions, entropy_nats=entropy, table=table)

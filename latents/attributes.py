@@ -72,9 +72,8 @@ class Attributes(Encoder):
         if len(unread):
             missing = [n for n, v in zip(self.names, attributes_NA[unread[0]], strict=True) if v == UNREAD]
             raise ValueError(
-                f"latents=synthetic knows the texts of data=reviews only, one to a row and whole: "
-                f"{texts[unread[0]]!r:.200} shows no {', '.join(missing)}; choose another "
-                "latents="
+                "latents=synthetic knows the texts of data=reviews only, one to a row and whole: "
+                f"{texts[unread[0]]!r:.200} shows no {', '.join(missing)}; choose another latents="
             )
         noise_NW = np.stack([self._noise(text) for text in texts])
         return (self.compose(attributes_NA) + noise_NW).astype(np.float32)

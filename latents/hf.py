@@ -175,10 +175,9 @@ class Pretrained(Encoder):
         long_N = lengths > settings["window"]
         if long_N.any() and self.long_texts == "error":
             raise ValueError(
-                f"{int(long_N.sum())} of {len(texts)} texts are longer than the latents.window="
-                f"{settings['window']} tokens that {self.name} reads (the longest has {lengths.max()}): "
-                "their latents would ignore the rest; raise latents.window, lower model.length, or set "
-                "latents.long_texts=cut"
+                f"{int(long_N.sum())} of {len(texts)} texts are longer than the latents.window={settings['window']} "
+                f"tokens that {self.name} reads (the longest has {lengths.max()}): their latents would ignore the "
+                "rest; raise latents.window, lower model.length, or set latents.long_texts=cut"
             )
         self.cut += int(long_N.sum())
         order = np.argsort(np.minimum(lengths, settings["window"]), kind="stable")

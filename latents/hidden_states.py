@@ -75,9 +75,8 @@ class HiddenStates(Encoder):
         known, tokenizer = self._checkpoint.settings, self._checkpoint.identity.get("tokenizer")
         if tokenizer not in (None, vocabulary.fingerprint):
             raise ValueError(
-                f"{KEY}={self.path} was trained with another tokenizer than the data have, so that it "
-                "would read other words; use its data.tokenizer_name_or_path="
-                f"{known.get('data.tokenizer_name_or_path', '')}"
+                f"{KEY}={self.path} was trained with another tokenizer than the data have, so that it would read other "
+                f"words; use its data.tokenizer_name_or_path={known.get('data.tokenizer_name_or_path', '')}"
             )
         longest = known.get("model.length")
         if longest and length > longest:

@@ -66,9 +66,8 @@ def _pooling(config: dict[str, object], folder: Path) -> str:
     modes = modes or ([word] if isinstance(word, str) else list(word or []))
     if len(modes) != 1 or modes[0] not in _POOLING:
         raise ValueError(
-            f"latents.name_or_path={folder} pools by {', '.join(map(str, modes)) or 'nothing'}, and only "
-            f"one of {', '.join(POOLINGS)} is known here; choose another encoder, or give its vectors "
-            "with latents=file"
+            f"latents.name_or_path={folder} pools by {', '.join(map(str, modes)) or 'nothing'}, and only one of "
+            f"{', '.join(POOLINGS)} is known here; choose another encoder, or give its vectors with latents=file"
         )
     return _POOLING[modes[0]]
 

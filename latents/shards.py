@@ -168,9 +168,8 @@ class Shards:
         def build(_: Path) -> None:
             if wrong := changed_files(self.path, self.description):
                 raise ValueError(
-                    f"{KEY}={self.path}: {wrong[0]} is not the file that {METADATA} was written for; make "
-                    "the folder again, or leave sha256 and identity out of it where that was "
-                    "meant"
+                    f"{KEY}={self.path}: {wrong[0]} is not the file that {METADATA} was written for; make the folder "
+                    "again, or leave sha256 and identity out of it where that was meant"
                 )
 
         cached_folder(cache_dir, "latent-files", self._settings, build)
