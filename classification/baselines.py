@@ -15,12 +15,12 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.naive_bayes import MultinomialNB
 
+from palimpsest.classification.measures import SMALLEST, log_loss
 from palimpsest.evaluation.naive_bayes import NGrams, unigram_counts
 
 _TFIDF_STRENGTHS = (1.0, 10.0, 100.0)
 _NB_STRENGTHS = (0.1, 1.0, 10.0)
 _TOLERANCE, _MAX_ITERATIONS = 1e-5, 500
-_SMALLEST = np.nextafter(0.0, 1.0)
 
 Predict = Callable[[csr_matrix], np.ndarray]
 
@@ -91,12 +91,7 @@ def _num_classes(train: Labelled, validation: Labelled, test: Labelled) -> int:
 
 def _best(fits: Iterable[Predict], validation_MF: csr_matrix, label_M: np.ndarray) -> Predict:
     """Return the fit with the lowest log loss on the validation texts, finer than the accuracy of few texts."""
-
-    def merit(predict: Predict) -> float:
-        p_true_M = predict(validation_MF)[np.arange(len(label_M)), label_M]
-        return float(np.log(np.maximum(p_true_M, _SMALLEST)).mean())
-
-    return max(fits, key=merit)
+    return min(fits, key=lambda predict: log_loss(predict(validation_MF), label_M))
 
 
 def _tfidf(train: Labelled, validation: Labelled, test: Labelled) -> tuple[Predict, csr_matrix, csr_matrix]:
@@ -105,22 +100,17 @@ def _tfidf(train: Labelled, validation: Labelled, test: Labelled) -> tuple[Predi
     Returns:
         its predictions for features, and the features of the test and of the validation texts.
     """
-    vectorizer = _vectorizer(2)
+    # Punctuation marks are words too: "!" and ":)" tell opinions apart, and no text is left without any.
+    vectorizer = TfidfVectorizer(
+        ngram_range=(1, 2), sublinear_tf=True, min_df=2, token_pattern=r"\w+|[^\w\s]", dtype=np.float32
+    )
     try:
         train_MF = vectorizer.fit_transform(train.texts)
     except ValueError:  # no word occurs in two texts of a tiny training set
-        vectorizer = _vectorizer(1)
-        train_MF = vectorizer.fit_transform(train.texts)
+        train_MF = vectorizer.set_params(min_df=1).fit_transform(train.texts)
     fits = (_logistic(strength).fit(train_MF, train.label_M).predict_proba for strength in _TFIDF_STRENGTHS)
     validation_MF = vectorizer.transform(validation.texts)
     return _best(fits, validation_MF, validation.label_M), vectorizer.transform(test.texts), validation_MF
-
-
-def _vectorizer(min_df: int) -> TfidfVectorizer:
-    # Punctuation marks are words too: "!" and ":)" tell opinions apart, and no text is left without any.
-    return TfidfVectorizer(
-        ngram_range=(1, 2), sublinear_tf=True, min_df=min_df, token_pattern=r"\w+|[^\w\s]", dtype=np.float32
-    )
 
 
 def _logistic(strength: float) -> LogisticRegression:
@@ -144,7 +134,7 @@ def _nb_logistic(binary_MF: csr_matrix, label_M: np.ndarray, num_classes: int, s
 
     def predict(binary_MF: csr_matrix) -> np.ndarray:
         p_MC = expit(binary_MF @ weight_FC + np.array(biases))
-        p_MC = np.concatenate([1 - p_MC, p_MC], axis=1) if num_classes == 2 else np.maximum(p_MC, _SMALLEST)
+        p_MC = np.concatenate([1 - p_MC, p_MC], axis=1) if num_classes == 2 else np.maximum(p_MC, SMALLEST)
         return p_MC / p_MC.sum(axis=1, keepdims=True)
 
     return predict

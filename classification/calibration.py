@@ -36,13 +36,8 @@ def fit_temperature(log_p_MC: np.ndarray, label_M: np.ndarray, log_prior_C: np.n
     """
     log_p_MC = np.asarray(log_p_MC, dtype=np.float64)
     _check(log_p_MC, label_M)
-    bounds = tuple(np.log(_TEMPERATURES))
-    found = minimize_scalar(
-        lambda log_t: _log_loss(log_p_MC * np.exp(-log_t), label_M, log_prior_C),
-        bounds=bounds,
-        method="bounded",
-        options={"xatol": 1e-6},
-    )
+    loss = lambda log_t: _log_loss(log_p_MC * np.exp(-log_t), label_M, log_prior_C)  # noqa: E731
+    found = minimize_scalar(loss, bounds=np.log(_TEMPERATURES), method="bounded", options={"xatol": 1e-6})
     return float(np.exp(found.x))
 
 
@@ -174,14 +169,9 @@ def _fit(evidence_MCB: np.ndarray, label_M: np.ndarray, log_prior_C: np.ndarray,
         loss = _log_loss(log_odds_MC, label_M, log_prior_C) + ridge / 2 * ((unit_B - 1) ** 2).sum()
         return loss, slope_B + ridge * (unit_B - 1)
 
-    found = minimize(
-        objective,
-        np.ones(num_bins),
-        jac=True,
-        method="L-BFGS-B",
-        bounds=[(0, None)] * num_bins,
-        options={"ftol": 1e-12, "gtol": 1e-8},
-    )
+    bounds = [(0, None)] * num_bins
+    options = {"ftol": 1e-12, "gtol": 1e-8}
+    found = minimize(objective, np.ones(num_bins), jac=True, method="L-BFGS-B", bounds=bounds, options=options)
     return common * found.x
 
 

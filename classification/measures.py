@@ -18,7 +18,7 @@ from palimpsest.common.metrics import Estimate, Interval, mean, wilson_interval
 _NUM_BINS = 10
 _RESAMPLES = 1000
 _BOOTSTRAP_SEED = 0  # fixed, so that the same predictions always have the same error
-_SMALLEST = np.nextafter(0.0, 1.0)  # 4.9e-324, whose log is -744.4
+SMALLEST = np.nextafter(0.0, 1.0)  # 4.9e-324, whose log is -744.4
 
 
 @dataclass(frozen=True)
@@ -114,11 +114,16 @@ def measure(posterior_MC: np.ndarray, label_M: np.ndarray) -> Measures:
         confusion_CC=confusion_CC,
         roc_auc=_roc_auc(posterior_MC, label_M) if (support_C > 0).sum() > 1 else None,
         # scikit-learn's log_loss clips at 2e-16: a confident error would cost 36 nats at most.
-        log_loss=mean(-np.log(np.maximum(p_true_M, _SMALLEST))),
+        log_loss=mean(-np.log(np.maximum(p_true_M, SMALLEST))),
         brier=mean(squares_M),
         reliability=reliability(posterior_MC.max(axis=1), right_M),
         abstention=abstention(top_log_odds(posterior_MC), right_M),
     )
+
+
+def log_loss(posterior_MC: np.ndarray, label_M: np.ndarray) -> float:
+    """Return the mean of -log p(true class | text), nats."""
+    return float(-np.log(np.maximum(posterior_MC[np.arange(len(label_M)), label_M], SMALLEST)).mean())
 
 
 def _checked(posterior_MC: np.ndarray, label_M: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -138,7 +143,7 @@ def top_log_odds(posterior_MC: np.ndarray) -> np.ndarray:
     """Return the log-odds of the most probable class, (M,), which rank texts where the probability rounds to 1."""
     sorted_MC = np.sort(posterior_MC, axis=1)
     top_M, others_M = sorted_MC[:, -1], sorted_MC[:, :-1].sum(axis=1)
-    return np.log(np.maximum(top_M, _SMALLEST)) - np.log(np.maximum(others_M, _SMALLEST))
+    return np.log(np.maximum(top_M, SMALLEST)) - np.log(np.maximum(others_M, SMALLEST))
 
 
 def abstention(confidence_M: np.ndarray, right_M: np.ndarray) -> Abstention:
@@ -193,7 +198,7 @@ def _roc_auc(posterior_MC: np.ndarray, label_M: np.ndarray) -> float:
     areas = []
     for k in [1] if num_classes == 2 else np.unique(label_M):
         others_M = np.delete(posterior_MC, k, axis=1).sum(axis=1)
-        odds_M = np.log(np.maximum(posterior_MC[:, k], _SMALLEST)) - np.log(np.maximum(others_M, _SMALLEST))
+        odds_M = np.log(np.maximum(posterior_MC[:, k], SMALLEST)) - np.log(np.maximum(others_M, SMALLEST))
         areas.append(roc_auc_score(label_M == k, odds_M))
     return float(np.mean(areas))
 

@@ -8,19 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 
 from palimpsest.classification.baselines import Baseline, Labelled, baselines
 from palimpsest.classification.bayes import posterior
-from palimpsest.classification.calibration import (
-    LengthTemperature,
-    RateWeights,
-    fit_length_temperature,
-    fit_rate_weights,
-    fit_temperature,
-)
+from palimpsest.classification.calibration import fit_length_temperature, fit_rate_weights, fit_temperature
 from palimpsest.classification.ensembles import best_baseline, fit_weight, product_of_experts
 from palimpsest.classification.latent_centroids import nearest_centroid
 from palimpsest.classification.measures import Measures, measure
@@ -82,10 +76,10 @@ class Method:
         return cls(name, posterior_MC, measure(posterior_MC, scores.label_M), float(scores.evaluations_M.mean()))
 
 
-def fit(scores: ClassScores, log_prior_C: np.ndarray) -> dict[str, object]:
+def fit(scores: ClassScores, log_prior_C: np.ndarray) -> dict[str, Any]:
     """Fit temperatures and, if masks were drawn, weights per mask rate, to the scores of the validation split."""
     log_p_MC, label_M = scores.log_p_MC, scores.label_M
-    fitted: dict[str, object] = {
+    fitted = {
         "temperature": fit_temperature(log_p_MC, label_M, log_prior_C),
         "length": fit_length_temperature(log_p_MC, _lengths(scores), label_M, log_prior_C),
     }
@@ -94,18 +88,16 @@ def fit(scores: ClassScores, log_prior_C: np.ndarray) -> dict[str, object]:
     return fitted
 
 
-def calibrated(fitted: Mapping[str, object], scores: ClassScores, log_prior_C: np.ndarray) -> dict[str, np.ndarray]:
+def calibrated(fitted: Mapping[str, Any], scores: ClassScores, log_prior_C: np.ndarray) -> dict[str, np.ndarray]:
     """Return the calibrated p(class | text) (M, C), by name."""
     if not fitted:
         return {}
     posteriors = {"temperature": posterior(scores.log_p_MC / fitted["temperature"], log_prior_C)}
-    weights = fitted.get("rate_weights")
-    if isinstance(weights, RateWeights):
-        posteriors["rates"] = posterior(weights.log_p(scores.nats_MCP, scores.rate_MP), log_prior_C)
-    by_length = fitted["length"]
-    assert isinstance(by_length, LengthTemperature)
-    posteriors["length"] = posterior(by_length.log_p(scores.log_p_MC, _lengths(scores)), log_prior_C)
-    return posteriors
+    if "rate_weights" in fitted:
+        weighted_MC = fitted["rate_weights"].log_p(scores.nats_MCP, scores.rate_MP)
+        posteriors["rates"] = posterior(weighted_MC, log_prior_C)
+    by_length_MC = fitted["length"].log_p(scores.log_p_MC, _lengths(scores))
+    return posteriors | {"length": posterior(by_length_MC, log_prior_C)}
 
 
 def _lengths(scores: ClassScores) -> np.ndarray:

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from palimpsest.classification import typical
-from palimpsest.classification.calibration import LengthTemperature
 from palimpsest.classification.measures import Measures, measure
 from palimpsest.classification.methods import ComparedMethods, Method, OtherRun, calibrated, compared, fit
 from palimpsest.classification.models import ClassModel
@@ -40,7 +40,7 @@ class ClassificationResult:
     others: list[Method]  # the compared methods
     per_class: list[Likelihood]  # likelihood of validation texts of each class under its own model
     unconditional: Likelihood | None  # p(text) without a class, if the network allows it
-    fitted: dict[str, object] = field(default_factory=dict)  # parameters of the calibration, by name
+    fitted: dict[str, Any] = field(default_factory=dict)  # parameters of the calibration, by name
     detection: Detection | None = None  # of other texts, if there are any
 
     @property
@@ -58,10 +58,9 @@ class ClassificationResult:
 
     def after_draws(self) -> tuple[np.ndarray, list[Estimate]]:
         """Return network evaluations per class, and the accuracy after them; stopped texts keep their prediction."""
-        passes = self.scores.passes
         counts = np.unique(np.geomspace(1, self.scores.nats_MCK.shape[2], 13).round().astype(int))
         found = [self.scores.posterior(self.log_prior_C, k) for k in counts]
-        return counts * passes, [measure(p, self.scores.label_M).accuracy for p in found]
+        return counts * self.scores.passes, [measure(p, self.scores.label_M).accuracy for p in found]
 
     def at_mask_rates(self) -> tuple[np.ndarray, list[Estimate]]:
         """Return shares of masked tokens, and the accuracy of a single pass there."""
@@ -105,7 +104,7 @@ class ClassificationResult:
             "accuracy_after_evaluations": _curve(*self.after_draws()) if scores.has_masks else None,
             "accuracy_at_mask_rate": _curve(*self.at_mask_rates()) if scores.has_masks else None,
             "temperature": self.fitted.get("temperature"),
-            "temperature_by_length": _parameters(self.fitted.get("length")),
+            "temperature_by_length": asdict(self.fitted["length"]) if self.fitted else None,
             "rate_weights": getattr(self.fitted.get("rate_weights"), "weight_B", None),
             "other_texts": self.detection and self.detection.results(),
         }  # fmt: skip
@@ -179,10 +178,6 @@ def _measured(m: Measures) -> dict[str, object]:
     return {"accuracy": m.accuracy, "accuracy_wilson_95": interval, "macro_f1": m.macro_f1, "roc_auc": m.roc_auc,
             "log_loss_nats": m.log_loss, "brier": m.brier, "ece": m.ece, "aurc": m.abstention.aurc,
             "accuracy_at_coverage": {str(share): m.abstention.at(share) for share in _COVERAGES}}  # fmt: skip
-
-
-def _parameters(by_length: LengthTemperature | None) -> dict[str, float] | None:
-    return by_length and asdict(by_length)
 
 
 def _curve(x: Sequence[float], y: Sequence[Estimate]) -> list[list[float]]:

@@ -59,9 +59,8 @@ def certainty(nats_MCK: np.ndarray, log_prior_C: np.ndarray, tokens_M: np.ndarra
     leader_M = log_p_MC.argmax(axis=1)
     root_length_M1 = np.sqrt(np.ones(num_texts) if tokens_M is None else np.maximum(tokens_M, 1))[:, None]
     margin_MC = (np.take_along_axis(log_p_MC, leader_M[:, None], axis=1) - log_p_MC) / root_length_M1
-    difference_MCK = (nats_MCK - np.take_along_axis(nats_MCK, leader_M[:, None, None], axis=1)) / root_length_M1[
-        :, None
-    ]
+    of_leader_M1K = np.take_along_axis(nats_MCK, leader_M[:, None, None], axis=1)
+    difference_MCK = (nats_MCK - of_leader_M1K) / root_length_M1[:, None]
     rival_MC = np.arange(num_classes) != leader_M[:, None]
     repeated_M = draws_M > 1
     certainty_M = np.zeros(num_texts)
@@ -106,9 +105,8 @@ def _standard_errors(
     variance_MC = (PRIOR_DEGREES * pooled_variance + sample_degrees_M1 * sample_variance_MC) / degrees_M1
     moderated_se_MC = np.sqrt(variance_MC / draws_M[:, None])
     positive_MC = margin_MC > 1e-6 * moderated_se_MC  # below, the ratio of the two deviates is 0 / 0
-    t_MC = np.divide(
-        margin_MC, moderated_se_MC, out=np.ones_like(moderated_se_MC), where=positive_MC & (moderated_se_MC > 0)
-    )
+    t_MC = np.ones_like(moderated_se_MC)
+    np.divide(margin_MC, moderated_se_MC, out=t_MC, where=positive_MC & (moderated_se_MC > 0))
     z_MC = norm.isf(np.maximum(student_t.sf(t_MC, degrees_M1), 1e-300))
     return np.where(positive_MC, moderated_se_MC * t_MC / z_MC, moderated_se_MC)
 
@@ -124,11 +122,8 @@ def _false_sign_rate(margin_MC: np.ndarray, se_MC: np.ndarray, rival_MC: np.ndar
     num_scales = 2 + int(np.ceil(np.log2(max(2 * largest / smallest, 2))))
     scale_G = smallest * 2.0 ** np.arange(num_scales)
     runner_up_M = np.where(rival_MC, margin_MC, np.inf).argmin(axis=1)[:, None]
-    likelihood_MG = _likelihood(
-        np.take_along_axis(margin_MC, runner_up_M, axis=1)[:, 0],
-        np.take_along_axis(se_MC, runner_up_M, axis=1)[:, 0],
-        scale_G,
-    )
+    margin_M, se_M = (np.take_along_axis(x_MC, runner_up_M, axis=1)[:, 0] for x_MC in (margin_MC, se_MC))
+    likelihood_MG = _likelihood(margin_M, se_M, scale_G)
     weight_G = np.full(num_scales, 1 / num_scales)
     null_count_G = _NULL_TEXTS * (np.arange(num_scales) == 0)
     for _ in range(_EM_STEPS):
