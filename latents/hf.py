@@ -187,14 +187,8 @@ class Pretrained(Encoder):
 
     @torch.inference_mode()
     def _encode(self, texts: list[str]) -> np.ndarray:
-        batch = tokenized(
-            self.tokenizer,
-            texts,
-            padding=True,
-            truncation=True,
-            max_length=self.settings["window"],
-            return_tensors="pt",
-        ).to(self.network.device)
+        cut = {"padding": True, "truncation": True, "max_length": self.settings["window"]}
+        batch = tokenized(self.tokenizer, texts, **cut, return_tensors="pt").to(self.network.device)
         hidden_BLW = self.network(**batch).last_hidden_state
         pooled_BW = pool(hidden_BLW, batch["attention_mask"], self.settings["pooling"])
         if self.settings["normalize"]:

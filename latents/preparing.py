@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from palimpsest.common.files import write_atomically
 from palimpsest.data.cache import file_digest, fingerprint
 from palimpsest.data.passages import PackedTexts, Passages
 from palimpsest.latents.encoder import Encoder
@@ -115,8 +116,7 @@ class Preparation:
             raise ValueError(f"--out={self.out} has other content; give an empty or a new folder")
         for folder in (SHARDS, _PROGRESS):
             (self.out / folder).mkdir(parents=True, exist_ok=True)
-        with whole_file(begun) as file:
-            file.write(json.dumps({"plan": self.plan.fingerprint}).encode())
+        write_atomically(begun, json.dumps({"plan": self.plan.fingerprint}).encode())
         return True
 
     def write(self, numbers: Collection[int]) -> None:
@@ -147,15 +147,9 @@ class Preparation:
             np.save(file, np.concatenate(groups))
         cut = getattr(self.encoder, "cut", 0) - cut
         record = {"skipped": skipped, "cut": cut, "sha256": file_digest(self._shard(part.number))}
-        with whole_file(self._record(part)) as file:  # the shard is done when this file exists
-            file.write(json.dumps(record).encode())
-        log.info(
-            "shard %d of %d: %d texts of %s",
-            part.number + 1,
-            len(self.plan.parts),
-            part.stop - part.start - len(skipped),
-            part.split,
-        )
+        write_atomically(self._record(part), json.dumps(record).encode())  # the shard is done when this file exists
+        kept = part.stop - part.start - len(skipped)
+        log.info("shard %d of %d: %d texts of %s", part.number + 1, len(self.plan.parts), kept, part.split)
 
     def _check_budget(self, skipped: Mapping[str, str], rows: PackedTexts, total: int | None = None) -> None:
         total = len(skipped) if total is None else total
@@ -201,8 +195,7 @@ class Preparation:
                               if split != "train"},
             "plan": self.plan.fingerprint, **scale, "sha256": self._digests(records),
         }  # fmt: skip
-        with whole_file(self.out / METADATA) as file:
-            file.write((json.dumps(metadata, indent=1, ensure_ascii=False) + "\n").encode())
+        write_atomically(self.out / METADATA, (json.dumps(metadata, indent=1, ensure_ascii=False) + "\n").encode())
         shutil.rmtree(self.out / _PROGRESS)
         for left in self.out.rglob("*.partial"):
             left.unlink()

@@ -81,9 +81,8 @@ class TextLatents:
         sources, data = None, self._data
         if self.encoder.informed and data.train_splits is None and not data.packing(split).wrap:
             texts, whole = data.source.load(split)["text"][:], self._whole(split, rows[:])
-            sources = [
-                texts[int(i)] if is_whole else None for i, is_whole in zip(rows["text_id"][:], whole, strict=True)
-            ]
+            ids = map(int, rows["text_id"][:])
+            sources = [texts[i] if is_whole else None for i, is_whole in zip(ids, whole, strict=True)]
         return PackedTexts(rows, data.tokenizer, data.vocabulary, sources)
 
     def _whole(self, split: str, columns: Mapping[str, Any]) -> list[bool]:
@@ -115,7 +114,7 @@ class TextLatents:
 
         folder, _ = cached_folder(self._data.cache_dir, "latent-encoder", self.settings, build)
         with np.load(folder / "encoder.npz") as arrays:
-            self.encoder.load({name: arrays[name] for name in arrays})
+            self.encoder.load(dict(arrays))
 
     @cached_property
     def space(self) -> Space:
@@ -136,8 +135,8 @@ class TextLatents:
             np.savez(folder / "space.npz", **arrays, **space.arrays())
 
         folder, _ = cached_folder(self._data.cache_dir, "latent-space", {**self.settings, **files}, build)
-        with np.load(folder / "space.npz") as kept:
-            arrays = {name: kept[name] for name in kept}
+        with np.load(folder / "space.npz") as file:
+            arrays = dict(file)
         if not isinstance(encoder, Shards):
             encoder.load(arrays)
         return Space.from_arrays(arrays)
@@ -162,8 +161,7 @@ class TextLatents:
     @cached_property
     def fingerprint(self) -> str:
         """Return a hex digest; equal digests mean the same latents for the same rows."""
-        in_folder = isinstance(self.encoder, Shards)
-        numbers = [self.encoder.content(self._data.cache_dir)] if in_folder else []
+        numbers = [self.encoder.content(self._data.cache_dir)] if isinstance(self.encoder, Shards) else []
         return fingerprint({**self.settings, "numbers": numbers})
 
     @property

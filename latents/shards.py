@@ -56,7 +56,7 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
         if any(info.compress_type for info in infos) or sum(info.file_size for info in infos) > path.stat().st_size:
             raise ValueError("it is compressed, and np.savez does not compress")
         with np.load(path) as arrays:
-            return {name: arrays[name] for name in arrays}
+            return dict(arrays)
     except (ValueError, EOFError, OSError, MemoryError, zipfile.BadZipFile) as error:
         raise ValueError(f"{KEY}={path.parent}: {path.name} is damaged ({error}); make the folder again") from error
 
@@ -215,7 +215,7 @@ class Shards:
 
         folder, _ = cached_folder(cache_dir, "latent-listing", settings, build)
         with np.load(folder / "listing.npz") as arrays:
-            return Listing(**{name: arrays[name] for name in arrays})
+            return Listing(**arrays)
 
     def _vectors(self, lines: Listing) -> Sharded:
         return Sharded(self.paths, self.width, lines.shard, lines.place)

@@ -87,9 +87,8 @@ def chunks(store: Store) -> Iterator[np.ndarray]:
 def faults(vectors_NW: np.ndarray) -> dict[int, str]:
     """Return the rows without a valid vector and what is wrong: numbers that are not finite, or only zeros, which come
     from a failure of the encoder."""
-    infinite_N, zero_N = ~np.isfinite(vectors_NW).all(1), ~vectors_NW.any(1)
-    found = {int(row): "its vector is not finite" for row in np.flatnonzero(infinite_N)}
-    return found | {int(row): "its vector is all zeros" for row in np.flatnonzero(zero_N)}
+    found = {int(row): "its vector is not finite" for row in np.flatnonzero(~np.isfinite(vectors_NW).all(1))}
+    return found | {int(row): "its vector is all zeros" for row in np.flatnonzero(~vectors_NW.any(1))}
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,11 +155,9 @@ def fit_space(train: Store, dim: int | None, tokens: int, origin: str) -> Space:
     varies_W = spread_W > _CONSTANT * spread_W.max()
     if dim is None:
         if not varies_W.all():
+            constant = int((~varies_W).sum())
             log.warning(
-                "%s: %d of %d numbers are the same for all of them, and are left out",
-                origin,
-                int((~varies_W).sum()),
-                train.width,
+                "%s: %d of %d numbers are the same for all of them, and are left out", origin, constant, train.width
             )
         if tokens > 1 and (not varies_W.all() or train.width % tokens):
             raise ValueError(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import ast
 from collections.abc import Mapping
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 from matplotlib import rcParams
@@ -27,11 +28,10 @@ def imports() -> dict[str, set[str]]:
         if top in _EXCLUDED:
             continue
         room = top.removesuffix(".py")
-        here = found.setdefault(room, set())
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("palimpsest."):
-                here.add(node.module.split(".")[1])
-        here.discard(room)
+        nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        modules = [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module]
+        below = {module.split(".")[1] for module in modules if module.startswith("palimpsest.")}
+        found[room] = found.get(room, set()) | below - {room}
     return found
 
 
@@ -39,22 +39,18 @@ def floors(rooms: Mapping[str, set[str]]) -> dict[str, int]:
     """Return the level of each room, which is above those that it imports from.
 
     Raises:
-        ValueError: imports are circular.
+        CycleError: imports are circular.
     """
     height: dict[str, int] = {}
-    while len(height) < len(rooms):
-        ready = [room for room in rooms if room not in height and rooms[room] <= height.keys()]
-        if not ready:
-            raise ValueError(f"these rooms import in a circle: {', '.join(sorted(set(rooms) - set(height)))}")
-        for room in ready:
-            height[room] = 1 + max((height[other] for other in rooms[room]), default=-1)
+    for room in TopologicalSorter(rooms).static_order():
+        height[room] = 1 + max((height[other] for other in rooms[room]), default=-1)
     return height
 
 
 def needed(rooms: Mapping[str, set[str]]) -> dict[str, set[str]]:
     """Return the imports that do not follow from others."""
     below: dict[str, set[str]] = {}
-    for room in sorted(rooms, key=floors(rooms).get):
+    for room in TopologicalSorter(rooms).static_order():
         below[room] = rooms[room].union(*(below[other] for other in rooms[room]))
     return {room: {a for a in others if not any(a in below[b] for b in others - {a})} for room, others in rooms.items()}
 

@@ -21,6 +21,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,13 +79,7 @@ def row(folder: Path, name: str, now: float, silent: float) -> Row:
         if known["state"] in RUNNING and _is_local(known) and not _is_alive(known):
             known = json.loads((folder / FILE).read_text())  # it may have ended normally since
         return _shown(known, folder, name, now, silent)
-    except (
-        OSError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-    ) as error:  # a partial copy, or deleted
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:  # a partial copy, or deleted
         return Row(name, "unreadable", *[""] * 8, note=f"{FILE}: {type(error).__name__}: {error}")
 
 
@@ -158,19 +153,16 @@ def _left(known: dict, now: float) -> str:
 def _checkpoint(folder: Path, known: dict, now: float) -> str:
     """Return the step and age of the newest file (or folder) in checkpoints/."""
     newest, when = None, 0.0
-    try:
+    with suppress(OSError):  # no folder yet, or a file that has just been replaced
         for entry in os.scandir(folder / CHECKPOINTS):
             changed = entry.stat().st_mtime
             if changed > when and not _INCOMPLETE.search(entry.name):
                 newest, when = entry.name, changed
-    except OSError:  # no folder yet, or a file that has just been replaced
-        pass
     if newest is None:  # none, or at a URL (checkpointing.save_dir=s3://...)
         saved = known["checkpoint"]
         return f"{duration(now - saved['time'])} ago, step {saved['step']:,}" if saved else ""
     found = _STEP_IN_NAME.search(newest)
-    noted = known["checkpoint"] and known["checkpoint"]["step"]
-    step = int(found[1]) if found else noted
+    step = int(found[1]) if found else known["checkpoint"] and known["checkpoint"]["step"]
     return f"{duration(now - when)} ago" + ("" if step is None else f", step {step:,}")
 
 
@@ -230,12 +222,8 @@ def table(shown: Sequence[Row], title: str, width: int) -> object:
             kept.pop(name, None)
     out = Table(title=title, title_justify="left", title_style="dim", box=None, pad_edge=False, header_style="dim")
     for name in kept:
-        out.add_column(
-            name,
-            justify="right" if name in ("step", "left", "loss", "speed", "memory") else "left",
-            no_wrap=name not in ("name", "note"),
-            overflow="fold",
-        )
+        justify = "right" if name in ("step", "left", "loss", "speed", "memory") else "left"
+        out.add_column(name, justify=justify, no_wrap=name not in ("name", "note"), overflow="fold")
     for one in shown:
         style = COLOURS.get(one.state, "")
         out.add_row(*(Text(getattr(one, name), style if name in ("state", "note") else "") for name in kept))
@@ -275,13 +263,11 @@ def watch(folder: Path, silent: float, interval: float | None, plain: bool) -> N
     from rich.live import Live
 
     console = Console()
-    with Live(
-        table(rows(folder, silent), str(folder), console.width), console=console, screen=True, auto_refresh=False
-    ) as live:
+    with Live(console=console, screen=True, auto_refresh=False) as live:
         while True:
-            time.sleep(interval)
             title = f"{folder}   {time.strftime('%H:%M:%S')}"
             live.update(table(rows(folder, silent), title, console.width), refresh=True)
+            time.sleep(interval)
 
 
 def _print(shown: Sequence[Row], folder: Path, plain: bool) -> None:
