@@ -50,11 +50,6 @@ class Abstention:
     right_M: np.ndarray  # expected number of right predictions among the 1, 2, ..., M most confident texts
     aurc: Estimate  # area under the risk-coverage curve (Geifman & El-Yaniv 2017): the mean error rate over coverages
 
-    @property
-    def coverage_M(self) -> np.ndarray:
-        """Shares of the texts that are predicted."""
-        return np.arange(1, len(self.right_M) + 1) / len(self.right_M)
-
     def at(self, coverage: float) -> Estimate:
         """Return the accuracy at a coverage in (0, 1], with its binomial standard error."""
         number = max(1, round(coverage * len(self.right_M)))

@@ -9,7 +9,6 @@ Every figure stands once, in the table, beside the file that it was measured int
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -105,17 +104,6 @@ def _lines(measurement: Measurement) -> Iterator[str]:
 
 def _link(source: str) -> str:
     return f"[{Path(source).name}]({Path(source).name})" if source.startswith("docs/") else f"`{source}`"
-
-
-def numbers_in(text: str) -> list[float]:
-    """Return every number of a text."""
-    return [float(number) for number in re.findall(r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?", text.replace("−", "-"))]
-
-
-def is_quoted_from(shown: str, numbers: Sequence[float]) -> bool:
-    """Return whether a figure is one of `numbers`, or a share among them as per cent, rounded to its own digits."""
-    half_unit = 0.5 * 10.0 ** -len(shown.partition(".")[2])
-    return any(abs(scale * number - float(shown)) <= 1.001 * half_unit for number in numbers for scale in (1, 100))
 
 
 def outdated(root: Path = ROOT) -> dict[Path, str]:

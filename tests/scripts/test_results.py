@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+
 import pytest
 
-from palimpsest.scripts.make_results import ROOT, is_quoted_from, numbers_in, outdated, read_table, readme_table
+from palimpsest.scripts.make_results import ROOT, outdated, read_table, readme_table
 
 MEASUREMENTS = read_table()
+
+
+def numbers_in(text: str) -> list[float]:
+    """Return every number of a text."""
+    return [float(number) for number in re.findall(r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?", text.replace("−", "-"))]
+
+
+def is_quoted_from(shown: str, numbers: Sequence[float]) -> bool:
+    """Return whether a figure is one of `numbers`, or a share among them as per cent, rounded to its own digits."""
+    half_unit = 0.5 * 10.0 ** -len(shown.partition(".")[2])
+    return any(abs(scale * number - float(shown)) <= 1.001 * half_unit for number in numbers for scale in (1, 100))
 
 
 def test_readme_and_page_are_up_to_date():
