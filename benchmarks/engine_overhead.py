@@ -11,8 +11,6 @@ stretches only the wall time.
 
 from __future__ import annotations
 
-import argparse
-import json
 import logging
 import os
 import tempfile
@@ -24,6 +22,7 @@ import lightning
 import numpy as np
 import torch
 
+from palimpsest.benchmarks.shared import new_parser, report
 from palimpsest.common.randomness import training_noise
 from palimpsest.experiment.experiment import Experiment
 from palimpsest.settings.command_line import compose_config
@@ -78,7 +77,7 @@ def bare_steps(experiment: Experiment, device: torch.device) -> Iterator[None]:
 
 
 def run() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--steps", type=int, default=100)
     args, overrides = parser.parse_known_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -97,15 +96,15 @@ def run() -> None:
     engine_ms, bare_ms = (np.array(times) for times in (clock.engine_ms, clock.bare_ms[1:]))
     quartiles = lambda values: np.quantile(values, [0.25, 0.5, 0.75]).round(4).tolist()  # noqa: E731
     ratio = lambda of, a, b: round(float(of(a) / of(b)), 4)  # noqa: E731
-    found = {"benchmark": "engine_overhead", "device": device.type, "threads": torch.get_num_threads(),
-             "torch": torch.__version__, "settings": [*SIZE, *overrides], "steps": args.steps,
-             "load_average": os.getloadavg()[0], "cpus": os.cpu_count()}  # fmt: skip
+    found = {"device": device.type, "threads": torch.get_num_threads(), "torch": torch.__version__,
+             "settings": [*SIZE, *overrides], "steps": args.steps, "load_average": os.getloadavg()[0],
+             "cpus": os.cpu_count()}  # fmt: skip
     for column, kind in enumerate(("wall", "processor")[: 1 if device.type == "cuda" else 2]):
         engine, bare = engine_ms[WARM_UP - 1 :, column], bare_ms[WARM_UP - 1 :, column]
         found[f"{kind}_ms"] = {"bare": quartiles(bare), "engine": quartiles(engine)}
         found[f"{kind}_ratio"] = {"of_steps": quartiles(engine / bare), "of_medians": ratio(np.median, engine, bare),
                                   "of_sums": ratio(np.sum, engine, bare)}  # fmt: skip
-    print(json.dumps(found))
+    report("engine_overhead", **found)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ Shape suffixes: M texts, C classes, K draws, L length, S states, G log-odds.
 
 from __future__ import annotations
 
-import argparse
 import json
 from itertools import pairwise
 from pathlib import Path
@@ -28,6 +27,7 @@ import torch
 from scipy.sparse import csr_matrix
 from scipy.special import expit
 
+from palimpsest.benchmarks.shared import new_parser
 from palimpsest.classification.bayes import averaged_posterior, posterior
 from palimpsest.classification.sequential_test import undecided
 from palimpsest.common.metrics import Estimate
@@ -145,7 +145,7 @@ def _agrees(nats_MCK: np.ndarray, exact_MC: np.ndarray) -> np.ndarray:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--texts", type=int, default=2000, help="for each seed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="of the texts and masks")
     parser.add_argument("--output", type=Path)
@@ -162,9 +162,8 @@ def main() -> None:
             values_M = np.concatenate([found[confidence][name] for found in by_seed])
             mean = Estimate(float(values_M.mean()), float(values_M.std() / np.sqrt(len(values_M))))
             print(f"    {name:45s} {mean}")
-            row[name] = {
-                "mean": mean.value, "se": mean.se, "by_seed": [float(f[confidence][name].mean()) for f in by_seed]
-            }  # fmt: skip
+            means = [float(found[confidence][name].mean()) for found in by_seed]
+            row[name] = {"mean": mean.value, "se": mean.se, "by_seed": means}
         lines.append(json.dumps(row))
     if args.output:
         args.output.write_text("\n".join(lines) + "\n")

@@ -197,7 +197,7 @@ def tensors_and_counts(path: Path) -> tuple[list[torch.Tensor], str]:
 def same(a: Path, b: Path) -> bool:
     """Return True if two checkpoints are the same training, bit for bit."""
     (x, of_x), (y, of_y) = tensors_and_counts(a), tensors_and_counts(b)
-    return of_x == of_y and len(x) == len(y) and all(torch.equal(p, q) for p, q in zip(x, y, strict=True))
+    return of_x == of_y and len(x) == len(y) and all(map(torch.equal, x, y))
 
 
 def complete(campaign: Campaign, folder: Path, whole: Path, status: int) -> None:
@@ -282,8 +282,7 @@ def damages(campaign: Campaign, whole: Path, number: int) -> None:
         others = sorted(path for path in kept.glob("*.ckpt") if path.stat().st_nlink == 1)
         chosen = {kept / "last.ckpt", *([campaign.chance.choice(others)] if len(others) > 1 else [])}
         told = [(path, damage(campaign, path)) for path in chosen if path.exists()]
-        training = start(folder, 1)
-        complete(campaign, folder, whole, training.wait())
+        complete(campaign, folder, whole, start(folder, 1).wait())
         aside = {path.name for path in kept.glob("*.corrupt*")}
         for path, kind in told:
             if path.name in ("last.ckpt", "best.ckpt"):
@@ -331,8 +330,8 @@ def disks(campaign: Campaign, whole: Path, number: int, size: int) -> str | None
 
 def _fill(campaign: Campaign, folder: Path, kept: Path, whole: Path, kind: str) -> None:
     ballast = kept / "ballast"
-    often = ["trainer.log_every_n_steps=1"]
-    limit = ["checkpointing.max_failed_saves=4"] if kind == "full for good" else ["checkpointing.max_failed_saves=null"]
+    most_failed = 4 if kind == "full for good" else "null"
+    settings = ["trainer.log_every_n_steps=1", f"checkpointing.max_failed_saves={most_failed}"]
 
     def at_steps() -> None:
         """Fill the disk after a random step, and empty it a few steps later, or never."""
@@ -348,7 +347,7 @@ def _fill(campaign: Campaign, folder: Path, kept: Path, whole: Path, kind: str) 
 
         LastCheckpoint.on_train_batch_end = step_by_step
 
-    training = start(folder, 1, *limit, *often, prepare=at_steps if kind != "room for few" else lambda: None)
+    training = start(folder, 1, *settings, prepare=at_steps if kind != "room for few" else lambda: None)
     status = training.wait()
     log = training.log.read_text()
     campaign.counts["saves that failed"] += log.count("COULD NOT BE WRITTEN")

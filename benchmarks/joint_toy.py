@@ -59,22 +59,13 @@ def latents(values: Tensor, noise: float = 0.0) -> Tensor:
 
 
 def train(
-    steps: int,
-    settings: argparse.Namespace,
-    seed: int = 0,
-    modes: dict[str, float] | None = None,
-    independent: bool = False,
+    steps: int, settings: argparse.Namespace, seed: int = 0, modes: dict | None = None, independent: bool = False
 ) -> tuple[MMDiT, JointDiffusion, dict[str, float]]:
     torch.manual_seed(seed)
     rows = settings.rows
     net = MMDiT(MASK + 1, 64, 64, 3, 4, latent_shape=(1, WIDTH), dropout=0.0)
-    law = JointDiffusion(
-        Absorbing(MASK),
-        partial(Subs, LogLinear()),
-        GaussianDiffusion(settings.target, settings.loss),
-        modes=modes,
-        latent_tokens=LENGTH,
-    )
+    of_latents = GaussianDiffusion(settings.target, settings.loss)
+    law = JointDiffusion(Absorbing(MASK), partial(Subs, LogLinear()), of_latents, modes=modes, latent_tokens=LENGTH)
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
     for step in range(steps):

@@ -70,11 +70,11 @@ def main() -> None:
     net = DiT(VOCAB, **SIZE).eval()
     torch.nn.init.normal_(net.head.weight, std=0.02)
     runs = {
-        "ddpm": lambda: ours(net, partial(ancestral.sample, steps=args.steps, skip_idle=False)),
-        "ddpm_cache": lambda: ours(net, partial(ancestral.sample, steps=args.steps, skip_idle=True)),
-        "first_hitting": lambda: ours(net, first_hitting.sample),
-        "plain": lambda: plain(net, args.steps, args.timed_plain_steps),
-        "trunk": lambda: trunk(net, args.steps),
+        "ddpm": partial(ours, net, partial(ancestral.sample, steps=args.steps, skip_idle=False)),
+        "ddpm_cache": partial(ours, net, partial(ancestral.sample, steps=args.steps, skip_idle=True)),
+        "first_hitting": partial(ours, net, first_hitting.sample),
+        "plain": partial(plain, net, args.steps, args.timed_plain_steps),
+        "trunk": partial(trunk, net, args.steps),
     }
     seconds, evaluations = in_turns(runs, args.pairs)
     seconds["plain"] = [timed * args.steps / args.timed_plain_steps for timed in seconds["plain"]]
