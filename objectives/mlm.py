@@ -28,7 +28,7 @@ class MaskedLM(Subs):
     Its weights are evaluated and sampled exactly like those of parameterization=subs.
     """
 
-    name = "mlm"
+    name = "subs"  # in the fingerprints of its trainings, whose weights are those of subs
     masks_special = False
 
     def __init__(
