@@ -118,7 +118,7 @@ def test_a_foreign_model_is_measured_under_its_own_protocol(tmp_path, monkeypatc
     told = json.loads((tmp_path / "run/ppl_eval/validation/results.json").read_text())["protocol"]
     assert told["parameterization"] == "subs" and told["time_conditioning"] is True
     assert told["length"] == told["trained_length"] == 64 and "was trained on" not in caplog.text
-    assert told["law"] == "p(rest | first token)"
+    assert told["distribution"] == "p(rest | first token)"
     assert measured["tokens"] == 63 * measured["texts"], "the first token of a row is given"
     run("model.length=32")
     told = json.loads((tmp_path / "run/ppl_eval/validation/results.json").read_text())["protocol"]
