@@ -79,8 +79,7 @@ def token_attributions(
     """
     device, attributions = models[0].diffusion.device, []
     for row, taken in draws.items():
-        batch = data.collate(data.split(split)[[row]])
-        batch = {name: column.to(device) for name, column in batch.items()}
+        batch = {name: column.to(device) for name, column in data.collate(data.split(split)[[row]]).items()}
         by_class = []
         for model in models:
             conditioned, network = model.with_conditioning(batch), model.diffusion

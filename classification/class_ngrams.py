@@ -43,10 +43,8 @@ class PairCounts:
     @property
     def tokens(self) -> PairCounts:
         """The same texts without order: every token stands at the beginning."""
-        to_token_PV = csr_matrix(
-            (np.ones(len(self.second_P)), (np.arange(len(self.second_P)), self.second_P)),
-            shape=(len(self.second_P), self.vocab_size),
-        )
+        pairs = len(self.second_P)
+        to_token_PV = csr_matrix((np.ones(pairs), (np.arange(pairs), self.second_P)), shape=(pairs, self.vocab_size))
         first_V = np.full(self.vocab_size, self.vocab_size)
         count_MV = (self.count_MP @ to_token_PV).tocsr()
         return replace(self, first_P=first_V, second_P=np.arange(self.vocab_size), count_MP=count_MV)

@@ -72,9 +72,21 @@ def class_models(experiment: Experiment, data: TextData, checkpoint_path: str, d
         ValueError: `checkpoint_path` is one file for several models, or has {label} for one model.
     """
     classes = range(len(data.label_names))
-    if checkpoint_path and experiment.build.choices.conditional == ("{label}" in checkpoint_path):
-        raise ValueError(_wrong_number(checkpoint_path, experiment.build.choices.conditional, len(classes)))
-    if experiment.build.choices.conditional:
+    conditional = experiment.build.choices.conditional
+    per_class = "{label}" in checkpoint_path
+    if conditional and per_class:
+        raise ValueError(
+            f"eval.checkpoint_path={checkpoint_path} is one model per class, but classify.sharing=conditional needs "
+            "one for all: name its file, or set classify.sharing=per_class"
+        )
+    if checkpoint_path and not conditional and not per_class:
+        raise ValueError(
+            f"eval.checkpoint_path={checkpoint_path} is one model, but mode=classify needs one for each of the "
+            f"{len(classes)} classes: write {{label}} where the number of the class stands, as in "
+            "runs/label={label}/checkpoints/last.ckpt, or leave it empty to train them (from the weights of "
+            "training.from_pretrained, if it is set)"
+        )
+    if conditional:
         return conditional_models(experiment, data, checkpoint_path or str(experiment.fit()), disable_ema)
     return one_per_class(experiment, [checkpoint_path or str(experiment.fit(label)) for label in classes], disable_ema)
 
@@ -89,20 +101,6 @@ def conditional_models(experiment: Experiment, data: TextData, path: str, disabl
     """Load the one model at `path`, conditioned on each class."""
     diffusion = experiment.weights.trained(data, path, disable_ema)
     return [ClassModel(diffusion, label) for label in range(len(data.label_names))]
-
-
-def _wrong_number(checkpoint_path: str, conditional: bool, num_classes: int) -> str:
-    if conditional:
-        return (
-            f"eval.checkpoint_path={checkpoint_path} is one model per class, but classify.sharing=conditional needs "
-            "one for all: name its file, or set classify.sharing=per_class"
-        )
-    return (
-        f"eval.checkpoint_path={checkpoint_path} is one model, but mode=classify needs one for each of the "
-        f"{num_classes} classes: write {{label}} where the number of the class stands, as in "
-        "runs/label={label}/checkpoints/last.ckpt, or leave it empty to train them (from the weights of "
-        "training.from_pretrained, if it is set)"
-    )
 
 
 def pretraining_splits(pretrain: str, splits: Sequence[str]) -> list[str]:

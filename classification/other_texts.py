@@ -44,8 +44,7 @@ def with_other_texts(data: TextData, path: str, split: str) -> TextData:
     texts = [text for table in tables for text in table.column("text").to_pylist()]
     if not texts:
         raise ValueError(f"{_SETTING}={path} holds no text; name another file")
-    number = len(data.texts(split))
-    chosen = np.sort(np.random.default_rng(0).permutation(len(texts))[:number])
+    chosen = np.sort(np.random.default_rng(0).permutation(len(texts))[: len(data.texts(split))])
     return with_texts(data, SPLIT, [texts[i] for i in chosen])
 
 

@@ -132,9 +132,8 @@ def classify_split(
     """
 
     def scored(texts: TextData, name: str) -> ClassScores:
-        return score_classes(
-            experiment.trainer, models, texts, name, experiment.build.estimator, test, experiment.seed, log_prior_C
-        )
+        estimator = experiment.build.estimator
+        return score_classes(experiment.trainer, models, texts, name, estimator, test, experiment.seed, log_prior_C)
 
     scores = scored(data, split)
     runs = {path: OtherRun.read(file, scores, compared_with.calibrate) for path, file in others.items()}
@@ -160,17 +159,13 @@ def _class_likelihood(experiment: Experiment, model: ClassModel, label: int | No
     """Measure the validation texts of a class under its own model (None: all texts, without conditioning)."""
     data = experiment.build.data(label)
     name = "all texts" if label is None else data.label_names[label]
+    build = experiment.build
     trainer = experiment.trainer(f"validate {name}", label)
+    loader = data.eval_dataloader("validation", trainer=trainer)
     measured = score(
-        trainer,
-        model.diffusion,
-        data.eval_dataloader("validation", trainer=trainer),
-        experiment.build.estimator,
-        experiment.build.precision,
-        experiment.seed,
-        model.with_conditioning,
+        trainer, model.diffusion, loader, build.estimator, build.precision, experiment.seed, model.with_conditioning
     )
-    return likelihood(data, "validation", measured, experiment.build.truth)
+    return likelihood(data, "validation", measured, build.truth)
 
 
 def _measured(m: Measures) -> dict[str, object]:
