@@ -82,7 +82,7 @@ def arguments(args: argparse.Namespace) -> list[str]:
         "mode": "sample_eval", "eval.checkpoint_path": str(path), "checkpointing.save_dir": args.out,
         "eval.split": "null", "sampling.num_samples": args.num_samples,
         "sampling.num_sample_log": min(args.num_samples, MAX_PRINTED),
-        "sampler": sampler, **token_choice(args),
+        "sampler": sampler, **token_choice(args), "seed": args.seed, "data.label": known.get("label"),
     }  # fmt: skip
     typed = {name: getattr(args, name) for name in (*UNMASKING, *TEXTS) if getattr(args, name) is not None}
     unused = [name for name in typed if name in UNMASKING and (name, sampler) != ("steps", "uniform")]
@@ -91,11 +91,10 @@ def arguments(args: argparse.Namespace) -> list[str]:
         raise ValueError(f"--{unused[0]} {typed[unused[0]]}: this model writes {how}; leave it out")
     settings |= {{**UNMASKING, **TEXTS}[name]: value for name, value in typed.items()}
     settings |= {key: "true" for key in ("sampling.show", "sampling.gif") if getattr(args, key.partition(".")[2])}
-    optional = {"seed": args.seed, "data.label": known.get("label")}
-    settings |= {key: value for key, value in optional.items() if value is not None}
     keys = [argument.partition("=")[0].lstrip("+") for argument in args.overrides]
     replaced = {command_line.ALIASES.get(key, key) for key in keys}
-    ours = [*overrides(configuration), *(f"{key}={quoted(key, value)}" for key, value in settings.items())]
+    ours = overrides(configuration)
+    ours += [f"{key}={quoted(key, value)}" for key, value in settings.items() if value is not None]
     return [*(argument for argument in ours if argument.partition("=")[0].lstrip("+") not in replaced), *args.overrides]
 
 
@@ -120,7 +119,7 @@ def predictor(configuration: dict[str, object]) -> str:
 
 
 def token_choice(args: argparse.Namespace) -> dict[str, object]:
-    """Return --sampling, --top-k, --top-p and --temperature as keys."""
+    """Return --sampling, --top-k, --top-p and --temperature as keys; None for those that were not given."""
     implied = "topk" if args.top_k is not None else "nucleus" if args.top_p is not None else "distribution"
     kind = args.sampling or implied
     for name, value, wanted in (("--top-k", args.top_k, "topk"), ("--top-p", args.top_p, "nucleus")):
@@ -128,14 +127,11 @@ def token_choice(args: argparse.Namespace) -> dict[str, object]:
             raise ValueError(f"{name} {value} belongs to --sampling {wanted}, but --sampling is {kind}")
     if kind == "greedy" and args.temperature not in (None, 0):
         raise ValueError(f"--temperature {args.temperature} means nothing to --sampling greedy; leave one of them out")
-    keys: dict[str, object] = {}
-    if kind == "greedy" or args.temperature is not None:
-        keys["sampling.temperature"] = 0.0 if kind == "greedy" else args.temperature
-    if kind == "topk":
-        keys["sampling.top_k"] = 50 if args.top_k is None else args.top_k
-    if kind == "nucleus":
-        keys["sampling.nucleus_p"] = 0.9 if args.top_p is None else args.top_p
-    return keys
+    return {
+        "sampling.temperature": 0.0 if kind == "greedy" else args.temperature,
+        "sampling.top_k": 50 if kind == "topk" and args.top_k is None else args.top_k,
+        "sampling.nucleus_p": 0.9 if kind == "nucleus" and args.top_p is None else args.top_p,
+    }
 
 
 def generate(typed: Sequence[str]) -> None:
