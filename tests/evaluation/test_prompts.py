@@ -327,7 +327,7 @@ def test_a_sampler_that_knows_the_answers_is_right_and_one_does_not_depend_on_th
 ])  # fmt: skip
 def test_mistakes_are_explained(gsm8k, monkeypatch, arguments, said):
     def untrained(self: Weights, data: TextData, *_: object) -> Diffusion:
-        diffusion = self._build.diffusion(data)
+        diffusion = self.build.diffusion(data)
         diffusion.provenance = Provenance("nowhere", None, averaged=False)
         return diffusion
 
