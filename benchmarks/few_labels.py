@@ -39,6 +39,7 @@ WITHOUT_LABELS = {"reviews": "all", "imdb": "all+unsupervised", "ag_news": "all"
 MODELS = {"diffusion": ["classify.baselines=true"],
           "left-to-right": ["algo=ar", "training.loss_weight=elbo", "classify.baselines=false"]}  # fmt: skip
 ALL = "all"
+ENSEMBLE = "diffusion and the best baseline"
 
 
 def measured(cell: dict[str, object], folder: Path) -> dict[str, object]:
@@ -98,7 +99,8 @@ def summary(lines: Sequence[dict[str, object]]) -> dict[tuple[str, float], dict[
     """
     runs = defaultdict(lambda: defaultdict(list))
     for line in lines:
-        for method, found in line["methods"].items():
+        for name, found in line["methods"].items():
+            method = ENSEMBLE if name.startswith("ensemble") else name
             runs[method, line["noise"]][line["texts_per_class"]].append((found["accuracy"], found["se"]))
     found = defaultdict(dict)
     for name, by_size in runs.items():
