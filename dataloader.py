@@ -175,16 +175,24 @@ class TextData(LightningDataModule):
 
     def __init__(self, source: Source, texts: Texts, batches: Batches) -> None:
         super().__init__()
-        self.settings, self.batches = texts, batches
+        self.settings = texts
+        self.batches = batches
         self.name = texts.name or "text"
         self.source = cached(source if texts.protocol is None else source.published(), texts.cache_dir)
-        self.length, self.wrap, self.fill, self.segments = texts.length, texts.wrap, texts.fill, texts.segments
-        self.prefix_length, self.first_given = texts.prefix_length, texts.first_given
+        self.length = texts.length
+        self.wrap = texts.wrap
+        self.fill = texts.fill
+        self.segments = texts.segments
+        self.prefix_length = texts.prefix_length
+        self.first_given = texts.first_given
         default = texts.wrap or texts.protocol is not None
         self.score_special = default if texts.score_special is None else texts.score_special
-        self.protocol, self.document_mask = texts.protocol, texts.document_mask
-        self.label, self.train_splits = texts.label, texts.train_splits
-        self.cache_dir, self.eval_batch_size = texts.cache_dir, batches.eval_batch_size
+        self.protocol = texts.protocol
+        self.document_mask = texts.document_mask
+        self.label = texts.label
+        self.train_splits = texts.train_splits
+        self.cache_dir = texts.cache_dir
+        self.eval_batch_size = batches.eval_batch_size
         plain = Packing(
             texts.length,
             texts.wrap,
@@ -350,7 +358,8 @@ class TextData(LightningDataModule):
     @property
     def collate(self) -> Collate:
         """Return the function that turns columns of a split's rows into a batch."""
-        known, room = self.vocabulary, self.packings["train"].room
+        known = self.vocabulary
+        room = self.packings["train"].room
         beginning = {"prefix": self.prefix_length, "bos_id": known.bos_id, "first_given": self.first_given}
         if self.wrap:
             special = () if self.score_special else known.special_ids
@@ -390,7 +399,8 @@ class TextData(LightningDataModule):
     @property
     def _order(self) -> dict[str, Any]:
         """Return what the order of the training samples depends on besides the data."""
-        size, seed = self.batches.global_batch_size, self.batches.seed
+        size = self.batches.global_batch_size
+        seed = self.batches.seed
         return {"global_batch_size": size, "batch_ramp": self.plan.ramp, "seed": seed}
 
     def _taken(self) -> int:
@@ -430,7 +440,8 @@ def with_texts(data: TextData, split: str, texts: Sequence[str]) -> TextData:
     """
     if data.prompted:
         raise ValueError(f"the texts of data={data.name} have prompts, and texts from elsewhere have none")
-    other, rows = copy(data), from_table(text_table(texts, [-1] * len(texts)))
+    other = copy(data)
+    rows = from_table(text_table(texts, [-1] * len(texts)))
     rows = rows.add_column("text_id", np.arange(len(rows)))
     packed, figures = pack(rows, data.tokenizer, data.vocabulary, data.packing(split), None, split)
     _report(split, figures, None if data.wrap else data.length)

@@ -78,7 +78,8 @@ def measure(law: str, size: int, vocab: int, steps: int) -> dict[str, float]:
     torch.manual_seed(0)
     net = DiT(vocab, **SIZE, dropout=0.1)
     objective = BlockDiffusion(Absorbing(vocab - 1), partial(Subs, LogLinear()), size, ignore_bos=False)
-    seen, x0_BL = dense_mask(size), torch.randint(vocab - 1, (BATCH, LENGTH))
+    seen = dense_mask(size)
+    x0_BL = torch.randint(vocab - 1, (BATCH, LENGTH))
 
     def loss(noise: KeyedNoise) -> Tensor:
         if law == "plain":

@@ -98,7 +98,8 @@ def to_latent(net: MMDiT, law: JointDiffusion, values: Tensor, x: Tensor, t: flo
     grid = torch.linspace(LATEST, 0.0, steps + 1, dtype=torch.float64).expand(len(x), -1)
     text_t = torch.full((len(x),), t, dtype=torch.float64)
     for now, then in zip(grid.T, grid.T[1:], strict=False):
-        said, level = law.model(net).predict_latent(z, now, x, text_t), cosine_level(then).like(z)
+        said = law.model(net).predict_latent(z, now, x, text_t)
+        level = cosine_level(then).like(z)
         z = level.alpha * said.x0_BKD + level.sigma * said.eps_BKD
     every = torch.cartesian_prod(*[torch.arange(VALUES)] * ATTRIBUTES)
     nearest = torch.cdist(z[:, 0], latents(every)[:, 0]).argmin(1)

@@ -93,7 +93,8 @@ def training_steps(
     """Take `steps` training steps after one to warm up; return the median seconds, and the losses of all steps."""
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-4, fused=True)
     rows_B = torch.arange(batch_size, device=next(net.parameters()).device)
-    seconds, losses = [], []
+    seconds = []
+    losses = []
     for step in range(steps + 1):
         start = time.perf_counter()
         found = loss(training_noise(0, rows_B + step * batch_size, batch_size))

@@ -124,7 +124,9 @@ class KeyedNoise:
         return self._parts(torch.full((1,), number, device=self._state_B.device))
 
     def _parts(self, part_P: Tensor) -> KeyedNoise:
-        state_B1, time_B, shared_B = self._state_B[:, None], self._time_B, self._shared_B
+        state_B1 = self._state_B[:, None]
+        time_B = self._time_B
+        shared_B = self._shared_B
         if self._depth == 0:
             state_BP = state_B1 ^ _mix(part_P)
         else:  # XOR alone commutes and cancels, so the parts of parts are mixed as well

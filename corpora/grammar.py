@@ -125,7 +125,9 @@ class FiniteStateGrammar:
         start = compiler.state(compiler.compile(root, ending))
         self.token_ids = compiler.token_ids
         self._token_of_id = list(compiler.token_ids)
-        self.start, self._final, self.num_states = start, final, len(compiler.rows)
+        self.start = start
+        self._final = final
+        self.num_states = len(compiler.rows)
         self.arcs = _sorted_arcs(compiler.rows)
         self._arc_keys = self.arcs.source * len(self.token_ids) + self.arcs.token
         self._log_p_length = self._length_distribution()
@@ -155,7 +157,8 @@ class FiniteStateGrammar:
     def derivation_entropy(self) -> float:
         """Return the entropy of the derivation of a text in nats: that of the text, if no text has two derivations."""
         arcs = self.arcs
-        p_arc, p_state = np.exp(arcs.log_p), np.zeros(self.num_states)
+        p_arc = np.exp(arcs.log_p)
+        p_state = np.zeros(self.num_states)
         p_state[self.start], entropy = 1.0, 0.0
         for _ in range(self.max_tokens + 1):
             visits = p_state[arcs.source] * p_arc
@@ -188,7 +191,8 @@ class FiniteStateGrammar:
         """Return log p(text), (N,) nats, summed over every derivation; -inf for an impossible text. The forward
         algorithm runs on all texts at once and keeps only the states that a text can be in (a few of thousands), as
         parallel arrays: `text` and `state` of each entry, and its probability given the tokens so far."""
-        arcs, num_types = self.arcs, len(self.token_ids)
+        arcs = self.arcs
+        num_types = len(self.token_ids)
         lengths = np.array([len(text) for text in texts], dtype=np.int64)
         tokens_NT = np.full((len(lengths), min(lengths.max(initial=0), self.max_tokens) + 1), END)
         log_p_N = np.where(lengths > self.max_tokens, -np.inf, 0.0)

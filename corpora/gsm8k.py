@@ -136,7 +136,8 @@ def annotation_is_right(annotation: str) -> bool | None:
 def check_annotations(text: str) -> dict[str, int]:
     """Return how many annotations are `right`, `wrong` and `malformed`: not a calculation, or a `<<` without an end."""
     found = [annotation_is_right(annotation) for annotation in annotations(text)]
-    right, wrong = found.count(True), found.count(False)
+    right = found.count(True)
+    wrong = found.count(False)
     return {"right": right, "wrong": wrong, "malformed": text.count("<<") - right - wrong}
 
 

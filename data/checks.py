@@ -9,7 +9,8 @@ def check_settings(data: object) -> None:
     data.train and data.valid (keys of the reference projects) may only name the data set itself, or one that it joins.
     Raises ValueError with the settings and the remedy.
     """
-    settings, packing = data.settings, data.packings["train"]
+    settings = data.settings
+    packing = data.packings["train"]
     known = sorted({settings.name, *getattr(data.source, "sources", ())} - {None})
     for key, value in (("data.train", settings.train), ("data.valid", settings.valid)):
         if value is not None and known and value not in known:

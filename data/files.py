@@ -233,7 +233,8 @@ def _tables(batches: Iterable[_Batch], columns: Columns, path: Path) -> Iterator
             labels = _labels(values, columns, place)
             blank = [n for n, word in enumerate(labels) if isinstance(values[n], str) and values[n] != word]
             if blank and not has_warned:
-                has_warned, origin = True, f"{path}: {place(blank[0])}"
+                has_warned = True
+                origin = f"{path}: {place(blank[0])}"
                 said = f"the label {short_repr(values[blank[0]])} is read as {labels[blank[0]]!r}"
                 log.warning("%s: %s; blanks around labels are left out", origin, said)
             table[columns.label] = pa.array(labels, pa.large_string())

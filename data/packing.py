@@ -511,7 +511,9 @@ class _DocumentNumbers:
         if min(names, default=0) < 0:
             return None
         kept = np.flatnonzero(part.lengths) if self._packing.num_proc is None else np.arange(len(names))
-        names, lengths, stream = names[kept], part.lengths[kept], self._rest
+        names = names[kept]
+        lengths = part.lengths[kept]
+        stream = self._rest
         if len(names):
             numbers = self._number + np.cumsum(np.append(names[0] != self._newest, names[1:] != names[:-1]))
             self._number, self._newest = int(numbers[-1]), names[-1]

@@ -297,7 +297,9 @@ class HubOrFolder:
         first = 0
         for table in tables:
             texts = [text_column(table, column, origin, first) for column in self.text_columns]
-            whole, ends, labels = texts[0], None, None
+            whole = texts[0]
+            ends = None
+            labels = None
             if self.detokenizer is not None:
                 whole = list(map(find_detokenizer(self.detokenizer), texts[0].to_pylist()))
             if self.parts is not None:

@@ -220,7 +220,9 @@ class PositionBatchSampler(Sampler[list[int]]):
     ) -> None:
         _, self.accumulate = batch_arithmetic(global_batch_size, batch_size, world, ramp=ramp)
         self.plan = BatchPlan.of(global_batch_size, ramp)
-        self.max_steps, self.rank, self.world = max_steps, rank, world
+        self.max_steps = max_steps
+        self.rank = rank
+        self.world = world
         self.plan.check_reached(max_steps)
         self.first_step = self.plan.step_after(consumed)
 

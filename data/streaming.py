@@ -242,7 +242,8 @@ class Corpus:
         batch = {name: values[cursor.used : stop] for name, values in block.columns.items()}
         packer = Packer(self.tokenizer, self.vocabulary, self.packing, self.shards.origin)
         batch, ids = packer.tokenise({**batch, "text_id": range(cursor.used, stop)})
-        rows, rest = {"input_ids": []}, cursor.rest
+        rows = {"input_ids": []}
+        rest = cursor.rest
         if self.packing.wrap:
             chunks, rest = packer.cut_chunks(np.concatenate([cursor.rest, packer.joined(ids)[0]]))
             rows = {"input_ids": chunks, "label": [self.label] * len(chunks) if "label" in batch else None}
@@ -252,6 +253,7 @@ class Corpus:
         count = len(rows["input_ids"])
         order = shuffled(count, self.seed, _ROWS, lane, cursor.rows) if self.buffer > 1 else range(count)
         rows = {name: [values[i] for i in order] for name, values in rows.items() if values is not None}
-        packer.figures.rows, packer.figures.tokens = count, sum(map(len, rows["input_ids"]))
+        packer.figures.rows = count
+        packer.figures.tokens = sum(map(len, rows["input_ids"]))
         after = replace(cursor, used=stop, rows=cursor.rows + count, rest=rest)
         return LaneChunk(cursor, after, rows, packer.figures)

@@ -454,7 +454,8 @@ def _display(tokenizer: PreTrainedTokenizerBase) -> _Display:
     common = [ids[-1] for ids in encode(tokenizer, [" a", " the", " e"]) if ids]
     words = (i for i in (*common, *sorted(known)) if i not in special and tokenizer.decode([i]).strip().isalpha())
     anchor = list(itertools.islice(words, 1))
-    once, twice = tokenizer.decode(anchor).strip(), tokenizer.decode(anchor * 2).strip()
+    once = tokenizer.decode(anchor).strip()
+    twice = tokenizer.decode(anchor * 2).strip()
     return _Display(known, special, mask_id, anchor, " " if twice == f"{once} {once}" else "")
 
 

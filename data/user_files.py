@@ -79,7 +79,8 @@ class UserFiles:
         self.keys = {"train": "data.path", "validation": "data.validation_path", "test": "data.test_path"}
         self.text_column = text_column
         self.label_column = label_column
-        self.prompt_column, self.prompted = prompt_column, prompt_column is not None
+        self.prompt_column = prompt_column
+        self.prompted = prompt_column is not None
         self._detokenizer = detokenizer
         if detokenizer:
             detokenizer_named(detokenizer)  # refuses another name

@@ -88,7 +88,8 @@ def _read(file: Path) -> Run:
             found[name] = Estimate(value["value"], float("nan") if value["se"] is None else value["se"])
         elif isinstance(value, int | float) and not isinstance(value, bool):
             found[name] = Estimate(float(value), float("nan"))
-    settings, protocol = {key: value for key, _, value in typed}, results.get("protocol", {})
+    settings = {key: value for key, _, value in typed}
+    protocol = results.get("protocol", {})
     if "law" in protocol:  # its name in older results
         protocol["distribution"] = protocol.pop("law")
     return Run(file.parent, settings, found, protocol, _speed(file.parent))

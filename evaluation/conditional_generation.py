@@ -194,7 +194,8 @@ def latent_to_text(context: ConditionalContext) -> ConditionalResult:
     sampled = {name: context.sample_masked(chosen.blanks, chosen.key_M, conditions[name], watched=name == "true")
              for name in VARIANTS}  # fmt: skip
     reference_ids, missing = [reader.content(ids) for ids in chosen.ids], reader.missing
-    references, true_MA = [reader.text(ids) for ids in chosen.ids], reader.attributes(chosen.ids)
+    references = [reader.text(ids) for ids in chosen.ids]
+    true_MA = reader.attributes(chosen.ids)
     agreements, results = {}, {}
     for name, generated in sampled.items():
         ids = [text.ids for text in generated]
@@ -221,7 +222,8 @@ def text_to_latent(context: ConditionalContext) -> ConditionalResult:
     conditions = {"true": (every_M, how), "shuffled": (partner_M, how), "none": (every_M, replace(how, guidance=0.0))}
     texts = (chosen.rows, chosen.blanks, chosen.key_M)
     sampled = {name: latents_of(context, *texts, *conditions[name]) for name in VARIANTS}
-    true_MKD, true_MA = chosen.latent_MKD, reader.attributes_of(chosen.latent_MKD)
+    true_MKD = chosen.latent_MKD
+    true_MA = reader.attributes_of(chosen.latent_MKD)
     agreements = {
         name: agreement(found_MKD, true_MKD, reader.attributes_of(found_MKD), true_MA)
         for name, found_MKD in sampled.items()
@@ -286,7 +288,8 @@ def generate_jointly(context: ConditionalContext) -> ConditionalResult:
     comparison = compare(ids, real_texts(data, context.split, len(ids), seed), data, None)
     agreements: dict[str, Agreement] = {}
     if not reader.missing:
-        read_MKD, read_MA = reader.latents(ids), reader.attributes(ids)
+        read_MKD = reader.latents(ids)
+        read_MA = reader.attributes(ids)
         for name, latent_of_M in (("true", key_M), ("shuffled", partners(len(ids), seed))):
             wanted_MKD = latent_MKD[latent_of_M]
             agreements[name] = agreement(read_MKD, wanted_MKD, read_MA, reader.attributes_of(wanted_MKD))

@@ -163,7 +163,8 @@ class Editor:
         noise = KeyedNoise(context.seed, torch.from_numpy(chosen.key_M[part]).to(device)).part(2)
         cond["source"], cond["target"] = map(torch.from_numpy, (chosen.latent_MKD[part], self.target_MKD[part]))
         cond = {name: value.to(device) for name, value in cond.items()}
-        model, eligible_BL = context.diffusion.model, eligible_BL.bool().to(device)
+        model = context.diffusion.model
+        eligible_BL = eligible_BL.bool().to(device)
         how = {"positions": rules.positions, "rate": rules.rate}
         selected: Selection = select(model, x_BL.to(device), eligible_BL, noise, **how, **cond)
         masked_BL = selected.masked_BL.cpu()

@@ -216,7 +216,8 @@ def likelihood(data: TextData, split: str, scores: Scores, truth: GroundTruth | 
     if truth is not None:
         given_length = not scores.causal and data.fill is None
         true_nll_M = true_nll(data, split, rows_M, scores.tokens_M if given_length else None, truth)
-        entropy, gap = ratio_of(true_nll_M), ratio_of(scores.nll_M - true_nll_M)
+        entropy = ratio_of(true_nll_M)
+        gap = ratio_of(scores.nll_M - true_nll_M)
     return Likelihood(scores, scores.per_token(), unigram, entropy, gap)
 
 

@@ -252,7 +252,8 @@ def _check_blocks(cfg: DictConfig, objective: Objective) -> None:
 
 def _check_segments(cfg: DictConfig, by_blocks: bool) -> None:
     """Refuse settings without a meaning if the blocks are the segments of a text."""
-    size, sampling = cfg.block_size, cfg.sampling
+    size = cfg.block_size
+    sampling = cfg.sampling
     only_block = "texts are written part after part, which only sampling.predictor=block does"
     for key, value, contradicts, reason in (
         ("block_size", size, size != cfg.model.length, "blocks are the parts of a text, whatever their lengths"),

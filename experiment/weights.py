@@ -70,7 +70,8 @@ class Weights:
 
     def _check_length(self, checkpoint: Checkpoint) -> None:
         """Refuse texts that are too long for a measurement, and warn if the length differs from the training."""
-        longest, block_diffusion = checkpoint.settings.get("model.length"), self.build.objective_name == "bd3lm"
+        longest = checkpoint.settings.get("model.length")
+        block_diffusion = self.build.objective_name == "bd3lm"
         if block_diffusion and longest and self.length > longest and not self._any_length():
             raise ValueError(
                 f"model.length={self.length} is longer than the {longest} tokens that {checkpoint.path} was trained "

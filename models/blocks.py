@@ -45,7 +45,8 @@ class TwoStreams:
         D): these are positions of the flattened rows.
         """
         rotary_clean = tuple(table[: z_BLD.shape[1]] for table in rotary)
-        by, by_clean = Modulation.of(self, c_noised), Modulation.of(self, c_clean)
+        by = Modulation.of(self, c_noised)
+        by_clean = Modulation.of(self, c_clean)
         noised, clean = _qkv(self, x_BLD, by, rotary), _qkv(self, z_BLD, by_clean, rotary_clean, with_queries=not last)
         if isinstance(blocks, int):
             attended, attended_clean = attend_blocks(noised, clean, blocks, key_mask_BL, self.attn_backend)

@@ -71,7 +71,8 @@ class PublishedBackbone(Backbone):
             return None
         model, missing = load_weights(self.kind, self.name)
         self._check_missing(model, missing)
-        ours, rows = self.state_dict(), model.config.get_text_config().vocab_size
+        ours = self.state_dict()
+        rows = model.config.get_text_config().vocab_size
         state: dict[str, Tensor] = {}
         for theirs, tensor in model.state_dict().items():
             name = self._name_here(theirs)

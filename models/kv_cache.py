@@ -20,7 +20,9 @@ class CacheCapacity:
     """A cache with `length` of `capacity` positions filled, for batches of `batch_size` rows."""
 
     def __init__(self, batch_size: int, capacity: int) -> None:
-        self.batch_size, self.capacity, self.length = batch_size, capacity, 0
+        self.batch_size = batch_size
+        self.capacity = capacity
+        self.length = 0
 
     def check_capacity(self, tokens_BL: Tensor) -> None:
         """Check that new tokens fit. Raises ValueError if there are fewer free positions, or the batch size differs."""

@@ -92,7 +92,8 @@ class JointBlock(TransformerBlock):
     ) -> tuple[Tensor, Tensor | None]:
         """Return the text, (B, L, D) or (B, Q, D) at the positions `at_BQ` only, and the latents, None
         unless `both`."""
-        by, by_z = Modulation.of(self, c_BC), Modulation.of(self.latent, e_BC)
+        by = Modulation.of(self, c_BC)
+        by_z = Modulation.of(self.latent, e_BC)
         text = self._text(by.before_attention(self, x_BLD), rotary, at_BQ)
         latent = self.latent.queries_keys_values(by_z.before_attention(self.latent, z_BKE))
         attended, attended_z = self._attend(text, latent, key_mask_BL, both)

@@ -50,7 +50,8 @@ class D3PM(TokenDiffusion):
         """Return T times the KL term of a step (eq. 1, L_t-1) plus the reconstruction term L_0 of the clean text."""
         x0_BL, xt_BL, t_B, scored_BL = batch["input_ids"], draw.xt_BL, draw.t_B, scored_mask(batch)
         masked, scored = Positions.of_each(self.process.is_corrupted(xt_BL) & scored_BL, scored_BL)
-        alpha_t_B, alpha_s_B = self.schedule(t_B).alpha, self.schedule((t_B - 1 / self.T).clamp(min=0)).alpha
+        alpha_t_B = self.schedule(t_B).alpha
+        alpha_s_B = self.schedule((t_B - 1 / self.T).clamp(min=0)).alpha
         hidden_BLD = backbone.encode(xt_BL, self.conditioning(t_B), **context(batch))
         target_N = masked.take(x0_BL)
         kl_N, nll_N = losses(

@@ -35,7 +35,8 @@ def mask_rate_figure(report: Report, measured: Likelihood, caption: str) -> None
     """Add the figure of the cross-entropy against the share of masks, if there were masks."""
     if measured.scores.num_masked_MP.size:
         rates, found = measured.scores.by_mask_rate()
-        values, errors = [one.value for one in found], [one.se for one in found]
+        values = [one.value for one in found]
+        errors = [one.se for one in found]
         figure = by_mask_rate(rates, values, errors, "loss (nats per masked token)")
         report.figure(figure, caption, "Cross-entropy against mask rate")
 

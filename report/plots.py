@@ -131,7 +131,8 @@ def vital_signs(logged: Mapping[str, ArrayLike]) -> Figure | None:
     figure = style.new_figure(3.9)
     panels = figure.subplots(2, 2, sharex=True).flatten()
     _panel(panels[0], "learning rate", logged.get("train/lr", ()), zero=True)
-    norm, largest = logged["train/grad_norm"], logged.get("train/grad_norm_max", ())
+    norm = logged["train/grad_norm"]
+    largest = logged.get("train/grad_norm_max", ())
     _panel(panels[1], "gradient norm, before clipping", norm, above=largest)
     _panel(panels[2], f"tokens per second{share}", logged.get("train/tokens_per_s", ()), zero=True)
     _panel(panels[3], "peak memory (GiB)", logged.get("memory/peak_gib", ()), zero=True)

@@ -78,11 +78,14 @@ class Trace:
             here: the positions of the part in the other sampler's trace.
             rows: the rows of the part.
         """
-        first, evaluations_B = self.num_steps, self.evaluations_B.clone()
-        step_before_N, confidence_before_N = at.take(self.step_BL), at.take(self.confidence_BL)
+        first = self.num_steps
+        evaluations_B = self.evaluations_B.clone()
+        step_before_N = at.take(self.step_BL)
+        confidence_before_N = at.take(self.confidence_BL)
 
         def include(part: Trace) -> None:
-            step_N, confidence_N = here.take(part.step_BL), here.take(part.confidence_BL)
+            step_N = here.take(part.step_BL)
+            confidence_N = here.take(part.confidence_BL)
             at.write(self.ids_BL, here.take(part.ids_BL))
             at.write(self.step_BL, torch.where(step_N > 0, step_N + first, step_before_N))
             at.write(self.confidence_BL, torch.where(step_N > 0, confidence_N, confidence_before_N))

@@ -451,7 +451,8 @@ def _unknown_key(key: str, cfg: DictConfig) -> str:
     node = OmegaConf.select(cfg, parent) if parent else cfg
     existing = sorted(str(k) for k in node if not str(k).startswith("_"))
     if key.partition(".")[0] == "algo":
-        parent, name = "algo", key.removeprefix("algo.")
+        parent = "algo"
+        name = key.removeprefix("algo.")
         existing = sorted(alias.removeprefix("algo.") for alias in (*ALIASES, *SPELLINGS) if alias.startswith("algo."))
     close = difflib.get_close_matches(name, existing, n=1)
     prefix = f"{parent}." if parent else ""

@@ -152,7 +152,8 @@ def muon(
     Muon is that of Jordan et al. 2024 (kellerjordan.github.io/posts/muon). The others are embedding, head, norms,
     biases and the modulation of adaLN. class_lr: as for `adamw`.
     """
-    matrices, rest = [], []
+    matrices = []
+    rest = []
     for name, p in backbone.named_parameters():
         if p.requires_grad:
             is_matrix = p.ndim == 2 and _BLOCK_MATRIX.search(name) and "adaLN" not in name

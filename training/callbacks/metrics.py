@@ -81,7 +81,8 @@ class _Interval:
         self.rows, self.block_flops = self.rows + len(ids_BL), self.block_flops + flops
 
     def _add_by_rate(self, masked_BP: Tensor, nats_BP: Tensor, scored_BP: Tensor) -> None:
-        masked_BP, nats_BP = masked_BP.double(), nats_BP.double()
+        masked_BP = masked_BP.double()
+        nats_BP = nats_BP.double()
         rate_BP = masked_BP / scored_BP.clamp(min=1)
         bucket_BP = len(_SUMS) + (rate_BP * BUCKETS).long().clamp(max=BUCKETS - 1)
         finite_BP = nats_BP.isfinite()

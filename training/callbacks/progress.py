@@ -90,7 +90,8 @@ class TextProgressBar(ProgressBar):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         if time.monotonic() - self._shown >= 1.0:
-            self._shown, latest = time.monotonic(), self.metrics.latest
+            self._shown = time.monotonic()
+            latest = self.metrics.latest
             loss = pl_module.objective.loss_name.replace("_", " ")
             facts = f"{loss} {latest['loss']:.3f}  {latest['train/tokens_per_s']:,.0f} tokens/s" if latest else ""
             self._meter.update(trainer.global_step, facts)
