@@ -206,9 +206,15 @@ class TextData(LightningDataModule):
         self.packings["train"] = with_special_tokens(plain, texts.insert_train_special, texts.insert_train_eos)
         limits = {"train": texts.max_train_texts, "validation": texts.max_valid_texts, "test": texts.max_test_texts}
         self._texts = SplitTexts(
-            self.source, limits, texts.streaming, texts.stream.sample_texts, texts.label, texts.train_splits,
-            texts.label_noise, texts.texts_per_class,
-        )  # fmt: skip
+            self.source,
+            limits,
+            texts.streaming,
+            texts.stream.sample_texts,
+            texts.label,
+            texts.train_splits,
+            texts.label_noise,
+            texts.texts_per_class,
+        )
         self.plan = BatchPlan.of(batches.global_batch_size, batches.batch_ramp)
         self.figures: dict[str, dict[str, int]] = {}
         self._splits: dict[str, datasets.Dataset] = {}

@@ -43,8 +43,9 @@ def measure(network: str, again: bool, steps: int) -> dict[str, float]:
         net.recompute_blocks()
     objective = LeftToRight(Absorbing(VOCAB - 1)) if net.causal else Subs(LogLinear(), Absorbing(VOCAB - 1))
     batch = {"input_ids": torch.randint(VOCAB - 1, (BATCH, LENGTH), device=DEVICE)}
-    loss = lambda noise: objective.loss(net, batch, noise).mean()  # noqa: E731
-    seconds, losses = training_steps(net, loss, BATCH, steps, clip=None)
+    seconds, losses = training_steps(
+        net, lambda noise: objective.loss(net, batch, noise).mean(), BATCH, steps, clip=None
+    )
     return {"seconds": seconds, "peak_mib": peak() - before, "loss": losses[-1]}
 
 

@@ -70,11 +70,18 @@ def in_own_processes(
     Returns:
         the values of the JSON that it prints: key -> name of the arguments -> values of all rounds.
     """
-    runs = {name: partial(subprocess.run, [sys.executable, file, *map(str, words)], check=True, capture_output=True)
-            for name, words in arguments.items()}  # fmt: skip
+    runs = {
+        name: partial(subprocess.run, [sys.executable, file, *map(str, words)], check=True, capture_output=True)
+        for name, words in arguments.items()
+    }
     printed = {name: [json.loads(one.stdout) for one in done] for name, done in in_turns(runs, rounds)[1].items()}
     keys = next(iter(printed.values()))[0]
     return {key: {name: [one[key] for one in found] for name, found in printed.items()} for key in keys}
+
+
+def on_cpu() -> dict[str, object]:
+    """Return the facts of a measurement on the CPU."""
+    return {"device": "cpu", "threads": torch.get_num_threads()}
 
 
 def spread(values: Sequence[float]) -> list[float]:

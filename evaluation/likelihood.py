@@ -158,8 +158,9 @@ def _scores(model: Model, rounds: list[dict[str, np.ndarray]], estimator: Estima
     """Return the scores of several rounds over the same texts."""
     first = rounds[0]
     assert all((part["sample_id"] == first["sample_id"]).all() for part in rounds)
-    joined = {name: np.concatenate([part[name] for part in rounds], axis=1)
-              for name in ("nll", "cross_entropy", "num_masked")}  # fmt: skip
+    joined = {
+        name: np.concatenate([part[name] for part in rounds], axis=1) for name in ("nll", "cross_entropy", "num_masked")
+    }
     return Scores(
         estimator.kind,
         estimator.label(model, num_draws),

@@ -206,7 +206,8 @@ def accuracy_against_draws(
     bands = "; bands: 95%" if curves else ""
     xlabel = f"network evaluations per text and class{bands}"
     axes = style.style_axes(figure.add_subplot(), xlabel, "accuracy (% of texts)")
-    labels, notes, drawn, dropped = [], [], [], 0
+    labels, notes, drawn = [], [], []
+    dropped = 0
     for i, (name, (evaluations, accuracy, se)) in enumerate([*curves.items(), *points.items()]):
         cost = np.asarray(evaluations, dtype=np.float64)
         columns, bad = style.finite(np.where(cost > 0, cost, np.nan), accuracy, se)  # a logarithmic axis has no 0
@@ -214,7 +215,8 @@ def accuracy_against_draws(
         if not columns[0].size:
             continue
         order = np.argsort(columns[0], kind="stable")
-        x, y, half = columns[0][order], columns[1][order], style.half_width(columns[2][order])
+        x, y, error = (column[order] for column in columns)
+        half = style.half_width(error)
         drawn.append(x)
         colour = style.SERIES[i % len(style.SERIES)]
         if i < len(curves):

@@ -70,8 +70,11 @@ def _texts_from_latents(report: Report, found: ConditionalResult, rows: _Rows) -
     overlaps = {name: found.results[name] for name in VARIANTS}
     more = {name: {"token F1": one["token_f1"], "BLEU": one["bleu"]} for name, one in overlaps.items()}
     _agreement(report, found.agreement, more, found.results["encoder_missing"])
-    _examples(report, ["the latent's own text", "written from it", "from another's", "from none"],
-              [(row["reference"], *(row[name] for name in VARIANTS)) for row in rows])  # fmt: skip
+    _examples(
+        report,
+        ["the latent's own text", "written from it", "from another's", "from none"],
+        [(row["reference"], *(row[name] for name in VARIANTS)) for row in rows],
+    )
 
 
 def _latents_from_texts(report: Report, found: ConditionalResult) -> None:
@@ -102,9 +105,11 @@ def _edits(report: Report, found: EditResult, texts: _Rows, tokenizer: PreTraine
         rows.insert(1, ("control of the texts that can be read, %", *(_cell(edited[n].of_read) for n in VARIANTS)))
         rows.append(("texts that the corpus could not write, %", *(100 * edited[n].unread for n in VARIANTS)))
     report.table(["condition", "the wanted latent", "another text's", "none"], rows)
-    _examples(report, ["to be", "source", "edit", "without the latent"],
-              [(row["wanted"], *marked(tokenizer, row["source_ids"], row["ids"]), row["none"])
-               for row in texts])  # fmt: skip
+    _examples(
+        report,
+        ["to be", "source", "edit", "without the latent"],
+        [(row["wanted"], *marked(tokenizer, row["source_ids"], row["ids"]), row["none"]) for row in texts],
+    )
 
 
 def _agreement(

@@ -96,7 +96,7 @@ def test_tiny_length_law_and_samples_are_enumeration():
 
 
 def is_ambiguous(grammar: FiniteStateGrammar) -> bool:
-    """Whether some text has two derivations, found by following two paths through the automaton at once."""
+    """Return True if a text has two derivations, by following two paths through the automaton at once."""
     arcs, steps = grammar.arcs, [{} for _ in range(grammar.num_states)]
     for source, token, target in np.stack([arcs.source, arcs.token, arcs.target], axis=1).tolist():
         steps[source].setdefault(token, []).append(target)
