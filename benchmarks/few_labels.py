@@ -33,7 +33,7 @@ from palimpsest.settings.command_line import compose_config
 DATA = {
     "reviews": ["data=reviews"],
     "imdb": ["experiment=imdb_likelihood_cpu", "model.cond_dim=32", "classify.calibrate=false"],
-    "ag_news": ["experiment=ag_news_classifier_cpu", "classify.calibrate=false"],
+    "ag_news": ["experiment=ag_news_likelihood_cpu", "classify.calibrate=false"],
 }
 WITHOUT_LABELS = {"reviews": "all", "imdb": "all+unsupervised", "ag_news": "all"}  # what classify.pretrain trains on
 MODELS = {"diffusion": ["classify.baselines=true"],

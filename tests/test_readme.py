@@ -110,7 +110,7 @@ def test_command(folder, monkeypatch, arguments):
         limits += ["data.tokenizer_name_or_path=byte", "data.vocab_size=null", "data.long_texts=truncate"]
     if "experiment=mmldlm_ag_news_cpu" in arguments:
         limits += ["latents.dim=8"]
-    if "experiment=imdb_classifier_cpu" in arguments:
+    if {"experiment=imdb_classifier_cpu", "experiment=ag_news_classifier_cpu"} & set(arguments):
         limits += ["classify.bigrams=100"]
     if any(word.startswith("block_size=") for word in arguments):
         limits += ["sampling.first_hitting=false", "sampling.steps=2", "loader.eval_batch_size=2"]
