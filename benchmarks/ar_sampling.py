@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from palimpsest.benchmarks.shared import in_turns, new_parser, on_cpu, ratios, report, spread
+from palimpsest.benchmarks.shared import in_turns, new_parser, ratios, report, spread
 from palimpsest.common.randomness import KeyedNoise
 from palimpsest.models.ar import AR
 from palimpsest.objectives.projection import log_probs
@@ -49,7 +49,7 @@ def main() -> None:
         print(f"{name:7} {median:7.2f} s (from {low:.2f} to {high:.2f}), {BATCH * LENGTH / median:.0f} tokens/s")
     report(
         "ar_sampling",
-        **on_cpu(),
+        device="cpu",
         pairs=args.pairs,
         speedup=ratios(seconds["prefix"], seconds["cached"]),
         equal_tokens=float((tokens["cached"][-1] == tokens["prefix"][-1]).float().mean()),

@@ -19,16 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from palimpsest.benchmarks.shared import (
-    in_own_processes,
-    new_parser,
-    on_cpu,
-    peak_mib,
-    ratios,
-    report,
-    spread,
-    training_steps,
-)
+from palimpsest.benchmarks.shared import in_own_processes, new_parser, peak_mib, ratios, report, spread, training_steps
 from palimpsest.common.randomness import KeyedNoise
 from palimpsest.models.attention import apply_rotary, rotary_angles
 from palimpsest.models.block_attention import visible
@@ -106,7 +97,7 @@ def train(sizes: list[int], vocab: int, steps: int, pairs: int) -> None:
         speed = found["tokens_per_s"]
         report(
             "block_train_step",
-            **on_cpu(),
+            device="cpu",
             pairs=pairs,
             block_size=size,
             length=LENGTH,
@@ -147,7 +138,7 @@ def sample(sizes: list[int], length: int, batch: int) -> None:
                  for cached, found in seconds.items()}  # fmt: skip
         report(
             "block_sampling",
-            **on_cpu(),
+            device="cpu",
             block_size=size,
             length=length,
             batch=batch,

@@ -96,7 +96,7 @@ def run() -> None:
     engine_ms, bare_ms = (np.array(times) for times in (clock.engine_ms, clock.bare_ms[1:]))
     quartiles = lambda values: np.quantile(values, [0.25, 0.5, 0.75]).round(4).tolist()  # noqa: E731
     ratio = lambda of, a, b: round(float(of(a) / of(b)), 4)  # noqa: E731
-    found = {"device": device.type, "threads": torch.get_num_threads(), "torch": torch.__version__,
+    found = {"device": device.type, "torch": torch.__version__,
              "settings": [*SIZE, *overrides], "steps": args.steps, "load_average": os.getloadavg()[0],
              "cpus": os.cpu_count()}  # fmt: skip
     for column, kind in enumerate(("wall", "processor")[: 1 if device.type == "cuda" else 2]):

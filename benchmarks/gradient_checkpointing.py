@@ -68,7 +68,6 @@ def main() -> None:
     report(
         "gradient_checkpointing",
         network=args.network,
-        threads=torch.get_num_threads(),
         device=DEVICE,
         pairs=args.pairs,
         memory_ratio=ratios(memory["again"], memory["plain"]),

@@ -15,7 +15,7 @@ from functools import partial
 
 import torch
 
-from palimpsest.benchmarks.shared import in_turns, new_parser, on_cpu, ratios, report, spread
+from palimpsest.benchmarks.shared import in_turns, new_parser, ratios, report, spread
 from palimpsest.common.randomness import KeyedNoise
 from palimpsest.models.dit import DiT
 from palimpsest.noise_schedule import LogLinear
@@ -86,7 +86,7 @@ def main() -> None:
         )
     report(
         "sampling",
-        **on_cpu(),
+        device="cpu",
         steps=args.steps,
         pairs=args.pairs,
         ddpm_speedup=ratios(seconds["plain"], seconds["ddpm"]),

@@ -38,8 +38,8 @@ def new_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def report(benchmark: str, output: Path | None = None, **facts: object) -> None:
-    """Print the results as one line of JSON, and append it to the file `output` if one is given."""
-    line = json.dumps({"benchmark": benchmark, **facts})
+    """Print the results and the number of CPU threads as one line of JSON; append it to the file `output`, if any."""
+    line = json.dumps({"benchmark": benchmark, "threads": torch.get_num_threads(), **facts})
     print(line, flush=True)
     if output:
         with output.open("a") as file:
@@ -77,11 +77,6 @@ def in_own_processes(
     printed = {name: [json.loads(one.stdout) for one in done] for name, done in in_turns(runs, rounds)[1].items()}
     keys = next(iter(printed.values()))[0]
     return {key: {name: [one[key] for one in found] for name, found in printed.items()} for key in keys}
-
-
-def on_cpu() -> dict[str, object]:
-    """Return the facts of a measurement on the CPU."""
-    return {"device": "cpu", "threads": torch.get_num_threads()}
 
 
 def spread(values: Sequence[float]) -> list[float]:

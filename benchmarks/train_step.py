@@ -14,16 +14,7 @@ import json
 import torch
 from torch import nn
 
-from palimpsest.benchmarks.shared import (
-    in_own_processes,
-    new_parser,
-    on_cpu,
-    peak_mib,
-    ratios,
-    report,
-    spread,
-    training_steps,
-)
+from palimpsest.benchmarks.shared import in_own_processes, new_parser, peak_mib, ratios, report, spread, training_steps
 from palimpsest.models.dit import DiT
 from palimpsest.noise_schedule import LogLinear
 from palimpsest.objectives.base import TokenLoss
@@ -103,7 +94,7 @@ def main() -> None:
         print(f"{law:6} {median:8.0f} tokens/s (from {low:.0f} to {high:.0f}), peak {peak:.0f} MiB")
     report(
         "train_step",
-        **on_cpu(),
+        device="cpu",
         pairs=args.pairs,
         speedup=ratios(speed["ours"], speed["plain"]),
         memory_ratio=ratios(memory["ours"], memory["plain"])[1],

@@ -206,7 +206,9 @@ def accuracy_against_draws(
     bands = "; bands: 95%" if curves else ""
     xlabel = f"network evaluations per text and class{bands}"
     axes = style.style_axes(figure.add_subplot(), xlabel, "accuracy (% of texts)")
-    labels, notes, drawn = [], [], []
+    labels = []
+    notes = []
+    drawn = []
     dropped = 0
     for i, (name, (evaluations, accuracy, se)) in enumerate([*curves.items(), *points.items()]):
         cost = np.asarray(evaluations, dtype=np.float64)
