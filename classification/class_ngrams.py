@@ -19,8 +19,8 @@ from scipy.optimize import minimize
 from scipy.sparse import csr_matrix
 from scipy.special import logsumexp, softmax
 
-# Strengths of the ridge on the biases, in texts. From strong to weak, each fit starts from the one before it.
-_RIDGES = (1000.0, 300.0, 100.0, 30.0, 10.0, 3.0)
+# Strengths of the ridge, in texts. From strong to weak, each fit starts from the one before it.
+_RIDGES = (100.0, 30.0, 10.0, 3.0, 1.0, 0.3)
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,9 @@ def class_biases(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the bias of each token (C, V) and of the pairs `biased_F` (C, F) in each class, nats.
 
-    The ridge is chosen by the log loss on every tenth text.
+    The ridge is on the biases in units of those of naive Bayes, so that a token that all classes share keeps none (Wang
+    and Manning, ACL 2012, eq. 2, do so for linear classifiers). Its strength is chosen by the log loss on every tenth
+    text.
     """
     biased_F = np.asarray(biased_F, dtype=np.int64)
     held_M = np.arange(len(pairs.label_M)) % 10 == 0
@@ -106,6 +108,9 @@ class _LogLoss:
         self.transposed_PM = self.count_MP.T.tocsr()
         self.truth_MC = np.eye(len(log_prior_C))[pairs.label_M[kept_M]]
         self.vocab_size = pairs.vocab_size
+        count_CP = self.truth_MC.T @ self.count_MP
+        count_CV = np.stack([np.bincount(self.second_P, count_P, minlength=self.vocab_size) for count_P in count_CP])
+        self.unit_CX = np.concatenate([_log_ratio(count_CV), _log_ratio(count_CP)[:, biased_F]], axis=1)
 
     def loss(self, bias_CX: np.ndarray) -> tuple[float, np.ndarray]:
         """Return the mean log loss, nats, and its slope."""
@@ -123,12 +128,20 @@ class _LogLoss:
         return float(loss), np.concatenate([np.stack(of_tokens), slope_CP[:, self.biased_F]], axis=1)
 
 
+def _log_ratio(count_CX: np.ndarray) -> np.ndarray:
+    """Return by how much the log-frequency of each feature differs from its mean over the classes, nats (C, X)."""
+    smoothed_CX = count_CX + 1
+    log_p_CX = np.log(smoothed_CX / smoothed_CX.sum(axis=1, keepdims=True))
+    return np.abs(log_p_CX - log_p_CX.mean(axis=0))
+
+
 def _fit(log_loss: _LogLoss, start_CX: np.ndarray, ridge: float) -> np.ndarray:
-    strength = ridge / len(log_loss.truth_MC)
+    strength, unit_CX = ridge / len(log_loss.truth_MC), log_loss.unit_CX
 
     def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
-        loss, slope_CX = log_loss.loss(flat.reshape(start_CX.shape))
-        return loss + strength / 2 * (flat @ flat), slope_CX.ravel() + strength * flat
+        loss, slope_CX = log_loss.loss(flat.reshape(start_CX.shape) * unit_CX)
+        return loss + strength / 2 * (flat @ flat), (slope_CX * unit_CX).ravel() + strength * flat
 
-    found = minimize(objective, start_CX.ravel(), jac=True, method="L-BFGS-B", options={"maxiter": 100, "ftol": 1e-6})
-    return found.x.reshape(start_CX.shape)
+    start = np.divide(start_CX, unit_CX, out=np.zeros_like(start_CX), where=unit_CX > 0).ravel()
+    found = minimize(objective, start, jac=True, method="L-BFGS-B", options={"maxiter": 100, "ftol": 1e-6})
+    return found.x.reshape(start_CX.shape) * unit_CX

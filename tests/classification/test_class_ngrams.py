@@ -41,6 +41,16 @@ def test_the_classes_start_where_unigrams_classify_best():
         assert 0.8 < slope < 1.05 and found_V == pytest.approx(slope * true_V, abs=0.15 / copies)
 
 
+def test_a_token_that_all_classes_use_alike_keeps_no_bias():
+    """The ridge is in units of the biases of naive Bayes, so no accident of few texts speaks for a class."""
+    label_M = np.arange(300) % 3
+    counts_MV = np.stack([1 + (np.arange(3) == k) for k in label_M])  # token c stands twice in texts of class c
+    shared_M = np.arange(300) // 3 % 3  # a fourth token, as often in every class
+    bias_CV, _ = class_biases(unigrams(np.column_stack([counts_MV, shared_M]), label_M), np.log(np.full(3, 1 / 3)))
+    assert np.all(bias_CV[:, 3] == 0), "its naive Bayes bias is 0"
+    assert np.all(np.diag(bias_CV) > 0.1) and np.all(bias_CV[:, :3].argmax(1) == np.arange(3))
+
+
 def chains(texts: int, rng: np.random.Generator) -> tuple[PairCounts, np.ndarray]:
     """Texts of two Markov chains with the same token frequencies, and the true log-odds of each text."""
     size, length = 4, 12

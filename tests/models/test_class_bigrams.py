@@ -63,9 +63,10 @@ def test_each_position_gets_the_pairs_of_its_visible_neighbours():
                 if i + 1 < x_BL.shape[1] and visible_BL[b, i + 1]:
                     expected += bias.get((k, v, int(x_BL[b, i + 1])), 0.0)
                 assert float(found_NV[n, v]) == pytest.approx(float(expected), abs=1e-6)
-    strided_VN = torch.zeros(VOCAB, len(at)).T  # the layout in which a CPU computes logits
-    bigrams.add(strided_VN, *rows)
-    assert strided_VN.abs().sum() > 1
+    found_NV, strided_NV = torch.zeros(len(at), VOCAB), torch.zeros(VOCAB, len(at)).T  # a CPU's layout of logits
+    for logits_NV in (found_NV, strided_NV):
+        bigrams.add(logits_NV, *rows)
+    assert torch.equal(found_NV, strided_NV) and found_NV.abs().sum() > 1
 
 
 def test_the_bias_of_each_pair_of_a_text():
