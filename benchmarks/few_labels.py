@@ -1,4 +1,5 @@
-"""Accuracy against the number of labels and the share of wrong ones: diffusion, left-to-right model, baselines.
+"""Accuracy against the number of labels and the share of wrong ones: diffusion, by likelihood alone and also trained to
+tell the classes apart (hybrid), a left-to-right model, baselines.
 
     DATA_DIR=/path/to/data python benchmarks/few_labels.py --data imdb --texts 100 1000 all --noise 0 0.2 --seeds 1 2 \\
         --steps 600 --pretrain_steps 2500 --output benchmarks/results/few_labels_imdb.jsonl
@@ -7,9 +8,9 @@ Each cell (texts per class, noise, seed, model) is one run of mode=classify with
 of OUTPUT. The training texts and their wrong labels are the same for all models and seeds (data/labels.py); validation
 and test labels are clean. The baselines come from the same runs as the diffusion model. With --pretrain_steps each
 model starts from weights trained without labels, on all training texts of --data (and on those that have no labels),
-once for each seed. A second start skips the cells that are in OUTPUT. At the end it prints a Markdown table of the
-cells in OUTPUT with these --data, --steps, --pretrain_steps and --more, and draws OUTPUT.svg. Its 95 % intervals
-contain the spread over test texts and over seeds.
+once for each seed; both kinds of diffusion share them. A second start skips the cells that are in OUTPUT. At the end it
+prints a Markdown table of the cells in OUTPUT with these --data, --steps, --pretrain_steps and --more, and draws
+OUTPUT.svg. Its 95 % intervals contain the spread over test texts and over seeds.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ DATA = {
 }
 WITHOUT_LABELS = {"reviews": "all", "imdb": "all+unsupervised", "ag_news": "all"}  # what classify.pretrain trains on
 MODELS = {"diffusion": ["classify.baselines=true"],
+          "hybrid diffusion": ["classify.discriminative_weight=1", "classify.baselines=false"],
           "left-to-right": ["algo=ar", "training.loss_weight=elbo", "classify.baselines=false"]}  # fmt: skip
 ALL = "all"
 ENSEMBLE = "diffusion and the best baseline"
@@ -55,9 +57,9 @@ def measured(cell: dict[str, object], folder: Path) -> dict[str, object]:
         f"trainer.max_steps={steps}", f"trainer.val_check_interval={max(1, steps // 10)}",
         f"checkpointing.save_dir={folder}", "sampling.num_sample_log=0", "classify.num_examples=0", *cell["more"],
     ]  # fmt: skip
-    start = (
-        folder.parent / f"start-{_hash([cell[name] for name in ('data', 'model', 'seed', 'pretrain_steps', 'more')])}"
-    )
+    network = str(cell["model"]).removeprefix("hybrid ")  # labels are not used before the start
+    of_start = [cell["data"], network, *(cell[name] for name in ("seed", "pretrain_steps", "more"))]
+    start = folder.parent / f"start-{_hash(of_start)}"
     if cell["pretrain_steps"]:
         words += [f"classify.pretrain={WITHOUT_LABELS[cell['data']]}"]
         words += [f"classify.pretrain_steps={cell['pretrain_steps']}"]

@@ -13,16 +13,16 @@ from tests.helpers.commands import FEW, TINY
 SMALL = [word for word in TINY if not word.startswith(("data.max_train", "trainer.max_steps", "sampling"))]
 
 
-def test_a_tiny_form_measures_both_models_and_goes_on(tmp_path, monkeypatch, capsys):
+def test_a_tiny_form_measures_all_models_and_goes_on(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "found.jsonl"
     words = ["--noise", "0.25", "--seeds", "1", "--steps", "2", "--output", str(path), "--texts"]
     few_labels.main([*words, "8", "--pretrain_steps", "2", "--more", *SMALL, *FEW])
     first = path.read_text()
     lines = [json.loads(line) for line in first.splitlines()]
-    assert [line["model"] for line in lines] == ["diffusion", "left-to-right"]
+    assert [line["model"] for line in lines] == ["diffusion", "hybrid diffusion", "left-to-right"]
     assert {"diffusion", "naive Bayes, unigrams"} < lines[0]["methods"].keys()
-    assert lines[1]["methods"].keys() == {"left-to-right", "Bayes-optimal"}
+    assert lines[2]["methods"].keys() == {"left-to-right", "Bayes-optimal"}
     assert "| 0.25 | left-to-right |" in capsys.readouterr().out
     assert path.with_suffix(".svg").exists()
     kept = list((tmp_path / "outputs/few_labels").iterdir())
@@ -35,7 +35,7 @@ def test_a_tiny_form_measures_both_models_and_goes_on(tmp_path, monkeypatch, cap
     monkeypatch.setattr(few_labels, "measured", measured)
     few_labels.main([*words, "8", "all", "--pretrain_steps", "2", "--more", *SMALL, *FEW])
     assert path.read_text().startswith(first)
-    assert [json.loads(line)["texts_per_class"] for line in path.read_text().splitlines()[2:]] == ["all", "all"]
+    assert [json.loads(line)["texts_per_class"] for line in path.read_text().splitlines()[3:]] == ["all"] * 3
 
 
 def test_intervals_contain_the_spread_over_texts_and_over_seeds():
