@@ -10,10 +10,8 @@ are typed as for main.py: key=value.
 
 import argparse
 import importlib.util
-import logging
 import os
 import sys
-import warnings
 
 from palimpsest.common.output import guard_output
 from palimpsest.settings import command_line
@@ -44,9 +42,9 @@ def main() -> None:
     from palimpsest.app.page import page  # late, because gradio may be missing and reads the environment
     from palimpsest.app.runs import find
     from palimpsest.app.server import HOST, listen, serve
+    from palimpsest.training.processes import quiet_lightning
 
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module="lightning")
+    quiet_lightning()
     with command_line.clear_errors():
         listening = listen(args.port)
         blocks = page(find(args.checkpoint), args.overrides)

@@ -16,7 +16,7 @@ from scipy.optimize import minimize, minimize_scalar
 from scipy.special import logsumexp, softmax
 
 # Limits; validation texts without a single error would give temperature 0.
-_TEMPERATURES = (0.1, 1e4)
+TEMPERATURES = (0.1, 1e4)
 # Of the length. 1 makes the evidence a mean per token: more would say that longer texts tell less.
 _EXPONENTS = (0.0, 1.0)
 _LEAST_GAIN = 1e-9  # nats of log loss, below which an exponent is rounding error
@@ -37,7 +37,7 @@ def fit_temperature(log_p_MC: np.ndarray, label_M: np.ndarray, log_prior_C: np.n
     log_p_MC = np.asarray(log_p_MC, dtype=np.float64)
     _check(log_p_MC, label_M)
     loss = lambda log_t: _log_loss(log_p_MC * np.exp(-log_t), label_M, log_prior_C)  # noqa: E731
-    found = minimize_scalar(loss, bounds=np.log(_TEMPERATURES), method="bounded", options={"xatol": 1e-6})
+    found = minimize_scalar(loss, bounds=np.log(TEMPERATURES), method="bounded", options={"xatol": 1e-6})
     return float(np.exp(found.x))
 
 

@@ -5,6 +5,7 @@ Shape suffixes: M texts, C classes, R rows of the split.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,12 @@ import numpy as np
 
 from palimpsest.classification.baselines import Baseline, Labelled, baselines
 from palimpsest.classification.bayes import posterior
-from palimpsest.classification.calibration import fit_length_temperature, fit_rate_weights, fit_temperature
+from palimpsest.classification.calibration import (
+    TEMPERATURES,
+    fit_length_temperature,
+    fit_rate_weights,
+    fit_temperature,
+)
 from palimpsest.classification.ensembles import best_baseline, fit_weight, product_of_experts
 from palimpsest.classification.latent_centroids import nearest_centroid
 from palimpsest.classification.measures import Measures, measure
@@ -35,6 +41,9 @@ CALIBRATED = {
 _CALIBRATED_COLUMNS = ("calibrated_length", "calibrated_temperature", "posterior")
 
 
+log = logging.getLogger(__name__)
+
+
 @dataclass(frozen=True)
 class ComparedMethods:
     """Methods that Bayes' rule is compared with."""
@@ -45,11 +54,11 @@ class ComparedMethods:
     compare: Annotated[Sequence[str], list_of(PATH, 0, "[outputs/.../classify/test]")] = ()
     latent: LatentSteps = LatentSteps()  # how latents are sampled for the nearest centroid
 
-    def files(self, split: str) -> dict[str, Path]:
-        """Return the predictions to compare with, by folder name.
+    def files(self, split: str, folder: Path) -> dict[str, Path]:
+        """Return the predictions to compare with, by folder name; `folder` receives those of this run.
 
         Raises:
-            ValueError: calibration would be fitted on the split that is reported.
+            ValueError: calibration would be fitted on the split that is reported, or a run is compared with itself.
             FileNotFoundError: there are no such predictions.
         """
         if self.calibrate and split == "validation":
@@ -57,7 +66,11 @@ class ComparedMethods:
                 "classify.calibrate=true fits on the validation split, which classify.split=validation would report; "
                 "leave one of them out"
             )
-        return {path: predictions_file(path) for path in self.compare}
+        files = {path: predictions_file(path) for path in self.compare}
+        for path, file in files.items():
+            if file.parent.resolve() == folder.resolve():
+                raise ValueError(f"classify.compare: {path} is the folder of this run itself; name those of other runs")
+        return files
 
 
 @dataclass(frozen=True)
@@ -83,6 +96,9 @@ def fit(scores: ClassScores, log_prior_C: np.ndarray) -> dict[str, Any]:
         "temperature": fit_temperature(log_p_MC, label_M, log_prior_C),
         "length": fit_length_temperature(log_p_MC, _lengths(scores), label_M, log_prior_C),
     }
+    if np.isclose(fitted["temperature"], TEMPERATURES, rtol=1e-3).any():
+        about = "classify.calibrate: the fitted temperature is at a limit, %g: %d validation texts do not determine it"
+        log.warning(about, fitted["temperature"], len(label_M))
     if scores.has_masks:
         fitted["rate_weights"] = fit_rate_weights(scores.nats_MCP, scores.rate_MP, scores.label_M, log_prior_C)
     return fitted

@@ -42,8 +42,9 @@ def with_other_texts(data: TextData, path: str, split: str) -> TextData:
         raise ValueError(f"{_SETTING}={path}: these texts have no latents; set it to null, or latents=none")
     tables = read_files(readable_files(path, _SETTING), _SETTING, Columns())
     texts = [text for table in tables for text in table.column("text").to_pylist()]
-    if not texts:
-        raise ValueError(f"{_SETTING}={path} holds no text; name another file")
+    if len(texts) < 2:
+        number = "one text" if texts else "no text"
+        raise ValueError(f"{_SETTING}={path} holds {number}, and an area with its error needs two; name more texts")
     chosen = np.sort(np.random.default_rng(0).permutation(len(texts))[: len(data.texts(split))])
     return with_texts(data, SPLIT, [texts[i] for i in chosen])
 

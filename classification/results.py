@@ -101,8 +101,8 @@ class ClassificationResult:
             "draws_per_text_and_class": float(scores.draws_M.mean()),
             "network_evaluations_per_text": float(scores.evaluations_M.mean()),
             "seconds_per_text": scores.seconds / len(scores.label_M),
-            "accuracy_after_evaluations": _curve(*self.after_draws()) if scores.has_masks else None,
-            "accuracy_at_mask_rate": _curve(*self.at_mask_rates()) if scores.has_masks else None,
+            "accuracy_after_evaluations": _curve("evaluations_per_class", *self.after_draws()) if scores.has_masks else None,
+            "accuracy_at_mask_rate": _curve("mask_rate", *self.at_mask_rates()) if scores.has_masks else None,
             "temperature": self.fitted.get("temperature"),
             "temperature_by_length": asdict(self.fitted["length"]) if self.fitted else None,
             "rate_weights": getattr(self.fitted.get("rate_weights"), "weight_B", None),
@@ -175,9 +175,9 @@ def _measured(m: Measures) -> dict[str, object]:
             "accuracy_at_coverage": {str(share): m.abstention.at(share) for share in _COVERAGES}}  # fmt: skip
 
 
-def _curve(x: Sequence[float], y: Sequence[Estimate]) -> list[list[float]]:
-    """Return rows of x, value, standard error."""
-    return [[float(a), b.value, b.se] for a, b in zip(x, y, strict=True)]
+def _curve(name: str, x: Sequence[float], accuracies: Sequence[Estimate]) -> list[dict[str, object]]:
+    """Return the accuracy at each x, which is called `name`."""
+    return [{name: float(one), "accuracy": found} for one, found in zip(x, accuracies, strict=True)]
 
 
 def _finite_mean(values_M: np.ndarray) -> float | None:

@@ -24,6 +24,7 @@ from palimpsest.experiment.from_checkpoint import training_identity
 from palimpsest.experiment.running import checked, composed
 from palimpsest.settings.command_line import in_quotes
 from palimpsest.settings.identity import overrides, word
+from palimpsest.training.processes import quiet_lightning
 
 SPLIT = "given"  # the name of a user's texts among the splits
 
@@ -170,6 +171,7 @@ def load_classifier(folder: str | Path, *typed: str) -> TrainedClassifier:
         FileNotFoundError: there is no classifier in the folder.
         ValueError: a class has no model, or a setting does not fit.
     """
+    quiet_lightning()
     folder = Path(folder)
     files = [folder / "label=0/checkpoints/last.ckpt", folder / "checkpoints/last.ckpt"]
     file = next((path for path in files if path.exists()), None)

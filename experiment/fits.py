@@ -68,8 +68,13 @@ def check_parts(
 
 
 def _check_class_comparison(cfg: DictConfig, objective: Objective) -> None:
-    """Refuse settings of trainings that compare classes where no classes are compared."""
-    weight, bigrams = cfg.classify.discriminative_weight, cfg.classify.bigrams
+    """Refuse settings of classes where the network is told none, or where no classes are compared."""
+    weight, bigrams, class_lr = cfg.classify.discriminative_weight, cfg.classify.bigrams, cfg.optim.get("class_lr")
+    if class_lr and cfg.classify.sharing != "conditional":
+        raise ValueError(
+            f"optim.class_lr={class_lr} is for a network that is told classes; add classify.sharing=conditional, or "
+            "leave it out"
+        )
     if weight and cfg.classify.sharing != "conditional":
         raise ValueError(
             f"classify.discriminative_weight={weight} compares the classes of one network; add "
@@ -292,11 +297,12 @@ def _check_starts(cfg: DictConfig, mode: Mode) -> None:
                 f"classify.pretrain={pretrain} trains what the models start from, and {key}={path} names it; leave one "
                 "of them out"
             )
-    if cfg.classify.pretrain_lr_factor != 1 and not pretrain:
-        raise ValueError(
-            f"classify.pretrain_lr_factor={cfg.classify.pretrain_lr_factor} is for a shared start; add "
-            "classify.pretrain=all, or leave it out"
-        )
+    for name, default in (("pretrain_lr_factor", 1), ("pretrain_steps", cfg.trainer.max_steps)):
+        if cfg.classify[name] != default and not pretrain:
+            raise ValueError(
+                f"classify.{name}={cfg.classify[name]} is for a shared start; add classify.pretrain=all, or leave it "
+                "out"
+            )
     of_all = mode.trains and not mode.compares and cfg.classify.sharing == "per_class" and cfg.data.label is None
     if pretrain and of_all:
         raise ValueError(

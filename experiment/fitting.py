@@ -89,11 +89,13 @@ def fitted_biases(diffusion: Diffusion, data: TextData) -> torch.Tensor:
 
     The biases of token pairs, if the network has any, are fitted together with them and set.
     """
-    pairs = _pair_counts(data, diffusion.objective.causal)
     bigrams, log_prior_C = diffusion.backbone.bigrams, diffusion.log_prior_C.numpy()
+    number = 0 if bigrams is None else len(bigrams.first_P)
+    print(f"fitting the classes' biases of tokens{f' and of {number} pairs' if number else ''} to the training texts")
+    pairs = _pair_counts(data, diffusion.objective.causal)
     if bigrams is None:
         return torch.from_numpy(class_biases(pairs.tokens, log_prior_C)[0])
-    biased_F = pairs.most_frequent(len(bigrams.first_P))
+    biased_F = pairs.most_frequent(number)
     bias_CV, pair_CF = class_biases(pairs, log_prior_C, biased_F)
     bigrams.set(*(torch.from_numpy(found) for found in (pairs.first_P[biased_F], pairs.second_P[biased_F], pair_CF)))
     return torch.from_numpy(bias_CV)
@@ -112,9 +114,9 @@ def _shares_of_classes(data: TextData) -> torch.Tensor:
         )
     counts_C = np.bincount(np.asarray(data.texts("train")["label"][:]), minlength=len(data.label_names))
     if not counts_C.all():
-        absent = np.flatnonzero(counts_C == 0).tolist()
+        absent = ", ".join(data.label_names[k] for k in np.flatnonzero(counts_C == 0))
         raise ValueError(
-            f"classify.discriminative_weight compares classes, and there is no training text of {absent}; use more of "
-            "data.max_train_texts, or leave it out"
+            f"classify.discriminative_weight compares classes, and there is no training text of {absent}; use more "
+            "training texts (data.max_train_texts, data.texts_per_class), or leave it out"
         )
     return torch.from_numpy(counts_C / counts_C.sum())

@@ -5,7 +5,6 @@ The settings of a model are those that its checkpoint carries. Shape suffixes: M
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
@@ -30,6 +29,7 @@ from palimpsest.experiment.running import checked, composed, run
 from palimpsest.models.checkpoints import read_contents, read_settings
 from palimpsest.settings.command_line import in_quotes
 from palimpsest.settings.identity import overrides, word
+from palimpsest.training.processes import quiet_lightning
 
 _SPLIT = "given"  # the name of a user's texts among the splits
 _PUBLISHED = ("data=openwebtext", "data.wrap=false")  # what the models of the reference projects were trained on
@@ -200,7 +200,7 @@ def load(path: str | Path, *typed: str) -> TrainedModel:
         FileNotFoundError: there is no such file.
         ValueError: the file is no checkpoint, or a setting does not fit it.
     """
-    warnings.filterwarnings("ignore", module="lightning")  # its warnings are about trainers, and none is used here
+    quiet_lightning()
     file = checkpoint_path(path)
     known = read_settings(file, "path").identity
     words = ["mode=sample_eval", f"eval.checkpoint_path={in_quotes(str(file))}", *typed]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
-import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -21,7 +19,7 @@ from palimpsest.experiment.fits import check_typed
 from palimpsest.settings import command_line
 from palimpsest.settings.instantiation import instantiate
 from palimpsest.settings.reading import Readers
-from palimpsest.training.processes import first_process
+from palimpsest.training.processes import first_process, quiet_lightning
 from palimpsest.training.signals import SIGNALS
 
 
@@ -78,8 +76,7 @@ def job(cfg: DictConfig) -> float | None:
     Returns:
         What a sweeper of Hydra minimises.
     """
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module="lightning")
+    quiet_lightning()
     if not first_process():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - only the first process prints
     guard_output()

@@ -58,9 +58,11 @@ class Checkpoint:
         problems += [f"{name}: not in the model" for name in theirs.keys() - ours.keys()]
         if problems:
             shown = "\n  ".join(sorted(problems)[:6])
+            of_classes = any(problem.startswith(("class_embed.", "bigrams.")) for problem in problems)
+            settings = "classify.sharing= and classify.bigrams=" if of_classes else "model=, model.* and backbone="
             raise ValueError(
                 f"{self.path} does not fit the model ({len(problems)} differences):\n  {shown}\n"
-                "Set model=, model.* and backbone= as they were in training"
+                f"Set {settings} as they were in training"
             )
         average = EMA(backbone.parameters(), decay=0.0) if use_ema and self.ema else None
         if average:

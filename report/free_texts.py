@@ -1,5 +1,6 @@
 """Report of free texts: their quality, that of real texts, and the texts themselves."""
 
+import math
 from collections.abc import Sequence
 
 from palimpsest.evaluation.free_texts import FreeTexts
@@ -26,10 +27,9 @@ def free_texts_lines(found: FreeTexts, texts: Sequence[str], how: str) -> str:
     lines = comparison_lines(found.comparison)
     lines += f"\ndrawn by {how}, {found.evaluations:.1f} network evaluations per sample"
     if "possible" in found.results:
-        lines += (
-            f"\n{found.results['possible']:.1%} are possible texts, of these {found.results['of_the_class']:.1%} "
-            "of the class"
-        )
+        of_the_class = found.results["of_the_class"]
+        some = "" if math.isnan(of_the_class) else f", of these {of_the_class:.1%} of the class"
+        lines += f"\n{found.results['possible']:.1%} are possible texts{some}"
     return "\n\n".join([*texts, lines])
 
 

@@ -48,6 +48,11 @@ def on_files(files: Files, config: MkDocsConfig, **_: object) -> Files:
     return files
 
 
+def on_page_markdown(markdown: str, **_: object) -> str:
+    """Let links to notebooks lead to their pages; in the repository they lead to the notebooks themselves."""
+    return re.sub(r"\((notebooks/\w+)\.ipynb\)", r"(\1.md)", markdown)
+
+
 def notebook_page(notebook: dict, name: str) -> tuple[str, dict[str, bytes]]:
     """Return a notebook as Markdown, and the pictures that it shows, by file name."""
     parts = []

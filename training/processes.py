@@ -5,7 +5,9 @@ Processes are launched by Lightning (one command on one machine), by torchrun or
 
 from __future__ import annotations
 
+import logging
 import os
+import warnings
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Annotated
@@ -22,6 +24,12 @@ from palimpsest.models.sharding import gather, load_sharded, sharded_like
 # Timeout of collective operations. At most a week, because torch counts some milliseconds in 32 bits.
 Minutes = Annotated[float, real("[0.01, 10080]")]
 _DEFAULT_MINUTES = 30.0
+
+
+def quiet_lightning() -> None:
+    """Silence what Lightning says of its trainers, which run inside of what a user asked for."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="lightning")
 
 
 def ddp(timeout_minutes: Minutes = _DEFAULT_MINUTES, find_unused_parameters: bool = False) -> DDPStrategy:

@@ -136,7 +136,7 @@ def test_a_resumed_training_compares_classes_as_an_uninterrupted_one():
 def test_classes_that_cannot_be_compared_are_refused_where_they_are_and_only_there():
     one_class = ["data.label_noise=0", "data.source.num_train_per_class=1", "data.max_train_texts=1"]
     with pytest.raises(
-        ValueError, match="classify.discriminative_weight compares classes, and there is no training text of"
+        ValueError, match="classify.discriminative_weight compares classes, and there is no training text of [a-z]+;"
     ):
         experiment(*HYBRID, *one_class, "loader.global_batch_size=1").fit()
     experiment(*CONDITIONAL, *one_class, "loader.global_batch_size=1", "checkpointing.save_dir=one").fit()
@@ -162,6 +162,13 @@ def test_the_shared_start_may_learn_faster():
     assert identity(compose_config(faster))["classify.pretrain_lr_factor"] == 8
     with pytest.raises(ValueError, match="pretrain_lr_factor=8 is for a shared start; add classify.pretrain=all"):
         experiment("classify.pretrain_lr_factor=8").build.check()
+    with pytest.raises(ValueError, match="classify.pretrain_steps=3 is for a shared start; add classify.pretrain=all"):
+        experiment("classify.pretrain_steps=3").build.check()
+
+
+def test_a_rate_of_the_classes_is_refused_before_a_shared_start_where_the_network_is_told_none():
+    with pytest.raises(ValueError, match="optim.class_lr=0.1 is for a network that is told classes; add"):
+        experiment("optim.class_lr=0.1", "classify.pretrain=all").build.check()
 
 
 BIGRAMS = [*HYBRID, "classify.bigrams=20", "training.start_from_counts=true"]

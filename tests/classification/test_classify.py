@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from hydra.errors import InstantiationException
 
 from palimpsest.classification.attributions import token_attributions
+from palimpsest.classification.methods import ComparedMethods, fit
 from palimpsest.classification.models import ClassModel
 from palimpsest.classification.predictions import predictions_file, read_posterior, write_predictions
 from palimpsest.classification.scoring import ClassScores, SequentialTest, score_classes
@@ -168,6 +170,20 @@ def test_predictions_come_back_for_the_same_texts_only(tmp_path):
             read_posterior(path, np.array(ids), np.array(labels))
     with pytest.raises(FileNotFoundError, match="classify.compare"):
         predictions_file(tmp_path / "nowhere")
+    compared = ComparedMethods(compare=[str(tmp_path)])
+    assert compared.files("test", tmp_path / "other") == {str(tmp_path): path}
+    with pytest.raises(ValueError, match="is the folder of this run itself"):
+        compared.files("test", tmp_path / "other" / "..")
+
+
+def test_a_temperature_at_its_limit_is_said(caplog):
+    """Two texts whose classes are told apart without an error do not say how sure the model may be."""
+    scores = fake_scores()
+    fit(replace(scores, label_M=scores.log_p_MC.argmax(1)), np.log([0.5, 0.5]))
+    assert "the fitted temperature is at a limit, 0.1: 2 validation texts" in caplog.text
+    caplog.clear()
+    fit(scores, np.log([0.5, 0.5]))
+    assert "limit" not in caplog.text
 
 
 def test_everything_is_reported_and_the_models_are_used_again(capsys):

@@ -65,7 +65,8 @@ def test_files_of_other_texts_become_a_split():
     [
         ("nowhere.txt", "test", FileNotFoundError, "classify.other_texts=nowhere.txt"),
         ("few.txt", "validation", ValueError, "classify.split=validation"),
-        ("empty.txt", "test", ValueError, "classify.other_texts=empty.txt"),
+        ("empty.txt", "test", ValueError, "classify.other_texts=empty.txt holds no text"),
+        ("few.txt", "test", ValueError, "classify.other_texts=few.txt holds one text"),
         ("columns.csv", "test", ValueError, "classify.other_texts=columns.csv"),
     ],
 )
