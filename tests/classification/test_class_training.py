@@ -168,7 +168,7 @@ def test_the_shared_start_may_learn_faster():
 
 def test_a_rate_of_the_classes_is_refused_before_a_shared_start_where_the_network_is_told_none():
     with pytest.raises(ValueError, match="optim.class_lr=0.1 is for a network that is told classes; add"):
-        experiment("optim.class_lr=0.1", "classify.pretrain=all").build.check()
+        experiment("mode=classify", "optim.class_lr=0.1", "classify.pretrain=all").build.check()
 
 
 BIGRAMS = [*HYBRID, "classify.bigrams=20", "training.start_from_counts=true"]

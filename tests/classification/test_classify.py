@@ -179,10 +179,10 @@ def test_predictions_come_back_for_the_same_texts_only(tmp_path):
 def test_a_temperature_at_its_limit_is_said(caplog):
     """Two texts whose classes are told apart without an error do not say how sure the model may be."""
     scores = fake_scores()
-    fit(replace(scores, label_M=scores.log_p_MC.argmax(1)), np.log([0.5, 0.5]))
+    fit(replace(scores, label_M=np.array([0, 1])), EVEN)
     assert "the fitted temperature is at a limit, 0.1: 2 validation texts" in caplog.text
     caplog.clear()
-    fit(scores, np.log([0.5, 0.5]))
+    fit(replace(scores, label_M=np.array([1, 1])), EVEN)  # the surer prediction is right, the other is wrong
     assert "limit" not in caplog.text
 
 
@@ -210,6 +210,7 @@ def test_everything_is_reported_and_the_models_are_used_again(capsys):
     for heading in ("Accuracy", "Calibration", "Abstention", "Texts from elsewhere", "Accuracy by draws",
                     "Token attributions"):  # fmt: skip
         assert heading in html
+    folder = folder.rename("before")  # this run has its place
     again = run(*light, f"classify.compare=[{folder}]", "classify.prior=[0.9,0.1]")
     assert "complete:" in capsys.readouterr().out and again["prior"]["negative"] == pytest.approx(0.9)
     assert again["methods"][str(folder)]["accuracy"] == results["accuracy"]
