@@ -69,7 +69,8 @@ def check_parts(
 
 def _check_class_comparison(cfg: DictConfig, objective: Objective) -> None:
     """Refuse settings of classes where the network is told none, or where no classes are compared."""
-    weight, bigrams, class_lr = cfg.classify.discriminative_weight, cfg.classify.bigrams, cfg.optim.get("class_lr")
+    weight, bigrams = cfg.classify.discriminative_weight, cfg.classify.bigrams
+    class_lr = cfg.optim.get("class_lr")
     if class_lr and cfg.classify.sharing != "conditional":
         raise ValueError(
             f"optim.class_lr={class_lr} is for a network that is told classes; add classify.sharing=conditional, or "

@@ -6,7 +6,7 @@ comes after it, so p(text | class) stays normalised. If a text is unmasked one t
 adjacent tokens is always unmasked first, so every pair counts exactly once.
 
 Shape suffixes: B batch, L length, N selected positions, C positions of a chunk of logits, U different neighbours
-of these, V vocabulary, P pairs.
+of these, E entries of the table for them, V vocabulary, P pairs.
 """
 
 import torch
