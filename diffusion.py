@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from palimpsest.common.metrics import NLLMeter
 from palimpsest.common.randomness import KeyedNoise, evaluation_noise, hash_seed, seed_generator_of, training_noise
-from palimpsest.common.values import BelowOne, NotNegative, Seed, Share
+from palimpsest.common.values import BelowOne, NotNegative, Seed
 from palimpsest.data.stream import BatchPlan
 from palimpsest.denoisers import BlockDenoiser, Denoiser, JointDenoiser
 from palimpsest.models.checkpoints import Checkpoint
@@ -77,7 +77,7 @@ class Diffusion(lightning.LightningModule):
         seed: Seed = 1,
         plan: BatchPlan | None = None,
         identity: Mapping[str, object] | None = None,
-        label_dropout: Share = 0.0,
+        label_dropout: BelowOne = 0.0,
         discriminative_weight: NotNegative = 0.0,
     ) -> None:
         super().__init__()

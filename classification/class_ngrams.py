@@ -100,7 +100,7 @@ class _LogLoss:
     def __init__(self, pairs: PairCounts, log_prior_C: np.ndarray, biased_F: np.ndarray, kept_M: np.ndarray) -> None:
         frequency_P = np.asarray(pairs.count_MP.sum(axis=0)).ravel() + 1.0
         _, self.start_U, self.group_P = np.unique(pairs.first_P, return_index=True, return_inverse=True)
-        self.p_P = frequency_P / np.add.reduceat(frequency_P, self.start_U)[self.group_P]
+        self.log_p_P = np.log(frequency_P / np.add.reduceat(frequency_P, self.start_U)[self.group_P])
         self.second_P = pairs.second_P
         self.biased_F = biased_F
         self.log_prior_C = log_prior_C
@@ -116,9 +116,11 @@ class _LogLoss:
         """Return the mean log loss, nats, and its slope."""
         bias_CP = bias_CX[:, self.second_P]
         bias_CP[:, self.biased_F] += bias_CX[:, self.vocab_size :]
-        p_CP = self.p_P * np.exp(bias_CP)
+        log_p_CP = self.log_p_P + bias_CP
+        most_CU = np.maximum.reduceat(log_p_CP, self.start_U, axis=1)  # a line search tries biases of thousands of nats
+        p_CP = np.exp(log_p_CP - most_CU[:, self.group_P])
         sum_CU = np.add.reduceat(p_CP, self.start_U, axis=1)
-        joint_MC = self.count_MP @ (bias_CP - np.log(sum_CU)[:, self.group_P]).T + self.log_prior_C
+        joint_MC = self.count_MP @ (bias_CP - (most_CU + np.log(sum_CU))[:, self.group_P]).T + self.log_prior_C
         loss = (logsumexp(joint_MC, axis=1) - (joint_MC * self.truth_MC).sum(axis=1)).mean()
         error_MC = (softmax(joint_MC, axis=1) - self.truth_MC) / len(self.truth_MC)
         slope_CP = np.ascontiguousarray((self.transposed_PM @ error_MC).T)

@@ -99,6 +99,20 @@ def test_the_slope_is_that_of_the_loss():
         assert slope_CX[place] == pytest.approx((ends[0] - ends[1]) / (2 * step), abs=1e-8)
 
 
+def test_biases_of_any_size_have_a_loss():
+    """A line search tries biases of thousands of nats, whose exponentials overflow."""
+    rng = np.random.default_rng(3)
+    pairs, _ = chains(50, rng)
+    log_loss = _LogLoss(pairs, PRIOR_C, pairs.most_frequent(5), np.arange(50) > 0)
+    bias_CX = rng.normal(size=(2, 4 + 5))
+    loss, slope_CX = log_loss.loss(bias_CX)
+    bias_CX[:, :4] += [[2000.0], [-2000.0]]  # of all tokens alike, so that no probability changes
+    with np.errstate(over="raise", divide="raise", invalid="raise"):
+        moved, moved_slope_CX = log_loss.loss(bias_CX)
+        assert np.isfinite(log_loss.loss(1000 * rng.normal(size=(2, 4 + 5)))[0])
+    assert moved == pytest.approx(loss, rel=1e-9) and moved_slope_CX == pytest.approx(slope_CX, abs=1e-9)
+
+
 def test_pairs_are_those_of_most_texts():
     texts = np.array([[0, 1, 1, 1], [1, 1, 2, 1], [0, 1, 2, 2], [0, 0, 0, 1]])
     pairs = pair_counts(texts, np.zeros(4, int), 3)
