@@ -27,10 +27,10 @@ from palimpsest.evaluation.conditional_generation import (
     unconditional,
 )
 from palimpsest.evaluation.drawing import SampledTokens
+from palimpsest.evaluation.edited_tokens import Selection, select
 from palimpsest.evaluation.latent_measures import Reader, cosines, edits, flat, partners
 from palimpsest.evaluation.naive_bayes import naive_bayes
 from palimpsest.evaluation.sampling_inputs import padded
-from palimpsest.samplers.positions import Selection, select
 
 _CHUNK = 4096
 _PATH_TEXTS = 64  # SSS and MTS use so many texts, each at every point of its path
