@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from torch import Tensor, nn
 
 from palimpsest.common.values import FREE, BelowOne, Size
-from palimpsest.models.attention import head_width, resolve_backend, rotary_angles, seen_keys
+from palimpsest.models.attention import SeenKeys, head_width, resolve_backend, rotary_angles, seen_keys
 from palimpsest.models.backbone import Backbone
 from palimpsest.models.class_conditioning import ClassEmbedding, unconditional, with_class
 from palimpsest.models.kv_cache import KVCache, one_token
@@ -23,9 +23,9 @@ class ARBlock(TransformerBlock):
     """Causal attention and MLP with pre-norm residual connections."""
 
     def forward(
-        self, x_BLD: Tensor, rotary: Rotary, append: CacheAppend | None, key_mask: Tensor | None = None
+        self, x_BLD: Tensor, rotary: Rotary, append: CacheAppend | None, seen: SeenKeys | None = None
     ) -> Tensor:
-        x_BLD = x_BLD + self.project(self.attention(self.norm1(x_BLD), rotary, key_mask, append=append))
+        x_BLD = x_BLD + self.project(self.attention(self.norm1(x_BLD), rotary, seen, append=append))
         return x_BLD + self.transform(self.norm2(x_BLD))
 
 
@@ -101,9 +101,10 @@ class AR(Recomputing, Backbone):
         if self.num_classes:
             class_id = unconditional(tokens_BL) if class_id is None else class_id
             x_BLD = x_BLD + self.class_embed(class_id)[:, None]
+        seen = seen_keys(None, document, self.blocks[0].attn_backend)
         for number, block in enumerate(self.blocks):
             append = None if cache is None else partial(cache.append, number)
-            x_BLD = self.through(block, x_BLD, rotary, append, seen_keys(None, document))
+            x_BLD = self.through(block, x_BLD, rotary, append, seen)
         if cache is not None:
             cache.length += tokens_BL.shape[1]
         return with_class(self.output_layer.normed(x_BLD), class_id, self.num_classes)

@@ -5,6 +5,7 @@ Shape suffixes: B batch, L length, Q queries, K keys, H heads, D head width.
 
 import importlib
 import importlib.util
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,29 +33,75 @@ def head_width(hidden_size: int, n_heads: int) -> int:
     return hidden_size // n_heads
 
 
-def seen_keys(key_mask_BL: Tensor | None, document_BL: Tensor | None) -> Tensor | None:
-    """Return the key mask, or, with the document of each token, which keys each query sees, (B, L, L)."""
+class SeenKeys(NamedTuple):
+    """The keys that queries may attend to.
+
+    Attributes:
+        mask: True for those keys, (B, K), or (B, Q, K) by query.
+        starts: the same for kernels that take no mask, if Q = K: where the runs of positions that attend to each other
+            begin in the flattened rows, and the end of the last run, int32 (S + 1,). Padding is a run of its own.
+    """
+
+    mask: Tensor
+    starts: Tensor | None = None
+
+
+def seen_keys(key_mask_BL: Tensor | None, document_BL: Tensor | None, backend: str) -> SeenKeys | None:
+    """Return the keys that are seen, None for all.
+
+    Args:
+        key_mask_BL: False on padding, which is on the right; None without padding.
+        document_BL: the document of each token, which sees those of its own only; None if it sees all.
+        backend: with flash_attn the runs are found too. With documents the device is waited for.
+    """
+    if key_mask_BL is None and document_BL is None:
+        return None
+    mask = key_mask_BL
+    if document_BL is not None:
+        mask = document_BL[:, :, None] == document_BL[:, None]
+        mask = mask if key_mask_BL is None else mask & key_mask_BL[:, None].bool()
+    return SeenKeys(mask, _run_starts(key_mask_BL, document_BL) if backend == "flash_attn" else None)
+
+
+def _run_starts(key_mask_BL: Tensor | None, document_BL: Tensor | None) -> Tensor:
     if document_BL is None:
-        return key_mask_BL
-    same_BLL = document_BL[:, :, None] == document_BL[:, None]
-    return same_BLL if key_mask_BL is None else same_BLL & key_mask_BL[:, None].bool()
+        rows, length = key_mask_BL.shape
+        row_B = length * torch.arange(rows, device=key_mask_BL.device)
+        start_S = torch.stack([row_B, row_B + key_mask_BL.sum(-1)], dim=1).flatten()
+        return F.pad(start_S, (0, 1), value=rows * length).int()
+    run_BL = document_BL if key_mask_BL is None else document_BL.masked_fill(~key_mask_BL.bool(), -1)
+    begins_BL = torch.ones_like(run_BL, dtype=torch.bool)
+    begins_BL[:, 1:] = run_BL[:, 1:] != run_BL[:, :-1]
+    return F.pad(begins_BL.flatten().nonzero()[:, 0], (0, 1), value=run_BL.numel()).int()
 
 
 def attend(
-    q_BQHD: Tensor, k_BKHD: Tensor, v_BKHD: Tensor, key_mask: Tensor | None, backend: str, causal: bool = False
+    q_BQHD: Tensor,
+    k_BKHD: Tensor,
+    v_BKHD: Tensor,
+    key_mask: Tensor | None,
+    backend: str,
+    causal: bool = False,
+    starts: Tensor | None = None,
 ) -> Tensor:
     """Return softmax(q k^T / sqrt(D)) v, (B, Q, H, D).
 
     Args:
-        key_mask: True where a position may be attended to, (B, K), or (B, Q, K) by query; None for everywhere. With a
-            mask SDPA is used, because the padded flash-attn kernels take none.
+        key_mask: True where a position may be attended to, (B, K), or (B, Q, K) by query; None for everywhere.
         backend: sdpa, flash_attn or flex. Flex also means SDPA here; it pays where a mask has empty tiles
-            (models/block_attention.py).
+            (models/block_attention.py). flash_attn takes no mask, so with one but without `starts` SDPA is used.
         causal: the queries are the last Q of the K positions, and each attends to the keys up to its own.
+        starts: those of `SeenKeys`, with the same meaning as `key_mask` wherever a query is not padding.
     """
-    if backend == "flash_attn" and key_mask is None:
+    if backend == "flash_attn" and (key_mask is None or starts is not None):
         # Not an import statement: transformers asks users of an exported model to install every imported package.
-        return importlib.import_module("flash_attn").flash_attn_func(q_BQHD, k_BKHD, v_BKHD, causal=causal)
+        kernels = importlib.import_module("flash_attn")
+        if starts is None:
+            return kernels.flash_attn_func(q_BQHD, k_BKHD, v_BKHD, causal=causal)
+        rows, length = q_BQHD.shape[:2]
+        q, k, v = (x.flatten(0, 1) for x in (q_BQHD, k_BKHD, v_BKHD))
+        out = kernels.flash_attn_varlen_func(q, k, v, starts, starts, length, length, causal=causal)
+        return out.unflatten(0, (rows, length))
     queries, keys = q_BQHD.shape[1], k_BKHD.shape[1]
     mask = None
     if key_mask is not None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from palimpsest.common.positions import Positions
 from palimpsest.common.values import FREE, BelowOne, Size
-from palimpsest.models.attention import head_width, resolve_backend, rotary_angles, seen_keys
+from palimpsest.models.attention import SeenKeys, head_width, resolve_backend, rotary_angles, seen_keys
 from palimpsest.models.backbone import Backbone
 from palimpsest.models.blocks import BlockStreams, TwoStreams
 from palimpsest.models.class_conditioning import ClassEmbedding, unconditional, with_class
@@ -30,11 +30,11 @@ class DiTBlock(TwoStreams, TransformerBlock):
         self.adaLN_modulation = zero_linear(cond_dim, 6 * dim)
 
     def forward(
-        self, x_BLD: Tensor, c_BC: Tensor, rotary: Rotary, key_mask: Tensor | None, at_BQ: Tensor | None = None
+        self, x_BLD: Tensor, c_BC: Tensor, rotary: Rotary, seen: SeenKeys | None, at_BQ: Tensor | None = None
     ) -> Tensor:
         """Return the block's output, (B, L, D), or only at the positions `at_BQ`, (B, Q, D)."""
         by = Modulation.of(self, c_BC)
-        attended = self.attention(by.before_attention(self, x_BLD), rotary, key_mask, at_BQ)
+        attended = self.attention(by.before_attention(self, x_BLD), rotary, seen, at_BQ)
         return by.after_attention(self, take_positions(x_BLD, at_BQ), attended)
 
 
@@ -130,12 +130,13 @@ class DiT(BlockStreams, Recomputing, Backbone):
         class_id = unconditional(tokens_BL) if class_id is None and self.num_classes else class_id
         c_BC = self.conditioning(sigma_B, class_id)
         rotary = rotary_angles(self.rotary_emb.inv_freq, tokens_BL.shape[1])
-        key_mask = seen_keys(attention_mask if self.mask_padding else None, document)
+        padding = attention_mask if self.mask_padding else None
+        seen = seen_keys(padding, document, self.blocks[0].attn_backend)
         x_BLD = self.vocab_embed(tokens_BL)
         for block in self.order[:-1]:
-            x_BLD = self.through(block, x_BLD, c_BC, rotary, key_mask)
+            x_BLD = self.through(block, x_BLD, c_BC, rotary, seen)
         at_BQ = None if at is None else at.table_BQ
-        last_BQD = self.through(self.order[-1], x_BLD, c_BC, rotary, key_mask, at_BQ)
+        last_BQD = self.through(self.order[-1], x_BLD, c_BC, rotary, seen, at_BQ)
         hidden_BQD = with_class(self.output_layer.normed(last_BQD, c_BC), class_id, self.num_classes)
         return hidden_BQD if at is None else at.from_table(hidden_BQD)
 

@@ -11,7 +11,7 @@ from typing import Self
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from palimpsest.models.attention import apply_rotary, attend
+from palimpsest.models.attention import SeenKeys, apply_rotary, attend
 from palimpsest.models.layers import LayerNorm, feed_forward, modulate, over_positions, zero_linear
 
 Rotary = tuple[Tensor, Tensor]
@@ -112,20 +112,21 @@ class TransformerBlock(Branches):
         self,
         x_BLD: Tensor,
         rotary: Rotary,
-        key_mask: Tensor | None = None,
+        seen: SeenKeys | None = None,
         at_BQ: Tensor | None = None,
         append: CacheAppend | None = None,
     ) -> Tensor:
         """Return the attention of normed `x_BLD` to itself and the cached tokens, (B, Q, H, D / H), not yet projected.
 
-        `key_mask` is (B, L), or (B, L, L) by query.
+        `seen` are keys of `x_BLD`, by the queries of all its positions.
         """
         q, k, v = self.rotated(x_BLD, rotary, at_BQ)
         if append is not None:
             k, v = append(k, v)
+        key_mask, starts = seen or (None, None)
         if key_mask is not None and key_mask.ndim == 3:
             key_mask = take_positions(key_mask, at_BQ)
-        return attend(q, k, v, key_mask, self.attn_backend, self.causal)
+        return attend(q, k, v, key_mask, self.attn_backend, self.causal, starts if at_BQ is None else None)
 
 
 class Head(nn.Module):
