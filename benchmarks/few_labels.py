@@ -36,6 +36,9 @@ DATA = {
     "imdb": ["experiment=imdb_likelihood_cpu", "model.cond_dim=32", "classify.calibrate=false"],
     "ag_news": ["experiment=ag_news_likelihood_cpu", "classify.calibrate=false"],
 }
+# A training that compares classes needs smaller learning rates than its start, which keeps those of DATA.
+SLOWER = ["optim.lr=5e-4", "optim.matrix_lr=5e-3"]
+AS_BEFORE = ["classify.pretrain_lr_factor=4"]
 WITHOUT_LABELS = {"reviews": "all", "imdb": "all+unsupervised", "ag_news": "all"}  # what classify.pretrain trains on
 MODELS = {"diffusion": ["classify.baselines=true"],
           "hybrid diffusion": ["classify.discriminative_weight=1", "classify.baselines=false"],
@@ -51,18 +54,21 @@ def measured(cell: dict[str, object], folder: Path) -> dict[str, object]:
     """
     texts = "null" if cell["texts_per_class"] == ALL else cell["texts_per_class"]
     steps = cell["steps"]
+    network = str(cell["model"]).removeprefix("hybrid ")  # labels are not used before the start
+    slower = cell["model"] != network and cell["data"] != "reviews"
     words = [
         "mode=classify", *DATA[cell["data"]], *MODELS[cell["model"]], "classify.sharing=conditional",
         f"data.texts_per_class={texts}", f"data.label_noise={cell['noise']}", f"seed={cell['seed']}",
         f"trainer.max_steps={steps}", f"trainer.val_check_interval={max(1, steps // 10)}",
         f"checkpointing.save_dir={folder}", "sampling.num_sample_log=0", "classify.num_examples=0", *cell["more"],
     ]  # fmt: skip
-    network = str(cell["model"]).removeprefix("hybrid ")  # labels are not used before the start
     of_start = [cell["data"], network, *(cell[name] for name in ("seed", "pretrain_steps", "more"))]
     start = folder.parent / f"start-{_hash(of_start)}"
+    words += SLOWER if slower else []
     if cell["pretrain_steps"]:
         words += [f"classify.pretrain={WITHOUT_LABELS[cell['data']]}"]
         words += [f"classify.pretrain_steps={cell['pretrain_steps']}"]
+        words += AS_BEFORE if slower else []
     if start.exists():
         shutil.copytree(start, folder / "pretrained", dirs_exist_ok=True)
     began = time.monotonic()
