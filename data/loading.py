@@ -1,7 +1,6 @@
 """Worker processes for data loading, and a loader that measures how long training waits for it."""
 
 import logging
-import math
 import os
 import shutil
 import time
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from joblib import cpu_count
 from torch.utils.data import DataLoader
 
 from palimpsest.common.values import AtLeastOne, Natural
@@ -46,7 +46,7 @@ class Loading:
             return self.num_workers
         if not streamed and not torch.cuda.is_available():
             return 0
-        cpus, ranks = usable_cpus(), local_ranks(os.environ, devices)
+        cpus, ranks = cpu_count(), local_ranks(os.environ, devices)
         workers = min(workers_for(cpus, ranks, os.environ), MOST_WORKERS if streamed else ENOUGH_FOR_ROWS)
         where = "%d CPUs for this process, %d processes of this training on the machine"
         log.info(f"loader.num_workers=null: %d ({where})", workers, cpus, ranks)
@@ -79,44 +79,6 @@ def local_ranks(environ: Mapping[str, str], devices: int) -> int:
         if value.isdigit() and int(value) > 0:
             return int(value)
     return max(1, devices)
-
-
-def usable_cpus() -> int:
-    """Return the CPUs that this process may use: those it is bound to, limited by its control group's quota."""
-    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = cgroup_cpus()
-    return bound if quota is None else max(1, min(bound, math.floor(quota)))
-
-
-def cgroup_cpus(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float | None:
-    """Return the CPUs that the control groups grant (minimum of all levels, versions 1 and 2), None without a limit."""
-    try:
-        lines = own.read_text().splitlines()
-    except OSError:
-        return None
-    grants: list[float] = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers not in ("", "cpu", "cpu,cpuacct", "cpuacct,cpu"):
-            continue
-        top = root / controllers if controllers else root
-        level = top / path.lstrip("/")
-        # In a container the path is the host's, and only its visible part is mounted at the top.
-        levels = [level, *level.parents] if level.is_relative_to(top) else []
-        grants += [grant for place in levels if place.is_relative_to(top) for grant in _grants(place)]
-    return min(grants, default=None)
-
-
-def _grants(place: Path) -> Iterator[float]:
-    """Yield quota / period of a control group if it has a quota."""
-    if (place / "cpu.max").is_file():
-        quota, _, period = (place / "cpu.max").read_text().strip().partition(" ")
-        if quota != "max":
-            yield int(quota) / int(period or 100_000)
-    elif (place / "cpu.cfs_quota_us").is_file():
-        quota = int((place / "cpu.cfs_quota_us").read_text())
-        if quota > 0:
-            yield quota / int((place / "cpu.cfs_period_us").read_text())
 
 
 def check_shared_memory(place: Path = Path("/dev/shm")) -> None:

@@ -28,10 +28,11 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
+from joblib import cpu_count
 from transformers import PreTrainedTokenizerBase
 
 from palimpsest.data.cache import cached_folder, texts_fingerprint
-from palimpsest.data.loading import MOST_WORKERS, usable_cpus
+from palimpsest.data.loading import MOST_WORKERS
 from palimpsest.data.rows import parts_of
 from palimpsest.data.tables import consecutive, fingerprint_of
 from palimpsest.data.tokenizers import Vocabulary, encode, encode_after
@@ -263,7 +264,7 @@ class Packer:
         else:
             bounds = _batch_bounds(len(rows), self.packing.num_proc)
             tables = (rows.with_format("arrow")[start:stop] for start, stop in bounds)
-        processes = min(usable_cpus(), MOST_WORKERS) if rows.data.nbytes > _LARGE else 1
+        processes = min(cpu_count(), MOST_WORKERS) if rows.data.nbytes > _LARGE else 1
         parts = self._counted(in_order(self.part, tables, processes))
         parts = self._wrap(parts) if self.packing.wrap else parts
         writer = None

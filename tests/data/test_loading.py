@@ -13,10 +13,8 @@ from palimpsest.data import loading
 from palimpsest.data.loading import (
     Loading,
     TimedLoader,
-    cgroup_cpus,
     check_shared_memory,
     local_ranks,
-    usable_cpus,
     workers_for,
 )
 from palimpsest.experiment.experiment import Experiment
@@ -44,40 +42,8 @@ def test_the_ranks_that_count_are_those_on_this_machine(environ, devices, ranks)
     assert local_ranks(environ, devices) == ranks
 
 
-def group(root, path, **files):
-    (root / path).mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        (root / path / name.replace("__", ".")).write_text(content)
-
-
-@pytest.mark.parametrize(("own", "files", "cpus"), [
-    ("0::/\n", {"": {"cpu__max": "150000 100000\n"}}, 1.5),
-    ("0::/\n", {"": {"cpu__max": "max 100000\n"}}, None),
-    ("0::/a/b\n", {"a": {"cpu__max": "200000 100000\n"}, "a/b": {"cpu__max": "max 100000\n"}}, 2.0),
-    ("0::/a/b\n", {"a": {"cpu__max": "800000 100000\n"}, "a/b": {"cpu__max": "50000 100000\n"}}, 0.5),
-    ("0::/docker/gone\n", {"": {"cpu__max": "300000 100000\n"}}, 3.0),
-    ("4:memory:/x\n1:cpu,cpuacct:/job\n0::/\n",
-     {"cpu,cpuacct/job": {"cpu.cfs_quota_us": "400000\n", "cpu.cfs_period_us": "100000\n"}}, 4.0),
-    ("1:cpu:/\n", {"cpu": {"cpu.cfs_quota_us": "-1\n", "cpu.cfs_period_us": "100000\n"}}, None),
-    ("0::/\n", {}, None),
-])  # fmt: skip
-def test_the_quota_of_a_control_group_counts(own, files, cpus, tmp_path, monkeypatch):
-    for path, content in files.items():
-        group(tmp_path / "root", path, **content)
-    (tmp_path / "own").write_text(own)
-    found = cgroup_cpus(tmp_path / "root", tmp_path / "own")
-    assert found == cpus
-    monkeypatch.setattr(loading, "cgroup_cpus", lambda: found)
-    monkeypatch.setattr(loading.os, "sched_getaffinity", lambda _: set(range(3)))
-    assert usable_cpus() == (3 if cpus is None else max(1, min(3, int(cpus))))
-
-
-def test_without_control_groups_there_is_no_quota(tmp_path):
-    assert cgroup_cpus(tmp_path, tmp_path / "none") is None
-
-
 def test_what_null_means(monkeypatch, caplog):
-    monkeypatch.setattr(loading, "usable_cpus", lambda: 6)
+    monkeypatch.setattr(loading, "cpu_count", lambda: 6)
     for name in ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE", "SLURM_CPUS_PER_TASK"):
         monkeypatch.delenv(name, raising=False)
     with caplog.at_level("INFO"):

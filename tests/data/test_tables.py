@@ -99,7 +99,7 @@ def test_a_table_is_written_in_pieces(tmp_path, monkeypatch):
 def test_the_rows_do_not_depend_on_the_number_of_processes(wrap, corpus, monkeypatch):
     monkeypatch.setattr(tables, "_PIECE", 5000)
     rows, tokenizer = kept(corpus).load("train"), load_tokenizer("byte", cache_dir=corpus.parent)
-    monkeypatch.setattr(packing, "usable_cpus", lambda: 3)
+    monkeypatch.setattr(packing, "cpu_count", lambda: 3)
     found = []
     for limit in (2**30, 0):
         monkeypatch.setattr(packing, "_LARGE", limit)
@@ -112,7 +112,7 @@ def test_the_rows_do_not_depend_on_the_number_of_processes(wrap, corpus, monkeyp
 def test_an_error_of_a_process_is_that_of_one_process(corpus, monkeypatch):
     rows, tokenizer = kept(corpus).load("train"), load_tokenizer("byte", cache_dir=corpus.parent)
     monkeypatch.setattr(packing, "_LARGE", 0)
-    monkeypatch.setattr(packing, "usable_cpus", lambda: 2)
+    monkeypatch.setattr(packing, "cpu_count", lambda: 2)
     with pytest.raises(ValueError, match=r"train split: \d+ of \d+ texts are longer than model\.length=20"):
         pack(rows, tokenizer, vocabulary(tokenizer), Packing(20, False), None, "train split")
 
