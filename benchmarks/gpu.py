@@ -59,12 +59,14 @@ WARM_UP = 3  # steps
 
 
 def network(size: Size, vocab_size: int, device: str, num_classes: int = 0) -> DiT:
-    """Return a DiT whose output layer is random: at its start it is zero, and texts would all be alike."""
+    """Return a DiT whose output layer is random: at its start it is zero, and texts would all be alike.
+
+    The weights are drawn on the CPU, because a GPU draws others from the same seed.
+    """
     torch.manual_seed(0)
-    with torch.device(device):
-        net = DiT(vocab_size, size.width, 128, size.blocks, size.heads, dropout=0.0, num_classes=num_classes)
+    net = DiT(vocab_size, size.width, 128, size.blocks, size.heads, dropout=0.0, num_classes=num_classes)
     nn.init.normal_(net.head.weight, std=0.02)
-    return net
+    return net.to(device)
 
 
 # ------------------------------------------------------------------------------------------------------------- checks
@@ -184,7 +186,7 @@ def likelihood(setup: Setup) -> dict[str, float]:
 
 
 def sampling(sampler: Callable, steps: int | None, setup: Setup) -> dict[str, float]:
-    """Tokens/s of writing texts; the network is evaluated in bfloat16, and tokens are drawn in float64."""
+    """Tokens/s of writing texts, as in mode=sample_eval: no autocast, and tokens are drawn in float64."""
     net = network(setup.size, setup.vocab_size, setup.device).eval()
     model = Model(Subs(LogLinear(), Absorbing(setup.vocab_size - 1)), net)
     blank_BL = torch.full((setup.batch, setup.length), setup.vocab_size - 1, device=setup.device)
@@ -192,8 +194,7 @@ def sampling(sampler: Callable, steps: int | None, setup: Setup) -> dict[str, fl
     settings = {} if steps is None else {"steps": min(steps, 4) if setup.small else steps}
 
     def texts(number: int) -> None:
-        with _autocast(setup.device, "bf16"):
-            sampler(model, blank_BL, KeyedNoise(number, rows_B), **settings)
+        sampler(model, blank_BL, KeyedNoise(number, rows_B), **settings)
 
     return setup.measured(texts, setup.batch * setup.length, "tokens/s", warm_up=1)
 
@@ -279,6 +280,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--size", choices=[*SIZES, *SMALL], default="12 x 768", help="of --only")
     args = parser.parse_args(arguments)
     if args.only:
+        torch.set_float32_matmul_precision("high")  # as main.py does
         print(json.dumps(MEASUREMENTS[args.only](Setup(args.size, args.small))))
         return 0
     sizes = SMALL if args.small else SIZES

@@ -49,7 +49,7 @@ def check_parts(
         raise ValueError("algo=mmldlm is of texts and their latents; add latents=lsa, synthetic, self, hf or file")
     if objective.causal and cfg.training.ignore_bos:
         raise ValueError(f"training.ignore_bos=true means nothing to parameterization={objective.name}; leave it out")
-    if objective.exact and objective.causal and cfg.classify.masks == "independent":
+    if objective.exact and cfg.classify.masks == "independent":
         raise ValueError(f"classify.masks=independent means nothing to parameterization={objective.name}; leave it out")
     check_direction(cfg, objective)
     _check_special(cfg, objective)
@@ -60,11 +60,6 @@ def check_parts(
     _check_class_comparison(cfg, objective)
     if mode.compares:
         _check_comparing(cfg)
-    if mode.trains and cfg.trainer.precision in ("bf16-true", "16-true"):
-        raise ValueError(
-            f"trainer.precision={cfg.trainer.precision} keeps weights in 16 bits, where most updates of a training are "
-            f"rounded away; use trainer.precision={cfg.trainer.precision.replace('true', 'mixed')}"
-        )
 
 
 def _check_class_comparison(cfg: DictConfig, objective: Objective) -> None:

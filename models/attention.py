@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_FLASH_DTYPES = (torch.float16, torch.bfloat16)  # what flash-attn computes in
+
 
 def resolve_backend(name: str) -> str:
     """Return `name` if that backend is installed. Raises ValueError if its package is missing."""
@@ -20,6 +22,11 @@ def resolve_backend(name: str) -> str:
             "install it, or use model.attn_backend=sdpa, which runs everywhere"
         )
     return name
+
+
+def takes_flash(backend: str, q_BQHD: Tensor) -> bool:
+    """Return whether flash-attn is asked for and computes in the queries' precision; in sampling that is float32."""
+    return backend == "flash_attn" and q_BQHD.dtype in _FLASH_DTYPES
 
 
 def head_width(hidden_size: int, n_heads: int) -> int:
@@ -89,11 +96,12 @@ def attend(
     Args:
         key_mask: True where a position may be attended to, (B, K), or (B, Q, K) by query; None for everywhere.
         backend: sdpa, flash_attn or flex. Flex also means SDPA here; it pays where a mask has empty tiles
-            (models/block_attention.py). flash_attn takes no mask, so with one but without `starts` SDPA is used.
+            (models/block_attention.py). flash_attn takes no mask, so with one but without `starts` SDPA is used, and
+            in float32 too.
         causal: the queries are the last Q of the K positions, and each attends to the keys up to its own.
         starts: those of `SeenKeys`, with the same meaning as `key_mask` wherever a query is not padding.
     """
-    if backend == "flash_attn" and (key_mask is None or starts is not None):
+    if takes_flash(backend, q_BQHD) and (key_mask is None or starts is not None):
         # Not an import statement: transformers asks users of an exported model to install every imported package.
         kernels = importlib.import_module("flash_attn")
         if starts is None:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from palimpsest.models.attention import attend, sdpa
+from palimpsest.models.attention import attend, sdpa, takes_flash
 
 # Queries of one kernel call: few enough that little of the diagonal is wasted, enough to fill the kernel.
 _CHUNK = 128
@@ -104,7 +104,7 @@ def _attend(
 ) -> Tensor:
     if mask_QK is None:
         return attend(q_BQHD, k_BKHD, v_BKHD, key_mask_BK, backend)
-    if backend == "flash_attn":
+    if takes_flash(backend, q_BQHD):
         return _flash(q_BQHD, k_BKHD, v_BKHD, mask_QK, key_mask_BK)
     mask = mask_QK if key_mask_BK is None else mask_QK & key_mask_BK[:, None, None]
     return sdpa(q_BQHD, k_BKHD, v_BKHD, mask)
@@ -153,7 +153,8 @@ def _flash(q_BQHD: Tensor, k_BKHD: Tensor, v_BKHD: Tensor, mask_QK: Tensor, key_
     is_KN = F.one_hot(kind_K, extra).to(k_BKHD.dtype)
     is_BKN = is_KN.expand(len(k_BKHD), -1, -1)
     if key_mask_BK is not None:
-        hidden_N = F.one_hot(torch.tensor(len(kinds_NQ) - 1, device=k_BKHD.device), extra).to(k_BKHD.dtype)
+        hidden_N = is_KN.new_zeros(extra)
+        hidden_N[len(kinds_NQ) - 1] = 1
         is_BKN = torch.where(key_mask_BK[..., None], is_BKN, hidden_N)
     heads, width = q_BQHD.shape[2:]
     q = torch.cat([q_BQHD, ban_QN[None, :, None].expand(len(q_BQHD), -1, heads, -1)], dim=-1)
@@ -211,11 +212,15 @@ def _flex_mask(queries: int, length: int, earlier: int, size: int, device: torch
     def predicate(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return visible(query % length // size, key % length // size, query < length, key < length)
 
-    return create_block_mask(predicate, None, None, queries, length + earlier, device=device)
+    with torch.inference_mode(False):  # a validation may be the first to need the mask, and a training keeps it
+        return create_block_mask(predicate, None, None, queries, length + earlier, device=device)
 
 
 @lru_cache(maxsize=1)
 def _flex_kernel() -> object:
     from torch.nn.attention.flex_attention import flex_attention
 
+    # It is compiled for each length, with and without padding and gradients. Beyond the limit, which is 8, torch would
+    # run it unfused, with all scores in memory, and only warn.
+    torch._dynamo.config.recompile_limit = 64
     return torch.compile(flex_attention)

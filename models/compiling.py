@@ -3,6 +3,7 @@
 import torch
 
 from palimpsest.models.backbone import Backbone
+from palimpsest.models.transformer import TransformerBlock
 
 _BACKEND = "inductor"
 
@@ -18,6 +19,12 @@ def compile_encoder(backbone: Backbone) -> None:
     """
     if not backbone.compiles:
         raise ValueError(f"trainer.compile=true: {type(backbone).__name__} does not support it; leave it out")
+    blocks = [layer for layer in backbone.modules() if isinstance(layer, TransformerBlock)]
+    if any(block.attn_backend == "flash_attn" for block in blocks):
+        raise ValueError(
+            "trainer.compile=true compiles torch's own attention, and model.attn_backend=flash_attn is not part of it; "
+            "use model.attn_backend=sdpa"
+        )
     backbone.encodes_positions = False
     for name in ("encode", "encode_blocks"):
         setattr(backbone, name, torch.compile(getattr(backbone, name), backend=_BACKEND))

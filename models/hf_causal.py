@@ -47,14 +47,13 @@ class HFCausal(published.PublishedBackbone):
         vocab_size: int,
         name: str | None = None,
         dropout: float | None = None,
-        attn_backend: str = "sdpa",
     ) -> None:
         super().__init__(config, name)
         config = copy.deepcopy(config)
         config.get_text_config().vocab_size = vocab_size
         if dropout is not None:
             published.set_dropout(config, dropout)
-        self.model: PreTrainedModel = published.build(_KIND, config, attn_backend)
+        self.model: PreTrainedModel = published.build(_KIND, config)
         published.clear_padding_id(self.model)
         self._check_contract()
 
@@ -143,7 +142,7 @@ def hf_causal(
     n_blocks: Size | None = None,
     n_heads: Size | None = None,
     dropout: BelowOne | None = None,
-    attn_backend: Annotated[Literal["sdpa", "flash_attn", "flex"], FREE] = "sdpa",
+    attn_backend: Annotated[Literal["sdpa"], FREE] = "sdpa",
 ) -> HFCausal:
     """Build the architecture of a causal language model with random weights; `HFCausal.pretrained` loads the others.
 
@@ -170,4 +169,4 @@ def hf_causal(
     inner = config.get_text_config()
     published.refuse_contradictions(_KIND, inner, typed, vocab_size, source)
     published.refuse_length(length, getattr(inner, "max_position_embeddings", None), source)
-    return HFCausal(config, vocab_size, None if from_scratch else name_or_path, dropout, attn_backend)
+    return HFCausal(config, vocab_size, None if from_scratch else name_or_path, dropout)

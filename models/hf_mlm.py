@@ -54,7 +54,6 @@ class HFMaskedLM(published.PublishedBackbone):
         name: str | None = None,
         new_head: bool = False,
         dropout: float | None = None,
-        attn_backend: str = "sdpa",
         num_classes: int = 0,
     ) -> None:
         super().__init__(config, name)
@@ -65,7 +64,7 @@ class HFMaskedLM(published.PublishedBackbone):
         _set_vocabulary(config, vocab_size)
         if dropout is not None:
             published.set_dropout(config, dropout)
-        self.model: PreTrainedModel = published.build(_KIND, config, attn_backend)
+        self.model: PreTrainedModel = published.build(_KIND, config)
         published.clear_padding_id(self.model)
         self._first_position = first_position(self.model)
         head = self.model.get_output_embeddings()
@@ -212,7 +211,7 @@ def hf_mlm(
     n_heads: Size | None = None,
     dropout: BelowOne | None = None,
     mask_padding: Annotated[bool, ADDED_LATER] | None = None,
-    attn_backend: Annotated[Literal["sdpa", "flash_attn", "flex"], FREE] = "sdpa",
+    attn_backend: Annotated[Literal["sdpa"], FREE] = "sdpa",
     num_classes: int = 0,
 ) -> HFMaskedLM:
     """Build the architecture of a masked language model with random weights; `HFMaskedLM.pretrained` loads the others.
@@ -244,13 +243,13 @@ def hf_mlm(
     if saved is None and from_scratch:
         built = _architecture(config) if config else published.load_config(_KIND, name_or_path)
         built = _sized(built, typed, vocab_size, length)
-        return HFMaskedLM(built, vocab_size, None, False, dropout, attn_backend, num_classes)
+        return HFMaskedLM(built, vocab_size, None, False, dropout, num_classes)
     found, source = saved or (published.load_config(_KIND, name_or_path), named)
     published.refuse_contradictions(_KIND, found, typed, vocab_size, source)
     if new_head:
         found.tie_word_embeddings = True
     name = None if from_scratch else name_or_path
-    net = HFMaskedLM(found, vocab_size, name, new_head, dropout, attn_backend, num_classes)
+    net = HFMaskedLM(found, vocab_size, name, new_head, dropout, num_classes)
     published.refuse_length(length, net.longest, source)
     return net
 
@@ -302,7 +301,7 @@ def _sized(config: PretrainedConfig, typed: dict[str, int | None], vocab_size: i
     _set_vocabulary(config, vocab_size)
     if getattr(config, "max_position_embeddings", None):
         with torch.device("meta"):
-            offset = first_position(published.build(_KIND, config, "sdpa")) or 0
+            offset = first_position(published.build(_KIND, config)) or 0
         config.max_position_embeddings = length + offset
     return config
 

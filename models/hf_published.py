@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from palimpsest.common.files import check_regular
-from palimpsest.models.attention import resolve_backend
 from palimpsest.models.backbone import Backbone
 from palimpsest.models.checkpoints import Checkpoint, read_settings
 
@@ -23,8 +22,6 @@ FILES = "config.json and model.safetensors"
 _MOST_UNUSED = 1024  # rows of the network beyond the ids of the data, such as those from rounding up to a multiple
 _DROPOUT = re.compile(r"(dropout|pdrop)(_prob)?$")
 _OTHER_HEADS = re.compile(r"classifier|summary")
-# attn_backend -> the library's name; None: the default of the library, sdpa where the model has it.
-_ATTENTION = {"sdpa": None, "flash_attn": "flash_attention_2"}
 
 
 @dataclass(frozen=True)
@@ -46,7 +43,6 @@ class PublishedBackbone(Backbone):
         vocab_size: ids of the data, the mask included; rows of the embedding and of the head.
         name: name or path of the pretrained weights, as typed; None for a network without.
         dropout: replaces every rate of `config`; None keeps them.
-        attn_backend: sdpa or flash_attn.
     """
 
     kind: Kind
@@ -97,14 +93,11 @@ class PublishedBackbone(Backbone):
         self.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
 
 
-def build(kind: Kind, config: PretrainedConfig, attn_backend: str) -> PreTrainedModel:
+def build(kind: Kind, config: PretrainedConfig) -> PreTrainedModel:
     """Build the architecture with random weights, in float32. Raises ValueError if there is no such architecture of
     this kind, or its sizes do not fit together."""
-    attention = _ATTENTION[resolve_backend(attn_backend)]
     try:
-        return kind.model_class.from_config(
-            config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
-        )
+        return kind.model_class.from_config(config, dtype=torch.float32, trust_remote_code=False)
     except (ValueError, ImportError, AssertionError, TypeError, RuntimeError) as error:
         raise ValueError(
             f"backbone={kind.backbone} cannot build a {config.model_type} ({first_line(error)})"

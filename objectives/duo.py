@@ -64,11 +64,15 @@ class Duo(UDLM):
         self.check_network(type(backbone))
         x0_BL, scored_BL = batch["input_ids"], scored_mask(batch)
         signal_B = self._signal(self.schedule(draw.t_B).alpha)
-        weight_BLV = gaussian_draw(x0_BL, signal_B, self.process.vocab_size, noise.part(1))
-        xt_BL = torch.where(scored_BL, weight_BLV.argmax(-1), x0_BL)
-        soft_BLV = (weight_BLV / self.temperature(step)).softmax(-1).float()
-        clean_BLV = nn.functional.one_hot(x0_BL, self.process.vocab_size).float()
-        return _MixtureInput(backbone, torch.where(scored_BL[..., None], soft_BLV, clean_BLV)), xt_BL
+        noise, vocab_size, xt_BL = noise.part(1), self.process.vocab_size, x0_BL.clone()
+        mixture_BLV = signal_B.new_zeros(*x0_BL.shape, vocab_size, dtype=torch.float32)
+        mixture_BLV.scatter_(-1, x0_BL[..., None], 1.0)
+        for row_1 in torch.arange(len(x0_BL), device=x0_BL.device).split(1):  # float64 takes much memory
+            weight_1LV = gaussian_draw(x0_BL[row_1], signal_B[row_1], vocab_size, noise.rows(row_1))
+            xt_BL[row_1] = torch.where(scored_BL[row_1], weight_1LV.argmax(-1), x0_BL[row_1])
+            soft_1LV = (weight_1LV / self.temperature(step)).softmax(-1).float()
+            mixture_BLV[row_1] = torch.where(scored_BL[row_1][..., None], soft_1LV, mixture_BLV[row_1])
+        return _MixtureInput(backbone, mixture_BLV), xt_BL
 
     def _signal(self, alpha_B: Tensor) -> Tensor:
         """Return the signal-to-noise ratio at which the argmax keeps a token as often as the process does, (B,)."""

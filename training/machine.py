@@ -11,9 +11,8 @@ from palimpsest.common.values import IF_SET, AtLeastOne, BatchRamp, Size
 from palimpsest.data.stream import batch_arithmetic
 from palimpsest.training.processes import launched_per_node, local_device
 
-Precision = Literal[
-    "32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true", "32", "16", "64", "bf16", 16, 32, 64
-]
+# With weights in 16 bits (bf16-true, 16-true) most updates of a training would be rounded away.
+Precision = Literal["32-true", "16-mixed", "bf16-mixed", "64-true", "32", "16", "64", "bf16", 16, 32, 64]
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,8 @@ class Machine:
 
     @property
     def precision(self) -> str:
-        return self.typed_precision or ("bf16-mixed" if self.device.type == "cuda" else "32-true")
+        fast = self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return self.typed_precision or ("bf16-mixed" if fast else "32-true")
 
     @property
     def devices(self) -> int:

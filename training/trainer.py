@@ -102,7 +102,7 @@ def build_trainer(run: Run, settings: Mapping[str, object]) -> lightning.Trainer
         guard = Guard(run.max_skipped_steps, run.folder, run.settings)
         record = RunRecord({"command": run.command, "configuration": run.settings})
         callbacks = [guard, metrics, state, record, BatchArithmetic(), *callbacks, StopAtSignal(run.checkpoints)]
-    settings = {"accelerator": machine.accelerator, "num_nodes": machine.num_nodes, **settings}
+    settings = {"accelerator": machine.device.type, "num_nodes": machine.num_nodes, **settings}
     if isinstance(settings.get("val_check_interval"), int):  # optimizer steps here, micro-batches in Lightning
         settings["val_check_interval"] *= machine.accumulate
     try:

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from palimpsest.models import attention
 from palimpsest.models.ar import AR
 from palimpsest.models.attention import attend, seen_keys
 from palimpsest.models.dit import DiT
@@ -30,6 +31,7 @@ class StandIn(ModuleType):
         self.packed = 0
 
     def flash_attn_func(self, q, k, v, causal=False):
+        assert q.dtype != torch.float32, "flash-attn refuses it"
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
 
@@ -46,6 +48,7 @@ class StandIn(ModuleType):
 def kernels(monkeypatch) -> StandIn:
     stand_in = StandIn()
     monkeypatch.setitem(sys.modules, "flash_attn", stand_in)
+    monkeypatch.setattr(attention, "_FLASH_DTYPES", (torch.bfloat16, torch.float64))
     return stand_in
 
 
@@ -85,6 +88,15 @@ def test_a_network_is_the_same_with_runs_as_with_a_mask(kernels, network, case):
             torch.testing.assert_close(ours, masked)
     runs = "document" in batch or network is DiT  # a causal network never looks at padding
     assert kernels.packed == (3 if runs else 0)
+
+
+def test_in_float32_as_in_sampling_sdpa_takes_the_place_of_flash_attn(kernels):
+    net = DiT(VOCAB, 16, 4, 2, 2, dropout=0.0, attn_backend="flash_attn")
+    x_BL, noise_B = torch.randint(VOCAB, (ROWS, LENGTH)), torch.zeros(ROWS)
+    assert net.encode(x_BL, noise_B).dtype == torch.float32  # with flash-attn the stand-in would refuse it
+    with torch.autocast("cpu", torch.bfloat16):
+        net.encode(x_BL, noise_B, attention_mask=PADDING)
+    assert kernels.packed == 2
 
 
 def test_where_runs_start():

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from palimpsest.common.positions import Positions
-from palimpsest.models import block_attention
+from palimpsest.models import attention, block_attention
 from palimpsest.models.block_attention import QKV, attend_blocks, visible
 from palimpsest.models.checkpoints import read_checkpoint
 from palimpsest.models.dit import DiT
@@ -107,6 +107,7 @@ def test_every_backend_is_the_dense_mask(monkeypatch, length, size, padding, bac
 
     monkeypatch.setattr(block_attention, "_CHUNK", 8)
     monkeypatch.setattr(block_attention, "_flash_kernel", flash_attn)
+    monkeypatch.setattr(attention, "_FLASH_DTYPES", (torch.float64,))
     monkeypatch.setattr(block_attention, "_flex_kernel", lambda: flex_attention)
     monkeypatch.setattr(block_attention, "attend", attend)
     noised, clean = streams(length, size)
@@ -130,6 +131,14 @@ def test_every_backend_is_the_dense_mask(monkeypatch, length, size, padding, bac
             torch.testing.assert_close(ours if ours is not None else torch.zeros_like(theirs), theirs)
     for ours, theirs in zip(got, wanted, strict=True):
         torch.testing.assert_close(ours * real[:, : ours.shape[1]], theirs * real[:, : theirs.shape[1]])
+
+
+def test_a_mask_of_flex_that_a_validation_makes_serves_a_training():
+    """A tensor made in inference mode could not be saved for a backward pass."""
+    block_attention._flex_mask.cache_clear()
+    with torch.inference_mode():
+        mask = block_attention._flex_mask(16, 8, 8, 4, torch.device("cpu"))
+    assert not mask.kv_num_blocks.is_inference() and not mask.kv_indices.is_inference()
 
 
 def test_flex_does_not_train_on_a_cpu():

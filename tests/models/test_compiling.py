@@ -11,6 +11,7 @@ from torch._dynamo.utils import counters
 from palimpsest.common.randomness import training_noise
 from palimpsest.models import compiling
 from palimpsest.models.compiling import compile_encoder
+from palimpsest.models.dit import DiT
 from palimpsest.noise_schedule import LogLinear
 from palimpsest.objectives.duo import Duo
 from palimpsest.objectives.mask_sampling import Bernoulli
@@ -74,3 +75,10 @@ def test_other_networks_refuse_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="trainer.compile=true: AR does not support it"):
         run(*TINY, "algo=ar", "trainer.compile=true")
+
+
+def test_flash_attn_is_not_compiled():
+    net = DiT(VOCAB, 16, 4, 1, 2)
+    net.blocks[0].attn_backend = "flash_attn"
+    with pytest.raises(ValueError, match="trainer.compile=true.*model.attn_backend=sdpa"):
+        compile_encoder(net)

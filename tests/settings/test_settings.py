@@ -144,7 +144,8 @@ ORDERS = "left_to_right, confidence, margin, entropy"
 OUT_OF_RANGE = [
     ("", "model.attn_backend", "magic", BACKENDS),
     ("algo=ar", "model.attn_backend", "magic", BACKENDS),
-    (CAUSAL, "model.attn_backend", "magic", BACKENDS),
+    (CAUSAL, "model.attn_backend", "flex", "one of: sdpa"),
+    (MASKED, "model.attn_backend", "flash_attn", "one of: sdpa"),
     (CAUSAL, "model.dropout", "1.5", f"{BELOW_ONE} or null"),
     (CAUSAL, "backbone.name_or_path", "", "a path or a name or null"),
     (MASKED, "model.dropout", "1.5", f"{BELOW_ONE} or null"),

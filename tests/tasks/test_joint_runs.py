@@ -108,7 +108,7 @@ def test_weights_are_float32_whatever_is_computed_in(here, monkeypatch):
     assert set(seen) == {torch.float32} and {p.dtype for name, p in state.items()} == {torch.float32}
     # In bfloat16 a step of 5e-5 on a weight of 1 is none.
     assert 0 < (state["backbone.output_layer.norm_final.weight"] - 1).abs().max() < 1e-3
-    with pytest.raises(ValueError, match="trainer.precision=bf16-true keeps weights in 16 bits"):
+    with pytest.raises(ValueError, match="trainer.precision=bf16-true must be one of: 32-true, 16-mixed"):
         run(*JOINT, "trainer.precision=bf16-true")
 
 
