@@ -9,7 +9,7 @@ from palimpsest.app.job import check_text, collected_warnings
 from palimpsest.app.networks import Networks
 from palimpsest.app.runs import Classifier
 from palimpsest.classification.attributions import token_attributions
-from palimpsest.classification.bayes import log_prior, posterior_interval
+from palimpsest.classification.bayes import log_prior
 from palimpsest.classification.scoring import ClassScores, SequentialTest, score_classes
 from palimpsest.classification.typical import UNLIKE, Typical
 from palimpsest.dataloader import TextData, with_texts
@@ -79,9 +79,7 @@ def _prediction(
     scores: ClassScores, log_prior_C: np.ndarray, names: tuple[str, ...], test: SequentialTest, typical: Typical | None
 ) -> str:
     posterior_C, (first, second) = scores.posterior(log_prior_C)[0], _pair(scores, log_prior_C)
-    low_C = high_C = posterior_C
-    if not scores.exact:
-        low_C, high_C = (ends_MC[0] for ends_MC in posterior_interval(scores.nats_MCK, log_prior_C))
+    low_C, high_C = (ends_MC[0] for ends_MC in scores.interval(log_prior_C))
     columns = zip(names, posterior_C, low_C, high_C, scores.log_p_MC[0], scores.se_MC[0], strict=True)
     shares = [ClassProbability(*column, {first: "p", second: "n"}.get(k, "")) for k, column in enumerate(columns)]
     drawn = f"{scores.draws_M[0]} of at most {test.num_draws} masks under every class"

@@ -108,7 +108,8 @@ def log_odds(nats_MCK: np.ndarray, log_prior_C: np.ndarray) -> tuple[np.ndarray,
 
 def _averaged(odds_MC: np.ndarray, error_MC: np.ndarray) -> np.ndarray:
     """Return the means of expit over the normal distributions, weighted by the density of true log-odds, (M, C)."""
-    grid_G, density_G = _density_of_odds(odds_MC.ravel(), error_MC.ravel())
+    some = slice(None, None, 1 + odds_MC.size // _MOST_ODDS)  # texts, with all their classes
+    grid_G, density_G = _density_of_odds(odds_MC[some].ravel(), error_MC[some].ravel())
     true_MCQ = odds_MC[..., None] + error_MC[..., None] * _NODES
     weight_MCQ = np.exp(-0.5 * _NODES**2) * np.interp(true_MCQ, grid_G, density_G)
     return (weight_MCQ * expit(true_MCQ)).sum(axis=-1) / weight_MCQ.sum(axis=-1)
@@ -123,9 +124,8 @@ def _density_of_odds(odds_N: np.ndarray, error_N: np.ndarray) -> tuple[np.ndarra
     widest = np.abs(odds_N).max() + 1
     grid_G = np.sinh(np.linspace(-1, 1, _GRID_POINTS) * np.arcsinh(widest))  # finest where probabilities change
     width_G = np.gradient(grid_G)
-    some = slice(None, None, 1 + len(odds_N) // _MOST_ODDS)
-    error_N1 = np.maximum(error_N[some], np.interp(odds_N[some], grid_G, width_G))[:, None]
-    likelihood_NG = np.exp(-0.5 * ((odds_N[some][:, None] - grid_G) / error_N1) ** 2)
+    error_N1 = np.maximum(error_N, np.interp(odds_N, grid_G, width_G))[:, None]
+    likelihood_NG = np.exp(-0.5 * ((odds_N[:, None] - grid_G) / error_N1) ** 2)
     flat_G = width_G / width_G.sum()
     share_G = flat_G
     for _ in range(_EM_STEPS):

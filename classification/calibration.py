@@ -38,6 +38,8 @@ def fit_temperature(log_p_MC: np.ndarray, label_M: np.ndarray, log_prior_C: np.n
     _check(log_p_MC, label_M)
     loss = lambda log_t: _log_loss(log_p_MC * np.exp(-log_t), label_M, log_prior_C)  # noqa: E731
     found = minimize_scalar(loss, bounds=np.log(TEMPERATURES), method="bounded", options={"xatol": 1e-6})
+    if loss(np.log(TEMPERATURES[0])) <= found.fun:  # easy texts: no temperature down to the limit is worse
+        return TEMPERATURES[0]
     return float(np.exp(found.x))
 
 

@@ -72,10 +72,11 @@ def class_biases(
 
     The ridge is on the biases in units of those of naive Bayes, so that a token that all classes share keeps none (Wang
     and Manning, ACL 2012, eq. 2, do so for linear classifiers). Its strength is chosen by the log loss on every tenth
-    text.
+    text of each class.
     """
     biased_F = np.asarray(biased_F, dtype=np.int64)
-    held_M = np.arange(len(pairs.label_M)) % 10 == 0
+    held_M = np.zeros(len(pairs.label_M), dtype=bool)
+    held_M[np.argsort(pairs.label_M, kind="stable")[::10]] = True
     fitted, held = (_LogLoss(pairs, log_prior_C, biased_F, kept_M) for kept_M in (~held_M, held_M))
     best_CX = bias_CX = np.zeros((len(log_prior_C), pairs.vocab_size + len(biased_F)))
     chosen = None

@@ -63,11 +63,11 @@ class ClassificationResult:
         return counts * self.scores.passes, [measure(p, self.scores.label_M).accuracy for p in found]
 
     def at_mask_rates(self) -> tuple[np.ndarray, list[Estimate]]:
-        """Return shares of masked tokens, and the accuracy of a single pass there."""
+        """Return shares of masked tokens, and the accuracy of a single pass there, of passes that every text took."""
         nats_MCP, rate_MP = self.scores.nats_MCP, self.scores.rate_MP
         winner_MP = (-nats_MCP + self.log_prior_C[:, None]).argmax(axis=1)
         right_MP = winner_MP == self.scores.label_M[:, None]
-        taken_MP = np.isfinite(rate_MP) & (rate_MP > 0)
+        taken_MP = np.isfinite(rate_MP).all(axis=0) & (rate_MP > 0)  # hard texts take more
         return ratios_by_rate(rate_MP, right_MP, taken_MP)
 
     def results(self, test: SequentialTest, models: Sequence[ClassModel]) -> dict[str, object]:
@@ -148,8 +148,8 @@ def classify_split(
         experiment, models, data, split, scores, plain, posteriors, validation_MC, runs, compared_with, log_prior_C
     )
     per_class = [_class_likelihood(experiment, model, label) for label, model in enumerate(models)]
-    conditional = models[0].class_id is not None
-    unconditional = _class_likelihood(experiment, ClassModel(models[0].diffusion), None) if conditional else None
+    knows_no_class = models[0].class_id is not None and models[0].diffusion.label_dropout > 0
+    unconditional = _class_likelihood(experiment, ClassModel(models[0].diffusion), None) if knows_no_class else None
     return ClassificationResult(
         data, split, scores, log_prior_C, plain, methods, per_class, unconditional, fitted, detection
     )

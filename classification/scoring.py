@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from palimpsest.classification.bayes import averaged_posterior
+from palimpsest.classification.bayes import averaged_posterior, posterior_interval
 from palimpsest.classification.models import ClassModel
 from palimpsest.classification.sequential_test import undecided
 from palimpsest.common.randomness import hash_seed
@@ -84,6 +84,17 @@ class ClassScores:
     def posterior(self, log_prior_C: np.ndarray, draws: int | None = None) -> np.ndarray:
         """Return p(class | text) (M, C), averaged over the Monte Carlo error; of the first `draws` draws, if given."""
         return averaged_posterior(self.nats_MCK[:, :, :draws], log_prior_C)
+
+    def interval(self, log_prior_C: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the ends of the 95 % interval of `posterior`, (M, C) each, which has it inside.
+
+        The posterior shrinks log-odds that few draws leave uncertain, the interval does not.
+        """
+        posterior_MC = self.posterior(log_prior_C)
+        if self.exact:
+            return posterior_MC, posterior_MC
+        low_MC, high_MC = posterior_interval(self.nats_MCK, log_prior_C)
+        return np.minimum(low_MC, posterior_MC), np.maximum(high_MC, posterior_MC)
 
     @property
     def se_MC(self) -> np.ndarray:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from palimpsest.classification.attributions import token_attributions
-from palimpsest.classification.bayes import log_prior, posterior_interval
+from palimpsest.classification.bayes import log_prior
 from palimpsest.classification.models import ClassModel, check_classes, conditional_models, one_per_class
 from palimpsest.classification.scoring import ClassScores, SequentialTest, score_classes
 from palimpsest.classification.typical import Typical
@@ -112,9 +112,7 @@ class TrainedClassifier:
         log_prior_C = log_prior(prior, counts_C)
         scores = score_classes(self.experiment.trainer, self.models, data, SPLIT, estimator, test, seed, log_prior_C)
         probability_MC = scores.posterior(log_prior_C)
-        low_MC = high_MC = probability_MC
-        if not scores.exact:
-            low_MC, high_MC = posterior_interval(scores.nats_MCK, log_prior_C)
+        low_MC, high_MC = scores.interval(log_prior_C)
         typical = Typical.read(self.experiment.runs.folder() / "classify")
         rows_M = _rows_of_texts(data, len(texts))
         return Predictions(

@@ -89,10 +89,11 @@ def fitted_biases(diffusion: Diffusion, data: TextData) -> torch.Tensor:
 
     The biases of token pairs, if the network has any, are fitted together with them and set.
     """
-    bigrams, log_prior_C = diffusion.backbone.bigrams, diffusion.log_prior_C.numpy()
+    bigrams = diffusion.backbone.bigrams
     number = 0 if bigrams is None else len(bigrams.first_P)
     print(f"fitting the classes' biases of tokens{f' and of {number} pairs' if number else ''} to the training texts")
     pairs = _pair_counts(data, diffusion.objective.causal)
+    log_prior_C = np.log(np.bincount(pairs.label_M) / len(pairs.label_M))
     if bigrams is None:
         return torch.from_numpy(class_biases(pairs.tokens, log_prior_C)[0])
     biased_F = pairs.most_frequent(number)
@@ -107,12 +108,12 @@ def _pair_counts(data: TextData, causal: bool) -> PairCounts:
 
 
 def _shares_of_classes(data: TextData) -> torch.Tensor:
-    """Return each class's share of the training texts, (C,)."""
+    """Return each class's share of the training rows, (C,): of the windows, where long texts are cut into these."""
     if len(data.label_names or ()) < 2:
         raise ValueError(
             f"classify.discriminative_weight compares classes, and data={data.name} has fewer than two; leave it out"
         )
-    counts_C = np.bincount(np.asarray(data.texts("train")["label"][:]), minlength=len(data.label_names))
+    counts_C = np.bincount(np.asarray(data.split("train")["label"][:]), minlength=len(data.label_names))
     if not counts_C.all():
         absent = ", ".join(data.label_names[k] for k in np.flatnonzero(counts_C == 0))
         raise ValueError(

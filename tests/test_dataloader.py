@@ -419,6 +419,11 @@ def test_a_tokenizer_that_knows_nearly_nothing_is_refused_but_one_odd_text_is_no
     assert strange.figures["questions"]["unknown"] == strange.figures["questions"]["encoded"] == 4
 
 
+def test_a_text_without_tokens_is_refused_where_answers_are_in_the_order_of_the_texts(tmp_path):
+    with pytest.raises(ValueError, match=r"text 1 \(''\) has no tokens; correct it, or leave it out"):
+        with_texts(data(tmp_path, wrap=False, drop_empty=True), "questions", ["w", "", "x"])
+
+
 @pytest.mark.parametrize("kind", ["text", "labelled"])
 def test_user_file_configs(kind, tmp_path):
     path = tmp_path / "mine.csv"

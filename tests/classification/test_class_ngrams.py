@@ -51,6 +51,19 @@ def test_a_token_that_all_classes_use_alike_keeps_no_bias():
     assert np.all(np.diag(bias_CV) > 0.1) and np.all(bias_CV[:, :3].argmax(1) == np.arange(3))
 
 
+@pytest.mark.parametrize("classes", [2, 5, 10])
+def test_the_order_of_the_texts_does_not_matter(classes):
+    """Every tenth text is held out: with interleaved classes these must not all be of one class."""
+    rng = np.random.default_rng(0)
+    p_CV = rng.dirichlet(np.full(20, 0.5), size=classes)
+    label_M = np.arange(400) % classes
+    counts_MV = np.stack([rng.multinomial(10, p_CV[k]) for k in label_M])
+    log_prior_C = np.full(classes, -np.log(classes))
+    bias_CV, _ = class_biases(unigrams(counts_MV, label_M), log_prior_C)
+    log_p_CV = log_softmax(np.log(counts_MV.sum(0) + 1) + bias_CV, axis=1)
+    assert ((counts_MV @ log_p_CV.T).argmax(1) == label_M).mean() > 0.8
+
+
 def chains(texts: int, rng: np.random.Generator) -> tuple[PairCounts, np.ndarray]:
     """Texts of two Markov chains with the same token frequencies, and the true log-odds of each text."""
     size, length = 4, 12

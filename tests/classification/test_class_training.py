@@ -20,7 +20,7 @@ from palimpsest.data.sources import HubOrFolder
 from palimpsest.data.unigram import token_counts, unigram_nll
 from palimpsest.diffusion import Diffusion
 from palimpsest.experiment.experiment import Experiment
-from palimpsest.experiment.fitting import fit, initialise
+from palimpsest.experiment.fitting import _shares_of_classes, fit, initialise
 from palimpsest.experiment.weights import Weights
 from palimpsest.models.checkpoints import load_inert, read_checkpoint, read_progress
 from palimpsest.models.class_conditioning import UNCONDITIONAL
@@ -123,6 +123,17 @@ def test_a_training_that_compares_classes_logs_them_and_ends_with_its_last_weigh
     assert all(0 <= share <= 1 for share in found["train/class_accuracy"] + found["val/class_accuracy"])
     assert found["train/nll"][0] == logged("run")["train/nll"][0], "the likelihood is logged without the other term"
     assert any(not torch.equal(p, plain.state[name]) for name, p in read_checkpoint(path).state.items())
+
+
+def test_windows_are_compared_with_the_prior_of_windows():
+    """With that of the texts, classes of longer texts would be told from others by their length, once a window."""
+    data = experiment(*HYBRID, "data.long_texts=windows", "model.length=24").build.data()
+    window_label_R, text_label_M = data.split("train")["label"], data.texts("train")["label"]
+    per_window_C, per_text_C = (
+        np.bincount(window_label_R) / len(window_label_R),
+        np.bincount(text_label_M) / len(text_label_M),
+    )
+    assert _shares_of_classes(data).numpy() == pytest.approx(per_window_C) and per_window_C != pytest.approx(per_text_C)
 
 
 def test_a_resumed_training_compares_classes_as_an_uninterrupted_one():

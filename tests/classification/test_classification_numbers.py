@@ -10,6 +10,7 @@ import pytest
 from scipy.special import log_softmax, softmax
 from sklearn import metrics as sk
 
+from palimpsest.classification import bayes
 from palimpsest.classification.bayes import averaged_posterior, log_prior, posterior, posterior_interval
 from palimpsest.classification.calibration import (
     LengthTemperature,
@@ -120,6 +121,18 @@ def test_without_an_error_the_average_is_bayes_rule(rng):
     found_MC = averaged_posterior(nats_MCK, even_C)
     assert found_MC[7, 1] == 0 and found_MC.sum(1) == pytest.approx(1) and found_MC[8].max() < plain_MC[8].max()
     assert averaged_posterior(nats_MCK[7:8], even_C) == pytest.approx(posterior(-nats_MCK[7:8].mean(2), even_C))
+
+
+@pytest.mark.parametrize("num_classes", [2, 4])
+def test_the_density_of_log_odds_is_that_of_all_classes(num_classes, rng, monkeypatch):
+    """It is estimated from some of many texts: an even step through (text, class) would skip classes."""
+    label_M = np.minimum(rng.geometric(0.8, size=2000) - 1, num_classes - 1)
+    true_MC = 2 * np.eye(num_classes)[label_M] + rng.normal(size=(2000, num_classes))
+    nats_MCK = 2 * rng.normal(size=(2000, num_classes, 4)) - true_MC[..., None]
+    even_C = np.full(num_classes, -np.log(num_classes))
+    full_MC = averaged_posterior(nats_MCK, even_C)
+    monkeypatch.setattr(bayes, "_MOST_ODDS", 2000 * num_classes // (num_classes - 1) - 1)  # every C-th
+    assert np.abs(averaged_posterior(nats_MCK, even_C) - full_MC).max() < 0.02
 
 
 @pytest.mark.parametrize("num_classes", [2, 3])
@@ -303,6 +316,8 @@ def test_the_ends_of_the_temperature():
     log_p_MC, label_M = np.array([[0.0, -1.0], [-1.0, 0.0]]), np.array([0, 1])
     assert fit_temperature(log_p_MC, label_M, np.log([0.5, 0.5])) == pytest.approx(0.1, rel=1e-3)
     assert fit_temperature(log_p_MC, 1 - label_M, np.log([0.5, 0.5])) == pytest.approx(1e4, rel=1e-3)
+    for gap in (3.0, 50.0, 1e5):  # the log loss is 0 in float64 for many temperatures
+        assert fit_temperature(gap * log_p_MC, label_M, np.log([0.5, 0.5])) == 0.1
     with pytest.raises(ValueError, match="validation texts"):
         fit_temperature(log_p_MC[:0], label_M[:0], np.log([0.5, 0.5]))
 

@@ -152,6 +152,17 @@ def fake_scores() -> ClassScores:
     )
 
 
+def test_an_interval_has_its_probability_inside():
+    nats_MCK, zero_M = np.random.default_rng(0).normal(scale=3, size=(200, 2, 4)), np.zeros(200, dtype=int)
+    rate_MK = np.full((200, 4), 0.5)
+    known = ClassScores(np.arange(200), zero_M, nats_MCK, rate_MK, 1, zero_M + 10, zero_M + 4, 0.0, "", "", False)
+    low_MC, high_MC = known.interval(np.log([0.5, 0.5]))
+    posterior_MC = known.posterior(np.log([0.5, 0.5]))
+    assert ((low_MC <= posterior_MC) & (posterior_MC <= high_MC)).all() and (low_MC < high_MC).all()
+    exact = replace(known, exact=True)
+    assert np.array_equal(*exact.interval(np.log([0.5, 0.5])))
+
+
 def test_predictions_come_back_for_the_same_texts_only(tmp_path):
     scores, posterior = fake_scores(), np.array([[0.9, 0.1], [0.2, 0.8]])
     write_predictions(tmp_path, scores, posterior, {"rates": posterior[:, ::-1]})
@@ -224,6 +235,7 @@ def test_everything_is_reported_and_the_models_are_used_again(capsys):
         (["classify.prior=even"], "classify.prior=even"),
         (["classify.masks=both"], "classify.masks=both"),
         (["classify.masks=independent", "algo=ar"], "classify.masks=independent"),
+        (["classify.masks=independent", "algo=bd3lm", "block_size=1"], "classify.masks=independent"),
         (["classify.sharing=some"], "classify.sharing=some"),
         (["classify.sharing=conditional", "backbone=dimamba"], "dimamba"),
         (["classify.compare=[nowhere]", "eval.estimator=auto"], "classify.compare"),

@@ -241,6 +241,15 @@ def test_shares_of_prompts_and_accuracy_by_mask_rate():
     assert 0.9 < calibration(passes) < 1.1
 
 
+def test_the_accuracy_by_mask_rate_is_of_passes_that_every_text_took():
+    """A hard text takes more of them, which would count it more."""
+    nats_MCP = np.array([[[0.0, np.nan], [1.0, np.nan]], [[1.0, 1.0], [0.0, 0.0]]])  # right once, wrong twice
+    rate_MP, zero_M = np.where(np.isnan(nats_MCP[:, 0]), np.nan, 0.5), np.zeros(2, dtype=int)
+    known = ClassScores(np.arange(2), zero_M, nats_MCP, rate_MP, 1, zero_M + 10, zero_M, 0.0, "", "", False)
+    found = ClassificationResult(None, "", known, np.zeros(2), None, [], [], None).at_mask_rates()[1]
+    assert [one.value for one in found] == [0.5]
+
+
 def test_generative_perplexity_and_diversity():
     """Of independent texts, and of rows of documents, each with a vocabulary and a rate of its own."""
 
