@@ -21,6 +21,7 @@ from palimpsest.common.randomness import KeyedNoise, evaluation_noise, hash_seed
 from palimpsest.common.values import BelowOne, NotNegative, Seed
 from palimpsest.data.stream import BatchPlan
 from palimpsest.denoisers import BlockDenoiser, Denoiser, JointDenoiser
+from palimpsest.models.backbone import Backbone
 from palimpsest.models.checkpoints import Checkpoint
 from palimpsest.models.class_conditioning import UNCONDITIONAL, start_from_counts
 from palimpsest.models.ema import EMA
@@ -81,22 +82,7 @@ class Diffusion(lightning.LightningModule):
         discriminative_weight: NotNegative = 0.0,
     ) -> None:
         super().__init__()
-        if objective.causal != backbone.causal:
-            raise ValueError(
-                f"the objective {type(objective).__name__} and the backbone {type(backbone).__name__} do not fit: "
-                "left-to-right likelihoods need a causal backbone and masked diffusion a bidirectional one; use "
-                "parameterization=ar backbone=ar (or hf_causal), or neither"
-            )
-        if issubclass(objective.model_class, BlockDenoiser) and not backbone.reads_blocks:
-            raise ValueError(
-                f"parameterization=bd3lm needs a network that reads texts in blocks, and {type(backbone).__name__} "
-                "does not; use backbone=dit or hf_dit"
-            )
-        if issubclass(objective.model_class, JointDenoiser) and not backbone.reads_latents:
-            raise ValueError(
-                f"algo=mmldlm needs a network that reads texts and latents, and {type(backbone).__name__} does not; "
-                "use backbone=mmdit"
-            )
+        check_reads(objective, type(backbone))
         self.backbone = backbone
         self.objective = objective
         self.build_optimizer = optimizer
@@ -356,6 +342,30 @@ class Diffusion(lightning.LightningModule):
             self.objective.clip(*(float(value) for value in found))
         if self.ema and "ema" in checkpoint:
             self.ema.load_state_dict(checkpoint["ema"])
+
+
+def check_reads(objective: Objective, network: type[Backbone]) -> None:
+    """Refuse a network that does not read texts in the direction, blocks or latents of the objective.
+
+    Raises:
+        ValueError: with a network that does.
+    """
+    if objective.causal != network.causal:
+        raise ValueError(
+            f"the objective {type(objective).__name__} and the backbone {network.__name__} do not fit: "
+            "left-to-right likelihoods need a causal backbone and masked diffusion a bidirectional one; use "
+            "parameterization=ar backbone=ar (or hf_causal), or neither"
+        )
+    if issubclass(objective.model_class, BlockDenoiser) and not network.reads_blocks:
+        raise ValueError(
+            f"parameterization=bd3lm needs a network that reads texts in blocks, and {network.__name__} does not; use "
+            "backbone=dit or hf_dit"
+        )
+    if issubclass(objective.model_class, JointDenoiser) and not network.reads_latents:
+        raise ValueError(
+            f"algo=mmldlm needs a network that reads texts and latents, and {network.__name__} does not; use "
+            "backbone=mmdit"
+        )
 
 
 def _sum_over_devices(sums: Tensor) -> Tensor:

@@ -8,11 +8,13 @@ from collections.abc import Callable, Sequence
 from omegaconf import DictConfig
 
 from palimpsest.denoisers import BlockDenoiser, ClassGuided, mismatch
+from palimpsest.diffusion import check_reads
 from palimpsest.estimators.base import Estimator
 from palimpsest.estimators.nelbo import Nelbo, comparison_mask_sampler
 from palimpsest.experiment.directions import check_direction
 from palimpsest.objectives.base import Objective
 from palimpsest.process import Process, Resampling
+from palimpsest.samplers.block import check_context
 from palimpsest.samplers.first_hitting import UNFIT
 from palimpsest.samplers.semi_autoregressive import UNFULL
 from palimpsest.samplers.unmasking import not_by_confidence
@@ -36,6 +38,7 @@ def check_parts(
     _check_sampler(cfg, objective, process, sampler)
     _check_guidance(cfg, objective, sampler, mode)
     _check_measuring(objective, estimator, mode.compares)
+    check_reads(objective, network)
     _check_network(cfg, objective, network)
     if mode.trains:
         objective.check_network(network)
@@ -244,6 +247,8 @@ def _check_blocks(cfg: DictConfig, objective: Objective) -> None:
             f"algo=bd3lm with block_size={size} writes block after block, and {cfg.sampler._target_} anywhere in a "
             "text; use sampling.predictor=block"
         )
+    elif by_blocks:
+        check_context(cfg.sampling.context, size)
     if cfg.sampling.var_length and not cfg.data.wrap and not cfg.data.get("fill"):
         raise ValueError(
             "sampling.var_length=true with data.wrap=false: a model of single texts is told their lengths, and has not "

@@ -91,6 +91,8 @@ def _refuse_differences(
     """Raise ValueError if typed settings differ from the file's, naming all of them."""
     here = {key: OmegaConf.select(cfg, key) for key in known}
     here["parameterization"] = class_built_by(cfg.parameterization).name
+    if {here["parameterization"], known.get("parameterization")} == {"duo", "udlm"}:  # duo is a training of udlm
+        here["parameterization"] = known["parameterization"]
     here |= {key: _CHOICES[key].get(typed[key], typed[key]) for key in ("backbone", "noise") if key in typed}
     # Without time conditioning the noise schedule is irrelevant to the network.
     free = _FREE if known.get("time_conditioning") else (*_FREE, "noise", *_NUMBERS)

@@ -100,7 +100,8 @@ def sample(
     """
     if "segment_ends" in cond:
         return segments.sample(model, x_BL, generator, inner=inner, kv_cache=kv_cache, watch=watch, **cond)
-    size = _block_size(model, context)
+    size = model.block_size
+    check_context(context, size)
     length = x_BL.shape[1]
     masked_BL = model.process.is_corrupted(x_BL)
     here_BL = cond.pop("attention_mask", torch.ones_like(masked_BL)).bool()
@@ -157,13 +158,12 @@ def _shorten(
         ends[row] = ends[row] if length is None else min(ends[row], length)
 
 
-def _block_size(model: BlockDenoiser, context: int | None) -> int:
-    size = model.block_size
+def check_context(context: int | None, size: int) -> None:
+    """Refuse a window that is no multiple of the block size. Raises ValueError."""
     if context is not None and (context < size or context % size):
         raise ValueError(
             f"sampling.context={context} must be a multiple of block_size={size}: the window moves by whole blocks"
         )
-    return size
 
 
 def _check_no_gaps(masked_BL: Tensor, here_BL: Tensor, size: int) -> None:

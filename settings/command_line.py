@@ -31,6 +31,7 @@ ALIASES = {"sampling.predictor": "sampler", "training.masking": "masking", "eval
            "hydra.run.dir": "checkpointing.save_dir", "+wandb.offline": "wandb.offline",
            "sampling.logdir": "checkpointing.save_dir", "algo.T": "sampling.steps",
            "algo.time_conditioning": "time_conditioning", "algo.ignore_bos": "training.ignore_bos",
+           "algo.subs_masking": "subs_masking",
            **{f"algo.{key}": f"training.{key}" for key in
               ("curriculum_end", "gumbel_tau_log10_start", "gumbel_tau_log10_end")},
            "algo.curriculum.end": "training.curriculum_end",
@@ -44,6 +45,8 @@ ALIASES = {"sampling.predictor": "sampler", "training.masking": "masking", "eval
 # Settings of kuleshov-group/bd3lms and s-sahoo/duo that have one value here, under which they say nothing.
 SETTLED = {"algo.sampler": "semi_ar", "algo.cross_attn": "true", "algo.var_min": "true", "training.eval_nll": "true",
            "algo.T": "0", "algo.curriculum.start": "0", "sampling.use_float64": "true", "prior": "none"}  # fmt: skip
+_FILE = "eval.checkpoint_path"
+_OF_BLOCKS = ("algo.cross_attn", "algo.var_min")  # of which bd3lms' other objectives make nothing
 # Groups that kuleshov-group/bd3lms spells otherwise: its key -> (our group, its choices in our words).
 _BACKBONES = tuple(path.stem for path in sorted((CONFIGS / "backbone").glob("*.yaml")))
 _OBJECTIVES = {path.stem: path.stem for path in sorted((CONFIGS / "parameterization").glob("*.yaml"))}
@@ -74,6 +77,7 @@ def translate(arguments: list[str]) -> list[str]:
     """
     arguments, flags = _overrides_and_flags(arguments)
     arguments = _of_duo(_algo(arguments))
+    laws = _values_of("parameterization", arguments)
     _check_groups(arguments, {"--config-dir", "-cd"} & set(flags) != set())
     out = []
     # Lightning starts its other processes with the first one's hydra.run.dir, which is not the user's.
@@ -81,11 +85,16 @@ def translate(arguments: list[str]) -> list[str]:
     sweeps = any(argument.lower() in ("--multirun", "-m", "hydra.mode=multirun") for argument in (*arguments, *flags))
     for argument in arguments:
         key, equals, value = argument.partition("=")
-        if SETTLED.get(key) == value.lower():
+        if SETTLED.get(key) == value.lower() or (key in _OF_BLOCKS and laws and "bd3lm" not in laws):
             continue
+        if key == "algo.T" and laws == {"d3pm"}:  # of the loss in duo; elsewhere the steps of bd3lms' sampler
+            key = "T"
+        if key == "sampling.num_sample_batches" and value == "0" and "mode=sample_eval" not in arguments:
+            key, value = "eval.generate_samples", "false"
         if key in SETTLED and key not in ALIASES:
             raise ValueError(f"{argument}: here it is always {SETTLED[key]}; leave it out")
-        if key == "algo.mdlm_loss_scale":  # the log-linear schedule of mdlm, or exactly alpha = 1 - t
+        if key == "algo.mdlm_loss_scale" and value.lower() in ("true", "false"):
+            # The log-linear schedule of mdlm, or exactly alpha = 1 - t.
             key, value = "noise.eps", "0.001" if value.lower() == "true" else "0"
         key = key if started and key == "hydra.run.dir" else ALIASES.get(key, key)
         if key in TEXTS and value not in ("", "null") and not _QUOTED.fullmatch(value):
@@ -242,7 +251,8 @@ def _of_duo(arguments: list[str]) -> list[str]:
     """The values that s-sahoo/duo spells otherwise in our words.
 
     Raises:
-        ValueError: sampling.noise_removal=greedy with a sampler that draws the last tokens.
+        ValueError: sampling.noise_removal=greedy with a sampler that draws the last tokens, or ancestral without an
+            objective, on which its meaning depends.
     """
     laws = _values_of("parameterization", arguments)
     resampled = bool(laws) and laws <= {"udlm", "duo", "gidd"}
@@ -261,6 +271,11 @@ def _of_duo(arguments: list[str]) -> list[str]:
             "sampling.noise_removal=greedy writes the most likely token wherever a mask is left, and the sampler of "
             f"{'parameterization=' + min(laws) if laws else 'sampling.predictor=analytic'} draws it; use "
             "sampling.noise_removal=true"
+        )
+    if not laws and "ancestral" in _values_of("sampling.noise_removal", arguments) and _values_of(_FILE, arguments):
+        raise ValueError(
+            "sampling.noise_removal=ancestral is false for uniform noise and true for masks: type the objective of "
+            f"{_FILE} beside it (algo=duo_base, algo=mdlm, ...)"
         )
     out = []
     for argument in arguments:

@@ -90,6 +90,13 @@ def test_golden_duo_without_a_setting_typed(fixtures_dir, weights):
     torch.testing.assert_close(nll, golden[f"{weights}.nll_per_token"], rtol=1e-4, atol=1e-4)
 
 
+def test_a_file_of_duo_is_named_by_its_training_too(fixtures_dir):
+    asked = ["mode=ppl_eval", f"eval.checkpoint_path={fixtures_dir / 'duo_uniform' / 'duo.ckpt'}"]
+    assert compose_config(complete([*asked, "parameterization=duo"])).parameterization._target_.endswith("Duo")
+    with pytest.raises(ValueError, match="trained with other settings; leave parameterization out"):
+        complete([*asked, "parameterization=subs"])
+
+
 @pytest.mark.parametrize("schedule", [LogLinear(eps=0.0), Cosine(eps=0.0)], ids=["loglinear", "cosine"])
 def test_the_bound_of_the_exact_network_is_the_entropy(schedule):
     torch.manual_seed(3)

@@ -173,6 +173,10 @@ def test_choices_that_hydra_knows_are_left_to_it(line):
     ("sampling.predictor=ancestral_cache sampling.noise_removal=none", "sampler=ddpm_cache sampling.noise_removal=false"),
     ("sampling.predictor=ancestral,analytic -m", "sampler=ddpm,analytic -m"),
     ("sampling.noise_removal=ancestral", "sampling.noise_removal=true"),
+    ("algo=d3pm algo.T=500", "T=500 parameterization=d3pm"),
+    ("algo=bd3lm algo.T=500", "sampling.steps=500 parameterization=bd3lm"),
+    ("algo=mdlm algo.cross_attn=false algo.var_min=False algo.subs_masking=true", "subs_masking=true parameterization=subs"),
+    ("mode=ppl_eval sampling.num_sample_batches=0", "mode=ppl_eval eval.generate_samples=false"),
     ("algo=duo_base sampling.predictor=ancestral sampling.noise_removal=ancestral",
      "sampler=uniform sampling.noise_removal=false parameterization=udlm"),
     ("algo=ar sampling.predictor=ancestral", "sampler=ar parameterization=ar"),
@@ -184,6 +188,8 @@ def test_spellings_of_duo_are_ours(theirs, ours):
 
 @pytest.mark.parametrize(("line", "said"), [
     ("sampling.use_float64=false", "sampling.use_float64=false: here it is always true"), ("prior=image", "always none"),
+    ("eval.checkpoint_path=x.ckpt sampling.noise_removal=ancestral", "type the objective of eval.checkpoint_path beside it"),
+    ("algo=bd3lm algo.cross_attn=false", "here it is always true"),
     ("algo=sedd sampling.noise_removal=greedy", "noise_removal=greedy .*parameterization=sedd.*noise_removal=true"),
     ("sampling.predictor=analytic sampling.noise_removal=greedy", "predictor=analytic draws it"),
 ])  # fmt: skip
