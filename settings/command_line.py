@@ -272,7 +272,7 @@ def _of_duo(arguments: list[str]) -> list[str]:
             f"{'parameterization=' + min(laws) if laws else 'sampling.predictor=analytic'} draws it; use "
             "sampling.noise_removal=true"
         )
-    if not laws and "ancestral" in _values_of("sampling.noise_removal", arguments) and _values_of(_FILE, arguments):
+    if not laws and "ancestral" in _values_of("sampling.noise_removal", arguments) and _values_of(_FILE, arguments) - {""}:
         raise ValueError(
             "sampling.noise_removal=ancestral is false for uniform noise and true for masks: type the objective of "
             f"{_FILE} beside it (algo=duo_base, algo=mdlm, ...)"
