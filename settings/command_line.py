@@ -45,7 +45,6 @@ ALIASES = {"sampling.predictor": "sampler", "training.masking": "masking", "eval
 # Settings of kuleshov-group/bd3lms and s-sahoo/duo that have one value here, under which they say nothing.
 SETTLED = {"algo.sampler": "semi_ar", "algo.cross_attn": "true", "algo.var_min": "true", "training.eval_nll": "true",
            "algo.T": "0", "algo.curriculum.start": "0", "sampling.use_float64": "true", "prior": "none"}  # fmt: skip
-_FILE = "eval.checkpoint_path"
 _OF_BLOCKS = ("algo.cross_attn", "algo.var_min")  # of which bd3lms' other objectives make nothing
 # Groups that kuleshov-group/bd3lms spells otherwise: its key -> (our group, its choices in our words).
 _BACKBONES = tuple(path.stem for path in sorted((CONFIGS / "backbone").glob("*.yaml")))
@@ -272,10 +271,11 @@ def _of_duo(arguments: list[str]) -> list[str]:
             f"{'parameterization=' + min(laws) if laws else 'sampling.predictor=analytic'} draws it; use "
             "sampling.noise_removal=true"
         )
-    if not laws and "ancestral" in _values_of("sampling.noise_removal", arguments) and _values_of(_FILE, arguments) - {""}:
+    from_file = not laws and _values_of("eval.checkpoint_path", arguments) - {""}
+    if from_file and "ancestral" in _values_of("sampling.noise_removal", arguments):
         raise ValueError(
             "sampling.noise_removal=ancestral is false for uniform noise and true for masks: type the objective of "
-            f"{_FILE} beside it (algo=duo_base, algo=mdlm, ...)"
+            "eval.checkpoint_path beside it (algo=duo_base, algo=mdlm, ...)"
         )
     out = []
     for argument in arguments:
