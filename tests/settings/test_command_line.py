@@ -177,7 +177,7 @@ def test_choices_that_hydra_knows_are_left_to_it(line):
     ("algo=bd3lm algo.T=500", "sampling.steps=500 parameterization=bd3lm"),
     ("algo=mdlm algo.cross_attn=false algo.var_min=False algo.subs_masking=true", "subs_masking=true parameterization=subs"),
     ("mode=ppl_eval sampling.num_sample_batches=0", "mode=ppl_eval eval.generate_samples=false"),
-    ("mode=sample_eval sampling.num_sample_batches=0", "mode=sample_eval sampling.num_sample_batches=0"),  # refused later
+    ("mode=sample_eval sampling.num_sample_batches=0", "mode=sample_eval sampling.num_sample_batches=0"),
     ("algo=duo_base sampling.predictor=ancestral sampling.noise_removal=ancestral",
      "sampler=uniform sampling.noise_removal=false parameterization=udlm"),
     ("algo=ar sampling.predictor=ancestral", "sampler=ar parameterization=ar"),
