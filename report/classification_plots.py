@@ -33,7 +33,7 @@ _COVERAGES = 100
 def accuracy_ladder(rows: Sequence[style.Row], highlight: str | None = None) -> Figure:
     """Plot accuracies as shares in [0, 1], one dot with its 95% interval per (name, value, standard error)."""
     figure, axes = style.dot_rows(rows, highlight, scale=100.0)
-    axes.set_xlabel("accuracy (% of texts); bars: 95%; further right is better")
+    axes.set_xlabel("accuracy (% of texts); bars: 95%; further right is better", loc="right")
     return figure
 
 

@@ -56,7 +56,7 @@ def write_comparison(found: Comparison, folder: Path, command: str) -> list[Path
         known = [(title, cell.value, cell.se) for title, cell in zip(found.names, cells, strict=True) if cell]
         if len(known) > 1:
             figure, axes = dot_rows(known, None, scale=1.0)
-            axes.set_xlabel(f"{_TITLES[name]}; bars: 95%")
+            axes.set_xlabel(f"{_TITLES[name]}; bars: 95%", loc="right")
             report.figure(figure, f"{_TITLES[name]} of each run.", _TITLES[name])
     report.write(folder / "comparison.html")
     text = io.StringIO()

@@ -188,7 +188,7 @@ def _step_axis(axes: Axes, ticks: int) -> None:
 def likelihood_against_truth(rows: Sequence[style.Row], truth: float | None = None) -> Figure:
     """Plot one dot with its 95% interval per (name, value, standard error), and the true entropy as a line."""
     figure, axes = style.dot_rows(rows, None, scale=1.0, marks=() if truth is None else (truth,))
-    axes.set_xlabel("negative log-likelihood (nats/token); bars: 95%; further left is better")
+    axes.set_xlabel("negative log-likelihood (nats/token); bars: 95%; further left is better", loc="right")
     if truth is not None and np.isfinite(truth):
         axes.axvline(truth, color=style.INK, linewidth=1, linestyle=(0, (4, 3)))
         label = f"true entropy {format_number(truth)}"

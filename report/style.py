@@ -124,7 +124,10 @@ def running_mean(values: Floats, window: int) -> Floats:
 def dot_rows(
     rows: Sequence[Row], highlight: str | None, scale: float, marks: Sequence[float] = ()
 ) -> tuple[Figure, Axes]:
-    """Draw horizontal dots from top to bottom; values times `scale` are written at the right edge."""
+    """Draw horizontal dots from top to bottom; values times `scale` are written at the right edge.
+
+    Give the label of the x axis loc="right": long names leave the axis little room, and a centred one would be cut off.
+    """
     figure = new_figure(0.95 + 0.34 * max(1, len(rows)))
     axes = style_axes(figure.add_subplot(), " ", "", grid="x")
     for y, (name, value, se) in enumerate(rows):
@@ -143,7 +146,7 @@ def dot_rows(
         if np.isfinite(mark):
             axes.update_datalim([(mark * scale, 0.0)])
     axes.margins(x=0.08)
-    axes.xaxis.set_major_locator(MaxNLocator(6, steps=TICK_STEPS))
+    axes.xaxis.set_major_locator(MaxNLocator(4, steps=TICK_STEPS))
     return figure, axes
 
 
