@@ -148,8 +148,10 @@ def classify_split(
         experiment, models, data, split, scores, plain, posteriors, validation_MC, runs, compared_with, log_prior_C
     )
     per_class = [_class_likelihood(experiment, model, label) for label, model in enumerate(models)]
-    knows_no_class = models[0].class_id is not None and models[0].diffusion.label_dropout > 0
-    unconditional = _class_likelihood(experiment, ClassModel(models[0].diffusion), None) if knows_no_class else None
+    learnt_without_class = models[0].class_id is not None and models[0].diffusion.label_dropout > 0
+    unconditional = (
+        _class_likelihood(experiment, ClassModel(models[0].diffusion), None) if learnt_without_class else None
+    )
     return ClassificationResult(
         data, split, scores, log_prior_C, plain, methods, per_class, unconditional, fitted, detection
     )

@@ -64,7 +64,9 @@ class Duo(UDLM):
         self.check_network(type(backbone))
         x0_BL, scored_BL = batch["input_ids"], scored_mask(batch)
         signal_B = self._signal(self.schedule(draw.t_B).alpha)
-        noise, vocab_size, xt_BL = noise.part(1), self.process.vocab_size, x0_BL.clone()
+        noise = noise.part(1)
+        vocab_size = self.process.vocab_size
+        xt_BL = x0_BL.clone()
         mixture_BLV = signal_B.new_zeros(*x0_BL.shape, vocab_size, dtype=torch.float32)
         mixture_BLV.scatter_(-1, x0_BL[..., None], 1.0)
         for row_1 in torch.arange(len(x0_BL), device=x0_BL.device).split(1):  # float64 takes much memory
