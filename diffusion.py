@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Annotated
 
 import lightning
 import torch
@@ -18,7 +19,7 @@ from torch.optim import Optimizer
 
 from palimpsest.common.metrics import NLLMeter
 from palimpsest.common.randomness import KeyedNoise, evaluation_noise, hash_seed, seed_generator_of, training_noise
-from palimpsest.common.values import BelowOne, NotNegative, Seed
+from palimpsest.common.values import BelowOne, Needs, NotNegative, Seed
 from palimpsest.data.stream import BatchPlan
 from palimpsest.denoisers import BlockDenoiser, Denoiser, JointDenoiser
 from palimpsest.models.backbone import Backbone
@@ -78,7 +79,7 @@ class Diffusion(lightning.LightningModule):
         seed: Seed = 1,
         plan: BatchPlan | None = None,
         identity: Mapping[str, object] | None = None,
-        label_dropout: BelowOne = 0.0,
+        label_dropout: Annotated[BelowOne, Needs("classify.sharing", "conditional")] = 0.0,
         discriminative_weight: NotNegative = 0.0,
     ) -> None:
         super().__init__()

@@ -126,6 +126,27 @@ IF_SET = "not in the fingerprint while it is empty, because it is newer than som
 ADDED_LATER = "not in the fingerprint: it was added later, and the key that it is copied from is in the fingerprint"
 COPY = "in the fingerprint as this argument, not as the key that it is copied from"
 
+
+@dataclass(frozen=True)
+class Needs:
+    """The mark of an argument that another setting brings into use.
+
+    Attributes:
+        setting: argument of the same component, or a key of the configuration.
+        values: the values with which the marked argument is read; none: all but 0, false and null.
+    """
+
+    setting: str
+    values: tuple[object, ...] = ()
+
+    def __init__(self, setting: str, *values: object) -> None:
+        object.__setattr__(self, "setting", setting)
+        object.__setattr__(self, "values", values)
+
+    def met_by(self, value: object) -> bool:
+        return value in self.values if self.values else bool(value)
+
+
 _PLAIN = {bool: FLAG, int: whole(-LARGEST), float: real("(-inf, inf)"), str: TEXT, type(None): NULL}
 
 
@@ -172,6 +193,11 @@ def marks(hint: object) -> frozenset[str]:
     if get_origin(hint) in (Union, types.UnionType):
         return frozenset().union(*(marks(part) for part in get_args(hint)))
     return frozenset()
+
+
+def needs(hint: object) -> Needs | None:
+    """Return the setting that brings an argument of this type into use, if it names one."""
+    return next((mark for mark in getattr(hint, "__metadata__", ()) if isinstance(mark, Needs)), None)
 
 
 @cache

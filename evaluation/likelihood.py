@@ -5,7 +5,7 @@ Shape suffixes: B batch, M texts of the split, K draws, P network passes, R roun
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import lightning
 import numpy as np
@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from palimpsest.common.metrics import UNIT_COLUMNS, Estimate, Units, ratio, ratios_by_rate
 from palimpsest.common.randomness import hash_seed
-from palimpsest.common.values import AtLeastOne, Count, Positive
+from palimpsest.common.values import AtLeastOne, Count, Needs, Positive
 from palimpsest.data.unigram import unigram_nll
 from palimpsest.dataloader import TextData
 from palimpsest.diffusion import Diffusion
@@ -94,7 +94,7 @@ class Precision:
 
     num_draws: Count
     target_se: Positive | None = None
-    max_draws: AtLeastOne = 1024
+    max_draws: Annotated[AtLeastOne, Needs("target_se")] = 1024
 
     def __post_init__(self) -> None:
         if self.target_se is not None and self.max_draws < self.num_draws:

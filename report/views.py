@@ -18,7 +18,7 @@ from rich.style import Style
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from palimpsest.common.values import real
+from palimpsest.common.values import Needs, real
 from palimpsest.dataloader import TextData
 from palimpsest.diffusion import Diffusion
 from palimpsest.evaluation.drawing import Drawing, SampledTokens
@@ -42,7 +42,7 @@ class Views:
     """Settings of the views of the first texts."""
 
     show: bool = False  # in the terminal, during sampling
-    show_delay: Annotated[float, real("[0, 3600]")] = 0.0  # minimum seconds of a step there
+    show_delay: Annotated[float, real("[0, 3600]"), Needs("show")] = 0.0  # minimum seconds of a step there
     html: bool = True  # write denoising.html
     gif: bool = False  # write denoising.gif
 

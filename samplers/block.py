@@ -13,13 +13,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from palimpsest.common.positions import Positions
 from palimpsest.common.randomness import KeyedNoise
-from palimpsest.common.values import AtLeastOne, Count, NotNegative
+from palimpsest.common.values import AtLeastOne, Count, Needs, NotNegative
 from palimpsest.denoisers import BlockDenoiser
 from palimpsest.process import Absorbing
 from palimpsest.samplers import ancestral, segments
@@ -50,7 +51,7 @@ class Ending:
         return len(ids_S) - self.last if unigram_entropy(ids_S[-self.last :]) < self.min_entropy else None
 
 
-def ending(var_length: bool, min_entropy: NotNegative | None) -> Ending | None:
+def ending(var_length: bool, min_entropy: Annotated[NotNegative | None, Needs("var_length")]) -> Ending | None:
     """Return the ending that a configuration describes; None for texts of full length."""
     return Ending(min_entropy) if var_length else None
 

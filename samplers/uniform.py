@@ -18,7 +18,7 @@ from torch import Tensor
 
 from palimpsest.common.positions import Positions
 from palimpsest.common.randomness import KeyedNoise
-from palimpsest.common.values import COUNT, AtLeastOne, Count, whole
+from palimpsest.common.values import COUNT, AtLeastOne, Count, Needs, whole
 from palimpsest.denoisers import Denoiser
 from palimpsest.process import Hybrid, Uniform
 from palimpsest.samplers.base import Request, Step, TokenChoice, sampler_of, time_grid
@@ -49,8 +49,8 @@ class Resample(Step):
         noise_removal: bool = True,
         eps: float = 1e-5,
         corrector_steps: Annotated[int, whole(0, COUNT)] = 0,
-        corrector_tokens: AtLeastOne = 1,
-        corrector: Literal["random", "informed"] = "random",
+        corrector_tokens: Annotated[AtLeastOne, Needs("corrector_steps")] = 1,
+        corrector: Annotated[Literal["random", "informed"], Needs("corrector_steps")] = "random",
         self_correction_steps: Annotated[int, whole(0, COUNT)] = 0,
     ) -> None:
         self.model = model

@@ -16,14 +16,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
 from palimpsest.common.positions import Positions
 from palimpsest.common.randomness import KeyedNoise
-from palimpsest.common.values import AboveZeroShare, Count, Share
+from palimpsest.common.values import AboveZeroShare, Count, Needs, Share
 from palimpsest.denoisers import Denoiser
 from palimpsest.process import Absorbing
 from palimpsest.samplers import ordered
@@ -64,7 +64,7 @@ class Unmasking:
     order: Literal["left_to_right", "confidence", "margin", "entropy", "random"] = "random"
     threshold: AboveZeroShare | None = None
     remask: Literal["none", "low_confidence", "remdm"] = "none"
-    remask_eta: Share = 0.02
+    remask_eta: Annotated[Share, Needs("remask", "remdm")] = 0.02
 
     def __post_init__(self) -> None:
         by_confidence = {"threshold": self.threshold is not None, "remask": self.remask == "low_confidence"}

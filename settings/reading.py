@@ -16,7 +16,7 @@ from functools import cache, cached_property
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from palimpsest.common.values import GROUP, entry_of, hints, maybe_group, setting_of, shown
+from palimpsest.common.values import GROUP, Needs, entry_of, hints, maybe_group, needs, setting_of, shown
 from palimpsest.settings.command_line import key_of
 from palimpsest.settings.declared import CONFIGS, REFERENCE, absolute, readers
 from palimpsest.settings.instantiation import class_built_by, plain, resolve_target
@@ -44,11 +44,13 @@ class Argument:
         at: key at which the configuration has the value.
         key: key at which it was typed.
         hint: type of the argument.
+        needs: what must be set for the argument to be read, with the key of that; None: nothing.
     """
 
     at: str
     key: str
     hint: object
+    needs: tuple[str, Needs] | None = None
 
 
 class Readers:
@@ -69,10 +71,14 @@ class Readers:
                     places.append(argument.key)
         for target, keys in WIRING.items():
             known = hints(resolve_target(target))
-            found += [Argument(key, key, known[name]) for name, key in keys.items() if _has(self._raw, key)]
+            for name, key in keys.items():
+                if _has(self._raw, key):
+                    mark = needs(known[name])
+                    needed = (keys.get(mark.setting, mark.setting), mark) if mark else None
+                    found.append(Argument(key, key, known[name], needed))
         return found
 
-    def _of(self, place: str, node: object) -> Iterator[Argument]:
+    def _of(self, place: str, node: object, around: tuple[str, Needs] | None = None) -> Iterator[Argument]:
         if isinstance(node, str) and (reference := REFERENCE.fullmatch(node)):
             yield Argument(place, absolute(place, reference[1]), object)
         if not isinstance(node, dict):
@@ -83,12 +89,14 @@ class Readers:
             if name in _OF_HYDRA:
                 continue
             hint = known.get(name, object)
+            mark = needs(hint)
+            needed = (mark.setting if "." in mark.setting else f"{place}.{mark.setting}", mark) if mark else around
             for reference in REFERENCE.findall(value) if isinstance(value, str) else ():
                 whole = REFERENCE.fullmatch(value) is not None
-                yield Argument(at, absolute(at, reference), hint if whole else object)
+                yield Argument(at, absolute(at, reference), hint if whole else object, needed)
             if isinstance(value, dict):
-                yield from self._of(at, value)
-            yield Argument(at, at, object if _is_reference(value) else hint)
+                yield from self._of(at, value, needed)
+            yield Argument(at, at, object if _is_reference(value) else hint, needed)
 
     def refuse_wrong(self) -> None:
         """Raise ValueError for the first value that its reader does not accept."""
@@ -126,7 +134,10 @@ class Readers:
             usual = self._resolved(key, _at(_defaults(), key))
             if key in _referred_in("mode"):
                 _refuse_wrong_unread(key, plain(value))
-            if key.startswith("hydra.") or _is_read(key, read) or (type(value), value) == (type(usual), usual):
+            if key.startswith("hydra.") or (type(value), value) == (type(usual), usual):
+                continue
+            if _is_read(key, read):
+                self._refuse_switched_off(key, word)
                 continue
             _refuse_wrong_unread(key, plain(value))
             if key.partition(".")[0] == _WANDB:
@@ -138,6 +149,23 @@ class Readers:
             log.warning(message)
         if unused:
             print(f"{' '.join(unused)}: wandb is not used; logger=wandb uses it", file=sys.stderr)
+
+    def _refuse_switched_off(self, key: str, word: str) -> None:
+        """Raise ValueError if another setting keeps every argument that receives a typed one from being read."""
+        off = None
+        for argument in self.arguments:
+            if argument.key != key:
+                continue
+            if argument.needs is None or argument.needs[1].met_by(OmegaConf.select(self._cfg, argument.needs[0])):
+                return
+            off = argument.needs
+        if off is not None:
+            typed = _at(self._raw, off[0])
+            setting = absolute(off[0], REFERENCE.fullmatch(typed)[1]) if _is_reference(typed) else off[0]
+            value = OmegaConf.select(self._cfg, off[0])
+            enough = off[1].values or ((True,) if value is False else ())
+            remedy = f"add {' or '.join(f'{setting}={shown(one)}' for one in enough)}" if enough else f"set {setting}"
+            raise ValueError(f"{word} means nothing with {setting}={shown(value)}; {remedy}, or leave it out")
 
     def _read(self) -> set[str]:
         """Return the keys that something reads, or would in another mode: one command is given with several."""

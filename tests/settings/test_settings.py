@@ -346,6 +346,32 @@ def test_settings_that_would_mean_something_else_are_refused(line, said):
     assert said in refusal(compose_config(line.split()), *translate(line.split()))
 
 
+_EDITING = "algo=mmldlm backbone=mmdit latents=lsa mode=sample_eval sampling.direction=edit"
+
+
+@pytest.mark.parametrize(("line", "off", "on"), [
+    ("algo=udlm sampling.corrector_tokens=4", "sampling.corrector_steps=0; set sampling.corrector_steps", "sampling.corrector_steps=1"),
+    ("algo=udlm sampling.corrector=informed", "sampling.corrector_steps=0; set sampling.corrector_steps", "sampling.corrector_steps=1"),
+    ("algo=bd3lm data.fill=eos sampling.min_entropy=3", "sampling.var_length=false; add sampling.var_length=true", "sampling.var_length=true"),
+    ("mode=sample_eval sampling.predictor=unmask sampling.order=random sampling.remask_eta=0.1", "sampling.remask=none; add sampling.remask=remdm", "sampling.remask=remdm"),
+    ("mode=ppl_eval eval.max_draws=64", "eval.target_se=null; set eval.target_se", "eval.target_se=0.1"),
+    ("mode=classify classify.label_dropout=0.2", "classify.sharing=per_class; add classify.sharing=conditional", "classify.sharing=conditional"),
+    ("mode=sample_eval sampling.show_delay=0.2", "sampling.show=false; add sampling.show=true", "sampling.show=true"),
+    (f"{_EDITING} sampling.edit_target=centroid sampling.edit_alpha=0.5", "sampling.edit_target=centroid; add sampling.edit_target=shift or sampling.edit_target=slerp", "sampling.edit_target=slerp"),
+    (f"{_EDITING.replace('edit', 'l2t')} sampling.edit_rate=0.5", "sampling.direction=l2t; add sampling.direction=edit", "sampling.direction=edit"),
+    (f"{_EDITING} sampling.joint_order=latent_first", "sampling.direction=edit; add sampling.direction=joint", "sampling.direction=joint"),
+])  # fmt: skip
+def test_a_setting_that_another_one_switches_off_is_refused(line, off, on):
+    def said(line: str) -> str | None:
+        words = translate(line.split())
+        return refusal(compose_config(words), *words)
+
+    typed = line.split()[-1]
+    assert said(line) == f"{typed} means nothing with {off}, or leave it out"
+    key = on.partition("=")[0]
+    assert said(" ".join([*(w for w in line.split() if not w.startswith(f"{key}=")), on])) is None
+
+
 @pytest.mark.parametrize(("line", "said"), [
     ("algo=udlm eval.estimator=duel", "any token may be noise; use eval.estimator=auto"),
     ("algo=gidd eval.estimator=importance_weighted", "any token may be noise; use eval.estimator=auto"),
