@@ -86,7 +86,7 @@ class Method:
     @classmethod
     def of_network(cls, name: str, posterior_MC: np.ndarray, scores: ClassScores) -> Method:
         """Measure predictions from `scores`."""
-        return cls(name, posterior_MC, measure(posterior_MC, scores.label_M), float(scores.evaluations_M.mean()))
+        return cls(name, posterior_MC, measure(posterior_MC, scores.label_M), scores.evaluations_per_text)
 
 
 def fit(scores: ClassScores, log_prior_C: np.ndarray) -> dict[str, Any]:

@@ -99,7 +99,7 @@ class ClassificationResult:
             "margin_monte_carlo_se_nats": _finite_mean(scores.margin_se_M),
             "estimator": scores.label, "masks": test.masks, "confidence": test.confidence,
             "draws_per_text_and_class": float(scores.draws_M.mean()),
-            "network_evaluations_per_text": float(scores.evaluations_M.mean()),
+            "network_evaluations_per_text": scores.evaluations_per_text,
             "seconds_per_text": scores.seconds / len(scores.label_M),
             "accuracy_after_evaluations": _curve("evaluations", *self.after_draws()) if scores.has_masks else None,
             "accuracy_at_mask_rate": _curve("mask_rate", *self.at_mask_rates()) if scores.has_masks else None,

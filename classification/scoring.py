@@ -77,6 +77,10 @@ class ClassScores:
         return self.nats_MCP.reshape(*self.nats_MCP.shape[:2], -1, self.passes).mean(-1)
 
     @property
+    def evaluations_per_text(self) -> float:
+        return float(self.evaluations_M.mean())
+
+    @property
     def log_p_MC(self) -> np.ndarray:
         """Estimates of log p(text | class), nats."""
         return -np.nanmean(self.nats_MCP, axis=2)

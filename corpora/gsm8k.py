@@ -32,9 +32,9 @@ _LONGEST = 120  # characters of an expression, which bounds the cost of a genera
 
 def number(text: str) -> Fraction | None:
     """Return the number at the start of a text, with sign, $, thousands separators and decimals; the rest (%, a full
-    stop, a unit) is ignored. None if there is no number."""
+    stop, a unit) is ignored. None if there is no number, or one of more than 100 characters."""
     match = _NUMBER.match(text)
-    if match is None:
+    if match is None or len(match[3]) > 100:  # a model that repeats itself; Python refuses the longest ones
         return None
     value = Fraction(match[3].replace(",", ""))
     return -value if {match[1], match[2]} & {"-", "\u2212"} else value

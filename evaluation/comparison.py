@@ -22,7 +22,8 @@ _PROTOCOL = ("kind", "data", "data_protocol", "split", "label", "tokenizer", "de
              "prompted", "prefix_length", "score_special", "fill", "latents", "distribution")  # fmt: skip
 _FIGURES = ("accuracy", "log_loss_nats", "ece", "nll_nats_per_token",
             "nll_of_own_class_nats_per_token", "perplexity", "generative_perplexity",
-            "unigram_entropy", "network_evaluations_per_text", "network_evaluations_per_sample")  # fmt: skip
+            "unigram_entropy_nats", "exact_match", "network_evaluations_per_text",
+            "network_evaluations_per_sample")  # fmt: skip
 _SPEED = "train/tokens_per_s"
 
 
@@ -84,7 +85,7 @@ def _read(file: Path) -> Run:
     found = {}
     for name in _FIGURES:
         value = results.get(name)
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value["value"] is not None:
             found[name] = Estimate(value["value"], float("nan") if value["se"] is None else value["se"])
         elif isinstance(value, int | float) and not isinstance(value, bool):
             found[name] = Estimate(float(value), float("nan"))

@@ -40,11 +40,21 @@ class Scores:
     cross_entropy_MP: np.ndarray  # summed over the masked tokens of a pass, nats
     num_masked_MP: np.ndarray  # tokens masked in a pass
     units: Units  # independent units that errors are over
+    text_id_M: np.ndarray | None = None  # source text of a row that is (part of) one text
 
     @property
     def nll_M(self) -> np.ndarray:
         """Nats per text, the mean over its draws."""
         return self.nll_MK.mean(axis=1)
+
+    @property
+    def num_texts(self) -> int:
+        """Number of texts; of rows, if a row may contain several texts."""
+        return len(self.tokens_M if self.text_id_M is None else np.unique(self.text_id_M))
+
+    @property
+    def evaluations_per_text(self) -> float:
+        return float(self.evaluations_M.sum() / self.num_texts)
 
     @property
     def monte_carlo_se(self) -> float:
@@ -54,8 +64,8 @@ class Scores:
         they are stratified. The windows of a text share their times, so draws are summed over windows first.
         """
         means_MK = self.nll_MK
-        if self.units.name == "texts":
-            text_M = np.unique(self.units.first_M, return_inverse=True)[1]
+        if self.text_id_M is not None:
+            text_M = np.unique(self.text_id_M, return_inverse=True)[1]
             means_MK = np.zeros((text_M.max() + 1, self.nll_MK.shape[1]))
             np.add.at(means_MK, text_M, self.nll_MK)
         if self.round_K[-1] > 0:
@@ -175,6 +185,7 @@ def _scores(model: Model, rounds: list[dict[str, np.ndarray]], estimator: Estima
         joined["cross_entropy"],
         joined["num_masked"],
         Units.of(first),
+        first.get("text_id"),
     )
 
 
@@ -236,8 +247,9 @@ def true_nll(
 
     tokens_M: condition on these lengths, which padded rows show to the model. Data of all classes are their mixture.
     """
-    every = data.texts(split)["text"]
-    texts = [every[int(i)] for i in rows_M]
+    every = data.texts(split)
+    text_of_id = dict(zip(every["text_id"], every["text"], strict=True))
+    texts = [text_of_id[int(i)] for i in np.asarray(data.split(split)["text_id"])[rows_M]]
     labels = range(len(data.label_names)) if data.label is None else [data.label]
     joint = np.logaddexp.reduce([truth.log_prob(texts, k) for k in labels])
     if tokens_M is None:
@@ -257,7 +269,7 @@ def protocol(
         "packing": asdict(data.packing(split)), "prompted": data.prompted, "fill": data.fill, "estimator": scores.label,
         "prefix_length": data.prefix_length, "score_special": data.score_special,
         "distribution": _definition(data, causal=experiment_protocol["parameterization"] == "ar"),
-        "network_evaluations_per_text": float(scores.evaluations_M.mean()),
+        "network_evaluations_per_text": scores.evaluations_per_text,
         "latents": data.latents and data.latents.fingerprint,
     }  # fmt: skip
 

@@ -105,6 +105,7 @@ class Builder:
         """The exact distribution of the corpus, if it is known and rows are whole texts."""
         data = self.cfg.data
         whole = not data.wrap and not self.cfg.training.prefix_length
+        whole = whole and data.long_texts in ("error", "drop")
         comparable = whole and not data.get("score_special") and data.tokenizer_name_or_path == "word"
         return instantiate(data.get("truth")) if comparable else None
 

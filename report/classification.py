@@ -65,7 +65,7 @@ def _accuracy(report: Report, result: ClassificationResult, test: SequentialTest
             Metric.of("log loss", m.log_loss, "nats"),
             Metric.of("NLL under its own class", nll, "nats/token", "validation texts"),
             Metric("texts", float(len(scores.label_M))),
-            Metric("network evaluations", float(scores.evaluations_M.mean()), None, "per text", "over all classes"),
+            Metric("network evaluations", scores.evaluations_per_text, None, "per text", "over all classes"),
             Metric("time", 1000 * scores.seconds / len(scores.label_M), None, "ms/text"),
         ]
     )

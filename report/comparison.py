@@ -15,7 +15,8 @@ from palimpsest.report.style import dot_rows
 _TITLES = {
     "accuracy": "accuracy", "log_loss_nats": "log loss, nats", "ece": "ECE", "nll_nats_per_token": "NLL, nats/token",
     "nll_of_own_class_nats_per_token": "NLL of the own class, nats/token",
-    "perplexity": "perplexity", "generative_perplexity": "generative perplexity", "unigram_entropy": "unigram entropy",
+    "perplexity": "perplexity", "generative_perplexity": "generative perplexity",
+    "unigram_entropy_nats": "unigram entropy, nats", "exact_match": "exact match",
     "network_evaluations_per_text": "evaluations/text", "network_evaluations_per_sample": "evaluations/sample",
 }  # fmt: skip
 

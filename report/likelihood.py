@@ -72,9 +72,10 @@ def truth_line(measured: Likelihood) -> list[str]:
 def likelihood_lines(measured: Likelihood, title: str, gain: LatentGain | None) -> str:
     """Return the lines for a terminal. title: the data and their split."""
     scores = measured.scores
+    unit = "row" if scores.text_id_M is None else "text"
     about = (
-        f"{title}: {len(scores.tokens_M)} texts, {int(scores.tokens_M.sum())} tokens, {scores.label}, "
-        f"{scores.evaluations_M.mean():.1f} network evaluations a text"
+        f"{title}: {scores.num_texts} {unit}s, {int(scores.tokens_M.sum())} tokens, {scores.label}, "
+        f"{scores.evaluations_per_text:.1f} network evaluations a {unit}"
     )
     noise = "" if scores.exact else f", Monte Carlo error {scores.monte_carlo_se:.2g} nats/token"
     bits = measured.model.scaled(1 / np.log(2))

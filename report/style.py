@@ -51,8 +51,8 @@ def style_axes(axes: Axes, xlabel: str = "", ylabel: str = "", grid: str = "y") 
     axes.set_axisbelow(True)
     if grid:
         axes.grid(axis=grid, color=RULE, linewidth=0.6)
-    axes.set_xlabel(xlabel, color=INK, fontsize=TEXT, labelpad=6)
-    axes.set_ylabel(ylabel, color=INK, fontsize=TEXT, labelpad=6)
+    axes.set_xlabel(xlabel, color=INK, fontsize=TEXT, labelpad=6, parse_math=False)
+    axes.set_ylabel(ylabel, color=INK, fontsize=TEXT, labelpad=6, parse_math=False)
     return axes
 
 

@@ -33,8 +33,8 @@ def ppl_eval(
     folder = experiment.runs.folder() / "ppl_eval" / f"{split}{kind}"
     results = {
         **measured.results(), "monte_carlo_se": scores.monte_carlo_se,
-        "bits_per_token": measured.model.scaled(1 / math.log(2)), "texts": len(scores.tokens_M),
-        "tokens": int(scores.tokens_M.sum()), "network_evaluations_per_text": float(scores.evaluations_M.mean()),
+        "bits_per_token": measured.model.scaled(1 / math.log(2)), "texts": scores.num_texts,
+        "tokens": int(scores.tokens_M.sum()), "network_evaluations_per_text": scores.evaluations_per_text,
         **(gain.results() if gain else {}),
     }  # fmt: skip
     known = protocol(experiment.protocol, data, split, scores) | {"trained_length": diffusion.provenance.length}

@@ -28,6 +28,7 @@ from palimpsest.data.tokenizers import encode, encode_after, load_tokenizer
     ("He has 3.\n#### 1,234", 1234), ("#### -5", -5), ("#### 2.50", Fraction(5, 2)), ("####$1,000,000.", 1000000),
     ("#### $-3", -3), ("#### -$3", -3), ("#### 20%", 20), ("#### .5 miles", Fraction(1, 2)), ("#### \u22127", -7),
     ("#### 1\n#### 2", 2), ("[ANSWER] 540", 540), ("#### 3 #### x", None), ("72", None), ("#### none", None),
+    ("#### " + "0" * 4800, None),
     ("####\n7", None), ("", None),
 ])  # fmt: skip
 def test_the_final_answer_is_the_number_behind_the_last_mark(text, answer):

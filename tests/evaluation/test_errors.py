@@ -156,7 +156,7 @@ def test_the_monte_carlo_error_sums_the_windows_of_a_text_first():
 
     def one(rng: np.random.Generator) -> Estimate:
         common, own = rng.normal(0, 1, (40, 8))[texts], rng.normal(0, 0.5, (120, 8))
-        found = scores(30 + common + own, Units.each(texts))
+        found = scores(30 + common + own, Units("documents", texts // 2, texts // 2), text_id_M=texts)
         return Estimate(found.per_token().value, found.monte_carlo_se)
 
     assert 0.9 < calibration(one) < 1.1

@@ -12,11 +12,14 @@ import pytest
 import torch
 
 from palimpsest.common.metrics import Estimate, NLLMeter
+from palimpsest.corpora.reviews import ReviewGrammar
 from palimpsest.data.collate import Collate
 from palimpsest.data.unigram import unigram_nll
 from palimpsest.estimators.nelbo import Nelbo
 from palimpsest.evaluation.likelihood import Precision, row_numbers, score
+from palimpsest.experiment.experiment import Experiment
 from palimpsest.objectives.mask_sampling import Bernoulli
+from palimpsest.settings.command_line import compose_config
 from palimpsest.tasks.base import write_results
 from tests.helpers.commands import TINY, run
 
@@ -92,6 +95,33 @@ def test_rounds_go_on_until_the_monte_carlo_error_is_small_enough(untrained):
     enough = ask(wanted, 1024)
     assert enough.monte_carlo_se <= wanted and enough.round_K.max() < 7
     assert len(np.unique(enough.nll_MK)) == enough.nll_MK.size, "every round draws anew"
+
+
+@pytest.mark.parametrize("command", [["mode=train"], ["mode=ppl_eval"]])
+def test_the_true_entropy_is_that_of_the_texts_that_fit(tmp_path, monkeypatch, command):
+    """Some texts are left out, so the number of a row is not that of its text."""
+    monkeypatch.chdir(tmp_path)
+    ask = [*TINY, "data.max_valid_texts=40", "eval.num_draws=1", "model.length=40", "data.long_texts=drop"]
+    run(*ask)
+    found = run(*ask, *command)
+    data, truth = Experiment(compose_config(ask), "test").build.data(), ReviewGrammar()
+    texts, kept = data.texts("validation"), data.split("validation")
+    text_of = dict(zip(texts["text_id"], texts["text"], strict=True))
+    assert len(kept) < len(texts) == 40
+    counted = np.array([len(ids) - 2 for ids in kept["input_ids"]])  # without BOS and EOS
+    rows = [text_of[number] for number in kept["text_id"]]
+    joint = np.logaddexp(truth.log_prob(rows, 0), truth.log_prob(rows, 1))
+    lengths = np.logaddexp(truth.log_prob_length(counted, 0), truth.log_prob_length(counted, 1))
+    assert found["true_nats_per_token"].value == pytest.approx((lengths - joint).sum() / counted.sum())
+
+
+def test_the_true_entropy_is_unknown_where_texts_are_cut(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for way in ("truncate", "windows"):
+        found = run(*TINY, "eval.num_draws=1", "model.length=32", f"data.long_texts={way}")
+        assert found["true_nats_per_token"] is None
+    results = run(*TINY, "mode=ppl_eval", "eval.num_draws=2", "model.length=32", f"data.long_texts={way}")
+    assert results["texts"] == 8 and 2 < results["network_evaluations_per_text"] < 6, "several windows a text"
 
 
 def test_results_are_json_without_nan(tmp_path):

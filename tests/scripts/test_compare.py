@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import json
 
 import pytest
 
 from palimpsest.evaluation.comparison import compare, read_runs
+from palimpsest.report.comparison import comparison_lines
 from palimpsest.scripts.compare import main, say_how
 from tests.helpers.commands import FEW, TINY, run
 
@@ -56,6 +58,23 @@ def test_the_command_writes_a_page_and_a_table(runs, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main(["nowhere"])
     assert "nowhere: there is no results.json" in capsys.readouterr().err
+
+
+def test_texts_are_compared_by_perplexity_and_entropy_and_a_figure_may_be_missing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = [*TINY, *FEW, "mode=sample_eval", "sampling.num_samples=2"]
+    run(*TINY, *FEW)
+    written = run(*small)
+    assert "unigram_entropy_nats" in written
+    for name, perplexity in (("a", 20.0), ("b", None)):
+        (tmp_path / name).mkdir()
+        found = {"generative_perplexity": {"value": perplexity, "se": None}, "exact_match": {"value": 0.5, "se": 0.1}}
+        entropy = {"unigram_entropy_nats": {"value": 2.0, "se": 0.5}}
+        (tmp_path / name / "results.json").write_text(json.dumps(found | entropy))
+    found = compare(read_runs(["a", "b"]))
+    assert found.figures == ["generative_perplexity", "unigram_entropy_nats", "exact_match"]
+    assert [run.figures.get("generative_perplexity") for run in found.runs][1] is None
+    assert "unigram entropy, nats" in comparison_lines(found)
 
 
 def test_a_sweep_ends_with_the_command(runs, monkeypatch, capsys):
